@@ -1,0 +1,5 @@
+//! What a DNS message says.
+
+pub mod name;
+
+pub use name::Name;

@@ -1,0 +1,4 @@
+//! egress-agent: enforces, per pod, which names, addresses and ports it may reach.
+#![deny(unsafe_code)]
+
+pub mod dns;

@@ -1,0 +1,49 @@
+//! Addresses as the maps hold them: 16 bytes, network byte order, IPv4 in its mapped form.
+
+/// An IPv6 address, or an IPv4 address in IPv4-mapped form (`::ffff:a.b.c.d`).
+pub type Address = [u8; 16];
+
+/// Length in bits of the prefix that every IPv4-mapped address shares.
+pub const V4_MAPPED_PREFIX_LEN: u32 = 96;
+
+/// `::`
+pub const UNSPECIFIED: Address = [0; 16];
+
+/// The IPv4-mapped form of an IPv4 address (network byte order).
+#[inline(always)]
+pub const fn from_v4(octets: [u8; 4]) -> Address {
+    let [a, b, c, d] = octets;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// Whether this is the mapped form of an IPv4 address.
+#[inline(always)]
+pub const fn is_v4(address: &Address) -> bool {
+    let mut i = 0;
+    while i < 10 {
+        if address[i] != 0 {
+            return false;
+        }
+        i += 1;
+    }
+    address[10] == 0xff && address[11] == 0xff
+}
+
+/// Whether this is an IPv6 link-local unicast address, `fe80::/10`.
+#[inline(always)]
+pub const fn is_v6_link_local(address: &Address) -> bool {
+    address[0] == 0xfe && address[1] & 0xc0 == 0x80
+}
+
+/// Whether this is an IPv6 multicast address, `ff00::/8`.
+#[inline(always)]
+pub const fn is_v6_multicast(address: &Address) -> bool {
+    address[0] == 0xff
+}
+
+/// Whether this is an IPv6 multicast address of link-local scope, `ff02::/16` (RFC 4291,
+/// section 2.7). The flag bits are ignored, as routers ignore them.
+#[inline(always)]
+pub const fn is_v6_link_local_multicast(address: &Address) -> bool {
+    address[0] == 0xff && address[1] & 0x0f == 0x02
+}

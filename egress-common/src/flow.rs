@@ -1,0 +1,60 @@
+//! How long a flow is remembered.
+
+use crate::{
+    protocol,
+    records::{
+        FLOW_KEY_FRAGMENT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT,
+        FLOW_SEEN_RST, Flow, FlowKey,
+    },
+};
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// A flow's `last_seen_ns` is written again only when it is older than this, so that a busy flow
+/// does not write to shared memory with every packet.
+pub const REFRESH_NS: u64 = SECOND_NS;
+
+/// Idle time after which an established TCP flow is forgotten: six hours, above the two hours of
+/// TCP keep-alive (RFC 1122, section 4.2.3.6).
+pub const TCP_ESTABLISHED_NS: u64 = 6 * 3600 * SECOND_NS;
+/// Idle time of a TCP flow that only one side has spoken on.
+pub const TCP_OPENING_NS: u64 = 120 * SECOND_NS;
+/// Idle time of a TCP flow after a RST, or a FIN from both sides.
+pub const TCP_CLOSED_NS: u64 = 60 * SECOND_NS;
+/// Idle time of a UDP flow on which both sides have spoken (RFC 4787, REQ-5 asks for at least two
+/// minutes and recommends five).
+pub const UDP_NS: u64 = 300 * SECOND_NS;
+/// Idle time of every other flow.
+pub const OTHER_NS: u64 = 120 * SECOND_NS;
+/// How long later fragments may follow their first: the reassembly time-out of Linux
+/// (`net.ipv4.ipfrag_time`).
+pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
+
+/// How long the flow may be idle before it is forgotten, in nanoseconds.
+#[inline(always)]
+pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
+    const BOTH_FINS: u8 = FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT;
+    const BOTH_SIDES: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
+    if key.kind == FLOW_KEY_FRAGMENT {
+        return FRAGMENT_NS;
+    }
+    match key.protocol {
+        protocol::TCP => {
+            if flow.seen & FLOW_SEEN_RST != 0 || flow.seen & BOTH_FINS == BOTH_FINS {
+                TCP_CLOSED_NS
+            } else if flow.seen & BOTH_SIDES == BOTH_SIDES {
+                TCP_ESTABLISHED_NS
+            } else {
+                TCP_OPENING_NS
+            }
+        }
+        protocol::UDP => UDP_NS,
+        _ => OTHER_NS,
+    }
+}
+
+/// Whether the flow is still remembered at `now_ns` (nanoseconds of `CLOCK_BOOTTIME`).
+#[inline(always)]
+pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
+    now_ns.saturating_sub(flow.last_seen_ns) <= idle_limit_ns(key, flow)
+}

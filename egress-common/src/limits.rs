@@ -1,0 +1,52 @@
+//! Limits that the kernel side and the agent agree on.
+//!
+//! A limit is an error the user sees, never a silent cut: the agent checks each one before it
+//! writes a map.
+
+/// Most classes (distinct action, protocol and port range) in one pod's policy.
+pub const CLASSES: usize = 64;
+
+/// Most addresses one pod may own (`status.podIPs`).
+pub const OWN_ADDRESSES: usize = 8;
+
+/// Most interfaces that can be enforced on one node.
+pub const INTERFACES: u32 = 4096;
+
+/// Most policy versions alive at once on one node: one for each pod and one more while it changes.
+pub const POLICIES: u32 = 8192;
+
+/// Default for the most addresses that one pod's allow map holds.
+pub const ALLOW_ENTRIES: u32 = 4096;
+
+/// Most CIDR prefixes in one pod's policy.
+pub const CIDR_ENTRIES: u32 = 4096;
+
+/// Most prefixes in the node's `ranges` map.
+pub const RANGE_ENTRIES: u32 = 4096;
+
+/// Most flows that are remembered for one pod.
+pub const FLOW_ENTRIES: u32 = 65_536;
+
+/// Bytes in the ring buffer of held DNS messages; a power of two and a multiple of the page size.
+pub const HELD_RING_BYTES: u32 = 4 << 20;
+
+/// Bytes in the ring buffer of denial records.
+pub const DENIALS_RING_BYTES: u32 = 1 << 20;
+
+/// Longest frame that is held, in bytes; a longer DNS message is dropped and counted.
+pub const HELD_FRAME_BYTES: usize = 16_384;
+
+/// Most IPv6 extension headers walked before a packet counts as malformed. A packet made by an
+/// ordinary stack carries at most one of each of the five kinds (RFC 8200, section 4.1).
+pub const EXTENSION_HEADERS: usize = 6;
+
+/// Denial records one pod may emit in a burst, and the rate per second at which they refill.
+pub const DENIAL_BURST: u32 = 512;
+/// See [`DENIAL_BURST`].
+pub const DENIALS_PER_SECOND: u32 = 256;
+
+/// Messages one pod may have held in a burst while the ring is more than half full, and the rate
+/// per second at which they refill. While the ring is emptier there is no such limit.
+pub const HELD_BURST: u32 = 256;
+/// See [`HELD_BURST`].
+pub const HELD_PER_SECOND: u32 = 1024;

@@ -1,0 +1,86 @@
+//! Why a packet or a DNS message did not pass.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])+ $name:ident = $value:literal, $text:literal;)+) => {
+        /// Why something did not pass. The number is what the kernel's records carry; the text
+        /// is what a denial line prints.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum Reason {
+            $($(#[$doc])+ $name = $value,)+
+        }
+
+        impl Reason {
+            /// Every reason, in the order of its number.
+            pub const ALL: &'static [Reason] = &[$(Reason::$name),+];
+
+            /// The reason with this number.
+            pub const fn from_u8(value: u8) -> Option<Self> {
+                match value {
+                    $($value => Some(Self::$name),)+
+                    _ => None,
+                }
+            }
+
+            /// The word that denial lines and counters use.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)+
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// No entry of the policy speaks of this destination, port and protocol.
+    NoRule = 1, "no_rule";
+    /// Entries allow this address, but not on this port or protocol.
+    PortNotAllowed = 2, "port_not_allowed";
+    /// The address was allowed through a name whose lifetime has ended.
+    Expired = 3, "expired";
+    /// An entry with a name allows this port, but the pod did not resolve this address.
+    AddressNotLearned = 4, "address_not_learned";
+    /// A `deny` entry matches.
+    DenyRule = 5, "deny_rule";
+    /// The destination is protected (metadata service, loopback, link-local, multicast, …) and no
+    /// address entry names it.
+    Protected = 6, "protected";
+    /// The source address is not one of the pod's own.
+    SpoofedSource = 7, "spoofed_source";
+    /// The frame is truncated, tagged, not IP, or its headers cannot be walked.
+    Malformed = 8, "malformed";
+    /// A fragment whose first fragment was not seen to pass.
+    FragmentWithoutFirst = 9, "fragment_without_first";
+    /// A DNS question for a name that no entry could allow, or that a `deny` entry names.
+    DnsName = 10, "dns_name";
+    /// A DNS question that cannot be read, or that is no question.
+    DnsMalformed = 11, "dns_malformed";
+    /// DNS over TCP, which is not supported yet.
+    DnsOverTcp = 12, "dns_over_tcp";
+    /// An answer that matches no pending question of the pod.
+    DnsUnsolicited = 13, "dns_unsolicited";
+    /// An answer whose addresses did not fit into the allow map.
+    AllowMapFull = 14, "allow_map_full";
+    /// A DNS message that the agent could not take in time, or is longer than it holds.
+    DnsNotHeld = 15, "dns_not_held";
+    /// The agent has no policy for this interface (it is being attached or removed).
+    NoPolicy = 16, "no_policy";
+    /// The pod's annotations cannot be read, and no earlier policy is known.
+    PolicyUnreadable = 17, "policy_unreadable";
+    /// A fragmented DNS message, which is not supported yet.
+    DnsFragmented = 18, "dns_fragmented";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Reason;
+
+    #[test]
+    fn a_reason_survives_its_number() {
+        for &reason in Reason::ALL {
+            assert_eq!(Reason::from_u8(reason as u8), Some(reason));
+        }
+        assert_eq!(Reason::from_u8(0), None);
+    }
+}

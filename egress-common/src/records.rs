@@ -1,0 +1,384 @@
+//! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel
+//! compares keys byte by byte, and the verifier rejects uninitialised padding.
+
+use crate::{
+    address::Address,
+    limits::{CLASSES, OWN_ADDRESSES},
+};
+
+/// Value of `interfaces`, keyed by ifindex: which policy the interface is under.
+///
+/// Replacing this value is how a pod moves from one policy to the next: the kernel swaps the whole
+/// value at once, so no packet sees half of a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Interface {
+    /// Key of the pod in `flows` and `meters`; the same for the pod's whole life.
+    pub pod: u32,
+    /// Key in `policies`, `allow` and `cidrs`; a new one for each version of the pod's policy.
+    pub policy: u32,
+    /// One of the `MODE_*` constants.
+    pub mode: u32,
+    /// Bits of the `INTERFACE_*` constants.
+    pub flags: u32,
+}
+
+/// Judge, drop and hold.
+pub const MODE_ENFORCE: u32 = 1;
+/// Judge and report; drop and hold nothing.
+pub const MODE_AUDIT: u32 = 2;
+
+/// Tell the agent about denied packets so that it answers them (`onDeny: reject`).
+pub const INTERFACE_REJECT: u32 = 1;
+
+/// A port class: what one bit of a class bitmap stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct PortClass {
+    /// Lowest port, host byte order.
+    pub port_min: u16,
+    /// Highest port, inclusive, host byte order.
+    pub port_max: u16,
+    /// Set of [`crate::protocol::bits`].
+    pub protocols: u8,
+    /// Always zero.
+    pub pad: [u8; 3],
+}
+
+impl PortClass {
+    /// A class that matches nothing.
+    pub const NONE: Self = Self { port_min: 0, port_max: 0, protocols: 0, pad: [0; 3] };
+}
+
+/// Value of `policies`, keyed by policy id: one immutable version of a pod's policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Policy {
+    /// What each bit of a class bitmap means.
+    pub classes: [PortClass; CLASSES],
+    /// Classes that deny; all others allow.
+    pub deny: u64,
+    /// Classes that apply to every destination.
+    pub any: u64,
+    /// Classes that entries with a name are in, for saying why something was denied.
+    pub named: u64,
+    /// The pod's own addresses.
+    pub own: [Address; OWN_ADDRESSES],
+    /// How many of `own` are used.
+    pub own_len: u32,
+    /// Bits of the `POLICY_*` constants.
+    pub flags: u32,
+}
+
+/// What no entry matches passes (a pod with only `deny`).
+pub const POLICY_OPEN: u32 = 1;
+/// Internal destinations pass unless denied (`ranges.internal`).
+pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
+/// The annotations could not be read; denials say so.
+pub const POLICY_UNREADABLE: u32 = 1 << 2;
+
+impl Policy {
+    /// A policy without classes and addresses: everything external is denied.
+    pub const CLOSED: Self = Self {
+        classes: [PortClass::NONE; CLASSES],
+        deny: 0,
+        any: 0,
+        named: 0,
+        own: [[0; 16]; OWN_ADDRESSES],
+        own_len: 0,
+        flags: 0,
+    };
+}
+
+/// Key of a pod's allow map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct AllowKey {
+    /// The destination.
+    pub addr: Address,
+}
+
+/// Value of a pod's allow map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct AllowEntry {
+    /// Bitmap of the classes the address is in.
+    pub classes: u64,
+    /// When the entry stops admitting new connections, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub expires_ns: u64,
+}
+
+/// Value of a policy's CIDR trie: bitmap of the classes of the prefix and of all prefixes that
+/// contain it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CidrEntry {
+    /// Bitmap of classes.
+    pub classes: u64,
+}
+
+/// Value of `ranges`: what kind of address this is on this node. A prefix carries the bits of all
+/// prefixes that contain it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Range {
+    /// Bits of the `RANGE_*` constants.
+    pub kinds: u64,
+}
+
+/// A configured resolver.
+pub const RANGE_RESOLVER: u64 = 1;
+/// A pod, service or node address.
+pub const RANGE_INTERNAL: u64 = 1 << 1;
+/// Only an explicit address entry opens it, and DNS never does.
+pub const RANGE_PROTECTED: u64 = 1 << 2;
+
+/// Key of a pod's flow map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FlowKey {
+    /// The pod's address.
+    pub pod_addr: Address,
+    /// The other side's address.
+    pub peer_addr: Address,
+    /// The pod's port; for ICMP echo the identifier; for a fragment the upper half of its id.
+    pub pod_port: u16,
+    /// The other side's port; for ICMP echo the identifier; for a fragment the lower half of its id.
+    pub peer_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// One of the `FLOW_KEY_*` constants.
+    pub kind: u8,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// The key names a flow.
+pub const FLOW_KEY_FLOW: u8 = 0;
+/// The key names a fragmented packet whose first fragment passed.
+pub const FLOW_KEY_FRAGMENT: u8 = 1;
+
+/// Value of a pod's flow map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Flow {
+    /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`; exact to
+    /// [`crate::flow::REFRESH_NS`].
+    pub last_seen_ns: u64,
+    /// The policy version that admitted it; a flow from an older version is judged again.
+    pub policy: u32,
+    /// One of the `FLOW_*` state constants.
+    pub state: u8,
+    /// Bits of the `FLOW_SEEN_*` constants.
+    pub seen: u8,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// The pod opened it and the policy admitted it.
+pub const FLOW_OUT: u8 = 1;
+/// The other side opened it.
+pub const FLOW_IN: u8 = 2;
+/// The pod opened it and a later policy forbids it. Kept so that the other side's packets do not
+/// make it a flow that they opened.
+pub const FLOW_CUT: u8 = 3;
+
+/// The pod sent a TCP FIN.
+pub const FLOW_SEEN_FIN_OUT: u8 = 1;
+/// The other side sent a TCP FIN.
+pub const FLOW_SEEN_FIN_IN: u8 = 1 << 1;
+/// Either side sent a TCP RST.
+pub const FLOW_SEEN_RST: u8 = 1 << 2;
+/// The pod sent something.
+pub const FLOW_SEEN_OUT: u8 = 1 << 3;
+/// The other side sent something.
+pub const FLOW_SEEN_IN: u8 = 1 << 4;
+
+/// Head of each record in the `held` ring; the frame's bytes, from its Ethernet header on, follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Held {
+    /// When it was taken, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub time_ns: u64,
+    /// Interface it was taken from.
+    pub ifindex: u32,
+    /// The pod, as in [`Interface::pod`].
+    pub pod: u32,
+    /// Bytes of the frame that follow.
+    pub len: u32,
+    /// One of the `HELD_*` constants.
+    pub kind: u8,
+    /// 1 when the original was dropped and waits to be put back; 0 when this is only a copy.
+    pub taken: u8,
+    /// Offset of the IP header in the frame.
+    pub l3_offset: u8,
+    /// Always zero.
+    pub pad: u8,
+}
+
+/// A DNS question on its way from the pod to a resolver.
+pub const HELD_QUESTION: u8 = 1;
+/// A DNS answer on its way from a resolver to the pod.
+pub const HELD_ANSWER: u8 = 2;
+/// The beginning of a denied packet that is to be answered with a rejection.
+pub const HELD_REJECT: u8 = 3;
+
+/// Record of the `denials` ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Denial {
+    /// When it happened, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub time_ns: u64,
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+    /// The pod, as in [`Interface::pod`].
+    pub pod: u32,
+    /// The policy version that judged.
+    pub policy: u32,
+    /// Interface it happened on.
+    pub ifindex: u32,
+    /// Length of the frame in bytes.
+    pub len: u32,
+    /// Source port, or 0.
+    pub src_port: u16,
+    /// Destination port, or 0.
+    pub dst_port: u16,
+    /// IP protocol number; 0 where the headers could not be walked.
+    pub protocol: u8,
+    /// A [`crate::reason::Reason`].
+    pub reason: u8,
+    /// ICMP type, or 0.
+    pub icmp_type: u8,
+    /// ICMP code, or 0.
+    pub icmp_code: u8,
+    /// One of the `VERDICT_*` constants.
+    pub verdict: u8,
+    /// Bit number of the class that denied, or [`NO_CLASS`].
+    pub class: u8,
+    /// One of the `TOWARDS_*` constants.
+    pub direction: u8,
+    /// 1 when `src`, `dst`, `protocol` and the ports were read.
+    pub walked: u8,
+    /// EtherType of the frame.
+    pub ether_type: u16,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// No class denied.
+pub const NO_CLASS: u8 = 0xff;
+
+/// The packet was dropped.
+pub const VERDICT_DROPPED: u8 = 1;
+/// The packet was dropped and is answered with a rejection.
+pub const VERDICT_REJECTED: u8 = 2;
+/// The packet passed; it would have been dropped in enforce mode.
+pub const VERDICT_AUDITED: u8 = 3;
+
+/// The pod sent it.
+pub const FROM_POD: u8 = 1;
+/// It was on its way to the pod.
+pub const TO_POD: u8 = 2;
+
+/// The node's counters, one copy per CPU in the single entry of `counters`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Counters {
+    /// Packets from pods that passed.
+    pub passed_packets: u64,
+    /// Bytes of them.
+    pub passed_bytes: u64,
+    /// Packets from pods that passed because their flow was known (also in `passed_packets`).
+    pub passed_by_flow: u64,
+    /// Packets that were dropped, in either direction, other than held DNS messages.
+    pub denied_packets: u64,
+    /// Bytes of them.
+    pub denied_bytes: u64,
+    /// Packets that passed in audit mode and would have been denied.
+    pub audited_packets: u64,
+    /// DNS questions given to the agent.
+    pub held_questions: u64,
+    /// DNS answers given to the agent.
+    pub held_answers: u64,
+    /// DNS messages dropped because the `held` ring was full.
+    pub held_lost: u64,
+    /// DNS messages dropped because their pod was over its share of a crowded `held` ring.
+    pub held_limited: u64,
+    /// DNS messages dropped because they are longer than what is held.
+    pub held_too_long: u64,
+    /// Denied packets that were not answered with a rejection because the ring was crowded.
+    pub rejects_lost: u64,
+    /// Denials without a record because their pod was over its share.
+    pub denials_limited: u64,
+    /// Denials without a record because the `denials` ring was full.
+    pub denials_lost: u64,
+    /// Flows that could not be remembered because the pod's flow map was full.
+    pub flows_full: u64,
+    /// Packets on an interface without an entry in `interfaces` or `policies`.
+    pub no_policy: u64,
+}
+
+/// Value of `meters`, keyed by pod: what the pod has used of its share of the ring buffers, and
+/// what was not reported because of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Meter {
+    /// Denial records left.
+    pub denial_tokens: u64,
+    /// When `denial_tokens` was last refilled.
+    pub denial_refill_ns: u64,
+    /// Held messages left while the ring is crowded.
+    pub held_tokens: u64,
+    /// When `held_tokens` was last refilled.
+    pub held_refill_ns: u64,
+    /// Denials that got no record: over the pod's share, or the ring was full. Only grows.
+    pub denials_unreported: u64,
+    /// DNS messages of the pod dropped because the ring was full or the pod over its share, or the
+    /// message too long. Only grows.
+    pub held_unreported: u64,
+    /// Flows that could not be remembered. Only grows.
+    pub flows_full: u64,
+}
+
+#[cfg(feature = "agent")]
+mod pod {
+    macro_rules! pod {
+        ($($ty:ty),+ $(,)?) => {
+            $(
+                // SAFETY: the type is `repr(C)`, `Copy`, has no padding (checked below) and every
+                // bit pattern is a valid value of each field.
+                #[allow(clippy::allow_attributes, reason = "expanded once for each record")]
+                unsafe impl aya::Pod for $ty {}
+            )+
+        };
+    }
+    pod!(
+        super::Interface,
+        super::Policy,
+        super::AllowKey,
+        super::AllowEntry,
+        super::CidrEntry,
+        super::Range,
+        super::FlowKey,
+        super::Flow,
+        super::Counters,
+        super::Meter,
+    );
+}
+
+// A record without padding is as long as its fields together.
+const _: () = {
+    assert!(size_of::<Interface>() == 16);
+    assert!(size_of::<PortClass>() == 8);
+    assert!(size_of::<Policy>() == 8 * CLASSES + 24 + 16 * OWN_ADDRESSES + 8);
+    assert!(size_of::<AllowKey>() == 16);
+    assert!(size_of::<AllowEntry>() == 16);
+    assert!(size_of::<FlowKey>() == 40);
+    assert!(size_of::<Flow>() == 16);
+    assert!(size_of::<Held>() == 24);
+    assert!(size_of::<Denial>() == 72);
+    assert!(size_of::<Counters>() == 16 * 8);
+    assert!(size_of::<Meter>() == 7 * 8);
+};
