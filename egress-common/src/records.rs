@@ -90,6 +90,19 @@ impl Policy {
     };
 }
 
+/// Value of `identities`, keyed by pod: whose entries these are, so that a restarted agent finds its
+/// pods again. Each field is text, padded with zero bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Identity {
+    /// Namespace: a DNS label (RFC 1123), at most 63 bytes.
+    pub namespace: [u8; 64],
+    /// Name: a DNS subdomain (RFC 1123), at most 253 bytes.
+    pub name: [u8; 256],
+    /// The UID that the API server or the manifest gave.
+    pub uid: [u8; 64],
+}
+
 /// Key of a pod's allow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -356,6 +369,7 @@ mod pod {
     }
     pod!(
         super::Interface,
+        super::Identity,
         super::Policy,
         super::AllowKey,
         super::AllowEntry,
@@ -371,6 +385,7 @@ mod pod {
 // A record without padding is as long as its fields together.
 const _: () = {
     assert!(size_of::<Interface>() == 16);
+    assert!(size_of::<Identity>() == 64 + 256 + 64);
     assert!(size_of::<PortClass>() == 8);
     assert!(size_of::<Policy>() == 8 * CLASSES + 24 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
