@@ -335,16 +335,15 @@ const fn fragment(offset: u16, more: bool) -> Fragment {
 /// Reads ports, flags and types. `offset` is the fragment offset in units of 8 bytes, `end` the
 /// end of the IP packet in the frame.
 #[inline(always)]
-fn walk_transport(
-    frame: &impl Frame,
-    mut packet: Packet,
-    offset: u16,
-    end: u32,
-) -> Option<Packet> {
+fn walk_transport(frame: &impl Frame, mut packet: Packet, offset: u16, end: u32) -> Option<Packet> {
     let at = packet.l4_offset;
     if matches!(packet.fragment, Fragment::Later) {
         // Bytes below 24 could overwrite the TCP header of the first fragment.
-        return if packet.protocol == protocol::TCP && offset < 3 { None } else { Some(packet) };
+        return if packet.protocol == protocol::TCP && offset < 3 {
+            None
+        } else {
+            Some(packet)
+        };
     }
     match packet.protocol {
         protocol::TCP => {

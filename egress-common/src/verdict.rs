@@ -43,7 +43,10 @@ pub enum Verdict {
 impl Verdict {
     #[inline(always)]
     const fn deny(reason: Reason) -> Self {
-        Self::Deny { reason, class: NO_CLASS }
+        Self::Deny {
+            reason,
+            class: NO_CLASS,
+        }
     }
 }
 
@@ -80,13 +83,24 @@ pub fn matching_class(policy: &Policy, candidates: u64, protocol: u8, port: u16)
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 { 0 } else { destination.learned };
-    let any = if protected { policy.any & policy.deny } else { policy.any };
+    let learned = if protected || destination.expired != 0 {
+        0
+    } else {
+        destination.learned
+    };
+    let any = if protected {
+        policy.any & policy.deny
+    } else {
+        policy.any
+    };
     let known = learned | destination.cidr | any;
 
     let denied = matching_class(policy, known & policy.deny, protocol, port);
     if denied != NO_CLASS {
-        return Verdict::Deny { reason: Reason::DenyRule, class: denied };
+        return Verdict::Deny {
+            reason: Reason::DenyRule,
+            class: denied,
+        };
     }
     if matching_class(policy, known & !policy.deny, protocol, port) != NO_CLASS {
         return Verdict::Pass;
