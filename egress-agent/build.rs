@@ -8,6 +8,8 @@ fn main() {
     );
     println!("cargo::rerun-if-env-changed=EGRESS_EBPF_OBJECT");
     println!("cargo::rerun-if-changed={}", object.display());
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("egress-ebpf");
-    fs::copy(&object, out).unwrap_or_else(|error| panic!("{}: {error}: run `cargo xtask build`", object.display()));
+    let out =
+        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("egress-ebpf");
+    fs::copy(&object, out)
+        .unwrap_or_else(|error| panic!("{}: {error}: run `cargo xtask build`", object.display()));
 }

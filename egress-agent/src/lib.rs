@@ -4,3 +4,4 @@
 pub mod datapath;
 pub mod dns;
 pub mod policy;
+pub mod report;

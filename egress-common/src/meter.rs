@@ -46,6 +46,9 @@ mod tests {
         let start = 1_000 * SECOND_NS;
         assert_eq!((0..100).filter(|_| take(start)).count(), 10);
         assert_eq!((0..100).filter(|_| take(start + SECOND_NS)).count(), 5);
-        assert_eq!((0..100).filter(|_| take(start + 3600 * SECOND_NS)).count(), 10);
+        assert_eq!(
+            (0..100).filter(|_| take(start + 3600 * SECOND_NS)).count(),
+            10
+        );
     }
 }

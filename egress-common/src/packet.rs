@@ -224,7 +224,10 @@ fn walk_ipv4_options(frame: &impl Frame, header_len: u32) -> Option<()> {
         let option = frame.read::<4>(ETHERNET_LEN + at)?;
         let mut i = 0;
         while i < 4 {
-            if matches!(option[i], IPV4_LOOSE_SOURCE_ROUTE | IPV4_STRICT_SOURCE_ROUTE) {
+            if matches!(
+                option[i],
+                IPV4_LOOSE_SOURCE_ROUTE | IPV4_STRICT_SOURCE_ROUTE
+            ) {
                 return None;
             }
             i += 1;
@@ -330,7 +333,11 @@ fn walk_transport(frame: &impl Frame, packet: &mut Packet, offset: u16, end: u32
     packet.icmp_code = 0;
     if matches!(packet.fragment, Fragment::Later) {
         // Bytes below 24 could overwrite the TCP header of the first fragment.
-        return if packet.protocol == protocol::TCP && offset < 3 { None } else { Some(()) };
+        return if packet.protocol == protocol::TCP && offset < 3 {
+            None
+        } else {
+            Some(())
+        };
     }
     match packet.protocol {
         protocol::TCP => {

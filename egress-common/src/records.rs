@@ -47,7 +47,12 @@ pub struct PortClass {
 
 impl PortClass {
     /// A class that matches nothing.
-    pub const NONE: Self = Self { port_min: 0, port_max: 0, protocols: 0, pad: [0; 3] };
+    pub const NONE: Self = Self {
+        port_min: 0,
+        port_max: 0,
+        protocols: 0,
+        pad: [0; 3],
+    };
 }
 
 /// Value of `policies`, keyed by policy id: one immutable version of a pod's policy.

@@ -43,7 +43,10 @@ pub enum Verdict {
 impl Verdict {
     #[inline(always)]
     const fn deny(reason: Reason) -> Self {
-        Self::Deny { reason, class: NO_CLASS }
+        Self::Deny {
+            reason,
+            class: NO_CLASS,
+        }
     }
 }
 
@@ -92,13 +95,24 @@ const fn is_zero(value: u64) -> u64 {
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 { 0 } else { destination.learned };
-    let any = if protected { policy.any & policy.deny } else { policy.any };
+    let learned = if protected || destination.expired != 0 {
+        0
+    } else {
+        destination.learned
+    };
+    let any = if protected {
+        policy.any & policy.deny
+    } else {
+        policy.any
+    };
     let known = learned | destination.cidr | any;
 
     let denying = known & policy.deny & matching;
     if denying != 0 {
-        return Verdict::Deny { reason: Reason::DenyRule, class: denying.trailing_zeros() as u8 };
+        return Verdict::Deny {
+            reason: Reason::DenyRule,
+            class: denying.trailing_zeros() as u8,
+        };
     }
     if known & !policy.deny & matching != 0 {
         return Verdict::Pass;

@@ -34,7 +34,13 @@ impl<'a> Denied<'a> {
     /// A denial of a packet from the pod that no class is behind.
     #[inline(always)]
     pub fn from_pod(interface: &'a Interface, packet: &'a Packet, reason: Reason) -> Self {
-        Self { interface, packet: Some(packet), reason, class: NO_CLASS, direction: FROM_POD }
+        Self {
+            interface,
+            packet: Some(packet),
+            reason,
+            class: NO_CLASS,
+            direction: FROM_POD,
+        }
     }
 }
 
@@ -89,8 +95,19 @@ fn record(skb: &Skb<'_>, denied: &Denied<'_>, verdict: u8) {
         return;
     };
     // SAFETY: the entry lives while the program runs; racing writers only blur the share.
-    let Meter { denial_tokens, denial_refill_ns, denials_unreported, .. } = unsafe { &mut *meter };
-    if !take_token(denial_tokens, denial_refill_ns, DENIAL_BURST, DENIALS_PER_SECOND, now_ns) {
+    let Meter {
+        denial_tokens,
+        denial_refill_ns,
+        denials_unreported,
+        ..
+    } = unsafe { &mut *meter };
+    if !take_token(
+        denial_tokens,
+        denial_refill_ns,
+        DENIAL_BURST,
+        DENIALS_PER_SECOND,
+        now_ns,
+    ) {
         *denials_unreported += 1;
         count(|c| c.denials_limited += 1);
         return;

@@ -5,8 +5,8 @@ use egress_common::{
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::bits,
     records::{
-        FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT,
-        FLOW_SEEN_RST, Flow, FlowKey, Interface,
+        FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, Flow,
+        FlowKey, Interface,
     },
 };
 
@@ -38,13 +38,21 @@ pub fn find<'a>(flows: &'a Flows, key: &FlowKey, now_ns: u64) -> Option<&'a mut 
 /// What a packet adds to `Flow::seen`.
 #[inline(always)]
 pub const fn seen(packet: &Packet, from_pod: bool) -> u8 {
-    let mut seen = if from_pod { FLOW_SEEN_OUT } else { FLOW_SEEN_IN };
+    let mut seen = if from_pod {
+        FLOW_SEEN_OUT
+    } else {
+        FLOW_SEEN_IN
+    };
     if packet.bit == bits::TCP {
         if packet.tcp_flags & TCP_RST != 0 {
             seen |= FLOW_SEEN_RST;
         }
         if packet.tcp_flags & TCP_FIN != 0 {
-            seen |= if from_pod { FLOW_SEEN_FIN_OUT } else { FLOW_SEEN_FIN_IN };
+            seen |= if from_pod {
+                FLOW_SEEN_FIN_OUT
+            } else {
+                FLOW_SEEN_FIN_IN
+            };
         }
     }
     seen
@@ -71,7 +79,13 @@ pub fn remember(
     seen: u8,
     now_ns: u64,
 ) {
-    let flow = Flow { last_seen_ns: now_ns, policy: interface.policy, state, seen, pad: 0 };
+    let flow = Flow {
+        last_seen_ns: now_ns,
+        policy: interface.policy,
+        state,
+        seen,
+        pad: 0,
+    };
     if flows.insert(key, flow, ANY).is_err() {
         count(|c| c.flows_full += 1);
         if let Some(meter) = METER.get_ptr_mut(interface.pod) {
@@ -84,6 +98,8 @@ pub fn remember(
 /// Whether flows are kept for packets of this kind.
 #[inline(always)]
 pub const fn is_tracked(packet: &Packet) -> bool {
-    matches!(packet.bit, bits::TCP | bits::UDP | bits::SCTP | bits::ICMP_ECHO)
+    matches!(
+        packet.bit,
+        bits::TCP | bits::UDP | bits::SCTP | bits::ICMP_ECHO
+    )
 }
-

@@ -90,7 +90,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         }
     }
     if !is_own(policy, &packet.src) {
-        return deny(ctx, &Denied::from_pod(interface, packet, Reason::SpoofedSource));
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::SpoofedSource),
+        );
     }
     if packet.dst_port == DNS_PORT
         && packet.bit & (bits::UDP | bits::TCP) != 0
@@ -106,7 +109,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return if flows::find(flows, &packet.fragment_from_pod(), now_ns).is_some() {
             pass(&skb)
         } else {
-            deny(ctx, &Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst))
+            deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst),
+            )
         };
     }
     let key = packet.flow_from_pod();
@@ -157,8 +163,13 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
                 }
                 None => {}
             }
-            let denied =
-                Denied { interface, packet: Some(packet), reason, class, direction: FROM_POD };
+            let denied = Denied {
+                interface,
+                packet: Some(packet),
+                reason,
+                class,
+                direction: FROM_POD,
+            };
             deny(ctx, &denied)
         }
     }
@@ -169,17 +180,26 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
 fn hold_question(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
     if packet.bit == bits::TCP {
-        return deny(ctx, &Denied::from_pod(interface, packet, Reason::DnsOverTcp));
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsOverTcp),
+        );
     }
     if !matches!(packet.fragment, Fragment::None) {
-        return deny(ctx, &Denied::from_pod(interface, packet, Reason::DnsFragmented));
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsFragmented),
+        );
     }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_QUESTION, false);
         return pass(&skb);
     }
     if !held::take(&skb, interface, HELD_QUESTION, true) {
-        return deny(ctx, &Denied::from_pod(interface, packet, Reason::DnsNotHeld));
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsNotHeld),
+        );
     }
     DROP
 }
@@ -234,12 +254,16 @@ fn same(a: &Address, b: &Address) -> bool {
 /// What the maps say about a destination.
 #[inline(always)]
 fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination {
-    let mut destination = Destination { ranges: range_of(address), ..Destination::default() };
+    let mut destination = Destination {
+        ranges: range_of(address),
+        ..Destination::default()
+    };
     // SAFETY: none of the maps is preallocated, so an entry that is replaced lives until the
     // program ends.
     unsafe {
-        if let Some(entry) =
-            ALLOW.get(&interface.policy).and_then(|allow| allow.get(AllowKey { addr: *address }))
+        if let Some(entry) = ALLOW
+            .get(&interface.policy)
+            .and_then(|allow| allow.get(AllowKey { addr: *address }))
         {
             destination.learned = entry.classes;
             destination.expired = u64::from(entry.expires_ns <= now_ns);

@@ -58,7 +58,13 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         pad: 0,
     };
     if is_crowded() && !has_share(interface.pod, head.time_ns) {
-        count(|c| if kind == HELD_REJECT { c.rejects_lost += 1 } else { c.held_limited += 1 });
+        count(|c| {
+            if kind == HELD_REJECT {
+                c.rejects_lost += 1
+            } else {
+                c.held_limited += 1
+            }
+        });
         unreported(interface.pod);
         return false;
     }
@@ -76,7 +82,13 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
             _ => {}
         });
     } else {
-        count(|c| if kind == HELD_REJECT { c.rejects_lost += 1 } else { c.held_lost += 1 });
+        count(|c| {
+            if kind == HELD_REJECT {
+                c.rejects_lost += 1
+            } else {
+                c.held_lost += 1
+            }
+        });
         unreported(interface.pod);
     }
     copied
@@ -125,8 +137,18 @@ fn has_share(pod: u32, now_ns: u64) -> bool {
         return false;
     };
     // SAFETY: the entry lives while the program runs; racing writers only blur the share.
-    let Meter { held_tokens, held_refill_ns, .. } = unsafe { &mut *meter };
-    take_token(held_tokens, held_refill_ns, HELD_BURST, HELD_PER_SECOND, now_ns)
+    let Meter {
+        held_tokens,
+        held_refill_ns,
+        ..
+    } = unsafe { &mut *meter };
+    take_token(
+        held_tokens,
+        held_refill_ns,
+        HELD_BURST,
+        HELD_PER_SECOND,
+        now_ns,
+    )
 }
 
 #[inline(always)]

@@ -6,9 +6,7 @@ use egress_common::{
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     reason::Reason,
-    records::{
-        FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, NO_CLASS, RANGE_RESOLVER, TO_POD,
-    },
+    records::{FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, NO_CLASS, RANGE_RESOLVER, TO_POD},
 };
 
 use crate::{
@@ -89,10 +87,12 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
 }
 
 #[inline(always)]
-fn denied<'a>(
-    interface: &'a Interface,
-    packet: Option<&'a Packet>,
-    reason: Reason,
-) -> Denied<'a> {
-    Denied { interface, packet, reason, class: NO_CLASS, direction: TO_POD }
+fn denied<'a>(interface: &'a Interface, packet: Option<&'a Packet>, reason: Reason) -> Denied<'a> {
+    Denied {
+        interface,
+        packet,
+        reason,
+        class: NO_CLASS,
+        direction: TO_POD,
+    }
 }

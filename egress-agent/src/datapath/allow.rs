@@ -40,17 +40,19 @@ impl AllowMap {
     ///
     /// [`AllowError::Full`] when the map has no room (or the kernel no memory) for a new address.
     pub fn insert(&mut self, addr: Address, entry: AllowEntry) -> Result<(), AllowError> {
-        self.map.insert(AllowKey { addr }, entry, 0).map_err(|error| match &error {
-            MapError::SyscallError(syscall)
-                if matches!(
-                    syscall.io_error.raw_os_error(),
-                    Some(libc::E2BIG | libc::ENOMEM)
-                ) =>
-            {
-                AllowError::Full
-            }
-            _ => AllowError::Kernel(error),
-        })
+        self.map
+            .insert(AllowKey { addr }, entry, 0)
+            .map_err(|error| match &error {
+                MapError::SyscallError(syscall)
+                    if matches!(
+                        syscall.io_error.raw_os_error(),
+                        Some(libc::E2BIG | libc::ENOMEM)
+                    ) =>
+                {
+                    AllowError::Full
+                }
+                _ => AllowError::Kernel(error),
+            })
     }
 
     /// Removes one address; it is no error when it is not there.
@@ -78,7 +80,10 @@ impl AllowMap {
     pub fn entries(&self) -> Result<Vec<(Address, AllowEntry)>, AllowError> {
         self.map
             .iter()
-            .map(|item| item.map(|(key, entry)| (key.addr, entry)).map_err(AllowError::Kernel))
+            .map(|item| {
+                item.map(|(key, entry)| (key.addr, entry))
+                    .map_err(AllowError::Kernel)
+            })
             .collect()
     }
 }

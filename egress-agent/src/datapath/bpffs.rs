@@ -17,15 +17,23 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 ///
 /// When the path cannot be made or mounted; the message says which command would do it.
 pub fn mount_if_missing(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path)
-        .with_context(|| format!("cannot create {}, where bpffs is to be mounted", path.display()))?;
+    std::fs::create_dir_all(path).with_context(|| {
+        format!(
+            "cannot create {}, where bpffs is to be mounted",
+            path.display()
+        )
+    })?;
     if is_bpffs(path)? {
         return Ok(());
     }
     let how = format!("mount -t bpf bpf {}", path.display());
-    if let Err(error) =
-        mount(Some("bpf"), path, Some("bpf"), MsFlags::empty(), None::<&str>)
-    {
+    if let Err(error) = mount(
+        Some("bpf"),
+        path,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    ) {
         bail!(
             "{} is not a BPF file system and cannot be mounted ({error}): run `{how}` as root, or \
              in a container mount the host's /sys/fs/bpf with mountPropagation: Bidirectional",

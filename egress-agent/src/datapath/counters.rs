@@ -32,7 +32,10 @@ impl CounterMap {
     ///
     /// When the map cannot be read.
     pub fn counters(&self) -> Result<Counters> {
-        let per_cpu = self.counters.get(&0, 0).context("cannot read the map `counters`")?;
+        let per_cpu = self
+            .counters
+            .get(&0, 0)
+            .context("cannot read the map `counters`")?;
         let mut sum = Counters::default();
         for &other in per_cpu.iter() {
             add_fields!(

@@ -65,7 +65,9 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
     /// `BPF_OBJ_GET_INFO_BY_FD`.
     const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 
-    let map = info.fd().context("cannot open a map of the loaded object")?;
+    let map = info
+        .fd()
+        .context("cannot open a map of the loaded object")?;
     let map: BorrowedFd<'_> = map.as_fd();
     let mut raw = MapInfoHead::default();
     let mut attr = GetInfo {
@@ -75,7 +77,12 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
     };
     // SAFETY: `attr` is as long as the kernel is told and `info` points to `len` writable bytes.
     let failed = unsafe {
-        libc::syscall(libc::SYS_bpf, OBJ_GET_INFO_BY_FD, &raw mut attr, size_of::<GetInfo>())
+        libc::syscall(
+            libc::SYS_bpf,
+            OBJ_GET_INFO_BY_FD,
+            &raw mut attr,
+            size_of::<GetInfo>(),
+        )
     };
     if failed != 0 {
         return Err(std::io::Error::last_os_error()).context("bpf(BPF_OBJ_GET_INFO_BY_FD)");
@@ -83,7 +90,12 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
     let mut attr = [raw.btf_id, 0, 0, 0];
     // SAFETY: `attr` is as long as the kernel is told; only its first field is read.
     let fd = unsafe {
-        libc::syscall(libc::SYS_bpf, BTF_GET_FD_BY_ID, attr.as_mut_ptr(), size_of_val(&attr))
+        libc::syscall(
+            libc::SYS_bpf,
+            BTF_GET_FD_BY_ID,
+            attr.as_mut_ptr(),
+            size_of_val(&attr),
+        )
     };
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("bpf(BPF_BTF_GET_FD_BY_ID)");

@@ -61,7 +61,10 @@ impl InterfaceMap {
     ///
     /// When the map cannot be read.
     pub fn entries(&self) -> Result<Vec<(u32, Interface)>> {
-        self.0.iter().collect::<Result<_, _>>().context("cannot read the map `interfaces`")
+        self.0
+            .iter()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `interfaces`")
     }
 }
 
@@ -88,6 +91,9 @@ fn padded<const N: usize>(text: &str, what: &str) -> Result<[u8; N]> {
 }
 
 pub(super) fn text(field: &[u8]) -> String {
-    let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
+    let end = field
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(field.len());
     String::from_utf8_lossy(&field[..end]).into_owned()
 }

@@ -7,7 +7,10 @@ use aya::{
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, LinkError, PinnedLink},
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
+        tc::{
+            NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
+            qdisc_detach_program,
+        },
     },
     sys::SyscallError,
     util::KernelVersion,
@@ -115,7 +118,10 @@ impl Datapath {
     }
 
     fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
-        let pin = self.layout.links().join(format!("{ifindex}_{}", hook.program()));
+        let pin = self
+            .layout
+            .links()
+            .join(format!("{ifindex}_{}", hook.program()));
         let program = self.program(hook)?;
         if let Some(link) = pinned(&pin)? {
             match program.attach_to_link(SchedClassifierLink::try_from(link)?) {
@@ -136,7 +142,8 @@ impl Datapath {
             TcAttachOptions::TcxOrder(LinkOrder::first()),
         )?;
         let link: FdLink = program.take_link(id)?.try_into()?;
-        link.pin(&pin).with_context(|| format!("cannot pin {}", pin.display()))?;
+        link.pin(&pin)
+            .with_context(|| format!("cannot pin {}", pin.display()))?;
         Ok(())
     }
 
@@ -230,8 +237,12 @@ fn attached(links: &Path) -> Result<Vec<u32>> {
         }
     };
     for entry in entries {
-        let name = entry.context("cannot read the directory of links")?.file_name();
-        let ifindex: Option<u32> = name.to_str().and_then(|name| name.split('_').next()?.parse().ok());
+        let name = entry
+            .context("cannot read the directory of links")?
+            .file_name();
+        let ifindex: Option<u32> = name
+            .to_str()
+            .and_then(|name| name.split('_').next()?.parse().ok());
         interfaces.extend(ifindex);
     }
     interfaces.sort_unstable();
@@ -266,5 +277,6 @@ fn is_defunct(error: &ProgramError) -> bool {
 fn interface_name(ifindex: u32) -> Result<String> {
     let name = nix::net::if_::if_indextoname(ifindex)
         .with_context(|| format!("there is no interface with index {ifindex}"))?;
-    name.into_string().context("the interface's name is not UTF-8")
+    name.into_string()
+        .context("the interface's name is not UTF-8")
 }

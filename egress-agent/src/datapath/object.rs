@@ -25,8 +25,17 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/eg
 
 /// Maps that all pods share; each is pinned under its own name.
 const SHARED_MAPS: &[&str] = &[
-    "interfaces", "identities", "policies", "allow", "cidrs", "flows", "ranges", "meters",
-    "counters", "held", "denials",
+    "interfaces",
+    "identities",
+    "policies",
+    "allow",
+    "cidrs",
+    "flows",
+    "ranges",
+    "meters",
+    "counters",
+    "held",
+    "denials",
 ];
 
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
@@ -94,7 +103,10 @@ impl Datapath {
         layout.create()?;
         check_shapes(&layout)?;
 
-        let marks = Marks { deliver: random_mark()?, bounce: random_mark()? };
+        let marks = Marks {
+            deliver: random_mark()?,
+            bounce: random_mark()?,
+        };
         let trace = u8::from(options.trace);
         let mut loader = EbpfLoader::new();
         loader
@@ -104,7 +116,9 @@ impl Datapath {
         for &name in SHARED_MAPS {
             loader.map_pin_path(name, layout.map(name));
         }
-        let mut ebpf = loader.load(OBJECT).context("the kernel does not take the eBPF object")?;
+        let mut ebpf = loader
+            .load(OBJECT)
+            .context("the kernel does not take the eBPF object")?;
         for name in ["from_pod", "to_pod"] {
             let program: &mut SchedClassifier = ebpf
                 .program_mut(name)
@@ -157,7 +171,10 @@ impl Datapath {
     ///
     /// When it was taken already or cannot be mapped.
     pub fn take_held(&mut self) -> Result<HeldRing> {
-        Ok(HeldRing::new(aya::maps::RingBuf::try_from(take(&mut self.ebpf, "held")?)?))
+        Ok(HeldRing::new(aya::maps::RingBuf::try_from(take(
+            &mut self.ebpf,
+            "held",
+        )?)?))
     }
 
     /// The ring of denials. There can be only one reader.
@@ -166,7 +183,10 @@ impl Datapath {
     ///
     /// When it was taken already or cannot be mapped.
     pub fn take_denials(&mut self) -> Result<DenialRing> {
-        Ok(DenialRing::new(aya::maps::RingBuf::try_from(take(&mut self.ebpf, "denials")?)?))
+        Ok(DenialRing::new(aya::maps::RingBuf::try_from(take(
+            &mut self.ebpf,
+            "denials",
+        )?)?))
     }
 
     /// A handle on the `interfaces` map.
@@ -259,12 +279,16 @@ impl Datapath {
     ///
     /// When the map cannot be read.
     pub fn policy_ids(&self) -> Result<Vec<u32>> {
-        self.policies.keys().collect::<Result<_, _>>().context("cannot read the map `policies`")
+        self.policies
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `policies`")
     }
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
-    ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
+    ebpf.take_map(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
 }
 
 /// A pinned map is used as it is, whatever its shape (aya does not compare): make sure that it is
@@ -289,8 +313,12 @@ fn check_shapes(layout: &Layout) -> Result<()> {
             expected.max_entries(),
             expected.map_flags(),
         );
-        let found =
-            (found.key_size(), found.value_size(), found.max_entries(), found.map_flags());
+        let found = (
+            found.key_size(),
+            found.value_size(),
+            found.max_entries(),
+            found.map_flags(),
+        );
         if expected != found {
             bail!(
                 "the pinned map {} has another shape (key, value, entries, flags {found:?}, not \
@@ -309,7 +337,9 @@ fn random_mark() -> Result<u32> {
     let mut random = std::fs::File::open("/dev/urandom").context("cannot open /dev/urandom")?;
     loop {
         let mut bytes = [0; 4];
-        random.read_exact(&mut bytes).context("cannot read /dev/urandom")?;
+        random
+            .read_exact(&mut bytes)
+            .context("cannot read /dev/urandom")?;
         let mark = u32::from_ne_bytes(bytes);
         if mark != 0 {
             return Ok(mark);

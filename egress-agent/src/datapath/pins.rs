@@ -26,7 +26,9 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn new(bpffs: &Path) -> Self {
-        Self { root: bpffs.join("egress-agent").join(VERSION) }
+        Self {
+            root: bpffs.join("egress-agent").join(VERSION),
+        }
     }
 
     pub(super) fn create(&self) -> Result<()> {
@@ -50,7 +52,11 @@ impl Layout {
     }
 
     pub(super) fn pod(&self, namespace: &str, name: &str) -> PodPins {
-        PodPins { dir: self.pods().join(format!("{}_{}", escape(namespace), escape(name))) }
+        PodPins {
+            dir: self
+                .pods()
+                .join(format!("{}_{}", escape(namespace), escape(name))),
+        }
     }
 }
 
@@ -80,7 +86,8 @@ impl PodPins {
         self.create()?;
         let (path, new) = (self.path(name), self.path(&format!("{name}_new")));
         remove_if_there(&new)?;
-        map.pin(&new).with_context(|| format!("cannot pin {}", new.display()))?;
+        map.pin(&new)
+            .with_context(|| format!("cannot pin {}", new.display()))?;
         fs::rename(&new, &path).with_context(|| format!("cannot move {}", path.display()))
     }
 
@@ -150,7 +157,10 @@ mod tests {
     fn a_pod_name_with_dots_has_a_pin_of_its_own() {
         let layout = Layout::new(Path::new("/sys/fs/bpf"));
         let pins = layout.pod("shop", "cart.v2-0");
-        assert_eq!(pins.dir(), Path::new("/sys/fs/bpf/egress-agent/v1/pods/shop_cart~2ev2-0"));
+        assert_eq!(
+            pins.dir(),
+            Path::new("/sys/fs/bpf/egress-agent/v1/pods/shop_cart~2ev2-0")
+        );
         assert_ne!(layout.pod("a", "b_c").dir(), layout.pod("a_b", "c").dir());
     }
 }

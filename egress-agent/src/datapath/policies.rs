@@ -28,11 +28,15 @@ impl Datapath {
         pins.remove()?;
         let flows = self.templates.flows()?;
         pins.replace("flows", &flows)?;
-        self.flows.insert(pod, &flows, 0).context("cannot write the map `flows`")?;
+        self.flows
+            .insert(pod, &flows, 0)
+            .context("cannot write the map `flows`")?;
         self.meters
             .insert(pod, egress_common::records::Meter::default(), 0)
             .context("cannot write the map `meters`")?;
-        self.identities.insert(pod, identity, 0).context("cannot write the map `identities`")?;
+        self.identities
+            .insert(pod, identity, 0)
+            .context("cannot write the map `identities`")?;
         Ok(pins)
     }
 
@@ -65,17 +69,23 @@ impl Datapath {
         cidrs: impl ExactSizeIterator<Item = (Address, u32, u64)>,
     ) -> Result<AllowMap> {
         let allow = self.templates.allow(self.allow_entries)?;
-        self.allow.insert(id, &allow, 0).context("cannot write the map `allow`")?;
+        self.allow
+            .insert(id, &allow, 0)
+            .context("cannot write the map `allow`")?;
         if cidrs.len() > 0 {
             let trie = self.templates.cidrs(cidrs.len() as u32)?;
-            self.cidrs.insert(id, &trie, 0).context("cannot write the map `cidrs`")?;
+            self.cidrs
+                .insert(id, &trie, 0)
+                .context("cannot write the map `cidrs`")?;
             let mut trie = trie_of(trie)?;
             for (network, prefix_len, classes) in cidrs {
                 trie.insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
                     .context("cannot write a policy's CIDR trie")?;
             }
         }
-        self.policies.insert(id, policy, 0).context("cannot write the map `policies`")?;
+        self.policies
+            .insert(id, policy, 0)
+            .context("cannot write the map `policies`")?;
         self.allow_map(allow)
     }
 
@@ -85,8 +95,10 @@ impl Datapath {
     ///
     /// When the map is unknown or cannot be pinned.
     pub fn pin_allow(&self, id: u32, pins: &PodPins) -> Result<()> {
-        let allow: MapData =
-            self.allow.get(&id, 0).with_context(|| format!("policy {id} has no allow map"))?;
+        let allow: MapData = self
+            .allow
+            .get(&id, 0)
+            .with_context(|| format!("policy {id} has no allow map"))?;
         pins.replace("allow", &allow)
     }
 
@@ -128,7 +140,12 @@ impl Datapath {
             Err(MapError::KeyNotFound) => return Ok(None),
             Err(error) => return Err(error).context("cannot read the map `allow`"),
         };
-        if allow.info().context("cannot look at an allow map")?.max_entries() != self.allow_entries {
+        if allow
+            .info()
+            .context("cannot look at an allow map")?
+            .max_entries()
+            != self.allow_entries
+        {
             return Ok(None);
         }
         self.allow_map(allow).map(Some)
@@ -151,8 +168,10 @@ impl Datapath {
     ///
     /// When the pod has no flow map.
     pub fn flow_map(&self, pod: u32) -> Result<FlowMap> {
-        let map: MapData =
-            self.flows.get(&pod, 0).with_context(|| format!("pod {pod} has no flow map"))?;
+        let map: MapData = self
+            .flows
+            .get(&pod, 0)
+            .with_context(|| format!("pod {pod} has no flow map"))?;
         Ok(FlowMap(HashMap::try_from(Map::HashMap(map))?))
     }
 
