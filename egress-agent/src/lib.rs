@@ -3,5 +3,6 @@
 
 pub mod datapath;
 pub mod dns;
+pub mod gate;
 pub mod policy;
 pub mod report;
