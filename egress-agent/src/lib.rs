@@ -1,5 +1,6 @@
 //! egress-agent: enforces, per pod, which names, addresses and ports it may reach.
 #![deny(unsafe_code)]
 
+pub mod config;
 pub mod dns;
 pub mod policy;
