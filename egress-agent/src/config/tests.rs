@@ -32,14 +32,15 @@ fn kinds(config: &Config, ip: IpAddr) -> u64 {
 
 /// The example in the module's documentation.
 fn documented() -> String {
-    include_str!("mod.rs")
+    let lines: Vec<&str> = include_str!("mod.rs")
         .lines()
         .map_while(|line| line.strip_prefix("//!"))
         .skip_while(|line| !line.contains("```yaml"))
         .skip(1)
         .take_while(|line| !line.contains("```"))
-        .map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line)))
-        .collect()
+        .map(|line| line.strip_prefix(' ').unwrap_or(line))
+        .collect();
+    lines.join("\n")
 }
 
 #[test]
