@@ -55,11 +55,11 @@ pub(super) fn resolve(
     let mut warnings = Vec::new();
     let (mode, open) = mode_and_open(&pod, &namespace, settings, &mut warnings);
 
-    let mut deny = deny_rules(&namespace.deny, Origin::Namespace);
-    let pod_allow = allow_rules(&pod.allow, Origin::Pod);
-    let mut allow = allow_rules(&namespace.allow, Origin::Namespace);
-    let pod_resolve = resolve_rules(&pod.resolve, Origin::Pod);
-    let mut resolve = resolve_rules(&namespace.resolve, Origin::Namespace);
+    let mut deny = deny_rules(namespace.deny.as_deref(), Origin::Namespace);
+    let pod_allow = allow_rules(pod.allow.as_deref(), Origin::Pod);
+    let mut allow = allow_rules(namespace.allow.as_deref(), Origin::Namespace);
+    let pod_resolve = resolve_rules(pod.resolve.as_deref(), Origin::Pod);
+    let mut resolve = resolve_rules(namespace.resolve.as_deref(), Origin::Namespace);
     match settings.pod_annotations {
         PodAnnotations::Grant => {
             allow.extend(pod_allow);
@@ -97,7 +97,7 @@ pub(super) fn resolve(
             }
         }
     }
-    deny.extend(deny_rules(&pod.deny, Origin::Pod));
+    deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
     warn_of_whole_families(&allow, &mut warnings);
     Ok(Effective {
         mode,
@@ -156,7 +156,7 @@ fn mode_and_open(
 }
 
 fn rules(
-    list: &Option<Vec<Written>>,
+    list: Option<&[Written]>,
     origin: Origin,
     class: impl Fn(&Written) -> PortClass,
 ) -> Vec<Rule> {
@@ -168,21 +168,21 @@ fn rules(
         text: written.text.clone(),
         origin,
     };
-    let rules = list.iter().flatten().map(rule);
+    let rules = list.unwrap_or_default().iter().map(rule);
     rules
         .filter(|rule| seen.insert((rule.destination.clone(), rule.class)))
         .collect()
 }
 
-fn allow_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn allow_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |written| written.entry.allowed_class())
 }
 
-fn deny_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn deny_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |written| written.entry.denied_class())
 }
 
-fn resolve_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn resolve_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |_| ANY_CLASS)
 }
 
