@@ -2,3 +2,4 @@
 #![deny(unsafe_code)]
 
 pub mod dns;
+pub mod report;
