@@ -2,4 +2,5 @@
 #![deny(unsafe_code)]
 
 pub mod dns;
+pub mod pods;
 pub mod report;
