@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use k8s_openapi::api::core::v1;
 use serde::{Deserialize, de::DeserializeOwned};
-use serde_saphyr::{DefaultMessageFormatter, Localizer, Location, Spanned};
+use serde_saphyr::{Localizer, Location, Spanned, UserMessageFormatter};
 
 use super::{
     Problem,
@@ -36,14 +36,14 @@ impl Manifests {
 
     fn read_document(&mut self, file: &str, document: Document<'_>) -> Result<(), Problem> {
         let origin = format!("{file}:{}", document.first_line);
-        let Some(type_meta) = parse::<Option<TypeMeta>>(file, document)? else {
+        let Some(type_meta) = parse::<Option<TypeMeta>>(file, document, "document")? else {
             return Ok(());
         };
         match type_meta.kind(&origin)? {
-            Kind::Pod => self.add_pod(&origin, parse(file, document)?),
-            Kind::Namespace => self.add_namespace(&origin, parse(file, document)?),
+            Kind::Pod => self.add_pod(&origin, parse(file, document, "Pod")?),
+            Kind::Namespace => self.add_namespace(&origin, parse(file, document, "Namespace")?),
             Kind::List(of) => {
-                let list = parse::<List>(file, document)?;
+                let list = parse::<List>(file, document, "List")?;
                 for item in list.items {
                     let line = document.lines_before as u64 + item.defined.line();
                     let origin = format!("{file}:{line}");
@@ -168,8 +168,12 @@ impl TypeMeta {
     }
 }
 
-/// Parses a document. Its budgets bound what anchors and aliases can blow up.
-fn parse<T: DeserializeOwned>(file: &str, document: Document<'_>) -> Result<T, Problem> {
+/// Parses a document as `what`. Its budgets bound what anchors and aliases can blow up.
+fn parse<T: DeserializeOwned>(
+    file: &str,
+    document: Document<'_>,
+    what: &str,
+) -> Result<T, Problem> {
     let options = serde_saphyr::options! {
         with_snippet: false,
         // `off` is a mode, not `false`.
@@ -177,7 +181,7 @@ fn parse<T: DeserializeOwned>(file: &str, document: Document<'_>) -> Result<T, P
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 10_000 },
     };
     serde_saphyr::from_str_with_options(document.text, options).map_err(|error| {
-        let formatter = DefaultMessageFormatter.with_localizer(&WithoutLocation);
+        let formatter = UserMessageFormatter.with_localizer(&WithoutLocation);
         let message = error.without_snippet().render_with_formatter(&formatter);
         let origin = match error.location() {
             Some(at) => {
@@ -186,14 +190,17 @@ fn parse<T: DeserializeOwned>(file: &str, document: Document<'_>) -> Result<T, P
             }
             None => format!("{file}:{}", document.first_line),
         };
-        Problem { origin, message }
+        Problem {
+            origin,
+            message: format!("the {what} cannot be read: {message}"),
+        }
     })
 }
 
 fn convert<T: DeserializeOwned>(origin: &str, item: serde_json::Value) -> Result<T, Problem> {
     serde_json::from_value(item).map_err(|error| Problem {
         origin: origin.to_owned(),
-        message: error.to_string(),
+        message: format!("the List's item cannot be read: {error}"),
     })
 }
 
