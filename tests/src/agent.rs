@@ -286,6 +286,17 @@ impl Agent {
             .unwrap_or_else(|| panic!("no line with event {event:?} within {DEADLINE:?}"))
     }
 
+    /// The lines so far on standard output of this event.
+    #[track_caller]
+    pub fn events(&self, event: &str) -> Vec<Value> {
+        let lines = self.stdout.lock();
+        lines
+            .iter()
+            .map(|line| json_line(line))
+            .filter(|line| line["event"] == event)
+            .collect()
+    }
+
     /// The denial lines so far.
     #[track_caller]
     pub fn denials(&self) -> Vec<Denial> {

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpStream},
+    thread,
 };
 
 use crate::{
@@ -29,6 +30,16 @@ impl Agent {
         self.wait_denial_from(from, &format!("{reason} of tcp {}:{}", to.0, to.1), |d| {
             d.is(pod, reason, to.0, to.1) && d.protocol.as_deref() == Some("tcp")
         })
+    }
+
+    /// As [`Self::denies_tcp`], for several destinations at once.
+    #[track_caller]
+    pub fn denies_each_tcp(&self, pod: &Pod, denied: &[((IpAddr, u16), &str)]) {
+        thread::scope(|scope| {
+            for (to, reason) in denied {
+                scope.spawn(|| self.denies_tcp(pod, *to, reason));
+            }
+        });
     }
 
     /// A datagram of the pod's has no echo from there, and the agent says why.
