@@ -19,10 +19,10 @@ const OTHER_RESOLVER: &str = "10.99.0.54";
 
 /// A pod that may reach `shop.test` and `next.test`, and the socket it asks with.
 struct Scene {
-    lab: Lab,
-    pod: Pod,
     agent: Agent,
     socket: DnsSocket,
+    pod: Pod,
+    lab: Lab,
 }
 
 impl Scene {
@@ -41,10 +41,10 @@ impl Scene {
         let agent = lab.start_agent(&[&pod]);
         let socket = pod.dns_socket();
         Self {
-            lab,
-            pod,
             agent,
             socket,
+            pod,
+            lab,
         }
     }
 

@@ -22,11 +22,11 @@ const PORT: u16 = 4000;
 /// A pod that may send UDP and TCP to port 4000 of `server(1)` and `server6(1)`, its own end of
 /// the wire, and what leaves the node.
 struct Wire {
-    lab: Lab,
-    pod: Pod,
     agent: Agent,
     tap: Tap,
     uplink: Tap,
+    pod: Pod,
+    lab: Lab,
 }
 
 impl Wire {
@@ -39,11 +39,11 @@ impl Wire {
         let tap = Tap::open(pod.netns(), "eth0");
         let uplink = Tap::open(lab.outside(), "eth0");
         Self {
-            lab,
-            pod,
             agent,
             tap,
             uplink,
+            pod,
+            lab,
         }
     }
 
