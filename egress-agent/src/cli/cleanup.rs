@@ -1,14 +1,18 @@
 //! `egress-agent cleanup`
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 
-use super::CleanupArgs;
+use super::{CleanupArgs, read_config};
 use crate::datapath;
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
-    let detached = datapath::cleanup(&args.bpffs)?;
+    let bpffs = match &args.config {
+        Some(path) => read_config(path)?.bpffs,
+        None => PathBuf::from("/sys/fs/bpf"),
+    };
+    let detached = datapath::cleanup(&bpffs)?;
     println!("detached from {detached} interfaces; nothing is enforced any more");
     Ok(ExitCode::SUCCESS)
 }

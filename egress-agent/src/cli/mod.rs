@@ -75,9 +75,9 @@ struct CheckArgs {
 
 #[derive(Debug, clap::Args)]
 struct CleanupArgs {
-    /// Mount point of the BPF file system that the agent used.
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf")]
-    bpffs: PathBuf,
+    /// Configuration file of the agent, for its `bpffs`; /sys/fs/bpf without it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 impl Cli {

@@ -45,8 +45,8 @@ const BATCH: usize = 256;
 /// How often meters and counters are read.
 const METERS_EVERY: Duration = Duration::from_secs(1);
 
-/// How long the reader sleeps at most, so that it notices when it is to stop.
-const PATIENCE: PollTimeout = PollTimeout::from(250u8);
+/// How long the reader sleeps at most, so that it notices when it is to stop; in milliseconds.
+const PATIENCE_MS: u8 = 250;
 
 /// The thread that reads the `denials` ring.
 pub(super) struct DenialReader {
@@ -127,7 +127,7 @@ impl Reader {
             }
             let mut fds = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
             // An interrupted wait is as good as one that ended.
-            let _ = poll(&mut fds, PATIENCE);
+            let _ = poll(&mut fds, PollTimeout::from(PATIENCE_MS));
         }
     }
 

@@ -26,7 +26,11 @@ impl LinkEvents {
         .context("cannot open a netlink socket")?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, LINK_GROUP))
             .context("cannot listen for interfaces")?;
-        Ok(Self(AsyncFd::new(socket).context("cannot wait for netlink")?))
+        // SAFETY: the `OwnedFd` keeps the descriptor open, and the same, for as long as it is
+        // registered.
+        #[expect(unsafe_code, reason = "registering a descriptor with the runtime")]
+        let socket = unsafe { AsyncFd::register(socket) }.context("cannot wait for netlink")?;
+        Ok(Self(socket))
     }
 
     /// Waits until an interface has changed.
