@@ -243,13 +243,22 @@ fn an_error_names_the_key_and_the_place() {
 
 #[test]
 fn text_that_is_no_yaml_names_the_place() {
-    let message = error("dns: {resolvers: [10.0.0.1]\nnode: x");
-    assert!(message.contains("line 2"), "{message}");
-    let message = error("node: a\nnode: b\n");
-    assert!(
-        message.contains("node") && message.contains("line 2"),
-        "{message}"
-    );
+    for (text, expected) in [
+        (
+            "dns: {resolvers: [10.0.0.1]\nnode: x",
+            "while parsing a flow mapping, did not find expected ',' or '}' at line 2, column 1",
+        ),
+        (
+            "node: a\nnode: b\n",
+            "duplicate mapping key: node not allowed here at line 2, column 1",
+        ),
+        (
+            "node: a\n---\nnode: b\n",
+            "only single YAML document expected but multiple found at line 3, column 1",
+        ),
+    ] {
+        assert_eq!(error(text), expected, "{text:?}");
+    }
 }
 
 #[test]

@@ -124,7 +124,7 @@ impl Node {
             let error = error.without_snippet();
             ConfigError::Yaml {
                 place: error.location().map(place),
-                message: error.to_string(),
+                message: error.render_with_formatter(&serde_saphyr::UserMessageFormatter),
             }
         })?;
         Ok(Self::new(String::new(), document))

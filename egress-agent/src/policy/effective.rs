@@ -1,6 +1,6 @@
 //! Pod, namespace and settings together: which rules are in effect for a pod.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use egress_common::records::PortClass;
 
@@ -214,15 +214,31 @@ fn narrowed(
     settings: &Settings,
     warnings: &mut Vec<String>,
 ) -> Vec<Rule> {
+    // Patterns are compared once for each pair of destinations, however many ports they come with.
+    let mut given: BTreeMap<&Destination, BTreeSet<PortClass>> = BTreeMap::new();
+    for rule in namespace {
+        given
+            .entry(&rule.destination)
+            .or_default()
+            .insert(rule.class);
+    }
+    let mut common: HashMap<Destination, Vec<(Destination, &BTreeSet<PortClass>)>> = HashMap::new();
     let mut narrowed = Vec::new();
     for rule in pod {
-        let parts: BTreeSet<(Destination, PortClass)> = namespace
+        let common = common.entry(rule.destination.clone()).or_insert_with(|| {
+            let common = |given| common_destination(&rule.destination, given, settings);
+            given
+                .iter()
+                .filter_map(|(to, classes)| Some((common(to)?, classes)))
+                .collect()
+        });
+        let parts: BTreeSet<(Destination, PortClass)> = common
             .iter()
-            .filter_map(|given| {
-                Some((
-                    common_destination(&rule.destination, &given.destination, settings)?,
-                    class_intersection(&rule.class, &given.class)?,
-                ))
+            .flat_map(|(destination, classes)| {
+                let both = classes
+                    .iter()
+                    .filter_map(|class| class_intersection(&rule.class, class));
+                both.map(|class| (destination.clone(), class))
             })
             .collect();
         if parts.is_empty() {

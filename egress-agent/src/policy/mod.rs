@@ -22,6 +22,8 @@ pub mod prefix;
 
 #[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use crate::dns::Name;
 
