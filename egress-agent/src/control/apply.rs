@@ -70,9 +70,9 @@ impl Reconciler {
         self.adoptable.remove(&pod);
         let flows = self.datapath.flow_map(pod)?;
         tracing::info!(
-            pod = title(key),
+            pod = %title(key),
             interface = wanted.ifindex,
-            mode = wanted.compiled.mode.as_str(),
+            mode = %wanted.compiled.mode.as_str(),
             "enforcing"
         );
         let enforced = Enforced {
@@ -172,9 +172,9 @@ impl Reconciler {
         enforced.wanted = wanted;
         enforced.version += 1;
         tracing::info!(
-            pod = title(key),
+            pod = %title(key),
             version = enforced.version,
-            mode = enforced.wanted.compiled.mode.as_str(),
+            mode = %enforced.wanted.compiled.mode.as_str(),
             "policy applied"
         );
         if moved_from != enforced.wanted.ifindex {
@@ -193,7 +193,7 @@ impl Reconciler {
         self.datapath.attach(ifindex)?;
         let before = std::mem::replace(&mut enforced.wanted.ifindex, ifindex);
         self.datapath.detach(before)?;
-        tracing::info!(pod = title(key), interface = ifindex, "enforcing on another interface");
+        tracing::info!(pod = %title(key), interface = ifindex, "enforcing on another interface");
         Ok(())
     }
 
@@ -210,11 +210,11 @@ impl Reconciler {
         }
         .await;
         match result {
-            Ok(()) => tracing::info!(pod = title(key), "no longer enforcing"),
+            Ok(()) => tracing::info!(pod = %title(key), "no longer enforcing"),
             Err(error) => {
                 tracing::error!(
-                    pod = title(key),
-                    error = format!("{error:#}"),
+                    pod = %title(key),
+                    error = %format!("{error:#}"),
                     "cannot remove all of a pod"
                 );
             }

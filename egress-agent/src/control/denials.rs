@@ -227,7 +227,7 @@ impl Losses {
             let flows_full = now.flows_full.saturating_sub(before.flows_full);
             if flows_full > 0 {
                 tracing::warn!(
-                    pod = format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
                     flows = flows_full,
                     "flows not remembered: the pod's flow map is full"
                 );

@@ -86,7 +86,7 @@ pub async fn run(options: Options) -> Result<()> {
     let adoptable = datapath.adoptable()?;
     for ifindex in datapath.attached()? {
         if let Err(error) = datapath.attach(ifindex) {
-            tracing::warn!(ifindex, error = format!("{error:#}"), "cannot take over an interface");
+            tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
         }
     }
 
@@ -119,7 +119,7 @@ pub async fn run(options: Options) -> Result<()> {
     reconciler.reconcile(&snapshot).await;
     reconciler.drop_leftovers(&snapshot).await;
     tracing::info!(
-        node = config.node,
+        node = %config.node,
         pods = reconciler.enforced(),
         resolvers = ?config.dns.resolvers,
         "ready"

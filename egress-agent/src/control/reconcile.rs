@@ -159,9 +159,9 @@ impl Reconciler {
                 continue;
             }
             if let Err(error) = self.drop_leftover(pod, &left).await {
-                tracing::error!(pod = title, error = format!("{error:#}"), "cannot remove leftovers");
+                tracing::error!(pod = %title, error = %format!("{error:#}"), "cannot remove leftovers");
             } else {
-                tracing::info!(pod = title, "removed what an earlier agent had left");
+                tracing::info!(pod = %title, "removed what an earlier agent had left");
             }
         }
     }
@@ -196,7 +196,7 @@ impl Reconciler {
             if let Err(error) = enforced.flows.sweep(now_ns, |address| {
                 open.insert(address);
             }) {
-                tracing::error!(error = format!("{error:#}"), "cannot sweep a pod's flows");
+                tracing::error!(error = %format!("{error:#}"), "cannot sweep a pod's flows");
                 continue;
             }
             self.gate.sweep(enforced.pod, open);
@@ -268,12 +268,12 @@ impl Reconciler {
     fn say(&mut self, saying: HashMap<String, String>) {
         for (about, what) in &saying {
             if self.said.get(about) != Some(what) {
-                tracing::error!(about, "{what}");
+                tracing::error!(%about, "{what}");
             }
         }
         for about in self.said.keys() {
             if !saying.contains_key(about) {
-                tracing::info!(about, "the problem is gone");
+                tracing::info!(%about, "the problem is gone");
             }
         }
         self.said = saying;
