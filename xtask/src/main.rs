@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod lint;
 mod process;
 mod setup;
+mod test;
 mod toolchain;
 mod workspace;
 
@@ -23,12 +25,16 @@ struct Cli {
 enum Command {
     Setup(setup::Options),
     Build(build::Options),
+    Test(test::Options),
+    Lint(lint::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {
         eprintln!("error: {error:#}");

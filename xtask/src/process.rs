@@ -58,6 +58,24 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
+/// Arguments that make cargo start what it has built as root.
+///
+/// Cargo itself goes on as the user, so that nothing in the target directory belongs to root.
+///
+/// # Errors
+///
+/// Fails when neither root nor sudo is to be had.
+pub(crate) fn root_runner() -> Result<Vec<String>> {
+    if is_root() {
+        return Ok(Vec::new());
+    }
+    if find("sudo").is_none() {
+        bail!("this needs root and there is no sudo: run it as root");
+    }
+    let runner = "target.'cfg(all())'.runner = ['sudo', '--preserve-env']";
+    Ok(vec!["--config".to_owned(), runner.to_owned()])
+}
+
 /// Prints `command`, runs it, and fails when it fails.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     println!("+ {}", shown(command));

@@ -93,6 +93,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     deny()
 }
 
+/// Sets up for another command.
+pub(crate) fn ensure() -> Result<()> {
+    run(&Options { check: false })
+}
+
 /// Says what is missing.
 fn check() -> Result<()> {
     kernel()?;
