@@ -14,6 +14,7 @@
 pub mod address;
 pub mod flow;
 pub mod limits;
+pub mod meter;
 pub mod packet;
 pub mod protocol;
 pub mod reason;

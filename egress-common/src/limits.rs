@@ -24,8 +24,9 @@ pub const CIDR_ENTRIES: u32 = 4096;
 /// Most prefixes in the node's `ranges` map.
 pub const RANGE_ENTRIES: u32 = 4096;
 
-/// Most flows that are remembered for one pod.
-pub const FLOW_ENTRIES: u32 = 65_536;
+/// Default for the most flows that are remembered for one pod. (The kernel allots the buckets, 16
+/// bytes each, at once.)
+pub const FLOW_ENTRIES: u32 = 16_384;
 
 /// Bytes in the ring buffer of held DNS messages; a power of two and a multiple of the page size.
 pub const HELD_RING_BYTES: u32 = 4 << 20;

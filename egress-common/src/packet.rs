@@ -35,7 +35,6 @@ pub const TCP_ACK: u8 = 0x10;
 
 const IPV4_LOOSE_SOURCE_ROUTE: u8 = 131;
 const IPV4_STRICT_SOURCE_ROUTE: u8 = 137;
-const IPV4_OPTIONS_MAX: u32 = 40;
 
 const ICMP_ECHO_REPLY: u8 = 0;
 const ICMP_ECHO: u8 = 8;
@@ -90,6 +89,7 @@ impl Frame for &[u8] {
 
 /// Which part of a packet this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Fragment {
     /// The whole packet.
     None,
@@ -134,11 +134,12 @@ pub struct Packet {
 
 /// What a frame turned out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Walked {
     /// ARP of ordinary length.
     Arp,
     /// An IP packet.
-    Ip(Packet),
+    Ip,
     /// An EtherType we do not speak, or a VLAN tag.
     NotIp,
     /// Truncated, or with headers that cannot be trusted.
@@ -154,26 +155,28 @@ pub fn ether_type(frame: &impl Frame) -> u16 {
     }
 }
 
-/// Walks the headers of an Ethernet frame.
+/// Walks the headers of an Ethernet frame and fills `packet`, which is whole only when the result
+/// is [`Walked::Ip`]. (The record is the caller's because a BPF program has 512 bytes of stack and
+/// none to spare for copies.)
 #[inline(always)]
-pub fn walk(frame: &impl Frame) -> Walked {
+pub fn walk(frame: &impl Frame, packet: &mut Packet) -> Walked {
     if frame.is_tagged() {
         return Walked::NotIp;
     }
-    let packet = match ether_type(frame) {
-        ETHER_IPV4 => walk_ipv4(frame),
-        ETHER_IPV6 => walk_ipv6(frame),
+    let walked = match ether_type(frame) {
+        ETHER_IPV4 => walk_ipv4(frame, packet),
+        ETHER_IPV6 => walk_ipv6(frame, packet),
         ETHER_ARP if frame.len() <= ARP_FRAME_MAX => return Walked::Arp,
         _ => return Walked::NotIp,
     };
-    match packet {
-        Some(packet) => Walked::Ip(packet),
+    match walked {
+        Some(()) => Walked::Ip,
         None => Walked::Malformed,
     }
 }
 
 #[inline(always)]
-fn walk_ipv4(frame: &impl Frame) -> Option<Packet> {
+fn walk_ipv4(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let header = frame.read::<20>(ETHERNET_LEN)?;
     let header_len = u32::from(header[0] & 0x0f) * 4;
     if header[0] >> 4 != 4 || header_len < 20 {
@@ -194,53 +197,48 @@ fn walk_ipv4(frame: &impl Frame) -> Option<Packet> {
     let flags_and_offset = u16::from_be_bytes([header[6], header[7]]);
     let more = flags_and_offset & 0x2000 != 0;
     let offset = flags_and_offset & 0x1fff;
-    let packet = Packet {
-        src: address::from_v4([header[12], header[13], header[14], header[15]]),
-        dst: address::from_v4([header[16], header[17], header[18], header[19]]),
-        src_port: 0,
-        dst_port: 0,
-        l4_offset: ETHERNET_LEN + header_len,
-        fragment_id: u32::from(u16::from_be_bytes([header[4], header[5]])),
-        fragment: fragment(offset, more),
-        protocol: header[9],
-        bit: 0,
-        tcp_flags: 0,
-        icmp_type: 0,
-        icmp_code: 0,
-        hop_limit: header[8],
-        version: 4,
-    };
+    packet.src = address::from_v4([header[12], header[13], header[14], header[15]]);
+    packet.dst = address::from_v4([header[16], header[17], header[18], header[19]]);
+    packet.l4_offset = ETHERNET_LEN + header_len;
+    packet.fragment_id = u32::from(u16::from_be_bytes([header[4], header[5]]));
+    packet.fragment = fragment(offset, more);
+    packet.protocol = header[9];
+    packet.hop_limit = header[8];
+    packet.version = 4;
     walk_transport(frame, packet, offset, end)
 }
 
-/// Walks the options (RFC 791, section 3.1), so that a source route cannot hide among them.
+/// Refuses source routes among the options (RFC 791, section 3.1).
+///
+/// Every byte is looked at as if it began an option: the exact walk has more paths than a verifier
+/// explores, and a packet with options is rare enough to be refused for a byte that only looks like
+/// a source route.
 #[inline(always)]
 fn walk_ipv4_options(frame: &impl Frame, header_len: u32) -> Option<()> {
-    let end = ETHERNET_LEN + header_len;
-    let mut at = ETHERNET_LEN + 20;
-    for _ in 0..IPV4_OPTIONS_MAX {
-        if at >= end {
+    let mut word = 5;
+    while word < 15 {
+        let at = word * 4;
+        if at >= header_len {
             return Some(());
         }
-        let [kind] = frame.read::<1>(at)?;
-        match kind {
-            0 => return Some(()),
-            1 => at += 1,
-            IPV4_LOOSE_SOURCE_ROUTE | IPV4_STRICT_SOURCE_ROUTE => return None,
-            _ => {
-                let [len] = frame.read::<1>(at + 1)?;
-                if len < 2 || at + u32::from(len) > end {
-                    return None;
-                }
-                at += u32::from(len);
+        let option = frame.read::<4>(ETHERNET_LEN + at)?;
+        let mut i = 0;
+        while i < 4 {
+            if matches!(
+                option[i],
+                IPV4_LOOSE_SOURCE_ROUTE | IPV4_STRICT_SOURCE_ROUTE
+            ) {
+                return None;
             }
+            i += 1;
         }
+        word += 1;
     }
-    (at >= end).then_some(())
+    Some(())
 }
 
 #[inline(always)]
-fn walk_ipv6(frame: &impl Frame) -> Option<Packet> {
+fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let header = frame.read::<8>(ETHERNET_LEN)?;
     if header[0] >> 4 != 6 {
         return None;
@@ -254,11 +252,11 @@ fn walk_ipv6(frame: &impl Frame) -> Option<Packet> {
     if end > frame.len() {
         return None;
     }
-    let src = frame.read::<16>(ETHERNET_LEN + 8)?;
-    let dst = frame.read::<16>(ETHERNET_LEN + 24)?;
+    packet.src = frame.read::<16>(ETHERNET_LEN + 8)?;
+    packet.dst = frame.read::<16>(ETHERNET_LEN + 24)?;
     // A mapped address on the wire would be taken for the IPv4 address in the maps; no such packet
     // is legitimate (RFC 4942, section 2.2).
-    if address::is_v4(&src) || address::is_v4(&dst) {
+    if address::is_v4(&packet.src) || address::is_v4(&packet.dst) {
         return None;
     }
     let mut protocol = header[6];
@@ -302,22 +300,12 @@ fn walk_ipv6(frame: &impl Frame) -> Option<Packet> {
     if walked == EXTENSION_HEADERS || at > end {
         return None;
     }
-    let packet = Packet {
-        src,
-        dst,
-        src_port: 0,
-        dst_port: 0,
-        l4_offset: at,
-        fragment_id,
-        fragment: fragment_kind,
-        protocol,
-        bit: 0,
-        tcp_flags: 0,
-        icmp_type: 0,
-        icmp_code: 0,
-        hop_limit: header[7],
-        version: 6,
-    };
+    packet.l4_offset = at;
+    packet.fragment_id = fragment_id;
+    packet.fragment = fragment_kind;
+    packet.protocol = protocol;
+    packet.hop_limit = header[7];
+    packet.version = 6;
     walk_transport(frame, packet, fragment_offset, end)
 }
 
@@ -335,16 +323,21 @@ const fn fragment(offset: u16, more: bool) -> Fragment {
 /// Reads ports, flags and types. `offset` is the fragment offset in units of 8 bytes, `end` the
 /// end of the IP packet in the frame.
 #[inline(always)]
-fn walk_transport(
-    frame: &impl Frame,
-    mut packet: Packet,
-    offset: u16,
-    end: u32,
-) -> Option<Packet> {
+fn walk_transport(frame: &impl Frame, packet: &mut Packet, offset: u16, end: u32) -> Option<()> {
     let at = packet.l4_offset;
+    packet.src_port = 0;
+    packet.dst_port = 0;
+    packet.bit = 0;
+    packet.tcp_flags = 0;
+    packet.icmp_type = 0;
+    packet.icmp_code = 0;
     if matches!(packet.fragment, Fragment::Later) {
         // Bytes below 24 could overwrite the TCP header of the first fragment.
-        return if packet.protocol == protocol::TCP && offset < 3 { None } else { Some(packet) };
+        return if packet.protocol == protocol::TCP && offset < 3 {
+            None
+        } else {
+            Some(())
+        };
     }
     match packet.protocol {
         protocol::TCP => {
@@ -415,10 +408,28 @@ fn walk_transport(
         }
         _ => packet.bit = bits::OTHER,
     }
-    Some(packet)
+    Some(())
 }
 
 impl Packet {
+    /// A packet of which nothing is known yet.
+    pub const EMPTY: Self = Self {
+        src: address::UNSPECIFIED,
+        dst: address::UNSPECIFIED,
+        src_port: 0,
+        dst_port: 0,
+        l4_offset: 0,
+        fragment_id: 0,
+        fragment: Fragment::None,
+        protocol: 0,
+        bit: 0,
+        tcp_flags: 0,
+        icmp_type: 0,
+        icmp_code: 0,
+        hop_limit: 0,
+        version: 0,
+    };
+
     /// Whether this is a TCP packet that opens a connection.
     #[inline(always)]
     pub const fn opens_tcp(&self) -> bool {

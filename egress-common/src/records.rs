@@ -47,7 +47,12 @@ pub struct PortClass {
 
 impl PortClass {
     /// A class that matches nothing.
-    pub const NONE: Self = Self { port_min: 0, port_max: 0, protocols: 0, pad: [0; 3] };
+    pub const NONE: Self = Self {
+        port_min: 0,
+        port_max: 0,
+        protocols: 0,
+        pad: [0; 3],
+    };
 }
 
 /// Value of `policies`, keyed by policy id: one immutable version of a pod's policy.
@@ -88,6 +93,19 @@ impl Policy {
         own_len: 0,
         flags: 0,
     };
+}
+
+/// Value of `identities`, keyed by pod: whose entries these are, so that a restarted agent finds its
+/// pods again. Each field is text, padded with zero bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Identity {
+    /// Namespace: a DNS label (RFC 1123), at most 63 bytes.
+    pub namespace: [u8; 64],
+    /// Name: a DNS subdomain (RFC 1123), at most 253 bytes.
+    pub name: [u8; 256],
+    /// The UID that the API server or the manifest gave.
+    pub uid: [u8; 64],
 }
 
 /// Key of a pod's allow map.
@@ -356,6 +374,7 @@ mod pod {
     }
     pod!(
         super::Interface,
+        super::Identity,
         super::Policy,
         super::AllowKey,
         super::AllowEntry,
@@ -371,6 +390,7 @@ mod pod {
 // A record without padding is as long as its fields together.
 const _: () = {
     assert!(size_of::<Interface>() == 16);
+    assert!(size_of::<Identity>() == 64 + 256 + 64);
     assert!(size_of::<PortClass>() == 8);
     assert!(size_of::<Policy>() == 8 * CLASSES + 24 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);

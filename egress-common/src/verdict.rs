@@ -43,34 +43,48 @@ pub enum Verdict {
 impl Verdict {
     #[inline(always)]
     const fn deny(reason: Reason) -> Self {
-        Self::Deny { reason, class: NO_CLASS }
+        Self::Deny {
+            reason,
+            class: NO_CLASS,
+        }
     }
 }
 
-/// The lowest class among `candidates` that matches protocol and port, or [`NO_CLASS`].
+/// Bitmap of the classes that match protocol and port.
 ///
 /// `protocol` is one bit of [`bits`]; `port` is the destination port in host byte order and is
 /// looked at only for protocols that have ports.
+///
+/// The loop has no branches, on purpose: a verifier follows each of them, and 64 times two paths
+/// through it are more than it explores.
 #[inline(always)]
-pub fn matching_class(policy: &Policy, candidates: u64, protocol: u8, port: u16) -> u8 {
-    let mut left = candidates;
-    let mut n = 0;
-    while n < CLASSES {
-        if left == 0 {
-            return NO_CLASS;
-        }
-        let bit = (left.trailing_zeros() as usize) & (CLASSES - 1);
-        left &= left - 1;
-        let class = &policy.classes[bit];
-        if class.protocols & protocol != 0
-            && (protocol & bits::WITH_PORTS == 0
-                || (class.port_min <= port && port <= class.port_max))
-        {
-            return bit as u8;
-        }
-        n += 1;
+pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
+    let port = u64::from(port);
+    let any_port = is_zero(u64::from(protocol & bits::WITH_PORTS));
+    let mut matching = 0;
+    let mut i = 0;
+    while i < CLASSES {
+        let class = &policy.classes[i];
+        let below = is_negative(port.wrapping_sub(u64::from(class.port_min)));
+        let above = is_negative(u64::from(class.port_max).wrapping_sub(port));
+        let other_protocol = is_zero(u64::from(class.protocols & protocol));
+        let matches = (any_port | ((below | above) ^ 1)) & (other_protocol ^ 1);
+        matching = (matching >> 1) | (matches << (CLASSES - 1));
+        i += 1;
     }
-    NO_CLASS
+    matching
+}
+
+/// 1 when the sign bit is set.
+#[inline(always)]
+const fn is_negative(value: u64) -> u64 {
+    value >> 63
+}
+
+/// 1 for zero, 0 for every other value below 2^63.
+#[inline(always)]
+const fn is_zero(value: u64) -> u64 {
+    is_negative(value.wrapping_sub(1))
 }
 
 /// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
@@ -79,16 +93,28 @@ pub fn matching_class(policy: &Policy, candidates: u64, protocol: u8, port: u16)
 /// `protocol` is one bit of [`bits`]; `port` is the destination port in host byte order.
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
+    let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 { 0 } else { destination.learned };
-    let any = if protected { policy.any & policy.deny } else { policy.any };
+    let learned = if protected || destination.expired != 0 {
+        0
+    } else {
+        destination.learned
+    };
+    let any = if protected {
+        policy.any & policy.deny
+    } else {
+        policy.any
+    };
     let known = learned | destination.cidr | any;
 
-    let denied = matching_class(policy, known & policy.deny, protocol, port);
-    if denied != NO_CLASS {
-        return Verdict::Deny { reason: Reason::DenyRule, class: denied };
+    let denying = known & policy.deny & matching;
+    if denying != 0 {
+        return Verdict::Deny {
+            reason: Reason::DenyRule,
+            class: denying.trailing_zeros() as u8,
+        };
     }
-    if matching_class(policy, known & !policy.deny, protocol, port) != NO_CLASS {
+    if known & !policy.deny & matching != 0 {
         return Verdict::Pass;
     }
     if protected {
@@ -103,15 +129,13 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if policy.flags & POLICY_UNREADABLE != 0 {
         return Verdict::deny(Reason::PolicyUnreadable);
     }
-    if destination.expired != 0
-        && matching_class(policy, destination.learned, protocol, port) != NO_CLASS
-    {
+    if destination.expired != 0 && destination.learned & matching != 0 {
         return Verdict::deny(Reason::Expired);
     }
     if known & !policy.deny != 0 {
         return Verdict::deny(Reason::PortNotAllowed);
     }
-    if matching_class(policy, policy.named, protocol, port) != NO_CLASS {
+    if policy.named & matching != 0 {
         return Verdict::deny(Reason::AddressNotLearned);
     }
     Verdict::deny(Reason::NoRule)

@@ -164,8 +164,14 @@ mod tests {
 
     #[test]
     fn limits_are_those_of_rfc_1035() {
-        assert_eq!(Name::from_labels([[b'a'; 64].as_slice()]), Err(NameError::LabelTooLong));
-        assert_eq!(Name::from_labels([b"".as_slice()]), Err(NameError::EmptyLabel));
+        assert_eq!(
+            Name::from_labels([[b'a'; 64].as_slice()]),
+            Err(NameError::LabelTooLong)
+        );
+        assert_eq!(
+            Name::from_labels([b"".as_slice()]),
+            Err(NameError::EmptyLabel)
+        );
         let label = [b'a'; 63];
         let almost = [&label[..], &label, &label, &label[..61]];
         assert!(Name::from_labels(almost).is_ok());

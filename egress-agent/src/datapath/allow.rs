@@ -1,0 +1,89 @@
+//! A pod's allow map: the addresses its names have led to.
+
+use aya::maps::{HashMap, MapData, MapError};
+use egress_common::{
+    address::Address,
+    records::{AllowEntry, AllowKey},
+};
+
+/// Handle on one pod's allow map under one version of its policy. The gate thread is its only
+/// writer.
+pub struct AllowMap {
+    map: HashMap<MapData, AllowKey, AllowEntry>,
+    capacity: usize,
+}
+
+/// Why an address could not be inserted.
+#[derive(Debug, thiserror::Error)]
+pub enum AllowError {
+    /// The map holds as many addresses as it may.
+    #[error("the allow map is full")]
+    Full,
+    /// Anything else.
+    #[error("the allow map cannot be written: {0}")]
+    Kernel(#[source] MapError),
+}
+
+impl AllowMap {
+    pub(super) fn new(map: HashMap<MapData, AllowKey, AllowEntry>, capacity: usize) -> Self {
+        Self { map, capacity }
+    }
+
+    /// How many addresses fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Inserts or replaces one address.
+    ///
+    /// # Errors
+    ///
+    /// [`AllowError::Full`] when the map has no room (or the kernel no memory) for a new address.
+    pub fn insert(&mut self, addr: Address, entry: AllowEntry) -> Result<(), AllowError> {
+        self.map
+            .insert(AllowKey { addr }, entry, 0)
+            .map_err(|error| match &error {
+                MapError::SyscallError(syscall)
+                    if matches!(
+                        syscall.io_error.raw_os_error(),
+                        Some(libc::E2BIG | libc::ENOMEM)
+                    ) =>
+                {
+                    AllowError::Full
+                }
+                _ => AllowError::Kernel(error),
+            })
+    }
+
+    /// Removes one address; it is no error when it is not there.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses for another reason.
+    pub fn remove(&mut self, addr: Address) -> Result<(), AllowError> {
+        match self.map.remove(&AllowKey { addr }) {
+            Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+            Err(MapError::SyscallError(syscall))
+                if syscall.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(AllowError::Kernel(error)),
+        }
+    }
+
+    /// Every address with its entry.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn entries(&self) -> Result<Vec<(Address, AllowEntry)>, AllowError> {
+        self.map
+            .iter()
+            .map(|item| {
+                item.map(|(key, entry)| (key.addr, entry))
+                    .map_err(AllowError::Kernel)
+            })
+            .collect()
+    }
+}

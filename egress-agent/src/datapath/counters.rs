@@ -1,0 +1,55 @@
+//! The node's counters and the pods' meters.
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, MapData, PerCpuArray};
+use egress_common::records::{Counters, Meter};
+
+/// Handle for reading counters and meters.
+pub struct CounterMap {
+    counters: PerCpuArray<MapData, Counters>,
+    meters: HashMap<MapData, u32, Meter>,
+}
+
+macro_rules! add_fields {
+    ($sum:ident, $other:ident: $($field:ident),+ $(,)?) => {
+        // Taking the record apart makes forgetting a counter an error.
+        let Counters { $($field),+ } = $other;
+        $($sum.$field += $field;)+
+    };
+}
+
+impl CounterMap {
+    pub(super) fn new(
+        counters: PerCpuArray<MapData, Counters>,
+        meters: HashMap<MapData, u32, Meter>,
+    ) -> Self {
+        Self { counters, meters }
+    }
+
+    /// The counters, summed over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn counters(&self) -> Result<Counters> {
+        let per_cpu = self
+            .counters
+            .get(&0, 0)
+            .context("cannot read the map `counters`")?;
+        let mut sum = Counters::default();
+        for &other in per_cpu.iter() {
+            add_fields!(
+                sum, other:
+                passed_packets, passed_bytes, passed_by_flow, denied_packets, denied_bytes,
+                audited_packets, held_questions, held_answers, held_lost, held_limited,
+                held_too_long, rejects_lost, denials_limited, denials_lost, flows_full, no_policy,
+            );
+        }
+        Ok(sum)
+    }
+
+    /// The meter of one pod; empty when it has none.
+    pub fn meter(&self, pod: u32) -> Meter {
+        self.meters.get(&pod, 0).unwrap_or_default()
+    }
+}

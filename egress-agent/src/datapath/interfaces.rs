@@ -1,0 +1,99 @@
+//! Which interface is under which policy of which pod.
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, MapData, MapError};
+use egress_common::records::{Identity, Interface};
+
+/// Handle on the `interfaces` map.
+pub struct InterfaceMap(HashMap<MapData, u32, Interface>);
+
+/// A pod that an earlier agent left enforced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adoptable {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+    /// The pod's UID.
+    pub uid: String,
+    /// Its interfaces: ifindex and entry.
+    pub interfaces: Vec<(u32, Interface)>,
+}
+
+impl InterfaceMap {
+    pub(super) fn new(map: HashMap<MapData, u32, Interface>) -> Self {
+        Self(map)
+    }
+
+    /// Puts an interface under a policy; from the next packet on it holds.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full or cannot be written.
+    pub fn set(&mut self, ifindex: u32, entry: Interface) -> Result<()> {
+        self.0
+            .insert(ifindex, entry, 0)
+            .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
+    }
+
+    /// Forgets an interface. Programs still attached to it drop everything from then on.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn remove(&mut self, ifindex: u32) -> Result<()> {
+        match self.0.remove(&ifindex) {
+            Ok(()) => Ok(()),
+            Err(MapError::SyscallError(syscall))
+                if syscall.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(())
+            }
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot remove {ifindex} from `interfaces`"))
+            }
+        }
+    }
+
+    /// Every entry.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn entries(&self) -> Result<Vec<(u32, Interface)>> {
+        self.0
+            .iter()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `interfaces`")
+    }
+}
+
+/// The identity record of a pod.
+///
+/// # Errors
+///
+/// When a part is too long for the record.
+pub(super) fn identity(namespace: &str, name: &str, uid: &str) -> Result<Identity> {
+    Ok(Identity {
+        namespace: padded(namespace, "namespace")?,
+        name: padded(name, "name")?,
+        uid: padded(uid, "UID")?,
+    })
+}
+
+fn padded<const N: usize>(text: &str, what: &str) -> Result<[u8; N]> {
+    let mut field = [0; N];
+    field
+        .get_mut(..text.len())
+        .with_context(|| format!("the pod's {what} is longer than {N} bytes: {text}"))?
+        .copy_from_slice(text.as_bytes());
+    Ok(field)
+}
+
+pub(super) fn text(field: &[u8]) -> String {
+    let end = field
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(field.len());
+    String::from_utf8_lossy(&field[..end]).into_owned()
+}

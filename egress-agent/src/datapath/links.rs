@@ -1,0 +1,282 @@
+//! Attaching the programs to interfaces, so that they stay when the agent is gone.
+
+use std::{fs, io, path::Path};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, LinkError, PinnedLink},
+        tc::{
+            NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
+            qdisc_detach_program,
+        },
+    },
+    sys::SyscallError,
+    util::KernelVersion,
+};
+
+use super::{Datapath, pins::remove_if_there};
+
+/// Priority of the clsact filters: before everybody else's.
+const CLSACT_PRIORITY: u16 = 1;
+
+/// How programs are attached to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attach {
+    /// tcx where the kernel has it (6.6), clsact below.
+    #[default]
+    Auto,
+    /// tcx links.
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+impl Attach {
+    pub(super) fn resolve(self, kernel: KernelVersion) -> Self {
+        match self {
+            Self::Auto if kernel >= KernelVersion::new(6, 6, 0) => Self::Tcx,
+            Self::Auto => Self::Clsact,
+            chosen => chosen,
+        }
+    }
+}
+
+/// Which of the two programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// Ingress of the host end: what the pod sends.
+    FromPod,
+    /// Egress of the host end: what the pod receives.
+    ToPod,
+}
+
+impl Hook {
+    const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::FromPod => "from_pod",
+            Self::ToPod => "to_pod",
+        }
+    }
+
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::FromPod => TcAttachType::Ingress,
+            Self::ToPod => TcAttachType::Egress,
+        }
+    }
+}
+
+impl Datapath {
+    /// Attaches both programs to an interface, or replaces those of an earlier agent without a gap.
+    ///
+    /// `to_pod` comes first: an answer must not slip by while questions are already held.
+    ///
+    /// # Errors
+    ///
+    /// When the interface does not exist or the kernel refuses.
+    pub fn attach(&mut self, ifindex: u32) -> Result<()> {
+        for hook in Hook::BOTH {
+            match self.attach {
+                Attach::Clsact => self.attach_clsact(ifindex, hook),
+                Attach::Auto | Attach::Tcx => self.attach_tcx(ifindex, hook),
+            }
+            .with_context(|| {
+                format!("cannot attach `{}` to interface {ifindex}", hook.program())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Detaches both programs; what is already gone is no error.
+    ///
+    /// # Errors
+    ///
+    /// When a pin or a filter cannot be removed.
+    pub fn detach(&mut self, ifindex: u32) -> Result<()> {
+        detach(&self.layout.links(), ifindex)
+    }
+
+    /// Interfaces that have pinned links or clsact filters of ours.
+    ///
+    /// # Errors
+    ///
+    /// When the directory of links cannot be read.
+    pub fn attached(&self) -> Result<Vec<u32>> {
+        attached(&self.layout.links())
+    }
+
+    fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
+        let program = self
+            .ebpf
+            .program_mut(hook.program())
+            .ok_or_else(|| anyhow!("the eBPF object has no program `{}`", hook.program()))?;
+        Ok(program.try_into()?)
+    }
+
+    fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+        let pin = self
+            .layout
+            .links()
+            .join(format!("{ifindex}_{}", hook.program()));
+        let program = self.program(hook)?;
+        if let Some(link) = pinned(&pin)? {
+            match program.attach_to_link(SchedClassifierLink::try_from(link)?) {
+                Ok(id) => {
+                    // The pin keeps the link; ours is only a second handle.
+                    drop(program.take_link(id)?);
+                    return Ok(());
+                }
+                // The link outlived its device: the index belongs to a new one now.
+                Err(error) if is_defunct(&error) => remove_if_there(&pin)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let name = interface_name(ifindex)?;
+        let id = program.attach_with_options(
+            &name,
+            hook.attach_type(),
+            TcAttachOptions::TcxOrder(LinkOrder::first()),
+        )?;
+        let link: FdLink = program.take_link(id)?.try_into()?;
+        link.pin(&pin)
+            .with_context(|| format!("cannot pin {}", pin.display()))?;
+        Ok(())
+    }
+
+    fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+        let name = interface_name(ifindex)?;
+        // Fails when the qdisc is there already; a real fault shows when the filter is added.
+        let _ = qdisc_add_clsact(&name);
+        // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
+        let note = self.layout.links().join(format!("{ifindex}_clsact"));
+        if let Err(error) = fs::create_dir(&note) {
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                return Err(error).with_context(|| format!("cannot create {}", note.display()));
+            }
+        }
+        let handle = TcHandle::from(match hook {
+            Hook::FromPod => 1,
+            Hook::ToPod => 2,
+        });
+        let program = self.program(hook)?;
+        let options = NlOptions {
+            priority: CLSACT_PRIORITY,
+            handle,
+            ..NlOptions::default()
+        };
+        let attached = program.attach_with_options(
+            &name,
+            hook.attach_type(),
+            TcAttachOptions::Netlink(options),
+        );
+        let id = match attached {
+            Ok(id) => id,
+            // An earlier agent's filter: put our program in its place.
+            Err(_) => {
+                let link = SchedClassifierLink::attached(
+                    &name,
+                    hook.attach_type(),
+                    CLSACT_PRIORITY,
+                    handle,
+                    None,
+                )?;
+                program.attach_to_link(link)?
+            }
+        };
+        // Dropping the link would remove the filter; it is removed by name (see `detach`).
+        std::mem::forget(program.take_link(id)?);
+        Ok(())
+    }
+}
+
+/// Detaches everything that the directory of links tells of. Returns how many interfaces.
+pub(super) fn detach_all(links: &Path) -> Result<usize> {
+    let interfaces = attached(links)?;
+    for &ifindex in &interfaces {
+        detach(links, ifindex)?;
+    }
+    Ok(interfaces.len())
+}
+
+fn detach(links: &Path, ifindex: u32) -> Result<()> {
+    for hook in Hook::BOTH {
+        remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
+    }
+    let note = links.join(format!("{ifindex}_clsact"));
+    if !note.exists() {
+        return Ok(());
+    }
+    if let Ok(name) = interface_name(ifindex) {
+        for hook in Hook::BOTH {
+            match qdisc_detach_program(&name, hook.attach_type(), hook.program()) {
+                Ok(()) => {}
+                Err(aya::programs::tc::TcError::IoError(error))
+                    if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    return Err(error).with_context(|| {
+                        format!("cannot detach `{}` from interface {name}", hook.program())
+                    });
+                }
+            }
+        }
+    }
+    fs::remove_dir(&note).with_context(|| format!("cannot remove {}", note.display()))
+}
+
+fn attached(links: &Path) -> Result<Vec<u32>> {
+    let mut interfaces = Vec::new();
+    let entries = match fs::read_dir(links) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(interfaces),
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot read {}", links.display()));
+        }
+    };
+    for entry in entries {
+        let name = entry
+            .context("cannot read the directory of links")?
+            .file_name();
+        let ifindex: Option<u32> = name
+            .to_str()
+            .and_then(|name| name.split('_').next()?.parse().ok());
+        interfaces.extend(ifindex);
+    }
+    interfaces.sort_unstable();
+    interfaces.dedup();
+    Ok(interfaces)
+}
+
+fn pinned(path: &Path) -> Result<Option<FdLink>> {
+    match PinnedLink::from_pin(path) {
+        Ok(link) => Ok(Some(link.into())),
+        Err(LinkError::SyscallError(SyscallError { io_error, .. }))
+            if io_error.kind() == io::ErrorKind::NotFound =>
+        {
+            Ok(None)
+        }
+        Err(error) => {
+            Err(error).with_context(|| format!("cannot open the pinned link {}", path.display()))
+        }
+    }
+}
+
+/// `bpf_link_update` on a tcx link without a device gives ENOLINK (tcx_link_update,
+/// kernel/bpf/tcx.c).
+fn is_defunct(error: &ProgramError) -> bool {
+    matches!(
+        error,
+        ProgramError::SyscallError(SyscallError { io_error, .. })
+            if io_error.raw_os_error() == Some(libc::ENOLINK)
+    )
+}
+
+fn interface_name(ifindex: u32) -> Result<String> {
+    let name = nix::net::if_::if_indextoname(ifindex)
+        .with_context(|| format!("there is no interface with index {ifindex}"))?;
+    name.into_string()
+        .context("the interface's name is not UTF-8")
+}

@@ -1,0 +1,31 @@
+//! The kernel side: programs, maps, pins and links. Nothing else in the agent talks to aya.
+
+mod allow;
+mod bpffs;
+mod counters;
+mod inner;
+mod interfaces;
+mod links;
+mod object;
+mod pins;
+mod policies;
+mod rings;
+
+use std::time::Duration;
+
+pub use allow::{AllowError, AllowMap};
+pub use bpffs::mount_if_missing;
+pub use counters::CounterMap;
+pub use interfaces::{Adoptable, InterfaceMap};
+pub use links::{Attach, Hook};
+pub use object::{Datapath, Marks, Options};
+pub use pins::{PodPins, cleanup};
+pub use policies::FlowMap;
+pub use rings::{DenialRing, HeldFrame, HeldRing};
+
+/// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
+pub fn boottime_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
+    Duration::from(now).as_nanos() as u64
+}

@@ -1,0 +1,348 @@
+//! Loading the programs and opening the maps that all pods share.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, HashOfMaps, LpmTrie, Map, MapData, lpm_trie::Key},
+    programs::SchedClassifier,
+    util::KernelVersion,
+};
+use aya_obj::Object;
+use egress_common::{
+    address::Address,
+    records::{Identity, Interface, Meter, Policy, Range},
+};
+
+use super::{
+    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, bpffs, inner::Templates,
+    interfaces::text, pins::Layout, policies::gone,
+};
+
+/// The compiled programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/egress-ebpf"));
+
+/// Maps that all pods share; each is pinned under its own name.
+const SHARED_MAPS: &[&str] = &[
+    "interfaces",
+    "identities",
+    "policies",
+    "allow",
+    "cidrs",
+    "flows",
+    "ranges",
+    "meters",
+    "counters",
+    "held",
+    "denials",
+];
+
+/// Oldest kernel that has every helper and map type the programs use (ring buffers and
+/// `bpf_ktime_get_boot_ns` came with 5.8; inner maps made while the outer one is in use, 5.10).
+const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
+
+/// How the datapath is to be set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Mount point of the BPF file system.
+    pub bpffs: PathBuf,
+    /// Most addresses in one pod's allow map.
+    pub allow_entries: u32,
+    /// How programs are attached.
+    pub attach: Attach,
+    /// Whether the programs trace what they do.
+    pub trace: bool,
+}
+
+/// Marks of the frames that the gate puts back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// On its way to the pod.
+    pub deliver: u32,
+    /// On its way from the pod.
+    pub bounce: u32,
+}
+
+/// The loaded programs and the maps that all pods share.
+pub struct Datapath {
+    pub(super) ebpf: Ebpf,
+    pub(super) layout: Layout,
+    pub(super) templates: Templates,
+    pub(super) allow_entries: u32,
+    pub(super) attach: Attach,
+    pub(super) policies: HashMap<MapData, u32, Policy>,
+    pub(super) allow: HashOfMaps<MapData, u32, MapData>,
+    pub(super) cidrs: HashOfMaps<MapData, u32, MapData>,
+    pub(super) flows: HashOfMaps<MapData, u32, MapData>,
+    pub(super) meters: HashMap<MapData, u32, Meter>,
+    pub(super) identities: HashMap<MapData, u32, Identity>,
+    ranges: LpmTrie<MapData, Address, Range>,
+    bpffs: PathBuf,
+    marks: Marks,
+}
+
+impl Datapath {
+    /// Loads the programs and opens or makes the maps, adopting those that an earlier agent left
+    /// pinned.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel or the privileges do not suffice, bpffs is missing, a pinned map has another
+    /// shape, or the kernel refuses a program. Each message says what to do.
+    pub fn open(options: &Options) -> Result<Self> {
+        let kernel = KernelVersion::current().context("cannot read the kernel's version")?;
+        if kernel < OLDEST_KERNEL {
+            bail!(
+                "kernel {kernel:?} is too old: the programs need ring buffers, \
+                 bpf_ktime_get_boot_ns and dynamic inner maps, which 5.10 has"
+            );
+        }
+        bpffs::mount_if_missing(&options.bpffs)?;
+        let layout = Layout::new(&options.bpffs);
+        layout.create()?;
+        check_shapes(&layout)?;
+
+        let marks = Marks {
+            deliver: random_mark()?,
+            bounce: random_mark()?,
+        };
+        let trace = u8::from(options.trace);
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global("DELIVER_MARK", &marks.deliver, true)
+            .override_global("BOUNCE_MARK", &marks.bounce, true)
+            .override_global("TRACE", &trace, true);
+        for &name in SHARED_MAPS {
+            loader.map_pin_path(name, layout.map(name));
+        }
+        let mut ebpf = loader
+            .load(OBJECT)
+            .context("the kernel does not take the eBPF object")?;
+        for name in ["from_pod", "to_pod"] {
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
+                .try_into()?;
+            program
+                .load()
+                .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
+            let info = program.info()?;
+            tracing::debug!(
+                program = name,
+                verified_instructions = info.verified_instruction_count(),
+                "loaded"
+            );
+        }
+
+        let interfaces = MapData::from_pin(layout.map("interfaces"))?;
+        let templates = Templates::new(OBJECT, &interfaces.info()?)?;
+        Ok(Self {
+            templates,
+            allow_entries: options.allow_entries,
+            attach: options.attach.resolve(kernel),
+            policies: HashMap::try_from(take(&mut ebpf, "policies")?)?,
+            allow: HashOfMaps::try_from(take(&mut ebpf, "allow")?)?,
+            cidrs: HashOfMaps::try_from(take(&mut ebpf, "cidrs")?)?,
+            flows: HashOfMaps::try_from(take(&mut ebpf, "flows")?)?,
+            meters: HashMap::try_from(take(&mut ebpf, "meters")?)?,
+            identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
+            ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
+            bpffs: options.bpffs.clone(),
+            layout,
+            ebpf,
+            marks,
+        })
+    }
+
+    /// Marks of the frames that the gate puts back.
+    pub fn marks(&self) -> Marks {
+        self.marks
+    }
+
+    /// Mount point of the BPF file system.
+    pub fn bpffs(&self) -> &std::path::Path {
+        &self.bpffs
+    }
+
+    /// The ring of held DNS messages. There can be only one reader.
+    ///
+    /// # Errors
+    ///
+    /// When it was taken already or cannot be mapped.
+    pub fn take_held(&mut self) -> Result<HeldRing> {
+        Ok(HeldRing::new(aya::maps::RingBuf::try_from(take(
+            &mut self.ebpf,
+            "held",
+        )?)?))
+    }
+
+    /// The ring of denials. There can be only one reader.
+    ///
+    /// # Errors
+    ///
+    /// When it was taken already or cannot be mapped.
+    pub fn take_denials(&mut self) -> Result<DenialRing> {
+        Ok(DenialRing::new(aya::maps::RingBuf::try_from(take(
+            &mut self.ebpf,
+            "denials",
+        )?)?))
+    }
+
+    /// A handle on the `interfaces` map.
+    ///
+    /// # Errors
+    ///
+    /// When the pin cannot be opened.
+    pub fn interfaces(&self) -> Result<InterfaceMap> {
+        let map = MapData::from_pin(self.layout.map("interfaces"))
+            .context("cannot open the map `interfaces`")?;
+        let map: HashMap<MapData, u32, Interface> = HashMap::try_from(Map::HashMap(map))?;
+        Ok(InterfaceMap::new(map))
+    }
+
+    /// A handle on the counters and meters.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be opened.
+    pub fn counters(&self) -> Result<CounterMap> {
+        let open = |name: &str| {
+            MapData::from_pin(self.layout.map(name))
+                .with_context(|| format!("cannot open the map `{name}`"))
+        };
+        let counters = Map::PerCpuArray(open("counters")?).try_into()?;
+        let meters: HashMap<MapData, u32, Meter> = Map::HashMap(open("meters")?).try_into()?;
+        Ok(CounterMap::new(counters, meters))
+    }
+
+    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and
+    /// the `RANGE_*` bits.
+    ///
+    /// New prefixes are written before old ones go, so that no address is unprotected in between.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_ranges(&mut self, ranges: &[(Address, u32, u64)]) -> Result<()> {
+        for &(network, prefix_len, kinds) in ranges {
+            self.ranges
+                .insert(&Key::new(prefix_len, network), Range { kinds }, 0)
+                .context("cannot write the map `ranges`")?;
+        }
+        let stale: Vec<Key<Address>> = self
+            .ranges
+            .keys()
+            .filter(|key| {
+                key.as_ref().map_or(true, |key| {
+                    !ranges.iter().any(|&(network, prefix_len, _)| {
+                        network == key.data() && prefix_len == key.prefix_len()
+                    })
+                })
+            })
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `ranges`")?;
+        for key in stale {
+            gone(self.ranges.remove(&key)).context("cannot write the map `ranges`")?;
+        }
+        Ok(())
+    }
+
+    /// Pods that an earlier agent left enforced, by their id.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn adoptable(&self) -> Result<std::collections::BTreeMap<u32, Adoptable>> {
+        let mut pods = std::collections::BTreeMap::new();
+        for item in self.identities.iter() {
+            let (pod, identity) = item.context("cannot read the map `identities`")?;
+            let adoptable = Adoptable {
+                namespace: text(&identity.namespace),
+                name: text(&identity.name),
+                uid: text(&identity.uid),
+                interfaces: Vec::new(),
+            };
+            pods.insert(pod, adoptable);
+        }
+        for (ifindex, entry) in self.interfaces()?.entries()? {
+            if let Some(pod) = pods.get_mut(&entry.pod) {
+                pod.interfaces.push((ifindex, entry));
+            }
+        }
+        Ok(pods)
+    }
+
+    /// Every policy id in the maps.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn policy_ids(&self) -> Result<Vec<u32>> {
+        self.policies
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `policies`")
+    }
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
+    ebpf.take_map(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
+}
+
+/// A pinned map is used as it is, whatever its shape (aya does not compare): make sure that it is
+/// the one we mean.
+fn check_shapes(layout: &Layout) -> Result<()> {
+    let object = Object::parse(OBJECT).context("the eBPF object cannot be parsed")?;
+    for &name in SHARED_MAPS {
+        let path = layout.map(name);
+        if !path.exists() {
+            continue;
+        }
+        let expected = object
+            .maps
+            .get(name)
+            .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))?;
+        let found = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .with_context(|| format!("cannot look at the pinned map {}", path.display()))?;
+        let expected = (
+            expected.key_size(),
+            expected.value_size(),
+            expected.max_entries(),
+            expected.map_flags(),
+        );
+        let found = (
+            found.key_size(),
+            found.value_size(),
+            found.max_entries(),
+            found.map_flags(),
+        );
+        if expected != found {
+            bail!(
+                "the pinned map {} has another shape (key, value, entries, flags {found:?}, not \
+                 {expected:?}): another version of egress-agent made it; stop that one and run \
+                 `egress-agent cleanup`",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A mark that nobody else on the node uses by chance and that is not zero, the mark of everything.
+fn random_mark() -> Result<u32> {
+    use std::io::Read as _;
+    let mut random = std::fs::File::open("/dev/urandom").context("cannot open /dev/urandom")?;
+    loop {
+        let mut bytes = [0; 4];
+        random
+            .read_exact(&mut bytes)
+            .context("cannot read /dev/urandom")?;
+        let mark = u32::from_ne_bytes(bytes);
+        if mark != 0 {
+            return Ok(mark);
+        }
+    }
+}

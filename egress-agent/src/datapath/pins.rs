@@ -1,0 +1,166 @@
+//! Where things are pinned, so that enforcement outlives the agent.
+//!
+//! ```text
+//! <bpffs>/egress-agent/v1/            maps that all pods share, by name
+//! <bpffs>/egress-agent/v1/links/      <ifindex>_from_pod, <ifindex>_to_pod
+//! <bpffs>/egress-agent/v1/pods/       <namespace>_<pod>/allow, <namespace>_<pod>/flows
+//! ```
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::links;
+
+/// Raised whenever a pinned map changes its shape; an agent never touches another version's pins.
+const VERSION: &str = "v1";
+
+/// The directories of the pins.
+#[derive(Clone, Debug)]
+pub(super) struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    pub(super) fn new(bpffs: &Path) -> Self {
+        Self {
+            root: bpffs.join("egress-agent").join(VERSION),
+        }
+    }
+
+    pub(super) fn create(&self) -> Result<()> {
+        for dir in [self.root.clone(), self.links(), self.pods()] {
+            fs::create_dir_all(&dir)
+                .with_context(|| format!("cannot create the pin directory {}", dir.display()))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    pub(super) fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    pub(super) fn pods(&self) -> PathBuf {
+        self.root.join("pods")
+    }
+
+    pub(super) fn pod(&self, namespace: &str, name: &str) -> PodPins {
+        PodPins {
+            dir: self
+                .pods()
+                .join(format!("{}_{}", escape(namespace), escape(name))),
+        }
+    }
+}
+
+/// The pins of one pod.
+#[derive(Clone, Debug)]
+pub struct PodPins {
+    dir: PathBuf,
+}
+
+impl PodPins {
+    /// Where the pod's pins are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn create(&self) -> Result<()> {
+        fs::create_dir_all(&self.dir)
+            .with_context(|| format!("cannot create the pin directory {}", self.dir.display()))
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Pins a map, in place of an earlier one under the same name without a moment of neither.
+    pub(super) fn replace(&self, name: &str, map: &aya::maps::MapData) -> Result<()> {
+        self.create()?;
+        let (path, new) = (self.path(name), self.path(&format!("{name}_new")));
+        remove_if_there(&new)?;
+        map.pin(&new)
+            .with_context(|| format!("cannot pin {}", new.display()))?;
+        fs::rename(&new, &path).with_context(|| format!("cannot move {}", path.display()))
+    }
+
+    /// Removes everything that is pinned for the pod.
+    pub fn remove(&self) -> Result<()> {
+        match fs::remove_dir_all(&self.dir) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot remove {}", self.dir.display()))
+            }
+        }
+    }
+}
+
+/// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version.
+/// Returns how many links it detached.
+///
+/// # Errors
+///
+/// When something cannot be removed.
+pub fn cleanup(bpffs: &Path) -> Result<usize> {
+    let top = bpffs.join("egress-agent");
+    if !top.exists() {
+        return Ok(0);
+    }
+    let mut detached = 0;
+    for version in fs::read_dir(&top).with_context(|| format!("cannot read {}", top.display()))? {
+        let version = version?.path();
+        detached += links::detach_all(&version.join("links"))?;
+        fs::remove_dir_all(&version)
+            .with_context(|| format!("cannot remove {}", version.display()))?;
+    }
+    fs::remove_dir(&top).with_context(|| format!("cannot remove {}", top.display()))?;
+    Ok(detached)
+}
+
+pub(super) fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("cannot remove {}", path.display())),
+    }
+}
+
+/// Makes a Kubernetes name a bpffs name, reversibly: bpffs refuses dots (`bpf_lookup`,
+/// kernel/bpf/inode.c), and `_` separates namespace and name. Anything but letters, digits and `-` is
+/// written as `~` and two hexadecimal digits.
+fn escape(name: &str) -> String {
+    let mut escaped = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' {
+            escaped.push(char::from(byte));
+        } else {
+            use std::fmt::Write as _;
+            write!(escaped, "~{byte:02x}").expect("writing to a string does not fail");
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_name_with_dots_has_a_pin_of_its_own() {
+        let layout = Layout::new(Path::new("/sys/fs/bpf"));
+        let pins = layout.pod("shop", "cart.v2-0");
+        assert_eq!(
+            pins.dir(),
+            Path::new("/sys/fs/bpf/egress-agent/v1/pods/shop_cart~2ev2-0")
+        );
+        assert_ne!(layout.pod("a", "b_c").dir(), layout.pod("a_b", "c").dir());
+    }
+}

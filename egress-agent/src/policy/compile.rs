@@ -1,0 +1,299 @@
+//! Rules as the kernel and the gate look at them: classes, prefixes, name rules.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
+
+use egress_common::{
+    address::Address,
+    limits::{CIDR_ENTRIES, CLASSES},
+    records::{POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNREADABLE, Policy, PortClass},
+};
+
+use super::{
+    Annotations, Mode, Settings,
+    annotations::{Lists, Written},
+    effective::{self, Effective, Rule},
+    entry::Destination,
+    error::{PolicyError, Problem},
+    names::{NameRule, NameRules, QuestionRule},
+    pattern::NamePattern,
+    prefix::{Prefix, inherit},
+};
+
+/// Most names and wildcards in one pod's policy, its namespace's included. Annotations of one
+/// object are limited to 256 KiB by Kubernetes, so only very short names get here.
+pub const NAMES: usize = 10_000;
+
+/// One entry for a policy's CIDR trie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr {
+    /// The network address, IPv4 in mapped form.
+    pub network: Address,
+    /// Length in bits of the 128-bit form: 96 more for IPv4.
+    pub prefix_len: u32,
+    /// Bitmap of its own classes and of those of all prefixes that contain it.
+    pub classes: u64,
+}
+
+/// A policy, ready for the kernel and the gate. The same set of rules gives the same bytes,
+/// whatever the order they were written in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compiled {
+    /// What is done with verdicts.
+    pub mode: Mode,
+    /// The kernel's record; `own` and `own_len` are left empty.
+    pub record: Policy,
+    /// The rules about names.
+    pub names: NameRules,
+    /// The CIDR trie, sorted.
+    pub cidrs: Vec<Cidr>,
+    /// What the author should know though the policy is readable.
+    pub warnings: Vec<String>,
+    /// The most specific first.
+    denials: Vec<Denial>,
+}
+
+/// A `deny` entry with an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Denial {
+    destination: Destination,
+    class: u8,
+    text: Box<str>,
+}
+
+impl Compiled {
+    /// The `deny` entry, as written, that put the address into the denying class with this bit
+    /// number; the most specific where there are several.
+    pub fn explain_deny(&self, address: &Address, class: u8) -> Option<String> {
+        let denial = self
+            .denials
+            .iter()
+            .find(|denial| denial.class == class && denial.destination.holds(address))?;
+        Some(denial.text.to_string())
+    }
+}
+
+/// Compiles what a pod's and its namespace's annotations say.
+///
+/// # Errors
+///
+/// When anything in them cannot be read or is over a limit: half a policy is not a policy. The
+/// lists are read in every mode, `off` too.
+pub fn compile(
+    pod: &Annotations,
+    namespace: &Annotations,
+    settings: &Settings,
+) -> Result<Compiled, PolicyError> {
+    let Effective {
+        mode,
+        open,
+        allow,
+        deny,
+        resolve,
+        warnings,
+    } = effective::resolve(pod, namespace, settings)?;
+
+    let classes = Classes::new(&allow, &deny)?;
+    let mut record = classes.record();
+    record.flags = flags(settings) | if open { POLICY_OPEN } else { 0 };
+
+    let mut prefixes = Vec::new();
+    let mut listed: BTreeMap<NamePattern, NameRule> = BTreeMap::new();
+    for rule in &allow {
+        let bit = classes.bit(false, rule);
+        match &rule.destination {
+            Destination::Any => record.any |= bit,
+            Destination::Addresses(prefix) => prefixes.push((*prefix, bit)),
+            Destination::Names(pattern) => {
+                record.named |= bit;
+                let name = listed.entry(pattern.clone()).or_default();
+                name.classes |= bit;
+                name.askable = true;
+            }
+        }
+    }
+    for rule in &deny {
+        match &rule.destination {
+            Destination::Any => record.any |= classes.bit(true, rule),
+            Destination::Addresses(prefix) => prefixes.push((*prefix, classes.bit(true, rule))),
+            Destination::Names(pattern) => {
+                let name = listed.entry(pattern.clone()).or_default();
+                name.denied = Some(rule.text.as_str().into());
+            }
+        }
+    }
+    for rule in &resolve {
+        if let Destination::Names(pattern) = &rule.destination {
+            listed.entry(pattern.clone()).or_default().askable = true;
+        }
+    }
+    let cidrs: Vec<Cidr> = inherit(prefixes)
+        .into_iter()
+        .map(|(prefix, classes)| Cidr {
+            network: prefix.network(),
+            prefix_len: prefix.prefix_len(),
+            classes,
+        })
+        .collect();
+    check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
+
+    let unlisted = unlisted(&allow, &deny, &resolve, open, settings);
+    let mut names = NameRules::new(settings.cluster_domain.clone(), unlisted);
+    names.extend(listed);
+    let denials = denials(&deny, &classes);
+    Ok(Compiled {
+        mode,
+        record,
+        names,
+        cidrs,
+        warnings,
+        denials,
+    })
+}
+
+/// The policy of a pod whose annotations cannot be read and never could: everything external is
+/// denied, and denials say why.
+pub fn unreadable(settings: &Settings) -> Compiled {
+    let unlisted = if settings.guard {
+        QuestionRule::NotListed
+    } else {
+        QuestionRule::Allowed
+    };
+    Compiled {
+        mode: Mode::Enforce,
+        record: Policy {
+            flags: flags(settings) | POLICY_UNREADABLE,
+            ..Policy::CLOSED
+        },
+        names: NameRules::new(settings.cluster_domain.clone(), unlisted),
+        cidrs: Vec::new(),
+        warnings: Vec::new(),
+        denials: Vec::new(),
+    }
+}
+
+fn flags(settings: &Settings) -> u32 {
+    if settings.allow_internal {
+        POLICY_ALLOW_INTERNAL
+    } else {
+        0
+    }
+}
+
+/// What holds for questions that no entry speaks of. A `deny` of everything closes them: nothing
+/// they could tell is of use, but to carry data out.
+fn unlisted(
+    allow: &[Rule],
+    deny: &[Rule],
+    resolve: &[Rule],
+    open: bool,
+    settings: &Settings,
+) -> QuestionRule {
+    let is_any = |rule: &Rule| rule.destination == Destination::Any;
+    let asks_any = resolve.iter().any(is_any);
+    let reaches_any = (open || allow.iter().any(is_any)) && !effective::denies_everything(deny);
+    if !settings.guard || asks_any || reaches_any {
+        QuestionRule::Allowed
+    } else {
+        QuestionRule::NotListed
+    }
+}
+
+fn denials(deny: &[Rule], classes: &Classes) -> Vec<Denial> {
+    let mut denials: Vec<Denial> = deny
+        .iter()
+        .filter(|rule| !matches!(rule.destination, Destination::Names(_)))
+        .map(|rule| Denial {
+            destination: rule.destination.clone(),
+            class: classes.bit(true, rule).trailing_zeros() as u8,
+            text: rule.text.as_str().into(),
+        })
+        .collect();
+    denials.sort_by_key(|denial| match denial.destination {
+        Destination::Addresses(prefix) => Reverse(Some(prefix.prefix_len())),
+        Destination::Any | Destination::Names(_) => Reverse(None),
+    });
+    denials
+}
+
+/// The distinct (action, protocols, ports) of a policy, in a fixed order; `true` denies.
+struct Classes(Vec<(bool, PortClass)>);
+
+impl Classes {
+    fn new(allow: &[Rule], deny: &[Rule]) -> Result<Self, PolicyError> {
+        let denies_packets = |rule: &&Rule| !matches!(rule.destination, Destination::Names(_));
+        let distinct: BTreeSet<(bool, PortClass)> = allow
+            .iter()
+            .map(|rule| (false, rule.class))
+            .chain(
+                deny.iter()
+                    .filter(denies_packets)
+                    .map(|rule| (true, rule.class)),
+            )
+            .collect();
+        check_limit(
+            "classes (distinct action, protocol and port range)",
+            distinct.len(),
+            CLASSES,
+        )?;
+        Ok(Self(distinct.into_iter().collect()))
+    }
+
+    /// The bit of the rule's class.
+    fn bit(&self, denies: bool, rule: &Rule) -> u64 {
+        self.0
+            .binary_search(&(denies, rule.class))
+            .map_or(0, |index| 1 << index)
+    }
+
+    fn record(&self) -> Policy {
+        let mut record = Policy::CLOSED;
+        for (index, (denies, class)) in self.0.iter().enumerate() {
+            record.classes[index] = *class;
+            record.deny |= u64::from(*denies) << index;
+        }
+        record
+    }
+}
+
+fn check_limit(what: &'static str, count: usize, limit: usize) -> Result<(), PolicyError> {
+    let problem = (count > limit).then_some(Problem::Limit { what, count, limit });
+    PolicyError::from_problems(problem.into_iter().collect()).map_or(Ok(()), Err)
+}
+
+/// Counts what was written before anything is made of it, so that the work on it is bounded.
+pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<Problem>) {
+    let mut names = BTreeSet::new();
+    let mut prefixes = BTreeSet::<Prefix>::new();
+    for lists in [pod, namespace] {
+        for Written { entry, .. } in [&lists.allow, &lists.deny, &lists.resolve]
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            match &entry.destination {
+                Destination::Any => {}
+                Destination::Addresses(prefix) => {
+                    prefixes.insert(*prefix);
+                }
+                Destination::Names(pattern) => {
+                    names.insert(pattern);
+                }
+            }
+        }
+    }
+    for (what, count, limit) in [
+        ("names", names.len(), NAMES),
+        ("address prefixes", prefixes.len(), CIDR_ENTRIES as usize),
+    ] {
+        if count > limit {
+            problems.push(Problem::Limit { what, count, limit });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "compile_tests.rs"]
+mod tests;

@@ -1,0 +1,187 @@
+//! A policy in words, for `egress-agent check`.
+
+use super::{
+    Annotations, Mode, PolicyError, Settings, compile,
+    effective::{self, Effective, Rule},
+    entry::{Destination, class_words},
+};
+
+/// What a pod may reach, and which annotation says so; several lines, each ended.
+///
+/// `title` is how the pod is called, `namespace/pod`.
+///
+/// # Errors
+///
+/// As [`compile()`].
+pub fn describe(
+    title: &str,
+    pod: &Annotations,
+    namespace: &Annotations,
+    settings: &Settings,
+) -> Result<String, PolicyError> {
+    // Limits on what is compiled are errors here too.
+    compile(pod, namespace, settings)?;
+    let effective = effective::resolve(pod, namespace, settings)?;
+    Ok(Lines::of(title, &effective, settings))
+}
+
+/// The text as it grows.
+struct Lines(String);
+
+impl Lines {
+    fn of(title: &str, effective: &Effective, settings: &Settings) -> String {
+        let Effective {
+            mode,
+            open,
+            allow,
+            deny,
+            resolve,
+            warnings,
+        } = effective;
+        let mut lines = Self(String::new());
+        lines.push(0, title);
+        lines.push(
+            1,
+            match mode {
+                Mode::Enforce => "mode: enforce (what is denied does not pass)",
+                Mode::Audit => "mode: audit (denials are reported, nothing is dropped)",
+                Mode::Off => "mode: off (nothing is judged; the lists take effect in another mode)",
+            },
+        );
+        lines.push(
+            1,
+            if *open {
+                "open: what is not denied below passes"
+            } else {
+                "closed: what is not listed below is denied"
+            },
+        );
+        lines.rules("may reach:", allow, |rule| class_words(&rule.class));
+        if !open {
+            if allow.is_empty() {
+                lines.push(1, "may reach: no external destination");
+            }
+            lines.push(1, if settings.allow_internal {
+                "may reach internal destinations (ranges.internal), unless denied"
+            } else {
+                "may reach internal destinations only where listed (ranges.allowInternal: false)"
+            });
+        }
+        lines.rules("may not reach:", deny, |rule| match rule.destination {
+            Destination::Names(_) => "refused as a question".to_owned(),
+            Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
+        });
+        lines.rules("may also ask for:", resolve, |_| String::new());
+        lines.push(
+            1,
+            &format!(
+                "names in {} may always be asked for, unless denied",
+                settings.cluster_domain
+            ),
+        );
+        if !settings.guard {
+            lines.push(1, "other names may be asked for too (dns.guard: false)");
+        }
+        for warning in warnings {
+            lines.push(1, &format!("warning: {warning}"));
+        }
+        lines.0
+    }
+
+    fn push(&mut self, depth: usize, line: &str) {
+        for _ in 0..depth {
+            self.0.push_str("  ");
+        }
+        self.0.push_str(line);
+        self.0.push('\n');
+    }
+
+    /// The rules under a heading, each with what `words` says of it and its origin, in columns.
+    fn rules(&mut self, heading: &str, rules: &[Rule], words: fn(&Rule) -> String) {
+        if rules.is_empty() {
+            return;
+        }
+        self.push(1, heading);
+        let mut rules: Vec<&Rule> = rules.iter().collect();
+        rules.sort_by_key(|rule| (&rule.destination, rule.class, rule.origin));
+        let rows: Vec<[String; 2]> = rules
+            .iter()
+            .map(|rule| [destination_words(&rule.destination), words(rule)])
+            .collect();
+        let [first, second] = [0, 1].map(|column| {
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        });
+        for ([destination, packets], rule) in rows.iter().zip(rules) {
+            let gap = if second > 0 { "  " } else { "" };
+            let origin = rule.origin;
+            self.push(
+                2,
+                &format!("{destination:first$}{gap}{packets:second$}  ({origin})"),
+            );
+        }
+    }
+}
+
+fn destination_words(destination: &Destination) -> String {
+    match destination {
+        Destination::Any => "* (anywhere)".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::reference::settings;
+
+    #[test]
+    fn a_pod_is_told_what_it_may_reach_and_who_said_so() {
+        let pod = Annotations {
+            allow: Some("github.com:443, *.example.com\n10.20.0.0/16:5432/tcp".to_owned()),
+            deny: Some("gist.github.com".to_owned()),
+            ..Annotations::default()
+        };
+        let namespace = Annotations {
+            allow: Some("[2001:db8::7]:8000-8100/udp 192.0.2.1/icmp".to_owned()),
+            resolve: Some("db.example.net".to_owned()),
+            ..Annotations::default()
+        };
+        let text = describe("shop/cart", &pod, &namespace, &settings()).unwrap();
+        assert_eq!(
+            text,
+            "\
+shop/cart
+  mode: enforce (what is denied does not pass)
+  closed: what is not listed below is denied
+  may reach:
+    10.20.0.0/16   tcp port 5432           (pod)
+    192.0.2.1      icmp                    (namespace)
+    2001:db8::7    udp ports 8000-8100     (namespace)
+    github.com     tcp and udp port 443    (pod)
+    *.example.com  tcp, udp and icmp echo  (pod)
+  may reach internal destinations (ranges.internal), unless denied
+  may not reach:
+    gist.github.com  refused as a question  (pod)
+  may also ask for:
+    db.example.net  (namespace)
+  names in cluster.local may always be asked for, unless denied
+"
+        );
+    }
+
+    #[test]
+    fn a_pod_without_lists_is_told_that_it_is_closed() {
+        let pod = Annotations {
+            mode: Some("enforce".to_owned()),
+            ..Annotations::default()
+        };
+        let text = describe("a/b", &pod, &Annotations::default(), &settings()).unwrap();
+        assert!(
+            text.contains("  may reach: no external destination\n"),
+            "{text}"
+        );
+    }
+}

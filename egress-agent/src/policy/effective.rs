@@ -1,0 +1,312 @@
+//! Pod, namespace and settings together: which rules are in effect for a pod.
+
+use std::collections::BTreeSet;
+
+use egress_common::records::PortClass;
+
+use super::{
+    Annotations, Mode, PodAnnotations, Settings,
+    annotations::{self, Lists, Written},
+    entry::{Destination, class_intersection, class_words, is_everything},
+    error::{Origin, PolicyError},
+};
+
+/// Warnings that are spelled out; the rest are counted.
+const WARNINGS: usize = 20;
+
+/// A rule in effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) destination: Destination,
+    /// The packets it speaks of; meaningless for names that are denied or only resolved.
+    pub(super) class: PortClass,
+    /// The entry it comes from, as written.
+    pub(super) text: String,
+    pub(super) origin: Origin,
+}
+
+/// Everything in effect for a pod.
+#[derive(Debug)]
+pub(super) struct Effective {
+    pub(super) mode: Mode,
+    /// Whether what no rule speaks of passes.
+    pub(super) open: bool,
+    pub(super) allow: Vec<Rule>,
+    pub(super) deny: Vec<Rule>,
+    pub(super) resolve: Vec<Rule>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// Reads the annotations and settles what counts.
+pub(super) fn resolve(
+    pod: &Annotations,
+    namespace: &Annotations,
+    settings: &Settings,
+) -> Result<Effective, PolicyError> {
+    let mut problems = Vec::new();
+    let pod = annotations::read(pod, Origin::Pod, &mut problems);
+    let namespace = annotations::read(namespace, Origin::Namespace, &mut problems);
+    if problems.is_empty() {
+        super::compile::check_written(&pod, &namespace, &mut problems);
+    }
+    if let Some(error) = PolicyError::from_problems(problems) {
+        return Err(error);
+    }
+    let mut warnings = Vec::new();
+    let (mode, open) = mode_and_open(&pod, &namespace, settings, &mut warnings);
+
+    let mut deny = deny_rules(&namespace.deny, Origin::Namespace);
+    let pod_allow = allow_rules(&pod.allow, Origin::Pod);
+    let mut allow = allow_rules(&namespace.allow, Origin::Namespace);
+    let pod_resolve = resolve_rules(&pod.resolve, Origin::Pod);
+    let mut resolve = resolve_rules(&namespace.resolve, Origin::Namespace);
+    match settings.pod_annotations {
+        PodAnnotations::Grant => {
+            allow.extend(pod_allow);
+            resolve.extend(pod_resolve);
+        }
+        PodAnnotations::Narrow => {
+            // What may be asked for is what the namespace lists, though the pod reaches less of it.
+            let closed = denies_everything(&deny);
+            let askable: Vec<Rule> = allow
+                .iter()
+                .filter(|rule| !(closed && rule.destination == Destination::Any))
+                .chain(&resolve)
+                .cloned()
+                .map(name_only)
+                .collect();
+            resolve.extend(narrowed(
+                pod_resolve,
+                &askable,
+                "resolve",
+                settings,
+                &mut warnings,
+            ));
+            if pod.allow.is_some() {
+                allow = narrowed(pod_allow, &allow, "allow", settings, &mut warnings);
+            }
+        }
+        PodAnnotations::Ignore => {
+            for (list, key) in [(&pod.allow, "allow"), (&pod.resolve, "resolve")] {
+                if list.is_some() {
+                    warnings.push(format!(
+                        "the pod's {key} grants nothing: the agent's configuration says \
+                         podAnnotations: ignore"
+                    ));
+                }
+            }
+        }
+    }
+    deny.extend(deny_rules(&pod.deny, Origin::Pod));
+    warn_of_whole_families(&allow, &mut warnings);
+    Ok(Effective {
+        mode,
+        open,
+        allow,
+        deny,
+        resolve,
+        warnings: capped(warnings),
+    })
+}
+
+/// The mode, and whether what no rule speaks of passes.
+fn mode_and_open(
+    pod: &Lists,
+    namespace: &Lists,
+    settings: &Settings,
+    warnings: &mut Vec<String>,
+) -> (Mode, bool) {
+    let only_denies = pod.allow.is_none()
+        && namespace.allow.is_none()
+        && (pod.deny.is_some() || namespace.deny.is_some());
+    let implied = |has_rules| if has_rules { Some(Mode::Enforce) } else { None };
+    if settings.pod_annotations == PodAnnotations::Grant {
+        let mode = pod
+            .mode
+            .or(namespace.mode)
+            .or(implied(pod.has_rules() || namespace.has_rules()))
+            .unwrap_or(settings.default_mode);
+        return (mode, only_denies);
+    }
+    // What the pod would be under without annotations of its own: it can only be tightened.
+    let without = namespace
+        .mode
+        .or(implied(namespace.has_rules()))
+        .unwrap_or(settings.default_mode);
+    let own = pod.mode.or(if namespace.mode.is_none() {
+        implied(pod.has_rules())
+    } else {
+        None
+    });
+    if let Some(mode) = pod.mode
+        && mode < without
+    {
+        warnings.push(format!(
+            "the pod's mode {} does not count: it is {} without it, and a pod can only tighten that",
+            mode.as_str(),
+            without.as_str()
+        ));
+    }
+    // A pod that is closed for want of any list is not opened by a `deny` of its own.
+    let closed_without = without == Mode::Enforce && !namespace.has_rules();
+    (
+        own.map_or(without, |own| own.max(without)),
+        only_denies && !closed_without,
+    )
+}
+
+fn rules(
+    list: &Option<Vec<Written>>,
+    origin: Origin,
+    class: impl Fn(&Written) -> PortClass,
+) -> Vec<Rule> {
+    // Entries that differ only in spelling are one.
+    let mut seen = BTreeSet::new();
+    let rule = |written: &Written| Rule {
+        destination: written.entry.destination.clone(),
+        class: class(written),
+        text: written.text.clone(),
+        origin,
+    };
+    let rules = list.iter().flatten().map(rule);
+    rules
+        .filter(|rule| seen.insert((rule.destination.clone(), rule.class)))
+        .collect()
+}
+
+fn allow_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+    rules(list, origin, |written| written.entry.allowed_class())
+}
+
+fn deny_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+    rules(list, origin, |written| written.entry.denied_class())
+}
+
+fn resolve_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+    rules(list, origin, |_| ANY_CLASS)
+}
+
+/// Class of rules that are about names alone.
+const ANY_CLASS: PortClass = PortClass {
+    port_max: u16::MAX,
+    protocols: egress_common::protocol::bits::ALL,
+    ..PortClass::NONE
+};
+
+/// Whether a rule denies every packet to anywhere.
+pub(super) fn denies_everything(deny: &[Rule]) -> bool {
+    deny.iter()
+        .any(|rule| rule.destination == Destination::Any && is_everything(&rule.class))
+}
+
+fn name_only(rule: Rule) -> Rule {
+    Rule {
+        class: ANY_CLASS,
+        ..rule
+    }
+}
+
+/// The parts of the pod's rules that the namespace's rules have too.
+fn narrowed(
+    pod: Vec<Rule>,
+    namespace: &[Rule],
+    key: &str,
+    settings: &Settings,
+    warnings: &mut Vec<String>,
+) -> Vec<Rule> {
+    let mut narrowed = Vec::new();
+    for rule in pod {
+        let parts: BTreeSet<(Destination, PortClass)> = namespace
+            .iter()
+            .filter_map(|given| {
+                Some((
+                    common_destination(&rule.destination, &given.destination, settings)?,
+                    class_intersection(&rule.class, &given.class)?,
+                ))
+            })
+            .collect();
+        if parts.is_empty() {
+            warnings.push(format!(
+                "the pod's {key} entry `{}` does not count: its namespace's list does not cover it \
+                 (podAnnotations: narrow)",
+                rule.text
+            ));
+        } else if !parts.contains(&(rule.destination.clone(), rule.class)) {
+            let parts: Vec<String> = parts
+                .iter()
+                .take(WARNINGS)
+                .map(|(destination, class)| format!("{destination} ({})", class_words(class)))
+                .collect();
+            warnings.push(format!(
+                "the pod's {key} entry `{}` counts only where its namespace's list covers it: {}",
+                rule.text,
+                parts.join(", ")
+            ));
+        }
+        narrowed.extend(parts.into_iter().map(|(destination, class)| Rule {
+            destination,
+            class,
+            text: rule.text.clone(),
+            origin: Origin::Pod,
+        }));
+    }
+    narrowed
+}
+
+/// The destinations that both speak of; `None` where there are none, or where they cannot be told
+/// (two patterns of which neither covers the other; a name and an address).
+fn common_destination(
+    pod: &Destination,
+    namespace: &Destination,
+    settings: &Settings,
+) -> Option<Destination> {
+    match (pod, namespace) {
+        (Destination::Any, given) => Some(given.clone()),
+        // `*` does not open what is protected, so it does not let a pod open it either.
+        (Destination::Addresses(prefix), Destination::Any) => {
+            let opens_protected = settings
+                .protected
+                .iter()
+                .any(|other| other.intersection(prefix).is_some());
+            (!opens_protected).then_some(Destination::Addresses(*prefix))
+        }
+        (Destination::Names(_), Destination::Any) => Some(pod.clone()),
+        (Destination::Addresses(a), Destination::Addresses(b)) => {
+            a.intersection(b).map(Destination::Addresses)
+        }
+        (Destination::Names(a), Destination::Names(b)) => {
+            if b.covers(a) {
+                Some(pod.clone())
+            } else if a.covers(b) {
+                Some(namespace.clone())
+            } else {
+                None
+            }
+        }
+        (Destination::Addresses(_), Destination::Names(_))
+        | (Destination::Names(_), Destination::Addresses(_)) => None,
+    }
+}
+
+fn warn_of_whole_families(allow: &[Rule], warnings: &mut Vec<String>) {
+    for rule in allow {
+        if let Destination::Addresses(prefix) = &rule.destination
+            && prefix.is_whole_family()
+        {
+            warnings.push(format!(
+                "the {}'s allow entry `{}` opens protected addresses too, such as the metadata \
+                 service; `*` does not",
+                rule.origin, rule.text
+            ));
+        }
+    }
+}
+
+fn capped(mut warnings: Vec<String>) -> Vec<String> {
+    let more = warnings.len().saturating_sub(WARNINGS);
+    if more > 0 {
+        warnings.truncate(WARNINGS);
+        warnings.push(format!("and {more} more warnings"));
+    }
+    warnings
+}

@@ -1,0 +1,119 @@
+//! What a policy says about a name: whether it may be asked for, and what its addresses are allowed.
+
+use std::collections::HashMap;
+
+use super::pattern::{LabelGlobs, NamePattern};
+use crate::dns::Name;
+
+/// Whether a question may go on to the resolver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuestionRule {
+    /// It may.
+    Allowed,
+    /// A `deny` entry names it.
+    Denied,
+    /// No entry could allow it.
+    NotListed,
+}
+
+/// What entries say about a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct NameRule {
+    /// Classes of the `allow` entries.
+    pub(super) classes: u64,
+    /// Whether an `allow` or `resolve` entry names it.
+    pub(super) askable: bool,
+    /// The `deny` entry that names it, as written.
+    pub(super) denied: Option<Box<str>>,
+}
+
+/// The rules about names, for lookups that take time in the number of a name's labels and not in
+/// the number of entries; only patterns with `*` inside a label are tried one by one. Lookups do
+/// not allocate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NameRules {
+    exactly: HashMap<Name, NameRule>,
+    below: HashMap<Name, NameRule>,
+    globs: Vec<(LabelGlobs, NameRule)>,
+    cluster_domain: Name,
+    /// What holds for a name that no entry speaks of.
+    unlisted: QuestionRule,
+}
+
+impl NameRules {
+    /// Rules without entries.
+    pub(super) fn new(cluster_domain: Name, unlisted: QuestionRule) -> Self {
+        Self {
+            exactly: HashMap::new(),
+            below: HashMap::new(),
+            globs: Vec::new(),
+            cluster_domain,
+            unlisted,
+        }
+    }
+
+    /// Adds rules, one to a pattern.
+    pub(super) fn extend(&mut self, rules: impl IntoIterator<Item = (NamePattern, NameRule)>) {
+        for (pattern, rule) in rules {
+            match pattern {
+                NamePattern::Exactly(name) => {
+                    self.exactly.insert(name, rule);
+                }
+                NamePattern::Below(name) => {
+                    self.below.insert(name, rule);
+                }
+                NamePattern::Glob(globs) => self.globs.push((globs, rule)),
+            }
+        }
+    }
+
+    /// Whether a question for this name may go on. A denial beats everything else, the cluster
+    /// domain too.
+    pub fn question(&self, name: &Name) -> QuestionRule {
+        let mut askable = false;
+        for rule in self.rules_of(name) {
+            if rule.denied.is_some() {
+                return QuestionRule::Denied;
+            }
+            askable |= rule.askable;
+        }
+        if askable || name.is_within(&self.cluster_domain) {
+            return QuestionRule::Allowed;
+        }
+        self.unlisted
+    }
+
+    /// Bitmap of the classes that addresses get when they are answers to a question for this name;
+    /// 0 for a denied name and for one that may only be asked for.
+    pub fn classes(&self, name: &Name) -> u64 {
+        let mut classes = 0;
+        for rule in self.rules_of(name) {
+            if rule.denied.is_some() {
+                return 0;
+            }
+            classes |= rule.classes;
+        }
+        classes
+    }
+
+    /// The `deny` entry that names it, as written.
+    pub fn explain_denied(&self, name: &Name) -> Option<&str> {
+        self.rules_of(name).find_map(|rule| rule.denied.as_deref())
+    }
+
+    fn rules_of<'a>(&'a self, name: &Name) -> impl Iterator<Item = &'a NameRule> {
+        let exactly = self.exactly.get(name.as_wire());
+        let below = name
+            .suffixes()
+            .skip(1)
+            .filter_map(move |suffix| self.below.get(suffix));
+        let globs = self
+            .globs
+            .iter()
+            .filter(move |(globs, _)| globs.matches(name));
+        exactly
+            .into_iter()
+            .chain(below)
+            .chain(globs.map(|(_, rule)| rule))
+    }
+}

@@ -1,0 +1,349 @@
+//! Address prefixes, and the merge that lets a longest-prefix match see all of them.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use egress_common::address::{self, Address, V4_MAPPED_PREFIX_LEN};
+
+/// Bits in an address.
+const ADDRESS_BITS: u32 = 128;
+
+/// The part of the address space that IPv4 is mapped to, `::ffff:0:0/96`.
+const MAPPED: Prefix = Prefix {
+    network: address::from_v4([0; 4]),
+    prefix_len: V4_MAPPED_PREFIX_LEN,
+};
+
+/// An IPv4 or IPv6 prefix in the form of the maps: a network address without host bits and a length
+/// in bits of the 128-bit form, so that an IPv4 prefix of length `n` has `96 + n`.
+///
+/// An IPv6 prefix never contains IPv4 addresses, though `::/0` is numerically above their mapped
+/// form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Prefix {
+    network: Address,
+    prefix_len: u32,
+}
+
+/// Why a text is no prefix. The texts are made to follow what was found.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PrefixError {
+    /// Not an address at all.
+    #[error("is not an IP address or CIDR")]
+    NotAnAddress,
+    /// The part after the slash is not a number that the family allows.
+    #[error("has a wrong prefix length: expected a number from 0 to {max}")]
+    Length {
+        /// The family's longest prefix.
+        max: u32,
+    },
+    /// Bits are set behind the prefix.
+    #[error("has bits set outside its prefix: the network is {network}")]
+    HostBits {
+        /// The same prefix without them.
+        network: Prefix,
+    },
+    /// An IPv4-mapped IPv6 address.
+    #[error("is an IPv4-mapped IPv6 address: write the IPv4 address")]
+    Mapped,
+    /// An IPv6 address with a zone.
+    #[error("has an IPv6 zone: zones mean nothing outside the pod, leave it out")]
+    Zone,
+}
+
+impl Prefix {
+    /// The prefix of one address.
+    pub fn host(address: IpAddr) -> Self {
+        Self {
+            network: to_mapped(address),
+            prefix_len: ADDRESS_BITS,
+        }
+    }
+
+    /// The prefix of `length` bits (of the family's own 32 or 128) that `address` lies in.
+    ///
+    /// # Panics
+    ///
+    /// When `length` is longer than the family allows.
+    pub fn containing(address: IpAddr, length: u32) -> Self {
+        let offset = family_offset(address);
+        assert!(
+            length <= ADDRESS_BITS - offset,
+            "prefix length {length} of {address}"
+        );
+        let prefix_len = offset + length;
+        Self {
+            network: mask(to_mapped(address), prefix_len),
+            prefix_len,
+        }
+    }
+
+    /// Reads an address or a CIDR.
+    ///
+    /// # Errors
+    ///
+    /// See [`PrefixError`].
+    pub fn parse(text: &str) -> Result<Self, PrefixError> {
+        match text.split_once('/') {
+            None => Self::from_parts(text, None),
+            Some((address, length)) => Self::from_parts(address, Some(length)),
+        }
+    }
+
+    /// Reads an address and, where there is one, the text behind its slash.
+    ///
+    /// # Errors
+    ///
+    /// See [`PrefixError`].
+    pub fn from_parts(address: &str, length: Option<&str>) -> Result<Self, PrefixError> {
+        if address.contains('%') && address.contains(':') {
+            return Err(PrefixError::Zone);
+        }
+        let address: IpAddr = address.parse().map_err(|_| PrefixError::NotAnAddress)?;
+        if matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some()) {
+            return Err(PrefixError::Mapped);
+        }
+        let Some(length) = length else {
+            return Ok(Self::host(address));
+        };
+        let max = ADDRESS_BITS - family_offset(address);
+        let length = parse_decimal(length)
+            .filter(|length| *length <= max)
+            .ok_or(PrefixError::Length { max })?;
+        let network = Self::containing(address, length);
+        if network.network != to_mapped(address) {
+            return Err(PrefixError::HostBits { network });
+        }
+        Ok(network)
+    }
+
+    /// The network address.
+    pub fn network(&self) -> Address {
+        self.network
+    }
+
+    /// Length in bits of the 128-bit form.
+    pub fn prefix_len(&self) -> u32 {
+        self.prefix_len
+    }
+
+    /// Whether these are IPv4 addresses.
+    pub fn is_v4(&self) -> bool {
+        self.prefix_len >= V4_MAPPED_PREFIX_LEN && address::is_v4(&self.network)
+    }
+
+    /// Whether this is every address of its family, `0.0.0.0/0` or `::/0`.
+    pub fn is_whole_family(&self) -> bool {
+        self.prefix_len
+            == if self.is_v4() {
+                V4_MAPPED_PREFIX_LEN
+            } else {
+                0
+            }
+    }
+
+    /// Whether the address lies in the prefix.
+    pub fn contains(&self, address: &Address) -> bool {
+        self.is_v4() == address::is_v4(address) && mask(*address, self.prefix_len) == self.network
+    }
+
+    /// Whether every address of `other` lies in this prefix.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.is_v4() == other.is_v4()
+            && self.prefix_len <= other.prefix_len
+            && mask(other.network, self.prefix_len) == self.network
+    }
+
+    /// The addresses that lie in both: prefixes are nested or apart.
+    pub fn intersection(&self, other: &Self) -> Option<Self> {
+        if self.covers(other) {
+            Some(*other)
+        } else if other.covers(self) {
+            Some(*self)
+        } else {
+            None
+        }
+    }
+
+    /// Whether the prefix is above the mapped form of IPv4 without meaning it.
+    fn is_above_mapped(&self) -> bool {
+        !self.is_v4()
+            && self.prefix_len < V4_MAPPED_PREFIX_LEN
+            && mask(MAPPED.network, self.prefix_len) == self.network
+    }
+}
+
+/// An address alone, or a CIDR; IPv6 without brackets.
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = from_mapped(&self.network);
+        if self.prefix_len == ADDRESS_BITS {
+            return write!(f, "{address}");
+        }
+        write!(f, "{address}/{}", self.prefix_len - family_offset(address))
+    }
+}
+
+/// Makes of prefixes with bits what a longest-prefix match needs: every prefix carries its own bits
+/// and those of all prefixes that contain it. Sorted by network and length.
+///
+/// An IPv6 prefix gives nothing to IPv4: where one is above the mapped form, `::ffff:0:0/96` is
+/// added to end its reach.
+pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64)> {
+    let mut merged: BTreeMap<Prefix, u64> = BTreeMap::new();
+    for (prefix, bits) in own {
+        *merged.entry(prefix).or_default() |= bits;
+    }
+    if merged.keys().any(Prefix::is_above_mapped) {
+        merged.entry(MAPPED).or_default();
+    }
+    // In this order a prefix comes after all that contain it, so those are a stack.
+    let mut above: Vec<(Prefix, u64)> = Vec::new();
+    merged
+        .into_iter()
+        .map(|(prefix, mut bits)| {
+            while above
+                .last()
+                .is_some_and(|(last, _)| !numerically_covers(last, &prefix))
+            {
+                above.pop();
+            }
+            if prefix != MAPPED {
+                bits |= above.last().map_or(0, |(_, inherited)| *inherited);
+            }
+            above.push((prefix, bits));
+            (prefix, bits)
+        })
+        .collect()
+}
+
+fn numerically_covers(outer: &Prefix, inner: &Prefix) -> bool {
+    outer.prefix_len <= inner.prefix_len && mask(inner.network, outer.prefix_len) == outer.network
+}
+
+/// The 16 bytes of the maps.
+pub fn to_mapped(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => address::from_v4(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The address that the 16 bytes of the maps stand for.
+pub fn from_mapped(address: &Address) -> IpAddr {
+    if address::is_v4(address) {
+        let [.., a, b, c, d] = *address;
+        Ipv4Addr::new(a, b, c, d).into()
+    } else {
+        Ipv6Addr::from(*address).into()
+    }
+}
+
+fn family_offset(address: IpAddr) -> u32 {
+    if address.is_ipv4() {
+        V4_MAPPED_PREFIX_LEN
+    } else {
+        0
+    }
+}
+
+fn mask(address: Address, prefix_len: u32) -> Address {
+    let keep = u128::MAX
+        .checked_shl(ADDRESS_BITS - prefix_len)
+        .unwrap_or(0);
+    (u128::from_be_bytes(address) & keep).to_be_bytes()
+}
+
+/// A number of decimal digits alone: no sign, no space.
+pub fn parse_decimal(text: &str) -> Option<u32> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().ok()
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prefix(text: &str) -> Prefix {
+        Prefix::parse(text).unwrap()
+    }
+
+    fn bits_at(merged: &[(Prefix, u64)], address: &str) -> u64 {
+        let address = to_mapped(address.parse().unwrap());
+        merged
+            .iter()
+            .filter(|(prefix, _)| mask(address, prefix.prefix_len) == prefix.network)
+            .max_by_key(|(prefix, _)| prefix.prefix_len)
+            .map_or(0, |(_, bits)| *bits)
+    }
+
+    #[test]
+    fn an_ipv4_prefix_is_96_bits_longer_in_the_maps() {
+        let ten = prefix("10.0.0.0/8");
+        assert_eq!(ten.prefix_len(), 104);
+        assert_eq!(ten.network(), address::from_v4([10, 0, 0, 0]));
+        assert_eq!(ten.to_string(), "10.0.0.0/8");
+        assert_eq!(prefix("203.0.113.7").to_string(), "203.0.113.7");
+        assert_eq!(prefix("2001:db8::/32").to_string(), "2001:db8::/32");
+        assert_eq!(prefix("0.0.0.0/0").prefix_len(), 96);
+    }
+
+    #[test]
+    fn wrong_prefixes_say_what_is_wrong() {
+        let message = |text| Prefix::parse(text).unwrap_err().to_string();
+        assert_eq!(
+            message("10.1.2.3/8"),
+            "has bits set outside its prefix: the network is 10.0.0.0/8"
+        );
+        assert_eq!(
+            message("10.0.0.0/33"),
+            "has a wrong prefix length: expected a number from 0 to 32"
+        );
+        assert_eq!(
+            message("2001:db8::/+4"),
+            "has a wrong prefix length: expected a number from 0 to 128"
+        );
+        assert_eq!(
+            message("::ffff:10.0.0.1"),
+            "is an IPv4-mapped IPv6 address: write the IPv4 address"
+        );
+        assert_eq!(
+            message("fe80::1%eth0"),
+            "has an IPv6 zone: zones mean nothing outside the pod, leave it out"
+        );
+        assert_eq!(message("10.0.0/8"), "is not an IP address or CIDR");
+    }
+
+    #[test]
+    fn a_longest_match_sees_the_bits_of_every_prefix_around_it() {
+        let merged = inherit([
+            (prefix("10.1.2.0/24"), 1),
+            (prefix("10.0.0.0/8"), 2),
+            (prefix("10.1.0.0/16"), 4),
+            (prefix("10.2.0.0/16"), 8),
+            (prefix("10.1.0.0/16"), 16),
+        ]);
+        assert_eq!(bits_at(&merged, "10.1.2.3"), 1 | 2 | 4 | 16);
+        assert_eq!(bits_at(&merged, "10.1.3.3"), 2 | 4 | 16);
+        assert_eq!(bits_at(&merged, "10.2.3.3"), 2 | 8);
+        assert_eq!(bits_at(&merged, "11.0.0.0"), 0);
+    }
+
+    #[test]
+    fn all_of_ipv6_does_not_open_ipv4() {
+        let merged = inherit([(prefix("::/0"), 1), (prefix("10.0.0.0/8"), 2)]);
+        assert_eq!(bits_at(&merged, "203.0.113.7"), 0);
+        assert_eq!(bits_at(&merged, "10.0.0.1"), 2);
+        assert_eq!(bits_at(&merged, "2001:db8::1"), 1);
+        let both = inherit([(prefix("::/0"), 1), (prefix("0.0.0.0/0"), 2)]);
+        assert_eq!(bits_at(&both, "203.0.113.7"), 2);
+        assert!(!prefix("::/0").covers(&prefix("10.0.0.0/8")));
+        assert!(!prefix("::/0").contains(&address::from_v4([10, 0, 0, 1])));
+    }
+}

@@ -1,0 +1,282 @@
+//! Folds like denials into one line, and keeps each pod to its share of lines.
+//!
+//! Nothing here looks at a clock or writes: [`Folder`] is told what time it is, and returns the
+//! lines that are due.
+
+use std::{
+    collections::{BTreeMap, HashMap, hash_map::Entry},
+    mem,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use egress_common::{address::Address, reason::Reason};
+
+use super::{Denied, Line, PodIdentity, Verdict};
+
+/// How long after the first packet of a series its line is due. With the reporter's tick this
+/// stays below the one second that lines promise.
+pub const FIRST_LINE_AFTER: Duration = Duration::from_millis(800);
+/// How often a series that goes on has a further line.
+pub const SERIES_EVERY: Duration = Duration::from_secs(10);
+/// Most series of one pod that are open at once.
+pub const SERIES_PER_POD: usize = 256;
+/// Lines one pod may have in a burst.
+pub const LINE_BURST: u32 = 256;
+/// Lines per second that one pod may have in the long run.
+pub const LINES_PER_SECOND: u32 = 100;
+
+/// Why denials have no line: the pod had [`SERIES_PER_POD`] others under way.
+pub const TOO_MANY_DESTINATIONS: &str = "too_many_destinations";
+/// Why denials have no line: the pod has used up its lines.
+pub const TOO_MANY_LINES: &str = "too_many_lines";
+
+/// What makes two denials of a pod alike.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Series {
+    dst: Option<(Address, Option<u16>)>,
+    protocol: Option<u8>,
+    verdict: Verdict,
+    reason: Reason,
+    icmp: Option<(u8, u8)>,
+    dns: Option<(String, String)>,
+}
+
+impl Series {
+    fn of(denied: &Denied) -> Self {
+        Self {
+            dst: denied.dst.map(|dst| (dst.address, dst.port)),
+            protocol: denied.protocol,
+            verdict: denied.verdict,
+            reason: denied.reason,
+            icmp: denied.icmp,
+            dns: denied.dns.clone(),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Fold {
+    /// Packets that have no line yet.
+    Open {
+        first: Box<Denied>,
+        count: u64,
+        last: SystemTime,
+        due: Instant,
+    },
+    /// Nothing since the last line; what comes before `until` has to wait for that long.
+    Quiet { until: Instant },
+}
+
+/// Losses of a pod, of one kind, that have no line yet.
+#[derive(Debug)]
+struct Loss {
+    count: u64,
+    time: SystemTime,
+    due: Instant,
+}
+
+#[derive(Debug)]
+struct PodFolds {
+    series: HashMap<Series, Fold>,
+    losses: BTreeMap<&'static str, Loss>,
+    /// Lines left, and when that was counted.
+    lines_left: u32,
+    refilled: Instant,
+}
+
+/// Folds denials.
+#[derive(Debug, Default)]
+pub struct Folder {
+    pods: HashMap<Arc<PodIdentity>, PodFolds>,
+}
+
+impl Folder {
+    /// Takes in a denial.
+    pub fn add(&mut self, now: Instant, denied: Denied) {
+        self.pod(now, &denied.pod).add(now, denied);
+    }
+
+    /// Takes in that `count` denials of a pod are known by their number only.
+    pub fn add_lost(
+        &mut self,
+        now: Instant,
+        time: SystemTime,
+        pod: &Arc<PodIdentity>,
+        count: u64,
+        why: &'static str,
+    ) {
+        self.pod(now, pod).lose(now, time, count, why);
+    }
+
+    /// The lines that are due. To be called often: a line is late by as long as this is not called.
+    pub fn due(&mut self, now: Instant) -> Vec<Line> {
+        let mut lines = Vec::new();
+        self.pods.retain(|pod, folds| {
+            folds.refill(now);
+            folds.due(now, &mut lines);
+            folds.losses_due(Some(now), pod, &mut lines);
+            !folds.is_idle()
+        });
+        lines
+    }
+
+    /// Everything that has no line yet, due or not; forgets all series.
+    pub fn flush(&mut self) -> Vec<Line> {
+        let mut lines = Vec::new();
+        for (pod, mut folds) in self.pods.drain() {
+            for (_, fold) in folds.series.drain() {
+                if let Fold::Open {
+                    first, count, last, ..
+                } = fold
+                {
+                    lines.push(Line::Denied {
+                        first: *first,
+                        count,
+                        last,
+                    });
+                }
+            }
+            folds.losses_due(None, &pod, &mut lines);
+        }
+        lines
+    }
+
+    /// Whether no time will bring a line.
+    pub fn is_empty(&self) -> bool {
+        self.pods.is_empty()
+    }
+
+    fn pod(&mut self, now: Instant, pod: &Arc<PodIdentity>) -> &mut PodFolds {
+        self.pods
+            .entry(Arc::clone(pod))
+            .or_insert_with(|| PodFolds {
+                series: HashMap::new(),
+                losses: BTreeMap::new(),
+                lines_left: LINE_BURST,
+                refilled: now,
+            })
+    }
+}
+
+impl PodFolds {
+    fn add(&mut self, now: Instant, denied: Denied) {
+        let series = Series::of(&denied);
+        if self.series.len() >= SERIES_PER_POD && !self.series.contains_key(&series) {
+            // Series whose packets all have their line give way.
+            self.series
+                .retain(|_, fold| matches!(fold, Fold::Open { .. }));
+            if self.series.len() >= SERIES_PER_POD {
+                self.lose(now, denied.time, denied.count, TOO_MANY_DESTINATIONS);
+                return;
+            }
+        }
+        let open = |due, denied: Denied| Fold::Open {
+            count: denied.count,
+            last: denied.time,
+            due,
+            first: Box::new(denied),
+        };
+        match self.series.entry(series) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(open(now + FIRST_LINE_AFTER, denied));
+            }
+            Entry::Occupied(mut occupied) => match occupied.get_mut() {
+                Fold::Open { count, last, .. } => {
+                    *count = count.saturating_add(denied.count);
+                    *last = denied.time.max(*last);
+                }
+                Fold::Quiet { until } => {
+                    let due = if *until > now {
+                        *until
+                    } else {
+                        now + FIRST_LINE_AFTER
+                    };
+                    occupied.insert(open(due, denied));
+                }
+            },
+        }
+    }
+
+    fn lose(&mut self, now: Instant, time: SystemTime, count: u64, why: &'static str) {
+        let due = now + FIRST_LINE_AFTER;
+        let loss = self.losses.entry(why).or_insert(Loss {
+            count: 0,
+            time,
+            due,
+        });
+        loss.count = loss.count.saturating_add(count);
+    }
+
+    fn due(&mut self, now: Instant, lines: &mut Vec<Line>) {
+        let mut unprinted: Option<(SystemTime, u64)> = None;
+        for fold in self.series.values_mut() {
+            if !matches!(fold, Fold::Open { due, .. } if *due <= now) {
+                continue;
+            }
+            let quiet = Fold::Quiet {
+                until: now + SERIES_EVERY,
+            };
+            let Fold::Open {
+                first, count, last, ..
+            } = mem::replace(fold, quiet)
+            else {
+                continue;
+            };
+            if let Some(left) = self.lines_left.checked_sub(1) {
+                self.lines_left = left;
+                lines.push(Line::Denied {
+                    first: *first,
+                    count,
+                    last,
+                });
+            } else {
+                let (time, lost) = unprinted.unwrap_or((first.time, 0));
+                unprinted = Some((time.min(first.time), lost.saturating_add(count)));
+            }
+        }
+        if let Some((time, count)) = unprinted {
+            self.lose(now, time, count, TOO_MANY_LINES);
+        }
+        self.series
+            .retain(|_, fold| !matches!(fold, Fold::Quiet { until } if *until <= now));
+    }
+
+    /// Moves the losses that are due, or all of them, to `lines`. They do not count as lines of the
+    /// pod: there are few kinds of them, and each has one line at a time.
+    fn losses_due(&mut self, now: Option<Instant>, pod: &Arc<PodIdentity>, lines: &mut Vec<Line>) {
+        self.losses.retain(|&why, loss| {
+            if now.is_some_and(|now| loss.due > now) {
+                return true;
+            }
+            lines.push(Line::Lost {
+                pod: Some(Arc::clone(pod)),
+                count: loss.count,
+                why,
+                time: loss.time,
+            });
+            false
+        });
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let per_line = Duration::from_secs(1) / LINES_PER_SECOND;
+        let elapsed = now.saturating_duration_since(self.refilled);
+        let lines = u32::try_from(elapsed.as_nanos() / per_line.as_nanos()).unwrap_or(u32::MAX);
+        self.lines_left = self.lines_left.saturating_add(lines).min(LINE_BURST);
+        if self.lines_left == LINE_BURST {
+            self.refilled = now;
+        } else {
+            self.refilled += per_line * lines;
+        }
+    }
+
+    /// Whether forgetting the pod makes no difference.
+    fn is_idle(&self) -> bool {
+        self.series.is_empty() && self.losses.is_empty() && self.lines_left == LINE_BURST
+    }
+}
+
+#[cfg(test)]
+#[path = "folder_tests.rs"]
+mod tests;

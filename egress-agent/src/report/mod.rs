@@ -1,0 +1,24 @@
+//! What people see: denial lines on standard output.
+//!
+//! ```text
+//!  denials ring reader ─┐ report(), never blocks
+//!  gate thread ─────────┴─▶ bounded channel ─▶ reporter thread: Folder ─▶ one JSON line each
+//! ```
+//!
+//! Denials of the same (pod, destination, port, protocol, reason) are folded into one line with a
+//! count. The first line of such a series comes within a second of its first packet; while the
+//! series goes on, a further line comes every [`folder::SERIES_EVERY`].
+//!
+//! A pod has its own share of the channel, of open series and of lines, so that a flood from one
+//! pod hides nothing of another's. Whatever is not reported is counted, and the count is a line of
+//! its own (`denials_lost`).
+
+pub mod denied;
+pub mod folder;
+pub mod line;
+pub mod reporter;
+
+pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
+pub use folder::Folder;
+pub use line::Line;
+pub use reporter::{Reporter, ReporterThread};

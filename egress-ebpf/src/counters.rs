@@ -1,0 +1,15 @@
+//! The node's counters.
+
+use egress_common::records::Counters;
+
+use crate::maps::COUNTERS;
+
+/// Changes this CPU's copy of the counters.
+#[inline(always)]
+pub fn count(change: impl FnOnce(&mut Counters)) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the entry is this CPU's own, and a program is not interrupted by another program
+        // of this kind on the same CPU.
+        change(unsafe { &mut *counters });
+    }
+}

@@ -1,0 +1,289 @@
+//! Everything a pod sends, in the order of the verdict (`docs/architecture.md`).
+
+use aya_ebpf::programs::TcContext;
+use egress_common::{
+    address::{self, Address},
+    limits::OWN_ADDRESSES,
+    packet::{Fragment, Packet, Walked, walk},
+    protocol::bits,
+    reason::Reason,
+    records::{
+        AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
+        NO_CLASS, Policy, RANGE_RESOLVER,
+    },
+    verdict::{self, Destination, Verdict},
+};
+
+use crate::{
+    DROP, PASS,
+    counters::count,
+    denials::{Denied, deny},
+    flows, held,
+    maps::{ALLOW, BOUNCE_MARK, CIDR, Flows, INTERFACE, POLICY, RANGE, TRACE},
+    skb::{Skb, now_ns},
+};
+
+/// Port of DNS.
+pub const DNS_PORT: u16 = 53;
+
+/// The verdict on a frame that the pod sent.
+#[inline(always)]
+pub fn judge(ctx: &TcContext) -> i32 {
+    let skb = Skb(ctx);
+    // A question that the agent has decided and put back. A pod cannot forge the mark: it is
+    // scrubbed when a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
+    if skb.mark() == BOUNCE_MARK.load() {
+        ctx.set_mark(0);
+        return PASS;
+    }
+    // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program
+    // ends; the agent never writes to an entry in place.
+    let found = unsafe {
+        INTERFACE
+            .get(skb.ifindex())
+            .and_then(|interface| Some((interface, POLICY.get(interface.policy)?)))
+    };
+    let Some((interface, policy)) = found else {
+        count(|c| c.no_policy += 1);
+        return DROP;
+    };
+    let mut packet = Packet::EMPTY;
+    match walk(&skb, &mut packet) {
+        Walked::Arp => return pass(&skb),
+        Walked::Ip => {}
+        Walked::NotIp | Walked::Malformed => {
+            return deny(
+                ctx,
+                &Denied {
+                    interface,
+                    packet: None,
+                    reason: Reason::Malformed,
+                    class: NO_CLASS,
+                    direction: FROM_POD,
+                },
+            );
+        }
+    }
+    if TRACE.load() != 0 {
+        aya_log_ebpf::debug!(
+            ctx,
+            "from_pod if {} proto {} port {}",
+            skb.ifindex(),
+            packet.protocol,
+            packet.dst_port
+        );
+    }
+    judge_packet(ctx, interface, policy, &packet)
+}
+
+#[inline(always)]
+fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
+    let skb = Skb(ctx);
+    if packet.is_link_housekeeping() {
+        // Before it has an address, a host speaks from the unspecified one (RFC 4862); after that
+        // from its link-local address, which is not among the pod's own.
+        if packet.src == address::UNSPECIFIED
+            || address::is_v6_link_local(&packet.src)
+            || is_own(policy, &packet.src)
+        {
+            return pass(&skb);
+        }
+    }
+    if !is_own(policy, &packet.src) {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::SpoofedSource),
+        );
+    }
+    if packet.dst_port == DNS_PORT
+        && packet.bit & (bits::UDP | bits::TCP) != 0
+        && range_of(&packet.dst) & RANGE_RESOLVER != 0
+    {
+        return hold_question(ctx, interface, packet);
+    }
+    let now_ns = now_ns();
+    let Some(flows) = flows::of_pod(interface) else {
+        return deny(ctx, &Denied::from_pod(interface, packet, Reason::NoPolicy));
+    };
+    if matches!(packet.fragment, Fragment::Later) {
+        return if flows::find(flows, &packet.fragment_from_pod(), now_ns).is_some() {
+            pass(&skb)
+        } else {
+            deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst),
+            )
+        };
+    }
+    let key = packet.flow_from_pod();
+    let seen = flows::seen(packet, true);
+    let mut open = None;
+    if packet.may_follow_flow() {
+        if let Some(flow) = flows::find(flows, &key, now_ns) {
+            if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
+            {
+                flows::touch(flow, seen, now_ns);
+                count(|c| c.passed_by_flow += 1);
+                return pass_first_fragment(&skb, flows, interface, packet, now_ns);
+            }
+            open = Some(flow);
+        }
+    }
+
+    let mut destination = look_up(interface, &packet.dst, now_ns);
+    // A flow that an earlier policy admitted lives on if today's policy allows its destination,
+    // even when the address's own lifetime has ended.
+    if let Some(flow) = &open {
+        if flow.state == FLOW_OUT {
+            destination.expired = 0;
+        }
+    }
+    match verdict::judge(policy, &destination, packet.bit, packet.dst_port) {
+        Verdict::Pass => {
+            match open {
+                Some(flow) => {
+                    flow.policy = interface.policy;
+                    flow.state = FLOW_OUT;
+                    flows::touch(flow, seen, now_ns);
+                }
+                None if flows::is_tracked(packet) => {
+                    flows::remember(flows, &key, interface, FLOW_OUT, seen, now_ns);
+                }
+                None => {}
+            }
+            pass_first_fragment(&skb, flows, interface, packet, now_ns)
+        }
+        Verdict::Deny { reason, class } => {
+            match open {
+                Some(flow) => flow.state = FLOW_CUT,
+                // In audit mode the packet leaves, and its answer must not look like something
+                // that the other side opened.
+                None if interface.mode == MODE_AUDIT && flows::is_tracked(packet) => {
+                    flows::remember(flows, &key, interface, FLOW_CUT, seen, now_ns);
+                }
+                None => {}
+            }
+            let denied = Denied {
+                interface,
+                packet: Some(packet),
+                reason,
+                class,
+                direction: FROM_POD,
+            };
+            deny(ctx, &denied)
+        }
+    }
+}
+
+/// Gives a question to the agent. What cannot be held is denied.
+#[inline(always)]
+fn hold_question(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
+    let skb = Skb(ctx);
+    if packet.bit == bits::TCP {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsOverTcp),
+        );
+    }
+    if !matches!(packet.fragment, Fragment::None) {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsFragmented),
+        );
+    }
+    if interface.mode == MODE_AUDIT {
+        held::take(&skb, interface, HELD_QUESTION, false);
+        return pass(&skb);
+    }
+    if !held::take(&skb, interface, HELD_QUESTION, true) {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsNotHeld),
+        );
+    }
+    DROP
+}
+
+/// Passes a packet that the rules or a flow admit, and lets its later fragments follow.
+#[inline(always)]
+fn pass_first_fragment(
+    skb: &Skb<'_>,
+    flows: &Flows,
+    interface: &Interface,
+    packet: &Packet,
+    now_ns: u64,
+) -> i32 {
+    if matches!(packet.fragment, Fragment::First) {
+        let key = packet.fragment_from_pod();
+        flows::remember(flows, &key, interface, FLOW_OUT, 0, now_ns);
+    }
+    pass(skb)
+}
+
+#[inline(always)]
+fn pass(skb: &Skb<'_>) -> i32 {
+    let len = egress_common::packet::Frame::len(skb);
+    count(|c| {
+        c.passed_packets += 1;
+        c.passed_bytes += u64::from(len);
+    });
+    PASS
+}
+
+#[inline(always)]
+fn is_own(policy: &Policy, address: &Address) -> bool {
+    let mut i = 0;
+    while i < OWN_ADDRESSES {
+        if i as u32 >= policy.own_len {
+            return false;
+        }
+        if same(&policy.own[i], address) {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+/// Compares in two words; a comparison of slices would become a call that does not exist here.
+#[inline(always)]
+fn same(a: &Address, b: &Address) -> bool {
+    u128::from_ne_bytes(*a) == u128::from_ne_bytes(*b)
+}
+
+/// What the maps say about a destination.
+#[inline(always)]
+fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination {
+    let mut destination = Destination {
+        ranges: range_of(address),
+        ..Destination::default()
+    };
+    // SAFETY: none of the maps is preallocated, so an entry that is replaced lives until the
+    // program ends.
+    unsafe {
+        if let Some(entry) = ALLOW
+            .get(&interface.policy)
+            .and_then(|allow| allow.get(AllowKey { addr: *address }))
+        {
+            destination.learned = entry.classes;
+            destination.expired = u64::from(entry.expires_ns <= now_ns);
+        }
+        if let Some(cidrs) = CIDR.get(&interface.policy) {
+            if let Some(entry) = cidrs.get(&lpm_key(address)) {
+                destination.cidr = entry.classes;
+            }
+        }
+    }
+    destination
+}
+
+/// Kinds of the address on this node.
+#[inline(always)]
+pub fn range_of(address: &Address) -> u64 {
+    RANGE.get(&lpm_key(address)).map_or(0, |range| range.kinds)
+}
+
+#[inline(always)]
+fn lpm_key(address: &Address) -> aya_ebpf::btf_maps::lpm_trie::Key<Address> {
+    aya_ebpf::btf_maps::lpm_trie::Key::new(128, *address)
+}

@@ -1,0 +1,160 @@
+//! Taking frames for the agent: the `held` ring.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{
+    bindings::BPF_RB_AVAIL_DATA,
+    helpers::{bpf_ringbuf_query, bpf_skb_load_bytes},
+};
+use egress_common::{
+    limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES},
+    meter::take_token,
+    packet::{ETHERNET_LEN, Frame as _},
+    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, Interface, Meter},
+};
+
+use crate::{
+    counters::count,
+    maps::{HELD, METER},
+    skb::{Skb, now_ns},
+};
+
+/// Most questions and most answers are shorter than this.
+const SMALL: usize = 512 - size_of::<Held>();
+/// Everything that fits an ordinary MTU is.
+const MEDIUM: usize = 2048 - size_of::<Held>();
+const LARGE: usize = HELD_FRAME_BYTES;
+/// Of a rejected packet the headers are enough.
+const REJECT_BYTES: u32 = 192;
+
+#[repr(C)]
+struct HeldFrame<const N: usize> {
+    head: Held,
+    data: [u8; N],
+}
+
+/// Copies the frame into the `held` ring. Returns whether it is there; if not, it was counted.
+///
+/// `taken` says that the original will be dropped and waits to be put back.
+#[inline(always)]
+pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool {
+    let mut len = skb.len();
+    if kind == HELD_REJECT && len > REJECT_BYTES {
+        len = REJECT_BYTES;
+    }
+    if len as usize > LARGE {
+        count(|c| c.held_too_long += 1);
+        unreported(interface.pod);
+        return false;
+    }
+    let head = Held {
+        time_ns: now_ns(),
+        ifindex: skb.ifindex(),
+        pod: interface.pod,
+        len,
+        kind,
+        taken: u8::from(taken),
+        l3_offset: ETHERNET_LEN as u8,
+        pad: 0,
+    };
+    if is_crowded() && !has_share(interface.pod, head.time_ns) {
+        count(|c| {
+            if kind == HELD_REJECT {
+                c.rejects_lost += 1
+            } else {
+                c.held_limited += 1
+            }
+        });
+        unreported(interface.pod);
+        return false;
+    }
+    let copied = if len as usize <= SMALL {
+        copy::<SMALL>(skb, head)
+    } else if len as usize <= MEDIUM {
+        copy::<MEDIUM>(skb, head)
+    } else {
+        copy::<LARGE>(skb, head)
+    };
+    if copied {
+        count(|c| match kind {
+            HELD_QUESTION => c.held_questions += 1,
+            HELD_ANSWER => c.held_answers += 1,
+            _ => {}
+        });
+    } else {
+        count(|c| {
+            if kind == HELD_REJECT {
+                c.rejects_lost += 1
+            } else {
+                c.held_lost += 1
+            }
+        });
+        unreported(interface.pod);
+    }
+    copied
+}
+
+#[inline(always)]
+fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
+    let Some(mut entry) = HELD.reserve_untyped::<HeldFrame<N>>(0) else {
+        return false;
+    };
+    let frame = MaybeUninit::as_mut_ptr(&mut entry);
+    // SAFETY: the entry is ours until it is submitted and is as long as `HeldFrame<N>`; `len` is
+    // between 1 and `N`, so the helper stays within `data`.
+    let failed = unsafe {
+        (&raw mut (*frame).head).write(head);
+        // The verifier must see both bounds on the very register that it checks.
+        let len = core::hint::black_box(head.len);
+        if len == 0 || len > N as u32 {
+            -1
+        } else {
+            bpf_skb_load_bytes(skb.as_ptr(), 0, (&raw mut (*frame).data).cast(), len)
+        }
+    };
+    if failed != 0 {
+        entry.discard(0);
+        return false;
+    }
+    entry.submit(0);
+    true
+}
+
+/// Whether more than half of the ring waits for the agent.
+#[inline(always)]
+fn is_crowded() -> bool {
+    let ring = core::ptr::from_ref(&HELD).cast_mut().cast();
+    // SAFETY: the map is a ring buffer.
+    let waiting = unsafe { bpf_ringbuf_query(ring, u64::from(BPF_RB_AVAIL_DATA)) };
+    waiting > u64::from(HELD_RING_BYTES / 2)
+}
+
+/// Whether the pod may still add to a crowded ring, so that one pod's flood does not take the
+/// others' DNS away.
+#[inline(always)]
+fn has_share(pod: u32, now_ns: u64) -> bool {
+    let Some(meter) = METER.get_ptr_mut(pod) else {
+        return false;
+    };
+    // SAFETY: the entry lives while the program runs; racing writers only blur the share.
+    let Meter {
+        held_tokens,
+        held_refill_ns,
+        ..
+    } = unsafe { &mut *meter };
+    take_token(
+        held_tokens,
+        held_refill_ns,
+        HELD_BURST,
+        HELD_PER_SECOND,
+        now_ns,
+    )
+}
+
+#[inline(always)]
+fn unreported(pod: u32) {
+    if let Some(meter) = METER.get_ptr_mut(pod) {
+        // SAFETY: as above.
+        unsafe { (*meter).held_unreported += 1 };
+    }
+}

@@ -1,0 +1,76 @@
+//! The maps, as `docs/bpftool.md` shows them to people.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf},
+    macros::btf_map,
+};
+use egress_common::{
+    address::Address,
+    limits::{
+        ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, HELD_RING_BYTES, INTERFACES,
+        POLICIES, RANGE_ENTRIES,
+    },
+    records::{
+        AllowEntry, AllowKey, CidrEntry, Counters, Denial, Flow, FlowKey, Held, Identity,
+        Interface, Meter, Policy, Range,
+    },
+};
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+/// A pod's allow map.
+pub type Allow = HashMap<AllowKey, AllowEntry, { ALLOW_ENTRIES as usize }, NO_PREALLOC>;
+/// A policy's CIDR trie.
+pub type Cidrs = LpmTrie<Address, CidrEntry, { CIDR_ENTRIES as usize }>;
+/// A pod's flows.
+pub type Flows = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
+
+#[btf_map(name = "interfaces")]
+pub static INTERFACE: HashMap<u32, Interface, { INTERFACES as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+#[btf_map(name = "identities")]
+pub static IDENTITY: HashMap<u32, Identity, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "policies")]
+pub static POLICY: HashMap<u32, Policy, { POLICIES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "allow")]
+pub static ALLOW: HashOfMaps<u32, Allow, { POLICIES as usize }, NO_PREALLOC> = HashOfMaps::new();
+
+#[btf_map(name = "cidrs")]
+pub static CIDR: HashOfMaps<u32, Cidrs, { POLICIES as usize }, NO_PREALLOC> = HashOfMaps::new();
+
+#[btf_map(name = "flows")]
+pub static FLOW: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = HashOfMaps::new();
+
+#[btf_map(name = "ranges")]
+pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();
+
+#[btf_map(name = "meters")]
+pub static METER: HashMap<u32, Meter, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "counters")]
+pub static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
+
+#[btf_map(name = "held")]
+pub static HELD: RingBuf<Held, { HELD_RING_BYTES as usize }> = RingBuf::new();
+
+#[btf_map(name = "denials")]
+pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::new();
+
+/// Mark of a frame that the agent puts back on its way to the pod. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static DELIVER_MARK: Global<u32> = Global::new(0);
+
+/// Mark of a frame that the agent puts back on its way from the pod: [`crate::to_pod`] turns it
+/// round. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static BOUNCE_MARK: Global<u32> = Global::new(0);
+
+/// Whether the programs trace what they do (`--datapath-log`). The kernel removes the traces when
+/// this is zero, because the value is constant when the programs are verified.
+#[unsafe(no_mangle)]
+pub static TRACE: Global<u8> = Global::new(0);

@@ -1,0 +1,98 @@
+//! What is on its way to a pod. Nothing but DNS answers is stopped here; flows that others open
+//! are noted, so that the pod's replies pass.
+
+use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
+use egress_common::{
+    packet::{Fragment, Packet, Walked, walk},
+    protocol::bits,
+    reason::Reason,
+    records::{FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, NO_CLASS, RANGE_RESOLVER, TO_POD},
+};
+
+use crate::{
+    DROP, PASS,
+    denials::{Denied, deny},
+    flows,
+    from_pod::{DNS_PORT, range_of},
+    held,
+    maps::{BOUNCE_MARK, DELIVER_MARK, INTERFACE},
+    skb::{Skb, now_ns},
+};
+
+/// The verdict on a frame that is about to reach the pod.
+#[inline(always)]
+pub fn judge(ctx: &TcContext) -> i32 {
+    let skb = Skb(ctx);
+    let mark = skb.mark();
+    if mark == BOUNCE_MARK.load() {
+        // The agent can only send towards the pod; a question that it puts back is turned round
+        // here and goes on as if the pod had just sent it.
+        // SAFETY: the helper takes plain numbers.
+        return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
+    }
+    if mark == DELIVER_MARK.load() {
+        ctx.set_mark(0);
+        return PASS;
+    }
+    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program
+    // ends; the agent never writes to an entry in place.
+    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
+        return PASS;
+    };
+    let mut packet = Packet::EMPTY;
+    match walk(&skb, &mut packet) {
+        Walked::Ip => judge_packet(ctx, interface, &packet),
+        Walked::Arp | Walked::NotIp => PASS,
+        // It might be an answer in a disguise that the pod sees through.
+        Walked::Malformed => deny(ctx, &denied(interface, None, Reason::Malformed)),
+    }
+}
+
+#[inline(always)]
+fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
+    let skb = Skb(ctx);
+    if packet.bit == bits::UDP
+        && packet.src_port == DNS_PORT
+        && range_of(&packet.src) & RANGE_RESOLVER != 0
+    {
+        if !matches!(packet.fragment, Fragment::None) {
+            return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+        }
+        if interface.mode == MODE_AUDIT {
+            held::take(&skb, interface, HELD_ANSWER, false);
+            return PASS;
+        }
+        if !held::take(&skb, interface, HELD_ANSWER, true) {
+            return deny(ctx, &denied(interface, Some(packet), Reason::DnsNotHeld));
+        }
+        return DROP;
+    }
+    if matches!(packet.fragment, Fragment::Later) {
+        return PASS;
+    }
+    let Some(flows) = flows::of_pod(interface) else {
+        return PASS;
+    };
+    let now_ns = now_ns();
+    let key = packet.flow_to_pod();
+    let seen = flows::seen(packet, false);
+    match flows::find(flows, &key, now_ns) {
+        Some(flow) => flows::touch(flow, seen, now_ns),
+        None if packet.opens_inbound() => {
+            flows::remember(flows, &key, interface, FLOW_IN, seen, now_ns);
+        }
+        None => {}
+    }
+    PASS
+}
+
+#[inline(always)]
+fn denied<'a>(interface: &'a Interface, packet: Option<&'a Packet>, reason: Reason) -> Denied<'a> {
+    Denied {
+        interface,
+        packet,
+        reason,
+        class: NO_CLASS,
+        direction: TO_POD,
+    }
+}
