@@ -1,1 +1,44 @@
-//! A laboratory of network namespaces.
+//! A laboratory of network namespaces in which the agent is tried as a user would try it.
+//!
+//! A [`Lab`] is one node and the internet around it, and is gone when it is dropped:
+//!
+//! ```text
+//!  pod eth0 ── veth1 ┐
+//!  pod eth0 ── veth2 ┤  node (the agent runs here)  uplink ── eth0  outside (resolver, servers)
+//!  …                 ┘
+//! ```
+//!
+//! A [`Pod`] is a namespace with addresses of both families; it becomes known to the agent only
+//! when a manifest is written for it ([`Lab::write_pod`]). `outside` answers on every address of
+//! [`addresses::SERVERS`] and its siblings, so that thousands of names can have an address each.
+//! Its [`DnsServer`] says whatever a test wants it to say, to the byte.
+//!
+//! Everything here panics when the machine does not do what it should: a laboratory that could not
+//! be built is a failed test.
+#![expect(
+    clippy::missing_panics_doc,
+    reason = "the laboratory panics whenever the machine under it fails: that is a failed test"
+)]
+
+pub mod addresses;
+mod agent;
+pub mod bpf;
+pub mod dns;
+pub mod frames;
+mod lab;
+mod manifests;
+mod namespace;
+mod pod;
+mod process;
+mod servers;
+mod wait;
+
+pub use agent::{Agent, Denial, KernelObjects};
+pub use dns::DnsServer;
+pub use lab::{Builder, Lab};
+pub use manifests::Annotations;
+pub use namespace::{Namespace, leftovers};
+pub use pod::{Pod, echo_on, exchange};
+pub use process::Running;
+pub use servers::{TcpEcho, UdpEcho};
+pub use wait::{DEADLINE, SHORT, eventually, holds};

@@ -1,0 +1,406 @@
+//! The agent under test: the real program, as its user starts it.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    io::{BufRead as _, BufReader, Read},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{DEADLINE, Namespace, Pod};
+
+/// What the agent says on standard error once it watches the manifests.
+const SAYS_READY: &str = "ready";
+/// What it says, followed by `pod=<namespace>/<name>`, once a pod's packets are judged.
+const SAYS_ENFORCING: &str = "enforcing";
+/// What it says, followed by `pod=<namespace>/<name>`, once a changed policy is in force.
+const SAYS_APPLIED: &str = "policy applied";
+
+/// One denial line. Optional fields are those that only some denials have.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of the documented line")]
+pub struct Denial {
+    pub time: String,
+    pub event: String,
+    pub verdict: String,
+    pub reason: String,
+    pub node: String,
+    pub namespace: String,
+    pub pod: String,
+    pub uid: String,
+    pub protocol: Option<String>,
+    pub src_ip: Option<IpAddr>,
+    pub src_port: Option<u16>,
+    pub dst_ip: Option<IpAddr>,
+    pub dst_port: Option<u16>,
+    #[serde(default)]
+    pub dst_names: Vec<String>,
+    pub dns_name: Option<String>,
+    pub dns_type: Option<String>,
+    pub rule: Option<String>,
+    pub count: u64,
+    pub first: String,
+    pub last: String,
+    /// The whole line.
+    #[serde(skip)]
+    pub line: Value,
+}
+
+impl Denial {
+    /// Whether it speaks of this pod.
+    pub fn of(&self, pod: &Pod) -> bool {
+        self.namespace == pod.namespace() && self.pod == pod.name()
+    }
+
+    /// Whether it speaks of this pod, reason and destination.
+    pub fn is(&self, pod: &Pod, reason: &str, dst: IpAddr, port: u16) -> bool {
+        self.of(pod)
+            && self.reason == reason
+            && self.dst_ip == Some(dst)
+            && self.dst_port == Some(port)
+    }
+
+    /// Whether it speaks of this pod's question for this name.
+    pub fn is_question(&self, pod: &Pod, name: &str) -> bool {
+        self.of(pod)
+            && self
+                .dns_name
+                .as_deref()
+                .is_some_and(|n| n.trim_end_matches('.') == name)
+    }
+}
+
+/// Lines of one of the agent's streams, as they come.
+#[derive(Debug, Default)]
+struct Lines {
+    seen: Mutex<Vec<String>>,
+    more: Condvar,
+}
+
+impl Lines {
+    fn follow(self: &Arc<Self>, stream: impl Read + Send + 'static) -> JoinHandle<()> {
+        let lines = Arc::clone(self);
+        thread::spawn(move || {
+            let mut stream = BufReader::new(stream);
+            let mut line = Vec::new();
+            while matches!(stream.read_until(b'\n', &mut line), Ok(1..)) {
+                lines
+                    .lock()
+                    .push(String::from_utf8_lossy(&line).trim_end().to_owned());
+                lines.more.notify_all();
+                line.clear();
+            }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<String>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first line from number `from` on that yields something; `None` at the deadline.
+    fn wait<T>(&self, from: usize, mut pick: impl FnMut(&str) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now() + DEADLINE;
+        let mut next = from;
+        let mut lines = self.lock();
+        loop {
+            while next < lines.len() {
+                let picked = pick(&lines[next]);
+                next += 1;
+                if picked.is_some() {
+                    return picked;
+                }
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            lines = self
+                .more
+                .wait_timeout(lines, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+/// The agent, running in the node's namespace. Killed when dropped; what it said is printed when
+/// the test has failed.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    ended: bool,
+    stdout: Arc<Lines>,
+    stderr: Arc<Lines>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// The program under test: `$EGRESS_AGENT`, or the release build of the workspace, or its
+    /// debug build.
+    #[track_caller]
+    pub fn program() -> PathBuf {
+        if let Some(path) = env::var_os("EGRESS_AGENT") {
+            return path.into();
+        }
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(
+            || workspace.join("target"),
+            |directory| workspace.join(directory),
+        );
+        ["release", "debug"]
+            .map(|profile| target.join(profile).join("egress-agent"))
+            .into_iter()
+            .find(|path| path.exists())
+            .unwrap_or_else(|| {
+                panic!(
+                    "no egress-agent under {}: run `cargo xtask build`, or set EGRESS_AGENT",
+                    target.display()
+                )
+            })
+    }
+
+    #[track_caller]
+    pub(crate) fn start(node: &Namespace, mut command: Command) -> Self {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let spawned = node.run(|| command.spawn());
+        let mut child =
+            spawned.unwrap_or_else(|e| panic!("start {}: {e}", command.get_program().display()));
+        let (stdout, stderr) = (Arc::<Lines>::default(), Arc::<Lines>::default());
+        let readers = vec![
+            stdout.follow(child.stdout.take().expect("stdout is piped")),
+            stderr.follow(child.stderr.take().expect("stderr is piped")),
+        ];
+        Self {
+            child,
+            ended: false,
+            stdout,
+            stderr,
+            readers,
+        }
+    }
+
+    /// Waits until the agent watches the manifests.
+    #[track_caller]
+    pub fn wait_ready(&self) {
+        self.wait_said_from(0, "that it is ready", |line| line.contains(SAYS_READY));
+    }
+
+    /// Waits until the agent judges this pod's packets.
+    #[track_caller]
+    pub fn wait_enforcing(&self, pod: &Pod) {
+        self.wait_said_from(0, &format!("{SAYS_ENFORCING} {}", of(pod)), |line| {
+            line.contains(SAYS_ENFORCING) && speaks_of(line, pod)
+        });
+    }
+
+    /// Makes a change and waits until the agent has applied what it means for this pod.
+    #[track_caller]
+    pub fn applies(&self, pod: &Pod, change: impl FnOnce()) {
+        let from = self.stderr.lock().len();
+        change();
+        self.wait_said_from(from, &format!("{SAYS_APPLIED} {}", of(pod)), |line| {
+            line.contains(SAYS_APPLIED) && speaks_of(line, pod)
+        });
+    }
+
+    /// Makes a change and waits until the agent says something on standard error about it.
+    #[track_caller]
+    pub fn says_after(
+        &self,
+        what: &str,
+        change: impl FnOnce(),
+        is: impl FnMut(&str) -> bool,
+    ) -> String {
+        let from = self.stderr.lock().len();
+        change();
+        self.wait_said_from(from, what, is)
+    }
+
+    /// Waits for a line on standard error.
+    #[track_caller]
+    pub fn wait_said(&self, what: &str, is: impl FnMut(&str) -> bool) -> String {
+        self.wait_said_from(0, what, is)
+    }
+
+    #[track_caller]
+    fn wait_said_from(&self, from: usize, what: &str, mut is: impl FnMut(&str) -> bool) -> String {
+        self.stderr
+            .wait(from, |line| is(line).then(|| line.to_owned()))
+            .unwrap_or_else(|| panic!("the agent did not say within {DEADLINE:?}: {what}"))
+    }
+
+    /// Everything said on standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().join("\n")
+    }
+
+    /// Waits for a denial line, from the first on.
+    #[track_caller]
+    pub fn wait_denial(&self, what: &str, mut is: impl FnMut(&Denial) -> bool) -> Denial {
+        self.stdout
+            .wait(0, |line| Some(parse(line)?).filter(|d| is(d)))
+            .unwrap_or_else(|| {
+                panic!(
+                    "no such denial within {DEADLINE:?}: {what}; there were:\n{}",
+                    self.stdout.lock().join("\n")
+                )
+            })
+    }
+
+    /// Waits for a line on standard output that is not a denial.
+    #[track_caller]
+    pub fn wait_event(&self, event: &str, mut is: impl FnMut(&Value) -> bool) -> Value {
+        self.stdout
+            .wait(0, |line| {
+                let line = json_line(line);
+                (line["event"] == event && is(&line)).then_some(line)
+            })
+            .unwrap_or_else(|| panic!("no line with event {event:?} within {DEADLINE:?}"))
+    }
+
+    /// The denial lines so far.
+    #[track_caller]
+    pub fn denials(&self) -> Vec<Denial> {
+        self.stdout
+            .lock()
+            .iter()
+            .filter_map(|line| parse(line))
+            .collect()
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ids of the BPF programs and maps that the agent holds open, itself or through a link.
+    pub fn kernel_objects(&self) -> KernelObjects {
+        let mut objects = KernelObjects::default();
+        let Ok(entries) = fs::read_dir(format!("/proc/{}/fdinfo", self.pid())) else {
+            return objects;
+        };
+        for entry in entries.flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            for line in text.lines() {
+                let Some((key, value)) = line.split_once(':') else {
+                    continue;
+                };
+                let Ok(id) = value.trim().parse() else {
+                    continue;
+                };
+                match key {
+                    "prog_id" => _ = objects.programs.insert(id),
+                    "map_id" => _ = objects.maps.insert(id),
+                    _ => (),
+                }
+            }
+        }
+        objects
+    }
+
+    /// Asks the agent to end (SIGTERM) and waits until it has.
+    #[track_caller]
+    pub fn stop(&mut self) -> ExitStatus {
+        self.end(Signal::SIGTERM)
+    }
+
+    /// Kills the agent (SIGKILL).
+    #[track_caller]
+    pub fn kill(&mut self) -> ExitStatus {
+        self.end(Signal::SIGKILL)
+    }
+
+    /// Waits until the agent ends by itself.
+    #[track_caller]
+    pub fn wait_end(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        while start.elapsed() < DEADLINE {
+            if let Some(status) = self.child.try_wait().expect("wait(2) for the agent") {
+                self.ended = true;
+                // The streams are complete only when their readers have met the end of file.
+                for reader in self.readers.drain(..) {
+                    reader.join().expect("a reader does not panic");
+                }
+                return status;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        panic!("the agent did not end within {DEADLINE:?}");
+    }
+
+    #[track_caller]
+    fn end(&mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).expect("kill(2) of the agent");
+        self.wait_end()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            for reader in self.readers.drain(..) {
+                let _ = reader.join();
+            }
+        }
+        if thread::panicking() {
+            eprintln!("--- the agent's standard error ---\n{}", self.stderr());
+            eprintln!(
+                "--- the agent's standard output ---\n{}",
+                self.stdout.lock().join("\n")
+            );
+        }
+    }
+}
+
+/// Ids of BPF objects in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelObjects {
+    /// Programs.
+    pub programs: BTreeSet<u32>,
+    /// Maps.
+    pub maps: BTreeSet<u32>,
+}
+
+fn of(pod: &Pod) -> String {
+    format!("pod={}/{}", pod.namespace(), pod.name())
+}
+
+/// Whether a line has the pod's field, not that of one whose name begins alike.
+fn speaks_of(line: &str, pod: &Pod) -> bool {
+    let field = of(pod);
+    line.match_indices(&field).any(|(at, _)| {
+        !line[at + field.len()..].starts_with(|c: char| c.is_alphanumeric() || "-.".contains(c))
+    })
+}
+
+#[track_caller]
+fn json_line(line: &str) -> Value {
+    serde_json::from_str(line)
+        .unwrap_or_else(|e| panic!("standard output has a line that is not JSON: {e}: {line}"))
+}
+
+#[track_caller]
+fn parse(line: &str) -> Option<Denial> {
+    let value = json_line(line);
+    if value["event"] != "denied" && value["event"] != "would_deny" {
+        return None;
+    }
+    let mut denial = Denial::deserialize(&value)
+        .unwrap_or_else(|e| panic!("a denial line lacks what every one has: {e}: {line}"));
+    denial.line = value;
+    Some(denial)
+}

@@ -1,0 +1,150 @@
+//! The kernel's side, as an operator sees it with bpftool.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, Ipv6Addr},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::Value;
+
+use crate::{KernelObjects, Lab, Pod};
+
+/// Version directory of the pins.
+const PINS: &str = "egress-agent/v1";
+
+/// One address of a pod's allow map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowed {
+    /// Bitmap of classes.
+    pub classes: u64,
+    /// End of its life, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub expires_ns: u64,
+}
+
+impl Lab {
+    /// Directory of the agent's pins.
+    pub fn pins(&self) -> PathBuf {
+        self.bpffs().join(PINS)
+    }
+
+    /// Path of the pod's allow map.
+    pub fn allow_pin(&self, pod: &Pod) -> PathBuf {
+        self.pins()
+            .join(format!("pods/{}_{}/allow", pod.namespace(), pod.name()))
+    }
+
+    /// The pod's allow map, read by its pin and by the names of its fields.
+    #[track_caller]
+    pub fn allowed(&self, pod: &Pod) -> BTreeMap<IpAddr, Allowed> {
+        entries(&bpftool(&[
+            "map",
+            "dump",
+            "pinned",
+            &text(&self.allow_pin(pod)),
+        ]))
+    }
+
+    /// Every path below the agent's pin directory.
+    pub fn all_pins(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        walk(&self.bpffs(), &mut found);
+        found
+    }
+}
+
+fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            walk(&path, found);
+        }
+        found.push(path);
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_str()
+        .expect("the laboratory's paths are UTF-8")
+        .to_owned()
+}
+
+/// The entries of a dumped allow map.
+#[track_caller]
+fn entries(dump: &Value) -> BTreeMap<IpAddr, Allowed> {
+    let entries = dump
+        .as_array()
+        .unwrap_or_else(|| panic!("not a list of entries: {dump}"));
+    entries
+        .iter()
+        .map(|entry| {
+            let fields = &entry["formatted"];
+            let number = |field: &str| {
+                fields["value"][field].as_u64().unwrap_or_else(|| {
+                    panic!("bpftool shows no field {field:?} in the value of {entry}")
+                })
+            };
+            let bytes: Vec<u8> = serde_json::from_value(fields["key"]["addr"].clone())
+                .unwrap_or_else(|e| {
+                    panic!("bpftool shows no field \"addr\" in the key of {entry}: {e}")
+                });
+            let bytes: [u8; 16] = bytes.try_into().expect("an address has 16 bytes");
+            let allowed = Allowed {
+                classes: number("classes"),
+                expires_ns: number("expires_ns"),
+            };
+            (Ipv6Addr::from(bytes).to_canonical(), allowed)
+        })
+        .collect()
+}
+
+/// Runs `bpftool -j` and returns what it printed; panics when it fails.
+#[track_caller]
+pub fn bpftool(arguments: &[&str]) -> Value {
+    let output = Command::new("bpftool").arg("-j").args(arguments).output();
+    let output = output.expect("bpftool, of the package bpftool");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "bpftool {}: {printed}",
+        arguments.join(" ")
+    );
+    serde_json::from_str(&printed).unwrap_or_else(|e| panic!("bpftool printed no JSON: {e}"))
+}
+
+impl KernelObjects {
+    /// Those that are still in the kernel.
+    #[track_caller]
+    #[must_use]
+    pub fn still_there(&self) -> Self {
+        let ids = |kind| -> Vec<u32> {
+            let listed = bpftool(&[kind, "show"]);
+            let listed = listed.as_array().into_iter().flatten();
+            listed
+                .filter_map(|object| object["id"].as_u64()?.try_into().ok())
+                .collect()
+        };
+        let (programs, maps) = (ids("prog"), ids("map"));
+        Self {
+            programs: self
+                .programs
+                .iter()
+                .copied()
+                .filter(|id| programs.contains(id))
+                .collect(),
+            maps: self
+                .maps
+                .iter()
+                .copied()
+                .filter(|id| maps.contains(id))
+                .collect(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.programs.is_empty() && self.maps.is_empty()
+    }
+}

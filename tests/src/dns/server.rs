@@ -1,0 +1,317 @@
+//! A DNS server that says what a test wants, to the byte.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd as _,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use hickory_proto::{
+    op::{Message, ResponseCode},
+    rr::{RData, RecordType},
+};
+use nix::poll::{PollFd, PollFlags, poll};
+
+use super::{Record, Send, address};
+use crate::{Namespace, addresses};
+
+const PORT: u16 = 53;
+const STOP_POLL_MILLISECONDS: u16 = 50;
+
+/// A question as the server saw it.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The name as asked, without a trailing dot; letters keep their case.
+    pub name: String,
+    /// Type of record.
+    pub qtype: RecordType,
+    /// Transaction id.
+    pub id: u16,
+    /// Who asked.
+    pub from: SocketAddr,
+    /// Where the question was sent.
+    pub to: SocketAddr,
+    /// Whether it came over TCP.
+    pub tcp: bool,
+}
+
+type Handler = Arc<dyn Fn(&Question) -> Vec<Send> + std::marker::Send + Sync>;
+
+#[derive(Default)]
+struct Zone {
+    /// By name in lower case; `*.suffix` stands for everything below the suffix.
+    handlers: Mutex<HashMap<String, Handler>>,
+    seen: Mutex<Vec<Question>>,
+    stop: AtomicBool,
+}
+
+impl Zone {
+    fn handlers(&self) -> MutexGuard<'_, HashMap<String, Handler>> {
+        self.handlers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Vec<Question>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handler(&self, name: &str) -> Option<Handler> {
+        let handlers = self.handlers();
+        let name = name.to_ascii_lowercase();
+        if let Some(handler) = handlers.get(&name) {
+            return Some(Arc::clone(handler));
+        }
+        let mut rest = name.as_str();
+        while let Some((_, parent)) = rest.split_once('.') {
+            if let Some(handler) = handlers.get(&format!("*.{parent}")) {
+                return Some(Arc::clone(handler));
+            }
+            rest = parent;
+        }
+        None
+    }
+
+    fn replies(&self, bytes: &[u8], from: SocketAddr, to: SocketAddr, tcp: bool) -> Vec<Send> {
+        let Ok(message) = Message::from_vec(bytes) else {
+            return Vec::new();
+        };
+        let Some(query) = message.queries.first() else {
+            return Vec::new();
+        };
+        let question = Question {
+            name: query.name().to_ascii().trim_end_matches('.').to_owned(),
+            qtype: query.query_type(),
+            id: message.metadata.id,
+            from,
+            to,
+            tcp,
+        };
+        self.seen().push(question.clone());
+        match self.handler(&question.name) {
+            Some(handler) => handler(&question),
+            None => vec![Send::code(&question, ResponseCode::NXDomain)],
+        }
+    }
+}
+
+/// A DNS server on UDP and TCP port 53 of some addresses, stopped when dropped. A name it was told
+/// nothing about does not exist.
+pub struct DnsServer {
+    zone: Arc<Zone>,
+    sockets: Arc<Vec<(SocketAddr, UdpSocket)>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl fmt::Debug for DnsServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DnsServer")
+            .field("sockets", &self.sockets)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DnsServer {
+    #[track_caller]
+    pub(crate) fn start(namespace: &Namespace, on: &[IpAddr]) -> Self {
+        let zone = Arc::<Zone>::default();
+        let (sockets, threads) = namespace.run(|| {
+            let bound = on.iter().map(|&ip| {
+                let address = SocketAddr::new(ip, PORT);
+                let udp = UdpSocket::bind(address).expect("UDP port 53 of the resolver");
+                let tcp = TcpListener::bind(address).expect("TCP port 53 of the resolver");
+                tcp.set_nonblocking(true).expect("a non-blocking listener");
+                ((address, udp), tcp)
+            });
+            let (sockets, listeners): (Vec<_>, Vec<_>) = bound.unzip();
+            let sockets = Arc::new(sockets);
+            // A thread belongs to the namespace of the thread that started it.
+            let udp = {
+                let (zone, sockets) = (Arc::clone(&zone), Arc::clone(&sockets));
+                thread::spawn(move || serve_udp(&zone, &sockets))
+            };
+            let tcp = {
+                let zone = Arc::clone(&zone);
+                thread::spawn(move || serve_tcp(&zone, &listeners))
+            };
+            (sockets, vec![udp, tcp])
+        });
+        Self {
+            zone,
+            sockets,
+            threads,
+        }
+    }
+
+    /// Answers a name (or `*.suffix`, everything below it) with these records: those of the asked
+    /// type, and the CNAMEs on the way to them.
+    pub fn answer(&self, name: &str, records: impl Into<Vec<Record>>) {
+        let records = records.into();
+        self.on(name, move |asked| {
+            let wanted: Vec<Record> = records
+                .iter()
+                .filter(|r| {
+                    matches!(r.data, RData::CNAME(_)) || r.data.record_type() == asked.qtype
+                })
+                .cloned()
+                .collect();
+            vec![Send::answer(asked, &wanted)]
+        });
+    }
+
+    /// Answers a name with these addresses.
+    pub fn addresses(&self, name: &str, addresses: &[IpAddr]) {
+        self.answer(
+            name,
+            addresses.iter().copied().map(address).collect::<Vec<_>>(),
+        );
+    }
+
+    /// Answers `n<number>.<suffix>` with [`addresses::numbered`].
+    pub fn numbered(&self, suffix: &str) {
+        self.on(&format!("*.{suffix}"), |asked| {
+            let number = asked
+                .name
+                .split('.')
+                .next()
+                .and_then(|l| l.strip_prefix('n')?.parse().ok());
+            match number {
+                Some(n) if asked.qtype == RecordType::A => {
+                    vec![Send::answer(asked, &[address(addresses::numbered(n))])]
+                }
+                Some(_) => vec![Send::answer(asked, &[])],
+                None => vec![Send::code(asked, ResponseCode::NXDomain)],
+            }
+        });
+    }
+
+    /// Answers a name (or `*.suffix`) with whatever datagrams `handler` makes. Over TCP, what it
+    /// says of sources and delays does not count.
+    pub fn on(
+        &self,
+        name: &str,
+        handler: impl Fn(&Question) -> Vec<Send> + std::marker::Send + Sync + 'static,
+    ) {
+        self.zone
+            .handlers()
+            .insert(name.to_ascii_lowercase(), Arc::new(handler));
+    }
+
+    /// Sends a datagram nobody asked for, from port 53 of one of the server's own addresses.
+    #[track_caller]
+    pub fn send(&self, from: IpAddr, to: SocketAddr, bytes: &[u8]) {
+        let (_, socket) = self
+            .sockets
+            .iter()
+            .find(|(address, _)| address.ip() == from)
+            .expect("an address of this server");
+        socket.send_to(bytes, to).expect("send a datagram");
+    }
+
+    /// Every question so far.
+    pub fn questions(&self) -> Vec<Question> {
+        self.zone.seen().clone()
+    }
+
+    /// How often a name was asked for, in whatever case.
+    pub fn asked(&self, name: &str) -> usize {
+        self.zone
+            .seen()
+            .iter()
+            .filter(|q| q.name.eq_ignore_ascii_case(name))
+            .count()
+    }
+}
+
+impl Drop for DnsServer {
+    fn drop(&mut self) {
+        self.zone.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let ended = thread.join();
+            if !thread::panicking() {
+                ended.expect("no handler of the DNS server panics");
+            }
+        }
+    }
+}
+
+fn serve_udp(zone: &Zone, sockets: &Arc<Vec<(SocketAddr, UdpSocket)>>) {
+    let mut buffer = vec![0; 65_535];
+    while !zone.stop.load(Ordering::Relaxed) {
+        let mut polled: Vec<_> = sockets
+            .iter()
+            .map(|(_, s)| PollFd::new(s.as_fd(), PollFlags::POLLIN))
+            .collect();
+        poll(&mut polled, STOP_POLL_MILLISECONDS).expect("poll(2)");
+        let readable: Vec<_> = polled.iter().map(|p| p.any() == Some(true)).collect();
+        for ((to, socket), _) in sockets
+            .iter()
+            .zip(readable)
+            .filter(|(_, readable)| *readable)
+        {
+            let Ok((length, from)) = socket.recv_from(&mut buffer) else {
+                continue;
+            };
+            for reply in zone.replies(&buffer[..length], from, *to, false) {
+                if reply.after.is_zero() {
+                    transmit(sockets, &reply, *to, from);
+                } else {
+                    let (sockets, to) = (Arc::clone(sockets), *to);
+                    thread::spawn(move || {
+                        thread::sleep(reply.after);
+                        transmit(&sockets, &reply, to, from);
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn transmit(sockets: &[(SocketAddr, UdpSocket)], reply: &Send, asked: SocketAddr, to: SocketAddr) {
+    let source = reply.from.unwrap_or(asked);
+    let sent = match sockets.iter().find(|(address, _)| *address == source) {
+        Some((_, socket)) => socket.send_to(&reply.bytes, to),
+        None => UdpSocket::bind(source).and_then(|socket| socket.send_to(&reply.bytes, to)),
+    };
+    sent.unwrap_or_else(|e| panic!("send an answer from {source} to {to}: {e}"));
+}
+
+fn serve_tcp(zone: &Arc<Zone>, listeners: &[TcpListener]) {
+    while !zone.stop.load(Ordering::Relaxed) {
+        let mut polled: Vec<_> = listeners
+            .iter()
+            .map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN))
+            .collect();
+        poll(&mut polled, STOP_POLL_MILLISECONDS).expect("poll(2)");
+        for listener in listeners {
+            if let Ok((stream, from)) = listener.accept() {
+                let zone = Arc::clone(zone);
+                thread::spawn(move || serve_stream(&zone, stream, from));
+            }
+        }
+    }
+}
+
+fn serve_stream(zone: &Zone, mut stream: TcpStream, from: SocketAddr) -> Option<()> {
+    stream.set_nonblocking(false).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+    let to = stream.local_addr().ok()?;
+    let mut length = [0; 2];
+    while stream.read_exact(&mut length).is_ok() {
+        let mut message = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut message).ok()?;
+        for reply in zone.replies(&message, from, to, true) {
+            let length = u16::try_from(reply.bytes.len()).ok()?;
+            stream
+                .write_all(&[&length.to_be_bytes(), reply.bytes.as_slice()].concat())
+                .ok()?;
+        }
+    }
+    Some(())
+}

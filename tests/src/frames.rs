@@ -1,0 +1,199 @@
+//! Frames as they are: sending any bytes from an interface, and seeing what passes one.
+
+use std::{
+    io::{self, Read as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
+};
+
+use etherparse::{IpNumber, PacketBuilder, PacketBuilderStep, SlicedPacket, ip_number};
+use nix::{libc, net::if_::if_nametoindex};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::{Namespace, Pod};
+
+/// A packet socket on one interface: sends frames, and receives what passes in either direction
+/// from the moment it is opened.
+#[derive(Debug)]
+pub struct Tap {
+    socket: Socket,
+}
+
+impl Tap {
+    /// Opens a packet socket on `interface` of `namespace`.
+    #[track_caller]
+    pub fn open(namespace: &Namespace, interface: &str) -> Self {
+        let opened = namespace.run(|| -> io::Result<Socket> {
+            let every = u16::try_from(libc::ETH_P_ALL)
+                .expect("an EtherType has 16 bits")
+                .to_be();
+            let socket = Socket::new(
+                Domain::PACKET,
+                Type::RAW,
+                Some(Protocol::from(i32::from(every))),
+            )?;
+            socket.bind(&packet_address(if_nametoindex(interface)?, every)?)?;
+            Ok(socket)
+        });
+        let socket = opened.unwrap_or_else(|e| panic!("open a packet socket on {interface}: {e}"));
+        Self { socket }
+    }
+
+    /// Sends a frame, from its Ethernet header on.
+    #[track_caller]
+    pub fn send(&self, frame: &[u8]) {
+        let sent = self.socket.send(frame).expect("send a frame");
+        assert_eq!(sent, frame.len(), "a frame was sent in part");
+    }
+
+    /// The next frame that `is` holds for; `None` when none passes in time.
+    pub fn receive(&self, timeout: Duration, is: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + timeout;
+        let mut buffer = vec![0; 65_535];
+        loop {
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .filter(|d| !d.is_zero())?;
+            self.socket
+                .set_read_timeout(Some(left))
+                .expect("a time-out that is not zero");
+            match (&self.socket).read(&mut buffer) {
+                Ok(length) if is(&buffer[..length]) => {
+                    buffer.truncate(length);
+                    return Some(buffer);
+                }
+                Ok(_) => (),
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
+/// An address for bind(2); `protocol` in network byte order.
+fn packet_address(interface: u32, protocol: u16) -> io::Result<SockAddr> {
+    // SAFETY: the storage is zeroed, large and aligned enough for every address family, and all
+    // of a sockaddr_ll that bind(2) reads is written before the length says that it is there.
+    let ((), address) = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let link = storage.cast::<libc::sockaddr_ll>();
+            (*link).sll_family = u16::try_from(libc::AF_PACKET).unwrap_or_default();
+            (*link).sll_protocol = protocol;
+            (*link).sll_ifindex = interface.cast_signed();
+            *length = size_of::<libc::sockaddr_ll>()
+                .try_into()
+                .unwrap_or_default();
+            Ok(())
+        })
+    }?;
+    Ok(address)
+}
+
+/// Begins a frame from the pod to the node, with these addresses.
+#[track_caller]
+pub fn from_pod(pod: &Pod, src: IpAddr, dst: IpAddr) -> PacketBuilderStep<etherparse::IpHeaders> {
+    let ethernet = PacketBuilder::ethernet2(pod.hardware(), pod.gateway_hardware());
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ip(etherparse::IpHeaders::Ipv4(
+            ipv4_header(src, dst),
+            etherparse::Ipv4Extensions::default(),
+        )),
+        (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ip(etherparse::IpHeaders::Ipv6(
+            ipv6_header(src, dst),
+            etherparse::Ipv6Extensions::default(),
+        )),
+        _ => panic!("{src} and {dst} are not of one family"),
+    }
+}
+
+const HOPS: u8 = 64;
+
+/// An IPv4 header; lengths and checksum are filled in when a frame is built from it.
+pub fn ipv4_header(src: Ipv4Addr, dst: Ipv4Addr) -> etherparse::Ipv4Header {
+    etherparse::Ipv4Header {
+        time_to_live: HOPS,
+        source: src.octets(),
+        destination: dst.octets(),
+        ..etherparse::Ipv4Header::default()
+    }
+}
+
+/// An IPv6 header; lengths are filled in when a frame is built from it.
+pub fn ipv6_header(src: Ipv6Addr, dst: Ipv6Addr) -> etherparse::Ipv6Header {
+    etherparse::Ipv6Header {
+        hop_limit: HOPS,
+        source: src.octets(),
+        destination: dst.octets(),
+        ..etherparse::Ipv6Header::default()
+    }
+}
+
+/// A UDP datagram from the pod, whole.
+#[track_caller]
+pub fn udp(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
+    build(from_pod(pod, src.0, dst.0).udp(src.1, dst.1), payload)
+}
+
+/// A TCP SYN from the pod.
+#[track_caller]
+pub fn syn(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16)) -> Vec<u8> {
+    let builder = from_pod(pod, src.0, dst.0)
+        .tcp(src.1, dst.1, 1, 64_240)
+        .syn();
+    let mut frame = Vec::new();
+    builder
+        .write(&mut frame, &[])
+        .expect("a frame can be built");
+    frame
+}
+
+#[track_caller]
+fn build(builder: PacketBuilderStep<etherparse::UdpHeader>, payload: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::new();
+    builder
+        .write(&mut frame, payload)
+        .expect("a frame can be built");
+    frame
+}
+
+/// An SCTP INIT chunk from the pod (RFC 9260, section 3.3.2), with a zero checksum.
+#[track_caller]
+pub fn sctp_init(pod: &Pod, dst: (IpAddr, u16), src_port: u16) -> Vec<u8> {
+    let own = if dst.0.is_ipv4() {
+        pod.ipv4().into()
+    } else {
+        pod.ipv6().into()
+    };
+    let mut chunk = Vec::new();
+    chunk.extend(src_port.to_be_bytes());
+    chunk.extend(dst.1.to_be_bytes());
+    chunk.extend([0; 8]); // verification tag, checksum
+    chunk.extend([1, 0, 0, 20]); // INIT, no flags, length
+    chunk.extend([0, 0, 0, 1, 0, 0, 0xff, 0xff, 0, 1, 0, 1, 0, 0, 0, 1]);
+    let mut frame = Vec::new();
+    from_pod(pod, own, dst.0)
+        .write(&mut frame, ip_number::SCTP, &chunk)
+        .expect("a frame can be built");
+    frame
+}
+
+/// Whether a frame is an IP packet between these addresses, of this protocol.
+pub fn is(frame: &[u8], src: IpAddr, dst: IpAddr, protocol: IpNumber) -> bool {
+    let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
+        return false;
+    };
+    match packet.net {
+        Some(etherparse::NetSlice::Ipv4(ip)) => {
+            let header = ip.header();
+            IpAddr::V4(header.source_addr()) == src
+                && IpAddr::V4(header.destination_addr()) == dst
+                && header.protocol() == protocol
+        }
+        Some(etherparse::NetSlice::Ipv6(ip)) => {
+            let header = ip.header();
+            IpAddr::V6(header.source_addr()) == src
+                && IpAddr::V6(header.destination_addr()) == dst
+                && ip.payload().ip_number == protocol
+        }
+        _ => false,
+    }
+}

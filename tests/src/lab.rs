@@ -1,0 +1,365 @@
+//! A node, its pods and the internet around it.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU8, AtomicU32, Ordering},
+};
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    unistd::geteuid,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    Agent, DnsServer, Pod, Running, TcpEcho, UdpEcho,
+    addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER},
+    namespace::{Namespace, PREFIX, sweep},
+};
+
+/// What a [`Lab`] is built from.
+#[derive(Debug)]
+pub struct Builder {
+    mtu: u32,
+    dns: bool,
+    config: Value,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            mtu: 1500,
+            dns: true,
+            config: json!({
+                "node": "n1",
+                "dns": { "resolvers": [RESOLVER, RESOLVER6] },
+            }),
+        }
+    }
+}
+
+impl Builder {
+    /// MTU of every link.
+    #[must_use]
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = mtu;
+        self
+    }
+
+    /// Leaves port 53 of the resolvers' addresses free for another program.
+    #[must_use]
+    pub fn without_dns(mut self) -> Self {
+        self.dns = false;
+        self
+    }
+
+    /// Sets a key of the agent's configuration, by its dotted path (`dns.minTtl`).
+    #[must_use]
+    pub fn config(mut self, key: &str, value: impl Into<Value>) -> Self {
+        set(&mut self.config, key, value.into());
+        self
+    }
+
+    /// Builds the laboratory.
+    #[track_caller]
+    pub fn build(self) -> Lab {
+        Lab::from_builder(self)
+    }
+}
+
+fn set(config: &mut Value, key: &str, value: Value) {
+    let mut at = config;
+    for part in key.split('.') {
+        at = &mut at[part];
+    }
+    *at = value;
+}
+
+/// A node, its pods and the internet around it. All of it is gone when this is dropped.
+#[derive(Debug)]
+pub struct Lab {
+    name: String,
+    directory: PathBuf,
+    mtu: u32,
+    pods: AtomicU8,
+    dns: Option<DnsServer>,
+    node: Namespace,
+    outside: Namespace,
+}
+
+impl Lab {
+    /// A laboratory with its resolver running and the agent's configuration at its defaults.
+    #[track_caller]
+    #[expect(
+        clippy::new_without_default,
+        reason = "building one changes the machine"
+    )]
+    pub fn new() -> Self {
+        Builder::default().build()
+    }
+
+    /// A laboratory that differs from the default.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    #[track_caller]
+    fn from_builder(builder: Builder) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        assert!(
+            geteuid().is_root(),
+            "the laboratory makes network namespaces and must run as root: sudo, or `cargo xtask test`"
+        );
+        sweep();
+        let Builder { mtu, dns, config } = builder;
+        let name = format!(
+            "{PREFIX}{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let directory = std::env::temp_dir().join(&name);
+        let node = Namespace::create(&format!("{name}-node"), true);
+        let outside = Namespace::create(&format!("{name}-outside"), false);
+        node.ip_batch(&format!(
+            "link add uplink mtu {mtu} type veth peer name eth0 mtu {mtu} netns {outside}\n\
+             addr add 10.98.0.1/30 dev uplink\n\
+             addr add fd98::1/64 dev uplink nodad\n\
+             link set uplink up\n",
+            outside = outside.name()
+        ));
+        let mut lines = format!(
+            "addr add 10.98.0.2/30 dev eth0\n\
+             addr add fd98::2/64 dev eth0 nodad\n\
+             link set eth0 up\n\
+             route add {PODS} via 10.98.0.1\n\
+             route add {PODS6} via fd98::1\n"
+        );
+        for range in LOCAL_RANGES {
+            lines.extend(["route add local ", range, " dev lo\n"]);
+        }
+        outside.ip_batch(&lines);
+        node.ip_batch("route add default via 10.98.0.2\nroute add default via fd98::2\n");
+
+        let mut lab = Self {
+            name,
+            directory,
+            mtu,
+            pods: AtomicU8::new(0),
+            dns: None,
+            node,
+            outside,
+        };
+        fs::create_dir_all(lab.pods_dir()).expect("a directory for manifests");
+        fs::create_dir_all(lab.bpffs()).expect("a directory to mount on");
+        mount(
+            Some("bpf"),
+            &lab.bpffs(),
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .expect("mount(2) of a BPF file system");
+        lab.write_config(config);
+        if dns {
+            lab.dns = Some(DnsServer::start(
+                &lab.outside,
+                &[RESOLVER, RESOLVER6, STRANGER],
+            ));
+        }
+        lab
+    }
+
+    fn write_config(&self, mut config: Value) {
+        set(&mut config, "bpffs", json!(self.bpffs()));
+        let text = serde_saphyr::to_string(&config).expect("plain data is YAML");
+        fs::write(self.config_file(), text).expect("write the configuration");
+    }
+
+    /// The namespace in which the agent runs and the host ends of the pods' interfaces are.
+    pub fn node(&self) -> &Namespace {
+        &self.node
+    }
+
+    /// The namespace of everything that pods may want to reach.
+    pub fn outside(&self) -> &Namespace {
+        &self.outside
+    }
+
+    /// The resolver.
+    #[track_caller]
+    pub fn dns(&self) -> &DnsServer {
+        self.dns
+            .as_ref()
+            .expect("this laboratory was built without a resolver")
+    }
+
+    /// The directory of manifests that the agent watches.
+    pub fn pods_dir(&self) -> PathBuf {
+        self.directory.join("pods")
+    }
+
+    /// The agent's configuration.
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.join("config.yaml")
+    }
+
+    /// Where this laboratory's own BPF file system is mounted. Each mount is an instance of its
+    /// own, so laboratories do not see each other's pins.
+    pub fn bpffs(&self) -> PathBuf {
+        self.directory.join("bpf")
+    }
+
+    /// A directory for a test's own files, removed with the laboratory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Makes a namespace with a veth to the node, for a pod of this namespace and name. The agent
+    /// knows nothing of it before [`Self::write_pod`].
+    #[track_caller]
+    pub fn pod(&self, namespace: &str, name: &str) -> Pod {
+        let pod = self.pod_without_interface(namespace, name);
+        self.add_interface(&pod);
+        pod
+    }
+
+    /// Makes a pod whose interface does not exist yet; see [`Self::add_interface`].
+    #[track_caller]
+    pub fn pod_without_interface(&self, namespace: &str, name: &str) -> Pod {
+        let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
+        let netns = Namespace::create(&format!("{}-{namespace}-{name}", self.name), false);
+        Pod::new(
+            namespace,
+            name,
+            netns,
+            format!("veth{number}"),
+            Ipv4Addr::new(10, 1, number, 2),
+            Ipv6Addr::new(0xfd01, number.into(), 0, 0, 0, 0, 0, 2),
+        )
+    }
+
+    /// Adds the pod's interface, its addresses and its routes.
+    #[track_caller]
+    pub fn add_interface(&self, pod: &Pod) {
+        let number = pod.ipv4().octets()[2];
+        let (mtu, host) = (self.mtu, pod.interface());
+        let (v4, v6) = (pod.ipv4(), pod.ipv6());
+        self.node.ip_batch(&format!(
+            "link add {host} mtu {mtu} address {near} \
+             type veth peer name eth0 mtu {mtu} address {far} netns {netns}\n\
+             addr add 10.1.{number}.1/30 dev {host}\n\
+             addr add fd01:{number:x}::1/64 dev {host} nodad\n\
+             link set {host} up\n",
+            near = hardware(pod.gateway_hardware()),
+            far = hardware(pod.hardware()),
+            netns = pod.netns().name()
+        ));
+        pod.netns().ip_batch(&format!(
+            "addr add {v4}/30 dev eth0\n\
+             addr add {v6}/64 dev eth0 nodad\n\
+             link set eth0 up\n\
+             route add default via 10.1.{number}.1\n\
+             route add default via fd01:{number:x}::1\n"
+        ));
+    }
+
+    /// A TCP echo server in `outside` on this port of every address.
+    #[track_caller]
+    pub fn serve_tcp(&self, port: u16) -> TcpEcho {
+        TcpEcho::start(&self.outside, port)
+    }
+
+    /// A UDP echo server in `outside` on this port of every address.
+    #[track_caller]
+    pub fn serve_udp(&self, port: u16) -> UdpEcho {
+        UdpEcho::start(&self.outside, port)
+    }
+
+    /// Another DNS server in `outside`, on port 53 of these addresses.
+    #[track_caller]
+    pub fn serve_dns(&self, addresses: &[IpAddr]) -> DnsServer {
+        DnsServer::start(&self.outside, addresses)
+    }
+
+    /// Runs a program in `outside` until it is dropped.
+    #[track_caller]
+    pub fn run_outside(&self, command: &mut Command) -> Running {
+        Running::start(&self.outside, command)
+    }
+
+    /// Starts the agent and waits until it enforces (or audits) each of these pods.
+    #[track_caller]
+    pub fn start_agent(&self, pods: &[&Pod]) -> Agent {
+        self.start_agent_with(&[], pods)
+    }
+
+    /// Starts the agent with further arguments after `run`, and waits as [`Self::start_agent`].
+    #[track_caller]
+    pub fn start_agent_with(&self, arguments: &[&str], pods: &[&Pod]) -> Agent {
+        let agent = self.spawn_agent(arguments);
+        agent.wait_ready();
+        for pod in pods {
+            agent.wait_enforcing(pod);
+        }
+        agent
+    }
+
+    /// Starts the agent and waits for nothing.
+    #[track_caller]
+    pub fn spawn_agent(&self, arguments: &[&str]) -> Agent {
+        let mut command = self.agent_command("run");
+        command
+            .arg("--pods-dir")
+            .arg(self.pods_dir())
+            .args(arguments);
+        Agent::start(&self.node, command)
+    }
+
+    /// The agent's program with one of its subcommands and the laboratory's configuration.
+    pub fn agent_command(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(Agent::program());
+        command
+            .arg(subcommand)
+            .arg("--config")
+            .arg(self.config_file());
+        command.env("NO_COLOR", "1");
+        command
+    }
+
+    /// Runs `egress-agent cleanup` on the node and returns what it said.
+    #[track_caller]
+    pub fn cleanup(&self) -> String {
+        let mut command = self.agent_command("cleanup");
+        let output = self
+            .node
+            .run(|| command.output())
+            .expect("the agent's program runs");
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(
+            output.status.success(),
+            "egress-agent cleanup: {}\n{said}",
+            output.status
+        );
+        said
+    }
+}
+
+fn hardware(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // A failure here cannot be helped, and a panic would hide the test's own. What is left
+        // is swept by the next process that builds a laboratory.
+        let _ = umount2(&self.bpffs(), MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
