@@ -62,7 +62,7 @@ const ARROWS: [(&str, Uses, &str); 5] = [
     ),
     (
         "policy",
-        Uses::Only(&["dns::name"]),
+        Uses::Only(&["dns::name", "dns::Name"]),
         "policy/ says what a policy means, whoever applies it",
     ),
     (
