@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod demo;
 mod lint;
 mod process;
 mod setup;
@@ -26,6 +27,7 @@ enum Command {
     Setup(setup::Options),
     Build(build::Options),
     Test(test::Options),
+    Demo(demo::Options),
     Lint(lint::Options),
 }
 
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {

@@ -1,0 +1,41 @@
+//! Ending early: Ctrl-C, a closed terminal, a request to end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use nix::sys::signal::{SigSet, Signal};
+
+/// Whether the demonstration was asked to end.
+pub(crate) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Waits for the signals that end a program on a thread of its own, so that everything is
+    /// removed before the program ends. Threads started later do not receive them.
+    pub(crate) fn on_signals() -> Self {
+        let mut signals = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            signals.add(signal);
+        }
+        signals
+            .thread_block()
+            .expect("pthread_sigmask(3) with valid signals");
+        let asked = Arc::new(AtomicBool::new(false));
+        let waiting = Arc::clone(&asked);
+        thread::spawn(move || {
+            while signals.wait().is_ok() {
+                waiting.store(true, Ordering::Relaxed);
+            }
+        });
+        Self(asked)
+    }
+
+    /// Fails once the demonstration was asked to end.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.0.load(Ordering::Relaxed) {
+            Err("it was interrupted".to_owned())
+        } else {
+            Ok(())
+        }
+    }
+}
