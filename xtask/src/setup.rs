@@ -156,11 +156,11 @@ fn programs() -> Result<()> {
         })?);
     }
     apt::install(&packages)?;
-    if let Some(Program { name, packages, .. }) = missing_programs().first() {
+    if let Some(Program { name, .. }) = missing_programs().first() {
         bail!(
             "`{name}` is still missing after installing {}: install the package of your \
              distribution that has it, for the kernel that runs, and run this again",
-            packages[0]
+            packages.join(" ")
         );
     }
     Ok(())

@@ -25,7 +25,13 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 
 /// What is missing, for a person to read.
 pub(super) fn missing() -> Option<String> {
-    toolchain::find().err().map(|error| error.to_string())
+    let Some(compiler) = Compiler::find() else {
+        return Some(format!("a compiler for {}", toolchain::TARGET));
+    };
+    let llvm = compiler.version.llvm;
+    Linker::find(llvm)
+        .is_none()
+        .then(|| format!("bpf-linker with LLVM {llvm} or newer"))
 }
 
 /// Makes sure of a compiler and of a linker.
