@@ -70,7 +70,8 @@ fn install_compiler() -> Result<Compiler> {
             "nightly",
             "--profile=minimal",
             "--component=rust-src",
-        ]))?;
+        ]))
+        .context("install a nightly with rust-src, which needs the network, and run this again")?;
     } else {
         bail!(
             "no compiler for {}: install rustup (https://rustup.rs) and run this again",
