@@ -58,3 +58,81 @@ pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
 pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
     now_ns.saturating_sub(flow.last_seen_ns) <= idle_limit_ns(key, flow)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::{FLOW_KEY_FLOW, FLOW_OUT};
+
+    const fn key(protocol: u8, kind: u8) -> FlowKey {
+        FlowKey {
+            pod_addr: [0; 16],
+            peer_addr: [0; 16],
+            pod_port: 0,
+            peer_port: 0,
+            protocol,
+            kind,
+            pad: 0,
+        }
+    }
+
+    const fn flow(seen: u8) -> Flow {
+        Flow {
+            last_seen_ns: 10 * SECOND_NS,
+            policy: 0,
+            state: FLOW_OUT,
+            seen,
+            pad: 0,
+        }
+    }
+
+    fn tcp_limit(seen: u8) -> u64 {
+        idle_limit_ns(&key(protocol::TCP, FLOW_KEY_FLOW), &flow(seen))
+    }
+
+    #[test]
+    fn an_established_connection_outlives_two_hours_of_silence() {
+        let limit = tcp_limit(FLOW_SEEN_IN | FLOW_SEEN_OUT);
+        assert_eq!(limit, TCP_ESTABLISHED_NS);
+        assert!(limit > 2 * 3600 * SECOND_NS);
+    }
+
+    #[test]
+    fn a_connection_that_nobody_answered_is_forgotten_early() {
+        assert_eq!(tcp_limit(FLOW_SEEN_OUT), TCP_OPENING_NS);
+        assert_eq!(tcp_limit(FLOW_SEEN_IN), TCP_OPENING_NS);
+    }
+
+    #[test]
+    fn a_connection_is_closed_by_a_reset_or_by_both_sides() {
+        const BOTH: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
+        assert_eq!(tcp_limit(BOTH | FLOW_SEEN_RST), TCP_CLOSED_NS);
+        assert_eq!(
+            tcp_limit(BOTH | FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT),
+            TCP_CLOSED_NS
+        );
+        // Half closed: the other side may go on sending for hours.
+        assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_IN), TCP_ESTABLISHED_NS);
+        assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_OUT), TCP_ESTABLISHED_NS);
+    }
+
+    #[test]
+    fn other_protocols_have_limits_of_their_own() {
+        let limit = |protocol, kind| idle_limit_ns(&key(protocol, kind), &flow(FLOW_SEEN_OUT));
+        assert_eq!(limit(protocol::UDP, FLOW_KEY_FLOW), UDP_NS);
+        assert_eq!(limit(protocol::SCTP, FLOW_KEY_FLOW), OTHER_NS);
+        assert_eq!(limit(protocol::ICMPV6, FLOW_KEY_FLOW), OTHER_NS);
+        // A fragment's key says nothing of the connection it belongs to.
+        assert_eq!(limit(protocol::TCP, FLOW_KEY_FRAGMENT), FRAGMENT_NS);
+    }
+
+    #[test]
+    fn a_flow_is_remembered_until_its_limit_and_not_longer() {
+        let (key, flow) = (key(protocol::UDP, FLOW_KEY_FLOW), flow(FLOW_SEEN_OUT));
+        let last = flow.last_seen_ns;
+        assert!(is_alive(&key, &flow, last + UDP_NS));
+        assert!(!is_alive(&key, &flow, last + UDP_NS + 1));
+        // Another CPU may have written a later time than the one read here.
+        assert!(is_alive(&key, &flow, last - 1));
+    }
+}

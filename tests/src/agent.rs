@@ -23,9 +23,9 @@ use crate::{DEADLINE, Namespace, Pod};
 
 /// What the agent says on standard error once it watches the manifests.
 const SAYS_READY: &str = "ready";
-/// What it says, followed by `pod=<namespace>/<name>`, once a pod's packets are judged.
+/// What it says, with `pod=<namespace>/<name>`, once a pod's packets are judged, in any mode.
 const SAYS_ENFORCING: &str = "enforcing";
-/// What it says, followed by `pod=<namespace>/<name>`, once a changed policy is in force.
+/// What it says, with `pod=<namespace>/<name>`, once a changed policy is in force.
 const SAYS_APPLIED: &str = "policy applied";
 
 /// One denial line. Optional fields are those that only some denials have.
@@ -248,9 +248,25 @@ impl Agent {
 
     /// Waits for a denial line, from the first on.
     #[track_caller]
-    pub fn wait_denial(&self, what: &str, mut is: impl FnMut(&Denial) -> bool) -> Denial {
+    pub fn wait_denial(&self, what: &str, is: impl FnMut(&Denial) -> bool) -> Denial {
+        self.wait_denial_from(0, what, is)
+    }
+
+    /// How many lines there have been on standard output.
+    pub fn mark(&self) -> usize {
+        self.stdout.lock().len()
+    }
+
+    /// Waits for a denial line that comes after a [`Self::mark`].
+    #[track_caller]
+    pub fn wait_denial_from(
+        &self,
+        mark: usize,
+        what: &str,
+        mut is: impl FnMut(&Denial) -> bool,
+    ) -> Denial {
         self.stdout
-            .wait(0, |line| Some(parse(line)?).filter(|d| is(d)))
+            .wait(mark, |line| Some(parse(line)?).filter(|d| is(d)))
             .unwrap_or_else(|| {
                 panic!(
                     "no such denial within {DEADLINE:?}: {what}; there were:\n{}",
@@ -268,6 +284,17 @@ impl Agent {
                 (line["event"] == event && is(&line)).then_some(line)
             })
             .unwrap_or_else(|| panic!("no line with event {event:?} within {DEADLINE:?}"))
+    }
+
+    /// The lines so far on standard output of this event.
+    #[track_caller]
+    pub fn events(&self, event: &str) -> Vec<Value> {
+        let lines = self.stdout.lock();
+        lines
+            .iter()
+            .map(|line| json_line(line))
+            .filter(|line| line["event"] == event)
+            .collect()
     }
 
     /// The denial lines so far.

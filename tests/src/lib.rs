@@ -22,6 +22,7 @@
 
 pub mod addresses;
 mod agent;
+mod assertions;
 pub mod bpf;
 pub mod dns;
 pub mod frames;

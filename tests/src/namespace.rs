@@ -167,7 +167,8 @@ fn owner(name: &str) -> Option<u32> {
 pub(crate) fn sweep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let dead = |pid: u32| !Path::new(&format!("/proc/{pid}")).exists();
+        // A process that has ended and was not waited for has a directory, and no program in it.
+        let dead = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).is_err();
         for (name, _) in named().into_iter().filter(|(_, pid)| dead(*pid)) {
             if let Ok(output) = Command::new("ip").args(["netns", "pids", &name]).output() {
                 for pid in String::from_utf8_lossy(&output.stdout).lines() {

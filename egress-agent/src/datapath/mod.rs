@@ -10,6 +10,7 @@ mod object;
 mod pins;
 mod policies;
 mod rings;
+mod trace;
 
 use std::time::Duration;
 
@@ -19,9 +20,11 @@ pub use counters::CounterMap;
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
-pub use pins::{PodPins, cleanup};
+
 pub use policies::FlowMap;
+pub use pins::{Lock, PodPins, cleanup};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
+pub use trace::TraceLog;
 
 /// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
 pub fn boottime_ns() -> u64 {

@@ -7,13 +7,18 @@
 //! ```
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 
-use super::links;
+use super::{Datapath, links};
 
 /// Raised whenever a pinned map changes its shape; an agent never touches another version's pins.
 const VERSION: &str = "v1";
@@ -56,6 +61,38 @@ impl Layout {
             dir: self
                 .pods()
                 .join(format!("{}_{}", escape(namespace), escape(name))),
+        }
+    }
+}
+
+/// Held while an agent works with the pins; a second one on the same pins is refused.
+#[must_use = "the lock is released when it is dropped"]
+pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+impl Datapath {
+    /// Makes sure that no other agent works with the same pins.
+    ///
+    /// # Errors
+    ///
+    /// When one does.
+    pub fn lock(&self) -> Result<Lock> {
+        self.layout.lock()
+    }
+}
+
+impl Layout {
+    fn lock(&self) -> Result<Lock> {
+        let dir = File::open(&self.root)
+            .with_context(|| format!("cannot open {}", self.root.display()))?;
+        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Lock(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "another egress-agent is running with the pins in {}; stop that one first",
+                self.root.display()
+            ),
+            Err((_, error)) => {
+                Err(error).with_context(|| format!("cannot lock {}", self.root.display()))
+            }
         }
     }
 }
@@ -114,6 +151,11 @@ pub fn cleanup(bpffs: &Path) -> Result<usize> {
     if !top.exists() {
         return Ok(0);
     }
+    let _only = Layout::new(bpffs)
+        .root
+        .exists()
+        .then(|| Layout::new(bpffs).lock())
+        .transpose()?;
     let mut detached = 0;
     for version in fs::read_dir(&top).with_context(|| format!("cannot read {}", top.display()))? {
         let version = version?.path();

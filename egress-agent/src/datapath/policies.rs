@@ -52,6 +52,15 @@ impl Datapath {
     /// When a pin or an entry cannot be removed.
     pub fn remove_pod(&mut self, pod: u32, pins: &PodPins) -> Result<()> {
         pins.remove()?;
+        self.remove_pod_maps(pod)
+    }
+
+    /// Removes a pod's own maps and leaves the pins, which are another pod's by now.
+    ///
+    /// # Errors
+    ///
+    /// When an entry cannot be removed.
+    pub fn remove_pod_maps(&mut self, pod: u32) -> Result<()> {
         gone(self.flows.remove(&pod)).context("cannot write the map `flows`")?;
         gone(self.meters.remove(&pod)).context("cannot write the map `meters`")?;
         gone(self.identities.remove(&pod)).context("cannot write the map `identities`")

@@ -293,7 +293,3 @@ pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<P
         }
     }
 }
-
-#[cfg(test)]
-#[path = "compile_tests.rs"]
-mod tests;

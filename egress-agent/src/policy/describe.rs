@@ -51,7 +51,7 @@ impl Lines {
         lines.push(
             1,
             if *open {
-                "open: what is not denied below passes"
+                "open: what is not denied below passes, but for protected addresses"
             } else {
                 "closed: what is not listed below is denied"
             },
@@ -66,6 +66,15 @@ impl Lines {
             } else {
                 "may reach internal destinations only where listed (ranges.allowInternal: false)"
             });
+        }
+        if allow
+            .iter()
+            .any(|rule| rule.destination == Destination::Any)
+        {
+            lines.push(
+                1,
+                "protected addresses only where an address entry names them",
+            );
         }
         lines.rules("may not reach:", deny, |rule| match rule.destination {
             Destination::Names(_) => "refused as a question".to_owned(),
@@ -170,6 +179,20 @@ shop/cart
   names in cluster.local may always be asked for, unless denied
 "
         );
+    }
+
+    #[test]
+    fn a_pod_that_may_go_anywhere_is_told_that_protected_addresses_are_left_out() {
+        let pod = |allow: &str| Annotations {
+            allow: Some(allow.to_owned()),
+            ..Annotations::default()
+        };
+        let text =
+            |allow| describe("a/b", &pod(allow), &Annotations::default(), &settings()).unwrap();
+        let note = "  protected addresses only where an address entry names them\n";
+        assert!(text("*:443").contains(note));
+        assert!(!text("a.com:443").contains(note));
+        assert!(text("0.0.0.0/0").contains("  warning: the pod's allow entry `0.0.0.0/0` opens"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Pod, namespace and settings together: which rules are in effect for a pod.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use egress_common::records::PortClass;
 
@@ -55,11 +55,11 @@ pub(super) fn resolve(
     let mut warnings = Vec::new();
     let (mode, open) = mode_and_open(&pod, &namespace, settings, &mut warnings);
 
-    let mut deny = deny_rules(&namespace.deny, Origin::Namespace);
-    let pod_allow = allow_rules(&pod.allow, Origin::Pod);
-    let mut allow = allow_rules(&namespace.allow, Origin::Namespace);
-    let pod_resolve = resolve_rules(&pod.resolve, Origin::Pod);
-    let mut resolve = resolve_rules(&namespace.resolve, Origin::Namespace);
+    let mut deny = deny_rules(namespace.deny.as_deref(), Origin::Namespace);
+    let pod_allow = allow_rules(pod.allow.as_deref(), Origin::Pod);
+    let mut allow = allow_rules(namespace.allow.as_deref(), Origin::Namespace);
+    let pod_resolve = resolve_rules(pod.resolve.as_deref(), Origin::Pod);
+    let mut resolve = resolve_rules(namespace.resolve.as_deref(), Origin::Namespace);
     match settings.pod_annotations {
         PodAnnotations::Grant => {
             allow.extend(pod_allow);
@@ -97,7 +97,7 @@ pub(super) fn resolve(
             }
         }
     }
-    deny.extend(deny_rules(&pod.deny, Origin::Pod));
+    deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
     warn_of_whole_families(&allow, &mut warnings);
     Ok(Effective {
         mode,
@@ -156,7 +156,7 @@ fn mode_and_open(
 }
 
 fn rules(
-    list: &Option<Vec<Written>>,
+    list: Option<&[Written]>,
     origin: Origin,
     class: impl Fn(&Written) -> PortClass,
 ) -> Vec<Rule> {
@@ -168,21 +168,21 @@ fn rules(
         text: written.text.clone(),
         origin,
     };
-    let rules = list.iter().flatten().map(rule);
+    let rules = list.unwrap_or_default().iter().map(rule);
     rules
         .filter(|rule| seen.insert((rule.destination.clone(), rule.class)))
         .collect()
 }
 
-fn allow_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn allow_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |written| written.entry.allowed_class())
 }
 
-fn deny_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn deny_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |written| written.entry.denied_class())
 }
 
-fn resolve_rules(list: &Option<Vec<Written>>, origin: Origin) -> Vec<Rule> {
+fn resolve_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |_| ANY_CLASS)
 }
 
@@ -214,15 +214,31 @@ fn narrowed(
     settings: &Settings,
     warnings: &mut Vec<String>,
 ) -> Vec<Rule> {
+    // Patterns are compared once for each pair of destinations, however many ports they come with.
+    let mut given: BTreeMap<&Destination, BTreeSet<PortClass>> = BTreeMap::new();
+    for rule in namespace {
+        given
+            .entry(&rule.destination)
+            .or_default()
+            .insert(rule.class);
+    }
+    let mut common: HashMap<Destination, Vec<(Destination, &BTreeSet<PortClass>)>> = HashMap::new();
     let mut narrowed = Vec::new();
     for rule in pod {
-        let parts: BTreeSet<(Destination, PortClass)> = namespace
+        let common = common.entry(rule.destination.clone()).or_insert_with(|| {
+            let common = |given| common_destination(&rule.destination, given, settings);
+            given
+                .iter()
+                .filter_map(|(to, classes)| Some((common(to)?, classes)))
+                .collect()
+        });
+        let parts: BTreeSet<(Destination, PortClass)> = common
             .iter()
-            .filter_map(|given| {
-                Some((
-                    common_destination(&rule.destination, &given.destination, settings)?,
-                    class_intersection(&rule.class, &given.class)?,
-                ))
+            .flat_map(|(destination, classes)| {
+                let both = classes
+                    .iter()
+                    .filter_map(|class| class_intersection(&rule.class, class));
+                both.map(|class| (destination.clone(), class))
             })
             .collect();
         if parts.is_empty() {

@@ -47,7 +47,7 @@ pub enum Protocol {
     Udp,
     /// `/sctp`
     Sctp,
-    /// `/icmp`: ICMP and ICMPv6, every type.
+    /// `/icmp`: every type, of IPv6 too.
     Icmp,
 }
 

@@ -22,6 +22,8 @@ pub mod prefix;
 
 #[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
 
 use crate::dns::Name;
 
@@ -29,12 +31,12 @@ pub use annotations::Annotations;
 pub use compile::{Cidr, Compiled, NAMES, compile, unreadable};
 pub use describe::describe;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
+pub use name_text::exact_name;
 pub use names::{NameRules, QuestionRule};
 pub use prefix::Prefix;
 
 /// What is done with a verdict. Ordered from the loosest to the tightest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Mode {
     /// Nothing is judged.
     Off,
@@ -62,8 +64,7 @@ impl Mode {
 }
 
 /// What a pod's own annotations may grant. Its `deny` counts in every case: it takes away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PodAnnotations {
     /// A pod may allow for itself; its list and its namespace's add up.
     Grant,

@@ -40,6 +40,21 @@ pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {
     })
 }
 
+/// Reads a name that is no wildcard, as an entry would write it.
+///
+/// # Errors
+///
+/// What the text is instead; the message follows the text.
+pub fn exact_name(text: &str) -> Result<Name, String> {
+    match read_name(Part { text, at: 0 }) {
+        Ok(NamePattern::Exactly(name)) => Ok(name),
+        Ok(NamePattern::Below(_) | NamePattern::Glob(_)) => {
+            Err("is a wildcard: expected a name".to_owned())
+        }
+        Err(error) => Err(error.message),
+    }
+}
+
 fn too_long(part: Part<'_>, error: NameError) -> EntryError {
     part.error(format!("is not a DNS name: {error}"))
 }

@@ -13,7 +13,7 @@ pub(super) struct Part<'a> {
     pub(super) at: usize,
 }
 
-impl<'a> Part<'a> {
+impl Part<'_> {
     fn split_at(self, middle: usize, skip: usize) -> (Self, Self) {
         let (before, after) = (&self.text[..middle], &self.text[middle + skip..]);
         (
@@ -233,12 +233,12 @@ fn finish(
 }
 
 fn read_ports(part: Part<'_>) -> Result<Ports, EntryError> {
-    let port = |text| match parse_decimal(text).map(u16::try_from) {
-        Some(Ok(port)) if port > 0 => Some(port),
-        _ => None,
+    let read = |text| {
+        let number = u16::try_from(parse_decimal(text)?).ok()?;
+        (number > 0).then_some(number)
     };
     let (min, max) = part.text.split_once('-').unwrap_or((part.text, part.text));
-    let (Some(min), Some(max)) = (port(min), port(max)) else {
+    let (Some(min), Some(max)) = (read(min), read(max)) else {
         return Err(part.error(
             "is not a port: expected a number from 1 to 65535, or a range such as 8000-8100",
         ));

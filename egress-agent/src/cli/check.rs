@@ -1,0 +1,45 @@
+//! `egress-agent check`
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::{CheckArgs, read_config};
+use crate::{
+    config::Config,
+    pods::{self, Snapshot},
+    policy::{Annotations, describe},
+};
+
+pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
+    let settings = match &args.config {
+        Some(path) => read_config(path)?.policy_settings(),
+        None => Config::default_policy_settings(),
+    };
+    let Snapshot { pods, problems } = pods::read_files(&args.files);
+    let mut wrong = problems.len();
+    for problem in &problems {
+        eprintln!("{problem}");
+    }
+    for ((namespace, name), pod) in &pods {
+        let title = format!("{namespace}/{name}");
+        let own = Annotations::from_map(&pod.annotations);
+        let inherited = Annotations::from_map(&pod.namespace_annotations);
+        match describe(&title, &own, &inherited, &settings) {
+            Ok(text) => print!("{text}"),
+            Err(error) => {
+                wrong += 1;
+                eprintln!("{}: {error}", pod.origin);
+            }
+        }
+    }
+    if pods.is_empty() && wrong == 0 {
+        eprintln!("no Pod in these files");
+        wrong += 1;
+    }
+    Ok(if wrong == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,119 @@
+//! The command line.
+
+mod check;
+mod cleanup;
+mod run;
+
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Enforces, per pod, which DNS names, addresses and ports it may reach.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Enforce the policies of this machine's pods until told to stop.
+    ///
+    /// Denials are written to standard output, one JSON object a line; everything else to standard
+    /// error (RUST_LOG chooses how much, for example RUST_LOG=debug).
+    Run(RunArgs),
+    /// Say what each pod of the manifests may reach, or what is wrong and where.
+    ///
+    /// Exits with 1 when anything is wrong. Nothing is loaded, and no privileges are needed.
+    Check(CheckArgs),
+    /// Remove everything that an agent left behind: programs, maps, pins.
+    Cleanup(CleanupArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// Directory of manifests: YAML or JSON files with v1 Pods and Namespaces. Each Pod names its
+    /// host-side interface in the annotation egress-agent.dev/interface and its addresses in
+    /// status.podIPs. Changes take effect at once.
+    #[arg(long, value_name = "DIR")]
+    pods_dir: PathBuf,
+    /// Configuration file (docs/configuration.md).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// When told to stop, leave everything enforced: what is allowed stays allowed, what is denied
+    /// stays denied, DNS questions go unanswered until an agent runs again.
+    #[arg(long)]
+    keep_enforcing: bool,
+    /// How programs are attached to interfaces.
+    #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
+    attach: AttachArg,
+    /// Trace what the programs do with each packet, on standard error (with RUST_LOG=debug). Slow.
+    #[arg(long)]
+    datapath_log: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum AttachArg {
+    /// tcx from kernel 6.6 on, clsact below.
+    Auto,
+    /// tcx links (kernel 6.6).
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// Manifests to read.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Configuration file; without it, every setting has its default.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct CleanupArgs {
+    /// Configuration file of the agent, for its `bpffs`; /sys/fs/bpf without it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl Cli {
+    /// Runs the command. What fails is said on standard error.
+    pub fn run(self) -> ExitCode {
+        start_log();
+        let result = match self.command {
+            Command::Run(args) => run::run(args),
+            Command::Check(args) => check::check(&args),
+            Command::Cleanup(args) => cleanup::cleanup(&args),
+        };
+        match result {
+            Ok(code) => code,
+            Err(error) => {
+                eprintln!("egress-agent: {error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}
+
+fn read_config(path: &std::path::Path) -> anyhow::Result<crate::config::Config> {
+    use anyhow::Context as _;
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+    crate::config::Config::from_yaml(&text).with_context(|| path.display().to_string())
+}

@@ -1,0 +1,28 @@
+//! `egress-agent run`
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+use super::{AttachArg, RunArgs, read_config};
+use crate::{control, datapath::Attach};
+
+pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
+    let options = control::Options {
+        config: read_config(&args.config)?,
+        pods_dir: args.pods_dir,
+        keep_enforcing: args.keep_enforcing,
+        attach: match args.attach {
+            AttachArg::Auto => Attach::Auto,
+            AttachArg::Tcx => Attach::Tcx,
+            AttachArg::Clsact => Attach::Clsact,
+        },
+        datapath_log: args.datapath_log,
+    };
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?
+        .block_on(control::run(options))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,105 @@
+//! The addresses that are protected on every node.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use crate::policy::Prefix;
+
+/// Prefixes that only an address entry opens and that DNS never does, each with the reason.
+///
+/// They are what a process on another machine has no business with (addresses of the node itself
+/// and of its link) and where clouds hand out credentials to whoever asks.
+pub const PROTECTED: &[(&str, &str)] = &[
+    (
+        "0.0.0.0/8",
+        "this network (RFC 1122, section 3.2.1.3): Linux takes 0.0.0.0 for itself",
+    ),
+    ("127.0.0.0/8", "loopback (RFC 1122, section 3.2.1.3)"),
+    (
+        "169.254.0.0/16",
+        "link-local (RFC 3927): the metadata service of AWS, Azure, Google Cloud, Oracle, \
+         OpenStack and others at 169.254.169.254, credentials for AWS containers at \
+         169.254.170.2 and 169.254.170.23",
+    ),
+    ("224.0.0.0/4", "multicast (RFC 5771)"),
+    (
+        "240.0.0.0/4",
+        "reserved (RFC 1112, section 4), and broadcast, 255.255.255.255 (RFC 919)",
+    ),
+    (
+        "100.100.100.200/32",
+        "the metadata service of Alibaba Cloud",
+    ),
+    (
+        "168.63.129.16/32",
+        "the platform of Azure (WireServer), which hands out a VM's secrets",
+    ),
+    (
+        "192.0.0.192/32",
+        "the metadata service of Oracle Cloud Infrastructure Classic",
+    ),
+    (
+        "::/128",
+        "the unspecified address (RFC 4291, section 2.5.2): Linux takes it for itself",
+    ),
+    ("::1/128", "loopback (RFC 4291, section 2.5.3)"),
+    ("fe80::/10", "link-local (RFC 4291, section 2.5.6)"),
+    ("ff00::/8", "multicast (RFC 4291, section 2.7)"),
+    ("fd00:ec2::254/128", "the metadata service of AWS"),
+    (
+        "fd00:ec2::23/128",
+        "credentials for pods on AWS (EKS Pod Identity)",
+    ),
+    ("fd20:ce::254/128", "the metadata service of Google Cloud"),
+    ("fd00:42::42/128", "the metadata service of Scaleway"),
+];
+
+/// The well-known prefix of NAT64 (RFC 6052, section 2.1), 96 bits long: a translator turns an
+/// address in it into the IPv4 address of the last 32 bits.
+const NAT64: Ipv6Addr = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0);
+
+/// The built-in protected prefixes.
+pub(super) fn built_in() -> impl Iterator<Item = Prefix> {
+    // Each is read by a test.
+    PROTECTED
+        .iter()
+        .filter_map(|(text, _)| Prefix::parse(text).ok())
+}
+
+/// The prefix through which a NAT64 translator reaches an IPv4 prefix; `None` for IPv6.
+pub(super) fn nat64_image(prefix: &Prefix) -> Option<Prefix> {
+    if !prefix.is_v4() {
+        return None;
+    }
+    let [.., a, b, c, d] = prefix.network();
+    let mut octets = NAT64.octets();
+    octets[12..].copy_from_slice(&[a, b, c, d]);
+    // Mapped IPv4 lengths count the same 96 bits that come first here.
+    Some(Prefix::containing(
+        IpAddr::from(octets),
+        prefix.prefix_len(),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_built_in_prefix_can_be_read() {
+        assert_eq!(built_in().count(), PROTECTED.len());
+    }
+
+    #[test]
+    fn nat64_reaches_a_protected_address_by_no_other_way() {
+        let image = |text| nat64_image(&Prefix::parse(text).unwrap()).map(|p| p.to_string());
+        assert_eq!(
+            image("169.254.0.0/16").as_deref(),
+            Some("64:ff9b::a9fe:0/112")
+        );
+        assert_eq!(
+            image("168.63.129.16").as_deref(),
+            Some("64:ff9b::a83f:8110")
+        );
+        assert_eq!(image("fe80::/10"), None);
+    }
+}

@@ -1,0 +1,254 @@
+//! From the kernel's denial records to denial lines.
+
+use std::{
+    collections::HashMap,
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use arc_swap::ArcSwap;
+use egress_common::{
+    address::Address,
+    protocol,
+    reason::Reason,
+    records::{Counters, Denial, FROM_POD, Meter, NO_CLASS},
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::{
+    datapath::{CounterMap, DenialRing, boottime_ns},
+    gate::Gate,
+    policy::Compiled,
+    report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
+};
+
+/// What the reader has to know about an enforced pod.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) identity: Arc<PodIdentity>,
+    pub(super) compiled: Arc<Compiled>,
+    pub(super) policy: u32,
+}
+
+/// The enforced pods by their id, as the control side last published them.
+pub(super) type KnownPods = ArcSwap<HashMap<u32, Arc<Known>>>;
+
+/// Most records that are looked at together.
+const BATCH: usize = 256;
+
+/// How often meters and counters are read.
+const METERS_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the reader sleeps at most, so that it notices when it is to stop; in milliseconds.
+const PATIENCE_MS: u8 = 250;
+
+/// The thread that reads the `denials` ring.
+pub(super) struct DenialReader {
+    thread: JoinHandle<()>,
+    stop: Arc<AtomicBool>,
+}
+
+impl DenialReader {
+    pub(super) fn start(
+        ring: DenialRing,
+        counters: CounterMap,
+        known: Arc<KnownPods>,
+        gate: Gate,
+        reporter: Reporter,
+    ) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut reader = Reader {
+            ring,
+            losses: Losses::new(counters),
+            known,
+            gate,
+            reporter,
+        };
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("denials".into())
+            .spawn(move || reader.run(&stopped))
+            .context("cannot start the denial reader's thread")?;
+        Ok(Self { thread, stop })
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Reads what is left and ends the thread.
+    pub(super) fn stop(self) {
+        self.stop.store(true, Ordering::Release);
+        if self.thread.join().is_err() {
+            tracing::error!("the denial reader's thread has panicked");
+        }
+    }
+}
+
+struct Reader {
+    ring: DenialRing,
+    losses: Losses,
+    known: Arc<KnownPods>,
+    gate: Gate,
+    reporter: Reporter,
+}
+
+impl Reader {
+    fn run(&mut self, stop: &AtomicBool) {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut next_meters = Instant::now() + METERS_EVERY;
+        loop {
+            let stopping = stop.load(Ordering::Acquire);
+            while batch.len() < BATCH {
+                let Some(denial) = self.ring.next() else {
+                    break;
+                };
+                batch.push(denial);
+            }
+            let more = batch.len() == BATCH;
+            self.report(&batch);
+            batch.clear();
+            let now = Instant::now();
+            if stopping || now >= next_meters {
+                self.losses.report(&self.known.load(), &self.reporter);
+                next_meters = now + METERS_EVERY;
+            }
+            if more {
+                continue;
+            }
+            if stopping {
+                return;
+            }
+            let mut fds = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
+            // An interrupted wait is as good as one that ended.
+            let _ = poll(&mut fds, PollTimeout::from(PATIENCE_MS));
+        }
+    }
+
+    fn report(&self, batch: &[Denial]) {
+        if batch.is_empty() {
+            return;
+        }
+        let known = self.known.load();
+        let asked: Vec<(u32, Address)> = batch
+            .iter()
+            .map(|denial| {
+                let peer = if denial.direction == FROM_POD {
+                    denial.dst
+                } else {
+                    denial.src
+                };
+                (denial.pod, peer)
+            })
+            .collect();
+        let mut names = self.gate.names(asked).into_iter();
+        let (now, now_ns) = (SystemTime::now(), boottime_ns());
+        for denial in batch {
+            let dst_names = names.next().unwrap_or_default();
+            let Some(pod) = known.get(&denial.pod) else {
+                tracing::debug!(pod = denial.pod, "a denial of a pod that is gone");
+                continue;
+            };
+            let ago = Duration::from_nanos(now_ns.saturating_sub(denial.time_ns));
+            let time = now.checked_sub(ago).unwrap_or(now);
+            self.reporter.report(denied(denial, pod, dst_names, time));
+        }
+    }
+}
+
+fn denied(denial: &Denial, pod: &Known, dst_names: Vec<String>, time: SystemTime) -> Denied {
+    let walked = denial.walked != 0;
+    let has_ports = matches!(
+        denial.protocol,
+        protocol::TCP | protocol::UDP | protocol::SCTP
+    );
+    let end = |address: Address, port: u16| {
+        walked.then_some(Endpoint {
+            address,
+            port: has_ports.then_some(port),
+        })
+    };
+    let is_icmp = walked && matches!(denial.protocol, protocol::ICMP | protocol::ICMPV6);
+    // A class number means something only under the policy that judged.
+    let rule = (denial.class != NO_CLASS && denial.policy == pod.policy)
+        .then(|| pod.compiled.explain_deny(&denial.dst, denial.class))
+        .flatten();
+    Denied {
+        pod: Arc::clone(&pod.identity),
+        verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),
+        reason: Reason::from_u8(denial.reason).unwrap_or(Reason::NoRule),
+        protocol: walked.then_some(denial.protocol),
+        src: end(denial.src, denial.src_port),
+        dst: end(denial.dst, denial.dst_port),
+        icmp: is_icmp.then_some((denial.icmp_type, denial.icmp_code)),
+        dns: None,
+        dst_names,
+        rule,
+        time,
+        count: 1,
+    }
+}
+
+/// What was lost since the last look, and saying so.
+struct Losses {
+    map: CounterMap,
+    meters: HashMap<u32, Meter>,
+    counters: Counters,
+}
+
+impl Losses {
+    fn new(map: CounterMap) -> Self {
+        let counters = map.counters().unwrap_or_default();
+        Self {
+            map,
+            meters: HashMap::new(),
+            counters,
+        }
+    }
+
+    fn report(&mut self, known: &HashMap<u32, Arc<Known>>, reporter: &Reporter) {
+        self.meters.retain(|pod, _| known.contains_key(pod));
+        for (&id, pod) in known {
+            let now = self.map.meter(id);
+            // A pod that is adopted begins with what was lost before.
+            let before = self.meters.insert(id, now).unwrap_or_default();
+            let unreported = now
+                .denials_unreported
+                .saturating_sub(before.denials_unreported);
+            if unreported > 0 {
+                reporter.unreported(&pod.identity, unreported, "over_pod_share");
+            }
+            let flows_full = now.flows_full.saturating_sub(before.flows_full);
+            if flows_full > 0 {
+                tracing::warn!(
+                    pod = format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    flows = flows_full,
+                    "flows not remembered: the pod's flow map is full"
+                );
+            }
+        }
+        let Ok(now) = self.map.counters() else {
+            return;
+        };
+        let before = std::mem::replace(&mut self.counters, now);
+        let lost = [
+            ("held_lost", now.held_lost, before.held_lost),
+            ("held_limited", now.held_limited, before.held_limited),
+            ("held_too_long", now.held_too_long, before.held_too_long),
+            ("rejects_lost", now.rejects_lost, before.rejects_lost),
+            ("denials_lost", now.denials_lost, before.denials_lost),
+            ("no_policy", now.no_policy, before.no_policy),
+        ];
+        for (counter, now, before) in lost {
+            if now > before {
+                tracing::warn!(counter, lost = now - before, total = now, "packets lost");
+            }
+        }
+    }
+}

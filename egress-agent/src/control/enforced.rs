@@ -1,0 +1,119 @@
+//! A pod that is enforced, and what it should be.
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use egress_common::{
+    address::{self, Address},
+    limits::OWN_ADDRESSES,
+    records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, Policy},
+};
+
+use crate::{
+    config::OnDeny,
+    datapath::{FlowMap, PodPins},
+    pods::Pod,
+    policy::{Compiled, Mode},
+    report::PodIdentity,
+};
+
+/// Namespace and name.
+pub(super) type PodKey = (String, String);
+
+/// What a pod should be under.
+#[derive(Clone)]
+pub(super) struct Wanted {
+    pub(super) uid: String,
+    pub(super) ifindex: u32,
+    pub(super) compiled: Arc<Compiled>,
+    /// `compiled.record` with the pod's own addresses.
+    pub(super) record: Policy,
+    pub(super) mode: u32,
+    pub(super) flags: u32,
+}
+
+impl Wanted {
+    /// # Errors
+    ///
+    /// When the pod has more addresses than a policy holds.
+    pub(super) fn new(
+        pod: &Pod,
+        ifindex: u32,
+        compiled: Arc<Compiled>,
+        on_deny: OnDeny,
+    ) -> Result<Self> {
+        let mut record = compiled.record;
+        if pod.addresses.len() > OWN_ADDRESSES {
+            bail!(
+                "the pod has {} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported",
+                pod.addresses.len()
+            );
+        }
+        for (slot, ip) in record.own.iter_mut().zip(&pod.addresses) {
+            *slot = mapped(*ip);
+        }
+        record.own_len = pod.addresses.len() as u32;
+        Ok(Self {
+            uid: pod.uid.clone(),
+            ifindex,
+            record,
+            mode: match compiled.mode {
+                Mode::Audit => MODE_AUDIT,
+                Mode::Enforce | Mode::Off => MODE_ENFORCE,
+            },
+            flags: match on_deny {
+                OnDeny::Drop => 0,
+                OnDeny::Reject => INTERFACE_REJECT,
+            },
+            compiled,
+        })
+    }
+
+    /// The prefixes of the policy, as the datapath takes them.
+    pub(super) fn cidrs(&self) -> impl ExactSizeIterator<Item = (Address, u32, u64)> + '_ {
+        self.compiled
+            .cidrs
+            .iter()
+            .map(|cidr| (cidr.network, cidr.prefix_len, cidr.classes))
+    }
+
+    /// The entry of the pod's interfaces under this version.
+    pub(super) fn entry(&self, pod: u32, policy: u32) -> Interface {
+        Interface {
+            pod,
+            policy,
+            mode: self.mode,
+            flags: self.flags,
+        }
+    }
+
+    /// Whether this is the same policy, wherever it is attached.
+    pub(super) fn same_policy(&self, other: &Self) -> bool {
+        self.compiled == other.compiled
+            && self.record == other.record
+            && self.mode == other.mode
+            && self.flags == other.flags
+    }
+}
+
+/// A pod that is enforced.
+pub(super) struct Enforced {
+    pub(super) wanted: Wanted,
+    pub(super) identity: Arc<PodIdentity>,
+    /// Its key in `flows`, `meters` and `identities`.
+    pub(super) pod: u32,
+    /// Its key in `policies`, `allow` and `cidrs`.
+    pub(super) policy: u32,
+    /// How many versions of its policy there have been.
+    pub(super) version: u64,
+    pub(super) pins: PodPins,
+    pub(super) flows: FlowMap,
+}
+
+/// An address as the maps hold it.
+fn mapped(ip: std::net::IpAddr) -> Address {
+    match ip {
+        std::net::IpAddr::V4(ip) => address::from_v4(ip.octets()),
+        std::net::IpAddr::V6(ip) => ip.octets(),
+    }
+}

@@ -1,0 +1,188 @@
+//! Brings everything together: pods and their annotations on one side, the kernel and the gate on
+//! the other.
+//!
+//! Whatever happens (a manifest changes, an interface appears, a second passes) leads to the same
+//! step: [`reconcile`] compares what should be enforced with what is, pod by pod. Events are hints;
+//! losing one delays a change until the next look.
+
+mod apply;
+mod denials;
+mod enforced;
+mod links;
+mod preflight;
+mod readings;
+mod reconcile;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    config::{self, Config},
+    datapath::{self, Attach, Datapath},
+    dns,
+    gate::{DnsSettings, Gate},
+    pods::Directory,
+    report::Reporter,
+};
+use denials::DenialReader;
+use links::LinkEvents;
+use reconcile::Reconciler;
+
+/// How often everything is looked at, whether or not something happened.
+const RECONCILE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often the flows of one pod are swept, and how often the next few pods' turn comes.
+const SWEEP_ROUND: Duration = Duration::from_secs(5);
+const SWEEP_EVERY: Duration = Duration::from_millis(250);
+
+/// How the agent is to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file's content.
+    pub config: Config,
+    /// The directory of manifests.
+    pub pods_dir: PathBuf,
+    /// Leave everything enforced when told to stop.
+    pub keep_enforcing: bool,
+    /// How programs are attached.
+    pub attach: Attach,
+    /// Let the programs trace what they do.
+    pub datapath_log: bool,
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// When the agent cannot start, or one of its threads ends. What is enforced then stays enforced.
+pub async fn run(options: Options) -> Result<()> {
+    preflight::check_privileges()?;
+    std::fs::read_dir(&options.pods_dir).with_context(|| {
+        format!(
+            "cannot read the directory of pods {}",
+            options.pods_dir.display()
+        )
+    })?;
+    let Options { config, .. } = &options;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut links = LinkEvents::open()?;
+
+    let mut datapath = Datapath::open(&datapath::Options {
+        bpffs: config.bpffs.clone(),
+        allow_entries: config.limits.addresses_per_pod,
+        attach: options.attach,
+        trace: options.datapath_log,
+    })?;
+    let _only = datapath.lock()?;
+    let _log = options.datapath_log.then(|| datapath.start_log()).transpose()?;
+    datapath.set_ranges(&config.ranges())?;
+    // Before the gate starts: frames that it puts back carry marks only these programs know.
+    let adoptable = datapath.adoptable()?;
+    for ifindex in datapath.attached()? {
+        if let Err(error) = datapath.attach(ifindex) {
+            tracing::warn!(ifindex, error = format!("{error:#}"), "cannot take over an interface");
+        }
+    }
+
+    let (reporter, reporter_thread) =
+        Reporter::start(std::io::stdout()).context("cannot start the reporter's thread")?;
+    let (gate, gate_thread) = Gate::start(
+        datapath.take_held()?,
+        datapath.interfaces()?,
+        datapath.marks(),
+        dns_settings(config),
+        reporter.clone(),
+    )?;
+    let known = Arc::default();
+    let denials = DenialReader::start(
+        datapath.take_denials()?,
+        datapath.counters()?,
+        Arc::clone(&known),
+        gate.clone(),
+        reporter,
+    )?;
+    let (mut snapshots, directory) =
+        Directory::watch(&options.pods_dir).context("cannot watch the directory of pods")?;
+    let mut reconciler = Reconciler::new(datapath, gate.clone(), config, known, adoptable)?;
+
+    let mut look = interval(RECONCILE_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sweep = interval(SWEEP_EVERY);
+    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let snapshot = snapshots.borrow_and_update().clone();
+    reconciler.reconcile(&snapshot).await;
+    reconciler.drop_leftovers(&snapshot).await;
+    tracing::info!(
+        node = config.node,
+        pods = reconciler.enforced(),
+        resolvers = ?config.dns.resolvers,
+        "ready"
+    );
+    let failure = loop {
+        tokio::select! {
+            _ = terminate.recv() => break None,
+            _ = interrupt.recv() => break None,
+            changed = snapshots.changed() => {
+                if changed.is_err() {
+                    break Some("the directory of pods is no longer watched");
+                }
+            }
+            () = links.changed() => {}
+            _ = look.tick() => {}
+            _ = sweep.tick() => {
+                reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY);
+                continue;
+            }
+        }
+        if gate_thread.is_finished() {
+            break Some("the gate's thread has ended");
+        }
+        if denials.is_finished() {
+            break Some("the denial reader's thread has ended");
+        }
+        let snapshot = snapshots.borrow_and_update().clone();
+        reconciler.reconcile(&snapshot).await;
+    };
+
+    directory.close();
+    let clean = failure.is_none() && !options.keep_enforcing;
+    if clean {
+        reconciler.remove_all().await;
+    }
+    gate.stop();
+    let gate_ended = gate_thread.join();
+    denials.stop();
+    reporter_thread.close();
+    let bpffs = reconciler.close();
+    if let Some(failure) = failure {
+        bail!("{failure}; what is enforced stays enforced");
+    }
+    if gate_ended.is_err() {
+        bail!("the gate's thread has panicked; what is enforced stays enforced");
+    }
+    if clean {
+        datapath::cleanup(&bpffs)?;
+        tracing::info!("stopped; nothing is enforced any more");
+    } else {
+        tracing::info!("stopped; what is enforced stays enforced");
+    }
+    Ok(())
+}
+
+fn dns_settings(config: &Config) -> DnsSettings {
+    DnsSettings {
+        min_ttl: config.dns.min_ttl,
+        max_ttl: config.dns.max_ttl,
+        grace: config.dns.grace,
+        refusal: match config.dns.refusal {
+            config::Refusal::NxDomain => dns::Refusal::NxDomain,
+            config::Refusal::Refused => dns::Refusal::Refused,
+        },
+    }
+}

@@ -1,0 +1,89 @@
+//! Reading pods' annotations, and remembering what they last said when they could be read.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use super::enforced::PodKey;
+use crate::{
+    pods::{Pod, Snapshot},
+    policy::{self, Annotations, Compiled, Settings},
+};
+
+/// What was made of one pod's annotations.
+struct Reading {
+    uid: String,
+    own: BTreeMap<String, String>,
+    namespace: BTreeMap<String, String>,
+    compiled: Arc<Compiled>,
+    /// Whether `compiled` is what some annotations of this pod said, now or earlier.
+    good: bool,
+    problem: Option<String>,
+}
+
+/// The readings of all pods.
+pub(super) struct Readings {
+    settings: Settings,
+    pods: HashMap<PodKey, Reading>,
+}
+
+impl Readings {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            pods: HashMap::new(),
+        }
+    }
+
+    /// The pod's policy: what its annotations say; or what they last said when they could be read;
+    /// or closed.
+    pub(super) fn read(&mut self, key: &PodKey, pod: &Pod) -> Arc<Compiled> {
+        let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
+        if let Some(reading) = before {
+            if reading.own == pod.annotations && reading.namespace == pod.namespace_annotations {
+                return Arc::clone(&reading.compiled);
+            }
+        }
+        let own = Annotations::from_map(&pod.annotations);
+        let namespace = Annotations::from_map(&pod.namespace_annotations);
+        let (compiled, good, problem) = match policy::compile(&own, &namespace, &self.settings) {
+            Ok(compiled) => {
+                let problem =
+                    (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
+                (Arc::new(compiled), true, problem)
+            }
+            Err(error) => match before.filter(|reading| reading.good) {
+                Some(last) => {
+                    let problem = format!("{error}; the last good policy stays");
+                    (Arc::clone(&last.compiled), true, Some(problem))
+                }
+                None => {
+                    let problem = format!("{error}; everything external is denied");
+                    let closed = policy::unreadable(&self.settings);
+                    (Arc::new(closed), false, Some(problem))
+                }
+            },
+        };
+        let reading = Reading {
+            uid: pod.uid.clone(),
+            own: pod.annotations.clone(),
+            namespace: pod.namespace_annotations.clone(),
+            compiled: Arc::clone(&compiled),
+            good,
+            problem,
+        };
+        self.pods.insert(key.clone(), reading);
+        compiled
+    }
+
+    /// What is wrong with the pod's annotations, or what their author should know.
+    pub(super) fn problem(&self, key: &PodKey) -> Option<String> {
+        self.pods.get(key)?.problem.clone()
+    }
+
+    /// Forgets pods that are gone.
+    pub(super) fn retain(&mut self, snapshot: &Snapshot) {
+        self.pods.retain(|key, _| snapshot.pods.contains_key(key));
+    }
+}

@@ -1,0 +1,214 @@
+//! The gate: every DNS message between an enforced pod and its resolvers waits here until what it
+//! teaches is in the pod's allow map.
+//!
+//! ```text
+//!  pod ── question ──▶ from_pod ──▶ ring ──▶ rules: may it be asked?
+//!                                              ├─ no:  refusal ───────────────────────▶ pod
+//!                                              └─ yes: pending; put back ─▶ to_pod ─▶ resolver
+//!  pod ◀── put back ◀── every allowed address is in the allow map ◀── answer ◀── ring ◀── to_pod
+//!                         └─ one is not: the answer is not delivered, and reported
+//! ```
+//!
+//! One thread does all of it, and it alone writes allow maps and moves interfaces from one policy
+//! to the next: so no answer can slip between an old map and its successor. It never waits for
+//! anything but its ring and its commands, takes no lock that the control side holds, and does no
+//! input or output but map updates and sending frames.
+
+mod checksum;
+mod learned;
+mod pending;
+mod pod;
+mod reply;
+mod run;
+mod wire;
+
+use std::{
+    collections::HashSet,
+    os::fd::AsFd as _,
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use egress_common::{address::Address, records::Interface};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::oneshot;
+
+use crate::{
+    datapath::{AllowMap, HeldRing, InterfaceMap, Marks},
+    dns::Refusal,
+    policy::Compiled,
+    report::{PodIdentity, Reporter},
+};
+
+/// How the gate treats DNS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DnsSettings {
+    /// An address lives at least this long.
+    pub min_ttl: Duration,
+    /// An address lives at most this long.
+    pub max_ttl: Duration,
+    /// And this long on top.
+    pub grace: Duration,
+    /// How a question that may not be asked is answered.
+    pub refusal: Refusal,
+}
+
+/// One pod under one version of its policy.
+pub struct Enforcement {
+    /// Whose it is.
+    pub identity: Arc<PodIdentity>,
+    /// What its annotations say.
+    pub compiled: Arc<Compiled>,
+    /// What its interfaces' entries are to be.
+    pub entry: Interface,
+    /// Its interfaces.
+    pub interfaces: Vec<u32>,
+    /// The allow map of this version.
+    pub allow: AllowMap,
+}
+
+/// What the control side asks of the gate.
+enum Command {
+    /// Move a pod to a new policy, or begin with a new pod.
+    Apply {
+        enforcement: Box<Enforcement>,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// The same policy on other interfaces.
+    Move {
+        pod: u32,
+        interfaces: Vec<u32>,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Forget a pod and its interfaces' entries.
+    Remove {
+        pod: u32,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Forget addresses whose lifetime has ended and that no flow is open to.
+    Sweep { pod: u32, open: HashSet<Address> },
+    /// Which names did these pods resolve to these addresses?
+    Names {
+        asked: Vec<(u32, Address)>,
+        answer: mpsc::SyncSender<Vec<Vec<String>>>,
+    },
+    /// End the thread.
+    Stop,
+}
+
+/// Handle on the gate's thread.
+#[derive(Clone)]
+pub struct Gate {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Gate {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// When its sockets or the thread cannot be made.
+    pub fn start(
+        ring: HeldRing,
+        interfaces: InterfaceMap,
+        marks: Marks,
+        dns: DnsSettings,
+        reporter: Reporter,
+    ) -> Result<(Self, JoinHandle<()>)> {
+        let (commands, receiver) = mpsc::channel();
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let wake =
+            Arc::new(EventFd::from_value_and_flags(0, flags).context("cannot make an eventfd")?);
+        let wire = wire::Wire::open(marks)?;
+        let runner = run::Runner::new(
+            ring,
+            receiver,
+            Arc::clone(&wake),
+            interfaces,
+            pod::Shared {
+                wire,
+                dns,
+                reporter,
+            },
+        );
+        let thread = std::thread::Builder::new()
+            .name("gate".into())
+            .spawn(move || runner.run())
+            .context("cannot start the gate's thread")?;
+        Ok((Self { commands, wake }, thread))
+    }
+
+    /// Moves a pod to a new policy, or begins with a new pod. When this returns, every packet of the
+    /// pod is judged by it, and addresses of names that the pod has resolved before are in its
+    /// allow map.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written; the pod then stays under its earlier policy.
+    pub async fn apply(&self, enforcement: Enforcement) -> Result<()> {
+        let enforcement = Box::new(enforcement);
+        self.ask(|done| Command::Apply { enforcement, done }).await
+    }
+
+    /// Puts a pod's policy on other interfaces.
+    ///
+    /// # Errors
+    ///
+    /// When the map of interfaces cannot be written.
+    pub async fn move_to(&self, pod: u32, interfaces: Vec<u32>) -> Result<()> {
+        self.ask(|done| Command::Move {
+            pod,
+            interfaces,
+            done,
+        })
+        .await
+    }
+
+    /// Forgets a pod. Its interfaces must be detached.
+    ///
+    /// # Errors
+    ///
+    /// When the map of interfaces cannot be written.
+    pub async fn remove(&self, pod: u32) -> Result<()> {
+        self.ask(|done| Command::Remove { pod, done }).await
+    }
+
+    /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.
+    pub fn sweep(&self, pod: u32, open: HashSet<Address>) {
+        // A gate that is gone is noticed by whoever waits for its thread.
+        let _ = self.send(Command::Sweep { pod, open });
+    }
+
+    /// Names that pods resolved to addresses, in the order asked. Empty when the gate is gone.
+    pub fn names(&self, asked: Vec<(u32, Address)>) -> Vec<Vec<String>> {
+        let (answer, names) = mpsc::sync_channel(1);
+        if self.send(Command::Names { asked, answer }).is_err() {
+            return Vec::new();
+        }
+        names.recv().unwrap_or_default()
+    }
+
+    /// Ends the thread. What waits in the ring is not delivered.
+    pub fn stop(&self) {
+        let _ = self.send(Command::Stop);
+    }
+
+    async fn ask(&self, command: impl FnOnce(oneshot::Sender<Result<()>>) -> Command) -> Result<()> {
+        let (done, result) = oneshot::channel();
+        self.send(command(done))?;
+        result.await.map_err(|_| anyhow!("the gate's thread is gone"))?
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands
+            .send(command)
+            .map_err(|_| anyhow!("the gate's thread is gone"))?;
+        // The counter cannot overflow: the gate reads it whenever it is not zero.
+        nix::unistd::write(self.wake.as_fd(), &1u64.to_ne_bytes())
+            .context("cannot wake the gate's thread")?;
+        Ok(())
+    }
+}

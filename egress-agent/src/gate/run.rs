@@ -1,0 +1,196 @@
+//! The gate's loop.
+
+use std::{
+    collections::HashMap,
+    os::fd::AsFd as _,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::EventFd,
+};
+
+use super::{
+    Command, Enforcement,
+    pod::{Pod, Shared},
+};
+use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
+
+/// How often lifetimes are looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// How long the thread looks at the ring before it sleeps: waking it costs more than this, and the
+/// answer to a question that has just gone out is often back within it.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// Messages decided before commands are looked at again.
+const BATCH: usize = 64;
+
+pub(super) struct Runner {
+    ring: HeldRing,
+    commands: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    interfaces: InterfaceMap,
+    shared: Shared,
+    pods: HashMap<u32, Pod>,
+    scratch: Vec<u8>,
+}
+
+impl Runner {
+    pub(super) fn new(
+        ring: HeldRing,
+        commands: mpsc::Receiver<Command>,
+        wake: Arc<EventFd>,
+        interfaces: InterfaceMap,
+        shared: Shared,
+    ) -> Self {
+        Self {
+            ring,
+            commands,
+            wake,
+            interfaces,
+            shared,
+            pods: HashMap::new(),
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Runs until it is told to stop.
+    pub(super) fn run(mut self) {
+        let mut next_tick = Instant::now() + TICK;
+        loop {
+            loop {
+                match self.commands.try_recv() {
+                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return,
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                }
+            }
+            let mut decided = 0;
+            while decided < BATCH && self.decide_next() {
+                decided += 1;
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                self.tick();
+                next_tick = now + TICK;
+            }
+            if decided == 0 {
+                self.wait(next_tick);
+            } else if decided < BATCH {
+                self.spin();
+            }
+        }
+    }
+
+    /// Decides the next message, if there is one.
+    fn decide_next(&mut self) -> bool {
+        let Self {
+            ring,
+            pods,
+            shared,
+            scratch,
+            ..
+        } = self;
+        ring.next(|held| {
+            // A message of a pod that was removed meanwhile goes nowhere.
+            if let Some(pod) = pods.get_mut(&held.head.pod) {
+                pod.decide(&held, shared, scratch);
+            }
+        })
+    }
+
+    /// Looks at the ring for a while instead of sleeping.
+    fn spin(&mut self) {
+        let until = Instant::now() + SPIN;
+        while Instant::now() < until {
+            if self.decide_next() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn wait(&mut self, until: Instant) {
+        let timeout = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        let mut fds = [
+            PollFd::new(self.ring.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+        ];
+        // An interrupted wait is as good as one that ended.
+        let _ = poll(&mut fds, timeout);
+        if fds[1].any().unwrap_or(false) {
+            let _ = self.wake.read();
+        }
+    }
+
+    fn tick(&mut self) {
+        let now_ns = boottime_ns();
+        for (id, pod) in &mut self.pods {
+            if let Err(error) = pod.tick(now_ns) {
+                tracing::error!(pod = id, %error, "cannot update an allow map");
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Apply { enforcement, done } => {
+                let result = self.apply(*enforcement);
+                let _ = done.send(result);
+            }
+            Command::Move {
+                pod,
+                interfaces,
+                done,
+            } => {
+                let result = match self.pods.get_mut(&pod) {
+                    Some(pod) => pod.move_to(interfaces, &mut self.interfaces),
+                    None => Err(anyhow!("pod {pod} is not at the gate")),
+                };
+                let _ = done.send(result);
+            }
+            Command::Remove { pod, done } => {
+                let result = match self.pods.remove(&pod) {
+                    Some(pod) => pod.remove(&mut self.interfaces),
+                    None => Ok(()),
+                };
+                let _ = done.send(result);
+            }
+            Command::Sweep { pod, open } => {
+                if let Some(Err(error)) = self.pods.get_mut(&pod).map(|pod| pod.sweep(&open)) {
+                    tracing::error!(pod, %error, "cannot sweep an allow map");
+                }
+            }
+            Command::Names { asked, answer } => {
+                let names = asked
+                    .iter()
+                    .map(|(pod, address)| {
+                        self.pods
+                            .get(pod)
+                            .map(|pod| pod.names_of(address))
+                            .unwrap_or_default()
+                    })
+                    .collect();
+                let _ = answer.send(names);
+            }
+            // Handled by the loop.
+            Command::Stop => {}
+        }
+    }
+
+    fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
+        let id = enforcement.entry.pod;
+        if let Some(pod) = self.pods.get_mut(&id) {
+            return pod.apply(enforcement, &mut self.interfaces);
+        }
+        let pod = Pod::new(enforcement)?;
+        pod.write_interfaces(&mut self.interfaces)?;
+        self.pods.insert(id, pod);
+        Ok(())
+    }
+}

@@ -1,0 +1,283 @@
+//! What is in force of each file: its latest contents, and the last readable version of whatever
+//! cannot be read any more.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::{OsStr, OsString},
+    fs::{File, Metadata, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::fcntl::OFlag;
+
+use super::{Problem, Snapshot, manifest::Manifests, object::Object, snapshot::assemble};
+
+/// Longest file that is read, in bytes. A pod's manifest has a few thousand.
+pub(super) const FILE_MAX: u64 = 4 << 20;
+
+const KEPT: &str = "what was read from it before stays in force";
+
+/// What is in force of a file.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Contents {
+    pub(super) objects: Vec<Object>,
+    pub(super) problems: Vec<Problem>,
+}
+
+impl Contents {
+    /// What is in force after `self` was in force and the file was read again.
+    ///
+    /// Everything readable counts at once. When something is unreadable, it cannot be told which
+    /// of the former objects it was, so all that are missing stay: a slip in an edit must not
+    /// lift enforcement. An object of which a part is unreadable stays whole.
+    fn after(&self, read: Manifests) -> Self {
+        let Manifests {
+            mut objects,
+            mut problems,
+            mut unreadable,
+        } = read;
+        for object in &mut objects {
+            let Object::Pod(pod) = &*object else { continue };
+            if !pod.incomplete {
+                continue;
+            }
+            let former = self.objects.iter().find(|former| former.is_same(object));
+            if let Some(former @ Object::Pod(former_pod)) = former
+                && !former_pod.incomplete
+            {
+                problems.push(Problem {
+                    origin: object.origin().to_owned(),
+                    message: format!("{object} stays as it was read before"),
+                });
+                *object = former.clone();
+            }
+        }
+        if objects.is_empty() && problems.is_empty() && !self.objects.is_empty() {
+            // Most likely the file has just been opened for writing.
+            unreadable = true;
+        }
+        if unreadable {
+            let missing = |former: &&Object| !objects.iter().any(|object| object.is_same(former));
+            let kept: Vec<_> = self.objects.iter().filter(missing).cloned().collect();
+            for object in &kept {
+                problems.push(Problem {
+                    origin: object.origin().to_owned(),
+                    message: format!(
+                        "{object} is not in what can be read of the file now; {KEPT}. Correct \
+                         the file, or remove it to remove its pods"
+                    ),
+                });
+            }
+            objects.extend(kept);
+        }
+        Self { objects, problems }
+    }
+
+    /// What is in force when the file cannot be read at all.
+    fn after_failure(&self, path: &Path, what: &str) -> Self {
+        let message = if self.objects.is_empty() {
+            what.to_owned()
+        } else {
+            format!("{what}; {KEPT}")
+        };
+        let problems = vec![Problem {
+            origin: path.display().to_string(),
+            message,
+        }];
+        Self {
+            objects: self.objects.clone(),
+            problems,
+        }
+    }
+}
+
+/// By what a changed file is told from an unchanged one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    /// `None` when the file is to be read again whatever it looks like.
+    stamp: Option<Stamp>,
+    contents: Arc<Contents>,
+}
+
+/// Files and what is in force of them, by path. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Files(BTreeMap<PathBuf, Known>);
+
+impl Files {
+    /// Reads a file, unless it looks as it did when it was last read.
+    pub(super) fn read(&mut self, path: &Path) {
+        let former = self.0.remove(path);
+        let former_contents = former.as_ref().map(|known| &*known.contents);
+        let nothing = Contents::default();
+        let former_contents = former_contents.unwrap_or(&nothing);
+        let known = match open(path) {
+            Ok((_, stamp))
+                if former
+                    .as_ref()
+                    .is_some_and(|known| known.stamp == Some(stamp)) =>
+            {
+                self.0.extend(former.map(|known| (path.to_owned(), known)));
+                return;
+            }
+            Ok((file, stamp)) => {
+                let contents = match text(file) {
+                    Ok(text) => {
+                        let name = path.display().to_string();
+                        former_contents.after(Manifests::read(&name, &text))
+                    }
+                    Err(what) => former_contents.after_failure(path, &what),
+                };
+                Known {
+                    stamp: Some(stamp),
+                    contents: Arc::new(contents),
+                }
+            }
+            Err(what) => {
+                let contents = former_contents.after_failure(path, &what);
+                Known {
+                    stamp: None,
+                    contents: Arc::new(contents),
+                }
+            }
+        };
+        self.0.insert(path.to_owned(), known);
+    }
+
+    /// Reads the files of a directory again that have changed, and forgets those that are gone.
+    /// Files in `writing` are left as they are: they are not finished.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be listed. Nothing is forgotten then.
+    pub(super) fn read_directory(
+        &mut self,
+        directory: &Path,
+        writing: &BTreeSet<OsString>,
+    ) -> io::Result<()> {
+        let mut present = BTreeSet::new();
+        for entry in directory.read_dir()? {
+            let name = entry?.file_name();
+            if is_manifest_name(&name) {
+                present.insert(name);
+            }
+        }
+        self.0
+            .retain(|path, _| path.file_name().is_some_and(|name| present.contains(name)));
+        for name in present.difference(writing) {
+            self.read(&directory.join(name));
+        }
+        Ok(())
+    }
+
+    /// Takes back what was read of a file since `before`, and has it read again next time.
+    pub(super) fn take_back(&mut self, path: &Path, before: &Self) {
+        match before.0.get(path) {
+            Some(known) => {
+                let known = Known {
+                    stamp: None,
+                    contents: Arc::clone(&known.contents),
+                };
+                self.0.insert(path.to_owned(), known);
+            }
+            None => {
+                self.0.remove(path);
+            }
+        }
+    }
+
+    /// Has a file read again next time, even if it looks unchanged.
+    pub(super) fn doubt(&mut self, path: &Path) {
+        if let Some(known) = self.0.get_mut(path) {
+            known.stamp = None;
+        }
+    }
+
+    /// Adds the files of `other`.
+    pub(super) fn extend(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    /// What all files together say.
+    pub(super) fn snapshot(&self) -> Snapshot {
+        assemble(self.0.values().map(|known| &*known.contents))
+    }
+}
+
+/// Whether a file of this name is read: it ends like a manifest, and is neither hidden nor an
+/// editor's.
+pub(super) fn is_manifest_name(name: &OsStr) -> bool {
+    let Some(name) = name.to_str() else {
+        return false;
+    };
+    let ends_well = matches!(
+        Path::new(name).extension().and_then(OsStr::to_str),
+        Some("yaml" | "yml" | "json")
+    );
+    // `.name.yaml.swp`, `#name.yaml#` and `name.yaml~` do not end well; these do.
+    ends_well && !name.starts_with(['.', '#', '~'])
+}
+
+/// Opens a regular file. The error says what is wrong.
+fn open(path: &Path) -> Result<(File, Stamp), String> {
+    let cannot = |error: io::Error| format!("cannot be opened: {error}");
+    // Without O_NONBLOCK opening a FIFO would wait for a writer.
+    let flags = (OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).bits();
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(cannot)?;
+    let metadata = file.metadata().map_err(cannot)?;
+    if !metadata.is_file() {
+        return Err("is not a regular file".into());
+    }
+    let stamp = Stamp::of(&metadata);
+    Ok((file, stamp))
+}
+
+fn text(file: File) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    if bytes.len() as u64 > FILE_MAX {
+        return Err(format!(
+            "is longer than {} MiB; split it into several files",
+            FILE_MAX >> 20
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        format!(
+            "is not UTF-8 text (byte {})",
+            error.utf8_error().valid_up_to() + 1
+        )
+    })
+}
+
+#[cfg(test)]
+#[path = "contents_tests.rs"]
+mod tests;

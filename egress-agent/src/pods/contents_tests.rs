@@ -1,0 +1,281 @@
+use std::fs;
+
+use tempfile::TempDir;
+
+use super::*;
+
+fn pod(name: &str, allow: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  annotations:\n    \
+         egress-agent.dev/interface: veth-{name}\n    egress-agent.dev/allow: {allow}\n\
+         status:\n  podIPs:\n  - ip: 10.0.0.1\n"
+    )
+}
+
+fn namespace(name: &str, allow: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  annotations:\n    \
+         egress-agent.dev/allow: {allow}\n"
+    )
+}
+
+struct Dir {
+    dir: TempDir,
+    files: Files,
+}
+
+impl Dir {
+    fn new() -> Self {
+        Self {
+            dir: TempDir::new().unwrap(),
+            files: Files::default(),
+        }
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+        // A new inode each time, so that no two versions look alike.
+        let path = self.dir.path().join(name);
+        let new = self.dir.path().join(".new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, path).unwrap();
+    }
+
+    fn read(&mut self) -> Snapshot {
+        self.files
+            .read_directory(self.dir.path(), &BTreeSet::new())
+            .unwrap();
+        self.files.snapshot()
+    }
+}
+
+/// What each pod allows, in the order of the names.
+fn allows(snapshot: &Snapshot) -> Vec<(&str, &str)> {
+    let pods = snapshot.pods.values();
+    pods.map(|pod| (&*pod.name, &*pod.annotations["egress-agent.dev/allow"]))
+        .collect()
+}
+
+fn problem_texts(snapshot: &Snapshot) -> String {
+    let problems: Vec<_> = snapshot.problems.iter().map(ToString::to_string).collect();
+    problems.join("\n")
+}
+
+#[test]
+fn files_come_change_and_go() {
+    let mut dir = Dir::new();
+    assert_eq!(dir.read(), Snapshot::default());
+    dir.write("a.yaml", pod("a", "one.test") + &pod("b", "two.test"));
+    dir.write(
+        "c.json",
+        r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"x"}}"#,
+    );
+    assert_eq!(allows(&dir.read()), [("a", "one.test"), ("b", "two.test")]);
+    dir.write("a.yaml", pod("a", "three.test"));
+    assert_eq!(allows(&dir.read()), [("a", "three.test")]);
+    fs::remove_file(dir.dir.path().join("a.yaml")).unwrap();
+    assert_eq!(dir.read(), Snapshot::default());
+}
+
+#[test]
+fn only_manifests_are_read() {
+    let mut dir = Dir::new();
+    for name in [
+        "a.txt",
+        ".a.yaml",
+        "a.yaml~",
+        "#a.yaml#",
+        ".a.yaml.swp",
+        "a.yaml.bak",
+        "yaml",
+    ] {
+        dir.write(name, pod("a", "x.test"));
+    }
+    assert_eq!(dir.read(), Snapshot::default());
+    dir.write("a.yml", pod("a", "x.test"));
+    assert_eq!(dir.read().pods.len(), 1);
+}
+
+#[test]
+fn a_broken_edit_leaves_the_pod_as_it_was_and_the_rest_of_the_file_works() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", pod("a", "old.test") + &pod("b", "old.test"));
+    dir.read();
+    dir.write(
+        "a.yaml",
+        "---\nkind: Pod\nmetadata: [\n".to_owned() + &pod("b", "new.test"),
+    );
+    for _ in 0..2 {
+        let snapshot = dir.read();
+        assert_eq!(allows(&snapshot), [("a", "old.test"), ("b", "new.test")]);
+        let problems = problem_texts(&snapshot);
+        assert!(
+            problems.contains("pod default/a is not in what can be read"),
+            "{problems}"
+        );
+    }
+    dir.write("a.yaml", pod("b", "new.test"));
+    let snapshot = dir.read();
+    assert_eq!(allows(&snapshot), [("b", "new.test")]);
+    assert_eq!(snapshot.problems, []);
+}
+
+#[test]
+fn a_file_that_is_empty_or_unreadable_keeps_its_pods() {
+    let too_long = "#".repeat(usize::try_from(FILE_MAX).unwrap() + 1);
+    for text in [
+        b"".as_slice(),
+        b"# nothing\n",
+        b"\xff\xfe",
+        too_long.as_bytes(),
+    ] {
+        let mut dir = Dir::new();
+        dir.write(
+            "a.yaml",
+            pod("a", "x.test") + &namespace("default", "y.test"),
+        );
+        let before = dir.read();
+        dir.write("a.yaml", text);
+        let snapshot = dir.read();
+        assert_eq!(snapshot.pods, before.pods);
+        let problems = problem_texts(&snapshot);
+        assert!(problems.contains(KEPT), "{problems}");
+    }
+}
+
+#[test]
+fn an_empty_file_is_no_problem_when_it_never_had_pods() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", "");
+    assert_eq!(dir.read(), Snapshot::default());
+}
+
+#[test]
+fn what_is_no_file_is_said_and_waited_for_by_nobody() {
+    let mut dir = Dir::new();
+    let path = dir.dir.path().join("pipe.yaml");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    fs::create_dir(dir.dir.path().join("dir.yaml")).unwrap();
+    dir.write("a.yaml", pod("a", "x.test"));
+    let snapshot = dir.read();
+    assert_eq!(allows(&snapshot), [("a", "x.test")]);
+    let problems = problem_texts(&snapshot);
+    assert_eq!(
+        problems.matches("is not a regular file").count(),
+        2,
+        "{problems}"
+    );
+}
+
+#[test]
+fn an_address_that_is_none_leaves_a_known_pod_as_it_was() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", pod("a", "old.test"));
+    dir.write("b.yaml", pod("b", "old.test").replace("10.0.0.1", "ten"));
+    dir.read();
+    dir.write("a.yaml", pod("a", "new.test").replace("10.0.0.1", "ten"));
+    dir.write("b.yaml", pod("b", "new.test").replace("10.0.0.1", "ten"));
+    let snapshot = dir.read();
+    assert_eq!(allows(&snapshot), [("a", "old.test"), ("b", "new.test")]);
+    let addresses: Vec<_> = snapshot
+        .pods
+        .values()
+        .map(|pod| pod.addresses.len())
+        .collect();
+    assert_eq!(addresses, [1, 0]);
+    let problems = problem_texts(&snapshot);
+    assert!(
+        problems.contains("\"ten\" in status.podIPs is not an IP address"),
+        "{problems}"
+    );
+    assert!(
+        problems.contains("pod default/a stays as it was read before"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn of_two_files_with_the_same_pod_the_first_by_name_counts() {
+    let mut dir = Dir::new();
+    dir.write(
+        "b.yaml",
+        pod("a", "second.test") + &namespace("default", "second.test"),
+    );
+    dir.write(
+        "a.yaml",
+        pod("a", "first.test") + &namespace("default", "first.test"),
+    );
+    let snapshot = dir.read();
+    assert_eq!(allows(&snapshot), [("a", "first.test")]);
+    let pod = &snapshot.pods[&("default".to_owned(), "a".to_owned())];
+    assert_eq!(
+        pod.namespace_annotations["egress-agent.dev/allow"],
+        "first.test"
+    );
+    let problems = problem_texts(&snapshot);
+    assert!(
+        problems.contains("pod default/a is already described at "),
+        "{problems}"
+    );
+    assert!(
+        problems.contains("namespace default is already described at "),
+        "{problems}"
+    );
+    assert_eq!(snapshot.problems.len(), 2);
+}
+
+#[test]
+fn a_namespace_lends_its_annotations_to_its_pods_only() {
+    let mut dir = Dir::new();
+    let in_shop = pod("a", "x.test").replace("  name: a\n", "  name: a\n  namespace: shop\n");
+    dir.write("pods.yaml", in_shop + &pod("b", "x.test"));
+    dir.write("zz.yaml", namespace("shop", "all.test"));
+    let snapshot = dir.read();
+    let lent: Vec<_> = snapshot
+        .pods
+        .values()
+        .map(|pod| (&*pod.name, pod.namespace_annotations.len()))
+        .collect();
+    assert_eq!(lent, [("b", 0), ("a", 1)]);
+}
+
+#[test]
+fn a_directory_that_is_gone_keeps_everything() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", pod("a", "x.test"));
+    let before = dir.read();
+    let gone = dir.dir.path().join("gone");
+    assert!(dir.files.read_directory(&gone, &BTreeSet::new()).is_err());
+    assert_eq!(dir.files.snapshot(), before);
+}
+
+#[test]
+fn a_file_that_is_being_written_is_left_as_it_was() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", pod("a", "old.test"));
+    dir.read();
+    dir.write("a.yaml", pod("a", "new.test"));
+    dir.write("b.yaml", pod("b", "new.test"));
+    let writing = BTreeSet::from(["a.yaml".into(), "b.yaml".into()]);
+    dir.files.read_directory(dir.dir.path(), &writing).unwrap();
+    assert_eq!(allows(&dir.files.snapshot()), [("a", "old.test")]);
+    assert_eq!(allows(&dir.read()), [("a", "new.test"), ("b", "new.test")]);
+}
+
+#[test]
+fn what_was_read_half_is_taken_back() {
+    let mut dir = Dir::new();
+    dir.write("a.yaml", pod("a", "old.test"));
+    dir.read();
+    let before = dir.files.clone();
+    dir.write("a.yaml", pod("a", "half.test"));
+    dir.write("b.yaml", pod("b", "half.test"));
+    dir.read();
+    for name in ["a.yaml", "b.yaml"] {
+        dir.files.take_back(&dir.dir.path().join(name), &before);
+    }
+    assert_eq!(allows(&dir.files.snapshot()), [("a", "old.test")]);
+    assert_eq!(
+        allows(&dir.read()),
+        [("a", "half.test"), ("b", "half.test")]
+    );
+}

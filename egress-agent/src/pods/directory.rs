@@ -1,0 +1,214 @@
+//! A directory of manifests as a source of pods.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::watch;
+
+use super::{
+    Problem, Snapshot,
+    contents::Files,
+    watching::{Changes, Watching, Woken},
+};
+
+/// Changes are read when nothing has happened for this long …
+const SETTLED_AFTER: Duration = Duration::from_millis(20);
+/// … or at the latest this long after the first.
+const SETTLED_MAX: Duration = Duration::from_millis(100);
+/// How often the directory is looked at though nothing seems to have happened: what a symbolic
+/// link leads to may change unseen, and so may files on some file systems.
+const RESCAN_EVERY: Duration = Duration::from_secs(5);
+/// The same, while something is unfinished or the directory cannot be read.
+const RETRY_EVERY: Duration = Duration::from_millis(100);
+
+/// Reads manifest files; of a directory, the files in it that the agent would read.
+///
+/// Nothing is remembered: what cannot be read is a problem and nothing else.
+pub fn read_files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Snapshot {
+    let mut unlisted_problems = Vec::new();
+    let mut files = Files::default();
+    for path in paths {
+        let path = path.as_ref();
+        if path.is_dir() {
+            let mut of_directory = Files::default();
+            if let Err(error) = of_directory.read_directory(path, &BTreeSet::new()) {
+                unlisted_problems.push(unlisted(path, &error));
+            }
+            files.extend(of_directory);
+        } else {
+            files.read(path);
+        }
+    }
+    let mut snapshot = files.snapshot();
+    snapshot.problems.splice(0..0, unlisted_problems);
+    snapshot
+}
+
+fn unlisted(directory: &Path, error: &io::Error) -> Problem {
+    Problem {
+        origin: directory.display().to_string(),
+        message: format!("the directory cannot be listed: {error}"),
+    }
+}
+
+/// A watched directory.
+///
+/// The files in it that end in `.yaml`, `.yml` or `.json` are read; not those that begin with a
+/// dot, nor what is in directories below. A change is in the next snapshot within 200 ms: a file
+/// that is written in place once the writer closes it, or after two seconds if it does not.
+///
+/// What was readable once stays in force while it is not, and so does everything while the
+/// directory is gone; only a file that is removed removes its pods.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    files: Files,
+    watching: Watching,
+    /// The directory cannot be read.
+    problem: Option<Problem>,
+    /// A file was left out because it is being written.
+    unfinished: bool,
+}
+
+impl Directory {
+    /// Reads the directory and goes on watching it, in a thread of its own.
+    ///
+    /// The receiver has the first snapshot at once; a directory that cannot be read is a problem in
+    /// it. The thread ends when it is closed or all receivers are gone.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no inotify instance, eventfd or thread.
+    pub fn watch(
+        path: impl Into<PathBuf>,
+    ) -> io::Result<(watch::Receiver<Arc<Snapshot>>, DirectoryThread)> {
+        let mut directory = Self {
+            path: path.into(),
+            files: Files::default(),
+            watching: Watching::new()?,
+            problem: None,
+            unfinished: false,
+        };
+        directory.read();
+        let stop = Arc::new(EventFd::from_flags(
+            EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+        )?);
+        let (sender, receiver) = watch::channel(Arc::new(directory.snapshot()));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::Builder::new().name("pods".into()).spawn(move || {
+            if let Err(error) = directory.run(&sender, &stopped) {
+                tracing::error!(%error, "the directory of pods is no longer watched");
+            }
+        })?;
+        Ok((receiver, DirectoryThread { thread, stop }))
+    }
+
+    fn run(&mut self, sender: &watch::Sender<Arc<Snapshot>>, stop: &EventFd) -> io::Result<()> {
+        loop {
+            let waiting = self.unfinished || self.problem.is_some();
+            let timeout = if waiting { RETRY_EVERY } else { RESCAN_EVERY };
+            match self.watching.wait(stop, timeout)? {
+                Woken::Stop => return Ok(()),
+                Woken::Event if !self.settle(stop)? => return Ok(()),
+                Woken::Event | Woken::Timeout => {}
+            }
+            if sender.is_closed() {
+                return Ok(());
+            }
+            self.read();
+            let snapshot = self.snapshot();
+            sender.send_if_modified(|current| {
+                let modified = **current != snapshot;
+                if modified {
+                    *current = Arc::new(snapshot);
+                }
+                modified
+            });
+        }
+    }
+
+    /// Waits until nothing happens any more; false when it is time to stop.
+    fn settle(&mut self, stop: &EventFd) -> io::Result<bool> {
+        let first = Instant::now();
+        loop {
+            let changes = self.watching.changes(Instant::now())?;
+            self.doubt(&changes);
+            let left = SETTLED_MAX.saturating_sub(first.elapsed());
+            if left.is_zero() {
+                return Ok(true);
+            }
+            match self.watching.wait(stop, SETTLED_AFTER.min(left))? {
+                Woken::Stop => return Ok(false),
+                Woken::Timeout => return Ok(true),
+                Woken::Event => {}
+            }
+        }
+    }
+
+    fn doubt(&mut self, changes: &Changes) {
+        for name in &changes.names {
+            self.files.doubt(&self.path.join(name));
+        }
+    }
+
+    /// Reads what has changed.
+    fn read(&mut self) {
+        self.problem = self.try_read().err().map(|error| {
+            let mut problem = unlisted(&self.path, &error);
+            problem
+                .message
+                .push_str("; what was read from it before stays in force");
+            problem
+        });
+    }
+
+    fn try_read(&mut self) -> io::Result<()> {
+        // Watched first: what changes from here on is noticed.
+        self.watching.renew(&self.path)?;
+        let writing = self.watching.writing(Instant::now());
+        let before = self.files.clone();
+        self.files.read_directory(&self.path, &writing)?;
+        // A file that was written to while it was read may have been read half.
+        let changes = self.watching.changes(Instant::now())?;
+        for name in &changes.names {
+            self.files.take_back(&self.path.join(name), &before);
+        }
+        self.unfinished = changes.any || !writing.is_empty();
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut snapshot = self.files.snapshot();
+        snapshot.problems.splice(0..0, self.problem.clone());
+        snapshot
+    }
+}
+
+/// The thread that watches a directory.
+#[derive(Debug)]
+pub struct DirectoryThread {
+    thread: JoinHandle<()>,
+    stop: Arc<EventFd>,
+}
+
+impl DirectoryThread {
+    /// Ends the watching, and waits for its end.
+    pub fn close(self) {
+        // Only a counter at its limit can fail this, and then the thread is awake.
+        _ = self.stop.write(1);
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that watches the directory of pods has panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "directory_tests.rs"]
+mod tests;

@@ -1,0 +1,219 @@
+//! Reads Pod and Namespace manifests.
+
+use std::borrow::Cow;
+
+use k8s_openapi::api::core::v1;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_saphyr::{Localizer, Location, Spanned, UserMessageFormatter};
+
+use super::{
+    Problem,
+    documents::{Document, documents},
+    object::{Namespace, Object, PodObject},
+};
+
+/// What the text of a file says.
+#[derive(Debug, Default)]
+pub(super) struct Manifests {
+    pub(super) objects: Vec<Object>,
+    pub(super) problems: Vec<Problem>,
+    /// Whether something could not be read, so that it is not known which objects are missing.
+    pub(super) unreadable: bool,
+}
+
+impl Manifests {
+    /// Reads the text of a file; `file` is its name, for messages.
+    pub(super) fn read(file: &str, text: &str) -> Self {
+        let mut manifests = Self::default();
+        for document in documents(text) {
+            if let Err(problem) = manifests.read_document(file, document) {
+                manifests.unreadable = true;
+                manifests.problems.push(problem);
+            }
+        }
+        manifests
+    }
+
+    fn read_document(&mut self, file: &str, document: Document<'_>) -> Result<(), Problem> {
+        let origin = format!("{file}:{}", document.first_line);
+        let Some(type_meta) = parse::<Option<TypeMeta>>(file, document, "document")? else {
+            return Ok(());
+        };
+        match type_meta.kind(&origin)? {
+            Kind::Pod => self.add_pod(&origin, parse(file, document, "Pod")?),
+            Kind::Namespace => self.add_namespace(&origin, parse(file, document, "Namespace")?),
+            Kind::List(of) => {
+                let list = parse::<List>(file, document, "List")?;
+                for item in list.items {
+                    let line = document.lines_before as u64 + item.defined.line();
+                    let origin = format!("{file}:{line}");
+                    if let Err(problem) = self.read_item(origin, of.as_deref(), item.value) {
+                        self.unreadable = true;
+                        self.problems.push(problem);
+                    }
+                }
+                Ok(())
+            }
+            Kind::Other(kind) => {
+                self.ignore(origin, &kind);
+                Ok(())
+            }
+        }
+    }
+
+    fn read_item(
+        &mut self,
+        origin: String,
+        of: Option<&Kind>,
+        item: serde_json::Value,
+    ) -> Result<(), Problem> {
+        let type_meta: TypeMeta = convert(&origin, item.clone())?;
+        let kind = match of {
+            // The items of a PodList need not say what they are.
+            Some(kind) if type_meta.kind.is_none() => kind.clone(),
+            _ => type_meta.kind(&origin)?,
+        };
+        match kind {
+            Kind::Pod => {
+                let pod = convert(&origin, item)?;
+                self.add_pod(&origin, pod)
+            }
+            Kind::Namespace => {
+                let namespace = convert(&origin, item)?;
+                self.add_namespace(&origin, namespace)
+            }
+            Kind::List(_) => Err(Problem {
+                origin,
+                message: "a List inside a List is not read".into(),
+            }),
+            Kind::Other(kind) => {
+                self.ignore(origin, &kind);
+                Ok(())
+            }
+        }
+    }
+
+    fn add_pod(&mut self, origin: &str, pod: v1::Pod) -> Result<(), Problem> {
+        let (pod, problems) = PodObject::read(origin, pod)?;
+        self.objects.push(Object::Pod(pod));
+        self.problems.extend(problems);
+        Ok(())
+    }
+
+    fn add_namespace(&mut self, origin: &str, namespace: v1::Namespace) -> Result<(), Problem> {
+        self.objects
+            .push(Object::Namespace(Namespace::read(origin, namespace)?));
+        Ok(())
+    }
+
+    fn ignore(&mut self, origin: String, kind: &str) {
+        let message = format!("ignored: kind {kind}; only v1 Pod, Namespace and List are read");
+        self.problems.push(Problem { origin, message });
+    }
+}
+
+#[derive(Deserialize)]
+struct TypeMeta {
+    #[serde(rename = "apiVersion")]
+    api_version: Option<String>,
+    kind: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct List {
+    #[serde(default)]
+    items: Vec<Spanned<serde_json::Value>>,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Pod,
+    Namespace,
+    /// With the kind of the items where the list's own kind tells it.
+    List(Option<Box<Kind>>),
+    Other(String),
+}
+
+impl TypeMeta {
+    fn kind(self, origin: &str) -> Result<Kind, Problem> {
+        let wrong = |message: String| Problem {
+            origin: origin.to_owned(),
+            message,
+        };
+        let kind = self.kind.ok_or_else(|| {
+            wrong("the document has no kind; expected a v1 Pod, Namespace or List".into())
+        })?;
+        let api_version = self
+            .api_version
+            .ok_or_else(|| wrong(format!("the {kind} has no apiVersion; expected \"v1\"")))?;
+        if api_version != "v1" {
+            return Ok(Kind::Other(format!("{api_version} {kind}")));
+        }
+        Ok(match &*kind {
+            "Pod" => Kind::Pod,
+            "Namespace" => Kind::Namespace,
+            "List" => Kind::List(None),
+            "PodList" => Kind::List(Some(Box::new(Kind::Pod))),
+            "NamespaceList" => Kind::List(Some(Box::new(Kind::Namespace))),
+            other => {
+                // A slip of the pen must not pass for a pod that was removed.
+                for meant in ["Pod", "Namespace", "List", "PodList", "NamespaceList"] {
+                    if other.eq_ignore_ascii_case(meant) {
+                        return Err(wrong(format!("kind {other} is written {meant}")));
+                    }
+                }
+                Kind::Other(kind)
+            }
+        })
+    }
+}
+
+/// Parses a document as `what`. Its budgets bound what anchors and aliases can blow up.
+fn parse<T: DeserializeOwned>(
+    file: &str,
+    document: Document<'_>,
+    what: &str,
+) -> Result<T, Problem> {
+    let options = serde_saphyr::options! {
+        with_snippet: false,
+        // `off` is a mode, not `false`.
+        strict_booleans: true,
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 10_000 },
+    };
+    serde_saphyr::from_str_with_options(document.text, options).map_err(|error| {
+        let formatter = UserMessageFormatter.with_localizer(&WithoutLocation);
+        let message = error.without_snippet().render_with_formatter(&formatter);
+        let origin = match error.location() {
+            Some(at) => {
+                let line = document.lines_before as u64 + at.line();
+                format!("{file}:{line}:{}", at.column())
+            }
+            None => format!("{file}:{}", document.first_line),
+        };
+        Problem {
+            origin,
+            message: format!("the {what} cannot be read: {message}"),
+        }
+    })
+}
+
+fn convert<T: DeserializeOwned>(origin: &str, item: serde_json::Value) -> Result<T, Problem> {
+    serde_json::from_value(item).map_err(|error| Problem {
+        origin: origin.to_owned(),
+        message: format!("the List's item cannot be read: {error}"),
+    })
+}
+
+/// Leaves out the line and column, which count from the document's beginning: the problem's origin
+/// has those of the file.
+struct WithoutLocation;
+
+impl Localizer for WithoutLocation {
+    fn attach_location<'a>(&self, base: Cow<'a, str>, _: Location) -> Cow<'a, str> {
+        base
+    }
+}
+
+#[cfg(test)]
+#[path = "manifest_tests.rs"]
+mod tests;

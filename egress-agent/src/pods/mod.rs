@@ -1,0 +1,25 @@
+//! Where pods come from.
+//!
+//! A source of pods makes [`Snapshot`]s: everything it knows at one moment, never a change. The
+//! source here is a directory of ordinary Pod and Namespace manifests ([`directory`]).
+//!
+//! ```text
+//!  bytes of a file ─ documents ─▶ YAML documents ─ manifest ─▶ objects and problems
+//!  files of a directory ─ contents ─▶ what is in force of each file ─ snapshot ─▶ Snapshot
+//! ```
+
+mod contents;
+pub mod directory;
+mod documents;
+mod manifest;
+mod object;
+mod snapshot;
+mod watching;
+
+pub use directory::{Directory, DirectoryThread, read_files};
+pub use snapshot::{Pod, Problem, Snapshot};
+
+/// Prefix of the annotations that are the agent's; others are not kept.
+pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";
+/// Annotation that names a pod's interface on the host's side.
+pub const INTERFACE_ANNOTATION: &str = "egress-agent.dev/interface";

@@ -1,0 +1,193 @@
+//! A Pod or Namespace manifest, reduced to what enforcement needs.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr};
+
+use k8s_openapi::api::core::v1;
+
+use super::{ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem};
+
+/// Longest interface name in bytes (`IFNAMSIZ` less its zero byte).
+const INTERFACE_NAME_MAX: usize = 15;
+
+/// Longest name of a namespace in bytes (an RFC 1123 label, as the API server checks it).
+const LABEL_MAX: usize = 63;
+/// Longest name of a pod in bytes (an RFC 1123 subdomain, as the API server checks it).
+const SUBDOMAIN_MAX: usize = 253;
+
+/// Something a manifest describes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Object {
+    Pod(PodObject),
+    Namespace(Namespace),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PodObject {
+    pub(super) pod: Pod,
+    /// Whether a part of it could not be read and was left out.
+    pub(super) incomplete: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Namespace {
+    pub(super) name: String,
+    pub(super) annotations: BTreeMap<String, String>,
+    pub(super) origin: String,
+}
+
+impl Object {
+    pub(super) fn origin(&self) -> &str {
+        match self {
+            Self::Pod(pod) => &pod.pod.origin,
+            Self::Namespace(namespace) => &namespace.origin,
+        }
+    }
+
+    /// Whether both describe the same thing, in whatever version.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Pod(a), Self::Pod(b)) => {
+                a.pod.namespace == b.pod.namespace && a.pod.name == b.pod.name
+            }
+            (Self::Namespace(a), Self::Namespace(b)) => a.name == b.name,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(pod) => write!(f, "pod {}/{}", pod.pod.namespace, pod.pod.name),
+            Self::Namespace(namespace) => write!(f, "namespace {}", namespace.name),
+        }
+    }
+}
+
+impl Namespace {
+    /// Takes what is needed from a manifest.
+    pub(super) fn read(origin: &str, read: v1::Namespace) -> Result<Self, Problem> {
+        Ok(Self {
+            name: required_name(origin, read.metadata.name, LABEL_MAX)?,
+            annotations: own_annotations(read.metadata.annotations),
+            origin: origin.to_owned(),
+        })
+    }
+}
+
+impl PodObject {
+    /// Takes what is needed from a manifest, and says what is wrong with it.
+    pub(super) fn read(origin: &str, read: v1::Pod) -> Result<(Self, Vec<Problem>), Problem> {
+        let metadata = read.metadata;
+        let name = required_name(origin, metadata.name, SUBDOMAIN_MAX)?;
+        let namespace = match metadata.namespace {
+            None => "default".to_owned(),
+            given => required_name(origin, given, LABEL_MAX)?,
+        };
+        let spec = read.spec.unwrap_or_default();
+        let mut pod = Pod {
+            uid: metadata
+                .uid
+                .unwrap_or_else(|| format!("{namespace}/{name}")),
+            namespace,
+            name,
+            interface: None,
+            addresses: Vec::new(),
+            annotations: own_annotations(metadata.annotations),
+            namespace_annotations: BTreeMap::new(),
+            host_network: spec.host_network.unwrap_or(false),
+            node_name: spec.node_name,
+            origin: origin.to_owned(),
+        };
+        let subject = format!("pod {}/{}", pod.namespace, pod.name);
+        let mut incomplete = false;
+        let mut messages = Vec::new();
+        match pod.annotations.remove(INTERFACE_ANNOTATION) {
+            Some(interface) if is_interface_name(&interface) => pod.interface = Some(interface),
+            Some(interface) => {
+                incomplete = true;
+                messages.push(format!(
+                    "{subject}: {interface:?} in {INTERFACE_ANNOTATION} is not an interface name \
+                     (1 to {INTERFACE_NAME_MAX} bytes, no '/' and no space)"
+                ));
+            }
+            None if pod.host_network => messages.push(format!(
+                "{subject} uses the host's network and has no interface of its own: there is \
+                 nothing to enforce on"
+            )),
+            None => messages.push(format!(
+                "{subject} names no interface: there is nothing to enforce on; set the annotation \
+                 {INTERFACE_ANNOTATION}"
+            )),
+        }
+        for text in pod_ips(read.status) {
+            if let Ok(address) = text.parse::<IpAddr>() {
+                pod.addresses.push(address);
+            } else {
+                incomplete = true;
+                messages.push(format!(
+                    "{subject}: {text:?} in status.podIPs is not an IP address"
+                ));
+            }
+        }
+        let problem = |message| Problem {
+            origin: origin.to_owned(),
+            message,
+        };
+        Ok((
+            Self { pod, incomplete },
+            messages.into_iter().map(problem).collect(),
+        ))
+    }
+}
+
+fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
+    all.unwrap_or_default()
+        .into_iter()
+        .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
+        .collect()
+}
+
+/// `status.podIPs`, or else `status.podIP`.
+fn pod_ips(status: Option<v1::PodStatus>) -> Vec<String> {
+    let Some(status) = status else {
+        return Vec::new();
+    };
+    match status.pod_ips {
+        Some(ips) if !ips.is_empty() => ips.into_iter().map(|ip| ip.ip).collect(),
+        _ => status.pod_ip.into_iter().collect(),
+    }
+}
+
+fn is_interface_name(name: &str) -> bool {
+    (1..=INTERFACE_NAME_MAX).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() && byte != b'/')
+}
+
+fn required_name(origin: &str, name: Option<String>, max: usize) -> Result<String, Problem> {
+    let wrong = |message: String| Problem {
+        origin: origin.to_owned(),
+        message,
+    };
+    let name = name.ok_or_else(|| wrong("metadata.name is missing".into()))?;
+    let is_good = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    let one_label = max == LABEL_MAX;
+    if name.len() <= max && name.split('.').all(is_good) && !(one_label && name.contains('.')) {
+        return Ok(name);
+    }
+    let dots = if one_label { "" } else { ", '.'" };
+    Err(wrong(format!(
+        "{name:?} is not a name: up to {max} lower-case letters, digits, '-'{dots}, beginning and \
+         ending with a letter or digit"
+    )))
+}

@@ -1,0 +1,109 @@
+//! What a source of pods says.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fmt,
+    net::IpAddr,
+};
+
+use super::{
+    contents::Contents,
+    object::{Namespace, Object},
+};
+
+/// A pod, as far as enforcement is concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// `metadata.namespace`, or `default`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.uid`, or `<namespace>/<name>`.
+    pub uid: String,
+    /// Its interface on the host's side; without one there is nothing to enforce on.
+    pub interface: Option<String>,
+    /// `status.podIPs`.
+    pub addresses: Vec<IpAddr>,
+    /// Its annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
+    pub annotations: BTreeMap<String, String>,
+    /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
+    pub namespace_annotations: BTreeMap<String, String>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// `spec.nodeName`.
+    pub node_name: Option<String>,
+    /// Where it was read, `file:line`, for messages.
+    pub origin: String,
+}
+
+/// Something that is wrong with what was read. It concerns only what it names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Where: `file`, `file:line` or `file:line:column`.
+    pub origin: String,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.origin, self.message)
+    }
+}
+
+/// All pods of a source at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The pods, by namespace and name.
+    pub pods: BTreeMap<(String, String), Pod>,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+}
+
+/// Puts together what files contain. Where two speak of the same object, the earlier one counts.
+pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
+    for contents in files {
+        snapshot.problems.extend(contents.problems.iter().cloned());
+        for object in &contents.objects {
+            let earlier = match object {
+                Object::Pod(pod) => {
+                    let pod = &pod.pod;
+                    match snapshot
+                        .pods
+                        .entry((pod.namespace.clone(), pod.name.clone()))
+                    {
+                        Entry::Occupied(earlier) => Some(earlier.get().origin.clone()),
+                        Entry::Vacant(vacant) => {
+                            vacant.insert(pod.clone());
+                            None
+                        }
+                    }
+                }
+                Object::Namespace(namespace) => match namespaces.entry(namespace.name.clone()) {
+                    Entry::Occupied(earlier) => Some(earlier.get().origin.clone()),
+                    Entry::Vacant(vacant) => {
+                        vacant.insert(namespace.clone());
+                        None
+                    }
+                },
+            };
+            if let Some(earlier) = earlier {
+                snapshot.problems.push(Problem {
+                    origin: object.origin().to_owned(),
+                    message: format!(
+                        "{object} is already described at {earlier}, which counts; \
+                         remove one of the two"
+                    ),
+                });
+            }
+        }
+    }
+    for pod in snapshot.pods.values_mut() {
+        if let Some(namespace) = namespaces.get(&pod.namespace) {
+            pod.namespace_annotations.clone_from(&namespace.annotations);
+        }
+    }
+    snapshot
+}

@@ -1,0 +1,99 @@
+//! What most tests assert.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, TcpStream},
+    thread,
+};
+
+use crate::{
+    Agent, DEADLINE, Denial, Pod, SHORT,
+    dns::{Answer, RecordType, ResponseCode},
+    echo_on, exchange,
+};
+
+impl Agent {
+    /// The pod cannot connect there, hears nothing back, and the agent says why.
+    #[track_caller]
+    pub fn denies_tcp(&self, pod: &Pod, to: (IpAddr, u16), reason: &str) -> Denial {
+        let from = self.mark();
+        match pod.connect_tcp(to, SHORT) {
+            Ok(_) => panic!("{} reached {}:{}, which is denied", pod.name(), to.0, to.1),
+            Err(e) => {
+                assert_eq!(
+                    e.kind(),
+                    io::ErrorKind::TimedOut,
+                    "a dropped SYN is not answered: {e}"
+                );
+            }
+        }
+        self.wait_denial_from(from, &format!("{reason} of tcp {}:{}", to.0, to.1), |d| {
+            d.is(pod, reason, to.0, to.1) && d.protocol.as_deref() == Some("tcp")
+        })
+    }
+
+    /// As [`Self::denies_tcp`], for several destinations at once.
+    #[track_caller]
+    pub fn denies_each_tcp(&self, pod: &Pod, denied: &[((IpAddr, u16), &str)]) {
+        thread::scope(|scope| {
+            for (to, reason) in denied {
+                scope.spawn(|| self.denies_tcp(pod, *to, reason));
+            }
+        });
+    }
+
+    /// A datagram of the pod's has no echo from there, and the agent says why.
+    #[track_caller]
+    pub fn denies_udp(&self, pod: &Pod, to: (IpAddr, u16), reason: &str) -> Denial {
+        let from = self.mark();
+        assert!(
+            !pod.echo_udp(to, b"may this pass?", SHORT),
+            "{} reached udp {}:{}, which is denied",
+            pod.name(),
+            to.0,
+            to.1
+        );
+        self.wait_denial_from(from, &format!("{reason} of udp {}:{}", to.0, to.1), |d| {
+            d.is(pod, reason, to.0, to.1) && d.protocol.as_deref() == Some("udp")
+        })
+    }
+
+    /// The pod's question is answered NXDOMAIN and the agent says so.
+    #[track_caller]
+    pub fn denies_name(&self, pod: &Pod, name: &str) -> (Answer, Denial) {
+        let answer = pod.resolve(name, RecordType::A);
+        assert_eq!(answer.code, ResponseCode::NXDomain, "{name} is not allowed");
+        assert!(answer.message.answers.is_empty(), "{name} is not allowed");
+        let denial = self.wait_denial(&format!("question for {name}"), |d| {
+            d.is_question(pod, name) && d.reason == "dns_name"
+        });
+        (answer, denial)
+    }
+}
+
+impl Pod {
+    /// Connects and exchanges something with an echo server.
+    #[track_caller]
+    pub fn talks_tcp(&self, to: impl Into<SocketAddr>) -> TcpStream {
+        let to = to.into();
+        let mut stream = self.reach_tcp(to);
+        assert!(
+            exchange(&mut stream, b"hello", DEADLINE),
+            "{}: no echo from {to}",
+            self.name()
+        );
+        stream
+    }
+
+    /// Exchanges a datagram with an echo server.
+    #[track_caller]
+    pub fn talks_udp(&self, to: impl Into<SocketAddr>) {
+        let to = to.into();
+        let socket = self.udp_socket(to);
+        assert!(
+            echo_on(&socket, b"hello", DEADLINE),
+            "{}: no echo from udp {to}",
+            self.name()
+        );
+    }
+}

@@ -1,0 +1,296 @@
+//! What is wrong is said, and harms nobody else.
+
+use std::{fs, process::Command};
+
+use egress_tests::{
+    Agent, Lab, Pod, SHORT, TcpEcho,
+    addresses::server,
+    dns::{RecordType, ResponseCode},
+};
+
+/// A laboratory with a pod that may reach `shop.test`, to see that it stays so.
+struct Scene {
+    pod: Pod,
+    _web: TcpEcho,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::new();
+        let web = lab.serve_tcp(443);
+        lab.dns().addresses("shop.test", &[server(10)]);
+        lab.dns().addresses("evil.test", &[server(66)]);
+        let pod = lab.pod("shop", "fine");
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        Self {
+            lab,
+            pod,
+            _web: web,
+        }
+    }
+
+    /// The pod's rules are in force.
+    #[track_caller]
+    fn is_unharmed(&self) {
+        assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
+        self.pod.talks_tcp((server(10), 443));
+        assert!(
+            self.pod.connect_tcp((server(99), 443), SHORT).is_err(),
+            "the pod is open"
+        );
+        assert_eq!(
+            self.pod.resolve("evil.test", RecordType::A).code,
+            ResponseCode::NXDomain
+        );
+    }
+}
+
+/// Runs `egress-agent check` on these files; whether it was content, and what it said.
+#[track_caller]
+fn check(lab: &Lab, files: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(Agent::program());
+    command
+        .arg("check")
+        .args(files.iter().map(|file| lab.pods_dir().join(file)));
+    let output = command.output().expect("the agent's program runs");
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
+}
+
+#[test]
+fn a_file_that_is_not_yaml_harms_no_pod() {
+    let scene = Scene::new();
+    scene
+        .lab
+        .write_file("broken.yaml", b"apiVersion: v1\nkind: [Pod\n");
+    scene
+        .lab
+        .write_file("binary.yaml", &[0xff, 0xfe, 0x00, 0x80]);
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    agent.wait_said("which file cannot be read", |line| {
+        line.contains("broken.yaml")
+    });
+    agent.wait_said("which file cannot be read", |line| {
+        line.contains("binary.yaml")
+    });
+    scene.is_unharmed();
+}
+
+#[test]
+fn a_pod_whose_file_is_damaged_keeps_its_last_good_policy() {
+    let scene = Scene::new();
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    let file = scene.lab.pod_file(&scene.pod);
+    agent.says_after(
+        "which file cannot be read",
+        || scene.lab.write_file(&file, b"{{{ not YAML"),
+        |line| line.contains(&file),
+    );
+    scene.is_unharmed();
+    agent.applies(&scene.pod, || {
+        scene
+            .lab
+            .write_pod(&scene.pod, &[("allow", "shop.test:443 evil.test:443")]);
+    });
+    assert_eq!(
+        scene.pod.lookup("evil.test"),
+        [server(66)],
+        "the repaired file is not in force"
+    );
+}
+
+#[test]
+fn a_pod_without_an_interface_is_named_and_harms_no_other() {
+    let scene = Scene::new();
+    let homeless = scene.lab.pod("shop", "homeless");
+    scene
+        .lab
+        .write_pod_on(&homeless, None, &[("allow", "shop.test:443")]);
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    agent.wait_said("which pod has no interface", |line| {
+        line.contains("shop/homeless") && line.contains("interface")
+    });
+    scene.is_unharmed();
+}
+
+#[test]
+fn an_interface_that_appears_later_is_enforced_when_it_appears() {
+    let scene = Scene::new();
+    let late = scene.lab.pod_without_interface("shop", "late");
+    scene.lab.write_pod(&late, &[("allow", "shop.test:443")]);
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    agent.wait_said("which interface is missing", |line| {
+        line.contains(late.interface())
+    });
+    scene.is_unharmed();
+
+    scene.lab.add_interface(&late);
+    agent.wait_enforcing(&late);
+    agent.denies_tcp(&late, (server(99), 443), "address_not_learned");
+    assert_eq!(late.lookup("shop.test"), [server(10)]);
+    late.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn a_pod_that_claims_anothers_interface_does_not_get_it() {
+    let scene = Scene::new();
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    let thief = scene.lab.pod("shop", "thief");
+    let interface = scene.pod.interface();
+    agent.says_after(
+        "which pods name one interface",
+        || {
+            scene
+                .lab
+                .write_pod_on(&thief, Some(interface), &[("allow", "*")]);
+        },
+        |line| line.contains(interface) && line.contains("shop/thief"),
+    );
+    scene.is_unharmed();
+}
+
+#[test]
+fn a_new_pod_with_an_unreadable_annotation_is_closed() {
+    let scene = Scene::new();
+    let broken = scene.lab.pod("shop", "broken");
+    scene
+        .lab
+        .write_pod(&broken, &[("allow", "shop.test:443\nshop.test:99999")]);
+    let agent = scene.lab.start_agent(&[&scene.pod, &broken]);
+    let said = agent.wait_said("what cannot be read, and where", |line| {
+        line.contains("shop/broken") && line.contains("egress-agent.dev/allow")
+    });
+    assert!(
+        said.contains("99999"),
+        "it does not say what was found: {said}"
+    );
+    agent.denies_tcp(&broken, (server(10), 443), "policy_unreadable");
+    assert_ne!(
+        broken.resolve("shop.test", RecordType::A).code,
+        ResponseCode::NoError
+    );
+    scene.is_unharmed();
+
+    // The repaired one is in force at once.
+    agent.applies(&broken, || {
+        scene.lab.write_pod(&broken, &[("allow", "shop.test:443")]);
+    });
+    assert_eq!(broken.lookup("shop.test"), [server(10)]);
+    broken.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy() {
+    let scene = Scene::new();
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    scene.is_unharmed();
+    agent.says_after(
+        "what cannot be read, and where",
+        || {
+            scene
+                .lab
+                .write_pod(&scene.pod, &[("allow", "evil.test:443 300.1.2.3/99")]);
+        },
+        |line| line.contains("shop/fine") && line.contains("egress-agent.dev/allow"),
+    );
+    scene.is_unharmed();
+}
+
+#[test]
+fn an_unreadable_mode_is_an_error_too() {
+    let scene = Scene::new();
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    let said = agent.says_after(
+        "what cannot be read",
+        || {
+            scene
+                .lab
+                .write_pod(&scene.pod, &[("allow", "shop.test:443"), ("mode", "offf")]);
+        },
+        |line| line.contains("shop/fine") && line.contains("egress-agent.dev/mode"),
+    );
+    assert!(said.contains("offf"), "{said}");
+    scene.is_unharmed();
+}
+
+#[test]
+fn a_policy_over_a_limit_is_an_error_and_not_cut() {
+    let scene = Scene::new();
+    let large = scene.lab.pod("shop", "large");
+    let entries: Vec<_> = (0..65)
+        .map(|n| format!("shop.test:{}", 400 + n * 2))
+        .collect();
+    scene
+        .lab
+        .write_pod(&large, &[("allow", &entries.join("\n"))]);
+    let agent = scene.lab.start_agent(&[&scene.pod, &large]);
+    let said = agent.wait_said("which limit", |line| {
+        line.contains("shop/large") && line.contains("64")
+    });
+    assert!(!said.is_empty());
+    agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
+    scene.is_unharmed();
+}
+
+#[test]
+fn a_configuration_that_cannot_be_used_is_refused_with_the_key() {
+    for (key, value, expected) in [
+        ("dns.resolvers", "10.0.0.300", "10.0.0.300"),
+        ("dns.minTtl", "soon", "minTtl"),
+        ("defaultMode", "enforced", "defaultMode"),
+        ("dns.resolverz", "10.99.0.53", "resolverz"),
+        ("onDeny", "shout", "onDeny"),
+    ] {
+        let value = match key {
+            "dns.resolvers" => serde_json::json!([value]),
+            _ => serde_json::json!(value),
+        };
+        let lab = Lab::builder().without_dns().config(key, value).build();
+        let mut agent = lab.spawn_agent(&[]);
+        assert!(!agent.wait_end().success(), "{key}");
+        let said = agent.stderr();
+        assert!(
+            said.contains(expected),
+            "{key}: it does not name {expected}: {said}"
+        );
+        assert!(
+            said.contains("config.yaml"),
+            "{key}: it does not name the file: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_configuration_without_resolvers_is_refused() {
+    let lab = Lab::new();
+    fs::write(lab.config_file(), "node: n1\n").expect("write a configuration");
+    let mut agent = lab.spawn_agent(&[]);
+    assert!(!agent.wait_end().success());
+    assert!(agent.stderr().contains("resolvers"), "{}", agent.stderr());
+}
+
+#[test]
+fn a_checked_manifest_says_what_it_means_or_where_it_is_wrong() {
+    let lab = Lab::builder().without_dns().build();
+    let (good, bad) = (lab.pod("shop", "good"), lab.pod("shop", "bad"));
+    lab.write_pod(&good, &[("allow", "shop.test:443 203.0.113.0/24:22/tcp")]);
+    lab.write_pod(&bad, &[("allow", "shop.test:443\nshop.test:none")]);
+    let (code, said) = check(&lab, &[&lab.pod_file(&good)]);
+    assert_eq!(code, Some(0), "{said}");
+    for expected in ["shop/good", "shop.test", "203.0.113.0/24", "443", "22"] {
+        assert!(said.contains(expected), "{expected} is missing: {said}");
+    }
+    let (code, said) = check(&lab, &[&lab.pod_file(&good), &lab.pod_file(&bad)]);
+    assert_eq!(code, Some(1), "{said}");
+    for expected in ["shop/bad", "egress-agent.dev/allow", "none"] {
+        assert!(said.contains(expected), "{expected} is missing: {said}");
+    }
+    let (code, said) = check(&lab, &["missing.yaml"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("missing.yaml"), "{said}");
+}

@@ -1,0 +1,240 @@
+//! How long what was learned stays open.
+
+use std::{net::IpAddr, time::Duration};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT,
+    addresses::{numbered, server},
+    dns::{RecordType, address, cname},
+    echo_on, eventually, exchange, holds,
+};
+use nix::time::{ClockId, clock_gettime};
+
+/// A laboratory in which an address lives for as long as its TTL says, to the second.
+fn short_lived() -> Lab {
+    Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .build()
+}
+
+fn boot_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .expect("CLOCK_BOOTTIME")
+        .into()
+}
+
+/// How long the pod's entry for this address has still to live.
+#[track_caller]
+fn remaining(lab: &Lab, pod: &Pod, address: IpAddr) -> Duration {
+    let entry = lab.allowed(pod).remove(&address);
+    let expires = entry
+        .unwrap_or_else(|| panic!("{address} is not in the allow map"))
+        .expires_ns;
+    Duration::from_nanos(expires).saturating_sub(boot_time())
+}
+
+/// Waits until new connections are denied.
+#[track_caller]
+fn expires(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
+    eventually("new connections are denied", || {
+        holds(pod.connect_tcp(to, SHORT).is_err())
+    });
+    agent.wait_denial("an expired address", |d| d.is(pod, "expired", to.0, to.1));
+}
+
+#[test]
+fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
+    let lab = short_lived();
+    let _web = lab.serve_tcp(443);
+    lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+
+    pod.lookup("shop.test");
+    let mut stream = pod.talks_tcp((server(10), 443));
+    expires(&agent, &pod, (server(10), 443));
+    assert!(
+        exchange(&mut stream, b"still here", DEADLINE),
+        "the open connection was cut"
+    );
+
+    // Asking again opens it again.
+    pod.lookup("shop.test");
+    pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
+    let lab = short_lived();
+    let _echo = lab.serve_udp(4000);
+    lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:4000/udp")]);
+    let agent = lab.start_agent(&[&pod]);
+
+    pod.lookup("shop.test");
+    let socket = pod.udp_socket((server(10), 4000));
+    assert!(echo_on(&socket, b"before", DEADLINE));
+    eventually("new flows are denied", || {
+        // The open flow lives on because it is used.
+        assert!(
+            echo_on(&socket, b"meanwhile", DEADLINE),
+            "the open flow was cut"
+        );
+        holds(!pod.echo_udp((server(10), 4000), b"new", SHORT))
+    });
+    agent.wait_denial("an expired address", |d| {
+        d.is(&pod, "expired", server(10), 4000)
+    });
+    assert!(
+        echo_on(&socket, b"after", DEADLINE),
+        "the open flow was cut"
+    );
+}
+
+#[test]
+fn the_lowest_ttl_of_a_chain_counts() {
+    let lab = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .build();
+    lab.dns().answer(
+        "shop.test",
+        [
+            cname("a.test").ttl(900),
+            cname("b.test").ttl(100),
+            address(server(10)).ttl(800),
+        ],
+    );
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    pod.lookup("shop.test");
+    let left = remaining(&lab, &pod, server(10));
+    assert!((50..=100).contains(&left.as_secs()), "{left:?}");
+}
+
+#[test]
+fn ttls_are_clamped_and_have_their_grace() {
+    let lab = Lab::builder()
+        .config("dns.minTtl", "600s")
+        .config("dns.maxTtl", "1200s")
+        .config("dns.grace", "300s")
+        .build();
+    lab.dns().answer("zero.test", [address(server(1)).ttl(0)]);
+    lab.dns()
+        .answer("long.test", [address(server(2)).ttl(65_535)]);
+    lab.dns()
+        .answer("endless.test", [address(server(3)).ttl(u32::MAX)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(
+        &pod,
+        &[("allow", "zero.test:443 long.test:443 endless.test:443")],
+    );
+    let _agent = lab.start_agent(&[&pod]);
+    for (name, address, seconds) in [
+        ("zero.test", server(1), 900),
+        ("long.test", server(2), 1500),
+    ] {
+        assert_eq!(pod.lookup(name), [address]);
+        let left = remaining(&lab, &pod, address).as_secs();
+        assert!(
+            (seconds - 100..=seconds).contains(&left),
+            "{name}: {left} s of {seconds} s"
+        );
+    }
+    // RFC 2181, section 8: a TTL with the highest bit set counts as zero. Either way it is clamped.
+    assert_eq!(pod.lookup("endless.test"), [server(3)]);
+    assert!(remaining(&lab, &pod, server(3)).as_secs() <= 1500);
+}
+
+#[test]
+fn an_answer_that_does_not_fit_is_not_delivered() {
+    let lab = Lab::builder().config("limits.addressesPerPod", 4).build();
+    let _web = lab.serve_tcp(443);
+    let addresses: Vec<_> = (0..8).map(numbered).collect();
+    lab.dns().addresses("big.test", &addresses);
+    lab.dns().addresses("small.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "big.test:443 small.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+
+    let socket = pod.dns_socket();
+    let resolver = egress_tests::addresses::RESOLVER;
+    socket.ask(resolver, 1, "big.test", RecordType::A);
+    agent.wait_denial("an answer that does not fit", |d| {
+        d.of(&pod) && d.reason == "allow_map_full"
+    });
+    assert_eq!(lab.dns().asked("big.test"), 1);
+    // The next answer is the first that the pod receives.
+    socket.ask(resolver, 2, "small.test", RecordType::A);
+    let answer = socket.expect("the answer for small.test");
+    assert_eq!(
+        (answer.message.metadata.id, answer.addresses),
+        (2, vec![server(10)])
+    );
+    pod.talks_tcp((server(10), 443));
+    assert!(lab.allowed(&pod).len() <= 4);
+}
+
+#[test]
+fn when_the_map_is_full_the_oldest_names_give_way() {
+    const LIMIT: u32 = 4;
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", LIMIT)
+        .build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().numbered("fresh.test");
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.fresh.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+
+    for n in 0..3 * LIMIT {
+        assert_eq!(pod.lookup(&format!("n{n}.fresh.test")), [numbered(n)]);
+        drop(pod.reach_tcp((numbered(n), 443)));
+        let allowed = lab.allowed(&pod);
+        assert!(allowed.len() <= LIMIT as usize, "{} entries", allowed.len());
+        assert!(allowed.contains_key(&numbered(n)));
+    }
+    assert!(!lab.allowed(&pod).contains_key(&numbered(0)));
+    assert!(
+        pod.connect_tcp((numbered(0), 443), SHORT).is_err(),
+        "an evicted address is open"
+    );
+    // Asking again brings it back.
+    pod.lookup("n0.fresh.test");
+    drop(pod.reach_tcp((numbered(0), 443)));
+}
+
+#[test]
+fn a_pod_that_is_gone_leaves_nothing_to_its_successor() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    pod.lookup("shop.test");
+    pod.talks_tcp((server(10), 443));
+    assert!(lab.allow_pin(&pod).exists());
+
+    // Without its manifest nothing is known of the pod, so nothing is enforced.
+    lab.remove_pod(&pod);
+    eventually("the pod's pins are gone", || {
+        holds(!lab.allow_pin(&pod).exists())
+    });
+    eventually("its interface is free", || {
+        holds(pod.connect_tcp((server(99), 443), SHORT).is_ok())
+    });
+
+    let agent_says = agent.says_after(
+        "that it enforces the pod again",
+        || lab.write_pod(&pod, &[("allow", "shop.test:443")]),
+        |line| line.contains("enforcing") && line.contains("pod=shop/cart"),
+    );
+    assert!(!agent_says.is_empty());
+    assert!(lab.allowed(&pod).is_empty());
+    agent.denies_tcp(&pod, (server(10), 443), "address_not_learned");
+}

@@ -1,0 +1,191 @@
+//! The main job with resolvers that nobody here wrote.
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
+
+use egress_tests::{
+    Lab, Running,
+    addresses::{RESOLVER, RESOLVER6, server, server6},
+    dns::{RecordType, ResponseCode},
+    eventually,
+};
+
+const ZONE: &str = "\
+$ORIGIN test.
+$TTL 300
+@ IN SOA ns.test. root.test. 1 3600 600 86400 300
+@ IN NS ns.test.
+ns IN A 10.99.0.53
+shop IN A 203.0.113.10
+shop IN AAAA 2001:db8::10
+www IN CNAME shop
+deep IN CNAME www
+evil IN A 203.0.113.66
+";
+
+/// Starts a program as the resolver and waits until it answers.
+#[track_caller]
+fn serve(lab: &Lab, command: &mut Command) -> Running {
+    let log = lab.directory().join("resolver.log");
+    let file = fs::File::create(&log).expect("a file for the resolver's log");
+    command.stdout(Stdio::null()).stderr(file);
+    let mut running = lab.run_outside(command);
+    let probe = lab.pod("lab", "probe");
+    eventually("the resolver answers", || {
+        if let Some(status) = running.ended() {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            panic!("the resolver ended with {status}: {said}");
+        }
+        let answer =
+            probe.try_resolve(RESOLVER, "shop.test", RecordType::A, egress_tests::SHORT)?;
+        (answer.code == ResponseCode::NoError).then_some(())
+    });
+    running
+}
+
+fn unbound(lab: &Lab) -> Command {
+    let directory = lab.directory();
+    fs::write(directory.join("test.zone"), ZONE).expect("write a zone");
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: {RESOLVER}\n\
+         \x20 interface: {RESOLVER6}\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 access-control: ::0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 directory: \"{directory}\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         auth-zone:\n\
+         \x20 name: \"test.\"\n\
+         \x20 zonefile: \"{directory}/test.zone\"\n\
+         \x20 for-downstream: yes\n\
+         \x20 for-upstream: no\n",
+        directory = directory.display()
+    );
+    let file = directory.join("unbound.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/unbound");
+    command.arg("-d").arg("-c").arg(file);
+    command
+}
+
+fn dnsmasq(lab: &Lab) -> Command {
+    let mut command = Command::new("/usr/sbin/dnsmasq");
+    command
+        .args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+        ])
+        .args([
+            "--user=root",
+            "--bind-interfaces",
+            "--log-facility=-",
+            "--local=/test/",
+        ])
+        .arg(format!(
+            "--pid-file={}",
+            lab.directory().join("dnsmasq.pid").display()
+        ))
+        .arg(format!("--listen-address={RESOLVER}"))
+        .arg(format!("--listen-address={RESOLVER6}"))
+        .arg(format!(
+            "--host-record=shop.test,{},{}",
+            server(10),
+            server6(10)
+        ))
+        .arg(format!("--host-record=evil.test,{}", server(66)))
+        .args(["--cname=www.test,shop.test", "--cname=deep.test,www.test"]);
+    command
+}
+
+#[track_caller]
+fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
+    let lab = Lab::builder().without_dns().build();
+    let _web = lab.serve_tcp(443);
+    let mut command = resolver(&lab);
+    let _resolver = serve(&lab, &mut command);
+    let (direct, chained) = (lab.pod("shop", "direct"), lab.pod("shop", "chained"));
+    lab.write_pod(&direct, &[("allow", "shop.test:443")]);
+    lab.write_pod(&chained, &[("allow", "deep.test:443")]);
+    let agent = lab.start_agent(&[&direct, &chained]);
+
+    assert_eq!(direct.lookup("shop.test"), [server(10)]);
+    direct.talks_tcp((server(10), 443));
+    assert_eq!(direct.lookup6("shop.test"), [server6(10)]);
+    direct.talks_tcp((server6(10), 443));
+    agent.denies_name(&direct, "evil.test");
+    agent.denies_name(&direct, "deep.test");
+    agent.denies_tcp(&direct, (server(66), 443), "address_not_learned");
+
+    let answer = chained.resolve("deep.test", RecordType::A);
+    assert_eq!(answer.message.answers.len(), 3, "two CNAMEs and an address");
+    chained.talks_tcp((server(10), 443));
+    agent.denies_tcp(&chained, (server(10), 22), "port_not_allowed");
+    assert_eq!(direct.syn_retransmissions(), 0);
+}
+
+#[test]
+fn a_pod_behind_unbound_reaches_what_it_may() {
+    the_main_job(unbound);
+}
+
+#[test]
+fn a_pod_behind_dnsmasq_reaches_what_it_may() {
+    the_main_job(dnsmasq);
+}
+
+#[test]
+fn the_c_library_resolves_and_connects() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10), server6(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    // In a mount namespace of its own the program has the pod's /etc/resolv.conf.
+    let settings = lab.directory().join("resolv.conf");
+    fs::write(
+        &settings,
+        format!("nameserver {RESOLVER}\nsearch a.test b.test\noptions ndots:5\n"),
+    )
+    .expect("write resolv.conf");
+    let script = format!(
+        "mount --bind {} /etc/resolv.conf && getent ahosts shop.test",
+        settings.display()
+    );
+    let output = pod.netns().run(|| {
+        Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script])
+            .output()
+    });
+    let output = output.expect("unshare, of the package util-linux");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{printed}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        printed.contains("203.0.113.10") && printed.contains("2001:db8::10"),
+        "{printed}"
+    );
+    // The search list was gone through, and none of it left the node.
+    assert_eq!(lab.dns().asked("shop.test.a.test"), 0);
+    agent.wait_denial("a name of the search list", |d| {
+        d.is_question(&pod, "shop.test.a.test")
+    });
+    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp((server6(10), 443));
+}
