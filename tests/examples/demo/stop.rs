@@ -1,4 +1,4 @@
-//! Ending early: Ctrl-C, a closed terminal, a request to end.
+//! Ending early: Ctrl-C, or a closed terminal.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,11 +10,14 @@ use nix::sys::signal::{SigSet, Signal};
 pub(crate) struct Stop(Arc<AtomicBool>);
 
 impl Stop {
-    /// Waits for the signals that end a program on a thread of its own, so that everything is
-    /// removed before the program ends. Threads started later do not receive them.
+    /// Waits for the terminal's signals on a thread of its own, so that everything is removed
+    /// before the program ends.
+    ///
+    /// Threads and programs started later do not receive them: the agent goes on until it is told
+    /// to end. SIGTERM is how it is told, so that one is left alone.
     pub(crate) fn on_signals() -> Self {
         let mut signals = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        for signal in [Signal::SIGINT, Signal::SIGHUP] {
             signals.add(signal);
         }
         signals
