@@ -210,6 +210,9 @@ pub(crate) fn end(scene: &Scene, agent: &mut Agent) -> Step {
     title("The agent ends");
     typed("node", &format!("kill -TERM {}", agent.pid()));
     let status = agent.stop();
+    if !status.success() {
+        output(&agent.stderr());
+    }
     check(status.success(), "it ends without an error")?;
     check(
         scene.lab.all_pins().is_empty(),
