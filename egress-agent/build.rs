@@ -1,15 +1,34 @@
-//! Embeds the eBPF object that `cargo xtask build` has made.
-use std::{env, fs, path::PathBuf};
+//! Copies the eBPF object to where the agent's sources embed it from.
+//!
+//! The object is built by `cargo xtask build`, with another compiler and for another target than
+//! the agent, so this script does not build it.
 
-fn main() {
-    let object = env::var_os("EGRESS_EBPF_OBJECT").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/egress-ebpf"),
-        PathBuf::from,
-    );
-    println!("cargo::rerun-if-env-changed=EGRESS_EBPF_OBJECT");
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Names an object to embed in place of the one in the workspace's target directory.
+const OBJECT_VARIABLE: &str = "EGRESS_EBPF_OBJECT";
+
+fn main() -> ExitCode {
+    println!("cargo::rerun-if-env-changed={OBJECT_VARIABLE}");
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let workspace = package.parent().unwrap_or(package);
+    let object = env::var_os(OBJECT_VARIABLE)
+        .map_or_else(|| workspace.join("target/ebpf/egress-ebpf"), PathBuf::from);
     println!("cargo::rerun-if-changed={}", object.display());
-    let out =
-        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("egress-ebpf");
-    fs::copy(&object, out)
-        .unwrap_or_else(|error| panic!("{}: {error}: run `cargo xtask build`", object.display()));
+
+    let Some(directory) = env::var_os("OUT_DIR") else {
+        println!("cargo::error=OUT_DIR is not set: this script is to be run by cargo");
+        return ExitCode::FAILURE;
+    };
+    if let Err(error) = fs::copy(&object, Path::new(&directory).join("egress-ebpf")) {
+        let object = object.display();
+        println!(
+            "cargo::error=the eBPF object {object} is missing ({error}): run `cargo xtask build`"
+        );
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }

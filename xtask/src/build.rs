@@ -1,0 +1,134 @@
+//! `cargo xtask build`: the eBPF object, then the agent that carries it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+
+use crate::{process, toolchain, workspace};
+
+/// The programs the agent loads; the object must hold each.
+const PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
+
+/// Builds the eBPF object and the agent.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Builds the agent without optimisation; the eBPF object is always optimised, because the
+    /// kernel's verifier would reject it otherwise
+    #[arg(long)]
+    debug: bool,
+}
+
+/// Whether warnings of the compiler stop the build.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Warnings {
+    Show,
+    Deny,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    ebpf(Warnings::Show)?;
+    agent(options.debug)
+}
+
+/// Builds the eBPF object and puts it where the agent's build script looks for it.
+///
+/// # Errors
+///
+/// Fails when the toolchain is incomplete, when the build fails, and when the object lacks its
+/// type information or one of the programs.
+pub(crate) fn ebpf(warnings: Warnings) -> Result<()> {
+    let (compiler, linker) = toolchain::find()?;
+    // Its own directory: the host's builds and this one do not wait for each other's lock.
+    let directory = workspace::root().join("target/ebpf-build");
+    let mut command = compiler.cargo("rustc", &linker);
+    command.args(["--package", "egress-ebpf", "--release", "--locked"]);
+    command.env("CARGO_TARGET_DIR", &directory);
+    if warnings == Warnings::Deny {
+        command.args(["--", "-Dwarnings"]);
+    }
+    process::run(&mut command)?;
+
+    let built = directory
+        .join(toolchain::TARGET)
+        .join("release/egress-ebpf");
+    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    check(&bytes).with_context(|| format!("{} is not usable", built.display()))?;
+    install(&bytes, &workspace::ebpf_object())
+}
+
+/// Writes the object, but leaves an equal one untouched so that the agent is not rebuilt for it.
+fn install(bytes: &[u8], object: &Path) -> Result<()> {
+    if fs::read(object).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    let write = || {
+        fs::create_dir_all(object.parent().unwrap_or(object))?;
+        let new = object.with_extension("new");
+        fs::write(&new, bytes)?;
+        fs::rename(new, object)
+    };
+    write().with_context(|| format!("cannot write {}", object.display()))
+}
+
+/// Checks that the object can be loaded, and read with bpftool, before anyone tries to.
+fn check(bytes: &[u8]) -> Result<()> {
+    let file = object::File::parse(bytes).context("it is not an ELF file")?;
+    if file.architecture() != object::Architecture::Bpf {
+        bail!("it is made for {:?}, not for BPF", file.architecture());
+    }
+    let types = file.section_by_name(".BTF");
+    if types.is_none_or(|section| section.size() == 0) {
+        bail!("it has no .BTF section: the linker was not given --btf");
+    }
+    for program in PROGRAMS {
+        let found = file
+            .symbols()
+            .any(|symbol| symbol.is_definition() && symbol.name() == Ok(program));
+        if !found {
+            bail!("it lacks the program `{program}`");
+        }
+    }
+    Ok(())
+}
+
+/// Builds the agent.
+///
+/// # Errors
+///
+/// Fails when the build fails.
+pub(crate) fn agent(debug: bool) -> Result<()> {
+    let mut command = process::cargo();
+    command.args(["build", "--package", "egress-agent", "--locked"]);
+    command.arg("--target-dir").arg(workspace::target());
+    if !debug {
+        command.arg("--release");
+    }
+    process::run(&mut command)?;
+    let profile = if debug { "debug" } else { "release" };
+    println!(
+        "built {}",
+        workspace::target()
+            .join(profile)
+            .join("egress-agent")
+            .display()
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_bpf_object_is_refused() {
+        let error = check(b"no ELF at all").expect_err("not ELF");
+        assert_eq!(error.to_string(), "it is not an ELF file");
+
+        let own =
+            fs::read(std::env::current_exe().expect("the test's own path")).expect("its bytes");
+        let error = check(&own).expect_err("made for the host");
+        assert!(error.to_string().ends_with("not for BPF"), "{error}");
+    }
+}

@@ -1,0 +1,46 @@
+//! `cargo xtask demo`: pods that are allowed and denied, on this machine, told step by step.
+//!
+//! The demonstration itself is an example of the tests' laboratory, because it needs root and this
+//! program does not.
+
+use anyhow::{Context as _, Result};
+
+use crate::build::{self, Warnings};
+use crate::{process, setup, workspace};
+
+/// Makes a small internet, two pods and an agent, and shows what each pod can reach.
+///
+/// Every step is checked: the command fails when one does not come out as told.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Leaves everything running at the end, and says how to play with it
+    #[arg(long)]
+    keep: bool,
+    /// Removes what an earlier demonstration has left because it was killed
+    #[arg(long, conflicts_with = "keep")]
+    remove: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let Options { keep, remove } = options;
+    setup::ensure()?;
+    build::ebpf(Warnings::Show)?;
+    build::agent(false)?;
+    let mut command = process::cargo();
+    command.args([
+        "run",
+        "--quiet",
+        "--package",
+        "egress-tests",
+        "--example",
+        "demo",
+        "--locked",
+    ]);
+    command.args(process::root_runner()?);
+    command.env("EGRESS_AGENT", workspace::agent());
+    command.arg("--");
+    command
+        .args(keep.then_some("--keep"))
+        .args(remove.then_some("--remove"));
+    process::run(&mut command).context("demonstration")
+}

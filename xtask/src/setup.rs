@@ -1,0 +1,248 @@
+//! `cargo xtask setup`: finds, or installs, what building and running the project needs.
+//!
+//! Everything is looked for first, and only what is missing is installed: programs from the
+//! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
+
+mod apt;
+mod ebpf;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process;
+
+/// Finds what building and running needs, and installs what is missing.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Says what is missing and installs nothing; fails when anything is
+    #[arg(long)]
+    check: bool,
+}
+
+/// A program of the distribution that the tests or the demo run.
+struct Program {
+    name: &'static str,
+    /// The packages that may hold it, the first that the distribution has is installed.
+    packages: &'static [&'static str],
+    purpose: &'static str,
+}
+
+const PROGRAMS: [Program; 9] = [
+    Program {
+        name: "ip",
+        packages: &["iproute2"],
+        purpose: "network namespaces",
+    },
+    Program {
+        name: "tc",
+        packages: &["iproute2"],
+        purpose: "looking at attached programs",
+    },
+    Program {
+        name: "bpftool",
+        // On Ubuntu /usr/sbin/bpftool only starts the one that belongs to the running kernel.
+        packages: &["bpftool", "linux-tools-generic"],
+        purpose: "looking into the maps",
+    },
+    Program {
+        name: "unbound",
+        packages: &["unbound"],
+        purpose: "a resolver for the tests",
+    },
+    Program {
+        name: "dnsmasq",
+        packages: &["dnsmasq-base"],
+        purpose: "a resolver to compare with",
+    },
+    Program {
+        name: "nft",
+        packages: &["nftables"],
+        purpose: "what dnsmasq fills, to compare with",
+    },
+    Program {
+        name: "dig",
+        packages: &["bind9-dnsutils", "dnsutils"],
+        purpose: "asking by hand",
+    },
+    Program {
+        name: "curl",
+        packages: &["curl"],
+        purpose: "connecting by hand",
+    },
+    Program {
+        name: "cc",
+        packages: &["gcc", "build-essential"],
+        purpose: "linking",
+    },
+];
+
+/// The version of cargo-deny that deny.toml is written for.
+const CARGO_DENY: &str = "^0.20.2";
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.check {
+        return check();
+    }
+    kernel()?;
+    programs()?;
+    components()?;
+    ebpf::ensure()?;
+    deny()
+}
+
+/// Sets up for another command.
+pub(crate) fn ensure() -> Result<()> {
+    run(&Options { check: false })
+}
+
+/// Says what is missing.
+fn check() -> Result<()> {
+    kernel()?;
+    let mut missing: Vec<String> = missing_programs()
+        .iter()
+        .map(|program| program.name.to_owned())
+        .collect();
+    missing.extend(
+        missing_components()
+            .iter()
+            .map(|name| format!("cargo {name}")),
+    );
+    missing.extend(ebpf::missing());
+    if !has_deny() {
+        missing.push("cargo deny".to_owned());
+    }
+    if missing.is_empty() {
+        println!("setup: nothing is missing");
+        return Ok(());
+    }
+    bail!(
+        "missing: {}; `cargo xtask setup` installs it",
+        missing.join(", ")
+    );
+}
+
+/// Checks that the running kernel has type information, without which nothing can be loaded.
+fn kernel() -> Result<()> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        bail!(
+            "kernel {release} lacks BTF (/sys/kernel/btf/vmlinux): \
+             boot one built with CONFIG_DEBUG_INFO_BTF=y, as distributions build theirs"
+        );
+    }
+    found("kernel", &format!("{release}, with BTF"));
+    Ok(())
+}
+
+fn programs() -> Result<()> {
+    let missing = missing_programs();
+    if missing.is_empty() {
+        found("programs", &PROGRAMS.map(|program| program.name).join(" "));
+        return Ok(());
+    }
+    let mut packages = Vec::new();
+    for program in &missing {
+        println!("missing: {} ({})", program.name, program.purpose);
+        packages.push(apt::first_available(program.packages).with_context(|| {
+            let Program { name, packages, .. } = program;
+            format!(
+                "install `{name}` (package {}) and run this again",
+                packages[0]
+            )
+        })?);
+    }
+    apt::install(&packages)?;
+    if let Some(Program { name, .. }) = missing_programs().first() {
+        bail!(
+            "`{name}` is still missing after installing {}: install the package of your \
+             distribution that has it, for the kernel that runs, and run this again",
+            packages.join(" ")
+        );
+    }
+    Ok(())
+}
+
+fn missing_programs() -> Vec<&'static Program> {
+    PROGRAMS
+        .iter()
+        .filter(|program| !is_usable(program.name))
+        .collect()
+}
+
+fn is_usable(name: &str) -> bool {
+    process::find(name).is_some_and(|path| {
+        // Only bpftool can be there and not work.
+        name != "bpftool" || process::succeeds(Command::new(path).arg("version"))
+    })
+}
+
+/// rustfmt and clippy, which rustup's smallest profile leaves out.
+fn components() -> Result<()> {
+    let missing = missing_components();
+    if missing.is_empty() {
+        found("cargo", "fmt clippy");
+        return Ok(());
+    }
+    let names: Vec<_> = missing
+        .iter()
+        .map(|name| if *name == "fmt" { "rustfmt" } else { *name })
+        .collect();
+    println!("missing: {}", names.join(", "));
+    if process::find("rustup").is_none() {
+        bail!(
+            "install {} for the compiler in use and run this again",
+            names.join(" and ")
+        );
+    }
+    process::run(
+        Command::new("rustup")
+            .args(["component", "add"])
+            .args(&names),
+    )
+}
+
+fn missing_components() -> Vec<&'static str> {
+    ["fmt", "clippy"]
+        .into_iter()
+        .filter(|name| !process::succeeds(process::cargo().args([name, "--version"])))
+        .collect()
+}
+
+/// cargo-deny, which checks licences and sources in `cargo xtask lint`.
+fn deny() -> Result<()> {
+    if has_deny() {
+        found("cargo", "deny");
+        return Ok(());
+    }
+    println!(
+        "missing: cargo deny (licences and sources of dependencies); builds in about a minute"
+    );
+    // Unoptimised: it builds several times faster, and runs for a second.
+    let install = [
+        "install",
+        "cargo-deny",
+        "--version",
+        CARGO_DENY,
+        "--locked",
+        "--debug",
+    ];
+    process::run(
+        process::cargo()
+            .args(install)
+            .env("CARGO_PROFILE_DEV_DEBUG", "false"),
+    )
+    .context("install cargo-deny (`cargo install cargo-deny --locked`) and run this again")
+}
+
+fn has_deny() -> bool {
+    process::succeeds(process::cargo().args(["deny", "--version"]))
+}
+
+/// Reports something that is there.
+fn found(what: &str, detail: &str) {
+    println!("found    {what}: {detail}");
+}
