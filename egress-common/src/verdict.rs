@@ -265,8 +265,8 @@ mod tests {
             judge(&full, &learned(u64::MAX), bits::TCP, 22),
             Verdict::Pass
         );
-        assert_eq!(matching_class(&full, u64::MAX, bits::TCP, 22), 63);
-        assert_eq!(matching_class(&full, u64::MAX, bits::TCP, 2), NO_CLASS);
+        assert_eq!(matching_classes(&full, bits::TCP, 22), 1 << 63);
+        assert_eq!(matching_classes(&full, bits::TCP, 2), 0);
     }
 
     #[test]

@@ -58,6 +58,10 @@ impl Lab {
 fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
+        // The kernel's own, in every bpffs (kernel/bpf/inode.c).
+        if path.ends_with("progs.debug") || path.ends_with("maps.debug") {
+            continue;
+        }
         if path.is_dir() {
             walk(&path, found);
         }

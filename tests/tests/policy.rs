@@ -297,12 +297,11 @@ fn deny_beats_allow() {
 #[test]
 fn addresses_prefixes_ports_and_protocols_are_what_they_say() {
     let lab = Lab::new();
-    let _servers = [22, 443, 8000, 8050, 8100, 8101].map(|port| lab.serve_tcp(port));
+    let _servers = [22, 443, 8000, 8050, 8100].map(|port| lab.serve_tcp(port));
     let _echoes = [443, 8000, 8050].map(|port| lab.serve_udp(port));
     let pod = lab.pod("shop", "cart");
     let entries = "203.0.113.7:22/tcp\n198.18.0.0/24:443\n198.18.0.128/25:22\n\
-                   [2001:db8::7]:8000-8100/udp, 2001:db8:1::/48\n203.0.113.8:8000-8100\n\
-                   *:8101/tcp";
+                   [2001:db8::7]:8000-8100/udp, 2001:db8:1::/48\n203.0.113.8:8000-8100";
     lab.write_pod(&pod, &[("allow", entries)]);
     let agent = lab.start_agent(&[&pod]);
     let subnet6: IpAddr = "2001:db8:1:2::3".parse().expect("an address");
@@ -315,8 +314,6 @@ fn addresses_prefixes_ports_and_protocols_are_what_they_say() {
         (subnet6, 22),
         (server(8), 8000),
         (server(8), 8100),
-        (server(99), 8101),
-        (server6(99), 8101),
     ] {
         pod.talks_tcp(to);
     }
@@ -341,6 +338,18 @@ fn addresses_prefixes_ports_and_protocols_are_what_they_say() {
     );
     agent.denies_udp(&pod, (server6(7), 443), "port_not_allowed");
     agent.denies_udp(&pod, (server(7), 443), "port_not_allowed");
+}
+
+#[test]
+fn a_star_opens_its_port_everywhere_and_no_other() {
+    let lab = Lab::new();
+    let _servers = [443, 8101].map(|port| lab.serve_tcp(port));
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*:8101/tcp")]);
+    let agent = lab.start_agent(&[&pod]);
+    pod.talks_tcp((server(99), 8101));
+    pod.talks_tcp((server6(99), 8101));
+    agent.denies_tcp(&pod, (server(99), 443), "port_not_allowed");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
             Ok(text) => print!("{text}"),
             Err(error) => {
                 wrong += 1;
-                eprintln!("{}: {error}", pod.origin);
+                eprintln!("{}: {title}: {error}", pod.origin);
             }
         }
     }

@@ -50,12 +50,15 @@ impl Reconciler {
             None => {
                 let pod = self.next_pod;
                 self.next_pod += 1;
-                self.datapath.create_pod(pod, namespace, name, &wanted.uid)?;
+                self.datapath
+                    .create_pod(pod, namespace, name, &wanted.uid)?;
                 (pod, Vec::new())
             }
         };
         let pins = self.datapath.pins_of(namespace, name);
-        let begun = self.begin_policy(&identity, pod, &before, &wanted, &pins).await;
+        let begun = self
+            .begin_policy(&identity, pod, &before, &wanted, &pins)
+            .await;
         let policy = match begun {
             Ok(policy) => policy,
             Err(error) => {
@@ -112,9 +115,9 @@ impl Reconciler {
             Some(adopted) => adopted,
             None => {
                 let policy = self.new_policy_id();
-                let allow =
-                    self.datapath
-                        .create_policy(policy, &wanted.record, wanted.cidrs())?;
+                let allow = self
+                    .datapath
+                    .create_policy(policy, &wanted.record, wanted.cidrs())?;
                 (policy, allow)
             }
         };
@@ -210,7 +213,7 @@ impl Reconciler {
         }
         .await;
         match result {
-            Ok(()) => tracing::info!(pod = %title(key), "no longer enforcing"),
+            Ok(()) => tracing::info!(pod = %title(key), "released"),
             Err(error) => {
                 tracing::error!(
                     pod = %title(key),

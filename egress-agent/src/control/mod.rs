@@ -79,8 +79,11 @@ pub async fn run(options: Options) -> Result<()> {
         attach: options.attach,
         trace: options.datapath_log,
     })?;
-    let _only = datapath.lock()?;
-    let _log = options.datapath_log.then(|| datapath.start_log()).transpose()?;
+    let only = datapath.lock()?;
+    let _log = options
+        .datapath_log
+        .then(|| datapath.start_log())
+        .transpose()?;
     datapath.set_ranges(&config.ranges())?;
     // Before the gate starts: frames that it puts back carry marks only these programs know.
     let adoptable = datapath.adoptable()?;
@@ -166,6 +169,7 @@ pub async fn run(options: Options) -> Result<()> {
     if gate_ended.is_err() {
         bail!("the gate's thread has panicked; what is enforced stays enforced");
     }
+    drop(only);
     if clean {
         datapath::cleanup(&bpffs)?;
         tracing::info!("stopped; nothing is enforced any more");
@@ -184,5 +188,6 @@ fn dns_settings(config: &Config) -> DnsSettings {
             config::Refusal::NxDomain => dns::Refusal::NxDomain,
             config::Refusal::Refused => dns::Refusal::Refused,
         },
+        protected: config.policy_settings().protected,
     }
 }

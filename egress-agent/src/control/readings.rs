@@ -49,8 +49,7 @@ impl Readings {
         let namespace = Annotations::from_map(&pod.namespace_annotations);
         let (compiled, good, problem) = match policy::compile(&own, &namespace, &self.settings) {
             Ok(compiled) => {
-                let problem =
-                    (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
+                let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
                 (Arc::new(compiled), true, problem)
             }
             Err(error) => match before.filter(|reading| reading.good) {

@@ -90,7 +90,9 @@ impl Reconciler {
     pub(super) async fn reconcile(&mut self, snapshot: &Snapshot) {
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
-            let said = saying.entry(problem.origin.clone()).or_insert_with(String::new);
+            let said = saying
+                .entry(problem.origin.clone())
+                .or_insert_with(String::new);
             if !said.is_empty() {
                 said.push_str("; ");
             }
@@ -152,7 +154,10 @@ impl Reconciler {
             // Its pod is there but could not be enforced yet: what holds, holds on.
             if waiting.contains(&key)
                 && !self.enforced.contains_key(&key)
-                && left.interfaces.iter().any(|&(ifindex, _)| is_there(ifindex))
+                && left
+                    .interfaces
+                    .iter()
+                    .any(|&(ifindex, _)| is_there(ifindex))
                 && snapshot.pods[&key].uid == left.uid
             {
                 self.adoptable.insert(pod, left);

@@ -55,7 +55,7 @@ pub enum Hook {
 impl Hook {
     const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
 
-    const fn program(self) -> &'static str {
+    pub(super) const fn program(self) -> &'static str {
         match self {
             Self::FromPod => "from_pod",
             Self::ToPod => "to_pod",
@@ -109,7 +109,7 @@ impl Datapath {
         attached(&self.layout.links())
     }
 
-    fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
+    pub(super) fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
         let program = self
             .ebpf
             .program_mut(hook.program())

@@ -3,6 +3,7 @@
 mod allow;
 mod bpffs;
 mod counters;
+mod dry_run;
 mod inner;
 mod interfaces;
 mod links;
@@ -17,12 +18,13 @@ use std::time::Duration;
 pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
+pub use dry_run::{Action, DryRun};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
 
-pub use policies::FlowMap;
 pub use pins::{Lock, PodPins, cleanup};
+pub use policies::FlowMap;
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 

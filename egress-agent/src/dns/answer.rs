@@ -91,9 +91,6 @@ pub enum AnswerError {
     /// More than [`ALIASES_MAX`] aliases hang together from the asked name.
     #[error("the name has more than {ALIASES_MAX} aliases")]
     Aliases,
-    /// Bytes after the last record.
-    #[error("{0} bytes follow the last record")]
-    Trailing(usize),
 }
 
 /// Reads an answer.
@@ -188,9 +185,8 @@ fn read_records(
             facts.extend(read_fact(message, &outline, reader.at())?);
         }
     }
-    if reader.remaining() > 0 && !header.truncated() {
-        return Err(AnswerError::Trailing(reader.remaining()));
-    }
+    // What follows the last record belongs to nothing that a stub reads; it is delivered with the
+    // rest and teaches nothing.
     Ok(facts)
 }
 

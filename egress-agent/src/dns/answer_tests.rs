@@ -379,9 +379,9 @@ mod hostile {
             .answer(&record(ASKED, 16, CLASS_IN, 60, &[0; 40]))
             .answers(2);
         assert!(matches!(error(&packet), AnswerError::TooShort));
-        // An announcement that takes the next section for its own ends in the wrong place.
+        // A record that no count announces teaches nothing.
         let packet = response().answer(&a(ASKED, 60, 1)).answers(0);
-        assert!(matches!(error(&packet), AnswerError::Trailing(16)));
+        assert_eq!(read_answer(&packet.bytes()).unwrap().addresses, []);
     }
 
     #[test]
@@ -429,7 +429,7 @@ mod hostile {
     fn bytes_after_the_last_record() {
         let mut bytes = response().bytes();
         bytes.push(0);
-        assert!(matches!(read_answer(&bytes), Err(AnswerError::Trailing(1))));
+        assert!(read_answer(&bytes).is_ok());
         bytes.resize(65_536, 0);
         assert!(matches!(read_answer(&bytes), Err(AnswerError::TooLong)));
     }

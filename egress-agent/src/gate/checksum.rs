@@ -35,7 +35,8 @@ pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
 fn pseudo_header(packet: &Packet, udp_len: u16) -> Sum16BitWords {
     let sum = Sum16BitWords::new();
     let sum = if packet.version == 4 {
-        sum.add_slice(&packet.src[12..]).add_slice(&packet.dst[12..])
+        sum.add_slice(&packet.src[12..])
+            .add_slice(&packet.dst[12..])
     } else {
         sum.add_slice(&packet.src).add_slice(&packet.dst)
     };
@@ -55,7 +56,9 @@ mod tests {
             .ipv4([10, 1, 2, 3], [10, 99, 0, 53], 64)
             .udp(40_000, 53);
         let mut frame = Vec::new();
-        builder.write(&mut frame, b"an odd number of bytes!").unwrap();
+        builder
+            .write(&mut frame, b"an odd number of bytes!")
+            .unwrap();
         let mut packet = Packet::EMPTY;
         assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
         (frame, packet)

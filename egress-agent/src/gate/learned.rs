@@ -50,10 +50,7 @@ impl Learned {
             self.sources
                 .iter()
                 .map(|source| (source.classes, source.expires_ns))
-                .chain(
-                    self.adopted
-                        .map(|entry| (entry.classes, entry.expires_ns)),
-                )
+                .chain(self.adopted.map(|entry| (entry.classes, entry.expires_ns)))
         };
         let alive = all().filter(|&(_, expires_ns)| expires_ns > now_ns);
         let classes = alive.clone().fold(0, |classes, (more, _)| classes | more);
@@ -152,7 +149,11 @@ impl Table {
         } in taught
         {
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
-            match learned.sources.iter_mut().find(|source| source.name == name) {
+            match learned
+                .sources
+                .iter_mut()
+                .find(|source| source.name == name)
+            {
                 Some(source) => {
                     source.classes = classes;
                     source.expires_ns = source.expires_ns.max(expires_ns);
@@ -307,7 +308,11 @@ impl Table {
         if kept.len() > allow.capacity() {
             return Err(AllowError::Full);
         }
-        let by_expiry = self.addresses.iter().rev().filter(|(address, _)| !kept.contains(*address));
+        let by_expiry = self
+            .addresses
+            .iter()
+            .rev()
+            .filter(|(address, _)| !kept.contains(*address));
         let (expired, alive): (Vec<_>, Vec<_>) = by_expiry
             .map(|(&address, learned)| (address, learned.entry(now_ns).expires_ns))
             .partition(|&(_, expires_ns)| expires_ns <= now_ns);
@@ -336,7 +341,12 @@ impl Table {
         if self.unlisted.len() >= UNLISTED_NAMES {
             self.unlisted.pop_lru();
         }
-        let taught = taught.iter().rev().take(UNLISTED_ADDRESSES).copied().collect();
+        let taught = taught
+            .iter()
+            .rev()
+            .take(UNLISTED_ADDRESSES)
+            .copied()
+            .collect();
         self.unlisted.put(Arc::new(name.clone()), taught);
     }
 
@@ -347,10 +357,7 @@ impl Table {
             .filter_map(|taught| self.addresses.peek(&taught.address))
             .flat_map(|learned| &learned.sources)
             .find(|source| *source.name == *name)
-            .map_or_else(
-                || Arc::new(name.clone()),
-                |source| Arc::clone(&source.name),
-            )
+            .map_or_else(|| Arc::new(name.clone()), |source| Arc::clone(&source.name))
     }
 }
 

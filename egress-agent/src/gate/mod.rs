@@ -38,12 +38,12 @@ use tokio::sync::oneshot;
 use crate::{
     datapath::{AllowMap, HeldRing, InterfaceMap, Marks},
     dns::Refusal,
-    policy::Compiled,
+    policy::{Compiled, Prefix},
     report::{PodIdentity, Reporter},
 };
 
 /// How the gate treats DNS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DnsSettings {
     /// An address lives at least this long.
     pub min_ttl: Duration,
@@ -53,6 +53,8 @@ pub struct DnsSettings {
     pub grace: Duration,
     /// How a question that may not be asked is answered.
     pub refusal: Refusal,
+    /// Addresses that no answer teaches.
+    pub protected: Vec<Prefix>,
 }
 
 /// One pod under one version of its policy.
@@ -196,10 +198,15 @@ impl Gate {
         let _ = self.send(Command::Stop);
     }
 
-    async fn ask(&self, command: impl FnOnce(oneshot::Sender<Result<()>>) -> Command) -> Result<()> {
+    async fn ask(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<()>>) -> Command,
+    ) -> Result<()> {
         let (done, result) = oneshot::channel();
         self.send(command(done))?;
-        result.await.map_err(|_| anyhow!("the gate's thread is gone"))?
+        result
+            .await
+            .map_err(|_| anyhow!("the gate's thread is gone"))?
     }
 
     fn send(&self, command: Command) -> Result<()> {

@@ -205,12 +205,12 @@ impl Pod {
             pod_port: packet.dst_port,
             id: answer.id,
         };
-        if !self
-            .pending
-            .answer(exchange, &answer, held.head.time_ns)
-        {
+        if !self.pending.answer(exchange, &answer, held.head.time_ns) {
             let mut denied = self.denied(packet, Reason::DnsUnsolicited, None);
-            denied.dns = Some((answer.name.to_string(), type_name(answer.qtype).into_owned()));
+            denied.dns = Some((
+                answer.name.to_string(),
+                type_name(answer.qtype).into_owned(),
+            ));
             shared.reporter.report(denied);
             return;
         }
@@ -220,7 +220,10 @@ impl Pod {
                 tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
             }
             let mut denied = self.denied(packet, Reason::AllowMapFull, None);
-            denied.dns = Some((answer.name.to_string(), type_name(answer.qtype).into_owned()));
+            denied.dns = Some((
+                answer.name.to_string(),
+                type_name(answer.qtype).into_owned(),
+            ));
             shared.reporter.report(denied);
             return;
         }
@@ -244,6 +247,11 @@ impl Pod {
         let taught: Vec<Taught> = answer
             .addresses
             .iter()
+            .filter(|learned| {
+                !dns.protected
+                    .iter()
+                    .any(|prefix| prefix.contains(&learned.address))
+            })
             .map(|learned| Taught {
                 address: learned.address,
                 expires_ns: now_ns + lifetime_ns(learned.ttl),
@@ -278,7 +286,10 @@ impl Pod {
             dst: end(packet.dst, packet.dst_port),
             icmp: None,
             dns: question.map(|question| {
-                (question.name.to_string(), type_name(question.qtype).into_owned())
+                (
+                    question.name.to_string(),
+                    type_name(question.qtype).into_owned(),
+                )
             }),
             dst_names: Vec::new(),
             rule: None,

@@ -6,9 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 
 use crate::datapath::Marks;
 
@@ -61,14 +59,15 @@ fn packet_socket(mark: u32) -> Result<OwnedFd> {
 
 #[expect(unsafe_code, reason = "no safe wrapper makes a sockaddr_ll")]
 fn send(socket: &OwnedFd, ifindex: u32, frame: &[u8]) -> io::Result<()> {
-    let ether_type = frame.get(12..14).map_or(0, |bytes| {
-        u16::from_ne_bytes([bytes[0], bytes[1]])
-    });
+    let ether_type = frame
+        .get(12..14)
+        .map_or(0, |bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
     // SAFETY: all bytes zero is a valid `sockaddr_ll`.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
     to.sll_protocol = ether_type;
-    to.sll_ifindex = i32::try_from(ifindex).map_err(|_| io::Error::from_raw_os_error(libc::ENODEV))?;
+    to.sll_ifindex =
+        i32::try_from(ifindex).map_err(|_| io::Error::from_raw_os_error(libc::ENODEV))?;
     // SAFETY: the buffer and the address are valid for as long as the lengths say.
     let sent = unsafe {
         libc::sendto(
