@@ -106,7 +106,7 @@ impl Reader {
         loop {
             let stopping = stop.load(Ordering::Acquire);
             while batch.len() < BATCH {
-                let Some(denial) = self.ring.next() else {
+                let Some(denial) = self.ring.take() else {
                     break;
                 };
                 batch.push(denial);

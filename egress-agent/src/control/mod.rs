@@ -120,7 +120,7 @@ pub async fn run(options: Options) -> Result<()> {
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let snapshot = snapshots.borrow_and_update().clone();
     reconciler.reconcile(&snapshot).await;
-    reconciler.drop_leftovers(&snapshot).await;
+    reconciler.drop_leftovers(&snapshot);
     tracing::info!(
         node = %config.node,
         pods = reconciler.enforced(),
