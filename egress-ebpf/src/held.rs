@@ -60,9 +60,9 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     if is_crowded() && !has_share(interface.pod, head.time_ns) {
         count(|c| {
             if kind == HELD_REJECT {
-                c.rejects_lost += 1
+                c.rejects_lost += 1;
             } else {
-                c.held_limited += 1
+                c.held_limited += 1;
             }
         });
         unreported(interface.pod);
@@ -84,9 +84,9 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     } else {
         count(|c| {
             if kind == HELD_REJECT {
-                c.rejects_lost += 1
+                c.rejects_lost += 1;
             } else {
-                c.held_lost += 1
+                c.held_lost += 1;
             }
         });
         unreported(interface.pod);

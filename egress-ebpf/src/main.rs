@@ -8,6 +8,10 @@
 #![no_std]
 #![no_main]
 #![expect(
+    clippy::needless_pass_by_value,
+    reason = "`#[classifier]` hands the context over"
+)]
+#![expect(
     unreachable_pub,
     reason = "nothing outside a program reaches into it; `pub` here means: for the other modules"
 )]
