@@ -65,11 +65,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         }
     }
     if TRACE.load() != 0 {
-        aya_log_ebpf::debug!(
+        aya_log_ebpf::info!(
             ctx,
-            "from_pod if {} proto {} port {}",
+            "from_pod: interface {}, protocol {}, to {:i} port {}",
             skb.ifindex(),
             packet.protocol,
+            packet.dst,
             packet.dst_port
         );
     }

@@ -48,7 +48,7 @@ struct RunArgs {
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
-    /// Trace what the programs do with each packet, on standard error (with `RUST_LOG=debug`). Slow.
+    /// Trace what the programs do with each packet, on standard error. Slow.
     #[arg(long)]
     datapath_log: bool,
 }

@@ -177,6 +177,7 @@ impl Reconciler {
             self.datapath.interfaces()?.remove(ifindex)?;
             self.datapath.drop_policy(entry.policy)?;
         }
+        self.datapath.counters()?.forget(pod)?;
         let key = (left.namespace.clone(), left.name.clone());
         let pins = self.datapath.pins_of(&left.namespace, &left.name);
         if self.enforced.contains_key(&key) {
@@ -279,6 +280,13 @@ impl Reconciler {
             }
         }
         self.said = saying;
+    }
+
+    /// Makes one pod known to the reader of denials.
+    pub(super) fn introduce(&self, pod: u32, known: Known) {
+        let mut pods = HashMap::clone(&self.known.load());
+        pods.insert(pod, Arc::new(known));
+        self.known.store(Arc::new(pods));
     }
 
     fn publish(&self) {

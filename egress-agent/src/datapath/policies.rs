@@ -45,7 +45,8 @@ impl Datapath {
         self.layout.pod(namespace, name)
     }
 
-    /// Removes a pod's own maps and pins. Its interfaces must be detached and its policy dropped.
+    /// Removes a pod's own maps and pins, but for its meter (see [`super::CounterMap::forget`]).
+    /// Its interfaces must be detached and its policy dropped.
     ///
     /// # Errors
     ///
@@ -62,7 +63,6 @@ impl Datapath {
     /// When an entry cannot be removed.
     pub fn remove_pod_maps(&mut self, pod: u32) -> Result<()> {
         gone(self.flows.remove(&pod)).context("cannot write the map `flows`")?;
-        gone(self.meters.remove(&pod)).context("cannot write the map `meters`")?;
         gone(self.identities.remove(&pod)).context("cannot write the map `identities`")
     }
 
