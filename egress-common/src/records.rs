@@ -67,6 +67,9 @@ pub struct Policy {
     pub any: u64,
     /// Classes that entries with a name are in, for saying why something was denied.
     pub named: u64,
+    /// Fingerprint of the entries with a name. The kernel does not look at it; to a restarted agent
+    /// it says whether the addresses in the allow map are there by the rules of today.
+    pub names: u64,
     /// The pod's own addresses.
     pub own: [Address; OWN_ADDRESSES],
     /// How many of `own` are used.
@@ -89,6 +92,7 @@ impl Policy {
         deny: 0,
         any: 0,
         named: 0,
+        names: 0,
         own: [[0; 16]; OWN_ADDRESSES],
         own_len: 0,
         flags: 0,
@@ -392,7 +396,7 @@ const _: () = {
     assert!(size_of::<Interface>() == 16);
     assert!(size_of::<Identity>() == 64 + 256 + 64);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 24 + 16 * OWN_ADDRESSES + 8);
+    assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 16);
     assert!(size_of::<FlowKey>() == 40);
