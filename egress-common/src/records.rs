@@ -99,6 +99,9 @@ impl Policy {
     };
 }
 
+/// Longest UID in bytes: room for a namespace, a slash and a name.
+pub const UID_BYTES: usize = 320;
+
 /// Value of `identities`, keyed by pod: whose entries these are, so that a restarted agent finds its
 /// pods again. Each field is text, padded with zero bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,8 +111,8 @@ pub struct Identity {
     pub namespace: [u8; 64],
     /// Name: a DNS subdomain (RFC 1123), at most 253 bytes.
     pub name: [u8; 256],
-    /// The UID that the API server or the manifest gave.
-    pub uid: [u8; 64],
+    /// The UID that the API server or the manifest gave, or `<namespace>/<name>`.
+    pub uid: [u8; UID_BYTES],
 }
 
 /// Key of a pod's allow map.
@@ -394,7 +397,7 @@ mod pod {
 // A record without padding is as long as its fields together.
 const _: () = {
     assert!(size_of::<Interface>() == 16);
-    assert!(size_of::<Identity>() == 64 + 256 + 64);
+    assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
     assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
