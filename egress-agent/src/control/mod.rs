@@ -120,7 +120,6 @@ pub async fn run(options: Options) -> Result<()> {
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let snapshot = snapshots.borrow_and_update().clone();
     reconciler.reconcile(&snapshot).await;
-    reconciler.drop_leftovers(&snapshot).await;
     tracing::info!(
         node = %config.node,
         pods = reconciler.enforced(),
