@@ -183,3 +183,19 @@ fn a_namespace_that_is_edited_changes_every_pod_in_it() {
     assert!(agent.stop().success());
     assert!(!lab.pins().exists());
 }
+
+#[test]
+fn an_agent_that_is_asked_to_end_while_it_is_busy_ends_and_leaves_nothing() {
+    let (lab, pod, mut agent) = scene_with_crowd();
+    let _web = lab.serve_tcp(443);
+    let from = lines(&agent);
+    lab.write_namespace("shop", &[("allow", "later.test:443")]);
+    eventually("the agent is busy", || {
+        holds(said_of_crowd(&agent, "policy applied", from) > 0)
+    });
+    assert!(agent.stop().success());
+    let applied = said_of_crowd(&agent, "policy applied", from);
+    assert!(applied < CROWD, "it went on to the end");
+    assert!(!lab.pins().exists());
+    pod.talks_tcp((server(99), 443));
+}

@@ -118,29 +118,16 @@ pub async fn run(options: Options) -> Result<()> {
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let snapshot = snapshots.borrow_and_update().clone();
-    reconciler.reconcile(&snapshot).await;
-    tracing::info!(
-        node = %config.node,
-        pods = reconciler.enforced(),
-        resolvers = ?config.dns.resolvers,
-        "ready"
-    );
-    let failure = loop {
+    let mut ready = false;
+    let failure = 'running: loop {
+        let snapshot = snapshots.borrow_and_update().clone();
         tokio::select! {
+            biased;
+            // With many pods a reconcile takes seconds. What is broken off is in the kernel or is
+            // not: everything is removed now, or the next agent looks at it.
             _ = terminate.recv() => break None,
             _ = interrupt.recv() => break None,
-            changed = snapshots.changed() => {
-                if changed.is_err() {
-                    break Some("the directory of pods is no longer watched");
-                }
-            }
-            () = links.changed() => {}
-            _ = look.tick() => {}
-            _ = sweep.tick() => {
-                reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY);
-                continue;
-            }
+            () = reconciler.reconcile(&snapshot) => {}
         }
         if gate_thread.is_finished() {
             break Some("the gate's thread has ended");
@@ -148,14 +135,37 @@ pub async fn run(options: Options) -> Result<()> {
         if denials.is_finished() {
             break Some("the denial reader's thread has ended");
         }
-        let snapshot = snapshots.borrow_and_update().clone();
-        reconciler.reconcile(&snapshot).await;
+        if !ready {
+            ready = true;
+            reconciler.drop_orphans();
+            tracing::info!(
+                node = %config.node,
+                pods = reconciler.enforced(),
+                resolvers = ?config.dns.resolvers,
+                "ready"
+            );
+        }
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break 'running None,
+                _ = interrupt.recv() => break 'running None,
+                changed = snapshots.changed() => {
+                    if changed.is_err() {
+                        break 'running Some("the directory of pods is no longer watched");
+                    }
+                    break;
+                }
+                () = links.changed() => break,
+                _ = look.tick() => break,
+                _ = sweep.tick() => reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY),
+            }
+        }
     };
 
     directory.close();
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {
-        reconciler.remove_all().await;
+        reconciler.detach_all();
     }
     gate.stop();
     let gate_ended = gate_thread.join();

@@ -214,13 +214,36 @@ impl Reconciler {
         self.next_swept = self.next_swept.wrapping_add(count);
     }
 
-    /// Stops enforcing everything.
-    pub(super) async fn remove_all(&mut self) {
-        let keys: Vec<PodKey> = self.enforced.keys().cloned().collect();
-        for key in keys {
-            self.remove(&key).await;
+    /// Removes policies that nothing is under: their agent was killed while it changed them.
+    pub(super) fn drop_orphans(&mut self) {
+        let used: HashSet<u32> = self
+            .enforced
+            .values()
+            .map(|enforced| enforced.policy)
+            .chain(self.adoptable.values().flat_map(|left| {
+                let entries = left.interfaces.iter();
+                entries.map(|(_, entry)| entry.policy)
+            }))
+            .collect();
+        let dropped = self.datapath.policy_ids().and_then(|ids| {
+            ids.into_iter()
+                .filter(|id| !used.contains(id))
+                .try_for_each(|id| self.datapath.drop_policy(id))
+        });
+        if let Err(error) = dropped {
+            tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");
         }
-        self.publish();
+    }
+
+    /// Detaches from every interface. Everything else goes with the pins.
+    pub(super) fn detach_all(&mut self) {
+        let detached = self.datapath.attached().and_then(|all| {
+            all.into_iter()
+                .try_for_each(|ifindex| self.datapath.detach(ifindex))
+        });
+        if let Err(error) = detached {
+            tracing::error!(error = %format!("{error:#}"), "cannot detach from every interface");
+        }
     }
 
     /// Lets go of the programs; what is pinned stays. Returns the mount point of bpffs.
