@@ -67,6 +67,9 @@ pub struct Policy {
     pub any: u64,
     /// Classes that entries with a name are in, for saying why something was denied.
     pub named: u64,
+    /// Fingerprint of the entries with a name. The kernel does not look at it; to a restarted agent
+    /// it says whether the addresses in the allow map are there by the rules of today.
+    pub names: u64,
     /// The pod's own addresses.
     pub own: [Address; OWN_ADDRESSES],
     /// How many of `own` are used.
@@ -89,11 +92,15 @@ impl Policy {
         deny: 0,
         any: 0,
         named: 0,
+        names: 0,
         own: [[0; 16]; OWN_ADDRESSES],
         own_len: 0,
         flags: 0,
     };
 }
+
+/// Longest UID in bytes: room for a namespace, a slash and a name.
+pub const UID_BYTES: usize = 320;
 
 /// Value of `identities`, keyed by pod: whose entries these are, so that a restarted agent finds its
 /// pods again. Each field is text, padded with zero bytes.
@@ -104,8 +111,8 @@ pub struct Identity {
     pub namespace: [u8; 64],
     /// Name: a DNS subdomain (RFC 1123), at most 253 bytes.
     pub name: [u8; 256],
-    /// The UID that the API server or the manifest gave.
-    pub uid: [u8; 64],
+    /// The UID that the API server or the manifest gave, or `<namespace>/<name>`.
+    pub uid: [u8; UID_BYTES],
 }
 
 /// Key of a pod's allow map.
@@ -390,9 +397,9 @@ mod pod {
 // A record without padding is as long as its fields together.
 const _: () = {
     assert!(size_of::<Interface>() == 16);
-    assert!(size_of::<Identity>() == 64 + 256 + 64);
+    assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 24 + 16 * OWN_ADDRESSES + 8);
+    assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 16);
     assert!(size_of::<FlowKey>() == 40);

@@ -1,6 +1,6 @@
 //! What is wrong is said, and harms nobody else.
 
-use std::{fs, process::Command};
+use std::{fs, net::IpAddr, process::Command};
 
 use egress_tests::{
     Agent, Lab, Pod, SHORT, TcpEcho,
@@ -293,4 +293,60 @@ fn a_checked_manifest_says_what_it_means_or_where_it_is_wrong() {
     let (code, said) = check(&lab, &["missing.yaml"]);
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("missing.yaml"), "{said}");
+}
+
+#[test]
+fn a_pod_with_long_names_and_no_uid_is_enforced() {
+    let scene = Scene::new();
+    let long = scene.lab.pod("shop", "long");
+    let name = "a".repeat(60) + "." + &"b".repeat(60);
+    write_manifest(&scene.lab, &long, &name, &[long.ipv4().into()]);
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    agent.wait_said("that the pod is enforced", |line| {
+        line.contains("enforcing") && line.contains(&name)
+    });
+    assert!(
+        long.connect_tcp((server(99), 443), SHORT).is_err(),
+        "the pod is open"
+    );
+    scene.is_unharmed();
+}
+
+#[test]
+fn a_new_pod_with_more_addresses_than_are_supported_is_closed() {
+    let scene = Scene::new();
+    let many = scene.lab.pod("shop", "many");
+    let addresses: Vec<IpAddr> = (1..=9).map(|n| IpAddr::from([10, 3, 0, n])).collect();
+    write_manifest(&scene.lab, &many, "many", &addresses);
+    let agent = scene.lab.start_agent(&[&scene.pod, &many]);
+    agent.wait_said("how many there may be", |line| {
+        line.contains("shop/many") && line.contains("at most 8")
+    });
+    assert!(
+        many.connect_tcp((server(10), 443), SHORT).is_err(),
+        "the pod is open"
+    );
+    scene.is_unharmed();
+}
+
+/// Writes the manifest of a pod without a UID, under another name and with other addresses.
+fn write_manifest(lab: &Lab, pod: &Pod, name: &str, addresses: &[IpAddr]) {
+    let ips: Vec<_> = addresses
+        .iter()
+        .map(|ip| serde_json::json!({ "ip": ip }))
+        .collect();
+    let manifest = serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": pod.namespace(),
+            "name": name,
+            "annotations": {
+                "egress-agent.dev/interface": pod.interface(),
+                "egress-agent.dev/allow": "shop.test:443",
+            },
+        },
+        "status": { "podIPs": ips },
+    });
+    lab.write_file("other.json", manifest.to_string().as_bytes());
 }

@@ -16,7 +16,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         Some(path) => read_config(path)?.policy_settings(),
         None => Config::default_policy_settings()?,
     };
-    let Snapshot { pods, problems } = pods::read_files(&args.files);
+    let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
     let mut wrong = problems.len();
     for problem in &problems {
         eprintln!("{problem}");

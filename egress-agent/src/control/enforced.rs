@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
 use egress_common::{
     address::{self, Address},
     limits::OWN_ADDRESSES,
@@ -33,27 +32,14 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// # Errors
-    ///
-    /// When the pod has more addresses than a policy holds.
-    pub(super) fn new(
-        pod: &Pod,
-        ifindex: u32,
-        compiled: Arc<Compiled>,
-        on_deny: OnDeny,
-    ) -> Result<Self> {
+    /// Of the pod's addresses the first [`OWN_ADDRESSES`] count.
+    pub(super) fn new(pod: &Pod, ifindex: u32, compiled: Arc<Compiled>, on_deny: OnDeny) -> Self {
         let mut record = compiled.record;
-        if pod.addresses.len() > OWN_ADDRESSES {
-            bail!(
-                "the pod has {} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported",
-                pod.addresses.len()
-            );
-        }
         for (slot, ip) in record.own.iter_mut().zip(&pod.addresses) {
             *slot = mapped(*ip);
         }
-        record.own_len = pod.addresses.len() as u32;
-        Ok(Self {
+        record.own_len = pod.addresses.len().min(OWN_ADDRESSES) as u32;
+        Self {
             uid: pod.uid.clone(),
             ifindex,
             record,
@@ -66,7 +52,7 @@ impl Wanted {
                 OnDeny::Reject => INTERFACE_REJECT,
             },
             compiled,
-        })
+        }
     }
 
     /// The prefixes of the policy, as the datapath takes them.
@@ -85,6 +71,11 @@ impl Wanted {
             mode: self.mode,
             flags: self.flags,
         }
+    }
+
+    /// The same on another interface.
+    pub(super) fn on(self, ifindex: u32) -> Self {
+        Self { ifindex, ..self }
     }
 
     /// Whether this is the same policy, wherever it is attached.

@@ -103,7 +103,8 @@ pub async fn run(options: Options) -> Result<()> {
         reporter.clone(),
     )?;
     let known: Arc<denials::KnownPods> = Arc::default();
-    let (denials, counters) = (datapath.take_denials()?, datapath.counters()?);
+    let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
+    let mut denials: Option<DenialReader> = None;
     let (mut snapshots, directory) =
         Directory::watch(&options.pods_dir).context("cannot watch the directory of pods")?;
     let mut reconciler = Reconciler::new(
@@ -118,51 +119,61 @@ pub async fn run(options: Options) -> Result<()> {
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let snapshot = snapshots.borrow_and_update().clone();
-    reconciler.reconcile(&snapshot).await;
-    reconciler.drop_leftovers(&snapshot);
-    // Only now: what was denied while no agent ran belongs to pods that have just become known.
-    let denials = DenialReader::start(denials, counters, known, gate.clone(), reporter)?;
-    tracing::info!(
-        node = %config.node,
-        pods = reconciler.enforced(),
-        resolvers = ?config.dns.resolvers,
-        "ready"
-    );
-    let failure = loop {
+    let failure = 'running: loop {
+        let snapshot = snapshots.borrow_and_update().clone();
         tokio::select! {
+            biased;
+            // With many pods a reconcile takes seconds. What is broken off is in the kernel or is
+            // not: everything is removed now, or the next agent looks at it.
             _ = terminate.recv() => break None,
             _ = interrupt.recv() => break None,
-            changed = snapshots.changed() => {
-                if changed.is_err() {
-                    break Some("the directory of pods is no longer watched");
-                }
-            }
-            () = links.changed() => {}
-            _ = look.tick() => {}
-            _ = sweep.tick() => {
-                reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY);
-                continue;
-            }
+            () = reconciler.reconcile(&snapshot) => {}
         }
         if gate_thread.is_finished() {
             break Some("the gate's thread has ended");
         }
-        if denials.is_finished() {
+        if denials.as_ref().is_some_and(DenialReader::is_finished) {
             break Some("the denial reader's thread has ended");
         }
-        let snapshot = snapshots.borrow_and_update().clone();
-        reconciler.reconcile(&snapshot).await;
+        // Only now: what was denied while no agent ran belongs to pods that have just become known.
+        if let Some((ring, counters)) = unread.take() {
+            let (known, gate, reporter) = (Arc::clone(&known), gate.clone(), reporter.clone());
+            denials = Some(DenialReader::start(ring, counters, known, gate, reporter)?);
+            reconciler.drop_orphans();
+            tracing::info!(
+                node = %config.node,
+                pods = reconciler.enforced(),
+                resolvers = ?config.dns.resolvers,
+                "ready"
+            );
+        }
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break 'running None,
+                _ = interrupt.recv() => break 'running None,
+                changed = snapshots.changed() => {
+                    if changed.is_err() {
+                        break 'running Some("the directory of pods is no longer watched");
+                    }
+                    break;
+                }
+                () = links.changed() => break,
+                _ = look.tick() => break,
+                _ = sweep.tick() => reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY),
+            }
+        }
     };
 
     directory.close();
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {
-        reconciler.remove_all().await;
+        reconciler.detach_all();
     }
     gate.stop();
     let gate_ended = gate_thread.join();
-    denials.stop();
+    if let Some(denials) = denials {
+        denials.stop();
+    }
     reporter_thread.close();
     let bpffs = reconciler.close();
     if let Some(failure) = failure {

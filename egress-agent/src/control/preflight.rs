@@ -37,9 +37,13 @@ fn effective_capabilities(status: &str) -> Option<u64> {
 fn missing(effective: u64) -> Vec<&'static str> {
     let has = |capability: u32| effective & (1 << capability) != 0;
     let mut missing = Vec::new();
-    // CAP_SYS_ADMIN implies CAP_BPF (bpf_capable, include/linux/bpf.h).
-    if !has(BPF) && !has(SYS_ADMIN) {
-        missing.push("CAP_BPF (to load programs and maps)");
+    // CAP_SYS_ADMIN implies CAP_BPF (bpf_capable, include/linux/bpf.h), but is needed besides it: a
+    // map in a map of maps is found by its id (bpf_map_get_fd_by_id, kernel/bpf/syscall.c).
+    if !has(SYS_ADMIN) {
+        if !has(BPF) {
+            missing.push("CAP_BPF (to load programs and maps)");
+        }
+        missing.push("CAP_SYS_ADMIN (to open pods' maps by their id, and to mount bpffs)");
     }
     if !has(NET_ADMIN) {
         missing.push("CAP_NET_ADMIN (to attach programs to interfaces)");
@@ -58,7 +62,9 @@ mod tests {
     fn missing_capabilities_are_named() {
         assert!(missing(u64::MAX).is_empty());
         assert!(missing(1 << SYS_ADMIN | 1 << NET_ADMIN | 1 << NET_RAW).is_empty());
-        assert_eq!(missing(1 << NET_ADMIN).len(), 2);
+        assert_eq!(missing(1 << NET_ADMIN).len(), 3);
+        let without = missing(1 << BPF | 1 << NET_ADMIN | 1 << NET_RAW);
+        assert!(without[0].contains("CAP_SYS_ADMIN"), "{without:?}");
         assert!(missing(0)[0].contains("CAP_BPF"));
     }
 

@@ -60,8 +60,7 @@ impl Readings {
                 }
                 None => {
                     let problem = format!("{error}; everything external is denied");
-                    let closed = policy::unreadable(&self.settings);
-                    (Arc::new(closed), false, Some(problem))
+                    (self.closed(), false, Some(problem))
                 }
             },
         };
@@ -75,6 +74,11 @@ impl Readings {
         };
         self.pods.insert(key.clone(), reading);
         compiled
+    }
+
+    /// The policy of a pod of which nothing can be made.
+    pub(super) fn closed(&self) -> Arc<Compiled> {
+        Arc::new(policy::unreadable(&self.settings))
     }
 
     /// What is wrong with the pod's annotations, or what their author should know.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use egress_common::limits::OWN_ADDRESSES;
 
 use super::{
     denials::{Known, KnownPods},
@@ -19,13 +19,14 @@ use crate::{
     datapath::{Adoptable, Datapath, boottime_ns},
     gate::Gate,
     pods::{Pod, Snapshot},
-    policy::Mode,
+    policy::{Compiled, Mode},
+    report::PodIdentity,
 };
 
 /// What should be done with one pod.
 enum Plan {
-    /// Put it under this.
-    Enforce(Box<Wanted>),
+    /// Put it under this; the text says what is wrong all the same.
+    Enforce(Wanted, Option<String>),
     /// Leave it alone, for now or for good; the text says why when it is worth saying.
     Leave(Option<String>),
     /// Keep what is, because what should be cannot be found out.
@@ -41,7 +42,8 @@ pub(super) struct Reconciler {
     pub(super) known: Arc<KnownPods>,
     pub(super) enforced: BTreeMap<PodKey, Enforced>,
     readings: Readings,
-    /// What an earlier agent left and nobody has claimed yet, by pod id.
+    /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
+    /// and not claimed yet, begun and not finished, or not wholly removed.
     pub(super) adoptable: BTreeMap<u32, Adoptable>,
     /// What was last said about a pod or a file, so that it is not said again and again.
     said: HashMap<String, String>,
@@ -57,7 +59,7 @@ impl Reconciler {
         config: &Config,
         known: Arc<KnownPods>,
         adoptable: BTreeMap<u32, Adoptable>,
-    ) -> Result<Self> {
+    ) -> anyhow::Result<Self> {
         let next_pod = adoptable.keys().max().map_or(1, |last| last + 1);
         let next_policy = datapath
             .policy_ids()?
@@ -120,12 +122,17 @@ impl Reconciler {
             .iter()
             .map(|(key, enforced)| (enforced.wanted.ifindex, key.clone()))
             .collect();
+        // Pods that could not be enforced now and are tried again: what holds of them, holds on.
+        let mut waiting = HashSet::new();
         for (key, pod) in &snapshot.pods {
             let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
-                Plan::Enforce(wanted) => match self.enforce(key, *wanted).await {
-                    Ok(()) => None,
-                    Err(error) => Some(format!("{error:#}")),
+                Plan::Enforce(wanted, why) => match self.enforce(key, wanted).await {
+                    Ok(()) => why,
+                    Err(error) => {
+                        waiting.insert((key.clone(), pod.uid.clone()));
+                        Some(format!("{error:#}"))
+                    }
                 },
                 Plan::Leave(why) => {
                     if self.enforced.contains_key(key) {
@@ -141,50 +148,47 @@ impl Reconciler {
                 saying.insert(title, complaints.join("; "));
             }
         }
+        self.drop_leftovers(snapshot, &waiting, &mut saying).await;
         self.say(saying);
         self.publish();
     }
 
-    /// Removes what an earlier agent left and the first snapshot does not claim.
-    pub(super) fn drop_leftovers(&mut self, snapshot: &Snapshot) {
-        let waiting: HashSet<PodKey> = snapshot.pods.keys().cloned().collect();
-        for (pod, left) in std::mem::take(&mut self.adoptable) {
+    /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
+    async fn drop_leftovers(
+        &mut self,
+        snapshot: &Snapshot,
+        waiting: &HashSet<(PodKey, String)>,
+        saying: &mut HashMap<String, String>,
+    ) {
+        let pods: Vec<u32> = self.adoptable.keys().copied().collect();
+        for pod in pods {
+            let Some(left) = self.adoptable.get(&pod).cloned() else {
+                continue;
+            };
             let key = (left.namespace.clone(), left.name.clone());
             let title = title(&key);
-            // Its pod is there but could not be enforced yet: what holds, holds on.
-            if waiting.contains(&key)
-                && !self.enforced.contains_key(&key)
-                && left
-                    .interfaces
-                    .iter()
-                    .any(|&(ifindex, _)| is_there(ifindex))
-                && snapshot.pods[&key].uid == left.uid
-            {
-                self.adoptable.insert(pod, left);
+            if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
+                let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
+                           the one that cannot be read";
+                saying.insert(title, why.into());
                 continue;
             }
-            if let Err(error) = self.drop_leftover(pod, &left) {
-                tracing::error!(pod = %title, error = %format!("{error:#}"), "cannot remove leftovers");
-            } else {
-                tracing::info!(pod = %title, "removed what an earlier agent had left");
+            if waiting.contains(&(key, left.uid.clone())) {
+                continue;
+            }
+            match self.drop_leftover(pod, &left).await {
+                Ok(()) => {
+                    self.adoptable.remove(&pod);
+                    tracing::info!(pod = %title, "removed what was left of it");
+                }
+                Err(error) => {
+                    saying.insert(
+                        title,
+                        format!("cannot remove what is left of it: {error:#}"),
+                    );
+                }
             }
         }
-    }
-
-    fn drop_leftover(&mut self, pod: u32, left: &Adoptable) -> Result<()> {
-        for &(ifindex, entry) in &left.interfaces {
-            self.datapath.detach(ifindex)?;
-            self.datapath.interfaces()?.remove(ifindex)?;
-            self.datapath.drop_policy(entry.policy)?;
-        }
-        self.datapath.counters()?.forget(pod)?;
-        let key = (left.namespace.clone(), left.name.clone());
-        let pins = self.datapath.pins_of(&left.namespace, &left.name);
-        if self.enforced.contains_key(&key) {
-            // The pins are those of a newer pod with the same name by now.
-            return self.datapath.remove_pod_maps(pod);
-        }
-        self.datapath.remove_pod(pod, &pins)
     }
 
     /// Forgets idle flows and expired addresses of the pods whose turn it is.
@@ -210,13 +214,36 @@ impl Reconciler {
         self.next_swept = self.next_swept.wrapping_add(count);
     }
 
-    /// Stops enforcing everything.
-    pub(super) async fn remove_all(&mut self) {
-        let keys: Vec<PodKey> = self.enforced.keys().cloned().collect();
-        for key in keys {
-            self.remove(&key).await;
+    /// Removes policies that nothing is under: their agent was killed while it changed them.
+    pub(super) fn drop_orphans(&mut self) {
+        let used: HashSet<u32> = self
+            .enforced
+            .values()
+            .map(|enforced| enforced.policy)
+            .chain(self.adoptable.values().flat_map(|left| {
+                let entries = left.interfaces.iter();
+                entries.map(|(_, entry)| entry.policy)
+            }))
+            .collect();
+        let dropped = self.datapath.policy_ids().and_then(|ids| {
+            ids.into_iter()
+                .filter(|id| !used.contains(id))
+                .try_for_each(|id| self.datapath.drop_policy(id))
+        });
+        if let Err(error) = dropped {
+            tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");
         }
-        self.publish();
+    }
+
+    /// Detaches from every interface. Everything else goes with the pins.
+    pub(super) fn detach_all(&mut self) {
+        let detached = self.datapath.attached().and_then(|all| {
+            all.into_iter()
+                .try_for_each(|ifindex| self.datapath.detach(ifindex))
+        });
+        if let Err(error) = detached {
+            tracing::error!(error = %format!("{error:#}"), "cannot detach from every interface");
+        }
     }
 
     /// Lets go of the programs; what is pinned stays. Returns the mount point of bpffs.
@@ -258,13 +285,21 @@ impl Reconciler {
                 taken.insert(ifindex, key.clone());
             }
         }
-        match Wanted::new(pod, ifindex, compiled, self.on_deny) {
-            Ok(wanted) => Plan::Enforce(Box::new(wanted)),
-            Err(error) if self.enforced.contains_key(key) => {
-                Plan::Keep(format!("{error:#}; the last good policy stays"))
-            }
-            Err(error) => Plan::Leave(Some(format!("not enforced: {error:#}"))),
+        let count = pod.addresses.len();
+        if count <= OWN_ADDRESSES {
+            return Plan::Enforce(Wanted::new(pod, ifindex, compiled, self.on_deny), None);
         }
+        let why = format!(
+            "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
+        );
+        if self.enforced.contains_key(key) {
+            return Plan::Keep(format!("{why}; the last good policy stays"));
+        }
+        let closed = Wanted::new(pod, ifindex, self.readings.closed(), self.on_deny);
+        Plan::Enforce(
+            closed,
+            Some(format!("{why}; everything external is denied")),
+        )
     }
 
     /// Says what is new, and what is no longer so.
@@ -282,11 +317,24 @@ impl Reconciler {
         self.said = saying;
     }
 
-    /// Makes one pod known to the reader of denials.
-    pub(super) fn introduce(&self, pod: u32, known: Known) {
-        let mut pods = HashMap::clone(&self.known.load());
-        pods.insert(pod, Arc::new(known));
-        self.known.store(Arc::new(pods));
+    /// Tells the denial reader of a pod, or of its new policy.
+    pub(super) fn announce(
+        &self,
+        pod: u32,
+        identity: &Arc<PodIdentity>,
+        compiled: &Arc<Compiled>,
+        policy: u32,
+    ) {
+        let known = Arc::new(Known {
+            identity: Arc::clone(identity),
+            compiled: Arc::clone(compiled),
+            policy,
+        });
+        self.known.rcu(|before| {
+            let mut after = HashMap::clone(before);
+            after.insert(pod, Arc::clone(&known));
+            after
+        });
     }
 
     fn publish(&self) {
@@ -308,8 +356,4 @@ impl Reconciler {
 
 pub(super) fn title((namespace, name): &PodKey) -> String {
     format!("{namespace}/{name}")
-}
-
-fn is_there(ifindex: u32) -> bool {
-    nix::net::if_::if_indextoname(ifindex).is_ok()
 }

@@ -36,12 +36,21 @@ impl InterfaceMap {
             .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
     }
 
-    /// Forgets an interface. Programs still attached to it drop everything from then on.
+    /// Forgets an interface, unless it is another pod's by now. Programs still attached to it drop
+    /// everything from then on.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
-    pub fn remove(&mut self, ifindex: u32) -> Result<()> {
+    /// When the map cannot be read or written.
+    pub fn remove(&mut self, ifindex: u32, pod: u32) -> Result<()> {
+        match self.0.get(&ifindex, 0) {
+            Ok(entry) if entry.pod == pod => {}
+            Ok(_) | Err(MapError::KeyNotFound) => return Ok(()),
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read {ifindex} in `interfaces`"));
+            }
+        }
         match self.0.remove(&ifindex) {
             Ok(()) => Ok(()),
             Err(MapError::SyscallError(syscall))

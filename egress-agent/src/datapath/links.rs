@@ -20,6 +20,9 @@ use super::{Datapath, pins::remove_if_there};
 
 /// Priority of the clsact filters: before everybody else's.
 const CLSACT_PRIORITY: u16 = 1;
+/// The minor part of their handles: not the 1 that everybody takes first, because a filter under
+/// the same priority and handle is replaced.
+const CLSACT_HANDLE: u16 = 0xe9e0;
 
 /// How programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,7 +91,13 @@ impl Datapath {
                 format!("cannot attach `{}` to interface {ifindex}", hook.program())
             })?;
         }
-        Ok(())
+        // Of an agent that attached the other way: its programs know other marks, and would take
+        // what the gate puts back.
+        let links = self.layout.links();
+        match self.attach {
+            Attach::Clsact => detach_tcx(&links, ifindex),
+            Attach::Auto | Attach::Tcx => detach_clsact(&links, ifindex),
+        }
     }
 
     /// Detaches both programs; what is already gone is no error.
@@ -158,10 +167,13 @@ impl Datapath {
         {
             return Err(error).with_context(|| format!("cannot create {}", note.display()));
         }
-        let handle = TcHandle::from(match hook {
-            Hook::FromPod => 1,
-            Hook::ToPod => 2,
-        });
+        let handle = TcHandle::new(
+            0,
+            match hook {
+                Hook::FromPod => CLSACT_HANDLE + 1,
+                Hook::ToPod => CLSACT_HANDLE + 2,
+            },
+        );
         let program = self.program(hook)?;
         let options = NlOptions {
             priority: CLSACT_PRIORITY,
@@ -203,9 +215,18 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
 }
 
 fn detach(links: &Path, ifindex: u32) -> Result<()> {
+    detach_tcx(links, ifindex)?;
+    detach_clsact(links, ifindex)
+}
+
+fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
     for hook in Hook::BOTH {
         remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
     }
+    Ok(())
+}
+
+fn detach_clsact(links: &Path, ifindex: u32) -> Result<()> {
     let note = links.join(format!("{ifindex}_clsact"));
     if !note.exists() {
         return Ok(());

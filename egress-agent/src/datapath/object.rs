@@ -92,12 +92,7 @@ impl Datapath {
     /// shape, or the kernel refuses a program. Each message says what to do.
     pub fn open(options: &Options) -> Result<Self> {
         let kernel = KernelVersion::current().context("cannot read the kernel's version")?;
-        if kernel < OLDEST_KERNEL {
-            bail!(
-                "kernel {kernel:?} is too old: the programs need ring buffers, \
-                 bpf_ktime_get_boot_ns and dynamic inner maps, which 5.10 has"
-            );
-        }
+        check_kernel(kernel)?;
         bpffs::mount_if_missing(&options.bpffs)?;
         let layout = Layout::new(&options.bpffs);
         layout.create()?;
@@ -286,6 +281,16 @@ impl Datapath {
     }
 }
 
+fn check_kernel(kernel: KernelVersion) -> Result<()> {
+    if kernel < OLDEST_KERNEL {
+        bail!(
+            "the kernel, {kernel}, is too old: the programs need ring buffers, \
+             bpf_ktime_get_boot_ns and dynamic inner maps, which {OLDEST_KERNEL} has"
+        );
+    }
+    Ok(())
+}
+
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name)
         .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
@@ -343,6 +348,23 @@ fn random_mark() -> Result<u32> {
         let mark = u32::from_ne_bytes(bytes);
         if mark != 0 {
             return Ok(mark);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_told_what_it_lacks() {
+        assert!(check_kernel(OLDEST_KERNEL).is_ok());
+        assert!(check_kernel(KernelVersion::new(6, 18, 44)).is_ok());
+        let said = check_kernel(KernelVersion::new(5, 4, 278))
+            .expect_err("5.4 has no ring buffers")
+            .to_string();
+        for expected in ["5.4.278", "too old", "ring buffers", "5.10"] {
+            assert!(said.contains(expected), "{expected} is missing: {said}");
         }
     }
 }

@@ -77,6 +77,10 @@ impl Datapath {
         policy: &Policy,
         cidrs: impl ExactSizeIterator<Item = (Address, u32, u64)>,
     ) -> Result<AllowMap> {
+        // First and last of all in this map, so that it knows of everything that may be left.
+        self.policies
+            .insert(id, policy, 0)
+            .context("cannot write the map `policies`")?;
         let allow = self.templates.allow(self.allow_entries)?;
         self.allow
             .insert(id, &allow, 0)
@@ -92,9 +96,6 @@ impl Datapath {
                     .context("cannot write a policy's CIDR trie")?;
             }
         }
-        self.policies
-            .insert(id, policy, 0)
-            .context("cannot write the map `policies`")?;
         self.allow_map(allow)
     }
 
@@ -166,9 +167,9 @@ impl Datapath {
     ///
     /// When an entry cannot be removed.
     pub fn drop_policy(&mut self, id: u32) -> Result<()> {
-        gone(self.policies.remove(&id)).context("cannot write the map `policies`")?;
         gone(self.allow.remove(&id)).context("cannot write the map `allow`")?;
-        gone(self.cidrs.remove(&id)).context("cannot write the map `cidrs`")
+        gone(self.cidrs.remove(&id)).context("cannot write the map `cidrs`")?;
+        gone(self.policies.remove(&id)).context("cannot write the map `policies`")
     }
 
     /// The flows of a pod.

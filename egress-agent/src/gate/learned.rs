@@ -177,17 +177,17 @@ impl Table {
     }
 
     /// Writes everything that the new rules allow into the allow map of a new version of the
-    /// policy, and forgets the rest.
+    /// policy. Returns the table of that version, without the rest.
     ///
     /// # Errors
     ///
     /// When the map cannot be written.
     pub(super) fn carry_over(
-        &mut self,
+        &self,
         rules: &NameRules,
         allow: &mut AllowMap,
         now_ns: u64,
-    ) -> Result<(), AllowError> {
+    ) -> Result<Self, AllowError> {
         let mut next = Self::new();
         for (name, taught) in self.unlisted.iter().rev() {
             let live: Vec<Taught> = taught
@@ -213,8 +213,7 @@ impl Table {
                 )?;
             }
         }
-        *self = next;
-        Ok(())
+        Ok(next)
     }
 
     /// Brings the allow map up to date with ended lifetimes, where it is due.

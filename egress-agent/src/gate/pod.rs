@@ -65,13 +65,21 @@ impl Pod {
         mut next: Enforcement,
         interfaces: &mut InterfaceMap,
     ) -> Result<()> {
-        self.learned
-            .carry_over(&next.compiled.names, &mut next.allow, boottime_ns())
+        // The same version again is an earlier attempt that failed further on.
+        let learned = (next.entry.policy != self.enforcement.entry.policy)
+            .then(|| {
+                self.learned
+                    .carry_over(&next.compiled.names, &mut next.allow, boottime_ns())
+            })
+            .transpose()
             .context("cannot fill the allow map of the new policy")?;
         next.write_interfaces(interfaces)?;
+        if let Some(learned) = learned {
+            self.learned = learned;
+        }
         for ifindex in &self.enforcement.interfaces {
             if !next.interfaces.contains(ifindex) {
-                interfaces.remove(*ifindex)?;
+                interfaces.remove(*ifindex, next.entry.pod)?;
             }
         }
         self.enforcement = next;
@@ -84,7 +92,7 @@ impl Pod {
         self.enforcement.write_interfaces(interfaces)?;
         for ifindex in from {
             if !self.enforcement.interfaces.contains(&ifindex) {
-                interfaces.remove(ifindex)?;
+                interfaces.remove(ifindex, self.enforcement.entry.pod)?;
             }
         }
         Ok(())
@@ -93,7 +101,7 @@ impl Pod {
     /// Forgets the interfaces' entries.
     pub(super) fn remove(self, interfaces: &mut InterfaceMap) -> Result<()> {
         for ifindex in self.enforcement.interfaces {
-            interfaces.remove(ifindex)?;
+            interfaces.remove(ifindex, self.enforcement.entry.pod)?;
         }
         Ok(())
     }

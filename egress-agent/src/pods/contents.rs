@@ -25,6 +25,8 @@ const KEPT: &str = "what was read from it before stays in force";
 pub(super) struct Contents {
     pub(super) objects: Vec<Object>,
     pub(super) problems: Vec<Problem>,
+    /// Whether something could not be read, so that it is not known which objects are missing.
+    pub(super) unreadable: bool,
 }
 
 impl Contents {
@@ -73,7 +75,11 @@ impl Contents {
             }
             objects.extend(kept);
         }
-        Self { objects, problems }
+        Self {
+            objects,
+            problems,
+            unreadable,
+        }
     }
 
     /// What is in force when the file cannot be read at all.
@@ -90,6 +96,7 @@ impl Contents {
         Self {
             objects: self.objects.clone(),
             problems,
+            unreadable: true,
         }
     }
 }

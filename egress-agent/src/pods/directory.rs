@@ -187,6 +187,7 @@ impl Directory {
     fn snapshot(&self) -> Snapshot {
         let mut snapshot = self.files.snapshot();
         snapshot.problems.splice(0..0, self.problem.clone());
+        snapshot.unreadable |= self.problem.is_some();
         snapshot
     }
 }

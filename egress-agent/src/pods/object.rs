@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
+use egress_common::records::UID_BYTES;
 use k8s_openapi::api::core::v1;
 
 use super::{ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem};
@@ -85,10 +86,21 @@ impl PodObject {
             given => required_name(origin, given, LABEL_MAX)?,
         };
         let spec = read.spec.unwrap_or_default();
+        let mut messages = Vec::new();
+        let uid = match metadata.uid {
+            Some(uid) if (1..=UID_BYTES).contains(&uid.len()) => uid,
+            given => {
+                if given.is_some() {
+                    messages.push(format!(
+                        "pod {namespace}/{name}: metadata.uid is not 1 to {UID_BYTES} bytes long \
+                         and does not count"
+                    ));
+                }
+                format!("{namespace}/{name}")
+            }
+        };
         let mut pod = Pod {
-            uid: metadata
-                .uid
-                .unwrap_or_else(|| format!("{namespace}/{name}")),
+            uid,
             namespace,
             name,
             interface: None,
@@ -101,7 +113,6 @@ impl PodObject {
         };
         let subject = format!("pod {}/{}", pod.namespace, pod.name);
         let mut incomplete = false;
-        let mut messages = Vec::new();
         match pod.annotations.remove(INTERFACE_ANNOTATION) {
             Some(interface) if is_interface_name(&interface) => pod.interface = Some(interface),
             Some(interface) => {

@@ -58,6 +58,8 @@ pub struct Snapshot {
     pub pods: BTreeMap<(String, String), Pod>,
     /// What is wrong.
     pub problems: Vec<Problem>,
+    /// Whether something could not be read at all, so that pods may be missing here.
+    pub unreadable: bool,
 }
 
 /// Puts together what files contain. Where two speak of the same object, the earlier one counts.
@@ -66,6 +68,7 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
     let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
     for contents in files {
         snapshot.problems.extend(contents.problems.iter().cloned());
+        snapshot.unreadable |= contents.unreadable;
         for object in &contents.objects {
             let earlier = match object {
                 Object::Pod(pod) => {

@@ -3,6 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hasher as _},
 };
 
 use egress_common::{
@@ -139,6 +140,7 @@ pub fn compile(
         .collect();
     check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
 
+    record.names = fingerprint(&listed);
     let unlisted = unlisted(&allow, &deny, &resolve, open, settings);
     let mut names = NameRules::new(settings.cluster_domain.clone(), unlisted);
     names.extend(listed);
@@ -172,6 +174,17 @@ pub fn unreadable(settings: &Settings) -> Compiled {
         warnings: Vec::new(),
         denials: Vec::new(),
     }
+}
+
+/// A number that changes with the classes of any name.
+fn fingerprint(listed: &BTreeMap<NamePattern, NameRule>) -> u64 {
+    // Fed with text, so that another version of the agent comes to the same number.
+    let mut hasher = DefaultHasher::new();
+    for (pattern, rule) in listed {
+        let denied = u8::from(rule.denied.is_some());
+        hasher.write(format!("{pattern} {:x} {denied}\n", rule.classes).as_bytes());
+    }
+    hasher.finish()
 }
 
 fn flags(settings: &Settings) -> u32 {

@@ -1,0 +1,222 @@
+//! Interfaces that come, go, are replaced, or cannot be attached to; and both ways of attaching.
+
+use std::{fs, process::Command};
+
+use egress_tests::{
+    Lab, Pod, SHORT, TcpEcho,
+    addresses::server,
+    bpf::bpftool,
+    dns::{RecordType, ResponseCode},
+    eventually, holds,
+};
+
+struct Scene {
+    _web: TcpEcho,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::new();
+        let web = lab.serve_tcp(443);
+        lab.dns().addresses("shop.test", &[server(10)]);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        Self {
+            _web: web,
+            pod,
+            lab,
+        }
+    }
+
+    #[track_caller]
+    fn is_enforced(&self) {
+        assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
+        self.pod.talks_tcp((server(10), 443));
+        assert!(!self.is_open(), "the pod is open");
+        assert_eq!(
+            self.pod.resolve("evil.test", RecordType::A).code,
+            ResponseCode::NXDomain
+        );
+    }
+
+    fn is_open(&self) -> bool {
+        self.pod.connect_tcp((server(99), 443), SHORT).is_ok()
+    }
+
+    /// What `tc filter show` says of the pod's interface, both ways.
+    #[track_caller]
+    fn filters(&self) -> String {
+        let show = |way| {
+            let mut command = Command::new("tc");
+            command.args(["filter", "show", "dev", self.pod.interface(), way]);
+            let output = self.lab.node().run(|| command.output()).expect("tc runs");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        show("ingress") + &show("egress")
+    }
+
+    /// How many policies the kernel has.
+    #[track_caller]
+    fn policies(&self) -> usize {
+        let pin = self.lab.pins().join("policies");
+        let dump = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
+        dump.as_array().map_or(0, Vec::len)
+    }
+
+    /// Index of the pod's interface on the node.
+    #[track_caller]
+    fn ifindex(&self) -> u32 {
+        let name = self.pod.interface();
+        let found = self.lab.node().run(|| nix::net::if_::if_nametoindex(name));
+        found.expect("the pod's interface")
+    }
+
+    /// Deletes the pod's interface.
+    #[track_caller]
+    fn delete_interface(&self) {
+        let mut command = Command::new("ip");
+        command.args(["link", "del", self.pod.interface()]);
+        let status = self.lab.node().run(|| command.status()).expect("ip runs");
+        assert!(status.success());
+    }
+}
+
+#[test]
+fn filters_on_a_clsact_qdisc_do_the_same_and_are_gone_at_the_end() {
+    let scene = Scene::new();
+    let attach = ["--attach", "clsact"];
+    let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
+    assert_eq!(scene.filters().matches("direct-action").count(), 2);
+    scene.is_enforced();
+    assert!(agent.stop().success());
+    assert_eq!(scene.filters(), "");
+    assert!(scene.is_open());
+    assert!(!scene.lab.pins().exists());
+}
+
+#[test]
+fn filters_on_a_clsact_qdisc_outlive_a_killed_agent_and_are_replaced_or_cleaned_up() {
+    let scene = Scene::new();
+    let attach = ["--attach", "clsact"];
+    let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
+    scene.is_enforced();
+    agent.kill();
+    assert!(!scene.is_open());
+    scene.pod.talks_tcp((server(10), 443));
+
+    let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
+    assert_eq!(scene.filters().matches("direct-action").count(), 2);
+    scene.is_enforced();
+    agent.kill();
+    scene.lab.cleanup();
+    assert_eq!(scene.filters(), "");
+    assert!(scene.is_open());
+}
+
+#[test]
+fn somebody_elses_filter_stays() {
+    let scene = Scene::new();
+    let interface = scene.pod.interface();
+    // A program in the form of old: "return -1", which is "go on".
+    for arguments in [
+        format!("qdisc add dev {interface} clsact"),
+        format!("filter add dev {interface} ingress prio 1 handle 1 bpf bytecode"),
+    ] {
+        let mut command = Command::new("tc");
+        command.args(arguments.split(' '));
+        if arguments.ends_with("bytecode") {
+            command.arg("1,6 0 0 4294967295");
+        }
+        let status = scene.lab.node().run(|| command.status()).expect("tc runs");
+        assert!(status.success(), "tc {arguments}");
+    }
+    let attach = ["--attach", "clsact"];
+    let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
+    let during = scene.filters();
+    assert!(agent.stop().success());
+    for filters in [during, scene.filters()] {
+        assert!(filters.contains("bytecode"), "{filters}");
+    }
+}
+
+#[test]
+fn an_interface_that_is_replaced_by_one_of_the_same_name_is_enforced() {
+    for attach in ["tcx", "clsact"] {
+        let scene = Scene::new();
+        let agent = scene
+            .lab
+            .start_agent_with(&["--attach", attach], &[&scene.pod]);
+        scene.is_enforced();
+        let before = scene.ifindex();
+        scene.delete_interface();
+        scene.lab.add_interface(&scene.pod);
+        assert_ne!(scene.ifindex(), before);
+        eventually("the new interface is enforced", || holds(!scene.is_open()));
+        scene.is_enforced();
+        drop(agent);
+    }
+}
+
+#[test]
+fn a_pod_whose_interface_is_gone_is_released_and_said_until_it_is_back() {
+    let scene = Scene::new();
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    scene.is_enforced();
+    let pin = scene.lab.allow_pin(&scene.pod);
+    agent.says_after(
+        "that the interface is missing",
+        || scene.delete_interface(),
+        |line| line.contains("shop/cart") && line.contains("there is no interface"),
+    );
+    assert!(!pin.exists());
+    assert_eq!(scene.policies(), 0);
+    agent.says_after(
+        "that the pod is enforced again",
+        || scene.lab.add_interface(&scene.pod),
+        |line| line.contains("enforcing") && line.contains("pod=shop/cart"),
+    );
+    scene.is_enforced();
+}
+
+#[test]
+fn an_interface_that_cannot_be_attached_to_is_tried_again_and_leaves_nothing_behind() {
+    let scene = Scene::new();
+    let other = scene.lab.pod("shop", "other");
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    // In the way of the link's pin.
+    let interface = other.interface();
+    let ifindex = scene
+        .lab
+        .node()
+        .run(|| nix::net::if_::if_nametoindex(interface))
+        .expect("the other pod's interface");
+    let obstacle = scene.lab.pins().join(format!("links/{ifindex}_from_pod"));
+    fs::create_dir(&obstacle).expect("a directory in bpffs");
+    agent.says_after(
+        "which interface cannot be attached to",
+        || scene.lab.write_pod(&other, &[("allow", "shop.test:443")]),
+        |line| line.contains("shop/other") && line.contains("cannot attach"),
+    );
+    let policies = scene.policies();
+    // Every further look is an attempt.
+    for n in 0..20 {
+        scene
+            .lab
+            .write_file(&format!("note{n}.yaml"), b"# nothing\n");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert_eq!(scene.policies(), policies, "attempts leave policies behind");
+    scene.is_enforced();
+
+    fs::remove_dir(&obstacle).expect("the directory is still there");
+    agent.wait_enforcing(&other);
+    assert_eq!(other.lookup("shop.test"), [server(10)]);
+    other.talks_tcp((server(10), 443));
+    assert!(other.connect_tcp((server(99), 443), SHORT).is_err());
+    assert_eq!(scene.policies(), 2);
+    scene.lab.remove_pod(&other);
+    eventually("the pod's policy is gone", || holds(scene.policies() == 1));
+}

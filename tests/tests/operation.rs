@@ -1,0 +1,201 @@
+//! The machine is not as it should be, or its operator is in a hurry.
+
+use std::{
+    fmt::Write as _,
+    process::{Command, Output, Stdio},
+};
+
+use egress_tests::{Agent, Lab, Pod, SHORT, addresses::server, eventually, holds};
+use nix::mount::{MntFlags, umount2};
+use serde_json::json;
+
+/// Runs the agent without these capabilities until it ends by itself.
+#[track_caller]
+fn run_without(lab: &Lab, capabilities: &str) -> Output {
+    let mut command = Command::new("setpriv");
+    command
+        .arg("--bounding-set")
+        .arg(capabilities)
+        .arg("--inh-caps")
+        .arg(capabilities)
+        .arg(Agent::program())
+        .args(["run", "--config"])
+        .arg(lab.config_file())
+        .arg("--pods-dir")
+        .arg(lab.pods_dir())
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null());
+    lab.node()
+        .run(|| command.output())
+        .expect("setpriv, of the package util-linux")
+}
+
+#[test]
+fn privileges_that_are_missing_are_named() {
+    let lab = Lab::builder().without_dns().build();
+    for (without, named) in [
+        ("-bpf,-sys_admin", "CAP_BPF"),
+        ("-sys_admin", "CAP_SYS_ADMIN"),
+        ("-net_admin", "CAP_NET_ADMIN"),
+        ("-net_raw", "CAP_NET_RAW"),
+    ] {
+        let output = run_without(&lab, without);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{without}: {said}");
+        assert!(
+            said.contains(named) && said.contains("missing privileges"),
+            "{without}: {said}"
+        );
+    }
+    assert!(lab.all_pins().is_empty(), "{:?}", lab.all_pins());
+}
+
+#[test]
+fn a_bpffs_that_is_not_mounted_is_mounted() {
+    let lab = Lab::new();
+    umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("umount(2) of the laboratory's bpffs");
+    let _web = lab.serve_tcp(443);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "203.0.113.10:443")]);
+    let mut agent = lab.start_agent(&[&pod]);
+    assert!(agent.stderr().contains("mounted"), "{}", agent.stderr());
+    pod.talks_tcp((server(10), 443));
+    assert!(lab.allow_pin(&pod).exists());
+    assert!(agent.stop().success());
+}
+
+#[test]
+fn a_second_agent_on_the_same_pins_is_refused_and_harms_nothing() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    pod.lookup("shop.test");
+
+    let mut second = lab.spawn_agent(&[]);
+    assert_eq!(second.wait_end().code(), Some(1));
+    let said = second.stderr();
+    assert!(said.contains("another egress-agent is running"), "{said}");
+
+    let output = lab
+        .node()
+        .run(|| lab.agent_command("cleanup").output())
+        .expect("the agent's program runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("another egress-agent is running"), "{said}");
+
+    pod.lookup("shop.test");
+    pod.talks_tcp((server(10), 443));
+    assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
+}
+
+/// How many pods there are besides the one that is tried.
+const CROWD: usize = 100;
+
+/// Interfaces and manifests of many pods in the namespace `shop`, in one file.
+#[track_caller]
+fn crowd(lab: &Lab) {
+    let script = (0..CROWD).fold(String::new(), |mut script, n| {
+        let _ = writeln!(
+            script,
+            "link add crowd{n} up type veth peer name crowded{n}"
+        );
+        script
+    });
+    let file = lab.directory().join("links");
+    std::fs::write(&file, script).expect("write a file");
+    let mut command = Command::new("ip");
+    command.arg("-batch").arg(file);
+    let status = lab.node().run(|| command.status()).expect("ip runs");
+    assert!(status.success());
+    let pods: Vec<_> = (0..CROWD)
+        .map(|n| {
+            json!({
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {
+                    "namespace": "shop",
+                    "name": format!("crowd-{n}"),
+                    "annotations": { "egress-agent.dev/interface": format!("crowd{n}") },
+                },
+                "status": { "podIPs": [{ "ip": format!("10.2.0.{n}") }] },
+            })
+        })
+        .collect();
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": pods });
+    lab.write_file("crowd.json", list.to_string().as_bytes());
+}
+
+/// How many different pods of the crowd the agent has said this of.
+fn said_of_crowd(agent: &Agent, what: &str, from: usize) -> usize {
+    let said = agent.stderr();
+    let of = |line: &str| {
+        let at = line.find("pod=shop/crowd-")?;
+        line[at..].split_whitespace().next().map(str::to_owned)
+    };
+    let pods: std::collections::BTreeSet<String> = said
+        .lines()
+        .skip(from)
+        .filter(|line| line.contains(what))
+        .filter_map(of)
+        .collect();
+    pods.len()
+}
+
+fn lines(agent: &Agent) -> usize {
+    agent.stderr().lines().count()
+}
+
+#[track_caller]
+fn scene_with_crowd() -> (Lab, Pod, Agent) {
+    let lab = Lab::new();
+    lab.dns().addresses("shop.test", &[server(10)]);
+    lab.dns().addresses("later.test", &[server(20)]);
+    let pod = lab.pod("shop", "cart");
+    crowd(&lab);
+    lab.write_namespace("shop", &[("allow", "shop.test:443")]);
+    lab.write_pod(&pod, &[]);
+    let agent = lab.start_agent(&[&pod]);
+    assert_eq!(said_of_crowd(&agent, "enforcing", 0), CROWD);
+    (lab, pod, agent)
+}
+
+#[test]
+fn a_namespace_that_is_edited_changes_every_pod_in_it() {
+    let (lab, pod, mut agent) = scene_with_crowd();
+    let _web = lab.serve_tcp(443);
+    pod.lookup("shop.test");
+    let from = lines(&agent);
+    lab.write_namespace("shop", &[("allow", "later.test:443 203.0.113.99")]);
+    eventually("every pod is under the new policy", || {
+        holds(said_of_crowd(&agent, "policy applied", from) == CROWD)
+    });
+    agent.wait_said("that the tried pod is too", |line| {
+        line.contains("policy applied") && line.contains("pod=shop/cart")
+    });
+    pod.lookup("later.test");
+    pod.talks_tcp((server(20), 443));
+    pod.talks_tcp((server(99), 443));
+    assert!(pod.connect_tcp((server(10), 443), SHORT).is_err());
+    assert!(agent.stop().success());
+    assert!(!lab.pins().exists());
+}
+
+#[test]
+fn an_agent_that_is_asked_to_end_while_it_is_busy_ends_and_leaves_nothing() {
+    let (lab, pod, mut agent) = scene_with_crowd();
+    let _web = lab.serve_tcp(443);
+    let from = lines(&agent);
+    lab.write_namespace("shop", &[("allow", "later.test:443")]);
+    eventually("the agent is busy", || {
+        holds(said_of_crowd(&agent, "policy applied", from) > 0)
+    });
+    assert!(agent.stop().success());
+    let applied = said_of_crowd(&agent, "policy applied", from);
+    assert!(applied < CROWD, "it went on to the end");
+    assert!(!lab.pins().exists());
+    pod.talks_tcp((server(99), 443));
+}

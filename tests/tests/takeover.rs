@@ -1,0 +1,158 @@
+//! What a restarted agent takes over from the one before, and what it does not.
+
+use egress_tests::{
+    Agent, Lab, Pod, SHORT, TcpEcho, addresses::server, dns::RecordType, eventually, holds,
+};
+
+/// A pod that has resolved what it may reach, and whose agent has gone and left it enforced.
+struct Scene {
+    _web: TcpEcho,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new(arguments: &[&str]) -> Self {
+        let lab = Lab::new();
+        let web = lab.serve_tcp(443);
+        lab.dns().addresses("shop.test", &[server(10)]);
+        lab.dns().addresses("later.test", &[server(20)]);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        let mut agent = lab.start_agent_with(&[arguments, &["--keep-enforcing"]].concat(), &[&pod]);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        pod.talks_tcp((server(10), 443));
+        assert!(agent.stop().success());
+        Self {
+            _web: web,
+            pod,
+            lab,
+        }
+    }
+
+    /// Replaces the pod's manifest by that of a pod with this name and UID on the same interface.
+    #[track_caller]
+    fn recreate(&self, name: &str, uid: &str, allow: &str) {
+        self.lab.remove_pod(&self.pod);
+        let manifest = serde_json::json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "namespace": "shop",
+                "name": name,
+                "uid": uid,
+                "annotations": {
+                    "egress-agent.dev/interface": self.pod.interface(),
+                    "egress-agent.dev/allow": allow,
+                },
+            },
+            "status": { "podIPs": [{ "ip": self.pod.ipv4() }, { "ip": self.pod.ipv6() }] },
+        });
+        self.lab
+            .write_file("recreated.json", manifest.to_string().as_bytes());
+    }
+
+    #[track_caller]
+    fn reaches(&self, last: u8) -> bool {
+        self.pod.connect_tcp((server(last), 443), SHORT).is_ok()
+    }
+
+    /// Only `later.test` is allowed, and nothing is known of what was resolved before.
+    #[track_caller]
+    fn begins_afresh(&self, agent: &Agent) {
+        agent.wait_said("that it is ready", |line| line.contains("ready"));
+        assert!(!self.reaches(99), "the pod is open");
+        assert!(!self.reaches(10), "the pod inherited an address");
+        assert_eq!(self.pod.lookup("later.test"), [server(20)]);
+        self.pod.talks_tcp((server(20), 443));
+    }
+}
+
+#[test]
+fn a_pod_made_anew_on_its_interface_while_the_agent_was_away_is_enforced_and_inherits_nothing() {
+    let scene = Scene::new(&[]);
+    scene.recreate("cart", "another", "later.test:443");
+    let agent = scene.lab.start_agent(&[]);
+    scene.begins_afresh(&agent);
+}
+
+#[test]
+fn another_pod_on_the_interface_of_one_that_went_while_the_agent_was_away_is_enforced() {
+    let scene = Scene::new(&[]);
+    scene.recreate("heir", "heir", "later.test:443");
+    let agent = scene.lab.start_agent(&[]);
+    scene.begins_afresh(&agent);
+    let pin = scene.lab.allow_pin(&scene.pod);
+    assert!(!pin.exists(), "left: {}", pin.display());
+}
+
+#[test]
+fn a_name_that_was_replaced_while_the_agent_was_away_is_closed() {
+    let scene = Scene::new(&[]);
+    // The same ports and protocols: only the name differs.
+    scene
+        .lab
+        .write_pod(&scene.pod, &[("allow", "later.test:443")]);
+    let agent = scene.lab.start_agent(&[&scene.pod]);
+    scene.begins_afresh(&agent);
+}
+
+#[test]
+fn a_pod_that_was_switched_off_while_the_agent_was_away_is_free() {
+    let scene = Scene::new(&[]);
+    scene
+        .lab
+        .write_pod(&scene.pod, &[("allow", "shop.test:443"), ("mode", "off")]);
+    let _agent = scene.lab.start_agent(&[]);
+    eventually("the pod is free", || holds(scene.reaches(99)));
+    scene.pod.resolve("evil.test", RecordType::A);
+    assert_eq!(scene.lab.dns().asked("evil.test"), 1);
+}
+
+#[test]
+fn another_way_of_attaching_takes_over_from_the_one_before() {
+    for (before, after) in [("clsact", "tcx"), ("tcx", "clsact")] {
+        let scene = Scene::new(&["--attach", before]);
+        let mut agent = scene
+            .lab
+            .start_agent_with(&["--attach", after], &[&scene.pod]);
+        assert!(
+            !scene.reaches(99),
+            "{before}, then {after}: the pod is open"
+        );
+        assert!(scene.reaches(10), "{before}, then {after}");
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        assert_eq!(
+            scene.lab.dns().asked("shop.test"),
+            2,
+            "{before}, then {after}: each question goes out once"
+        );
+        assert!(agent.stop().success());
+        assert!(
+            scene.reaches(99),
+            "{before}, then {after}: something is left"
+        );
+    }
+}
+
+#[test]
+fn a_pod_whose_manifest_cannot_be_read_at_the_start_stays_as_it_was_left() {
+    let scene = Scene::new(&[]);
+    let file = scene.lab.pod_file(&scene.pod);
+    scene.lab.write_file(&file, b"{{{ not YAML");
+    let agent = scene.lab.start_agent(&[]);
+    agent.wait_said("that the pod stays enforced", |line| {
+        line.contains("shop/cart") && line.contains("as an earlier agent left it")
+    });
+    assert!(!scene.reaches(99), "the pod is open");
+    assert!(scene.reaches(10));
+
+    scene
+        .lab
+        .write_pod(&scene.pod, &[("allow", "shop.test:443")]);
+    agent.wait_enforcing(&scene.pod);
+    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+    scene.lab.remove_pod(&scene.pod);
+    eventually("the pod is free", || holds(scene.reaches(99)));
+}
