@@ -49,7 +49,17 @@ pub fn judge(ctx: &TcContext) -> i32 {
     };
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
-        Walked::Arp => return pass(&skb),
+        Walked::Arp => {
+            // On a bridge, an ARP packet in somebody else's name draws their traffic here.
+            if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
+                return pass(&skb);
+            }
+            let denied = Denied {
+                packet: None,
+                ..Denied::from_pod(interface, &packet, Reason::SpoofedSource)
+            };
+            return deny(ctx, &denied);
+        }
         Walked::Ip => {}
         Walked::NotIp | Walked::Malformed => {
             return deny(
@@ -80,6 +90,19 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
+    // As with ARP: an advertisement in somebody else's name draws their traffic here.
+    if packet.is_neighbour_advertisement() {
+        let is_ours = match packet.neighbour_target(&skb) {
+            Some(target) => address::is_v6_link_local(&target) || is_own(policy, &target),
+            None => false,
+        };
+        if !is_ours {
+            return deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::SpoofedSource),
+            );
+        }
+    }
     if packet.is_link_housekeeping() {
         // Before it has an address, a host speaks from the unspecified one (RFC 4862); after that
         // from its link-local address, which is not among the pod's own.
@@ -128,6 +151,16 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             return pass_first_fragment(&skb, flows, interface, packet, now_ns);
         }
         open = Some(flow);
+    }
+
+    if let Some(key) = packet.quoted_flow(&skb) {
+        let known = flows::find(flows, &key, now_ns).is_some_and(|flow| {
+            flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
+        });
+        if known {
+            count(|c| c.passed_by_flow += 1);
+            return pass(&skb);
+        }
     }
 
     let mut destination = look_up(interface, &packet.dst, now_ns);
@@ -237,18 +270,12 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
         if i as u32 >= policy.own_len {
             return false;
         }
-        if same(&policy.own[i], address) {
+        if address::same(&policy.own[i], address) {
             return true;
         }
         i += 1;
     }
     false
-}
-
-/// Compares in two words; a comparison of slices would become a call that does not exist here.
-#[inline(always)]
-fn same(a: &Address, b: &Address) -> bool {
-    u128::from_ne_bytes(*a) == u128::from_ne_bytes(*b)
 }
 
 /// What the maps say about a destination.

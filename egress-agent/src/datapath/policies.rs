@@ -195,6 +195,18 @@ impl Datapath {
 pub struct FlowMap(HashMap<MapData, FlowKey, Flow>);
 
 impl FlowMap {
+    /// Every flow and every fragmented packet that is remembered.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn entries(&self) -> Result<Vec<(FlowKey, Flow)>> {
+        self.0
+            .iter()
+            .collect::<Result<_, _>>()
+            .context("cannot read a pod's flows")
+    }
+
     /// Forgets flows that have been idle for too long, and gives each destination of a flow that
     /// the pod has open to `open`.
     ///
