@@ -88,7 +88,13 @@ impl Datapath {
                 format!("cannot attach `{}` to interface {ifindex}", hook.program())
             })?;
         }
-        Ok(())
+        // An earlier agent may have attached the other way. Both together would hold each DNS
+        // message twice, and the second time nobody would know its mark.
+        let links = self.layout.links();
+        match self.attach {
+            Attach::Clsact => detach_tcx(&links, ifindex),
+            Attach::Auto | Attach::Tcx => detach_clsact(&links, ifindex),
+        }
     }
 
     /// Detaches both programs; what is already gone is no error.
@@ -203,9 +209,18 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
 }
 
 fn detach(links: &Path, ifindex: u32) -> Result<()> {
+    detach_tcx(links, ifindex)?;
+    detach_clsact(links, ifindex)
+}
+
+fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
     for hook in Hook::BOTH {
         remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
     }
+    Ok(())
+}
+
+fn detach_clsact(links: &Path, ifindex: u32) -> Result<()> {
     let note = links.join(format!("{ifindex}_clsact"));
     if !note.exists() {
         return Ok(());
