@@ -18,7 +18,7 @@ use crate::{
     config::{Config, OnDeny},
     datapath::{Adoptable, Datapath, boottime_ns},
     gate::Gate,
-    pods::{Pod, Snapshot},
+    pods::{NO_ADDRESS, Pod, Snapshot},
     policy::Mode,
 };
 
@@ -124,7 +124,7 @@ impl Reconciler {
             let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
                 Plan::Enforce(wanted) => match self.enforce(key, wanted).await {
-                    Ok(()) => None,
+                    Ok(()) => pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()),
                     Err(error) => Some(format!("{error:#}")),
                 },
                 Plan::Leave(why) => {
