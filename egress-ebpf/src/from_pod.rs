@@ -65,11 +65,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         }
     }
     if TRACE.load() != 0 {
-        aya_log_ebpf::debug!(
+        aya_log_ebpf::info!(
             ctx,
-            "from_pod if {} proto {} port {}",
+            "from_pod: interface {}, protocol {}, to {:i} port {}",
             skb.ifindex(),
             packet.protocol,
+            packet.dst,
             packet.dst_port
         );
     }
@@ -118,25 +119,24 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     let key = packet.flow_from_pod();
     let seen = flows::seen(packet, true);
     let mut open = None;
-    if packet.may_follow_flow() {
-        if let Some(flow) = flows::find(flows, &key, now_ns) {
-            if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
-            {
-                flows::touch(flow, seen, now_ns);
-                count(|c| c.passed_by_flow += 1);
-                return pass_first_fragment(&skb, flows, interface, packet, now_ns);
-            }
-            open = Some(flow);
+    if packet.may_follow_flow()
+        && let Some(flow) = flows::find(flows, &key, now_ns)
+    {
+        if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy) {
+            flows::touch(flow, seen, now_ns);
+            count(|c| c.passed_by_flow += 1);
+            return pass_first_fragment(&skb, flows, interface, packet, now_ns);
         }
+        open = Some(flow);
     }
 
     let mut destination = look_up(interface, &packet.dst, now_ns);
     // A flow that an earlier policy admitted lives on if today's policy allows its destination,
     // even when the address's own lifetime has ended.
-    if let Some(flow) = &open {
-        if flow.state == FLOW_OUT {
-            destination.expired = 0;
-        }
+    if let Some(flow) = &open
+        && flow.state == FLOW_OUT
+    {
+        destination.expired = 0;
     }
     match verdict::judge(policy, &destination, packet.bit, packet.dst_port) {
         Verdict::Pass => {
@@ -268,10 +268,10 @@ fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination
             destination.learned = entry.classes;
             destination.expired = u64::from(entry.expires_ns <= now_ns);
         }
-        if let Some(cidrs) = CIDR.get(&interface.policy) {
-            if let Some(entry) = cidrs.get(&lpm_key(address)) {
-                destination.cidr = entry.classes;
-            }
+        if let Some(cidrs) = CIDR.get(&interface.policy)
+            && let Some(entry) = cidrs.get(&lpm_key(address))
+        {
+            destination.cidr = entry.classes;
         }
     }
     destination

@@ -13,7 +13,7 @@ use egress_tests::{
 /// A pod that has resolved what it may reach.
 struct Scene {
     agent: Agent,
-    web: TcpEcho,
+    _web: TcpEcho,
     pod: Pod,
     lab: Lab,
 }
@@ -31,7 +31,7 @@ impl Scene {
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
         Self {
             agent,
-            web,
+            _web: web,
             pod,
             lab,
         }

@@ -21,7 +21,7 @@ enum Command {
     /// Enforce the policies of this machine's pods until told to stop.
     ///
     /// Denials are written to standard output, one JSON object a line; everything else to standard
-    /// error (RUST_LOG chooses how much, for example RUST_LOG=debug).
+    /// error; the environment variable `RUST_LOG` chooses how much, for example `RUST_LOG=debug`.
     Run(RunArgs),
     /// Say what each pod of the manifests may reach, or what is wrong and where.
     ///
@@ -52,7 +52,7 @@ struct RunArgs {
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
-    /// Trace each packet that the programs see, on standard error; needs RUST_LOG=debug. Slow.
+    /// Trace each packet that the programs judge, on standard error. Slow.
     #[arg(long)]
     datapath_log: bool,
 }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use egress_common::records::Interface;
 
 use super::{
+    denials::Known,
     enforced::{Enforced, PodKey, Wanted},
     reconcile::{Reconciler, title},
 };
@@ -66,6 +67,7 @@ impl Reconciler {
                     // Nothing of it holds yet; the next attempt starts afresh.
                     let _ = self.gate.remove(pod).await;
                     let _ = self.datapath.remove_pod(pod, &pins);
+                    let _ = self.datapath.counters().and_then(|mut map| map.forget(pod));
                 }
                 return Err(error);
             }
@@ -131,6 +133,15 @@ impl Reconciler {
                 allow,
             })
             .await?;
+        // Before its first packet can be denied: the line needs its name.
+        self.introduce(
+            pod,
+            Known {
+                identity: Arc::clone(identity),
+                compiled: Arc::clone(&wanted.compiled),
+                policy,
+            },
+        );
         self.datapath.attach(wanted.ifindex)?;
         for &(ifindex, _) in before {
             if ifindex != wanted.ifindex {

@@ -102,17 +102,17 @@ pub async fn run(options: Options) -> Result<()> {
         dns_settings(config),
         reporter.clone(),
     )?;
-    let known = Arc::default();
-    let denials = DenialReader::start(
-        datapath.take_denials()?,
-        datapath.counters()?,
-        Arc::clone(&known),
-        gate.clone(),
-        reporter,
-    )?;
+    let known: Arc<denials::KnownPods> = Arc::default();
+    let (denials, counters) = (datapath.take_denials()?, datapath.counters()?);
     let (mut snapshots, directory) =
         Directory::watch(&options.pods_dir).context("cannot watch the directory of pods")?;
-    let mut reconciler = Reconciler::new(datapath, gate.clone(), config, known, adoptable)?;
+    let mut reconciler = Reconciler::new(
+        datapath,
+        gate.clone(),
+        config,
+        Arc::clone(&known),
+        adoptable,
+    )?;
 
     let mut look = interval(RECONCILE_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -120,7 +120,9 @@ pub async fn run(options: Options) -> Result<()> {
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let snapshot = snapshots.borrow_and_update().clone();
     reconciler.reconcile(&snapshot).await;
-    reconciler.drop_leftovers(&snapshot).await;
+    reconciler.drop_leftovers(&snapshot);
+    // Only now: what was denied while no agent ran belongs to pods that have just become known.
+    let denials = DenialReader::start(denials, counters, known, gate.clone(), reporter)?;
     tracing::info!(
         node = %config.node,
         pods = reconciler.enforced(),

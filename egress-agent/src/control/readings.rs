@@ -40,10 +40,11 @@ impl Readings {
     /// or closed.
     pub(super) fn read(&mut self, key: &PodKey, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
-        if let Some(reading) = before {
-            if reading.own == pod.annotations && reading.namespace == pod.namespace_annotations {
-                return Arc::clone(&reading.compiled);
-            }
+        if let Some(reading) = before
+            && reading.own == pod.annotations
+            && reading.namespace == pod.namespace_annotations
+        {
+            return Arc::clone(&reading.compiled);
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);

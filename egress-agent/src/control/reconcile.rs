@@ -25,7 +25,7 @@ use crate::{
 /// What should be done with one pod.
 enum Plan {
     /// Put it under this.
-    Enforce(Wanted),
+    Enforce(Box<Wanted>),
     /// Leave it alone, for now or for good; the text says why when it is worth saying.
     Leave(Option<String>),
     /// Keep what is, because what should be cannot be found out.
@@ -123,7 +123,7 @@ impl Reconciler {
         for (key, pod) in &snapshot.pods {
             let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
-                Plan::Enforce(wanted) => match self.enforce(key, wanted).await {
+                Plan::Enforce(wanted) => match self.enforce(key, *wanted).await {
                     Ok(()) => pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()),
                     Err(error) => Some(format!("{error:#}")),
                 },
@@ -146,7 +146,7 @@ impl Reconciler {
     }
 
     /// Removes what an earlier agent left and the first snapshot does not claim.
-    pub(super) async fn drop_leftovers(&mut self, snapshot: &Snapshot) {
+    pub(super) fn drop_leftovers(&mut self, snapshot: &Snapshot) {
         let waiting: HashSet<PodKey> = snapshot.pods.keys().cloned().collect();
         for (pod, left) in std::mem::take(&mut self.adoptable) {
             let key = (left.namespace.clone(), left.name.clone());
@@ -163,7 +163,7 @@ impl Reconciler {
                 self.adoptable.insert(pod, left);
                 continue;
             }
-            if let Err(error) = self.drop_leftover(pod, &left).await {
+            if let Err(error) = self.drop_leftover(pod, &left) {
                 tracing::error!(pod = %title, error = %format!("{error:#}"), "cannot remove leftovers");
             } else {
                 tracing::info!(pod = %title, "removed what an earlier agent had left");
@@ -171,12 +171,13 @@ impl Reconciler {
         }
     }
 
-    async fn drop_leftover(&mut self, pod: u32, left: &Adoptable) -> Result<()> {
+    fn drop_leftover(&mut self, pod: u32, left: &Adoptable) -> Result<()> {
         for &(ifindex, entry) in &left.interfaces {
             self.datapath.detach(ifindex)?;
             self.datapath.interfaces()?.remove(ifindex)?;
             self.datapath.drop_policy(entry.policy)?;
         }
+        self.datapath.counters()?.forget(pod)?;
         let key = (left.namespace.clone(), left.name.clone());
         let pins = self.datapath.pins_of(&left.namespace, &left.name);
         if self.enforced.contains_key(&key) {
@@ -239,13 +240,10 @@ impl Reconciler {
                 crate::pods::INTERFACE_ANNOTATION
             )));
         };
-        let ifindex = match nix::net::if_::if_nametoindex(name.as_str()) {
-            Ok(ifindex) => ifindex,
-            Err(_) => {
-                return Plan::Leave(Some(format!(
-                    "not enforced yet: there is no interface {name}; it will be when it appears"
-                )));
-            }
+        let Ok(ifindex) = nix::net::if_::if_nametoindex(name.as_str()) else {
+            return Plan::Leave(Some(format!(
+                "not enforced yet: there is no interface {name}; it will be when it appears"
+            )));
         };
         match taken.get(&ifindex) {
             Some(other) if other != key => {
@@ -261,7 +259,7 @@ impl Reconciler {
             }
         }
         match Wanted::new(pod, ifindex, compiled, self.on_deny) {
-            Ok(wanted) => Plan::Enforce(wanted),
+            Ok(wanted) => Plan::Enforce(Box::new(wanted)),
             Err(error) if self.enforced.contains_key(key) => {
                 Plan::Keep(format!("{error:#}; the last good policy stays"))
             }
@@ -282,6 +280,13 @@ impl Reconciler {
             }
         }
         self.said = saying;
+    }
+
+    /// Makes one pod known to the reader of denials.
+    pub(super) fn introduce(&self, pod: u32, known: Known) {
+        let mut pods = HashMap::clone(&self.known.load());
+        pods.insert(pod, Arc::new(known));
+        self.known.store(Arc::new(pods));
     }
 
     fn publish(&self) {

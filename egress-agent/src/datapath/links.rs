@@ -159,10 +159,10 @@ impl Datapath {
         let _ = qdisc_add_clsact(&name);
         // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
         let note = self.layout.links().join(format!("{ifindex}_clsact"));
-        if let Err(error) = fs::create_dir(&note) {
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                return Err(error).with_context(|| format!("cannot create {}", note.display()));
-            }
+        if let Err(error) = fs::create_dir(&note)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("cannot create {}", note.display()));
         }
         let handle = TcHandle::from(match hook {
             Hook::FromPod => 1,
@@ -279,7 +279,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>> {
     }
 }
 
-/// `bpf_link_update` on a tcx link without a device gives ENOLINK (tcx_link_update,
+/// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
 /// kernel/bpf/tcx.c).
 fn is_defunct(error: &ProgramError) -> bool {
     matches!(

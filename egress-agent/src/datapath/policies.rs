@@ -45,7 +45,8 @@ impl Datapath {
         self.layout.pod(namespace, name)
     }
 
-    /// Removes a pod's own maps and pins. Its interfaces must be detached and its policy dropped.
+    /// Removes a pod's own maps and pins, but for its meter (see [`super::CounterMap::forget`]).
+    /// Its interfaces must be detached and its policy dropped.
     ///
     /// # Errors
     ///
@@ -62,7 +63,6 @@ impl Datapath {
     /// When an entry cannot be removed.
     pub fn remove_pod_maps(&mut self, pod: u32) -> Result<()> {
         gone(self.flows.remove(&pod)).context("cannot write the map `flows`")?;
-        gone(self.meters.remove(&pod)).context("cannot write the map `meters`")?;
         gone(self.identities.remove(&pod)).context("cannot write the map `identities`")
     }
 
@@ -132,7 +132,7 @@ impl Datapath {
         let mut found: Vec<(Address, u32, u64)> = Vec::new();
         match self.cidrs.get(&id, 0) {
             Ok(trie) => {
-                for item in trie_of(trie)?.iter() {
+                for item in &trie_of(trie)? {
                     let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
                     found.push((key.data(), key.prefix_len(), entry.classes));
                 }
@@ -202,7 +202,7 @@ impl FlowMap {
     /// When the map cannot be read.
     pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<()> {
         let mut idle = Vec::new();
-        for item in self.0.iter() {
+        for item in &self.0 {
             let (key, flow) = item.context("cannot read a pod's flows")?;
             if !is_alive(&key, &flow, now_ns) {
                 idle.push(key);

@@ -37,6 +37,9 @@ pub(super) struct Runner {
     shared: Shared,
     pods: HashMap<u32, Pod>,
     scratch: Vec<u8>,
+    started_ns: u64,
+    /// Messages that were taken while no agent ran.
+    stale: u64,
 }
 
 impl Runner {
@@ -55,6 +58,8 @@ impl Runner {
             shared,
             pods: HashMap::new(),
             scratch: Vec::new(),
+            started_ns: boottime_ns(),
+            stale: 0,
         }
     }
 
@@ -93,9 +98,16 @@ impl Runner {
             pods,
             shared,
             scratch,
+            started_ns,
+            stale,
             ..
         } = self;
         ring.next(|held| {
+            // Taken while no agent ran: whoever asked has asked again or given up since.
+            if held.head.time_ns < *started_ns {
+                *stale += 1;
+                return;
+            }
             // A message of a pod that was removed meanwhile goes nowhere.
             if let Some(pod) = pods.get_mut(&held.head.pod) {
                 pod.decide(&held, shared, scratch);
@@ -129,6 +141,13 @@ impl Runner {
     }
 
     fn tick(&mut self) {
+        let stale = std::mem::take(&mut self.stale);
+        if stale > 0 {
+            tracing::warn!(
+                messages = stale,
+                "DNS messages were held while no agent ran; they were not put back"
+            );
+        }
         let now_ns = boottime_ns();
         for (id, pod) in &mut self.pods {
             if let Err(error) = pod.tick(now_ns) {
