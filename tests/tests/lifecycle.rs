@@ -116,7 +116,7 @@ fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it
 fn an_agent_that_attaches_another_way_takes_over_from_its_predecessor() {
     let Scene {
         mut agent,
-        web: _web,
+        _web,
         pod,
         lab,
     } = Scene::new(&["--keep-enforcing", "--attach", "tcx"]);
