@@ -113,6 +113,27 @@ fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it
 }
 
 #[test]
+fn an_agent_that_attaches_another_way_takes_over_from_its_predecessor() {
+    let Scene {
+        mut agent,
+        _web,
+        pod,
+        lab,
+    } = Scene::new(&["--keep-enforcing", "--attach", "tcx"]);
+    for way in ["clsact", "tcx"] {
+        ended_well(agent.stop());
+        agent = lab.start_agent_with(&["--keep-enforcing", "--attach", way], &[&pod]);
+        assert_eq!(pod.lookup("later.test"), [server(20)], "{way}");
+        pod.talks_tcp((server(10), 443));
+        assert!(pod.connect_tcp((server(99), 443), SHORT).is_err(), "{way}");
+    }
+    ended_well(agent.stop());
+    lab.cleanup();
+    assert!(lab.all_pins().is_empty(), "{:?}", lab.all_pins());
+    pod.talks_tcp((server(99), 443));
+}
+
+#[test]
 fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
     let mut scene = Scene::new(&[]);
     let mut open = scene.pod.talks_tcp((server(10), 443));
