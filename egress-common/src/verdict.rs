@@ -87,6 +87,13 @@ const fn is_zero(value: u64) -> u64 {
     is_negative(value.wrapping_sub(1))
 }
 
+/// Whether this is DNS. To an internal address too it needs a rule: a server there that is not among
+/// the configured resolvers would carry out whatever a name can hold, and nobody would look at it.
+#[inline(always)]
+const fn is_dns(protocol: u8, port: u16) -> bool {
+    protocol & (bits::UDP | bits::TCP) != 0 && port == 53
+}
+
 /// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
 /// verdict (`docs/architecture.md`).
 ///
@@ -120,7 +127,10 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if protected {
         return Verdict::deny(Reason::Protected);
     }
-    if destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0 {
+    if destination.ranges & RANGE_INTERNAL != 0
+        && policy.flags & POLICY_ALLOW_INTERNAL != 0
+        && !is_dns(protocol, port)
+    {
         return Verdict::Pass;
     }
     if policy.flags & POLICY_OPEN != 0 {
@@ -341,6 +351,20 @@ mod tests {
             reason(&hole, &protected(NOWHERE), bits::TCP, 80),
             Reason::DenyRule
         );
+    }
+
+    #[test]
+    fn dns_to_an_internal_address_needs_a_rule() {
+        let mut lenient = policy();
+        lenient.flags |= POLICY_ALLOW_INTERNAL;
+        let internal = Destination {
+            ranges: RANGE_INTERNAL,
+            ..Destination::default()
+        };
+        assert_eq!(judge(&lenient, &internal, bits::UDP, 54), Verdict::Pass);
+        for protocol in [bits::UDP, bits::TCP] {
+            assert_ne!(judge(&lenient, &internal, protocol, 53), Verdict::Pass);
+        }
     }
 
     #[test]

@@ -19,6 +19,11 @@ pub struct Tap {
     socket: Socket,
 }
 
+/// `PACKET_VNET_HDR`, `include/uapi/linux/if_packet.h`.
+const PACKET_VNET_HDR: libc::c_int = 15;
+/// `VIRTIO_NET_HDR_F_NEEDS_CSUM`, `include/uapi/linux/virtio_net.h`.
+const VIRTIO_NEEDS_CSUM: u8 = 1;
+
 impl Tap {
     /// Opens a packet socket on `interface` of `namespace`.
     #[track_caller]
@@ -37,6 +42,36 @@ impl Tap {
         });
         let socket = opened.unwrap_or_else(|e| panic!("open a packet socket on {interface}: {e}"));
         Self { socket }
+    }
+
+    /// From now on, each frame is sent with a header before it that says where its checksum is to
+    /// be written (`PACKET_VNET_HDR`, packet(7)); see [`Self::send_with_checksum_at`].
+    #[track_caller]
+    pub fn expect_offsets(&self) {
+        let on: libc::c_int = 1;
+        // SAFETY: the option takes an int, and that is what pointer and length say.
+        let failed = unsafe {
+            libc::setsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+                libc::SOL_PACKET,
+                PACKET_VNET_HDR,
+                (&raw const on).cast(),
+                size_of_val(&on).try_into().unwrap_or_default(),
+            )
+        };
+        assert_eq!(failed, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// Sends a frame whose checksum, over everything from `start` on, the kernel is to write
+    /// `offset` bytes behind `start`.
+    #[track_caller]
+    pub fn send_with_checksum_at(&self, frame: &[u8], start: u16, offset: u16) {
+        // struct virtio_net_hdr, include/uapi/linux/virtio_net.h.
+        let mut bytes = vec![VIRTIO_NEEDS_CSUM, 0, 0, 0, 0, 0];
+        bytes.extend(start.to_ne_bytes());
+        bytes.extend(offset.to_ne_bytes());
+        bytes.extend(frame);
+        self.send(&bytes);
     }
 
     /// Sends a frame, from its Ethernet header on.

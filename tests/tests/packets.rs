@@ -399,3 +399,34 @@ fn rejected_programs_fail_at_once() {
         }
     }
 }
+
+#[test]
+fn a_checksum_cannot_be_written_over_the_port_that_was_judged() {
+    /// Where the UDP header begins, its destination port and its checksum.
+    const UDP: u16 = 14 + 20;
+    const PORT_FIELD: u16 = 2;
+    const CHECKSUM_FIELD: u16 = 6;
+    let wire = Wire::new();
+    let own: IpAddr = wire.pod.ipv4().into();
+    let frame = |payload: &[u8]| frames::udp(&wire.pod, (own, 7), (server(1), PORT), payload);
+    let sender = Tap::open(wire.pod.netns(), "eth0");
+    sender.expect_offsets();
+
+    let mark = wire.agent.mark();
+    sender.send_with_checksum_at(&frame(b"forged"), UDP, PORT_FIELD);
+    sender.send_with_checksum_at(&frame(b"forged"), UDP - 4, 0);
+    sender.send_with_checksum_at(&frame(b"honest"), UDP, CHECKSUM_FIELD);
+    let left = wire
+        .uplink
+        .receive(DEADLINE, |frame| {
+            [b"forged", b"honest"]
+                .iter()
+                .any(|payload| frame.windows(6).any(|bytes| bytes == *payload))
+        })
+        .expect("the honest packet passes");
+    assert!(left.windows(6).any(|bytes| bytes == b"honest"), "{left:?}");
+    wire.agent
+        .wait_denial_from(mark, "the forged ones", |denial| {
+            denial.reason == "malformed" && denial.pod == "cart"
+        });
+}

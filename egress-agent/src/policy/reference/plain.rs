@@ -168,8 +168,9 @@ pub(super) fn plainly(
     let any_allow = pod.allow.is_some() || namespace.allow.is_some();
     let any_deny = pod.deny.is_some() || namespace.deny.is_some();
     let open = any_deny && !any_allow;
-    let passes =
-        allowed || (!packet.protected && ((packet.internal && settings.allow_internal) || open));
+    let dns = packet.port == 53 && packet.protocol & (bits::TCP | bits::UDP) != 0;
+    let internal = packet.internal && settings.allow_internal && !dns;
+    let passes = allowed || (!packet.protected && (internal || open));
     (passes, false)
 }
 

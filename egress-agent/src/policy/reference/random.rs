@@ -148,6 +148,7 @@ pub(super) fn asked() -> impl Strategy<Value = Vec<Vec<u8>>> {
 pub(super) fn packet() -> impl Strategy<Value = Packet> {
     let port = prop_oneof![
         Just(1_u16),
+        Just(53),
         Just(80),
         Just(443),
         Just(8001),
