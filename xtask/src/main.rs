@@ -3,6 +3,7 @@
 
 mod build;
 mod demo;
+mod kernels;
 mod leftovers;
 mod lint;
 mod process;
@@ -29,6 +30,7 @@ enum Command {
     Build(build::Options),
     Test(test::Options),
     Demo(demo::Options),
+    Kernels(kernels::Options),
     Lint(lint::Options),
 }
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Build(options) => build::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Kernels(options) => kernels::run(&options),
         Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {

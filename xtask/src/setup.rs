@@ -3,7 +3,7 @@
 //! Everything is looked for first, and only what is missing is installed: programs from the
 //! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
 
-mod apt;
+pub(crate) mod apt;
 mod ebpf;
 
 use std::fs;
@@ -22,12 +22,12 @@ pub(crate) struct Options {
     check: bool,
 }
 
-/// A program of the distribution that the tests or the demo run.
-struct Program {
-    name: &'static str,
+/// A program of the distribution that the project's commands run.
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
     /// The packages that may hold it, the first that the distribution has is installed.
-    packages: &'static [&'static str],
-    purpose: &'static str,
+    pub(crate) packages: &'static [&'static str],
+    pub(crate) purpose: &'static str,
 }
 
 const PROGRAMS: [Program; 9] = [
@@ -87,7 +87,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return check();
     }
     kernel()?;
-    programs()?;
+    programs(&PROGRAMS)?;
     components()?;
     ebpf::ensure()?;
     deny()
@@ -101,7 +101,7 @@ pub(crate) fn ensure() -> Result<()> {
 /// Says what is missing.
 fn check() -> Result<()> {
     kernel()?;
-    let mut missing: Vec<String> = missing_programs()
+    let mut missing: Vec<String> = missing_programs(&PROGRAMS)
         .iter()
         .map(|program| program.name.to_owned())
         .collect();
@@ -138,10 +138,16 @@ fn kernel() -> Result<()> {
     Ok(())
 }
 
-fn programs() -> Result<()> {
-    let missing = missing_programs();
+/// Finds programs, and installs those that are missing.
+///
+/// # Errors
+///
+/// Fails when one is missing and cannot be installed.
+pub(crate) fn programs(wanted: &'static [Program]) -> Result<()> {
+    let missing = missing_programs(wanted);
     if missing.is_empty() {
-        found("programs", &PROGRAMS.map(|program| program.name).join(" "));
+        let names: Vec<_> = wanted.iter().map(|program| program.name).collect();
+        found("programs", &names.join(" "));
         return Ok(());
     }
     let mut packages = Vec::new();
@@ -156,7 +162,7 @@ fn programs() -> Result<()> {
         })?);
     }
     apt::install(&packages)?;
-    if let Some(Program { name, .. }) = missing_programs().first() {
+    if let Some(Program { name, .. }) = missing_programs(wanted).first() {
         bail!(
             "`{name}` is still missing after installing {}: install the package of your \
              distribution that has it, for the kernel that runs, and run this again",
@@ -166,8 +172,8 @@ fn programs() -> Result<()> {
     Ok(())
 }
 
-fn missing_programs() -> Vec<&'static Program> {
-    PROGRAMS
+fn missing_programs(wanted: &'static [Program]) -> Vec<&'static Program> {
+    wanted
         .iter()
         .filter(|program| !is_usable(program.name))
         .collect()

@@ -1,9 +1,10 @@
 //! Debian's and Ubuntu's packages.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::process;
 
@@ -31,14 +32,50 @@ fn candidate_in(policy: &str) -> Option<String> {
 ///
 /// Fails when there is no apt, or when the distribution has none of them.
 pub(super) fn first_available(packages: &[&'static str]) -> Result<&'static str> {
-    if !is_here() {
-        bail!("this system has no apt, so packages have to be installed by hand");
-    }
+    require()?;
     refresh()?;
     match packages.iter().find(|package| candidate(package).is_some()) {
         Some(package) => Ok(package),
         None => bail!("this distribution has no package {}", packages.join(" or ")),
     }
+}
+
+fn require() -> Result<()> {
+    if !is_here() {
+        bail!("this system has no apt, so packages have to be installed by hand");
+    }
+    Ok(())
+}
+
+/// The names of packages that match a regular expression.
+///
+/// # Errors
+///
+/// Fails when there is no apt.
+pub(crate) fn search(pattern: &str) -> Result<Vec<String>> {
+    require()?;
+    refresh()?;
+    let search = ["search", "--names-only", pattern];
+    let found = process::output(Command::new("apt-cache").args(search))?;
+    let names = found.lines().filter_map(|line| line.split(" - ").next());
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// Downloads a package into an empty directory, and returns its file there. Nothing is installed.
+///
+/// # Errors
+///
+/// Fails when apt fails, as it does when its lists name a file that is gone.
+pub(crate) fn download(package: &str, directory: &Path) -> Result<PathBuf> {
+    let mut command = Command::new("apt-get");
+    command.args(["download", "--quiet", package]);
+    process::run(command.current_dir(directory))?;
+    let mut files = fs::read_dir(directory)
+        .with_context(|| format!("cannot list {}", directory.display()))?
+        .filter_map(|file| Some(file.ok()?.path()));
+    files
+        .find(|file| file.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt has not downloaded {package}"))
 }
 
 /// Whether `package` is installed.
@@ -57,7 +94,8 @@ pub(super) fn refresh() -> Result<()> {
     if has_lists { Ok(()) } else { update() }
 }
 
-fn update() -> Result<()> {
+/// Fetches the lists of packages.
+pub(crate) fn update() -> Result<()> {
     process::run(process::as_root("apt-get")?.args(["update", "--quiet"]))
 }
 

@@ -1,0 +1,225 @@
+#!/bin/sh
+# The first process of the virtual machine that `cargo xtask kernels` boots: makes a pod, drives an
+# agent, prints one line per check and `finished` with their number, and switches the machine off.
+#
+# From the kernel's command line: EXPECT_ATTACH, tcx or clsact.
+set -u
+export PATH=/usr/bin:/bin
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs run /run
+mount -t tmpfs tmp /tmp
+
+# The shell prefers busybox's own programs of these names.
+ip() { /usr/bin/ip "$@"; }
+tc() { /usr/bin/tc "$@"; }
+
+checks=0
+failures=0
+
+# check WHAT COMMAND...: the command must succeed.
+check() {
+    what=$1
+    shift
+    checks=$((checks + 1))
+    if "$@" > /tmp/said 2>&1; then
+        echo "ok      $what"
+    else
+        failures=$((failures + 1))
+        echo "FAILED  $what"
+        sed 's/^/    /' /tmp/said
+    fi
+}
+
+not() { ! "$@"; }
+
+# within SECONDS COMMAND...: the command must succeed before the time is over.
+within() {
+    left=$(($1 * 5))
+    shift
+    until "$@"; do
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || return 1
+        sleep 0.2
+    done
+}
+
+pod() { ip netns exec pod "$@"; }
+reaches() { pod ping -c 1 -W 2 "$1"; }
+
+# connects ADDRESS PORT: a web server answers.
+connects() { printf 'GET / HTTP/1.0\r\n\r\n' | pod nc -w 3 "$1" "$2" | grep hello; }
+
+# resolves NAME RESOLVER ADDRESS: the address is in the answer.
+resolves() { pod nslookup "$1" "$2" | tee /dev/stderr | grep -qF "Address: $3"; }
+is_nonexistent() { pod nslookup "$1" "$2" 2>&1 | tee /dev/stderr | grep -q NXDOMAIN; }
+
+is_reported() { within 5 grep -F "$1" /tmp/denials; }
+
+# A refused connection fails long before its time-out, which `timeout` would have to end.
+is_refused() {
+    pod timeout 5 nc -w 10 "$1" "$2" < /dev/null
+    [ $? -eq 1 ]
+}
+
+# start SETTING: runs the agent, with what it does to denied packets, until it says it is ready.
+start() {
+    cat > /tmp/config.yaml << CONFIG
+onDeny: $1
+dns:
+  resolvers: ["198.51.100.53", "2001:db8:1::53"]
+CONFIG
+    egress-agent run --pods-dir /tmp/pods --config /tmp/config.yaml \
+        >> /tmp/denials 2> /tmp/agent.log &
+    agent=$!
+    within 60 is_ready || {
+        cat /tmp/agent.log
+        return 1
+    }
+}
+
+is_ready() { grep -q ' ready ' /tmp/agent.log; }
+has_ended() { not kill -0 "$agent"; }
+
+filters() {
+    tc filter show dev veth1 ingress
+    tc filter show dev veth1 egress
+}
+
+pins=/sys/fs/bpf/egress-agent/v1
+
+is_attached() {
+    filters
+    find $pins/links
+    case $EXPECT_ATTACH in
+        tcx)
+            [ "$(find $pins/links -name '*_from_pod' -o -name '*_to_pod' | wc -l)" -eq 2 ]
+            ;;
+        clsact)
+            [ "$(filters | grep -c -e ' from_pod ' -e ' to_pod ')" -eq 2 ]
+            ;;
+    esac
+}
+
+# Programs disappear with the last reference, which the kernel drops a little later.
+has_programs() { bpftool prog show | grep -e ' name from_pod ' -e ' name to_pod '; }
+has_no_programs() { within 10 not has_programs; }
+
+allow_map() { bpftool map dump pinned "$pins/pods/shop_cart/allow"; }
+is_learned() { allow_map | tee /dev/stderr | grep -q '"expires_ns"'; }
+
+has_complained() { dmesg | grep -e 'BUG: [^s]' -e 'WARNING: ' -e 'Oops'; }
+
+echo "kernel  $(uname -r)"
+for module in /modules/*; do
+    [ -e "$module" ] && insmod "$module"
+done
+
+hostname node
+
+# The pod, and the world behind the node: addresses on the node's loopback.
+ip link set lo up
+for last in 1 7 8 9 10 53; do
+    ip address add 198.51.100.$last/32 dev lo
+    ip address add 2001:db8:1::$last/128 dev lo nodad
+done
+ip netns add pod
+ip link add veth1 type veth peer name eth0 netns pod
+ip address add 10.9.0.1/24 dev veth1
+ip address add 2001:db8:9::1/64 dev veth1 nodad
+ip link set veth1 up
+pod ip link set lo up
+pod ip address add 10.9.0.2/24 dev eth0
+pod ip address add 2001:db8:9::2/64 dev eth0 nodad
+pod ip link set eth0 up
+pod ip route add default via 10.9.0.1
+pod ip route add default via 2001:db8:9::1
+
+echo 'root:x:0:0:root:/:/bin/sh' > /etc/passwd
+mkdir /tmp/www /tmp/pods
+echo hello > /tmp/www/index.html
+httpd -p 80 -h /tmp/www
+httpd -p 81 -h /tmp/www
+dnsmasq --conf-file=/dev/null --user=root --pid-file --no-resolv --no-hosts --bind-interfaces \
+    --listen-address=198.51.100.53,2001:db8:1::53 \
+    --host-record=shop.example,198.51.100.7,2001:db8:1::7,60 \
+    --host-record=web.example,198.51.100.8,2001:db8:1::8,60 \
+    --host-record=late.example,198.51.100.10,2001:db8:1::10,60 \
+    --host-record=other.example,198.51.100.9,2001:db8:1::9,60
+
+cat > /tmp/pods/cart.yaml << 'MANIFEST'
+apiVersion: v1
+kind: Pod
+metadata:
+  name: cart
+  namespace: shop
+  annotations:
+    egress-agent.dev/interface: veth1
+    egress-agent.dev/allow: |
+      198.51.100.1/icmp
+      2001:db8:1::1/icmp
+      shop.example
+      web.example:80
+      late.example
+status:
+  podIPs: [{ip: 10.9.0.2}, {ip: "2001:db8:9::2"}]
+MANIFEST
+
+check "without an agent, everything is reached over IPv4" reaches 198.51.100.9
+check "without an agent, everything is reached over IPv6" reaches 2001:db8:1::9
+check "without an agent, every name resolves" resolves other.example 198.51.100.53 198.51.100.9
+
+check "an agent starts" start drop
+check "its programs are attached through $EXPECT_ATTACH" is_attached
+check "an allowed IPv4 address is reached" reaches 198.51.100.1
+check "an allowed IPv6 address is reached" reaches 2001:db8:1::1
+check "another IPv4 address is not" not reaches 198.51.100.9
+check "another IPv6 address is not" not reaches 2001:db8:1::9
+check "the denied IPv4 packet is reported" is_reported '"dst_ip":"198.51.100.9"'
+check "the denied IPv6 packet is reported" is_reported '"dst_ip":"2001:db8:1::9"'
+
+check "an allowed name's address is not reached before it is asked for" not reaches 198.51.100.7
+check "the name resolves" resolves shop.example 198.51.100.53 198.51.100.7
+check "its IPv4 address is reached now" reaches 198.51.100.7
+check "its IPv6 address is reached now" reaches 2001:db8:1::7
+check "a name resolves over IPv6" resolves web.example 2001:db8:1::53 2001:db8:1::8
+check "its allowed port is reached over IPv4" connects 198.51.100.8 80
+check "its allowed port is reached over IPv6" connects 2001:db8:1::8 80
+check "another of its ports is not" not connects 198.51.100.8 81
+check "another name does not exist" is_nonexistent other.example 198.51.100.53
+check "another name does not exist over IPv6" is_nonexistent other.example 2001:db8:1::53
+check "the denied name is reported" is_reported '"dns_name":"other.example"'
+check "bpftool shows what was learned" is_learned
+
+kill -9 "$agent"
+check "a killed agent is gone" within 10 has_ended
+check "without it, a learned address is still reached" reaches 198.51.100.7
+check "without it, what is denied is still denied" not reaches 198.51.100.9
+
+check "a second agent takes over" start reject
+check "its programs are attached through $EXPECT_ATTACH, once" is_attached
+check "a learned address is still reached" reaches 198.51.100.7
+check "what is denied is still denied" not reaches 198.51.100.9
+check "a denied connection is refused over IPv4" is_refused 198.51.100.9 80
+check "a denied connection is refused over IPv6" is_refused 2001:db8:1::9 80
+check "a name resolves" resolves late.example 198.51.100.53 198.51.100.10
+check "its address is reached" reaches 198.51.100.10
+
+kill "$agent"
+check "told to stop, it ends" within 30 has_ended
+check "nothing is denied any more" reaches 198.51.100.9
+check "no port is denied any more" connects 198.51.100.8 81
+check "its programs are gone" has_no_programs
+check "its pins are gone" not ls "${pins%/*}"
+check "the kernel has nothing to complain of" not has_complained
+
+if [ "$failures" -gt 0 ]; then
+    for log in /tmp/agent.log /tmp/denials; do
+        echo "--- $log"
+        tail -n 40 "$log"
+    done
+fi
+echo "finished $checks"
+poweroff -f
