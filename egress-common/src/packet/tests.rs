@@ -1,7 +1,16 @@
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 
-use super::*;
+use super::{
+    ip::{IPV4_LOOSE_SOURCE_ROUTE, IPV4_STRICT_SOURCE_ROUTE},
+    role::ICMPV6_ERROR_FRAME_MAX,
+    *,
+};
+use crate::{
+    limits::EXTENSION_HEADERS,
+    protocol::{self, bits},
+    records::{FLOW_KEY_FLOW, FlowKey},
+};
 
 const SRC: [u8; 4] = [10, 1, 1, 2];
 const DST: [u8; 4] = [203, 0, 113, 1];

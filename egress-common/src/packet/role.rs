@@ -1,0 +1,224 @@
+//! What a packet is to a flow and to its link.
+
+use super::icmp::{
+    ICMP_ECHO, ICMP_PARAMETER_PROBLEM, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE, ICMPV6_ECHO,
+    ICMPV6_MLD_DONE, ICMPV6_MLD_REPORT, ICMPV6_MLD2_REPORT, ICMPV6_NEIGHBOUR_ADVERTISEMENT,
+    ICMPV6_NEIGHBOUR_SOLICITATION, ICMPV6_PARAMETER_PROBLEM, ICMPV6_ROUTER_SOLICITATION,
+    ICMPV6_UNREACHABLE,
+};
+use super::{ETHERNET_LEN, Fragment, Frame, Packet, TCP_ACK, TCP_SYN};
+use crate::{
+    address::{self, Address},
+    protocol::{self, bits},
+    records::{FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FlowKey},
+};
+
+/// Longest frame with an ICMP error that a flow lets pass: RFC 1812, section 4.3.2.3, and RFC 4443,
+/// section 2.4, bound the packet.
+const ICMP_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 576;
+/// See [`ICMP_ERROR_FRAME_MAX`].
+pub(super) const ICMPV6_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 1280;
+
+impl Packet {
+    /// A packet of which nothing is known yet.
+    pub const EMPTY: Self = Self {
+        src: address::UNSPECIFIED,
+        dst: address::UNSPECIFIED,
+        src_port: 0,
+        dst_port: 0,
+        l4_offset: 0,
+        fragment_id: 0,
+        fragment: Fragment::None,
+        protocol: 0,
+        bit: 0,
+        tcp_flags: 0,
+        icmp_type: 0,
+        icmp_code: 0,
+        hop_limit: 0,
+        version: 0,
+    };
+
+    /// Whether this is a TCP packet that opens a connection.
+    #[inline(always)]
+    pub const fn opens_tcp(&self) -> bool {
+        self.protocol == protocol::TCP && self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+    }
+
+    /// Whether a flow that this packet belongs to lets it pass; an opening packet and a message
+    /// that belongs to no flow need the rules.
+    #[inline(always)]
+    pub const fn may_follow_flow(&self) -> bool {
+        match self.bit {
+            bits::TCP => !self.opens_tcp(),
+            bits::ICMP_OTHER => self.is_neighbour_message(),
+            _ => true,
+        }
+    }
+
+    /// Whether this packet, seen on its way to the pod, opens a flow that the pod may answer.
+    ///
+    /// A TCP connection begins with a SYN, ICMP echo with a request; UDP and SCTP with any packet
+    /// (SCTP's handshake may be retried after a restart of the path, RFC 9260, section 5.2). A
+    /// neighbour that solicits or advertises may be answered and asked.
+    #[inline(always)]
+    pub const fn opens_inbound(&self) -> bool {
+        match self.bit {
+            bits::TCP => self.opens_tcp(),
+            bits::UDP | bits::SCTP => true,
+            bits::ICMP_ECHO => matches!(self.icmp_type, ICMP_ECHO | ICMPV6_ECHO),
+            bits::ICMP_OTHER => self.is_neighbour_message(),
+            _ => false,
+        }
+    }
+
+    /// Whether this is a neighbour solicitation or advertisement that no router has forwarded
+    /// (RFC 4861, sections 7.1.1 and 7.1.2).
+    #[inline(always)]
+    pub const fn is_neighbour_message(&self) -> bool {
+        self.version == 6
+            && self.protocol == protocol::ICMPV6
+            && self.hop_limit == 255
+            && matches!(self.fragment, Fragment::None)
+            && matches!(
+                self.icmp_type,
+                ICMPV6_NEIGHBOUR_SOLICITATION | ICMPV6_NEIGHBOUR_ADVERTISEMENT
+            )
+    }
+
+    /// Whether this is an advertisement: it says whose address its target is.
+    #[inline(always)]
+    pub const fn is_neighbour_advertisement(&self) -> bool {
+        self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT
+    }
+
+    /// The target of a neighbour solicitation or advertisement (RFC 4861, section 4.3).
+    #[inline(always)]
+    pub fn neighbour_target(&self, frame: &impl Frame) -> Option<Address> {
+        frame.read(self.l4_offset + 8)
+    }
+
+    /// Key of the flow that an ICMP error from a pod speaks of: the flow that the packet which it
+    /// quotes came in on. `None` when this is no error, when it is longer than an error may be, or
+    /// when it goes to somebody else than the quoted packet came from.
+    #[inline(always)]
+    pub fn quoted_flow(&self, frame: &impl Frame) -> Option<FlowKey> {
+        if self.bit != bits::ICMP_OTHER || !matches!(self.fragment, Fragment::None) {
+            return None;
+        }
+        let at = self.l4_offset + 8;
+        let mut key = self.flow_from_pod();
+        let transport = if self.version == 4 {
+            if !matches!(
+                self.icmp_type,
+                ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM
+            ) || frame.len() > ICMP_ERROR_FRAME_MAX
+            {
+                return None;
+            }
+            let header = frame.read::<20>(at)?;
+            let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+            // A quoted packet with options is not looked into.
+            if header[0] != 0x45 || fragment_offset != 0 {
+                return None;
+            }
+            let src = address::from_v4([header[12], header[13], header[14], header[15]]);
+            let dst = address::from_v4([header[16], header[17], header[18], header[19]]);
+            if !address::same(&src, &self.dst) || !address::same(&dst, &self.src) {
+                return None;
+            }
+            key.protocol = header[9];
+            at + 20
+        } else {
+            if !matches!(
+                self.icmp_type,
+                ICMPV6_UNREACHABLE..=ICMPV6_PARAMETER_PROBLEM
+            ) || frame.len() > ICMPV6_ERROR_FRAME_MAX
+            {
+                return None;
+            }
+            let header = frame.read::<8>(at)?;
+            if header[0] >> 4 != 6
+                || !address::same(&frame.read(at + 8)?, &self.dst)
+                || !address::same(&frame.read(at + 24)?, &self.src)
+            {
+                return None;
+            }
+            // Nor is one with extension headers.
+            key.protocol = header[6];
+            at + 40
+        };
+        if !matches!(key.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+            return None;
+        }
+        let ports = frame.read::<4>(transport)?;
+        key.peer_port = u16::from_be_bytes([ports[0], ports[1]]);
+        key.pod_port = u16::from_be_bytes([ports[2], ports[3]]);
+        Some(key)
+    }
+
+    /// Whether this is what a host needs to speak IPv6 on its own link: neighbour and router
+    /// solicitation, neighbour advertisement (RFC 4861) and multicast listener reports (RFC 3810),
+    /// to a link-local or link-scoped multicast address. Router advertisements and redirects are
+    /// not for pods to send.
+    #[inline(always)]
+    pub const fn is_link_housekeeping(&self) -> bool {
+        if self.version != 6
+            || self.protocol != protocol::ICMPV6
+            || !matches!(self.fragment, Fragment::None)
+        {
+            return false;
+        }
+        let hops = match self.icmp_type {
+            ICMPV6_ROUTER_SOLICITATION
+            | ICMPV6_NEIGHBOUR_SOLICITATION
+            | ICMPV6_NEIGHBOUR_ADVERTISEMENT => 255,
+            ICMPV6_MLD_REPORT | ICMPV6_MLD_DONE | ICMPV6_MLD2_REPORT => 1,
+            _ => return false,
+        };
+        self.hop_limit == hops
+            && (address::is_v6_link_local(&self.dst)
+                || address::is_v6_link_local_multicast(&self.dst))
+    }
+
+    /// Key of the flow this packet belongs to, seen from a pod that sent it.
+    #[inline(always)]
+    pub const fn flow_from_pod(&self) -> FlowKey {
+        FlowKey {
+            pod_addr: self.src,
+            peer_addr: self.dst,
+            pod_port: self.src_port,
+            peer_port: self.dst_port,
+            protocol: self.protocol,
+            kind: FLOW_KEY_FLOW,
+            pad: 0,
+        }
+    }
+
+    /// Key of the flow this packet belongs to, seen from a pod that it is for.
+    #[inline(always)]
+    pub const fn flow_to_pod(&self) -> FlowKey {
+        FlowKey {
+            pod_addr: self.dst,
+            peer_addr: self.src,
+            pod_port: self.dst_port,
+            peer_port: self.src_port,
+            protocol: self.protocol,
+            kind: FLOW_KEY_FLOW,
+            pad: 0,
+        }
+    }
+
+    /// Key under which the verdict on a fragmented packet from a pod is remembered.
+    #[inline(always)]
+    pub const fn fragment_from_pod(&self) -> FlowKey {
+        FlowKey {
+            pod_addr: self.src,
+            peer_addr: self.dst,
+            pod_port: (self.fragment_id >> 16) as u16,
+            peer_port: self.fragment_id as u16,
+            protocol: self.protocol,
+            kind: FLOW_KEY_FRAGMENT,
+            pad: 0,
+        }
+    }
+}
