@@ -36,6 +36,8 @@ pub(super) struct Runner {
     interfaces: InterfaceMap,
     shared: Shared,
     pods: HashMap<u32, Pod>,
+    /// Messages of pods that are not here, since it was last said.
+    unclaimed: u64,
     scratch: Vec<u8>,
 }
 
@@ -54,6 +56,7 @@ impl Runner {
             interfaces,
             shared,
             pods: HashMap::new(),
+            unclaimed: 0,
             scratch: Vec::new(),
         }
     }
@@ -92,13 +95,15 @@ impl Runner {
             ring,
             pods,
             shared,
+            unclaimed,
             scratch,
             ..
         } = self;
         ring.next(|held| {
-            // A message of a pod that was removed meanwhile goes nowhere.
-            if let Some(pod) = pods.get_mut(&held.head.pod) {
-                pod.decide(&held, shared, scratch);
+            match pods.get_mut(&held.head.pod) {
+                Some(pod) => pod.decide(&held, shared, scratch),
+                // It was removed meanwhile, or an earlier agent left it.
+                None => *unclaimed += 1,
             }
         })
     }
@@ -129,6 +134,13 @@ impl Runner {
     }
 
     fn tick(&mut self) {
+        if self.unclaimed > 0 {
+            tracing::warn!(
+                messages = self.unclaimed,
+                "DNS messages dropped: their pods are gone, or not taken over yet"
+            );
+            self.unclaimed = 0;
+        }
         let now_ns = boottime_ns();
         for (id, pod) in &mut self.pods {
             if let Err(error) = pod.tick(now_ns) {
