@@ -40,10 +40,11 @@ impl Readings {
     /// or closed.
     pub(super) fn read(&mut self, key: &PodKey, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
-        if let Some(reading) = before {
-            if reading.own == pod.annotations && reading.namespace == pod.namespace_annotations {
-                return Arc::clone(&reading.compiled);
-            }
+        if let Some(reading) = before
+            && reading.own == pod.annotations
+            && reading.namespace == pod.namespace_annotations
+        {
+            return Arc::clone(&reading.compiled);
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);
@@ -52,16 +53,15 @@ impl Readings {
                 let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
                 (Arc::new(compiled), true, problem)
             }
-            Err(error) => match before.filter(|reading| reading.good) {
-                Some(last) => {
+            Err(error) => {
+                if let Some(last) = before.filter(|reading| reading.good) {
                     let problem = format!("{error}; the last good policy stays");
                     (Arc::clone(&last.compiled), true, Some(problem))
-                }
-                None => {
+                } else {
                     let problem = format!("{error}; everything external is denied");
                     (self.closed(), false, Some(problem))
                 }
-            },
+            }
         };
         let reading = Reading {
             uid: pod.uid.clone(),

@@ -162,10 +162,10 @@ impl Datapath {
         let _ = qdisc_add_clsact(&name);
         // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
         let note = self.layout.links().join(format!("{ifindex}_clsact"));
-        if let Err(error) = fs::create_dir(&note) {
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                return Err(error).with_context(|| format!("cannot create {}", note.display()));
-            }
+        if let Err(error) = fs::create_dir(&note)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("cannot create {}", note.display()));
         }
         let handle = TcHandle::new(
             0,
@@ -185,19 +185,18 @@ impl Datapath {
             hook.attach_type(),
             TcAttachOptions::Netlink(options),
         );
-        let id = match attached {
-            Ok(id) => id,
+        let id = if let Ok(id) = attached {
+            id
+        } else {
             // An earlier agent's filter: put our program in its place.
-            Err(_) => {
-                let link = SchedClassifierLink::attached(
-                    &name,
-                    hook.attach_type(),
-                    CLSACT_PRIORITY,
-                    handle,
-                    None,
-                )?;
-                program.attach_to_link(link)?
-            }
+            let link = SchedClassifierLink::attached(
+                &name,
+                hook.attach_type(),
+                CLSACT_PRIORITY,
+                handle,
+                None,
+            )?;
+            program.attach_to_link(link)?
         };
         // Dropping the link would remove the filter; it is removed by name (see `detach`).
         std::mem::forget(program.take_link(id)?);
@@ -285,7 +284,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>> {
     }
 }
 
-/// `bpf_link_update` on a tcx link without a device gives ENOLINK (tcx_link_update,
+/// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
 /// kernel/bpf/tcx.c).
 fn is_defunct(error: &ProgramError) -> bool {
     matches!(

@@ -250,7 +250,7 @@ impl Datapath {
     /// When a map cannot be read.
     pub fn adoptable(&self) -> Result<std::collections::BTreeMap<u32, Adoptable>> {
         let mut pods = std::collections::BTreeMap::new();
-        for item in self.identities.iter() {
+        for item in &self.identities {
             let (pod, identity) = item.context("cannot read the map `identities`")?;
             let adoptable = Adoptable {
                 namespace: text(&identity.namespace),

@@ -133,7 +133,7 @@ impl Datapath {
         let mut found: Vec<(Address, u32, u64)> = Vec::new();
         match self.cidrs.get(&id, 0) {
             Ok(trie) => {
-                for item in trie_of(trie)?.iter() {
+                for item in &trie_of(trie)? {
                     let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
                     found.push((key.data(), key.prefix_len(), entry.classes));
                 }
@@ -203,7 +203,7 @@ impl FlowMap {
     /// When the map cannot be read.
     pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<()> {
         let mut idle = Vec::new();
-        for item in self.0.iter() {
+        for item in &self.0 {
             let (key, flow) = item.context("cannot read a pod's flows")?;
             if !is_alive(&key, &flow, now_ns) {
                 idle.push(key);
