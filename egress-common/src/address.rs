@@ -9,6 +9,9 @@ pub const V4_MAPPED_PREFIX_LEN: u32 = 96;
 /// `::`
 pub const UNSPECIFIED: Address = [0; 16];
 
+/// `0.0.0.0`
+pub const UNSPECIFIED_V4: Address = from_v4([0; 4]);
+
 /// The IPv4-mapped form of an IPv4 address (network byte order).
 #[inline(always)]
 pub const fn from_v4(octets: [u8; 4]) -> Address {
@@ -46,4 +49,11 @@ pub const fn is_v6_multicast(address: &Address) -> bool {
 #[inline(always)]
 pub const fn is_v6_link_local_multicast(address: &Address) -> bool {
     address[0] == 0xff && address[1] & 0x0f == 0x02
+}
+
+/// Whether two addresses are the same. Compares in two words: a comparison of slices would become a
+/// call to a function that the kernel does not have.
+#[inline(always)]
+pub const fn same(a: &Address, b: &Address) -> bool {
+    u128::from_ne_bytes(*a) == u128::from_ne_bytes(*b)
 }

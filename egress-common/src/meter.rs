@@ -15,8 +15,8 @@ pub fn take_token(
     per_second: u32,
     now_ns: u64,
 ) -> bool {
-    let burst = burst as u64;
-    let per_second = per_second as u64;
+    let burst = u64::from(burst);
+    let per_second = u64::from(per_second);
     if *refill_ns == 0 {
         *refill_ns = now_ns;
         *tokens = burst;

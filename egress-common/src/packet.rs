@@ -23,6 +23,15 @@ pub const ETHER_IPV6: u16 = 0x86dd;
 /// Longest ARP frame that passes: the smallest Ethernet frame with a little room for trailers. An
 /// ARP packet for IPv4 is 28 bytes (RFC 826); anything more is somebody's payload.
 pub const ARP_FRAME_MAX: u32 = 64;
+/// The fixed part of an ARP packet for IPv4 over Ethernet: hardware type, protocol type and the
+/// lengths of both addresses (RFC 826).
+const ARP_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
+
+/// Longest frame with an ICMP error that a flow lets pass: RFC 1812, section 4.3.2.3, and RFC 4443,
+/// section 2.4, bound the packet.
+const ICMP_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 576;
+/// See [`ICMP_ERROR_FRAME_MAX`].
+const ICMPV6_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 1280;
 
 /// TCP FIN.
 pub const TCP_FIN: u8 = 0x01;
@@ -38,6 +47,11 @@ const IPV4_STRICT_SOURCE_ROUTE: u8 = 137;
 
 const ICMP_ECHO_REPLY: u8 = 0;
 const ICMP_ECHO: u8 = 8;
+const ICMP_UNREACHABLE: u8 = 3;
+const ICMP_TIME_EXCEEDED: u8 = 11;
+const ICMP_PARAMETER_PROBLEM: u8 = 12;
+const ICMPV6_UNREACHABLE: u8 = 1;
+const ICMPV6_PARAMETER_PROBLEM: u8 = 4;
 const ICMPV6_ECHO: u8 = 128;
 const ICMPV6_ECHO_REPLY: u8 = 129;
 const ICMPV6_ROUTER_SOLICITATION: u8 = 133;
@@ -136,7 +150,7 @@ pub struct Packet {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Walked {
-    /// ARP of ordinary length.
+    /// ARP of ordinary length; the packet's `src` and `dst` are its protocol addresses.
     Arp,
     /// An IP packet.
     Ip,
@@ -166,13 +180,28 @@ pub fn walk(frame: &impl Frame, packet: &mut Packet) -> Walked {
     let walked = match ether_type(frame) {
         ETHER_IPV4 => walk_ipv4(frame, packet),
         ETHER_IPV6 => walk_ipv6(frame, packet),
-        ETHER_ARP if frame.len() <= ARP_FRAME_MAX => return Walked::Arp,
+        ETHER_ARP => {
+            return match walk_arp(frame, packet) {
+                Some(()) => Walked::Arp,
+                None => Walked::NotIp,
+            };
+        }
         _ => return Walked::NotIp,
     };
     match walked {
         Some(()) => Walked::Ip,
         None => Walked::Malformed,
     }
+}
+
+#[inline(always)]
+fn walk_arp(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
+    if frame.len() > ARP_FRAME_MAX || frame.read::<6>(ETHERNET_LEN)? != ARP_IPV4 {
+        return None;
+    }
+    packet.src = address::from_v4(frame.read(ETHERNET_LEN + 14)?);
+    packet.dst = address::from_v4(frame.read(ETHERNET_LEN + 24)?);
+    Some(())
 }
 
 #[inline(always)]
@@ -264,6 +293,7 @@ fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let mut fragment_kind = Fragment::None;
     let mut fragment_id = 0;
     let mut fragment_offset = 0;
+    let mut has_fragment_header = false;
     let mut walked = 0;
     while walked < EXTENSION_HEADERS {
         match protocol {
@@ -278,9 +308,11 @@ fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
             }
             protocol::FRAGMENT => {
                 let extension = frame.read::<8>(at)?;
-                if !matches!(fragment_kind, Fragment::None) {
+                // Not even behind one that makes no fragment (RFC 6946).
+                if has_fragment_header {
                     return None;
                 }
+                has_fragment_header = true;
                 let offset_and_flags = u16::from_be_bytes([extension[2], extension[3]]);
                 fragment_offset = offset_and_flags >> 3;
                 fragment_kind = fragment(fragment_offset, offset_and_flags & 1 != 0);
@@ -288,8 +320,10 @@ fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
                     u32::from_be_bytes([extension[4], extension[5], extension[6], extension[7]]);
                 protocol = extension[0];
                 at += 8;
-                // What follows in a later fragment is a middle of something.
-                if matches!(fragment_kind, Fragment::Later) {
+                // What follows in a later fragment is a middle of something; in a first one it must
+                // be the transport header, where no later fragment reaches it (RFC 7112 asks for
+                // the whole chain; nobody fragments behind more of it).
+                if !matches!(fragment_kind, Fragment::None) {
                     break;
                 }
             }
@@ -300,6 +334,9 @@ fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     if walked == EXTENSION_HEADERS || at > end {
         return None;
     }
+    if matches!(fragment_kind, Fragment::First) && is_extension(protocol) {
+        return None;
+    }
     packet.l4_offset = at;
     packet.fragment_id = fragment_id;
     packet.fragment = fragment_kind;
@@ -307,6 +344,17 @@ fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     packet.hop_limit = header[7];
     packet.version = 6;
     walk_transport(frame, packet, fragment_offset, end)
+}
+
+#[inline(always)]
+const fn is_extension(protocol: u8) -> bool {
+    matches!(
+        protocol,
+        protocol::HOP_BY_HOP
+            | protocol::DESTINATION_OPTIONS
+            | protocol::ROUTING
+            | protocol::FRAGMENT
+    )
 }
 
 #[inline(always)]
@@ -442,7 +490,7 @@ impl Packet {
     pub const fn may_follow_flow(&self) -> bool {
         match self.bit {
             bits::TCP => !self.opens_tcp(),
-            bits::ICMP_OTHER => self.is_neighbour_advertisement(),
+            bits::ICMP_OTHER => self.is_neighbour_message(),
             _ => true,
         }
     }
@@ -450,22 +498,102 @@ impl Packet {
     /// Whether this packet, seen on its way to the pod, opens a flow that the pod may answer.
     ///
     /// A TCP connection begins with a SYN, ICMP echo with a request; UDP and SCTP with any packet
-    /// (SCTP's handshake may be retried after a restart of the path, RFC 9260, section 5.2).
+    /// (SCTP's handshake may be retried after a restart of the path, RFC 9260, section 5.2). A
+    /// neighbour that solicits or advertises may be answered and asked.
     #[inline(always)]
     pub const fn opens_inbound(&self) -> bool {
         match self.bit {
             bits::TCP => self.opens_tcp(),
             bits::UDP | bits::SCTP => true,
             bits::ICMP_ECHO => matches!(self.icmp_type, ICMP_ECHO | ICMPV6_ECHO),
-            bits::ICMP_OTHER => {
-                self.version == 6 && self.icmp_type == ICMPV6_NEIGHBOUR_SOLICITATION
-            }
+            bits::ICMP_OTHER => self.is_neighbour_message(),
             _ => false,
         }
     }
 
-    const fn is_neighbour_advertisement(&self) -> bool {
-        self.version == 6 && self.icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT
+    /// Whether this is a neighbour solicitation or advertisement that no router has forwarded
+    /// (RFC 4861, sections 7.1.1 and 7.1.2).
+    #[inline(always)]
+    pub const fn is_neighbour_message(&self) -> bool {
+        self.version == 6
+            && self.protocol == protocol::ICMPV6
+            && self.hop_limit == 255
+            && matches!(self.fragment, Fragment::None)
+            && matches!(
+                self.icmp_type,
+                ICMPV6_NEIGHBOUR_SOLICITATION | ICMPV6_NEIGHBOUR_ADVERTISEMENT
+            )
+    }
+
+    /// Whether this is an advertisement: it says whose address its target is.
+    #[inline(always)]
+    pub const fn is_neighbour_advertisement(&self) -> bool {
+        self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT
+    }
+
+    /// The target of a neighbour solicitation or advertisement (RFC 4861, section 4.3).
+    #[inline(always)]
+    pub fn neighbour_target(&self, frame: &impl Frame) -> Option<Address> {
+        frame.read(self.l4_offset + 8)
+    }
+
+    /// Key of the flow that an ICMP error from a pod speaks of: the flow that the packet which it
+    /// quotes came in on. `None` when this is no error, when it is longer than an error may be, or
+    /// when it goes to somebody else than the quoted packet came from.
+    #[inline(always)]
+    pub fn quoted_flow(&self, frame: &impl Frame) -> Option<FlowKey> {
+        if self.bit != bits::ICMP_OTHER || !matches!(self.fragment, Fragment::None) {
+            return None;
+        }
+        let at = self.l4_offset + 8;
+        let mut key = self.flow_from_pod();
+        let transport = if self.version == 4 {
+            if !matches!(
+                self.icmp_type,
+                ICMP_UNREACHABLE | ICMP_TIME_EXCEEDED | ICMP_PARAMETER_PROBLEM
+            ) || frame.len() > ICMP_ERROR_FRAME_MAX
+            {
+                return None;
+            }
+            let header = frame.read::<20>(at)?;
+            let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+            // A quoted packet with options is not looked into.
+            if header[0] != 0x45 || fragment_offset != 0 {
+                return None;
+            }
+            let src = address::from_v4([header[12], header[13], header[14], header[15]]);
+            let dst = address::from_v4([header[16], header[17], header[18], header[19]]);
+            if !address::same(&src, &self.dst) || !address::same(&dst, &self.src) {
+                return None;
+            }
+            key.protocol = header[9];
+            at + 20
+        } else {
+            if !matches!(
+                self.icmp_type,
+                ICMPV6_UNREACHABLE..=ICMPV6_PARAMETER_PROBLEM
+            ) || frame.len() > ICMPV6_ERROR_FRAME_MAX
+            {
+                return None;
+            }
+            let header = frame.read::<8>(at)?;
+            if header[0] >> 4 != 6
+                || !address::same(&frame.read(at + 8)?, &self.dst)
+                || !address::same(&frame.read(at + 24)?, &self.src)
+            {
+                return None;
+            }
+            // Nor is one with extension headers.
+            key.protocol = header[6];
+            at + 40
+        };
+        if !matches!(key.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+            return None;
+        }
+        let ports = frame.read::<4>(transport)?;
+        key.peer_port = u16::from_be_bytes([ports[0], ports[1]]);
+        key.pod_port = u16::from_be_bytes([ports[2], ports[3]]);
+        Some(key)
     }
 
     /// Whether this is what a host needs to speak IPv6 on its own link: neighbour and router
@@ -534,3 +662,7 @@ impl Packet {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "packet_tests.rs"]
+mod tests;

@@ -13,7 +13,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Interface {
-    /// Key of the pod in `flows` and `meters`; the same for the pod's whole life.
+    /// Key of the pod in `flows`, `meters` and `identities`; the same for the pod's whole life.
     pub pod: u32,
     /// Key in `policies`, `allow` and `cidrs`; a new one for each version of the pod's policy.
     pub policy: u32,
@@ -282,7 +282,7 @@ pub struct Denial {
     pub verdict: u8,
     /// Bit number of the class that denied, or [`NO_CLASS`].
     pub class: u8,
-    /// One of the `TOWARDS_*` constants.
+    /// [`FROM_POD`] or [`TO_POD`].
     pub direction: u8,
     /// 1 when `src`, `dst`, `protocol` and the ports were read.
     pub walked: u8,

@@ -28,6 +28,10 @@ pub fn of_pod(interface: &Interface) -> Option<&'static Flows> {
 
 /// The flow under this key, if it is remembered and has not been idle for too long.
 #[inline(always)]
+#[expect(
+    clippy::mut_from_ref,
+    reason = "the map is memory shared with other CPUs and the agent, whatever is borrowed here"
+)]
 pub fn find<'a>(flows: &'a Flows, key: &FlowKey, now_ns: u64) -> Option<&'a mut Flow> {
     let flow = flows.get_ptr_mut(key)?;
     // SAFETY: the entry lives until the program ends; all writers write whole aligned fields.

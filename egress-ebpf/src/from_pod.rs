@@ -49,7 +49,17 @@ pub fn judge(ctx: &TcContext) -> i32 {
     };
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
-        Walked::Arp => return pass(&skb),
+        Walked::Arp => {
+            // On a bridge, an ARP packet in somebody else's name draws their traffic here.
+            if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
+                return pass(&skb);
+            }
+            let denied = Denied {
+                packet: None,
+                ..Denied::from_pod(interface, &packet, Reason::SpoofedSource)
+            };
+            return deny(ctx, &denied);
+        }
         Walked::Ip => {}
         Walked::NotIp | Walked::Malformed => {
             return deny(
@@ -65,11 +75,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         }
     }
     if TRACE.load() != 0 {
-        aya_log_ebpf::debug!(
+        aya_log_ebpf::info!(
             ctx,
-            "from_pod if {} proto {} port {}",
+            "from_pod: interface {}, protocol {}, to {:i} port {}",
             skb.ifindex(),
             packet.protocol,
+            packet.dst,
             packet.dst_port
         );
     }
@@ -79,6 +90,19 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
+    // As with ARP: an advertisement in somebody else's name draws their traffic here.
+    if packet.is_neighbour_advertisement() {
+        let is_ours = match packet.neighbour_target(&skb) {
+            Some(target) => address::is_v6_link_local(&target) || is_own(policy, &target),
+            None => false,
+        };
+        if !is_ours {
+            return deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::SpoofedSource),
+            );
+        }
+    }
     if packet.is_link_housekeeping() {
         // Before it has an address, a host speaks from the unspecified one (RFC 4862); after that
         // from its link-local address, which is not among the pod's own.
@@ -118,25 +142,34 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     let key = packet.flow_from_pod();
     let seen = flows::seen(packet, true);
     let mut open = None;
-    if packet.may_follow_flow() {
-        if let Some(flow) = flows::find(flows, &key, now_ns) {
-            if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
-            {
-                flows::touch(flow, seen, now_ns);
-                count(|c| c.passed_by_flow += 1);
-                return pass_first_fragment(&skb, flows, interface, packet, now_ns);
-            }
-            open = Some(flow);
+    if packet.may_follow_flow()
+        && let Some(flow) = flows::find(flows, &key, now_ns)
+    {
+        if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy) {
+            flows::touch(flow, seen, now_ns);
+            count(|c| c.passed_by_flow += 1);
+            return pass_first_fragment(&skb, flows, interface, packet, now_ns);
+        }
+        open = Some(flow);
+    }
+
+    if let Some(key) = packet.quoted_flow(&skb) {
+        let known = flows::find(flows, &key, now_ns).is_some_and(|flow| {
+            flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
+        });
+        if known {
+            count(|c| c.passed_by_flow += 1);
+            return pass(&skb);
         }
     }
 
     let mut destination = look_up(interface, &packet.dst, now_ns);
     // A flow that an earlier policy admitted lives on if today's policy allows its destination,
     // even when the address's own lifetime has ended.
-    if let Some(flow) = &open {
-        if flow.state == FLOW_OUT {
-            destination.expired = 0;
-        }
+    if let Some(flow) = &open
+        && flow.state == FLOW_OUT
+    {
+        destination.expired = 0;
     }
     match verdict::judge(policy, &destination, packet.bit, packet.dst_port) {
         Verdict::Pass => {
@@ -237,18 +270,12 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
         if i as u32 >= policy.own_len {
             return false;
         }
-        if same(&policy.own[i], address) {
+        if address::same(&policy.own[i], address) {
             return true;
         }
         i += 1;
     }
     false
-}
-
-/// Compares in two words; a comparison of slices would become a call that does not exist here.
-#[inline(always)]
-fn same(a: &Address, b: &Address) -> bool {
-    u128::from_ne_bytes(*a) == u128::from_ne_bytes(*b)
 }
 
 /// What the maps say about a destination.
@@ -268,10 +295,10 @@ fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination
             destination.learned = entry.classes;
             destination.expired = u64::from(entry.expires_ns <= now_ns);
         }
-        if let Some(cidrs) = CIDR.get(&interface.policy) {
-            if let Some(entry) = cidrs.get(&lpm_key(address)) {
-                destination.cidr = entry.classes;
-            }
+        if let Some(cidrs) = CIDR.get(&interface.policy)
+            && let Some(entry) = cidrs.get(&lpm_key(address))
+        {
+            destination.cidr = entry.classes;
         }
     }
     destination

@@ -60,9 +60,9 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     if is_crowded() && !has_share(interface.pod, head.time_ns) {
         count(|c| {
             if kind == HELD_REJECT {
-                c.rejects_lost += 1
+                c.rejects_lost += 1;
             } else {
-                c.held_limited += 1
+                c.held_limited += 1;
             }
         });
         unreported(interface.pod);
@@ -84,9 +84,9 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     } else {
         count(|c| {
             if kind == HELD_REJECT {
-                c.rejects_lost += 1
+                c.rejects_lost += 1;
             } else {
-                c.held_lost += 1
+                c.held_lost += 1;
             }
         });
         unreported(interface.pod);
@@ -100,16 +100,17 @@ fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
         return false;
     };
     let frame = MaybeUninit::as_mut_ptr(&mut entry);
-    // SAFETY: the entry is ours until it is submitted and is as long as `HeldFrame<N>`; `len` is
-    // between 1 and `N`, so the helper stays within `data`.
+    // SAFETY: the entry is ours until it is submitted and is as long as `HeldFrame<N>`; the
+    // length is between 1 and `N`, so the helper stays within `data`.
     let failed = unsafe {
         (&raw mut (*frame).head).write(head);
-        // The verifier must see both bounds on the very register that it checks.
-        let len = core::hint::black_box(head.len);
-        if len == 0 || len > N as u32 {
+        // The verifier must see both bounds on the very register that it checks. The lower one
+        // comes from the addition: kernels below 6.3 learn nothing from a comparison with zero.
+        let last = core::hint::black_box(head.len.wrapping_sub(1));
+        if last >= N as u32 {
             -1
         } else {
-            bpf_skb_load_bytes(skb.as_ptr(), 0, (&raw mut (*frame).data).cast(), len)
+            bpf_skb_load_bytes(skb.as_ptr(), 0, (&raw mut (*frame).data).cast(), last + 1)
         }
     };
     if failed != 0 {

@@ -7,6 +7,18 @@
 
 #![no_std]
 #![no_main]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "`#[classifier]` hands the context over"
+)]
+#![expect(
+    unreachable_pub,
+    reason = "nothing outside a program reaches into it; `pub` here means: for the other modules"
+)]
+#![expect(
+    missing_docs,
+    reason = "what `#[classifier]` makes of a program has no room for docs"
+)]
 
 mod counters;
 mod denials;

@@ -3,6 +3,7 @@
 
 use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
 use egress_common::{
+    address,
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     reason::Reason,
@@ -74,7 +75,13 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
         return PASS;
     };
     let now_ns = now_ns();
-    let key = packet.flow_to_pod();
+    let mut key = packet.flow_to_pod();
+    if packet.is_neighbour_message() && address::is_v6_multicast(&packet.dst) {
+        // A solicitation goes to a group of addresses; the answer comes from its target.
+        if let Some(target) = packet.neighbour_target(&skb) {
+            key.pod_addr = target;
+        }
+    }
     let seen = flows::seen(packet, false);
     match flows::find(flows, &key, now_ns) {
         Some(flow) => flows::touch(flow, seen, now_ns),

@@ -56,6 +56,9 @@ pub struct Denial {
     /// The whole line.
     #[serde(skip)]
     pub line: Value,
+    /// The whole line as it was written.
+    #[serde(skip)]
+    pub text: String,
 }
 
 impl Denial {
@@ -429,5 +432,6 @@ fn parse(line: &str) -> Option<Denial> {
     let mut denial = Denial::deserialize(&value)
         .unwrap_or_else(|e| panic!("a denial line lacks what every one has: {e}: {line}"));
     denial.line = value;
+    line.clone_into(&mut denial.text);
     Some(denial)
 }

@@ -31,6 +31,8 @@ mod manifests;
 mod namespace;
 mod pod;
 mod process;
+pub mod programs;
+pub mod raw;
 mod servers;
 mod wait;
 

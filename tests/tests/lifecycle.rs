@@ -13,7 +13,7 @@ use egress_tests::{
 /// A pod that has resolved what it may reach.
 struct Scene {
     agent: Agent,
-    web: TcpEcho,
+    _web: TcpEcho,
     pod: Pod,
     lab: Lab,
 }
@@ -31,7 +31,7 @@ impl Scene {
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
         Self {
             agent,
-            web,
+            _web: web,
             pod,
             lab,
         }
@@ -110,6 +110,27 @@ fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it
     agent.denies_tcp(&scene.pod, (server(98), 443), "address_not_learned");
     assert_eq!(scene.pod.lookup("later.test"), [server(20)]);
     scene.pod.talks_tcp((server(20), 443));
+}
+
+#[test]
+fn an_agent_that_attaches_another_way_takes_over_from_its_predecessor() {
+    let Scene {
+        mut agent,
+        _web,
+        pod,
+        lab,
+    } = Scene::new(&["--keep-enforcing", "--attach", "tcx"]);
+    for way in ["clsact", "tcx"] {
+        ended_well(agent.stop());
+        agent = lab.start_agent_with(&["--keep-enforcing", "--attach", way], &[&pod]);
+        assert_eq!(pod.lookup("later.test"), [server(20)], "{way}");
+        pod.talks_tcp((server(10), 443));
+        assert!(pod.connect_tcp((server(99), 443), SHORT).is_err(), "{way}");
+    }
+    ended_well(agent.stop());
+    lab.cleanup();
+    assert!(lab.all_pins().is_empty(), "{:?}", lab.all_pins());
+    pod.talks_tcp((server(99), 443));
 }
 
 #[test]

@@ -192,3 +192,20 @@ fn a_line_comes_while_the_program_still_tries() {
         assert!(trying.join().expect("the trying thread").is_err());
     });
 }
+
+#[test]
+fn the_programs_tell_what_they_do_only_when_asked_to() {
+    let lab = Lab::new();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    agent.denies_tcp(&pod, (server(9), 80), "no_rule");
+    assert!(!agent.stderr().contains("from_pod:"));
+    drop(agent);
+
+    let agent = lab.start_agent_with(&["--datapath-log"], &[&pod]);
+    agent.denies_tcp(&pod, (server(9), 80), "no_rule");
+    agent.wait_said("the packet's way", |line| {
+        line.contains("from_pod:") && line.contains("203.0.113.9 port 80")
+    });
+}

@@ -3,6 +3,7 @@
 
 mod build;
 mod demo;
+mod leftovers;
 mod lint;
 mod process;
 mod setup;

@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result};
 
 use crate::build::Warnings;
+use crate::leftovers::Inventory;
 use crate::{build, lint, process, setup, workspace};
 
 /// How many system tests run at once: each has namespaces and an agent of its own, and mostly
@@ -59,6 +60,7 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 }
 
 fn system_tests(filter: Option<&str>) -> Result<()> {
+    let before = Inventory::take()?;
     let mut command = process::cargo();
     command.args([
         "test",
@@ -72,5 +74,6 @@ fn system_tests(filter: Option<&str>) -> Result<()> {
     command
         .args(["--", "--test-threads", SYSTEM_THREADS])
         .args(filter);
-    process::run(&mut command).context("kernel and system tests")
+    process::run(&mut command).context("kernel and system tests")?;
+    before.compare()
 }

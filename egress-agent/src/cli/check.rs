@@ -7,14 +7,14 @@ use anyhow::Result;
 use super::{CheckArgs, read_config};
 use crate::{
     config::Config,
-    pods::{self, Snapshot},
+    pods::{self, NO_ADDRESS, Snapshot},
     policy::{Annotations, describe},
 };
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
         Some(path) => read_config(path)?.policy_settings(),
-        None => Config::default_policy_settings(),
+        None => Config::default_policy_settings()?,
     };
     let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
     let mut wrong = problems.len();
@@ -26,7 +26,12 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         let own = Annotations::from_map(&pod.annotations);
         let inherited = Annotations::from_map(&pod.namespace_annotations);
         match describe(&title, &own, &inherited, &settings) {
-            Ok(text) => print!("{text}"),
+            Ok(text) => {
+                print!("{text}");
+                if pod.addresses.is_empty() && pod.interface.is_some() {
+                    println!("  warning: {NO_ADDRESS}");
+                }
+            }
             Err(error) => {
                 wrong += 1;
                 eprintln!("{}: {title}: {error}", pod.origin);
@@ -42,4 +47,28 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_examples_are_what_they_say() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/examples");
+        let args = CheckArgs {
+            files: vec![examples.join("pods")],
+            config: Some(examples.join("egress-agent.yaml")),
+        };
+        assert_eq!(check(&args).unwrap(), ExitCode::SUCCESS);
+        let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
+        assert!(problems.is_empty(), "{problems:?}");
+        assert_eq!(pods.len(), 4);
+        for (key, pod) in &pods {
+            assert!(pod.interface.is_some(), "{key:?} has no interface");
+            assert!(!pod.addresses.is_empty(), "{key:?} has no address");
+        }
+    }
 }

@@ -12,7 +12,15 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
         Some(path) => read_config(path)?.bpffs,
         None => PathBuf::from("/sys/fs/bpf"),
     };
-    let detached = datapath::cleanup(&bpffs)?;
-    println!("detached from {detached} interfaces; nothing is enforced any more");
+    match datapath::cleanup(&bpffs)? {
+        None => println!(
+            "nothing to remove: no agent left anything in {}",
+            bpffs.display()
+        ),
+        Some(1) => println!("detached from 1 interface; nothing is enforced any more"),
+        Some(detached) => {
+            println!("detached from {detached} interfaces; nothing is enforced any more");
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -21,13 +21,16 @@ enum Command {
     /// Enforce the policies of this machine's pods until told to stop.
     ///
     /// Denials are written to standard output, one JSON object a line; everything else to standard
-    /// error (RUST_LOG chooses how much, for example RUST_LOG=debug).
+    /// error; the environment variable `RUST_LOG` chooses how much, for example `RUST_LOG=debug`.
     Run(RunArgs),
     /// Say what each pod of the manifests may reach, or what is wrong and where.
     ///
-    /// Exits with 1 when anything is wrong. Nothing is loaded, and no privileges are needed.
+    /// Lists of pods and of their namespaces are put together when both are among the files. Exits
+    /// with 1 when anything is wrong. Nothing is loaded, and no privileges are needed.
     Check(CheckArgs),
-    /// Remove everything that an agent left behind: programs, maps, pins.
+    /// Remove what an agent left behind: programs, maps, pins. Nothing is enforced any more then.
+    ///
+    /// For after an agent was killed, or stopped with --keep-enforcing. Refuses while an agent runs.
     Cleanup(CleanupArgs),
 }
 
@@ -35,10 +38,11 @@ enum Command {
 struct RunArgs {
     /// Directory of manifests: YAML or JSON files with v1 Pods and Namespaces. Each Pod names its
     /// host-side interface in the annotation egress-agent.dev/interface and its addresses in
-    /// status.podIPs. Changes take effect at once.
+    /// status.podIPs. Files that are added, changed or removed take effect while the agent runs.
     #[arg(long, value_name = "DIR")]
     pods_dir: PathBuf,
-    /// Configuration file (docs/configuration.md).
+    /// Configuration file, in YAML. It names at least the pods' resolvers:
+    /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// When told to stop, leave everything enforced: what is allowed stays allowed, what is denied
@@ -48,7 +52,7 @@ struct RunArgs {
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
-    /// Trace what the programs do with each packet, on standard error (with RUST_LOG=debug). Slow.
+    /// Trace each packet that the programs judge, on standard error. Slow.
     #[arg(long)]
     datapath_log: bool,
 }
@@ -59,13 +63,13 @@ enum AttachArg {
     Auto,
     /// tcx links (kernel 6.6).
     Tcx,
-    /// Filters on a clsact qdisc.
+    /// filters on a clsact qdisc.
     Clsact,
 }
 
 #[derive(Debug, clap::Args)]
 struct CheckArgs {
-    /// Manifests to read.
+    /// Manifests to read; of a directory, the files in it that `run --pods-dir` would read.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Configuration file; without it, every setting has its default.

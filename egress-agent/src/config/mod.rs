@@ -189,12 +189,15 @@ impl Config {
     }
 
     /// What a configuration in which everything has its default says about every policy.
-    pub fn default_policy_settings() -> Settings {
+    ///
+    /// # Errors
+    ///
+    /// When the machine's name, the default of `node`, cannot be found out.
+    pub fn default_policy_settings() -> Result<Settings, ConfigError> {
         // Policies do not depend on the resolvers, the one thing that has no default; this one is
         // from the block for documentation (RFC 5737).
-        Self::from_yaml("dns: {resolvers: [192.0.2.53]}")
-            .expect("a configuration with only resolvers is valid")
-            .policy_settings()
+        let config = Self::from_yaml("dns: {resolvers: [192.0.2.53]}")?;
+        Ok(config.policy_settings())
     }
 
     /// What the configuration says about every policy.

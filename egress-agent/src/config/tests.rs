@@ -30,6 +30,42 @@ fn kinds(config: &Config, ip: IpAddr) -> u64 {
         .map_or(0, |(_, _, kinds)| kinds)
 }
 
+/// The reference for users.
+const REFERENCE: &str = include_str!("../../../docs/configuration.md");
+
+#[test]
+fn the_reference_has_the_documented_example_and_every_key() {
+    let example = REFERENCE
+        .split_once("```yaml\n")
+        .and_then(|(_, rest)| rest.split_once("```"))
+        .expect("a YAML example")
+        .0;
+    assert_eq!(config(example), config(&documented()));
+    for key in [
+        "node",
+        "defaultMode",
+        "podAnnotations",
+        "onDeny",
+        "bpffs",
+        "ranges.internal",
+        "ranges.allowInternal",
+        "ranges.protected",
+        "dns.resolvers",
+        "dns.clusterDomain",
+        "dns.minTtl",
+        "dns.maxTtl",
+        "dns.grace",
+        "dns.guard",
+        "dns.refusal",
+        "limits.addressesPerPod",
+    ] {
+        assert!(REFERENCE.contains(&format!("\n| `{key}` |")), "{key}");
+    }
+    for (prefix, _) in PROTECTED {
+        assert!(REFERENCE.contains(&format!("\n| `{prefix}` |")), "{prefix}");
+    }
+}
+
 /// The example in the module's documentation.
 fn documented() -> String {
     let lines: Vec<&str> = include_str!("mod.rs")

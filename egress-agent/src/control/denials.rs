@@ -106,12 +106,13 @@ impl Reader {
         loop {
             let stopping = stop.load(Ordering::Acquire);
             while batch.len() < BATCH {
-                let Some(denial) = self.ring.next() else {
+                let Some(denial) = self.ring.take() else {
                     break;
                 };
                 batch.push(denial);
             }
             let more = batch.len() == BATCH;
+            self.losses.meet(&self.known.load());
             self.report(&batch);
             batch.clear();
             let now = Instant::now();
@@ -131,11 +132,10 @@ impl Reader {
         }
     }
 
-    fn report(&self, batch: &[Denial]) {
+    fn report(&mut self, batch: &[Denial]) {
         if batch.is_empty() {
             return;
         }
-        let known = self.known.load();
         // On its way to the pod, a packet's destination is the pod: it was not resolved to.
         let asked: Vec<(u32, Address)> = batch
             .iter()
@@ -151,7 +151,7 @@ impl Reader {
             } else {
                 Vec::new()
             };
-            let Some(pod) = known.get(&denial.pod) else {
+            let Some(pod) = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod) else {
                 of_gone_pods += 1;
                 continue;
             };
@@ -204,7 +204,9 @@ fn denied(denial: &Denial, pod: &Known, dst_names: Vec<String>, time: SystemTime
 /// What was lost since the last look, and saying so.
 struct Losses {
     map: CounterMap,
-    meters: HashMap<u32, Meter>,
+    /// The pods, and their meters when they were last read. A pod that is gone stays until its
+    /// meter was read once more.
+    pods: HashMap<u32, (Arc<Known>, Meter)>,
     counters: Counters,
 }
 
@@ -213,17 +215,26 @@ impl Losses {
         let counters = map.counters().unwrap_or_default();
         Self {
             map,
-            meters: HashMap::new(),
+            pods: HashMap::new(),
             counters,
         }
     }
 
-    fn report(&mut self, known: &HashMap<u32, Arc<Known>>, reporter: &Reporter) {
-        self.meters.retain(|pod, _| known.contains_key(pod));
+    /// Takes note of the pods that there are. One that is adopted begins with what an earlier
+    /// agent did not tell.
+    fn meet(&mut self, known: &HashMap<u32, Arc<Known>>) {
         for (&id, pod) in known {
+            self.pods
+                .entry(id)
+                .and_modify(|(known, _)| known.clone_from(pod))
+                .or_insert_with(|| (Arc::clone(pod), Meter::default()));
+        }
+    }
+
+    fn report(&mut self, known: &HashMap<u32, Arc<Known>>, reporter: &Reporter) {
+        for (&id, (pod, meter)) in &mut self.pods {
             let now = self.map.meter(id);
-            // A pod that is adopted begins with what was lost before.
-            let before = self.meters.insert(id, now).unwrap_or_default();
+            let before = std::mem::replace(meter, now);
             let unreported = now
                 .denials_unreported
                 .saturating_sub(before.denials_unreported);
@@ -237,6 +248,18 @@ impl Losses {
                     flows = flows_full,
                     "flows not remembered: the pod's flow map is full"
                 );
+            }
+        }
+        let gone: Vec<u32> = self
+            .pods
+            .keys()
+            .filter(|id| !known.contains_key(id))
+            .copied()
+            .collect();
+        for id in gone {
+            self.pods.remove(&id);
+            if let Err(error) = self.map.forget(id) {
+                tracing::warn!(pod = id, error = %format!("{error:#}"), "cannot forget a meter");
             }
         }
         let Ok(now) = self.map.counters() else {

@@ -102,23 +102,23 @@ pub async fn run(options: Options) -> Result<()> {
         dns_settings(config),
         reporter.clone(),
     )?;
-    let known = Arc::default();
-    let denials = DenialReader::start(
-        datapath.take_denials()?,
-        datapath.counters()?,
-        Arc::clone(&known),
-        gate.clone(),
-        reporter,
-    )?;
+    let known: Arc<denials::KnownPods> = Arc::default();
+    let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
+    let mut denials: Option<DenialReader> = None;
     let (mut snapshots, directory) =
         Directory::watch(&options.pods_dir).context("cannot watch the directory of pods")?;
-    let mut reconciler = Reconciler::new(datapath, gate.clone(), config, known, adoptable)?;
+    let mut reconciler = Reconciler::new(
+        datapath,
+        gate.clone(),
+        config,
+        Arc::clone(&known),
+        adoptable,
+    )?;
 
     let mut look = interval(RECONCILE_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut ready = false;
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
         tokio::select! {
@@ -132,11 +132,13 @@ pub async fn run(options: Options) -> Result<()> {
         if gate_thread.is_finished() {
             break Some("the gate's thread has ended");
         }
-        if denials.is_finished() {
+        if denials.as_ref().is_some_and(DenialReader::is_finished) {
             break Some("the denial reader's thread has ended");
         }
-        if !ready {
-            ready = true;
+        // Only now: what was denied while no agent ran belongs to pods that have just become known.
+        if let Some((ring, counters)) = unread.take() {
+            let (known, gate, reporter) = (Arc::clone(&known), gate.clone(), reporter.clone());
+            denials = Some(DenialReader::start(ring, counters, known, gate, reporter)?);
             reconciler.drop_orphans();
             tracing::info!(
                 node = %config.node,
@@ -169,7 +171,9 @@ pub async fn run(options: Options) -> Result<()> {
     }
     gate.stop();
     let gate_ended = gate_thread.join();
-    denials.stop();
+    if let Some(denials) = denials {
+        denials.stop();
+    }
     reporter_thread.close();
     let bpffs = reconciler.close();
     if let Some(failure) = failure {

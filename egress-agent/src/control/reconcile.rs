@@ -18,7 +18,7 @@ use crate::{
     config::{Config, OnDeny},
     datapath::{Adoptable, Datapath, boottime_ns},
     gate::Gate,
-    pods::{Pod, Snapshot},
+    pods::{NO_ADDRESS, Pod, Snapshot},
     policy::{Compiled, Mode},
     report::PodIdentity,
 };
@@ -128,7 +128,9 @@ impl Reconciler {
             let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
                 Plan::Enforce(wanted, why) => match self.enforce(key, *wanted).await {
-                    Ok(()) => why,
+                    Ok(()) => {
+                        why.or_else(|| pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()))
+                    }
                     Err(error) => {
                         waiting.insert((key.clone(), pod.uid.clone()));
                         Some(format!("{error:#}"))

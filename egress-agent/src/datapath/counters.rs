@@ -4,6 +4,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, PerCpuArray};
 use egress_common::records::{Counters, Meter};
 
+use super::policies::gone;
+
 /// Handle for reading counters and meters.
 pub struct CounterMap {
     counters: PerCpuArray<MapData, Counters>,
@@ -46,6 +48,16 @@ impl CounterMap {
             );
         }
         Ok(sum)
+    }
+
+    /// Forgets the meter of a pod that is gone. It outlives the pod's other maps so that what was
+    /// not reported can still be told.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn forget(&mut self, pod: u32) -> Result<()> {
+        gone(self.meters.remove(&pod)).context("cannot write the map `meters`")
     }
 
     /// The meter of one pod; empty when it has none.

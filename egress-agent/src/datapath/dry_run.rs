@@ -38,6 +38,20 @@ pub enum Action {
 }
 
 impl Datapath {
+    /// How many instructions the verifier looked at before it accepted a program; it gives up at a
+    /// million. `None` below kernel 5.16, which does not tell.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not describe the program.
+    pub fn verified_instructions(&mut self, hook: Hook) -> Result<Option<u32>> {
+        let info = self
+            .program(hook)?
+            .info()
+            .with_context(|| format!("cannot look at the program `{}`", hook.program()))?;
+        Ok(info.verified_instruction_count())
+    }
+
     /// Runs a program `repeat` times on a frame, as if it had come along at an interface of this
     /// network namespace.
     ///

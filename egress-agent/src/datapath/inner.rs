@@ -71,7 +71,7 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
     let map: BorrowedFd<'_> = map.as_fd();
     let mut raw = MapInfoHead::default();
     let mut attr = GetInfo {
-        fd: std::os::fd::AsRawFd::as_raw_fd(&map) as u32,
+        fd: std::os::fd::AsRawFd::as_raw_fd(&map).cast_unsigned(),
         len: size_of::<MapInfoHead>() as u32,
         info: (&raw mut raw).expose_provenance() as u64,
     };

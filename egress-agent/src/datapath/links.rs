@@ -91,8 +91,8 @@ impl Datapath {
                 format!("cannot attach `{}` to interface {ifindex}", hook.program())
             })?;
         }
-        // Of an agent that attached the other way: its programs know other marks, and would take
-        // what the gate puts back.
+        // An earlier agent may have attached the other way. Both together would hold each DNS
+        // message twice, and the second time nobody would know its mark.
         let links = self.layout.links();
         match self.attach {
             Attach::Clsact => detach_tcx(&links, ifindex),

@@ -29,8 +29,12 @@ pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 
 /// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
+///
+/// # Panics
+///
+/// On a kernel without that clock, which came with 2.6.39.
 pub fn boottime_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39");
+        .expect("every kernel that loads the programs has CLOCK_BOOTTIME");
     Duration::from(now).as_nanos() as u64
 }

@@ -1,12 +1,12 @@
 //! Loading the programs and opening the maps that all pods share.
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{HashMap, HashOfMaps, LpmTrie, Map, MapData, lpm_trie::Key},
-    programs::SchedClassifier,
+    programs::{ProgramError, SchedClassifier},
     util::KernelVersion,
 };
 use aya_obj::Object;
@@ -41,6 +41,9 @@ const SHARED_MAPS: &[&str] = &[
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
 /// `bpf_ktime_get_boot_ns` came with 5.8; inner maps made while the outer one is in use, 5.10).
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
+
+/// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
+const LOAD_ATTEMPTS: u32 = 5;
 
 /// How the datapath is to be set up.
 #[derive(Clone, Debug)]
@@ -119,8 +122,7 @@ impl Datapath {
                 .program_mut(name)
                 .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
                 .try_into()?;
-            program
-                .load()
+            load(program)
                 .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
             let info = program.info()?;
             tracing::debug!(
@@ -289,6 +291,19 @@ fn check_kernel(kernel: KernelVersion) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then
+/// (`do_check`, kernel/bpf/verifier.c), and aya does not try again.
+fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
+    program.load()
 }
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {

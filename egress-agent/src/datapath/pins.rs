@@ -141,15 +141,15 @@ impl PodPins {
 }
 
 /// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version.
-/// Returns how many links it detached.
+/// Returns from how many interfaces it detached; `None` when there was nothing at all.
 ///
 /// # Errors
 ///
 /// When something cannot be removed.
-pub fn cleanup(bpffs: &Path) -> Result<usize> {
+pub fn cleanup(bpffs: &Path) -> Result<Option<usize>> {
     let top = bpffs.join("egress-agent");
     if !top.exists() {
-        return Ok(0);
+        return Ok(None);
     }
     let _only = Layout::new(bpffs)
         .root
@@ -164,7 +164,7 @@ pub fn cleanup(bpffs: &Path) -> Result<usize> {
             .with_context(|| format!("cannot remove {}", version.display()))?;
     }
     fs::remove_dir(&top).with_context(|| format!("cannot remove {}", top.display()))?;
-    Ok(detached)
+    Ok(Some(detached))
 }
 
 pub(super) fn remove_if_there(path: &Path) -> Result<()> {

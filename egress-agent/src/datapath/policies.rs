@@ -45,7 +45,8 @@ impl Datapath {
         self.layout.pod(namespace, name)
     }
 
-    /// Removes a pod's own maps and pins. Its interfaces must be detached and its policy dropped.
+    /// Removes a pod's own maps and pins, but for its meter (see [`super::CounterMap::forget`]).
+    /// Its interfaces must be detached and its policy dropped.
     ///
     /// # Errors
     ///
@@ -62,7 +63,6 @@ impl Datapath {
     /// When an entry cannot be removed.
     pub fn remove_pod_maps(&mut self, pod: u32) -> Result<()> {
         gone(self.flows.remove(&pod)).context("cannot write the map `flows`")?;
-        gone(self.meters.remove(&pod)).context("cannot write the map `meters`")?;
         gone(self.identities.remove(&pod)).context("cannot write the map `identities`")
     }
 
@@ -195,6 +195,18 @@ impl Datapath {
 pub struct FlowMap(HashMap<MapData, FlowKey, Flow>);
 
 impl FlowMap {
+    /// Every flow and every fragmented packet that is remembered.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn entries(&self) -> Result<Vec<(FlowKey, Flow)>> {
+        self.0
+            .iter()
+            .collect::<Result<_, _>>()
+            .context("cannot read a pod's flows")
+    }
+
     /// Forgets flows that have been idle for too long, and gives each destination of a flow that
     /// the pod has open to `open`.
     ///

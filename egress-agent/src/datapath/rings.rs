@@ -27,10 +27,10 @@ impl HeldRing {
         let Some(item) = self.0.next() else {
             return false;
         };
-        if let Some((head, rest)) = read::<Held>(&item) {
-            if let Some(frame) = rest.get(..head.len as usize) {
-                take(HeldFrame { head, frame });
-            }
+        if let Some((head, rest)) = read::<Held>(&item)
+            && let Some(frame) = rest.get(..head.len as usize)
+        {
+            take(HeldFrame { head, frame });
         }
         true
     }
@@ -51,7 +51,7 @@ impl DenialRing {
     }
 
     /// The next denial.
-    pub fn next(&mut self) -> Option<Denial> {
+    pub fn take(&mut self) -> Option<Denial> {
         let item = self.0.next()?;
         read::<Denial>(&item).map(|(denial, _)| denial)
     }

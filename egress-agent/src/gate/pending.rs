@@ -30,7 +30,7 @@ struct Asked {
     qclass: u16,
     /// How often it was asked and not answered: a repeated question has more than one answer.
     outstanding: u32,
-    asked_ns: u64,
+    time_ns: u64,
 }
 
 /// The open questions of one pod.
@@ -44,15 +44,14 @@ impl Pending {
 
     /// Notes that a question goes out.
     pub(super) fn ask(&mut self, exchange: Exchange, question: &Question, now_ns: u64) {
-        if let Some(asked) = self.0.get_mut(&exchange) {
-            if asked.name_as_sent == question.name_as_sent
-                && asked.qtype == question.qtype
-                && asked.qclass == question.qclass
-            {
-                asked.outstanding = asked.outstanding.saturating_add(1);
-                asked.asked_ns = now_ns;
-                return;
-            }
+        if let Some(asked) = self.0.get_mut(&exchange)
+            && asked.name_as_sent == question.name_as_sent
+            && asked.qtype == question.qtype
+            && asked.qclass == question.qclass
+        {
+            asked.outstanding = asked.outstanding.saturating_add(1);
+            asked.time_ns = now_ns;
+            return;
         }
         if self.0.len() >= QUESTIONS {
             self.0.pop_lru();
@@ -62,7 +61,7 @@ impl Pending {
             qtype: question.qtype,
             qclass: question.qclass,
             outstanding: 1,
-            asked_ns: now_ns,
+            time_ns: now_ns,
         };
         self.0.put(exchange, asked);
     }
@@ -78,7 +77,7 @@ impl Pending {
         {
             return false;
         }
-        let in_time = now_ns.saturating_sub(asked.asked_ns) <= PATIENCE.as_nanos() as u64;
+        let in_time = now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64;
         asked.outstanding -= 1;
         if asked.outstanding == 0 {
             self.0.pop(&exchange);
@@ -89,7 +88,7 @@ impl Pending {
     /// Forgets questions that nobody waits for any more.
     pub(super) fn sweep(&mut self, now_ns: u64) {
         while let Some((_, asked)) = self.0.peek_lru() {
-            if now_ns.saturating_sub(asked.asked_ns) <= PATIENCE.as_nanos() as u64 {
+            if now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64 {
                 break;
             }
             self.0.pop_lru();

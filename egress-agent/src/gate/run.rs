@@ -39,6 +39,9 @@ pub(super) struct Runner {
     /// Messages of pods that are not here, since it was last said.
     unclaimed: u64,
     scratch: Vec<u8>,
+    started_ns: u64,
+    /// Messages that were taken while no agent ran.
+    stale: u64,
 }
 
 impl Runner {
@@ -58,6 +61,8 @@ impl Runner {
             pods: HashMap::new(),
             unclaimed: 0,
             scratch: Vec::new(),
+            started_ns: boottime_ns(),
+            stale: 0,
         }
     }
 
@@ -97,9 +102,16 @@ impl Runner {
             shared,
             unclaimed,
             scratch,
+            started_ns,
+            stale,
             ..
         } = self;
         ring.next(|held| {
+            // Taken while no agent ran: whoever asked has asked again or given up since.
+            if held.head.time_ns < *started_ns {
+                *stale += 1;
+                return;
+            }
             match pods.get_mut(&held.head.pod) {
                 Some(pod) => pod.decide(&held, shared, scratch),
                 // It was removed meanwhile, or an earlier agent left it.
@@ -140,6 +152,13 @@ impl Runner {
                 "DNS messages dropped: their pods are gone, or not taken over yet"
             );
             self.unclaimed = 0;
+        }
+        let stale = std::mem::take(&mut self.stale);
+        if stale > 0 {
+            tracing::warn!(
+                messages = stale,
+                "DNS messages were held while no agent ran; they were not put back"
+            );
         }
         let now_ns = boottime_ns();
         for (id, pod) in &mut self.pods {

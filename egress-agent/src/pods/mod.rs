@@ -23,3 +23,6 @@ pub use snapshot::{Pod, Problem, Snapshot};
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";
 /// Annotation that names a pod's interface on the host's side.
 pub const INTERFACE_ANNOTATION: &str = "egress-agent.dev/interface";
+/// What is to be said of a pod that names an interface and no addresses.
+pub const NO_ADDRESS: &str = "no address in status.podIPs: while the pod is enforced, every source \
+                              address counts as spoofed and nothing that it sends passes";

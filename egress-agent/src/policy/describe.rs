@@ -20,16 +20,21 @@ pub fn describe(
     settings: &Settings,
 ) -> Result<String, PolicyError> {
     // Limits on what is compiled are errors here too.
-    compile(pod, namespace, settings)?;
+    let asks_everything = compile(pod, namespace, settings)?.names.allows_unlisted();
     let effective = effective::resolve(pod, namespace, settings)?;
-    Ok(Lines::of(title, &effective, settings))
+    Ok(Lines::of(title, &effective, settings, asks_everything))
 }
 
 /// The text as it grows.
 struct Lines(String);
 
 impl Lines {
-    fn of(title: &str, effective: &Effective, settings: &Settings) -> String {
+    fn of(
+        title: &str,
+        effective: &Effective,
+        settings: &Settings,
+        asks_everything: bool,
+    ) -> String {
         let Effective {
             mode,
             open,
@@ -40,6 +45,12 @@ impl Lines {
         } = effective;
         let mut lines = Self(String::new());
         lines.push(0, title);
+        let says_nothing = allow.is_empty() && deny.is_empty() && resolve.is_empty();
+        if *mode == Mode::Off && says_nothing {
+            lines.push(1, "mode: off (nothing is judged: it reaches everything)");
+            lines.warnings(warnings);
+            return lines.0;
+        }
         lines.push(
             1,
             match mode {
@@ -81,20 +92,25 @@ impl Lines {
             Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
         });
         lines.rules("may also ask for:", resolve, |_| String::new());
-        lines.push(
-            1,
-            &format!(
-                "names in {} may always be asked for, unless denied",
-                settings.cluster_domain
-            ),
-        );
-        if !settings.guard {
-            lines.push(1, "other names may be asked for too (dns.guard: false)");
+        if asks_everything {
+            lines.push(1, "every name may be asked for, unless denied");
+        } else {
+            lines.push(
+                1,
+                &format!(
+                    "names in {} may always be asked for, unless denied",
+                    settings.cluster_domain
+                ),
+            );
         }
-        for warning in warnings {
-            lines.push(1, &format!("warning: {warning}"));
-        }
+        lines.warnings(warnings);
         lines.0
+    }
+
+    fn warnings(&mut self, warnings: &[String]) {
+        for warning in warnings {
+            self.push(1, &format!("warning: {warning}"));
+        }
     }
 
     fn push(&mut self, depth: usize, line: &str) {
@@ -193,6 +209,32 @@ shop/cart
         assert!(text("*:443").contains(note));
         assert!(!text("a.com:443").contains(note));
         assert!(text("0.0.0.0/0").contains("  warning: the pod's allow entry `0.0.0.0/0` opens"));
+    }
+
+    #[test]
+    fn a_pod_that_may_ask_for_every_name_is_told_so() {
+        let text = |allow: Option<&str>, deny: Option<&str>| {
+            let pod = Annotations {
+                allow: allow.map(str::to_owned),
+                deny: deny.map(str::to_owned),
+                ..Annotations::default()
+            };
+            describe("a/b", &pod, &Annotations::default(), &settings()).unwrap()
+        };
+        let every = "  every name may be asked for, unless denied\n";
+        assert!(text(Some("*:443"), None).contains(every));
+        assert!(text(None, Some("10.0.0.0/8")).contains(every));
+        assert!(!text(Some("a.com"), None).contains(every));
+        assert!(!text(None, Some("*")).contains(every));
+    }
+
+    #[test]
+    fn a_pod_that_nothing_is_said_of_is_told_that_it_reaches_everything() {
+        let nothing = Annotations::default();
+        assert_eq!(
+            describe("a/b", &nothing, &nothing, &settings()).unwrap(),
+            "a/b\n  mode: off (nothing is judged: it reaches everything)\n"
+        );
     }
 
     #[test]

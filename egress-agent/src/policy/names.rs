@@ -83,6 +83,11 @@ impl NameRules {
         self.unlisted
     }
 
+    /// Whether a name that no entry speaks of may be asked for.
+    pub fn allows_unlisted(&self) -> bool {
+        self.unlisted == QuestionRule::Allowed
+    }
+
     /// Bitmap of the classes that addresses get when they are answers to a question for this name;
     /// 0 for a denied name and for one that may only be asked for.
     pub fn classes(&self, name: &Name) -> u64 {

@@ -52,7 +52,7 @@ fn show(stop: &Stop, keep: bool) -> Step {
         while stop.check().is_ok() {
             // What the pods are denied meanwhile, as it comes.
             for denial in agent.denials().iter().skip(shown) {
-                tell::output(&denial.line.to_string());
+                tell::output(&denial.text);
                 shown += 1;
             }
             thread::sleep(Duration::from_millis(100));

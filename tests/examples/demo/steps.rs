@@ -158,7 +158,7 @@ fn denial_lines(_: &Scene, agent: &Agent) -> Step {
     title("The agent's standard output: one line for each thing denied");
     let denials = agent.denials();
     for denial in &denials {
-        output(&denial.line.to_string());
+        output(&denial.text);
     }
     check(
         denials.len() >= 4,

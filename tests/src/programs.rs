@@ -1,0 +1,395 @@
+//! The programs at a pod's interface, run on frames that no interface carries
+//! (`BPF_PROG_TEST_RUN`).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use egress_agent::datapath::{
+    Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
+    Options,
+};
+use egress_common::{
+    address::{Address, from_v4},
+    protocol::bits,
+    reason::Reason,
+    records::{
+        AllowEntry, Counters, Denial, Flow, FlowKey, Held, Interface, MODE_AUDIT, MODE_ENFORCE,
+        Policy, PortClass, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER,
+    },
+};
+use nix::net::if_::if_nametoindex;
+
+use crate::{
+    Lab, Pod,
+    addresses::{RESOLVER, RESOLVER6, server, server6},
+    raw::Ip,
+};
+
+/// The port that the policy allows on [`server`]`(1)` and [`server6`]`(1)`.
+pub const PORT: u16 = 4000;
+/// Bit of the class that allows TCP and UDP [`PORT`].
+pub const TO_PORT: u64 = 1;
+/// Bit of the class that allows SCTP [`PORT`], and ping.
+pub const OTHERS: u64 = 1 << 1;
+/// Bit of the class that allows, or denies, everything.
+pub const ANYTHING: u64 = 1 << 2;
+
+/// The pod's id in the maps.
+pub const POD: u32 = 7;
+const FIRST_POLICY: u32 = 100;
+
+/// A time that does not come.
+const NEVER_NS: u64 = u64::MAX;
+
+/// The programs, their maps, and one pod under a policy.
+pub struct Programs {
+    datapath: Datapath,
+    interfaces: InterfaceMap,
+    allow: AllowMap,
+    held: HeldRing,
+    denials: DenialRing,
+    ifindex: u32,
+    interface: Interface,
+    policy: Policy,
+    pod: Pod,
+    lab: Lab,
+}
+
+/// What became of a frame.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the program did.
+    pub run: DryRun,
+    /// The denials it reported.
+    pub denials: Vec<Denial>,
+    /// What it gave to the agent.
+    pub held: Vec<(Held, Vec<u8>)>,
+}
+
+impl Programs {
+    /// A pod with an IPv4 and an IPv6 address that may send TCP and UDP to port [`PORT`] of
+    /// [`server`]`(1)` and [`server6`]`(1)`, SCTP too, and ping them.
+    #[track_caller]
+    #[expect(clippy::new_without_default, reason = "it changes the machine")]
+    pub fn new() -> Self {
+        let lab = Lab::builder().without_dns().build();
+        let pod = lab.pod("shop", "cart");
+        let options = Options {
+            bpffs: lab.bpffs(),
+            allow_entries: 16,
+            attach: Attach::Auto,
+            trace: false,
+        };
+        let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
+        let ifindex = lab
+            .node()
+            .run(|| if_nametoindex(pod.interface()))
+            .expect("the pod's interface");
+        datapath
+            .create_pod(POD, pod.namespace(), pod.name(), "uid")
+            .expect("the pod's maps");
+        datapath
+            .set_ranges(&[
+                (address(RESOLVER), 128, RANGE_RESOLVER),
+                (address(RESOLVER6), 128, RANGE_RESOLVER),
+                (from_v4([10, 1, 0, 0]), 112, RANGE_INTERNAL),
+                (from_v4([169, 254, 0, 0]), 112, RANGE_PROTECTED),
+                (address("fe80::"), 10, RANGE_PROTECTED),
+                (address("ff00::"), 8, RANGE_PROTECTED),
+            ])
+            .expect("the map of ranges");
+        let policy = policy(&pod);
+        let interface = Interface {
+            pod: POD,
+            policy: FIRST_POLICY,
+            mode: MODE_ENFORCE,
+            flags: 0,
+        };
+        let allow = datapath
+            .create_policy(FIRST_POLICY, &policy, [].into_iter())
+            .expect("the policy's maps");
+        let mut programs = Self {
+            interfaces: datapath.interfaces().expect("the map of interfaces"),
+            held: datapath.take_held().expect("the ring of held frames"),
+            denials: datapath.take_denials().expect("the ring of denials"),
+            datapath,
+            allow,
+            ifindex,
+            interface,
+            policy,
+            pod,
+            lab,
+        };
+        programs.write_interface();
+        for allowed in [server(1), server6(1)] {
+            programs.allow(allowed, TO_PORT | OTHERS, NEVER_NS);
+        }
+        programs
+    }
+
+    /// The pod's IPv4 address.
+    pub fn own(&self) -> Ipv4Addr {
+        self.pod.ipv4()
+    }
+
+    /// The pod's IPv6 address.
+    pub fn own6(&self) -> Ipv6Addr {
+        self.pod.ipv6()
+    }
+
+    /// A packet of the pod's, from its address of that family.
+    pub fn to(&self, dst: impl Into<IpAddr>) -> Ip {
+        let dst = dst.into();
+        if dst.is_ipv4() {
+            Ip::new(self.own(), dst)
+        } else {
+            Ip::new(self.own6(), dst)
+        }
+    }
+
+    /// A packet for the pod, to its address of that family.
+    pub fn by(&self, src: impl Into<IpAddr>) -> Ip {
+        let src = src.into();
+        if src.is_ipv4() {
+            Ip::new(src, self.own())
+        } else {
+            Ip::new(src, self.own6())
+        }
+    }
+
+    fn write_interface(&mut self) {
+        self.interfaces
+            .set(self.ifindex, self.interface)
+            .expect("the map of interfaces can be written");
+    }
+
+    /// Changes mode or flags of the interface.
+    pub fn set_interface(&mut self, change: impl FnOnce(&mut Interface)) {
+        change(&mut self.interface);
+        self.write_interface();
+    }
+
+    /// From now on denials are only reported.
+    pub fn audit(&mut self) {
+        self.set_interface(|interface| interface.mode = MODE_AUDIT);
+    }
+
+    /// Takes the interface out of the map.
+    pub fn forget_interface(&mut self) {
+        self.interfaces
+            .remove(self.ifindex)
+            .expect("the map of interfaces can be written");
+    }
+
+    /// Puts an address into the allow map.
+    #[track_caller]
+    pub fn allow(&mut self, to: impl Into<IpAddr>, classes: u64, expires_ns: u64) {
+        let entry = AllowEntry {
+            classes,
+            expires_ns,
+        };
+        self.allow
+            .insert(address(to.into()), entry)
+            .expect("the allow map has room");
+    }
+
+    /// Puts the pod under a new version of its policy, with an empty allow map.
+    #[track_caller]
+    pub fn change_policy(&mut self, change: impl FnOnce(&mut Policy)) {
+        change(&mut self.policy);
+        self.interface.policy += 1;
+        self.allow = self
+            .datapath
+            .create_policy(self.interface.policy, &self.policy, [].into_iter())
+            .expect("the policy's maps");
+        self.write_interface();
+    }
+
+    /// The pod's flows (not its fragments).
+    #[track_caller]
+    pub fn flows(&self) -> Vec<(FlowKey, Flow)> {
+        self.flow_map().entries().expect("the pod's flows")
+    }
+
+    fn flow_map(&self) -> FlowMap {
+        self.datapath.flow_map(POD).expect("the pod's flows")
+    }
+
+    /// The node's counters.
+    #[track_caller]
+    pub fn counters(&self) -> Counters {
+        let counters = self.datapath.counters().expect("the map of counters");
+        counters.counters().expect("the counters")
+    }
+
+    /// How many instructions the verifier looked at.
+    #[track_caller]
+    pub fn verified_instructions(&mut self, hook: Hook) -> u32 {
+        self.datapath
+            .verified_instructions(hook)
+            .expect("the kernel describes the program")
+            .expect("kernels since 5.16 tell")
+    }
+
+    /// Marks of frames that the agent puts back: to the pod, and from the pod.
+    pub fn marks(&self) -> (u32, u32) {
+        let marks = self.datapath.marks();
+        (marks.deliver, marks.bounce)
+    }
+
+    /// Runs a program on a frame with this mark.
+    #[track_caller]
+    pub fn run_marked(&mut self, hook: Hook, mark: u32, frame: &[u8]) -> Outcome {
+        let Self {
+            datapath,
+            lab,
+            ifindex,
+            ..
+        } = self;
+        let run = lab
+            .node()
+            .run(|| datapath.dry_run(hook, *ifindex, mark, frame, 1))
+            .unwrap_or_else(|e| panic!("{e:#}"));
+        let denials = std::iter::from_fn(|| self.denials.next()).collect();
+        let mut held = Vec::new();
+        while self.held.next(|h| held.push((h.head, h.frame.to_vec()))) {}
+        Outcome { run, denials, held }
+    }
+
+    /// Runs a program on each of these frames, `times` times, and leaves what it reports and gives to
+    /// the agent in the rings.
+    #[track_caller]
+    pub fn flood(&mut self, hook: Hook, frames: impl Iterator<Item = Vec<u8>> + Send, times: u32) {
+        let Self {
+            datapath,
+            lab,
+            ifindex,
+            ..
+        } = self;
+        lab.node().run(|| {
+            for frame in frames {
+                datapath
+                    .dry_run(hook, *ifindex, 0, &frame, times)
+                    .unwrap_or_else(|e| panic!("{e:#}"));
+            }
+        });
+    }
+
+    /// Takes everything out of the rings; returns how many frames and denials there were.
+    pub fn drain(&mut self) -> (usize, usize) {
+        let denials = std::iter::from_fn(|| self.denials.next()).count();
+        let mut held = 0;
+        while self.held.next(|_| held += 1) {}
+        (held, denials)
+    }
+
+    /// What becomes of a frame that the pod sends.
+    #[track_caller]
+    pub fn sends(&mut self, frame: &[u8]) -> Outcome {
+        self.run_marked(Hook::FromPod, 0, frame)
+    }
+
+    /// What becomes of a frame for the pod.
+    #[track_caller]
+    pub fn receives(&mut self, frame: &[u8]) -> Outcome {
+        self.run_marked(Hook::ToPod, 0, frame)
+    }
+
+    /// The pod sends a frame and it leaves, unreported and not held.
+    #[track_caller]
+    pub fn leaves(&mut self, frame: &[u8]) {
+        self.sends(frame).passed();
+    }
+
+    /// A frame reaches the pod, unreported and not held.
+    #[track_caller]
+    pub fn arrives(&mut self, frame: &[u8]) {
+        self.receives(frame).passed();
+    }
+
+    /// The pod sends a frame; it is dropped and reported once, for this reason.
+    #[track_caller]
+    pub fn stays(&mut self, frame: &[u8], reason: Reason) -> Denial {
+        self.sends(frame).denied(reason)
+    }
+}
+
+impl Outcome {
+    /// It passed as if nothing were there.
+    #[track_caller]
+    pub fn passed(&self) {
+        assert_eq!(self.run.action, Action::Pass, "{self:?}");
+        assert!(self.denials.is_empty() && self.held.is_empty(), "{self:?}");
+    }
+
+    /// It was dropped and reported once.
+    #[track_caller]
+    pub fn denied(&self, reason: Reason) -> Denial {
+        assert_eq!(self.run.action, Action::Drop, "{self:?}");
+        assert!(self.held.is_empty(), "{self:?}");
+        self.reported(reason)
+    }
+
+    /// It was reported once.
+    #[track_caller]
+    pub fn reported(&self, reason: Reason) -> Denial {
+        let [denial] = self.denials[..] else {
+            panic!("one denial: {self:?}");
+        };
+        assert_eq!(Reason::from_u8(denial.reason), Some(reason), "{self:?}");
+        denial
+    }
+
+    /// It was given to the agent and dropped.
+    #[track_caller]
+    pub fn taken(&self) -> &(Held, Vec<u8>) {
+        assert_eq!(self.run.action, Action::Drop, "{self:?}");
+        assert!(self.denials.is_empty(), "{self:?}");
+        let [held] = &self.held[..] else {
+            panic!("one held frame: {self:?}");
+        };
+        held
+    }
+}
+
+fn policy(pod: &Pod) -> Policy {
+    let class = |protocols, port_min, port_max| PortClass {
+        port_min,
+        port_max,
+        protocols,
+        pad: [0; 3],
+    };
+    let mut policy = Policy::CLOSED;
+    policy.classes[0] = class(bits::TCP | bits::UDP, PORT, PORT);
+    policy.classes[1] = class(bits::SCTP | bits::ICMP_ECHO, PORT, PORT);
+    policy.classes[2] = class(bits::ALL, 0, u16::MAX);
+    policy.own[0] = address(IpAddr::from(pod.ipv4()));
+    policy.own[1] = address(IpAddr::from(pod.ipv6()));
+    policy.own_len = 2;
+    policy
+}
+
+/// An address as the maps hold it.
+#[track_caller]
+pub fn address(address: impl Into<AnyAddress>) -> Address {
+    match address.into().0 {
+        IpAddr::V4(address) => from_v4(address.octets()),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// An address, or the text of one.
+#[derive(Debug)]
+pub struct AnyAddress(IpAddr);
+
+impl From<IpAddr> for AnyAddress {
+    fn from(address: IpAddr) -> Self {
+        Self(address)
+    }
+}
+
+impl From<&str> for AnyAddress {
+    #[track_caller]
+    fn from(text: &str) -> Self {
+        Self(text.parse().expect("an address"))
+    }
+}

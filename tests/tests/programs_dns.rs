@@ -1,0 +1,321 @@
+//! DNS at the pod's interface: what is taken for the agent, and what the agent puts back.
+
+use egress_agent::datapath::{Action, Hook};
+use egress_common::{
+    reason::Reason,
+    records::{
+        HELD_ANSWER, HELD_QUESTION, HELD_REJECT, INTERFACE_REJECT, VERDICT_AUDITED,
+        VERDICT_DROPPED, VERDICT_REJECTED,
+    },
+};
+use egress_tests::{
+    addresses::{RESOLVER, RESOLVER6, STRANGER, server},
+    programs::{ANYTHING, Outcome, PORT, Programs},
+    raw::{self, ETHERNET, Ip, flag, protocol},
+};
+
+const DNS: u16 = 53;
+
+/// Asserts that the frame is in the ring byte for byte, waiting to be put back.
+#[track_caller]
+fn is_taken(outcome: &Outcome, kind: u8, frame: &[u8]) {
+    let (head, bytes) = outcome.taken();
+    assert_eq!(bytes, frame);
+    assert_eq!((head.kind, head.taken), (kind, 1));
+    assert_eq!(usize::from(head.l3_offset), ETHERNET);
+}
+
+#[test]
+fn a_question_is_taken_byte_for_byte() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        let frame = programs.to(resolver).udp(7, DNS, &raw::question());
+        is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    }
+    // However it is wrapped, whatever follows it, and whether or not it is a question.
+    let to = programs.to(RESOLVER);
+    let mut padded = to.udp(7, DNS, &raw::question());
+    padded.extend([0x5a; 30]);
+    let to6 = programs.to(RESOLVER6);
+    let frames = [
+        padded,
+        to.clone()
+            .options(&[1, 1, 1, 0])
+            .udp(7, DNS, &raw::question()),
+        to6.padding(protocol::HOP_BY_HOP)
+            .fragment(1, 0, false)
+            .udp(7, DNS, &raw::question()),
+        to.udp(DNS, DNS, &raw::question()),
+        to.udp(7, DNS, b""),
+        to.udp(7, DNS, &[0x5a; 1400]),
+        to.udp(7, DNS, &[0x5a; 3000]),
+    ];
+    for frame in frames {
+        is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    }
+    assert_eq!(programs.counters().held_questions, 9);
+    assert!(programs.flows().is_empty(), "a flow would carry DNS past");
+}
+
+#[test]
+fn an_answer_is_taken_byte_for_byte() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        for port in [7, DNS] {
+            let frame = programs.by(resolver).udp(DNS, port, &raw::question());
+            is_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
+        }
+    }
+    assert_eq!(programs.counters().held_answers, 4);
+    assert!(programs.flows().is_empty(), "it would let questions pass");
+}
+
+#[test]
+fn a_rule_does_not_let_a_question_pass_unseen() {
+    let mut programs = Programs::new();
+    programs.allow(RESOLVER, ANYTHING, u64::MAX);
+    let frame = programs.to(RESOLVER).udp(7, DNS, &raw::question());
+    is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    let frame = programs.to(RESOLVER).tcp(7, DNS, flag::SYN);
+    programs.stays(&frame, Reason::DnsOverTcp);
+    // Other ports and protocols of the resolver's are ordinary.
+    let to = programs.to(RESOLVER);
+    programs.leaves(&to.udp(7, 5353, &raw::question()));
+    programs.leaves(&to.sctp(7, DNS));
+    programs.leaves(&to.echo(DNS));
+    programs.leaves(&to.udp(DNS, 5353, b"from port 53"));
+    let by = programs.by(RESOLVER);
+    programs.arrives(&by.udp(5353, DNS, &raw::question()));
+    programs.arrives(&by.echo(DNS));
+}
+
+#[test]
+fn port_53_elsewhere_is_ordinary_traffic() {
+    let mut programs = Programs::new();
+    let frame = programs.to(STRANGER).udp(7, DNS, &raw::question());
+    programs.stays(&frame, Reason::NoRule);
+    programs.allow(STRANGER, ANYTHING, u64::MAX);
+    programs.leaves(&frame);
+    programs.arrives(&programs.by(STRANGER).udp(DNS, 7, &raw::question()));
+}
+
+#[test]
+fn dns_over_tcp_is_denied_in_every_state() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        // Even when the resolver itself seems to have opened the connection.
+        programs.arrives(&programs.by(resolver).tcp(DNS, 7, flag::SYN));
+        for flags in [flag::SYN, flag::SYN | flag::ACK, flag::ACK, flag::RST, 0] {
+            let frame = programs.to(resolver).tcp(7, DNS, flags);
+            programs.stays(&frame, Reason::DnsOverTcp);
+        }
+    }
+}
+
+#[test]
+fn a_forged_question_is_not_taken() {
+    let mut programs = Programs::new();
+    let forged = Ip::new(server(9), RESOLVER).udp(7, DNS, &raw::question());
+    programs.stays(&forged, Reason::SpoofedSource);
+}
+
+#[test]
+fn dns_in_pieces_is_denied_both_ways() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        let (to, by) = (programs.to(resolver), programs.by(resolver));
+        let datagram = raw::udp(7, DNS, &raw::question());
+        let first = to.clone().fragment(9, 0, true);
+        programs.stays(
+            &first.frame(protocol::UDP, &datagram[..16]),
+            Reason::DnsFragmented,
+        );
+        let later = to.fragment(9, 16, false);
+        programs.stays(
+            &later.frame(protocol::UDP, &datagram[16..]),
+            Reason::FragmentWithoutFirst,
+        );
+        let datagram = raw::udp(DNS, 7, &raw::question());
+        let first = by
+            .fragment(9, 0, true)
+            .frame(protocol::UDP, &datagram[..16]);
+        programs.receives(&first).denied(Reason::DnsFragmented);
+        // A first piece too small for its header would be put together behind our back.
+        let tiny = programs.by(resolver).fragment(9, 0, true);
+        let tiny = tiny.frame(protocol::UDP, &datagram[..7]);
+        programs.receives(&tiny).denied(Reason::Malformed);
+    }
+}
+
+#[test]
+fn a_question_that_finds_the_ring_full_is_denied() {
+    let mut programs = Programs::new();
+    // A frame of this length takes 16 KiB of the ring, which holds 4 MiB.
+    let frame = programs.to(RESOLVER).udp(7, DNS, &[0x5a; 3000]);
+    programs.flood(Hook::FromPod, [frame.clone()].into_iter(), 300);
+    let counters = programs.counters();
+    assert!(counters.held_lost > 0, "{counters:?}");
+    assert_eq!(counters.held_questions + counters.held_lost, 300);
+    assert_eq!(counters.denied_packets, counters.held_lost);
+    let (held, denials) = programs.drain();
+    assert_eq!(held as u64, counters.held_questions);
+    assert_eq!(denials as u64, counters.held_lost);
+    is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+
+    let answer = programs.by(RESOLVER).udp(DNS, 7, &[0x5a; 3000]);
+    programs.flood(Hook::ToPod, [answer].into_iter(), 300);
+    let after = programs.counters();
+    assert!(after.held_answers < 300, "{after:?}");
+    let denied = after.denied_packets - counters.denied_packets;
+    assert_eq!(
+        after.held_answers + denied,
+        300,
+        "an answer was delivered unseen"
+    );
+}
+
+#[test]
+fn a_flood_of_questions_leaves_room_for_other_pods() {
+    let mut programs = Programs::new();
+    let frame = programs.to(RESOLVER).udp(7, DNS, &raw::question());
+    programs.flood(Hook::FromPod, [frame].into_iter(), 8000);
+    let counters = programs.counters();
+    assert!(counters.held_limited > 0, "{counters:?}");
+    assert_eq!(counters.held_lost, 0, "the ring never filled up");
+    assert_eq!(counters.held_questions + counters.held_limited, 8000);
+}
+
+#[test]
+fn in_audit_mode_dns_is_copied_and_passes() {
+    let mut programs = Programs::new();
+    programs.audit();
+    let copied = |outcome: &Outcome, kind: u8, frame: &[u8]| {
+        assert_eq!(outcome.run.action, Action::Pass);
+        let [(head, bytes)] = &outcome.held[..] else {
+            panic!("one held frame: {outcome:?}");
+        };
+        assert_eq!((head.kind, head.taken), (kind, 0));
+        assert_eq!(bytes, frame);
+    };
+    let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
+    copied(&programs.sends(&question), HELD_QUESTION, &question);
+    let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
+    copied(&programs.receives(&answer), HELD_ANSWER, &answer);
+}
+
+#[test]
+fn in_audit_mode_every_denial_is_reported_and_nothing_dropped() {
+    let mut programs = Programs::new();
+    let frames = [
+        (
+            programs.to(server(9)).udp(7, PORT, b"hello"),
+            Reason::NoRule,
+        ),
+        (
+            Ip::new(server(9), server(1)).udp(7, PORT, b"hello"),
+            Reason::SpoofedSource,
+        ),
+        (raw::ethernet(0x8100, &[0; 40]), Reason::Malformed),
+        (
+            programs.to(RESOLVER).tcp(7, DNS, flag::SYN),
+            Reason::DnsOverTcp,
+        ),
+    ];
+    for (mode, action, verdict) in [
+        ("enforce", Action::Drop, VERDICT_DROPPED),
+        ("audit", Action::Pass, VERDICT_AUDITED),
+    ] {
+        if mode == "audit" {
+            programs.audit();
+        }
+        for (frame, reason) in &frames {
+            let outcome = programs.sends(frame);
+            assert_eq!(outcome.run.action, action, "{mode}: {outcome:?}");
+            assert_eq!(outcome.reported(*reason).verdict, verdict);
+        }
+    }
+    let counters = programs.counters();
+    assert_eq!((counters.denied_packets, counters.audited_packets), (4, 4));
+}
+
+#[test]
+fn what_the_agent_puts_back_is_not_judged_again() {
+    let mut programs = Programs::new();
+    let (deliver, bounce) = programs.marks();
+    let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
+    let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
+
+    let turned = programs.run_marked(Hook::ToPod, bounce, &question);
+    assert_eq!(
+        (turned.run.action, turned.run.mark),
+        (Action::Redirect, bounce)
+    );
+    // The mark ends with its purpose: nothing behind us sees it.
+    for (hook, mark, frame) in [
+        (Hook::FromPod, bounce, &question),
+        (Hook::ToPod, deliver, &answer),
+    ] {
+        let passed = programs.run_marked(hook, mark, frame);
+        passed.passed();
+        assert_eq!(passed.run.mark, 0);
+    }
+}
+
+#[test]
+fn other_marks_open_nothing() {
+    let mut programs = Programs::new();
+    let (deliver, bounce) = programs.marks();
+    let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
+    let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
+    for mark in [0, 1, 0xffff_ffff, !bounce, bounce ^ 1, deliver] {
+        let outcome = programs.run_marked(Hook::FromPod, mark, &question);
+        is_taken(&outcome, HELD_QUESTION, &question);
+    }
+    for mark in [0, 1, 0xffff_ffff, !deliver, deliver ^ 1] {
+        let outcome = programs.run_marked(Hook::ToPod, mark, &answer);
+        is_taken(&outcome, HELD_ANSWER, &answer);
+    }
+}
+
+#[test]
+fn a_pod_that_is_not_known_yet_sends_nothing() {
+    let mut programs = Programs::new();
+    programs.forget_interface();
+    let frames = [
+        programs.to(server(1)).udp(7, PORT, b"hello"),
+        programs.to(RESOLVER).udp(7, DNS, &raw::question()),
+        raw::arp(programs.own(), programs.own()),
+    ];
+    for frame in &frames {
+        let outcome = programs.sends(frame);
+        assert_eq!(outcome.run.action, Action::Drop);
+        assert!(outcome.denials.is_empty() && outcome.held.is_empty());
+    }
+    assert_eq!(programs.counters().no_policy, 3);
+}
+
+#[test]
+fn rejected_packets_are_given_to_the_agent_for_an_answer() {
+    let mut programs = Programs::new();
+    programs.set_interface(|interface| interface.flags = INTERFACE_REJECT);
+    let to = programs.to(server(9));
+    for frame in [
+        to.udp(7, PORT, b"hello"),
+        to.udp(7, PORT, &[0x5a; 1400]),
+        to.tcp(7, PORT, flag::SYN),
+    ] {
+        let outcome = programs.sends(&frame);
+        assert_eq!(outcome.run.action, Action::Drop);
+        assert_eq!(outcome.reported(Reason::NoRule).verdict, VERDICT_REJECTED);
+        let [(head, bytes)] = &outcome.held[..] else {
+            panic!("one held frame: {outcome:?}");
+        };
+        assert_eq!(head.kind, HELD_REJECT);
+        assert_eq!(bytes[..], frame[..frame.len().min(192)]);
+    }
+    // Not to whoever did not send it, and never a reset to a reset.
+    let forged = Ip::new(server(9), server(1)).udp(7, PORT, b"hello");
+    programs.stays(&forged, Reason::SpoofedSource);
+    programs.stays(&to.tcp(7, PORT, flag::RST), Reason::NoRule);
+    programs.stays(&raw::ethernet(0x8100, &[0; 40]), Reason::Malformed);
+}

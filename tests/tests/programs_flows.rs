@@ -1,0 +1,315 @@
+//! What is open stays open as long as it may, and nothing longer.
+
+use std::net::IpAddr;
+
+use egress_agent::datapath::{Action, Hook};
+use egress_common::{
+    limits::FLOW_ENTRIES,
+    reason::Reason,
+    records::{FLOW_CUT, FLOW_IN, FLOW_OUT, POLICY_OPEN},
+};
+use egress_tests::{
+    addresses::{server, server6},
+    programs::{OTHERS, PORT, Programs, TO_PORT},
+    raw::{self, Ip, flag, protocol},
+};
+
+/// Long ago, on any machine that has booted.
+const PAST_NS: u64 = 1;
+const NEVER_NS: u64 = u64::MAX;
+
+#[track_caller]
+fn states(programs: &Programs) -> Vec<u8> {
+    let mut states: Vec<_> = programs.flows().iter().map(|(_, f)| f.state).collect();
+    states.sort_unstable();
+    states
+}
+
+#[test]
+fn an_expired_address_admits_nothing_new_and_keeps_what_is_open() {
+    let mut programs = Programs::new();
+    for host in [server(1), server6(1)] {
+        let to = programs.to(host);
+        programs.leaves(&to.tcp(7, PORT, flag::SYN));
+        programs.leaves(&to.udp(7, PORT, b"hello"));
+        programs.leaves(&to.sctp(7, PORT));
+        programs.leaves(&to.echo(7));
+        programs.allow(host, TO_PORT | OTHERS, PAST_NS);
+
+        programs.stays(&to.tcp(8, PORT, flag::SYN), Reason::Expired);
+        programs.stays(&to.tcp(8, PORT, flag::ACK), Reason::Expired);
+        programs.stays(&to.udp(8, PORT, b"hello"), Reason::Expired);
+        programs.stays(&to.sctp(8, PORT), Reason::Expired);
+        programs.stays(&to.echo(8), Reason::Expired);
+        // The same ports again are a new connection.
+        programs.stays(&to.tcp(7, PORT, flag::SYN), Reason::Expired);
+
+        programs.leaves(&to.tcp(7, PORT, flag::ACK));
+        programs.leaves(&to.udp(7, PORT, b"hello"));
+        programs.leaves(&to.sctp(7, PORT));
+        programs.leaves(&to.echo(7));
+    }
+    assert_eq!(programs.counters().passed_by_flow, 8);
+}
+
+#[test]
+fn a_new_policy_keeps_the_connections_it_allows() {
+    let mut programs = Programs::new();
+    let to = programs.to(server(1));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    programs.change_policy(|_| {});
+    // Even one whose address has expired in the meantime.
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.stays(&to.tcp(8, PORT, flag::ACK), Reason::Expired);
+    let [(_, flow)] = programs.flows()[..] else {
+        panic!("one flow");
+    };
+    assert_eq!((flow.state, flow.policy), (FLOW_OUT, 101));
+}
+
+#[test]
+fn a_new_policy_cuts_what_it_forbids() {
+    let mut programs = Programs::new();
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    programs.leaves(&to.udp(7, PORT, b"hello"));
+    programs.change_policy(|_| {});
+    programs.stays(&to.tcp(7, PORT, flag::ACK), Reason::NoRule);
+    programs.stays(&to.udp(7, PORT, b"hello"), Reason::NoRule);
+    assert_eq!(states(&programs), [FLOW_CUT, FLOW_CUT]);
+
+    // The other side goes on sending; that does not make it the one who opened the flow.
+    programs.arrives(&by.udp(PORT, 7, b"still there?"));
+    programs.arrives(&by.tcp(PORT, 7, flag::ACK));
+    programs.arrives(&by.tcp(PORT, 7, flag::SYN));
+    programs.stays(&to.udp(7, PORT, b"yes"), Reason::NoRule);
+    programs.stays(&to.tcp(7, PORT, flag::SYN | flag::ACK), Reason::NoRule);
+    assert_eq!(states(&programs), [FLOW_CUT, FLOW_CUT]);
+
+    // Allowed again, it goes on.
+    programs.allow(server(1), TO_PORT, NEVER_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.leaves(&to.udp(7, PORT, b"yes"));
+    assert_eq!(states(&programs), [FLOW_OUT, FLOW_OUT]);
+}
+
+#[test]
+fn a_silent_flow_that_a_policy_cut_is_not_opened_from_outside() {
+    let mut programs = Programs::new();
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.leaves(&to.udp(7, PORT, b"hello"));
+    programs.change_policy(|_| {});
+    programs.arrives(&by.udp(PORT, 7, b"still there?"));
+    programs.stays(&to.udp(7, PORT, b"yes"), Reason::NoRule);
+}
+
+#[test]
+fn whoever_calls_the_pod_gets_an_answer() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        let answers = [
+            (
+                by.tcp(5000, 8080, flag::SYN),
+                to.tcp(8080, 5000, flag::SYN | flag::ACK),
+            ),
+            (by.udp(5000, 8080, b"ping"), to.udp(8080, 5000, b"pong")),
+            (by.sctp(5000, 8080), to.sctp(8080, 5000)),
+            (by.echo(5000), to.echo_reply(5000)),
+        ];
+        for (question, answer) in &answers {
+            programs.stays(answer, Reason::NoRule);
+            programs.arrives(question);
+            programs.leaves(answer);
+            programs.leaves(answer);
+        }
+        // To answer is not to call back: not on other ports, not to others, not with a SYN.
+        programs.stays(&to.tcp(8080, 5000, flag::SYN), Reason::NoRule);
+        programs.stays(&to.tcp(8080, 5000, flag::SYN | flag::URG), Reason::NoRule);
+        programs.stays(&to.tcp(8081, 5000, flag::ACK), Reason::NoRule);
+        programs.stays(&to.udp(8080, 5001, b"pong"), Reason::NoRule);
+        programs.stays(&to.echo_reply(5001), Reason::NoRule);
+        let other = programs.to(server(8));
+        programs.stays(&other.udp(8080, 5000, b"pong"), Reason::NoRule);
+    }
+    assert_eq!(states(&programs), [FLOW_IN; 8]);
+    // A new policy does not concern what others opened.
+    programs.change_policy(|_| {});
+    let to = programs.to(server(9));
+    programs.leaves(&to.tcp(8080, 5000, flag::ACK));
+    programs.leaves(&to.udp(8080, 5000, b"pong"));
+}
+
+#[test]
+fn only_what_opens_a_connection_opens_a_flow() {
+    let mut programs = Programs::new();
+    let (by, to) = (programs.by(server(9)), programs.to(server(9)));
+    let nothing = [
+        by.tcp(5000, 8080, flag::ACK),
+        by.tcp(5000, 8080, flag::SYN | flag::ACK),
+        by.tcp(5000, 8080, flag::RST),
+        by.tcp(5000, 8080, 0),
+        by.echo_reply(5000),
+        by.icmp(3, 3, &[0; 32]),
+        by.frame(protocol::GRE, &[0; 32]),
+    ];
+    for frame in &nothing {
+        programs.arrives(frame);
+    }
+    assert!(programs.flows().is_empty());
+    programs.stays(&to.tcp(8080, 5000, flag::ACK), Reason::NoRule);
+    programs.stays(&to.echo_reply(5000), Reason::NoRule);
+    programs.stays(&to.frame(protocol::GRE, &[0; 32]), Reason::NoRule);
+}
+
+#[test]
+fn a_syn_needs_a_rule_however_well_the_flow_is_known() {
+    let mut programs = Programs::new();
+    let to = programs.to(server(1));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    programs.arrives(&programs.by(server(1)).tcp(PORT, 7, flag::SYN | flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.allow(server(1), OTHERS, NEVER_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    for flags in [flag::SYN, flag::SYN | flag::PSH, flag::SYN | flag::URG] {
+        programs.stays(&to.tcp(7, PORT, flags), Reason::PortNotAllowed);
+    }
+}
+
+#[test]
+fn what_passed_only_for_being_audited_is_no_open_flow() {
+    let mut programs = Programs::new();
+    programs.audit();
+    let (to, by) = (programs.to(server(9)), programs.by(server(9)));
+    let frame = to.udp(7, PORT, b"hello");
+    let outcome = programs.sends(&frame);
+    assert_eq!(outcome.run.action, Action::Pass);
+    outcome.reported(Reason::NoRule);
+    programs.arrives(&by.udp(PORT, 7, b"hello yourself"));
+    assert_eq!(states(&programs), [FLOW_CUT]);
+    programs.sends(&frame).reported(Reason::NoRule);
+    programs.set_interface(|interface| interface.mode = egress_common::records::MODE_ENFORCE);
+    programs.stays(&frame, Reason::NoRule);
+}
+
+/// An ICMP or ICMPv6 "port unreachable" about `quoted`, an Ethernet frame.
+fn unreachable(to: &Ip, quoted: &[u8]) -> Vec<u8> {
+    let rest = [&[0; 4], &quoted[raw::ETHERNET..]].concat();
+    if quoted[raw::ETHERNET] >> 4 == 4 {
+        to.icmp(3, 3, &rest)
+    } else {
+        to.icmp(1, 4, &rest)
+    }
+}
+
+#[test]
+fn a_pod_may_say_that_nobody_listens() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        for question in [by.udp(5000, 8080, b"ping"), by.sctp(5000, 8080)] {
+            let error = unreachable(&to, &question);
+            programs.stays(&error, Reason::NoRule);
+            programs.arrives(&question);
+            programs.leaves(&error);
+        }
+    }
+    // About what it opened itself, too.
+    let (by, to) = (programs.by(server(1)), programs.to(server(1)));
+    programs.leaves(&to.udp(7, PORT, b"hello"));
+    let error = unreachable(&to, &by.udp(PORT, 7, b"late"));
+    programs.leaves(&error);
+    programs.change_policy(|_| {});
+    programs.stays(&error, Reason::NoRule);
+}
+
+#[test]
+fn an_icmp_error_is_no_tunnel() {
+    let mut programs = Programs::new();
+    for (peer, stranger) in [(server(9), server(8)), (server6(9), server6(8))] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        let question = by.udp(5000, 8080, b"ping");
+        programs.arrives(&question);
+        let error = unreachable(&to, &question);
+        programs.leaves(&error);
+
+        // To somebody else than the quoted packet came from, or about somebody else's.
+        let elsewhere = programs.to(stranger);
+        programs.stays(&unreachable(&elsewhere, &question), Reason::NoRule);
+        let others = programs.by(stranger).udp(5000, 8080, b"ping");
+        programs.stays(&unreachable(&to, &others), Reason::NoRule);
+        programs.stays(&unreachable(&elsewhere, &others), Reason::NoRule);
+        // About what did not happen.
+        for quoted in [
+            by.udp(5001, 8080, b"ping"),
+            by.udp(5000, 8081, b"ping"),
+            by.tcp(5000, 8080, flag::SYN),
+            by.echo(5000),
+            to.udp(8080, 5000, b"ping"),
+        ] {
+            programs.stays(&unreachable(&to, &quoted), Reason::NoRule);
+        }
+        // With more than an error may quote, or less than says what it is about.
+        let long = by.udp(5000, 8080, &[0x5a; 1300]);
+        programs.stays(&unreachable(&to, &long), Reason::NoRule);
+        let header = if peer.is_ipv4() { raw::IPV4 } else { raw::IPV6 };
+        programs.stays(&unreachable(&to, &question[..header + 3]), Reason::NoRule);
+        programs.stays(
+            &unreachable(&to, &question[..raw::ETHERNET + 4]),
+            Reason::NoRule,
+        );
+        // Another message with the same content.
+        let mut other = error.clone();
+        other[header] = if peer.is_ipv4() { 13 } else { 100 };
+        programs.stays(&other, Reason::NoRule);
+        // A later piece of a packet has no ports.
+        let piece = by
+            .fragment(1, 800, false)
+            .frame(protocol::UDP, &question[header..]);
+        programs.stays(&unreachable(&to, &piece), Reason::NoRule);
+    }
+}
+
+#[test]
+fn a_full_flow_map_closes_nothing_that_a_rule_allows() {
+    let mut programs = Programs::new();
+    let IpAddr::V4(own) = IpAddr::from(programs.own()) else {
+        unreachable!()
+    };
+    let (to, by) = (programs.to(server(1)), programs.by(server(9)));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    programs.arrives(&by.udp(1, 8080, b"early"));
+    let flood = (0..FLOW_ENTRIES).map(|n| {
+        let from = server(2 + (n >> 14) as u8);
+        Ip::new(from, own).udp((n & 0x3fff) as u16, 9, b"flood")
+    });
+    programs.flood(Hook::ToPod, flood, 1);
+    assert!(programs.counters().flows_full > 0);
+
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.leaves(&to.tcp(8, PORT, flag::SYN));
+    programs.leaves(&to.tcp(8, PORT, flag::ACK));
+    programs.leaves(&programs.to(server(9)).udp(8080, 1, b"early"));
+    // And opens nothing.
+    programs.stays(
+        &programs.to(server(9)).udp(8080, 2, b"hello"),
+        Reason::NoRule,
+    );
+}
+
+#[test]
+fn a_pod_without_rules_for_it_reaches_what_it_may() {
+    let mut programs = Programs::new();
+    let frame = programs.to(server(9)).udp(7, PORT, b"hello");
+    programs.stays(&frame, Reason::NoRule);
+    programs.change_policy(|policy| policy.flags |= POLICY_OPEN);
+    programs.leaves(&frame);
+    // Protected addresses stay closed.
+    let metadata: IpAddr = [169, 254, 169, 254].into();
+    programs.stays(
+        &programs.to(metadata).tcp(7, 80, flag::SYN),
+        Reason::Protected,
+    );
+}

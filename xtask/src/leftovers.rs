@@ -1,0 +1,120 @@
+//! What tests leave behind: nothing, or they have failed.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process;
+
+/// How long the kernel may take to free what nothing refers to any more.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Names of programs and maps that are ours, as the kernel cuts them.
+const OBJECTS: [&str; 6] = [
+    "name from_pod",
+    "name to_pod",
+    "name interfaces",
+    "name policies",
+    "name identities",
+    "name meters",
+];
+
+/// What of the agent's and the laboratory's kind there is on the machine at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Inventory(BTreeSet<String>);
+
+impl Inventory {
+    /// Takes stock.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's programs and maps cannot be listed.
+    pub(crate) fn take() -> Result<Self> {
+        let mut found = BTreeSet::new();
+        for kind in ["prog", "map"] {
+            let bpftool = process::find("bpftool").context("bpftool is missing")?;
+            let mut command = process::as_root(&bpftool.to_string_lossy())?;
+            let listed = process::output(command.args([kind, "show"]))?;
+            found.extend(
+                listed
+                    .lines()
+                    .filter(|line| OBJECTS.iter().any(|name| line.contains(name)))
+                    .map(|line| format!("{kind} {line}")),
+            );
+        }
+        let namespaces = process::output(Command::new("ip").args(["netns", "list"]))?;
+        found.extend(
+            namespaces
+                .lines()
+                .map(|line| format!("network namespace {line}")),
+        );
+        let mounts = fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")?;
+        for mount in mounts.lines() {
+            let mut words = mount.split(' ').skip(1);
+            let (Some(point), Some(kind)) = (words.next(), words.next()) else {
+                continue;
+            };
+            match kind {
+                "bpf" => _ = found.insert(format!("mount {point}")),
+                "cgroup2" => {
+                    let mut groups = Vec::new();
+                    list_directories(Path::new(point), &mut groups)
+                        .with_context(|| format!("cannot list the cgroups in {point}"))?;
+                    found.extend(groups.into_iter().map(|group| format!("cgroup {group}")));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self(found))
+    }
+
+    /// Fails when there is more now than there was then.
+    ///
+    /// # Errors
+    ///
+    /// Names what is left.
+    pub(crate) fn compare(&self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let now = Self::take()?;
+            let left: Vec<&String> = now.0.difference(&self.0).collect();
+            if left.is_empty() {
+                println!("nothing is left behind: no program, map, pin, namespace or cgroup");
+                return Ok(());
+            }
+            if start.elapsed() > PATIENCE {
+                let left: Vec<&str> = left.into_iter().map(String::as_str).collect();
+                bail!("the tests left behind:\n  {}", left.join("\n  "));
+            }
+            sleep(Duration::from_millis(500));
+        }
+    }
+}
+
+fn list_directories(directory: &Path, found: &mut Vec<String>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path().to_string_lossy().into_owned());
+            list_directories(&entry.path(), found)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_there_before_is_nobodys_leftover() {
+        let mut found = Vec::new();
+        list_directories(Path::new(env!("CARGO_MANIFEST_DIR")), &mut found).unwrap();
+        assert!(found.iter().any(|path| path.ends_with("/src")));
+    }
+}
