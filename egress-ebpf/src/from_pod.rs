@@ -15,7 +15,7 @@ use egress_common::{
 };
 
 use crate::{
-    DROP, PASS,
+    DROP, PASS, checksum,
     counters::count,
     denials::{Denied, deny},
     flows, held,
@@ -90,6 +90,9 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
+    if checksum::is_misplaced(&skb, packet) {
+        return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
+    }
     // As with ARP: an advertisement in somebody else's name draws their traffic here.
     if packet.is_neighbour_advertisement() {
         let is_ours = match packet.neighbour_target(&skb) {

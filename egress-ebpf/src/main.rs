@@ -20,6 +20,7 @@
     reason = "what `#[classifier]` makes of a program has no room for docs"
 )]
 
+mod checksum;
 mod counters;
 mod denials;
 mod flows;

@@ -176,7 +176,7 @@ impl Programs {
     /// Takes the interface out of the map.
     pub fn forget_interface(&mut self) {
         self.interfaces
-            .remove(self.ifindex)
+            .remove(self.ifindex, self.interface.pod)
             .expect("the map of interfaces can be written");
     }
 
@@ -249,7 +249,7 @@ impl Programs {
             .node()
             .run(|| datapath.dry_run(hook, *ifindex, mark, frame, 1))
             .unwrap_or_else(|e| panic!("{e:#}"));
-        let denials = std::iter::from_fn(|| self.denials.next()).collect();
+        let denials = std::iter::from_fn(|| self.denials.take()).collect();
         let mut held = Vec::new();
         while self.held.next(|h| held.push((h.head, h.frame.to_vec()))) {}
         Outcome { run, denials, held }
@@ -276,7 +276,7 @@ impl Programs {
 
     /// Takes everything out of the rings; returns how many frames and denials there were.
     pub fn drain(&mut self) -> (usize, usize) {
-        let denials = std::iter::from_fn(|| self.denials.next()).count();
+        let denials = std::iter::from_fn(|| self.denials.take()).count();
         let mut held = 0;
         while self.held.next(|_| held += 1) {}
         (held, denials)
