@@ -136,31 +136,34 @@ impl Reader {
         if batch.is_empty() {
             return;
         }
+        // On its way to the pod, a packet's destination is the pod: it was not resolved to.
         let asked: Vec<(u32, Address)> = batch
             .iter()
-            .map(|denial| {
-                let peer = if denial.direction == FROM_POD {
-                    denial.dst
-                } else {
-                    denial.src
-                };
-                (denial.pod, peer)
-            })
+            .filter(|denial| denial.direction == FROM_POD)
+            .map(|denial| (denial.pod, denial.dst))
             .collect();
         let mut names = self.gate.names(asked).into_iter();
         let (now, now_ns) = (SystemTime::now(), boottime_ns());
+        let mut of_gone_pods = 0;
         for denial in batch {
-            let dst_names = names.next().unwrap_or_default();
+            let dst_names = if denial.direction == FROM_POD {
+                names.next().unwrap_or_default()
+            } else {
+                Vec::new()
+            };
             let Some(pod) = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod) else {
-                tracing::warn!(
-                    pod = denial.pod,
-                    "a denial of a pod that is not known any more"
-                );
+                of_gone_pods += 1;
                 continue;
             };
             let ago = Duration::from_nanos(now_ns.saturating_sub(denial.time_ns));
             let time = now.checked_sub(ago).unwrap_or(now);
             self.reporter.report(denied(denial, pod, dst_names, time));
+        }
+        if of_gone_pods > 0 {
+            tracing::warn!(
+                denials = of_gone_pods,
+                "denials without a line: their pods are gone, or were left by an earlier agent"
+            );
         }
     }
 }

@@ -53,16 +53,15 @@ impl Readings {
                 let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
                 (Arc::new(compiled), true, problem)
             }
-            Err(error) => match before.filter(|reading| reading.good) {
-                Some(last) => {
+            Err(error) => {
+                if let Some(last) = before.filter(|reading| reading.good) {
                     let problem = format!("{error}; the last good policy stays");
                     (Arc::clone(&last.compiled), true, Some(problem))
-                }
-                None => {
+                } else {
                     let problem = format!("{error}; everything external is denied");
                     (self.closed(), false, Some(problem))
                 }
-            },
+            }
         };
         let reading = Reading {
             uid: pod.uid.clone(),

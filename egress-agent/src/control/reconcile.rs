@@ -26,7 +26,7 @@ use crate::{
 /// What should be done with one pod.
 enum Plan {
     /// Put it under this; the text says what is wrong all the same.
-    Enforce(Wanted, Option<String>),
+    Enforce(Box<Wanted>, Option<String>),
     /// Leave it alone, for now or for good; the text says why when it is worth saying.
     Leave(Option<String>),
     /// Keep what is, because what should be cannot be found out.
@@ -127,7 +127,7 @@ impl Reconciler {
         for (key, pod) in &snapshot.pods {
             let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
-                Plan::Enforce(wanted, why) => match self.enforce(key, wanted).await {
+                Plan::Enforce(wanted, why) => match self.enforce(key, *wanted).await {
                     Ok(()) => {
                         why.or_else(|| pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()))
                     }
@@ -289,7 +289,8 @@ impl Reconciler {
         }
         let count = pod.addresses.len();
         if count <= OWN_ADDRESSES {
-            return Plan::Enforce(Wanted::new(pod, ifindex, compiled, self.on_deny), None);
+            let wanted = Wanted::new(pod, ifindex, compiled, self.on_deny);
+            return Plan::Enforce(Box::new(wanted), None);
         }
         let why = format!(
             "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
@@ -297,7 +298,12 @@ impl Reconciler {
         if self.enforced.contains_key(key) {
             return Plan::Keep(format!("{why}; the last good policy stays"));
         }
-        let closed = Wanted::new(pod, ifindex, self.readings.closed(), self.on_deny);
+        let closed = Box::new(Wanted::new(
+            pod,
+            ifindex,
+            self.readings.closed(),
+            self.on_deny,
+        ));
         Plan::Enforce(
             closed,
             Some(format!("{why}; everything external is denied")),

@@ -185,19 +185,18 @@ impl Datapath {
             hook.attach_type(),
             TcAttachOptions::Netlink(options),
         );
-        let id = match attached {
-            Ok(id) => id,
+        let id = if let Ok(id) = attached {
+            id
+        } else {
             // An earlier agent's filter: put our program in its place.
-            Err(_) => {
-                let link = SchedClassifierLink::attached(
-                    &name,
-                    hook.attach_type(),
-                    CLSACT_PRIORITY,
-                    handle,
-                    None,
-                )?;
-                program.attach_to_link(link)?
-            }
+            let link = SchedClassifierLink::attached(
+                &name,
+                hook.attach_type(),
+                CLSACT_PRIORITY,
+                handle,
+                None,
+            )?;
+            program.attach_to_link(link)?
         };
         // Dropping the link would remove the filter; it is removed by name (see `detach`).
         std::mem::forget(program.take_link(id)?);

@@ -9,6 +9,7 @@ use std::{collections::HashSet, sync::Arc};
 use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
+use super::learned_address::Learned;
 use crate::{
     datapath::{AllowError, AllowMap},
     dns::Name,
@@ -19,61 +20,31 @@ use crate::{
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
 
-/// Most names that are remembered for one address.
-const NAMES_PER_ADDRESS: usize = 64;
-
 /// How long an address without an open flow is kept after its lifetime, so that a denial can say
 /// `expired`.
 const EXPIRED_NS: u64 = 300 * 1_000_000_000;
 
-/// A name that led to an address.
-#[derive(Clone, Debug)]
-struct Source {
-    name: Arc<Name>,
-    classes: u64,
-    expires_ns: u64,
+/// What the table writes to: a pod's allow map.
+pub(super) trait Entries {
+    /// See [`AllowMap::capacity`].
+    fn capacity(&self) -> usize;
+    /// See [`AllowMap::insert`].
+    fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError>;
+    /// See [`AllowMap::remove`].
+    fn remove(&mut self, address: Address) -> Result<(), AllowError>;
 }
 
-/// An address in the allow map.
-#[derive(Clone, Debug, Default)]
-struct Learned {
-    sources: Vec<Source>,
-    /// What an earlier agent had written, whose names are not known any more.
-    adopted: Option<AllowEntry>,
-}
-
-impl Learned {
-    /// The allow map's entry: classes of the names whose lifetime has not ended. When none is left,
-    /// the entry says what it last was, expired.
-    fn entry(&self, now_ns: u64) -> AllowEntry {
-        let all = || {
-            self.sources
-                .iter()
-                .map(|source| (source.classes, source.expires_ns))
-                .chain(self.adopted.map(|entry| (entry.classes, entry.expires_ns)))
-        };
-        let alive = all().filter(|&(_, expires_ns)| expires_ns > now_ns);
-        let classes = alive.clone().fold(0, |classes, (more, _)| classes | more);
-        if classes != 0 {
-            return AllowEntry {
-                classes,
-                expires_ns: alive.map(|(_, expires_ns)| expires_ns).max().unwrap_or(0),
-            };
-        }
-        AllowEntry {
-            classes: all().fold(0, |classes, (more, _)| classes | more),
-            expires_ns: all().map(|(_, expires_ns)| expires_ns).max().unwrap_or(0),
-        }
+impl Entries for AllowMap {
+    fn capacity(&self) -> usize {
+        self.capacity()
     }
 
-    /// When the entry next changes by itself: the earliest end of a lifetime that is to come.
-    fn changes_ns(&self, now_ns: u64) -> u64 {
-        self.sources
-            .iter()
-            .map(|source| source.expires_ns)
-            .filter(|&expires_ns| expires_ns > now_ns)
-            .min()
-            .unwrap_or(u64::MAX)
+    fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError> {
+        self.insert(address, entry)
+    }
+
+    fn remove(&mut self, address: Address) -> Result<(), AllowError> {
+        self.remove(address)
     }
 }
 
@@ -90,6 +61,11 @@ pub(super) struct Table {
     unlisted: LruCache<Arc<Name>, Vec<Taught>>,
     /// No entry changes by itself before this.
     next_change_ns: u64,
+    /// Addresses whose lifetime had ended when they were last looked for; the least recently used
+    /// is the last.
+    expired: Vec<Address>,
+    /// No other address's lifetime ends before this.
+    first_expiry_ns: u64,
 }
 
 impl Table {
@@ -100,6 +76,8 @@ impl Table {
             addresses: LruCache::unbounded(),
             unlisted: LruCache::unbounded(),
             next_change_ns: u64::MAX,
+            expired: Vec::new(),
+            first_expiry_ns: u64::MAX,
         }
     }
 
@@ -110,13 +88,25 @@ impl Table {
     /// When the map cannot be read.
     pub(super) fn adopt(&mut self, allow: &AllowMap) -> Result<(), AllowError> {
         for (address, entry) in allow.entries()? {
-            let learned = Learned {
-                sources: Vec::new(),
-                adopted: Some(entry),
-            };
-            self.addresses.put(address, learned);
+            self.take_over(address, entry);
         }
         Ok(())
+    }
+
+    fn take_over(&mut self, address: Address, entry: AllowEntry) {
+        let learned = Learned {
+            sources: Vec::new(),
+            adopted: Some(entry),
+            written: Some(entry),
+        };
+        self.keep(address, learned, 0);
+    }
+
+    /// Keeps what was learned of an address, as the one that was used last.
+    fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
+        self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
+        self.first_expiry_ns = self.first_expiry_ns.min(learned.expires_ns());
+        self.addresses.put(address, learned);
     }
 
     /// Learns that `name`, whose addresses are in `classes`, led to these addresses. When this
@@ -128,7 +118,7 @@ impl Table {
     /// addresses made room; or what the kernel said.
     pub(super) fn learn(
         &mut self,
-        allow: &mut AllowMap,
+        allow: &mut impl Entries,
         name: &Name,
         classes: u64,
         taught: &[Taught],
@@ -149,29 +139,11 @@ impl Table {
         } in taught
         {
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
-            match learned
-                .sources
-                .iter_mut()
-                .find(|source| source.name == name)
-            {
-                Some(source) => {
-                    source.classes = classes;
-                    source.expires_ns = source.expires_ns.max(expires_ns);
-                }
-                None => {
-                    if learned.sources.len() >= NAMES_PER_ADDRESS {
-                        drop_first_to_expire(&mut learned.sources);
-                    }
-                    learned.sources.push(Source {
-                        name: Arc::clone(&name),
-                        classes,
-                        expires_ns,
-                    });
-                }
-            }
-            allow.insert(address, learned.entry(now_ns))?;
-            self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
-            self.addresses.put(address, learned);
+            learned.add(&name, classes, expires_ns);
+            // Whatever is thought to stand in the map: an answer waits for it.
+            learned.written = None;
+            learned.write(address, allow, now_ns)?;
+            self.keep(address, learned, now_ns);
         }
         Ok(())
     }
@@ -185,7 +157,7 @@ impl Table {
     pub(super) fn carry_over(
         &self,
         rules: &NameRules,
-        allow: &mut AllowMap,
+        allow: &mut impl Entries,
         now_ns: u64,
     ) -> Result<Self, AllowError> {
         let mut next = Self::new();
@@ -221,22 +193,26 @@ impl Table {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub(super) fn expire(&mut self, allow: &mut AllowMap, now_ns: u64) -> Result<(), AllowError> {
+    pub(super) fn expire(
+        &mut self,
+        allow: &mut impl Entries,
+        now_ns: u64,
+    ) -> Result<(), AllowError> {
         if now_ns < self.next_change_ns {
             return Ok(());
         }
-        self.next_change_ns = u64::MAX;
+        let mut next_change_ns = u64::MAX;
+        let mut result = Ok(());
         for (&address, learned) in &mut self.addresses {
-            let ended = learned
-                .sources
-                .iter()
-                .any(|source| source.expires_ns <= now_ns);
-            if ended && learned.sources.len() > 1 {
-                allow.insert(address, learned.entry(now_ns))?;
+            // One that fails does not keep the others open, and is tried again the next time.
+            if let Err(error) = learned.write(address, allow, now_ns) {
+                next_change_ns = now_ns;
+                result = Err(error);
             }
-            self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
+            next_change_ns = next_change_ns.min(learned.changes_ns(now_ns));
         }
-        Ok(())
+        self.next_change_ns = next_change_ns;
+        result
     }
 
     /// Forgets addresses whose lifetime ended a while ago, but for those in `open`.
@@ -246,7 +222,7 @@ impl Table {
     /// When the map cannot be written.
     pub(super) fn sweep(
         &mut self,
-        allow: &mut AllowMap,
+        allow: &mut impl Entries,
         open: &HashSet<Address>,
         now_ns: u64,
     ) -> Result<(), AllowError> {
@@ -254,7 +230,7 @@ impl Table {
             .addresses
             .iter()
             .filter(|(address, learned)| {
-                learned.entry(now_ns).expires_ns.saturating_add(EXPIRED_NS) <= now_ns
+                learned.expires_ns().saturating_add(EXPIRED_NS) <= now_ns
                     && !open.contains(*address)
             })
             .map(|(&address, _)| address)
@@ -288,45 +264,63 @@ impl Table {
 
     /// Makes room for the addresses that are not in the map yet: expired ones go first, then the
     /// least recently used; never one of `taught`.
+    ///
+    /// With a full map this is work for every answer, so it does not look at every address: only
+    /// when a lifetime has ended since it last did.
     fn make_room(
         &mut self,
-        allow: &mut AllowMap,
+        allow: &mut impl Entries,
         taught: &[Taught],
         now_ns: u64,
     ) -> Result<(), AllowError> {
-        let new = |addresses: &LruCache<Address, Learned>| {
-            taught
-                .iter()
-                .filter(|taught| !addresses.contains(&taught.address))
-                .count()
-        };
-        if self.addresses.len() + new(&self.addresses) <= allow.capacity() {
+        if self.addresses.len() + taught.len() <= allow.capacity() {
             return Ok(());
         }
         let kept: HashSet<Address> = taught.iter().map(|taught| taught.address).collect();
         if kept.len() > allow.capacity() {
             return Err(AllowError::Full);
         }
-        let by_expiry = self
-            .addresses
-            .iter()
-            .rev()
-            .filter(|(address, _)| !kept.contains(*address));
-        let (expired, alive): (Vec<_>, Vec<_>) = by_expiry
-            .map(|(&address, learned)| (address, learned.entry(now_ns).expires_ns))
-            .partition(|&(_, expires_ns)| expires_ns <= now_ns);
-        let wanted = kept
-            .iter()
-            .filter(|address| !self.addresses.contains(*address))
-            .count();
-        for (address, _) in expired.into_iter().chain(alive) {
-            if self.addresses.len() + wanted <= allow.capacity() {
-                break;
+        let mut wanted = 0;
+        for address in &kept {
+            if self.addresses.contains(address) {
+                // From here on the least recently used is none of these.
+                self.addresses.promote(address);
+            } else {
+                wanted += 1;
             }
+        }
+        while self.addresses.len() + wanted > allow.capacity() {
+            let expired = self.next_expired(&kept, now_ns);
+            let least_used = || self.addresses.peek_lru().map(|(&address, _)| address);
+            let Some(address) = expired.or_else(least_used) else {
+                return Err(AllowError::Full);
+            };
             allow.remove(address)?;
             self.addresses.pop(&address);
         }
         Ok(())
+    }
+
+    /// An address whose lifetime has ended and that is not in `kept`.
+    fn next_expired(&mut self, kept: &HashSet<Address>, now_ns: u64) -> Option<Address> {
+        if self.expired.is_empty() && now_ns >= self.first_expiry_ns {
+            self.first_expiry_ns = u64::MAX;
+            for (&address, learned) in &self.addresses {
+                let expires_ns = learned.expires_ns();
+                if expires_ns <= now_ns {
+                    self.expired.push(address);
+                } else {
+                    self.first_expiry_ns = self.first_expiry_ns.min(expires_ns);
+                }
+            }
+        }
+        while let Some(address) = self.expired.pop() {
+            let has_expired = |learned: &Learned| learned.expires_ns() <= now_ns;
+            if !kept.contains(&address) && self.addresses.peek(&address).is_some_and(has_expired) {
+                return Some(address);
+            }
+        }
+        None
     }
 
     fn remember_unlisted(&mut self, name: &Name, taught: &[Taught]) {
@@ -360,13 +354,6 @@ impl Table {
     }
 }
 
-fn drop_first_to_expire(sources: &mut Vec<Source>) {
-    let first = sources
-        .iter()
-        .enumerate()
-        .min_by_key(|(_, source)| source.expires_ns)
-        .map(|(i, _)| i);
-    if let Some(i) = first {
-        sources.swap_remove(i);
-    }
-}
+#[cfg(test)]
+#[path = "learned_tests.rs"]
+mod tests;

@@ -16,6 +16,7 @@
 
 mod checksum;
 mod learned;
+mod learned_address;
 mod pending;
 mod pod;
 mod reply;

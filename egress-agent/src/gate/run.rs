@@ -36,6 +36,8 @@ pub(super) struct Runner {
     interfaces: InterfaceMap,
     shared: Shared,
     pods: HashMap<u32, Pod>,
+    /// Messages of pods that are not here, since it was last said.
+    unclaimed: u64,
     scratch: Vec<u8>,
     started_ns: u64,
     /// Messages that were taken while no agent ran.
@@ -57,6 +59,7 @@ impl Runner {
             interfaces,
             shared,
             pods: HashMap::new(),
+            unclaimed: 0,
             scratch: Vec::new(),
             started_ns: boottime_ns(),
             stale: 0,
@@ -97,6 +100,7 @@ impl Runner {
             ring,
             pods,
             shared,
+            unclaimed,
             scratch,
             started_ns,
             stale,
@@ -108,9 +112,10 @@ impl Runner {
                 *stale += 1;
                 return;
             }
-            // A message of a pod that was removed meanwhile goes nowhere.
-            if let Some(pod) = pods.get_mut(&held.head.pod) {
-                pod.decide(&held, shared, scratch);
+            match pods.get_mut(&held.head.pod) {
+                Some(pod) => pod.decide(&held, shared, scratch),
+                // It was removed meanwhile, or an earlier agent left it.
+                None => *unclaimed += 1,
             }
         })
     }
@@ -141,6 +146,13 @@ impl Runner {
     }
 
     fn tick(&mut self) {
+        if self.unclaimed > 0 {
+            tracing::warn!(
+                messages = self.unclaimed,
+                "DNS messages dropped: their pods are gone, or not taken over yet"
+            );
+            self.unclaimed = 0;
+        }
         let stale = std::mem::take(&mut self.stale);
         if stale > 0 {
             tracing::warn!(

@@ -27,6 +27,10 @@ use super::{
 /// object are limited to 256 KiB by Kubernetes, so only very short names get here.
 pub const NAMES: usize = 10_000;
 
+/// Most names with `*` inside a label among them. They are compared one by one with every name that
+/// the pod asks for, by the thread that serves all pods.
+const GLOBS: usize = 100;
+
 /// One entry for a policy's CIDR trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cidr {
@@ -297,8 +301,13 @@ pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<P
             }
         }
     }
+    let globs = names
+        .iter()
+        .filter(|pattern| matches!(pattern, NamePattern::Glob(_)))
+        .count();
     for (what, count, limit) in [
         ("names", names.len(), NAMES),
+        ("names with * inside a label", globs, GLOBS),
         ("address prefixes", prefixes.len(), CIDR_ENTRIES as usize),
     ] {
         if count > limit {

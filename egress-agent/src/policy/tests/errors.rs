@@ -100,4 +100,9 @@ fn limits_are_errors_that_name_the_count() {
         message(&[("allow", &names.join(" "))], &[]),
         "the policy has 10001 names; the limit is 10000"
     );
+    let globs: Vec<String> = (0..101).map(|n| format!("a*{n}.example.com")).collect();
+    assert_eq!(
+        message(&[("allow", &globs.join(" "))], &[]),
+        "the policy has 101 names with * inside a label; the limit is 100"
+    );
 }

@@ -1,0 +1,193 @@
+use std::collections::BTreeMap;
+
+use egress_common::address::from_v4;
+
+use super::{super::learned_address::NAMES_PER_ADDRESS, *};
+
+const SECOND: u64 = 1_000_000_000;
+
+/// An allow map that can be told to fail.
+#[derive(Default)]
+struct Fake {
+    capacity: usize,
+    entries: BTreeMap<Address, AllowEntry>,
+    refused: Vec<Address>,
+    writes: usize,
+}
+
+impl Entries for Fake {
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError> {
+        let is_new = !self.entries.contains_key(&address);
+        if self.refused.contains(&address) || (is_new && self.entries.len() >= self.capacity) {
+            return Err(AllowError::Full);
+        }
+        self.entries.insert(address, entry);
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove(&mut self, address: Address) -> Result<(), AllowError> {
+        self.entries.remove(&address);
+        Ok(())
+    }
+}
+
+fn fake(capacity: usize) -> Fake {
+    Fake {
+        capacity,
+        ..Fake::default()
+    }
+}
+
+fn name(text: &str) -> Name {
+    Name::from_labels(text.split('.').map(str::as_bytes)).unwrap()
+}
+
+fn address(last: u8) -> Address {
+    from_v4([203, 0, 113, last])
+}
+
+fn taught(last: u8, expires_s: u64) -> Taught {
+    Taught {
+        address: address(last),
+        expires_ns: expires_s * SECOND,
+    }
+}
+
+fn classes(allow: &Fake, last: u8) -> u64 {
+    allow.entries[&address(last)].classes
+}
+
+#[test]
+fn classes_of_a_name_end_with_its_lifetime_though_another_goes_on() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    let mut learn = |text, classes, expires_s| {
+        table.learn(&mut allow, &name(text), classes, &[taught(1, expires_s)], 0)
+    };
+    learn("a.test", 0b01, 10).unwrap();
+    learn("b.test", 0b10, 60).unwrap();
+    assert_eq!(classes(&allow, 1), 0b11);
+    table.expire(&mut allow, 9 * SECOND).unwrap();
+    assert_eq!(classes(&allow, 1), 0b11);
+    table.expire(&mut allow, 10 * SECOND).unwrap();
+    assert_eq!(classes(&allow, 1), 0b10);
+    // And when nothing is left, the entry says what it was.
+    let writes = allow.writes;
+    for second in 11..59 {
+        table.expire(&mut allow, second * SECOND).unwrap();
+    }
+    assert_eq!(allow.writes, writes, "what does not change is not written");
+}
+
+#[test]
+fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    let left = AllowEntry {
+        classes: 0b10,
+        expires_ns: 10 * SECOND,
+    };
+    allow.entries.insert(address(1), left);
+    table.take_over(address(1), left);
+    table
+        .learn(&mut allow, &name("a.test"), 0b01, &[taught(1, 60)], 0)
+        .unwrap();
+    assert_eq!(classes(&allow, 1), 0b11);
+    table.expire(&mut allow, 10 * SECOND).unwrap();
+    assert_eq!(classes(&allow, 1), 0b01);
+}
+
+#[test]
+fn an_entry_that_cannot_be_written_does_not_keep_others_open_and_is_tried_again() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    for last in 1..=4 {
+        for (text, classes, expires_s) in [("a.test", 0b01, 10), ("b.test", 0b10, 60)] {
+            table
+                .learn(
+                    &mut allow,
+                    &name(text),
+                    classes,
+                    &[taught(last, expires_s)],
+                    0,
+                )
+                .unwrap();
+        }
+    }
+    allow.refused = vec![address(2)];
+    assert!(table.expire(&mut allow, 11 * SECOND).is_err());
+    for last in [1, 3, 4] {
+        assert_eq!(classes(&allow, last), 0b10, "{last}");
+    }
+    allow.refused.clear();
+    table.expire(&mut allow, 12 * SECOND).unwrap();
+    assert_eq!(classes(&allow, 2), 0b10);
+}
+
+#[test]
+fn a_name_that_alone_gives_an_address_its_class_is_not_crowded_out() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    let mut learn = |text: &str, classes, expires_s| {
+        table.learn(&mut allow, &name(text), classes, &[taught(1, expires_s)], 0)
+    };
+    learn("ssh.test", 0b10, 60).unwrap();
+    for n in 0..200 {
+        learn(&format!("n{n}.test"), 0b01, 70 + n).unwrap();
+    }
+    assert_eq!(classes(&allow, 1), 0b11);
+    let names = table.names_of(&address(1));
+    assert!(names.len() <= NAMES_PER_ADDRESS, "{}", names.len());
+    assert!(names.contains(&"ssh.test".to_owned()), "{names:?}");
+}
+
+#[test]
+fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
+    let (mut table, mut allow) = (Table::new(), fake(4));
+    let mut learn = |all: &[Taught], now_s| {
+        table
+            .learn(&mut allow, &name("a.test"), 1, all, now_s * SECOND)
+            .unwrap();
+        let mut left: Vec<u8> = allow.entries.keys().map(|address| address[15]).collect();
+        left.sort_unstable();
+        left
+    };
+    for (last, expires_s) in [(1, 100), (2, 20), (3, 100), (4, 30)] {
+        learn(&[taught(last, expires_s)], 0);
+    }
+    assert_eq!(
+        learn(&[taught(5, 100)], 10),
+        [2, 3, 4, 5],
+        "1 is the oldest"
+    );
+    assert_eq!(learn(&[taught(6, 100)], 40), [3, 4, 5, 6], "2 has expired");
+    assert_eq!(learn(&[taught(7, 100)], 40), [3, 5, 6, 7], "4 has expired");
+    assert_eq!(
+        learn(&[taught(8, 100)], 40),
+        [5, 6, 7, 8],
+        "3 is the oldest"
+    );
+    // One that is taught again does not give way, however old it is.
+    let again = [taught(5, 200), taught(9, 100)];
+    assert_eq!(learn(&again, 50), [5, 7, 8, 9]);
+}
+
+#[test]
+fn an_address_that_stands_twice_in_an_answer_needs_room_once() {
+    let (mut table, mut allow) = (Table::new(), fake(4));
+    let mut learn = |all: &[Taught]| table.learn(&mut allow, &name("a.test"), 1, all, 0);
+    learn(&[taught(1, 60), taught(2, 60)]).unwrap();
+    let twice = [taught(3, 60), taught(4, 60), taught(3, 90), taught(4, 60)];
+    learn(&twice).unwrap();
+    assert_eq!(allow.entries.len(), 4);
+    assert_eq!(allow.entries[&address(3)].expires_ns, 90 * SECOND);
+}
+
+#[test]
+fn an_answer_that_is_larger_than_the_map_is_not_learned() {
+    let (mut table, mut allow) = (Table::new(), fake(2));
+    let all = [taught(1, 60), taught(2, 60), taught(3, 60)];
+    let learned = table.learn(&mut allow, &name("a.test"), 1, &all, 0);
+    assert!(matches!(learned, Err(AllowError::Full)));
+}
