@@ -1,6 +1,7 @@
 //! The project's own commands, run as `cargo xtask <command>`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -28,6 +29,7 @@ enum Command {
     Build(build::Options),
     Test(test::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
     Lint(lint::Options),
 }
 
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Command::Build(options) => build::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {
