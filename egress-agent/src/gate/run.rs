@@ -22,11 +22,12 @@ use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 /// How often lifetimes are looked at.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long the thread looks at the ring before it sleeps: waking it costs more than this, and the
-/// answer to a question that has just gone out is often back within it.
-const SPIN: Duration = Duration::from_micros(50);
+/// How long the thread goes on looking at the ring before it sleeps: waking it takes about as long,
+/// and the answer to a question that has just gone out is often back within it. Whoever else wants
+/// the CPU gets it meanwhile; on a busy machine that is who the answer comes from.
+const STAY_AWAKE: Duration = Duration::from_micros(50);
 
-/// Messages decided before commands are looked at again.
+/// Messages decided before they are put back together and commands are looked at again.
 const BATCH: usize = 64;
 
 pub(super) struct Runner {
@@ -36,7 +37,6 @@ pub(super) struct Runner {
     interfaces: InterfaceMap,
     shared: Shared,
     pods: HashMap<u32, Pod>,
-    scratch: Vec<u8>,
 }
 
 impl Runner {
@@ -54,13 +54,13 @@ impl Runner {
             interfaces,
             shared,
             pods: HashMap::new(),
-            scratch: Vec::new(),
         }
     }
 
     /// Runs until it is told to stop.
     pub(super) fn run(mut self) {
         let mut next_tick = Instant::now() + TICK;
+        let mut awake_until = Instant::now();
         loop {
             loop {
                 match self.commands.try_recv() {
@@ -73,15 +73,18 @@ impl Runner {
             while decided < BATCH && self.decide_next() {
                 decided += 1;
             }
+            self.shared.wire.send();
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
                 next_tick = now + TICK;
             }
-            if decided == 0 {
+            if decided > 0 {
+                awake_until = now + STAY_AWAKE;
+            } else if now < awake_until {
+                std::thread::yield_now();
+            } else {
                 self.wait(next_tick);
-            } else if decided < BATCH {
-                self.spin();
             }
         }
     }
@@ -89,29 +92,14 @@ impl Runner {
     /// Decides the next message, if there is one.
     fn decide_next(&mut self) -> bool {
         let Self {
-            ring,
-            pods,
-            shared,
-            scratch,
-            ..
+            ring, pods, shared, ..
         } = self;
         ring.next(|held| {
             // A message of a pod that was removed meanwhile goes nowhere.
             if let Some(pod) = pods.get_mut(&held.head.pod) {
-                pod.decide(&held, shared, scratch);
+                pod.decide(&held, shared);
             }
         })
-    }
-
-    /// Looks at the ring for a while instead of sleeping.
-    fn spin(&mut self) {
-        let until = Instant::now() + SPIN;
-        while Instant::now() < until {
-            if self.decide_next() {
-                return;
-            }
-            std::hint::spin_loop();
-        }
     }
 
     fn wait(&mut self, until: Instant) {
