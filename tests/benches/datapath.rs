@@ -1,5 +1,11 @@
 //! What a packet costs in `from_pod`: the kernel runs the program over and over on one frame
 //! (`BPF_PROG_TEST_RUN`).
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
 
 mod common;
 

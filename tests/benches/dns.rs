@@ -4,6 +4,12 @@
 //! Where the scheduler puts client and server decides what "bare" is: on one CPU, each hands over to
 //! the other without waking anything, and anything in between looks dear; on two, each message wakes
 //! a CPU, as one from another machine would. So it is measured both ways.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! What the agent keeps in memory when it enforces many pods that have learned many addresses.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! TCP through the interface of an enforced pod, beside that of a pod the agent does not know.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
 
 mod common;
 

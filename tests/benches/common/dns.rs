@@ -100,8 +100,9 @@ impl Client {
     fn receive(&self) {
         let mut answer = [0; 512];
         let len = self.socket.recv(&mut answer).expect("an answer");
+        let (response_code, answers) = (answer[3] & 0x0f, answer[7]);
         assert!(
-            answer[3] & 0x0f == 0 && answer[7] == 1 && len > 12,
+            len > 12 && response_code == 0 && answers == 1,
             "not an answer with one address: {:?}",
             &answer[..len]
         );
