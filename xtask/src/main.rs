@@ -1,6 +1,7 @@
 //! The project's own commands, run as `cargo xtask <command>`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod demo;
 mod kernels;
@@ -31,6 +32,7 @@ enum Command {
     Test(test::Options),
     Demo(demo::Options),
     Kernels(kernels::Options),
+    Bench(bench::Options),
     Lint(lint::Options),
 }
 
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Kernels(options) => kernels::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {

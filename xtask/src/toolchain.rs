@@ -145,6 +145,8 @@ impl Compiler {
         let flags = [
             "-Cdebuginfo=2".to_owned(),
             "-Clink-arg=--btf".to_owned(),
+            // Otherwise zeroing a record becomes a call that does it byte by byte.
+            "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
             format!("-Clinker={}", linker.path.display()),
             format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
         ];

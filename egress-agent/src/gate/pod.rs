@@ -126,31 +126,25 @@ impl Pod {
         self.learned.names_of(address)
     }
 
-    /// Decides a frame from the ring. `scratch` is for putting it back.
-    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &Shared, scratch: &mut Vec<u8>) {
+    /// Decides a frame from the ring. What is to be sent waits at the wire.
+    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) != Walked::Ip {
             // A rejected packet was cut in the ring, and the walk may want all of it.
             if held.head.kind == HELD_REJECT {
-                self.reject_cut(held, shared, scratch);
+                self.reject_cut(held, shared);
             }
             return;
         }
         match held.head.kind {
-            HELD_QUESTION => self.question(held, &packet, shared, scratch),
-            HELD_ANSWER => self.answer(held, &packet, shared, scratch),
+            HELD_QUESTION => self.question(held, &packet, shared),
+            HELD_ANSWER => self.answer(held, &packet, shared),
             HELD_REJECT => reject(held, &packet, shared),
             _ => {}
         }
     }
 
-    fn question(
-        &mut self,
-        held: &HeldFrame<'_>,
-        packet: &Packet,
-        shared: &Shared,
-        scratch: &mut Vec<u8>,
-    ) {
+    fn question(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
         let Some(message) = udp_payload(held.frame, packet) else {
             return;
         };
@@ -181,19 +175,11 @@ impl Pod {
         };
         self.pending.ask(exchange, &question, held.head.time_ns);
         if held.head.taken != 0 {
-            put_back(held, packet, scratch, |frame| {
-                shared.wire.bounce(held.head.ifindex, frame)
-            });
+            complete_udp(shared.wire.bounce(held.head.ifindex, held.frame), packet);
         }
     }
 
-    fn answer(
-        &mut self,
-        held: &HeldFrame<'_>,
-        packet: &Packet,
-        shared: &Shared,
-        scratch: &mut Vec<u8>,
-    ) {
+    fn answer(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
         let Some(message) = udp_payload(held.frame, packet) else {
             return;
         };
@@ -236,9 +222,7 @@ impl Pod {
             return;
         }
         if held.head.taken != 0 {
-            put_back(held, packet, scratch, |frame| {
-                shared.wire.deliver(held.head.ifindex, frame)
-            });
+            complete_udp(shared.wire.deliver(held.head.ifindex, held.frame), packet);
         }
     }
 
@@ -308,12 +292,11 @@ impl Pod {
 
     /// A denied packet was longer than what the ring keeps of it: only its headers are there, and
     /// its length fields point beyond them.
-    fn reject_cut(&self, held: &HeldFrame<'_>, shared: &Shared, scratch: &mut Vec<u8>) {
-        scratch.clear();
-        scratch.extend_from_slice(held.frame);
-        scratch.resize(egress_common::limits::HELD_FRAME_BYTES.max(65_550), 0);
+    fn reject_cut(&self, held: &HeldFrame<'_>, shared: &mut Shared) {
+        let mut whole = held.frame.to_vec();
+        whole.resize(egress_common::limits::HELD_FRAME_BYTES.max(65_550), 0);
         let mut packet = Packet::EMPTY;
-        if walk(&scratch.as_slice(), &mut packet) == Walked::Ip {
+        if walk(&whole.as_slice(), &mut packet) == Walked::Ip {
             reject(held, &packet, shared);
         } else {
             tracing::debug!(pod = %self.name(), "a denied packet could not be rejected");
@@ -338,40 +321,24 @@ impl Enforcement {
     }
 }
 
-fn refuse_question(held: &HeldFrame<'_>, packet: &Packet, question: &Question, shared: &Shared) {
+fn refuse_question(
+    held: &HeldFrame<'_>,
+    packet: &Packet,
+    question: &Question,
+    shared: &mut Shared,
+) {
     let how: Refusal = shared.dns.refusal;
     let Some(frame) = reply::udp(held.frame, packet, &refuse(question, how)) else {
         return;
     };
-    if let Err(error) = shared.wire.deliver(held.head.ifindex, &frame) {
-        tracing::debug!(ifindex = held.head.ifindex, %error, "refusal not sent");
-    }
+    shared.wire.deliver(held.head.ifindex, &frame);
 }
 
-fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &Shared) {
+fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
     let Some(frame) = reply::rejection(held.frame, packet) else {
         return;
     };
-    if let Err(error) = shared.wire.deliver(held.head.ifindex, &frame) {
-        tracing::debug!(ifindex = held.head.ifindex, %error, "rejection not sent");
-    }
-}
-
-/// Puts a frame back as it was taken, its checksum made whole.
-fn put_back(
-    held: &HeldFrame<'_>,
-    packet: &Packet,
-    scratch: &mut Vec<u8>,
-    send: impl FnOnce(&[u8]) -> std::io::Result<()>,
-) {
-    scratch.clear();
-    scratch.extend_from_slice(held.frame);
-    complete_udp(scratch, packet);
-    if let Err(error) = send(scratch) {
-        // The interface has gone, or the kernel has no memory: to the pod the message is lost as
-        // any datagram may be, and it asks again.
-        tracing::warn!(ifindex = held.head.ifindex, %error, "DNS message could not be put back");
-    }
+    shared.wire.deliver(held.head.ifindex, &frame);
 }
 
 /// The payload of a UDP datagram, by its own length field.

@@ -22,11 +22,12 @@ use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 /// How often lifetimes are looked at.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long the thread looks at the ring before it sleeps: waking it costs more than this, and the
-/// answer to a question that has just gone out is often back within it.
-const SPIN: Duration = Duration::from_micros(50);
+/// How long the thread goes on looking at the ring before it sleeps: waking it takes about as long,
+/// and the answer to a question that has just gone out is often back within it. Whoever else wants
+/// the CPU gets it meanwhile; on a busy machine that is who the answer comes from.
+const STAY_AWAKE: Duration = Duration::from_micros(50);
 
-/// Messages decided before commands are looked at again.
+/// Messages decided before they are put back together and commands are looked at again.
 const BATCH: usize = 64;
 
 pub(super) struct Runner {
@@ -38,7 +39,6 @@ pub(super) struct Runner {
     pods: HashMap<u32, Pod>,
     /// Messages of pods that are not here, since it was last said.
     unclaimed: u64,
-    scratch: Vec<u8>,
     started_ns: u64,
     /// Messages that were taken while no agent ran.
     stale: u64,
@@ -60,7 +60,6 @@ impl Runner {
             shared,
             pods: HashMap::new(),
             unclaimed: 0,
-            scratch: Vec::new(),
             started_ns: boottime_ns(),
             stale: 0,
         }
@@ -69,6 +68,7 @@ impl Runner {
     /// Runs until it is told to stop.
     pub(super) fn run(mut self) {
         let mut next_tick = Instant::now() + TICK;
+        let mut awake_until = Instant::now();
         loop {
             loop {
                 match self.commands.try_recv() {
@@ -81,15 +81,18 @@ impl Runner {
             while decided < BATCH && self.decide_next() {
                 decided += 1;
             }
+            self.shared.wire.send();
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
                 next_tick = now + TICK;
             }
-            if decided == 0 {
+            if decided > 0 {
+                awake_until = now + STAY_AWAKE;
+            } else if now < awake_until {
+                std::thread::yield_now();
+            } else {
                 self.wait(next_tick);
-            } else if decided < BATCH {
-                self.spin();
             }
         }
     }
@@ -101,7 +104,6 @@ impl Runner {
             pods,
             shared,
             unclaimed,
-            scratch,
             started_ns,
             stale,
             ..
@@ -113,22 +115,11 @@ impl Runner {
                 return;
             }
             match pods.get_mut(&held.head.pod) {
-                Some(pod) => pod.decide(&held, shared, scratch),
+                Some(pod) => pod.decide(&held, shared),
                 // It was removed meanwhile, or an earlier agent left it.
                 None => *unclaimed += 1,
             }
         })
-    }
-
-    /// Looks at the ring for a while instead of sleeping.
-    fn spin(&mut self) {
-        let until = Instant::now() + SPIN;
-        while Instant::now() < until {
-            if self.decide_next() {
-                return;
-            }
-            std::hint::spin_loop();
-        }
     }
 
     fn wait(&mut self, until: Instant) {

@@ -1,0 +1,110 @@
+//! A client that asks for names nobody has asked for before.
+
+use std::{
+    net::{IpAddr, UdpSocket},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use egress_tests::{Pod, addresses::numbered};
+
+/// Below it are all names that are asked for.
+pub(crate) const ZONE: &str = "bench.test";
+
+/// An answer that takes longer was lost.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A client on its way to a resolver.
+pub(crate) struct Client {
+    socket: UdpSocket,
+}
+
+/// The next number that no name has yet.
+fn fresh() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The one address of the name with this number.
+pub(crate) fn address_of(number: u32) -> IpAddr {
+    numbered(number % (1 << 17))
+}
+
+/// The number in the first label of a message's question.
+pub(crate) fn number_of(message: &[u8]) -> Option<u32> {
+    let label = message.get(13..13 + usize::from(*message.get(12)?))?;
+    let digits = std::str::from_utf8(label.strip_prefix(b"q")?).ok()?;
+    digits.parse().ok()
+}
+
+/// A question for an A record. The transaction id is the number's lower half.
+fn question(number: u32) -> Vec<u8> {
+    let mut message = (number as u16).to_be_bytes().to_vec();
+    message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    let name = format!("q{number}.{ZONE}");
+    for label in name.split('.') {
+        message.push(label.len() as u8);
+        message.extend(label.as_bytes());
+    }
+    message.extend([0, 0, 1, 0, 1]);
+    message
+}
+
+impl Client {
+    /// A client in the pod.
+    pub(crate) fn new(pod: &Pod, resolver: IpAddr) -> Self {
+        let socket = pod.udp_socket((resolver, 53));
+        socket
+            .set_read_timeout(Some(PATIENCE))
+            .expect("a time-out that is not zero");
+        Self { socket }
+    }
+
+    /// Asks for names one by one, and returns how long each took in microseconds, sorted.
+    pub(crate) fn latencies(&self, names: u32) -> Vec<f64> {
+        let mut taken: Vec<f64> = (0..names)
+            .map(|_| {
+                let message = question(fresh());
+                let start = Instant::now();
+                self.send(&message);
+                self.receive();
+                start.elapsed().as_secs_f64() * 1e6
+            })
+            .collect();
+        taken.sort_unstable_by(f64::total_cmp);
+        taken
+    }
+
+    /// Asks for names with this many questions open, and returns questions per second.
+    pub(crate) fn questions_per_second(&self, names: u32, open: u32) -> f64 {
+        let messages: Vec<Vec<u8>> = (0..names).map(|_| question(fresh())).collect();
+        let start = Instant::now();
+        for message in &messages[..open as usize] {
+            self.send(message);
+        }
+        for message in &messages[open as usize..] {
+            self.receive();
+            self.send(message);
+        }
+        for _ in 0..open {
+            self.receive();
+        }
+        f64::from(names) / start.elapsed().as_secs_f64()
+    }
+
+    fn send(&self, message: &[u8]) {
+        self.socket.send(message).expect("send a question");
+    }
+
+    /// Receives an answer, which must have an address.
+    fn receive(&self) {
+        let mut answer = [0; 512];
+        let len = self.socket.recv(&mut answer).expect("an answer");
+        let (response_code, answers) = (answer[3] & 0x0f, answer[7]);
+        assert!(
+            len > 12 && response_code == 0 && answers == 1,
+            "not an answer with one address: {:?}",
+            &answer[..len]
+        );
+    }
+}

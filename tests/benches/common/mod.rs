@@ -1,0 +1,111 @@
+//! What the benchmarks share: a bare pod beside an enforced one, rounds that take turns, and tables.
+//!
+//! Machines differ, and one machine differs from minute to minute. So everything is measured in
+//! short rounds that take turns within one run, and each round is compared with the bare one beside
+//! it; the absolute numbers are there for orientation.
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each benchmark is a crate of its own and uses a part of this"
+)]
+
+pub(crate) mod dns;
+pub(crate) mod responder;
+
+use std::fs;
+
+/// The middle of what was measured, and where half of it lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spread {
+    /// The median.
+    pub(crate) middle: f64,
+    /// A quarter of the rounds is below it.
+    pub(crate) low: f64,
+    /// A quarter of the rounds is above it.
+    pub(crate) high: f64,
+}
+
+impl Spread {
+    /// Of at least one number.
+    pub(crate) fn of(numbers: impl IntoIterator<Item = f64>) -> Self {
+        let mut numbers: Vec<f64> = numbers.into_iter().collect();
+        numbers.sort_unstable_by(f64::total_cmp);
+        Self {
+            middle: quantile(&numbers, 0.5),
+            low: quantile(&numbers, 0.25),
+            high: quantile(&numbers, 0.75),
+        }
+    }
+
+    /// Of each number divided by the one of the same round.
+    pub(crate) fn of_ratios(numbers: &[f64], bare: &[f64]) -> Self {
+        assert_eq!(numbers.len(), bare.len(), "one number for each round");
+        Self::of(numbers.iter().zip(bare).map(|(number, bare)| number / bare))
+    }
+
+    /// `1.23 (1.20 to 1.31)`
+    pub(crate) fn ratio(self) -> String {
+        let Self { middle, low, high } = self;
+        format!("{middle:.2} ({low:.2} to {high:.2})")
+    }
+
+    /// The median and its unit, with this many decimal places.
+    pub(crate) fn number(self, unit: &str, places: usize) -> String {
+        format!("{:.places$} {unit}", self.middle)
+    }
+}
+
+/// A quantile of sorted numbers.
+pub(crate) fn quantile(sorted: &[f64], part: f64) -> f64 {
+    let last = sorted.len().checked_sub(1).expect("something was measured");
+    sorted[(last as f64 * part).round() as usize]
+}
+
+/// Prints a table; the first row is its head.
+pub(crate) fn print_table(rows: &[Vec<String>]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..columns)
+        .map(|i| rows.iter().map(|row| row[i].chars().count()).max())
+        .map(Option::unwrap_or_default)
+        .collect();
+    for (i, row) in rows.iter().enumerate() {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:<width$}"))
+            .collect();
+        println!("| {} |", cells.join(" | "));
+        if i == 0 {
+            let dashes: Vec<String> = widths.iter().map(|&width| "-".repeat(width)).collect();
+            println!("| {} |", dashes.join(" | "));
+        }
+    }
+    println!();
+}
+
+/// A row of a table.
+#[macro_export]
+macro_rules! row {
+    ($($cell:expr),+ $(,)?) => { vec![$($cell.to_string()),+] };
+}
+
+/// CPU time of all threads of a process so far, in nanoseconds. What the kernel does for packets
+/// that a thread sends counts as that thread's.
+pub(crate) fn cpu_ns(pid: u32) -> u64 {
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("a process that runs")
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok())
+        .filter_map(|text| text.split(' ').next()?.parse::<u64>().ok())
+        .sum()
+}
+
+/// A field of `/proc/<pid>/status` that is in kB.
+pub(crate) fn status_kib(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse().ok())
+        .unwrap_or_else(|| panic!("/proc/{pid}/status has no {field}"))
+}

@@ -1,0 +1,109 @@
+//! What a packet costs in `from_pod`: the kernel runs the program over and over on one frame
+//! (`BPF_PROG_TEST_RUN`).
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
+
+mod common;
+
+use std::net::IpAddr;
+
+use common::{Spread, print_table};
+use egress_agent::datapath::{Action, Attach, Datapath, Hook, Options};
+use egress_tests::{Lab, Pod, addresses::server};
+use etherparse::PacketBuilder;
+
+const ROUNDS: usize = 30;
+const REPEAT: u32 = 100_000;
+
+struct Case {
+    what: &'static str,
+    hook: Hook,
+    mark: u32,
+    frame: Vec<u8>,
+    action: Action,
+    taken: Vec<f64>,
+}
+
+/// A TCP packet of the pod's.
+fn tcp(pod: &Pod, to: IpAddr, opens: bool) -> Vec<u8> {
+    let IpAddr::V4(to) = to else {
+        panic!("{to} is not an IPv4 address")
+    };
+    let step = PacketBuilder::ethernet2(pod.hardware(), pod.gateway_hardware())
+        .ipv4(pod.ipv4().octets(), to.octets(), 64)
+        .tcp(40_000, 443, 1, 65_000);
+    let step = if opens { step.syn() } else { step.ack(1) };
+    let mut frame = Vec::new();
+    step.write(&mut frame, &[0; 64]).expect("a frame in memory");
+    frame
+}
+
+fn main() {
+    let lab = Lab::new();
+    let pod = lab.pod("b", "pod");
+    lab.dns().addresses("shop.test", &[server(10)]);
+    lab.write_pod(&pod, &[("allow", "shop.test:443 198.51.100.0/24:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    pod.lookup("shop.test");
+
+    lab.node().run(|| {
+        // The agent's maps, and programs of this process's own that are attached to nothing.
+        let mut datapath = Datapath::open(&Options {
+            bpffs: lab.bpffs(),
+            allow_entries: egress_common::limits::ALLOW_ENTRIES,
+            attach: Attach::Auto,
+            trace: false,
+        })
+        .expect("the agent's maps");
+        let ifindex =
+            nix::net::if_::if_nametoindex(pod.interface()).expect("the pod's interface is there");
+        let case = |what, frame, action| Case {
+            what,
+            hook: Hook::FromPod,
+            mark: 0,
+            frame,
+            action,
+            taken: Vec::new(),
+        };
+        let known = tcp(&pod, server(10), false);
+        let mut cases = [
+            case("known flow", known.clone(), Action::Pass),
+            case(
+                "new connection, name",
+                tcp(&pod, server(10), true),
+                Action::Pass,
+            ),
+            case("denied", tcp(&pod, server(66), true), Action::Drop),
+            Case {
+                what: "mark looked at, redirected (floor)",
+                hook: Hook::ToPod,
+                mark: datapath.marks().bounce,
+                ..case("", known.clone(), Action::Redirect)
+            },
+        ];
+        for _ in 0..ROUNDS {
+            for case in &mut cases {
+                let run = datapath
+                    .dry_run(case.hook, ifindex, case.mark, &case.frame, REPEAT)
+                    .expect("the kernel runs the program");
+                assert_eq!(run.action, case.action, "{}", case.what);
+                case.taken.push(run.duration.as_nanos() as f64);
+            }
+        }
+        println!("`from_pod`: {ROUNDS} rounds of {REPEAT} runs.\n");
+        let mut rows = vec![row!["packet", "median", "middle half"]];
+        for case in &cases {
+            let taken = Spread::of(case.taken.iter().copied());
+            rows.push(row![
+                case.what,
+                taken.number("ns", 0),
+                format!("{:.0} to {:.0}", taken.low, taken.high)
+            ]);
+        }
+        print_table(&rows);
+    });
+}

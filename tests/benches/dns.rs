@@ -1,0 +1,233 @@
+//! What a fresh name costs: bare, with question and answer held by the agent, and through dnsmasq
+//! as a forwarding resolver that fills an nftables set, all before the same server.
+//!
+//! Where the scheduler puts client and server decides what "bare" is: on one CPU, each hands over to
+//! the other without waking anything, and anything in between looks dear; on two, each message wakes
+//! a CPU, as one from another machine would. So it is measured both ways.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
+
+mod common;
+
+use std::{
+    fs,
+    net::IpAddr,
+    ops::Range,
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use common::{
+    Spread, cpu_ns,
+    dns::{Client, ZONE},
+    print_table, quantile,
+    responder::Responder,
+};
+use egress_tests::{Lab, addresses::RESOLVER, eventually};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+
+const ROUNDS: usize = 30;
+/// Names in one round, asked one by one.
+const SINGLE_NAMES: u32 = 1000;
+/// Names in one round, asked with [`OPEN`] questions open.
+const PIPELINED_NAMES: u32 = 2000;
+const OPEN: u32 = 32;
+
+/// One way to the server, and what was measured on it, one number for each round.
+struct Way {
+    what: &'static str,
+    client: Client,
+    /// The program in between.
+    pid: Option<u32>,
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    rate: Vec<f64>,
+    single_cpu: Vec<f64>,
+    pipelined_cpu: Vec<f64>,
+}
+
+impl Way {
+    fn new(what: &'static str, client: Client, pid: Option<u32>) -> Self {
+        Self {
+            what,
+            client,
+            pid,
+            p50: Vec::new(),
+            p99: Vec::new(),
+            rate: Vec::new(),
+            single_cpu: Vec::new(),
+            pipelined_cpu: Vec::new(),
+        }
+    }
+
+    fn round(&mut self) {
+        let cpu = || self.pid.map_or(0, cpu_ns) as f64 / 1000.0;
+        let before = cpu();
+        let latencies = self.client.latencies(SINGLE_NAMES);
+        let between = cpu();
+        let rate = self.client.questions_per_second(PIPELINED_NAMES, OPEN);
+        let after = cpu();
+        self.p50.push(quantile(&latencies, 0.5));
+        self.p99.push(quantile(&latencies, 0.99));
+        self.rate.push(rate);
+        self.single_cpu
+            .push((between - before) / f64::from(SINGLE_NAMES));
+        self.pipelined_cpu
+            .push((after - between) / f64::from(PIPELINED_NAMES));
+    }
+}
+
+/// dnsmasq on the node, with an nftables set to fill.
+struct Dnsmasq(Child);
+
+impl Dnsmasq {
+    fn start(lab: &Lab, listen: IpAddr) -> Self {
+        let rules = "add table inet bench\n\
+                     add set inet bench allowed { type ipv4_addr; }\n";
+        let file = lab.directory().join("set.nft");
+        fs::write(&file, rules).expect("write nftables rules");
+        let nft = lab
+            .node()
+            .run(|| Command::new("/usr/sbin/nft").arg("-f").arg(&file).status())
+            .expect("nft, of the package nftables");
+        assert!(nft.success(), "nft: {nft}");
+        let mut command = Command::new("/usr/sbin/dnsmasq");
+        command
+            .args(["--keep-in-foreground", "--conf-file=/dev/null"])
+            .args(["--no-resolv", "--no-hosts", "--no-poll", "--user=root"])
+            .args(["--bind-interfaces", "--except-interface=lo"])
+            .arg(format!(
+                "--pid-file={}",
+                lab.directory().join("pid").display()
+            ))
+            .arg(format!("--listen-address={listen}"))
+            .arg(format!("--server={RESOLVER}"))
+            .arg(format!("--nftset=/{ZONE}/4#inet#bench#allowed"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        let child = lab.node().run(|| command.spawn());
+        Self(child.expect("dnsmasq, of the package dnsmasq-base"))
+    }
+}
+
+impl Drop for Dnsmasq {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn main() {
+    let lab = Lab::builder()
+        .without_dns()
+        .config("limits.addressesPerPod", 131_072)
+        .build();
+    let responder = Responder::start(&lab);
+    let [bare, enforced, proxied] = ["bare", "enforced", "proxied"].map(|name| lab.pod("b", name));
+    lab.write_pod(&enforced, &[("allow", &format!("*.{ZONE}:443"))]);
+    let agent = lab.start_agent(&[&enforced]);
+    let [a, b, c, _] = proxied.ipv4().octets();
+    let gateway = IpAddr::from([a, b, c, 1]);
+    let dnsmasq = Dnsmasq::start(&lab, gateway);
+    eventually("dnsmasq listens", || {
+        let path = "/proc/thread-self/net/udp";
+        let open = lab.node().run(|| fs::read_to_string(path)).ok()?;
+        open.contains(":0035 ").then_some(())
+    });
+
+    let cpus = thread::available_parallelism().map_or(2, usize::from);
+    for apart in [true, false] {
+        place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
+        place(responder.id(), if apart { 1..2 } else { 0..cpus });
+        let mut ways = [
+            Way::new("bare", Client::new(&bare, RESOLVER), None),
+            Way::new(
+                "egress-agent",
+                Client::new(&enforced, RESOLVER),
+                Some(agent.pid()),
+            ),
+            Way::new(
+                "dnsmasq --nftset",
+                Client::new(&proxied, gateway),
+                Some(dnsmasq.0.id()),
+            ),
+        ];
+        for way in &ways {
+            way.client.latencies(SINGLE_NAMES);
+        }
+        for round in 0..ROUNDS {
+            // Each way follows each other one equally often.
+            for i in 0..ways.len() {
+                ways[(round + i) % 3].round();
+            }
+        }
+        println!(
+            "Client and server {}:\n",
+            if apart {
+                "on a CPU each"
+            } else {
+                "where the scheduler puts them"
+            }
+        );
+        report(&ways);
+    }
+}
+
+/// Keeps a thread on these CPUs.
+fn place(thread: Pid, cpus: Range<usize>) {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(cpu).expect("a CPU's number");
+    }
+    sched_setaffinity(thread, &set).expect("the machine has two CPUs");
+}
+
+fn report(ways: &[Way; 3]) {
+    let bare = &ways[0];
+    println!(
+        "{ROUNDS} rounds of {SINGLE_NAMES} fresh names one by one and {PIPELINED_NAMES} with {OPEN} open.\n"
+    );
+    println!("Ratio to bare, the median and the middle half of the rounds:\n");
+    let mut ratios = vec![row!["", "p50", "p99", "questions/s"]];
+    for way in &ways[1..] {
+        ratios.push(row![
+            way.what,
+            Spread::of_ratios(&way.p50, &bare.p50).ratio(),
+            Spread::of_ratios(&way.p99, &bare.p99).ratio(),
+            Spread::of_ratios(&way.rate, &bare.rate).ratio(),
+        ]);
+    }
+    print_table(&ratios);
+    println!("Medians; CPU of the program in between, for each question:\n");
+    let mut numbers = vec![row![
+        "",
+        "p50",
+        "p99",
+        "questions/s",
+        "CPU, one by one",
+        "CPU, pipelined"
+    ]];
+    for way in ways {
+        let cpu = |numbers: &[f64]| {
+            way.pid.map_or("-".to_owned(), |_| {
+                Spread::of(numbers.iter().copied()).number("µs", 1)
+            })
+        };
+        numbers.push(row![
+            way.what,
+            Spread::of(way.p50.iter().copied()).number("µs", 0),
+            Spread::of(way.p99.iter().copied()).number("µs", 0),
+            Spread::of(way.rate.iter().map(|rate| rate / 1e3)).number("k", 1),
+            cpu(&way.single_cpu),
+            cpu(&way.pipelined_cpu),
+        ]);
+    }
+    print_table(&numbers);
+}
