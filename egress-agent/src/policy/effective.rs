@@ -66,11 +66,14 @@ pub(super) fn resolve(
             resolve.extend(pod_resolve);
         }
         PodAnnotations::Narrow => {
+            // A `*` beside a denial of everything opens nothing and lets nothing be asked for, so
+            // it covers nothing that a pod lists either.
+            if denies_everything(&deny) {
+                allow.retain(|rule| rule.destination != Destination::Any);
+            }
             // What may be asked for is what the namespace lists, though the pod reaches less of it.
-            let closed = denies_everything(&deny);
             let askable: Vec<Rule> = allow
                 .iter()
-                .filter(|rule| !(closed && rule.destination == Destination::Any))
                 .chain(&resolve)
                 .cloned()
                 .map(name_only)

@@ -125,6 +125,20 @@ fn under_narrow_a_pod_reaches_what_both_lists_have() {
 }
 
 #[test]
+fn under_narrow_a_namespace_that_denies_everything_lets_no_name_be_asked_for() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = compiled(
+        &[("allow", "a.com")],
+        &[("allow", "*"), ("deny", "*")],
+        &narrow,
+    );
+    assert_eq!(
+        policy.names.question(&name("a.com")),
+        QuestionRule::NotListed
+    );
+}
+
+#[test]
 fn under_narrow_anywhere_does_not_cover_a_protected_address() {
     let policy = compiled(
         &[("allow", "169.254.169.254 203.0.113.7")],
