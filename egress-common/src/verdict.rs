@@ -56,35 +56,31 @@ impl Verdict {
 /// looked at only for protocols that have ports.
 ///
 /// The loop has no branches, on purpose: a verifier follows each of them, and 64 times two paths
-/// through it are more than it explores.
+/// through it are more than it explores. It is written so that no compiler finds a comparison in it
+/// that it would make a branch of: what it yields for each class are sign bits, and they are put
+/// together behind it.
 #[inline(always)]
 pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
-    let port = u64::from(port);
-    let any_port = is_zero(u64::from(protocol & bits::WITH_PORTS));
-    let mut matching = 0;
+    const SIGN: u64 = 1 << 63;
+    // A compiler that knew how small a port is would see the comparisons in the subtractions.
+    let port = core::hint::black_box(u64::from(port));
+    // For no protocol at all this is 8, and leaves nothing of a class's eight bits.
+    let shift = protocol.trailing_zeros();
+    let mut other_ports = 0;
+    let mut same_protocol = 0;
     let mut i = 0;
     while i < CLASSES {
         let class = &policy.classes[i];
-        let below = is_negative(port.wrapping_sub(u64::from(class.port_min)));
-        let above = is_negative(u64::from(class.port_max).wrapping_sub(port));
-        let other_protocol = is_zero(u64::from(class.protocols & protocol));
-        let matches = (any_port | ((below | above) ^ 1)) & (other_protocol ^ 1);
-        matching = (matching >> 1) | (matches << (CLASSES - 1));
+        let below = port.wrapping_sub(u64::from(class.port_min));
+        let above = u64::from(class.port_max).wrapping_sub(port);
+        other_ports = (other_ports >> 1) | ((below | above) & SIGN);
+        same_protocol = (same_protocol >> 1) | ((u64::from(class.protocols) >> shift) << 63);
         i += 1;
     }
-    matching
-}
-
-/// 1 when the sign bit is set.
-#[inline(always)]
-const fn is_negative(value: u64) -> u64 {
-    value >> 63
-}
-
-/// 1 for zero, 0 for every other value below 2^63.
-#[inline(always)]
-const fn is_zero(value: u64) -> u64 {
-    is_negative(value.wrapping_sub(1))
+    if protocol & bits::WITH_PORTS == 0 {
+        other_ports = 0;
+    }
+    same_protocol & !other_ports
 }
 
 /// Whether this is DNS. To an internal address too it needs a rule: a server there that is not among

@@ -52,7 +52,7 @@ pub fn is_misplaced(skb: &Skb<'_>, packet: &Packet) -> bool {
 
 /// Whether a socket of the IP family sent the frame.
 #[inline(always)]
-fn is_from_ip_socket(skb: &Skb<'_>) -> bool {
+pub fn is_from_ip_socket(skb: &Skb<'_>) -> bool {
     // SAFETY: the context is valid while the program runs, and the socket with it.
     unsafe {
         let socket = (*skb.0.skb.skb).__bindgen_anon_2.sk;

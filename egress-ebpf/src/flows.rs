@@ -5,14 +5,15 @@ use egress_common::{
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::bits,
     records::{
-        FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, Flow,
-        FlowKey, Interface,
+        FLOW_OUT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
+        Flow, FlowKey, Interface,
     },
 };
 
 use crate::{
     counters::count,
     maps::{FLOW, Flows, METER},
+    skb::{last_tick_ns, now_ns},
 };
 
 /// `BPF_ANY`: insert or replace.
@@ -41,17 +42,17 @@ pub fn find<'a>(flows: &'a Flows, key: &FlowKey, now_ns: u64) -> Option<&'a mut 
 
 /// What a packet adds to `Flow::seen`.
 #[inline(always)]
-pub const fn seen(packet: &Packet, from_pod: bool) -> u8 {
+pub const fn seen(bit: u8, tcp_flags: u8, from_pod: bool) -> u8 {
     let mut seen = if from_pod {
         FLOW_SEEN_OUT
     } else {
         FLOW_SEEN_IN
     };
-    if packet.bit == bits::TCP {
-        if packet.tcp_flags & TCP_RST != 0 {
+    if bit == bits::TCP {
+        if tcp_flags & TCP_RST != 0 {
             seen |= FLOW_SEEN_RST;
         }
-        if packet.tcp_flags & TCP_FIN != 0 {
+        if tcp_flags & TCP_FIN != 0 {
             seen |= if from_pod {
                 FLOW_SEEN_FIN_OUT
             } else {
@@ -62,15 +63,46 @@ pub const fn seen(packet: &Packet, from_pod: bool) -> u8 {
     seen
 }
 
-/// Notes that a packet of the flow was seen.
+/// Adds to `Flow::seen`, and writes to the shared memory only if that changes it.
 #[inline(always)]
-pub fn touch(flow: &mut Flow, seen: u8, now_ns: u64) {
+fn note(flow: &mut Flow, seen: u8) {
     if flow.seen & seen != seen {
         flow.seen |= seen;
     }
+}
+
+/// Notes that a packet of the flow was seen.
+#[inline(always)]
+pub fn touch(flow: &mut Flow, seen: u8, now_ns: u64) {
+    note(flow, seen);
     if now_ns.saturating_sub(flow.last_seen_ns) >= REFRESH_NS {
         flow.last_seen_ns = now_ns;
     }
+}
+
+/// Whether the pod has opened this flow and `policy` has admitted it; the packet is then noted. Most
+/// flows have been seen within the second, and nothing but that has to be known of the time.
+#[inline(always)]
+pub fn is_open(flows: &Flows, key: &FlowKey, policy: u32, seen: u8) -> bool {
+    let Some(flow) = flows.get_ptr_mut(key) else {
+        return false;
+    };
+    // SAFETY: as in `find`.
+    let flow = unsafe { &mut *flow };
+    if flow.state != FLOW_OUT || flow.policy != policy {
+        return false;
+    }
+    // A tick before the flow was last seen is that of a machine that has been suspended.
+    if last_tick_ns().wrapping_sub(flow.last_seen_ns) < REFRESH_NS {
+        note(flow, seen);
+        return true;
+    }
+    let now_ns = now_ns();
+    let is_alive = is_alive(key, flow, now_ns);
+    if is_alive {
+        touch(flow, seen, now_ns);
+    }
+    is_alive
 }
 
 /// Remembers a flow, or a fragmented packet.

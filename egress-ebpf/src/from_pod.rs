@@ -20,6 +20,7 @@ use crate::{
     denials::{Denied, deny},
     flows, held,
     maps::{ALLOW, BOUNCE_MARK, CIDR, Flows, INTERFACE, POLICY, RANGE, TRACE},
+    open_flow,
     skb::{Skb, now_ns},
 };
 
@@ -38,12 +39,15 @@ pub fn judge(ctx: &TcContext) -> i32 {
     }
     // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program
     // ends; the agent never writes to an entry in place.
-    let found = unsafe {
-        INTERFACE
-            .get(skb.ifindex())
-            .and_then(|interface| Some((interface, POLICY.get(interface.policy)?)))
+    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
+        count(|c| c.no_policy += 1);
+        return DROP;
     };
-    let Some((interface, policy)) = found else {
+    if TRACE.load() == 0 && open_flow::passes(&skb, interface) {
+        return PASS;
+    }
+    // SAFETY: as above.
+    let Some(policy) = (unsafe { POLICY.get(interface.policy) }) else {
         count(|c| c.no_policy += 1);
         return DROP;
     };
@@ -60,7 +64,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
             };
             return deny(ctx, &denied);
         }
-        Walked::Ip => {}
+        Walked::Ip => skb.forget_path(&mut packet),
         Walked::NotIp | Walked::Malformed => {
             return deny(
                 ctx,
@@ -143,7 +147,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         };
     }
     let key = packet.flow_from_pod();
-    let seen = flows::seen(packet, true);
+    let seen = flows::seen(packet.bit, packet.tcp_flags, true);
     let mut open = None;
     if packet.may_follow_flow()
         && let Some(flow) = flows::find(flows, &key, now_ns)

@@ -27,6 +27,7 @@ mod flows;
 mod from_pod;
 mod held;
 mod maps;
+mod open_flow;
 mod skb;
 mod to_pod;
 
@@ -41,12 +42,14 @@ const DROP: i32 = 2;
 
 /// Hook: tcx ingress (clsact ingress below kernel 6.6) of the host end of a pod's interface.
 #[classifier]
+#[inline(always)]
 pub fn from_pod(ctx: TcContext) -> i32 {
     from_pod::judge(&ctx)
 }
 
 /// Hook: tcx egress (clsact egress below kernel 6.6) of the host end of a pod's interface.
 #[classifier]
+#[inline(always)]
 pub fn to_pod(ctx: TcContext) -> i32 {
     to_pod::judge(&ctx)
 }

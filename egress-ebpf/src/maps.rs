@@ -74,3 +74,7 @@ pub static BOUNCE_MARK: Global<u32> = Global::new(0);
 /// this is zero, because the value is constant when the programs are verified.
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u8> = Global::new(0);
+
+/// Whether the kernel offers `bpf_ktime_get_coarse_ns`. The agent finds out before it loads.
+#[unsafe(no_mangle)]
+pub static COARSE_CLOCK: Global<u8> = Global::new(0);

@@ -1,7 +1,13 @@
 //! Reading a socket buffer.
 
-use aya_ebpf::{EbpfContext as _, helpers::bpf_ktime_get_boot_ns, programs::TcContext};
-use egress_common::packet::Frame;
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::{bpf_ktime_get_boot_ns, bpf_ktime_get_coarse_ns},
+    programs::TcContext,
+};
+use egress_common::packet::{Frame, Packet};
+
+use crate::maps::COARSE_CLOCK;
 
 /// The frame that a program was called for.
 pub struct Skb<'a>(pub &'a TcContext);
@@ -19,6 +25,26 @@ impl Skb<'_> {
     pub fn ifindex(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    /// Makes the kernel's verifier forget by which path through the header walk a packet's fields
+    /// have come about. It would follow each of the paths through everything behind the walk; so it
+    /// follows one on which the fields may be anything.
+    #[inline(always)]
+    pub fn forget_path(&self, packet: &mut Packet) {
+        // Zero, for no frame is that long; but the verifier only knows that a length has 32 bits.
+        let zero = core::hint::black_box(Frame::len(self) >> 31);
+        let (byte, half) = ((zero * 0xff) as u8, (zero * 0xffff) as u16);
+        packet.src_port ^= half;
+        packet.dst_port ^= half;
+        packet.l4_offset ^= u32::from(half);
+        packet.protocol ^= byte;
+        packet.bit ^= byte;
+        packet.tcp_flags ^= byte;
+        packet.icmp_type ^= byte;
+        packet.icmp_code ^= byte;
+        packet.hop_limit ^= byte;
+        packet.version ^= byte;
     }
 
     /// The context as helpers want it.
@@ -57,4 +83,48 @@ impl Frame for Skb<'_> {
 pub fn now_ns() -> u64 {
     // SAFETY: the helper takes no arguments.
     unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// The same frame, read in place instead of through a helper: as far as it is linear in memory, and
+/// at constant offsets.
+pub struct Linear<'a>(pub &'a Skb<'a>);
+
+impl Frame for Linear<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let context = self.0.0;
+        let start = context.data() + offset as usize;
+        if start + N > context.data_end() {
+            return None;
+        }
+        // SAFETY: the kernel keeps everything before `data_end` in place until a helper that moves
+        // it is called, and its verifier demands the comparison above.
+        Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        self.0.is_tagged()
+    }
+
+    #[inline(always)]
+    fn is_aggregate(&self) -> bool {
+        self.0.is_aggregate()
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC` at the last tick, at a tenth of the price; they fall behind
+/// [`now_ns`] by what the machine was suspended. Below kernel 5.11, the same as [`now_ns`].
+#[inline(always)]
+pub fn last_tick_ns() -> u64 {
+    if COARSE_CLOCK.load() == 0 {
+        return now_ns();
+    }
+    // SAFETY: the helper takes no arguments.
+    unsafe { bpf_ktime_get_coarse_ns() }
 }

@@ -82,7 +82,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
             key.pod_addr = target;
         }
     }
-    let seen = flows::seen(packet, false);
+    let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     match flows::find(flows, &key, now_ns) {
         Some(flow) => flows::touch(flow, seen, now_ns),
         None if packet.opens_inbound() => {

@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{HashMap, HashOfMaps, LpmTrie, Map, MapData, lpm_trie::Key},
-    programs::{ProgramError, SchedClassifier},
+    programs::{ProgramError, ProgramType, SchedClassifier},
+    sys::{BpfHelper, is_helper_supported},
     util::KernelVersion,
 };
 use aya_obj::Object;
@@ -41,6 +42,9 @@ const SHARED_MAPS: &[&str] = &[
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
 /// `bpf_ktime_get_boot_ns` came with 5.8; inner maps made while the outer one is in use, 5.10).
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
+
+/// A helper that the programs use where there is one: it came with 5.11.
+const COARSE_CLOCK: BpfHelper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
 
 /// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
 const LOAD_ATTEMPTS: u32 = 5;
@@ -106,11 +110,15 @@ impl Datapath {
             bounce: random_mark()?,
         };
         let trace = u8::from(options.trace);
+        let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
+            .map(u8::from)
+            .context("cannot find out which clocks the kernel offers")?;
         let mut loader = EbpfLoader::new();
         loader
             .override_global("DELIVER_MARK", &marks.deliver, true)
             .override_global("BOUNCE_MARK", &marks.bounce, true)
-            .override_global("TRACE", &trace, true);
+            .override_global("TRACE", &trace, true)
+            .override_global("COARSE_CLOCK", &coarse_clock, true);
         for &name in SHARED_MAPS {
             loader.map_pin_path(name, layout.map(name));
         }

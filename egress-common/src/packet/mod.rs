@@ -6,11 +6,13 @@
 
 mod icmp;
 mod ip;
+mod plain;
 mod role;
 mod transport;
 
 use crate::address::{self, Address};
 use ip::{walk_ipv4, walk_ipv6};
+pub use plain::{Plain, walk_plain};
 
 /// Length of an Ethernet header without tags.
 pub const ETHERNET_LEN: u32 = 14;
