@@ -1,5 +1,11 @@
 //! How long it takes until a changed manifest is in force: for one pod, and for a hundred whose
 //! namespace is edited.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
 
 mod common;
 
