@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
-    Options,
+    NewMaps, NewPod, NewPolicy, Options,
 };
 use egress_common::{
     address::{Address, from_v4},
@@ -85,9 +85,6 @@ impl Programs {
             .run(|| if_nametoindex(pod.interface()))
             .expect("the pod's interface");
         datapath
-            .create_pod(POD, pod.namespace(), pod.name(), "uid")
-            .expect("the pod's maps");
-        datapath
             .set_ranges(&[
                 (address(RESOLVER), 128, RANGE_RESOLVER),
                 (address(RESOLVER6), 128, RANGE_RESOLVER),
@@ -104,9 +101,13 @@ impl Programs {
             mode: MODE_ENFORCE,
             flags: 0,
         };
-        let allow = datapath
-            .create_policy(FIRST_POLICY, &policy, [].into_iter())
-            .expect("the policy's maps");
+        let new_pod = NewPod {
+            id: POD,
+            namespace: pod.namespace(),
+            name: pod.name(),
+            uid: "uid",
+        };
+        let allow = make(&mut datapath, Some(new_pod), FIRST_POLICY, &policy);
         let mut programs = Self {
             interfaces: datapath.interfaces().expect("the map of interfaces"),
             held: datapath.take_held().expect("the ring of held frames"),
@@ -197,10 +198,12 @@ impl Programs {
     pub fn change_policy(&mut self, change: impl FnOnce(&mut Policy)) {
         change(&mut self.policy);
         self.interface.policy += 1;
-        self.allow = self
-            .datapath
-            .create_policy(self.interface.policy, &self.policy, [].into_iter())
-            .expect("the policy's maps");
+        self.allow = make(
+            &mut self.datapath,
+            None,
+            self.interface.policy,
+            &self.policy,
+        );
         self.write_interface();
     }
 
@@ -211,7 +214,8 @@ impl Programs {
     }
 
     fn flow_map(&self) -> FlowMap {
-        self.datapath.flow_map(POD).expect("the pod's flows")
+        let flows = self.datapath.flow_map(POD).expect("the map of flows");
+        flows.expect("the pod's flows")
     }
 
     /// The node's counters.
@@ -349,6 +353,28 @@ impl Outcome {
         };
         held
     }
+}
+
+/// Makes a policy, and before it a pod.
+#[track_caller]
+fn make(
+    datapath: &mut Datapath,
+    pod: Option<NewPod<'_>>,
+    policy: u32,
+    record: &Policy,
+) -> AllowMap {
+    let policy = NewPolicy {
+        id: policy,
+        record,
+        cidrs: Vec::new(),
+    };
+    let wanted = NewMaps {
+        pod,
+        policy: Some(policy),
+    };
+    let made = datapath.make(&[wanted], &[]).pop();
+    let made = made.expect("a result for each").expect("the maps");
+    made.expect("an allow map")
 }
 
 fn policy(pod: &Pod) -> Policy {

@@ -5,7 +5,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use egress_tests::{Agent, Lab, Pod, SHORT, addresses::server, eventually, holds};
+use egress_tests::{Agent, Lab, Pod, SHORT, addresses::server, bpf::bpftool, eventually, holds};
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
@@ -189,13 +189,78 @@ fn an_agent_that_is_asked_to_end_while_it_is_busy_ends_and_leaves_nothing() {
     let (lab, pod, mut agent) = scene_with_crowd();
     let _web = lab.serve_tcp(443);
     let from = lines(&agent);
+    // Attaching to an interface takes its time, and there is nothing to attach to without a policy.
+    lab.remove_namespace("shop");
+    eventually("every pod is released", || {
+        holds(said_of_crowd(&agent, "released", from) == CROWD)
+    });
+    let from = lines(&agent);
     lab.write_namespace("shop", &[("allow", "later.test:443")]);
     eventually("the agent is busy", || {
-        holds(said_of_crowd(&agent, "policy applied", from) > 0)
+        holds(said_of_crowd(&agent, "enforcing", from) > 0)
     });
     assert!(agent.stop().success());
-    let applied = said_of_crowd(&agent, "policy applied", from);
-    assert!(applied < CROWD, "it went on to the end");
+    let enforced = said_of_crowd(&agent, "enforcing", from);
+    assert!(enforced < CROWD, "it went on to the end");
     assert!(!lab.pins().exists());
     pod.talks_tcp((server(99), 443));
+}
+
+/// How many entries a map has that all pods share.
+#[track_caller]
+fn entries(lab: &Lab, map: &str) -> usize {
+    let pin = lab.pins().join(map);
+    let pin = pin.to_str().expect("a path in UTF-8");
+    let dump = bpftool(&["map", "dump", "pinned", pin]);
+    dump.as_array().map_or(0, Vec::len)
+}
+
+#[test]
+fn a_pod_that_cannot_be_enforced_holds_up_no_other_of_its_namespace_and_leaves_nothing_behind() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let [first, bad, last] = ["a", "bad", "z"].map(|name| lab.pod("shop", name));
+    for pod in [&first, &bad, &last] {
+        lab.write_pod(pod, &[]);
+    }
+    let agent = lab.start_agent(&[]);
+    // Something is in the way where the pod's maps are to be pinned.
+    let obstacle = lab.pins().join("pods/shop_bad");
+    let [pin, at] = [&lab.pins().join("interfaces"), &obstacle]
+        .map(|path| path.to_str().expect("a path in UTF-8").to_owned());
+    bpftool(&["map", "pin", "pinned", &pin, &at]);
+    lab.write_namespace("shop", &[("allow", "shop.test:443 192.0.2.0/24")]);
+    for pod in [&first, &last] {
+        agent.wait_enforcing(pod);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        pod.talks_tcp((server(10), 443));
+        assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
+    }
+    agent.wait_said("why the other is not enforced", |line| {
+        line.contains("about=shop/bad") && line.contains("cannot remove")
+    });
+    bad.talks_tcp((server(99), 443));
+    // Every further look is an attempt.
+    for n in 0..10 {
+        lab.write_file(&format!("note{n}.yaml"), b"# nothing\n");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    for map in ["policies", "allow", "cidrs", "flows"] {
+        eventually(&format!("attempts leave nothing in {map}"), || {
+            holds(entries(&lab, map) == 2)
+        });
+    }
+
+    std::fs::remove_file(&obstacle).expect("the obstacle is still there");
+    agent.wait_enforcing(&bad);
+    assert!(bad.connect_tcp((server(99), 443), SHORT).is_err());
+    assert_eq!(bad.lookup("shop.test"), [server(10)]);
+    lab.remove_namespace("shop");
+    for map in ["policies", "allow", "cidrs", "flows", "identities"] {
+        eventually(&format!("nothing is left in {map}"), || {
+            holds(entries(&lab, map) == 0)
+        });
+    }
+    bad.talks_tcp((server(99), 443));
 }

@@ -1,7 +1,8 @@
 //! What a restarted agent takes over from the one before, and what it does not.
 
 use egress_tests::{
-    Agent, Lab, Pod, SHORT, TcpEcho, addresses::server, dns::RecordType, eventually, holds,
+    Agent, Lab, Pod, SHORT, TcpEcho, addresses::server, bpf::bpftool, dns::RecordType, eventually,
+    holds,
 };
 
 /// A pod that has resolved what it may reach, and whose agent has gone and left it enforced.
@@ -155,4 +156,30 @@ fn a_pod_whose_manifest_cannot_be_read_at_the_start_stays_as_it_was_left() {
     assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
     scene.lab.remove_pod(&scene.pod);
     eventually("the pod is free", || holds(scene.reaches(99)));
+}
+
+#[test]
+fn an_interface_that_no_pod_is_known_to_have_is_free_again() {
+    let scene = Scene::new(&[]);
+    // As an agent leaves it that is killed while it begins with a pod, or ends with it.
+    let interface = scene.pod.interface();
+    let ifindex = scene
+        .lab
+        .node()
+        .run(|| nix::net::if_::if_nametoindex(interface))
+        .expect("the pod's interface");
+    let interfaces = scene.lab.pins().join("interfaces");
+    let key = ifindex.to_ne_bytes().map(|byte| format!("{byte:#04x}"));
+    let mut arguments = vec!["map", "delete", "pinned"];
+    arguments.push(interfaces.to_str().expect("a path in UTF-8"));
+    arguments.push("key");
+    arguments.extend(key.iter().map(String::as_str));
+    bpftool(&arguments);
+    assert!(
+        !scene.reaches(99),
+        "what lets nothing out lets something out"
+    );
+    scene.lab.remove_pod(&scene.pod);
+    let _agent = scene.lab.start_agent(&[]);
+    eventually("the interface is free", || holds(scene.reaches(99)));
 }

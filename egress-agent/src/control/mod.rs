@@ -10,6 +10,7 @@ mod denials;
 mod enforced;
 mod links;
 mod preflight;
+mod prepare;
 mod readings;
 mod reconcile;
 
@@ -62,6 +63,7 @@ pub struct Options {
 /// When the agent cannot start, or one of its threads ends. What is enforced then stays enforced.
 pub async fn run(options: Options) -> Result<()> {
     preflight::check_privileges()?;
+    preflight::raise_file_limit();
     std::fs::read_dir(&options.pods_dir).with_context(|| {
         format!(
             "cannot read the directory of pods {}",
@@ -88,7 +90,14 @@ pub async fn run(options: Options) -> Result<()> {
     // Before the gate starts: frames that it puts back carry marks only these programs know.
     let adoptable = datapath.adoptable()?;
     for ifindex in datapath.attached()? {
-        if let Err(error) = datapath.attach(ifindex) {
+        let mut left = adoptable.values().flat_map(|left| &left.interfaces);
+        let taken = if left.any(|&(known, _)| known == ifindex) {
+            datapath.attach(ifindex)
+        } else {
+            // The earlier agent was killed before it put a pod there, or after it took it away.
+            datapath.detach(ifindex)
+        };
+        if let Err(error) = taken {
             tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
         }
     }
@@ -123,8 +132,8 @@ pub async fn run(options: Options) -> Result<()> {
         let snapshot = snapshots.borrow_and_update().clone();
         tokio::select! {
             biased;
-            // With many pods a reconcile takes seconds. What is broken off is in the kernel or is
-            // not: everything is removed now, or the next agent looks at it.
+            // When many pods come or go a reconcile takes seconds. What is broken off is in the
+            // kernel or is not: everything is removed now, or the next agent looks at it.
             _ = terminate.recv() => break None,
             _ = interrupt.recv() => break None,
             () = reconciler.reconcile(&snapshot) => {}

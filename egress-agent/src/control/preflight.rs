@@ -1,6 +1,7 @@
 //! What must be so before anything is loaded.
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Capability numbers, `include/uapi/linux/capability.h`.
 const NET_ADMIN: u32 = 12;
@@ -25,6 +26,16 @@ pub(super) fn check_privileges() -> Result<()> {
         "missing privileges: {}; run the agent as root, or give it these capabilities",
         missing.join(", ")
     );
+}
+
+/// Lets the process open as many files as it may: each enforced pod takes two for its maps, and some
+/// more while its policy changes. Many systems begin with 1,024, though far more are allowed.
+pub(super) fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files; it limits how many pods fit");
+    }
 }
 
 fn effective_capabilities(status: &str) -> Option<u64> {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{Config, OnDeny},
-    datapath::{Adoptable, Datapath, boottime_ns},
+    datapath::{Adoptable, Datapath, Unused, boottime_ns},
     gate::Gate,
     pods::{NO_ADDRESS, Pod, Snapshot},
     policy::{Compiled, Mode},
@@ -45,6 +45,8 @@ pub(super) struct Reconciler {
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
     pub(super) adoptable: BTreeMap<u32, Adoptable>,
+    /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
+    pub(super) unused: Vec<Unused>,
     /// What was last said about a pod or a file, so that it is not said again and again.
     said: HashMap<String, String>,
     pub(super) next_pod: u32,
@@ -75,6 +77,7 @@ impl Reconciler {
             enforced: BTreeMap::new(),
             readings: Readings::new(config.policy_settings()),
             adoptable,
+            unused: Vec::new(),
             said: HashMap::new(),
             next_pod,
             next_policy,
@@ -122,37 +125,59 @@ impl Reconciler {
             .iter()
             .map(|(key, enforced)| (enforced.wanted.ifindex, key.clone()))
             .collect();
-        // Pods that could not be enforced now and are tried again: what holds of them, holds on.
-        let mut waiting = HashSet::new();
+        let mut complaints: BTreeMap<&PodKey, String> = BTreeMap::new();
+        let mut wanted = Vec::new();
+        let mut leaving = Vec::new();
         for (key, pod) in &snapshot.pods {
-            let title = title(key);
             let complaint = match self.plan(key, pod, &mut taken) {
-                Plan::Enforce(wanted, why) => match self.enforce(key, *wanted).await {
-                    Ok(()) => {
-                        why.or_else(|| pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()))
-                    }
-                    Err(error) => {
-                        waiting.insert((key.clone(), pod.uid.clone()));
-                        Some(format!("{error:#}"))
-                    }
-                },
+                Plan::Enforce(what, why) => {
+                    wanted.push((key.clone(), *what));
+                    why.or_else(|| pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()))
+                }
                 Plan::Leave(why) => {
-                    if self.enforced.contains_key(key) {
-                        self.remove(key).await;
-                    }
+                    leaving.push(key);
                     why
                 }
                 Plan::Keep(why) => Some(why),
             };
+            if let Some(complaint) = complaint {
+                complaints.insert(key, complaint);
+            }
+        }
+        // Changing a policy is quick; attaching to an interface and detaching from it are not.
+        wanted.sort_by_key(|(key, _)| !self.enforced.contains_key(key));
+        let versions = self.prepare(&wanted);
+        // Pods that could not be enforced now and are tried again: what holds of them, holds on.
+        let mut waiting = HashSet::new();
+        for ((key, wanted), version) in wanted.into_iter().zip(versions) {
+            let uid = wanted.uid.clone();
+            let done = match version {
+                Ok(version) => self.enforce(&key, wanted, version).await,
+                Err(error) => Err(error),
+            };
+            if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
+                complaints.insert(key, format!("{error:#}"));
+                waiting.insert((key.clone(), uid));
+            }
+        }
+        for key in leaving {
+            self.remove(key).await;
+        }
+        for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
-            let complaints: Vec<String> = problem.into_iter().chain(complaint).collect();
+            let complaints: Vec<String> =
+                problem.into_iter().chain(complaints.remove(key)).collect();
             if !complaints.is_empty() {
-                saying.insert(title, complaints.join("; "));
+                saying.insert(title(key), complaints.join("; "));
             }
         }
         self.drop_leftovers(snapshot, &waiting, &mut saying).await;
-        self.say(saying);
         self.publish();
+        if let Err(error) = self.drop_unused() {
+            let about = "maps that nobody uses any more".to_owned();
+            saying.insert(about, format!("cannot remove all of them yet: {error:#}"));
+        }
+        self.say(saying);
     }
 
     /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
@@ -227,23 +252,19 @@ impl Reconciler {
                 entries.map(|(_, entry)| entry.policy)
             }))
             .collect();
-        let dropped = self.datapath.policy_ids().and_then(|ids| {
-            ids.into_iter()
-                .filter(|id| !used.contains(id))
-                .try_for_each(|id| self.datapath.drop_policy(id))
+        let orphans = self.datapath.policy_ids().and_then(|ids| {
+            let orphans = ids.into_iter().filter(|id| !used.contains(id));
+            self.unused.extend(orphans.map(Unused::Policy));
+            self.drop_unused()
         });
-        if let Err(error) = dropped {
+        if let Err(error) = orphans {
             tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");
         }
     }
 
     /// Detaches from every interface. Everything else goes with the pins.
     pub(super) fn detach_all(&mut self) {
-        let detached = self.datapath.attached().and_then(|all| {
-            all.into_iter()
-                .try_for_each(|ifindex| self.datapath.detach(ifindex))
-        });
-        if let Err(error) = detached {
+        if let Err(error) = self.datapath.detach_all() {
             tracing::error!(error = %format!("{error:#}"), "cannot detach from every interface");
         }
     }

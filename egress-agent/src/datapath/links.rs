@@ -83,13 +83,7 @@ impl Datapath {
     /// When the interface does not exist or the kernel refuses.
     pub fn attach(&mut self, ifindex: u32) -> Result<()> {
         for hook in Hook::BOTH {
-            match self.attach {
-                Attach::Clsact => self.attach_clsact(ifindex, hook),
-                Attach::Auto | Attach::Tcx => self.attach_tcx(ifindex, hook),
-            }
-            .with_context(|| {
-                format!("cannot attach `{}` to interface {ifindex}", hook.program())
-            })?;
+            self.attach_one(ifindex, hook)?;
         }
         // An earlier agent may have attached the other way. Both together would hold each DNS
         // message twice, and the second time nobody would know its mark.
@@ -100,13 +94,43 @@ impl Datapath {
         }
     }
 
-    /// Detaches both programs; what is already gone is no error.
+    /// Attaches one program, in place of an earlier agent's or of itself.
+    pub(super) fn attach_one(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+        match self.attach {
+            Attach::Clsact => self.attach_clsact(ifindex, hook),
+            Attach::Auto | Attach::Tcx => self.attach_tcx(ifindex, hook),
+        }
+        .with_context(|| format!("cannot attach `{}` to interface {ifindex}", hook.program()))
+    }
+
+    /// Detaches both programs; what is already gone is no error. When this returns, neither runs
+    /// there any more.
     ///
     /// # Errors
     ///
     /// When a pin or a filter cannot be removed.
     pub fn detach(&mut self, ifindex: u32) -> Result<()> {
-        detach(&self.layout.links(), ifindex)
+        let links = self.layout.links();
+        // A link whose pin is removed is detached when the kernel gets round to it; one whose last
+        // descriptor is closed, at once.
+        let held = Hook::BOTH
+            .iter()
+            .rev()
+            .map(|hook| pinned(&links.join(format!("{ifindex}_{}", hook.program()))))
+            .collect::<Result<Vec<_>>>()?;
+        detach(&links, ifindex)?;
+        drop(held);
+        Ok(())
+    }
+
+    /// Detaches from every interface that has pinned links or clsact filters of ours, without
+    /// waiting for the last packet.
+    ///
+    /// # Errors
+    ///
+    /// When a pin or a filter cannot be removed.
+    pub fn detach_all(&mut self) -> Result<()> {
+        detach_all(&self.layout.links()).map(drop)
     }
 
     /// Interfaces that have pinned links or clsact filters of ours.

@@ -8,6 +8,7 @@ mod inner;
 mod interfaces;
 mod links;
 mod object;
+mod outer;
 mod pins;
 mod policies;
 mod rings;
@@ -24,7 +25,7 @@ pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
-pub use policies::FlowMap;
+pub use policies::{FlowMap, NewMaps, NewPod, NewPolicy, Unused};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 

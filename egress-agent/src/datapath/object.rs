@@ -1,11 +1,11 @@
 //! Loading the programs and opening the maps that all pods share.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, HashOfMaps, LpmTrie, Map, MapData, lpm_trie::Key},
+    maps::{HashMap, LpmTrie, Map, MapData, lpm_trie::Key},
     programs::{ProgramError, ProgramType, SchedClassifier},
     sys::{BpfHelper, is_helper_supported},
     util::KernelVersion,
@@ -18,7 +18,7 @@ use egress_common::{
 
 use super::{
     Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, bpffs, inner::Templates,
-    interfaces::text, pins::Layout, policies::gone,
+    interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
 };
 
 /// The compiled programs.
@@ -79,9 +79,7 @@ pub struct Datapath {
     pub(super) allow_entries: u32,
     pub(super) attach: Attach,
     pub(super) policies: HashMap<MapData, u32, Policy>,
-    pub(super) allow: HashOfMaps<MapData, u32, MapData>,
-    pub(super) cidrs: HashOfMaps<MapData, u32, MapData>,
-    pub(super) flows: HashOfMaps<MapData, u32, MapData>,
+    pub(super) outer: Arc<OuterMaps>,
     pub(super) meters: HashMap<MapData, u32, Meter>,
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
@@ -140,16 +138,14 @@ impl Datapath {
             );
         }
 
-        let interfaces = MapData::from_pin(layout.map("interfaces"))?;
+        let interfaces = open(&layout, "interfaces")?;
         let templates = Templates::new(OBJECT, &interfaces.info()?)?;
         Ok(Self {
             templates,
             allow_entries: options.allow_entries,
             attach: options.attach.resolve(kernel),
             policies: HashMap::try_from(take(&mut ebpf, "policies")?)?,
-            allow: HashOfMaps::try_from(take(&mut ebpf, "allow")?)?,
-            cidrs: HashOfMaps::try_from(take(&mut ebpf, "cidrs")?)?,
-            flows: HashOfMaps::try_from(take(&mut ebpf, "flows")?)?,
+            outer: Arc::new(OuterMaps::open(|name| open(&layout, name))?),
             meters: HashMap::try_from(take(&mut ebpf, "meters")?)?,
             identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
             ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
@@ -200,8 +196,7 @@ impl Datapath {
     ///
     /// When the pin cannot be opened.
     pub fn interfaces(&self) -> Result<InterfaceMap> {
-        let map = MapData::from_pin(self.layout.map("interfaces"))
-            .context("cannot open the map `interfaces`")?;
+        let map = open(&self.layout, "interfaces")?;
         let map: HashMap<MapData, u32, Interface> = HashMap::try_from(Map::HashMap(map))?;
         Ok(InterfaceMap::new(map))
     }
@@ -212,12 +207,9 @@ impl Datapath {
     ///
     /// When a pin cannot be opened.
     pub fn counters(&self) -> Result<CounterMap> {
-        let open = |name: &str| {
-            MapData::from_pin(self.layout.map(name))
-                .with_context(|| format!("cannot open the map `{name}`"))
-        };
-        let counters = Map::PerCpuArray(open("counters")?).try_into()?;
-        let meters: HashMap<MapData, u32, Meter> = Map::HashMap(open("meters")?).try_into()?;
+        let counters = Map::PerCpuArray(open(&self.layout, "counters")?).try_into()?;
+        let meters = open(&self.layout, "meters")?;
+        let meters: HashMap<MapData, u32, Meter> = Map::HashMap(meters).try_into()?;
         Ok(CounterMap::new(counters, meters))
     }
 
@@ -317,6 +309,11 @@ fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name)
         .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
+}
+
+/// Another handle on a map that all pods share.
+fn open(layout: &Layout, name: &str) -> Result<MapData> {
+    MapData::from_pin(layout.map(name)).with_context(|| format!("cannot open the map `{name}`"))
 }
 
 /// A pinned map is used as it is, whatever its shape (aya does not compare): make sure that it is

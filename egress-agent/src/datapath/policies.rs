@@ -1,5 +1,7 @@
 //! Policies and their inner maps, pods and their flows.
 
+use std::{panic::resume_unwind, sync::Arc, thread};
+
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
@@ -8,95 +10,182 @@ use egress_common::{
     records::{AllowEntry, AllowKey, CidrEntry, FLOW_KEY_FLOW, FLOW_OUT, Flow, FlowKey, Policy},
 };
 
-use super::{AllowMap, Datapath, PodPins, interfaces};
+use super::{
+    AllowMap, Datapath, Hook, PodPins, interfaces,
+    outer::{Change, Outer, another},
+};
+
+/// A pod whose own maps are to be made: flows, meter, identity.
+#[derive(Clone, Copy, Debug)]
+pub struct NewPod<'a> {
+    /// Its id in the maps.
+    pub id: u32,
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// Its UID.
+    pub uid: &'a str,
+}
+
+/// A version of a policy whose maps are to be made. Nothing is under it until an interface says so.
+#[derive(Clone, Debug)]
+pub struct NewPolicy<'a> {
+    /// Its id in the maps, which must be new.
+    pub id: u32,
+    /// Its record.
+    pub record: &'a Policy,
+    /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
+    pub cidrs: Vec<(Address, u32, u64)>,
+}
+
+/// What is to be made for one pod.
+#[derive(Clone, Debug, Default)]
+pub struct NewMaps<'a> {
+    /// Its own maps.
+    pub pod: Option<NewPod<'a>>,
+    /// A version of its policy.
+    pub policy: Option<NewPolicy<'a>>,
+}
+
+/// Something in the maps that is of no use any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unused {
+    /// The maps of a version of a policy.
+    Policy(u32),
+    /// A pod's own maps, but for its meter (see [`super::CounterMap::forget`]).
+    Pod(u32),
+}
 
 impl Datapath {
-    /// Makes a pod's own maps: flows, meter, identity. `pod` must be new.
+    /// Makes maps for many pods at once, which takes little longer than for one. Returns for each
+    /// pod the allow map of its new policy, if it is to have one.
     ///
-    /// # Errors
+    /// While the kernel takes its time, `to_pod` is attached to as many of the interfaces of new pods
+    /// as that time suffices for. It lets everything pass until the interface has its entry, and
+    /// [`Self::attach`] then finds it there, or says what is wrong.
     ///
-    /// When a map cannot be made or written.
-    pub fn create_pod(
+    /// What fails for one pod concerns no other. Some of its maps may be there all the same: they
+    /// can be made again, or dropped.
+    pub fn make(
         &mut self,
-        pod: u32,
-        namespace: &str,
-        name: &str,
-        uid: &str,
-    ) -> Result<PodPins> {
-        let identity = interfaces::identity(namespace, name, uid)?;
-        let pins = self.layout.pod(namespace, name);
+        wanted: &[NewMaps<'_>],
+        attach: &[u32],
+    ) -> Vec<Result<Option<AllowMap>>> {
+        let mut inner = Vec::new();
+        let mut owners = Vec::new();
+        let mut made: Vec<Result<Option<AllowMap>>> = Vec::with_capacity(wanted.len());
+        for (i, wanted) in wanted.iter().enumerate() {
+            made.push(self.make_inner(wanted, &mut inner));
+            owners.resize(inner.len(), i);
+        }
+        let outer = Arc::clone(&self.outer);
+        let results = thread::scope(|scope| {
+            let waiting = scope.spawn(|| outer.change(inner));
+            for &ifindex in attach {
+                if waiting.is_finished() {
+                    break;
+                }
+                let _ = self.attach_one(ifindex, Hook::ToPod);
+            }
+            waiting.join()
+        });
+        let results = results.unwrap_or_else(|panic| resume_unwind(panic));
+        for (owner, result) in owners.into_iter().zip(results) {
+            if let Err(error) = result {
+                made[owner] = Err(error);
+            }
+        }
+        made
+    }
+
+    /// Everything but the entries in the maps of maps, which are left in `inner`.
+    fn make_inner(
+        &mut self,
+        wanted: &NewMaps<'_>,
+        inner: &mut Vec<Change>,
+    ) -> Result<Option<AllowMap>> {
+        if let Some(pod) = wanted.pod {
+            let flows = self.make_flows(pod)?;
+            inner.push(Change::Insert(Outer::Flows, pod.id, flows));
+        }
+        let Some(policy) = &wanted.policy else {
+            return Ok(None);
+        };
+        // First and last of all in this map, so that it knows of everything that may be left.
+        self.policies
+            .insert(policy.id, policy.record, 0)
+            .context("cannot write the map `policies`")?;
+        if !policy.cidrs.is_empty() {
+            let trie = self.templates.cidrs(policy.cidrs.len() as u32)?;
+            let mut entries = trie_of(another(&trie)?)?;
+            for &(network, prefix_len, classes) in &policy.cidrs {
+                entries
+                    .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
+                    .context("cannot write a policy's CIDR trie")?;
+            }
+            inner.push(Change::Insert(Outer::Cidrs, policy.id, trie));
+        }
+        let allow = self.templates.allow(self.allow_entries)?;
+        let handle = another(&allow)?;
+        inner.push(Change::Insert(Outer::Allow, policy.id, allow));
+        self.allow_map(handle).map(Some)
+    }
+
+    fn make_flows(&mut self, pod: NewPod<'_>) -> Result<MapData> {
+        // First and last of all in this map, so that it knows of everything that may be left.
+        let identity = interfaces::identity(pod.namespace, pod.name, pod.uid)?;
+        self.identities
+            .insert(pod.id, identity, 0)
+            .context("cannot write the map `identities`")?;
+        self.meters
+            .insert(pod.id, egress_common::records::Meter::default(), 0)
+            .context("cannot write the map `meters`")?;
+        let pins = self.layout.pod(pod.namespace, pod.name);
         pins.remove()?;
         let flows = self.templates.flows()?;
         pins.replace("flows", &flows)?;
-        self.flows
-            .insert(pod, &flows, 0)
-            .context("cannot write the map `flows`")?;
-        self.meters
-            .insert(pod, egress_common::records::Meter::default(), 0)
-            .context("cannot write the map `meters`")?;
-        self.identities
-            .insert(pod, identity, 0)
-            .context("cannot write the map `identities`")?;
-        Ok(pins)
+        Ok(flows)
+    }
+
+    /// Removes what nobody uses any more, and returns for each whether it is gone. No interface may
+    /// be under it.
+    pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
+        let mut changes = Vec::new();
+        let mut owners = Vec::new();
+        for (i, &unused) in unused.iter().enumerate() {
+            match unused {
+                Unused::Policy(id) => changes.extend([
+                    Change::Remove(Outer::Allow, id),
+                    Change::Remove(Outer::Cidrs, id),
+                ]),
+                Unused::Pod(id) => changes.push(Change::Remove(Outer::Flows, id)),
+            }
+            owners.resize(changes.len(), i);
+        }
+        let mut dropped: Vec<Result<()>> = unused.iter().map(|_| Ok(())).collect();
+        for (owner, result) in owners.into_iter().zip(self.outer.change(changes)) {
+            if result.is_err() {
+                dropped[owner] = result;
+            }
+        }
+        for (&unused, dropped) in unused.iter().zip(&mut dropped) {
+            if dropped.is_ok() {
+                *dropped = match unused {
+                    Unused::Policy(id) => {
+                        gone(self.policies.remove(&id)).context("cannot write the map `policies`")
+                    }
+                    Unused::Pod(id) => gone(self.identities.remove(&id))
+                        .context("cannot write the map `identities`"),
+                };
+            }
+        }
+        dropped
     }
 
     /// Where the pins of an adopted pod are.
     pub fn pins_of(&self, namespace: &str, name: &str) -> PodPins {
         self.layout.pod(namespace, name)
-    }
-
-    /// Removes a pod's own maps and pins, but for its meter (see [`super::CounterMap::forget`]).
-    /// Its interfaces must be detached and its policy dropped.
-    ///
-    /// # Errors
-    ///
-    /// When a pin or an entry cannot be removed.
-    pub fn remove_pod(&mut self, pod: u32, pins: &PodPins) -> Result<()> {
-        pins.remove()?;
-        self.remove_pod_maps(pod)
-    }
-
-    /// Removes a pod's own maps and leaves the pins, which are another pod's by now.
-    ///
-    /// # Errors
-    ///
-    /// When an entry cannot be removed.
-    pub fn remove_pod_maps(&mut self, pod: u32) -> Result<()> {
-        gone(self.flows.remove(&pod)).context("cannot write the map `flows`")?;
-        gone(self.identities.remove(&pod)).context("cannot write the map `identities`")
-    }
-
-    /// Makes a version of a policy. Nothing is under it until an interface says so.
-    ///
-    /// # Errors
-    ///
-    /// When a map cannot be made or written.
-    pub fn create_policy(
-        &mut self,
-        id: u32,
-        policy: &Policy,
-        cidrs: impl ExactSizeIterator<Item = (Address, u32, u64)>,
-    ) -> Result<AllowMap> {
-        // First and last of all in this map, so that it knows of everything that may be left.
-        self.policies
-            .insert(id, policy, 0)
-            .context("cannot write the map `policies`")?;
-        let allow = self.templates.allow(self.allow_entries)?;
-        self.allow
-            .insert(id, &allow, 0)
-            .context("cannot write the map `allow`")?;
-        if cidrs.len() > 0 {
-            let trie = self.templates.cidrs(cidrs.len() as u32)?;
-            self.cidrs
-                .insert(id, &trie, 0)
-                .context("cannot write the map `cidrs`")?;
-            let mut trie = trie_of(trie)?;
-            for (network, prefix_len, classes) in cidrs {
-                trie.insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
-                    .context("cannot write a policy's CIDR trie")?;
-            }
-        }
-        self.allow_map(allow)
     }
 
     /// Pins a policy's allow map as the pod's.
@@ -105,9 +194,9 @@ impl Datapath {
     ///
     /// When the map is unknown or cannot be pinned.
     pub fn pin_allow(&self, id: u32, pins: &PodPins) -> Result<()> {
-        let allow: MapData = self
-            .allow
-            .get(&id, 0)
+        let allow = self
+            .outer
+            .get(Outer::Allow, id)?
             .with_context(|| format!("policy {id} has no allow map"))?;
         pins.replace("allow", &allow)
     }
@@ -131,24 +220,18 @@ impl Datapath {
         let mut expected: Vec<_> = cidrs.collect();
         expected.sort_unstable();
         let mut found: Vec<(Address, u32, u64)> = Vec::new();
-        match self.cidrs.get(&id, 0) {
-            Ok(trie) => {
-                for item in &trie_of(trie)? {
-                    let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
-                    found.push((key.data(), key.prefix_len(), entry.classes));
-                }
+        if let Some(trie) = self.outer.get(Outer::Cidrs, id)? {
+            for item in &trie_of(trie)? {
+                let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
+                found.push((key.data(), key.prefix_len(), entry.classes));
             }
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(error).context("cannot read the map `cidrs`"),
         }
         found.sort_unstable();
         if found != expected {
             return Ok(None);
         }
-        let allow: MapData = match self.allow.get(&id, 0) {
-            Ok(allow) => allow,
-            Err(MapError::KeyNotFound) => return Ok(None),
-            Err(error) => return Err(error).context("cannot read the map `allow`"),
+        let Some(allow) = self.outer.get(Outer::Allow, id)? else {
+            return Ok(None);
         };
         if allow
             .info()
@@ -161,28 +244,16 @@ impl Datapath {
         self.allow_map(allow).map(Some)
     }
 
-    /// Forgets a version of a policy. No interface may be under it.
+    /// The flows of a pod; `None` when they were never made.
     ///
     /// # Errors
     ///
-    /// When an entry cannot be removed.
-    pub fn drop_policy(&mut self, id: u32) -> Result<()> {
-        gone(self.allow.remove(&id)).context("cannot write the map `allow`")?;
-        gone(self.cidrs.remove(&id)).context("cannot write the map `cidrs`")?;
-        gone(self.policies.remove(&id)).context("cannot write the map `policies`")
-    }
-
-    /// The flows of a pod.
-    ///
-    /// # Errors
-    ///
-    /// When the pod has no flow map.
-    pub fn flow_map(&self, pod: u32) -> Result<FlowMap> {
-        let map: MapData = self
-            .flows
-            .get(&pod, 0)
-            .with_context(|| format!("pod {pod} has no flow map"))?;
-        Ok(FlowMap(HashMap::try_from(Map::HashMap(map))?))
+    /// When the map cannot be read.
+    pub fn flow_map(&self, pod: u32) -> Result<Option<FlowMap>> {
+        let Some(map) = self.outer.get(Outer::Flows, pod)? else {
+            return Ok(None);
+        };
+        Ok(Some(FlowMap(HashMap::try_from(Map::HashMap(map))?)))
     }
 
     fn allow_map(&self, allow: MapData) -> Result<AllowMap> {

@@ -1,0 +1,144 @@
+//! The maps of maps, and changing many of their entries together.
+//!
+//! After each change of such a map the kernel lets the caller wait until no program can be looking
+//! at what was there before: one or two RCU grace periods of some 15 ms
+//! (`maybe_wait_bpf_programs`, kernel/bpf/syscall.c). Callers that wait at the same time wait for
+//! the same grace periods. So each change is made on a thread of its own, up to a limit, and a
+//! hundred take little longer than one.
+
+use std::{
+    os::fd::AsFd as _,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::maps::{HashOfMaps, Map, MapData, MapError};
+
+use super::policies::gone;
+
+/// Most threads that wait at the same time; all they do is wait.
+const THREADS: usize = 128;
+
+/// Enough for a system call and an error.
+const STACK: usize = 128 * 1024;
+
+/// Which map of maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Outer {
+    Allow,
+    Cidrs,
+    Flows,
+}
+
+impl Outer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Cidrs => "cidrs",
+            Self::Flows => "flows",
+        }
+    }
+}
+
+/// A change of one entry.
+pub(super) enum Change {
+    /// Puts an inner map under a key.
+    Insert(Outer, u32, MapData),
+    /// Removes what is under a key; it is no error when there is nothing.
+    Remove(Outer, u32),
+}
+
+/// The maps of maps.
+pub(super) struct OuterMaps {
+    allow: MapData,
+    cidrs: MapData,
+    flows: MapData,
+}
+
+impl OuterMaps {
+    /// `open` opens a map of this name.
+    pub(super) fn open(open: impl Fn(&str) -> Result<MapData>) -> Result<Self> {
+        let open = |outer: Outer| open(outer.name());
+        Ok(Self {
+            allow: open(Outer::Allow)?,
+            cidrs: open(Outer::Cidrs)?,
+            flows: open(Outer::Flows)?,
+        })
+    }
+
+    /// The inner map under a key.
+    pub(super) fn get(&self, outer: Outer, key: u32) -> Result<Option<MapData>> {
+        match self.handle(outer)?.get(&key, 0) {
+            Ok(inner) => Ok(Some(inner)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot read the map `{}`", outer.name()))
+            }
+        }
+    }
+
+    /// Makes all changes, in no particular order, and returns what became of each, in theirs. When
+    /// this returns, no program looks at anything that was removed.
+    pub(super) fn change(&self, changes: Vec<Change>) -> Vec<Result<()>> {
+        let mut results = Vec::new();
+        results.resize_with(changes.len(), || Err(anyhow!("not tried")));
+        let threads = changes.len().min(THREADS);
+        let results = Mutex::new(results);
+        let queue = Mutex::new(changes.into_iter().enumerate());
+        let work = || {
+            loop {
+                let next = lock(&queue).next();
+                let Some((i, change)) = next else {
+                    return;
+                };
+                let result = self.make(change);
+                lock(&results)[i] = result;
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads {
+                let thread = thread::Builder::new().name("maps".into()).stack_size(STACK);
+                // With fewer threads it takes longer.
+                if thread.spawn_scoped(scope, work).is_err() {
+                    break;
+                }
+            }
+            work();
+        });
+        results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self, change: Change) -> Result<()> {
+        let (outer, result) = match change {
+            Change::Insert(outer, key, inner) => {
+                (outer, self.handle(outer)?.insert(key, &inner, 0))
+            }
+            Change::Remove(outer, key) => (outer, gone(self.handle(outer)?.remove(&key))),
+        };
+        result.with_context(|| format!("cannot write the map `{}`", outer.name()))
+    }
+
+    /// A handle of the caller's own: aya's cannot be written through by two threads.
+    fn handle(&self, outer: Outer) -> Result<HashOfMaps<MapData, u32, MapData>> {
+        let map = match outer {
+            Outer::Allow => &self.allow,
+            Outer::Cidrs => &self.cidrs,
+            Outer::Flows => &self.flows,
+        };
+        Ok(HashOfMaps::try_from(Map::HashOfMaps(another(map)?))?)
+    }
+}
+
+/// Another handle on the same map.
+pub(super) fn another(map: &MapData) -> Result<MapData> {
+    let fd = map.fd().as_fd().try_clone_to_owned();
+    let map = fd
+        .map(MapData::from_fd)
+        .context("cannot open a map once more")?;
+    Ok(map?)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

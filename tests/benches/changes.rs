@@ -1,0 +1,98 @@
+//! How long it takes until a changed manifest is in force: for one pod, and for a hundred whose
+//! namespace is edited.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
+
+mod common;
+
+use std::time::Instant;
+
+use common::{Spread, print_table, quantile};
+use egress_tests::{Agent, Annotations, Lab, Pod};
+
+const PODS: usize = 100;
+const ROUNDS: usize = 20;
+const ROUNDS_OF_MANY: usize = 5;
+
+/// Two policies that differ; each has a name and a prefix, and so all the maps there are.
+const POLICIES: [&str; 2] = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.100.0/24"];
+
+/// What is waited for is what the agent says as soon as it is so.
+const STEPS: [(&str, &str); 3] = [
+    ("begin", "enforcing"),
+    ("change", "policy applied"),
+    ("remove", "released"),
+];
+
+fn main() {
+    let lab = Lab::builder().without_dns().build();
+    let one = lab.pod("one", "p");
+    let many: Vec<Pod> = (0..PODS)
+        .map(|i| lab.pod("many", &format!("p{i}")))
+        .collect();
+    // Without a policy of their own: their namespace gives them theirs, and takes it away.
+    for pod in many.iter().chain([&one]) {
+        lab.write_pod(pod, &[]);
+    }
+    let agent = lab.start_agent(&[]);
+    let mut rows = vec![row![
+        "",
+        "one pod",
+        "longest round",
+        format!("{PODS} pods, all of them"),
+        "longest round",
+    ]];
+    let of_one = rounds(&lab, &agent, "one", 1, ROUNDS);
+    let of_many = rounds(&lab, &agent, "many", PODS, ROUNDS_OF_MANY);
+    for (i, (step, _)) in STEPS.iter().enumerate() {
+        rows.push(row![
+            step,
+            middle(&of_one[i]),
+            longest(&of_one[i]),
+            middle(&of_many[i]),
+            longest(&of_many[i]),
+        ]);
+    }
+    println!("From a changed manifest to its being in force, in milliseconds.\n");
+    print_table(&rows);
+}
+
+/// Gives the namespace a policy, another one, and none, over and over; milliseconds of each step.
+fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize) -> [Vec<f64>; 3] {
+    let mut taken: [Vec<f64>; 3] = Default::default();
+    for _ in 0..rounds {
+        let [first, second] = POLICIES;
+        let steps: [Annotations<'_>; 3] = [&[("allow", first)], &[("allow", second)], &[]];
+        for ((annotations, (_, says)), taken) in steps.into_iter().zip(STEPS).zip(&mut taken) {
+            let mut said = 0;
+            let mut start = Instant::now();
+            agent.says_after(
+                &format!("{says}, {pods} times"),
+                || {
+                    start = Instant::now();
+                    lab.write_namespace(namespace, annotations);
+                },
+                |line| {
+                    said += usize::from(line.contains(says));
+                    said == pods
+                },
+            );
+            taken.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    taken
+}
+
+fn middle(taken: &[f64]) -> String {
+    Spread::of(taken.iter().copied()).number("ms", 0)
+}
+
+fn longest(taken: &[f64]) -> String {
+    let mut sorted = taken.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    format!("{:.0} ms", quantile(&sorted, 1.0))
+}
