@@ -139,6 +139,7 @@ impl Reconciler {
                 entry,
                 interfaces: vec![wanted.ifindex],
                 allow,
+                flows: self.datapath.flow_map(pod)?,
             })
             .await?;
         // Known before the first packet can be denied.
@@ -149,9 +150,10 @@ impl Reconciler {
 
     /// A new version of an enforced pod's policy.
     async fn change(&mut self, key: &PodKey, wanted: Wanted) -> Result<()> {
-        if !self.enforced.contains_key(key) {
+        let Some(enforced) = self.enforced.get(key) else {
             bail!("the pod is not enforced");
-        }
+        };
+        let flows = self.datapath.flow_map(enforced.pod)?;
         let (policy, allow) = self.create_policy(&wanted)?;
         let Some(enforced) = self.enforced.get_mut(key) else {
             bail!("the pod is not enforced");
@@ -164,6 +166,7 @@ impl Reconciler {
                 entry: wanted.entry(enforced.pod, policy),
                 interfaces: vec![wanted.ifindex],
                 allow,
+                flows,
             })
             .await;
         if let Err(error) = applied {

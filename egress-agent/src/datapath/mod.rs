@@ -24,7 +24,7 @@ pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
-pub use policies::FlowMap;
+pub use policies::{FlowMap, OpenFlows};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 

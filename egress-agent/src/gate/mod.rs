@@ -15,6 +15,7 @@
 //! input or output but map updates and sending frames.
 
 mod checksum;
+mod eviction;
 mod learned;
 mod learned_address;
 mod pending;
@@ -37,7 +38,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
 use crate::{
-    datapath::{AllowMap, HeldRing, InterfaceMap, Marks},
+    datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks},
     dns::Refusal,
     policy::{Compiled, Prefix},
     report::{PodIdentity, Reporter},
@@ -70,6 +71,8 @@ pub struct Enforcement {
     pub interfaces: Vec<u32>,
     /// The allow map of this version.
     pub allow: AllowMap,
+    /// The pod's flows: an address with an open one does not give way to others.
+    pub flows: FlowMap,
 }
 
 /// What the control side asks of the gate.

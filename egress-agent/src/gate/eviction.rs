@@ -1,0 +1,64 @@
+//! Which addresses give way when a pod's allow map is full.
+
+use std::collections::HashSet;
+
+use egress_common::address::Address;
+use lru::LruCache;
+
+use super::{learned::Entries, learned_address::Learned};
+use crate::datapath::AllowError;
+
+/// The part of the map that gives way at once: flows are looked at one by one, which costs as much
+/// for one address as for many.
+const SHARE: usize = 16;
+
+/// How long flows are not looked at again, for each one that was. Looking takes about a microsecond
+/// each, so a pod that has all the flows it may have, and resolves new names as fast as it can,
+/// takes a tenth of the gate's time and not all of it.
+const PAUSE_NS: u64 = 10_000;
+
+/// Chooses who gives way.
+#[derive(Debug, Default)]
+pub(super) struct Eviction {
+    /// Before this the flows are not looked at again.
+    not_before_ns: u64,
+}
+
+impl Eviction {
+    /// At least `wanted` addresses to be removed: those whose lifetime has ended first, then the
+    /// least recently used. Never one of `kept`, and never one that the pod has a flow open to: at
+    /// the next edit of its policy the flow is judged by that entry, and would be cut without it.
+    /// (A flow that begins while this looks is seen by the next look.)
+    ///
+    /// # Errors
+    ///
+    /// [`AllowError::Full`] when there are not as many, or the flows were looked at a moment ago;
+    /// or what the kernel said.
+    pub(super) fn choose(
+        &mut self,
+        addresses: &LruCache<Address, Learned>,
+        kept: &HashSet<Address>,
+        wanted: usize,
+        allow: &impl Entries,
+        now_ns: u64,
+    ) -> Result<Vec<Address>, AllowError> {
+        if now_ns < self.not_before_ns {
+            return Err(AllowError::Full);
+        }
+        let open = allow.open(now_ns)?;
+        self.not_before_ns = now_ns.saturating_add(open.flows as u64 * PAUSE_NS);
+        let mut chosen: Vec<(bool, Address)> = addresses
+            .iter()
+            .rev()
+            .filter(|(address, _)| !kept.contains(*address) && !open.to.contains(*address))
+            .map(|(&address, learned)| (learned.expires_ns() > now_ns, address))
+            .collect();
+        if chosen.len() < wanted {
+            return Err(AllowError::Full);
+        }
+        // Stable: among those that live, and among the others, the order of use stays.
+        chosen.sort_by_key(|&(lives, _)| lives);
+        chosen.truncate(wanted.max(allow.capacity() / SHARE));
+        Ok(chosen.into_iter().map(|(_, address)| address).collect())
+    }
+}
