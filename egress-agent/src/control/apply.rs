@@ -39,7 +39,7 @@ impl Reconciler {
     async fn begin(&mut self, key: &PodKey, wanted: Wanted) -> Result<()> {
         let (namespace, name) = key;
         let identity = Arc::new(PodIdentity::new(
-            self.node.as_str(),
+            self.config.node.as_str(),
             namespace.as_str(),
             name.as_str(),
             wanted.uid.as_str(),

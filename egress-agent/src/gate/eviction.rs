@@ -12,16 +12,17 @@ use crate::datapath::AllowError;
 /// for one address as for many.
 const SHARE: usize = 16;
 
-/// How long flows are not looked at again, for each one that was. Looking takes about a microsecond
-/// each, so a pod that has all the flows it may have, and resolves new names as fast as it can,
-/// takes a tenth of the gate's time and not all of it.
-const PAUSE_NS: u64 = 10_000;
+/// What looking at a flow costs a pod, and how much of that it may owe; it pays back as time passes.
+/// Looking takes about a microsecond, so a pod that has all the flows it may have, and resolves new
+/// names as fast as it can, takes a tenth of the gate's time and not all of it.
+const COST_NS: u64 = 10_000;
+const CREDIT_NS: u64 = 1_000_000_000;
 
 /// Chooses who gives way.
 #[derive(Debug, Default)]
 pub(super) struct Eviction {
-    /// Before this the flows are not looked at again.
-    not_before_ns: u64,
+    /// When everything will have been paid back.
+    free_of_debt_ns: u64,
 }
 
 impl Eviction {
@@ -32,7 +33,7 @@ impl Eviction {
     ///
     /// # Errors
     ///
-    /// [`AllowError::Full`] when there are not as many, or the flows were looked at a moment ago;
+    /// [`AllowError::Full`] when there are not as many, or the flows have been looked at too often;
     /// or what the kernel said.
     pub(super) fn choose(
         &mut self,
@@ -42,11 +43,11 @@ impl Eviction {
         allow: &impl Entries,
         now_ns: u64,
     ) -> Result<Vec<Address>, AllowError> {
-        if now_ns < self.not_before_ns {
+        if self.free_of_debt_ns.saturating_sub(now_ns) > CREDIT_NS {
             return Err(AllowError::Full);
         }
         let open = allow.open(now_ns)?;
-        self.not_before_ns = now_ns.saturating_add(open.flows as u64 * PAUSE_NS);
+        self.free_of_debt_ns = self.free_of_debt_ns.max(now_ns) + open.flows as u64 * COST_NS;
         let mut chosen: Vec<(bool, Address)> = addresses
             .iter()
             .rev()

@@ -100,6 +100,11 @@ enum Command {
         asked: Vec<(u32, Address)>,
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
     },
+    /// Treat DNS in another way from now on.
+    Configure {
+        dns: DnsSettings,
+        done: oneshot::Sender<Result<()>>,
+    },
     /// End the thread.
     Stop,
 }
@@ -180,6 +185,15 @@ impl Gate {
     /// When the map of interfaces cannot be written.
     pub async fn remove(&self, pod: u32) -> Result<()> {
         self.ask(|done| Command::Remove { pod, done }).await
+    }
+
+    /// Treats DNS in another way, from the next message on.
+    ///
+    /// # Errors
+    ///
+    /// When the gate is gone.
+    pub async fn configure(&self, dns: DnsSettings) -> Result<()> {
+        self.ask(|done| Command::Configure { dns, done }).await
     }
 
     /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.
