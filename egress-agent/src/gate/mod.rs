@@ -16,6 +16,8 @@
 
 mod checksum;
 mod eviction;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod learned;
 mod learned_address;
 mod pending;

@@ -343,7 +343,7 @@ fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
 }
 
 /// The payload of a UDP datagram, by its own length field.
-fn udp_payload<'a>(frame: &'a [u8], packet: &Packet) -> Option<&'a [u8]> {
+pub(super) fn udp_payload<'a>(frame: &'a [u8], packet: &Packet) -> Option<&'a [u8]> {
     let at = packet.l4_offset as usize;
     let len = frame.get(at + 4..at + 6)?;
     let len = usize::from(u16::from_be_bytes([len[0], len[1]]));
