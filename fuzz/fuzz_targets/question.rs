@@ -10,7 +10,10 @@ fuzz_target!(|message: &[u8]| {
         return;
     };
     assert!(question.name_as_sent.len() <= 255);
-    assert_eq!(question.name.as_wire().len() + 1, question.name_as_sent.len());
+    assert_eq!(
+        question.name.as_wire().len() + 1,
+        question.name_as_sent.len()
+    );
 
     // What passes here, a resolver reads: it must find the name that was judged and no other.
     if let Ok(theirs) = Message::from_vec(message) {

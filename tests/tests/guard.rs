@@ -41,11 +41,13 @@ fn a_tunnel_through_dns_gets_nothing_out() {
     let mut word = 0x9e37_79b9_u32;
     for qtype in TYPES {
         for round in 0..12 {
-            let mut label = String::new();
-            for _ in 0..6 {
-                word = word.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
-                label.push_str(&format!("{word:08x}"));
-            }
+            let words: Vec<String> = (0..6)
+                .map(|_| {
+                    word = word.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
+                    format!("{word:08x}")
+                })
+                .collect();
+            let label = words.concat();
             let domain = if round % 2 == 0 {
                 "evil.test"
             } else {

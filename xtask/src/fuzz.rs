@@ -81,13 +81,25 @@ fn each(targets: &[&str], seconds: u32) -> Result<()> {
             .arg(format!("-artifact_prefix={}/", failures.display()))
             .arg(corpus)
             .arg(workspace::root().join("fuzz/seeds").join(target));
-        process::run(&mut command).with_context(|| {
-            format!(
-                "fuzzing `{target}`: what failed is in {}; give the file to {} to see it again",
+        println!("fuzzing {target} for {seconds} s");
+        // What it says on the way is for its developers; how often it tried is worth a line.
+        let output = command
+            .output()
+            .with_context(|| format!("cannot run {}", built.join(target).display()))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            bail!(
+                "{said}\nfuzzing {target} found a failure; the input is in {}: give the file to {} \
+                 to see it fail again",
                 failures.display(),
                 built.join(target).display()
-            )
-        })?;
+            );
+        }
+        let tried = said
+            .lines()
+            .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
+            .context("libFuzzer does not say how often it tried")?;
+        println!("{} inputs, no failure", tried.trim());
     }
     Ok(())
 }
