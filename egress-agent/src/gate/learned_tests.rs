@@ -210,6 +210,57 @@ fn an_address_with_an_open_flow_never_gives_way() {
 }
 
 #[test]
+fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
+    let (mut table, mut allow) = (Table::new(), fake(16));
+    table
+        .learn(&mut allow, &name("quiet.test"), 1, &[taught(200, 900)], 0)
+        .unwrap();
+    for last in 0..100 {
+        let all = [taught(last, 900)];
+        table
+            .learn(&mut allow, &name("robin.test"), 1, &all, SECOND)
+            .unwrap();
+    }
+    assert!(allow.entries.contains_key(&address(200)));
+    assert_eq!(allow.entries.len(), 16);
+    // Many names share what there is by age.
+    for last in 100..140 {
+        let all = [taught(last, 900)];
+        let name = name(&format!("n{last}.test"));
+        table.learn(&mut allow, &name, 1, &all, SECOND).unwrap();
+    }
+    assert!(!allow.entries.contains_key(&address(200)));
+}
+
+#[test]
+fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    for (last, expires_s) in [(1, 10), (2, 10), (3, 400)] {
+        table
+            .learn(
+                &mut allow,
+                &name("a.test"),
+                1,
+                &[taught(last, expires_s)],
+                0,
+            )
+            .unwrap();
+    }
+    let open = HashSet::from([address(2)]);
+    let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
+    // For a while a denial can say `expired`.
+    table.sweep(&mut allow, &open, 300 * SECOND).unwrap();
+    assert_eq!(left(&allow), [1, 2, 3]);
+    table.sweep(&mut allow, &open, 320 * SECOND).unwrap();
+    assert_eq!(left(&allow), [2, 3]);
+    table
+        .sweep(&mut allow, &HashSet::new(), 321 * SECOND)
+        .unwrap();
+    assert_eq!(left(&allow), [3]);
+    assert_eq!(table.addresses.len(), 1);
+}
+
+#[test]
 fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
     let (mut table, mut allow) = (Table::new(), fake(64));
     allow.flows = 150_000;
