@@ -3,8 +3,8 @@
 use crate::{
     protocol,
     records::{
-        FLOW_KEY_FRAGMENT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT,
-        FLOW_SEEN_RST, Flow, FlowKey,
+        FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
+        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, Flow, FlowKey,
     },
 };
 
@@ -33,14 +33,13 @@ pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
 /// How long the flow may be idle before it is forgotten, in nanoseconds.
 #[inline(always)]
 pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
-    const BOTH_FINS: u8 = FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT;
     const BOTH_SIDES: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
     if key.kind == FLOW_KEY_FRAGMENT {
         return FRAGMENT_NS;
     }
     match key.protocol {
         protocol::TCP => {
-            if flow.seen & FLOW_SEEN_RST != 0 || flow.seen & BOTH_FINS == BOTH_FINS {
+            if is_closed(flow) {
                 TCP_CLOSED_NS
             } else if flow.seen & BOTH_SIDES == BOTH_SIDES {
                 TCP_ESTABLISHED_NS
@@ -53,6 +52,22 @@ pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
     }
 }
 
+/// Whether a TCP flow has seen a RST, or a FIN from both sides.
+#[inline(always)]
+const fn is_closed(flow: &Flow) -> bool {
+    const BOTH_FINS: u8 = FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT;
+    flow.seen & FLOW_SEEN_RST != 0 || flow.seen & BOTH_FINS == BOTH_FINS
+}
+
+/// Whether this is a flow that the pod opened and that goes on at `now_ns`, as far as anyone can
+/// tell who sees packets alone.
+pub const fn is_open(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
+    key.kind == FLOW_KEY_FLOW
+        && flow.state == FLOW_OUT
+        && is_alive(key, flow, now_ns)
+        && !(key.protocol == protocol::TCP && is_closed(flow))
+}
+
 /// Whether the flow is still remembered at `now_ns` (nanoseconds of `CLOCK_BOOTTIME`).
 #[inline(always)]
 pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
@@ -62,7 +77,6 @@ pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::{FLOW_KEY_FLOW, FLOW_OUT};
 
     const fn key(protocol: u8, kind: u8) -> FlowKey {
         FlowKey {
@@ -114,6 +128,27 @@ mod tests {
         // Half closed: the other side may go on sending for hours.
         assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_IN), TCP_ESTABLISHED_NS);
         assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_OUT), TCP_ESTABLISHED_NS);
+    }
+
+    #[test]
+    fn a_flow_is_open_until_it_is_closed_or_idle_and_only_if_the_pod_opened_it() {
+        let open = |protocol, kind, state, seen, now_ns| {
+            let flow = Flow {
+                state,
+                ..flow(seen)
+            };
+            is_open(&key(protocol, kind), &flow, now_ns)
+        };
+        let now = 11 * SECOND_NS;
+        let both = FLOW_SEEN_IN | FLOW_SEEN_OUT;
+        assert!(open(protocol::TCP, FLOW_KEY_FLOW, FLOW_OUT, both, now));
+        assert!(open(protocol::UDP, FLOW_KEY_FLOW, FLOW_OUT, both, now));
+        let reset = both | FLOW_SEEN_RST;
+        assert!(!open(protocol::TCP, FLOW_KEY_FLOW, FLOW_OUT, reset, now));
+        let late = now + UDP_NS;
+        assert!(!open(protocol::UDP, FLOW_KEY_FLOW, FLOW_OUT, both, late));
+        assert!(!open(protocol::TCP, FLOW_KEY_FLOW, FLOW_OUT + 1, both, now));
+        assert!(!open(protocol::TCP, FLOW_KEY_FRAGMENT, FLOW_OUT, both, now));
     }
 
     #[test]

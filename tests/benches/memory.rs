@@ -16,10 +16,12 @@ use common::{
     responder::Responder,
     status_kib,
 };
+use egress_common::limits::ALLOW_ENTRIES;
 use egress_tests::{Lab, Pod, addresses::RESOLVER};
 
 const PODS: usize = 100;
 const ADDRESSES: u32 = 200;
+const RANDOM_NAMES: u32 = 100_000;
 
 fn main() {
     let lab = Lab::builder().without_dns().build();
@@ -69,6 +71,20 @@ fn main() {
         shared as f64 / f64::from(1 << 20),
         own as f64 / 1024.0 / (PODS + 1) as f64
     );
+
+    // A pod that resolves whatever is below its wildcard: what it leaves has a bound.
+    let before = status_kib(agent.pid(), "RssAnon");
+    let client = Client::new(&first, RESOLVER);
+    for round in 1..=2 {
+        client.questions_per_second(RANDOM_NAMES / 2, 32);
+        println!(
+            "After {} names of one pod: {:.1} MiB more, {} addresses in its map.",
+            round * RANDOM_NAMES / 2,
+            (status_kib(agent.pid(), "RssAnon").saturating_sub(before)) as f64 / 1024.0,
+            lab.allowed(&first).len()
+        );
+        assert!(lab.allowed(&first).len() <= ALLOW_ENTRIES as usize);
+    }
 }
 
 /// What the kernel accounts for the pinned map, in bytes; `None` for other pins.

@@ -27,6 +27,10 @@ const SAYS_READY: &str = "ready";
 const SAYS_ENFORCING: &str = "enforcing";
 /// What it says, with `pod=<namespace>/<name>`, once a changed policy is in force.
 const SAYS_APPLIED: &str = "policy applied";
+/// What it says once it has read its configuration again.
+const SAYS_RELOADED: &str = "configuration read again";
+/// What it says when it keeps the configuration it has.
+const SAYS_KEPT: &str = "the configuration stays as it was";
 
 /// One denial line. Optional fields are those that only some denials have.
 #[derive(Clone, Debug, Deserialize)]
@@ -338,6 +342,30 @@ impl Agent {
             }
         }
         objects
+    }
+
+    /// Has the agent read its configuration again (SIGHUP), and waits until what it says holds.
+    #[track_caller]
+    pub fn reload(&self) {
+        self.hang_up(SAYS_RELOADED);
+    }
+
+    /// Has the agent read a configuration that it cannot take on; returns what it says.
+    #[track_caller]
+    pub fn refuses_to_reload(&self) -> String {
+        self.hang_up(SAYS_KEPT)
+    }
+
+    #[track_caller]
+    fn hang_up(&self, says: &str) -> String {
+        self.says_after(
+            says,
+            || {
+                kill(Pid::from_raw(self.pid().cast_signed()), Signal::SIGHUP)
+                    .expect("kill(2) of the agent");
+            },
+            |line| line.contains(says),
+        )
     }
 
     /// Asks the agent to end (SIGTERM) and waits until it has.

@@ -81,6 +81,16 @@ impl Tap {
         assert_eq!(sent, frame.len(), "a frame was sent in part");
     }
 
+    /// Sends a frame that a program on this very interface may take or drop, of which the kernel
+    /// tells the sender.
+    #[track_caller]
+    pub fn offer(&self, frame: &[u8]) {
+        match self.socket.send(frame) {
+            Ok(sent) => assert_eq!(sent, frame.len(), "a frame was sent in part"),
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOBUFS), "send a frame: {e}"),
+        }
+    }
+
     /// The next frame that `is` holds for; `None` when none passes in time.
     pub fn receive(&self, timeout: Duration, is: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let deadline = Instant::now() + timeout;
@@ -127,6 +137,15 @@ fn packet_address(interface: u32, protocol: u16) -> io::Result<SockAddr> {
 #[track_caller]
 pub fn from_pod(pod: &Pod, src: IpAddr, dst: IpAddr) -> PacketBuilderStep<etherparse::IpHeaders> {
     let ethernet = PacketBuilder::ethernet2(pod.hardware(), pod.gateway_hardware());
+    ip(ethernet, src, dst)
+}
+
+#[track_caller]
+fn ip(
+    ethernet: PacketBuilderStep<etherparse::Ethernet2Header>,
+    src: IpAddr,
+    dst: IpAddr,
+) -> PacketBuilderStep<etherparse::IpHeaders> {
     match (src, dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ip(etherparse::IpHeaders::Ipv4(
             ipv4_header(src, dst),
@@ -166,6 +185,13 @@ pub fn ipv6_header(src: Ipv6Addr, dst: Ipv6Addr) -> etherparse::Ipv6Header {
 #[track_caller]
 pub fn udp(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
     build(from_pod(pod, src.0, dst.0).udp(src.1, dst.1), payload)
+}
+
+/// A UDP datagram to the pod, whole, as the node's end of its interface would send it.
+#[track_caller]
+pub fn udp_to(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
+    let ethernet = PacketBuilder::ethernet2(pod.gateway_hardware(), pod.hardware());
+    build(ip(ethernet, src.0, dst.0).udp(src.1, dst.1), payload)
 }
 
 /// A TCP SYN from the pod.

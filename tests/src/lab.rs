@@ -178,6 +178,16 @@ impl Lab {
         fs::write(self.config_file(), text).expect("write the configuration");
     }
 
+    /// Sets a key of the configuration file, by its dotted path, as its operator would edit it. A
+    /// running agent knows nothing of it before [`Agent::reload`].
+    #[track_caller]
+    pub fn edit_config(&self, key: &str, value: impl Into<Value>) {
+        let text = fs::read_to_string(self.config_file()).expect("read the configuration");
+        let mut config: Value = serde_saphyr::from_str(&text).expect("it was written as YAML");
+        set(&mut config, key, value.into());
+        self.write_config(config);
+    }
+
     /// The namespace in which the agent runs and the host ends of the pods' interfaces are.
     pub fn node(&self) -> &Namespace {
         &self.node

@@ -24,6 +24,7 @@ pub mod addresses;
 mod agent;
 mod assertions;
 pub mod bpf;
+mod container;
 pub mod dns;
 pub mod frames;
 mod lab;

@@ -1,14 +1,19 @@
 //! How long what was learned stays open.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, TcpStream},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, SHORT,
     addresses::{numbered, server},
-    dns::{RecordType, address, cname},
+    dns::{RecordType, Send, address, cname},
     echo_on, eventually, exchange, holds,
 };
 use nix::time::{ClockId, clock_gettime};
+use socket2::Socket;
 
 /// A laboratory in which an address lives for as long as its TTL says, to the second.
 fn short_lived() -> Lab {
@@ -193,7 +198,7 @@ fn when_the_map_is_full_the_oldest_names_give_way() {
 
     for n in 0..3 * LIMIT {
         assert_eq!(pod.lookup(&format!("n{n}.fresh.test")), [numbered(n)]);
-        drop(pod.reach_tcp((numbered(n), 443)));
+        reset(pod.reach_tcp((numbered(n), 443)));
         let allowed = lab.allowed(&pod);
         assert!(allowed.len() <= LIMIT as usize, "{} entries", allowed.len());
         assert!(allowed.contains_key(&numbered(n)));
@@ -205,7 +210,114 @@ fn when_the_map_is_full_the_oldest_names_give_way() {
     );
     // Asking again brings it back.
     pod.lookup("n0.fresh.test");
-    drop(pod.reach_tcp((numbered(0), 443)));
+    pod.reach_tcp((numbered(0), 443));
+}
+
+/// Ends a connection at once, as both sides' kernels and the agent's programs see it.
+fn reset(stream: TcpStream) {
+    let stream = Socket::from(stream);
+    stream
+        .set_linger(Some(Duration::ZERO))
+        .expect("a socket that lingers not");
+    drop(stream);
+}
+
+#[test]
+fn an_address_in_use_stays_however_full_the_map_is() {
+    const LIMIT: u32 = 4;
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", LIMIT)
+        .build();
+    let _servers = (lab.serve_tcp(443), lab.serve_udp(443));
+    lab.dns().numbered("fresh.test");
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.fresh.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let lookup = |n: u32| pod.lookup(&format!("n{n}.fresh.test"));
+
+    assert_eq!(lookup(0), [numbered(0)]);
+    let mut stream = pod.talks_tcp((numbered(0), 443));
+    assert_eq!(lookup(1), [numbered(1)]);
+    let socket = pod.udp_socket((numbered(1), 443));
+    assert!(echo_on(&socket, b"hello", DEADLINE));
+    for n in 2..20 {
+        assert_eq!(lookup(n), [numbered(n)]);
+    }
+    let allowed = lab.allowed(&pod);
+    assert!(allowed.len() <= LIMIT as usize);
+    for n in [0, 1, 19] {
+        assert!(allowed.contains_key(&numbered(n)), "{n}: {allowed:?}");
+    }
+    // An edit judges what is open again, by these entries.
+    agent.applies(&pod, || {
+        lab.write_pod(&pod, &[("allow", "*.fresh.test:443 other.test")]);
+    });
+    assert!(
+        exchange(&mut stream, b"still here", DEADLINE),
+        "the connection was cut"
+    );
+    assert!(
+        echo_on(&socket, b"still here", DEADLINE),
+        "the flow was cut"
+    );
+
+    // When all are in use, an answer that needs room is not delivered.
+    let _held: Vec<_> = (20..22)
+        .map(|n| {
+            assert_eq!(lookup(n), [numbered(n)]);
+            pod.talks_tcp((numbered(n), 443))
+        })
+        .collect();
+    let resolver = egress_tests::addresses::RESOLVER;
+    assert!(
+        pod.try_resolve(resolver, "n30.fresh.test", RecordType::A, SHORT)
+            .is_none()
+    );
+    agent.wait_denial("an answer without room", |d| {
+        d.of(&pod) && d.reason == "allow_map_full"
+    });
+    // And once one is not, it is.
+    reset(stream);
+    assert_eq!(lookup(30), [numbered(30)]);
+    assert!(!lab.allowed(&pod).contains_key(&numbered(0)));
+}
+
+#[test]
+fn a_name_with_another_address_every_time_is_always_reached() {
+    const ADDRESSES: u32 = 300;
+    const LIMIT: u32 = 64;
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", LIMIT)
+        .build();
+    let _web = lab.serve_tcp(443);
+    let next = AtomicU32::new(0);
+    lab.dns().on("robin.test", move |asked| {
+        let n = next.fetch_add(1, Ordering::Relaxed);
+        vec![Send::answer(
+            asked,
+            &[address(numbered(n % ADDRESSES)).ttl(1)],
+        )]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "robin.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let mut first = None;
+    for n in 0..ADDRESSES + 50 {
+        let address = numbered(n % ADDRESSES);
+        assert_eq!(pod.lookup("robin.test"), [address]);
+        let stream = pod.reach_tcp((address, 443));
+        if first.is_none() {
+            first = Some(stream);
+        } else {
+            reset(stream);
+        }
+    }
+    assert_eq!(pod.syn_retransmissions(), 0);
+    let allowed = lab.allowed(&pod);
+    assert!(allowed.len() <= LIMIT as usize, "{} entries", allowed.len());
+    let mut first = first.expect("a first connection");
+    assert!(exchange(&mut first, b"still here", DEADLINE));
+    assert!(agent.denials().is_empty(), "{:?}", agent.denials());
 }
 
 #[test]

@@ -21,6 +21,9 @@ pub(crate) struct Options {}
 pub(crate) fn run(_: &Options) -> Result<()> {
     structure::run()?;
     process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
+    // A workspace of its own.
+    let fuzz = ["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"];
+    process::run(process::cargo().args(fuzz))?;
     deny()?;
     build::ebpf(Warnings::Deny)?;
     clippy()

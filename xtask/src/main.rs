@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod kernels;
 mod leftovers;
 mod lint;
@@ -30,6 +31,7 @@ enum Command {
     Setup(setup::Options),
     Build(build::Options),
     Test(test::Options),
+    Fuzz(fuzz::Options),
     Demo(demo::Options),
     Kernels(kernels::Options),
     Bench(bench::Options),
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Kernels(options) => kernels::run(&options),
         Command::Bench(options) => bench::run(&options),

@@ -30,7 +30,7 @@ pub(crate) struct Program {
     pub(crate) purpose: &'static str,
 }
 
-const PROGRAMS: [Program; 9] = [
+const PROGRAMS: [Program; 13] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -68,6 +68,21 @@ const PROGRAMS: [Program; 9] = [
         purpose: "asking by hand",
     },
     Program {
+        name: "delv",
+        packages: &["bind9-dnsutils"],
+        purpose: "a client that validates, for the tests",
+    },
+    Program {
+        name: "dnssec-signzone",
+        packages: &["bind9-utils", "bind9utils"],
+        purpose: "signing a zone for the tests",
+    },
+    Program {
+        name: "musl-gcc",
+        packages: &["musl-tools"],
+        purpose: "a second C library for the tests",
+    },
+    Program {
         name: "curl",
         packages: &["curl"],
         purpose: "connecting by hand",
@@ -76,6 +91,11 @@ const PROGRAMS: [Program; 9] = [
         name: "cc",
         packages: &["gcc", "build-essential"],
         purpose: "linking",
+    },
+    Program {
+        name: "c++",
+        packages: &["g++", "build-essential"],
+        purpose: "libFuzzer",
     },
 ];
 

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use crate::build::Warnings;
 use crate::leftovers::Inventory;
-use crate::{build, lint, process, setup, workspace};
+use crate::{build, fuzz, lint, process, setup, workspace};
 
 /// How many system tests run at once: each has namespaces and an agent of its own, and mostly
 /// waits for the network.
@@ -16,7 +16,7 @@ const SYSTEM_THREADS: &str = "4";
 /// are run as root, through sudo when necessary.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Runs only the unit tests, which need no root
+    /// Runs only the unit tests, and the fuzz targets for a moment; they need no root
     #[arg(long)]
     unit: bool,
     /// Runs only the kernel and system tests
@@ -42,6 +42,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if all || *unit {
         unit_tests(filter.as_deref())?;
+        if filter.is_none() {
+            fuzz::briefly()?;
+        }
     }
     if all || *system {
         // The tests drive the binary that users get.

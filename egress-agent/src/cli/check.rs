@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{CheckArgs, read_config};
+use super::CheckArgs;
 use crate::{
     config::Config,
     pods::{self, NO_ADDRESS, Snapshot},
@@ -13,7 +13,7 @@ use crate::{
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
-        Some(path) => read_config(path)?.policy_settings(),
+        Some(path) => Config::from_file(path)?.policy_settings(),
         None => Config::default_policy_settings()?,
     };
     let Snapshot { pods, problems, .. } = pods::read_files(&args.files);

@@ -4,12 +4,12 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 
-use super::{CleanupArgs, read_config};
-use crate::datapath;
+use super::CleanupArgs;
+use crate::{config::Config, datapath};
 
 pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
     let bpffs = match &args.config {
-        Some(path) => read_config(path)?.bpffs,
+        Some(path) => Config::from_file(path)?.bpffs,
         None => PathBuf::from("/sys/fs/bpf"),
     };
     match datapath::cleanup(&bpffs)? {

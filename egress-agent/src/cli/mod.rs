@@ -42,7 +42,8 @@ struct RunArgs {
     #[arg(long, value_name = "DIR")]
     pods_dir: PathBuf,
     /// Configuration file, in YAML. It names at least the pods' resolvers:
-    /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key.
+    /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key. On SIGHUP it is read
+    /// again.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// When told to stop, leave everything enforced: what is allowed stays allowed, what is denied
@@ -113,11 +114,4 @@ fn start_log() {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
-}
-
-fn read_config(path: &std::path::Path) -> anyhow::Result<crate::config::Config> {
-    use anyhow::Context as _;
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the configuration {}", path.display()))?;
-    crate::config::Config::from_yaml(&text).with_context(|| path.display().to_string())
 }

@@ -4,12 +4,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 
-use super::{AttachArg, RunArgs, read_config};
-use crate::{control, datapath::Attach};
+use super::{AttachArg, RunArgs};
+use crate::{config::Config, control, datapath::Attach};
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     let options = control::Options {
-        config: read_config(&args.config)?,
+        config: Config::from_file(&args.config)?,
+        config_file: args.config,
         pods_dir: args.pods_dir,
         keep_enforcing: args.keep_enforcing,
         attach: match args.attach {

@@ -33,7 +33,13 @@ mod protected;
 mod read;
 mod value;
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
@@ -131,6 +137,17 @@ pub struct Limits {
 }
 
 impl Config {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or see [`Self::from_yaml`]. The file is named.
+    pub fn from_file(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        Self::from_yaml(&text).with_context(|| path.display().to_string())
+    }
+
     /// Reads a configuration file's text.
     ///
     /// # Errors

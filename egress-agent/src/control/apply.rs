@@ -10,7 +10,7 @@ use super::{
     reconcile::{Reconciler, title},
 };
 use crate::{
-    datapath::{Adoptable, Unused},
+    datapath::{Adoptable, FlowMap, Unused},
     gate::Enforcement,
     report::PodIdentity,
 };
@@ -46,14 +46,12 @@ impl Reconciler {
         let (namespace, name) = key;
         let Version { pod, policy, allow } = version;
         let identity = Arc::new(PodIdentity::new(
-            self.node.as_str(),
+            self.config.node.as_str(),
             namespace.as_str(),
             name.as_str(),
             wanted.uid.as_str(),
         ));
         let entry = wanted.entry(pod, policy);
-        let flows = self.datapath.flow_map(pod)?;
-        let flows = flows.with_context(|| format!("pod {pod} has no flow map"))?;
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
         self.gate
@@ -63,6 +61,7 @@ impl Reconciler {
                 entry,
                 interfaces: vec![wanted.ifindex],
                 allow,
+                flows: self.flows_of(pod)?,
             })
             .await?;
         // Known before the first packet can be denied.
@@ -82,7 +81,7 @@ impl Reconciler {
             policy,
             version: 1,
             pins,
-            flows,
+            flows: self.flows_of(pod)?,
         };
         self.enforced.insert(key.clone(), enforced);
         for (ifindex, entry) in left.map_or_else(Vec::new, |left| left.interfaces) {
@@ -96,7 +95,8 @@ impl Reconciler {
 
     /// A new version of an enforced pod's policy.
     async fn change(&mut self, key: &PodKey, wanted: Wanted, version: Version) -> Result<()> {
-        let Version { policy, allow, .. } = version;
+        let Version { pod, policy, allow } = version;
+        let flows = self.flows_of(pod)?;
         let Some(enforced) = self.enforced.get_mut(key) else {
             bail!("the pod is not enforced");
         };
@@ -108,6 +108,7 @@ impl Reconciler {
                 entry: wanted.entry(enforced.pod, policy),
                 interfaces: vec![wanted.ifindex],
                 allow,
+                flows,
             })
             .await;
         if let Err(error) = applied {
@@ -126,6 +127,13 @@ impl Reconciler {
             "policy applied"
         );
         self.datapath.pin_allow(policy, &enforced.pins)
+    }
+
+    /// A handle on a pod's flows.
+    fn flows_of(&self, pod: u32) -> Result<FlowMap> {
+        self.datapath
+            .flow_map(pod)?
+            .with_context(|| format!("pod {pod} has no flow map"))
     }
 
     /// The pod's interface was replaced by one with the same name, or its annotation names another.

@@ -29,11 +29,19 @@ pub(super) struct Wanted {
     pub(super) record: Policy,
     pub(super) mode: u32,
     pub(super) flags: u32,
+    /// Which of the agent's ranges it is under; others make another version.
+    ranges: u64,
 }
 
 impl Wanted {
     /// Of the pod's addresses the first [`OWN_ADDRESSES`] count.
-    pub(super) fn new(pod: &Pod, ifindex: u32, compiled: Arc<Compiled>, on_deny: OnDeny) -> Self {
+    pub(super) fn new(
+        pod: &Pod,
+        ifindex: u32,
+        compiled: Arc<Compiled>,
+        on_deny: OnDeny,
+        ranges: u64,
+    ) -> Self {
         let mut record = compiled.record;
         for (slot, ip) in record.own.iter_mut().zip(&pod.addresses) {
             *slot = mapped(*ip);
@@ -52,6 +60,7 @@ impl Wanted {
                 OnDeny::Reject => INTERFACE_REJECT,
             },
             compiled,
+            ranges,
         }
     }
 
@@ -84,6 +93,7 @@ impl Wanted {
             && self.record == other.record
             && self.mode == other.mode
             && self.flags == other.flags
+            && self.ranges == other.ranges
     }
 }
 

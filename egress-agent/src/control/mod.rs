@@ -13,6 +13,7 @@ mod preflight;
 mod prepare;
 mod readings;
 mod reconcile;
+mod reload;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -46,6 +47,8 @@ const SWEEP_EVERY: Duration = Duration::from_millis(250);
 pub struct Options {
     /// The configuration file's content.
     pub config: Config,
+    /// The file itself, to be read again on SIGHUP.
+    pub config_file: PathBuf,
     /// The directory of manifests.
     pub pods_dir: PathBuf,
     /// Leave everything enforced when told to stop.
@@ -56,7 +59,7 @@ pub struct Options {
     pub datapath_log: bool,
 }
 
-/// Runs until SIGTERM or SIGINT.
+/// Runs until SIGTERM or SIGINT. On SIGHUP the configuration is read again.
 ///
 /// # Errors
 ///
@@ -73,6 +76,7 @@ pub async fn run(options: Options) -> Result<()> {
     let Options { config, .. } = &options;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
 
     let mut datapath = Datapath::open(&datapath::Options {
@@ -164,6 +168,10 @@ pub async fn run(options: Options) -> Result<()> {
                     if changed.is_err() {
                         break 'running Some("the directory of pods is no longer watched");
                     }
+                    break;
+                }
+                _ = hangup.recv() => {
+                    reconciler.reload(&options.config_file).await;
                     break;
                 }
                 () = links.changed() => break,

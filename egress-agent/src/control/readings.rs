@@ -20,6 +20,8 @@ struct Reading {
     /// Whether `compiled` is what some annotations of this pod said, now or earlier.
     good: bool,
     problem: Option<String>,
+    /// Whether it was made under the settings that hold.
+    current: bool,
 }
 
 /// The readings of all pods.
@@ -41,6 +43,7 @@ impl Readings {
     pub(super) fn read(&mut self, key: &PodKey, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
+            && reading.current
             && reading.own == pod.annotations
             && reading.namespace == pod.namespace_annotations
         {
@@ -70,9 +73,20 @@ impl Readings {
             compiled: Arc::clone(&compiled),
             good,
             problem,
+            current: true,
         };
         self.pods.insert(key.clone(), reading);
         compiled
+    }
+
+    /// From now on, other settings hold.
+    pub(super) fn change(&mut self, settings: Settings) {
+        if settings != self.settings {
+            self.settings = settings;
+            for reading in self.pods.values_mut() {
+                reading.current = false;
+            }
+        }
     }
 
     /// The policy of a pod of which nothing can be made.

@@ -15,7 +15,7 @@ use super::{
     readings::Readings,
 };
 use crate::{
-    config::{Config, OnDeny},
+    config::Config,
     datapath::{Adoptable, Datapath, Unused, boottime_ns},
     gate::Gate,
     pods::{NO_ADDRESS, Pod, Snapshot},
@@ -37,11 +37,12 @@ enum Plan {
 pub(super) struct Reconciler {
     pub(super) datapath: Datapath,
     pub(super) gate: Gate,
-    pub(super) on_deny: OnDeny,
-    pub(super) node: String,
+    pub(super) config: Config,
+    /// How many ranges there have been: flows that passed under earlier ones are judged again.
+    pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
     pub(super) enforced: BTreeMap<PodKey, Enforced>,
-    readings: Readings,
+    pub(super) readings: Readings,
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
     pub(super) adoptable: BTreeMap<u32, Adoptable>,
@@ -71,8 +72,8 @@ impl Reconciler {
         Ok(Self {
             datapath,
             gate,
-            on_deny: config.on_deny,
-            node: config.node.clone(),
+            config: config.clone(),
+            ranges: 1,
             known,
             enforced: BTreeMap::new(),
             readings: Readings::new(config.policy_settings()),
@@ -310,7 +311,7 @@ impl Reconciler {
         }
         let count = pod.addresses.len();
         if count <= OWN_ADDRESSES {
-            let wanted = Wanted::new(pod, ifindex, compiled, self.on_deny);
+            let wanted = Wanted::new(pod, ifindex, compiled, self.config.on_deny, self.ranges);
             return Plan::Enforce(Box::new(wanted), None);
         }
         let why = format!(
@@ -323,7 +324,8 @@ impl Reconciler {
             pod,
             ifindex,
             self.readings.closed(),
-            self.on_deny,
+            self.config.on_deny,
+            self.ranges,
         ));
         Plan::Enforce(
             closed,

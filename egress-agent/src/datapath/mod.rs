@@ -25,7 +25,7 @@ pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
-pub use policies::{FlowMap, NewMaps, NewPod, NewPolicy, Unused};
+pub use policies::{FlowMap, NewMaps, NewPod, NewPolicy, OpenFlows, Unused};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 

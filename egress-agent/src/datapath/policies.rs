@@ -1,17 +1,18 @@
 //! Policies and their inner maps, pods and their flows.
 
-use std::{panic::resume_unwind, sync::Arc, thread};
+use std::{collections::HashSet, panic::resume_unwind, sync::Arc, thread};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
-    flow::is_alive,
-    records::{AllowEntry, AllowKey, CidrEntry, FLOW_KEY_FLOW, FLOW_OUT, Flow, FlowKey, Policy},
+    flow::{is_alive, is_open},
+    limits::FLOW_ENTRIES,
+    records::{AllowEntry, AllowKey, CidrEntry, Flow, FlowKey, Policy},
 };
 
 use super::{
-    AllowMap, Datapath, Hook, PodPins, interfaces,
+    AllowError, AllowMap, Datapath, Hook, PodPins, interfaces,
     outer::{Change, Outer, another},
 };
 
@@ -262,6 +263,15 @@ impl Datapath {
     }
 }
 
+/// The flows that a pod has open.
+#[derive(Debug, Default)]
+pub struct OpenFlows {
+    /// Where they lead.
+    pub to: HashSet<Address>,
+    /// How many flows were looked at, open or not.
+    pub flows: usize,
+}
+
 /// Handle on one pod's flows.
 pub struct FlowMap(HashMap<MapData, FlowKey, Flow>);
 
@@ -278,6 +288,27 @@ impl FlowMap {
             .context("cannot read a pod's flows")
     }
 
+    /// The flows that the pod has open.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read; [`AllowError::Full`] when it changes too fast for that.
+    pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
+        let mut open = OpenFlows::default();
+        for item in &self.0 {
+            let (key, flow) = item.map_err(AllowError::Kernel)?;
+            if is_open(&key, &flow, now_ns) {
+                open.to.insert(key.peer_addr);
+            }
+            // Where the entry last seen is removed, the kernel begins again with the first.
+            open.flows += 1;
+            if open.flows > 2 * FLOW_ENTRIES as usize {
+                return Err(AllowError::Full);
+            }
+        }
+        Ok(open)
+    }
+
     /// Forgets flows that have been idle for too long, and gives each destination of a flow that
     /// the pod has open to `open`.
     ///
@@ -290,7 +321,7 @@ impl FlowMap {
             let (key, flow) = item.context("cannot read a pod's flows")?;
             if !is_alive(&key, &flow, now_ns) {
                 idle.push(key);
-            } else if flow.state == FLOW_OUT && key.kind == FLOW_KEY_FLOW {
+            } else if is_open(&key, &flow, now_ns) {
                 open(key.peer_addr);
             }
         }

@@ -9,9 +9,9 @@ use std::{collections::HashSet, sync::Arc};
 use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
-use super::learned_address::Learned;
+use super::{Enforcement, eviction::Eviction, learned_address::Learned};
 use crate::{
-    datapath::{AllowError, AllowMap},
+    datapath::{AllowError, AllowMap, OpenFlows},
     dns::Name,
     policy::NameRules,
 };
@@ -32,19 +32,25 @@ pub(super) trait Entries {
     fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError>;
     /// See [`AllowMap::remove`].
     fn remove(&mut self, address: Address) -> Result<(), AllowError>;
+    /// See [`crate::datapath::FlowMap::open`].
+    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError>;
 }
 
-impl Entries for AllowMap {
+impl Entries for Enforcement {
     fn capacity(&self) -> usize {
-        self.capacity()
+        self.allow.capacity()
     }
 
     fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError> {
-        self.insert(address, entry)
+        self.allow.insert(address, entry)
     }
 
     fn remove(&mut self, address: Address) -> Result<(), AllowError> {
-        self.remove(address)
+        self.allow.remove(address)
+    }
+
+    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
+        self.flows.open(now_ns)
     }
 }
 
@@ -61,11 +67,7 @@ pub(super) struct Table {
     unlisted: LruCache<Arc<Name>, Vec<Taught>>,
     /// No entry changes by itself before this.
     next_change_ns: u64,
-    /// Addresses whose lifetime had ended when they were last looked for; the least recently used
-    /// is the last.
-    expired: Vec<Address>,
-    /// No other address's lifetime ends before this.
-    first_expiry_ns: u64,
+    eviction: Eviction,
 }
 
 impl Table {
@@ -76,8 +78,7 @@ impl Table {
             addresses: LruCache::unbounded(),
             unlisted: LruCache::unbounded(),
             next_change_ns: u64::MAX,
-            expired: Vec::new(),
-            first_expiry_ns: u64::MAX,
+            eviction: Eviction::default(),
         }
     }
 
@@ -105,7 +106,6 @@ impl Table {
     /// Keeps what was learned of an address, as the one that was used last.
     fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
-        self.first_expiry_ns = self.first_expiry_ns.min(learned.expires_ns());
         self.addresses.put(address, learned);
     }
 
@@ -114,8 +114,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// [`AllowError::Full`] when they do not fit, even after expired and least recently used
-    /// addresses made room; or what the kernel said.
+    /// [`AllowError::Full`] when they do not fit, though expired and least recently used addresses
+    /// without open flows would make room; or what the kernel said.
     pub(super) fn learn(
         &mut self,
         allow: &mut impl Entries,
@@ -149,7 +149,7 @@ impl Table {
     }
 
     /// Writes everything that the new rules allow into the allow map of a new version of the
-    /// policy. Returns the table of that version, without the rest.
+    /// policy, as far as it fits. Returns the table of that version, without the rest.
     ///
     /// # Errors
     ///
@@ -161,31 +161,67 @@ impl Table {
         now_ns: u64,
     ) -> Result<Self, AllowError> {
         let mut next = Self::new();
+        let fitting = self.fitting(rules, allow, now_ns)?;
+        let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, taught) in self.unlisted.iter().rev() {
+            let classes = rules.classes(name);
             let live: Vec<Taught> = taught
                 .iter()
                 .filter(|taught| taught.expires_ns > now_ns)
+                .filter(|taught| classes == 0 || fits(&taught.address))
                 .copied()
                 .collect();
-            next.learn(allow, name, rules.classes(name), &live, now_ns)?;
+            next.learn(allow, name, classes, &live, now_ns)?;
         }
         // From the least recently used on, so that the order of use stays.
         for (&address, learned) in self.addresses.iter().rev() {
             for source in &learned.sources {
+                let classes = rules.classes(&source.name);
+                if classes != 0 && !fits(&address) {
+                    continue;
+                }
                 let taught = Taught {
                     address,
                     expires_ns: source.expires_ns,
                 };
-                next.learn(
-                    allow,
-                    &source.name,
-                    rules.classes(&source.name),
-                    &[taught],
-                    now_ns,
-                )?;
+                next.learn(allow, &source.name, classes, &[taught], now_ns)?;
             }
         }
         Ok(next)
+    }
+
+    /// The addresses that the new rules allow and that fit into the map: those with open flows,
+    /// then those used last. `None` when all do, as they always do but when an edit allows names
+    /// that were resolved without an entry.
+    fn fitting(
+        &self,
+        rules: &NameRules,
+        allow: &impl Entries,
+        now_ns: u64,
+    ) -> Result<Option<HashSet<Address>>, AllowError> {
+        let known = self.addresses.iter().filter(|(_, learned)| {
+            let mut sources = learned.sources.iter();
+            sources.any(|source| rules.classes(&source.name) != 0)
+        });
+        let unlisted = self
+            .unlisted
+            .iter()
+            .filter(|(name, _)| rules.classes(name) != 0)
+            .flat_map(|(_, taught)| taught)
+            .filter(|taught| taught.expires_ns > now_ns);
+        let mut seen = HashSet::new();
+        let mut all: Vec<Address> = known
+            .map(|(&address, _)| address)
+            .chain(unlisted.map(|taught| taught.address))
+            .filter(|address| seen.insert(*address))
+            .collect();
+        if all.len() <= allow.capacity() {
+            return Ok(None);
+        }
+        let open = allow.open(now_ns)?;
+        all.sort_by_key(|address| !open.to.contains(address));
+        all.truncate(allow.capacity());
+        Ok(Some(all.into_iter().collect()))
     }
 
     /// Brings the allow map up to date with ended lifetimes, where it is due.
@@ -262,11 +298,7 @@ impl Table {
         names
     }
 
-    /// Makes room for the addresses that are not in the map yet: expired ones go first, then the
-    /// least recently used; never one of `taught`.
-    ///
-    /// With a full map this is work for every answer, so it does not look at every address: only
-    /// when a lifetime has ended since it last did.
+    /// Makes room for the addresses that are not in the map yet; see [`Eviction::choose`].
     fn make_room(
         &mut self,
         allow: &mut impl Entries,
@@ -277,50 +309,22 @@ impl Table {
             return Ok(());
         }
         let kept: HashSet<Address> = taught.iter().map(|taught| taught.address).collect();
-        if kept.len() > allow.capacity() {
-            return Err(AllowError::Full);
+        let new = kept
+            .iter()
+            .filter(|address| !self.addresses.contains(*address))
+            .count();
+        let wanted = (self.addresses.len() + new).saturating_sub(allow.capacity());
+        if wanted == 0 {
+            return Ok(());
         }
-        let mut wanted = 0;
-        for address in &kept {
-            if self.addresses.contains(address) {
-                // From here on the least recently used is none of these.
-                self.addresses.promote(address);
-            } else {
-                wanted += 1;
-            }
-        }
-        while self.addresses.len() + wanted > allow.capacity() {
-            let expired = self.next_expired(&kept, now_ns);
-            let least_used = || self.addresses.peek_lru().map(|(&address, _)| address);
-            let Some(address) = expired.or_else(least_used) else {
-                return Err(AllowError::Full);
-            };
+        let chosen = self
+            .eviction
+            .choose(&self.addresses, &kept, wanted, allow, now_ns)?;
+        for address in chosen {
             allow.remove(address)?;
             self.addresses.pop(&address);
         }
         Ok(())
-    }
-
-    /// An address whose lifetime has ended and that is not in `kept`.
-    fn next_expired(&mut self, kept: &HashSet<Address>, now_ns: u64) -> Option<Address> {
-        if self.expired.is_empty() && now_ns >= self.first_expiry_ns {
-            self.first_expiry_ns = u64::MAX;
-            for (&address, learned) in &self.addresses {
-                let expires_ns = learned.expires_ns();
-                if expires_ns <= now_ns {
-                    self.expired.push(address);
-                } else {
-                    self.first_expiry_ns = self.first_expiry_ns.min(expires_ns);
-                }
-            }
-        }
-        while let Some(address) = self.expired.pop() {
-            let has_expired = |learned: &Learned| learned.expires_ns() <= now_ns;
-            if !kept.contains(&address) && self.addresses.peek(&address).is_some_and(has_expired) {
-                return Some(address);
-            }
-        }
-        None
     }
 
     fn remember_unlisted(&mut self, name: &Name, taught: &[Taught]) {

@@ -13,6 +13,10 @@ struct Fake {
     entries: BTreeMap<Address, AllowEntry>,
     refused: Vec<Address>,
     writes: usize,
+    /// Addresses with open flows.
+    open: Vec<Address>,
+    /// How many flows there are.
+    flows: usize,
 }
 
 impl Entries for Fake {
@@ -33,6 +37,13 @@ impl Entries for Fake {
     fn remove(&mut self, address: Address) -> Result<(), AllowError> {
         self.entries.remove(&address);
         Ok(())
+    }
+
+    fn open(&self, _now_ns: u64) -> Result<OpenFlows, AllowError> {
+        Ok(OpenFlows {
+            to: self.open.iter().copied().collect(),
+            flows: self.flows,
+        })
     }
 }
 
@@ -171,6 +182,159 @@ fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
     // One that is taught again does not give way, however old it is.
     let again = [taught(5, 200), taught(9, 100)];
     assert_eq!(learn(&again, 50), [5, 7, 8, 9]);
+}
+
+#[test]
+fn an_address_with_an_open_flow_never_gives_way() {
+    let (mut table, mut allow) = (Table::new(), fake(3));
+    for (last, expires_s) in [(1, 10), (2, 100), (3, 100)] {
+        let taught = [taught(last, expires_s)];
+        table
+            .learn(&mut allow, &name("a.test"), 1, &taught, 0)
+            .unwrap();
+    }
+    allow.open = vec![address(1), address(2)];
+    let mut learn = |allow: &mut Fake, all: &[Taught], now_s| {
+        table.learn(allow, &name("b.test"), 1, all, now_s * SECOND)
+    };
+    // The first has expired and the second is the one used longest ago; both are in use.
+    learn(&mut allow, &[taught(4, 100)], 50).unwrap();
+    let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
+    assert_eq!(left(&allow), [1, 2, 4]);
+    let refused = learn(&mut allow, &[taught(5, 100), taught(6, 100)], 50);
+    assert!(matches!(refused, Err(AllowError::Full)));
+    assert_eq!(left(&allow), [1, 2, 4], "nothing gives way in vain");
+    allow.open.clear();
+    learn(&mut allow, &[taught(5, 100), taught(6, 100)], 50).unwrap();
+    assert_eq!(left(&allow), [4, 5, 6]);
+}
+
+#[test]
+fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
+    let (mut table, mut allow) = (Table::new(), fake(16));
+    table
+        .learn(&mut allow, &name("quiet.test"), 1, &[taught(200, 900)], 0)
+        .unwrap();
+    for last in 0..100 {
+        let all = [taught(last, 900)];
+        table
+            .learn(&mut allow, &name("robin.test"), 1, &all, SECOND)
+            .unwrap();
+    }
+    assert!(allow.entries.contains_key(&address(200)));
+    assert_eq!(allow.entries.len(), 16);
+    // Many names share what there is by age.
+    for last in 100..140 {
+        let all = [taught(last, 900)];
+        let name = name(&format!("n{last}.test"));
+        table.learn(&mut allow, &name, 1, &all, SECOND).unwrap();
+    }
+    assert!(!allow.entries.contains_key(&address(200)));
+}
+
+#[test]
+fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    for (last, expires_s) in [(1, 10), (2, 10), (3, 400)] {
+        table
+            .learn(
+                &mut allow,
+                &name("a.test"),
+                1,
+                &[taught(last, expires_s)],
+                0,
+            )
+            .unwrap();
+    }
+    let open = HashSet::from([address(2)]);
+    let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
+    // For a while a denial can say `expired`.
+    table.sweep(&mut allow, &open, 300 * SECOND).unwrap();
+    assert_eq!(left(&allow), [1, 2, 3]);
+    table.sweep(&mut allow, &open, 320 * SECOND).unwrap();
+    assert_eq!(left(&allow), [2, 3]);
+    table
+        .sweep(&mut allow, &HashSet::new(), 321 * SECOND)
+        .unwrap();
+    assert_eq!(left(&allow), [3]);
+    assert_eq!(table.addresses.len(), 1);
+}
+
+#[test]
+fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
+    let (mut table, mut allow) = (Table::new(), fake(64));
+    allow.flows = 150_000;
+    let mut learn =
+        |last, now_ns| table.learn(&mut allow, &name("a.test"), 1, &[taught(last, 900)], now_ns);
+    for last in 0..64 {
+        learn(last, 0).unwrap();
+    }
+    // One gives way for the answer, and three more for those to come.
+    for last in 64..68 {
+        learn(last, 0).unwrap();
+    }
+    assert!(matches!(learn(68, 0), Err(AllowError::Full)));
+    learn(68, SECOND).unwrap();
+    assert_eq!(allow.entries.len(), 61);
+    assert_eq!(allow.entries.keys().next().unwrap()[15], 8);
+}
+
+/// Rules that allow everything below `test`, in class 1.
+fn everything() -> NameRules {
+    let own = BTreeMap::from([("egress-agent.dev/allow".to_owned(), "*.test:443".to_owned())]);
+    let settings = crate::config::Config::default_policy_settings().unwrap();
+    let own = crate::policy::Annotations::from_map(&own);
+    let none = crate::policy::Annotations::from_map(&BTreeMap::new());
+    crate::policy::compile(&own, &none, &settings)
+        .unwrap()
+        .names
+}
+
+#[test]
+fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
+    let (mut table, mut before) = (Table::new(), fake(4));
+    for last in 1..=4 {
+        table
+            .learn(&mut before, &name("a.test"), 1, &[taught(last, 100)], 0)
+            .unwrap();
+    }
+    // Resolved without an entry, and reached by other means than its name.
+    for last in 5..=7 {
+        table
+            .learn(&mut before, &name("b.test"), 0, &[taught(last, 100)], 0)
+            .unwrap();
+    }
+    let mut after = fake(4);
+    after.open = vec![address(1), address(6)];
+    let next = table.carry_over(&everything(), &mut after, SECOND).unwrap();
+    let left: Vec<u8> = after.entries.keys().map(|address| address[15]).collect();
+    assert_eq!(left, [1, 3, 4, 6]);
+    assert_eq!(next.addresses.len(), 4);
+}
+
+#[test]
+fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
+    const CAPACITY: usize = 4096;
+    let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
+    for n in 0..100_000u32 {
+        let [a, b, c, d] = n.to_be_bytes();
+        let taught = Taught {
+            address: from_v4([10 + a, b, c, d]),
+            expires_ns: 60 * SECOND,
+        };
+        let name = name(&format!("x{n}.wild.test"));
+        table.learn(&mut allow, &name, 1, &[taught], 0).unwrap();
+        // And the same number that no entry allows.
+        table.learn(&mut allow, &name, 0, &[taught], 0).unwrap();
+    }
+    assert!(table.addresses.len() <= CAPACITY);
+    assert_eq!(table.addresses.len(), allow.entries.len());
+    assert_eq!(table.unlisted.len(), UNLISTED_NAMES);
+    let sources = table
+        .addresses
+        .iter()
+        .map(|(_, learned)| learned.sources.len());
+    assert!(sources.max() <= Some(NAMES_PER_ADDRESS));
 }
 
 #[test]

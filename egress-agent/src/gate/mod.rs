@@ -15,6 +15,9 @@
 //! input or output but map updates and sending frames.
 
 mod checksum;
+mod eviction;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod learned;
 mod learned_address;
 mod pending;
@@ -37,7 +40,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
 use crate::{
-    datapath::{AllowMap, HeldRing, InterfaceMap, Marks},
+    datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks},
     dns::Refusal,
     policy::{Compiled, Prefix},
     report::{PodIdentity, Reporter},
@@ -70,6 +73,8 @@ pub struct Enforcement {
     pub interfaces: Vec<u32>,
     /// The allow map of this version.
     pub allow: AllowMap,
+    /// The pod's flows: an address with an open one does not give way to others.
+    pub flows: FlowMap,
 }
 
 /// What the control side asks of the gate.
@@ -96,6 +101,11 @@ enum Command {
     Names {
         asked: Vec<(u32, Address)>,
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
+    },
+    /// Treat DNS in another way from now on.
+    Configure {
+        dns: DnsSettings,
+        done: oneshot::Sender<Result<()>>,
     },
     /// End the thread.
     Stop,
@@ -177,6 +187,15 @@ impl Gate {
     /// When the map of interfaces cannot be written.
     pub async fn remove(&self, pod: u32) -> Result<()> {
         self.ask(|done| Command::Remove { pod, done }).await
+    }
+
+    /// Treats DNS in another way, from the next message on.
+    ///
+    /// # Errors
+    ///
+    /// When the gate is gone.
+    pub async fn configure(&self, dns: DnsSettings) -> Result<()> {
+        self.ask(|done| Command::Configure { dns, done }).await
     }
 
     /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.

@@ -68,8 +68,9 @@ impl Pod {
         // The same version again is an earlier attempt that failed further on.
         let learned = (next.entry.policy != self.enforcement.entry.policy)
             .then(|| {
+                let compiled = Arc::clone(&next.compiled);
                 self.learned
-                    .carry_over(&next.compiled.names, &mut next.allow, boottime_ns())
+                    .carry_over(&compiled.names, &mut next, boottime_ns())
             })
             .transpose()
             .context("cannot fill the allow map of the new policy")?;
@@ -109,7 +110,7 @@ impl Pod {
     /// What has to be done from time to time.
     pub(super) fn tick(&mut self, now_ns: u64) -> Result<(), AllowError> {
         self.pending.sweep(now_ns);
-        self.learned.expire(&mut self.enforcement.allow, now_ns)
+        self.learned.expire(&mut self.enforcement, now_ns)
     }
 
     /// See [`super::Gate::sweep`].
@@ -118,7 +119,7 @@ impl Pod {
         open: &std::collections::HashSet<egress_common::address::Address>,
     ) -> Result<(), AllowError> {
         self.learned
-            .sweep(&mut self.enforcement.allow, open, boottime_ns())
+            .sweep(&mut self.enforcement, open, boottime_ns())
     }
 
     /// Names that led to the address.
@@ -251,7 +252,7 @@ impl Pod {
             .collect();
         let classes = self.enforcement.compiled.names.classes(&answer.name);
         self.learned.learn(
-            &mut self.enforcement.allow,
+            &mut self.enforcement,
             &answer.name,
             classes,
             &taught,
@@ -342,7 +343,7 @@ fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
 }
 
 /// The payload of a UDP datagram, by its own length field.
-fn udp_payload<'a>(frame: &'a [u8], packet: &Packet) -> Option<&'a [u8]> {
+pub(super) fn udp_payload<'a>(frame: &'a [u8], packet: &Packet) -> Option<&'a [u8]> {
     let at = packet.l4_offset as usize;
     let len = frame.get(at + 4..at + 6)?;
     let len = usize::from(u16::from_be_bytes([len[0], len[1]]));

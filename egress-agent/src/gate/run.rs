@@ -200,6 +200,10 @@ impl Runner {
                     .collect();
                 let _ = answer.send(names);
             }
+            Command::Configure { dns, done } => {
+                self.shared.dns = dns;
+                let _ = done.send(Ok(()));
+            }
             // Handled by the loop.
             Command::Stop => {}
         }

@@ -10,7 +10,7 @@ use hickory_proto::{
     rr::{
         Name, RData, RecordType,
         rdata::{
-            A, AAAA, CNAME, HTTPS, SVCB, TXT,
+            A, AAAA, CNAME, HTTPS, NULL, SVCB, TXT,
             svcb::{IpHint, SvcParamKey, SvcParamValue},
         },
     },
@@ -65,6 +65,19 @@ pub fn address(address: IpAddr) -> Record {
 /// A CNAME record.
 pub fn cname(target: &str) -> Record {
     Record::new(RData::CNAME(CNAME(name(target))))
+}
+
+/// A CNAME in the clothes of HTTPS: a record in alias mode (RFC 9460, section 2.4.2).
+pub fn https_alias(target: &str) -> Record {
+    Record::new(RData::HTTPS(HTTPS(SVCB::new(0, name(target), Vec::new()))))
+}
+
+/// A record of any type with any data.
+pub fn raw_record(record_type: u16, data: &[u8]) -> Record {
+    Record::new(RData::Unknown {
+        code: RecordType::Unknown(record_type),
+        rdata: NULL::with(data.to_vec()),
+    })
 }
 
 /// A TXT record.
@@ -169,6 +182,11 @@ impl Send {
             }
         }
         Self::raw(message.to_vec().expect("an answer can be encoded"))
+    }
+
+    /// What is sent.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// From another address or port than the one that was asked.

@@ -9,5 +9,5 @@ pub use hickory_proto::{
     op::ResponseCode,
     rr::{RData, RecordType},
 };
-pub use message::{Record, Send, address, cname, hints, question, text};
+pub use message::{Record, Send, address, cname, hints, https_alias, question, raw_record, text};
 pub use server::{DnsServer, Question};

@@ -1,0 +1,80 @@
+//! Reading the configuration again while the agent runs.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{dns_settings, reconcile::Reconciler};
+use crate::config::Config;
+
+impl Reconciler {
+    /// Reads the configuration file again. What it says holds from the next reconcile on; if it
+    /// cannot be read, or cannot be taken on, everything stays as it was.
+    pub(super) async fn reload(&mut self, file: &Path) {
+        match self.try_reload(file).await {
+            Ok(()) => tracing::info!(
+                resolvers = ?self.config.dns.resolvers,
+                "configuration read again"
+            ),
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "the configuration stays as it was"
+            ),
+        }
+    }
+
+    async fn try_reload(&mut self, file: &Path) -> Result<()> {
+        let next = Config::from_file(file)?;
+        if let Some(key) = fixed_key(&self.config, &next) {
+            bail!(
+                "{}: {key} cannot change while the agent runs; start it again",
+                file.display()
+            );
+        }
+        let (ranges, before) = (next.ranges(), self.config.ranges());
+        if ranges != before {
+            // What is new stands in the map before what is old is removed, so for a moment both
+            // need room.
+            if let Err(error) = self.datapath.set_ranges(&ranges) {
+                self.datapath
+                    .set_ranges(&before)
+                    .context("the earlier ranges cannot be put back")?;
+                return Err(error);
+            }
+            self.ranges += 1;
+        }
+        self.gate.configure(dns_settings(&next)).await?;
+        self.readings.change(next.policy_settings());
+        self.config = next;
+        Ok(())
+    }
+}
+
+/// A key that differs and that only a new start takes on.
+fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
+    [
+        ("node", now.node == next.node),
+        ("bpffs", now.bpffs == next.bpffs),
+        ("limits", now.limits == next.limits),
+    ]
+    .into_iter()
+    .find_map(|(key, same)| (!same).then_some(key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_a_new_start_takes_on_is_named() {
+        let read = |text: &str| {
+            Config::from_yaml(&format!("dns: {{resolvers: [10.0.0.53]}}\nnode: a\n{text}"))
+                .expect("a configuration")
+        };
+        let now = read("");
+        assert_eq!(fixed_key(&now, &read("onDeny: reject")), None);
+        assert_eq!(fixed_key(&now, &read("bpffs: /elsewhere")), Some("bpffs"));
+        let limits = read("limits: {addressesPerPod: 7}");
+        assert_eq!(fixed_key(&now, &limits), Some("limits"));
+    }
+}

@@ -1,0 +1,60 @@
+//! What the gate does with a frame, without a pod, a map or an interface: for the fuzz target
+//! `frame`.
+
+use egress_common::packet::{Packet, Walked, walk};
+
+use super::{checksum::complete_udp, pod::udp_payload, reply};
+use crate::dns::{Refusal, read_answer, read_question, refuse};
+
+/// Reads a held frame in every way the gate may, and makes every frame it may make of it.
+///
+/// # Panics
+///
+/// When what was made cannot be read: that is what fuzzing looks for.
+pub fn treat(frame: &[u8]) {
+    let mut packet = Packet::EMPTY;
+    if walk(&frame, &mut packet) != Walked::Ip {
+        return;
+    }
+    if let Some(rejection) = reply::rejection(frame, &packet) {
+        assert_walks(&rejection);
+    }
+    if let Some(message) = udp_payload(frame, &packet) {
+        if let Ok(question) = read_question(message) {
+            let refusal = refuse(&question, Refusal::NxDomain);
+            if let Some(reply) = reply::udp(frame, &packet, &refusal) {
+                let made = assert_walks(&reply);
+                assert_eq!((made.src, made.dst), (packet.dst, packet.src));
+                assert_eq!(udp_payload(&reply, &made), Some(&*refusal));
+            }
+        }
+        let _ = read_answer(message);
+    }
+    let mut put_back = frame.to_vec();
+    complete_udp(&mut put_back, &packet);
+    assert_eq!(put_back.len(), frame.len());
+}
+
+fn assert_walks(frame: &[u8]) -> Packet {
+    let mut packet = Packet::EMPTY;
+    assert_eq!(walk(&frame, &mut packet), Walked::Ip);
+    packet
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn no_seed_of_the_corpus_panics() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/frame");
+        let mut treated = 0;
+        for seed in std::fs::read_dir(seeds).unwrap() {
+            treat(&std::fs::read(seed.unwrap().path()).unwrap());
+            treated += 1;
+        }
+        assert!(treated > 0);
+    }
+}

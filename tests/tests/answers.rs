@@ -1,0 +1,179 @@
+//! What is learned from answers that are more than an address.
+
+use egress_tests::{
+    Lab,
+    addresses::{server, server6},
+    dns::{RecordType, ResponseCode, Send, address, cname, hints, https_alias, raw_record},
+};
+
+const DNAME: u16 = 39;
+const SOA: u16 = 6;
+
+/// `example.net` in wire form.
+const EXAMPLE_NET: &[u8] = b"\x07example\x03net\0";
+
+#[test]
+fn aliases_of_https_records_lead_to_the_hints_behind_them() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().on("shop.test", |asked| {
+        vec![Send::answer(
+            asked,
+            &[
+                https_alias("pool.example"),
+                // Of a name on the way, of its alias, and of nobody that was reached.
+                hints(&[server(8), server6(8)]).of("pool.example"),
+                address(server(9)).of("pool.example"),
+                hints(&[server(66)]).of("bank.example"),
+            ],
+        )]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let answer = pod.resolve("shop.test", RecordType::HTTPS);
+    assert_eq!(answer.message.answers.len(), 4, "it arrives whole");
+    for address in [server(8), server6(8), server(9)] {
+        pod.talks_tcp((address, 443));
+    }
+    agent.denies_tcp(&pod, (server(66), 443), "address_not_learned");
+}
+
+#[test]
+fn a_renamed_subtree_is_followed_by_the_alias_that_comes_with_it() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    for (name, backwards) in [("a.old.test", false), ("b.old.test", true)] {
+        let host = if backwards { 2 } else { 1 };
+        lab.dns().on(name, move |asked| {
+            let target = asked.name.replace("old.test", "example.net");
+            let mut records = vec![
+                raw_record(DNAME, EXAMPLE_NET).of("old.test"),
+                cname(&target).of(&asked.name),
+                address(server(host)).of(&target),
+            ];
+            if backwards {
+                records.reverse();
+            }
+            vec![Send::answer(asked, &records)]
+        });
+    }
+    // Without the CNAME that RFC 6672 asks for, nobody's client could follow it either.
+    lab.dns().on("c.old.test", |asked| {
+        vec![Send::answer(
+            asked,
+            &[
+                raw_record(DNAME, EXAMPLE_NET).of("old.test"),
+                address(server(66)).of("c.example.net"),
+            ],
+        )]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.old.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    for (name, host) in [("a.old.test", 1), ("b.old.test", 2)] {
+        assert_eq!(pod.resolve(name, RecordType::A).message.answers.len(), 3);
+        pod.talks_tcp((server(host), 443));
+    }
+    pod.resolve("c.old.test", RecordType::A);
+    agent.denies_tcp(&pod, (server(66), 443), "address_not_learned");
+}
+
+#[test]
+fn answers_that_say_no_are_delivered_and_take_nothing_away() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443 gone.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+
+    assert_eq!(
+        pod.resolve("gone.test", RecordType::A).code,
+        ResponseCode::NXDomain
+    );
+    // NODATA: the name is there, the type is not.
+    let answer = pod.resolve("shop.test", RecordType::AAAA);
+    assert_eq!(answer.code, ResponseCode::NoError);
+    assert!(answer.message.answers.is_empty());
+    for code in [ResponseCode::ServFail, ResponseCode::Refused] {
+        lab.dns().on("shop.test", move |asked| {
+            // An address beside an error is no answer.
+            let error = u8::try_from(u16::from(code)).expect("a small code");
+            vec![Send::answer(asked, &[address(server(66))]).edited(|bytes| bytes[3] |= error)]
+        });
+        assert_eq!(pod.resolve("shop.test", RecordType::A).code, code);
+    }
+    let learned: Vec<_> = lab.allowed(&pod).into_keys().collect();
+    assert_eq!(learned, [server(10)]);
+    pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn what_was_resolved_before_any_entry_allowed_it_works_once_one_does() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns()
+        .answer("later.test", [cname("cdn.example"), address(server(20))]);
+    lab.dns().addresses("never.test", &[server(21)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(
+        &pod,
+        &[
+            ("allow", "shop.test:443"),
+            ("resolve", "later.test never.test"),
+        ],
+    );
+    let agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("later.test"), [server(20)]);
+    assert_eq!(pod.lookup("never.test"), [server(21)]);
+    agent.denies_tcp(&pod, (server(20), 443), "address_not_learned");
+
+    agent.applies(&pod, || {
+        lab.write_pod(&pod, &[("allow", "shop.test:443 later.test:443")]);
+    });
+    pod.talks_tcp((server(20), 443));
+    agent.denies_tcp(&pod, (server(21), 443), "address_not_learned");
+    assert_eq!(lab.dns().asked("later.test"), 1, "nobody asked again");
+}
+
+#[test]
+fn records_that_nobody_here_understands_arrive_byte_for_byte() {
+    let lab = Lab::new();
+    let odd: Vec<u8> = (0..=255).collect();
+    let sent = odd.clone();
+    lab.dns().on("shop.test", move |asked| {
+        vec![Send::answer(
+            asked,
+            &[
+                raw_record(65_280, &sent),
+                raw_record(46, &sent),
+                raw_record(SOA, EXAMPLE_NET),
+                address(server(10)),
+            ],
+        )]
+    });
+    let pod = lab.pod("shop", "cart");
+    // The same answer to a pod that is not enforced.
+    let free = lab.pod("shop", "free");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let bytes = |pod: &egress_tests::Pod| {
+        let socket = pod.dns_socket();
+        socket.ask(
+            egress_tests::addresses::RESOLVER,
+            7,
+            "shop.test",
+            RecordType::ANY,
+        );
+        socket.receive(egress_tests::DEADLINE).expect("an answer").0
+    };
+    let held = bytes(&pod);
+    assert!(held.windows(odd.len()).any(|w| w == odd));
+    assert_eq!(held, bytes(&free));
+    assert_eq!(
+        lab.allowed(&pod).into_keys().collect::<Vec<_>>(),
+        [server(10)]
+    );
+}

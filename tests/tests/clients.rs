@@ -1,0 +1,187 @@
+//! C libraries as programs use them, with a search list and `ndots:5` as kubelet writes it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use egress_tests::{
+    Agent, Lab, Pod,
+    addresses::{RESOLVER, server, server6},
+    dns::{RecordType, ResponseCode, Send, address},
+};
+
+/// Looks up each name it is given, as `getent ahosts` does, with whatever C library it is linked to.
+const PROGRAM: &str = r#"
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+
+int main(int count, char **names) {
+    int failed = 0;
+    for (int i = 1; i < count; i++) {
+        struct addrinfo hints, *first;
+        memset(&hints, 0, sizeof hints);
+        hints.ai_socktype = SOCK_STREAM;
+        int error = getaddrinfo(names[i], NULL, &hints, &first);
+        if (error) {
+            printf("%s: %s\n", names[i], gai_strerror(error));
+            failed = 1;
+            continue;
+        }
+        for (struct addrinfo *at = first; at; at = at->ai_next) {
+            char host[64];
+            getnameinfo(at->ai_addr, at->ai_addrlen, host, sizeof host, NULL, 0, NI_NUMERICHOST);
+            printf("%s %s\n", names[i], host);
+        }
+        freeaddrinfo(first);
+    }
+    return failed;
+}
+"#;
+
+/// Compiles [`PROGRAM`].
+#[track_caller]
+fn compiled(lab: &Lab, compiler: &str, flags: &[&str]) -> PathBuf {
+    let source = lab.directory().join("lookup.c");
+    fs::write(&source, PROGRAM).expect("write a program");
+    let program = lab.directory().join(format!("lookup-{compiler}"));
+    let output = Command::new(compiler)
+        .args(flags)
+        .arg("-o")
+        .arg(&program)
+        .arg(&source)
+        .output()
+        .unwrap_or_else(|e| panic!("{compiler}: {e}; `cargo xtask setup` installs it"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{compiler}: {said}");
+    program
+}
+
+/// A pod with the search list of a cluster and one of its operator's.
+struct Scene {
+    agent: Agent,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::builder()
+            .config("dns.clusterDomain", "cluster.test")
+            .build();
+        lab.dns()
+            .addresses("web.example", &[server(10), server6(10)]);
+        lab.dns()
+            .addresses("db.shop.svc.cluster.test", &[server(30)]);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "web.example:443 203.0.113.30:5432")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self { agent, pod, lab }
+    }
+
+    /// What the program prints for these names.
+    fn looks_up(&self, program: &Path, names: &[&str]) -> String {
+        let settings = format!(
+            "nameserver {RESOLVER}\n\
+             search shop.svc.cluster.test svc.cluster.test cluster.test corp.example\n\
+             options ndots:5\n"
+        );
+        let output = self.lab.run_in(&self.pod, &settings, program, names);
+        format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )
+    }
+
+    /// A name with fewer dots than five goes through the whole list and is found at its end; a
+    /// short one of the cluster is found by the list; one without an entry is not found.
+    #[track_caller]
+    fn search_lists_reach_the_right_name(&self, program: &Path) {
+        let _servers = [self.lab.serve_tcp(443), self.lab.serve_tcp(5432)];
+        let said = self.looks_up(program, &["web.example"]);
+        for address in [server(10), server6(10)] {
+            assert!(said.contains(&address.to_string()), "{said}");
+            self.pod.talks_tcp((address, 443));
+        }
+        let said = self.looks_up(program, &["db"]);
+        assert!(said.contains(&server(30).to_string()), "{said}");
+        self.pod.talks_tcp((server(30), 5432));
+        let said = self.looks_up(program, &["evil.example"]);
+        assert!(!said.contains("203.0.113."), "{said}");
+        self.agent.wait_denial("the name itself", |d| {
+            d.is_question(&self.pod, "evil.example")
+        });
+
+        // What belongs to the cluster went to the resolver, what belongs to nobody did not.
+        assert!(self.lab.dns().asked("web.example.svc.cluster.test") > 0);
+        for asked in self.lab.dns().questions() {
+            let name = asked.name.as_str();
+            assert!(
+                name == "web.example" || name.ends_with(".cluster.test"),
+                "{name} left the node"
+            );
+        }
+        self.agent.wait_denial("the operator's own domain", |d| {
+            d.is_question(&self.pod, "web.example.corp.example")
+        });
+        assert_eq!(self.pod.syn_retransmissions(), 0);
+    }
+}
+
+#[test]
+fn search_lists_reach_the_right_name_with_glibc() {
+    let scene = Scene::new();
+    let program = compiled(&scene.lab, "cc", &[]);
+    scene.search_lists_reach_the_right_name(&program);
+}
+
+#[test]
+fn search_lists_reach_the_right_name_with_musl() {
+    let scene = Scene::new();
+    let program = compiled(&scene.lab, "musl-gcc", &["-static"]);
+    scene.search_lists_reach_the_right_name(&program);
+}
+
+#[test]
+fn a_refused_question_can_say_refused() {
+    let lab = Lab::builder().config("dns.refusal", "refused").build();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let answer = pod.resolve("evil.test", RecordType::A);
+    assert_eq!(answer.code, ResponseCode::Refused);
+    assert_eq!(answer.extended_error(), Some(18), "Prohibited");
+    assert_eq!(lab.dns().asked("evil.test"), 0);
+}
+
+#[test]
+fn a_client_that_mixes_upper_and_lower_case_is_served() {
+    // As unbound and others ask, so that a forger has more to guess.
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().on("shop.test", |asked| {
+        // The first answer gets the letters wrong.
+        let mut wrong = asked.clone();
+        wrong.name = "shop.test".to_owned();
+        vec![
+            Send::answer(&wrong, &[address(server(66))]),
+            Send::answer(asked, &[address(server(10))]),
+        ]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let answer = pod.resolve("sHOp.TeSt", RecordType::A);
+    assert_eq!(answer.addresses, [server(10)]);
+    pod.talks_tcp((server(10), 443));
+    agent.wait_denial("the wrong letters", |d| {
+        d.of(&pod) && d.reason == "dns_unsolicited"
+    });
+    agent.denies_tcp(&pod, (server(66), 443), "address_not_learned");
+}

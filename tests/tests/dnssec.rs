@@ -1,0 +1,210 @@
+//! Signed answers pass as they are: a pod that validates can.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use egress_tests::{
+    DEADLINE, Lab, Pod, Running, SHORT,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, ResponseCode, question},
+    eventually,
+};
+
+const ZONE: &str = "\
+$ORIGIN test.
+$TTL 300
+@ IN SOA ns.test. root.test. 1 3600 600 86400 300
+@ IN NS ns.test.
+ns IN A 10.99.0.53
+shop IN A 203.0.113.10
+www IN CNAME shop
+old IN DNAME new
+a.new IN A 203.0.113.11
+";
+
+/// A resolver in front of a signed zone, and who wants to validate it.
+struct Signed {
+    pod: Pod,
+    /// Not enforced, to compare with.
+    free: Pod,
+    anchor: PathBuf,
+    agent: egress_tests::Agent,
+    _unbound: Running,
+    lab: Lab,
+}
+
+impl Signed {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::builder().without_dns().build();
+        let anchor = sign(&lab);
+        let mut unbound = lab.run_outside(&mut unbound(&lab));
+        let (pod, free) = (lab.pod("shop", "cart"), lab.pod("shop", "free"));
+        eventually("the resolver answers", || {
+            let ended = unbound.ended();
+            assert!(ended.is_none(), "unbound ended: {ended:?}");
+            let answer = free.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
+            (answer.code == ResponseCode::NoError).then_some(())
+        });
+        let entries = "shop.test:443 www.test:443 *.old.test:443";
+        // Who validates asks for the keys of the zones above, too.
+        lab.write_pod(&pod, &[("allow", entries), ("resolve", "test none.test")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self {
+            pod,
+            free,
+            anchor,
+            agent,
+            _unbound: unbound,
+            lab,
+        }
+    }
+
+    /// What `delv` says in the pod, which trusts the zone's key and nothing else.
+    #[track_caller]
+    fn validates(&self, name: &str, qtype: &str) -> String {
+        let mut command = Command::new("delv");
+        command
+            .arg(format!("@{RESOLVER}"))
+            .arg("-a")
+            .arg(&self.anchor)
+            .args(["+root=test.", name, qtype]);
+        let output = self.pod.netns().run(|| command.output());
+        let output = output.expect("delv, of the package bind9-dnsutils");
+        format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )
+    }
+}
+
+#[track_caller]
+fn run(lab: &Lab, program: &str, arguments: &[&str]) {
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(lab.directory())
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}; `cargo xtask setup` installs it"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {said}");
+}
+
+/// Signs [`ZONE`] with a new key; returns the file with the key to trust.
+#[track_caller]
+fn sign(lab: &Lab) -> PathBuf {
+    let directory = lab.directory();
+    fs::write(directory.join("test.zone"), ZONE).expect("write a zone");
+    let algorithm = ["-a", "ECDSAP256SHA256", "-f", "KSK", "test."];
+    run(lab, "dnssec-keygen", &algorithm);
+    let signing = ["-S", "-z", "-o", "test.", "-f", "test.signed", "test.zone"];
+    run(lab, "dnssec-signzone", &signing);
+    let key = fs::read_dir(directory)
+        .expect("the laboratory's directory")
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|e| e == "key"))
+        .expect("dnssec-keygen writes a key");
+    let key = fs::read_to_string(key).expect("read the key");
+    let (_, data) = key
+        .lines()
+        .filter(|line| !line.starts_with(';'))
+        .find_map(|line| line.split_once("DNSKEY"))
+        .expect("a DNSKEY record");
+    let mut fields = data.split_whitespace();
+    let numbers: Vec<_> = fields.by_ref().take(3).collect();
+    let base64: String = fields.collect();
+    let anchor = directory.join("anchor.conf");
+    let text = format!(
+        "trust-anchors {{ test. static-key {} \"{base64}\"; }};\n",
+        numbers.join(" ")
+    );
+    fs::write(&anchor, text).expect("write the anchor");
+    anchor
+}
+
+fn unbound(lab: &Lab) -> Command {
+    let directory = lab.directory().display().to_string();
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: {RESOLVER}\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 directory: \"{directory}\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 rrset-roundrobin: no\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         auth-zone:\n\
+         \x20 name: \"test.\"\n\
+         \x20 zonefile: \"{directory}/test.signed\"\n\
+         \x20 for-downstream: yes\n\
+         \x20 for-upstream: no\n"
+    );
+    let file = lab.directory().join("unbound.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/unbound");
+    command.arg("-d").arg("-c").arg(file);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+#[test]
+fn a_pod_validates_signatures_through_the_gate() {
+    let scene = Signed::new();
+    let _web = scene.lab.serve_tcp(443);
+    for (name, qtype, address) in [
+        ("shop.test", "A", Some(server(10))),
+        ("www.test", "A", Some(server(10))),
+        // That there is none is signed, too.
+        ("none.test", "A", None),
+        ("shop.test", "AAAA", None),
+    ] {
+        let said = scene.validates(name, qtype);
+        assert!(said.contains("fully validated"), "{name} {qtype}: {said}");
+        if let Some(address) = address {
+            assert!(said.contains(&address.to_string()), "{name}: {said}");
+            scene.pod.talks_tcp((address, 443));
+        }
+    }
+    // A refusal is the node's own, and no signature makes it true.
+    let said = scene.validates("evil.test", "A");
+    assert!(!said.contains("fully validated"), "{said}");
+    scene
+        .agent
+        .wait_denial("the name", |d| d.is_question(&scene.pod, "evil.test"));
+}
+
+#[test]
+fn signed_answers_arrive_byte_for_byte() {
+    let scene = Signed::new();
+    for (name, qtype) in [
+        ("shop.test", RecordType::A),
+        ("www.test", RecordType::A),
+        ("a.old.test", RecordType::A),
+        ("none.test", RecordType::A),
+        ("test", RecordType::DNSKEY),
+    ] {
+        let mut bytes = question(0x1234, name, qtype);
+        // DO, in the flags of the OPT record that ends the question.
+        let flags = bytes.len() - 4;
+        bytes[flags] |= 0x80;
+        let answer = |pod: &Pod| {
+            let socket = pod.dns_socket();
+            socket.send(RESOLVER, &bytes);
+            socket.receive(DEADLINE).expect("an answer").0
+        };
+        let (held, free) = (answer(&scene.pod), answer(&scene.free));
+        assert_eq!(held, free, "{name} {qtype}");
+        // Algorithm 13 in the data of an RRSIG of this type or of an NSEC record.
+        assert!(held.len() > 120, "{name} {qtype} is not signed");
+    }
+}

@@ -1,0 +1,142 @@
+//! `cargo xtask fuzz`: feeds the agent's parsers with what nobody would send.
+//!
+//! The targets are in `fuzz/`, laid out as `cargo fuzz` wants them, which needs a nightly compiler.
+//! Here they are built with the compiler in use: the flags that count which branches an input
+//! reaches are stable ones, and what a sanitizer would find, safe Rust rules out.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{build, process, setup, workspace};
+
+/// The targets, each a file of `fuzz/fuzz_targets/` and a directory of `fuzz/seeds/`.
+const TARGETS: [&str; 4] = ["frame", "question", "answer", "chain"];
+
+/// What `cargo fuzz` gives the compiler, but for the sanitizer.
+const FLAGS: [&str; 6] = [
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "--cfg=fuzzing",
+];
+
+/// Longest input in bytes, and longest time for one in seconds.
+const LIMITS: [&str; 2] = ["-max_len=4096", "-timeout=10"];
+
+/// Looks for messages and frames that make the agent panic, or say what is not so.
+///
+/// What is found to reach new branches is kept in target/fuzz/corpus, so that the next run goes on
+/// from there; what fails is written to target/fuzz/failures.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// frame, question, answer or chain; all of them, one after the other, without it
+    target: Option<String>,
+    /// How long each target runs
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    seconds: u32,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    build::ebpf(build::Warnings::Show)?;
+    let chosen: Vec<&str> = match &options.target {
+        None => TARGETS.to_vec(),
+        Some(name) => match TARGETS.iter().find(|target| *target == name) {
+            Some(target) => vec![target],
+            None => bail!("no target {name}: there are {}", TARGETS.join(", ")),
+        },
+    };
+    each(&chosen, options.seconds)
+}
+
+/// Runs every target for a moment, as part of the tests.
+pub(crate) fn briefly() -> Result<()> {
+    const SECONDS: u32 = 10;
+    each(&TARGETS, SECONDS)
+}
+
+fn each(targets: &[&str], seconds: u32) -> Result<()> {
+    let built = compile()?;
+    for target in targets {
+        let mut directories = Vec::new();
+        for kind in ["corpus", "failures"] {
+            let directory = workspace::target().join("fuzz").join(kind).join(target);
+            fs::create_dir_all(&directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
+            directories.push(directory);
+        }
+        let [corpus, failures] = directories.as_slice() else {
+            bail!("two directories were made");
+        };
+        let mut command = Command::new(built.join(target));
+        command
+            .args(LIMITS)
+            .args(["-verbosity=0", "-print_final_stats=1"])
+            .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-artifact_prefix={}/", failures.display()))
+            .arg(corpus)
+            .arg(workspace::root().join("fuzz/seeds").join(target));
+        println!("fuzzing {target} for {seconds} s");
+        // What it says on the way is for its developers; how often it tried is worth a line.
+        let output = command
+            .output()
+            .with_context(|| format!("cannot run {}", built.join(target).display()))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            bail!(
+                "{said}\nfuzzing {target} found a failure; the input is in {}: give the file to {} \
+                 to see it fail again",
+                failures.display(),
+                built.join(target).display()
+            );
+        }
+        let tried = said
+            .lines()
+            .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
+            .context("libFuzzer does not say how often it tried")?;
+        println!("{} inputs, no failure", tried.trim());
+    }
+    Ok(())
+}
+
+/// Builds the targets; returns the directory they are in.
+fn compile() -> Result<PathBuf> {
+    let version = process::output(Command::new("rustc").arg("-vV"))?;
+    let host = version
+        .lines()
+        .find_map(|line| line.strip_prefix("host: "))
+        .context("rustc does not say for which machine it compiles")?;
+    let directory = workspace::target().join("fuzz");
+    let mut command = process::cargo();
+    command
+        .args(["build", "--release", "--locked", "--manifest-path"])
+        .arg(workspace::root().join("fuzz/Cargo.toml"))
+        // Named, so that build scripts are built without these flags.
+        .args(["--target", host, "--target-dir"])
+        .arg(&directory)
+        .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
+    process::run(&mut command)?;
+    Ok(directory.join(host).join("release"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_has_a_source_and_seeds() {
+        let fuzz = workspace::root().join("fuzz");
+        for target in TARGETS {
+            assert!(fuzz.join(format!("fuzz_targets/{target}.rs")).exists());
+            let seeds = fs::read_dir(fuzz.join("seeds").join(target)).expect("seeds");
+            assert!(seeds.count() > 0, "{target}");
+        }
+        let sources = fs::read_dir(fuzz.join("fuzz_targets")).expect("targets");
+        assert_eq!(sources.count(), TARGETS.len());
+    }
+}
