@@ -23,7 +23,10 @@ use crate::{
 const SMALL: usize = 512 - size_of::<Held>();
 /// Everything that fits an ordinary MTU is.
 const MEDIUM: usize = 2048 - size_of::<Held>();
-const LARGE: usize = HELD_FRAME_BYTES;
+/// Long answers over UDP, and what a sender's first window over TCP makes when it is aggregated.
+const LARGE: usize = 16_384 - size_of::<Held>();
+/// The longest that an IP packet can be.
+const LARGEST: usize = HELD_FRAME_BYTES;
 /// Of a rejected packet the headers are enough.
 const REJECT_BYTES: u32 = 192;
 
@@ -42,7 +45,7 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     if kind == HELD_REJECT && len > REJECT_BYTES {
         len = REJECT_BYTES;
     }
-    if len as usize > LARGE {
+    if len as usize > LARGEST {
         count(|c| c.held_too_long += 1);
         unreported(interface.pod);
         return false;
@@ -72,8 +75,10 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         copy::<SMALL>(skb, head)
     } else if len as usize <= MEDIUM {
         copy::<MEDIUM>(skb, head)
-    } else {
+    } else if len as usize <= LARGE {
         copy::<LARGE>(skb, head)
+    } else {
+        copy::<LARGEST>(skb, head)
     };
     if copied {
         count(|c| match kind {

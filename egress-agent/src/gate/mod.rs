@@ -15,12 +15,14 @@
 //! input or output but map updates and sending frames.
 
 mod checksum;
+mod judge;
 mod learned;
 mod learned_address;
 mod pending;
 mod pod;
 mod reply;
 mod run;
+mod stream;
 mod wire;
 
 use std::{
@@ -135,6 +137,7 @@ impl Gate {
                 wire,
                 dns,
                 reporter,
+                streams: stream::Budget::default(),
             },
         );
         let thread = std::thread::Builder::new()
