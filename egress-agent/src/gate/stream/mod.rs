@@ -207,3 +207,6 @@ fn unknown<D: Decide, O: Out>(segment: &Segment<'_>, to: To, step: &mut Step<'_,
     }
     reset_unknown(segment, to, step.out);
 }
+
+#[cfg(test)]
+mod tests;
