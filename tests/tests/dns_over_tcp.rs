@@ -93,11 +93,12 @@ fn dig_over_tcp_opens_exactly_what_it_answers() {
     assert_eq!(printed.trim(), server(10).to_string());
     assert_eq!(scene.learned(), [server(10)]);
     scene.pod.talks_tcp((server(10), 443));
-    let printed = scene.prints(
-        Command::new("dig")
-            .arg(format!("@{RESOLVER6}"))
-            .args(["+tcp", "+short", "shop.test", "AAAA"]),
-    );
+    let printed = scene.prints(Command::new("dig").arg(format!("@{RESOLVER6}")).args([
+        "+tcp",
+        "+short",
+        "shop.test",
+        "AAAA",
+    ]));
     assert_eq!(printed.trim(), server6(10).to_string());
     scene.pod.talks_tcp((server6(10), 443));
     assert_eq!(scene.pod.syn_retransmissions(), 0);
@@ -186,7 +187,10 @@ fn a_question_may_be_split_anywhere() {
 fn an_answer_may_be_split_anywhere() {
     let scene = Scene::new();
     scene.lab.dns().on("*.many.test", |asked| {
-        let bytes = asked.name[1..].split('.').next().and_then(|n| n.parse().ok());
+        let bytes = asked.name[1..]
+            .split('.')
+            .next()
+            .and_then(|n| n.parse().ok());
         let pieces = bytes.expect("a number in the name");
         vec![Send::answer(asked, &[address(server(10)), text("and more")]).in_pieces(pieces)]
     });

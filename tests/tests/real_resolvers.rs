@@ -39,8 +39,7 @@ fn serve(lab: &Lab, command: &mut Command) -> Running {
             let said = fs::read_to_string(&log).unwrap_or_default();
             panic!("the resolver ended with {status}: {said}");
         }
-        let answer =
-            probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
+        let answer = probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
         (answer.code == ResponseCode::NoError).then_some(())
     });
     running
@@ -143,7 +142,9 @@ fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
 fn over_tcp(lab: &Lab, direct: &Pod, chained: &Pod) {
     let dig = |pod: &Pod, resolver: IpAddr, names: &[&str]| {
         let mut command = Command::new("dig");
-        command.arg(format!("@{resolver}")).args(["+tcp", "+keepopen"]);
+        command
+            .arg(format!("@{resolver}"))
+            .args(["+tcp", "+keepopen"]);
         let output = pod.netns().run(|| command.args(names).output());
         let output = output.expect("dig, of the package bind9-dnsutils");
         assert!(output.status.success(), "{output:?}");

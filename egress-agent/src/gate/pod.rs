@@ -47,6 +47,14 @@ impl Out for Port<'_> {
             To::Resolver => wire.bounce(self.ifindex, frame),
         };
     }
+
+    fn interface(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn turn_to(&mut self, interface: u32) {
+        self.ifindex = interface;
+    }
 }
 
 /// One enforced pod.
@@ -251,10 +259,8 @@ impl Pod {
 
     /// Lets the connections with resolvers do what they do by the clock.
     pub(super) fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
-        let Some(&ifindex) = self.enforcement.interfaces.first() else {
-            return;
-        };
-        self.with_streams(shared, (ifindex, true), now_ns, |streams, step, budget| {
+        // Each connection says which interface it is on.
+        self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
             streams.tick(step, budget);
         });
     }

@@ -84,7 +84,10 @@ fn answer(socket: &UdpSocket) {
 /// Makes the answer out of a question of this length, and returns the answer's length.
 pub(crate) fn reply(message: &mut [u8], len: usize) -> Option<usize> {
     let number = number_of(message.get(..len)?)?;
-    let name = message.get(HEADER..len)?.iter().position(|&byte| byte == 0)?;
+    let name = message
+        .get(HEADER..len)?
+        .iter()
+        .position(|&byte| byte == 0)?;
     let IpAddr::V4(address) = address_of(number) else {
         return None;
     };

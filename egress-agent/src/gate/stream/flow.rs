@@ -10,12 +10,13 @@ use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
 use super::{
     super::pending::Pending,
-    frames::{Cut, Ends, Out, Own, To, put_back, put_bare, put_cut},
+    decide::{Asked, Decide, Next, Step},
+    frames::{Ends, Out, Own, To, put_bare, put_syn},
     half::{Half, Refused},
+    release::{Put, put_released},
     segment::{Segment, URG},
     taken::Taken,
 };
-use crate::dns::Question;
 
 /// Most bytes of questions kept for one connection. Each is at most [`super::QUESTION_MAX`] long, and what
 /// is over this is taken when the sender repeats it.
@@ -44,42 +45,6 @@ const RESENDS: u32 = 6;
 /// A connection that was silent this long is forgotten. If it lives, its next segment resets it.
 const IDLE_NS: u64 = 300_000_000_000;
 
-/// What becomes of a question.
-pub(in super::super) enum Asked {
-    /// It may be asked.
-    Allowed(Question),
-    /// It may not; this is the answer.
-    Refused(Vec<u8>),
-    /// It is no question.
-    Unreadable,
-}
-
-/// Who decides on messages, and reports what does not pass.
-pub(in super::super) trait Decide {
-    /// What becomes of a question.
-    fn question(&mut self, message: &[u8], packet: &Packet) -> Asked;
-    /// Notes a question that goes out.
-    fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending);
-    /// Whether an answer may be delivered; what it teaches is in the allow map then.
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool;
-    /// The connection cannot be followed.
-    fn lost(&mut self, packet: &Packet, why: &'static str);
-}
-
-/// What a connection needs for a step.
-pub(in super::super) struct Step<'a, D, O> {
-    pub(in super::super) decide: &'a mut D,
-    pub(in super::super) out: &'a mut O,
-    pub(in super::super) now_ns: u64,
-}
-
-/// Whether the connection is still to be followed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    Keep,
-    Forget,
-}
-
 enum State {
     Opening,
     Open,
@@ -106,6 +71,8 @@ impl Side {
 
 pub(super) struct Flow {
     pub(super) ends: Ends,
+    /// The pod's interface that it goes through.
+    interface: u32,
     state: State,
     /// What the pod sends.
     pub(super) asked: Half,
@@ -123,11 +90,12 @@ pub(super) struct Flow {
 
 impl Flow {
     /// A connection that the pod opens with this SYN.
-    pub(super) fn new(segment: &Segment<'_>, now_ns: u64) -> Option<Self> {
+    pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
         let mut pod = Side::default();
         pod.note(segment);
         Some(Self {
             ends: Ends::of(segment.frame, segment.packet, To::Resolver)?,
+            interface,
             state: State::Opening,
             asked: Half::new(segment.seq.wrapping_add(1), ASKED_LIMIT),
             answered: Half::new(0, ANSWERED_LIMIT),
@@ -176,7 +144,7 @@ impl Flow {
     }
 
     /// A segment from the pod.
-    pub(super) fn from_pod<D: Decide, O: Out>(
+    pub(super) fn pod_sent<D: Decide, O: Out>(
         &mut self,
         segment: &Segment<'_>,
         step: &mut Step<'_, D, O>,
@@ -195,7 +163,7 @@ impl Flow {
         }
         if segment.has(TCP_SYN) {
             // Data in a SYN (RFC 7413) is left out: the pod sends it again.
-            put_bare(segment, To::Resolver, step.out);
+            put_syn(segment, To::Resolver, step.out);
             return Next::Keep;
         }
         if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {
@@ -204,7 +172,7 @@ impl Flow {
         self.pod.note(segment);
         if let State::Taken(taken) = &mut self.state {
             let mut taken = std::mem::take(taken);
-            let next = taken.from_pod(self, segment, step);
+            let next = taken.pod_sent(self, segment, step);
             self.state = State::Taken(taken);
             return next;
         }
@@ -220,7 +188,7 @@ impl Flow {
             }
         }
         if segment.has(TCP_FIN) {
-            self.asked.end_at(position + segment.payload.len() as i64);
+            self.asked.end_at(segment.end(position));
         }
         if matches!(self.state, State::Open) && !self.judge_questions(segment.packet, step) {
             return self.fail(step.out);
@@ -277,7 +245,7 @@ impl Flow {
     }
 
     /// A segment from the resolver.
-    pub(super) fn from_resolver<D: Decide, O: Out>(
+    pub(super) fn resolver_sent<D: Decide, O: Out>(
         &mut self,
         segment: &Segment<'_>,
         step: &mut Step<'_, D, O>,
@@ -323,8 +291,7 @@ impl Flow {
             }
         }
         if segment.has(TCP_FIN) {
-            self.answered
-                .end_at(position + segment.payload.len() as i64);
+            self.answered.end_at(segment.end(position));
         }
         while let Some(message) = self.answered.message() {
             let pending = &mut self.pending;
@@ -379,7 +346,7 @@ impl Flow {
             _ => return,
         }
         self.used_ns = step.now_ns;
-        put_bare(segment, To::Pod, step.out);
+        put_syn(segment, To::Pod, step.out);
     }
 
     fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {
@@ -389,7 +356,7 @@ impl Flow {
         } else {
             let position = self.answered.position(segment.seq);
             let from = self.answered.acked.cast_signed();
-            (from..from + ANSWERED_LIMIT as i64).contains(&position)
+            (from..from.saturating_add_unsigned(ANSWERED_LIMIT as u64)).contains(&position)
         };
         if !believed {
             return Next::Keep;
@@ -466,6 +433,7 @@ impl Flow {
         if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
             return Next::Forget;
         }
+        step.out.turn_to(self.interface);
         if let State::Taken(taken) = &mut self.state {
             let mut taken = std::mem::take(taken);
             let next = taken.tick(self, self.used_ns, step);
@@ -532,64 +500,4 @@ impl Flow {
         step.decide.lost(packet, why);
         self.fail(step.out)
     }
-}
-
-/// What became of a segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Put {
-    /// What could be sent on has been.
-    Sent,
-    /// Its receiver has acknowledged all of it before.
-    Old,
-    /// Nothing of it may be sent on yet.
-    Held,
-}
-
-/// Sends on what may be sent of a stream, with the headers of the segment that has come. Where it can
-/// be, that is the segment as it came.
-fn put_released(
-    half: &mut Half,
-    segment: &Segment<'_>,
-    position: i64,
-    size: usize,
-    to: To,
-    out: &mut impl Out,
-) -> Put {
-    let end = position + segment.payload.len() as i64;
-    let fin = half.is_ended() && half.released == half.next();
-    let has_fin = segment.has(TCP_FIN);
-    let (from, until) = if half.released > half.sent || (fin && !half.fin_sent) {
-        (half.sent, half.released)
-    } else if segment.payload.is_empty() && !has_fin {
-        put_back(segment, to, out);
-        return Put::Sent;
-    } else if end > half.sent.cast_signed() || (has_fin && !half.fin_sent) {
-        return Put::Held;
-    } else if end > half.acked.cast_signed() || (has_fin && !half.fin_acked) {
-        // A repetition. What has been acknowledged of it is left out: it was not compared.
-        let from = position.max(half.acked.cast_signed()).unsigned_abs();
-        (from, end.max(0).unsigned_abs().max(from))
-    } else {
-        return Put::Old;
-    };
-    let as_it_came = position == from.cast_signed()
-        && end == until.cast_signed()
-        && has_fin == fin
-        && segment.payload.len() <= size;
-    if as_it_came {
-        put_back(segment, to, out);
-    } else {
-        let cut = Cut {
-            seq: half.seq(from),
-            payload: half.slice(from, until),
-            fin: fin && until == half.released,
-            size,
-        };
-        put_cut(segment, &cut, to, out);
-    }
-    if until > half.sent || fin {
-        half.sent = half.sent.max(until);
-        half.fin_sent |= fin;
-    }
-    Put::Sent
 }

@@ -9,7 +9,7 @@ use etherparse::{PacketBuilder, PacketBuilderStep, TcpHeader};
 
 use super::{
     super::checksum,
-    segment::{PSH, Segment},
+    segment::{OPTION_PADDING, PSH, Segment},
 };
 
 /// Hop limit of frames made here.
@@ -17,6 +17,8 @@ const HOP_LIMIT: u8 = 64;
 /// Offset of the flags in a TCP header.
 const FLAGS: usize = 13;
 const IPV6_HEADER: usize = 40;
+/// Length of a TCP header without options.
+const TCP_HEADER: usize = 20;
 /// A timestamps option behind two bytes of padding (RFC 7323, appendix A), without its values.
 const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
 
@@ -31,6 +33,10 @@ pub(in super::super) enum To {
 pub(in super::super) trait Out {
     /// Sends a frame on.
     fn put(&mut self, to: To, frame: &[u8]);
+    /// The interface that frames are sent on.
+    fn interface(&self) -> u32;
+    /// Goes on with another interface.
+    fn turn_to(&mut self, interface: u32);
 }
 
 /// Sends the segment on as it came. A checksum that was left to the hardware is made whole.
@@ -58,6 +64,53 @@ pub(super) fn put_bare(segment: &Segment<'_>, to: To, out: &mut impl Out) {
         size: 1,
     };
     put_cut(segment, &cut, to, out);
+}
+
+/// Sends a SYN on, without data and with those options only that change nothing about what the stream
+/// says: longest segment, window scale, selective acknowledgments, timestamps. With multipath TCP (RFC
+/// 8684) the stream would be put together from several connections and by other numbers than those
+/// of the segments; a SYN without the option falls back to TCP.
+pub(super) fn put_syn(segment: &Segment<'_>, to: To, out: &mut impl Out) {
+    let mut headers = segment.headers.to_vec();
+    let at = segment.packet.l4_offset as usize + TCP_HEADER;
+    if let Some(options) = headers.get_mut(at..) {
+        keep_known_options(options);
+    }
+    if headers == segment.headers {
+        put_bare(segment, to, out);
+    } else {
+        let cleaned = Segment {
+            headers: &headers,
+            ..*segment
+        };
+        let nothing = Cut {
+            seq: segment.seq,
+            payload: &[],
+            fin: false,
+            size: 1,
+        };
+        put_cut(&cleaned, &nothing, to, out);
+    }
+}
+
+/// Makes padding of all other options, and of everything behind one that cannot be read.
+fn keep_known_options(mut options: &mut [u8]) {
+    while let Some(&kind) = options.first() {
+        let len = match kind {
+            // The end of the list is read as padding, or not at all.
+            0 | OPTION_PADDING => 1,
+            _ => usize::from(options.get(1).copied().unwrap_or(0)),
+        };
+        if len == 0 || len > options.len() || (len == 1 && kind > OPTION_PADDING) {
+            options.fill(OPTION_PADDING);
+            return;
+        }
+        let (option, rest) = std::mem::take(&mut options).split_at_mut(len);
+        if !matches!(kind, 2..=4 | 8) {
+            option.fill(OPTION_PADDING);
+        }
+        options = rest;
+    }
 }
 
 /// What of a stream is sent with a segment's headers.

@@ -218,7 +218,8 @@ impl Half {
 
     /// Whether the message at hand is longer than any question is.
     pub(super) fn is_too_long(&self) -> bool {
-        self.announced().is_some_and(|len| len > super::QUESTION_MAX)
+        self.announced()
+            .is_some_and(|len| len > super::QUESTION_MAX)
     }
 
     /// The message at hand, once all of it is here.

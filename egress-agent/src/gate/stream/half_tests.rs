@@ -38,7 +38,7 @@ proptest! {
         let mut send = |half: &mut Half, from: usize, to: usize| {
             let seq = first.wrapping_add(from as u32);
             let position = half.position(seq);
-            assert_eq!(position, from as i64);
+            assert_eq!(position, i64::try_from(from).unwrap());
             half.insert(position, &stream[from..to]).unwrap();
             out.extend(taken(half));
             half.released = half.parsed();
@@ -78,7 +78,7 @@ proptest! {
         other[at] ^= 1;
         let mut half = Half::new(first, LIMIT);
         // In two parts, the second of which may come first.
-        let mut parts = [(0, &stream[..cut]), (cut as i64, &stream[cut..])];
+        let mut parts = [(0, &stream[..cut]), (i64::try_from(cut).unwrap(), &stream[cut..])];
         if backwards {
             parts.reverse();
         }
@@ -120,7 +120,11 @@ fn an_acknowledgment_of_what_was_not_put_back_is_refused() {
     assert!(!half.acknowledge(104));
     assert!(half.acknowledge(103));
     assert!(half.acknowledge(90), "an old one");
-    assert_eq!((half.acked, half.kept()), (3, 6), "the message at hand stays");
+    assert_eq!(
+        (half.acked, half.kept()),
+        (3, 6),
+        "the message at hand stays"
+    );
     half.take_message();
     half.trim();
     assert_eq!(half.kept(), 3);

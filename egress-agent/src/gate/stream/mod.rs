@@ -17,9 +17,11 @@
 //! one until the receiver has acknowledged it, and is not put back after that; nothing is put back
 //! before the receiver's SYN-ACK names the same first byte; and urgent data is not let through.
 
+mod decide;
 mod flow;
 mod frames;
 mod half;
+mod release;
 mod segment;
 mod taken;
 
@@ -29,8 +31,9 @@ use egress_common::{
 };
 use lru::LruCache;
 
-pub(super) use flow::{Asked, Decide, Step};
-use flow::{Flow, Next};
+use decide::Next;
+pub(super) use decide::{Asked, Decide, Step};
+use flow::Flow;
 pub(super) use frames::{Out, To};
 use frames::{put_bare, reset_unknown};
 pub(super) use segment::Segment;
@@ -113,8 +116,8 @@ impl Streams {
         };
         let before = flow.kept();
         let mut next = match to {
-            To::Resolver => flow.from_pod(&segment, step),
-            To::Pod => flow.from_resolver(&segment, step),
+            To::Resolver => flow.pod_sent(&segment, step),
+            To::Pod => flow.resolver_sent(&segment, step),
         };
         let after = flow.kept();
         budget.used = (budget.used + after).saturating_sub(before);
@@ -149,7 +152,7 @@ impl Streams {
             flow.lose(segment.packet, "the pod has too many connections", step);
             self.forget(&oldest, budget);
         }
-        if let Some(flow) = Flow::new(segment, step.now_ns) {
+        if let Some(flow) = Flow::new(segment, step.out.interface(), step.now_ns) {
             budget.used += flow.kept();
             self.flows.put(key, flow);
         }

@@ -10,7 +10,7 @@ pub(super) const PSH: u8 = 0x08;
 pub(super) const URG: u8 = 0x20;
 
 const OPTION_END: u8 = 0;
-const OPTION_PADDING: u8 = 1;
+pub(super) const OPTION_PADDING: u8 = 1;
 const OPTION_MSS: u8 = 2;
 const OPTION_TIMESTAMPS: u8 = 8;
 
@@ -45,8 +45,28 @@ impl<'a> Segment<'a> {
         let end = end_of_packet(frame, packet)?;
         let segment = frame.get(at..end)?;
         let (header, _) = segment.split_first_chunk::<TCP_HEADER>()?;
-        let [_, _, _, _, s0, s1, s2, s3, a0, a1, a2, a3, offset, flags, w0, w1, c0, c1, _, _] =
-            *header;
+        let [
+            _,
+            _,
+            _,
+            _,
+            s0,
+            s1,
+            s2,
+            s3,
+            a0,
+            a1,
+            a2,
+            a3,
+            offset,
+            flags,
+            w0,
+            w1,
+            c0,
+            c1,
+            _,
+            _,
+        ] = *header;
         let (headers, payload) = segment.split_at_checked(usize::from(offset >> 4) * 4)?;
         let mut read = Self {
             frame,
@@ -91,6 +111,11 @@ impl<'a> Segment<'a> {
             }
             options = after;
         }
+    }
+
+    /// Where its payload ends in a stream in which it begins at this position.
+    pub(super) fn end(&self, position: i64) -> i64 {
+        position.saturating_add_unsigned(self.payload.len() as u64)
     }
 
     /// Whether all of these flags are set.

@@ -5,7 +5,8 @@
 use egress_common::packet::{Packet, TCP_ACK, TCP_FIN};
 
 use super::{
-    flow::{Asked, Decide, Flow, Next, Step},
+    decide::{Asked, Decide, Next, Step},
+    flow::Flow,
     frames::{Out, Own, To},
     half::{PREFIX, Refused},
     segment::{PSH, Segment},
@@ -65,7 +66,7 @@ impl Taken {
     }
 
     /// A segment from the pod.
-    pub(super) fn from_pod<D: Decide, O: Out>(
+    pub(super) fn pod_sent<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
         segment: &Segment<'_>,
@@ -79,7 +80,7 @@ impl Taken {
             Err(Refused::Differs) => return self.reset(flow, step),
         }
         if segment.has(TCP_FIN) {
-            flow.asked.end_at(position + segment.payload.len() as i64);
+            flow.asked.end_at(segment.end(position));
         }
         let next = self.serve(flow, segment.packet, step);
         if next == Next::Forget {
@@ -196,8 +197,7 @@ impl Taken {
 
     fn reset<D, O: Out>(&self, flow: &Flow, step: &mut Step<'_, D, O>) -> Next {
         let ack = Some(flow.asked.ack());
-        flow.ends
-            .put_reset(To::Pod, self.next_seq(), ack, step.out);
+        flow.ends.put_reset(To::Pod, self.next_seq(), ack, step.out);
         Next::Forget
     }
 }
