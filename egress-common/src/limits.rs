@@ -48,7 +48,8 @@ pub const DENIAL_BURST: u32 = 512;
 pub const DENIALS_PER_SECOND: u32 = 256;
 
 /// Messages one pod may have held in a burst while the ring is more than half full, and the rate
-/// per second at which they refill. While the ring is emptier there is no such limit.
+/// per second at which they refill. A frame over 16 KiB counts for four. While the ring is emptier
+/// there is no such limit.
 pub const HELD_BURST: u32 = 256;
 /// See [`HELD_BURST`].
 pub const HELD_PER_SECOND: u32 = 1024;
