@@ -291,6 +291,7 @@ fn an_answer_that_would_not_be_delivered_over_udp_is_not_over_tcp() {
         ("another id", "dns_unsolicited"),
         ("another name", "dns_unsolicited"),
         ("a second answer", "dns_unsolicited"),
+        ("a long one, in pieces", "dns_unsolicited"),
         ("cut short", "dns_malformed"),
         ("a question", "dns_malformed"),
     ] {
@@ -304,6 +305,7 @@ fn an_answer_that_would_not_be_delivered_over_udp_is_not_over_tcp() {
                     other.name = "other.test".to_owned();
                     vec![Send::answer(&other, &[address(server(66))])]
                 }
+                "a long one, in pieces" => vec![lie.with_id(asked.id ^ 1).in_pieces(32)],
                 "a second answer" => vec![Send::answer(asked, &[]), lie],
                 "cut short" => vec![lie.edited(|bytes| bytes.truncate(40))],
                 _ => vec![lie.edited(|bytes| bytes[2] &= 0x7f)],

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
-    dns::{Answer, Question, read_answer, read_question, refuse, type_name},
+    dns::{Answer, Question, read_answer, read_beginning, read_question, refuse, type_name},
     policy::QuestionRule,
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
@@ -68,13 +68,7 @@ impl Judge<'_> {
             }
         };
         let asked = Some((answer.name.to_string(), answer.qtype));
-        let exchange = Exchange {
-            pod_addr: packet.dst,
-            resolver: packet.src,
-            pod_port: packet.dst_port,
-            id: answer.id,
-        };
-        if !pending.answer(exchange, &answer, self.time_ns) {
+        if !pending.answer(answered(&answer, packet), &answer, self.time_ns) {
             self.reporter
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked));
             return false;
@@ -88,6 +82,23 @@ impl Judge<'_> {
             return false;
         }
         true
+    }
+
+    /// Whether this may be the beginning of an answer to an open question.
+    fn begins(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        let (reason, asked) = match read_beginning(message) {
+            Ok(None) => return true,
+            Ok(Some(answer)) if pending.expects(&answered(&answer, packet), &answer) => {
+                return true;
+            }
+            Ok(Some(answer)) => {
+                let asked = (answer.name.to_string(), answer.qtype);
+                (Reason::DnsUnsolicited, Some(asked))
+            }
+            Err(_) => (Reason::DnsMalformed, None),
+        };
+        self.reporter.report(self.denied(packet, reason, asked));
+        false
     }
 
     /// Notes that a question goes out.
@@ -166,6 +177,16 @@ impl Judge<'_> {
     }
 }
 
+/// The exchange that an answer belongs to.
+fn answered(answer: &Answer, packet: &Packet) -> Exchange {
+    Exchange {
+        pod_addr: packet.dst,
+        resolver: packet.src,
+        pod_port: packet.dst_port,
+        id: answer.id,
+    }
+}
+
 impl stream::Decide for Judge<'_> {
     fn question(&mut self, message: &[u8], packet: &Packet) -> stream::Asked {
         match Judge::question(self, message, packet) {
@@ -185,6 +206,10 @@ impl stream::Decide for Judge<'_> {
 
     fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
         Judge::answer(self, message, packet, pending)
+    }
+
+    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        Judge::begins(self, message, packet, pending)
     }
 
     fn lost(&mut self, packet: &Packet, why: &'static str) {

@@ -83,17 +83,23 @@ impl Pending {
         self.asked.put(exchange, asked);
     }
 
+    /// Whether the answer is one to an open question.
+    pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer) -> bool {
+        self.asked.peek(exchange).is_some_and(|asked| {
+            asked.name_as_sent == answer.name_as_sent
+                && asked.qtype == answer.qtype
+                && asked.qclass == answer.qclass
+        })
+    }
+
     /// Whether the answer is one to an open question, which is then open once less.
     pub(super) fn answer(&mut self, exchange: Exchange, answer: &Answer, now_ns: u64) -> bool {
+        if !self.expects(&exchange, answer) {
+            return false;
+        }
         let Some(asked) = self.asked.get_mut(&exchange) else {
             return false;
         };
-        if asked.name_as_sent != answer.name_as_sent
-            || asked.qtype != answer.qtype
-            || asked.qclass != answer.qclass
-        {
-            return false;
-        }
         let in_time = now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64;
         asked.outstanding -= 1;
         if asked.outstanding == 0 {

@@ -23,6 +23,8 @@ pub(in super::super) trait Decide {
     fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending);
     /// Whether an answer may be delivered; what it teaches is in the allow map then.
     fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool;
+    /// Whether an answer that may be delivered may begin with these bytes.
+    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
     /// The connection cannot be followed.
     fn lost(&mut self, packet: &Packet, why: &'static str);
 }

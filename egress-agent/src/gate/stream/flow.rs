@@ -300,6 +300,10 @@ impl Flow {
             }
             self.answered.take_message();
         }
+        let beginning = self.answered.beginning();
+        if !beginning.is_empty() && !step.decide.begins(beginning, segment.packet, &self.pending) {
+            return self.fail(step.out);
+        }
         self.answered.trim();
         // The beginning of a message is let through: a sender with a small window waits for it to be
         // acknowledged before it sends the rest.

@@ -229,6 +229,12 @@ impl Half {
         (start + len <= self.next()).then(|| self.slice(start, start + len))
     }
 
+    /// What is here of the message at hand.
+    pub(super) fn beginning(&self) -> &[u8] {
+        let start = self.parsed + PREFIX as u64;
+        self.slice(start.min(self.next()), self.next())
+    }
+
     /// Goes on to the next message.
     pub(super) fn take_message(&mut self) {
         if let Some(message) = self.message() {

@@ -72,6 +72,10 @@ impl Decide for Rules {
         !message.starts_with(b"n")
     }
 
+    fn begins(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
+        !message.starts_with(b"n")
+    }
+
     fn lost(&mut self, _: &Packet, _: &'static str) {
         self.lost += 1;
     }
@@ -290,6 +294,20 @@ fn a_repetition_with_other_bytes_resets_both() {
 fn an_answer_that_may_not_be_delivered_resets_both() {
     let mut scene = Scene::new();
     let seen = scene.answers(0, &framed(b"no answer"), 0);
+    scene.is_reset(&seen);
+}
+
+#[test]
+fn the_beginning_of_an_answer_passes_if_the_answer_may() {
+    let mut scene = Scene::new();
+    let answer = framed(b"an answer");
+    assert_eq!(
+        stream(&scene.answers(0, &answer[..1], 0), To::Pod, ISS),
+        &answer[..1]
+    );
+    assert_eq!(scene.answers(1, &answer[1..6], 0).len(), 1);
+    assert_eq!(scene.answers(6, &answer[6..], 0).len(), 1);
+    let seen = scene.answers(answer.len(), &framed(b"no answer")[..5], 0);
     scene.is_reset(&seen);
 }
 
