@@ -382,6 +382,17 @@ fn a_connection_that_both_ended_is_forgotten() {
 }
 
 #[test]
+fn a_connection_that_needs_more_memory_than_there_is_is_reset() {
+    let mut scene = Scene::new();
+    scene.budget.used = BYTES;
+    let seen = scene.asks(0, &asking("ask")[..9]);
+    let resets = seen.iter().filter(|(_, flags, ..)| flags & TCP_RST != 0);
+    assert_eq!(resets.count(), 2);
+    assert!(scene.streams.flows.is_empty());
+    assert_eq!((scene.rules.lost, scene.budget.used), (1, BYTES));
+}
+
+#[test]
 fn a_connection_too_many_resets_the_one_used_longest_ago() {
     let mut scene = Scene::new();
     for port in 0..FLOWS as u16 {
