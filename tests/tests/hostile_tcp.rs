@@ -114,8 +114,8 @@ impl Scene {
     /// The connection is reset, both ways, and the agent says why.
     #[track_caller]
     fn is_reset(&mut self) {
-        let mut byte = [0];
-        let error = self.stream.read(&mut byte).expect_err("it is reset");
+        let read = self.stream.read_exact(&mut [0]);
+        let error = read.expect_err("it is reset");
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
         self.agent.wait_denial("the connection", |d| {
             d.of(&self.pod) && d.reason == "dns_over_tcp"
