@@ -34,8 +34,9 @@ pub const HELD_RING_BYTES: u32 = 4 << 20;
 /// Bytes in the ring buffer of denial records.
 pub const DENIALS_RING_BYTES: u32 = 1 << 20;
 
-/// Longest frame that is held, in bytes; a longer DNS message is dropped and counted.
-pub const HELD_FRAME_BYTES: usize = 16_384;
+/// Longest frame that is held, in bytes: an Ethernet header, an IPv6 header, and the 65,535 bytes
+/// that may follow it, rounded up. What is longer (a jumbogram, RFC 2675) is dropped and counted.
+pub const HELD_FRAME_BYTES: usize = 65_600;
 
 /// Most IPv6 extension headers walked before a packet counts as malformed. A packet made by an
 /// ordinary stack carries at most one of each of the five kinds (RFC 8200, section 4.1).
@@ -47,7 +48,8 @@ pub const DENIAL_BURST: u32 = 512;
 pub const DENIALS_PER_SECOND: u32 = 256;
 
 /// Messages one pod may have held in a burst while the ring is more than half full, and the rate
-/// per second at which they refill. While the ring is emptier there is no such limit.
+/// per second at which they refill. A frame over 16 KiB counts for four. While the ring is emptier
+/// there is no such limit.
 pub const HELD_BURST: u32 = 256;
 /// See [`HELD_BURST`].
 pub const HELD_PER_SECOND: u32 = 1024;

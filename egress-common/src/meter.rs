@@ -2,13 +2,15 @@
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// Takes one token from a bucket that holds at most `burst` tokens and refills at `per_second`.
+/// Takes `cost` tokens, or none, from a bucket that holds at most `burst` tokens and refills at
+/// `per_second`.
 ///
 /// `tokens` and `refill_ns` are the bucket's state; a bucket whose `refill_ns` is zero has never
 /// been used and starts full. Two CPUs that take at the same moment may spend one token twice; the
 /// share is a share, not a promise to the packet.
 #[inline(always)]
-pub fn take_token(
+pub fn take_tokens(
+    cost: u64,
     tokens: &mut u64,
     refill_ns: &mut u64,
     burst: u32,
@@ -28,10 +30,10 @@ pub fn take_token(
         *tokens = (*tokens + earned).min(burst);
         *refill_ns = now_ns;
     }
-    if *tokens == 0 {
+    if *tokens < cost {
         return false;
     }
-    *tokens -= 1;
+    *tokens -= cost;
     true
 }
 
@@ -42,7 +44,7 @@ mod tests {
     #[test]
     fn a_burst_passes_and_then_the_rate_holds() {
         let (mut tokens, mut refill_ns) = (0, 0);
-        let mut take = |now_ns| take_token(&mut tokens, &mut refill_ns, 10, 5, now_ns);
+        let mut take = |now_ns| take_tokens(1, &mut tokens, &mut refill_ns, 10, 5, now_ns);
         let start = 1_000 * SECOND_NS;
         assert_eq!((0..100).filter(|_| take(start)).count(), 10);
         assert_eq!((0..100).filter(|_| take(start + SECOND_NS)).count(), 5);
@@ -50,5 +52,13 @@ mod tests {
             (0..100).filter(|_| take(start + 3600 * SECOND_NS)).count(),
             10
         );
+    }
+
+    #[test]
+    fn what_costs_more_gets_less() {
+        let (mut tokens, mut refill_ns) = (0, 0);
+        let mut take = |cost| take_tokens(cost, &mut tokens, &mut refill_ns, 10, 5, 7);
+        assert_eq!((0..100).filter(|_| take(4)).count(), 2);
+        assert_eq!((0..100).filter(|_| take(1)).count(), 2);
     }
 }

@@ -56,7 +56,7 @@ reasons! {
     DnsName = 10, "dns_name";
     /// A DNS question that cannot be read, or that is no question.
     DnsMalformed = 11, "dns_malformed";
-    /// DNS over TCP, which is not supported yet.
+    /// A connection with a resolver that could not be followed, and was reset.
     DnsOverTcp = 12, "dns_over_tcp";
     /// An answer that matches no pending question of the pod.
     DnsUnsolicited = 13, "dns_unsolicited";

@@ -241,9 +241,9 @@ pub struct Held {
     pub pad: u8,
 }
 
-/// A DNS question on its way from the pod to a resolver.
+/// A DNS question, or a TCP segment, on its way from the pod to a resolver.
 pub const HELD_QUESTION: u8 = 1;
-/// A DNS answer on its way from a resolver to the pod.
+/// A DNS answer, or a TCP segment, on its way from a resolver to the pod.
 pub const HELD_ANSWER: u8 = 2;
 /// The beginning of a denied packet that is to be answered with a rejection.
 pub const HELD_REJECT: u8 = 3;
@@ -323,9 +323,9 @@ pub struct Counters {
     pub denied_bytes: u64,
     /// Packets that passed in audit mode and would have been denied.
     pub audited_packets: u64,
-    /// DNS questions given to the agent.
+    /// DNS questions given to the agent; over TCP, segments.
     pub held_questions: u64,
-    /// DNS answers given to the agent.
+    /// DNS answers given to the agent; over TCP, segments.
     pub held_answers: u64,
     /// DNS messages dropped because the `held` ring was full.
     pub held_lost: u64,

@@ -3,7 +3,7 @@
 use aya_ebpf::programs::TcContext;
 use egress_common::{
     limits::{DENIAL_BURST, DENIALS_PER_SECOND},
-    meter::take_token,
+    meter::take_tokens,
     packet::{Frame as _, Packet, TCP_RST, ether_type},
     reason::Reason,
     records::{
@@ -101,7 +101,8 @@ fn record(skb: &Skb<'_>, denied: &Denied<'_>, verdict: u8) {
         denials_unreported,
         ..
     } = unsafe { &mut *meter };
-    if !take_token(
+    if !take_tokens(
+        1,
         denial_tokens,
         denial_refill_ns,
         DENIAL_BURST,

@@ -215,16 +215,11 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     }
 }
 
-/// Gives a question to the agent. What cannot be held is denied.
+/// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be
+/// held is denied.
 #[inline(always)]
 fn hold_question(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if packet.bit == bits::TCP {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::DnsOverTcp),
-        );
-    }
     if !matches!(packet.fragment, Fragment::None) {
         return deny(
             ctx,

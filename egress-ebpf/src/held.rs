@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use egress_common::{
     limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES},
-    meter::take_token,
+    meter::take_tokens,
     packet::{ETHERNET_LEN, Frame as _},
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, Interface, Meter},
 };
@@ -23,7 +23,12 @@ use crate::{
 const SMALL: usize = 512 - size_of::<Held>();
 /// Everything that fits an ordinary MTU is.
 const MEDIUM: usize = 2048 - size_of::<Held>();
-const LARGE: usize = HELD_FRAME_BYTES;
+/// Long answers over UDP, and what a sender's first window over TCP makes when it is aggregated.
+const LARGE: usize = 16_384 - size_of::<Held>();
+/// The longest that an IP packet can be.
+const LARGEST: usize = HELD_FRAME_BYTES;
+/// What one of those counts for in the pod's share: four of the size below, whose room it takes.
+const LARGEST_COST: u64 = 4;
 /// Of a rejected packet the headers are enough.
 const REJECT_BYTES: u32 = 192;
 
@@ -42,7 +47,7 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     if kind == HELD_REJECT && len > REJECT_BYTES {
         len = REJECT_BYTES;
     }
-    if len as usize > LARGE {
+    if len as usize > LARGEST {
         count(|c| c.held_too_long += 1);
         unreported(interface.pod);
         return false;
@@ -57,7 +62,12 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         l3_offset: ETHERNET_LEN as u8,
         pad: 0,
     };
-    if is_crowded() && !has_share(interface.pod, head.time_ns) {
+    let cost = if len as usize <= LARGE {
+        1
+    } else {
+        LARGEST_COST
+    };
+    if is_crowded() && !has_share(interface.pod, cost, head.time_ns) {
         count(|c| {
             if kind == HELD_REJECT {
                 c.rejects_lost += 1;
@@ -72,8 +82,10 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         copy::<SMALL>(skb, head)
     } else if len as usize <= MEDIUM {
         copy::<MEDIUM>(skb, head)
-    } else {
+    } else if len as usize <= LARGE {
         copy::<LARGE>(skb, head)
+    } else {
+        copy::<LARGEST>(skb, head)
     };
     if copied {
         count(|c| match kind {
@@ -133,7 +145,7 @@ fn is_crowded() -> bool {
 /// Whether the pod may still add to a crowded ring, so that one pod's flood does not take the
 /// others' DNS away.
 #[inline(always)]
-fn has_share(pod: u32, now_ns: u64) -> bool {
+fn has_share(pod: u32, cost: u64, now_ns: u64) -> bool {
     let Some(meter) = METER.get_ptr_mut(pod) else {
         return false;
     };
@@ -143,7 +155,8 @@ fn has_share(pod: u32, now_ns: u64) -> bool {
         held_refill_ns,
         ..
     } = unsafe { &mut *meter };
-    take_token(
+    take_tokens(
+        cost,
         held_tokens,
         held_refill_ns,
         HELD_BURST,

@@ -52,7 +52,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if packet.bit == bits::UDP
+    if packet.bit & (bits::UDP | bits::TCP) != 0
         && packet.src_port == DNS_PORT
         && range_of(&packet.src) & RANGE_RESOLVER != 0
     {

@@ -326,15 +326,6 @@ fn a_question_that_cannot_be_read_stays_on_the_node() {
 }
 
 #[test]
-fn dns_over_tcp_is_denied_and_reported() {
-    let scene = Scene::new(|asked| vec![truth(asked)]);
-    scene
-        .agent
-        .denies_tcp(&scene.pod, (RESOLVER, 53), "dns_over_tcp");
-    assert!(scene.lab.dns().questions().iter().all(|q| !q.tcp));
-}
-
-#[test]
 fn port_53_elsewhere_is_ordinary_traffic_and_teaches_nothing() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);

@@ -2,11 +2,12 @@
 
 use std::{
     fs,
+    net::IpAddr,
     process::{Command, Stdio},
 };
 
 use egress_tests::{
-    Lab, Running,
+    Lab, Pod, Running, SHORT,
     addresses::{RESOLVER, RESOLVER6, server, server6},
     dns::{RecordType, ResponseCode},
     eventually,
@@ -38,8 +39,7 @@ fn serve(lab: &Lab, command: &mut Command) -> Running {
             let said = fs::read_to_string(&log).unwrap_or_default();
             panic!("the resolver ended with {status}: {said}");
         }
-        let answer =
-            probe.try_resolve(RESOLVER, "shop.test", RecordType::A, egress_tests::SHORT)?;
+        let answer = probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
         (answer.code == ResponseCode::NoError).then_some(())
     });
     running
@@ -133,7 +133,39 @@ fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
     assert_eq!(answer.message.answers.len(), 3, "two CNAMEs and an address");
     chained.talks_tcp((server(10), 443));
     agent.denies_tcp(&chained, (server(10), 22), "port_not_allowed");
+    over_tcp(&lab, &direct, &chained);
     assert_eq!(direct.syn_retransmissions(), 0);
+}
+
+/// The same over TCP, one question after the other on one connection, and refused on the node.
+#[track_caller]
+fn over_tcp(lab: &Lab, direct: &Pod, chained: &Pod) {
+    let dig = |pod: &Pod, resolver: IpAddr, names: &[&str]| {
+        let mut command = Command::new("dig");
+        command
+            .arg(format!("@{resolver}"))
+            .args(["+tcp", "+keepopen"]);
+        let output = pod.netns().run(|| command.args(names).output());
+        let output = output.expect("dig, of the package bind9-dnsutils");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for resolver in [RESOLVER, RESOLVER6] {
+        let printed = dig(chained, resolver, &["deep.test", "deep.test", "deep.test"]);
+        assert_eq!(printed.matches("203.0.113.10").count(), 3, "{printed}");
+        let printed = dig(direct, resolver, &["shop.test", "evil.test", "shop.test"]);
+        assert_eq!(printed.matches("203.0.113.10").count(), 2, "{printed}");
+        assert_eq!(printed.matches("EDE: 18").count(), 1, "{printed}");
+        assert!(!printed.contains("203.0.113.66"), "{printed}");
+    }
+    let fresh = lab.pod("shop", "fresh");
+    lab.write_pod(&fresh, &[("allow", "shop.test:443")]);
+    eventually("the pod is enforced", || {
+        let answer = fresh.try_resolve(RESOLVER, "evil.test", RecordType::A, SHORT)?;
+        (answer.code == ResponseCode::NXDomain).then_some(())
+    });
+    dig(&fresh, RESOLVER, &["shop.test"]);
+    fresh.talks_tcp((server(10), 443));
 }
 
 #[test]

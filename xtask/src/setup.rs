@@ -6,6 +6,7 @@
 pub(crate) mod apt;
 mod ebpf;
 
+use std::env;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -30,7 +31,7 @@ pub(crate) struct Program {
     pub(crate) purpose: &'static str,
 }
 
-const PROGRAMS: [Program; 13] = [
+const PROGRAMS: [Program; 14] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -88,6 +89,11 @@ const PROGRAMS: [Program; 13] = [
         purpose: "connecting by hand",
     },
     Program {
+        name: "go",
+        packages: &["golang-go"],
+        purpose: "a program with Go's resolver for the tests",
+    },
+    Program {
         name: "cc",
         packages: &["gcc", "build-essential"],
         purpose: "linking",
@@ -109,6 +115,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     kernel()?;
     programs(&PROGRAMS)?;
     components()?;
+    musl()?;
     ebpf::ensure()?;
     deny()
 }
@@ -130,6 +137,9 @@ fn check() -> Result<()> {
             .iter()
             .map(|name| format!("cargo {name}")),
     );
+    if !has_musl() {
+        missing.push(format!("the target {}", musl_target()));
+    }
     missing.extend(ebpf::missing());
     if !has_deny() {
         missing.push("cargo deny".to_owned());
@@ -236,6 +246,33 @@ fn missing_components() -> Vec<&'static str> {
         .into_iter()
         .filter(|name| !process::succeeds(process::cargo().args([name, "--version"])))
         .collect()
+}
+
+/// The standard library with musl, for a test with a program that resolves names as musl does.
+fn musl() -> Result<()> {
+    let target = musl_target();
+    if has_musl() {
+        found("target", &target);
+        return Ok(());
+    }
+    println!("missing: the target {target} (a program with musl's resolver for the tests)");
+    if process::find("rustup").is_none() {
+        bail!("install the standard library for {target} and run this again");
+    }
+    process::run(Command::new("rustup").args(["target", "add", &target]))
+}
+
+fn musl_target() -> String {
+    format!("{}-unknown-linux-musl", env::consts::ARCH)
+}
+
+fn has_musl() -> bool {
+    let mut rustc = Command::new("rustc");
+    rustc.args(["--print", "target-libdir", "--target", &musl_target()]);
+    rustc.output().is_ok_and(|output| {
+        let directory = String::from_utf8_lossy(&output.stdout);
+        output.status.success() && Path::new(directory.trim()).exists()
+    })
 }
 
 /// cargo-deny, which checks licences and sources in `cargo xtask lint`.

@@ -114,6 +114,30 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
         return Err(AnswerError::TooLong);
     }
     let mut reader = Reader::new(message);
+    let (header, mut answer) = read_question_section(&mut reader)?;
+    let teaches = header.response_code() == 0 && answer.qclass == CLASS_IN;
+    let facts = read_records(message, &mut reader, header, teaches)?;
+    if !facts.is_empty() {
+        answer.addresses = follow(asked_name(message)?, &facts)?;
+    }
+    Ok(answer)
+}
+
+/// Reads what the beginning of an answer says: all but the addresses. `None` when it ends before the
+/// question does.
+///
+/// # Errors
+///
+/// When no answer begins so; see [`AnswerError`].
+pub fn read_beginning(message: &[u8]) -> Result<Option<Answer>, AnswerError> {
+    match read_question_section(&mut Reader::new(message)) {
+        Ok((_, answer)) => Ok(Some(answer)),
+        Err(AnswerError::TooShort | AnswerError::Name(PlainNameError::Truncated)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn read_question_section(reader: &mut Reader<'_>) -> Result<(Header, Answer), AnswerError> {
     let header = reader.header()?;
     if !header.is_response() {
         return Err(AnswerError::Question);
@@ -127,15 +151,7 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
     let (wire, name) = reader.plain_name().map_err(AnswerError::Name)?;
     let qtype = reader.u16()?;
     let qclass = reader.u16()?;
-
-    let teaches = header.response_code() == 0 && qclass == CLASS_IN;
-    let facts = read_records(message, &mut reader, header, teaches)?;
-    let addresses = if facts.is_empty() {
-        Vec::new()
-    } else {
-        follow(asked_name(message)?, &facts)?
-    };
-    Ok(Answer {
+    let answer = Answer {
         id: header.id,
         name,
         name_as_sent: wire.into(),
@@ -143,8 +159,9 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
         qclass,
         truncated: header.truncated(),
         response_code: header.response_code(),
-        addresses,
-    })
+        addresses: Vec::new(),
+    };
+    Ok((header, answer))
 }
 
 /// A record that may teach something.

@@ -14,7 +14,7 @@ mod wire;
 #[cfg(test)]
 mod packets;
 
-pub use answer::{Answer, AnswerError, Learned, read_answer};
+pub use answer::{Answer, AnswerError, Learned, read_answer, read_beginning};
 pub use name::Name;
 pub use question::{Question, QuestionError, read_question};
 pub use record_type::type_name;

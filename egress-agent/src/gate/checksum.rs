@@ -1,4 +1,4 @@
-//! Completing a UDP checksum that the sender left to the hardware.
+//! Checksums: completing those that the sender left to the hardware, and telling wrong ones.
 
 use egress_common::packet::Packet;
 use etherparse::checksum::Sum16BitWords;
@@ -32,7 +32,68 @@ pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
     frame[at + 6..at + 8].copy_from_slice(&checksum.to_ne_bytes());
 }
 
-fn pseudo_header(packet: &Packet, udp_len: u16) -> Sum16BitWords {
+/// What a TCP checksum is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Checksum {
+    /// It is right.
+    Whole,
+    /// It is only the sum of the pseudo-header; see [`complete_udp`].
+    Partial,
+    /// It is wrong: the receiver will not take the segment.
+    Wrong,
+}
+
+/// What the checksum of a TCP segment is, which its header has as `sum`.
+pub(super) fn of_tcp(segment: &[u8], sum: [u8; 2], packet: &Packet) -> Checksum {
+    let Ok(len) = u16::try_from(segment.len()) else {
+        return Checksum::Wrong;
+    };
+    let pseudo = pseudo_header(packet, len);
+    if sum == (!pseudo.ones_complement()).to_ne_bytes() {
+        return Checksum::Partial;
+    }
+    // With its checksum, a whole segment adds up to all ones (RFC 1071).
+    if pseudo.add_slice(segment).ones_complement() == 0 {
+        Checksum::Whole
+    } else {
+        Checksum::Wrong
+    }
+}
+
+/// Where the checksum is in a TCP header.
+const TCP_CHECKSUM: usize = 16;
+
+/// Writes the TCP checksum of a frame whose IP packet ends at `end`.
+pub(super) fn write_tcp(frame: &mut [u8], end: usize, packet: &Packet) {
+    let at = packet.l4_offset as usize;
+    let Some(segment) = frame.get_mut(at..end) else {
+        return;
+    };
+    let Ok(len) = u16::try_from(segment.len()) else {
+        return;
+    };
+    let Some(field) = segment.get_mut(TCP_CHECKSUM..TCP_CHECKSUM + 2) else {
+        return;
+    };
+    field.fill(0);
+    let checksum = pseudo_header(packet, len)
+        .add_slice(segment)
+        .ones_complement()
+        .to_ne_bytes();
+    if let Some(field) = segment.get_mut(TCP_CHECKSUM..TCP_CHECKSUM + 2) {
+        field.copy_from_slice(&checksum);
+    }
+}
+
+/// The checksum of an IPv4 header whose own field is zero.
+pub(super) fn of_ipv4_header(header: &[u8]) -> [u8; 2] {
+    Sum16BitWords::new()
+        .add_slice(header)
+        .ones_complement()
+        .to_ne_bytes()
+}
+
+fn pseudo_header(packet: &Packet, len: u16) -> Sum16BitWords {
     let sum = Sum16BitWords::new();
     let sum = if packet.version == 4 {
         sum.add_slice(&packet.src[12..])
@@ -41,7 +102,7 @@ fn pseudo_header(packet: &Packet, udp_len: u16) -> Sum16BitWords {
         sum.add_slice(&packet.src).add_slice(&packet.dst)
     };
     sum.add_2bytes([0, packet.protocol])
-        .add_2bytes(udp_len.to_be_bytes())
+        .add_2bytes(len.to_be_bytes())
 }
 
 #[cfg(test)]

@@ -18,12 +18,14 @@ mod checksum;
 mod eviction;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod judge;
 mod learned;
 mod learned_address;
 mod pending;
 mod pod;
 mod reply;
 mod run;
+mod stream;
 mod wire;
 
 use std::{
@@ -145,6 +147,7 @@ impl Gate {
                 wire,
                 dns,
                 reporter,
+                streams: stream::Budget::default(),
             },
         );
         let thread = std::thread::Builder::new()

@@ -33,18 +33,35 @@ struct Asked {
     time_ns: u64,
 }
 
-/// The open questions of one pod.
-pub(super) struct Pending(LruCache<Exchange, Asked>);
+/// The open questions of one pod over UDP, or of one connection over TCP: an answer answers what was
+/// asked the same way.
+pub(super) struct Pending {
+    asked: LruCache<Exchange, Asked>,
+    room: usize,
+}
 
 impl Pending {
     pub(super) fn new() -> Self {
-        // Unbounded because the bounded one allots all of its memory at once.
-        Self(LruCache::unbounded())
+        Self::with_room(QUESTIONS)
+    }
+
+    /// For at most this many questions.
+    pub(super) fn with_room(room: usize) -> Self {
+        Self {
+            // Unbounded because the bounded one allots all of its memory at once.
+            asked: LruCache::unbounded(),
+            room,
+        }
+    }
+
+    /// How many questions are open.
+    pub(super) fn len(&self) -> usize {
+        self.asked.len()
     }
 
     /// Notes that a question goes out.
     pub(super) fn ask(&mut self, exchange: Exchange, question: &Question, now_ns: u64) {
-        if let Some(asked) = self.0.get_mut(&exchange)
+        if let Some(asked) = self.asked.get_mut(&exchange)
             && asked.name_as_sent == question.name_as_sent
             && asked.qtype == question.qtype
             && asked.qclass == question.qclass
@@ -53,8 +70,8 @@ impl Pending {
             asked.time_ns = now_ns;
             return;
         }
-        if self.0.len() >= QUESTIONS {
-            self.0.pop_lru();
+        if self.asked.len() >= self.room {
+            self.asked.pop_lru();
         }
         let asked = Asked {
             name_as_sent: question.name_as_sent.clone(),
@@ -63,35 +80,41 @@ impl Pending {
             outstanding: 1,
             time_ns: now_ns,
         };
-        self.0.put(exchange, asked);
+        self.asked.put(exchange, asked);
+    }
+
+    /// Whether the answer is one to an open question.
+    pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer) -> bool {
+        self.asked.peek(exchange).is_some_and(|asked| {
+            asked.name_as_sent == answer.name_as_sent
+                && asked.qtype == answer.qtype
+                && asked.qclass == answer.qclass
+        })
     }
 
     /// Whether the answer is one to an open question, which is then open once less.
     pub(super) fn answer(&mut self, exchange: Exchange, answer: &Answer, now_ns: u64) -> bool {
-        let Some(asked) = self.0.get_mut(&exchange) else {
-            return false;
-        };
-        if asked.name_as_sent != answer.name_as_sent
-            || asked.qtype != answer.qtype
-            || asked.qclass != answer.qclass
-        {
+        if !self.expects(&exchange, answer) {
             return false;
         }
+        let Some(asked) = self.asked.get_mut(&exchange) else {
+            return false;
+        };
         let in_time = now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64;
         asked.outstanding -= 1;
         if asked.outstanding == 0 {
-            self.0.pop(&exchange);
+            self.asked.pop(&exchange);
         }
         in_time
     }
 
     /// Forgets questions that nobody waits for any more.
     pub(super) fn sweep(&mut self, now_ns: u64) {
-        while let Some((_, asked)) = self.0.peek_lru() {
+        while let Some((_, asked)) = self.asked.peek_lru() {
             if now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64 {
                 break;
             }
-            self.0.pop_lru();
+            self.asked.pop_lru();
         }
     }
 }

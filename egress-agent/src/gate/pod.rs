@@ -1,27 +1,28 @@
 //! One pod at the gate: what becomes of its questions and its answers.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use egress_common::{
     packet::{Packet, Walked, walk},
-    reason::Reason,
+    protocol::bits,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT},
 };
 
 use super::{
     DnsSettings, Enforcement,
     checksum::complete_udp,
-    learned::{Table, Taught},
-    pending::{Exchange, Pending},
+    judge::Judge,
+    learned::Table,
+    pending::Pending,
     reply,
+    stream::{Budget, Out, Step, Streams, To},
     wire::Wire,
 };
 use crate::{
     datapath::{AllowError, HeldFrame, InterfaceMap, boottime_ns},
-    dns::{Answer, Question, Refusal, read_answer, read_question, refuse, type_name},
-    policy::QuestionRule,
-    report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
+    dns::{Question, Refusal, refuse},
+    report::Reporter,
 };
 
 /// What all pods at the gate use.
@@ -29,6 +30,33 @@ pub(super) struct Shared {
     pub(super) wire: Wire,
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
+    pub(super) streams: Budget,
+}
+
+/// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
+struct Port<'a> {
+    wire: Option<&'a mut Wire>,
+    ifindex: u32,
+}
+
+impl Out for Port<'_> {
+    fn put(&mut self, to: To, frame: &[u8]) {
+        let Some(wire) = &mut self.wire else {
+            return;
+        };
+        match to {
+            To::Pod => wire.deliver(self.ifindex, frame),
+            To::Resolver => wire.bounce(self.ifindex, frame),
+        };
+    }
+
+    fn interface(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn turn_to(&mut self, interface: u32) {
+        self.ifindex = interface;
+    }
 }
 
 /// One enforced pod.
@@ -36,6 +64,7 @@ pub(super) struct Pod {
     enforcement: Enforcement,
     pending: Pending,
     learned: Table,
+    streams: Streams,
 }
 
 impl Pod {
@@ -47,6 +76,7 @@ impl Pod {
             enforcement,
             pending: Pending::new(),
             learned,
+            streams: Streams::new(),
         })
     }
 
@@ -100,7 +130,12 @@ impl Pod {
     }
 
     /// Forgets the interfaces' entries.
-    pub(super) fn remove(self, interfaces: &mut InterfaceMap) -> Result<()> {
+    pub(super) fn remove(
+        mut self,
+        interfaces: &mut InterfaceMap,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        self.streams.clear(&mut shared.streams);
         for ifindex in self.enforcement.interfaces {
             interfaces.remove(ifindex, self.enforcement.entry.pod)?;
         }
@@ -138,6 +173,12 @@ impl Pod {
             return;
         }
         match held.head.kind {
+            HELD_QUESTION if packet.bit == bits::TCP => {
+                self.segment(held, &packet, To::Resolver, shared);
+            }
+            HELD_ANSWER if packet.bit == bits::TCP => {
+                self.segment(held, &packet, To::Pod, shared);
+            }
             HELD_QUESTION => self.question(held, &packet, shared),
             HELD_ANSWER => self.answer(held, &packet, shared),
             HELD_REJECT => reject(held, &packet, shared),
@@ -149,32 +190,15 @@ impl Pod {
         let Some(message) = udp_payload(held.frame, packet) else {
             return;
         };
-        let question = match read_question(message) {
-            Ok(question) => question,
-            Err(error) => {
-                tracing::debug!(pod = %self.name(), %error, "unreadable question");
-                let denied = self.denied(packet, Reason::DnsMalformed, None);
-                shared.reporter.report(denied);
-                return;
-            }
+        let (judge, pending) = self.judge(shared, held.head.time_ns);
+        let Some((question, is_allowed)) = judge.question(message, packet) else {
+            return;
         };
-        let rules = &self.enforcement.compiled.names;
-        if rules.question(&question.name) != QuestionRule::Allowed {
-            let mut denied = self.denied(packet, Reason::DnsName, Some(&question));
-            denied.rule = rules.explain_denied(&question.name).map(Into::into);
-            shared.reporter.report(denied);
-            if held.head.taken != 0 {
-                refuse_question(held, packet, &question, shared);
-                return;
-            }
+        if !is_allowed && held.head.taken != 0 {
+            refuse_question(held, packet, &question, shared);
+            return;
         }
-        let exchange = Exchange {
-            pod_addr: packet.src,
-            resolver: packet.dst,
-            pod_port: packet.src_port,
-            id: question.id,
-        };
-        self.pending.ask(exchange, &question, held.head.time_ns);
+        judge.ask(&question, packet, pending);
         if held.head.taken != 0 {
             complete_udp(shared.wire.bounce(held.head.ifindex, held.frame), packet);
         }
@@ -184,111 +208,64 @@ impl Pod {
         let Some(message) = udp_payload(held.frame, packet) else {
             return;
         };
-        let answer = match read_answer(message) {
-            Ok(answer) => answer,
-            Err(error) => {
-                tracing::debug!(pod = %self.name(), %error, "unreadable answer");
-                shared
-                    .reporter
-                    .report(self.denied(packet, Reason::DnsMalformed, None));
-                return;
-            }
-        };
-        let exchange = Exchange {
-            pod_addr: packet.dst,
-            resolver: packet.src,
-            pod_port: packet.dst_port,
-            id: answer.id,
-        };
-        if !self.pending.answer(exchange, &answer, held.head.time_ns) {
-            let mut denied = self.denied(packet, Reason::DnsUnsolicited, None);
-            denied.dns = Some((
-                answer.name.to_string(),
-                type_name(answer.qtype).into_owned(),
-            ));
-            shared.reporter.report(denied);
-            return;
-        }
-        if let Err(error) = self.learn(&answer, &shared.dns) {
-            let full = matches!(error, AllowError::Full);
-            if !full {
-                tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
-            }
-            let mut denied = self.denied(packet, Reason::AllowMapFull, None);
-            denied.dns = Some((
-                answer.name.to_string(),
-                type_name(answer.qtype).into_owned(),
-            ));
-            shared.reporter.report(denied);
-            return;
-        }
-        if held.head.taken != 0 {
+        let (mut judge, pending) = self.judge(shared, held.head.time_ns);
+        if judge.answer(message, packet, pending) && held.head.taken != 0 {
             complete_udp(shared.wire.deliver(held.head.ifindex, held.frame), packet);
         }
     }
 
-    /// Inserts what the answer teaches.
-    fn learn(&mut self, answer: &Answer, dns: &DnsSettings) -> Result<(), AllowError> {
-        if answer.addresses.is_empty() {
-            return Ok(());
-        }
-        let now_ns = boottime_ns();
-        let lifetime_ns = |ttl: u32| {
-            let ttl = std::time::Duration::from_secs(u64::from(ttl));
-            (ttl.clamp(dns.min_ttl, dns.max_ttl) + dns.grace).as_nanos() as u64
+    fn judge<'a>(&'a mut self, shared: &'a Shared, time_ns: u64) -> (Judge<'a>, &'a mut Pending) {
+        let judge = Judge {
+            enforcement: &mut self.enforcement,
+            learned: &mut self.learned,
+            dns: &shared.dns,
+            reporter: &shared.reporter,
+            time_ns,
         };
-        let taught: Vec<Taught> = answer
-            .addresses
-            .iter()
-            .filter(|learned| {
-                !dns.protected
-                    .iter()
-                    .any(|prefix| prefix.contains(&learned.address))
-            })
-            .map(|learned| Taught {
-                address: learned.address,
-                expires_ns: now_ns + lifetime_ns(learned.ttl),
-            })
-            .collect();
-        let classes = self.enforcement.compiled.names.classes(&answer.name);
-        self.learned.learn(
-            &mut self.enforcement,
-            &answer.name,
-            classes,
-            &taught,
-            now_ns,
-        )
+        (judge, &mut self.pending)
     }
 
-    fn denied(&self, packet: &Packet, reason: Reason, question: Option<&Question>) -> Denied {
-        let end = |address, port| {
-            Some(Endpoint {
-                address,
-                port: Some(port),
-            })
+    /// A segment of a connection with a resolver.
+    fn segment(&mut self, held: &HeldFrame<'_>, packet: &Packet, to: To, shared: &mut Shared) {
+        let port = (held.head.ifindex, held.head.taken != 0);
+        self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
+            streams.segment(held.frame, packet, to, step, budget);
+        });
+    }
+
+    fn with_streams(
+        &mut self,
+        shared: &mut Shared,
+        (ifindex, is_taken): (u32, bool),
+        now_ns: u64,
+        run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
+    ) {
+        let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
+        let mut judge = Judge {
+            enforcement: &mut self.enforcement,
+            learned: &mut self.learned,
+            dns: &shared.dns,
+            reporter: &shared.reporter,
+            time_ns: now_ns,
         };
-        Denied {
-            pod: Arc::clone(&self.enforcement.identity),
-            verdict: match self.enforcement.entry.mode {
-                MODE_AUDIT => Verdict::Audited,
-                _ => Verdict::Dropped,
-            },
-            reason,
-            protocol: Some(packet.protocol),
-            src: end(packet.src, packet.src_port),
-            dst: end(packet.dst, packet.dst_port),
-            icmp: None,
-            dns: question.map(|question| {
-                (
-                    question.name.to_string(),
-                    type_name(question.qtype).into_owned(),
-                )
-            }),
-            dst_names: Vec::new(),
-            rule: None,
-            time: SystemTime::now(),
-            count: 1,
-        }
+        let mut port = Port {
+            wire: (is_taken && !is_audit).then_some(&mut shared.wire),
+            ifindex,
+        };
+        let mut step = Step {
+            decide: &mut judge,
+            out: &mut port,
+            now_ns,
+        };
+        run(&mut self.streams, &mut step, &mut shared.streams);
+    }
+
+    /// Lets the connections with resolvers do what they do by the clock.
+    pub(super) fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
+        // Each connection says which interface it is on.
+        self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
+            streams.tick(step, budget);
+        });
     }
 
     /// A denied packet was longer than what the ring keeps of it: only its headers are there, and
@@ -305,10 +282,7 @@ impl Pod {
     }
 
     fn name(&self) -> impl std::fmt::Display {
-        let PodIdentity {
-            namespace, name, ..
-        } = &*self.enforcement.identity;
-        format!("{namespace}/{name}")
+        self.enforcement.name()
     }
 }
 

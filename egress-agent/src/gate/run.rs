@@ -156,7 +156,9 @@ impl Runner {
             if let Err(error) = pod.tick(now_ns) {
                 tracing::error!(pod = id, %error, "cannot update an allow map");
             }
+            pod.tick_streams(&mut self.shared, now_ns);
         }
+        self.shared.wire.send();
     }
 
     fn obey(&mut self, command: Command) {
@@ -178,7 +180,7 @@ impl Runner {
             }
             Command::Remove { pod, done } => {
                 let result = match self.pods.remove(&pod) {
-                    Some(pod) => pod.remove(&mut self.interfaces),
+                    Some(pod) => pod.remove(&mut self.interfaces, &mut self.shared),
                     None => Ok(()),
                 };
                 let _ = done.send(result);

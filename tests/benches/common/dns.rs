@@ -20,7 +20,7 @@ pub(crate) struct Client {
 }
 
 /// The next number that no name has yet.
-fn fresh() -> u32 {
+pub(crate) fn fresh() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
@@ -38,7 +38,7 @@ pub(crate) fn number_of(message: &[u8]) -> Option<u32> {
 }
 
 /// A question for an A record. The transaction id is the number's lower half.
-fn question(number: u32) -> Vec<u8> {
+pub(crate) fn question(number: u32) -> Vec<u8> {
     let mut message = (number as u16).to_be_bytes().to_vec();
     message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
     let name = format!("q{number}.{ZONE}");

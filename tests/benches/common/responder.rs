@@ -76,14 +76,20 @@ fn answer(socket: &UdpSocket) {
     let Ok((len, from)) = socket.recv_from(&mut message) else {
         return;
     };
-    let Some(number) = number_of(&message[..len]) else {
-        return;
-    };
-    let Some(name) = message[HEADER..len].iter().position(|&byte| byte == 0) else {
-        return;
-    };
+    if let Some(len) = reply(&mut message, len) {
+        let _ = socket.send_to(&message[..len], from);
+    }
+}
+
+/// Makes the answer out of a question of this length, and returns the answer's length.
+pub(crate) fn reply(message: &mut [u8], len: usize) -> Option<usize> {
+    let number = number_of(message.get(..len)?)?;
+    let name = message
+        .get(HEADER..len)?
+        .iter()
+        .position(|&byte| byte == 0)?;
     let IpAddr::V4(address) = address_of(number) else {
-        return;
+        return None;
     };
     let end = HEADER + name + 1 + QUESTION_TAIL;
     // QR, RD, RA; one question, one answer, nothing else (an OPT record is left out).
@@ -91,5 +97,5 @@ fn answer(socket: &UdpSocket) {
     message[end..end + RECORD.len()].copy_from_slice(&RECORD);
     let data = end + RECORD.len();
     message[data..data + 4].copy_from_slice(&address.octets());
-    let _ = socket.send_to(&message[..data + 4], from);
+    Some(data + 4)
 }

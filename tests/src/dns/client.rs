@@ -30,6 +30,8 @@ pub struct Answer {
     pub addresses: Vec<IpAddr>,
     /// The whole message.
     pub message: Message,
+    /// Its length.
+    pub bytes: usize,
 }
 
 impl Answer {
@@ -51,6 +53,7 @@ impl Answer {
             code: message.metadata.response_code,
             addresses,
             message,
+            bytes: bytes.len(),
         }
     }
 

@@ -132,10 +132,11 @@ pub(crate) fn name(text: &str) -> Name {
     name
 }
 
-/// One datagram that the server sends.
+/// One message that the server sends.
 #[derive(Clone, Debug)]
 pub struct Send {
     pub(crate) bytes: Vec<u8>,
+    pub(crate) piece_bytes: Option<usize>,
     pub(crate) from: Option<SocketAddr>,
     pub(crate) after: Duration,
 }
@@ -145,6 +146,7 @@ impl Send {
     pub fn raw(bytes: Vec<u8>) -> Self {
         Self {
             bytes,
+            piece_bytes: None,
             from: None,
             after: Duration::ZERO,
         }
@@ -194,6 +196,19 @@ impl Send {
     pub fn from(mut self, source: SocketAddr) -> Self {
         self.from = Some(source);
         self
+    }
+
+    /// Over TCP, in segments of this many bytes, the length before the message included.
+    #[must_use]
+    pub fn in_pieces(mut self, bytes: usize) -> Self {
+        self.piece_bytes = Some(bytes);
+        self
+    }
+
+    /// Truncated: the flag TC, and no records.
+    #[track_caller]
+    pub fn truncated(asked: &Question) -> Self {
+        Self::answer(asked, &[]).edited(|bytes| bytes[2] |= 2)
     }
 
     /// Not at once.

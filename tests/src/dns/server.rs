@@ -24,6 +24,8 @@ use super::{Record, Send, address};
 use crate::{Namespace, addresses};
 
 const PORT: u16 = 53;
+/// A connection that is silent this long is closed.
+const STREAM_PATIENCE: Duration = Duration::from_secs(2);
 const STOP_POLL_MILLISECONDS: u16 = 50;
 
 /// A question as the server saw it.
@@ -300,7 +302,9 @@ fn serve_tcp(zone: &Arc<Zone>, listeners: &[TcpListener]) {
 
 fn serve_stream(zone: &Zone, mut stream: TcpStream, from: SocketAddr) -> Option<()> {
     stream.set_nonblocking(false).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+    // Each write is a segment.
+    stream.set_nodelay(true).ok()?;
+    stream.set_read_timeout(Some(STREAM_PATIENCE)).ok()?;
     let to = stream.local_addr().ok()?;
     let mut length = [0; 2];
     while stream.read_exact(&mut length).is_ok() {
@@ -308,9 +312,10 @@ fn serve_stream(zone: &Zone, mut stream: TcpStream, from: SocketAddr) -> Option<
         stream.read_exact(&mut message).ok()?;
         for reply in zone.replies(&message, from, to, true) {
             let length = u16::try_from(reply.bytes.len()).ok()?;
-            stream
-                .write_all(&[&length.to_be_bytes(), reply.bytes.as_slice()].concat())
-                .ok()?;
+            let bytes = [&length.to_be_bytes(), reply.bytes.as_slice()].concat();
+            for piece in bytes.chunks(reply.piece_bytes.unwrap_or(bytes.len())) {
+                stream.write_all(piece).ok()?;
+            }
         }
     }
     Some(())

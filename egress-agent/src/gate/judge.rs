@@ -1,0 +1,225 @@
+//! The decision on one message, however it came.
+
+use std::{sync::Arc, time::SystemTime};
+
+use egress_common::{packet::Packet, reason::Reason, records::MODE_AUDIT};
+
+use super::{
+    DnsSettings, Enforcement,
+    learned::{Table, Taught},
+    pending::{Exchange, Pending},
+    stream,
+};
+use crate::{
+    datapath::{AllowError, boottime_ns},
+    dns::{Answer, Question, read_answer, read_beginning, read_question, refuse, type_name},
+    policy::QuestionRule,
+    report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
+};
+
+/// Decides on a pod's messages and reports what does not pass.
+pub(super) struct Judge<'a> {
+    pub(super) enforcement: &'a mut Enforcement,
+    pub(super) learned: &'a mut Table,
+    pub(super) dns: &'a DnsSettings,
+    pub(super) reporter: &'a Reporter,
+    /// When the message was taken.
+    pub(super) time_ns: u64,
+}
+
+impl Judge<'_> {
+    /// The question that a message is, and whether it may be asked. `None` when it is none.
+    pub(super) fn question(&self, message: &[u8], packet: &Packet) -> Option<(Question, bool)> {
+        let question = match read_question(message) {
+            Ok(question) => question,
+            Err(error) => {
+                tracing::debug!(pod = %self.name(), %error, "unreadable question");
+                self.reporter
+                    .report(self.denied(packet, Reason::DnsMalformed, None));
+                return None;
+            }
+        };
+        let rules = &self.enforcement.compiled.names;
+        let is_allowed = rules.question(&question.name) == QuestionRule::Allowed;
+        if !is_allowed {
+            let asked = Some((question.name.to_string(), question.qtype));
+            let mut denied = self.denied(packet, Reason::DnsName, asked);
+            denied.rule = rules.explain_denied(&question.name).map(Into::into);
+            self.reporter.report(denied);
+        }
+        Some((question, is_allowed))
+    }
+
+    /// Whether a message is the answer to an open question and may be delivered: what it teaches is
+    /// in the allow map then.
+    pub(super) fn answer(
+        &mut self,
+        message: &[u8],
+        packet: &Packet,
+        pending: &mut Pending,
+    ) -> bool {
+        let answer = match read_answer(message) {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::debug!(pod = %self.name(), %error, "unreadable answer");
+                self.reporter
+                    .report(self.denied(packet, Reason::DnsMalformed, None));
+                return false;
+            }
+        };
+        let asked = Some((answer.name.to_string(), answer.qtype));
+        if !pending.answer(answered(&answer, packet), &answer, self.time_ns) {
+            self.reporter
+                .report(self.denied(packet, Reason::DnsUnsolicited, asked));
+            return false;
+        }
+        if let Err(error) = self.learn(&answer) {
+            if !matches!(error, AllowError::Full) {
+                tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
+            }
+            self.reporter
+                .report(self.denied(packet, Reason::AllowMapFull, asked));
+            return false;
+        }
+        true
+    }
+
+    /// Whether this may be the beginning of an answer to an open question.
+    fn begins(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        let (reason, asked) = match read_beginning(message) {
+            Ok(None) => return true,
+            Ok(Some(answer)) if pending.expects(&answered(&answer, packet), &answer) => {
+                return true;
+            }
+            Ok(Some(answer)) => {
+                let asked = (answer.name.to_string(), answer.qtype);
+                (Reason::DnsUnsolicited, Some(asked))
+            }
+            Err(_) => (Reason::DnsMalformed, None),
+        };
+        self.reporter.report(self.denied(packet, reason, asked));
+        false
+    }
+
+    /// Notes that a question goes out.
+    pub(super) fn ask(&self, question: &Question, packet: &Packet, pending: &mut Pending) {
+        let exchange = Exchange {
+            pod_addr: packet.src,
+            resolver: packet.dst,
+            pod_port: packet.src_port,
+            id: question.id,
+        };
+        pending.ask(exchange, question, self.time_ns);
+    }
+
+    /// Inserts what the answer teaches.
+    fn learn(&mut self, answer: &Answer) -> Result<(), AllowError> {
+        if answer.addresses.is_empty() {
+            return Ok(());
+        }
+        let dns = self.dns;
+        let now_ns = boottime_ns();
+        let lifetime_ns = |ttl: u32| {
+            let ttl = std::time::Duration::from_secs(u64::from(ttl));
+            (ttl.clamp(dns.min_ttl, dns.max_ttl) + dns.grace).as_nanos() as u64
+        };
+        let taught: Vec<Taught> = answer
+            .addresses
+            .iter()
+            .filter(|learned| {
+                !dns.protected
+                    .iter()
+                    .any(|prefix| prefix.contains(&learned.address))
+            })
+            .map(|learned| Taught {
+                address: learned.address,
+                expires_ns: now_ns + lifetime_ns(learned.ttl),
+            })
+            .collect();
+        let classes = self.enforcement.compiled.names.classes(&answer.name);
+        self.learned
+            .learn(self.enforcement, &answer.name, classes, &taught, now_ns)
+    }
+
+    fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
+        let end = |address, port| {
+            Some(Endpoint {
+                address,
+                port: Some(port),
+            })
+        };
+        Denied {
+            pod: Arc::clone(&self.enforcement.identity),
+            verdict: match self.enforcement.entry.mode {
+                MODE_AUDIT => Verdict::Audited,
+                _ => Verdict::Dropped,
+            },
+            reason,
+            protocol: Some(packet.protocol),
+            src: end(packet.src, packet.src_port),
+            dst: end(packet.dst, packet.dst_port),
+            icmp: None,
+            dns: asked.map(|(name, qtype)| (name, type_name(qtype).into_owned())),
+            dst_names: Vec::new(),
+            rule: None,
+            time: SystemTime::now(),
+            count: 1,
+        }
+    }
+
+    fn name(&self) -> impl std::fmt::Display {
+        self.enforcement.name()
+    }
+}
+
+/// The exchange that an answer belongs to.
+fn answered(answer: &Answer, packet: &Packet) -> Exchange {
+    Exchange {
+        pod_addr: packet.dst,
+        resolver: packet.src,
+        pod_port: packet.dst_port,
+        id: answer.id,
+    }
+}
+
+impl stream::Decide for Judge<'_> {
+    fn question(&mut self, message: &[u8], packet: &Packet) -> stream::Asked {
+        match Judge::question(self, message, packet) {
+            None => stream::Asked::Unreadable,
+            Some((question, is_allowed))
+                if is_allowed || self.enforcement.entry.mode == MODE_AUDIT =>
+            {
+                stream::Asked::Allowed(question)
+            }
+            Some((question, _)) => stream::Asked::Refused(refuse(&question, self.dns.refusal)),
+        }
+    }
+
+    fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending) {
+        Judge::ask(self, question, packet, pending);
+    }
+
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+        Judge::answer(self, message, packet, pending)
+    }
+
+    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        Judge::begins(self, message, packet, pending)
+    }
+
+    fn lost(&mut self, packet: &Packet, why: &'static str) {
+        tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
+        self.reporter
+            .report(self.denied(packet, Reason::DnsOverTcp, None));
+    }
+}
+
+impl Enforcement {
+    /// The pod, as logs name it.
+    pub(super) fn name(&self) -> impl std::fmt::Display + use<> {
+        let PodIdentity {
+            namespace, name, ..
+        } = &*self.identity;
+        format!("{namespace}/{name}")
+    }
+}

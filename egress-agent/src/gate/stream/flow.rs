@@ -1,0 +1,507 @@
+//! One connection between a pod and a resolver.
+//!
+//! ```text
+//!  Opening ── SYN-ACK that fits the SYN ──▶ Open ── a question that may not be asked ──▶ Draining
+//!                                                                                          │
+//!           Taken: the agent is the resolver's end now ◀── all earlier questions answered ──┘
+//! ```
+
+use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
+
+use super::{
+    super::pending::Pending,
+    decide::{Asked, Decide, Next, Step},
+    frames::{Ends, Out, Own, To, put_bare, put_syn},
+    half::{Half, Refused},
+    release::{Put, put_released},
+    segment::{Segment, URG},
+    taken::Taken,
+};
+
+/// Most bytes of questions kept for one connection. Each is at most [`super::QUESTION_MAX`] long, and what
+/// is over this is taken when the sender repeats it.
+const ASKED_LIMIT: usize = 16 << 10;
+/// Most bytes of answers kept for one connection: the longest message, and as much again for what
+/// comes out of order behind it.
+const ANSWERED_LIMIT: usize = 128 << 10;
+
+/// Questions that may be open on one connection.
+const OPEN_QUESTIONS: usize = 512;
+/// What an open question counts for in memory.
+const OPEN_QUESTION_BYTES: usize = 384;
+
+/// Least and most payload of the segments that the gate cuts, whatever a SYN says (RFC 9293,
+/// section 3.7.1).
+const SIZE: std::ops::RangeInclusive<usize> = 256..=16_384;
+/// What a SYN without the option means, over IPv4.
+const DEFAULT_MSS: u16 = 536;
+
+/// How long answers to earlier questions are waited for, before a refusal takes the connection over.
+const DRAIN_NS: u64 = 2_000_000_000;
+/// How long the gate waits before it repeats what it has acknowledged in the resolver's name.
+const RESEND_NS: u64 = 500_000_000;
+/// How often it does, each time after twice as long.
+const RESENDS: u32 = 6;
+/// A connection that was silent this long is forgotten. If it lives, its next segment resets it.
+const IDLE_NS: u64 = 300_000_000_000;
+
+enum State {
+    Opening,
+    Open,
+    Draining { refusal: Vec<u8>, until_ns: u64 },
+    Taken(Taken),
+}
+
+/// What was last seen of one side.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Side {
+    /// As its headers have it.
+    pub(super) window: u16,
+    pub(super) timestamp: Option<u32>,
+    mss: Option<u16>,
+}
+
+impl Side {
+    fn note(&mut self, segment: &Segment<'_>) {
+        self.window = segment.window;
+        self.timestamp = segment.timestamp.or(self.timestamp);
+        self.mss = segment.mss.or(self.mss);
+    }
+}
+
+pub(super) struct Flow {
+    pub(super) ends: Ends,
+    /// The pod's interface that it goes through.
+    interface: u32,
+    state: State,
+    /// What the pod sends.
+    pub(super) asked: Half,
+    /// What the resolver sends.
+    pub(super) answered: Half,
+    pending: Pending,
+    pub(super) pod: Side,
+    pub(super) resolver: Side,
+    /// Up to where the gate has acknowledged questions itself. The pod will not repeat them.
+    own_ack: u64,
+    resends: u32,
+    resend_at_ns: u64,
+    used_ns: u64,
+}
+
+impl Flow {
+    /// A connection that the pod opens with this SYN.
+    pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
+        let mut pod = Side::default();
+        pod.note(segment);
+        Some(Self {
+            ends: Ends::of(segment.frame, segment.packet, To::Resolver)?,
+            interface,
+            state: State::Opening,
+            asked: Half::new(segment.seq.wrapping_add(1), ASKED_LIMIT),
+            answered: Half::new(0, ANSWERED_LIMIT),
+            pending: Pending::with_room(OPEN_QUESTIONS),
+            pod,
+            resolver: Side::default(),
+            own_ack: 0,
+            resends: 0,
+            resend_at_ns: 0,
+            used_ns: now_ns,
+        })
+    }
+
+    /// Whether this is the SYN that opened it.
+    pub(super) fn is_opened_by(&self, segment: &Segment<'_>) -> bool {
+        self.asked.first() == segment.seq.wrapping_add(1)
+    }
+
+    /// Memory that it holds and that grows with what is sent on it.
+    pub(super) fn kept(&self) -> usize {
+        let more = match &self.state {
+            State::Draining { refusal, .. } => refusal.len(),
+            State::Taken(taken) => taken.kept(),
+            _ => 0,
+        };
+        self.asked.kept() + self.answered.kept() + self.pending.len() * OPEN_QUESTION_BYTES + more
+    }
+
+    /// Most payload of a segment that both sides take, with the options of this one.
+    fn size(&self, options: usize) -> usize {
+        let mss = |side: &Side| usize::from(side.mss.unwrap_or(DEFAULT_MSS));
+        mss(&self.pod)
+            .min(mss(&self.resolver))
+            .saturating_sub(options)
+            .clamp(*SIZE.start(), *SIZE.end())
+    }
+
+    fn size_of(&self, segment: &Segment<'_>) -> usize {
+        let at = segment.packet.l4_offset as usize + 20;
+        self.size(segment.headers.len().saturating_sub(at))
+    }
+
+    /// Most payload of a segment that the gate makes.
+    pub(super) fn own_size(&self) -> usize {
+        self.size(12)
+    }
+
+    /// A segment from the pod.
+    pub(super) fn pod_sent<D: Decide, O: Out>(
+        &mut self,
+        segment: &Segment<'_>,
+        step: &mut Step<'_, D, O>,
+    ) -> Next {
+        self.used_ns = step.now_ns;
+        if segment.has(TCP_RST) {
+            if !matches!(self.state, State::Taken(_)) {
+                put_bare(segment, To::Resolver, step.out);
+            }
+            return Next::Forget;
+        }
+        if segment.has(URG) {
+            // What is urgent data, and what is no part of the stream, is read in several ways (RFC
+            // 6093).
+            return self.lose(segment.packet, "urgent data", step);
+        }
+        if segment.has(TCP_SYN) {
+            // Data in a SYN (RFC 7413) is left out: the pod sends it again.
+            put_syn(segment, To::Resolver, step.out);
+            return Next::Keep;
+        }
+        if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {
+            return Next::Keep;
+        }
+        self.pod.note(segment);
+        if let State::Taken(taken) = &mut self.state {
+            let mut taken = std::mem::take(taken);
+            let next = taken.pod_sent(self, segment, step);
+            self.state = State::Taken(taken);
+            return next;
+        }
+        if !self.answered.acknowledge(segment.ack) {
+            return Next::Keep;
+        }
+        let position = self.asked.position(segment.seq);
+        match self.asked.insert(position, segment.payload) {
+            Ok(()) => {}
+            Err(Refused::Beyond) => return Next::Keep,
+            Err(Refused::Differs) => {
+                return self.lose(segment.packet, "repeated with other bytes", step);
+            }
+        }
+        if segment.has(TCP_FIN) {
+            self.asked.end_at(segment.end(position));
+        }
+        if matches!(self.state, State::Open) && !self.judge_questions(segment.packet, step) {
+            return self.fail(step.out);
+        }
+        if matches!(self.state, State::Open) && self.asked.is_cut() {
+            return self.lose(segment.packet, "ended within a question", step);
+        }
+        let size = self.size_of(segment);
+        let put = put_released(
+            &mut self.asked,
+            segment,
+            position,
+            size,
+            To::Resolver,
+            step.out,
+        );
+        if put != Put::Sent || self.asked.next() > self.asked.released {
+            self.acknowledge_questions(step);
+        }
+        self.go_on(step)
+    }
+
+    /// Decides the questions that are complete; false when one cannot be read.
+    fn judge_questions<D: Decide, O: Out>(
+        &mut self,
+        packet: &Packet,
+        step: &mut Step<'_, D, O>,
+    ) -> bool {
+        loop {
+            if self.asked.is_too_long() {
+                step.decide.lost(packet, "a question is too long");
+                return false;
+            }
+            let Some(message) = self.asked.message() else {
+                return true;
+            };
+            match step.decide.question(message, packet) {
+                Asked::Allowed(question) => {
+                    step.decide.ask(&question, packet, &mut self.pending);
+                    self.asked.take_message();
+                    self.asked.released = self.asked.parsed();
+                }
+                Asked::Refused(refusal) => {
+                    self.asked.take_message();
+                    self.state = State::Draining {
+                        refusal,
+                        until_ns: step.now_ns + DRAIN_NS,
+                    };
+                    return true;
+                }
+                Asked::Unreadable => return false,
+            }
+        }
+    }
+
+    /// A segment from the resolver.
+    pub(super) fn resolver_sent<D: Decide, O: Out>(
+        &mut self,
+        segment: &Segment<'_>,
+        step: &mut Step<'_, D, O>,
+    ) -> Next {
+        if matches!(self.state, State::Taken(_)) {
+            // It has not heard of the reset.
+            if segment.has(TCP_ACK) && !segment.has(TCP_RST) {
+                self.ends
+                    .put_reset(To::Resolver, segment.ack, None, step.out);
+            }
+            return Next::Keep;
+        }
+        if segment.has(TCP_RST) {
+            return self.reset_by_resolver(segment, step.out);
+        }
+        if segment.has(URG) {
+            return self.lose(segment.packet, "urgent data", step);
+        }
+        if !segment.has(TCP_ACK) {
+            return Next::Keep;
+        }
+        if segment.has(TCP_SYN) {
+            self.open(segment, step);
+            return Next::Keep;
+        }
+        if matches!(self.state, State::Opening) {
+            // The resolver knows an earlier connection with these ports, and the pod will reset it
+            // (RFC 9293, section 3.5.1).
+            put_bare(segment, To::Pod, step.out);
+            return Next::Keep;
+        }
+        if !self.asked.acknowledge(segment.ack) {
+            return Next::Keep;
+        }
+        self.used_ns = step.now_ns;
+        self.resolver.note(segment);
+        let position = self.answered.position(segment.seq);
+        match self.answered.insert(position, segment.payload) {
+            Ok(()) => {}
+            Err(Refused::Beyond) => return Next::Keep,
+            Err(Refused::Differs) => {
+                return self.lose(segment.packet, "repeated with other bytes", step);
+            }
+        }
+        if segment.has(TCP_FIN) {
+            self.answered.end_at(segment.end(position));
+        }
+        while let Some(message) = self.answered.message() {
+            let pending = &mut self.pending;
+            if !step.decide.answer(message, segment.packet, pending) {
+                return self.fail(step.out);
+            }
+            self.answered.take_message();
+        }
+        let beginning = self.answered.beginning();
+        if !beginning.is_empty() && !step.decide.begins(beginning, segment.packet, &self.pending) {
+            return self.fail(step.out);
+        }
+        self.answered.trim();
+        // The beginning of a message is let through: a sender with a small window waits for it to be
+        // acknowledged before it sends the rest.
+        self.answered.released = self.answered.next();
+        if matches!(self.state, State::Draining { .. }) && self.answered.is_ended() {
+            // No answer comes any more, and nothing could be said behind the end of the stream.
+            return self.take_over(step);
+        }
+        let size = self.size_of(segment);
+        let put = put_released(
+            &mut self.answered,
+            segment,
+            position,
+            size,
+            To::Pod,
+            step.out,
+        );
+        if put == Put::Old {
+            let acknowledgment = Own {
+                seq: self.asked.sent_seq(),
+                ack: Some(self.answered.seq(self.answered.acked)),
+                window: self.pod.window,
+                timestamps: self.pod.timestamp.zip(self.resolver.timestamp),
+                ..Own::default()
+            };
+            self.ends.put_own(To::Resolver, &acknowledgment, step.out);
+        }
+        self.go_on(step)
+    }
+
+    fn open<D, O: Out>(&mut self, segment: &Segment<'_>, step: &mut Step<'_, D, O>) {
+        // Only then do the resolver and the gate read the pod's stream from the same byte on.
+        if segment.ack != self.asked.first() {
+            return;
+        }
+        let first = segment.seq.wrapping_add(1);
+        match self.state {
+            State::Opening => {
+                self.answered = Half::new(first, ANSWERED_LIMIT);
+                self.resolver.note(segment);
+                self.state = State::Open;
+            }
+            _ if self.answered.first() == first => {}
+            _ => return,
+        }
+        self.used_ns = step.now_ns;
+        put_syn(segment, To::Pod, step.out);
+    }
+
+    fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {
+        // One that the pod will not believe ends nothing (RFC 9293, section 3.10.7.4).
+        let believed = if matches!(self.state, State::Opening) {
+            segment.has(TCP_ACK) && segment.ack == self.asked.first()
+        } else {
+            let position = self.answered.position(segment.seq);
+            let from = self.answered.acked.cast_signed();
+            (from..from.saturating_add_unsigned(ANSWERED_LIMIT as u64)).contains(&position)
+        };
+        if !believed {
+            return Next::Keep;
+        }
+        put_bare(segment, To::Pod, out);
+        Next::Forget
+    }
+
+    /// What follows from a step that went well.
+    fn go_on<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
+        if let State::Draining { until_ns, .. } = &self.state
+            && (self.pending.len() == 0 || step.now_ns >= *until_ns)
+        {
+            return self.take_over(step);
+        }
+        if self.asked.is_over() && self.answered.is_over() {
+            return Next::Forget;
+        }
+        Next::Keep
+    }
+
+    /// Acknowledges what is held of the pod's stream in the resolver's name. A sender that gave the
+    /// beginning of a message away alone may wait for that before it sends the rest (Nagle's
+    /// algorithm, RFC 9293, section 3.7.4).
+    fn acknowledge_questions<D, O: Out>(&mut self, step: &mut Step<'_, D, O>) {
+        if self.own_ack < self.asked.next() {
+            self.own_ack = self.asked.next();
+            self.resends = 0;
+            self.resend_at_ns = step.now_ns + RESEND_NS;
+        }
+        let acknowledgment = Own {
+            ack: Some(self.asked.seq(self.asked.next())),
+            ..self.own_to_pod()
+        };
+        self.ends.put_own(To::Pod, &acknowledgment, step.out);
+    }
+
+    /// A segment to the pod, in the resolver's name, at the place where its stream stands.
+    pub(super) fn own_to_pod(&self) -> Own<'static> {
+        Own {
+            seq: self.answered.sent_seq(),
+            ack: Some(self.asked.ack()),
+            window: self.resolver.window.max(1),
+            // The echo is the pod's last value; the value, the resolver's last, is no older than any
+            // the pod has seen (RFC 7323, section 5.3).
+            timestamps: self.resolver.timestamp.zip(self.pod.timestamp),
+            ..Own::default()
+        }
+    }
+
+    /// The resolver is told that the connection is over, and the agent answers in its place.
+    fn take_over<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
+        if self.answered.fin_sent {
+            // Nothing can be said behind the end of the stream.
+            return self.fail(step.out);
+        }
+        let State::Draining { refusal, .. } = std::mem::replace(&mut self.state, State::Open)
+        else {
+            return Next::Keep;
+        };
+        self.reset_resolver(step.out);
+        let mut taken = Taken::new(self.answered.sent_seq(), &refusal);
+        let packet = self.ends.packet(To::Resolver);
+        let next = taken.serve(self, &packet, step);
+        if next == Next::Keep {
+            taken.send(self, step);
+        }
+        self.state = State::Taken(taken);
+        next
+    }
+
+    /// What has to be done from time to time.
+    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
+        if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
+            return Next::Forget;
+        }
+        step.out.turn_to(self.interface);
+        if let State::Taken(taken) = &mut self.state {
+            let mut taken = std::mem::take(taken);
+            let next = taken.tick(self, self.used_ns, step);
+            self.state = State::Taken(taken);
+            return next;
+        }
+        self.pending.sweep(step.now_ns);
+        let owed = self.own_ack.min(self.asked.sent);
+        if owed > self.asked.acked && step.now_ns >= self.resend_at_ns {
+            if self.resends == RESENDS {
+                return self.lose(
+                    &self.ends.packet(To::Resolver),
+                    "the resolver does not acknowledge",
+                    step,
+                );
+            }
+            self.resends += 1;
+            self.resend_at_ns = step.now_ns + (RESEND_NS << self.resends);
+            let payload = self.asked.slice(self.asked.acked, owed);
+            let mut seq = self.asked.seq(self.asked.acked);
+            for chunk in payload.chunks(self.own_size()) {
+                let own = Own {
+                    seq,
+                    ack: Some(self.answered.seq(self.answered.acked)),
+                    window: self.pod.window,
+                    flags: 0,
+                    timestamps: self.pod.timestamp.zip(self.resolver.timestamp),
+                    payload: chunk,
+                };
+                self.ends.put_own(To::Resolver, &own, step.out);
+                seq = seq.wrapping_add(chunk.len() as u32);
+            }
+        }
+        self.go_on(step)
+    }
+
+    /// Resets both sides.
+    pub(super) fn fail(&self, out: &mut impl Out) -> Next {
+        if !matches!(self.state, State::Taken(_)) {
+            self.reset_resolver(out);
+        }
+        let seq = match &self.state {
+            State::Taken(taken) => taken.next_seq(),
+            _ => self.answered.sent_seq(),
+        };
+        self.ends
+            .put_reset(To::Pod, seq, Some(self.asked.ack()), out);
+        Next::Forget
+    }
+
+    /// Resets the resolver's side.
+    pub(super) fn reset_resolver(&self, out: &mut impl Out) {
+        self.ends
+            .put_reset(To::Resolver, self.asked.sent_seq(), None, out);
+    }
+
+    /// Resets both sides and reports it.
+    pub(super) fn lose<D: Decide, O: Out>(
+        &self,
+        packet: &Packet,
+        why: &'static str,
+        step: &mut Step<'_, D, O>,
+    ) -> Next {
+        step.decide.lost(packet, why);
+        self.fail(step.out)
+    }
+}

@@ -1,0 +1,215 @@
+//! DNS over TCP (RFC 7766): connections between pods and their resolvers.
+//!
+//! Every segment comes through the ring. The bytes of each direction are put in order, the messages
+//! among them are decided as those over UDP are, and a segment goes on when everything it completes
+//! may. The connection is the pod's with the resolver: addresses, ports and sequence numbers stay as
+//! they are.
+//!
+//! ```text
+//!  segment ─▶ its connection ─▶ bytes in order ─▶ whole messages ─▶ decided as over UDP
+//!                 │ none: reset both sides            │                 │ no
+//!                 │                                   ▼ not yet         ▼
+//!                 │       from the pod: held, acknowledged      question: refused, see [`taken`]
+//!                 │       from the resolver: put back           answer: reset both sides
+//! ```
+//!
+//! What the gate has judged must be what the receiver reads: so a repeated byte must equal the first
+//! one until the receiver has acknowledged it, and is not put back after that; nothing is put back
+//! before the receiver's SYN-ACK names the same first byte; and urgent data is not let through.
+
+mod decide;
+mod flow;
+mod frames;
+mod half;
+mod release;
+mod segment;
+mod taken;
+
+use egress_common::{
+    address::Address,
+    packet::{Packet, TCP_ACK, TCP_RST, TCP_SYN},
+};
+use lru::LruCache;
+
+use decide::Next;
+pub(super) use decide::{Asked, Decide, Step};
+use flow::Flow;
+pub(super) use frames::{Out, To};
+use frames::{put_bare, reset_unknown};
+pub(super) use segment::Segment;
+
+use super::checksum::Checksum;
+
+/// Longest question that is taken. Of what may stand in one, only the OPT record's options have no
+/// length of their own, and stub resolvers pad to 128 bytes (RFC 8467).
+const QUESTION_MAX: usize = 4096;
+
+/// Connections of one pod that are followed at once; beyond it the one used longest ago is reset.
+const FLOWS: usize = 256;
+
+/// Most bytes that the connections of all pods hold together.
+const BYTES: usize = 16 << 20;
+
+/// What the connections of all pods hold.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    used: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    pod_addr: Address,
+    resolver: Address,
+    pod_port: u16,
+}
+
+/// The connections of one pod.
+pub(super) struct Streams {
+    flows: LruCache<Key, Flow>,
+    /// Segments with a wrong checksum, since it was last said.
+    damaged: u64,
+}
+
+impl Streams {
+    pub(super) fn new() -> Self {
+        Self {
+            // Unbounded because the bounded one allots all of its memory at once.
+            flows: LruCache::unbounded(),
+            damaged: 0,
+        }
+    }
+
+    /// Decides a segment on its way `to` one side.
+    pub(super) fn segment<D: Decide, O: Out>(
+        &mut self,
+        frame: &[u8],
+        packet: &Packet,
+        to: To,
+        step: &mut Step<'_, D, O>,
+        budget: &mut Budget,
+    ) {
+        let Some(segment) = Segment::read(frame, packet) else {
+            return;
+        };
+        if segment.checksum == Checksum::Wrong {
+            self.damaged += 1;
+            return;
+        }
+        let key = match to {
+            To::Resolver => Key {
+                pod_addr: packet.src,
+                resolver: packet.dst,
+                pod_port: packet.src_port,
+            },
+            To::Pod => Key {
+                pod_addr: packet.dst,
+                resolver: packet.src,
+                pod_port: packet.dst_port,
+            },
+        };
+        if to == To::Resolver && segment.flags & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN {
+            self.make_room(&segment, key, step, budget);
+        }
+        let Some(flow) = self.flows.get_mut(&key) else {
+            unknown(&segment, to, step);
+            return;
+        };
+        let before = flow.kept();
+        let mut next = match to {
+            To::Resolver => flow.pod_sent(&segment, step),
+            To::Pod => flow.resolver_sent(&segment, step),
+        };
+        let after = flow.kept();
+        budget.used = (budget.used + after).saturating_sub(before);
+        if next == Next::Keep && after > before && budget.used > BYTES {
+            next = flow.lose(packet, "no memory is left", step);
+        }
+        if next == Next::Forget {
+            self.forget(&key, budget);
+        }
+    }
+
+    /// Begins a connection with a SYN, unless it is the SYN of one that is known.
+    fn make_room<D: Decide, O: Out>(
+        &mut self,
+        segment: &Segment<'_>,
+        key: Key,
+        step: &mut Step<'_, D, O>,
+        budget: &mut Budget,
+    ) {
+        if let Some(flow) = self.flows.peek(&key) {
+            if flow.is_opened_by(segment) {
+                return;
+            }
+            // The pod has given it up. The resolver's SYN-ACK must fit the new SYN before anything
+            // else goes on, whether or not it has heard of the end of the old connection.
+            flow.reset_resolver(step.out);
+            self.forget(&key, budget);
+        }
+        if self.flows.len() >= FLOWS
+            && let Some((&oldest, flow)) = self.flows.peek_lru()
+        {
+            flow.lose(segment.packet, "the pod has too many connections", step);
+            self.forget(&oldest, budget);
+        }
+        if let Some(flow) = Flow::new(segment, step.out.interface(), step.now_ns) {
+            budget.used += flow.kept();
+            self.flows.put(key, flow);
+        }
+    }
+
+    fn forget(&mut self, key: &Key, budget: &mut Budget) {
+        if let Some(flow) = self.flows.pop(key) {
+            budget.used = budget.used.saturating_sub(flow.kept());
+        }
+    }
+
+    /// What has to be done from time to time.
+    pub(super) fn tick<D: Decide, O: Out>(
+        &mut self,
+        step: &mut Step<'_, D, O>,
+        budget: &mut Budget,
+    ) {
+        let damaged = std::mem::take(&mut self.damaged);
+        if damaged > 0 {
+            tracing::warn!(
+                segments = damaged,
+                "TCP segments with a wrong checksum were dropped"
+            );
+        }
+        let mut ended = Vec::new();
+        for (&key, flow) in &mut self.flows {
+            let before = flow.kept();
+            if flow.tick(step) == Next::Forget {
+                ended.push(key);
+            }
+            budget.used = (budget.used + flow.kept()).saturating_sub(before);
+        }
+        for key in ended {
+            self.forget(&key, budget);
+        }
+    }
+
+    /// Forgets all connections. The next segment of each resets it.
+    pub(super) fn clear(&mut self, budget: &mut Budget) {
+        let kept: usize = self.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        budget.used = budget.used.saturating_sub(kept);
+        self.flows.clear();
+    }
+}
+
+/// A segment of no connection that is known: of one that an earlier agent followed, or a late one.
+fn unknown<D: Decide, O: Out>(segment: &Segment<'_>, to: To, step: &mut Step<'_, D, O>) {
+    if segment.has(TCP_RST) {
+        put_bare(segment, to, step.out);
+        return;
+    }
+    let opens = segment.has(TCP_SYN);
+    if !segment.payload.is_empty() || (opens && to == To::Pod && !segment.has(TCP_ACK)) {
+        step.decide.lost(segment.packet, "an unknown connection");
+    }
+    reset_unknown(segment, to, step.out);
+}
+
+#[cfg(test)]
+mod tests;

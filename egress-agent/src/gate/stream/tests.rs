@@ -1,0 +1,519 @@
+use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
+use proptest::prelude::*;
+
+use super::{super::pending::Pending, *};
+use crate::dns::{Question, read_question};
+
+const ISN: u32 = u32::MAX - 40;
+const ISS: u32 = u32::MAX - 10;
+const MSS: usize = 300;
+
+/// What was put back: where to, the flags, the sequence number, the acknowledgment, the payload.
+type Seen = (To, u8, u32, u32, Vec<u8>);
+
+#[derive(Default)]
+struct Line(Vec<Seen>);
+
+impl Out for Line {
+    fn put(&mut self, to: To, frame: &[u8]) {
+        let mut packet = Packet::EMPTY;
+        assert_eq!(walk(&frame, &mut packet), Walked::Ip);
+        let segment = Segment::read(frame, &packet).unwrap();
+        assert_eq!(segment.checksum, Checksum::Whole);
+        let payload = segment.payload.to_vec();
+        self.0
+            .push((to, segment.flags, segment.seq, segment.ack, payload));
+    }
+
+    fn interface(&self) -> u32 {
+        0
+    }
+
+    fn turn_to(&mut self, _: u32) {}
+}
+
+struct Frames(Vec<Vec<u8>>);
+
+impl Out for Frames {
+    fn put(&mut self, _: To, frame: &[u8]) {
+        self.0.push(frame.to_vec());
+    }
+
+    fn interface(&self) -> u32 {
+        0
+    }
+
+    fn turn_to(&mut self, _: u32) {}
+}
+
+/// Names that begin with an `n` may not be asked for; answers that begin with an `n` are not
+/// delivered.
+#[derive(Default)]
+struct Rules {
+    lost: usize,
+    answers: Vec<Vec<u8>>,
+}
+
+impl Decide for Rules {
+    fn question(&mut self, message: &[u8], _: &Packet) -> Asked {
+        match read_question(message) {
+            Err(_) => Asked::Unreadable,
+            Ok(question) if question.name_as_sent.get(1) == Some(&b'n') => {
+                Asked::Refused(b"refused".to_vec())
+            }
+            Ok(question) => Asked::Allowed(question),
+        }
+    }
+
+    fn ask(&mut self, _: &Question, _: &Packet, _: &mut Pending) {}
+
+    fn answer(&mut self, message: &[u8], _: &Packet, _: &mut Pending) -> bool {
+        self.answers.push(message.to_vec());
+        !message.starts_with(b"n")
+    }
+
+    fn begins(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
+        !message.starts_with(b"n")
+    }
+
+    fn lost(&mut self, _: &Packet, _: &'static str) {
+        self.lost += 1;
+    }
+}
+
+struct Scene {
+    streams: Streams,
+    budget: Budget,
+    rules: Rules,
+    line: Line,
+    now_ns: u64,
+}
+
+fn frame(to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
+    let (pod, resolver) = (([10, 1, 0, 2], 4000), ([10, 99, 0, 53], 53));
+    let ((src, sport), (dst, dport)) = match to {
+        To::Resolver => (pod, resolver),
+        To::Pod => (resolver, pod),
+    };
+    let mut step = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+        .ipv4(src, dst, 64)
+        .tcp(sport, dport, seq, 500);
+    if flags & TCP_ACK != 0 {
+        step = step.ack(ack);
+    }
+    if flags & TCP_SYN != 0 {
+        let mss = etherparse::TcpOptionElement::MaximumSegmentSize(MSS as u16);
+        step = step.syn().options(&[mss]).unwrap();
+    }
+    if flags & TCP_FIN != 0 {
+        step = step.fin();
+    }
+    if flags & TCP_RST != 0 {
+        step = step.rst();
+    }
+    let mut frame = Vec::new();
+    step.write(&mut frame, payload).unwrap();
+    frame
+}
+
+impl Scene {
+    /// With a connection that is open.
+    fn new() -> Self {
+        let mut scene = Self {
+            streams: Streams::new(),
+            budget: Budget::default(),
+            rules: Rules::default(),
+            line: Line::default(),
+            now_ns: 1,
+        };
+        let opening = [
+            (To::Resolver, TCP_SYN, ISN, 0),
+            (To::Pod, TCP_SYN | TCP_ACK, ISS, ISN.wrapping_add(1)),
+            (
+                To::Resolver,
+                TCP_ACK,
+                ISN.wrapping_add(1),
+                ISS.wrapping_add(1),
+            ),
+        ];
+        for (to, flags, seq, ack) in opening {
+            let seen = scene.step(to, flags, seq, ack, b"");
+            assert_eq!(seen, [(to, flags, seq, ack, Vec::new())]);
+        }
+        scene
+    }
+
+    fn step(&mut self, to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<Seen> {
+        let frame = frame(to, flags, seq, ack, payload);
+        let mut packet = Packet::EMPTY;
+        assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
+        let mut step = Step {
+            decide: &mut self.rules,
+            out: &mut self.line,
+            now_ns: self.now_ns,
+        };
+        self.streams
+            .segment(&frame, &packet, to, &mut step, &mut self.budget);
+        std::mem::take(&mut self.line.0)
+    }
+
+    /// The pod sends bytes at this place of its stream.
+    fn asks(&mut self, at: usize, bytes: &[u8]) -> Vec<Seen> {
+        let ack = ISS.wrapping_add(1);
+        self.step(To::Resolver, TCP_ACK, place(ISN, at), ack, bytes)
+    }
+
+    /// The resolver sends bytes at this place of its stream, having got the pod's up to another.
+    fn answers(&mut self, at: usize, bytes: &[u8], acknowledged: usize) -> Vec<Seen> {
+        let ack = place(ISN, acknowledged);
+        self.step(To::Pod, TCP_ACK, place(ISS, at), ack, bytes)
+    }
+
+    fn ticks(&mut self, seconds: u64) -> Vec<Seen> {
+        self.now_ns += seconds * 1_000_000_000;
+        let mut step = Step {
+            decide: &mut self.rules,
+            out: &mut self.line,
+            now_ns: self.now_ns,
+        };
+        self.streams.tick(&mut step, &mut self.budget);
+        std::mem::take(&mut self.line.0)
+    }
+
+    fn is_reset(&self, seen: &[Seen]) {
+        let to: Vec<To> = seen
+            .iter()
+            .filter(|(_, flags, ..)| flags & TCP_RST != 0)
+            .map(|(to, ..)| *to)
+            .collect();
+        assert_eq!(to, [To::Resolver, To::Pod], "{seen:?}");
+        assert!(seen.iter().all(|(.., payload)| payload.is_empty()));
+        assert!(self.streams.flows.is_empty());
+        assert_eq!(self.budget.used, 0);
+    }
+}
+
+fn place(first: u32, at: usize) -> u32 {
+    first.wrapping_add(1).wrapping_add(at as u32)
+}
+
+fn asking(name: &str) -> Vec<u8> {
+    let mut message = vec![0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    message.push(name.len() as u8);
+    message.extend(name.as_bytes());
+    message.extend([0, 0, 1, 0, 1]);
+    framed(&message)
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    [&(message.len() as u16).to_be_bytes(), message].concat()
+}
+
+/// What was sent on to one side, in the order of its sequence numbers.
+fn stream(seen: &[Seen], towards: To, first: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (_, _, seq, _, payload) in seen.iter().filter(|(to, ..)| *to == towards) {
+        let at = seq.wrapping_sub(first.wrapping_add(1)) as usize;
+        if payload.is_empty() {
+            continue;
+        }
+        assert!(at <= bytes.len(), "a gap");
+        for (i, byte) in payload.iter().enumerate() {
+            match bytes.get(at + i) {
+                Some(known) => assert_eq!(known, byte, "put back differently"),
+                None => bytes.push(*byte),
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_whole_question_and_a_whole_answer_pass_as_they_are() {
+    let mut scene = Scene::new();
+    let question = asking("ask");
+    let seen = scene.asks(0, &question);
+    assert_eq!(stream(&seen, To::Resolver, ISN), question);
+    assert_eq!(seen.len(), 1);
+    let answer = framed(b"an answer");
+    let seen = scene.answers(0, &answer, question.len());
+    assert_eq!(stream(&seen, To::Pod, ISS), answer);
+    assert_eq!(scene.rules.answers, [b"an answer"]);
+    assert_eq!(scene.budget.used, answer.len(), "until the pod has it");
+}
+
+#[test]
+fn what_is_held_is_acknowledged_and_repeated_until_the_resolver_has_it() {
+    let mut scene = Scene::new();
+    let question = asking("ask");
+    let seen = scene.asks(0, &question[..9]);
+    let acknowledged = place(ISN, 9);
+    assert_eq!(
+        seen,
+        [(To::Pod, TCP_ACK, place(ISS, 0), acknowledged, Vec::new())]
+    );
+    let seen = scene.asks(9, &question[9..]);
+    assert_eq!(stream(&seen, To::Resolver, ISN), question);
+    let seen = scene.ticks(1);
+    assert_eq!(stream(&seen, To::Resolver, ISN), &question[..9]);
+    assert_eq!(scene.answers(0, b"", question.len()).len(), 1);
+    assert!(scene.ticks(9).is_empty());
+}
+
+#[test]
+fn a_repetition_passes_until_it_is_acknowledged() {
+    let mut scene = Scene::new();
+    let question = asking("ask");
+    assert_eq!(scene.asks(0, &question), scene.asks(0, &question));
+    scene.answers(0, b"", question.len());
+    let seen = scene.asks(0, &question);
+    let end = place(ISN, question.len());
+    assert_eq!(seen, [(To::Pod, TCP_ACK, place(ISS, 0), end, Vec::new())]);
+    // The other way likewise: then the pod's acknowledgment was lost.
+    let answer = framed(b"an answer");
+    assert_eq!(
+        scene.answers(0, &answer, question.len()),
+        scene.answers(0, &answer, question.len())
+    );
+}
+
+#[test]
+fn a_repetition_with_other_bytes_resets_both() {
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("ask"));
+    let seen = scene.asks(0, &asking("nsk"));
+    scene.is_reset(&seen);
+    let mut scene = Scene::new();
+    scene.answers(0, &framed(b"an answer"), 0);
+    let seen = scene.answers(0, &framed(b"no answer"), 0);
+    scene.is_reset(&seen);
+    assert_eq!(scene.rules.lost, 1);
+}
+
+#[test]
+fn an_answer_that_may_not_be_delivered_resets_both() {
+    let mut scene = Scene::new();
+    let seen = scene.answers(0, &framed(b"no answer"), 0);
+    scene.is_reset(&seen);
+}
+
+#[test]
+fn the_beginning_of_an_answer_passes_if_the_answer_may() {
+    let mut scene = Scene::new();
+    let answer = framed(b"an answer");
+    assert_eq!(
+        stream(&scene.answers(0, &answer[..1], 0), To::Pod, ISS),
+        &answer[..1]
+    );
+    assert_eq!(scene.answers(1, &answer[1..6], 0).len(), 1);
+    assert_eq!(scene.answers(6, &answer[6..], 0).len(), 1);
+    let seen = scene.answers(answer.len(), &framed(b"no answer")[..5], 0);
+    scene.is_reset(&seen);
+}
+
+#[test]
+fn a_refused_question_takes_the_connection_over() {
+    let mut scene = Scene::new();
+    let (first, second) = (asking("no"), asking("never"));
+    let seen = scene.asks(0, &[first.clone(), second.clone()].concat());
+    assert_eq!(stream(&seen, To::Resolver, ISN), b"");
+    let refusals = [framed(b"refused"), framed(b"refused")].concat();
+    assert_eq!(stream(&seen, To::Pod, ISS), refusals);
+    assert!(seen.iter().any(|(to, flags, seq, ..)| {
+        (*to, flags & TCP_RST, *seq) == (To::Resolver, TCP_RST, place(ISN, 0))
+    }));
+    let asked = first.len() + second.len();
+    let (_, _, _, ack, _) = seen.last().unwrap();
+    assert_eq!(*ack, place(ISN, asked));
+    // Not acknowledged, they come again, and so they do when the questions come again.
+    assert_eq!(stream(&scene.ticks(1), To::Pod, ISS), refusals);
+    assert_eq!(stream(&scene.asks(0, &first), To::Pod, ISS), refusals);
+    // What the resolver still says is answered with a reset.
+    let seen = scene.answers(0, &framed(b"late"), 0);
+    assert_eq!(
+        seen,
+        [(To::Resolver, TCP_RST, place(ISN, 0), 0, Vec::new())]
+    );
+    // The pod acknowledges and ends it.
+    let (seq, ack) = (place(ISN, asked), place(ISS, refusals.len()));
+    assert!(scene.step(To::Resolver, TCP_ACK, seq, ack, b"").is_empty());
+    assert!(scene.ticks(1).is_empty());
+    let seen = scene.step(To::Resolver, TCP_ACK | TCP_FIN, seq, ack, b"");
+    let [(To::Pod, flags, ended, got, _)] = seen[..] else {
+        panic!("{seen:?}");
+    };
+    assert_ne!(flags & TCP_FIN, 0);
+    assert_eq!((ended, got), (ack, seq.wrapping_add(1)));
+    let (seq, ack) = (seq.wrapping_add(1), ack.wrapping_add(1));
+    assert!(scene.step(To::Resolver, TCP_ACK, seq, ack, b"").is_empty());
+    assert!(scene.streams.flows.is_empty());
+    assert_eq!(scene.budget.used, 0);
+}
+
+#[test]
+fn a_refusal_that_nobody_acknowledges_ends() {
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("no"));
+    let mut last = Vec::new();
+    for _ in 0..8 {
+        last = scene.ticks(5);
+        if scene.streams.flows.is_empty() {
+            break;
+        }
+    }
+    assert!(scene.streams.flows.is_empty());
+    assert!(last.iter().any(|(_, flags, ..)| flags & TCP_RST != 0));
+}
+
+#[test]
+fn a_connection_that_both_ended_is_forgotten() {
+    let mut scene = Scene::new();
+    let (pod, resolver) = (place(ISN, 0), place(ISS, 0));
+    let fin = TCP_FIN | TCP_ACK;
+    assert_eq!(scene.step(To::Resolver, fin, pod, resolver, b"").len(), 1);
+    let pod = pod.wrapping_add(1);
+    assert_eq!(scene.step(To::Pod, fin, resolver, pod, b"").len(), 1);
+    let resolver = resolver.wrapping_add(1);
+    assert_eq!(
+        scene.step(To::Resolver, TCP_ACK, pod, resolver, b"").len(),
+        1
+    );
+    assert!(scene.streams.flows.is_empty());
+}
+
+#[test]
+fn a_connection_that_needs_more_memory_than_there_is_is_reset() {
+    let mut scene = Scene::new();
+    scene.budget.used = BYTES;
+    let seen = scene.asks(0, &asking("ask")[..9]);
+    let resets = seen.iter().filter(|(_, flags, ..)| flags & TCP_RST != 0);
+    assert_eq!(resets.count(), 2);
+    assert!(scene.streams.flows.is_empty());
+    assert_eq!((scene.rules.lost, scene.budget.used), (1, BYTES));
+}
+
+#[test]
+fn a_connection_too_many_resets_the_one_used_longest_ago() {
+    let mut scene = Scene::new();
+    for port in 0..FLOWS as u16 {
+        let mut frame = Vec::new();
+        etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+            .ipv4([10, 1, 0, 2], [10, 99, 0, 53], 64)
+            .tcp(5000 + port, 53, 7, 500)
+            .syn()
+            .write(&mut frame, b"data that is left out")
+            .unwrap();
+        let mut packet = Packet::EMPTY;
+        assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
+        let mut step = Step {
+            decide: &mut scene.rules,
+            out: &mut scene.line,
+            now_ns: 2,
+        };
+        let budget = &mut scene.budget;
+        scene
+            .streams
+            .segment(&frame, &packet, To::Resolver, &mut step, budget);
+    }
+    assert_eq!(scene.streams.flows.len(), FLOWS);
+    assert_eq!(scene.rules.lost, 1);
+    let resets = scene
+        .line
+        .0
+        .iter()
+        .filter(|(_, flags, ..)| flags & TCP_RST != 0);
+    assert_eq!(resets.count(), 2);
+    assert!(scene.line.0.iter().all(|(.., payload)| payload.is_empty()));
+}
+
+#[test]
+fn a_syn_keeps_the_options_that_say_nothing_about_the_stream() {
+    let known = [2, 4, 1, 44, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
+    // Multipath TCP (30) and fast open (34) among them, and one that is cut.
+    let mut all = vec![30, 4, 0, 1];
+    all.extend(known);
+    all.extend([34, 2, 1, 1, 1, 1, 30, 12]);
+    let mut frame = Vec::new();
+    etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+        .ipv4([10, 1, 0, 2], [10, 99, 0, 53], 64)
+        .tcp(5000, 53, 7, 500)
+        .syn()
+        .options_raw(&all)
+        .unwrap()
+        .write(&mut frame, b"data")
+        .unwrap();
+    let mut packet = Packet::EMPTY;
+    assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
+    let mut frames = Frames(Vec::new());
+    let segment = Segment::read(&frame, &packet).unwrap();
+    frames::put_syn(&segment, To::Resolver, &mut frames);
+    let [put] = &frames.0[..] else {
+        panic!("one frame");
+    };
+    let expected = [&[1; 4][..], &known, &[1; 8]].concat();
+    assert_eq!(put[14 + 20 + 20..], expected);
+    let put = Segment::read(put, &packet).unwrap();
+    assert_eq!((put.checksum, put.mss), (Checksum::Whole, Some(300)));
+}
+
+proptest! {
+    #[test]
+    fn what_is_put_back_is_what_was_sent(
+        questions in prop::collection::vec("[a-m]{1,60}", 1..12),
+        answers in prop::collection::vec(prop::collection::vec(b'a'..=b'm', 0..2000), 0..6),
+        pieces in prop::collection::vec((any::<prop::sample::Index>(), 1usize..1500, any::<bool>()), 0..60),
+    ) {
+        let asked: Vec<u8> = questions.iter().flat_map(|name| asking(name)).collect();
+        let answered: Vec<u8> = answers.iter().flat_map(|message| framed(message)).collect();
+        let mut scene = Scene::new();
+        let mut seen = Vec::new();
+        for (at, len, from_pod) in pieces {
+            let all = if from_pod { &asked } else { &answered };
+            if all.is_empty() {
+                continue;
+            }
+            let at = at.index(all.len());
+            let part = &all[at..(at + len).min(all.len())];
+            seen.extend(if from_pod { scene.asks(at, part) } else { scene.answers(at, part, 0) });
+        }
+        for at in (0..asked.len()).step_by(500) {
+            seen.extend(scene.asks(at, &asked[at..(at + 500).min(asked.len())]));
+        }
+        for at in (0..answered.len()).step_by(500) {
+            seen.extend(scene.answers(at, &answered[at..(at + 500).min(answered.len())], 0));
+        }
+        prop_assert_eq!(stream(&seen, To::Resolver, ISN), asked);
+        prop_assert_eq!(stream(&seen, To::Pod, ISS), answered);
+        prop_assert_eq!(&scene.rules.answers, &answers);
+        prop_assert!(seen.iter().all(|(.., payload)| payload.len() <= MSS));
+        prop_assert_eq!(scene.rules.lost, 0);
+    }
+
+    #[test]
+    fn no_segment_makes_it_panic_or_lets_a_refused_name_out(
+        segments in prop::collection::vec(
+            (any::<bool>(), any::<u8>(), -50i32..200, -5i32..50, any::<prop::sample::Index>(), 0usize..90),
+            0..60,
+        ),
+    ) {
+        let refused = asking("never");
+        let allowed = asking("ask");
+        let mut scene = Scene::new();
+        for (from_pod, flags, seq, ack, at, len) in segments {
+            // As the walk has it.
+            let flags = if flags & TCP_SYN != 0 { flags & !(TCP_FIN | TCP_RST) } else { flags };
+            let source = [allowed.as_slice(), &refused, &framed(b"an answer")].concat();
+            let at = at.index(source.len());
+            let part = &source[at..(at + len).min(source.len())];
+            let (to, first, other) = if from_pod { (To::Resolver, ISN, ISS) } else { (To::Pod, ISS, ISN) };
+            let (seq, ack) = (
+                first.wrapping_add_signed(seq),
+                other.wrapping_add_signed(ack),
+            );
+            for (to, _, _, _, payload) in scene.step(to, flags, seq, ack, part) {
+                let leaked = payload.windows(5).any(|w| w == b"never");
+                prop_assert!(to == To::Pod || !leaked);
+            }
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Segments that no honest stack sends on a connection with a resolver: what the agent has judged is
+//! what the resolver reads, or nothing is.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod,
+    addresses::{RESOLVER, server},
+    dns::{Answer, RecordType, question},
+    frames::{self, Tap},
+    raw::flag,
+};
+use etherparse::ip_number;
+
+/// Where the TCP header of a plain frame over IPv4 begins.
+const TCP: usize = 14 + 20;
+/// What must not leave the node.
+const SECRET: &[u8] = b"\x04evil\x04test";
+
+/// A connection that a pod's kernel has opened with the resolver, and a packet socket in that pod.
+struct Scene {
+    agent: Agent,
+    stream: TcpStream,
+    port: u16,
+    /// Sequence numbers of the first byte of each stream.
+    asked: u32,
+    answered: u32,
+    tap: Tap,
+    uplink: Tap,
+    pod: Pod,
+    lab: Lab,
+}
+
+fn number(frame: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
+    [&length.to_be_bytes(), message].concat()
+}
+
+fn asks(name: &str) -> Vec<u8> {
+    framed(&question(7, name, RecordType::A))
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::new();
+        lab.dns().addresses("shop.test", &[server(10)]);
+        lab.dns().addresses("evil.test", &[server(66)]);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        let agent = lab.start_agent(&[&pod]);
+        let tap = Tap::open(pod.netns(), "eth0");
+        let uplink = Tap::open(lab.outside(), "eth0");
+        let stream = pod.reach_tcp((RESOLVER, 53));
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        let port = stream.local_addr().expect("a connected socket").port();
+        let own = pod.ipv4().into();
+        let accepted = tap
+            .receive(DEADLINE, |frame| {
+                frames::is(frame, RESOLVER, own, ip_number::TCP)
+            })
+            .expect("the SYN-ACK");
+        Self {
+            agent,
+            stream,
+            port,
+            asked: number(&accepted, TCP + 8),
+            answered: number(&accepted, TCP + 4).wrapping_add(1),
+            tap,
+            uplink,
+            pod,
+            lab,
+        }
+    }
+
+    /// Sends a segment past the pod's kernel: at this position of its stream, with these flags.
+    #[track_caller]
+    fn forge(&self, position: u32, flags: u8, payload: &[u8]) {
+        let seq = self.asked.wrapping_add(position);
+        self.forge_from(self.port, seq, flags, payload);
+    }
+
+    #[track_caller]
+    fn forge_from(&self, port: u16, seq: u32, flags: u8, payload: &[u8]) {
+        let mut step =
+            frames::from_pod(&self.pod, self.pod.ipv4().into(), RESOLVER).tcp(port, 53, seq, 500);
+        if flags & flag::ACK != 0 {
+            step = step.ack(self.answered);
+        }
+        if flags & flag::SYN != 0 {
+            step = step.syn();
+        }
+        if flags & flag::FIN != 0 {
+            step = step.fin();
+        }
+        if flags & flag::RST != 0 {
+            step = step.rst();
+        }
+        if flags & flag::URG != 0 {
+            step = step.urg(1);
+        }
+        let mut frame = Vec::new();
+        step.write(&mut frame, payload).expect("a frame");
+        self.tap.send(&frame);
+    }
+
+    /// The connection is reset, both ways, and the agent says why.
+    #[track_caller]
+    fn is_reset(&mut self) {
+        let read = self.stream.read_exact(&mut [0]);
+        let error = read.expect_err("it is reset");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        self.agent.wait_denial("the connection", |d| {
+            d.of(&self.pod) && d.reason == "dns_over_tcp"
+        });
+    }
+
+    /// The connection still works.
+    #[track_caller]
+    fn works(&mut self) {
+        self.stream.write_all(&asks("shop.test")).expect("write");
+        self.answers();
+    }
+
+    #[track_caller]
+    fn answers(&mut self) {
+        let mut length = [0; 2];
+        self.stream.read_exact(&mut length).expect("an answer");
+        let mut message = vec![0; u16::from_be_bytes(length).into()];
+        self.stream.read_exact(&mut message).expect("an answer");
+        assert_eq!(Answer::read(&message).addresses, [server(10)]);
+    }
+
+    /// Nothing of the name has left the node. (A question on a connection of its own comes last.)
+    #[track_caller]
+    fn nothing_left(&self) {
+        let last = self.pod.reach_tcp((RESOLVER, 53));
+        let port = last.local_addr().expect("a connected socket").port();
+        let own: IpAddr = self.pod.ipv4().into();
+        let seen = self.uplink.receive(DEADLINE, |frame| {
+            let leaked = frame.windows(SECRET.len()).any(|w| w == SECRET);
+            assert!(!leaked, "the name left the node: {frame:?}");
+            frames::is(frame, own, RESOLVER, ip_number::TCP)
+                && frame[TCP..TCP + 2] == port.to_be_bytes()
+        });
+        assert!(seen.is_some());
+        assert_eq!(self.lab.dns().asked("evil.test"), 0);
+    }
+}
+
+#[test]
+fn a_repetition_with_other_bytes_resets_the_connection() {
+    let mut scene = Scene::new();
+    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    // The first half is held, and then sent again as something else.
+    scene.stream.write_all(&allowed[..20]).expect("write");
+    let own = scene.pod.ipv4().into();
+    let held = scene.tap.receive(DEADLINE, |frame| {
+        frames::is(frame, RESOLVER, own, ip_number::TCP)
+            && number(frame, TCP + 8) == scene.asked.wrapping_add(20)
+    });
+    assert!(held.is_some(), "what is held is acknowledged");
+    scene.forge(0, flag::ACK, &evil);
+    scene.is_reset();
+    scene.nothing_left();
+}
+
+#[test]
+fn what_comes_out_of_order_is_compared_too() {
+    let mut scene = Scene::new();
+    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    scene.forge(10, flag::ACK, &evil[10..]);
+    scene.stream.write_all(&allowed).expect("write");
+    scene.is_reset();
+    scene.nothing_left();
+}
+
+#[test]
+fn a_question_out_of_order_arrives() {
+    let mut scene = Scene::new();
+    let allowed = asks("shop.test");
+    scene.forge(10, flag::ACK, &allowed[10..]);
+    scene.stream.write_all(&allowed).expect("write");
+    scene.answers();
+    assert!(scene.agent.denials().is_empty());
+}
+
+#[test]
+fn what_was_acknowledged_does_not_go_out_again() {
+    let mut scene = Scene::new();
+    scene.works();
+    scene.forge(0, flag::ACK, &asks("evil.test"));
+    scene.works();
+    scene.nothing_left();
+}
+
+#[test]
+fn another_syn_does_not_move_the_stream() {
+    let mut scene = Scene::new();
+    scene.works();
+    // To the agent a new connection; the resolver's answer shows that to it, it is none.
+    let evil = asks("evil.test");
+    let allowed = asks("shop.test");
+    let moved = scene.asked.wrapping_add(allowed.len() as u32 + 7);
+    scene.forge_from(scene.port, moved.wrapping_sub(1), flag::SYN, &[]);
+    scene.forge_from(scene.port, moved, flag::ACK, &allowed);
+    let evil_at = scene.asked.wrapping_add(allowed.len() as u32);
+    scene.forge_from(scene.port, evil_at, flag::ACK, &evil);
+    scene.nothing_left();
+    assert_eq!(scene.lab.dns().asked("shop.test"), 1);
+}
+
+#[test]
+fn nothing_goes_out_before_the_handshake() {
+    let scene = Scene::new();
+    let evil = asks("evil.test");
+    scene.forge_from(4000, 100, flag::ACK, &evil);
+    scene.forge_from(4001, 100, flag::SYN, &evil);
+    scene.forge_from(4001, 101, flag::ACK, &evil);
+    scene.forge_from(4002, 100, flag::FIN | flag::ACK, &evil);
+    scene.forge_from(4003, 100, flag::RST, &evil);
+    scene.forge_from(4004, 100, 0, &evil);
+    scene.nothing_left();
+}
+
+#[test]
+fn a_reset_and_an_end_carry_nothing_out() {
+    let scene = Scene::new();
+    let evil = asks("evil.test");
+    scene.forge(5000, flag::RST | flag::ACK, &evil);
+    scene.forge(0, flag::ACK, &evil);
+    scene.nothing_left();
+    let scene = Scene::new();
+    scene.forge(0, flag::FIN | flag::ACK, &evil[..evil.len() - 1]);
+    scene.nothing_left();
+}
+
+#[test]
+fn urgent_data_resets_the_connection() {
+    let mut scene = Scene::new();
+    scene.forge(0, flag::ACK | flag::URG, &asks("shop.test"));
+    scene.is_reset();
+    assert!(scene.lab.dns().questions().is_empty());
+}
+
+#[test]
+fn a_segment_with_a_wrong_checksum_counts_for_nothing() {
+    let mut scene = Scene::new();
+    let own = scene.pod.ipv4().into();
+    let step = frames::from_pod(&scene.pod, own, RESOLVER)
+        .tcp(scene.port, 53, scene.asked, 500)
+        .ack(scene.answered);
+    let mut frame = Vec::new();
+    step.write(&mut frame, &asks("evil.test")).expect("a frame");
+    frame[TCP + 16] ^= 0x55;
+    scene.tap.send(&frame);
+    scene.works();
+    assert!(scene.agent.denials().is_empty());
+    scene.nothing_left();
+}
+
+#[test]
+fn what_the_resolver_did_not_send_cannot_be_acknowledged() {
+    let mut scene = Scene::new();
+    scene.answered = scene.answered.wrapping_add(5000);
+    scene.forge(0, flag::ACK, &asks("evil.test"));
+    scene.works();
+    scene.nothing_left();
+}
+
+#[test]
+fn a_connection_that_the_resolver_opens_does_not_come_about() {
+    let lab = Lab::builder().without_dns().build();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let listener = pod.listen_tcp(8080);
+    listener.set_nonblocking(true).expect("a listener");
+    let connected = lab.outside().run(|| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+            .expect("a socket");
+        let own = SocketAddr::new(RESOLVER, 53).into();
+        socket.bind(&own).expect("the resolver's port is free");
+        let pod = SocketAddr::new(pod.ipv4().into(), 8080).into();
+        socket.connect_timeout(&pod, egress_tests::SHORT)
+    });
+    assert!(connected.is_err());
+    assert!(listener.accept().is_err(), "nothing arrived");
+    agent.wait_denial("the SYN", |d| d.of(&pod) && d.reason == "dns_over_tcp");
+}

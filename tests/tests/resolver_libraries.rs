@@ -1,0 +1,228 @@
+//! Programs with the resolvers that programs have: a truncated answer over UDP sends each of them to
+//! TCP, where it gets the rest.
+
+use std::{
+    env, fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+use egress_tests::{
+    Agent, Lab, Pod, TcpEcho,
+    addresses::{RESOLVER, server, server6},
+    dns::{RecordType, Send, address},
+};
+
+/// A pod that may reach `big.test`, which has more addresses than an answer over UDP has room for.
+struct Scene {
+    _web: TcpEcho,
+    agent: Agent,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::new();
+        let web = lab.serve_tcp(443);
+        lab.dns().on("big.test", |asked| {
+            vec![match asked.qtype {
+                _ if !asked.tcp => Send::truncated(asked),
+                RecordType::A => Send::answer(asked, &[address(server(10))]),
+                RecordType::AAAA => Send::answer(asked, &[address(server6(10))]),
+                _ => Send::answer(asked, &[]),
+            }]
+        });
+        lab.dns().addresses("evil.test", &[server(66), server6(66)]);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "big.test:443")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self {
+            _web: web,
+            agent,
+            pod,
+            lab,
+        }
+    }
+
+    /// Runs a program in the pod, with its resolver and these options in /etc/resolv.conf.
+    #[track_caller]
+    fn run(&self, options: &str, command: &mut Command) -> Output {
+        let settings = self.lab.directory().join("resolv.conf");
+        let text = format!("nameserver {RESOLVER}\noptions timeout:2 {options}\n");
+        fs::write(&settings, text).expect("write resolv.conf");
+        let mut wrapped = Command::new("unshare");
+        // In a mount namespace of its own the program has the pod's resolv.conf.
+        let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+        wrapped.args(["--mount", "sh", "-c", script]);
+        wrapped.arg(settings).arg(command.get_program());
+        wrapped.args(command.get_args());
+        for (name, value) in command.get_envs() {
+            wrapped.env(name, value.unwrap_or_default());
+        }
+        let output = self.pod.netns().run(|| wrapped.output());
+        output.expect("unshare, of the package util-linux")
+    }
+
+    /// The program, given a name, prints its addresses, got over TCP, and may connect to them. It
+    /// finds no address for a name that may not be asked, and nothing of that leaves the node.
+    #[track_caller]
+    fn resolves(&self, options: &str, command: impl Fn(&str) -> Command) {
+        let found = self.run(options, &mut command("big.test"));
+        let printed = String::from_utf8_lossy(&found.stdout);
+        let said = String::from_utf8_lossy(&found.stderr);
+        assert!(
+            printed.contains("203.0.113.10") && printed.contains("2001:db8::a"),
+            "{printed}{said}"
+        );
+        let questions = self.lab.dns().questions();
+        assert!(
+            questions.iter().any(|question| question.tcp),
+            "{questions:?}"
+        );
+        self.pod.talks_tcp((server(10), 443));
+        self.pod.talks_tcp((server6(10), 443));
+
+        let refused = self.run(options, &mut command("evil.test"));
+        let printed = String::from_utf8_lossy(&refused.stdout);
+        assert!(
+            !printed.contains("203.0.113.66") && !printed.contains("2001:db8::42"),
+            "{printed}"
+        );
+        self.agent.wait_denial("the refused question", |denial| {
+            denial.is_question(&self.pod, "evil.test")
+        });
+        assert_eq!(self.lab.dns().asked("evil.test"), 0);
+    }
+}
+
+/// A shell for `dig`, which asks for one type at a time.
+fn dig(options: &str, name: &str) -> Command {
+    let mut command = Command::new("dig");
+    command.args(["+short", options, name, "A", name, "AAAA"]);
+    command
+}
+
+#[test]
+fn dig_gets_the_rest_over_tcp() {
+    Scene::new().resolves("", |name| dig("+edns", name));
+}
+
+#[test]
+fn dig_asks_over_tcp_on_one_connection() {
+    Scene::new().resolves("", |name| {
+        let mut command = dig("+keepopen", name);
+        command.arg("+tcp");
+        command
+    });
+}
+
+fn getent(name: &str) -> Command {
+    let mut command = Command::new("getent");
+    command.args(["ahosts", name]);
+    command
+}
+
+#[test]
+fn glibc_gets_the_rest_over_tcp() {
+    Scene::new().resolves("", getent);
+}
+
+#[test]
+fn glibc_asks_over_tcp_when_told_to() {
+    Scene::new().resolves("use-vc", getent);
+}
+
+#[test]
+fn glibc_learns_at_once_what_is_refused_over_tcp() {
+    let mut scene = Scene::new();
+    let refused = scene.run("use-vc attempts:1", &mut getent("evil.test"));
+    assert_eq!(refused.status.code(), Some(2), "the name does not exist");
+    assert!(scene.agent.stop().success());
+    let denials = scene.agent.denials();
+    let mut types: Vec<_> = denials.iter().filter_map(|d| d.dns_type.clone()).collect();
+    types.sort();
+    assert_eq!(types, ["A", "AAAA"], "each was answered once");
+    assert!(scene.lab.dns().questions().is_empty());
+}
+
+#[test]
+fn python_gets_the_rest_over_tcp() {
+    Scene::new().resolves("", |name| {
+        let mut command = Command::new("/usr/bin/python3");
+        let script = "import socket, sys\n\
+                      for a in socket.getaddrinfo(sys.argv[1], 443): print(a[4][0])";
+        command.args(["-c", script, name]);
+        command
+    });
+}
+
+#[test]
+fn musl_gets_the_rest_over_tcp() {
+    let scene = Scene::new();
+    let source = scene.lab.directory().join("lookup.rs");
+    let program = scene.lab.directory().join("lookup");
+    let text = "fn main() {\n\
+                    let name = std::env::args().nth(1).unwrap();\n\
+                    let found = std::net::ToSocketAddrs::to_socket_addrs(&(name, 443)).unwrap();\n\
+                    for address in found { println!(\"{}\", address.ip()); }\n\
+                }\n";
+    fs::write(&source, text).expect("write a program");
+    built(
+        Command::new("rustc")
+            .arg("--target")
+            .arg(format!("{}-unknown-linux-musl", env::consts::ARCH))
+            .args(["--edition", "2024", "-o"])
+            .args([&program, &source]),
+    );
+    scene.resolves("", |name| {
+        let mut command = Command::new(&program);
+        command.arg(name);
+        command
+    });
+}
+
+#[test]
+fn go_gets_the_rest_over_tcp() {
+    let scene = Scene::new();
+    let source = scene.lab.directory().join("lookup.go");
+    let program = scene.lab.directory().join("lookup-go");
+    let text = "package main\n\
+                import (\"fmt\"; \"net\"; \"os\")\n\
+                func main() {\n\
+                    found, err := net.LookupHost(os.Args[1])\n\
+                    if err != nil { fmt.Fprintln(os.Stderr, err); os.Exit(1) }\n\
+                    for _, address := range found { fmt.Println(address) }\n\
+                }\n";
+    fs::write(&source, text).expect("write a program");
+    built(
+        Command::new("go")
+            .env("CGO_ENABLED", "0")
+            .env("GOCACHE", cache("go"))
+            .args(["build", "-o"])
+            .args([&program, &source]),
+    );
+    scene.resolves("", |name| {
+        let mut command = Command::new(&program);
+        command.arg(name).env("GODEBUG", "netdns=go");
+        command
+    });
+}
+
+/// A directory that stays, below cargo's.
+fn cache(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+#[track_caller]
+fn built(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}; `cargo xtask setup` installs it"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
