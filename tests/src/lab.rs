@@ -8,6 +8,12 @@ use std::{
     sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 
+/// Both ends of the link to the outside know each other from the start: a second passes before an
+/// interface that has just come up hears the multicast of IPv6's neighbour discovery.
+const UPLINK: &str = "02:00:00:ff:00:01";
+/// See [`UPLINK`].
+const OUTSIDE: &str = "02:00:00:ff:00:02";
+
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::geteuid,
@@ -124,16 +130,19 @@ impl Lab {
         let node = Namespace::create(&format!("{name}-node"), true);
         let outside = Namespace::create(&format!("{name}-outside"), false);
         node.ip_batch(&format!(
-            "link add uplink mtu {mtu} type veth peer name eth0 mtu {mtu} netns {outside}\n\
+            "link add uplink mtu {mtu} address {UPLINK} \
+             type veth peer name eth0 mtu {mtu} address {OUTSIDE} netns {outside}\n\
              addr add 10.98.0.1/30 dev uplink\n\
              addr add fd98::1/64 dev uplink nodad\n\
-             link set uplink up\n",
+             link set uplink up\n\
+             neigh add fd98::2 lladdr {OUTSIDE} dev uplink\n",
             outside = outside.name()
         ));
         let mut lines = format!(
             "addr add 10.98.0.2/30 dev eth0\n\
              addr add fd98::2/64 dev eth0 nodad\n\
              link set eth0 up\n\
+             neigh add fd98::1 lladdr {UPLINK} dev eth0\n\
              route add {PODS} via 10.98.0.1\n\
              route add {PODS6} via fd98::1\n"
         );
