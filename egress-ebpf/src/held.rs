@@ -3,8 +3,9 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::BPF_RB_AVAIL_DATA,
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::{bpf_ringbuf_query, bpf_skb_load_bytes},
+    maps::ring_buf::RingBufEntry,
 };
 use egress_common::{
     limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES},
@@ -15,7 +16,7 @@ use egress_common::{
 
 use crate::{
     counters::count,
-    maps::{HELD, METER},
+    maps::{GATE_AWAKE, HELD, METER},
     skb::{Skb, now_ns},
 };
 
@@ -129,8 +130,36 @@ fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
         entry.discard(0);
         return false;
     }
-    entry.submit(0);
+    submit(entry);
     true
+}
+
+/// Gives the entry to the gate, and wakes it only if it sleeps: waking costs both sides more than
+/// the message itself.
+///
+/// The gate says that it is about to sleep and then looks at the ring once more. An entry is in the
+/// ring before the second question here (`bpf_ringbuf_commit` exchanges the entry's header, which
+/// is a full barrier), so either the gate finds it, or it is found asleep and woken.
+#[inline(always)]
+fn submit<T: 'static>(entry: RingBufEntry<T>) {
+    if !is_gate_awake() {
+        entry.submit(0);
+        return;
+    }
+    entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+    if !is_gate_awake()
+        && let Some(nothing) = HELD.reserve_untyped::<u64>(0)
+    {
+        nothing.discard(u64::from(BPF_RB_FORCE_WAKEUP));
+    }
+}
+
+#[inline(always)]
+fn is_gate_awake() -> bool {
+    // SAFETY: the entry is an aligned word that is there for as long as the map.
+    GATE_AWAKE
+        .get(0)
+        .is_some_and(|awake| unsafe { core::ptr::from_ref(awake).read_volatile() } != 0)
 }
 
 /// Whether more than half of the ring waits for the agent.

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use egress_common::{
@@ -60,6 +60,10 @@ pub static HELD: RingBuf<Held, { HELD_RING_BYTES as usize }> = RingBuf::new();
 
 #[btf_map(name = "denials")]
 pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::new();
+
+/// Whether the gate is looking at the ring [`HELD`] by itself (1), or sleeps and must be woken (0).
+#[btf_map(name = "gate_awake")]
+pub static GATE_AWAKE: Array<u32, 1> = Array::new();
 
 /// Mark of a frame that the agent puts back on its way to the pod. Never zero once loaded.
 #[unsafe(no_mangle)]

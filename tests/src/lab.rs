@@ -8,12 +8,6 @@ use std::{
     sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 
-/// Both ends of the link to the outside know each other from the start: a second passes before an
-/// interface that has just come up hears the multicast of IPv6's neighbour discovery.
-const UPLINK: &str = "02:00:00:ff:00:01";
-/// See [`UPLINK`].
-const OUTSIDE: &str = "02:00:00:ff:00:02";
-
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::geteuid,
@@ -25,6 +19,12 @@ use crate::{
     addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER},
     namespace::{Namespace, PREFIX, sweep},
 };
+
+/// Both ends of the link to the outside know each other from the start: a second passes before an
+/// interface that has just come up hears the multicast of IPv6's neighbour discovery.
+const UPLINK: &str = "02:00:00:ff:00:01";
+/// See [`UPLINK`].
+const OUTSIDE: &str = "02:00:00:ff:00:02";
 
 /// What a [`Lab`] is built from.
 #[derive(Debug)]

@@ -37,6 +37,7 @@ const SHARED_MAPS: &[&str] = &[
     "counters",
     "held",
     "denials",
+    "gate_awake",
 ];
 
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
@@ -172,10 +173,9 @@ impl Datapath {
     ///
     /// When it was taken already or cannot be mapped.
     pub fn take_held(&mut self) -> Result<HeldRing> {
-        Ok(HeldRing::new(aya::maps::RingBuf::try_from(take(
-            &mut self.ebpf,
-            "held",
-        )?)?))
+        let ring = aya::maps::RingBuf::try_from(take(&mut self.ebpf, "held")?)?;
+        let awake = aya::maps::Array::try_from(take(&mut self.ebpf, "gate_awake")?)?;
+        HeldRing::new(ring, awake)
     }
 
     /// The ring of denials. There can be only one reader.

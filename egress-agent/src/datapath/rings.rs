@@ -1,12 +1,21 @@
 //! The ring buffers: DNS messages that were taken, and denials.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    sync::atomic::{Ordering, fence},
+};
 
-use aya::maps::{MapData, RingBuf};
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, MapData, RingBuf};
 use egress_common::records::{Denial, Held};
 
 /// The ring of DNS messages that wait for the agent.
-pub struct HeldRing(RingBuf<MapData>);
+///
+/// A message wakes whoever waits for the ring only while [`Self::say_asleep`] was said last.
+pub struct HeldRing {
+    ring: RingBuf<MapData>,
+    awake: Array<MapData, u32>,
+}
 
 /// One message from the ring.
 #[derive(Clone, Copy, Debug)]
@@ -18,13 +27,44 @@ pub struct HeldFrame<'a> {
 }
 
 impl HeldRing {
-    pub(super) fn new(ring: RingBuf<MapData>) -> Self {
-        Self(ring)
+    pub(super) fn new(ring: RingBuf<MapData>, awake: Array<MapData, u32>) -> Result<Self> {
+        let mut new = Self { ring, awake };
+        // An earlier agent may have been killed while it was awake.
+        new.say_asleep()?;
+        Ok(new)
+    }
+
+    /// From now on nobody is woken: the ring is looked at again and again.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written; messages then go on waking.
+    pub fn say_awake(&mut self) -> Result<()> {
+        self.set_awake(1)
+    }
+
+    /// From now on every message wakes. Messages that came before do not: look once more before
+    /// waiting.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written; messages then do not wake.
+    pub fn say_asleep(&mut self) -> Result<()> {
+        self.set_awake(0)
+    }
+
+    fn set_awake(&mut self, awake: u32) -> Result<()> {
+        self.awake
+            .set(0, awake, 0)
+            .context("cannot write the map `gate_awake`")?;
+        // The ring is not to be looked at before the programs can see what was written.
+        fence(Ordering::SeqCst);
+        Ok(())
     }
 
     /// Gives the next message to `take`; returns whether there was one.
     pub fn next(&mut self, take: impl FnOnce(HeldFrame<'_>)) -> bool {
-        let Some(item) = self.0.next() else {
+        let Some(item) = self.ring.next() else {
             return false;
         };
         if let Some((head, rest)) = read::<Held>(&item)
@@ -38,7 +78,7 @@ impl HeldRing {
 
 impl AsFd for HeldRing {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.ring.as_fd()
     }
 }
 

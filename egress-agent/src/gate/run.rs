@@ -92,8 +92,24 @@ impl Runner {
             } else if now < awake_until {
                 std::thread::yield_now();
             } else {
-                self.wait(next_tick);
+                self.sleep(next_tick);
             }
+        }
+    }
+
+    /// Waits for a message or a command. While the thread is awake, messages do not wake it.
+    fn sleep(&mut self, until: Instant) {
+        let mut until = until;
+        if let Err(error) = self.ring.say_asleep() {
+            tracing::error!(%error, "the gate sleeps only briefly");
+            until = Instant::now();
+        }
+        // What came before the programs knew.
+        if !self.decide_next() {
+            self.wait(until);
+        }
+        if let Err(error) = self.ring.say_awake() {
+            tracing::warn!(%error, "each message wakes the gate");
         }
     }
 
