@@ -51,7 +51,13 @@ impl Signed {
         });
         let entries = "shop.test:443 www.test:443 *.old.test:443";
         // Who validates asks for the keys of the zones above, too.
-        lab.write_pod(&pod, &[("allow", entries), ("resolve", "test none.test")]);
+        lab.write_pod(
+            &pod,
+            &[
+                ("allow", entries),
+                ("resolve", "test none.test new.test a.new.test"),
+            ],
+        );
         let agent = lab.start_agent(&[&pod]);
         Self {
             pod,
@@ -164,6 +170,8 @@ fn a_pod_validates_signatures_through_the_gate() {
     for (name, qtype, address) in [
         ("shop.test", "A", Some(server(10))),
         ("www.test", "A", Some(server(10))),
+        // A name of a renamed subtree: the validator asks for what it leads to by itself.
+        ("a.old.test", "A", Some(server(11))),
         // That there is none is signed, too.
         ("none.test", "A", None),
         ("shop.test", "AAAA", None),
