@@ -16,7 +16,6 @@ mod common;
 use std::{
     fs,
     net::IpAddr,
-    ops::Range,
     process::{Child, Command, Stdio},
     thread,
 };
@@ -24,14 +23,11 @@ use std::{
 use common::{
     Spread, cpu_ns,
     dns::{Client, ZONE},
-    print_table, quantile,
+    place, print_table, quantile,
     responder::Responder,
 };
 use egress_tests::{Lab, addresses::RESOLVER, eventually};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use nix::unistd::Pid;
 
 const ROUNDS: usize = 30;
 /// Names in one round, asked one by one.
@@ -184,15 +180,6 @@ fn main() {
         );
         report(&ways);
     }
-}
-
-/// Keeps a thread on these CPUs.
-fn place(thread: Pid, cpus: Range<usize>) {
-    let mut set = CpuSet::new();
-    for cpu in cpus {
-        set.set(cpu).expect("a CPU's number");
-    }
-    sched_setaffinity(thread, &set).expect("the machine has two CPUs");
 }
 
 fn report(ways: &[Way; 3]) {

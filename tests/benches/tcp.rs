@@ -12,7 +12,6 @@ mod common;
 use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    ops::Range,
     sync::mpsc,
     thread,
     time::Instant,
@@ -21,14 +20,11 @@ use std::{
 use common::{
     Spread, cpu_ns,
     dns::{ZONE, fresh, number_of, question},
-    print_table, quantile,
+    place, print_table, quantile,
     responder::reply,
 };
 use egress_tests::{DEADLINE, Lab, Pod, addresses::RESOLVER};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::{Pid, gettid},
-};
+use nix::unistd::{Pid, gettid};
 
 const ROUNDS: usize = 30;
 /// Connections in one round, each with one question.
@@ -155,13 +151,4 @@ fn main() {
             ],
         ]);
     }
-}
-
-/// Keeps a thread, and those that it starts, on these CPUs.
-fn place(thread: Pid, cpus: Range<usize>) {
-    let mut set = CpuSet::new();
-    for cpu in cpus {
-        set.set(cpu).expect("a CPU's number");
-    }
-    sched_setaffinity(thread, &set).expect("the machine has two CPUs");
 }

@@ -2,23 +2,16 @@
 
 use std::{
     fs,
-    path::Path,
     process::{Command, Output},
 };
 
 use crate::{Lab, Pod};
 
 impl Lab {
-    /// Runs a program to its end in the pod's network, with this text as its `/etc/resolv.conf`,
-    /// in a mount namespace of its own.
+    /// Runs a program, with its arguments and variables, to its end in the pod's network, with this
+    /// text as its `/etc/resolv.conf`, in a mount namespace of its own.
     #[track_caller]
-    pub fn run_in(
-        &self,
-        pod: &Pod,
-        resolv_conf: &str,
-        program: &Path,
-        arguments: &[&str],
-    ) -> Output {
+    pub fn run_in(&self, pod: &Pod, resolv_conf: &str, program: &Command) -> Output {
         let settings = self.directory().join(format!("resolv-{}.conf", pod.name()));
         fs::write(&settings, resolv_conf).expect("write resolv.conf");
         let mut command = Command::new("unshare");
@@ -27,8 +20,11 @@ impl Lab {
             .arg("mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"")
             .arg("sh")
             .arg(&settings)
-            .arg(program)
-            .args(arguments);
+            .arg(program.get_program())
+            .args(program.get_args());
+        for (name, value) in program.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
         pod.netns()
             .run(|| command.output())
             .expect("unshare, of the package util-linux")

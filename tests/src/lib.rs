@@ -34,6 +34,7 @@ mod pod;
 mod process;
 pub mod programs;
 pub mod raw;
+pub mod resolvers;
 mod servers;
 mod wait;
 

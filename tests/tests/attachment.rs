@@ -20,10 +20,7 @@ impl Scene {
     #[track_caller]
     fn new() -> Self {
         let lab = Lab::new();
-        let web = lab.serve_tcp(443);
-        lab.dns().addresses("shop.test", &[server(10)]);
-        let pod = lab.pod("shop", "cart");
-        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        let (web, pod) = lab.shop_and_cart("shop.test:443");
         Self {
             _web: web,
             pod,

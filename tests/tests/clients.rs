@@ -91,7 +91,8 @@ impl Scene {
              search shop.svc.cluster.test svc.cluster.test cluster.test corp.example\n\
              options ndots:5\n"
         );
-        let output = self.lab.run_in(&self.pod, &settings, program, names);
+        let mut command = Command::new(program);
+        let output = self.lab.run_in(&self.pod, &settings, command.args(names));
         format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),

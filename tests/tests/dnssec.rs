@@ -1,16 +1,12 @@
 //! Signed answers pass as they are: a pod that validates can.
 
-use std::{
-    fs,
-    path::PathBuf,
-    process::{Command, Stdio},
-};
+use std::{fs, path::PathBuf, process::Command};
 
 use egress_tests::{
-    DEADLINE, Lab, Pod, Running, SHORT,
+    DEADLINE, Lab, Pod, Running,
     addresses::{RESOLVER, server},
-    dns::{RecordType, ResponseCode, question},
-    eventually,
+    dns::{RecordType, question},
+    resolvers::unbound,
 };
 
 const ZONE: &str = "\
@@ -32,7 +28,7 @@ struct Signed {
     free: Pod,
     anchor: PathBuf,
     agent: egress_tests::Agent,
-    _unbound: Running,
+    _resolver: Running,
     lab: Lab,
 }
 
@@ -41,14 +37,8 @@ impl Signed {
     fn new() -> Self {
         let lab = Lab::builder().without_dns().build();
         let anchor = sign(&lab);
-        let mut unbound = lab.run_outside(&mut unbound(&lab));
+        let resolver = lab.run_resolver(&mut unbound(&lab, "test.signed"));
         let (pod, free) = (lab.pod("shop", "cart"), lab.pod("shop", "free"));
-        eventually("the resolver answers", || {
-            let ended = unbound.ended();
-            assert!(ended.is_none(), "unbound ended: {ended:?}");
-            let answer = free.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
-            (answer.code == ResponseCode::NoError).then_some(())
-        });
         let entries = "shop.test:443 www.test:443 *.old.test:443";
         // Who validates asks for the keys of the zones above, too.
         lab.write_pod(
@@ -64,7 +54,7 @@ impl Signed {
             free,
             anchor,
             agent,
-            _unbound: unbound,
+            _resolver: resolver,
             lab,
         }
     }
@@ -129,38 +119,6 @@ fn sign(lab: &Lab) -> PathBuf {
     );
     fs::write(&anchor, text).expect("write the anchor");
     anchor
-}
-
-fn unbound(lab: &Lab) -> Command {
-    let directory = lab.directory().display().to_string();
-    let configuration = format!(
-        "server:\n\
-         \x20 interface: {RESOLVER}\n\
-         \x20 access-control: 0.0.0.0/0 allow\n\
-         \x20 username: \"\"\n\
-         \x20 chroot: \"\"\n\
-         \x20 directory: \"{directory}\"\n\
-         \x20 pidfile: \"\"\n\
-         \x20 use-syslog: no\n\
-         \x20 do-daemonize: no\n\
-         \x20 module-config: \"iterator\"\n\
-         \x20 num-threads: 1\n\
-         \x20 rrset-roundrobin: no\n\
-         \x20 local-zone: \"test.\" nodefault\n\
-         remote-control:\n\
-         \x20 control-enable: no\n\
-         auth-zone:\n\
-         \x20 name: \"test.\"\n\
-         \x20 zonefile: \"{directory}/test.signed\"\n\
-         \x20 for-downstream: yes\n\
-         \x20 for-upstream: no\n"
-    );
-    let file = lab.directory().join("unbound.conf");
-    fs::write(&file, configuration).expect("write a configuration");
-    let mut command = Command::new("/usr/sbin/unbound");
-    command.arg("-d").arg("-c").arg(file);
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    command
 }
 
 #[test]

@@ -22,11 +22,8 @@ impl Scene {
     #[track_caller]
     fn new(arguments: &[&str]) -> Self {
         let lab = Lab::new();
-        let web = lab.serve_tcp(443);
-        lab.dns().addresses("shop.test", &[server(10)]);
         lab.dns().addresses("later.test", &[server(20)]);
-        let pod = lab.pod("shop", "cart");
-        lab.write_pod(&pod, &[("allow", "shop.test:443 later.test:443")]);
+        let (web, pod) = lab.shop_and_cart("shop.test:443 later.test:443");
         let agent = lab.start_agent_with(arguments, &[&pod]);
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
         Self {

@@ -1,16 +1,12 @@
 //! The main job with resolvers that nobody here wrote.
 
-use std::{
-    fs,
-    net::IpAddr,
-    process::{Command, Stdio},
-};
+use std::{fs, net::IpAddr, process::Command};
 
 use egress_tests::{
-    Lab, Pod, Running, SHORT,
+    Lab, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server, server6},
     dns::{RecordType, ResponseCode},
-    eventually,
+    eventually, resolvers,
 };
 
 const ZONE: &str = "\
@@ -26,57 +22,9 @@ deep IN CNAME www
 evil IN A 203.0.113.66
 ";
 
-/// Starts a program as the resolver and waits until it answers.
-#[track_caller]
-fn serve(lab: &Lab, command: &mut Command) -> Running {
-    let log = lab.directory().join("resolver.log");
-    let file = fs::File::create(&log).expect("a file for the resolver's log");
-    command.stdout(Stdio::null()).stderr(file);
-    let mut running = lab.run_outside(command);
-    let probe = lab.pod("lab", "probe");
-    eventually("the resolver answers", || {
-        if let Some(status) = running.ended() {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            panic!("the resolver ended with {status}: {said}");
-        }
-        let answer = probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
-        (answer.code == ResponseCode::NoError).then_some(())
-    });
-    running
-}
-
 fn unbound(lab: &Lab) -> Command {
-    let directory = lab.directory();
-    fs::write(directory.join("test.zone"), ZONE).expect("write a zone");
-    let configuration = format!(
-        "server:\n\
-         \x20 interface: {RESOLVER}\n\
-         \x20 interface: {RESOLVER6}\n\
-         \x20 access-control: 0.0.0.0/0 allow\n\
-         \x20 access-control: ::0/0 allow\n\
-         \x20 username: \"\"\n\
-         \x20 chroot: \"\"\n\
-         \x20 directory: \"{directory}\"\n\
-         \x20 pidfile: \"\"\n\
-         \x20 use-syslog: no\n\
-         \x20 do-daemonize: no\n\
-         \x20 module-config: \"iterator\"\n\
-         \x20 num-threads: 1\n\
-         \x20 local-zone: \"test.\" nodefault\n\
-         remote-control:\n\
-         \x20 control-enable: no\n\
-         auth-zone:\n\
-         \x20 name: \"test.\"\n\
-         \x20 zonefile: \"{directory}/test.zone\"\n\
-         \x20 for-downstream: yes\n\
-         \x20 for-upstream: no\n",
-        directory = directory.display()
-    );
-    let file = directory.join("unbound.conf");
-    fs::write(&file, configuration).expect("write a configuration");
-    let mut command = Command::new("/usr/sbin/unbound");
-    command.arg("-d").arg("-c").arg(file);
-    command
+    fs::write(lab.directory().join("test.zone"), ZONE).expect("write a zone");
+    resolvers::unbound(lab, "test.zone")
 }
 
 fn dnsmasq(lab: &Lab) -> Command {
@@ -115,7 +63,7 @@ fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
     let lab = Lab::builder().without_dns().build();
     let _web = lab.serve_tcp(443);
     let mut command = resolver(&lab);
-    let _resolver = serve(&lab, &mut command);
+    let _resolver = lab.run_resolver(&mut command);
     let (direct, chained) = (lab.pod("shop", "direct"), lab.pod("shop", "chained"));
     lab.write_pod(&direct, &[("allow", "shop.test:443")]);
     lab.write_pod(&chained, &[("allow", "deep.test:443")]);

@@ -48,28 +48,16 @@ impl Scene {
 
     /// Runs a program in the pod, with its resolver and these options in /etc/resolv.conf.
     #[track_caller]
-    fn run(&self, options: &str, command: &mut Command) -> Output {
-        let settings = self.lab.directory().join("resolv.conf");
-        let text = format!("nameserver {RESOLVER}\noptions timeout:2 {options}\n");
-        fs::write(&settings, text).expect("write resolv.conf");
-        let mut wrapped = Command::new("unshare");
-        // In a mount namespace of its own the program has the pod's resolv.conf.
-        let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
-        wrapped.args(["--mount", "sh", "-c", script]);
-        wrapped.arg(settings).arg(command.get_program());
-        wrapped.args(command.get_args());
-        for (name, value) in command.get_envs() {
-            wrapped.env(name, value.unwrap_or_default());
-        }
-        let output = self.pod.netns().run(|| wrapped.output());
-        output.expect("unshare, of the package util-linux")
+    fn run(&self, options: &str, command: &Command) -> Output {
+        let settings = format!("nameserver {RESOLVER}\noptions timeout:2 {options}\n");
+        self.lab.run_in(&self.pod, &settings, command)
     }
 
     /// The program, given a name, prints its addresses, got over TCP, and may connect to them. It
     /// finds no address for a name that may not be asked, and nothing of that leaves the node.
     #[track_caller]
     fn resolves(&self, options: &str, command: impl Fn(&str) -> Command) {
-        let found = self.run(options, &mut command("big.test"));
+        let found = self.run(options, &command("big.test"));
         let printed = String::from_utf8_lossy(&found.stdout);
         let said = String::from_utf8_lossy(&found.stderr);
         assert!(
@@ -84,7 +72,7 @@ impl Scene {
         self.pod.talks_tcp((server(10), 443));
         self.pod.talks_tcp((server6(10), 443));
 
-        let refused = self.run(options, &mut command("evil.test"));
+        let refused = self.run(options, &command("evil.test"));
         let printed = String::from_utf8_lossy(&refused.stdout);
         assert!(
             !printed.contains("203.0.113.66") && !printed.contains("2001:db8::42"),
@@ -137,7 +125,7 @@ fn glibc_asks_over_tcp_when_told_to() {
 #[test]
 fn glibc_learns_at_once_what_is_refused_over_tcp() {
     let mut scene = Scene::new();
-    let refused = scene.run("use-vc attempts:1", &mut getent("evil.test"));
+    let refused = scene.run("use-vc attempts:1", &getent("evil.test"));
     assert_eq!(refused.status.code(), Some(2), "the name does not exist");
     assert!(scene.agent.stop().success());
     let denials = scene.agent.denials();

@@ -12,7 +12,12 @@
 pub(crate) mod dns;
 pub(crate) mod responder;
 
-use std::fs;
+use std::{fs, ops::Range};
+
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
 
 /// The middle of what was measured, and where half of it lies.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +103,15 @@ pub(crate) fn cpu_ns(pid: u32) -> u64 {
         .filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok())
         .filter_map(|text| text.split(' ').next()?.parse::<u64>().ok())
         .sum()
+}
+
+/// Keeps a thread, and those that it starts, on these CPUs.
+pub(crate) fn place(thread: Pid, cpus: Range<usize>) {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(cpu).expect("a CPU's number");
+    }
+    sched_setaffinity(thread, &set).expect("the machine has two CPUs");
 }
 
 /// A field of `/proc/<pid>/status` that is in kB.

@@ -1,0 +1,72 @@
+//! Resolvers that nobody here wrote, in place of [`crate::DnsServer`].
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
+
+use crate::{
+    Lab, Running, SHORT,
+    addresses::{RESOLVER, RESOLVER6},
+    dns::{RecordType, ResponseCode},
+    eventually,
+};
+
+impl Lab {
+    /// Starts a program as the resolver, and waits until it answers for `shop.test`. The laboratory
+    /// must be without DNS of its own.
+    #[track_caller]
+    pub fn run_resolver(&self, command: &mut Command) -> Running {
+        let log = self.directory().join("resolver.log");
+        let file = fs::File::create(&log).expect("a file for the resolver's log");
+        command.stdout(Stdio::null()).stderr(file);
+        let mut running = self.run_outside(command);
+        let probe = self.pod("lab", "probe");
+        eventually("the resolver answers", || {
+            if let Some(status) = running.ended() {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                panic!("the resolver ended with {status}: {said}");
+            }
+            let answer = probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
+            (answer.code == ResponseCode::NoError).then_some(())
+        });
+        running
+    }
+}
+
+/// unbound on the resolver's addresses, with the zone `test` from this file in the laboratory's
+/// directory.
+#[must_use]
+pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
+    let directory = lab.directory();
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: {RESOLVER}\n\
+         \x20 interface: {RESOLVER6}\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 access-control: ::0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 directory: \"{directory}\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 rrset-roundrobin: no\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         auth-zone:\n\
+         \x20 name: \"test.\"\n\
+         \x20 zonefile: \"{directory}/{zone_file}\"\n\
+         \x20 for-downstream: yes\n\
+         \x20 for-upstream: no\n",
+        directory = directory.display()
+    );
+    let file = directory.join("unbound.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/unbound");
+    command.arg("-d").arg("-c").arg(file);
+    command
+}
