@@ -49,12 +49,13 @@ pub(super) fn of_tcp(segment: &[u8], sum: [u8; 2], packet: &Packet) -> Checksum 
         return Checksum::Wrong;
     };
     let pseudo = pseudo_header(packet, len);
-    if sum == (!pseudo.ones_complement()).to_ne_bytes() {
-        return Checksum::Partial;
-    }
-    // With its checksum, a whole segment adds up to all ones (RFC 1071).
+    let partial = (!pseudo.ones_complement()).to_ne_bytes();
+    // With its checksum, a whole segment adds up to all ones (RFC 1071). One in 65,536 has a right
+    // one that is the sum of its pseudo-header, too, and nothing to be completed.
     if pseudo.add_slice(segment).ones_complement() == 0 {
         Checksum::Whole
+    } else if sum == partial {
+        Checksum::Partial
     } else {
         Checksum::Wrong
     }
@@ -136,6 +137,28 @@ mod tests {
         assert_ne!(partial, whole);
         complete_udp(&mut partial, &packet);
         assert_eq!(partial, whole);
+    }
+
+    #[test]
+    fn a_right_checksum_is_whole_even_when_it_looks_partial() {
+        let mut found = 0;
+        for payload in 0..=u16::MAX {
+            let mut frame = Vec::new();
+            PacketBuilder::ethernet2([2; 6], [4; 6])
+                .ipv4([10, 1, 2, 3], [10, 99, 0, 53], 64)
+                .tcp(40_000, 53, 1, 2)
+                .write(&mut frame, &payload.to_be_bytes())
+                .unwrap();
+            let mut packet = Packet::EMPTY;
+            assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
+            let segment = &frame[packet.l4_offset as usize..];
+            let sum = [segment[TCP_CHECKSUM], segment[TCP_CHECKSUM + 1]];
+            assert_eq!(of_tcp(segment, sum, &packet), Checksum::Whole);
+            let len = segment.len() as u16;
+            let partial = !pseudo_header(&packet, len).ones_complement();
+            found += u32::from(sum == partial.to_ne_bytes());
+        }
+        assert!(found > 0, "no payload makes the two the same");
     }
 
     #[test]
