@@ -74,6 +74,9 @@ pub async fn run(options: Options) -> Result<()> {
         )
     })?;
     let Options { config, .. } = &options;
+    config
+        .check_resolvers()
+        .with_context(|| options.config_file.display().to_string())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;

@@ -25,6 +25,8 @@ impl Reconciler {
 
     async fn try_reload(&mut self, file: &Path) -> Result<()> {
         let next = Config::from_file(file)?;
+        next.check_resolvers()
+            .with_context(|| file.display().to_string())?;
         if let Some(key) = fixed_key(&self.config, &next) {
             bail!(
                 "{}: {key} cannot change while the agent runs; start it again",
@@ -56,6 +58,10 @@ fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
         ("node", now.node == next.node),
         ("bpffs", now.bpffs == next.bpffs),
         ("limits", now.limits == next.limits),
+        ("cluster", now.cluster == next.cluster),
+        ("quarantine", now.quarantine == next.quarantine),
+        ("http", now.serve.http == next.serve.http),
+        ("socket", now.serve.socket == next.serve.socket),
     ]
     .into_iter()
     .find_map(|(key, same)| (!same).then_some(key))

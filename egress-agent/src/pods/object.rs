@@ -104,6 +104,7 @@ impl PodObject {
             namespace,
             name,
             interface: None,
+            cgroup_uid: None,
             addresses: Vec::new(),
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
