@@ -8,6 +8,7 @@
 //!  files of a directory ─ contents ─▶ what is in force of each file ─ snapshot ─▶ Snapshot
 //! ```
 
+pub mod cluster;
 mod contents;
 pub mod directory;
 mod documents;

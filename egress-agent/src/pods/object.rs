@@ -108,6 +108,7 @@ impl PodObject {
             addresses: Vec::new(),
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
+            namespace_known: true,
             host_network: spec.host_network.unwrap_or(false),
             node_name: spec.node_name,
             origin: origin.to_owned(),

@@ -33,6 +33,9 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub namespace_annotations: BTreeMap<String, String>,
+    /// Whether [`Self::namespace_annotations`] are what they seem. A cluster may tell of a pod before
+    /// it tells of its namespace; what that says of the pod is not known until then.
+    pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `spec.nodeName`.
