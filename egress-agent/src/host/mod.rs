@@ -16,6 +16,7 @@ mod links;
 mod located;
 mod netlink;
 mod process;
+mod sockets;
 mod uid;
 
 use std::{
@@ -31,6 +32,7 @@ pub use links::{Link, Links, Peer};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;
+pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
 use uid::Uid;
 
 /// Network namespaces of one pod that are looked at: programs in it may make more, but those have
@@ -153,6 +155,22 @@ impl Host {
             addresses,
             namespaces,
         })
+    }
+
+    /// The conversations that the sockets of a pod's network namespace are in.
+    ///
+    /// # Errors
+    ///
+    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    pub fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+        let process = Process::open(&self.proc, network.pid)?;
+        if process.network()? != network.inode {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("process {} has left the pod's network", network.pid),
+            ));
+        }
+        sockets::of(&process)
     }
 
     /// The processes of a pod.
