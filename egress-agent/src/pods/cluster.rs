@@ -37,7 +37,10 @@ impl Cluster {
     pub async fn watch(
         options: ClusterOptions,
     ) -> Result<(watch::Receiver<Arc<Snapshot>>, ClusterWatch)> {
-        bail!("node {} cannot be followed yet: give --pods-dir", options.node);
+        bail!(
+            "node {} cannot be followed yet: give --pods-dir",
+            options.node
+        );
     }
 }
 
