@@ -210,7 +210,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
 
-    source.close();
+    source.close().await;
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {
         reconciler.detach_all();
