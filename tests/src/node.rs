@@ -210,10 +210,8 @@ impl NodePod {
     #[track_caller]
     pub fn adopt(&mut self, process: Running) -> u32 {
         let pid = process.id();
-        let group = Group::create(
-            self.node.mount(),
-            self.group.path.join(self.node.container()),
-        );
+        let within = &self.group.path;
+        let group = Group::create(within.clone(), within.join(self.node.container()));
         group.put(pid).expect("a process is put into its group");
         self.containers.push(Container { process, group });
         pid
@@ -269,19 +267,20 @@ pub fn pause() -> Command {
     command
 }
 
-/// A control group, removed when this is dropped, with those above it that are empty then.
+/// A control group, removed when this is dropped, with those above it that are empty then, but
+/// not with `top`.
 #[derive(Debug)]
 struct Group {
-    mount: PathBuf,
+    top: PathBuf,
     path: PathBuf,
 }
 
 impl Group {
     #[track_caller]
-    fn create(mount: PathBuf, path: PathBuf) -> Self {
+    fn create(top: PathBuf, path: PathBuf) -> Self {
         // Another test may remove the groups above while they are empty.
         eventually("a control group is made", || fs::create_dir_all(&path).ok());
-        Self { mount, path }
+        Self { top, path }
     }
 
     fn put(&self, pid: u32) -> io::Result<()> {
@@ -291,12 +290,12 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        remove(&self.mount, &self.path);
+        remove(&self.top, &self.path);
     }
 }
 
 /// Removes a group, and those above it that are empty then.
-fn remove(mount: &Path, group: &Path) {
+fn remove(top: &Path, group: &Path) {
     let start = Instant::now();
     // A process that was killed and waited for may still be in it for a moment. A group that stays
     // is found by who looks for what tests leave behind; a panic would hide the test's own.
@@ -306,12 +305,12 @@ fn remove(mount: &Path, group: &Path) {
     {
         thread::yield_now();
     }
-    remove_empty(mount, group.parent());
+    remove_empty(top, group.parent());
 }
 
 /// Removes this group and those above it, up to the first that is not empty.
-fn remove_empty(mount: &Path, mut group: Option<&Path>) {
-    while let Some(path) = group.filter(|path| *path != mount && path.starts_with(mount)) {
+fn remove_empty(top: &Path, mut group: Option<&Path>) {
+    while let Some(path) = group.filter(|path| *path != top && path.starts_with(top)) {
         if fs::remove_dir(path).is_err() {
             return;
         }
