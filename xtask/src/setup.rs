@@ -3,6 +3,7 @@
 //! Everything is looked for first, and only what is missing is installed: programs from the
 //! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
 
+pub(crate) mod apiserver;
 pub(crate) mod apt;
 mod ebpf;
 
@@ -31,7 +32,7 @@ pub(crate) struct Program {
     pub(crate) purpose: &'static str,
 }
 
-const PROGRAMS: [Program; 14] = [
+const PROGRAMS: [Program; 15] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -94,6 +95,11 @@ const PROGRAMS: [Program; 14] = [
         purpose: "a program with Go's resolver for the tests",
     },
     Program {
+        name: "openssl",
+        packages: &["openssl"],
+        purpose: "keys for an API server in the tests",
+    },
+    Program {
         name: "cc",
         packages: &["gcc", "build-essential"],
         purpose: "linking",
@@ -117,6 +123,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     components()?;
     musl()?;
     ebpf::ensure()?;
+    apiserver::ensure()?;
     deny()
 }
 
@@ -141,6 +148,7 @@ fn check() -> Result<()> {
         missing.push(format!("the target {}", musl_target()));
     }
     missing.extend(ebpf::missing());
+    missing.extend(apiserver::missing());
     if !has_deny() {
         missing.push("cargo deny".to_owned());
     }

@@ -147,6 +147,9 @@ async fn follow_until<K, R>(
             if is_missing && until == Until::NotServed {
                 return;
             }
+            if matches!(failure, Failure::Unreachable(_)) {
+                connection.doubt();
+            }
             let is_refused = matches!(failure, Failure::Credentials(_));
             let attempts = health.failed(plan.watched, failure);
             sleep(backoff.next().unwrap_or(LIST_TIMEOUT)).await;
