@@ -109,10 +109,8 @@ impl Netlink {
 
     /// One interface of this namespace, if it is there.
     pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
-        let mut request = LinkMessage::default();
-        request.header.index = index;
         let mut link = None;
-        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+        let answer = self.exchange(get_link(index), 0, |body| {
             link = Some(read_link(body)?);
             Ok(())
         });
@@ -208,6 +206,15 @@ impl Netlink {
             }
         }
     }
+}
+
+/// Asks for one interface, or in a list for all (0).
+fn get_link(index: u32) -> RouteNetlinkMessage {
+    let mut request = LinkMessage::default();
+    request.header.index = index;
+    let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+    request.attributes.push(mask);
+    RouteNetlinkMessage::GetLink(request)
 }
 
 fn read_link(body: &[u8]) -> io::Result<RawLink> {
