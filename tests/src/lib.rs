@@ -22,6 +22,7 @@
 
 pub mod addresses;
 mod agent;
+pub mod apiserver;
 mod assertions;
 pub mod bpf;
 mod container;
@@ -34,12 +35,14 @@ pub mod node;
 mod pod;
 mod process;
 pub mod programs;
+pub mod proxy;
 pub mod raw;
 pub mod resolvers;
 mod servers;
 mod wait;
 
 pub use agent::{Agent, Denial, KernelObjects};
+pub use apiserver::{ApiServer, Identity};
 pub use dns::DnsServer;
 pub use lab::{Builder, Lab};
 pub use manifests::Annotations;
@@ -47,5 +50,6 @@ pub use namespace::{Namespace, leftovers};
 pub use node::{Node, NodePod};
 pub use pod::{Pod, echo_on, exchange};
 pub use process::Running;
+pub use proxy::TcpProxy;
 pub use servers::{TcpEcho, UdpEcho};
 pub use wait::{DEADLINE, SHORT, eventually, holds};
