@@ -1,9 +1,9 @@
-//! What the gate does with a frame, without a pod, a map or an interface: for the fuzz target
-//! `frame`.
+//! What the gate does with frames, without a pod, a map or an interface: for the fuzz targets `frame`
+//! and `fragments`.
 
 use egress_common::packet::{Packet, Walked, walk};
 
-use super::{checksum::complete_udp, pod::udp_payload, reply};
+use super::{checksum::complete_udp, fragments, pod::udp_payload, reply};
 use crate::dns::{Refusal, read_answer, read_question, refuse};
 
 /// Reads a held frame in every way the gate may, and makes every frame it may make of it.
@@ -33,6 +33,15 @@ pub fn treat(frame: &[u8]) {
     let mut put_back = frame.to_vec();
     complete_udp(&mut put_back, &packet);
     assert_eq!(put_back.len(), frame.len());
+}
+
+/// Lets fragments come as a recipe says, five bytes each.
+///
+/// # Panics
+///
+/// When the pod would read something else than was judged.
+pub fn reassemble(recipe: &[u8]) {
+    fragments::made::reassemble(recipe);
 }
 
 fn assert_walks(frame: &[u8]) -> Packet {
