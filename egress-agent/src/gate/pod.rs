@@ -1,5 +1,7 @@
 //! One pod at the gate: what becomes of its questions and its answers.
 
+mod in_fragments;
+
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -11,8 +13,8 @@ use egress_common::{
 
 use super::{
     DnsSettings, Enforcement,
-    checksum::{complete_udp, is_right_udp},
-    fragments::{self, Fragments, Whole},
+    checksum::complete_udp,
+    fragments::{self, Fragments},
     judge::Judge,
     learned::Table,
     pending::Pending,
@@ -25,9 +27,6 @@ use crate::{
     dns::{Question, Refusal, refuse},
     report::Reporter,
 };
-
-/// Port of DNS.
-const DNS_PORT: u16 = 53;
 
 /// What all pods at the gate use.
 pub(super) struct Shared {
@@ -223,75 +222,6 @@ impl Pod {
         if judge.answer(message, packet, pending) && held.head.taken != 0 {
             complete_udp(shared.wire.deliver(held.head.ifindex, held.frame), packet);
         }
-    }
-
-    /// A fragment from a resolver's address.
-    fn fragment(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
-        let fragment = fragments::Held {
-            frame: held.frame,
-            packet,
-            ifindex: held.head.ifindex,
-            is_taken: held.head.taken != 0,
-        };
-        let judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            time_ns: held.head.time_ns,
-        };
-        let whole = self.fragments.add(
-            &fragment,
-            held.head.time_ns,
-            &mut shared.fragments,
-            |packet, why| judge.lost_fragments(packet, why),
-        );
-        let Some(whole) = whole else {
-            return;
-        };
-        if !self.may_have(&whole, held.head.time_ns, shared) {
-            return;
-        }
-        for piece in whole.pieces.iter().filter(|piece| piece.is_taken) {
-            shared.wire.deliver(piece.ifindex, &piece.frame);
-        }
-    }
-
-    /// Whether a datagram that came in fragments may be delivered.
-    fn may_have(&mut self, whole: &Whole, time_ns: u64, shared: &Shared) -> bool {
-        let packet = &whole.packet;
-        if packet.src_port != DNS_PORT || packet.bit & (bits::UDP | bits::TCP) == 0 {
-            return true;
-        }
-        let (mut judge, pending) = self.judge(shared, time_ns);
-        // Fragments of one datagram may have come under the number of another (RFC 4963).
-        let message = match udp_payload(&whole.frame, packet) {
-            _ if packet.bit == bits::TCP => Err("a segment of DNS over TCP came in fragments"),
-            Some(message) if is_right_udp(&whole.frame, packet) => Ok(message),
-            _ => Err("the checksum over all fragments is wrong"),
-        };
-        match message {
-            Ok(message) => judge.answer(message, packet, pending),
-            Err(why) => {
-                judge.lost_fragments(packet, why);
-                false
-            }
-        }
-    }
-
-    /// Gives up datagrams whose fragments do not come.
-    pub(super) fn tick_fragments(&mut self, shared: &mut Shared, now_ns: u64) {
-        let judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            time_ns: now_ns,
-        };
-        self.fragments
-            .tick(now_ns, &mut shared.fragments, |packet, why| {
-                judge.lost_fragments(packet, why);
-            });
     }
 
     fn judge<'a>(&'a mut self, shared: &'a Shared, time_ns: u64) -> (Judge<'a>, &'a mut Pending) {

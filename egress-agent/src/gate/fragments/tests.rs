@@ -107,9 +107,9 @@ fn a_contradiction_ends_the_datagram() {
         for (why, change) in changes {
             let mut scene = Scene::new();
             let (_, parts) = three(version, 1);
-            let mut changed = parts[1].clone();
-            change(&mut changed);
-            for part in [&parts[0], &parts[2], &changed, &parts[1], &parts[0]] {
+            let mut second = parts[1].clone();
+            change(&mut second);
+            for part in [&parts[0], &parts[2], &second, &parts[1], &parts[0]] {
                 assert_eq!(scene.comes(part), None, "{why}");
             }
             assert_eq!(scene.lost, [why]);
