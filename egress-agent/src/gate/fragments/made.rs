@@ -54,17 +54,6 @@ impl Part {
     }
 }
 
-/// A UDP datagram with these ports and a payload that is like no other.
-pub(in super::super) fn datagram(from: u16, to: u16, payload: usize) -> Vec<u8> {
-    let mut datagram = Vec::new();
-    datagram.extend(from.to_be_bytes());
-    datagram.extend(to.to_be_bytes());
-    datagram.extend((8 + payload as u16).to_be_bytes());
-    datagram.extend([0, 0]);
-    datagram.extend((0..payload).map(|i| (i * 31 + i / 251) as u8));
-    datagram
-}
-
 /// The fragments of one pod, and the pod's kernel behind them.
 pub(in super::super) struct Scene {
     pub(in super::super) fragments: Fragments,
@@ -196,18 +185,20 @@ impl Receiver {
 }
 
 /// Lets fragments come as a recipe says, five bytes each, and looks whether what is put back is what
-/// the pod reads, and whether nothing that was said about it differs.
+/// the pod reads, and whether nothing that was said about it differs. Returns how many datagrams were
+/// put back.
 ///
 /// # Panics
 ///
 /// When it is not so: that is what fuzzing looks for.
-pub(in super::super) fn reassemble(recipe: &[u8]) {
+pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
     let mut scene = Scene::new();
+    let mut put_back = 0;
     // What came of each datagram that waits.
     let mut came: Vec<Part> = Vec::new();
     for step in recipe.chunks_exact(5) {
         let &[which, units, len, kind, salt] = step else {
-            return;
+            break;
         };
         if which == u8::MAX {
             scene.passes(u64::from(units));
@@ -234,6 +225,7 @@ pub(in super::super) fn reassemble(recipe: &[u8]) {
         };
         came.push(part.clone());
         if let Some(content) = scene.comes(&part) {
+            put_back += 1;
             let key = part.key();
             agree(came.iter().filter(|part| part.key() == key), &content);
         }
@@ -241,6 +233,7 @@ pub(in super::super) fn reassemble(recipe: &[u8]) {
     }
     scene.fragments.clear(&mut scene.budget);
     assert_eq!(scene.budget.used, 0);
+    put_back
 }
 
 /// Every fragment that came says of every byte what was put back.

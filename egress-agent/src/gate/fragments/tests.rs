@@ -1,12 +1,23 @@
 use proptest::prelude::*;
 
 use super::{
-    made::{Part, Scene, datagram, reassemble},
+    made::{Part, Scene, reassemble},
     *,
 };
 
 const UDP: u8 = egress_common::protocol::UDP;
 const TCP: u8 = egress_common::protocol::TCP;
+
+/// A UDP datagram with these ports and a payload that is like no other.
+fn datagram(from: u16, to: u16, payload: usize) -> Vec<u8> {
+    let mut datagram = Vec::new();
+    datagram.extend(from.to_be_bytes());
+    datagram.extend(to.to_be_bytes());
+    datagram.extend((8 + payload as u16).to_be_bytes());
+    datagram.extend([0, 0]);
+    datagram.extend((0..payload).map(|i| (i * 31 + i / 251) as u8));
+    datagram
+}
 
 /// The datagram in parts of so many bytes, the last of what is left.
 fn split(version: u8, id: u16, datagram: &[u8], size: usize) -> Vec<Part> {
