@@ -70,6 +70,8 @@ reasons! {
     PolicyUnreadable = 17, "policy_unreadable";
     /// A DNS question in fragments, or fragments from a resolver's address that cannot be put together.
     DnsFragmented = 18, "dns_fragmented";
+    /// It is not known yet whose interface this is.
+    PodUnknown = 19, "pod_unknown";
 }
 
 #[cfg(test)]

@@ -58,11 +58,11 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     let is_dns = packet.bit & (bits::UDP | bits::TCP) != 0 && packet.src_port == DNS_PORT;
     let is_held =
         (is_dns || may_belong_to_answer(packet)) && range_of(&packet.src) & RANGE_RESOLVER != 0;
+    let is_answer = is_held && is_dns;
     // TCP finds out how long its segments may be, and its fragments are not put together.
-    if is_held && is_dns && packet.bit == bits::TCP && is_fragment(packet) {
+    if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
     }
-    let is_answer = is_held && is_dns;
     let has_ports = !matches!(packet.fragment, Fragment::Later);
     if has_ports && !is_answer {
         note_flow(&skb, interface, packet);

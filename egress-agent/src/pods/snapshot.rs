@@ -10,6 +10,7 @@ use super::{
     contents::Contents,
     object::{Namespace, Object},
 };
+use crate::policy::Prefix;
 
 /// A pod, as far as enforcement is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,26 +21,36 @@ pub struct Pod {
     pub name: String,
     /// `metadata.uid`, or `<namespace>/<name>`.
     pub uid: String,
-    /// Its interface on the host's side; without one there is nothing to enforce on.
+    /// Its interface on the host's side, where its manifest names it; otherwise it is found by
+    /// [`Self::cgroup_uid`].
     pub interface: Option<String>,
+    /// The UID in the names of its cgroups, where a kubelet runs it: `metadata.uid`, but for a static
+    /// pod the UID that the kubelet gave it, which its mirror in the cluster has in an annotation.
+    pub cgroup_uid: Option<String>,
     /// `status.podIPs`.
     pub addresses: Vec<IpAddr>,
     /// Its annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub namespace_annotations: BTreeMap<String, String>,
+    /// Whether its namespace is known, and with it what the namespace demands. Where it is not, as
+    /// when the cluster's two watches race, the pod is to be closed until it is: an empty
+    /// [`Self::namespace_annotations`] then does not mean that the namespace demands nothing. A
+    /// directory's pods need no Namespace, so theirs is always known.
+    pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `spec.nodeName`.
     pub node_name: Option<String>,
-    /// Where it was read, `file:line`, for messages.
+    /// Where it was read, for messages: `file:line`, or `pod namespace/name` of a cluster.
     pub origin: String,
 }
 
 /// Something that is wrong with what was read. It concerns only what it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where: `file`, `file:line` or `file:line:column`.
+    /// Where: `file`, `file:line` or `file:line:column`; in a cluster the object, such as `pod
+    /// namespace/name`, or `cluster`.
     pub origin: String,
     /// What is wrong, and what to do.
     pub message: String,
@@ -60,6 +71,18 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
     /// Whether something could not be read at all, so that pods may be missing here.
     pub unreadable: bool,
+    /// What the source says besides its pods.
+    pub facts: Facts,
+}
+
+/// What a cluster says of itself; empty without one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The addresses of its resolvers, each with where it was found, for people: for example
+    /// `service kube-system/kube-dns`.
+    pub resolvers: BTreeMap<IpAddr, String>,
+    /// Its internal prefixes: pods, services, nodes, the API server; each with where it was found.
+    pub internal: BTreeMap<Prefix, String>,
 }
 
 /// Puts together what files contain. Where two speak of the same object, the earlier one counts.

@@ -184,6 +184,9 @@ impl Receiver {
     }
 }
 
+/// Most fragments of one recipe: some datagrams of as many as one may have.
+const STEPS: usize = 300;
+
 /// Lets fragments come as a recipe says, five bytes each, and looks whether what is put back is what
 /// the pod reads, and whether nothing that was said about it differs. Returns how many datagrams were
 /// put back.
@@ -195,14 +198,14 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
     let mut scene = Scene::new();
     let mut put_back = 0;
     // What came of each datagram that waits.
-    let mut came: Vec<Part> = Vec::new();
-    for step in recipe.chunks_exact(5) {
+    let mut came: Vec<(Key, Part)> = Vec::new();
+    for step in recipe.chunks_exact(5).take(STEPS) {
         let &[which, units, len, kind, salt] = step else {
             break;
         };
         if which == u8::MAX {
             scene.passes(u64::from(units));
-            came.retain(|part| scene.waits(part));
+            came.retain(|(key, _)| scene.waits(key));
         }
         let len = usize::from(len) * if kind & 0x40 == 0 { 1 } else { 8 };
         let units = u16::from(units) << if kind & 0x80 == 0 { 0 } else { 5 };
@@ -223,13 +226,16 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
                 if kind & 0x0e == 0 { salt } else { 0 },
             ),
         };
-        came.push(part.clone());
+        let Some(key) = part.key() else {
+            continue;
+        };
+        came.push((key, part.clone()));
         if let Some(content) = scene.comes(&part) {
             put_back += 1;
-            let key = part.key();
-            agree(came.iter().filter(|part| part.key() == key), &content);
+            let parts = came.iter().filter(|(other, _)| *other == key);
+            agree(parts.map(|(_, part)| part), &content);
         }
-        came.retain(|part| scene.waits(part));
+        came.retain(|(key, _)| scene.waits(key));
     }
     scene.fragments.clear(&mut scene.budget);
     assert_eq!(scene.budget.used, 0);
@@ -257,9 +263,8 @@ fn pattern(start: usize, len: usize, salt: u8) -> Vec<u8> {
 }
 
 impl Scene {
-    fn waits(&self, part: &Part) -> bool {
-        part.key()
-            .is_some_and(|key| self.fragments.datagrams.contains(&key))
+    fn waits(&self, key: &Key) -> bool {
+        self.fragments.datagrams.contains(key)
     }
 }
 
