@@ -3,14 +3,21 @@
 use std::{
     io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::Range,
     time::{Duration, Instant},
 };
 
-use etherparse::{IpNumber, PacketBuilder, PacketBuilderStep, SlicedPacket, ip_number};
+use etherparse::{
+    IpFragOffset, IpNumber, Ipv4Header, Ipv6FragmentHeader, Ipv6Header, PacketBuilder,
+    PacketBuilderStep, SlicedPacket, ip_number,
+};
 use nix::{libc, net::if_::if_nametoindex};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::{Namespace, Pod};
+use crate::{
+    Namespace, Pod,
+    raw::{ETHERNET, ether},
+};
 
 /// A packet socket on one interface: sends frames, and receives what passes in either direction
 /// from the moment it is opened.
@@ -214,6 +221,62 @@ fn build(builder: PacketBuilderStep<etherparse::UdpHeader>, payload: &[u8]) -> V
         .write(&mut frame, payload)
         .expect("a frame can be built");
     frame
+}
+
+/// A fragment of a frame with a whole IP packet: these bytes of what follows its IP header. The last
+/// one ends where the packet does.
+#[track_caller]
+pub fn fragment(frame: &[u8], id: u16, bytes: Range<usize>) -> Vec<u8> {
+    let (ethernet, packet) = frame.split_at(ETHERNET);
+    let offset = u16::try_from(bytes.start / 8).expect("an offset of 13 bits");
+    let offset = IpFragOffset::try_new(offset).expect("an offset of 13 bits");
+    let mut fragment = ethernet.to_vec();
+    let written = if let Ok((mut header, payload)) = Ipv4Header::from_slice(packet) {
+        let content = &payload[bytes.clone()];
+        header.identification = id;
+        header.dont_fragment = false;
+        header.more_fragments = bytes.end < payload.len();
+        header.fragment_offset = offset;
+        header
+            .set_payload_len(content.len())
+            .expect("a part is shorter than the whole");
+        header.header_checksum = header.calc_header_checksum();
+        header
+            .write_raw(&mut fragment)
+            .map(|()| fragment.extend(content))
+    } else {
+        let (mut header, payload) = Ipv6Header::from_slice(packet).expect("an IP packet");
+        let content = &payload[bytes.clone()];
+        let more = bytes.end < payload.len();
+        let next = header.next_header;
+        header.next_header = ip_number::IPV6_FRAGMENTATION_HEADER;
+        header
+            .set_payload_length(8 + content.len())
+            .expect("a part is shorter than the whole");
+        header
+            .write(&mut fragment)
+            .and_then(|()| {
+                Ipv6FragmentHeader::new(next, offset, more, id.into()).write(&mut fragment)
+            })
+            .map(|()| fragment.extend(content))
+    };
+    written.expect("writing to memory");
+    fragment
+}
+
+/// All fragments of a frame with a whole IP packet, of so many bytes each.
+#[track_caller]
+pub fn fragments(frame: &[u8], id: u16, bytes: usize) -> Vec<Vec<u8>> {
+    let header = if frame[12..14] == ether::IPV4.to_be_bytes() {
+        20
+    } else {
+        40
+    };
+    let end = frame.len() - ETHERNET - header;
+    (0..end)
+        .step_by(bytes)
+        .map(|start| fragment(frame, id, start..end.min(start + bytes)))
+        .collect()
 }
 
 /// An SCTP INIT chunk from the pod (RFC 9260, section 3.3.2), with a zero checksum.

@@ -1,9 +1,9 @@
-//! What the gate does with a frame, without a pod, a map or an interface: for the fuzz target
-//! `frame`.
+//! What the gate does with frames, without a pod, a map or an interface: for the fuzz targets `frame`
+//! and `fragments`.
 
 use egress_common::packet::{Packet, Walked, walk};
 
-use super::{checksum::complete_udp, pod::udp_payload, reply};
+use super::{checksum::complete_udp, fragments, pod::udp_payload, reply};
 use crate::dns::{Refusal, read_answer, read_question, refuse};
 
 /// Reads a held frame in every way the gate may, and makes every frame it may make of it.
@@ -35,6 +35,15 @@ pub fn treat(frame: &[u8]) {
     assert_eq!(put_back.len(), frame.len());
 }
 
+/// Lets fragments come as a recipe says, five bytes each.
+///
+/// # Panics
+///
+/// When the pod would read something else than was judged.
+pub fn reassemble(recipe: &[u8]) {
+    let _ = fragments::made::reassemble(recipe);
+}
+
 fn assert_walks(frame: &[u8]) -> Packet {
     let mut packet = Packet::EMPTY;
     assert_eq!(walk(&frame, &mut packet), Walked::Ip);
@@ -56,5 +65,16 @@ mod tests {
             treated += 1;
         }
         assert!(treated > 0);
+    }
+
+    #[test]
+    fn the_seeds_of_fragments_are_put_together_as_often_as_they_can_be() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/fragments");
+        let mut put_back = 0;
+        for seed in std::fs::read_dir(seeds).unwrap() {
+            let recipe = std::fs::read(seed.unwrap().path()).unwrap();
+            put_back += fragments::made::reassemble(&recipe);
+        }
+        assert_eq!(put_back, 9);
     }
 }

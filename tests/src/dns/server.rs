@@ -43,6 +43,8 @@ pub struct Question {
     pub to: SocketAddr,
     /// Whether it came over TCP.
     pub tcp: bool,
+    /// Longest answer over UDP that the asker takes (RFC 6891, section 6.2.3).
+    pub payload: u16,
 }
 
 type Handler = Arc<dyn Fn(&Question) -> Vec<Send> + std::marker::Send + Sync>;
@@ -94,6 +96,7 @@ impl Zone {
             from,
             to,
             tcp,
+            payload: message.max_payload(),
         };
         self.seen().push(question.clone());
         match self.handler(&question.name) {
