@@ -413,8 +413,9 @@ impl Flow {
 
     /// The resolver is told that the connection is over, and the agent answers in its place.
     fn take_over<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
-        if self.answered.fin_sent {
-            // Nothing can be said behind the end of the stream.
+        if self.answered.fin_sent || self.answered.is_cut_short() {
+            // Nothing can be said behind the end of the stream, or within an answer whose rest does not
+            // come.
             return self.fail(step.out);
         }
         let State::Draining { refusal, .. } = std::mem::replace(&mut self.state, State::Open)

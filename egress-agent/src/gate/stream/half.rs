@@ -208,6 +208,11 @@ impl Half {
         self.is_ended() && self.parsed < self.next()
     }
 
+    /// Whether what has been put back ends in the middle of a message.
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.sent > self.parsed
+    }
+
     /// Length that the message at hand announces, once its prefix is here.
     pub(super) fn announced(&self) -> Option<usize> {
         match self.slice(self.parsed, self.parsed + PREFIX as u64) {

@@ -20,6 +20,8 @@
 mod decide;
 mod flow;
 mod frames;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod half;
 mod release;
 mod segment;
