@@ -11,7 +11,7 @@ use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use super::{
     super::pending::Pending,
     decide::{Asked, Decide, Next, Step},
-    frames::{Ends, Out, Own, To, put_bare, put_syn},
+    frames::{Ends, Out, Own, To, put_bare},
     half::{Half, Refused},
     release::{Put, put_released},
     segment::{Segment, URG},
@@ -163,7 +163,7 @@ impl Flow {
         }
         if segment.has(TCP_SYN) {
             // Data in a SYN (RFC 7413) is left out: the pod sends it again.
-            put_syn(segment, To::Resolver, step.out);
+            put_bare(segment, To::Resolver, step.out);
             return Next::Keep;
         }
         if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {
@@ -350,7 +350,7 @@ impl Flow {
             _ => return,
         }
         self.used_ns = step.now_ns;
-        put_syn(segment, To::Pod, step.out);
+        put_bare(segment, To::Pod, step.out);
     }
 
     fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
-use etherparse::{PacketBuilder, TcpOptionElement};
+use etherparse::PacketBuilder;
 
 use super::{
     super::{
@@ -14,15 +14,15 @@ use super::{
     Asked, Budget, Decide, FLOWS, Key, Out, QUESTION_MAX, Segment, Step, Streams, To,
     segment::URG,
 };
-use crate::dns::{
-    Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse,
-};
+use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
 
 /// Longest payload that both sides say they take.
 const MSS: u16 = 300;
 /// First sequence numbers: both streams come past the end of the numbers.
 const POD_FIRST: u32 = u32::MAX - 40;
 const RESOLVER_FIRST: u32 = u32::MAX - 10;
+/// The option of multipath TCP (RFC 8684).
+const MULTIPATH: u8 = 30;
 /// More than the gate may keep for one connection, with what it must keep for 512 open questions.
 const KEPT: usize = 512 << 10;
 
@@ -149,7 +149,8 @@ impl Out for Line {
         let segment = Segment::read(frame, &packet).expect("a whole segment");
         assert_eq!(segment.checksum, Checksum::Whole);
         assert!(segment.payload.len() <= usize::from(MSS));
-        assert!(!segment.has(URG));
+        let options = &segment.headers[packet.l4_offset as usize + 20..];
+        assert!(!options.contains(&MULTIPATH), "another order");
         let port = match to {
             To::Resolver => packet.dst_port,
             To::Pod => packet.src_port,
@@ -160,6 +161,7 @@ impl Out for Line {
             self.has_reset = true;
             return;
         }
+        assert!(!segment.has(URG));
         let reader = match to {
             To::Resolver => &mut self.resolver,
             To::Pod => &mut self.pod,
@@ -197,7 +199,20 @@ struct Scene {
 
 impl Scene {
     fn segment(&mut self, to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) {
-        let frame = frame(to, flags, seq, ack, payload);
+        self.segment_with(&[], to, flags, seq, ack, payload);
+    }
+
+    /// A segment with further options.
+    fn segment_with(
+        &mut self,
+        options: &[u8],
+        to: To,
+        flags: u8,
+        seq: u32,
+        ack: u32,
+        payload: &[u8],
+    ) {
+        let frame = frame(options, to, flags, seq, ack, payload);
         let mut packet = Packet::EMPTY;
         if walk(&frame.as_slice(), &mut packet) != Walked::Ip {
             return;
@@ -350,7 +365,13 @@ impl Scene {
             .wrapping_add(1)
             .wrapping_add(read as u32)
             .wrapping_add_signed(i32::from(ack.cast_signed()));
-        self.segment(to, has, seq, acknowledged, &payload);
+        let multipath = [MULTIPATH, 8, 0x20, 4, low, len as u8, flags, ack];
+        let options = if flags & 0x40 == 0 {
+            &[][..]
+        } else {
+            &multipath
+        };
+        self.segment_with(options, to, has, seq, acknowledged, &payload);
     }
 
     /// Sides that follow the protocol get everything across, whatever was lost or came twice.
@@ -461,7 +482,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&len.to_be_bytes(), message].concat()
 }
 
-fn frame(to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
+fn frame(further: &[u8], to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
     let (pod, resolver) = (([10, 1, 0, 2], 4000), ([10, 99, 0, 53], 53));
     let ((src, from), (dst, port)) = match to {
         To::Resolver => (pod, resolver),
@@ -470,10 +491,13 @@ fn frame(to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
     let mut step = PacketBuilder::ethernet2([2; 6], [4; 6])
         .ipv4(src, dst, 64)
         .tcp(from, port, seq, 500);
+    let mut options = further.to_vec();
     if flags & TCP_SYN != 0 {
-        let mss = TcpOptionElement::MaximumSegmentSize(MSS);
-        step = step.syn().options(&[mss]).expect("an option");
+        let [high, low] = MSS.to_be_bytes();
+        options.extend([2, 4, high, low]);
+        step = step.syn();
     }
+    step = step.options_raw(&options).expect("a few options");
     if flags & TCP_ACK != 0 {
         step = step.ack(ack);
     }
