@@ -162,8 +162,11 @@ impl Flow {
             return self.lose(segment.packet, "urgent data", step);
         }
         if segment.has(TCP_SYN) {
-            // Data in a SYN (RFC 7413) is left out: the pod sends it again.
-            put_bare(segment, To::Resolver, step.out);
+            // Only the resolver has a SYN to acknowledge: the pod opens the connection.
+            if !segment.has(TCP_ACK) {
+                // Data in a SYN (RFC 7413) is left out: the pod sends it again.
+                put_bare(segment, To::Resolver, step.out);
+            }
             return Next::Keep;
         }
         if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {

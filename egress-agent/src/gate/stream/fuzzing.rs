@@ -386,7 +386,7 @@ impl Scene {
             let ack = place(POD_FIRST, self.line.resolver.bytes.len());
             self.segment(To::Pod, TCP_ACK, seq, ack, b"");
         }
-        assert_eq!(self.line.resolver.bytes, questions);
+        assert!(self.line.resolver.bytes == questions, "questions are lost");
         for (i, chunk) in answers.chunks(500).enumerate() {
             let seq = place(RESOLVER_FIRST, i * 500);
             let ack = place(POD_FIRST, questions.len());
@@ -395,7 +395,7 @@ impl Scene {
             let seq = place(POD_FIRST, questions.len());
             self.segment(To::Resolver, TCP_ACK, seq, ack, b"");
         }
-        assert_eq!(self.line.pod.bytes, answers);
+        assert!(self.line.pod.bytes == answers, "answers are lost");
         assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
         assert_eq!(self.budget.used, 0);
     }

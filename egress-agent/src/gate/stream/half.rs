@@ -152,8 +152,11 @@ impl Half {
         if known.get(..common) != Some(again) {
             return Err(Refused::Differs);
         }
-        if self.kept() + new.len() > self.limit {
-            return Err(Refused::Beyond);
+        while self.kept() + new.len() > self.limit {
+            // What came ahead gives way to what stands before it: pieces of it may overlap, and fill all
+            // the room there is. The sender repeats it.
+            let (_, piece) = self.ahead.pop_last().ok_or(Refused::Beyond)?;
+            self.ahead_bytes -= piece.len();
         }
         self.bytes.extend_from_slice(new);
         Ok(())
