@@ -28,6 +28,7 @@ mod container;
 pub mod dns;
 pub mod frames;
 mod lab;
+mod line;
 mod manifests;
 mod namespace;
 mod pod;
