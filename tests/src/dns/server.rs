@@ -26,7 +26,7 @@ use crate::{Namespace, addresses};
 
 const PORT: u16 = 53;
 /// A connection that is silent this long is closed.
-const STREAM_PATIENCE: Duration = Duration::from_secs(2);
+const STREAM_PATIENCE: Duration = Duration::from_secs(15);
 /// As the standard library's listeners have it.
 const BACKLOG: i32 = 128;
 const STOP_POLL_MILLISECONDS: u16 = 50;
