@@ -14,7 +14,7 @@ use crate::{
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
         Some(path) => Config::from_file(path)?.policy_settings(),
-        None => Config::default_policy_settings()?,
+        None => Config::default_config()?.policy_settings(),
     };
     let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
     let mut wrong = problems.len();

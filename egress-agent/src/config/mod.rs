@@ -1,9 +1,9 @@
 //! The agent's configuration file.
 //!
-//! Everything has a default but the resolvers:
+//! Everything has a default; without a cluster that says them, all but the resolvers:
 //!
 //! ```yaml
-//! node: node-1                  # what denial lines say; default: the machine's name
+//! node: node-1                  # default: $NODE_NAME, or the machine's name
 //! defaultMode: off              # off | audit | enforce: pods without annotations
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
@@ -22,6 +22,14 @@
 //!   refusal: nxdomain           # nxdomain | refused
 //! limits:
 //!   addressesPerPod: 4096
+//! cluster:                      # where Kubernetes has what the agent asks it for
+//!   dnsService: kube-system/kube-dns
+//!   kubeletConfig: /var/lib/kubelet/config.yaml
+//! quarantine:                   # interfaces whose pods are not known yet; only in a cluster
+//!   enabled: true
+//!   exclude: [docker*, br-*]
+//! http: 127.0.0.1:9465          # /healthz, /readyz, /metrics; default: not served
+//! socket: /run/egress-agent/agent.sock
 //! ```
 //!
 //! A resolver may lie in a protected range, as a node-local cache at 169.254.20.10 does: questions
@@ -29,6 +37,7 @@
 //! still holds for its other ports, and for its address as the answer to a question.
 
 mod error;
+mod node;
 mod protected;
 mod read;
 mod value;
@@ -48,6 +57,7 @@ use egress_common::{
 };
 
 pub use error::{ConfigError, Place};
+pub use node::{Cluster, Quarantine, Serve};
 pub use protected::PROTECTED;
 use read::or;
 use value::{Node, Section};
@@ -63,7 +73,7 @@ const ADDRESSES_PER_POD_MAX: u32 = 1 << 20;
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Name of this node in denial lines.
+    /// Name of this node: in denial lines, and in the cluster.
     pub node: String,
     /// Mode of pods without annotations.
     pub default_mode: Mode,
@@ -79,6 +89,12 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// Sizes.
     pub limits: Limits,
+    /// Where the cluster's own facts are found.
+    pub cluster: Cluster,
+    /// What becomes of an interface whose pod is not known yet.
+    pub quarantine: Quarantine,
+    /// Where the agent answers questions about itself.
+    pub serve: Serve,
 }
 
 /// Kinds of addresses.
@@ -95,7 +111,8 @@ pub struct Ranges {
 /// Resolvers and what is made of their answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dns {
-    /// The resolvers that pods may ask; never empty.
+    /// The resolvers that pods may ask, besides those that the cluster names; without a cluster
+    /// never empty (see [`Config::check_resolvers`]).
     pub resolvers: Vec<IpAddr>,
     /// Names at or below it may always be asked for.
     pub cluster_domain: Name,
@@ -164,6 +181,10 @@ impl Config {
             on_deny,
             bpffs,
             limits,
+            cluster,
+            quarantine,
+            http,
+            socket,
         ] = Node::document(text)?.section()?.take([
             "node",
             "defaultMode",
@@ -173,9 +194,13 @@ impl Config {
             "onDeny",
             "bpffs",
             "limits",
+            "cluster",
+            "quarantine",
+            "http",
+            "socket",
         ])?;
         let config = Self {
-            node: node.map_or_else(read::hostname, |node| read::filled_text(&node))?,
+            node: node.map_or_else(read::node_name, |node| read::filled_text(&node))?,
             default_mode: or(default_mode, Mode::Off, |node| {
                 node.word(&[
                     ("off", Mode::Off),
@@ -197,6 +222,9 @@ impl Config {
             })?,
             bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
             limits: Limits::read(read::section(limits)?)?,
+            cluster: Cluster::read(read::section(cluster)?)?,
+            quarantine: Quarantine::read(read::section(quarantine)?)?,
+            serve: Serve::read(http.as_ref(), socket)?,
         };
         let (count, limit) = (config.ranges().len(), RANGE_ENTRIES as usize);
         if count > limit {
@@ -205,16 +233,30 @@ impl Config {
         Ok(config)
     }
 
-    /// What a configuration in which everything has its default says about every policy.
+    /// The configuration in which everything has its default.
     ///
     /// # Errors
     ///
     /// When the machine's name, the default of `node`, cannot be found out.
-    pub fn default_policy_settings() -> Result<Settings, ConfigError> {
-        // Policies do not depend on the resolvers, the one thing that has no default; this one is
-        // from the block for documentation (RFC 5737).
-        let config = Self::from_yaml("dns: {resolvers: [192.0.2.53]}")?;
-        Ok(config.policy_settings())
+    pub fn default_config() -> Result<Self, ConfigError> {
+        Self::from_yaml("")
+    }
+
+    /// Checks that there are resolvers: where no cluster names them, the configuration must.
+    ///
+    /// # Errors
+    ///
+    /// When there are none.
+    pub fn check_resolvers(&self) -> Result<(), ConfigError> {
+        if self.dns.resolvers.is_empty() {
+            return Err(ConfigError::Missing {
+                key: "dns.resolvers",
+                message: "a pod learns addresses only from the answers of the resolvers listed \
+                          here; list the addresses in the pods' /etc/resolv.conf, such as the \
+                          cluster IP of kube-dns",
+            });
+        }
+        Ok(())
     }
 
     /// What the configuration says about every policy.
@@ -294,14 +336,6 @@ impl Dns {
             "refusal",
         ])?;
         let mut resolvers = read::list(resolvers, read::resolver)?;
-        if resolvers.is_empty() {
-            return Err(ConfigError::Missing {
-                key: "dns.resolvers",
-                message: "a pod learns addresses only from the answers of the resolvers listed \
-                          here; list the addresses in the pods' /etc/resolv.conf, such as the \
-                          cluster IP of kube-dns",
-            });
-        }
         resolvers.sort_unstable();
         resolvers.dedup();
         let cluster_domain = match cluster_domain {

@@ -103,8 +103,15 @@ pub(super) fn count(node: &Node, min: u32, max: u32) -> Result<u32, ConfigError>
         .ok_or_else(|| node.error(format!("is not a number from {min} to {max}")))
 }
 
-/// The machine's name.
-pub(super) fn hostname() -> Result<String, ConfigError> {
+/// The node's name: what a `DaemonSet` passes in `NODE_NAME` (from `spec.nodeName`), or the machine's.
+pub(super) fn node_name() -> Result<String, ConfigError> {
+    match std::env::var("NODE_NAME") {
+        Ok(name) if !name.trim().is_empty() => Ok(name.trim().to_owned()),
+        _ => hostname(),
+    }
+}
+
+fn hostname() -> Result<String, ConfigError> {
     let name =
         fs::read_to_string("/proc/sys/kernel/hostname").map_err(|error| ConfigError::Hostname {
             message: error.to_string(),

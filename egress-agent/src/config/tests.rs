@@ -58,6 +58,12 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.guard",
         "dns.refusal",
         "limits.addressesPerPod",
+        "cluster.dnsService",
+        "cluster.kubeletConfig",
+        "quarantine.enabled",
+        "quarantine.exclude",
+        "http",
+        "socket",
     ] {
         assert!(REFERENCE.contains(&format!("\n| `{key}` |")), "{key}");
     }
@@ -106,6 +112,18 @@ fn the_documented_example_says_every_key_and_parses() {
             limits: Limits {
                 addresses_per_pod: 4096
             },
+            cluster: Cluster {
+                dns_service: ("kube-system".to_owned(), "kube-dns".to_owned()),
+                kubelet_config: "/var/lib/kubelet/config.yaml".into(),
+            },
+            quarantine: Quarantine {
+                enabled: true,
+                exclude: vec!["docker*".to_owned(), "br-*".to_owned()],
+            },
+            serve: Serve {
+                http: Some(([127, 0, 0, 1], 9465).into()),
+                socket: "/run/egress-agent/agent.sock".into(),
+            },
         }
     );
 }
@@ -123,6 +141,14 @@ fn only_the_resolvers_have_no_default() {
                 internal: vec![],
                 protected: vec![],
                 ..documented.ranges.clone()
+            },
+            quarantine: Quarantine {
+                exclude: minimal.quarantine.exclude.clone(),
+                ..documented.quarantine.clone()
+            },
+            serve: Serve {
+                http: None,
+                ..documented.serve.clone()
             },
             ..documented
         }
@@ -171,7 +197,8 @@ fn missing_resolvers_are_explained() {
         "dns: {}",
         "dns: {resolvers: []}",
     ] {
-        assert_eq!(error(text), expected, "{text:?}");
+        let error = config(text).check_resolvers().expect_err("no resolvers");
+        assert_eq!(error.to_string(), expected, "{text:?}");
     }
 }
 
@@ -181,7 +208,7 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, bpffs, limits",
+             podAnnotations, ranges, dns, onDeny, bpffs, limits, cluster, quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",

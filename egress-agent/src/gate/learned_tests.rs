@@ -282,7 +282,9 @@ fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
 /// Rules that allow everything below `test`, in class 1.
 fn everything() -> NameRules {
     let own = BTreeMap::from([("egress-agent.dev/allow".to_owned(), "*.test:443".to_owned())]);
-    let settings = crate::config::Config::default_policy_settings().unwrap();
+    let settings = crate::config::Config::default_config()
+        .unwrap()
+        .policy_settings();
     let own = crate::policy::Annotations::from_map(&own);
     let none = crate::policy::Annotations::from_map(&BTreeMap::new());
     crate::policy::compile(&own, &none, &settings)

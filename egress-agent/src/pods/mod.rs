@@ -8,6 +8,7 @@
 //!  files of a directory ─ contents ─▶ what is in force of each file ─ snapshot ─▶ Snapshot
 //! ```
 
+pub mod cluster;
 mod contents;
 pub mod directory;
 mod documents;
@@ -17,7 +18,7 @@ mod snapshot;
 mod watching;
 
 pub use directory::{Directory, DirectoryThread, read_files};
-pub use snapshot::{Pod, Problem, Snapshot};
+pub use snapshot::{Facts, Pod, Problem, Snapshot};
 
 /// Prefix of the annotations that are the agent's; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";

@@ -10,6 +10,7 @@ use super::{
     contents::Contents,
     object::{Namespace, Object},
 };
+use crate::policy::Prefix;
 
 /// A pod, as far as enforcement is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,14 +21,21 @@ pub struct Pod {
     pub name: String,
     /// `metadata.uid`, or `<namespace>/<name>`.
     pub uid: String,
-    /// Its interface on the host's side; without one there is nothing to enforce on.
+    /// Its interface on the host's side, where its manifest names it; otherwise it is found by
+    /// [`Self::cgroup_uid`].
     pub interface: Option<String>,
+    /// The UID in the names of its cgroups, where a kubelet runs it: `metadata.uid`, but for a static
+    /// pod the UID that the kubelet gave it, which its mirror in the cluster has in an annotation.
+    pub cgroup_uid: Option<String>,
     /// `status.podIPs`.
     pub addresses: Vec<IpAddr>,
     /// Its annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub namespace_annotations: BTreeMap<String, String>,
+    /// Whether [`Self::namespace_annotations`] are what they seem. A cluster may tell of a pod before
+    /// it tells of its namespace; what that says of the pod is not known until then.
+    pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `spec.nodeName`.
@@ -60,6 +68,18 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
     /// Whether something could not be read at all, so that pods may be missing here.
     pub unreadable: bool,
+    /// What the source says besides its pods.
+    pub facts: Facts,
+}
+
+/// What a cluster says of itself; empty without one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The addresses of its resolvers, each with where it was found, for people: for example
+    /// `service kube-system/kube-dns`.
+    pub resolvers: BTreeMap<IpAddr, String>,
+    /// Its internal prefixes: pods, services, nodes, the API server; each with where it was found.
+    pub internal: BTreeMap<Prefix, String>,
 }
 
 /// Puts together what files contain. Where two speak of the same object, the earlier one counts.
