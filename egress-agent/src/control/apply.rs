@@ -8,7 +8,6 @@ use super::{
     enforced::{Enforced, PodKey, Wanted},
     prepare::Version,
     reconcile::{Reconciler, title},
-    seed,
 };
 use crate::{
     datapath::{Adoptable, FlowMap, Unused},
@@ -70,9 +69,7 @@ impl Reconciler {
         // Known before the first packet can be denied.
         self.announce(pod, &identity, &wanted.compiled, policy);
         if self.first_start {
-            for &pid in &wanted.pids {
-                self.seed(key, pod, policy, pid)?;
-            }
+            self.seed(key, &wanted, &mut self.flows_of(pod)?, policy);
         }
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
@@ -137,21 +134,6 @@ impl Reconciler {
             "policy applied"
         );
         self.datapath.pin_allow(policy, &enforced.pins)
-    }
-
-    /// Lets the connections go on that the pod had before there was an agent.
-    fn seed(&self, key: &PodKey, pod: u32, policy: u32, process: u32) -> Result<()> {
-        match seed::seed(&mut self.flows_of(pod)?, policy, process) {
-            Ok(0) => {}
-            Ok(flows) => tracing::info!(pod = %title(key), flows, "open connections go on"),
-            // They are cut then, which is no reason to leave the pod unenforced.
-            Err(error) => tracing::warn!(
-                pod = %title(key),
-                error = %format!("{error:#}"),
-                "not all open connections go on"
-            ),
-        }
-        Ok(())
     }
 
     /// A handle on a pod's flows.

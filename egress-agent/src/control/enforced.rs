@@ -12,6 +12,7 @@ use super::place::Found;
 use crate::{
     config::OnDeny,
     datapath::{FlowMap, PodPins},
+    host::Network,
     pods::Pod,
     policy::{Compiled, Mode},
     report::PodIdentity,
@@ -26,8 +27,8 @@ pub(super) struct Wanted {
     pub(super) uid: String,
     /// Its interfaces' indexes, in order; never empty.
     pub(super) interfaces: Vec<u32>,
-    /// A process in each of the pod's network namespaces, where they are known.
-    pub(super) pids: Vec<u32>,
+    /// The network namespaces on the other ends, where they are known.
+    pub(super) networks: Vec<Network>,
     pub(super) compiled: Arc<Compiled>,
     /// `compiled.record` with the pod's own addresses.
     pub(super) record: Policy,
@@ -55,7 +56,7 @@ impl Wanted {
         Self {
             uid: pod.uid.clone(),
             interfaces: found.interfaces.clone(),
-            pids: found.pids.clone(),
+            networks: found.networks.clone(),
             record,
             mode: match compiled.mode {
                 Mode::Audit => MODE_AUDIT,

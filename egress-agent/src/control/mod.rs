@@ -8,6 +8,7 @@
 mod apply;
 mod denials;
 mod enforced;
+mod events;
 mod facts;
 mod links;
 mod place;
@@ -124,8 +125,10 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
 
-    let (reporter, reporter_thread) =
-        Reporter::start(std::io::stdout()).context("cannot start the reporter's thread")?;
+    let (mut snapshots, source) = source.watch().await?;
+    let listener = source.events().cloned().map(events::denials);
+    let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
+        .context("cannot start the reporter's thread")?;
     let (gate, gate_thread) = Gate::start(
         datapath.take_held()?,
         datapath.interfaces()?,
@@ -136,12 +139,12 @@ pub async fn run(options: Options) -> Result<()> {
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
-    let (mut snapshots, source) = source.watch().await?;
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
         source.places(config)?,
+        source.events().cloned(),
         Arc::clone(&known),
         adoptable,
     )?;
@@ -210,7 +213,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
 
-    source.close();
+    source.close().await;
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {
         reconciler.detach_all();

@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap, HashSet},
+    io,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -10,7 +11,7 @@ use std::{
 use super::{enforced::PodKey, quarantine, reconcile::Reconciler};
 use crate::{
     config::Quarantine,
-    host::{Host, Links},
+    host::{Host, Links, Network, OpenSockets},
     pods::{Pod, Snapshot},
 };
 
@@ -39,8 +40,8 @@ pub(super) struct Found {
     pub(super) interfaces: Vec<u32>,
     /// The addresses that the pod's end has.
     pub(super) addresses: Vec<IpAddr>,
-    /// A process in each of the pod's network namespaces.
-    pub(super) pids: Vec<u32>,
+    /// The network namespaces on their other ends.
+    pub(super) networks: Vec<Network>,
 }
 
 impl Place {
@@ -104,6 +105,18 @@ impl Places {
             before: None,
             known: HashSet::new(),
             unidentified: false,
+        }
+    }
+
+    /// The sockets in a network namespace of a pod.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read.
+    pub(super) fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+        match &self.host {
+            Some(host) => host.sockets(network),
+            None => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -189,11 +202,7 @@ impl Places {
                 let found = Found {
                     interfaces: located.interfaces,
                     addresses: located.addresses,
-                    pids: located
-                        .namespaces
-                        .iter()
-                        .map(|network| network.pid)
-                        .collect(),
+                    networks: located.namespaces,
                 };
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);

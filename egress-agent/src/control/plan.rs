@@ -34,11 +34,6 @@ impl Reconciler {
         place: &Place,
         taken: &mut HashMap<u32, PodKey>,
     ) -> Plan {
-        if pod.host_network {
-            return Plan::Leave(Some(
-                "not enforced: the pod is in the host's network (hostNetwork)".into(),
-            ));
-        }
         let unidentified = quarantine::is_quarantined(key);
         let compiled = if unidentified || !pod.namespace_known {
             self.readings.unidentified()
@@ -47,6 +42,14 @@ impl Reconciler {
         };
         if compiled.mode == Mode::Off {
             return Plan::Leave(None);
+        }
+        if pod.host_network {
+            return Plan::Leave(Some(
+                "not enforced: the pod is in the host's network (hostNetwork)".into(),
+            ));
+        }
+        if !pod.namespace_known && self.enforced.contains_key(key) {
+            return Plan::Keep("its namespace is not known; the last good policy stays".into());
         }
         let found = match place {
             Place::Found(found) => found,

@@ -10,6 +10,7 @@ use std::{
 use super::{
     denials::{Known, KnownPods},
     enforced::{Enforced, PodKey},
+    events,
     place::Places,
     plan::Plan,
     quarantine,
@@ -20,7 +21,7 @@ use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, Unused, boottime_ns},
     gate::Gate,
-    pods::{Facts, Snapshot},
+    pods::{Facts, Snapshot, cluster::EventSink},
     policy::Compiled,
     report::PodIdentity,
 };
@@ -36,6 +37,8 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
+    /// Where people are told of a pod, besides the log.
+    events: Option<EventSink>,
     pub(super) waiting: Waiting,
     /// Whether no agent was here before, so that pods may have connections that nobody judged.
     pub(super) first_start: bool,
@@ -62,6 +65,7 @@ impl Reconciler {
         gate: Gate,
         config: &Config,
         places: Places,
+        events: Option<EventSink>,
         known: Arc<KnownPods>,
         adoptable: BTreeMap<u32, Adoptable>,
     ) -> anyhow::Result<Self> {
@@ -78,6 +82,7 @@ impl Reconciler {
             facts: Facts::default(),
             config: config.clone(),
             places,
+            events,
             waiting: Waiting::default(),
             first_start: adoptable.is_empty(),
             ranges: 1,
@@ -194,9 +199,17 @@ impl Reconciler {
             let problem = self.readings.problem(key);
             let complaints: Vec<String> =
                 problem.into_iter().chain(complaints.remove(key)).collect();
-            if !complaints.is_empty() {
-                saying.insert(title(key), complaints.join("; "));
+            if complaints.is_empty() {
+                continue;
             }
+            let (about, what) = (title(key), complaints.join("; "));
+            if let (Some(events), Some(pod)) = (&self.events, snapshot.pods.get(key))
+                && self.said.get(&about) != Some(&what)
+                && let Some(event) = events::problem(key, pod, &what)
+            {
+                events.send(event);
+            }
+            saying.insert(about, what);
         }
         self.drop_leftovers(snapshot, &waiting, &mut saying).await;
         self.publish();

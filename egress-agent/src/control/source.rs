@@ -14,14 +14,14 @@ use crate::{
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
-        cluster::{Cluster, ClusterOptions, ClusterWatch},
+        cluster::{self, Cluster, ClusterWatch, EventSink},
     },
 };
 
 /// A source that has been checked as far as it can be before anything is changed.
 pub(super) enum Source {
     Directory(PathBuf),
-    Cluster(ClusterOptions),
+    Cluster(cluster::Options),
 }
 
 /// A source that is being watched.
@@ -53,11 +53,11 @@ impl Source {
                 }
                 Ok(Self::Directory(path.clone()))
             }
-            SourceOptions::Cluster { kubeconfig } => Ok(Self::Cluster(ClusterOptions {
-                kubeconfig: kubeconfig.clone(),
-                node: config.node.clone(),
-                cluster: config.cluster.clone(),
-            })),
+            SourceOptions::Cluster { kubeconfig } => Ok(Self::Cluster(cluster::Options::new(
+                kubeconfig.clone(),
+                config.node.clone(),
+                config.cluster.clone(),
+            ))),
         }
     }
 
@@ -98,11 +98,19 @@ impl Watched {
         }
     }
 
+    /// Where people are told of a pod, besides the log.
+    pub(super) fn events(&self) -> Option<&EventSink> {
+        match self {
+            Self::Directory(_) => None,
+            Self::Cluster(watch) => Some(watch.events()),
+        }
+    }
+
     /// Ends the watching.
-    pub(super) fn close(self) {
+    pub(super) async fn close(self) {
         match self {
             Self::Directory(thread) => thread.close(),
-            Self::Cluster(watch) => watch.close(),
+            Self::Cluster(watch) => watch.close().await,
         }
     }
 }

@@ -41,13 +41,13 @@ impl Process {
 
     /// Inode number of its network namespace.
     pub(super) fn network(&self) -> io::Result<u64> {
-        let link = readlinkat(&self.0, "ns/net")?;
+        let link = readlinkat(&self.0, "ns/net").map_err(|error| self.why(error.into()))?;
         network_inode(&link.to_string_lossy())
     }
 
     /// Its network namespace, which exists at least as long as this is kept, and its inode number.
     pub(super) fn open_network(&self) -> io::Result<(OwnedFd, u64)> {
-        let file = File::from(self.read_only("ns/net")?);
+        let file = self.file("ns/net").map_err(|error| self.why(error))?;
         let inode = file.metadata()?.ino();
         Ok((file.into(), inode))
     }
@@ -72,12 +72,17 @@ impl Process {
 
     /// A file in its directory.
     pub(super) fn file(&self, name: &str) -> io::Result<File> {
-        self.read_only(name).map(File::from)
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        Ok(openat(&self.0, name, flags, Mode::empty())?.into())
     }
 
-    fn read_only(&self, name: &str) -> io::Result<OwnedFd> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        Ok(openat(&self.0, name, flags, Mode::empty())?)
+    /// Why its namespace was refused: the kernel says that it may not be read when the process has
+    /// ended too (`proc_ns_readlink`, fs/proc/namespaces.c).
+    fn why(&self, refused: io::Error) -> io::Error {
+        match self.file("stat") {
+            Err(ended) if has_ended(&ended) => ended,
+            _ => refused,
+        }
     }
 }
 
