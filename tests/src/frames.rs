@@ -28,8 +28,13 @@ pub struct Tap {
 
 /// `PACKET_VNET_HDR`, `include/uapi/linux/if_packet.h`.
 const PACKET_VNET_HDR: libc::c_int = 15;
+/// `PACKET_IGNORE_OUTGOING`, of the same file.
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`, `include/uapi/linux/virtio_net.h`.
 const VIRTIO_NEEDS_CSUM: u8 = 1;
+
+/// The longest packet, with all that may stand before it.
+const LONGEST: usize = 65_535 + 64;
 
 impl Tap {
     /// Opens a packet socket on `interface` of `namespace`.
@@ -55,13 +60,24 @@ impl Tap {
     /// be written (`PACKET_VNET_HDR`, packet(7)); see [`Self::send_with_checksum_at`].
     #[track_caller]
     pub fn expect_offsets(&self) {
+        self.switch_on(PACKET_VNET_HDR);
+    }
+
+    /// From now on, frames that leave through the interface are not received.
+    #[track_caller]
+    pub(crate) fn ignore_outgoing(&self) {
+        self.switch_on(PACKET_IGNORE_OUTGOING);
+    }
+
+    #[track_caller]
+    fn switch_on(&self, option: libc::c_int) {
         let on: libc::c_int = 1;
         // SAFETY: the option takes an int, and that is what pointer and length say.
         let failed = unsafe {
             libc::setsockopt(
                 std::os::fd::AsRawFd::as_raw_fd(&self.socket),
                 libc::SOL_PACKET,
-                PACKET_VNET_HDR,
+                option,
                 (&raw const on).cast(),
                 size_of_val(&on).try_into().unwrap_or_default(),
             )
@@ -101,7 +117,7 @@ impl Tap {
     /// The next frame that `is` holds for; `None` when none passes in time.
     pub fn receive(&self, timeout: Duration, is: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let deadline = Instant::now() + timeout;
-        let mut buffer = vec![0; 65_535];
+        let mut buffer = vec![0; LONGEST];
         loop {
             let left = deadline
                 .checked_duration_since(Instant::now())
