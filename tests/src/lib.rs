@@ -29,6 +29,7 @@ mod container;
 pub mod dns;
 pub mod frames;
 mod lab;
+mod line;
 mod manifests;
 mod namespace;
 pub mod node;

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use egress_common::{packet::Packet, reason::Reason, records::MODE_AUDIT};
+use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MODE_AUDIT};
 
 use super::{
     DnsSettings, Enforcement,
@@ -101,6 +101,13 @@ impl Judge<'_> {
         false
     }
 
+    /// Reports fragments that are not put back.
+    pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
+        tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
+        self.reporter
+            .report(self.denied(packet, Reason::DnsFragmented, None));
+    }
+
     /// Notes that a question goes out.
     pub(super) fn ask(&self, question: &Question, packet: &Packet, pending: &mut Pending) {
         let exchange = Exchange {
@@ -142,10 +149,12 @@ impl Judge<'_> {
     }
 
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
+        // A later fragment, and what a fragment of ICMP is of, have none.
+        let has_ports = packet.bit & (bits::TCP | bits::UDP | bits::SCTP) != 0;
         let end = |address, port| {
             Some(Endpoint {
                 address,
-                port: Some(port),
+                port: has_ports.then_some(port),
             })
         };
         Denied {

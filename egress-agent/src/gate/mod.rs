@@ -16,6 +16,7 @@
 
 mod checksum;
 mod eviction;
+mod fragments;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod judge;
@@ -148,6 +149,7 @@ impl Gate {
                 dns,
                 reporter,
                 streams: stream::Budget::default(),
+                fragments: fragments::Budget::default(),
             },
         );
         let thread = std::thread::Builder::new()

@@ -1,10 +1,12 @@
 //! One pod at the gate: what becomes of its questions and its answers.
 
+mod in_fragments;
+
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use egress_common::{
-    packet::{Packet, Walked, walk},
+    packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT},
 };
@@ -12,6 +14,7 @@ use egress_common::{
 use super::{
     DnsSettings, Enforcement,
     checksum::complete_udp,
+    fragments::{self, Fragments},
     judge::Judge,
     learned::Table,
     pending::Pending,
@@ -31,6 +34,7 @@ pub(super) struct Shared {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) streams: Budget,
+    pub(super) fragments: fragments::Budget,
 }
 
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
@@ -65,6 +69,7 @@ pub(super) struct Pod {
     pending: Pending,
     learned: Table,
     streams: Streams,
+    fragments: Fragments,
 }
 
 impl Pod {
@@ -77,6 +82,7 @@ impl Pod {
             pending: Pending::new(),
             learned,
             streams: Streams::new(),
+            fragments: Fragments::new(),
         })
     }
 
@@ -136,6 +142,7 @@ impl Pod {
         shared: &mut Shared,
     ) -> Result<()> {
         self.streams.clear(&mut shared.streams);
+        self.fragments.clear(&mut shared.fragments);
         for ifindex in self.enforcement.interfaces {
             interfaces.remove(ifindex, self.enforcement.entry.pod)?;
         }
@@ -173,6 +180,9 @@ impl Pod {
             return;
         }
         match held.head.kind {
+            HELD_ANSWER if packet.fragment != Fragment::None => {
+                self.fragment(held, &packet, shared);
+            }
             HELD_QUESTION if packet.bit == bits::TCP => {
                 self.segment(held, &packet, To::Resolver, shared);
             }

@@ -173,6 +173,7 @@ impl Runner {
                 tracing::error!(pod = id, %error, "cannot update an allow map");
             }
             pod.tick_streams(&mut self.shared, now_ns);
+            pod.tick_fragments(&mut self.shared, now_ns);
         }
         self.shared.wire.send();
     }

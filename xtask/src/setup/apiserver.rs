@@ -29,6 +29,7 @@ const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
     purpose: "what an API server in the tests keeps its objects in",
+    services: &["etcd"],
 }];
 
 /// What building it needs.
@@ -37,16 +38,19 @@ const TO_BUILD: [Program; 3] = [
         name: "make",
         packages: &["make"],
         purpose: "building an API server for the tests",
+        services: &[],
     },
     Program {
         name: "rsync",
         packages: &["rsync"],
         purpose: "building an API server for the tests",
+        services: &[],
     },
     Program {
         name: "jq",
         packages: &["jq"],
         purpose: "building an API server for the tests",
+        services: &[],
     },
 ];
 
@@ -132,7 +136,7 @@ fn build(target: &Path) -> Result<()> {
     }
     programs(&TO_BUILD)?;
     if !Path::new(GO).exists() {
-        apt::install(&[apt::first_available(&["golang-1.19-go"])?])?;
+        apt::install(&[apt::first_available(&["golang-1.19-go"])?], &[])?;
     }
     let directory = workspace::root().join("target/kubernetes/build");
     _ = fs::remove_dir_all(&directory);
