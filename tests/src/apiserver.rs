@@ -174,12 +174,12 @@ impl ApiServer {
 
     /// Says which tokens count from the next start on.
     pub fn write_tokens(&self, tokens: &[(Identity, &str)]) {
-        let mut lines = String::new();
-        for (identity, token) in tokens {
+        let line = |(identity, token): &(Identity, &str)| {
             let (user, groups) = identity.user();
-            lines.push_str(&format!("{token},{user},{user},\"{groups}\"\n"));
-        }
-        fs::write(self.file("tokens.csv"), lines).expect("write the tokens");
+            format!("{token},{user},{user},\"{groups}\"")
+        };
+        let lines: Vec<_> = tokens.iter().map(line).collect();
+        fs::write(self.file("tokens.csv"), lines.join("\n")).expect("write the tokens");
     }
 
     /// A kubeconfig of someone.

@@ -172,8 +172,8 @@ async fn follow_until<K, R>(
 fn failure(error: &watcher::Error, server: &str) -> (Failure, bool) {
     use watcher::Error;
     let status = match error {
-        Error::WatchError(status) => status,
-        Error::InitialListFailed(kube::Error::Api(status))
+        Error::WatchError(status)
+        | Error::InitialListFailed(kube::Error::Api(status))
         | Error::WatchStartFailed(kube::Error::Api(status))
         | Error::WatchFailed(kube::Error::Api(status)) => status,
         Error::InitialListFailed(error)
