@@ -37,6 +37,7 @@ pub mod raw;
 pub mod resolvers;
 mod servers;
 mod wait;
+pub mod yaml;
 
 pub use agent::{Agent, Denial, KernelObjects};
 pub use dns::DnsServer;
