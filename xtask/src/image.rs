@@ -6,7 +6,8 @@
 mod archive;
 
 use std::env;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -32,6 +33,9 @@ pub(crate) struct Options {
     /// Packs this program in place of building one; it has to be static
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
+    /// Writes the static program there, and no image
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "program"])]
+    program_only: Option<PathBuf>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -43,6 +47,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         None => static_agent()?,
     };
     check_static(&program)?;
+    if let Some(output) = &options.program_only {
+        return write_program(output, &program);
+    }
     let image = Image {
         program: &program,
         name: &format!("{NAME}:{VERSION}"),
@@ -64,11 +71,25 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent with musl, which links statically, and takes the symbols out.
+/// Writes the program, executable.
+fn write_program(output: &Path, program: &[u8]) -> Result<()> {
+    fs::write(output, program)
+        .and_then(|()| fs::set_permissions(output, Permissions::from_mode(0o755)))
+        .with_context(|| format!("cannot write {}", output.display()))?;
+    println!("wrote {}", output.display());
+    Ok(())
+}
+
+/// Builds the agent linked statically, and takes the symbols out. Rustup has musl for that;
+/// distributions' compilers often have the GNU C library alone.
 fn static_agent() -> Result<Vec<u8>> {
-    setup::ensure_musl()?;
+    setup::ensure_ebpf()?;
     build::ebpf(Warnings::Show)?;
-    let target = setup::musl_target();
+    let target = if setup::has_musl() {
+        setup::musl_target()
+    } else {
+        format!("{}-unknown-linux-gnu", env::consts::ARCH)
+    };
     let mut command = process::cargo();
     command.args([
         "build",
@@ -77,8 +98,12 @@ fn static_agent() -> Result<Vec<u8>> {
         "--package",
         "egress-agent",
     ]);
+    // Named, though it may be the host's: so that what runs while building is linked as usual.
     command.args(["--target", &target]);
     command.arg("--target-dir").arg(workspace::target());
+    if target.ends_with("gnu") {
+        command.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    }
     process::run(&mut command)?;
     let built = workspace::target()
         .join(&target)

@@ -125,14 +125,12 @@ pub(crate) fn ensure() -> Result<()> {
     run(&Options { check: false })
 }
 
-/// Sets up what links the agent statically, and what builds its eBPF object.
+/// Sets up what builds the eBPF object, and nothing else.
 ///
 /// # Errors
 ///
 /// Fails when something is missing and cannot be installed.
-pub(crate) fn ensure_musl() -> Result<()> {
-    programs(&PROGRAMS)?;
-    musl()?;
+pub(crate) fn ensure_ebpf() -> Result<()> {
     ebpf::ensure()
 }
 
@@ -278,7 +276,7 @@ pub(crate) fn musl_target() -> String {
     format!("{}-unknown-linux-musl", env::consts::ARCH)
 }
 
-fn has_musl() -> bool {
+pub(crate) fn has_musl() -> bool {
     let mut rustc = Command::new("rustc");
     rustc.args(["--print", "target-libdir", "--target", &musl_target()]);
     rustc.output().is_ok_and(|output| {
