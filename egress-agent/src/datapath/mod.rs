@@ -4,6 +4,7 @@ mod allow;
 mod bpffs;
 mod counters;
 mod dry_run;
+mod flow_map;
 mod inner;
 mod interfaces;
 mod links;
@@ -20,12 +21,13 @@ pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
+pub use flow_map::{FlowMap, OpenFlows, Seed};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
-pub use policies::{FlowMap, NewMaps, NewPod, NewPolicy, OpenFlows, Unused};
+pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 

@@ -17,8 +17,10 @@ pub mod denied;
 pub mod folder;
 pub mod line;
 pub mod reporter;
+mod summary;
 
 pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
 pub use folder::Folder;
 pub use line::Line;
-pub use reporter::{Reporter, ReporterThread};
+pub use reporter::{Listener, Reporter, ReporterThread};
+pub use summary::Summary;

@@ -29,6 +29,9 @@ pub const REPORTER_BUSY: &str = "reporter_busy";
 /// Why denials have no line: writing their lines failed.
 pub const OUTPUT_FAILED: &str = "output_failed";
 
+/// What is told of each line besides writing it. It must not block.
+pub type Listener = Box<dyn Fn(&Line) + Send>;
+
 /// Where denials are reported. Cheap to clone; one for each thread that reports.
 #[derive(Clone, Debug)]
 pub struct Reporter {
@@ -67,12 +70,15 @@ impl Message {
 }
 
 impl Reporter {
-    /// Starts the thread that writes to `out`.
+    /// Starts the thread that writes to `out`, and gives each line to `listener` as well.
     ///
     /// # Errors
     ///
     /// When the thread cannot be started.
-    pub fn start(out: impl Write + Send + 'static) -> io::Result<(Self, ReporterThread)> {
+    pub fn start(
+        out: impl Write + Send + 'static,
+        listener: Option<Listener>,
+    ) -> io::Result<(Self, ReporterThread)> {
         let (sender, messages) = mpsc::sync_channel(CHANNEL);
         let (done_sender, done) = mpsc::sync_channel(1);
         let shared = Arc::new(Shared::default());
@@ -80,6 +86,7 @@ impl Reporter {
             out,
             shared: Arc::clone(&shared),
             unwritten: None,
+            listener,
         };
         thread::Builder::new()
             .name("reporter".into())
@@ -207,6 +214,7 @@ fn take_in(folder: &mut Folder, now: Instant, message: Message) {
 /// Writes lines, and remembers what it could not write.
 struct Output<W> {
     out: W,
+    listener: Option<Listener>,
     shared: Arc<Shared>,
     unwritten: Option<Unwritten>,
 }
@@ -236,6 +244,9 @@ impl<W: Write> Output<W> {
             let written = self.write_unwritten().and_then(|()| self.write_line(&line));
             if let Err(error) = written {
                 self.failed(line.count(), &error);
+            }
+            if let Some(listener) = &self.listener {
+                listener(&line);
             }
         }
     }
@@ -322,7 +333,7 @@ mod tests {
     #[test]
     fn closing_writes_what_waits() {
         let sink = Sink::default();
-        let (reporter, thread) = Reporter::start(sink.clone()).unwrap();
+        let (reporter, thread) = Reporter::start(sink.clone(), None).unwrap();
         reporter.report(denied());
         reporter.report(denied());
         reporter.unreported(&denied().pod, 9, "ring_full");
@@ -364,6 +375,7 @@ mod tests {
             &receiver,
             Output {
                 out: sink.clone(),
+                listener: None,
                 shared,
                 unwritten: None,
             },
@@ -404,6 +416,7 @@ mod tests {
             &receiver,
             Output {
                 out: sink.clone(),
+                listener: None,
                 shared,
                 unwritten: None,
             },
@@ -423,6 +436,7 @@ mod tests {
         let shared = Arc::new(Shared::default());
         let mut output = Output {
             out: sink.clone(),
+            listener: None,
             shared: Arc::clone(&shared),
             unwritten: None,
         };
