@@ -6,6 +6,7 @@ use clap::Parser as _;
 use egress_agent::{
     cli::Cli,
     config::Config,
+    pods::cluster::{ACCESS, Within},
     policy::{self, Annotations, Mode, PodAnnotations},
 };
 use egress_tests::yaml::{self, identity};
@@ -196,7 +197,7 @@ fn the_agent_reads_every_configuration() {
 
 #[test]
 fn the_agent_reads_its_arguments() {
-    for (kustomization, extra) in [("base", vec!["--pods-dir", "pods"]), ("cleanup", vec![])] {
+    for kustomization in ["base", "cleanup"] {
         let spec = pod_spec(&yaml::kustomized(kustomization));
         let containers = spec
             .init_containers
@@ -205,10 +206,7 @@ fn the_agent_reads_its_arguments() {
             .chain(&spec.containers);
         for container in containers {
             let args = container.args.iter().flatten().map(String::as_str);
-            let words = ["egress-agent"]
-                .into_iter()
-                .chain(args)
-                .chain(extra.clone());
+            let words = ["egress-agent"].into_iter().chain(args);
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{kustomization}: {error}");
             }
@@ -359,48 +357,19 @@ fn the_agent_may_do_what_it_does_and_nothing_else() {
 
 /// What the agent asks the API server for.
 fn used() -> BTreeSet<Right> {
-    const FOLLOW: &[&str] = &["list", "watch"];
-    type Row = (
-        &'static str,
-        &'static str,
-        &'static str,
-        &'static [&'static str],
-        &'static [&'static str],
-    );
-    const RIGHTS: &[Row] = &[
-        ("", "", "pods", &[], FOLLOW),
-        ("", "", "namespaces", &[], FOLLOW),
-        ("", "", "nodes", &[], FOLLOW),
-        ("", "networking.k8s.io", "servicecidrs", &[], FOLLOW),
-        ("", "events.k8s.io", "events", &[], &["create", "patch"]),
-        ("kube-system", "", "services", &["kube-dns"], FOLLOW),
-        ("kube-system", "", "endpoints", &["kube-dns"], FOLLOW),
-        (
-            "kube-system",
-            "discovery.k8s.io",
-            "endpointslices",
-            &[],
-            FOLLOW,
-        ),
-        ("default", "", "services", &["kubernetes"], FOLLOW),
-        ("default", "", "endpoints", &["kubernetes"], FOLLOW),
-        (
-            "default",
-            "discovery.k8s.io",
-            "endpointslices",
-            &["kubernetes"],
-            FOLLOW,
-        ),
-    ];
     let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
-    RIGHTS
+    ACCESS
         .iter()
-        .map(|(within, group, resource, names, verbs)| Right {
-            within: (*within).to_owned(),
-            group: (*group).to_owned(),
-            resource: (*resource).to_owned(),
-            names: owned(names),
-            verbs: owned(verbs),
+        .map(|access| Right {
+            within: match access.within {
+                Within::Cluster => String::new(),
+                Within::DnsNamespace => "kube-system".to_owned(),
+                Within::Default => "default".to_owned(),
+            },
+            group: access.group.to_owned(),
+            resource: access.resource.to_owned(),
+            names: owned(access.names),
+            verbs: owned(access.verbs),
         })
         .collect()
 }

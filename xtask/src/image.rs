@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
-use object::{Object as _, ObjectSymbol as _};
+use object::{Object as _, ObjectSymbol};
 
 use crate::build::{self, Warnings};
 use crate::{process, setup, workspace};
@@ -122,7 +122,7 @@ fn check_static(program: &[u8]) -> Result<()> {
             "the program is not static: it wants a dynamic linker, which the image does not have"
         );
     }
-    if let Some(symbol) = file.dynamic_symbols().find(|symbol| symbol.is_undefined()) {
+    if let Some(symbol) = file.dynamic_symbols().find(ObjectSymbol::is_undefined) {
         let name = symbol.name().unwrap_or_default();
         if !name.is_empty() {
             bail!("the program is not static: it lacks `{name}`");

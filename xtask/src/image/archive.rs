@@ -65,7 +65,7 @@ impl Image<'_> {
             "manifests": [manifest],
         });
 
-        let mut archive = self.tar();
+        let mut archive = Builder::new(Vec::new());
         self.directory(&mut archive, "blobs")?;
         self.directory(&mut archive, "blobs/sha256")?;
         for (digest, bytes) in &blobs.0 {
@@ -94,7 +94,7 @@ impl Image<'_> {
 
     /// The files of the image, uncompressed.
     fn layer(&self) -> Result<Vec<u8>> {
-        let mut layer = self.tar();
+        let mut layer = Builder::new(Vec::new());
         for (at, _) in PROGRAM.match_indices('/') {
             self.directory(&mut layer, &PROGRAM[..at])?;
         }
@@ -134,10 +134,6 @@ impl Image<'_> {
         let time = i64::try_from(self.seconds).ok();
         let time = time.and_then(|seconds| Timestamp::from_second(seconds).ok());
         Ok(time.context("the time is out of range")?.to_string())
-    }
-
-    fn tar(&self) -> Builder<Vec<u8>> {
-        Builder::new(Vec::new())
     }
 
     fn directory(&self, archive: &mut Builder<Vec<u8>>, path: &str) -> Result<()> {
