@@ -35,10 +35,16 @@ fn collect(directory: &Path, prefix: &str, found: &mut Vec<String>) {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         if entry.path().is_dir() {
             collect(&entry.path(), &format!("{name}/"), found);
-        } else if name.ends_with(".yaml") {
+        } else if is_yaml(&name) {
             found.push(name);
         }
     }
+}
+
+fn is_yaml(path: &str) -> bool {
+    Path::new(path)
+        .extension()
+        .is_some_and(|extension| extension == "yaml")
 }
 
 /// What `kubectl apply -k` would apply of a directory in [`directory`]: the objects of its
@@ -46,20 +52,20 @@ fn collect(directory: &Path, prefix: &str, found: &mut Vec<String>) {
 ///
 /// Patches may replace values of mappings and nothing else, which is all that strategic merging and
 /// this have in common. Anything else that a kustomization can say is not understood, and panics.
-pub fn kustomized(path: &str) -> Vec<Value> {
-    let file = format!("{path}/kustomization.yaml");
+pub fn kustomized(base: &str) -> Vec<Value> {
+    let file = format!("{base}/kustomization.yaml");
     let [kustomization] = objects(&file)
         .try_into()
         .unwrap_or_else(|_| panic!("{file}: not one document"));
-    let mut made = Vec::new();
+    let mut result = Vec::new();
     let mapping = kustomization.as_object().expect("a mapping");
     for (key, value) in mapping {
         match key.as_str() {
             "apiVersion" | "kind" | "patches" => {}
             "resources" | "components" => {
                 for entry in value.as_array().expect("a list") {
-                    let entry = within(path, entry.as_str().expect("a path"));
-                    made.extend(if entry.ends_with(".yaml") {
+                    let entry = within(base, entry.as_str().expect("a path"));
+                    result.extend(if is_yaml(&entry) {
                         objects(&entry)
                     } else {
                         kustomized(&entry)
@@ -75,16 +81,16 @@ pub fn kustomized(path: &str) -> Vec<Value> {
         .into_iter()
         .flatten()
     {
-        let patch = within(path, patch["path"].as_str().expect("the patch's path"));
+        let patch = within(base, patch["path"].as_str().expect("the patch's path"));
         for patch in objects(&patch) {
-            let target = made
+            let target = result
                 .iter_mut()
                 .find(|object| identity(object) == identity(&patch))
                 .unwrap_or_else(|| panic!("{file}: nothing to patch: {:?}", identity(&patch)));
             merge(target, &patch);
         }
     }
-    made
+    result
 }
 
 /// Kind, namespace and name.
