@@ -103,6 +103,10 @@ impl Policy {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "functions of expressions take their arguments by value"
+)]
 /// Kubernetes' own function: every match of a regular expression, from left to right.
 fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     let found = regex(&pattern)
@@ -112,6 +116,10 @@ fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     Cel::List(Arc::new(found))
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "functions of expressions take their arguments by value"
+)]
 /// Kubernetes' own function: the first match of a regular expression, or an empty text.
 fn find(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     regex(&pattern)
@@ -128,6 +136,9 @@ fn regex(pattern: &str) -> Regex {
             .clone()
     })
 }
+
+/// Makes an object of a kind with these annotations where they count.
+type Make = fn(&str, &BTreeMap<String, String>) -> Value;
 
 fn object(kind: &str, annotations: &BTreeMap<String, String>) -> Value {
     json!({"kind": kind, "metadata": {"name": "x", "annotations": annotations}, "spec": {}})
@@ -383,7 +394,7 @@ fn namespaces_and_every_kind_of_template_are_judged() {
     let good = annotations(&[("allow", "github.com:443")]);
     let bad = annotations(&[("allow", "https://github.com")]);
     let pod_only = annotations(&[("interface", "veth0")]);
-    let make: [(&str, fn(&str, &BTreeMap<String, String>) -> Value); 9] = [
+    let make: [(&str, Make); 9] = [
         ("Pod", object),
         ("Namespace", object),
         ("Deployment", with_template),
@@ -432,8 +443,7 @@ fn with_job_template(kind: &str, annotations: &BTreeMap<String, String>) -> Valu
 fn what_was_there_before_is_no_reason_to_reject_an_edit() {
     let policy = Policy::read();
     let bad = annotations(&[("allow", "https://github.com"), ("mode", "enforce")]);
-    let make: [(&str, fn(&str, &BTreeMap<String, String>) -> Value); 2] =
-        [("Pod", object), ("Deployment", with_template)];
+    let make: [(&str, Make); 2] = [("Pod", object), ("Deployment", with_template)];
     for (kind, make) in make {
         let old = make(kind, &bad);
         assert_eq!(policy.judge(&old, &old), None);
