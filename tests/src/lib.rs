@@ -42,6 +42,7 @@ pub mod raw;
 pub mod resolvers;
 mod servers;
 mod wait;
+pub mod yaml;
 
 pub use agent::{Agent, Denial, KernelObjects};
 pub use apiserver::{ApiServer, Identity};

@@ -12,7 +12,7 @@ use std::env;
 use anyhow::{Result, bail};
 
 use crate::build::{self, Warnings};
-use crate::{process, workspace};
+use crate::{manifests, process, workspace};
 
 /// Checks formatting, structure, licences, and runs clippy; every warning is an error.
 #[derive(clap::Args)]
@@ -20,6 +20,7 @@ pub(crate) struct Options {}
 
 pub(crate) fn run(_: &Options) -> Result<()> {
     structure::run()?;
+    manifests::check()?;
     process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
     // A workspace of its own.
     let fuzz = ["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"];

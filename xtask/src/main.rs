@@ -5,9 +5,11 @@ mod bench;
 mod build;
 mod demo;
 mod fuzz;
+mod image;
 mod kernels;
 mod leftovers;
 mod lint;
+mod manifests;
 mod process;
 mod setup;
 mod test;
@@ -35,6 +37,8 @@ enum Command {
     Demo(demo::Options),
     Kernels(kernels::Options),
     Bench(bench::Options),
+    Image(image::Options),
+    Manifests(manifests::Options),
     Lint(lint::Options),
 }
 
@@ -47,6 +51,8 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Kernels(options) => kernels::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Image(options) => image::run(&options),
+        Command::Manifests(options) => manifests::run(&options),
         Command::Lint(options) => lint::run(&options),
     };
     if let Err(error) = result {

@@ -162,6 +162,15 @@ pub(crate) fn ensure() -> Result<()> {
     run(&Options { check: false })
 }
 
+/// Sets up what builds the eBPF object, and nothing else.
+///
+/// # Errors
+///
+/// Fails when something is missing and cannot be installed.
+pub(crate) fn ensure_ebpf() -> Result<()> {
+    ebpf::ensure()
+}
+
 /// Says what is missing.
 fn check() -> Result<()> {
     kernel()?;
@@ -300,25 +309,26 @@ fn missing_components() -> Vec<&'static str> {
         .collect()
 }
 
-/// The standard library with musl, for a test with a program that resolves names as musl does.
+/// The standard library with musl: the image's static agent, and a test with a program that resolves names as
+/// musl does.
 fn musl() -> Result<()> {
     let target = musl_target();
     if has_musl() {
         found("target", &target);
         return Ok(());
     }
-    println!("missing: the target {target} (a program with musl's resolver for the tests)");
+    println!("missing: the target {target} (the image's static program; a resolver for the tests)");
     if process::find("rustup").is_none() {
         bail!("install the standard library for {target} and run this again");
     }
     process::run(Command::new("rustup").args(["target", "add", &target]))
 }
 
-fn musl_target() -> String {
+pub(crate) fn musl_target() -> String {
     format!("{}-unknown-linux-musl", env::consts::ARCH)
 }
 
-fn has_musl() -> bool {
+pub(crate) fn has_musl() -> bool {
     let mut rustc = Command::new("rustc");
     rustc.args(["--print", "target-libdir", "--target", &musl_target()]);
     rustc.output().is_ok_and(|output| {

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::CleanupArgs;
 use crate::{config::Config, datapath};
@@ -22,5 +23,26 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
             println!("detached from {detached} interfaces; nothing is enforced any more");
         }
     }
+    if args.stay {
+        wait_for_a_signal()?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+fn wait_for_a_signal() -> Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .and_then(|runtime| {
+            runtime.block_on(async {
+                let mut terminate = signal(SignalKind::terminate())?;
+                let mut interrupt = signal(SignalKind::interrupt())?;
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                Ok(())
+            })
+        })
+        .context("cannot wait for a signal")
 }

@@ -87,6 +87,9 @@ struct CleanupArgs {
     /// Configuration file of the agent, for its `bpffs`; /sys/fs/bpf without it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Then wait to be told to stop, as a pod of a `DaemonSet` has to.
+    #[arg(long)]
+    stay: bool,
 }
 
 impl Cli {

@@ -1,0 +1,506 @@
+//! The admission policy's expressions, evaluated, beside the agent's own parser: what the agent reads
+//! is never rejected, and what people mistype is.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use cel::{Context, Program, Value as Cel, extractors::This};
+use egress_agent::{
+    config::Config,
+    policy::{self, Annotations},
+};
+use egress_tests::yaml;
+use proptest::prelude::*;
+use regex::Regex;
+use serde_json::{Value, json};
+
+/// The policy, compiled.
+struct Policy {
+    variables: Vec<(String, Program)>,
+    validations: Vec<(Program, Option<Program>, String)>,
+}
+
+impl Policy {
+    fn read() -> Self {
+        let objects = yaml::objects("components/admission/policy.yaml");
+        let spec = &objects[0]["spec"];
+        let compile = |text: &Value| {
+            let text = text.as_str().expect("an expression");
+            Program::compile(text).unwrap_or_else(|error| panic!("{text}\n{error}"))
+        };
+        Self {
+            variables: spec["variables"]
+                .as_array()
+                .expect("variables")
+                .iter()
+                .map(|variable| {
+                    let name = variable["name"].as_str().expect("a name").to_owned();
+                    (name, compile(&variable["expression"]))
+                })
+                .collect(),
+            validations: spec["validations"]
+                .as_array()
+                .expect("validations")
+                .iter()
+                .map(|validation| {
+                    (
+                        compile(&validation["expression"]),
+                        validation.get("messageExpression").map(compile),
+                        validation["message"]
+                            .as_str()
+                            .expect("a message")
+                            .to_owned(),
+                    )
+                })
+                .collect(),
+        }
+    }
+
+    /// Why the object is rejected, if it is. The API server evaluates a variable when an expression
+    /// asks for it; here all of them are, in their order.
+    fn judge(&self, object: &Value, old: &Value) -> Option<String> {
+        let mut context = Context::default();
+        context.add_function("findAll", find_all).expect("findAll");
+        context.add_function("find", find).expect("find");
+        context.add_variable("object", object).expect("object");
+        context.add_variable("oldObject", old).expect("oldObject");
+        let mut variables = HashMap::new();
+        for (name, program) in &self.variables {
+            context.add_variable_from_value("variables", variables.clone());
+            match program.execute(&context) {
+                Ok(value) => {
+                    variables.insert(name.clone(), value);
+                }
+                // Whatever asks for it fails, unless it does not come to ask.
+                Err(error) => eprintln!("{name}: {error}"),
+            }
+        }
+        context.add_variable_from_value("variables", variables);
+        for (program, message, fallback) in &self.validations {
+            match program.execute(&context) {
+                Ok(Cel::Bool(true)) => {}
+                Ok(Cel::Bool(false)) => {
+                    let Some(message) = message else {
+                        return Some(fallback.clone());
+                    };
+                    match message.execute(&context) {
+                        Ok(Cel::String(text)) => return Some(text.to_string()),
+                        other => panic!("{fallback}: no message: {other:?}"),
+                    }
+                }
+                other => panic!("{fallback}: no verdict: {other:?}"),
+            }
+        }
+        None
+    }
+
+    /// Why a pod with these annotations is rejected.
+    fn pod(&self, annotations: &BTreeMap<String, String>) -> Option<String> {
+        self.judge(&object("Pod", annotations), &Value::Null)
+    }
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "functions of expressions take their arguments by value"
+)]
+/// Kubernetes' own function: every match of a regular expression, from left to right.
+fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
+    let found = regex(&pattern)
+        .find_iter(&text)
+        .map(|found| found.as_str().to_owned().into())
+        .collect::<Vec<Cel>>();
+    Cel::List(Arc::new(found))
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "functions of expressions take their arguments by value"
+)]
+/// Kubernetes' own function: the first match of a regular expression, or an empty text.
+fn find(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
+    regex(&pattern)
+        .find(&text)
+        .map_or("", |found| found.as_str())
+        .into()
+}
+
+fn regex(pattern: &str) -> Regex {
+    COMPILED.with_borrow_mut(|compiled| {
+        compiled
+            .entry(pattern.to_owned())
+            .or_insert_with(|| Regex::new(pattern).unwrap_or_else(|error| panic!("{error}")))
+            .clone()
+    })
+}
+
+/// Makes an object of a kind with these annotations where they count.
+type Make = fn(&str, &BTreeMap<String, String>) -> Value;
+
+fn object(kind: &str, annotations: &BTreeMap<String, String>) -> Value {
+    json!({"kind": kind, "metadata": {"name": "x", "annotations": annotations}, "spec": {}})
+}
+
+fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs
+        .iter()
+        .map(|(key, value)| (format!("egress-agent.dev/{key}"), (*value).to_owned()))
+        .collect()
+}
+
+/// Whether the agent reads a pod's annotations.
+fn readable(annotations: &BTreeMap<String, String>) -> Result<(), String> {
+    let settings = Config::default_config()
+        .expect("defaults")
+        .policy_settings();
+    policy::describe(
+        "x/x",
+        &Annotations::from_map(annotations),
+        &Annotations::default(),
+        &settings,
+    )
+    .map(drop)
+    .map_err(|error| error.to_string())
+}
+
+/// Lists that the agent reads.
+const READABLE: &[&str] = &[
+    "",
+    " \t\n,,\r\n",
+    "# a comment alone",
+    "github.com # https://example.com/ 10.1.2.3/8 :90-80\nexample.com#another",
+    "github.com",
+    "github.com:443",
+    "github.com:22/tcp",
+    "github.com/UDP",
+    "github.com/icmp",
+    "GitHub.COM.",
+    "github.com.:443",
+    "localhost:8080",
+    "a.b:1,c.d:65535 e.f:8000-8100/Tcp",
+    "a.b:00443 c.d:0000000000001-0000000000002",
+    "*",
+    "*:443",
+    "*/icmp",
+    "*:1-65535/sctp",
+    "*.example.com",
+    "*.example.com:443/tcp",
+    "api-*.example.com",
+    "*.S3-*.*x*.com:443",
+    "*a.b**c.d*e.example",
+    "_dmarc.my_host.example -a-.b--c.example",
+    "xn--bcher-kva.example bücher.example *.BÜCHER.example:80 bücher。example/tcp",
+    "1.2.3.a 0x7g.com 10.example 1-2.3-4.com:90-95",
+    "203.0.113.7 203.0.113.7:22/tcp 203.0.113.7/tcp",
+    "0.0.0.0/0 10.0.0.0/8 10.20.0.0/16:5432 10.20.0.0/16/sctp 10.0.0.0/8:1-9/udp",
+    "192.0.2.128/25 192.0.2.64/26 10.128.0.0/9 172.16.0.0/12 192.0.2.6/31 192.0.2.7/32",
+    "10.0.0.0/0008",
+    "::/0 ::1 :: 2001:db8::7 2001:db8::/32 2001:DB8::/32/tcp 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7::",
+    "::1.2.3.4 64:ff9b::192.0.2.1 1:2:3:4:5:6:1.2.3.4 2001:db8::7/128 2001:db8::8/125",
+    "[2001:db8::7] [2001:db8::7]:443 [2001:db8::7]:8000-8100/udp [2001:db8::7]/tcp [::1]/icmp",
+    "[2001:db8::/32]:443 [2001:db8::]/32:443 [2001:db8::]/32 [2001:db8::/32]/tcp 2001:db8::10:0/112",
+    "2001:db8:0:0:0:0:0:0/032 2001:db8:0:0::0/64 ::ffff:0:0:0/112",
+    "a.example\u{a0}b.example\u{3000}c.example\u{2028}d.example\u{85}e.example\u{b}f.example",
+];
+
+/// Entries that the agent does not read, as people write them.
+const UNREADABLE: &[&str] = &[
+    "https://github.com",
+    "https://github.com:443/x",
+    "github.com/path",
+    "github.com:https",
+    "github.com:0",
+    "github.com:70000",
+    "github.com:65536",
+    "github.com:+80",
+    "github.com:",
+    "github.com:90-80",
+    "github.com:80-",
+    "github.com:-80",
+    "github.com:80:81",
+    "github.com:443/https",
+    "github.com/tcp:443",
+    "github.com/tcp/443",
+    "github.com:80/icmp",
+    "github.com;443",
+    "github.com|example.com",
+    "443",
+    ":443",
+    "10.1.2.3/16",
+    "10.128.0.0/8",
+    "192.0.2.129/25",
+    "192.0.2.1/31",
+    "0.0.0.1/0",
+    "10.0.0.0/33",
+    "10.0.0.0/64",
+    "10.0.0.0/",
+    "10.0.0/8",
+    "10.0.0.0:443/8",
+    "example.com/24",
+    "256.1.1.1",
+    "1.2.3",
+    "1.2.3.4.",
+    "1.2.3.4.5",
+    "0127.0.0.1",
+    "0x7f.1",
+    "192.168.1.*",
+    "192.168.1.*:80",
+    "*.1.2.3",
+    "api.*.example.com",
+    "*.*.example.com",
+    "**",
+    "**.example.com",
+    "example.*",
+    "*.",
+    ".example.com",
+    "a..example.com",
+    ".",
+    "user@example.com",
+    "exa mple.com:x",
+    "\"github.com\"",
+    "'github.com'",
+    "[github.com]",
+    "(github.com)",
+    "github.com=443",
+    "bü*.example.com",
+    "2001:db8::/32:443",
+    "2001:db8::7/64",
+    "[2001:db8::7/64]:443",
+    "[2001:db8::7]/64:443",
+    "2001:db8::/129",
+    "2001:db8:::7",
+    "2001::db8::7",
+    "1:2:3:4:5:6:7:8:9",
+    "1:2:3:4::5:6:7:8",
+    "2001:db8",
+    "2001:db8:7",
+    "2001:db8::g",
+    "2001:db8::12345",
+    "fe80::1%eth0",
+    "[fe80::1%eth0]:80",
+    "[::ffff:10.0.0.1]:80",
+    "::ffff:10.0.0.1",
+    "::ffff:a00:1",
+    "[2001:db8::7",
+    "2001:db8::7]:443",
+    "[2001:db8::7]443",
+    "[2001:db8::7]:",
+    "[10.0.0.1]:80",
+    "[]:80",
+    "[2001:db8::7]:443/icmp",
+];
+
+#[test]
+fn what_the_agent_reads_is_admitted() {
+    let policy = Policy::read();
+    for list in READABLE {
+        for key in ["allow", "deny", "resolve"] {
+            let annotations = annotations(&[(key, list)]);
+            match (readable(&annotations), policy.pod(&annotations)) {
+                (Ok(()), rejected) => assert_eq!(rejected, None, "{key}: {list}"),
+                (Err(error), None) => panic!("{key}: {list} is admitted: {error}"),
+                (Err(error), Some(_)) => assert_ne!(key, "allow", "{list}: {error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_people_mistype_is_rejected_and_named() {
+    let policy = Policy::read();
+    for entry in UNREADABLE {
+        for list in [
+            (*entry).to_owned(),
+            format!("github.com:443 # fine\n  {entry}, b.c"),
+        ] {
+            let annotations = annotations(&[("allow", &list)]);
+            assert!(readable(&annotations).is_err(), "{entry} is readable");
+            let message = policy
+                .pod(&annotations)
+                .unwrap_or_else(|| panic!("{entry} is admitted"));
+            let shown = entry
+                .split([' '])
+                .find(|part| message.contains(&format!("`{part}`")));
+            assert!(shown.is_some(), "{entry}: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_denied_name_and_a_name_to_resolve_stand_alone() {
+    let policy = Policy::read();
+    for (key, list) in [
+        ("deny", "github.com:443"),
+        ("deny", "github.com/tcp"),
+        ("deny", "*.github.com:443"),
+        ("deny", "bücher.example:443"),
+        ("resolve", "github.com:443"),
+        ("resolve", "203.0.113.7"),
+        ("resolve", "10.0.0.0/8"),
+        ("resolve", "::1"),
+        ("resolve", "*:53"),
+    ] {
+        let annotations = annotations(&[(key, list)]);
+        assert!(readable(&annotations).is_err(), "{key}: {list}");
+        let message = policy.pod(&annotations).expect("rejected");
+        assert!(message.contains(key), "{key}: {list}: {message}");
+    }
+    for (key, list) in [
+        (
+            "deny",
+            "github.com 203.0.113.7:22/tcp [2001:db8::7]:443 2001:db8::/32/tcp *:25 */udp *",
+        ),
+        (
+            "resolve",
+            "github.com *.example.com api-*.example.com * bücher.example",
+        ),
+    ] {
+        let annotations = annotations(&[(key, list)]);
+        assert_eq!(readable(&annotations), Ok(()), "{key}: {list}");
+        assert_eq!(policy.pod(&annotations), None, "{key}: {list}");
+    }
+}
+
+#[test]
+fn a_mode_is_one_of_three_words_and_a_key_one_of_five() {
+    let policy = Policy::read();
+    for (key, value, good) in [
+        ("mode", "enforce", true),
+        ("mode", " audit\n", true),
+        ("mode", "off", true),
+        ("mode", "Enforce", false),
+        ("mode", "on", false),
+        ("mode", "", false),
+        ("interface", "veth0", true),
+        ("alow", "github.com", false),
+        ("allow.", "github.com", false),
+        ("", "", false),
+    ] {
+        let annotations = annotations(&[(key, value)]);
+        assert_eq!(readable(&annotations).is_ok(), good, "{key}: {value}");
+        let rejected = policy.pod(&annotations);
+        assert_eq!(rejected.is_none(), good, "{key}: {value}: {rejected:?}");
+    }
+    let others = BTreeMap::from([("example.com/allow".to_owned(), "https://x".to_owned())]);
+    assert_eq!(policy.pod(&others), None);
+}
+
+#[test]
+fn namespaces_and_every_kind_of_template_are_judged() {
+    let policy = Policy::read();
+    let good = annotations(&[("allow", "github.com:443")]);
+    let bad = annotations(&[("allow", "https://github.com")]);
+    let pod_only = annotations(&[("interface", "veth0")]);
+    let make: [(&str, Make); 9] = [
+        ("Pod", object),
+        ("Namespace", object),
+        ("Deployment", with_template),
+        ("StatefulSet", with_template),
+        ("DaemonSet", with_template),
+        ("ReplicaSet", with_template),
+        ("ReplicationController", with_template),
+        ("Job", with_template),
+        ("CronJob", with_job_template),
+    ];
+    for (kind, make) in make {
+        assert_eq!(
+            policy.judge(&make(kind, &good), &Value::Null),
+            None,
+            "{kind}"
+        );
+        let rejected = policy.judge(&make(kind, &bad), &Value::Null);
+        assert!(rejected.is_some(), "{kind}");
+        let rejected = policy.judge(&make(kind, &pod_only), &Value::Null);
+        assert_eq!(rejected.is_some(), kind == "Namespace", "{kind}");
+    }
+    let bare = json!({"kind": "Deployment", "metadata": {"name": "x"}, "spec": {"template": {"spec": {}}}});
+    assert_eq!(policy.judge(&bare, &Value::Null), None);
+    assert_eq!(
+        policy.judge(
+            &json!({"kind": "Pod", "metadata": {"name": "x"}}),
+            &Value::Null
+        ),
+        None
+    );
+}
+
+fn with_template(kind: &str, annotations: &BTreeMap<String, String>) -> Value {
+    json!({"kind": kind, "metadata": {"name": "x"},
+        "spec": {"template": {"metadata": {"annotations": annotations}, "spec": {}}}})
+}
+
+fn with_job_template(kind: &str, annotations: &BTreeMap<String, String>) -> Value {
+    let job = with_template("Job", annotations);
+    json!({"kind": kind, "metadata": {"name": "x"}, "spec": {"jobTemplate": {"spec": job["spec"]}}})
+}
+
+/// Scaling a Deployment or removing a pod's finalizer must not fail for what somebody wrote before the
+/// policy was there.
+#[test]
+fn what_was_there_before_is_no_reason_to_reject_an_edit() {
+    let policy = Policy::read();
+    let bad = annotations(&[("allow", "https://github.com"), ("mode", "enforce")]);
+    let make: [(&str, Make); 2] = [("Pod", object), ("Deployment", with_template)];
+    for (kind, make) in make {
+        let old = make(kind, &bad);
+        assert_eq!(policy.judge(&old, &old), None);
+        let mut edited = bad.clone();
+        edited.insert(
+            "egress-agent.dev/deny".to_owned(),
+            "gist.github.com".to_owned(),
+        );
+        assert_eq!(policy.judge(&make(kind, &edited), &old), None);
+        edited.insert("egress-agent.dev/mode".to_owned(), "on".to_owned());
+        assert!(policy.judge(&make(kind, &edited), &old).is_some());
+        let fewer = annotations(&[("allow", "https://github.com")]);
+        assert_eq!(policy.judge(&make(kind, &fewer), &old), None);
+    }
+}
+
+#[test]
+fn what_is_too_large_to_be_judged_is_left_to_the_agent() {
+    let policy = Policy::read();
+    let spaces = " ".repeat(65_536);
+    let large = annotations(&[("allow", &format!("https://a{spaces}"))]);
+    assert_eq!(policy.pod(&large), None);
+    let many = annotations(&[("allow", &"/ ".repeat(3001))]);
+    assert_eq!(policy.pod(&many), None);
+    let fewer = annotations(&[("allow", &"/ ".repeat(300))]);
+    assert!(policy.pod(&fewer).is_some());
+}
+
+/// Texts made of what entries are made of, in any order, many of them almost right.
+fn almost_entries() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        4 => prop::sample::select(vec![
+            "example", "com", "a", "x-1", "_b", "*", "*.", "api-*", "bü", "。", "0x1f", "xn--a", "10", "0", "255",
+            "32", "443", "65535", "65536", "ffff", "db8", "2001",
+        ]),
+        5 => prop::sample::select(vec![".", ":", "::", "/", "-", "[", "]", "@", "%"]),
+        2 => prop::sample::select(vec![":443", ":80-90", "/tcp", "/icmp", "/8", "/64", "10.0.0.0", "2001:db8::"]),
+        1 => prop::sample::select(vec![" ", ",", "\n", "#", "\u{a0}"]),
+    ];
+    prop::collection::vec(part, 0..9).prop_map(|parts| parts.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn nothing_that_the_agent_reads_is_rejected(list in almost_entries(), key in 0..3_usize) {
+        let policy = POLICY.with(Arc::clone);
+        let annotations = annotations(&[(["allow", "deny", "resolve"][key], &list)]);
+        if readable(&annotations).is_ok() {
+            prop_assert_eq!(policy.pod(&annotations), None);
+        }
+    }
+}
+
+thread_local! {
+    /// Compiling takes longer than matching.
+    static COMPILED: RefCell<HashMap<String, Regex>> = RefCell::default();
+    static POLICY: Arc<Policy> = Arc::new(Policy::read());
+}

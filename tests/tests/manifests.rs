@@ -1,0 +1,424 @@
+//! What is applied to a cluster is what the API server, the agent and each other take it for.
+
+use std::{collections::BTreeSet, path::Path};
+
+use clap::Parser as _;
+use egress_agent::{
+    cli::Cli,
+    config::Config,
+    pods::cluster::{ACCESS, Within},
+    policy::{self, Annotations, Mode, PodAnnotations},
+};
+use egress_tests::yaml::{self, identity};
+use k8s_openapi::api::{
+    admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
+    apps::v1::{DaemonSet, Deployment},
+    core::v1::{ConfigMap, Container, Namespace, Pod, PodSpec, ResourceQuota, ServiceAccount},
+    rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+/// Every directory that `kubectl apply -k` takes.
+const KUSTOMIZATIONS: [&str; 5] = [
+    ".",
+    "base",
+    "overlays/audit",
+    "overlays/locked-down",
+    "cleanup",
+];
+
+/// Reads the object as its type and writes it back: a field that the type does not have is lost on
+/// the way.
+fn check<T: DeserializeOwned + Serialize>(object: &Value) -> Result<(), String> {
+    let typed: T = serde_json::from_value(object.clone()).map_err(|error| error.to_string())?;
+    let back = serde_json::to_value(typed).map_err(|error| error.to_string())?;
+    if back == *object {
+        Ok(())
+    } else {
+        Err(format!(
+            "is not the same when read and written:\n{object:#}\n{back:#}"
+        ))
+    }
+}
+
+fn check_typed(object: &Value) -> Result<(), String> {
+    let text = |key: &str| object[key].as_str().unwrap_or_default().to_owned();
+    match (text("apiVersion").as_str(), text("kind").as_str()) {
+        ("v1", "Namespace") => check::<Namespace>(object),
+        ("v1", "ResourceQuota") => check::<ResourceQuota>(object),
+        ("v1", "ServiceAccount") => check::<ServiceAccount>(object),
+        ("v1", "ConfigMap") => check::<ConfigMap>(object),
+        ("v1", "Pod") => check::<Pod>(object),
+        ("apps/v1", "DaemonSet") => check::<DaemonSet>(object),
+        ("apps/v1", "Deployment") => check::<Deployment>(object),
+        ("rbac.authorization.k8s.io/v1", "ClusterRole") => check::<ClusterRole>(object),
+        ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => {
+            check::<ClusterRoleBinding>(object)
+        }
+        ("rbac.authorization.k8s.io/v1", "Role") => check::<Role>(object),
+        ("rbac.authorization.k8s.io/v1", "RoleBinding") => check::<RoleBinding>(object),
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy") => {
+            check::<ValidatingAdmissionPolicy>(object)
+        }
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
+            check::<ValidatingAdmissionPolicyBinding>(object)
+        }
+        ("monitoring.coreos.com/v1", "PodMonitor") => {
+            check_keys(&object["spec"], &["selector", "podMetricsEndpoints"])
+        }
+        ("monitoring.coreos.com/v1", "PrometheusRule") => {
+            for group in list(&object["spec"]["groups"]) {
+                check_keys(group, &["name", "rules"])?;
+                for rule in list(&group["rules"]) {
+                    check_keys(rule, &["alert", "expr", "for", "labels", "annotations"])?;
+                }
+            }
+            check_keys(&object["spec"], &["groups"])
+        }
+        (version, kind) => Err(format!("{version} {kind} is not known here")),
+    }
+}
+
+fn check_keys(object: &Value, keys: &[&str]) -> Result<(), String> {
+    let found: BTreeSet<&str> = object
+        .as_object()
+        .ok_or("not a mapping")?
+        .keys()
+        .map(String::as_str)
+        .collect();
+    if found == keys.iter().copied().collect() {
+        Ok(())
+    } else {
+        Err(format!("has {found:?}: expected {keys:?}"))
+    }
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn the<T: DeserializeOwned>(objects: &[Value], kind: &str) -> T {
+    let [object] = objects
+        .iter()
+        .filter(|object| object["kind"] == kind)
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("not one {kind}");
+    };
+    serde_json::from_value(object.clone()).expect(kind)
+}
+
+fn configuration(objects: &[Value]) -> Config {
+    let map: ConfigMap = the(objects, "ConfigMap");
+    let data = map.data.expect("data");
+    let text = data.get("config.yaml").expect("config.yaml");
+    Config::from_yaml(text).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn pod_spec(objects: &[Value]) -> PodSpec {
+    let daemon_set: DaemonSet = the(objects, "DaemonSet");
+    daemon_set
+        .spec
+        .and_then(|spec| spec.template.spec)
+        .expect("a pod spec")
+}
+
+fn agent(spec: &PodSpec) -> &Container {
+    let [agent] = spec.containers.as_slice() else {
+        panic!("not one container");
+    };
+    agent
+}
+
+#[test]
+fn every_object_is_one_that_the_api_server_knows_to_the_last_field() {
+    for file in yaml::files() {
+        // A kustomization is read by what applies it; examples/pods and the agent's own configuration
+        // by the agent.
+        if file.ends_with("kustomization.yaml") || file == "examples/egress-agent.yaml" {
+            continue;
+        }
+        for object in yaml::objects(&file) {
+            check_typed(&object)
+                .unwrap_or_else(|error| panic!("{file}: {:?} {error}", identity(&object)));
+        }
+    }
+}
+
+#[test]
+fn a_mistyped_field_would_be_noticed() {
+    let mut objects = yaml::objects("base/daemonset.yaml");
+    objects[0]["spec"]["template"]["spec"]["hostPid"] = true.into();
+    assert!(check_typed(&objects[0]).is_err());
+}
+
+#[test]
+fn every_file_is_in_a_kustomization_or_an_example() {
+    for file in yaml::files() {
+        let Some((directory, name)) = file.rsplit_once('/') else {
+            continue;
+        };
+        if directory.starts_with("examples") || name == "kustomization.yaml" {
+            continue;
+        }
+        let [kustomization] = &yaml::objects(&format!("{directory}/kustomization.yaml"))[..] else {
+            panic!("{directory}: not one kustomization");
+        };
+        let named = list(&kustomization["resources"])
+            .iter()
+            .any(|entry| entry == name)
+            || list(&kustomization["patches"])
+                .iter()
+                .any(|patch| patch["path"] == name);
+        assert!(named, "{file}");
+    }
+}
+
+#[test]
+fn the_flat_file_is_the_base() {
+    assert_eq!(yaml::objects("egress-agent.yaml"), yaml::kustomized("base"));
+    assert_eq!(yaml::kustomized("."), yaml::kustomized("base"));
+}
+
+#[test]
+fn the_agent_reads_every_configuration() {
+    let base = configuration(&yaml::kustomized("base"));
+    assert_eq!(base.default_mode, Mode::Off);
+    assert_eq!(base.pod_annotations, PodAnnotations::Grant);
+    let audit = configuration(&yaml::kustomized("overlays/audit"));
+    assert_eq!(audit.default_mode, Mode::Audit);
+    assert!(!audit.quarantine.enabled);
+    let locked = configuration(&yaml::kustomized("overlays/locked-down"));
+    assert_eq!(locked.default_mode, Mode::Enforce);
+    assert_eq!(locked.pod_annotations, PodAnnotations::Narrow);
+    assert!(locked.quarantine.enabled);
+}
+
+#[test]
+fn the_agent_reads_its_arguments() {
+    for kustomization in ["base", "cleanup"] {
+        let spec = pod_spec(&yaml::kustomized(kustomization));
+        let containers = spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers);
+        for container in containers {
+            let args = container.args.iter().flatten().map(String::as_str);
+            let words = ["egress-agent"].into_iter().chain(args);
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{kustomization}: {error}");
+            }
+        }
+    }
+}
+
+/// What a rolling update or an eviction must not undo.
+#[test]
+fn a_pod_that_is_replaced_leaves_its_node_enforced() {
+    let spec = pod_spec(&yaml::kustomized("base"));
+    let args = agent(&spec).args.clone().expect("arguments");
+    assert!(args.contains(&"--keep-enforcing".to_owned()));
+}
+
+#[test]
+fn probes_ask_where_the_agent_listens() {
+    for kustomization in KUSTOMIZATIONS.iter().filter(|path| **path != "cleanup") {
+        let objects = yaml::kustomized(kustomization);
+        let http = configuration(&objects).serve.http.expect("http");
+        let spec = pod_spec(&objects);
+        let agent = agent(&spec);
+        for (probe, path) in [
+            (&agent.startup_probe, "/healthz"),
+            (&agent.liveness_probe, "/healthz"),
+            (&agent.readiness_probe, "/readyz"),
+        ] {
+            let get = probe
+                .as_ref()
+                .and_then(|probe| probe.http_get.as_ref())
+                .expect("a probe");
+            assert_eq!(get.path.as_deref(), Some(path));
+            assert_eq!(get.host.as_deref(), Some(http.ip().to_string().as_str()));
+            let port = serde_json::to_value(&get.port).expect("a port");
+            assert_eq!(port, http.port(), "{kustomization}");
+        }
+        let ports: Vec<i32> = agent
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| port.container_port)
+            .collect();
+        assert_eq!(ports, [i32::from(http.port())]);
+    }
+}
+
+/// What the configuration names is there, and what the agent writes outlives what it should.
+#[test]
+fn every_path_of_the_configuration_is_mounted() {
+    for kustomization in KUSTOMIZATIONS.iter().filter(|path| **path != "cleanup") {
+        let objects = yaml::kustomized(kustomization);
+        let config = configuration(&objects);
+        let spec = pod_spec(&objects);
+        let agent = agent(&spec);
+        let mounts = agent.volume_mounts.as_deref().expect("mounts");
+        let mount_of = |path: &Path| {
+            mounts
+                .iter()
+                .filter(|mount| path.starts_with(&mount.mount_path))
+                .max_by_key(|mount| mount.mount_path.len())
+        };
+        for (path, written) in [
+            (config.bpffs.as_path(), true),
+            (config.serve.socket.as_path(), true),
+            (Path::new("/sys/fs/cgroup"), false),
+            (Path::new("/etc/egress-agent/config.yaml"), false),
+        ] {
+            let mount =
+                mount_of(path).unwrap_or_else(|| panic!("{} is not mounted", path.display()));
+            assert_eq!(mount.read_only != Some(true), written, "{}", path.display());
+            let volumes = spec.volumes.as_deref().expect("volumes");
+            assert!(
+                volumes.iter().any(|volume| volume.name == mount.name),
+                "{}",
+                mount.name
+            );
+        }
+        // Through the first process's root directory, so by way of the host's PIDs.
+        assert!(config.cluster.kubelet_config.starts_with("/proc/1/root"));
+        assert_eq!(spec.host_pid, Some(true));
+    }
+}
+
+/// The agent's rights in one place, whether as a `ClusterRole` or as a `Role`.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Right {
+    /// The namespace; empty for the whole cluster.
+    within: String,
+    group: String,
+    resource: String,
+    names: Vec<String>,
+    verbs: Vec<String>,
+}
+
+#[test]
+fn the_agent_may_do_what_it_does_and_nothing_else() {
+    let mut granted = BTreeSet::new();
+    let objects = yaml::kustomized("base");
+    for object in objects.iter().filter(|object| !object["rules"].is_null()) {
+        for rule in list(&object["rules"]) {
+            let strings = |key: &str| -> Vec<String> {
+                list(&rule[key])
+                    .iter()
+                    .map(|text| text.as_str().expect("a text").to_owned())
+                    .collect()
+            };
+            for group in strings("apiGroups") {
+                for resource in strings("resources") {
+                    granted.insert(Right {
+                        within: identity(object).1,
+                        group: group.clone(),
+                        resource,
+                        names: strings("resourceNames"),
+                        verbs: strings("verbs"),
+                    });
+                }
+            }
+        }
+    }
+    assert_eq!(granted, used());
+
+    // Each role is bound to the agent and to nobody else.
+    for role in objects.iter().filter(|object| !object["rules"].is_null()) {
+        let kind = role["kind"].as_str().expect("a kind");
+        let binding = objects
+            .iter()
+            .find(|object| {
+                object["kind"] == format!("{kind}Binding")
+                    && object["roleRef"]["name"] == role["metadata"]["name"]
+                    && object["metadata"]["namespace"] == role["metadata"]["namespace"]
+            })
+            .unwrap_or_else(|| panic!("{:?} is not bound", identity(role)));
+        assert_eq!(binding["roleRef"]["kind"], kind);
+        let [subject] = list(&binding["subjects"]) else {
+            panic!("not one subject");
+        };
+        assert_eq!(identity(&objects[0]).2, "egress-agent");
+        assert_eq!(
+            (&subject["kind"], &subject["name"], &subject["namespace"]),
+            (
+                &"ServiceAccount".into(),
+                &"egress-agent".into(),
+                &"egress-agent".into()
+            )
+        );
+    }
+}
+
+/// What the agent asks the API server for.
+fn used() -> BTreeSet<Right> {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    ACCESS
+        .iter()
+        .map(|access| Right {
+            within: match access.within {
+                Within::Cluster => String::new(),
+                Within::DnsNamespace => "kube-system".to_owned(),
+                Within::Default => "default".to_owned(),
+            },
+            group: access.group.to_owned(),
+            resource: access.resource.to_owned(),
+            names: owned(access.names),
+            verbs: owned(access.verbs),
+        })
+        .collect()
+}
+
+#[test]
+fn the_agent_is_not_privileged_and_its_files_are_not_writable() {
+    for kustomization in KUSTOMIZATIONS {
+        let spec = pod_spec(&yaml::kustomized(kustomization));
+        for container in spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers)
+        {
+            let context = container
+                .security_context
+                .as_ref()
+                .expect("a security context");
+            assert_eq!(context.privileged, Some(false));
+            assert_eq!(context.allow_privilege_escalation, Some(false));
+            assert_eq!(context.read_only_root_filesystem, Some(true));
+            let capabilities = context.capabilities.as_ref().expect("capabilities");
+            assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
+            assert!(
+                container
+                    .resources
+                    .as_ref()
+                    .is_some_and(|resources| resources.requests.is_some())
+            );
+        }
+    }
+}
+
+#[test]
+fn the_examples_annotations_can_be_read() {
+    let settings = Config::default_config()
+        .expect("defaults")
+        .policy_settings();
+    let mut read = 0;
+    for object in yaml::objects("examples/cluster/shop.yaml") {
+        for metadata in [&object["metadata"], &object["spec"]["template"]["metadata"]] {
+            let Ok(annotations) = serde_json::from_value(metadata["annotations"].clone()) else {
+                continue;
+            };
+            let own = Annotations::from_map(&annotations);
+            policy::describe("x", &own, &Annotations::default(), &settings)
+                .unwrap_or_else(|error| panic!("{error}"));
+            read += 1;
+        }
+    }
+    assert_eq!(read, 2);
+}
