@@ -29,7 +29,7 @@ const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
     purpose: "what an API server in the tests keeps its objects in",
-    services: &["etcd"],
+    services: &["etcd.service"],
 }];
 
 /// What building it needs.
@@ -136,7 +136,7 @@ fn build(target: &Path) -> Result<()> {
     }
     programs(&TO_BUILD)?;
     if !Path::new(GO).exists() {
-        apt::install(&[apt::first_available(&["golang-1.19-go"])?], &[])?;
+        apt::install(&[apt::first_available(&["golang-1.19-go"])?])?;
     }
     let directory = workspace::root().join("target/kubernetes/build");
     _ = fs::remove_dir_all(&directory);
