@@ -400,6 +400,15 @@ impl Lab {
         Agent::start(&self.node, command)
     }
 
+    /// Starts the agent as part of a cluster, with further arguments after `run`, and waits for
+    /// nothing.
+    #[track_caller]
+    pub fn spawn_cluster_agent(&self, kubeconfig: &Path, arguments: &[&str]) -> Agent {
+        let mut command = self.agent_command("run");
+        command.arg("--kubeconfig").arg(kubeconfig).args(arguments);
+        Agent::start(&self.node, command)
+    }
+
     /// The agent's program with one of its subcommands and the laboratory's configuration.
     pub fn agent_command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(Agent::program());

@@ -25,6 +25,7 @@ mod agent;
 pub mod apiserver;
 mod assertions;
 pub mod bpf;
+pub mod cluster;
 mod container;
 pub mod dns;
 pub mod frames;
@@ -44,6 +45,7 @@ mod wait;
 
 pub use agent::{Agent, Denial, KernelObjects};
 pub use apiserver::{ApiServer, Identity};
+pub use cluster::{Cluster, ClusterPod};
 pub use dns::DnsServer;
 pub use lab::{Builder, Lab};
 pub use manifests::Annotations;

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use crate::Namespace;
+
 /// How often the threads look whether they are to stop.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -41,7 +43,16 @@ struct Connection {
 impl TcpProxy {
     /// Forwards to a port on 127.0.0.1.
     pub fn start(to: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        Self::forward(TcpListener::bind("127.0.0.1:0").expect("a free port"), to)
+    }
+
+    /// Forwards from 127.0.0.1 of another network namespace to a port on 127.0.0.1 of this one.
+    pub fn start_in(from: &Namespace, to: u16) -> Self {
+        let listener = from.run(|| TcpListener::bind("127.0.0.1:0"));
+        Self::forward(listener.expect("a free port"), to)
+    }
+
+    fn forward(listener: TcpListener, to: u16) -> Self {
         let port = listener.local_addr().expect("its address").port();
         listener
             .set_nonblocking(true)

@@ -82,7 +82,7 @@ pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {
     }
     let listen = |is: fn(&IpAddr) -> bool| -> String {
         let chosen = addresses.iter().filter(|address| is(address));
-        chosen.map(|address| format!("{address}; ")).collect()
+        chosen.fold(String::new(), |list, address| format!("{list}{address}; "))
     };
     let configuration = format!(
         "options {{\n\

@@ -86,7 +86,7 @@ fn every_question_is_answered_over_tcp() {
         stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
         stream.set_nodelay(true).expect("TCP_NODELAY");
         let numbers = connection * QUESTIONS..(connection + 1) * QUESTIONS;
-        if connection % 2 == 0 {
+        if connection.is_multiple_of(2) {
             for number in numbers {
                 asks(&mut stream, number);
                 scene.arrives(number, &answer(&mut stream));

@@ -78,13 +78,13 @@ fn dnsmasq(lab: &Lab) -> Command {
 
 #[track_caller]
 fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
-    the_main_job_in(Lab::builder().without_dns().build(), resolver);
+    the_main_job_in(&Lab::builder().without_dns().build(), resolver);
 }
 
 #[track_caller]
-fn the_main_job_in(lab: Lab, resolver: impl FnOnce(&Lab) -> Command) {
+fn the_main_job_in(lab: &Lab, resolver: impl FnOnce(&Lab) -> Command) {
     let _web = lab.serve_tcp(443);
-    let mut command = resolver(&lab);
+    let mut command = resolver(lab);
     let _resolver = lab.run_resolver(&mut command);
     let (direct, chained) = (lab.pod("shop", "direct"), lab.pod("shop", "chained"));
     lab.write_pod(&direct, &[("allow", "shop.test:443 many.test:443")]);
@@ -103,8 +103,8 @@ fn the_main_job_in(lab: Lab, resolver: impl FnOnce(&Lab) -> Command) {
     assert_eq!(answer.message.answers.len(), 3, "two CNAMEs and an address");
     chained.talks_tcp((server(10), 443));
     agent.denies_tcp(&chained, (server(10), 22), "port_not_allowed");
-    more_than_fits(&lab, &direct);
-    over_tcp(&lab, &direct, &chained);
+    more_than_fits(lab, &direct);
+    over_tcp(lab, &direct, &chained);
     assert_eq!(direct.syn_retransmissions(), 0);
 }
 
@@ -178,5 +178,5 @@ fn a_pod_behind_knot_resolver_reaches_what_it_may() {
     let upstream = server(53);
     let mut command = resolvers::named(&lab, &[upstream], zone(&lab));
     let _upstream = lab.run_outside(command.stderr(Stdio::null()));
-    the_main_job_in(lab, |lab| resolvers::kresd(lab, upstream));
+    the_main_job_in(&lab, |lab| resolvers::kresd(lab, upstream));
 }

@@ -69,12 +69,12 @@ mod tests {
     /// Feeds the seeds of a target.
     fn seeds(target: &str, feed: fn(&[u8])) {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
-        let mut fed = 0;
+        let mut count = 0;
         for seed in std::fs::read_dir(seeds.join(target)).unwrap() {
             feed(&std::fs::read(seed.unwrap().path()).unwrap());
-            fed += 1;
+            count += 1;
         }
-        assert!(fed > 0);
+        assert!(count > 0);
     }
 
     #[test]

@@ -249,8 +249,7 @@ impl Drop for DnsServer {
     }
 }
 
-/// A listener that speaks multipath TCP where the kernel does, as those of Go programs do, CoreDNS among
-/// them.
+/// A listener that speaks multipath TCP where the kernel does, as those of Go programs do by default.
 fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))

@@ -319,7 +319,7 @@ impl Scene {
     }
 
     /// Does what six bytes say.
-    fn follow(&mut self, &[what, high, low, len, flags, ack]: &[u8; 6]) {
+    fn follow(&mut self, [what, high, low, len, flags, ack]: [u8; 6]) {
         if what >> 5 == 7 {
             self.is_honest = false;
             return self.tick(u64::from(len) * 100_000_000);
@@ -444,7 +444,7 @@ pub(in super::super) fn follow(recipe: &[u8]) {
         scene.is_honest = false;
     }
     let (steps, _) = rest.as_chunks();
-    for step in steps.iter().take(STEPS) {
+    for &step in steps.iter().take(STEPS) {
         scene.follow(step);
     }
     if scene.is_honest {
