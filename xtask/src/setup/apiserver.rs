@@ -29,7 +29,7 @@ const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
     purpose: "what an API server in the tests keeps its objects in",
-    services: &["etcd"],
+    services: &["etcd.service"],
 }];
 
 /// What building it needs.
