@@ -149,8 +149,9 @@ impl Places {
         let now = Instant::now();
         let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
         if !there.is_subset(&self.known) {
-            // Something new is there: it may be what was looked for.
+            // Something new is there: it may be what was looked for, or a pod's second interface.
             self.missed.clear();
+            self.found.clear();
         }
         self.known = there;
         let uids: HashSet<&str> = snapshot
@@ -176,7 +177,17 @@ impl Places {
             }
             places.insert(key.clone(), place);
         }
-        let unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
+        let mut unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
+        if !unidentified.is_empty() {
+            // Without the routes nobody could tell the machine's own way out from a pod's.
+            match host.uplinks() {
+                Ok(uplinks) => unidentified.retain(|(name, _)| !uplinks.contains(name)),
+                Err(error) => {
+                    tracing::error!(%error, "no interface is put in quarantine: the routes cannot be read");
+                    unidentified.clear();
+                }
+            }
+        }
         self.unidentified = !unidentified.is_empty();
         (places, unidentified)
     }

@@ -9,6 +9,11 @@ use std::collections::BTreeMap;
 use super::enforced::PodKey;
 use crate::pods::Pod;
 
+/// What is to be said of an interface that stays in quarantine.
+pub(super) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
+                                 no pod of this node is known to be there. If it is no pod's, name \
+                                 it in quarantine.exclude";
+
 /// Whether this stands for an interface in quarantine. A pod always has a namespace.
 pub(super) fn is_quarantined((namespace, _): &PodKey) -> bool {
     namespace.is_empty()

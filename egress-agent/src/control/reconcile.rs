@@ -156,6 +156,9 @@ impl Reconciler {
             let Some(place) = places.get(key) else {
                 continue;
             };
+            if quarantine::is_quarantined(key) {
+                unfound.insert(key.clone(), quarantine::CLOSED.to_owned());
+            }
             let complaint = match self.plan(key, pod, place, &mut taken) {
                 Plan::Enforce(what, why) => {
                     wanted.push((key.clone(), *what));
@@ -167,7 +170,7 @@ impl Reconciler {
                 }
                 Plan::Keep(why) => Some(why),
                 Plan::Wait(why) => {
-                    unfound.insert(key.clone(), why);
+                    unfound.insert(key.clone(), format!("not enforced yet: {why}"));
                     None
                 }
             };
@@ -368,6 +371,10 @@ impl Reconciler {
     }
 }
 
-pub(super) fn title((namespace, name): &PodKey) -> String {
+pub(super) fn title(key: &PodKey) -> String {
+    let (namespace, name) = key;
+    if quarantine::is_quarantined(key) {
+        return format!("interface {name}");
+    }
     format!("{namespace}/{name}")
 }

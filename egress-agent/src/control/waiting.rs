@@ -36,7 +36,7 @@ impl Waiting {
                 _ => now,
             };
             if now.duration_since(since) >= PATIENCE {
-                saying.push((key, format!("not enforced yet: {why}")));
+                saying.push((key, why));
             }
             next.insert(key.clone(), (pod.uid.clone(), since));
         }

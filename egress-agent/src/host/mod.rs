@@ -16,6 +16,7 @@ mod links;
 mod located;
 mod netlink;
 mod process;
+mod routes;
 mod sockets;
 mod uid;
 
@@ -106,6 +107,16 @@ impl Host {
     /// When the kernel does not answer.
     pub fn links(&mut self) -> io::Result<Links> {
         self.netlink.links().map(Links::new)
+    }
+
+    /// The names of the interfaces that are the machine's own way out: a default route leads through
+    /// them, so they are no pod's, whatever they look like.
+    ///
+    /// # Errors
+    ///
+    /// When the tables of routes cannot be read.
+    pub fn uplinks(&self) -> io::Result<HashSet<String>> {
+        routes::uplinks(&self.proc)
     }
 
     /// Finds the pod of this UID among the given interfaces.
