@@ -10,7 +10,7 @@ use egress_common::{
 };
 
 use super::{
-    DnsSettings, Enforcement,
+    About, DnsSettings, Enforcement, Stats, Teachings,
     checksum::complete_udp,
     judge::Judge,
     learned::Table,
@@ -31,6 +31,7 @@ pub(super) struct Shared {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) streams: Budget,
+    pub(super) stats: Arc<Stats>,
 }
 
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
@@ -162,6 +163,16 @@ impl Pod {
         self.learned.names_of(address)
     }
 
+    /// See [`super::Gate::teachings`].
+    pub(super) fn teachings(&self, about: &About, most: usize) -> Teachings {
+        self.learned.teachings(about, most)
+    }
+
+    /// Addresses in its allow map.
+    pub(super) fn addresses(&self) -> u64 {
+        self.learned.addresses.len() as u64
+    }
+
     /// Decides a frame from the ring. What is to be sent waits at the wire.
     pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;
@@ -220,6 +231,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns,
         };
         (judge, &mut self.pending)
@@ -246,6 +258,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns: now_ns,
         };
         let mut port = Port {
