@@ -2,7 +2,7 @@
 //!
 //! Where to find what: [`pods`] is where pods come from, [`policy`] what a policy means, [`dns`] what
 //! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`report`] what people see,
-//! [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
+//! [`serve`] what the agent answers about itself, [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
 #![deny(unsafe_code)]
 
 pub mod cli;
@@ -14,3 +14,4 @@ pub mod gate;
 pub mod pods;
 pub mod policy;
 pub mod report;
+pub mod serve;

@@ -14,6 +14,7 @@ mod prepare;
 mod readings;
 mod reconcile;
 mod reload;
+mod tell;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -130,6 +131,8 @@ pub async fn run(options: Options) -> Result<()> {
         Arc::clone(&known),
         adoptable,
     )?;
+    let board = Arc::clone(&reconciler.board);
+    let serving = reconciler.serve(&reporter)?;
 
     let mut look = interval(RECONCILE_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -154,7 +157,14 @@ pub async fn run(options: Options) -> Result<()> {
         // Only now: what was denied while no agent ran belongs to pods that have just become known.
         if let Some((ring, counters)) = unread.take() {
             let (known, gate, reporter) = (Arc::clone(&known), gate.clone(), reporter.clone());
-            denials = Some(DenialReader::start(ring, counters, known, gate, reporter)?);
+            denials = Some(DenialReader::start(
+                ring,
+                counters,
+                known,
+                gate,
+                reporter,
+                Arc::clone(&board),
+            )?);
             reconciler.drop_orphans();
             tracing::info!(
                 node = %config.node,
@@ -184,6 +194,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
 
+    serving.stop();
     directory.close();
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {

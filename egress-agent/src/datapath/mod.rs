@@ -13,6 +13,7 @@ mod pins;
 mod policies;
 mod rings;
 mod trace;
+mod view;
 
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{FlowMap, NewMaps, NewPod, NewPolicy, OpenFlows, Unused};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
+pub use view::View;
 
 /// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
 ///
