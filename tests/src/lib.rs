@@ -30,6 +30,7 @@ pub mod frames;
 mod lab;
 mod manifests;
 mod namespace;
+pub mod observed;
 mod pod;
 mod process;
 pub mod programs;
