@@ -25,7 +25,9 @@ impl Lab {
     #[track_caller]
     pub fn http_connection(&self) -> TcpStream {
         let to: SocketAddr = ([127, 0, 0, 1], 9465).into();
-        let stream = self.node().run(|| TcpStream::connect_timeout(&to, DEADLINE));
+        let stream = self
+            .node()
+            .run(|| TcpStream::connect_timeout(&to, DEADLINE));
         let stream = stream.expect("the agent serves HTTP");
         stream
             .set_read_timeout(Some(DEADLINE))

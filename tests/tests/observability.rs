@@ -72,7 +72,10 @@ fn metrics_count_what_has_happened() {
         (dns("answer", "delivered"), 1.0),
         (dns("question", "undeliverable"), 0.0),
         (dns("answer", "undeliverable"), 0.0),
-        ("egress_agent_allow_map_fill_ratios".to_owned(), 1.0 / 4096.0),
+        (
+            "egress_agent_allow_map_fill_ratios".to_owned(),
+            1.0 / 4096.0,
+        ),
         ("egress_agent_pods_unreadable".to_owned(), 0.0),
         ("egress_agent_frames_unsent_total".to_owned(), 0.0),
         ("egress_agent_flows_lost_total".to_owned(), 0.0),
@@ -88,7 +91,9 @@ fn metrics_count_what_has_happened() {
     assert!(metrics.get("process_resident_memory_bytes") > 1e6);
     assert!(metrics.get("process_cpu_seconds_total") > 0.0);
     assert!(metrics.get("process_open_fds") > 3.0);
-    let build = metrics.series().any(|series| series.starts_with("egress_agent_build_info{"));
+    let build = metrics
+        .series()
+        .any(|series| series.starts_with("egress_agent_build_info{"));
     assert!(build);
     assert!(
         !metrics.series().any(|series| series.contains("cart")),
@@ -98,15 +103,25 @@ fn metrics_count_what_has_happened() {
     // was denied has been waited for, but for a SYN that is sent again.
     let counted = lab.metrics();
     assert!(agent.stop().success());
-    for (reason, at_least) in [("dns_name", 1.0), ("port_not_allowed", 1.0), ("no_rule", 1.0)] {
+    for (reason, at_least) in [
+        ("dns_name", 1.0),
+        ("port_not_allowed", 1.0),
+        ("no_rule", 1.0),
+    ] {
         let series = format!(
             "egress_agent_denials_total\
              {{event=\"denied\",namespace=\"shop\",reason=\"{reason}\"}}"
         );
-        let of = agent.denials().into_iter().filter(|denial| denial.reason == reason);
+        let of = agent
+            .denials()
+            .into_iter()
+            .filter(|denial| denial.reason == reason);
         let told: u64 = of.map(|denial| denial.count).sum();
         let counted = counted.get(&series);
-        assert!(counted >= at_least && counted <= told as f64, "{series}: {counted}, {told} told");
+        assert!(
+            counted >= at_least && counted <= told as f64,
+            "{series}: {counted}, {told} told"
+        );
     }
 }
 
@@ -187,9 +202,15 @@ fn status_tells_what_a_pod_has_resolved_and_what_it_was_denied() {
     });
     assert_eq!(status["mode"], "enforce");
     assert_eq!(status["enforced"], true);
-    assert_eq!(status["interfaces"][0]["index"].as_u64(), interface_of(&lab, &pod));
+    assert_eq!(
+        status["interfaces"][0]["index"].as_u64(),
+        interface_of(&lab, &pod)
+    );
     assert_eq!(status["policy_version"], 1);
-    assert_eq!((&status["names"], &status["addresses"]), (&1.into(), &1.into()));
+    assert_eq!(
+        (&status["names"], &status["addresses"]),
+        (&1.into(), &1.into())
+    );
     assert!(status["denied"]["no_rule"].as_u64() >= Some(1), "{status}");
     assert_eq!(status["last_denial"]["reason"], "no_rule");
     assert_eq!(status["problem"], Value::Null);
@@ -203,12 +224,21 @@ fn status_tells_what_a_pod_has_resolved_and_what_it_was_denied() {
     let output = lab.ask(&["status"]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
-    for expected in ["node n1", "configuration (dns.resolvers)", "shop/cart", "enforce", "losses:"] {
+    for expected in [
+        "node n1",
+        "configuration (dns.resolvers)",
+        "shop/cart",
+        "enforce",
+        "losses:",
+    ] {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
     let output = lab.ask(&["status", "shop/cart"]);
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("shop.test") && text.contains("203.0.113.10"), "{text}");
+    assert!(
+        text.contains("shop.test") && text.contains("203.0.113.10"),
+        "{text}"
+    );
 
     let output = lab.ask(&["status", "shop/none"]);
     assert_eq!(output.status.code(), Some(1));
@@ -222,7 +252,10 @@ fn interface_of(lab: &Lab, pod: &Pod) -> Option<u64> {
     command.args(["-o", "link", "show", "dev", pod.interface()]);
     let output = lab.node().run(|| command.output()).expect("ip runs");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let index = text.split(':').next().and_then(|index| index.trim().parse().ok());
+    let index = text
+        .split(':')
+        .next()
+        .and_then(|index| index.trim().parse().ok());
     assert!(index.is_some(), "{text}");
     index
 }
@@ -246,7 +279,10 @@ fn status_follows_an_edit_and_points_at_what_cannot_be_read() {
     let problem = status["problem"].as_str().unwrap_or_default();
     assert!(problem.contains("line 1, column 16"), "{problem}");
     assert!(problem.contains("the last good policy stays"), "{problem}");
-    assert_eq!((&status["policy_version"], &status["applied"]), (&2.into(), &before));
+    assert_eq!(
+        (&status["policy_version"], &status["applied"]),
+        (&2.into(), &before)
+    );
     assert_eq!(lab.metrics().get("egress_agent_pods_unreadable"), 1.0);
     let (code, explanation) = lab.explain(&pod, "203.0.113.7:80");
     assert_eq!(code, 0, "{explanation}");
@@ -293,14 +329,25 @@ fn agrees(lab: &Lab, pod: &Pod, cases: &[Case], passes_anyway: bool) {
             (Some(_), false) => "denied",
             (Some(_), true) => "would_deny",
         };
-        assert_eq!(explanation["decision"], decision, "{target}: {explanation:#}");
-        assert_eq!(explanation["reason"].as_str(), *reason, "{target}: {explanation:#}");
+        assert_eq!(
+            explanation["decision"], decision,
+            "{target}: {explanation:#}"
+        );
+        assert_eq!(
+            explanation["reason"].as_str(),
+            *reason,
+            "{target}: {explanation:#}"
+        );
         assert_eq!(
             explanation["entries"][0]["entry"].as_str(),
             *entry,
             "{target}: {explanation:#}"
         );
-        assert_eq!(explanation["hint"].is_string(), reason.is_some(), "{explanation:#}");
+        assert_eq!(
+            explanation["hint"].is_string(),
+            reason.is_some(),
+            "{explanation:#}"
+        );
         let reached = if target.ends_with("/udp") {
             pod.echo_udp(*to, b"hello", SHORT)
         } else {
@@ -336,23 +383,88 @@ fn table() -> Vec<Case> {
     let internal_denied = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 8));
     vec![
         case("203.0.113.10:443", (server(10), 443), None, "shop.test:443"),
-        case("203.0.113.10:80", (server(10), 80), "port_not_allowed", "shop.test:443"),
-        case("203.0.113.11:443", (server(11), 443), None, "*.wild.test:443"),
-        case("203.0.113.12:443", (server(12), 443), None, "*.wild.test:443"),
-        case("203.0.113.14:443", (server(14), 443), "address_not_learned", None),
+        case(
+            "203.0.113.10:80",
+            (server(10), 80),
+            "port_not_allowed",
+            "shop.test:443",
+        ),
+        case(
+            "203.0.113.11:443",
+            (server(11), 443),
+            None,
+            "*.wild.test:443",
+        ),
+        case(
+            "203.0.113.12:443",
+            (server(12), 443),
+            None,
+            "*.wild.test:443",
+        ),
+        case(
+            "203.0.113.14:443",
+            (server(14), 443),
+            "address_not_learned",
+            None,
+        ),
         case("203.0.113.14:81", (server(14), 81), "no_rule", None),
-        case("203.0.113.20:80", (server(20), 80), None, "203.0.113.20:80/tcp"),
-        case("203.0.113.20:443", (server(20), 443), "port_not_allowed", "203.0.113.20:80/tcp"),
-        case("203.0.113.34:443", (server(34), 443), None, "203.0.113.32/28:443"),
-        case("203.0.113.33:443", (server(33), 443), "deny_rule", "203.0.113.33"),
-        case("203.0.113.40:91/udp", (server(40), 91), None, "203.0.113.40:90-91/udp"),
-        case("203.0.113.40:92/udp", (server(40), 92), "port_not_allowed", "203.0.113.32/28:443"),
+        case(
+            "203.0.113.20:80",
+            (server(20), 80),
+            None,
+            "203.0.113.20:80/tcp",
+        ),
+        case(
+            "203.0.113.20:443",
+            (server(20), 443),
+            "port_not_allowed",
+            "203.0.113.20:80/tcp",
+        ),
+        case(
+            "203.0.113.34:443",
+            (server(34), 443),
+            None,
+            "203.0.113.32/28:443",
+        ),
+        case(
+            "203.0.113.33:443",
+            (server(33), 443),
+            "deny_rule",
+            "203.0.113.33",
+        ),
+        case(
+            "203.0.113.40:91/udp",
+            (server(40), 91),
+            None,
+            "203.0.113.40:90-91/udp",
+        ),
+        case(
+            "203.0.113.40:92/udp",
+            (server(40), 92),
+            "port_not_allowed",
+            "203.0.113.32/28:443",
+        ),
         case("169.254.169.254:80", (METADATA, 80), "protected", None),
         case("10.99.0.7:80", (INTERNAL, 80), None, None),
-        case("10.99.0.8:80", (internal_denied, 80), "deny_rule", "10.99.0.8"),
+        case(
+            "10.99.0.8:80",
+            (internal_denied, 80),
+            "deny_rule",
+            "10.99.0.8",
+        ),
         case("shop.test:443", (server(10), 443), None, "shop.test:443"),
-        case("shop.test:80", (server(10), 80), "port_not_allowed", "shop.test:443"),
-        case("half.wild.test:443", (server(12), 443), None, "*.wild.test:443"),
+        case(
+            "shop.test:80",
+            (server(10), 80),
+            "port_not_allowed",
+            "shop.test:443",
+        ),
+        case(
+            "half.wild.test:443",
+            (server(12), 443),
+            None,
+            "*.wild.test:443",
+        ),
     ]
 }
 
@@ -367,11 +479,20 @@ fn explain_agrees_with_what_happens() {
     agrees(
         &lab,
         &pod,
-        &[case("203.0.113.10:443", (server(10), 443), "address_not_learned", None)],
+        &[case(
+            "203.0.113.10:443",
+            (server(10), 443),
+            "address_not_learned",
+            None,
+        )],
         false,
     );
     let (code, before) = lab.explain(&pod, "shop.test:443");
-    assert_eq!((code, &before["addresses"]), (0, &Value::Array(Vec::new())), "{before:#}");
+    assert_eq!(
+        (code, &before["addresses"]),
+        (0, &Value::Array(Vec::new())),
+        "{before:#}"
+    );
     for name in ["shop.test", "a.wild.test", "half.wild.test"] {
         pod.lookup(name);
     }
@@ -380,7 +501,11 @@ fn explain_agrees_with_what_happens() {
     // Names that may not be asked for.
     for (name, entry) in [("gist.test", Some("gist.test")), ("evil.test", None)] {
         let (code, explanation) = lab.explain(&pod, &format!("{name}:443"));
-        assert_eq!((code, &explanation["reason"]), (1, &"dns_name".into()), "{explanation:#}");
+        assert_eq!(
+            (code, &explanation["reason"]),
+            (1, &"dns_name".into()),
+            "{explanation:#}"
+        );
         assert_eq!(explanation["question"]["allowed"], false);
         assert_eq!(explanation["entries"][0]["entry"].as_str(), entry);
         agent.denies_name(&pod, name);
@@ -388,12 +513,25 @@ fn explain_agrees_with_what_happens() {
     let (_, gist) = lab.explain(&pod, "gist.test");
     let entry = &gist["entries"][0];
     assert_eq!(
-        (&entry["of"], &entry["annotation"], &entry["line"], &entry["column"]),
-        (&"namespace".into(), &"egress-agent.dev/deny".into(), &1.into(), &1.into())
+        (
+            &entry["of"],
+            &entry["annotation"],
+            &entry["line"],
+            &entry["column"]
+        ),
+        (
+            &"namespace".into(),
+            &"egress-agent.dev/deny".into(),
+            &1.into(),
+            &1.into()
+        )
     );
     let (_, cidr) = lab.explain(&pod, "203.0.113.34:443");
     let entry = &cidr["entries"][0];
-    assert_eq!((&entry["of"], &entry["line"], &entry["column"]), (&"pod".into(), &2.into(), &21.into()));
+    assert_eq!(
+        (&entry["of"], &entry["line"], &entry["column"]),
+        (&"pod".into(), &2.into(), &21.into())
+    );
     // Of two addresses, one is denied by itself.
     let (_, half) = lab.explain(&pod, "half.wild.test:443");
     let allowed: Vec<_> = half["addresses"]
@@ -412,20 +550,33 @@ fn explain_agrees_with_what_happens() {
     // Without a port, what is open is listed.
     let (code, open) = lab.explain(&pod, "203.0.113.20");
     assert_eq!(code, 0);
-    assert_eq!(open["ports"], serde_json::json!([{"protocol": "tcp", "first": 80, "last": 80}]));
+    assert_eq!(
+        open["ports"],
+        serde_json::json!([{"protocol": "tcp", "first": 80, "last": 80}])
+    );
     // Questions to a resolver are judged by their names.
     let (code, resolver) = lab.explain(&pod, &format!("{RESOLVER}:53/udp"));
     assert_eq!(code, 0, "{resolver:#}");
     // What cannot be answered.
-    for (pod, target) in [("shop/none", "a.test"), ("shop/cart", "*.test"), ("cart", "a.test")] {
+    for (pod, target) in [
+        ("shop/none", "a.test"),
+        ("shop/cart", "*.test"),
+        ("cart", "a.test"),
+    ] {
         let output = lab.ask(&["explain", pod, target]);
         assert_eq!(output.status.code(), Some(2), "{pod} {target}");
         assert!(!output.stderr.is_empty());
     }
     let output = lab.ask(&["explain", "shop/cart", "203.0.113.33:443"]);
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.starts_with("DENIED: shop/cart to 203.0.113.33:443\n"), "{text}");
-    assert!(text.contains("egress-agent.dev/deny of the namespace, line 1, column 11"), "{text}");
+    assert!(
+        text.starts_with("DENIED: shop/cart to 203.0.113.33:443\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("egress-agent.dev/deny of the namespace, line 1, column 11"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -443,10 +594,20 @@ fn explaining_leaves_no_trace() {
     };
     let flows = || {
         let pin = lab.pins().join("pods/shop_cart/flows");
-        bpftool(&["map", "dump", "pinned", pin.to_str().expect("a path in UTF-8")])
+        bpftool(&[
+            "map",
+            "dump",
+            "pinned",
+            pin.to_str().expect("a path in UTF-8"),
+        ])
     };
     let before = (numbers(), flows());
-    for target in ["203.0.113.20:443", "203.0.113.9:80", "shop.test:443", "evil.test"] {
+    for target in [
+        "203.0.113.20:443",
+        "203.0.113.9:80",
+        "shop.test:443",
+        "evil.test",
+    ] {
         lab.explain(&pod, target);
     }
     // The pod's own kernel may say something of itself meanwhile; that passes and makes no flow.
@@ -454,7 +615,10 @@ fn explaining_leaves_no_trace() {
     assert_eq!(after.1, before.1);
     assert_eq!(after.0[1..], before.0[1..]);
     assert!(agent.denials().is_empty(), "{:?}", agent.denials());
-    assert_eq!(lab.dns().asked("shop.test") + lab.dns().asked("evil.test"), 0);
+    assert_eq!(
+        lab.dns().asked("shop.test") + lab.dns().asked("evil.test"),
+        0
+    );
 }
 
 #[test]
@@ -472,7 +636,12 @@ fn explain_agrees_in_audit_mode() {
         &pod,
         &[
             case("203.0.113.10:443", (server(10), 443), None, "shop.test:443"),
-            case("203.0.113.10:80", (server(10), 80), "port_not_allowed", "shop.test:443"),
+            case(
+                "203.0.113.10:80",
+                (server(10), 80),
+                "port_not_allowed",
+                "shop.test:443",
+            ),
             case("203.0.113.14:81", (server(14), 81), "no_rule", None),
         ],
         true,
@@ -497,7 +666,12 @@ fn explain_agrees_about_what_has_expired() {
     agrees(
         &lab,
         &pod,
-        &[case("203.0.113.10:443", (server(10), 443), "expired", "shop.test:443")],
+        &[case(
+            "203.0.113.10:443",
+            (server(10), 443),
+            "expired",
+            "shop.test:443",
+        )],
         false,
     );
     // Whoever asks for the name again reaches it.
@@ -541,7 +715,12 @@ fn explain_agrees_with_other_policies() {
         ),
         (
             &closed,
-            vec![case("203.0.113.9:443", to(9, 443), "policy_unreadable", None)],
+            vec![case(
+                "203.0.113.9:443",
+                to(9, 443),
+                "policy_unreadable",
+                None,
+            )],
         ),
         (&off, vec![case("203.0.113.9:443", to(9, 443), None, None)]),
     ] {
@@ -566,7 +745,9 @@ fn the_socket_is_roots_alone_and_goes_with_the_agent() {
 
     // One that a killed agent left is replaced.
     let mut agent = lab.start_agent(&[]);
-    eventually("it answers", || holds(lab.ask(&["status"]).status.success()));
+    eventually("it answers", || {
+        holds(lab.ask(&["status"]).status.success())
+    });
     agent.kill();
     assert!(lab.socket().exists());
     let _agent = lab.start_agent(&[]);
@@ -594,7 +775,10 @@ fn a_second_agent_on_the_same_socket_says_so_and_goes_on() {
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
     assert!(agent.stop().success());
-    assert!(first.ask(&["status"]).status.success(), "the first still answers");
+    assert!(
+        first.ask(&["status"]).status.success(),
+        "the first still answers"
+    );
 }
 
 #[test]
@@ -651,7 +835,11 @@ fn slow_and_hostile_clients_hinder_nobody() {
         let _ = stream.read_to_end(&mut response);
         assert!(!response.starts_with(b"HTTP/1.1 200"), "{}", response.len());
     }
-    for bytes in [vec![b'x'; 100_000], b"{\"status\":7}\n".to_vec(), vec![b'[' ; 8000]] {
+    for bytes in [
+        vec![b'x'; 100_000],
+        b"{\"status\":7}\n".to_vec(),
+        vec![b'['; 8000],
+    ] {
         let mut stream = UnixStream::connect(lab.socket()).expect("a connection");
         let _ = stream.write_all(&bytes);
         let mut response = Vec::new();
@@ -672,5 +860,8 @@ fn slow_and_hostile_clients_hinder_nobody() {
         }
     });
     drop((half, silent));
-    assert!(agent.stop().success(), "it ends though clients are connected");
+    assert!(
+        agent.stop().success(),
+        "it ends though clients are connected"
+    );
 }

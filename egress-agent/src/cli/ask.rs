@@ -1,6 +1,7 @@
 //! Asking the running agent.
 
 use std::{
+    fmt::Write as _,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::net::UnixStream,
     path::Path,
@@ -31,7 +32,9 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Response> {
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
-    stream.write_all(&line).context("the agent does not listen")?;
+    stream
+        .write_all(&line)
+        .context("the agent does not listen")?;
     let mut answer = Vec::new();
     BufReader::new(stream)
         .take(RESPONSE_MAX)
@@ -56,7 +59,7 @@ pub(super) fn columns(indent: &str, rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = indent.to_owned();
         for (cell, width) in row.iter().zip(&widths) {
-            line.push_str(&format!("{cell:width$}  "));
+            let _ = write!(line, "{cell:width$}  ");
         }
         text.push_str(line.trim_end());
         text.push('\n');

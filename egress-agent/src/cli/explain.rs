@@ -16,14 +16,11 @@ use crate::serve::protocol::{
 const DENIED: u8 = 1;
 const CANNOT_SAY: u8 = 2;
 
-pub(super) fn explain(args: &ExplainArgs) -> Result<ExitCode> {
-    match ask_and_print(args) {
-        Ok(code) => Ok(code),
-        Err(error) => {
-            eprintln!("egress-agent: {error:#}");
-            Ok(ExitCode::from(CANNOT_SAY))
-        }
-    }
+pub(super) fn explain(args: &ExplainArgs) -> ExitCode {
+    ask_and_print(args).unwrap_or_else(|error| {
+        eprintln!("egress-agent: {error:#}");
+        ExitCode::from(CANNOT_SAY)
+    })
 }
 
 fn ask_and_print(args: &ExplainArgs) -> Result<ExitCode> {
@@ -100,7 +97,11 @@ fn addresses(text: &mut String, explanation: &Explanation) {
     if explanation.question.is_none() {
         for address in &explanation.addresses {
             if !address.names.is_empty() {
-                let _ = writeln!(text, "  the pod resolved it from {}", address.names.join(", "));
+                let _ = writeln!(
+                    text,
+                    "  the pod resolved it from {}",
+                    address.names.join(", ")
+                );
             }
             if address.remaining_seconds.is_some() {
                 let _ = writeln!(text, "  its lifetime: {}", life(address));

@@ -137,7 +137,7 @@ impl Cli {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::check(&args),
             Command::Status(args) => status::status(&args),
-            Command::Explain(args) => explain::explain(&args),
+            Command::Explain(args) => Ok(explain::explain(&args)),
             Command::Cleanup(args) => cleanup::cleanup(&args),
         };
         match result {

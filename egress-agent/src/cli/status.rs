@@ -65,7 +65,15 @@ fn all(status: &Status) -> String {
         return text;
     }
     let heads = [
-        "POD", "MODE", "INTERFACES", "VERSION", "APPLIED", "NAMES", "ADDRESSES", "DENIED", "NOTE",
+        "POD",
+        "MODE",
+        "INTERFACES",
+        "VERSION",
+        "APPLIED",
+        "NAMES",
+        "ADDRESSES",
+        "DENIED",
+        "NOTE",
     ];
     let mut rows = vec![heads.map(str::to_owned).to_vec()];
     rows.extend(status.pods.iter().map(row));
@@ -75,13 +83,20 @@ fn all(status: &Status) -> String {
 
 fn row(pod: &PodStatus) -> Vec<String> {
     let dash = || "-".to_owned();
-    let counts = |enforced: usize| if pod.enforced { enforced.to_string() } else { dash() };
+    let counts = |enforced: usize| {
+        if pod.enforced {
+            enforced.to_string()
+        } else {
+            dash()
+        }
+    };
     let denied: u64 = pod.denied.values().chain(pod.would_deny.values()).sum();
     vec![
         format!("{}/{}", pod.namespace, pod.pod),
         pod.mode.clone(),
         or_dash(&interfaces(pod)),
-        pod.policy_version.map_or_else(dash, |version| version.to_string()),
+        pod.policy_version
+            .map_or_else(dash, |version| version.to_string()),
         pod.applied.clone().map_or_else(dash, seconds_only),
         counts(pod.names),
         counts(pod.addresses),
@@ -107,17 +122,26 @@ fn one(pod: &PodStatus) -> String {
     ]);
     if let (Some(applied), Some(version)) = (&pod.applied, pod.policy_version) {
         let since = seconds_only(applied.clone());
-        rows.push(vec!["policy".to_owned(), format!("version {version} since {since}")]);
+        rows.push(vec![
+            "policy".to_owned(),
+            format!("version {version} since {since}"),
+        ]);
     }
     if let Some(problem) = &pod.problem {
         rows.push(vec!["problem".to_owned(), problem.clone()]);
     }
-    rows.push(vec!["denied".to_owned(), or_none(&counts(&pod.denied)).to_owned()]);
+    rows.push(vec![
+        "denied".to_owned(),
+        or_none(&counts(&pod.denied)).to_owned(),
+    ]);
     if !pod.would_deny.is_empty() {
         rows.push(vec!["would deny".to_owned(), counts(&pod.would_deny)]);
     }
     if pod.denials_unreported > 0 {
-        rows.push(vec!["unreported".to_owned(), pod.denials_unreported.to_string()]);
+        rows.push(vec![
+            "unreported".to_owned(),
+            pod.denials_unreported.to_string(),
+        ]);
     }
     if let Some(last) = &pod.last_denial {
         rows.push(vec!["last denial".to_owned(), last.to_string()]);
@@ -132,14 +156,23 @@ fn one(pod: &PodStatus) -> String {
     for resolved in pod.resolved.iter().flatten() {
         let name = resolved.name.clone();
         let name = name.unwrap_or_else(|| "(learned by an earlier agent)".to_owned());
-        let note = if resolved.listed { "" } else { "no entry allows it" };
+        let note = if resolved.listed {
+            ""
+        } else {
+            "no entry allows it"
+        };
         for (i, address) in resolved.addresses.iter().enumerate() {
             let life = match address.remaining_seconds {
                 0 => "expired".to_owned(),
                 seconds => span(seconds),
             };
             let name = if i == 0 { name.clone() } else { String::new() };
-            rows.push(vec![name, address.address.to_string(), life, note.to_owned()]);
+            rows.push(vec![
+                name,
+                address.address.to_string(),
+                life,
+                note.to_owned(),
+            ]);
         }
     }
     text.push_str(&columns("    ", &rows));
@@ -150,15 +183,20 @@ fn one(pod: &PodStatus) -> String {
 }
 
 fn interfaces(pod: &PodStatus) -> String {
-    let names = pod.interfaces.iter().map(|interface| match &interface.name {
-        Some(name) => format!("{name} ({})", interface.index),
-        None => format!("({})", interface.index),
-    });
+    let names = pod
+        .interfaces
+        .iter()
+        .map(|interface| match &interface.name {
+            Some(name) => format!("{name} ({})", interface.index),
+            None => format!("({})", interface.index),
+        });
     names.collect::<Vec<_>>().join(", ")
 }
 
 fn counts(counts: &BTreeMap<String, u64>) -> String {
-    let counts = counts.iter().map(|(reason, count)| format!("{reason} {count}"));
+    let counts = counts
+        .iter()
+        .map(|(reason, count)| format!("{reason} {count}"));
     counts.collect::<Vec<_>>().join(", ")
 }
 

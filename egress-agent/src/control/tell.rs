@@ -64,9 +64,9 @@ impl Reconciler {
             resolvers.entry(resolver).or_insert_with(|| found.clone());
         }
         let is_pod = |about: &str| {
-            about
-                .split_once('/')
-                .is_some_and(|(namespace, name)| pods.contains_key(&(namespace.into(), name.into())))
+            about.split_once('/').is_some_and(|(namespace, name)| {
+                pods.contains_key(&(namespace.into(), name.into()))
+            })
         };
         let problems = self.said.iter().filter(|(about, _)| !is_pod(about));
         let node = NodeState {
@@ -92,7 +92,9 @@ impl Reconciler {
             host_network: pod.host_network,
             attached: enforced.map(|enforced| attached(enforced, before)),
             compiled: compiled.cloned(),
-            written: read.map(|(_, written, _)| Arc::clone(written)).unwrap_or_default(),
+            written: read
+                .map(|(_, written, _)| Arc::clone(written))
+                .unwrap_or_default(),
             unreadable: read.is_some_and(|(.., unreadable)| unreadable),
             problem: self.said.get(&title(key)).cloned(),
         }

@@ -2,9 +2,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use egress_common::{
-    packet::Packet, protocol::bits, reason::Reason, records::MODE_AUDIT,
-};
+use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MODE_AUDIT};
 
 use super::{
     Direction, DnsSettings, Enforcement, Outcome, Stats, Transport,

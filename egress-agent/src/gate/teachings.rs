@@ -42,10 +42,13 @@ pub struct Teachings {
     pub left_out: usize,
 }
 
+/// A name, if it is known, and whether an entry allows its addresses.
+type Kind = (Option<Arc<Name>>, bool);
+
 impl Table {
     /// What there is, looking at no more than `most` addresses, those used last before others.
     pub(super) fn teachings(&self, about: &About, most: usize) -> Teachings {
-        let mut names: HashMap<(Option<Arc<Name>>, bool), Vec<(Address, u64)>> = HashMap::new();
+        let mut names: HashMap<Kind, Vec<(Address, u64)>> = HashMap::new();
         let wanted = |name: &Name| match about {
             About::Name(wanted) => wanted == name,
             About::All | About::Address(_) => true,

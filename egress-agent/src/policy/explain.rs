@@ -58,7 +58,11 @@ impl Target {
             Destination::Addresses(prefix) if prefix.prefix_len() == 128 => {
                 To::Address(prefix.network())
             }
-            other => return Err(format!("`{other}` is more than one: expected a name or an address")),
+            other => {
+                return Err(format!(
+                    "`{other}` is more than one: expected a name or an address"
+                ));
+            }
         };
         let port = match ports {
             None => None,
@@ -136,6 +140,8 @@ pub struct Spoken {
     pub class: PortClass,
     /// Whether it speaks of a name.
     pub of_name: bool,
+    /// Whether it speaks of everything.
+    pub of_all: bool,
 }
 
 /// The entries in effect for a pod, as they were written.
@@ -190,6 +196,7 @@ impl Entries {
                 at: rule.at,
                 class: rule.class,
                 of_name: matches!(rule.destination, Destination::Names(_)),
+                of_all: rule.destination == Destination::Any,
             })
             .collect()
     }
@@ -231,7 +238,15 @@ mod tests {
             target("192.0.2.1/icmp"),
             Ok((Some(bits::ICMP_ECHO), None, "192.0.2.1/icmp".to_owned()))
         );
-        for wrong in ["", "*", "*.a.test", "192.0.2.0/24", "a.test:1-2", "a.test:x", "a b"] {
+        for wrong in [
+            "",
+            "*",
+            "*.a.test",
+            "192.0.2.0/24",
+            "a.test:1-2",
+            "a.test:x",
+            "a b",
+        ] {
             assert!(target(wrong).is_err(), "{wrong}");
         }
     }

@@ -151,7 +151,11 @@ mod tests {
             counts.add(Verdict::Audited, reason, 1);
         }
         assert_eq!(counts.denied().count(), Reason::ALL.len());
-        assert!(counts.denied().all(|(reason, count)| count == reason as u64));
+        assert!(
+            counts
+                .denied()
+                .all(|(reason, count)| count == reason as u64)
+        );
         assert!(counts.audited().all(|(_, count)| count == 1));
     }
 

@@ -150,7 +150,10 @@ impl Asking<'_> {
         }
         let alive = |address: &&AddressExplained| {
             let remaining = address.remaining_seconds.or_else(|| {
-                let of = teachings.names.iter().flat_map(|resolved| &resolved.addresses);
+                let of = teachings
+                    .names
+                    .iter()
+                    .flat_map(|resolved| &resolved.addresses);
                 of.filter(|(other, _)| from_mapped(other) == address.address)
                     .map(|&(_, expires_ns)| remaining(expires_ns, self.now_ns))
                     .max()
@@ -163,7 +166,8 @@ impl Asking<'_> {
             explanation.because.clone_from(&question.because);
             explanation.entries.clone_from(&question.entries);
         } else if explanation.addresses.iter().any(|address| alive(&address)) {
-            let of_name: Vec<&AddressExplained> = explanation.addresses.iter().filter(alive).collect();
+            let of_name: Vec<&AddressExplained> =
+                explanation.addresses.iter().filter(alive).collect();
             let chosen = of_name.iter().find(|address| address.allowed);
             let shown = chosen.or(of_name.first()).copied().cloned();
             let reached = of_name.iter().filter(|address| address.allowed).count();
@@ -172,7 +176,10 @@ impl Asking<'_> {
                 explanation.because = if reached == 0 || reached == all {
                     shown.because.clone()
                 } else {
-                    format!("{reached} of its {all} addresses may be reached: {}", shown.because)
+                    format!(
+                        "{reached} of its {all} addresses may be reached: {}",
+                        shown.because
+                    )
                 };
                 explanation.decision = decision(shown.allowed);
                 explanation.reason.clone_from(&shown.reason);
@@ -206,7 +213,7 @@ impl Asking<'_> {
                 }
                 other => because_denied(other).to_owned(),
             };
-            explanation.entries = denying(&spoken, reason, &ports);
+            explanation.entries = denying(&spoken, reason, ports);
         } else {
             explanation.decision = Decision::Allowed;
             explanation.because = format!(
@@ -214,7 +221,7 @@ impl Asking<'_> {
                  answers with, unless they are protected or denied themselves",
                 self.because_open(&destination, &reach.open)
             );
-            explanation.entries = self.allowing(&destination, &spoken, &reach.open);
+            explanation.entries = allowing(&destination, &spoken, &reach.open);
         }
         explanation.ports = self.ports(&reach.open);
     }
@@ -285,7 +292,7 @@ impl Asking<'_> {
                 }
                 _ => because_denied(reason).to_owned(),
             };
-            explained.entries = denying(&spoken, reason, &ports);
+            explained.entries = denying(&spoken, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
             if explained.because == BY_ENTRY && teachings.names.iter().any(|of| of.name.is_none()) {
@@ -293,7 +300,7 @@ impl Asking<'_> {
                     "; an earlier agent learned the address, from a name that is not known any more",
                 );
             }
-            explained.entries = self.allowing(&destination, &spoken, &reach.open);
+            explained.entries = allowing(&destination, &spoken, &reach.open);
         }
         explained.ports = self.ports(&reach.open);
         Ok(explained)
@@ -341,7 +348,11 @@ impl Asking<'_> {
     }
 
     async fn teachings(&self, about: About) -> anyhow::Result<Teachings> {
-        let teachings = self.sources.gate.teachings(self.attached.pod, about).await?;
+        let teachings = self
+            .sources
+            .gate
+            .teachings(self.attached.pod, about)
+            .await?;
         Ok(teachings.unwrap_or_default())
     }
 
@@ -375,7 +386,7 @@ impl Asking<'_> {
     }
 
     fn because_open(&self, destination: &Destination, open: &[Ports]) -> String {
-        let by_entry = |ports: &Ports| ground(self.policy, destination, ports) == Ground::Entries;
+        let by_entry = |&ports: &Ports| ground(self.policy, destination, ports) == Ground::Entries;
         if open.iter().any(by_entry) {
             BY_ENTRY.to_owned()
         } else if destination.ranges & RANGE_INTERNAL != 0 {
@@ -383,22 +394,6 @@ impl Asking<'_> {
         } else {
             "there are only deny entries, and none names it".to_owned()
         }
-    }
-
-    /// The entries that let something pass.
-    fn allowing(
-        &self,
-        destination: &Destination,
-        spoken: &[Spoken],
-        open: &[Ports],
-    ) -> Vec<EntryStatus> {
-        let protected = destination.ranges & RANGE_PROTECTED != 0;
-        let counts = |spoken: &&Spoken| {
-            spoken.list == List::Allow
-                && !(spoken.of_name && (destination.expired != 0 || protected))
-                && open.iter().any(|ports| spoken.holds_some(ports))
-        };
-        statuses(spoken.iter().filter(counts))
     }
 
     fn hint(&self, reason: Option<&str>, entries: &[EntryStatus]) -> String {
@@ -447,7 +442,9 @@ fn decision(allowed: bool) -> Decision {
 
 fn because_denied(reason: Reason) -> &'static str {
     match reason {
-        Reason::PolicyUnreadable => "the annotations cannot be read, so everything external is denied",
+        Reason::PolicyUnreadable => {
+            "the annotations cannot be read, so everything external is denied"
+        }
         Reason::Protected => "it is protected, and no entry names it as an address",
         Reason::Expired => "the lifetime of what the pod resolved has ended",
         Reason::PortNotAllowed => "entries allow it, but not with this protocol and port",
@@ -460,8 +457,20 @@ fn because_denied(reason: Reason) -> &'static str {
     }
 }
 
+/// The entries that let something pass.
+fn allowing(destination: &Destination, spoken: &[Spoken], open: &[Ports]) -> Vec<EntryStatus> {
+    let protected = destination.ranges & RANGE_PROTECTED != 0;
+    let counts = |spoken: &&Spoken| {
+        spoken.list == List::Allow
+            && !(spoken.of_name && (destination.expired != 0 || protected))
+            && !(spoken.of_all && protected)
+            && open.iter().any(|&ports| spoken.holds_some(ports))
+    };
+    statuses(spoken.iter().filter(counts))
+}
+
 /// The entries that speak of what is denied.
-fn denying(spoken: &[Spoken], reason: Reason, ports: &Ports) -> Vec<EntryStatus> {
+fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
     let counts = |spoken: &&Spoken| match reason {
         Reason::DenyRule => spoken.list == List::Deny && spoken.holds_some(ports),
         Reason::PortNotAllowed => spoken.list == List::Allow,
@@ -490,7 +499,7 @@ fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
 
 impl Spoken {
     /// Whether it speaks of some of these packets.
-    fn holds_some(&self, ports: &Ports) -> bool {
+    fn holds_some(&self, ports: Ports) -> bool {
         self.holds(ports.protocol, ports.first)
             || self.holds(ports.protocol, ports.last)
             || (self.class.protocols & ports.protocol != 0

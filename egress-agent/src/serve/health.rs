@@ -15,9 +15,8 @@ const NAMED: usize = 20;
 /// What is wrong with the agent, such that starting it again may help.
 pub(super) fn unwell(sources: &Sources) -> Vec<String> {
     let board = &sources.board;
-    let gate_ago = Duration::from_nanos(
-        boottime_ns().saturating_sub(sources.gate.stats().ticked_ns.get()),
-    );
+    let gate_ago =
+        Duration::from_nanos(boottime_ns().saturating_sub(sources.gate.stats().ticked_ns.get()));
     [
         (
             "pods were last compared with what is enforced",

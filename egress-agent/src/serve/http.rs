@@ -35,11 +35,15 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Serves until the runtime ends.
 pub(super) async fn serve(address: SocketAddr, sources: Arc<Sources>) {
-    let listener = listen(&address.to_string(), "/healthz, /readyz and /metrics", async || {
-        TcpListener::bind(address)
-            .await
-            .context("cannot listen there")
-    })
+    let listener = listen(
+        &address.to_string(),
+        "/healthz, /readyz and /metrics",
+        async || {
+            TcpListener::bind(address)
+                .await
+                .context("cannot listen there")
+        },
+    )
     .await;
     let router = Router::new()
         .route("/healthz", get(healthz))
@@ -80,7 +84,10 @@ fn page(wrong: &[String]) -> Response {
     if wrong.is_empty() {
         return (StatusCode::OK, "ok\n").into_response();
     }
-    let lines: String = wrong.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
+    let lines: String = wrong
+        .iter()
+        .flat_map(|line| [line.as_str(), "\n"])
+        .collect();
     (StatusCode::SERVICE_UNAVAILABLE, lines).into_response()
 }
 

@@ -1,4 +1,8 @@
 //! `/metrics`; `docs/metrics.md` says what each is for.
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "metrics are floating-point numbers"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -192,7 +196,11 @@ impl Scrape {
             ],
         )?;
         for (name, help, value) in [
-            ("passed_packets", "Packets from pods that passed", passed_packets),
+            (
+                "passed_packets",
+                "Packets from pods that passed",
+                passed_packets,
+            ),
             ("passed_bytes", "Bytes from pods that passed", passed_bytes),
             (
                 "passed_by_flow_packets",
@@ -256,27 +264,29 @@ impl Scrape {
 }
 
 fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
-    let series = stats.messages().map(|(transport, direction, outcome, count)| {
-        let transport = match transport {
-            Transport::Udp => "udp",
-            Transport::Tcp => "tcp",
-        };
-        let direction = match direction {
-            Direction::Question => "question",
-            Direction::Answer => "answer",
-        };
-        let outcome = match outcome {
-            Outcome::Delivered => "delivered",
-            Outcome::Refused => "refused",
-            Outcome::Undeliverable => "undeliverable",
-        };
-        let labels = vec![
-            ("direction", direction.to_owned()),
-            ("outcome", outcome.to_owned()),
-            ("transport", transport.to_owned()),
-        ];
-        (labels, count)
-    });
+    let series = stats
+        .messages()
+        .map(|(transport, direction, outcome, count)| {
+            let transport = match transport {
+                Transport::Udp => "udp",
+                Transport::Tcp => "tcp",
+            };
+            let direction = match direction {
+                Direction::Question => "question",
+                Direction::Answer => "answer",
+            };
+            let outcome = match outcome {
+                Outcome::Delivered => "delivered",
+                Outcome::Refused => "refused",
+                Outcome::Undeliverable => "undeliverable",
+            };
+            let labels = vec![
+                ("direction", direction.to_owned()),
+                ("outcome", outcome.to_owned()),
+                ("transport", transport.to_owned()),
+            ];
+            (labels, count)
+        });
     page.counters(
         "egress_agent_dns_messages",
         "DNS messages by what became of them",
@@ -323,7 +333,11 @@ fn process(page: &mut Page<'_>, began: SystemTime) -> Result<(), Error> {
         usage.resident as f64,
     )?;
     page.seconds_counter("process_cpu", "CPU time that the agent has used", usage.cpu)?;
-    page.gauge("process_open_fds", "Files that the agent has open", usage.files)?;
+    page.gauge(
+        "process_open_fds",
+        "Files that the agent has open",
+        usage.files,
+    )?;
     page.gauge(
         "process_max_fds",
         "Files that the agent may have open",

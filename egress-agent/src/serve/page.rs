@@ -1,4 +1,8 @@
-//! Writing metrics in the OpenMetrics text format.
+//! Writing metrics in the `OpenMetrics` text format.
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "metrics are floating-point numbers"
+)]
 
 use std::fmt::Error;
 
@@ -97,7 +101,7 @@ impl Page<'_> {
     ) -> Result<(), Error> {
         let buckets: Vec<(f64, u64)> = histogram
             .buckets()
-            .map(|(bound_ns, count)| (bound_ns.map_or(f64::MAX, seconds), count))
+            .map(|(bound_ns, count)| (bound_ns.map_or(f64::INFINITY, seconds), count))
             .collect();
         let count = buckets.iter().map(|(_, count)| count).sum();
         self.0

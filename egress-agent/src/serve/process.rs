@@ -1,4 +1,8 @@
 //! What the agent uses of the machine, from `/proc/self`.
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "metrics are floating-point numbers"
+)]
 
 use std::fs;
 
@@ -38,7 +42,9 @@ impl Usage {
 }
 
 fn resident(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib * 1024)
 }

@@ -127,7 +127,7 @@ pub(super) enum Ground {
 }
 
 /// Why packets that pass do so.
-pub(super) fn ground(policy: &Policy, destination: &Destination, ports: &Ports) -> Ground {
+pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let learned = if protected || destination.expired != 0 {
         0

@@ -40,6 +40,8 @@ pub const DEFAULT_PATH: &str = "/run/egress-agent/agent.sock";
 
 /// Most clients at once.
 const CLIENTS: usize = 16;
+/// Clients that may wait for their turn.
+const BACKLOG: i32 = 64;
 /// How long one may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait after a connection could not be accepted.
@@ -107,10 +109,11 @@ impl Bound {
         let socket = unix_socket()?;
         // Before it has a name, so that nobody else can open it for a moment (unix_bind,
         // net/unix/af_unix.c, takes the mode of the socket's own inode).
-        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("cannot close the socket to others")?;
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
+            .context("cannot close the socket to others")?;
         let address = UnixAddr::new(path).context("the path is too long for a Unix socket")?;
         bind(socket.as_raw_fd(), &address).context("cannot give the socket its name")?;
-        listen(&socket, Backlog::new(CLIENTS as i32)?).context("cannot listen")?;
+        listen(&socket, Backlog::new(BACKLOG)?).context("cannot listen")?;
         let listener = UnixListener::from_std(socket.into()).context("cannot wait for clients")?;
         Ok(Self {
             listener,

@@ -15,7 +15,7 @@ use crate::{
     datapath::boottime_ns,
     gate::{About, Teachings},
     policy::prefix::from_mapped,
-    report::rfc3339,
+    report::{DenialCounts, rfc3339},
 };
 
 /// Most addresses that one answer tells of all pods together.
@@ -167,7 +167,11 @@ fn pod_status(
         mode: state.mode.as_str().to_owned(),
         enforced: attached.is_some(),
         interfaces: attached.map_or_else(Vec::new, |attached| {
-            attached.interfaces.iter().map(|&at| interface(at)).collect()
+            attached
+                .interfaces
+                .iter()
+                .map(|&at| interface(at))
+                .collect()
         }),
         applied: attached.map(|attached| time(attached.since)),
         policy_version: attached.map(|attached| attached.version),
@@ -177,9 +181,13 @@ fn pod_status(
             .filter(|resolved| resolved.listed && resolved.name.is_some())
             .count(),
         addresses: teachings.addresses,
-        denied: counts.map(|counts| by_reason(counts.denied())).unwrap_or_default(),
-        would_deny: counts.map(|counts| by_reason(counts.audited())).unwrap_or_default(),
-        denials_unreported: counts.map_or(0, |counts| counts.unreported()),
+        denied: counts
+            .map(|counts| by_reason(counts.denied()))
+            .unwrap_or_default(),
+        would_deny: counts
+            .map(|counts| by_reason(counts.audited()))
+            .unwrap_or_default(),
+        denials_unreported: counts.map_or(0, DenialCounts::unreported),
         last_denial,
         problem: state.problem.clone(),
         resolved_left_out: teachings.left_out,
