@@ -1,8 +1,9 @@
 //! egress-agent: enforces, per pod, which names, addresses and ports it may reach.
 //!
 //! Where to find what: [`pods`] is where pods come from, [`policy`] what a policy means, [`dns`] what
-//! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`report`] what people see,
-//! [`serve`] what the agent answers about itself, [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
+//! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`host`] where a pod is on
+//! this machine, [`report`] what people see, [`serve`] what the agent answers about itself,
+//! [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
 #![deny(unsafe_code)]
 
 pub mod cli;
@@ -11,6 +12,7 @@ pub mod control;
 pub mod datapath;
 pub mod dns;
 pub mod gate;
+pub mod host;
 pub mod pods;
 pub mod policy;
 pub mod report;

@@ -70,6 +70,8 @@ reasons! {
     PolicyUnreadable = 17, "policy_unreadable";
     /// A fragmented DNS message, which is not supported yet.
     DnsFragmented = 18, "dns_fragmented";
+    /// It is not known yet whose interface this is.
+    PodUnknown = 19, "pod_unknown";
 }
 
 #[cfg(test)]

@@ -84,6 +84,9 @@ pub const POLICY_OPEN: u32 = 1;
 pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
 /// The annotations could not be read; denials say so.
 pub const POLICY_UNREADABLE: u32 = 1 << 2;
+/// It is not known yet whose interface this is: every source address counts as the pod's own, DNS
+/// waits for the client's next attempt, and denials say why.
+pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.

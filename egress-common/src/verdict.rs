@@ -8,8 +8,8 @@ use crate::{
     protocol::bits,
     reason::Reason,
     records::{
-        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNREADABLE, Policy, RANGE_INTERNAL,
-        RANGE_PROTECTED,
+        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNIDENTIFIED, POLICY_UNREADABLE,
+        Policy, RANGE_INTERNAL, RANGE_PROTECTED,
     },
 };
 
@@ -134,6 +134,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if policy.flags & POLICY_UNREADABLE != 0 {
         return Verdict::deny(Reason::PolicyUnreadable);
+    }
+    if policy.flags & POLICY_UNIDENTIFIED != 0 {
+        return Verdict::deny(Reason::PodUnknown);
     }
     if destination.expired != 0 && destination.learned & matching != 0 {
         return Verdict::deny(Reason::Expired);

@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        NO_CLASS, Policy, RANGE_RESOLVER,
+        NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_RESOLVER,
     },
     verdict::{self, Destination, Verdict},
 };
@@ -130,6 +130,12 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         && packet.bit & (bits::UDP | bits::TCP) != 0
         && range_of(&packet.dst) & RANGE_RESOLVER != 0
     {
+        if policy.flags & POLICY_UNIDENTIFIED != 0 {
+            return deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::PodUnknown),
+            );
+        }
         return hold_question(ctx, interface, packet);
     }
     let now_ns = now_ns();
@@ -267,6 +273,9 @@ fn pass(skb: &Skb<'_>) -> i32 {
 
 #[inline(always)]
 fn is_own(policy: &Policy, address: &Address) -> bool {
+    if policy.flags & POLICY_UNIDENTIFIED != 0 {
+        return true;
+    }
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {

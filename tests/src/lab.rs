@@ -253,7 +253,7 @@ impl Lab {
     #[track_caller]
     pub fn pod_without_interface(&self, namespace: &str, name: &str) -> Pod {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
-        let netns = Namespace::create(&format!("{}-{namespace}-{name}", self.name), false);
+        let netns = Namespace::create(&format!("{}-{namespace}-{name}-{number}", self.name), false);
         Pod::new(
             namespace,
             name,
@@ -322,6 +322,12 @@ impl Lab {
     #[track_caller]
     pub fn run_outside(&self, command: &mut Command) -> Running {
         Running::start(&self.outside, command)
+    }
+
+    /// Runs a program on the node until it is dropped.
+    #[track_caller]
+    pub fn run_on_node(&self, command: &mut Command) -> Running {
+        Running::start(&self.node, command)
     }
 
     /// Starts the agent and waits until it enforces (or audits) each of these pods.

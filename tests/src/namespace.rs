@@ -90,7 +90,7 @@ impl Namespace {
 
     /// Runs lines of `ip -batch` in this namespace.
     #[track_caller]
-    pub(crate) fn ip_batch(&self, lines: &str) {
+    pub fn ip_batch(&self, lines: &str) {
         let mut child = Command::new("ip")
             .args(["-n", &self.name, "-batch", "-"])
             .stdin(Stdio::piped())
@@ -163,13 +163,17 @@ fn owner(name: &str) -> Option<u32> {
     name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
 }
 
+/// Whether there is no such process any more.
+pub(crate) fn is_dead(pid: u32) -> bool {
+    // One that has ended and was not waited for has a directory, and no program in it.
+    fs::read_link(format!("/proc/{pid}/exe")).is_err()
+}
+
 /// Removes what processes that were killed before they could clean up have left. Once a process.
 pub(crate) fn sweep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // A process that has ended and was not waited for has a directory, and no program in it.
-        let dead = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).is_err();
-        for (name, _) in named().into_iter().filter(|(_, pid)| dead(*pid)) {
+        for (name, _) in named().into_iter().filter(|(_, pid)| is_dead(*pid)) {
             if let Ok(output) = Command::new("ip").args(["netns", "pids", &name]).output() {
                 for pid in String::from_utf8_lossy(&output.stdout).lines() {
                     if let Ok(pid) = pid.trim().parse() {
@@ -182,7 +186,10 @@ pub(crate) fn sweep() {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         for target in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
             let directory = Path::new(target).parent().and_then(|d| d.file_name());
-            if directory.and_then(|d| owner(d.to_str()?)).is_some_and(dead) {
+            if directory
+                .and_then(|d| owner(d.to_str()?))
+                .is_some_and(is_dead)
+            {
                 let _ = umount2(target, MntFlags::MNT_DETACH);
             }
         }
@@ -191,7 +198,12 @@ pub(crate) fn sweep() {
             .flatten()
             .flatten()
         {
-            if entry.file_name().to_str().and_then(owner).is_some_and(dead) {
+            if entry
+                .file_name()
+                .to_str()
+                .and_then(owner)
+                .is_some_and(is_dead)
+            {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }

@@ -52,13 +52,17 @@ struct RunArgs {
     /// Directory of manifests: YAML or JSON files with v1 Pods and Namespaces. Each Pod names its
     /// host-side interface in the annotation egress-agent.dev/interface and its addresses in
     /// status.podIPs. Files that are added, changed or removed take effect while the agent runs.
+    /// Without it, the pods are those of this node of the cluster.
     #[arg(long, value_name = "DIR")]
-    pods_dir: PathBuf,
-    /// Configuration file, in YAML. It names at least the pods' resolvers:
+    pods_dir: Option<PathBuf>,
+    /// How to reach the cluster's API server, and as whom. Without it, as a pod in the cluster does.
+    #[arg(long, value_name = "FILE", conflicts_with = "pods_dir")]
+    kubeconfig: Option<PathBuf>,
+    /// Configuration file, in YAML; with --pods-dir it names at least the pods' resolvers:
     /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key. On SIGHUP it is read
     /// again.
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
     /// When told to stop, leave everything enforced: what is allowed stays allowed, what is denied
     /// stays denied, DNS questions go unanswered until an agent runs again.
     #[arg(long)]

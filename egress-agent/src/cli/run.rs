@@ -5,13 +5,25 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 
 use super::{AttachArg, RunArgs};
-use crate::{config::Config, control, datapath::Attach};
+use crate::{
+    config::Config,
+    control::{self, SourceOptions},
+    datapath::Attach,
+};
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     let options = control::Options {
-        config: Config::from_file(&args.config)?,
+        config: match &args.config {
+            Some(file) => Config::from_file(file)?,
+            None => Config::default_config()?,
+        },
         config_file: args.config,
-        pods_dir: args.pods_dir,
+        source: match args.pods_dir {
+            Some(directory) => SourceOptions::Directory(directory),
+            None => SourceOptions::Cluster {
+                kubeconfig: args.kubeconfig,
+            },
+        },
         keep_enforcing: args.keep_enforcing,
         attach: match args.attach {
             AttachArg::Auto => Attach::Auto,

@@ -28,15 +28,17 @@ impl Reconciler {
         wanted: Wanted,
         version: Option<Version>,
     ) -> Result<()> {
-        let before = self.enforced.get(key).map(|pod| pod.wanted.ifindex);
-        let ifindex = wanted.ifindex;
-        match (before, version) {
-            (None, Some(version)) => return self.begin(key, wanted, version).await,
-            (Some(before), Some(version)) => self.change(key, wanted.on(before), version).await?,
-            (_, None) => {}
+        let Some(pod) = self.enforced.get(key) else {
+            let version = version.context("nothing was prepared for the pod")?;
+            return self.begin(key, wanted, version).await;
+        };
+        let before = pod.wanted.interfaces.clone();
+        let interfaces = wanted.interfaces.clone();
+        if let Some(version) = version {
+            self.change(key, wanted.on(before.clone()), version).await?;
         }
-        if before != Some(ifindex) {
-            self.move_to(key, ifindex).await?;
+        if before != interfaces {
+            self.move_to(key, interfaces).await?;
         }
         Ok(())
     }
@@ -60,18 +62,23 @@ impl Reconciler {
                 identity: Arc::clone(&identity),
                 compiled: Arc::clone(&wanted.compiled),
                 entry,
-                interfaces: vec![wanted.ifindex],
+                interfaces: wanted.interfaces.clone(),
                 allow,
                 flows: self.flows_of(pod)?,
             })
             .await?;
         // Known before the first packet can be denied.
         self.announce(pod, &identity, &wanted.compiled, policy);
-        self.datapath.attach(wanted.ifindex)?;
+        if self.first_start {
+            self.seed(key, &wanted, &mut self.flows_of(pod)?, policy);
+        }
+        for &ifindex in &wanted.interfaces {
+            self.datapath.attach(ifindex)?;
+        }
         let left = self.adoptable.remove(&pod);
         tracing::info!(
             pod = %title(key),
-            interface = wanted.ifindex,
+            interfaces = ?wanted.interfaces,
             mode = %wanted.compiled.mode.as_str(),
             "enforcing"
         );
@@ -107,7 +114,7 @@ impl Reconciler {
                 identity: Arc::clone(&enforced.identity),
                 compiled: Arc::clone(&wanted.compiled),
                 entry: wanted.entry(enforced.pod, policy),
-                interfaces: vec![wanted.ifindex],
+                interfaces: wanted.interfaces.clone(),
                 allow,
                 flows,
             })
@@ -137,17 +144,22 @@ impl Reconciler {
             .with_context(|| format!("pod {pod} has no flow map"))
     }
 
-    /// The pod's interface was replaced by one with the same name, or its annotation names another.
-    async fn move_to(&mut self, key: &PodKey, ifindex: u32) -> Result<()> {
+    /// The pod's interfaces were replaced, or there are more or fewer of them.
+    async fn move_to(&mut self, key: &PodKey, interfaces: Vec<u32>) -> Result<()> {
         let Some(enforced) = self.enforced.get_mut(key) else {
             bail!("the pod is not enforced");
         };
         let pod = enforced.pod;
-        self.gate.move_to(pod, vec![ifindex]).await?;
-        self.datapath.attach(ifindex)?;
-        let before = std::mem::replace(&mut enforced.wanted.ifindex, ifindex);
-        tracing::info!(pod = %title(key), interface = ifindex, "enforcing on another interface");
-        self.let_go(pod, before)
+        self.gate.move_to(pod, interfaces.clone()).await?;
+        for &ifindex in &interfaces {
+            self.datapath.attach(ifindex)?;
+        }
+        tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
+        let before = std::mem::replace(&mut enforced.wanted.interfaces, interfaces);
+        for ifindex in before {
+            self.let_go(pod, ifindex)?;
+        }
+        Ok(())
     }
 
     /// Stops enforcing a pod. What cannot be removed now is left behind, and tried again.
@@ -159,10 +171,7 @@ impl Reconciler {
             namespace: key.0.clone(),
             name: key.1.clone(),
             uid: enforced.wanted.uid.clone(),
-            interfaces: vec![(
-                enforced.wanted.ifindex,
-                enforced.wanted.entry(enforced.pod, enforced.policy),
-            )],
+            interfaces: enforced.entries(),
         };
         match self.drop_leftover(enforced.pod, &left).await {
             Ok(()) => tracing::info!(pod = %title(key), "released"),
@@ -209,7 +218,7 @@ impl Reconciler {
         let is_enforced = self
             .enforced
             .values()
-            .any(|enforced| enforced.wanted.ifindex == ifindex);
+            .any(|enforced| enforced.wanted.interfaces.contains(&ifindex));
         let is_left = self.adoptable.iter().any(|(&id, left)| {
             id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
         });

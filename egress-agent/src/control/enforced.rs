@@ -1,6 +1,6 @@
 //! A pod that is enforced, and what it should be.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use egress_common::{
     address::{self, Address},
@@ -8,9 +8,11 @@ use egress_common::{
     records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, Policy},
 };
 
+use super::place::Found;
 use crate::{
     config::OnDeny,
     datapath::{FlowMap, PodPins},
+    host::Network,
     pods::Pod,
     policy::{Compiled, Mode},
     report::PodIdentity,
@@ -23,7 +25,10 @@ pub(super) type PodKey = (String, String);
 #[derive(Clone)]
 pub(super) struct Wanted {
     pub(super) uid: String,
-    pub(super) ifindex: u32,
+    /// Its interfaces' indexes, in order; never empty.
+    pub(super) interfaces: Vec<u32>,
+    /// The network namespaces on the other ends, where they are known.
+    pub(super) networks: Vec<Network>,
     pub(super) compiled: Arc<Compiled>,
     /// `compiled.record` with the pod's own addresses.
     pub(super) record: Policy,
@@ -34,22 +39,24 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// Of the pod's addresses the first [`OWN_ADDRESSES`] count.
+    /// Of the pod's own addresses the first [`OWN_ADDRESSES`] count.
     pub(super) fn new(
         pod: &Pod,
-        ifindex: u32,
+        own: &[IpAddr],
+        found: &Found,
         compiled: Arc<Compiled>,
         on_deny: OnDeny,
         ranges: u64,
     ) -> Self {
         let mut record = compiled.record;
-        for (slot, ip) in record.own.iter_mut().zip(&pod.addresses) {
+        for (slot, ip) in record.own.iter_mut().zip(own) {
             *slot = mapped(*ip);
         }
-        record.own_len = pod.addresses.len().min(OWN_ADDRESSES) as u32;
+        record.own_len = own.len().min(OWN_ADDRESSES) as u32;
         Self {
             uid: pod.uid.clone(),
-            ifindex,
+            interfaces: found.interfaces.clone(),
+            networks: found.networks.clone(),
             record,
             mode: match compiled.mode {
                 Mode::Audit => MODE_AUDIT,
@@ -82,9 +89,9 @@ impl Wanted {
         }
     }
 
-    /// The same on another interface.
-    pub(super) fn on(self, ifindex: u32) -> Self {
-        Self { ifindex, ..self }
+    /// The same on other interfaces.
+    pub(super) fn on(self, interfaces: Vec<u32>) -> Self {
+        Self { interfaces, ..self }
     }
 
     /// Whether this is the same policy, wherever it is attached.
@@ -111,10 +118,19 @@ pub(super) struct Enforced {
     pub(super) flows: FlowMap,
 }
 
+impl Enforced {
+    /// What its interfaces are under.
+    pub(super) fn entries(&self) -> Vec<(u32, Interface)> {
+        let entry = self.wanted.entry(self.pod, self.policy);
+        let interfaces = self.wanted.interfaces.iter();
+        interfaces.map(|&ifindex| (ifindex, entry)).collect()
+    }
+}
+
 /// An address as the maps hold it.
-fn mapped(ip: std::net::IpAddr) -> Address {
+pub(super) fn mapped(ip: IpAddr) -> Address {
     match ip {
-        std::net::IpAddr::V4(ip) => address::from_v4(ip.octets()),
-        std::net::IpAddr::V6(ip) => ip.octets(),
+        IpAddr::V4(ip) => address::from_v4(ip.octets()),
+        IpAddr::V6(ip) => ip.octets(),
     }
 }

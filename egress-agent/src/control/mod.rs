@@ -8,20 +8,28 @@
 mod apply;
 mod denials;
 mod enforced;
+mod events;
+mod facts;
 mod links;
+mod place;
+mod plan;
 mod preflight;
 mod prepare;
+mod quarantine;
 mod readings;
 mod reconcile;
 mod reload;
+mod seed;
+mod source;
 mod tell;
+mod waiting;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, sleep},
 };
 
 use crate::{
@@ -29,15 +37,19 @@ use crate::{
     datapath::{self, Attach, Datapath},
     dns,
     gate::{DnsSettings, Gate},
-    pods::Directory,
     report::Reporter,
 };
 use denials::DenialReader;
 use links::LinkEvents;
 use reconcile::Reconciler;
+use source::Source;
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
+
+/// While something is expected, a pod's process or an interface, the next look comes after this, and
+/// then ever later.
+const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
@@ -46,18 +58,30 @@ const SWEEP_EVERY: Duration = Duration::from_millis(250);
 /// How the agent is to run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The configuration file's content.
+    /// The configuration file's content, or the defaults.
     pub config: Config,
     /// The file itself, to be read again on SIGHUP.
-    pub config_file: PathBuf,
-    /// The directory of manifests.
-    pub pods_dir: PathBuf,
+    pub config_file: Option<PathBuf>,
+    /// Where pods come from.
+    pub source: SourceOptions,
     /// Leave everything enforced when told to stop.
     pub keep_enforcing: bool,
     /// How programs are attached.
     pub attach: Attach,
     /// Let the programs trace what they do.
     pub datapath_log: bool,
+}
+
+/// Where pods come from.
+#[derive(Clone, Debug)]
+pub enum SourceOptions {
+    /// A directory of manifests.
+    Directory(PathBuf),
+    /// The cluster that this node is in.
+    Cluster {
+        /// How to reach it and as whom; without it, as a pod in it.
+        kubeconfig: Option<PathBuf>,
+    },
 }
 
 /// Runs until SIGTERM or SIGINT. On SIGHUP the configuration is read again.
@@ -68,16 +92,8 @@ pub struct Options {
 pub async fn run(options: Options) -> Result<()> {
     preflight::check_privileges()?;
     preflight::raise_file_limit();
-    std::fs::read_dir(&options.pods_dir).with_context(|| {
-        format!(
-            "cannot read the directory of pods {}",
-            options.pods_dir.display()
-        )
-    })?;
-    let Options { config, .. } = &options;
-    config
-        .check_resolvers()
-        .with_context(|| options.config_file.display().to_string())?;
+    let Options { config, source, .. } = &options;
+    let source = Source::check(source, config, options.config_file.as_deref())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
@@ -110,8 +126,10 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
 
-    let (reporter, reporter_thread) =
-        Reporter::start(std::io::stdout()).context("cannot start the reporter's thread")?;
+    let (mut snapshots, source) = source.watch().await?;
+    let listener = source.events().cloned().map(events::denials);
+    let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
+        .context("cannot start the reporter's thread")?;
     let (gate, gate_thread) = Gate::start(
         datapath.take_held()?,
         datapath.interfaces()?,
@@ -122,12 +140,12 @@ pub async fn run(options: Options) -> Result<()> {
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
-    let (mut snapshots, directory) =
-        Directory::watch(&options.pods_dir).context("cannot watch the directory of pods")?;
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
+        source.places(config)?,
+        source.events().cloned(),
         Arc::clone(&known),
         adoptable,
     )?;
@@ -138,8 +156,12 @@ pub async fn run(options: Options) -> Result<()> {
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut soon = RETRY_AFTER;
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
+        if !reconciler.is_expecting() {
+            soon = RETRY_AFTER;
+        }
         tokio::select! {
             biased;
             // When many pods come or go a reconcile takes seconds. What is broken off is in the
@@ -169,7 +191,7 @@ pub async fn run(options: Options) -> Result<()> {
             tracing::info!(
                 node = %config.node,
                 pods = reconciler.enforced(),
-                resolvers = ?config.dns.resolvers,
+                resolvers = ?reconciler.config.dns.resolvers,
                 "ready"
             );
         }
@@ -179,15 +201,22 @@ pub async fn run(options: Options) -> Result<()> {
                 _ = interrupt.recv() => break 'running None,
                 changed = snapshots.changed() => {
                     if changed.is_err() {
-                        break 'running Some("the directory of pods is no longer watched");
+                        break 'running Some("the source of pods has ended");
                     }
                     break;
                 }
                 _ = hangup.recv() => {
-                    reconciler.reload(&options.config_file).await;
+                    match &options.config_file {
+                        Some(file) => reconciler.reload(file).await,
+                        None => tracing::warn!("SIGHUP: there is no configuration file"),
+                    }
                     break;
                 }
                 () = links.changed() => break,
+                () = sleep(soon), if reconciler.is_expecting() => {
+                    soon = (2 * soon).min(RECONCILE_EVERY);
+                    break;
+                }
                 _ = look.tick() => break,
                 _ = sweep.tick() => reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY),
             }
@@ -195,7 +224,7 @@ pub async fn run(options: Options) -> Result<()> {
     };
 
     serving.stop();
-    directory.close();
+    source.close().await;
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {
         reconciler.detach_all();

@@ -1,7 +1,6 @@
 //! Making what pods need in the kernel before they can be put under their policies.
 
 use anyhow::{Context as _, Result};
-use egress_common::records::Interface;
 
 use super::{
     enforced::{PodKey, Wanted},
@@ -50,7 +49,9 @@ impl Reconciler {
         let new = all
             .iter()
             .filter(|(key, _)| !self.enforced.contains_key(key));
-        let interfaces: Vec<u32> = new.map(|(_, wanted)| wanted.ifindex).collect();
+        let interfaces: Vec<u32> = new
+            .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
+            .collect();
         let made = self.datapath.make(&needed, &interfaces);
         drafts
             .into_iter()
@@ -81,9 +82,12 @@ impl Reconciler {
         if let Some(left) = self.adoptable.get_mut(&pod) {
             // Whatever fails from here on, the policy and the interface are known to the next
             // attempt.
-            let at = (wanted.ifindex, wanted.entry(pod, policy));
-            left.interfaces.retain(|other| *other != at);
-            left.interfaces.push(at);
+            let entry = wanted.entry(pod, policy);
+            for &ifindex in &wanted.interfaces {
+                let at = (ifindex, entry);
+                left.interfaces.retain(|other| *other != at);
+                left.interfaces.push(at);
+            }
         }
         Ok(Some(Draft {
             pod,
@@ -166,15 +170,13 @@ impl Reconciler {
     /// that failing over and over leaves no more than failing once.
     fn forget_policy(&mut self, pod: u32, policy: u32) {
         if let Some(left) = self.adoptable.get_mut(&pod) {
-            let failed = |(_, entry): &(u32, Interface)| entry.policy == policy;
-            let interfaces = &mut left.interfaces;
-            let ifindex = interfaces.iter().find(|at| failed(at)).map(|at| at.0);
-            if interfaces
-                .iter()
-                .any(|at| Some(at.0) == ifindex && !failed(at))
-            {
-                interfaces.retain(|at| !failed(at));
-            }
+            let interfaces = left.interfaces.clone();
+            let stays = |ifindex: u32| {
+                let mut entries = interfaces.iter();
+                entries.any(|&(other, entry)| other == ifindex && entry.policy != policy)
+            };
+            left.interfaces
+                .retain(|&(ifindex, entry)| entry.policy != policy || !stays(ifindex));
         }
     }
 

@@ -117,6 +117,11 @@ impl Readings {
         &self.settings
     }
 
+    /// The policy of what is not known yet.
+    pub(super) fn unidentified(&self) -> Arc<Compiled> {
+        Arc::new(policy::unidentified(&self.settings))
+    }
+
     /// What is wrong with the pod's annotations, or what their author should know.
     pub(super) fn problem(&self, key: &PodKey) -> Option<String> {
         self.pods.get(key)?.problem.clone()

@@ -7,38 +7,42 @@ use std::{
     time::{Duration, Instant},
 };
 
-use egress_common::limits::OWN_ADDRESSES;
-
 use super::{
     denials::{Known, KnownPods},
-    enforced::{Enforced, PodKey, Wanted},
+    enforced::{Enforced, PodKey},
+    events,
+    place::Places,
+    plan::Plan,
+    quarantine,
     readings::Readings,
+    waiting::Waiting,
 };
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, Unused, boottime_ns},
     gate::Gate,
-    pods::{NO_ADDRESS, Pod, Snapshot},
-    policy::{Compiled, Mode},
+    pods::{Facts, Snapshot, cluster::EventSink},
+    policy::Compiled,
     report::PodIdentity,
     serve::Board,
 };
-
-/// What should be done with one pod.
-enum Plan {
-    /// Put it under this; the text says what is wrong all the same.
-    Enforce(Box<Wanted>, Option<String>),
-    /// Leave it alone, for now or for good; the text says why when it is worth saying.
-    Leave(Option<String>),
-    /// Keep what is, because what should be cannot be found out.
-    Keep(String),
-}
 
 /// Compares and changes.
 pub(super) struct Reconciler {
     pub(super) datapath: Datapath,
     pub(super) gate: Gate,
+    /// What the operator says.
+    pub(super) configured: Config,
+    /// What the cluster says besides.
+    pub(super) facts: Facts,
+    /// Both together.
     pub(super) config: Config,
+    pub(super) places: Places,
+    /// Where people are told of a pod, besides the log.
+    events: Option<EventSink>,
+    pub(super) waiting: Waiting,
+    /// Whether no agent was here before, so that pods may have connections that nobody judged.
+    pub(super) first_start: bool,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
     pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
@@ -63,6 +67,8 @@ impl Reconciler {
         datapath: Datapath,
         gate: Gate,
         config: &Config,
+        places: Places,
+        events: Option<EventSink>,
         known: Arc<KnownPods>,
         adoptable: BTreeMap<u32, Adoptable>,
     ) -> anyhow::Result<Self> {
@@ -75,7 +81,13 @@ impl Reconciler {
         Ok(Self {
             datapath,
             gate,
+            configured: config.clone(),
+            facts: Facts::default(),
             config: config.clone(),
+            places,
+            events,
+            waiting: Waiting::default(),
+            first_start: adoptable.is_empty(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
@@ -97,8 +109,11 @@ impl Reconciler {
 
     /// Makes what is enforced equal to what the snapshot says. A pod that cannot be brought there
     /// does not hinder the others; it is tried again the next time.
-    pub(super) async fn reconcile(&mut self, snapshot: &Snapshot) {
+    pub(super) async fn reconcile(&mut self, source: &Snapshot) {
         let began = Instant::now();
+        self.learn_facts(&source.facts);
+        let (snapshot, places) = self.look_around(source);
+        let snapshot = &*snapshot;
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
             let said = saying
@@ -121,6 +136,9 @@ impl Reconciler {
             })
             .map(|(key, _)| key.clone())
             .collect();
+        // What leaves quarantine does so only when its pod has taken it over.
+        let (identified, gone): (Vec<_>, Vec<_>) =
+            gone.into_iter().partition(quarantine::is_quarantined);
         for key in gone {
             self.remove(&key).await;
         }
@@ -129,27 +147,40 @@ impl Reconciler {
         let mut taken: HashMap<u32, PodKey> = self
             .enforced
             .iter()
-            .map(|(key, enforced)| (enforced.wanted.ifindex, key.clone()))
+            .filter(|(key, _)| !identified.contains(key))
+            .flat_map(|(key, enforced)| {
+                let interfaces = enforced.wanted.interfaces.iter();
+                interfaces.map(|&ifindex| (ifindex, key.clone()))
+            })
             .collect();
         let mut complaints: BTreeMap<&PodKey, String> = BTreeMap::new();
         let mut wanted = Vec::new();
         let mut leaving = Vec::new();
+        let mut unfound = BTreeMap::new();
         for (key, pod) in &snapshot.pods {
-            let complaint = match self.plan(key, pod, &mut taken) {
+            let Some(place) = places.get(key) else {
+                continue;
+            };
+            let complaint = match self.plan(key, pod, place, &mut taken) {
                 Plan::Enforce(what, why) => {
                     wanted.push((key.clone(), *what));
-                    why.or_else(|| pod.addresses.is_empty().then(|| NO_ADDRESS.to_owned()))
+                    why
                 }
                 Plan::Leave(why) => {
                     leaving.push(key);
                     why
                 }
                 Plan::Keep(why) => Some(why),
+                Plan::Wait(why) => {
+                    unfound.insert(key.clone(), why);
+                    None
+                }
             };
             if let Some(complaint) = complaint {
                 complaints.insert(key, complaint);
             }
         }
+        complaints.extend(self.waiting.note(unfound, &snapshot.pods));
         // Changing a policy is quick; attaching to an interface and detaching from it are not.
         wanted.sort_by_key(|(key, _)| !self.enforced.contains_key(key));
         let versions = self.prepare(&wanted);
@@ -166,16 +197,24 @@ impl Reconciler {
                 waiting.insert((key.clone(), uid));
             }
         }
-        for key in leaving {
+        for key in leaving.into_iter().chain(&identified) {
             self.remove(key).await;
         }
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
             let complaints: Vec<String> =
                 problem.into_iter().chain(complaints.remove(key)).collect();
-            if !complaints.is_empty() {
-                saying.insert(title(key), complaints.join("; "));
+            if complaints.is_empty() {
+                continue;
             }
+            let (about, what) = (title(key), complaints.join("; "));
+            if let (Some(events), Some(pod)) = (&self.events, snapshot.pods.get(key))
+                && self.said.get(&about) != Some(&what)
+                && let Some(event) = events::problem(key, pod, &what)
+            {
+                events.send(event);
+            }
+            saying.insert(about, what);
         }
         self.drop_leftovers(snapshot, &waiting, &mut saying).await;
         self.publish();
@@ -185,6 +224,8 @@ impl Reconciler {
         }
         self.say(saying);
         self.tell(snapshot, began);
+        // Until the source has said which pods there are, none of them was looked at.
+        self.first_start &= source.unreadable;
     }
 
     /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
@@ -283,64 +324,6 @@ impl Reconciler {
     /// Lets go of the programs; what is pinned stays. Returns the mount point of bpffs.
     pub(super) fn close(self) -> PathBuf {
         self.datapath.bpffs().to_owned()
-    }
-
-    fn plan(&mut self, key: &PodKey, pod: &Pod, taken: &mut HashMap<u32, PodKey>) -> Plan {
-        if pod.host_network {
-            return Plan::Leave(Some(
-                "not enforced: the pod is in the host's network (hostNetwork)".into(),
-            ));
-        }
-        let compiled = self.readings.read(key, pod);
-        if compiled.mode == Mode::Off {
-            return Plan::Leave(None);
-        }
-        let Some(name) = &pod.interface else {
-            return Plan::Leave(Some(format!(
-                "not enforced: the pod has no annotation {}",
-                crate::pods::INTERFACE_ANNOTATION
-            )));
-        };
-        let Ok(ifindex) = nix::net::if_::if_nametoindex(name.as_str()) else {
-            return Plan::Leave(Some(format!(
-                "not enforced yet: there is no interface {name}; it will be when it appears"
-            )));
-        };
-        match taken.get(&ifindex) {
-            Some(other) if other != key => {
-                let why = format!("interface {name} is already that of pod {}", title(other));
-                return if self.enforced.contains_key(key) {
-                    Plan::Keep(format!("{why}; enforced on its earlier interface"))
-                } else {
-                    Plan::Leave(Some(format!("not enforced: {why}")))
-                };
-            }
-            _ => {
-                taken.insert(ifindex, key.clone());
-            }
-        }
-        let count = pod.addresses.len();
-        if count <= OWN_ADDRESSES {
-            let wanted = Wanted::new(pod, ifindex, compiled, self.config.on_deny, self.ranges);
-            return Plan::Enforce(Box::new(wanted), None);
-        }
-        let why = format!(
-            "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
-        );
-        if self.enforced.contains_key(key) {
-            return Plan::Keep(format!("{why}; the last good policy stays"));
-        }
-        let closed = Box::new(Wanted::new(
-            pod,
-            ifindex,
-            self.readings.closed(),
-            self.config.on_deny,
-            self.ranges,
-        ));
-        Plan::Enforce(
-            closed,
-            Some(format!("{why}; everything external is denied")),
-        )
     }
 
     /// Says what is new, and what is no longer so.

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{dns_settings, reconcile::Reconciler};
-use crate::config::Config;
+use super::{dns_settings, facts::together, reconcile::Reconciler};
+use crate::{config::Config, pods::Facts};
 
 impl Reconciler {
     /// Reads the configuration file again. What it says holds from the next reconcile on; if it
@@ -24,29 +24,23 @@ impl Reconciler {
     }
 
     async fn try_reload(&mut self, file: &Path) -> Result<()> {
-        let next = Config::from_file(file)?;
-        next.check_resolvers()
-            .with_context(|| file.display().to_string())?;
-        if let Some(key) = fixed_key(&self.config, &next) {
+        let configured = Config::from_file(file)?;
+        if self.facts == Facts::default() {
+            configured
+                .check_resolvers()
+                .with_context(|| file.display().to_string())?;
+        }
+        if let Some(key) = fixed_key(&self.configured, &configured) {
             bail!(
                 "{}: {key} cannot change while the agent runs; start it again",
                 file.display()
             );
         }
-        let (ranges, before) = (next.ranges(), self.config.ranges());
-        if ranges != before {
-            // What is new stands in the map before what is old is removed, so for a moment both
-            // need room.
-            if let Err(error) = self.datapath.set_ranges(&ranges) {
-                self.datapath
-                    .set_ranges(&before)
-                    .context("the earlier ranges cannot be put back")?;
-                return Err(error);
-            }
-            self.ranges += 1;
-        }
+        let next = together(&configured, &self.facts);
+        self.take_ranges(&next)?;
         self.gate.configure(dns_settings(&next)).await?;
         self.readings.change(next.policy_settings());
+        self.configured = configured;
         self.config = next;
         Ok(())
     }

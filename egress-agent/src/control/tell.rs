@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use super::{
     enforced::{Enforced, PodKey},
+    quarantine,
     reconcile::{Reconciler, title},
 };
 use crate::{
@@ -56,11 +57,11 @@ impl Reconciler {
                 (key.clone(), state)
             })
             .collect();
-        let configured = self.config.dns.resolvers.iter();
+        let configured = self.configured.dns.resolvers.iter();
         let mut resolvers: BTreeMap<_, _> = configured
             .map(|&resolver| (resolver, CONFIGURED.to_owned()))
             .collect();
-        for (&resolver, found) in &snapshot.facts.resolvers {
+        for (&resolver, found) in &self.facts.resolvers {
             resolvers.entry(resolver).or_insert_with(|| found.clone());
         }
         let is_pod = |about: &str| {
@@ -75,6 +76,7 @@ impl Reconciler {
                 .map(|(about, what)| (about.clone(), what.clone()))
                 .collect(),
             settings: Some(self.readings.settings().clone()),
+            incomplete: snapshot.unreadable,
             pods,
         };
         self.board.reconciled(node, began.elapsed());
@@ -88,8 +90,14 @@ impl Reconciler {
             .or(read.map(|(compiled, ..)| compiled));
         PodState {
             uid: pod.uid.clone(),
-            mode: compiled.map_or(Mode::Off, |compiled| compiled.mode),
+            mode: match compiled {
+                Some(compiled) => compiled.mode,
+                // What its namespace demands is not known yet.
+                None if !pod.namespace_known => Mode::Enforce,
+                None => Mode::Off,
+            },
             host_network: pod.host_network,
+            quarantined: quarantine::is_quarantined(key),
             attached: enforced.map(|enforced| attached(enforced, before)),
             compiled: compiled.cloned(),
             written: read
@@ -112,6 +120,6 @@ fn attached(enforced: &Enforced, before: Option<&PodState>) -> Attached {
         policy: enforced.policy,
         version: enforced.version,
         since,
-        interfaces: vec![enforced.wanted.ifindex],
+        interfaces: enforced.wanted.interfaces.clone(),
     }
 }

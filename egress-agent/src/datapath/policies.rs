@@ -1,18 +1,16 @@
 //! Policies and their inner maps, pods and their flows.
 
-use std::{collections::HashSet, panic::resume_unwind, sync::Arc, thread};
+use std::{panic::resume_unwind, sync::Arc, thread};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
-    flow::{is_alive, is_open},
-    limits::FLOW_ENTRIES,
-    records::{AllowEntry, AllowKey, CidrEntry, Flow, FlowKey, Policy},
+    records::{AllowEntry, AllowKey, CidrEntry, Policy},
 };
 
 use super::{
-    AllowError, AllowMap, Datapath, Hook, PodPins, interfaces,
+    AllowMap, Datapath, FlowMap, Hook, PodPins, interfaces,
     outer::{Change, Outer, another},
 };
 
@@ -260,79 +258,6 @@ impl Datapath {
     fn allow_map(&self, allow: MapData) -> Result<AllowMap> {
         let map: HashMap<MapData, AllowKey, AllowEntry> = HashMap::try_from(Map::HashMap(allow))?;
         Ok(AllowMap::new(map, self.allow_entries as usize))
-    }
-}
-
-/// The flows that a pod has open.
-#[derive(Debug, Default)]
-pub struct OpenFlows {
-    /// Where they lead.
-    pub to: HashSet<Address>,
-    /// How many flows were looked at, open or not.
-    pub flows: usize,
-}
-
-/// Handle on one pod's flows.
-pub struct FlowMap(HashMap<MapData, FlowKey, Flow>);
-
-impl FlowMap {
-    /// Every flow and every fragmented packet that is remembered.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
-    pub fn entries(&self) -> Result<Vec<(FlowKey, Flow)>> {
-        self.0
-            .iter()
-            .collect::<Result<_, _>>()
-            .context("cannot read a pod's flows")
-    }
-
-    /// The flows that the pod has open.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read; [`AllowError::Full`] when it changes too fast for that.
-    pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
-        let mut open = OpenFlows::default();
-        for item in &self.0 {
-            let (key, flow) = item.map_err(AllowError::Kernel)?;
-            if is_open(&key, &flow, now_ns) {
-                open.to.insert(key.peer_addr);
-            }
-            // Where the entry last seen is removed, the kernel begins again with the first.
-            open.flows += 1;
-            if open.flows > 2 * FLOW_ENTRIES as usize {
-                return Err(AllowError::Full);
-            }
-        }
-        Ok(open)
-    }
-
-    /// Forgets flows that have been idle for too long, and gives each destination of a flow that
-    /// the pod has open to `open`. Returns how many are remembered.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
-    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<usize> {
-        let mut idle = Vec::new();
-        let mut alive = 0;
-        for item in &self.0 {
-            let (key, flow) = item.context("cannot read a pod's flows")?;
-            if !is_alive(&key, &flow, now_ns) {
-                idle.push(key);
-                continue;
-            }
-            alive += 1;
-            if is_open(&key, &flow, now_ns) {
-                open(key.peer_addr);
-            }
-        }
-        for key in idle {
-            gone(self.0.remove(&key)).context("cannot forget a flow")?;
-        }
-        Ok(alive)
     }
 }
 

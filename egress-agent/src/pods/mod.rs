@@ -1,13 +1,16 @@
 //! Where pods come from.
 //!
-//! A source of pods makes [`Snapshot`]s: everything it knows at one moment, never a change. The
-//! source here is a directory of ordinary Pod and Namespace manifests ([`directory`]).
+//! A source of pods makes [`Snapshot`]s: everything it knows at one moment, never a change. There
+//! are two: a directory of ordinary Pod and Namespace manifests ([`directory`]), and a Kubernetes
+//! API server ([`cluster`]).
 //!
 //! ```text
 //!  bytes of a file ─ documents ─▶ YAML documents ─ manifest ─▶ objects and problems
 //!  files of a directory ─ contents ─▶ what is in force of each file ─ snapshot ─▶ Snapshot
+//!  objects of the API server ─ cluster/follow ─▶ tables of what is needed ─ cluster/state ─▶ Snapshot
 //! ```
 
+pub mod cluster;
 mod contents;
 pub mod directory;
 mod documents;
@@ -16,6 +19,7 @@ mod object;
 mod snapshot;
 mod watching;
 
+pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_files};
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
 

@@ -76,9 +76,19 @@ impl Namespace {
     }
 }
 
-impl PodObject {
-    /// Takes what is needed from a manifest, and says what is wrong with it.
-    pub(super) fn read(origin: &str, read: v1::Pod) -> Result<(Self, Vec<Problem>), Problem> {
+/// What is read of a pod in the same way wherever it comes from.
+pub(super) struct Common {
+    /// The pod, without interface and cgroup; an [`INTERFACE_ANNOTATION`] is still among its
+    /// annotations.
+    pub(super) pod: Pod,
+    /// What is wrong with it.
+    pub(super) messages: Vec<String>,
+    /// Whether an address could not be read and was left out.
+    pub(super) incomplete: bool,
+}
+
+impl Common {
+    pub(super) fn read(origin: &str, read: v1::Pod) -> Result<Self, Problem> {
         let metadata = read.metadata;
         let name = required_name(origin, metadata.name, SUBDOMAIN_MAX)?;
         let namespace = match metadata.namespace {
@@ -108,12 +118,40 @@ impl PodObject {
             addresses: Vec::new(),
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
+            namespace_known: true,
             host_network: spec.host_network.unwrap_or(false),
             node_name: spec.node_name,
             origin: origin.to_owned(),
         };
-        let subject = format!("pod {}/{}", pod.namespace, pod.name);
         let mut incomplete = false;
+        for text in pod_ips(read.status) {
+            if let Ok(address) = text.parse::<IpAddr>() {
+                pod.addresses.push(address);
+            } else {
+                incomplete = true;
+                messages.push(format!(
+                    "pod {}/{}: {text:?} in status.podIPs is not an IP address",
+                    pod.namespace, pod.name
+                ));
+            }
+        }
+        Ok(Self {
+            pod,
+            messages,
+            incomplete,
+        })
+    }
+}
+
+impl PodObject {
+    /// Takes what is needed from a manifest, and says what is wrong with it.
+    pub(super) fn read(origin: &str, read: v1::Pod) -> Result<(Self, Vec<Problem>), Problem> {
+        let Common {
+            mut pod,
+            mut messages,
+            mut incomplete,
+        } = Common::read(origin, read)?;
+        let subject = format!("pod {}/{}", pod.namespace, pod.name);
         match pod.annotations.remove(INTERFACE_ANNOTATION) {
             Some(interface) if is_interface_name(&interface) => pod.interface = Some(interface),
             Some(interface) => {
@@ -132,16 +170,6 @@ impl PodObject {
                  {INTERFACE_ANNOTATION}"
             )),
         }
-        for text in pod_ips(read.status) {
-            if let Ok(address) = text.parse::<IpAddr>() {
-                pod.addresses.push(address);
-            } else {
-                incomplete = true;
-                messages.push(format!(
-                    "{subject}: {text:?} in status.podIPs is not an IP address"
-                ));
-            }
-        }
         let problem = |message| Problem {
             origin: origin.to_owned(),
             message,
@@ -153,7 +181,8 @@ impl PodObject {
     }
 }
 
-fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
+/// The annotations that are the agent's.
+pub(super) fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
     all.unwrap_or_default()
         .into_iter()
         .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))

@@ -33,18 +33,24 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub namespace_annotations: BTreeMap<String, String>,
+    /// Whether its namespace is known, and with it what the namespace demands. Where it is not, as
+    /// when the cluster's two watches race, the pod is to be closed until it is: an empty
+    /// [`Self::namespace_annotations`] then does not mean that the namespace demands nothing. A
+    /// directory's pods need no Namespace, so theirs is always known.
+    pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `spec.nodeName`.
     pub node_name: Option<String>,
-    /// Where it was read, `file:line`, for messages.
+    /// Where it was read, for messages: `file:line`, or `pod namespace/name` of a cluster.
     pub origin: String,
 }
 
 /// Something that is wrong with what was read. It concerns only what it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where: `file`, `file:line` or `file:line:column`.
+    /// Where: `file`, `file:line` or `file:line:column`; in a cluster the object, such as `pod
+    /// namespace/name`, or `cluster`.
     pub origin: String,
     /// What is wrong, and what to do.
     pub message: String,

@@ -9,7 +9,10 @@ use std::{
 use egress_common::{
     address::Address,
     limits::{CIDR_ENTRIES, CLASSES},
-    records::{POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNREADABLE, Policy, PortClass},
+    records::{
+        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy,
+        PortClass,
+    },
 };
 
 use super::{
@@ -162,6 +165,16 @@ pub fn compile(
 /// The policy of a pod whose annotations cannot be read and never could: everything external is
 /// denied, and denials say why.
 pub fn unreadable(settings: &Settings) -> Compiled {
+    closed(settings, POLICY_UNREADABLE)
+}
+
+/// The policy of an interface of which nobody knows yet whose it is: everything external is denied,
+/// and denials say why.
+pub fn unidentified(settings: &Settings) -> Compiled {
+    closed(settings, POLICY_UNIDENTIFIED)
+}
+
+fn closed(settings: &Settings, why: u32) -> Compiled {
     let unlisted = if settings.guard {
         QuestionRule::NotListed
     } else {
@@ -170,7 +183,7 @@ pub fn unreadable(settings: &Settings) -> Compiled {
     Compiled {
         mode: Mode::Enforce,
         record: Policy {
-            flags: flags(settings) | POLICY_UNREADABLE,
+            flags: flags(settings) | why,
             ..Policy::CLOSED
         },
         names: NameRules::new(settings.cluster_domain.clone(), unlisted),

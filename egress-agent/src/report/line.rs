@@ -133,7 +133,7 @@ fn serialize_pod<M: SerializeMap>(map: &mut M, pod: Option<&PodIdentity>) -> Res
 }
 
 /// The protocol's name, or its number.
-fn protocol_name(number: u8) -> Cow<'static, str> {
+pub(super) fn protocol_name(number: u8) -> Cow<'static, str> {
     Cow::Borrowed(match number {
         protocol::TCP => "tcp",
         protocol::UDP => "udp",
@@ -145,7 +145,7 @@ fn protocol_name(number: u8) -> Cow<'static, str> {
 }
 
 /// The address as people write it: IPv4 where it is one.
-fn ip(address: Address) -> IpAddr {
+pub(super) fn ip(address: Address) -> IpAddr {
     Ipv6Addr::from(address).to_canonical()
 }
 

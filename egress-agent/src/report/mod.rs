@@ -18,10 +18,12 @@ pub mod denied;
 pub mod folder;
 pub mod line;
 pub mod reporter;
+mod summary;
 
 pub use count::{Counter, DenialCounts, Gauge, Histogram};
 pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
 pub use folder::Folder;
 pub use line::Line;
 pub use line::rfc3339;
-pub use reporter::{Lost, Reporter, ReporterThread};
+pub use reporter::{Listener, Lost, Reporter, ReporterThread};
+pub use summary::Summary;

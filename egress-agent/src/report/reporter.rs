@@ -34,6 +34,9 @@ pub const REPORTER_BUSY: &str = "reporter_busy";
 /// Why denials have no line: writing their lines failed.
 pub const OUTPUT_FAILED: &str = "output_failed";
 
+/// What is told of each line besides writing it. It must not block.
+pub type Listener = Box<dyn Fn(&Line) + Send>;
+
 /// Where denials are reported. Cheap to clone; one for each thread that reports.
 #[derive(Clone, Debug)]
 pub struct Reporter {
@@ -99,12 +102,15 @@ impl Message {
 }
 
 impl Reporter {
-    /// Starts the thread that writes to `out`.
+    /// Starts the thread that writes to `out`, and gives each line to `listener` as well.
     ///
     /// # Errors
     ///
     /// When the thread cannot be started.
-    pub fn start(out: impl Write + Send + 'static) -> io::Result<(Self, ReporterThread)> {
+    pub fn start(
+        out: impl Write + Send + 'static,
+        listener: Option<Listener>,
+    ) -> io::Result<(Self, ReporterThread)> {
         let (sender, messages) = mpsc::sync_channel(CHANNEL);
         let (done_sender, done) = mpsc::sync_channel(1);
         let shared = Arc::new(Shared::default());
@@ -112,6 +118,7 @@ impl Reporter {
             out,
             shared: Arc::clone(&shared),
             unwritten: None,
+            listener,
         };
         thread::Builder::new()
             .name("reporter".into())
@@ -246,6 +253,7 @@ fn take_in(folder: &mut Folder, now: Instant, message: Message) {
 /// Writes lines, and remembers what it could not write.
 struct Output<W> {
     out: W,
+    listener: Option<Listener>,
     shared: Arc<Shared>,
     unwritten: Option<Unwritten>,
 }
@@ -281,6 +289,9 @@ impl<W: Write> Output<W> {
                     self.shared.lost.add(OUTPUT_FAILED, line.count());
                 }
                 self.failed(line.count(), &error);
+            }
+            if let Some(listener) = &self.listener {
+                listener(&line);
             }
         }
     }
@@ -372,7 +383,7 @@ mod tests {
     #[test]
     fn closing_writes_what_waits() {
         let sink = Sink::default();
-        let (reporter, thread) = Reporter::start(sink.clone()).unwrap();
+        let (reporter, thread) = Reporter::start(sink.clone(), None).unwrap();
         reporter.report(denied());
         reporter.report(denied());
         reporter.unreported(&denied().pod, 9, "ring_full");
@@ -414,6 +425,7 @@ mod tests {
             &receiver,
             Output {
                 out: sink.clone(),
+                listener: None,
                 shared,
                 unwritten: None,
             },
@@ -454,6 +466,7 @@ mod tests {
             &receiver,
             Output {
                 out: sink.clone(),
+                listener: None,
                 shared,
                 unwritten: None,
             },
@@ -473,6 +486,7 @@ mod tests {
         let shared = Arc::new(Shared::default());
         let mut output = Output {
             out: sink.clone(),
+            listener: None,
             shared: Arc::clone(&shared),
             unwritten: None,
         };

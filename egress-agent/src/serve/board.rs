@@ -69,6 +69,8 @@ pub struct PodState {
     pub mode: Mode,
     /// Whether it is in the host's network, where it is not enforced.
     pub host_network: bool,
+    /// Whether it stands for an interface whose pod is not known yet.
+    pub quarantined: bool,
     /// How it is enforced, if it is.
     pub attached: Option<Attached>,
     /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
@@ -82,9 +84,14 @@ pub struct PodState {
 }
 
 impl PodState {
-    /// Whether it should be enforced and is not.
-    pub fn is_missing(&self) -> bool {
+    /// Whether it is to be enforced and is not.
+    pub fn is_waiting(&self) -> bool {
         self.attached.is_none() && self.mode != Mode::Off && !self.host_network
+    }
+
+    /// Whether something is wrong with that: a pod that has only just come is not missing yet.
+    pub fn is_missing(&self) -> bool {
+        self.is_waiting() && self.problem.is_some()
     }
 }
 
@@ -97,6 +104,8 @@ pub struct NodeState {
     pub resolvers: BTreeMap<IpAddr, String>,
     /// What is wrong with no single pod: where, and what.
     pub problems: BTreeMap<String, String>,
+    /// Whether there may be more pods, because the source could not be read in full.
+    pub incomplete: bool,
     /// What the policies were compiled with; none before the first reconcile.
     pub settings: Option<Settings>,
 }
@@ -113,8 +122,6 @@ pub struct Board {
     began: SystemTime,
     flows: Mutex<HashMap<u32, usize>>,
     namespaces: Mutex<BTreeMap<String, Arc<DenialCounts>>>,
-    /// What the source of pods waits for, and whether it has come.
-    lists: Mutex<BTreeMap<&'static str, bool>>,
     watch_restarts: Mutex<BTreeMap<&'static str, Arc<Counter>>>,
 }
 
@@ -129,7 +136,6 @@ impl Default for Board {
             began: SystemTime::now(),
             flows: Mutex::default(),
             namespaces: Mutex::default(),
-            lists: Mutex::default(),
             watch_restarts: Mutex::default(),
         }
     }
@@ -213,19 +219,6 @@ impl Board {
             .iter()
             .map(|(name, counts)| (name.clone(), Arc::clone(counts)))
             .collect()
-    }
-
-    /// Says whether something that the node's pods are known by has been listed in full. What was
-    /// named once must have come before the agent is ready.
-    pub fn set_listed(&self, what: &'static str, listed: bool) {
-        lock(&self.lists).insert(what, listed);
-    }
-
-    /// What has not been listed yet.
-    pub fn unlisted(&self) -> Vec<&'static str> {
-        let lists = lock(&self.lists);
-        let unlisted = lists.iter().filter(|(_, listed)| !**listed);
-        unlisted.map(|(&what, _)| what).collect()
     }
 
     /// Counts that a watch had to begin again.

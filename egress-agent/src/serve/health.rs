@@ -42,15 +42,14 @@ pub(super) fn unwell(sources: &Sources) -> Vec<String> {
 /// What is missing before every pod of the node is enforced that should be.
 pub(super) fn unready(sources: &Sources) -> Vec<String> {
     let board = &sources.board;
-    let mut missing: Vec<String> = board
-        .unlisted()
-        .into_iter()
-        .map(|what| format!("not listed yet: {what}"))
-        .collect();
+    let mut missing = Vec::new();
     if board.last_reconciled().is_none() {
         missing.push("pods have not been looked at yet".to_owned());
     }
     let node = board.node();
+    if node.incomplete {
+        missing.push("there may be more pods: their source cannot be read in full yet".to_owned());
+    }
     let mut pods = node.pods.iter().filter(|(_, pod)| pod.is_missing());
     for ((namespace, name), pod) in pods.by_ref().take(NAMED) {
         let why = pod.problem.as_deref().unwrap_or("not attached");

@@ -75,9 +75,17 @@ impl Scrape {
 
     fn pods(&self, page: &mut Page<'_>) -> Result<(), Error> {
         let node = self.sources.board.node();
-        let mut modes: BTreeMap<&str, u64> = ["audit", "enforce", "host_network", "missing", "off"]
-            .map(|mode| (mode, 0))
-            .into();
+        let mut modes: BTreeMap<&str, u64> = [
+            "audit",
+            "enforce",
+            "host_network",
+            "missing",
+            "off",
+            "quarantined",
+            "waiting",
+        ]
+        .map(|mode| (mode, 0))
+        .into();
         let mut unreadable = 0;
         for pod in node.pods.values() {
             *modes.entry(mode_of(pod)).or_default() += 1;

@@ -101,8 +101,12 @@ pub(super) fn find<'a>(
 pub(super) fn mode_of(pod: &PodState) -> &'static str {
     if pod.host_network {
         "host_network"
+    } else if pod.quarantined {
+        "quarantined"
     } else if pod.is_missing() {
         "missing"
+    } else if pod.is_waiting() {
+        "waiting"
     } else {
         pod.mode.as_str()
     }
@@ -164,7 +168,11 @@ fn pod_status(
         namespace: namespace.clone(),
         pod: pod.clone(),
         uid: state.uid.clone(),
-        mode: state.mode.as_str().to_owned(),
+        mode: match mode_of(state) {
+            "missing" | "waiting" => state.mode.as_str(),
+            other => other,
+        }
+        .to_owned(),
         enforced: attached.is_some(),
         interfaces: attached.map_or_else(Vec::new, |attached| {
             attached

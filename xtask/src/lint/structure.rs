@@ -67,7 +67,7 @@ const ARROWS: [(&str, Uses, &str); 5] = [
     ),
     (
         "pods",
-        Uses::Only(&["policy"]),
+        Uses::Only(&["policy", "config::Cluster"]),
         "pods/ says where pods come from, not what is done to them",
     ),
     (

@@ -1,0 +1,289 @@
+//! Finding the interfaces of pods.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use super::{enforced::PodKey, quarantine, reconcile::Reconciler};
+use crate::{
+    config::Quarantine,
+    host::{Host, Links, Network, OpenSockets},
+    pods::{Pod, Snapshot},
+};
+
+/// How long what was found is believed without another look, as long as its interfaces are there.
+const BELIEVED_FOR: Duration = Duration::from_secs(10);
+/// After the first attempt in vain, a pod is looked for again this much later …
+const RETRY_MIN: Duration = Duration::from_millis(10);
+/// … and then ever later, up to this.
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// Where a pod is.
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// Behind these interfaces.
+    Found(Found),
+    /// Nowhere yet; the text says why.
+    NotYet(String),
+    /// Nowhere where it could be enforced; the text says why.
+    Nowhere(String),
+}
+
+/// Behind which interfaces a pod is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Found {
+    /// Their indexes, in order; never empty.
+    pub(super) interfaces: Vec<u32>,
+    /// The addresses that the pod's end has.
+    pub(super) addresses: Vec<IpAddr>,
+    /// The network namespaces on their other ends.
+    pub(super) networks: Vec<Network>,
+}
+
+impl Place {
+    /// The pod's own addresses: what its source says, or until it says anything, what the pod's
+    /// end of its interfaces had when it was found. Later the pod could give itself others.
+    pub(super) fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
+        match self {
+            Self::Found(found) if pod.addresses.is_empty() => found.addresses.clone(),
+            _ => pod.addresses.clone(),
+        }
+    }
+}
+
+/// What is known of where pods are.
+pub(super) struct Places {
+    /// Without it, only pods whose manifests name their interfaces can be found.
+    host: Option<Host>,
+    quarantine: Quarantine,
+    /// By UID.
+    found: HashMap<String, (Found, Instant)>,
+    /// By UID: the last reason, when to look again, and how long to wait after that.
+    missed: HashMap<String, Missed>,
+    /// The interfaces that were there before the source of pods first said which pods there are.
+    /// Until it has, they are left as they are.
+    before: Option<HashSet<u32>>,
+    /// Interfaces that were there at the last look.
+    known: HashSet<u32>,
+    /// Whether some interface has no pod yet.
+    pub(super) unidentified: bool,
+}
+
+struct Missed {
+    place: Place,
+    again: Instant,
+    wait: Duration,
+}
+
+impl Places {
+    /// Pods are found by their manifests alone.
+    pub(super) fn named() -> Self {
+        Self::new(
+            None,
+            Quarantine {
+                enabled: false,
+                exclude: Vec::new(),
+            },
+        )
+    }
+
+    /// Pods are found on this machine.
+    pub(super) fn on_host(host: Host, quarantine: Quarantine) -> Self {
+        Self::new(Some(host), quarantine)
+    }
+
+    fn new(host: Option<Host>, quarantine: Quarantine) -> Self {
+        Self {
+            host,
+            quarantine,
+            found: HashMap::new(),
+            missed: HashMap::new(),
+            before: None,
+            known: HashSet::new(),
+            unidentified: false,
+        }
+    }
+
+    /// The sockets in a network namespace of a pod.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read.
+    pub(super) fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+        match &self.host {
+            Some(host) => host.sockets(network),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
+    fn look(&mut self, snapshot: &Snapshot) -> (BTreeMap<PodKey, Place>, Vec<(String, u32)>) {
+        let Some(mut host) = self.host.take() else {
+            let pods = snapshot.pods.iter();
+            let places = pods.map(|(key, pod)| (key.clone(), by_name(pod)));
+            return (places.collect(), Vec::new());
+        };
+        let result = self.look_on(&mut host, snapshot);
+        self.host = Some(host);
+        result
+    }
+
+    fn look_on(
+        &mut self,
+        host: &mut Host,
+        snapshot: &Snapshot,
+    ) -> (BTreeMap<PodKey, Place>, Vec<(String, u32)>) {
+        let links = match host.links() {
+            Ok(links) => links,
+            Err(error) => {
+                let why = format!("the interfaces cannot be listed: {error:#}");
+                let pods = snapshot.pods.keys();
+                let places = pods.map(|key| (key.clone(), Place::NotYet(why.clone())));
+                return (places.collect(), Vec::new());
+            }
+        };
+        let now = Instant::now();
+        let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
+        if !there.is_subset(&self.known) {
+            // Something new is there: it may be what was looked for.
+            self.missed.clear();
+        }
+        self.known = there;
+        let uids: HashSet<&str> = snapshot
+            .pods
+            .values()
+            .filter_map(|pod| pod.cgroup_uid.as_deref())
+            .collect();
+        self.found.retain(|uid, _| uids.contains(uid.as_str()));
+        self.missed.retain(|uid, _| uids.contains(uid.as_str()));
+
+        let mut places = BTreeMap::new();
+        let mut identified = HashSet::new();
+        for (key, pod) in &snapshot.pods {
+            let place = match &pod.cgroup_uid {
+                None => by_name(pod),
+                Some(_) if pod.host_network => {
+                    Place::Nowhere("the pod is in the host's network".into())
+                }
+                Some(uid) => self.by_uid(host, &links, uid, now),
+            };
+            if let Place::Found(found) = &place {
+                identified.extend(found.interfaces.iter().copied());
+            }
+            places.insert(key.clone(), place);
+        }
+        let unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
+        self.unidentified = !unidentified.is_empty();
+        (places, unidentified)
+    }
+
+    fn by_uid(&mut self, host: &mut Host, links: &Links, uid: &str, now: Instant) -> Place {
+        if let Some((found, looked)) = self.found.get(uid)
+            && now.duration_since(*looked) < BELIEVED_FOR
+            && found
+                .interfaces
+                .iter()
+                .all(|ifindex| self.known.contains(ifindex))
+        {
+            return Place::Found(found.clone());
+        }
+        if let Some(missed) = self.missed.get(uid)
+            && now < missed.again
+        {
+            return missed.place.clone();
+        }
+        let place = match host.locate(links, uid) {
+            Ok(located) => {
+                self.missed.remove(uid);
+                let found = Found {
+                    interfaces: located.interfaces,
+                    addresses: located.addresses,
+                    networks: located.namespaces,
+                };
+                self.found.insert(uid.to_owned(), (found.clone(), now));
+                return Place::Found(found);
+            }
+            Err(missing) if missing.may_pass() => Place::NotYet(missing.to_string()),
+            Err(missing) => Place::Nowhere(format!("not enforced: {missing}")),
+        };
+        let wait = self.missed.get(uid).map_or(RETRY_MIN, |missed| missed.wait);
+        let missed = Missed {
+            place: place.clone(),
+            again: now + wait,
+            wait: (2 * wait).min(RETRY_MAX),
+        };
+        self.missed.insert(uid.to_owned(), missed);
+        place
+    }
+
+    fn unidentified(
+        &mut self,
+        links: &Links,
+        identified: &HashSet<u32>,
+        complete: bool,
+    ) -> Vec<(String, u32)> {
+        if !self.quarantine.enabled {
+            return Vec::new();
+        }
+        let candidates = || links.pod_like(&self.quarantine.exclude);
+        if complete {
+            self.before = Some(HashSet::new());
+        }
+        let before = self
+            .before
+            .get_or_insert_with(|| candidates().map(|link| link.ifindex).collect());
+        candidates()
+            .filter(|link| !identified.contains(&link.ifindex) && !before.contains(&link.ifindex))
+            .map(|link| (link.name.clone(), link.ifindex))
+            .collect()
+    }
+}
+
+/// By the interface that the pod's manifest names.
+fn by_name(pod: &Pod) -> Place {
+    let Some(name) = &pod.interface else {
+        return Place::Nowhere(format!(
+            "not enforced: the pod has no annotation {}",
+            crate::pods::INTERFACE_ANNOTATION
+        ));
+    };
+    match nix::net::if_::if_nametoindex(name.as_str()) {
+        Ok(ifindex) => Place::Found(Found {
+            interfaces: vec![ifindex],
+            ..Found::default()
+        }),
+        Err(_) => Place::Nowhere(format!(
+            "not enforced yet: there is no interface {name}; it will be when it appears"
+        )),
+    }
+}
+
+impl Reconciler {
+    /// Where each pod is; and among the pods those that stand for interfaces in quarantine.
+    pub(super) fn look_around<'a>(
+        &mut self,
+        source: &'a Snapshot,
+    ) -> (Cow<'a, Snapshot>, BTreeMap<PodKey, Place>) {
+        let (mut places, unidentified) = self.places.look(source);
+        let mut snapshot = Cow::Borrowed(source);
+        for (name, ifindex) in unidentified {
+            let (key, pod) = quarantine::stand_in(&name);
+            let place = Place::Found(Found {
+                interfaces: vec![ifindex],
+                ..Found::default()
+            });
+            places.insert(key.clone(), place);
+            snapshot.to_mut().pods.insert(key, pod);
+        }
+        (snapshot, places)
+    }
+
+    /// Whether something is expected to be found soon.
+    pub(super) fn is_expecting(&self) -> bool {
+        self.waiting.any() || self.places.unidentified
+    }
+}

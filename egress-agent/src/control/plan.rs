@@ -1,0 +1,120 @@
+//! What should be done with one pod.
+
+use std::collections::HashMap;
+
+use egress_common::limits::OWN_ADDRESSES;
+
+use super::{
+    enforced::{PodKey, Wanted},
+    place::Place,
+    quarantine,
+    reconcile::{Reconciler, title},
+};
+use crate::{config::OnDeny, pods::Pod, policy::Mode};
+
+/// What should be done with one pod.
+pub(super) enum Plan {
+    /// Put it under this; the text says what is wrong all the same.
+    Enforce(Box<Wanted>, Option<String>),
+    /// Leave it alone, for now or for good; the text says why when it is worth saying.
+    Leave(Option<String>),
+    /// Keep what is, because what should be cannot be found out.
+    Keep(String),
+    /// It cannot be found yet; the text says why.
+    Wait(String),
+}
+
+impl Reconciler {
+    /// What should be done with a pod that is at `place`. `taken` are the interfaces that have their
+    /// pod already.
+    pub(super) fn plan(
+        &mut self,
+        key: &PodKey,
+        pod: &Pod,
+        place: &Place,
+        taken: &mut HashMap<u32, PodKey>,
+    ) -> Plan {
+        let unidentified = quarantine::is_quarantined(key);
+        let compiled = if unidentified || !pod.namespace_known {
+            self.readings.unidentified()
+        } else {
+            self.readings.read(key, pod)
+        };
+        if compiled.mode == Mode::Off {
+            return Plan::Leave(None);
+        }
+        if pod.host_network {
+            return Plan::Leave(Some(
+                "not enforced: the pod is in the host's network (hostNetwork)".into(),
+            ));
+        }
+        if !pod.namespace_known && self.enforced.contains_key(key) {
+            return Plan::Keep("its namespace is not known; the last good policy stays".into());
+        }
+        let found = match place {
+            Place::Found(found) => found,
+            // Its interfaces may be looked for in vain for a moment only; while it keeps them,
+            // nothing passes that should not.
+            Place::NotYet(why) | Place::Nowhere(why)
+                if pod.cgroup_uid.is_some() && self.enforced.contains_key(key) =>
+            {
+                return Plan::Keep(format!("{why}; enforced on its earlier interfaces"));
+            }
+            Place::NotYet(why) => return Plan::Wait(why.clone()),
+            Place::Nowhere(why) => return Plan::Leave(Some(why.clone())),
+        };
+        let other = found.interfaces.iter().find_map(|ifindex| {
+            let other = taken.get(ifindex).filter(|other| *other != key);
+            other.map(|other| (ifindex, other))
+        });
+        if let Some((ifindex, other)) = other {
+            let why = format!(
+                "interface {} is already that of pod {}",
+                interface_name(*ifindex),
+                title(other)
+            );
+            return if self.enforced.contains_key(key) {
+                Plan::Keep(format!("{why}; enforced on its earlier interface"))
+            } else {
+                Plan::Leave(Some(format!("not enforced: {why}")))
+            };
+        }
+        for &ifindex in &found.interfaces {
+            taken.insert(ifindex, key.clone());
+        }
+        let own = place.addresses(pod);
+        let on_deny = if unidentified {
+            // Whoever is there shall try again, not give up.
+            OnDeny::Drop
+        } else {
+            self.config.on_deny
+        };
+        let count = own.len();
+        if count <= OWN_ADDRESSES {
+            let missing = own.is_empty() && !unidentified;
+            let wanted = Wanted::new(pod, &own, found, compiled, on_deny, self.ranges);
+            let why = missing.then(|| crate::pods::NO_ADDRESS.to_owned());
+            return Plan::Enforce(Box::new(wanted), why);
+        }
+        let why = format!(
+            "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
+        );
+        if self.enforced.contains_key(key) {
+            return Plan::Keep(format!("{why}; the last good policy stays"));
+        }
+        let closed = self.readings.closed();
+        let closed = Wanted::new(pod, &own, found, closed, on_deny, self.ranges);
+        Plan::Enforce(
+            Box::new(closed),
+            Some(format!("{why}; everything external is denied")),
+        )
+    }
+}
+
+/// The interface's name, or its index when it has gone.
+fn interface_name(ifindex: u32) -> String {
+    nix::net::if_::if_indextoname(ifindex).map_or_else(
+        |_| ifindex.to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}

@@ -1,0 +1,34 @@
+//! Interfaces that lead to a pod of which nobody has said yet whose it is.
+//!
+//! Each is enforced like a pod of its own, without a namespace and with the interface's name, under a
+//! policy that closes it to the outside. When its pod is known, the pod takes the interface over, with
+//! no packet between the one and the other; a pod that is not to be enforced lets it go.
+
+use std::collections::BTreeMap;
+
+use super::enforced::PodKey;
+use crate::pods::Pod;
+
+/// Whether this stands for an interface in quarantine. A pod always has a namespace.
+pub(super) fn is_quarantined((namespace, _): &PodKey) -> bool {
+    namespace.is_empty()
+}
+
+/// What stands for an interface whose pod is not known.
+pub(super) fn stand_in(interface: &str) -> (PodKey, Pod) {
+    let pod = Pod {
+        namespace: String::new(),
+        name: interface.to_owned(),
+        uid: "quarantine".to_owned(),
+        interface: Some(interface.to_owned()),
+        cgroup_uid: None,
+        addresses: Vec::new(),
+        annotations: BTreeMap::new(),
+        namespace_annotations: BTreeMap::new(),
+        namespace_known: true,
+        host_network: false,
+        node_name: None,
+        origin: format!("interface {interface}"),
+    };
+    ((String::new(), interface.to_owned()), pod)
+}

@@ -1,0 +1,116 @@
+//! Where this agent's pods come from.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::sync::watch;
+
+use super::{SourceOptions, place::Places};
+use crate::{
+    config::Config,
+    host::{Host, HostOptions},
+    pods::{
+        Directory, DirectoryThread, Snapshot,
+        cluster::{self, Cluster, ClusterWatch, EventSink},
+    },
+};
+
+/// A source that has been checked as far as it can be before anything is changed.
+pub(super) enum Source {
+    Directory(PathBuf),
+    Cluster(cluster::Options),
+}
+
+/// A source that is being watched.
+pub(super) enum Watched {
+    Directory(DirectoryThread),
+    Cluster(ClusterWatch),
+}
+
+impl Source {
+    /// Checks that the source can be one.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or the configuration lacks what it needs.
+    pub(super) fn check(
+        options: &SourceOptions,
+        config: &Config,
+        config_file: Option<&Path>,
+    ) -> Result<Self> {
+        match options {
+            SourceOptions::Directory(path) => {
+                std::fs::read_dir(path).with_context(|| {
+                    format!("cannot read the directory of pods {}", path.display())
+                })?;
+                let checked = config.check_resolvers();
+                match config_file {
+                    Some(file) => checked.with_context(|| file.display().to_string())?,
+                    None => checked.context("no configuration was named with --config")?,
+                }
+                Ok(Self::Directory(path.clone()))
+            }
+            SourceOptions::Cluster { kubeconfig } => Ok(Self::Cluster(cluster::Options::new(
+                kubeconfig.clone(),
+                config.node.clone(),
+                config.cluster.clone(),
+            ))),
+        }
+    }
+
+    /// Begins to watch.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be begun; what cannot be read later is in the snapshots.
+    pub(super) async fn watch(self) -> Result<(watch::Receiver<Arc<Snapshot>>, Watched)> {
+        match self {
+            Self::Directory(path) => {
+                let (snapshots, thread) =
+                    Directory::watch(path).context("cannot watch the directory of pods")?;
+                Ok((snapshots, Watched::Directory(thread)))
+            }
+            Self::Cluster(options) => {
+                let (snapshots, watch) = Cluster::watch(options).await?;
+                Ok((snapshots, Watched::Cluster(watch)))
+            }
+        }
+    }
+}
+
+impl Watched {
+    /// How the pods of this source are found on this machine.
+    ///
+    /// # Errors
+    ///
+    /// When this machine cannot be looked at.
+    pub(super) fn places(&self, config: &Config) -> Result<Places> {
+        match self {
+            Self::Directory(_) => Ok(Places::named()),
+            Self::Cluster(_) => {
+                let host = Host::open(HostOptions::default())
+                    .context("cannot look at this machine's pods")?;
+                Ok(Places::on_host(host, config.quarantine.clone()))
+            }
+        }
+    }
+
+    /// Where people are told of a pod, besides the log.
+    pub(super) fn events(&self) -> Option<&EventSink> {
+        match self {
+            Self::Directory(_) => None,
+            Self::Cluster(watch) => Some(watch.events()),
+        }
+    }
+
+    /// Ends the watching.
+    pub(super) async fn close(self) {
+        match self {
+            Self::Directory(thread) => thread.close(),
+            Self::Cluster(watch) => watch.close().await,
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Pods that are not where they should be yet.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use super::enforced::PodKey;
+use crate::pods::Pod;
+
+/// How long a pod takes to start before it is worth a line: an image may have to be fetched, but its
+/// network comes first.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Since when each pod has been waited for.
+#[derive(Default)]
+pub(super) struct Waiting(BTreeMap<PodKey, (String, Instant)>);
+
+impl Waiting {
+    /// Takes note of the pods that cannot be found now, each with the reason, and returns what is
+    /// worth saying.
+    pub(super) fn note<'a>(
+        &mut self,
+        unfound: BTreeMap<PodKey, String>,
+        pods: &'a BTreeMap<PodKey, Pod>,
+    ) -> Vec<(&'a PodKey, String)> {
+        let now = Instant::now();
+        let mut saying = Vec::new();
+        let mut next = BTreeMap::new();
+        for (key, why) in unfound {
+            let Some((key, pod)) = pods.get_key_value(&key) else {
+                continue;
+            };
+            let since = match self.0.get(key) {
+                Some((uid, since)) if *uid == pod.uid => *since,
+                _ => now,
+            };
+            if now.duration_since(since) >= PATIENCE {
+                saying.push((key, format!("not enforced yet: {why}")));
+            }
+            next.insert(key.clone(), (pod.uid.clone(), since));
+        }
+        self.0 = next;
+        saying
+    }
+
+    /// Whether any pod is waited for.
+    pub(super) fn any(&self) -> bool {
+        !self.0.is_empty()
+    }
+}

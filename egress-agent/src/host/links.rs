@@ -1,0 +1,218 @@
+//! The interfaces of the host's network namespace.
+
+use std::collections::HashMap;
+
+use super::netlink::RawLink;
+
+/// An interface of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its number.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// What the kernel calls its kind (`veth`, `bridge`); empty for hardware.
+    pub kind: String,
+    /// Name of the bridge, bond or VRF it is in.
+    pub master: Option<String>,
+    /// Its other end, if that is in another network namespace.
+    pub peer: Option<Peer>,
+    /// Whether it is up.
+    pub up: bool,
+}
+
+/// The other end of an interface, in another network namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The host's number for that namespace. It means that namespace only as long as it exists, and
+    /// another one later.
+    pub nsid: i32,
+    /// The interface's number in that namespace.
+    pub ifindex: u32,
+}
+
+impl Link {
+    /// Whether this is the host's end of an interface that is in another namespace.
+    pub fn is_host_end(&self) -> bool {
+        self.peer.is_some() && matches!(self.kind.as_str(), "veth" | "netkit")
+    }
+
+    pub(super) fn new(raw: RawLink, master: Option<String>) -> Self {
+        let RawLink {
+            index,
+            up,
+            name,
+            kind,
+            master: _,
+            lower,
+            nsid,
+        } = raw;
+        let peer = nsid
+            .filter(|nsid| *nsid >= 0)
+            .zip(lower)
+            .map(|(nsid, ifindex)| Peer { nsid, ifindex });
+        Self {
+            ifindex: index,
+            name,
+            kind,
+            master,
+            peer,
+            up,
+        }
+    }
+}
+
+/// Every interface of the host at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Links {
+    all: Vec<Link>,
+    /// Positions in `all` of the host's ends whose peer is in the namespace of this number.
+    by_namespace: HashMap<i32, Vec<usize>>,
+}
+
+impl Links {
+    pub(super) fn new(raw: Vec<RawLink>) -> Self {
+        let names: HashMap<u32, String> = raw
+            .iter()
+            .map(|link| (link.index, link.name.clone()))
+            .collect();
+        let all: Vec<Link> = raw
+            .into_iter()
+            .map(|raw| {
+                let master = raw.master.and_then(|master| names.get(&master).cloned());
+                Link::new(raw, master)
+            })
+            .collect();
+        let mut by_namespace: HashMap<i32, Vec<usize>> = HashMap::new();
+        for (at, link) in all.iter().enumerate() {
+            if let Some(peer) = link.peer.filter(|_| link.is_host_end()) {
+                by_namespace.entry(peer.nsid).or_default().push(at);
+            }
+        }
+        Self { all, by_namespace }
+    }
+
+    /// Every interface.
+    pub fn iter(&self) -> impl Iterator<Item = &Link> {
+        self.all.iter()
+    }
+
+    /// The interface of this number.
+    pub fn get(&self, ifindex: u32) -> Option<&Link> {
+        self.all.iter().find(|link| link.ifindex == ifindex)
+    }
+
+    /// The host's ends of interfaces that may be pods': those whose other end is in another
+    /// namespace and that no pattern excludes, by their own name or by that of the bridge they are
+    /// in. `*` in a pattern stands for any text.
+    pub fn pod_like<'a>(&'a self, exclude: &'a [String]) -> impl Iterator<Item = &'a Link> {
+        self.all.iter().filter(|link| {
+            let named = |pattern: &String| {
+                let mut names = [Some(&link.name), link.master.as_ref()].into_iter();
+                names.any(|name| name.is_some_and(|name| matches(pattern, name)))
+            };
+            link.is_host_end() && !exclude.iter().any(named)
+        })
+    }
+
+    /// The host's ends whose other end is in the namespace of this number.
+    pub(super) fn into_namespace(&self, nsid: i32) -> impl Iterator<Item = &Link> {
+        let positions = self.by_namespace.get(&nsid).into_iter().flatten();
+        positions.map(|&at| &self.all[at])
+    }
+}
+
+/// Whether the whole text is what the pattern says; `*` stands for any text, the empty one too.
+fn matches(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else {
+        return false;
+    };
+    let Some(last) = parts.next_back() else {
+        return rest.is_empty();
+    };
+    for part in parts {
+        let Some(at) = rest.find(part) else {
+            return false;
+        };
+        rest = &rest[at + part.len()..];
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        for (pattern, text, expected) in [
+            ("docker*", "docker0", true),
+            ("docker*", "docker", true),
+            ("docker*", "mydocker0", false),
+            ("br-*", "br-0a1b", true),
+            ("lxc_health", "lxc_health", true),
+            ("lxc_health", "lxc_health1", false),
+            ("*", "anything", true),
+            ("*0", "veth0", true),
+            ("*0", "veth01", false),
+            ("v*t*0", "veth0", true),
+            ("v*t*0", "veh0", false),
+            ("a*a", "a", false),
+            ("a*a", "aa", true),
+            ("a**b", "axb", true),
+            ("", "x", false),
+            ("", "", true),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern:?} {text:?}");
+        }
+    }
+
+    fn raw(index: u32, name: &str, kind: &str) -> RawLink {
+        RawLink {
+            index,
+            name: name.into(),
+            kind: kind.into(),
+            ..RawLink::default()
+        }
+    }
+
+    #[test]
+    fn what_may_be_a_pods_is_told_by_kind_peer_and_pattern() {
+        let to = |nsid, link| RawLink {
+            nsid: Some(nsid),
+            lower: Some(2),
+            ..link
+        };
+        let links = Links::new(vec![
+            raw(1, "lo", ""),
+            raw(2, "eth0", ""),
+            raw(3, "docker0", "bridge"),
+            to(0, raw(4, "veth4", "veth")),
+            RawLink {
+                master: Some(3),
+                ..to(1, raw(5, "veth5", "veth"))
+            },
+            // Both ends on the host.
+            RawLink {
+                lower: Some(7),
+                ..raw(6, "veth6", "veth")
+            },
+            to(2, raw(8, "nk8", "netkit")),
+            to(3, raw(9, "lxc_health", "veth")),
+            // A tunnel that was made in another namespace.
+            to(0, raw(10, "gre1", "gre")),
+        ]);
+        let exclude = ["docker*".to_owned(), "lxc_health".to_owned()];
+        let found: Vec<&str> = links
+            .pod_like(&exclude)
+            .map(|link| link.name.as_str())
+            .collect();
+        assert_eq!(found, ["veth4", "nk8"]);
+        assert_eq!(links.pod_like(&[]).count(), 4);
+        assert_eq!(links.get(5).unwrap().master.as_deref(), Some("docker0"));
+        let found: Vec<u32> = links.into_namespace(0).map(|link| link.ifindex).collect();
+        assert_eq!(found, [4]);
+    }
+}

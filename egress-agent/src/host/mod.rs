@@ -1,0 +1,301 @@
+//! What this machine knows of pods: control groups, processes, network namespaces, interfaces.
+//!
+//! ```text
+//! pod's UID ─▶ its control group ─▶ its processes ─▶ their network namespaces
+//!                                                        │ RTM_GETNSID: the host's number for it
+//!                                                        ▼
+//!                       the host's interfaces whose other end is in that namespace
+//! ```
+//!
+//! Nothing here enters another namespace, asks a container runtime, or depends on how one names
+//! things. What a pod can influence (names of groups below its own, its processes, its interfaces'
+//! addresses) can make it unfindable at worst; it cannot make it look like another pod.
+
+mod cgroup;
+mod links;
+mod located;
+mod netlink;
+mod process;
+mod sockets;
+mod uid;
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use cgroup::{Cgroups, Members};
+pub use links::{Link, Links, Peer};
+pub use located::{Located, Missing, Network};
+use netlink::Netlink;
+use process::Process;
+pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
+use uid::Uid;
+
+/// Network namespaces of one pod that are looked at: programs in it may make more, but those have
+/// no interface that leads to the host unless something on the host made it.
+const NETWORKS: usize = 64;
+
+/// How long the result of a search through all processes is used. It is made only when a pod's
+/// group is at none of the places where it should be.
+const SEARCH_EVERY: Duration = Duration::from_secs(1);
+/// The same, when pods' groups have been found where they should be.
+const SEARCH_SELDOM: Duration = Duration::from_secs(30);
+
+/// Where to look.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Where the host's proc is mounted.
+    pub proc: PathBuf,
+    /// Where control groups are mounted; those in the agent's own table of mounts when empty.
+    pub cgroups: Vec<PathBuf>,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self {
+            proc: "/proc".into(),
+            cgroups: Vec::new(),
+        }
+    }
+}
+
+/// The machine, seen from the network namespace of the thread that opened this: the host's.
+pub struct Host {
+    proc: PathBuf,
+    cgroups: Cgroups,
+    netlink: Netlink,
+    /// Inode number of the host's network namespace.
+    own: u64,
+    searched: Option<(Instant, HashMap<Uid, Vec<u32>>)>,
+}
+
+/// A network namespace that is kept in existence.
+struct Held {
+    network: Network,
+    descriptor: OwnedFd,
+}
+
+impl Host {
+    /// Finds the control groups and opens a socket to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// When the table of mounts cannot be read or netlink is not available.
+    pub fn open(options: HostOptions) -> io::Result<Self> {
+        let HostOptions { proc, mut cgroups } = options;
+        if cgroups.is_empty() {
+            cgroups = cgroup::mounts(&fs::read_to_string("/proc/self/mounts")?);
+        }
+        Ok(Self {
+            proc,
+            cgroups: Cgroups::new(cgroups),
+            netlink: Netlink::open()?,
+            own: process::own_network()?,
+            searched: None,
+        })
+    }
+
+    /// Every interface of the host now.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn links(&mut self) -> io::Result<Links> {
+        self.netlink.links().map(Links::new)
+    }
+
+    /// Finds the pod of this UID among the given interfaces.
+    ///
+    /// # Errors
+    ///
+    /// Says what there is not, or not yet.
+    pub fn locate(&mut self, links: &Links, uid: &str) -> Result<Located, Missing> {
+        let uid = Uid::new(uid).ok_or_else(|| Missing::Uid(uid.to_owned()))?;
+        let members = self.members(&uid)?;
+        let networks = self.networks(&uid, &members.pids)?;
+        let (mut interfaces, mut addresses, mut namespaces) = (Vec::new(), Vec::new(), Vec::new());
+        for Held {
+            network,
+            descriptor,
+        } in &networks
+        {
+            let Some(nsid) = self.netlink.nsid(descriptor)? else {
+                continue;
+            };
+            let before = interfaces.len();
+            for link in links.into_namespace(nsid) {
+                // The number may have been another namespace's when the list was made. While the
+                // namespace is held it stays this one's.
+                let now = self.netlink.link(link.ifindex)?;
+                let now = now.map(|raw| Link::new(raw, None));
+                let Some(peer) = now.and_then(|now| now.peer.filter(|_| now.is_host_end())) else {
+                    continue;
+                };
+                if peer.nsid == nsid {
+                    interfaces.push(link.ifindex);
+                    addresses.extend(self.addresses(peer)?);
+                }
+            }
+            if interfaces.len() > before {
+                namespaces.push(*network);
+            }
+        }
+        if interfaces.is_empty() {
+            return Err(self.nothing_leads_here(&networks));
+        }
+        interfaces.sort_unstable();
+        addresses.sort_unstable();
+        addresses.dedup();
+        Ok(Located {
+            interfaces,
+            addresses,
+            namespaces,
+        })
+    }
+
+    /// The conversations that the sockets of a pod's network namespace are in.
+    ///
+    /// # Errors
+    ///
+    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    pub fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+        let process = Process::open(&self.proc, network.pid)?;
+        if process.network()? != network.inode {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("process {} has left the pod's network", network.pid),
+            ));
+        }
+        sockets::of(&process)
+    }
+
+    /// The processes of a pod.
+    fn members(&mut self, uid: &Uid) -> Result<Members, Missing> {
+        let members = match self.cgroups.members(uid) {
+            Some(members) => members,
+            None => {
+                let pids = self.search(uid).ok_or(Missing::Group)?;
+                Members {
+                    pids,
+                    foreign: false,
+                }
+            }
+        };
+        match members {
+            Members { pids, foreign } if pids.is_empty() => Err(if foreign {
+                Missing::ForeignProcesses
+            } else {
+                Missing::Process
+            }),
+            members => Ok(members),
+        }
+    }
+
+    /// The processes in a pod's group, wherever that is. Learns where groups are here.
+    fn search(&mut self, uid: &Uid) -> Option<Vec<u32>> {
+        let every = if self.cgroups.settled {
+            SEARCH_SELDOM
+        } else {
+            SEARCH_EVERY
+        };
+        let fresh = |(when, _): &&(Instant, _)| when.elapsed() < every;
+        if self.searched.as_ref().filter(fresh).is_none() {
+            let (found, layouts) = process::search(&self.proc);
+            for layout in layouts {
+                self.cgroups.learn(layout);
+            }
+            self.searched = Some((Instant::now(), found));
+        }
+        let (_, found) = self.searched.as_ref()?;
+        found.get(uid).cloned()
+    }
+
+    /// The network namespaces in which these processes of a pod are, without the host's.
+    fn networks(&self, uid: &Uid, pids: &[u32]) -> Result<Vec<Held>, Missing> {
+        let mut held: Vec<Held> = Vec::new();
+        let mut seen = HashSet::new();
+        let (mut on_host, mut refused) = (false, None);
+        for &pid in pids {
+            if held.len() == NETWORKS {
+                break;
+            }
+            match look(&self.proc, uid, pid, self.own, &mut seen) {
+                Ok(Seen::New(found)) => held.push(found),
+                Ok(Seen::Known) => {}
+                Ok(Seen::Host) => on_host = true,
+                Err(error) if process::has_ended(&error) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        match refused {
+            _ if !held.is_empty() => Ok(held),
+            Some(error) => Err(Missing::Unreadable(error)),
+            None if on_host => Err(Missing::HostNetwork),
+            None => Err(Missing::Process),
+        }
+    }
+
+    /// Addresses on the other end of an interface.
+    fn addresses(&mut self, peer: Peer) -> io::Result<Vec<std::net::IpAddr>> {
+        match self.netlink.addresses(peer.nsid, peer.ifindex) {
+            // The interface has gone this moment.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
+            answer => answer,
+        }
+    }
+
+    /// Why these namespaces have no interface that leads to the host.
+    fn nothing_leads_here(&self, networks: &[Held]) -> Missing {
+        let mut names: Vec<String> = networks
+            .iter()
+            .filter_map(|held| {
+                let process = Process::open(&self.proc, held.network.pid).ok()?;
+                (process.network().ok()? == held.network.inode).then_some(())?;
+                process.interfaces().ok()
+            })
+            .flatten()
+            .filter(|name| name != "lo")
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        if names.is_empty() {
+            Missing::Interface
+        } else {
+            Missing::HostEnd(names)
+        }
+    }
+}
+
+/// What a process shows of its network.
+enum Seen {
+    /// A namespace that no process before it was in.
+    New(Held),
+    /// One that is known already, or the process is not the pod's any more.
+    Known,
+    /// The host's.
+    Host,
+}
+
+fn look(proc: &Path, uid: &Uid, pid: u32, own: u64, seen: &mut HashSet<u64>) -> io::Result<Seen> {
+    let process = Process::open(proc, pid)?;
+    let inode = process.network()?;
+    if inode == own {
+        return Ok(Seen::Host);
+    }
+    // The id may have become another process's since it was read in the group.
+    if seen.contains(&inode) || !process.is_of(uid)? {
+        return Ok(Seen::Known);
+    }
+    let (descriptor, inode) = process.open_network()?;
+    if inode == own || !seen.insert(inode) {
+        return Ok(Seen::Known);
+    }
+    Ok(Seen::New(Held {
+        network: Network { inode, pid },
+        descriptor,
+    }))
+}

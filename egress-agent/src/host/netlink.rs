@@ -1,0 +1,305 @@
+//! Questions to the kernel about interfaces, network namespaces and addresses.
+//!
+//! Requests are made with the library's types. Replies are read attribute by attribute: a kernel
+//! newer than the library must not be able to hide an interface by an attribute that the library
+//! cannot read.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd, AsRawFd as _},
+};
+
+use rtnetlink::{
+    packet_core::{
+        DefaultNla, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+        NetlinkBuffer, NetlinkMessage, NlasIterator,
+    },
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        address::{AddressAttribute, AddressMessage},
+        link::{LinkAttribute, LinkExtentMask, LinkMessage},
+        nsid::{NsidAttribute, NsidMessage},
+    },
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+/// The kernel fills at most this much at a time (`netlink_dump`, net/netlink/af_netlink.c).
+const BUFFER: usize = 32 * 1024;
+
+/// How often a list is asked for again when the kernel says that it changed underneath.
+const ATTEMPTS: usize = 4;
+
+/// Length of `struct ifinfomsg` and of `struct ifaddrmsg`, include/uapi/linux.
+const LINK_HEADER: usize = 16;
+const ADDRESS_HEADER: usize = 8;
+const NSID_HEADER: usize = 4;
+
+/// Attributes of links, include/uapi/linux/if_link.h.
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_INFO_KIND: u16 = 1;
+
+/// Attributes of addresses, include/uapi/linux/if_addr.h.
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_TARGET_NETNSID: u16 = 10;
+
+/// Attribute of namespaces, include/uapi/linux/net_namespace.h.
+const NETNSA_NSID: u16 = 1;
+
+/// What the kernel says of one interface.
+#[derive(Debug, Default)]
+pub(super) struct RawLink {
+    pub(super) index: u32,
+    pub(super) up: bool,
+    pub(super) name: String,
+    pub(super) kind: String,
+    pub(super) master: Option<u32>,
+    pub(super) lower: Option<u32>,
+    pub(super) nsid: Option<i32>,
+}
+
+/// A socket of the network namespace of the thread that opened it.
+pub(super) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Netlink {
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        // Without it the kernel takes no notice of IFA_TARGET_NETNSID and answers for our own
+        // namespace.
+        socket.set_netlink_get_strict_chk(true)?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+            buffer: Vec::with_capacity(BUFFER),
+        })
+    }
+
+    /// Every interface of this namespace.
+    pub(super) fn links(&mut self) -> io::Result<Vec<RawLink>> {
+        let mut links = Vec::new();
+        for _ in 0..ATTEMPTS {
+            links.clear();
+            let mut request = LinkMessage::default();
+            let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+            request.attributes.push(mask);
+            let whole =
+                self.exchange(RouteNetlinkMessage::GetLink(request), NLM_F_DUMP, |body| {
+                    links.push(read_link(body)?);
+                    Ok(())
+                })?;
+            if whole {
+                break;
+            }
+        }
+        // A list that changed underneath each time may lack what is changing: whoever changes it
+        // makes another event, and it is asked for again.
+        Ok(links)
+    }
+
+    /// One interface of this namespace, if it is there.
+    pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
+        let mut request = LinkMessage::default();
+        request.header.index = index;
+        let mut link = None;
+        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+            link = Some(read_link(body)?);
+            Ok(())
+        });
+        match answer {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            answer => answer.map(|_| link),
+        }
+    }
+
+    /// The number by which this namespace knows that one; it has none before the two are connected
+    /// by an interface.
+    pub(super) fn nsid(&mut self, namespace: impl AsFd) -> io::Result<Option<i32>> {
+        let mut request = NsidMessage::default();
+        let descriptor = namespace.as_fd().as_raw_fd();
+        let descriptor = u32::try_from(descriptor).map_err(|_| malformed("a descriptor"))?;
+        request.attributes.push(NsidAttribute::Fd(descriptor));
+        let mut nsid = None;
+        self.exchange(RouteNetlinkMessage::GetNsId(request), 0, |body| {
+            for (kind, value) in attributes(body, NSID_HEADER)? {
+                if kind == NETNSA_NSID {
+                    nsid = Some(i32::from_ne_bytes(four(value)?)).filter(|nsid| *nsid >= 0);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(nsid)
+    }
+
+    /// The addresses of global scope that an interface of another namespace has.
+    pub(super) fn addresses(&mut self, nsid: i32, index: u32) -> io::Result<Vec<IpAddr>> {
+        let mut addresses = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = AddressMessage::default();
+            request.header.family = family;
+            request.header.index = index;
+            let target = DefaultNla::new(IFA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+            request.attributes.push(AddressAttribute::Other(target));
+            let request = RouteNetlinkMessage::GetAddress(request);
+            self.exchange(request, NLM_F_DUMP, |body| {
+                addresses.extend(read_address(body, nsid)?);
+                Ok(())
+            })?;
+        }
+        Ok(addresses)
+    }
+
+    /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is
+    /// not when it changed while it was made.
+    fn exchange(
+        &mut self,
+        request: RouteNetlinkMessage,
+        flags: u16,
+        mut reply: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut message = NetlinkMessage::from(request);
+        message.header.flags = NLM_F_REQUEST | flags;
+        message.header.sequence_number = self.sequence;
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let mut whole = true;
+        loop {
+            self.buffer.clear();
+            let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
+            let Some(mut rest) = self.buffer.get(..length) else {
+                return Err(malformed("a message longer than any should be"));
+            };
+            while !rest.is_empty() {
+                let message = NetlinkBuffer::new_checked(rest)
+                    .map_err(|_| malformed("a message cut short"))?;
+                let next = (message.length() as usize).next_multiple_of(4);
+                rest = rest.get(next..).unwrap_or_default();
+                if message.sequence_number() != self.sequence {
+                    // The rest of an exchange that was given up.
+                    continue;
+                }
+                whole &= message.flags() & NLM_F_DUMP_INTR == 0;
+                match message.message_type() {
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        let code = message.payload().get(..4).unwrap_or_default();
+                        return match i32::from_ne_bytes(four(code)?) {
+                            0 => Ok(whole),
+                            code => Err(io::Error::from_raw_os_error(code.wrapping_neg())),
+                        };
+                    }
+                    _ => reply(message.payload())?,
+                }
+                if flags & NLM_F_DUMP == 0 {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+}
+
+fn read_link(body: &[u8]) -> io::Result<RawLink> {
+    let header = body
+        .get(..LINK_HEADER)
+        .ok_or_else(|| malformed("a link without a header"))?;
+    let mut link = RawLink {
+        index: u32::from_ne_bytes(four(&header[4..8])?),
+        up: u32::from_ne_bytes(four(&header[8..12])?) & libc::IFF_UP.cast_unsigned() != 0,
+        ..RawLink::default()
+    };
+    for (kind, value) in attributes(body, LINK_HEADER)? {
+        match kind {
+            IFLA_IFNAME => link.name = text(value),
+            IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
+            IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
+            IFLA_LINK_NETNSID => link.nsid = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_LINKINFO => {
+                for (kind, value) in attributes(value, 0)? {
+                    if kind == IFLA_INFO_KIND {
+                        link.kind = text(value);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(link)
+}
+
+/// An address, if it is of global scope.
+fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
+    let header = body
+        .get(..ADDRESS_HEADER)
+        .ok_or_else(|| malformed("an address without a header"))?;
+    let scope = header[3];
+    let (mut address, mut local, mut target) = (None, None, None);
+    for (kind, value) in attributes(body, ADDRESS_HEADER)? {
+        match kind {
+            IFA_ADDRESS => address = Some(ip(value)?),
+            IFA_LOCAL => local = Some(ip(value)?),
+            IFA_TARGET_NETNSID => target = Some(i32::from_ne_bytes(four(value)?)),
+            _ => {}
+        }
+    }
+    if target != Some(nsid) {
+        // Never take our own addresses for a pod's.
+        return Err(malformed("addresses of another namespace"));
+    }
+    // On a point-to-point link IFA_ADDRESS is the other side's.
+    Ok(local
+        .or(address)
+        .filter(|_| scope == libc::RT_SCOPE_UNIVERSE))
+}
+
+fn ip(value: &[u8]) -> io::Result<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(value).map(|bytes| Ipv4Addr::from(bytes).into());
+    let v6 = <[u8; 16]>::try_from(value).map(|bytes| Ipv6Addr::from(bytes).into());
+    v4.or(v6)
+        .map_err(|_| malformed("an address of another length"))
+}
+
+/// Kind and value of each attribute that follows a header.
+fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
+    let body = body
+        .get(header..)
+        .ok_or_else(|| malformed("a message without a header"))?;
+    let mut found = Vec::new();
+    let mut at = 0;
+    for attribute in NlasIterator::new(body) {
+        let attribute = attribute.map_err(|_| malformed("an attribute cut short"))?;
+        let length = attribute.length() as usize;
+        found.push((attribute.kind(), &body[at + 4..at + length]));
+        at += length.next_multiple_of(4);
+    }
+    Ok(found)
+}
+
+fn four(value: &[u8]) -> io::Result<[u8; 4]> {
+    value
+        .try_into()
+        .map_err(|_| malformed("a number of another size"))
+}
+
+fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|&byte| byte == 0);
+    String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
+}
+
+fn malformed(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the kernel's answer over netlink holds {what}"),
+    )
+}

@@ -1,0 +1,302 @@
+//! A Kubernetes API server as a source of pods.
+//!
+//! ```text
+//!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of what is needed
+//!  tables and health ─ state ─▶ Snapshot            PodEvent ─ events ─▶ API server
+//! ```
+//!
+//! Nothing is released because it is missing: no snapshot has pods before all of them and all
+//! namespaces are known, a list counts only when it is whole, and while the server cannot be reached
+//! everything stays as it was last.
+
+mod access;
+mod connection;
+mod events;
+mod facts;
+mod follow;
+mod health;
+mod kubelet;
+mod pod;
+mod rate;
+mod state;
+mod table;
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
+use kube::{Api, Resource, core::PartialObjectMeta, runtime::watcher};
+use tokio::{sync::watch, task::JoinSet};
+
+use super::{Snapshot, object::own_annotations};
+use crate::config::Cluster as Settings;
+use connection::{Connection, Timing};
+use facts::NodeFacts;
+use follow::{Plan, Shared, follow, follow_either};
+use kubelet::Kubelet;
+use pod::ClusterPod;
+use state::{API_SERVICE, State};
+
+pub use access::{ACCESS, Access, Within};
+pub use events::{EventCounters, EventSink, PodEvent};
+pub use health::{Health, WatchCounters, Watched};
+
+/// How often the kubelet's file is looked at.
+const KUBELET_EVERY: Duration = Duration::from_secs(10);
+
+/// What to follow.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The file with the address of the API server and the credentials for it; without one, those
+    /// of the pod that the agent runs in.
+    pub kubeconfig: Option<PathBuf>,
+    /// Name of the agent's node.
+    pub node: String,
+    /// Where the cluster's own facts are found.
+    pub cluster: Settings,
+    /// After how long without a word from the server a connection is held for dead; see
+    /// [`Options::new`].
+    pub silence: Duration,
+}
+
+impl Options {
+    /// With the usual patience: the server is asked every 20 seconds whether it is there, and has
+    /// 10 to say so.
+    pub fn new(kubeconfig: Option<PathBuf>, node: String, cluster: Settings) -> Self {
+        let Timing {
+            ping_every,
+            ping_timeout,
+        } = Timing::default();
+        Self {
+            kubeconfig,
+            node,
+            cluster,
+            silence: ping_every + ping_timeout,
+        }
+    }
+
+    fn timing(&self) -> Timing {
+        Timing {
+            ping_every: self.silence * 2 / 3,
+            ping_timeout: self.silence / 3,
+        }
+    }
+}
+
+/// A cluster that is followed.
+#[derive(Debug)]
+pub struct Cluster;
+
+impl Cluster {
+    /// Follows the API server in tasks of the runtime that this is called in.
+    ///
+    /// The receiver at first has an empty snapshot that is marked as unreadable. It gets the first
+    /// with pods when all pods of the node and all namespaces are known, and each of the other
+    /// facts is known or has been found not to be readable.
+    ///
+    /// # Errors
+    ///
+    /// When the credentials cannot be read. That the server does not answer is no error: it is
+    /// waited for.
+    pub async fn watch(
+        options: Options,
+    ) -> anyhow::Result<(watch::Receiver<Arc<Snapshot>>, ClusterWatch)> {
+        let kubeconfig = options.kubeconfig.as_deref();
+        let connection = Arc::new(Connection::new(kubeconfig, options.timing()).await?);
+        let health = Arc::<Health>::default();
+        let kubelet = Kubelet::new(&options.cluster.kubelet_config);
+        let dns = options.cluster.dns_service.clone();
+        let state = Arc::new(Mutex::new(State::new(&options.node, dns, kubelet)));
+        let shared = Shared {
+            connection: Arc::clone(&connection),
+            health: Arc::clone(&health),
+            state,
+        };
+        let mut tasks = JoinSet::new();
+        follow_all(&shared, &options, &mut tasks);
+        let (events, writer) = events::channel(connection, &options.node);
+        tasks.spawn(writer.run());
+        let nothing = Snapshot {
+            unreadable: true,
+            ..Snapshot::default()
+        };
+        let (sender, receiver) = watch::channel(Arc::new(nothing));
+        tasks.spawn(publish(shared, sender));
+        let watching = ClusterWatch {
+            tasks,
+            health,
+            events,
+        };
+        Ok((receiver, watching))
+    }
+}
+
+/// The tasks that follow a cluster; they end when this is dropped.
+#[derive(Debug)]
+pub struct ClusterWatch {
+    tasks: JoinSet<()>,
+    health: Arc<Health>,
+    events: EventSink,
+}
+
+impl ClusterWatch {
+    /// How the watches do.
+    pub fn health(&self) -> &Arc<Health> {
+        &self.health
+    }
+
+    /// Where to tell people something about a pod.
+    pub fn events(&self) -> &EventSink {
+        &self.events
+    }
+
+    /// Ends the tasks, and waits for their end.
+    pub async fn close(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
+
+/// Makes a snapshot whenever something has changed.
+async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
+    let mut kubelet = tokio::time::interval(KUBELET_EVERY);
+    loop {
+        let is_changed = tokio::select! {
+            () = shared.health.changed.notified() => true,
+            _ = kubelet.tick() => {
+                let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.kubelet.read()
+            }
+            () = sender.closed() => return,
+        };
+        if !is_changed {
+            continue;
+        }
+        let snapshot = {
+            let state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.snapshot(&shared.health)
+        };
+        sender.send_if_modified(|current| {
+            let is_modified = **current != snapshot;
+            if is_modified {
+                *current = Arc::new(snapshot);
+            }
+            is_modified
+        });
+    }
+}
+
+/// A list from the server's cache, as the kubelet itself makes it: asking for the very latest would
+/// have every node's agent read the pods of all nodes from the store behind the server.
+fn cached() -> watcher::Config {
+    watcher::Config::default().any_semantic()
+}
+
+fn named(name: &str) -> watcher::Config {
+    cached().fields(&format!("metadata.name={name}"))
+}
+
+fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
+    let pods = Plan {
+        watched: Watched::Pods,
+        api: Box::new(Api::<v1::Pod>::all),
+        selector: cached().fields(&format!("spec.nodeName={}", options.node)),
+        reduce: ClusterPod::read,
+        table: |state| &mut state.pods,
+    };
+    tasks.spawn(follow(shared.clone(), pods));
+    let namespaces = Plan {
+        watched: Watched::Namespaces,
+        api: Box::new(Api::<PartialObjectMeta<v1::Namespace>>::all),
+        selector: cached(),
+        reduce: |read| Some(own_annotations(read.metadata.annotations)),
+        table: |state| &mut state.namespaces,
+    };
+    tasks.spawn(follow(shared.clone(), namespaces));
+    let node = Plan {
+        watched: Watched::Node,
+        api: Box::new(Api::<v1::Node>::all),
+        selector: named(&options.node),
+        reduce: |read| Some(NodeFacts::read(read)),
+        table: |state| &mut state.node,
+    };
+    tasks.spawn(follow(shared.clone(), node));
+    let ranges = Plan {
+        watched: Watched::ServiceRanges,
+        api: Box::new(Api::<networking::ServiceCIDR>::all),
+        selector: cached(),
+        reduce: |read| Some(facts::of_service_range(read)),
+        table: |state| &mut state.service_ranges,
+    };
+    tasks.spawn(follow(shared.clone(), ranges));
+
+    let (namespace, name) = &options.cluster.dns_service;
+    let by_label = cached().labels(&format!("kubernetes.io/service-name={name}"));
+    follow_service(
+        shared,
+        (namespace, name),
+        (Watched::DnsService, |state| &mut state.dns_service),
+        (Watched::DnsEndpoints, |state| &mut state.dns_endpoints),
+        by_label,
+        tasks,
+    );
+    // By its name: the slice of that name is the server's own, and a label anyone's who may make
+    // slices.
+    follow_service(
+        shared,
+        API_SERVICE,
+        (Watched::ApiService, |state| &mut state.api_service),
+        (Watched::ApiEndpoints, |state| &mut state.api_endpoints),
+        named(API_SERVICE.1),
+        tasks,
+    );
+}
+
+type Addresses = fn(&mut State) -> &mut table::Table<Vec<std::net::IpAddr>>;
+
+/// Follows a Service and its endpoints: its slices, which `slices` selects, or else the older
+/// object of the Service's name.
+fn follow_service(
+    shared: &Shared,
+    (namespace, name): (&str, &str),
+    service: (Watched, Addresses),
+    endpoints: (Watched, Addresses),
+    slices: watcher::Config,
+    tasks: &mut JoinSet<()>,
+) {
+    let (watched, table) = service;
+    let plan = Plan {
+        watched,
+        api: namespaced::<v1::Service>(namespace),
+        selector: named(name),
+        reduce: |read| Some(facts::of_service(read)),
+        table,
+    };
+    tasks.spawn(follow(shared.clone(), plan));
+    let (watched, table) = endpoints;
+    let plan = Plan {
+        watched,
+        api: namespaced::<discovery::EndpointSlice>(namespace),
+        selector: slices,
+        reduce: |read| Some(facts::of_slice(read)),
+        table,
+    };
+    let older = Plan {
+        watched,
+        api: namespaced::<v1::Endpoints>(namespace),
+        selector: named(name),
+        reduce: |read| Some(facts::of_endpoints(read)),
+        table,
+    };
+    tasks.spawn(follow_either(shared.clone(), plan, older));
+}
+
+fn namespaced<K>(namespace: &str) -> Box<dyn Fn(kube::Client) -> Api<K> + Send + Sync>
+where
+    K: Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>,
+{
+    let namespace = namespace.to_owned();
+    Box::new(move |client| Api::namespaced(client, &namespace))
+}

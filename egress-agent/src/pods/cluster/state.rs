@@ -1,0 +1,268 @@
+//! Everything that the API server has said, and the snapshot that comes of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use super::{
+    super::{Facts, Pod, Problem, Snapshot},
+    facts::NodeFacts,
+    health::{Health, Watched},
+    kubelet::Kubelet,
+    pod::ClusterPod,
+    table::Table,
+};
+use crate::policy::{Prefix, prefix::to_mapped};
+
+/// Namespace and name of the API server's own Service.
+pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
+
+/// Everything that the API server has said, and the kubelet's file.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) pods: Table<ClusterPod>,
+    /// Each namespace's annotations that are the agent's.
+    pub(super) namespaces: Table<BTreeMap<String, String>>,
+    pub(super) node: Table<NodeFacts>,
+    pub(super) dns_service: Table<Vec<IpAddr>>,
+    pub(super) dns_endpoints: Table<Vec<IpAddr>>,
+    pub(super) api_service: Table<Vec<IpAddr>>,
+    pub(super) api_endpoints: Table<Vec<IpAddr>>,
+    pub(super) service_ranges: Table<Vec<Prefix>>,
+    pub(super) kubelet: Kubelet,
+    /// Name of the node.
+    node_name: String,
+    /// Namespace and name of the Service of the cluster's DNS.
+    dns: (String, String),
+}
+
+impl State {
+    pub(super) fn new(node: &str, dns: (String, String), kubelet: Kubelet) -> Self {
+        Self {
+            pods: Table::default(),
+            namespaces: Table::default(),
+            node: Table::default(),
+            dns_service: Table::default(),
+            dns_endpoints: Table::default(),
+            api_service: Table::default(),
+            api_endpoints: Table::default(),
+            service_ranges: Table::default(),
+            kubelet,
+            node_name: node.to_owned(),
+            dns,
+        }
+    }
+
+    /// What is known, or only what is wrong as long as pods or namespaces are not known whole, or
+    /// something else is still on its way.
+    pub(super) fn snapshot(&self, health: &Health) -> Snapshot {
+        let mut problems = health.problems();
+        problems.extend(self.kubelet.problem().cloned());
+        if !self.is_ready(health) {
+            return Snapshot {
+                problems,
+                unreadable: true,
+                ..Snapshot::default()
+            };
+        }
+        problems.extend(self.missing());
+        let facts = self.facts();
+        let pods = self.resolved_pods(&facts, &mut problems);
+        Snapshot {
+            pods,
+            problems,
+            unreadable: false,
+            facts,
+        }
+    }
+
+    /// Whether pods and namespaces are known whole, and the rest is or is not to be waited for:
+    /// with resolvers missing for a moment, answers would pass unheld in that moment.
+    fn is_ready(&self, health: &Health) -> bool {
+        let others = [
+            (Watched::Node, self.node.is_complete()),
+            (Watched::DnsService, self.dns_service.is_complete()),
+            (Watched::DnsEndpoints, self.dns_endpoints.is_complete()),
+            (Watched::ApiService, self.api_service.is_complete()),
+            (Watched::ApiEndpoints, self.api_endpoints.is_complete()),
+            (Watched::ServiceRanges, self.service_ranges.is_complete()),
+        ];
+        self.pods.is_complete()
+            && self.namespaces.is_complete()
+            && others
+                .iter()
+                .all(|(watched, is_complete)| *is_complete || health.has_failed(*watched))
+    }
+
+    /// What is known not to be there.
+    fn missing(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let (namespace, name) = &self.dns;
+        if self.dns_service.is_complete() && self.dns_service.get(namespace, name).is_none() {
+            problems.push(Problem {
+                origin: format!("service {namespace}/{name}"),
+                message: "is not there: the cluster's resolvers are not known by it; name the \
+                          Service of the cluster's DNS in cluster.dnsService, or the resolvers in \
+                          dns.resolvers"
+                    .into(),
+            });
+        }
+        if self.node.is_complete() && self.node.get("", &self.node_name).is_none() {
+            problems.push(Problem {
+                origin: format!("node {}", self.node_name),
+                message: "is not there: no pod is found unless the name of this machine's Node is \
+                          in $NODE_NAME, or in node of the configuration"
+                    .into(),
+            });
+        }
+        problems
+    }
+
+    /// What the cluster says of itself.
+    fn facts(&self) -> Facts {
+        let mut facts = Facts::default();
+        let (namespace, name) = &self.dns;
+        let service = format!("service {namespace}/{name}");
+        let endpoints = format!("endpoints of {service}");
+        let kubelet = format!("clusterDNS in {}", self.kubelet.path().display());
+        let dns_service = || self.dns_service.values().flatten();
+        for (addresses, origin) in [
+            (dns_service().collect::<Vec<_>>(), &service),
+            (self.dns_endpoints.values().flatten().collect(), &endpoints),
+            (self.kubelet.resolvers().iter().collect(), &kubelet),
+        ] {
+            for address in addresses {
+                note(&mut facts.resolvers, *address, origin);
+            }
+        }
+        // A label alone would make anyone's pod a resolver.
+        for pod in self.pods.values().filter(|pod| {
+            pod.pod.namespace == *namespace && pod.pod.host_network && !pod.local_dns.is_empty()
+        }) {
+            let origin = format!("{}, the node's DNS cache", pod.pod.origin);
+            for address in &pod.local_dns {
+                note(&mut facts.resolvers, *address, &origin);
+            }
+        }
+
+        let node = format!("node {}", self.node_name);
+        for own in self.node.values() {
+            for prefix in &own.pod_prefixes {
+                note(&mut facts.internal, *prefix, &format!("podCIDRs of {node}"));
+            }
+            for address in &own.addresses {
+                note(&mut facts.internal, Prefix::host(*address), &node);
+            }
+        }
+        let api = format!("service {}/{}", API_SERVICE.0, API_SERVICE.1);
+        for (table, origin) in [
+            (&self.dns_service, &service),
+            (&self.api_service, &api),
+            (&self.api_endpoints, &format!("endpoints of {api}")),
+        ] {
+            for address in table.values().flatten() {
+                note(&mut facts.internal, Prefix::host(*address), origin);
+            }
+        }
+        for prefix in self.service_ranges.values().flatten() {
+            note(&mut facts.internal, *prefix, "service ranges");
+        }
+        facts
+    }
+
+    /// The pods, with what their namespaces, the node and the other pods say of them.
+    fn resolved_pods(
+        &self,
+        facts: &Facts,
+        problems: &mut Vec<Problem>,
+    ) -> BTreeMap<(String, String), Pod> {
+        let node = self.node.get("", &self.node_name);
+        let node_uid = node.map(|node| node.uid.as_str());
+        let taken: BTreeSet<IpAddr> = self
+            .pods
+            .values()
+            .flat_map(|known| &known.pod.addresses)
+            .chain(node.iter().flat_map(|node| &node.addresses))
+            .chain(facts.resolvers.keys())
+            .copied()
+            .collect();
+        let mut pods = BTreeMap::new();
+        for known in self.pods.values() {
+            let mut pod = known.pod.clone();
+            let mut messages = known.messages.clone();
+            if let Some(annotations) = self.namespaces.get("", &pod.namespace) {
+                pod.namespace_annotations.clone_from(annotations);
+            } else {
+                pod.namespace_known = false;
+            }
+            match known.mirror.as_ref().map(|m| m.confirmed(node_uid)) {
+                Some(Ok(uid)) => pod.cgroup_uid = Some(uid.to_owned()),
+                Some(Err(message)) => messages.push(message),
+                None => {}
+            }
+            for address in &known.further {
+                if pod.addresses.contains(address) {
+                    continue;
+                }
+                match claimable(*address, &taken, facts) {
+                    Ok(()) => pod.addresses.push(*address),
+                    Err(whose) => messages.push(format!(
+                        "the address {address} in its network status is {whose}: it is not taken \
+                         for the pod's own"
+                    )),
+                }
+            }
+            let origin = &pod.origin;
+            problems.extend(messages.into_iter().map(|message| Problem {
+                origin: origin.clone(),
+                message,
+            }));
+            pods.insert((pod.namespace.clone(), pod.name.clone()), pod);
+        }
+        one_pod_per_cgroup(&mut pods, problems);
+        pods
+    }
+}
+
+/// Whether a pod may say, in an annotation that its author can write, that an address is its own:
+/// whatever it may send from, it may pretend to be.
+fn claimable(address: IpAddr, taken: &BTreeSet<IpAddr>, facts: &Facts) -> Result<(), String> {
+    if taken.contains(&address) {
+        return Err("another's".into());
+    }
+    let mapped = to_mapped(address);
+    let internal = facts.internal.iter().find(|(p, _)| p.contains(&mapped));
+    match internal {
+        Some((prefix, origin)) => Err(format!("in {prefix} ({origin})")),
+        None => Ok(()),
+    }
+}
+
+/// Keeps cgroups from having two pods: neither gets the interface then.
+fn one_pod_per_cgroup(pods: &mut BTreeMap<(String, String), Pod>, problems: &mut Vec<Problem>) {
+    let mut claims = BTreeMap::<String, u32>::new();
+    for uid in pods.values().filter_map(|pod| pod.cgroup_uid.clone()) {
+        *claims.entry(uid).or_default() += 1;
+    }
+    for pod in pods.values_mut() {
+        let is_shared = |uid: &String| claims.get(uid).is_some_and(|count| *count > 1);
+        if let Some(uid) = pod.cgroup_uid.take_if(|uid| is_shared(uid)) {
+            problems.push(Problem {
+                origin: pod.origin.clone(),
+                message: format!(
+                    "more than one pod has the UID {uid} on this node: none of them gets an \
+                     interface; remove those that are not the kubelet's"
+                ),
+            });
+        }
+    }
+}
+
+fn note<K: Ord>(found: &mut BTreeMap<K, String>, what: K, origin: &str) {
+    found.entry(what).or_insert_with(|| origin.to_owned());
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -1,0 +1,288 @@
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::runtime::watcher::Event;
+use serde_json::{Value, json};
+
+use super::*;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod as ApiPod};
+
+const NODE_UID: &str = "99999999-aaaa";
+
+struct Cluster {
+    state: State,
+    health: Health,
+    _directory: tempfile::TempDir,
+}
+
+/// A stand-in for any object: only its name matters to a table.
+fn object(namespace: &str, name: &str) -> ConfigMap {
+    ConfigMap {
+        metadata: ObjectMeta {
+            namespace: Some(namespace.to_owned()).filter(|text| !text.is_empty()),
+            name: Some(name.into()),
+            ..ObjectMeta::default()
+        },
+        ..ConfigMap::default()
+    }
+}
+
+fn put<R: PartialEq>(table: &mut Table<R>, namespace: &str, name: &str, reduced: R) {
+    table.apply(Event::Apply(object(namespace, name)), |_| Some(reduced));
+}
+
+fn complete<R: PartialEq>(table: &mut Table<R>) {
+    table.apply::<ConfigMap>(Event::Init, |_| None);
+    table.apply::<ConfigMap>(Event::InitDone, |_| None);
+}
+
+impl Cluster {
+    /// In which everything is known, and nothing is there but the node and the DNS Service.
+    fn new() -> Self {
+        let mut cluster = Self::silent();
+        let state = &mut cluster.state;
+        complete(&mut state.pods);
+        complete(&mut state.namespaces);
+        complete(&mut state.node);
+        complete(&mut state.dns_service);
+        complete(&mut state.dns_endpoints);
+        complete(&mut state.api_service);
+        complete(&mut state.api_endpoints);
+        complete(&mut state.service_ranges);
+        let node = NodeFacts {
+            uid: NODE_UID.into(),
+            pod_prefixes: vec![Prefix::parse("10.1.0.0/24").unwrap()],
+            addresses: vec![ip("192.168.0.5")],
+        };
+        put(&mut state.node, "", "node-1", node);
+        put(
+            &mut state.dns_service,
+            "kube-system",
+            "kube-dns",
+            vec![ip("10.96.0.10")],
+        );
+        cluster
+    }
+
+    /// That has said nothing yet.
+    fn silent() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let kubelet = Kubelet::new(&directory.path().join("config.yaml"));
+        let dns = ("kube-system".to_owned(), "kube-dns".to_owned());
+        Self {
+            state: State::new("node-1", dns, kubelet),
+            health: Health::default(),
+            _directory: directory,
+        }
+    }
+
+    fn namespace(&mut self, name: &str) {
+        put(&mut self.state.namespaces, "", name, BTreeMap::new());
+    }
+
+    fn pod(&mut self, namespace: &str, name: &str, more: Value) {
+        let mut pod = json!({
+            "metadata": { "namespace": namespace, "name": name, "uid": format!("uid-{name}") },
+            "spec": { "containers": [] },
+            "status": {},
+        });
+        for (part, fields) in more.as_object().unwrap() {
+            for (key, value) in fields.as_object().unwrap() {
+                pod[part][key] = value.clone();
+            }
+        }
+        let read: ApiPod = serde_json::from_value(pod).unwrap();
+        self.state.pods.apply(Event::Apply(read), ClusterPod::read);
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        self.state.snapshot(&self.health)
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn pod<'a>(snapshot: &'a Snapshot, namespace: &str, name: &str) -> &'a Pod {
+    &snapshot.pods[&(namespace.to_owned(), name.to_owned())]
+}
+
+fn messages(snapshot: &Snapshot) -> Vec<String> {
+    snapshot.problems.iter().map(Problem::to_string).collect()
+}
+
+#[test]
+fn nothing_is_said_of_pods_before_everything_is_known() {
+    let mut cluster = Cluster::silent();
+    cluster.pod("shop", "cart", json!({}));
+    complete(&mut cluster.state.pods);
+    cluster.pod("shop", "cart", json!({}));
+    assert!(cluster.snapshot().unreadable && cluster.snapshot().pods.is_empty());
+    complete(&mut cluster.state.namespaces);
+    assert!(cluster.snapshot().unreadable, "resolvers are on their way");
+    for watched in Watched::ALL {
+        cluster
+            .health
+            .failed(watched, super::super::health::Failure::NotServed);
+    }
+    let snapshot = cluster.snapshot();
+    assert!(!snapshot.unreadable && snapshot.pods.len() == 1);
+    assert!(!snapshot.problems.is_empty());
+}
+
+#[test]
+fn a_pod_whose_namespace_is_not_known_says_so() {
+    let mut cluster = Cluster::new();
+    cluster.pod("shop", "cart", json!({}));
+    assert!(!pod(&cluster.snapshot(), "shop", "cart").namespace_known);
+    let annotations = BTreeMap::from([("egress-agent.dev/mode".to_owned(), "enforce".to_owned())]);
+    put(
+        &mut cluster.state.namespaces,
+        "",
+        "shop",
+        annotations.clone(),
+    );
+    let snapshot = cluster.snapshot();
+    let cart = pod(&snapshot, "shop", "cart");
+    assert!(cart.namespace_known);
+    assert_eq!(cart.namespace_annotations, annotations);
+}
+
+#[test]
+fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
+    let mut cluster = Cluster::new();
+    cluster.namespace("kube-system");
+    cluster.namespace("shop");
+    put(
+        &mut cluster.state.dns_endpoints,
+        "kube-system",
+        "kube-dns-x",
+        vec![ip("10.1.0.2"), ip("10.96.0.10")],
+    );
+    let cache = |host: bool| {
+        json!({
+            "metadata": { "labels": { "k8s-app": "node-local-dns" } },
+            "spec": { "hostNetwork": host, "containers": [{ "name": "a", "args": ["-localip", "169.254.20.10"] }] },
+        })
+    };
+    // Anyone's pod may look like the cache.
+    cluster.pod("shop", "cache", cache(true));
+    cluster.pod("kube-system", "in-its-own-network", cache(false));
+    let found = cluster.snapshot().facts.resolvers;
+    assert_eq!(
+        found,
+        BTreeMap::from([
+            (ip("10.96.0.10"), "service kube-system/kube-dns".to_owned()),
+            (
+                ip("10.1.0.2"),
+                "endpoints of service kube-system/kube-dns".to_owned()
+            ),
+        ])
+    );
+    cluster.pod("kube-system", "cache", cache(true));
+    let found = cluster.snapshot().facts.resolvers;
+    assert_eq!(
+        found[&ip("169.254.20.10")],
+        "pod kube-system/cache, the node's DNS cache"
+    );
+}
+
+#[test]
+fn a_dns_service_that_is_not_there_is_a_problem() {
+    let mut cluster = Cluster::new();
+    complete(&mut cluster.state.dns_service);
+    let said = messages(&cluster.snapshot());
+    assert_eq!(said.len(), 1);
+    assert!(said[0].starts_with("service kube-system/kube-dns: is not there"));
+}
+
+#[test]
+fn the_api_server_the_node_and_its_pods_are_internal() {
+    let mut cluster = Cluster::new();
+    put(
+        &mut cluster.state.api_service,
+        "default",
+        "kubernetes",
+        vec![ip("10.96.0.1")],
+    );
+    put(
+        &mut cluster.state.api_endpoints,
+        "default",
+        "kubernetes",
+        vec![ip("192.168.0.2")],
+    );
+    let ranges = vec![Prefix::parse("10.96.0.0/12").unwrap()];
+    put(&mut cluster.state.service_ranges, "", "kubernetes", ranges);
+    let facts = cluster.snapshot().facts;
+    let internal: Vec<_> = facts.internal.keys().map(ToString::to_string).collect();
+    for expected in [
+        "10.1.0.0/24",
+        "192.168.0.5",
+        "10.96.0.1",
+        "192.168.0.2",
+        "10.96.0.10",
+        "10.96.0.0/12",
+    ] {
+        let is_there = internal
+            .iter()
+            .any(|one| one.trim_end_matches("/32") == expected);
+        assert!(is_there, "{expected} in {internal:?}");
+    }
+    assert_eq!(facts.resolvers.len(), 1, "the API server is no resolver");
+}
+
+#[test]
+fn a_mirror_gets_the_cgroups_of_its_static_pod() {
+    const UID: &str = "0123456789abcdef0123456789abcdef";
+    let mirror = json!({ "metadata": {
+        "annotations": { "kubernetes.io/config.mirror": UID },
+        "ownerReferences": [{ "apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": NODE_UID }],
+    } });
+    let mut cluster = Cluster::new();
+    cluster.namespace("kube-system");
+    cluster.pod("kube-system", "web-node-1", mirror.clone());
+    let snapshot = cluster.snapshot();
+    assert_eq!(
+        pod(&snapshot, "kube-system", "web-node-1")
+            .cgroup_uid
+            .as_deref(),
+        Some(UID)
+    );
+    // Two that say so: neither can be believed.
+    cluster.pod("kube-system", "other", mirror);
+    let snapshot = cluster.snapshot();
+    assert!(snapshot.pods.values().all(|pod| pod.cgroup_uid.is_none()));
+    assert_eq!(messages(&snapshot).len(), 2);
+}
+
+#[test]
+fn a_pod_cannot_claim_the_address_of_another() {
+    let claims = [
+        "192.0.2.7",
+        "10.1.0.9",
+        "192.168.0.5",
+        "10.96.0.10",
+        "10.1.0.77",
+    ];
+    let status = json!([{ "name": "net1", "ips": claims }]).to_string();
+    let mut cluster = Cluster::new();
+    cluster.namespace("shop");
+    cluster.pod(
+        "shop",
+        "other",
+        json!({ "status": { "podIPs": [{ "ip": "10.1.0.9" }] } }),
+    );
+    cluster.pod(
+        "shop",
+        "cart",
+        json!({
+            "metadata": { "annotations": { "k8s.v1.cni.cncf.io/network-status": status } },
+            "status": { "podIPs": [{ "ip": "10.1.0.7" }] },
+        }),
+    );
+    let snapshot = cluster.snapshot();
+    assert_eq!(
+        pod(&snapshot, "shop", "cart").addresses,
+        [ip("10.1.0.7"), ip("192.0.2.7")]
+    );
+    assert_eq!(messages(&snapshot).len(), 4);
+}
