@@ -18,7 +18,7 @@ use hyper_util::{
 };
 use tokio::net::TcpListener;
 
-use super::{Sources, connections::Connections, health, listen, metrics};
+use super::{Sources, Tried, connections::Connections, health, listen, metrics};
 
 /// Most connections at once, and most from one address.
 const CONNECTIONS: usize = 64;
@@ -34,10 +34,11 @@ const HEAD_BYTES: usize = 16 * 1024;
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Serves until the runtime ends.
-pub(super) async fn serve(address: SocketAddr, sources: Arc<Sources>) {
+pub(super) async fn serve(address: SocketAddr, sources: Arc<Sources>, tried: Tried) {
     let listener = listen(
         &address.to_string(),
         "/healthz, /readyz and /metrics",
+        tried,
         async || {
             TcpListener::bind(address)
                 .await

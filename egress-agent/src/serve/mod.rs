@@ -18,7 +18,13 @@ mod reach;
 mod socket;
 mod status;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use tokio::sync::oneshot;
@@ -35,6 +41,11 @@ use crate::{
 
 /// How long to wait before listening is tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(5);
+/// How long to wait for the first attempt, which takes no time unless the machine has none.
+const FIRST_ATTEMPT: Duration = Duration::from_secs(5);
+
+/// Dropped when listening has been tried once.
+type Tried = mpsc::Sender<()>;
 
 /// Where answers come from.
 pub struct Sources {
@@ -75,10 +86,16 @@ impl Serving {
             .build()
             .context("cannot start the runtime that answers questions about the agent")?;
         let (http, socket) = (config.http, config.socket.clone());
+        let (tried, all_tried) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("serve".into())
-            .spawn(move || runtime.block_on(run(http, socket, Arc::new(sources), stopped)))
+            .spawn(move || {
+                let sources = Arc::new(sources);
+                runtime.block_on(run(http, socket, sources, tried, stopped));
+            })
             .context("cannot start the thread that answers questions about the agent")?;
+        // Whoever is told that the agent is ready may ask it. Each sender goes with its first attempt.
+        let _ = all_tried.recv_timeout(FIRST_ATTEMPT);
         Ok(Self { stop, thread })
     }
 
@@ -95,27 +112,40 @@ async fn run(
     http: Option<SocketAddr>,
     socket: PathBuf,
     sources: Arc<Sources>,
+    tried: Tried,
     stopped: oneshot::Receiver<()>,
 ) {
+    let http_tried = tried.clone();
     let answer_http = async {
         match http {
-            Some(address) => http::serve(address, Arc::clone(&sources)).await,
-            None => std::future::pending().await,
+            Some(address) => http::serve(address, Arc::clone(&sources), http_tried).await,
+            None => {
+                drop(http_tried);
+                std::future::pending().await
+            }
         }
     };
     tokio::select! {
         // When the sender is gone the agent is ending too.
         _ = stopped => {}
         () = answer_http => {}
-        () = socket::serve(&socket, Arc::clone(&sources)) => {}
+        () = socket::serve(&socket, Arc::clone(&sources), tried) => {}
     }
 }
 
 /// Listens, and tries again for as long as that fails. Says when it begins and when it ends to fail.
-async fn listen<T>(at: &str, what: &str, mut bind: impl AsyncFnMut() -> Result<T>) -> T {
+async fn listen<T>(
+    at: &str,
+    what: &str,
+    tried: Tried,
+    mut bind: impl AsyncFnMut() -> Result<T>,
+) -> T {
     let mut said = None;
+    let mut tried = Some(tried);
     loop {
-        match bind().await {
+        let bound = bind().await;
+        drop(tried.take());
+        match bound {
             Ok(listening) => {
                 tracing::info!(%at, "serving {what}");
                 return listening;

@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use super::{
-    Sources,
+    Sources, Tried,
     connections::Connections,
     explain::explain,
     protocol::{REQUEST_MAX, Request, Response},
@@ -48,9 +48,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Serves until the runtime ends, or this is dropped; the socket is removed then.
-pub(super) async fn serve(path: &Path, sources: Arc<Sources>) {
+pub(super) async fn serve(path: &Path, sources: Arc<Sources>, tried: Tried) {
     let at = path.display().to_string();
-    let bound = super::listen(&at, "status and explain", async || Bound::open(path)).await;
+    let bound = super::listen(&at, "status and explain", tried, async || Bound::open(path)).await;
     let mut clients = Connections::new(CLIENTS, CLIENTS, PATIENCE);
     loop {
         let Ok((stream, _)) = bound.listener.accept().await else {
