@@ -121,7 +121,7 @@ async fn run(
             Some(address) => http::serve(address, Arc::clone(&sources), http_tried).await,
             None => {
                 drop(http_tried);
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     };
