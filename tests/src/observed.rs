@@ -102,7 +102,7 @@ pub fn title(pod: &Pod) -> String {
     format!("{}/{}", pod.namespace(), pod.name())
 }
 
-/// A page in the OpenMetrics text format.
+/// A page in the `OpenMetrics` text format.
 #[derive(Debug, Default)]
 pub struct Metrics {
     /// Values by the series as it is written, labels and all.

@@ -1,4 +1,9 @@
 //! What the agent tells about itself.
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::float_cmp,
+    reason = "metrics are floating-point numbers, and counts among them are exact"
+)]
 
 use std::{
     fs,
@@ -28,6 +33,10 @@ fn metrics_when(lab: &Lab, what: &str, is: impl Fn(&Metrics) -> bool) -> Metrics
     eventually(what, || Some(lab.metrics()).filter(|metrics| is(metrics)))
 }
 
+/// What the audited pod of [`metrics_count_what_has_happened`] would not have reached.
+const WOULD_DENY: &str = "egress_agent_denials_total\
+    {event=\"would_deny\",namespace=\"other\",reason=\"address_not_learned\"}";
+
 #[test]
 fn metrics_count_what_has_happened() {
     let lab = served();
@@ -45,8 +54,6 @@ fn metrics_count_what_has_happened() {
     assert!(audited.connect_tcp((server(9), 443), SHORT).is_ok());
     agent.wait_denial("the audited connection", |denial| denial.of(&audited));
 
-    const WOULD_DENY: &str = "egress_agent_denials_total\
-        {event=\"would_deny\",namespace=\"other\",reason=\"address_not_learned\"}";
     let dns = |direction: &str, outcome: &str| {
         format!(
             "egress_agent_dns_messages_total\
@@ -384,7 +391,7 @@ fn slow_and_hostile_clients_hinder_nobody() {
 
     // What is too long, and what is no request.
     for bytes in [
-        [b"GET / HTTP/1.1\r\nA: ".as_slice(), &[b'a'; 100_000]].concat(),
+        [b"GET / HTTP/1.1\r\nA: ".as_slice(), &vec![b'a'; 100_000]].concat(),
         vec![0; 100_000],
         b"POST /metrics HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nx".to_vec(),
     ] {
