@@ -68,7 +68,7 @@ reasons! {
     NoPolicy = 16, "no_policy";
     /// The pod's annotations cannot be read, and no earlier policy is known.
     PolicyUnreadable = 17, "policy_unreadable";
-    /// A fragmented DNS message, which is not supported yet.
+    /// A DNS question in fragments, or fragments from a resolver's address that cannot be put together.
     DnsFragmented = 18, "dns_fragmented";
     /// It is not known yet whose interface this is.
     PodUnknown = 19, "pod_unknown";

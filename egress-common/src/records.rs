@@ -246,7 +246,8 @@ pub struct Held {
 
 /// A DNS question, or a TCP segment, on its way from the pod to a resolver.
 pub const HELD_QUESTION: u8 = 1;
-/// A DNS answer, or a TCP segment, on its way from a resolver to the pod.
+/// A DNS answer, a TCP segment, or a fragment that may belong to an answer, on its way from a resolver
+/// to the pod.
 pub const HELD_ANSWER: u8 = 2;
 /// The beginning of a denied packet that is to be answered with a rejection.
 pub const HELD_REJECT: u8 = 3;
@@ -328,7 +329,7 @@ pub struct Counters {
     pub audited_packets: u64,
     /// DNS questions given to the agent; over TCP, segments.
     pub held_questions: u64,
-    /// DNS answers given to the agent; over TCP, segments.
+    /// DNS answers given to the agent; over TCP, segments; and fragments that may belong to one.
     pub held_answers: u64,
     /// DNS messages dropped because the `held` ring was full.
     pub held_lost: u64,

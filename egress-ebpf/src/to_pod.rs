@@ -1,11 +1,11 @@
-//! What is on its way to a pod. Nothing but DNS answers is stopped here; flows that others open
-//! are noted, so that the pod's replies pass.
+//! What is on its way to a pod. Nothing but DNS answers, and fragments that may belong to one, is
+//! stopped here; flows that others open are noted, so that the pod's replies pass.
 
 use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
 use egress_common::{
     address,
     packet::{Fragment, Packet, Walked, walk},
-    protocol::bits,
+    protocol::{self, bits},
     reason::Reason,
     records::{FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, NO_CLASS, RANGE_RESOLVER, TO_POD},
 };
@@ -42,7 +42,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     };
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
-        Walked::Ip => judge_packet(ctx, interface, &packet),
+        Walked::Ip => {
+            skb.forget_path(&mut packet);
+            judge_packet(ctx, interface, &packet)
+        }
         Walked::Arp | Walked::NotIp => PASS,
         // It might be an answer in a disguise that the pod sees through.
         Walked::Malformed => deny(ctx, &denied(interface, None, Reason::Malformed)),
@@ -52,33 +55,55 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if packet.bit & (bits::UDP | bits::TCP) != 0
-        && packet.src_port == DNS_PORT
-        && range_of(&packet.src) & RANGE_RESOLVER != 0
-    {
-        if !matches!(packet.fragment, Fragment::None) {
-            return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
-        }
-        if interface.mode == MODE_AUDIT {
-            held::take(&skb, interface, HELD_ANSWER, false);
-            return PASS;
-        }
-        if !held::take(&skb, interface, HELD_ANSWER, true) {
-            return deny(ctx, &denied(interface, Some(packet), Reason::DnsNotHeld));
-        }
-        return DROP;
+    let is_dns = packet.bit & (bits::UDP | bits::TCP) != 0 && packet.src_port == DNS_PORT;
+    let is_held =
+        (is_dns || may_belong_to_answer(packet)) && range_of(&packet.src) & RANGE_RESOLVER != 0;
+    let is_answer = is_held && is_dns;
+    // TCP finds out how long its segments may be, and its fragments are not put together.
+    if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
     }
-    if matches!(packet.fragment, Fragment::Later) {
+    let has_ports = !matches!(packet.fragment, Fragment::Later);
+    if has_ports && !is_answer {
+        note_flow(&skb, interface, packet);
+    }
+    if !is_held {
         return PASS;
     }
+    if interface.mode == MODE_AUDIT {
+        held::take(&skb, interface, HELD_ANSWER, false);
+        return PASS;
+    }
+    if !held::take(&skb, interface, HELD_ANSWER, true) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::DnsNotHeld));
+    }
+    DROP
+}
+
+#[inline(always)]
+const fn is_fragment(packet: &Packet) -> bool {
+    !matches!(packet.fragment, Fragment::None)
+}
+
+/// Whether the pod may put this together with others to an answer over UDP. IPv4 puts together what
+/// has the same protocol (RFC 791, section 3.2), IPv6 whatever protocol later fragments name (RFC
+/// 8200, section 4.5).
+#[inline(always)]
+const fn may_belong_to_answer(packet: &Packet) -> bool {
+    is_fragment(packet) && (packet.version == 6 || packet.protocol == protocol::UDP)
+}
+
+/// Notes the flow that a packet belongs to, or opens, so that the pod may answer it.
+#[inline(always)]
+fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let Some(flows) = flows::of_pod(interface) else {
-        return PASS;
+        return;
     };
     let now_ns = now_ns();
     let mut key = packet.flow_to_pod();
     if packet.is_neighbour_message() && address::is_v6_multicast(&packet.dst) {
         // A solicitation goes to a group of addresses; the answer comes from its target.
-        if let Some(target) = packet.neighbour_target(&skb) {
+        if let Some(target) = packet.neighbour_target(skb) {
             key.pod_addr = target;
         }
     }
@@ -90,7 +115,6 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
         }
         None => {}
     }
-    PASS
 }
 
 #[inline(always)]

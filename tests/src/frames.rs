@@ -3,14 +3,21 @@
 use std::{
     io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::Range,
     time::{Duration, Instant},
 };
 
-use etherparse::{IpNumber, PacketBuilder, PacketBuilderStep, SlicedPacket, ip_number};
+use etherparse::{
+    IpFragOffset, IpNumber, Ipv4Header, Ipv6FragmentHeader, Ipv6Header, PacketBuilder,
+    PacketBuilderStep, SlicedPacket, ip_number,
+};
 use nix::{libc, net::if_::if_nametoindex};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::{Namespace, Pod};
+use crate::{
+    Namespace, Pod,
+    raw::{ETHERNET, ether},
+};
 
 /// A packet socket on one interface: sends frames, and receives what passes in either direction
 /// from the moment it is opened.
@@ -21,8 +28,13 @@ pub struct Tap {
 
 /// `PACKET_VNET_HDR`, `include/uapi/linux/if_packet.h`.
 const PACKET_VNET_HDR: libc::c_int = 15;
+/// `PACKET_IGNORE_OUTGOING`, of the same file.
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`, `include/uapi/linux/virtio_net.h`.
 const VIRTIO_NEEDS_CSUM: u8 = 1;
+
+/// The longest packet, with all that may stand before it.
+const LONGEST: usize = 65_535 + 64;
 
 impl Tap {
     /// Opens a packet socket on `interface` of `namespace`.
@@ -48,13 +60,24 @@ impl Tap {
     /// be written (`PACKET_VNET_HDR`, packet(7)); see [`Self::send_with_checksum_at`].
     #[track_caller]
     pub fn expect_offsets(&self) {
+        self.switch_on(PACKET_VNET_HDR);
+    }
+
+    /// From now on, frames that leave through the interface are not received.
+    #[track_caller]
+    pub(crate) fn ignore_outgoing(&self) {
+        self.switch_on(PACKET_IGNORE_OUTGOING);
+    }
+
+    #[track_caller]
+    fn switch_on(&self, option: libc::c_int) {
         let on: libc::c_int = 1;
         // SAFETY: the option takes an int, and that is what pointer and length say.
         let failed = unsafe {
             libc::setsockopt(
                 std::os::fd::AsRawFd::as_raw_fd(&self.socket),
                 libc::SOL_PACKET,
-                PACKET_VNET_HDR,
+                option,
                 (&raw const on).cast(),
                 size_of_val(&on).try_into().unwrap_or_default(),
             )
@@ -94,7 +117,7 @@ impl Tap {
     /// The next frame that `is` holds for; `None` when none passes in time.
     pub fn receive(&self, timeout: Duration, is: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let deadline = Instant::now() + timeout;
-        let mut buffer = vec![0; 65_535];
+        let mut buffer = vec![0; LONGEST];
         loop {
             let left = deadline
                 .checked_duration_since(Instant::now())
@@ -214,6 +237,62 @@ fn build(builder: PacketBuilderStep<etherparse::UdpHeader>, payload: &[u8]) -> V
         .write(&mut frame, payload)
         .expect("a frame can be built");
     frame
+}
+
+/// A fragment of a frame with a whole IP packet: these bytes of what follows its IP header. The last
+/// one ends where the packet does.
+#[track_caller]
+pub fn fragment(frame: &[u8], id: u16, bytes: Range<usize>) -> Vec<u8> {
+    let (ethernet, packet) = frame.split_at(ETHERNET);
+    let offset = u16::try_from(bytes.start / 8).expect("an offset of 13 bits");
+    let offset = IpFragOffset::try_new(offset).expect("an offset of 13 bits");
+    let mut fragment = ethernet.to_vec();
+    let written = if let Ok((mut header, payload)) = Ipv4Header::from_slice(packet) {
+        let content = &payload[bytes.clone()];
+        header.identification = id;
+        header.dont_fragment = false;
+        header.more_fragments = bytes.end < payload.len();
+        header.fragment_offset = offset;
+        header
+            .set_payload_len(content.len())
+            .expect("a part is shorter than the whole");
+        header.header_checksum = header.calc_header_checksum();
+        header
+            .write_raw(&mut fragment)
+            .map(|()| fragment.extend(content))
+    } else {
+        let (mut header, payload) = Ipv6Header::from_slice(packet).expect("an IP packet");
+        let content = &payload[bytes.clone()];
+        let more = bytes.end < payload.len();
+        let next = header.next_header;
+        header.next_header = ip_number::IPV6_FRAGMENTATION_HEADER;
+        header
+            .set_payload_length(8 + content.len())
+            .expect("a part is shorter than the whole");
+        header
+            .write(&mut fragment)
+            .and_then(|()| {
+                Ipv6FragmentHeader::new(next, offset, more, id.into()).write(&mut fragment)
+            })
+            .map(|()| fragment.extend(content))
+    };
+    written.expect("writing to memory");
+    fragment
+}
+
+/// All fragments of a frame with a whole IP packet, of so many bytes each.
+#[track_caller]
+pub fn fragments(frame: &[u8], id: u16, bytes: usize) -> Vec<Vec<u8>> {
+    let header = if frame[12..14] == ether::IPV4.to_be_bytes() {
+        20
+    } else {
+        40
+    };
+    let end = frame.len() - ETHERNET - header;
+    (0..end)
+        .step_by(bytes)
+        .map(|start| fragment(frame, id, start..end.min(start + bytes)))
+        .collect()
 }
 
 /// An SCTP INIT chunk from the pod (RFC 9260, section 3.3.2), with a zero checksum.

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use crate::{
     Agent, DnsServer, Pod, Running, TcpEcho, UdpEcho,
     addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER, server},
+    line::Line,
     namespace::{Namespace, PREFIX, sweep},
 };
 
@@ -31,6 +32,7 @@ const OUTSIDE: &str = "02:00:00:ff:00:02";
 pub struct Builder {
     mtu: u32,
     dns: bool,
+    lossy: bool,
     config: Value,
 }
 
@@ -39,6 +41,7 @@ impl Default for Builder {
         Self {
             mtu: 1500,
             dns: true,
+            lossy: false,
             config: json!({
                 "node": "n1",
                 "dns": { "resolvers": [RESOLVER, RESOLVER6] },
@@ -59,6 +62,13 @@ impl Builder {
     #[must_use]
     pub fn without_dns(mut self) -> Self {
         self.dns = false;
+        self
+    }
+
+    /// Makes the link between the node and the outside lose, repeat and reorder what is DNS.
+    #[must_use]
+    pub fn lossy(mut self) -> Self {
+        self.lossy = true;
         self
     }
 
@@ -84,6 +94,36 @@ fn set(config: &mut Value, key: &str, value: Value) {
     *at = value;
 }
 
+/// Links `uplink` of the node with `eth0` of the outside.
+#[track_caller]
+fn link(
+    name: &str,
+    node: &Namespace,
+    outside: &Namespace,
+    mtu: u32,
+    is_lossy: bool,
+) -> Option<Line> {
+    let uplink = format!("link add uplink mtu {mtu} address {UPLINK} type veth peer");
+    if !is_lossy {
+        let outside = outside.name();
+        node.ip_batch(&format!(
+            "{uplink} name eth0 mtu {mtu} address {OUTSIDE} netns {outside}\n"
+        ));
+        return None;
+    }
+    let line = Namespace::create(&format!("{name}-line"), false);
+    node.ip_batch(&format!(
+        "{uplink} name near mtu {mtu} netns {}\n",
+        line.name()
+    ));
+    outside.ip_batch(&format!(
+        "link add eth0 mtu {mtu} address {OUTSIDE} type veth peer name far mtu {mtu} netns {}\n",
+        line.name()
+    ));
+    line.ip_batch("link set near up\nlink set far up\n");
+    Some(Line::start(line))
+}
+
 /// A node, its pods and the internet around it. All of it is gone when this is dropped.
 #[derive(Debug)]
 pub struct Lab {
@@ -92,6 +132,8 @@ pub struct Lab {
     mtu: u32,
     pods: AtomicU8,
     dns: Option<DnsServer>,
+    /// Before the namespaces: it ends first.
+    _line: Option<Line>,
     node: Namespace,
     outside: Namespace,
 }
@@ -120,7 +162,12 @@ impl Lab {
             "the laboratory makes network namespaces and must run as root: sudo, or `cargo xtask test`"
         );
         sweep();
-        let Builder { mtu, dns, config } = builder;
+        let Builder {
+            mtu,
+            dns,
+            lossy,
+            config,
+        } = builder;
         let name = format!(
             "{PREFIX}{}-{}",
             std::process::id(),
@@ -129,14 +176,12 @@ impl Lab {
         let directory = std::env::temp_dir().join(&name);
         let node = Namespace::create(&format!("{name}-node"), true);
         let outside = Namespace::create(&format!("{name}-outside"), false);
+        let line = link(&name, &node, &outside, mtu, lossy);
         node.ip_batch(&format!(
-            "link add uplink mtu {mtu} address {UPLINK} \
-             type veth peer name eth0 mtu {mtu} address {OUTSIDE} netns {outside}\n\
-             addr add 10.98.0.1/30 dev uplink\n\
+            "addr add 10.98.0.1/30 dev uplink\n\
              addr add fd98::1/64 dev uplink nodad\n\
              link set uplink up\n\
-             neigh add fd98::2 lladdr {OUTSIDE} dev uplink\n",
-            outside = outside.name()
+             neigh add fd98::2 lladdr {OUTSIDE} dev uplink\n"
         ));
         let mut lines = format!(
             "addr add 10.98.0.2/30 dev eth0\n\
@@ -158,6 +203,7 @@ impl Lab {
             mtu,
             pods: AtomicU8::new(0),
             dns: None,
+            _line: line,
             node,
             outside,
         };
@@ -355,6 +401,15 @@ impl Lab {
             .arg("--pods-dir")
             .arg(self.pods_dir())
             .args(arguments);
+        Agent::start(&self.node, command)
+    }
+
+    /// Starts the agent as part of a cluster, with further arguments after `run`, and waits for
+    /// nothing.
+    #[track_caller]
+    pub fn spawn_cluster_agent(&self, kubeconfig: &Path, arguments: &[&str]) -> Agent {
+        let mut command = self.agent_command("run");
+        command.arg("--kubeconfig").arg(kubeconfig).args(arguments);
         Agent::start(&self.node, command)
     }
 

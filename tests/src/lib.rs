@@ -22,12 +22,15 @@
 
 pub mod addresses;
 mod agent;
+pub mod apiserver;
 mod assertions;
 pub mod bpf;
+pub mod cluster;
 mod container;
 pub mod dns;
 pub mod frames;
 mod lab;
+mod line;
 mod manifests;
 mod namespace;
 pub mod node;
@@ -35,12 +38,15 @@ pub mod observed;
 mod pod;
 mod process;
 pub mod programs;
+pub mod proxy;
 pub mod raw;
 pub mod resolvers;
 mod servers;
 mod wait;
 
 pub use agent::{Agent, Denial, KernelObjects};
+pub use apiserver::{ApiServer, Identity};
+pub use cluster::{Cluster, ClusterPod};
 pub use dns::DnsServer;
 pub use lab::{Builder, Lab};
 pub use manifests::Annotations;
@@ -48,5 +54,6 @@ pub use namespace::{Namespace, leftovers};
 pub use node::{Node, NodePod};
 pub use pod::{Pod, echo_on, exchange};
 pub use process::Running;
+pub use proxy::TcpProxy;
 pub use servers::{TcpEcho, UdpEcho};
 pub use wait::{DEADLINE, SHORT, eventually, holds};

@@ -88,6 +88,22 @@ impl Namespace {
         })
     }
 
+    /// A counter of `/proc/net/netstat`: a line of names, then a line of values, by the same prefix.
+    #[track_caller]
+    pub fn counter(&self, prefix: &str, name: &str) -> u64 {
+        let netstat = self
+            .run(|| fs::read_to_string("/proc/thread-self/net/netstat"))
+            .expect("the namespace's counters");
+        let mut lines = netstat.lines().filter(|line| line.starts_with(prefix));
+        let names = lines.next().unwrap_or_default().split_whitespace();
+        let values = lines.next().unwrap_or_default().split_whitespace();
+        names
+            .zip(values)
+            .find(|(found, _)| *found == name)
+            .and_then(|(_, value)| value.parse().ok())
+            .unwrap_or_else(|| panic!("the kernel has no counter {prefix}{name}"))
+    }
+
     /// Runs lines of `ip -batch` in this namespace.
     #[track_caller]
     pub fn ip_batch(&self, lines: &str) {

@@ -1,7 +1,6 @@
 //! A pod, and what a program in it can try.
 
 use std::{
-    fs,
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
@@ -175,14 +174,7 @@ impl Pod {
     /// SYN packets that the pod's kernel had to send again, ever.
     #[track_caller]
     pub fn syn_retransmissions(&self) -> u64 {
-        let netstat = self
-            .netns
-            .run(|| fs::read_to_string("/proc/thread-self/net/netstat"));
-        counter(
-            &netstat.expect("the namespace's counters"),
-            "TcpExt:",
-            "TCPSynRetrans",
-        )
+        self.netns.counter("TcpExt:", "TCPSynRetrans")
     }
 
     /// Listens on a TCP port of the pod's.
@@ -231,16 +223,4 @@ pub fn echo_on(socket: &UdpSocket, payload: &[u8], timeout: Duration) -> bool {
     }
     let mut buffer = vec![0; 65_535];
     matches!(socket.recv(&mut buffer), Ok(length) if buffer[..length] == *payload)
-}
-
-/// A counter of `/proc/net/netstat`: a line of names, then a line of values, by the same prefix.
-fn counter(netstat: &str, prefix: &str, name: &str) -> u64 {
-    let mut lines = netstat.lines().filter(|line| line.starts_with(prefix));
-    let names = lines.next().unwrap_or_default().split_whitespace();
-    let values = lines.next().unwrap_or_default().split_whitespace();
-    names
-        .zip(values)
-        .find(|(found, _)| *found == name)
-        .and_then(|(_, value)| value.parse().ok())
-        .unwrap_or_else(|| panic!("the kernel has no counter {prefix}{name}"))
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     process::{Command, Stdio},
 };
 
@@ -68,5 +69,64 @@ pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
     fs::write(&file, configuration).expect("write a configuration");
     let mut command = Command::new("/usr/sbin/unbound");
     command.arg("-d").arg("-c").arg(file);
+    command
+}
+
+/// BIND on these addresses, with the zone `test` from this file in the laboratory's directory.
+#[must_use]
+pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {
+    // It listens on addresses of interfaces only.
+    for address in addresses {
+        let outside = lab.outside();
+        outside.ip_batch(&format!("address add {address} dev lo\n"));
+    }
+    let listen = |is: fn(&IpAddr) -> bool| -> String {
+        let chosen = addresses.iter().filter(|address| is(address));
+        chosen.fold(String::new(), |list, address| format!("{list}{address}; "))
+    };
+    let configuration = format!(
+        "options {{\n\
+         \x20 directory \"{directory}\";\n\
+         \x20 listen-on {{ {v4}}};\n\
+         \x20 listen-on-v6 {{ {v6}}};\n\
+         \x20 allow-query {{ any; }};\n\
+         \x20 recursion no;\n\
+         \x20 dnssec-validation no;\n\
+         \x20 pid-file none;\n\
+         \x20 session-keyfile none;\n\
+         \x20 lock-file none;\n\
+         }};\n\
+         controls {{ }};\n\
+         zone \"test\" {{ type primary; file \"{zone_file}\"; }};\n",
+        directory = lab.directory().display(),
+        v4 = listen(IpAddr::is_ipv4),
+        v6 = listen(IpAddr::is_ipv6),
+    );
+    let file = lab.directory().join("named.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/named");
+    command.args(["-g", "-n", "1", "-c"]).arg(file);
+    command
+}
+
+/// Knot Resolver on the resolver's addresses, which asks another server for names of `test`.
+#[must_use]
+pub fn kresd(lab: &Lab, upstream: IpAddr) -> Command {
+    let directory = lab.directory();
+    let configuration = format!(
+        "net.listen('{RESOLVER}', 53, {{ kind = 'dns' }})\n\
+         net.listen('{RESOLVER6}', 53, {{ kind = 'dns' }})\n\
+         cache.open(10 * MB, 'lmdb://{directory}/cache')\n\
+         trust_anchors.remove('.')\n\
+         policy.add(policy.suffix(policy.STUB('{upstream}'), {{ todname('test.') }}))\n",
+        directory = directory.display()
+    );
+    let file = directory.join("kresd.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/kresd");
+    command
+        .args(["--noninteractive", "--config"])
+        .arg(file)
+        .arg(directory);
     command
 }

@@ -8,6 +8,7 @@ use egress_tests::{
 
 const DNAME: u16 = 39;
 const SOA: u16 = 6;
+const SRV: u16 = 33;
 
 /// `example.net` in wire form.
 const EXAMPLE_NET: &[u8] = b"\x07example\x03net\0";
@@ -37,6 +38,34 @@ fn aliases_of_https_records_lead_to_the_hints_behind_them() {
         pod.talks_tcp((address, 443));
     }
     agent.denies_tcp(&pod, (server(66), 443), "address_not_learned");
+}
+
+#[test]
+fn addresses_beside_the_answer_teach_nothing() {
+    let lab = Lab::new();
+    lab.dns().on("_web._tcp.shop.test", |asked| {
+        let service = [&[0, 1, 0, 1, 1, 187][..], EXAMPLE_NET].concat();
+        let records = [
+            raw_record(SRV, &service),
+            address(server(66)),
+            address(server(67)),
+            address(server(68)).of("example.net"),
+        ];
+        // One stays in the answer; the others are one of the authority and two additional ones.
+        vec![Send::answer(asked, &records).edited(|bytes| {
+            assert_eq!(bytes[6..12], [0, 4, 0, 0, 0, 0]);
+            bytes[6..12].copy_from_slice(&[0, 1, 0, 1, 0, 2]);
+        })]
+    });
+    let pod = lab.pod("shop", "cart");
+    let entries = "_web._tcp.shop.test:443 example.net:443";
+    lab.write_pod(&pod, &[("allow", entries)]);
+    let agent = lab.start_agent(&[&pod]);
+    let answer = pod.resolve("_web._tcp.shop.test", RecordType::SRV);
+    assert_eq!(answer.message.answers.len(), 1);
+    assert_eq!(answer.message.additionals.len(), 2, "it arrives whole");
+    assert!(lab.allowed(&pod).is_empty());
+    agent.denies_tcp(&pod, (server(68), 443), "address_not_learned");
 }
 
 #[test]

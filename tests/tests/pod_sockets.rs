@@ -75,7 +75,7 @@ impl Scene {
         expected.sort();
         let mut last = Vec::new();
         let what = format!("the pod's conversations are {expected:#?}");
-        let _ = eventually(&what, || {
+        eventually(&what, || {
             let OpenSockets {
                 mut sockets,
                 cut_short,

@@ -136,10 +136,10 @@ fn a_forged_question_is_not_taken() {
 }
 
 #[test]
-fn dns_in_pieces_is_denied_both_ways() {
+fn a_question_in_pieces_is_denied() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
-        let (to, by) = (programs.to(resolver), programs.by(resolver));
+        let to = programs.to(resolver);
         let datagram = raw::udp(7, DNS, &raw::question());
         let first = to.clone().fragment(9, 0, true);
         programs.stays(
@@ -151,16 +151,99 @@ fn dns_in_pieces_is_denied_both_ways() {
             &later.frame(protocol::UDP, &datagram[16..]),
             Reason::FragmentWithoutFirst,
         );
-        let datagram = raw::udp(DNS, 7, &raw::question());
-        let first = by
-            .fragment(9, 0, true)
-            .frame(protocol::UDP, &datagram[..16]);
-        programs.receives(&first).denied(Reason::DnsFragmented);
-        // A first piece too small for its header would be put together behind our back.
-        let tiny = programs.by(resolver).fragment(9, 0, true);
-        let tiny = tiny.frame(protocol::UDP, &datagram[..7]);
-        programs.receives(&tiny).denied(Reason::Malformed);
     }
+}
+
+#[test]
+fn pieces_from_a_resolver_are_taken_byte_for_byte() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        let by = programs.by(resolver);
+        for from in [DNS, PORT] {
+            let datagram = raw::udp(from, 7, &[0x5a; 56]);
+            let pieces = [(0, 16), (16, 40), (40, 64)].map(|(start, end)| {
+                let by = by.clone().fragment(9, start as u16, end < datagram.len());
+                by.frame(protocol::UDP, &datagram[start..end])
+            });
+            // In whatever order: which datagram it is of, only the agent finds out.
+            for piece in pieces.iter().rev() {
+                is_taken(&programs.receives(piece), HELD_ANSWER, piece);
+            }
+        }
+        // A first piece too small for its header would be put together behind our back.
+        let tiny = by.clone().fragment(9, 0, true);
+        let tiny = tiny.frame(protocol::UDP, &raw::udp(DNS, 7, b"")[..7]);
+        programs.receives(&tiny).denied(Reason::Malformed);
+        // A segment is as long as its way takes.
+        let first = by.fragment(9, 0, true).tcp(DNS, 7, flag::ACK);
+        programs.receives(&first).denied(Reason::DnsFragmented);
+    }
+    for stranger in [STRANGER, egress_tests::addresses::server6(9)] {
+        let by = programs.by(stranger);
+        for (start, more) in [(0, true), (16, false)] {
+            let by = by.clone().fragment(9, start, more);
+            programs.arrives(&by.udp(DNS, 7, &[0x5a; 16]));
+        }
+    }
+}
+
+#[test]
+fn pieces_that_a_pod_would_put_together_with_an_answer_are_taken() {
+    let mut programs = Programs::new();
+    // IPv6 asks the first piece alone for the protocol, and passes over the headers before it.
+    let later = programs.by(RESOLVER6).fragment(9, 80, false);
+    for protocol in [
+        protocol::TCP,
+        protocol::ICMPV6,
+        protocol::DESTINATION,
+        protocol::FRAGMENT,
+        253,
+    ] {
+        let piece = later.frame(protocol, &[0x5a; 24]);
+        is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+    }
+    let mut behind = programs.by(RESOLVER6);
+    for kind in [protocol::HOP_BY_HOP, protocol::DESTINATION] {
+        behind = behind.padding(kind);
+        let piece = behind.clone().fragment(9, 80, false);
+        let piece = piece.frame(protocol::UDP, &[0x5a; 24]);
+        is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+    }
+    // IPv4 keeps protocols apart.
+    let by = programs.by(RESOLVER);
+    for protocol in [protocol::TCP, protocol::ICMP, 253] {
+        let piece = by.clone().fragment(9, 80, false);
+        programs.arrives(&piece.frame(protocol, &[0x5a; 24]));
+    }
+    let with_options = by.options(&[1, 1, 1, 0]).fragment(9, 80, false);
+    let piece = with_options.frame(protocol::UDP, &[0x5a; 24]);
+    is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+    assert!(programs.flows().is_empty());
+}
+
+#[test]
+fn the_pod_may_answer_a_datagram_in_pieces_from_another_port_of_a_resolver() {
+    let mut programs = Programs::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        let (by, to) = (programs.by(resolver), programs.to(resolver));
+        let reply = to.udp(7, 9999, b"a reply");
+        programs.stays(&reply, Reason::NoRule);
+        let first = by.fragment(9, 0, true).udp(9999, 7, &[0x5a; 56]);
+        is_taken(&programs.receives(&first), HELD_ANSWER, &first);
+        programs.leaves(&reply);
+    }
+    assert_eq!(programs.flows().len(), 2);
+}
+
+#[test]
+fn a_piece_that_finds_the_ring_full_is_denied() {
+    let mut programs = Programs::new();
+    let piece = programs.by(RESOLVER).fragment(9, 1400, true);
+    let piece = piece.frame(protocol::UDP, &[0x5a; 2800]);
+    programs.flood(Hook::ToPod, [piece].into_iter(), 300);
+    let counters = programs.counters();
+    assert!(counters.held_answers < 300, "{counters:?}");
+    assert_eq!(counters.held_answers + counters.denied_packets, 300);
 }
 
 #[test]
@@ -217,6 +300,11 @@ fn in_audit_mode_dns_is_copied_and_passes() {
     copied(&programs.sends(&question), HELD_QUESTION, &question);
     let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
     copied(&programs.receives(&answer), HELD_ANSWER, &answer);
+    for (start, more) in [(0, true), (16, false)] {
+        let piece = programs.by(RESOLVER).fragment(9, start, more);
+        let piece = piece.udp(DNS, 7, &[0x5a; 16]);
+        copied(&programs.receives(&piece), HELD_ANSWER, &piece);
+    }
 }
 
 #[test]

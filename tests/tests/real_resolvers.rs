@@ -1,10 +1,14 @@
 //! The main job with resolvers that nobody here wrote.
 
-use std::{fs, net::IpAddr, process::Command};
+use std::{
+    fs,
+    net::IpAddr,
+    process::{Command, Stdio},
+};
 
 use egress_tests::{
     Lab, Pod, SHORT,
-    addresses::{RESOLVER, RESOLVER6, server, server6},
+    addresses::{RESOLVER, RESOLVER6, numbered, server, server6},
     dns::{RecordType, ResponseCode},
     eventually, resolvers,
 };
@@ -22,12 +26,25 @@ deep IN CNAME www
 evil IN A 203.0.113.66
 ";
 
+/// Addresses of `many.test`: more than a datagram takes, and no more than BIND does for one name.
+const MANY: u32 = 90;
+
+/// Writes the zone into the laboratory's directory; returns the file's name.
+fn zone(lab: &Lab) -> &'static str {
+    let many = (0..MANY).map(|n| format!("many IN A {}\n", numbered(n)));
+    let zone = ZONE.to_owned() + &many.collect::<String>();
+    fs::write(lab.directory().join("test.zone"), zone).expect("write a zone");
+    "test.zone"
+}
+
 fn unbound(lab: &Lab) -> Command {
-    fs::write(lab.directory().join("test.zone"), ZONE).expect("write a zone");
-    resolvers::unbound(lab, "test.zone")
+    resolvers::unbound(lab, zone(lab))
 }
 
 fn dnsmasq(lab: &Lab) -> Command {
+    let hosts = lab.directory().join("hosts");
+    let many = (0..MANY).map(|n| format!("{} many.test\n", numbered(n)));
+    fs::write(&hosts, many.collect::<String>()).expect("write hosts");
     let mut command = Command::new("/usr/sbin/dnsmasq");
     command
         .args([
@@ -46,6 +63,7 @@ fn dnsmasq(lab: &Lab) -> Command {
             "--pid-file={}",
             lab.directory().join("dnsmasq.pid").display()
         ))
+        .arg(format!("--addn-hosts={}", hosts.display()))
         .arg(format!("--listen-address={RESOLVER}"))
         .arg(format!("--listen-address={RESOLVER6}"))
         .arg(format!(
@@ -60,12 +78,16 @@ fn dnsmasq(lab: &Lab) -> Command {
 
 #[track_caller]
 fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
-    let lab = Lab::builder().without_dns().build();
+    the_main_job_in(&Lab::builder().without_dns().build(), resolver);
+}
+
+#[track_caller]
+fn the_main_job_in(lab: &Lab, resolver: impl FnOnce(&Lab) -> Command) {
     let _web = lab.serve_tcp(443);
-    let mut command = resolver(&lab);
+    let mut command = resolver(lab);
     let _resolver = lab.run_resolver(&mut command);
     let (direct, chained) = (lab.pod("shop", "direct"), lab.pod("shop", "chained"));
-    lab.write_pod(&direct, &[("allow", "shop.test:443")]);
+    lab.write_pod(&direct, &[("allow", "shop.test:443 many.test:443")]);
     lab.write_pod(&chained, &[("allow", "deep.test:443")]);
     let agent = lab.start_agent(&[&direct, &chained]);
 
@@ -81,8 +103,26 @@ fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
     assert_eq!(answer.message.answers.len(), 3, "two CNAMEs and an address");
     chained.talks_tcp((server(10), 443));
     agent.denies_tcp(&chained, (server(10), 22), "port_not_allowed");
-    over_tcp(&lab, &direct, &chained);
+    more_than_fits(lab, &direct);
+    over_tcp(lab, &direct, &chained);
     assert_eq!(direct.syn_retransmissions(), 0);
+}
+
+/// What does not fit a datagram is cut, and the rest comes over TCP.
+#[track_caller]
+fn more_than_fits(lab: &Lab, pod: &Pod) {
+    let before = lab.allowed(pod).len();
+    let mut command = Command::new("dig");
+    command.arg(format!("@{RESOLVER}")).arg("many.test");
+    let output = pod.netns().run(|| command.output());
+    let output = output.expect("dig, of the package bind9-dnsutils");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(printed.contains("Truncated, retrying in TCP"), "{printed}");
+    assert!(printed.contains(&format!("ANSWER: {MANY}")), "{printed}");
+    assert_eq!(lab.allowed(pod).len(), before + MANY as usize);
+    for n in [0, MANY - 1] {
+        pod.talks_tcp((numbered(n), 443));
+    }
 }
 
 /// The same over TCP, one question after the other on one connection, and refused on the node.
@@ -127,45 +167,16 @@ fn a_pod_behind_dnsmasq_reaches_what_it_may() {
 }
 
 #[test]
-fn the_c_library_resolves_and_connects() {
-    let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10), server6(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-    let agent = lab.start_agent(&[&pod]);
-    // In a mount namespace of its own the program has the pod's /etc/resolv.conf.
-    let settings = lab.directory().join("resolv.conf");
-    fs::write(
-        &settings,
-        format!("nameserver {RESOLVER}\nsearch a.test b.test\noptions ndots:5\n"),
-    )
-    .expect("write resolv.conf");
-    let script = format!(
-        "mount --bind {} /etc/resolv.conf && getent ahosts shop.test",
-        settings.display()
-    );
-    let output = pod.netns().run(|| {
-        Command::new("unshare")
-            .args(["--mount", "sh", "-c", &script])
-            .output()
-    });
-    let output = output.expect("unshare, of the package util-linux");
-    let printed = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{printed}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(
-        printed.contains("203.0.113.10") && printed.contains("2001:db8::a"),
-        "{printed}"
-    );
-    // The search list was gone through, and none of it left the node.
-    assert_eq!(lab.dns().asked("shop.test.a.test"), 0);
-    agent.wait_denial("a name of the search list", |d| {
-        d.is_question(&pod, "shop.test.a.test")
-    });
-    pod.talks_tcp((server(10), 443));
-    pod.talks_tcp((server6(10), 443));
+fn a_pod_behind_bind_reaches_what_it_may() {
+    the_main_job(|lab| resolvers::named(lab, &[RESOLVER, RESOLVER6], zone(lab)));
+}
+
+#[test]
+fn a_pod_behind_knot_resolver_reaches_what_it_may() {
+    let lab = Lab::builder().without_dns().build();
+    // It knows nothing itself.
+    let upstream = server(53);
+    let mut command = resolvers::named(&lab, &[upstream], zone(&lab));
+    let _upstream = lab.run_outside(command.stderr(Stdio::null()));
+    the_main_job_in(&lab, |lab| resolvers::kresd(lab, upstream));
 }

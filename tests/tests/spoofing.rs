@@ -64,6 +64,7 @@ impl Waiting {
             from: self.socket.address(),
             to: SocketAddr::new(RESOLVER, 53),
             tcp: false,
+            payload: 512,
         };
         Send::answer(&asked, &[address(server(host))])
             .bytes()

@@ -13,7 +13,14 @@ use anyhow::{Context as _, Result, bail};
 use crate::{build, process, setup, workspace};
 
 /// The targets, each a file of `fuzz/fuzz_targets/` and a directory of `fuzz/seeds/`.
-const TARGETS: [&str; 4] = ["frame", "question", "answer", "chain"];
+const TARGETS: [&str; 6] = [
+    "frame",
+    "question",
+    "answer",
+    "chain",
+    "fragments",
+    "stream",
+];
 
 /// What `cargo fuzz` gives the compiler, but for the sanitizer.
 const FLAGS: [&str; 6] = [
@@ -34,7 +41,8 @@ const LIMITS: [&str; 2] = ["-max_len=4096", "-timeout=10"];
 /// from there; what fails is written to target/fuzz/failures.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// frame, question, answer or chain; all of them, one after the other, without it
+    /// frame, question, answer, chain, fragments or stream; all of them, one after the other,
+    /// without it
     target: Option<String>,
     /// How long each target runs
     #[arg(long, value_name = "N", default_value_t = 60)]

@@ -29,16 +29,19 @@ const PROGRAMS: [Program; 3] = [
         name: "qemu-system-x86_64",
         packages: &["qemu-system-x86"],
         purpose: "machines for other kernels",
+        services: &[],
     },
     Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "programs inside them",
+        services: &[],
     },
     Program {
         name: "xz",
         packages: &["xz-utils"],
         purpose: "unpacking kernel modules",
+        services: &[],
     },
 ];
 

@@ -61,11 +61,14 @@ impl Inventory {
             };
             match kind {
                 "bpf" => _ = found.insert(format!("mount {point}")),
-                "cgroup2" => {
+                "cgroup" | "cgroup2" => {
                     let mut groups = Vec::new();
                     list_directories(Path::new(point), &mut groups)
                         .with_context(|| format!("cannot list the cgroups in {point}"))?;
-                    found.extend(groups.into_iter().map(|group| format!("cgroup {group}")));
+                    // Those of version 1 have other users too; of ours only pods' are there.
+                    let ours = |group: &String| kind == "cgroup2" || group.contains("kubepods");
+                    let groups = groups.into_iter().filter(ours);
+                    found.extend(groups.map(|group| format!("cgroup {group}")));
                 }
                 _ => {}
             }

@@ -3,6 +3,7 @@
 //! Everything is looked for first, and only what is missing is installed: programs from the
 //! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
 
+pub(crate) mod apiserver;
 pub(crate) mod apt;
 mod ebpf;
 
@@ -29,79 +30,114 @@ pub(crate) struct Program {
     /// The packages that may hold it, the first that the distribution has is installed.
     pub(crate) packages: &'static [&'static str],
     pub(crate) purpose: &'static str,
+    /// What a package of its would start, now and at every boot. It is masked first: the tests start
+    /// the program themselves, and nothing else is to listen on the machine for their sake.
+    pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 14] = [
+const PROGRAMS: [Program; 17] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
         purpose: "network namespaces",
+        services: &[],
     },
     Program {
         name: "tc",
         packages: &["iproute2"],
         purpose: "looking at attached programs",
+        services: &[],
     },
     Program {
         name: "bpftool",
         // On Ubuntu /usr/sbin/bpftool only starts the one that belongs to the running kernel.
         packages: &["bpftool", "linux-tools-generic"],
         purpose: "looking into the maps",
+        services: &[],
     },
     Program {
         name: "unbound",
         packages: &["unbound"],
         purpose: "a resolver for the tests",
+        services: &["unbound.service"],
+    },
+    Program {
+        name: "named",
+        packages: &["bind9"],
+        purpose: "a resolver for the tests",
+        services: &["named.service"],
+    },
+    Program {
+        name: "kresd",
+        packages: &["knot-resolver"],
+        purpose: "a resolver for the tests",
+        services: &["kres-cache-gc.service"],
     },
     Program {
         name: "dnsmasq",
         packages: &["dnsmasq-base"],
         purpose: "a resolver to compare with",
+        services: &[],
     },
     Program {
         name: "nft",
         packages: &["nftables"],
         purpose: "what dnsmasq fills, to compare with",
+        services: &[],
     },
     Program {
         name: "dig",
         packages: &["bind9-dnsutils", "dnsutils"],
         purpose: "asking by hand",
+        services: &[],
     },
     Program {
         name: "delv",
         packages: &["bind9-dnsutils"],
         purpose: "a client that validates, for the tests",
+        services: &[],
     },
     Program {
         name: "dnssec-signzone",
         packages: &["bind9-utils", "bind9utils"],
         purpose: "signing a zone for the tests",
+        services: &[],
     },
     Program {
         name: "musl-gcc",
         packages: &["musl-tools"],
         purpose: "a second C library for the tests",
+        services: &[],
     },
     Program {
         name: "curl",
         packages: &["curl"],
         purpose: "connecting by hand",
+        services: &[],
     },
     Program {
         name: "go",
         packages: &["golang-go"],
         purpose: "a program with Go's resolver for the tests",
+        services: &[],
+    },
+    Program {
+        name: "openssl",
+        packages: &["openssl"],
+        purpose: "keys for an API server in the tests",
+        services: &[],
     },
     Program {
         name: "cc",
         packages: &["gcc", "build-essential"],
         purpose: "linking",
+        services: &[],
     },
     Program {
         name: "c++",
         packages: &["g++", "build-essential"],
         purpose: "libFuzzer",
+        services: &[],
     },
 ];
 
@@ -117,6 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     components()?;
     musl()?;
     ebpf::ensure()?;
+    apiserver::ensure()?;
     deny()
 }
 
@@ -141,6 +178,7 @@ fn check() -> Result<()> {
         missing.push(format!("the target {}", musl_target()));
     }
     missing.extend(ebpf::missing());
+    missing.extend(apiserver::missing());
     if !has_deny() {
         missing.push("cargo deny".to_owned());
     }
@@ -191,6 +229,9 @@ pub(crate) fn programs(wanted: &'static [Program]) -> Result<()> {
             )
         })?);
     }
+    for program in &missing {
+        mask(program)?;
+    }
     apt::install(&packages)?;
     if let Some(Program { name, .. }) = missing_programs(wanted).first() {
         bail!(
@@ -200,6 +241,17 @@ pub(crate) fn programs(wanted: &'static [Program]) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Keeps the program's services from being started, where there is a systemd to start them.
+fn mask(program: &Program) -> Result<()> {
+    if program.services.is_empty() || process::find("systemctl").is_none() {
+        return Ok(());
+    }
+    let services = program.services.join(" ");
+    println!("masking {services}, which would be started; `systemctl unmask {services}` undoes it");
+    let mut command = process::as_root("systemctl")?;
+    process::run(command.args(["--quiet", "mask"]).args(program.services))
 }
 
 fn missing_programs(wanted: &'static [Program]) -> Vec<&'static Program> {

@@ -24,6 +24,14 @@ pub(crate) fn ebpf_object() -> PathBuf {
     root().join("target/ebpf/egress-ebpf")
 }
 
+/// Where the tests' API server of this version is, which is not cargo's to clean up.
+pub(crate) fn apiserver(version: &str) -> PathBuf {
+    root()
+        .join("target/kubernetes")
+        .join(version)
+        .join("kube-apiserver")
+}
+
 /// The release binary of the agent.
 pub(crate) fn agent() -> PathBuf {
     target().join("release/egress-agent")

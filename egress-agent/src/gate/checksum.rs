@@ -32,6 +32,29 @@ pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
     frame[at + 6..at + 8].copy_from_slice(&checksum.to_ne_bytes());
 }
 
+/// Whether the checksum of a UDP datagram, by its own length field, is right, or there is none over
+/// IPv4 (RFC 768; RFC 8200, section 8.1).
+pub(super) fn is_right_udp(frame: &[u8], packet: &Packet) -> bool {
+    let at = packet.l4_offset as usize;
+    let Some(len) = frame.get(at + 4..at + 6) else {
+        return false;
+    };
+    let len = u16::from_be_bytes([len[0], len[1]]);
+    let Some(datagram) = frame.get(at..at + usize::from(len)) else {
+        return false;
+    };
+    match datagram.get(6..8) {
+        None => false,
+        Some([0, 0]) => packet.version == 4,
+        Some(_) => {
+            pseudo_header(packet, len)
+                .add_slice(datagram)
+                .ones_complement()
+                == 0
+        }
+    }
+}
+
 /// What a TCP checksum is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Checksum {
@@ -86,7 +109,7 @@ pub(super) fn write_tcp(frame: &mut [u8], end: usize, packet: &Packet) {
     }
 }
 
-/// The checksum of an IPv4 header whose own field is zero.
+/// The checksum of an IPv4 header whose own field is zero; zero if its own field is right.
 pub(super) fn of_ipv4_header(header: &[u8]) -> [u8; 2] {
     Sum16BitWords::new()
         .add_slice(header)
@@ -159,6 +182,27 @@ mod tests {
             found += u32::from(sum == partial.to_ne_bytes());
         }
         assert!(found > 0, "no payload makes the two the same");
+    }
+
+    #[test]
+    fn a_udp_checksum_is_right_or_left_out_over_ipv4() {
+        let (mut frame, packet) = frame();
+        let at = packet.l4_offset as usize;
+        assert!(is_right_udp(&frame, &packet));
+        let mut damaged = frame.clone();
+        damaged[at + 9] ^= 1;
+        assert!(!is_right_udp(&damaged, &packet));
+        // It says that it goes on beyond its end.
+        let mut longer = frame.clone();
+        longer[at + 5] += 1;
+        assert!(!is_right_udp(&longer, &packet));
+        frame[at + 6..at + 8].fill(0);
+        assert!(is_right_udp(&frame, &packet));
+        let ipv6 = Packet {
+            version: 6,
+            ..packet
+        };
+        assert!(!is_right_udp(&frame, &ipv6));
     }
 
     #[test]

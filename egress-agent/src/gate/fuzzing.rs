@@ -1,9 +1,9 @@
-//! What the gate does with a frame, without a pod, a map or an interface: for the fuzz target
-//! `frame`.
+//! What the gate does with a frame, fragments or a connection, without a pod, a map or an interface:
+//! for the fuzz targets `frame`, `fragments` and `stream`.
 
 use egress_common::packet::{Packet, Walked, walk};
 
-use super::{checksum::complete_udp, pod::udp_payload, reply};
+use super::{checksum::complete_udp, fragments, pod::udp_payload, reply, stream};
 use crate::dns::{Refusal, read_answer, read_question, refuse};
 
 /// Reads a held frame in every way the gate may, and makes every frame it may make of it.
@@ -35,6 +35,25 @@ pub fn treat(frame: &[u8]) {
     assert_eq!(put_back.len(), frame.len());
 }
 
+/// Lets fragments come as a recipe says, five bytes each.
+///
+/// # Panics
+///
+/// When the pod would read something else than was judged.
+pub fn reassemble(recipe: &[u8]) {
+    let _ = fragments::made::reassemble(recipe);
+}
+
+/// Follows a connection with a resolver whose two sides send what a recipe says.
+///
+/// # Panics
+///
+/// When a side would read what was not decided, when more is kept than may be, or when two sides that
+/// follow the protocol do not get everything across.
+pub fn follow(recipe: &[u8]) {
+    stream::fuzzing::follow(recipe);
+}
+
 fn assert_walks(frame: &[u8]) -> Packet {
     let mut packet = Packet::EMPTY;
     assert_eq!(walk(&frame, &mut packet), Walked::Ip);
@@ -47,14 +66,31 @@ mod tests {
 
     use super::*;
 
+    /// Feeds the seeds of a target.
+    fn seeds(target: &str, feed: fn(&[u8])) {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
+        let mut count = 0;
+        for seed in std::fs::read_dir(seeds.join(target)).unwrap() {
+            feed(&std::fs::read(seed.unwrap().path()).unwrap());
+            count += 1;
+        }
+        assert!(count > 0);
+    }
+
     #[test]
     fn no_seed_of_the_corpus_panics() {
-        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/frame");
-        let mut treated = 0;
+        seeds("frame", treat);
+        seeds("stream", follow);
+    }
+
+    #[test]
+    fn the_seeds_of_fragments_are_put_together_as_often_as_they_can_be() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/fragments");
+        let mut put_back = 0;
         for seed in std::fs::read_dir(seeds).unwrap() {
-            treat(&std::fs::read(seed.unwrap().path()).unwrap());
-            treated += 1;
+            let recipe = std::fs::read(seed.unwrap().path()).unwrap();
+            put_back += fragments::made::reassemble(&recipe);
         }
-        assert!(treated > 0);
+        assert_eq!(put_back, 9);
     }
 }

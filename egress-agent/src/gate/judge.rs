@@ -118,6 +118,14 @@ impl Judge<'_> {
         false
     }
 
+    /// Reports fragments that are not put back.
+    pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
+        tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
+        self.count(packet, Direction::Answer, Outcome::Undeliverable);
+        self.reporter
+            .report(self.denied(packet, Reason::DnsFragmented, None));
+    }
+
     /// Notes that a question goes out.
     pub(super) fn ask(&self, question: &Question, packet: &Packet, pending: &mut Pending) {
         let exchange = Exchange {
@@ -179,10 +187,12 @@ impl Judge<'_> {
     }
 
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
+        // A later fragment, and what a fragment of ICMP is of, have none.
+        let has_ports = packet.bit & (bits::TCP | bits::UDP | bits::SCTP) != 0;
         let end = |address, port| {
             Some(Endpoint {
                 address,
-                port: Some(port),
+                port: has_ports.then_some(port),
             })
         };
         Denied {

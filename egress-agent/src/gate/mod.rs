@@ -16,6 +16,7 @@
 
 mod checksum;
 mod eviction;
+mod fragments;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod judge;
@@ -165,6 +166,7 @@ impl Gate {
                 reporter,
                 streams: stream::Budget::default(),
                 stats: Arc::clone(&stats),
+                fragments: fragments::Budget::default(),
             },
         );
         let thread = std::thread::Builder::new()

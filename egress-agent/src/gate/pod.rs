@@ -1,10 +1,12 @@
 //! One pod at the gate: what becomes of its questions and its answers.
 
+mod in_fragments;
+
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use egress_common::{
-    packet::{Packet, Walked, walk},
+    packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT},
 };
@@ -12,6 +14,7 @@ use egress_common::{
 use super::{
     About, DnsSettings, Enforcement, Stats, Teachings,
     checksum::complete_udp,
+    fragments::{self, Fragments},
     judge::Judge,
     learned::Table,
     pending::Pending,
@@ -32,6 +35,7 @@ pub(super) struct Shared {
     pub(super) reporter: Reporter,
     pub(super) streams: Budget,
     pub(super) stats: Arc<Stats>,
+    pub(super) fragments: fragments::Budget,
 }
 
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
@@ -66,6 +70,7 @@ pub(super) struct Pod {
     pending: Pending,
     learned: Table,
     streams: Streams,
+    fragments: Fragments,
 }
 
 impl Pod {
@@ -78,6 +83,7 @@ impl Pod {
             pending: Pending::new(),
             learned,
             streams: Streams::new(),
+            fragments: Fragments::new(),
         })
     }
 
@@ -137,6 +143,7 @@ impl Pod {
         shared: &mut Shared,
     ) -> Result<()> {
         self.streams.clear(&mut shared.streams);
+        self.fragments.clear(&mut shared.fragments);
         for ifindex in self.enforcement.interfaces {
             interfaces.remove(ifindex, self.enforcement.entry.pod)?;
         }
@@ -184,6 +191,9 @@ impl Pod {
             return;
         }
         match held.head.kind {
+            HELD_ANSWER if packet.fragment != Fragment::None => {
+                self.fragment(held, &packet, shared);
+            }
             HELD_QUESTION if packet.bit == bits::TCP => {
                 self.segment(held, &packet, To::Resolver, shared);
             }

@@ -189,6 +189,7 @@ impl Runner {
                 tracing::error!(pod = id, %error, "cannot update an allow map");
             }
             pod.tick_streams(&mut self.shared, now_ns);
+            pod.tick_fragments(&mut self.shared, now_ns);
         }
         let addresses = self.pods.values().map(Pod::addresses);
         let (sum, fullest) = addresses.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));

@@ -12,6 +12,7 @@ use std::{
     collections::VecDeque,
     fs::{self, File},
     io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -62,15 +63,23 @@ impl Layout {
         ]
     }
 
+    /// The group that all pods are below.
+    fn top(&self) -> PathBuf {
+        match self {
+            Self::Cgroupfs { top } => top.clone(),
+            Self::Systemd { parent, slice } => parent.join(format!("{slice}.slice")),
+        }
+    }
+
     /// Where the pod's group may be: one path for each class of quality of service.
     fn groups(&self, uid: &Uid) -> [PathBuf; 3] {
         [None, Some(QOS[0]), Some(QOS[1])].map(|qos| match self {
             Self::Cgroupfs { top } => {
-                let top = qos.map_or_else(|| top.clone(), |qos| top.join(qos));
-                top.join(format!("pod{uid}"))
+                let class = qos.map_or_else(|| top.clone(), |qos| top.join(qos));
+                class.join(format!("pod{uid}"))
             }
-            Self::Systemd { parent, slice } => {
-                let mut path = parent.join(format!("{slice}.slice"));
+            Self::Systemd { slice, .. } => {
+                let mut path = self.top();
                 let mut name = slice.clone();
                 if let Some(qos) = qos {
                     name = format!("{slice}-{qos}");
@@ -137,12 +146,11 @@ pub(super) fn mounts(table: &str) -> Vec<PathBuf> {
             let mut fields = line.split(' ').skip(1);
             let (point, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
             let has = |controller: &str| options.split(',').any(|option| option == controller);
-            // Every hierarchy of version 1 that the kubelet uses has the same groups.
+            // The kubelet makes a pod's group in each hierarchy of version 1. These are always there.
             let order = match kind {
                 "cgroup2" => 0,
                 "cgroup" if has("name=systemd") => 1,
                 "cgroup" if has("pids") || has("memory") => 2,
-                "cgroup" => 3,
                 _ => return None,
             };
             Some((order, PathBuf::from(unescaped(point))))
@@ -209,6 +217,9 @@ impl Cgroups {
         let mut found = None;
         for mount in 0..self.mounts.len() {
             for layout in 0..self.layouts.len() {
+                if !self.mounts[mount].join(self.layouts[layout].top()).is_dir() {
+                    continue;
+                }
                 for group in self.layouts[layout].groups(uid) {
                     let Some(members) = members(&self.mounts[mount].join(group)) else {
                         continue;
@@ -245,7 +256,9 @@ fn members(top: &Path) -> Option<Members> {
             seen += 1;
             // A group that is gone by now has no process.
             groups.extend(processes(&entry.path(), &mut foreign));
-            if depth + 1 < DEPTH {
+            // A directory has two links and one for each directory in it; most have none.
+            let is_leaf = entry.metadata().is_ok_and(|group| group.nlink() == 2);
+            if depth + 1 < DEPTH && !is_leaf {
                 waiting.push_back((entry.path(), depth + 1));
             }
         }
@@ -387,7 +400,6 @@ mod tests {
             "/sys/fs/my cgroup",
             "/sys/fs/cgroup/systemd",
             "/sys/fs/cgroup/pids",
-            "/sys/fs/cgroup/cpu",
         ];
         assert_eq!(mounts(table), expected.map(PathBuf::from));
     }

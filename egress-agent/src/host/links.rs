@@ -116,7 +116,7 @@ impl Links {
     }
 
     /// The host's ends whose other end is in the namespace of this number.
-    pub(super) fn into_namespace(&self, nsid: i32) -> impl Iterator<Item = &Link> {
+    pub(super) fn leading_to(&self, nsid: i32) -> impl Iterator<Item = &Link> {
         let positions = self.by_namespace.get(&nsid).into_iter().flatten();
         positions.map(|&at| &self.all[at])
     }
@@ -212,7 +212,7 @@ mod tests {
         assert_eq!(found, ["veth4", "nk8"]);
         assert_eq!(links.pod_like(&[]).count(), 4);
         assert_eq!(links.get(5).unwrap().master.as_deref(), Some("docker0"));
-        let found: Vec<u32> = links.into_namespace(0).map(|link| link.ifindex).collect();
+        let found: Vec<u32> = links.leading_to(0).map(|link| link.ifindex).collect();
         assert_eq!(found, [4]);
     }
 }

@@ -127,7 +127,7 @@ impl Host {
                 continue;
             };
             let before = interfaces.len();
-            for link in links.into_namespace(nsid) {
+            for link in links.leading_to(nsid) {
                 // The number may have been another namespace's when the list was made. While the
                 // namespace is held it stays this one's.
                 let now = self.netlink.link(link.ifindex)?;
@@ -202,8 +202,8 @@ impl Host {
         } else {
             SEARCH_EVERY
         };
-        let fresh = |(when, _): &&(Instant, _)| when.elapsed() < every;
-        if self.searched.as_ref().filter(fresh).is_none() {
+        let fresh = |(when, _): &(Instant, _)| when.elapsed() < every;
+        if !self.searched.as_ref().is_some_and(fresh) {
             let (found, layouts) = process::search(&self.proc);
             for layout in layouts {
                 self.cgroups.learn(layout);

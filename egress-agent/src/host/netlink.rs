@@ -24,18 +24,18 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-/// The kernel fills at most this much at a time (`netlink_dump`, net/netlink/af_netlink.c).
+/// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
 const BUFFER: usize = 32 * 1024;
 
 /// How often a list is asked for again when the kernel says that it changed underneath.
 const ATTEMPTS: usize = 4;
 
-/// Length of `struct ifinfomsg` and of `struct ifaddrmsg`, include/uapi/linux.
+/// Length of `struct ifinfomsg` and of `struct ifaddrmsg`, `include/uapi/linux`.
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const NSID_HEADER: usize = 4;
 
-/// Attributes of links, include/uapi/linux/if_link.h.
+/// Attributes of links, `include/uapi/linux/if_link.h`.
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
@@ -43,12 +43,12 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 
-/// Attributes of addresses, include/uapi/linux/if_addr.h.
+/// Attributes of addresses, `include/uapi/linux/if_addr.h`.
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_TARGET_NETNSID: u16 = 10;
 
-/// Attribute of namespaces, include/uapi/linux/net_namespace.h.
+/// Attribute of namespaces, `include/uapi/linux/net_namespace.h`.
 const NETNSA_NSID: u16 = 1;
 
 /// What the kernel says of one interface.
@@ -109,10 +109,8 @@ impl Netlink {
 
     /// One interface of this namespace, if it is there.
     pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
-        let mut request = LinkMessage::default();
-        request.header.index = index;
         let mut link = None;
-        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+        let answer = self.exchange(get_link(index), 0, |body| {
             link = Some(read_link(body)?);
             Ok(())
         });
@@ -208,6 +206,15 @@ impl Netlink {
             }
         }
     }
+}
+
+/// Asks for one interface, or in a list for all (0).
+fn get_link(index: u32) -> RouteNetlinkMessage {
+    let mut request = LinkMessage::default();
+    request.header.index = index;
+    let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+    request.attributes.push(mask);
+    RouteNetlinkMessage::GetLink(request)
 }
 
 fn read_link(body: &[u8]) -> io::Result<RawLink> {

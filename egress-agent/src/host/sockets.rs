@@ -13,7 +13,7 @@ const LINES: usize = 65_536;
 /// Bytes of one table that are read; a line has about 150.
 const BYTES: u64 = 256 * LINES as u64;
 
-/// States of a TCP socket, include/net/tcp_states.h. UDP has two of them: a connected socket is
+/// States of a TCP socket, `include/net/tcp_states.h`. UDP has two of them: a connected socket is
 /// established, one that is not is closed.
 const ESTABLISHED: u8 = 1;
 const SYN_RECV: u8 = 3;
@@ -103,12 +103,10 @@ pub(super) fn of(process: &Process) -> io::Result<OpenSockets> {
 /// Adds the lines of a table. Returns whether that is all of them.
 fn read(table: impl Read, lines: &mut Vec<Line>) -> io::Result<bool> {
     let table = BufReader::new(table.take(BYTES));
-    let mut count = 0;
-    for line in table.lines().skip(1) {
+    for (count, line) in table.lines().skip(1).enumerate() {
         if count == LINES {
             return Ok(false);
         }
-        count += 1;
         let line = line?;
         lines.extend(parse(&line));
     }

@@ -137,6 +137,11 @@ impl Pod {
         self.dns_socket_from(self.ipv4().into())
     }
 
+    /// The same on its IPv6 address.
+    pub fn dns_socket6(&self) -> DnsSocket {
+        self.dns_socket_from(self.ipv6().into())
+    }
+
     fn dns_socket_from(&self, address: IpAddr) -> DnsSocket {
         let socket = self.netns().run(|| UdpSocket::bind((address, 0)));
         DnsSocket {

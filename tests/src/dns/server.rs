@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd as _,
     sync::{
@@ -19,13 +19,16 @@ use hickory_proto::{
     rr::{RData, RecordType},
 };
 use nix::poll::{PollFd, PollFlags, poll};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Record, Send, address};
 use crate::{Namespace, addresses};
 
 const PORT: u16 = 53;
 /// A connection that is silent this long is closed.
-const STREAM_PATIENCE: Duration = Duration::from_secs(2);
+const STREAM_PATIENCE: Duration = Duration::from_secs(15);
+/// As the standard library's listeners have it.
+const BACKLOG: i32 = 128;
 const STOP_POLL_MILLISECONDS: u16 = 50;
 
 /// A question as the server saw it.
@@ -43,6 +46,8 @@ pub struct Question {
     pub to: SocketAddr,
     /// Whether it came over TCP.
     pub tcp: bool,
+    /// Longest answer over UDP that the asker takes (RFC 6891, section 6.2.3).
+    pub payload: u16,
 }
 
 type Handler = Arc<dyn Fn(&Question) -> Vec<Send> + std::marker::Send + Sync>;
@@ -94,6 +99,7 @@ impl Zone {
             from,
             to,
             tcp,
+            payload: message.max_payload(),
         };
         self.seen().push(question.clone());
         match self.handler(&question.name) {
@@ -127,7 +133,7 @@ impl DnsServer {
             let bound = on.iter().map(|&ip| {
                 let address = SocketAddr::new(ip, PORT);
                 let udp = UdpSocket::bind(address).expect("UDP port 53 of the resolver");
-                let tcp = TcpListener::bind(address).expect("TCP port 53 of the resolver");
+                let tcp = listener(address).expect("TCP port 53 of the resolver");
                 tcp.set_nonblocking(true).expect("a non-blocking listener");
                 ((address, udp), tcp)
             });
@@ -241,6 +247,17 @@ impl Drop for DnsServer {
             }
         }
     }
+}
+
+/// A listener that speaks multipath TCP where the kernel does, as those of Go programs do by default.
+fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))
+        .or_else(|_| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 fn serve_udp(zone: &Zone, sockets: &Arc<Vec<(SocketAddr, UdpSocket)>>) {

@@ -53,12 +53,17 @@ enum Uses {
 }
 
 /// The arrows between the agent's modules. A module not listed may use all but `cli`.
-const ARROWS: [(&str, Uses, &str); 5] = [
+const ARROWS: [(&str, Uses, &str); 6] = [
     ("cli", Uses::AllBut(&[]), ""),
     (
         "dns",
         Uses::Only(&[]),
         "dns/ says what an answer says and knows nothing else",
+    ),
+    (
+        "host",
+        Uses::Only(&[]),
+        "host/ says what the machine knows of a pod, not what is done with it",
     ),
     (
         "policy",

@@ -11,7 +11,7 @@ use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use super::{
     super::pending::Pending,
     decide::{Asked, Decide, Next, Step},
-    frames::{Ends, Out, Own, To, put_bare, put_syn},
+    frames::{Ends, Out, Own, To, put_bare},
     half::{Half, Refused},
     release::{Put, put_released},
     segment::{Segment, URG},
@@ -162,8 +162,11 @@ impl Flow {
             return self.lose(segment.packet, "urgent data", step);
         }
         if segment.has(TCP_SYN) {
-            // Data in a SYN (RFC 7413) is left out: the pod sends it again.
-            put_syn(segment, To::Resolver, step.out);
+            // Only the resolver has a SYN to acknowledge: the pod opens the connection.
+            if !segment.has(TCP_ACK) {
+                // Data in a SYN (RFC 7413) is left out: the pod sends it again.
+                put_bare(segment, To::Resolver, step.out);
+            }
             return Next::Keep;
         }
         if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {
@@ -350,7 +353,7 @@ impl Flow {
             _ => return,
         }
         self.used_ns = step.now_ns;
-        put_syn(segment, To::Pod, step.out);
+        put_bare(segment, To::Pod, step.out);
     }
 
     fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {
@@ -413,8 +416,9 @@ impl Flow {
 
     /// The resolver is told that the connection is over, and the agent answers in its place.
     fn take_over<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
-        if self.answered.fin_sent {
-            // Nothing can be said behind the end of the stream.
+        if self.answered.fin_sent || self.answered.is_cut_short() {
+            // Nothing can be said behind the end of the stream, or within an answer whose rest does not
+            // come.
             return self.fail(step.out);
         }
         let State::Draining { refusal, .. } = std::mem::replace(&mut self.state, State::Open)

@@ -66,31 +66,26 @@ pub(super) fn put_bare(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     put_cut(segment, &cut, to, out);
 }
 
-/// Sends a SYN on, without data and with those options only that change nothing about what the stream
-/// says: longest segment, window scale, selective acknowledgments, timestamps. With multipath TCP (RFC
-/// 8684) the stream would be put together from several connections and by other numbers than those
-/// of the segments; a SYN without the option falls back to TCP.
-pub(super) fn put_syn(segment: &Segment<'_>, to: To, out: &mut impl Out) {
-    let mut headers = segment.headers.to_vec();
+/// The segment's frame with those options only that change nothing about what the stream says: longest
+/// segment, window scale, selective acknowledgments, timestamps. `None` when it has no others.
+///
+/// With multipath TCP (RFC 8684) a stream is put together from several connections and by other
+/// numbers than those of the segments. Without its options in the SYN both sides fall back to TCP;
+/// a listener that sends SYN cookies believes those of the later segments too, so all are looked
+/// at.
+pub(super) fn with_known_options(segment: &Segment<'_>) -> Option<Vec<u8>> {
     let at = segment.packet.l4_offset as usize + TCP_HEADER;
-    if let Some(options) = headers.get_mut(at..) {
-        keep_known_options(options);
+    let options = segment.headers.get(at..)?;
+    let mut known = options.to_vec();
+    keep_known_options(&mut known);
+    if known == options {
+        return None;
     }
-    if headers == segment.headers {
-        put_bare(segment, to, out);
-    } else {
-        let cleaned = Segment {
-            headers: &headers,
-            ..*segment
-        };
-        let nothing = Cut {
-            seq: segment.seq,
-            payload: &[],
-            fin: false,
-            size: 1,
-        };
-        put_cut(&cleaned, &nothing, to, out);
-    }
+    let mut frame = segment.frame.to_vec();
+    write(&mut frame, at, &known);
+    let end = segment.headers.len() + segment.payload.len();
+    checksum::write_tcp(&mut frame, end, segment.packet);
+    Some(frame)
 }
 
 /// Makes padding of all other options, and of everything behind one that cannot be read.
@@ -106,7 +101,7 @@ fn keep_known_options(mut options: &mut [u8]) {
             return;
         }
         let (option, rest) = std::mem::take(&mut options).split_at_mut(len);
-        if !matches!(kind, 2..=4 | 8) {
+        if !matches!(kind, 2..=5 | 8) {
             option.fill(OPTION_PADDING);
         }
         options = rest;

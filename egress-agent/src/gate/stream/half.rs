@@ -152,8 +152,11 @@ impl Half {
         if known.get(..common) != Some(again) {
             return Err(Refused::Differs);
         }
-        if self.kept() + new.len() > self.limit {
-            return Err(Refused::Beyond);
+        while self.kept() + new.len() > self.limit {
+            // What came ahead gives way to what stands before it: pieces of it may overlap, and fill all
+            // the room there is. The sender repeats it.
+            let (_, piece) = self.ahead.pop_last().ok_or(Refused::Beyond)?;
+            self.ahead_bytes -= piece.len();
         }
         self.bytes.extend_from_slice(new);
         Ok(())
@@ -206,6 +209,11 @@ impl Half {
     /// Whether it ended in the middle of a message.
     pub(super) fn is_cut(&self) -> bool {
         self.is_ended() && self.parsed < self.next()
+    }
+
+    /// Whether what has been put back ends in the middle of a message.
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.sent > self.parsed
     }
 
     /// Length that the message at hand announces, once its prefix is here.

@@ -142,3 +142,12 @@ fn the_end_of_a_stream_is_where_it_was() {
     assert!(!half.is_cut());
     assert_eq!(half.ack(), 5);
 }
+
+#[test]
+fn what_came_ahead_gives_way_to_what_stands_before_it() {
+    let mut half = Half::new(0, 1000);
+    half.insert(500, &[1; 450]).unwrap();
+    half.insert(501, &[1; 450]).unwrap();
+    half.insert(0, &[1; 500]).unwrap();
+    assert_eq!((half.next(), half.kept()), (950, 950));
+}

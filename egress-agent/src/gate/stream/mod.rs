@@ -15,11 +15,14 @@
 //!
 //! What the gate has judged must be what the receiver reads: so a repeated byte must equal the first
 //! one until the receiver has acknowledged it, and is not put back after that; nothing is put back
-//! before the receiver's SYN-ACK names the same first byte; and urgent data is not let through.
+//! before the receiver's SYN-ACK names the same first byte; and neither urgent data is let through, nor an
+//! option that could give a byte another place.
 
 mod decide;
 mod flow;
 mod frames;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod half;
 mod release;
 mod segment;
@@ -35,7 +38,7 @@ use decide::Next;
 pub(super) use decide::{Asked, Decide, Step};
 use flow::Flow;
 pub(super) use frames::{Out, To};
-use frames::{put_bare, reset_unknown};
+use frames::{put_bare, reset_unknown, with_known_options};
 pub(super) use segment::Segment;
 
 use super::checksum::Checksum;
@@ -95,6 +98,13 @@ impl Streams {
             self.damaged += 1;
             return;
         }
+        let cleaned = with_known_options(&segment);
+        let Some(segment) = cleaned
+            .as_ref()
+            .map_or(Some(segment), |frame| Segment::read(frame, packet))
+        else {
+            return;
+        };
         let key = match to {
             To::Resolver => Key {
                 pod_addr: packet.src,

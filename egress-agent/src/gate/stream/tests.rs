@@ -32,20 +32,6 @@ impl Out for Line {
     fn turn_to(&mut self, _: u32) {}
 }
 
-struct Frames(Vec<Vec<u8>>);
-
-impl Out for Frames {
-    fn put(&mut self, _: To, frame: &[u8]) {
-        self.0.push(frame.to_vec());
-    }
-
-    fn interface(&self) -> u32 {
-        0
-    }
-
-    fn turn_to(&mut self, _: u32) {}
-}
-
 /// Names that begin with an `n` may not be asked for; answers that begin with an `n` are not
 /// delivered.
 #[derive(Default)]
@@ -427,33 +413,34 @@ fn a_connection_too_many_resets_the_one_used_longest_ago() {
 }
 
 #[test]
-fn a_syn_keeps_the_options_that_say_nothing_about_the_stream() {
+fn a_segment_keeps_the_options_that_say_nothing_about_the_stream() {
     let known = [2, 4, 1, 44, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
     // Multipath TCP (30) and fast open (34) among them, and one that is cut.
     let mut all = vec![30, 4, 0, 1];
     all.extend(known);
     all.extend([34, 2, 1, 1, 1, 1, 30, 12]);
-    let mut frame = Vec::new();
-    etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
-        .ipv4([10, 1, 0, 2], [10, 99, 0, 53], 64)
-        .tcp(5000, 53, 7, 500)
-        .syn()
-        .options_raw(&all)
-        .unwrap()
-        .write(&mut frame, b"data")
-        .unwrap();
+    let write = |options: &[u8]| {
+        let mut frame = Vec::new();
+        etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+            .ipv4([10, 1, 0, 2], [10, 99, 0, 53], 64)
+            .tcp(5000, 53, 7, 500)
+            .ack(9)
+            .options_raw(options)
+            .unwrap()
+            .write(&mut frame, b"data")
+            .unwrap();
+        frame
+    };
+    let frame = write(&all);
     let mut packet = Packet::EMPTY;
     assert_eq!(walk(&frame.as_slice(), &mut packet), Walked::Ip);
-    let mut frames = Frames(Vec::new());
     let segment = Segment::read(&frame, &packet).unwrap();
-    frames::put_syn(&segment, To::Resolver, &mut frames);
-    let [put] = &frames.0[..] else {
-        panic!("one frame");
-    };
+    let put = frames::with_known_options(&segment).unwrap();
     let expected = [&[1; 4][..], &known, &[1; 8]].concat();
-    assert_eq!(put[14 + 20 + 20..], expected);
-    let put = Segment::read(put, &packet).unwrap();
+    assert_eq!(put, write(&expected));
+    let put = Segment::read(&put, &packet).unwrap();
     assert_eq!((put.checksum, put.mss), (Checksum::Whole, Some(300)));
+    assert_eq!(frames::with_known_options(&put), None);
 }
 
 proptest! {

@@ -9,7 +9,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -76,6 +79,29 @@ struct Current {
     generation: Generation,
     client: Client,
     server: String,
+    gate: Arc<Gate>,
+}
+
+/// Lets one request at a time through until one is answered. Those that come together would each
+/// open a connection, before it is known that the first can be shared.
+#[derive(Debug, Default)]
+struct Gate {
+    is_open: AtomicBool,
+    first: tokio::sync::Mutex<()>,
+}
+
+impl Gate {
+    async fn send(&self, client: &Client, request: Request<Body>) -> kube::Result<Response<Body>> {
+        if !self.is_open.load(Relaxed) {
+            let _first = self.first.lock().await;
+            if !self.is_open.load(Relaxed) {
+                let answer = client.send(request).await;
+                self.is_open.store(answer.is_ok(), Relaxed);
+                return answer;
+            }
+        }
+        client.send(request).await
+    }
 }
 
 impl std::fmt::Debug for Current {
@@ -99,33 +125,46 @@ impl Connection {
                 generation: Generation(0),
                 client,
                 server,
+                gate: Arc::default(),
             }),
         })
     }
 
     /// A client for what is not watched.
     pub(super) fn client(&self) -> (Generation, Client) {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.current();
         (current.generation, current.client.clone())
     }
 
     /// The address of the API server, for messages.
     pub(super) fn server(&self) -> String {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        current.server.clone()
+        self.current().server.clone()
+    }
+
+    /// Says that the connection may be lost.
+    pub(super) fn doubt(&self) {
+        self.current().gate.is_open.store(false, Relaxed);
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A client for one watch, which notes when the server answers and when the watch has begun.
     pub(super) fn watching(&self, health: &Arc<Health>, watched: Watched) -> (Generation, Client) {
-        let (generation, client) = self.client();
+        let (generation, client, gate) = {
+            let current = self.current();
+            let gate = Arc::clone(&current.gate);
+            (current.generation, current.client.clone(), gate)
+        };
         let namespace = client.default_namespace().to_owned();
         let health = Arc::clone(health);
         let noting = tower::service_fn(move |request: Request<Body>| {
-            let (client, health) = (client.clone(), Arc::clone(&health));
+            let (client, health, gate) = (client.clone(), Arc::clone(&health), Arc::clone(&gate));
             async move {
                 let query = request.uri().query().unwrap_or_default();
                 let is_watch = query.split('&').any(|pair| pair == "watch=true");
-                let response = client.send(request).await?;
+                let response = gate.send(&client, request).await?;
                 if !response.status().is_server_error() {
                     health.answered();
                 }
@@ -146,11 +185,11 @@ impl Connection {
         }
         match self.source.client(self.timing).await {
             Ok((client, server)) => {
-                let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-                *current = Current {
+                *self.current() = Current {
                     generation: Generation(failed.0 + 1),
                     client,
                     server,
+                    gate: Arc::default(),
                 };
             }
             Err(error) => {

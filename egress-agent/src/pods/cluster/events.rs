@@ -160,8 +160,8 @@ struct Told {
     name: String,
     count: i32,
     last: Instant,
-    /// When its count was last written, and which.
-    written: (Instant, i32),
+    /// The count that was last written.
+    written: i32,
 }
 
 impl Writer {
@@ -208,7 +208,7 @@ impl Writer {
                 name,
                 count: 1,
                 last: now,
-                written: (now, 1),
+                written: 1,
             };
             self.told.insert(event, told);
         }
@@ -220,8 +220,7 @@ impl Writer {
         let mut told = std::mem::take(&mut self.told);
         let mut gone = Vec::new();
         for (event, told) in &mut told {
-            let is_due = now.saturating_duration_since(told.written.0) >= REPEAT_EVERY;
-            if told.count == told.written.1 || !is_due || !self.of_all.take(now) {
+            if told.count == told.written || !self.of_all.take(now) {
                 continue;
             }
             let series = EventSeries {
@@ -234,7 +233,7 @@ impl Writer {
                 .patch(&told.name, &PatchParams::default(), &patch)
                 .await
                 .map(drop);
-            told.written = (now, told.count);
+            told.written = told.count;
             let is_gone = matches!(&patched, Err(kube::Error::Api(status)) if status.code == 404);
             if is_gone {
                 // The API server keeps Events for an hour or so.
@@ -307,7 +306,8 @@ impl Writer {
 
 /// The beginning of a text that has at most so many bytes.
 fn cut(text: &str, max: usize) -> &str {
-    &text[..text.floor_char_boundary(max)]
+    let end = (0..=max.min(text.len())).rfind(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
 }
 
 #[cfg(test)]

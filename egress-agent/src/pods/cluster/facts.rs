@@ -44,7 +44,7 @@ pub(super) fn of_service(service: v1::Service) -> Vec<IpAddr> {
 
 /// The addresses of an `EndpointSlice`, ready or not: one that is starting may already be asked,
 /// and one that is ending still answers.
-pub(super) fn of_slice(slice: discovery::EndpointSlice) -> Vec<IpAddr> {
+pub(super) fn of_slice(slice: &discovery::EndpointSlice) -> Vec<IpAddr> {
     if slice.address_type == "FQDN" {
         return Vec::new();
     }

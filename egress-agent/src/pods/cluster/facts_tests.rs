@@ -38,11 +38,11 @@ fn endpoints_count_whether_ready_or_not() {
         { "addresses": ["10.1.0.2"] },
     ] });
     assert_eq!(
-        of_slice(object(slice)),
+        of_slice(&object(slice)),
         addresses(&["10.1.0.2", "10.1.0.3"])
     );
     let named = json!({ "addressType": "FQDN", "endpoints": [{ "addresses": ["10.1.0.2"] }] });
-    assert!(of_slice(object(named)).is_empty());
+    assert!(of_slice(&object(named)).is_empty());
 
     let endpoints = json!({ "subsets": [
         { "addresses": [{ "ip": "10.1.0.2" }], "notReadyAddresses": [{ "ip": "10.1.0.3" }] },

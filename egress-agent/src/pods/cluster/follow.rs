@@ -147,6 +147,9 @@ async fn follow_until<K, R>(
             if is_missing && until == Until::NotServed {
                 return;
             }
+            if matches!(failure, Failure::Unreachable(_)) {
+                connection.doubt();
+            }
             let is_refused = matches!(failure, Failure::Credentials(_));
             let attempts = health.failed(plan.watched, failure);
             sleep(backoff.next().unwrap_or(LIST_TIMEOUT)).await;
@@ -169,8 +172,8 @@ async fn follow_until<K, R>(
 fn failure(error: &watcher::Error, server: &str) -> (Failure, bool) {
     use watcher::Error;
     let status = match error {
-        Error::WatchError(status) => status,
-        Error::InitialListFailed(kube::Error::Api(status))
+        Error::WatchError(status)
+        | Error::InitialListFailed(kube::Error::Api(status))
         | Error::WatchStartFailed(kube::Error::Api(status))
         | Error::WatchFailed(kube::Error::Api(status)) => status,
         Error::InitialListFailed(error)

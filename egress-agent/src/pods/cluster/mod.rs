@@ -280,7 +280,7 @@ fn follow_service(
         watched,
         api: namespaced::<discovery::EndpointSlice>(namespace),
         selector: slices,
-        reduce: |read| Some(facts::of_slice(read)),
+        reduce: |read| Some(facts::of_slice(&read)),
         table,
     };
     let older = Plan {

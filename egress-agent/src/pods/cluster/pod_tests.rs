@@ -120,7 +120,7 @@ fn a_network_status_that_cannot_be_read_adds_nothing() {
 
 const STATIC_UID: &str = "0123456789abcdef0123456789abcdef";
 
-fn mirror(uid: &str, owner: Value) -> ClusterPod {
+fn mirror(uid: &str, owner: &Value) -> ClusterPod {
     read(cart(
         json!({
             "annotations": { MIRROR_ANNOTATION: uid, "kubernetes.io/config.hash": uid },
@@ -136,7 +136,7 @@ fn node(uid: &str) -> Value {
 
 #[test]
 fn a_static_pod_has_the_uid_in_its_mirror() {
-    let read = mirror(STATIC_UID, node("node-uid"));
+    let read = mirror(STATIC_UID, &node("node-uid"));
     assert_eq!(read.pod.cgroup_uid, None);
     let mirror = read.mirror.unwrap();
     assert_eq!(mirror.confirmed(Some("node-uid")), Ok(STATIC_UID));
@@ -145,12 +145,12 @@ fn a_static_pod_has_the_uid_in_its_mirror() {
 
 #[test]
 fn a_pod_is_not_a_mirror_because_its_author_says_so() {
-    let owned_by_another = mirror(STATIC_UID, node("guessed"));
+    let owned_by_another = mirror(STATIC_UID, &node("guessed"));
     let owned_by_a_set = mirror(
         STATIC_UID,
-        json!({ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "cart", "uid": "node-uid" }),
+        &json!({ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "cart", "uid": "node-uid" }),
     );
-    let victim = mirror("11111111-2222-3333-4444-555555555555", node("node-uid"));
+    let victim = mirror("11111111-2222-3333-4444-555555555555", &node("node-uid"));
     for read in [owned_by_another, owned_by_a_set, victim] {
         assert_eq!(read.pod.cgroup_uid, None);
         assert!(read.mirror.unwrap().confirmed(Some("node-uid")).is_err());

@@ -78,7 +78,7 @@ impl Cluster {
         put(&mut self.state.namespaces, "", name, BTreeMap::new());
     }
 
-    fn pod(&mut self, namespace: &str, name: &str, more: Value) {
+    fn pod(&mut self, namespace: &str, name: &str, more: &Value) {
         let mut pod = json!({
             "metadata": { "namespace": namespace, "name": name, "uid": format!("uid-{name}") },
             "spec": { "containers": [] },
@@ -113,9 +113,9 @@ fn messages(snapshot: &Snapshot) -> Vec<String> {
 #[test]
 fn nothing_is_said_of_pods_before_everything_is_known() {
     let mut cluster = Cluster::silent();
-    cluster.pod("shop", "cart", json!({}));
+    cluster.pod("shop", "cart", &json!({}));
     complete(&mut cluster.state.pods);
-    cluster.pod("shop", "cart", json!({}));
+    cluster.pod("shop", "cart", &json!({}));
     assert!(cluster.snapshot().unreadable && cluster.snapshot().pods.is_empty());
     complete(&mut cluster.state.namespaces);
     assert!(cluster.snapshot().unreadable, "resolvers are on their way");
@@ -132,7 +132,7 @@ fn nothing_is_said_of_pods_before_everything_is_known() {
 #[test]
 fn a_pod_whose_namespace_is_not_known_says_so() {
     let mut cluster = Cluster::new();
-    cluster.pod("shop", "cart", json!({}));
+    cluster.pod("shop", "cart", &json!({}));
     assert!(!pod(&cluster.snapshot(), "shop", "cart").namespace_known);
     let annotations = BTreeMap::from([("egress-agent.dev/mode".to_owned(), "enforce".to_owned())]);
     put(
@@ -165,8 +165,8 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
         })
     };
     // Anyone's pod may look like the cache.
-    cluster.pod("shop", "cache", cache(true));
-    cluster.pod("kube-system", "in-its-own-network", cache(false));
+    cluster.pod("shop", "cache", &cache(true));
+    cluster.pod("kube-system", "in-its-own-network", &cache(false));
     let found = cluster.snapshot().facts.resolvers;
     assert_eq!(
         found,
@@ -178,7 +178,7 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
             ),
         ])
     );
-    cluster.pod("kube-system", "cache", cache(true));
+    cluster.pod("kube-system", "cache", &cache(true));
     let found = cluster.snapshot().facts.resolvers;
     assert_eq!(
         found[&ip("169.254.20.10")],
@@ -239,7 +239,7 @@ fn a_mirror_gets_the_cgroups_of_its_static_pod() {
     } });
     let mut cluster = Cluster::new();
     cluster.namespace("kube-system");
-    cluster.pod("kube-system", "web-node-1", mirror.clone());
+    cluster.pod("kube-system", "web-node-1", &mirror);
     let snapshot = cluster.snapshot();
     assert_eq!(
         pod(&snapshot, "kube-system", "web-node-1")
@@ -248,7 +248,7 @@ fn a_mirror_gets_the_cgroups_of_its_static_pod() {
         Some(UID)
     );
     // Two that say so: neither can be believed.
-    cluster.pod("kube-system", "other", mirror);
+    cluster.pod("kube-system", "other", &mirror);
     let snapshot = cluster.snapshot();
     assert!(snapshot.pods.values().all(|pod| pod.cgroup_uid.is_none()));
     assert_eq!(messages(&snapshot).len(), 2);
@@ -269,12 +269,12 @@ fn a_pod_cannot_claim_the_address_of_another() {
     cluster.pod(
         "shop",
         "other",
-        json!({ "status": { "podIPs": [{ "ip": "10.1.0.9" }] } }),
+        &json!({ "status": { "podIPs": [{ "ip": "10.1.0.9" }] } }),
     );
     cluster.pod(
         "shop",
         "cart",
-        json!({
+        &json!({
             "metadata": { "annotations": { "k8s.v1.cni.cncf.io/network-status": status } },
             "status": { "podIPs": [{ "ip": "10.1.0.7" }] },
         }),

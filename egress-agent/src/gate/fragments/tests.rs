@@ -1,0 +1,388 @@
+use proptest::prelude::*;
+
+use super::{
+    made::{Part, Scene, reassemble},
+    *,
+};
+
+const UDP: u8 = egress_common::protocol::UDP;
+const TCP: u8 = egress_common::protocol::TCP;
+
+/// A UDP datagram with these ports and a payload that is like no other.
+fn datagram(from: u16, to: u16, payload: usize) -> Vec<u8> {
+    let mut datagram = Vec::new();
+    datagram.extend(from.to_be_bytes());
+    datagram.extend(to.to_be_bytes());
+    datagram.extend((8 + payload as u16).to_be_bytes());
+    datagram.extend([0, 0]);
+    datagram.extend((0..payload).map(|i| (i * 31 + i / 251) as u8));
+    datagram
+}
+
+/// The datagram in parts of so many bytes, the last of what is left.
+fn split(version: u8, id: u16, datagram: &[u8], size: usize) -> Vec<Part> {
+    let last = datagram.chunks(size).count() - 1;
+    let parts = datagram.chunks(size).enumerate();
+    parts
+        .map(|(i, content)| Part {
+            version,
+            id,
+            protocol: UDP,
+            units: (i * size / 8) as u16,
+            more: i < last,
+            content: content.to_vec(),
+        })
+        .collect()
+}
+
+/// An answer in three fragments.
+fn three(version: u8, id: u16) -> (Vec<u8>, Vec<Part>) {
+    let whole = datagram(53, 7, 3000);
+    let parts = split(version, id, &whole, 1400);
+    assert_eq!(parts.len(), 3);
+    (whole, parts)
+}
+
+#[test]
+fn a_datagram_is_whole_in_whatever_order_its_fragments_come() {
+    for version in [4, 6] {
+        for (id, order) in [
+            [0, 1, 2],
+            [0, 2, 1],
+            [1, 0, 2],
+            [1, 2, 0],
+            [2, 0, 1],
+            [2, 1, 0],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut scene = Scene::new();
+            let (whole, parts) = three(version, id as u16);
+            assert_eq!(scene.comes(&parts[order[0]]), None);
+            assert_eq!(scene.comes(&parts[order[1]]), None);
+            assert_eq!(scene.comes(&parts[order[2]]), Some(whole));
+            assert!(scene.lost.is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_repeated_fragment_counts_for_nothing_and_is_not_put_back() {
+    for version in [4, 6] {
+        let mut scene = Scene::new();
+        let (whole, parts) = three(version, 1);
+        for part in [0, 0, 1, 1, 0] {
+            assert_eq!(scene.comes(&parts[part]), None);
+        }
+        assert_eq!(scene.comes(&parts[2]), Some(whole));
+        // After the datagram has been put back, it would wait at the pod for another one.
+        for part in &parts {
+            assert_eq!(scene.comes(part), None);
+        }
+        assert!(scene.lost.is_empty());
+        assert_eq!(scene.fragments.kept, 0);
+    }
+}
+
+#[test]
+fn a_number_serves_once_a_minute() {
+    let mut scene = Scene::new();
+    let (whole, parts) = three(4, 1);
+    let come = |scene: &mut Scene| parts.iter().find_map(|part| scene.comes(part));
+    assert_eq!(come(&mut scene), Some(whole.clone()));
+    scene.passes(59);
+    assert_eq!(come(&mut scene), None);
+    scene.passes(2);
+    assert_eq!(come(&mut scene), Some(whole));
+}
+
+/// What makes the second of three fragments contradict the others.
+type Change = fn(&mut Part);
+
+#[test]
+fn a_contradiction_ends_the_datagram() {
+    let changes: [(&str, Change); 6] = [
+        ("fragments overlap", |part| part.units -= 1),
+        ("fragments overlap", |part| part.units += 1),
+        ("a fragment is empty", |part| part.content.clear()),
+        ("a fragment ends where none can follow", |part| {
+            part.content.pop();
+        }),
+        ("fragments disagree about where the datagram ends", |part| {
+            part.more = false;
+        }),
+        ("fragments overlap", |part| part.units = 0),
+    ];
+    for version in [4, 6] {
+        for (why, change) in changes {
+            let mut scene = Scene::new();
+            let (_, parts) = three(version, 1);
+            let mut second = parts[1].clone();
+            change(&mut second);
+            for part in [&parts[0], &parts[2], &second, &parts[1], &parts[0]] {
+                assert_eq!(scene.comes(part), None, "{why}");
+            }
+            assert_eq!(scene.lost, [why]);
+            assert_eq!(scene.fragments.kept, 0);
+        }
+    }
+}
+
+#[test]
+fn other_bytes_in_the_same_place_end_the_datagram() {
+    for version in [4, 6] {
+        let mut scene = Scene::new();
+        let (_, parts) = three(version, 1);
+        let mut other = parts[2].clone();
+        other.content[9] ^= 1;
+        for part in [&other, &parts[0], &parts[2], &parts[1]] {
+            assert_eq!(scene.comes(part), None);
+        }
+        assert_eq!(scene.lost, ["fragments overlap"]);
+    }
+}
+
+#[test]
+fn a_fragment_behind_the_end_ends_the_datagram() {
+    for is_known in [true, false] {
+        let mut scene = Scene::new();
+        let (_, parts) = three(4, 1);
+        let mut beyond = parts[2].clone();
+        beyond.units += 400;
+        beyond.more = is_known;
+        beyond.content.truncate(8);
+        for part in [&parts[0], &beyond, &parts[2], &parts[1]] {
+            assert_eq!(scene.comes(part), None);
+        }
+        assert_eq!(
+            scene.lost,
+            ["fragments disagree about where the datagram ends"]
+        );
+    }
+}
+
+#[test]
+fn a_datagram_of_ipv6_is_one_whatever_protocol_its_fragments_name() {
+    let mut scene = Scene::new();
+    let (_, mut parts) = three(6, 1);
+    parts[1].protocol = TCP;
+    for part in &parts {
+        assert_eq!(scene.comes(part), None);
+    }
+    assert_eq!(scene.lost, ["fragments do not come the same way"]);
+    // Over IPv4 they belong to different ones.
+    let (whole, parts) = three(4, 1);
+    let mut other = parts[1].clone();
+    other.protocol = TCP;
+    assert_eq!(scene.comes(&other), None);
+    assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+}
+
+#[test]
+fn a_fragment_that_the_receiver_may_pass_over_ends_the_datagram() {
+    let (_, parts) = three(4, 1);
+    let first = parts[0].frame();
+    let mut damaged = first.clone();
+    damaged[14 + 8] ^= 1;
+    let mut elsewhere = first.clone();
+    elsewhere[5] ^= 1;
+    let mut with_options = first.clone();
+    with_options[14] = 0x46;
+    with_options[16..18].copy_from_slice(&1424u16.to_be_bytes());
+    with_options.splice(34..34, [1, 1, 1, 0]);
+    with_options[24..26].fill(0);
+    let sum = checksum::of_ipv4_header(&with_options[14..38]);
+    with_options[24..26].copy_from_slice(&sum);
+    for (frame, why) in [
+        (damaged, "the header checksum of a fragment is wrong"),
+        (elsewhere, "fragments do not come the same way"),
+        (
+            with_options,
+            "a fragment has options or further extension headers",
+        ),
+    ] {
+        let mut scene = Scene::new();
+        for part in &parts[1..] {
+            assert_eq!(scene.comes(part), None);
+        }
+        assert!(scene.comes_as(&frame).is_none());
+        assert_eq!(scene.lost, [why]);
+        assert_eq!(scene.comes(&parts[0]), None, "{why}");
+    }
+}
+
+#[test]
+fn what_no_packet_can_hold_is_not_put_together() {
+    for (version, units) in [(4, 8190), (6, 8191)] {
+        let mut scene = Scene::new();
+        let (_, mut parts) = three(version, 1);
+        parts[2].units = units;
+        for part in &parts {
+            assert_eq!(scene.comes(part), None);
+        }
+        assert_eq!(scene.lost, ["the datagram is longer than one can be"]);
+    }
+    // What one can hold is.
+    for (version, longest) in [(4, 65_515), (6, 65_535)] {
+        let whole = datagram(53, 7, longest - 8);
+        let parts = split(version, 1, &whole, 1232);
+        let mut scene = Scene::new();
+        assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+    }
+}
+
+#[test]
+fn a_datagram_has_a_bounded_number_of_fragments() {
+    let mut scene = Scene::new();
+    for part in split(4, 1, &datagram(53, 7, 3000), 8) {
+        assert_eq!(scene.comes(&part), None);
+    }
+    assert_eq!(scene.lost, ["the datagram has too many fragments"]);
+    assert_eq!(scene.fragments.kept, 0);
+}
+
+#[test]
+fn a_missing_fragment_is_not_waited_for() {
+    let mut scene = Scene::new();
+    let (_, parts) = three(4, 1);
+    scene.comes(&parts[0]);
+    scene.passes(1);
+    scene.comes(&parts[1]);
+    assert!(scene.lost.is_empty());
+    scene.passes(2);
+    assert_eq!(scene.lost, ["a fragment is missing"]);
+    assert_eq!((scene.fragments.kept, scene.budget.used), (0, 0));
+    assert_eq!(scene.comes(&parts[2]), None);
+}
+
+#[test]
+fn a_flood_of_first_fragments_leaves_a_datagram_that_comes_at_once() {
+    let mut scene = Scene::new();
+    for id in 1000..21_000 {
+        let (_, parts) = three(4, id);
+        assert_eq!(scene.comes(&parts[0]), None);
+        if id % 1000 == 0 {
+            let (whole, parts) = three(4, id / 1000);
+            assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+        }
+    }
+    assert!(scene.fragments.datagrams.len() <= DATAGRAMS);
+    assert!(
+        scene
+            .lost
+            .iter()
+            .all(|why| *why == "no room is left for fragments")
+    );
+}
+
+#[test]
+fn what_ended_takes_bounded_memory() {
+    let mut scene = Scene::new();
+    for id in 0..5000 {
+        let (whole, parts) = three(6, id);
+        assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+    }
+    assert_eq!(scene.fragments.ended.len(), ENDED);
+    scene.passes(61);
+    assert!(scene.fragments.ended.is_empty());
+}
+
+#[test]
+fn when_all_memory_is_used_a_pod_gives_up_its_own() {
+    let mut scene = Scene::new();
+    let (_, parts) = three(4, 1);
+    scene.comes(&parts[0]);
+    // What other pods have.
+    let others = BYTES - scene.budget.used;
+    let mut lost = Vec::new();
+    let mut budget = Budget { used: BYTES };
+    let mut packet = Packet::EMPTY;
+    let frame = three(4, 2).1[0].frame();
+    egress_common::packet::walk(&frame.as_slice(), &mut packet);
+    let held = Held {
+        frame: &frame,
+        packet: &packet,
+        ifindex: 7,
+        is_taken: true,
+    };
+    let fragments = &mut scene.fragments;
+    let added = fragments.add(&held, 0, &mut budget, |_, why| lost.push(why));
+    assert!(added.is_none());
+    assert_eq!(lost, ["no room is left for fragments"]);
+    assert_eq!(budget.used, others + fragments.kept);
+    assert_eq!(fragments.datagrams.len(), 1);
+}
+
+/// Where a datagram is cut, in units of 8 bytes.
+fn cuts() -> impl Strategy<Value = Vec<u16>> {
+    prop::collection::vec(1u16..400, 1..20)
+}
+
+proptest! {
+    #[test]
+    fn any_split_in_any_order_gives_back_the_datagram(
+        version in prop::sample::select(vec![4u8, 6]),
+        payload in 100usize..4000,
+        cuts in cuts(),
+        order in prop::collection::vec(any::<prop::sample::Index>(), 0..60),
+    ) {
+        let whole = datagram(53, 7, payload);
+        let mut parts = Vec::new();
+        let mut at = 0;
+        for len in cuts.iter().map(|units| usize::from(*units) * 8) {
+            if at + len >= whole.len() {
+                break;
+            }
+            parts.push((at, at + len));
+            at += len;
+        }
+        parts.push((at, whole.len()));
+        let parts: Vec<Part> = parts
+            .iter()
+            .map(|&(start, end)| Part {
+                version,
+                id: 1,
+                protocol: UDP,
+                units: (start / 8) as u16,
+                more: end < whole.len(),
+                content: whole[start..end].to_vec(),
+            })
+            .collect();
+        prop_assume!(parts.len() > 1);
+        let mut scene = Scene::new();
+        // Any of them, any number of times, and then each.
+        let some = order.iter().map(|index| index.get(&parts));
+        let put_back: Vec<Vec<u8>> = some.chain(&parts).filter_map(|part| scene.comes(part)).collect();
+        prop_assert_eq!(put_back, vec![whole]);
+        prop_assert!(scene.lost.is_empty());
+    }
+
+    #[test]
+    fn an_overlap_anywhere_lets_nothing_pass(
+        version in prop::sample::select(vec![4u8, 6]),
+        size in (1usize..20).prop_map(|units| units * 64),
+        units in 1u16..300,
+        len in (1usize..40).prop_map(|units| units * 8),
+        order in any::<prop::sample::Index>(),
+    ) {
+        let whole = datagram(53, 7, 3000);
+        let mut parts = split(version, 1, &whole, size);
+        let start = usize::from(units) * 8;
+        prop_assume!(start + len < whole.len());
+        let overlap = Part { units, more: true, content: whole[start..start + len].to_vec(), ..parts[0].clone() };
+        prop_assume!(!parts.iter().any(|part| part.units == units && part.content.len() == len));
+        // Before the last one comes: afterwards the datagram is whole without it.
+        parts.insert(order.index(parts.len()), overlap);
+        let mut scene = Scene::new();
+        for part in &parts {
+            prop_assert_eq!(scene.comes(part), None);
+        }
+        prop_assert_eq!(scene.lost.len(), 1);
+    }
+
+    #[test]
+    fn a_recipe_is_read_as_the_pod_reads_it(recipe in prop::collection::vec(any::<u8>(), 0..400)) {
+        reassemble(&recipe);
+    }
+}

@@ -1,0 +1,101 @@
+//! What comes to a pod in fragments from a resolver's address.
+
+use egress_common::{packet::Packet, protocol::bits};
+
+use super::{
+    super::{
+        checksum::is_right_udp,
+        fragments::{self, Whole},
+        judge::Judge,
+    },
+    HeldFrame, Pod, Shared, udp_payload,
+};
+
+/// Port of DNS.
+const DNS_PORT: u16 = 53;
+
+impl Pod {
+    /// A fragment. If its datagram is whole with it and may pass, all fragments are put back, in the
+    /// order in which they stand in the datagram.
+    pub(super) fn fragment(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
+        let fragment = fragments::Held {
+            frame: held.frame,
+            packet,
+            ifindex: held.head.ifindex,
+            is_taken: held.head.taken != 0,
+        };
+        let time_ns = held.head.time_ns;
+        let mut judge = Judge {
+            enforcement: &mut self.enforcement,
+            learned: &mut self.learned,
+            dns: &shared.dns,
+            reporter: &shared.reporter,
+            stats: &shared.stats,
+            time_ns,
+        };
+        let whole = self
+            .fragments
+            .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
+                judge.lost_fragments(packet, why);
+            });
+        let Some(whole) = whole else {
+            return;
+        };
+        let may_pass = match answer(&whole) {
+            Answer::No => true,
+            Answer::Unreadable(why) => {
+                judge.lost_fragments(&whole.packet, why);
+                false
+            }
+            Answer::Yes(message) => judge.answer(message, &whole.packet, &mut self.pending),
+        };
+        if may_pass {
+            for piece in whole.pieces.iter().filter(|piece| piece.is_taken) {
+                shared.wire.deliver(piece.ifindex, &piece.frame);
+            }
+        }
+    }
+
+    /// Gives up datagrams whose fragments do not come.
+    pub(in super::super) fn tick_fragments(&mut self, shared: &mut Shared, now_ns: u64) {
+        let judge = Judge {
+            enforcement: &mut self.enforcement,
+            learned: &mut self.learned,
+            dns: &shared.dns,
+            reporter: &shared.reporter,
+            stats: &shared.stats,
+            time_ns: now_ns,
+        };
+        self.fragments
+            .tick(now_ns, &mut shared.fragments, |packet, why| {
+                judge.lost_fragments(packet, why);
+            });
+    }
+}
+
+/// Whether a datagram is a DNS answer.
+enum Answer<'a> {
+    No,
+    Yes(&'a [u8]),
+    /// Why it cannot be read.
+    Unreadable(&'static str),
+}
+
+fn answer(whole: &Whole) -> Answer<'_> {
+    let packet = &whole.packet;
+    match packet.bit {
+        bits::UDP if packet.src_port == DNS_PORT => {}
+        bits::TCP if packet.src_port == DNS_PORT => {
+            return Answer::Unreadable("a segment of DNS over TCP came in fragments");
+        }
+        _ => return Answer::No,
+    }
+    // Fragments of one datagram may have come under the number of another (RFC 4963).
+    if !is_right_udp(&whole.frame, packet) {
+        return Answer::Unreadable("the checksum over all fragments is wrong");
+    }
+    udp_payload(&whole.frame, packet).map_or(
+        Answer::Unreadable("the datagram is shorter than its header says"),
+        Answer::Yes,
+    )
+}

@@ -1,0 +1,518 @@
+//! A connection whose two sides send what a recipe says, for the fuzz target `stream`. Held against it is
+//! what each side would read.
+
+use std::collections::VecDeque;
+
+use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
+use etherparse::PacketBuilder;
+
+use super::{
+    super::{
+        checksum::Checksum,
+        pending::{Exchange, Pending},
+    },
+    Asked, Budget, Decide, FLOWS, Key, Out, QUESTION_MAX, Segment, Step, Streams, To,
+    segment::URG,
+};
+use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
+
+/// Most steps of a recipe: more show nothing new, and take their time.
+const STEPS: usize = 150;
+/// Longest payload that both sides say they take.
+const MSS: u16 = 300;
+/// First sequence numbers: both streams come past the end of the numbers.
+const POD_FIRST: u32 = u32::MAX - 40;
+const RESOLVER_FIRST: u32 = u32::MAX - 10;
+/// The option of multipath TCP (RFC 8684).
+const MULTIPATH: u8 = 30;
+/// More than the gate may keep for one connection, with what it must keep for 512 open questions.
+const KEPT: usize = 512 << 10;
+
+/// What the gate has decided, and what so may be read.
+#[derive(Default)]
+struct Decisions {
+    now_ns: u64,
+    /// The message that was looked at last.
+    question: Vec<u8>,
+    /// The questions that may go out, as they stand in a stream.
+    asked: Vec<u8>,
+    /// Answers that may be delivered.
+    answers: VecDeque<Vec<u8>>,
+    refusals: VecDeque<Vec<u8>>,
+    /// The beginning of an answer that may be delivered.
+    begun: Vec<u8>,
+    lost: usize,
+}
+
+impl Decisions {
+    fn exchange(packet: &Packet, id: u16, to: To) -> Exchange {
+        let (pod_addr, pod_port, resolver) = match to {
+            To::Resolver => (packet.src, packet.src_port, packet.dst),
+            To::Pod => (packet.dst, packet.dst_port, packet.src),
+        };
+        Exchange {
+            pod_addr,
+            resolver,
+            pod_port,
+            id,
+        }
+    }
+
+    fn answered(packet: &Packet, answer: &Answer) -> Exchange {
+        Self::exchange(packet, answer.id, To::Pod)
+    }
+}
+
+impl Decide for Decisions {
+    fn question(&mut self, message: &[u8], _: &Packet) -> Asked {
+        assert!(message.len() <= QUESTION_MAX);
+        self.question = message.to_vec();
+        match read_question(message) {
+            Err(_) => Asked::Unreadable,
+            Ok(question) if question.name_as_sent.get(1) == Some(&b'n') => {
+                let refusal = refuse(&question, Refusal::NxDomain);
+                self.refusals.push_back(refusal.clone());
+                Asked::Refused(refusal)
+            }
+            Ok(question) => Asked::Allowed(question),
+        }
+    }
+
+    fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending) {
+        assert_eq!(read_question(&self.question).as_ref(), Ok(question));
+        self.asked.extend(framed(&self.question));
+        let exchange = Self::exchange(packet, question.id, To::Resolver);
+        pending.ask(exchange, question, self.now_ns);
+    }
+
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+        let delivered = read_answer(message).is_ok_and(|answer| {
+            pending.answer(Self::answered(packet, &answer), &answer, self.now_ns)
+        });
+        if delivered {
+            self.answers.push_back(message.to_vec());
+        }
+        delivered
+    }
+
+    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        let delivered = read_beginning(message).is_ok_and(|answer| {
+            answer.is_none_or(|answer| pending.expects(&Self::answered(packet, &answer), &answer))
+        });
+        self.begun = message.to_vec();
+        delivered
+    }
+
+    fn lost(&mut self, _: &Packet, _: &'static str) {
+        self.lost += 1;
+    }
+}
+
+/// What one side reads: the bytes that were put back to it, by their place.
+#[derive(Default)]
+struct Reader {
+    /// Sequence number of the first byte, once the SYN has been put back.
+    first: Option<u32>,
+    bytes: Vec<u8>,
+    has_ended: bool,
+}
+
+impl Reader {
+    fn take(&mut self, seq: u32, payload: &[u8], fin: bool) {
+        if payload.is_empty() && !fin {
+            return;
+        }
+        let first = self.first.expect("nothing comes before the SYN");
+        let at = seq.wrapping_sub(first) as usize;
+        assert!(at <= self.bytes.len(), "a gap, or before the first byte");
+        let (again, new) = payload.split_at(payload.len().min(self.bytes.len() - at));
+        assert_eq!(&self.bytes[at..at + again.len()], again, "read twice");
+        assert!(new.is_empty() || !self.has_ended, "behind the end");
+        self.bytes.extend_from_slice(new);
+        if fin {
+            assert_eq!(at + payload.len(), self.bytes.len(), "an early end");
+            self.has_ended = true;
+        }
+    }
+}
+
+/// Both ends of the line.
+#[derive(Default)]
+struct Line {
+    pod: Reader,
+    resolver: Reader,
+    has_reset: bool,
+}
+
+impl Out for Line {
+    fn put(&mut self, to: To, frame: &[u8]) {
+        let mut packet = Packet::EMPTY;
+        assert_eq!(walk(&frame, &mut packet), Walked::Ip);
+        let segment = Segment::read(frame, &packet).expect("a whole segment");
+        assert_eq!(segment.checksum, Checksum::Whole);
+        assert!(segment.payload.len() <= usize::from(MSS));
+        let options = &segment.headers[packet.l4_offset as usize + 20..];
+        assert!(!options.contains(&MULTIPATH), "another order");
+        let port = match to {
+            To::Resolver => packet.dst_port,
+            To::Pod => packet.src_port,
+        };
+        assert_eq!(port, 53);
+        if segment.has(TCP_RST) {
+            assert!(segment.payload.is_empty());
+            self.has_reset = true;
+            return;
+        }
+        assert!(!segment.has(URG));
+        let reader = match to {
+            To::Resolver => &mut self.resolver,
+            To::Pod => &mut self.pod,
+        };
+        if segment.has(TCP_SYN) {
+            assert!(segment.payload.is_empty());
+            let first = segment.seq.wrapping_add(1);
+            assert!(reader.first.is_none_or(|known| known == first), "moved");
+            reader.first = Some(first);
+            return;
+        }
+        reader.take(segment.seq, segment.payload, segment.has(TCP_FIN));
+    }
+
+    fn interface(&self) -> u32 {
+        0
+    }
+
+    fn turn_to(&mut self, _: u32) {}
+}
+
+struct Scene {
+    streams: Streams,
+    budget: Budget,
+    decisions: Decisions,
+    line: Line,
+    /// What each side would send if it followed the protocol.
+    questions: Vec<u8>,
+    answers: Vec<u8>,
+    /// Up to where the answers reach to each question, by where the question ends.
+    answered: Vec<(usize, usize)>,
+    /// Whether both sides have followed it so far.
+    is_honest: bool,
+}
+
+impl Scene {
+    fn segment(&mut self, to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) {
+        self.segment_with(&[], to, flags, seq, ack, payload);
+    }
+
+    /// A segment with further options.
+    fn segment_with(
+        &mut self,
+        options: &[u8],
+        to: To,
+        flags: u8,
+        seq: u32,
+        ack: u32,
+        payload: &[u8],
+    ) {
+        let frame = frame(options, to, flags, seq, ack, payload);
+        let mut packet = Packet::EMPTY;
+        if walk(&frame.as_slice(), &mut packet) != Walked::Ip {
+            return;
+        }
+        if to == To::Resolver && flags & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN {
+            let key = Key {
+                pod_addr: packet.src,
+                resolver: packet.dst,
+                pod_port: packet.src_port,
+            };
+            let segment = Segment::read(&frame, &packet).expect("a whole segment");
+            let known = self.streams.flows.peek(&key);
+            if !known.is_some_and(|flow| flow.is_opened_by(&segment)) {
+                self.line = Line::default();
+                self.decisions = Decisions {
+                    now_ns: self.decisions.now_ns,
+                    ..Decisions::default()
+                };
+            }
+        }
+        let mut step = Step {
+            now_ns: self.decisions.now_ns,
+            decide: &mut self.decisions,
+            out: &mut self.line,
+        };
+        self.streams
+            .segment(&frame, &packet, to, &mut step, &mut self.budget);
+        self.holds();
+    }
+
+    fn tick(&mut self, ns: u64) {
+        self.decisions.now_ns += ns;
+        let mut step = Step {
+            now_ns: self.decisions.now_ns,
+            decide: &mut self.decisions,
+            out: &mut self.line,
+        };
+        self.streams.tick(&mut step, &mut self.budget);
+        self.holds();
+    }
+
+    /// What must be so after every step.
+    fn holds(&self) {
+        let asked = &self.line.resolver.bytes;
+        assert!(
+            self.decisions.asked.starts_with(asked),
+            "the resolver reads what was not decided"
+        );
+        assert_eq!(
+            self.messages_of_pod(),
+            Ok(()),
+            "the pod reads what was not decided"
+        );
+        let kept: usize = self.streams.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        assert_eq!(self.budget.used, kept);
+        assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
+    }
+
+    /// Whether what the pod reads are answers that may be delivered, and refusals behind them, in
+    /// order; else the message that is neither.
+    fn messages_of_pod(&self) -> Result<(), Vec<u8>> {
+        let mut answers = self.decisions.answers.iter();
+        let mut refusals = self.decisions.refusals.iter();
+        let mut has_refusal = false;
+        let mut rest = self.line.pod.bytes.as_slice();
+        while let Some((len, behind)) = rest.split_first_chunk() {
+            let len = usize::from(u16::from_be_bytes(*len));
+            let Some((message, behind)) = behind.split_at_checked(len) else {
+                let may_begin = !has_refusal && self.decisions.begun.starts_with(behind);
+                return (may_begin || behind.is_empty())
+                    .then_some(())
+                    .ok_or_else(|| behind.to_vec());
+            };
+            let is_answer = !has_refusal && answers.next().is_some_and(|answer| answer == message);
+            if !is_answer {
+                has_refusal = true;
+                if refusals.next().is_none_or(|refusal| refusal != message) {
+                    return Err(message.to_vec());
+                }
+            }
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn opens(&mut self) {
+        let (pod, resolver) = (POD_FIRST, RESOLVER_FIRST);
+        let (asked, answered) = (pod.wrapping_add(1), resolver.wrapping_add(1));
+        self.segment(To::Resolver, TCP_SYN, pod, 0, b"");
+        self.segment(To::Pod, TCP_SYN | TCP_ACK, resolver, asked, b"");
+        self.segment(To::Resolver, TCP_ACK, asked, answered, b"");
+    }
+
+    /// How many bytes of answers there are to the questions that have gone out.
+    fn answerable(&self) -> usize {
+        let asked = self.line.resolver.bytes.len();
+        let known = self.answered.iter().rev();
+        known
+            .clone()
+            .find(|(question, _)| *question <= asked)
+            .map_or(0, |(_, answers)| *answers)
+    }
+
+    /// Does what six bytes say.
+    fn follow(&mut self, [what, high, low, len, flags, ack]: [u8; 6]) {
+        if what >> 5 == 7 {
+            self.is_honest = false;
+            return self.tick(u64::from(len) * 100_000_000);
+        }
+        let to = if what & 1 == 0 { To::Resolver } else { To::Pod };
+        let (source, first, other) = match to {
+            To::Resolver => (self.questions.as_slice(), POD_FIRST, RESOLVER_FIRST),
+            To::Pod if what & 16 == 0 => (
+                self.answers.get(..self.answerable()).unwrap_or_default(),
+                RESOLVER_FIRST,
+                POD_FIRST,
+            ),
+            To::Pod => {
+                self.is_honest = false;
+                (self.answers.as_slice(), RESOLVER_FIRST, POD_FIRST)
+            }
+        };
+        let is_large = what & 2 != 0;
+        let at = usize::from(u16::from_be_bytes([high, low])) << if is_large { 2 } else { 0 };
+        let at = at % (source.len() + 1);
+        let len = usize::from(len) << if is_large { 6 } else { 0 };
+        let mut payload = source[at..(at + len).min(source.len())].to_vec();
+        let mut seq = first.wrapping_add(1).wrapping_add(at as u32);
+        if what & 4 != 0 {
+            self.is_honest = false;
+            if let Some(byte) = payload.last_mut() {
+                *byte ^= 1;
+            }
+        }
+        if what & 8 != 0 {
+            // Before the first byte, or behind the last.
+            self.is_honest = false;
+            seq = seq.wrapping_add_signed(i32::from(ack.cast_signed()));
+        }
+        let mut has = TCP_ACK;
+        if flags & 0x80 != 0 {
+            self.is_honest = false;
+            has ^= flags & (TCP_ACK | TCP_SYN | TCP_RST | TCP_FIN | URG);
+        }
+        let read = match to {
+            To::Resolver => self.line.pod.bytes.len(),
+            To::Pod => self.line.resolver.bytes.len(),
+        };
+        let acknowledged = other
+            .wrapping_add(1)
+            .wrapping_add(read as u32)
+            .wrapping_add_signed(i32::from(ack.cast_signed()));
+        let multipath = [MULTIPATH, 8, 0x20, 4, low, len as u8, flags, ack];
+        let options = if flags & 0x40 == 0 {
+            &[][..]
+        } else {
+            &multipath
+        };
+        self.segment_with(options, to, has, seq, acknowledged, &payload);
+    }
+
+    /// Sides that follow the protocol get everything across, whatever was lost or came twice.
+    fn ends_well(&mut self) {
+        let (questions, answers) = (self.questions.clone(), self.answers.clone());
+        let place = |first: u32, at: usize| first.wrapping_add(1).wrapping_add(at as u32);
+        for (i, chunk) in questions.chunks(500).enumerate() {
+            let seq = place(POD_FIRST, i * 500);
+            let ack = place(RESOLVER_FIRST, self.line.pod.bytes.len());
+            self.segment(To::Resolver, TCP_ACK, seq, ack, chunk);
+            let seq = place(RESOLVER_FIRST, self.line.pod.bytes.len());
+            let ack = place(POD_FIRST, self.line.resolver.bytes.len());
+            self.segment(To::Pod, TCP_ACK, seq, ack, b"");
+        }
+        assert!(self.line.resolver.bytes == questions, "questions are lost");
+        for (i, chunk) in answers.chunks(500).enumerate() {
+            let seq = place(RESOLVER_FIRST, i * 500);
+            let ack = place(POD_FIRST, questions.len());
+            self.segment(To::Pod, TCP_ACK, seq, ack, chunk);
+            let ack = place(RESOLVER_FIRST, self.line.pod.bytes.len());
+            let seq = place(POD_FIRST, questions.len());
+            self.segment(To::Resolver, TCP_ACK, seq, ack, b"");
+        }
+        assert!(self.line.pod.bytes == answers, "answers are lost");
+        assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
+        assert_eq!(self.budget.used, 0);
+    }
+}
+
+/// Follows a recipe: a byte that says how many questions there are, a byte for each, and six for each
+/// segment or pause.
+///
+/// # Panics
+///
+/// When a side would read what was not decided, when more is kept than may be, or when two sides that
+/// follow the protocol do not get everything across.
+pub(in super::super) fn follow(recipe: &[u8]) {
+    let Some((&count, rest)) = recipe.split_first() else {
+        return;
+    };
+    let Some((questions, rest)) = rest.split_at_checked(usize::from(count % 16)) else {
+        return;
+    };
+    let mut scene = Scene {
+        streams: Streams::new(),
+        budget: Budget::default(),
+        decisions: Decisions {
+            now_ns: 1,
+            ..Decisions::default()
+        },
+        line: Line::default(),
+        questions: Vec::new(),
+        answers: Vec::new(),
+        answered: Vec::new(),
+        is_honest: true,
+    };
+    for (id, &kind) in (0..).zip(questions) {
+        let (question, answer) = exchange(id, kind);
+        scene.is_honest &= answer.is_some();
+        scene.questions.extend(question);
+        scene.answers.extend(answer.unwrap_or_default());
+        let ends = (scene.questions.len(), scene.answers.len());
+        scene.answered.push(ends);
+    }
+    if count & 0x80 == 0 {
+        scene.opens();
+    } else {
+        scene.is_honest = false;
+    }
+    let (steps, _) = rest.as_chunks();
+    for &step in steps.iter().take(STEPS) {
+        scene.follow(step);
+    }
+    if scene.is_honest {
+        scene.ends_well();
+    }
+}
+
+/// A question, and an answer to it if there is one, as they stand in a stream.
+fn exchange(id: u8, kind: u8) -> (Vec<u8>, Option<Vec<u8>>) {
+    let mut question = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    let len = kind & 0x3f;
+    // What begins with an n is refused.
+    let letter = if kind >> 6 == 2 { b'n' } else { b'a' };
+    question.push(len.max(1));
+    question.resize(question.len() + usize::from(len.max(1)), letter);
+    question.extend([0, 0, 16, 0, 1]);
+    match (kind >> 6, len) {
+        (2, _) => return (framed(&question), None),
+        // No question; one that is too long; one that is only a prefix.
+        (3, 0) => return (framed(b"no question"), None),
+        (3, 1) => return (framed(&vec![0; QUESTION_MAX + 1]), None),
+        (3, 2) => return (framed(b""), None),
+        _ => {}
+    }
+    let mut answer = question.clone();
+    answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
+    // A TXT record as long as the kind says, of the asked name.
+    let data = u16::from(len) << if kind >> 6 == 1 { 8 } else { 4 };
+    answer.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60]);
+    answer.extend(data.to_be_bytes());
+    answer.resize(answer.len() + usize::from(data), kind);
+    (framed(&question), Some(framed(&answer)))
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
+    [&len.to_be_bytes(), message].concat()
+}
+
+fn frame(further: &[u8], to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
+    let (pod, resolver) = (([10, 1, 0, 2], 4000), ([10, 99, 0, 53], 53));
+    let ((src, from), (dst, port)) = match to {
+        To::Resolver => (pod, resolver),
+        To::Pod => (resolver, pod),
+    };
+    let mut step = PacketBuilder::ethernet2([2; 6], [4; 6])
+        .ipv4(src, dst, 64)
+        .tcp(from, port, seq, 500);
+    let mut options = further.to_vec();
+    if flags & TCP_SYN != 0 {
+        let [high, low] = MSS.to_be_bytes();
+        options.extend([2, 4, high, low]);
+        step = step.syn();
+    }
+    step = step.options_raw(&options).expect("a few options");
+    if flags & TCP_ACK != 0 {
+        step = step.ack(ack);
+    }
+    if flags & TCP_FIN != 0 {
+        step = step.fin();
+    }
+    if flags & TCP_RST != 0 {
+        step = step.rst();
+    }
+    if flags & URG != 0 {
+        step = step.urg(1);
+    }
+    let mut frame = Vec::new();
+    step.write(&mut frame, payload).expect("a frame");
+    frame
+}

@@ -1,0 +1,244 @@
+//! A cluster with one node that is real as far as the agent can see: a real API server, a [`Lab`] for
+//! its network, and pods with control groups and processes as a [`Node`] has them.
+//!
+//! The agent runs in the laboratory's node, which has no way to the API server but a [`TcpProxy`].
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use egress_agent::pods::cluster::ACCESS;
+use serde_json::{Value, json};
+
+use crate::{
+    Agent, ApiServer, Identity, Lab, Node, NodePod, Pod, TcpProxy,
+    addresses::{RESOLVER, RESOLVER6},
+    lab::Builder,
+    node::Qos,
+};
+
+/// A cluster of one node. All of it is gone when this is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The node's network.
+    pub lab: Lab,
+    /// The API server.
+    pub server: Arc<ApiServer>,
+    /// The way from the node to the API server.
+    pub proxy: TcpProxy,
+    node: Node,
+    name: String,
+}
+
+/// A pod that the API server knows, and that runs on the node.
+#[derive(Debug)]
+pub struct ClusterPod {
+    object: Value,
+    running: NodePod,
+}
+
+impl Cluster {
+    /// A cluster whose API server other tests of this binary use too.
+    #[track_caller]
+    pub fn new() -> Self {
+        Self::on(ApiServer::shared(), Lab::builder())
+    }
+
+    /// A cluster with this API server, and a laboratory made with these settings. What its pods'
+    /// resolvers are, it says itself.
+    #[track_caller]
+    pub fn on(server: Arc<ApiServer>, lab: Builder) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("node-{}-{number}", std::process::id());
+        // What the laboratory's configuration names is what the cluster's DNS service would.
+        let lab = lab.config("node", name.clone()).build();
+        server.allow_agent("agent", &everything());
+        server.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": { "name": name },
+        }));
+        let proxy = TcpProxy::start_in(lab.node(), server.port());
+        Self {
+            lab,
+            server,
+            proxy,
+            node: Node::default(),
+            name,
+        }
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.name
+    }
+
+    /// A namespace of this cluster alone, with this at the end of its name.
+    #[track_caller]
+    pub fn namespace(&self, name: &str, annotations: &Value) -> String {
+        let namespace = format!("{}-{name}", self.name);
+        self.server.namespace(&namespace, annotations);
+        namespace
+    }
+
+    /// Tells the API server of a pod on this node, and makes nothing of it.
+    #[track_caller]
+    pub fn create(&self, namespace: &str, name: &str, annotations: &Value) -> (Value, String) {
+        let mut object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "namespace": namespace, "name": name, "annotations": annotations },
+            "spec": {
+                "nodeName": self.name,
+                "containers": [{ "name": "main", "image": "none" }],
+            },
+        });
+        if annotations.is_null() {
+            object["metadata"]["annotations"] = json!({});
+        }
+        let created = self.server.apply(&object);
+        let uid = created.metadata.uid.expect("the API server gives a UID");
+        (object, uid)
+    }
+
+    /// Makes a pod that runs, with its addresses in its status.
+    #[track_caller]
+    pub fn run(&self, namespace: &str, name: &str, annotations: &Value) -> ClusterPod {
+        let (object, uid) = self.create(namespace, name, annotations);
+        let pod = self.lab.pod(namespace, name);
+        let mut pod = self.place(object, &uid, pod);
+        pod.running.start_container();
+        self.tell_addresses(&pod);
+        pod
+    }
+
+    /// Makes the control group of a pod in which nothing runs yet.
+    #[track_caller]
+    pub fn place(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
+        let running = self.node.pod_of(pod, uid, Qos::Burstable);
+        ClusterPod { object, running }
+    }
+
+    /// Puts the pod's addresses into its status, as its kubelet does once it knows them.
+    #[track_caller]
+    pub fn tell_addresses(&self, pod: &ClusterPod) {
+        let (v4, v6) = (pod.net().ipv4(), pod.net().ipv6());
+        self.server.set_status(
+            &pod.object,
+            &json!({
+                "phase": "Running",
+                "podIP": v4,
+                "podIPs": [{ "ip": v4 }, { "ip": v6 }],
+            }),
+        );
+    }
+
+    /// Gives the pod these annotations and no others of ours.
+    #[track_caller]
+    pub fn annotate(&self, pod: &mut ClusterPod, annotations: &Value) {
+        pod.object["metadata"]["annotations"].clone_from(annotations);
+        self.server.apply(&pod.object);
+    }
+
+    /// Deletes the pod at once, first at the API server and then here.
+    #[track_caller]
+    pub fn delete(&self, pod: ClusterPod) {
+        self.server.delete(&pod.object);
+        drop(pod);
+    }
+
+    /// How the agent gets to the API server.
+    #[track_caller]
+    pub fn kubeconfig(&self) -> PathBuf {
+        let user = json!({ "token": Identity::Agent.token() });
+        self.server
+            .kubeconfig_with(&self.name, self.proxy.port(), &user)
+    }
+
+    /// Starts the agent, and waits until it is ready.
+    #[track_caller]
+    pub fn start_agent(&self) -> Agent {
+        self.start_agent_with(&[])
+    }
+
+    /// Starts the agent with further arguments, and waits until it is ready.
+    #[track_caller]
+    pub fn start_agent_with(&self, arguments: &[&str]) -> Agent {
+        let agent = self.spawn_agent(arguments);
+        agent.wait_ready();
+        agent
+    }
+
+    /// Starts the agent and waits for nothing.
+    #[track_caller]
+    pub fn spawn_agent(&self, arguments: &[&str]) -> Agent {
+        self.lab.spawn_cluster_agent(&self.kubeconfig(), arguments)
+    }
+
+    /// Makes the laboratory's resolver what the cluster says its DNS service is. Clusters that share
+    /// an API server share it.
+    #[track_caller]
+    pub fn announce_resolver(&self) {
+        let service = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+            "spec": {
+                "clusterIP": "None",
+                "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
+            },
+        });
+        self.server.apply(&service);
+        self.server.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Endpoints",
+            "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+            "subsets": [{
+                "addresses": [{ "ip": RESOLVER }, { "ip": RESOLVER6 }],
+                "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
+            }],
+        }));
+    }
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ClusterPod {
+    /// Its network, and what a program in it can try.
+    pub fn net(&self) -> &Pod {
+        self.running.pod()
+    }
+
+    /// Its processes and control groups.
+    pub fn running(&mut self) -> &mut NodePod {
+        &mut self.running
+    }
+
+    /// What the API server was told.
+    pub fn object(&self) -> &Value {
+        &self.object
+    }
+}
+
+/// Everything that the agent asks for, everywhere.
+fn everything() -> Value {
+    ACCESS
+        .iter()
+        .map(|access| {
+            json!({
+                "apiGroups": [access.group],
+                "resources": [access.resource],
+                "verbs": access.verbs,
+            })
+        })
+        .collect()
+}

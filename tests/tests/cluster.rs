@@ -1,0 +1,464 @@
+//! Pods of a cluster: a real API server says which there are, and they run in control groups and
+//! network namespaces as a kubelet lays them out.
+
+use std::{net::IpAddr, sync::Arc};
+
+use egress_tests::{
+    Agent, ApiServer, Cluster, ClusterPod, DEADLINE, Lab, Pod, SHORT,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, ResponseCode},
+    eventually, exchange, holds,
+    node::pause,
+};
+use serde_json::{Value, json};
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+/// Whether the pod reaches this port of the outside.
+fn reaches(pod: &Pod, to: IpAddr) -> bool {
+    pod.connect_tcp((to, 443), SHORT).is_ok()
+}
+
+fn cannot_reach(agent: &Agent, pod: &Pod, to: IpAddr, reason: &str) {
+    assert!(!reaches(pod, to), "{to} was reached");
+    agent.wait_denial(&format!("{reason} of {to}"), |denial| {
+        denial.is(pod, reason, to, 443)
+    });
+}
+
+/// Waits until an Event speaks of a pod, with this reason and these words in its note.
+fn wait_event(cluster: &Cluster, pod: &ClusterPod, reason: &str, words: &[&str]) -> Value {
+    let (namespace, name) = (pod.net().namespace(), pod.net().name());
+    let like = json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": { "namespace": namespace, "name": "any" },
+    });
+    eventually(&format!("an Event {reason} on {namespace}/{name}"), || {
+        let events = cluster.server.list(&like);
+        let found = events.into_iter().find(|event| {
+            let note = event.data["note"].as_str().unwrap_or_default();
+            event.data["reason"] == reason
+                && event.data["regarding"]["name"] == name
+                && words.iter().all(|word| note.contains(word))
+        })?;
+        Some(found.data)
+    })
+}
+
+#[test]
+fn an_annotated_pod_reaches_what_it_may_and_nothing_else() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let other = cluster.run(&shop, "other", &Value::Null);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
+    let answer = cart.net().resolve("elsewhere.test", RecordType::A);
+    assert_eq!(answer.code, ResponseCode::NXDomain);
+    other.net().talks_tcp((server(99), 443));
+    wait_event(
+        &cluster,
+        &cart,
+        "EgressDenied",
+        &[&format!("tcp to {}:443", server(99)), "address_not_learned"],
+    );
+}
+
+#[test]
+fn annotations_of_a_pod_and_of_its_namespace_are_edited_while_it_runs() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &Value::Null);
+    let agent = cluster.start_agent();
+    cart.net().talks_tcp((server(20), 443));
+
+    cluster.annotate(&mut cart, &allow(&format!("{}:443", server(10))));
+    agent.wait_enforcing(cart.net());
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(20), "no_rule");
+
+    agent.applies(cart.net(), || {
+        let annotations = allow(&format!("{}:443", server(20)));
+        cluster.server.namespace(&shop, &annotations);
+    });
+    cart.net().talks_tcp((server(20), 443));
+
+    let released = format!("released pod={shop}/cart");
+    agent.says_after(
+        &released,
+        || {
+            cluster.server.namespace(&shop, &json!({}));
+            cluster.annotate(&mut cart, &json!({}));
+        },
+        |line| line.contains("released") && line.contains(&format!("{shop}/cart")),
+    );
+    cart.net().talks_tcp((server(99), 443));
+}
+
+#[test]
+fn the_cluster_names_its_resolvers() {
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let builder = Lab::builder().config("dns", json!({}));
+    let cluster = Cluster::on(server_of_its_own, builder);
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+
+    let unanswered = cart
+        .net()
+        .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT);
+    assert!(unanswered.is_none(), "nobody said that this is a resolver");
+
+    agent.says_after(
+        "which resolvers there are",
+        || cluster.announce_resolver(),
+        |line| line.contains(&RESOLVER.to_string()),
+    );
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+}
+
+#[test]
+fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+
+    // Its network is made before anybody says whose it is, and before its processes start.
+    let net = cluster.lab.pod(&shop, "cart");
+    let closed = |net: &Pod| {
+        let interface = net.interface().to_owned();
+        agent.wait_said("that the interface is enforced", |line| {
+            line.contains("enforcing") && line.contains(&format!("pod=/{interface} "))
+        });
+        assert!(!reaches(net, server(10)), "it is open");
+        let denial = agent.wait_denial("pod_unknown", |denial| {
+            denial.reason == "pod_unknown" && denial.pod == interface
+        });
+        assert_eq!(denial.namespace, "");
+    };
+    closed(&net);
+
+    let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
+    let mut cart = cluster.place(object, &uid, net);
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
+
+    // One that is not to be enforced is let go.
+    let net = cluster.lab.pod(&shop, "free");
+    closed(&net);
+    let (object, uid) = cluster.create(&shop, "free", &Value::Null);
+    let mut free = cluster.place(object, &uid, net);
+    free.running().start_container();
+    eventually("it is let go", || holds(reaches(free.net(), server(99))));
+}
+
+#[test]
+fn connections_from_before_the_first_agent_go_on_and_new_ones_are_judged() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let udp = cluster.lab.serve_udp(4433);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let mut out = cart.net().talks_tcp((server(10), 443));
+    let datagrams = cart.net().udp_socket((server(11), 4433));
+    assert!(egress_tests::echo_on(&datagrams, b"before", DEADLINE));
+    let listener = cart.net().listen_tcp(8080);
+    let to = (cart.net().ipv4(), 8080);
+    let mut caller = cluster
+        .lab
+        .outside()
+        .run(|| std::net::TcpStream::connect(to))
+        .expect("the pod is called");
+    let (mut callee, _) = listener.accept().expect("it accepts");
+
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+    assert!(egress_tests::echo_on(&datagrams, b"after", DEADLINE));
+    let echo = std::thread::spawn(move || {
+        let mut taken = [0; 4];
+        std::io::Read::read_exact(&mut callee, &mut taken).expect("the caller's words");
+        std::io::Write::write_all(&mut callee, &taken).expect("an answer");
+    });
+    assert!(exchange(&mut caller, b"call", DEADLINE), "the call was cut");
+    echo.join().expect("the pod's end");
+    cannot_reach(&agent, cart.net(), server(10), "no_rule");
+    drop(udp);
+}
+
+#[test]
+fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    cluster.lab.dns().addresses("later.test", &[server(11)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let mut gone = Some(cluster.run(&shop, "gone", &allow("")));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+
+    agent.says_after(
+        "that the API server is away",
+        || cluster.proxy.refuse(),
+        |line| line.contains("API server"),
+    );
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
+    cluster.annotate(&mut cart, &allow("shop.test:443 later.test:443"));
+    if let Some(gone) = gone.take() {
+        cluster.delete(gone);
+    }
+
+    // An agent that starts meanwhile enforces what it finds, and waits.
+    assert!(agent.stop().success());
+    let agent = cluster.spawn_agent(&["--keep-enforcing"]);
+    agent.wait_said("that the API server is away", |line| {
+        line.contains("API server")
+    });
+    assert!(!reaches(cart.net(), server(99)), "it is open");
+
+    cluster.proxy.allow();
+    agent.wait_enforcing(cart.net());
+    eventually("the edit is caught up with", || {
+        let later = cart
+            .net()
+            .try_resolve(RESOLVER, "later.test", RecordType::A, SHORT)?;
+        holds(later.code == ResponseCode::NoError)
+    });
+    cart.net().talks_tcp((server(11), 443));
+    eventually("what is gone is forgotten", || {
+        let pins = cluster.lab.all_pins();
+        holds(!pins.iter().any(|pin| pin.ends_with(format!("{shop}_gone"))))
+    });
+}
+
+#[test]
+fn an_agent_that_is_replaced_leaves_no_gap_and_open_connections_go_on() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    let mut open = cart.net().talks_tcp((server(10), 443));
+    assert!(agent.stop().success());
+    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(exchange(&mut open, b"meanwhile", DEADLINE), "it was cut");
+
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    assert!(exchange(&mut open, b"after", DEADLINE), "it was cut");
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
+}
+
+#[test]
+fn every_interface_of_a_pod_is_enforced() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &allow(&format!("{}:443", server(10))));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    cart.net().talks_tcp((server(10), 443));
+
+    let second = agent.says_after(
+        "that there is another interface",
+        || _ = cart.running().add_interface(&cluster.lab, "net1"),
+        |line| line.contains("enforcing on other interfaces"),
+    );
+    assert!(second.contains(&format!("{shop}/cart")), "{second}");
+    let number = cart.net().ipv4().octets()[2];
+    cart.net().netns().ip_batch(&format!(
+        "route replace default via 10.2.{number}.1 dev net1\n"
+    ));
+    // From the other interface's address nothing leaves: the cluster does not say that it is the
+    // pod's.
+    let denial = {
+        assert!(!reaches(cart.net(), server(10)), "it left by the side");
+        agent.wait_denial("spoofed_source", |denial| {
+            denial.of(cart.net()) && denial.reason == "spoofed_source"
+        })
+    };
+    assert_eq!(denial.dst_ip, Some(server(10)));
+}
+
+#[test]
+fn a_pod_whose_sandbox_is_made_anew_is_enforced_in_it() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &allow(&format!("{}:443", server(10))));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+
+    let anew = cluster.lab.pod(&shop, "cart");
+    cart.running().stop_containers();
+    let old = cart.running().change_sandbox(anew);
+    drop(old);
+    agent.says_after(
+        "that it is elsewhere",
+        || _ = cart.running().start_container(),
+        |line| line.contains("enforcing on other interfaces") && line.contains("/cart"),
+    );
+    agent.applies(cart.net(), || cluster.tell_addresses(&cart));
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "no_rule");
+}
+
+#[test]
+fn what_cannot_be_enforced_is_said_in_the_log_and_to_the_pods_people() {
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let object = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": shop, "name": "host", "annotations": allow("shop.test"),
+        },
+        "spec": {
+            "nodeName": cluster.node(),
+            "hostNetwork": true,
+            "containers": [{ "name": "main", "image": "none" }],
+        },
+    });
+    let created = cluster.server.apply(&object);
+    let uid = created.metadata.uid.expect("a UID");
+    let net = cluster.lab.pod(&shop, "host");
+    let host = cluster.place(object, &uid, net);
+    let unreadable = cluster.run(&shop, "unreadable", &allow("shop.test:port"));
+    let agent = cluster.start_agent();
+
+    agent.wait_said("that it is not enforced", |line| {
+        line.contains("hostNetwork") && line.contains(&format!("{shop}/host"))
+    });
+    wait_event(&cluster, &host, "EgressPolicyProblem", &["hostNetwork"]);
+    agent.wait_enforcing(unreadable.net());
+    wait_event(
+        &cluster,
+        &unreadable,
+        "EgressPolicyProblem",
+        &[
+            "egress-agent.dev/allow",
+            "line 1",
+            "everything external is denied",
+        ],
+    );
+    assert!(!reaches(unreadable.net(), server(10)), "it is open");
+}
+
+#[test]
+fn a_namespace_that_is_edited_changes_a_hundred_pods() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &allow(&format!("{}:443", server(10))));
+    let pods: Vec<ClusterPod> = (0..100)
+        .map(|n| cluster.run(&shop, &format!("p{n}"), &Value::Null))
+        .collect();
+    let agent = cluster.start_agent();
+    for pod in &pods {
+        agent.wait_enforcing(pod.net());
+    }
+    cluster
+        .server
+        .namespace(&shop, &allow(&format!("{}:443", server(20))));
+    for pod in &pods {
+        agent.wait_said("that the policy is applied", |line| {
+            line.contains("policy applied")
+                && line.contains(&format!("pod={shop}/{} ", pod.net().name()))
+        });
+    }
+    for pod in pods.iter().step_by(9) {
+        pod.net().talks_tcp((server(20), 443));
+        assert!(!reaches(pod.net(), server(10)), "{}", pod.net().name());
+    }
+}
+
+#[test]
+fn pods_that_come_and_go_leave_nothing_behind() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let stays = cluster.run(&shop, "stays", &allow(&format!("{}:443", server(10))));
+    agent.wait_enforcing(stays.net());
+    let settled = || {
+        let objects = agent.kernel_objects();
+        (
+            objects.programs.len(),
+            objects.maps.len(),
+            cluster.lab.all_pins().len(),
+        )
+    };
+    let before = eventually("the agent has settled", || {
+        let first = settled();
+        (first == settled()).then_some(first)
+    });
+
+    for round in 0..8 {
+        let pods: Vec<ClusterPod> = (0..12)
+            .map(|n| {
+                let annotations = if n % 3 == 0 {
+                    Value::Null
+                } else {
+                    allow(&format!("{}:443", server(10)))
+                };
+                cluster.run(&shop, &format!("r{round}-{n}"), &annotations)
+            })
+            .collect();
+        agent.wait_enforcing(pods[1].net());
+        pods[1].net().talks_tcp((server(10), 443));
+        for pod in pods {
+            cluster.delete(pod);
+        }
+    }
+    eventually("everything of them is gone", || holds(settled() == before));
+    stays.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, stays.net(), server(99), "no_rule");
+}
+
+#[test]
+fn a_pod_cannot_choose_an_interface_by_its_annotation() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let victim = cluster.run(&shop, "victim", &allow(""));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(victim.net());
+    let mut annotations = allow("*");
+    annotations["egress-agent.dev/interface"] = json!(victim.net().interface());
+    let thief = cluster.run(&shop, "thief", &annotations);
+    agent.wait_enforcing(thief.net());
+    agent.wait_said("that the annotation does not count", |line| {
+        line.contains("egress-agent.dev/interface") && line.contains("thief")
+    });
+    thief.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, victim.net(), server(10), "no_rule");
+    // Another process in the victim's network changes nothing either.
+    let _other = victim.net().start(&mut pause());
+    assert!(!reaches(victim.net(), server(10)), "it is open");
+}

@@ -1,0 +1,133 @@
+//! A link to the resolver that loses, repeats and reorders: every question is answered in the end, and
+//! what an answer says is open when it arrives.
+
+use std::{
+    collections::HashMap,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    thread,
+};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT,
+    addresses::{RESOLVER, numbered},
+    dns::{Answer, RecordType, question},
+};
+
+struct Scene {
+    agent: Agent,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::builder().lossy().build();
+        lab.dns().numbered("fresh.test");
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "*.fresh.test:443")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self { agent, pod, lab }
+    }
+
+    /// The answer to the question for a number has arrived.
+    #[track_caller]
+    fn arrives(&self, number: u32, answer: &Answer) {
+        assert_eq!(answer.addresses, [numbered(number)]);
+        let allowed = self.lab.allowed(&self.pod);
+        assert!(allowed.contains_key(&numbered(number)), "{number}");
+    }
+
+    /// What comes twice from the resolver is delivered once, and nothing else was in the way.
+    #[track_caller]
+    fn only_repetitions_are_withheld(&self) {
+        for denial in self.agent.denials() {
+            assert_eq!(denial.reason, "dns_unsolicited", "{denial:?}");
+        }
+    }
+}
+
+#[test]
+fn every_question_is_answered_in_the_end() {
+    const QUESTIONS: u32 = 500;
+    let scene = Scene::new();
+    let socket = scene.pod.dns_socket();
+    let name = |number: u32| format!("n{number}.fresh.test");
+    let mut open: HashMap<u16, u32> = (0..QUESTIONS).map(|n| (n as u16, n)).collect();
+    let mut asked = 0;
+    while !open.is_empty() {
+        // A part of them at a time, as a resolver's queue would have it.
+        for (&id, &number) in open.iter().take(50) {
+            socket.ask(RESOLVER, id, &name(number), RecordType::A);
+            asked += 1;
+        }
+        assert!(asked < 20 * QUESTIONS, "{} have no answer", open.len());
+        while let Some((bytes, _)) = socket.receive(SHORT) {
+            let answer = Answer::read(&bytes);
+            let number = open.remove(&answer.message.metadata.id);
+            if let Some(number) = number {
+                scene.arrives(number, &answer);
+            }
+        }
+    }
+    assert!(asked > QUESTIONS, "the link loses nothing");
+    scene.only_repetitions_are_withheld();
+}
+
+#[test]
+fn every_question_is_answered_over_tcp() {
+    const CONNECTIONS: u32 = 20;
+    const QUESTIONS: u32 = 10;
+    let scene = Scene::new();
+    let scene = &scene;
+    let connects = |connection: u32| {
+        let mut stream = scene.pod.reach_tcp((RESOLVER, 53));
+        stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        let numbers = connection * QUESTIONS..(connection + 1) * QUESTIONS;
+        if connection.is_multiple_of(2) {
+            for number in numbers {
+                asks(&mut stream, number);
+                scene.arrives(number, &answer(&mut stream));
+            }
+        } else {
+            // All of them before the first answer.
+            numbers.clone().for_each(|n| asks(&mut stream, n));
+            numbers.for_each(|n| scene.arrives(n, &answer(&mut stream)));
+        }
+    };
+    thread::scope(|scope| {
+        for first in 0..4 {
+            scope.spawn(move || (first..CONNECTIONS).step_by(4).for_each(connects));
+        }
+    });
+    let sent_again = scene.pod.netns().counter("TcpExt:", "TCPLostRetransmit")
+        + scene.pod.netns().counter("TcpExt:", "TCPTimeouts");
+    assert!(sent_again > 0, "the link loses nothing");
+    assert!(scene.agent.denials().is_empty());
+}
+
+/// Asks for a number, in two segments.
+#[track_caller]
+fn asks(stream: &mut TcpStream, number: u32) {
+    let question = question(
+        number as u16,
+        &format!("n{number}.fresh.test"),
+        RecordType::A,
+    );
+    let length = u16::try_from(question.len()).expect("a short question");
+    let bytes = [&length.to_be_bytes(), question.as_slice()].concat();
+    let (first, second) = bytes.split_at(7);
+    stream.write_all(first).expect("write");
+    stream.write_all(second).expect("write");
+}
+
+#[track_caller]
+fn answer(stream: &mut TcpStream) -> Answer {
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).expect("an answer");
+    let mut message = vec![0; u16::from_be_bytes(length).into()];
+    stream.read_exact(&mut message).expect("an answer");
+    Answer::read(&message)
+}

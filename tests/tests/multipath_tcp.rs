@@ -1,0 +1,257 @@
+//! Multipath TCP (RFC 8684) puts a stream together by other numbers than those of its segments, and from
+//! several connections. With a resolver there is none: what the agent has judged is what it reads.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    process::Command,
+};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Namespace, Pod, TcpEcho,
+    addresses::{RESOLVER, RESOLVER6, server},
+    dns::{Answer, RecordType, question},
+    eventually,
+    frames::{self, Tap},
+    holds,
+    raw::flag,
+};
+use etherparse::ip_number;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Where the TCP header of a plain frame over IPv4 begins.
+const TCP: usize = 14 + 20;
+
+fn number(frame: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
+    [&length.to_be_bytes(), message].concat()
+}
+
+/// A resolver that speaks multipath TCP, and two pods; one of them is not enforced, to compare with.
+struct Scene {
+    _web: TcpEcho,
+    agent: Agent,
+    pod: Pod,
+    free: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::new();
+        let web = lab.serve_tcp(443);
+        lab.dns().addresses("shop.test", &[server(10)]);
+        lab.dns().addresses("evil.test", &[server(66)]);
+        let (pod, free) = (lab.pod("shop", "cart"), lab.pod("shop", "free"));
+        lab.write_pod(&pod, &[("allow", "shop.test:443 203.0.113.20:53")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self {
+            _web: web,
+            agent,
+            pod,
+            free,
+            lab,
+        }
+    }
+
+    /// What the resolver's kernel counts.
+    #[track_caller]
+    fn counted(&self, name: &str) -> u64 {
+        self.lab.outside().counter("MPTcpExt:", name)
+    }
+}
+
+#[track_caller]
+fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
+    let mut command = Command::new(program);
+    let output = namespace.run(|| command.args(arguments).output());
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+}
+
+/// Asks over a socket of multipath TCP, and again when `between` has come about.
+#[track_caller]
+fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
+    let address = SocketAddr::new(resolver, 53);
+    let mut stream: TcpStream = pod.netns().run(|| {
+        let domain = Domain::for_address(address);
+        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))
+            .expect("a kernel with CONFIG_MPTCP");
+        socket
+            .connect_timeout(&address.into(), DEADLINE)
+            .expect("connect to the resolver");
+        socket.into()
+    });
+    stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    let mut asks = || {
+        let question = framed(&question(7, "shop.test", RecordType::A));
+        // In two parts, that two paths could share.
+        let (first, second) = question.split_at(20);
+        stream.write_all(first).expect("write");
+        stream.write_all(second).expect("write");
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).expect("an answer");
+        let mut message = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut message).expect("an answer");
+        assert_eq!(Answer::read(&message).addresses, [server(10)]);
+    };
+    asks();
+    between();
+    asks();
+}
+
+#[test]
+fn programs_that_speak_multipath_tcp_get_tcp_and_their_answer() {
+    let scene = Scene::new();
+    for (before, resolver) in [RESOLVER, RESOLVER6].into_iter().enumerate() {
+        asks_twice(&scene.pod, resolver, || ());
+        assert_eq!(scene.counted("MPCapableSYNRX"), before as u64);
+        asks_twice(&scene.free, resolver, || ());
+        assert_eq!(scene.counted("MPCapableACKRX"), before as u64 + 1);
+    }
+    scene.pod.talks_tcp((server(10), 443));
+    assert!(scene.agent.denials().is_empty());
+}
+
+#[test]
+fn no_second_path_joins_a_connection_with_a_resolver() {
+    let scene = Scene::new();
+    // The resolver invites to another address of its own, to which the pod may connect as it likes.
+    let other = server(20);
+    let _other = scene.lab.serve_dns(&[other]);
+    let invite = format!("mptcp endpoint add {other} signal");
+    let accept = "mptcp limits set subflows 4 add_addr_accepted 4";
+    for (namespace, line) in [
+        (scene.lab.outside(), invite.as_str()),
+        (scene.lab.outside(), accept),
+        (scene.pod.netns(), accept),
+        (scene.free.netns(), accept),
+    ] {
+        run_in(namespace, "ip", &line.split(' ').collect::<Vec<_>>());
+    }
+    asks_twice(&scene.free, RESOLVER, || {
+        eventually("a second path, without the agent", || {
+            holds(scene.counted("MPJoinAckRx") == 1)
+        });
+    });
+    asks_twice(&scene.pod, RESOLVER, || ());
+    scene.pod.reach_tcp((other, 53));
+    assert_eq!(scene.counted("MPCapableSYNRX"), 1);
+    assert_eq!(scene.counted("MPJoinSynRx"), 1);
+}
+
+/// Longest segment that the pod says it takes.
+const LONGEST: u16 = 300;
+
+/// Options of multipath TCP (RFC 8684, sections 3.1 and 3.3).
+mod option {
+    /// The pod's key.
+    const KEY: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+    /// The last 64 bits of its SHA-256: where the numbers of the stream begin.
+    const FIRST: u64 = 0xf5a1_01d3_d29d_6f72;
+
+    pub(super) fn capable() -> Vec<u8> {
+        vec![30, 4, 1, 1]
+    }
+
+    /// In the segment that acknowledges the SYN: both keys. That of the resolver is another for each
+    /// connection.
+    pub(super) fn capable_with_keys(port: u16) -> Vec<u8> {
+        let theirs = u64::from(port).to_be_bytes();
+        [&[30, 20, 1, 1][..], &KEY, &theirs].concat()
+    }
+
+    /// The first `length` bytes of the connection belong in the stream from `before` bytes before its
+    /// beginning on.
+    pub(super) fn mapping(before: u16, length: u16) -> Vec<u8> {
+        let place = FIRST.wrapping_add(1).wrapping_sub(before.into());
+        let mut option = vec![30, 18, 0x20, 0x0c];
+        option.extend(place.to_be_bytes());
+        option.extend([0, 0, 0, 1]);
+        option.extend(length.to_be_bytes());
+        option.extend([1, 1]);
+        option
+    }
+}
+
+/// Asks for an allowed name in a question whose padding (RFC 7830) is at its end another question: the
+/// mapping says of the connection's first bytes that the resolver has them already, so that its stream begins
+/// with what is behind. `skipped` bytes are in the first segment that the resolver gets.
+#[track_caller]
+fn hides_a_question(pod: &Pod, port: u16, skipped: u16) {
+    // The pod's kernel knows nothing of the connection, and would reset it.
+    let ruleset = "add table ip lab; \
+        add chain ip lab out { type filter hook output priority 0; }; \
+        add rule ip lab out tcp flags rst drop";
+    run_in(pod.netns(), "nft", &[ruleset]);
+    let hidden = framed(&question(9, "evil.test", RecordType::A));
+    let mut shown = question(7, "shop.test", RecordType::A);
+    let before = 2 + shown.len() + 4;
+    let padding = [vec![0; usize::from(skipped) - before], hidden].concat();
+    let length = u16::try_from(padding.len()).expect("it is short");
+    let data = shown.len() - 2;
+    shown[data..].copy_from_slice(&(length + 4).to_be_bytes());
+    shown.extend([0, 12]);
+    shown.extend(length.to_be_bytes());
+    shown.extend(padding);
+    let shown = framed(&shown);
+
+    let tap = Tap::open(pod.netns(), "eth0");
+    let own: IpAddr = pod.ipv4().into();
+    let send = |seq: u32, ack: Option<u32>, options: &[u8], payload: &[u8]| {
+        let mut step = frames::from_pod(pod, own, RESOLVER).tcp(port, 53, seq, 60_000);
+        step = match ack {
+            Some(ack) => step.ack(ack),
+            None => step.syn(),
+        };
+        let mut frame = Vec::new();
+        step.options_raw(options)
+            .expect("a few options")
+            .write(&mut frame, payload)
+            .expect("a frame");
+        tap.send(&frame);
+    };
+    let [high, low] = LONGEST.to_be_bytes();
+    let mut options = vec![2, 4, high, low];
+    options.extend(option::capable());
+    send(100, None, &options, &[]);
+    let accepted = tap
+        .receive(DEADLINE, |frame| {
+            frames::is(frame, RESOLVER, own, ip_number::TCP)
+                && frame[TCP + 13] == flag::SYN | flag::ACK
+        })
+        .expect("the SYN-ACK");
+    let ack = Some(number(&accepted, TCP + 4).wrapping_add(1));
+    send(101, ack, &option::capable_with_keys(port), &[]);
+    let mapping = option::mapping(skipped, u16::try_from(shown.len()).expect("short"));
+    let (first, second) = shown.split_at(skipped.into());
+    send(101, ack, &mapping, first);
+    send(101 + u32::from(skipped), ack, &mapping, second);
+    // An answer to whatever was read.
+    tap.receive(DEADLINE, |frame| {
+        frames::is(frame, RESOLVER, own, ip_number::TCP) && frame.len() > TCP + 60
+    })
+    .expect("an answer");
+}
+
+#[test]
+fn a_question_cannot_hide_between_two_orders_of_the_bytes() {
+    let scene = Scene::new();
+    // Then the resolver knows of a connection only what its third segment says.
+    scene.lab.outside().run(|| {
+        std::fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").expect("SYN cookies");
+    });
+    hides_a_question(&scene.free, 4000, LONGEST);
+    assert_eq!(scene.lab.dns().asked("evil.test"), 1, "without the agent");
+    // Held segments go on as one, cut to what leaves room for the options.
+    hides_a_question(&scene.pod, 4001, LONGEST - 20);
+    hides_a_question(&scene.pod, 4002, LONGEST);
+    assert_eq!(scene.lab.dns().asked("evil.test"), 1);
+    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
+}
