@@ -2,8 +2,8 @@
 //!
 //! Where to find what: [`pods`] is where pods come from, [`policy`] what a policy means, [`dns`] what
 //! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`host`] where a pod is on
-//! this machine, [`report`] what people see, [`control`] what brings them together, [`config`] and
-//! [`cli`] what the operator says.
+//! this machine, [`report`] what people see, [`serve`] what the agent answers about itself,
+//! [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
 #![deny(unsafe_code)]
 
 pub mod cli;
@@ -16,3 +16,4 @@ pub mod host;
 pub mod pods;
 pub mod policy;
 pub mod report;
+pub mod serve;

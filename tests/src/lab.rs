@@ -229,6 +229,10 @@ impl Lab {
 
     fn write_config(&self, mut config: Value) {
         set(&mut config, "bpffs", json!(self.bpffs()));
+        // Tests run side by side.
+        if config.get("socket").is_none() {
+            set(&mut config, "socket", json!(self.socket()));
+        }
         let text = serde_saphyr::to_string(&config).expect("plain data is YAML");
         fs::write(self.config_file(), text).expect("write the configuration");
     }

@@ -34,6 +34,7 @@ mod line;
 mod manifests;
 mod namespace;
 pub mod node;
+pub mod observed;
 mod pod;
 mod process;
 pub mod programs;

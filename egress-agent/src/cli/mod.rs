@@ -1,12 +1,17 @@
 //! The command line.
 
+mod ask;
 mod check;
 mod cleanup;
+mod explain;
 mod run;
+mod status;
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::serve::DEFAULT_PATH;
 
 /// Enforces, per pod, which DNS names, addresses and ports it may reach.
 #[derive(Debug, Parser)]
@@ -28,6 +33,14 @@ enum Command {
     /// Lists of pods and of their namespaces are put together when both are among the files. Exits
     /// with 1 when anything is wrong. Nothing is loaded, and no privileges are needed.
     Check(CheckArgs),
+    /// Tell the state of the running agent and of its pods, or of one pod and what it has resolved.
+    Status(StatusArgs),
+    /// Say whether a pod may reach something, and by which entry of which annotation, or why not.
+    ///
+    /// The running agent is asked; nothing is sent. Exits with 0 when it passes (in audit mode too,
+    /// where the answer says what would become of it), with 1 when it does not, with 2 when that
+    /// cannot be said: there is no such pod, it is not enforced yet, or no agent answers.
+    Explain(ExplainArgs),
     /// Remove what an agent left behind: programs, maps, pins. Nothing is enforced any more then.
     ///
     /// For after an agent was killed, or stopped with --keep-enforcing. Refuses while an agent runs.
@@ -83,6 +96,37 @@ struct CheckArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct StatusArgs {
+    /// A pod; without it, all of the node's.
+    #[arg(value_name = "NAMESPACE/POD")]
+    pod: Option<String>,
+    /// Write JSON, as docs/status.md describes it.
+    #[arg(long)]
+    json: bool,
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    socket: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct ExplainArgs {
+    /// The pod.
+    #[arg(value_name = "NAMESPACE/POD")]
+    pod: String,
+    /// What it wants to reach, written as an entry is: `example.com:443`, `192.0.2.1:53/udp`,
+    /// `[2001:db8::7]:443`, `example.com/icmp`. A port alone is one of TCP; without port, the answer
+    /// says which are open.
+    #[arg(value_name = "NAME-OR-ADDRESS[:PORT][/PROTOCOL]")]
+    target: String,
+    /// Write JSON, as docs/status.md describes it.
+    #[arg(long)]
+    json: bool,
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    socket: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
 struct CleanupArgs {
     /// Configuration file of the agent, for its `bpffs`; /sys/fs/bpf without it.
     #[arg(long, value_name = "FILE")]
@@ -99,6 +143,8 @@ impl Cli {
         let result = match self.command {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::check(&args),
+            Command::Status(args) => status::status(&args),
+            Command::Explain(args) => Ok(explain::explain(&args)),
             Command::Cleanup(args) => cleanup::cleanup(&args),
         };
         match result {

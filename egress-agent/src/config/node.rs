@@ -86,7 +86,7 @@ impl Serve {
             http: http.map(socket_address).transpose()?,
             socket: or(
                 socket,
-                PathBuf::from("/run/egress-agent/agent.sock"),
+                PathBuf::from(crate::serve::DEFAULT_PATH),
                 read::absolute_path,
             )?,
         })

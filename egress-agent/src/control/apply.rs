@@ -47,12 +47,13 @@ impl Reconciler {
     async fn begin(&mut self, key: &PodKey, wanted: Wanted, version: Version) -> Result<()> {
         let (namespace, name) = key;
         let Version { pod, policy, allow } = version;
-        let identity = Arc::new(PodIdentity::new(
+        let identity = PodIdentity::new(
             self.config.node.as_str(),
             namespace.as_str(),
             name.as_str(),
             wanted.uid.as_str(),
-        ));
+        );
+        let identity = Arc::new(identity.counted_in(self.board.denials_of(namespace)));
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;

@@ -26,6 +26,7 @@ use crate::{
     gate::Gate,
     policy::Compiled,
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
+    serve::Board,
 };
 
 /// What the reader has to know about an enforced pod.
@@ -61,6 +62,7 @@ impl DenialReader {
         known: Arc<KnownPods>,
         gate: Gate,
         reporter: Reporter,
+        board: Arc<Board>,
     ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut reader = Reader {
@@ -69,6 +71,7 @@ impl DenialReader {
             known,
             gate,
             reporter,
+            board,
         };
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -97,6 +100,7 @@ struct Reader {
     known: Arc<KnownPods>,
     gate: Gate,
     reporter: Reporter,
+    board: Arc<Board>,
 }
 
 impl Reader {
@@ -105,6 +109,7 @@ impl Reader {
         let mut next_meters = Instant::now() + METERS_EVERY;
         loop {
             let stopping = stop.load(Ordering::Acquire);
+            self.board.denials_are_read();
             while batch.len() < BATCH {
                 let Some(denial) = self.ring.take() else {
                     break;

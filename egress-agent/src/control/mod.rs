@@ -21,6 +21,7 @@ mod reconcile;
 mod reload;
 mod seed;
 mod source;
+mod tell;
 mod waiting;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -148,6 +149,8 @@ pub async fn run(options: Options) -> Result<()> {
         Arc::clone(&known),
         adoptable,
     )?;
+    let board = Arc::clone(&reconciler.board);
+    let serving = reconciler.serve(&reporter)?;
 
     let mut look = interval(RECONCILE_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -176,7 +179,14 @@ pub async fn run(options: Options) -> Result<()> {
         // Only now: what was denied while no agent ran belongs to pods that have just become known.
         if let Some((ring, counters)) = unread.take() {
             let (known, gate, reporter) = (Arc::clone(&known), gate.clone(), reporter.clone());
-            denials = Some(DenialReader::start(ring, counters, known, gate, reporter)?);
+            denials = Some(DenialReader::start(
+                ring,
+                counters,
+                known,
+                gate,
+                reporter,
+                Arc::clone(&board),
+            )?);
             reconciler.drop_orphans();
             tracing::info!(
                 node = %config.node,
@@ -213,6 +223,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
 
+    serving.stop();
     source.close().await;
     let clean = failure.is_none() && !options.keep_enforcing;
     if clean {

@@ -9,6 +9,7 @@ use super::enforced::PodKey;
 use crate::{
     pods::{Pod, Snapshot},
     policy::{self, Annotations, Compiled, Settings},
+    serve::Written,
 };
 
 /// What was made of one pod's annotations.
@@ -20,6 +21,10 @@ struct Reading {
     /// Whether `compiled` is what some annotations of this pod said, now or earlier.
     good: bool,
     problem: Option<String>,
+    /// The annotations that `compiled` was made of.
+    written: Arc<Written>,
+    /// Whether they cannot be read as they are now.
+    unreadable: bool,
     /// Whether it was made under the settings that hold.
     current: bool,
 }
@@ -51,18 +56,22 @@ impl Readings {
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);
-        let (compiled, good, problem) = match policy::compile(&own, &namespace, &self.settings) {
+        let read = policy::compile(&own, &namespace, &self.settings);
+        let unreadable = read.is_err();
+        let (compiled, good, problem, written) = match read {
             Ok(compiled) => {
                 let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
-                (Arc::new(compiled), true, problem)
+                let written = Arc::new(Written { own, namespace });
+                (Arc::new(compiled), true, problem, written)
             }
             Err(error) => {
                 if let Some(last) = before.filter(|reading| reading.good) {
                     let problem = format!("{error}; the last good policy stays");
-                    (Arc::clone(&last.compiled), true, Some(problem))
+                    let written = Arc::clone(&last.written);
+                    (Arc::clone(&last.compiled), true, Some(problem), written)
                 } else {
                     let problem = format!("{error}; everything external is denied");
-                    (self.closed(), false, Some(problem))
+                    (self.closed(), false, Some(problem), Arc::default())
                 }
             }
         };
@@ -73,6 +82,8 @@ impl Readings {
             compiled: Arc::clone(&compiled),
             good,
             problem,
+            written,
+            unreadable,
             current: true,
         };
         self.pods.insert(key.clone(), reading);
@@ -92,6 +103,18 @@ impl Readings {
     /// The policy of a pod of which nothing can be made.
     pub(super) fn closed(&self) -> Arc<Compiled> {
         Arc::new(policy::unreadable(&self.settings))
+    }
+
+    /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
+    /// whether its annotations cannot be read.
+    pub(super) fn last(&self, key: &PodKey) -> Option<(&Arc<Compiled>, &Arc<Written>, bool)> {
+        let reading = self.pods.get(key)?;
+        Some((&reading.compiled, &reading.written, reading.unreadable))
+    }
+
+    /// The settings that hold.
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The policy of what is not known yet.

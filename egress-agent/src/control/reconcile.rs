@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -24,6 +24,7 @@ use crate::{
     pods::{Facts, Snapshot, cluster::EventSink},
     policy::Compiled,
     report::PodIdentity,
+    serve::Board,
 };
 
 /// Compares and changes.
@@ -53,10 +54,12 @@ pub(super) struct Reconciler {
     /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
     pub(super) unused: Vec<Unused>,
     /// What was last said about a pod or a file, so that it is not said again and again.
-    said: HashMap<String, String>,
+    pub(super) said: HashMap<String, String>,
     pub(super) next_pod: u32,
     pub(super) next_policy: u32,
     next_swept: usize,
+    /// What is known of all this to [`crate::serve`].
+    pub(super) board: Arc<Board>,
 }
 
 impl Reconciler {
@@ -95,6 +98,7 @@ impl Reconciler {
             next_pod,
             next_policy,
             next_swept: 0,
+            board: Arc::default(),
         })
     }
 
@@ -106,6 +110,7 @@ impl Reconciler {
     /// Makes what is enforced equal to what the snapshot says. A pod that cannot be brought there
     /// does not hinder the others; it is tried again the next time.
     pub(super) async fn reconcile(&mut self, source: &Snapshot) {
+        let began = Instant::now();
         self.learn_facts(&source.facts);
         let (snapshot, places) = self.look_around(source);
         let snapshot = &*snapshot;
@@ -221,6 +226,7 @@ impl Reconciler {
             saying.insert(about, format!("cannot remove all of them yet: {error:#}"));
         }
         self.say(saying);
+        self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
         self.first_start &= source.unreadable;
     }
@@ -275,11 +281,15 @@ impl Reconciler {
                 continue;
             }
             let mut open = HashSet::new();
-            if let Err(error) = enforced.flows.sweep(now_ns, |address| {
+            let swept = enforced.flows.sweep(now_ns, |address| {
                 open.insert(address);
-            }) {
-                tracing::error!(error = %format!("{error:#}"), "cannot sweep a pod's flows");
-                continue;
+            });
+            match swept {
+                Ok(flows) => self.board.set_flows(enforced.pod, flows),
+                Err(error) => {
+                    tracing::error!(error = %format!("{error:#}"), "cannot sweep a pod's flows");
+                    continue;
+                }
             }
             self.gate.sweep(enforced.pod, open);
         }

@@ -101,24 +101,28 @@ impl FlowMap {
     }
 
     /// Forgets flows that have been idle for too long, and gives each destination of a flow that
-    /// the pod has open to `open`.
+    /// the pod has open to `open`. Returns how many are remembered.
     ///
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<()> {
+    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<usize> {
         let mut idle = Vec::new();
+        let mut alive = 0;
         for item in &self.0 {
             let (key, flow) = item.context("cannot read a pod's flows")?;
             if !is_alive(&key, &flow, now_ns) {
                 idle.push(key);
-            } else if is_open(&key, &flow, now_ns) {
+                continue;
+            }
+            alive += 1;
+            if is_open(&key, &flow, now_ns) {
                 open(key.peer_addr);
             }
         }
         for key in idle {
             gone(self.0.remove(&key)).context("cannot forget a flow")?;
         }
-        Ok(())
+        Ok(alive)
     }
 }

@@ -14,6 +14,7 @@ mod pins;
 mod policies;
 mod rings;
 mod trace;
+mod view;
 
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
+pub use view::View;
 
 /// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
 ///

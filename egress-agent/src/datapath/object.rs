@@ -312,7 +312,7 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
 }
 
 /// Another handle on a map that all pods share.
-fn open(layout: &Layout, name: &str) -> Result<MapData> {
+pub(super) fn open(layout: &Layout, name: &str) -> Result<MapData> {
     MapData::from_pin(layout.map(name)).with_context(|| format!("cannot open the map `{name}`"))
 }
 

@@ -261,7 +261,7 @@ impl Datapath {
     }
 }
 
-fn trie_of(map: MapData) -> Result<LpmTrie<MapData, Address, CidrEntry>> {
+pub(super) fn trie_of(map: MapData) -> Result<LpmTrie<MapData, Address, CidrEntry>> {
     Ok(LpmTrie::try_from(Map::LpmTrie(map))?)
 }
 

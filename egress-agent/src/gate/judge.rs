@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MODE_AUDIT};
 
 use super::{
-    DnsSettings, Enforcement,
+    Direction, DnsSettings, Enforcement, Outcome, Stats, Transport,
     learned::{Table, Taught},
     pending::{Exchange, Pending},
     stream,
@@ -23,6 +23,7 @@ pub(super) struct Judge<'a> {
     pub(super) learned: &'a mut Table,
     pub(super) dns: &'a DnsSettings,
     pub(super) reporter: &'a Reporter,
+    pub(super) stats: &'a Stats,
     /// When the message was taken.
     pub(super) time_ns: u64,
 }
@@ -34,6 +35,7 @@ impl Judge<'_> {
             Ok(question) => question,
             Err(error) => {
                 tracing::debug!(pod = %self.name(), %error, "unreadable question");
+                self.count(packet, Direction::Question, Outcome::Undeliverable);
                 self.reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
                 return None;
@@ -46,6 +48,9 @@ impl Judge<'_> {
             let mut denied = self.denied(packet, Reason::DnsName, asked);
             denied.rule = rules.explain_denied(&question.name).map(Into::into);
             self.reporter.report(denied);
+            if !self.is_audit() {
+                self.count(packet, Direction::Question, Outcome::Refused);
+            }
         }
         Some((question, is_allowed))
     }
@@ -58,6 +63,17 @@ impl Judge<'_> {
         packet: &Packet,
         pending: &mut Pending,
     ) -> bool {
+        let is_delivered = self.take_in(message, packet, pending);
+        let outcome = if is_delivered {
+            Outcome::Delivered
+        } else {
+            Outcome::Undeliverable
+        };
+        self.count(packet, Direction::Answer, outcome);
+        is_delivered
+    }
+
+    fn take_in(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
         let answer = match read_answer(message) {
             Ok(answer) => answer,
             Err(error) => {
@@ -97,6 +113,7 @@ impl Judge<'_> {
             }
             Err(_) => (Reason::DnsMalformed, None),
         };
+        self.count(packet, Direction::Answer, Outcome::Undeliverable);
         self.reporter.report(self.denied(packet, reason, asked));
         false
     }
@@ -104,6 +121,7 @@ impl Judge<'_> {
     /// Reports fragments that are not put back.
     pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
+        self.count(packet, Direction::Answer, Outcome::Undeliverable);
         self.reporter
             .report(self.denied(packet, Reason::DnsFragmented, None));
     }
@@ -116,6 +134,7 @@ impl Judge<'_> {
             pod_port: packet.src_port,
             id: question.id,
         };
+        self.count(packet, Direction::Question, Outcome::Delivered);
         pending.ask(exchange, question, self.time_ns);
     }
 
@@ -148,6 +167,25 @@ impl Judge<'_> {
             .learn(self.enforcement, &answer.name, classes, &taught, now_ns)
     }
 
+    /// Whether everything goes on, whatever is decided.
+    fn is_audit(&self) -> bool {
+        self.enforcement.entry.mode == MODE_AUDIT
+    }
+
+    /// Counts a message by what became of it. In audit mode everything goes on.
+    fn count(&self, packet: &Packet, direction: Direction, outcome: Outcome) {
+        let transport = match packet.bit {
+            bits::TCP => Transport::Tcp,
+            _ => Transport::Udp,
+        };
+        let outcome = if self.is_audit() {
+            Outcome::Delivered
+        } else {
+            outcome
+        };
+        self.stats.count(transport, direction, outcome);
+    }
+
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
         // A later fragment, and what a fragment of ICMP is of, have none.
         let has_ports = packet.bit & (bits::TCP | bits::UDP | bits::SCTP) != 0;
@@ -159,9 +197,10 @@ impl Judge<'_> {
         };
         Denied {
             pod: Arc::clone(&self.enforcement.identity),
-            verdict: match self.enforcement.entry.mode {
-                MODE_AUDIT => Verdict::Audited,
-                _ => Verdict::Dropped,
+            verdict: if self.is_audit() {
+                Verdict::Audited
+            } else {
+                Verdict::Dropped
             },
             reason,
             protocol: Some(packet.protocol),
@@ -218,6 +257,7 @@ impl stream::Decide for Judge<'_> {
 
     fn lost(&mut self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
+        self.stats.connections_lost.add(1);
         self.reporter
             .report(self.denied(packet, Reason::DnsOverTcp, None));
     }

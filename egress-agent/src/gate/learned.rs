@@ -63,8 +63,8 @@ pub(super) struct Taught {
 
 /// What one pod has learned.
 pub(super) struct Table {
-    addresses: LruCache<Address, Learned>,
-    unlisted: LruCache<Arc<Name>, Vec<Taught>>,
+    pub(super) addresses: LruCache<Address, Learned>,
+    pub(super) unlisted: LruCache<Arc<Name>, Vec<Taught>>,
     /// No entry changes by itself before this.
     next_change_ns: u64,
     eviction: Eviction,

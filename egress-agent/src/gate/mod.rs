@@ -26,7 +26,9 @@ mod pending;
 mod pod;
 mod reply;
 mod run;
+mod stats;
 mod stream;
+mod teachings;
 mod wire;
 
 use std::{
@@ -48,6 +50,12 @@ use crate::{
     policy::{Compiled, Prefix},
     report::{PodIdentity, Reporter},
 };
+
+pub use stats::{Direction, Outcome, Stats, Transport};
+pub use teachings::{About, Resolved, Teachings};
+
+/// Most addresses that are looked at for one answer to [`Gate::teachings`]: DNS waits meanwhile.
+const LOOKED_AT: usize = 4096;
 
 /// How the gate treats DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +113,12 @@ enum Command {
         asked: Vec<(u32, Address)>,
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
     },
+    /// What has this pod learned?
+    Teachings {
+        pod: u32,
+        about: About,
+        answer: oneshot::Sender<Option<Teachings>>,
+    },
     /// Treat DNS in another way from now on.
     Configure {
         dns: DnsSettings,
@@ -119,6 +133,7 @@ enum Command {
 pub struct Gate {
     commands: mpsc::Sender<Command>,
     wake: Arc<EventFd>,
+    stats: Arc<Stats>,
 }
 
 impl Gate {
@@ -138,7 +153,8 @@ impl Gate {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, flags).context("cannot make an eventfd")?);
-        let wire = wire::Wire::open(marks)?;
+        let stats = Arc::<Stats>::default();
+        let wire = wire::Wire::open(marks, Arc::clone(&stats))?;
         let runner = run::Runner::new(
             ring,
             receiver,
@@ -149,6 +165,7 @@ impl Gate {
                 dns,
                 reporter,
                 streams: stream::Budget::default(),
+                stats: Arc::clone(&stats),
                 fragments: fragments::Budget::default(),
             },
         );
@@ -156,7 +173,31 @@ impl Gate {
             .name("gate".into())
             .spawn(move || runner.run())
             .context("cannot start the gate's thread")?;
-        Ok((Self { commands, wake }, thread))
+        let gate = Self {
+            commands,
+            wake,
+            stats,
+        };
+        Ok((gate, thread))
+    }
+
+    /// The gate's numbers.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// What a pod has learned, as far as it can be looked at in one go; `None` when the pod is not at
+    /// the gate.
+    ///
+    /// # Errors
+    ///
+    /// When the gate is gone.
+    pub async fn teachings(&self, pod: u32, about: About) -> Result<Option<Teachings>> {
+        let (answer, teachings) = oneshot::channel();
+        self.send(Command::Teachings { pod, about, answer })?;
+        teachings
+            .await
+            .map_err(|_| anyhow!("the gate's thread is gone"))
     }
 
     /// Moves a pod to a new policy, or begins with a new pod. When this returns, every packet of the

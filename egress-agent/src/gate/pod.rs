@@ -12,7 +12,7 @@ use egress_common::{
 };
 
 use super::{
-    DnsSettings, Enforcement,
+    About, DnsSettings, Enforcement, Stats, Teachings,
     checksum::complete_udp,
     fragments::{self, Fragments},
     judge::Judge,
@@ -34,6 +34,7 @@ pub(super) struct Shared {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) streams: Budget,
+    pub(super) stats: Arc<Stats>,
     pub(super) fragments: fragments::Budget,
 }
 
@@ -169,6 +170,16 @@ impl Pod {
         self.learned.names_of(address)
     }
 
+    /// See [`super::Gate::teachings`].
+    pub(super) fn teachings(&self, about: &About, most: usize) -> Teachings {
+        self.learned.teachings(about, most)
+    }
+
+    /// Addresses in its allow map.
+    pub(super) fn addresses(&self) -> u64 {
+        self.learned.addresses.len() as u64
+    }
+
     /// Decides a frame from the ring. What is to be sent waits at the wire.
     pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;
@@ -230,6 +241,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns,
         };
         (judge, &mut self.pending)
@@ -256,6 +268,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns: now_ns,
         };
         let mut port = Port {

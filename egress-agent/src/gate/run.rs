@@ -8,14 +8,16 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
+use egress_common::records::HELD_REJECT;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
 };
 
 use super::{
-    Command, Enforcement,
+    Command, Enforcement, LOOKED_AT,
     pod::{Pod, Shared},
+    stats::Waiting,
 };
 use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 
@@ -42,6 +44,8 @@ pub(super) struct Runner {
     started_ns: u64,
     /// Messages that were taken while no agent ran.
     stale: u64,
+    /// Messages that are about to be put back.
+    waiting: Waiting,
 }
 
 impl Runner {
@@ -62,6 +66,7 @@ impl Runner {
             unclaimed: 0,
             started_ns: boottime_ns(),
             stale: 0,
+            waiting: Waiting::new(),
         }
     }
 
@@ -82,6 +87,7 @@ impl Runner {
                 decided += 1;
             }
             self.shared.wire.send();
+            self.waiting.sent(&self.shared.stats);
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
@@ -122,6 +128,7 @@ impl Runner {
             unclaimed,
             started_ns,
             stale,
+            waiting,
             ..
         } = self;
         ring.next(|held| {
@@ -131,7 +138,14 @@ impl Runner {
                 return;
             }
             match pods.get_mut(&held.head.pod) {
-                Some(pod) => pod.decide(&held, shared),
+                Some(pod) => {
+                    let frames = shared.wire.frames();
+                    pod.decide(&held, shared);
+                    let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
+                    if is_message && shared.wire.frames() > frames {
+                        waiting.note(held.head.time_ns);
+                    }
+                }
                 // It was removed meanwhile, or an earlier agent left it.
                 None => *unclaimed += 1,
             }
@@ -158,10 +172,12 @@ impl Runner {
                 messages = self.unclaimed,
                 "DNS messages dropped: their pods are gone, or not taken over yet"
             );
+            self.shared.stats.unclaimed.add(self.unclaimed);
             self.unclaimed = 0;
         }
         let stale = std::mem::take(&mut self.stale);
         if stale > 0 {
+            self.shared.stats.stale.add(stale);
             tracing::warn!(
                 messages = stale,
                 "DNS messages were held while no agent ran; they were not put back"
@@ -175,6 +191,11 @@ impl Runner {
             pod.tick_streams(&mut self.shared, now_ns);
             pod.tick_fragments(&mut self.shared, now_ns);
         }
+        let addresses = self.pods.values().map(Pod::addresses);
+        let (sum, fullest) = addresses.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));
+        self.shared.stats.addresses.set(sum);
+        self.shared.stats.fullest.set(fullest);
+        self.shared.stats.ticked_ns.set(now_ns);
         self.shared.wire.send();
     }
 
@@ -218,6 +239,10 @@ impl Runner {
                     })
                     .collect();
                 let _ = answer.send(names);
+            }
+            Command::Teachings { pod, about, answer } => {
+                let pod = self.pods.get(&pod);
+                let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
                 self.shared.dns = dns;

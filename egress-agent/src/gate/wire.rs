@@ -4,11 +4,13 @@ use std::{
     io,
     os::fd::{AsRawFd as _, OwnedFd},
     ptr,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 
+use super::Stats;
 use crate::datapath::Marks;
 
 /// Most frames that one system call sends.
@@ -21,11 +23,13 @@ const BATCH: usize = 32;
 pub(super) struct Wire {
     deliver: Way,
     bounce: Way,
+    stats: Arc<Stats>,
 }
 
 impl Wire {
-    pub(super) fn open(marks: Marks) -> Result<Self> {
+    pub(super) fn open(marks: Marks, stats: Arc<Stats>) -> Result<Self> {
         Ok(Self {
+            stats,
             deliver: Way::new(packet_socket(marks.deliver)?),
             bounce: Way::new(packet_socket(marks.bounce)?),
         })
@@ -42,10 +46,17 @@ impl Wire {
         self.bounce.add(ifindex, frame)
     }
 
+    /// How many frames wait to go out.
+    pub(super) fn frames(&self) -> usize {
+        self.deliver.frames.len() + self.bounce.frames.len()
+    }
+
     /// Sends everything.
     pub(super) fn send(&mut self) {
-        self.bounce.send();
-        self.deliver.send();
+        let unsent = self.bounce.send() + self.deliver.send();
+        if unsent > 0 {
+            self.stats.unsent.add(unsent);
+        }
     }
 }
 
@@ -80,7 +91,8 @@ impl Way {
         &mut self.bytes[start..]
     }
 
-    fn send(&mut self) {
+    /// Returns how many frames could not be sent.
+    fn send(&mut self) -> u64 {
         let Self {
             socket,
             bytes,
@@ -92,6 +104,7 @@ impl Way {
             waiting.push((frame.ifindex, &bytes[start..frame.ends_at]));
             start = frame.ends_at;
         }
+        let mut unsent = 0;
         let mut rest = waiting.as_slice();
         while let Some(((ifindex, _), behind)) = rest.split_first() {
             match send_some(socket, rest) {
@@ -100,12 +113,14 @@ impl Way {
                     // The interface has gone, or the kernel has no memory: to the pod the message
                     // is lost as any datagram may be, and it asks again.
                     tracing::warn!(ifindex, %error, "frame could not be put back");
+                    unsent += 1;
                     rest = behind;
                 }
             }
         }
         bytes.clear();
         frames.clear();
+        unsent
     }
 }
 

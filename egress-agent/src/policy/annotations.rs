@@ -66,6 +66,16 @@ impl Annotations {
 pub(super) struct Written {
     pub(super) entry: Entry,
     pub(super) text: String,
+    pub(super) at: At,
+}
+
+/// Where an entry begins in its annotation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct At {
+    /// Line of the annotation's value, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
 }
 
 /// The annotations of one object, read.
@@ -192,6 +202,10 @@ fn read_list(
             Ok(entry) => list.push(Written {
                 entry,
                 text: token.text.to_owned(),
+                at: At {
+                    line: token.line,
+                    column: token.column,
+                },
             }),
             Err(EntryError { at, found, message }) => {
                 // An empty part has nothing to show; the entry says more.

@@ -6,7 +6,7 @@ use egress_common::records::PortClass;
 
 use super::{
     Annotations, Mode, PodAnnotations, Settings,
-    annotations::{self, Lists, Written},
+    annotations::{self, At, Lists, Written},
     entry::{Destination, class_intersection, class_words, is_everything},
     error::{Origin, PolicyError},
 };
@@ -22,6 +22,8 @@ pub(super) struct Rule {
     pub(super) class: PortClass,
     /// The entry it comes from, as written.
     pub(super) text: String,
+    /// Where it stands.
+    pub(super) at: At,
     pub(super) origin: Origin,
 }
 
@@ -169,6 +171,7 @@ fn rules(
         destination: written.entry.destination.clone(),
         class: class(written),
         text: written.text.clone(),
+        at: written.at,
         origin,
     };
     let rules = list.unwrap_or_default().iter().map(rule);
@@ -266,6 +269,7 @@ fn narrowed(
             destination,
             class,
             text: rule.text.clone(),
+            at: rule.at,
             origin: Origin::Pod,
         }));
     }

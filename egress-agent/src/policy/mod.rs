@@ -14,6 +14,7 @@ mod describe;
 mod effective;
 pub mod entry;
 mod error;
+pub mod explain;
 mod name_text;
 mod names;
 mod parse;

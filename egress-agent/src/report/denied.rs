@@ -9,11 +9,14 @@ use std::{
     time::SystemTime,
 };
 
+use arc_swap::ArcSwapOption;
 use egress_common::{
     address::Address,
     reason::Reason,
     records::{VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED},
 };
+
+use super::DenialCounts;
 
 /// Whose denial it is, as lines print it. Two values with the same texts are the same pod.
 #[derive(Debug)]
@@ -30,6 +33,12 @@ pub struct PodIdentity {
     pub(super) waiting: AtomicU32,
     /// Denials of this pod that found no room there, and have not been told about yet.
     pub(super) turned_away: AtomicU64,
+    /// Its denials.
+    pub counts: DenialCounts,
+    /// Those of its namespace, this pod's among them.
+    of_namespace: Arc<DenialCounts>,
+    /// The line that was written of it last.
+    last_line: ArcSwapOption<String>,
 }
 
 impl PodIdentity {
@@ -47,7 +56,38 @@ impl PodIdentity {
             uid: uid.into(),
             waiting: AtomicU32::new(0),
             turned_away: AtomicU64::new(0),
+            counts: DenialCounts::default(),
+            of_namespace: Arc::default(),
+            last_line: ArcSwapOption::empty(),
         }
+    }
+
+    /// The same pod, whose denials are counted here too.
+    #[must_use]
+    pub fn counted_in(self, of_namespace: Arc<DenialCounts>) -> Self {
+        Self {
+            of_namespace,
+            ..self
+        }
+    }
+
+    pub(super) fn count(&self, verdict: Verdict, reason: Reason, count: u64) {
+        self.counts.add(verdict, reason, count);
+        self.of_namespace.add(verdict, reason, count);
+    }
+
+    pub(super) fn count_unreported(&self, count: u64) {
+        self.counts.add_unreported(count);
+        self.of_namespace.add_unreported(count);
+    }
+
+    pub(super) fn set_last_line(&self, line: String) {
+        self.last_line.store(Some(Arc::new(line)));
+    }
+
+    /// The denial line that was written of it last, a JSON object.
+    pub fn last_line(&self) -> Option<Arc<String>> {
+        self.last_line.load_full()
     }
 
     fn texts(&self) -> [&str; 4] {

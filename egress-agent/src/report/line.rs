@@ -150,7 +150,11 @@ pub(super) fn ip(address: Address) -> IpAddr {
 }
 
 /// UTC with milliseconds (RFC 3339).
-fn rfc3339(time: SystemTime) -> Result<String, jiff::Error> {
+///
+/// # Errors
+///
+/// When the time is beyond the year 9999.
+pub fn rfc3339(time: SystemTime) -> Result<String, jiff::Error> {
     // A clock before 1970 is as wrong as one that stands at 1970.
     let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let millis = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);

@@ -13,14 +13,17 @@
 //! pod hides nothing of another's. Whatever is not reported is counted, and the count is a line of
 //! its own (`denials_lost`).
 
+pub mod count;
 pub mod denied;
 pub mod folder;
 pub mod line;
 pub mod reporter;
 mod summary;
 
+pub use count::{Counter, DenialCounts, Gauge, Histogram};
 pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
 pub use folder::Folder;
 pub use line::Line;
-pub use reporter::{Listener, Reporter, ReporterThread};
+pub use line::rfc3339;
+pub use reporter::{Listener, Lost, Reporter, ReporterThread};
 pub use summary::Summary;

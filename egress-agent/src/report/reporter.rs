@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{Denied, Folder, Line, PodIdentity};
+use super::{
+    Counter, Denied, Folder, Line, PodIdentity,
+    folder::{TOO_MANY_DESTINATIONS, TOO_MANY_LINES},
+};
 
 /// Denials that may wait for the thread.
 const CHANNEL: usize = 16_384;
@@ -24,6 +27,8 @@ const IDLE_TICK: Duration = Duration::from_secs(1);
 /// How long [`ReporterThread::close`] waits for a reader of standard output that does not read.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Why denials have no line: the kernel has not told more than how many there were.
+pub const OVER_POD_SHARE: &str = "over_pod_share";
 /// Why denials have no line: they came faster than they could be taken in.
 pub const REPORTER_BUSY: &str = "reporter_busy";
 /// Why denials have no line: writing their lines failed.
@@ -45,6 +50,33 @@ struct Shared {
     /// Denials that found the channel full, and have not been told about yet.
     turned_away: AtomicU64,
     failed_lines: AtomicU64,
+    lost: Lost,
+}
+
+/// Why denials may have no line.
+const WHYS: [&str; 5] = [
+    OVER_POD_SHARE,
+    REPORTER_BUSY,
+    TOO_MANY_DESTINATIONS,
+    TOO_MANY_LINES,
+    OUTPUT_FAILED,
+];
+
+/// Denials that have no line of their own, by why. Each is counted when that is told.
+#[derive(Debug, Default)]
+pub struct Lost([Counter; WHYS.len()]);
+
+impl Lost {
+    fn add(&self, why: &str, count: u64) {
+        if let Some(at) = WHYS.iter().position(|&known| known == why) {
+            self.0[at].add(count);
+        }
+    }
+
+    /// How many there have been of each kind.
+    pub fn by_why(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        WHYS.into_iter().zip(self.0.iter().map(Counter::get))
+    }
 }
 
 #[derive(Debug)]
@@ -103,12 +135,14 @@ impl Reporter {
     pub fn report(&self, denied: Denied) {
         let count = denied.count;
         let pod = Arc::clone(&denied.pod);
+        pod.count(denied.verdict, denied.reason, count);
         self.send(&pod, count, Message::Denied(denied));
     }
 
     /// Reports that `count` denials of the pod are known by their number only, and why, as one
     /// word. Never blocks.
     pub fn unreported(&self, pod: &Arc<PodIdentity>, count: u64, why: &'static str) {
+        pod.count_unreported(count);
         let message = Message::Lost {
             pod: Arc::clone(pod),
             count,
@@ -116,6 +150,11 @@ impl Reporter {
             time: SystemTime::now(),
         };
         self.send(pod, count, message);
+    }
+
+    /// Denials that are known by their number only, and why.
+    pub fn lost(&self) -> &Lost {
+        &self.shared.lost
     }
 
     /// Lines that could not be written since the start.
@@ -242,7 +281,13 @@ impl<W: Write> Output<W> {
     fn write(&mut self, lines: Vec<Line>) {
         for line in lines {
             let written = self.write_unwritten().and_then(|()| self.write_line(&line));
+            if let Line::Lost { count, why, .. } = &line {
+                self.shared.lost.add(why, *count);
+            }
             if let Err(error) = written {
+                if matches!(line, Line::Denied { .. }) {
+                    self.shared.lost.add(OUTPUT_FAILED, line.count());
+                }
                 self.failed(line.count(), &error);
             }
             if let Some(listener) = &self.listener {
@@ -271,9 +316,14 @@ impl<W: Write> Output<W> {
 
     /// Writes a line whole, in one call where the system takes it so.
     fn write_line(&mut self, line: &Line) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(line)?;
-        bytes.push(b'\n');
-        self.out.write_all(&bytes)?;
+        let mut text = serde_json::to_string(line)?;
+        text.push('\n');
+        let written = self.out.write_all(text.as_bytes());
+        if let Line::Denied { first, .. } = line {
+            text.pop();
+            first.pod.set_last_line(text);
+        }
+        written?;
         self.out.flush()
     }
 

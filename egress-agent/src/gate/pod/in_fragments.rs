@@ -30,6 +30,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns,
         };
         let whole = self
@@ -62,6 +63,7 @@ impl Pod {
             learned: &mut self.learned,
             dns: &shared.dns,
             reporter: &shared.reporter,
+            stats: &shared.stats,
             time_ns: now_ns,
         };
         self.fragments

@@ -1,0 +1,103 @@
+//! Asking the running agent.
+
+use std::{
+    fmt::Write as _,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::serve::protocol::{RESPONSE_MAX, Request, Response};
+
+/// How long the agent may take.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// The agent's answer.
+///
+/// # Errors
+///
+/// When there is no agent, or it has no answer; it says why.
+pub(super) fn ask(socket: &Path, request: &Request) -> Result<Response> {
+    let mut stream = UnixStream::connect(socket).with_context(|| {
+        format!(
+            "cannot ask the agent on {}; it must run, with this `socket` in its configuration, and \
+             only root may ask",
+            socket.display()
+        )
+    })?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream
+        .write_all(&line)
+        .context("the agent does not listen")?;
+    let mut answer = Vec::new();
+    BufReader::new(stream)
+        .take(RESPONSE_MAX)
+        .read_until(b'\n', &mut answer)
+        .context("the agent does not answer")?;
+    match serde_json::from_slice(&answer).context("the agent's answer cannot be read")? {
+        Response::Error(error) => bail!("{error}"),
+        response => Ok(response),
+    }
+}
+
+/// Lines of cells, in columns as wide as their widest cell, the last one not filled up.
+pub(super) fn columns(indent: &str, rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..rows.iter().map(Vec::len).max().unwrap_or(0))
+        .map(width)
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = indent.to_owned();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// A time span as people say it: the two largest units.
+pub(super) fn span(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{}s", seconds % 60),
+        (0, ..) => format!("{hours}h{minutes}m"),
+        _ => format!("{days}d{hours}h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_have_their_two_largest_units() {
+        for (seconds, text) in [
+            (0, "0s"),
+            (59, "59s"),
+            (61, "1m1s"),
+            (3661, "1h1m"),
+            (90_000, "1d1h"),
+        ] {
+            assert_eq!(span(seconds), text);
+        }
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [vec!["a".into(), "b".into()], vec!["ccc".into(), "d".into()]];
+        assert_eq!(columns(" ", &rows), " a    b\n ccc  d\n");
+    }
+}

@@ -1,0 +1,114 @@
+//! What the kernel would look at for a packet of a pod's, read without changing anything.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
+use egress_common::{
+    address::Address,
+    records::{AllowEntry, AllowKey, Policy, Range},
+    verdict::Destination,
+};
+
+use super::{
+    Datapath,
+    links::Attach,
+    object::open,
+    outer::{Outer, OuterMaps},
+    policies::trie_of,
+};
+
+/// A handle for reading what verdicts are made of.
+pub struct View {
+    policies: HashMap<MapData, u32, Policy>,
+    ranges: LpmTrie<MapData, Address, Range>,
+    outer: Arc<OuterMaps>,
+}
+
+impl Datapath {
+    /// A handle for reading what verdicts are made of.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be opened.
+    pub fn view(&self) -> Result<View> {
+        Ok(View {
+            policies: Map::HashMap(open(&self.layout, "policies")?).try_into()?,
+            ranges: Map::LpmTrie(open(&self.layout, "ranges")?).try_into()?,
+            outer: Arc::clone(&self.outer),
+        })
+    }
+
+    /// How programs are attached, as one word.
+    pub fn hook(&self) -> &'static str {
+        match self.attach {
+            Attach::Clsact => "clsact",
+            Attach::Auto | Attach::Tcx => "tcx",
+        }
+    }
+}
+
+impl View {
+    /// The record of a policy; `None` when it is there no more.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn policy(&self, policy: u32) -> Result<Option<Policy>> {
+        found(self.policies.get(&policy, 0)).context("cannot read the map `policies`")
+    }
+
+    /// Kinds of an address on this node.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn ranges(&self, address: &Address) -> Result<u64> {
+        let range = found(self.ranges.get(&Key::new(128, *address), 0))
+            .context("cannot read the map `ranges`")?;
+        Ok(range.map_or(0, |range| range.kinds))
+    }
+
+    /// What the maps say about a destination under a policy, and when it expires if it was learned:
+    /// what `from_pod` looks up for a packet.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn destination(
+        &self,
+        policy: u32,
+        address: &Address,
+        now_ns: u64,
+    ) -> Result<(Destination, Option<u64>)> {
+        let mut destination = Destination {
+            ranges: self.ranges(address)?,
+            ..Destination::default()
+        };
+        let mut expires_ns = None;
+        if let Some(allow) = self.outer.get(Outer::Allow, policy)? {
+            let allow: HashMap<MapData, AllowKey, AllowEntry> = Map::HashMap(allow).try_into()?;
+            let entry = found(allow.get(&AllowKey { addr: *address }, 0))
+                .context("cannot read an allow map")?;
+            if let Some(entry) = entry {
+                destination.learned = entry.classes;
+                destination.expired = u64::from(entry.expires_ns <= now_ns);
+                expires_ns = Some(entry.expires_ns);
+            }
+        }
+        if let Some(cidrs) = self.outer.get(Outer::Cidrs, policy)? {
+            let entry = found(trie_of(cidrs)?.get(&Key::new(128, *address), 0))
+                .context("cannot read a policy's CIDR trie")?;
+            destination.cidr = entry.map_or(0, |entry| entry.classes);
+        }
+        Ok((destination, expires_ns))
+    }
+}
+
+fn found<T>(looked_up: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match looked_up {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

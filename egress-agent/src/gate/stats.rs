@@ -1,0 +1,167 @@
+//! What the gate counts. Its thread writes, whoever wants to know reads; nobody waits for anybody.
+
+use crate::{
+    datapath::boottime_ns,
+    report::{Counter, Gauge, Histogram},
+};
+
+/// Bounds of the buckets of the time that messages are held, in nanoseconds: 25 µs to 1 s.
+const HOLD_BOUNDS: [u64; 12] = [
+    25_000,
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    100_000_000,
+    1_000_000_000,
+];
+
+/// How a message came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// In a datagram.
+    Udp,
+    /// In a stream.
+    Tcp,
+}
+
+/// Which way a message goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the pod to a resolver.
+    Question,
+    /// From a resolver to the pod.
+    Answer,
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It went on.
+    Delivered,
+    /// It was a question that may not be asked, and was answered so.
+    Refused,
+    /// It was unreadable, unsolicited, or what it teaches could not be inserted.
+    Undeliverable,
+}
+
+/// Every kind of message and what may become of it.
+const KINDS: [(Direction, Outcome); 5] = [
+    (Direction::Question, Outcome::Delivered),
+    (Direction::Question, Outcome::Refused),
+    (Direction::Question, Outcome::Undeliverable),
+    (Direction::Answer, Outcome::Delivered),
+    (Direction::Answer, Outcome::Undeliverable),
+];
+
+/// The gate's numbers.
+#[derive(Debug)]
+pub struct Stats {
+    udp: [Counter; KINDS.len()],
+    tcp: [Counter; KINDS.len()],
+    /// Time between the kernel's taking a message and its being put back, or answered.
+    pub hold: Histogram<{ HOLD_BOUNDS.len() }>,
+    /// Connections with a resolver that could not be followed, and were reset.
+    pub connections_lost: Counter,
+    /// Messages whose pods are not at the gate.
+    pub unclaimed: Counter,
+    /// Messages that were taken while no agent ran.
+    pub stale: Counter,
+    /// Frames that could not be put back.
+    pub unsent: Counter,
+    /// Addresses in all allow maps, at the last look.
+    pub addresses: Gauge,
+    /// Addresses in the fullest allow map, at the last look.
+    pub fullest: Gauge,
+    /// When the thread last looked at lifetimes, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub ticked_ns: Gauge,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        let stats = Self {
+            udp: std::array::from_fn(|_| Counter::default()),
+            tcp: std::array::from_fn(|_| Counter::default()),
+            hold: Histogram::new(&HOLD_BOUNDS),
+            connections_lost: Counter::default(),
+            unclaimed: Counter::default(),
+            stale: Counter::default(),
+            unsent: Counter::default(),
+            addresses: Gauge::default(),
+            fullest: Gauge::default(),
+            ticked_ns: Gauge::default(),
+        };
+        stats.ticked_ns.set(boottime_ns());
+        stats
+    }
+}
+
+impl Stats {
+    /// Counts a message.
+    pub(super) fn count(&self, transport: Transport, direction: Direction, outcome: Outcome) {
+        let counters = match transport {
+            Transport::Udp => &self.udp,
+            Transport::Tcp => &self.tcp,
+        };
+        if let Some(at) = KINDS.iter().position(|&kind| kind == (direction, outcome)) {
+            counters[at].add(1);
+        }
+    }
+
+    /// The messages there have been, of each kind.
+    pub fn messages(&self) -> impl Iterator<Item = (Transport, Direction, Outcome, u64)> + '_ {
+        [(Transport::Udp, &self.udp), (Transport::Tcp, &self.tcp)]
+            .into_iter()
+            .flat_map(|(transport, counters)| {
+                KINDS
+                    .iter()
+                    .zip(counters)
+                    .map(move |(&(direction, outcome), counter)| {
+                        (transport, direction, outcome, counter.get())
+                    })
+            })
+    }
+}
+
+/// When the messages were taken that are about to be put back together.
+pub(super) struct Waiting {
+    taken_ns: [u64; Self::ROOM],
+    len: usize,
+}
+
+impl Waiting {
+    /// More than are decided before frames are sent.
+    const ROOM: usize = 128;
+
+    pub(super) fn new() -> Self {
+        Self {
+            taken_ns: [0; Self::ROOM],
+            len: 0,
+        }
+    }
+
+    /// Notes that a message will be put back.
+    pub(super) fn note(&mut self, taken_ns: u64) {
+        if let Some(slot) = self.taken_ns.get_mut(self.len) {
+            *slot = taken_ns;
+            self.len += 1;
+        }
+    }
+
+    /// All have been put back.
+    pub(super) fn sent(&mut self, stats: &Stats) {
+        if self.len == 0 {
+            return;
+        }
+        let now_ns = boottime_ns();
+        for taken_ns in &self.taken_ns[..self.len] {
+            stats.hold.record(now_ns.saturating_sub(*taken_ns));
+        }
+        self.len = 0;
+    }
+}

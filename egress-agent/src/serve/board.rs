@@ -1,0 +1,245 @@
+//! What control knows and those who serve tell: written by control, read by the threads that answer.
+//!
+//! The gate and what enforces never look at it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+
+use crate::{
+    datapath::boottime_ns,
+    policy::{Annotations, Compiled, Mode, Settings},
+    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
+};
+
+/// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
+const RECONCILE_BOUNDS: [u64; 10] = [
+    1_000_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    50_000_000,
+    100_000_000,
+    250_000_000,
+    1_000_000_000,
+    5_000_000_000,
+    30_000_000_000,
+];
+
+/// Most namespaces whose denials are remembered after their last pod has gone.
+const NAMESPACES: usize = 1000;
+
+/// The annotations that a policy was made of.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// The pod's own.
+    pub own: Annotations,
+    /// Its namespace's.
+    pub namespace: Annotations,
+}
+
+/// How a pod is enforced.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// Who it is, and its denials.
+    pub identity: Arc<PodIdentity>,
+    /// Its id in the maps.
+    pub pod: u32,
+    /// The id of its policy in the maps.
+    pub policy: u32,
+    /// How many versions of its policy this agent has applied.
+    pub version: u64,
+    /// Since when this version holds.
+    pub since: SystemTime,
+    /// Its interfaces.
+    pub interfaces: Vec<u32>,
+}
+
+/// One pod.
+#[derive(Clone, Debug)]
+pub struct PodState {
+    /// Its UID.
+    pub uid: String,
+    /// The mode it is under, or should be under.
+    pub mode: Mode,
+    /// Whether it is in the host's network, where it is not enforced.
+    pub host_network: bool,
+    /// Whether it stands for an interface whose pod is not known yet.
+    pub quarantined: bool,
+    /// How it is enforced, if it is.
+    pub attached: Option<Attached>,
+    /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
+    pub compiled: Option<Arc<Compiled>>,
+    /// Where the policy is written.
+    pub written: Arc<Written>,
+    /// Whether its annotations cannot be read.
+    pub unreadable: bool,
+    /// What is wrong.
+    pub problem: Option<String>,
+}
+
+impl PodState {
+    /// Whether it is to be enforced and is not.
+    pub fn is_waiting(&self) -> bool {
+        self.attached.is_none() && self.mode != Mode::Off && !self.host_network
+    }
+
+    /// Whether something is wrong with that: a pod that has only just come is not missing yet.
+    pub fn is_missing(&self) -> bool {
+        self.is_waiting() && self.problem.is_some()
+    }
+}
+
+/// The node after a reconcile.
+#[derive(Debug, Default)]
+pub struct NodeState {
+    /// Its pods, by namespace and name.
+    pub pods: BTreeMap<(String, String), PodState>,
+    /// Its resolvers, each with where it was found.
+    pub resolvers: BTreeMap<IpAddr, String>,
+    /// What is wrong with no single pod: where, and what.
+    pub problems: BTreeMap<String, String>,
+    /// Whether there may be more pods, because the source could not be read in full.
+    pub incomplete: bool,
+    /// What the policies were compiled with; none before the first reconcile.
+    pub settings: Option<Settings>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Board {
+    node: ArcSwap<NodeState>,
+    /// How long reconciles took.
+    pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
+    reconciled_ns: Gauge,
+    read_ns: Gauge,
+    began_ns: u64,
+    began: SystemTime,
+    flows: Mutex<HashMap<u32, usize>>,
+    namespaces: Mutex<BTreeMap<String, Arc<DenialCounts>>>,
+    watch_restarts: Mutex<BTreeMap<&'static str, Arc<Counter>>>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Self {
+            node: ArcSwap::default(),
+            reconciles: Histogram::new(&RECONCILE_BOUNDS),
+            reconciled_ns: Gauge::default(),
+            read_ns: Gauge::default(),
+            began_ns: boottime_ns(),
+            began: SystemTime::now(),
+            flows: Mutex::default(),
+            namespaces: Mutex::default(),
+            watch_restarts: Mutex::default(),
+        }
+    }
+}
+
+impl Board {
+    /// The node as it is after a reconcile that took this long.
+    pub fn reconciled(&self, node: NodeState, took: Duration) {
+        let enforced = |pod: &PodState| pod.attached.as_ref().map(|attached| attached.pod);
+        let pods: HashSet<u32> = node.pods.values().filter_map(enforced).collect();
+        lock(&self.flows).retain(|pod, _| pods.contains(pod));
+        self.node.store(Arc::new(node));
+        self.reconciles
+            .record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        self.reconciled_ns.set(boottime_ns());
+    }
+
+    /// The node as it was last seen.
+    pub fn node(&self) -> Arc<NodeState> {
+        self.node.load_full()
+    }
+
+    /// When everything was last looked at; `None` before the first time.
+    pub fn last_reconciled(&self) -> Option<SystemTime> {
+        let last_ns = self.reconciled_ns.get();
+        (last_ns != 0)
+            .then(|| SystemTime::now().checked_sub(since(last_ns)))
+            .flatten()
+    }
+
+    /// How long ago everything was last looked at, or the agent began.
+    pub fn reconciled_ago(&self) -> Duration {
+        since(self.reconciled_ns.get().max(self.began_ns))
+    }
+
+    /// The thread that reads denials is at work.
+    pub fn denials_are_read(&self) {
+        self.read_ns.set(boottime_ns());
+    }
+
+    /// How long ago denials were last looked for; `None` before the first time.
+    pub fn denials_read_ago(&self) -> Option<Duration> {
+        let last_ns = self.read_ns.get();
+        (last_ns != 0).then(|| since(last_ns))
+    }
+
+    /// When the agent began.
+    pub fn began(&self) -> SystemTime {
+        self.began
+    }
+
+    /// How long the agent has run.
+    pub fn uptime(&self) -> Duration {
+        since(self.began_ns)
+    }
+
+    /// How many flows of a pod are remembered.
+    pub fn set_flows(&self, pod: u32, flows: usize) {
+        lock(&self.flows).insert(pod, flows);
+    }
+
+    /// How many flows are remembered of all pods, at the last look.
+    pub fn flows(&self) -> usize {
+        lock(&self.flows).values().sum()
+    }
+
+    /// Where the denials of a namespace's pods are counted. Of namespaces without pods, some are
+    /// forgotten when there are very many.
+    pub fn denials_of(&self, namespace: &str) -> Arc<DenialCounts> {
+        let mut namespaces = lock(&self.namespaces);
+        if namespaces.len() >= NAMESPACES && !namespaces.contains_key(namespace) {
+            namespaces.retain(|_, counts| Arc::strong_count(counts) > 1);
+        }
+        Arc::clone(namespaces.entry(namespace.to_owned()).or_default())
+    }
+
+    /// The denials of each namespace.
+    pub fn namespaces(&self) -> Vec<(String, Arc<DenialCounts>)> {
+        let namespaces = lock(&self.namespaces);
+        namespaces
+            .iter()
+            .map(|(name, counts)| (name.clone(), Arc::clone(counts)))
+            .collect()
+    }
+
+    /// Counts that a watch had to begin again.
+    pub fn watch_restarted(&self, what: &'static str) {
+        lock(&self.watch_restarts).entry(what).or_default().add(1);
+    }
+
+    /// How often each watch had to begin again.
+    pub fn watch_restarts(&self) -> Vec<(&'static str, u64)> {
+        let restarts = lock(&self.watch_restarts);
+        restarts
+            .iter()
+            .map(|(&what, count)| (what, count.get()))
+            .collect()
+    }
+}
+
+fn since(then_ns: u64) -> Duration {
+    Duration::from_nanos(boottime_ns().saturating_sub(then_ns))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,508 @@
+//! Whether a pod may reach something, and by which entry, or for which reason, not.
+//!
+//! The decision is that of those who enforce: the pod's rules as the gate has them say whether a name
+//! may be asked for; the kernel's maps, read as `from_pod` reads them, and the function that it calls
+//! ([`super::reach`]) say what becomes of a new connection. The annotations are read once more only to
+//! say where it is written.
+
+use std::collections::BTreeSet;
+
+use egress_common::{
+    address::Address,
+    protocol::bits,
+    reason::Reason,
+    records::{Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER},
+    verdict::Destination,
+};
+
+use super::{
+    Attached, NodeState, PodState, Sources,
+    protocol::{
+        AddressExplained, Decision, EntryStatus, Explanation, PortsStatus, QuestionExplained,
+    },
+    reach::{Ground, Ports, Reach, ground},
+    status::{find, mode_of, remaining},
+};
+use crate::{
+    datapath::boottime_ns,
+    dns::Name,
+    gate::{About, Teachings},
+    policy::{
+        Compiled, Mode, QuestionRule,
+        annotations::PREFIX,
+        explain::{Entries, List, Spoken, Target, To},
+        prefix::from_mapped,
+    },
+};
+
+/// Most addresses of a name that are looked at.
+const ADDRESSES: usize = 256;
+/// How often it is tried again when the policy changes meanwhile.
+const ATTEMPTS: usize = 5;
+/// Port of DNS.
+const DNS_PORT: u16 = 53;
+
+/// Explains what becomes of packets of a pod's to a target.
+///
+/// # Errors
+///
+/// When there is no such pod, the target cannot be read, or the maps cannot.
+pub(super) async fn explain(
+    sources: &Sources,
+    pod: &str,
+    target: &str,
+) -> Result<Explanation, String> {
+    let read = Target::read(target)?;
+    for _ in 0..ATTEMPTS {
+        let node = sources.board.node();
+        let (_, state) = find(&node, pod)?;
+        let mut explanation = Explanation {
+            pod: pod.to_owned(),
+            target: target.to_owned(),
+            mode: mode_of(state).to_owned(),
+            decision: Decision::Unknown,
+            because: String::new(),
+            reason: None,
+            entries: Vec::new(),
+            ports: Vec::new(),
+            question: None,
+            addresses: Vec::new(),
+            addresses_left_out: 0,
+            hint: None,
+            problem: state.problem.clone(),
+        };
+        let (Some(attached), Some(compiled)) = (&state.attached, &state.compiled) else {
+            not_judged(state, &mut explanation);
+            return Ok(explanation);
+        };
+        let policy = sources.view.policy(attached.policy);
+        // Otherwise the pod has a newer one by now.
+        let Some(policy) = policy.map_err(|error| format!("{error:#}"))? else {
+            tokio::task::yield_now().await;
+            continue;
+        };
+        let asking = Asking {
+            sources,
+            attached,
+            compiled,
+            policy: &policy,
+            entries: entries(state, &node),
+            target: &read,
+            now_ns: boottime_ns(),
+        };
+        let explained = match &read.to {
+            To::Name(name) => asking.name(name, &mut explanation).await,
+            To::Address(address) => asking.to_address(address, &mut explanation).await,
+        };
+        explained.map_err(|error| format!("{error:#}"))?;
+        if explanation.decision == Decision::Denied && state.mode == Mode::Audit {
+            explanation.decision = Decision::WouldDeny;
+        }
+        return Ok(explanation);
+    }
+    Err("the pod's policy changes too fast to be looked at; ask again".to_owned())
+}
+
+fn not_judged(state: &PodState, explanation: &mut Explanation) {
+    if state.host_network {
+        "the pod is in the host's network: nothing is judged".clone_into(&mut explanation.because);
+    } else if state.mode == Mode::Off {
+        explanation.decision = Decision::Allowed;
+        "the mode is off: nothing is judged".clone_into(&mut explanation.because);
+    } else {
+        "the pod should be enforced and is not yet".clone_into(&mut explanation.because);
+    }
+}
+
+/// The entries in effect; none when the annotations cannot be read.
+fn entries(state: &PodState, node: &NodeState) -> Option<Entries> {
+    let settings = node.settings.as_ref()?;
+    Entries::read(&state.written.own, &state.written.namespace, settings).ok()
+}
+
+/// What is asked, and who is asked.
+struct Asking<'a> {
+    sources: &'a Sources,
+    attached: &'a Attached,
+    compiled: &'a Compiled,
+    policy: &'a Policy,
+    entries: Option<Entries>,
+    target: &'a Target,
+    now_ns: u64,
+}
+
+impl Asking<'_> {
+    async fn name(&self, name: &Name, explanation: &mut Explanation) -> anyhow::Result<()> {
+        let question = self.question(name);
+        let may_ask = question.allowed;
+        let teachings = self.teachings(About::Name(name.clone())).await?;
+        let addresses: BTreeSet<Address> = teachings
+            .names
+            .iter()
+            .flat_map(|resolved| &resolved.addresses)
+            .map(|&(address, _)| address)
+            .collect();
+        explanation.addresses_left_out =
+            teachings.left_out + addresses.len().saturating_sub(ADDRESSES);
+        for address in addresses.iter().take(ADDRESSES) {
+            let explained = self.address(address).await?;
+            explanation.addresses.push(explained);
+        }
+        let alive = |address: &&AddressExplained| {
+            let remaining = address.remaining_seconds.or_else(|| {
+                let of = teachings
+                    .names
+                    .iter()
+                    .flat_map(|resolved| &resolved.addresses);
+                of.filter(|(other, _)| from_mapped(other) == address.address)
+                    .map(|&(_, expires_ns)| remaining(expires_ns, self.now_ns))
+                    .max()
+            });
+            remaining.is_some_and(|seconds| seconds > 0)
+        };
+        if !may_ask {
+            explanation.decision = Decision::Denied;
+            explanation.reason = Some(Reason::DnsName.as_str().to_owned());
+            explanation.because.clone_from(&question.because);
+            explanation.entries.clone_from(&question.entries);
+        } else if explanation.addresses.iter().any(|address| alive(&address)) {
+            let of_name: Vec<&AddressExplained> =
+                explanation.addresses.iter().filter(alive).collect();
+            let chosen = of_name.iter().find(|address| address.allowed);
+            let shown = chosen.or(of_name.first()).copied().cloned();
+            let reached = of_name.iter().filter(|address| address.allowed).count();
+            let all = of_name.len();
+            if let Some(shown) = shown {
+                explanation.because = if reached == 0 || reached == all {
+                    shown.because.clone()
+                } else {
+                    format!(
+                        "{reached} of its {all} addresses may be reached: {}",
+                        shown.because
+                    )
+                };
+                explanation.decision = decision(shown.allowed);
+                explanation.reason.clone_from(&shown.reason);
+                explanation.entries = shown.entries;
+                explanation.ports = shown.ports;
+            }
+        } else {
+            self.not_resolved(name, explanation);
+        }
+        if explanation.decision == Decision::Denied {
+            explanation.hint = Some(self.hint(explanation.reason.as_deref(), &explanation.entries));
+        }
+        explanation.question = Some(question);
+        Ok(())
+    }
+
+    /// What would become of an address that the name leads to and nothing else is said of.
+    fn not_resolved(&self, name: &Name, explanation: &mut Explanation) {
+        let destination = Destination {
+            learned: self.compiled.names.classes(name),
+            ..Destination::default()
+        };
+        let reach = self.reach(&destination);
+        let spoken = self.spoken_of_name(name);
+        if let Some((reason, _, ports)) = reach.denied {
+            explanation.decision = Decision::Denied;
+            explanation.reason = Some(reason.as_str().to_owned());
+            explanation.because = match reason {
+                Reason::AddressNotLearned | Reason::NoRule => {
+                    "the name may be asked for, but no entry allows its addresses so".to_owned()
+                }
+                other => because_denied(other).to_owned(),
+            };
+            explanation.entries = denying(&spoken, reason, ports);
+        } else {
+            explanation.decision = Decision::Allowed;
+            explanation.because = format!(
+                "{}; the pod has no live address of it now, and may reach those that its resolver \
+                 answers with, unless they are protected or denied themselves",
+                self.because_open(&destination, &reach.open)
+            );
+            explanation.entries = allowing(&destination, &spoken, &reach.open);
+        }
+        explanation.ports = self.ports(&reach.open);
+    }
+
+    async fn to_address(
+        &self,
+        address: &Address,
+        explanation: &mut Explanation,
+    ) -> anyhow::Result<()> {
+        let explained = self.address(address).await?;
+        explanation.decision = decision(explained.allowed);
+        explanation.because.clone_from(&explained.because);
+        explanation.reason.clone_from(&explained.reason);
+        explanation.entries.clone_from(&explained.entries);
+        explanation.ports.clone_from(&explained.ports);
+        if !explained.allowed {
+            explanation.hint = Some(self.hint(explained.reason.as_deref(), &explained.entries));
+        }
+        explanation.addresses = vec![explained];
+        Ok(())
+    }
+
+    /// What becomes of a new connection to an address.
+    async fn address(&self, address: &Address) -> anyhow::Result<AddressExplained> {
+        let view = &self.sources.view;
+        let (destination, expires_ns) =
+            view.destination(self.attached.policy, address, self.now_ns)?;
+        let teachings = self.teachings(About::Address(*address)).await?;
+        let mut names: Vec<String> = Vec::new();
+        let mut spoken = self
+            .entries
+            .as_ref()
+            .map(|entries| entries.of_address(address))
+            .unwrap_or_default();
+        for resolved in &teachings.names {
+            if let Some(name) = &resolved.name {
+                names.push(name.to_string());
+                if resolved.listed {
+                    let of_name = self.spoken_of_name(name).into_iter();
+                    spoken.extend(of_name.filter(|spoken| spoken.of_name));
+                }
+            }
+        }
+        names.sort_unstable();
+        names.dedup();
+        let mut explained = AddressExplained {
+            address: from_mapped(address),
+            names,
+            remaining_seconds: expires_ns.map(|at| remaining(at, self.now_ns)),
+            allowed: true,
+            because: String::new(),
+            reason: None,
+            entries: Vec::new(),
+            ports: Vec::new(),
+        };
+        if self.is_dns() && destination.ranges & RANGE_RESOLVER != 0 {
+            "it is a resolver: its questions are judged by the names that they ask for"
+                .clone_into(&mut explained.because);
+            return Ok(explained);
+        }
+        let reach = self.reach(&destination);
+        if let Some((reason, class, ports)) = reach.denied {
+            explained.allowed = false;
+            explained.reason = Some(reason.as_str().to_owned());
+            explained.because = match self.compiled.explain_deny(address, class) {
+                Some(text) if reason == Reason::DenyRule => {
+                    format!("the deny entry `{text}` names it")
+                }
+                _ => because_denied(reason).to_owned(),
+            };
+            explained.entries = denying(&spoken, reason, ports);
+        } else {
+            explained.because = self.because_open(&destination, &reach.open);
+            if explained.because == BY_ENTRY && teachings.names.iter().any(|of| of.name.is_none()) {
+                explained.because.push_str(
+                    "; an earlier agent learned the address, from a name that is not known any more",
+                );
+            }
+            explained.entries = allowing(&destination, &spoken, &reach.open);
+        }
+        explained.ports = self.ports(&reach.open);
+        Ok(explained)
+    }
+
+    /// Whether the name may be asked for.
+    fn question(&self, name: &Name) -> QuestionExplained {
+        let names = &self.compiled.names;
+        let spoken = self.spoken_of_name(name);
+        let of = |list: &[List]| {
+            let of = |spoken: &&Spoken| list.contains(&spoken.list);
+            statuses(spoken.iter().filter(of))
+        };
+        match names.question(name) {
+            QuestionRule::Denied => QuestionExplained {
+                allowed: false,
+                because: match names.explain_denied(name) {
+                    Some(entry) => format!("the deny entry `{entry}` names it"),
+                    None => "a deny entry names it".to_owned(),
+                },
+                entries: statuses(
+                    spoken
+                        .iter()
+                        .filter(|spoken| spoken.list == List::Deny && spoken.of_name),
+                ),
+            },
+            QuestionRule::NotListed => QuestionExplained {
+                allowed: false,
+                because: "no entry names it, so it may not be asked for".to_owned(),
+                entries: Vec::new(),
+            },
+            QuestionRule::Allowed => {
+                let entries = of(&[List::Allow, List::Resolve]);
+                QuestionExplained {
+                    allowed: true,
+                    because: if entries.is_empty() {
+                        "no entry is needed to ask for it".to_owned()
+                    } else {
+                        "an entry names it".to_owned()
+                    },
+                    entries,
+                }
+            }
+        }
+    }
+
+    async fn teachings(&self, about: About) -> anyhow::Result<Teachings> {
+        let teachings = self
+            .sources
+            .gate
+            .teachings(self.attached.pod, about)
+            .await?;
+        Ok(teachings.unwrap_or_default())
+    }
+
+    fn spoken_of_name(&self, name: &Name) -> Vec<Spoken> {
+        self.entries
+            .as_ref()
+            .map(|entries| entries.of_name(name))
+            .unwrap_or_default()
+    }
+
+    fn reach(&self, destination: &Destination) -> Reach {
+        Reach::of(
+            self.policy,
+            destination,
+            self.target.protocol,
+            self.target.port,
+        )
+    }
+
+    fn is_dns(&self) -> bool {
+        self.target.port == Some(DNS_PORT)
+            && matches!(self.target.protocol, Some(bits::TCP | bits::UDP))
+    }
+
+    /// The ports that are open, where none was asked about.
+    fn ports(&self, open: &[Ports]) -> Vec<PortsStatus> {
+        if self.target.port.is_some() {
+            return Vec::new();
+        }
+        open.iter().map(PortsStatus::from).collect()
+    }
+
+    fn because_open(&self, destination: &Destination, open: &[Ports]) -> String {
+        let by_entry = |&ports: &Ports| ground(self.policy, destination, ports) == Ground::Entries;
+        if open.iter().any(by_entry) {
+            BY_ENTRY.to_owned()
+        } else if destination.ranges & RANGE_INTERNAL != 0 {
+            "it is internal (ranges.internal), and those pass unless denied".to_owned()
+        } else {
+            "there are only deny entries, and none names it".to_owned()
+        }
+    }
+
+    fn hint(&self, reason: Option<&str>, entries: &[EntryStatus]) -> String {
+        let entry = self.target.entry();
+        let is_address = matches!(self.target.to, To::Address(_));
+        let reason = Reason::ALL
+            .iter()
+            .find(|known| Some(known.as_str()) == reason)
+            .copied();
+        if let Some(denying) = entries.iter().find(|entry| entry.annotation == deny_key()) {
+            return format!(
+                "remove `{}` from {} of the {}, or narrow it",
+                denying.entry, denying.annotation, denying.of
+            );
+        }
+        match reason {
+            Some(Reason::PolicyUnreadable) => "correct the annotation: see the problem".to_owned(),
+            Some(Reason::Expired) => {
+                "its lifetime has ended: the program has to resolve the name again".to_owned()
+            }
+            Some(Reason::AddressNotLearned) if is_address => format!(
+                "entries with a name allow this port: the pod has to resolve that name with one of \
+                 its resolvers; or add `{entry}` to {PREFIX}allow"
+            ),
+            Some(Reason::Protected) if !is_address => {
+                "a protected address is opened by its address alone, never by a name".to_owned()
+            }
+            _ => format!("add `{entry}` to {PREFIX}allow"),
+        }
+    }
+}
+
+const BY_ENTRY: &str = "an allow entry speaks of it";
+
+fn deny_key() -> String {
+    format!("{PREFIX}{}", List::Deny.as_str())
+}
+
+fn decision(allowed: bool) -> Decision {
+    if allowed {
+        Decision::Allowed
+    } else {
+        Decision::Denied
+    }
+}
+
+fn because_denied(reason: Reason) -> &'static str {
+    match reason {
+        Reason::PolicyUnreadable => {
+            "the annotations cannot be read, so everything external is denied"
+        }
+        Reason::Protected => "it is protected, and no entry names it as an address",
+        Reason::Expired => "the lifetime of what the pod resolved has ended",
+        Reason::PortNotAllowed => "entries allow it, but not with this protocol and port",
+        Reason::AddressNotLearned => {
+            "an entry with a name allows this protocol and port, but the pod has not resolved the \
+             address"
+        }
+        Reason::DenyRule => "a deny entry names it",
+        _ => "no entry speaks of it",
+    }
+}
+
+/// The entries that let something pass.
+fn allowing(destination: &Destination, spoken: &[Spoken], open: &[Ports]) -> Vec<EntryStatus> {
+    let protected = destination.ranges & RANGE_PROTECTED != 0;
+    let counts = |spoken: &&Spoken| {
+        spoken.list == List::Allow
+            && !(spoken.of_name && (destination.expired != 0 || protected))
+            && !(spoken.of_all && protected)
+            && open.iter().any(|&ports| spoken.holds_some(ports))
+    };
+    statuses(spoken.iter().filter(counts))
+}
+
+/// The entries that speak of what is denied.
+fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
+    let counts = |spoken: &&Spoken| match reason {
+        Reason::DenyRule => spoken.list == List::Deny && spoken.holds_some(ports),
+        Reason::PortNotAllowed => spoken.list == List::Allow,
+        Reason::Expired => spoken.list == List::Allow && spoken.of_name && spoken.holds_some(ports),
+        _ => false,
+    };
+    statuses(spoken.iter().filter(counts))
+}
+
+fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
+    let mut statuses: Vec<EntryStatus> = Vec::new();
+    for spoken in spoken {
+        let status = EntryStatus {
+            of: spoken.origin.to_string(),
+            annotation: format!("{PREFIX}{}", spoken.list.as_str()),
+            entry: spoken.text.clone(),
+            line: spoken.at.line,
+            column: spoken.at.column,
+        };
+        if !statuses.contains(&status) {
+            statuses.push(status);
+        }
+    }
+    statuses
+}
+
+impl Spoken {
+    /// Whether it speaks of some of these packets.
+    fn holds_some(&self, ports: Ports) -> bool {
+        self.holds(ports.protocol, ports.first)
+            || self.holds(ports.protocol, ports.last)
+            || (self.class.protocols & ports.protocol != 0
+                && (ports.first..=ports.last).contains(&self.class.port_min))
+    }
+}

@@ -1,0 +1,365 @@
+//! `/metrics`; `docs/metrics.md` says what each is for.
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "metrics are floating-point numbers"
+)]
+
+use std::{
+    collections::BTreeMap,
+    fmt::Error,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result};
+use egress_common::records::Counters;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, text::encode},
+    registry::{Registry, Unit},
+};
+
+use super::{Sources, page::Page, process::Usage, status::mode_of};
+use crate::gate::{Direction, Outcome, Stats, Transport};
+
+/// The type of the text.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything, as text.
+pub(super) fn text(sources: &Arc<Sources>) -> Result<String> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Scrape {
+        sources: Arc::clone(sources),
+        kernel: sources.counters.counters()?,
+    }));
+    let mut text = String::new();
+    encode(&mut text, &registry).context("cannot write the metrics")?;
+    Ok(text)
+}
+
+struct Scrape {
+    sources: Arc<Sources>,
+    kernel: Counters,
+}
+
+impl std::fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scrape").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder) -> Result<(), Error> {
+        let mut page = Page(encoder);
+        self.agent(&mut page)?;
+        self.pods(&mut page)?;
+        dns(&mut page, self.sources.gate.stats())?;
+        self.denials(&mut page)?;
+        self.packets(&mut page)?;
+        self.control(&mut page)?;
+        process(&mut page, self.sources.board.began())
+    }
+}
+
+impl Scrape {
+    fn agent(&self, page: &mut Page<'_>) -> Result<(), Error> {
+        page.info(
+            "egress_agent_build",
+            "The agent's version, and how its programs are attached",
+            &vec![
+                ("version", env!("CARGO_PKG_VERSION").to_owned()),
+                ("hook", self.sources.hook.to_owned()),
+            ],
+        )
+    }
+
+    fn pods(&self, page: &mut Page<'_>) -> Result<(), Error> {
+        let node = self.sources.board.node();
+        let mut modes: BTreeMap<&str, u64> = [
+            "audit",
+            "enforce",
+            "host_network",
+            "missing",
+            "off",
+            "quarantined",
+            "waiting",
+        ]
+        .map(|mode| (mode, 0))
+        .into();
+        let mut unreadable = 0;
+        for pod in node.pods.values() {
+            *modes.entry(mode_of(pod)).or_default() += 1;
+            unreadable += u64::from(pod.unreadable);
+        }
+        page.gauges(
+            "egress_agent_pods",
+            "Pods of the node by what is done with them",
+            modes
+                .into_iter()
+                .map(|(mode, count)| (vec![("mode", mode.to_owned())], count)),
+        )?;
+        page.gauge(
+            "egress_agent_pods_unreadable",
+            "Pods whose annotations, or their namespace's, cannot be read",
+            unreadable,
+        )?;
+        let stats = self.sources.gate.stats();
+        page.gauge(
+            "egress_agent_allow_map_entries",
+            "Addresses in the allow maps of all pods",
+            stats.addresses.get(),
+        )?;
+        let room = f64::from(self.sources.addresses_per_pod);
+        page.unit_gauge(
+            "egress_agent_allow_map_fill",
+            "Part of the fullest pod's allow map that is in use",
+            Some(&Unit::Ratios),
+            stats.fullest.get() as f64 / room,
+        )?;
+        page.gauge(
+            "egress_agent_flows",
+            "Flows that are remembered of all pods, at the last look at each",
+            self.sources.board.flows() as u64,
+        )
+    }
+
+    fn denials(&self, page: &mut Page<'_>) -> Result<(), Error> {
+        let namespaces = self.sources.board.namespaces();
+        let series = namespaces.iter().flat_map(|(namespace, counts)| {
+            let denied = counts.denied().map(|of| ("denied", of));
+            let audited = counts.audited().map(|of| ("would_deny", of));
+            denied.chain(audited).map(|(event, (reason, count))| {
+                let labels = vec![
+                    ("event", event.to_owned()),
+                    ("namespace", namespace.clone()),
+                    ("reason", reason.as_str().to_owned()),
+                ];
+                (labels, count)
+            })
+        });
+        page.counters(
+            "egress_agent_denials",
+            "Packets and DNS messages that did not pass (denied), or would not in enforce mode \
+             (would_deny)",
+            series,
+        )?;
+        let lost = self.sources.reporter.lost().by_why();
+        page.counters(
+            "egress_agent_denials_unreported",
+            "Denied packets without a line of their own",
+            lost.map(|(why, count)| (vec![("why", why.to_owned())], count)),
+        )?;
+        page.counter(
+            "egress_agent_denial_lines_failed",
+            "Lines that could not be written to standard output",
+            self.sources.reporter.failed_lines(),
+        )
+    }
+
+    fn packets(&self, page: &mut Page<'_>) -> Result<(), Error> {
+        // Taking the record apart makes forgetting a counter an error.
+        let Counters {
+            passed_packets,
+            passed_bytes,
+            passed_by_flow,
+            denied_packets,
+            denied_bytes,
+            audited_packets,
+            held_questions,
+            held_answers,
+            held_lost,
+            held_limited,
+            held_too_long,
+            rejects_lost,
+            denials_limited,
+            denials_lost,
+            flows_full,
+            no_policy,
+        } = self.kernel;
+        let direction = |direction: &str| vec![("direction", direction.to_owned())];
+        page.counters(
+            "egress_agent_dns_held",
+            "DNS messages given to the agent by the kernel; over TCP, segments",
+            [
+                (direction("question"), held_questions),
+                (direction("answer"), held_answers),
+            ],
+        )?;
+        let why = |why: &str| vec![("why", why.to_owned())];
+        page.counters(
+            "egress_agent_dns_not_held",
+            "DNS messages dropped before the agent saw them",
+            [
+                (why("ring_full"), held_lost),
+                (why("over_pod_share"), held_limited),
+                (why("too_long"), held_too_long),
+            ],
+        )?;
+        page.counters(
+            "egress_agent_denial_records_lost",
+            "Denials without a record, in the kernel",
+            [
+                (why("over_pod_share"), denials_limited),
+                (why("ring_full"), denials_lost),
+            ],
+        )?;
+        for (name, help, value) in [
+            (
+                "passed_packets",
+                "Packets from pods that passed",
+                passed_packets,
+            ),
+            ("passed_bytes", "Bytes from pods that passed", passed_bytes),
+            (
+                "passed_by_flow_packets",
+                "Packets from pods that passed because their flow was known",
+                passed_by_flow,
+            ),
+            (
+                "denied_packets",
+                "Packets dropped, in either direction, other than held DNS messages",
+                denied_packets,
+            ),
+            ("denied_bytes", "Bytes of them", denied_bytes),
+            (
+                "audited_packets",
+                "Packets that passed in audit mode and would have been denied",
+                audited_packets,
+            ),
+            (
+                "rejects_lost",
+                "Denied packets that were not answered with a rejection",
+                rejects_lost,
+            ),
+            (
+                "flows_lost",
+                "Flows not remembered because the pod's flow map was full",
+                flows_full,
+            ),
+            (
+                "no_policy_packets",
+                "Packets on an interface that is under no policy yet, or no more",
+                no_policy,
+            ),
+        ] {
+            page.counter(&format!("egress_agent_{name}"), help, value)?;
+        }
+        Ok(())
+    }
+
+    fn control(&self, page: &mut Page<'_>) -> Result<(), Error> {
+        let board = &self.sources.board;
+        page.histogram(
+            "egress_agent_reconcile",
+            "How long comparing all pods with what is enforced, and changing it, took",
+            &board.reconciles,
+        )?;
+        page.unit_gauge(
+            "egress_agent_last_reconcile_timestamp",
+            "When all pods were last compared with what is enforced",
+            Some(&Unit::Seconds),
+            board.last_reconciled().map_or(0.0, unix),
+        )?;
+        page.counters(
+            "egress_agent_watch_restarts",
+            "Watches of the API server that had to begin again",
+            board
+                .watch_restarts()
+                .into_iter()
+                .map(|(watch, count)| (vec![("watch", watch.to_owned())], count)),
+        )
+    }
+}
+
+fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
+    let series = stats
+        .messages()
+        .map(|(transport, direction, outcome, count)| {
+            let transport = match transport {
+                Transport::Udp => "udp",
+                Transport::Tcp => "tcp",
+            };
+            let direction = match direction {
+                Direction::Question => "question",
+                Direction::Answer => "answer",
+            };
+            let outcome = match outcome {
+                Outcome::Delivered => "delivered",
+                Outcome::Refused => "refused",
+                Outcome::Undeliverable => "undeliverable",
+            };
+            let labels = vec![
+                ("direction", direction.to_owned()),
+                ("outcome", outcome.to_owned()),
+                ("transport", transport.to_owned()),
+            ];
+            (labels, count)
+        });
+    page.counters(
+        "egress_agent_dns_messages",
+        "DNS messages by what became of them",
+        series,
+    )?;
+    page.histogram(
+        "egress_agent_dns_hold",
+        "Time between the kernel's taking a DNS message and its being put back or answered",
+        &stats.hold,
+    )?;
+    for (name, help, value) in [
+        (
+            "dns_connections_reset",
+            "Connections with a resolver that could not be followed",
+            stats.connections_lost.get(),
+        ),
+        (
+            "dns_unclaimed",
+            "DNS messages dropped because their pods are gone, or not taken over yet",
+            stats.unclaimed.get(),
+        ),
+        (
+            "dns_stale",
+            "DNS messages dropped because they were taken while no agent ran",
+            stats.stale.get(),
+        ),
+        (
+            "frames_unsent",
+            "Frames that could not be put back on an interface",
+            stats.unsent.get(),
+        ),
+    ] {
+        page.counter(&format!("egress_agent_{name}"), help, value)?;
+    }
+    Ok(())
+}
+
+fn process(page: &mut Page<'_>, began: SystemTime) -> Result<(), Error> {
+    let usage = Usage::now();
+    page.unit_gauge(
+        "process_resident_memory",
+        "Memory that the agent uses",
+        Some(&Unit::Bytes),
+        usage.resident as f64,
+    )?;
+    page.seconds_counter("process_cpu", "CPU time that the agent has used", usage.cpu)?;
+    page.gauge(
+        "process_open_fds",
+        "Files that the agent has open",
+        usage.files,
+    )?;
+    page.gauge(
+        "process_max_fds",
+        "Files that the agent may have open",
+        usage.files_max,
+    )?;
+    page.unit_gauge(
+        "process_start_time",
+        "When the agent was started",
+        Some(&Unit::Seconds),
+        unix(began),
+    )
+}
+
+fn unix(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}

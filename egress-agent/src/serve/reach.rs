@@ -1,0 +1,213 @@
+//! What a policy does with packets to one destination, found by asking the function that the kernel
+//! asks: [`judge`].
+
+use std::collections::BTreeSet;
+
+use egress_common::{
+    protocol::bits,
+    reason::Reason,
+    records::{Policy, RANGE_PROTECTED},
+    verdict::{Destination, Verdict, judge, matching_classes},
+};
+
+use super::protocol::PortsStatus;
+
+/// The protocols that people ask about.
+const PROTOCOLS: [(u8, &str); 4] = [
+    (bits::TCP, "tcp"),
+    (bits::UDP, "udp"),
+    (bits::SCTP, "sctp"),
+    (bits::ICMP_ECHO, "icmp"),
+];
+
+/// From the most specific reason to the least.
+const REASONS: [Reason; 7] = [
+    Reason::PolicyUnreadable,
+    Reason::Protected,
+    Reason::Expired,
+    Reason::PortNotAllowed,
+    Reason::AddressNotLearned,
+    Reason::NoRule,
+    Reason::DenyRule,
+];
+
+/// Packets of one protocol to a range of ports, both inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ports {
+    pub(super) protocol: u8,
+    pub(super) first: u16,
+    pub(super) last: u16,
+}
+
+/// What becomes of packets to a destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Reach {
+    /// Those that pass, of those that were asked about.
+    pub(super) open: Vec<Ports>,
+    /// Where none passes, why not, and the packets that this is said of.
+    pub(super) denied: Option<(Reason, u8, Ports)>,
+}
+
+impl Reach {
+    /// Of packets of this protocol to this port, or of all protocols, or to all ports.
+    pub(super) fn of(
+        policy: &Policy,
+        destination: &Destination,
+        protocol: Option<u8>,
+        port: Option<u16>,
+    ) -> Self {
+        let mut open: Vec<Ports> = Vec::new();
+        let mut denied: Option<(Reason, u8, Ports)> = None;
+        let rank = |reason| REASONS.iter().position(|&other| other == reason);
+        for (bit, _) in PROTOCOLS {
+            if protocol.is_some_and(|protocol| protocol != bit) {
+                continue;
+            }
+            for ports in regions(policy, bit, port) {
+                match judge(policy, destination, bit, ports.first) {
+                    Verdict::Pass => match open.last_mut() {
+                        Some(last)
+                            if last.protocol == bit
+                                && u32::from(last.last) + 1 == u32::from(ports.first) =>
+                        {
+                            last.last = ports.last;
+                        }
+                        _ => open.push(ports),
+                    },
+                    Verdict::Deny { reason, class } => {
+                        if denied.is_none_or(|(before, ..)| rank(reason) < rank(before)) {
+                            denied = Some((reason, class, ports));
+                        }
+                    }
+                }
+            }
+        }
+        if !open.is_empty() {
+            denied = None;
+        }
+        Self { open, denied }
+    }
+}
+
+/// Ports in ranges of which each is judged alike.
+fn regions(policy: &Policy, protocol: u8, port: Option<u16>) -> Vec<Ports> {
+    let ports = |first, last| Ports {
+        protocol,
+        first,
+        last,
+    };
+    if protocol & bits::WITH_PORTS == 0 {
+        return vec![ports(0, u16::MAX)];
+    }
+    if let Some(port) = port {
+        return vec![ports(port, port)];
+    }
+    // The port of DNS is one of its own: see `judge`.
+    let mut starts: BTreeSet<u16> = [0, 53, 54].into();
+    for class in &policy.classes {
+        starts.insert(class.port_min);
+        starts.extend(class.port_max.checked_add(1));
+    }
+    let ends = starts.iter().skip(1).map(|start| start - 1);
+    let ends: Vec<u16> = ends.chain([u16::MAX]).collect();
+    starts
+        .into_iter()
+        .zip(ends)
+        .map(|(first, last)| ports(first, last))
+        .collect()
+}
+
+/// Why packets pass, where they do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ground {
+    /// An entry speaks of them.
+    Entries,
+    /// None does; the address is internal, or the policy open.
+    NoEntry,
+}
+
+/// Why packets that pass do so.
+pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
+    let protected = destination.ranges & RANGE_PROTECTED != 0;
+    let learned = if protected || destination.expired != 0 {
+        0
+    } else {
+        destination.learned
+    };
+    let any = if protected { 0 } else { policy.any };
+    let known = (learned | destination.cidr | any) & !policy.deny;
+    if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
+        Ground::Entries
+    } else {
+        Ground::NoEntry
+    }
+}
+
+impl From<&Ports> for PortsStatus {
+    fn from(ports: &Ports) -> Self {
+        let word = PROTOCOLS.iter().find(|(bit, _)| *bit == ports.protocol);
+        let with_ports = ports.protocol & bits::WITH_PORTS != 0;
+        Self {
+            protocol: word.map_or("other", |(_, word)| word).to_owned(),
+            first: with_ports.then_some(ports.first),
+            last: with_ports.then_some(ports.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use egress_common::records::PortClass;
+
+    use super::*;
+
+    fn policy() -> Policy {
+        let mut policy = Policy {
+            deny: 2,
+            ..Policy::CLOSED
+        };
+        let class = |protocols, port_min, port_max| PortClass {
+            port_min,
+            port_max,
+            protocols,
+            pad: [0; 3],
+        };
+        policy.classes[0] = class(bits::TCP, 80, 90);
+        policy.classes[1] = class(bits::ALL, 85, 85);
+        policy.classes[2] = class(bits::TCP, 91, 100);
+        policy
+    }
+
+    #[test]
+    fn what_is_open_is_what_is_judged_open_port_by_port() {
+        let policy = policy();
+        for cidr in 0..8 {
+            let destination = Destination {
+                cidr,
+                ..Destination::default()
+            };
+            let reach = Reach::of(&policy, &destination, Some(bits::TCP), None);
+            for port in 0..=u16::MAX {
+                let passes = judge(&policy, &destination, bits::TCP, port) == Verdict::Pass;
+                let open = |ports: &Ports| (ports.first..=ports.last).contains(&port);
+                assert_eq!(reach.open.iter().any(open), passes, "{cidr} {port}");
+            }
+            assert_eq!(reach.denied.is_none(), !reach.open.is_empty());
+        }
+    }
+
+    #[test]
+    fn neighbouring_ranges_are_one() {
+        let destination = Destination {
+            cidr: 7,
+            ..Destination::default()
+        };
+        let open = Reach::of(&policy(), &destination, None, None).open;
+        let ports = |first, last| Ports {
+            protocol: bits::TCP,
+            first,
+            last,
+        };
+        assert_eq!(open, [ports(80, 84), ports(86, 100)]);
+    }
+}

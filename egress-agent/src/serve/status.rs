@@ -1,0 +1,253 @@
+//! The state of the agent and of each pod.
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use egress_common::reason::Reason;
+
+use super::{
+    NodeState, PodState, Sources, health,
+    protocol::{
+        AddressStatus, AgentStatus, InterfaceStatus, PodStatus, ProblemStatus, ResolvedStatus,
+        ResolverStatus, Status,
+    },
+};
+use crate::{
+    datapath::boottime_ns,
+    gate::{About, Teachings},
+    policy::prefix::from_mapped,
+    report::{DenialCounts, rfc3339},
+};
+
+/// Most addresses that one answer tells of all pods together.
+const ADDRESSES: usize = 20_000;
+
+/// The state of all pods, or of one; `names` says whether to tell what they have resolved.
+///
+/// # Errors
+///
+/// When there is no such pod.
+pub(super) async fn status(
+    sources: &Sources,
+    pod: Option<&str>,
+    names: bool,
+) -> Result<Status, String> {
+    let node = sources.board.node();
+    let one = pod.map(|pod| find(&node, pod)).transpose()?;
+    let mut pods = Vec::new();
+    let mut room = ADDRESSES;
+    let mut names_left_out_of = 0;
+    for (key, state) in &node.pods {
+        if one.is_some_and(|(one, _)| one != key) {
+            continue;
+        }
+        let teachings = match &state.attached {
+            Some(attached) => sources.gate.teachings(attached.pod, About::All).await,
+            None => Ok(None),
+        };
+        let teachings = teachings
+            .map_err(|error| format!("{error:#}"))?
+            .unwrap_or_default();
+        let mut names = names;
+        if names && one.is_none() {
+            match room.checked_sub(teachings.addresses) {
+                Some(rest) => room = rest,
+                None => {
+                    names = false;
+                    names_left_out_of += 1;
+                }
+            }
+        }
+        pods.push(pod_status(key, state, teachings, names));
+    }
+    Ok(Status {
+        agent: agent(sources),
+        resolvers: node
+            .resolvers
+            .iter()
+            .map(|(&address, source)| ResolverStatus {
+                address,
+                source: source.clone(),
+            })
+            .collect(),
+        problems: node
+            .problems
+            .iter()
+            .map(|(about, message)| ProblemStatus {
+                about: about.clone(),
+                message: message.clone(),
+            })
+            .collect(),
+        losses: losses(sources).map_err(|error| format!("{error:#}"))?,
+        pods,
+        names_left_out_of,
+    })
+}
+
+/// A pod by `namespace/pod`.
+pub(super) fn find<'a>(
+    node: &'a NodeState,
+    pod: &str,
+) -> Result<(&'a (String, String), &'a PodState), String> {
+    let key = pod
+        .split_once('/')
+        .map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
+        .ok_or_else(|| format!("`{pod}` is no pod: expected namespace/pod"))?;
+    node.pods.get_key_value(&key).ok_or_else(|| {
+        format!("there is no pod {pod} on this node, as far as this node's agent knows")
+    })
+}
+
+/// What is done with a pod, in a word.
+pub(super) fn mode_of(pod: &PodState) -> &'static str {
+    if pod.host_network {
+        "host_network"
+    } else if pod.quarantined {
+        "quarantined"
+    } else if pod.is_missing() {
+        "missing"
+    } else if pod.is_waiting() {
+        "waiting"
+    } else {
+        pod.mode.as_str()
+    }
+}
+
+fn agent(sources: &Sources) -> AgentStatus {
+    let (unhealthy, not_ready) = (health::unwell(sources), health::unready(sources));
+    AgentStatus {
+        node: sources.node.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        hook: sources.hook.to_owned(),
+        started: time(sources.board.began()),
+        uptime_seconds: sources.board.uptime().as_secs(),
+        healthy: unhealthy.is_empty(),
+        unhealthy,
+        ready: not_ready.is_empty(),
+        not_ready,
+    }
+}
+
+/// What was lost, of everything that can be.
+fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
+    let kernel = sources.counters.counters()?;
+    let stats = sources.gate.stats();
+    let mut losses: BTreeMap<String, u64> = [
+        ("held_lost", kernel.held_lost),
+        ("held_limited", kernel.held_limited),
+        ("held_too_long", kernel.held_too_long),
+        ("rejects_lost", kernel.rejects_lost),
+        ("denials_limited", kernel.denials_limited),
+        ("denials_lost", kernel.denials_lost),
+        ("flows_full", kernel.flows_full),
+        ("no_policy", kernel.no_policy),
+        ("dns_unclaimed", stats.unclaimed.get()),
+        ("dns_stale", stats.stale.get()),
+        ("frames_unsent", stats.unsent.get()),
+    ]
+    .map(|(what, count)| (what.to_owned(), count))
+    .into();
+    for (why, count) in sources.reporter.lost().by_why() {
+        losses.insert(format!("unreported_{why}"), count);
+    }
+    Ok(losses)
+}
+
+fn pod_status(
+    (namespace, pod): &(String, String),
+    state: &PodState,
+    teachings: Teachings,
+    names: bool,
+) -> PodStatus {
+    let attached = state.attached.as_ref();
+    let counts = attached.map(|attached| &attached.identity.counts);
+    let last_denial = attached
+        .and_then(|attached| attached.identity.last_line())
+        .and_then(|line| serde_json::from_str(&line).ok());
+    PodStatus {
+        namespace: namespace.clone(),
+        pod: pod.clone(),
+        uid: state.uid.clone(),
+        mode: match mode_of(state) {
+            "missing" | "waiting" => state.mode.as_str(),
+            other => other,
+        }
+        .to_owned(),
+        enforced: attached.is_some(),
+        interfaces: attached.map_or_else(Vec::new, |attached| {
+            attached
+                .interfaces
+                .iter()
+                .map(|&at| interface(at))
+                .collect()
+        }),
+        applied: attached.map(|attached| time(attached.since)),
+        policy_version: attached.map(|attached| attached.version),
+        names: teachings
+            .names
+            .iter()
+            .filter(|resolved| resolved.listed && resolved.name.is_some())
+            .count(),
+        addresses: teachings.addresses,
+        denied: counts
+            .map(|counts| by_reason(counts.denied()))
+            .unwrap_or_default(),
+        would_deny: counts
+            .map(|counts| by_reason(counts.audited()))
+            .unwrap_or_default(),
+        denials_unreported: counts.map_or(0, DenialCounts::unreported),
+        last_denial,
+        problem: state.problem.clone(),
+        resolved_left_out: teachings.left_out,
+        resolved: names.then(|| resolved(teachings)),
+    }
+}
+
+fn interface(index: u32) -> InterfaceStatus {
+    let name = nix::net::if_::if_indextoname(index).ok();
+    InterfaceStatus {
+        index,
+        name: name.map(|name| name.to_string_lossy().into_owned()),
+    }
+}
+
+fn by_reason(counts: impl Iterator<Item = (Reason, u64)>) -> BTreeMap<String, u64> {
+    counts
+        .map(|(reason, count)| (reason.as_str().to_owned(), count))
+        .collect()
+}
+
+fn resolved(teachings: Teachings) -> Vec<ResolvedStatus> {
+    let now_ns = boottime_ns();
+    let mut all: Vec<ResolvedStatus> = teachings
+        .names
+        .into_iter()
+        .map(|resolved| {
+            let mut addresses: Vec<AddressStatus> = resolved
+                .addresses
+                .iter()
+                .map(|(address, expires_ns)| AddressStatus {
+                    address: from_mapped(address),
+                    remaining_seconds: remaining(*expires_ns, now_ns),
+                })
+                .collect();
+            addresses.sort_by_key(|address| address.address);
+            ResolvedStatus {
+                name: resolved.name.map(|name| name.to_string()),
+                listed: resolved.listed,
+                addresses,
+            }
+        })
+        .collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+/// Seconds until the end of a lifetime, rounded up: 0 is expired.
+pub(super) fn remaining(expires_ns: u64, now_ns: u64) -> u64 {
+    expires_ns.saturating_sub(now_ns).div_ceil(1_000_000_000)
+}
+
+fn time(time: SystemTime) -> String {
+    rfc3339(time).unwrap_or_else(|error| error.to_string())
+}
