@@ -34,9 +34,9 @@ fn run_without(lab: &Lab, capabilities: &str, source: [&OsStr; 2]) -> Output {
 fn privileges_that_are_missing_are_named() {
     let lab = Lab::builder().without_dns().build();
     let pods = lab.pods_dir();
-    let directory = ["--pods-dir".as_ref(), pods.as_os_str()];
+    let directory: [&OsStr; 2] = ["--pods-dir".as_ref(), pods.as_os_str()];
     // Which it does not get to read.
-    let cluster = ["--kubeconfig".as_ref(), "none.yaml".as_ref()];
+    let cluster: [&OsStr; 2] = ["--kubeconfig".as_ref(), "none.yaml".as_ref()];
     for (without, source, named) in [
         ("-bpf,-sys_admin", directory, "CAP_BPF"),
         ("-sys_admin", directory, "CAP_SYS_ADMIN"),
