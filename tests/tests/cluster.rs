@@ -189,7 +189,7 @@ fn connections_from_before_the_first_agent_go_on_and_new_ones_are_judged() {
         .outside()
         .run(|| std::net::TcpStream::connect(to))
         .expect("the pod is called");
-    let (mut callee, _) = listener.accept().expect("it accepts");
+    let (mut answering, _) = listener.accept().expect("it accepts");
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
@@ -197,8 +197,8 @@ fn connections_from_before_the_first_agent_go_on_and_new_ones_are_judged() {
     assert!(egress_tests::echo_on(&datagrams, b"after", DEADLINE));
     let echo = std::thread::spawn(move || {
         let mut taken = [0; 4];
-        std::io::Read::read_exact(&mut callee, &mut taken).expect("the caller's words");
-        std::io::Write::write_all(&mut callee, &taken).expect("an answer");
+        std::io::Read::read_exact(&mut answering, &mut taken).expect("the caller's words");
+        std::io::Write::write_all(&mut answering, &taken).expect("an answer");
     });
     assert!(exchange(&mut caller, b"call", DEADLINE), "the call was cut");
     echo.join().expect("the pod's end");

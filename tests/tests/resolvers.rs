@@ -194,3 +194,18 @@ fn the_guard_and_its_refusal_are_edited_while_the_agent_runs() {
     });
     agent.denies_udp(&silent, (STRANGER, 53), "no_rule");
 }
+
+#[test]
+fn questions_that_nobody_answers_are_noticed() {
+    let lab = Lab::builder().without_dns().build();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.shop.test")]);
+    let agent = lab.start_agent(&[&pod]);
+    let socket = pod.dns_socket();
+    for id in 0..20 {
+        socket.ask(RESOLVER, id, "a.shop.test", RecordType::A);
+    }
+    agent.wait_said("that no answer comes by", |line| {
+        line.contains("no answer comes by") && line.contains("shop/cart")
+    });
+}

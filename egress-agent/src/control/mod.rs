@@ -6,6 +6,7 @@
 //! losing one delays a change until the next look.
 
 mod apply;
+mod bypass;
 mod denials;
 mod enforced;
 mod events;
@@ -127,7 +128,10 @@ pub async fn run(options: Options) -> Result<()> {
     }
 
     let (mut snapshots, source) = source.watch().await?;
-    let listener = source.events().cloned().map(events::denials);
+    let cluster = source.cluster();
+    let listener = cluster
+        .as_ref()
+        .map(|cluster| events::denials(cluster.events.clone()));
     let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
         .context("cannot start the reporter's thread")?;
     let (gate, gate_thread) = Gate::start(
@@ -145,7 +149,7 @@ pub async fn run(options: Options) -> Result<()> {
         gate.clone(),
         config,
         source.places(config)?,
-        source.events().cloned(),
+        cluster,
         Arc::clone(&known),
         adoptable,
     )?;

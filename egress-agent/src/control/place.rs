@@ -195,6 +195,8 @@ impl Places {
     fn by_uid(&mut self, host: &mut Host, links: &Links, uid: &str, now: Instant) -> Place {
         if let Some((found, looked)) = self.found.get(uid)
             && now.duration_since(*looked) < BELIEVED_FOR
+            // Otherwise its network may be half made.
+            && !found.addresses.is_empty()
             && found
                 .interfaces
                 .iter()

@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{
+    bypass::Answers,
     denials::{Known, KnownPods},
     enforced::{Enforced, PodKey},
     events,
@@ -15,13 +16,14 @@ use super::{
     plan::Plan,
     quarantine,
     readings::Readings,
+    source::ClusterSide,
     waiting::Waiting,
 };
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, Unused, boottime_ns},
     gate::Gate,
-    pods::{Facts, Snapshot, cluster::EventSink},
+    pods::{Facts, Snapshot},
     policy::Compiled,
     report::PodIdentity,
     serve::Board,
@@ -38,9 +40,10 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
-    /// Where people are told of a pod, besides the log.
-    events: Option<EventSink>,
+    /// The ways to the cluster, if there is one.
+    pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
+    answers: Answers,
     /// Whether no agent was here before, so that pods may have connections that nobody judged.
     pub(super) first_start: bool,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
@@ -68,7 +71,7 @@ impl Reconciler {
         gate: Gate,
         config: &Config,
         places: Places,
-        events: Option<EventSink>,
+        cluster: Option<ClusterSide>,
         known: Arc<KnownPods>,
         adoptable: BTreeMap<u32, Adoptable>,
     ) -> anyhow::Result<Self> {
@@ -85,8 +88,9 @@ impl Reconciler {
             facts: Facts::default(),
             config: config.clone(),
             places,
-            events,
+            cluster,
             waiting: Waiting::default(),
+            answers: Answers::default(),
             first_start: adoptable.is_empty(),
             ranges: 1,
             known,
@@ -123,6 +127,10 @@ impl Reconciler {
                 said.push_str("; ");
             }
             said.push_str(&problem.message);
+        }
+        let unseen = self.answers.problem(self.gate.stats());
+        if let Some(what) = unseen {
+            saying.insert("DNS".to_owned(), what.to_owned());
         }
         self.readings.retain(snapshot);
         let gone: Vec<PodKey> = self
@@ -205,17 +213,21 @@ impl Reconciler {
         }
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
-            let complaints: Vec<String> =
-                problem.into_iter().chain(complaints.remove(key)).collect();
+            let unseen = unseen.filter(|_| self.enforced.contains_key(key));
+            let complaints: Vec<String> = problem
+                .into_iter()
+                .chain(complaints.remove(key))
+                .chain(unseen.map(str::to_owned))
+                .collect();
             if complaints.is_empty() {
                 continue;
             }
             let (about, what) = (title(key), complaints.join("; "));
-            if let (Some(events), Some(pod)) = (&self.events, snapshot.pods.get(key))
+            if let (Some(cluster), Some(pod)) = (&self.cluster, snapshot.pods.get(key))
                 && self.said.get(&about) != Some(&what)
                 && let Some(event) = events::problem(key, pod, &what)
             {
-                events.send(event);
+                cluster.events.send(event);
             }
             saying.insert(about, what);
         }

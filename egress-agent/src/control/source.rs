@@ -14,14 +14,42 @@ use crate::{
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
-        cluster::{self, Cluster, ClusterWatch, EventSink},
+        cluster::{self, Cluster, ClusterWatch, EventSink, Health},
     },
+    serve::{ClusterState, WatchState},
 };
 
 /// A source that has been checked as far as it can be before anything is changed.
 pub(super) enum Source {
     Directory(PathBuf),
     Cluster(cluster::Options),
+}
+
+/// What control has of a cluster besides its snapshots.
+#[derive(Clone)]
+pub(super) struct ClusterSide {
+    /// Where people are told of a pod, besides the log.
+    pub(super) events: EventSink,
+    /// How following it goes.
+    pub(super) health: Arc<Health>,
+}
+
+impl ClusterSide {
+    /// How following it goes, for those who ask.
+    pub(super) fn state(&self) -> ClusterState {
+        let watches = cluster::Watched::ALL.into_iter().map(|watched| WatchState {
+            of: watched.name(),
+            restarts: self.health.restarts(watched),
+            errors: self.health.errors(watched),
+        });
+        let events = self.events.counters();
+        ClusterState {
+            reachable: self.health.is_reachable(),
+            watches: watches.collect(),
+            events_sent: events.sent(),
+            events_lost: events.dropped() + events.failed(),
+        }
+    }
 }
 
 /// A source that is being watched.
@@ -98,11 +126,14 @@ impl Watched {
         }
     }
 
-    /// Where people are told of a pod, besides the log.
-    pub(super) fn events(&self) -> Option<&EventSink> {
+    /// The ways to the cluster that this source is, if it is one.
+    pub(super) fn cluster(&self) -> Option<ClusterSide> {
         match self {
             Self::Directory(_) => None,
-            Self::Cluster(watch) => Some(watch.events()),
+            Self::Cluster(watch) => Some(ClusterSide {
+                events: watch.events().clone(),
+                health: Arc::clone(watch.health()),
+            }),
         }
     }
 

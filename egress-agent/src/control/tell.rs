@@ -12,6 +12,7 @@ use super::{
     enforced::{Enforced, PodKey},
     quarantine,
     reconcile::{Reconciler, title},
+    source::ClusterSide,
 };
 use crate::{
     pods::{Pod, Snapshot},
@@ -77,6 +78,7 @@ impl Reconciler {
                 .collect(),
             settings: Some(self.readings.settings().clone()),
             incomplete: snapshot.unreadable,
+            cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,
         };
         self.board.reconciled(node, began.elapsed());

@@ -33,6 +33,15 @@ pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 pub use view::View;
 
+/// Whether any BPF program on this machine has a name that begins like this.
+pub fn is_loaded(prefix: &str) -> bool {
+    aya::programs::loaded_programs().flatten().any(|program| {
+        program
+            .name_as_str()
+            .is_some_and(|name| name.starts_with(prefix))
+    })
+}
+
 /// Now, in nanoseconds of `CLOCK_BOOTTIME`: the clock of every `_ns` field in the maps.
 ///
 /// # Panics

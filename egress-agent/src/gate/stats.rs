@@ -50,6 +50,13 @@ pub enum Outcome {
     Undeliverable,
 }
 
+impl Outcome {
+    /// Whether the message went on.
+    pub fn is_delivered(self) -> bool {
+        self == Self::Delivered
+    }
+}
+
 /// Every kind of message and what may become of it.
 const KINDS: [(Direction, Outcome); 5] = [
     (Direction::Question, Outcome::Delivered),
@@ -103,7 +110,7 @@ impl Default for Stats {
 
 impl Stats {
     /// Counts a message.
-    pub(super) fn count(&self, transport: Transport, direction: Direction, outcome: Outcome) {
+    pub(crate) fn count(&self, transport: Transport, direction: Direction, outcome: Outcome) {
         let counters = match transport {
             Transport::Udp => &self.udp,
             Transport::Tcp => &self.tcp,

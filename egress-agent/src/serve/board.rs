@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use crate::{
     datapath::boottime_ns,
     policy::{Annotations, Compiled, Mode, Settings},
-    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
+    report::{DenialCounts, Gauge, Histogram, PodIdentity},
 };
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
@@ -95,6 +95,30 @@ impl PodState {
     }
 }
 
+/// How following the cluster goes.
+#[derive(Clone, Debug)]
+pub struct ClusterState {
+    /// Whether the API server answers, as far as is known.
+    pub reachable: bool,
+    /// Its watches.
+    pub watches: Vec<WatchState>,
+    /// Events that were written.
+    pub events_sent: u64,
+    /// Events that were too many, or that the API server did not take.
+    pub events_lost: u64,
+}
+
+/// How one watch does.
+#[derive(Clone, Debug)]
+pub struct WatchState {
+    /// What it follows.
+    pub of: &'static str,
+    /// How often it began again with a list.
+    pub restarts: u64,
+    /// How often a list or watch failed.
+    pub errors: u64,
+}
+
 /// The node after a reconcile.
 #[derive(Debug, Default)]
 pub struct NodeState {
@@ -106,6 +130,8 @@ pub struct NodeState {
     pub problems: BTreeMap<String, String>,
     /// Whether there may be more pods, because the source could not be read in full.
     pub incomplete: bool,
+    /// How following the cluster goes; `None` without one.
+    pub cluster: Option<ClusterState>,
     /// What the policies were compiled with; none before the first reconcile.
     pub settings: Option<Settings>,
 }
@@ -122,7 +148,6 @@ pub struct Board {
     began: SystemTime,
     flows: Mutex<HashMap<u32, usize>>,
     namespaces: Mutex<BTreeMap<String, Arc<DenialCounts>>>,
-    watch_restarts: Mutex<BTreeMap<&'static str, Arc<Counter>>>,
 }
 
 impl Default for Board {
@@ -136,7 +161,6 @@ impl Default for Board {
             began: SystemTime::now(),
             flows: Mutex::default(),
             namespaces: Mutex::default(),
-            watch_restarts: Mutex::default(),
         }
     }
 }
@@ -218,20 +242,6 @@ impl Board {
         namespaces
             .iter()
             .map(|(name, counts)| (name.clone(), Arc::clone(counts)))
-            .collect()
-    }
-
-    /// Counts that a watch had to begin again.
-    pub fn watch_restarted(&self, what: &'static str) {
-        lock(&self.watch_restarts).entry(what).or_default().add(1);
-    }
-
-    /// How often each watch had to begin again.
-    pub fn watch_restarts(&self) -> Vec<(&'static str, u64)> {
-        let restarts = lock(&self.watch_restarts);
-        restarts
-            .iter()
-            .map(|(&what, count)| (what, count.get()))
             .collect()
     }
 }

@@ -19,7 +19,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{Sources, page::Page, process::Usage, status::mode_of};
+use super::{ClusterState, Sources, page::Page, process::Usage, status::mode_of};
 use crate::gate::{Direction, Outcome, Stats, Transport};
 
 /// The type of the text.
@@ -260,15 +260,43 @@ impl Scrape {
             Some(&Unit::Seconds),
             board.last_reconciled().map_or(0.0, unix),
         )?;
-        page.counters(
-            "egress_agent_watch_restarts",
-            "Watches of the API server that had to begin again",
-            board
-                .watch_restarts()
-                .into_iter()
-                .map(|(watch, count)| (vec![("watch", watch.to_owned())], count)),
-        )
+        match &board.node().cluster {
+            Some(cluster) => follow(page, cluster),
+            None => Ok(()),
+        }
     }
+}
+
+fn follow(page: &mut Page<'_>, cluster: &ClusterState) -> Result<(), Error> {
+    let labelled = |of: &str, count: u64| (vec![("watch", of.to_owned())], count);
+    let watches = &cluster.watches;
+    page.gauge(
+        "egress_agent_api_server_reachable",
+        "Whether the API server answers: 1 or 0",
+        u64::from(cluster.reachable),
+    )?;
+    page.counters(
+        "egress_agent_watch_restarts",
+        "Watches of the API server that had to begin again",
+        watches
+            .iter()
+            .map(|watch| labelled(watch.of, watch.restarts)),
+    )?;
+    page.counters(
+        "egress_agent_watch_errors",
+        "Lists and watches of the API server that failed",
+        watches.iter().map(|watch| labelled(watch.of, watch.errors)),
+    )?;
+    page.counter(
+        "egress_agent_events",
+        "Events written on pods, repetitions included",
+        cluster.events_sent,
+    )?;
+    page.counter(
+        "egress_agent_events_lost",
+        "Events that were too many, or that the API server did not take",
+        cluster.events_lost,
+    )
 }
 
 fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
