@@ -58,6 +58,17 @@ fn the_agent_is_ready_once_the_api_server_has_said_which_pods_there_are() {
         let (status, body) = cluster.lab.http("/readyz");
         holds((status, body.as_str()) == OK)
     });
+    // What it follows then, it has to begin again.
+    let restarts = || {
+        let metrics = cluster.lab.metrics();
+        metrics.find("egress_agent_watch_restarts_total{watch=\"pods\"}")
+    };
+    let before = restarts();
+    cluster.proxy.refuse();
+    cluster.proxy.allow();
+    eventually("that the watch began again is counted", || {
+        holds(restarts() > before)
+    });
     assert_eq!(cluster.lab.status_of(cart.net())["enforced"], true);
 }
 
