@@ -32,7 +32,7 @@ const ROUNDS: usize = 30;
 /// Pods of the node that is full.
 const PODS: usize = 250;
 /// Pods that come to it besides: a laboratory has room for no more.
-const MORE: usize = 5;
+const MORE: usize = 4;
 /// Addresses that each of them has resolved.
 const ADDRESSES: u32 = 40;
 /// How long nothing happens.
@@ -43,38 +43,73 @@ const RUNTIME: Duration = Duration::from_millis(200);
 const SETTLED: Duration = Duration::from_millis(500);
 
 fn main() {
-    let mut rows = vec![row!["", "median", "p95", "longest"]];
-    let few = cluster();
-    let agent = few.start_agent();
-    let free = few.namespace("free", &Value::Null);
-    let _unjudged = few.run(&free, "p", &Value::Null);
-    let mut add = |what: &str, mut taken: Vec<f64>| {
-        taken.sort_unstable_by(f64::total_cmp);
-        let ms = |part| format!("{:.0} ms", quantile(&taken, part));
-        rows.push(row![what, ms(0.5), ms(0.95), ms(1.0)]);
-    };
+    few_pods();
+    many_pods();
+}
 
-    let [closed, process] = new_pods(&few, &agent, "after", Process::AfterInterface, ROUNDS);
-    add("interface: closed to the outside", closed);
-    add("process: enforced", process);
-    let [_, interface] = new_pods(&few, &agent, "before", Process::BeforeInterface, ROUNDS);
-    add("interface (process is there): enforced", interface);
-    let [sent, answered] = edits(&few, &agent);
-    add("edit is sent: in force", sent);
-    add("edit is answered: in force", answered);
-    drop((agent, few));
+fn few_pods() {
+    let cluster = cluster();
+    let agent = cluster.start_agent();
+    let [closed, process] = new_pods(&cluster, &agent, "after", Process::AfterInterface, ROUNDS);
+    let [_, interface] = new_pods(&cluster, &agent, "before", Process::BeforeInterface, ROUNDS);
+    let [sent, answered] = edits(&cluster, &agent);
+    println!("A node with one pod at a time.\n");
+    print_table(&[
+        row!["from", "to", "median", "p95", "longest"],
+        row(
+            "the interface is made",
+            "it is closed to the outside",
+            closed,
+        ),
+        row(
+            "the pod's process is there too",
+            "the pod is enforced",
+            process,
+        ),
+        row(
+            "the interface is made, after the process",
+            "the pod is enforced",
+            interface,
+        ),
+        row("an edit is sent to the API server", "it is in force", sent),
+        row("the API server has answered", "it is in force", answered),
+    ]);
+}
 
-    let many = cluster();
-    let full = FullNode::new(&many);
-    let [closed, process] = new_pods(&many, &full.agent, "after", Process::AfterInterface, MORE);
-    add(
-        &format!("{PODS} pods; interface: closed to the outside"),
-        closed,
+fn many_pods() {
+    let cluster = cluster();
+    let full = FullNode::new(&cluster);
+    let [closed, process] = new_pods(
+        &cluster,
+        &full.agent,
+        "after",
+        Process::AfterInterface,
+        MORE,
     );
-    add(&format!("{PODS} pods; process: enforced"), process);
-    println!("From what happens to what the agent makes of it.\n");
-    print_table(&rows);
+    let [sent, answered] = edits(&cluster, &full.agent);
+    println!("A node with {PODS} pods.\n");
     print_table(&full.rows);
+    print_table(&[
+        row!["from", "to", "median", "p95", "longest"],
+        row(
+            "the interface is made",
+            "it is closed to the outside",
+            closed,
+        ),
+        row(
+            "the pod's process is there too",
+            "the pod is enforced",
+            process,
+        ),
+        row("an edit is sent to the API server", "it is in force", sent),
+        row("the API server has answered", "it is in force", answered),
+    ]);
+}
+
+fn row(from: &str, to: &str, mut taken: Vec<f64>) -> Vec<String> {
+    taken.sort_unstable_by(f64::total_cmp);
+    let ms = |part| format!("{:.0} ms", quantile(&taken, part));
+    row![from, to, ms(0.5), ms(0.95), ms(1.0)]
 }
 
 #[track_caller]
