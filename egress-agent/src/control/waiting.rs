@@ -18,10 +18,10 @@ pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// How long to wait for the next look after one in vain that was waited for this long. What takes a
-/// while to come is noticed when a quarter of that while, at most, has passed again: nothing tells
+/// while to come is noticed when an eighth of that while, at most, has passed again: nothing tells
 /// when a pod's first process enters its group, and its runtime takes some 100 ms for that.
 pub(super) fn longer(wait: Duration) -> Duration {
-    (wait * 5 / 4).min(RETRY_MAX)
+    (wait * 9 / 8).min(RETRY_MAX)
 }
 
 /// Since when each pod has been waited for.
