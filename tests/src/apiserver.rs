@@ -263,6 +263,26 @@ impl ApiServer {
         listed.unwrap_or_else(|e| panic!("list {like}: {e}")).items
     }
 
+    /// Status of the answer that somebody gets who asks for this.
+    #[track_caller]
+    pub fn asked_by(&self, identity: Identity, method: &str, path: &str, body: &Value) -> u16 {
+        let content = match method {
+            "PATCH" => "application/merge-patch+json",
+            _ => "application/json",
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("content-type", content)
+            .body(body.to_string().into_bytes())
+            .expect("a request");
+        match self.with_as(identity, async |client| client.request_text(request).await) {
+            Ok(_) => 200,
+            Err(kube::Error::Api(status)) => status.code,
+            Err(error) => panic!("{method} {path}: {error}"),
+        }
+    }
+
     /// Creates an `EndpointSlice` of a Service, if the server has such in version v1.
     #[track_caller]
     pub fn apply_slice(&self, namespace: &str, service: &str, addresses: &[&str]) {
@@ -322,7 +342,11 @@ impl ApiServer {
     /// Does something as administrator. Each time over a connection of its own, so that one that
     /// died with an earlier server does not matter.
     fn with<T>(&self, ask: impl AsyncFnOnce(Client) -> T) -> T {
-        let user = json!({ "token": Identity::Admin.token() });
+        self.with_as(Identity::Admin, ask)
+    }
+
+    fn with_as<T>(&self, identity: Identity, ask: impl AsyncFnOnce(Client) -> T) -> T {
+        let user = json!({ "token": identity.token() });
         let kubeconfig = self.kubeconfig_value(self.port, &user);
         self.block_on(async {
             let read: Kubeconfig = serde_json::from_value(kubeconfig).expect("a kubeconfig");

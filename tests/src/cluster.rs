@@ -52,12 +52,18 @@ impl Cluster {
     /// resolvers are, it says itself.
     #[track_caller]
     pub fn on(server: Arc<ApiServer>, lab: Builder) -> Self {
+        server.allow_agent("agent", &everything());
+        Self::without_rights(server, lab)
+    }
+
+    /// Like [`Self::on`], but the agent may do only what the API server already has roles for.
+    #[track_caller]
+    pub fn without_rights(server: Arc<ApiServer>, lab: Builder) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("node-{}-{number}", std::process::id());
         // What the laboratory's configuration names is what the cluster's DNS service would.
         let lab = lab.config("node", name.clone()).build();
-        server.allow_agent("agent", &everything());
         server.apply(&json!({
             "apiVersion": "v1",
             "kind": "Node",

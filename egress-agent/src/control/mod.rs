@@ -30,7 +30,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::{MissedTickBehavior, interval, sleep},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
 use crate::{
@@ -44,13 +44,10 @@ use denials::DenialReader;
 use links::LinkEvents;
 use reconcile::Reconciler;
 use source::Source;
+use waiting::{RETRY_MIN, longer};
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
-
-/// While something is expected, a pod's process or an interface, the next look comes after this, and
-/// then ever later.
-const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
@@ -160,11 +157,11 @@ pub async fn run(options: Options) -> Result<()> {
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut soon = RETRY_AFTER;
+    let mut soon = RETRY_MIN;
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
         if !reconciler.is_expecting() {
-            soon = RETRY_AFTER;
+            soon = RETRY_MIN;
         }
         tokio::select! {
             biased;
@@ -199,6 +196,7 @@ pub async fn run(options: Options) -> Result<()> {
                 "ready"
             );
         }
+        let again = Instant::now() + soon;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break 'running None,
@@ -207,6 +205,7 @@ pub async fn run(options: Options) -> Result<()> {
                     if changed.is_err() {
                         break 'running Some("the source of pods has ended");
                     }
+                    soon = RETRY_MIN;
                     break;
                 }
                 _ = hangup.recv() => {
@@ -216,9 +215,12 @@ pub async fn run(options: Options) -> Result<()> {
                     }
                     break;
                 }
-                () = links.changed() => break,
-                () = sleep(soon), if reconciler.is_expecting() => {
-                    soon = (2 * soon).min(RECONCILE_EVERY);
+                () = links.changed() => {
+                    soon = RETRY_MIN;
+                    break;
+                }
+                () = sleep_until(again), if reconciler.is_expecting() => {
+                    soon = longer(soon);
                     break;
                 }
                 _ = look.tick() => break,

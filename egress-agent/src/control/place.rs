@@ -8,7 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{enforced::PodKey, quarantine, reconcile::Reconciler};
+use super::{
+    enforced::PodKey,
+    quarantine,
+    reconcile::Reconciler,
+    waiting::{RETRY_MIN, longer},
+};
 use crate::{
     config::Quarantine,
     host::{Host, Links, Network, OpenSockets},
@@ -17,10 +22,6 @@ use crate::{
 
 /// How long what was found is believed without another look, as long as its interfaces are there.
 const BELIEVED_FOR: Duration = Duration::from_secs(10);
-/// After the first attempt in vain, a pod is looked for again this much later …
-const RETRY_MIN: Duration = Duration::from_millis(10);
-/// … and then ever later, up to this.
-const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// Where a pod is.
 #[derive(Clone, Debug)]
@@ -148,10 +149,18 @@ impl Places {
         };
         let now = Instant::now();
         let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
+        let fresh: HashSet<i32> = links
+            .iter()
+            .filter(|link| !self.known.contains(&link.ifindex))
+            .filter_map(|link| Some(link.peer?.nsid))
+            .collect();
         if !there.is_subset(&self.known) {
             // Something new is there: it may be what was looked for, or a pod's second interface.
             self.missed.clear();
-            self.found.clear();
+            self.found.retain(|_, (found, _)| {
+                let mut own = found.interfaces.iter().filter_map(|&own| links.get(own));
+                !own.any(|link| link.peer.is_some_and(|peer| fresh.contains(&peer.nsid)))
+            });
         }
         self.known = there;
         let uids: HashSet<&str> = snapshot
@@ -227,7 +236,7 @@ impl Places {
         let missed = Missed {
             place: place.clone(),
             again: now + wait,
-            wait: (2 * wait).min(RETRY_MAX),
+            wait: longer(wait),
         };
         self.missed.insert(uid.to_owned(), missed);
         place

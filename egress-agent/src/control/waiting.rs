@@ -12,6 +12,18 @@ use crate::pods::Pod;
 /// network comes first.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// After the first look in vain for something that is expected, the next one comes this much later …
+pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
+/// … and then ever later, up to this.
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// How long to wait for the next look after one in vain that was waited for this long. What takes a
+/// while to come is noticed when an eighth of that while, at most, has passed again: nothing tells
+/// when a pod's first process enters its group, and its runtime takes some 100 ms for that.
+pub(super) fn longer(wait: Duration) -> Duration {
+    (wait * 9 / 8).min(RETRY_MAX)
+}
+
 /// Since when each pod has been waited for.
 #[derive(Default)]
 pub(super) struct Waiting(BTreeMap<PodKey, (String, Instant)>);

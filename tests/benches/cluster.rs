@@ -1,0 +1,257 @@
+//! In a cluster: how long it takes until a new pod is enforced and until an annotation is in force, and
+//! what an agent with many pods costs.
+#![allow(
+    clippy::allow_attributes,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "what is measured is far from where a float loses its units"
+)]
+
+mod common;
+
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use common::{
+    cpu_ns,
+    dns::{Client, ZONE},
+    print_table, quantile,
+    responder::Responder,
+    status_kib,
+};
+use egress_tests::{
+    Agent, ApiServer, Cluster, ClusterPod, Lab,
+    addresses::{RESOLVER, server},
+};
+use serde_json::{Value, json};
+
+/// New pods, and edits.
+const ROUNDS: usize = 30;
+/// Pods of the node that is full.
+const PODS: usize = 250;
+/// Pods that come to it besides: a laboratory has room for no more.
+const MORE: usize = 4;
+/// Addresses that each of them has resolved.
+const ADDRESSES: u32 = 40;
+/// How long nothing happens.
+const IDLE: Duration = Duration::from_secs(60);
+/// How long a runtime takes from a pod's interface to its first process, or longer.
+const RUNTIME: Duration = Duration::from_millis(200);
+/// Until the agent has nothing left to do.
+const SETTLED: Duration = Duration::from_millis(500);
+
+fn main() {
+    few_pods();
+    many_pods();
+}
+
+fn few_pods() {
+    let cluster = cluster();
+    let agent = cluster.start_agent();
+    let [closed, process] = new_pods(&cluster, &agent, "after", Process::AfterInterface, ROUNDS);
+    let [_, interface] = new_pods(&cluster, &agent, "before", Process::BeforeInterface, ROUNDS);
+    let [sent, answered] = edits(&cluster, &agent);
+    println!("A node with one pod at a time.\n");
+    print_table(&[
+        row!["from", "to", "median", "p95", "longest"],
+        row(
+            "the interface is made",
+            "it is closed to the outside",
+            closed,
+        ),
+        row(
+            "the pod's process is there too",
+            "the pod is enforced",
+            process,
+        ),
+        row(
+            "the interface is made, after the process",
+            "the pod is enforced",
+            interface,
+        ),
+        row("an edit is sent to the API server", "it is in force", sent),
+        row("the API server has answered", "it is in force", answered),
+    ]);
+}
+
+fn many_pods() {
+    let cluster = cluster();
+    let full = FullNode::new(&cluster);
+    let [closed, process] = new_pods(
+        &cluster,
+        &full.agent,
+        "after",
+        Process::AfterInterface,
+        MORE,
+    );
+    let [sent, answered] = edits(&cluster, &full.agent);
+    println!("A node with {PODS} pods.\n");
+    print_table(&full.rows);
+    print_table(&[
+        row!["from", "to", "median", "p95", "longest"],
+        row(
+            "the interface is made",
+            "it is closed to the outside",
+            closed,
+        ),
+        row(
+            "the pod's process is there too",
+            "the pod is enforced",
+            process,
+        ),
+        row("an edit is sent to the API server", "it is in force", sent),
+        row("the API server has answered", "it is in force", answered),
+    ]);
+}
+
+fn row(from: &str, to: &str, mut taken: Vec<f64>) -> Vec<String> {
+    taken.sort_unstable_by(f64::total_cmp);
+    let ms = |part| format!("{:.0} ms", quantile(&taken, part));
+    row![from, to, ms(0.5), ms(0.95), ms(1.0)]
+}
+
+#[track_caller]
+fn cluster() -> Cluster {
+    Cluster::on(ApiServer::shared(), Lab::builder().without_dns())
+}
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+/// Which of the two a pod has first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Process {
+    BeforeInterface,
+    AfterInterface,
+}
+
+/// Makes pods one by one that the API server has spoken of before. Milliseconds from the interface to
+/// its being closed (where nobody is behind it yet), and from the later of process and interface to the
+/// pod's being enforced.
+fn new_pods(
+    cluster: &Cluster,
+    agent: &Agent,
+    name: &str,
+    process: Process,
+    rounds: usize,
+) -> [Vec<f64>; 2] {
+    let namespace = cluster.namespace(name, &Value::Null);
+    let policy = allow(&format!("{}:443 *.{ZONE}:443", server(10)));
+    let mut taken: [Vec<f64>; 2] = Default::default();
+    for n in 0..rounds {
+        let name = format!("p{n}");
+        let (object, uid) = cluster.create(&namespace, &name, &policy);
+        let net = cluster.lab.pod_without_interface(&namespace, &name);
+        let interface = net.interface().to_owned();
+        sleep(SETTLED);
+        let mut pod;
+        let start = if process == Process::BeforeInterface {
+            pod = cluster.place(object, &uid, net);
+            pod.running().start_container();
+            let start = Instant::now();
+            cluster.lab.add_interface(pod.net());
+            start
+        } else {
+            let start = Instant::now();
+            cluster.lab.add_interface(&net);
+            agent.wait_said("that the interface is enforced", |line| {
+                line.contains("enforcing") && line.contains(&format!("pod=interface {interface} "))
+            });
+            taken[0].push(since(start));
+            sleep(RUNTIME);
+            pod = cluster.place(object, &uid, net);
+            pod.running().start_container();
+            Instant::now()
+        };
+        agent.wait_enforcing(pod.net());
+        taken[1].push(since(start));
+        cluster.delete(pod);
+    }
+    taken
+}
+
+/// Edits a pod's annotation. Milliseconds until it is in force, from sending the edit, and from the API
+/// server's answer, which comes at about the time of the watch event.
+fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
+    let namespace = cluster.namespace("edited", &Value::Null);
+    let policies = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.100.0/24"].map(allow);
+    let mut pod = cluster.run(&namespace, "p", &policies[0]);
+    agent.wait_enforcing(pod.net());
+    let said = format!("pod={namespace}/p ");
+    let mut taken: [Vec<f64>; 2] = Default::default();
+    for n in 0..ROUNDS {
+        sleep(SETTLED);
+        let start = Instant::now();
+        let mut answered = start;
+        agent.says_after(
+            "that the policy is applied",
+            || {
+                cluster.annotate(&mut pod, &policies[(n + 1) % 2]);
+                answered = Instant::now();
+            },
+            |line| line.contains("policy applied") && line.contains(&said),
+        );
+        taken[0].push(since(start));
+        taken[1].push(since(answered));
+    }
+    taken
+}
+
+/// A node with as many pods as one can have.
+struct FullNode {
+    agent: Agent,
+    rows: Vec<Vec<String>>,
+    _pods: Vec<ClusterPod>,
+    _responder: Responder,
+}
+
+impl FullNode {
+    fn new(cluster: &Cluster) -> Self {
+        let responder = Responder::start(&cluster.lab);
+        let namespace = cluster.namespace("full", &Value::Null);
+        let policy = allow(&format!("*.{ZONE}:443"));
+        let agent = cluster.start_agent();
+        let pods: Vec<ClusterPod> = (0..PODS)
+            .map(|n| cluster.run(&namespace, &format!("p{n}"), &policy))
+            .collect();
+        for pod in &pods {
+            agent.wait_enforcing(pod.net());
+            Client::new(pod.net(), RESOLVER).latencies(ADDRESSES);
+        }
+        let resident = || {
+            format!(
+                "{:.1} MiB",
+                status_kib(agent.pid(), "VmRSS") as f64 / 1024.0
+            )
+        };
+        let mut rows = vec![row!["", "resident", "CPU, of one core"]];
+        rows.push(row![
+            format!("{PODS} pods of {ADDRESSES} addresses"),
+            resident(),
+            "-"
+        ]);
+        sleep(2 * SETTLED);
+        let (before, start) = (cpu_ns(agent.pid()), Instant::now());
+        sleep(IDLE);
+        let used = (cpu_ns(agent.pid()) - before) as f64 / start.elapsed().as_nanos() as f64;
+        rows.push(row![
+            format!("after {} idle seconds", IDLE.as_secs()),
+            resident(),
+            format!("{:.2} %", 100.0 * used)
+        ]);
+        Self {
+            agent,
+            rows,
+            _pods: pods,
+            _responder: responder,
+        }
+    }
+}
+
+/// Milliseconds.
+fn since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,170 @@
+//! What the agent may do in a cluster: with the roles of `manifests/base` it can do all that it has to,
+//! and nothing else.
+
+use std::sync::Arc;
+
+use egress_tests::{
+    ApiServer, Cluster, Identity, Lab, SHORT, addresses::server, eventually, holds, yaml,
+};
+use serde_json::{Value, json};
+
+/// An API server on which somebody has applied the manifests' namespace, account and roles.
+fn with_roles() -> Arc<ApiServer> {
+    let server = Arc::new(ApiServer::start());
+    for file in ["base/namespace.yaml", "base/rbac.yaml"] {
+        for object in yaml::objects(file) {
+            server.apply(&object);
+        }
+    }
+    server
+}
+
+/// Waits for an Event of the agent's that speaks of this pod.
+fn wait_event(cluster: &Cluster, namespace: &str, pod: &str, reason: &str) -> Value {
+    let like = json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": { "namespace": namespace, "name": "any" },
+    });
+    eventually(&format!("an Event {reason} on {namespace}/{pod}"), || {
+        let events = cluster.server.list(&like).into_iter();
+        events.map(|event| event.data).find(|event| {
+            event["reason"] == reason
+                && event["regarding"]["name"] == pod
+                && event["reportingController"]
+                    .as_str()
+                    .is_some_and(|by| by.contains("egress-agent"))
+        })
+    })
+}
+
+#[test]
+fn the_roles_of_the_manifests_are_enough() {
+    let builder = Lab::builder().config("dns", json!({}));
+    let cluster = Cluster::without_rights(with_roles(), builder);
+    cluster.announce_resolver();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let annotations = json!({ "egress-agent.dev/allow": "shop.test:443" });
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &annotations);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    let elsewhere = cart.net().connect_tcp((server(99), 443), SHORT);
+    assert!(elsewhere.is_err(), "it is open");
+    wait_event(&cluster, &shop, "cart", "EgressDenied");
+    // An Event that is there already is patched, which is another right.
+    let denied = json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": { "namespace": shop, "name": "any" },
+    });
+    eventually("an Event counts what is denied again", || {
+        let again = cart.net().connect_tcp((server(99), 443), SHORT);
+        assert!(again.is_err(), "it is open");
+        let events = cluster.server.list(&denied);
+        holds(events.iter().any(|event| event.data["series"].is_object()))
+    });
+
+    agent.applies(cart.net(), || {
+        let annotations = json!({ "egress-agent.dev/allow": format!("{}:443", server(20)) });
+        cluster.server.namespace(&shop, &annotations);
+    });
+    cart.net().talks_tcp((server(20), 443));
+    cluster.annotate(&mut cart, &json!({ "egress-agent.dev/allow": "x.test:y" }));
+    wait_event(&cluster, &shop, "cart", "EgressPolicyProblem");
+
+    let log = agent.stderr().to_lowercase();
+    for refused in ["forbidden", "403", "unauthorized"] {
+        assert!(!log.contains(refused), "{refused}:\n{log}");
+    }
+}
+
+#[test]
+fn the_roles_of_the_manifests_allow_nothing_else() {
+    const FORBIDDEN: u16 = 403;
+    let server = with_roles();
+    server.namespace("shop", &Value::Null);
+    let pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "namespace": "shop", "name": "cart" },
+        "spec": { "nodeName": "n", "containers": [{ "name": "main", "image": "none" }] },
+    });
+    server.apply(&pod);
+    let allowed = |method: &str, path: &str, body: &Value| {
+        let status = server.asked_by(Identity::Agent, method, path, body);
+        assert!(
+            status == 200 || status == FORBIDDEN,
+            "{method} {path}: {status}"
+        );
+        status == 200
+    };
+    let nothing = Value::Null;
+    // What is asked for is what the agent may, when it is spelled as it spells it.
+    let dns = "fieldSelector=metadata.name%3Dkube-dns";
+    for path in [
+        "/api/v1/pods?fieldSelector=spec.nodeName%3Dn",
+        "/api/v1/namespaces",
+        "/api/v1/nodes?fieldSelector=metadata.name%3Dn",
+        &format!("/api/v1/namespaces/kube-system/services?{dns}"),
+        &format!("/api/v1/namespaces/kube-system/endpoints?{dns}"),
+    ] {
+        assert!(allowed("GET", path, &nothing), "GET {path}");
+    }
+
+    let mut another = pod.clone();
+    another["metadata"]["name"] = json!("another");
+    let annotation = json!({ "metadata": { "annotations": { "egress-agent.dev/allow": "*" } } });
+    let root = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": { "name": "more" },
+        "roleRef": {
+            "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin",
+        },
+        "subjects": [{
+            "kind": "ServiceAccount", "namespace": "egress-agent", "name": "egress-agent",
+        }],
+    });
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    for (method, path, body) in [
+        ("POST", "/api/v1/namespaces/shop/pods", &another),
+        ("PATCH", "/api/v1/namespaces/shop/pods/cart", &annotation),
+        (
+            "PATCH",
+            "/api/v1/namespaces/shop/pods/cart/status",
+            &annotation,
+        ),
+        ("DELETE", "/api/v1/namespaces/shop/pods/cart", &nothing),
+        ("GET", "/api/v1/namespaces/shop/pods/cart/log", &nothing),
+        (
+            "POST",
+            "/api/v1/namespaces/shop/pods/cart/exec?command=id",
+            &nothing,
+        ),
+        ("PATCH", "/api/v1/namespaces/shop", &annotation),
+        ("GET", "/api/v1/secrets", &nothing),
+        ("GET", "/api/v1/namespaces/shop/secrets/x", &nothing),
+        ("GET", "/api/v1/namespaces/egress-agent/secrets", &nothing),
+        ("GET", "/api/v1/configmaps", &nothing),
+        (
+            "GET",
+            "/api/v1/namespaces/egress-agent/configmaps",
+            &nothing,
+        ),
+        ("GET", "/api/v1/services", &nothing),
+        ("GET", "/api/v1/namespaces/kube-system/services", &nothing),
+        ("GET", "/api/v1/namespaces/shop/endpoints", &nothing),
+        ("PATCH", "/api/v1/nodes/n", &annotation),
+        ("GET", "/apis/apps/v1/daemonsets", &nothing),
+        ("GET", "/apis/events.k8s.io/v1/events", &nothing),
+        ("GET", &format!("{rbac}/clusterroles"), &nothing),
+        ("POST", &format!("{rbac}/clusterrolebindings"), &root),
+    ] {
+        assert!(!allowed(method, path, body), "{method} {path} is allowed");
+    }
+}
