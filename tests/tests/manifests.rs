@@ -1,6 +1,9 @@
 //! What is applied to a cluster is what the API server, the agent and each other take it for.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use clap::Parser as _;
 use egress_agent::{
@@ -421,4 +424,111 @@ fn the_examples_annotations_can_be_read() {
         }
     }
     assert_eq!(read, 2);
+}
+
+/// What `tests/e2e/run` applies, as seen from the manifests.
+const END_TO_END: [&str; 3] = ["namespaces.yaml", "pods.yaml", "unreadable.yaml"];
+
+#[test]
+fn the_pods_of_the_end_to_end_checks_are_read_by_the_api_server_and_by_the_agent() {
+    let settings = Config::default_config()
+        .expect("defaults")
+        .policy_settings();
+    let mut unreadable = Vec::new();
+    for file in END_TO_END {
+        for object in yaml::objects(&format!("../tests/e2e/{file}")) {
+            check_typed(&object).unwrap_or_else(|error| panic!("{file}: {error}"));
+            let (_, _, name) = identity(&object);
+            let annotations = &object["metadata"]["annotations"];
+            let annotations: BTreeMap<String, String> =
+                serde_json::from_value(annotations.clone()).unwrap_or_default();
+            let own = Annotations::from_map(&annotations);
+            match policy::describe(&name, &own, &Annotations::default(), &settings) {
+                Ok(_) => {}
+                Err(error) => unreadable.push((name, error.to_string())),
+            }
+        }
+    }
+    let [(name, error)] = &unreadable[..] else {
+        panic!("{unreadable:?}");
+    };
+    assert_eq!(name, "unreadable");
+    assert!(error.contains("`https` is not a port"), "{error}");
+}
+
+/// The script puts other texts in place of these.
+#[test]
+fn the_end_to_end_script_finds_what_it_replaces() {
+    let script = include_str!("../e2e/run");
+    let pods = include_str!("../e2e/pods.yaml");
+    for text in ["example.com", "*.kernel.org", "1.1.1.1", "busybox:1.37"] {
+        assert!(pods.contains(text), "{text}");
+        let pattern = text.replace('.', "\\.").replace('*', "\\*");
+        assert!(script.contains(&format!("s|{pattern}|")), "{pattern}");
+    }
+    for (file, image) in [
+        ("egress-agent.yaml", "registry.invalid/egress-agent:"),
+        ("cleanup/daemonset.yaml", "registry.invalid/egress-agent:"),
+    ] {
+        let spec = pod_spec(&yaml::objects(file));
+        let containers = spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers);
+        for container in containers {
+            let named = container.image.as_deref().expect("an image");
+            assert!(named.starts_with(image), "{file}: {named}");
+        }
+    }
+    for file in END_TO_END {
+        assert!(script.contains(&format!("$here/{file}")), "{file}");
+    }
+}
+
+#[test]
+fn alerts_are_made_of_metrics_that_there_are_and_are_documented() {
+    let metrics = include_str!("../../docs/metrics.md");
+    let operations = include_str!("../../docs/operations.md");
+    let [object] = &yaml::objects("components/monitoring/rules.yaml")[..] else {
+        panic!("not one object");
+    };
+    let mut alerts = 0;
+    for rule in list(&object["spec"]["groups"][0]["rules"]) {
+        let text = |value: &Value| value.as_str().expect("a text").to_owned();
+        let alert = text(&rule["alert"]);
+        let row = operations
+            .lines()
+            .find(|line| line.starts_with(&format!("| `{alert}` |")))
+            .unwrap_or_else(|| panic!("docs/operations.md has no {alert}"));
+        for name in metric_names(&text(&rule["expr"])) {
+            assert!(
+                row.contains(&name),
+                "{alert}: docs/operations.md without {name}"
+            );
+            // Of a histogram, a part.
+            let family = name.strip_suffix("_bucket").unwrap_or(&name);
+            assert!(
+                metrics.contains(&format!("`{family}`")),
+                "{alert}: docs/metrics.md has no {family}"
+            );
+        }
+        for key in ["summary", "description"] {
+            assert!(!text(&rule["annotations"][key]).is_empty(), "{alert}");
+        }
+        alerts += 1;
+    }
+    let documented = operations
+        .lines()
+        .filter(|line| line.starts_with("| `EgressAgent"))
+        .count();
+    assert_eq!(documented, alerts, "alerts in docs/operations.md");
+}
+
+fn metric_names(expression: &str) -> BTreeSet<String> {
+    expression
+        .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+        .filter(|word| word.starts_with("egress_agent_"))
+        .map(str::to_owned)
+        .collect()
 }

@@ -1,6 +1,7 @@
 //! The machine is not as it should be, or its operator is in a hurry.
 
 use std::{
+    ffi::OsStr,
     fmt::Write as _,
     process::{Command, Output, Stdio},
 };
@@ -9,9 +10,9 @@ use egress_tests::{Agent, Lab, Pod, SHORT, addresses::server, bpf::bpftool, even
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
-/// Runs the agent without these capabilities until it ends by itself.
+/// Runs the agent without these capabilities, with pods from `source`, until it ends by itself.
 #[track_caller]
-fn run_without(lab: &Lab, capabilities: &str) -> Output {
+fn run_without(lab: &Lab, capabilities: &str, source: [&OsStr; 2]) -> Output {
     let mut command = Command::new("setpriv");
     command
         .arg("--bounding-set")
@@ -21,8 +22,7 @@ fn run_without(lab: &Lab, capabilities: &str) -> Output {
         .arg(Agent::program())
         .args(["run", "--config"])
         .arg(lab.config_file())
-        .arg("--pods-dir")
-        .arg(lab.pods_dir())
+        .args(source)
         .env("NO_COLOR", "1")
         .stdin(Stdio::null());
     lab.node()
@@ -33,13 +33,18 @@ fn run_without(lab: &Lab, capabilities: &str) -> Output {
 #[test]
 fn privileges_that_are_missing_are_named() {
     let lab = Lab::builder().without_dns().build();
-    for (without, named) in [
-        ("-bpf,-sys_admin", "CAP_BPF"),
-        ("-sys_admin", "CAP_SYS_ADMIN"),
-        ("-net_admin", "CAP_NET_ADMIN"),
-        ("-net_raw", "CAP_NET_RAW"),
+    let pods = lab.pods_dir();
+    let directory: [&OsStr; 2] = ["--pods-dir".as_ref(), pods.as_os_str()];
+    // Which it does not get to read.
+    let cluster: [&OsStr; 2] = ["--kubeconfig".as_ref(), "none.yaml".as_ref()];
+    for (without, source, named) in [
+        ("-bpf,-sys_admin", directory, "CAP_BPF"),
+        ("-sys_admin", directory, "CAP_SYS_ADMIN"),
+        ("-net_admin", directory, "CAP_NET_ADMIN"),
+        ("-net_raw", directory, "CAP_NET_RAW"),
+        ("-sys_ptrace", cluster, "CAP_SYS_PTRACE"),
     ] {
-        let output = run_without(&lab, without);
+        let output = run_without(&lab, without, source);
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{without}: {said}");
         assert!(

@@ -88,7 +88,7 @@ pub enum SourceOptions {
 ///
 /// When the agent cannot start, or one of its threads ends. What is enforced then stays enforced.
 pub async fn run(options: Options) -> Result<()> {
-    preflight::check_privileges()?;
+    preflight::check_privileges(&options.source)?;
     preflight::raise_file_limit();
     let Options { config, source, .. } = &options;
     let source = Source::check(source, config, options.config_file.as_deref())?;
