@@ -22,6 +22,8 @@ use crate::{
 
 /// How long what was found is believed without another look, as long as its interfaces are there.
 const BELIEVED_FOR: Duration = Duration::from_secs(10);
+/// The same, when quarantine shows that every interface has its pod: no pod can then be behind another.
+const BELIEVED_LONGER_FOR: Duration = Duration::from_secs(60);
 
 /// Where a pod is.
 #[derive(Clone, Debug)]
@@ -70,6 +72,8 @@ pub(super) struct Places {
     before: Option<HashSet<u32>>,
     /// Interfaces that were there at the last look.
     known: HashSet<u32>,
+    /// The machine's own ways out, and when they were last read.
+    uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
     pub(super) unidentified: bool,
 }
@@ -105,6 +109,7 @@ impl Places {
             missed: HashMap::new(),
             before: None,
             known: HashSet::new(),
+            uplinks: None,
             unidentified: false,
         }
     }
@@ -188,22 +193,46 @@ impl Places {
         }
         let mut unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
         if !unidentified.is_empty() {
-            // Without the routes nobody could tell the machine's own way out from a pod's.
-            match host.uplinks() {
-                Ok(uplinks) => unidentified.retain(|(name, _)| !uplinks.contains(name)),
-                Err(error) => {
-                    tracing::error!(%error, "no interface is put in quarantine: the routes cannot be read");
-                    unidentified.clear();
-                }
-            }
+            self.leave_out_uplinks(host, &mut unidentified, now);
         }
         self.unidentified = !unidentified.is_empty();
         (places, unidentified)
     }
 
+    /// Leaves the machine's own ways out alone. With many routes reading them takes longer than
+    /// everything else, so it is done anew only for an interface that was not one of them.
+    fn leave_out_uplinks(
+        &mut self,
+        host: &Host,
+        unidentified: &mut Vec<(String, u32)>,
+        now: Instant,
+    ) {
+        let known = self.uplinks.take().filter(|(uplinks, read)| {
+            let mut names = unidentified.iter().map(|(name, _)| name);
+            now.duration_since(*read) < BELIEVED_FOR && names.all(|name| uplinks.contains(name))
+        });
+        let known = known.map_or_else(|| host.uplinks().map(|uplinks| (uplinks, now)), Ok);
+        match known {
+            Ok(known) => {
+                unidentified.retain(|(name, _)| !known.0.contains(name));
+                self.uplinks = Some(known);
+            }
+            // Without the routes nobody could tell the machine's own way out from a pod's.
+            Err(error) => {
+                tracing::error!(%error, "no interface is put in quarantine: the routes cannot be read");
+                unidentified.clear();
+            }
+        }
+    }
+
     fn by_uid(&mut self, host: &mut Host, links: &Links, uid: &str, now: Instant) -> Place {
+        let believed_for = if self.quarantine.enabled && !self.unidentified {
+            BELIEVED_LONGER_FOR
+        } else {
+            BELIEVED_FOR
+        };
         if let Some((found, looked)) = self.found.get(uid)
-            && now.duration_since(*looked) < BELIEVED_FOR
+            && now.duration_since(*looked) < believed_for
             // Otherwise its network may be half made.
             && !found.addresses.is_empty()
             && found
