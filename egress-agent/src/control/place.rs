@@ -78,6 +78,14 @@ pub(super) struct Places {
     pub(super) unidentified: bool,
 }
 
+/// What a look at the machine yields.
+struct Look {
+    places: BTreeMap<PodKey, Place>,
+    /// The names and indexes of interfaces whose pods are not known; `None` when that cannot be
+    /// found out now.
+    unidentified: Option<Vec<(String, u32)>>,
+}
+
 struct Missed {
     place: Place,
     again: Instant,
@@ -127,29 +135,31 @@ impl Places {
     }
 
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
-    fn look(&mut self, snapshot: &Snapshot) -> (BTreeMap<PodKey, Place>, Vec<(String, u32)>) {
+    fn look(&mut self, snapshot: &Snapshot) -> Look {
         let Some(mut host) = self.host.take() else {
             let pods = snapshot.pods.iter();
             let places = pods.map(|(key, pod)| (key.clone(), by_name(pod)));
-            return (places.collect(), Vec::new());
+            return Look {
+                places: places.collect(),
+                unidentified: Some(Vec::new()),
+            };
         };
         let result = self.look_on(&mut host, snapshot);
         self.host = Some(host);
         result
     }
 
-    fn look_on(
-        &mut self,
-        host: &mut Host,
-        snapshot: &Snapshot,
-    ) -> (BTreeMap<PodKey, Place>, Vec<(String, u32)>) {
+    fn look_on(&mut self, host: &mut Host, snapshot: &Snapshot) -> Look {
         let links = match host.links() {
             Ok(links) => links,
             Err(error) => {
                 let why = format!("the interfaces cannot be listed: {error:#}");
                 let pods = snapshot.pods.keys();
                 let places = pods.map(|key| (key.clone(), Place::NotYet(why.clone())));
-                return (places.collect(), Vec::new());
+                return Look {
+                    places: places.collect(),
+                    unidentified: None,
+                };
             }
         };
         let now = Instant::now();
@@ -163,6 +173,10 @@ impl Places {
             // Something new is there: it may be what was looked for, or a pod's second interface.
             self.missed.clear();
             self.found.retain(|_, (found, _)| {
+                // Without quarantine a pod's interface in another namespace would be open.
+                if !self.quarantine.enabled {
+                    return false;
+                }
                 let mut own = found.interfaces.iter().filter_map(|&own| links.get(own));
                 !own.any(|link| link.peer.is_some_and(|peer| fresh.contains(&peer.nsid)))
             });
@@ -192,21 +206,25 @@ impl Places {
             places.insert(key.clone(), place);
         }
         let mut unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
-        if !unidentified.is_empty() {
-            self.leave_out_uplinks(host, &mut unidentified, now);
-        }
+        // Without the routes nobody could tell the machine's own way out from a pod's.
+        let can_tell =
+            unidentified.is_empty() || self.leave_out_uplinks(host, &mut unidentified, now);
         self.unidentified = !unidentified.is_empty();
-        (places, unidentified)
+        Look {
+            places,
+            unidentified: can_tell.then_some(unidentified),
+        }
     }
 
     /// Leaves the machine's own ways out alone. With many routes reading them takes longer than
-    /// everything else, so it is done anew only for an interface that was not one of them.
+    /// everything else, so it is done anew only for an interface that was not one of them. Returns
+    /// whether they can be told.
     fn leave_out_uplinks(
         &mut self,
         host: &Host,
         unidentified: &mut Vec<(String, u32)>,
         now: Instant,
-    ) {
+    ) -> bool {
         let known = self.uplinks.take().filter(|(uplinks, read)| {
             let mut names = unidentified.iter().map(|(name, _)| name);
             now.duration_since(*read) < BELIEVED_FOR && names.all(|name| uplinks.contains(name))
@@ -216,11 +234,11 @@ impl Places {
             Ok(known) => {
                 unidentified.retain(|(name, _)| !known.0.contains(name));
                 self.uplinks = Some(known);
+                true
             }
-            // Without the routes nobody could tell the machine's own way out from a pod's.
             Err(error) => {
-                tracing::error!(%error, "no interface is put in quarantine: the routes cannot be read");
-                unidentified.clear();
+                tracing::error!(%error, "quarantine stays as it is: the routes cannot be read");
+                false
             }
         }
     }
@@ -319,7 +337,11 @@ impl Reconciler {
         &mut self,
         source: &'a Snapshot,
     ) -> (Cow<'a, Snapshot>, BTreeMap<PodKey, Place>) {
-        let (mut places, unidentified) = self.places.look(source);
+        let Look {
+            mut places,
+            unidentified,
+        } = self.places.look(source);
+        let unidentified = unidentified.unwrap_or_else(|| self.quarantined());
         let mut snapshot = Cow::Borrowed(source);
         for (name, ifindex) in unidentified {
             let (key, pod) = quarantine::stand_in(&name);
@@ -331,6 +353,18 @@ impl Reconciler {
             snapshot.to_mut().pods.insert(key, pod);
         }
         (snapshot, places)
+    }
+
+    /// The names and indexes of the interfaces that are in quarantine now.
+    fn quarantined(&self) -> Vec<(String, u32)> {
+        let enforced = self.enforced.iter();
+        enforced
+            .filter(|(key, _)| quarantine::is_quarantined(key))
+            .filter_map(|(key, enforced)| {
+                let ifindex = *enforced.wanted.interfaces.first()?;
+                Some((key.1.clone(), ifindex))
+            })
+            .collect()
     }
 
     /// Whether something is expected to be found soon.
