@@ -95,12 +95,35 @@ impl Cluster {
     /// Tells the API server of a pod on this node, and makes nothing of it.
     #[track_caller]
     pub fn create(&self, namespace: &str, name: &str, annotations: &Value) -> (Value, String) {
+        self.create_as(namespace, name, annotations, false)
+    }
+
+    /// As [`Self::create`], in the host's network.
+    #[track_caller]
+    pub fn create_on_host(
+        &self,
+        namespace: &str,
+        name: &str,
+        annotations: &Value,
+    ) -> (Value, String) {
+        self.create_as(namespace, name, annotations, true)
+    }
+
+    #[track_caller]
+    fn create_as(
+        &self,
+        namespace: &str,
+        name: &str,
+        annotations: &Value,
+        host_network: bool,
+    ) -> (Value, String) {
         let mut object = json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": { "namespace": namespace, "name": name, "annotations": annotations },
             "spec": {
                 "nodeName": self.name,
+                "hostNetwork": host_network,
                 "containers": [{ "name": "main", "image": "none" }],
             },
         });

@@ -335,20 +335,7 @@ fn a_pod_whose_sandbox_is_made_anew_is_enforced_in_it() {
 fn what_cannot_be_enforced_is_said_in_the_log_and_to_the_pods_people() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
-    let object = json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "namespace": shop, "name": "host", "annotations": allow("shop.test"),
-        },
-        "spec": {
-            "nodeName": cluster.node(),
-            "hostNetwork": true,
-            "containers": [{ "name": "main", "image": "none" }],
-        },
-    });
-    let created = cluster.server.apply(&object);
-    let uid = created.metadata.uid.expect("a UID");
+    let (object, uid) = cluster.create_on_host(&shop, "host", &allow("shop.test"));
     let net = cluster.lab.pod(&shop, "host");
     let host = cluster.place(object, &uid, net);
     let unreadable = cluster.run(&shop, "unreadable", &allow("shop.test:port"));

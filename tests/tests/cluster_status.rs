@@ -76,19 +76,7 @@ fn status_tells_of_every_pod_of_the_node() {
     annotations["egress-agent.dev/mode"] = json!("audit");
     let audited = cluster.run(&shop, "audited", &annotations);
     let free = cluster.run(&shop, "free", &Value::Null);
-    let host = json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "namespace": shop, "name": "host", "annotations": allow("shop.test:443"),
-        },
-        "spec": {
-            "nodeName": cluster.node(),
-            "hostNetwork": true,
-            "containers": [{ "name": "main", "image": "none" }],
-        },
-    });
-    cluster.server.apply(&host);
+    cluster.create_on_host(&shop, "host", &allow("shop.test:443"));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     agent.wait_enforcing(audited.net());
