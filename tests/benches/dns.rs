@@ -1,5 +1,7 @@
 //! What a fresh name costs: bare, with question and answer held by the agent, and through dnsmasq
-//! as a forwarding resolver that fills an nftables set, all before the same server.
+//! as a forwarding resolver that fills an nftables set, all before the same server. It is one that does
+//! next to nothing, so that the way to it is all there is; and then unbound, which has to ask further
+//! for each name, as the resolver of a cluster has to.
 //!
 //! Where the scheduler puts client and server decides what "bare" is: on one CPU, each hands over to
 //! the other without waking anything, and anything in between looks dear; on two, each message wakes
@@ -15,7 +17,7 @@ mod common;
 
 use std::{
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     process::{Child, Command, Stdio},
     thread,
 };
@@ -26,8 +28,9 @@ use common::{
     place, print_table, quantile,
     responder::Responder,
 };
-use egress_tests::{Lab, addresses::RESOLVER, eventually};
+use egress_tests::{Lab, Running, addresses::RESOLVER, eventually};
 use nix::unistd::Pid;
+use serde_json::json;
 
 const ROUNDS: usize = 30;
 /// Names in one round, asked one by one.
@@ -90,8 +93,10 @@ impl Way {
 struct Dnsmasq(Child);
 
 impl Dnsmasq {
-    fn start(lab: &Lab, listen: IpAddr) -> Self {
+    fn start(lab: &Lab, listen: IpAddr, server: IpAddr) -> Self {
         let rules = "add table inet bench\n\
+                     delete table inet bench\n\
+                     add table inet bench\n\
                      add set inet bench allowed { type ipv4_addr; }\n";
         let file = lab.directory().join("set.nft");
         fs::write(&file, rules).expect("write nftables rules");
@@ -110,12 +115,18 @@ impl Dnsmasq {
                 lab.directory().join("pid").display()
             ))
             .arg(format!("--listen-address={listen}"))
-            .arg(format!("--server={RESOLVER}"))
+            .arg(format!("--server={server}"))
             .arg(format!("--nftset=/{ZONE}/4#inet#bench#allowed"))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let child = lab.node().run(|| command.spawn());
-        Self(child.expect("dnsmasq, of the package dnsmasq-base"))
+        let dnsmasq = Self(child.expect("dnsmasq, of the package dnsmasq-base"));
+        eventually("dnsmasq listens", || {
+            let path = "/proc/thread-self/net/udp";
+            let open = lab.node().run(|| fs::read_to_string(path)).ok()?;
+            open.contains(":0035 ").then_some(())
+        });
+        dnsmasq
     }
 }
 
@@ -126,60 +137,102 @@ impl Drop for Dnsmasq {
     }
 }
 
+/// Where unbound listens, which asks [`RESOLVER`].
+const FORWARDER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 54));
+
+fn unbound(lab: &Lab) -> Running {
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: {FORWARDER}\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         forward-zone:\n\
+         \x20 name: \".\"\n\
+         \x20 forward-addr: {RESOLVER}\n"
+    );
+    let file = lab.directory().join("unbound.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let log = fs::File::create(lab.directory().join("unbound.log")).expect("a log file");
+    let mut command = Command::new("/usr/sbin/unbound");
+    let unbound = lab.run_outside(command.arg("-d").arg("-c").arg(&file).stderr(log));
+    eventually("unbound listens", || {
+        let path = "/proc/thread-self/net/udp";
+        let open = lab.outside().run(|| fs::read_to_string(path)).ok()?;
+        (open.matches(":0035 ").count() > 1).then_some(())
+    });
+    unbound
+}
+
 fn main() {
     let lab = Lab::builder()
         .without_dns()
         .config("limits.addressesPerPod", 131_072)
+        .config("dns.resolvers", json!([RESOLVER, FORWARDER]))
         .build();
     let responder = Responder::start(&lab);
+    let unbound = unbound(&lab);
     let [bare, enforced, proxied] = ["bare", "enforced", "proxied"].map(|name| lab.pod("b", name));
     lab.write_pod(&enforced, &[("allow", &format!("*.{ZONE}:443"))]);
     let agent = lab.start_agent(&[&enforced]);
     let [a, b, c, _] = proxied.ipv4().octets();
     let gateway = IpAddr::from([a, b, c, 1]);
-    let dnsmasq = Dnsmasq::start(&lab, gateway);
-    eventually("dnsmasq listens", || {
-        let path = "/proc/thread-self/net/udp";
-        let open = lab.node().run(|| fs::read_to_string(path)).ok()?;
-        open.contains(":0035 ").then_some(())
-    });
 
     let cpus = thread::available_parallelism().map_or(2, usize::from);
-    for apart in [true, false] {
-        place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
-        place(responder.id(), if apart { 1..2 } else { 0..cpus });
-        let mut ways = [
-            Way::new("bare", Client::new(&bare, RESOLVER), None),
-            Way::new(
-                "egress-agent",
-                Client::new(&enforced, RESOLVER),
-                Some(agent.pid()),
-            ),
-            Way::new(
-                "dnsmasq --nftset",
-                Client::new(&proxied, gateway),
-                Some(dnsmasq.0.id()),
-            ),
-        ];
-        for way in &ways {
-            way.client.latencies(SINGLE_NAMES);
-        }
-        for round in 0..ROUNDS {
-            // Each way follows each other one equally often.
-            for i in 0..ways.len() {
-                ways[(round + i) % 3].round();
+    for (server, what) in [
+        (RESOLVER, "a server that does next to nothing"),
+        (FORWARDER, "unbound, which asks that server"),
+    ] {
+        let dnsmasq = Dnsmasq::start(&lab, gateway, server);
+        for apart in [true, false] {
+            place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
+            for id in [responder.id(), Pid::from_raw(unbound.id().cast_signed())] {
+                place(id, if apart { 1..2 } else { 0..cpus });
             }
-        }
-        println!(
-            "Client and server {}:\n",
-            if apart {
-                "on a CPU each"
+            let ways = measure([
+                Way::new("bare", Client::new(&bare, server), None),
+                Way::new(
+                    "egress-agent",
+                    Client::new(&enforced, server),
+                    Some(agent.pid()),
+                ),
+                Way::new(
+                    "dnsmasq --nftset",
+                    Client::new(&proxied, gateway),
+                    Some(dnsmasq.0.id()),
+                ),
+            ]);
+            let placed = if apart {
+                "client and server on a CPU each"
             } else {
-                "where the scheduler puts them"
-            }
-        );
-        report(&ways);
+                "client and server where the scheduler puts them"
+            };
+            println!("Before {what}, {placed}:\n");
+            report(&ways);
+        }
     }
+}
+
+/// Does all rounds.
+fn measure(mut ways: [Way; 3]) -> [Way; 3] {
+    for way in &ways {
+        way.client.latencies(SINGLE_NAMES);
+    }
+    for round in 0..ROUNDS {
+        // Each way follows each other one equally often.
+        for i in 0..ways.len() {
+            ways[(round + i) % 3].round();
+        }
+    }
+    ways
 }
 
 fn report(ways: &[Way; 3]) {

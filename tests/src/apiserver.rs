@@ -189,25 +189,34 @@ impl ApiServer {
     }
 
     /// A kubeconfig for the server at another port, as through a proxy, with this user, under this
-    /// name. Nobody sees it half written.
+    /// name.
     pub fn kubeconfig_with(&self, name: &str, port: u16, user: &Value) -> PathBuf {
+        self.kubeconfig_of(name, &self.cluster(port), user)
+    }
+
+    /// A kubeconfig for a cluster, as kubeconfigs write it down. Nobody sees it half written.
+    pub fn kubeconfig_of(&self, name: &str, cluster: &Value, user: &Value) -> PathBuf {
         let path = self.file(&format!("{name}.kubeconfig"));
         let mut new = NamedTempFile::new_in(self.directory.path()).expect("a temporary file");
-        let text = self.kubeconfig_value(port, user).to_string();
+        let text = Self::kubeconfig_value(cluster, user).to_string();
         new.write_all(text.as_bytes()).expect("write a kubeconfig");
         new.persist(&path).expect("rename a file");
         path
     }
 
-    fn kubeconfig_value(&self, port: u16, user: &Value) -> Value {
-        let authority = self.file("certs").join("apiserver.crt");
+    /// The server at this port, as kubeconfigs name it.
+    fn cluster(&self, port: u16) -> Value {
+        json!({
+            "server": format!("https://127.0.0.1:{port}"),
+            "certificate-authority": self.file("certs").join("apiserver.crt"),
+        })
+    }
+
+    fn kubeconfig_value(cluster: &Value, user: &Value) -> Value {
         json!({
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{ "name": "c", "cluster": {
-                "server": format!("https://127.0.0.1:{port}"),
-                "certificate-authority": authority,
-            } }],
+            "clusters": [{ "name": "c", "cluster": cluster }],
             "users": [{ "name": "u", "user": user }],
             "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
             "current-context": "x",
@@ -346,15 +355,20 @@ impl ApiServer {
     }
 
     fn with_as<T>(&self, identity: Identity, ask: impl AsyncFnOnce(Client) -> T) -> T {
-        let user = json!({ "token": identity.token() });
-        let kubeconfig = self.kubeconfig_value(self.port, &user);
         self.block_on(async {
-            let read: Kubeconfig = serde_json::from_value(kubeconfig).expect("a kubeconfig");
-            let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
-                .await
-                .expect("a configuration");
+            let config = self.config(identity).await;
             ask(Client::try_from(config).expect("a client")).await
         })
+    }
+
+    /// What a client of somebody's needs.
+    pub(crate) async fn config(&self, identity: Identity) -> Config {
+        let user = json!({ "token": identity.token() });
+        let kubeconfig = Self::kubeconfig_value(&self.cluster(self.port), &user);
+        let read: Kubeconfig = serde_json::from_value(kubeconfig).expect("a kubeconfig");
+        Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+            .await
+            .expect("a configuration")
     }
 
     fn block_on<T>(&self, future: impl Future<Output = T>) -> T {

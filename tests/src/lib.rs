@@ -33,6 +33,7 @@ mod lab;
 mod line;
 mod manifests;
 mod namespace;
+pub mod newer;
 pub mod node;
 pub mod observed;
 mod pod;

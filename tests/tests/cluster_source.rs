@@ -9,7 +9,9 @@ use egress_agent::{
         cluster::{Cluster, ClusterWatch, Options, PodEvent, Watched},
     },
 };
-use egress_tests::{ApiServer, DEADLINE, Identity, TcpProxy, apiserver, eventually, holds};
+use egress_tests::{
+    ApiServer, DEADLINE, Identity, TcpProxy, apiserver, eventually, holds, newer::NewerApi,
+};
 use serde_json::{Value, json};
 use tokio::{
     runtime::{Builder, Runtime},
@@ -135,6 +137,12 @@ fn says(snapshot: &Snapshot, text: &str) -> bool {
         .any(|problem| problem.to_string().contains(text))
 }
 
+/// Whether this address or range counts as internal by itself.
+fn is_internal(snapshot: &Snapshot, expected: &str) -> bool {
+    let mut prefixes = snapshot.facts.internal.keys().map(ToString::to_string);
+    prefixes.any(|prefix| prefix.trim_end_matches("/32") == expected)
+}
+
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
@@ -252,22 +260,16 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
         seen.problems
     );
 
-    let internal = |s: &Snapshot| -> Vec<String> {
-        let prefixes = s.facts.internal.keys();
-        prefixes
-            .map(|prefix| prefix.to_string().trim_end_matches("/32").to_owned())
-            .collect()
-    };
     for expected in [
         "10.1.0.0/24",
         "192.168.7.5",
         apiserver::API_SERVICE,
         apiserver::ADVERTISED,
     ] {
-        let found = internal(&seen);
         assert!(
-            found.iter().any(|one| one == expected),
-            "{expected} in {found:?}"
+            is_internal(&seen, expected),
+            "{expected} in {:?}",
+            seen.facts
         );
     }
 
@@ -305,7 +307,56 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
         ]
     );
     assert!(seen.problems.is_empty(), "{:?}", seen.problems);
-    assert!(internal(&seen).contains(&"10.96.0.10".to_owned()));
+    assert!(is_internal(&seen, "10.96.0.10"));
+}
+
+#[test]
+fn where_endpoints_are_in_slices_those_count() {
+    let server = ApiServer::start();
+    allow_all(&server);
+    server.namespace("kube-system", &json!({}));
+    server.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+        "spec": { "clusterIP": "10.96.0.10", "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }] },
+    }));
+    // Nobody keeps them up to date where there are slices.
+    server.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Endpoints",
+        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+        "subsets": [{ "addresses": [{ "ip": "10.1.0.99" }], "ports": [{ "port": 53, "protocol": "UDP" }] }],
+    }));
+    let dns = |name, addresses| NewerApi::slice("kube-system", "kube-dns", name, addresses);
+    let second = dns("kube-dns-b", &["10.1.0.3"]);
+    server.apply(&dns("kube-dns-a", &["10.1.0.2"]));
+    server.apply(&second);
+    server.apply(&NewerApi::slice(
+        "kube-system",
+        "metrics",
+        "metrics-a",
+        &["10.1.0.4"],
+    ));
+    let newer = NewerApi::start(&server);
+    let mut agent = Follower::start(newer.kubeconfig(&server), "node-1");
+
+    let resolvers = |s: &Snapshot| -> Vec<String> {
+        s.facts.resolvers.keys().map(ToString::to_string).collect()
+    };
+    let seen = agent.known();
+    assert_eq!(resolvers(&seen), ["10.1.0.2", "10.1.0.3", "10.96.0.10"]);
+    assert!(
+        is_internal(&seen, apiserver::ADVERTISED),
+        "{:?}",
+        seen.facts
+    );
+
+    server.apply(&dns("kube-dns-a", &["10.1.0.2", "10.1.0.5"]));
+    server.delete(&second);
+    agent.until("the slices' changes", |s| {
+        resolvers(s) == ["10.1.0.2", "10.1.0.5", "10.96.0.10"]
+    });
 }
 
 #[test]

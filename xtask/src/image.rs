@@ -71,6 +71,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Builds the agent and writes its image there.
+///
+/// # Errors
+///
+/// Fails when it cannot be built or written.
+pub(crate) fn write(output: &Path) -> Result<()> {
+    run(&Options {
+        output: Some(output.to_owned()),
+        program: None,
+        program_only: None,
+    })
+}
+
 /// Writes the program, executable.
 fn write_program(output: &Path, program: &[u8]) -> Result<()> {
     fs::write(output, program)

@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod demo;
+mod e2e;
 mod fuzz;
 mod image;
 mod kernels;
@@ -36,6 +37,7 @@ enum Command {
     Fuzz(fuzz::Options),
     Demo(demo::Options),
     Kernels(kernels::Options),
+    E2e(e2e::Options),
     Bench(bench::Options),
     Image(image::Options),
     Manifests(manifests::Options),
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Kernels(options) => kernels::run(&options),
+        Command::E2e(options) => e2e::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Image(options) => image::run(&options),
         Command::Manifests(options) => manifests::run(&options),

@@ -3,9 +3,9 @@
 //! Everything is looked for first, and only what is missing is installed: programs from the
 //! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
 
-pub(crate) mod apiserver;
 pub(crate) mod apt;
 mod ebpf;
+pub(crate) mod kubernetes;
 
 use std::env;
 use std::fs;
@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     components()?;
     musl()?;
     ebpf::ensure()?;
-    apiserver::ensure()?;
+    kubernetes::ensure()?;
     deny()
 }
 
@@ -187,7 +187,7 @@ fn check() -> Result<()> {
         missing.push(format!("the target {}", musl_target()));
     }
     missing.extend(ebpf::missing());
-    missing.extend(apiserver::missing());
+    missing.extend(kubernetes::missing());
     if !has_deny() {
         missing.push("cargo deny".to_owned());
     }

@@ -24,12 +24,9 @@ pub(crate) fn ebpf_object() -> PathBuf {
     root().join("target/ebpf/egress-ebpf")
 }
 
-/// Where the tests' API server of this version is, which is not cargo's to clean up.
-pub(crate) fn apiserver(version: &str) -> PathBuf {
-    root()
-        .join("target/kubernetes")
-        .join(version)
-        .join("kube-apiserver")
+/// Where Kubernetes' own programs of this version are, which are not cargo's to clean up.
+pub(crate) fn kubernetes(version: &str) -> PathBuf {
+    root().join("target/kubernetes").join(version)
 }
 
 /// The release binary of the agent.

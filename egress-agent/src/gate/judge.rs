@@ -83,10 +83,10 @@ impl Judge<'_> {
                 return false;
             }
         };
-        let asked = Some((answer.name.to_string(), answer.qtype));
+        let asked = || Some((answer.name.to_string(), answer.qtype));
         if !pending.answer(answered(&answer, packet), &answer, self.time_ns) {
             self.reporter
-                .report(self.denied(packet, Reason::DnsUnsolicited, asked));
+                .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
             return false;
         }
         if let Err(error) = self.learn(&answer) {
@@ -94,7 +94,7 @@ impl Judge<'_> {
                 tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
             }
             self.reporter
-                .report(self.denied(packet, Reason::AllowMapFull, asked));
+                .report(self.denied(packet, Reason::AllowMapFull, asked()));
             return false;
         }
         true

@@ -1,8 +1,9 @@
-//! The API server that the tests run, and its etcd.
+//! Kubernetes' own programs: the API server that the tests run, with its etcd, and the rest of a node
+//! for `cargo xtask e2e`.
 //!
-//! No distribution has a built API server, but Debian has Kubernetes' whole source. It is old,
-//! and that is worth something: what it lacks, the agent must do without. `KUBE_APISERVER` names
-//! another one, such as that of a current release, and `ETCD` another etcd.
+//! No distribution has them built, but Debian has Kubernetes' whole source. It is old, and that is
+//! worth something: what it lacks, the agent must do without. `KUBE_APISERVER` names another API
+//! server for the tests, such as that of a current release, and `ETCD` another etcd.
 
 use std::env;
 use std::ffi::OsStr;
@@ -21,10 +22,19 @@ const VERSION: &str = "1.20.2";
 const RELEASE: &str = "bookworm";
 /// The source package.
 const SOURCE: &str = "kubernetes";
+/// What the tests run of it.
+const API_SERVER: &str = "kube-apiserver";
+/// What a cluster of one node is made of.
+const NODE: [&str; 4] = [
+    API_SERVER,
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+];
 /// The compiler it is built with: later ones refuse its modules.
 const GO: &str = "/usr/lib/go-1.19/bin";
 
-/// What running it needs.
+/// What running an API server needs.
 const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
@@ -32,41 +42,41 @@ const TO_RUN: [Program; 1] = [Program {
     services: &["etcd.service"],
 }];
 
-/// What building it needs.
+/// What building needs.
 const TO_BUILD: [Program; 3] = [
     Program {
         name: "make",
         packages: &["make"],
-        purpose: "building an API server for the tests",
+        purpose: "building Kubernetes' programs",
         services: &[],
     },
     Program {
         name: "rsync",
         packages: &["rsync"],
-        purpose: "building an API server for the tests",
+        purpose: "building Kubernetes' programs",
         services: &[],
     },
     Program {
         name: "jq",
         packages: &["jq"],
-        purpose: "building an API server for the tests",
+        purpose: "building Kubernetes' programs",
         services: &[],
     },
 ];
 
-/// What is missing, for a person to read.
+/// What of the tests' needs is missing, for a person to read.
 pub(super) fn missing() -> Vec<String> {
     let mut missing = Vec::new();
     if !names_program("ETCD") && !missing_programs(&TO_RUN).is_empty() {
         missing.push("etcd".to_owned());
     }
-    if !names_program("KUBE_APISERVER") && !is_right(&workspace::apiserver(VERSION)) {
-        missing.push(format!("kube-apiserver {VERSION}"));
+    if !names_program("KUBE_APISERVER") && !is_right(&directory().join(API_SERVER)) {
+        missing.push(format!("{API_SERVER} {VERSION}"));
     }
     missing
 }
 
-/// Makes sure of both.
+/// Makes sure of what the tests need.
 pub(super) fn ensure() -> Result<()> {
     if !names_program("ETCD") {
         programs(&TO_RUN)?;
@@ -74,20 +84,51 @@ pub(super) fn ensure() -> Result<()> {
     if names_program("KUBE_APISERVER") {
         return Ok(());
     }
-    let wanted = workspace::apiserver(VERSION);
-    if !is_right(&wanted) {
-        let kept = cache().join(VERSION).join("kube-apiserver");
-        if !is_right(&kept) {
-            println!("missing: kube-apiserver {VERSION} (for the tests); builds in some minutes");
-            build(&kept).context(
-                "build it elsewhere, or take one of another version, and name it with \
-                 KUBE_APISERVER",
-            )?;
-        }
-        place(&kept, &wanted)?;
+    ensure_programs(&[API_SERVER]).context(
+        "build it elsewhere, or take one of another version, and name it with KUBE_APISERVER",
+    )
+}
+
+/// Makes sure of what a cluster of one node is made of, and says in which directory it is.
+///
+/// # Errors
+///
+/// Fails when something is missing and can be neither installed nor built.
+pub(crate) fn ensure_node() -> Result<PathBuf> {
+    programs(&TO_RUN)?;
+    ensure_programs(&NODE)?;
+    Ok(directory())
+}
+
+/// Makes sure of these programs of Kubernetes.
+fn ensure_programs(names: &[&'static str]) -> Result<()> {
+    let kept = cache().join(VERSION);
+    let lacking = |directory: &Path| -> Vec<&str> {
+        let names = names.iter().copied();
+        names
+            .filter(|name| !is_right(&directory.join(name)))
+            .collect()
+    };
+    let wanted = lacking(&directory());
+    let to_build: Vec<_> = lacking(&kept)
+        .into_iter()
+        .filter(|name| wanted.contains(name))
+        .collect();
+    if !to_build.is_empty() {
+        let listed = to_build.join(", ");
+        println!("missing: {listed} {VERSION} (for the tests); builds in some minutes");
+        build(&to_build, &kept)?;
     }
-    found("kube-apiserver", VERSION);
+    for name in wanted {
+        place(&kept.join(name), &directory().join(name))?;
+    }
+    found(&names.join(" "), VERSION);
     Ok(())
+}
+
+/// Where the tests look for them.
+fn directory() -> PathBuf {
+    workspace::kubernetes(VERSION)
 }
 
 /// Whether the user says with this variable which program to take.
@@ -99,7 +140,7 @@ fn names_program(variable: &str) -> bool {
     true
 }
 
-/// Whether this is an API server of the right version, and whole.
+/// Whether this is a program of the right version, and whole.
 fn is_right(path: &Path) -> bool {
     path.exists()
         && process::output(Command::new(path).arg("--version"))
@@ -129,8 +170,9 @@ fn place(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot put {} in place", to.display()))
 }
 
-/// Builds it from Debian's source package, in a directory that is removed afterwards.
-fn build(target: &Path) -> Result<()> {
+/// Builds programs from Debian's source package, in a directory that is removed afterwards, and keeps
+/// them in `target`.
+fn build(names: &[&str], target: &Path) -> Result<()> {
     if !apt::is_here() {
         bail!("this system has no apt, so Debian's sources cannot be had");
     }
@@ -153,7 +195,9 @@ fn build(target: &Path) -> Result<()> {
     path.push(":");
     path.push(env::var_os("PATH").unwrap_or_default());
     let mut make = Command::new("make");
-    make.args(["--silent", "WHAT=cmd/kube-apiserver"]);
+    let commands: Vec<_> = names.iter().map(|name| format!("cmd/{name}")).collect();
+    make.arg("--silent")
+        .arg(format!("WHAT={}", commands.join(" ")));
     make.current_dir(&sources)
         .env("PATH", path)
         // Its caches go with the rest, and nothing of the user's Go has a say.
@@ -164,11 +208,13 @@ fn build(target: &Path) -> Result<()> {
         .env_remove("GOROOT")
         .env_remove("GO111MODULE");
     process::run(&mut make)?;
-    let built = sources.join("_output/bin/kube-apiserver");
-    if !is_right(&built) {
-        bail!("what was built does not say that it is version {VERSION}");
+    for name in names {
+        let built = sources.join("_output/bin").join(name);
+        if !is_right(&built) {
+            bail!("the {name} that was built does not say that it is version {VERSION}");
+        }
+        place(&built, &target.join(name))?;
     }
-    place(&built, target)?;
     // Go makes its module directories read-only, which root does not notice.
     if let Err(error) = fs::remove_dir_all(&directory) {
         println!("{} may be removed: {error}", directory.display());

@@ -1,0 +1,160 @@
+//! What an API server of a current release has and that of the tests lacks, in front of the latter.
+//!
+//! `EndpointSlices` of version v1: the objects, their lists, their watches and who may see them are
+//! the old server's, which has them in version v1beta1. Only what they are called differs, so what goes
+//! through here is renamed.
+
+use std::{
+    io::{Error, Result},
+    sync::Arc,
+};
+
+use futures_util::{AsyncBufReadExt as _, StreamExt as _};
+use http::{Request, header::CONTENT_TYPE};
+use kube::{Client, Config};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream},
+    runtime::{Builder, Runtime},
+};
+
+use crate::{ApiServer, Identity};
+
+/// Where they are asked for, and where the old server has them.
+const PATHS: (&str, &str) = (
+    "/apis/discovery.k8s.io/v1/",
+    "/apis/discovery.k8s.io/v1beta1/",
+);
+/// Their version, likewise.
+const VERSIONS: (&str, &str) = ("\"discovery.k8s.io/v1\"", "\"discovery.k8s.io/v1beta1\"");
+
+/// Serves it on a port of 127.0.0.1, without TLS, until it is dropped.
+#[derive(Debug)]
+pub struct NewerApi {
+    port: u16,
+    _runtime: Runtime,
+}
+
+impl NewerApi {
+    /// In front of this server.
+    #[track_caller]
+    pub fn start(server: &ApiServer) -> Self {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a tokio runtime");
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"));
+        let listener = listener.expect("a free port");
+        let port = listener.local_addr().expect("its address").port();
+        let behind: Arc<Config> = Arc::new(runtime.block_on(server.config(Identity::Agent)));
+        runtime.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let client = Client::try_from((*behind).clone()).expect("a client");
+                // Whoever hangs up does.
+                tokio::spawn(async move { serve(stream, &client).await.ok() });
+            }
+        });
+        Self {
+            port,
+            _runtime: runtime,
+        }
+    }
+
+    /// A kubeconfig to ask it with. Whoever asks, the agent's rights count.
+    pub fn kubeconfig(&self, server: &ApiServer) -> std::path::PathBuf {
+        let url = format!("http://127.0.0.1:{}", self.port);
+        server.kubeconfig_of("newer", &json!({ "server": url }), &json!({}))
+    }
+
+    /// An `EndpointSlice` of a Service, as the old server takes it.
+    pub fn slice(namespace: &str, service: &str, name: &str, addresses: &[&str]) -> Value {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1beta1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "namespace": namespace,
+                "name": name,
+                "labels": { "kubernetes.io/service-name": service },
+            },
+            "addressType": "IPv4",
+            "endpoints": [{ "addresses": addresses }],
+            "ports": [],
+        })
+    }
+}
+
+/// Answers the requests of one connection, one after the other.
+async fn serve(stream: TcpStream, client: &Client) -> Result<()> {
+    let mut stream = BufReader::new(stream);
+    while let Some(request) = read(&mut stream).await? {
+        let answered = client.request_stream(request).await;
+        let lines = match answered {
+            Ok(lines) => lines,
+            Err(kube::Error::Api(status)) => {
+                let body = serde_json::to_string(&status)?;
+                head(&mut stream, status.code).await?;
+                chunk(&mut stream, &body).await?;
+                stream.write_all(b"0\r\n\r\n").await?;
+                continue;
+            }
+            Err(error) => return Err(Error::other(error)),
+        };
+        head(&mut stream, 200).await?;
+        let mut lines = std::pin::pin!(lines.lines());
+        while let Some(line) = lines.next().await {
+            let (new, old) = VERSIONS;
+            let renamed = line?.replace(old, new);
+            chunk(&mut stream, &format!("{renamed}\n")).await?;
+        }
+        stream.write_all(b"0\r\n\r\n").await?;
+    }
+    Ok(())
+}
+
+/// The next request, as the old server is to be asked; `None` when there are no more.
+async fn read(stream: &mut BufReader<TcpStream>) -> Result<Option<Request<Vec<u8>>>> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split(' ');
+    let (Some(method), Some(path)) = (words.next(), words.next()) else {
+        return Err(Error::other(format!("no request: {line}")));
+    };
+    let (new, old) = PATHS;
+    let path = match path.strip_prefix(new) {
+        Some(rest) => format!("{old}{rest}"),
+        None => path.to_owned(),
+    };
+    let mut request = Request::builder().method(method).uri(path);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).await?;
+        let Some((name, value)) = line.trim_end().split_once(": ") else {
+            break;
+        };
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.parse().map_err(Error::other)?,
+            "accept" | "content-type" => request = request.header(name, value),
+            _ => {}
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    request.body(body).map(Some).map_err(Error::other)
+}
+
+async fn head(stream: &mut BufReader<TcpStream>, code: u16) -> Result<()> {
+    let head = format!(
+        "HTTP/1.1 {code} -\r\n{CONTENT_TYPE}: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await
+}
+
+async fn chunk(stream: &mut BufReader<TcpStream>, text: &str) -> Result<()> {
+    let chunk = format!("{:x}\r\n{text}\r\n", text.len());
+    stream.write_all(chunk.as_bytes()).await
+}

@@ -1,0 +1,95 @@
+//! `cargo xtask e2e`: the image, the manifests and the agent in a real cluster, on this machine.
+//!
+//! tests/e2e/node puts up the cluster and takes it down; here is what it needs.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+use crate::leftovers::Inventory;
+use crate::setup::{self, Program, kubernetes};
+use crate::{image, process, workspace};
+
+/// What this needs besides what everything needs.
+const PROGRAMS: [Program; 6] = [
+    Program {
+        name: "containerd",
+        packages: &["containerd"],
+        purpose: "what runs containers on the node",
+        services: &["containerd.service"],
+    },
+    Program {
+        name: "runc",
+        packages: &["runc"],
+        purpose: "what containerd starts them with",
+        services: &[],
+    },
+    Program {
+        // Not in any PATH.
+        name: "/usr/lib/cni/bridge",
+        packages: &["containernetworking-plugins"],
+        purpose: "the node's network of pods",
+        services: &[],
+    },
+    Program {
+        name: "kubectl",
+        packages: &["kubectl", "kubernetes-client"],
+        purpose: "applying the manifests",
+        services: &[],
+    },
+    Program {
+        name: "busybox",
+        packages: &["busybox-static"],
+        purpose: "what the pods run",
+        services: &[],
+    },
+    Program {
+        name: "unshare",
+        packages: &["util-linux"],
+        purpose: "keeping the node's processes apart",
+        services: &[],
+    },
+];
+
+/// Checks the agent in a cluster of one node on this machine, from its image and its manifests on.
+///
+/// API server, controllers, scheduler and kubelet are built from Debian's sources when they are missing
+/// (some minutes, once), containerd and the network plugins are Debian's. The node lives in namespaces of
+/// its own and is gone at the end. Takes three minutes when everything is built, and needs root. Not part of
+/// `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Copies the logs of the node's programs there at the end
+    #[arg(long, value_name = "DIRECTORY")]
+    logs: Option<PathBuf>,
+    /// What to run in place of the checks, with KUBECONFIG set: `-- bash` to look around
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    setup::programs(&PROGRAMS)?;
+    let programs = kubernetes::ensure_node()?;
+    let archive = workspace::target().join("e2e.oci.tar");
+    image::write(&archive)?;
+
+    let before = Inventory::take()?;
+    let scripts = workspace::root().join("tests/e2e");
+    let mut node = process::as_root(&scripts.join("node").to_string_lossy())?;
+    node.arg("--programs").arg(programs);
+    node.arg("--archive").arg(&archive);
+    if let Some(logs) = &options.logs {
+        std::fs::create_dir_all(logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        node.arg("--keep-logs").arg(logs);
+    }
+    if options.command.is_empty() {
+        // The API server is older than some of what the manifests say, and leaves it out.
+        node.arg(scripts.join("run")).arg("--no-validation");
+    } else {
+        node.args(&options.command);
+    }
+    process::run(&mut node)?;
+    before.compare()
+}
