@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Agent, DEADLINE, Lab, Pod};
+use crate::{Agent, DEADLINE, Lab, Pod, eventually, holds};
 
 /// Where an agent with [`crate::Builder::http`] answers.
 pub const HTTP: &str = "0.0.0.0:9465";
@@ -87,6 +87,15 @@ impl Lab {
         let (code, status) = self.ask_json(&["status", &title(pod)]);
         assert_eq!(code, Some(0), "{status}");
         status["pods"][0].clone()
+    }
+
+    /// Waits until `status` counts a loss of this kind.
+    #[track_caller]
+    pub fn counts_loss(&self, kind: &str, count: u64) {
+        eventually("the loss is counted", || {
+            let (_, status) = self.ask_json(&["status"]);
+            holds(status["losses"][kind] == count)
+        });
     }
 
     /// Exit status and answer of `explain`.

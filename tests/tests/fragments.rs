@@ -389,6 +389,8 @@ fn fragments_arrive_in_any_order_and_more_than_once() {
             }
             assert!(tap.receive(SHORT, is_fragment).is_none());
             assert!(scene.agent.denials().is_empty());
+            // The repetition of the last to come is too late.
+            scene.lab.counts_loss("dns_fragments_late", 1);
         }
     }
 }

@@ -263,6 +263,7 @@ fn a_segment_with_a_wrong_checksum_counts_for_nothing() {
     scene.tap.send(&frame);
     scene.works();
     assert!(scene.agent.denials().is_empty());
+    scene.lab.counts_loss("dns_segments_damaged", 1);
     scene.nothing_left();
 }
 

@@ -17,18 +17,38 @@ use crate::{
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
 
-/// Decides on a pod's messages and reports what does not pass.
-pub(super) struct Judge<'a> {
-    pub(super) enforcement: &'a mut Enforcement,
-    pub(super) learned: &'a mut Table,
-    pub(super) dns: &'a DnsSettings,
-    pub(super) reporter: &'a Reporter,
-    pub(super) stats: &'a Stats,
-    /// When the message was taken.
-    pub(super) time_ns: u64,
+/// What every decision needs besides the pod.
+pub(super) struct Means {
+    pub(super) dns: DnsSettings,
+    pub(super) reporter: Reporter,
+    pub(super) stats: Arc<Stats>,
 }
 
-impl Judge<'_> {
+/// Decides on a pod's messages and reports what does not pass.
+pub(super) struct Judge<'a> {
+    enforcement: &'a mut Enforcement,
+    learned: &'a mut Table,
+    means: &'a Means,
+    /// When the message was taken.
+    time_ns: u64,
+}
+
+impl<'a> Judge<'a> {
+    /// Decides on a message that was taken then.
+    pub(super) fn new(
+        enforcement: &'a mut Enforcement,
+        learned: &'a mut Table,
+        means: &'a Means,
+        time_ns: u64,
+    ) -> Self {
+        Self {
+            enforcement,
+            learned,
+            means,
+            time_ns,
+        }
+    }
+
     /// The question that a message is, and whether it may be asked. `None` when it is none.
     pub(super) fn question(&self, message: &[u8], packet: &Packet) -> Option<(Question, bool)> {
         let question = match read_question(message) {
@@ -36,7 +56,8 @@ impl Judge<'_> {
             Err(error) => {
                 tracing::debug!(pod = %self.name(), %error, "unreadable question");
                 self.count(packet, Direction::Question, Outcome::Undeliverable);
-                self.reporter
+                self.means
+                    .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
                 return None;
             }
@@ -47,7 +68,7 @@ impl Judge<'_> {
             let asked = Some((question.name.to_string(), question.qtype));
             let mut denied = self.denied(packet, Reason::DnsName, asked);
             denied.rule = rules.explain_denied(&question.name).map(Into::into);
-            self.reporter.report(denied);
+            self.means.reporter.report(denied);
             if !self.is_audit() {
                 self.count(packet, Direction::Question, Outcome::Refused);
             }
@@ -78,14 +99,16 @@ impl Judge<'_> {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::debug!(pod = %self.name(), %error, "unreadable answer");
-                self.reporter
+                self.means
+                    .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
                 return false;
             }
         };
         let asked = || Some((answer.name.to_string(), answer.qtype));
         if !pending.answer(answered(&answer, packet), &answer, self.time_ns) {
-            self.reporter
+            self.means
+                .reporter
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
             return false;
         }
@@ -93,7 +116,8 @@ impl Judge<'_> {
             if !matches!(error, AllowError::Full) {
                 tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
             }
-            self.reporter
+            self.means
+                .reporter
                 .report(self.denied(packet, Reason::AllowMapFull, asked()));
             return false;
         }
@@ -114,7 +138,9 @@ impl Judge<'_> {
             Err(_) => (Reason::DnsMalformed, None),
         };
         self.count(packet, Direction::Answer, Outcome::Undeliverable);
-        self.reporter.report(self.denied(packet, reason, asked));
+        self.means
+            .reporter
+            .report(self.denied(packet, reason, asked));
         false
     }
 
@@ -122,7 +148,8 @@ impl Judge<'_> {
     pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
         self.count(packet, Direction::Answer, Outcome::Undeliverable);
-        self.reporter
+        self.means
+            .reporter
             .report(self.denied(packet, Reason::DnsFragmented, None));
     }
 
@@ -143,7 +170,7 @@ impl Judge<'_> {
         if answer.addresses.is_empty() {
             return Ok(());
         }
-        let dns = self.dns;
+        let dns = &self.means.dns;
         let now_ns = boottime_ns();
         let lifetime_ns = |ttl: u32| {
             let ttl = std::time::Duration::from_secs(u64::from(ttl));
@@ -183,7 +210,7 @@ impl Judge<'_> {
         } else {
             outcome
         };
-        self.stats.count(transport, direction, outcome);
+        self.means.stats.count(transport, direction, outcome);
     }
 
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
@@ -239,7 +266,9 @@ impl stream::Decide for Judge<'_> {
             {
                 stream::Asked::Allowed(question)
             }
-            Some((question, _)) => stream::Asked::Refused(refuse(&question, self.dns.refusal)),
+            Some((question, _)) => {
+                stream::Asked::Refused(refuse(&question, self.means.dns.refusal))
+            }
         }
     }
 
@@ -257,8 +286,9 @@ impl stream::Decide for Judge<'_> {
 
     fn lost(&mut self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
-        self.stats.connections_lost.add(1);
-        self.reporter
+        self.means.stats.connections_lost.add(1);
+        self.means
+            .reporter
             .report(self.denied(packet, Reason::DnsOverTcp, None));
     }
 }

@@ -162,10 +162,12 @@ impl Gate {
             interfaces,
             pod::Shared {
                 wire,
-                dns,
-                reporter,
+                means: judge::Means {
+                    dns,
+                    reporter,
+                    stats: Arc::clone(&stats),
+                },
                 streams: stream::Budget::default(),
-                stats: Arc::clone(&stats),
                 fragments: fragments::Budget::default(),
             },
         );

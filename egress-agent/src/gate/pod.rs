@@ -12,10 +12,10 @@ use egress_common::{
 };
 
 use super::{
-    About, DnsSettings, Enforcement, Stats, Teachings,
+    About, Enforcement, Teachings,
     checksum::complete_udp,
     fragments::{self, Fragments},
-    judge::Judge,
+    judge::{Judge, Means},
     learned::Table,
     pending::Pending,
     reply,
@@ -25,16 +25,13 @@ use super::{
 use crate::{
     datapath::{AllowError, HeldFrame, InterfaceMap, boottime_ns},
     dns::{Question, Refusal, refuse},
-    report::Reporter,
 };
 
 /// What all pods at the gate use.
 pub(super) struct Shared {
     pub(super) wire: Wire,
-    pub(super) dns: DnsSettings,
-    pub(super) reporter: Reporter,
+    pub(super) means: Means,
     pub(super) streams: Budget,
-    pub(super) stats: Arc<Stats>,
     pub(super) fragments: fragments::Budget,
 }
 
@@ -236,14 +233,12 @@ impl Pod {
     }
 
     fn judge<'a>(&'a mut self, shared: &'a Shared, time_ns: u64) -> (Judge<'a>, &'a mut Pending) {
-        let judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            stats: &shared.stats,
-            time_ns,
-        };
+        let Self {
+            enforcement,
+            learned,
+            ..
+        } = self;
+        let judge = Judge::new(enforcement, learned, &shared.means, time_ns);
         (judge, &mut self.pending)
     }
 
@@ -263,14 +258,12 @@ impl Pod {
         run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
     ) {
         let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
-        let mut judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            stats: &shared.stats,
-            time_ns: now_ns,
-        };
+        let Self {
+            enforcement,
+            learned,
+            ..
+        } = self;
+        let mut judge = Judge::new(enforcement, learned, &shared.means, now_ns);
         let mut port = Port {
             wire: (is_taken && !is_audit).then_some(&mut shared.wire),
             ifindex,
@@ -289,6 +282,15 @@ impl Pod {
         self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
             streams.tick(step, budget);
         });
+        let damaged = self.streams.take_damaged();
+        if damaged > 0 {
+            shared.means.stats.segments_damaged.add(damaged);
+            tracing::warn!(
+                pod = %self.name(),
+                segments = damaged,
+                "TCP segments of DNS were dropped: unreadable, or with a wrong checksum"
+            );
+        }
     }
 
     /// A denied packet was longer than what the ring keeps of it: only its headers are there, and
@@ -325,7 +327,7 @@ fn refuse_question(
     question: &Question,
     shared: &mut Shared,
 ) {
-    let how: Refusal = shared.dns.refusal;
+    let how: Refusal = shared.means.dns.refusal;
     let Some(frame) = reply::udp(held.frame, packet, &refuse(question, how)) else {
         return;
     };

@@ -87,7 +87,7 @@ impl Runner {
                 decided += 1;
             }
             self.shared.wire.send();
-            self.waiting.sent(&self.shared.stats);
+            self.waiting.sent(&self.shared.means.stats);
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
@@ -172,12 +172,12 @@ impl Runner {
                 messages = self.unclaimed,
                 "DNS messages dropped: their pods are gone, or not taken over yet"
             );
-            self.shared.stats.unclaimed.add(self.unclaimed);
+            self.shared.means.stats.unclaimed.add(self.unclaimed);
             self.unclaimed = 0;
         }
         let stale = std::mem::take(&mut self.stale);
         if stale > 0 {
-            self.shared.stats.stale.add(stale);
+            self.shared.means.stats.stale.add(stale);
             tracing::warn!(
                 messages = stale,
                 "DNS messages were held while no agent ran; they were not put back"
@@ -193,9 +193,9 @@ impl Runner {
         }
         let addresses = self.pods.values().map(Pod::addresses);
         let (sum, fullest) = addresses.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));
-        self.shared.stats.addresses.set(sum);
-        self.shared.stats.fullest.set(fullest);
-        self.shared.stats.ticked_ns.set(now_ns);
+        self.shared.means.stats.addresses.set(sum);
+        self.shared.means.stats.fullest.set(fullest);
+        self.shared.means.stats.ticked_ns.set(now_ns);
         self.shared.wire.send();
     }
 
@@ -245,7 +245,7 @@ impl Runner {
                 let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
-                self.shared.dns = dns;
+                self.shared.means.dns = dns;
                 let _ = done.send(Ok(()));
             }
             // Handled by the loop.

@@ -75,6 +75,10 @@ pub struct Stats {
     pub hold: Histogram<{ HOLD_BOUNDS.len() }>,
     /// Connections with a resolver that could not be followed, and were reset.
     pub connections_lost: Counter,
+    /// Segments of them that were dropped: unreadable, or with a wrong checksum.
+    pub segments_damaged: Counter,
+    /// Fragments from resolvers' addresses that came after their datagram's end, or repeated its number.
+    pub fragments_late: Counter,
     /// Messages whose pods are not at the gate.
     pub unclaimed: Counter,
     /// Messages that were taken while no agent ran.
@@ -96,6 +100,8 @@ impl Default for Stats {
             tcp: std::array::from_fn(|_| Counter::default()),
             hold: Histogram::new(&HOLD_BOUNDS),
             connections_lost: Counter::default(),
+            segments_damaged: Counter::default(),
+            fragments_late: Counter::default(),
             unclaimed: Counter::default(),
             stale: Counter::default(),
             unsent: Counter::default(),

@@ -340,6 +340,16 @@ fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
             stats.connections_lost.get(),
         ),
         (
+            "dns_segments_damaged",
+            "TCP segments to and from resolvers dropped because they are unreadable",
+            stats.segments_damaged.get(),
+        ),
+        (
+            "dns_fragments_late",
+            "Fragments from resolvers dropped because their datagram had ended",
+            stats.fragments_late.get(),
+        ),
+        (
             "dns_unclaimed",
             "DNS messages dropped because their pods are gone, or not taken over yet",
             stats.unclaimed.get(),

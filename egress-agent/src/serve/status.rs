@@ -141,6 +141,8 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("denials_lost", kernel.denials_lost),
         ("flows_full", kernel.flows_full),
         ("no_policy", kernel.no_policy),
+        ("dns_segments_damaged", stats.segments_damaged.get()),
+        ("dns_fragments_late", stats.fragments_late.get()),
         ("dns_unclaimed", stats.unclaimed.get()),
         ("dns_stale", stats.stale.get()),
         ("frames_unsent", stats.unsent.get()),

@@ -93,7 +93,7 @@ pub(super) struct Fragments {
     /// Datagrams that were whole, or can not be put together, and when that was; in that order.
     ended: LruCache<Key, u64>,
     kept: usize,
-    /// Fragments of ended datagrams, since it was last said.
+    /// Fragments of ended datagrams, since [`Fragments::take_late`].
     late: u64,
 }
 
@@ -240,13 +240,12 @@ impl Fragments {
         {
             self.ended.pop_lru();
         }
-        let late = std::mem::take(&mut self.late);
-        if late > 0 {
-            tracing::warn!(
-                fragments = late,
-                "fragments were dropped: repeated, or of a datagram with the number of an earlier one"
-            );
-        }
+    }
+
+    /// Fragments that were dropped since the last call, because their datagram, or an earlier one with
+    /// its number, had ended.
+    pub(super) fn take_late(&mut self) -> u64 {
+        std::mem::take(&mut self.late)
     }
 
     /// Forgets all that waits.

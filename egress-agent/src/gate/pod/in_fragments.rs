@@ -25,14 +25,12 @@ impl Pod {
             is_taken: held.head.taken != 0,
         };
         let time_ns = held.head.time_ns;
-        let mut judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            stats: &shared.stats,
-            time_ns,
-        };
+        let Self {
+            enforcement,
+            learned,
+            ..
+        } = self;
+        let mut judge = Judge::new(enforcement, learned, &shared.means, time_ns);
         let whole = self
             .fragments
             .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
@@ -58,18 +56,25 @@ impl Pod {
 
     /// Gives up datagrams whose fragments do not come.
     pub(in super::super) fn tick_fragments(&mut self, shared: &mut Shared, now_ns: u64) {
-        let judge = Judge {
-            enforcement: &mut self.enforcement,
-            learned: &mut self.learned,
-            dns: &shared.dns,
-            reporter: &shared.reporter,
-            stats: &shared.stats,
-            time_ns: now_ns,
-        };
+        let Self {
+            enforcement,
+            learned,
+            ..
+        } = self;
+        let judge = Judge::new(enforcement, learned, &shared.means, now_ns);
         self.fragments
             .tick(now_ns, &mut shared.fragments, |packet, why| {
                 judge.lost_fragments(packet, why);
             });
+        let late = self.fragments.take_late();
+        if late > 0 {
+            shared.means.stats.fragments_late.add(late);
+            tracing::warn!(
+                pod = %self.name(),
+                fragments = late,
+                "fragments were dropped: repeated, or of a datagram with the number of an earlier one"
+            );
+        }
     }
 }
 

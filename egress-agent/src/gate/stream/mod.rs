@@ -69,7 +69,7 @@ struct Key {
 /// The connections of one pod.
 pub(super) struct Streams {
     flows: LruCache<Key, Flow>,
-    /// Segments with a wrong checksum, since it was last said.
+    /// Segments that were dropped, since [`Streams::take_damaged`].
     damaged: u64,
 }
 
@@ -91,13 +91,11 @@ impl Streams {
         step: &mut Step<'_, D, O>,
         budget: &mut Budget,
     ) {
-        let Some(segment) = Segment::read(frame, packet) else {
-            return;
-        };
-        if segment.checksum == Checksum::Wrong {
+        let read = Segment::read(frame, packet);
+        let Some(segment) = read.filter(|segment| segment.checksum != Checksum::Wrong) else {
             self.damaged += 1;
             return;
-        }
+        };
         let cleaned = with_known_options(&segment);
         let Some(segment) = cleaned
             .as_ref()
@@ -168,6 +166,12 @@ impl Streams {
         }
     }
 
+    /// Segments that were dropped since the last call, because they cannot be read or their checksum
+    /// is wrong.
+    pub(super) fn take_damaged(&mut self) -> u64 {
+        std::mem::take(&mut self.damaged)
+    }
+
     fn forget(&mut self, key: &Key, budget: &mut Budget) {
         if let Some(flow) = self.flows.pop(key) {
             budget.used = budget.used.saturating_sub(flow.kept());
@@ -180,13 +184,6 @@ impl Streams {
         step: &mut Step<'_, D, O>,
         budget: &mut Budget,
     ) {
-        let damaged = std::mem::take(&mut self.damaged);
-        if damaged > 0 {
-            tracing::warn!(
-                segments = damaged,
-                "TCP segments with a wrong checksum were dropped"
-            );
-        }
         let mut ended = Vec::new();
         for (&key, flow) in &mut self.flows {
             let before = flow.kept();
