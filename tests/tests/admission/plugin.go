@@ -1,0 +1,194 @@
+// Judges objects as the API server does: with the plugin of Kubernetes that evaluates
+// ValidatingAdmissionPolicies, given the policy's file as its argument.
+//
+// Reads one request as JSON from each line of standard input, {"object": …, "oldObject": …}, and
+// answers each with a line, {"rejected": why} or {"failed": why} or {}. `failed` is what
+// `failurePolicy: Ignore` would let pass without a word: an expression that cannot be compiled, that
+// stumbles over its input, or that costs more than the API server spends.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	admissionregistration "k8s.io/api/admissionregistration/v1"
+	core "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/apiserver/pkg/admission"
+	"k8s.io/apiserver/pkg/admission/plugin/policy/validating"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/authorization/authorizerfactory"
+	dynamic "k8s.io/client-go/dynamic/fake"
+	"k8s.io/client-go/informers"
+	kubernetes "k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/kubernetes/scheme"
+)
+
+const namespace = "default"
+
+type request struct {
+	Object    json.RawMessage `json:"object"`
+	OldObject json.RawMessage `json:"oldObject"`
+}
+
+type answer struct {
+	Rejected string `json:"rejected,omitempty"`
+	Failed   string `json:"failed,omitempty"`
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	if len(os.Args) != 2 {
+		return errors.New("usage: plugin POLICY.yaml < REQUESTS")
+	}
+	objects, err := policy(os.Args[1])
+	if err != nil {
+		return err
+	}
+	plugin, err := start(objects)
+	if err != nil {
+		return err
+	}
+	input := bufio.NewReader(os.Stdin)
+	output := json.NewEncoder(os.Stdout)
+	for {
+		line, err := input.ReadBytes('\n')
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		answer, err := judge(plugin, line)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, line)
+		}
+		if err := output.Encode(answer); err != nil {
+			return err
+		}
+	}
+}
+
+// The file's policies, with failures told from verdicts, and their bindings.
+func policy(path string) ([]runtime.Object, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	objects := []runtime.Object{
+		&core.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}},
+	}
+	documents := yaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(text)))
+	for {
+		document, err := documents.Read()
+		if err == io.EOF {
+			return objects, nil
+		} else if err != nil {
+			return nil, err
+		}
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(document, nil, nil)
+		if err != nil {
+			return nil, err
+		}
+		switch object := object.(type) {
+		case *admissionregistration.ValidatingAdmissionPolicy:
+			fail := admissionregistration.Fail
+			object.Spec.FailurePolicy = &fail
+			equivalent := admissionregistration.Equivalent
+			object.Spec.MatchConstraints.MatchPolicy = &equivalent
+			object.Spec.MatchConstraints.NamespaceSelector = &metav1.LabelSelector{}
+			object.Spec.MatchConstraints.ObjectSelector = &metav1.LabelSelector{}
+		case *admissionregistration.ValidatingAdmissionPolicyBinding:
+		default:
+			return nil, fmt.Errorf("%s: unexpected %T", path, object)
+		}
+		objects = append(objects, object)
+	}
+}
+
+func start(objects []runtime.Object) (*validating.Plugin, error) {
+	plugin, err := validating.NewPlugin(nil)
+	if err != nil {
+		return nil, err
+	}
+	client := kubernetes.NewSimpleClientset(objects...)
+	factory := informers.NewSharedInformerFactory(client, 0)
+	never := make(chan struct{})
+	plugin.SetExternalKubeClientSet(client)
+	plugin.SetExternalKubeInformerFactory(factory)
+	plugin.SetRESTMapper(meta.NewDefaultRESTMapper(nil))
+	plugin.SetDynamicClient(dynamic.NewSimpleDynamicClient(scheme.Scheme))
+	plugin.SetAuthorizer(authorizerfactory.NewAlwaysDenyAuthorizer())
+	plugin.SetDrainedNotification(never)
+	if err := plugin.ValidateInitialization(); err != nil {
+		return nil, err
+	}
+	factory.Start(never)
+	factory.WaitForCacheSync(never)
+	if !plugin.WaitForReady() {
+		return nil, errors.New("the plugin does not become ready")
+	}
+	return plugin, nil
+}
+
+func judge(plugin *validating.Plugin, line []byte) (answer, error) {
+	var request request
+	if err := json.Unmarshal(line, &request); err != nil {
+		return answer{}, err
+	}
+	decoder := scheme.Codecs.UniversalDeserializer()
+	object, kind, err := decoder.Decode(request.Object, nil, nil)
+	if err != nil {
+		return answer{}, err
+	}
+	operation, options := admission.Create, runtime.Object(&metav1.CreateOptions{})
+	var old runtime.Object
+	if len(request.OldObject) > 0 && string(request.OldObject) != "null" {
+		if old, _, err = decoder.Decode(request.OldObject, nil, nil); err != nil {
+			return answer{}, err
+		}
+		operation, options = admission.Update, &metav1.UpdateOptions{}
+	}
+	resource, _ := meta.UnsafeGuessKindToResource(*kind)
+	access, err := meta.Accessor(object)
+	if err != nil {
+		return answer{}, err
+	}
+	in := namespace
+	if kind.Kind == "Namespace" {
+		in = access.GetName()
+	}
+	attributes := admission.NewAttributesRecord(object, old, *kind, in, access.GetName(), resource, "",
+		operation, options, false, &user.DefaultInfo{Name: "somebody"})
+	err = plugin.Validate(context.Background(), attributes, admission.NewObjectInterfacesFromScheme(scheme.Scheme))
+	if err == nil {
+		return answer{}, nil
+	}
+	// "… denied request: MESSAGE"; what went wrong in an expression is worded so (validator.go,
+	// message.go).
+	_, message, denied := strings.Cut(err.Error(), " denied request: ")
+	for _, sign := range []string{"resulted in error: ", "compilation error: ", "compilation failed: ", "budget"} {
+		if strings.Contains(message, sign) {
+			return answer{Failed: message}, nil
+		}
+	}
+	if !denied {
+		return answer{Failed: err.Error()}, nil
+	}
+	return answer{Rejected: message}, nil
+}
