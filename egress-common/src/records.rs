@@ -27,6 +27,8 @@ pub struct Interface {
 pub const MODE_ENFORCE: u32 = 1;
 /// Judge and report; drop and hold nothing.
 pub const MODE_AUDIT: u32 = 2;
+/// Pass everything, judge and report nothing: the agent is about to detach.
+pub const MODE_RELEASED: u32 = 3;
 
 /// Tell the agent about denied packets so that it answers them (`onDeny: reject`).
 pub const INTERFACE_REJECT: u32 = 1;
@@ -84,8 +86,8 @@ pub const POLICY_OPEN: u32 = 1;
 pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
 /// The annotations could not be read; denials say so.
 pub const POLICY_UNREADABLE: u32 = 1 << 2;
-/// It is not known yet whose interface this is: every source address counts as the pod's own, DNS
-/// waits for the client's next attempt, and denials say why.
+/// It is not known yet whose interface this is: every source address counts as the pod's own,
+/// questions wait at the gate, and denials say why.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 
 impl Policy {

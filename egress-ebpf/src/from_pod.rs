@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_RESOLVER,
+        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_RESOLVER,
     },
     verdict::{self, Destination, Verdict},
 };
@@ -43,6 +43,9 @@ pub fn judge(ctx: &TcContext) -> i32 {
         count(|c| c.no_policy += 1);
         return DROP;
     };
+    if interface.mode == MODE_RELEASED {
+        return pass(&skb);
+    }
     if TRACE.load() == 0 && open_flow::passes(&skb, interface) {
         return PASS;
     }
@@ -130,13 +133,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         && packet.bit & (bits::UDP | bits::TCP) != 0
         && range_of(&packet.dst) & RANGE_RESOLVER != 0
     {
-        if policy.flags & POLICY_UNIDENTIFIED != 0 {
-            return deny(
-                ctx,
-                &Denied::from_pod(interface, packet, Reason::PodUnknown),
-            );
-        }
-        return hold_question(ctx, interface, packet);
+        return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
     let Some(flows) = flows::of_pod(interface) else {
@@ -223,24 +220,33 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
 
 /// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be
 /// held is denied.
+///
+/// Until the pod is known its questions wait at the gate. Connections do not: their first segment is
+/// soon repeated.
 #[inline(always)]
-fn hold_question(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
+fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if !matches!(packet.fragment, Fragment::None) {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::DnsFragmented),
-        );
+    let is_known = policy.flags & POLICY_UNIDENTIFIED == 0;
+    let is_whole = matches!(packet.fragment, Fragment::None);
+    if !is_whole || !(is_known || packet.bit == bits::UDP) {
+        let reason = if is_known {
+            Reason::DnsFragmented
+        } else {
+            Reason::PodUnknown
+        };
+        return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_QUESTION, false);
         return pass(&skb);
     }
     if !held::take(&skb, interface, HELD_QUESTION, true) {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::DnsNotHeld),
-        );
+        let reason = if is_known {
+            Reason::DnsNotHeld
+        } else {
+            Reason::PodUnknown
+        };
+        return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
     DROP
 }

@@ -74,6 +74,11 @@ pub static DELIVER_MARK: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static BOUNCE_MARK: Global<u32> = Global::new(0);
 
+/// Mark of a frame that the pod sent before it was known, and that the agent puts back to be judged
+/// now: [`crate::to_pod`] turns it round without the mark. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static AGAIN_MARK: Global<u32> = Global::new(0);
+
 /// Whether the programs trace what they do (`--datapath-log`). The kernel removes the traces when
 /// this is zero, because the value is constant when the programs are verified.
 #[unsafe(no_mangle)]

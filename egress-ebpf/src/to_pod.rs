@@ -7,7 +7,10 @@ use egress_common::{
     packet::{Fragment, Packet, Walked, walk},
     protocol::{self, bits},
     reason::Reason,
-    records::{FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, NO_CLASS, RANGE_RESOLVER, TO_POD},
+    records::{
+        FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
+        TO_POD,
+    },
 };
 
 use crate::{
@@ -16,7 +19,7 @@ use crate::{
     flows,
     from_pod::{DNS_PORT, range_of},
     held,
-    maps::{BOUNCE_MARK, DELIVER_MARK, INTERFACE},
+    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE},
     skb::{Skb, now_ns},
 };
 
@@ -25,9 +28,13 @@ use crate::{
 pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
     let mark = skb.mark();
-    if mark == BOUNCE_MARK.load() {
+    let again = mark == AGAIN_MARK.load();
+    if again {
+        ctx.set_mark(0);
+    }
+    if again || mark == BOUNCE_MARK.load() {
         // The agent can only send towards the pod; a question that it puts back is turned round
-        // here and goes on as if the pod had just sent it.
+        // here and goes on as if the pod had just sent it; without its mark it is judged, too.
         // SAFETY: the helper takes plain numbers.
         return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
     }
@@ -40,6 +47,9 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
         return PASS;
     };
+    if interface.mode == MODE_RELEASED {
+        return PASS;
+    }
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
         Walked::Ip => {

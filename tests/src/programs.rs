@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
-    NewMaps, NewPod, NewPolicy, Options,
+    Marks, NewMaps, NewPod, NewPolicy, Options,
 };
 use egress_common::{
     address::{Address, from_v4},
@@ -234,10 +234,9 @@ impl Programs {
             .expect("kernels since 5.16 tell")
     }
 
-    /// Marks of frames that the agent puts back: to the pod, and from the pod.
-    pub fn marks(&self) -> (u32, u32) {
-        let marks = self.datapath.marks();
-        (marks.deliver, marks.bounce)
+    /// Marks of frames that the agent puts back.
+    pub fn marks(&self) -> Marks {
+        self.datapath.marks()
     }
 
     /// Runs a program on a frame with this mark.

@@ -132,47 +132,6 @@ fn the_cluster_names_its_resolvers() {
 }
 
 #[test]
-fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
-    let cluster = Cluster::new();
-    let _web = cluster.lab.serve_tcp(443);
-    cluster.lab.dns().addresses("shop.test", &[server(10)]);
-    let shop = cluster.namespace("shop", &Value::Null);
-    let agent = cluster.start_agent();
-
-    // Its network is made before anybody says whose it is, and before its processes start.
-    let net = cluster.lab.pod(&shop, "cart");
-    let closed = |net: &Pod| {
-        let interface = net.interface().to_owned();
-        agent.wait_said("that the interface is enforced", |line| {
-            line.contains("enforcing") && line.contains(&format!("pod=interface {interface} "))
-        });
-        assert!(!reaches(net, server(10)), "it is open");
-        let denial = agent.wait_denial("pod_unknown", |denial| {
-            denial.reason == "pod_unknown" && denial.pod == interface
-        });
-        assert_eq!(denial.namespace, "");
-    };
-    closed(&net);
-
-    let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
-    let mut cart = cluster.place(object, &uid, net);
-    cart.running().start_container();
-    agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
-    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
-    cart.net().talks_tcp((server(10), 443));
-    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
-
-    // One that is not to be enforced is let go.
-    let net = cluster.lab.pod(&shop, "free");
-    closed(&net);
-    let (object, uid) = cluster.create(&shop, "free", &Value::Null);
-    let mut free = cluster.place(object, &uid, net);
-    free.running().start_container();
-    eventually("it is let go", || holds(reaches(free.net(), server(99))));
-}
-
-#[test]
 fn connections_from_before_the_first_agent_go_on_and_new_ones_are_judged() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);

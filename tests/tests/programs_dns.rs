@@ -1,11 +1,11 @@
 //! DNS at the pod's interface: what is taken for the agent, and what the agent puts back.
 
-use egress_agent::datapath::{Action, Hook};
+use egress_agent::datapath::{Action, Hook, Marks};
 use egress_common::{
     reason::Reason,
     records::{
-        HELD_ANSWER, HELD_QUESTION, HELD_REJECT, INTERFACE_REJECT, VERDICT_AUDITED,
-        VERDICT_DROPPED, VERDICT_REJECTED,
+        HELD_ANSWER, HELD_QUESTION, HELD_REJECT, INTERFACE_REJECT, MODE_RELEASED,
+        POLICY_UNIDENTIFIED, VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED,
     },
 };
 use egress_tests::{
@@ -345,7 +345,9 @@ fn in_audit_mode_every_denial_is_reported_and_nothing_dropped() {
 #[test]
 fn what_the_agent_puts_back_is_not_judged_again() {
     let mut programs = Programs::new();
-    let (deliver, bounce) = programs.marks();
+    let Marks {
+        deliver, bounce, ..
+    } = programs.marks();
     let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
     let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
 
@@ -368,10 +370,14 @@ fn what_the_agent_puts_back_is_not_judged_again() {
 #[test]
 fn other_marks_open_nothing() {
     let mut programs = Programs::new();
-    let (deliver, bounce) = programs.marks();
+    let Marks {
+        deliver,
+        bounce,
+        again,
+    } = programs.marks();
     let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
     let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
-    for mark in [0, 1, 0xffff_ffff, !bounce, bounce ^ 1, deliver] {
+    for mark in [0, 1, 0xffff_ffff, !bounce, bounce ^ 1, deliver, again] {
         let outcome = programs.run_marked(Hook::FromPod, mark, &question);
         is_taken(&outcome, HELD_QUESTION, &question);
     }
@@ -379,6 +385,61 @@ fn other_marks_open_nothing() {
         let outcome = programs.run_marked(Hook::ToPod, mark, &answer);
         is_taken(&outcome, HELD_ANSWER, &answer);
     }
+}
+
+#[test]
+fn what_the_agent_has_judged_again_comes_back_without_a_mark() {
+    let mut programs = Programs::new();
+    let Marks { again, .. } = programs.marks();
+    let frame = programs.to(server(9)).udp(7, PORT, b"hello");
+    let turned = programs.run_marked(Hook::ToPod, again, &frame);
+    assert_eq!((turned.run.action, turned.run.mark), (Action::Redirect, 0));
+    programs.stays(&frame, Reason::NoRule);
+}
+
+#[test]
+fn questions_of_a_pod_that_is_not_known_yet_are_taken_and_all_else_is_denied() {
+    let mut programs = Programs::new();
+    programs.change_policy(|policy| policy.flags |= POLICY_UNIDENTIFIED);
+    for resolver in [RESOLVER, RESOLVER6] {
+        let to = programs.to(resolver);
+        let question = to.udp(7, DNS, &raw::question());
+        is_taken(&programs.sends(&question), HELD_QUESTION, &question);
+        for frame in [
+            to.tcp(7, DNS, flag::SYN),
+            to.clone()
+                .fragment(1, 0, true)
+                .udp(7, DNS, &raw::question()),
+        ] {
+            programs.stays(&frame, Reason::PodUnknown);
+        }
+    }
+    let frame = programs.to(server(9)).udp(7, PORT, b"hello");
+    programs.stays(&frame, Reason::PodUnknown);
+}
+
+#[test]
+fn a_released_pod_is_free_though_it_is_attached_to() {
+    let mut programs = Programs::new();
+    programs.set_interface(|interface| interface.mode = MODE_RELEASED);
+    let sent = [
+        programs.to(server(9)).udp(7, PORT, b"hello"),
+        programs.to(RESOLVER).udp(7, DNS, &raw::question()),
+        programs.to(RESOLVER).tcp(7, DNS, flag::SYN),
+        raw::arp(std::net::Ipv4Addr::new(192, 0, 2, 9), programs.own()),
+        vec![0; 60],
+    ];
+    for frame in &sent {
+        programs.leaves(frame);
+    }
+    let came = [
+        programs.by(RESOLVER).udp(DNS, 7, &raw::question()),
+        programs.by(server(9)).udp(7, PORT, b"hello"),
+    ];
+    for frame in &came {
+        programs.arrives(frame);
+    }
+    assert!(programs.flows().is_empty());
 }
 
 #[test]

@@ -215,17 +215,25 @@ impl Reconciler {
 
     /// Detaches from an interface that a pod is on no more, unless it is another pod's by now.
     fn let_go(&mut self, pod: u32, ifindex: u32) -> Result<()> {
-        let is_enforced = self
-            .enforced
-            .values()
-            .any(|enforced| enforced.wanted.interfaces.contains(&ifindex));
-        let is_left = self.adoptable.iter().any(|(&id, left)| {
-            id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
-        });
-        if is_enforced || is_left {
+        let is_on = |enforced: &Enforced| {
+            enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)
+        };
+        if self.enforced.values().any(is_on) || self.is_anothers(pod, ifindex) {
             return Ok(());
         }
         self.datapath.detach(ifindex)?;
         self.datapath.interfaces()?.remove(ifindex, pod)
+    }
+
+    /// Whether an interface is, or is to be, that of another pod than this one.
+    pub(super) fn is_anothers(&self, pod: u32, ifindex: u32) -> bool {
+        let is_enforced = self
+            .enforced
+            .values()
+            .any(|enforced| enforced.pod != pod && enforced.wanted.interfaces.contains(&ifindex));
+        let is_left = self.adoptable.iter().any(|(&id, left)| {
+            id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
+        });
+        is_enforced || is_left
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
-    enforced::{Enforced, PodKey},
+    enforced::{Enforced, PodKey, Wanted},
     events,
     place::Places,
     plan::Plan,
@@ -195,6 +195,8 @@ impl Reconciler {
         // Changing a policy is quick; attaching to an interface and detaching from it are not.
         wanted.sort_by_key(|(key, _)| !self.enforced.contains_key(key));
         let versions = self.prepare(&wanted);
+        let leaving: Vec<&PodKey> = leaving.into_iter().chain(&identified).collect();
+        self.release(&leaving, &wanted).await;
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
@@ -208,7 +210,7 @@ impl Reconciler {
                 waiting.insert((key.clone(), uid));
             }
         }
-        for key in leaving.into_iter().chain(&identified) {
+        for key in leaving {
             self.remove(key).await;
         }
         for key in snapshot.pods.keys() {
@@ -241,6 +243,31 @@ impl Reconciler {
         self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
         self.first_start &= source.unreadable;
+    }
+
+    /// Pods that are to be free are so at once: detaching from their interfaces takes its time.
+    /// `wanted` are the pods that some of the interfaces may be taken over by.
+    async fn release(&mut self, leaving: &[&PodKey], wanted: &[(PodKey, Wanted)]) {
+        let wanted: HashSet<u32> = wanted
+            .iter()
+            .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
+            .collect();
+        let free: Vec<u32> = leaving
+            .iter()
+            .filter_map(|key| self.enforced.get(*key))
+            .filter(|enforced| {
+                enforced.wanted.interfaces.iter().all(|ifindex| {
+                    !wanted.contains(ifindex) && !self.is_anothers(enforced.pod, *ifindex)
+                })
+            })
+            .map(|enforced| enforced.pod)
+            .collect();
+        if free.is_empty() {
+            return;
+        }
+        if let Err(error) = self.gate.release(free).await {
+            tracing::error!(error = %format!("{error:#}"), "pods are free only when detached from");
+        }
     }
 
     /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
-use egress_common::records::{Identity, Interface};
+use egress_common::records::{Identity, Interface, MODE_RELEASED};
 
 /// Handle on the `interfaces` map.
 pub struct InterfaceMap(HashMap<MapData, u32, Interface>);
@@ -36,6 +36,30 @@ impl InterfaceMap {
             .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
     }
 
+    /// Lets everything pass an interface, unless it is another pod's by now.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn release(&mut self, ifindex: u32, pod: u32) -> Result<()> {
+        let Some(entry) = self.entry_of(ifindex, pod)? else {
+            return Ok(());
+        };
+        let mode = MODE_RELEASED;
+        self.set(ifindex, Interface { mode, ..entry })
+    }
+
+    /// The interface's entry, if it is this pod's.
+    fn entry_of(&self, ifindex: u32, pod: u32) -> Result<Option<Interface>> {
+        match self.0.get(&ifindex, 0) {
+            Ok(entry) => Ok((entry.pod == pod).then_some(entry)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot read {ifindex} in `interfaces`"))
+            }
+        }
+    }
+
     /// Forgets an interface, unless it is another pod's by now. Programs still attached to it drop
     /// everything from then on.
     ///
@@ -43,13 +67,8 @@ impl InterfaceMap {
     ///
     /// When the map cannot be read or written.
     pub fn remove(&mut self, ifindex: u32, pod: u32) -> Result<()> {
-        match self.0.get(&ifindex, 0) {
-            Ok(entry) if entry.pod == pod => {}
-            Ok(_) | Err(MapError::KeyNotFound) => return Ok(()),
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("cannot read {ifindex} in `interfaces`"));
-            }
+        if self.entry_of(ifindex, pod)?.is_none() {
+            return Ok(());
         }
         match self.0.remove(&ifindex) {
             Ok(()) => Ok(()),

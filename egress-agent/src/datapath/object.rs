@@ -70,6 +70,8 @@ pub struct Marks {
     pub deliver: u32,
     /// On its way from the pod.
     pub bounce: u32,
+    /// On its way from the pod, to be judged once more.
+    pub again: u32,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -107,6 +109,7 @@ impl Datapath {
         let marks = Marks {
             deliver: random_mark()?,
             bounce: random_mark()?,
+            again: random_mark()?,
         };
         let trace = u8::from(options.trace);
         let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
@@ -116,6 +119,7 @@ impl Datapath {
         loader
             .override_global("DELIVER_MARK", &marks.deliver, true)
             .override_global("BOUNCE_MARK", &marks.bounce, true)
+            .override_global("AGAIN_MARK", &marks.again, true)
             .override_global("TRACE", &trace, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true);
         for &name in SHARED_MAPS {

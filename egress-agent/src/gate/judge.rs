@@ -76,6 +76,16 @@ impl<'a> Judge<'a> {
         Some((question, is_allowed))
     }
 
+    /// Reports a question that is dropped because nobody knows yet whose it is.
+    pub(super) fn unknown(&self, message: &[u8], packet: &Packet) {
+        let question = read_question(message).ok();
+        let asked = question.map(|question| (question.name.to_string(), question.qtype));
+        self.count(packet, Direction::Question, Outcome::Undeliverable);
+        self.means
+            .reporter
+            .report(self.denied(packet, Reason::PodUnknown, asked));
+    }
+
     /// Whether a message is the answer to an open question and may be delivered: what it teaches is
     /// in the allow map then.
     pub(super) fn answer(

@@ -24,6 +24,7 @@ mod learned;
 mod learned_address;
 mod pending;
 mod pod;
+mod quarantine;
 mod reply;
 mod run;
 mod stats;
@@ -106,6 +107,11 @@ enum Command {
         pod: u32,
         done: oneshot::Sender<Result<()>>,
     },
+    /// Let everything pass these pods' interfaces, which are about to be detached from.
+    Release {
+        pods: Vec<u32>,
+        done: oneshot::Sender<Result<()>>,
+    },
     /// Forget addresses whose lifetime has ended and that no flow is open to.
     Sweep { pod: u32, open: HashSet<Address> },
     /// Which names did these pods resolve to these addresses?
@@ -169,6 +175,7 @@ impl Gate {
                 },
                 streams: stream::Budget::default(),
                 fragments: fragments::Budget::default(),
+                quarantine: quarantine::Quarantine::default(),
             },
         );
         let thread = std::thread::Builder::new()
@@ -226,6 +233,16 @@ impl Gate {
             done,
         })
         .await
+    }
+
+    /// Lets everything pass these pods' interfaces from now on, and what they asked before anybody
+    /// knew them goes out. What remains is to detach, which takes much longer.
+    ///
+    /// # Errors
+    ///
+    /// When the map of interfaces cannot be written.
+    pub async fn release(&self, pods: Vec<u32>) -> Result<()> {
+        self.ask(|done| Command::Release { pods, done }).await
     }
 
     /// Forgets a pod. Its interfaces must be detached.

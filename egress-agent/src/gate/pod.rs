@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use egress_common::{
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
-    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT},
+    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT, POLICY_UNIDENTIFIED},
 };
 
 use super::{
@@ -18,6 +18,7 @@ use super::{
     judge::{Judge, Means},
     learned::Table,
     pending::Pending,
+    quarantine::Quarantine,
     reply,
     stream::{Budget, Out, Step, Streams, To},
     wire::Wire,
@@ -33,6 +34,7 @@ pub(super) struct Shared {
     pub(super) means: Means,
     pub(super) streams: Budget,
     pub(super) fragments: fragments::Budget,
+    pub(super) quarantine: Quarantine,
 }
 
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
@@ -87,6 +89,16 @@ impl Pod {
     /// From the next packet on, the pod's interfaces are under its policy.
     pub(super) fn write_interfaces(&self, interfaces: &mut InterfaceMap) -> Result<()> {
         self.enforcement.write_interfaces(interfaces)
+    }
+
+    /// Its interfaces' indexes.
+    pub(super) fn interfaces(&self) -> &[u32] {
+        &self.enforcement.interfaces
+    }
+
+    /// Whether it is known what the pod may ask.
+    pub(super) fn is_known(&self) -> bool {
+        self.enforcement.compiled.record.flags & POLICY_UNIDENTIFIED == 0
     }
 
     /// Moves the pod to a new version of its policy.
@@ -208,6 +220,15 @@ impl Pod {
         let Some(message) = udp_payload(held.frame, packet) else {
             return;
         };
+        if !self.is_known() {
+            let mut frame = held.frame.to_vec();
+            complete_udp(&mut frame, packet);
+            if !shared.quarantine.keep(&held.head, frame) {
+                let (judge, _) = self.judge(shared, held.head.time_ns);
+                judge.unknown(message, packet);
+            }
+            return;
+        }
         let (judge, pending) = self.judge(shared, held.head.time_ns);
         let Some((question, is_allowed)) = judge.question(message, packet) else {
             return;
@@ -219,6 +240,17 @@ impl Pod {
         judge.ask(&question, packet, pending);
         if held.head.taken != 0 {
             complete_udp(shared.wire.bounce(held.head.ifindex, held.frame), packet);
+        }
+    }
+
+    /// A question of the pod waited for it to be known, and is dropped.
+    pub(super) fn give_up(&mut self, frame: &[u8], shared: &Shared) {
+        let mut packet = Packet::EMPTY;
+        if walk(&frame, &mut packet) == Walked::Ip
+            && let Some(message) = udp_payload(frame, &packet)
+        {
+            let (judge, _) = self.judge(shared, boottime_ns());
+            judge.unknown(message, &packet);
         }
     }
 

@@ -17,7 +17,8 @@ use nix::{
 use super::{
     Command, Enforcement, LOOKED_AT,
     pod::{Pod, Shared},
-    stats::Waiting,
+    quarantine::{Quarantine, Waiting},
+    stats,
 };
 use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 
@@ -45,7 +46,7 @@ pub(super) struct Runner {
     /// Messages that were taken while no agent ran.
     stale: u64,
     /// Messages that are about to be put back.
-    waiting: Waiting,
+    waiting: stats::Waiting,
 }
 
 impl Runner {
@@ -66,7 +67,7 @@ impl Runner {
             unclaimed: 0,
             started_ns: boottime_ns(),
             stale: 0,
-            waiting: Waiting::new(),
+            waiting: stats::Waiting::new(),
         }
     }
 
@@ -184,6 +185,7 @@ impl Runner {
             );
         }
         let now_ns = boottime_ns();
+        self.give_up(|quarantine| quarantine.overdue(now_ns));
         for (id, pod) in &mut self.pods {
             if let Err(error) = pod.tick(now_ns) {
                 tracing::error!(pod = id, %error, "cannot update an allow map");
@@ -214,9 +216,16 @@ impl Runner {
                     Some(pod) => pod.move_to(interfaces, &mut self.interfaces),
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
+                if result.is_ok() {
+                    self.end_quarantine(pod);
+                }
                 let _ = done.send(result);
             }
+            Command::Release { pods, done } => {
+                let _ = done.send(self.release(&pods));
+            }
             Command::Remove { pod, done } => {
+                self.give_up(|quarantine| quarantine.of_pod(pod));
                 let result = match self.pods.remove(&pod) {
                     Some(pod) => pod.remove(&mut self.interfaces, &mut self.shared),
                     None => Ok(()),
@@ -256,11 +265,64 @@ impl Runner {
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
         let id = enforcement.entry.pod;
         if let Some(pod) = self.pods.get_mut(&id) {
-            return pod.apply(enforcement, &mut self.interfaces);
+            pod.apply(enforcement, &mut self.interfaces)?;
+        } else {
+            let pod = Pod::new(enforcement)?;
+            pod.write_interfaces(&mut self.interfaces)?;
+            self.pods.insert(id, pod);
         }
-        let pod = Pod::new(enforcement)?;
-        pod.write_interfaces(&mut self.interfaces)?;
-        self.pods.insert(id, pod);
+        self.end_quarantine(id);
         Ok(())
+    }
+
+    /// What was asked on the interfaces of a pod before it was known is judged now, if it is.
+    fn end_quarantine(&mut self, id: u32) {
+        let Some(pod) = self.pods.get(&id) else {
+            return;
+        };
+        let Shared {
+            wire, quarantine, ..
+        } = &mut self.shared;
+        for &ifindex in pod.interfaces() {
+            if pod.is_known() {
+                for waiting in quarantine.end(ifindex) {
+                    wire.again(ifindex, &waiting.frame);
+                }
+            } else {
+                quarantine.pass_on(ifindex, id);
+            }
+        }
+    }
+
+    fn release(&mut self, pods: &[u32]) -> Result<()> {
+        let mut result = Ok(());
+        for id in pods {
+            let Some(pod) = self.pods.get(id) else {
+                continue;
+            };
+            for &ifindex in pod.interfaces() {
+                match self.interfaces.release(ifindex, *id) {
+                    Ok(()) => {
+                        for waiting in self.shared.quarantine.end(ifindex) {
+                            self.shared.wire.again(ifindex, &waiting.frame);
+                        }
+                    }
+                    Err(error) => result = Err(error),
+                }
+            }
+        }
+        // They must have gone out before the programs that turn them round are detached.
+        self.shared.wire.send();
+        result
+    }
+
+    /// What has waited in vain for its pod to be known.
+    fn give_up(&mut self, which: impl FnOnce(&mut Quarantine) -> Vec<Waiting>) {
+        for waiting in which(&mut self.shared.quarantine) {
+            match self.pods.get_mut(&waiting.pod) {
+                Some(pod) => pod.give_up(&waiting.frame, &self.shared),
+                None => self.unclaimed += 1,
+            }
+        }
     }
 }

@@ -46,7 +46,8 @@ pub enum Outcome {
     Delivered,
     /// It was a question that may not be asked, and was answered so.
     Refused,
-    /// It was unreadable, unsolicited, or what it teaches could not be inserted.
+    /// It was unreadable, unsolicited, what it teaches could not be inserted, or its pod was not known
+    /// in time.
     Undeliverable,
 }
 

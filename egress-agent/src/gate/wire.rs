@@ -16,13 +16,14 @@ use crate::datapath::Marks;
 /// Most frames that one system call sends.
 const BATCH: usize = 32;
 
-/// Two packet sockets on no interface, one for each way, and what waits to go out on them.
+/// Three packet sockets on no interface, one for each way, and what waits to go out on them.
 ///
 /// Frames are sent together: each one sent alone wakes its receiver, which on a busy CPU takes the
 /// gate's place before the next message is decided.
 pub(super) struct Wire {
     deliver: Way,
     bounce: Way,
+    again: Way,
     stats: Arc<Stats>,
 }
 
@@ -32,6 +33,7 @@ impl Wire {
             stats,
             deliver: Way::new(packet_socket(marks.deliver)?),
             bounce: Way::new(packet_socket(marks.bounce)?),
+            again: Way::new(packet_socket(marks.again)?),
         })
     }
 
@@ -46,14 +48,19 @@ impl Wire {
         self.bounce.add(ifindex, frame)
     }
 
-    /// How many frames wait to go out.
+    /// A frame that the pod sent and that is to be judged now, as if it had just sent it.
+    pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
+        self.again.add(ifindex, frame);
+    }
+
+    /// How many decided frames wait to go out.
     pub(super) fn frames(&self) -> usize {
         self.deliver.frames.len() + self.bounce.frames.len()
     }
 
     /// Sends everything.
     pub(super) fn send(&mut self) {
-        let unsent = self.bounce.send() + self.deliver.send();
+        let unsent = self.bounce.send() + self.deliver.send() + self.again.send();
         if unsent > 0 {
             self.stats.unsent.add(unsent);
         }

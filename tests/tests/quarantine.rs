@@ -1,0 +1,156 @@
+//! Interfaces whose pods nobody knows yet: closed, but what is asked there does not get lost.
+
+use egress_tests::{
+    Agent, Cluster, ClusterPod, Pod, SHORT,
+    addresses::{RESOLVER, RESOLVER6, server},
+    dns::{RecordType, ResponseCode},
+    eventually, holds,
+};
+use serde_json::{Value, json};
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+/// Whether the pod reaches this address of the outside.
+fn reaches(pod: &Pod, to: std::net::IpAddr) -> bool {
+    pod.connect_tcp((to, 443), SHORT).is_ok()
+}
+
+/// A network that somebody made for a pod, before anybody says whose it is and before its processes
+/// start.
+fn network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
+    let net = cluster.lab.pod(namespace, name);
+    agent.wait_said("that the interface is enforced", |line| {
+        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
+    });
+    net
+}
+
+/// The pod is said to be there, and runs.
+fn identify(cluster: &Cluster, namespace: &str, net: Pod, annotations: &Value) -> ClusterPod {
+    let (object, uid) = cluster.create(namespace, net.name(), annotations);
+    let mut pod = cluster.place(object, &uid, net);
+    pod.running().start_container();
+    pod
+}
+
+#[test]
+fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+
+    let closed = |net: &Pod| {
+        assert!(!reaches(net, server(10)), "it is open");
+        let denial = agent.wait_denial("pod_unknown", |denial| {
+            denial.reason == "pod_unknown" && denial.pod == net.interface()
+        });
+        assert_eq!(denial.namespace, "");
+    };
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    closed(&net);
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    assert!(!reaches(cart.net(), server(99)), "it is open");
+    agent.wait_denial("the address", |denial| {
+        denial.is(cart.net(), "address_not_learned", server(99), 443)
+    });
+
+    // One that is not to be enforced is let go.
+    let net = network(&cluster, &agent, (&shop, "free"));
+    closed(&net);
+    let free = identify(&cluster, &shop, net, &Value::Null);
+    eventually("it is let go", || holds(reaches(free.net(), server(99))));
+}
+
+#[test]
+fn what_was_asked_before_the_pod_was_known_is_answered_when_it_is() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let dns = cluster.lab.dns();
+    dns.addresses("shop.test", &[server(10)]);
+    dns.addresses("later.test", &[server(11)]);
+    dns.addresses("other.test", &[server(12)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let (socket, socket6) = (net.dns_socket(), net.dns_socket6());
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    socket6.ask(RESOLVER6, 2, "later.test", RecordType::A);
+    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    assert!(dns.questions().is_empty(), "a question left the node");
+
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443 later.test:443"));
+    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
+    assert_eq!(socket6.expect("it is known").addresses, [server(11)]);
+    cart.net().talks_tcp((server(10), 443));
+    cart.net().talks_tcp((server(11), 443));
+    assert_eq!(dns.asked("shop.test"), 1, "asked once is asked once");
+
+    // What it may not ask does not leave now either.
+    let net = network(&cluster, &agent, (&shop, "strict"));
+    let socket = net.dns_socket();
+    socket.ask(RESOLVER, 3, "other.test", RecordType::A);
+    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    let strict = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    assert_eq!(socket.expect("a refusal").code, ResponseCode::NXDomain);
+    agent.wait_denial("the name", |denial| {
+        denial.reason == "dns_name" && denial.pod == strict.net().name()
+    });
+    assert_eq!(dns.asked("other.test"), 0);
+}
+
+#[test]
+fn what_a_pod_asked_that_is_not_enforced_goes_out_when_it_is_let_go() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let dns = cluster.lab.dns();
+    dns.addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let audit = json!({"egress-agent.dev/allow": "", "egress-agent.dev/mode": "audit"});
+    for (name, annotations) in [("free", Value::Null), ("audited", audit)] {
+        let net = network(&cluster, &agent, (&shop, name));
+        let before = dns.asked("shop.test");
+        let socket = net.dns_socket();
+        socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+        assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+        let pod = identify(&cluster, &shop, net, &annotations);
+        assert_eq!(socket.expect("it is let go").addresses, [server(10)]);
+        assert_eq!(dns.asked("shop.test"), before + 1);
+        pod.net().talks_tcp((server(10), 443));
+    }
+}
+
+#[test]
+fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
+    let cluster = Cluster::new();
+    let dns = cluster.lab.dns();
+    dns.addresses("shop.test", &[server(10)]);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, ("shop", "nobody"));
+    let reported = |name: &str| {
+        let denial = agent.wait_denial(name, |denial| {
+            denial.reason == "pod_unknown" && denial.dns_name.as_deref() == Some(name)
+        });
+        assert_eq!(denial.pod, net.interface());
+        assert_eq!(denial.dst_ip, Some(RESOLVER));
+    };
+    let socket = net.dns_socket();
+    for id in 0..32 {
+        socket.ask(RESOLVER, id, "shop.test", RecordType::A);
+    }
+    // There is no room for this one; the others wait for some seconds.
+    socket.ask(RESOLVER, 99, "more.test", RecordType::A);
+    reported("more.test");
+    reported("shop.test");
+    assert!(dns.questions().is_empty(), "a question left the node");
+    assert!(socket.receive(SHORT).is_none());
+}
