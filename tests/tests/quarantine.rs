@@ -130,6 +130,34 @@ fn what_a_pod_asked_that_is_not_enforced_goes_out_when_it_is_let_go() {
 }
 
 #[test]
+fn no_question_is_lost_while_a_pod_becomes_known() {
+    let cluster = Cluster::new();
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    for (name, annotations) in [("cart", allow("shop.test:443")), ("free", Value::Null)] {
+        let net = network(&cluster, &agent, (&shop, name));
+        let socket = net.dns_socket();
+        let _pod = std::thread::scope(|scope| {
+            // Fewer than may wait at once, spread over the time in which the pod becomes known.
+            scope.spawn(|| {
+                for id in 0..30 {
+                    socket.ask(RESOLVER, id, "shop.test", RecordType::A);
+                    std::thread::sleep(std::time::Duration::from_millis(4));
+                }
+            });
+            identify(&cluster, &shop, net, &annotations)
+        });
+        let mut missing: std::collections::BTreeSet<u16> = (0..30).collect();
+        while !missing.is_empty() {
+            let answer =
+                socket.expect(&format!("an answer to each question; not yet: {missing:?}"));
+            missing.remove(&answer.message.metadata.id);
+        }
+    }
+}
+
+#[test]
 fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
     let cluster = Cluster::new();
     let dns = cluster.lab.dns();

@@ -49,6 +49,15 @@ impl InterfaceMap {
         self.set(ifindex, Interface { mode, ..entry })
     }
 
+    /// Whether an interface has this entry.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn has(&self, ifindex: u32, entry: &Interface) -> Result<bool> {
+        Ok(self.entry_of(ifindex, entry.pod)?.as_ref() == Some(entry))
+    }
+
     /// The interface's entry, if it is this pod's.
     fn entry_of(&self, ifindex: u32, pod: u32) -> Result<Option<Interface>> {
         match self.0.get(&ifindex, 0) {

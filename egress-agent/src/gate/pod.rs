@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use egress_common::{
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
-    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, MODE_AUDIT, POLICY_UNIDENTIFIED},
+    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, MODE_AUDIT, POLICY_UNIDENTIFIED},
 };
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
     judge::{Judge, Means},
     learned::Table,
     pending::Pending,
-    quarantine::Quarantine,
+    quarantine::{Quarantine, as_sent},
     reply,
     stream::{Budget, Out, Step, Streams, To},
     wire::Wire,
@@ -99,6 +99,16 @@ impl Pod {
     /// Whether it is known what the pod may ask.
     pub(super) fn is_known(&self) -> bool {
         self.enforcement.compiled.record.flags & POLICY_UNIDENTIFIED == 0
+    }
+
+    /// Whether this is a question that the pod was to wait with until it is known, and the interface
+    /// is another pod's by now, or has been let go.
+    pub(super) fn has_left(&self, head: &Held, interfaces: &InterfaceMap) -> bool {
+        if self.is_known() || head.kind != HELD_QUESTION {
+            return false;
+        }
+        let entry = &self.enforcement.entry;
+        interfaces.has(head.ifindex, entry).is_ok_and(|has| !has)
     }
 
     /// Moves the pod to a new version of its policy.
@@ -221,9 +231,7 @@ impl Pod {
             return;
         };
         if !self.is_known() {
-            let mut frame = held.frame.to_vec();
-            complete_udp(&mut frame, packet);
-            if !shared.quarantine.keep(&held.head, frame) {
+            if !shared.quarantine.keep(&held.head, as_sent(held.frame)) {
                 let (judge, _) = self.judge(shared, held.head.time_ns);
                 judge.unknown(message, packet);
             }

@@ -6,7 +6,12 @@
 
 use std::collections::VecDeque;
 
-use egress_common::records::Held;
+use egress_common::{
+    packet::{Packet, Walked, walk},
+    records::Held,
+};
+
+use super::checksum::complete_udp;
 
 /// How long a question waits. By then the resolver's library has asked again (resolv.conf(5),
 /// `timeout`), and a second answer would find nobody.
@@ -33,6 +38,16 @@ pub(super) struct Waiting {
     taken_ns: u64,
     /// As the pod sent it, with a whole checksum.
     pub(super) frame: Vec<u8>,
+}
+
+/// A frame as it would have left the pod, were it not for the offload: with a whole checksum.
+pub(super) fn as_sent(frame: &[u8]) -> Vec<u8> {
+    let mut packet = Packet::EMPTY;
+    let mut sent = frame.to_vec();
+    if walk(&frame, &mut packet) == Walked::Ip {
+        complete_udp(&mut sent, &packet);
+    }
+    sent
 }
 
 impl Quarantine {

@@ -17,7 +17,7 @@ use nix::{
 use super::{
     Command, Enforcement, LOOKED_AT,
     pod::{Pod, Shared},
-    quarantine::{Quarantine, Waiting},
+    quarantine::{Quarantine, Waiting, as_sent},
     stats,
 };
 use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
@@ -124,6 +124,7 @@ impl Runner {
     fn decide_next(&mut self) -> bool {
         let Self {
             ring,
+            interfaces,
             pods,
             shared,
             unclaimed,
@@ -139,6 +140,10 @@ impl Runner {
                 return;
             }
             match pods.get_mut(&held.head.pod) {
+                // It became known between the question and now.
+                Some(pod) if pod.has_left(&held.head, interfaces) => {
+                    shared.wire.again(held.head.ifindex, &as_sent(held.frame));
+                }
                 Some(pod) => {
                     let frames = shared.wire.frames();
                     pod.decide(&held, shared);
