@@ -13,10 +13,10 @@ const OBJECT_VARIABLE: &str = "EGRESS_EBPF_OBJECT";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-env-changed={OBJECT_VARIABLE}");
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let workspace = package.parent().unwrap_or(package);
+    // As cargo says it now: the script may have been compiled before the workspace was moved.
+    let package = env::var_os("CARGO_MANIFEST_DIR").map_or_else(PathBuf::new, PathBuf::from);
     let object = env::var_os(OBJECT_VARIABLE)
-        .map_or_else(|| workspace.join("target/ebpf/egress-ebpf"), PathBuf::from);
+        .map_or_else(|| package.join("../target/ebpf/egress-ebpf"), PathBuf::from);
     println!("cargo::rerun-if-changed={}", object.display());
 
     let Some(directory) = env::var_os("OUT_DIR") else {

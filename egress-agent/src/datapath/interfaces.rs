@@ -49,13 +49,14 @@ impl InterfaceMap {
         self.set(ifindex, Interface { mode, ..entry })
     }
 
-    /// Whether an interface has this entry.
+    /// Whether an interface is this pod's, and has not been released.
     ///
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn has(&self, ifindex: u32, entry: &Interface) -> Result<bool> {
-        Ok(self.entry_of(ifindex, entry.pod)?.as_ref() == Some(entry))
+    pub fn is_of(&self, ifindex: u32, pod: u32) -> Result<bool> {
+        let entry = self.entry_of(ifindex, pod)?;
+        Ok(entry.is_some_and(|entry| entry.mode != MODE_RELEASED))
     }
 
     /// The interface's entry, if it is this pod's.

@@ -107,8 +107,9 @@ impl Pod {
         if self.is_known() || head.kind != HELD_QUESTION {
             return false;
         }
-        let entry = &self.enforcement.entry;
-        interfaces.has(head.ifindex, entry).is_ok_and(|has| !has)
+        interfaces
+            .is_of(head.ifindex, head.pod)
+            .is_ok_and(|is_ours| !is_ours)
     }
 
     /// Moves the pod to a new version of its policy.
