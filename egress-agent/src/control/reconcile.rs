@@ -265,8 +265,13 @@ impl Reconciler {
         if free.is_empty() {
             return;
         }
-        if let Err(error) = self.gate.release(free).await {
-            tracing::error!(error = %format!("{error:#}"), "pods are free only when detached from");
+        let pods = free.len();
+        match self.gate.release(free).await {
+            Ok(()) => tracing::info!(pods, "let go"),
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "pods are free only when detached from"
+            ),
         }
     }
 
