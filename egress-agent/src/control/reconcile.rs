@@ -199,8 +199,10 @@ impl Reconciler {
         self.release(&leaving, &wanted).await;
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
+        let mut not_taken_over = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
             let uid = wanted.uid.clone();
+            let interfaces = wanted.interfaces.clone();
             let done = match version {
                 Ok(version) => self.enforce(&key, wanted, version).await,
                 Err(error) => Err(error),
@@ -208,10 +210,18 @@ impl Reconciler {
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
                 complaints.insert(key, format!("{error:#}"));
                 waiting.insert((key.clone(), uid));
+                not_taken_over.extend(interfaces);
             }
         }
         for key in leaving {
-            self.remove(key).await;
+            let stays = self.enforced.get(key).is_some_and(|enforced| {
+                let mut interfaces = enforced.wanted.interfaces.iter();
+                quarantine::is_quarantined(key)
+                    && interfaces.any(|ifindex| not_taken_over.contains(ifindex))
+            });
+            if !stays {
+                self.remove(key).await;
+            }
         }
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
