@@ -227,13 +227,16 @@ impl Reconciler {
 
     /// Whether an interface is, or is to be, that of another pod than this one.
     pub(super) fn is_anothers(&self, pod: u32, ifindex: u32) -> bool {
-        let is_enforced = self
-            .enforced
-            .values()
-            .any(|enforced| enforced.pod != pod && enforced.wanted.interfaces.contains(&ifindex));
         let is_left = self.adoptable.iter().any(|(&id, left)| {
             id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
         });
-        is_enforced || is_left
+        is_left || self.is_taken_over(pod, ifindex)
+    }
+
+    /// Whether another pod than this one is enforced on an interface.
+    pub(super) fn is_taken_over(&self, pod: u32, ifindex: u32) -> bool {
+        self.enforced
+            .values()
+            .any(|other| other.pod != pod && other.wanted.interfaces.contains(&ifindex))
     }
 }

@@ -10,9 +10,9 @@ use std::{
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
-    enforced::{Enforced, PodKey, Wanted},
+    enforced::{Enforced, PodKey},
     events,
-    place::Places,
+    place::{Place, Places},
     plan::Plan,
     quarantine,
     readings::Readings,
@@ -164,6 +164,8 @@ impl Reconciler {
         let mut complaints: BTreeMap<&PodKey, String> = BTreeMap::new();
         let mut wanted = Vec::new();
         let mut leaving = Vec::new();
+        // Interfaces that a pod is to be enforced on, whether or not it can be now.
+        let mut claimed = HashSet::new();
         let mut unfound = BTreeMap::new();
         for (key, pod) in &snapshot.pods {
             let Some(place) = places.get(key) else {
@@ -174,6 +176,7 @@ impl Reconciler {
             }
             let complaint = match self.plan(key, pod, place, &mut taken) {
                 Plan::Enforce(what, why) => {
+                    claimed.extend(what.interfaces.iter().copied());
                     wanted.push((key.clone(), *what));
                     why
                 }
@@ -181,7 +184,12 @@ impl Reconciler {
                     leaving.push(key);
                     why
                 }
-                Plan::Keep(why) => Some(why),
+                Plan::Keep(why) => {
+                    if let Place::Found(found) = place {
+                        claimed.extend(found.interfaces.iter().copied());
+                    }
+                    Some(why)
+                }
                 Plan::Wait(why) => {
                     unfound.insert(key.clone(), format!("not enforced yet: {why}"));
                     None
@@ -196,13 +204,11 @@ impl Reconciler {
         wanted.sort_by_key(|(key, _)| !self.enforced.contains_key(key));
         let versions = self.prepare(&wanted);
         let leaving: Vec<&PodKey> = leaving.into_iter().chain(&identified).collect();
-        self.release(&leaving, &wanted).await;
+        self.release(&leaving, &claimed).await;
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
-        let mut not_taken_over = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
             let uid = wanted.uid.clone();
-            let interfaces = wanted.interfaces.clone();
             let done = match version {
                 Ok(version) => self.enforce(&key, wanted, version).await,
                 Err(error) => Err(error),
@@ -210,16 +216,17 @@ impl Reconciler {
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
                 complaints.insert(key, format!("{error:#}"));
                 waiting.insert((key.clone(), uid));
-                not_taken_over.extend(interfaces);
             }
         }
         for key in leaving {
-            let stays = self.enforced.get(key).is_some_and(|enforced| {
+            let waits = self.enforced.get(key).is_some_and(|enforced| {
                 let mut interfaces = enforced.wanted.interfaces.iter();
                 quarantine::is_quarantined(key)
-                    && interfaces.any(|ifindex| not_taken_over.contains(ifindex))
+                    && interfaces.any(|ifindex| {
+                        claimed.contains(ifindex) && !self.is_taken_over(enforced.pod, *ifindex)
+                    })
             });
-            if !stays {
+            if !waits {
                 self.remove(key).await;
             }
         }
@@ -256,18 +263,14 @@ impl Reconciler {
     }
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.
-    /// `wanted` are the pods that some of the interfaces may be taken over by.
-    async fn release(&mut self, leaving: &[&PodKey], wanted: &[(PodKey, Wanted)]) {
-        let wanted: HashSet<u32> = wanted
-            .iter()
-            .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
-            .collect();
+    /// What other pods claim is not let go of.
+    async fn release(&mut self, leaving: &[&PodKey], claimed: &HashSet<u32>) {
         let free: Vec<u32> = leaving
             .iter()
             .filter_map(|key| self.enforced.get(*key))
             .filter(|enforced| {
                 enforced.wanted.interfaces.iter().all(|ifindex| {
-                    !wanted.contains(ifindex) && !self.is_anothers(enforced.pod, *ifindex)
+                    !claimed.contains(ifindex) && !self.is_anothers(enforced.pod, *ifindex)
                 })
             })
             .map(|enforced| enforced.pod)

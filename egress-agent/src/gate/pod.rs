@@ -37,6 +37,15 @@ pub(super) struct Shared {
     pub(super) quarantine: Quarantine,
 }
 
+impl Shared {
+    /// What was asked on an interface in quarantine is to be judged now.
+    pub(super) fn judge_again(&mut self, ifindex: u32) {
+        for waiting in self.quarantine.end(ifindex) {
+            self.wire.again(ifindex, &waiting.frame);
+        }
+    }
+}
+
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
 struct Port<'a> {
     wire: Option<&'a mut Wire>,

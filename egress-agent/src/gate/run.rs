@@ -285,16 +285,11 @@ impl Runner {
         let Some(pod) = self.pods.get(&id) else {
             return;
         };
-        let Shared {
-            wire, quarantine, ..
-        } = &mut self.shared;
         for &ifindex in pod.interfaces() {
             if pod.is_known() {
-                for waiting in quarantine.end(ifindex) {
-                    wire.again(ifindex, &waiting.frame);
-                }
+                self.shared.judge_again(ifindex);
             } else {
-                quarantine.pass_on(ifindex, id);
+                self.shared.quarantine.pass_on(ifindex, id);
             }
         }
     }
@@ -307,11 +302,7 @@ impl Runner {
             };
             for &ifindex in pod.interfaces() {
                 match self.interfaces.release(ifindex, *id) {
-                    Ok(()) => {
-                        for waiting in self.shared.quarantine.end(ifindex) {
-                            self.shared.wire.again(ifindex, &waiting.frame);
-                        }
-                    }
+                    Ok(()) => self.shared.judge_again(ifindex),
                     Err(error) => result = Err(error),
                 }
             }
