@@ -72,6 +72,8 @@ reasons! {
     DnsFragmented = 18, "dns_fragmented";
     /// It is not known yet whose interface this is.
     PodUnknown = 19, "pod_unknown";
+    /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
+    DnsElsewhere = 20, "dns_elsewhere";
 }
 
 #[cfg(test)]
