@@ -74,6 +74,8 @@ reasons! {
     PodUnknown = 19, "pod_unknown";
     /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
     DnsElsewhere = 20, "dns_elsewhere";
+    /// A name that an entry allows led to an internal address, and may not.
+    InternalAnswer = 21, "internal_answer";
 }
 
 #[cfg(test)]

@@ -21,10 +21,11 @@ const PROTOCOLS: [(u8, &str); 4] = [
 ];
 
 /// From the most specific reason to the least.
-const REASONS: [Reason; 8] = [
+const REASONS: [Reason; 9] = [
     Reason::PolicyUnreadable,
     Reason::Protected,
     Reason::DnsElsewhere,
+    Reason::InternalAnswer,
     Reason::Expired,
     Reason::PortNotAllowed,
     Reason::AddressNotLearned,
@@ -130,11 +131,7 @@ pub(super) enum Ground {
 /// Why packets that pass do so.
 pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 {
-        0
-    } else {
-        destination.learned
-    };
+    let learned = destination.learned_classes(policy);
     let any = if protected { 0 } else { policy.any };
     let known = (learned | destination.cidr | any) & !policy.deny;
     if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
