@@ -259,7 +259,7 @@ impl Runner {
                 let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
-                self.shared.means.dns = dns;
+                self.shared.means.configure(dns);
                 let _ = done.send(Ok(()));
             }
             // Handled by the loop.

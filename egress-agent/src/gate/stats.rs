@@ -86,6 +86,8 @@ pub struct Stats {
     pub stale: Counter,
     /// Frames that could not be put back.
     pub unsent: Counter,
+    /// 1 when the resolvers are known to walk search lists.
+    pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last look.
     pub addresses: Gauge,
     /// Addresses in the fullest allow map, at the last look.
@@ -106,6 +108,7 @@ impl Default for Stats {
             unclaimed: Counter::default(),
             stale: Counter::default(),
             unsent: Counter::default(),
+            walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),
             ticked_ns: Gauge::default(),
