@@ -1,6 +1,6 @@
-//! A resolver that walks the search list itself, as CoreDNS does with its plugin `autopath`.
+//! A resolver that walks the search list itself, as `CoreDNS` does with its plugin `autopath`.
 //!
-//! No CoreDNS is at hand. The laboratory's server answers and asks as its source does
+//! No `CoreDNS` is at hand. The laboratory's server answers and asks as its source does
 //! (`plugin/autopath/autopath.go`, `cname.go`; `plugin/kubernetes/autopath.go`): for a name below
 //! `<namespace>.svc.<cluster domain>` that the cluster does not have, it goes through the rest of the
 //! search list, and at last asks upstream for what stands before. The first answer that is not NXDOMAIN

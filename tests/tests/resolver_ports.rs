@@ -164,7 +164,7 @@ fn a_port_that_is_configured_later_is_held_at_once() {
     assert_eq!(dns.asked("evil.test"), 2);
 }
 
-/// A cluster whose DNS pod has the laboratory's resolver's address, and listens as OpenShift's do.
+/// A cluster whose DNS pod has the laboratory's resolver's address, and listens as `OpenShift`'s do.
 fn announce(cluster: &Cluster) {
     cluster.server.apply(&json!({
         "apiVersion": "v1",

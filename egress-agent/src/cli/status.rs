@@ -9,7 +9,7 @@ use super::{
     ask::{ask, columns, span},
 };
 use crate::{
-    dns::Resolver,
+    policy::Resolver,
     serve::protocol::{PodStatus, Request, Response, Status},
 };
 

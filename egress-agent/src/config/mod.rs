@@ -68,10 +68,10 @@ use read::or;
 use value::{Node, Section};
 
 use crate::{
-    dns::{DNS_PORT, Name, Resolver},
+    dns::Name,
     policy::{
-        Autopath, InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators, exact_name,
-        prefix::inherit,
+        Autopath, DNS_PORT, InternalAnswers, Mode, PodAnnotations, Prefix, Resolver, Settings,
+        Translators, exact_name, prefix::inherit,
     },
 };
 

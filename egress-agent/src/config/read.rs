@@ -6,10 +6,7 @@ use super::{
     error::ConfigError,
     value::{Node, Section},
 };
-use crate::{
-    dns::Resolver,
-    policy::{InternalAnswers, Prefix, name_pattern},
-};
+use crate::policy::{InternalAnswers, Prefix, Resolver, name_pattern};
 use egress_common::translation;
 
 /// Most names that may lead to internal addresses: each answer is compared with all of them.

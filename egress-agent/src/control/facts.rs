@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 
 use super::{dns_settings, reconcile::Reconciler};
-use crate::{config::Config, dns::Resolver, pods::Facts};
+use crate::{config::Config, pods::Facts, policy::Resolver};
 
 impl Reconciler {
     /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the

@@ -10,7 +10,7 @@ use super::{
     contents::Contents,
     object::{Namespace, Object},
 };
-use crate::{dns::Resolver, policy::Prefix};
+use crate::policy::{Prefix, Resolver};
 
 /// A pod, as far as enforcement is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]

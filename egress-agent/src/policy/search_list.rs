@@ -1,12 +1,12 @@
 //! Names that a search list has made, where the resolver walks search lists itself.
 //!
-//! CoreDNS's plugin `autopath` takes a question for a name below the first search suffix,
+//! `CoreDNS`'s plugin `autopath` takes a question for a name below the first search suffix,
 //! `<namespace>.svc.<cluster domain>`, and asks for what stands before that suffix with each of the
 //! others, and at last alone: so the servers of a public zone hear of it.
 
 use crate::dns::Name;
 
-/// Whether resolvers walk search lists, as CoreDNS does with its plugin `autopath`.
+/// Whether resolvers walk search lists, as `CoreDNS` does with its plugin `autopath`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Autopath {
     /// They do from the first answer on that shows it.

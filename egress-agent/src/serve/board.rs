@@ -12,8 +12,7 @@ use arc_swap::ArcSwap;
 
 use crate::{
     datapath::boottime_ns,
-    dns::Resolver,
-    policy::{Annotations, Compiled, Mode, Settings},
+    policy::{Annotations, Compiled, Mode, Resolver, Settings},
     report::{DenialCounts, Gauge, Histogram, PodIdentity},
 };
 

@@ -13,10 +13,7 @@ use super::{
     pod::ClusterPod,
     table::Table,
 };
-use crate::{
-    dns::Resolver,
-    policy::{Prefix, prefix::to_mapped},
-};
+use crate::policy::{Prefix, Resolver, prefix::to_mapped};
 
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
