@@ -10,7 +10,7 @@ use super::{
     quarantine,
     reconcile::{Reconciler, title},
 };
-use crate::{config::OnDeny, pods::Pod, policy::Mode};
+use crate::{config::OnDeny, host::interface_name, pods::Pod, policy::Mode};
 
 /// What should be done with one pod.
 pub(super) enum Plan {
@@ -70,7 +70,7 @@ impl Reconciler {
         if let Some((ifindex, other)) = other {
             let why = format!(
                 "interface {} is already that of pod {}",
-                interface_name(*ifindex),
+                title_of(*ifindex),
                 title(other)
             );
             return if self.enforced.contains_key(key) {
@@ -112,9 +112,6 @@ impl Reconciler {
 }
 
 /// The interface's name, or its index when it has gone.
-fn interface_name(ifindex: u32) -> String {
-    nix::net::if_::if_indextoname(ifindex).map_or_else(
-        |_| ifindex.to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+fn title_of(ifindex: u32) -> String {
+    interface_name(ifindex).unwrap_or_else(|| ifindex.to_string())
 }

@@ -7,22 +7,14 @@ use aya::{
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, LinkError, PinnedLink},
-        tc::{
-            NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
-            qdisc_detach_program,
-        },
+        tc::{SchedClassifierLink, TcAttachOptions},
     },
     sys::SyscallError,
     util::KernelVersion,
 };
 
-use super::{Datapath, pins::remove_if_there};
-
-/// Priority of the clsact filters: before everybody else's.
-const CLSACT_PRIORITY: u16 = 1;
-/// The minor part of their handles: not the 1 that everybody takes first, because a filter under
-/// the same priority and handle is replaced.
-const CLSACT_HANDLE: u16 = 0xe9e0;
+use super::{Datapath, clsact, pins::remove_if_there};
+use crate::host::interface_name;
 
 /// How programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,7 +48,7 @@ pub enum Hook {
 }
 
 impl Hook {
-    const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
+    pub(super) const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
 
     pub(super) const fn program(self) -> &'static str {
         match self {
@@ -71,6 +63,17 @@ impl Hook {
             Self::ToPod => TcAttachType::Egress,
         }
     }
+}
+
+/// Where one of the programs stands on an interface's hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// In front of all others.
+    First,
+    /// Behind what the text describes.
+    Behind(String),
+    /// It is not there.
+    Missing,
 }
 
 impl Datapath {
@@ -90,7 +93,7 @@ impl Datapath {
         let links = self.layout.links();
         match self.attach {
             Attach::Clsact => detach_tcx(&links, ifindex),
-            Attach::Auto | Attach::Tcx => detach_clsact(&links, ifindex),
+            Attach::Auto | Attach::Tcx => clsact::detach(&links, ifindex),
         }
     }
 
@@ -168,7 +171,8 @@ impl Datapath {
                 Err(error) => return Err(error.into()),
             }
         }
-        let name = interface_name(ifindex)?;
+        let name = interface_name(ifindex)
+            .with_context(|| format!("there is no interface with index {ifindex}"))?;
         let id = program.attach_with_options(
             &name,
             hook.attach_type(),
@@ -177,53 +181,6 @@ impl Datapath {
         let link: FdLink = program.take_link(id)?.try_into()?;
         link.pin(&pin)
             .with_context(|| format!("cannot pin {}", pin.display()))?;
-        Ok(())
-    }
-
-    fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
-        let name = interface_name(ifindex)?;
-        // Fails when the qdisc is there already; a real fault shows when the filter is added.
-        let _ = qdisc_add_clsact(&name);
-        // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
-        let note = self.layout.links().join(format!("{ifindex}_clsact"));
-        if let Err(error) = fs::create_dir(&note)
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(error).with_context(|| format!("cannot create {}", note.display()));
-        }
-        let handle = TcHandle::new(
-            0,
-            match hook {
-                Hook::FromPod => CLSACT_HANDLE + 1,
-                Hook::ToPod => CLSACT_HANDLE + 2,
-            },
-        );
-        let program = self.program(hook)?;
-        let options = NlOptions {
-            priority: CLSACT_PRIORITY,
-            handle,
-            ..NlOptions::default()
-        };
-        let attached = program.attach_with_options(
-            &name,
-            hook.attach_type(),
-            TcAttachOptions::Netlink(options),
-        );
-        let id = if let Ok(id) = attached {
-            id
-        } else {
-            // An earlier agent's filter: put our program in its place.
-            let link = SchedClassifierLink::attached(
-                &name,
-                hook.attach_type(),
-                CLSACT_PRIORITY,
-                handle,
-                None,
-            )?;
-            program.attach_to_link(link)?
-        };
-        // Dropping the link would remove the filter; it is removed by name (see `detach`).
-        std::mem::forget(program.take_link(id)?);
         Ok(())
     }
 }
@@ -239,7 +196,7 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
 
 fn detach(links: &Path, ifindex: u32) -> Result<()> {
     detach_tcx(links, ifindex)?;
-    detach_clsact(links, ifindex)
+    clsact::detach(links, ifindex)
 }
 
 fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
@@ -247,28 +204,6 @@ fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
         remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
     }
     Ok(())
-}
-
-fn detach_clsact(links: &Path, ifindex: u32) -> Result<()> {
-    let note = links.join(format!("{ifindex}_clsact"));
-    if !note.exists() {
-        return Ok(());
-    }
-    if let Ok(name) = interface_name(ifindex) {
-        for hook in Hook::BOTH {
-            match qdisc_detach_program(&name, hook.attach_type(), hook.program()) {
-                Ok(()) => {}
-                Err(aya::programs::tc::TcError::IoError(error))
-                    if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    return Err(error).with_context(|| {
-                        format!("cannot detach `{}` from interface {name}", hook.program())
-                    });
-                }
-            }
-        }
-    }
-    fs::remove_dir(&note).with_context(|| format!("cannot remove {}", note.display()))
 }
 
 fn attached(links: &Path) -> Result<Vec<u32>> {
@@ -316,11 +251,4 @@ fn is_defunct(error: &ProgramError) -> bool {
         ProgramError::SyscallError(SyscallError { io_error, .. })
             if io_error.raw_os_error() == Some(libc::ENOLINK)
     )
-}
-
-fn interface_name(ifindex: u32) -> Result<String> {
-    let name = nix::net::if_::if_indextoname(ifindex)
-        .with_context(|| format!("there is no interface with index {ifindex}"))?;
-    name.into_string()
-        .context("the interface's name is not UTF-8")
 }

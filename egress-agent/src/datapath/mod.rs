@@ -2,6 +2,7 @@
 
 mod allow;
 mod bpffs;
+mod clsact;
 mod counters;
 mod dry_run;
 mod flow_map;
@@ -14,6 +15,7 @@ mod pins;
 mod policies;
 mod rings;
 mod trace;
+mod traffic_control;
 mod view;
 
 use std::time::Duration;
@@ -24,7 +26,7 @@ pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
 pub use flow_map::{FlowMap, OpenFlows, Seed};
 pub use interfaces::{Adoptable, InterfaceMap};
-pub use links::{Attach, Hook};
+pub use links::{Attach, Hook, Standing};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};

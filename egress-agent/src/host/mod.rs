@@ -29,7 +29,7 @@ use std::{
 };
 
 use cgroup::{Cgroups, Members};
-pub use links::{Link, Links, Peer};
+pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     datapath::boottime_ns,
     gate::{About, Teachings},
+    host::interface_name,
     policy::prefix::from_mapped,
     report::{DenialCounts, rfc3339},
 };
@@ -206,10 +207,9 @@ fn pod_status(
 }
 
 fn interface(index: u32) -> InterfaceStatus {
-    let name = nix::net::if_::if_indextoname(index).ok();
     InterfaceStatus {
         index,
-        name: name.map(|name| name.to_string_lossy().into_owned()),
+        name: interface_name(index),
     }
 }
 
