@@ -12,6 +12,7 @@ mod enforced;
 mod events;
 mod facts;
 mod links;
+mod named;
 mod place;
 mod plan;
 mod preflight;
@@ -145,7 +146,7 @@ pub async fn run(options: Options) -> Result<()> {
         datapath,
         gate.clone(),
         config,
-        source.places(config)?,
+        source.places(config, &adoptable)?,
         cluster,
         Arc::clone(&known),
         adoptable,

@@ -6,6 +6,7 @@ use egress_common::limits::OWN_ADDRESSES;
 
 use super::{
     enforced::{PodKey, Wanted},
+    named::interface_name,
     place::Place,
     quarantine,
     reconcile::{Reconciler, title},
@@ -70,7 +71,7 @@ impl Reconciler {
         if let Some((ifindex, other)) = other {
             let why = format!(
                 "interface {} is already that of pod {}",
-                interface_name(*ifindex),
+                interface_name(*ifindex).unwrap_or_else(|| ifindex.to_string()),
                 title(other)
             );
             return if self.enforced.contains_key(key) {
@@ -93,7 +94,12 @@ impl Reconciler {
         if count <= OWN_ADDRESSES {
             let missing = own.is_empty() && !unidentified;
             let wanted = Wanted::new(pod, &own, found, compiled, on_deny, self.ranges);
-            let why = missing.then(|| crate::pods::NO_ADDRESS.to_owned());
+            let why: Vec<String> = missing
+                .then(|| crate::pods::NO_ADDRESS.to_owned())
+                .into_iter()
+                .chain(found.note.clone())
+                .collect();
+            let why = (!why.is_empty()).then(|| why.join("; "));
             return Plan::Enforce(Box::new(wanted), why);
         }
         let why = format!(
@@ -109,12 +115,4 @@ impl Reconciler {
             Some(format!("{why}; everything external is denied")),
         )
     }
-}
-
-/// The interface's name, or its index when it has gone.
-fn interface_name(ifindex: u32) -> String {
-    nix::net::if_::if_indextoname(ifindex).map_or_else(
-        |_| ifindex.to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
 }
