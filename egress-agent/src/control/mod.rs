@@ -10,6 +10,7 @@ mod bypass;
 mod denials;
 mod enforced;
 mod events;
+mod exits;
 mod facts;
 mod links;
 mod named;

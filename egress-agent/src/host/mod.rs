@@ -12,6 +12,7 @@
 //! addresses) can make it unfindable at worst; it cannot make it look like another pod.
 
 mod cgroup;
+mod exits;
 mod links;
 mod located;
 mod netlink;
@@ -29,6 +30,7 @@ use std::{
 };
 
 use cgroup::{Cgroups, Members};
+pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
 pub use links::{Link, Links, Peer};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
