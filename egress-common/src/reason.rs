@@ -72,6 +72,8 @@ reasons! {
     DnsFragmented = 18, "dns_fragmented";
     /// It is not known yet whose interface this is.
     PodUnknown = 19, "pod_unknown";
+    /// The pod has an interface that cannot be enforced, and is closed for it.
+    UnenforcedInterface = 20, "unenforced_interface";
 }
 
 #[cfg(test)]

@@ -90,6 +90,9 @@ pub const POLICY_UNREADABLE: u32 = 1 << 2;
 /// questions wait at the gate, and denials say why.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 
+/// The pod has an interface that cannot be enforced and is closed for it; denials say so.
+pub const POLICY_REFUSED: u32 = 1 << 4;
+
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.
     pub const CLOSED: Self = Self {

@@ -8,8 +8,8 @@ use crate::{
     protocol::bits,
     reason::Reason,
     records::{
-        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_UNIDENTIFIED, POLICY_UNREADABLE,
-        Policy, RANGE_INTERNAL, RANGE_PROTECTED,
+        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_UNIDENTIFIED,
+        POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
     },
 };
 
@@ -137,6 +137,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if policy.flags & POLICY_UNIDENTIFIED != 0 {
         return Verdict::deny(Reason::PodUnknown);
+    }
+    if policy.flags & POLICY_REFUSED != 0 {
+        return Verdict::deny(Reason::UnenforcedInterface);
     }
     if destination.expired != 0 && destination.learned & matching != 0 {
         return Verdict::deny(Reason::Expired);
@@ -428,6 +431,21 @@ mod tests {
             reason(&policy(), &in_prefix(LOW), bits::TCP, 2000),
             Reason::PortNotAllowed
         );
+    }
+
+    #[test]
+    fn a_pod_that_is_closed_for_an_interface_is_told_so() {
+        let refused = Policy {
+            flags: POLICY_REFUSED,
+            ..Policy::CLOSED
+        };
+        for ranges in [0, RANGE_INTERNAL] {
+            let destination = Destination { ranges, ..NOWHERE };
+            assert_eq!(
+                reason(&refused, &destination, bits::TCP, 443),
+                Reason::UnenforcedInterface
+            );
+        }
     }
 
     #[test]

@@ -182,3 +182,48 @@ fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
     assert!(dns.questions().is_empty(), "a question left the node");
     assert!(socket.receive(SHORT).is_none());
 }
+
+#[test]
+fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let socket = net.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    let was = net.interface().to_owned();
+    agent.says_after(
+        "that the interface is enforced by its new name",
+        || {
+            let line = format!("link set {was} name moved0\n");
+            cluster.lab.node().ip_batch(&line);
+        },
+        |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
+    );
+    assert!(!reaches(&net, server(10)), "it is open");
+    // Another one that takes the name is closed too.
+    let next = cluster.lab.pod(&shop, "next");
+    agent.wait_said("that the next interface is enforced", |line| {
+        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", next.interface()))
+    });
+    agent.says_after(
+        "that the next interface is enforced by the first one's name",
+        || {
+            let line = format!("link set {} name {was}\n", next.interface());
+            cluster.lab.node().ip_batch(&line);
+        },
+        |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
+    );
+    assert!(!reaches(&next, server(10)), "it is open");
+    assert!(!reaches(&net, server(10)), "it is open");
+
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    assert!(!reaches(cart.net(), server(99)), "it is open");
+}

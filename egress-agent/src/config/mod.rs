@@ -7,6 +7,7 @@
 //! defaultMode: off              # off | audit | enforce: pods without annotations
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
+//! unenforcedInterfaces: report  # report | refuse: pods with an interface that nothing can enforce
 //! bpffs: /sys/fs/bpf
 //! ranges:
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
@@ -85,6 +86,8 @@ pub struct Config {
     pub dns: Dns,
     /// What a denied packet gets.
     pub on_deny: OnDeny,
+    /// What becomes of a pod with an interface that cannot be enforced.
+    pub unenforced_interfaces: UnenforcedInterfaces,
     /// Where the BPF file system is, or is to be, mounted.
     pub bpffs: PathBuf,
     /// Sizes.
@@ -146,6 +149,15 @@ pub enum OnDeny {
     Reject,
 }
 
+/// What becomes of a pod with an interface that cannot be enforced, beside those that are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnenforcedInterfaces {
+    /// It is reported.
+    Report,
+    /// It is reported, and nothing leaves by the interfaces that are enforced.
+    Refuse,
+}
+
 /// Sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -179,6 +191,7 @@ impl Config {
             ranges,
             dns,
             on_deny,
+            unenforced_interfaces,
             bpffs,
             limits,
             cluster,
@@ -192,6 +205,7 @@ impl Config {
             "ranges",
             "dns",
             "onDeny",
+            "unenforcedInterfaces",
             "bpffs",
             "limits",
             "cluster",
@@ -220,6 +234,16 @@ impl Config {
             on_deny: or(on_deny, OnDeny::Drop, |node| {
                 node.word(&[("drop", OnDeny::Drop), ("reject", OnDeny::Reject)])
             })?,
+            unenforced_interfaces: or(
+                unenforced_interfaces,
+                UnenforcedInterfaces::Report,
+                |node| {
+                    node.word(&[
+                        ("report", UnenforcedInterfaces::Report),
+                        ("refuse", UnenforcedInterfaces::Refuse),
+                    ])
+                },
+            )?,
             bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
             limits: Limits::read(read::section(limits)?)?,
             cluster: Cluster::read(read::section(cluster)?)?,

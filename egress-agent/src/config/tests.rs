@@ -108,6 +108,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 refusal: Refusal::NxDomain,
             },
             on_deny: OnDeny::Drop,
+            unenforced_interfaces: UnenforcedInterfaces::Report,
             bpffs: "/sys/fs/bpf".into(),
             limits: Limits {
                 addresses_per_pod: 4096
@@ -159,6 +160,7 @@ fn only_the_resolvers_have_no_default() {
 fn every_choice_can_be_made() {
     let config = config(
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
+         unenforcedInterfaces: refuse\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
          ::1\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
@@ -166,6 +168,7 @@ fn every_choice_can_be_made() {
     assert_eq!(config.default_mode, Mode::Enforce);
     assert_eq!(config.pod_annotations, PodAnnotations::Narrow);
     assert_eq!(config.on_deny, OnDeny::Reject);
+    assert_eq!(config.unenforced_interfaces, UnenforcedInterfaces::Refuse);
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
@@ -208,7 +211,8 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, bpffs, limits, cluster, quarantine, http, socket",
+             podAnnotations, ranges, dns, onDeny, unenforcedInterfaces, bpffs, limits, cluster, \
+             quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
@@ -245,6 +249,10 @@ fn an_error_names_the_key_and_the_place() {
         (
             "onDeny: [drop]",
             "line 1, column 9: onDeny: a list is not one of drop, reject",
+        ),
+        (
+            "unenforcedInterfaces: close",
+            "line 1, column 23: unenforcedInterfaces: `close` is not one of report, refuse",
         ),
         (
             "ranges:\n  internal:\n    - 10.0.0.1/8\n",

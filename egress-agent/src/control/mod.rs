@@ -10,8 +10,10 @@ mod bypass;
 mod denials;
 mod enforced;
 mod events;
+mod exits;
 mod facts;
 mod links;
+mod named;
 mod place;
 mod plan;
 mod preflight;
@@ -145,7 +147,7 @@ pub async fn run(options: Options) -> Result<()> {
         datapath,
         gate.clone(),
         config,
-        source.places(config)?,
+        source.places(config, &adoptable)?,
         cluster,
         Arc::clone(&known),
         adoptable,

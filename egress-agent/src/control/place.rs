@@ -10,6 +10,7 @@ use std::{
 
 use super::{
     enforced::PodKey,
+    named::Named,
     quarantine,
     reconcile::Reconciler,
     waiting::{RETRY_MIN, longer},
@@ -45,6 +46,8 @@ pub(super) struct Found {
     pub(super) addresses: Vec<IpAddr>,
     /// The network namespaces on their other ends.
     pub(super) networks: Vec<Network>,
+    /// What is wrong with the place all the same.
+    pub(super) note: Option<String>,
 }
 
 impl Place {
@@ -62,6 +65,8 @@ impl Place {
 pub(super) struct Places {
     /// Without it, only pods whose manifests name their interfaces can be found.
     host: Option<Host>,
+    /// By the interfaces that manifests name.
+    named: Named,
     quarantine: Quarantine,
     /// By UID.
     found: HashMap<String, (Found, Instant)>,
@@ -94,9 +99,10 @@ struct Missed {
 
 impl Places {
     /// Pods are found by their manifests alone.
-    pub(super) fn named() -> Self {
+    pub(super) fn named(named: Named) -> Self {
         Self::new(
             None,
+            named,
             Quarantine {
                 enabled: false,
                 exclude: Vec::new(),
@@ -106,12 +112,13 @@ impl Places {
 
     /// Pods are found on this machine.
     pub(super) fn on_host(host: Host, quarantine: Quarantine) -> Self {
-        Self::new(Some(host), quarantine)
+        Self::new(Some(host), Named::default(), quarantine)
     }
 
-    fn new(host: Option<Host>, quarantine: Quarantine) -> Self {
+    fn new(host: Option<Host>, named: Named, quarantine: Quarantine) -> Self {
         Self {
             host,
+            named,
             quarantine,
             found: HashMap::new(),
             missed: HashMap::new(),
@@ -137,10 +144,8 @@ impl Places {
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
     fn look(&mut self, snapshot: &Snapshot) -> Look {
         let Some(mut host) = self.host.take() else {
-            let pods = snapshot.pods.iter();
-            let places = pods.map(|(key, pod)| (key.clone(), by_name(pod)));
             return Look {
-                places: places.collect(),
+                places: self.named.look(snapshot),
                 unidentified: Some(Vec::new()),
             };
         };
@@ -194,7 +199,9 @@ impl Places {
         let mut identified = HashSet::new();
         for (key, pod) in &snapshot.pods {
             let place = match &pod.cgroup_uid {
-                None => by_name(pod),
+                None => {
+                    Place::Nowhere("not enforced: nothing says which control group is its".into())
+                }
                 Some(_) if pod.host_network => {
                     Place::Nowhere("the pod is in the host's network".into())
                 }
@@ -272,6 +279,7 @@ impl Places {
                     interfaces: located.interfaces,
                     addresses: located.addresses,
                     networks: located.namespaces,
+                    note: None,
                 };
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);
@@ -309,25 +317,6 @@ impl Places {
             .filter(|link| !identified.contains(&link.ifindex) && !before.contains(&link.ifindex))
             .map(|link| (link.name.clone(), link.ifindex))
             .collect()
-    }
-}
-
-/// By the interface that the pod's manifest names.
-fn by_name(pod: &Pod) -> Place {
-    let Some(name) = &pod.interface else {
-        return Place::Nowhere(format!(
-            "not enforced: the pod has no annotation {}",
-            crate::pods::INTERFACE_ANNOTATION
-        ));
-    };
-    match nix::net::if_::if_nametoindex(name.as_str()) {
-        Ok(ifindex) => Place::Found(Found {
-            interfaces: vec![ifindex],
-            ..Found::default()
-        }),
-        Err(_) => Place::Nowhere(format!(
-            "not enforced yet: there is no interface {name}; it will be when it appears"
-        )),
     }
 }
 

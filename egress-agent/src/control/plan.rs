@@ -6,11 +6,17 @@ use egress_common::limits::OWN_ADDRESSES;
 
 use super::{
     enforced::{PodKey, Wanted},
+    exits,
     place::Place,
     quarantine,
     reconcile::{Reconciler, title},
 };
-use crate::{config::OnDeny, host::interface_name, pods::Pod, policy::Mode};
+use crate::{
+    config::{OnDeny, UnenforcedInterfaces},
+    host::interface_name,
+    pods::Pod,
+    policy::Mode,
+};
 
 /// What should be done with one pod.
 pub(super) enum Plan {
@@ -35,7 +41,7 @@ impl Reconciler {
         taken: &mut HashMap<u32, PodKey>,
     ) -> Plan {
         let unidentified = quarantine::is_quarantined(key);
-        let compiled = if unidentified || !pod.namespace_known {
+        let mut compiled = if unidentified || !pod.namespace_known {
             self.readings.unidentified()
         } else {
             self.readings.read(key, pod)
@@ -82,6 +88,22 @@ impl Reconciler {
         for &ifindex in &found.interfaces {
             taken.insert(ifindex, key.clone());
         }
+        let mut notes: Vec<String> = found.note.iter().cloned().collect();
+        if !unidentified {
+            let (exits, error) = self.exits.of(key, found, pod.cgroup_uid.is_some());
+            notes.extend(error);
+            if !exits.is_empty() {
+                // In audit mode nothing is denied, so nothing is refused either.
+                let and = match compiled.mode {
+                    Mode::Enforce => self.config.unenforced_interfaces,
+                    Mode::Audit | Mode::Off => UnenforcedInterfaces::Report,
+                };
+                if and == UnenforcedInterfaces::Refuse {
+                    compiled = self.readings.refused();
+                }
+                notes.push(exits::problem(&exits, and));
+            }
+        }
         let own = place.addresses(pod);
         let on_deny = if unidentified {
             // Whoever is there shall try again, not give up.
@@ -93,7 +115,8 @@ impl Reconciler {
         if count <= OWN_ADDRESSES {
             let missing = own.is_empty() && !unidentified;
             let wanted = Wanted::new(pod, &own, found, compiled, on_deny, self.ranges);
-            let why = missing.then(|| crate::pods::NO_ADDRESS.to_owned());
+            notes.extend(missing.then(|| crate::pods::NO_ADDRESS.to_owned()));
+            let why = (!notes.is_empty()).then(|| notes.join("; "));
             return Plan::Enforce(Box::new(wanted), why);
         }
         let why = format!(

@@ -7,11 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
+
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
     enforced::{Enforced, PodKey},
     events,
+    exits::PodExits,
     place::{Place, Places},
     plan::Plan,
     quarantine,
@@ -40,6 +43,8 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
+    /// Interfaces of pods that nobody can enforce.
+    pub(super) exits: PodExits,
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
@@ -88,6 +93,7 @@ impl Reconciler {
             facts: Facts::default(),
             config: config.clone(),
             places,
+            exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
             answers: Answers::default(),
@@ -118,6 +124,7 @@ impl Reconciler {
         self.learn_facts(&source.facts);
         let (snapshot, places) = self.look_around(source);
         let snapshot = &*snapshot;
+        self.exits.begin(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
             let said = saying

@@ -1,6 +1,7 @@
 //! Where this agent's pods come from.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -8,9 +9,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, place::Places};
+use super::{SourceOptions, named::Named, place::Places};
 use crate::{
     config::Config,
+    datapath::Adoptable,
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
@@ -110,14 +112,19 @@ impl Source {
 }
 
 impl Watched {
-    /// How the pods of this source are found on this machine.
+    /// How the pods of this source are found on this machine. `left` is what an earlier agent left
+    /// enforced.
     ///
     /// # Errors
     ///
     /// When this machine cannot be looked at.
-    pub(super) fn places(&self, config: &Config) -> Result<Places> {
+    pub(super) fn places(
+        &self,
+        config: &Config,
+        left: &BTreeMap<u32, Adoptable>,
+    ) -> Result<Places> {
         match self {
-            Self::Directory(_) => Ok(Places::named()),
+            Self::Directory(_) => Ok(Places::named(Named::new(left.values()))),
             Self::Cluster(_) => {
                 let host = Host::open(HostOptions::default())
                     .context("cannot look at this machine's pods")?;

@@ -106,6 +106,10 @@ impl Reconciler {
                 .map(|(_, written, _)| Arc::clone(written))
                 .unwrap_or_default(),
             unreadable: read.is_some_and(|(.., unreadable)| unreadable),
+            exits: enforced
+                .and(self.exits.last(key))
+                .cloned()
+                .unwrap_or_default(),
             problem: self.said.get(&title(key)).cloned(),
         }
     }

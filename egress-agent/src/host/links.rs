@@ -55,9 +55,9 @@ impl Link {
             up,
             name,
             kind,
-            master: _,
             lower,
             nsid,
+            ..
         } = raw;
         let peer = nsid
             .filter(|nsid| *nsid >= 0)

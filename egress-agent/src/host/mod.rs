@@ -12,6 +12,7 @@
 //! addresses) can make it unfindable at worst; it cannot make it look like another pod.
 
 mod cgroup;
+mod exits;
 mod links;
 mod located;
 mod netlink;
@@ -30,6 +31,8 @@ use std::{
 
 use cgroup::{Cgroups, Members};
 pub use links::{Link, Links, Peer, interface_name};
+pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
+pub use links::{Link, Links, Peer};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;

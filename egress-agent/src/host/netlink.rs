@@ -5,6 +5,7 @@
 //! cannot read.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, AsRawFd as _},
@@ -41,6 +42,7 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_TARGET_NETNSID: u16 = 46;
 const IFLA_INFO_KIND: u16 = 1;
 
 /// Attributes of addresses, `include/uapi/linux/if_addr.h`.
@@ -52,15 +54,25 @@ const IFA_TARGET_NETNSID: u16 = 10;
 const NETNSA_NSID: u16 = 1;
 
 /// What the kernel says of one interface.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct RawLink {
     pub(super) index: u32,
     pub(super) up: bool,
+    pub(super) loopback: bool,
     pub(super) name: String,
     pub(super) kind: String,
     pub(super) master: Option<u32>,
     pub(super) lower: Option<u32>,
     pub(super) nsid: Option<i32>,
+    /// The namespace that was asked about, when that is not our own.
+    pub(super) target: Option<i32>,
+}
+
+impl RawLink {
+    /// Whether this is one end of a pair, whose ends may be in two namespaces.
+    pub(super) fn has_host_end(&self) -> bool {
+        matches!(self.kind.as_str(), "veth" | "netkit")
+    }
 }
 
 /// A socket of the network namespace of the thread that opened it.
@@ -118,6 +130,44 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             answer => answer.map(|_| link),
         }
+    }
+
+    /// Every interface of the namespace that this one knows by that number; `None` when there are
+    /// more than `limit`.
+    pub(super) fn links_in(&mut self, nsid: i32, limit: usize) -> io::Result<Option<Vec<RawLink>>> {
+        let mut links: BTreeMap<u32, RawLink> = BTreeMap::new();
+        for _ in 0..ATTEMPTS {
+            let mut request = LinkMessage::default();
+            let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+            request.attributes.push(mask);
+            let target = DefaultNla::new(IFLA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+            request.attributes.push(LinkAttribute::Other(target));
+            let request = RouteNetlinkMessage::GetLink(request);
+            let mut is_over = false;
+            let whole = self.exchange(request, NLM_F_DUMP, |body| {
+                let link = read_link(body)?;
+                if link.target != Some(nsid) {
+                    // Never take our own interfaces for a pod's.
+                    return Err(malformed("interfaces of another namespace"));
+                }
+                links.insert(link.index, link);
+                is_over = links.len() > limit;
+                if is_over {
+                    return Err(malformed("too many interfaces"));
+                }
+                Ok(())
+            });
+            if is_over {
+                // The kernel starts no other list on this socket before it has told this one.
+                *self = Self::open()?;
+                return Ok(None);
+            }
+            if whole? {
+                break;
+            }
+            // Whoever changes interfaces all the time hides none: those of each attempt count.
+        }
+        Ok(Some(links.into_values().collect()))
     }
 
     /// The number by which this namespace knows that one; it has none before the two are connected
@@ -221,9 +271,11 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     let header = body
         .get(..LINK_HEADER)
         .ok_or_else(|| malformed("a link without a header"))?;
+    let flags = u32::from_ne_bytes(four(&header[8..12])?);
     let mut link = RawLink {
         index: u32::from_ne_bytes(four(&header[4..8])?),
-        up: u32::from_ne_bytes(four(&header[8..12])?) & libc::IFF_UP.cast_unsigned() != 0,
+        up: flags & libc::IFF_UP.cast_unsigned() != 0,
+        loopback: flags & libc::IFF_LOOPBACK.cast_unsigned() != 0,
         ..RawLink::default()
     };
     for (kind, value) in attributes(body, LINK_HEADER)? {
@@ -232,6 +284,7 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
             IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK_NETNSID => link.nsid = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_TARGET_NETNSID => link.target = Some(i32::from_ne_bytes(four(value)?)),
             IFLA_LINKINFO => {
                 for (kind, value) in attributes(value, 0)? {
                     if kind == IFLA_INFO_KIND {

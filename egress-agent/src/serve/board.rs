@@ -13,6 +13,7 @@ use arc_swap::ArcSwap;
 
 use crate::{
     datapath::boottime_ns,
+    host::Exits,
     policy::{Annotations, Compiled, Mode, Settings},
     report::{DenialCounts, Gauge, Histogram, PodIdentity},
 };
@@ -79,6 +80,8 @@ pub struct PodState {
     pub written: Arc<Written>,
     /// Whether its annotations cannot be read.
     pub unreadable: bool,
+    /// Its interfaces that cannot be enforced, beside those that are.
+    pub exits: Arc<Exits>,
     /// What is wrong.
     pub problem: Option<String>,
 }

@@ -411,6 +411,9 @@ impl Asking<'_> {
         }
         match reason {
             Some(Reason::PolicyUnreadable) => "correct the annotation: see the problem".to_owned(),
+            Some(Reason::UnenforcedInterface) => {
+                "remove the interface that cannot be enforced: see the problem".to_owned()
+            }
             Some(Reason::Expired) => {
                 "its lifetime has ended: the program has to resolve the name again".to_owned()
             }
@@ -444,6 +447,10 @@ fn because_denied(reason: Reason) -> &'static str {
     match reason {
         Reason::PolicyUnreadable => {
             "the annotations cannot be read, so everything external is denied"
+        }
+        Reason::UnenforcedInterface => {
+            "the pod has an interface that cannot be enforced, and is closed for it \
+             (unenforcedInterfaces: refuse)"
         }
         Reason::Protected => "it is protected, and no entry names it as an address",
         Reason::Expired => "the lifetime of what the pod resolved has ended",

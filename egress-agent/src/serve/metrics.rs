@@ -81,6 +81,7 @@ impl Scrape {
             "host_network",
             "missing",
             "off",
+            "partly_enforced",
             "quarantined",
             "waiting",
         ]

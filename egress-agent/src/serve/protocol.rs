@@ -99,6 +99,7 @@ pub struct PodStatus {
     pub mode: String,
     pub enforced: bool,
     pub interfaces: Vec<InterfaceStatus>,
+    pub unenforced_interfaces: Vec<UnenforcedStatus>,
     pub applied: Option<String>,
     pub policy_version: Option<u64>,
     pub names: usize,
@@ -119,6 +120,15 @@ pub struct PodStatus {
 pub struct InterfaceStatus {
     pub index: u32,
     pub name: Option<String>,
+}
+
+/// An interface in a pod that cannot be enforced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/status.md describes each field")]
+pub struct UnenforcedStatus {
+    pub name: String,
+    pub kind: String,
+    pub leads_to: String,
 }
 
 /// A name that a pod has resolved.

@@ -21,8 +21,9 @@ const PROTOCOLS: [(u8, &str); 4] = [
 ];
 
 /// From the most specific reason to the least.
-const REASONS: [Reason; 7] = [
+const REASONS: [Reason; 8] = [
     Reason::PolicyUnreadable,
+    Reason::UnenforcedInterface,
     Reason::Protected,
     Reason::Expired,
     Reason::PortNotAllowed,

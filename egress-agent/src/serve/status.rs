@@ -8,14 +8,14 @@ use super::{
     NodeState, PodState, Sources, health,
     protocol::{
         AddressStatus, AgentStatus, InterfaceStatus, PodStatus, ProblemStatus, ResolvedStatus,
-        ResolverStatus, Status,
+        ResolverStatus, Status, UnenforcedStatus,
     },
 };
 use crate::{
     datapath::boottime_ns,
     gate::{About, Teachings},
     host::interface_name,
-    policy::prefix::from_mapped,
+    policy::{Mode, prefix::from_mapped},
     report::{DenialCounts, rfc3339},
 };
 
@@ -108,6 +108,8 @@ pub(super) fn mode_of(pod: &PodState) -> &'static str {
         "missing"
     } else if pod.is_waiting() {
         "waiting"
+    } else if pod.mode == Mode::Enforce && !pod.exits.is_empty() {
+        "partly_enforced"
     } else {
         pod.mode.as_str()
     }
@@ -184,6 +186,16 @@ fn pod_status(
                 .map(|&at| interface(at))
                 .collect()
         }),
+        unenforced_interfaces: state
+            .exits
+            .named
+            .iter()
+            .map(|exit| UnenforcedStatus {
+                name: exit.name.clone(),
+                kind: exit.kind.clone(),
+                leads_to: exit.to.as_str().to_owned(),
+            })
+            .collect(),
         applied: attached.map(|attached| time(attached.since)),
         policy_version: attached.map(|attached| attached.version),
         names: teachings
