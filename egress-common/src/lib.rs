@@ -19,4 +19,5 @@ pub mod packet;
 pub mod protocol;
 pub mod reason;
 pub mod records;
+pub mod translation;
 pub mod verdict;

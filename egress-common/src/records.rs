@@ -165,6 +165,10 @@ pub const RANGE_RESOLVER: u64 = 1;
 pub const RANGE_INTERNAL: u64 = 1 << 1;
 /// Only an explicit address entry opens it, and DNS never does.
 pub const RANGE_PROTECTED: u64 = 1 << 2;
+/// Length in bits of the translator's prefix that the address is in; see [`crate::translation`].
+pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
+/// Where [`RANGE_TRANSLATED`] begins.
+pub const RANGE_TRANSLATED_SHIFT: u32 = 8;
 
 /// Key of a pod's flow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

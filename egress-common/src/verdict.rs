@@ -9,8 +9,9 @@ use crate::{
     reason::Reason,
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_UNIDENTIFIED,
-        POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
+        POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER,
     },
+    translation,
 };
 
 /// What the maps say about one destination.
@@ -24,6 +25,36 @@ pub struct Destination {
     pub cidr: u64,
     /// Kinds of the address in `ranges`.
     pub ranges: u64,
+}
+
+/// What the maps say about the IPv4 address that a translator sends packets for a destination to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Translated {
+    /// Classes of the IPv4 address in the policy's CIDR trie.
+    pub cidr: u64,
+    /// Kinds of the IPv4 address in `ranges`.
+    pub ranges: u64,
+}
+
+impl Destination {
+    /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
+    ///
+    /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
+    /// leads to the same host: a 6to4 address is that of another host behind the IPv4 address. A
+    /// resolver's address allows nothing, because nobody would hold what is asked of its translation.
+    #[inline(always)]
+    pub fn add_translated(&mut self, policy: &Policy, translated: Translated) {
+        let Translated { cidr, ranges } = translated;
+        let is_same_host = translation::prefix_len(self.ranges) != translation::SIX_TO_FOUR
+            && ranges & RANGE_RESOLVER == 0;
+        if is_same_host {
+            self.cidr |= cidr;
+            self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL);
+        } else {
+            self.cidr |= cidr & policy.deny;
+            self.ranges |= ranges & RANGE_PROTECTED;
+        }
+    }
 }
 
 /// What was decided, and on what ground.

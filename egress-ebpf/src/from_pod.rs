@@ -11,7 +11,8 @@ use egress_common::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
         MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_RESOLVER,
     },
-    verdict::{self, Destination, Verdict},
+    translation::embedded_v4,
+    verdict::{self, Destination, Translated, Verdict},
 };
 
 use crate::{
@@ -173,7 +174,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         }
     }
 
-    let mut destination = look_up(interface, &packet.dst, now_ns);
+    let mut destination = look_up(interface, policy, &packet.dst, now_ns);
     // A flow that an earlier policy admitted lives on if today's policy allows its destination,
     // even when the address's own lifetime has ended.
     if let Some(flow) = &open
@@ -297,7 +298,7 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
 
 /// What the maps say about a destination.
 #[inline(always)]
-fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination {
+fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u64) -> Destination {
     let mut destination = Destination {
         ranges: range_of(address),
         ..Destination::default()
@@ -312,13 +313,26 @@ fn look_up(interface: &Interface, address: &Address, now_ns: u64) -> Destination
             destination.learned = entry.classes;
             destination.expired = u64::from(entry.expires_ns <= now_ns);
         }
-        if let Some(cidrs) = CIDR.get(&interface.policy)
-            && let Some(entry) = cidrs.get(&lpm_key(address))
-        {
-            destination.cidr = entry.classes;
-        }
+    }
+    destination.cidr = prefix_classes(interface, address);
+    if let Some(v4) = embedded_v4(address, destination.ranges) {
+        let translated = Translated {
+            cidr: prefix_classes(interface, &v4),
+            ranges: range_of(&v4),
+        };
+        destination.add_translated(policy, translated);
     }
     destination
+}
+
+/// Classes of the address in the policy's CIDR trie.
+#[inline(always)]
+fn prefix_classes(interface: &Interface, address: &Address) -> u64 {
+    // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
+    // ends.
+    let entry =
+        unsafe { CIDR.get(&interface.policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
+    entry.map_or(0, |entry| entry.classes)
 }
 
 /// Kinds of the address on this node.

@@ -10,13 +10,16 @@ pub const RESOLVER6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0,
 pub const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 53));
 
 /// Prefixes of which every address answers in `outside`.
-pub const LOCAL_RANGES: [&str; 7] = [
+pub const LOCAL_RANGES: [&str; 10] = [
     "10.99.0.0/24",
     "203.0.113.0/24",
     "198.18.0.0/15",
     "169.254.169.254/32",
     "fd99::/64",
     "2001:db8::/32",
+    "2001:db9::/32",
+    "64:ff9b::/96",
+    "2002::/16",
     "fd00:ec2::254/128",
 ];
 

@@ -13,6 +13,7 @@
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
 //!   allowInternal: true         # internal addresses pass unless denied
 //!   protected: [192.0.2.0/24]   # besides the built-in ones; default: none
+//!   nat64: ["2001:db8:64::/96"] # besides 64:ff9b::/96; default: none
 //! dns:
 //!   resolvers: [10.96.0.10]     # addresses; no default
 //!   clusterDomain: cluster.local
@@ -55,6 +56,7 @@ use egress_common::{
     address::Address,
     limits::{ALLOW_ENTRIES, RANGE_ENTRIES},
     records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER},
+    translation::range_kind,
 };
 
 pub use error::{ConfigError, Place};
@@ -65,7 +67,7 @@ use value::{Node, Section};
 
 use crate::{
     dns::Name,
-    policy::{Mode, PodAnnotations, Prefix, Settings, exact_name, prefix::inherit},
+    policy::{Mode, PodAnnotations, Prefix, Settings, Translators, exact_name, prefix::inherit},
 };
 
 /// Most addresses of one pod that can be configured.
@@ -109,6 +111,8 @@ pub struct Ranges {
     pub allow_internal: bool,
     /// Protected prefixes besides [`PROTECTED`].
     pub protected: Vec<Prefix>,
+    /// Prefixes of translators.
+    pub translators: Translators,
 }
 
 /// Resolvers and what is made of their answers.
@@ -292,6 +296,7 @@ impl Config {
             guard: self.dns.guard,
             allow_internal: self.ranges.allow_internal,
             protected: self.protected().collect(),
+            translators: self.ranges.translators.clone(),
         }
     }
 
@@ -312,6 +317,13 @@ impl Config {
                     .resolvers
                     .iter()
                     .map(|ip| (Prefix::host(*ip), RANGE_RESOLVER)),
+            )
+            .chain(
+                self.ranges
+                    .translators
+                    .prefixes()
+                    .iter()
+                    .map(|prefix| (*prefix, range_kind(prefix.prefix_len()))),
             );
         inherit(own)
             .into_iter()
@@ -319,23 +331,27 @@ impl Config {
             .collect()
     }
 
-    /// Every protected prefix, with what a NAT64 translator would make of the IPv4 ones.
+    /// Every protected prefix. What translators make of the IPv4 ones is protected too.
     fn protected(&self) -> impl Iterator<Item = Prefix> {
-        protected::built_in()
-            .chain(self.ranges.protected.iter().copied())
-            .flat_map(|prefix| [Some(prefix), protected::nat64_image(&prefix)])
-            .flatten()
+        protected::built_in().chain(self.ranges.protected.iter().copied())
     }
 }
 
 impl Ranges {
     fn read(section: Section) -> Result<Self, ConfigError> {
-        let [internal, allow_internal, protected] =
-            section.take(["internal", "allowInternal", "protected"])?;
+        let [internal, allow_internal, protected, nat64] =
+            section.take(["internal", "allowInternal", "protected", "nat64"])?;
+        let mut translators = Translators::well_known();
+        for node in nat64.map_or_else(|| Ok(Vec::new()), Node::list)? {
+            let added = translators.add(read::nat64(&node)?);
+            added
+                .map_err(|other| node.error(format!("overlaps {other}, which leads elsewhere")))?;
+        }
         Ok(Self {
             internal: read::list(internal, read::prefix)?,
             allow_internal: or(allow_internal, true, Node::truth)?,
             protected: read::list(protected, read::prefix)?,
+            translators,
         })
     }
 }

@@ -1,7 +1,5 @@
 //! The addresses that are protected on every node.
 
-use std::net::{IpAddr, Ipv6Addr};
-
 use crate::policy::Prefix;
 
 /// Prefixes that only an address entry opens and that DNS never does, each with the reason.
@@ -53,31 +51,12 @@ pub const PROTECTED: &[(&str, &str)] = &[
     ("fd00:42::42/128", "the metadata service of Scaleway"),
 ];
 
-/// The well-known prefix of NAT64 (RFC 6052, section 2.1), 96 bits long: a translator turns an
-/// address in it into the IPv4 address of the last 32 bits.
-const NAT64: Ipv6Addr = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0);
-
 /// The built-in protected prefixes.
 pub(super) fn built_in() -> impl Iterator<Item = Prefix> {
     // Each is read by a test.
     PROTECTED
         .iter()
         .filter_map(|(text, _)| Prefix::parse(text).ok())
-}
-
-/// The prefix through which a NAT64 translator reaches an IPv4 prefix; `None` for IPv6.
-pub(super) fn nat64_image(prefix: &Prefix) -> Option<Prefix> {
-    if !prefix.is_v4() {
-        return None;
-    }
-    let [.., a, b, c, d] = prefix.network();
-    let mut octets = NAT64.octets();
-    octets[12..].copy_from_slice(&[a, b, c, d]);
-    // Mapped IPv4 lengths count the same 96 bits that come first here.
-    Some(Prefix::containing(
-        IpAddr::from(octets),
-        prefix.prefix_len(),
-    ))
 }
 
 #[cfg(test)]
@@ -87,19 +66,5 @@ mod tests {
     #[test]
     fn every_built_in_prefix_can_be_read() {
         assert_eq!(built_in().count(), PROTECTED.len());
-    }
-
-    #[test]
-    fn nat64_reaches_a_protected_address_by_no_other_way() {
-        let image = |text| nat64_image(&Prefix::parse(text).unwrap()).map(|p| p.to_string());
-        assert_eq!(
-            image("169.254.0.0/16").as_deref(),
-            Some("64:ff9b::a9fe:0/112")
-        );
-        assert_eq!(
-            image("168.63.129.16").as_deref(),
-            Some("64:ff9b::a83f:8110")
-        );
-        assert_eq!(image("fe80::/10"), None);
     }
 }

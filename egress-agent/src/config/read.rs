@@ -7,6 +7,7 @@ use super::{
     value::{Node, Section},
 };
 use crate::policy::Prefix;
+use egress_common::translation;
 
 /// Longest duration in seconds: that of a TTL (RFC 2181, section 8).
 const SECONDS_MAX: u32 = i32::MAX as u32;
@@ -53,6 +54,23 @@ pub(super) fn absolute_path(node: &Node) -> Result<PathBuf, ConfigError> {
 
 pub(super) fn prefix(node: &Node) -> Result<Prefix, ConfigError> {
     Prefix::parse(node.text()?).map_err(|error| node.error(error))
+}
+
+/// A NAT64 prefix.
+pub(super) fn nat64(node: &Node) -> Result<Prefix, ConfigError> {
+    let prefix = prefix(node)?;
+    if prefix.is_v4() || !translation::NAT64.contains(&prefix.prefix_len()) {
+        return Err(node.error(
+            "is not a NAT64 prefix: expected an IPv6 prefix of 32, 40, 48, 56, 64 or 96 bits \
+             (RFC 6052, section 2.2)",
+        ));
+    }
+    if prefix.network()[8] != 0 {
+        return Err(
+            node.error("is not a NAT64 prefix: bits 64 to 71 must be zero (RFC 6052, section 2.2)")
+        );
+    }
+    Ok(prefix)
 }
 
 pub(super) fn resolver(node: &Node) -> Result<IpAddr, ConfigError> {

@@ -1,6 +1,11 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use egress_common::address;
+use egress_common::{
+    address,
+    records::{Policy, RANGE_TRANSLATED},
+    translation::embedded_v4,
+    verdict::{Destination, Translated},
+};
 
 use super::*;
 
@@ -20,14 +25,27 @@ fn prefix(text: &str) -> Prefix {
 
 /// What the kernel's longest-prefix match would say.
 fn kinds(config: &Config, ip: IpAddr) -> u64 {
+    let found = |address: Address| {
+        let differing = |network| u128::from_be_bytes(network) ^ u128::from_be_bytes(address);
+        let ranges = config.ranges().into_iter();
+        ranges
+            .filter(|(network, prefix_len, _)| differing(*network).leading_zeros() >= *prefix_len)
+            .max_by_key(|(_, prefix_len, _)| *prefix_len)
+            .map_or(0, |(_, _, kinds)| kinds)
+    };
     let address = crate::policy::prefix::to_mapped(ip);
-    let differing = |network| u128::from_be_bytes(network) ^ u128::from_be_bytes(address);
-    config
-        .ranges()
-        .into_iter()
-        .filter(|(network, prefix_len, _)| differing(*network).leading_zeros() >= *prefix_len)
-        .max_by_key(|(_, prefix_len, _)| *prefix_len)
-        .map_or(0, |(_, _, kinds)| kinds)
+    let mut destination = Destination {
+        ranges: found(address),
+        ..Destination::default()
+    };
+    if let Some(v4) = embedded_v4(&address, destination.ranges) {
+        let translated = Translated {
+            cidr: 0,
+            ranges: found(v4),
+        };
+        destination.add_translated(&Policy::CLOSED, translated);
+    }
+    destination.ranges & !RANGE_TRANSLATED
 }
 
 /// The reference for users.
@@ -50,6 +68,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "ranges.internal",
         "ranges.allowInternal",
         "ranges.protected",
+        "ranges.nat64",
         "dns.resolvers",
         "dns.clusterDomain",
         "dns.minTtl",
@@ -97,6 +116,11 @@ fn the_documented_example_says_every_key_and_parses() {
                 internal: vec![prefix("10.0.0.0/8")],
                 allow_internal: true,
                 protected: vec![prefix("192.0.2.0/24")],
+                translators: {
+                    let mut translators = Translators::well_known();
+                    translators.add(prefix("2001:db8:64::/96")).unwrap();
+                    translators
+                },
             },
             dns: Dns {
                 resolvers: vec![Ipv4Addr::new(10, 96, 0, 10).into()],
@@ -141,6 +165,7 @@ fn only_the_resolvers_have_no_default() {
             ranges: Ranges {
                 internal: vec![],
                 protected: vec![],
+                translators: Translators::well_known(),
                 ..documented.ranges.clone()
             },
             quarantine: Quarantine {
@@ -258,6 +283,21 @@ fn an_error_names_the_key_and_the_place() {
             "ranges:\n  internal:\n    - 10.0.0.1/8\n",
             "line 3, column 7: ranges.internal: `10.0.0.1/8` has bits set outside its prefix: the \
              network is 10.0.0.0/8",
+        ),
+        (
+            "ranges: {nat64: ['2001:db8::/33']}",
+            "line 1, column 18: ranges.nat64: `2001:db8::/33` is not a NAT64 prefix: expected an \
+             IPv6 prefix of 32, 40, 48, 56, 64 or 96 bits (RFC 6052, section 2.2)",
+        ),
+        (
+            "ranges: {nat64: ['2001:db8:0:0:100::/96']}",
+            "line 1, column 18: ranges.nat64: `2001:db8:0:0:100::/96` is not a NAT64 prefix: bits \
+             64 to 71 must be zero (RFC 6052, section 2.2)",
+        ),
+        (
+            "ranges: {nat64: ['2001:db8::/32', '2001:db8:64::/96']}",
+            "line 1, column 35: ranges.nat64: `2001:db8:64::/96` overlaps 2001:db8::/32, which \
+             leads elsewhere",
         ),
         (
             "ranges: {allowInternal: maybe}",

@@ -261,6 +261,7 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 fn dns_settings(config: &Config) -> DnsSettings {
+    let policy = config.policy_settings();
     DnsSettings {
         min_ttl: config.dns.min_ttl,
         max_ttl: config.dns.max_ttl,
@@ -269,6 +270,7 @@ fn dns_settings(config: &Config) -> DnsSettings {
             config::Refusal::NxDomain => dns::Refusal::NxDomain,
             config::Refusal::Refused => dns::Refusal::Refused,
         },
-        protected: config.policy_settings().protected,
+        protected: policy.protected,
+        translators: policy.translators,
     }
 }

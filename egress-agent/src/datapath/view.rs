@@ -7,7 +7,8 @@ use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
     records::{AllowEntry, AllowKey, Policy, Range},
-    verdict::Destination,
+    translation::embedded_v4,
+    verdict::{Destination, Translated},
 };
 
 use super::{
@@ -77,7 +78,7 @@ impl View {
     /// When a map cannot be read.
     pub fn destination(
         &self,
-        policy: u32,
+        (id, policy): (u32, &Policy),
         address: &Address,
         now_ns: u64,
     ) -> Result<(Destination, Option<u64>)> {
@@ -86,7 +87,7 @@ impl View {
             ..Destination::default()
         };
         let mut expires_ns = None;
-        if let Some(allow) = self.outer.get(Outer::Allow, policy)? {
+        if let Some(allow) = self.outer.get(Outer::Allow, id)? {
             let allow: HashMap<MapData, AllowKey, AllowEntry> = Map::HashMap(allow).try_into()?;
             let entry = found(allow.get(&AllowKey { addr: *address }, 0))
                 .context("cannot read an allow map")?;
@@ -96,10 +97,22 @@ impl View {
                 expires_ns = Some(entry.expires_ns);
             }
         }
-        if let Some(cidrs) = self.outer.get(Outer::Cidrs, policy)? {
-            let entry = found(trie_of(cidrs)?.get(&Key::new(128, *address), 0))
+        let cidrs = self.outer.get(Outer::Cidrs, id)?.map(trie_of).transpose()?;
+        let classes = |address: Address| -> Result<u64> {
+            let Some(cidrs) = &cidrs else {
+                return Ok(0);
+            };
+            let entry = found(cidrs.get(&Key::new(128, address), 0))
                 .context("cannot read a policy's CIDR trie")?;
-            destination.cidr = entry.map_or(0, |entry| entry.classes);
+            Ok(entry.map_or(0, |entry| entry.classes))
+        };
+        destination.cidr = classes(*address)?;
+        if let Some(v4) = embedded_v4(address, destination.ranges) {
+            let translated = Translated {
+                cidr: classes(v4)?,
+                ranges: self.ranges(&v4)?,
+            };
+            destination.add_translated(policy, translated);
         }
         Ok((destination, expires_ns))
     }

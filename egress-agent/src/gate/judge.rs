@@ -189,11 +189,7 @@ impl<'a> Judge<'a> {
         let taught: Vec<Taught> = answer
             .addresses
             .iter()
-            .filter(|learned| {
-                !dns.protected
-                    .iter()
-                    .any(|prefix| prefix.contains(&learned.address))
-            })
+            .filter(|learned| !dns.is_protected(&learned.address))
             .map(|learned| Taught {
                 address: learned.address,
                 expires_ns: now_ns + lifetime_ns(learned.ttl),

@@ -48,7 +48,7 @@ use tokio::sync::oneshot;
 use crate::{
     datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks},
     dns::Refusal,
-    policy::{Compiled, Prefix},
+    policy::{Compiled, Prefix, Translators},
     report::{PodIdentity, Reporter},
 };
 
@@ -71,6 +71,21 @@ pub struct DnsSettings {
     pub refusal: Refusal,
     /// Addresses that no answer teaches.
     pub protected: Vec<Prefix>,
+    /// Through these, no answer leads to them either.
+    pub translators: Translators,
+}
+
+impl DnsSettings {
+    /// Whether no answer teaches the address.
+    fn is_protected(&self, address: &Address) -> bool {
+        let contains =
+            |address: &Address| self.protected.iter().any(|prefix| prefix.contains(address));
+        contains(address)
+            || self
+                .translators
+                .v4_behind(address)
+                .is_some_and(|v4| contains(&v4))
+    }
 }
 
 /// One pod under one version of its policy.

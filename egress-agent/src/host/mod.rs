@@ -30,9 +30,8 @@ use std::{
 };
 
 use cgroup::{Cgroups, Members};
-pub use links::{Link, Links, Peer, interface_name};
 pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
-pub use links::{Link, Links, Peer};
+pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;

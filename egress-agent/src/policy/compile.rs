@@ -24,6 +24,7 @@ use super::{
     names::{NameRule, NameRules, QuestionRule},
     pattern::NamePattern,
     prefix::{Prefix, inherit},
+    translators::Translators,
 };
 
 /// Most names and wildcards in one pod's policy, its namespace's included. Annotations of one
@@ -61,6 +62,7 @@ pub struct Compiled {
     pub warnings: Vec<String>,
     /// The most specific first.
     denials: Vec<Denial>,
+    translators: Translators,
 }
 
 /// A `deny` entry with an address.
@@ -75,11 +77,16 @@ impl Compiled {
     /// The `deny` entry, as written, that put the address into the denying class with this bit
     /// number; the most specific where there are several.
     pub fn explain_deny(&self, address: &Address, class: u8) -> Option<String> {
-        let denial = self
-            .denials
-            .iter()
-            .find(|denial| denial.class == class && denial.destination.holds(address))?;
-        Some(denial.text.to_string())
+        let of = |address: &Address| {
+            let mut denials = self.denials.iter();
+            denials.find(|denial| denial.class == class && denial.destination.holds(address))
+        };
+        let behind = || of(&self.translators.v4_behind(address)?);
+        let denial = match of(address) {
+            Some(denial) if denial.destination != Destination::Any => Some(denial),
+            any => behind().or(any),
+        };
+        denial.map(|denial| denial.text.to_string())
     }
 }
 
@@ -159,6 +166,7 @@ pub fn compile(
         cidrs,
         warnings,
         denials,
+        translators: settings.translators.clone(),
     })
 }
 
@@ -201,6 +209,7 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
         cidrs: Vec::new(),
         warnings: Vec::new(),
         denials: Vec::new(),
+        translators: settings.translators.clone(),
     }
 }
 

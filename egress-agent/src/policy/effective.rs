@@ -287,10 +287,11 @@ fn common_destination(
         (Destination::Any, given) => Some(given.clone()),
         // `*` does not open what is protected, so it does not let a pod open it either.
         (Destination::Addresses(prefix), Destination::Any) => {
-            let opens_protected = settings
-                .protected
-                .iter()
-                .any(|other| other.intersection(prefix).is_some());
+            let behind = settings.translators.v4_prefix_behind(prefix);
+            let opens_protected = settings.protected.iter().any(|other| {
+                other.intersection(prefix).is_some()
+                    || behind.is_some_and(|behind| other.intersection(&behind).is_some())
+            });
             (!opens_protected).then_some(Destination::Addresses(*prefix))
         }
         (Destination::Names(_), Destination::Any) => Some(pod.clone()),

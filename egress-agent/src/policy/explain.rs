@@ -15,6 +15,7 @@ use super::{
     parse::read_entry,
     pattern::NamePattern,
     prefix::from_mapped,
+    translators::Translators,
 };
 use crate::dns::Name;
 
@@ -148,6 +149,7 @@ pub struct Spoken {
 #[derive(Debug)]
 pub struct Entries {
     rules: Vec<(List, Rule)>,
+    translators: Translators,
 }
 
 impl Entries {
@@ -168,6 +170,7 @@ impl Entries {
                 .chain(listed(List::Allow, effective.allow))
                 .chain(listed(List::Resolve, effective.resolve))
                 .collect(),
+            translators: settings.translators.clone(),
         })
     }
 
@@ -182,7 +185,10 @@ impl Entries {
 
     /// Those that speak of an address by itself, or of everything.
     pub fn of_address(&self, address: &Address) -> Vec<Spoken> {
-        self.speaking(|destination| destination.holds(address))
+        let behind = self.translators.v4_behind(address);
+        self.speaking(|destination| {
+            destination.holds(address) || behind.is_some_and(|v4| destination.holds(&v4))
+        })
     }
 
     fn speaking(&self, of: impl Fn(&Destination) -> bool) -> Vec<Spoken> {

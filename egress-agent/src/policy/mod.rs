@@ -20,6 +20,7 @@ mod names;
 mod parse;
 pub mod pattern;
 pub mod prefix;
+mod translators;
 
 #[cfg(test)]
 mod reference;
@@ -35,6 +36,7 @@ pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use name_text::exact_name;
 pub use names::{NameRules, QuestionRule};
 pub use prefix::Prefix;
+pub use translators::Translators;
 
 /// What is done with a verdict. Ordered from the loosest to the tightest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,4 +94,6 @@ pub struct Settings {
     /// Prefixes that only an address entry opens: an entry `*` of a namespace does not cover them
     /// when `pod_annotations` is [`PodAnnotations::Narrow`].
     pub protected: Vec<Prefix>,
+    /// Prefixes of translators: an IPv4 address that an entry names is meant behind them too.
+    pub translators: Translators,
 }

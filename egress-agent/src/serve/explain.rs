@@ -248,7 +248,7 @@ impl Asking<'_> {
     async fn address(&self, address: &Address) -> anyhow::Result<AddressExplained> {
         let view = &self.sources.view;
         let (destination, expires_ns) =
-            view.destination(self.attached.policy, address, self.now_ns)?;
+            view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
         let teachings = self.teachings(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
         let mut spoken = self

@@ -5,7 +5,7 @@ mod plain;
 mod properties;
 mod random;
 
-use super::{Mode, PodAnnotations, Prefix, Settings};
+use super::{Mode, PodAnnotations, Prefix, Settings, Translators};
 use crate::dns::Name;
 
 /// Settings as the agent's defaults are.
@@ -19,5 +19,6 @@ pub(super) fn settings() -> Settings {
         protected: ["169.254.0.0/16", "127.0.0.0/8"]
             .map(|text| Prefix::parse(text).unwrap())
             .into(),
+        translators: Translators::well_known(),
     }
 }

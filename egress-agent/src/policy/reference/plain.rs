@@ -1,6 +1,6 @@
 //! What entries say of a packet and of a question, by definition.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use egress_common::protocol::bits;
 
@@ -82,7 +82,13 @@ impl Line {
                 })
     }
 
+    /// Whether it names the host that the address leads to, through NAT64's well-known prefix too.
     fn holds(&self, address: IpAddr) -> bool {
+        self.names_address(address)
+            || through_nat64(address).is_some_and(|v4| self.names_address(v4))
+    }
+
+    fn names_address(&self, address: IpAddr) -> bool {
         match (&self.to, address) {
             (Where::Net(IpAddr::V4(net), len), IpAddr::V4(address)) => {
                 net.to_bits().checked_shr(32 - len) == address.to_bits().checked_shr(32 - len)
@@ -96,6 +102,18 @@ impl Line {
 
     fn is_anywhere(&self) -> bool {
         matches!(self.to, Where::Anywhere)
+    }
+}
+
+fn through_nat64(address: IpAddr) -> Option<IpAddr> {
+    let IpAddr::V6(address) = address else {
+        return None;
+    };
+    match address.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
+            Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)).into())
+        }
+        _ => None,
     }
 }
 

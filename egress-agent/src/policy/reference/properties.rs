@@ -3,7 +3,8 @@
 use egress_common::{
     reason::Reason,
     records::{RANGE_INTERNAL, RANGE_PROTECTED},
-    verdict::{Destination, Verdict, judge},
+    translation::{embedded_v4, range_kind},
+    verdict::{Destination, Translated, Verdict, judge},
 };
 use proptest::prelude::*;
 
@@ -19,26 +20,39 @@ use crate::policy::{
 /// What the kernel would find in the maps, and judge.
 fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
     let address = to_mapped(packet.to);
-    let in_prefix = |network: [u8; 16], prefix_len: u32| {
-        let differing = u128::from_be_bytes(network) ^ u128::from_be_bytes(address);
-        differing.leading_zeros() >= prefix_len
+    let prefix_classes = |address: [u8; 16]| {
+        let in_prefix = |network: [u8; 16], prefix_len: u32| {
+            let differing = u128::from_be_bytes(network) ^ u128::from_be_bytes(address);
+            differing.leading_zeros() >= prefix_len
+        };
+        let holding = compiled
+            .cidrs
+            .iter()
+            .filter(|cidr| in_prefix(cidr.network, cidr.prefix_len));
+        holding
+            .max_by_key(|cidr| cidr.prefix_len)
+            .map_or(0, |cidr| cidr.classes)
     };
-    let cidr = compiled
-        .cidrs
-        .iter()
-        .filter(|cidr| in_prefix(cidr.network, cidr.prefix_len))
-        .max_by_key(|cidr| cidr.prefix_len)
-        .map_or(0, |cidr| cidr.classes);
-    let looked = Destination {
+    let mut looked = Destination {
         learned: packet
             .through
             .as_ref()
             .map_or(0, |name| compiled.names.classes(&to_name(name))),
         expired: u64::from(packet.expired),
-        cidr,
+        cidr: prefix_classes(address),
         ranges: if packet.protected { RANGE_PROTECTED } else { 0 }
             | if packet.internal { RANGE_INTERNAL } else { 0 },
     };
+    if address.starts_with(&[0, 0x64, 0xff, 0x9b]) {
+        looked.ranges |= range_kind(96);
+    }
+    if let Some(v4) = embedded_v4(&address, looked.ranges) {
+        let translated = Translated {
+            cidr: prefix_classes(v4),
+            ranges: 0,
+        };
+        looked.add_translated(&compiled.record, translated);
+    }
     judge(&compiled.record, &looked, packet.protocol, packet.port)
 }
 

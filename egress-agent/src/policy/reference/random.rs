@@ -27,10 +27,18 @@ fn address() -> impl Strategy<Value = IpAddr> {
         0..2_u8,
         0..4_u8,
     )
-        .prop_map(|(a, b, c, d)| IpAddr::from([a, b, c, d]));
+        .prop_map(|(a, b, c, d)| IpAddr::from([a, b, c, d]))
+        .boxed();
     let v6 = (prop_oneof![Just(0_u16), Just(0x2001)], 0..2_u16, 0..4_u16)
         .prop_map(|(a, b, c)| IpAddr::from([a, b, 0, 0, 0, 0, 1, c]));
-    prop_oneof![3 => v4, 1 => v6]
+    let through_nat64 = v4.clone().prop_map(|v4| match v4 {
+        IpAddr::V4(v4) => {
+            let [a, b, c, d] = v4.octets().map(u16::from);
+            IpAddr::from([0x64, 0xff9b, 0, 0, 0, 0, a << 8 | b, c << 8 | d])
+        }
+        v6 @ IpAddr::V6(_) => v6,
+    });
+    prop_oneof![3 => v4, 1 => v6, 1 => through_nat64]
 }
 
 fn net() -> impl Strategy<Value = Where> {

@@ -189,3 +189,19 @@ fn all_of_a_family_opens_protected_addresses_and_says_so() {
         ]
     );
 }
+
+#[test]
+fn under_narrow_a_pod_does_not_open_a_protected_address_behind_a_translator() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    for entry in ["64:ff9b::a9fe:a9fe", "64:ff9b::/96", "2002:a9fe:a9fe::/48"] {
+        let policy = compiled(&[("allow", entry)], &[("allow", "*")], &narrow);
+        assert!(policy.cidrs.is_empty(), "{entry}");
+        assert_eq!(policy.warnings.len(), 1, "{entry}");
+    }
+    let policy = compiled(
+        &[("allow", "64:ff9b::cb00:7109")],
+        &[("allow", "*")],
+        &narrow,
+    );
+    assert_eq!(policy.cidrs.len(), 1);
+}

@@ -1,0 +1,118 @@
+//! IPv4 addresses that stand in IPv6 addresses: what a NAT64 translator (RFC 6052) or a 6to4 relay
+//! (RFC 3056) makes of the address.
+
+use crate::{
+    address::{self, Address},
+    records::{RANGE_TRANSLATED, RANGE_TRANSLATED_SHIFT},
+};
+
+/// Length of the 6to4 prefix, `2002::/16`.
+pub const SIX_TO_FOUR: u32 = 16;
+
+/// Lengths that a NAT64 prefix may have (RFC 6052, section 2.2).
+pub const NAT64: [u32; 6] = [32, 40, 48, 56, 64, 96];
+
+/// Bits of the octet at bit 64, which no IPv4 address uses (RFC 6052, section 2.2), and the 56 bits
+/// after it.
+const AFTER_RESERVED: u64 = (1 << 56) - 1;
+
+/// The bits of a range's kinds that say that a translator's prefix has this length.
+pub const fn range_kind(prefix_len: u32) -> u64 {
+    (prefix_len as u64) << RANGE_TRANSLATED_SHIFT
+}
+
+/// Length of the translator's prefix that an address of these kinds is in; 0 when it is in none.
+#[inline(always)]
+pub const fn prefix_len(kinds: u64) -> u32 {
+    ((kinds & RANGE_TRANSLATED) >> RANGE_TRANSLATED_SHIFT) as u32
+}
+
+/// The IPv4 address, in its mapped form, that a translator sends packets for `address` to. The kinds
+/// are those of `address`.
+///
+/// The reserved octet and the suffix may have any value, because translators pass over them (RFC
+/// 6052, section 2.3).
+#[inline(always)]
+pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
+    let [
+        h0,
+        h1,
+        h2,
+        h3,
+        h4,
+        h5,
+        h6,
+        h7,
+        l0,
+        l1,
+        l2,
+        l3,
+        l4,
+        l5,
+        l6,
+        l7,
+    ] = *address;
+    let high = u64::from_be_bytes([h0, h1, h2, h3, h4, h5, h6, h7]);
+    let low = u64::from_be_bytes([l0, l1, l2, l3, l4, l5, l6, l7]);
+    let v4 = match prefix_len(kinds) {
+        0 => return None,
+        SIX_TO_FOUR => high >> 16,
+        96 => low,
+        length => {
+            // Of the 32 bits behind the prefix, so many stand behind the reserved octet.
+            let behind = length.wrapping_sub(32) & 63;
+            high.wrapping_shl(behind)
+                | (low & AFTER_RESERVED).wrapping_shr(56_u32.wrapping_sub(behind))
+        }
+    };
+    Some(address::from_v4((v4 as u32).to_be_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Address {
+        text.parse::<std::net::Ipv6Addr>().unwrap().octets()
+    }
+
+    #[test]
+    fn the_examples_of_rfc_6052_are_read() {
+        let expected = Some(address::from_v4([192, 0, 2, 33]));
+        for (length, text) in [
+            (32, "2001:db8:c000:221::"),
+            (40, "2001:db8:1c0:2:21::"),
+            (48, "2001:db8:122:c000:2:2100::"),
+            (56, "2001:db8:122:3c0:0:221::"),
+            (64, "2001:db8:122:344:c0:2:2100::"),
+            (96, "2001:db8:122:344::192.0.2.33"),
+            (96, "64:ff9b::192.0.2.33"),
+            (SIX_TO_FOUR, "2002:c000:221:1::7"),
+        ] {
+            let address = read(text);
+            assert_eq!(
+                embedded_v4(&address, range_kind(length)),
+                expected,
+                "{text}"
+            );
+        }
+        assert_eq!(embedded_v4(&read("64:ff9b::192.0.2.33"), 0), None);
+    }
+
+    #[test]
+    fn the_reserved_octet_and_the_suffix_count_for_nothing() {
+        let expected = Some(address::from_v4([192, 0, 2, 33]));
+        for (length, text) in [
+            (32, "2001:db8:c000:221:ff00:1:2:3"),
+            (40, "2001:db8:1c0:2:ff21:1:2:3"),
+            (64, "2001:db8:122:344:ffc0:2:21ff:ffff"),
+        ] {
+            let address = read(text);
+            assert_eq!(
+                embedded_v4(&address, range_kind(length)),
+                expected,
+                "{text}"
+            );
+        }
+    }
+}
