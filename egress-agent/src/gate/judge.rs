@@ -124,7 +124,7 @@ impl<'a> Judge<'a> {
         }
         if let Err(error) = self.learn(&answer) {
             if !matches!(error, AllowError::Full) {
-                tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
+                self.learned.failures.add(error);
             }
             self.means
                 .reporter
@@ -132,6 +132,13 @@ impl<'a> Judge<'a> {
             return false;
         }
         true
+    }
+
+    /// Reports a message that could not wait for the pod's turn.
+    pub(super) fn not_held(&self, packet: &Packet) {
+        self.means
+            .reporter
+            .report(self.denied(packet, Reason::DnsNotHeld, None));
     }
 
     /// Whether this may be the beginning of an answer to an open question.

@@ -14,6 +14,8 @@
 //! anything but its ring and its commands, takes no lock that the control side holds, and does no
 //! input or output but map updates and sending frames.
 
+mod backlog;
+mod budget;
 mod checksum;
 mod eviction;
 mod fragments;
@@ -27,9 +29,12 @@ mod pod;
 mod quarantine;
 mod reply;
 mod run;
+mod share;
 mod stats;
 mod stream;
+mod tally;
 mod teachings;
+mod turns;
 mod wire;
 
 use std::{
@@ -52,6 +57,7 @@ use crate::{
     report::{PodIdentity, Reporter},
 };
 
+use budget::Budget;
 pub use stats::{Direction, Outcome, Stats, Transport};
 pub use teachings::{About, Resolved, Teachings};
 
@@ -188,8 +194,9 @@ impl Gate {
                     reporter,
                     stats: Arc::clone(&stats),
                 },
-                streams: stream::Budget::default(),
-                fragments: fragments::Budget::default(),
+                streams: Budget::new(stream::LIMITS),
+                fragments: Budget::new(fragments::LIMITS),
+                backlog: Budget::new(backlog::LIMITS),
                 quarantine: quarantine::Quarantine::default(),
             },
         );

@@ -86,6 +86,8 @@ pub struct Stats {
     pub stale: Counter,
     /// Frames that could not be put back.
     pub unsent: Counter,
+    /// Messages for which there was no room in the backlog of a pod over its share of the gate's time.
+    pub backlog_full: Counter,
     /// Addresses in all allow maps, at the last look.
     pub addresses: Gauge,
     /// Addresses in the fullest allow map, at the last look.
@@ -106,6 +108,7 @@ impl Default for Stats {
             unclaimed: Counter::default(),
             stale: Counter::default(),
             unsent: Counter::default(),
+            backlog_full: Counter::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),
             ticked_ns: Gauge::default(),

@@ -194,6 +194,10 @@ impl Scrape {
                 (why("ring_full"), held_lost),
                 (why("over_pod_share"), held_limited),
                 (why("too_long"), held_too_long),
+                (
+                    why("backlog_full"),
+                    self.sources.gate.stats().backlog_full.get(),
+                ),
             ],
         )?;
         page.counters(

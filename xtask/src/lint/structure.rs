@@ -89,7 +89,7 @@ const UNSAFE: [&str; 7] = [
     "egress-agent/src/control/links.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
-    "egress-agent/src/gate/wire.rs",
+    "egress-agent/src/gate/wire/sending.rs",
     "tests/src/frames.rs",
 ];
 
