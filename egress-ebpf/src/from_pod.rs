@@ -58,15 +58,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
         Walked::Arp => {
-            // On a bridge, an ARP packet in somebody else's name draws their traffic here.
-            if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
-                return pass(&skb);
-            }
-            let denied = Denied {
-                packet: None,
-                ..Denied::from_pod(interface, &packet, Reason::SpoofedSource)
-            };
-            return deny(ctx, &denied);
+            return judge_arp(ctx, interface, policy, &packet);
         }
         Walked::Ip => skb.forget_path(&mut packet),
         Walked::NotIp | Walked::Malformed => {
@@ -95,10 +87,28 @@ pub fn judge(ctx: &TcContext) -> i32 {
     judge_packet(ctx, interface, policy, &packet)
 }
 
+/// On a bridge, an ARP packet in somebody else's name draws their traffic here.
+#[inline(always)]
+fn judge_arp(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
+    let skb = Skb(ctx);
+    let reason = if checksum::is_misplaced(&skb, None) {
+        Reason::Malformed
+    } else if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
+        return pass(&skb);
+    } else {
+        Reason::SpoofedSource
+    };
+    let denied = Denied {
+        packet: None,
+        ..Denied::from_pod(interface, packet, reason)
+    };
+    deny(ctx, &denied)
+}
+
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if checksum::is_misplaced(&skb, packet) {
+    if checksum::is_misplaced(&skb, packet.earliest_checksum()) {
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
     }
     // As with ARP: an advertisement in somebody else's name draws their traffic here.

@@ -14,7 +14,7 @@ use egress_common::{
 };
 
 use crate::{
-    DROP, PASS,
+    DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
     from_pod::{DNS_PORT, range_of},
@@ -56,9 +56,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
             skb.forget_path(&mut packet);
             judge_packet(ctx, interface, &packet)
         }
-        Walked::Arp | Walked::NotIp => PASS,
+        // What is written into it later must not make it an answer.
+        Walked::Arp | Walked::NotIp if !checksum::is_misplaced(&skb, None) => PASS,
         // It might be an answer in a disguise that the pod sees through.
-        Walked::Malformed => deny(ctx, &denied(interface, None, Reason::Malformed)),
+        Walked::Arp | Walked::NotIp | Walked::Malformed => {
+            deny(ctx, &denied(interface, None, Reason::Malformed))
+        }
     }
 }
 
@@ -72,6 +75,11 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+    }
+    // What is held is put back as it was judged; into anything else a sum may be written later, where
+    // the host's end of the interface leaves no checksums to the pod's.
+    if !is_held && checksum::is_misplaced(&skb, packet.earliest_checksum()) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::Malformed));
     }
     let has_ports = !matches!(packet.fragment, Fragment::Later);
     if has_ports && !is_answer {
