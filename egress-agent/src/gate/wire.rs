@@ -16,7 +16,7 @@ use crate::datapath::Marks;
 /// Most frames that one system call sends.
 const BATCH: usize = 32;
 
-/// Three packet sockets on no interface, one for each way, and what waits to go out on them.
+/// Packet sockets on no interface, one for each way, and what waits to go out on them.
 ///
 /// Frames are sent together: each one sent alone wakes its receiver, which on a busy CPU takes the
 /// gate's place before the next message is decided.
@@ -24,6 +24,7 @@ pub(super) struct Wire {
     deliver: Way,
     bounce: Way,
     again: Way,
+    probe: OwnedFd,
     stats: Arc<Stats>,
 }
 
@@ -34,6 +35,7 @@ impl Wire {
             deliver: Way::new(packet_socket(marks.deliver)?),
             bounce: Way::new(packet_socket(marks.bounce)?),
             again: Way::new(packet_socket(marks.again)?),
+            probe: packet_socket(marks.probe)?,
         })
     }
 
@@ -51,6 +53,15 @@ impl Wire {
     /// A frame that the pod sent and that is to be judged now, as if it had just sent it.
     pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
         self.again.add(ifindex, frame);
+    }
+
+    /// Sends a frame that is to be counted, at once.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be sent: the interface has gone, or is down.
+    pub(super) fn probe(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
+        send_some(&self.probe, &[(ifindex, frame)]).map(drop)
     }
 
     /// How many decided frames wait to go out.
