@@ -380,6 +380,17 @@ pub struct Meter {
     pub flows_full: u64,
 }
 
+/// Value of `probes`, keyed by ifindex: how many probe frames of the agent have come to `from_pod` on
+/// this interface. Only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Probes {
+    /// IPv4 frames.
+    pub v4: u64,
+    /// IPv6 frames.
+    pub v6: u64,
+}
+
 #[cfg(feature = "agent")]
 mod pod {
     macro_rules! pod {
@@ -404,6 +415,7 @@ mod pod {
         super::Flow,
         super::Counters,
         super::Meter,
+        super::Probes,
     );
 }
 
@@ -421,4 +433,5 @@ const _: () = {
     assert!(size_of::<Denial>() == 72);
     assert!(size_of::<Counters>() == 16 * 8);
     assert!(size_of::<Meter>() == 7 * 8);
+    assert!(size_of::<Probes>() == 2 * 8);
 };

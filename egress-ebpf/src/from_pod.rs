@@ -20,8 +20,8 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows, held,
-    maps::{ALLOW, BOUNCE_MARK, CIDR, Flows, INTERFACE, POLICY, RANGE, TRACE},
-    open_flow,
+    maps::{ALLOW, BOUNCE_MARK, CIDR, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE},
+    open_flow, probe,
     skb::{Skb, now_ns},
 };
 
@@ -37,6 +37,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if skb.mark() == BOUNCE_MARK.load() {
         ctx.set_mark(0);
         return PASS;
+    }
+    if skb.mark() == PROBE_MARK.load() {
+        probe::count(&skb);
+        return DROP;
     }
     // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program
     // ends; the agent never writes to an entry in place.

@@ -28,6 +28,7 @@ mod from_pod;
 mod held;
 mod maps;
 mod open_flow;
+mod probe;
 mod skb;
 mod to_pod;
 

@@ -14,7 +14,7 @@ use egress_common::{
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, Flow, FlowKey, Held, Identity,
-        Interface, Meter, Policy, Range,
+        Interface, Meter, Policy, Probes, Range,
     },
 };
 
@@ -61,6 +61,9 @@ pub static HELD: RingBuf<Held, { HELD_RING_BYTES as usize }> = RingBuf::new();
 #[btf_map(name = "denials")]
 pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::new();
 
+#[btf_map(name = "probes")]
+pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
 /// Whether the gate is looking at the ring [`HELD`] by itself (1), or sleeps and must be woken (0).
 #[btf_map(name = "gate_awake")]
 pub static GATE_AWAKE: Array<u32, 1> = Array::new();
@@ -78,6 +81,11 @@ pub static BOUNCE_MARK: Global<u32> = Global::new(0);
 /// now: [`crate::to_pod`] turns it round without the mark. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static AGAIN_MARK: Global<u32> = Global::new(0);
+
+/// Mark of a frame by which the agent finds out whether packets of an interface pass the programs:
+/// [`crate::to_pod`] turns it round, [`crate::from_pod`] counts it and drops it. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static PROBE_MARK: Global<u32> = Global::new(0);
 
 /// Whether the programs trace what they do (`--datapath-log`). The kernel removes the traces when
 /// this is zero, because the value is constant when the programs are verified.

@@ -19,7 +19,7 @@ use crate::{
     flows,
     from_pod::{DNS_PORT, range_of},
     held,
-    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE},
+    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
 };
 
@@ -32,9 +32,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if again {
         ctx.set_mark(0);
     }
-    if again || mark == BOUNCE_MARK.load() {
+    if again || mark == BOUNCE_MARK.load() || mark == PROBE_MARK.load() {
         // The agent can only send towards the pod; a question that it puts back is turned round
         // here and goes on as if the pod had just sent it; without its mark it is judged, too.
+        // A probe comes to `from_pod` like everything that the pod sends.
         // SAFETY: the helper takes plain numbers.
         return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
     }

@@ -400,7 +400,8 @@ impl Lab {
         command
             .arg("--pods-dir")
             .arg(self.pods_dir())
-            .args(arguments);
+            .args(arguments)
+            .args(way_of_attaching(arguments));
         Agent::start(&self.node, command)
     }
 
@@ -409,7 +410,11 @@ impl Lab {
     #[track_caller]
     pub fn spawn_cluster_agent(&self, kubeconfig: &Path, arguments: &[&str]) -> Agent {
         let mut command = self.agent_command("run");
-        command.arg("--kubeconfig").arg(kubeconfig).args(arguments);
+        command
+            .arg("--kubeconfig")
+            .arg(kubeconfig)
+            .args(arguments)
+            .args(way_of_attaching(arguments));
         Agent::start(&self.node, command)
     }
 
@@ -444,6 +449,16 @@ impl Lab {
         );
         said
     }
+}
+
+/// The value of `--attach` with which agents are started that get none from their test.
+const ATTACH: &str = "EGRESS_TEST_ATTACH";
+
+/// What `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.
+fn way_of_attaching(arguments: &[&str]) -> Vec<String> {
+    let chosen = arguments.contains(&"--attach");
+    let attach = std::env::var(ATTACH).ok().filter(|_| !chosen);
+    attach.map_or_else(Vec::new, |attach| vec!["--attach".to_owned(), attach])
 }
 
 fn hardware(address: [u8; 6]) -> String {

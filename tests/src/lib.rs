@@ -43,6 +43,7 @@ pub mod proxy;
 pub mod raw;
 pub mod resolvers;
 pub mod rewritten;
+pub mod rival;
 mod servers;
 mod wait;
 pub mod yaml;

@@ -12,6 +12,7 @@ mod enforced;
 mod events;
 mod exits;
 mod facts;
+mod hooks;
 mod links;
 mod named;
 mod place;
@@ -43,13 +44,17 @@ use crate::{
     report::Reporter,
 };
 use denials::DenialReader;
-use links::LinkEvents;
+use links::{FilterEvents, LinkEvents};
 use reconcile::Reconciler;
 use source::Source;
 use waiting::{RETRY_MIN, longer};
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often, at most, everything is looked at because filters have changed: whoever changes them
+/// all the time must not keep the agent busy.
+const HURRY_EVERY: Duration = Duration::from_millis(50);
 
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
@@ -98,6 +103,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
+    let mut filters = FilterEvents::open()?;
 
     let mut datapath = Datapath::open(&datapath::Options {
         bpffs: config.bpffs.clone(),
@@ -160,6 +166,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut soon = RETRY_MIN;
+    let mut hurried = Instant::now();
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
         if !reconciler.is_expecting() {
@@ -220,6 +227,13 @@ pub async fn run(options: Options) -> Result<()> {
                 () = links.changed() => {
                     soon = RETRY_MIN;
                     break;
+                }
+                changed = filters.changed() => {
+                    let concerns = reconciler.hooks.hurry(changed.as_deref());
+                    if concerns && hurried.elapsed() >= HURRY_EVERY {
+                        hurried = Instant::now();
+                        break;
+                    }
                 }
                 () = sleep_until(again), if reconciler.is_expecting() => {
                     soon = longer(soon);

@@ -15,6 +15,7 @@ use super::{
     enforced::{Enforced, PodKey},
     events,
     exits::PodExits,
+    hooks::Hooks,
     place::{Place, Places},
     plan::Plan,
     quarantine,
@@ -48,6 +49,7 @@ pub(super) struct Reconciler {
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
+    pub(super) hooks: Hooks,
     answers: Answers,
     /// Whether no agent was here before, so that pods may have connections that nobody judged.
     pub(super) first_start: bool,
@@ -87,6 +89,7 @@ impl Reconciler {
             .max()
             .map_or(1, |last| last + 1);
         Ok(Self {
+            hooks: Hooks::new(datapath.probes()?),
             datapath,
             gate,
             configured: config.clone(),
@@ -237,6 +240,7 @@ impl Reconciler {
                 self.remove(key).await;
             }
         }
+        self.check_hooks().await;
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
             let unseen = unseen.filter(|_| self.enforced.contains_key(key));
@@ -244,6 +248,7 @@ impl Reconciler {
                 .into_iter()
                 .chain(complaints.remove(key))
                 .chain(unseen.map(str::to_owned))
+                .chain(self.bypassed(key).map(str::to_owned))
                 .collect();
             if complaints.is_empty() {
                 continue;

@@ -101,6 +101,7 @@ impl Reconciler {
             host_network: pod.host_network,
             quarantined: quarantine::is_quarantined(key),
             attached: enforced.map(|enforced| attached(enforced, before)),
+            bypassed: self.bypassed(key).is_some(),
             compiled: compiled.cloned(),
             written: read
                 .map(|(_, written, _)| Arc::clone(written))

@@ -47,8 +47,12 @@ impl Datapath {
     /// Attaches one program, in place of an earlier agent's or of itself.
     pub(super) fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
-        tc.add_clsact(ifindex)
-            .context("cannot add a clsact qdisc")?;
+        if !tc
+            .add_clsact(ifindex)
+            .context("cannot add a clsact qdisc")?
+        {
+            bail!("the interface has an ingress qdisc, on which nothing can be attached to egress");
+        }
         // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
         let note = self.layout.links().join(format!("{ifindex}_clsact"));
         if let Err(error) = fs::create_dir(&note)
@@ -74,10 +78,6 @@ impl Datapath {
     /// Where the program stands among the filters of its side.
     pub(super) fn clsact_standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
-        // On an ingress qdisc, filters for egress hang on ingress.
-        if tc.hook_qdisc(ifindex)?.as_deref() != Some("clsact") {
-            return Ok(Standing::Missing);
-        }
         let program = self.program(hook)?.info()?.id();
         let filters = tc.filters(ifindex, hook.side())?;
         let mut filters = filters.iter().filter(|filter| is_met(filter));

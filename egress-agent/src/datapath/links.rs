@@ -4,17 +4,11 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, LinkError, PinnedLink},
-        tc::{SchedClassifierLink, TcAttachOptions},
-    },
-    sys::SyscallError,
+    programs::{SchedClassifier, TcAttachType},
     util::KernelVersion,
 };
 
-use super::{Datapath, clsact, pins::remove_if_there};
-use crate::host::interface_name;
+use super::{Datapath, clsact, tcx};
 
 /// How programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,7 +42,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    pub(super) const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
+    /// Both, in the order in which they are attached.
+    pub const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
 
     pub(super) const fn program(self) -> &'static str {
         match self {
@@ -57,7 +52,7 @@ impl Hook {
         }
     }
 
-    const fn attach_type(self) -> TcAttachType {
+    pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::FromPod => TcAttachType::Ingress,
             Self::ToPod => TcAttachType::Egress,
@@ -92,7 +87,7 @@ impl Datapath {
         // message twice, and the second time nobody would know its mark.
         let links = self.layout.links();
         match self.attach {
-            Attach::Clsact => detach_tcx(&links, ifindex),
+            Attach::Clsact => tcx::detach(&links, ifindex),
             Attach::Auto | Attach::Tcx => clsact::detach(&links, ifindex),
         }
     }
@@ -116,11 +111,7 @@ impl Datapath {
         let links = self.layout.links();
         // A link whose pin is removed is detached when the kernel gets round to it; one whose last
         // descriptor is closed, at once.
-        let held = Hook::BOTH
-            .iter()
-            .rev()
-            .map(|hook| pinned(&links.join(format!("{ifindex}_{}", hook.program()))))
-            .collect::<Result<Vec<_>>>()?;
+        let held = tcx::links(&links, ifindex)?;
         detach(&links, ifindex)?;
         drop(held);
         Ok(())
@@ -153,35 +144,34 @@ impl Datapath {
         Ok(program.try_into()?)
     }
 
-    fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
-        let pin = self
-            .layout
-            .links()
-            .join(format!("{ifindex}_{}", hook.program()));
-        let program = self.program(hook)?;
-        if let Some(link) = pinned(&pin)? {
-            match program.attach_to_link(SchedClassifierLink::try_from(link)?) {
-                Ok(id) => {
-                    // The pin keeps the link; ours is only a second handle.
-                    drop(program.take_link(id)?);
-                    return Ok(());
-                }
-                // The link outlived its device: the index belongs to a new one now.
-                Err(error) if is_defunct(&error) => remove_if_there(&pin)?,
-                Err(error) => return Err(error.into()),
-            }
+    /// Where one of the programs stands on an interface's hook.
+    ///
+    /// # Errors
+    ///
+    /// When the interface does not exist or the kernel does not answer.
+    pub fn standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
+        if self.attach != Attach::Clsact {
+            return self.tcx_standing(ifindex, hook);
         }
-        let name = interface_name(ifindex)
-            .with_context(|| format!("there is no interface with index {ifindex}"))?;
-        let id = program.attach_with_options(
-            &name,
-            hook.attach_type(),
-            TcAttachOptions::TcxOrder(LinkOrder::first()),
-        )?;
-        let link: FdLink = program.take_link(id)?.try_into()?;
-        link.pin(&pin)
-            .with_context(|| format!("cannot pin {}", pin.display()))?;
-        Ok(())
+        // tcx programs run before every filter. Kernels without tcx refuse the question.
+        let before = tcx::programs(ifindex, hook).unwrap_or_default();
+        match before.first() {
+            Some((_, name)) => Ok(Standing::Behind(format!("the tcx program `{name}`"))),
+            None => self.clsact_standing(ifindex, hook),
+        }
+    }
+
+    /// Puts one of the programs in front of all others on an interface's hook, with no packet
+    /// unjudged meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When there is a program that nothing can be put in front of, or the kernel refuses.
+    pub fn come_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+        match self.attach {
+            Attach::Clsact => self.clsact_first(ifindex, hook),
+            Attach::Auto | Attach::Tcx => self.tcx_first(ifindex, hook),
+        }
     }
 }
 
@@ -195,15 +185,8 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
 }
 
 fn detach(links: &Path, ifindex: u32) -> Result<()> {
-    detach_tcx(links, ifindex)?;
+    tcx::detach(links, ifindex)?;
     clsact::detach(links, ifindex)
-}
-
-fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
-    for hook in Hook::BOTH {
-        remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
-    }
-    Ok(())
 }
 
 fn attached(links: &Path) -> Result<Vec<u32>> {
@@ -227,28 +210,4 @@ fn attached(links: &Path) -> Result<Vec<u32>> {
     interfaces.sort_unstable();
     interfaces.dedup();
     Ok(interfaces)
-}
-
-fn pinned(path: &Path) -> Result<Option<FdLink>> {
-    match PinnedLink::from_pin(path) {
-        Ok(link) => Ok(Some(link.into())),
-        Err(LinkError::SyscallError(SyscallError { io_error, .. }))
-            if io_error.kind() == io::ErrorKind::NotFound =>
-        {
-            Ok(None)
-        }
-        Err(error) => {
-            Err(error).with_context(|| format!("cannot open the pinned link {}", path.display()))
-        }
-    }
-}
-
-/// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
-/// kernel/bpf/tcx.c).
-fn is_defunct(error: &ProgramError) -> bool {
-    matches!(
-        error,
-        ProgramError::SyscallError(SyscallError { io_error, .. })
-            if io_error.raw_os_error() == Some(libc::ENOLINK)
-    )
 }

@@ -13,7 +13,9 @@ mod object;
 mod outer;
 mod pins;
 mod policies;
+mod probes;
 mod rings;
+mod tcx;
 mod trace;
 mod traffic_control;
 mod view;
@@ -31,6 +33,7 @@ pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
+pub use probes::ProbeMap;
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 pub use view::View;

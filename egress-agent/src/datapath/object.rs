@@ -17,8 +17,8 @@ use egress_common::{
 };
 
 use super::{
-    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, bpffs, inner::Templates,
-    interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
+    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, ProbeMap, bpffs,
+    inner::Templates, interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
 };
 
 /// The compiled programs.
@@ -38,6 +38,7 @@ const SHARED_MAPS: &[&str] = &[
     "held",
     "denials",
     "gate_awake",
+    "probes",
 ];
 
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
@@ -72,6 +73,16 @@ pub struct Marks {
     pub bounce: u32,
     /// On its way from the pod, to be judged once more.
     pub again: u32,
+    /// To be counted, and to go nowhere.
+    pub probe: u32,
+}
+
+/// What the programs are loaded with.
+#[derive(Clone, Copy, Debug)]
+struct Constants {
+    marks: Marks,
+    trace: bool,
+    coarse_clock: bool,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -87,7 +98,9 @@ pub struct Datapath {
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
     bpffs: PathBuf,
-    marks: Marks,
+    constants: Constants,
+    /// The programs once more, for [`Datapath::stand_in`].
+    stand_in: Option<Ebpf>,
 }
 
 impl Datapath {
@@ -110,38 +123,16 @@ impl Datapath {
             deliver: random_mark()?,
             bounce: random_mark()?,
             again: random_mark()?,
+            probe: random_mark()?,
         };
-        let trace = u8::from(options.trace);
         let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
-            .map(u8::from)
             .context("cannot find out which clocks the kernel offers")?;
-        let mut loader = EbpfLoader::new();
-        loader
-            .override_global("DELIVER_MARK", &marks.deliver, true)
-            .override_global("BOUNCE_MARK", &marks.bounce, true)
-            .override_global("AGAIN_MARK", &marks.again, true)
-            .override_global("TRACE", &trace, true)
-            .override_global("COARSE_CLOCK", &coarse_clock, true);
-        for &name in SHARED_MAPS {
-            loader.map_pin_path(name, layout.map(name));
-        }
-        let mut ebpf = loader
-            .load(OBJECT)
-            .context("the kernel does not take the eBPF object")?;
-        for name in ["from_pod", "to_pod"] {
-            let program: &mut SchedClassifier = ebpf
-                .program_mut(name)
-                .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
-                .try_into()?;
-            load(program)
-                .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
-            let info = program.info()?;
-            tracing::debug!(
-                program = name,
-                verified_instructions = info.verified_instruction_count(),
-                "loaded"
-            );
-        }
+        let constants = Constants {
+            marks,
+            trace: options.trace,
+            coarse_clock,
+        };
+        let mut ebpf = load_object(&layout, &constants)?;
 
         let interfaces = open(&layout, "interfaces")?;
         let templates = Templates::new(OBJECT, &interfaces.info()?)?;
@@ -157,13 +148,34 @@ impl Datapath {
             bpffs: options.bpffs.clone(),
             layout,
             ebpf,
-            marks,
+            constants,
+            stand_in: None,
         })
     }
 
     /// Marks of the frames that the gate puts back.
     pub fn marks(&self) -> Marks {
-        self.marks
+        self.constants.marks
+    }
+
+    /// The same programs, loaded a second time: the kernel does not attach one program twice to a
+    /// hook. They stay loaded.
+    pub(super) fn stand_in(&mut self) -> Result<&mut Ebpf> {
+        let loaded = match self.stand_in.take() {
+            Some(loaded) => loaded,
+            None => load_object(&self.layout, &self.constants)?,
+        };
+        Ok(self.stand_in.insert(loaded))
+    }
+
+    /// A handle on the counts of probes.
+    ///
+    /// # Errors
+    ///
+    /// When the pin cannot be opened.
+    pub fn probes(&self) -> Result<ProbeMap> {
+        let map = open(&self.layout, "probes")?;
+        Ok(ProbeMap::new(HashMap::try_from(Map::HashMap(map))?))
     }
 
     /// Mount point of the BPF file system.
@@ -295,6 +307,45 @@ fn check_kernel(kernel: KernelVersion) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Loads the object and its programs.
+fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
+    let Constants {
+        marks,
+        trace,
+        coarse_clock,
+    } = constants;
+    let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("DELIVER_MARK", &marks.deliver, true)
+        .override_global("BOUNCE_MARK", &marks.bounce, true)
+        .override_global("AGAIN_MARK", &marks.again, true)
+        .override_global("PROBE_MARK", &marks.probe, true)
+        .override_global("TRACE", &trace, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true);
+    for &name in SHARED_MAPS {
+        loader.map_pin_path(name, layout.map(name));
+    }
+    let mut ebpf = loader
+        .load(OBJECT)
+        .context("the kernel does not take the eBPF object")?;
+    for name in ["from_pod", "to_pod"] {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(name)
+            .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
+            .try_into()?;
+        load(program)
+            .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
+        let info = program.info()?;
+        tracing::debug!(
+            program = name,
+            verified_instructions = info.verified_instruction_count(),
+            "loaded"
+        );
+    }
+    Ok(ebpf)
 }
 
 /// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then

@@ -133,30 +133,36 @@ impl TrafficControl {
         })
     }
 
-    /// The kind of the qdisc on which an interface's filters hang: `clsact`, `ingress`, or none.
-    pub(super) fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
-        let mut kind = None;
-        let request = Request::new(RTM_GETQDISC, ifindex, 0, CLSACT, 0);
-        let answer = self.exchange(request, 0, |body| {
-            kind = attributes(body.get(TC_HEADER..).unwrap_or_default())
-                .find(|(kind, _)| *kind == TCA_KIND)
-                .map(|(_, value)| text(value));
-        });
-        match answer {
-            Ok(()) => Ok(kind),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+    /// Adds a clsact qdisc. Returns whether there is none yet of another kind in its place.
+    pub(super) fn add_clsact(&mut self, ifindex: u32) -> io::Result<bool> {
+        let mut request = Request::new(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
+        request.add(TCA_KIND, b"clsact\0");
+        match self.exchange(request, NLM_F_CREATE | NLM_F_EXCL, |_| ()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(self.hook_qdisc(ifindex)?.as_deref() == Some("clsact"))
+            }
             Err(error) => Err(error),
         }
     }
 
-    /// Adds a clsact qdisc, if there is none.
-    pub(super) fn add_clsact(&mut self, ifindex: u32) -> io::Result<()> {
-        let mut request = Request::new(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
-        request.add(TCA_KIND, b"clsact\0");
-        match self.exchange(request, NLM_F_CREATE | NLM_F_EXCL, |_| ()) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            done => done,
-        }
+    /// The kind of the qdisc on which an interface's filters hang: `clsact` or `ingress`. All qdiscs
+    /// are listed for it: a question about one is told to everybody who listens for changes
+    /// (`tc_get_qdisc`, net/sched/sch_api.c), and we do.
+    fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
+        let mut found = None;
+        let request = Request::new(RTM_GETQDISC, 0, 0, 0, 0);
+        self.exchange(request, NLM_F_DUMP, |body| {
+            let Some(header) = body.get(..TC_HEADER) else {
+                return;
+            };
+            if number(&header[4..8]) == ifindex && number(&header[12..16]) == CLSACT {
+                found = attributes(&body[TC_HEADER..])
+                    .find(|(kind, _)| *kind == TCA_KIND)
+                    .map(|(_, value)| text(value));
+            }
+        })?;
+        Ok(found)
     }
 
     /// Removes the qdisc on which an interface's filters hang, with all of them.

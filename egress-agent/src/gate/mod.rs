@@ -26,6 +26,7 @@ mod learned;
 mod learned_address;
 mod pending;
 mod pod;
+mod probe;
 mod quarantine;
 mod reply;
 mod run;
@@ -58,6 +59,7 @@ use crate::{
 };
 
 use budget::Budget;
+pub use probe::Probe;
 pub use stats::{Direction, Outcome, Stats, Transport};
 pub use teachings::{About, Resolved, Teachings};
 
@@ -150,6 +152,11 @@ enum Command {
     Configure {
         dns: DnsSettings,
         done: oneshot::Sender<Result<()>>,
+    },
+    /// Send probes on interfaces.
+    Probe {
+        probes: Vec<Probe>,
+        sent: oneshot::Sender<Vec<bool>>,
     },
     /// End the thread.
     Stop,
@@ -283,6 +290,19 @@ impl Gate {
     /// When the gate is gone.
     pub async fn configure(&self, dns: DnsSettings) -> Result<()> {
         self.ask(|done| Command::Configure { dns, done }).await
+    }
+
+    /// Sends probe frames. Returns of each whether it went out.
+    ///
+    /// # Errors
+    ///
+    /// When the gate is gone.
+    pub async fn probe(&self, probes: Vec<Probe>) -> Result<Vec<bool>> {
+        let (sent, result) = oneshot::channel();
+        self.send(Command::Probe { probes, sent })?;
+        result
+            .await
+            .map_err(|_| anyhow!("the gate's thread is gone"))
     }
 
     /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.

@@ -308,6 +308,11 @@ impl Runner {
                 self.shared.means.dns = dns;
                 let _ = done.send(Ok(()));
             }
+            Command::Probe { probes, sent } => {
+                let wire = &self.shared.wire;
+                let went_out = probes.iter().map(|probe| probe.send(wire)).collect();
+                let _ = sent.send(went_out);
+            }
             // Handled by the loop.
             Command::Stop => {}
         }

@@ -36,6 +36,8 @@ pub(super) struct Wire {
     /// Frames among them that were decided, and not only put back to be judged.
     decided: usize,
     closing: mpsc::Sender<Socket>,
+    /// For probes of all interfaces: a program of ours drops each of them.
+    probe: Socket,
     stats: Arc<Stats>,
 }
 
@@ -76,8 +78,6 @@ impl Wire {
             .name("closer".into())
             .spawn(move || close_when_told(&to_close))
             .context("cannot start the thread that closes sockets")?;
-        // The thread lives as long as this sender, and closes what is left.
-        let _ = closing.send(probe);
         Ok(Self {
             marks,
             ports: HashMap::new(),
@@ -86,6 +86,7 @@ impl Wire {
             decided: 0,
             closing,
             stats,
+            probe,
         })
     }
 
@@ -134,6 +135,21 @@ impl Wire {
     /// A frame that the pod sent and that is to be judged now, as if it had just sent it.
     pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
         self.add(ifindex, self.marks.again, frame);
+    }
+
+    /// Sends a frame that is to be counted, at once.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be sent: the interface has gone, or is down.
+    pub(super) fn probe(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
+        let probe = Frame {
+            ifindex,
+            mark: self.marks.probe,
+            starts_at: 0,
+            ends_at: frame.len(),
+        };
+        send_some(&self.probe, &[probe], frame).map(drop)
     }
 
     /// How many decided frames wait to go out.

@@ -15,7 +15,7 @@ use crate::{
     datapath::boottime_ns,
     host::Exits,
     policy::{Annotations, Compiled, Mode, Settings},
-    report::{DenialCounts, Gauge, Histogram, PodIdentity},
+    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
 };
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
@@ -74,6 +74,8 @@ pub struct PodState {
     pub quarantined: bool,
     /// How it is enforced, if it is.
     pub attached: Option<Attached>,
+    /// Whether what it sends or receives may not be judged, though it is attached.
+    pub bypassed: bool,
     /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
     pub compiled: Option<Arc<Compiled>>,
     /// Where the policy is written.
@@ -94,7 +96,7 @@ impl PodState {
 
     /// Whether something is wrong with that: a pod that has only just come is not missing yet.
     pub fn is_missing(&self) -> bool {
-        self.is_waiting() && self.problem.is_some()
+        (self.is_waiting() || self.bypassed) && self.problem.is_some()
     }
 }
 
@@ -145,6 +147,10 @@ pub struct Board {
     node: ArcSwap<NodeState>,
     /// How long reconciles took.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
+    /// How often a program was put in front of another one again.
+    pub hooks_moved: Counter,
+    /// Probes that have not come to the programs.
+    pub probes_missed: Counter,
     reconciled_ns: Gauge,
     read_ns: Gauge,
     began_ns: u64,
@@ -158,6 +164,8 @@ impl Default for Board {
         Self {
             node: ArcSwap::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
+            hooks_moved: Counter::default(),
+            probes_missed: Counter::default(),
             reconciled_ns: Gauge::default(),
             read_ns: Gauge::default(),
             began_ns: boottime_ns(),

@@ -100,6 +100,11 @@ impl Scrape {
                 .map(|(mode, count)| (vec![("mode", mode.to_owned())], count)),
         )?;
         page.gauge(
+            "egress_agent_pods_bypassed",
+            "Pods whose packets may pass unjudged, because another program takes them first",
+            node.pods.values().filter(|pod| pod.bypassed).count() as u64,
+        )?;
+        page.gauge(
             "egress_agent_pods_unreadable",
             "Pods whose annotations, or their namespace's, cannot be read",
             unreadable,
@@ -264,6 +269,16 @@ impl Scrape {
             "When all pods were last compared with what is enforced",
             Some(&Unit::Seconds),
             board.last_reconciled().map_or(0.0, unix),
+        )?;
+        page.counter(
+            "egress_agent_hooks_moved",
+            "Times that a program was put in front of another one again",
+            board.hooks_moved.get(),
+        )?;
+        page.counter(
+            "egress_agent_probes_missed",
+            "Probes that have not come to the programs of their interface",
+            board.probes_missed.get(),
         )?;
         match &board.node().cluster {
             Some(cluster) => follow(page, cluster),

@@ -102,10 +102,10 @@ pub(super) fn find<'a>(
 pub(super) fn mode_of(pod: &PodState) -> &'static str {
     if pod.host_network {
         "host_network"
-    } else if pod.quarantined {
-        "quarantined"
     } else if pod.is_missing() {
         "missing"
+    } else if pod.quarantined {
+        "quarantined"
     } else if pod.is_waiting() {
         "waiting"
     } else if pod.mode == Mode::Enforce && !pod.exits.is_empty() {
@@ -174,11 +174,12 @@ fn pod_status(
         pod: pod.clone(),
         uid: state.uid.clone(),
         mode: match mode_of(state) {
+            "missing" | "waiting" if state.quarantined => "quarantined",
             "missing" | "waiting" => state.mode.as_str(),
             other => other,
         }
         .to_owned(),
-        enforced: attached.is_some(),
+        enforced: attached.is_some() && !state.bypassed,
         interfaces: attached.map_or_else(Vec::new, |attached| {
             attached
                 .interfaces
