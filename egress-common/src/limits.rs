@@ -24,6 +24,12 @@ pub const CIDR_ENTRIES: u32 = 4096;
 /// Most prefixes in the node's `ranges` map.
 pub const RANGE_ENTRIES: u32 = 4096;
 
+/// Most ports on which one resolver is asked.
+pub const RESOLVER_PORTS: usize = 4;
+
+/// Most ports on which the node's resolvers are asked.
+pub const DNS_PORTS: usize = 4;
+
 /// Default for the most flows that are remembered for one pod. (The kernel allots the buckets, 16
 /// bytes each, at once.)
 pub const FLOW_ENTRIES: u32 = 16_384;

@@ -74,6 +74,8 @@ reasons! {
     PodUnknown = 19, "pod_unknown";
     /// The pod has an interface that cannot be enforced, and is closed for it.
     UnenforcedInterface = 20, "unenforced_interface";
+    /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
+    DnsElsewhere = 21, "dns_elsewhere";
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use crate::{
     address::Address,
-    limits::{CLASSES, OWN_ADDRESSES},
+    limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
 /// Value of `interfaces`, keyed by ifindex: which policy the interface is under.
@@ -89,9 +89,12 @@ pub const POLICY_UNREADABLE: u32 = 1 << 2;
 /// It is not known yet whose interface this is: every source address counts as the pod's own,
 /// questions wait at the gate, and denials say why.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
+/// The policy says which names may be asked for, or denies some. So DNS to a server that is no
+/// resolver needs an address entry: nobody would look at the names there.
+pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 
 /// The pod has an interface that cannot be enforced and is closed for it; denials say so.
-pub const POLICY_REFUSED: u32 = 1 << 4;
+pub const POLICY_REFUSED: u32 = 1 << 5;
 
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.
@@ -152,11 +155,48 @@ pub struct CidrEntry {
 
 /// Value of `ranges`: what kind of address this is on this node. A prefix carries the bits of all
 /// prefixes that contain it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(C)]
 pub struct Range {
     /// Bits of the `RANGE_*` constants.
     pub kinds: u64,
+    /// Ports on which a resolver is asked, over UDP and TCP, in host byte order; 0 where there are
+    /// fewer.
+    pub resolver_ports: [u16; RESOLVER_PORTS],
+}
+
+impl Range {
+    /// Whether this is a resolver that is asked on this port.
+    #[inline(always)]
+    pub const fn is_resolver_at(&self, port: u16) -> bool {
+        self.kinds & RANGE_RESOLVER != 0 && port != 0 && has_port(&self.resolver_ports, port)
+    }
+}
+
+/// Value of the single entry of `dns_ports`: the ports on which any resolver is asked, so that most
+/// packets are told from DNS without a look at `ranges`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct DnsPorts {
+    /// The ports, in host byte order; 0 where there are fewer. While they change, those from before
+    /// and those from then on.
+    pub ports: [[u16; DNS_PORTS]; 2],
+}
+
+impl DnsPorts {
+    /// Whether a resolver may be asked on this port. Port 0 may count as one.
+    #[inline(always)]
+    pub const fn may_have(&self, port: u16) -> bool {
+        has_port(&self.ports[0], port) || has_port(&self.ports[1], port)
+    }
+}
+
+/// Whether one of the ports is this one. The product of four differences is zero only then, and
+/// needs one branch instead of four.
+#[inline(always)]
+const fn has_port(ports: &[u16; 4], port: u16) -> bool {
+    let [a, b, c, d] = *ports;
+    (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
 /// A configured resolver.
@@ -411,6 +451,7 @@ mod pod {
         super::AllowEntry,
         super::CidrEntry,
         super::Range,
+        super::DnsPorts,
         super::FlowKey,
         super::Flow,
         super::Counters,
@@ -427,6 +468,8 @@ const _: () = {
     assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 16);
+    assert!(size_of::<Range>() == 16);
+    assert!(size_of::<DnsPorts>() == 16);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<Held>() == 24);

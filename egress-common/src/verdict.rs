@@ -8,7 +8,8 @@ use crate::{
     protocol::bits,
     reason::Reason,
     records::{
-        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_UNIDENTIFIED,
+        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
+        POLICY_UNIDENTIFIED,
         POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER,
     },
     translation,
@@ -114,11 +115,17 @@ pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
     same_protocol & !other_ports
 }
 
-/// Whether this is DNS. To an internal address too it needs a rule: a server there that is not among
-/// the configured resolvers would carry out whatever a name can hold, and nobody would look at it.
+/// Port of DNS.
+const DNS_PORT: u16 = 53;
+/// Port of DNS over TLS (RFC 7858) and over QUIC (RFC 9250).
+const ENCRYPTED_DNS_PORT: u16 = 853;
+
+/// Whether this is DNS, by its port. To an internal address too it needs a rule: a server there that
+/// is not among the configured resolvers would carry out whatever a name can hold, and nobody would
+/// look at it.
 #[inline(always)]
-const fn is_dns(protocol: u8, port: u16) -> bool {
-    protocol & (bits::UDP | bits::TCP) != 0 && port == 53
+pub const fn is_dns(protocol: u8, port: u16) -> bool {
+    protocol & (bits::UDP | bits::TCP) != 0 && (port == DNS_PORT || port == ENCRYPTED_DNS_PORT)
 }
 
 /// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
@@ -140,6 +147,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
         policy.any
     };
     let known = learned | destination.cidr | any;
+    let dns = is_dns(protocol, port);
+    let elsewhere = dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0;
+    let counting = if elsewhere { destination.cidr } else { known };
 
     let denying = known & policy.deny & matching;
     if denying != 0 {
@@ -148,19 +158,16 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
             class: denying.trailing_zeros() as u8,
         };
     }
-    if known & !policy.deny & matching != 0 {
+    if counting & !policy.deny & matching != 0 {
         return Verdict::Pass;
     }
     if protected {
         return Verdict::deny(Reason::Protected);
     }
-    if destination.ranges & RANGE_INTERNAL != 0
-        && policy.flags & POLICY_ALLOW_INTERNAL != 0
-        && !is_dns(protocol, port)
-    {
-        return Verdict::Pass;
-    }
-    if policy.flags & POLICY_OPEN != 0 {
+    let internal =
+        destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0;
+    let open = policy.flags & POLICY_OPEN != 0;
+    if (internal && !dns) || (open && !elsewhere) {
         return Verdict::Pass;
     }
     if policy.flags & POLICY_UNREADABLE != 0 {
@@ -171,6 +178,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if policy.flags & POLICY_REFUSED != 0 {
         return Verdict::deny(Reason::UnenforcedInterface);
+    }
+    if dns && (internal || open || known & !policy.deny & matching != 0) {
+        return Verdict::deny(Reason::DnsElsewhere);
     }
     if destination.expired != 0 && destination.learned & matching != 0 {
         return Verdict::deny(Reason::Expired);
@@ -396,8 +406,46 @@ mod tests {
         };
         assert_eq!(judge(&lenient, &internal, bits::UDP, 54), Verdict::Pass);
         for protocol in [bits::UDP, bits::TCP] {
-            assert_ne!(judge(&lenient, &internal, protocol, 53), Verdict::Pass);
+            for port in [53, 853] {
+                assert_eq!(
+                    reason(&lenient, &internal, protocol, port),
+                    Reason::DnsElsewhere
+                );
+            }
         }
+    }
+
+    #[test]
+    fn where_names_are_spoken_of_only_an_address_entry_opens_dns_elsewhere() {
+        let mut names = policy();
+        names.classes[3] = class(bits::TCP | bits::UDP, 0, u16::MAX);
+        names.any = 1 << 3;
+        names.flags = POLICY_OPEN | POLICY_ALLOW_INTERNAL;
+        let all = 1 << 3;
+        for destination in [NOWHERE, learned(all)] {
+            assert_eq!(judge(&names, &destination, bits::UDP, 53), Verdict::Pass);
+        }
+        names.flags |= POLICY_SPEAKS_OF_NAMES;
+        for (protocol, port) in [(bits::UDP, 53), (bits::TCP, 53), (bits::UDP, 853)] {
+            for destination in [NOWHERE, learned(all)] {
+                assert_eq!(
+                    reason(&names, &destination, protocol, port),
+                    Reason::DnsElsewhere
+                );
+            }
+            assert_eq!(
+                judge(&names, &in_prefix(all), protocol, port),
+                Verdict::Pass
+            );
+        }
+        assert_eq!(judge(&names, &NOWHERE, bits::SCTP, 53), Verdict::Pass);
+        assert_eq!(judge(&names, &NOWHERE, bits::UDP, 443), Verdict::Pass);
+        // Nothing would open it if it were no DNS.
+        let closed = Policy {
+            flags: POLICY_SPEAKS_OF_NAMES,
+            ..policy()
+        };
+        assert_eq!(reason(&closed, &NOWHERE, bits::UDP, 53), Reason::NoRule);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_RESOLVER,
+        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, Range,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -20,13 +20,10 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows, held,
-    maps::{ALLOW, BOUNCE_MARK, CIDR, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE},
+    maps::{ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE},
     open_flow, probe,
     skb::{Skb, now_ns},
 };
-
-/// Port of DNS.
-pub const DNS_PORT: u16 = 53;
 
 /// The verdict on a frame that the pod sent.
 #[inline(always)]
@@ -144,9 +141,9 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             &Denied::from_pod(interface, packet, Reason::SpoofedSource),
         );
     }
-    if packet.dst_port == DNS_PORT
-        && packet.bit & (bits::UDP | bits::TCP) != 0
-        && range_of(&packet.dst) & RANGE_RESOLVER != 0
+    if packet.bit & (bits::UDP | bits::TCP) != 0
+        && may_be_dns_port(packet.dst_port)
+        && range_of(&packet.dst).is_resolver_at(packet.dst_port)
     {
         return hold_question(ctx, interface, policy, packet);
     }
@@ -314,7 +311,7 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
 #[inline(always)]
 fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u64) -> Destination {
     let mut destination = Destination {
-        ranges: range_of(address),
+        ranges: range_of(address).kinds,
         ..Destination::default()
     };
     // SAFETY: none of the maps is preallocated, so an entry that is replaced lives until the
@@ -332,7 +329,7 @@ fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u6
     if let Some(v4) = embedded_v4(address, destination.ranges) {
         let translated = Translated {
             cidr: prefix_classes(interface, &v4),
-            ranges: range_of(&v4),
+            ranges: range_of(&v4).kinds,
         };
         destination.add_translated(policy, translated);
     }
@@ -349,10 +346,19 @@ fn prefix_classes(interface: &Interface, address: &Address) -> u64 {
     entry.map_or(0, |entry| entry.classes)
 }
 
-/// Kinds of the address on this node.
+/// What kind of address this is on this node.
 #[inline(always)]
-pub fn range_of(address: &Address) -> u64 {
-    RANGE.get(&lpm_key(address)).map_or(0, |range| range.kinds)
+pub fn range_of(address: &Address) -> Range {
+    RANGE.get(&lpm_key(address)).copied().unwrap_or_default()
+}
+
+/// Whether a resolver may be asked on this port.
+#[inline(always)]
+pub fn may_be_dns_port(port: u16) -> bool {
+    // SAFETY: the entry is there for as long as the map, and any bytes in it are ports.
+    DNS_PORT
+        .get(0)
+        .is_some_and(|ports| unsafe { core::ptr::from_ref(ports).read_volatile() }.may_have(port))
 }
 
 #[inline(always)]

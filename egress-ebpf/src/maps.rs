@@ -13,7 +13,7 @@ use egress_common::{
         POLICIES, RANGE_ENTRIES,
     },
     records::{
-        AllowEntry, AllowKey, CidrEntry, Counters, Denial, Flow, FlowKey, Held, Identity,
+        AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
         Interface, Meter, Policy, Probes, Range,
     },
 };
@@ -48,6 +48,9 @@ pub static FLOW: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = 
 
 #[btf_map(name = "ranges")]
 pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();
+
+#[btf_map(name = "dns_ports")]
+pub static DNS_PORT: Array<DnsPorts, 1> = Array::new();
 
 #[btf_map(name = "meters")]
 pub static METER: HashMap<u32, Meter, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();

@@ -13,7 +13,7 @@ use crate::{
     checksum,
     counters::count,
     flows,
-    from_pod::DNS_PORT,
+    from_pod::may_be_dns_port,
     skb::{Linear, Skb},
 };
 
@@ -22,7 +22,7 @@ use crate::{
 pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
     let mut plain = Plain::EMPTY;
     // A resolver may have been an ordinary address when the flow was opened.
-    if !walk_plain(&Linear(skb), &mut plain) || plain.key.peer_port == DNS_PORT {
+    if !walk_plain(&Linear(skb), &mut plain) || may_be_dns_port(plain.key.peer_port) {
         return false;
     }
     let Some(flows) = flows::of_pod(interface) else {

@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
-        TO_POD,
+        Range, TO_POD,
     },
 };
 
@@ -17,7 +17,7 @@ use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
-    from_pod::{DNS_PORT, range_of},
+    from_pod::{may_be_dns_port, range_of},
     held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
@@ -69,10 +69,15 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    let is_dns = packet.bit & (bits::UDP | bits::TCP) != 0 && packet.src_port == DNS_PORT;
-    let is_held =
-        (is_dns || may_belong_to_answer(packet)) && range_of(&packet.src) & RANGE_RESOLVER != 0;
-    let is_answer = is_held && is_dns;
+    let may_be_dns = packet.bit & (bits::UDP | bits::TCP) != 0 && may_be_dns_port(packet.src_port);
+    let may_belong = may_belong_to_answer(packet);
+    let range = if may_be_dns || may_belong {
+        range_of(&packet.src)
+    } else {
+        Range::default()
+    };
+    let is_answer = may_be_dns && range.is_resolver_at(packet.src_port);
+    let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));

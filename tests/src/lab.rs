@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU8, AtomicU32, Ordering},
@@ -362,6 +362,12 @@ impl Lab {
     #[track_caller]
     pub fn serve_dns(&self, addresses: &[IpAddr]) -> DnsServer {
         DnsServer::start(&self.outside, addresses)
+    }
+
+    /// Another DNS server in `outside`, on these addresses and ports.
+    #[track_caller]
+    pub fn serve_dns_at(&self, on: &[SocketAddr]) -> DnsServer {
+        DnsServer::start_at(&self.outside, on)
     }
 
     /// Runs a program in `outside` until it is dropped.

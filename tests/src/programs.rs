@@ -13,7 +13,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowEntry, Counters, Denial, Flow, FlowKey, Held, Interface, MODE_AUDIT, MODE_ENFORCE,
-        Policy, PortClass, Probes, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER,
+        Policy, PortClass, Probes, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range,
     },
 };
 use nix::net::if_::if_nametoindex;
@@ -86,12 +86,12 @@ impl Programs {
             .expect("the pod's interface");
         datapath
             .set_ranges(&[
-                (address(RESOLVER), 128, RANGE_RESOLVER),
-                (address(RESOLVER6), 128, RANGE_RESOLVER),
-                (from_v4([10, 1, 0, 0]), 112, RANGE_INTERNAL),
-                (from_v4([169, 254, 0, 0]), 112, RANGE_PROTECTED),
-                (address("fe80::"), 10, RANGE_PROTECTED),
-                (address("ff00::"), 8, RANGE_PROTECTED),
+                (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
+                (address(RESOLVER6), 128, kind(RANGE_RESOLVER)),
+                (from_v4([10, 1, 0, 0]), 112, kind(RANGE_INTERNAL)),
+                (from_v4([169, 254, 0, 0]), 112, kind(RANGE_PROTECTED)),
+                (address("fe80::"), 10, kind(RANGE_PROTECTED)),
+                (address("ff00::"), 8, kind(RANGE_PROTECTED)),
             ])
             .expect("the map of ranges");
         let policy = policy(&pod);
@@ -398,6 +398,15 @@ fn policy(pod: &Pod) -> Policy {
     policy.own[1] = address(IpAddr::from(pod.ipv6()));
     policy.own_len = 2;
     policy
+}
+
+/// What the map of ranges says of such addresses; a resolver is asked on port 53.
+fn kind(kinds: u64) -> Range {
+    let port = if kinds & RANGE_RESOLVER == 0 { 0 } else { 53 };
+    Range {
+        kinds,
+        resolver_ports: [port, 0, 0, 0],
+    }
 }
 
 /// An address as the maps hold it.

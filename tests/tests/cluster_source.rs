@@ -301,9 +301,9 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
     assert_eq!(
         origins,
         [
-            (&ip("10.1.0.2"), &endpoints.to_owned()),
-            (&ip("10.1.0.3"), &endpoints.to_owned()),
-            (&ip("10.96.0.10"), &service.to_owned()),
+            (&ip("10.1.0.2").into(), &endpoints.to_owned()),
+            (&ip("10.1.0.3").into(), &endpoints.to_owned()),
+            (&ip("10.96.0.10").into(), &service.to_owned()),
         ]
     );
     assert!(seen.problems.is_empty(), "{:?}", seen.problems);

@@ -8,7 +8,10 @@ use super::{
     StatusArgs,
     ask::{ask, columns, span},
 };
-use crate::serve::protocol::{PodStatus, Request, Response, Status};
+use crate::{
+    dns::Resolver,
+    serve::protocol::{PodStatus, Request, Response, Status},
+};
 
 pub(super) fn status(args: &StatusArgs) -> Result<ExitCode> {
     let request = Request::Status {
@@ -46,7 +49,13 @@ fn all(status: &Status) -> String {
     let rows: Vec<Vec<String>> = status
         .resolvers
         .iter()
-        .map(|resolver| vec![resolver.address.to_string(), resolver.source.clone()])
+        .map(|resolver| {
+            let asked = Resolver {
+                address: resolver.address,
+                port: resolver.port,
+            };
+            vec![asked.to_string(), resolver.source.clone()]
+        })
         .collect();
     text.push_str(&columns("  ", &rows));
     let lost: Vec<String> = status

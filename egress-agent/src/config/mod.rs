@@ -15,7 +15,7 @@
 //!   protected: [192.0.2.0/24]   # besides the built-in ones; default: none
 //!   nat64: ["2001:db8:64::/96"] # besides 64:ff9b::/96; default: none
 //! dns:
-//!   resolvers: [10.96.0.10]     # addresses; no default
+//!   resolvers: [10.96.0.10]     # 10.1.0.2:5353 with another port than 53; no default
 //!   clusterDomain: cluster.local
 //!   minTtl: 60                  # seconds, or 90s, 5m, 24h, 7d
 //!   maxTtl: 24h
@@ -45,7 +45,7 @@ mod read;
 mod value;
 
 use std::{
-    net::IpAddr,
+    collections::BTreeSet,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -54,8 +54,8 @@ use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{ALLOW_ENTRIES, RANGE_ENTRIES},
-    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER},
+    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS},
+    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range},
     translation::range_kind,
 };
 
@@ -66,7 +66,7 @@ use read::or;
 use value::{Node, Section};
 
 use crate::{
-    dns::Name,
+    dns::{DNS_PORT, Name, Resolver},
     policy::{Mode, PodAnnotations, Prefix, Settings, Translators, exact_name, prefix::inherit},
 };
 
@@ -120,7 +120,7 @@ pub struct Ranges {
 pub struct Dns {
     /// The resolvers that pods may ask, besides those that the cluster names; without a cluster
     /// never empty (see [`Config::check_resolvers`]).
-    pub resolvers: Vec<IpAddr>,
+    pub resolvers: Vec<Resolver>,
     /// Names at or below it may always be asked for.
     pub cluster_domain: Name,
     /// A shorter TTL counts as this.
@@ -301,8 +301,8 @@ impl Config {
     }
 
     /// The entries of the kernel's `ranges` map: network (IPv4 in mapped form), prefix length in
-    /// bits of the 128-bit form, and the `RANGE_*` bits of the prefix and of all that contain it.
-    pub fn ranges(&self) -> Vec<(Address, u32, u64)> {
+    /// bits of the 128-bit form, and what holds for the prefix, and what of it for all that contain it.
+    pub fn ranges(&self) -> Vec<(Address, u32, Range)> {
         let own = self
             .protected()
             .map(|prefix| (prefix, RANGE_PROTECTED))
@@ -316,7 +316,7 @@ impl Config {
                 self.dns
                     .resolvers
                     .iter()
-                    .map(|ip| (Prefix::host(*ip), RANGE_RESOLVER)),
+                    .map(|resolver| (Prefix::host(resolver.address), RANGE_RESOLVER)),
             )
             .chain(
                 self.ranges
@@ -327,8 +327,26 @@ impl Config {
             );
         inherit(own)
             .into_iter()
-            .map(|(prefix, kinds)| (prefix.network(), prefix.prefix_len(), kinds))
+            .map(|(prefix, kinds)| {
+                let resolver_ports = self.ports_of(&prefix);
+                let range = Range {
+                    kinds,
+                    resolver_ports,
+                };
+                (prefix.network(), prefix.prefix_len(), range)
+            })
             .collect()
+    }
+
+    /// The ports on which the resolver with this address is asked.
+    fn ports_of(&self, host: &Prefix) -> [u16; RESOLVER_PORTS] {
+        let mut ports = [0; RESOLVER_PORTS];
+        let resolvers = self.dns.resolvers.iter();
+        let of_host = resolvers.filter(|resolver| Prefix::host(resolver.address) == *host);
+        for (slot, resolver) in ports.iter_mut().zip(of_host) {
+            *slot = resolver.port;
+        }
+        ports
     }
 
     /// Every protected prefix. What translators make of the IPv4 ones is protected too.
@@ -357,6 +375,44 @@ impl Ranges {
 }
 
 impl Dns {
+    fn read_resolvers(list: Option<Node>) -> Result<Vec<Resolver>, ConfigError> {
+        let mut resolvers = Vec::new();
+        let mut ports = BTreeSet::new();
+        for node in list.map_or_else(|| Ok(Vec::new()), Node::list)? {
+            let resolver = read::resolver(&node)?;
+            ports.insert(resolver.port);
+            if ports.len() > DNS_PORTS {
+                return Err(node.error(format!(
+                    "is one port too many: resolvers can be asked on {DNS_PORTS} different ports"
+                )));
+            }
+            resolvers.push(resolver);
+        }
+        resolvers.sort_unstable();
+        resolvers.dedup();
+        Ok(resolvers)
+    }
+
+    /// Adds resolvers, and returns those that cannot be added: their ports would be too many.
+    pub fn add_resolvers(&mut self, more: impl IntoIterator<Item = Resolver>) -> Vec<Resolver> {
+        let mut ports: BTreeSet<u16> = self.resolvers.iter().map(|known| known.port).collect();
+        let mut left_out = Vec::new();
+        let mut more: Vec<Resolver> = more.into_iter().collect();
+        // The port that all know comes before others.
+        more.sort_by_key(|resolver| resolver.port != DNS_PORT);
+        for resolver in more {
+            if ports.len() >= DNS_PORTS && !ports.contains(&resolver.port) {
+                left_out.push(resolver);
+            } else {
+                ports.insert(resolver.port);
+                self.resolvers.push(resolver);
+            }
+        }
+        self.resolvers.sort_unstable();
+        self.resolvers.dedup();
+        left_out
+    }
+
     fn read(section: Section) -> Result<Self, ConfigError> {
         let [
             resolvers,
@@ -375,9 +431,7 @@ impl Dns {
             "guard",
             "refusal",
         ])?;
-        let mut resolvers = read::list(resolvers, read::resolver)?;
-        resolvers.sort_unstable();
-        resolvers.dedup();
+        let resolvers = Self::read_resolvers(resolvers)?;
         let cluster_domain = match cluster_domain {
             None => exact_name("cluster.local").expect("the default is a name"),
             Some(node) => exact_name(node.text()?).map_err(|message| node.error(message))?,

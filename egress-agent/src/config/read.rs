@@ -6,7 +6,10 @@ use super::{
     error::ConfigError,
     value::{Node, Section},
 };
-use crate::policy::Prefix;
+use crate::{
+    dns::Resolver,
+    policy::Prefix,
+};
 use egress_common::translation;
 
 /// Longest duration in seconds: that of a TTL (RFC 2181, section 8).
@@ -73,17 +76,21 @@ pub(super) fn nat64(node: &Node) -> Result<Prefix, ConfigError> {
     Ok(prefix)
 }
 
-pub(super) fn resolver(node: &Node) -> Result<IpAddr, ConfigError> {
-    let Ok(address) = node.text()?.parse::<IpAddr>() else {
-        return Err(node.error("is not an IP address: expected one without port, and no name"));
+pub(super) fn resolver(node: &Node) -> Result<Resolver, ConfigError> {
+    let Ok(resolver) = node.text()?.parse::<Resolver>() else {
+        return Err(node.error(
+            "is not an IP address: expected one, alone or with a port, such as 10.1.0.2:5353 or \
+             '[fd00::1]:5353', and no name",
+        ));
     };
+    let address = resolver.address;
     if matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some()) {
         return Err(node.error("is an IPv4-mapped IPv6 address: write the IPv4 address"));
     }
     if address.is_unspecified() || address.is_multicast() {
         return Err(node.error("is not the address of a machine"));
     }
-    Ok(address)
+    Ok(resolver)
 }
 
 /// Seconds, or a number with a unit: `60`, `60s`, `5m`, `24h`, `7d`.

@@ -1,4 +1,4 @@
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use egress_common::{
     address,
@@ -31,7 +31,7 @@ fn kinds(config: &Config, ip: IpAddr) -> u64 {
         ranges
             .filter(|(network, prefix_len, _)| differing(*network).leading_zeros() >= *prefix_len)
             .max_by_key(|(_, prefix_len, _)| *prefix_len)
-            .map_or(0, |(_, _, kinds)| kinds)
+            .map_or(0, |(_, _, range)| range.kinds)
     };
     let address = crate::policy::prefix::to_mapped(ip);
     let mut destination = Destination {
@@ -123,7 +123,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 },
             },
             dns: Dns {
-                resolvers: vec![Ipv4Addr::new(10, 96, 0, 10).into()],
+                resolvers: vec!["10.96.0.10".parse().unwrap()],
                 cluster_domain: exact_name("cluster.local").unwrap(),
                 min_ttl: Duration::from_secs(60),
                 max_ttl: Duration::from_secs(86_400),
@@ -187,7 +187,7 @@ fn every_choice_can_be_made() {
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
          unenforcedInterfaces: refuse\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
-         ::1\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
+         ::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
     );
     assert_eq!(config.default_mode, Mode::Enforce);
@@ -199,7 +199,7 @@ fn every_choice_can_be_made() {
     assert_eq!(config.limits.addresses_per_pod, 100);
     assert_eq!(
         config.dns.resolvers,
-        [IpAddr::from([10, 0, 0, 1]), Ipv6Addr::LOCALHOST.into()]
+        ["10.0.0.1", "10.0.0.1:5353", "::1"].map(|text| text.parse().unwrap())
     );
     assert_eq!(config.dns.cluster_domain.to_string(), "example.org");
     assert_eq!(config.dns.min_ttl, Duration::from_secs(90));
@@ -246,13 +246,18 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "dns:\n  resolvers:\n  - 10.0.0.1\n  - dns.example\n",
-            "line 4, column 5: dns.resolvers: `dns.example` is not an IP address: expected one \
-             without port, and no name",
+            "line 4, column 5: dns.resolvers: `dns.example` is not an IP address: expected one, \
+             alone or with a port, such as 10.1.0.2:5353 or '[fd00::1]:5353', and no name",
         ),
         (
-            "dns: {resolvers: ['10.0.0.1:53']}",
-            "line 1, column 19: dns.resolvers: `10.0.0.1:53` is not an IP address: expected one \
-             without port, and no name",
+            "dns: {resolvers: ['10.0.0.1:0']}",
+            "line 1, column 19: dns.resolvers: `10.0.0.1:0` is not an IP address: expected one, \
+             alone or with a port, such as 10.1.0.2:5353 or '[fd00::1]:5353', and no name",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1, 10.0.0.1:1, 10.0.0.2:2, 10.0.0.3:3, 10.0.0.4:4]}",
+            "line 1, column 65: dns.resolvers: `10.0.0.4:4` is one port too many: resolvers can be \
+             asked on 4 different ports",
         ),
         (
             "dns: {resolvers: 10.0.0.1}",
@@ -422,8 +427,43 @@ fn an_address_may_be_of_several_kinds() {
 fn ranges_are_as_the_kernel_wants_them() {
     let ranges = config(RESOLVERS).ranges();
     assert!(ranges.is_sorted());
-    assert!(ranges.contains(&(address::from_v4([10, 96, 0, 10]), 128, RANGE_RESOLVER)));
-    assert!(ranges.contains(&(address::from_v4([169, 254, 0, 0]), 112, RANGE_PROTECTED)));
+    let kind = |kinds| Range {
+        kinds,
+        ..Range::default()
+    };
+    let resolver = Range {
+        resolver_ports: [53, 0, 0, 0],
+        ..kind(RANGE_RESOLVER)
+    };
+    assert!(ranges.contains(&(address::from_v4([10, 96, 0, 10]), 128, resolver)));
+    let protected = kind(RANGE_PROTECTED);
+    assert!(ranges.contains(&(address::from_v4([169, 254, 0, 0]), 112, protected)));
+}
+
+#[test]
+fn a_resolver_is_asked_on_its_ports_and_no_other_has_them() {
+    let config = config("dns: {resolvers: [10.0.0.1:5353, 10.0.0.2, 10.0.0.1]}");
+    let of = |address| {
+        let ranges = config.ranges().into_iter();
+        let mut found = ranges.filter(|(network, ..)| *network == address::from_v4(address));
+        found.next().expect("a range").2
+    };
+    let asked = |address| [53, 5353, 0].map(|port| of(address).is_resolver_at(port));
+    assert_eq!(asked([10, 0, 0, 1]), [true, true, false]);
+    assert_eq!(asked([10, 0, 0, 2]), [true, false, false]);
+}
+
+#[test]
+fn resolvers_of_the_cluster_are_added_as_long_as_there_are_ports() {
+    let mut dns = config("dns: {resolvers: [10.0.0.1:1, 10.0.0.1:2]}").dns;
+    let more = ["10.0.0.9:9", "10.0.0.8:8", "10.0.0.2"].map(|text| text.parse().unwrap());
+    let left_out = dns.add_resolvers(more);
+    let texts = |all: &[Resolver]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(texts(&left_out), ["10.0.0.8:8"]);
+    assert_eq!(
+        texts(&dns.resolvers),
+        ["10.0.0.1:1", "10.0.0.1:2", "10.0.0.2", "10.0.0.9:9"]
+    );
 }
 
 #[test]

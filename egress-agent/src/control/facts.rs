@@ -2,24 +2,24 @@
 
 use anyhow::{Context as _, Result};
 
-use super::reconcile::Reconciler;
-use crate::{config::Config, pods::Facts};
+use super::{dns_settings, reconcile::Reconciler};
+use crate::{config::Config, dns::Resolver, pods::Facts};
 
 impl Reconciler {
     /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the
     /// cluster says something else.
-    pub(super) fn learn_facts(&mut self, facts: &Facts) {
+    pub(super) async fn learn_facts(&mut self, facts: &Facts) {
         if *facts == self.facts {
             return;
         }
         let next = together(&self.configured, facts);
         // Whatever comes of it: it is not tried again and again.
         self.facts.clone_from(facts);
-        match self.take_ranges(&next) {
+        match self.take_ranges(&next).await {
             Ok(()) => {
                 self.config = next;
                 tracing::info!(
-                    resolvers = ?self.config.dns.resolvers,
+                    resolvers = %listed(&self.config.dns.resolvers),
                     internal = self.config.ranges.internal.len(),
                     "the cluster's addresses are known"
                 );
@@ -31,12 +31,25 @@ impl Reconciler {
         }
     }
 
-    /// Puts the ranges of another configuration in force.
+    /// Puts the ranges of another configuration in force, and what it says of DNS.
     ///
     /// # Errors
     ///
     /// When they cannot be written; those that were in force are again.
-    pub(super) fn take_ranges(&mut self, next: &Config) -> Result<()> {
+    pub(super) async fn take_ranges(&mut self, next: &Config) -> Result<()> {
+        // The kernel begins to hold what comes from a new resolver before the gate is told that the
+        // ranges are complete, and what came from an old one may still be in the ring.
+        let (before, after) = (dns_settings(&self.config), dns_settings(next));
+        self.gate
+            .configure(before.clone().with_resolvers_of(&after))
+            .await?;
+        let taken = self.write_ranges(next);
+        let settled = if taken.is_ok() { after } else { before };
+        self.gate.configure(settled).await?;
+        taken
+    }
+
+    fn write_ranges(&mut self, next: &Config) -> Result<()> {
         let (ranges, before) = (next.ranges(), self.config.ranges());
         if ranges == before {
             return Ok(());
@@ -54,13 +67,23 @@ impl Reconciler {
     }
 }
 
+/// Resolvers as a log line has them.
+pub(super) fn listed(resolvers: &[Resolver]) -> String {
+    let texts: Vec<String> = resolvers.iter().map(Resolver::to_string).collect();
+    format!("[{}]", texts.join(", "))
+}
+
 /// The configuration with the cluster's resolvers and internal prefixes.
 pub(super) fn together(config: &Config, facts: &Facts) -> Config {
     let mut config = config.clone();
-    let resolvers = &mut config.dns.resolvers;
-    resolvers.extend(facts.resolvers.keys());
-    resolvers.sort_unstable();
-    resolvers.dedup();
+    let left_out = config.dns.add_resolvers(facts.resolvers.keys().copied());
+    if !left_out.is_empty() {
+        tracing::error!(
+            left_out = %listed(&left_out),
+            "the cluster's resolvers are asked on too many different ports: nothing is held that \
+             goes to these or comes from them, and nothing is learned from it"
+        );
+    }
     let internal = &mut config.ranges.internal;
     internal.extend(facts.internal.keys());
     internal.sort_unstable();

@@ -201,7 +201,7 @@ pub async fn run(options: Options) -> Result<()> {
             tracing::info!(
                 node = %config.node,
                 pods = reconciler.enforced(),
-                resolvers = ?reconciler.config.dns.resolvers,
+                resolvers = %facts::listed(&reconciler.config.dns.resolvers),
                 "ready"
             );
         }
@@ -286,5 +286,11 @@ fn dns_settings(config: &Config) -> DnsSettings {
         },
         protected: policy.protected,
         translators: policy.translators,
+        resolvers: config
+            .dns
+            .resolvers
+            .iter()
+            .map(|resolver| (enforced::mapped(resolver.address), resolver.port))
+            .collect(),
     }
 }

@@ -124,7 +124,7 @@ impl Reconciler {
     /// does not hinder the others; it is tried again the next time.
     pub(super) async fn reconcile(&mut self, source: &Snapshot) {
         let began = Instant::now();
-        self.learn_facts(&source.facts);
+        self.learn_facts(&source.facts).await;
         let (snapshot, places) = self.look_around(source);
         let snapshot = &*snapshot;
         self.exits.begin(snapshot, &places);

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{dns_settings, facts::together, reconcile::Reconciler};
+use super::{
+    facts::{listed, together},
+    reconcile::Reconciler,
+};
 use crate::{config::Config, pods::Facts};
 
 impl Reconciler {
@@ -13,7 +16,7 @@ impl Reconciler {
     pub(super) async fn reload(&mut self, file: &Path) {
         match self.try_reload(file).await {
             Ok(()) => tracing::info!(
-                resolvers = ?self.config.dns.resolvers,
+                resolvers = %listed(&self.config.dns.resolvers),
                 "configuration read again"
             ),
             Err(error) => tracing::error!(
@@ -37,8 +40,7 @@ impl Reconciler {
             );
         }
         let next = together(&configured, &self.facts);
-        self.take_ranges(&next)?;
-        self.gate.configure(dns_settings(&next)).await?;
+        self.take_ranges(&next).await?;
         self.readings.change(next.policy_settings());
         self.configured = configured;
         self.config = next;

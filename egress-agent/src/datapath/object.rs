@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, sync::Arc};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, LpmTrie, Map, MapData, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie::Key},
     programs::{ProgramError, ProgramType, SchedClassifier},
     sys::{BpfHelper, is_helper_supported},
     util::KernelVersion,
@@ -13,7 +13,8 @@ use aya::{
 use aya_obj::Object;
 use egress_common::{
     address::Address,
-    records::{Identity, Interface, Meter, Policy, Range},
+    limits::DNS_PORTS,
+    records::{DnsPorts, Identity, Interface, Meter, Policy, Range},
 };
 
 use super::{
@@ -33,6 +34,7 @@ const SHARED_MAPS: &[&str] = &[
     "cidrs",
     "flows",
     "ranges",
+    "dns_ports",
     "meters",
     "counters",
     "held",
@@ -97,6 +99,7 @@ pub struct Datapath {
     pub(super) meters: HashMap<MapData, u32, Meter>,
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
+    dns_ports: Array<MapData, DnsPorts>,
     bpffs: PathBuf,
     constants: Constants,
     /// The programs once more, for [`Datapath::stand_in`].
@@ -145,6 +148,7 @@ impl Datapath {
             meters: HashMap::try_from(take(&mut ebpf, "meters")?)?,
             identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
             ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
+            dns_ports: Array::try_from(take(&mut ebpf, "dns_ports")?)?,
             bpffs: options.bpffs.clone(),
             layout,
             ebpf,
@@ -229,18 +233,41 @@ impl Datapath {
         Ok(CounterMap::new(counters, meters))
     }
 
-    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and
-    /// the `RANGE_*` bits.
+    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and what
+    /// the map says. Resolvers are asked on at most [`DNS_PORTS`] ports.
     ///
     /// New prefixes are written before old ones go, so that no address is unprotected in between.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written.
-    pub fn set_ranges(&mut self, ranges: &[(Address, u32, u64)]) -> Result<()> {
-        for &(network, prefix_len, kinds) in ranges {
+    /// When a map cannot be written.
+    pub fn set_ranges(&mut self, ranges: &[(Address, u32, Range)]) -> Result<()> {
+        let mut ports = ranges.iter().flat_map(|(_, _, range)| range.resolver_ports);
+        let mut next = [0; DNS_PORTS];
+        for port in ports.by_ref().filter(|port| *port != 0) {
+            if !next.contains(&port) {
+                let free = next.iter_mut().find(|slot| **slot == 0);
+                *free.context("resolvers are asked on too many ports")? = port;
+            }
+        }
+        // The map's value is not replaced at once, so only one half of it changes at a time.
+        let before = self.dns_ports.get(&0, 0).unwrap_or_default().ports[0];
+        self.set_dns_ports([before, next])?;
+        self.set_prefixes(ranges)?;
+        self.set_dns_ports([next, next])?;
+        self.set_dns_ports([next, [0; DNS_PORTS]])
+    }
+
+    fn set_dns_ports(&mut self, ports: [[u16; DNS_PORTS]; 2]) -> Result<()> {
+        self.dns_ports
+            .set(0, DnsPorts { ports }, 0)
+            .context("cannot write the map `dns_ports`")
+    }
+
+    fn set_prefixes(&mut self, ranges: &[(Address, u32, Range)]) -> Result<()> {
+        for &(network, prefix_len, range) in ranges {
             self.ranges
-                .insert(&Key::new(prefix_len, network), Range { kinds }, 0)
+                .insert(&Key::new(prefix_len, network), range, 0)
                 .context("cannot write the map `ranges`")?;
         }
         let stale: Vec<Key<Address>> = self

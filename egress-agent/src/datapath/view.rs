@@ -59,15 +59,15 @@ impl View {
         found(self.policies.get(&policy, 0)).context("cannot read the map `policies`")
     }
 
-    /// Kinds of an address on this node.
+    /// What kind of address this is on this node.
     ///
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn ranges(&self, address: &Address) -> Result<u64> {
+    pub fn range(&self, address: &Address) -> Result<Range> {
         let range = found(self.ranges.get(&Key::new(128, *address), 0))
             .context("cannot read the map `ranges`")?;
-        Ok(range.map_or(0, |range| range.kinds))
+        Ok(range.unwrap_or_default())
     }
 
     /// What the maps say about a destination under a policy, and when it expires if it was learned:
@@ -83,7 +83,7 @@ impl View {
         now_ns: u64,
     ) -> Result<(Destination, Option<u64>)> {
         let mut destination = Destination {
-            ranges: self.ranges(address)?,
+            ranges: self.range(address)?.kinds,
             ..Destination::default()
         };
         let mut expires_ns = None;
@@ -110,7 +110,7 @@ impl View {
         if let Some(v4) = embedded_v4(address, destination.ranges) {
             let translated = Translated {
                 cidr: classes(v4)?,
-                ranges: self.ranges(&v4)?,
+                ranges: self.range(&v4)?.kinds,
             };
             destination.add_translated(policy, translated);
         }

@@ -9,6 +9,7 @@ pub mod name;
 pub mod question;
 pub mod record_type;
 pub mod refusal;
+pub mod resolver;
 mod wire;
 
 #[cfg(test)]
@@ -19,4 +20,5 @@ pub use name::Name;
 pub use question::{Question, QuestionError, read_question};
 pub use record_type::type_name;
 pub use refusal::{Refusal, refuse};
+pub use resolver::{DNS_PORT, Resolver};
 pub use wire::PlainNameError;

@@ -175,6 +175,7 @@ impl<'a> Judge<'a> {
         let exchange = Exchange {
             pod_addr: packet.src,
             resolver: packet.dst,
+            resolver_port: packet.dst_port,
             pod_port: packet.src_port,
             id: question.id,
         };
@@ -265,6 +266,7 @@ fn answered(answer: &Answer, packet: &Packet) -> Exchange {
     Exchange {
         pod_addr: packet.dst,
         resolver: packet.src,
+        resolver_port: packet.src_port,
         pod_port: packet.dst_port,
         id: answer.id,
     }

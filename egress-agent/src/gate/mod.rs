@@ -47,7 +47,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use egress_common::{address::Address, records::Interface};
+use egress_common::{address::Address, packet::Packet, records::Interface};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
@@ -81,9 +81,23 @@ pub struct DnsSettings {
     pub protected: Vec<Prefix>,
     /// Through these, no answer leads to them either.
     pub translators: Translators,
+    /// Addresses and ports of the resolvers.
+    pub resolvers: HashSet<(Address, u16)>,
 }
 
 impl DnsSettings {
+    /// The same with the resolvers of other settings, too.
+    #[must_use]
+    pub fn with_resolvers_of(mut self, other: &Self) -> Self {
+        self.resolvers.extend(&other.resolvers);
+        self
+    }
+
+    /// Whether a packet comes from a resolver.
+    fn is_from_resolver(&self, packet: &Packet) -> bool {
+        self.resolvers.contains(&(packet.src, packet.src_port))
+    }
+
     /// Whether no answer teaches the address.
     fn is_protected(&self, address: &Address) -> bool {
         let contains =

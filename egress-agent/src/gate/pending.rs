@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Exchange {
     pub(super) pod_addr: Address,
     pub(super) resolver: Address,
+    pub(super) resolver_port: u16,
     pub(super) pod_port: u16,
     pub(super) id: u16,
 }

@@ -10,7 +10,7 @@ use super::{
     contents::Contents,
     object::{Namespace, Object},
 };
-use crate::policy::Prefix;
+use crate::{dns::Resolver, policy::Prefix};
 
 /// A pod, as far as enforcement is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,9 +78,9 @@ pub struct Snapshot {
 /// What a cluster says of itself; empty without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// The addresses of its resolvers, each with where it was found, for people: for example
-    /// `service kube-system/kube-dns`.
-    pub resolvers: BTreeMap<IpAddr, String>,
+    /// Its resolvers, each with where it was found, for people: for example `service
+    /// kube-system/kube-dns`.
+    pub resolvers: BTreeMap<Resolver, String>,
     /// Its internal prefixes: pods, services, nodes, the API server; each with where it was found.
     pub internal: BTreeMap<Prefix, String>,
 }

@@ -10,9 +10,10 @@ use egress_common::{
     address::Address,
     limits::{CIDR_ENTRIES, CLASSES},
     records::{
-        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_UNIDENTIFIED, POLICY_UNREADABLE,
-        Policy, PortClass,
+        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
+        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, PortClass,
     },
+    verdict::is_dns,
 };
 
 use super::{
@@ -107,7 +108,7 @@ pub fn compile(
         allow,
         deny,
         resolve,
-        warnings,
+        mut warnings,
     } = effective::resolve(pod, namespace, settings)?;
 
     let classes = Classes::new(&allow, &deny)?;
@@ -156,6 +157,13 @@ pub fn compile(
 
     record.names = fingerprint(&listed);
     let unlisted = unlisted(&allow, &deny, &resolve, open, settings);
+    let denies_names = deny
+        .iter()
+        .any(|rule| matches!(rule.destination, Destination::Names(_)));
+    if denies_names || unlisted == QuestionRule::NotListed {
+        record.flags |= POLICY_SPEAKS_OF_NAMES;
+        warn_of_dns(&allow, &mut warnings);
+    }
     let mut names = NameRules::new(settings.cluster_domain.clone(), unlisted);
     names.extend(listed);
     let denials = denials(&deny, &classes);
@@ -194,15 +202,15 @@ pub fn refused(settings: &Settings) -> Compiled {
 }
 
 fn closed(settings: &Settings, why: u32) -> Compiled {
-    let unlisted = if settings.guard {
-        QuestionRule::NotListed
+    let (unlisted, names) = if settings.guard {
+        (QuestionRule::NotListed, POLICY_SPEAKS_OF_NAMES)
     } else {
-        QuestionRule::Allowed
+        (QuestionRule::Allowed, 0)
     };
     Compiled {
         mode: Mode::Enforce,
         record: Policy {
-            flags: flags(settings) | why,
+            flags: flags(settings) | why | names,
             ..Policy::CLOSED
         },
         names: NameRules::new(settings.cluster_domain.clone(), unlisted),
@@ -210,6 +218,28 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
         warnings: Vec::new(),
         denials: Vec::new(),
         translators: settings.translators.clone(),
+    }
+}
+
+/// Warns of entries that open nothing but DNS, and not even that.
+fn warn_of_dns(allow: &[Rule], warnings: &mut Vec<String>) {
+    for rule in allow {
+        let PortClass {
+            port_min: first,
+            port_max: last,
+            protocols,
+            ..
+        } = rule.class;
+        if first == last
+            && is_dns(protocols, first)
+            && !matches!(rule.destination, Destination::Addresses(_))
+        {
+            warnings.push(format!(
+                "the {}'s allow entry `{}` opens nothing: under a policy that speaks of names, a DNS \
+                 server is opened by its address alone",
+                rule.origin, rule.text
+            ));
+        }
     }
 }
 

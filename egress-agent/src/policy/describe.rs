@@ -1,7 +1,9 @@
 //! A policy in words, for `egress-agent check`.
 
+use egress_common::records::POLICY_SPEAKS_OF_NAMES;
+
 use super::{
-    Annotations, Mode, PolicyError, Settings, compile,
+    Annotations, Compiled, Mode, PolicyError, Settings, compile,
     effective::{self, Effective, Rule},
     entry::{Destination, class_words},
 };
@@ -20,21 +22,17 @@ pub fn describe(
     settings: &Settings,
 ) -> Result<String, PolicyError> {
     // Limits on what is compiled are errors here too.
-    let asks_everything = compile(pod, namespace, settings)?.names.allows_unlisted();
-    let effective = effective::resolve(pod, namespace, settings)?;
-    Ok(Lines::of(title, &effective, settings, asks_everything))
+    let compiled = compile(pod, namespace, settings)?;
+    let mut effective = effective::resolve(pod, namespace, settings)?;
+    effective.warnings.clone_from(&compiled.warnings);
+    Ok(Lines::of(title, &effective, settings, &compiled))
 }
 
 /// The text as it grows.
 struct Lines(String);
 
 impl Lines {
-    fn of(
-        title: &str,
-        effective: &Effective,
-        settings: &Settings,
-        asks_everything: bool,
-    ) -> String {
+    fn of(title: &str, effective: &Effective, settings: &Settings, compiled: &Compiled) -> String {
         let Effective {
             mode,
             open,
@@ -92,7 +90,7 @@ impl Lines {
             Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
         });
         lines.rules("may also ask for:", resolve, |_| String::new());
-        if asks_everything {
+        if compiled.names.allows_unlisted() {
             lines.push(1, "every name may be asked for, unless denied");
         } else {
             lines.push(
@@ -101,6 +99,12 @@ impl Lines {
                     "names in {} may always be asked for, unless denied",
                     settings.cluster_domain
                 ),
+            );
+        }
+        if compiled.record.flags & POLICY_SPEAKS_OF_NAMES != 0 {
+            lines.push(
+                1,
+                "DNS servers that are no resolvers only where an address entry names them",
             );
         }
         lines.warnings(warnings);
@@ -193,6 +197,7 @@ shop/cart
   may also ask for:
     db.example.net  (namespace)
   names in cluster.local may always be asked for, unless denied
+  DNS servers that are no resolvers only where an address entry names them
 "
         );
     }

@@ -4,7 +4,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -13,6 +12,7 @@ use arc_swap::ArcSwap;
 
 use crate::{
     datapath::boottime_ns,
+    dns::Resolver,
     host::Exits,
     policy::{Annotations, Compiled, Mode, Settings},
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
@@ -130,7 +130,7 @@ pub struct NodeState {
     /// Its pods, by namespace and name.
     pub pods: BTreeMap<(String, String), PodState>,
     /// Its resolvers, each with where it was found.
-    pub resolvers: BTreeMap<IpAddr, String>,
+    pub resolvers: BTreeMap<Resolver, String>,
     /// What is wrong with no single pod: where, and what.
     pub problems: BTreeMap<String, String>,
     /// Whether there may be more pods, because the source could not be read in full.

@@ -11,7 +11,7 @@ use egress_common::{
     address::Address,
     protocol::bits,
     reason::Reason,
-    records::{Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER},
+    records::{Policy, RANGE_INTERNAL, RANGE_PROTECTED, Range},
     verdict::Destination,
 };
 
@@ -39,8 +39,6 @@ use crate::{
 const ADDRESSES: usize = 256;
 /// How often it is tried again when the policy changes meanwhile.
 const ATTEMPTS: usize = 5;
-/// Port of DNS.
-const DNS_PORT: u16 = 53;
 
 /// Explains what becomes of packets of a pod's to a target.
 ///
@@ -277,7 +275,7 @@ impl Asking<'_> {
             entries: Vec::new(),
             ports: Vec::new(),
         };
-        if self.is_dns() && destination.ranges & RANGE_RESOLVER != 0 {
+        if self.is_asked(&view.range(address)?) {
             "it is a resolver: its questions are judged by the names that they ask for"
                 .clone_into(&mut explained.because);
             return Ok(explained);
@@ -372,8 +370,10 @@ impl Asking<'_> {
         )
     }
 
-    fn is_dns(&self) -> bool {
-        self.target.port == Some(DNS_PORT)
+    /// Whether packets to the target are questions to a resolver.
+    fn is_asked(&self, range: &Range) -> bool {
+        let port = self.target.port;
+        port.is_some_and(|port| range.is_resolver_at(port))
             && matches!(self.target.protocol, Some(bits::TCP | bits::UDP))
     }
 
@@ -421,6 +421,10 @@ impl Asking<'_> {
                 "entries with a name allow this port: the pod has to resolve that name with one of \
                  its resolvers; or add `{entry}` to {PREFIX}allow"
             ),
+            Some(Reason::DnsElsewhere) if !is_address => {
+                "add the server's address to allow, or to dns.resolvers of the agent's configuration"
+                    .to_owned()
+            }
             Some(Reason::Protected) if !is_address => {
                 "a protected address is opened by its address alone, never by a name".to_owned()
             }
@@ -460,6 +464,10 @@ fn because_denied(reason: Reason) -> &'static str {
              address"
         }
         Reason::DenyRule => "a deny entry names it",
+        Reason::DnsElsewhere => {
+            "it is a DNS server and no resolver, and the policy speaks of names: only an entry with its \
+             address opens it"
+        }
         _ => "no entry speaks of it",
     }
 }

@@ -78,6 +78,7 @@ pub struct AgentStatus {
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct ResolverStatus {
     pub address: IpAddr,
+    pub port: u16,
     pub source: String,
 }
 

@@ -25,6 +25,7 @@ const REASONS: [Reason; 8] = [
     Reason::PolicyUnreadable,
     Reason::UnenforcedInterface,
     Reason::Protected,
+    Reason::DnsElsewhere,
     Reason::Expired,
     Reason::PortNotAllowed,
     Reason::AddressNotLearned,
@@ -103,8 +104,8 @@ fn regions(policy: &Policy, protocol: u8, port: Option<u16>) -> Vec<Ports> {
     if let Some(port) = port {
         return vec![ports(port, port)];
     }
-    // The port of DNS is one of its own: see `judge`.
-    let mut starts: BTreeSet<u16> = [0, 53, 54].into();
+    // Each port of DNS is a range of its own: see `judge`.
+    let mut starts: BTreeSet<u16> = [0, 53, 54, 853, 854].into();
     for class in &policy.classes {
         starts.insert(class.port_min);
         starts.extend(class.port_max.checked_add(1));

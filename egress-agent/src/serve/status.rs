@@ -65,8 +65,9 @@ pub(super) async fn status(
         resolvers: node
             .resolvers
             .iter()
-            .map(|(&address, source)| ResolverStatus {
-                address,
+            .map(|(resolver, source)| ResolverStatus {
+                address: resolver.address,
+                port: resolver.port,
                 source: source.clone(),
             })
             .collect(),

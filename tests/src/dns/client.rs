@@ -87,9 +87,13 @@ impl DnsSocket {
     /// Sends these bytes to port 53 of `server`.
     #[track_caller]
     pub fn send(&self, server: IpAddr, bytes: &[u8]) {
-        self.socket
-            .send_to(bytes, (server, 53))
-            .expect("send a datagram");
+        self.send_to((server, 53).into(), bytes);
+    }
+
+    /// Sends these bytes to `server`.
+    #[track_caller]
+    pub fn send_to(&self, server: SocketAddr, bytes: &[u8]) {
+        self.socket.send_to(bytes, server).expect("send a datagram");
     }
 
     /// Asks a question; the answer is for [`Self::receive`].
@@ -183,19 +187,27 @@ impl Pod {
         qtype: RecordType,
         timeout: Duration,
     ) -> Option<Answer> {
+        self.try_resolve_at((server, 53).into(), name, qtype, timeout)
+    }
+
+    /// Asks `server` on this port once; `None` when no answer comes in time.
+    #[track_caller]
+    pub fn try_resolve_at(
+        &self,
+        server: SocketAddr,
+        name: &str,
+        qtype: RecordType,
+        timeout: Duration,
+    ) -> Option<Answer> {
         static NEXT_ID: AtomicU16 = AtomicU16::new(1);
         let socket = self.dns_socket_from(match server {
-            IpAddr::V4(_) => self.ipv4().into(),
-            IpAddr::V6(_) => self.ipv6().into(),
+            SocketAddr::V4(_) => self.ipv4().into(),
+            SocketAddr::V6(_) => self.ipv6().into(),
         });
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        socket.ask(server, id, name, qtype);
+        socket.send_to(server, &question(id, name, qtype));
         let (bytes, from) = socket.receive(timeout)?;
-        assert_eq!(
-            from,
-            SocketAddr::new(server, 53),
-            "the answer for {name} came from elsewhere"
-        );
+        assert_eq!(from, server, "the answer for {name} came from elsewhere");
         let answer = Answer::read(&bytes);
         assert_eq!(
             answer.message.metadata.id, id,

@@ -109,7 +109,7 @@ impl Zone {
     }
 }
 
-/// A DNS server on UDP and TCP port 53 of some addresses, stopped when dropped. A name it was told
+/// A DNS server on UDP and TCP ports of some addresses, stopped when dropped. A name it was told
 /// nothing about does not exist.
 pub struct DnsServer {
     zone: Arc<Zone>,
@@ -128,12 +128,17 @@ impl fmt::Debug for DnsServer {
 impl DnsServer {
     #[track_caller]
     pub(crate) fn start(namespace: &Namespace, on: &[IpAddr]) -> Self {
+        let on: Vec<SocketAddr> = on.iter().map(|&ip| SocketAddr::new(ip, PORT)).collect();
+        Self::start_at(namespace, &on)
+    }
+
+    #[track_caller]
+    pub(crate) fn start_at(namespace: &Namespace, on: &[SocketAddr]) -> Self {
         let zone = Arc::<Zone>::default();
         let (sockets, threads) = namespace.run(|| {
-            let bound = on.iter().map(|&ip| {
-                let address = SocketAddr::new(ip, PORT);
-                let udp = UdpSocket::bind(address).expect("UDP port 53 of the resolver");
-                let tcp = listener(address).expect("TCP port 53 of the resolver");
+            let bound = on.iter().map(|&address| {
+                let udp = UdpSocket::bind(address).expect("a UDP port of the resolver");
+                let tcp = listener(address).expect("a TCP port of the resolver");
                 tcp.set_nonblocking(true).expect("a non-blocking listener");
                 ((address, udp), tcp)
             });

@@ -8,7 +8,7 @@
 //! ```text
 //!  fragment ─▶ its datagram ─▶ whole? ─no──▶ waits
 //!                 │              │ yes
-//!                 │            from port 53? ─no──▶ all put back
+//!                 │            from a resolver? ─no──▶ all put back
 //!                 │              │ yes
 //!                 ▼              └─▶ decided as an answer ─yes─▶ all put back
 //!              contradiction: none is put back, nor any that follows

@@ -4,15 +4,13 @@ use egress_common::{packet::Packet, protocol::bits};
 
 use super::{
     super::{
+        DnsSettings,
         checksum::is_right_udp,
         fragments::{self, Whole},
         judge::Judge,
     },
     HeldFrame, Pod, Shared, udp_payload,
 };
-
-/// Port of DNS.
-const DNS_PORT: u16 = 53;
 
 impl Pod {
     /// A fragment. If its datagram is whole with it and may pass, all fragments are put back, in the
@@ -39,7 +37,7 @@ impl Pod {
         let Some(whole) = whole else {
             return;
         };
-        let may_pass = match answer(&whole) {
+        let may_pass = match answer(&whole, &shared.means.dns) {
             Answer::No => true,
             Answer::Unreadable(why) => {
                 judge.lost_fragments(&whole.packet, why);
@@ -80,11 +78,11 @@ enum Answer<'a> {
     Unreadable(&'static str),
 }
 
-fn answer(whole: &Whole) -> Answer<'_> {
+fn answer<'a>(whole: &'a Whole, dns: &DnsSettings) -> Answer<'a> {
     let packet = &whole.packet;
     match packet.bit {
-        bits::UDP if packet.src_port == DNS_PORT => {}
-        bits::TCP if packet.src_port == DNS_PORT => {
+        bits::UDP if dns.is_from_resolver(packet) => {}
+        bits::TCP if dns.is_from_resolver(packet) => {
             return Answer::Unreadable("a segment of DNS over TCP came in fragments");
         }
         _ => return Answer::No,

@@ -46,13 +46,18 @@ struct Decisions {
 
 impl Decisions {
     fn exchange(packet: &Packet, id: u16, to: To) -> Exchange {
-        let (pod_addr, pod_port, resolver) = match to {
-            To::Resolver => (packet.src, packet.src_port, packet.dst),
-            To::Pod => (packet.dst, packet.dst_port, packet.src),
+        let (pod_addr, pod_port) = match to {
+            To::Resolver => (packet.src, packet.src_port),
+            To::Pod => (packet.dst, packet.dst_port),
+        };
+        let (resolver, resolver_port) = match to {
+            To::Resolver => (packet.dst, packet.dst_port),
+            To::Pod => (packet.src, packet.src_port),
         };
         Exchange {
             pod_addr,
             resolver,
+            resolver_port,
             pod_port,
             id,
         }
@@ -223,6 +228,7 @@ impl Scene {
             let key = Key {
                 pod_addr: packet.src,
                 resolver: packet.dst,
+                resolver_port: packet.dst_port,
                 pod_port: packet.src_port,
             };
             let segment = Segment::read(&frame, &packet).expect("a whole segment");

@@ -64,6 +64,7 @@ pub(super) const LIMITS: Limits = Limits {
 struct Key {
     pod_addr: Address,
     resolver: Address,
+    resolver_port: u16,
     pod_port: u16,
 }
 
@@ -110,11 +111,13 @@ impl Streams {
             To::Resolver => Key {
                 pod_addr: packet.src,
                 resolver: packet.dst,
+                resolver_port: packet.dst_port,
                 pod_port: packet.src_port,
             },
             To::Pod => Key {
                 pod_addr: packet.dst,
                 resolver: packet.src,
+                resolver_port: packet.src_port,
                 pod_port: packet.dst_port,
             },
         };

@@ -1,10 +1,10 @@
 //! What Services, endpoints, Nodes and service ranges say of the cluster's addresses.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 
-use crate::policy::Prefix;
+use crate::{dns::DNS_PORT, policy::Prefix};
 
 /// What is needed of the agent's own Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,32 +34,111 @@ impl NodeFacts {
     }
 }
 
+/// Addresses of a Service or of endpoints, and its ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Served {
+    pub(super) addresses: Vec<IpAddr>,
+    /// Name and number of each port for TCP or UDP; the name is that of the Service's port.
+    pub(super) ports: Vec<(String, u16)>,
+}
+
+impl Served {
+    /// Names of a Service's ports that are asked on port 53: others, such as that of metrics, are not
+    /// for DNS.
+    pub(super) fn dns_port_names(&self) -> impl Iterator<Item = &str> {
+        let ports = self.ports.iter();
+        ports
+            .filter(|(_, port)| *port == DNS_PORT)
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// The ports of endpoints that are for DNS: those with one of the names, or, where the Service
+    /// gives none, with a name that usual Services have. Port 53 where there is none.
+    pub(super) fn dns_ports(&self, names: &BTreeSet<&str>) -> Vec<u16> {
+        let is_usual = |name: &str| {
+            name.starts_with("dns") && !name.contains("tls") || matches!(name, "udp-53" | "tcp-53")
+        };
+        let mut ports: Vec<u16> = self
+            .ports
+            .iter()
+            .filter(|(name, port)| {
+                names.contains(name.as_str())
+                    || *port == DNS_PORT
+                    || (names.is_empty() && is_usual(name))
+            })
+            .map(|(_, port)| *port)
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        if ports.is_empty() {
+            ports.push(DNS_PORT);
+        }
+        ports
+    }
+}
+
 /// The cluster IPs of a Service, of both families.
-pub(super) fn of_service(service: v1::Service) -> Vec<IpAddr> {
+pub(super) fn of_service(service: v1::Service) -> Served {
     let spec = service.spec.unwrap_or_default();
     let all = spec.cluster_ips.unwrap_or_default();
-    // "None" of a headless Service is no address.
-    machine_addresses(all.iter().chain(&spec.cluster_ip).map(String::as_str))
+    let ports = spec.ports.unwrap_or_default();
+    Served {
+        // "None" of a headless Service is no address.
+        addresses: machine_addresses(all.iter().chain(&spec.cluster_ip).map(String::as_str)),
+        ports: ports_of(
+            ports
+                .into_iter()
+                .map(|port| (port.name, Some(port.port), port.protocol)),
+        ),
+    }
+}
+
+/// The ports for TCP and UDP, whose protocol is TCP where it is not said.
+fn ports_of(
+    ports: impl Iterator<Item = (Option<String>, Option<i32>, Option<String>)>,
+) -> Vec<(String, u16)> {
+    ports
+        .filter(|(_, _, protocol)| matches!(protocol.as_deref().unwrap_or("TCP"), "TCP" | "UDP"))
+        .filter_map(|(name, port, _)| {
+            let port = u16::try_from(port?).ok().filter(|port| *port != 0)?;
+            Some((name.unwrap_or_default(), port))
+        })
+        .collect()
 }
 
 /// The addresses of an `EndpointSlice`, ready or not: one that is starting may already be asked,
 /// and one that is ending still answers.
-pub(super) fn of_slice(slice: &discovery::EndpointSlice) -> Vec<IpAddr> {
+pub(super) fn of_slice(slice: discovery::EndpointSlice) -> Served {
     if slice.address_type == "FQDN" {
-        return Vec::new();
+        return Served::default();
     }
     let addresses = slice.endpoints.iter().flat_map(|one| &one.addresses);
-    machine_addresses(addresses.map(String::as_str))
+    let ports = slice.ports.unwrap_or_default();
+    Served {
+        addresses: machine_addresses(addresses.map(String::as_str)),
+        ports: ports_of(
+            ports
+                .into_iter()
+                .map(|port| (port.name, port.port, port.protocol)),
+        ),
+    }
 }
 
 /// The addresses of an Endpoints object, ready or not.
-pub(super) fn of_endpoints(endpoints: v1::Endpoints) -> Vec<IpAddr> {
+pub(super) fn of_endpoints(endpoints: v1::Endpoints) -> Served {
     let subsets = endpoints.subsets.unwrap_or_default();
     let addresses = subsets.iter().flat_map(|subset| {
         let ready = subset.addresses.iter().flatten();
         ready.chain(subset.not_ready_addresses.iter().flatten())
     });
-    machine_addresses(addresses.map(|address| &*address.ip))
+    let addresses = machine_addresses(addresses.map(|address| &*address.ip));
+    let ports = subsets
+        .into_iter()
+        .flat_map(|subset| subset.ports.unwrap_or_default());
+    Served {
+        addresses,
+        ports: ports_of(ports.map(|port| (port.name, Some(port.port), port.protocol))),
+    }
 }
 
 /// The ranges of a `ServiceCIDR`.

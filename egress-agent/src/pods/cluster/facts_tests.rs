@@ -23,11 +23,11 @@ fn a_service_has_its_cluster_ips_of_both_families() {
         (json!({}), &[]),
     ] {
         assert_eq!(
-            of_service(object(json!({ "spec": spec }))),
+            of_service(object(json!({ "spec": spec }))).addresses,
             addresses(expected)
         );
     }
-    assert!(of_service(object(json!({}))).is_empty());
+    assert_eq!(of_service(object(json!({}))), Served::default());
 }
 
 #[test]
@@ -38,21 +38,21 @@ fn endpoints_count_whether_ready_or_not() {
         { "addresses": ["10.1.0.2"] },
     ] });
     assert_eq!(
-        of_slice(&object(slice)),
+        of_slice(object(slice)).addresses,
         addresses(&["10.1.0.2", "10.1.0.3"])
     );
     let named = json!({ "addressType": "FQDN", "endpoints": [{ "addresses": ["10.1.0.2"] }] });
-    assert!(of_slice(&object(named)).is_empty());
+    assert_eq!(of_slice(object(named)), Served::default());
 
     let endpoints = json!({ "subsets": [
         { "addresses": [{ "ip": "10.1.0.2" }], "notReadyAddresses": [{ "ip": "10.1.0.3" }] },
         { "addresses": [{ "ip": "fd00:1::2" }] },
     ] });
     assert_eq!(
-        of_endpoints(object(endpoints)),
+        of_endpoints(object(endpoints)).addresses,
         addresses(&["10.1.0.2", "10.1.0.3", "fd00:1::2"])
     );
-    assert!(of_endpoints(object(json!({}))).is_empty());
+    assert_eq!(of_endpoints(object(json!({}))), Served::default());
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn what_no_machine_has_is_no_endpoint() {
     let endpoints = json!({ "subsets": [{ "addresses": [
         { "ip": "0.0.0.0" }, { "ip": "127.0.0.1" }, { "ip": "::1" }, { "ip": "ff02::1" }, { "ip": "x" },
     ] }] });
-    assert!(of_endpoints(object(endpoints)).is_empty());
+    assert!(of_endpoints(object(endpoints)).addresses.is_empty());
 }
 
 #[test]
@@ -92,4 +92,33 @@ fn no_range_makes_the_internet_internal() {
         of_service_range(object(range)),
         [Prefix::parse("10.96.0.0/12").unwrap()]
     );
+}
+
+#[test]
+fn the_ports_for_dns_are_those_that_the_service_has_behind_port_53() {
+    let service = of_service(object(json!({ "spec": { "ports": [
+        { "name": "dns", "port": 53, "protocol": "UDP", "targetPort": "dns" },
+        { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": "dns-tcp" },
+        { "name": "dns-tls", "port": 853, "protocol": "TCP" },
+        { "name": "metrics", "port": 9154 },
+        { "name": "odd", "port": 53, "protocol": "SCTP" },
+    ] } })));
+    let names: BTreeSet<&str> = service.dns_port_names().collect();
+    assert_eq!(names, BTreeSet::from(["dns", "dns-tcp"]));
+    let slice = of_slice(object(
+        json!({ "addressType": "IPv4", "endpoints": [], "ports": [
+        { "name": "dns-tcp", "port": 5353, "protocol": "TCP" },
+        { "name": "dns", "port": 5353, "protocol": "UDP" },
+        { "name": "metrics", "port": 9154, "protocol": "TCP" },
+        { "name": "dns-tls", "port": 5354, "protocol": "TCP" },
+    ] }),
+    ));
+    assert_eq!(slice.dns_ports(&names), [5353]);
+    // Where the Service is not known.
+    assert_eq!(slice.dns_ports(&BTreeSet::new()), [5353]);
+    let unnamed = of_endpoints(object(
+        json!({ "subsets": [{ "ports": [{ "port": 1053 }] }] }),
+    ));
+    assert_eq!(unnamed.dns_ports(&BTreeSet::from([""])), [1053]);
+    assert_eq!(Served::default().dns_ports(&names), [53]);
 }

@@ -254,7 +254,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
     );
 }
 
-type Addresses = fn(&mut State) -> &mut table::Table<Vec<std::net::IpAddr>>;
+type Addresses = fn(&mut State) -> &mut table::Table<facts::Served>;
 
 /// Follows a Service and its endpoints: its slices, which `slices` selects, or else the older
 /// object of the Service's name.
@@ -280,7 +280,7 @@ fn follow_service(
         watched,
         api: namespaced::<discovery::EndpointSlice>(namespace),
         selector: slices,
-        reduce: |read| Some(facts::of_slice(&read)),
+        reduce: |read| Some(facts::of_slice(read)),
         table,
     };
     let older = Plan {

@@ -7,13 +7,16 @@ use std::{
 
 use super::{
     super::{Facts, Pod, Problem, Snapshot},
-    facts::NodeFacts,
+    facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
     pod::ClusterPod,
     table::Table,
 };
-use crate::policy::{Prefix, prefix::to_mapped};
+use crate::{
+    dns::Resolver,
+    policy::{Prefix, prefix::to_mapped},
+};
 
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
@@ -25,10 +28,10 @@ pub(super) struct State {
     /// Each namespace's annotations that are the agent's.
     pub(super) namespaces: Table<BTreeMap<String, String>>,
     pub(super) node: Table<NodeFacts>,
-    pub(super) dns_service: Table<Vec<IpAddr>>,
-    pub(super) dns_endpoints: Table<Vec<IpAddr>>,
-    pub(super) api_service: Table<Vec<IpAddr>>,
-    pub(super) api_endpoints: Table<Vec<IpAddr>>,
+    pub(super) dns_service: Table<Served>,
+    pub(super) dns_endpoints: Table<Served>,
+    pub(super) api_service: Table<Served>,
+    pub(super) api_endpoints: Table<Served>,
     pub(super) service_ranges: Table<Vec<Prefix>>,
     pub(super) kubelet: Kubelet,
     /// Name of the node.
@@ -126,14 +129,32 @@ impl State {
         let service = format!("service {namespace}/{name}");
         let endpoints = format!("endpoints of {service}");
         let kubelet = format!("clusterDNS in {}", self.kubelet.path().display());
-        let dns_service = || self.dns_service.values().flatten();
+        // Where nothing else is said, a resolver is asked on port 53.
+        let served = self.dns_service.values();
         for (addresses, origin) in [
-            (dns_service().collect::<Vec<_>>(), &service),
-            (self.dns_endpoints.values().flatten().collect(), &endpoints),
+            (
+                served
+                    .flat_map(|served| &served.addresses)
+                    .collect::<Vec<_>>(),
+                &service,
+            ),
             (self.kubelet.resolvers().iter().collect(), &kubelet),
         ] {
             for address in addresses {
-                note(&mut facts.resolvers, *address, origin);
+                note(&mut facts.resolvers, (*address).into(), origin);
+            }
+        }
+        // Whoever balances at the socket sends to an endpoint and its own port.
+        let names = self
+            .dns_service
+            .values()
+            .flat_map(Served::dns_port_names)
+            .collect();
+        for served in self.dns_endpoints.values() {
+            for port in served.dns_ports(&names) {
+                for &address in &served.addresses {
+                    note(&mut facts.resolvers, Resolver { address, port }, &endpoints);
+                }
             }
         }
         // A label alone would make anyone's pod a resolver.
@@ -142,7 +163,7 @@ impl State {
         }) {
             let origin = format!("{}, the node's DNS cache", pod.pod.origin);
             for address in &pod.local_dns {
-                note(&mut facts.resolvers, *address, &origin);
+                note(&mut facts.resolvers, (*address).into(), &origin);
             }
         }
 
@@ -161,7 +182,7 @@ impl State {
             (&self.api_service, &api),
             (&self.api_endpoints, &format!("endpoints of {api}")),
         ] {
-            for address in table.values().flatten() {
+            for address in table.values().flat_map(|served| &served.addresses) {
                 note(&mut facts.internal, Prefix::host(*address), origin);
             }
         }
@@ -184,8 +205,8 @@ impl State {
             .values()
             .flat_map(|known| &known.pod.addresses)
             .chain(node.iter().flat_map(|node| &node.addresses))
-            .chain(facts.resolvers.keys())
             .copied()
+            .chain(facts.resolvers.keys().map(|resolver| resolver.address))
             .collect();
         let mut pods = BTreeMap::new();
         for known in self.pods.values() {

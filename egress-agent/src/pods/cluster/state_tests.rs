@@ -57,7 +57,7 @@ impl Cluster {
             &mut state.dns_service,
             "kube-system",
             "kube-dns",
-            vec![ip("10.96.0.10")],
+            served(&["10.96.0.10"], &[("dns", 53), ("metrics", 9153)]),
         );
         cluster
     }
@@ -96,6 +96,20 @@ impl Cluster {
     fn snapshot(&self) -> Snapshot {
         self.state.snapshot(&self.health)
     }
+}
+
+fn served(addresses: &[&str], ports: &[(&str, u16)]) -> Served {
+    Served {
+        addresses: addresses.iter().map(|text| ip(text)).collect(),
+        ports: ports
+            .iter()
+            .map(|&(name, port)| (name.into(), port))
+            .collect(),
+    }
+}
+
+fn resolver(text: &str) -> Resolver {
+    text.parse().unwrap()
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -156,7 +170,7 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
         &mut cluster.state.dns_endpoints,
         "kube-system",
         "kube-dns-x",
-        vec![ip("10.1.0.2"), ip("10.96.0.10")],
+        served(&["10.1.0.2", "10.96.0.10"], &[("dns", 53)]),
     );
     let cache = |host: bool| {
         json!({
@@ -171,9 +185,12 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
     assert_eq!(
         found,
         BTreeMap::from([
-            (ip("10.96.0.10"), "service kube-system/kube-dns".to_owned()),
             (
-                ip("10.1.0.2"),
+                resolver("10.96.0.10"),
+                "service kube-system/kube-dns".to_owned()
+            ),
+            (
+                resolver("10.1.0.2"),
                 "endpoints of service kube-system/kube-dns".to_owned()
             ),
         ])
@@ -181,7 +198,7 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
     cluster.pod("kube-system", "cache", &cache(true));
     let found = cluster.snapshot().facts.resolvers;
     assert_eq!(
-        found[&ip("169.254.20.10")],
+        found[&resolver("169.254.20.10")],
         "pod kube-system/cache, the node's DNS cache"
     );
 }
@@ -202,13 +219,13 @@ fn the_api_server_the_node_and_its_pods_are_internal() {
         &mut cluster.state.api_service,
         "default",
         "kubernetes",
-        vec![ip("10.96.0.1")],
+        served(&["10.96.0.1"], &[]),
     );
     put(
         &mut cluster.state.api_endpoints,
         "default",
         "kubernetes",
-        vec![ip("192.168.0.2")],
+        served(&["192.168.0.2"], &[]),
     );
     let ranges = vec![Prefix::parse("10.96.0.0/12").unwrap()];
     put(&mut cluster.state.service_ranges, "", "kubernetes", ranges);

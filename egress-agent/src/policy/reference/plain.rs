@@ -175,20 +175,29 @@ pub(super) fn plainly(
         return (false, true);
     }
     let name_denied = |name: &[Vec<u8>]| deny.iter().any(|line| line.names(name));
+    let dns =
+        (packet.port == 53 || packet.port == 853) && packet.protocol & (bits::TCP | bits::UDP) != 0;
+    let nobody_s = [b"nobody-s".to_vec()];
+    let elsewhere = dns
+        && (deny.iter().any(|line| matches!(line.to, Where::Names(_)))
+            || plainly_asked(pod, namespace, settings, &nobody_s) == QuestionRule::NotListed);
     let allowed = allow.iter().any(|line| {
         let reaches = line.holds(packet.to)
-            || (line.is_anywhere() && !packet.protected)
+            || (line.is_anywhere() && !packet.protected && !elsewhere)
             || packet.through.as_ref().is_some_and(|name| {
-                line.names(name) && !name_denied(name) && !packet.expired && !packet.protected
+                line.names(name)
+                    && !name_denied(name)
+                    && !packet.expired
+                    && !packet.protected
+                    && !elsewhere
             });
         reaches && line.speaks_of(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
     });
     let any_allow = pod.allow.is_some() || namespace.allow.is_some();
     let any_deny = pod.deny.is_some() || namespace.deny.is_some();
     let open = any_deny && !any_allow;
-    let dns = packet.port == 53 && packet.protocol & (bits::TCP | bits::UDP) != 0;
     let internal = packet.internal && settings.allow_internal && !dns;
-    let passes = allowed || (!packet.protected && (internal || open));
+    let passes = allowed || (!packet.protected && (internal || (open && !elsewhere)));
     (passes, false)
 }
 

@@ -157,6 +157,7 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
     let port = prop_oneof![
         Just(1_u16),
         Just(53),
+        Just(853),
         Just(80),
         Just(443),
         Just(8001),

@@ -1,0 +1,86 @@
+//! Where a resolver is asked.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
+
+/// Port of DNS.
+pub const DNS_PORT: u16 = 53;
+
+/// An address and a port on which pods may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Resolver {
+    /// The address.
+    pub address: IpAddr,
+    /// The port, for UDP and TCP.
+    pub port: u16,
+}
+
+impl From<IpAddr> for Resolver {
+    fn from(address: IpAddr) -> Self {
+        Self {
+            address,
+            port: DNS_PORT,
+        }
+    }
+}
+
+/// Why a text is no resolver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotAResolver;
+
+/// An address alone means [`DNS_PORT`]; with another port it is `10.1.0.2:5353` or `[fd00::1]:5353`.
+impl FromStr for Resolver {
+    type Err = NotAResolver;
+
+    fn from_str(text: &str) -> Result<Self, NotAResolver> {
+        if let Ok(address) = text.parse::<IpAddr>() {
+            return Ok(address.into());
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(SocketAddr::V6(v6)) if v6.scope_id() != 0 => Err(NotAResolver),
+            Ok(at) if at.port() != 0 => Ok(Self {
+                address: at.ip(),
+                port: at.port(),
+            }),
+            _ => Err(NotAResolver),
+        }
+    }
+}
+
+impl fmt::Display for Resolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.port == DNS_PORT {
+            write!(f, "{}", self.address)
+        } else {
+            write!(f, "{}", SocketAddr::new(self.address, self.port))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resolver_is_written_as_it_is_read() {
+        for text in ["10.1.0.2", "fd00::1", "10.1.0.2:5353", "[fd00::1]:5353"] {
+            let read: Resolver = text.parse().unwrap();
+            assert_eq!(read.to_string(), text);
+        }
+        let plain: Resolver = "[fd00::1]:53".parse().unwrap();
+        assert_eq!(plain.to_string(), "fd00::1");
+        for text in [
+            "",
+            "a.test",
+            "10.1.0.2:0",
+            "10.1.0.2:70000",
+            "fd00::1:x",
+            "[fe80::1%1]:53",
+        ] {
+            assert_eq!(text.parse::<Resolver>(), Err(NotAResolver), "{text}");
+        }
+    }
+}
