@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, place::Places};
+use super::{SourceOptions, arrivals::Arrivals, place::Places};
 use crate::{
     config::Config,
     host::{Host, HostOptions},
@@ -110,18 +110,19 @@ impl Source {
 }
 
 impl Watched {
-    /// How the pods of this source are found on this machine.
+    /// How the pods of this source are found on this machine; `arrivals` are interfaces that are to be
+    /// left alone at first.
     ///
     /// # Errors
     ///
     /// When this machine cannot be looked at.
-    pub(super) fn places(&self, config: &Config) -> Result<Places> {
+    pub(super) fn places(&self, config: &Config, arrivals: Option<Arrivals>) -> Result<Places> {
         match self {
             Self::Directory(_) => Ok(Places::named()),
             Self::Cluster(_) => {
                 let host = Host::open(HostOptions::default())
                     .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone()))
+                Ok(Places::on_host(host, config.quarantine.clone(), arrivals))
             }
         }
     }
