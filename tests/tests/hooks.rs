@@ -157,11 +157,8 @@ fn a_filter_that_nothing_can_be_put_in_front_of_is_said_and_the_pod_counts_as_no
     scene.agent.says_after(
         "that the problem is gone",
         || {
-            drop(
-                scene
-                    .lab
-                    .tc(&format!("filter del dev {interface} ingress prio 1")),
-            )
+            let rival = format!("filter del dev {interface} ingress prio 1");
+            scene.lab.tc(&rival);
         },
         |line| line.contains("the problem is gone") && line.contains("shop/cart"),
     );

@@ -6,6 +6,7 @@
 //! losing one delays a change until the next look.
 
 mod apply;
+mod arrivals;
 mod bypass;
 mod denials;
 mod enforced;
@@ -43,6 +44,7 @@ use crate::{
     gate::{DnsSettings, Gate},
     report::Reporter,
 };
+use arrivals::Arrivals;
 use denials::DenialReader;
 use links::{FilterEvents, LinkEvents};
 use reconcile::Reconciler;
@@ -149,11 +151,16 @@ pub async fn run(options: Options) -> Result<()> {
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
+    let arrivals = if datapath.needs_qdisc() {
+        Some(Arrivals::new(datapath.attached()?))
+    } else {
+        None
+    };
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
-        source.places(config, &adoptable)?,
+        source.places(config, &adoptable, arrivals)?,
         cluster,
         Arc::clone(&known),
         adoptable,
@@ -205,7 +212,7 @@ pub async fn run(options: Options) -> Result<()> {
                 "ready"
             );
         }
-        let again = Instant::now() + soon;
+        let again = Instant::now() + reconciler.look_again(soon);
         loop {
             tokio::select! {
                 _ = terminate.recv() => break 'running None,

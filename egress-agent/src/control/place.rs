@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    arrivals::{Arrivals, LOOK_AGAIN},
     enforced::PodKey,
     named::Named,
     quarantine,
@@ -68,6 +69,8 @@ pub(super) struct Places {
     /// By the interfaces that manifests name.
     named: Named,
     quarantine: Quarantine,
+    /// Where interfaces are left alone until their networks are made.
+    arrivals: Option<Arrivals>,
     /// By UID.
     found: HashMap<String, (Found, Instant)>,
     /// By UID: the last reason, when to look again, and how long to wait after that.
@@ -107,19 +110,26 @@ impl Places {
                 enabled: false,
                 exclude: Vec::new(),
             },
+            None,
         )
     }
 
     /// Pods are found on this machine.
-    pub(super) fn on_host(host: Host, quarantine: Quarantine) -> Self {
-        Self::new(Some(host), Named::default(), quarantine)
+    pub(super) fn on_host(host: Host, quarantine: Quarantine, arrivals: Option<Arrivals>) -> Self {
+        Self::new(Some(host), Named::default(), quarantine, arrivals)
     }
 
-    fn new(host: Option<Host>, named: Named, quarantine: Quarantine) -> Self {
+    fn new(
+        host: Option<Host>,
+        named: Named,
+        quarantine: Quarantine,
+        arrivals: Option<Arrivals>,
+    ) -> Self {
         Self {
             host,
             named,
             quarantine,
+            arrivals,
             found: HashMap::new(),
             missed: HashMap::new(),
             before: None,
@@ -217,6 +227,9 @@ impl Places {
         let can_tell =
             unidentified.is_empty() || self.leave_out_uplinks(host, &mut unidentified, now);
         self.unidentified = !unidentified.is_empty();
+        if let Some(arrivals) = &mut self.arrivals {
+            arrivals.leave_out(&mut unidentified, &links, host, now);
+        }
         Look {
             places,
             unidentified: can_tell.then_some(unidentified),
@@ -354,6 +367,16 @@ impl Reconciler {
                 Some((key.1.clone(), ifindex))
             })
             .collect()
+    }
+
+    /// How long to wait for the next look, which would be after this.
+    pub(super) fn look_again(&self, after: Duration) -> Duration {
+        let arrivals = self.places.arrivals.as_ref();
+        if arrivals.is_some_and(|arrivals| arrivals.waiting) {
+            after.min(LOOK_AGAIN)
+        } else {
+            after
+        }
     }
 
     /// Whether something is expected to be found soon.

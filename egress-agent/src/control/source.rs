@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, named::Named, place::Places};
+use super::{SourceOptions, arrivals::Arrivals, named::Named, place::Places};
 use crate::{
     config::Config,
     datapath::Adoptable,
@@ -113,7 +113,7 @@ impl Source {
 
 impl Watched {
     /// How the pods of this source are found on this machine. `left` is what an earlier agent left
-    /// enforced.
+    /// enforced; `arrivals` are interfaces that are to be left alone at first.
     ///
     /// # Errors
     ///
@@ -122,13 +122,14 @@ impl Watched {
         &self,
         config: &Config,
         left: &BTreeMap<u32, Adoptable>,
+        arrivals: Option<Arrivals>,
     ) -> Result<Places> {
         match self {
             Self::Directory(_) => Ok(Places::named(Named::new(left.values()))),
             Self::Cluster(_) => {
                 let host = Host::open(HostOptions::default())
                     .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone()))
+                Ok(Places::on_host(host, config.quarantine.clone(), arrivals))
             }
         }
     }

@@ -100,8 +100,10 @@ impl Reconciler {
             },
             host_network: pod.host_network,
             quarantined: quarantine::is_quarantined(key),
-            attached: enforced.map(|enforced| attached(enforced, before)),
-            bypassed: self.bypassed(key).is_some(),
+            attached: enforced.map(|enforced| Attached {
+                bypassed: self.bypassed(key).is_some(),
+                ..attached(enforced, before)
+            }),
             compiled: compiled.cloned(),
             written: read
                 .map(|(_, written, _)| Arc::clone(written))
@@ -128,5 +130,6 @@ fn attached(enforced: &Enforced, before: Option<&PodState>) -> Attached {
         version: enforced.version,
         since,
         interfaces: enforced.wanted.interfaces.clone(),
+        bypassed: false,
     }
 }

@@ -1,7 +1,7 @@
 //! Attaching the programs as filters on a clsact qdisc, on kernels without tcx (below 6.6).
 //!
 //! Filters are met in the order of their priorities; of one priority the newest BPF filter comes
-//! first (`cls_bpf_change`, net/sched/cls_bpf.c). So a filter that is added later can be in front of
+//! first (`cls_bpf_change`, `net/sched/cls_bpf.c`). So a filter that is added later can be in front of
 //! ours, and ours gets in front again only when it is added anew: see [`Datapath::clsact_first`].
 
 use std::{fs, io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path};
@@ -9,7 +9,7 @@ use std::{fs, io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path};
 use anyhow::{Context as _, Result, bail};
 
 use super::{
-    Datapath,
+    Datapath, ingress,
     links::{Hook, Standing},
     traffic_control::{BpfFilter, Filter, Side, TrafficControl},
 };
@@ -51,7 +51,7 @@ impl Datapath {
             .add_clsact(ifindex)
             .context("cannot add a clsact qdisc")?
         {
-            bail!("the interface has an ingress qdisc, on which nothing can be attached to egress");
+            ingress::replace(&mut tc, ifindex)?;
         }
         // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
         let note = self.layout.links().join(format!("{ifindex}_clsact"));

@@ -6,6 +6,7 @@ mod clsact;
 mod counters;
 mod dry_run;
 mod flow_map;
+mod ingress;
 mod inner;
 mod interfaces;
 mod links;

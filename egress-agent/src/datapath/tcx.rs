@@ -157,7 +157,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>> {
 }
 
 /// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
-/// kernel/bpf/tcx.c).
+/// `kernel/bpf/tcx.c`).
 fn is_defunct(error: &ProgramError) -> bool {
     matches!(
         error,

@@ -100,7 +100,7 @@ impl Filter {
     }
 
     /// Whether BPF filters for every protocol can be added under the same priority: all filters of a
-    /// priority are of one kind and one protocol (`tcf_chain_tp_find`, net/sched/cls_api.c).
+    /// priority are of one kind and one protocol (`tcf_chain_tp_find`, `net/sched/cls_api.c`).
     pub(super) fn has_room_for_ours(&self) -> bool {
         self.kind == "bpf" && self.protocol == EVERY_PROTOCOL
     }
@@ -148,7 +148,7 @@ impl TrafficControl {
 
     /// The kind of the qdisc on which an interface's filters hang: `clsact` or `ingress`. All qdiscs
     /// are listed for it: a question about one is told to everybody who listens for changes
-    /// (`tc_get_qdisc`, net/sched/sch_api.c), and we do.
+    /// (`tc_get_qdisc`, `net/sched/sch_api.c`), and we do.
     fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
         let mut found = None;
         let request = Request::new(RTM_GETQDISC, 0, 0, 0, 0);

@@ -40,6 +40,11 @@ impl Datapath {
         })
     }
 
+    /// Whether attaching to an interface takes up the one qdisc that filters can hang on.
+    pub fn needs_qdisc(&self) -> bool {
+        self.attach == Attach::Clsact
+    }
+
     /// How programs are attached, as one word.
     pub fn hook(&self) -> &'static str {
         match self.attach {

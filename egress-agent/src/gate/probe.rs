@@ -17,7 +17,7 @@ const TO: [u8; 6] = [0x01, 0x80, 0xc2, 0x00, 0x00, 0x01];
 /// An address that nobody else has.
 const FROM: [u8; 6] = [0x02, 0x65, 0x67, 0x72, 0x65, 0x73];
 /// No stack takes or forwards a packet to these that comes from outside (`ip_route_input_slow`,
-/// net/ipv4/route.c; `ip6_rcv_core`, net/ipv6/ip6_input.c).
+/// `net/ipv4/route.c`; `ip6_rcv_core`, `net/ipv6/ip6_input.c`).
 const NOWHERE: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 const NOWHERE6: Ipv6Addr = Ipv6Addr::LOCALHOST;
 /// No router forwards it either.

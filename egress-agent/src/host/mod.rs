@@ -121,6 +121,27 @@ impl Host {
         routes::uplinks(&self.proc)
     }
 
+    /// The host's numbers of the other network namespaces that a process is in.
+    ///
+    /// # Errors
+    ///
+    /// When processes cannot be looked at.
+    pub fn inhabited(&mut self) -> io::Result<HashSet<i32>> {
+        let mut inhabited = HashSet::new();
+        for (inode, pid) in process::networks(&self.proc)? {
+            if inode == self.own {
+                continue;
+            }
+            let opened = Process::open(&self.proc, pid).and_then(|process| process.open_network());
+            // It may have ended, and another one have its id, by now.
+            let Some((network, _)) = opened.ok().filter(|(_, now)| *now == inode) else {
+                continue;
+            };
+            inhabited.extend(self.netlink.nsid(&network)?);
+        }
+        Ok(inhabited)
+    }
+
     /// Finds the pod of this UID among the given interfaces.
     ///
     /// # Errors

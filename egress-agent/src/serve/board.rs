@@ -59,6 +59,8 @@ pub struct Attached {
     pub since: SystemTime,
     /// Its interfaces.
     pub interfaces: Vec<u32>,
+    /// Whether what they carry may not be judged all the same.
+    pub bypassed: bool,
 }
 
 /// One pod.
@@ -74,8 +76,6 @@ pub struct PodState {
     pub quarantined: bool,
     /// How it is enforced, if it is.
     pub attached: Option<Attached>,
-    /// Whether what it sends or receives may not be judged, though it is attached.
-    pub bypassed: bool,
     /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
     pub compiled: Option<Arc<Compiled>>,
     /// Where the policy is written.
@@ -94,9 +94,15 @@ impl PodState {
         self.attached.is_none() && self.mode != Mode::Off && !self.host_network
     }
 
+    /// Whether it is attached to, and its packets may pass unjudged all the same.
+    pub fn is_bypassed(&self) -> bool {
+        let attached = self.attached.as_ref();
+        attached.is_some_and(|attached| attached.bypassed)
+    }
+
     /// Whether something is wrong with that: a pod that has only just come is not missing yet.
     pub fn is_missing(&self) -> bool {
-        (self.is_waiting() || self.bypassed) && self.problem.is_some()
+        (self.is_waiting() || self.is_bypassed()) && self.problem.is_some()
     }
 }
 

@@ -102,7 +102,7 @@ impl Scrape {
         page.gauge(
             "egress_agent_pods_bypassed",
             "Pods whose packets may pass unjudged, because another program takes them first",
-            node.pods.values().filter(|pod| pod.bypassed).count() as u64,
+            node.pods.values().filter(|pod| pod.is_bypassed()).count() as u64,
         )?;
         page.gauge(
             "egress_agent_pods_unreadable",

@@ -180,7 +180,7 @@ fn pod_status(
             other => other,
         }
         .to_owned(),
-        enforced: attached.is_some() && !state.bypassed,
+        enforced: attached.is_some_and(|attached| !attached.bypassed),
         interfaces: attached.map_or_else(Vec::new, |attached| {
             attached
                 .interfaces
