@@ -17,7 +17,7 @@ use crate::{
     DROP, PASS,
     denials::{Denied, deny},
     flows,
-    from_pod::{DNS_PORT, range_of},
+    from_pod::{DNS_PORT, is_several_datagrams, range_of},
     held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE},
     skb::{Skb, now_ns},
@@ -72,6 +72,9 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+    }
+    if is_answer && is_several_datagrams(&skb, packet) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::DnsMalformed));
     }
     let has_ports = !matches!(packet.fragment, Fragment::Later);
     if has_ports && !is_answer {
