@@ -248,6 +248,12 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
         };
         return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
+    if is_several_datagrams(&skb, packet) {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsMalformed),
+        );
+    }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_QUESTION, false);
         return pass(&skb);
@@ -261,6 +267,13 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
         return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
     DROP
+}
+
+/// Whether a frame stands for several datagrams (`UDP_SEGMENT`, udp(7)). Its header is that of none of them,
+/// and it is longer than what the agent can put back on the interface.
+#[inline(always)]
+pub fn is_several_datagrams(skb: &Skb<'_>, packet: &Packet) -> bool {
+    packet.bit == bits::UDP && egress_common::packet::Frame::is_aggregate(skb)
 }
 
 /// Passes a packet that the rules or a flow admit, and lets its later fragments follow.

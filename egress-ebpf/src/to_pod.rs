@@ -17,7 +17,7 @@ use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
-    from_pod::{may_be_dns_port, range_of},
+    from_pod::{is_several_datagrams, may_be_dns_port, range_of},
     held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
@@ -81,6 +81,9 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+    }
+    if is_answer && is_several_datagrams(&skb, packet) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::DnsMalformed));
     }
     // What is held is put back as it was judged; into anything else a sum may be written later, where
     // the host's end of the interface leaves no checksums to the pod's.

@@ -411,6 +411,18 @@ impl Lab {
         Agent::start(&self.node, command)
     }
 
+    /// Starts the agent with these environment variables, and waits for nothing. What it says on standard
+    /// output and standard error fills their pipes, until [`Agent::read`].
+    #[track_caller]
+    pub fn spawn_agent_unread(&self, environment: &[(&str, &str)]) -> Agent {
+        let mut command = self.agent_command("run");
+        command
+            .arg("--pods-dir")
+            .arg(self.pods_dir())
+            .envs(environment.iter().copied());
+        Agent::start_unread(&self.node, command)
+    }
+
     /// Starts the agent as part of a cluster, with further arguments after `run`, and waits for
     /// nothing.
     #[track_caller]

@@ -239,3 +239,34 @@ fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
     );
     assert_eq!(lab.allowed(&greedy).len(), ADDRESSES as usize);
 }
+
+#[test]
+fn a_pod_that_floods_a_standing_agent_leaves_room_for_another_pods_question() {
+    // Each takes 16 KiB of the ring, and all of them more than its half, which a pod may fill by itself, and
+    // the room of 256 frames.
+    const LENGTH: usize = 8000;
+    const LONG: u16 = 300;
+    // These fill what is left between the long ones and the ring's end.
+    const SHORT: u16 = 100;
+    let lab = Lab::builder().mtu(9000).build();
+    let [greedy, neighbour] = two_pods(&lab);
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    kill(pid, Signal::SIGSTOP).expect("kill(2)");
+    let socket = greedy.dns_socket();
+    for id in 0..LONG + SHORT {
+        let mut asked = question(id, "evil.test", RecordType::A);
+        if id < LONG {
+            asked.resize(LENGTH, 0);
+        }
+        socket.send(RESOLVER, &asked);
+    }
+    let socket = neighbour.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    kill(pid, Signal::SIGCONT).expect("kill(2)");
+    let answer = socket.expect("the neighbour's question was held");
+    assert_eq!(answer.addresses, [server(10)]);
+    agent.wait_denial("what was over the pod's share", |denial| {
+        denial.is(&greedy, "dns_not_held", RESOLVER, 53)
+    });
+}

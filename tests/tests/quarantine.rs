@@ -227,3 +227,35 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     cart.net().talks_tcp((server(10), 443));
     assert!(!reaches(cart.net(), server(99)), "it is open");
 }
+
+#[test]
+fn questions_that_wait_for_other_pods_leave_room_for_those_of_the_next() {
+    // With as many questions each as may wait of one, they fill what all share.
+    const OTHERS: usize = 90;
+    let cluster = Cluster::new();
+    let dns = cluster.lab.dns();
+    dns.addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let others: Vec<Pod> = (0..OTHERS)
+        .map(|number| cluster.lab.pod("shop", &format!("other-{number}")))
+        .collect();
+    let next = cluster.lab.pod("shop", "next");
+    for net in others.iter().chain([&next]) {
+        agent.wait_said("that the interface is enforced", |line| {
+            line.contains("enforcing")
+                && line.contains(&format!("pod=interface {} ", net.interface()))
+        });
+    }
+    for other in &others {
+        let socket = other.dns_socket();
+        for id in 0..32 {
+            socket.ask(RESOLVER, id, "shop.test", RecordType::A);
+        }
+    }
+    let socket = next.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    let _next = identify(&cluster, &shop, next, &allow("shop.test:443"));
+    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
+    assert_eq!(dns.asked("shop.test"), 1);
+}

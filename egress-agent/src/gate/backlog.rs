@@ -123,7 +123,7 @@ mod tests {
             frames.push(waiting.held().frame.to_vec());
         }
         assert_eq!(frames, [vec![1, 2], vec![3], vec![4, 5, 6]]);
-        assert_eq!(backlog.kept.bytes(), 0);
+        assert_eq!(backlog.kept.amount(), 0);
     }
 
     #[test]
@@ -138,7 +138,7 @@ mod tests {
             }
             assert_eq!(pushed, most);
             assert_eq!(backlog.clear(&mut budget), most as u64);
-            assert_eq!((backlog.kept.bytes(), budget.common()), (0, 0));
+            assert_eq!((backlog.kept.amount(), budget.common()), (0, 0));
         }
     }
 }

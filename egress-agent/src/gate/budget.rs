@@ -1,10 +1,11 @@
-//! How much pods may keep at the gate of one kind of thing.
+//! How much pods may keep at the gate of one kind of thing. How much a thing counts for is up to its kind: the
+//! bytes of a connection, or one for each question.
 //!
 //! Each pod has a part of its own, which nobody can take from it. What a pod keeps beyond that comes out of
 //! a common part, as long as there is some. So pods that keep much get in each other's way, and never in
 //! that of a pod that keeps little.
 
-/// The limits for one kind of thing, in bytes.
+/// The limits for one kind of thing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// The part of each pod's own.
@@ -23,13 +24,13 @@ pub(super) struct Budget {
     common: usize,
 }
 
-/// What one pod keeps, in bytes.
+/// What one pod keeps.
 #[derive(Debug, Default)]
 pub(super) struct Kept(usize);
 
 impl Kept {
     /// As a number.
-    pub(super) fn bytes(&self) -> usize {
+    pub(super) fn amount(&self) -> usize {
         self.0
     }
 }
@@ -99,7 +100,7 @@ mod tests {
                 budget.add(kept, 1);
             }
         }
-        assert_eq!(greedy.each_ref().map(Kept::bytes), [60, 40]);
+        assert_eq!(greedy.each_ref().map(Kept::amount), [60, 40]);
         assert_eq!(budget.common(), 80);
         let mut modest = Kept::default();
         assert!(budget.has_room(&modest, 10));
@@ -118,7 +119,7 @@ mod tests {
         budget.add(&mut second, 40);
         assert!(!budget.has_room(&second, 1));
         budget.take_back(&mut first, 55);
-        assert_eq!((first.bytes(), budget.common()), (5, 30));
+        assert_eq!((first.amount(), budget.common()), (5, 30));
         assert!(budget.has_room(&second, 20));
         assert!(!budget.has_room(&second, 21), "more than one pod may keep");
         budget.take_back(&mut second, 40);

@@ -218,7 +218,7 @@ impl Gate {
                 streams: Budget::new(stream::LIMITS),
                 fragments: Budget::new(fragments::LIMITS),
                 backlog: Budget::new(backlog::LIMITS),
-                quarantine: quarantine::Quarantine::default(),
+                quarantine: quarantine::Quarantine::new(),
             },
         );
         let thread = std::thread::Builder::new()

@@ -20,7 +20,10 @@ use prometheus_client::{
 };
 
 use super::{ClusterState, Sources, page::Page, process::Usage, status::mode_of};
-use crate::gate::{Direction, Outcome, Stats, Transport};
+use crate::{
+    gate::{Direction, Outcome, Stats, Transport},
+    report::log,
+};
 
 /// The type of the text.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -159,6 +162,11 @@ impl Scrape {
             "egress_agent_denial_lines_failed",
             "Lines that could not be written to standard output",
             self.sources.reporter.failed_lines(),
+        )?;
+        page.counter(
+            "egress_agent_log_lines_lost",
+            "Log lines that could not be written to standard error",
+            log::lost_lines(),
         )
     }
 

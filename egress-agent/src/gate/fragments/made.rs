@@ -105,7 +105,7 @@ impl Scene {
         } = self;
         let whole = fragments.add(&held, *now_ns, budget, |_, why| lost.push(why));
         assert_eq!(budget.common(), beyond(fragments));
-        assert!(fragments.kept.bytes() <= LIMITS.pod);
+        assert!(fragments.kept.amount() <= LIMITS.pod);
         let whole = whole?;
         let mut read = Vec::new();
         for piece in &whole.pieces {
@@ -239,7 +239,7 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
     }
     scene.fragments.clear(&mut scene.budget);
     assert_eq!(
-        (scene.budget.common(), scene.fragments.kept.bytes()),
+        (scene.budget.common(), scene.fragments.kept.amount()),
         (0, 0)
     );
     put_back
@@ -282,5 +282,5 @@ impl Part {
 
 /// What the fragments take of the part that all pods share.
 fn beyond(fragments: &Fragments) -> usize {
-    fragments.kept.bytes().saturating_sub(LIMITS.own)
+    fragments.kept.amount().saturating_sub(LIMITS.own)
 }

@@ -241,7 +241,7 @@ impl Fragments {
 
     /// Forgets all that waits.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
-        let kept = self.kept.bytes();
+        let kept = self.kept.amount();
         budget.take_back(&mut self.kept, kept);
         self.datagrams.clear();
     }

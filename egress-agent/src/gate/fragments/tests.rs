@@ -81,7 +81,7 @@ fn a_repeated_fragment_counts_for_nothing_and_is_not_put_back() {
             assert_eq!(scene.comes(part), None);
         }
         assert!(scene.lost.is_empty());
-        assert_eq!(scene.fragments.kept.bytes(), 0);
+        assert_eq!(scene.fragments.kept.amount(), 0);
     }
 }
 
@@ -124,7 +124,7 @@ fn a_contradiction_ends_the_datagram() {
                 assert_eq!(scene.comes(part), None, "{why}");
             }
             assert_eq!(scene.lost, [why]);
-            assert_eq!(scene.fragments.kept.bytes(), 0);
+            assert_eq!(scene.fragments.kept.amount(), 0);
         }
     }
 }
@@ -239,7 +239,7 @@ fn a_datagram_has_a_bounded_number_of_fragments() {
         assert_eq!(scene.comes(&part), None);
     }
     assert_eq!(scene.lost, ["the datagram has too many fragments"]);
-    assert_eq!(scene.fragments.kept.bytes(), 0);
+    assert_eq!(scene.fragments.kept.amount(), 0);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn a_missing_fragment_is_not_waited_for() {
     scene.passes(2);
     assert_eq!(scene.lost, ["a fragment is missing"]);
     assert_eq!(
-        (scene.fragments.kept.bytes(), scene.budget.common()),
+        (scene.fragments.kept.amount(), scene.budget.common()),
         (0, 0)
     );
     assert_eq!(scene.comes(&parts[2]), None);
@@ -300,7 +300,7 @@ fn when_all_memory_is_used_a_pod_gives_up_its_own() {
     let mut others = Kept::default();
     let mut budget = Budget::new(LIMITS);
     budget.add(&mut others, LIMITS.own + LIMITS.common);
-    let before = scene.fragments.kept.bytes();
+    let before = scene.fragments.kept.amount();
     budget.add(&mut scene.fragments.kept, LIMITS.own - before);
     let mut lost = Vec::new();
     let mut packet = Packet::EMPTY;

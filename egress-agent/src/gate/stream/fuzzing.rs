@@ -275,7 +275,7 @@ impl Scene {
             "the pod reads what was not decided"
         );
         let kept: usize = self.streams.flows.iter().map(|(_, flow)| flow.kept()).sum();
-        assert_eq!(self.streams.kept.bytes(), kept);
+        assert_eq!(self.streams.kept.amount(), kept);
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }
 

@@ -175,7 +175,7 @@ impl Scene {
         assert_eq!(to, [To::Resolver, To::Pod], "{seen:?}");
         assert!(seen.iter().all(|(.., payload)| payload.is_empty()));
         assert!(self.streams.flows.is_empty());
-        assert_eq!(self.streams.kept.bytes(), 0);
+        assert_eq!(self.streams.kept.amount(), 0);
         assert_eq!(self.budget.common(), 0);
     }
 }
@@ -226,7 +226,7 @@ fn a_whole_question_and_a_whole_answer_pass_as_they_are() {
     let seen = scene.answers(0, &answer, question.len());
     assert_eq!(stream(&seen, To::Pod, ISS), answer);
     assert_eq!(scene.rules.answers, [b"an answer"]);
-    let kept = scene.streams.kept.bytes();
+    let kept = scene.streams.kept.amount();
     assert_eq!(kept, answer.len(), "until the pod has it");
 }
 
@@ -335,7 +335,7 @@ fn a_refused_question_takes_the_connection_over() {
     let (seq, ack) = (seq.wrapping_add(1), ack.wrapping_add(1));
     assert!(scene.step(To::Resolver, TCP_ACK, seq, ack, b"").is_empty());
     assert!(scene.streams.flows.is_empty());
-    assert_eq!(scene.streams.kept.bytes(), 0);
+    assert_eq!(scene.streams.kept.amount(), 0);
 }
 
 #[test]

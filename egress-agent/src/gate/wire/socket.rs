@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, so
 const SEND_BUFFER: usize = 128 << 10;
 
 /// Threads that close sockets at the same time. Each waits for an RCU grace period for each of its
-/// sockets (`packet_release`, net/packet/af_packet.c); those who wait together wait for the same one.
+/// sockets (`packet_release` in the kernel); those who wait together wait for the same one.
 const CLOSERS: usize = 64;
 
 /// A packet socket on no interface; with protocol 0 it receives nothing (packet(7)).
