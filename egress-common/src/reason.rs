@@ -76,6 +76,8 @@ reasons! {
     UnenforcedInterface = 20, "unenforced_interface";
     /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
     DnsElsewhere = 21, "dns_elsewhere";
+    /// A name that an entry allows led to an internal address, and may not.
+    InternalAnswer = 22, "internal_answer";
 }
 
 #[cfg(test)]

@@ -140,6 +140,9 @@ pub struct AllowKey {
 pub struct AllowEntry {
     /// Bitmap of the classes the address is in.
     pub classes: u64,
+    /// Of these, the ones that hold though the address is internal, where internal addresses do not
+    /// pass by themselves.
+    pub internal_classes: u64,
     /// When the entry stops admitting new connections, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
@@ -467,7 +470,7 @@ const _: () = {
     assert!(size_of::<PortClass>() == 8);
     assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
-    assert!(size_of::<AllowEntry>() == 16);
+    assert!(size_of::<AllowEntry>() == 24);
     assert!(size_of::<Range>() == 16);
     assert!(size_of::<DnsPorts>() == 16);
     assert!(size_of::<FlowKey>() == 40);

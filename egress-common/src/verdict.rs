@@ -20,6 +20,8 @@ use crate::{
 pub struct Destination {
     /// Classes of the address in the pod's allow map; 0 when it is not there.
     pub learned: u64,
+    /// Of these, the ones that hold though the address is internal.
+    pub learned_internal: u64,
     /// 1 when the allow map's entry has expired.
     pub expired: u64,
     /// Classes of the address in the policy's CIDR trie.
@@ -38,6 +40,25 @@ pub struct Translated {
 }
 
 impl Destination {
+    /// Whether names have to be allowed to lead here: the address is internal, and internal addresses
+    /// do not pass by themselves.
+    #[inline(always)]
+    const fn is_guarded(&self, policy: &Policy) -> bool {
+        self.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL == 0
+    }
+
+    /// The learned classes that count.
+    #[inline(always)]
+    pub const fn learned_classes(&self, policy: &Policy) -> u64 {
+        if self.ranges & RANGE_PROTECTED != 0 || self.expired != 0 {
+            0
+        } else if self.is_guarded(policy) {
+            self.learned_internal
+        } else {
+            self.learned
+        }
+    }
+
     /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
     ///
     /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
@@ -136,11 +157,7 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 {
-        0
-    } else {
-        destination.learned
-    };
+    let learned = destination.learned_classes(policy);
     let any = if protected {
         policy.any & policy.deny
     } else {
@@ -181,6 +198,10 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if dns && (internal || open || known & !policy.deny & matching != 0) {
         return Verdict::deny(Reason::DnsElsewhere);
+    }
+    let left_out = destination.learned & !destination.learned_internal;
+    if destination.is_guarded(policy) && left_out & matching != 0 {
+        return Verdict::deny(Reason::InternalAnswer);
     }
     if destination.expired != 0 && destination.learned & matching != 0 {
         return Verdict::deny(Reason::Expired);
@@ -230,6 +251,7 @@ mod tests {
 
     const NOWHERE: Destination = Destination {
         learned: 0,
+        learned_internal: 0,
         expired: 0,
         cidr: 0,
         ranges: 0,
@@ -461,6 +483,44 @@ mod tests {
         };
         assert_eq!(judge(&lenient, &internal, bits::SCTP, 9), Verdict::Pass);
         assert_eq!(reason(&lenient, &NOWHERE, bits::SCTP, 9), Reason::NoRule);
+    }
+
+    #[test]
+    fn a_name_leads_to_an_internal_address_only_where_it_may() {
+        let internal = Destination {
+            ranges: RANGE_INTERNAL,
+            ..learned(WEB)
+        };
+        assert_eq!(
+            reason(&policy(), &internal, bits::TCP, 443),
+            Reason::InternalAnswer
+        );
+        // For another port the name says nothing anyway.
+        assert_eq!(reason(&policy(), &internal, bits::TCP, 444), Reason::NoRule);
+        let may = Destination {
+            learned_internal: WEB,
+            ..internal
+        };
+        assert_eq!(judge(&policy(), &may, bits::TCP, 443), Verdict::Pass);
+        assert_eq!(
+            reason(
+                &policy(),
+                &Destination { expired: 1, ..may },
+                bits::TCP,
+                443
+            ),
+            Reason::Expired
+        );
+        let listed = Destination {
+            cidr: WEB,
+            ..internal
+        };
+        assert_eq!(judge(&policy(), &listed, bits::TCP, 443), Verdict::Pass);
+        let lenient = Policy {
+            flags: POLICY_ALLOW_INTERNAL,
+            ..policy()
+        };
+        assert_eq!(judge(&lenient, &internal, bits::TCP, 443), Verdict::Pass);
     }
 
     #[test]

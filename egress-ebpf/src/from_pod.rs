@@ -335,6 +335,7 @@ fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u6
             .and_then(|allow| allow.get(AllowKey { addr: *address }))
         {
             destination.learned = entry.classes;
+            destination.learned_internal = entry.internal_classes;
             destination.expired = u64::from(entry.expires_ns <= now_ns);
         }
     }

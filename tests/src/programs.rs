@@ -186,6 +186,7 @@ impl Programs {
     pub fn allow(&mut self, to: impl Into<IpAddr>, classes: u64, expires_ns: u64) {
         let entry = AllowEntry {
             classes,
+            internal_classes: 0,
             expires_ns,
         };
         self.allow

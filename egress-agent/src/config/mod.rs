@@ -20,6 +20,7 @@
 //!   minTtl: 60                  # seconds, or 90s, 5m, 24h, 7d
 //!   maxTtl: 24h
 //!   grace: 30s
+//!   internalAnswers: []         # names that may lead to internal addresses, or all
 //!   guard: true                 # refuse questions for names that no entry could allow
 //!   refusal: nxdomain           # nxdomain | refused
 //! limits:
@@ -47,6 +48,7 @@ mod value;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -67,7 +69,10 @@ use value::{Node, Section};
 
 use crate::{
     dns::{DNS_PORT, Name, Resolver},
-    policy::{Mode, PodAnnotations, Prefix, Settings, Translators, exact_name, prefix::inherit},
+    policy::{
+        InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators, exact_name,
+        prefix::inherit,
+    },
 };
 
 /// Most addresses of one pod that can be configured.
@@ -129,6 +134,8 @@ pub struct Dns {
     pub max_ttl: Duration,
     /// How long an address is allowed beyond its TTL.
     pub grace: Duration,
+    /// Which names may lead to internal addresses, besides those of the cluster.
+    pub internal_answers: Arc<InternalAnswers>,
     /// Whether questions for names that no entry could allow are refused.
     pub guard: bool,
     /// How they are refused.
@@ -293,6 +300,7 @@ impl Config {
             default_mode: self.default_mode,
             pod_annotations: self.pod_annotations,
             cluster_domain: self.dns.cluster_domain.clone(),
+            internal_answers: Arc::clone(&self.dns.internal_answers),
             guard: self.dns.guard,
             allow_internal: self.ranges.allow_internal,
             protected: self.protected().collect(),
@@ -420,6 +428,7 @@ impl Dns {
             min_ttl,
             max_ttl,
             grace,
+            internal_answers,
             guard,
             refusal,
         ] = section.take([
@@ -428,6 +437,7 @@ impl Dns {
             "minTtl",
             "maxTtl",
             "grace",
+            "internalAnswers",
             "guard",
             "refusal",
         ])?;
@@ -458,6 +468,7 @@ impl Dns {
             min_ttl: min,
             max_ttl: max,
             grace: or(grace, Duration::from_secs(30), read::duration)?,
+            internal_answers: Arc::new(read::internal_answers(internal_answers)?),
             guard: or(guard, true, Node::truth)?,
             refusal: or(refusal, Refusal::NxDomain, |node| {
                 node.word(&[

@@ -8,9 +8,12 @@ use super::{
 };
 use crate::{
     dns::Resolver,
-    policy::Prefix,
+    policy::{InternalAnswers, Prefix, name_pattern},
 };
 use egress_common::translation;
+
+/// Most names that may lead to internal addresses: each answer is compared with all of them.
+const INTERNAL_ANSWERS: usize = 256;
 
 /// Longest duration in seconds: that of a TTL (RFC 2181, section 8).
 const SECONDS_MAX: u32 = i32::MAX as u32;
@@ -91,6 +94,28 @@ pub(super) fn resolver(node: &Node) -> Result<Resolver, ConfigError> {
         return Err(node.error("is not the address of a machine"));
     }
     Ok(resolver)
+}
+
+/// `all`, or names and wildcards.
+pub(super) fn internal_answers(node: Option<Node>) -> Result<InternalAnswers, ConfigError> {
+    let Some(node) = node else {
+        return Ok(InternalAnswers::Names(Vec::new()));
+    };
+    if node.text().is_ok_and(|text| text == "all") {
+        return Ok(InternalAnswers::All);
+    }
+    let list = node
+        .list_or("expected `all`, or a list of names such as [corp.example, '*.corp.example']")?;
+    if list.len() > INTERNAL_ANSWERS {
+        return Err(list[INTERNAL_ANSWERS].error(format!(
+            "is one name too many: the limit is {INTERNAL_ANSWERS}"
+        )));
+    }
+    let pattern = |node: &Node| name_pattern(node.text()?).map_err(|message| node.error(message));
+    let mut patterns = list.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
+    patterns.sort_unstable();
+    patterns.dedup();
+    Ok(InternalAnswers::Names(patterns))
 }
 
 /// Seconds, or a number with a unit: `60`, `60s`, `5m`, `24h`, `7d`.

@@ -74,6 +74,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.minTtl",
         "dns.maxTtl",
         "dns.grace",
+        "dns.internalAnswers",
         "dns.guard",
         "dns.refusal",
         "limits.addressesPerPod",
@@ -128,6 +129,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 min_ttl: Duration::from_secs(60),
                 max_ttl: Duration::from_secs(86_400),
                 grace: Duration::from_secs(30),
+                internal_answers: Arc::new(InternalAnswers::Names(Vec::new())),
                 guard: true,
                 refusal: Refusal::NxDomain,
             },
@@ -242,7 +244,7 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
             "line 3, column 3: dns.ttl: is not a known key: expected one of resolvers, \
-             clusterDomain, minTtl, maxTtl, grace, guard, refusal",
+             clusterDomain, minTtl, maxTtl, grace, internalAnswers, guard, refusal",
         ),
         (
             "dns:\n  resolvers:\n  - 10.0.0.1\n  - dns.example\n",
@@ -326,6 +328,16 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1], maxTtl: 30}",
             "line 1, column 38: dns.maxTtl: `30` leaves dns.minTtl, 60 s, above dns.maxTtl, 30 s",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1], internalAnswers: some}",
+            "line 1, column 47: dns.internalAnswers: `some` is not a list: expected `all`, or a list \
+             of names such as [corp.example, '*.corp.example']",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1], internalAnswers: [corp.example, 'a b']}",
+            "line 1, column 62: dns.internalAnswers: `a b` is not a DNS name: it has ' '; expected \
+             letters, digits, `-`, `_`, `*` and dots",
         ),
         (
             "dns: {resolvers: [10.0.0.1], clusterDomain: '*.local'}",

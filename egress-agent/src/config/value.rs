@@ -169,13 +169,18 @@ impl Node {
 
     /// The list's elements, each with the list's key.
     pub(super) fn list(self) -> Result<Vec<Self>, ConfigError> {
+        self.list_or("expected values in brackets or behind dashes")
+    }
+
+    /// The same; `expected` says what is expected in place of something else.
+    pub(super) fn list_or(self, expected: &str) -> Result<Vec<Self>, ConfigError> {
         match self.value {
             Value::Null => Ok(Vec::new()),
             Value::List(list) => Ok(list
                 .into_iter()
                 .map(|value| Self::new(self.key.clone(), value))
                 .collect()),
-            _ => Err(self.error("is not a list: expected values in brackets or behind dashes")),
+            _ => Err(self.error(format!("is not a list: {expected}"))),
         }
     }
 

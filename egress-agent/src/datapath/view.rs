@@ -98,6 +98,7 @@ impl View {
                 .context("cannot read an allow map")?;
             if let Some(entry) = entry {
                 destination.learned = entry.classes;
+                destination.learned_internal = entry.internal_classes;
                 destination.expired = u64::from(entry.expires_ns <= now_ns);
                 expires_ns = Some(entry.expires_ns);
             }

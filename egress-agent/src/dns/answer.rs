@@ -41,9 +41,35 @@ pub struct Answer {
     pub truncated: bool,
     /// RCODE, without the upper bits that EDNS adds.
     pub response_code: u8,
+    /// The aliases that hang together from the asked name, in the order in which they were reached.
+    pub aliases: Vec<Alias>,
     /// The addresses it gives for the asked name, in the order of the message; an address that is
     /// given twice is here twice. Empty unless the class is IN and the RCODE is NOERROR.
     pub addresses: Vec<Learned>,
+}
+
+/// A name that an alias led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Alias {
+    /// The name.
+    pub name: Name,
+    /// The alias whose name it is the alias of; `None` for one of the asked name.
+    pub of: Option<usize>,
+}
+
+impl Answer {
+    /// The names from the one that has the address back to the asked one.
+    pub fn way_to<'a>(&'a self, learned: &Learned) -> impl Iterator<Item = &'a Name> {
+        let mut next = Some(learned.at);
+        std::iter::from_fn(move || {
+            let at = next.take()?;
+            let Some(alias) = at.and_then(|index| self.aliases.get(index)) else {
+                return Some(&self.name);
+            };
+            next = Some(alias.of);
+            Some(&alias.name)
+        })
+    }
 }
 
 /// An address that an answer gives.
@@ -51,6 +77,8 @@ pub struct Answer {
 pub struct Learned {
     /// The address.
     pub address: Address,
+    /// The alias whose name has it; `None` for the asked name.
+    pub at: Option<usize>,
     /// The lowest TTL of the chain from the asked name to the address, in seconds, as it stands in
     /// the message; one with its highest bit set counts as zero (RFC 2181, section 8).
     pub ttl: u32,
@@ -118,7 +146,7 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
     let teaches = header.response_code() == 0 && answer.qclass == CLASS_IN;
     let facts = read_records(message, &mut reader, header, teaches)?;
     if !facts.is_empty() {
-        answer.addresses = follow(asked_name(message)?, &facts)?;
+        (answer.aliases, answer.addresses) = follow(asked_name(message)?, &facts)?;
     }
     Ok(answer)
 }
@@ -159,6 +187,7 @@ fn read_question_section(reader: &mut Reader<'_>) -> Result<(Header, Answer), An
         qclass,
         truncated: header.truncated(),
         response_code: header.response_code(),
+        aliases: Vec::new(),
         addresses: Vec::new(),
     };
     Ok((header, answer))
@@ -271,11 +300,14 @@ fn asked_name(message: &[u8]) -> Result<OwnerName, AnswerError> {
 ///
 /// Several aliases at one name are against RFC 2181, section 10.1, but a program may follow any of
 /// them, so all are followed. A loop leads to names that are known already and so ends by itself.
-fn follow(asked: OwnerName, facts: &[Fact]) -> Result<Vec<Learned>, AnswerError> {
+fn follow(asked: OwnerName, facts: &[Fact]) -> Result<(Vec<Alias>, Vec<Learned>), AnswerError> {
     let mut reached = vec![(asked, u32::MAX)];
+    let mut aliases = Vec::new();
     let mut addresses = Vec::with_capacity(facts.len());
     let mut next = 0;
     while let Some((name, ttl_so_far)) = reached.get(next).cloned() {
+        // The asked name comes first and is no alias.
+        let at = next.checked_sub(1);
         next += 1;
         let here = || facts.iter().filter(|fact| fact.owner == name);
         // Records of one set have one TTL; where they differ, the lowest counts (RFC 2181,
@@ -294,18 +326,23 @@ fn follow(asked: OwnerName, facts: &[Fact]) -> Result<Vec<Learned>, AnswerError>
                         return Err(AnswerError::Aliases);
                     }
                     reached.push((target.clone(), alias_ttl));
+                    aliases.push(Alias {
+                        name: Name::from_labels(target.iter()).map_err(|_| AnswerError::Aliases)?,
+                        of: at,
+                    });
                 }
                 Says::Address(address) => addresses.push(Learned {
                     address: *address,
+                    at,
                     ttl,
                 }),
                 Says::Hints(svcb) => {
-                    addresses.extend(hints(svcb).map(|address| Learned { address, ttl }));
+                    addresses.extend(hints(svcb).map(|address| Learned { address, at, ttl }));
                 }
             }
         }
     }
-    Ok(addresses)
+    Ok((aliases, addresses))
 }
 
 /// The addresses in `ipv4hint` and `ipv6hint` (RFC 9460, section 7.3).

@@ -60,6 +60,7 @@ mod what_is_learned {
             answer.addresses,
             [Learned {
                 address: v4(1),
+                at: None,
                 ttl: 300
             }]
         );
@@ -217,6 +218,7 @@ mod what_is_learned {
             answer.addresses,
             [Learned {
                 address: v4(1),
+                at: None,
                 ttl: 60
             }]
         );
@@ -493,7 +495,8 @@ proptest! {
         let svcb = SVCB::new(1, OwnerName::root(), vec![(SvcParamKey::Ipv4Hint, hint)]);
         message.add_answer(Record::from_rdata(name(chain), 9, RData::HTTPS(HTTPS(svcb))));
         let lowest = |own: u32| if chain == 0 { own } else { own.min(ttl) };
-        expected.push(Learned { address: v4(200), ttl: lowest(9) });
+        let at = chain.checked_sub(1);
+        expected.push(Learned { address: v4(200), at, ttl: lowest(9) });
         for (six, own, last) in records {
             let (data, address) = if six {
                 let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last));
@@ -502,10 +505,13 @@ proptest! {
                 (RData::A(A::new(192, 0, 2, last)), v4(last))
             };
             message.add_answer(Record::from_rdata(name(chain), own, data));
-            expected.push(Learned { address, ttl: lowest(own) });
+            expected.push(Learned { address, at, ttl: lowest(own) });
         }
         let answer = read_answer(&message.to_vec().unwrap()).unwrap();
         prop_assert_eq!(answer.id, 7);
+        let way: Vec<String> = answer.way_to(&expected[0]).map(ToString::to_string).collect();
+        let names: Vec<String> = (0..=chain).rev().map(|i| format!("n{i}.example.com")).collect();
+        prop_assert_eq!(way, names);
         prop_assert_eq!(answer.addresses, expected);
     }
 }

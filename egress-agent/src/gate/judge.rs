@@ -189,6 +189,8 @@ impl<'a> Judge<'a> {
             return Ok(());
         }
         let dns = &self.means.dns;
+        let compiled = Arc::clone(&self.enforcement.compiled);
+        let names = &compiled.names;
         let now_ns = boottime_ns();
         let lifetime_ns = |ttl: u32| {
             let ttl = std::time::Duration::from_secs(u64::from(ttl));
@@ -200,12 +202,13 @@ impl<'a> Judge<'a> {
             .filter(|learned| !dns.is_protected(&learned.address))
             .map(|learned| Taught {
                 address: learned.address,
+                by_stranger: answer.way_to(learned).any(|name| names.is_strangers(name)),
                 expires_ns: now_ns + lifetime_ns(learned.ttl),
             })
             .collect();
-        let classes = self.enforcement.compiled.names.classes(&answer.name);
+        let grant = names.grant(&answer.name);
         self.learned
-            .learn(self.enforcement, &answer.name, classes, &taught, now_ns)
+            .learn(self.enforcement, &answer.name, grant, &taught, now_ns)
     }
 
     /// Whether everything goes on, whatever is decided.

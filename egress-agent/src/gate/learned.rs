@@ -13,7 +13,7 @@ use super::{Enforcement, eviction::Eviction, learned_address::Learned, tally::Ta
 use crate::{
     datapath::{AllowError, AllowMap, OpenFlows},
     dns::Name,
-    policy::NameRules,
+    policy::{Grant, NameRules},
 };
 
 /// Most names without an entry that are remembered for one pod, and most addresses of each.
@@ -58,6 +58,8 @@ impl Entries for Enforcement {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Taught {
     pub(super) address: Address,
+    /// Whether a stranger's name stood on the way; see [`NameRules::is_strangers`].
+    pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
 }
 
@@ -131,7 +133,7 @@ impl Table {
         self.addresses.put(address, learned);
     }
 
-    /// Learns that `name`, whose addresses are in `classes`, led to these addresses. When this
+    /// Learns that `name`, whose addresses are allowed so, led to these addresses. When this
     /// returns without an error, each of them is in the allow map.
     ///
     /// # Errors
@@ -142,26 +144,24 @@ impl Table {
         &mut self,
         allow: &mut impl Entries,
         name: &Name,
-        classes: u64,
+        grant: impl Into<Grant>,
         taught: &[Taught],
         now_ns: u64,
     ) -> Result<(), AllowError> {
         if taught.is_empty() {
             return Ok(());
         }
-        if classes == 0 {
+        let grant = grant.into();
+        if grant.classes == 0 {
             self.remember_unlisted(name, taught);
             return Ok(());
         }
         self.make_room(allow, taught, now_ns)?;
         let name = self.shared_name(name, taught);
-        for &Taught {
-            address,
-            expires_ns,
-        } in taught
-        {
+        for taught in taught {
+            let address = taught.address;
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
-            learned.add(&name, classes, expires_ns);
+            learned.add(&name, grant, taught);
             // Whatever is thought to stand in the map: an answer waits for it.
             learned.written = None;
             learned.write(address, allow, now_ns)?;
@@ -186,27 +186,28 @@ impl Table {
         let fitting = self.fitting(rules, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, taught) in self.unlisted.iter().rev() {
-            let classes = rules.classes(name);
+            let grant = rules.grant(name);
             let live: Vec<Taught> = taught
                 .iter()
                 .filter(|taught| taught.expires_ns > now_ns)
-                .filter(|taught| classes == 0 || fits(&taught.address))
+                .filter(|taught| grant.classes == 0 || fits(&taught.address))
                 .copied()
                 .collect();
-            next.learn(allow, name, classes, &live, now_ns)?;
+            next.learn(allow, name, grant, &live, now_ns)?;
         }
         // From the least recently used on, so that the order of use stays.
         for (&address, learned) in self.addresses.iter().rev() {
             for source in &learned.sources {
-                let classes = rules.classes(&source.name);
-                if classes != 0 && !fits(&address) {
+                let grant = rules.grant(&source.name);
+                if grant.classes != 0 && !fits(&address) {
                     continue;
                 }
                 let taught = Taught {
                     address,
+                    by_stranger: source.by_stranger,
                     expires_ns: source.expires_ns,
                 };
-                next.learn(allow, &source.name, classes, &[taught], now_ns)?;
+                next.learn(allow, &source.name, grant, &[taught], now_ns)?;
             }
         }
         Ok(next)

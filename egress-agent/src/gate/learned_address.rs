@@ -4,19 +4,61 @@ use std::sync::Arc;
 
 use egress_common::{address::Address, records::AllowEntry};
 
-use super::learned::Entries;
-use crate::{datapath::AllowError, dns::Name};
+use super::learned::{Entries, Taught};
+use crate::{
+    datapath::AllowError,
+    dns::Name,
+    policy::{Grant, MayBeInternal},
+};
 
 /// Most names that are remembered for one address, unless each of more gives it something that no
-/// other does; there are at most as many of those as a policy has classes.
+/// other does; there are at most twice as many of those as a policy has classes.
 pub(super) const NAMES_PER_ADDRESS: usize = 16;
 
 /// A name that led to an address.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) name: Arc<Name>,
-    classes: u64,
+    gives: Classes,
+    /// Whether a stranger's name stood on the way; see [`crate::policy::NameRules::is_strangers`].
+    pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
+}
+
+/// Classes of an address, and those of them that hold though it is internal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Classes {
+    all: u64,
+    internal: u64,
+}
+
+impl Classes {
+    /// What a name gives to an address.
+    pub(super) fn given(grant: Grant, by_stranger: bool) -> Self {
+        let may = match grant.internal {
+            MayBeInternal::Yes => true,
+            MayBeInternal::WithoutStrangers => !by_stranger,
+            MayBeInternal::No => false,
+        };
+        Self {
+            all: grant.classes,
+            internal: if may { grant.classes } else { 0 },
+        }
+    }
+
+    const fn of(entry: &AllowEntry) -> Self {
+        Self {
+            all: entry.classes,
+            internal: entry.internal_classes,
+        }
+    }
+
+    const fn and(self, other: Self) -> Self {
+        Self {
+            all: self.all | other.all,
+            internal: self.internal | other.internal,
+        }
+    }
 }
 
 /// An address in the allow map.
@@ -31,15 +73,23 @@ pub(super) struct Learned {
 
 impl Learned {
     /// Notes that a name led here.
-    pub(super) fn add(&mut self, name: &Arc<Name>, classes: u64, expires_ns: u64) {
+    pub(super) fn add(&mut self, name: &Arc<Name>, grant: Grant, taught: &Taught) {
+        let Taught {
+            by_stranger,
+            expires_ns,
+            ..
+        } = *taught;
+        let gives = Classes::given(grant, by_stranger);
         if let Some(source) = self.sources.iter_mut().find(|source| source.name == *name) {
-            source.classes = classes;
+            source.gives = gives;
+            source.by_stranger = by_stranger;
             source.expires_ns = source.expires_ns.max(expires_ns);
             return;
         }
         self.sources.push(Source {
             name: Arc::clone(name),
-            classes,
+            gives,
+            by_stranger,
             expires_ns,
         });
         if self.sources.len() > NAMES_PER_ADDRESS {
@@ -48,11 +98,12 @@ impl Learned {
     }
 
     /// Classes and ends of lifetimes.
-    fn parts(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+    fn parts(&self) -> impl Iterator<Item = (Classes, u64)> + '_ {
+        let adopted = self.adopted.as_ref();
         self.sources
             .iter()
-            .map(|source| (source.classes, source.expires_ns))
-            .chain(self.adopted.map(|entry| (entry.classes, entry.expires_ns)))
+            .map(|source| (source.gives, source.expires_ns))
+            .chain(adopted.map(|entry| (Classes::of(entry), entry.expires_ns)))
     }
 
     /// When the last lifetime ends.
@@ -66,17 +117,19 @@ impl Learned {
     /// The allow map's entry: classes of the names whose lifetime has not ended. When none is left,
     /// the entry says what it last was, expired.
     fn entry(&self, now_ns: u64) -> AllowEntry {
-        let any = |classes, (more, _)| classes | more;
+        let any = |classes: Classes, (more, _)| classes.and(more);
         let alive = self
             .parts()
             .filter(|&(_, expires_ns)| expires_ns > now_ns)
-            .fold(0, any);
+            .fold(Classes::default(), any);
+        let classes = if alive.all == 0 {
+            self.parts().fold(Classes::default(), any)
+        } else {
+            alive
+        };
         AllowEntry {
-            classes: if alive == 0 {
-                self.parts().fold(0, any)
-            } else {
-                alive
-            },
+            classes: classes.all,
+            internal_classes: classes.internal,
             expires_ns: self.expires_ns(),
         }
     }
@@ -107,15 +160,17 @@ impl Learned {
 }
 
 /// Forgets a name that gives the address nothing: others carry its classes for at least as long.
-/// There is one whenever there are more names than classes.
+/// There is one whenever there are more than twice as many names as classes.
 fn drop_redundant(sources: &mut Vec<Source>) {
     let is_redundant = |i: usize, source: &Source| {
         let others = sources
             .iter()
             .enumerate()
             .filter(|&(j, other)| j != i && other.expires_ns >= source.expires_ns);
-        let carried = others.fold(0, |classes, (_, other)| classes | other.classes);
-        source.classes & !carried == 0
+        let carried = others.fold(Classes::default(), |carried, (_, other)| {
+            carried.and(other.gives)
+        });
+        carried.and(source.gives) == carried
     };
     let first = sources
         .iter()

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use egress_common::address::from_v4;
 
 use super::{super::learned_address::NAMES_PER_ADDRESS, *};
+use crate::policy::MayBeInternal;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -65,7 +66,17 @@ fn address(last: u8) -> Address {
 fn taught(last: u8, expires_s: u64) -> Taught {
     Taught {
         address: address(last),
+        by_stranger: false,
         expires_ns: expires_s * SECOND,
+    }
+}
+
+impl From<u64> for Grant {
+    fn from(classes: u64) -> Self {
+        Self {
+            classes,
+            internal: MayBeInternal::No,
+        }
     }
 }
 
@@ -99,6 +110,7 @@ fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     let left = AllowEntry {
         classes: 0b10,
+        internal_classes: 0,
         expires_ns: 10 * SECOND,
     };
     allow.entries.insert(address(1), left);
@@ -322,6 +334,7 @@ fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
         let [a, b, c, d] = n.to_be_bytes();
         let taught = Taught {
             address: from_v4([10 + a, b, c, d]),
+            by_stranger: false,
             expires_ns: 60 * SECOND,
         };
         let name = name(&format!("x{n}.wild.test"));

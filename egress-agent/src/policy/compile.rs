@@ -155,7 +155,7 @@ pub fn compile(
         .collect();
     check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
 
-    record.names = fingerprint(&listed);
+    record.names = fingerprint(&listed, settings);
     let unlisted = unlisted(&allow, &deny, &resolve, open, settings);
     let denies_names = deny
         .iter()
@@ -164,7 +164,7 @@ pub fn compile(
         record.flags |= POLICY_SPEAKS_OF_NAMES;
         warn_of_dns(&allow, &mut warnings);
     }
-    let mut names = NameRules::new(settings.cluster_domain.clone(), unlisted);
+    let mut names = NameRules::new(settings, unlisted);
     names.extend(listed);
     let denials = denials(&deny, &classes);
     Ok(Compiled {
@@ -213,7 +213,7 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
             flags: flags(settings) | why | names,
             ..Policy::CLOSED
         },
-        names: NameRules::new(settings.cluster_domain.clone(), unlisted),
+        names: NameRules::new(settings, unlisted),
         cidrs: Vec::new(),
         warnings: Vec::new(),
         denials: Vec::new(),
@@ -243,10 +243,12 @@ fn warn_of_dns(allow: &[Rule], warnings: &mut Vec<String>) {
     }
 }
 
-/// A number that changes with the classes of any name.
-fn fingerprint(listed: &BTreeMap<NamePattern, NameRule>) -> u64 {
+/// A number that changes with what the addresses of any name are allowed.
+fn fingerprint(listed: &BTreeMap<NamePattern, NameRule>, settings: &Settings) -> u64 {
     // Fed with text, so that another version of the agent comes to the same number.
     let mut hasher = DefaultHasher::new();
+    let (domain, internal) = (&settings.cluster_domain, &settings.internal_answers);
+    hasher.write(format!("{domain} {internal}\n").as_bytes());
     for (pattern, rule) in listed {
         let denied = u8::from(rule.denied.is_some());
         hasher.write(format!("{pattern} {:x} {denied}\n", rule.classes).as_bytes());

@@ -27,14 +27,16 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
 use crate::dns::Name;
 
 pub use annotations::Annotations;
 pub use compile::{Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable};
 pub use describe::describe;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
-pub use name_text::exact_name;
-pub use names::{NameRules, QuestionRule};
+pub use name_text::{exact_name, name_pattern};
+pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
 pub use translators::Translators;
 
@@ -91,6 +93,8 @@ pub struct Settings {
     pub guard: bool,
     /// Whether internal destinations pass unless denied.
     pub allow_internal: bool,
+    /// Which names may lead to internal addresses where those do not.
+    pub internal_answers: Arc<InternalAnswers>,
     /// Prefixes that only an address entry opens: an entry `*` of a namespace does not cover them
     /// when `pod_annotations` is [`PodAnnotations::Narrow`].
     pub protected: Vec<Prefix>,

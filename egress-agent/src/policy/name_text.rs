@@ -55,6 +55,15 @@ pub fn exact_name(text: &str) -> Result<Name, String> {
     }
 }
 
+/// Reads a name or a wildcard, as an entry would write it.
+///
+/// # Errors
+///
+/// What the text is instead; the message follows the text.
+pub fn name_pattern(text: &str) -> Result<NamePattern, String> {
+    read_name(Part { text, at: 0 }).map_err(|error| error.message)
+}
+
 fn too_long(part: Part<'_>, error: NameError) -> EntryError {
     part.error(format!("is not a DNS name: {error}"))
 }

@@ -1,8 +1,11 @@
 //! What a policy says about a name: whether it may be asked for, and what its addresses are allowed.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt, sync::Arc};
 
-use super::pattern::{LabelGlobs, NamePattern};
+use super::{
+    Settings,
+    pattern::{LabelGlobs, NamePattern},
+};
 use crate::dns::Name;
 
 /// Whether a question may go on to the resolver.
@@ -14,6 +17,57 @@ pub enum QuestionRule {
     Denied,
     /// No entry could allow it.
     NotListed,
+}
+
+/// Which names may lead to internal addresses, besides those of the cluster, where internal addresses
+/// do not pass by themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InternalAnswers {
+    /// Every name.
+    All,
+    /// These.
+    Names(Vec<NamePattern>),
+}
+
+impl InternalAnswers {
+    fn has(&self, name: &Name) -> bool {
+        match self {
+            Self::All => true,
+            Self::Names(patterns) => patterns.iter().any(|pattern| pattern.matches(name)),
+        }
+    }
+}
+
+/// As what an error or a fingerprint has them.
+impl fmt::Display for InternalAnswers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Names(patterns) => patterns
+                .iter()
+                .try_for_each(|pattern| write!(f, "{pattern} ")),
+        }
+    }
+}
+
+/// What the addresses of a name are allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Bitmap of their classes.
+    pub classes: u64,
+    /// Whether that holds for internal ones.
+    pub internal: MayBeInternal,
+}
+
+/// Whether a name may lead to internal addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MayBeInternal {
+    /// It may.
+    Yes,
+    /// It may if no name on the way is a stranger's.
+    WithoutStrangers,
+    /// It may not.
+    No,
 }
 
 /// What entries say about a name.
@@ -36,18 +90,20 @@ pub struct NameRules {
     below: HashMap<Name, NameRule>,
     globs: Vec<(LabelGlobs, NameRule)>,
     cluster_domain: Name,
+    internal_answers: Arc<InternalAnswers>,
     /// What holds for a name that no entry speaks of.
     unlisted: QuestionRule,
 }
 
 impl NameRules {
     /// Rules without entries.
-    pub(super) fn new(cluster_domain: Name, unlisted: QuestionRule) -> Self {
+    pub(super) fn new(settings: &Settings, unlisted: QuestionRule) -> Self {
         Self {
             exactly: HashMap::new(),
             below: HashMap::new(),
             globs: Vec::new(),
-            cluster_domain,
+            cluster_domain: settings.cluster_domain.clone(),
+            internal_answers: Arc::clone(&settings.internal_answers),
             unlisted,
         }
     }
@@ -99,6 +155,28 @@ impl NameRules {
             classes |= rule.classes;
         }
         classes
+    }
+
+    /// What addresses get when they are answers to a question for this name.
+    pub fn grant(&self, name: &Name) -> Grant {
+        let internal = if self.internal_answers.has(name) {
+            MayBeInternal::Yes
+        } else if name.is_within(&self.cluster_domain) {
+            MayBeInternal::WithoutStrangers
+        } else {
+            MayBeInternal::No
+        };
+        Grant {
+            classes: self.classes(name),
+            internal,
+        }
+    }
+
+    /// Whether a name on the way from the asked one to an address is a stranger's: neither one of the
+    /// cluster nor one that may lead to internal addresses. An alias of the cluster (a Service of type
+    /// `ExternalName`) may lead out of it, and whoever owns that name could answer with any address.
+    pub fn is_strangers(&self, name: &Name) -> bool {
+        !name.is_within(&self.cluster_domain) && !self.internal_answers.has(name)
     }
 
     /// The `deny` entry that names it, as written.

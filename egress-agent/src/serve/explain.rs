@@ -421,6 +421,11 @@ impl Asking<'_> {
                 "entries with a name allow this port: the pod has to resolve that name with one of \
                  its resolvers; or add `{entry}` to {PREFIX}allow"
             ),
+            Some(Reason::InternalAnswer) if !is_address => {
+                "add its address to allow, or the name to dns.internalAnswers of the agent's \
+                 configuration"
+                    .to_owned()
+            }
             Some(Reason::DnsElsewhere) if !is_address => {
                 "add the server's address to allow, or to dns.resolvers of the agent's configuration"
                     .to_owned()
@@ -464,6 +469,10 @@ fn because_denied(reason: Reason) -> &'static str {
              address"
         }
         Reason::DenyRule => "a deny entry names it",
+        Reason::InternalAnswer => {
+            "an entry with a name allows it, but the address is internal and the name may not lead to \
+             internal addresses (dns.internalAnswers)"
+        }
         Reason::DnsElsewhere => {
             "it is a DNS server and no resolver, and the policy speaks of names: only an entry with its \
              address opens it"
@@ -489,7 +498,9 @@ fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> 
     let counts = |spoken: &&Spoken| match reason {
         Reason::DenyRule => spoken.list == List::Deny && spoken.holds_some(ports),
         Reason::PortNotAllowed => spoken.list == List::Allow,
-        Reason::Expired => spoken.list == List::Allow && spoken.of_name && spoken.holds_some(ports),
+        Reason::Expired | Reason::InternalAnswer => {
+            spoken.list == List::Allow && spoken.of_name && spoken.holds_some(ports)
+        }
         _ => false,
     };
     statuses(spoken.iter().filter(counts))

@@ -26,6 +26,7 @@ const REASONS: [Reason; 9] = [
     Reason::UnenforcedInterface,
     Reason::Protected,
     Reason::DnsElsewhere,
+    Reason::InternalAnswer,
     Reason::Expired,
     Reason::PortNotAllowed,
     Reason::AddressNotLearned,
@@ -131,11 +132,7 @@ pub(super) enum Ground {
 /// Why packets that pass do so.
 pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 {
-        0
-    } else {
-        destination.learned
-    };
+    let learned = destination.learned_classes(policy);
     let any = if protected { 0 } else { policy.any };
     let known = (learned | destination.cidr | any) & !policy.deny;
     if known & matching_classes(policy, ports.protocol, ports.first) != 0 {

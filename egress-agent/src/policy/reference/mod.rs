@@ -5,7 +5,9 @@ mod plain;
 mod properties;
 mod random;
 
-use super::{Mode, PodAnnotations, Prefix, Settings, Translators};
+use std::sync::Arc;
+
+use super::{InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators};
 use crate::dns::Name;
 
 /// Settings as the agent's defaults are.
@@ -16,6 +18,7 @@ pub(super) fn settings() -> Settings {
         cluster_domain: Name::from_labels([b"cluster".as_slice(), b"local"]).unwrap(),
         guard: true,
         allow_internal: true,
+        internal_answers: Arc::new(InternalAnswers::Names(Vec::new())),
         protected: ["169.254.0.0/16", "127.0.0.0/8"]
             .map(|text| Prefix::parse(text).unwrap())
             .into(),

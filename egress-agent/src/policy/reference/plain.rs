@@ -190,6 +190,7 @@ pub(super) fn plainly(
                     && !packet.expired
                     && !packet.protected
                     && !elsewhere
+                    && (settings.allow_internal || !packet.internal)
             });
         reaches && line.speaks_of(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
     });

@@ -38,6 +38,7 @@ fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
             .through
             .as_ref()
             .map_or(0, |name| compiled.names.classes(&to_name(name))),
+        learned_internal: 0,
         expired: u64::from(packet.expired),
         cidr: prefix_classes(address),
         ranges: if packet.protected { RANGE_PROTECTED } else { 0 }

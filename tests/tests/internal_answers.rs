@@ -1,0 +1,200 @@
+//! Which names may lead to internal addresses, where these do not pass by themselves
+//! (`ranges.allowInternal: false`).
+
+use std::net::IpAddr;
+
+use egress_tests::{
+    Agent, Builder, Lab, Pod,
+    addresses::{RESOLVER6, numbered, server},
+    dns::{RecordType, address, cname, hints},
+};
+use serde_json::json;
+
+const REASON: &str = "internal_answer";
+/// An address of a node or a pod.
+const INTERNAL: IpAddr = numbered(1);
+
+/// A laboratory whose internal addresses need an entry.
+fn locked() -> Builder {
+    Lab::builder()
+        .config("ranges.internal", vec!["198.18.0.0/15", "fd99::/64"])
+        .config("ranges.allowInternal", false)
+}
+
+/// The pod resolves the name to this address, and may not connect there; returns the denial.
+#[track_caller]
+fn is_left_out(agent: &Agent, pod: &Pod, name: &str, to: IpAddr) {
+    assert_eq!(pod.lookup(name), [to], "the answer is delivered");
+    let denial = agent.denies_tcp(pod, (to, 443), REASON);
+    assert_eq!(denial.dst_names, [name]);
+}
+
+#[test]
+fn a_foreign_zone_does_not_lead_to_internal_addresses() {
+    let lab = locked().build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("a.foreign.test", &[INTERNAL]);
+    lab.dns()
+        .addresses("b.foreign.test", &[server(10), INTERNAL]);
+    lab.dns()
+        .answer("c.foreign.test", [cname("d.other.test"), address(INTERNAL)]);
+    lab.dns().answer("e.foreign.test", [hints(&[numbered(2)])]);
+    lab.dns().addresses("exact.test", &[numbered(3)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.foreign.test:443 exact.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+
+    is_left_out(&agent, &pod, "a.foreign.test", INTERNAL);
+    assert_eq!(pod.lookup("b.foreign.test"), [server(10), INTERNAL]);
+    pod.talks_tcp((server(10), 443));
+    pod.lookup("c.foreign.test");
+    pod.resolve("e.foreign.test", RecordType::HTTPS);
+    agent.denies_each_tcp(
+        &pod,
+        &[((INTERNAL, 443), REASON), ((numbered(2), 443), REASON)],
+    );
+    is_left_out(&agent, &pod, "exact.test", numbered(3));
+    // For another port the names say nothing anyway.
+    agent.denies_tcp(&pod, (INTERNAL, 444), "no_rule");
+    for target in ["198.18.0.1:443", "a.foreign.test:443"] {
+        let (_, explained) = lab.explain(&pod, target);
+        assert_eq!(explained["reason"], REASON, "{explained}");
+    }
+}
+
+#[test]
+fn an_address_entry_opens_what_a_name_may_not_lead_to() {
+    let lab = locked().build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("a.foreign.test", &[INTERNAL]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.foreign.test:443 198.18.0.0/24:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("a.foreign.test"), [INTERNAL]);
+    pod.talks_tcp((INTERNAL, 443));
+}
+
+#[test]
+fn a_name_of_the_cluster_leads_to_its_service_but_an_alias_does_not_lead_a_stranger_in() {
+    let lab = locked().config("dns.clusterDomain", "cluster.test").build();
+    let _web = lab.serve_tcp(443);
+    let dns = lab.dns();
+    dns.addresses("db.shop.svc.cluster.test", &[INTERNAL]);
+    let inner = [cname("db.shop.svc.cluster.test"), address(numbered(2))];
+    dns.answer("alias.shop.svc.cluster.test", inner);
+    // As a Service of type ExternalName answers.
+    let outer = [cname("db.foreign.test"), address(numbered(3))];
+    dns.answer("external.shop.svc.cluster.test", outer);
+    let back = [
+        cname("db.foreign.test"),
+        cname("api.other.svc.cluster.test"),
+        address(numbered(4)),
+    ];
+    dns.answer("and-back.shop.svc.cluster.test", back);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.svc.cluster.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    for (name, to) in [("db", INTERNAL), ("alias", numbered(2))] {
+        assert_eq!(pod.lookup(&format!("{name}.shop.svc.cluster.test")), [to]);
+        pod.talks_tcp((to, 443));
+    }
+    is_left_out(&agent, &pod, "external.shop.svc.cluster.test", numbered(3));
+    is_left_out(&agent, &pod, "and-back.shop.svc.cluster.test", numbered(4));
+}
+
+#[test]
+fn the_operator_names_zones_whose_names_are_internal() {
+    let names = json!(["app.corp.test", "*.lan.corp.test"]);
+    let listed = locked().config("dns.internalAnswers", names).build();
+    let _web = listed.serve_tcp(443);
+    let dns = listed.dns();
+    dns.addresses("app.corp.test", &[numbered(1)]);
+    dns.answer(
+        "x.lan.corp.test",
+        [cname("lb.foreign.test"), address(numbered(2))],
+    );
+    dns.addresses("other.corp.test", &[numbered(3)]);
+    let pod = listed.pod("shop", "cart");
+    listed.write_pod(&pod, &[("allow", "*.corp.test:443")]);
+    let agent = listed.start_agent(&[&pod]);
+    for (name, to) in [
+        ("app.corp.test", numbered(1)),
+        ("x.lan.corp.test", numbered(2)),
+    ] {
+        assert_eq!(pod.lookup(name), [to]);
+        pod.talks_tcp((to, 443));
+    }
+    is_left_out(&agent, &pod, "other.corp.test", numbered(3));
+
+    // An edit holds at once for what was resolved before.
+    listed.edit_config("dns.internalAnswers", "all");
+    agent.applies(&pod, || agent.reload());
+    let mut open = pod.talks_tcp((numbered(3), 443));
+    listed.edit_config("dns.internalAnswers", json!([]));
+    agent.applies(&pod, || agent.reload());
+    assert!(!egress_tests::exchange(
+        &mut open,
+        b"after",
+        egress_tests::SHORT
+    ));
+    for to in [1, 2, 3] {
+        agent.denies_tcp(&pod, (numbered(to), 443), REASON);
+    }
+}
+
+#[test]
+fn addresses_that_become_internal_are_no_longer_led_to() {
+    let lab = Lab::builder()
+        .config("ranges.internal", vec!["198.18.0.0/16"])
+        .config("ranges.allowInternal", false)
+        .build();
+    let _web = lab.serve_tcp(443);
+    let to = numbered(1 << 16);
+    lab.dns().addresses("a.foreign.test", &[to]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.foreign.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("a.foreign.test"), [to]);
+    let mut open = pod.talks_tcp((to, 443));
+    lab.edit_config("ranges.internal", vec!["198.18.0.0/15"]);
+    agent.applies(&pod, || agent.reload());
+    assert!(!egress_tests::exchange(
+        &mut open,
+        b"after",
+        egress_tests::SHORT
+    ));
+    agent.denies_tcp(&pod, (to, 443), REASON);
+}
+
+#[test]
+fn where_internal_addresses_pass_names_lead_to_them_as_before() {
+    let lab = locked().config("ranges.allowInternal", true).build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("a.foreign.test", &[INTERNAL]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.foreign.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("a.foreign.test"), [INTERNAL]);
+    pod.talks_tcp((INTERNAL, 443));
+    pod.talks_tcp((RESOLVER6, 443));
+    assert!(agent.denials().is_empty(), "{:?}", agent.denials());
+}
+
+#[test]
+fn an_agent_that_is_replaced_leaves_out_the_same_addresses() {
+    let lab = locked()
+        .config("dns.internalAnswers", json!(["app.corp.test"]))
+        .build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("app.corp.test", &[numbered(1)]);
+    lab.dns().addresses("other.corp.test", &[numbered(2)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.corp.test:443")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    pod.lookup("app.corp.test");
+    pod.lookup("other.corp.test");
+    assert!(agent.stop().success());
+    let agent = lab.start_agent(&[&pod]);
+    pod.talks_tcp((numbered(1), 443));
+    agent.denies_tcp(&pod, (numbered(2), 443), REASON);
+}
