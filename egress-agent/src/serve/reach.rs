@@ -21,7 +21,7 @@ const PROTOCOLS: [(u8, &str); 4] = [
 ];
 
 /// From the most specific reason to the least.
-const REASONS: [Reason; 9] = [
+const REASONS: [Reason; 10] = [
     Reason::PolicyUnreadable,
     Reason::UnenforcedInterface,
     Reason::Protected,
