@@ -175,8 +175,9 @@ impl Agent {
             })
     }
 
+    /// Starts a program in the node's namespace that is, or becomes, the agent.
     #[track_caller]
-    pub(crate) fn start(node: &Namespace, mut command: Command) -> Self {
+    pub fn start(node: &Namespace, mut command: Command) -> Self {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -7,6 +7,8 @@
 //! defaultMode: off              # off | audit | enforce: pods without annotations
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
+//! existingConnections: judge    # judge | trust: connections from before a pod was enforced
+//! stateDir: /var/lib/egress-agent
 //! bpffs: /sys/fs/bpf
 //! ranges:
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
@@ -85,6 +87,10 @@ pub struct Config {
     pub dns: Dns,
     /// What a denied packet gets.
     pub on_deny: OnDeny,
+    /// What becomes of connections that pods have opened before they were enforced.
+    pub existing_connections: ExistingConnections,
+    /// Where the agent keeps what has to survive a reboot.
+    pub state_dir: PathBuf,
     /// Where the BPF file system is, or is to be, mounted.
     pub bpffs: PathBuf,
     /// Sizes.
@@ -146,6 +152,16 @@ pub enum OnDeny {
     Reject,
 }
 
+/// What becomes of connections that a pod has opened before it was enforced. Those that others have
+/// opened go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExistingConnections {
+    /// The pod's policy judges them.
+    Judge,
+    /// They go on, once on each node.
+    Trust,
+}
+
 /// Sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -179,6 +195,8 @@ impl Config {
             ranges,
             dns,
             on_deny,
+            existing_connections,
+            state_dir,
             bpffs,
             limits,
             cluster,
@@ -192,6 +210,8 @@ impl Config {
             "ranges",
             "dns",
             "onDeny",
+            "existingConnections",
+            "stateDir",
             "bpffs",
             "limits",
             "cluster",
@@ -220,6 +240,17 @@ impl Config {
             on_deny: or(on_deny, OnDeny::Drop, |node| {
                 node.word(&[("drop", OnDeny::Drop), ("reject", OnDeny::Reject)])
             })?,
+            existing_connections: or(existing_connections, ExistingConnections::Judge, |node| {
+                node.word(&[
+                    ("judge", ExistingConnections::Judge),
+                    ("trust", ExistingConnections::Trust),
+                ])
+            })?,
+            state_dir: or(
+                state_dir,
+                PathBuf::from("/var/lib/egress-agent"),
+                read::absolute_path,
+            )?,
             bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
             limits: Limits::read(read::section(limits)?)?,
             cluster: Cluster::read(read::section(cluster)?)?,

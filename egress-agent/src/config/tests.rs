@@ -46,6 +46,8 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "defaultMode",
         "podAnnotations",
         "onDeny",
+        "existingConnections",
+        "stateDir",
         "bpffs",
         "ranges.internal",
         "ranges.allowInternal",
@@ -108,6 +110,8 @@ fn the_documented_example_says_every_key_and_parses() {
                 refusal: Refusal::NxDomain,
             },
             on_deny: OnDeny::Drop,
+            existing_connections: ExistingConnections::Judge,
+            state_dir: "/var/lib/egress-agent".into(),
             bpffs: "/sys/fs/bpf".into(),
             limits: Limits {
                 addresses_per_pod: 4096
@@ -159,13 +163,15 @@ fn only_the_resolvers_have_no_default() {
 fn every_choice_can_be_made() {
     let config = config(
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
-         ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
+         existingConnections: trust\nstateDir: /srv/state\nranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
          ::1\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
     );
     assert_eq!(config.default_mode, Mode::Enforce);
     assert_eq!(config.pod_annotations, PodAnnotations::Narrow);
     assert_eq!(config.on_deny, OnDeny::Reject);
+    assert_eq!(config.existing_connections, ExistingConnections::Trust);
+    assert_eq!(config.state_dir, PathBuf::from("/srv/state"));
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
@@ -208,7 +214,8 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, bpffs, limits, cluster, quarantine, http, socket",
+             podAnnotations, ranges, dns, onDeny, existingConnections, stateDir, bpffs, limits, \
+             cluster, quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
@@ -245,6 +252,14 @@ fn an_error_names_the_key_and_the_place() {
         (
             "onDeny: [drop]",
             "line 1, column 9: onDeny: a list is not one of drop, reject",
+        ),
+        (
+            "existingConnections: allow",
+            "line 1, column 22: existingConnections: `allow` is not one of judge, trust",
+        ),
+        (
+            "stateDir: state",
+            "line 1, column 11: stateDir: `state` is not an absolute path",
         ),
         (
             "ranges:\n  internal:\n    - 10.0.0.1/8\n",

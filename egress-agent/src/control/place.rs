@@ -60,8 +60,10 @@ impl Place {
 
 /// What is known of where pods are.
 pub(super) struct Places {
-    /// Without it, only pods whose manifests name their interfaces can be found.
+    /// Nothing only while it is looked on.
     host: Option<Host>,
+    /// Whether only pods are found whose manifests name their interfaces.
+    named: bool,
     quarantine: Quarantine,
     /// By UID.
     found: HashMap<String, (Found, Instant)>,
@@ -94,24 +96,23 @@ struct Missed {
 
 impl Places {
     /// Pods are found by their manifests alone.
-    pub(super) fn named() -> Self {
-        Self::new(
-            None,
-            Quarantine {
-                enabled: false,
-                exclude: Vec::new(),
-            },
-        )
+    pub(super) fn named(host: Host) -> Self {
+        let quarantine = Quarantine {
+            enabled: false,
+            exclude: Vec::new(),
+        };
+        Self::new(host, true, quarantine)
     }
 
     /// Pods are found on this machine.
     pub(super) fn on_host(host: Host, quarantine: Quarantine) -> Self {
-        Self::new(Some(host), quarantine)
+        Self::new(host, false, quarantine)
     }
 
-    fn new(host: Option<Host>, quarantine: Quarantine) -> Self {
+    fn new(host: Host, named: bool, quarantine: Quarantine) -> Self {
         Self {
-            host,
+            host: Some(host),
+            named,
             quarantine,
             found: HashMap::new(),
             missed: HashMap::new(),
@@ -134,15 +135,40 @@ impl Places {
         }
     }
 
+    /// The sockets in the network namespace that an interface leads to.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or they cannot be read.
+    pub(super) fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+        match &mut self.host {
+            Some(host) => host.sockets_behind(ifindex),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// The interfaces of the host at the last look; none where pods name theirs.
+    pub(super) fn there(&self) -> &HashSet<u32> {
+        &self.known
+    }
+
+    /// Whether interfaces are closed until their pods are known.
+    pub(super) fn has_quarantine(&self) -> bool {
+        self.quarantine.enabled
+    }
+
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
     fn look(&mut self, snapshot: &Snapshot) -> Look {
-        let Some(mut host) = self.host.take() else {
+        if self.named {
             let pods = snapshot.pods.iter();
             let places = pods.map(|(key, pod)| (key.clone(), by_name(pod)));
             return Look {
                 places: places.collect(),
                 unidentified: Some(Vec::new()),
             };
+        }
+        let Some(mut host) = self.host.take() else {
+            unreachable!("it is put back after each look");
         };
         let result = self.look_on(&mut host, snapshot);
         self.host = Some(host);

@@ -17,6 +17,8 @@ use super::{
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    trust::Trust,
+    unjudged::Unjudged,
     waiting::Waiting,
 };
 use crate::{
@@ -26,7 +28,7 @@ use crate::{
     pods::{Facts, Snapshot},
     policy::Compiled,
     report::PodIdentity,
-    serve::Board,
+    serve::{Board, Existing},
 };
 
 /// Compares and changes.
@@ -44,8 +46,14 @@ pub(super) struct Reconciler {
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
     answers: Answers,
-    /// Whether no agent was here before, so that pods may have connections that nobody judged.
-    pub(super) first_start: bool,
+    /// Where pods may have connections that nobody judged.
+    pub(super) unjudged: Unjudged,
+    /// Whether those that pods have opened go on.
+    pub(super) trust: Trust,
+    /// Whether `trust` counts: until the pods have been dealt with that were there at the start.
+    pub(super) trusting: bool,
+    /// How many connections from before went on.
+    pub(super) existing: Existing,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
     pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
@@ -81,6 +89,9 @@ impl Reconciler {
             .into_iter()
             .max()
             .map_or(1, |last| last + 1);
+        let left = adoptable.values().flat_map(|left| &left.interfaces);
+        let left = left.map(|&(ifindex, _)| ifindex).collect();
+        let unjudged = Unjudged::new(places.has_quarantine(), left);
         Ok(Self {
             datapath,
             gate,
@@ -91,7 +102,10 @@ impl Reconciler {
             cluster,
             waiting: Waiting::default(),
             answers: Answers::default(),
-            first_start: adoptable.is_empty(),
+            unjudged,
+            trust: Trust::claim(config),
+            trusting: true,
+            existing: Existing::default(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
@@ -117,6 +131,7 @@ impl Reconciler {
         let began = Instant::now();
         self.learn_facts(&source.facts);
         let (snapshot, places) = self.look_around(source);
+        self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
@@ -182,6 +197,9 @@ impl Reconciler {
                 }
                 Plan::Leave(why) => {
                     leaving.push(key);
+                    if let (None, Place::Found(found)) = (&why, place) {
+                        self.unjudged.leave(&found.interfaces);
+                    }
                     why
                 }
                 Plan::Keep(why) => {
@@ -259,7 +277,7 @@ impl Reconciler {
         self.say(saying);
         self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
-        self.first_start &= source.unreadable;
+        self.trusting &= source.unreadable;
     }
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.

@@ -116,13 +116,11 @@ impl Watched {
     ///
     /// When this machine cannot be looked at.
     pub(super) fn places(&self, config: &Config) -> Result<Places> {
+        let host = Host::open(HostOptions::default());
+        let host = host.context("cannot look at this machine's pods")?;
         match self {
-            Self::Directory(_) => Ok(Places::named()),
-            Self::Cluster(_) => {
-                let host = Host::open(HostOptions::default())
-                    .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone()))
-            }
+            Self::Directory(_) => Ok(Places::named(host)),
+            Self::Cluster(_) => Ok(Places::on_host(host, config.quarantine.clone())),
         }
     }
 
