@@ -245,7 +245,8 @@ pub struct Flow {
     /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`; exact to
     /// [`crate::flow::REFRESH_NS`].
     pub last_seen_ns: u64,
-    /// The policy version that admitted it; a flow from an older version is judged again.
+    /// The policy version that admitted it, or [`UNJUDGED`]; a flow from an older version is judged
+    /// again.
     pub policy: u32,
     /// One of the `FLOW_*` state constants.
     pub state: u8,
@@ -254,6 +255,9 @@ pub struct Flow {
     /// Always zero.
     pub pad: u16,
 }
+
+/// No policy has this number: in a flow it means that none has judged it yet.
+pub const UNJUDGED: u32 = 0;
 
 /// The pod opened it and the policy admitted it.
 pub const FLOW_OUT: u8 = 1;

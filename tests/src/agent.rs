@@ -176,8 +176,9 @@ impl Agent {
             })
     }
 
+    /// Starts a program in the node's namespace that is, or becomes, the agent.
     #[track_caller]
-    pub(crate) fn start(node: &Namespace, command: Command) -> Self {
+    pub fn start(node: &Namespace, command: Command) -> Self {
         let mut agent = Self::start_unread(node, command);
         agent.read();
         agent

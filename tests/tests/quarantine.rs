@@ -1,10 +1,10 @@
 //! Interfaces whose pods nobody knows yet: closed, but what is asked there does not get lost.
 
 use egress_tests::{
-    Agent, Cluster, ClusterPod, Pod, SHORT,
+    Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
     dns::{RecordType, ResponseCode},
-    eventually, holds,
+    eventually, exchange, holds,
 };
 use serde_json::{Value, json};
 
@@ -67,6 +67,37 @@ fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("it is let go", || holds(reaches(free.net(), server(99))));
+}
+
+#[test]
+fn what_others_have_opened_before_the_pod_was_known_goes_on() {
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let listener = net.listen_tcp(8080);
+    let to = (net.ipv4(), 8080);
+    let outside = cluster.lab.outside();
+    let mut caller = outside
+        .run(|| std::net::TcpStream::connect(to))
+        .expect("the pod is called");
+    let (mut server, _) = listener.accept().expect("it accepts");
+    let mut echo = || {
+        let mut taken = [0; 4];
+        std::thread::scope(|scope| {
+            let answer = scope.spawn(|| {
+                server.set_read_timeout(Some(DEADLINE))?;
+                std::io::Read::read_exact(&mut server, &mut taken)?;
+                std::io::Write::write_all(&mut server, &taken)
+            });
+            let answered = exchange(&mut caller, b"call", DEADLINE);
+            answer.join().expect("no panic").is_ok() && answered
+        })
+    };
+    assert!(echo(), "nobody may call it");
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    assert!(echo(), "the call was cut");
 }
 
 #[test]

@@ -8,6 +8,8 @@
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
 //! unenforcedInterfaces: report  # report | refuse: pods with an interface that nothing can enforce
+//! existingConnections: judge    # judge | trust: connections from before a pod was enforced
+//! stateDir: /var/lib/egress-agent
 //! bpffs: /sys/fs/bpf
 //! ranges:
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
@@ -95,6 +97,10 @@ pub struct Config {
     pub on_deny: OnDeny,
     /// What becomes of a pod with an interface that cannot be enforced.
     pub unenforced_interfaces: UnenforcedInterfaces,
+    /// What becomes of connections that pods have opened before they were enforced.
+    pub existing_connections: ExistingConnections,
+    /// Where the agent keeps what has to survive a reboot.
+    pub state_dir: PathBuf,
     /// Where the BPF file system is, or is to be, mounted.
     pub bpffs: PathBuf,
     /// Sizes.
@@ -169,6 +175,16 @@ pub enum UnenforcedInterfaces {
     Refuse,
 }
 
+/// What becomes of connections that a pod has opened before it was enforced. Those that others have
+/// opened go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExistingConnections {
+    /// The pod's policy judges them.
+    Judge,
+    /// They go on, once on each node.
+    Trust,
+}
+
 /// Sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -203,6 +219,8 @@ impl Config {
             dns,
             on_deny,
             unenforced_interfaces,
+            existing_connections,
+            state_dir,
             bpffs,
             limits,
             cluster,
@@ -217,6 +235,8 @@ impl Config {
             "dns",
             "onDeny",
             "unenforcedInterfaces",
+            "existingConnections",
+            "stateDir",
             "bpffs",
             "limits",
             "cluster",
@@ -254,6 +274,17 @@ impl Config {
                         ("refuse", UnenforcedInterfaces::Refuse),
                     ])
                 },
+            )?,
+            existing_connections: or(existing_connections, ExistingConnections::Judge, |node| {
+                node.word(&[
+                    ("judge", ExistingConnections::Judge),
+                    ("trust", ExistingConnections::Trust),
+                ])
+            })?,
+            state_dir: or(
+                state_dir,
+                PathBuf::from("/var/lib/egress-agent"),
+                read::absolute_path,
             )?,
             bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
             limits: Limits::read(read::section(limits)?)?,

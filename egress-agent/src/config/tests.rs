@@ -64,6 +64,8 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "defaultMode",
         "podAnnotations",
         "onDeny",
+        "existingConnections",
+        "stateDir",
         "bpffs",
         "ranges.internal",
         "ranges.allowInternal",
@@ -135,6 +137,8 @@ fn the_documented_example_says_every_key_and_parses() {
             },
             on_deny: OnDeny::Drop,
             unenforced_interfaces: UnenforcedInterfaces::Report,
+            existing_connections: ExistingConnections::Judge,
+            state_dir: "/var/lib/egress-agent".into(),
             bpffs: "/sys/fs/bpf".into(),
             limits: Limits {
                 addresses_per_pod: 4096
@@ -188,6 +192,7 @@ fn every_choice_can_be_made() {
     let config = config(
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
          unenforcedInterfaces: refuse\n\
+         existingConnections: trust\nstateDir: /srv/state\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
          ::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
@@ -196,6 +201,8 @@ fn every_choice_can_be_made() {
     assert_eq!(config.pod_annotations, PodAnnotations::Narrow);
     assert_eq!(config.on_deny, OnDeny::Reject);
     assert_eq!(config.unenforced_interfaces, UnenforcedInterfaces::Refuse);
+    assert_eq!(config.existing_connections, ExistingConnections::Trust);
+    assert_eq!(config.state_dir, PathBuf::from("/srv/state"));
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
@@ -238,8 +245,8 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, unenforcedInterfaces, bpffs, limits, cluster, \
-             quarantine, http, socket",
+             podAnnotations, ranges, dns, onDeny, unenforcedInterfaces, existingConnections, stateDir, \
+             bpffs, limits, cluster, quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
@@ -285,6 +292,14 @@ fn an_error_names_the_key_and_the_place() {
         (
             "unenforcedInterfaces: close",
             "line 1, column 23: unenforcedInterfaces: `close` is not one of report, refuse",
+        ),
+        (
+            "existingConnections: allow",
+            "line 1, column 22: existingConnections: `allow` is not one of judge, trust",
+        ),
+        (
+            "stateDir: state",
+            "line 1, column 11: stateDir: `state` is not an absolute path",
         ),
         (
             "ranges:\n  internal:\n    - 10.0.0.1/8\n",

@@ -27,6 +27,8 @@ mod reload;
 mod seed;
 mod source;
 mod tell;
+mod trust;
+mod unjudged;
 mod waiting;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};

@@ -64,10 +64,10 @@ impl Place {
 
 /// What is known of where pods are.
 pub(super) struct Places {
-    /// Without it, only pods whose manifests name their interfaces can be found.
+    /// Nothing only while it is looked on.
     host: Option<Host>,
-    /// By the interfaces that manifests name.
-    named: Named,
+    /// By the interfaces that manifests name, where only those pods are found.
+    named: Option<Named>,
     quarantine: Quarantine,
     /// Where interfaces are left alone until their networks are made.
     arrivals: Option<Arrivals>,
@@ -102,31 +102,27 @@ struct Missed {
 
 impl Places {
     /// Pods are found by their manifests alone.
-    pub(super) fn named(named: Named) -> Self {
-        Self::new(
-            None,
-            named,
-            Quarantine {
-                enabled: false,
-                exclude: Vec::new(),
-            },
-            None,
-        )
+    pub(super) fn named(host: Host, named: Named) -> Self {
+        let quarantine = Quarantine {
+            enabled: false,
+            exclude: Vec::new(),
+        };
+        Self::new(host, Some(named), quarantine, None)
     }
 
     /// Pods are found on this machine.
     pub(super) fn on_host(host: Host, quarantine: Quarantine, arrivals: Option<Arrivals>) -> Self {
-        Self::new(Some(host), Named::default(), quarantine, arrivals)
+        Self::new(host, None, quarantine, arrivals)
     }
 
     fn new(
-        host: Option<Host>,
-        named: Named,
+        host: Host,
+        named: Option<Named>,
         quarantine: Quarantine,
         arrivals: Option<Arrivals>,
     ) -> Self {
         Self {
-            host,
+            host: Some(host),
             named,
             quarantine,
             arrivals,
@@ -151,13 +147,38 @@ impl Places {
         }
     }
 
+    /// The sockets in the network namespace that an interface leads to.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or they cannot be read.
+    pub(super) fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+        match &mut self.host {
+            Some(host) => host.sockets_behind(ifindex),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// The interfaces of the host at the last look; none where pods name theirs.
+    pub(super) fn there(&self) -> &HashSet<u32> {
+        &self.known
+    }
+
+    /// Whether interfaces are closed until their pods are known.
+    pub(super) fn has_quarantine(&self) -> bool {
+        self.quarantine.enabled
+    }
+
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
     fn look(&mut self, snapshot: &Snapshot) -> Look {
-        let Some(mut host) = self.host.take() else {
+        if let Some(named) = &mut self.named {
             return Look {
-                places: self.named.look(snapshot),
+                places: named.look(snapshot),
                 unidentified: Some(Vec::new()),
             };
+        }
+        let Some(mut host) = self.host.take() else {
+            unreachable!("it is put back after each look");
         };
         let result = self.look_on(&mut host, snapshot);
         self.host = Some(host);

@@ -21,6 +21,8 @@ use super::{
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    trust::Trust,
+    unjudged::Unjudged,
     waiting::Waiting,
 };
 use crate::{
@@ -30,7 +32,7 @@ use crate::{
     pods::{Facts, Snapshot},
     policy::Compiled,
     report::PodIdentity,
-    serve::Board,
+    serve::{Board, Existing},
 };
 
 /// Compares and changes.
@@ -51,8 +53,14 @@ pub(super) struct Reconciler {
     pub(super) waiting: Waiting,
     pub(super) hooks: Hooks,
     answers: Answers,
-    /// Whether no agent was here before, so that pods may have connections that nobody judged.
-    pub(super) first_start: bool,
+    /// Where pods may have connections that nobody judged.
+    pub(super) unjudged: Unjudged,
+    /// Whether those that pods have opened go on.
+    pub(super) trust: Trust,
+    /// Whether `trust` counts: until the pods have been dealt with that were there at the start.
+    pub(super) trusting: bool,
+    /// How many connections from before went on.
+    pub(super) existing: Existing,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
     pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
@@ -88,6 +96,9 @@ impl Reconciler {
             .into_iter()
             .max()
             .map_or(1, |last| last + 1);
+        let left = adoptable.values().flat_map(|left| &left.interfaces);
+        let left = left.map(|&(ifindex, _)| ifindex).collect();
+        let unjudged = Unjudged::new(places.has_quarantine(), left);
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
             datapath,
@@ -100,7 +111,10 @@ impl Reconciler {
             cluster,
             waiting: Waiting::default(),
             answers: Answers::default(),
-            first_start: adoptable.is_empty(),
+            unjudged,
+            trust: Trust::claim(config),
+            trusting: true,
+            existing: Existing::default(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
@@ -126,6 +140,7 @@ impl Reconciler {
         let began = Instant::now();
         self.learn_facts(&source.facts).await;
         let (snapshot, places) = self.look_around(source);
+        self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
         self.exits.begin(snapshot, &places);
         let mut saying = HashMap::new();
@@ -192,6 +207,9 @@ impl Reconciler {
                 }
                 Plan::Leave(why) => {
                     leaving.push(key);
+                    if let (None, Place::Found(found)) = (&why, place) {
+                        self.unjudged.leave(&found.interfaces);
+                    }
                     why
                 }
                 Plan::Keep(why) => {
@@ -271,7 +289,7 @@ impl Reconciler {
         self.say(saying);
         self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
-        self.first_start &= source.unreadable;
+        self.trusting &= source.unreadable;
     }
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.

@@ -124,13 +124,11 @@ impl Watched {
         left: &BTreeMap<u32, Adoptable>,
         arrivals: Option<Arrivals>,
     ) -> Result<Places> {
+        let host = Host::open(HostOptions::default());
+        let host = host.context("cannot look at this machine's pods")?;
         match self {
-            Self::Directory(_) => Ok(Places::named(Named::new(left.values()))),
-            Self::Cluster(_) => {
-                let host = Host::open(HostOptions::default())
-                    .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone(), arrivals))
-            }
+            Self::Directory(_) => Ok(Places::named(host, Named::new(left.values()))),
+            Self::Cluster(_) => Ok(Places::on_host(host, config.quarantine.clone(), arrivals)),
         }
     }
 

@@ -77,6 +77,9 @@ impl Reconciler {
                 .map(|(about, what)| (about.clone(), what.clone()))
                 .collect(),
             settings: Some(self.readings.settings().clone()),
+            existing: self.existing,
+            trusted: self.trust.is_given(),
+            trust: self.trust.to_string(),
             incomplete: snapshot.unreadable,
             cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,

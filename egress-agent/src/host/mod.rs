@@ -7,8 +7,8 @@
 //!                       the host's interfaces whose other end is in that namespace
 //! ```
 //!
-//! Nothing here enters another namespace, asks a container runtime, or depends on how one names
-//! things. What a pod can influence (names of groups below its own, its processes, its interfaces'
+//! Nothing here asks a container runtime, or depends on how one names things. Another namespace is
+//! entered only to read the sockets in it. What a pod can influence (names of groups below its own, its processes, its interfaces'
 //! addresses) can make it unfindable at worst; it cannot make it look like another pod.
 
 mod cgroup;
@@ -16,9 +16,11 @@ mod exits;
 mod links;
 mod located;
 mod netlink;
+mod network;
 mod process;
 mod routes;
 mod sockets;
+mod tcp_table;
 mod uid;
 
 use std::{
@@ -195,16 +197,41 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    /// When the process has ended, or is in another namespace by now: locate the pod again. When the
+    /// namespace may not be entered.
     pub fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
         let process = Process::open(&self.proc, network.pid)?;
-        if process.network()? != network.inode {
+        let (namespace, inode) = process.open_network()?;
+        if inode != network.inode {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
                 format!("process {} has left the pod's network", network.pid),
             ));
         }
-        sockets::of(&process)
+        network::sockets_in(namespace)
+    }
+
+    /// The conversations in the network namespace that an interface of the host leads to.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such namespace, as behind a virtual machine's interface; when nothing refers to
+    /// it by which it can be entered; when it may not be entered.
+    pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+        let link = self.netlink.link(ifindex)?;
+        if !link.is_some_and(|raw| Link::new(raw, None).is_host_end()) {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the interface leads to no network namespace of this machine",
+            ));
+        }
+        match network::behind(&mut self.netlink, &self.proc, self.own, ifindex)? {
+            Some(namespace) => network::sockets_in(namespace),
+            None => Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "its network namespace has no name in /run/netns, and no process in it can be seen",
+            )),
+        }
     }
 
     /// The processes of a pod.

@@ -323,7 +323,7 @@ fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
         .filter(|_| scope == libc::RT_SCOPE_UNIVERSE))
 }
 
-fn ip(value: &[u8]) -> io::Result<IpAddr> {
+pub(super) fn ip(value: &[u8]) -> io::Result<IpAddr> {
     let v4 = <[u8; 4]>::try_from(value).map(|bytes| Ipv4Addr::from(bytes).into());
     let v6 = <[u8; 16]>::try_from(value).map(|bytes| Ipv6Addr::from(bytes).into());
     v4.or(v6)
@@ -331,7 +331,7 @@ fn ip(value: &[u8]) -> io::Result<IpAddr> {
 }
 
 /// Kind and value of each attribute that follows a header.
-fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
+pub(super) fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
     let body = body
         .get(header..)
         .ok_or_else(|| malformed("a message without a header"))?;
@@ -346,7 +346,7 @@ fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
     Ok(found)
 }
 
-fn four(value: &[u8]) -> io::Result<[u8; 4]> {
+pub(super) fn four(value: &[u8]) -> io::Result<[u8; 4]> {
     value
         .try_into()
         .map_err(|_| malformed("a number of another size"))
@@ -357,7 +357,7 @@ fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
 }
 
-fn malformed(what: &str) -> io::Error {
+pub(super) fn malformed(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
         format!("the kernel's answer over netlink holds {what}"),

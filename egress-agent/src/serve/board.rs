@@ -106,6 +106,22 @@ impl PodState {
     }
 }
 
+/// How many connections went on that pods had open before they were enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Existing {
+    /// Those that others had opened.
+    pub inbound: u64,
+    /// Those that pods had opened, with `existingConnections: trust`.
+    pub trusted: u64,
+}
+
+impl std::ops::AddAssign for Existing {
+    fn add_assign(&mut self, other: Self) {
+        self.inbound += other.inbound;
+        self.trusted += other.trusted;
+    }
+}
+
 /// How following the cluster goes.
 #[derive(Clone, Debug)]
 pub struct ClusterState {
@@ -143,6 +159,12 @@ pub struct NodeState {
     pub incomplete: bool,
     /// How following the cluster goes; `None` without one.
     pub cluster: Option<ClusterState>,
+    /// How many connections from before went on.
+    pub existing: Existing,
+    /// Whether those that pods had opened before this agent's start went on.
+    pub trusted: bool,
+    /// The reason.
+    pub trust: String,
     /// What the policies were compiled with; none before the first reconcile.
     pub settings: Option<Settings>,
 }

@@ -71,6 +71,17 @@ pub struct AgentStatus {
     pub unhealthy: Vec<String>,
     pub ready: bool,
     pub not_ready: Vec<String>,
+    pub existing_connections: ExistingStatus,
+}
+
+/// Connections that pods had open before they were enforced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/status.md describes each field")]
+pub struct ExistingStatus {
+    pub outbound: String,
+    pub because: String,
+    pub inbound_kept: u64,
+    pub outbound_trusted: u64,
 }
 
 /// A resolver.

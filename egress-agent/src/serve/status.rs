@@ -7,8 +7,8 @@ use egress_common::reason::Reason;
 use super::{
     NodeState, PodState, Sources, health,
     protocol::{
-        AddressStatus, AgentStatus, InterfaceStatus, PodStatus, ProblemStatus, ResolvedStatus,
-        ResolverStatus, Status, UnenforcedStatus,
+        AddressStatus, AgentStatus, ExistingStatus, InterfaceStatus, PodStatus, ProblemStatus,
+        ResolvedStatus, ResolverStatus, Status, UnenforcedStatus,
     },
 };
 use crate::{
@@ -61,7 +61,7 @@ pub(super) async fn status(
         pods.push(pod_status(key, state, teachings, names));
     }
     Ok(Status {
-        agent: agent(sources),
+        agent: agent(sources, &node),
         resolvers: node
             .resolvers
             .iter()
@@ -116,7 +116,7 @@ pub(super) fn mode_of(pod: &PodState) -> &'static str {
     }
 }
 
-fn agent(sources: &Sources) -> AgentStatus {
+fn agent(sources: &Sources, node: &NodeState) -> AgentStatus {
     let (unhealthy, not_ready) = (health::unwell(sources), health::unready(sources));
     AgentStatus {
         node: sources.node.clone(),
@@ -129,6 +129,12 @@ fn agent(sources: &Sources) -> AgentStatus {
         unhealthy,
         ready: not_ready.is_empty(),
         not_ready,
+        existing_connections: ExistingStatus {
+            outbound: if node.trusted { "trusted" } else { "judged" }.to_owned(),
+            because: node.trust.clone(),
+            inbound_kept: node.existing.inbound,
+            outbound_trusted: node.existing.trusted,
+        },
     }
 }
 
