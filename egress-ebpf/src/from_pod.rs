@@ -20,7 +20,9 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows, held,
-    maps::{ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE},
+    maps::{
+        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE,
+    },
     open_flow, probe,
     skb::{Skb, now_ns},
 };

@@ -13,7 +13,7 @@ use super::{
     reconcile::{Reconciler, title},
 };
 use crate::{
-    datapath::{FlowMap, Seed, Standing, boottime_ns},
+    datapath::{FlowMap, Seed, SeedState, boottime_ns},
     host::{Direction, OpenSocket, OpenSockets, SocketProtocol},
     serve::Existing,
 };
@@ -44,9 +44,9 @@ impl Reconciler {
                     );
                 }
                 let outbound = if trusted {
-                    Standing::Admitted(policy)
+                    SeedState::Admitted(policy)
                 } else {
-                    Standing::Unjudged
+                    SeedState::Unjudged
                 };
                 write(flows, outbound, &open.sockets, &mut seeded)
             });
@@ -98,18 +98,18 @@ impl Reconciler {
 
 fn write(
     flows: &mut FlowMap,
-    outbound: Standing,
+    outbound: SeedState,
     sockets: &[OpenSocket],
     seeded: &mut Existing,
 ) -> Result<()> {
     let now_ns = boottime_ns();
     for socket in sockets {
-        let standing = match (socket.protocol, socket.direction) {
-            (SocketProtocol::Tcp, Direction::Inbound) => Standing::Inbound,
+        let state = match (socket.protocol, socket.direction) {
+            (SocketProtocol::Tcp, Direction::Inbound) => SeedState::Inbound,
             // The other side's next datagram opens the flow, and nothing but that would prove it.
             (SocketProtocol::Udp, Direction::Inbound) => continue,
             // The rules judge its next segment; without a SYN the other side opens nothing.
-            (SocketProtocol::Tcp, Direction::Outbound) if outbound == Standing::Unjudged => {
+            (SocketProtocol::Tcp, Direction::Outbound) if outbound == SeedState::Unjudged => {
                 continue;
             }
             (_, Direction::Outbound) => outbound,
@@ -121,13 +121,13 @@ fn write(
             },
             pod: (mapped(socket.local.ip()), socket.local.port()),
             peer: (mapped(socket.remote.ip()), socket.remote.port()),
-            standing,
+            state,
         };
         let added = u64::from(flows.seed(&seed, now_ns)?);
-        match standing {
-            Standing::Inbound => seeded.inbound += added,
-            Standing::Admitted(_) => seeded.trusted += added,
-            Standing::Unjudged => {}
+        match state {
+            SeedState::Inbound => seeded.inbound += added,
+            SeedState::Admitted(_) => seeded.trusted += added,
+            SeedState::Unjudged => {}
         }
     }
     Ok(())

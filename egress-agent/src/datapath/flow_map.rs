@@ -40,12 +40,12 @@ pub struct Seed {
     /// The other side's.
     pub peer: (Address, u16),
     /// What becomes of it.
-    pub standing: Standing,
+    pub state: SeedState,
 }
 
 /// What becomes of a connection that was open before anybody looked at its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum SeedState {
     /// The other side opened it, so the pod may answer.
     Inbound,
     /// The pod opened it, and it counts as admitted by this policy.
@@ -105,10 +105,10 @@ impl FlowMap {
             kind: FLOW_KEY_FLOW,
             pad: 0,
         };
-        let (state, policy) = match seed.standing {
-            Standing::Inbound => (FLOW_IN, UNJUDGED),
-            Standing::Admitted(policy) => (FLOW_OUT, policy),
-            Standing::Unjudged => (FLOW_OUT, UNJUDGED),
+        let (state, policy) = match seed.state {
+            SeedState::Inbound => (FLOW_IN, UNJUDGED),
+            SeedState::Admitted(policy) => (FLOW_OUT, policy),
+            SeedState::Unjudged => (FLOW_OUT, UNJUDGED),
         };
         let flow = Flow {
             last_seen_ns: now_ns,

@@ -27,7 +27,7 @@ pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed, Standing};
+pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use links::{Attach, Hook, Standing};
 pub use object::{Datapath, Marks, Options};
