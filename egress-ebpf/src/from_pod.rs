@@ -63,7 +63,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
             }
             let denied = Denied {
                 packet: None,
-                ..Denied::from_pod(interface, &packet, Reason::SpoofedSource)
+                ..Denied::from_pod(interface, &packet, not_own(policy))
             };
             return deny(ctx, &denied);
         }
@@ -107,10 +107,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             None => false,
         };
         if !is_ours {
-            return deny(
-                ctx,
-                &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-            );
+            return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
         }
     }
     if packet.is_link_housekeeping() {
@@ -123,16 +120,15 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             return pass(&skb);
         }
     }
-    if !is_own(policy, &packet.src) {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-        );
-    }
-    if packet.dst_port == DNS_PORT
+    let is_question = packet.dst_port == DNS_PORT
         && packet.bit & (bits::UDP | bits::TCP) != 0
-        && range_of(&packet.dst) & RANGE_RESOLVER != 0
-    {
+        && range_of(&packet.dst) & RANGE_RESOLVER != 0;
+    // A question of a pod that is not known yet waits, and its source is judged when it is.
+    let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
+    if !waits && !is_own(policy, &packet.src) {
+        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
+    }
+    if is_question {
         return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
@@ -279,9 +275,6 @@ fn pass(skb: &Skb<'_>) -> i32 {
 
 #[inline(always)]
 fn is_own(policy: &Policy, address: &Address) -> bool {
-    if policy.flags & POLICY_UNIDENTIFIED != 0 {
-        return true;
-    }
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {
@@ -293,6 +286,17 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
         i += 1;
     }
     false
+}
+
+/// Why a packet does not leave whose source is not among the pod's own addresses.
+#[inline(always)]
+fn not_own(policy: &Policy) -> Reason {
+    // Nobody knows them yet.
+    if policy.flags & POLICY_UNIDENTIFIED != 0 && policy.own_len == 0 {
+        Reason::PodUnknown
+    } else {
+        Reason::SpoofedSource
+    }
 }
 
 /// What the maps say about a destination.

@@ -14,6 +14,7 @@ mod exits;
 mod facts;
 mod links;
 mod named;
+mod own;
 mod place;
 mod plan;
 mod preflight;
@@ -23,6 +24,7 @@ mod readings;
 mod reconcile;
 mod reload;
 mod seed;
+mod sights;
 mod source;
 mod tell;
 mod waiting;
@@ -143,11 +145,12 @@ pub async fn run(options: Options) -> Result<()> {
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
+    let places = source.places(config, &datapath, &adoptable)?;
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
-        source.places(config, &adoptable)?,
+        places,
         cluster,
         Arc::clone(&known),
         adoptable,

@@ -104,7 +104,8 @@ impl Reconciler {
                 notes.push(exits::problem(&exits, and));
             }
         }
-        let own = place.addresses(pod);
+        let (own, unowned) = self.own_addresses(key, pod, found);
+        notes.extend(unowned);
         let on_deny = if unidentified {
             // Whoever is there shall try again, not give up.
             OnDeny::Drop

@@ -15,6 +15,7 @@ use super::{
     enforced::{Enforced, PodKey},
     events,
     exits::PodExits,
+    own::Owners,
     place::{Place, Places},
     plan::Plan,
     quarantine,
@@ -43,6 +44,8 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
+    /// Whose addresses are known.
+    pub(super) owners: Owners,
     /// Interfaces of pods that nobody can enforce.
     pub(super) exits: PodExits,
     /// The ways to the cluster, if there is one.
@@ -93,6 +96,7 @@ impl Reconciler {
             facts: Facts::default(),
             config: config.clone(),
             places,
+            owners: Owners::default(),
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
@@ -125,6 +129,7 @@ impl Reconciler {
         let (snapshot, places) = self.look_around(source);
         let snapshot = &*snapshot;
         self.exits.begin(snapshot, &places);
+        self.note_owners(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
             let said = saying

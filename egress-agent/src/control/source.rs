@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, named::Named, place::Places};
+use super::{SourceOptions, named::Named, place::Places, sights::Sights};
 use crate::{
     config::Config,
-    datapath::Adoptable,
+    datapath::{Adoptable, Datapath},
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
@@ -121,6 +121,7 @@ impl Watched {
     pub(super) fn places(
         &self,
         config: &Config,
+        datapath: &Datapath,
         left: &BTreeMap<u32, Adoptable>,
     ) -> Result<Places> {
         match self {
@@ -128,7 +129,8 @@ impl Watched {
             Self::Cluster(_) => {
                 let host = Host::open(HostOptions::default())
                     .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone()))
+                let sights = Sights::inherit(datapath, left.values())?;
+                Ok(Places::on_host(host, config.quarantine.clone(), sights))
             }
         }
     }

@@ -116,6 +116,7 @@ impl Common {
             interface: None,
             cgroup_uid: None,
             addresses: Vec::new(),
+            further: Vec::new(),
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,
