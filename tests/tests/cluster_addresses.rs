@@ -62,10 +62,10 @@ fn second_interface(cluster: &Cluster, pod: &Pod, more: &[IpAddr]) -> Ipv4Addr {
         netns = pod.netns().name()
     ));
     // All at once, as a plugin does.
-    let more: String = more
+    let more = more
         .iter()
-        .map(|address| format!("addr add {address}/32 dev net1\n"))
-        .collect();
+        .map(|address| format!("addr add {address}/32 dev net1\n"));
+    let more = more.collect::<Vec<_>>().concat();
     pod.netns().ip_batch(&format!(
         "addr add 10.2.{number}.2/30 dev net1\n{more}\
          link set net1 up\n\
@@ -153,7 +153,7 @@ fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
         tcp: false,
         payload: 512,
     };
-    let asker = (socket.address().ip(), socket.address().port());
+    let client = (socket.address().ip(), socket.address().port());
     let answer = |host| {
         Send::answer(&asked, &[address(server(host))])
             .bytes()
@@ -170,8 +170,8 @@ fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
         later.into(),
     ];
     // Denials to one destination are told together.
-    for (name, port) in names.into_iter().zip(asker.1..) {
-        send_from(&hidden, name, (asker.0, port), &answer(66));
+    for (name, port) in names.into_iter().zip(client.1..) {
+        send_from(&hidden, name, (client.0, port), &answer(66));
     }
     lab.dns().send(RESOLVER, socket.address(), &answer(10));
     let heard = socket.expect("the resolver's answer");

@@ -89,7 +89,7 @@ impl Reconciler {
             taken.insert(ifindex, key.clone());
         }
         let mut notes: Vec<String> = found.note.iter().cloned().collect();
-        if !unidentified {
+        if !unidentified && pod.namespace_known {
             let (exits, error) = self.exits.of(key, found, pod.cgroup_uid.is_some());
             notes.extend(error);
             if !exits.is_empty() {

@@ -1,7 +1,7 @@
 //! The addresses that pods' interfaces had when they were made.
 //!
 //! A network plugin configures the pod's end of an interface before any program of the pod runs.
-//! After that a program with CAP_NET_ADMIN may give it any address. So what the kernel has is read
+//! After that a program with `CAP_NET_ADMIN` may give it any address. So what the kernel has is read
 //! until addresses are there, and never again.
 
 use std::{
@@ -68,6 +68,10 @@ impl Sights {
             let Some(policy) = datapath.policy(entry.policy)? else {
                 continue;
             };
+            if policy.own_len == 0 {
+                // The earlier agent had not seen any yet.
+                continue;
+            }
             let own = policy.own.iter().take(policy.own_len as usize);
             let sight = Sight {
                 addresses: own.map(to_ip).collect(),
@@ -101,11 +105,12 @@ impl Sights {
             };
             let sight = self.interfaces.entry(link.ifindex).or_insert(Sight {
                 addresses: Vec::new(),
-                made: last_look.is_some() && !is_running(peer.nsid),
+                made: last_look.is_some(),
                 since: now,
                 without: last_look,
                 with: None,
-                settled: false,
+                // Of an interface that is added to a pod that runs, nothing tells who configures it.
+                settled: is_running(peer.nsid),
             });
             if sight.settled {
                 continue;

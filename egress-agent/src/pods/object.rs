@@ -18,7 +18,7 @@ const SUBDOMAIN_MAX: usize = 253;
 /// Something a manifest describes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Object {
-    Pod(PodObject),
+    Pod(Box<PodObject>),
     Namespace(Namespace),
 }
 
