@@ -86,8 +86,8 @@ pub const POLICY_OPEN: u32 = 1;
 pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
 /// The annotations could not be read; denials say so.
 pub const POLICY_UNREADABLE: u32 = 1 << 2;
-/// It is not known yet whose interface this is: every source address counts as the pod's own,
-/// questions wait at the gate, and denials say why.
+/// It is not known yet whose interface this is: questions wait at the gate, from whatever source, and
+/// denials say why.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 /// The policy says which names may be asked for, or denies some. So DNS to a server that is no
 /// resolver needs an address entry: nobody would look at the names there.

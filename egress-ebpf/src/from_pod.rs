@@ -99,7 +99,7 @@ fn judge_arp(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &P
     } else if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
         return pass(&skb);
     } else {
-        Reason::SpoofedSource
+        not_own(policy)
     };
     let denied = Denied {
         packet: None,
@@ -121,10 +121,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             None => false,
         };
         if !is_ours {
-            return deny(
-                ctx,
-                &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-            );
+            return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
         }
     }
     if packet.is_link_housekeeping() {
@@ -137,16 +134,15 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             return pass(&skb);
         }
     }
-    if !is_own(policy, &packet.src) {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-        );
-    }
-    if packet.bit & (bits::UDP | bits::TCP) != 0
+    let is_question = packet.bit & (bits::UDP | bits::TCP) != 0
         && may_be_dns_port(packet.dst_port)
-        && range_of(&packet.dst).is_resolver_at(packet.dst_port)
-    {
+        && range_of(&packet.dst).is_resolver_at(packet.dst_port);
+    // A question of a pod that is not known yet waits, and its source is judged when it is.
+    let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
+    if !waits && !is_own(policy, &packet.src) {
+        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
+    }
+    if is_question {
         return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
@@ -306,9 +302,6 @@ fn pass(skb: &Skb<'_>) -> i32 {
 
 #[inline(always)]
 fn is_own(policy: &Policy, address: &Address) -> bool {
-    if policy.flags & POLICY_UNIDENTIFIED != 0 {
-        return true;
-    }
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {
@@ -320,6 +313,17 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
         i += 1;
     }
     false
+}
+
+/// Why a packet does not leave whose source is not among the pod's own addresses.
+#[inline(always)]
+fn not_own(policy: &Policy) -> Reason {
+    // Nobody knows them yet.
+    if policy.flags & POLICY_UNIDENTIFIED != 0 && policy.own_len == 0 {
+        Reason::PodUnknown
+    } else {
+        Reason::SpoofedSource
+    }
 }
 
 /// What the maps say about a destination.

@@ -236,19 +236,20 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     );
     assert!(!reaches(&net, server(10)), "it is open");
     // Another one that takes the name is closed too.
-    let next = cluster.lab.pod(&shop, "next");
+    let second = cluster.lab.pod(&shop, "next");
     agent.wait_said("that the next interface is enforced", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", next.interface()))
+        line.contains("enforcing")
+            && line.contains(&format!("pod=interface {} ", second.interface()))
     });
     agent.says_after(
         "that the next interface is enforced by the first one's name",
         || {
-            let line = format!("link set {} name {was}\n", next.interface());
+            let line = format!("link set {} name {was}\n", second.interface());
             cluster.lab.node().ip_batch(&line);
         },
         |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
     );
-    assert!(!reaches(&next, server(10)), "it is open");
+    assert!(!reaches(&second, server(10)), "it is open");
     assert!(!reaches(&net, server(10)), "it is open");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));

@@ -16,6 +16,7 @@ mod facts;
 mod hooks;
 mod links;
 mod named;
+mod own;
 mod place;
 mod plan;
 mod preflight;
@@ -25,6 +26,7 @@ mod readings;
 mod reconcile;
 mod reload;
 mod seed;
+mod sights;
 mod source;
 mod tell;
 mod trust;
@@ -158,11 +160,12 @@ pub async fn run(options: Options) -> Result<()> {
     } else {
         None
     };
+    let places = source.places(config, &datapath, &adoptable, arrivals)?;
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
-        source.places(config, &adoptable, arrivals)?,
+        places,
         cluster,
         Arc::clone(&known),
         adoptable,

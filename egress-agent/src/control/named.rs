@@ -76,26 +76,26 @@ impl Named {
             ));
         };
         let known = self.known.remove(key).filter(|known| known.uid == pod.uid);
-        let named = nix::net::if_::if_nametoindex(name.as_str()).ok();
+        let at = nix::net::if_::if_nametoindex(name.as_str()).ok();
         let mut interfaces: Vec<(u32, String)> = Vec::new();
         let mut found_as = None;
         if let Some(known) = known {
             // The manifest names another interface, and that is there: the pod moves.
-            let moves = named.is_some() && known.name.as_ref().is_some_and(|was| was != name);
+            let moves = at.is_some() && known.name.as_ref().is_some_and(|was| was != name);
             let there = known.interfaces.iter().filter_map(|&index| {
                 let now = interface_name(index)?;
                 // What was enforced before this agent started may be another pod's by now.
                 let is_anothers =
-                    known.name.is_none() && Some(index) != named && names.contains(&*now);
+                    known.name.is_none() && Some(index) != at && names.contains(&*now);
                 (!moves && !is_anothers).then_some((index, now))
             });
             interfaces.extend(there);
             found_as = known.name;
         }
-        if let Some(named) = named {
+        if let Some(index) = at {
             found_as = Some(name.clone());
-            if !interfaces.iter().any(|(index, _)| *index == named) {
-                interfaces.push((named, name.clone()));
+            if !interfaces.iter().any(|(other, _)| *other == index) {
+                interfaces.push((index, name.clone()));
                 interfaces.sort_unstable();
             }
         }
@@ -106,12 +106,12 @@ impl Named {
         }
         let others: Vec<String> = interfaces
             .iter()
-            .filter(|(index, _)| Some(*index) != named)
+            .filter(|(index, _)| Some(*index) != at)
             .map(|(index, now)| format!("{now} (index {index})"))
             .collect();
         let note = (!others.is_empty()).then(|| {
             let others = others.join(", ");
-            let is_there = if named.is_some() {
+            let is_there = if at.is_some() {
                 "is another"
             } else {
                 "is gone"

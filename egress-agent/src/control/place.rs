@@ -14,12 +14,13 @@ use super::{
     named::Named,
     quarantine,
     reconcile::Reconciler,
+    sights::{FirstAddresses, Sights},
     waiting::{RETRY_MIN, longer},
 };
 use crate::{
     config::Quarantine,
     host::{Host, Links, Network, OpenSockets},
-    pods::{Pod, Snapshot},
+    pods::Snapshot,
 };
 
 /// How long what was found is believed without another look, as long as its interfaces are there.
@@ -43,23 +44,14 @@ pub(super) enum Place {
 pub(super) struct Found {
     /// Their indexes, in order; never empty.
     pub(super) interfaces: Vec<u32>,
-    /// The addresses that the pod's end has.
-    pub(super) addresses: Vec<IpAddr>,
+    /// Whether the pod's end has addresses: otherwise its network may be half made.
+    pub(super) has_addresses: bool,
+    /// The addresses that its interfaces had when they were made.
+    pub(super) first: FirstAddresses,
     /// The network namespaces on their other ends.
     pub(super) networks: Vec<Network>,
     /// What is wrong with the place all the same.
     pub(super) note: Option<String>,
-}
-
-impl Place {
-    /// The pod's own addresses: what its source says, or until it says anything, what the pod's
-    /// end of its interfaces had when it was found. Later the pod could give itself others.
-    pub(super) fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
-        match self {
-            Self::Found(found) if pod.addresses.is_empty() => found.addresses.clone(),
-            _ => pod.addresses.clone(),
-        }
-    }
 }
 
 /// What is known of where pods are.
@@ -80,6 +72,12 @@ pub(super) struct Places {
     before: Option<HashSet<u32>>,
     /// Interfaces that were there at the last look.
     known: HashSet<u32>,
+    /// What was seen of each interface at first.
+    sights: Sights,
+    /// The interfaces behind which pods were found at the last look.
+    identified: HashSet<u32>,
+    /// The node's own addresses.
+    node: HashSet<IpAddr>,
     /// The machine's own ways out, and when they were last read.
     uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
@@ -111,8 +109,21 @@ impl Places {
     }
 
     /// Pods are found on this machine.
-    pub(super) fn on_host(host: Host, quarantine: Quarantine, arrivals: Option<Arrivals>) -> Self {
-        Self::new(host, None, quarantine, arrivals)
+    pub(super) fn on_host(
+        host: Host,
+        quarantine: Quarantine,
+        arrivals: Option<Arrivals>,
+        sights: Sights,
+    ) -> Self {
+        Self {
+            sights,
+            ..Self::new(host, None, quarantine, arrivals)
+        }
+    }
+
+    /// The node's own addresses.
+    pub(super) fn node_addresses(&self) -> &HashSet<IpAddr> {
+        &self.node
     }
 
     fn new(
@@ -130,6 +141,9 @@ impl Places {
             missed: HashMap::new(),
             before: None,
             known: HashSet::new(),
+            sights: Sights::default(),
+            identified: HashSet::new(),
+            node: HashSet::new(),
             uplinks: None,
             unidentified: false,
         }
@@ -199,6 +213,16 @@ impl Places {
             }
         };
         let now = Instant::now();
+        match host.own_addresses() {
+            Ok(addresses) => self.node = addresses.into_iter().collect(),
+            Err(error) => tracing::error!(%error, "the node's addresses cannot be listed"),
+        }
+        let identified = self.identified.iter();
+        let running: HashSet<i32> = identified
+            .filter_map(|&ifindex| Some(links.get(ifindex)?.peer?.nsid))
+            .collect();
+        self.sights
+            .look(host, &links, |nsid| running.contains(&nsid), now);
         let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
         let fresh: HashSet<i32> = links
             .iter()
@@ -251,6 +275,7 @@ impl Places {
         if let Some(arrivals) = &mut self.arrivals {
             arrivals.leave_out(&mut unidentified, &links, host, now);
         }
+        self.identified = identified;
         Look {
             places,
             unidentified: can_tell.then_some(unidentified),
@@ -293,13 +318,17 @@ impl Places {
         if let Some((found, looked)) = self.found.get(uid)
             && now.duration_since(*looked) < believed_for
             // Otherwise its network may be half made.
-            && !found.addresses.is_empty()
+            && found.has_addresses
             && found
                 .interfaces
                 .iter()
                 .all(|ifindex| self.known.contains(ifindex))
         {
-            return Place::Found(found.clone());
+            let first = self.sights.of(&found.interfaces);
+            return Place::Found(Found {
+                first,
+                ..found.clone()
+            });
         }
         if let Some(missed) = self.missed.get(uid)
             && now < missed.again
@@ -309,9 +338,13 @@ impl Places {
         let place = match host.locate(links, uid) {
             Ok(located) => {
                 self.missed.remove(uid);
+                for &ifindex in &located.interfaces {
+                    self.sights.is_running(ifindex, now);
+                }
                 let found = Found {
+                    first: self.sights.of(&located.interfaces),
                     interfaces: located.interfaces,
-                    addresses: located.addresses,
+                    has_addresses: !located.addresses.is_empty(),
                     networks: located.namespaces,
                     note: None,
                 };
@@ -370,6 +403,7 @@ impl Reconciler {
             let (key, pod) = quarantine::stand_in(&name);
             let place = Place::Found(Found {
                 interfaces: vec![ifindex],
+                first: self.places.sights.of(&[ifindex]),
                 ..Found::default()
             });
             places.insert(key.clone(), place);

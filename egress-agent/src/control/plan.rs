@@ -89,7 +89,7 @@ impl Reconciler {
             taken.insert(ifindex, key.clone());
         }
         let mut notes: Vec<String> = found.note.iter().cloned().collect();
-        if !unidentified {
+        if !unidentified && pod.namespace_known {
             let (exits, error) = self.exits.of(key, found, pod.cgroup_uid.is_some());
             notes.extend(error);
             if !exits.is_empty() {
@@ -104,7 +104,8 @@ impl Reconciler {
                 notes.push(exits::problem(&exits, and));
             }
         }
-        let own = place.addresses(pod);
+        let (own, unowned) = self.own_addresses(key, pod, found);
+        notes.extend(unowned);
         let on_deny = if unidentified {
             // Whoever is there shall try again, not give up.
             OnDeny::Drop

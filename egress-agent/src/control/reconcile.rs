@@ -16,6 +16,7 @@ use super::{
     events,
     exits::PodExits,
     hooks::Hooks,
+    own::Owners,
     place::{Place, Places},
     plan::Plan,
     quarantine,
@@ -46,6 +47,8 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
+    /// Whose addresses are known.
+    pub(super) owners: Owners,
     /// Interfaces of pods that nobody can enforce.
     pub(super) exits: PodExits,
     /// The ways to the cluster, if there is one.
@@ -107,6 +110,7 @@ impl Reconciler {
             facts: Facts::default(),
             config: config.clone(),
             places,
+            owners: Owners::default(),
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
@@ -143,6 +147,7 @@ impl Reconciler {
         self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
         self.exits.begin(snapshot, &places);
+        self.note_owners(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
             let said = saying

@@ -9,10 +9,12 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, arrivals::Arrivals, named::Named, place::Places};
+use super::{
+    SourceOptions, arrivals::Arrivals, named::Named, place::Places, sights::Sights,
+};
 use crate::{
     config::Config,
-    datapath::Adoptable,
+    datapath::{Adoptable, Datapath},
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
@@ -121,6 +123,7 @@ impl Watched {
     pub(super) fn places(
         &self,
         config: &Config,
+        datapath: &Datapath,
         left: &BTreeMap<u32, Adoptable>,
         arrivals: Option<Arrivals>,
     ) -> Result<Places> {
@@ -128,7 +131,11 @@ impl Watched {
         let host = host.context("cannot look at this machine's pods")?;
         match self {
             Self::Directory(_) => Ok(Places::named(host, Named::new(left.values()))),
-            Self::Cluster(_) => Ok(Places::on_host(host, config.quarantine.clone(), arrivals)),
+            Self::Cluster(_) => {
+                let sights = Sights::inherit(datapath, left.values())?;
+                let quarantine = config.quarantine.clone();
+                Ok(Places::on_host(host, quarantine, arrivals, sights))
+            }
         }
     }
 

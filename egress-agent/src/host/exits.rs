@@ -24,7 +24,7 @@ use std::{
 use super::netlink::{Netlink, RawLink};
 
 /// Interfaces of one namespace that are looked at. A pod can make any number of them.
-const LINKS: usize = 2048;
+const LINKS: usize = 512;
 
 /// Namespaces that are followed from one pod.
 const NAMESPACES: usize = 64;

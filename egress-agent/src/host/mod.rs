@@ -26,6 +26,7 @@ mod uid;
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
+    net::IpAddr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -300,8 +301,31 @@ impl Host {
         }
     }
 
+    /// The addresses of global scope on the other end of this interface; `None` when it is not there
+    /// any more.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn addresses_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<Vec<IpAddr>>> {
+        let addresses = self.addresses(peer)?;
+        // The number of a namespace becomes another's only when it is gone, and this end with it.
+        let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
+        let is_there = now.is_some_and(|now| now.peer == Some(peer));
+        Ok(is_there.then_some(addresses))
+    }
+
+    /// The host's own addresses, of whatever scope.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
+        self.netlink.own_addresses()
+    }
+
     /// Addresses on the other end of an interface.
-    fn addresses(&mut self, peer: Peer) -> io::Result<Vec<std::net::IpAddr>> {
+    fn addresses(&mut self, peer: Peer) -> io::Result<Vec<IpAddr>> {
         match self.netlink.addresses(peer.nsid, peer.ifindex) {
             // The interface has gone this moment.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),

@@ -207,6 +207,21 @@ impl Netlink {
         Ok(addresses)
     }
 
+    /// Every address of this namespace, of whatever scope.
+    pub(super) fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
+        let mut addresses = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = AddressMessage::default();
+            request.header.family = family;
+            let request = RouteNetlinkMessage::GetAddress(request);
+            self.exchange(request, NLM_F_DUMP, |body| {
+                addresses.extend(read_any_address(body)?.address);
+                Ok(())
+            })?;
+        }
+        Ok(addresses)
+    }
+
     /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is
     /// not when it changed while it was made.
     fn exchange(
@@ -298,12 +313,18 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     Ok(link)
 }
 
-/// An address, if it is of global scope.
-fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
+/// What the kernel says of one address.
+struct RawAddress {
+    address: Option<IpAddr>,
+    scope: u8,
+    /// The namespace that was asked about, when that is not our own.
+    target: Option<i32>,
+}
+
+fn read_any_address(body: &[u8]) -> io::Result<RawAddress> {
     let header = body
         .get(..ADDRESS_HEADER)
         .ok_or_else(|| malformed("an address without a header"))?;
-    let scope = header[3];
     let (mut address, mut local, mut target) = (None, None, None);
     for (kind, value) in attributes(body, ADDRESS_HEADER)? {
         match kind {
@@ -313,14 +334,24 @@ fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
             _ => {}
         }
     }
-    if target != Some(nsid) {
+    Ok(RawAddress {
+        // On a point-to-point link IFA_ADDRESS is the other side's.
+        address: local.or(address),
+        scope: header[3],
+        target,
+    })
+}
+
+/// An address of another namespace, if it is of global scope.
+fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
+    let read = read_any_address(body)?;
+    if read.target != Some(nsid) {
         // Never take our own addresses for a pod's.
         return Err(malformed("addresses of another namespace"));
     }
-    // On a point-to-point link IFA_ADDRESS is the other side's.
-    Ok(local
-        .or(address)
-        .filter(|_| scope == libc::RT_SCOPE_UNIVERSE))
+    Ok(read
+        .address
+        .filter(|_| read.scope == libc::RT_SCOPE_UNIVERSE))
 }
 
 pub(super) fn ip(value: &[u8]) -> io::Result<IpAddr> {
