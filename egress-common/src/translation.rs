@@ -3,7 +3,11 @@
 
 use crate::{
     address::{self, Address},
-    records::{RANGE_TRANSLATED, RANGE_TRANSLATED_SHIFT},
+    records::{
+        Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, RANGE_TRANSLATED,
+        RANGE_TRANSLATED_SHIFT,
+    },
+    verdict::Destination,
 };
 
 /// Length of the 6to4 prefix, `2002::/16`.
@@ -66,6 +70,35 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
         }
     };
     Some(address::from_v4((v4 as u32).to_be_bytes()))
+}
+
+/// What the maps say about the IPv4 address that a translator sends packets for a destination to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Translated {
+    /// Classes of the IPv4 address in the policy's CIDR trie.
+    pub cidr: u64,
+    /// Kinds of the IPv4 address in `ranges`.
+    pub ranges: u64,
+}
+
+impl Destination {
+    /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
+    ///
+    /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
+    /// leads to the same host: a 6to4 address is that of another host behind the IPv4 address. A
+    /// resolver's address allows nothing, because nobody would hold what is asked of its translation.
+    #[inline(always)]
+    pub fn add_translated(&mut self, policy: &Policy, translated: Translated) {
+        let Translated { cidr, ranges } = translated;
+        let is_same_host = prefix_len(self.ranges) != SIX_TO_FOUR && ranges & RANGE_RESOLVER == 0;
+        if is_same_host {
+            self.cidr |= cidr;
+            self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL);
+        } else {
+            self.cidr |= cidr & policy.deny;
+            self.ranges |= ranges & RANGE_PROTECTED;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,10 +10,10 @@ use crate::{
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
         POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
-        RANGE_RESOLVER,
     },
-    translation,
 };
+
+pub use crate::translation::Translated;
 
 /// What the maps say about one destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,15 +27,6 @@ pub struct Destination {
     /// Classes of the address in the policy's CIDR trie.
     pub cidr: u64,
     /// Kinds of the address in `ranges`.
-    pub ranges: u64,
-}
-
-/// What the maps say about the IPv4 address that a translator sends packets for a destination to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Translated {
-    /// Classes of the IPv4 address in the policy's CIDR trie.
-    pub cidr: u64,
-    /// Kinds of the IPv4 address in `ranges`.
     pub ranges: u64,
 }
 
@@ -56,25 +47,6 @@ impl Destination {
             self.learned_internal
         } else {
             self.learned
-        }
-    }
-
-    /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
-    ///
-    /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
-    /// leads to the same host: a 6to4 address is that of another host behind the IPv4 address. A
-    /// resolver's address allows nothing, because nobody would hold what is asked of its translation.
-    #[inline(always)]
-    pub fn add_translated(&mut self, policy: &Policy, translated: Translated) {
-        let Translated { cidr, ranges } = translated;
-        let is_same_host = translation::prefix_len(self.ranges) != translation::SIX_TO_FOUR
-            && ranges & RANGE_RESOLVER == 0;
-        if is_same_host {
-            self.cidr |= cidr;
-            self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL);
-        } else {
-            self.cidr |= cidr & policy.deny;
-            self.ranges |= ranges & RANGE_PROTECTED;
         }
     }
 }
@@ -217,6 +189,8 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
 
 #[cfg(test)]
 mod tests {
+    mod of_names;
+
     use super::*;
     use crate::records::PortClass;
 
@@ -438,39 +412,6 @@ mod tests {
     }
 
     #[test]
-    fn where_names_are_spoken_of_only_an_address_entry_opens_dns_elsewhere() {
-        let mut names = policy();
-        names.classes[3] = class(bits::TCP | bits::UDP, 0, u16::MAX);
-        names.any = 1 << 3;
-        names.flags = POLICY_OPEN | POLICY_ALLOW_INTERNAL;
-        let all = 1 << 3;
-        for destination in [NOWHERE, learned(all)] {
-            assert_eq!(judge(&names, &destination, bits::UDP, 53), Verdict::Pass);
-        }
-        names.flags |= POLICY_SPEAKS_OF_NAMES;
-        for (protocol, port) in [(bits::UDP, 53), (bits::TCP, 53), (bits::UDP, 853)] {
-            for destination in [NOWHERE, learned(all)] {
-                assert_eq!(
-                    reason(&names, &destination, protocol, port),
-                    Reason::DnsElsewhere
-                );
-            }
-            assert_eq!(
-                judge(&names, &in_prefix(all), protocol, port),
-                Verdict::Pass
-            );
-        }
-        assert_eq!(judge(&names, &NOWHERE, bits::SCTP, 53), Verdict::Pass);
-        assert_eq!(judge(&names, &NOWHERE, bits::UDP, 443), Verdict::Pass);
-        // Nothing would open it if it were no DNS.
-        let closed = Policy {
-            flags: POLICY_SPEAKS_OF_NAMES,
-            ..policy()
-        };
-        assert_eq!(reason(&closed, &NOWHERE, bits::UDP, 53), Reason::NoRule);
-    }
-
-    #[test]
     fn internal_addresses_pass_only_when_the_operator_says_so() {
         let internal = Destination {
             ranges: RANGE_INTERNAL,
@@ -483,44 +424,6 @@ mod tests {
         };
         assert_eq!(judge(&lenient, &internal, bits::SCTP, 9), Verdict::Pass);
         assert_eq!(reason(&lenient, &NOWHERE, bits::SCTP, 9), Reason::NoRule);
-    }
-
-    #[test]
-    fn a_name_leads_to_an_internal_address_only_where_it_may() {
-        let internal = Destination {
-            ranges: RANGE_INTERNAL,
-            ..learned(WEB)
-        };
-        assert_eq!(
-            reason(&policy(), &internal, bits::TCP, 443),
-            Reason::InternalAnswer
-        );
-        // For another port the name says nothing anyway.
-        assert_eq!(reason(&policy(), &internal, bits::TCP, 444), Reason::NoRule);
-        let may = Destination {
-            learned_internal: WEB,
-            ..internal
-        };
-        assert_eq!(judge(&policy(), &may, bits::TCP, 443), Verdict::Pass);
-        assert_eq!(
-            reason(
-                &policy(),
-                &Destination { expired: 1, ..may },
-                bits::TCP,
-                443
-            ),
-            Reason::Expired
-        );
-        let listed = Destination {
-            cidr: WEB,
-            ..internal
-        };
-        assert_eq!(judge(&policy(), &listed, bits::TCP, 443), Verdict::Pass);
-        let lenient = Policy {
-            flags: POLICY_ALLOW_INTERNAL,
-            ..policy()
-        };
-        assert_eq!(judge(&lenient, &internal, bits::TCP, 443), Verdict::Pass);
     }
 
     #[test]

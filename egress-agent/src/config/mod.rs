@@ -24,6 +24,7 @@
 //!   grace: 30s
 //!   internalAnswers: []         # names that may lead to internal addresses, or all
 //!   guard: true                 # refuse questions for names that no entry could allow
+//!   autopath: auto              # auto | on | off: whether resolvers walk search lists
 //!   refusal: nxdomain           # nxdomain | refused
 //! limits:
 //!   addressesPerPod: 4096
@@ -72,7 +73,7 @@ use value::{Node, Section};
 use crate::{
     dns::{DNS_PORT, Name, Resolver},
     policy::{
-        InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators, exact_name,
+        Autopath, InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators, exact_name,
         prefix::inherit,
     },
 };
@@ -144,6 +145,8 @@ pub struct Dns {
     pub internal_answers: Arc<InternalAnswers>,
     /// Whether questions for names that no entry could allow are refused.
     pub guard: bool,
+    /// Whether resolvers walk search lists.
+    pub autopath: Autopath,
     /// How they are refused.
     pub refusal: Refusal,
 }
@@ -461,6 +464,7 @@ impl Dns {
             grace,
             internal_answers,
             guard,
+            autopath,
             refusal,
         ] = section.take([
             "resolvers",
@@ -470,6 +474,7 @@ impl Dns {
             "grace",
             "internalAnswers",
             "guard",
+            "autopath",
             "refusal",
         ])?;
         let resolvers = Self::read_resolvers(resolvers)?;
@@ -501,6 +506,13 @@ impl Dns {
             grace: or(grace, Duration::from_secs(30), read::duration)?,
             internal_answers: Arc::new(read::internal_answers(internal_answers)?),
             guard: or(guard, true, Node::truth)?,
+            autopath: or(autopath, Autopath::Auto, |node| {
+                node.word(&[
+                    ("auto", Autopath::Auto),
+                    ("on", Autopath::On),
+                    ("off", Autopath::Off),
+                ])
+            })?,
             refusal: or(refusal, Refusal::NxDomain, |node| {
                 node.word(&[
                     ("nxdomain", Refusal::NxDomain),

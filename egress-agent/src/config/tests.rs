@@ -78,6 +78,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.grace",
         "dns.internalAnswers",
         "dns.guard",
+        "dns.autopath",
         "dns.refusal",
         "limits.addressesPerPod",
         "cluster.dnsService",
@@ -133,6 +134,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 grace: Duration::from_secs(30),
                 internal_answers: Arc::new(InternalAnswers::Names(Vec::new())),
                 guard: true,
+                autopath: Autopath::Auto,
                 refusal: Refusal::NxDomain,
             },
             on_deny: OnDeny::Drop,
@@ -251,7 +253,7 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
             "line 3, column 3: dns.ttl: is not a known key: expected one of resolvers, \
-             clusterDomain, minTtl, maxTtl, grace, internalAnswers, guard, refusal",
+             clusterDomain, minTtl, maxTtl, grace, internalAnswers, guard, autopath, refusal",
         ),
         (
             "dns:\n  resolvers:\n  - 10.0.0.1\n  - dns.example\n",
@@ -343,6 +345,10 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1], maxTtl: 30}",
             "line 1, column 38: dns.maxTtl: `30` leaves dns.minTtl, 60 s, above dns.maxTtl, 30 s",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1], autopath: yes}",
+            "line 1, column 40: dns.autopath: `yes` is not one of auto, on, off",
         ),
         (
             "dns: {resolvers: [10.0.0.1], internalAnswers: some}",

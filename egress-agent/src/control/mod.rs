@@ -298,6 +298,7 @@ fn dns_settings(config: &Config) -> DnsSettings {
         },
         protected: policy.protected,
         translators: policy.translators,
+        autopath: config.dns.autopath,
         resolvers: config
             .dns
             .resolvers

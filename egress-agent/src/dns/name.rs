@@ -69,6 +69,12 @@ impl Name {
         self.suffixes().any(|suffix| suffix == ancestor.as_wire())
     }
 
+    /// What follows `beginning` in this name, if it begins with all of its labels.
+    pub fn after(&self, beginning: &Self) -> Option<Self> {
+        let rest = self.0.strip_prefix(beginning.as_wire())?;
+        Some(Self(rest.into()))
+    }
+
     /// The wire forms of this name and of each of its ancestors, the root (an empty slice) last.
     pub fn suffixes(&self) -> impl Iterator<Item = &[u8]> {
         let mut rest = Some(&*self.0);
@@ -160,6 +166,16 @@ mod tests {
         assert!(name("example.com").is_within(&name("example.com")));
         assert!(!name("evilexample.com").is_within(&name("example.com")));
         assert!(!name("com").is_within(&name("example.com")));
+    }
+
+    #[test]
+    fn a_name_begins_with_whole_labels() {
+        let after = |text, beginning| name(text).after(&name(beginning));
+        assert_eq!(after("api.x.test.svc", "API.x.test"), Some(name("svc")));
+        assert_eq!(after("api.x.test", "ap"), None);
+        assert_eq!(after("api.x", "api.x.test"), None);
+        let whole = after("api.x", "api.x").unwrap();
+        assert!(whole.as_wire().is_empty());
     }
 
     #[test]

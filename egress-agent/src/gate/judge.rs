@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
-    dns::{Answer, Question, read_answer, read_beginning, read_question, refuse, type_name},
-    policy::QuestionRule,
+    dns::{Answer, Name, Question, read_answer, read_beginning, read_question, refuse, type_name},
+    policy::{Autopath, QuestionRule},
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
 
@@ -22,6 +22,32 @@ pub(super) struct Means {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) stats: Arc<Stats>,
+}
+
+impl Means {
+    pub(super) fn new(dns: DnsSettings, reporter: Reporter, stats: Arc<Stats>) -> Self {
+        let mut means = Self {
+            dns: dns.clone(),
+            reporter,
+            stats,
+        };
+        means.configure(dns);
+        means
+    }
+
+    /// Treats DNS in another way from now on. What was noticed of the resolvers stays.
+    pub(super) fn configure(&mut self, dns: DnsSettings) {
+        match dns.autopath {
+            Autopath::Auto => {}
+            Autopath::On => self.stats.walks_search_lists.set(1),
+            Autopath::Off => self.stats.walks_search_lists.set(0),
+        }
+        self.dns = dns;
+    }
+
+    fn walks_search_lists(&self) -> bool {
+        self.stats.walks_search_lists.get() != 0
+    }
 }
 
 /// Decides on a pod's messages and reports what does not pass.
@@ -63,17 +89,27 @@ impl<'a> Judge<'a> {
             }
         };
         let rules = &self.enforcement.compiled.names;
-        let is_allowed = rules.question(&question.name) == QuestionRule::Allowed;
+        let walks = self.means.walks_search_lists();
+        let rule = rules.question(&question.name, walks);
+        let is_allowed = rule == QuestionRule::Allowed;
         if !is_allowed {
-            let asked = Some((question.name.to_string(), question.qtype));
-            let mut denied = self.denied(packet, Reason::DnsName, asked);
-            denied.rule = rules.explain_denied(&question.name).map(Into::into);
-            self.means.reporter.report(denied);
+            self.report_name(rule, packet, (&question.name, question.qtype));
             if !self.is_audit() {
                 self.count(packet, Direction::Question, Outcome::Refused);
             }
         }
         Some((question, is_allowed))
+    }
+
+    /// Reports that a name may not be asked for.
+    fn report_name(&self, rule: QuestionRule, packet: &Packet, (name, qtype): (&Name, u16)) {
+        let asked = Some((name.to_string(), qtype));
+        let mut denied = self.denied(packet, Reason::DnsName, asked);
+        if rule == QuestionRule::Denied {
+            let rules = &self.enforcement.compiled.names;
+            denied.rule = rules.explain_denied(name).map(Into::into);
+        }
+        self.means.reporter.report(denied);
     }
 
     /// Reports a question that is dropped because nobody knows yet whose it is.
@@ -122,7 +158,17 @@ impl<'a> Judge<'a> {
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
             return false;
         }
-        if let Err(error) = self.learn(&answer) {
+        let found = self.found_by_search(&answer).cloned();
+        if found.is_some() {
+            self.notice_search_lists(&answer);
+            // Nobody knew of it when this was asked.
+            let rule = self.enforcement.compiled.names.question(&answer.name, true);
+            if rule != QuestionRule::Allowed {
+                self.report_name(rule, packet, (&answer.name, answer.qtype));
+                return false;
+            }
+        }
+        if let Err(error) = self.learn(&answer, found.as_ref()) {
             if !matches!(error, AllowError::Full) {
                 self.learned.failures.add(error);
             }
@@ -139,6 +185,31 @@ impl<'a> Judge<'a> {
         self.means
             .reporter
             .report(self.denied(packet, Reason::DnsNotHeld, None));
+    }
+
+    /// The name that the resolver has found in place of the asked one, by walking a search list.
+    fn found_by_search<'b>(&self, answer: &'b Answer) -> Option<&'b Name> {
+        if self.means.dns.autopath == Autopath::Off {
+            return None;
+        }
+        let mut of_asked = answer.aliases.iter().filter(|alias| alias.of.is_none());
+        let (Some(alias), None) = (of_asked.next(), of_asked.next()) else {
+            return None;
+        };
+        let rules = &self.enforcement.compiled.names;
+        rules.without_search_suffix(&answer.name, &alias.name)
+    }
+
+    /// Notes that resolvers walk search lists.
+    fn notice_search_lists(&self, answer: &Answer) {
+        if !self.means.walks_search_lists() {
+            self.means.stats.walks_search_lists.set(1);
+            tracing::info!(
+                asked = %answer.name,
+                "the resolver walks the search list (CoreDNS's autopath): names below the cluster \
+                 domain are judged by what it may ask upstream"
+            );
+        }
     }
 
     /// Whether this may be the beginning of an answer to an open question.
@@ -183,8 +254,8 @@ impl<'a> Judge<'a> {
         pending.ask(exchange, question, self.time_ns);
     }
 
-    /// Inserts what the answer teaches.
-    fn learn(&mut self, answer: &Answer) -> Result<(), AllowError> {
+    /// Inserts what the answer teaches, of the asked name and of the one that was `found` in its place.
+    fn learn(&mut self, answer: &Answer, found: Option<&Name>) -> Result<(), AllowError> {
         if answer.addresses.is_empty() {
             return Ok(());
         }
@@ -206,7 +277,15 @@ impl<'a> Judge<'a> {
                 expires_ns: now_ns + lifetime_ns(learned.ttl),
             })
             .collect();
+        if let Some(found) = found {
+            let grant = names.grant(found);
+            self.learned
+                .learn(self.enforcement, found, grant, &taught, now_ns)?;
+        }
         let grant = names.grant(&answer.name);
+        if found.is_some() && grant.classes == 0 {
+            return Ok(());
+        }
         self.learned
             .learn(self.enforcement, &answer.name, grant, &taught, now_ns)
     }

@@ -54,7 +54,7 @@ use tokio::sync::oneshot;
 use crate::{
     datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks},
     dns::Refusal,
-    policy::{Compiled, Prefix, Translators},
+    policy::{Autopath, Compiled, Prefix, Translators},
     report::{PodIdentity, Reporter},
 };
 
@@ -83,6 +83,8 @@ pub struct DnsSettings {
     pub translators: Translators,
     /// Addresses and ports of the resolvers.
     pub resolvers: HashSet<(Address, u16)>,
+    /// Whether resolvers walk search lists.
+    pub autopath: Autopath,
 }
 
 impl DnsSettings {
@@ -210,11 +212,7 @@ impl Gate {
             interfaces,
             pod::Shared {
                 wire,
-                means: judge::Means {
-                    dns,
-                    reporter,
-                    stats: Arc::clone(&stats),
-                },
+                means: judge::Means::new(dns, reporter, Arc::clone(&stats)),
                 streams: Budget::new(stream::LIMITS),
                 fragments: Budget::new(fragments::LIMITS),
                 backlog: Budget::new(backlog::LIMITS),

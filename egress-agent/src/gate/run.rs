@@ -305,7 +305,7 @@ impl Runner {
                 let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
-                self.shared.means.dns = dns;
+                self.shared.means.configure(dns);
                 let _ = done.send(Ok(()));
             }
             Command::Probe { probes, sent } => {

@@ -88,6 +88,8 @@ pub struct Stats {
     pub unsent: Counter,
     /// Messages for which there was no room in the backlog of a pod over its share of the gate's time.
     pub backlog_full: Counter,
+    /// 1 when the resolvers are known to walk search lists.
+    pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last look.
     pub addresses: Gauge,
     /// Addresses in the fullest allow map, at the last look.
@@ -109,6 +111,7 @@ impl Default for Stats {
             stale: Counter::default(),
             unsent: Counter::default(),
             backlog_full: Counter::default(),
+            walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),
             ticked_ns: Gauge::default(),

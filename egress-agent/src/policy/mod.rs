@@ -20,6 +20,7 @@ mod names;
 mod parse;
 pub mod pattern;
 pub mod prefix;
+mod search_list;
 mod translators;
 
 #[cfg(test)]
@@ -38,6 +39,7 @@ pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
+pub use search_list::Autopath;
 pub use translators::Translators;
 
 /// What is done with a verdict. Ordered from the loosest to the tightest.

@@ -5,6 +5,7 @@ use std::{collections::HashMap, fmt, sync::Arc};
 use super::{
     Settings,
     pattern::{LabelGlobs, NamePattern},
+    search_list::Form,
 };
 use crate::dns::Name;
 
@@ -83,7 +84,7 @@ pub(super) struct NameRule {
 
 /// The rules about names, for lookups that take time in the number of a name's labels and not in
 /// the number of entries; only patterns with `*` inside a label are tried one by one. Lookups do
-/// not allocate.
+/// not allocate, but for names below the cluster domain where the resolver walks search lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NameRules {
     exactly: HashMap<Name, NameRule>,
@@ -125,7 +126,10 @@ impl NameRules {
 
     /// Whether a question for this name may go on. A denial beats everything else, the cluster
     /// domain too.
-    pub fn question(&self, name: &Name) -> QuestionRule {
+    ///
+    /// Where the resolver walks search lists (`walks`), a name below the cluster domain is judged by what
+    /// it may ask upstream, too. Only an entry with the whole name lets such a name through.
+    pub fn question(&self, name: &Name, walks: bool) -> QuestionRule {
         let mut askable = false;
         for rule in self.rules_of(name) {
             if rule.denied.is_some() {
@@ -133,10 +137,38 @@ impl NameRules {
             }
             askable |= rule.askable;
         }
-        if askable || name.is_within(&self.cluster_domain) {
-            return QuestionRule::Allowed;
+        let form = Form::of(name, &self.cluster_domain);
+        let Some(form) = form.filter(|_| walks) else {
+            return if askable || name.is_within(&self.cluster_domain) {
+                QuestionRule::Allowed
+            } else {
+                self.unlisted
+            };
+        };
+        let public = form.public.map(|public| self.question(&public, walks));
+        match public {
+            Some(QuestionRule::Denied) => QuestionRule::Denied,
+            Some(QuestionRule::NotListed) if !form.is_own && !self.is_listed_whole(name) => {
+                QuestionRule::NotListed
+            }
+            _ => QuestionRule::Allowed,
         }
-        self.unlisted
+    }
+
+    /// Whether the name is at or below the cluster domain.
+    pub fn is_of_cluster(&self, name: &Name) -> bool {
+        name.is_within(&self.cluster_domain)
+    }
+
+    fn is_listed_whole(&self, name: &Name) -> bool {
+        self.exactly.get(name).is_some_and(|rule| rule.askable)
+    }
+
+    /// The name that an answer's alias shows as the asked one without its search suffix: what a
+    /// resolver that walks search lists has found. `alias` is the asked name's alias.
+    pub fn without_search_suffix<'a>(&self, asked: &Name, alias: &'a Name) -> Option<&'a Name> {
+        let suffix = asked.after(alias).filter(|_| !alias.as_wire().is_empty())?;
+        suffix.is_within(&self.cluster_domain).then_some(alias)
     }
 
     /// Whether a name that no entry speaks of may be asked for.
@@ -179,9 +211,14 @@ impl NameRules {
         !name.is_within(&self.cluster_domain) && !self.internal_answers.has(name)
     }
 
-    /// The `deny` entry that names it, as written.
+    /// The `deny` entry that names it, as written; or that names what a resolver which walks search
+    /// lists would ask upstream.
     pub fn explain_denied(&self, name: &Name) -> Option<&str> {
-        self.rules_of(name).find_map(|rule| rule.denied.as_deref())
+        let named = self.rules_of(name).find_map(|rule| rule.denied.as_deref());
+        named.or_else(|| {
+            let public = Form::of(name, &self.cluster_domain)?.public?;
+            self.explain_denied(&public)
+        })
     }
 
     fn rules_of<'a>(&'a self, name: &Name) -> impl Iterator<Item = &'a NameRule> {

@@ -312,7 +312,8 @@ impl Asking<'_> {
             let of = |spoken: &&Spoken| list.contains(&spoken.list);
             statuses(spoken.iter().filter(of))
         };
-        match names.question(name) {
+        let walks = self.sources.gate.stats().walks_search_lists.get() != 0;
+        match names.question(name, walks) {
             QuestionRule::Denied => QuestionExplained {
                 allowed: false,
                 because: match names.explain_denied(name) {
@@ -327,7 +328,12 @@ impl Asking<'_> {
             },
             QuestionRule::NotListed => QuestionExplained {
                 allowed: false,
-                because: "no entry names it, so it may not be asked for".to_owned(),
+                because: if walks && names.is_of_cluster(name) {
+                    "the resolver walks search lists, and no entry names what it would ask upstream"
+                        .to_owned()
+                } else {
+                    "no entry names it, so it may not be asked for".to_owned()
+                },
                 entries: Vec::new(),
             },
             QuestionRule::Allowed => {

@@ -118,6 +118,11 @@ impl Scrape {
             "Addresses in the allow maps of all pods",
             stats.addresses.get(),
         )?;
+        page.gauge(
+            "egress_agent_dns_walks_search_lists",
+            "Whether the resolvers are known to walk search lists",
+            stats.walks_search_lists.get(),
+        )?;
         let room = f64::from(self.sources.addresses_per_pod);
         page.unit_gauge(
             "egress_agent_allow_map_fill",

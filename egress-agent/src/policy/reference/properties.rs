@@ -73,7 +73,7 @@ proptest! {
         for packet in &packets {
             if let Some(name) = &packet.through {
                 prop_assert_eq!(
-                    compiled.names.question(&to_name(name)),
+                    compiled.names.question(&to_name(name), false),
                     plainly_asked(&pod, &namespace, &settings, name),
                     "{:?}",
                     name
@@ -138,8 +138,8 @@ proptest! {
             }
             if let Some(name) = &packet.through {
                 let name = to_name(name);
-                if with.names.question(&name) == QuestionRule::Allowed {
-                    prop_assert_eq!(without.names.question(&name), QuestionRule::Allowed, "{:?}", name);
+                if with.names.question(&name, false) == QuestionRule::Allowed {
+                    prop_assert_eq!(without.names.question(&name, false), QuestionRule::Allowed, "{:?}", name);
                 }
             }
         }

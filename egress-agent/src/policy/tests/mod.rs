@@ -28,7 +28,7 @@ fn name(text: &str) -> Name {
 }
 
 fn question(compiled: &Compiled, text: &str) -> QuestionRule {
-    compiled.names.question(&name(text))
+    compiled.names.question(&name(text), false)
 }
 
 fn is_open(compiled: &Compiled) -> bool {

@@ -1,6 +1,6 @@
 use egress_common::{
     protocol::bits,
-    records::{POLICY_ALLOW_INTERNAL, POLICY_UNREADABLE, PortClass},
+    records::{POLICY_ALLOW_INTERNAL, POLICY_SPEAKS_OF_NAMES, POLICY_UNREADABLE, PortClass},
 };
 
 use super::{compiled, name, question};
@@ -161,7 +161,7 @@ fn an_unreadable_policy_denies_everything_external_and_says_why() {
     assert_eq!(policy.mode, Mode::Enforce);
     assert_eq!(
         policy.record.flags,
-        POLICY_UNREADABLE | POLICY_ALLOW_INTERNAL
+        POLICY_UNREADABLE | POLICY_ALLOW_INTERNAL | POLICY_SPEAKS_OF_NAMES
     );
     assert_eq!(question(&policy, "a.com"), QuestionRule::NotListed);
     assert_eq!(
@@ -184,7 +184,7 @@ fn a_label_with_a_dot_inside_never_passes_for_two_labels() {
     ] {
         let name = Name::from_labels(labels.iter().copied()).unwrap();
         assert_eq!(
-            policy.names.question(&name),
+            policy.names.question(&name, false),
             QuestionRule::NotListed,
             "{name}"
         );

@@ -133,7 +133,7 @@ fn under_narrow_a_namespace_that_denies_everything_lets_no_name_be_asked_for() {
         &narrow,
     );
     assert_eq!(
-        policy.names.question(&name("a.com")),
+        policy.names.question(&name("a.com"), false),
         QuestionRule::NotListed
     );
 }
