@@ -24,6 +24,7 @@ mod reconcile;
 mod reload;
 mod seed;
 mod source;
+mod taps;
 mod tell;
 mod waiting;
 

@@ -18,6 +18,7 @@ use super::{
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    taps::SeenFirst,
     waiting::Waiting,
 };
 use crate::{
@@ -45,6 +46,7 @@ pub(super) struct Reconciler {
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
     pub(super) hooks: Hooks,
+    seen_first: SeenFirst,
     answers: Answers,
     /// Whether no agent was here before, so that pods may have connections that nobody judged.
     pub(super) first_start: bool,
@@ -85,6 +87,7 @@ impl Reconciler {
             .map_or(1, |last| last + 1);
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
+            seen_first: SeenFirst::open()?,
             datapath,
             gate,
             configured: config.clone(),
@@ -234,6 +237,8 @@ impl Reconciler {
             }
         }
         self.check_hooks().await;
+        self.seen_first.look();
+        saying.extend(self.seen_first.of_node());
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
             let unseen = unseen.filter(|_| self.enforced.contains_key(key));
@@ -242,6 +247,7 @@ impl Reconciler {
                 .chain(complaints.remove(key))
                 .chain(unseen.map(str::to_owned))
                 .chain(self.bypassed(key).map(str::to_owned))
+                .chain(self.seen_first(key))
                 .collect();
             if complaints.is_empty() {
                 continue;
@@ -404,6 +410,14 @@ impl Reconciler {
             }
         }
         self.said = saying;
+    }
+
+    /// What sees an enforced pod's packets before they are judged.
+    fn seen_first(&self, key: &PodKey) -> Vec<String> {
+        let enforced = self.enforced.get(key);
+        enforced.map_or_else(Vec::new, |enforced| {
+            self.seen_first.of(&enforced.wanted.interfaces)
+        })
     }
 
     /// Tells the denial reader of a pod, or of its new policy.

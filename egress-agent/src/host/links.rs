@@ -58,6 +58,7 @@ impl Link {
             master: _,
             lower,
             nsid,
+            xdp: _,
         } = raw;
         let peer = nsid
             .filter(|nsid| *nsid >= 0)

@@ -18,6 +18,7 @@ mod netlink;
 mod process;
 mod routes;
 mod sockets;
+mod taps;
 mod uid;
 
 use std::{
@@ -34,6 +35,7 @@ pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
+pub use taps::{TapWatch, Taps};
 use uid::Uid;
 
 /// Network namespaces of one pod that are looked at: programs in it may make more, but those have

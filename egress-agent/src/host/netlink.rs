@@ -41,6 +41,9 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
+const IFLA_XDP_PROG_ID: u16 = 4;
 const IFLA_INFO_KIND: u16 = 1;
 
 /// Attributes of addresses, `include/uapi/linux/if_addr.h`.
@@ -61,6 +64,8 @@ pub(super) struct RawLink {
     pub(super) master: Option<u32>,
     pub(super) lower: Option<u32>,
     pub(super) nsid: Option<i32>,
+    /// Id of its XDP program; 0 when it has several.
+    pub(super) xdp: Option<u32>,
 }
 
 /// A socket of the network namespace of the thread that opened it.
@@ -232,6 +237,7 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
             IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK_NETNSID => link.nsid = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_XDP => link.xdp = read_xdp(value)?,
             IFLA_LINKINFO => {
                 for (kind, value) in attributes(value, 0)? {
                     if kind == IFLA_INFO_KIND {
@@ -243,6 +249,19 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
         }
     }
     Ok(link)
+}
+
+/// The id of an interface's XDP program, if it has one (`rtnl_xdp_fill`, `net/core/rtnetlink.c`).
+fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
+    let (mut attached, mut program) = (false, 0);
+    for (kind, value) in attributes(body, 0)? {
+        match kind {
+            IFLA_XDP_ATTACHED => attached = value.first().is_some_and(|mode| *mode != 0),
+            IFLA_XDP_PROG_ID => program = u32::from_ne_bytes(four(value)?),
+            _ => {}
+        }
+    }
+    Ok(attached.then_some(program))
 }
 
 /// An address, if it is of global scope.
