@@ -229,7 +229,9 @@ fn a_pod_whose_interface_is_gone_is_released_and_said_until_it_is_back() {
 fn an_interface_that_cannot_be_attached_to_is_tried_again_and_leaves_nothing_behind() {
     let scene = Scene::new();
     let other = scene.lab.pod("shop", "other");
-    let agent = scene.lab.start_agent(&[&scene.pod]);
+    let agent = scene
+        .lab
+        .start_agent_with(&["--attach", "tcx"], &[&scene.pod]);
     // In the way of the link's pin.
     let interface = other.interface();
     let ifindex = scene

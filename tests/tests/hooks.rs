@@ -11,7 +11,9 @@ use egress_tests::{
     Agent, Lab, Pod, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
     dns::{RecordType, ResponseCode},
-    eventually, holds,
+    eventually,
+    frames::Tap,
+    holds,
     observed::{HTTP, title},
     rival::{Place, Rival},
 };
@@ -191,6 +193,62 @@ fn a_program_that_insists_on_being_first_is_said_and_does_not_keep_the_agent_bus
     drop(rivals);
     scene.counts_as_enforced(true);
     scene.becomes_enforced();
+}
+
+#[test]
+fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
+    let scene = Scene::start("auto", |_, _| ());
+    let interface = scene.pod.interface();
+    let quiet = || {
+        eventually("nothing is wrong", || {
+            holds(scene.lab.status_of(&scene.pod)["problem"].is_null())
+        });
+    };
+    quiet();
+    // As tcpdump has one.
+    let capture = Tap::open(scene.lab.node(), interface);
+    scene.has_problem(&format!("a packet socket reads on interface {interface}"));
+    scene.counts_as_enforced(true);
+    scene.becomes_enforced();
+    drop(capture);
+    quiet();
+
+    let program = Rival::attach(scene.lab.node(), interface, Place::Xdp, Rival::XDP_PASS);
+    scene.has_problem("an XDP program");
+    scene.counts_as_enforced(true);
+    scene.becomes_enforced();
+    drop(program);
+    quiet();
+
+    // One on another interface is no business of this pod.
+    let other = Tap::open(scene.lab.node(), "uplink");
+    scene.agent.says_after(
+        "what it says of a capture on all interfaces",
+        || {
+            let all = scene.lab.node().run(|| {
+                socket2::Socket::new(
+                    socket2::Domain::PACKET,
+                    socket2::Type::RAW,
+                    // `ETH_P_ALL`, in network byte order.
+                    Some(socket2::Protocol::from(i32::from(3u16.to_be()))),
+                )
+            });
+            let all = all.expect("a packet socket");
+            eventually("it is said of the node", || {
+                let (_, status) = scene.lab.ask_json(&["status"]);
+                let problems = status["problems"].as_array()?.clone();
+                holds(
+                    problems
+                        .iter()
+                        .any(|problem| problem["about"] == "packet sockets"),
+                )
+            });
+            drop(all);
+        },
+        |line| line.contains("packet sockets") && line.contains("every interface"),
+    );
+    quiet();
+    drop(other);
 }
 
 #[test]

@@ -90,6 +90,18 @@ impl Hooks {
         any
     }
 
+    /// Takes note that an interface could not be looked at. One that has gone is no problem.
+    fn fail(&mut self, ifindex: u32, error: &anyhow::Error) {
+        if let (Some(watched), Some(name)) =
+            (self.interfaces.get_mut(&ifindex), interface_name(ifindex))
+        {
+            watched.problem = Some(format!(
+                "not enforced for certain: what is attached to interface {name} cannot be looked at: \
+                 {error:#}"
+            ));
+        }
+    }
+
     /// The interfaces whose turn it is.
     fn due(&self) -> Vec<u32> {
         let mut due: Vec<_> = self
@@ -162,9 +174,7 @@ impl Reconciler {
             match self.check_hook(ifindex, &mut moved) {
                 Ok(true) => ready.extend(sources.get(&ifindex)),
                 Ok(false) => {}
-                Err(error) => {
-                    tracing::debug!(ifindex, error = %format!("{error:#}"), "cannot look at an interface's hooks");
-                }
+                Err(error) => self.hooks.fail(ifindex, &error),
             }
         }
         if let Some(first) = moved.first() {
@@ -242,6 +252,8 @@ impl Reconciler {
                     .to_owned(),
             );
         }
+        // What goes wrong when an interface goes is no problem: nothing passes it any more.
+        let problem = problem.filter(|_| interface_name(ifindex).is_some());
         watched.problem = problem.map(|why| {
             format!(
                 "not enforced for certain: packets of interface {name} may leave or arrive unjudged: {why}"

@@ -28,6 +28,7 @@ mod reload;
 mod seed;
 mod sights;
 mod source;
+mod taps;
 mod tell;
 mod trust;
 mod unjudged;

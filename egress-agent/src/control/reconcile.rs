@@ -22,6 +22,7 @@ use super::{
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    taps::SeenFirst,
     trust::Trust,
     unjudged::Unjudged,
     waiting::Waiting,
@@ -55,6 +56,7 @@ pub(super) struct Reconciler {
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
     pub(super) hooks: Hooks,
+    seen_first: SeenFirst,
     answers: Answers,
     /// Where pods may have connections that nobody judged.
     pub(super) unjudged: Unjudged,
@@ -104,6 +106,7 @@ impl Reconciler {
         let unjudged = Unjudged::new(places.has_quarantine(), left);
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
+            seen_first: SeenFirst::open()?,
             datapath,
             gate,
             configured: config.clone(),
@@ -264,6 +267,8 @@ impl Reconciler {
             }
         }
         self.check_hooks().await;
+        self.seen_first.look();
+        saying.extend(self.seen_first.of_node());
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
             let unseen = unseen.filter(|_| self.enforced.contains_key(key));
@@ -272,6 +277,7 @@ impl Reconciler {
                 .chain(complaints.remove(key))
                 .chain(unseen.map(str::to_owned))
                 .chain(self.bypassed(key).map(str::to_owned))
+                .chain(self.seen_first(key))
                 .collect();
             if complaints.is_empty() {
                 continue;
@@ -434,6 +440,14 @@ impl Reconciler {
             }
         }
         self.said = saying;
+    }
+
+    /// What sees an enforced pod's packets before they are judged.
+    fn seen_first(&self, key: &PodKey) -> Vec<String> {
+        let enforced = self.enforced.get(key);
+        enforced.map_or_else(Vec::new, |enforced| {
+            self.seen_first.of(&enforced.wanted.interfaces)
+        })
     }
 
     /// Tells the denial reader of a pod, or of its new policy.

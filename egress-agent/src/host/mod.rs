@@ -20,6 +20,7 @@ mod network;
 mod process;
 mod routes;
 mod sockets;
+mod taps;
 mod tcp_table;
 mod uid;
 
@@ -39,6 +40,7 @@ pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
+pub use taps::{TapWatch, Taps};
 use uid::Uid;
 
 /// Network namespaces of one pod that are looked at: programs in it may make more, but those have

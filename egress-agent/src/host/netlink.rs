@@ -42,6 +42,9 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
+const IFLA_XDP_PROG_ID: u16 = 4;
 const IFLA_TARGET_NETNSID: u16 = 46;
 const IFLA_INFO_KIND: u16 = 1;
 
@@ -66,6 +69,8 @@ pub(super) struct RawLink {
     pub(super) nsid: Option<i32>,
     /// The namespace that was asked about, when that is not our own.
     pub(super) target: Option<i32>,
+    /// Id of its XDP program; 0 when it has several.
+    pub(super) xdp: Option<u32>,
 }
 
 impl RawLink {
@@ -300,6 +305,7 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK_NETNSID => link.nsid = Some(i32::from_ne_bytes(four(value)?)),
             IFLA_TARGET_NETNSID => link.target = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_XDP => link.xdp = read_xdp(value)?,
             IFLA_LINKINFO => {
                 for (kind, value) in attributes(value, 0)? {
                     if kind == IFLA_INFO_KIND {
@@ -311,6 +317,19 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
         }
     }
     Ok(link)
+}
+
+/// The id of an interface's XDP program, if it has one (`rtnl_xdp_fill`, `net/core/rtnetlink.c`).
+fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
+    let (mut attached, mut program) = (false, 0);
+    for (kind, value) in attributes(body, 0)? {
+        match kind {
+            IFLA_XDP_ATTACHED => attached = value.first().is_some_and(|mode| *mode != 0),
+            IFLA_XDP_PROG_ID => program = u32::from_ne_bytes(four(value)?),
+            _ => {}
+        }
+    }
+    Ok(attached.then_some(program))
 }
 
 /// What the kernel says of one address.
