@@ -76,6 +76,9 @@ reasons! {
     UnenforcedInterface = 20, "unenforced_interface";
     /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
     DnsElsewhere = 21, "dns_elsewhere";
+    /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
+    /// address entry opens for it.
+    Tunnel = 22, "tunnel";
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use crate::{
     reason::Reason,
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
-        POLICY_UNIDENTIFIED,
-        POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER,
+        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
+        RANGE_RESOLVER,
     },
     translation,
 };
@@ -26,6 +26,9 @@ pub struct Destination {
     pub cidr: u64,
     /// Kinds of the address in `ranges`.
     pub ranges: u64,
+    /// 1 when the packet is one of those that `tunnels` names: somebody at an internal address may
+    /// unpack it and send on what is in it.
+    pub tunnel: u64,
 }
 
 /// What the maps say about the IPv4 address that a translator sends packets for a destination to.
@@ -38,6 +41,19 @@ pub struct Translated {
 }
 
 impl Destination {
+    /// Whether only an entry with the address opens the destination for this packet: neither what a
+    /// name has taught nor an entry for any destination does.
+    #[inline(always)]
+    pub const fn needs_address_entry(&self) -> bool {
+        self.ranges & RANGE_PROTECTED != 0 || self.is_tunnel()
+    }
+
+    /// Whether the packet may be a tunnel that ends at a node, or a pod, of the cluster.
+    #[inline(always)]
+    const fn is_tunnel(&self) -> bool {
+        self.tunnel != 0 && self.ranges & RANGE_INTERNAL != 0
+    }
+
     /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
     ///
     /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
@@ -136,12 +152,13 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
-    let learned = if protected || destination.expired != 0 {
+    let by_address = destination.needs_address_entry();
+    let learned = if by_address || destination.expired != 0 {
         0
     } else {
         destination.learned
     };
-    let any = if protected {
+    let any = if by_address {
         policy.any & policy.deny
     } else {
         policy.any
@@ -163,6 +180,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if protected {
         return Verdict::deny(Reason::Protected);
+    }
+    if by_address {
+        return Verdict::deny(Reason::Tunnel);
     }
     let internal =
         destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0;
@@ -233,6 +253,7 @@ mod tests {
         expired: 0,
         cidr: 0,
         ranges: 0,
+        tunnel: 0,
     };
 
     fn learned(classes: u64) -> Destination {
@@ -446,6 +467,40 @@ mod tests {
             ..policy()
         };
         assert_eq!(reason(&closed, &NOWHERE, bits::UDP, 53), Reason::NoRule);
+    }
+
+    #[test]
+    fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
+        let everything = Policy {
+            any: WEB,
+            flags: POLICY_OPEN | POLICY_ALLOW_INTERNAL,
+            ..policy()
+        };
+        let internal = |destination| Destination {
+            ranges: RANGE_INTERNAL,
+            tunnel: 1,
+            ..destination
+        };
+        for destination in [NOWHERE, learned(WEB)] {
+            let destination = internal(destination);
+            assert_eq!(
+                reason(&everything, &destination, bits::UDP, 443),
+                Reason::Tunnel
+            );
+        }
+        let listed = internal(in_prefix(WEB));
+        assert_eq!(judge(&everything, &listed, bits::UDP, 443), Verdict::Pass);
+        let denied = internal(in_prefix(WEB | HOLE));
+        assert_eq!(
+            reason(&everything, &denied, bits::UDP, 443),
+            Reason::DenyRule
+        );
+        // Elsewhere it is a packet like any other.
+        let outside = Destination {
+            tunnel: 1,
+            ..NOWHERE
+        };
+        assert_eq!(judge(&everything, &outside, bits::UDP, 443), Verdict::Pass);
     }
 
     #[test]

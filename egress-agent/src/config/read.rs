@@ -6,10 +6,7 @@ use super::{
     error::ConfigError,
     value::{Node, Section},
 };
-use crate::{
-    dns::Resolver,
-    policy::Prefix,
-};
+use crate::{dns::Resolver, policy::Prefix};
 use egress_common::translation;
 
 /// Longest duration in seconds: that of a TTL (RFC 2181, section 8).
