@@ -30,6 +30,9 @@ pub const RESOLVER_PORTS: usize = 4;
 /// Most ports on which the node's resolvers are asked.
 pub const DNS_PORTS: usize = 4;
 
+/// Most kinds of tunnels in the node's `tunnels` map.
+pub const TUNNELS: u32 = 64;
+
 /// Default for the most flows that are remembered for one pod. (The kernel allots the buckets, 16
 /// bytes each, at once.)
 pub const FLOW_ENTRIES: u32 = 16_384;

@@ -78,6 +78,9 @@ reasons! {
     DnsElsewhere = 21, "dns_elsewhere";
     /// A name that an entry allows led to an internal address, and may not.
     InternalAnswer = 22, "internal_answer";
+    /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
+    /// address entry opens for it.
+    Tunnel = 23, "tunnel";
 }
 
 #[cfg(test)]

@@ -202,6 +202,38 @@ const fn has_port(ports: &[u16; 4], port: u16) -> bool {
     (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
+/// Key of `tunnels`: packets that somebody on a node may unpack and send on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct TunnelKey {
+    /// One of [`crate::protocol::bits`].
+    pub protocol: u8,
+    /// Always zero.
+    pub pad: u8,
+    /// Destination port in host byte order; 0 for protocols without ports.
+    pub port: u16,
+}
+
+impl TunnelKey {
+    /// Packets of the protocol that this bit of [`crate::protocol::bits`] stands for, to this port.
+    #[inline(always)]
+    pub const fn new(protocol: u8, port: u16) -> Self {
+        Self {
+            protocol,
+            pad: 0,
+            port,
+        }
+    }
+}
+
+/// Value of `tunnels`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Tunnel {
+    /// 1 when such packets need an address entry to internal addresses.
+    pub closed: u32,
+}
+
 /// A configured resolver.
 pub const RANGE_RESOLVER: u64 = 1;
 /// A pod, service or node address.
@@ -464,6 +496,8 @@ mod pod {
         super::Counters,
         super::Meter,
         super::Probes,
+        super::TunnelKey,
+        super::Tunnel,
     );
 }
 
@@ -484,4 +518,5 @@ const _: () = {
     assert!(size_of::<Counters>() == 16 * 8);
     assert!(size_of::<Meter>() == 7 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
+    assert!(size_of::<TunnelKey>() == 4);
 };

@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, Range,
+        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_INTERNAL, Range, TunnelKey,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -22,6 +22,7 @@ use crate::{
     flows, held,
     maps::{
         ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE,
+        TUNNEL,
     },
     open_flow, probe,
     skb::{Skb, now_ns},
@@ -183,7 +184,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         }
     }
 
-    let mut destination = look_up(interface, policy, &packet.dst, now_ns);
+    let mut destination = look_up(interface, policy, packet, now_ns);
     // A flow that an earlier policy admitted lives on if today's policy allows its destination,
     // even when the address's own lifetime has ended.
     if let Some(flow) = &open
@@ -328,7 +329,8 @@ fn not_own(policy: &Policy) -> Reason {
 
 /// What the maps say about a destination.
 #[inline(always)]
-fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u64) -> Destination {
+fn look_up(interface: &Interface, policy: &Policy, packet: &Packet, now_ns: u64) -> Destination {
+    let address = &packet.dst;
     let mut destination = Destination {
         ranges: range_of(address).kinds,
         ..Destination::default()
@@ -353,7 +355,16 @@ fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u6
         };
         destination.add_translated(policy, translated);
     }
+    destination.tunnel = u64::from(is_tunnel(destination.ranges, packet.bit, packet.dst_port));
     destination
+}
+
+/// Whether packets of this protocol to this port of an address of these kinds may be unpacked there
+/// and sent on.
+#[inline(always)]
+pub fn is_tunnel(kinds: u64, protocol: u8, port: u16) -> bool {
+    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    kinds & RANGE_INTERNAL != 0 && unsafe { TUNNEL.get(TunnelKey::new(protocol, port)) }.is_some()
 }
 
 /// Classes of the address in the policy's CIDR trie.

@@ -10,11 +10,11 @@ use egress_common::{
     address::Address,
     limits::{
         ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, HELD_RING_BYTES, INTERFACES,
-        POLICIES, RANGE_ENTRIES,
+        POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, Meter, Policy, Probes, Range,
+        Interface, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -66,6 +66,9 @@ pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::
 
 #[btf_map(name = "probes")]
 pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "tunnels")]
+pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();
 
 /// Whether the gate is looking at the ring [`HELD`] by itself (1), or sleeps and must be woken (0).
 #[btf_map(name = "gate_awake")]

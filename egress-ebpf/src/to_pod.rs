@@ -17,7 +17,7 @@ use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
-    from_pod::{is_several_datagrams, may_be_dns_port, range_of},
+    from_pod::{is_several_datagrams, is_tunnel, may_be_dns_port, range_of},
     held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
@@ -137,6 +137,8 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     match flows::find(flows, &key, now_ns) {
         Some(flow) => flows::touch(flow, seen, now_ns),
+        // The pod's answer would be a tunnel that no rule was asked about.
+        None if is_tunnel(range_of(&packet.src).kinds, packet.bit, packet.src_port) => {}
         None if packet.opens_inbound() => {
             flows::remember(flows, &key, interface, FLOW_IN, seen, now_ns);
         }

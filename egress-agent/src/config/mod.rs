@@ -14,6 +14,7 @@
 //! ranges:
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
 //!   allowInternal: true         # internal addresses pass unless denied
+//!   tunnels: [other, 4789/udp]  # denied to internal addresses without an address entry
 //!   protected: [192.0.2.0/24]   # besides the built-in ones; default: none
 //!   nat64: ["2001:db8:64::/96"] # besides 64:ff9b::/96; default: none
 //! dns:
@@ -46,6 +47,7 @@ mod error;
 mod node;
 mod protected;
 mod read;
+mod tunnels;
 mod value;
 
 use std::{
@@ -59,8 +61,8 @@ use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS},
-    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range},
+    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS, TUNNELS as TUNNELS_MAX},
+    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
     translation::range_kind,
 };
 
@@ -68,6 +70,7 @@ pub use error::{ConfigError, Place};
 pub use node::{Cluster, Quarantine, Serve};
 pub use protected::PROTECTED;
 use read::or;
+pub use tunnels::{TUNNELS, Tunnel};
 use value::{Node, Section};
 
 use crate::{
@@ -121,6 +124,8 @@ pub struct Ranges {
     pub internal: Vec<Prefix>,
     /// Whether they pass unless denied.
     pub allow_internal: bool,
+    /// What needs an address entry to internal addresses, because somebody there may unpack it.
+    pub tunnels: Vec<Tunnel>,
     /// Protected prefixes besides [`PROTECTED`].
     pub protected: Vec<Prefix>,
     /// Prefixes of translators.
@@ -391,6 +396,12 @@ impl Config {
         ports
     }
 
+    /// The entries of the kernel's `tunnels` map.
+    pub fn tunnels(&self) -> Vec<TunnelKey> {
+        let tunnels = self.ranges.tunnels.iter();
+        tunnels.map(|tunnel| tunnel.key()).collect()
+    }
+
     /// Every protected prefix. What translators make of the IPv4 ones is protected too.
     fn protected(&self) -> impl Iterator<Item = Prefix> {
         protected::built_in().chain(self.ranges.protected.iter().copied())
@@ -399,8 +410,9 @@ impl Config {
 
 impl Ranges {
     fn read(section: Section) -> Result<Self, ConfigError> {
-        let [internal, allow_internal, protected, nat64] =
-            section.take(["internal", "allowInternal", "protected", "nat64"])?;
+        let [internal, allow_internal, tunnels, protected, nat64] =
+            section.take(["internal", "allowInternal", "tunnels", "protected", "nat64"])?;
+        let tunnels = read_tunnels(tunnels)?;
         let mut translators = Translators::well_known();
         for node in nat64.map_or_else(|| Ok(Vec::new()), Node::list)? {
             let added = translators.add(read::nat64(&node)?);
@@ -410,10 +422,29 @@ impl Ranges {
         Ok(Self {
             internal: read::list(internal, read::prefix)?,
             allow_internal: or(allow_internal, true, Node::truth)?,
+            tunnels,
             protected: read::list(protected, read::prefix)?,
             translators,
         })
     }
+}
+
+/// The tunnels listed, or those of [`TUNNELS`].
+fn read_tunnels(node: Option<Node>) -> Result<Vec<Tunnel>, ConfigError> {
+    let Some(node) = node else {
+        return Ok(TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect());
+    };
+    let mut tunnels: Vec<Tunnel> = Vec::new();
+    for node in node.list()? {
+        let tunnel = Tunnel::read(&node)?;
+        if !tunnels.contains(&tunnel) {
+            tunnels.push(tunnel);
+        }
+        if tunnels.len() > TUNNELS_MAX as usize {
+            return Err(node.error(format!("is one too many: the limit is {TUNNELS_MAX}")));
+        }
+    }
+    Ok(tunnels)
 }
 
 impl Dns {

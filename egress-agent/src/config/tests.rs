@@ -69,6 +69,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "bpffs",
         "ranges.internal",
         "ranges.allowInternal",
+        "ranges.tunnels",
         "ranges.protected",
         "ranges.nat64",
         "dns.resolvers",
@@ -119,6 +120,7 @@ fn the_documented_example_says_every_key_and_parses() {
             ranges: Ranges {
                 internal: vec![prefix("10.0.0.0/8")],
                 allow_internal: true,
+                tunnels: vec![Tunnel::Other, Tunnel::Udp(4789)],
                 protected: vec![prefix("192.0.2.0/24")],
                 translators: {
                     let mut translators = Translators::well_known();
@@ -172,6 +174,7 @@ fn only_the_resolvers_have_no_default() {
             node: minimal.node.clone(),
             ranges: Ranges {
                 internal: vec![],
+                tunnels: TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect(),
                 protected: vec![],
                 translators: Translators::well_known(),
                 ..documented.ranges.clone()
@@ -373,6 +376,15 @@ fn an_error_names_the_key_and_the_place() {
             "line 1, column 8: bpffs: `sys/fs/bpf` is not an absolute path",
         ),
         (
+            "ranges: {tunnels: [4789]}",
+            "line 1, column 20: ranges.tunnels: `4789` is not a text: put it in quotes",
+        ),
+        (
+            "ranges: {tunnels: [other, gre]}",
+            "line 1, column 27: ranges.tunnels: `gre` is no tunnel: expected a port and its protocol, \
+             such as 4789/udp, with udp, tcp or sctp; or `other` for every other protocol",
+        ),
+        (
             "node: 12",
             "line 1, column 7: node: `12` is not a text: put it in quotes",
         ),
@@ -388,6 +400,25 @@ fn an_error_names_the_key_and_the_place() {
         };
         assert_eq!(error(&text), expected, "{text:?}");
     }
+}
+
+#[test]
+fn there_may_be_64_tunnels_and_no_more() {
+    let text = |count: usize| {
+        let ports: Vec<String> = (1..=count).map(|port| format!("{port}/udp")).collect();
+        format!("ranges: {{tunnels: [{}]}}\n{RESOLVERS}", ports.join(", "))
+    };
+    assert_eq!(config(&text(64)).tunnels().len(), 64);
+    let error = error(&text(65));
+    assert!(
+        error.ends_with("`65/udp` is one too many: the limit is 64"),
+        "{error}"
+    );
+    assert!(
+        config(&format!("ranges: {{tunnels: []}}\n{RESOLVERS}"))
+            .tunnels()
+            .is_empty()
+    );
 }
 
 #[test]

@@ -123,6 +123,7 @@ pub async fn run(options: Options) -> Result<()> {
         .datapath_log
         .then(|| datapath.start_log())
         .transpose()?;
+    datapath.set_tunnels(&config.tunnels())?;
     datapath.set_ranges(&config.ranges())?;
     // Before the gate starts: frames that it puts back carry marks only these programs know.
     let adoptable = datapath.adoptable()?;

@@ -9,9 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{
-    SourceOptions, arrivals::Arrivals, named::Named, place::Places, sights::Sights,
-};
+use super::{SourceOptions, arrivals::Arrivals, named::Named, place::Places, sights::Sights};
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath},

@@ -14,7 +14,7 @@ use aya_obj::Object;
 use egress_common::{
     address::Address,
     limits::DNS_PORTS,
-    records::{DnsPorts, Identity, Interface, Meter, Policy, Range},
+    records::{DnsPorts, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
 use super::{
@@ -35,6 +35,7 @@ const SHARED_MAPS: &[&str] = &[
     "flows",
     "ranges",
     "dns_ports",
+    "tunnels",
     "meters",
     "counters",
     "held",
@@ -100,6 +101,7 @@ pub struct Datapath {
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
     dns_ports: Array<MapData, DnsPorts>,
+    tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
     constants: Constants,
     /// The programs once more, for [`Datapath::stand_in`].
@@ -149,6 +151,7 @@ impl Datapath {
             identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
             ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
             dns_ports: Array::try_from(take(&mut ebpf, "dns_ports")?)?,
+            tunnels: HashMap::try_from(take(&mut ebpf, "tunnels")?)?,
             bpffs: options.bpffs.clone(),
             layout,
             ebpf,
@@ -256,6 +259,29 @@ impl Datapath {
         self.set_prefixes(ranges)?;
         self.set_dns_ports([next, next])?;
         self.set_dns_ports([next, [0; DNS_PORTS]])
+    }
+
+    /// Replaces what needs an address entry to internal addresses. New kinds are written before old
+    /// ones go, so that none is open in between.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_tunnels(&mut self, tunnels: &[TunnelKey]) -> Result<()> {
+        for key in tunnels {
+            self.tunnels
+                .insert(key, Tunnel { closed: 1 }, 0)
+                .context("cannot write the map `tunnels`")?;
+        }
+        let known: Vec<TunnelKey> = self
+            .tunnels
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `tunnels`")?;
+        for key in known.iter().filter(|key| !tunnels.contains(key)) {
+            gone(self.tunnels.remove(key)).context("cannot write the map `tunnels`")?;
+        }
+        Ok(())
     }
 
     fn set_dns_ports(&mut self, ports: [[u16; DNS_PORTS]; 2]) -> Result<()> {
