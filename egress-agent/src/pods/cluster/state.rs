@@ -1,6 +1,6 @@
 //! Everything that the API server has said, and the snapshot that comes of it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::collections::BTreeMap;
 
 use super::{
     super::{Facts, Pod, Problem, Snapshot},
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     dns::Resolver,
-    policy::{Prefix, prefix::to_mapped},
+    policy::Prefix,
 };
 
 /// Namespace and name of the API server's own Service.
