@@ -2,10 +2,11 @@
 
 use std::{
     fs,
-    io::IoSliceMut,
-    net::{Ipv4Addr, UdpSocket},
+    io::{IoSliceMut, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     process::Command,
+    thread,
 };
 
 use egress_tests::{
@@ -268,5 +269,84 @@ fn a_pod_that_floods_a_standing_agent_leaves_room_for_another_pods_question() {
     assert_eq!(answer.addresses, [server(10)]);
     agent.wait_denial("what was over the pod's share", |denial| {
         denial.is(&greedy, "dns_not_held", RESOLVER, 53)
+    });
+}
+
+/// Serves DNS over TCP for one connection: the beginning of a long response to each question for `big.test`,
+/// and a whole one to every other.
+fn serve(mut stream: TcpStream) -> Option<()> {
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).ok()?;
+        let mut asked = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut asked).ok()?;
+        let answer = costly_answer(&asked);
+        let length = u16::try_from(answer.len()).ok()?;
+        let mut bytes = [&length.to_be_bytes(), answer.as_slice()].concat();
+        if asked.windows(4).any(|bytes| bytes == b"\x03big") {
+            bytes.truncate(bytes.len() - 1);
+        }
+        stream.write_all(&bytes).ok()?;
+    }
+}
+
+#[test]
+fn connections_that_fill_their_pods_memory_leave_room_for_another_pods() {
+    // Their responses, and what the pod sends behind its questions, are together the 16 MiB that the agent keeps
+    // for all pods.
+    const LONG: usize = 244;
+    const CONNECTIONS: usize = 256;
+    let lab = Lab::builder().without_dns().config("http", HTTP).build();
+    let listener = lab
+        .outside()
+        .run(|| TcpListener::bind((RESOLVER, 53)))
+        .expect("the resolver's address is free");
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(|| serve(stream));
+        }
+    });
+    let [greedy, neighbour] = ["greedy", "neighbour"].map(|name| {
+        let pod = lab.pod("shop", name);
+        lab.write_pod(&pod, &[("allow", "big.test:443 whole.test:443")]);
+        pod
+    });
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    let framed = |name: &str| {
+        let asked = question(7, name, RecordType::A);
+        let length = u16::try_from(asked.len()).expect("a short question");
+        [&length.to_be_bytes(), asked.as_slice()].concat()
+    };
+    let mut held = Vec::new();
+    let response = 2 + costly_answer(&question(7, "big.test", RecordType::A)).len();
+    for number in 0..CONNECTIONS {
+        let mut stream = greedy.reach_tcp((RESOLVER, 53));
+        if number < LONG {
+            stream.write_all(&framed("big.test")).expect("it is open");
+        }
+        // What is behind the question is kept until it is whole.
+        let mut beginning = [0xff; 4000];
+        beginning[..2].copy_from_slice(&4096u16.to_be_bytes());
+        stream.write_all(&beginning).expect("it is open");
+        if number < LONG {
+            // Or it is reset: it would keep more than it may.
+            let _ = stream.read_exact(&mut vec![0; response - 1]);
+        }
+        held.push(stream);
+    }
+    let mut stream = neighbour.reach_tcp((RESOLVER, 53));
+    stream.write_all(&framed("whole.test")).expect("it is open");
+    let mut length = [0; 2];
+    stream
+        .read_exact(&mut length)
+        .expect("the neighbour's answer");
+    let mut message = vec![0; u16::from_be_bytes(length).into()];
+    stream
+        .read_exact(&mut message)
+        .expect("the neighbour's answer");
+    assert_eq!(lab.allowed(&neighbour).len(), ADDRESSES as usize);
+    assert!(!agent.denials().iter().any(|denial| denial.of(&neighbour)));
+    agent.wait_denial("a connection over the pod's share", |denial| {
+        denial.of(&greedy) && denial.reason == "dns_over_tcp"
     });
 }

@@ -146,12 +146,14 @@ impl Runner {
         ring.next(|held| {
             // Taken while no agent ran: whoever asked has asked again or given up since.
             if held.head.time_ns < *started_ns {
+                shared.means.stats.stale.add(1);
                 stale.add(1);
                 return;
             }
             let id = held.head.pod;
             let Some(pod) = pods.get_mut(&id) else {
                 // It was removed meanwhile, or an earlier agent left it.
+                shared.means.stats.unclaimed.add(1);
                 unclaimed.add(1);
                 return;
             };
@@ -221,10 +223,8 @@ impl Runner {
                 messages,
                 "DNS messages dropped: their pods are gone, or not taken over yet"
             );
-            self.shared.means.stats.unclaimed.add(messages);
         }
         if let Some(messages) = self.stale.due(now_ns) {
-            self.shared.means.stats.stale.add(messages);
             tracing::warn!(
                 messages,
                 "DNS messages were held while no agent ran; they were not put back"
@@ -276,7 +276,7 @@ impl Runner {
                 let result = match self.pods.remove(&pod) {
                     Some(pod) => {
                         let (waited, result) = pod.remove(&mut self.interfaces, &mut self.shared);
-                        self.unclaimed.add(waited);
+                        self.note_unclaimed(waited);
                         result
                     }
                     None => Ok(()),
@@ -368,8 +368,13 @@ impl Runner {
         for waiting in which(&mut self.shared.quarantine) {
             match self.pods.get_mut(&waiting.pod) {
                 Some(pod) => pod.give_up(&waiting.frame, &self.shared),
-                None => self.unclaimed.add(1),
+                None => self.note_unclaimed(1),
             }
         }
+    }
+
+    fn note_unclaimed(&mut self, messages: u64) {
+        self.shared.means.stats.unclaimed.add(messages);
+        self.unclaimed.add(messages);
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     gate::{About, Teachings},
     host::interface_name,
     policy::{Mode, prefix::from_mapped},
-    report::{DenialCounts, rfc3339},
+    report::{DenialCounts, log, rfc3339},
 };
 
 /// Most addresses that one answer tells of all pods together.
@@ -155,7 +155,9 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("dns_fragments_late", stats.fragments_late.get()),
         ("dns_unclaimed", stats.unclaimed.get()),
         ("dns_stale", stats.stale.get()),
+        ("dns_backlog_full", stats.backlog_full.get()),
         ("frames_unsent", stats.unsent.get()),
+        ("log_lines_lost", log::lost_lines()),
     ]
     .map(|(what, count)| (what.to_owned(), count))
     .into();
