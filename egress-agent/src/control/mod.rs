@@ -15,6 +15,7 @@ mod facts;
 mod hooks;
 mod links;
 mod named;
+mod neighbours;
 mod place;
 mod plan;
 mod preflight;

@@ -8,6 +8,7 @@ mod dry_run;
 mod flow_map;
 mod inner;
 mod interfaces;
+mod link_owners;
 mod links;
 mod object;
 mod outer;
@@ -28,6 +29,7 @@ pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
 pub use flow_map::{FlowMap, OpenFlows, Seed};
 pub use interfaces::{Adoptable, InterfaceMap};
+pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};
 pub use object::{Datapath, Marks, Options};
 
