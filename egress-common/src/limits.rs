@@ -30,6 +30,10 @@ pub const RESOLVER_PORTS: usize = 4;
 /// Most ports on which the node's resolvers are asked.
 pub const DNS_PORTS: usize = 4;
 
+/// Most link-local addresses in `link_owners`: one for each pod's interface that is not made of its
+/// hardware address, the node's own and its gateways'.
+pub const LINK_OWNERS: u32 = 3 * INTERFACES;
+
 /// Most kinds of tunnels in the node's `tunnels` map.
 pub const TUNNELS: u32 = 64;
 

@@ -202,6 +202,26 @@ const fn has_port(ports: &[u16; 4], port: u16) -> bool {
     (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
+/// Key of `link_owners`: a link-local address that somebody on this node's links goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct LinkAddress {
+    /// The address.
+    pub addr: Address,
+}
+
+/// Value of `link_owners`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct LinkOwner {
+    /// The pod's interface that was the first to go by it; [`NODE_OWNS`] for the node itself and the
+    /// gateways it knows.
+    pub ifindex: u32,
+}
+
+/// No interface has this index.
+pub const NODE_OWNS: u32 = 0;
+
 /// Key of `tunnels`: packets that somebody on a node may unpack and send on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
@@ -497,6 +517,8 @@ mod pod {
         super::Meter,
         super::Probes,
         super::TunnelKey,
+        super::LinkAddress,
+        super::LinkOwner,
         super::Tunnel,
     );
 }
@@ -519,4 +541,5 @@ const _: () = {
     assert!(size_of::<Meter>() == 7 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<TunnelKey>() == 4);
+    assert!(size_of::<LinkAddress>() == 16);
 };

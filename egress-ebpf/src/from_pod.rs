@@ -19,7 +19,7 @@ use crate::{
     DROP, PASS, checksum,
     counters::count,
     denials::{Denied, deny},
-    flows, held,
+    flows, held, link_local,
     maps::{
         ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE,
         TUNNEL,
@@ -95,9 +95,15 @@ pub fn judge(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn judge_arp(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
+    // Who has no address yet asks whether somebody else has the one that it is to get (RFC 5227).
+    let claimed = if address::same(&packet.src, &address::UNSPECIFIED_V4) {
+        &packet.dst
+    } else {
+        &packet.src
+    };
     let reason = if checksum::is_misplaced(&skb, None) {
         Reason::Malformed
-    } else if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
+    } else if is_own(policy, claimed) {
         return pass(&skb);
     } else {
         not_own(policy)
@@ -116,22 +122,15 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
     }
     // As with ARP: an advertisement in somebody else's name draws their traffic here.
-    if packet.is_neighbour_advertisement() {
-        let is_ours = match packet.neighbour_target(&skb) {
-            Some(target) => address::is_v6_link_local(&target) || is_own(policy, &target),
-            None => false,
-        };
-        if !is_ours {
-            return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
-        }
+    if packet.is_neighbour_advertisement() && !claims_own_target(&skb, policy, packet) {
+        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
     }
-    if packet.is_link_housekeeping() {
-        // Before it has an address, a host speaks from the unspecified one (RFC 4862); after that
-        // from its link-local address, which is not among the pod's own.
-        if packet.src == address::UNSPECIFIED
-            || address::is_v6_link_local(&packet.src)
-            || is_own(policy, &packet.src)
-        {
+    let is_housekeeping = packet.is_link_housekeeping();
+    if is_housekeeping || packet.is_neighbour_message() {
+        if !packet.is_plain_link_message(&skb) {
+            return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
+        }
+        if is_housekeeping && may_speak_on_link(&skb, policy, packet) {
             return pass(&skb);
         }
     }
@@ -151,7 +150,8 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::NoPolicy));
     };
     if matches!(packet.fragment, Fragment::Later) {
-        return if flows::find(flows, &packet.fragment_from_pod(), now_ns).is_some() {
+        let first = flows::find(flows, &packet.fragment_from_pod(), now_ns);
+        return if first.is_some_and(|first| first.policy == interface.policy) {
             pass(&skb)
         } else {
             deny(
@@ -227,6 +227,32 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             deny(ctx, &denied)
         }
     }
+}
+
+/// Whether the target of a neighbour message is an address that the pod may go by.
+#[inline(always)]
+fn claims_own_target(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
+    let Some(target) = packet.neighbour_target(skb) else {
+        return false;
+    };
+    if address::is_v6_link_local(&target) {
+        return link_local::is_own(skb, &target);
+    }
+    is_own(policy, &target)
+}
+
+/// Whether the pod may send housekeeping in this name.
+#[inline(always)]
+fn may_speak_on_link(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
+    if address::is_v6_link_local(&packet.src) {
+        // A report says which groups the sender hears, and nothing of who has which address.
+        return packet.is_listener_report() || link_local::is_own(skb, &packet.src);
+    }
+    if address::same(&packet.src, &address::UNSPECIFIED) {
+        // Before it has an address, a host asks whether somebody else has it (RFC 4862, section 5.4).
+        return !packet.is_neighbour_solicitation() || claims_own_target(skb, policy, packet);
+    }
+    is_own(policy, &packet.src)
 }
 
 /// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be

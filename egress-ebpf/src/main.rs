@@ -26,6 +26,7 @@ mod denials;
 mod flows;
 mod from_pod;
 mod held;
+mod link_local;
 mod maps;
 mod open_flow;
 mod probe;

@@ -10,11 +10,11 @@ use egress_common::{
     address::Address,
     limits::{
         ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, HELD_RING_BYTES, INTERFACES,
-        POLICIES, RANGE_ENTRIES, TUNNELS,
+        LINK_OWNERS, POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
+        Interface, LinkAddress, LinkOwner, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -66,6 +66,15 @@ pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::
 
 #[btf_map(name = "probes")]
 pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "link_owners")]
+pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// The one link-local address of each interface that is not made of its hardware address.
+#[btf_map(name = "link_locals")]
+pub static LINK_LOCAL: HashMap<u32, LinkAddress, { INTERFACES as usize }, NO_PREALLOC> =
+    HashMap::new();
 
 #[btf_map(name = "tunnels")]
 pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();

@@ -16,6 +16,7 @@ mod facts;
 mod hooks;
 mod links;
 mod named;
+mod neighbours;
 mod own;
 mod place;
 mod plan;

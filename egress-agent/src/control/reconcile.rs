@@ -165,6 +165,9 @@ impl Reconciler {
         if let Some(what) = unseen {
             saying.insert("DNS".to_owned(), what.to_owned());
         }
+        if let Some(problem) = self.settle_neighbours() {
+            saying.insert("link-local addresses".to_owned(), problem);
+        }
         self.readings.retain(snapshot);
         let gone: Vec<PodKey> = self
             .enforced

@@ -9,6 +9,7 @@ mod flow_map;
 mod ingress;
 mod inner;
 mod interfaces;
+mod link_owners;
 mod links;
 mod object;
 mod outer;
@@ -29,6 +30,7 @@ pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
 pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState};
 pub use interfaces::{Adoptable, InterfaceMap};
+pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};
 pub use object::{Datapath, Marks, Options};
 

@@ -36,6 +36,8 @@ const SHARED_MAPS: &[&str] = &[
     "ranges",
     "dns_ports",
     "tunnels",
+    "link_owners",
+    "link_locals",
     "meters",
     "counters",
     "held",

@@ -13,6 +13,7 @@
 
 mod cgroup;
 mod exits;
+mod link_local;
 mod links;
 mod located;
 mod netlink;
@@ -35,6 +36,7 @@ use std::{
 
 use cgroup::{Cgroups, Members};
 pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
+pub use link_local::taken_link_locals;
 pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;

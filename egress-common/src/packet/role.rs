@@ -111,6 +111,21 @@ impl Packet {
             )
     }
 
+    /// Whether this is a multicast listener report (RFC 2710, RFC 3810).
+    #[inline(always)]
+    pub const fn is_listener_report(&self) -> bool {
+        matches!(
+            self.icmp_type,
+            ICMPV6_MLD_REPORT | ICMPV6_MLD_DONE | ICMPV6_MLD2_REPORT
+        )
+    }
+
+    /// Whether this is a neighbour solicitation.
+    #[inline(always)]
+    pub const fn is_neighbour_solicitation(&self) -> bool {
+        self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_SOLICITATION
+    }
+
     /// Whether this is an advertisement: it says whose address its target is.
     #[inline(always)]
     pub const fn is_neighbour_advertisement(&self) -> bool {

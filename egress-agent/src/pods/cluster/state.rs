@@ -10,10 +10,7 @@ use super::{
     pod::ClusterPod,
     table::Table,
 };
-use crate::{
-    dns::Resolver,
-    policy::Prefix,
-};
+use crate::{dns::Resolver, policy::Prefix};
 
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
