@@ -38,6 +38,46 @@ pub const fn is_v6_link_local(address: &Address) -> bool {
     address[0] == 0xfe && address[1] & 0xc0 == 0x80
 }
 
+/// The upper half of every link-local address that a host makes (RFC 4291, section 2.5.6).
+const LINK_LOCAL_PREFIX: [u8; 8] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0];
+
+/// Whether this is a link-local address as hosts make them, with zeros behind its prefix.
+#[inline(always)]
+pub const fn is_host_link_local(address: &Address) -> bool {
+    let [a, b, c, d, e, f, g, h, ..] = *address;
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == u64::from_ne_bytes(LINK_LOCAL_PREFIX)
+}
+
+/// Whether the lower half of an address is made of a hardware address (EUI-64; RFC 4291, appendix A).
+#[inline(always)]
+pub const fn is_of_hardware(address: &Address) -> bool {
+    address[11] == 0xff && address[12] == 0xfe
+}
+
+/// The link-local address that is made of this hardware address (RFC 4291, appendix A).
+#[inline(always)]
+pub const fn link_local_of(hardware: [u8; 6]) -> Address {
+    let [a, b, c, d, e, f] = hardware;
+    [
+        0xfe,
+        0x80,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        a ^ 0x02,
+        b,
+        c,
+        0xff,
+        0xfe,
+        d,
+        e,
+        f,
+    ]
+}
+
 /// Whether this is an IPv6 multicast address, `ff00::/8`.
 #[inline(always)]
 pub const fn is_v6_multicast(address: &Address) -> bool {

@@ -30,6 +30,13 @@ pub const RESOLVER_PORTS: usize = 4;
 /// Most ports on which the node's resolvers are asked.
 pub const DNS_PORTS: usize = 4;
 
+/// Most link-local addresses in `link_owners`: one for each pod's interface that is not made of its
+/// hardware address, the node's own and its gateways'.
+pub const LINK_OWNERS: u32 = 3 * INTERFACES;
+
+/// Most kinds of tunnels in the node's `tunnels` map.
+pub const TUNNELS: u32 = 64;
+
 /// Default for the most flows that are remembered for one pod. (The kernel allots the buckets, 16
 /// bytes each, at once.)
 pub const FLOW_ENTRIES: u32 = 16_384;
@@ -53,9 +60,12 @@ pub const DENIAL_BURST: u32 = 512;
 /// See [`DENIAL_BURST`].
 pub const DENIALS_PER_SECOND: u32 = 256;
 
-/// Messages one pod may have held in a burst while the ring is more than half full, and the rate
-/// per second at which they refill. A frame over 16 KiB counts for four. While the ring is emptier
-/// there is no such limit.
-pub const HELD_BURST: u32 = 256;
+/// Room in the ring that short frames take, in bytes. Others take a multiple of it.
+pub const HELD_UNIT: usize = 512;
+
+/// Room that one pod may take in a burst while the ring is more than half full, in [`HELD_UNIT`]s, and
+/// the rate per second at which it refills: 256 KiB, an eighth of the other half. While the ring is
+/// emptier there is no such limit.
+pub const HELD_BURST: u32 = 512;
 /// See [`HELD_BURST`].
-pub const HELD_PER_SECOND: u32 = 1024;
+pub const HELD_PER_SECOND: u32 = 4096;

@@ -72,10 +72,15 @@ reasons! {
     DnsFragmented = 18, "dns_fragmented";
     /// It is not known yet whose interface this is.
     PodUnknown = 19, "pod_unknown";
+    /// The pod has an interface that cannot be enforced, and is closed for it.
+    UnenforcedInterface = 20, "unenforced_interface";
     /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
-    DnsElsewhere = 20, "dns_elsewhere";
+    DnsElsewhere = 21, "dns_elsewhere";
     /// A name that an entry allows led to an internal address, and may not.
-    InternalAnswer = 21, "internal_answer";
+    InternalAnswer = 22, "internal_answer";
+    /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
+    /// address entry opens for it.
+    Tunnel = 23, "tunnel";
 }
 
 #[cfg(test)]

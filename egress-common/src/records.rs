@@ -86,12 +86,15 @@ pub const POLICY_OPEN: u32 = 1;
 pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
 /// The annotations could not be read; denials say so.
 pub const POLICY_UNREADABLE: u32 = 1 << 2;
-/// It is not known yet whose interface this is: every source address counts as the pod's own,
-/// questions wait at the gate, and denials say why.
+/// It is not known yet whose interface this is: questions wait at the gate, from whatever source, and
+/// denials say why.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 /// The policy says which names may be asked for, or denies some. So DNS to a server that is no
 /// resolver needs an address entry: nobody would look at the names there.
 pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
+
+/// The pod has an interface that cannot be enforced and is closed for it; denials say so.
+pub const POLICY_REFUSED: u32 = 1 << 5;
 
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.
@@ -199,6 +202,58 @@ const fn has_port(ports: &[u16; 4], port: u16) -> bool {
     (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
+/// Key of `link_owners`: a link-local address that somebody on this node's links goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct LinkAddress {
+    /// The address.
+    pub addr: Address,
+}
+
+/// Value of `link_owners`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct LinkOwner {
+    /// The pod's interface that was the first to go by it; [`NODE_OWNS`] for the node itself and the
+    /// gateways it knows.
+    pub ifindex: u32,
+}
+
+/// No interface has this index.
+pub const NODE_OWNS: u32 = 0;
+
+/// Key of `tunnels`: packets that somebody on a node may unpack and send on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct TunnelKey {
+    /// One of [`crate::protocol::bits`].
+    pub protocol: u8,
+    /// Always zero.
+    pub pad: u8,
+    /// Destination port in host byte order; 0 for protocols without ports.
+    pub port: u16,
+}
+
+impl TunnelKey {
+    /// Packets of the protocol that this bit of [`crate::protocol::bits`] stands for, to this port.
+    #[inline(always)]
+    pub const fn new(protocol: u8, port: u16) -> Self {
+        Self {
+            protocol,
+            pad: 0,
+            port,
+        }
+    }
+}
+
+/// Value of `tunnels`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Tunnel {
+    /// 1 when such packets need an address entry to internal addresses.
+    pub closed: u32,
+}
+
 /// A configured resolver.
 pub const RANGE_RESOLVER: u64 = 1;
 /// A pod, service or node address.
@@ -242,7 +297,8 @@ pub struct Flow {
     /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`; exact to
     /// [`crate::flow::REFRESH_NS`].
     pub last_seen_ns: u64,
-    /// The policy version that admitted it; a flow from an older version is judged again.
+    /// The policy version that admitted it, or [`UNJUDGED`]; a flow from an older version is judged
+    /// again.
     pub policy: u32,
     /// One of the `FLOW_*` state constants.
     pub state: u8,
@@ -251,6 +307,9 @@ pub struct Flow {
     /// Always zero.
     pub pad: u16,
 }
+
+/// No policy has this number: in a flow it means that none has judged it yet.
+pub const UNJUDGED: u32 = 0;
 
 /// The pod opened it and the policy admitted it.
 pub const FLOW_OUT: u8 = 1;
@@ -420,6 +479,17 @@ pub struct Meter {
     pub flows_full: u64,
 }
 
+/// Value of `probes`, keyed by ifindex: how many probe frames of the agent have come to `from_pod` on
+/// this interface. Only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Probes {
+    /// IPv4 frames.
+    pub v4: u64,
+    /// IPv6 frames.
+    pub v6: u64,
+}
+
 #[cfg(feature = "agent")]
 mod pod {
     macro_rules! pod {
@@ -445,6 +515,11 @@ mod pod {
         super::Flow,
         super::Counters,
         super::Meter,
+        super::Probes,
+        super::TunnelKey,
+        super::LinkAddress,
+        super::LinkOwner,
+        super::Tunnel,
     );
 }
 
@@ -464,4 +539,7 @@ const _: () = {
     assert!(size_of::<Denial>() == 72);
     assert!(size_of::<Counters>() == 16 * 8);
     assert!(size_of::<Meter>() == 7 * 8);
+    assert!(size_of::<Probes>() == 2 * 8);
+    assert!(size_of::<TunnelKey>() == 4);
+    assert!(size_of::<LinkAddress>() == 16);
 };

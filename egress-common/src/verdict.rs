@@ -8,8 +8,8 @@ use crate::{
     protocol::bits,
     reason::Reason,
     records::{
-        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_SPEAKS_OF_NAMES, POLICY_UNIDENTIFIED,
-        POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
+        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
+        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
     },
 };
 
@@ -28,9 +28,25 @@ pub struct Destination {
     pub cidr: u64,
     /// Kinds of the address in `ranges`.
     pub ranges: u64,
+    /// 1 when the packet is one of those that `tunnels` names: somebody at an internal address may
+    /// unpack it and send on what is in it.
+    pub tunnel: u64,
 }
 
 impl Destination {
+    /// Whether only an entry with the address opens the destination for this packet: neither what a
+    /// name has taught nor an entry for any destination does.
+    #[inline(always)]
+    pub const fn needs_address_entry(&self) -> bool {
+        self.ranges & RANGE_PROTECTED != 0 || self.is_tunnel()
+    }
+
+    /// Whether the packet may be a tunnel that ends at a node, or a pod, of the cluster.
+    #[inline(always)]
+    const fn is_tunnel(&self) -> bool {
+        self.tunnel != 0 && self.ranges & RANGE_INTERNAL != 0
+    }
+
     /// Whether names have to be allowed to lead here: the address is internal, and internal addresses
     /// do not pass by themselves.
     #[inline(always)]
@@ -41,7 +57,7 @@ impl Destination {
     /// The learned classes that count.
     #[inline(always)]
     pub const fn learned_classes(&self, policy: &Policy) -> u64 {
-        if self.ranges & RANGE_PROTECTED != 0 || self.expired != 0 {
+        if self.needs_address_entry() || self.expired != 0 {
             0
         } else if self.is_guarded(policy) {
             self.learned_internal
@@ -129,8 +145,9 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
+    let by_address = destination.needs_address_entry();
     let learned = destination.learned_classes(policy);
-    let any = if protected {
+    let any = if by_address {
         policy.any & policy.deny
     } else {
         policy.any
@@ -153,6 +170,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if protected {
         return Verdict::deny(Reason::Protected);
     }
+    if by_address {
+        return Verdict::deny(Reason::Tunnel);
+    }
     let internal =
         destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0;
     let open = policy.flags & POLICY_OPEN != 0;
@@ -164,6 +184,9 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     }
     if policy.flags & POLICY_UNIDENTIFIED != 0 {
         return Verdict::deny(Reason::PodUnknown);
+    }
+    if policy.flags & POLICY_REFUSED != 0 {
+        return Verdict::deny(Reason::UnenforcedInterface);
     }
     if dns && (internal || open || known & !policy.deny & matching != 0) {
         return Verdict::deny(Reason::DnsElsewhere);
@@ -226,6 +249,7 @@ mod tests {
         expired: 0,
         cidr: 0,
         ranges: 0,
+        tunnel: 0,
     };
 
     fn learned(classes: u64) -> Destination {
@@ -409,6 +433,40 @@ mod tests {
     }
 
     #[test]
+    fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
+        let everything = Policy {
+            any: WEB,
+            flags: POLICY_OPEN | POLICY_ALLOW_INTERNAL,
+            ..policy()
+        };
+        let internal = |destination| Destination {
+            ranges: RANGE_INTERNAL,
+            tunnel: 1,
+            ..destination
+        };
+        for destination in [NOWHERE, learned(WEB)] {
+            let destination = internal(destination);
+            assert_eq!(
+                reason(&everything, &destination, bits::UDP, 443),
+                Reason::Tunnel
+            );
+        }
+        let listed = internal(in_prefix(WEB));
+        assert_eq!(judge(&everything, &listed, bits::UDP, 443), Verdict::Pass);
+        let denied = internal(in_prefix(WEB | HOLE));
+        assert_eq!(
+            reason(&everything, &denied, bits::UDP, 443),
+            Reason::DenyRule
+        );
+        // Elsewhere it is a packet like any other.
+        let outside = Destination {
+            tunnel: 1,
+            ..NOWHERE
+        };
+        assert_eq!(judge(&everything, &outside, bits::UDP, 443), Verdict::Pass);
+    }
+
+    #[test]
     fn internal_addresses_pass_only_when_the_operator_says_so() {
         let internal = Destination {
             ranges: RANGE_INTERNAL,
@@ -470,6 +528,21 @@ mod tests {
             reason(&policy(), &in_prefix(LOW), bits::TCP, 2000),
             Reason::PortNotAllowed
         );
+    }
+
+    #[test]
+    fn a_pod_that_is_closed_for_an_interface_is_told_so() {
+        let refused = Policy {
+            flags: POLICY_REFUSED,
+            ..Policy::CLOSED
+        };
+        for ranges in [0, RANGE_INTERNAL] {
+            let destination = Destination { ranges, ..NOWHERE };
+            assert_eq!(
+                reason(&refused, &destination, bits::TCP, 443),
+                Reason::UnenforcedInterface
+            );
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, Range,
+        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_INTERNAL, Range, TunnelKey,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -19,9 +19,12 @@ use crate::{
     DROP, PASS, checksum,
     counters::count,
     denials::{Denied, deny},
-    flows, held,
-    maps::{ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, RANGE, TRACE},
-    open_flow,
+    flows, held, link_local,
+    maps::{
+        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE,
+        TUNNEL,
+    },
+    open_flow, probe,
     skb::{Skb, now_ns},
 };
 
@@ -34,6 +37,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if skb.mark() == BOUNCE_MARK.load() {
         ctx.set_mark(0);
         return PASS;
+    }
+    if skb.mark() == PROBE_MARK.load() {
+        probe::count(&skb);
+        return DROP;
     }
     // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program
     // ends; the agent never writes to an entry in place.
@@ -55,15 +62,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let mut packet = Packet::EMPTY;
     match walk(&skb, &mut packet) {
         Walked::Arp => {
-            // On a bridge, an ARP packet in somebody else's name draws their traffic here.
-            if is_own(policy, &packet.src) || address::same(&packet.src, &address::UNSPECIFIED_V4) {
-                return pass(&skb);
-            }
-            let denied = Denied {
-                packet: None,
-                ..Denied::from_pod(interface, &packet, Reason::SpoofedSource)
-            };
-            return deny(ctx, &denied);
+            return judge_arp(ctx, interface, policy, &packet);
         }
         Walked::Ip => skb.forget_path(&mut packet),
         Walked::NotIp | Walked::Malformed => {
@@ -92,45 +91,58 @@ pub fn judge(ctx: &TcContext) -> i32 {
     judge_packet(ctx, interface, policy, &packet)
 }
 
+/// On a bridge, an ARP packet in somebody else's name draws their traffic here.
+#[inline(always)]
+fn judge_arp(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
+    let skb = Skb(ctx);
+    // Who has no address yet asks whether somebody else has the one that it is to get (RFC 5227).
+    let claimed = if address::same(&packet.src, &address::UNSPECIFIED_V4) {
+        &packet.dst
+    } else {
+        &packet.src
+    };
+    let reason = if checksum::is_misplaced(&skb, None) {
+        Reason::Malformed
+    } else if is_own(policy, claimed) {
+        return pass(&skb);
+    } else {
+        not_own(policy)
+    };
+    let denied = Denied {
+        packet: None,
+        ..Denied::from_pod(interface, packet, reason)
+    };
+    deny(ctx, &denied)
+}
+
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    if checksum::is_misplaced(&skb, packet) {
+    if checksum::is_misplaced(&skb, packet.earliest_checksum()) {
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
     }
     // As with ARP: an advertisement in somebody else's name draws their traffic here.
-    if packet.is_neighbour_advertisement() {
-        let is_ours = match packet.neighbour_target(&skb) {
-            Some(target) => address::is_v6_link_local(&target) || is_own(policy, &target),
-            None => false,
-        };
-        if !is_ours {
-            return deny(
-                ctx,
-                &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-            );
-        }
+    if packet.is_neighbour_advertisement() && !claims_own_target(&skb, policy, packet) {
+        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
     }
-    if packet.is_link_housekeeping() {
-        // Before it has an address, a host speaks from the unspecified one (RFC 4862); after that
-        // from its link-local address, which is not among the pod's own.
-        if packet.src == address::UNSPECIFIED
-            || address::is_v6_link_local(&packet.src)
-            || is_own(policy, &packet.src)
-        {
+    let is_housekeeping = packet.is_link_housekeeping();
+    if is_housekeeping || packet.is_neighbour_message() {
+        if !packet.is_plain_link_message(&skb) {
+            return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
+        }
+        if is_housekeeping && may_speak_on_link(&skb, policy, packet) {
             return pass(&skb);
         }
     }
-    if !is_own(policy, &packet.src) {
-        return deny(
-            ctx,
-            &Denied::from_pod(interface, packet, Reason::SpoofedSource),
-        );
-    }
-    if packet.bit & (bits::UDP | bits::TCP) != 0
+    let is_question = packet.bit & (bits::UDP | bits::TCP) != 0
         && may_be_dns_port(packet.dst_port)
-        && range_of(&packet.dst).is_resolver_at(packet.dst_port)
-    {
+        && range_of(&packet.dst).is_resolver_at(packet.dst_port);
+    // A question of a pod that is not known yet waits, and its source is judged when it is.
+    let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
+    if !waits && !is_own(policy, &packet.src) {
+        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
+    }
+    if is_question {
         return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
@@ -138,7 +150,8 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::NoPolicy));
     };
     if matches!(packet.fragment, Fragment::Later) {
-        return if flows::find(flows, &packet.fragment_from_pod(), now_ns).is_some() {
+        let first = flows::find(flows, &packet.fragment_from_pod(), now_ns);
+        return if first.is_some_and(|first| first.policy == interface.policy) {
             pass(&skb)
         } else {
             deny(
@@ -171,7 +184,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         }
     }
 
-    let mut destination = look_up(interface, policy, &packet.dst, now_ns);
+    let mut destination = look_up(interface, policy, packet, now_ns);
     // A flow that an earlier policy admitted lives on if today's policy allows its destination,
     // even when the address's own lifetime has ended.
     if let Some(flow) = &open
@@ -216,6 +229,32 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     }
 }
 
+/// Whether the target of a neighbour message is an address that the pod may go by.
+#[inline(always)]
+fn claims_own_target(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
+    let Some(target) = packet.neighbour_target(skb) else {
+        return false;
+    };
+    if address::is_v6_link_local(&target) {
+        return link_local::is_own(skb, &target);
+    }
+    is_own(policy, &target)
+}
+
+/// Whether the pod may send housekeeping in this name.
+#[inline(always)]
+fn may_speak_on_link(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
+    if address::is_v6_link_local(&packet.src) {
+        // A report says which groups the sender hears, and nothing of who has which address.
+        return packet.is_listener_report() || link_local::is_own(skb, &packet.src);
+    }
+    if address::same(&packet.src, &address::UNSPECIFIED) {
+        // Before it has an address, a host asks whether somebody else has it (RFC 4862, section 5.4).
+        return !packet.is_neighbour_solicitation() || claims_own_target(skb, policy, packet);
+    }
+    is_own(policy, &packet.src)
+}
+
 /// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be
 /// held is denied.
 ///
@@ -234,6 +273,12 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
         };
         return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
+    if is_several_datagrams(&skb, packet) {
+        return deny(
+            ctx,
+            &Denied::from_pod(interface, packet, Reason::DnsMalformed),
+        );
+    }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_QUESTION, false);
         return pass(&skb);
@@ -247,6 +292,13 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
         return deny(ctx, &Denied::from_pod(interface, packet, reason));
     }
     DROP
+}
+
+/// Whether a frame stands for several datagrams (`UDP_SEGMENT`, udp(7)). Its header is that of none of them,
+/// and it is longer than what the agent can put back on the interface.
+#[inline(always)]
+pub fn is_several_datagrams(skb: &Skb<'_>, packet: &Packet) -> bool {
+    packet.bit == bits::UDP && egress_common::packet::Frame::is_aggregate(skb)
 }
 
 /// Passes a packet that the rules or a flow admit, and lets its later fragments follow.
@@ -277,9 +329,6 @@ fn pass(skb: &Skb<'_>) -> i32 {
 
 #[inline(always)]
 fn is_own(policy: &Policy, address: &Address) -> bool {
-    if policy.flags & POLICY_UNIDENTIFIED != 0 {
-        return true;
-    }
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {
@@ -293,9 +342,21 @@ fn is_own(policy: &Policy, address: &Address) -> bool {
     false
 }
 
+/// Why a packet does not leave whose source is not among the pod's own addresses.
+#[inline(always)]
+fn not_own(policy: &Policy) -> Reason {
+    // Nobody knows them yet.
+    if policy.flags & POLICY_UNIDENTIFIED != 0 && policy.own_len == 0 {
+        Reason::PodUnknown
+    } else {
+        Reason::SpoofedSource
+    }
+}
+
 /// What the maps say about a destination.
 #[inline(always)]
-fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u64) -> Destination {
+fn look_up(interface: &Interface, policy: &Policy, packet: &Packet, now_ns: u64) -> Destination {
+    let address = &packet.dst;
     let mut destination = Destination {
         ranges: range_of(address).kinds,
         ..Destination::default()
@@ -320,7 +381,16 @@ fn look_up(interface: &Interface, policy: &Policy, address: &Address, now_ns: u6
         };
         destination.add_translated(policy, translated);
     }
+    destination.tunnel = u64::from(is_tunnel(destination.ranges, packet.bit, packet.dst_port));
     destination
+}
+
+/// Whether packets of this protocol to this port of an address of these kinds may be unpacked there
+/// and sent on.
+#[inline(always)]
+pub fn is_tunnel(kinds: u64, protocol: u8, port: u16) -> bool {
+    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    kinds & RANGE_INTERNAL != 0 && unsafe { TUNNEL.get(TunnelKey::new(protocol, port)) }.is_some()
 }
 
 /// Classes of the address in the policy's CIDR trie.

@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::ring_buf::RingBufEntry,
 };
 use egress_common::{
-    limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES},
+    limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES, HELD_UNIT},
     meter::take_tokens,
     packet::{ETHERNET_LEN, Frame as _},
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, Interface, Meter},
@@ -21,15 +21,13 @@ use crate::{
 };
 
 /// Most questions and most answers are shorter than this.
-const SMALL: usize = 512 - size_of::<Held>();
+const SMALL: usize = HELD_UNIT - size_of::<Held>();
 /// Everything that fits an ordinary MTU is.
-const MEDIUM: usize = 2048 - size_of::<Held>();
+const MEDIUM: usize = 4 * HELD_UNIT - size_of::<Held>();
 /// Long answers over UDP, and what a sender's first window over TCP makes when it is aggregated.
-const LARGE: usize = 16_384 - size_of::<Held>();
+const LARGE: usize = 32 * HELD_UNIT - size_of::<Held>();
 /// The longest that an IP packet can be.
 const LARGEST: usize = HELD_FRAME_BYTES;
-/// What one of those counts for in the pod's share: four of the size below, whose room it takes.
-const LARGEST_COST: u64 = 4;
 /// Of a rejected packet the headers are enough.
 const REJECT_BYTES: u32 = 192;
 
@@ -63,12 +61,7 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         l3_offset: ETHERNET_LEN as u8,
         pad: 0,
     };
-    let cost = if len as usize <= LARGE {
-        1
-    } else {
-        LARGEST_COST
-    };
-    if is_crowded() && !has_share(interface.pod, cost, head.time_ns) {
+    if is_crowded() && !has_share(interface.pod, room(len), head.time_ns) {
         count(|c| {
             if kind == HELD_REJECT {
                 c.rejects_lost += 1;
@@ -105,6 +98,22 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
         unreported(interface.pod);
     }
     copied
+}
+
+/// The room that a frame of this length takes in the ring, in units.
+#[inline(always)]
+const fn room(len: u32) -> u64 {
+    let len = len as usize;
+    let bytes = if len <= SMALL {
+        SMALL
+    } else if len <= MEDIUM {
+        MEDIUM
+    } else if len <= LARGE {
+        LARGE
+    } else {
+        LARGEST
+    };
+    (bytes + size_of::<Held>()).div_ceil(HELD_UNIT) as u64
 }
 
 #[inline(always)]

@@ -26,8 +26,10 @@ mod denials;
 mod flows;
 mod from_pod;
 mod held;
+mod link_local;
 mod maps;
 mod open_flow;
+mod probe;
 mod skb;
 mod to_pod;
 

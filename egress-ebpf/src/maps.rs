@@ -10,11 +10,11 @@ use egress_common::{
     address::Address,
     limits::{
         ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, HELD_RING_BYTES, INTERFACES,
-        POLICIES, RANGE_ENTRIES,
+        LINK_OWNERS, POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, Meter, Policy, Range,
+        Interface, LinkAddress, LinkOwner, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -64,6 +64,21 @@ pub static HELD: RingBuf<Held, { HELD_RING_BYTES as usize }> = RingBuf::new();
 #[btf_map(name = "denials")]
 pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::new();
 
+#[btf_map(name = "probes")]
+pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map(name = "link_owners")]
+pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// The one link-local address of each interface that is not made of its hardware address.
+#[btf_map(name = "link_locals")]
+pub static LINK_LOCAL: HashMap<u32, LinkAddress, { INTERFACES as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+#[btf_map(name = "tunnels")]
+pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();
+
 /// Whether the gate is looking at the ring [`HELD`] by itself (1), or sleeps and must be woken (0).
 #[btf_map(name = "gate_awake")]
 pub static GATE_AWAKE: Array<u32, 1> = Array::new();
@@ -81,6 +96,11 @@ pub static BOUNCE_MARK: Global<u32> = Global::new(0);
 /// now: [`crate::to_pod`] turns it round without the mark. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static AGAIN_MARK: Global<u32> = Global::new(0);
+
+/// Mark of a frame by which the agent finds out whether packets of an interface pass the programs:
+/// [`crate::to_pod`] turns it round, [`crate::from_pod`] counts it and drops it. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static PROBE_MARK: Global<u32> = Global::new(0);
 
 /// Whether the programs trace what they do (`--datapath-log`). The kernel removes the traces when
 /// this is zero, because the value is constant when the programs are verified.

@@ -20,10 +20,6 @@ use crate::{
 /// Whether the frame belongs to such a flow; it is then counted. If not, nothing is said about it.
 #[inline(always)]
 pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
-    // For other senders there is more to look at.
-    if !checksum::is_from_ip_socket(skb) {
-        return false;
-    }
     let mut plain = Plain::EMPTY;
     // A resolver may have been an ordinary address when the flow was opened.
     if !walk_plain(&Linear(skb), &mut plain) || may_be_dns_port(plain.key.peer_port) {
@@ -33,7 +29,9 @@ pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
         return false;
     };
     let seen = flows::seen(plain.bit, plain.tcp_flags, true);
-    if !flows::is_open(flows, &plain.key, interface.policy, seen) {
+    if !flows::is_open(flows, &plain.key, interface.policy, seen)
+        || checksum::is_misplaced(skb, plain.earliest_checksum())
+    {
         return false;
     }
     let len = skb.len();

@@ -27,6 +27,13 @@ impl Skb<'_> {
         unsafe { (*self.0.skb.skb).ifindex }
     }
 
+    /// The frame's EtherType, in network byte order.
+    #[inline(always)]
+    pub fn protocol(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).protocol }
+    }
+
     /// Makes the kernel's verifier forget by which path through the header walk a packet's fields
     /// have come about. It would follow each of the paths through everything behind the walk; so it
     /// follows one on which the fields may be anything.

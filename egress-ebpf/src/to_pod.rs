@@ -14,12 +14,12 @@ use egress_common::{
 };
 
 use crate::{
-    DROP, PASS,
+    DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
-    from_pod::{may_be_dns_port, range_of},
+    from_pod::{is_several_datagrams, is_tunnel, may_be_dns_port, range_of},
     held,
-    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE},
+    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
 };
 
@@ -32,9 +32,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if again {
         ctx.set_mark(0);
     }
-    if again || mark == BOUNCE_MARK.load() {
+    if again || mark == BOUNCE_MARK.load() || mark == PROBE_MARK.load() {
         // The agent can only send towards the pod; a question that it puts back is turned round
         // here and goes on as if the pod had just sent it; without its mark it is judged, too.
+        // A probe comes to `from_pod` like everything that the pod sends.
         // SAFETY: the helper takes plain numbers.
         return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
     }
@@ -56,9 +57,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
             skb.forget_path(&mut packet);
             judge_packet(ctx, interface, &packet)
         }
-        Walked::Arp | Walked::NotIp => PASS,
+        // What is written into it later must not make it an answer.
+        Walked::Arp | Walked::NotIp if !checksum::is_misplaced(&skb, None) => PASS,
         // It might be an answer in a disguise that the pod sees through.
-        Walked::Malformed => deny(ctx, &denied(interface, None, Reason::Malformed)),
+        Walked::Arp | Walked::NotIp | Walked::Malformed => {
+            deny(ctx, &denied(interface, None, Reason::Malformed))
+        }
     }
 }
 
@@ -77,6 +81,14 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+    }
+    if is_answer && is_several_datagrams(&skb, packet) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::DnsMalformed));
+    }
+    // What is held is put back as it was judged; into anything else a sum may be written later, where
+    // the host's end of the interface leaves no checksums to the pod's.
+    if !is_held && checksum::is_misplaced(&skb, packet.earliest_checksum()) {
+        return deny(ctx, &denied(interface, Some(packet), Reason::Malformed));
     }
     let has_ports = !matches!(packet.fragment, Fragment::Later);
     if has_ports && !is_answer {
@@ -125,6 +137,8 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     match flows::find(flows, &key, now_ns) {
         Some(flow) => flows::touch(flow, seen, now_ns),
+        // The pod's answer would be a tunnel that no rule was asked about.
+        None if is_tunnel(range_of(&packet.src).kinds, packet.bit, packet.src_port) => {}
         None if packet.opens_inbound() => {
             flows::remember(flows, &key, interface, FLOW_IN, seen, now_ns);
         }

@@ -6,7 +6,7 @@ use std::{
     io::{BufRead as _, BufReader, Read},
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -148,6 +148,7 @@ pub struct Agent {
     stdout: Arc<Lines>,
     stderr: Arc<Lines>,
     readers: Vec<JoinHandle<()>>,
+    unread: Option<(ChildStdout, ChildStderr)>,
 }
 
 impl Agent {
@@ -175,8 +176,17 @@ impl Agent {
             })
     }
 
+    /// Starts a program in the node's namespace that is, or becomes, the agent.
     #[track_caller]
-    pub(crate) fn start(node: &Namespace, mut command: Command) -> Self {
+    pub fn start(node: &Namespace, command: Command) -> Self {
+        let mut agent = Self::start_unread(node, command);
+        agent.read();
+        agent
+    }
+
+    /// Starts the agent, and reads nothing of what it says before [`Self::read`].
+    #[track_caller]
+    pub(crate) fn start_unread(node: &Namespace, mut command: Command) -> Self {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -184,17 +194,24 @@ impl Agent {
         let spawned = node.run(|| command.spawn());
         let mut child =
             spawned.unwrap_or_else(|e| panic!("start {}: {e}", command.get_program().display()));
-        let (stdout, stderr) = (Arc::<Lines>::default(), Arc::<Lines>::default());
-        let readers = vec![
-            stdout.follow(child.stdout.take().expect("stdout is piped")),
-            stderr.follow(child.stderr.take().expect("stderr is piped")),
-        ];
+        let unread = (
+            child.stdout.take().expect("stdout is piped"),
+            child.stderr.take().expect("stderr is piped"),
+        );
         Self {
             child,
             ended: false,
-            stdout,
-            stderr,
-            readers,
+            stdout: Arc::default(),
+            stderr: Arc::default(),
+            readers: Vec::new(),
+            unread: Some(unread),
+        }
+    }
+
+    /// Reads what the agent says from now on, and what it has said so far.
+    pub fn read(&mut self) {
+        if let Some((stdout, stderr)) = self.unread.take() {
+            self.readers = vec![self.stdout.follow(stdout), self.stderr.follow(stderr)];
         }
     }
 
@@ -408,6 +425,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if !self.ended {
+            self.read();
             let _ = self.child.kill();
             let _ = self.child.wait();
             for reader in self.readers.drain(..) {

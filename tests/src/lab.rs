@@ -406,8 +406,21 @@ impl Lab {
         command
             .arg("--pods-dir")
             .arg(self.pods_dir())
-            .args(arguments);
+            .args(arguments)
+            .args(way_of_attaching(arguments));
         Agent::start(&self.node, command)
+    }
+
+    /// Starts the agent with these environment variables, and waits for nothing. What it says on standard
+    /// output and standard error fills their pipes, until [`Agent::read`].
+    #[track_caller]
+    pub fn spawn_agent_unread(&self, environment: &[(&str, &str)]) -> Agent {
+        let mut command = self.agent_command("run");
+        command
+            .arg("--pods-dir")
+            .arg(self.pods_dir())
+            .envs(environment.iter().copied());
+        Agent::start_unread(&self.node, command)
     }
 
     /// Starts the agent as part of a cluster, with further arguments after `run`, and waits for
@@ -415,7 +428,11 @@ impl Lab {
     #[track_caller]
     pub fn spawn_cluster_agent(&self, kubeconfig: &Path, arguments: &[&str]) -> Agent {
         let mut command = self.agent_command("run");
-        command.arg("--kubeconfig").arg(kubeconfig).args(arguments);
+        command
+            .arg("--kubeconfig")
+            .arg(kubeconfig)
+            .args(arguments)
+            .args(way_of_attaching(arguments));
         Agent::start(&self.node, command)
     }
 
@@ -450,6 +467,16 @@ impl Lab {
         );
         said
     }
+}
+
+/// The value of `--attach` with which agents are started that get none from their test.
+const ATTACH: &str = "EGRESS_TEST_ATTACH";
+
+/// What `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.
+fn way_of_attaching(arguments: &[&str]) -> Vec<String> {
+    let chosen = arguments.contains(&"--attach");
+    let attach = std::env::var(ATTACH).ok().filter(|_| !chosen);
+    attach.map_or_else(Vec::new, |attach| vec!["--attach".to_owned(), attach])
 }
 
 fn hardware(address: [u8; 6]) -> String {

@@ -42,6 +42,8 @@ pub mod programs;
 pub mod proxy;
 pub mod raw;
 pub mod resolvers;
+pub mod rewritten;
+pub mod rival;
 mod servers;
 mod wait;
 pub mod yaml;

@@ -13,7 +13,7 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowEntry, Counters, Denial, Flow, FlowKey, Held, Interface, MODE_AUDIT, MODE_ENFORCE,
-        Policy, PortClass, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range,
+        Policy, PortClass, Probes, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range,
     },
 };
 use nix::net::if_::if_nametoindex;
@@ -235,7 +235,14 @@ impl Programs {
             .expect("kernels since 5.16 tell")
     }
 
-    /// Marks of frames that the agent puts back.
+    /// How many probes have come to `from_pod` on the pod's interface.
+    #[track_caller]
+    pub fn probes(&self) -> Probes {
+        let mut probes = self.datapath.probes().expect("the map of probes");
+        probes.count(self.ifindex).expect("the map is readable")
+    }
+
+    /// Marks of the frames that the agent sends.
     pub fn marks(&self) -> Marks {
         self.datapath.marks()
     }

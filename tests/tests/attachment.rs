@@ -66,7 +66,12 @@ impl Scene {
     /// Index of the pod's interface on the node.
     #[track_caller]
     fn ifindex(&self) -> u32 {
-        let name = self.pod.interface();
+        self.ifindex_of(&self.pod)
+    }
+
+    #[track_caller]
+    fn ifindex_of(&self, pod: &Pod) -> u32 {
+        let name = pod.interface();
         let found = self.lab.node().run(|| nix::net::if_::if_nametoindex(name));
         found.expect("the pod's interface")
     }
@@ -74,8 +79,13 @@ impl Scene {
     /// Deletes the pod's interface.
     #[track_caller]
     fn delete_interface(&self) {
+        self.delete_interface_of(&self.pod);
+    }
+
+    #[track_caller]
+    fn delete_interface_of(&self, pod: &Pod) {
         let mut command = Command::new("ip");
-        command.args(["link", "del", self.pod.interface()]);
+        command.args(["link", "del", pod.interface()]);
         let status = self.lab.node().run(|| command.status()).expect("ip runs");
         assert!(status.success());
     }
@@ -111,6 +121,43 @@ fn filters_on_a_clsact_qdisc_outlive_a_killed_agent_and_are_replaced_or_cleaned_
     scene.lab.cleanup();
     assert_eq!(scene.filters(), "");
     assert!(scene.is_open());
+}
+
+#[test]
+fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
+    for attach in ["tcx", "clsact"] {
+        let scene = Scene::new();
+        let other = scene.lab.pod("shop", "other");
+        scene.lab.write_pod(&other, &[("allow", "shop.test:443")]);
+        let arguments = ["--attach", attach];
+        let mut agent = scene
+            .lab
+            .start_agent_with(&arguments, &[&scene.pod, &other]);
+        let released = |line: &str| line.contains("released") && line.contains("pod=shop/cart");
+        agent.says_after(
+            "that the deleted pod is released",
+            || {
+                scene.delete_interface();
+                scene.lab.remove_pod(&scene.pod);
+            },
+            released,
+        );
+        let left = |ifindex: u32| {
+            let prefix = format!("{ifindex}_");
+            let pins = fs::read_dir(scene.lab.pins().join("links")).expect("the links");
+            pins.flatten()
+                .any(|pin| pin.file_name().to_string_lossy().starts_with(&prefix))
+        };
+        let ifindex = scene.ifindex_of(&other);
+        assert!(left(ifindex), "the other pod is attached to");
+        assert!(!agent.stderr().contains("cannot"), "{}", agent.stderr());
+
+        // The other one's interface is gone by the time it is uninstalled.
+        agent.kill();
+        scene.delete_interface_of(&other);
+        scene.lab.cleanup();
+        assert!(!scene.lab.pins().exists());
+    }
 }
 
 #[test]
@@ -182,7 +229,9 @@ fn a_pod_whose_interface_is_gone_is_released_and_said_until_it_is_back() {
 fn an_interface_that_cannot_be_attached_to_is_tried_again_and_leaves_nothing_behind() {
     let scene = Scene::new();
     let other = scene.lab.pod("shop", "other");
-    let agent = scene.lab.start_agent(&[&scene.pod]);
+    let agent = scene
+        .lab
+        .start_agent_with(&["--attach", "tcx"], &[&scene.pod]);
     // In the way of the link's pin.
     let interface = other.interface();
     let ifindex = scene

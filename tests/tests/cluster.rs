@@ -132,8 +132,13 @@ fn the_cluster_names_its_resolvers() {
 }
 
 #[test]
-fn connections_from_before_the_first_agent_go_on_and_new_ones_are_judged() {
-    let cluster = Cluster::new();
+fn connections_from_before_the_first_agent_go_on_where_they_are_trusted() {
+    // Not among temporary files: those may be in memory, where no note survives a reboot.
+    let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let builder = Lab::builder()
+        .config("existingConnections", "trust")
+        .config("stateDir", state.path().to_str().expect("a path in UTF-8"));
+    let cluster = Cluster::on(ApiServer::shared(), builder);
     let _web = cluster.lab.serve_tcp(443);
     let udp = cluster.lab.serve_udp(4433);
     let shop = cluster.namespace("shop", &Value::Null);

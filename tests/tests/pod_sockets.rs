@@ -79,8 +79,10 @@ impl Scene {
             let OpenSockets {
                 mut sockets,
                 cut_short,
+                unclear,
             } = self.open();
             assert!(!cut_short);
+            assert_eq!(unclear, 0);
             sockets.sort();
             last = sockets;
             holds(last == expected)

@@ -5,11 +5,11 @@ use egress_common::{
     reason::Reason,
     records::{
         HELD_ANSWER, HELD_QUESTION, HELD_REJECT, INTERFACE_REJECT, MODE_RELEASED,
-        POLICY_UNIDENTIFIED, VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED,
+        POLICY_UNIDENTIFIED, Probes, VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED,
     },
 };
 use egress_tests::{
-    addresses::{RESOLVER, RESOLVER6, STRANGER, server},
+    addresses::{RESOLVER, RESOLVER6, STRANGER, server, server6},
     programs::{ANYTHING, Outcome, PORT, Programs},
     raw::{self, ETHERNET, Ip, flag, protocol},
 };
@@ -374,6 +374,7 @@ fn other_marks_open_nothing() {
         deliver,
         bounce,
         again,
+        ..
     } = programs.marks();
     let question = programs.to(RESOLVER).udp(7, DNS, &raw::question());
     let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
@@ -385,6 +386,29 @@ fn other_marks_open_nothing() {
         let outcome = programs.run_marked(Hook::ToPod, mark, &answer);
         is_taken(&outcome, HELD_ANSWER, &answer);
     }
+}
+
+#[test]
+fn a_probe_is_turned_round_and_counted_and_goes_nowhere() {
+    let mut programs = Programs::new();
+    let Marks { probe, .. } = programs.marks();
+    let v4 = programs.to(server(9)).udp(9, 9, b"probe");
+    let v6 = programs.to(server6(9)).udp(9, 9, b"probe");
+    assert_eq!((programs.probes().v4, programs.probes().v6), (0, 0));
+    for (frame, counted) in [(&v4, (1, 0)), (&v6, (1, 1))] {
+        let turned = programs.run_marked(Hook::ToPod, probe, frame);
+        assert_eq!(
+            (turned.run.action, turned.run.mark),
+            (Action::Redirect, probe)
+        );
+        let counted_once = programs.run_marked(Hook::FromPod, probe, frame);
+        assert_eq!(counted_once.run.action, Action::Drop);
+        assert!(counted_once.denials.is_empty() && counted_once.held.is_empty());
+        let Probes { v4, v6 } = programs.probes();
+        assert_eq!((v4, v6), counted);
+    }
+    // Without the mark it is a packet like any other.
+    programs.stays(&v4, Reason::NoRule);
 }
 
 #[test]

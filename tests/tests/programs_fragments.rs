@@ -38,6 +38,16 @@ fn later_pieces_follow_a_first_that_left() {
 }
 
 #[test]
+fn later_pieces_do_not_outlive_the_policy_that_passed_their_first() {
+    let mut programs = Programs::new();
+    let to = programs.to(server(1));
+    programs.leaves(&piece(&to, 9, 0, 24));
+    programs.leaves(&piece(&to, 9, 24, 24));
+    programs.change_policy(|_| {});
+    programs.stays(&piece(&to, 9, 48, 16), Reason::FragmentWithoutFirst);
+}
+
+#[test]
 fn later_pieces_stay_without_their_first() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {

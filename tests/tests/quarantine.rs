@@ -1,10 +1,10 @@
 //! Interfaces whose pods nobody knows yet: closed, but what is asked there does not get lost.
 
 use egress_tests::{
-    Agent, Cluster, ClusterPod, Pod, SHORT,
+    Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
     dns::{RecordType, ResponseCode},
-    eventually, holds,
+    eventually, exchange, holds,
 };
 use serde_json::{Value, json};
 
@@ -67,6 +67,37 @@ fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("it is let go", || holds(reaches(free.net(), server(99))));
+}
+
+#[test]
+fn what_others_have_opened_before_the_pod_was_known_goes_on() {
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let listener = net.listen_tcp(8080);
+    let to = (net.ipv4(), 8080);
+    let outside = cluster.lab.outside();
+    let mut caller = outside
+        .run(|| std::net::TcpStream::connect(to))
+        .expect("the pod is called");
+    let (mut server, _) = listener.accept().expect("it accepts");
+    let mut echo = || {
+        let mut taken = [0; 4];
+        std::thread::scope(|scope| {
+            let answer = scope.spawn(|| {
+                server.set_read_timeout(Some(DEADLINE))?;
+                std::io::Read::read_exact(&mut server, &mut taken)?;
+                std::io::Write::write_all(&mut server, &taken)
+            });
+            let answered = exchange(&mut caller, b"call", DEADLINE);
+            answer.join().expect("no panic").is_ok() && answered
+        })
+    };
+    assert!(echo(), "nobody may call it");
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    assert!(echo(), "the call was cut");
 }
 
 #[test]
@@ -181,4 +212,82 @@ fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
     reported("shop.test");
     assert!(dns.questions().is_empty(), "a question left the node");
     assert!(socket.receive(SHORT).is_none());
+}
+
+#[test]
+fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let socket = net.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    let was = net.interface().to_owned();
+    agent.says_after(
+        "that the interface is enforced by its new name",
+        || {
+            let line = format!("link set {was} name moved0\n");
+            cluster.lab.node().ip_batch(&line);
+        },
+        |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
+    );
+    assert!(!reaches(&net, server(10)), "it is open");
+    // Another one that takes the name is closed too.
+    let second = cluster.lab.pod(&shop, "next");
+    agent.wait_said("that the next interface is enforced", |line| {
+        line.contains("enforcing")
+            && line.contains(&format!("pod=interface {} ", second.interface()))
+    });
+    agent.says_after(
+        "that the next interface is enforced by the first one's name",
+        || {
+            let line = format!("link set {} name {was}\n", second.interface());
+            cluster.lab.node().ip_batch(&line);
+        },
+        |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
+    );
+    assert!(!reaches(&second, server(10)), "it is open");
+    assert!(!reaches(&net, server(10)), "it is open");
+
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    assert!(!reaches(cart.net(), server(99)), "it is open");
+}
+
+#[test]
+fn questions_that_wait_for_other_pods_leave_room_for_those_of_the_next() {
+    // With as many questions each as may wait of one, they fill what all share.
+    const OTHERS: usize = 90;
+    let cluster = Cluster::new();
+    let dns = cluster.lab.dns();
+    dns.addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let others: Vec<Pod> = (0..OTHERS)
+        .map(|number| cluster.lab.pod("shop", &format!("other-{number}")))
+        .collect();
+    let next = cluster.lab.pod("shop", "next");
+    for net in others.iter().chain([&next]) {
+        agent.wait_said("that the interface is enforced", |line| {
+            line.contains("enforcing")
+                && line.contains(&format!("pod=interface {} ", net.interface()))
+        });
+    }
+    for other in &others {
+        let socket = other.dns_socket();
+        for id in 0..32 {
+            socket.ask(RESOLVER, id, "shop.test", RecordType::A);
+        }
+    }
+    let socket = next.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    let _next = identify(&cluster, &shop, next, &allow("shop.test:443"));
+    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
+    assert_eq!(dns.asked("shop.test"), 1);
 }

@@ -10,7 +10,7 @@ use crate::{process, setup, workspace};
 /// Programs that run at the same time blur the numbers; ratios suffer least.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Runs only this benchmark: changes, cluster, dns, tcp, datapath, throughput or memory
+    /// Runs only this benchmark: changes, cluster, dns, neighbour, tcp, datapath, throughput or memory
     name: Option<String>,
 }
 

@@ -35,7 +35,7 @@ pub(crate) struct Program {
     pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 17] = [
+const PROGRAMS: [Program; 18] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -53,6 +53,13 @@ const PROGRAMS: [Program; 17] = [
         // On Ubuntu /usr/sbin/bpftool only starts the one that belongs to the running kernel.
         packages: &["bpftool", "linux-tools-generic"],
         purpose: "looking into the maps",
+        services: &[],
+    },
+    Program {
+        // Not in the PATH: container runtimes look for plugins there.
+        name: "/usr/lib/cni/bandwidth",
+        packages: &["containernetworking-plugins"],
+        purpose: "a network plugin for the tests",
         services: &[],
     },
     Program {

@@ -10,9 +10,31 @@ use crate::{build, fuzz, lint, process, setup, workspace};
 /// waits for the network.
 const SYSTEM_THREADS: &str = "4";
 
+/// The system tests that are run a second time with filters on a clsact qdisc, as kernels below 6.6
+/// have them: those in which it matters how the programs are attached, and what pods notice of it. The
+/// others start no agent, or show what it decides whichever way the packets come.
+const UNDER_CLSACT: [&str; 11] = [
+    "attachment",
+    "bandwidth",
+    "cluster",
+    "cluster_status",
+    "dns_over_tcp",
+    "lifecycle",
+    "names",
+    "packets",
+    "policy",
+    "quarantine",
+    "takeover",
+];
+
+/// Has the laboratory start every agent with `--attach clsact`, but for those whose test says how
+/// (`tests/src/lab.rs`).
+const ATTACH: (&str, &str) = ("EGRESS_TEST_ATTACH", "clsact");
+
 /// Sets up, builds, lints, and runs every test; with a flag, only what it names.
 ///
-/// The kernel and system tests load programs into the kernel and make network namespaces: they
+/// The system tests that depend on how programs are attached are run with tcx and with clsact. The
+/// kernel and system tests load programs into the kernel and make network namespaces: they
 /// are run as root, through sudo when necessary.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -64,6 +86,13 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 
 fn system_tests(filter: Option<&str>) -> Result<()> {
     let before = Inventory::take()?;
+    run_system_tests(filter, &[]).context("kernel and system tests")?;
+    run_system_tests(filter, &UNDER_CLSACT).context("system tests under clsact")?;
+    before.compare()
+}
+
+/// Runs every test of the laboratory, or those of some files under clsact.
+fn run_system_tests(filter: Option<&str>, under_clsact: &[&str]) -> Result<()> {
     let mut command = process::cargo();
     command.args([
         "test",
@@ -72,11 +101,17 @@ fn system_tests(filter: Option<&str>) -> Result<()> {
         "--locked",
         "--no-fail-fast",
     ]);
+    for file in under_clsact {
+        command.args(["--test", file]);
+    }
+    if !under_clsact.is_empty() {
+        let (name, value) = ATTACH;
+        command.env(name, value);
+    }
     command.args(process::root_runner()?);
     command.env("EGRESS_AGENT", workspace::agent());
     command
         .args(["--", "--test-threads", SYSTEM_THREADS])
         .args(filter);
-    process::run(&mut command).context("kernel and system tests")?;
-    before.compare()
+    process::run(&mut command)
 }

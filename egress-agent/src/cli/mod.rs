@@ -11,7 +11,12 @@ use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::serve::DEFAULT_PATH;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::{
+    report::log::{self, Log},
+    serve::DEFAULT_PATH,
+};
 
 /// Enforces, per pod, which DNS names, addresses and ports it may reach.
 #[derive(Debug, Parser)]
@@ -139,7 +144,26 @@ struct CleanupArgs {
 impl Cli {
     /// Runs the command. What fails is said on standard error.
     pub fn run(self) -> ExitCode {
-        start_log();
+        let log = match &self.command {
+            Command::Run(_) => log::start().map(Some),
+            // These end soon, and who started them reads what they say.
+            _ => Ok(None),
+        };
+        let log = match log {
+            Ok(log) => log,
+            Err(error) => {
+                eprintln!("egress-agent: cannot start the log's thread: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
+        match log {
+            Some(log) => {
+                set_up_log(|| log.clone());
+                // The hook of the standard library writes to standard error itself, and waits for it.
+                std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+            }
+            None => set_up_log(std::io::stderr),
+        }
         let result = match self.command {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::check(&args),
@@ -147,23 +171,30 @@ impl Cli {
             Command::Explain(args) => Ok(explain::explain(&args)),
             Command::Cleanup(args) => cleanup::cleanup(&args),
         };
+        let is_read = log.is_none_or(Log::close);
         match result {
             Ok(code) => code,
             Err(error) => {
-                eprintln!("egress-agent: {error:#}");
+                // Where nobody reads, writing would not end.
+                if is_read {
+                    eprintln!("egress-agent: {error:#}");
+                }
                 ExitCode::FAILURE
             }
         }
     }
 }
 
-fn start_log() {
+fn set_up_log<W>(writer: W)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
         .from_env_lossy();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();

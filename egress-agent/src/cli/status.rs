@@ -65,6 +65,12 @@ fn all(status: &Status) -> String {
         .map(|(what, count)| format!("{what} {count}"))
         .collect();
     let _ = writeln!(text, "\nlosses: {}", or_none(&lost.join(", ")));
+    let existing = &agent.existing_connections;
+    let _ = writeln!(
+        text,
+        "connections from before: outbound {} ({}), {} kept; inbound {} kept",
+        existing.outbound, existing.because, existing.outbound_trusted, existing.inbound_kept
+    );
     for problem in &status.problems {
         let _ = writeln!(text, "problem: {}: {}", problem.about, problem.message);
     }

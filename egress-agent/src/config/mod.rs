@@ -7,10 +7,14 @@
 //! defaultMode: off              # off | audit | enforce: pods without annotations
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
+//! unenforcedInterfaces: report  # report | refuse: pods with an interface that nothing can enforce
+//! existingConnections: judge    # judge | trust: connections from before a pod was enforced
+//! stateDir: /var/lib/egress-agent
 //! bpffs: /sys/fs/bpf
 //! ranges:
 //!   internal: [10.0.0.0/8]      # pod, service and node addresses; default: none
 //!   allowInternal: true         # internal addresses pass unless denied
+//!   tunnels: [other, 4789/udp]  # denied to internal addresses without an address entry
 //!   protected: [192.0.2.0/24]   # besides the built-in ones; default: none
 //!   nat64: ["2001:db8:64::/96"] # besides 64:ff9b::/96; default: none
 //! dns:
@@ -43,6 +47,7 @@ mod error;
 mod node;
 mod protected;
 mod read;
+mod tunnels;
 mod value;
 
 use std::{
@@ -56,8 +61,8 @@ use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS},
-    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range},
+    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS, TUNNELS as TUNNELS_MAX},
+    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
     translation::range_kind,
 };
 
@@ -65,6 +70,7 @@ pub use error::{ConfigError, Place};
 pub use node::{Cluster, Quarantine, Serve};
 pub use protected::PROTECTED;
 use read::or;
+pub use tunnels::{TUNNELS, Tunnel};
 use value::{Node, Section};
 
 use crate::{
@@ -93,6 +99,12 @@ pub struct Config {
     pub dns: Dns,
     /// What a denied packet gets.
     pub on_deny: OnDeny,
+    /// What becomes of a pod with an interface that cannot be enforced.
+    pub unenforced_interfaces: UnenforcedInterfaces,
+    /// What becomes of connections that pods have opened before they were enforced.
+    pub existing_connections: ExistingConnections,
+    /// Where the agent keeps what has to survive a reboot.
+    pub state_dir: PathBuf,
     /// Where the BPF file system is, or is to be, mounted.
     pub bpffs: PathBuf,
     /// Sizes.
@@ -112,6 +124,8 @@ pub struct Ranges {
     pub internal: Vec<Prefix>,
     /// Whether they pass unless denied.
     pub allow_internal: bool,
+    /// What needs an address entry to internal addresses, because somebody there may unpack it.
+    pub tunnels: Vec<Tunnel>,
     /// Protected prefixes besides [`PROTECTED`].
     pub protected: Vec<Prefix>,
     /// Prefixes of translators.
@@ -160,6 +174,25 @@ pub enum OnDeny {
     Reject,
 }
 
+/// What becomes of a pod with an interface that cannot be enforced, beside those that are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnenforcedInterfaces {
+    /// It is reported.
+    Report,
+    /// It is reported, and nothing leaves by the interfaces that are enforced.
+    Refuse,
+}
+
+/// What becomes of connections that a pod has opened before it was enforced. Those that others have
+/// opened go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExistingConnections {
+    /// The pod's policy judges them.
+    Judge,
+    /// They go on, once on each node.
+    Trust,
+}
+
 /// Sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -193,6 +226,9 @@ impl Config {
             ranges,
             dns,
             on_deny,
+            unenforced_interfaces,
+            existing_connections,
+            state_dir,
             bpffs,
             limits,
             cluster,
@@ -206,6 +242,9 @@ impl Config {
             "ranges",
             "dns",
             "onDeny",
+            "unenforcedInterfaces",
+            "existingConnections",
+            "stateDir",
             "bpffs",
             "limits",
             "cluster",
@@ -234,6 +273,27 @@ impl Config {
             on_deny: or(on_deny, OnDeny::Drop, |node| {
                 node.word(&[("drop", OnDeny::Drop), ("reject", OnDeny::Reject)])
             })?,
+            unenforced_interfaces: or(
+                unenforced_interfaces,
+                UnenforcedInterfaces::Report,
+                |node| {
+                    node.word(&[
+                        ("report", UnenforcedInterfaces::Report),
+                        ("refuse", UnenforcedInterfaces::Refuse),
+                    ])
+                },
+            )?,
+            existing_connections: or(existing_connections, ExistingConnections::Judge, |node| {
+                node.word(&[
+                    ("judge", ExistingConnections::Judge),
+                    ("trust", ExistingConnections::Trust),
+                ])
+            })?,
+            state_dir: or(
+                state_dir,
+                PathBuf::from("/var/lib/egress-agent"),
+                read::absolute_path,
+            )?,
             bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
             limits: Limits::read(read::section(limits)?)?,
             cluster: Cluster::read(read::section(cluster)?)?,
@@ -336,6 +396,12 @@ impl Config {
         ports
     }
 
+    /// The entries of the kernel's `tunnels` map.
+    pub fn tunnels(&self) -> Vec<TunnelKey> {
+        let tunnels = self.ranges.tunnels.iter();
+        tunnels.map(|tunnel| tunnel.key()).collect()
+    }
+
     /// Every protected prefix. What translators make of the IPv4 ones is protected too.
     fn protected(&self) -> impl Iterator<Item = Prefix> {
         protected::built_in().chain(self.ranges.protected.iter().copied())
@@ -344,8 +410,9 @@ impl Config {
 
 impl Ranges {
     fn read(section: Section) -> Result<Self, ConfigError> {
-        let [internal, allow_internal, protected, nat64] =
-            section.take(["internal", "allowInternal", "protected", "nat64"])?;
+        let [internal, allow_internal, tunnels, protected, nat64] =
+            section.take(["internal", "allowInternal", "tunnels", "protected", "nat64"])?;
+        let tunnels = read_tunnels(tunnels)?;
         let mut translators = Translators::well_known();
         for node in nat64.map_or_else(|| Ok(Vec::new()), Node::list)? {
             let added = translators.add(read::nat64(&node)?);
@@ -355,10 +422,29 @@ impl Ranges {
         Ok(Self {
             internal: read::list(internal, read::prefix)?,
             allow_internal: or(allow_internal, true, Node::truth)?,
+            tunnels,
             protected: read::list(protected, read::prefix)?,
             translators,
         })
     }
+}
+
+/// The tunnels listed, or those of [`TUNNELS`].
+fn read_tunnels(node: Option<Node>) -> Result<Vec<Tunnel>, ConfigError> {
+    let Some(node) = node else {
+        return Ok(TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect());
+    };
+    let mut tunnels: Vec<Tunnel> = Vec::new();
+    for node in node.list()? {
+        let tunnel = Tunnel::read(&node)?;
+        if !tunnels.contains(&tunnel) {
+            tunnels.push(tunnel);
+        }
+        if tunnels.len() > TUNNELS_MAX as usize {
+            return Err(node.error(format!("is one too many: the limit is {TUNNELS_MAX}")));
+        }
+    }
+    Ok(tunnels)
 }
 
 impl Dns {

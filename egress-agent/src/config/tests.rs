@@ -64,9 +64,12 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "defaultMode",
         "podAnnotations",
         "onDeny",
+        "existingConnections",
+        "stateDir",
         "bpffs",
         "ranges.internal",
         "ranges.allowInternal",
+        "ranges.tunnels",
         "ranges.protected",
         "ranges.nat64",
         "dns.resolvers",
@@ -117,6 +120,7 @@ fn the_documented_example_says_every_key_and_parses() {
             ranges: Ranges {
                 internal: vec![prefix("10.0.0.0/8")],
                 allow_internal: true,
+                tunnels: vec![Tunnel::Other, Tunnel::Udp(4789)],
                 protected: vec![prefix("192.0.2.0/24")],
                 translators: {
                     let mut translators = Translators::well_known();
@@ -136,6 +140,9 @@ fn the_documented_example_says_every_key_and_parses() {
                 refusal: Refusal::NxDomain,
             },
             on_deny: OnDeny::Drop,
+            unenforced_interfaces: UnenforcedInterfaces::Report,
+            existing_connections: ExistingConnections::Judge,
+            state_dir: "/var/lib/egress-agent".into(),
             bpffs: "/sys/fs/bpf".into(),
             limits: Limits {
                 addresses_per_pod: 4096
@@ -167,6 +174,7 @@ fn only_the_resolvers_have_no_default() {
             node: minimal.node.clone(),
             ranges: Ranges {
                 internal: vec![],
+                tunnels: TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect(),
                 protected: vec![],
                 translators: Translators::well_known(),
                 ..documented.ranges.clone()
@@ -188,6 +196,8 @@ fn only_the_resolvers_have_no_default() {
 fn every_choice_can_be_made() {
     let config = config(
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
+         unenforcedInterfaces: refuse\n\
+         existingConnections: trust\nstateDir: /srv/state\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
          ::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
@@ -195,6 +205,9 @@ fn every_choice_can_be_made() {
     assert_eq!(config.default_mode, Mode::Enforce);
     assert_eq!(config.pod_annotations, PodAnnotations::Narrow);
     assert_eq!(config.on_deny, OnDeny::Reject);
+    assert_eq!(config.unenforced_interfaces, UnenforcedInterfaces::Refuse);
+    assert_eq!(config.existing_connections, ExistingConnections::Trust);
+    assert_eq!(config.state_dir, PathBuf::from("/srv/state"));
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
@@ -237,7 +250,8 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, bpffs, limits, cluster, quarantine, http, socket",
+             podAnnotations, ranges, dns, onDeny, unenforcedInterfaces, existingConnections, stateDir, \
+             bpffs, limits, cluster, quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
@@ -279,6 +293,18 @@ fn an_error_names_the_key_and_the_place() {
         (
             "onDeny: [drop]",
             "line 1, column 9: onDeny: a list is not one of drop, reject",
+        ),
+        (
+            "unenforcedInterfaces: close",
+            "line 1, column 23: unenforcedInterfaces: `close` is not one of report, refuse",
+        ),
+        (
+            "existingConnections: allow",
+            "line 1, column 22: existingConnections: `allow` is not one of judge, trust",
+        ),
+        (
+            "stateDir: state",
+            "line 1, column 11: stateDir: `state` is not an absolute path",
         ),
         (
             "ranges:\n  internal:\n    - 10.0.0.1/8\n",
@@ -350,6 +376,15 @@ fn an_error_names_the_key_and_the_place() {
             "line 1, column 8: bpffs: `sys/fs/bpf` is not an absolute path",
         ),
         (
+            "ranges: {tunnels: [4789]}",
+            "line 1, column 20: ranges.tunnels: `4789` is not a text: put it in quotes",
+        ),
+        (
+            "ranges: {tunnels: [other, gre]}",
+            "line 1, column 27: ranges.tunnels: `gre` is no tunnel: expected a port and its protocol, \
+             such as 4789/udp, with udp, tcp or sctp; or `other` for every other protocol",
+        ),
+        (
             "node: 12",
             "line 1, column 7: node: `12` is not a text: put it in quotes",
         ),
@@ -365,6 +400,25 @@ fn an_error_names_the_key_and_the_place() {
         };
         assert_eq!(error(&text), expected, "{text:?}");
     }
+}
+
+#[test]
+fn there_may_be_64_tunnels_and_no_more() {
+    let text = |count: usize| {
+        let ports: Vec<String> = (1..=count).map(|port| format!("{port}/udp")).collect();
+        format!("ranges: {{tunnels: [{}]}}\n{RESOLVERS}", ports.join(", "))
+    };
+    assert_eq!(config(&text(64)).tunnels().len(), 64);
+    let error = error(&text(65));
+    assert!(
+        error.ends_with("`65/udp` is one too many: the limit is 64"),
+        "{error}"
+    );
+    assert!(
+        config(&format!("ranges: {{tunnels: []}}\n{RESOLVERS}"))
+            .tunnels()
+            .is_empty()
+    );
 }
 
 #[test]

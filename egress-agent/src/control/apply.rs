@@ -12,6 +12,7 @@ use super::{
 use crate::{
     datapath::{Adoptable, FlowMap, Unused},
     gate::Enforcement,
+    host::Network,
     report::PodIdentity,
 };
 
@@ -33,12 +34,12 @@ impl Reconciler {
             return self.begin(key, wanted, version).await;
         };
         let before = pod.wanted.interfaces.clone();
-        let interfaces = wanted.interfaces.clone();
+        let (interfaces, networks) = (wanted.interfaces.clone(), wanted.networks.clone());
         if let Some(version) = version {
             self.change(key, wanted.on(before.clone()), version).await?;
         }
         if before != interfaces {
-            self.move_to(key, interfaces).await?;
+            self.move_to(key, interfaces, networks).await?;
         }
         Ok(())
     }
@@ -57,6 +58,13 @@ impl Reconciler {
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
+        let mut flows = self.flows_of(pod)?;
+        self.take_from_quarantine(&wanted, &mut flows)?;
+        let has_unjudged = self.has_unjudged(key, &wanted);
+        let judges = |ifindex: &u32| self.is_anothers(pod, *ifindex);
+        if has_unjudged && wanted.interfaces.iter().any(judges) {
+            self.seed(key, &wanted, &mut flows, policy);
+        }
         self.gate
             .apply(Enforcement {
                 identity: Arc::clone(&identity),
@@ -69,12 +77,13 @@ impl Reconciler {
             .await?;
         // Known before the first packet can be denied.
         self.announce(pod, &identity, &wanted.compiled, policy);
-        if self.first_start {
-            self.seed(key, &wanted, &mut self.flows_of(pod)?, policy);
+        if has_unjudged {
+            self.seed(key, &wanted, &mut flows, policy);
         }
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
+        self.unjudged.judge(&wanted.interfaces);
         let left = self.adoptable.remove(&pod);
         tracing::info!(
             pod = %title(key),
@@ -89,7 +98,7 @@ impl Reconciler {
             policy,
             version: 1,
             pins,
-            flows: self.flows_of(pod)?,
+            flows,
         };
         self.enforced.insert(key.clone(), enforced);
         for (ifindex, entry) in left.map_or_else(Vec::new, |left| left.interfaces) {
@@ -145,16 +154,34 @@ impl Reconciler {
     }
 
     /// The pod's interfaces were replaced, or there are more or fewer of them.
-    async fn move_to(&mut self, key: &PodKey, interfaces: Vec<u32>) -> Result<()> {
-        let Some(enforced) = self.enforced.get_mut(key) else {
+    async fn move_to(
+        &mut self,
+        key: &PodKey,
+        interfaces: Vec<u32>,
+        networks: Vec<Network>,
+    ) -> Result<()> {
+        let Some(enforced) = self.enforced.get(key) else {
             bail!("the pod is not enforced");
         };
-        let pod = enforced.pod;
+        let (pod, policy) = (enforced.pod, enforced.policy);
+        let mut flows = self.flows_of(pod)?;
+        let new = enforced.wanted.only_new(&interfaces, &networks);
+        if let Some(new) = &new {
+            self.take_from_quarantine(new, &mut flows)?;
+        }
         self.gate.move_to(pod, interfaces.clone()).await?;
+        if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
+            self.seed(key, &new, &mut flows, policy);
+        }
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
+        self.unjudged.judge(&interfaces);
         tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
+        let Some(enforced) = self.enforced.get_mut(key) else {
+            bail!("the pod is not enforced");
+        };
+        enforced.wanted.networks = networks;
         let before = std::mem::replace(&mut enforced.wanted.interfaces, interfaces);
         for ifindex in before {
             self.let_go(pod, ifindex)?;

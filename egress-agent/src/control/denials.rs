@@ -72,6 +72,7 @@ impl DenialReader {
             gate,
             reporter,
             board,
+            of_gone_pods: 0,
         };
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -101,6 +102,8 @@ struct Reader {
     gate: Gate,
     reporter: Reporter,
     board: Arc<Board>,
+    /// Denials of pods that are not known, since they were last told.
+    of_gone_pods: u64,
 }
 
 impl Reader {
@@ -123,6 +126,7 @@ impl Reader {
             let now = Instant::now();
             if stopping || now >= next_meters {
                 self.losses.report(&self.known.load(), &self.reporter);
+                self.tell_of_gone_pods();
                 next_meters = now + METERS_EVERY;
             }
             if more {
@@ -149,7 +153,6 @@ impl Reader {
             .collect();
         let mut names = self.gate.names(asked).into_iter();
         let (now, now_ns) = (SystemTime::now(), boottime_ns());
-        let mut of_gone_pods = 0;
         for denial in batch {
             let dst_names = if denial.direction == FROM_POD {
                 names.next().unwrap_or_default()
@@ -157,16 +160,20 @@ impl Reader {
                 Vec::new()
             };
             let Some(pod) = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod) else {
-                of_gone_pods += 1;
+                self.of_gone_pods += 1;
                 continue;
             };
             let ago = Duration::from_nanos(now_ns.saturating_sub(denial.time_ns));
             let time = now.checked_sub(ago).unwrap_or(now);
             self.reporter.report(denied(denial, pod, dst_names, time));
         }
-        if of_gone_pods > 0 {
+    }
+
+    fn tell_of_gone_pods(&mut self) {
+        let denials = std::mem::take(&mut self.of_gone_pods);
+        if denials > 0 {
             tracing::warn!(
-                denials = of_gone_pods,
+                denials,
                 "denials without a line: their pods are gone, or were left by an earlier agent"
             );
         }

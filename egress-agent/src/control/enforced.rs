@@ -94,6 +94,21 @@ impl Wanted {
         Self { interfaces, ..self }
     }
 
+    /// The same, with those of these interfaces and networks that it does not have yet. `None` when its
+    /// networks are known and there is no new one.
+    pub(super) fn only_new(&self, interfaces: &[u32], networks: &[Network]) -> Option<Self> {
+        let is_known = |network: &Network| {
+            let mut known = self.networks.iter();
+            known.any(|known| known.inode == network.inode)
+        };
+        let new = |ifindex: &u32| !self.interfaces.contains(ifindex);
+        let mut wanted = self.clone();
+        wanted.interfaces = interfaces.iter().copied().filter(new).collect();
+        wanted.networks = networks.to_vec();
+        wanted.networks.retain(|network| !is_known(network));
+        (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
+    }
+
     /// Whether this is the same policy, wherever it is attached.
     pub(super) fn same_policy(&self, other: &Self) -> bool {
         self.compiled == other.compiled

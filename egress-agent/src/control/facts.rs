@@ -50,15 +50,20 @@ impl Reconciler {
     }
 
     fn write_ranges(&mut self, next: &Config) -> Result<()> {
+        let (tunnels, tunnels_before) = (next.tunnels(), self.config.tunnels());
         let (ranges, before) = (next.ranges(), self.config.ranges());
-        if ranges == before {
+        if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
+        // Closed before an address becomes internal. A list that could not be written whole closes
+        // more than it should, never less.
+        self.datapath.set_tunnels(&tunnels)?;
         // What is new stands in the map before what is old is removed, so for a moment both need
         // room.
         if let Err(error) = self.datapath.set_ranges(&ranges) {
             self.datapath
                 .set_ranges(&before)
+                .and_then(|()| self.datapath.set_tunnels(&tunnels_before))
                 .context("the earlier ranges cannot be put back")?;
             return Err(error);
         }

@@ -1,4 +1,4 @@
-//! Noticing interfaces that come and go.
+//! Noticing interfaces that come and go, and changes of their filters.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
@@ -11,40 +11,122 @@ use tokio::io::unix::AsyncFd;
 /// `RTMGRP_LINK`, `include/uapi/linux/rtnetlink.h`.
 const LINK_GROUP: u32 = 1;
 
+/// `RTNLGRP_TC`, as a bit of the groups that are bound to.
+const TC_GROUP: u32 = 1 << 3;
+/// Length of `struct nlmsghdr`, and where `struct tcmsg` behind it has the interface's index.
+const HEADER: usize = 16;
+const TC_IFINDEX: usize = HEADER + 4;
+
 /// Notices that some interface of this network namespace has changed. What changed is not read:
 /// the message is a hint, and a lost one (the socket's buffer was full) is one too.
 pub(super) struct LinkEvents(AsyncFd<OwnedFd>);
 
 impl LinkEvents {
     pub(super) fn open() -> Result<Self> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            SockProtocol::NetlinkRoute,
-        )
-        .context("cannot open a netlink socket")?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, LINK_GROUP))
-            .context("cannot listen for interfaces")?;
-        // SAFETY: the `OwnedFd` keeps the descriptor open, and the same, for as long as it is
-        // registered.
-        #[expect(unsafe_code, reason = "registering a descriptor with the runtime")]
-        let socket = unsafe { AsyncFd::register(socket) }.context("cannot wait for netlink")?;
-        Ok(Self(socket))
+        listen(LINK_GROUP)
+            .context("cannot listen for interfaces")
+            .map(Self)
     }
 
     /// Waits until an interface has changed.
     pub(super) async fn changed(&mut self) {
-        let Ok(mut ready) = self.0.readable().await else {
-            return std::future::pending().await;
+        receive(&self.0, |_| ()).await;
+    }
+}
+
+/// Notices that qdiscs or filters of interfaces have changed. That tcx programs have, nobody tells.
+pub(super) struct FilterEvents(AsyncFd<OwnedFd>);
+
+impl FilterEvents {
+    pub(super) fn open() -> Result<Self> {
+        listen(TC_GROUP)
+            .context("cannot listen for changes of filters")
+            .map(Self)
+    }
+
+    /// Waits for changes. Returns the interfaces that have some; `None` when any may have, because
+    /// there were too many.
+    pub(super) async fn changed(&mut self) -> Option<Vec<u32>> {
+        let mut changed = Some(Vec::new());
+        receive(&self.0, |received| match received {
+            Some(messages) => {
+                if let Some(changed) = &mut changed {
+                    changed.extend(interfaces(messages));
+                }
+            }
+            None => changed = None,
+        })
+        .await;
+        changed
+    }
+}
+
+/// The interfaces that messages about qdiscs and filters name.
+fn interfaces(mut messages: &[u8]) -> Vec<u32> {
+    let number = |bytes: &[u8], at: usize| {
+        let bytes = bytes.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_ne_bytes(bytes))
+    };
+    let mut found = Vec::new();
+    while let Some(length) = number(messages, 0) {
+        let length = (length as usize).max(HEADER);
+        found.extend(number(messages, TC_IFINDEX));
+        messages = messages
+            .get(length.next_multiple_of(4)..)
+            .unwrap_or_default();
+    }
+    found
+}
+
+fn listen(groups: u32) -> Result<AsyncFd<OwnedFd>> {
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        SockProtocol::NetlinkRoute,
+    )
+    .context("cannot open a netlink socket")?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+    // SAFETY: the `OwnedFd` keeps the descriptor open, and the same, for as long as it is
+    // registered.
+    #[expect(unsafe_code, reason = "registering a descriptor with the runtime")]
+    let socket = unsafe { AsyncFd::register(socket) }.context("cannot wait for netlink")?;
+    Ok(socket)
+}
+
+/// Waits until there is something, and hands on all of it; `None` for an overrun.
+async fn receive(socket: &AsyncFd<OwnedFd>, mut each: impl FnMut(Option<&[u8]>)) {
+    let Ok(mut ready) = socket.readable().await else {
+        return std::future::pending().await;
+    };
+    let socket: RawFd = ready.get_inner().as_fd().as_raw_fd();
+    let mut buffer = [0; 8192];
+    loop {
+        match recv(socket, &mut buffer, MsgFlags::empty()) {
+            Ok(length) => each(buffer.get(..length)),
+            Err(nix::errno::Errno::EAGAIN) => break,
+            // An overrun is an event too; the next error is that there is no more to read.
+            Err(_) => each(None),
+        }
+    }
+    ready.clear_ready();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_about_filters_name_their_interfaces() {
+        let message = |ifindex: u32| {
+            let mut bytes = vec![0; 36];
+            bytes[..4].copy_from_slice(&36u32.to_ne_bytes());
+            bytes[TC_IFINDEX..TC_IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+            bytes
         };
-        let socket: RawFd = ready.get_inner().as_fd().as_raw_fd();
-        let mut buffer = [0; 8192];
-        // An overrun is an event too; the next error is that there is no more to read.
-        while !matches!(
-            recv(socket, &mut buffer, MsgFlags::empty()),
-            Err(nix::errno::Errno::EAGAIN)
-        ) {}
-        ready.clear_ready();
+        let two = [message(3), message(70)].concat();
+        assert_eq!(interfaces(&two), [3, 70]);
+        assert_eq!(interfaces(&two[..40]), [3]);
+        assert!(interfaces(&[]).is_empty());
     }
 }

@@ -6,12 +6,18 @@
 //! losing one delays a change until the next look.
 
 mod apply;
+mod arrivals;
 mod bypass;
 mod denials;
 mod enforced;
 mod events;
+mod exits;
 mod facts;
+mod hooks;
 mod links;
+mod named;
+mod neighbours;
+mod own;
 mod place;
 mod plan;
 mod preflight;
@@ -21,8 +27,12 @@ mod readings;
 mod reconcile;
 mod reload;
 mod seed;
+mod sights;
 mod source;
+mod taps;
 mod tell;
+mod trust;
+mod unjudged;
 mod waiting;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -40,14 +50,19 @@ use crate::{
     gate::{DnsSettings, Gate},
     report::Reporter,
 };
+use arrivals::Arrivals;
 use denials::DenialReader;
-use links::LinkEvents;
+use links::{FilterEvents, LinkEvents};
 use reconcile::Reconciler;
 use source::Source;
 use waiting::{RETRY_MIN, longer};
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often, at most, everything is looked at because filters have changed: whoever changes them
+/// all the time must not keep the agent busy.
+const HURRY_EVERY: Duration = Duration::from_millis(50);
 
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
@@ -96,6 +111,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
+    let mut filters = FilterEvents::open()?;
 
     let mut datapath = Datapath::open(&datapath::Options {
         bpffs: config.bpffs.clone(),
@@ -108,6 +124,7 @@ pub async fn run(options: Options) -> Result<()> {
         .datapath_log
         .then(|| datapath.start_log())
         .transpose()?;
+    datapath.set_tunnels(&config.tunnels())?;
     datapath.set_ranges(&config.ranges())?;
     // Before the gate starts: frames that it puts back carry marks only these programs know.
     let adoptable = datapath.adoptable()?;
@@ -141,11 +158,17 @@ pub async fn run(options: Options) -> Result<()> {
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
+    let arrivals = if datapath.needs_qdisc() {
+        Some(Arrivals::new(datapath.attached()?))
+    } else {
+        None
+    };
+    let places = source.places(config, &datapath, &adoptable, arrivals)?;
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
         config,
-        source.places(config)?,
+        places,
         cluster,
         Arc::clone(&known),
         adoptable,
@@ -158,6 +181,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut soon = RETRY_MIN;
+    let mut hurried = Instant::now();
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
         if !reconciler.is_expecting() {
@@ -196,7 +220,7 @@ pub async fn run(options: Options) -> Result<()> {
                 "ready"
             );
         }
-        let again = Instant::now() + soon;
+        let again = Instant::now() + reconciler.look_again(soon);
         loop {
             tokio::select! {
                 _ = terminate.recv() => break 'running None,
@@ -218,6 +242,13 @@ pub async fn run(options: Options) -> Result<()> {
                 () = links.changed() => {
                     soon = RETRY_MIN;
                     break;
+                }
+                changed = filters.changed() => {
+                    let concerns = reconciler.hooks.hurry(changed.as_deref());
+                    if concerns && hurried.elapsed() >= HURRY_EVERY {
+                        hurried = Instant::now();
+                        break;
+                    }
                 }
                 () = sleep_until(again), if reconciler.is_expecting() => {
                     soon = longer(soon);

@@ -9,15 +9,18 @@ use std::{
 };
 
 use super::{
+    arrivals::{Arrivals, LOOK_AGAIN},
     enforced::PodKey,
+    named::Named,
     quarantine,
     reconcile::Reconciler,
+    sights::{FirstAddresses, Sights},
     waiting::{RETRY_MIN, longer},
 };
 use crate::{
     config::Quarantine,
     host::{Host, Links, Network, OpenSockets},
-    pods::{Pod, Snapshot},
+    pods::Snapshot,
 };
 
 /// How long what was found is believed without another look, as long as its interfaces are there.
@@ -41,28 +44,25 @@ pub(super) enum Place {
 pub(super) struct Found {
     /// Their indexes, in order; never empty.
     pub(super) interfaces: Vec<u32>,
-    /// The addresses that the pod's end has.
-    pub(super) addresses: Vec<IpAddr>,
+    /// Whether the pod's end has addresses: otherwise its network may be half made.
+    pub(super) has_addresses: bool,
+    /// The addresses that its interfaces had when they were made.
+    pub(super) first: FirstAddresses,
     /// The network namespaces on their other ends.
     pub(super) networks: Vec<Network>,
-}
-
-impl Place {
-    /// The pod's own addresses: what its source says, or until it says anything, what the pod's
-    /// end of its interfaces had when it was found. Later the pod could give itself others.
-    pub(super) fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
-        match self {
-            Self::Found(found) if pod.addresses.is_empty() => found.addresses.clone(),
-            _ => pod.addresses.clone(),
-        }
-    }
+    /// What is wrong with the place all the same.
+    pub(super) note: Option<String>,
 }
 
 /// What is known of where pods are.
 pub(super) struct Places {
-    /// Without it, only pods whose manifests name their interfaces can be found.
+    /// Nothing only while it is looked on.
     host: Option<Host>,
+    /// By the interfaces that manifests name, where only those pods are found.
+    named: Option<Named>,
     quarantine: Quarantine,
+    /// Where interfaces are left alone until their networks are made.
+    arrivals: Option<Arrivals>,
     /// By UID.
     found: HashMap<String, (Found, Instant)>,
     /// By UID: the last reason, when to look again, and how long to wait after that.
@@ -72,6 +72,12 @@ pub(super) struct Places {
     before: Option<HashSet<u32>>,
     /// Interfaces that were there at the last look.
     known: HashSet<u32>,
+    /// What was seen of each interface at first.
+    sights: Sights,
+    /// The interfaces behind which pods were found at the last look.
+    identified: HashSet<u32>,
+    /// The node's own addresses.
+    node: HashSet<IpAddr>,
     /// The machine's own ways out, and when they were last read.
     uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
@@ -94,29 +100,50 @@ struct Missed {
 
 impl Places {
     /// Pods are found by their manifests alone.
-    pub(super) fn named() -> Self {
-        Self::new(
-            None,
-            Quarantine {
-                enabled: false,
-                exclude: Vec::new(),
-            },
-        )
+    pub(super) fn named(host: Host, named: Named) -> Self {
+        let quarantine = Quarantine {
+            enabled: false,
+            exclude: Vec::new(),
+        };
+        Self::new(host, Some(named), quarantine, None)
     }
 
     /// Pods are found on this machine.
-    pub(super) fn on_host(host: Host, quarantine: Quarantine) -> Self {
-        Self::new(Some(host), quarantine)
+    pub(super) fn on_host(
+        host: Host,
+        quarantine: Quarantine,
+        arrivals: Option<Arrivals>,
+        sights: Sights,
+    ) -> Self {
+        Self {
+            sights,
+            ..Self::new(host, None, quarantine, arrivals)
+        }
     }
 
-    fn new(host: Option<Host>, quarantine: Quarantine) -> Self {
+    /// The node's own addresses.
+    pub(super) fn node_addresses(&self) -> &HashSet<IpAddr> {
+        &self.node
+    }
+
+    fn new(
+        host: Host,
+        named: Option<Named>,
+        quarantine: Quarantine,
+        arrivals: Option<Arrivals>,
+    ) -> Self {
         Self {
-            host,
+            host: Some(host),
+            named,
             quarantine,
+            arrivals,
             found: HashMap::new(),
             missed: HashMap::new(),
             before: None,
             known: HashSet::new(),
+            sights: Sights::default(),
+            identified: HashSet::new(),
+            node: HashSet::new(),
             uplinks: None,
             unidentified: false,
         }
@@ -134,15 +161,38 @@ impl Places {
         }
     }
 
+    /// The sockets in the network namespace that an interface leads to.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or they cannot be read.
+    pub(super) fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+        match &mut self.host {
+            Some(host) => host.sockets_behind(ifindex),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// The interfaces of the host at the last look; none where pods name theirs.
+    pub(super) fn there(&self) -> &HashSet<u32> {
+        &self.known
+    }
+
+    /// Whether interfaces are closed until their pods are known.
+    pub(super) fn has_quarantine(&self) -> bool {
+        self.quarantine.enabled
+    }
+
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
     fn look(&mut self, snapshot: &Snapshot) -> Look {
-        let Some(mut host) = self.host.take() else {
-            let pods = snapshot.pods.iter();
-            let places = pods.map(|(key, pod)| (key.clone(), by_name(pod)));
+        if let Some(named) = &mut self.named {
             return Look {
-                places: places.collect(),
+                places: named.look(snapshot),
                 unidentified: Some(Vec::new()),
             };
+        }
+        let Some(mut host) = self.host.take() else {
+            unreachable!("it is put back after each look");
         };
         let result = self.look_on(&mut host, snapshot);
         self.host = Some(host);
@@ -163,6 +213,16 @@ impl Places {
             }
         };
         let now = Instant::now();
+        match host.own_addresses() {
+            Ok(addresses) => self.node = addresses.into_iter().collect(),
+            Err(error) => tracing::error!(%error, "the node's addresses cannot be listed"),
+        }
+        let identified = self.identified.iter();
+        let running: HashSet<i32> = identified
+            .filter_map(|&ifindex| Some(links.get(ifindex)?.peer?.nsid))
+            .collect();
+        self.sights
+            .look(host, &links, |nsid| running.contains(&nsid), now);
         let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
         let fresh: HashSet<i32> = links
             .iter()
@@ -194,7 +254,9 @@ impl Places {
         let mut identified = HashSet::new();
         for (key, pod) in &snapshot.pods {
             let place = match &pod.cgroup_uid {
-                None => by_name(pod),
+                None => {
+                    Place::Nowhere("not enforced: nothing says which control group is its".into())
+                }
                 Some(_) if pod.host_network => {
                     Place::Nowhere("the pod is in the host's network".into())
                 }
@@ -210,6 +272,10 @@ impl Places {
         let can_tell =
             unidentified.is_empty() || self.leave_out_uplinks(host, &mut unidentified, now);
         self.unidentified = !unidentified.is_empty();
+        if let Some(arrivals) = &mut self.arrivals {
+            arrivals.leave_out(&mut unidentified, &links, host, now);
+        }
+        self.identified = identified;
         Look {
             places,
             unidentified: can_tell.then_some(unidentified),
@@ -252,13 +318,17 @@ impl Places {
         if let Some((found, looked)) = self.found.get(uid)
             && now.duration_since(*looked) < believed_for
             // Otherwise its network may be half made.
-            && !found.addresses.is_empty()
+            && found.has_addresses
             && found
                 .interfaces
                 .iter()
                 .all(|ifindex| self.known.contains(ifindex))
         {
-            return Place::Found(found.clone());
+            let first = self.sights.of(&found.interfaces);
+            return Place::Found(Found {
+                first,
+                ..found.clone()
+            });
         }
         if let Some(missed) = self.missed.get(uid)
             && now < missed.again
@@ -268,10 +338,15 @@ impl Places {
         let place = match host.locate(links, uid) {
             Ok(located) => {
                 self.missed.remove(uid);
+                for &ifindex in &located.interfaces {
+                    self.sights.is_running(ifindex, now);
+                }
                 let found = Found {
+                    first: self.sights.of(&located.interfaces),
                     interfaces: located.interfaces,
-                    addresses: located.addresses,
+                    has_addresses: !located.addresses.is_empty(),
                     networks: located.namespaces,
+                    note: None,
                 };
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);
@@ -312,25 +387,6 @@ impl Places {
     }
 }
 
-/// By the interface that the pod's manifest names.
-fn by_name(pod: &Pod) -> Place {
-    let Some(name) = &pod.interface else {
-        return Place::Nowhere(format!(
-            "not enforced: the pod has no annotation {}",
-            crate::pods::INTERFACE_ANNOTATION
-        ));
-    };
-    match nix::net::if_::if_nametoindex(name.as_str()) {
-        Ok(ifindex) => Place::Found(Found {
-            interfaces: vec![ifindex],
-            ..Found::default()
-        }),
-        Err(_) => Place::Nowhere(format!(
-            "not enforced yet: there is no interface {name}; it will be when it appears"
-        )),
-    }
-}
-
 impl Reconciler {
     /// Where each pod is; and among the pods those that stand for interfaces in quarantine.
     pub(super) fn look_around<'a>(
@@ -347,6 +403,7 @@ impl Reconciler {
             let (key, pod) = quarantine::stand_in(&name);
             let place = Place::Found(Found {
                 interfaces: vec![ifindex],
+                first: self.places.sights.of(&[ifindex]),
                 ..Found::default()
             });
             places.insert(key.clone(), place);
@@ -365,6 +422,16 @@ impl Reconciler {
                 Some((key.1.clone(), ifindex))
             })
             .collect()
+    }
+
+    /// How long to wait for the next look, which would be after this.
+    pub(super) fn look_again(&self, after: Duration) -> Duration {
+        let arrivals = self.places.arrivals.as_ref();
+        if arrivals.is_some_and(|arrivals| arrivals.waiting) {
+            after.min(LOOK_AGAIN)
+        } else {
+            after
+        }
     }
 
     /// Whether something is expected to be found soon.

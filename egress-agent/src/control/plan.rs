@@ -6,11 +6,17 @@ use egress_common::limits::OWN_ADDRESSES;
 
 use super::{
     enforced::{PodKey, Wanted},
+    exits,
     place::Place,
     quarantine,
     reconcile::{Reconciler, title},
 };
-use crate::{config::OnDeny, pods::Pod, policy::Mode};
+use crate::{
+    config::{OnDeny, UnenforcedInterfaces},
+    host::interface_name,
+    pods::Pod,
+    policy::Mode,
+};
 
 /// What should be done with one pod.
 pub(super) enum Plan {
@@ -35,7 +41,7 @@ impl Reconciler {
         taken: &mut HashMap<u32, PodKey>,
     ) -> Plan {
         let unidentified = quarantine::is_quarantined(key);
-        let compiled = if unidentified || !pod.namespace_known {
+        let mut compiled = if unidentified || !pod.namespace_known {
             self.readings.unidentified()
         } else {
             self.readings.read(key, pod)
@@ -70,7 +76,7 @@ impl Reconciler {
         if let Some((ifindex, other)) = other {
             let why = format!(
                 "interface {} is already that of pod {}",
-                interface_name(*ifindex),
+                title_of(*ifindex),
                 title(other)
             );
             return if self.enforced.contains_key(key) {
@@ -82,7 +88,24 @@ impl Reconciler {
         for &ifindex in &found.interfaces {
             taken.insert(ifindex, key.clone());
         }
-        let own = place.addresses(pod);
+        let mut notes: Vec<String> = found.note.iter().cloned().collect();
+        if !unidentified && pod.namespace_known {
+            let (exits, error) = self.exits.of(key, found, pod.cgroup_uid.is_some());
+            notes.extend(error);
+            if !exits.is_empty() {
+                // In audit mode nothing is denied, so nothing is refused either.
+                let and = match compiled.mode {
+                    Mode::Enforce => self.config.unenforced_interfaces,
+                    Mode::Audit | Mode::Off => UnenforcedInterfaces::Report,
+                };
+                if and == UnenforcedInterfaces::Refuse {
+                    compiled = self.readings.refused();
+                }
+                notes.push(exits::problem(&exits, and));
+            }
+        }
+        let (own, unowned) = self.own_addresses(key, pod, found);
+        notes.extend(unowned);
         let on_deny = if unidentified {
             // Whoever is there shall try again, not give up.
             OnDeny::Drop
@@ -93,7 +116,8 @@ impl Reconciler {
         if count <= OWN_ADDRESSES {
             let missing = own.is_empty() && !unidentified;
             let wanted = Wanted::new(pod, &own, found, compiled, on_deny, self.ranges);
-            let why = missing.then(|| crate::pods::NO_ADDRESS.to_owned());
+            notes.extend(missing.then(|| crate::pods::NO_ADDRESS.to_owned()));
+            let why = (!notes.is_empty()).then(|| notes.join("; "));
             return Plan::Enforce(Box::new(wanted), why);
         }
         let why = format!(
@@ -112,9 +136,6 @@ impl Reconciler {
 }
 
 /// The interface's name, or its index when it has gone.
-fn interface_name(ifindex: u32) -> String {
-    nix::net::if_::if_indextoname(ifindex).map_or_else(
-        |_| ifindex.to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+fn title_of(ifindex: u32) -> String {
+    interface_name(ifindex).unwrap_or_else(|| ifindex.to_string())
 }

@@ -1,6 +1,7 @@
 //! What must be so before anything is loaded.
 
 use anyhow::{Context as _, Result, bail};
+use egress_common::limits::INTERFACES;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::SourceOptions;
@@ -32,13 +33,33 @@ pub(super) fn check_privileges(source: &SourceOptions) -> Result<()> {
     );
 }
 
-/// Lets the process open as many files as it may: each enforced pod takes two for its maps, and some
-/// more while its policy changes. Many systems begin with 1,024, though far more are allowed.
+/// Files that an enforced pod takes: its maps, the socket of its interface, and as many more while its
+/// policy changes and it is attached to.
+const FILES_PER_POD: u64 = 8;
+
+/// Lets the process open as many files as the most pods take, or as many as it may. Many systems begin
+/// with 1,024, though far more are allowed.
 pub(super) fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "cannot raise the limit of open files; it limits how many pods fit");
+    const WANTED: u64 = INTERFACES as u64 * FILES_PER_POD;
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| {
+        // Beyond the hard limit goes who has CAP_SYS_RESOURCE.
+        if most < WANTED && setrlimit(Resource::RLIMIT_NOFILE, WANTED, WANTED).is_ok() {
+            return Ok(WANTED);
+        }
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        Ok(most)
+    });
+    match raised {
+        Ok(files) if files < WANTED => tracing::warn!(
+            files,
+            wanted = WANTED,
+            pods = files / FILES_PER_POD,
+            "the limit of open files (ulimit -n) allows fewer pods than the agent can enforce"
+        ),
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit of open files; it limits how many pods fit");
+        }
     }
 }
 

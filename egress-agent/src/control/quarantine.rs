@@ -28,6 +28,7 @@ pub(super) fn stand_in(interface: &str) -> (PodKey, Pod) {
         interface: Some(interface.to_owned()),
         cgroup_uid: None,
         addresses: Vec::new(),
+        further: Vec::new(),
         annotations: BTreeMap::new(),
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,

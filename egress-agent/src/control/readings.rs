@@ -117,6 +117,11 @@ impl Readings {
         &self.settings
     }
 
+    /// The policy of a pod that is closed because of its other interfaces.
+    pub(super) fn refused(&self) -> Arc<Compiled> {
+        Arc::new(policy::refused(&self.settings))
+    }
+
     /// The policy of what is not known yet.
     pub(super) fn unidentified(&self) -> Arc<Compiled> {
         Arc::new(policy::unidentified(&self.settings))

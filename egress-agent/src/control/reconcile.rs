@@ -7,16 +7,24 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
+
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
     enforced::{Enforced, PodKey},
     events,
+    exits::PodExits,
+    hooks::Hooks,
+    own::Owners,
     place::{Place, Places},
     plan::Plan,
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    taps::SeenFirst,
+    trust::Trust,
+    unjudged::Unjudged,
     waiting::Waiting,
 };
 use crate::{
@@ -26,7 +34,7 @@ use crate::{
     pods::{Facts, Snapshot},
     policy::Compiled,
     report::PodIdentity,
-    serve::Board,
+    serve::{Board, Existing},
 };
 
 /// Compares and changes.
@@ -40,12 +48,24 @@ pub(super) struct Reconciler {
     /// Both together.
     pub(super) config: Config,
     pub(super) places: Places,
+    /// Whose addresses are known.
+    pub(super) owners: Owners,
+    /// Interfaces of pods that nobody can enforce.
+    pub(super) exits: PodExits,
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
+    pub(super) hooks: Hooks,
+    seen_first: SeenFirst,
     answers: Answers,
-    /// Whether no agent was here before, so that pods may have connections that nobody judged.
-    pub(super) first_start: bool,
+    /// Where pods may have connections that nobody judged.
+    pub(super) unjudged: Unjudged,
+    /// Whether those that pods have opened go on.
+    pub(super) trust: Trust,
+    /// Whether `trust` counts: until the pods have been dealt with that were there at the start.
+    pub(super) trusting: bool,
+    /// How many connections from before went on.
+    pub(super) existing: Existing,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
     pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
@@ -81,17 +101,27 @@ impl Reconciler {
             .into_iter()
             .max()
             .map_or(1, |last| last + 1);
+        let left = adoptable.values().flat_map(|left| &left.interfaces);
+        let left = left.map(|&(ifindex, _)| ifindex).collect();
+        let unjudged = Unjudged::new(places.has_quarantine(), left);
         Ok(Self {
+            hooks: Hooks::new(datapath.probes()?),
+            seen_first: SeenFirst::open()?,
             datapath,
             gate,
             configured: config.clone(),
             facts: Facts::default(),
             config: config.clone(),
             places,
+            owners: Owners::default(),
+            exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
             answers: Answers::default(),
-            first_start: adoptable.is_empty(),
+            unjudged,
+            trust: Trust::claim(config),
+            trusting: true,
+            existing: Existing::default(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
@@ -117,7 +147,10 @@ impl Reconciler {
         let began = Instant::now();
         self.learn_facts(&source.facts).await;
         let (snapshot, places) = self.look_around(source);
+        self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
+        self.exits.begin(snapshot, &places);
+        self.note_owners(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
             let said = saying
@@ -131,6 +164,9 @@ impl Reconciler {
         let unseen = self.answers.problem(self.gate.stats());
         if let Some(what) = unseen {
             saying.insert("DNS".to_owned(), what.to_owned());
+        }
+        if let Some(problem) = self.settle_neighbours() {
+            saying.insert("link-local addresses".to_owned(), problem);
         }
         self.readings.retain(snapshot);
         let gone: Vec<PodKey> = self
@@ -182,6 +218,9 @@ impl Reconciler {
                 }
                 Plan::Leave(why) => {
                     leaving.push(key);
+                    if let (None, Place::Found(found)) = (&why, place) {
+                        self.unjudged.leave(&found.interfaces);
+                    }
                     why
                 }
                 Plan::Keep(why) => {
@@ -230,6 +269,9 @@ impl Reconciler {
                 self.remove(key).await;
             }
         }
+        self.check_hooks().await;
+        self.seen_first.look();
+        saying.extend(self.seen_first.of_node());
         for key in snapshot.pods.keys() {
             let problem = self.readings.problem(key);
             let unseen = unseen.filter(|_| self.enforced.contains_key(key));
@@ -237,6 +279,8 @@ impl Reconciler {
                 .into_iter()
                 .chain(complaints.remove(key))
                 .chain(unseen.map(str::to_owned))
+                .chain(self.bypassed(key).map(str::to_owned))
+                .chain(self.seen_first(key))
                 .collect();
             if complaints.is_empty() {
                 continue;
@@ -259,7 +303,7 @@ impl Reconciler {
         self.say(saying);
         self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
-        self.first_start &= source.unreadable;
+        self.trusting &= source.unreadable;
     }
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.
@@ -399,6 +443,14 @@ impl Reconciler {
             }
         }
         self.said = saying;
+    }
+
+    /// What sees an enforced pod's packets before they are judged.
+    fn seen_first(&self, key: &PodKey) -> Vec<String> {
+        let enforced = self.enforced.get(key);
+        enforced.map_or_else(Vec::new, |enforced| {
+            self.seen_first.of(&enforced.wanted.interfaces)
+        })
     }
 
     /// Tells the denial reader of a pod, or of its new policy.

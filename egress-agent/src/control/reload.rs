@@ -52,6 +52,11 @@ impl Reconciler {
 fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
     [
         ("node", now.node == next.node),
+        (
+            "existingConnections",
+            now.existing_connections == next.existing_connections,
+        ),
+        ("stateDir", now.state_dir == next.state_dir),
         ("bpffs", now.bpffs == next.bpffs),
         ("limits", now.limits == next.limits),
         ("cluster", now.cluster == next.cluster),
@@ -76,6 +81,8 @@ mod tests {
         let now = read("");
         assert_eq!(fixed_key(&now, &read("onDeny: reject")), None);
         assert_eq!(fixed_key(&now, &read("bpffs: /elsewhere")), Some("bpffs"));
+        let trust = read("existingConnections: trust");
+        assert_eq!(fixed_key(&now, &trust), Some("existingConnections"));
         let limits = read("limits: {addressesPerPod: 7}");
         assert_eq!(fixed_key(&now, &limits), Some("limits"));
     }

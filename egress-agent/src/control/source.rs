@@ -1,6 +1,7 @@
 //! Where this agent's pods come from.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -8,9 +9,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
-use super::{SourceOptions, place::Places};
+use super::{SourceOptions, arrivals::Arrivals, named::Named, place::Places, sights::Sights};
 use crate::{
     config::Config,
+    datapath::{Adoptable, Datapath},
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
@@ -110,18 +112,27 @@ impl Source {
 }
 
 impl Watched {
-    /// How the pods of this source are found on this machine.
+    /// How the pods of this source are found on this machine. `left` is what an earlier agent left
+    /// enforced; `arrivals` are interfaces that are to be left alone at first.
     ///
     /// # Errors
     ///
     /// When this machine cannot be looked at.
-    pub(super) fn places(&self, config: &Config) -> Result<Places> {
+    pub(super) fn places(
+        &self,
+        config: &Config,
+        datapath: &Datapath,
+        left: &BTreeMap<u32, Adoptable>,
+        arrivals: Option<Arrivals>,
+    ) -> Result<Places> {
+        let host = Host::open(HostOptions::default());
+        let host = host.context("cannot look at this machine's pods")?;
         match self {
-            Self::Directory(_) => Ok(Places::named()),
+            Self::Directory(_) => Ok(Places::named(host, Named::new(left.values()))),
             Self::Cluster(_) => {
-                let host = Host::open(HostOptions::default())
-                    .context("cannot look at this machine's pods")?;
-                Ok(Places::on_host(host, config.quarantine.clone()))
+                let sights = Sights::inherit(datapath, left.values())?;
+                let quarantine = config.quarantine.clone();
+                Ok(Places::on_host(host, quarantine, arrivals, sights))
             }
         }
     }

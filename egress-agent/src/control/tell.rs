@@ -77,6 +77,9 @@ impl Reconciler {
                 .map(|(about, what)| (about.clone(), what.clone()))
                 .collect(),
             settings: Some(self.readings.settings().clone()),
+            existing: self.existing,
+            trusted: self.trust.is_given(),
+            trust: self.trust.to_string(),
             incomplete: snapshot.unreadable,
             cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,
@@ -100,12 +103,19 @@ impl Reconciler {
             },
             host_network: pod.host_network,
             quarantined: quarantine::is_quarantined(key),
-            attached: enforced.map(|enforced| attached(enforced, before)),
+            attached: enforced.map(|enforced| Attached {
+                bypassed: self.bypassed(key).is_some(),
+                ..attached(enforced, before)
+            }),
             compiled: compiled.cloned(),
             written: read
                 .map(|(_, written, _)| Arc::clone(written))
                 .unwrap_or_default(),
             unreadable: read.is_some_and(|(.., unreadable)| unreadable),
+            exits: enforced
+                .and(self.exits.last(key))
+                .cloned()
+                .unwrap_or_default(),
             problem: self.said.get(&title(key)).cloned(),
         }
     }
@@ -123,5 +133,6 @@ fn attached(enforced: &Enforced, before: Option<&PodState>) -> Attached {
         version: enforced.version,
         since,
         interfaces: enforced.wanted.interfaces.clone(),
+        bypassed: false,
     }
 }

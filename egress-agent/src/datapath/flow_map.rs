@@ -3,15 +3,20 @@
 use std::collections::HashSet;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{HashMap, MapData};
+use aya::maps::{HashMap, MapData, MapError};
 use egress_common::{
     address::Address,
     flow::{is_alive, is_open},
     limits::FLOW_ENTRIES,
-    records::{FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey},
+    records::{
+        FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey, UNJUDGED,
+    },
 };
 
 use super::{AllowError, policies::gone};
+
+/// `BPF_NOEXIST`: insert, and replace nothing.
+const NOEXIST: u64 = 1;
 
 /// Handle on one pod's flows.
 pub struct FlowMap(pub(super) HashMap<MapData, FlowKey, Flow>);
@@ -34,8 +39,20 @@ pub struct Seed {
     pub pod: (Address, u16),
     /// The other side's.
     pub peer: (Address, u16),
-    /// Whether the other side opened it.
-    pub inbound: bool,
+    /// What becomes of it.
+    pub state: SeedState,
+}
+
+/// What becomes of a connection that was open before anybody looked at its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SeedState {
+    /// The other side opened it, so the pod may answer.
+    Inbound,
+    /// The pod opened it, and it counts as admitted by this policy.
+    Admitted(u32),
+    /// The pod opened it, and the next packet that it sends is judged. Until then nothing that the
+    /// other side sends makes it look as if that had opened it.
+    Unjudged,
 }
 
 impl FlowMap {
@@ -72,13 +89,13 @@ impl FlowMap {
         Ok(open)
     }
 
-    /// Takes a connection for one that both sides have spoken on, and that a policy admitted if the
-    /// pod opened it.
+    /// Takes a connection for one that both sides have spoken on. A flow that is known already stays as
+    /// it is; returns whether it was not.
     ///
     /// # Errors
     ///
     /// When the map is full or cannot be written.
-    pub fn seed(&mut self, seed: &Seed, policy: u32, now_ns: u64) -> Result<()> {
+    pub fn seed(&mut self, seed: &Seed, now_ns: u64) -> Result<bool> {
         let key = FlowKey {
             pod_addr: seed.pod.0,
             peer_addr: seed.peer.0,
@@ -88,16 +105,48 @@ impl FlowMap {
             kind: FLOW_KEY_FLOW,
             pad: 0,
         };
+        let (state, policy) = match seed.state {
+            SeedState::Inbound => (FLOW_IN, UNJUDGED),
+            SeedState::Admitted(policy) => (FLOW_OUT, policy),
+            SeedState::Unjudged => (FLOW_OUT, UNJUDGED),
+        };
         let flow = Flow {
             last_seen_ns: now_ns,
             policy,
-            state: if seed.inbound { FLOW_IN } else { FLOW_OUT },
+            state,
             seen: FLOW_SEEN_IN | FLOW_SEEN_OUT,
             pad: 0,
         };
-        self.0
-            .insert(key, flow, 0)
-            .context("cannot write a pod's flows")
+        self.add(&key, flow)
+    }
+
+    /// Takes over the flows that others have opened towards the pod, and that another map remembers.
+    /// Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// When this map is full, or one of the two cannot be read or written.
+    pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
+        let mut taken = 0;
+        for (key, flow) in other.entries()? {
+            if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
+                taken += usize::from(self.add(&key, flow)?);
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Adds a flow unless it is known. Returns whether it was not.
+    fn add(&mut self, key: &FlowKey, flow: Flow) -> Result<bool> {
+        match self.0.insert(key, flow, NOEXIST) {
+            Ok(()) => Ok(true),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error).context("cannot write a pod's flows"),
+        }
     }
 
     /// Forgets flows that have been idle for too long, and gives each destination of a flow that

@@ -4,25 +4,11 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, LinkError, PinnedLink},
-        tc::{
-            NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
-            qdisc_detach_program,
-        },
-    },
-    sys::SyscallError,
+    programs::{SchedClassifier, TcAttachType},
     util::KernelVersion,
 };
 
-use super::{Datapath, pins::remove_if_there};
-
-/// Priority of the clsact filters: before everybody else's.
-const CLSACT_PRIORITY: u16 = 1;
-/// The minor part of their handles: not the 1 that everybody takes first, because a filter under
-/// the same priority and handle is replaced.
-const CLSACT_HANDLE: u16 = 0xe9e0;
+use super::{Datapath, clsact, tcx};
 
 /// How programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,7 +42,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
+    /// Both, in the order in which they are attached.
+    pub const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
 
     pub(super) const fn program(self) -> &'static str {
         match self {
@@ -65,12 +52,23 @@ impl Hook {
         }
     }
 
-    const fn attach_type(self) -> TcAttachType {
+    pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::FromPod => TcAttachType::Ingress,
             Self::ToPod => TcAttachType::Egress,
         }
     }
+}
+
+/// Where one of the programs stands on an interface's hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// In front of all others.
+    First,
+    /// Behind what the text describes.
+    Behind(String),
+    /// It is not there.
+    Missing,
 }
 
 impl Datapath {
@@ -89,8 +87,8 @@ impl Datapath {
         // message twice, and the second time nobody would know its mark.
         let links = self.layout.links();
         match self.attach {
-            Attach::Clsact => detach_tcx(&links, ifindex),
-            Attach::Auto | Attach::Tcx => detach_clsact(&links, ifindex),
+            Attach::Clsact => tcx::detach(&links, ifindex),
+            Attach::Auto | Attach::Tcx => clsact::detach(&links, ifindex),
         }
     }
 
@@ -113,11 +111,7 @@ impl Datapath {
         let links = self.layout.links();
         // A link whose pin is removed is detached when the kernel gets round to it; one whose last
         // descriptor is closed, at once.
-        let held = Hook::BOTH
-            .iter()
-            .rev()
-            .map(|hook| pinned(&links.join(format!("{ifindex}_{}", hook.program()))))
-            .collect::<Result<Vec<_>>>()?;
+        let held = tcx::links(&links, ifindex)?;
         detach(&links, ifindex)?;
         drop(held);
         Ok(())
@@ -150,81 +144,34 @@ impl Datapath {
         Ok(program.try_into()?)
     }
 
-    fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
-        let pin = self
-            .layout
-            .links()
-            .join(format!("{ifindex}_{}", hook.program()));
-        let program = self.program(hook)?;
-        if let Some(link) = pinned(&pin)? {
-            match program.attach_to_link(SchedClassifierLink::try_from(link)?) {
-                Ok(id) => {
-                    // The pin keeps the link; ours is only a second handle.
-                    drop(program.take_link(id)?);
-                    return Ok(());
-                }
-                // The link outlived its device: the index belongs to a new one now.
-                Err(error) if is_defunct(&error) => remove_if_there(&pin)?,
-                Err(error) => return Err(error.into()),
-            }
+    /// Where one of the programs stands on an interface's hook.
+    ///
+    /// # Errors
+    ///
+    /// When the interface does not exist or the kernel does not answer.
+    pub fn standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
+        if self.attach != Attach::Clsact {
+            return self.tcx_standing(ifindex, hook);
         }
-        let name = interface_name(ifindex)?;
-        let id = program.attach_with_options(
-            &name,
-            hook.attach_type(),
-            TcAttachOptions::TcxOrder(LinkOrder::first()),
-        )?;
-        let link: FdLink = program.take_link(id)?.try_into()?;
-        link.pin(&pin)
-            .with_context(|| format!("cannot pin {}", pin.display()))?;
-        Ok(())
+        // tcx programs run before every filter. Kernels without tcx refuse the question.
+        let before = tcx::programs(ifindex, hook).unwrap_or_default();
+        match before.first() {
+            Some((_, name)) => Ok(Standing::Behind(format!("the tcx program `{name}`"))),
+            None => self.clsact_standing(ifindex, hook),
+        }
     }
 
-    fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
-        let name = interface_name(ifindex)?;
-        // Fails when the qdisc is there already; a real fault shows when the filter is added.
-        let _ = qdisc_add_clsact(&name);
-        // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
-        let note = self.layout.links().join(format!("{ifindex}_clsact"));
-        if let Err(error) = fs::create_dir(&note)
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(error).with_context(|| format!("cannot create {}", note.display()));
+    /// Puts one of the programs in front of all others on an interface's hook, with no packet
+    /// unjudged meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When there is a program that nothing can be put in front of, or the kernel refuses.
+    pub fn come_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+        match self.attach {
+            Attach::Clsact => self.clsact_first(ifindex, hook),
+            Attach::Auto | Attach::Tcx => self.tcx_first(ifindex, hook),
         }
-        let handle = TcHandle::new(
-            0,
-            match hook {
-                Hook::FromPod => CLSACT_HANDLE + 1,
-                Hook::ToPod => CLSACT_HANDLE + 2,
-            },
-        );
-        let program = self.program(hook)?;
-        let options = NlOptions {
-            priority: CLSACT_PRIORITY,
-            handle,
-            ..NlOptions::default()
-        };
-        let attached = program.attach_with_options(
-            &name,
-            hook.attach_type(),
-            TcAttachOptions::Netlink(options),
-        );
-        let id = if let Ok(id) = attached {
-            id
-        } else {
-            // An earlier agent's filter: put our program in its place.
-            let link = SchedClassifierLink::attached(
-                &name,
-                hook.attach_type(),
-                CLSACT_PRIORITY,
-                handle,
-                None,
-            )?;
-            program.attach_to_link(link)?
-        };
-        // Dropping the link would remove the filter; it is removed by name (see `detach`).
-        std::mem::forget(program.take_link(id)?);
-        Ok(())
     }
 }
 
@@ -238,37 +185,8 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
 }
 
 fn detach(links: &Path, ifindex: u32) -> Result<()> {
-    detach_tcx(links, ifindex)?;
-    detach_clsact(links, ifindex)
-}
-
-fn detach_tcx(links: &Path, ifindex: u32) -> Result<()> {
-    for hook in Hook::BOTH {
-        remove_if_there(&links.join(format!("{ifindex}_{}", hook.program())))?;
-    }
-    Ok(())
-}
-
-fn detach_clsact(links: &Path, ifindex: u32) -> Result<()> {
-    let note = links.join(format!("{ifindex}_clsact"));
-    if !note.exists() {
-        return Ok(());
-    }
-    if let Ok(name) = interface_name(ifindex) {
-        for hook in Hook::BOTH {
-            match qdisc_detach_program(&name, hook.attach_type(), hook.program()) {
-                Ok(()) => {}
-                Err(aya::programs::tc::TcError::IoError(error))
-                    if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    return Err(error).with_context(|| {
-                        format!("cannot detach `{}` from interface {name}", hook.program())
-                    });
-                }
-            }
-        }
-    }
-    fs::remove_dir(&note).with_context(|| format!("cannot remove {}", note.display()))
+    tcx::detach(links, ifindex)?;
+    clsact::detach(links, ifindex)
 }
 
 fn attached(links: &Path) -> Result<Vec<u32>> {
@@ -292,35 +210,4 @@ fn attached(links: &Path) -> Result<Vec<u32>> {
     interfaces.sort_unstable();
     interfaces.dedup();
     Ok(interfaces)
-}
-
-fn pinned(path: &Path) -> Result<Option<FdLink>> {
-    match PinnedLink::from_pin(path) {
-        Ok(link) => Ok(Some(link.into())),
-        Err(LinkError::SyscallError(SyscallError { io_error, .. }))
-            if io_error.kind() == io::ErrorKind::NotFound =>
-        {
-            Ok(None)
-        }
-        Err(error) => {
-            Err(error).with_context(|| format!("cannot open the pinned link {}", path.display()))
-        }
-    }
-}
-
-/// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
-/// kernel/bpf/tcx.c).
-fn is_defunct(error: &ProgramError) -> bool {
-    matches!(
-        error,
-        ProgramError::SyscallError(SyscallError { io_error, .. })
-            if io_error.raw_os_error() == Some(libc::ENOLINK)
-    )
-}
-
-fn interface_name(ifindex: u32) -> Result<String> {
-    let name = nix::net::if_::if_indextoname(ifindex)
-        .with_context(|| format!("there is no interface with index {ifindex}"))?;
-    name.into_string()
-        .context("the interface's name is not UTF-8")
 }

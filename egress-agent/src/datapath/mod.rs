@@ -2,18 +2,24 @@
 
 mod allow;
 mod bpffs;
+mod clsact;
 mod counters;
 mod dry_run;
 mod flow_map;
+mod ingress;
 mod inner;
 mod interfaces;
+mod link_owners;
 mod links;
 mod object;
 mod outer;
 mod pins;
 mod policies;
+mod probes;
 mod rings;
+mod tcx;
 mod trace;
+mod traffic_control;
 mod view;
 
 use std::time::Duration;
@@ -22,13 +28,15 @@ pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed};
+pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState};
 pub use interfaces::{Adoptable, InterfaceMap};
-pub use links::{Attach, Hook};
+pub use link_owners::LinkOwners;
+pub use links::{Attach, Hook, Standing};
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
+pub use probes::ProbeMap;
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use trace::TraceLog;
 pub use view::View;

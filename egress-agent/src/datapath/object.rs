@@ -14,12 +14,12 @@ use aya_obj::Object;
 use egress_common::{
     address::Address,
     limits::DNS_PORTS,
-    records::{DnsPorts, Identity, Interface, Meter, Policy, Range},
+    records::{DnsPorts, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
 use super::{
-    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, bpffs, inner::Templates,
-    interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
+    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, ProbeMap, bpffs,
+    inner::Templates, interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
 };
 
 /// The compiled programs.
@@ -35,11 +35,15 @@ const SHARED_MAPS: &[&str] = &[
     "flows",
     "ranges",
     "dns_ports",
+    "tunnels",
+    "link_owners",
+    "link_locals",
     "meters",
     "counters",
     "held",
     "denials",
     "gate_awake",
+    "probes",
 ];
 
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
@@ -74,6 +78,16 @@ pub struct Marks {
     pub bounce: u32,
     /// On its way from the pod, to be judged once more.
     pub again: u32,
+    /// To be counted, and to go nowhere.
+    pub probe: u32,
+}
+
+/// What the programs are loaded with.
+#[derive(Clone, Copy, Debug)]
+struct Constants {
+    marks: Marks,
+    trace: bool,
+    coarse_clock: bool,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -89,8 +103,11 @@ pub struct Datapath {
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
     dns_ports: Array<MapData, DnsPorts>,
+    tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
-    marks: Marks,
+    constants: Constants,
+    /// The programs once more, for [`Datapath::stand_in`].
+    stand_in: Option<Ebpf>,
 }
 
 impl Datapath {
@@ -113,38 +130,16 @@ impl Datapath {
             deliver: random_mark()?,
             bounce: random_mark()?,
             again: random_mark()?,
+            probe: random_mark()?,
         };
-        let trace = u8::from(options.trace);
         let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
-            .map(u8::from)
             .context("cannot find out which clocks the kernel offers")?;
-        let mut loader = EbpfLoader::new();
-        loader
-            .override_global("DELIVER_MARK", &marks.deliver, true)
-            .override_global("BOUNCE_MARK", &marks.bounce, true)
-            .override_global("AGAIN_MARK", &marks.again, true)
-            .override_global("TRACE", &trace, true)
-            .override_global("COARSE_CLOCK", &coarse_clock, true);
-        for &name in SHARED_MAPS {
-            loader.map_pin_path(name, layout.map(name));
-        }
-        let mut ebpf = loader
-            .load(OBJECT)
-            .context("the kernel does not take the eBPF object")?;
-        for name in ["from_pod", "to_pod"] {
-            let program: &mut SchedClassifier = ebpf
-                .program_mut(name)
-                .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
-                .try_into()?;
-            load(program)
-                .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
-            let info = program.info()?;
-            tracing::debug!(
-                program = name,
-                verified_instructions = info.verified_instruction_count(),
-                "loaded"
-            );
-        }
+        let constants = Constants {
+            marks,
+            trace: options.trace,
+            coarse_clock,
+        };
+        let mut ebpf = load_object(&layout, &constants)?;
 
         let interfaces = open(&layout, "interfaces")?;
         let templates = Templates::new(OBJECT, &interfaces.info()?)?;
@@ -158,16 +153,38 @@ impl Datapath {
             identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
             ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
             dns_ports: Array::try_from(take(&mut ebpf, "dns_ports")?)?,
+            tunnels: HashMap::try_from(take(&mut ebpf, "tunnels")?)?,
             bpffs: options.bpffs.clone(),
             layout,
             ebpf,
-            marks,
+            constants,
+            stand_in: None,
         })
     }
 
     /// Marks of the frames that the gate puts back.
     pub fn marks(&self) -> Marks {
-        self.marks
+        self.constants.marks
+    }
+
+    /// The same programs, loaded a second time: the kernel does not attach one program twice to a
+    /// hook. They stay loaded.
+    pub(super) fn stand_in(&mut self) -> Result<&mut Ebpf> {
+        let loaded = match self.stand_in.take() {
+            Some(loaded) => loaded,
+            None => load_object(&self.layout, &self.constants)?,
+        };
+        Ok(self.stand_in.insert(loaded))
+    }
+
+    /// A handle on the counts of probes.
+    ///
+    /// # Errors
+    ///
+    /// When the pin cannot be opened.
+    pub fn probes(&self) -> Result<ProbeMap> {
+        let map = open(&self.layout, "probes")?;
+        Ok(ProbeMap::new(HashMap::try_from(Map::HashMap(map))?))
     }
 
     /// Mount point of the BPF file system.
@@ -246,6 +263,29 @@ impl Datapath {
         self.set_dns_ports([next, [0; DNS_PORTS]])
     }
 
+    /// Replaces what needs an address entry to internal addresses. New kinds are written before old
+    /// ones go, so that none is open in between.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_tunnels(&mut self, tunnels: &[TunnelKey]) -> Result<()> {
+        for key in tunnels {
+            self.tunnels
+                .insert(key, Tunnel { closed: 1 }, 0)
+                .context("cannot write the map `tunnels`")?;
+        }
+        let known: Vec<TunnelKey> = self
+            .tunnels
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `tunnels`")?;
+        for key in known.iter().filter(|key| !tunnels.contains(key)) {
+            gone(self.tunnels.remove(key)).context("cannot write the map `tunnels`")?;
+        }
+        Ok(())
+    }
+
     fn set_dns_ports(&mut self, ports: [[u16; DNS_PORTS]; 2]) -> Result<()> {
         self.dns_ports
             .set(0, DnsPorts { ports }, 0)
@@ -322,6 +362,45 @@ fn check_kernel(kernel: KernelVersion) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Loads the object and its programs.
+fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
+    let Constants {
+        marks,
+        trace,
+        coarse_clock,
+    } = constants;
+    let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("DELIVER_MARK", &marks.deliver, true)
+        .override_global("BOUNCE_MARK", &marks.bounce, true)
+        .override_global("AGAIN_MARK", &marks.again, true)
+        .override_global("PROBE_MARK", &marks.probe, true)
+        .override_global("TRACE", &trace, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true);
+    for &name in SHARED_MAPS {
+        loader.map_pin_path(name, layout.map(name));
+    }
+    let mut ebpf = loader
+        .load(OBJECT)
+        .context("the kernel does not take the eBPF object")?;
+    for name in ["from_pod", "to_pod"] {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(name)
+            .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
+            .try_into()?;
+        load(program)
+            .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
+        let info = program.info()?;
+        tracing::debug!(
+            program = name,
+            verified_instructions = info.verified_instruction_count(),
+            "loaded"
+        );
+    }
+    Ok(ebpf)
 }
 
 /// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then

@@ -200,6 +200,19 @@ impl Datapath {
         pins.replace("allow", &allow)
     }
 
+    /// A policy's record; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn policy(&self, id: u32) -> Result<Option<Policy>> {
+        match self.policies.get(&id, 0) {
+            Ok(policy) => Ok(Some(policy)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("cannot read the map `policies`"),
+        }
+    }
+
     /// A policy that an earlier agent made, when it is exactly this one.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
-    records::{AllowEntry, AllowKey, Policy, Range},
+    records::{AllowEntry, AllowKey, Policy, Range, Tunnel, TunnelKey},
     translation::embedded_v4,
     verdict::{Destination, Translated},
 };
@@ -23,6 +23,7 @@ use super::{
 pub struct View {
     policies: HashMap<MapData, u32, Policy>,
     ranges: LpmTrie<MapData, Address, Range>,
+    tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     outer: Arc<OuterMaps>,
 }
 
@@ -36,8 +37,14 @@ impl Datapath {
         Ok(View {
             policies: Map::HashMap(open(&self.layout, "policies")?).try_into()?,
             ranges: Map::LpmTrie(open(&self.layout, "ranges")?).try_into()?,
+            tunnels: Map::HashMap(open(&self.layout, "tunnels")?).try_into()?,
             outer: Arc::clone(&self.outer),
         })
+    }
+
+    /// Whether attaching to an interface takes up the one qdisc that filters can hang on.
+    pub fn needs_qdisc(&self) -> bool {
+        self.attach == Attach::Clsact
     }
 
     /// How programs are attached, as one word.
@@ -59,6 +66,16 @@ impl View {
         found(self.policies.get(&policy, 0)).context("cannot read the map `policies`")
     }
 
+    /// What needs an address entry to internal addresses.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn tunnels(&self) -> Result<Vec<TunnelKey>> {
+        let tunnels: Result<_, _> = self.tunnels.keys().collect();
+        tunnels.context("cannot read the map `tunnels`")
+    }
+
     /// What kind of address this is on this node.
     ///
     /// # Errors
@@ -71,7 +88,7 @@ impl View {
     }
 
     /// What the maps say about a destination under a policy, and when it expires if it was learned:
-    /// what `from_pod` looks up for a packet.
+    /// what `from_pod` looks up for a packet, but for whether that is a tunnel's ([`Self::tunnels`]).
     ///
     /// # Errors
     ///

@@ -170,7 +170,7 @@ impl<'a> Judge<'a> {
         }
         if let Err(error) = self.learn(&answer, found.as_ref()) {
             if !matches!(error, AllowError::Full) {
-                tracing::error!(pod = %self.name(), name = %answer.name, %error, "answer not delivered");
+                self.learned.failures.add(error);
             }
             self.means
                 .reporter
@@ -178,6 +178,13 @@ impl<'a> Judge<'a> {
             return false;
         }
         true
+    }
+
+    /// Reports a message that could not wait for the pod's turn.
+    pub(super) fn not_held(&self, packet: &Packet) {
+        self.means
+            .reporter
+            .report(self.denied(packet, Reason::DnsNotHeld, None));
     }
 
     /// The name that the resolver has found in place of the asked one, by walking a search list.

@@ -9,7 +9,7 @@ use std::{collections::HashSet, sync::Arc};
 use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
-use super::{Enforcement, eviction::Eviction, learned_address::Learned};
+use super::{Enforcement, eviction::Eviction, learned_address::Learned, tally::Tally};
 use crate::{
     datapath::{AllowError, AllowMap, OpenFlows},
     dns::Name,
@@ -70,6 +70,27 @@ pub(super) struct Table {
     /// No entry changes by itself before this.
     next_change_ns: u64,
     eviction: Eviction,
+    pub(super) failures: Failures,
+}
+
+/// Failures to write the allow map, other than that it is full, and what the kernel last said.
+#[derive(Default)]
+pub(super) struct Failures {
+    times: Tally,
+    last: Option<AllowError>,
+}
+
+impl Failures {
+    pub(super) fn add(&mut self, error: AllowError) {
+        self.times.add(1);
+        self.last = Some(error);
+    }
+
+    /// What is to be told of them now.
+    pub(super) fn due(&mut self, now_ns: u64) -> Option<(u64, Option<AllowError>)> {
+        let times = self.times.due(now_ns)?;
+        Some((times, self.last.take()))
+    }
 }
 
 impl Table {
@@ -81,6 +102,7 @@ impl Table {
             unlisted: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
+            failures: Failures::default(),
         }
     }
 

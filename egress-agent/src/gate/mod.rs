@@ -14,6 +14,8 @@
 //! anything but its ring and its commands, takes no lock that the control side holds, and does no
 //! input or output but map updates and sending frames.
 
+mod backlog;
+mod budget;
 mod checksum;
 mod eviction;
 mod fragments;
@@ -24,12 +26,16 @@ mod learned;
 mod learned_address;
 mod pending;
 mod pod;
+mod probe;
 mod quarantine;
 mod reply;
 mod run;
+mod share;
 mod stats;
 mod stream;
+mod tally;
 mod teachings;
+mod turns;
 mod wire;
 
 use std::{
@@ -52,6 +58,8 @@ use crate::{
     report::{PodIdentity, Reporter},
 };
 
+use budget::Budget;
+pub use probe::Probe;
 pub use stats::{Direction, Outcome, Stats, Transport};
 pub use teachings::{About, Resolved, Teachings};
 
@@ -161,6 +169,11 @@ enum Command {
         dns: DnsSettings,
         done: oneshot::Sender<Result<()>>,
     },
+    /// Send probes on interfaces.
+    Probe {
+        probes: Vec<Probe>,
+        sent: oneshot::Sender<Vec<bool>>,
+    },
     /// End the thread.
     Stop,
 }
@@ -200,9 +213,10 @@ impl Gate {
             pod::Shared {
                 wire,
                 means: judge::Means::new(dns, reporter, Arc::clone(&stats)),
-                streams: stream::Budget::default(),
-                fragments: fragments::Budget::default(),
-                quarantine: quarantine::Quarantine::default(),
+                streams: Budget::new(stream::LIMITS),
+                fragments: Budget::new(fragments::LIMITS),
+                backlog: Budget::new(backlog::LIMITS),
+                quarantine: quarantine::Quarantine::new(),
             },
         );
         let thread = std::thread::Builder::new()
@@ -288,6 +302,19 @@ impl Gate {
     /// When the gate is gone.
     pub async fn configure(&self, dns: DnsSettings) -> Result<()> {
         self.ask(|done| Command::Configure { dns, done }).await
+    }
+
+    /// Sends probe frames. Returns of each whether it went out.
+    ///
+    /// # Errors
+    ///
+    /// When the gate is gone.
+    pub async fn probe(&self, probes: Vec<Probe>) -> Result<Vec<bool>> {
+        let (sent, result) = oneshot::channel();
+        self.send(Command::Probe { probes, sent })?;
+        result
+            .await
+            .map_err(|_| anyhow!("the gate's thread is gone"))
     }
 
     /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.

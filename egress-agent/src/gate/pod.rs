@@ -1,11 +1,13 @@
 //! One pod at the gate: what becomes of its questions and its answers.
 
 mod in_fragments;
+mod turn;
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use egress_common::{
+    address::Address,
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, MODE_AUDIT, POLICY_UNIDENTIFIED},
@@ -13,14 +15,18 @@ use egress_common::{
 
 use super::{
     About, Enforcement, Teachings,
+    backlog::Backlog,
+    budget::Budget,
     checksum::complete_udp,
-    fragments::{self, Fragments},
+    fragments::Fragments,
     judge::{Judge, Means},
     learned::Table,
     pending::Pending,
     quarantine::{Quarantine, as_sent},
     reply,
-    stream::{Budget, Out, Step, Streams, To},
+    share::Share,
+    stream::{Out, Step, Streams, To},
+    tally::Tally,
     wire::Wire,
 };
 use crate::{
@@ -33,7 +39,8 @@ pub(super) struct Shared {
     pub(super) wire: Wire,
     pub(super) means: Means,
     pub(super) streams: Budget,
-    pub(super) fragments: fragments::Budget,
+    pub(super) fragments: Budget,
+    pub(super) backlog: Budget,
     pub(super) quarantine: Quarantine,
 }
 
@@ -79,11 +86,22 @@ pub(super) struct Pod {
     learned: Table,
     streams: Streams,
     fragments: Fragments,
+    /// Of the gate's time.
+    share: Share,
+    backlog: Backlog,
+    tallies: Tallies,
+}
+
+/// What is told of a pod now and then.
+#[derive(Default)]
+struct Tallies {
+    segments_damaged: Tally,
+    fragments_late: Tally,
 }
 
 impl Pod {
     /// A pod that is new at the gate. What an earlier agent left in its allow map stays there.
-    pub(super) fn new(enforcement: Enforcement) -> Result<Self, AllowError> {
+    pub(super) fn new(enforcement: Enforcement, now_ns: u64) -> Result<Self, AllowError> {
         let mut learned = Table::new();
         learned.adopt(&enforcement.allow)?;
         Ok(Self {
@@ -92,12 +110,19 @@ impl Pod {
             learned,
             streams: Streams::new(),
             fragments: Fragments::new(),
+            share: Share::new(now_ns),
+            backlog: Backlog::default(),
+            tallies: Tallies::default(),
         })
     }
 
     /// From the next packet on, the pod's interfaces are under its policy.
-    pub(super) fn write_interfaces(&self, interfaces: &mut InterfaceMap) -> Result<()> {
-        self.enforcement.write_interfaces(interfaces)
+    pub(super) fn write_interfaces(
+        &self,
+        interfaces: &mut InterfaceMap,
+        wire: &mut Wire,
+    ) -> Result<()> {
+        self.enforcement.write_interfaces(interfaces, wire)
     }
 
     /// Its interfaces' indexes.
@@ -130,6 +155,7 @@ impl Pod {
         &mut self,
         mut next: Enforcement,
         interfaces: &mut InterfaceMap,
+        wire: &mut Wire,
     ) -> Result<()> {
         // The same version again is an earlier attempt that failed further on.
         let learned = (next.entry.policy != self.enforcement.entry.policy)
@@ -140,12 +166,13 @@ impl Pod {
             })
             .transpose()
             .context("cannot fill the allow map of the new policy")?;
-        next.write_interfaces(interfaces)?;
+        next.write_interfaces(interfaces, wire)?;
         if let Some(learned) = learned {
             self.learned = learned;
         }
         for ifindex in &self.enforcement.interfaces {
             if !next.interfaces.contains(ifindex) {
+                wire.detach(*ifindex, next.entry.pod);
                 interfaces.remove(*ifindex, next.entry.pod)?;
             }
         }
@@ -154,48 +181,95 @@ impl Pod {
     }
 
     /// Puts the pod's policy on other interfaces.
-    pub(super) fn move_to(&mut self, to: Vec<u32>, interfaces: &mut InterfaceMap) -> Result<()> {
+    pub(super) fn move_to(
+        &mut self,
+        to: Vec<u32>,
+        interfaces: &mut InterfaceMap,
+        wire: &mut Wire,
+    ) -> Result<()> {
         let from = std::mem::replace(&mut self.enforcement.interfaces, to);
-        self.enforcement.write_interfaces(interfaces)?;
+        self.enforcement.write_interfaces(interfaces, wire)?;
         for ifindex in from {
             if !self.enforcement.interfaces.contains(&ifindex) {
+                wire.detach(ifindex, self.enforcement.entry.pod);
                 interfaces.remove(ifindex, self.enforcement.entry.pod)?;
             }
         }
         Ok(())
     }
 
-    /// Forgets the interfaces' entries.
+    /// Forgets the interfaces' entries. Says how many of its messages had waited.
     pub(super) fn remove(
         mut self,
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
-    ) -> Result<()> {
+    ) -> (u64, Result<()>) {
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
-        for ifindex in self.enforcement.interfaces {
-            interfaces.remove(ifindex, self.enforcement.entry.pod)?;
+        let waited = self.backlog.clear(&mut shared.backlog);
+        let id = self.enforcement.entry.pod;
+        for ifindex in &self.enforcement.interfaces {
+            shared.wire.detach(*ifindex, id);
         }
-        Ok(())
+        let removed = self
+            .enforcement
+            .interfaces
+            .iter()
+            .try_for_each(|ifindex| interfaces.remove(*ifindex, id));
+        (waited, removed)
     }
 
     /// What has to be done from time to time.
-    pub(super) fn tick(&mut self, now_ns: u64) -> Result<(), AllowError> {
+    pub(super) fn tick(&mut self, shared: &mut Shared, now_ns: u64) {
         self.pending.sweep(now_ns);
-        self.learned.expire(&mut self.enforcement, now_ns)
+        if let Err(error) = self.learned.expire(&mut self.enforcement, now_ns) {
+            self.learned.failures.add(error);
+        }
+        self.tick_streams(shared, now_ns);
+        self.tick_fragments(shared, now_ns);
+        self.tell(now_ns);
     }
 
     /// See [`super::Gate::sweep`].
-    pub(super) fn sweep(
-        &mut self,
-        open: &std::collections::HashSet<egress_common::address::Address>,
-    ) -> Result<(), AllowError> {
-        self.learned
-            .sweep(&mut self.enforcement, open, boottime_ns())
+    pub(super) fn sweep(&mut self, open: &HashSet<Address>) {
+        let swept = self
+            .learned
+            .sweep(&mut self.enforcement, open, boottime_ns());
+        if let Err(error) = swept {
+            self.learned.failures.add(error);
+        }
+    }
+
+    /// Tells what has happened since it was last told.
+    fn tell(&mut self, now_ns: u64) {
+        let pod = self.enforcement.name();
+        let tallies = &mut self.tallies;
+        if let Some(segments) = tallies.segments_damaged.due(now_ns) {
+            tracing::warn!(
+                %pod,
+                segments,
+                "TCP segments of DNS were dropped: unreadable, or with a wrong checksum"
+            );
+        }
+        if let Some(fragments) = tallies.fragments_late.due(now_ns) {
+            tracing::warn!(
+                %pod,
+                fragments,
+                "fragments were dropped: repeated, or of a datagram with the number of an earlier one"
+            );
+        }
+        if let Some((times, error)) = self.learned.failures.due(now_ns) {
+            tracing::error!(
+                %pod,
+                times,
+                error = error.map(tracing::field::display),
+                "the pod's allow map cannot be written; responses that needed it were not delivered"
+            );
+        }
     }
 
     /// Names that led to the address.
-    pub(super) fn names_of(&self, address: &egress_common::address::Address) -> Vec<String> {
+    pub(super) fn names_of(&self, address: &Address) -> Vec<String> {
         self.learned.names_of(address)
     }
 
@@ -327,20 +401,14 @@ impl Pod {
     }
 
     /// Lets the connections with resolvers do what they do by the clock.
-    pub(super) fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
+    fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
         // Each connection says which interface it is on.
         self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
             streams.tick(step, budget);
         });
         let damaged = self.streams.take_damaged();
-        if damaged > 0 {
-            shared.means.stats.segments_damaged.add(damaged);
-            tracing::warn!(
-                pod = %self.name(),
-                segments = damaged,
-                "TCP segments of DNS were dropped: unreadable, or with a wrong checksum"
-            );
-        }
+        shared.means.stats.segments_damaged.add(damaged);
+        self.tallies.segments_damaged.add(damaged);
     }
 
     /// A denied packet was longer than what the ring keeps of it: only its headers are there, and
@@ -363,9 +431,10 @@ impl Pod {
 
 impl Enforcement {
     /// From the next packet on, the interfaces are under this version of the policy.
-    fn write_interfaces(&self, interfaces: &mut InterfaceMap) -> Result<()> {
+    fn write_interfaces(&self, interfaces: &mut InterfaceMap, wire: &mut Wire) -> Result<()> {
         for &ifindex in &self.interfaces {
             interfaces.set(ifindex, self.entry)?;
+            wire.attach(ifindex, self.entry.pod, &self.identity);
         }
         Ok(())
     }

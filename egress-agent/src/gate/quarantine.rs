@@ -4,31 +4,40 @@
 //! are judged from the beginning, under the policy that is the pod's. A program that was quicker than
 //! the cluster does not lose the seconds that its library would wait before it asks again.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use egress_common::{
     packet::{Packet, Walked, walk},
     records::Held,
 };
 
-use super::checksum::complete_udp;
+use super::{
+    budget::{Budget, Kept, Limits},
+    checksum::complete_udp,
+};
 
 /// How long a question waits. By then the resolver's library has asked again (resolv.conf(5),
 /// `timeout`), and a second answer would find nobody.
 const WAITS_FOR_NS: u64 = 5_000_000_000;
 
-/// Most questions that wait for one pod: a program that starts asks for few names at once.
-const PER_INTERFACE: usize = 32;
-
-/// Most questions that wait in all: with [`LONGEST`], three MiB.
-const ALL: usize = 2048;
+/// How many questions wait. A program that starts asks for few names at once, and those of eight have room
+/// whatever others ask. With [`LONGEST`], the common part is three MiB.
+const LIMITS: Limits = Limits {
+    own: 8,
+    pod: 32,
+    common: 2048,
+};
 
 /// Longest frame that waits: what an ordinary link carries.
 const LONGEST: usize = 1514;
 
 /// All that wait, the oldest first.
-#[derive(Default)]
-pub(super) struct Quarantine(VecDeque<Waiting>);
+pub(super) struct Quarantine {
+    waiting: VecDeque<Waiting>,
+    budget: Budget,
+    /// How many wait on each interface.
+    kept: HashMap<u32, Kept>,
+}
 
 /// A question that waits.
 pub(super) struct Waiting {
@@ -51,17 +60,27 @@ pub(super) fn as_sent(frame: &[u8]) -> Vec<u8> {
 }
 
 impl Quarantine {
+    pub(super) fn new() -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            budget: Budget::new(LIMITS),
+            kept: HashMap::new(),
+        }
+    }
+
     /// Lets a question wait; `false` when there is no room for it.
     pub(super) fn keep(&mut self, head: &Held, frame: Vec<u8>) -> bool {
-        let Self(waiting) = self;
-        let ifindex = head.ifindex;
-        let of_interface = waiting.iter().filter(|other| other.ifindex == ifindex);
-        if frame.len() > LONGEST || waiting.len() >= ALL || of_interface.count() >= PER_INTERFACE {
+        if frame.len() > LONGEST {
             return false;
         }
-        waiting.push_back(Waiting {
+        let kept = self.kept.entry(head.ifindex).or_default();
+        if !self.budget.has_room(kept, 1) {
+            return false;
+        }
+        self.budget.add(kept, 1);
+        self.waiting.push_back(Waiting {
             pod: head.pod,
-            ifindex,
+            ifindex: head.ifindex,
             taken_ns: head.time_ns,
             frame,
         });
@@ -70,7 +89,7 @@ impl Quarantine {
 
     /// The interface is another pod's at the gate, and that is not known either.
     pub(super) fn pass_on(&mut self, ifindex: u32, pod: u32) {
-        for waiting in &mut self.0 {
+        for waiting in &mut self.waiting {
             if waiting.ifindex == ifindex {
                 waiting.pod = pod;
             }
@@ -93,14 +112,19 @@ impl Quarantine {
     }
 
     fn take(&mut self, mut which: impl FnMut(&Waiting) -> bool) -> Vec<Waiting> {
-        if self.0.is_empty() {
+        if self.waiting.is_empty() {
             return Vec::new();
         }
-        let (taken, left) = std::mem::take(&mut self.0)
+        let (taken, left): (VecDeque<Waiting>, _) = std::mem::take(&mut self.waiting)
             .into_iter()
             .partition(&mut which);
-        self.0 = left;
-        let taken: VecDeque<Waiting> = taken;
+        self.waiting = left;
+        for waiting in &taken {
+            if let Some(kept) = self.kept.get_mut(&waiting.ifindex) {
+                self.budget.take_back(kept, 1);
+            }
+        }
+        self.kept.retain(|_, kept| kept.amount() > 0);
         taken.into()
     }
 }
@@ -128,7 +152,7 @@ mod tests {
 
     #[test]
     fn questions_wait_in_their_order_until_their_pod_is_known() {
-        let mut quarantine = Quarantine::default();
+        let mut quarantine = Quarantine::new();
         for (ifindex, frame) in [(1, 10), (2, 20), (1, 11)] {
             assert!(quarantine.keep(&asked(ifindex, 0), vec![frame]));
         }
@@ -141,7 +165,7 @@ mod tests {
 
     #[test]
     fn questions_do_not_wait_longer_than_those_who_ask() {
-        let mut quarantine = Quarantine::default();
+        let mut quarantine = Quarantine::new();
         assert!(quarantine.keep(&asked(1, 10), vec![1]));
         assert!(quarantine.keep(&asked(1, 20), vec![2]));
         assert!(quarantine.overdue(9 + WAITS_FOR_NS).is_empty());
@@ -151,18 +175,23 @@ mod tests {
 
     #[test]
     fn one_pods_questions_leave_room_for_another_pods() {
-        let mut quarantine = Quarantine::default();
-        for _ in 0..PER_INTERFACE {
+        let mut quarantine = Quarantine::new();
+        for _ in 0..LIMITS.pod {
             assert!(quarantine.keep(&asked(1, 0), vec![1]));
         }
         assert!(!quarantine.keep(&asked(1, 0), vec![1]));
         assert!(quarantine.keep(&asked(2, 0), vec![2]));
         assert!(!quarantine.keep(&asked(3, 0), vec![3; LONGEST + 1]));
-        for ifindex in 3.. {
-            if !quarantine.keep(&asked(ifindex, 0), vec![3]) {
-                break;
+        // However many interfaces ask however much, the next has its own part.
+        for ifindex in 3..1000 {
+            for _ in 0..LIMITS.own {
+                assert!(quarantine.keep(&asked(ifindex, 0), vec![3]));
             }
+            while quarantine.keep(&asked(ifindex, 0), vec![3]) {}
         }
-        assert_eq!(quarantine.0.len(), ALL);
+        assert_eq!(quarantine.budget.common(), LIMITS.common);
+        assert!(!quarantine.overdue(u64::MAX).is_empty());
+        assert_eq!(quarantine.budget.common(), 0);
+        assert!(quarantine.kept.is_empty());
     }
 }

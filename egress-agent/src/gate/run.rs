@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
-use egress_common::records::HELD_REJECT;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
@@ -17,8 +16,10 @@ use nix::{
 use super::{
     Command, Enforcement, LOOKED_AT,
     pod::{Pod, Shared},
-    quarantine::{Quarantine, Waiting, as_sent},
+    quarantine::{Quarantine, Waiting},
     stats,
+    tally::Tally,
+    turns::Turns,
 };
 use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 
@@ -33,6 +34,9 @@ const STAY_AWAKE: Duration = Duration::from_micros(50);
 /// Messages decided before they are put back together and commands are looked at again.
 const BATCH: usize = 64;
 
+/// How long messages of pods over their shares are decided before the ring is looked at again.
+const SLICE_NS: u64 = 100_000;
+
 pub(super) struct Runner {
     ring: HeldRing,
     commands: mpsc::Receiver<Command>,
@@ -40,11 +44,12 @@ pub(super) struct Runner {
     interfaces: InterfaceMap,
     shared: Shared,
     pods: HashMap<u32, Pod>,
-    /// Messages of pods that are not here, since it was last said.
-    unclaimed: u64,
+    turns: Turns,
+    /// Messages of pods that are not here.
+    unclaimed: Tally,
     started_ns: u64,
     /// Messages that were taken while no agent ran.
-    stale: u64,
+    stale: Tally,
     /// Messages that are about to be put back.
     waiting: stats::Waiting,
 }
@@ -64,9 +69,10 @@ impl Runner {
             interfaces,
             shared,
             pods: HashMap::new(),
-            unclaimed: 0,
+            turns: Turns::new(),
+            unclaimed: Tally::default(),
             started_ns: boottime_ns(),
-            stale: 0,
+            stale: Tally::default(),
             waiting: stats::Waiting::new(),
         }
     }
@@ -83,12 +89,15 @@ impl Runner {
                     Err(mpsc::TryRecvError::Empty) => break,
                 }
             }
+            self.turns.begin();
             let mut decided = 0;
-            while decided < BATCH && self.decide_next() {
+            while decided < BATCH && self.take_next() {
                 decided += 1;
             }
-            self.shared.wire.send();
-            self.waiting.sent(&self.shared.means.stats);
+            // Before those that have to wait: whoever is within their share waits for nobody else.
+            self.send();
+            decided += self.work_off();
+            self.send();
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
@@ -112,7 +121,7 @@ impl Runner {
             until = Instant::now();
         }
         // What came before the programs knew.
-        if !self.decide_next() {
+        if !self.take_next() {
             self.wait(until);
         }
         if let Err(error) = self.ring.say_awake() {
@@ -120,12 +129,13 @@ impl Runner {
         }
     }
 
-    /// Decides the next message, if there is one.
-    fn decide_next(&mut self) -> bool {
+    /// Takes the next message from the ring, if there is one. It is decided, or waits for its pod's turn.
+    fn take_next(&mut self) -> bool {
         let Self {
             ring,
             interfaces,
             pods,
+            turns,
             shared,
             unclaimed,
             started_ns,
@@ -136,26 +146,60 @@ impl Runner {
         ring.next(|held| {
             // Taken while no agent ran: whoever asked has asked again or given up since.
             if held.head.time_ns < *started_ns {
-                *stale += 1;
+                shared.means.stats.stale.add(1);
+                stale.add(1);
                 return;
             }
-            match pods.get_mut(&held.head.pod) {
-                // It became known between the question and now.
-                Some(pod) if pod.has_left(&held.head, interfaces) => {
-                    shared.wire.again(held.head.ifindex, &as_sent(held.frame));
-                }
-                Some(pod) => {
-                    let frames = shared.wire.frames();
-                    pod.decide(&held, shared);
-                    let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
-                    if is_message && shared.wire.frames() > frames {
-                        waiting.note(held.head.time_ns);
-                    }
-                }
+            let id = held.head.pod;
+            let Some(pod) = pods.get_mut(&id) else {
                 // It was removed meanwhile, or an earlier agent left it.
-                None => *unclaimed += 1,
+                shared.means.stats.unclaimed.add(1);
+                unclaimed.add(1);
+                return;
+            };
+            if pod.may_go(turns.now_ns()) {
+                pod.go(&held, interfaces, shared, waiting);
+            } else if pod.let_wait(&held, shared) {
+                turns.add(id);
             }
+            pod.spend(turns);
         })
+    }
+
+    /// Decides messages that wait for their pods' turns, for a short while; returns how many.
+    fn work_off(&mut self) -> usize {
+        let began_ns = self.turns.now_ns();
+        let mut decided = 0;
+        while decided < BATCH
+            && let Some(pod) = self.turns.next(&mut self.pods)
+        {
+            let is_last = pod.go_on(&self.interfaces, &mut self.shared, &mut self.waiting);
+            pod.spend(&mut self.turns);
+            self.turns.end(is_last);
+            decided += 1;
+            if self.turns.now_ns().saturating_sub(began_ns) > SLICE_NS {
+                break;
+            }
+        }
+        decided
+    }
+
+    /// Sends what has been decided. What that takes is of the share of the pods it is sent to.
+    fn send(&mut self) {
+        let Self {
+            shared,
+            pods,
+            turns,
+            waiting,
+            ..
+        } = self;
+        shared.wire.send(|spent| {
+            if let Some(pod) = pods.get_mut(&spent.pod) {
+                pod.spend_ns(spent.ns, turns.now_ns());
+            }
+        });
+        waiting.sent(&shared.means.stats);
+        turns.begin();
     }
 
     fn wait(&mut self, until: Instant) {
@@ -173,37 +217,32 @@ impl Runner {
     }
 
     fn tick(&mut self) {
-        if self.unclaimed > 0 {
+        let now_ns = boottime_ns();
+        if let Some(messages) = self.unclaimed.due(now_ns) {
             tracing::warn!(
-                messages = self.unclaimed,
+                messages,
                 "DNS messages dropped: their pods are gone, or not taken over yet"
             );
-            self.shared.means.stats.unclaimed.add(self.unclaimed);
-            self.unclaimed = 0;
         }
-        let stale = std::mem::take(&mut self.stale);
-        if stale > 0 {
-            self.shared.means.stats.stale.add(stale);
+        if let Some(messages) = self.stale.due(now_ns) {
             tracing::warn!(
-                messages = stale,
+                messages,
                 "DNS messages were held while no agent ran; they were not put back"
             );
         }
-        let now_ns = boottime_ns();
         self.give_up(|quarantine| quarantine.overdue(now_ns));
-        for (id, pod) in &mut self.pods {
-            if let Err(error) = pod.tick(now_ns) {
-                tracing::error!(pod = id, %error, "cannot update an allow map");
-            }
-            pod.tick_streams(&mut self.shared, now_ns);
-            pod.tick_fragments(&mut self.shared, now_ns);
+        self.turns.begin();
+        for pod in self.pods.values_mut() {
+            pod.tick(&mut self.shared, now_ns);
+            pod.spend(&mut self.turns);
         }
+        self.shared.wire.tick(now_ns);
         let addresses = self.pods.values().map(Pod::addresses);
         let (sum, fullest) = addresses.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));
         self.shared.means.stats.addresses.set(sum);
         self.shared.means.stats.fullest.set(fullest);
         self.shared.means.stats.ticked_ns.set(now_ns);
-        self.shared.wire.send();
+        self.send();
     }
 
     fn obey(&mut self, command: Command) {
@@ -218,7 +257,9 @@ impl Runner {
                 done,
             } => {
                 let result = match self.pods.get_mut(&pod) {
-                    Some(pod) => pod.move_to(interfaces, &mut self.interfaces),
+                    Some(pod) => {
+                        pod.move_to(interfaces, &mut self.interfaces, &mut self.shared.wire)
+                    }
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
                 if result.is_ok() {
@@ -231,15 +272,20 @@ impl Runner {
             }
             Command::Remove { pod, done } => {
                 self.give_up(|quarantine| quarantine.of_pod(pod));
+                self.turns.forget(pod);
                 let result = match self.pods.remove(&pod) {
-                    Some(pod) => pod.remove(&mut self.interfaces, &mut self.shared),
+                    Some(pod) => {
+                        let (waited, result) = pod.remove(&mut self.interfaces, &mut self.shared);
+                        self.note_unclaimed(waited);
+                        result
+                    }
                     None => Ok(()),
                 };
                 let _ = done.send(result);
             }
             Command::Sweep { pod, open } => {
-                if let Some(Err(error)) = self.pods.get_mut(&pod).map(|pod| pod.sweep(&open)) {
-                    tracing::error!(pod, %error, "cannot sweep an allow map");
+                if let Some(pod) = self.pods.get_mut(&pod) {
+                    pod.sweep(&open);
                 }
             }
             Command::Names { asked, answer } => {
@@ -262,6 +308,11 @@ impl Runner {
                 self.shared.means.configure(dns);
                 let _ = done.send(Ok(()));
             }
+            Command::Probe { probes, sent } => {
+                let wire = &self.shared.wire;
+                let went_out = probes.iter().map(|probe| probe.send(wire)).collect();
+                let _ = sent.send(went_out);
+            }
             // Handled by the loop.
             Command::Stop => {}
         }
@@ -270,10 +321,10 @@ impl Runner {
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
         let id = enforcement.entry.pod;
         if let Some(pod) = self.pods.get_mut(&id) {
-            pod.apply(enforcement, &mut self.interfaces)?;
+            pod.apply(enforcement, &mut self.interfaces, &mut self.shared.wire)?;
         } else {
-            let pod = Pod::new(enforcement)?;
-            pod.write_interfaces(&mut self.interfaces)?;
+            let pod = Pod::new(enforcement, self.turns.now_ns())?;
+            pod.write_interfaces(&mut self.interfaces, &mut self.shared.wire)?;
             self.pods.insert(id, pod);
         }
         self.end_quarantine(id);
@@ -308,7 +359,7 @@ impl Runner {
             }
         }
         // They must have gone out before the programs that turn them round are detached.
-        self.shared.wire.send();
+        self.send();
         result
     }
 
@@ -317,8 +368,13 @@ impl Runner {
         for waiting in which(&mut self.shared.quarantine) {
             match self.pods.get_mut(&waiting.pod) {
                 Some(pod) => pod.give_up(&waiting.frame, &self.shared),
-                None => self.unclaimed += 1,
+                None => self.note_unclaimed(1),
             }
         }
+    }
+
+    fn note_unclaimed(&mut self, messages: u64) {
+        self.shared.means.stats.unclaimed.add(messages);
+        self.unclaimed.add(messages);
     }
 }

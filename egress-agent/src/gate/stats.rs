@@ -86,6 +86,8 @@ pub struct Stats {
     pub stale: Counter,
     /// Frames that could not be put back.
     pub unsent: Counter,
+    /// Messages for which there was no room in the backlog of a pod over its share of the gate's time.
+    pub backlog_full: Counter,
     /// 1 when the resolvers are known to walk search lists.
     pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last look.
@@ -108,6 +110,7 @@ impl Default for Stats {
             unclaimed: Counter::default(),
             stale: Counter::default(),
             unsent: Counter::default(),
+            backlog_full: Counter::default(),
             walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),

@@ -4,6 +4,18 @@ use std::collections::HashMap;
 
 use super::netlink::RawLink;
 
+/// The name of an interface of this thread's network namespace; `None` when there is none of this
+/// index.
+///
+/// Nothing else may ask nix: `if_indextoname` of nix 0.31 takes the failure of the C function for an
+/// empty name.
+#[expect(clippy::disallowed_methods, reason = "checked here for everybody")]
+pub fn interface_name(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+    let name = name.to_string_lossy().into_owned();
+    (!name.is_empty()).then_some(name)
+}
+
 /// An interface of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -43,9 +55,9 @@ impl Link {
             up,
             name,
             kind,
-            master: _,
             lower,
             nsid,
+            ..
         } = raw;
         let peer = nsid
             .filter(|nsid| *nsid >= 0)
@@ -144,6 +156,12 @@ fn matches(pattern: &str, text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_index_without_an_interface_has_no_name() {
+        assert_eq!(interface_name(1).as_deref(), Some("lo"));
+        assert_eq!(interface_name(i32::MAX as u32), None);
+    }
 
     #[test]
     fn a_star_stands_for_any_text() {

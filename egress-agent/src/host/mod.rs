@@ -7,33 +7,42 @@
 //!                       the host's interfaces whose other end is in that namespace
 //! ```
 //!
-//! Nothing here enters another namespace, asks a container runtime, or depends on how one names
-//! things. What a pod can influence (names of groups below its own, its processes, its interfaces'
+//! Nothing here asks a container runtime, or depends on how one names things. Another namespace is
+//! entered only to read the sockets in it. What a pod can influence (names of groups below its own, its processes, its interfaces'
 //! addresses) can make it unfindable at worst; it cannot make it look like another pod.
 
 mod cgroup;
+mod exits;
+mod link_local;
 mod links;
 mod located;
 mod netlink;
+mod network;
 mod process;
 mod routes;
 mod sockets;
+mod taps;
+mod tcp_table;
 mod uid;
 
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
+    net::IpAddr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use cgroup::{Cgroups, Members};
-pub use links::{Link, Links, Peer};
+pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
+pub use link_local::taken_link_locals;
+pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
+pub use taps::{TapWatch, Taps};
 use uid::Uid;
 
 /// Network namespaces of one pod that are looked at: programs in it may make more, but those have
@@ -119,6 +128,27 @@ impl Host {
         routes::uplinks(&self.proc)
     }
 
+    /// The host's numbers of the other network namespaces that a process is in.
+    ///
+    /// # Errors
+    ///
+    /// When processes cannot be looked at.
+    pub fn inhabited(&mut self) -> io::Result<HashSet<i32>> {
+        let mut inhabited = HashSet::new();
+        for (inode, pid) in process::networks(&self.proc)? {
+            if inode == self.own {
+                continue;
+            }
+            let opened = Process::open(&self.proc, pid).and_then(|process| process.open_network());
+            // It may have ended, and another one have its id, by now.
+            let Some((network, _)) = opened.ok().filter(|(_, now)| *now == inode) else {
+                continue;
+            };
+            inhabited.extend(self.netlink.nsid(&network)?);
+        }
+        Ok(inhabited)
+    }
+
     /// Finds the pod of this UID among the given interfaces.
     ///
     /// # Errors
@@ -172,16 +202,41 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    /// When the process has ended, or is in another namespace by now: locate the pod again. When the
+    /// namespace may not be entered.
     pub fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
         let process = Process::open(&self.proc, network.pid)?;
-        if process.network()? != network.inode {
+        let (namespace, inode) = process.open_network()?;
+        if inode != network.inode {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
                 format!("process {} has left the pod's network", network.pid),
             ));
         }
-        sockets::of(&process)
+        network::sockets_in(namespace)
+    }
+
+    /// The conversations in the network namespace that an interface of the host leads to.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such namespace, as behind a virtual machine's interface; when nothing refers to
+    /// it by which it can be entered; when it may not be entered.
+    pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+        let link = self.netlink.link(ifindex)?;
+        if !link.is_some_and(|raw| Link::new(raw, None).is_host_end()) {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the interface leads to no network namespace of this machine",
+            ));
+        }
+        match network::behind(&mut self.netlink, &self.proc, self.own, ifindex)? {
+            Some(namespace) => network::sockets_in(namespace),
+            None => Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "its network namespace has no name in /run/netns, and no process in it can be seen",
+            )),
+        }
     }
 
     /// The processes of a pod.
@@ -250,8 +305,31 @@ impl Host {
         }
     }
 
+    /// The addresses of global scope on the other end of this interface; `None` when it is not there
+    /// any more.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn addresses_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<Vec<IpAddr>>> {
+        let addresses = self.addresses(peer)?;
+        // The number of a namespace becomes another's only when it is gone, and this end with it.
+        let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
+        let is_there = now.is_some_and(|now| now.peer == Some(peer));
+        Ok(is_there.then_some(addresses))
+    }
+
+    /// The host's own addresses, of whatever scope.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
+        self.netlink.own_addresses()
+    }
+
     /// Addresses on the other end of an interface.
-    fn addresses(&mut self, peer: Peer) -> io::Result<Vec<std::net::IpAddr>> {
+    fn addresses(&mut self, peer: Peer) -> io::Result<Vec<IpAddr>> {
         match self.netlink.addresses(peer.nsid, peer.ifindex) {
             // The interface has gone this moment.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),

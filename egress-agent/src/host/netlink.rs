@@ -5,6 +5,7 @@
 //! cannot read.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, AsRawFd as _},
@@ -41,6 +42,10 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
+const IFLA_XDP_PROG_ID: u16 = 4;
+const IFLA_TARGET_NETNSID: u16 = 46;
 const IFLA_INFO_KIND: u16 = 1;
 
 /// Attributes of addresses, `include/uapi/linux/if_addr.h`.
@@ -52,15 +57,27 @@ const IFA_TARGET_NETNSID: u16 = 10;
 const NETNSA_NSID: u16 = 1;
 
 /// What the kernel says of one interface.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct RawLink {
     pub(super) index: u32,
     pub(super) up: bool,
+    pub(super) loopback: bool,
     pub(super) name: String,
     pub(super) kind: String,
     pub(super) master: Option<u32>,
     pub(super) lower: Option<u32>,
     pub(super) nsid: Option<i32>,
+    /// The namespace that was asked about, when that is not our own.
+    pub(super) target: Option<i32>,
+    /// Id of its XDP program; 0 when it has several.
+    pub(super) xdp: Option<u32>,
+}
+
+impl RawLink {
+    /// Whether this is one end of a pair, whose ends may be in two namespaces.
+    pub(super) fn has_host_end(&self) -> bool {
+        matches!(self.kind.as_str(), "veth" | "netkit")
+    }
 }
 
 /// A socket of the network namespace of the thread that opened it.
@@ -120,6 +137,44 @@ impl Netlink {
         }
     }
 
+    /// Every interface of the namespace that this one knows by that number; `None` when there are
+    /// more than `limit`.
+    pub(super) fn links_in(&mut self, nsid: i32, limit: usize) -> io::Result<Option<Vec<RawLink>>> {
+        let mut links: BTreeMap<u32, RawLink> = BTreeMap::new();
+        for _ in 0..ATTEMPTS {
+            let mut request = LinkMessage::default();
+            let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+            request.attributes.push(mask);
+            let target = DefaultNla::new(IFLA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+            request.attributes.push(LinkAttribute::Other(target));
+            let request = RouteNetlinkMessage::GetLink(request);
+            let mut is_over = false;
+            let whole = self.exchange(request, NLM_F_DUMP, |body| {
+                let link = read_link(body)?;
+                if link.target != Some(nsid) {
+                    // Never take our own interfaces for a pod's.
+                    return Err(malformed("interfaces of another namespace"));
+                }
+                links.insert(link.index, link);
+                is_over = links.len() > limit;
+                if is_over {
+                    return Err(malformed("too many interfaces"));
+                }
+                Ok(())
+            });
+            if is_over {
+                // The kernel starts no other list on this socket before it has told this one.
+                *self = Self::open()?;
+                return Ok(None);
+            }
+            if whole? {
+                break;
+            }
+            // Whoever changes interfaces all the time hides none: those of each attempt count.
+        }
+        Ok(Some(links.into_values().collect()))
+    }
+
     /// The number by which this namespace knows that one; it has none before the two are connected
     /// by an interface.
     pub(super) fn nsid(&mut self, namespace: impl AsFd) -> io::Result<Option<i32>> {
@@ -151,6 +206,21 @@ impl Netlink {
             let request = RouteNetlinkMessage::GetAddress(request);
             self.exchange(request, NLM_F_DUMP, |body| {
                 addresses.extend(read_address(body, nsid)?);
+                Ok(())
+            })?;
+        }
+        Ok(addresses)
+    }
+
+    /// Every address of this namespace, of whatever scope.
+    pub(super) fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
+        let mut addresses = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = AddressMessage::default();
+            request.header.family = family;
+            let request = RouteNetlinkMessage::GetAddress(request);
+            self.exchange(request, NLM_F_DUMP, |body| {
+                addresses.extend(read_any_address(body)?.address);
                 Ok(())
             })?;
         }
@@ -221,9 +291,11 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     let header = body
         .get(..LINK_HEADER)
         .ok_or_else(|| malformed("a link without a header"))?;
+    let flags = u32::from_ne_bytes(four(&header[8..12])?);
     let mut link = RawLink {
         index: u32::from_ne_bytes(four(&header[4..8])?),
-        up: u32::from_ne_bytes(four(&header[8..12])?) & libc::IFF_UP.cast_unsigned() != 0,
+        up: flags & libc::IFF_UP.cast_unsigned() != 0,
+        loopback: flags & libc::IFF_LOOPBACK.cast_unsigned() != 0,
         ..RawLink::default()
     };
     for (kind, value) in attributes(body, LINK_HEADER)? {
@@ -232,6 +304,8 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
             IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK_NETNSID => link.nsid = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_TARGET_NETNSID => link.target = Some(i32::from_ne_bytes(four(value)?)),
+            IFLA_XDP => link.xdp = read_xdp(value)?,
             IFLA_LINKINFO => {
                 for (kind, value) in attributes(value, 0)? {
                     if kind == IFLA_INFO_KIND {
@@ -245,12 +319,31 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     Ok(link)
 }
 
-/// An address, if it is of global scope.
-fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
+/// The id of an interface's XDP program, if it has one (`rtnl_xdp_fill`, `net/core/rtnetlink.c`).
+fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
+    let (mut attached, mut program) = (false, 0);
+    for (kind, value) in attributes(body, 0)? {
+        match kind {
+            IFLA_XDP_ATTACHED => attached = value.first().is_some_and(|mode| *mode != 0),
+            IFLA_XDP_PROG_ID => program = u32::from_ne_bytes(four(value)?),
+            _ => {}
+        }
+    }
+    Ok(attached.then_some(program))
+}
+
+/// What the kernel says of one address.
+struct RawAddress {
+    address: Option<IpAddr>,
+    scope: u8,
+    /// The namespace that was asked about, when that is not our own.
+    target: Option<i32>,
+}
+
+fn read_any_address(body: &[u8]) -> io::Result<RawAddress> {
     let header = body
         .get(..ADDRESS_HEADER)
         .ok_or_else(|| malformed("an address without a header"))?;
-    let scope = header[3];
     let (mut address, mut local, mut target) = (None, None, None);
     for (kind, value) in attributes(body, ADDRESS_HEADER)? {
         match kind {
@@ -260,17 +353,27 @@ fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
             _ => {}
         }
     }
-    if target != Some(nsid) {
+    Ok(RawAddress {
+        // On a point-to-point link IFA_ADDRESS is the other side's.
+        address: local.or(address),
+        scope: header[3],
+        target,
+    })
+}
+
+/// An address of another namespace, if it is of global scope.
+fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
+    let read = read_any_address(body)?;
+    if read.target != Some(nsid) {
         // Never take our own addresses for a pod's.
         return Err(malformed("addresses of another namespace"));
     }
-    // On a point-to-point link IFA_ADDRESS is the other side's.
-    Ok(local
-        .or(address)
-        .filter(|_| scope == libc::RT_SCOPE_UNIVERSE))
+    Ok(read
+        .address
+        .filter(|_| read.scope == libc::RT_SCOPE_UNIVERSE))
 }
 
-fn ip(value: &[u8]) -> io::Result<IpAddr> {
+pub(super) fn ip(value: &[u8]) -> io::Result<IpAddr> {
     let v4 = <[u8; 4]>::try_from(value).map(|bytes| Ipv4Addr::from(bytes).into());
     let v6 = <[u8; 16]>::try_from(value).map(|bytes| Ipv6Addr::from(bytes).into());
     v4.or(v6)
@@ -278,7 +381,7 @@ fn ip(value: &[u8]) -> io::Result<IpAddr> {
 }
 
 /// Kind and value of each attribute that follows a header.
-fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
+pub(super) fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
     let body = body
         .get(header..)
         .ok_or_else(|| malformed("a message without a header"))?;
@@ -293,7 +396,7 @@ fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
     Ok(found)
 }
 
-fn four(value: &[u8]) -> io::Result<[u8; 4]> {
+pub(super) fn four(value: &[u8]) -> io::Result<[u8; 4]> {
     value
         .try_into()
         .map_err(|_| malformed("a number of another size"))
@@ -304,7 +407,7 @@ fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
 }
 
-fn malformed(what: &str) -> io::Error {
+pub(super) fn malformed(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
         format!("the kernel's answer over netlink holds {what}"),

@@ -121,6 +121,21 @@ pub(super) fn search(proc: &Path) -> (HashMap<Uid, Vec<u32>>, Vec<Layout>) {
     (found, layouts)
 }
 
+/// For each network namespace that a process is in, one such process.
+pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, u32>> {
+    let mut found = HashMap::new();
+    let entries = fs::read_dir(proc)?.flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    for pid in pids.take(SEARCHED) {
+        // One that has ended is in none.
+        let Ok(link) = fs::read_link(proc.join(format!("{pid}/ns/net"))) else {
+            continue;
+        };
+        found.insert(network_inode(&link.to_string_lossy())?, pid);
+    }
+    Ok(found)
+}
+
 /// The pods in whose groups a process is, by its `/proc/<pid>/cgroup`: a line for each hierarchy.
 fn pods(groups: &str) -> impl Iterator<Item = (Uid, Option<Layout>)> {
     groups

@@ -2,29 +2,25 @@
 
 use std::{
     collections::HashSet,
+    fs::File,
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
 };
 
-use super::process::Process;
+use super::tcp_table;
 
+/// Where the tables of the calling thread's network namespace are.
+const TABLES: &str = "/proc/thread-self/net";
 /// Lines of one table that are read.
 const LINES: usize = 65_536;
 /// Bytes of one table that are read; a line has about 150.
 const BYTES: u64 = 256 * LINES as u64;
 
-/// States of a TCP socket, `include/net/tcp_states.h`. UDP has two of them: a connected socket is
-/// established, one that is not is closed.
-const ESTABLISHED: u8 = 1;
-const SYN_RECV: u8 = 3;
-const FIN_WAIT1: u8 = 4;
-const FIN_WAIT2: u8 = 5;
-const CLOSE: u8 = 7;
-const CLOSE_WAIT: u8 = 8;
-const LAST_ACK: u8 = 9;
-const LISTEN: u8 = 10;
-const CLOSING: u8 = 11;
-const NEW_SYN_RECV: u8 = 12;
+/// States of a UDP socket, in the numbers of `include/net/tcp_states.h`: one that is connected, and
+/// one that is not.
+const CONNECTED: u8 = 1;
+const OPEN: u8 = 7;
 
 /// The protocol of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,17 +34,15 @@ pub enum SocketProtocol {
 /// Who began a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
-    /// The other side, as far as can be told: something in the pod listens on the local port.
+    /// The other side. Of UDP nobody can tell; this means that the pod has another socket on the same
+    /// port that hears anybody, as a server has.
     Inbound,
-    /// The pod.
+    /// The pod, or nobody can tell.
     Outbound,
 }
 
-/// A socket in a conversation with another machine, in which the pod may have something to send.
-///
-/// That is a connected UDP socket, and a TCP socket in any state but these: in LISTEN and CLOSE there
-/// is no other side; in SYN-SENT nobody has agreed yet, and the rules judge its next SYN; in
-/// TIME-WAIT both sides have had the last word.
+/// A socket in a conversation with another machine, in which the pod may have something to send: a
+/// connected UDP socket, or a TCP socket with another side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OpenSocket {
     /// Its protocol.
@@ -66,8 +60,11 @@ pub struct OpenSocket {
 pub struct OpenSockets {
     /// Those that were read.
     pub sockets: Vec<OpenSocket>,
-    /// Whether there are more: a table has more lines than are read (65,536).
+    /// Whether there are more: a table is longer than what is read of it (65,536).
     pub cut_short: bool,
+    /// TCP connections on which so much went on that nobody can tell who opened them. They count as
+    /// opened by the pod.
+    pub unclear: usize,
 }
 
 /// One line of a table.
@@ -78,25 +75,27 @@ struct Line {
     state: u8,
 }
 
-/// Reads the four tables that a process shows.
-pub(super) fn of(process: &Process) -> io::Result<OpenSockets> {
-    let mut open = OpenSockets::default();
-    for (protocol, tables) in [
-        (SocketProtocol::Tcp, ["net/tcp", "net/tcp6"]),
-        (SocketProtocol::Udp, ["net/udp", "net/udp6"]),
-    ] {
-        let mut lines = Vec::new();
-        for table in tables {
-            let file = match process.file(table) {
-                Ok(file) => file,
-                // No IPv6 in this kernel.
-                Err(error) if table.ends_with('6') && super::process::has_ended(&error) => continue,
-                Err(error) => return Err(error),
-            };
-            open.cut_short |= !read(file, &mut lines)?;
-        }
-        open.sockets.extend(conversations(protocol, &lines));
+/// The open sockets of the network namespace that the calling thread is in.
+pub(super) fn here() -> io::Result<OpenSockets> {
+    let tcp = tcp_table::connections()?;
+    let mut open = OpenSockets {
+        sockets: tcp.sockets,
+        cut_short: tcp.cut_short,
+        unclear: tcp.unclear,
+    };
+    let mut lines = Vec::new();
+    for table in ["udp", "udp6"] {
+        let file = match File::open(Path::new(TABLES).join(table)) {
+            Ok(file) => file,
+            // No IPv6 in this kernel.
+            Err(error) if table.ends_with('6') && error.kind() == io::ErrorKind::NotFound => {
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        open.cut_short |= !read(file, &mut lines)?;
     }
+    open.sockets.extend(conversations(&lines));
     Ok(open)
 }
 
@@ -113,47 +112,30 @@ fn read(table: impl Read, lines: &mut Vec<Line>) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The sockets that are in a conversation across the pod's interface.
-fn conversations(protocol: SocketProtocol, lines: &[Line]) -> Vec<OpenSocket> {
-    let waiting = match protocol {
-        SocketProtocol::Tcp => LISTEN,
-        SocketProtocol::Udp => CLOSE,
-    };
-    let listened: HashSet<SocketAddr> = lines
+/// The UDP sockets that are in a conversation across the pod's interface.
+fn conversations(lines: &[Line]) -> Vec<OpenSocket> {
+    let heard: HashSet<SocketAddr> = lines
         .iter()
-        .filter(|line| line.state == waiting)
+        .filter(|line| line.state == OPEN)
         .map(|line| line.local)
         .collect();
-    let is_listened = |local: SocketAddr| {
+    let is_heard = |local: SocketAddr| {
         let any4 = (!local.is_ipv6()).then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         // A socket of `::` hears IPv4 too, unless told not to, which the table does not say.
         let places = [Some(local.ip()), Some(Ipv6Addr::UNSPECIFIED.into()), any4];
         let mut places = places.into_iter().flatten();
-        places.any(|place| listened.contains(&SocketAddr::new(place, local.port())))
+        places.any(|place| heard.contains(&SocketAddr::new(place, local.port())))
     };
     lines
         .iter()
-        .filter(|line| match protocol {
-            SocketProtocol::Tcp => matches!(
-                line.state,
-                ESTABLISHED
-                    | SYN_RECV
-                    | FIN_WAIT1
-                    | FIN_WAIT2
-                    | CLOSE_WAIT
-                    | LAST_ACK
-                    | CLOSING
-                    | NEW_SYN_RECV
-            ),
-            SocketProtocol::Udp => line.state == ESTABLISHED,
-        })
+        .filter(|line| line.state == CONNECTED)
         // What a pod says to itself never crosses its interface.
         .filter(|line| !line.remote.ip().is_loopback() && line.remote.ip() != line.local.ip())
         .map(|line| OpenSocket {
-            protocol,
+            protocol: SocketProtocol::Udp,
             local: line.local,
             remote: line.remote,
-            direction: if matches!(line.state, SYN_RECV | NEW_SYN_RECV) || is_listened(line.local) {
+            direction: if is_heard(line.local) {
                 Direction::Inbound
             } else {
                 Direction::Outbound
@@ -197,50 +179,27 @@ fn address(text: &str) -> Option<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        net::{TcpListener, TcpStream, UdpSocket},
-        path::Path,
-    };
+    use std::net::UdpSocket;
 
     use super::*;
-
-    /// Both tables of a protocol in this process's network.
-    fn tables(names: [&str; 2]) -> Vec<Line> {
-        let process = Process::open(Path::new("/proc"), std::process::id()).unwrap();
-        let mut lines = Vec::new();
-        for name in names {
-            assert!(read(process.file(name).unwrap(), &mut lines).unwrap());
-        }
-        lines
-    }
 
     #[test]
     fn addresses_are_those_that_the_sockets_have() {
         for at in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = TcpListener::bind(at).unwrap();
-            let local = listener.local_addr().unwrap();
-            let stream = TcpStream::connect(local).unwrap();
-            let lines = tables(["net/tcp", "net/tcp6"]);
-            assert!(
-                lines
-                    .iter()
-                    .any(|line| line.local == local && line.state == LISTEN)
-            );
-            let expected = Line {
-                local: stream.local_addr().unwrap(),
-                remote: local,
-                state: ESTABLISHED,
-            };
-            assert!(lines.contains(&expected), "{expected:?}");
-
+            let other = UdpSocket::bind(at).unwrap();
             let socket = UdpSocket::bind(at).unwrap();
-            socket.connect(local).unwrap();
+            socket.connect(other.local_addr().unwrap()).unwrap();
             let expected = Line {
                 local: socket.local_addr().unwrap(),
-                remote: local,
-                state: ESTABLISHED,
+                remote: other.local_addr().unwrap(),
+                state: CONNECTED,
             };
-            assert!(tables(["net/udp", "net/udp6"]).contains(&expected));
+            let mut lines = Vec::new();
+            for name in ["udp", "udp6"] {
+                let table = File::open(Path::new(TABLES).join(name)).unwrap();
+                assert!(read(table, &mut lines).unwrap());
+            }
+            assert!(lines.contains(&expected), "{expected:?}");
         }
     }
 
@@ -253,16 +212,9 @@ mod tests {
         }
     }
 
-    fn directions(protocol: SocketProtocol, lines: &[Line]) -> Vec<Direction> {
-        conversations(protocol, lines)
-            .into_iter()
-            .map(|socket| socket.direction)
-            .collect()
-    }
-
     #[test]
-    fn a_socket_on_a_port_that_is_listened_on_is_inbound() {
-        for (listener, local, expected) in [
+    fn a_socket_on_a_port_where_another_hears_anybody_is_inbound() {
+        for (open, local, expected) in [
             ("0.0.0.0:80", "10.1.1.2:80", Direction::Inbound),
             ("[::]:80", "10.1.1.2:80", Direction::Inbound),
             ("[::]:80", "[fd01::2]:80", Direction::Inbound),
@@ -276,50 +228,26 @@ mod tests {
             } else {
                 "192.0.2.1:9"
             };
-            for (protocol, waiting) in [(SocketProtocol::Tcp, LISTEN), (SocketProtocol::Udp, CLOSE)]
-            {
-                let lines = [
-                    line(local, remote, ESTABLISHED),
-                    line(listener, "0.0.0.0:0", waiting),
-                ];
-                assert_eq!(
-                    directions(protocol, &lines),
-                    [expected],
-                    "{listener} {local}"
-                );
-            }
+            let lines = [
+                line(local, remote, CONNECTED),
+                line(open, "0.0.0.0:0", OPEN),
+            ];
+            let found: Vec<Direction> = conversations(&lines)
+                .into_iter()
+                .map(|socket| socket.direction)
+                .collect();
+            assert_eq!(found, [expected], "{open} {local}");
         }
-    }
-
-    #[test]
-    fn only_states_in_which_something_may_be_sent_count() {
-        let of = |protocol, state| {
-            conversations(protocol, &[line("10.1.1.2:5", "192.0.2.1:9", state)]).len()
-        };
-        let tcp: Vec<u8> = (0..=20)
-            .filter(|&s| of(SocketProtocol::Tcp, s) == 1)
-            .collect();
-        assert_eq!(tcp, [1, 3, 4, 5, 8, 9, 11, 12]);
-        let udp: Vec<u8> = (0..=20)
-            .filter(|&s| of(SocketProtocol::Udp, s) == 1)
-            .collect();
-        assert_eq!(udp, [1]);
-        // A connection that is being opened towards the pod, whose listener has gone.
-        let opening = [line("10.1.1.2:5", "192.0.2.1:9", SYN_RECV)];
-        assert_eq!(
-            directions(SocketProtocol::Tcp, &opening),
-            [Direction::Inbound]
-        );
     }
 
     #[test]
     fn what_stays_within_the_pod_does_not_count() {
         let lines = [
-            line("127.0.0.1:5", "127.0.0.1:9", ESTABLISHED),
-            line("[::1]:5", "[::1]:9", ESTABLISHED),
-            line("10.1.1.2:5", "10.1.1.2:9", ESTABLISHED),
+            line("127.0.0.1:5", "127.0.0.1:9", CONNECTED),
+            line("[::1]:5", "[::1]:9", CONNECTED),
+            line("10.1.1.2:5", "10.1.1.2:9", CONNECTED),
         ];
-        assert_eq!(conversations(SocketProtocol::Tcp, &lines), []);
+        assert_eq!(conversations(&lines), []);
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Manifests {
 
     fn add_pod(&mut self, origin: &str, pod: v1::Pod) -> Result<(), Problem> {
         let (pod, problems) = PodObject::read(origin, pod)?;
-        self.objects.push(Object::Pod(pod));
+        self.objects.push(Object::Pod(Box::new(pod)));
         self.problems.extend(problems);
         Ok(())
     }

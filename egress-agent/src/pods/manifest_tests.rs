@@ -11,7 +11,7 @@ fn only_pod(text: &str) -> PodObject {
     let [Object::Pod(pod)] = &manifests.objects[..] else {
         panic!("{manifests:?}")
     };
-    pod.clone()
+    PodObject::clone(pod)
 }
 
 fn problems(manifests: &Manifests) -> Vec<String> {

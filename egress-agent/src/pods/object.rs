@@ -18,7 +18,7 @@ const SUBDOMAIN_MAX: usize = 253;
 /// Something a manifest describes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Object {
-    Pod(PodObject),
+    Pod(Box<PodObject>),
     Namespace(Namespace),
 }
 
@@ -116,6 +116,7 @@ impl Common {
             interface: None,
             cgroup_uid: None,
             addresses: Vec::new(),
+            further: Vec::new(),
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,

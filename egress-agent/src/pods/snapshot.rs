@@ -1,7 +1,7 @@
 //! What a source of pods says.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
     net::IpAddr,
 };
@@ -29,6 +29,8 @@ pub struct Pod {
     pub cgroup_uid: Option<String>,
     /// `status.podIPs`.
     pub addresses: Vec<IpAddr>,
+    /// Addresses of further networks that an annotation names. Its author may write anything.
+    pub further: Vec<IpAddr>,
     /// Its annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
@@ -83,6 +85,8 @@ pub struct Facts {
     pub resolvers: BTreeMap<Resolver, String>,
     /// Its internal prefixes: pods, services, nodes, the API server; each with where it was found.
     pub internal: BTreeMap<Prefix, String>,
+    /// Of the internal prefixes those of this node's pods.
+    pub pods: BTreeSet<Prefix>,
 }
 
 /// Puts together what files contain. Where two speak of the same object, the earlier one counts.

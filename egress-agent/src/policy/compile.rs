@@ -10,8 +10,8 @@ use egress_common::{
     address::Address,
     limits::{CIDR_ENTRIES, CLASSES},
     records::{
-        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_SPEAKS_OF_NAMES, POLICY_UNIDENTIFIED,
-        POLICY_UNREADABLE, Policy, PortClass,
+        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
+        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, PortClass,
     },
     verdict::is_dns,
 };
@@ -188,6 +188,17 @@ pub fn unreadable(settings: &Settings) -> Compiled {
 /// and denials say why.
 pub fn unidentified(settings: &Settings) -> Compiled {
     closed(settings, POLICY_UNIDENTIFIED)
+}
+
+/// The policy of a pod that is closed because it has an interface that cannot be enforced: internal
+/// addresses are denied too, so that nothing from there gets out by that interface.
+pub fn refused(settings: &Settings) -> Compiled {
+    let settings = Settings {
+        allow_internal: false,
+        guard: true,
+        ..settings.clone()
+    };
+    closed(&settings, POLICY_REFUSED)
 }
 
 fn closed(settings: &Settings, why: u32) -> Compiled {

@@ -34,7 +34,7 @@ use std::sync::Arc;
 use crate::dns::Name;
 
 pub use annotations::Annotations;
-pub use compile::{Cidr, Compiled, NAMES, compile, unidentified, unreadable};
+pub use compile::{Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable};
 pub use describe::describe;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use name_text::{exact_name, name_pattern};

@@ -17,6 +17,7 @@ pub mod count;
 pub mod denied;
 pub mod folder;
 pub mod line;
+pub mod log;
 pub mod reporter;
 mod summary;
 

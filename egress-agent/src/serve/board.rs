@@ -12,8 +12,9 @@ use arc_swap::ArcSwap;
 
 use crate::{
     datapath::boottime_ns,
+    host::Exits,
     policy::{Annotations, Compiled, Mode, Resolver, Settings},
-    report::{DenialCounts, Gauge, Histogram, PodIdentity},
+    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
 };
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
@@ -57,6 +58,8 @@ pub struct Attached {
     pub since: SystemTime,
     /// Its interfaces.
     pub interfaces: Vec<u32>,
+    /// Whether what they carry may not be judged all the same.
+    pub bypassed: bool,
 }
 
 /// One pod.
@@ -78,6 +81,8 @@ pub struct PodState {
     pub written: Arc<Written>,
     /// Whether its annotations cannot be read.
     pub unreadable: bool,
+    /// Its interfaces that cannot be enforced, beside those that are.
+    pub exits: Arc<Exits>,
     /// What is wrong.
     pub problem: Option<String>,
 }
@@ -88,9 +93,31 @@ impl PodState {
         self.attached.is_none() && self.mode != Mode::Off && !self.host_network
     }
 
+    /// Whether it is attached to, and its packets may pass unjudged all the same.
+    pub fn is_bypassed(&self) -> bool {
+        let attached = self.attached.as_ref();
+        attached.is_some_and(|attached| attached.bypassed)
+    }
+
     /// Whether something is wrong with that: a pod that has only just come is not missing yet.
     pub fn is_missing(&self) -> bool {
-        self.is_waiting() && self.problem.is_some()
+        (self.is_waiting() || self.is_bypassed()) && self.problem.is_some()
+    }
+}
+
+/// How many connections went on that pods had open before they were enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Existing {
+    /// Those that others had opened.
+    pub inbound: u64,
+    /// Those that pods had opened, with `existingConnections: trust`.
+    pub trusted: u64,
+}
+
+impl std::ops::AddAssign for Existing {
+    fn add_assign(&mut self, other: Self) {
+        self.inbound += other.inbound;
+        self.trusted += other.trusted;
     }
 }
 
@@ -131,6 +158,12 @@ pub struct NodeState {
     pub incomplete: bool,
     /// How following the cluster goes; `None` without one.
     pub cluster: Option<ClusterState>,
+    /// How many connections from before went on.
+    pub existing: Existing,
+    /// Whether those that pods had opened before this agent's start went on.
+    pub trusted: bool,
+    /// The reason.
+    pub trust: String,
     /// What the policies were compiled with; none before the first reconcile.
     pub settings: Option<Settings>,
 }
@@ -141,6 +174,10 @@ pub struct Board {
     node: ArcSwap<NodeState>,
     /// How long reconciles took.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
+    /// How often a program was put in front of another one again.
+    pub hooks_moved: Counter,
+    /// Probes that have not come to the programs.
+    pub probes_missed: Counter,
     reconciled_ns: Gauge,
     read_ns: Gauge,
     began_ns: u64,
@@ -154,6 +191,8 @@ impl Default for Board {
         Self {
             node: ArcSwap::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
+            hooks_moved: Counter::default(),
+            probes_missed: Counter::default(),
             reconciled_ns: Gauge::default(),
             read_ns: Gauge::default(),
             began_ns: boottime_ns(),

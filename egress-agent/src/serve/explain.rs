@@ -11,7 +11,7 @@ use egress_common::{
     address::Address,
     protocol::bits,
     reason::Reason,
-    records::{Policy, RANGE_INTERNAL, RANGE_PROTECTED, Range},
+    records::{Policy, RANGE_INTERNAL, Range, TunnelKey},
     verdict::Destination,
 };
 
@@ -85,6 +85,10 @@ pub(super) async fn explain(
             compiled,
             policy: &policy,
             entries: entries(state, &node),
+            tunnels: sources
+                .view
+                .tunnels()
+                .map_err(|error| format!("{error:#}"))?,
             target: &read,
             now_ns: boottime_ns(),
         };
@@ -125,6 +129,7 @@ struct Asking<'a> {
     compiled: &'a Compiled,
     policy: &'a Policy,
     entries: Option<Entries>,
+    tunnels: Vec<TunnelKey>,
     target: &'a Target,
     now_ns: u64,
 }
@@ -219,7 +224,7 @@ impl Asking<'_> {
                  answers with, unless they are protected or denied themselves",
                 self.because_open(&destination, &reach.open)
             );
-            explanation.entries = allowing(&destination, &spoken, &reach.open);
+            explanation.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
         }
         explanation.ports = self.ports(&reach.open);
     }
@@ -298,7 +303,7 @@ impl Asking<'_> {
                     "; an earlier agent learned the address, from a name that is not known any more",
                 );
             }
-            explained.entries = allowing(&destination, &spoken, &reach.open);
+            explained.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
         }
         explained.ports = self.ports(&reach.open);
         Ok(explained)
@@ -371,6 +376,7 @@ impl Asking<'_> {
         Reach::of(
             self.policy,
             destination,
+            &self.tunnels,
             self.target.protocol,
             self.target.port,
         )
@@ -392,7 +398,10 @@ impl Asking<'_> {
     }
 
     fn because_open(&self, destination: &Destination, open: &[Ports]) -> String {
-        let by_entry = |&ports: &Ports| ground(self.policy, destination, ports) == Ground::Entries;
+        let by_entry = |&ports: &Ports| {
+            let destination = ports.of(destination, &self.tunnels);
+            ground(self.policy, &destination, ports) == Ground::Entries
+        };
         if open.iter().any(by_entry) {
             BY_ENTRY.to_owned()
         } else if destination.ranges & RANGE_INTERNAL != 0 {
@@ -417,6 +426,9 @@ impl Asking<'_> {
         }
         match reason {
             Some(Reason::PolicyUnreadable) => "correct the annotation: see the problem".to_owned(),
+            Some(Reason::UnenforcedInterface) => {
+                "remove the interface that cannot be enforced: see the problem".to_owned()
+            }
             Some(Reason::Expired) => {
                 "its lifetime has ended: the program has to resolve the name again".to_owned()
             }
@@ -435,6 +447,10 @@ impl Asking<'_> {
             }
             Some(Reason::Protected) if !is_address => {
                 "a protected address is opened by its address alone, never by a name".to_owned()
+            }
+            Some(Reason::Tunnel) if !is_address => {
+                "a tunnel to an internal address is opened by that address alone, never by a name"
+                    .to_owned()
             }
             _ => format!("add `{entry}` to {PREFIX}allow"),
         }
@@ -460,7 +476,15 @@ fn because_denied(reason: Reason) -> &'static str {
         Reason::PolicyUnreadable => {
             "the annotations cannot be read, so everything external is denied"
         }
+        Reason::UnenforcedInterface => {
+            "the pod has an interface that cannot be enforced, and is closed for it \
+             (unenforcedInterfaces: refuse)"
+        }
         Reason::Protected => "it is protected, and no entry names it as an address",
+        Reason::Tunnel => {
+            "it is a tunnel (ranges.tunnels) to an internal address, and no entry names that as an \
+             address"
+        }
         Reason::Expired => "the lifetime of what the pod resolved has ended",
         Reason::PortNotAllowed => "entries allow it, but not with this protocol and port",
         Reason::AddressNotLearned => {
@@ -481,12 +505,18 @@ fn because_denied(reason: Reason) -> &'static str {
 }
 
 /// The entries that let something pass.
-fn allowing(destination: &Destination, spoken: &[Spoken], open: &[Ports]) -> Vec<EntryStatus> {
-    let protected = destination.ranges & RANGE_PROTECTED != 0;
+fn allowing(
+    destination: &Destination,
+    tunnels: &[TunnelKey],
+    spoken: &[Spoken],
+    open: &[Ports],
+) -> Vec<EntryStatus> {
+    let needs_address = |ports: &Ports| ports.of(destination, tunnels).needs_address_entry();
+    let by_address = !open.is_empty() && open.iter().all(needs_address);
     let counts = |spoken: &&Spoken| {
         spoken.list == List::Allow
-            && !(spoken.of_name && (destination.expired != 0 || protected))
-            && !(spoken.of_all && protected)
+            && !(spoken.of_name && (destination.expired != 0 || by_address))
+            && !(spoken.of_all && by_address)
             && open.iter().any(|&ports| spoken.holds_some(ports))
     };
     statuses(spoken.iter().filter(counts))

@@ -20,7 +20,10 @@ use prometheus_client::{
 };
 
 use super::{ClusterState, Sources, page::Page, process::Usage, status::mode_of};
-use crate::gate::{Direction, Outcome, Stats, Transport};
+use crate::{
+    gate::{Direction, Outcome, Stats, Transport},
+    report::log,
+};
 
 /// The type of the text.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -81,6 +84,7 @@ impl Scrape {
             "host_network",
             "missing",
             "off",
+            "partly_enforced",
             "quarantined",
             "waiting",
         ]
@@ -97,6 +101,11 @@ impl Scrape {
             modes
                 .into_iter()
                 .map(|(mode, count)| (vec![("mode", mode.to_owned())], count)),
+        )?;
+        page.gauge(
+            "egress_agent_pods_bypassed",
+            "Pods whose packets may pass unjudged, because another program takes them first",
+            node.pods.values().filter(|pod| pod.is_bypassed()).count() as u64,
         )?;
         page.gauge(
             "egress_agent_pods_unreadable",
@@ -158,6 +167,11 @@ impl Scrape {
             "egress_agent_denial_lines_failed",
             "Lines that could not be written to standard output",
             self.sources.reporter.failed_lines(),
+        )?;
+        page.counter(
+            "egress_agent_log_lines_lost",
+            "Log lines that could not be written to standard error",
+            log::lost_lines(),
         )
     }
 
@@ -198,6 +212,10 @@ impl Scrape {
                 (why("ring_full"), held_lost),
                 (why("over_pod_share"), held_limited),
                 (why("too_long"), held_too_long),
+                (
+                    why("backlog_full"),
+                    self.sources.gate.stats().backlog_full.get(),
+                ),
             ],
         )?;
         page.counters(
@@ -264,6 +282,16 @@ impl Scrape {
             "When all pods were last compared with what is enforced",
             Some(&Unit::Seconds),
             board.last_reconciled().map_or(0.0, unix),
+        )?;
+        page.counter(
+            "egress_agent_hooks_moved",
+            "Times that a program was put in front of another one again",
+            board.hooks_moved.get(),
+        )?;
+        page.counter(
+            "egress_agent_probes_missed",
+            "Probes that have not come to the programs of their interface",
+            board.probes_missed.get(),
         )?;
         match &board.node().cluster {
             Some(cluster) => follow(page, cluster),

@@ -29,7 +29,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::oneshot;
 
-pub use board::{Attached, Board, ClusterState, NodeState, PodState, WatchState, Written};
+pub use board::{
+    Attached, Board, ClusterState, Existing, NodeState, PodState, WatchState, Written,
+};
 pub use socket::DEFAULT_PATH;
 
 use crate::{

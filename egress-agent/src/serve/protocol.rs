@@ -71,6 +71,17 @@ pub struct AgentStatus {
     pub unhealthy: Vec<String>,
     pub ready: bool,
     pub not_ready: Vec<String>,
+    pub existing_connections: ExistingStatus,
+}
+
+/// Connections that pods had open before they were enforced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/status.md describes each field")]
+pub struct ExistingStatus {
+    pub outbound: String,
+    pub because: String,
+    pub inbound_kept: u64,
+    pub outbound_trusted: u64,
 }
 
 /// A resolver.
@@ -100,6 +111,7 @@ pub struct PodStatus {
     pub mode: String,
     pub enforced: bool,
     pub interfaces: Vec<InterfaceStatus>,
+    pub unenforced_interfaces: Vec<UnenforcedStatus>,
     pub applied: Option<String>,
     pub policy_version: Option<u64>,
     pub names: usize,
@@ -120,6 +132,15 @@ pub struct PodStatus {
 pub struct InterfaceStatus {
     pub index: u32,
     pub name: Option<String>,
+}
+
+/// An interface in a pod that cannot be enforced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/status.md describes each field")]
+pub struct UnenforcedStatus {
+    pub name: String,
+    pub kind: String,
+    pub leads_to: String,
 }
 
 /// A name that a pod has resolved.

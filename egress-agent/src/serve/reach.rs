@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use egress_common::{
     protocol::bits,
     reason::Reason,
-    records::{Policy, RANGE_PROTECTED},
+    records::{Policy, TunnelKey},
     verdict::{Destination, Verdict, judge, matching_classes},
 };
 
@@ -21,9 +21,11 @@ const PROTOCOLS: [(u8, &str); 4] = [
 ];
 
 /// From the most specific reason to the least.
-const REASONS: [Reason; 9] = [
+const REASONS: [Reason; 11] = [
     Reason::PolicyUnreadable,
+    Reason::UnenforcedInterface,
     Reason::Protected,
+    Reason::Tunnel,
     Reason::DnsElsewhere,
     Reason::InternalAnswer,
     Reason::Expired,
@@ -41,6 +43,23 @@ pub(super) struct Ports {
     pub(super) last: u16,
 }
 
+impl Ports {
+    /// The destination as it is for these packets, which are tunnels or not all alike.
+    pub(super) fn of(self, destination: &Destination, tunnels: &[TunnelKey]) -> Destination {
+        let port = if self.protocol & bits::WITH_PORTS == 0 {
+            0
+        } else {
+            self.first
+        };
+        Destination {
+            tunnel: tunnels
+                .contains(&TunnelKey::new(self.protocol, port))
+                .into(),
+            ..*destination
+        }
+    }
+}
+
 /// What becomes of packets to a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Reach {
@@ -55,6 +74,7 @@ impl Reach {
     pub(super) fn of(
         policy: &Policy,
         destination: &Destination,
+        tunnels: &[TunnelKey],
         protocol: Option<u8>,
         port: Option<u16>,
     ) -> Self {
@@ -65,8 +85,9 @@ impl Reach {
             if protocol.is_some_and(|protocol| protocol != bit) {
                 continue;
             }
-            for ports in regions(policy, bit, port) {
-                match judge(policy, destination, bit, ports.first) {
+            for ports in regions(policy, tunnels, bit, port) {
+                let destination = ports.of(destination, tunnels);
+                match judge(policy, &destination, bit, ports.first) {
                     Verdict::Pass => match open.last_mut() {
                         Some(last)
                             if last.protocol == bit
@@ -92,7 +113,7 @@ impl Reach {
 }
 
 /// Ports in ranges of which each is judged alike.
-fn regions(policy: &Policy, protocol: u8, port: Option<u16>) -> Vec<Ports> {
+fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u16>) -> Vec<Ports> {
     let ports = |first, last| Ports {
         protocol,
         first,
@@ -106,6 +127,10 @@ fn regions(policy: &Policy, protocol: u8, port: Option<u16>) -> Vec<Ports> {
     }
     // Each port of DNS is a range of its own: see `judge`.
     let mut starts: BTreeSet<u16> = [0, 53, 54, 853, 854].into();
+    for tunnel in tunnels.iter().filter(|tunnel| tunnel.protocol == protocol) {
+        starts.insert(tunnel.port);
+        starts.extend(tunnel.port.checked_add(1));
+    }
     for class in &policy.classes {
         starts.insert(class.port_min);
         starts.extend(class.port_max.checked_add(1));
@@ -130,9 +155,9 @@ pub(super) enum Ground {
 
 /// Why packets that pass do so.
 pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
-    let protected = destination.ranges & RANGE_PROTECTED != 0;
+    let by_address = destination.needs_address_entry();
     let learned = destination.learned_classes(policy);
-    let any = if protected { 0 } else { policy.any };
+    let any = if by_address { 0 } else { policy.any };
     let known = (learned | destination.cidr | any) & !policy.deny;
     if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
         Ground::Entries
@@ -155,7 +180,7 @@ impl From<&Ports> for PortsStatus {
 
 #[cfg(test)]
 mod tests {
-    use egress_common::records::PortClass;
+    use egress_common::records::{POLICY_ALLOW_INTERNAL, PortClass, RANGE_INTERNAL};
 
     use super::*;
 
@@ -184,7 +209,7 @@ mod tests {
                 cidr,
                 ..Destination::default()
             };
-            let reach = Reach::of(&policy, &destination, Some(bits::TCP), None);
+            let reach = Reach::of(&policy, &destination, &[], Some(bits::TCP), None);
             for port in 0..=u16::MAX {
                 let passes = judge(&policy, &destination, bits::TCP, port) == Verdict::Pass;
                 let open = |ports: &Ports| (ports.first..=ports.last).contains(&port);
@@ -195,12 +220,37 @@ mod tests {
     }
 
     #[test]
+    fn a_tunnels_port_is_a_range_of_its_own() {
+        let destination = Destination {
+            ranges: RANGE_INTERNAL,
+            ..Destination::default()
+        };
+        let lenient = Policy {
+            flags: POLICY_ALLOW_INTERNAL,
+            ..Policy::CLOSED
+        };
+        let tunnels = [TunnelKey::new(bits::UDP, 4789)];
+        let udp = |port| Reach::of(&lenient, &destination, &tunnels, Some(bits::UDP), port);
+        let ports: Vec<(u16, u16)> = udp(None).open.iter().map(|p| (p.first, p.last)).collect();
+        assert_eq!(ports, [(0, 52), (54, 852), (854, 4788), (4790, u16::MAX)]);
+        assert!(matches!(udp(Some(4789)).denied, Some((Reason::Tunnel, ..))));
+        let tcp = Reach::of(
+            &lenient,
+            &destination,
+            &tunnels,
+            Some(bits::TCP),
+            Some(4789),
+        );
+        assert_eq!(tcp.denied, None);
+    }
+
+    #[test]
     fn neighbouring_ranges_are_one() {
         let destination = Destination {
             cidr: 7,
             ..Destination::default()
         };
-        let open = Reach::of(&policy(), &destination, None, None).open;
+        let open = Reach::of(&policy(), &destination, &[], None, None).open;
         let ports = |first, last| Ports {
             protocol: bits::TCP,
             first,

@@ -7,15 +7,16 @@ use egress_common::reason::Reason;
 use super::{
     NodeState, PodState, Sources, health,
     protocol::{
-        AddressStatus, AgentStatus, InterfaceStatus, PodStatus, ProblemStatus, ResolvedStatus,
-        ResolverStatus, Status,
+        AddressStatus, AgentStatus, ExistingStatus, InterfaceStatus, PodStatus, ProblemStatus,
+        ResolvedStatus, ResolverStatus, Status, UnenforcedStatus,
     },
 };
 use crate::{
     datapath::boottime_ns,
     gate::{About, Teachings},
-    policy::prefix::from_mapped,
-    report::{DenialCounts, rfc3339},
+    host::interface_name,
+    policy::{Mode, prefix::from_mapped},
+    report::{DenialCounts, log, rfc3339},
 };
 
 /// Most addresses that one answer tells of all pods together.
@@ -60,7 +61,7 @@ pub(super) async fn status(
         pods.push(pod_status(key, state, teachings, names));
     }
     Ok(Status {
-        agent: agent(sources),
+        agent: agent(sources, &node),
         resolvers: node
             .resolvers
             .iter()
@@ -102,18 +103,20 @@ pub(super) fn find<'a>(
 pub(super) fn mode_of(pod: &PodState) -> &'static str {
     if pod.host_network {
         "host_network"
-    } else if pod.quarantined {
-        "quarantined"
     } else if pod.is_missing() {
         "missing"
+    } else if pod.quarantined {
+        "quarantined"
     } else if pod.is_waiting() {
         "waiting"
+    } else if pod.mode == Mode::Enforce && !pod.exits.is_empty() {
+        "partly_enforced"
     } else {
         pod.mode.as_str()
     }
 }
 
-fn agent(sources: &Sources) -> AgentStatus {
+fn agent(sources: &Sources, node: &NodeState) -> AgentStatus {
     let (unhealthy, not_ready) = (health::unwell(sources), health::unready(sources));
     AgentStatus {
         node: sources.node.clone(),
@@ -126,6 +129,12 @@ fn agent(sources: &Sources) -> AgentStatus {
         unhealthy,
         ready: not_ready.is_empty(),
         not_ready,
+        existing_connections: ExistingStatus {
+            outbound: if node.trusted { "trusted" } else { "judged" }.to_owned(),
+            because: node.trust.clone(),
+            inbound_kept: node.existing.inbound,
+            outbound_trusted: node.existing.trusted,
+        },
     }
 }
 
@@ -146,7 +155,9 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("dns_fragments_late", stats.fragments_late.get()),
         ("dns_unclaimed", stats.unclaimed.get()),
         ("dns_stale", stats.stale.get()),
+        ("dns_backlog_full", stats.backlog_full.get()),
         ("frames_unsent", stats.unsent.get()),
+        ("log_lines_lost", log::lost_lines()),
     ]
     .map(|(what, count)| (what.to_owned(), count))
     .into();
@@ -172,11 +183,12 @@ fn pod_status(
         pod: pod.clone(),
         uid: state.uid.clone(),
         mode: match mode_of(state) {
+            "missing" | "waiting" if state.quarantined => "quarantined",
             "missing" | "waiting" => state.mode.as_str(),
             other => other,
         }
         .to_owned(),
-        enforced: attached.is_some(),
+        enforced: attached.is_some_and(|attached| !attached.bypassed),
         interfaces: attached.map_or_else(Vec::new, |attached| {
             attached
                 .interfaces
@@ -184,6 +196,16 @@ fn pod_status(
                 .map(|&at| interface(at))
                 .collect()
         }),
+        unenforced_interfaces: state
+            .exits
+            .named
+            .iter()
+            .map(|exit| UnenforcedStatus {
+                name: exit.name.clone(),
+                kind: exit.kind.clone(),
+                leads_to: exit.to.as_str().to_owned(),
+            })
+            .collect(),
         applied: attached.map(|attached| time(attached.since)),
         policy_version: attached.map(|attached| attached.version),
         names: teachings
@@ -207,10 +229,9 @@ fn pod_status(
 }
 
 fn interface(index: u32) -> InterfaceStatus {
-    let name = nix::net::if_::if_indextoname(index).ok();
     InterfaceStatus {
         index,
-        name: name.map(|name| name.to_string_lossy().into_owned()),
+        name: interface_name(index),
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod icmp;
 mod ip;
+mod link;
 mod plain;
 mod role;
 mod transport;
@@ -23,12 +24,18 @@ pub const ETHER_ARP: u16 = 0x0806;
 /// EtherType of IPv6.
 pub const ETHER_IPV6: u16 = 0x86dd;
 
-/// Longest ARP frame that passes: the smallest Ethernet frame with a little room for trailers. An
-/// ARP packet for IPv4 is 28 bytes (RFC 826); anything more is somebody's payload.
+/// Longest ARP frame that passes: the smallest Ethernet frame and its checksum. An ARP packet for IPv4
+/// is 28 bytes (RFC 826), and what makes the frame longer is zero.
 pub const ARP_FRAME_MAX: u32 = 64;
 /// The fixed part of an ARP packet for IPv4 over Ethernet: hardware type, protocol type and the
 /// lengths of both addresses (RFC 826).
 const ARP_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
+
+/// Length of an ARP packet for IPv4 over Ethernet.
+const ARP_LEN: u32 = 28;
+/// Operations of ARP.
+const ARP_REQUEST: u16 = 1;
+const ARP_REPLY: u16 = 2;
 
 /// TCP FIN.
 pub const TCP_FIN: u8 = 0x01;
@@ -176,6 +183,19 @@ pub fn walk(frame: &impl Frame, packet: &mut Packet) -> Walked {
 fn walk_arp(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     if frame.len() > ARP_FRAME_MAX || frame.read::<6>(ETHERNET_LEN)? != ARP_IPV4 {
         return None;
+    }
+    let operation = u16::from_be_bytes(frame.read(ETHERNET_LEN + 6)?);
+    // The sender's hardware address is that of the frame.
+    let is_sender = link::same_hardware(&frame.read(6)?, &frame.read(ETHERNET_LEN + 8)?);
+    if !matches!(operation, ARP_REQUEST | ARP_REPLY) || !is_sender {
+        return None;
+    }
+    let mut at = ETHERNET_LEN + ARP_LEN;
+    while at < ARP_FRAME_MAX {
+        if at < frame.len() && frame.read::<1>(at)? != [0] {
+            return None;
+        }
+        at += 1;
     }
     packet.src = address::from_v4(frame.read(ETHERNET_LEN + 14)?);
     packet.dst = address::from_v4(frame.read(ETHERNET_LEN + 24)?);

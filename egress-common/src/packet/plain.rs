@@ -1,6 +1,9 @@
 //! The short walk: what most packets look like.
 
-use super::{ETHER_IPV4, ETHER_IPV6, ETHERNET_LEN, Frame, Packet, TCP_SYN, ether_type};
+use super::{
+    ETHER_IPV4, ETHER_IPV6, ETHERNET_LEN, Frame, Packet, TCP_SYN, ether_type,
+    role::{TCP_CHECKSUM, UDP_CHECKSUM},
+};
 use crate::{
     address,
     protocol::{self, bits},
@@ -21,6 +24,8 @@ pub struct Plain {
     pub tcp_flags: u8,
     /// The bit of [`bits`] for its protocol.
     pub bit: u8,
+    /// Offset of its checksum field from the start of the frame.
+    pub checksum: u32,
 }
 
 impl Plain {
@@ -29,7 +34,14 @@ impl Plain {
         key: Packet::EMPTY.flow_from_pod(),
         tcp_flags: 0,
         bit: 0,
+        checksum: 0,
     };
+
+    /// See [`Packet::earliest_checksum`].
+    #[inline(always)]
+    pub const fn earliest_checksum(&self) -> Option<u32> {
+        Some(self.checksum)
+    }
 }
 
 /// Walks a frame's headers if they are of the plain kind: whole TCP or UDP packets that open no
@@ -99,6 +111,7 @@ fn plain_transport<const AT: u32>(frame: &impl Frame, plain: &mut Plain, end: u3
                 return None;
             }
             plain.bit = bits::TCP;
+            plain.checksum = AT + TCP_CHECKSUM;
             [header[0], header[1], header[2], header[3]]
         }
         protocol::UDP => {
@@ -109,6 +122,7 @@ fn plain_transport<const AT: u32>(frame: &impl Frame, plain: &mut Plain, end: u3
             }
             plain.tcp_flags = 0;
             plain.bit = bits::UDP;
+            plain.checksum = AT + UDP_CHECKSUM;
             [header[0], header[1], header[2], header[3]]
         }
         _ => return None,
@@ -160,6 +174,7 @@ mod tests {
         prop_assert_eq!(plain.key, packet.flow_from_pod());
         prop_assert_eq!(plain.tcp_flags, packet.tcp_flags);
         prop_assert_eq!(plain.bit, packet.bit);
+        prop_assert_eq!(plain.earliest_checksum(), packet.earliest_checksum());
         prop_assert_eq!(packet.fragment, Fragment::None);
         prop_assert!(packet.may_follow_flow());
         Ok(true)

@@ -13,6 +13,13 @@ use crate::{
     records::{FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FlowKey},
 };
 
+/// Where TCP has its checksum (RFC 9293, section 3.1).
+pub(super) const TCP_CHECKSUM: u32 = 16;
+/// Where UDP has it (RFC 768).
+pub(super) const UDP_CHECKSUM: u32 = 6;
+/// Where SCTP has it (RFC 9260, section 3.1).
+const SCTP_CHECKSUM: u32 = 8;
+
 /// Longest frame with an ICMP error that a flow lets pass: RFC 1812, section 4.3.2.3, and RFC 4443,
 /// section 2.4, bound the packet.
 const ICMP_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 576;
@@ -37,6 +44,25 @@ impl Packet {
         hop_limit: 0,
         version: 0,
     };
+
+    /// Offset in the frame of the first byte that a checksum may be written to after the verdict
+    /// without changing what was judged: the transport's own checksum field. `None` when nobody
+    /// leaves the checksum of such a packet to others: the kernel computes that of ICMP at once, and
+    /// that of a packet before it is cut into fragments.
+    #[inline(always)]
+    pub const fn earliest_checksum(&self) -> Option<u32> {
+        if !matches!(self.fragment, Fragment::None) {
+            return None;
+        }
+        match self.bit {
+            bits::TCP => Some(self.l4_offset + TCP_CHECKSUM),
+            bits::UDP => Some(self.l4_offset + UDP_CHECKSUM),
+            bits::SCTP => Some(self.l4_offset + SCTP_CHECKSUM),
+            // Of a tunnel, nothing but its protocol was judged. The packet inside may be anything.
+            bits::OTHER => Some(self.l4_offset),
+            _ => None,
+        }
+    }
 
     /// Whether this is a TCP packet that opens a connection.
     #[inline(always)]
@@ -83,6 +109,21 @@ impl Packet {
                 self.icmp_type,
                 ICMPV6_NEIGHBOUR_SOLICITATION | ICMPV6_NEIGHBOUR_ADVERTISEMENT
             )
+    }
+
+    /// Whether this is a multicast listener report (RFC 2710, RFC 3810).
+    #[inline(always)]
+    pub const fn is_listener_report(&self) -> bool {
+        matches!(
+            self.icmp_type,
+            ICMPV6_MLD_REPORT | ICMPV6_MLD_DONE | ICMPV6_MLD2_REPORT
+        )
+    }
+
+    /// Whether this is a neighbour solicitation.
+    #[inline(always)]
+    pub const fn is_neighbour_solicitation(&self) -> bool {
+        self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_SOLICITATION
     }
 
     /// Whether this is an advertisement: it says whose address its target is.

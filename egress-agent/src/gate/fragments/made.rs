@@ -8,7 +8,7 @@ use egress_common::{
     protocol,
 };
 
-use super::{Budget, Fragments, Held, Key, POD_BYTES, Whole, checksum};
+use super::{Budget, Fragments, Held, Key, LIMITS, Whole, checksum};
 
 /// One fragment that is to be made.
 #[derive(Clone, Debug)]
@@ -67,7 +67,7 @@ impl Scene {
     pub(in super::super) fn new() -> Self {
         Self {
             fragments: Fragments::new(),
-            budget: Budget::default(),
+            budget: Budget::new(LIMITS),
             now_ns: 1_000_000_000_000,
             lost: Vec::new(),
             receiver: Receiver::default(),
@@ -104,8 +104,8 @@ impl Scene {
             receiver,
         } = self;
         let whole = fragments.add(&held, *now_ns, budget, |_, why| lost.push(why));
-        assert_eq!(budget.used, fragments.kept);
-        assert!(fragments.kept <= POD_BYTES);
+        assert_eq!(budget.common(), beyond(fragments));
+        assert!(fragments.kept.amount() <= LIMITS.pod);
         let whole = whole?;
         let mut read = Vec::new();
         for piece in &whole.pieces {
@@ -129,7 +129,7 @@ impl Scene {
             ..
         } = self;
         fragments.tick(*now_ns, budget, |_, why| lost.push(why));
-        assert_eq!(budget.used, fragments.kept);
+        assert_eq!(budget.common(), beyond(fragments));
     }
 }
 
@@ -238,7 +238,10 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
         came.retain(|(key, _)| scene.waits(key));
     }
     scene.fragments.clear(&mut scene.budget);
-    assert_eq!(scene.budget.used, 0);
+    assert_eq!(
+        (scene.budget.common(), scene.fragments.kept.amount()),
+        (0, 0)
+    );
     put_back
 }
 
@@ -275,4 +278,9 @@ impl Part {
         let walked = walk(&self.frame().as_slice(), &mut packet);
         (walked == Walked::Ip).then(|| Key::of(&packet))
     }
+}
+
+/// What the fragments take of the part that all pods share.
+fn beyond(fragments: &Fragments) -> usize {
+    fragments.kept.amount().saturating_sub(LIMITS.own)
 }

@@ -32,6 +32,7 @@ pub(super) use datagram::Whole;
 pub(super) use piece::Held;
 use piece::Piece;
 
+use super::budget::{Budget, Kept, Limits};
 #[cfg(any(test, fuzzing))]
 use super::checksum;
 
@@ -46,20 +47,15 @@ const ENDED_NS: u64 = 60_000_000_000;
 /// Datagrams of one pod that may wait at once; beyond it the one that began first is lost.
 const DATAGRAMS: usize = 256;
 
-/// Most bytes that the fragments of one pod take.
-const POD_BYTES: usize = 512 << 10;
-
-/// Most bytes that the fragments of all pods take.
-const BYTES: usize = 8 << 20;
+/// What the fragments of pods take. A pod's own part is room for one of the longest datagrams.
+pub(super) const LIMITS: Limits = Limits {
+    own: 128 << 10,
+    pod: 512 << 10,
+    common: 8 << 20,
+};
 
 /// Numbers of one pod that are remembered as used; beyond it the one used longest ago is forgotten.
 const ENDED: usize = 1024;
-
-/// What the fragments of all pods take.
-#[derive(Debug, Default)]
-pub(super) struct Budget {
-    used: usize,
-}
 
 /// What a receiver tells datagrams apart by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,7 +88,7 @@ pub(super) struct Fragments {
     datagrams: LruCache<Key, Datagram>,
     /// Datagrams that were whole, or can not be put together, and when that was; in that order.
     ended: LruCache<Key, u64>,
-    kept: usize,
+    kept: Kept,
     /// Fragments of ended datagrams, since [`Fragments::take_late`].
     late: u64,
 }
@@ -103,7 +99,7 @@ impl Fragments {
             // Unbounded because the bounded one allots all of its memory at once.
             datagrams: LruCache::unbounded(),
             ended: LruCache::unbounded(),
-            kept: 0,
+            kept: Kept::default(),
             late: 0,
         }
     }
@@ -169,8 +165,7 @@ impl Fragments {
         let before = datagram.kept;
         datagram.add(piece)?;
         let more = datagram.kept - before;
-        self.kept += more;
-        budget.used += more;
+        budget.add(&mut self.kept, more);
         Ok(datagram.is_whole())
     }
 
@@ -185,10 +180,7 @@ impl Fragments {
     ) -> bool {
         const WHY: &str = "no room is left for fragments";
         let is_new = !self.datagrams.contains(key);
-        while (is_new && self.datagrams.len() >= DATAGRAMS)
-            || self.kept + bytes > POD_BYTES
-            || budget.used + bytes > BYTES
-        {
+        while (is_new && self.datagrams.len() >= DATAGRAMS) || !budget.has_room(&self.kept, bytes) {
             let Some((&oldest, _)) = self.datagrams.peek_lru() else {
                 lost(held.packet, WHY);
                 return false;
@@ -205,8 +197,7 @@ impl Fragments {
 
     fn forget(&mut self, key: &Key, budget: &mut Budget) -> Option<Datagram> {
         let datagram = self.datagrams.pop(key)?;
-        self.kept -= datagram.kept;
-        budget.used -= datagram.kept;
+        budget.take_back(&mut self.kept, datagram.kept);
         Some(datagram)
     }
 
@@ -250,8 +241,8 @@ impl Fragments {
 
     /// Forgets all that waits.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
-        budget.used -= self.kept;
-        self.kept = 0;
+        let kept = self.kept.amount();
+        budget.take_back(&mut self.kept, kept);
         self.datagrams.clear();
     }
 }

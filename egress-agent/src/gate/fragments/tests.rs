@@ -81,7 +81,7 @@ fn a_repeated_fragment_counts_for_nothing_and_is_not_put_back() {
             assert_eq!(scene.comes(part), None);
         }
         assert!(scene.lost.is_empty());
-        assert_eq!(scene.fragments.kept, 0);
+        assert_eq!(scene.fragments.kept.amount(), 0);
     }
 }
 
@@ -124,7 +124,7 @@ fn a_contradiction_ends_the_datagram() {
                 assert_eq!(scene.comes(part), None, "{why}");
             }
             assert_eq!(scene.lost, [why]);
-            assert_eq!(scene.fragments.kept, 0);
+            assert_eq!(scene.fragments.kept.amount(), 0);
         }
     }
 }
@@ -239,7 +239,7 @@ fn a_datagram_has_a_bounded_number_of_fragments() {
         assert_eq!(scene.comes(&part), None);
     }
     assert_eq!(scene.lost, ["the datagram has too many fragments"]);
-    assert_eq!(scene.fragments.kept, 0);
+    assert_eq!(scene.fragments.kept.amount(), 0);
 }
 
 #[test]
@@ -252,7 +252,10 @@ fn a_missing_fragment_is_not_waited_for() {
     assert!(scene.lost.is_empty());
     scene.passes(2);
     assert_eq!(scene.lost, ["a fragment is missing"]);
-    assert_eq!((scene.fragments.kept, scene.budget.used), (0, 0));
+    assert_eq!(
+        (scene.fragments.kept.amount(), scene.budget.common()),
+        (0, 0)
+    );
     assert_eq!(scene.comes(&parts[2]), None);
 }
 
@@ -293,10 +296,13 @@ fn when_all_memory_is_used_a_pod_gives_up_its_own() {
     let mut scene = Scene::new();
     let (_, parts) = three(4, 1);
     scene.comes(&parts[0]);
-    // What other pods have.
-    let others = BYTES - scene.budget.used;
+    // What other pods have, and what this one has already.
+    let mut others = Kept::default();
+    let mut budget = Budget::new(LIMITS);
+    budget.add(&mut others, LIMITS.own + LIMITS.common);
+    let before = scene.fragments.kept.amount();
+    budget.add(&mut scene.fragments.kept, LIMITS.own - before);
     let mut lost = Vec::new();
-    let mut budget = Budget { used: BYTES };
     let mut packet = Packet::EMPTY;
     let frame = three(4, 2).1[0].frame();
     egress_common::packet::walk(&frame.as_slice(), &mut packet);
@@ -310,7 +316,7 @@ fn when_all_memory_is_used_a_pod_gives_up_its_own() {
     let added = fragments.add(&held, 0, &mut budget, |_, why| lost.push(why));
     assert!(added.is_none());
     assert_eq!(lost, ["no room is left for fragments"]);
-    assert_eq!(budget.used, others + fragments.kept);
+    assert_eq!(budget.common(), LIMITS.common);
     assert_eq!(fragments.datagrams.len(), 1);
 }
 

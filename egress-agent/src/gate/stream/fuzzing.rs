@@ -11,7 +11,7 @@ use super::{
         checksum::Checksum,
         pending::{Exchange, Pending},
     },
-    Asked, Budget, Decide, FLOWS, Key, Out, QUESTION_MAX, Segment, Step, Streams, To,
+    Asked, Budget, Decide, FLOWS, Key, LIMITS, Out, QUESTION_MAX, Segment, Step, Streams, To,
     segment::URG,
 };
 use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
@@ -275,7 +275,7 @@ impl Scene {
             "the pod reads what was not decided"
         );
         let kept: usize = self.streams.flows.iter().map(|(_, flow)| flow.kept()).sum();
-        assert_eq!(self.budget.used, kept);
+        assert_eq!(self.streams.kept.amount(), kept);
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }
 
@@ -405,7 +405,7 @@ impl Scene {
         }
         assert!(self.line.pod.bytes == answers, "answers are lost");
         assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
-        assert_eq!(self.budget.used, 0);
+        assert_eq!(self.budget.common(), 0);
     }
 }
 
@@ -425,7 +425,7 @@ pub(in super::super) fn follow(recipe: &[u8]) {
     };
     let mut scene = Scene {
         streams: Streams::new(),
-        budget: Budget::default(),
+        budget: Budget::new(LIMITS),
         decisions: Decisions {
             now_ns: 1,
             ..Decisions::default()

@@ -41,7 +41,10 @@ pub(super) use frames::{Out, To};
 use frames::{put_bare, reset_unknown, with_known_options};
 pub(super) use segment::Segment;
 
-use super::checksum::Checksum;
+use super::{
+    budget::{Budget, Kept, Limits},
+    checksum::Checksum,
+};
 
 /// Longest question that is taken. Of what may stand in one, only the OPT record's options have no
 /// length of their own, and stub resolvers pad to 128 bytes (RFC 8467).
@@ -50,14 +53,12 @@ const QUESTION_MAX: usize = 4096;
 /// Connections of one pod that are followed at once; beyond it the one used longest ago is reset.
 const FLOWS: usize = 256;
 
-/// Most bytes that the connections of all pods hold together.
-const BYTES: usize = 16 << 20;
-
-/// What the connections of all pods hold.
-#[derive(Debug, Default)]
-pub(super) struct Budget {
-    used: usize,
-}
+/// What the connections of pods hold. A pod's own part is room for two of the longest answers.
+pub(super) const LIMITS: Limits = Limits {
+    own: 128 << 10,
+    pod: 4 << 20,
+    common: 16 << 20,
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
@@ -70,6 +71,7 @@ struct Key {
 /// The connections of one pod.
 pub(super) struct Streams {
     flows: LruCache<Key, Flow>,
+    kept: Kept,
     /// Segments that were dropped, since [`Streams::take_damaged`].
     damaged: u64,
 }
@@ -79,6 +81,7 @@ impl Streams {
         Self {
             // Unbounded because the bounded one allots all of its memory at once.
             flows: LruCache::unbounded(),
+            kept: Kept::default(),
             damaged: 0,
         }
     }
@@ -131,8 +134,9 @@ impl Streams {
             To::Pod => flow.resolver_sent(&segment, step),
         };
         let after = flow.kept();
-        budget.used = (budget.used + after).saturating_sub(before);
-        if next == Next::Keep && after > before && budget.used > BYTES {
+        budget.add(&mut self.kept, after);
+        budget.take_back(&mut self.kept, before);
+        if next == Next::Keep && after > before && budget.is_over(&self.kept) {
             next = flow.lose(packet, "no memory is left", step);
         }
         if next == Next::Forget {
@@ -164,7 +168,7 @@ impl Streams {
             self.forget(&oldest, budget);
         }
         if let Some(flow) = Flow::new(segment, step.out.interface(), step.now_ns) {
-            budget.used += flow.kept();
+            budget.add(&mut self.kept, flow.kept());
             self.flows.put(key, flow);
         }
     }
@@ -177,7 +181,7 @@ impl Streams {
 
     fn forget(&mut self, key: &Key, budget: &mut Budget) {
         if let Some(flow) = self.flows.pop(key) {
-            budget.used = budget.used.saturating_sub(flow.kept());
+            budget.take_back(&mut self.kept, flow.kept());
         }
     }
 
@@ -193,7 +197,8 @@ impl Streams {
             if flow.tick(step) == Next::Forget {
                 ended.push(key);
             }
-            budget.used = (budget.used + flow.kept()).saturating_sub(before);
+            budget.add(&mut self.kept, flow.kept());
+            budget.take_back(&mut self.kept, before);
         }
         for key in ended {
             self.forget(&key, budget);
@@ -203,7 +208,7 @@ impl Streams {
     /// Forgets all connections. The next segment of each resets it.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
         let kept: usize = self.flows.iter().map(|(_, flow)| flow.kept()).sum();
-        budget.used = budget.used.saturating_sub(kept);
+        budget.take_back(&mut self.kept, kept);
         self.flows.clear();
     }
 }

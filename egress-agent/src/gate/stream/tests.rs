@@ -107,7 +107,7 @@ impl Scene {
     fn new() -> Self {
         let mut scene = Self {
             streams: Streams::new(),
-            budget: Budget::default(),
+            budget: Budget::new(LIMITS),
             rules: Rules::default(),
             line: Line::default(),
             now_ns: 1,
@@ -175,7 +175,8 @@ impl Scene {
         assert_eq!(to, [To::Resolver, To::Pod], "{seen:?}");
         assert!(seen.iter().all(|(.., payload)| payload.is_empty()));
         assert!(self.streams.flows.is_empty());
-        assert_eq!(self.budget.used, 0);
+        assert_eq!(self.streams.kept.amount(), 0);
+        assert_eq!(self.budget.common(), 0);
     }
 }
 
@@ -225,7 +226,8 @@ fn a_whole_question_and_a_whole_answer_pass_as_they_are() {
     let seen = scene.answers(0, &answer, question.len());
     assert_eq!(stream(&seen, To::Pod, ISS), answer);
     assert_eq!(scene.rules.answers, [b"an answer"]);
-    assert_eq!(scene.budget.used, answer.len(), "until the pod has it");
+    let kept = scene.streams.kept.amount();
+    assert_eq!(kept, answer.len(), "until the pod has it");
 }
 
 #[test]
@@ -333,7 +335,7 @@ fn a_refused_question_takes_the_connection_over() {
     let (seq, ack) = (seq.wrapping_add(1), ack.wrapping_add(1));
     assert!(scene.step(To::Resolver, TCP_ACK, seq, ack, b"").is_empty());
     assert!(scene.streams.flows.is_empty());
-    assert_eq!(scene.budget.used, 0);
+    assert_eq!(scene.streams.kept.amount(), 0);
 }
 
 #[test]
@@ -370,12 +372,17 @@ fn a_connection_that_both_ended_is_forgotten() {
 #[test]
 fn a_connection_that_needs_more_memory_than_there_is_is_reset() {
     let mut scene = Scene::new();
-    scene.budget.used = BYTES;
+    let mut others = Kept::default();
+    scene.budget.add(&mut others, LIMITS.own + LIMITS.common);
+    scene.budget.add(&mut scene.streams.kept, LIMITS.own);
     let seen = scene.asks(0, &asking("ask")[..9]);
     let resets = seen.iter().filter(|(_, flags, ..)| flags & TCP_RST != 0);
     assert_eq!(resets.count(), 2);
     assert!(scene.streams.flows.is_empty());
-    assert_eq!((scene.rules.lost, scene.budget.used), (1, BYTES));
+    assert_eq!(
+        (scene.rules.lost, scene.budget.common()),
+        (1, LIMITS.common)
+    );
 }
 
 #[test]

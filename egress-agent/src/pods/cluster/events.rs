@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -33,6 +33,8 @@ use super::{
 
 /// Events that wait to be written.
 const QUEUE: usize = 256;
+/// Of which one pod's may be this many.
+const QUEUE_PER_POD: usize = 16;
 /// Longest note in bytes, as the API server checks it.
 const NOTE_MAX: usize = 1024;
 /// Longest name of a reporting instance in bytes, likewise.
@@ -100,13 +102,48 @@ impl EventCounters {
 #[derive(Clone, Debug)]
 pub struct EventSink {
     queue: mpsc::Sender<PodEvent>,
+    waiting: Arc<Waiting>,
     counters: Arc<EventCounters>,
+}
+
+/// How many Events of each pod are in the queue, by UID. The lock is held for a look at the table.
+#[derive(Debug, Default)]
+struct Waiting(Mutex<HashMap<String, usize>>);
+
+impl Waiting {
+    /// One more, unless the pod has as many as it may.
+    fn add(&self, uid: &str) -> bool {
+        let mut pods = self.lock();
+        let waiting = pods.entry(uid.to_owned()).or_default();
+        let is_room = *waiting < QUEUE_PER_POD;
+        *waiting += usize::from(is_room);
+        is_room
+    }
+
+    /// One less.
+    fn take(&self, uid: &str) {
+        let mut pods = self.lock();
+        if let Some(waiting) = pods.get_mut(uid) {
+            *waiting -= 1;
+            if *waiting == 0 {
+                pods.remove(uid);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl EventSink {
     /// Has an Event written, soon. Too many are dropped, and counted.
     pub fn send(&self, event: PodEvent) {
-        if self.queue.try_send(event).is_err() {
+        let uid = event.uid.clone();
+        if !self.waiting.add(&uid) {
+            self.counters.dropped.fetch_add(1, Relaxed);
+        } else if self.queue.try_send(event).is_err() {
+            self.waiting.take(&uid);
             self.counters.dropped.fetch_add(1, Relaxed);
         }
     }
@@ -121,10 +158,12 @@ impl EventSink {
 pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Writer) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let counters = Arc::<EventCounters>::default();
+    let waiting = Arc::<Waiting>::default();
     let now = Instant::now();
     let writer = Writer {
         connection,
         queue,
+        waiting: Arc::clone(&waiting),
         counters: Arc::clone(&counters),
         instance: cut(node, INSTANCE_MAX).to_owned(),
         told: HashMap::new(),
@@ -134,6 +173,7 @@ pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Wr
     };
     let sink = EventSink {
         queue: sender,
+        waiting,
         counters,
     };
     (sink, writer)
@@ -144,6 +184,7 @@ pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Wr
 pub(super) struct Writer {
     connection: Arc<Connection>,
     queue: mpsc::Receiver<PodEvent>,
+    waiting: Arc<Waiting>,
     counters: Arc<EventCounters>,
     /// The node's name.
     instance: String,
@@ -171,7 +212,10 @@ impl Writer {
         loop {
             tokio::select! {
                 event = self.queue.recv() => match event {
-                    Some(event) => self.take(event).await,
+                    Some(event) => {
+                        self.waiting.take(&event.uid);
+                        self.take(event).await;
+                    }
                     None => return,
                 },
                 _ = repeat.tick() => self.repeat().await,
@@ -313,6 +357,43 @@ fn cut(text: &str, max: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn event(uid: &str, number: usize) -> PodEvent {
+        PodEvent {
+            namespace: "n".into(),
+            name: "p".into(),
+            uid: uid.into(),
+            reason: "Denied",
+            note: number.to_string(),
+            warning: true,
+        }
+    }
+
+    #[test]
+    fn one_pods_events_leave_room_for_another_pods() {
+        let (queue, mut events) = mpsc::channel(QUEUE);
+        let sink = EventSink {
+            queue,
+            waiting: Arc::default(),
+            counters: Arc::default(),
+        };
+        for number in 0..QUEUE {
+            sink.send(event("loud", number));
+        }
+        sink.send(event("other", 0));
+        let mut taken = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            sink.waiting.take(&event.uid);
+            taken.push(event.uid);
+        }
+        assert_eq!(taken.len(), QUEUE_PER_POD + 1);
+        assert_eq!(taken.last().map(String::as_str), Some("other"));
+        assert_eq!(sink.counters.dropped() as usize, QUEUE - QUEUE_PER_POD);
+        // What was written makes room.
+        sink.send(event("loud", 0));
+        assert!(events.try_recv().is_ok());
+        assert_eq!(sink.waiting.lock().len(), 1);
+    }
 
     #[test]
     fn a_text_is_cut_between_characters() {

@@ -160,12 +160,8 @@ struct Network {
 /// The addresses in Multus's annotation that are not those of the default network, which the
 /// kubelet reports.
 fn further_addresses(text: &str) -> Result<Vec<IpAddr>, String> {
-    let networks: Vec<Network> = serde_json::from_str(text).map_err(|error| {
-        format!(
-            "{NETWORKS_ANNOTATION} cannot be read: {error}; addresses of further networks count \
-             as spoofed"
-        )
-    })?;
+    let networks: Vec<Network> = serde_json::from_str(text)
+        .map_err(|error| format!("{NETWORKS_ANNOTATION} cannot be read: {error}"))?;
     let mut addresses = Vec::new();
     for network in networks.iter().filter(|network| !network.default) {
         for text in &network.ips {

@@ -1,9 +1,6 @@
 //! Everything that the API server has said, and the snapshot that comes of it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::collections::BTreeMap;
 
 use super::{
     super::{Facts, Pod, Problem, Snapshot},
@@ -13,7 +10,7 @@ use super::{
     pod::ClusterPod,
     table::Table,
 };
-use crate::policy::{Prefix, Resolver, prefix::to_mapped};
+use crate::policy::{Prefix, Resolver};
 
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
@@ -68,7 +65,7 @@ impl State {
         }
         problems.extend(self.missing());
         let facts = self.facts();
-        let pods = self.resolved_pods(&facts, &mut problems);
+        let pods = self.resolved_pods(&mut problems);
         Snapshot {
             pods,
             problems,
@@ -168,6 +165,7 @@ impl State {
         for own in self.node.values() {
             for prefix in &own.pod_prefixes {
                 note(&mut facts.internal, *prefix, &format!("podCIDRs of {node}"));
+                facts.pods.insert(*prefix);
             }
             for address in &own.addresses {
                 note(&mut facts.internal, Prefix::host(*address), &node);
@@ -190,21 +188,9 @@ impl State {
     }
 
     /// The pods, with what their namespaces, the node and the other pods say of them.
-    fn resolved_pods(
-        &self,
-        facts: &Facts,
-        problems: &mut Vec<Problem>,
-    ) -> BTreeMap<(String, String), Pod> {
+    fn resolved_pods(&self, problems: &mut Vec<Problem>) -> BTreeMap<(String, String), Pod> {
         let node = self.node.get("", &self.node_name);
         let node_uid = node.map(|node| node.uid.as_str());
-        let taken: BTreeSet<IpAddr> = self
-            .pods
-            .values()
-            .flat_map(|known| &known.pod.addresses)
-            .chain(node.iter().flat_map(|node| &node.addresses))
-            .copied()
-            .chain(facts.resolvers.keys().map(|resolver| resolver.address))
-            .collect();
         let mut pods = BTreeMap::new();
         for known in self.pods.values() {
             let mut pod = known.pod.clone();
@@ -219,18 +205,10 @@ impl State {
                 Some(Err(message)) => messages.push(message),
                 None => {}
             }
-            for address in &known.further {
-                if pod.addresses.contains(address) {
-                    continue;
-                }
-                match claimable(*address, &taken, facts) {
-                    Ok(()) => pod.addresses.push(*address),
-                    Err(whose) => messages.push(format!(
-                        "the address {address} in its network status is {whose}: it is not taken \
-                         for the pod's own"
-                    )),
-                }
-            }
+            let further = known.further.iter().copied();
+            pod.further = further
+                .filter(|address| !pod.addresses.contains(address))
+                .collect();
             let origin = &pod.origin;
             problems.extend(messages.into_iter().map(|message| Problem {
                 origin: origin.clone(),
@@ -240,20 +218,6 @@ impl State {
         }
         one_pod_per_cgroup(&mut pods, problems);
         pods
-    }
-}
-
-/// Whether a pod may say, in an annotation that its author can write, that an address is its own:
-/// whatever it may send from, it may pretend to be.
-fn claimable(address: IpAddr, taken: &BTreeSet<IpAddr>, facts: &Facts) -> Result<(), String> {
-    if taken.contains(&address) {
-        return Err("another's".into());
-    }
-    let mapped = to_mapped(address);
-    let internal = facts.internal.iter().find(|(p, _)| p.contains(&mapped));
-    match internal {
-        Some((prefix, origin)) => Err(format!("in {prefix} ({origin})")),
-        None => Ok(()),
     }
 }
 

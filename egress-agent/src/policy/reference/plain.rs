@@ -127,6 +127,8 @@ pub(super) struct Packet {
     pub(super) port: u16,
     pub(super) protected: bool,
     pub(super) internal: bool,
+    /// One that somebody may unpack and send on.
+    pub(super) tunnel: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -181,14 +183,15 @@ pub(super) fn plainly(
     let elsewhere = dns
         && (deny.iter().any(|line| matches!(line.to, Where::Names(_)))
             || plainly_asked(pod, namespace, settings, &nobody_s) == QuestionRule::NotListed);
+    let by_address = packet.protected || (packet.tunnel && packet.internal);
     let allowed = allow.iter().any(|line| {
         let reaches = line.holds(packet.to)
-            || (line.is_anywhere() && !packet.protected && !elsewhere)
+            || (line.is_anywhere() && !by_address && !elsewhere)
             || packet.through.as_ref().is_some_and(|name| {
                 line.names(name)
                     && !name_denied(name)
                     && !packet.expired
-                    && !packet.protected
+                    && !by_address
                     && !elsewhere
                     && (settings.allow_internal || !packet.internal)
             });
@@ -198,7 +201,7 @@ pub(super) fn plainly(
     let any_deny = pod.deny.is_some() || namespace.deny.is_some();
     let open = any_deny && !any_allow;
     let internal = packet.internal && settings.allow_internal && !dns;
-    let passes = allowed || (!packet.protected && (internal || (open && !elsewhere)));
+    let passes = allowed || (!by_address && (internal || (open && !elsewhere)));
     (passes, false)
 }
 

@@ -43,6 +43,7 @@ fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
         cidr: prefix_classes(address),
         ranges: if packet.protected { RANGE_PROTECTED } else { 0 }
             | if packet.internal { RANGE_INTERNAL } else { 0 },
+        tunnel: packet.tunnel.into(),
     };
     if address.starts_with(&[0, 0x64, 0xff, 0x9b]) {
         looked.ranges |= range_kind(96);
@@ -90,6 +91,10 @@ proptest! {
                     reason == Reason::Protected,
                     packet.protected && !by_deny,
                 );
+                prop_assert_eq!(
+                    reason == Reason::Tunnel,
+                    packet.tunnel && packet.internal && !packet.protected && !by_deny,
+                );
             }
         }
     }
@@ -132,7 +137,9 @@ proptest! {
         for packet in &packets {
             // What the namespace allows by a prefix may be protected; `protected` here is free, so
             // only real prefixes of the settings are consistent with it.
-            let packet = Packet { protected: false, ..packet.clone() };
+            // Nor does a policy know which addresses are internal, so an address that a pod lists
+            // within its namespace's `*` opens tunnels to it.
+            let packet = Packet { protected: false, tunnel: false, ..packet.clone() };
             if compiled_verdict(&with, &packet) == Verdict::Pass {
                 prop_assert_eq!(compiled_verdict(&without, &packet), Verdict::Pass, "{:?}", packet);
             }

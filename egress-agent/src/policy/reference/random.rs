@@ -172,9 +172,10 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
         port,
         prop::bool::weighted(0.2),
         prop::bool::weighted(0.2),
+        prop::bool::weighted(0.2),
     )
         .prop_map(
-            |(to, through, expired, protocol, port, protected, internal)| Packet {
+            |(to, through, expired, protocol, port, protected, internal, tunnel)| Packet {
                 to,
                 through,
                 expired,
@@ -187,6 +188,7 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
                 },
                 protected,
                 internal,
+                tunnel,
             },
         )
 }

@@ -1,0 +1,73 @@
+//! Which link-local addresses are whose.
+
+use std::collections::{BTreeSet, HashSet};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, Map, MapData};
+use egress_common::{
+    address::Address,
+    records::{LinkAddress, LinkOwner, NODE_OWNS},
+};
+
+use super::{Datapath, object::open, policies::gone};
+
+/// Handle on the maps of link-local addresses: who goes by each, and the one that each pod's interface
+/// has chosen.
+pub struct LinkOwners {
+    owners: HashMap<MapData, LinkAddress, LinkOwner>,
+    chosen: HashMap<MapData, u32, LinkAddress>,
+}
+
+impl Datapath {
+    /// A handle on the maps of link-local addresses.
+    ///
+    /// # Errors
+    ///
+    /// When a pin cannot be opened.
+    pub fn link_owners(&self) -> Result<LinkOwners> {
+        Ok(LinkOwners {
+            owners: Map::HashMap(open(&self.layout, "link_owners")?).try_into()?,
+            chosen: Map::HashMap(open(&self.layout, "link_locals")?).try_into()?,
+        })
+    }
+}
+
+impl LinkOwners {
+    /// Takes these addresses from every pod, for they are the node's or a gateway's, and forgets those
+    /// of interfaces that are not enforced any more.
+    ///
+    /// # Errors
+    ///
+    /// When a map is full, or cannot be read or written.
+    pub fn settle(&mut self, node: &BTreeSet<Address>, enforced: &HashSet<u32>) -> Result<()> {
+        let known: Vec<(LinkAddress, LinkOwner)> = self
+            .owners
+            .iter()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `link_owners`")?;
+        let of_node = LinkOwner { ifindex: NODE_OWNS };
+        for addr in node {
+            let key = LinkAddress { addr: *addr };
+            if !known.contains(&(key, of_node)) {
+                self.owners
+                    .insert(key, of_node, 0)
+                    .context("cannot write the map `link_owners`")?;
+            }
+        }
+        for (key, owner) in known {
+            let stays = node.contains(&key.addr) || enforced.contains(&owner.ifindex);
+            if !stays {
+                gone(self.owners.remove(&key)).context("cannot write the map `link_owners`")?;
+            }
+        }
+        let chosen: Vec<u32> = self
+            .chosen
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `link_locals`")?;
+        for ifindex in chosen.iter().filter(|ifindex| !enforced.contains(ifindex)) {
+            gone(self.chosen.remove(ifindex)).context("cannot write the map `link_locals`")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,52 @@
+//! How many probe frames have come to the programs.
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, MapData, MapError};
+use egress_common::records::Probes;
+
+use super::policies::gone;
+
+/// Handle on the `probes` map.
+pub struct ProbeMap(HashMap<MapData, u32, Probes>);
+
+impl ProbeMap {
+    pub(super) fn new(map: HashMap<MapData, u32, Probes>) -> Self {
+        Self(map)
+    }
+
+    /// How many probes have come to `from_pod` on an interface. The first time, counting begins.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn count(&mut self, ifindex: u32) -> Result<Probes> {
+        match self.0.get(&ifindex, 0) {
+            Ok(count) => Ok(count),
+            Err(MapError::KeyNotFound) => {
+                let none = Probes::default();
+                self.0
+                    .insert(ifindex, none, 0)
+                    .context("cannot write the map `probes`")?;
+                Ok(none)
+            }
+            Err(error) => Err(error).context("cannot read the map `probes`"),
+        }
+    }
+
+    /// Forgets the counts of all interfaces but these.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn retain(&mut self, is_kept: impl Fn(u32) -> bool) -> Result<()> {
+        let known: Vec<u32> = self
+            .0
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read the map `probes`")?;
+        for ifindex in known.into_iter().filter(|ifindex| !is_kept(*ifindex)) {
+            gone(self.0.remove(&ifindex)).context("cannot write the map `probes`")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,82 @@
+//! Frames that show whether an interface's packets come to the programs.
+//!
+//! A probe goes the way of a bounced question: out on the interface to `to_pod`, which turns it round, and
+//! in again to `from_pod`, which counts it and drops it. Whoever takes packets away before one of the
+//! two takes probes away, too. The mark that tells a probe cannot be set by a pod: it is scrubbed when a
+//! packet crosses network namespaces.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use etherparse::PacketBuilder;
+
+use super::wire::Wire;
+
+/// A group that no bridge forwards (IEEE 802.1Q, table 8-1): where a probe is let through, it floods
+/// nothing.
+const TO: [u8; 6] = [0x01, 0x80, 0xc2, 0x00, 0x00, 0x01];
+/// An address that nobody else has.
+const FROM: [u8; 6] = [0x02, 0x65, 0x67, 0x72, 0x65, 0x73];
+/// No stack takes or forwards a packet to these that comes from outside (`ip_route_input_slow`,
+/// `net/ipv4/route.c`; `ip6_rcv_core`, `net/ipv6/ip6_input.c`).
+const NOWHERE: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
+const NOWHERE6: Ipv6Addr = Ipv6Addr::LOCALHOST;
+/// No router forwards it either.
+const HOP_LIMIT: u8 = 1;
+/// The port of "discard" (RFC 863).
+const DISCARD: u16 = 9;
+/// For whoever finds one in a capture.
+const PAYLOAD: &[u8] = b"egress-agent: does this pass its programs?";
+
+/// Which probes an interface gets: frames as its pod sends them, of each family that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The interface.
+    pub ifindex: u32,
+    /// The pod's address.
+    pub v4: Option<Ipv4Addr>,
+    /// The pod's address.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl Probe {
+    /// Sends the frames. Returns whether all went out.
+    pub(super) fn send(&self, wire: &Wire) -> bool {
+        let mut frames = self.frames();
+        frames.all(|frame| wire.probe(self.ifindex, &frame).is_ok())
+    }
+
+    fn frames(&self) -> impl Iterator<Item = Vec<u8>> {
+        let ethernet = || PacketBuilder::ethernet2(FROM, TO);
+        let v4 = self
+            .v4
+            .map(|from| ethernet().ipv4(from.octets(), NOWHERE.octets(), HOP_LIMIT));
+        let v6 = self
+            .v6
+            .map(|from| ethernet().ipv6(from.octets(), NOWHERE6.octets(), HOP_LIMIT));
+        v4.into_iter().chain(v6).filter_map(|step| {
+            let mut frame = Vec::new();
+            let udp = step.udp(DISCARD, DISCARD);
+            udp.write(&mut frame, PAYLOAD).ok()?;
+            Some(frame)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_has_a_frame_of_each_family_that_the_pod_has() {
+        let probe = Probe {
+            ifindex: 7,
+            v4: Some(Ipv4Addr::new(10, 1, 1, 2)),
+            v6: Some(Ipv6Addr::new(0xfd01, 1, 0, 0, 0, 0, 0, 2)),
+        };
+        let frames: Vec<_> = probe.frames().collect();
+        let types: Vec<_> = frames.iter().map(|frame| [frame[12], frame[13]]).collect();
+        assert_eq!(types, [[0x08, 0x00], [0x86, 0xdd]]);
+        let only_v6 = Probe { v4: None, ..probe };
+        assert_eq!(only_v6.frames().count(), 1);
+    }
+}

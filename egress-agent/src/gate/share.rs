@@ -1,0 +1,93 @@
+//! A pod's share of the gate's time.
+//!
+//! The gate is one thread. Some messages cost it a hundred times as much as others, and a pod that has its
+//! own resolver or a colluding server can have many of those. So time is accounted: a pod within its share
+//! has its messages decided as they come. Those of a pod over its share wait in a [`Backlog`] of its own,
+//! which is worked off when nobody else's message waits, the pod that has used least before others. A gate
+//! that has nothing else to do works for it all the time.
+//!
+//! [`Backlog`]: super::backlog::Backlog
+
+/// The part of the gate's time that is a pod's own: a twentieth. An ordinary lookup takes some 30 µs, so
+/// that is more than a thousand lookups a second.
+const PART: u64 = 20;
+
+/// What a pod may use at once, after it has used less than its part for a while.
+const BURST_NS: i64 = 1_000_000;
+
+/// How far a pod's account can be overdrawn. It counts among pods that are all over their shares, and is
+/// paid back from the pod's part.
+const DEBT_NS: i64 = 1_000_000_000;
+
+/// One pod's account.
+#[derive(Debug)]
+pub(super) struct Share {
+    balance_ns: i64,
+    at_ns: u64,
+}
+
+impl Share {
+    /// An account that nothing was taken from.
+    pub(super) fn new(now_ns: u64) -> Self {
+        Self {
+            balance_ns: BURST_NS,
+            at_ns: now_ns,
+        }
+    }
+
+    /// What is left; below zero, what is owed.
+    pub(super) fn balance(&self, now_ns: u64) -> i64 {
+        let earned = now_ns.saturating_sub(self.at_ns) / PART;
+        let earned = i64::try_from(earned).unwrap_or(i64::MAX);
+        self.balance_ns.saturating_add(earned).min(BURST_NS)
+    }
+
+    /// Whether the pod's next message may be decided at once.
+    pub(super) fn is_left(&self, now_ns: u64) -> bool {
+        self.balance(now_ns) > 0
+    }
+
+    /// Takes what was used.
+    pub(super) fn spend(&mut self, used_ns: u64, now_ns: u64) {
+        let used = i64::try_from(used_ns).unwrap_or(i64::MAX);
+        self.balance_ns = self.balance(now_ns).saturating_sub(used).max(-DEBT_NS);
+        self.at_ns = self.at_ns.max(now_ns);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn a_pod_has_a_twentieth_of_the_time_and_a_short_burst() {
+        let mut share = Share::new(0);
+        share.spend(MS / 2, 0);
+        assert!(share.is_left(0));
+        share.spend(MS, 0);
+        assert!(!share.is_left(0));
+        assert!(!share.is_left(10 * MS), "half a millisecond is paid back");
+        assert!(share.is_left(11 * MS));
+        assert_eq!(share.balance(3600 * 1000 * MS), BURST_NS);
+    }
+
+    #[test]
+    fn debt_ends() {
+        let mut share = Share::new(0);
+        share.spend(u64::MAX, MS);
+        assert_eq!(share.balance(MS), -DEBT_NS);
+        assert!(share.is_left(MS + PART * 1001 * MS));
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_earns_nothing() {
+        let mut share = Share::new(5);
+        for _ in 0..3 {
+            share.spend(MS, 5);
+        }
+        assert_eq!(share.balance(5), -2 * MS.cast_signed());
+        assert_eq!(share.balance(0), -2 * MS.cast_signed());
+    }
+}

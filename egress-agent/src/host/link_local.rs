@@ -1,0 +1,72 @@
+//! The link-local addresses by which pods know this machine, and those of the gateways it knows.
+
+use std::{collections::BTreeSet, fs, io, net::Ipv6Addr, path::Path};
+
+/// The most that is read of the table of routes: a router of the internet has a far longer one, and
+/// only the first of its gateways are known then.
+const TABLE_MAX: u64 = 1 << 20;
+
+/// The link-local addresses of this machine's interfaces, and those that its routes lead through.
+///
+/// # Errors
+///
+/// When the kernel's tables cannot be read.
+pub fn taken_link_locals() -> io::Result<BTreeSet<Ipv6Addr>> {
+    let net = Path::new("/proc/thread-self/net");
+    let mut taken = BTreeSet::new();
+    taken.extend(addresses(&table(&net.join("if_inet6"))?));
+    taken.extend(gateways(&table(&net.join("ipv6_route"))?));
+    Ok(taken)
+}
+
+fn table(path: &Path) -> io::Result<String> {
+    use io::Read as _;
+    let mut text = String::new();
+    match fs::File::open(path) {
+        Ok(file) => file.take(TABLE_MAX).read_to_string(&mut text).map(|_| text),
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(text),
+        Err(error) => Err(error),
+    }
+}
+
+/// `net/ipv6/addrconf.c`, `if6_seq_show`: the address in the first column.
+fn addresses(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
+    column(table, 0)
+}
+
+/// `net/ipv6/ip6_fib.c`, `ipv6_route_native_seq_show`: the next hop in the fifth column.
+fn gateways(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
+    column(table, 4)
+}
+
+fn column(table: &str, number: usize) -> impl Iterator<Item = Ipv6Addr> + '_ {
+    let text = move |line: &'_ str| {
+        let text = line.split_ascii_whitespace().nth(number)?;
+        u128::from_str_radix(text, 16).ok()
+    };
+    let addresses = table.lines().filter_map(text).map(Ipv6Addr::from_bits);
+    addresses.filter(Ipv6Addr::is_unicast_link_local)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_and_gateways_are_read_from_the_kernels_tables() {
+        let table = "fe8000000000000000000000000000aa 02 40 20 80     eth0\n\
+                     fd010001000000000000000000000001 04 40 00 80     veth1\n\
+                     00000000000000000000000000000001 01 80 10 80       lo\n";
+        let expected: Ipv6Addr = "fe80::aa".parse().unwrap();
+        assert_eq!(addresses(table).collect::<Vec<_>>(), [expected]);
+        let zeros = "0".repeat(32);
+        let table = format!(
+            "{zeros} 00 {zeros} 00 fe80{rest}01 00000400 00000002 00000000 00000003     eth1\n\
+             fd{rest}0000 40 {zeros} 00 {zeros} 00000100 00000001 00000000 00000001     veth1\n",
+            rest = "0".repeat(26)
+        );
+        let expected: Ipv6Addr = "fe80::1".parse().unwrap();
+        assert_eq!(gateways(&table).collect::<Vec<_>>(), [expected]);
+    }
+}

@@ -1,0 +1,111 @@
+//! Network namespaces of pods: finding the one behind an interface, and reading what is in one.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    thread,
+};
+
+use nix::sched::{CloneFlags, setns};
+
+use super::{
+    Link,
+    netlink::Netlink,
+    process::Process,
+    sockets::{self, OpenSockets},
+};
+
+/// Where programs name network namespaces (`ip netns`, container runtimes).
+const NAMED: &str = "/run/netns";
+/// Processes whose network namespaces are looked at.
+const PROCESSES: usize = 65_536;
+/// Named network namespaces that are looked at.
+const NAMES: usize = 4_096;
+
+/// The sockets in a network namespace.
+///
+/// A thread enters it for this and ends with it: the kernel tells of a connection's progress only from
+/// within.
+///
+/// # Errors
+///
+/// When the namespace may not be entered (`CAP_SYS_ADMIN`), or the kernel does not tell.
+pub(super) fn sockets_in(namespace: impl AsFd) -> io::Result<OpenSockets> {
+    let namespace = namespace.as_fd();
+    thread::scope(|scope| {
+        let reader = thread::Builder::new().name("sockets".into());
+        let reader = reader.spawn_scoped(scope, || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            sockets::here()
+        })?;
+        reader
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread that reads sockets panicked")))
+    })
+}
+
+/// The network namespace that an interface leads to, if anything refers to it by a name or runs in it.
+///
+/// # Errors
+///
+/// When the kernel does not answer.
+pub(super) fn behind(
+    netlink: &mut Netlink,
+    proc: &Path,
+    own: u64,
+    ifindex: u32,
+) -> io::Result<Option<OwnedFd>> {
+    let mut seen = HashSet::from([own]);
+    let named = fs::read_dir(NAMED).into_iter().flatten().flatten();
+    for entry in named.take(NAMES) {
+        // One that is being made is a plain file, and of a plain file the kernel knows no number.
+        if let Ok(file) = File::open(entry.path())
+            && let Ok(status) = file.metadata()
+            && seen.insert(status.ino())
+            && leads_to(netlink, ifindex, &file)?
+        {
+            return Ok(Some(file.into()));
+        }
+    }
+    let entries = fs::read_dir(proc)?.flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    for pid in pids.take(PROCESSES) {
+        // A process that has ended, or that may not be looked at, tells nothing.
+        let Ok(process) = Process::open(proc, pid) else {
+            continue;
+        };
+        let Ok(inode) = process.network() else {
+            continue;
+        };
+        if !seen.insert(inode) {
+            continue;
+        }
+        if let Ok((namespace, _)) = process.open_network()
+            && leads_to(netlink, ifindex, &namespace)?
+        {
+            return Ok(Some(namespace));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the other end of an interface is in this namespace. While the namespace is held, its number
+/// stays its own.
+fn leads_to(netlink: &mut Netlink, ifindex: u32, namespace: impl AsFd) -> io::Result<bool> {
+    let nsid = match netlink.nsid(namespace) {
+        Ok(Some(nsid)) => nsid,
+        Ok(None) => return Ok(false),
+        // Not a network namespace.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let link = netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
+    Ok(link
+        .is_some_and(|link| link.is_host_end() && link.peer.is_some_and(|peer| peer.nsid == nsid)))
+}

@@ -1,0 +1,472 @@
+//! The TCP sockets of a network namespace, as the kernel's socket diagnosis lists them, and who opened
+//! each connection.
+//!
+//! A port that something listens on proves nothing: a program can listen on the port of a connection
+//! that it has opened itself (`SO_REUSEADDR`). The kernel's byte counters do prove it. A SYN takes one
+//! place in the sequence, and the socket that sent it sees it acknowledged
+//! (`tcp_snd_una_update`, `net/ipv4/tcp_input.c`): `tcpi_bytes_acked` is one more than the data that was
+//! sent. A socket that a listener made begins behind its SYN-ACK (`tcp_create_openreq_child`,
+//! `net/ipv4/tcp_minisocks.c`) and counts data only. So, with a FIN taken into account,
+//!
+//! ```text
+//! SYNs of this side = acknowledged + in flight + sent again - sent - FIN
+//! ```
+//!
+//! Only a program with `CAP_NET_ADMIN` in the pod's network can change that, by `TCP_REPAIR` or by
+//! dropping its own packets below TCP.
+
+use std::{io, net::SocketAddr, thread, time::Duration};
+
+use rtnetlink::{
+    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer},
+    sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG},
+};
+
+use super::{
+    netlink::{attributes, four, ip, malformed},
+    sockets::{Direction, OpenSocket, SocketProtocol},
+};
+
+/// Address families, `include/linux/socket.h`, and the protocol's number.
+const IPV4: u8 = 2;
+const IPV6: u8 = 10;
+const TCP: u8 = 6;
+/// `SOCK_DIAG_BY_FAMILY`, `include/uapi/linux/sock_diag.h`.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `INET_DIAG_INFO`, `include/uapi/linux/inet_diag.h`: attribute, and bit of a request.
+const INFO: u16 = 2;
+const ASK_FOR_INFO: u8 = 1 << (INFO - 1);
+/// Lengths of `struct nlmsghdr`, `inet_diag_sockid`, `inet_diag_req_v2` and `inet_diag_msg`.
+const HEADER: usize = 16;
+const ID: usize = 48;
+const REQUEST: usize = 8 + ID;
+const MESSAGE: usize = 24 + ID;
+/// Bytes of `struct tcp_info` up to `tcpi_bytes_retrans` (kernel 4.19).
+const TCP_INFO: usize = 216;
+
+/// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
+const BUFFER: usize = 32 * 1024;
+/// Sockets of one namespace that are looked at.
+const SOCKETS: usize = 65_536;
+/// How often a socket is looked at that is not at rest, how often all of them together, and how long
+/// to wait in between.
+const LOOKS: usize = 32;
+const LOOKS_IN_ALL: usize = 16_384;
+const PAUSE: Duration = Duration::from_micros(300);
+
+/// States of a TCP socket, `include/net/tcp_states.h`.
+const ESTABLISHED: u8 = 1;
+const SYN_RECV: u8 = 3;
+const FIN_WAIT1: u8 = 4;
+const FIN_WAIT2: u8 = 5;
+const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
+
+/// States in which there is another side and the pod may have something to send. In LISTEN and CLOSE
+/// there is no other side; in SYN-SENT nobody has agreed yet, and the rules judge the next SYN; in
+/// TIME-WAIT both sides have had the last word. SYN-RECEIVED includes what has no socket yet.
+const STATES: [u8; 7] = [
+    ESTABLISHED,
+    SYN_RECV,
+    FIN_WAIT1,
+    FIN_WAIT2,
+    CLOSE_WAIT,
+    LAST_ACK,
+    CLOSING,
+];
+
+/// How far a connection is, at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Progress {
+    state: u8,
+    /// Sequence numbers from the first unacknowledged on, sent or not.
+    queued: u32,
+    /// Packets in flight.
+    unacked: u32,
+    /// Of `queued`, those that were not sent.
+    unsent: u32,
+    acked: u64,
+    sent: u64,
+    resent: u64,
+}
+
+/// One socket in the kernel's answer.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    family: u8,
+    /// `struct inet_diag_sockid`, which names this socket and no later one.
+    id: [u8; ID],
+    local: SocketAddr,
+    remote: SocketAddr,
+    state: u8,
+    /// None for what has no socket yet, or no more.
+    progress: Option<Progress>,
+}
+
+/// The connections of the network namespace that the calling thread is in.
+#[derive(Debug, Default)]
+pub(super) struct Connections {
+    pub(super) sockets: Vec<OpenSocket>,
+    /// Whether there are more than were looked at.
+    pub(super) cut_short: bool,
+    /// How many were too busy for a look at rest; they count as opened by the pod.
+    pub(super) unclear: usize,
+}
+
+impl Progress {
+    fn read(state: u8, queued: u32, info: &[u8]) -> io::Result<Self> {
+        if info.len() < TCP_INFO {
+            return Err(malformed("a tcp_info without counters of bytes"));
+        }
+        let word = |at: usize| four(&info[at..at + 4]).map(u32::from_ne_bytes);
+        let long = |at: usize| -> io::Result<u64> {
+            let (low, high) = (four(&info[at..at + 4])?, four(&info[at + 4..at + 8])?);
+            let mut bytes = [0; 8];
+            bytes[..4].copy_from_slice(&low);
+            bytes[4..].copy_from_slice(&high);
+            Ok(u64::from_ne_bytes(bytes))
+        };
+        Ok(Self {
+            state,
+            queued,
+            unacked: word(24)?,
+            unsent: word(144)?,
+            acked: long(120)?,
+            sent: long(200)?,
+            resent: long(208)?,
+        })
+    }
+
+    /// How many SYNs this side has sent, if these counters belong to one moment. They do while nothing
+    /// is in flight, because the kernel reads all but `queued` under the socket's lock.
+    fn syns(&self) -> i128 {
+        let in_flight = if self.unacked == 0 {
+            0
+        } else {
+            i128::from(self.queued) - i128::from(self.unsent)
+        };
+        let sent_fin = match self.state {
+            FIN_WAIT2 => true,
+            FIN_WAIT1 | CLOSING | LAST_ACK => self.unsent == 0,
+            _ => false,
+        };
+        i128::from(self.acked) + in_flight + i128::from(self.resent)
+            - i128::from(self.sent)
+            - i128::from(sent_fin)
+    }
+
+    /// Who opened the connection; `None` if it is not at rest. `before` is an earlier look: when all
+    /// that counts upwards is the same, nothing has happened in between.
+    fn direction(&self, before: Option<&Self>) -> Option<Direction> {
+        (self.unacked == 0 || before == Some(self)).then(|| {
+            if self.syns() == 0 {
+                Direction::Inbound
+            } else {
+                Direction::Outbound
+            }
+        })
+    }
+}
+
+/// Lists the connections of the network namespace that the calling thread is in.
+pub(super) fn connections() -> io::Result<Connections> {
+    let mut diagnosis = Diagnosis::open()?;
+    let mut found = Connections::default();
+    let mut busy: Vec<Entry> = Vec::new();
+    let mut count = 0;
+    for family in [IPV4, IPV6] {
+        // No IPv6 in this kernel is an empty list.
+        for entry in diagnosis.list(family)? {
+            count += 1;
+            if count > SOCKETS {
+                found.cut_short = true;
+                break;
+            }
+            // What a pod says to itself never crosses its interface.
+            if entry.remote.ip().is_loopback() || entry.remote.ip() == entry.local.ip() {
+                continue;
+            }
+            match entry.progress {
+                // A listener has got a SYN and the handshake goes on.
+                None if entry.state == SYN_RECV => {
+                    found.sockets.push(entry.opened(Direction::Inbound));
+                }
+                // Its socket is closed, and the other side's is not: only that has something to send.
+                None => {}
+                Some(progress) => match progress.direction(None) {
+                    Some(direction) => found.sockets.push(entry.opened(direction)),
+                    None => busy.push(entry),
+                },
+            }
+        }
+    }
+    let mut looks = 0;
+    for _ in 0..LOOKS {
+        if busy.is_empty() || looks + busy.len() > LOOKS_IN_ALL {
+            break;
+        }
+        looks += busy.len();
+        thread::sleep(PAUSE);
+        let mut still = Vec::new();
+        for mut entry in busy {
+            let Some(now) = diagnosis.look_again(&entry)? else {
+                continue;
+            };
+            match now.direction(entry.progress.as_ref()) {
+                Some(direction) => found.sockets.push(entry.opened(direction)),
+                None => {
+                    entry.progress = Some(now);
+                    still.push(entry);
+                }
+            }
+        }
+        busy = still;
+    }
+    found.unclear = busy.len();
+    let unclear = busy.iter().map(|entry| entry.opened(Direction::Outbound));
+    found.sockets.extend(unclear);
+    Ok(found)
+}
+
+impl Entry {
+    fn read(message: &[u8]) -> io::Result<Self> {
+        let body = message
+            .get(..MESSAGE)
+            .ok_or_else(|| malformed("a socket cut short"))?;
+        let (family, state) = (body[0], body[1]);
+        let mut id = [0; ID];
+        id.copy_from_slice(&body[4..4 + ID]);
+        let length = if family == IPV4 { 4 } else { 16 };
+        let address = |port: usize, at: usize| -> io::Result<SocketAddr> {
+            let port = u16::from_be_bytes([id[port], id[port + 1]]);
+            Ok(SocketAddr::new(
+                ip(&id[at..at + length])?.to_canonical(),
+                port,
+            ))
+        };
+        let (local, remote) = (address(0, 4)?, address(2, 20)?);
+        let queued = u32::from_ne_bytes(four(&body[8 + ID + 4..8 + ID + 8])?);
+        let mut progress = None;
+        for (kind, value) in attributes(message, MESSAGE)? {
+            if kind == INFO {
+                progress = Some(Progress::read(state, queued, value)?);
+            }
+        }
+        Ok(Self {
+            family,
+            id,
+            local,
+            remote,
+            state,
+            progress,
+        })
+    }
+
+    fn opened(&self, direction: Direction) -> OpenSocket {
+        OpenSocket {
+            protocol: SocketProtocol::Tcp,
+            local: self.local,
+            remote: self.remote,
+            direction,
+        }
+    }
+}
+
+/// A socket to ask the kernel about other sockets.
+struct Diagnosis {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Diagnosis {
+    fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+        socket.bind_auto()?;
+        socket.connect(&NetlinkAddress::new(0, 0))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+            buffer: Vec::with_capacity(BUFFER),
+        })
+    }
+
+    /// The connections of one address family.
+    fn list(&mut self, family: u8) -> io::Result<Vec<Entry>> {
+        self.ask(family, &[0; ID], NLM_F_DUMP)
+    }
+
+    /// How far a socket is now; `None` when it has gone.
+    fn look_again(&mut self, entry: &Entry) -> io::Result<Option<Progress>> {
+        match self.ask(entry.family, &entry.id, 0) {
+            Ok(entries) => Ok(entries.first().and_then(|entry| entry.progress)),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn ask(&mut self, family: u8, id: &[u8; ID], flags: u16) -> io::Result<Vec<Entry>> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let states = STATES.iter().fold(0u32, |mask, state| mask | 1 << state);
+        let mut request = Vec::with_capacity(HEADER + REQUEST);
+        request.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
+        request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        request.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+        request.extend(self.sequence.to_ne_bytes());
+        request.extend([0; 4]);
+        request.extend([family, TCP, ASK_FOR_INFO, 0]);
+        request.extend(states.to_ne_bytes());
+        request.extend(id);
+        self.socket.send(&request, 0)?;
+        let mut entries = Vec::new();
+        loop {
+            self.buffer.clear();
+            let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
+            let Some(mut rest) = self.buffer.get(..length) else {
+                return Err(malformed("a message longer than any should be"));
+            };
+            while !rest.is_empty() {
+                let message = NetlinkBuffer::new_checked(rest)
+                    .map_err(|_| malformed("a message cut short"))?;
+                let next = (message.length() as usize).next_multiple_of(4);
+                rest = rest.get(next..).unwrap_or_default();
+                if message.sequence_number() != self.sequence {
+                    continue;
+                }
+                match message.message_type() {
+                    NLMSG_DONE => return Ok(entries),
+                    NLMSG_ERROR => {
+                        let code = message.payload().get(..4).unwrap_or_default();
+                        let code = i32::from_ne_bytes(four(code)?);
+                        return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
+                    }
+                    // Whatever is beyond the limit is read and counted, and not kept.
+                    _ if entries.len() <= SOCKETS => entries.push(Entry::read(message.payload())?),
+                    _ => {}
+                }
+                if flags & NLM_F_DUMP == 0 {
+                    return Ok(entries);
+                }
+            }
+        }
+    }
+}
+
+/// Whether this means that there is no such socket any more: none at all, or another one
+/// (`sock_diag_check_cookie`, `net/core/sock_diag.c`).
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read as _, Write as _},
+        net::{Shutdown, TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    fn progress(state: u8, unacked: u32, queued: u32, unsent: u32, bytes: [u64; 3]) -> Progress {
+        let [acked, sent, resent] = bytes;
+        Progress {
+            state,
+            queued,
+            unacked,
+            unsent,
+            acked,
+            sent,
+            resent,
+        }
+    }
+
+    #[test]
+    fn a_syn_of_this_side_shows_in_what_was_acknowledged() {
+        use Direction::{Inbound, Outbound};
+        for (progress, expected) in [
+            (progress(ESTABLISHED, 0, 0, 0, [1, 0, 0]), Outbound),
+            (progress(ESTABLISHED, 0, 0, 0, [0, 0, 0]), Inbound),
+            (progress(ESTABLISHED, 0, 0, 0, [1001, 1500, 500]), Outbound),
+            (progress(ESTABLISHED, 0, 0, 0, [1000, 1500, 500]), Inbound),
+            // The window is closed: there is something to send, and nothing was.
+            (progress(ESTABLISHED, 0, 700, 700, [1000, 1000, 0]), Inbound),
+            // A FIN that was acknowledged, or was not sent yet.
+            (progress(FIN_WAIT2, 0, 0, 0, [1002, 1000, 0]), Outbound),
+            (progress(FIN_WAIT2, 0, 0, 0, [1001, 1000, 0]), Inbound),
+            (progress(FIN_WAIT1, 0, 701, 701, [1001, 1000, 0]), Outbound),
+            (progress(LAST_ACK, 0, 701, 701, [1000, 1000, 0]), Inbound),
+            // Counters that no TCP of the kernel has count as the pod's.
+            (progress(ESTABLISHED, 0, 0, 0, [5, 9, 0]), Outbound),
+        ] {
+            assert_eq!(progress.direction(None), Some(expected), "{progress:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_in_flight_counts_when_nothing_has_happened_between_two_looks() {
+        let first = progress(ESTABLISHED, 2, 900, 400, [1501, 2000, 0]);
+        assert_eq!(first.direction(None), None);
+        assert_eq!(first.direction(Some(&first)), Some(Direction::Outbound));
+        let moved = Progress {
+            sent: 2001,
+            unacked: 3,
+            ..first
+        };
+        assert_eq!(moved.direction(Some(&first)), None);
+        let other = progress(LAST_ACK, 1, 501, 0, [1500, 2000, 0]);
+        assert_eq!(other.direction(Some(&other)), Some(Direction::Inbound));
+    }
+
+    /// What the kernel says of the two ends of a connection: that of who connected, and the other.
+    fn ends(near: &TcpStream) -> [Option<Direction>; 2] {
+        let (local, peer) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
+        let mut diagnosis = Diagnosis::open().unwrap();
+        let all = diagnosis.list(IPV4).unwrap();
+        [(local, peer), (peer, local)].map(|(local, remote)| {
+            let mut all = all.iter();
+            let entry = all.find(|entry| (entry.local, entry.remote) == (local, remote))?;
+            let mut last = entry.progress;
+            for _ in 0..LOOKS {
+                if let Some(direction) = last?.direction(None) {
+                    return Some(direction);
+                }
+                let now = diagnosis.look_again(entry).unwrap()?;
+                if let Some(direction) = now.direction(last.as_ref()) {
+                    return Some(direction);
+                }
+                last = Some(now);
+            }
+            None
+        })
+    }
+
+    #[test]
+    fn the_kernel_tells_who_opened_a_connection_in_every_state() {
+        let expected = [Some(Direction::Outbound), Some(Direction::Inbound)];
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        // In the queue of the listener, too.
+        assert_eq!(ends(&near), expected);
+        let (mut far, _) = listener.accept().unwrap();
+        assert_eq!(ends(&near), expected);
+        near.write_all(&[1; 3000]).unwrap();
+        far.read_exact(&mut [0; 3000]).unwrap();
+        far.write_all(&[1; 500]).unwrap();
+        near.read_exact(&mut [0; 500]).unwrap();
+        assert_eq!(ends(&near), expected);
+        // Nobody reads: the window closes.
+        for stream in [&mut near, &mut far] {
+            stream.set_nonblocking(true).unwrap();
+            while stream.write(&[1; 8192]).is_ok() {}
+        }
+        assert_eq!(ends(&near), expected);
+        near.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(ends(&near), expected);
+        far.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(ends(&near), expected);
+        // A connection without a listener any more.
+        drop(listener);
+        assert_eq!(ends(&near), expected);
+    }
+}

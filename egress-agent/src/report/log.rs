@@ -1,0 +1,217 @@
+//! The agent's log on standard error, which nobody who logs waits for.
+//!
+//! Whoever reads standard error may be slow, or not read at all, and then a write blocks. So a thread of its
+//! own writes, and lines wait for it in a bounded queue. What finds no room is counted, and the count is a
+//! line of its own as soon as one can be written again.
+
+use std::{
+    io::{self, Write},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc::{self, Receiver, SyncSender},
+    },
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use super::rfc3339;
+
+/// Lines that may wait.
+const LINES: usize = 4096;
+/// And how long they may be together, in bytes.
+const BYTES: usize = 1 << 20;
+/// How long [`Log::close`] waits for a reader of standard error that does not read.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The log of this process.
+static LOG: OnceLock<Log> = OnceLock::new();
+
+/// Takes lines and never waits. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Log {
+    lines: SyncSender<Message>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Bytes of the lines that wait.
+    waiting: AtomicUsize,
+    /// Lines that found no room, or could not be written.
+    lost: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Message {
+    Line(Vec<u8>),
+    /// Everything before this has been written; say so.
+    End(SyncSender<()>),
+}
+
+/// Starts the log of this process, on standard error.
+///
+/// # Errors
+///
+/// When the thread cannot be started.
+pub fn start() -> io::Result<&'static Log> {
+    let log = Log::start(io::stderr())?;
+    Ok(LOG.get_or_init(|| log))
+}
+
+/// Lines of the log that were lost since the start.
+pub fn lost_lines() -> u64 {
+    LOG.get().map_or(0, Log::lost)
+}
+
+impl Log {
+    fn start(out: impl Write + Send + 'static) -> io::Result<Self> {
+        let (lines, messages) = mpsc::sync_channel(LINES);
+        let shared = Arc::new(Shared::default());
+        let log = Self {
+            lines,
+            shared: Arc::clone(&shared),
+        };
+        thread::Builder::new()
+            .name("log".into())
+            .spawn(move || run(&messages, &shared, out))?;
+        Ok(log)
+    }
+
+    /// Writes what waits. Returns whether all was written before the patience with a blocked reader ended.
+    pub fn close(&self) -> bool {
+        let (done, all) = mpsc::sync_channel(1);
+        // A full queue that does not empty is one that nobody reads.
+        self.lines.try_send(Message::End(done)).is_ok() && all.recv_timeout(CLOSE_PATIENCE).is_ok()
+    }
+
+    fn lost(&self) -> u64 {
+        self.shared.lost.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, line: &[u8]) {
+        let waiting = self.shared.waiting.fetch_add(line.len(), Ordering::AcqRel);
+        if waiting + line.len() > BYTES || self.lines.try_send(Message::Line(line.into())).is_err()
+        {
+            self.shared.waiting.fetch_sub(line.len(), Ordering::AcqRel);
+            self.shared.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Each write is a line.
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.take(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn run(messages: &Receiver<Message>, shared: &Shared, mut out: impl Write) {
+    let mut told = 0;
+    for message in messages {
+        let lost = shared.lost.load(Ordering::Relaxed);
+        if lost > told && out.write_all(loss(lost - told).as_bytes()).is_ok() {
+            told = lost;
+        }
+        match message {
+            Message::Line(line) => {
+                if out.write_all(&line).is_err() {
+                    shared.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                shared.waiting.fetch_sub(line.len(), Ordering::AcqRel);
+            }
+            Message::End(done) => {
+                // Nobody waits any more when the patience has ended.
+                let _ = done.try_send(());
+            }
+        }
+    }
+}
+
+/// What is said of lost lines, in the form of the others.
+fn loss(lines: u64) -> String {
+    format!(
+        "{}  WARN log lines were lost: standard error was not read fast enough lines={lines}\n",
+        rfc3339(SystemTime::now()).unwrap_or_default()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Blocks while somebody else has it.
+    #[derive(Clone, Default)]
+    struct Pipe(Arc<Mutex<Vec<u8>>>);
+
+    impl Pipe {
+        fn lines(&self) -> Vec<String> {
+            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            text.lines().map(str::to_owned).collect()
+        }
+    }
+
+    impl Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_come_in_their_order() {
+        let pipe = Pipe::default();
+        let mut log = Log::start(pipe.clone()).unwrap();
+        for line in ["one\n", "two\n"] {
+            log.write_all(line.as_bytes()).unwrap();
+        }
+        assert!(log.close());
+        assert_eq!(pipe.lines(), ["one", "two"]);
+        assert_eq!(log.lost(), 0);
+    }
+
+    #[test]
+    fn what_finds_no_room_is_lost_and_told() {
+        const SENT: usize = 3 * LINES;
+        let pipe = Pipe::default();
+        let mut log = Log::start(pipe.clone()).unwrap();
+        let blocked = pipe.0.lock().unwrap();
+        for _ in 0..SENT {
+            log.write_all(b"line\n").unwrap();
+        }
+        let lost = usize::try_from(log.lost()).unwrap();
+        assert!(lost >= SENT - LINES - 1, "{lost}");
+        drop(blocked);
+        while !log.close() {}
+        let lines = pipe.lines();
+        let (losses, written): (Vec<_>, Vec<_>) = lines.iter().partition(|line| *line != "line");
+        assert_eq!(written.len(), SENT - lost);
+        assert_eq!(losses.len(), 1, "{losses:?}");
+        assert!(losses[0].ends_with(&format!(" lines={lost}")), "{losses:?}");
+    }
+
+    #[test]
+    fn long_lines_are_bounded_too() {
+        let pipe = Pipe::default();
+        let mut log = Log::start(pipe.clone()).unwrap();
+        let blocked = pipe.0.lock().unwrap();
+        let line = vec![b'a'; BYTES / 4];
+        for _ in 0..8 {
+            log.write_all(&line).unwrap();
+        }
+        assert!(log.lost() >= 4);
+        drop(blocked);
+        assert!(log.close());
+    }
+}

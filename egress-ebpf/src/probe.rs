@@ -1,0 +1,22 @@
+//! Counting the frames by which the agent finds out whether an interface's packets come this way.
+
+use crate::{maps::PROBES, skb::Skb};
+
+/// `ETH_P_IPV6` (`include/uapi/linux/if_ether.h`), as `__sk_buff` has it: in network byte order.
+const IPV6: u32 = 0x86dd_u16.to_be() as u32;
+
+/// Counts a probe of this interface. The agent has made the entry; without one nobody asks.
+#[inline(always)]
+pub fn count(skb: &Skb<'_>) {
+    if let Some(probes) = PROBES.get_ptr_mut(skb.ifindex()) {
+        // SAFETY: the map is not preallocated, so the entry lives until the program ends. The agent
+        // sends the next probe of an interface long after this one has come or is lost.
+        unsafe {
+            if skb.protocol() == IPV6 {
+                (*probes).v6 += 1;
+            } else {
+                (*probes).v4 += 1;
+            }
+        }
+    }
+}

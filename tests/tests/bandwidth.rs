@@ -1,0 +1,201 @@
+//! Beside the CNI plugin `bandwidth`, the real one: both work, whichever comes first.
+
+use std::{
+    io::Write as _,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use egress_tests::{
+    Agent, Cluster, ClusterPod, Pod, SHORT, addresses::server, eventually, holds, observed::HTTP,
+};
+use serde_json::{Value, json};
+
+/// Where distributions put it.
+const PLUGIN: &str = "/usr/lib/cni/bandwidth";
+
+/// Adds the plugin's limits to a pod's interface, as a container runtime does. Returns what it said
+/// when it failed.
+fn limit(cluster: &Cluster, net: &Pod) -> Result<(), String> {
+    let limits = json!({
+        "cniVersion": "0.4.0",
+        "name": "laboratory",
+        "type": "bandwidth",
+        "ingressRate": 100_000_000,
+        "ingressBurst": 80_000_000,
+        "egressRate": 100_000_000,
+        "egressBurst": 80_000_000,
+        "prevResult": {
+            "cniVersion": "0.4.0",
+            "interfaces": [
+                { "name": net.interface() },
+                { "name": "eth0", "sandbox": sandbox(net) },
+            ],
+            "ips": [],
+        },
+    });
+    let mut command = Command::new(PLUGIN);
+    command
+        .env("CNI_COMMAND", "ADD")
+        .env("CNI_CONTAINERID", net.netns().name())
+        .env("CNI_NETNS", sandbox(net))
+        .env("CNI_IFNAME", "eth0")
+        .env("CNI_PATH", Path::new(PLUGIN).parent().expect("a directory"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = cluster.lab.node().run(|| command.spawn());
+    let mut child = child.expect("the CNI plugin, of the package containernetworking-plugins");
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    stdin
+        .write_all(limits.to_string().as_bytes())
+        .expect("the plugin reads its configuration");
+    drop(stdin);
+    let output = child.wait_with_output().expect("the plugin ends");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    output.status.success().then_some(()).ok_or(said)
+}
+
+fn sandbox(net: &Pod) -> String {
+    format!("/run/netns/{}", net.netns().name())
+}
+
+/// How many packets the plugin's ifb device of the pod has limited: what the pod sends passes it.
+#[track_caller]
+fn limited(cluster: &Cluster) -> u64 {
+    let mut command = Command::new("ip");
+    command.args(["-json", "-statistics", "link", "show", "type", "ifb"]);
+    let output = cluster
+        .lab
+        .node()
+        .run(|| command.output())
+        .expect("ip runs");
+    let shown: Value = serde_json::from_slice(&output.stdout).expect("ip prints JSON");
+    let devices = shown.as_array().into_iter().flatten();
+    devices
+        .filter_map(|device| device["stats64"]["tx"]["packets"].as_u64())
+        .sum()
+}
+
+#[track_caller]
+fn cluster() -> (Cluster, String) {
+    let lab = egress_tests::Lab::builder().config("http", HTTP);
+    let cluster = Cluster::on(egress_tests::ApiServer::shared(), lab);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    (cluster, shop)
+}
+
+#[track_caller]
+fn start_agent(cluster: &Cluster) -> Agent {
+    cluster.start_agent_with(&["--attach", "clsact"])
+}
+
+#[track_caller]
+fn run(cluster: &Cluster, shop: &str, net: Pod, annotations: &Value) -> ClusterPod {
+    let (object, uid) = cluster.create(shop, net.name(), annotations);
+    let mut pod = cluster.place(object, &uid, net);
+    pod.running().start_container();
+    pod
+}
+
+/// Waits until the agent has looked at everything that is there now.
+#[track_caller]
+fn is_looked_at(cluster: &Cluster) {
+    let looks = || {
+        cluster
+            .lab
+            .metrics()
+            .find("egress_agent_reconcile_seconds_count")
+    };
+    let before = looks();
+    eventually("the agent has looked twice", || {
+        holds(looks() >= before + 2.0)
+    });
+}
+
+#[track_caller]
+fn is_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
+    let net = pod.net();
+    agent.wait_enforcing(net);
+    cluster.tell_addresses(pod);
+    eventually("what is allowed is reached", || {
+        holds(
+            net.connect_tcp((server(10), 443), SHORT).is_ok() || {
+                net.lookup("shop.test");
+                false
+            },
+        )
+    });
+    let before = limited(cluster);
+    net.talks_tcp((server(10), 443));
+    assert!(limited(cluster) > before, "the limit is gone");
+    assert!(net.connect_tcp((server(99), 443), SHORT).is_err());
+    agent.wait_denial("the address", |denial| {
+        denial.is(net, "address_not_learned", server(99), 443)
+    });
+    agent.denies_name(net, "evil.test");
+    assert!(limited(cluster) > before);
+}
+
+fn allow() -> Value {
+    json!({ "egress-agent.dev/allow": "shop.test:443" })
+}
+
+#[test]
+fn a_pod_with_a_limit_starts_and_is_enforced_and_limited() {
+    let (cluster, shop) = cluster();
+    let _web = cluster.lab.serve_tcp(443);
+    let agent = start_agent(&cluster);
+    for (name, annotations) in [("cart", allow()), ("free", Value::Null)] {
+        let net = cluster.lab.pod(&shop, name);
+        // The interface is there, and the plugins that come next are not done.
+        is_looked_at(&cluster);
+        if let Err(said) = limit(&cluster, &net) {
+            panic!("the pod does not start: {said}");
+        }
+        let pod = run(&cluster, &shop, net, &annotations);
+        if annotations.is_null() {
+            let before = limited(&cluster);
+            eventually("it is let go", || {
+                holds(pod.net().connect_tcp((server(99), 443), SHORT).is_ok())
+            });
+            assert!(limited(&cluster) > before, "the limit is gone");
+        } else {
+            is_enforced_and_limited(&cluster, &agent, &pod);
+            // The kernel forgets it with the interface.
+            cluster.delete(pod);
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_had_a_limit_before_the_agent_came_is_enforced_and_limited() {
+    let (cluster, shop) = cluster();
+    let _web = cluster.lab.serve_tcp(443);
+    let net = cluster.lab.pod(&shop, "cart");
+    limit(&cluster, &net).expect("nobody is in the way");
+    let pod = run(&cluster, &shop, net, &allow());
+    let mut agent = start_agent(&cluster);
+    is_enforced_and_limited(&cluster, &agent, &pod);
+    // And the next agent finds it so.
+    agent.kill();
+    let agent = start_agent(&cluster);
+    is_enforced_and_limited(&cluster, &agent, &pod);
+}
+
+#[test]
+fn an_interface_whose_pod_is_not_known_is_closed_when_a_program_is_behind_it() {
+    let (cluster, shop) = cluster();
+    let _web = cluster.lab.serve_tcp(443);
+    let agent = start_agent(&cluster);
+    let net = cluster.lab.pod(&shop, "nobody");
+    let _program = net.start(&mut egress_tests::node::pause());
+    agent.wait_said("that the interface is enforced", |line| {
+        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
+    });
+    assert!(net.connect_tcp((server(99), 443), SHORT).is_err());
+    agent.wait_denial("pod_unknown", |denial| {
+        denial.reason == "pod_unknown" && denial.pod == net.interface()
+    });
+}

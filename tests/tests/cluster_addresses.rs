@@ -1,0 +1,321 @@
+//! From which addresses a pod of a cluster may send: while nobody knows which pod it is, by what its
+//! interfaces were made with, and by what annotations claim.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use egress_tests::{
+    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT,
+    addresses::{PODS, PODS6, RESOLVER, server},
+    bpf::bpftool,
+    dns::{Question, RecordType, Send, address},
+    eventually,
+    frames::{self, Tap},
+    holds,
+};
+use serde_json::{Value, json};
+
+/// An internal server: what is in quarantine reaches it too.
+const INTERNAL: IpAddr = server(20);
+
+/// A cluster in which it is known where pods and internal servers are.
+#[track_caller]
+fn cluster() -> Cluster {
+    let internal = json!({ "internal": [PODS, PODS6, format!("{INTERNAL}/32")] });
+    let lab = Lab::builder().config("ranges", internal);
+    Cluster::on(ApiServer::shared(), lab)
+}
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+fn reaches(pod: &Pod, to: IpAddr) -> bool {
+    pod.connect_tcp((to, 443), SHORT).is_ok()
+}
+
+/// A datagram from this source, as a program with a packet socket in the pod sends it.
+fn send_from(pod: &Pod, from: IpAddr, to: (IpAddr, u16), payload: &[u8]) {
+    let frame = frames::udp(pod, (from, 53), to, payload);
+    Tap::open(pod.netns(), "eth0").send(&frame);
+}
+
+/// What is sent in this name ends at the pod's interface. `name` is the pod's, or the interface's.
+#[track_caller]
+fn is_stopped(agent: &Agent, name: &str, from: IpAddr) {
+    agent.wait_denial(&format!("a packet of {name} from {from}"), |denial| {
+        denial.pod == name && denial.reason == "spoofed_source" && denial.src_ip == Some(from)
+    });
+}
+
+/// Gives a pod without a process a second interface that is made with an address of its own, which is
+/// returned, and with these. Both servers are reached by it.
+fn second_interface(cluster: &Cluster, pod: &Pod, more: &[IpAddr]) -> Ipv4Addr {
+    let lab = &cluster.lab;
+    let number = pod.ipv4().octets()[2];
+    let host = second_end(pod);
+    lab.outside()
+        .ip_batch("route replace 10.2.0.0/16 via 10.98.0.1\n");
+    lab.node().ip_batch(&format!(
+        "link add {host} type veth peer name net1 netns {netns}\n\
+         addr add 10.2.{number}.1/30 dev {host}\n\
+         link set {host} up\n",
+        netns = pod.netns().name()
+    ));
+    // All at once, as a plugin does.
+    let more = more
+        .iter()
+        .map(|address| format!("addr add {address}/32 dev net1\n"));
+    let more = more.collect::<Vec<_>>().concat();
+    pod.netns().ip_batch(&format!(
+        "addr add 10.2.{number}.2/30 dev net1\n{more}\
+         link set net1 up\n\
+         route add {INTERNAL}/32 via 10.2.{number}.1 dev net1\n\
+         route add {}/32 via 10.2.{number}.1 dev net1\n",
+        server(10)
+    ));
+    Ipv4Addr::new(10, 2, number, 2)
+}
+
+/// The host end of the pod's second interface.
+fn second_end(pod: &Pod) -> String {
+    format!("{}net1", pod.interface())
+}
+
+/// Waits until an interface of the node is in quarantine.
+#[track_caller]
+fn wait_quarantined(agent: &Agent, end: &str) {
+    agent.wait_said("that the interface is in quarantine", |line| {
+        line.contains("enforcing") && line.contains(&format!("pod=interface {end} "))
+    });
+}
+
+/// Waits until an address is among the own ones that the kernel has for some pod, known or not.
+#[track_caller]
+fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
+    let pin = cluster.lab.pins().join("policies");
+    eventually(&format!("{address} is a pod's own"), || {
+        let dump = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
+        let mapped = json!(address.to_ipv6_mapped().octets());
+        let policies = dump.as_array()?.iter();
+        let mut own = policies.filter_map(|entry| entry["formatted"]["value"]["own"].as_array());
+        holds(own.any(|own| own.contains(&mapped)))
+    });
+}
+
+/// A pod that is there without a process.
+fn without_process(
+    cluster: &Cluster,
+    namespace: &str,
+    name: &str,
+    annotations: &Value,
+) -> ClusterPod {
+    let (object, uid) = cluster.create(namespace, name, annotations);
+    let net = cluster.lab.pod(namespace, name);
+    cluster.place(object, &uid, net)
+}
+
+#[test]
+fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
+    let cluster = cluster();
+    let lab = &cluster.lab;
+    let web = lab.serve_tcp(443);
+    lab.dns().on("shop.test", |_| Vec::new());
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let other = cluster.run(&shop, "other", &Value::Null);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    let socket = cart.net().dns_socket();
+    socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
+    eventually("the question is at the resolver", || {
+        holds(lab.dns().asked("shop.test") == 1)
+    });
+
+    let hidden = lab.pod(&shop, "hidden");
+    wait_quarantined(&agent, hidden.interface());
+    eventually(
+        "an internal server is reached from the pod's address",
+        || holds(reaches(&hidden, INTERNAL)),
+    );
+    let from = IpAddr::V4(hidden.ipv4());
+    eventually("the server has met it", || {
+        holds(web.peers().iter().any(|peer| peer.ip() == from))
+    });
+    assert!(!reaches(&hidden, server(10)), "it is open to the outside");
+
+    // The program has guessed everything: port, id, name and type.
+    let asked = Question {
+        name: "shop.test".to_owned(),
+        qtype: RecordType::A,
+        id: 7,
+        from: socket.address(),
+        to: SocketAddr::new(RESOLVER, 53),
+        tcp: false,
+        payload: 512,
+    };
+    let client = (socket.address().ip(), socket.address().port());
+    let answer = |host| {
+        Send::answer(&asked, &[address(server(host))])
+            .bytes()
+            .to_vec()
+    };
+    let later = Ipv4Addr::new(10, 1, 99, 2);
+    hidden
+        .netns()
+        .ip_batch(&format!("addr add {later}/32 dev eth0\n"));
+    let names: [IpAddr; 4] = [
+        RESOLVER,
+        other.net().ipv4().into(),
+        [10, 98, 0, 1].into(),
+        later.into(),
+    ];
+    // Denials to one destination are told together.
+    for (name, port) in names.into_iter().zip(client.1..) {
+        send_from(&hidden, name, (client.0, port), &answer(66));
+    }
+    lab.dns().send(RESOLVER, socket.address(), &answer(10));
+    let heard = socket.expect("the resolver's answer");
+    assert_eq!(heard.addresses, [server(10)]);
+    assert_eq!(lab.allowed(cart.net()).len(), 1);
+    for name in names {
+        is_stopped(&agent, hidden.interface(), name);
+    }
+}
+
+#[test]
+fn a_pod_sends_from_every_address_that_its_interfaces_were_made_with() {
+    let cluster = cluster();
+    let lab = &cluster.lab;
+    let web = lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    let policy = allow(&format!("{0}:443 {0}:53/udp", server(10)));
+    let mut cart = without_process(&cluster, &shop, "cart", &policy);
+    let second = second_interface(&cluster, cart.net(), &[]);
+    wait_quarantined(&agent, &second_end(cart.net()));
+    wait_own(&cluster, second);
+    // While its pod is not known, the interface's address is.
+    eventually(
+        "an internal server is reached by the second interface",
+        || holds(reaches(cart.net(), INTERNAL)),
+    );
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    eventually(
+        "an allowed server is reached by the second interface",
+        || holds(reaches(cart.net(), server(10))),
+    );
+    let from_second = || {
+        let peers = web.peers();
+        let from = peers.iter().filter(|peer| peer.ip() == second);
+        from.count()
+    };
+    eventually("both servers have met it", || holds(from_second() >= 2));
+
+    // An address that a program gives the interface is not its own.
+    let later = Ipv4Addr::new(10, 3, 0, 9);
+    cart.net()
+        .netns()
+        .ip_batch(&format!("addr add {later}/32 dev net1\n"));
+    send_from(cart.net(), later.into(), (server(10), 53), b"x");
+    is_stopped(&agent, "cart", later.into());
+
+    // The next agent knows the one, and takes the other for what it is.
+    let before = from_second();
+    assert!(agent.stop().success());
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    cart.net().talks_tcp((server(10), 443));
+    eventually("the server has met it again", || {
+        holds(from_second() > before)
+    });
+    send_from(cart.net(), later.into(), (server(10), 53), b"x");
+    is_stopped(&agent, "cart", later.into());
+}
+
+#[test]
+fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
+    let cluster = cluster();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    let mut thief = without_process(&cluster, &shop, "thief", &allow("*"));
+    // Another pod's, one where another node's pod may be, the resolver's and the node's.
+    let remote = Ipv4Addr::new(10, 1, 200, 7);
+    let node = Ipv4Addr::new(10, 98, 0, 1);
+    let names: [IpAddr; 4] = [
+        cart.net().ipv4().into(),
+        remote.into(),
+        RESOLVER,
+        node.into(),
+    ];
+    let second = second_interface(&cluster, thief.net(), &names);
+    wait_quarantined(&agent, &second_end(thief.net()));
+    wait_own(&cluster, second);
+    thief.running().start_container();
+    agent.wait_enforcing(thief.net());
+    cluster.tell_addresses(&thief);
+    for (name, port, whose) in [
+        (names[0], 1, format!("that of pod {shop}/cart")),
+        (names[1], 2, "another node's pod".to_owned()),
+        (names[2], 3, "a resolver's".to_owned()),
+        (names[3], 4, "the node's".to_owned()),
+    ] {
+        agent.wait_said(&format!("whose {name} is"), |line| {
+            line.contains(&name.to_string()) && line.contains(&whose) && line.contains("thief")
+        });
+        send_from(thief.net(), name, (server(10), port), b"x");
+        is_stopped(&agent, "thief", name);
+    }
+}
+
+#[test]
+fn an_annotation_gives_a_pod_no_address_that_its_interfaces_were_not_made_with() {
+    // Where pods are, nobody says.
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    // That of a pod on another node.
+    let remote = Ipv4Addr::new(10, 244, 2, 5);
+    let mut annotations = allow("*");
+    annotations["k8s.v1.cni.cncf.io/network-status"] = json!(
+        json!([
+            { "name": "cluster", "default": true, "ips": ["10.1.1.2"] },
+            { "name": "other", "interface": "net1", "ips": [remote] },
+        ])
+        .to_string()
+    );
+    let thief = cluster.run(&shop, "thief", &annotations);
+    agent.wait_enforcing(thief.net());
+    agent.wait_said("that the address is not the pod's", |line| {
+        line.contains("thief")
+            && line.contains(&remote.to_string())
+            && line.contains("network status")
+    });
+    thief
+        .net()
+        .netns()
+        .ip_batch(&format!("addr add {remote}/32 dev eth0\n"));
+    send_from(thief.net(), remote.into(), (server(10), 9), b"x");
+    is_stopped(&agent, "thief", remote.into());
+
+    // Where nobody says where pods are, neither does an interface.
+    let mut cart = without_process(&cluster, &shop, "cart", &annotations);
+    let second = second_interface(&cluster, cart.net(), &[remote.into()]);
+    wait_quarantined(&agent, &second_end(cart.net()));
+    wait_own(&cluster, second);
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    agent.wait_said("why the interface's address is not taken", |line| {
+        line.contains("/cart")
+            && line.contains(&second.to_string())
+            && line.contains("ranges.internal")
+    });
+    for (name, port) in [(IpAddr::V4(remote), 1), (IpAddr::V4(second), 2)] {
+        send_from(cart.net(), name, (server(10), port), b"x");
+        is_stopped(&agent, "cart", name);
+    }
+}

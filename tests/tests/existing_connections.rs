@@ -1,0 +1,456 @@
+//! Connections that a pod has open when it begins to be enforced: what others have opened goes on, and
+//! what the pod has opened is judged.
+
+use std::{
+    fs,
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use egress_tests::{
+    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server, echo_on,
+    eventually, exchange, holds,
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
+
+/// A connection that somebody outside has opened to a server in the pod.
+struct Inbound {
+    caller: TcpStream,
+    server: TcpStream,
+}
+
+impl Inbound {
+    #[track_caller]
+    fn open(lab: &Lab, pod: &Pod, port: u16) -> Self {
+        let listener = pod.listen_tcp(port);
+        let to = SocketAddr::from((pod.ipv4(), port));
+        let caller = lab.outside().run(|| TcpStream::connect(to));
+        let (server, _) = listener.accept().expect("the pod's server accepts");
+        Self {
+            caller: caller.expect("the pod is called"),
+            server,
+        }
+    }
+
+    /// Whether words go there and back.
+    fn goes_on(&mut self) -> bool {
+        fn takes(from: &mut TcpStream, into: &mut TcpStream) -> bool {
+            let mut taken = [0; 4];
+            from.set_read_timeout(Some(DEADLINE)).is_ok()
+                && into.write_all(b"word").is_ok()
+                && from.read_exact(&mut taken).is_ok()
+        }
+        takes(&mut self.server, &mut self.caller) && takes(&mut self.caller, &mut self.server)
+    }
+}
+
+/// What the pod gets when it goes on with a connection that is denied and answered with a reset.
+#[track_caller]
+fn is_reset(stream: &mut TcpStream) {
+    stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    let outcome = stream
+        .write_all(b"more")
+        .and_then(|()| stream.read_exact(&mut [0; 4]));
+    let kind = outcome.expect_err("the connection goes on").kind();
+    assert_eq!(kind, io::ErrorKind::ConnectionReset);
+}
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+fn rejecting() -> Builder {
+    Lab::builder().config("onDeny", "reject")
+}
+
+/// Removes every pin of the laboratory's agents, as a reboot does.
+#[track_caller]
+fn reboot(lab: &Lab) {
+    umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("unmount the BPF file system");
+    let nothing = None::<&str>;
+    mount(
+        Some("bpf"),
+        &lab.bpffs(),
+        Some("bpf"),
+        MsFlags::empty(),
+        nothing,
+    )
+    .expect("mount a BPF file system");
+    eventually("programs without a link are gone", || {
+        let shown = lab
+            .node()
+            .run(|| Command::new("bpftool").args(["net", "show"]).output());
+        let shown = shown.expect("bpftool runs");
+        holds(!String::from_utf8_lossy(&shown.stdout).contains("_pod"))
+    });
+}
+
+/// A directory for `stateDir`: on a disk, which a directory for temporary files may not be.
+fn state_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory below the build's")
+}
+
+#[track_caller]
+fn trusting(state: &Path) -> Builder {
+    rejecting()
+        .config("existingConnections", "trust")
+        .config("stateDir", state.to_str().expect("a path in UTF-8"))
+}
+
+/// Bytes that the pod has sent by its interface.
+fn sent_by(pod: &Pod) -> u64 {
+    let read = || fs::read_to_string("/proc/thread-self/net/dev");
+    let table = pod.netns().run(read).expect("the table of interfaces");
+    let line = table.lines().find(|line| line.contains("eth0:"));
+    let sent = line.and_then(|line| line.split_whitespace().nth(9)?.parse().ok());
+    sent.expect("bytes sent by eth0")
+}
+
+/// What `status` says of connections from before.
+#[track_caller]
+fn existing(lab: &Lab) -> Value {
+    let mut command = Command::new(Agent::program());
+    command
+        .args(["status", "--json", "--socket"])
+        .arg(lab.socket());
+    let output = lab.node().run(|| command.output()).expect("status runs");
+    let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    status["agent"]["existing_connections"].clone()
+}
+
+#[test]
+fn with_its_first_annotation_a_pod_keeps_what_others_have_opened_and_not_what_it_has() {
+    let cluster = Cluster::on(ApiServer::shared(), rejecting());
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &Value::Null);
+    let agent = cluster.start_agent();
+    let mut inbound = Inbound::open(&cluster.lab, cart.net(), 8080);
+    let mut denied = cart.net().talks_tcp((server(20), 443));
+    let mut allowed = cart.net().talks_tcp((server(10), 443));
+
+    cluster.annotate(&mut cart, &allow(&format!("{}:443", server(10))));
+    agent.wait_enforcing(cart.net());
+    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
+    is_reset(&mut denied);
+    agent.wait_denial("the connection from before", |denial| {
+        denial.is(cart.net(), "no_rule", server(20), 443)
+    });
+}
+
+#[test]
+fn at_an_agents_first_start_in_a_cluster_pods_keep_what_others_have_opened() {
+    let cluster = Cluster::on(ApiServer::shared(), rejecting());
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    // What only a name would allow is not known yet.
+    cluster.lab.dns().addresses("shop.test", &[server(20)]);
+    let entries = format!("shop.test:443 {}:443", server(10));
+    let cart = cluster.run(&shop, "cart", &allow(&entries));
+    let mut inbound = Inbound::open(&cluster.lab, cart.net(), 8080);
+    let mut named = cart.net().talks_tcp((server(20), 443));
+    let mut allowed = cart.net().talks_tcp((server(10), 443));
+
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
+    is_reset(&mut named);
+    let told = existing(&cluster.lab);
+    assert_eq!(
+        (&told["outbound"], &told["inbound_kept"]),
+        (&json!("judged"), &json!(1))
+    );
+}
+
+#[test]
+fn at_an_agents_first_start_with_a_directory_pods_keep_what_others_have_opened() {
+    let lab = rejecting().build();
+    let (_web, cart) = lab.shop_and_cart(&format!("{}:443", server(10)));
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+    let mut denied = cart.talks_tcp((server(20), 443));
+    let mut allowed = cart.talks_tcp((server(10), 443));
+
+    let _agent = lab.start_agent(&[&cart]);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
+    is_reset(&mut denied);
+}
+
+#[test]
+fn a_network_without_a_name_is_found_by_a_process_in_it() {
+    let lab = rejecting().build();
+    let (_web, cart) = lab.shop_and_cart("shop.test");
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+    let _process = cart.start(&mut egress_tests::node::pause());
+    // Seen from a mount namespace where no network has a name.
+    let mut command = Command::new("unshare");
+    let agent = lab.agent_command("run");
+    command
+        .args([
+            "--mount",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /run/netns && exec \"$@\"",
+            "sh",
+        ])
+        .arg(agent.get_program())
+        .args(agent.get_args())
+        .arg("--pods-dir")
+        .arg(lab.pods_dir())
+        .env("NO_COLOR", "1");
+    let agent = Agent::start(lab.node(), command);
+    agent.wait_enforcing(&cart);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+}
+
+#[test]
+fn a_pod_that_listens_on_the_port_of_a_connection_it_has_opened_does_not_keep_it() {
+    let cluster = Cluster::on(ApiServer::shared(), rejecting());
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test"));
+    let (mut opened, _listener) = cart.net().netns().run(|| {
+        let reusing = |port| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("SO_REUSEADDR");
+            let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+            socket.bind(&any.into()).expect("bind");
+            socket
+        };
+        let opened = reusing(8080);
+        let to = SocketAddr::from((server(20), 443));
+        opened.connect(&to.into()).expect("connect");
+        let listener = reusing(8080);
+        listener.listen(1).expect("listen on the connection's port");
+        (TcpStream::from(opened), listener)
+    });
+    assert!(exchange(&mut opened, b"before", DEADLINE));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    is_reset(&mut opened);
+}
+
+#[test]
+fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
+    let lab = rejecting().build();
+    let (_web, cart) = lab.shop_and_cart("shop.test");
+    let Inbound { mut caller, server } = Inbound::open(&lab, &cart, 8080);
+    // Neither thread waits for ever when the connection is lost.
+    caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    server
+        .set_write_timeout(Some(DEADLINE))
+        .expect("a time-out");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut server = server;
+            let block = vec![7; 1 << 16];
+            while !stop.load(Ordering::Relaxed) {
+                server.write_all(&block)?;
+            }
+            io::Result::Ok(())
+        });
+        let taker = scope.spawn(move || io::copy(&mut caller, &mut io::sink()));
+        let sends_more = || {
+            let from = sent_by(&cart);
+            eventually("the pod sends on, or is done", || {
+                holds(sender.is_finished() || sent_by(&cart) > from + (1 << 24))
+            });
+        };
+        sends_more();
+        let agent = lab.start_agent(&[&cart]);
+        sends_more();
+        stop.store(true, Ordering::Relaxed);
+        let sent = sender.join().expect("no panic");
+        let taken = taker.join().expect("no panic");
+        sent.expect("the client was lost");
+        taken.expect("the server was lost");
+        drop(agent);
+    });
+}
+
+#[test]
+fn datagrams_from_outside_do_not_open_a_conversation_that_the_pod_has_begun() {
+    let lab = rejecting().build();
+    let _echo = lab.serve_udp(4433);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", &format!("{}:4433/udp", server(10)))]);
+    let allowed = cart.udp_socket((server(10), 4433));
+    assert!(echo_on(&allowed, b"before", DEADLINE));
+    let peer = lab.outside().run(|| UdpSocket::bind((server(20), 4434)));
+    let peer = peer.expect("bind outside");
+    peer.set_read_timeout(Some(SHORT)).expect("a time-out");
+    let denied = cart.udp_socket((server(20), 4434));
+    denied.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    let own = denied.local_addr().expect("its address");
+    let mut taken = [0; 16];
+    denied.send(b"before").expect("send");
+    assert_eq!(peer.recv(&mut taken).expect("it is heard"), 6);
+
+    let agent = lab.start_agent(&[&cart]);
+    peer.send_to(b"go on", own).expect("send to the pod");
+    assert_eq!(denied.recv(&mut taken).expect("it is heard"), 5);
+    denied.send(b"after").expect("send");
+    let heard = peer.recv(&mut taken);
+    assert!(heard.is_err(), "the conversation goes on");
+    agent.wait_denial("the datagram", |denial| {
+        denial.is(&cart, "no_rule", server(20), 4434)
+    });
+    assert!(echo_on(&allowed, b"after", DEADLINE), "it was cut");
+}
+
+#[test]
+fn a_server_with_a_socket_for_each_client_answers_its_clients_next_datagram() {
+    let lab = rejecting().build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test")]);
+    let client = lab.outside().run(|| UdpSocket::bind((server(20), 0)));
+    let client = client.expect("bind outside");
+    client.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    let at = SocketAddr::from((cart.ipv4(), 4433));
+    let (_hears, of_client) = cart.netns().run(|| {
+        let reusing = || {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("SO_REUSEADDR");
+            socket.bind(&at.into()).expect("bind");
+            socket
+        };
+        let (hears, of_client) = (reusing(), reusing());
+        let to = client.local_addr().expect("the client's address");
+        of_client.connect(&to.into()).expect("connect");
+        (hears, UdpSocket::from(of_client))
+    });
+    let _agent = lab.start_agent(&[&cart]);
+    let mut taken = [0; 16];
+    client.send_to(b"ask", at).expect("send to the pod");
+    assert_eq!(of_client.recv(&mut taken).expect("it is heard"), 3);
+    of_client.send(b"answer").expect("send");
+    assert_eq!(client.recv(&mut taken).expect("it is answered"), 6);
+}
+
+#[test]
+fn what_pods_have_opened_between_a_reboot_and_the_agent_is_judged() {
+    let lab = rejecting().build();
+    let (_web, cart) = lab.shop_and_cart("shop.test:443");
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
+    assert!(agent.stop().success());
+    reboot(&lab);
+    let mut denied = cart.talks_tcp((server(99), 443));
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+
+    let _agent = lab.start_agent(&[&cart]);
+    is_reset(&mut denied);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+}
+
+#[test]
+fn in_a_cluster_what_pods_have_opened_between_a_reboot_and_the_agent_is_judged() {
+    let cluster = Cluster::on(ApiServer::shared(), rejecting());
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    assert!(agent.stop().success());
+    reboot(&cluster.lab);
+    let mut denied = cart.net().talks_tcp((server(99), 443));
+    let mut inbound = Inbound::open(&cluster.lab, cart.net(), 8080);
+
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    is_reset(&mut denied);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+}
+
+#[test]
+fn what_pods_have_opened_is_trusted_once_on_a_node() {
+    let state = state_dir();
+    let lab = trusting(&state.path().join("made")).build();
+    let echo = lab.serve_udp(4433);
+    let (_web, cart) = lab.shop_and_cart("shop.test:443");
+    let mut out = cart.talks_tcp((server(20), 443));
+    let datagrams = cart.udp_socket((server(21), 4433));
+    assert!(echo_on(&datagrams, b"before", DEADLINE));
+
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
+    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+    assert!(echo_on(&datagrams, b"after", DEADLINE), "it was cut");
+    assert!(
+        cart.connect_tcp((server(20), 443), SHORT).is_err(),
+        "a new one is judged"
+    );
+    let told = existing(&lab);
+    assert_eq!(
+        (&told["outbound"], &told["outbound_trusted"]),
+        (&json!("trusted"), &json!(2))
+    );
+    assert!(agent.stop().success());
+
+    // Another first start, by what is pinned: the node remembers.
+    reboot(&lab);
+    let mut later = cart.talks_tcp((server(99), 443));
+    let agent = lab.start_agent(&[&cart]);
+    is_reset(&mut later);
+    agent.wait_said("that it was used", |line| {
+        line.contains("used on this node before") && line.contains("judged")
+    });
+    let told = existing(&lab);
+    assert_eq!(told["outbound"], "judged");
+    assert!(
+        told["because"]
+            .as_str()
+            .is_some_and(|why| why.contains("used"))
+    );
+    drop(echo);
+}
+
+#[test]
+fn in_a_cluster_what_pods_have_opened_is_trusted_once_too() {
+    let state = state_dir();
+    let cluster = Cluster::on(ApiServer::shared(), trusting(state.path()));
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let mut later = cluster.run(&shop, "later", &Value::Null);
+    let mut out = cart.net().talks_tcp((server(20), 443));
+    let mut agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+
+    // A pod that is enforced only later is not part of that start.
+    let mut of_later = later.net().talks_tcp((server(20), 443));
+    cluster.annotate(&mut later, &allow("shop.test:443"));
+    agent.wait_enforcing(later.net());
+    is_reset(&mut of_later);
+
+    assert!(agent.stop().success());
+    let mut again = cart.net().talks_tcp((server(20), 443));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    is_reset(&mut again);
+}
+
+#[test]
+fn without_a_note_on_the_node_nothing_is_trusted() {
+    let state = state_dir();
+    let file = state.path().join("file");
+    fs::write(&file, "").expect("write a file");
+    let lab = trusting(&file).build();
+    let (_web, cart) = lab.shop_and_cart("shop.test:443");
+    let mut out = cart.talks_tcp((server(20), 443));
+    let agent = lab.start_agent(&[&cart]);
+    let said = agent.wait_said("that it is not trusted", |line| {
+        line.contains("ERROR") && line.contains("existingConnections: trust is not used")
+    });
+    assert!(said.contains(file.to_str().unwrap()), "{said}");
+    is_reset(&mut out);
+    assert_eq!(existing(&lab)["outbound"], "judged");
+}

@@ -1,0 +1,271 @@
+//! Other programs on the hooks of a pod's interface: none of them keeps packets from being judged, and
+//! where one does, this is said.
+#![expect(
+    clippy::float_cmp,
+    reason = "metrics are floating-point numbers, and counts among them are exact"
+)]
+
+use std::{thread, time::Duration};
+
+use egress_tests::{
+    Agent, Lab, Pod, SHORT, TcpEcho,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, ResponseCode},
+    eventually,
+    frames::Tap,
+    holds,
+    observed::{HTTP, title},
+    rival::{Place, Rival},
+};
+
+struct Scene {
+    agent: Agent,
+    _web: TcpEcho,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn start(attach: &str, before: impl FnOnce(&Lab, &Pod)) -> Self {
+        let lab = Lab::builder().config("http", HTTP).build();
+        let (web, pod) = lab.shop_and_cart("shop.test:443");
+        before(&lab, &pod);
+        let agent = lab.start_agent_with(&["--attach", attach], &[&pod]);
+        eventually("status knows the pod", || {
+            let (_, status) = lab.ask_json(&["status"]);
+            holds(
+                status["pods"]
+                    .as_array()
+                    .is_some_and(|pods| !pods.is_empty()),
+            )
+        });
+        Self {
+            agent,
+            _web: web,
+            pod,
+            lab,
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.pod.connect_tcp((server(99), 443), SHORT).is_ok()
+    }
+
+    /// Waits until nothing else leaves, and then for everything that is allowed.
+    #[track_caller]
+    fn becomes_enforced(&self) {
+        eventually("what is not allowed does not leave", || {
+            holds(!self.is_open())
+        });
+        // Answers pass `to_pod` first, too: what they say is learned.
+        eventually("a name is looked up", || {
+            self.pod
+                .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)
+                .filter(|answer| answer.addresses == [server(10)])
+        });
+        self.pod.talks_tcp((server(10), 443));
+        assert_eq!(
+            self.pod.resolve("evil.test", RecordType::A).code,
+            ResponseCode::NXDomain
+        );
+        assert!(!self.is_open(), "the pod is open");
+    }
+
+    /// Waits until status, metrics and readiness say whether the pod is enforced.
+    #[track_caller]
+    fn counts_as_enforced(&self, enforced: bool) {
+        eventually("status says whether the pod is enforced", || {
+            holds(self.lab.status_of(&self.pod)["enforced"] == enforced)
+        });
+        let metrics = self.lab.metrics();
+        let count = |series: &str| metrics.find(series) == 1.0;
+        assert_eq!(count("egress_agent_pods{mode=\"enforce\"}"), enforced);
+        assert_eq!(count("egress_agent_pods{mode=\"missing\"}"), !enforced);
+        assert_eq!(count("egress_agent_pods_bypassed"), !enforced);
+        let (ready, why) = self.lab.http("/readyz");
+        assert_eq!(ready, if enforced { 200 } else { 503 });
+        assert_eq!(why.contains(&title(&self.pod)), !enforced, "{why}");
+    }
+
+    #[track_caller]
+    fn has_problem(&self, text: &str) {
+        eventually(text, || {
+            let problem = self.lab.status_of(&self.pod)["problem"].clone();
+            holds(
+                problem
+                    .as_str()
+                    .is_some_and(|problem| problem.contains(text)),
+            )
+        });
+    }
+}
+
+#[test]
+fn a_filter_that_is_added_in_front_of_ours_opens_nothing() {
+    let scene = Scene::start("clsact", |_, _| ());
+    for (handle, side) in [(7, "ingress"), (8, "egress"), (9, "ingress")] {
+        scene.lab.add_rival_filter(&scene.pod, side, handle);
+        scene.becomes_enforced();
+        let interface = scene.pod.interface();
+        let filters = scene.lab.tc(&format!("filter show dev {interface} {side}"));
+        assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
+        assert!(filters.contains("bytecode"), "the rival is gone: {filters}");
+    }
+    scene.counts_as_enforced(true);
+    assert!(scene.lab.metrics().find("egress_agent_hooks_moved_total") >= 3.0);
+}
+
+#[test]
+fn a_tcx_program_that_is_attached_in_front_of_ours_opens_nothing() {
+    let scene = Scene::start("tcx", |_, _| ());
+    let rival = |place| Rival::attach(scene.lab.node(), scene.pod.interface(), place, Rival::OK);
+    let mut rivals = Vec::new();
+    for place in [Place::TcxIngress, Place::TcxEgress, Place::TcxIngress] {
+        rivals.push(rival(place));
+        scene.becomes_enforced();
+    }
+    scene.counts_as_enforced(true);
+}
+
+#[test]
+fn a_qdisc_or_filter_that_somebody_removes_is_put_back() {
+    let scene = Scene::start("clsact", |_, _| ());
+    let interface = scene.pod.interface();
+    for removed in [
+        format!("qdisc del dev {interface} clsact"),
+        format!("filter del dev {interface} ingress"),
+        format!("filter del dev {interface} egress"),
+    ] {
+        scene.lab.tc(&removed);
+        scene.becomes_enforced();
+    }
+    scene.counts_as_enforced(true);
+}
+
+#[test]
+fn a_filter_that_nothing_can_be_put_in_front_of_is_said_and_the_pod_counts_as_not_enforced() {
+    let scene = Scene::start("clsact", |lab, pod| {
+        let interface = pod.interface();
+        lab.tc(&format!("qdisc add dev {interface} clsact"));
+        // Filters of one priority are of one kind.
+        lab.tc(&format!(
+            "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
+        ));
+    });
+    scene.has_problem("u32 filter of priority 1");
+    scene.counts_as_enforced(false);
+    let interface = scene.pod.interface();
+    scene.agent.says_after(
+        "that the problem is gone",
+        || {
+            let rival = format!("filter del dev {interface} ingress prio 1");
+            scene.lab.tc(&rival);
+        },
+        |line| line.contains("the problem is gone") && line.contains("shop/cart"),
+    );
+    scene.becomes_enforced();
+    scene.counts_as_enforced(true);
+}
+
+#[test]
+fn a_program_that_insists_on_being_first_is_said_and_does_not_keep_the_agent_busy() {
+    let scene = Scene::start("tcx", |_, _| ());
+    let mut rivals = Vec::new();
+    eventually("the agent gives up and says so", || {
+        rivals.push(Rival::attach(
+            scene.lab.node(),
+            scene.pod.interface(),
+            Place::TcxIngress,
+            Rival::OK,
+        ));
+        thread::sleep(Duration::from_millis(500));
+        let problem = scene.lab.status_of(&scene.pod)["problem"].clone();
+        holds(
+            problem
+                .as_str()
+                .is_some_and(|problem| problem.contains("insists")),
+        )
+    });
+    let moved = scene.lab.metrics().find("egress_agent_hooks_moved_total");
+    assert!((1.0..=5.0).contains(&moved), "moved {moved} times");
+    scene.counts_as_enforced(false);
+    drop(rivals);
+    scene.counts_as_enforced(true);
+    scene.becomes_enforced();
+}
+
+#[test]
+fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
+    let scene = Scene::start("auto", |_, _| ());
+    let interface = scene.pod.interface();
+    let quiet = || {
+        eventually("nothing is wrong", || {
+            holds(scene.lab.status_of(&scene.pod)["problem"].is_null())
+        });
+    };
+    quiet();
+    // As tcpdump has one.
+    let capture = Tap::open(scene.lab.node(), interface);
+    scene.has_problem(&format!("a packet socket reads on interface {interface}"));
+    scene.counts_as_enforced(true);
+    scene.becomes_enforced();
+    drop(capture);
+    quiet();
+
+    let program = Rival::attach(scene.lab.node(), interface, Place::Xdp, Rival::XDP_PASS);
+    scene.has_problem("an XDP program");
+    scene.counts_as_enforced(true);
+    scene.becomes_enforced();
+    drop(program);
+    quiet();
+
+    // One on another interface is no business of this pod.
+    let other = Tap::open(scene.lab.node(), "uplink");
+    scene.agent.says_after(
+        "what it says of a capture on all interfaces",
+        || {
+            let all = scene.lab.node().run(|| {
+                socket2::Socket::new(
+                    socket2::Domain::PACKET,
+                    socket2::Type::RAW,
+                    // `ETH_P_ALL`, in network byte order.
+                    Some(socket2::Protocol::from(i32::from(3u16.to_be()))),
+                )
+            });
+            let all = all.expect("a packet socket");
+            eventually("it is said of the node", || {
+                let (_, status) = scene.lab.ask_json(&["status"]);
+                let problems = status["problems"].as_array()?.clone();
+                holds(
+                    problems
+                        .iter()
+                        .any(|problem| problem["about"] == "packet sockets"),
+                )
+            });
+            drop(all);
+        },
+        |line| line.contains("packet sockets") && line.contains("every interface"),
+    );
+    quiet();
+    drop(other);
+}
+
+#[test]
+fn packets_that_something_takes_before_any_hook_are_noticed() {
+    for attach in ["tcx", "clsact"] {
+        let scene = Scene::start(attach, |_, _| ());
+        scene.counts_as_enforced(true);
+        let rival = Rival::attach(
+            scene.lab.node(),
+            scene.pod.interface(),
+            Place::Xdp,
+            Rival::XDP_DROP,
+        );
+        scene.has_problem("probes");
+        scene.counts_as_enforced(false);
+        drop(rival);
+        scene.counts_as_enforced(true);
+        scene.becomes_enforced();
+    }
+}

@@ -1,0 +1,260 @@
+//! Checksums that are computed after the verdict, and land where the pod wants them.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod,
+    addresses::{RESOLVER, server, server6},
+    dns::{RecordType, question},
+    frames::{self, Tap},
+    raw::{IPV4, IPV6, Ip, arp, flag, protocol, tcp},
+    rewritten::{
+        SHIFTED_TCP_SUM, Sum, UDP_SUM, compute_checksums, finish, send_by_tun, send_by_tun_udp,
+        send_by_udp,
+    },
+};
+
+/// The port that the pod may reach at `server(1)` and `server6(1)`.
+const PORT: u16 = 4000;
+/// One that it may not reach.
+const OTHER_PORT: u16 = 22;
+
+/// A pod, and an uplink for which the kernel computes checksums.
+struct Scene {
+    agent: Agent,
+    tap: Tap,
+    uplink: Tap,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::builder()
+            .config("ranges.internal", vec!["10.99.0.0/24"])
+            .build();
+        compute_checksums(lab.node(), "uplink");
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "203.0.113.1:4000 [2001:db8::1]:4000")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self {
+            agent,
+            tap: Tap::open(pod.netns(), "eth0"),
+            uplink: Tap::open(lab.outside(), "eth0"),
+            pod,
+            lab,
+        }
+    }
+
+    fn to(&self, dst: IpAddr) -> Ip {
+        match dst {
+            IpAddr::V4(_) => Ip::new(self.pod.ipv4(), dst),
+            IpAddr::V6(_) => Ip::new(self.pod.ipv6(), dst),
+        }
+    }
+
+    /// Sends an honest datagram to the allowed port, which opens a flow if there is none.
+    #[track_caller]
+    fn sends_honestly(&self, to: IpAddr, payload: &[u8]) {
+        let own = if to.is_ipv4() {
+            self.pod.ipv4().into()
+        } else {
+            self.pod.ipv6().into()
+        };
+        let frame = frames::udp(&self.pod, (own, 7), (to, PORT), payload);
+        self.tap.send(&frame);
+    }
+
+    /// Sends a frame whose sum turns what was judged into something else: nothing of it leaves the
+    /// node.
+    #[track_caller]
+    fn stops(&self, mut frame: Vec<u8>, sum: Sum, wanted: u16, send: fn(&Pod, &[u8])) {
+        const SENTINEL: &[u8] = b"the honest one";
+        finish(&self.pod, &mut frame);
+        let free = frame.len() - 2;
+        sum.arrange(&mut frame, free, wanted);
+        let landed = sum.land(&frame);
+        let tail = &landed[landed.len() - 4..];
+        let mark = self.agent.mark();
+        send(&self.pod, &frame);
+        self.sends_honestly(server(1), SENTINEL);
+        let first = self
+            .uplink
+            .receive(DEADLINE, |seen| {
+                seen.ends_with(SENTINEL) || seen.ends_with(tail)
+            })
+            .expect("the honest one leaves");
+        assert!(
+            first.ends_with(SENTINEL),
+            "what left the node is not what was judged: {first:02x?}"
+        );
+        self.agent
+            .wait_denial_from(mark, "the rewritten packet", |denial| {
+                denial.of(&self.pod) && denial.reason == "malformed"
+            });
+    }
+}
+
+/// Options that end the IPv4 header where the sum of a datagram without options would be.
+const FOUR_BYTES: &[u8] = &[1, 1, 1, 1];
+
+#[test]
+fn a_sum_that_lands_on_a_port_of_udp_does_not_leave() {
+    let scene = Scene::new();
+    let to = scene.to(server(1)).options(FOUR_BYTES);
+    let frame = to.udp(7, PORT, b"to another port.");
+    scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+}
+
+#[test]
+fn a_sum_that_lands_on_a_port_of_tcp_does_not_leave() {
+    let scene = Scene::new();
+    let to = scene.to(server(1)).options(FOUR_BYTES);
+    for flags in [flag::SYN, flag::ACK] {
+        let segment = [tcp(7, PORT, flags), b"to another port.".to_vec()].concat();
+        let frame = to.frame(protocol::TCP, &segment);
+        scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+    }
+}
+
+#[test]
+fn a_sum_that_lands_on_an_ipv6_address_does_not_leave() {
+    let scene = Scene::new();
+    let plain = scene.to(server6(1));
+    for to in [plain.clone(), plain.clone().padding(protocol::DESTINATION)] {
+        let frame = to.udp(7, PORT, b"to another host.");
+        scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    }
+    // The same once a flow is open.
+    scene.sends_honestly(server6(1), b"it is open now");
+    let frame = plain.udp(7, PORT, b"to another host.");
+    assert_eq!(
+        frame[IPV6 - 16..IPV6],
+        Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets()
+    );
+    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    let segment = [tcp(7, PORT, flag::ACK), b"to another host.".to_vec()].concat();
+    let frame = plain.frame(protocol::TCP, &segment);
+    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+}
+
+#[test]
+fn a_sum_that_lands_on_the_port_of_an_open_flow_does_not_leave() {
+    let scene = Scene::new();
+    scene.sends_honestly(server(1), b"it is open now");
+    let frame = scene.to(server(1)).udp(7, PORT, b"a SYN has eighteen");
+    assert_eq!(frame[IPV4 + 2..IPV4 + 4], PORT.to_be_bytes());
+    scene.stops(frame, SHIFTED_TCP_SUM, OTHER_PORT, send_by_tun);
+}
+
+#[test]
+fn a_sum_cannot_make_a_question_that_nobody_looked_at() {
+    let scene = Scene::new();
+    let mut message = question(9, "evil.test", RecordType::A);
+    // Two bytes behind the question, for the sum to be right.
+    if message.len() % 2 == 1 {
+        message.push(0);
+    }
+    message.extend([0; 2]);
+    let to = scene.to(RESOLVER).options(FOUR_BYTES);
+    // An internal address: all but port 53 passes.
+    scene.stops(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
+    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
+}
+
+/// A second resolver: its last number but one can be a sum, which is never zero.
+const SECOND_RESOLVER: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 1, 0x53);
+
+#[test]
+fn a_sum_cannot_make_a_response_that_was_not_held() {
+    const PAYLOAD: &[u8] = b"a response of some length";
+    const OPTIONS: usize = 8;
+    let lab = Lab::builder()
+        .config(
+            "dns.resolvers",
+            vec![RESOLVER.to_string(), SECOND_RESOLVER.to_string()],
+        )
+        .build();
+    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
+    compute_checksums(lab.node(), cart.interface());
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&cart]);
+    // A neighbour that nothing enforces.
+    let forged = |src: IpAddr| {
+        let mut frame = Ip::new(src, cart.ipv6()).udp(53, 4000, PAYLOAD);
+        finish(&mail, &mut frame);
+        frame
+    };
+    let sum = Sum::of_tun_udp(OPTIONS);
+    let mut frame = forged(SECOND_RESOLVER.into());
+    sum.arrange_in_place(&mut frame, 1);
+    assert_eq!(sum.land(&frame), forged(SECOND_RESOLVER.into()));
+    let inside = Tap::open(cart.netns(), "eth0");
+    let mark = agent.mark();
+    send_by_tun_udp(&mail, &frame, OPTIONS);
+    let sentinel = forged(server6(1));
+    Tap::open(mail.netns(), "eth0").send(&sentinel);
+    let first = inside
+        .receive(DEADLINE, |seen| seen.ends_with(PAYLOAD))
+        .expect("an ordinary datagram arrives");
+    assert_eq!(first[IPV6 - 32..IPV6 - 16], sentinel[IPV6 - 32..IPV6 - 16]);
+    agent.wait_denial_from(mark, "the rewritten packet", |denial| {
+        denial.of(&cart) && denial.reason == "malformed"
+    });
+}
+
+#[test]
+fn a_sum_that_lands_in_arp_does_not_leave() {
+    const OPTIONS: usize = 4;
+    const TARGET_HARDWARE: usize = 32;
+    let lab = Lab::new();
+    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
+    // Both on one bridge.
+    lab.node().ip_batch(&format!(
+        "link add br0 type bridge\nlink set br0 up\n\
+         link set {} master br0\nlink set {} master br0\n",
+        cart.interface(),
+        mail.interface()
+    ));
+    compute_checksums(lab.node(), mail.interface());
+    lab.write_pod(&cart, &[("allow", "")]);
+    let agent = lab.start_agent(&[&cart]);
+    let neighbour = Tap::open(mail.netns(), "eth0");
+    // As the neighbour itself would be asked for its address, or told it.
+    let mut frame = arp(cart.ipv4(), mail.ipv4());
+    frame[..6].copy_from_slice(&mail.hardware());
+    frame[6..12].copy_from_slice(&cart.hardware());
+    let honest = frame.clone();
+    let sum = Sum::of_tun_udp(OPTIONS);
+    sum.arrange(&mut frame, TARGET_HARDWARE + 4, 0x0163);
+    let mark = agent.mark();
+    send_by_tun_udp(&cart, &frame, OPTIONS);
+    Tap::open(cart.netns(), "eth0").send(&honest);
+    let first = neighbour
+        .receive(DEADLINE, |seen| seen[6..14] == honest[6..14])
+        .expect("the honest one arrives");
+    assert_eq!(first, honest, "the frame is not what was judged");
+    agent.wait_denial_from(mark, "the rewritten frame", |denial| {
+        denial.of(&cart) && denial.reason == "malformed"
+    });
+}
+
+#[test]
+fn honest_sockets_are_served_whoever_computes_their_sums() {
+    let scene = Scene::new();
+    let _tcp = scene.lab.serve_tcp(PORT);
+    let _udp = scene.lab.serve_udp(PORT);
+    let long = vec![0x5a; 100_000];
+    for to in [server(1), server6(1)] {
+        let socket = scene.pod.udp_socket((to, PORT));
+        let mut stream = scene.pod.reach_tcp((to, PORT));
+        for _ in 0..3 {
+            assert!(egress_tests::echo_on(&socket, &long[..1000], DEADLINE));
+            // In fragments, whose sum the pod's kernel computes.
+            assert!(egress_tests::echo_on(&socket, &long[..5000], DEADLINE));
+            assert!(egress_tests::exchange(&mut stream, &long, DEADLINE));
+        }
+    }
+    assert!(scene.agent.denials().is_empty());
+}

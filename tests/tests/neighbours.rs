@@ -1,0 +1,352 @@
+//! A pod that does all it can with its own network, and the pod beside it, which notices nothing.
+
+use std::{
+    fs,
+    io::{IoSliceMut, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    process::Command,
+    thread,
+};
+
+use egress_tests::{
+    Lab, Namespace, Pod,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, ResponseCode, question},
+    eventually, holds,
+    observed::HTTP,
+};
+use nix::{
+    cmsg_space,
+    sys::{
+        signal::{Signal, kill},
+        socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt},
+        time::TimeSpec,
+    },
+    unistd::Pid,
+};
+
+#[track_caller]
+fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
+    let mut command = Command::new(program);
+    let output = namespace.run(|| command.args(arguments).output());
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+}
+
+/// Has everything that reaches the pod wait in a queue that lets nothing out: an ingress hook sends it to
+/// another device.
+#[track_caller]
+fn parks_what_arrives(pod: &Pod) {
+    let netns = pod.netns();
+    netns.ip_batch(
+        "link add slow type veth peer name end\n\
+         link set slow up\n\
+         link set end up\n",
+    );
+    let queue = "qdisc replace dev slow root tbf rate 8bit burst 1600 limit 100000000";
+    run_in(netns, "tc", &queue.split(' ').collect::<Vec<_>>());
+    let ruleset = "add table netdev lab; \
+        add chain netdev lab in { type filter hook ingress device \"eth0\" priority 0; }; \
+        add rule netdev lab in ip protocol udp fwd to \"slow\"";
+    run_in(netns, "nft", &[ruleset]);
+}
+
+/// Two pods that may ask for `shop.test`, and whatever keeps the laboratory alive.
+#[track_caller]
+fn two_pods(lab: &Lab) -> [Pod; 2] {
+    lab.dns().addresses("shop.test", &[server(10)]);
+    ["greedy", "neighbour"].map(|name| {
+        let pod = lab.pod("shop", name);
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        pod
+    })
+}
+
+#[test]
+fn a_pod_that_keeps_what_is_delivered_to_it_stops_nobody_elses_dns() {
+    // More than any socket's send buffer holds.
+    const QUESTIONS: u16 = 4000;
+    let lab = Lab::builder().config("http", HTTP).build();
+    let _web = lab.serve_tcp(443);
+    let [greedy, neighbour] = two_pods(&lab);
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    assert_eq!(greedy.lookup("shop.test"), [server(10)]);
+    parks_what_arrives(&greedy);
+    let socket = greedy.dns_socket();
+    let ask = |from: u16| {
+        for id in from..from + QUESTIONS {
+            // Refused, so that the agent answers.
+            socket.ask(RESOLVER, id, "evil.test", RecordType::A);
+        }
+    };
+    ask(0);
+    assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
+    neighbour.talks_tcp((server(10), 443));
+    let refused = neighbour.resolve("evil.test", RecordType::A);
+    assert_eq!(refused.code, ResponseCode::NXDomain);
+    assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
+    agent.wait_said("whose frames are lost", |line| {
+        line.contains("could not be put back") && line.contains("pod=shop/greedy")
+    });
+
+    // However much it goes on, that is one line every few seconds, and never one about the neighbour.
+    ask(QUESTIONS);
+    assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
+    let said = agent.stderr();
+    let lines = said.matches("could not be put back").count();
+    assert!(lines < 4, "{lines} lines:\n{said}");
+    assert!(!said.contains("back and are lost pod=shop/neighbour"));
+}
+
+#[test]
+fn the_agents_sockets_close_with_their_pods() {
+    let lab = Lab::new();
+    let pods = two_pods(&lab);
+    let mut agent = lab.start_agent(&[&pods[0], &pods[1]]);
+    let sockets = || {
+        let table = lab
+            .node()
+            .run(|| fs::read_to_string("/proc/thread-self/net/packet"));
+        table.expect("a table").lines().skip(1).count()
+    };
+    for pod in &pods {
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    }
+    eventually("each pod has one", || holds(sockets() == pods.len()));
+    lab.remove_pod(&pods[0]);
+    eventually("one is left", || holds(sockets() == 1));
+    assert_eq!(pods[1].lookup("shop.test"), [server(10)]);
+    assert!(agent.stop().success());
+    assert_eq!(sockets(), 0);
+}
+
+/// Most addresses of an answer in these tests: as many as a message holds.
+const ADDRESSES: u32 = 4000;
+
+/// The longest answer that a question can have: `question` with the flags of a response, and 16 bytes for
+/// each address, whose owner is a pointer to the asked name.
+fn costly_answer(question: &[u8]) -> Vec<u8> {
+    const HEADER: usize = 12;
+    const OPT: usize = 11;
+    let mut message = question[..question.len() - OPT].to_vec();
+    message[2..4].copy_from_slice(&[0x85, 0x80]);
+    message[6..8].copy_from_slice(&(ADDRESSES as u16).to_be_bytes());
+    message[10..HEADER].copy_from_slice(&[0, 0]);
+    let first = u32::from(Ipv4Addr::new(198, 18, 0, 1));
+    for number in 0..ADDRESSES {
+        message.extend([0xc0, HEADER as u8, 0, 1, 0, 1, 0, 0, 1, 0x2c, 0, 4]);
+        message.extend((first + number).to_be_bytes());
+    }
+    message
+}
+
+/// A socket that keeps all that comes, and when the kernel had it.
+struct Stamped(UdpSocket);
+
+impl Stamped {
+    #[track_caller]
+    fn open(pod: &Pod) -> Self {
+        let socket = pod
+            .netns()
+            .run(|| UdpSocket::bind((pod.ipv4(), 0)))
+            .expect("a UDP socket in a pod");
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).expect("a large buffer");
+        setsockopt(&socket, sockopt::ReceiveTimestampns, &true).expect("timestamps");
+        socket
+            .set_read_timeout(Some(egress_tests::DEADLINE))
+            .expect("a time-out");
+        Self(socket)
+    }
+
+    /// When the next datagram reached the pod, and its transaction id.
+    #[track_caller]
+    fn receive(&self) -> (TimeSpec, u16) {
+        let mut bytes = vec![0; 65_535];
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let mut space = cmsg_space!(TimeSpec);
+        let message = recvmsg::<()>(
+            self.0.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            MsgFlags::empty(),
+        )
+        .expect("a datagram");
+        let stamp = message
+            .cmsgs()
+            .expect("control messages")
+            .find_map(|message| match message {
+                ControlMessageOwned::ScmTimestampns(stamp) => Some(stamp),
+                _ => None,
+            });
+        let stamp = stamp.expect("a timestamp");
+        (stamp, u16::from_be_bytes([bytes[0], bytes[1]]))
+    }
+}
+
+#[test]
+fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
+    // As many as the ring holds.
+    const COSTLY: u16 = 20;
+    let lab = Lab::new();
+    let [greedy, neighbour] = two_pods(&lab);
+    lab.write_pod(&greedy, &[("allow", "big.test:443")]);
+    // The test answers itself, when it wants.
+    for name in ["big.test", "small.test"] {
+        lab.dns().on(name, |_| Vec::new());
+    }
+    lab.write_pod(&neighbour, &[("allow", "small.test:443")]);
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    let (many, one) = (Stamped::open(&greedy), Stamped::open(&neighbour));
+    let to = |socket: &Stamped| socket.0.local_addr().expect("it is bound");
+    for id in 0..COSTLY {
+        let asked = question(id, "big.test", RecordType::A);
+        many.0.send_to(&asked, (RESOLVER, 53)).expect("send");
+    }
+    let asked = question(COSTLY, "small.test", RecordType::A);
+    one.0.send_to(&asked, (RESOLVER, 53)).expect("send");
+    eventually("all questions are with the resolver", || {
+        holds(
+            lab.dns().asked("big.test") == usize::from(COSTLY)
+                && lab.dns().asked("small.test") == 1,
+        )
+    });
+
+    // While the agent stands still, all answers come; the neighbour's is the last.
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    kill(pid, Signal::SIGSTOP).expect("kill(2)");
+    for id in 0..COSTLY {
+        let answer = costly_answer(&question(id, "big.test", RecordType::A));
+        lab.dns().send(RESOLVER, to(&many), &answer);
+    }
+    let [a, b, c, d] = [203, 0, 113, 10];
+    let mut answer = asked[..asked.len() - 11].to_vec();
+    answer[2..4].copy_from_slice(&[0x85, 0x80]);
+    answer[6..12].copy_from_slice(&[0, 1, 0, 0, 0, 0]);
+    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 0x2c, 0, 4, a, b, c, d]);
+    lab.dns().send(RESOLVER, to(&one), &answer);
+    kill(pid, Signal::SIGCONT).expect("kill(2)");
+
+    let (small, id) = one.receive();
+    assert_eq!(id, COSTLY);
+    let costly: Vec<_> = (0..COSTLY).map(|_| many.receive()).collect();
+    let ids: Vec<u16> = costly.iter().map(|(_, id)| *id).collect();
+    assert_eq!(ids, (0..COSTLY).collect::<Vec<_>>(), "in their order");
+    let before = costly.iter().filter(|(stamp, _)| *stamp < small).count();
+    assert!(
+        before < usize::from(COSTLY) / 2,
+        "{before} costly answers went before the neighbour's"
+    );
+    assert_eq!(lab.allowed(&greedy).len(), ADDRESSES as usize);
+}
+
+#[test]
+fn a_pod_that_floods_a_standing_agent_leaves_room_for_another_pods_question() {
+    // Each takes 16 KiB of the ring, and all of them more than its half, which a pod may fill by itself, and
+    // the room of 256 frames.
+    const LENGTH: usize = 8000;
+    const LONG: u16 = 300;
+    // These fill what is left between the long ones and the ring's end.
+    const SHORT: u16 = 100;
+    let lab = Lab::builder().mtu(9000).build();
+    let [greedy, neighbour] = two_pods(&lab);
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    kill(pid, Signal::SIGSTOP).expect("kill(2)");
+    let socket = greedy.dns_socket();
+    for id in 0..LONG + SHORT {
+        let mut asked = question(id, "evil.test", RecordType::A);
+        if id < LONG {
+            asked.resize(LENGTH, 0);
+        }
+        socket.send(RESOLVER, &asked);
+    }
+    let socket = neighbour.dns_socket();
+    socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
+    kill(pid, Signal::SIGCONT).expect("kill(2)");
+    let answer = socket.expect("the neighbour's question was held");
+    assert_eq!(answer.addresses, [server(10)]);
+    agent.wait_denial("what was over the pod's share", |denial| {
+        denial.is(&greedy, "dns_not_held", RESOLVER, 53)
+    });
+}
+
+/// Serves DNS over TCP for one connection: the beginning of a long response to each question for `big.test`,
+/// and a whole one to every other.
+fn serve(mut stream: TcpStream) -> Option<()> {
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).ok()?;
+        let mut asked = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut asked).ok()?;
+        let answer = costly_answer(&asked);
+        let length = u16::try_from(answer.len()).ok()?;
+        let mut bytes = [&length.to_be_bytes(), answer.as_slice()].concat();
+        if asked.windows(4).any(|bytes| bytes == b"\x03big") {
+            bytes.truncate(bytes.len() - 1);
+        }
+        stream.write_all(&bytes).ok()?;
+    }
+}
+
+#[test]
+fn connections_that_fill_their_pods_memory_leave_room_for_another_pods() {
+    // Their responses, and what the pod sends behind its questions, are together the 16 MiB that the agent keeps
+    // for all pods.
+    const LONG: usize = 244;
+    const CONNECTIONS: usize = 256;
+    let lab = Lab::builder().without_dns().config("http", HTTP).build();
+    let listener = lab
+        .outside()
+        .run(|| TcpListener::bind((RESOLVER, 53)))
+        .expect("the resolver's address is free");
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(|| serve(stream));
+        }
+    });
+    let [greedy, neighbour] = ["greedy", "neighbour"].map(|name| {
+        let pod = lab.pod("shop", name);
+        lab.write_pod(&pod, &[("allow", "big.test:443 whole.test:443")]);
+        pod
+    });
+    let agent = lab.start_agent(&[&greedy, &neighbour]);
+    let framed = |name: &str| {
+        let asked = question(7, name, RecordType::A);
+        let length = u16::try_from(asked.len()).expect("a short question");
+        [&length.to_be_bytes(), asked.as_slice()].concat()
+    };
+    let mut held = Vec::new();
+    let response = 2 + costly_answer(&question(7, "big.test", RecordType::A)).len();
+    for number in 0..CONNECTIONS {
+        let mut stream = greedy.reach_tcp((RESOLVER, 53));
+        if number < LONG {
+            stream.write_all(&framed("big.test")).expect("it is open");
+        }
+        // What is behind the question is kept until it is whole.
+        let mut beginning = [0xff; 4000];
+        beginning[..2].copy_from_slice(&4096u16.to_be_bytes());
+        stream.write_all(&beginning).expect("it is open");
+        if number < LONG {
+            // Or it is reset: it would keep more than it may.
+            let _ = stream.read_exact(&mut vec![0; response - 1]);
+        }
+        held.push(stream);
+    }
+    let mut stream = neighbour.reach_tcp((RESOLVER, 53));
+    stream.write_all(&framed("whole.test")).expect("it is open");
+    let mut length = [0; 2];
+    stream
+        .read_exact(&mut length)
+        .expect("the neighbour's answer");
+    let mut message = vec![0; u16::from_be_bytes(length).into()];
+    stream
+        .read_exact(&mut message)
+        .expect("the neighbour's answer");
+    assert_eq!(lab.allowed(&neighbour).len(), ADDRESSES as usize);
+    assert!(!agent.denials().iter().any(|denial| denial.of(&neighbour)));
+    agent.wait_denial("a connection over the pod's share", |denial| {
+        denial.of(&greedy) && denial.reason == "dns_over_tcp"
+    });
+}

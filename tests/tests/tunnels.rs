@@ -1,0 +1,248 @@
+//! What a node would unpack and forward.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT,
+    addresses::server,
+    echo_on,
+    frames::{self, Tap},
+    raw::{Ip, protocol, udp},
+    rewritten::finish,
+};
+
+/// The node's address on the link to the outside.
+const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 98, 0, 1));
+const VXLAN: u16 = 4789;
+const GENEVE: u16 = 6081;
+/// The inner network's number, and the node's hardware address in it.
+const NETWORK: u32 = 7;
+const INNER: [u8; 6] = [2, 0, 0, 0, 7, 1];
+
+struct Scene {
+    agent: Agent,
+    tap: Tap,
+    uplink: Tap,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    /// A node with a VXLAN interface that takes packets from everybody and forwards them, and a pod.
+    #[track_caller]
+    fn new(annotations: &[(&str, &str)]) -> Self {
+        let lab = Lab::builder()
+            .config("ranges.internal", vec!["10.98.0.0/24", "10.1.0.0/16"])
+            .build();
+        lab.node().ip_batch(&format!(
+            "link add overlay address 02:00:00:00:07:01 type vxlan id {NETWORK} dstport {VXLAN} local {NODE}\n\
+             addr add 10.77.0.1/24 dev overlay\n\
+             link set overlay up\n"
+        ));
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, annotations);
+        let agent = lab.start_agent(&[&pod]);
+        Self {
+            agent,
+            tap: Tap::open(pod.netns(), "eth0"),
+            uplink: Tap::open(lab.outside(), "eth0"),
+            pod,
+            lab,
+        }
+    }
+
+    /// A datagram of the pod's to the node, from these ports.
+    fn to_node(&self, from: u16, to: u16, payload: &[u8]) -> Vec<u8> {
+        let frame = Ip::new(self.pod.ipv4(), NODE).udp(from, to, payload);
+        self.finished(frame)
+    }
+
+    fn finished(&self, mut frame: Vec<u8>) -> Vec<u8> {
+        finish(&self.pod, &mut frame);
+        frame
+    }
+
+    /// A tunnelled datagram for a server that no policy speaks of.
+    fn tunnelled(&self, from: u16, payload: &[u8]) -> Vec<u8> {
+        let inner = Ip::new(Ipv4Addr::new(10, 77, 0, 2), server(66)).udp(7, 9999, payload);
+        let mut inner = self.finished(inner);
+        inner[..6].copy_from_slice(&INNER);
+        let mut packet = vec![8, 0, 0, 0];
+        packet.extend((NETWORK << 8).to_be_bytes());
+        packet.extend(inner);
+        self.to_node(from, VXLAN, &packet)
+    }
+
+    /// Whether a frame with this end leaves the node before an honest one that is sent now.
+    #[track_caller]
+    fn leaves(&self, payload: &[u8]) -> bool {
+        const SENTINEL: &[u8] = b"the honest one";
+        let own = self.pod.ipv4().into();
+        self.tap.send(&frames::udp(
+            &self.pod,
+            (own, 1),
+            (server(1), 4000),
+            SENTINEL,
+        ));
+        let first = self.uplink.receive(DEADLINE, |seen| {
+            seen.ends_with(SENTINEL) || seen.ends_with(payload)
+        });
+        first.expect("the honest one leaves").ends_with(payload)
+    }
+
+    #[track_caller]
+    fn is_denied(&self, mark: usize, what: &str) {
+        self.agent.wait_denial_from(mark, what, |denial| {
+            denial.of(&self.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(NODE)
+        });
+    }
+}
+
+#[test]
+fn a_pod_does_not_get_out_through_the_nodes_vxlan() {
+    // One that lists an address, one that may go anywhere, and one that only denies.
+    let policies: [&[(&str, &str)]; 3] = [
+        &[("allow", "203.0.113.1:4000")],
+        &[("allow", "*"), ("deny", "203.0.113.66")],
+        &[("deny", "203.0.113.66")],
+    ];
+    for policy in policies {
+        let scene = Scene::new(policy);
+        let mark = scene.agent.mark();
+        scene.tap.send(&scene.tunnelled(7, b"inside"));
+        assert!(!scene.leaves(b"inside"), "it left: {policy:?}");
+        scene.is_denied(mark, "the tunnelled packet");
+    }
+}
+
+#[test]
+fn an_entry_with_the_address_opens_a_tunnel() {
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000 10.98.0.1:4789/udp")]);
+    scene.tap.send(&scene.tunnelled(7, b"inside"));
+    assert!(scene.leaves(b"inside"));
+    // No other, and nothing else there.
+    let mark = scene.agent.mark();
+    scene.tap.send(&scene.to_node(7, GENEVE, b"inside"));
+    scene.is_denied(mark, "another tunnel");
+}
+
+#[test]
+fn protocols_that_carry_others_do_not_reach_the_node() {
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
+    let to = Ip::new(scene.pod.ipv4(), NODE);
+    let inner = Ip::new(scene.pod.ipv4(), server(66)).packet(protocol::UDP, &udp(7, 9, b"inside"));
+    for kind in [
+        protocol::IPIP,
+        protocol::IPV6,
+        protocol::GRE,
+        protocol::ESP,
+        protocol::AH,
+        97,
+        115,
+        protocol::UDP_LITE,
+        137,
+        253,
+    ] {
+        let mark = scene.agent.mark();
+        scene.tap.send(&scene.finished(to.frame(kind, &inner)));
+        // In fragments, too.
+        let first = to.clone().fragment(9, 0, true).frame(kind, &inner[..32]);
+        scene.tap.send(&scene.finished(first));
+        let mut count = 0;
+        scene.agent.wait_denial_from(mark, "both", |denial| {
+            if denial.of(&scene.pod)
+                && denial.reason == "tunnel"
+                && denial.protocol.as_deref() == Some(&kind.to_string())
+            {
+                count += denial.count;
+            }
+            count >= 2
+        });
+    }
+    assert!(!scene.leaves(b"inside"));
+    // What is no carrier passes as before.
+    assert!(scene.pod.ping(NODE, DEADLINE));
+}
+
+#[test]
+fn a_packet_from_a_tunnels_port_opens_no_tunnel_back() {
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
+    // As a neighbour would send it in the node's name.
+    let hello = frames::udp_to(
+        &scene.pod,
+        (NODE, VXLAN),
+        (scene.pod.ipv4().into(), 4444),
+        b"hello",
+    );
+    let inside = Tap::open(scene.pod.netns(), "eth0");
+    Tap::open(scene.lab.node(), scene.pod.interface()).send(&hello);
+    assert!(
+        inside
+            .receive(DEADLINE, |seen| seen.ends_with(b"hello"))
+            .is_some(),
+        "it arrives"
+    );
+    let mark = scene.agent.mark();
+    scene.tap.send(&scene.tunnelled(4444, b"inside"));
+    assert!(!scene.leaves(b"inside"));
+    scene.is_denied(mark, "the answer");
+}
+
+#[test]
+fn a_flow_is_judged_again_when_its_port_becomes_a_tunnels() {
+    const PORT: u16 = 9000;
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
+    let neighbour = scene.lab.pod("shop", "mail");
+    let to = (IpAddr::from(neighbour.ipv4()), PORT);
+    let echo = neighbour
+        .netns()
+        .run(|| std::net::UdpSocket::bind(to))
+        .expect("a socket of the neighbour's");
+    echo.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    let socket = scene.pod.udp_socket(to);
+    let answers = |timeout| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _ = echo.set_read_timeout(Some(timeout));
+                let mut buffer = [0; 64];
+                if let Ok((length, from)) = echo.recv_from(&mut buffer) {
+                    let _ = echo.send_to(&buffer[..length], from);
+                }
+            });
+            echo_on(&socket, b"hello", timeout)
+        })
+    };
+    assert!(answers(DEADLINE), "an internal address");
+    scene.lab.edit_config("ranges.tunnels", vec!["9000/udp"]);
+    scene.agent.reload();
+    let mark = scene.agent.mark();
+    egress_tests::eventually("the flow is cut", || {
+        let _ = socket.send(b"hello");
+        let denials = scene.agent.denials();
+        let cut = |denial: &egress_tests::Denial| {
+            denial.reason == "tunnel" && denial.dst_port == Some(PORT)
+        };
+        denials[mark.min(denials.len())..]
+            .iter()
+            .any(cut)
+            .then_some(())
+    });
+    while echo.recv(&mut [0; 64]).is_ok() && answers(SHORT) {}
+    assert!(!answers(SHORT), "the flow is cut");
+}
+
+#[test]
+fn explain_says_what_opens_a_tunnel() {
+    let scene = Scene::new(&[("allow", "*")]);
+    let (_, said) = scene.lab.explain(&scene.pod, "10.98.0.1:4789/udp");
+    assert_eq!(
+        (said["decision"].as_str(), said["reason"].as_str()),
+        (Some("denied"), Some("tunnel"))
+    );
+    assert_eq!(
+        said["hint"],
+        "add `10.98.0.1:4789/udp` to egress-agent.dev/allow"
+    );
+    let (_, said) = scene.lab.explain(&scene.pod, "10.98.0.1:4788/udp");
+    assert_eq!(said["decision"], "allowed", "{said:#}");
+}
