@@ -258,7 +258,7 @@ fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
             }
             io::Result::Ok(())
         });
-        let taker = scope.spawn(move || io::copy(&mut caller, &mut io::sink()));
+        let reader = scope.spawn(move || io::copy(&mut caller, &mut io::sink()));
         let sends_more = || {
             let from = sent_by(&cart);
             eventually("the pod sends on, or is done", || {
@@ -270,9 +270,9 @@ fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
         sends_more();
         stop.store(true, Ordering::Relaxed);
         let sent = sender.join().expect("no panic");
-        let taken = taker.join().expect("no panic");
+        let received = reader.join().expect("no panic");
         sent.expect("the client was lost");
-        taken.expect("the server was lost");
+        received.expect("the server was lost");
         drop(agent);
     });
 }

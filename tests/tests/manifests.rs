@@ -217,6 +217,49 @@ fn the_agent_reads_its_arguments() {
     }
 }
 
+/// What the components add to a `DaemonSet`'s pods.
+#[test]
+fn the_start_gate_reads_its_arguments_and_has_its_directories() {
+    for component in ["start-gate", "start-gate-cleanup"] {
+        let file = format!("components/{component}/kustomization.yaml");
+        let [kustomization] = &yaml::objects(&file)[..] else {
+            panic!("not one kustomization");
+        };
+        let text = kustomization["patches"][0]["patch"].as_str();
+        let patch: Value = serde_saphyr::from_str(text.expect("a patch")).expect("YAML");
+        let target = &kustomization["patches"][0]["target"]["name"];
+        assert_eq!(&patch["metadata"]["name"], target);
+        let spec: PodSpec =
+            serde_json::from_value(patch["spec"]["template"]["spec"].clone()).expect("a pod");
+        let containers = spec.init_containers.iter().flatten();
+        let containers: Vec<&Container> = containers.chain(&spec.containers).collect();
+        let [gate] = containers[..] else {
+            panic!("not one container");
+        };
+        let args = gate.args.iter().flatten().map(String::as_str);
+        let words = ["egress-agent"].into_iter().chain(args);
+        assert!(Cli::try_parse_from(words).is_ok(), "{component}");
+        let security = gate.security_context.as_ref().expect("a security context");
+        let capabilities = security.capabilities.as_ref().expect("capabilities");
+        assert_eq!(capabilities.add, None, "it needs none");
+        let paths: Vec<&str> = gate
+            .volume_mounts
+            .iter()
+            .flatten()
+            .map(|mount| mount.mount_path.as_str())
+            .collect();
+        for path in ["/etc/cni/net.d", "/etc/tmpfiles.d"] {
+            assert!(paths.contains(&path), "{component}: {path}");
+            let on_node = spec.volumes.iter().flatten().any(|volume| {
+                let host = volume.host_path.as_ref();
+                host.is_some_and(|host| host.path == path)
+            });
+            // The rule names the path on the node.
+            assert!(on_node, "{component}: {path}");
+        }
+    }
+}
+
 /// What a rolling update or an eviction must not undo.
 #[test]
 fn a_pod_that_is_replaced_leaves_its_node_enforced() {

@@ -6,7 +6,9 @@ use egress_tests::{
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
 };
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
@@ -98,6 +100,36 @@ fn what_others_have_opened_before_the_pod_was_known_goes_on() {
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
     assert!(echo(), "the call was cut");
+}
+
+/// With `CAP_NET_ADMIN` in its network a program can make an established connection without a packet,
+/// and without the SYN that would show who opened it.
+#[test]
+fn a_connection_that_a_pod_makes_up_before_it_is_known_opens_nothing() {
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    let net = network(&cluster, &agent, (&shop, "cart"));
+    let own = std::net::SocketAddr::from((net.ipv4(), 8080));
+    let to = std::net::SocketAddr::from((server(99), 443));
+    let made_up = net.netns().run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        setsockopt(&socket, sockopt::TcpRepair, &1).expect("TCP_REPAIR");
+        socket.bind(&own.into()).expect("bind");
+        socket
+            .connect(&to.into())
+            .expect("connect without a packet");
+        setsockopt(&socket, sockopt::TcpRepair, &0).expect("TCP_REPAIR off");
+        socket
+    });
+    let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
+    agent.wait_enforcing(cart.net());
+    let mark = agent.mark();
+    made_up.send(b"secret").expect("send");
+    agent.wait_denial_from(mark, "the segment", |denial| {
+        denial.is(cart.net(), "no_rule", server(99), 443)
+            || denial.is(cart.net(), "address_not_learned", server(99), 443)
+    });
 }
 
 #[test]

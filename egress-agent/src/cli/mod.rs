@@ -5,6 +5,7 @@ mod check;
 mod cleanup;
 mod explain;
 mod run;
+mod start_gate;
 mod status;
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
@@ -50,6 +51,12 @@ enum Command {
     ///
     /// For after an agent was killed, or stopped with --keep-enforcing. Refuses while an agent runs.
     Cleanup(CleanupArgs),
+    /// Keep pods of a node that has just booted waiting until its agent watches over them.
+    ///
+    /// Writes a rule for systemd-tmpfiles that closes a gate at each boot: a network configuration that
+    /// sorts before the network plugin's and names a plugin that does not exist. Opens the gate when the
+    /// agent on this node knows its pods, and stays until told to stop. docs/installation.md says more.
+    StartGate(StartGateArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -141,6 +148,22 @@ struct CleanupArgs {
     stay: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct StartGateArgs {
+    /// Where the node's container runtime has its network configurations.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    cni_dir: PathBuf,
+    /// Where the node has rules of systemd-tmpfiles.
+    #[arg(long, value_name = "DIR", default_value = "/etc/tmpfiles.d")]
+    tmpfiles_dir: PathBuf,
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    socket: PathBuf,
+    /// Remove the rule and open the gate, whatever the agent does.
+    #[arg(long)]
+    remove: bool,
+}
+
 impl Cli {
     /// Runs the command. What fails is said on standard error.
     pub fn run(self) -> ExitCode {
@@ -170,6 +193,7 @@ impl Cli {
             Command::Status(args) => status::status(&args),
             Command::Explain(args) => Ok(explain::explain(&args)),
             Command::Cleanup(args) => cleanup::cleanup(&args),
+            Command::StartGate(args) => start_gate::start_gate(&args),
         };
         let is_read = log.is_none_or(Log::close);
         match result {

@@ -341,9 +341,12 @@ impl Diagnosis {
                         let code = i32::from_ne_bytes(four(code)?);
                         return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
                     }
-                    // Whatever is beyond the limit is read and counted, and not kept.
-                    _ if entries.len() <= SOCKETS => entries.push(Entry::read(message.payload())?),
-                    _ => {}
+                    _ => entries.push(Entry::read(message.payload())?),
+                }
+                if entries.len() > SOCKETS {
+                    // The kernel has more to say, to a socket that is closed now.
+                    *self = Self::open()?;
+                    return Ok(entries);
                 }
                 if flags & NLM_F_DUMP == 0 {
                     return Ok(entries);

@@ -71,6 +71,7 @@ pub struct AgentStatus {
     pub unhealthy: Vec<String>,
     pub ready: bool,
     pub not_ready: Vec<String>,
+    pub pods_known: bool,
     pub existing_connections: ExistingStatus,
 }
 

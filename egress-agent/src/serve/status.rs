@@ -129,6 +129,7 @@ fn agent(sources: &Sources, node: &NodeState) -> AgentStatus {
         unhealthy,
         ready: not_ready.is_empty(),
         not_ready,
+        pods_known: sources.board.last_reconciled().is_some() && !node.incomplete,
         existing_connections: ExistingStatus {
             outbound: if node.trusted { "trusted" } else { "judged" }.to_owned(),
             because: node.trust.clone(),
