@@ -32,7 +32,7 @@ const AT_ONCE: usize = 128;
 /// So often an interface's programs are put in front again …
 const MOVES: usize = 5;
 /// … within this time. Whoever else insists on being first would otherwise keep the agent busy.
-const MOVES_WITHIN: Duration = Duration::from_secs(60);
+const MOVES_WITHIN: Duration = Duration::from_secs(20);
 
 /// Sources of probes on interfaces whose pods' addresses are not known: of documentation (RFC 5737, RFC
 /// 3849).
@@ -43,6 +43,8 @@ const ANY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 pub(super) struct Hooks {
     probes: ProbeMap,
     interfaces: BTreeMap<u32, Watched>,
+    /// Whether there may be counts of interfaces that are not enforced any more.
+    stale: bool,
 }
 
 #[derive(Default)]
@@ -52,6 +54,10 @@ struct Watched {
     sent: Option<Sent>,
     missed: u32,
     moves: VecDeque<Instant>,
+    /// Why the programs could not be put in front the last time.
+    failed: Option<String>,
+    /// Somebody else has insisted on being first, and not long ago.
+    contested: bool,
     /// Why packets do not pass the programs, or may not.
     problem: Option<String>,
 }
@@ -68,6 +74,7 @@ impl Hooks {
         Self {
             probes,
             interfaces: BTreeMap::new(),
+            stale: true,
         }
     }
 
@@ -88,6 +95,17 @@ impl Hooks {
             }
         }
         any
+    }
+
+    /// Forgets the counts of interfaces that are not enforced any more.
+    fn forget(&mut self) -> Result<()> {
+        if self.stale {
+            let interfaces = &self.interfaces;
+            self.probes
+                .retain(|ifindex| interfaces.contains_key(&ifindex))?;
+            self.stale = false;
+        }
+        Ok(())
     }
 
     /// Takes note that an interface could not be looked at. One that has gone is no problem.
@@ -143,7 +161,16 @@ impl Watched {
         if may {
             self.moves.push_back(now);
         }
+        // What nothing can be put in front of does not insist.
+        self.contested |= !may && self.failed.is_none();
         may
+    }
+
+    /// Whether somebody has insisted on being first until a short time ago.
+    fn is_contested(&mut self, now: Instant) -> bool {
+        let recently = |at: &Instant| now.duration_since(*at) < MOVES_WITHIN;
+        self.contested &= self.moves.iter().any(recently);
+        self.contested
     }
 }
 
@@ -162,9 +189,14 @@ impl Reconciler {
                 interfaces.map(move |&ifindex| (ifindex, Probe { ifindex, v4, v6 }))
             })
             .collect();
-        self.hooks
-            .interfaces
-            .retain(|ifindex, _| sources.contains_key(ifindex));
+        let Hooks {
+            interfaces, stale, ..
+        } = &mut self.hooks;
+        interfaces.retain(|ifindex, _| {
+            let is_kept = sources.contains_key(ifindex);
+            *stale |= !is_kept;
+            is_kept
+        });
         for &ifindex in sources.keys() {
             self.hooks.interfaces.entry(ifindex).or_default();
         }
@@ -181,18 +213,14 @@ impl Reconciler {
             self.board.hooks_moved.add(moved.len() as u64);
             tracing::warn!(
                 hooks = moved.len(),
-                "another program was in front of the agent's; the agent's are in front again: {first}"
+                %first,
+                "programs of the agent were not first on their hooks; they are again"
             );
         }
         if let Err(error) = self.send_probes(&ready).await {
             tracing::error!(error = %format!("{error:#}"), "cannot send probes");
         }
-        let interfaces = &self.hooks.interfaces;
-        if let Err(error) = self
-            .hooks
-            .probes
-            .retain(|ifindex| interfaces.contains_key(&ifindex))
-        {
+        if let Err(error) = self.hooks.forget() {
             tracing::error!(error = %format!("{error:#}"), "cannot forget probes");
         }
     }
@@ -222,6 +250,7 @@ impl Reconciler {
             self.board.probes_missed.add(1);
         }
         let mut problem = None;
+        let mut failed = None;
         for hook in Hook::BOTH {
             let mut standing = datapath.standing(ifindex, hook)?;
             if standing != Standing::First && watched.may_move(now) {
@@ -233,17 +262,30 @@ impl Reconciler {
                 standing = datapath.standing(ifindex, hook)?;
                 if standing == Standing::First {
                     moved.push(format!("{name}: {before}"));
+                    watched.failed = None;
                 } else if let Err(error) = done {
-                    problem = Some(format!("{}; {error:#}", describe(&standing)));
+                    watched.failed = Some(format!("{error:#}"));
                 }
             }
-            if standing != Standing::First && problem.is_none() {
-                problem = Some(format!(
-                    "{}; it insists on its place, and the agent's program is put in front again only \
-                     {MOVES} times a minute",
-                    describe(&standing)
+            if standing != Standing::First {
+                failed = failed.or(watched.failed.clone());
+                problem = problem.or(Some(describe(&standing)));
+            }
+        }
+        if problem.is_none() {
+            watched.failed = None;
+        }
+        match (&mut problem, failed) {
+            // The same is said whether or not it has just been tried again.
+            (Some(problem), Some(failed)) => *problem = format!("{problem}; {failed}"),
+            (problem, _) if watched.is_contested(now) => {
+                let seconds = MOVES_WITHIN.as_secs();
+                *problem = Some(format!(
+                    "another program insists on being first; the agent's are put in front of it only \
+                     {MOVES} times in {seconds} seconds"
                 ));
             }
+            _ => {}
         }
         if problem.is_none() && watched.missed >= MISSES {
             problem = Some(
@@ -357,14 +399,18 @@ mod tests {
     }
 
     #[test]
-    fn the_programs_are_put_in_front_a_few_times_a_minute_only() {
+    fn the_programs_are_put_in_front_a_few_times_only_in_a_while() {
         let mut watched = Watched::default();
         let now = Instant::now();
         for _ in 0..MOVES {
             assert!(watched.may_move(now));
         }
+        assert!(!watched.is_contested(now));
         assert!(!watched.may_move(now));
-        assert!(watched.may_move(now + MOVES_WITHIN));
+        assert!(watched.is_contested(now), "until a while has passed");
+        let later = now + MOVES_WITHIN;
+        assert!(watched.may_move(later));
+        assert!(!Watched::default().is_contested(later));
     }
 
     #[test]
