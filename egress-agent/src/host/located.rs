@@ -7,8 +7,8 @@ use std::{io, net::IpAddr};
 pub struct Located {
     /// The host's ends of its interfaces, by their numbers, in ascending order; at least one.
     pub interfaces: Vec<u32>,
-    /// The addresses of global scope on the other ends. A pod that may configure its own network
-    /// chooses them: take what the cluster says as soon as it says it.
+    /// The addresses of global scope on the other ends now. A pod that may configure its own network
+    /// chooses them: that there are some says that its network is made, and no more.
     pub addresses: Vec<IpAddr>,
     /// The network namespaces that those interfaces lead to; at least one.
     pub namespaces: Vec<Network>,
