@@ -3,6 +3,7 @@
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
     reason = "what is measured is far from where a float loses its units"
 )]
 
