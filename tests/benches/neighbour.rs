@@ -3,6 +3,7 @@
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
     reason = "what is measured is far from where a float loses its units"
 )]
 
@@ -35,9 +36,9 @@ use egress_tests::{
 const CONNECTIONS: usize = 120;
 const ALIASES: u16 = 15;
 const ADDRESSES: u16 = 4000;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// Names that the neighbour asks for in each round, one by one.
-const NAMES: u32 = 300;
+const NAMES: u32 = 100;
 
 /// An answer to the question that costs the agent as much as one can.
 fn costly(question: &[u8]) -> Vec<u8> {
@@ -85,11 +86,14 @@ fn serve(lab: &Lab) {
         .outside()
         .run(|| TcpListener::bind((RESOLVER, 53)))
         .expect("the resolver's address is free");
+    let ready = costly(&question(0, "big.test", RecordType::A));
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
+            let mut answer = ready.clone();
             thread::spawn(move || {
                 while let Some(asked) = read_message(&mut stream) {
-                    if write_message(&mut stream, &costly(&asked)).is_none() {
+                    answer[..2].copy_from_slice(&asked[..2]);
+                    if write_message(&mut stream, &answer).is_none() {
                         return;
                     }
                 }
@@ -123,8 +127,12 @@ impl Attack {
                         thread::sleep(Duration::from_millis(5));
                         continue;
                     }
-                    write_message(&mut stream, &asked).expect("the connection lives");
-                    read_message(&mut stream).expect("the connection lives");
+                    // A connection that the agent had no room for ends.
+                    if write_message(&mut stream, &asked).is_none()
+                        || read_message(&mut stream).is_none()
+                    {
+                        return;
+                    }
                     answers.fetch_add(1, Ordering::Relaxed);
                 }
             });

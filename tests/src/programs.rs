@@ -174,6 +174,26 @@ impl Programs {
         self.set_interface(|interface| interface.mode = MODE_AUDIT);
     }
 
+    /// From now on the interface is another pod's, which has its own share of the rings.
+    pub fn becomes_another_pods(&mut self) {
+        self.interface.pod += 1;
+        self.interface.policy += 1;
+        let name = format!("other-{}", self.interface.pod);
+        let new_pod = NewPod {
+            id: self.interface.pod,
+            namespace: self.pod.namespace(),
+            name: &name,
+            uid: "uid",
+        };
+        self.allow = make(
+            &mut self.datapath,
+            Some(new_pod),
+            self.interface.policy,
+            &self.policy,
+        );
+        self.write_interface();
+    }
+
     /// Takes the interface out of the map.
     pub fn forget_interface(&mut self) {
         self.interfaces

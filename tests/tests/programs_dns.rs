@@ -251,14 +251,25 @@ fn a_question_that_finds_the_ring_full_is_denied() {
     let mut programs = Programs::new();
     // A frame of this length takes 16 KiB of the ring, which holds 4 MiB.
     let frame = programs.to(RESOLVER).udp(7, DNS, &[0x5a; 3000]);
+    // One pod does not fill it.
     programs.flood(Hook::FromPod, [frame.clone()].into_iter(), 300);
     let counters = programs.counters();
+    assert!(counters.held_limited > 0, "{counters:?}");
+    assert_eq!(counters.held_lost, 0, "{counters:?}");
+    assert_eq!(counters.held_questions + counters.held_limited, 300);
+    // Ten more do.
+    for _ in 0..10 {
+        programs.becomes_another_pods();
+        programs.flood(Hook::FromPod, [frame.clone()].into_iter(), 300);
+    }
+    let counters = programs.counters();
     assert!(counters.held_lost > 0, "{counters:?}");
-    assert_eq!(counters.held_questions + counters.held_lost, 300);
-    assert_eq!(counters.denied_packets, counters.held_lost);
+    let denied = counters.held_lost + counters.held_limited;
+    assert_eq!(counters.held_questions + denied, 11 * 300);
+    assert_eq!(counters.denied_packets, denied);
     let (held, denials) = programs.drain();
     assert_eq!(held as u64, counters.held_questions);
-    assert_eq!(denials as u64, counters.held_lost);
+    assert_eq!(denials as u64, denied);
     is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
 
     let answer = programs.by(RESOLVER).udp(DNS, 7, &[0x5a; 3000]);
