@@ -28,6 +28,7 @@ mod from_pod;
 mod held;
 mod maps;
 mod open_flow;
+mod opening;
 mod skb;
 mod to_pod;
 

@@ -22,7 +22,7 @@ pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed};
+pub use flow_map::{FlowMap, OpenFlows, Seed, Swept};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use links::{Attach, Hook};
 pub use object::{Datapath, Marks, Options};

@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use crate::{
     datapath::boottime_ns,
     policy::{Annotations, Compiled, Mode, Settings},
-    report::{DenialCounts, Gauge, Histogram, PodIdentity},
+    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
 };
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
@@ -140,6 +140,8 @@ pub struct NodeState {
 #[derive(Debug)]
 pub struct Board {
     node: ArcSwap<NodeState>,
+    /// Established flows that others opened and that had to give way at a look at their pod.
+    pub flows_evicted: Counter,
     /// How long reconciles took.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
     reconciled_ns: Gauge,
@@ -154,6 +156,7 @@ impl Default for Board {
     fn default() -> Self {
         Self {
             node: ArcSwap::default(),
+            flows_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
             reconciled_ns: Gauge::default(),
             read_ns: Gauge::default(),
