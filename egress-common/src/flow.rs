@@ -1,10 +1,11 @@
-//! How long a flow is remembered.
+//! How a flow goes on, and how long it is remembered.
 
 use crate::{
     protocol,
     records::{
-        FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
-        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, Flow, FlowKey,
+        FLOW_IN, FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN,
+        FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow,
+        FlowKey,
     },
 };
 
@@ -24,6 +25,12 @@ pub const TCP_CLOSED_NS: u64 = 60 * SECOND_NS;
 /// Idle time of a UDP flow on which both sides have spoken (RFC 4787, REQ-5 asks for at least two
 /// minutes and recommends five).
 pub const UDP_NS: u64 = 300 * SECOND_NS;
+/// How long the pod may answer UDP, or a TCP connection that is not established, after the other
+/// side's last packet. UDP servers are used to that: address translators on the way forget a flow
+/// at the latest after some minutes, and so clients repeat themselves (`WireGuard`'s keep-alive every
+/// 25 seconds, RTCP reports every 5, QUIC's idle time-out of some 30). Linux gives up a handshake
+/// that it does not complete after 63 seconds (`net.ipv4.tcp_synack_retries`).
+pub const INBOUND_NS: u64 = 60 * SECOND_NS;
 /// Idle time of every other flow.
 pub const OTHER_NS: u64 = 120 * SECOND_NS;
 /// How long later fragments may follow their first: the reassembly time-out of Linux
@@ -37,24 +44,78 @@ pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
     if key.kind == FLOW_KEY_FRAGMENT {
         return FRAGMENT_NS;
     }
+    let is_inbound = flow.state == FLOW_IN;
     match key.protocol {
         protocol::TCP => {
             if is_closed(flow) {
                 TCP_CLOSED_NS
+            } else if is_inbound && flow.seen & FLOW_SEEN_AGAIN == 0 {
+                INBOUND_NS
             } else if flow.seen & BOTH_SIDES == BOTH_SIDES {
                 TCP_ESTABLISHED_NS
             } else {
                 TCP_OPENING_NS
             }
         }
+        protocol::UDP if is_inbound => INBOUND_NS,
         protocol::UDP => UDP_NS,
         _ => OTHER_NS,
     }
 }
 
+/// Whether who opened the flow has spoken again after an answer, and nobody has closed it.
+#[inline(always)]
+pub const fn is_established(key: &FlowKey, flow: &Flow) -> bool {
+    key.kind == FLOW_KEY_FLOW
+        && flow.seen & FLOW_SEEN_AGAIN != 0
+        && !(key.protocol == protocol::TCP && is_closed(flow))
+}
+
+/// The flow after one more packet from the pod, with these bits of `FLOW_SEEN_*`.
+///
+/// What the other side opened does not live longer because the pod speaks.
+#[inline(always)]
+pub const fn after_packet_from_pod(flow: &Flow, seen: u8, now_ns: u64) -> Flow {
+    let mut next = *flow;
+    // Who accepts a RST sends nothing on that connection any more, so it was forged.
+    if flow.seen & FLOW_SEEN_RST_IN != 0 && seen & FLOW_SEEN_RST == 0 {
+        next.seen &= !(FLOW_SEEN_RST | FLOW_SEEN_RST_IN);
+    }
+    next.seen |= seen;
+    if flow.state == FLOW_IN {
+        return next;
+    }
+    if flow.seen & FLOW_SEEN_IN != 0 {
+        next.seen |= FLOW_SEEN_AGAIN;
+    }
+    refresh(&mut next, now_ns);
+    next
+}
+
+/// The flow after one more packet to the pod, with these bits of `FLOW_SEEN_*`. `completes` tells
+/// of a TCP packet whether it acknowledges what the pod has answered ([`Flow::handshake`]); of
+/// others it is `true`.
+#[inline(always)]
+pub const fn after_packet_to_pod(flow: &Flow, seen: u8, completes: bool, now_ns: u64) -> Flow {
+    let mut next = *flow;
+    next.seen |= seen;
+    if flow.state == FLOW_IN && flow.seen & FLOW_SEEN_OUT != 0 && completes {
+        next.seen |= FLOW_SEEN_AGAIN;
+    }
+    refresh(&mut next, now_ns);
+    next
+}
+
+#[inline(always)]
+const fn refresh(flow: &mut Flow, now_ns: u64) {
+    if now_ns.saturating_sub(flow.last_seen_ns) >= REFRESH_NS {
+        flow.last_seen_ns = now_ns;
+    }
+}
+
 /// Whether a TCP flow has seen a RST, or a FIN from both sides.
 #[inline(always)]
-const fn is_closed(flow: &Flow) -> bool {
+pub const fn is_closed(flow: &Flow) -> bool {
     const BOTH_FINS: u8 = FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT;
     flow.seen & FLOW_SEEN_RST != 0 || flow.seen & BOTH_FINS == BOTH_FINS
 }
@@ -96,7 +157,7 @@ mod tests {
             policy: 0,
             state: FLOW_OUT,
             seen,
-            pad: 0,
+            handshake: 0,
         }
     }
 
@@ -159,6 +220,75 @@ mod tests {
         assert_eq!(limit(protocol::ICMPV6, FLOW_KEY_FLOW), OTHER_NS);
         // A fragment's key says nothing of the connection it belongs to.
         assert_eq!(limit(protocol::TCP, FLOW_KEY_FRAGMENT), FRAGMENT_NS);
+    }
+
+    fn inbound(seen: u8) -> Flow {
+        Flow {
+            state: FLOW_IN,
+            ..flow(seen)
+        }
+    }
+
+    #[test]
+    fn what_the_other_side_opened_lives_by_its_packets() {
+        let limit = |protocol, seen| idle_limit_ns(&key(protocol, FLOW_KEY_FLOW), &inbound(seen));
+        let both = FLOW_SEEN_IN | FLOW_SEEN_OUT;
+        assert_eq!(limit(protocol::UDP, both), INBOUND_NS);
+        assert_eq!(limit(protocol::TCP, both), INBOUND_NS);
+        let established = both | FLOW_SEEN_AGAIN;
+        assert_eq!(limit(protocol::UDP, established), INBOUND_NS);
+        assert_eq!(limit(protocol::TCP, established), TCP_ESTABLISHED_NS);
+
+        let late = 100 * SECOND_NS;
+        let answered = after_packet_from_pod(&inbound(FLOW_SEEN_IN), FLOW_SEEN_OUT, late);
+        assert_eq!(answered.last_seen_ns, 10 * SECOND_NS);
+        let asked = after_packet_to_pod(&answered, FLOW_SEEN_IN, true, late);
+        assert_eq!(asked.last_seen_ns, late);
+        let own = after_packet_from_pod(&flow(FLOW_SEEN_OUT), FLOW_SEEN_OUT, late);
+        assert_eq!(own.last_seen_ns, late);
+    }
+
+    #[test]
+    fn a_flow_is_established_when_its_opener_speaks_after_an_answer() {
+        let now = 10 * SECOND_NS;
+        let is_established = |flow: &Flow| is_established(&key(protocol::TCP, FLOW_KEY_FLOW), flow);
+        let out = after_packet_from_pod(&flow(FLOW_SEEN_OUT), FLOW_SEEN_OUT, now);
+        assert!(!is_established(&out));
+        let answered = after_packet_to_pod(&out, FLOW_SEEN_IN, true, now);
+        assert!(!is_established(&answered));
+        let out = after_packet_from_pod(&answered, FLOW_SEEN_OUT, now);
+        assert!(is_established(&out));
+
+        let opening = inbound(FLOW_SEEN_IN);
+        let repeated = after_packet_to_pod(&opening, FLOW_SEEN_IN, true, now);
+        assert!(!is_established(&repeated));
+        let answered = after_packet_from_pod(&repeated, FLOW_SEEN_OUT, now);
+        assert!(!is_established(&answered));
+        let forged = after_packet_to_pod(&answered, FLOW_SEEN_IN, false, now);
+        assert!(!is_established(&forged));
+        let complete = after_packet_to_pod(&answered, FLOW_SEEN_IN, true, now);
+        assert!(is_established(&complete));
+        let closed = after_packet_to_pod(&complete, FLOW_SEEN_RST | FLOW_SEEN_RST_IN, true, now);
+        assert!(!is_established(&closed));
+    }
+
+    #[test]
+    fn a_reset_that_the_pod_does_not_heed_was_none() {
+        let now = 10 * SECOND_NS;
+        let established = flow(FLOW_SEEN_OUT | FLOW_SEEN_IN | FLOW_SEEN_AGAIN);
+        let bits = FLOW_SEEN_IN | FLOW_SEEN_RST | FLOW_SEEN_RST_IN;
+        let reset = after_packet_to_pod(&established, bits, true, now);
+        assert!(is_closed(&reset));
+        assert!(!is_closed(&after_packet_from_pod(
+            &reset,
+            FLOW_SEEN_OUT,
+            now
+        )));
+        let own = FLOW_SEEN_OUT | FLOW_SEEN_RST;
+        assert!(is_closed(&after_packet_from_pod(&reset, own, now)));
+        // Nothing that the pod sends after a RST of its own makes it undone.
+        let own = after_packet_from_pod(&established, own, now);
+        assert!(is_closed(&after_packet_from_pod(&own, FLOW_SEEN_OUT, now)));
     }
 
     #[test]

@@ -37,9 +37,41 @@ pub const LINK_OWNERS: u32 = 3 * INTERFACES;
 /// Most kinds of tunnels in the node's `tunnels` map.
 pub const TUNNELS: u32 = 64;
 
-/// Default for the most flows that are remembered for one pod. (The kernel allots the buckets, 16
-/// bytes each, at once.)
+/// Default for the most established flows that are remembered for one pod: as many that it opened,
+/// and as many that others opened. (The kernel allots the buckets, 16 bytes each, at once.)
 pub const FLOW_ENTRIES: u32 = 16_384;
+
+/// How many flows of each kind are remembered for one pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowLimits {
+    /// Established flows that the pod opened; and as many that others opened.
+    pub established: u32,
+    /// Flows that the pod opens or has closed, and its fragmented packets.
+    pub opening_from_pod: u32,
+    /// Flows that others open or have closed.
+    pub opening_to_pod: u32,
+}
+
+impl FlowLimits {
+    /// The shares for a pod that may have this many established flows.
+    ///
+    /// Handshakes from outside get most of the room for what is not established: when the pod
+    /// floods, only its own new connections suffer.
+    #[must_use]
+    pub const fn of(established: u32) -> Self {
+        Self {
+            established,
+            opening_from_pod: established.div_ceil(16),
+            opening_to_pod: established.div_ceil(16) * 3,
+        }
+    }
+
+    /// Room for everything that is not established.
+    #[must_use]
+    pub const fn opening(self) -> u32 {
+        self.opening_from_pod + self.opening_to_pod
+    }
+}
 
 /// Bytes in the ring buffer of held DNS messages; a power of two and a multiple of the page size.
 pub const HELD_RING_BYTES: u32 = 4 << 20;

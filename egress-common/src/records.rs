@@ -265,7 +265,7 @@ pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
 /// Where [`RANGE_TRANSLATED`] begins.
 pub const RANGE_TRANSLATED_SHIFT: u32 = 8;
 
-/// Key of a pod's flow map.
+/// Key of a pod's flow maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct FlowKey {
@@ -290,22 +290,23 @@ pub const FLOW_KEY_FLOW: u8 = 0;
 /// The key names a fragmented packet whose first fragment passed.
 pub const FLOW_KEY_FRAGMENT: u8 = 1;
 
-/// Value of a pod's flow map.
+/// Value of a pod's flow maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flow {
     /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`; exact to
-    /// [`crate::flow::REFRESH_NS`].
+    /// [`crate::flow::REFRESH_NS`]. For a flow that the other side opened, only its packets count.
     pub last_seen_ns: u64,
-    /// The policy version that admitted it, or [`UNJUDGED`]; a flow from an older version is judged
-    /// again.
+    /// The policy version that admitted it, or that found nothing to deny in it; [`UNJUDGED`] when none
+    /// has looked at it. A flow from an older version is judged again.
     pub policy: u32,
     /// One of the `FLOW_*` state constants.
     pub state: u8,
     /// Bits of the `FLOW_SEEN_*` constants.
     pub seen: u8,
-    /// Always zero.
-    pub pad: u16,
+    /// Of a TCP connection that the other side opens: the lower half of the sequence number that
+    /// its next segment has to acknowledge. Otherwise zero.
+    pub handshake: u16,
 }
 
 /// No policy has this number: in a flow it means that none has judged it yet.
@@ -329,6 +330,10 @@ pub const FLOW_SEEN_RST: u8 = 1 << 2;
 pub const FLOW_SEEN_OUT: u8 = 1 << 3;
 /// The other side sent something.
 pub const FLOW_SEEN_IN: u8 = 1 << 4;
+/// Who opened the flow has spoken again after an answer: it is established.
+pub const FLOW_SEEN_AGAIN: u8 = 1 << 5;
+/// The TCP RST came from the other side, and the pod has not disproved it.
+pub const FLOW_SEEN_RST_IN: u8 = 1 << 6;
 
 /// Head of each record in the `held` ring; the frame's bytes, from its Ethernet header on, follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -451,8 +456,12 @@ pub struct Counters {
     pub denials_limited: u64,
     /// Denials without a record because the `denials` ring was full.
     pub denials_lost: u64,
-    /// Flows that could not be remembered because the pod's flow map was full.
+    /// Flows that could not be remembered: the kernel had no memory, or the maps were contended.
     pub flows_full: u64,
+    /// Flows that were not established yet and gave way to newer ones.
+    pub openings_evicted: u64,
+    /// Established flows that gave way: their pod had as many as it may.
+    pub flows_evicted: u64,
     /// Packets on an interface without an entry in `interfaces` or `policies`.
     pub no_policy: u64,
 }
@@ -477,6 +486,10 @@ pub struct Meter {
     pub held_unreported: u64,
     /// Flows that could not be remembered. Only grows.
     pub flows_full: u64,
+    /// Flows that were not established yet and gave way to newer ones. Only grows.
+    pub openings_evicted: u64,
+    /// Established flows that gave way to others of the pod. Only grows.
+    pub flows_evicted: u64,
 }
 
 /// Value of `probes`, keyed by ifindex: how many probe frames of the agent have come to `from_pod` on
@@ -537,8 +550,8 @@ const _: () = {
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<Held>() == 24);
     assert!(size_of::<Denial>() == 72);
-    assert!(size_of::<Counters>() == 16 * 8);
-    assert!(size_of::<Meter>() == 7 * 8);
+    assert!(size_of::<Counters>() == 18 * 8);
+    assert!(size_of::<Meter>() == 9 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<TunnelKey>() == 4);
     assert!(size_of::<LinkAddress>() == 16);

@@ -207,6 +207,34 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     Verdict::deny(Reason::NoRule)
 }
 
+/// Judges a packet that answers what the other side opened: it passes unless a denying class says
+/// otherwise. That the rules allow nothing there, or that the address is protected, does not matter.
+///
+/// A `deny` of everything means that the pod opens nothing; what is internal still gets its answers,
+/// or no probe would succeed. A denied address, prefix or name gets none.
+#[inline(always)]
+pub fn judge_answer(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+) -> Verdict {
+    let any = if destination.ranges & RANGE_INTERNAL != 0 {
+        0
+    } else {
+        policy.any
+    };
+    let known = destination.learned | destination.cidr | any;
+    let denying = known & policy.deny & matching_classes(policy, protocol, port);
+    if denying == 0 {
+        return Verdict::Pass;
+    }
+    Verdict::Deny {
+        reason: Reason::DenyRule,
+        class: denying.trailing_zeros() as u8,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     mod of_names;
@@ -411,6 +439,51 @@ mod tests {
             reason(&hole, &protected(NOWHERE), bits::TCP, 80),
             Reason::DenyRule
         );
+    }
+
+    #[test]
+    fn an_answer_needs_no_rule_and_heeds_a_denial() {
+        fn answer(policy: &Policy, destination: &Destination) -> Verdict {
+            judge_answer(policy, destination, bits::TCP, 50_000)
+        }
+        let denied = Verdict::Deny {
+            reason: Reason::DenyRule,
+            class: 2,
+        };
+        let protected = Destination {
+            ranges: RANGE_PROTECTED,
+            ..NOWHERE
+        };
+        for destination in [NOWHERE, protected, learned(WEB), in_prefix(LOW)] {
+            assert_eq!(answer(&policy(), &destination), Verdict::Pass);
+        }
+        let expired = Destination {
+            expired: 1,
+            ..learned(HOLE)
+        };
+        for destination in [in_prefix(HOLE), learned(HOLE), expired] {
+            assert_eq!(answer(&policy(), &destination), denied);
+        }
+        let nothing = Policy {
+            any: HOLE,
+            ..policy()
+        };
+        let internal = Destination {
+            ranges: RANGE_INTERNAL,
+            ..NOWHERE
+        };
+        assert_eq!(answer(&nothing, &NOWHERE), denied);
+        assert_eq!(answer(&nothing, &internal), Verdict::Pass);
+        let named = Destination {
+            cidr: HOLE,
+            ..internal
+        };
+        assert_eq!(answer(&nothing, &named), denied);
+        // A port that is denied is the other side's.
+        let mut mail = policy();
+        mail.classes[2] = class(bits::TCP, 25, 25);
+        assert_eq!(answer(&mail, &in_prefix(HOLE)), Verdict::Pass);
+        assert_eq!(judge_answer(&mail, &in_prefix(HOLE), bits::TCP, 25), denied);
     }
 
     #[test]

@@ -1,43 +1,131 @@
 //! The flows of a pod: what is open and who opened it.
+//!
+//! A flow is in one of three maps of its pod. `opening` has everything that is not established, or
+//! closed. From there an established flow moves to `flows` if the pod opened it, and to `inbound` if
+//! the other side did. What closes goes back to `opening`. There the oldest gives way to the newest
+//! ([`crate::opening`]), so whatever comes from either side, an established flow keeps its place.
+//!
+//! The kernel may use the memory of a removed entry for another flow of the same map at once
+//! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So what decides about packets (state, policy,
+//! whether the flow is established) is only written together with the key. What is written in place is
+//! harmless for any flow.
 
 use egress_common::{
-    flow::{REFRESH_NS, is_alive},
+    flow::{REFRESH_NS, is_alive, is_closed, is_established},
     packet::{Packet, TCP_FIN, TCP_RST},
-    protocol::bits,
+    protocol::{self, bits},
     records::{
-        FLOW_OUT, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
-        Flow, FlowKey, Interface,
+        FLOW_CUT, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
+        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, Interface, UNJUDGED,
     },
 };
 
 use crate::{
     counters::count,
-    maps::{FLOW, Flows, METER},
-    skb::{last_tick_ns, now_ns},
+    maps::{FLOW, Flows, INBOUND, METER, OPENING},
+    opening,
+    skb::{Skb, last_tick_ns, now_ns},
 };
 
 /// `BPF_ANY`: insert or replace.
-const ANY: u64 = 0;
+pub const ANY: u64 = 0;
+/// `BPF_EXIST`: replace only.
+pub const EXIST: u64 = 2;
 
-/// The pod's own flow map.
-#[inline(always)]
-pub fn of_pod(interface: &Interface) -> Option<&'static Flows> {
-    // SAFETY: the map is not preallocated, so an inner map that is replaced lives until the program
-    // ends.
-    unsafe { FLOW.get(&interface.pod) }
+/// In none of the maps.
+pub const NOWHERE: u32 = 0;
+/// In `flows`.
+pub const IN_FLOWS: u32 = 1;
+/// In `inbound`.
+pub const IN_INBOUND: u32 = 2;
+/// In `opening`.
+pub const IN_OPENING: u32 = 3;
+
+/// A flow as it was when it was looked up.
+pub struct Known {
+    /// Meaningful unless the flow is [`NOWHERE`].
+    pub flow: Flow,
+    /// [`NOWHERE`], or in which map it is.
+    pub place: u32,
 }
 
-/// The flow under this key, if it is remembered and has not been idle for too long.
+impl Known {
+    /// A flow that is not known.
+    pub const NONE: Self = Self {
+        flow: Flow {
+            last_seen_ns: 0,
+            policy: UNJUDGED,
+            state: 0,
+            seen: 0,
+            handshake: 0,
+        },
+        place: NOWHERE,
+    };
+
+    /// The state of a flow that is known, or 0.
+    #[inline(always)]
+    pub const fn state(&self) -> u8 {
+        if self.place == NOWHERE {
+            0
+        } else {
+            self.flow.state
+        }
+    }
+
+    /// Whether the other side has completed the handshake. (That it has closed since does not take
+    /// back that it is there.)
+    #[inline(always)]
+    pub const fn is_established(&self) -> bool {
+        self.flow.seen & FLOW_SEEN_AGAIN != 0
+    }
+}
+
+/// A map of the pod's.
 #[inline(always)]
-#[expect(
-    clippy::mut_from_ref,
-    reason = "the map is memory shared with other CPUs and the agent, whatever is borrowed here"
-)]
-pub fn find<'a>(flows: &'a Flows, key: &FlowKey, now_ns: u64) -> Option<&'a mut Flow> {
-    let flow = flows.get_ptr_mut(key)?;
-    // SAFETY: the entry lives until the program ends; all writers write whole aligned fields.
-    let flow = unsafe { &mut *flow };
-    is_alive(key, flow, now_ns).then_some(flow)
+pub fn map_of(pod: u32, place: u32) -> Option<&'static Flows> {
+    // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
+    // program ends.
+    unsafe {
+        match place {
+            IN_FLOWS => FLOW.get(&pod),
+            IN_INBOUND => INBOUND.get(&pod),
+            _ => OPENING.get(&pod),
+        }
+    }
+}
+
+/// Looks for the flow under this key; one that has been idle for too long is not known.
+#[inline(always)]
+pub fn find(skb: &Skb<'_>, pod: u32, key: &FlowKey, now_ns: u64) -> Known {
+    let mut known = Known::NONE;
+    look_up(pod, key, now_ns, &mut known);
+    skb.forget_flow(&mut known.flow);
+    known.place = skb.forget_number(known.place);
+    known
+}
+
+#[inline(never)]
+fn look_up(pod: u32, key: &FlowKey, now_ns: u64, known: &mut Known) {
+    look_in(IN_FLOWS, pod, key, now_ns, known);
+    if known.place == NOWHERE {
+        look_in(IN_INBOUND, pod, key, now_ns, known);
+    }
+    if known.place == NOWHERE {
+        look_in(IN_OPENING, pod, key, now_ns, known);
+    }
+}
+
+#[inline(always)]
+fn look_in(place: u32, pod: u32, key: &FlowKey, now_ns: u64, known: &mut Known) {
+    let Some(flow) = map_of(pod, place).and_then(|flows| flows.get_ptr(key)) else {
+        return;
+    };
+    // SAFETY: the memory stays an entry of this map until the program ends.
+    let flow = unsafe { *flow };
+    if is_alive(key, &flow, now_ns) {
+        known.flow = flow;
+        known.place = place;
+    }
 }
 
 /// What a packet adds to `Flow::seen`.
@@ -51,6 +139,9 @@ pub const fn seen(bit: u8, tcp_flags: u8, from_pod: bool) -> u8 {
     if bit == bits::TCP {
         if tcp_flags & TCP_RST != 0 {
             seen |= FLOW_SEEN_RST;
+            if !from_pod {
+                seen |= FLOW_SEEN_RST_IN;
+            }
         }
         if tcp_flags & TCP_FIN != 0 {
             seen |= if from_pod {
@@ -63,6 +154,87 @@ pub const fn seen(bit: u8, tcp_flags: u8, from_pod: bool) -> u8 {
     seen
 }
 
+/// Writes what has become of a flow, and moves it to where it then belongs. With `is_new` it is another
+/// flow than the one that was known under its key.
+#[inline(always)]
+pub fn keep(
+    skb: &Skb<'_>,
+    interface: &Interface,
+    key: &FlowKey,
+    known: &Known,
+    mut next: Flow,
+    is_new: bool,
+) {
+    skb.forget_flow(&mut next);
+    let is_new = skb.forget_number(u32::from(is_new)) != 0;
+    let next = &next;
+    let before = &known.flow;
+    if !is_new
+        && before.last_seen_ns == next.last_seen_ns
+        && before.seen == next.seen
+        && before.policy == next.policy
+        && before.state == next.state
+        && before.handshake == next.handshake
+        && !is_promoted(key, next, known.place)
+    {
+        return;
+    }
+    change(interface.pod, key, known, next, is_new);
+}
+
+/// Whether the flow has no business in `opening` any more. A connection that the other side opened
+/// stays there until its turn to give way comes: most do not live that long.
+#[inline(always)]
+fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
+    place == IN_OPENING
+        && (flow.state == FLOW_CUT || (flow.state == FLOW_OUT && is_established(key, flow)))
+}
+
+#[inline(never)]
+fn change(pod: u32, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
+    let place = known.place;
+    let before = &known.flow;
+    let is_established = place == IN_FLOWS || place == IN_INBOUND;
+    let closes = is_established
+        && next.state != FLOW_CUT
+        && key.protocol == protocol::TCP
+        && is_closed(next);
+    if is_new || closes {
+        if is_established {
+            forget(pod, key, place);
+        }
+        opening::admit(pod, key, next);
+        return;
+    }
+    if is_promoted(key, next, place)
+        && let Some(flows) = map_of(pod, IN_FLOWS)
+        && flows.insert(key, next, ANY).is_ok()
+    {
+        forget(pod, key, IN_OPENING);
+        return;
+    }
+    let Some(flows) = map_of(pod, place) else {
+        return;
+    };
+    // FINs and RSTs are added in place: they come from both sides at the same time, and one that is
+    // lost would keep the flow for hours.
+    let decides = (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN) != 0
+        || before.policy != next.policy
+        || before.state != next.state
+        || before.handshake != next.handshake;
+    if decides {
+        // It may have been removed in the meantime.
+        let _ = flows.insert(key, next, EXIST);
+    } else if let Some(flow) = flows.get_ptr_mut(key) {
+        // SAFETY: the memory stays an entry of this map until the program ends.
+        let flow = unsafe { &mut *flow };
+        note(flow, next.seen & !FLOW_SEEN_AGAIN);
+        if next.last_seen_ns != before.last_seen_ns {
+            flow.last_seen_ns = next.last_seen_ns;
+        }
+    }
+}
+
 /// Adds to `Flow::seen`, and writes to the shared memory only if that changes it.
 #[inline(always)]
 fn note(flow: &mut Flow, seen: u8) {
@@ -71,63 +243,61 @@ fn note(flow: &mut Flow, seen: u8) {
     }
 }
 
-/// Notes that a packet of the flow was seen.
+/// Removes a flow from where it is.
 #[inline(always)]
-pub fn touch(flow: &mut Flow, seen: u8, now_ns: u64) {
-    note(flow, seen);
-    if now_ns.saturating_sub(flow.last_seen_ns) >= REFRESH_NS {
-        flow.last_seen_ns = now_ns;
+fn forget(pod: u32, key: &FlowKey, place: u32) {
+    if let Some(flows) = map_of(pod, place) {
+        let _ = flows.remove(key);
     }
 }
 
-/// Whether the pod has opened this flow and `policy` has admitted it; the packet is then noted. Most
-/// flows have been seen within the second, and nothing but that has to be known of the time.
+/// Whether the pod has opened this flow, it is established, and `policy` has admitted it. Most flows
+/// have been seen within the second, and nothing but that has to be known of the time.
 #[inline(always)]
-pub fn is_open(flows: &Flows, key: &FlowKey, policy: u32, seen: u8) -> bool {
+pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
+    let Some(flows) = map_of(pod, IN_FLOWS) else {
+        return false;
+    };
     let Some(flow) = flows.get_ptr_mut(key) else {
         return false;
     };
-    // SAFETY: as in `find`.
+    // SAFETY: the memory stays an entry of this map until the program ends.
     let flow = unsafe { &mut *flow };
     if flow.state != FLOW_OUT || flow.policy != policy {
         return false;
     }
     // A tick before the flow was last seen is that of a machine that has been suspended.
     if last_tick_ns().wrapping_sub(flow.last_seen_ns) < REFRESH_NS {
-        note(flow, seen);
         return true;
     }
     let now_ns = now_ns();
     let is_alive = is_alive(key, flow, now_ns);
-    if is_alive {
-        touch(flow, seen, now_ns);
+    if is_alive && now_ns.saturating_sub(flow.last_seen_ns) >= REFRESH_NS {
+        flow.last_seen_ns = now_ns;
     }
     is_alive
 }
 
-/// Remembers a flow, or a fragmented packet.
+/// Remembers that the first fragment of a packet from the pod has passed.
 #[inline(always)]
-pub fn remember(
-    flows: &Flows,
-    key: &FlowKey,
-    interface: &Interface,
-    state: u8,
-    seen: u8,
-    now_ns: u64,
-) {
+pub fn remember_fragments(skb: &Skb<'_>, interface: &Interface, key: &FlowKey, now_ns: u64) {
     let flow = Flow {
         last_seen_ns: now_ns,
         policy: interface.policy,
-        state,
-        seen,
-        pad: 0,
+        state: FLOW_OUT,
+        seen: 0,
+        handshake: 0,
     };
-    if flows.insert(key, flow, ANY).is_err() {
-        count(|c| c.flows_full += 1);
-        if let Some(meter) = METER.get_ptr_mut(interface.pod) {
-            // SAFETY: the entry lives while the program runs; racing writers only blur the count.
-            unsafe { (*meter).flows_full += 1 };
-        }
+    keep(skb, interface, key, &Known::NONE, flow, true);
+}
+
+/// Counts a flow that could not be remembered.
+#[inline(always)]
+pub fn count_full(pod: u32) {
+    count(|c| c.flows_full += 1);
+    if let Some(meter) = METER.get_ptr_mut(pod) {
+        // SAFETY: the entry lives while the program runs; racing writers only blur the count.
+        unsafe { (*meter).flows_full += 1 };
     }
 }
 
@@ -138,4 +308,10 @@ pub const fn is_tracked(packet: &Packet) -> bool {
         packet.bit,
         bits::TCP | bits::UDP | bits::SCTP | bits::ICMP_ECHO
     )
+}
+
+/// Whether the key is that of a flow, not of a fragmented packet.
+#[inline(always)]
+pub const fn is_flow(key: &FlowKey) -> bool {
+    key.kind == FLOW_KEY_FLOW
 }

@@ -3,13 +3,15 @@
 use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
+    flow::after_packet_from_pod,
     limits::OWN_ADDRESSES,
-    packet::{Fragment, Packet, Walked, walk},
+    packet::{Fragment, Packet, TCP_SYN, Walked, walk},
     protocol::bits,
     reason::Reason,
     records::{
-        AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FROM_POD, HELD_QUESTION, Interface, MODE_AUDIT,
-        MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy, RANGE_INTERNAL, Range, TunnelKey,
+        AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FLOW_SEEN_OUT, FROM_POD, Flow, FlowKey,
+        HELD_QUESTION, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy,
+        RANGE_INTERNAL, Range, TunnelKey,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -19,10 +21,10 @@ use crate::{
     DROP, PASS, checksum,
     counters::count,
     denials::{Denied, deny},
-    flows, held, link_local,
+    flows::{self, Known},
+    held, link_local,
     maps::{
-        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, Flows, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE,
-        TUNNEL,
+        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE, TUNNEL,
     },
     open_flow, probe,
     skb::{Skb, now_ns},
@@ -60,7 +62,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return DROP;
     };
     let mut packet = Packet::EMPTY;
-    match walk(&skb, &mut packet) {
+    match walk_headers(ctx, &mut packet) {
         Walked::Arp => {
             return judge_arp(ctx, interface, policy, &packet);
         }
@@ -89,6 +91,13 @@ pub fn judge(ctx: &TcContext) -> i32 {
         );
     }
     judge_packet(ctx, interface, policy, &packet)
+}
+
+/// The walk over the headers, with a stack of its own: all functions that are in progress share 512
+/// bytes.
+#[inline(never)]
+fn walk_headers(ctx: &TcContext, packet: &mut Packet) -> Walked {
+    walk(&Skb(ctx), packet)
 }
 
 /// On a bridge, an ARP packet in somebody else's name draws their traffic here.
@@ -146,87 +155,185 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
-    let Some(flows) = flows::of_pod(interface) else {
+    if flows::map_of(interface.pod, flows::IN_OPENING).is_none() {
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::NoPolicy));
-    };
-    if matches!(packet.fragment, Fragment::Later) {
-        let first = flows::find(flows, &packet.fragment_from_pod(), now_ns);
-        return if first.is_some_and(|first| first.policy == interface.policy) {
-            pass(&skb)
-        } else {
-            deny(
-                ctx,
-                &Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst),
-            )
-        };
     }
-    let key = packet.flow_from_pod();
-    let seen = flows::seen(packet.bit, packet.tcp_flags, true);
-    let mut open = None;
-    if packet.may_follow_flow()
-        && let Some(flow) = flows::find(flows, &key, now_ns)
-    {
-        if flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy) {
-            flows::touch(flow, seen, now_ns);
-            count(|c| c.passed_by_flow += 1);
-            return pass_first_fragment(&skb, flows, interface, packet, now_ns);
-        }
-        open = Some(flow);
-    }
+    judge_by_flow(ctx, interface, policy, packet, now_ns)
+}
 
-    if let Some(key) = packet.quoted_flow(&skb) {
-        let known = flows::find(flows, &key, now_ns).is_some_and(|flow| {
-            flow.state == FLOW_IN || (flow.state == FLOW_OUT && flow.policy == interface.policy)
-        });
-        if known {
-            count(|c| c.passed_by_flow += 1);
+/// The verdict by what is known of the packet's flow, and if that does not suffice, by the rules.
+#[inline(always)]
+fn judge_by_flow(
+    ctx: &TcContext,
+    interface: &Interface,
+    policy: &Policy,
+    packet: &Packet,
+    now_ns: u64,
+) -> i32 {
+    let skb = Skb(ctx);
+    let mut key = packet.flow_from_pod();
+    let is_later = matches!(packet.fragment, Fragment::Later);
+    if is_later {
+        packet.name_fragments(&mut key);
+    }
+    // An ICMP error belongs to the flow that it speaks of.
+    let is_error = packet.bit == bits::ICMP_OTHER && quotes_flow(ctx, packet, &mut key) != 0;
+    let known = flows::find(&skb, interface.pod, &key, now_ns);
+    if is_later {
+        if known.place != flows::NOWHERE && known.flow.policy == interface.policy {
             return pass(&skb);
         }
+        let denied = Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst);
+        return deny(ctx, &denied);
     }
 
-    let mut destination = look_up(interface, policy, packet, now_ns);
-    // A flow that an earlier policy admitted lives on if today's policy allows its destination,
-    // even when the address's own lifetime has ended.
-    if let Some(flow) = &open
-        && flow.state == FLOW_OUT
-    {
-        destination.expired = 0;
+    let follows = is_error || packet.may_follow_flow();
+    let is_current = known.flow.policy == interface.policy;
+    let opened_by_pod = follows && known.state() == FLOW_OUT;
+    let answers = follows
+        && known.state() == FLOW_IN
+        && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0);
+    let passes_by_flow = (opened_by_pod && is_current)
+        // Neighbours that may not find each other do not get any denial either.
+        || (answers && (is_current || packet.is_neighbour_message()));
+
+    let judged = if passes_by_flow {
+        PASSES
+    } else {
+        let rules = if answers {
+            Rules::Answer
+        } else if opened_by_pod && !is_error {
+            Rules::OpenFlow
+        } else {
+            Rules::All
+        };
+        judge_by_rules(policy, interface.policy, packet, rules, now_ns)
+    };
+    if passes_by_flow {
+        count(|c| c.passed_by_flow += 1);
     }
-    match verdict::judge(policy, &destination, packet.bit, packet.dst_port) {
-        Verdict::Pass => {
-            match open {
-                Some(flow) => {
-                    flow.policy = interface.policy;
-                    flow.state = FLOW_OUT;
-                    flows::touch(flow, seen, now_ns);
-                }
-                None if flows::is_tracked(packet) => {
-                    flows::remember(flows, &key, interface, FLOW_OUT, seen, now_ns);
-                }
-                None => {}
-            }
-            pass_first_fragment(&skb, flows, interface, packet, now_ns)
-        }
-        Verdict::Deny { reason, class } => {
-            match open {
-                Some(flow) => flow.state = FLOW_CUT,
-                // In audit mode the packet leaves, and its answer must not look like something
-                // that the other side opened.
-                None if interface.mode == MODE_AUDIT && flows::is_tracked(packet) => {
-                    flows::remember(flows, &key, interface, FLOW_CUT, seen, now_ns);
-                }
-                None => {}
-            }
-            let denied = Denied {
-                interface,
-                packet: Some(packet),
-                reason,
-                class,
-                direction: FROM_POD,
-            };
-            deny(ctx, &denied)
-        }
+    let passes = skb.forget_number(u32::from(judged == PASSES)) != 0;
+    if !is_error {
+        note(
+            ctx, interface, packet, &key, &known, answers, passes, now_ns,
+        );
     }
+    if passes {
+        if matches!(packet.fragment, Fragment::First) {
+            packet.name_fragments(&mut key);
+            flows::remember_fragments(&skb, interface, &key, now_ns);
+        }
+        return pass(&skb);
+    }
+    let denied = Denied {
+        interface,
+        packet: Some(packet),
+        reason: Reason::from_u8((judged >> 8) as u8).unwrap_or(Reason::NoRule),
+        class: judged as u8,
+        direction: FROM_POD,
+    };
+    deny(ctx, &denied)
+}
+
+/// Which rules hold for a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Rules {
+    /// It belongs to nothing that is known.
+    All,
+    /// It belongs to a flow that an earlier policy admitted.
+    OpenFlow,
+    /// It answers what the other side opened.
+    Answer,
+}
+
+/// The rules have nothing against it.
+const PASSES: u32 = 0;
+
+/// Judges by the rules. Returns [`PASSES`], or the reason and the class that deny in its bytes.
+#[inline(never)]
+fn judge_by_rules(
+    policy: &Policy,
+    policy_id: u32,
+    packet: &Packet,
+    rules: Rules,
+    now_ns: u64,
+) -> u32 {
+    let mut destination = look_up(policy, policy_id, packet, now_ns);
+    let verdict = if rules == Rules::Answer {
+        verdict::judge_answer(policy, &destination, packet.bit, packet.dst_port)
+    } else {
+        // A flow that an earlier policy admitted lives on if today's policy allows its destination,
+        // even when the address's own lifetime has ended.
+        if rules == Rules::OpenFlow {
+            destination.expired = 0;
+        }
+        verdict::judge(policy, &destination, packet.bit, packet.dst_port)
+    };
+    match verdict {
+        Verdict::Pass => PASSES,
+        Verdict::Deny { reason, class } => 1 << 16 | (reason as u32) << 8 | u32::from(class),
+    }
+}
+
+/// Notes in its flow that a packet passes, or does not, or begins a flow with it.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a part of the function above")]
+fn note(
+    ctx: &TcContext,
+    interface: &Interface,
+    packet: &Packet,
+    key: &FlowKey,
+    known: &Known,
+    answers: bool,
+    passes: bool,
+    now_ns: u64,
+) {
+    let seen = flows::seen(packet.bit, packet.tcp_flags, true);
+    let state = known.state();
+    let follows = packet.may_follow_flow();
+    let mut is_new = false;
+    let mut next = known.flow;
+    if passes && answers {
+        next = after_packet_from_pod(&known.flow, seen, now_ns);
+        next.policy = interface.policy;
+        if packet.bit == bits::TCP && !known.is_established() {
+            if packet.tcp_flags & TCP_SYN != 0 {
+                next.handshake = expected_acknowledgment(ctx, packet) as u16;
+            } else {
+                // Only a SYN-ACK is an answer that the other side can confirm.
+                next.seen &= !FLOW_SEEN_OUT;
+                next.seen |= known.flow.seen & FLOW_SEEN_OUT;
+            }
+        }
+    } else if passes && follows && (state == FLOW_OUT || state == FLOW_CUT) {
+        next = after_packet_from_pod(&known.flow, seen, now_ns);
+        next.policy = interface.policy;
+        next.state = FLOW_OUT;
+    } else if !passes && follows && state == FLOW_OUT {
+        next.state = FLOW_CUT;
+    } else {
+        // What the rules allow of a connection that the other side is opening leaves it theirs. In
+        // audit mode a denied packet leaves, too, and its answer must not look like something that
+        // the other side opened.
+        let begins = if passes {
+            !(follows && state == FLOW_IN)
+        } else {
+            interface.mode == MODE_AUDIT && known.place == flows::NOWHERE
+        };
+        if !begins || !flows::is_tracked(packet) {
+            return;
+        }
+        is_new = true;
+        next = Flow {
+            last_seen_ns: now_ns,
+            policy: interface.policy,
+            state: if passes { FLOW_OUT } else { FLOW_CUT },
+            seen,
+            handshake: 0,
+        };
+    }
+    flows::keep(&Skb(ctx), interface, key, known, next, is_new);
 }
 
 /// Whether the target of a neighbour message is an address that the pod may go by.
@@ -301,22 +408,6 @@ pub fn is_several_datagrams(skb: &Skb<'_>, packet: &Packet) -> bool {
     packet.bit == bits::UDP && egress_common::packet::Frame::is_aggregate(skb)
 }
 
-/// Passes a packet that the rules or a flow admit, and lets its later fragments follow.
-#[inline(always)]
-fn pass_first_fragment(
-    skb: &Skb<'_>,
-    flows: &Flows,
-    interface: &Interface,
-    packet: &Packet,
-    now_ns: u64,
-) -> i32 {
-    if matches!(packet.fragment, Fragment::First) {
-        let key = packet.fragment_from_pod();
-        flows::remember(flows, &key, interface, FLOW_OUT, 0, now_ns);
-    }
-    pass(skb)
-}
-
 #[inline(always)]
 fn pass(skb: &Skb<'_>) -> i32 {
     let len = egress_common::packet::Frame::len(skb);
@@ -353,9 +444,43 @@ fn not_own(policy: &Policy) -> Reason {
     }
 }
 
+// The following read a packet and are functions of their own because all that are in progress share
+// 512 bytes of stack.
+
+/// See [`Packet::may_answer`].
+#[inline(never)]
+fn may_answer(ctx: &TcContext, packet: &Packet, is_established: u32) -> u32 {
+    u32::from(packet.may_answer(&Skb(ctx), is_established != 0))
+}
+
+/// Lower half of the number that acknowledges a SYN-ACK.
+#[inline(never)]
+fn expected_acknowledgment(ctx: &TcContext, packet: &Packet) -> u32 {
+    packet
+        .tcp_numbers(&Skb(ctx))
+        .map_or(0, |(sequence, _)| u32::from(sequence.wrapping_add(1)))
+}
+
+/// Whether the packet is an ICMP error that speaks of a flow, whose key it then is.
+#[inline(never)]
+fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
+    match packet.quoted_flow(&Skb(ctx)) {
+        Some(quoted) => {
+            *key = quoted;
+            1
+        }
+        None => 0,
+    }
+}
+
 /// What the maps say about a destination.
 #[inline(always)]
-fn look_up(interface: &Interface, policy: &Policy, packet: &Packet, now_ns: u64) -> Destination {
+fn look_up(
+    policy: &Policy,
+    policy_id: u32,
+    packet: &Packet,
+    now_ns: u64,
+) -> Destination {
     let address = &packet.dst;
     let mut destination = Destination {
         ranges: range_of(address).kinds,
@@ -365,7 +490,7 @@ fn look_up(interface: &Interface, policy: &Policy, packet: &Packet, now_ns: u64)
     // program ends.
     unsafe {
         if let Some(entry) = ALLOW
-            .get(&interface.policy)
+            .get(&policy_id)
             .and_then(|allow| allow.get(AllowKey { addr: *address }))
         {
             destination.learned = entry.classes;
@@ -373,10 +498,10 @@ fn look_up(interface: &Interface, policy: &Policy, packet: &Packet, now_ns: u64)
             destination.expired = u64::from(entry.expires_ns <= now_ns);
         }
     }
-    destination.cidr = prefix_classes(interface, address);
+    destination.cidr = prefix_classes(policy_id, address);
     if let Some(v4) = embedded_v4(address, destination.ranges) {
         let translated = Translated {
-            cidr: prefix_classes(interface, &v4),
+            cidr: prefix_classes(policy_id, &v4),
             ranges: range_of(&v4).kinds,
         };
         destination.add_translated(policy, translated);
@@ -395,11 +520,11 @@ pub fn is_tunnel(kinds: u64, protocol: u8, port: u16) -> bool {
 
 /// Classes of the address in the policy's CIDR trie.
 #[inline(always)]
-fn prefix_classes(interface: &Interface, address: &Address) -> u64 {
+fn prefix_classes(policy: u32, address: &Address) -> u64 {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
     let entry =
-        unsafe { CIDR.get(&interface.policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
+        unsafe { CIDR.get(&policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
     entry.map_or(0, |entry| entry.classes)
 }
 

@@ -29,6 +29,7 @@ mod held;
 mod link_local;
 mod maps;
 mod open_flow;
+mod opening;
 mod probe;
 mod skb;
 mod to_pod;

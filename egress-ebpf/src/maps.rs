@@ -3,14 +3,14 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, Queue, RingBuf},
     macros::btf_map,
 };
 use egress_common::{
     address::Address,
     limits::{
-        ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, HELD_RING_BYTES, INTERFACES,
-        LINK_OWNERS, POLICIES, RANGE_ENTRIES, TUNNELS,
+        ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, FlowLimits, HELD_RING_BYTES,
+        INTERFACES, LINK_OWNERS, POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
@@ -24,8 +24,10 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 pub type Allow = HashMap<AllowKey, AllowEntry, { ALLOW_ENTRIES as usize }, NO_PREALLOC>;
 /// A policy's CIDR trie.
 pub type Cidrs = LpmTrie<Address, CidrEntry, { CIDR_ENTRIES as usize }>;
-/// A pod's flows.
+/// A pod's flows of one kind.
 pub type Flows = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
+/// Keys in the order in which they came into `opening`.
+pub type Order = Queue<FlowKey, { FlowLimits::of(FLOW_ENTRIES).opening_to_pod as usize }>;
 
 #[btf_map(name = "interfaces")]
 pub static INTERFACE: HashMap<u32, Interface, { INTERFACES as usize }, NO_PREALLOC> =
@@ -43,8 +45,29 @@ pub static ALLOW: HashOfMaps<u32, Allow, { POLICIES as usize }, NO_PREALLOC> = H
 #[btf_map(name = "cidrs")]
 pub static CIDR: HashOfMaps<u32, Cidrs, { POLICIES as usize }, NO_PREALLOC> = HashOfMaps::new();
 
+/// Established flows that the pod opened.
 #[btf_map(name = "flows")]
 pub static FLOW: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = HashOfMaps::new();
+
+/// Established TCP connections that others opened.
+#[btf_map(name = "inbound")]
+pub static INBOUND: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+/// Flows that are not established, or closed, and fragmented packets.
+#[btf_map(name = "opening")]
+pub static OPENING: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+/// Which of the pod's own in `opening` is the oldest.
+#[btf_map(name = "order_from_pod")]
+pub static ORDER_FROM_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+/// Which of those in `opening` that others opened is the oldest.
+#[btf_map(name = "order_to_pod")]
+pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
 
 #[btf_map(name = "ranges")]
 pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();

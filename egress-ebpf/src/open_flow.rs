@@ -5,7 +5,7 @@
 //! destination allowed. All that is left to see is that this packet belongs to it.
 
 use egress_common::{
-    packet::{Frame as _, Plain, walk_plain},
+    packet::{Frame as _, Plain, TCP_FIN, TCP_RST, walk_plain},
     records::Interface,
 };
 
@@ -25,11 +25,11 @@ pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
     if !walk_plain(&Linear(skb), &mut plain) || may_be_dns_port(plain.key.peer_port) {
         return false;
     }
-    let Some(flows) = flows::of_pod(interface) else {
+    // What closes a connection moves it to another map.
+    if plain.tcp_flags & (TCP_FIN | TCP_RST) != 0 {
         return false;
-    };
-    let seen = flows::seen(plain.bit, plain.tcp_flags, true);
-    if !flows::is_open(flows, &plain.key, interface.policy, seen)
+    }
+    if !flows::is_open(interface.pod, &plain.key, interface.policy)
         || checksum::is_misplaced(skb, plain.earliest_checksum())
     {
         return false;

@@ -5,7 +5,10 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_boot_ns, bpf_ktime_get_coarse_ns},
     programs::TcContext,
 };
-use egress_common::packet::{Frame, Packet};
+use egress_common::{
+    packet::{Frame, Packet},
+    records::Flow,
+};
 
 use crate::maps::COARSE_CLOCK;
 
@@ -39,8 +42,7 @@ impl Skb<'_> {
     /// follows one on which the fields may be anything.
     #[inline(always)]
     pub fn forget_path(&self, packet: &mut Packet) {
-        // Zero, for no frame is that long; but the verifier only knows that a length has 32 bits.
-        let zero = core::hint::black_box(Frame::len(self) >> 31);
+        let zero = self.zero();
         let (byte, half) = ((zero * 0xff) as u8, (zero * 0xffff) as u16);
         packet.src_port ^= half;
         packet.dst_port ^= half;
@@ -52,6 +54,29 @@ impl Skb<'_> {
         packet.icmp_code ^= byte;
         packet.hop_limit ^= byte;
         packet.version ^= byte;
+    }
+
+    /// Makes the verifier forget what it knows of a flow, as [`Self::forget_path`] does for a packet.
+    #[inline(always)]
+    pub fn forget_flow(&self, flow: &mut Flow) {
+        let zero = self.zero();
+        let (byte, half) = ((zero * 0xff) as u8, (zero * 0xffff) as u16);
+        flow.policy ^= zero;
+        flow.handshake ^= half;
+        flow.state ^= byte;
+        flow.seen ^= byte;
+    }
+
+    /// Makes the verifier forget a number.
+    #[inline(always)]
+    pub fn forget_number(&self, number: u32) -> u32 {
+        number ^ (self.zero() * 0xff)
+    }
+
+    /// Zero, for no frame is that long; but the verifier only knows that a length has 32 bits.
+    #[inline(always)]
+    fn zero(&self) -> u32 {
+        core::hint::black_box(Frame::len(self) >> 31)
     }
 
     /// The context as helpers want it.

@@ -4,12 +4,13 @@
 use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
 use egress_common::{
     address,
-    packet::{Fragment, Packet, Walked, walk},
+    flow::{after_packet_to_pod, is_closed},
+    packet::{Fragment, Packet, TCP_ACK, Walked, walk},
     protocol::{self, bits},
     reason::Reason,
     records::{
-        FLOW_IN, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
-        Range, TO_POD,
+        FLOW_IN, Flow, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
+        Range, TO_POD, UNJUDGED,
     },
 };
 
@@ -123,9 +124,6 @@ const fn may_belong_to_answer(packet: &Packet) -> bool {
 /// Notes the flow that a packet belongs to, or opens, so that the pod may answer it.
 #[inline(always)]
 fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
-    let Some(flows) = flows::of_pod(interface) else {
-        return;
-    };
     let now_ns = now_ns();
     let mut key = packet.flow_to_pod();
     if packet.is_neighbour_message() && address::is_v6_multicast(&packet.dst) {
@@ -134,16 +132,44 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
             key.pod_addr = target;
         }
     }
+    let known = flows::find(skb, interface.pod, &key, now_ns);
+
     let seen = flows::seen(packet.bit, packet.tcp_flags, false);
-    match flows::find(flows, &key, now_ns) {
-        Some(flow) => flows::touch(flow, seen, now_ns),
-        // The pod's answer would be a tunnel that no rule was asked about.
-        None if is_tunnel(range_of(&packet.src).kinds, packet.bit, packet.src_port) => {}
-        None if packet.opens_inbound() => {
-            flows::remember(flows, &key, interface, FLOW_IN, seen, now_ns);
+    let state = known.state();
+    let is_reopened = state == FLOW_IN && packet.opens_tcp() && is_closed(&known.flow);
+    let is_new = state == 0 || is_reopened;
+    let next = if !is_new {
+        let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
+        after_packet_to_pod(&known.flow, seen, completes, now_ns)
+    } else if packet.opens_inbound() && !is_answered_by_tunnel(packet) {
+        Flow {
+            last_seen_ns: now_ns,
+            // The policy looks at it when the pod answers.
+            policy: UNJUDGED,
+            state: FLOW_IN,
+            seen,
+            handshake: 0,
         }
-        None => {}
-    }
+    } else {
+        return;
+    };
+    flows::keep(skb, interface, &key, &known, next, is_new);
+}
+
+/// Whether the pod's answer would be a tunnel, about which no rule would be asked.
+#[inline(always)]
+fn is_answered_by_tunnel(packet: &Packet) -> bool {
+    is_tunnel(range_of(&packet.src).kinds, packet.bit, packet.src_port)
+}
+
+/// Whether a TCP packet acknowledges the SYN-ACK that the pod has answered with. Who forges the
+/// sender's address does not see that answer.
+#[inline(always)]
+fn completes_handshake(skb: &Skb<'_>, packet: &Packet, flow: &Flow) -> bool {
+    packet.tcp_flags & TCP_ACK != 0
+        && packet
+            .tcp_numbers(skb)
+            .is_some_and(|(_, acknowledged)| acknowledged == flow.handshake)
 }
 
 #[inline(always)]

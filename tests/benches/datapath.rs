@@ -55,6 +55,7 @@ fn main() {
         let mut datapath = Datapath::open(&Options {
             bpffs: lab.bpffs(),
             allow_entries: egress_common::limits::ALLOW_ENTRIES,
+            flows: egress_common::limits::FlowLimits::of(egress_common::limits::FLOW_ENTRIES),
             attach: Attach::Auto,
             trace: false,
         })

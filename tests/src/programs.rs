@@ -76,6 +76,7 @@ impl Programs {
         let options = Options {
             bpffs: lab.bpffs(),
             allow_entries: 16,
+            flows: egress_common::limits::FlowLimits::of(egress_common::limits::FLOW_ENTRIES),
             attach: Attach::Auto,
             trace: false,
         };

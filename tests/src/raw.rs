@@ -215,6 +215,21 @@ impl Ip {
         self.frame(protocol::TCP, &tcp(from, to, flags))
     }
 
+    /// A TCP segment with these flags, this sequence number and acknowledgment, and this data.
+    pub fn tcp_segment(
+        &self,
+        (from, to): (u16, u16),
+        flags: u8,
+        (sequence, acknowledged): (u32, u32),
+        data: &[u8],
+    ) -> Vec<u8> {
+        let mut segment = tcp(from, to, flags);
+        segment[4..8].copy_from_slice(&sequence.to_be_bytes());
+        segment[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+        segment.extend(data);
+        self.frame(protocol::TCP, &segment)
+    }
+
     /// An SCTP packet with an INIT chunk.
     pub fn sctp(&self, from: u16, to: u16) -> Vec<u8> {
         let mut packet = ports(from, to);
@@ -233,6 +248,16 @@ impl Ip {
             IpAddr::V6(_) => protocol::ICMPV6,
         };
         self.frame(protocol, &message)
+    }
+
+    /// A "port unreachable" about `quoted`, an Ethernet frame.
+    pub fn icmp_unreachable(&self, quoted: &[u8]) -> Vec<u8> {
+        let rest = [&[0; 4], &quoted[ETHERNET..]].concat();
+        if quoted[ETHERNET] >> 4 == 4 {
+            self.icmp(3, 3, &rest)
+        } else {
+            self.icmp(1, 4, &rest)
+        }
     }
 
     /// An echo request with this identifier.

@@ -280,23 +280,24 @@ fn a_full_flow_map_closes_nothing_that_a_rule_allows() {
     };
     let (to, by) = (programs.to(server(1)), programs.by(server(9)));
     programs.leaves(&to.tcp(7, PORT, flag::SYN));
-    programs.arrives(&by.udp(1, 8080, b"early"));
     let flood = (0..FLOW_ENTRIES).map(|n| {
         let from = server(2 + (n >> 14) as u8);
         Ip::new(from, own).udp((n & 0x3fff) as u16, 9, b"flood")
     });
     programs.flood(Hook::ToPod, flood, 1);
-    assert!(programs.counters().flows_full > 0);
+    assert!(programs.counters().openings_evicted > 0);
+    assert_eq!(programs.counters().flows_full, 0);
 
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
     programs.leaves(&to.tcp(8, PORT, flag::SYN));
     programs.leaves(&to.tcp(8, PORT, flag::ACK));
-    programs.leaves(&programs.to(server(9)).udp(8080, 1, b"early"));
     // And opens nothing.
     programs.stays(
         &programs.to(server(9)).udp(8080, 2, b"hello"),
         Reason::NoRule,
     );
+    programs.arrives(&by.udp(2, 8080, b"hello"));
+    programs.leaves(&programs.to(server(9)).udp(8080, 2, b"hello"));
 }
 
 #[test]

@@ -29,6 +29,7 @@
 //!   refusal: nxdomain           # nxdomain | refused
 //! limits:
 //!   addressesPerPod: 4096
+//!   flowsPerPod: 16384
 //! cluster:                      # where Kubernetes has what the agent asks it for
 //!   dnsService: kube-system/kube-dns
 //!   kubeletConfig: /var/lib/kubelet/config.yaml
@@ -61,7 +62,10 @@ use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{ALLOW_ENTRIES, DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS, TUNNELS as TUNNELS_MAX},
+    limits::{
+        ALLOW_ENTRIES, DNS_PORTS, FLOW_ENTRIES, RANGE_ENTRIES, RESOLVER_PORTS,
+        TUNNELS as TUNNELS_MAX,
+    },
     records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
     translation::range_kind,
 };
@@ -83,6 +87,10 @@ use crate::{
 
 /// Most addresses of one pod that can be configured.
 const ADDRESSES_PER_POD_MAX: u32 = 1 << 20;
+
+/// Bounds of `limits.flowsPerPod`: the kernel allots 16 bytes and more for each at once.
+const FLOWS_PER_POD_MIN: u32 = 64;
+const FLOWS_PER_POD_MAX: u32 = 1 << 20;
 
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -198,6 +206,8 @@ pub enum ExistingConnections {
 pub struct Limits {
     /// Most addresses that one pod's allow map holds.
     pub addresses_per_pod: u32,
+    /// Most established flows that one pod opens, and that others open to it.
+    pub flows_per_pod: u32,
 }
 
 impl Config {
@@ -556,11 +566,18 @@ impl Dns {
 
 impl Limits {
     fn read(section: Section) -> Result<Self, ConfigError> {
-        let [addresses_per_pod] = section.take(["addressesPerPod"])?;
+        let [addresses_per_pod, flows_per_pod] =
+            section.take(["addressesPerPod", "flowsPerPod"])?;
         let addresses_per_pod = or(addresses_per_pod, ALLOW_ENTRIES, |node| {
             read::count(node, 1, ADDRESSES_PER_POD_MAX)
         })?;
-        Ok(Self { addresses_per_pod })
+        let flows_per_pod = or(flows_per_pod, FLOW_ENTRIES, |node| {
+            read::count(node, FLOWS_PER_POD_MIN, FLOWS_PER_POD_MAX)
+        })?;
+        Ok(Self {
+            addresses_per_pod,
+            flows_per_pod,
+        })
     }
 }
 

@@ -82,6 +82,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.autopath",
         "dns.refusal",
         "limits.addressesPerPod",
+        "limits.flowsPerPod",
         "cluster.dnsService",
         "cluster.kubeletConfig",
         "quarantine.enabled",
@@ -145,7 +146,8 @@ fn the_documented_example_says_every_key_and_parses() {
             state_dir: "/var/lib/egress-agent".into(),
             bpffs: "/sys/fs/bpf".into(),
             limits: Limits {
-                addresses_per_pod: 4096
+                addresses_per_pod: 4096,
+                flows_per_pod: 16_384,
             },
             cluster: Cluster {
                 dns_service: ("kube-system".to_owned(), "kube-dns".to_owned()),
@@ -198,7 +200,7 @@ fn every_choice_can_be_made() {
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
          unenforcedInterfaces: refuse\n\
          existingConnections: trust\nstateDir: /srv/state\n\
-         ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100}\ndns:\n  resolvers:\n  - \
+         ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100, flowsPerPod: 64}\ndns:\n  resolvers:\n  - \
          ::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
     );
@@ -211,6 +213,7 @@ fn every_choice_can_be_made() {
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
+    assert_eq!(config.limits.flows_per_pod, 64);
     assert_eq!(
         config.dns.resolvers,
         ["10.0.0.1", "10.0.0.1:5353", "::1"].map(|text| text.parse().unwrap())
@@ -370,6 +373,10 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1]}\nlimits: {addressesPerPod: 0}",
             "line 2, column 27: limits.addressesPerPod: `0` is not a number from 1 to 1048576",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1]}\nlimits: {flowsPerPod: 63}",
+            "line 2, column 23: limits.flowsPerPod: `63` is not a number from 64 to 1048576",
         ),
         (
             "bpffs: sys/fs/bpf",

@@ -258,7 +258,25 @@ impl Losses {
                 tracing::warn!(
                     pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
                     flows = flows_full,
-                    "flows not remembered: the pod's flow map is full"
+                    "flows not remembered: the kernel had no memory for them, or too many came at \
+                     the same time"
+                );
+            }
+            let openings = now.openings_evicted.saturating_sub(before.openings_evicted);
+            if openings > 0 {
+                tracing::warn!(
+                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    flows = openings,
+                    "flows that were not established gave way to newer ones of the pod: it is \
+                     flooded, or floods"
+                );
+            }
+            let flows = now.flows_evicted.saturating_sub(before.flows_evicted);
+            if flows > 0 {
+                tracing::warn!(
+                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    flows,
+                    "established flows gave way to newer ones of the pod: raise limits.flowsPerPod"
                 );
             }
         }

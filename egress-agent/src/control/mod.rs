@@ -43,6 +43,8 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
+use egress_common::limits::FlowLimits;
+
 use crate::{
     config::{self, Config},
     datapath::{self, Attach, Datapath},
@@ -116,6 +118,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut datapath = Datapath::open(&datapath::Options {
         bpffs: config.bpffs.clone(),
         allow_entries: config.limits.addresses_per_pod,
+        flows: FlowLimits::of(config.limits.flows_per_pod),
         attach: options.attach,
         trace: options.datapath_log,
     })?;

@@ -386,7 +386,18 @@ impl Reconciler {
                 open.insert(address);
             });
             match swept {
-                Ok(flows) => self.board.set_flows(enforced.pod, flows),
+                Ok(swept) => {
+                    self.board.set_flows(enforced.pod, swept.alive);
+                    if swept.evicted > 0 {
+                        self.board.flows_evicted.add(swept.evicted as u64);
+                        tracing::warn!(
+                            pod = %format!("{}/{}", enforced.identity.namespace, enforced.identity.name),
+                            connections = swept.evicted,
+                            "inbound connections that were silent for longest gave way to others \
+                             of the pod: raise limits.flowsPerPod"
+                        );
+                    }
+                }
                 Err(error) => {
                     tracing::error!(error = %format!("{error:#}"), "cannot sweep a pod's flows");
                     continue;

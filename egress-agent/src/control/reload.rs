@@ -85,5 +85,7 @@ mod tests {
         assert_eq!(fixed_key(&now, &trust), Some("existingConnections"));
         let limits = read("limits: {addressesPerPod: 7}");
         assert_eq!(fixed_key(&now, &limits), Some("limits"));
+        let limits = read("limits: {flowsPerPod: 1024}");
+        assert_eq!(fixed_key(&now, &limits), Some("limits"));
     }
 }

@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{HashMap, MapData, MapError};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use egress_common::{
     address::Address,
-    flow::{is_alive, is_open},
-    limits::FLOW_ENTRIES,
+    flow::{idle_limit_ns, is_alive, is_open},
+    protocol,
     records::{
-        FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey, UNJUDGED,
+        FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow,
+        FlowKey, UNJUDGED,
     },
 };
 
@@ -18,8 +19,25 @@ use super::{AllowError, policies::gone};
 /// `BPF_NOEXIST`: insert, and replace nothing.
 const NOEXIST: u64 = 1;
 
+type Flows = HashMap<MapData, FlowKey, Flow>;
+
 /// Handle on one pod's flows.
-pub struct FlowMap(pub(super) HashMap<MapData, FlowKey, Flow>);
+pub struct FlowMap {
+    /// Established, and opened by the pod.
+    flows: Flows,
+    /// Established, and opened by others.
+    inbound: Flows,
+    /// Not established, or closed.
+    opening: Flows,
+    limits: Limits,
+}
+
+/// How many entries the maps have room for.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    established: usize,
+    opening: usize,
+}
 
 /// The flows that a pod has open.
 #[derive(Debug, Default)]
@@ -28,6 +46,15 @@ pub struct OpenFlows {
     pub to: HashSet<Address>,
     /// How many flows were looked at, open or not.
     pub flows: usize,
+}
+
+/// What a look at all flows has found and done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// How many flows are remembered.
+    pub alive: usize,
+    /// How many established ones that others opened had to give way.
+    pub evicted: usize,
 }
 
 /// A connection that was open before anybody looked at its packets.
@@ -56,14 +83,28 @@ pub enum SeedState {
 }
 
 impl FlowMap {
+    pub(super) fn new(flows: MapData, inbound: MapData, opening: MapData) -> Result<Self> {
+        let limits = Limits {
+            established: entries_of(&inbound)?,
+            opening: entries_of(&opening)?,
+        };
+        Ok(Self {
+            flows: Map::HashMap(flows).try_into()?,
+            inbound: Map::HashMap(inbound).try_into()?,
+            opening: Map::HashMap(opening).try_into()?,
+            limits,
+        })
+    }
+
     /// Every flow and every fragmented packet that is remembered.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
+    /// When a map cannot be read.
     pub fn entries(&self) -> Result<Vec<(FlowKey, Flow)>> {
-        self.0
-            .iter()
+        let maps = [&self.flows, &self.inbound, &self.opening];
+        maps.into_iter()
+            .flat_map(Flows::iter)
             .collect::<Result<_, _>>()
             .context("cannot read a pod's flows")
     }
@@ -72,17 +113,18 @@ impl FlowMap {
     ///
     /// # Errors
     ///
-    /// When the map cannot be read; [`AllowError::Full`] when it changes too fast for that.
+    /// When a map cannot be read; [`AllowError::Full`] when it changes too fast for that.
     pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
         let mut open = OpenFlows::default();
-        for item in &self.0 {
+        let most = 2 * (self.limits.established + self.limits.opening);
+        for item in self.flows.iter().chain(self.opening.iter()) {
             let (key, flow) = item.map_err(AllowError::Kernel)?;
             if is_open(&key, &flow, now_ns) {
                 open.to.insert(key.peer_addr);
             }
             // Where the entry last seen is removed, the kernel begins again with the first.
             open.flows += 1;
-            if open.flows > 2 * FLOW_ENTRIES as usize {
+            if open.flows > most {
                 return Err(AllowError::Full);
             }
         }
@@ -105,73 +147,184 @@ impl FlowMap {
             kind: FLOW_KEY_FLOW,
             pad: 0,
         };
-        let (state, policy) = match seed.state {
-            SeedState::Inbound => (FLOW_IN, UNJUDGED),
-            SeedState::Admitted(policy) => (FLOW_OUT, policy),
-            SeedState::Unjudged => (FLOW_OUT, UNJUDGED),
+        let (map, state, policy) = match seed.state {
+            SeedState::Inbound => (&mut self.inbound, FLOW_IN, UNJUDGED),
+            SeedState::Admitted(policy) => (&mut self.flows, FLOW_OUT, policy),
+            SeedState::Unjudged => (&mut self.flows, FLOW_OUT, UNJUDGED),
         };
         let flow = Flow {
             last_seen_ns: now_ns,
             policy,
             state,
-            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT,
-            pad: 0,
+            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
+            handshake: 0,
         };
-        self.add(&key, flow)
+        add(map, &key, flow)
     }
 
-    /// Takes over the flows that others have opened towards the pod, and that another map remembers.
+    /// Takes over the flows that others have opened towards the pod, and that another pod's maps remember.
     /// Returns how many.
     ///
     /// # Errors
     ///
-    /// When this map is full, or one of the two cannot be read or written.
+    /// When the map is full, or a map cannot be read or written.
     pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
         let mut taken = 0;
         for (key, flow) in other.entries()? {
             if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
-                taken += usize::from(self.add(&key, flow)?);
+                taken += usize::from(add(&mut self.inbound, &key, flow)?);
             }
         }
         Ok(taken)
     }
 
-    /// Adds a flow unless it is known. Returns whether it was not.
-    fn add(&mut self, key: &FlowKey, flow: Flow) -> Result<bool> {
-        match self.0.insert(key, flow, NOEXIST) {
-            Ok(()) => Ok(true),
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
-            {
-                Ok(false)
-            }
-            Err(error) => Err(error).context("cannot write a pod's flows"),
-        }
-    }
-
-    /// Forgets flows that have been idle for too long, and gives each destination of a flow that
-    /// the pod has open to `open`. Returns how many are remembered.
+    /// Forgets flows that have been idle for too long, makes room where established flows that others
+    /// opened are too many, and gives each destination of a flow that the pod has open to `open`.
     ///
     /// # Errors
     ///
-    /// When the map cannot be read.
-    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<usize> {
-        let mut idle = Vec::new();
-        let mut alive = 0;
-        for item in &self.0 {
-            let (key, flow) = item.context("cannot read a pod's flows")?;
-            if !is_alive(&key, &flow, now_ns) {
-                idle.push(key);
-                continue;
-            }
-            alive += 1;
-            if is_open(&key, &flow, now_ns) {
-                open(key.peer_addr);
-            }
+    /// When a map cannot be read.
+    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<Swept> {
+        let mut swept = Swept::default();
+        for map in [&mut self.flows, &mut self.opening] {
+            swept.alive += forget_idle(map, now_ns, |key, flow| {
+                if is_open(key, flow, now_ns) {
+                    open(key.peer_addr);
+                }
+            })?;
         }
-        for key in idle {
-            gone(self.0.remove(&key)).context("cannot forget a flow")?;
+        let mut inbound = Vec::new();
+        forget_idle(&mut self.inbound, now_ns, |key, flow| {
+            inbound.push((*key, *flow));
+        })?;
+        let surplus = surplus(&mut inbound, self.limits.established);
+        for (key, _) in surplus {
+            gone(self.inbound.remove(key)).context("cannot forget a flow")?;
         }
-        Ok(alive)
+        swept.evicted = surplus.len();
+        swept.alive += inbound.len() - swept.evicted;
+        Ok(swept)
+    }
+}
+
+/// Adds a flow unless the map has it. Returns whether it did not.
+fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
+    match map.insert(key, flow, NOEXIST) {
+        Ok(()) => Ok(true),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error).context("cannot write a pod's flows"),
+    }
+}
+
+/// Removes what has been idle for too long and shows the rest to `alive`. Returns how many those are.
+fn forget_idle(
+    map: &mut Flows,
+    now_ns: u64,
+    mut alive: impl FnMut(&FlowKey, &Flow),
+) -> Result<usize> {
+    let mut idle = Vec::new();
+    let mut count = 0;
+    for item in &*map {
+        let (key, flow) = item.context("cannot read a pod's flows")?;
+        if is_alive(&key, &flow, now_ns) {
+            count += 1;
+            alive(&key, &flow);
+        } else {
+            idle.push(key);
+        }
+    }
+    for key in idle {
+        gone(map.remove(&key)).context("cannot forget a flow")?;
+    }
+    Ok(count)
+}
+
+/// Which of the established flows that others opened are to give way: as soon as a sixteenth of the
+/// places is all that is left, as many as leave an eighth. Those that would be forgotten first are
+/// chosen: a TCP connection that is silent for longest, but after any conversation over UDP.
+fn surplus(flows: &mut [(FlowKey, Flow)], places: usize) -> &[(FlowKey, Flow)] {
+    if flows.len() < places - places / 16 {
+        return &[];
+    }
+    let surplus = flows.len() - (places - places / 8);
+    if surplus == 0 {
+        return &[];
+    }
+    let ends = |(key, flow): &(FlowKey, Flow)| {
+        (
+            key.protocol == protocol::TCP,
+            flow.last_seen_ns.saturating_add(idle_limit_ns(key, flow)),
+        )
+    };
+    flows.select_nth_unstable_by_key(surplus - 1, ends);
+    &flows[..surplus]
+}
+
+fn entries_of(map: &MapData) -> Result<usize> {
+    let info = map.info().context("cannot look at a flow map")?;
+    Ok(info.max_entries() as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(protocol: u8, port: u16, last_seen_ns: u64) -> (FlowKey, Flow) {
+        let key = FlowKey {
+            pod_addr: [0; 16],
+            peer_addr: [0; 16],
+            pod_port: 80,
+            peer_port: port,
+            protocol,
+            kind: FLOW_KEY_FLOW,
+            pad: 0,
+        };
+        let flow = Flow {
+            last_seen_ns,
+            policy: 0,
+            state: FLOW_IN,
+            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
+            handshake: 0,
+        };
+        (key, flow)
+    }
+
+    fn ports(surplus: &[(FlowKey, Flow)]) -> Vec<u16> {
+        let mut ports: Vec<u16> = surplus.iter().map(|(key, _)| key.peer_port).collect();
+        ports.sort_unstable();
+        ports
+    }
+
+    #[test]
+    fn nobody_gives_way_while_there_is_room() {
+        let mut flows: Vec<_> = (0..59).map(|n| flow(protocol::TCP, n, 0)).collect();
+        assert!(surplus(&mut flows, 64).is_empty());
+    }
+
+    #[test]
+    fn connections_that_are_silent_for_longest_give_way() {
+        let mut flows: Vec<_> = (0..60u16)
+            .map(|n| flow(protocol::TCP, n, u64::from((n * 7) % 60)))
+            .collect();
+        let longest: Vec<u16> = (0..60).filter(|n| (n * 7) % 60 < 4).collect();
+        assert_eq!(ports(surplus(&mut flows, 64)), longest);
+    }
+
+    #[test]
+    fn conversations_over_udp_give_way_before_connections() {
+        let mut flows: Vec<_> = (0..60u16)
+            .map(|n| {
+                if n < 4 {
+                    flow(protocol::UDP, n, u64::MAX)
+                } else {
+                    flow(protocol::TCP, n, 0)
+                }
+            })
+            .collect();
+        assert_eq!(ports(surplus(&mut flows, 64)), [0, 1, 2, 3]);
     }
 }

@@ -1,4 +1,4 @@
-//! Inner maps: one allow map and one CIDR trie for each policy, one flow map for each pod.
+//! Inner maps: one allow map and one CIDR trie for each policy, the flows of each pod.
 //!
 //! aya makes inner maps without type information; bpftool would print them as bytes. Here they are
 //! made from the definitions in the object file, with the BTF that the kernel already holds for the
@@ -15,6 +15,7 @@ pub(super) struct Templates {
     allow: aya_obj::Map,
     cidrs: aya_obj::Map,
     flows: aya_obj::Map,
+    order: aya_obj::Map,
     btf: OwnedFd,
 }
 
@@ -33,6 +34,7 @@ impl Templates {
             allow: inner("allow")?,
             cidrs: inner("cidrs")?,
             flows: inner("flows")?,
+            order: inner("order_to_pod")?,
             btf: btf_of(sample)?,
         })
     }
@@ -45,16 +47,31 @@ impl Templates {
         self.create(&self.cidrs, "cidrs", entries)
     }
 
-    pub(super) fn flows(&self) -> Result<MapData> {
-        self.create(&self.flows, "flows", self.flows.max_entries())
+    /// One of the maps of a pod's flows: `flows`, `inbound` or `opening`.
+    pub(super) fn flows(&self, name: &str, entries: u32) -> Result<MapData> {
+        self.create(&self.flows, name, entries)
+    }
+
+    /// A queue of keys of flows. The kernel takes no type information with queues.
+    pub(super) fn order(&self, entries: u32) -> Result<MapData> {
+        create(&self.order, "order", entries, None)
     }
 
     fn create(&self, template: &aya_obj::Map, name: &str, entries: u32) -> Result<MapData> {
-        let mut definition = template.clone();
-        definition.set_max_entries(entries);
-        MapData::create(definition, name, Some(self.btf.as_fd()))
-            .with_context(|| format!("cannot create a map `{name}` for {entries} entries"))
+        create(template, name, entries, Some(self.btf.as_fd()))
     }
+}
+
+fn create(
+    template: &aya_obj::Map,
+    name: &str,
+    entries: u32,
+    btf: Option<BorrowedFd<'_>>,
+) -> Result<MapData> {
+    let mut definition = template.clone();
+    definition.set_max_entries(entries);
+    MapData::create(definition, name, btf)
+        .with_context(|| format!("cannot create a map `{name}` for {entries} entries"))
 }
 
 /// The BTF object that a loaded map refers to.

@@ -28,7 +28,7 @@ pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState};
+pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, Swept};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};

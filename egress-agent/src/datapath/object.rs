@@ -13,7 +13,7 @@ use aya::{
 use aya_obj::Object;
 use egress_common::{
     address::Address,
-    limits::DNS_PORTS,
+    limits::{DNS_PORTS, FlowLimits},
     records::{DnsPorts, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
@@ -33,6 +33,10 @@ const SHARED_MAPS: &[&str] = &[
     "allow",
     "cidrs",
     "flows",
+    "inbound",
+    "opening",
+    "order_from_pod",
+    "order_to_pod",
     "ranges",
     "dns_ports",
     "tunnels",
@@ -63,6 +67,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// Most addresses in one pod's allow map.
     pub allow_entries: u32,
+    /// How many flows of each kind one pod can have.
+    pub flows: FlowLimits,
     /// How programs are attached.
     pub attach: Attach,
     /// Whether the programs trace what they do.
@@ -96,6 +102,7 @@ pub struct Datapath {
     pub(super) layout: Layout,
     pub(super) templates: Templates,
     pub(super) allow_entries: u32,
+    pub(super) flow_limits: FlowLimits,
     pub(super) attach: Attach,
     pub(super) policies: HashMap<MapData, u32, Policy>,
     pub(super) outer: Arc<OuterMaps>,
@@ -146,6 +153,7 @@ impl Datapath {
         Ok(Self {
             templates,
             allow_entries: options.allow_entries,
+            flow_limits: options.flows,
             attach: options.attach.resolve(kernel),
             policies: HashMap::try_from(take(&mut ebpf, "policies")?)?,
             outer: Arc::new(OuterMaps::open(|name| open(&layout, name))?),

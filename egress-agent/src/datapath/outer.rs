@@ -29,14 +29,31 @@ pub(super) enum Outer {
     Allow,
     Cidrs,
     Flows,
+    Inbound,
+    Opening,
+    OrderFromPod,
+    OrderToPod,
 }
 
 impl Outer {
-    fn name(self) -> &'static str {
+    /// What a pod has of its own.
+    pub(super) const OF_POD: [Self; 5] = [
+        Self::Flows,
+        Self::Inbound,
+        Self::Opening,
+        Self::OrderFromPod,
+        Self::OrderToPod,
+    ];
+
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Allow => "allow",
             Self::Cidrs => "cidrs",
             Self::Flows => "flows",
+            Self::Inbound => "inbound",
+            Self::Opening => "opening",
+            Self::OrderFromPod => "order_from_pod",
+            Self::OrderToPod => "order_to_pod",
         }
     }
 }
@@ -54,6 +71,10 @@ pub(super) struct OuterMaps {
     allow: MapData,
     cidrs: MapData,
     flows: MapData,
+    inbound: MapData,
+    opening: MapData,
+    order_from_pod: MapData,
+    order_to_pod: MapData,
 }
 
 impl OuterMaps {
@@ -64,6 +85,10 @@ impl OuterMaps {
             allow: open(Outer::Allow)?,
             cidrs: open(Outer::Cidrs)?,
             flows: open(Outer::Flows)?,
+            inbound: open(Outer::Inbound)?,
+            opening: open(Outer::Opening)?,
+            order_from_pod: open(Outer::OrderFromPod)?,
+            order_to_pod: open(Outer::OrderToPod)?,
         })
     }
 
@@ -125,6 +150,10 @@ impl OuterMaps {
             Outer::Allow => &self.allow,
             Outer::Cidrs => &self.cidrs,
             Outer::Flows => &self.flows,
+            Outer::Inbound => &self.inbound,
+            Outer::Opening => &self.opening,
+            Outer::OrderFromPod => &self.order_from_pod,
+            Outer::OrderToPod => &self.order_to_pod,
         };
         Ok(HashOfMaps::try_from(Map::HashOfMaps(another(map)?))?)
     }

@@ -105,8 +105,7 @@ impl Datapath {
         inner: &mut Vec<Change>,
     ) -> Result<Option<AllowMap>> {
         if let Some(pod) = wanted.pod {
-            let flows = self.make_flows(pod)?;
-            inner.push(Change::Insert(Outer::Flows, pod.id, flows));
+            self.make_flows(pod, inner)?;
         }
         let Some(policy) = &wanted.policy else {
             return Ok(None);
@@ -131,7 +130,8 @@ impl Datapath {
         self.allow_map(handle).map(Some)
     }
 
-    fn make_flows(&mut self, pod: NewPod<'_>) -> Result<MapData> {
+    /// A pod's flow maps, which are left in `inner`.
+    fn make_flows(&mut self, pod: NewPod<'_>, inner: &mut Vec<Change>) -> Result<()> {
         // First and last of all in this map, so that it knows of everything that may be left.
         let identity = interfaces::identity(pod.namespace, pod.name, pod.uid)?;
         self.identities
@@ -142,9 +142,22 @@ impl Datapath {
             .context("cannot write the map `meters`")?;
         let pins = self.layout.pod(pod.namespace, pod.name);
         pins.remove()?;
-        let flows = self.templates.flows()?;
-        pins.replace("flows", &flows)?;
-        Ok(flows)
+        let limits = self.flow_limits;
+        for outer in Outer::OF_POD {
+            let name = outer.name();
+            let map = match outer {
+                Outer::OrderFromPod => self.templates.order(limits.opening_from_pod)?,
+                Outer::OrderToPod => self.templates.order(limits.opening_to_pod)?,
+                Outer::Opening => self.templates.flows(name, limits.opening())?,
+                _ => self.templates.flows(name, limits.established)?,
+            };
+            // A queue cannot be read without emptying it.
+            if !matches!(outer, Outer::OrderFromPod | Outer::OrderToPod) {
+                pins.replace(name, &map)?;
+            }
+            inner.push(Change::Insert(outer, pod.id, map));
+        }
+        Ok(())
     }
 
     /// Removes what nobody uses any more, and returns for each whether it is gone. No interface may
@@ -158,7 +171,9 @@ impl Datapath {
                     Change::Remove(Outer::Allow, id),
                     Change::Remove(Outer::Cidrs, id),
                 ]),
-                Unused::Pod(id) => changes.push(Change::Remove(Outer::Flows, id)),
+                Unused::Pod(id) => {
+                    changes.extend(Outer::OF_POD.map(|outer| Change::Remove(outer, id)));
+                }
             }
             owners.resize(changes.len(), i);
         }
@@ -262,10 +277,15 @@ impl Datapath {
     ///
     /// When the map cannot be read.
     pub fn flow_map(&self, pod: u32) -> Result<Option<FlowMap>> {
-        let Some(map) = self.outer.get(Outer::Flows, pod)? else {
-            return Ok(None);
-        };
-        Ok(Some(FlowMap(HashMap::try_from(Map::HashMap(map))?)))
+        let maps = Outer::OF_POD.map(|outer| self.outer.get(outer, pod));
+        let [flows, inbound, opening, from_pod, to_pod] = maps;
+        // The agent may have been killed while it made them.
+        match (flows?, inbound?, opening?, from_pod?, to_pod?) {
+            (Some(flows), Some(inbound), Some(opening), Some(_), Some(_)) => {
+                FlowMap::new(flows, inbound, opening).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn allow_map(&self, allow: MapData) -> Result<AllowMap> {

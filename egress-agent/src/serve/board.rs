@@ -172,6 +172,8 @@ pub struct NodeState {
 #[derive(Debug)]
 pub struct Board {
     node: ArcSwap<NodeState>,
+    /// Established flows that others opened and that had to give way at a look at their pod.
+    pub flows_evicted: Counter,
     /// How long reconciles took.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
     /// How often a program was put in front of another one again.
@@ -190,6 +192,7 @@ impl Default for Board {
     fn default() -> Self {
         Self {
             node: ArcSwap::default(),
+            flows_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
             hooks_moved: Counter::default(),
             probes_missed: Counter::default(),

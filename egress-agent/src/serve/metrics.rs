@@ -193,6 +193,8 @@ impl Scrape {
             denials_limited,
             denials_lost,
             flows_full,
+            openings_evicted,
+            flows_evicted,
             no_policy,
         } = self.kernel;
         let direction = |direction: &str| vec![("direction", direction.to_owned())];
@@ -226,6 +228,15 @@ impl Scrape {
                 (why("ring_full"), denials_lost),
             ],
         )?;
+        let evicted_by_agent = self.sources.board.flows_evicted.get();
+        page.counters(
+            "egress_agent_flows_evicted",
+            "Flows that gave way to others of their pod",
+            [
+                (why("not_established"), openings_evicted),
+                (why("over_pod_share"), flows_evicted + evicted_by_agent),
+            ],
+        )?;
         for (name, help, value) in [
             (
                 "passed_packets",
@@ -256,7 +267,7 @@ impl Scrape {
             ),
             (
                 "flows_lost",
-                "Flows not remembered because the pod's flow map was full",
+                "Flows not remembered: no memory, or too many at the same time",
                 flows_full,
             ),
             (

@@ -151,6 +151,11 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("denials_limited", kernel.denials_limited),
         ("denials_lost", kernel.denials_lost),
         ("flows_full", kernel.flows_full),
+        ("openings_evicted", kernel.openings_evicted),
+        (
+            "flows_evicted",
+            kernel.flows_evicted + sources.board.flows_evicted.get(),
+        ),
         ("no_policy", kernel.no_policy),
         ("dns_segments_damaged", stats.segments_damaged.get()),
         ("dns_fragments_late", stats.fragments_late.get()),

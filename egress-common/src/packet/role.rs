@@ -6,7 +6,7 @@ use super::icmp::{
     ICMPV6_NEIGHBOUR_SOLICITATION, ICMPV6_PARAMETER_PROBLEM, ICMPV6_ROUTER_SOLICITATION,
     ICMPV6_UNREACHABLE,
 };
-use super::{ETHERNET_LEN, Fragment, Frame, Packet, TCP_ACK, TCP_SYN};
+use super::{ETHERNET_LEN, Fragment, Frame, Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use crate::{
     address::{self, Address},
     protocol::{self, bits},
@@ -25,6 +25,9 @@ const SCTP_CHECKSUM: u32 = 8;
 const ICMP_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 576;
 /// See [`ICMP_ERROR_FRAME_MAX`].
 pub(super) const ICMPV6_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 1280;
+
+/// Where a TCP header says how long it is.
+const TCP_DATA_OFFSET: u32 = 12;
 
 impl Packet {
     /// A packet of which nothing is known yet.
@@ -95,6 +98,59 @@ impl Packet {
             bits::ICMP_OTHER => self.is_neighbour_message(),
             _ => false,
         }
+    }
+
+    /// Whether this packet from the pod may answer a flow that the other side opened.
+    ///
+    /// Until the other side has completed the handshake of a TCP connection, what answers a
+    /// handshake may leave and nothing else: a SYN can come in the name of a host that did not send
+    /// it. An echo request is no answer.
+    #[inline(always)]
+    pub fn may_answer(&self, frame: &impl Frame, is_established: bool) -> bool {
+        match self.bit {
+            bits::TCP => is_established || self.answers_handshake(frame),
+            bits::ICMP_ECHO => !matches!(self.icmp_type, ICMP_ECHO | ICMPV6_ECHO),
+            _ => true,
+        }
+    }
+
+    /// Whether this is a SYN-ACK, an ACK or a RST without data (RFC 9293, section 3.5).
+    #[inline(always)]
+    fn answers_handshake(&self, frame: &impl Frame) -> bool {
+        self.tcp_flags & TCP_FIN == 0
+            && self.tcp_flags & (TCP_ACK | TCP_RST) != 0
+            && !self.may_carry_tcp_data(frame)
+    }
+
+    /// Whether a TCP packet carries data, as far as can be told.
+    #[inline(always)]
+    fn may_carry_tcp_data(&self, frame: &impl Frame) -> bool {
+        if frame.is_aggregate() || !matches!(self.fragment, Fragment::None) {
+            return true;
+        }
+        let (at, before) = if self.version == 4 {
+            (ETHERNET_LEN + 2, ETHERNET_LEN)
+        } else {
+            (ETHERNET_LEN + 4, ETHERNET_LEN + 40)
+        };
+        let (Some(len), Some(header)) = (
+            frame.read::<2>(at),
+            frame.read::<1>(self.l4_offset + TCP_DATA_OFFSET),
+        ) else {
+            return true;
+        };
+        let end = before + u32::from(u16::from_be_bytes(len));
+        end != self.l4_offset + u32::from(header[0] >> 4) * 4
+    }
+
+    /// Lower halves of a TCP packet's sequence and acknowledgment numbers.
+    #[inline(always)]
+    pub fn tcp_numbers(&self, frame: &impl Frame) -> Option<(u16, u16)> {
+        let numbers = frame.read::<8>(self.l4_offset + 4)?;
+        Some((
+            u16::from_be_bytes([numbers[2], numbers[3]]),
+            u16::from_be_bytes([numbers[6], numbers[7]]),
+        ))
     }
 
     /// Whether this is a neighbour solicitation or advertisement that no router has forwarded
@@ -249,17 +305,12 @@ impl Packet {
         }
     }
 
-    /// Key under which the verdict on a fragmented packet from a pod is remembered.
+    /// Makes the key of this packet's flow the key under which the verdict on its fragments is
+    /// remembered.
     #[inline(always)]
-    pub const fn fragment_from_pod(&self) -> FlowKey {
-        FlowKey {
-            pod_addr: self.src,
-            peer_addr: self.dst,
-            pod_port: (self.fragment_id >> 16) as u16,
-            peer_port: self.fragment_id as u16,
-            protocol: self.protocol,
-            kind: FLOW_KEY_FRAGMENT,
-            pad: 0,
-        }
+    pub const fn name_fragments(&self, key: &mut FlowKey) {
+        key.pod_port = (self.fragment_id >> 16) as u16;
+        key.peer_port = self.fragment_id as u16;
+        key.kind = FLOW_KEY_FRAGMENT;
     }
 }

@@ -1,0 +1,149 @@
+//! Flows that are not established: the oldest gives way to the newest.
+//!
+//! Two queues have the keys in `opening` in the order in which they came: one has what the pod opens,
+//! the other what others open, so that neither pushes out the other's. A queue is as long as its side's
+//! share; whoever is pushed out of it leaves `opening`, too.
+//!
+//! The kernel's own LRU maps would not do. They hand out entries to CPUs in advance (128 to each), and
+//! on a machine with many CPUs a map of this size then evicts what has just been inserted
+//! (`bpf_common_lru_pop_free`, `kernel/bpf/bpf_lru_list.c`). They are also allotted at once, ten times
+//! what a queue takes.
+
+use core::{mem::MaybeUninit, ptr};
+
+use aya_ebpf::helpers::bpf_map_pop_elem;
+use egress_common::{
+    flow::{is_alive, is_closed, is_established},
+    protocol,
+    records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey},
+};
+
+use crate::{
+    counters::count,
+    flows::{ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_flow, map_of},
+    maps::{Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
+    skb::now_ns,
+};
+
+/// How many of the oldest are looked at for one to give way: established ones move elsewhere, and
+/// conversations over UDP that go on are spared once.
+const ATTEMPTS: u32 = 4;
+
+/// Puts a flow, or a fragmented packet, into `opening`. If there is no room, the oldest of the same side
+/// gives way.
+#[inline(never)]
+pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
+    let Some(opening) = map_of(pod, IN_OPENING) else {
+        return;
+    };
+    // It is there already and has its place in the order.
+    if opening.insert(key, flow, EXIST).is_ok() {
+        return;
+    }
+    // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
+    // program ends.
+    let order = unsafe {
+        if flow.state == FLOW_IN {
+            ORDER_TO_POD.get(&pod)
+        } else {
+            ORDER_FROM_POD.get(&pod)
+        }
+    };
+    let Some(order) = order else {
+        return;
+    };
+    if !has_place(pod, order, opening, key) || opening.insert(key, flow, ANY).is_err() {
+        count_full(pod);
+    }
+}
+
+/// Puts the key at the end of the order, and makes room there if need be.
+#[inline(always)]
+fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        if order.push(key, ANY).is_ok() {
+            return true;
+        }
+        let mut oldest = MaybeUninit::<FlowKey>::uninit();
+        // SAFETY: the map is a queue of keys, and the buffer as long as one. (`Queue::pop` would copy
+        // the key twice, on a stack of 512 bytes for all functions together.)
+        let oldest = unsafe {
+            let queue = ptr::from_ref(order).cast_mut().cast();
+            if bpf_map_pop_elem(queue, oldest.as_mut_ptr().cast()) != 0 {
+                attempt += 1;
+                continue;
+            }
+            oldest.assume_init_ref()
+        };
+        give_way(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
+        attempt += 1;
+    }
+    order.push(key, ANY).is_ok()
+}
+
+/// Takes the oldest out of `opening`, or spares it.
+#[inline(never)]
+fn give_way(pod: u32, order: &Order, opening: &Flows, oldest: &FlowKey, must: bool) {
+    let Some(flow) = opening.get_ptr(oldest) else {
+        // It was established or forgotten in the meantime.
+        return;
+    };
+    // SAFETY: the memory stays an entry of this map until the program ends.
+    let mut flow = unsafe { *flow };
+    let is_tcp = oldest.protocol == protocol::TCP;
+    let is_wanted =
+        is_flow(oldest) && !(is_tcp && is_closed(&flow)) && is_alive(oldest, &flow, now_ns());
+    let mut was_established = false;
+    if is_wanted && is_established(oldest, &flow) {
+        // What the other side sends over UDP opens the flow anew whenever it was forgotten, and can
+        // be sent in anybody's name. So it gets no place that is kept for it, only another round.
+        if flow.state == FLOW_IN && !is_tcp {
+            if !must {
+                flow.seen &= !(FLOW_SEEN_AGAIN | FLOW_SEEN_OUT);
+                if order.push(oldest, ANY).is_ok() {
+                    let _ = opening.insert(oldest, flow, EXIST);
+                    return;
+                }
+            }
+        } else {
+            let place = if flow.state == FLOW_OUT {
+                IN_FLOWS
+            } else {
+                IN_INBOUND
+            };
+            if let Some(flows) = map_of(pod, place)
+                && flows.insert(oldest, flow, ANY).is_ok()
+            {
+                let _ = opening.remove(oldest);
+                return;
+            }
+            was_established = true;
+        }
+    }
+    let _ = opening.remove(oldest);
+    if is_wanted {
+        count_evicted(pod, was_established);
+    }
+}
+
+#[inline(always)]
+fn count_evicted(pod: u32, was_established: bool) {
+    count(|c| {
+        if was_established {
+            c.flows_evicted += 1;
+        } else {
+            c.openings_evicted += 1;
+        }
+    });
+    if let Some(meter) = METER.get_ptr_mut(pod) {
+        // SAFETY: the entry lives while the program runs; racing writers only blur the count.
+        unsafe {
+            if was_established {
+                (*meter).flows_evicted += 1;
+            } else {
+                (*meter).openings_evicted += 1;
+            }
+        }
+    }
+}

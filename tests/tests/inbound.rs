@@ -1,0 +1,204 @@
+//! What others open towards a pod: it is answered, unless a `deny` says otherwise, and however many
+//! there are of them.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
+};
+
+use egress_tests::{
+    DEADLINE, Lab, Namespace, Pod, SHORT,
+    addresses::{numbered, server},
+    exchange,
+};
+use socket2::{Domain, SockRef, Socket, Type};
+
+/// The port that the pod serves.
+const PORT: u16 = 8080;
+
+/// A connection to the pod from an address of the outside.
+#[track_caller]
+fn call(outside: &Namespace, from: IpAddr, pod: &Pod) -> std::io::Result<TcpStream> {
+    let to = SocketAddr::from((pod.ipv4(), PORT));
+    outside.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::from((from, 0)).into())?;
+        socket.connect_timeout(&to.into(), DEADLINE)?;
+        Ok(socket.into())
+    })
+}
+
+/// A connection to the pod, and the pod's end of it.
+#[track_caller]
+fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
+    let outer = call(lab.outside(), from, pod).expect("the pod accepts the connection");
+    let (inner, _) = listener.accept().expect("a connection");
+    (outer, inner)
+}
+
+/// Whether what the pod says reaches the other side.
+fn is_heard(inner: &mut TcpStream, outer: &mut TcpStream, timeout: std::time::Duration) -> bool {
+    inner.write_all(b"hello").expect("the pod writes");
+    outer.set_read_timeout(Some(timeout)).expect("a time-out");
+    let mut heard = [0; 5];
+    outer.read_exact(&mut heard).is_ok() && heard == *b"hello"
+}
+
+/// A UDP socket of the outside that has sent something to the pod's, which is `inner`.
+#[track_caller]
+fn asked(lab: &Lab, from: IpAddr, inner: &UdpSocket, pod: &Pod) -> UdpSocket {
+    let outer = lab.outside().run(|| UdpSocket::bind((from, 0)));
+    let outer = outer.expect("a UDP socket");
+    outer
+        .connect((pod.ipv4(), PORT))
+        .and_then(|()| outer.send(b"hello"))
+        .expect("a datagram to the pod");
+    let mut buffer = [0; 16];
+    inner.recv(&mut buffer).expect("the pod gets the datagram");
+    outer
+}
+
+/// Whether the pod's answer arrives.
+fn is_answered(inner: &UdpSocket, outer: &UdpSocket, timeout: std::time::Duration) -> bool {
+    let to = outer.local_addr().expect("an address");
+    inner.send_to(b"answer", to).expect("the pod answers");
+    outer.set_read_timeout(Some(timeout)).expect("a time-out");
+    let mut buffer = [0; 16];
+    outer.recv(&mut buffer).is_ok()
+}
+
+fn udp_server(pod: &Pod) -> UdpSocket {
+    let socket = pod.netns().run(|| UdpSocket::bind((pod.ipv4(), PORT)));
+    let socket = socket.expect("a UDP socket in the pod");
+    socket
+        .set_read_timeout(Some(DEADLINE))
+        .expect("a time-out that is not zero");
+    socket
+}
+
+#[test]
+fn a_deny_that_is_added_cuts_what_its_host_has_opened() {
+    let lab = Lab::new();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let (denied, other) = (server(9), server(20));
+    let (listener, datagrams) = (pod.listen_tcp(PORT), udp_server(&pod));
+    let (mut outer, mut inner) = accepted(&lab, &listener, denied, &pod);
+    let (mut other_outer, mut other_inner) = accepted(&lab, &listener, other, &pod);
+    let asker = asked(&lab, denied, &datagrams, &pod);
+    assert!(is_heard(&mut inner, &mut outer, DEADLINE));
+    assert!(is_answered(&datagrams, &asker, DEADLINE));
+
+    let edited = [("allow", "shop.test:443"), ("deny", "203.0.113.9")];
+    agent.applies(&pod, || lab.write_pod(&pod, &edited));
+    assert!(
+        !is_answered(&datagrams, &asker, SHORT),
+        "the pod answered a denied address"
+    );
+    assert!(
+        !is_heard(&mut inner, &mut outer, SHORT),
+        "the pod went on talking to a denied address"
+    );
+    agent.wait_denial("an answer", |d| {
+        d.is(
+            &pod,
+            "deny_rule",
+            denied,
+            outer.local_addr().map_or(0, |own| own.port()),
+        )
+    });
+    assert!(
+        is_heard(&mut other_inner, &mut other_outer, DEADLINE),
+        "the edit cut what it does not name"
+    );
+}
+
+#[test]
+fn a_denied_host_gets_no_answer() {
+    let lab = Lab::new();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("deny", "203.0.113.9")]);
+    let agent = lab.start_agent(&[&pod]);
+    let datagrams = udp_server(&pod);
+    let asker = asked(&lab, server(9), &datagrams, &pod);
+    assert!(!is_answered(&datagrams, &asker, SHORT));
+    let port = asker.local_addr().expect("an address").port();
+    agent.wait_denial("the answer", |d| d.is(&pod, "deny_rule", server(9), port));
+    let asker = asked(&lab, server(20), &datagrams, &pod);
+    assert!(is_answered(&datagrams, &asker, DEADLINE));
+}
+
+#[test]
+fn a_flood_of_datagrams_leaves_the_pod_reachable() {
+    const FLOOD: u32 = 17_000;
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "203.0.113.10:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let listener = pod.listen_tcp(PORT);
+    let (mut outer, mut inner) = accepted(&lab, &listener, server(9), &pod);
+    let mut outbound = pod.talks_tcp((server(10), 443));
+
+    lab.outside().run(|| {
+        for n in 0..FLOOD {
+            let socket = UdpSocket::bind((numbered(n), 5000)).expect("a UDP socket");
+            socket
+                .send_to(b"flood", (pod.ipv4(), 9))
+                .expect("a datagram to the pod");
+        }
+    });
+
+    let (mut new_outer, mut new_inner) = accepted(&lab, &listener, server(9), &pod);
+    assert!(
+        is_heard(&mut new_inner, &mut new_outer, DEADLINE),
+        "a new connection does not work"
+    );
+    assert!(
+        is_heard(&mut inner, &mut outer, DEADLINE),
+        "an established connection was lost"
+    );
+    assert!(exchange(&mut outbound, b"still here", DEADLINE));
+    agent.wait_said("who gave way", |line| {
+        line.contains("gave way to newer ones")
+    });
+}
+
+#[test]
+fn a_busy_server_answers_every_short_connection() {
+    const CONNECTIONS: u32 = 17_000;
+    let lab = Lab::new();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let listener = pod.listen_tcp(PORT);
+    let socket = SockRef::from(&listener);
+    socket
+        .set_read_timeout(Some(2 * DEADLINE))
+        .expect("a time-out that is not zero");
+    let (mut outer, mut inner) = accepted(&lab, &listener, server(9), &pod);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..CONNECTIONS {
+                let (mut stream, _) = listener.accept().expect("a connection");
+                stream.write_all(b"hello").expect("the pod writes");
+            }
+        });
+        for n in 0..CONNECTIONS {
+            let mut stream = call(lab.outside(), numbered(n % 1000), &pod)
+                .unwrap_or_else(|error| panic!("connection {n}: {error}"));
+            stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+            let mut heard = Vec::new();
+            stream
+                .read_to_end(&mut heard)
+                .unwrap_or_else(|error| panic!("connection {n}: {error}"));
+            assert_eq!(heard, b"hello", "connection {n}");
+        }
+    });
+    assert!(
+        is_heard(&mut inner, &mut outer, DEADLINE),
+        "a connection that was open before was lost"
+    );
+}

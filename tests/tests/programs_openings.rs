@@ -1,0 +1,274 @@
+//! Flows that others open: what a pod may answer, and who gives way when there are many.
+
+use std::{net::IpAddr, time::Duration};
+
+use egress_agent::datapath::Hook;
+use egress_common::{
+    limits::{FLOW_ENTRIES, FlowLimits},
+    reason::Reason,
+    records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN},
+};
+use egress_tests::{
+    addresses::{numbered, server, server6},
+    programs::{ANYTHING, PORT, Programs, TO_PORT},
+    raw::{Ip, flag},
+};
+
+/// Long ago, on any machine that has booted.
+const PAST_NS: u64 = 1;
+const NEVER_NS: u64 = u64::MAX;
+/// The port that a peer calls from, and the one that it calls.
+const CALL: (u16, u16) = (5000, 8080);
+const ANSWER: (u16, u16) = (8080, 5000);
+/// What the peer's and the pod's first segments are numbered.
+const PEER: u32 = 0x1000_ffff;
+const OWN: u32 = 0x2000_ffff;
+/// More than any share of what is not established.
+const FLOOD: u32 = 17_000;
+
+/// A connection that a peer opens and the pod accepts.
+#[track_caller]
+fn accept(programs: &mut Programs, peer: IpAddr, port: u16) {
+    let (by, to) = (programs.by(peer), programs.to(peer));
+    let (call, answer) = ((port, CALL.1), (CALL.1, port));
+    programs.arrives(&by.tcp_segment(call, flag::SYN, (PEER, 0), b""));
+    let syn_ack = flag::SYN | flag::ACK;
+    programs.leaves(&to.tcp_segment(answer, syn_ack, (OWN, PEER + 1), b""));
+    programs.arrives(&by.tcp_segment(call, flag::ACK, (PEER + 1, OWN + 1), b""));
+    programs.leaves(&to.tcp_segment(answer, flag::ACK, (OWN + 1, PEER + 1), b"data"));
+}
+
+/// A connection that the pod opens and a server accepts.
+#[track_caller]
+fn connect(programs: &mut Programs, host: IpAddr, port: u16) {
+    let (to, by) = (programs.to(host), programs.by(host));
+    programs.leaves(&to.tcp(port, PORT, flag::SYN));
+    programs.arrives(&by.tcp(PORT, port, flag::SYN | flag::ACK));
+    programs.leaves(&to.tcp(port, PORT, flag::ACK));
+}
+
+fn states(programs: &Programs) -> Vec<(u8, bool)> {
+    let flows = programs.flows();
+    let state =
+        |flow: &egress_common::records::Flow| (flow.state, flow.seen & FLOW_SEEN_AGAIN != 0);
+    let mut states: Vec<_> = flows.iter().map(|(_, flow)| state(flow)).collect();
+    states.sort_unstable();
+    states
+}
+
+#[test]
+fn a_syn_lets_no_data_out_before_the_handshake_is_complete() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        let data = to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, PEER + 1), b"secret");
+        let syn_ack = to.tcp_segment(ANSWER, flag::SYN | flag::ACK, (OWN, PEER + 1), b"");
+        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        programs.stays(&data, Reason::NoRule);
+        let with_data = to.tcp_segment(ANSWER, flag::SYN | flag::ACK, (OWN, PEER + 1), b"secret");
+        programs.stays(&with_data, Reason::NoRule);
+        programs.leaves(&syn_ack);
+        programs.leaves(&syn_ack);
+        programs.stays(&data, Reason::NoRule);
+        let fin = to.tcp_segment(ANSWER, flag::FIN | flag::ACK, (OWN + 1, PEER + 1), b"");
+        programs.stays(&fin, Reason::NoRule);
+
+        // Who did not see the pod's number cannot acknowledge it.
+        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 2), b""));
+        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        programs.stays(&data, Reason::NoRule);
+
+        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
+        programs.leaves(&data);
+        programs.leaves(&fin);
+    }
+    assert_eq!(states(&programs), [(FLOW_IN, true); 2]);
+}
+
+#[test]
+fn a_port_that_is_closed_may_say_so() {
+    let mut programs = Programs::new();
+    let (by, to) = (programs.by(server(9)), programs.to(server(9)));
+    programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+    let reset = flag::RST | flag::ACK;
+    programs.leaves(&to.tcp_segment(ANSWER, reset, (0, PEER + 1), b""));
+    let data = to.tcp_segment(ANSWER, reset, (0, PEER + 1), b"secret");
+    programs.stays(&data, Reason::NoRule);
+}
+
+#[test]
+fn who_pings_a_pod_gets_a_reply_and_no_ping() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        programs.arrives(&by.echo(7));
+        programs.leaves(&to.echo_reply(7));
+        programs.stays(&to.echo(7), Reason::NoRule);
+    }
+}
+
+#[test]
+fn only_packets_of_the_other_side_keep_what_it_opened_alive() {
+    let mut programs = Programs::new();
+    let (by, to) = (programs.by(server(9)), programs.to(server(9)));
+    programs.arrives(&by.udp(5000, 8080, b"ping"));
+    let seen = |programs: &Programs| programs.flows()[0].1.last_seen_ns;
+    let opened = seen(&programs);
+    std::thread::sleep(Duration::from_millis(1100));
+    programs.leaves(&to.udp(8080, 5000, b"pong"));
+    programs.leaves(&to.udp(8080, 5000, b"pong"));
+    assert_eq!(seen(&programs), opened);
+    programs.arrives(&by.udp(5000, 8080, b"ping"));
+    assert!(seen(&programs) > opened);
+}
+
+#[test]
+fn a_deny_that_is_added_cuts_what_others_opened() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        accept(&mut programs, peer, 5000);
+        programs.arrives(&by.udp(5000, 8080, b"ping"));
+        programs.arrives(&by.sctp(5000, 8080));
+        programs.arrives(&by.echo(5000));
+        let answers = [
+            to.tcp_segment(ANSWER, flag::ACK, (OWN + 5, PEER + 1), b"data"),
+            to.udp(8080, 5000, b"pong"),
+            to.sctp(8080, 5000),
+            to.echo_reply(5000),
+        ];
+        for answer in &answers {
+            programs.leaves(answer);
+        }
+        programs.change_policy(|policy| policy.deny = ANYTHING);
+        for answer in &answers {
+            programs.leaves(answer);
+        }
+        programs.change_policy(|_| {});
+        programs.allow(peer, ANYTHING, NEVER_NS);
+        for answer in &answers {
+            programs.stays(answer, Reason::DenyRule);
+        }
+        // An ICMP error about it is an answer, too.
+        let error = to.icmp_unreachable(&by.udp(5000, 8080, b"ping"));
+        programs.stays(&error, Reason::DenyRule);
+        // What is allowed again goes on.
+        programs.change_policy(|policy| policy.deny = 0);
+        for answer in &answers {
+            programs.leaves(answer);
+        }
+    }
+}
+
+#[test]
+fn a_deny_that_exists_keeps_the_answer_from_leaving() {
+    let mut programs = Programs::new();
+    programs.change_policy(|policy| policy.deny = ANYTHING);
+    programs.allow(server(9), ANYTHING, NEVER_NS);
+    let (by, to) = (programs.by(server(9)), programs.to(server(9)));
+    programs.arrives(&by.udp(5000, 8080, b"ping"));
+    programs.stays(&to.udp(8080, 5000, b"pong"), Reason::DenyRule);
+    programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+    let syn_ack = flag::SYN | flag::ACK;
+    let syn_ack = to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b"");
+    programs.stays(&syn_ack, Reason::DenyRule);
+    // Others get theirs.
+    accept(&mut programs, server(8), 5000);
+
+    programs.audit();
+    programs.sends(&syn_ack).reported(Reason::DenyRule);
+}
+
+#[test]
+fn a_flood_from_outside_leaves_connections_and_lets_new_ones_in() {
+    let mut programs = Programs::new();
+    accept(&mut programs, server(9), 5000);
+    connect(&mut programs, server(1), 7);
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    let own = programs.own();
+    let udp = |n| Ip::new(numbered(n), own).udp(5000, 9, b"flood");
+    programs.flood(Hook::ToPod, (0..FLOOD).map(udp), 1);
+    still_works(&mut programs);
+    let syn = |n| Ip::new(numbered(n), own).tcp(5000, 8080, flag::SYN);
+    programs.flood(Hook::ToPod, (0..FLOOD).map(syn), 1);
+    still_works(&mut programs);
+    let counters = programs.counters();
+    let room = u64::from(FlowLimits::of(FLOW_ENTRIES).opening());
+    assert!(counters.openings_evicted >= 2 * u64::from(FLOOD) - room);
+    assert_eq!((counters.flows_evicted, counters.flows_full), (0, 0));
+}
+
+/// What [`a_flood_from_outside_leaves_connections_and_lets_new_ones_in`] has opened goes on, and new
+/// connections are accepted.
+#[track_caller]
+fn still_works(programs: &mut Programs) {
+    let to = programs.to(server(9));
+    programs.leaves(&to.tcp_segment(ANSWER, flag::ACK, (OWN + 5, PEER + 1), b"data"));
+    programs.leaves(&programs.to(server(1)).tcp(7, PORT, flag::ACK));
+    accept(programs, server(8), 6000);
+}
+
+#[test]
+fn a_flood_of_the_pods_own_leaves_its_connections_and_lets_new_ones_in() {
+    let mut programs = Programs::new();
+    accept(&mut programs, server(9), 5000);
+    connect(&mut programs, server(1), 7);
+    let to = programs.to(server(1));
+    let flood = (0..FLOOD).map(|n| to.tcp(10_000 + n as u16, PORT, flag::SYN));
+    programs.flood(Hook::FromPod, flood, 1);
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    still_works(&mut programs);
+    assert_eq!(programs.counters().flows_evicted, 0);
+}
+
+#[test]
+fn a_server_with_many_short_connections_accepts_each() {
+    let mut programs = Programs::new();
+    accept(&mut programs, server(9), 5000);
+    for n in 0..4000 {
+        let peer = numbered(n);
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        accept(&mut programs, peer, 5000);
+        let fin = flag::FIN | flag::ACK;
+        programs.leaves(&to.tcp_segment(ANSWER, fin, (OWN + 5, PEER + 1), b""));
+        programs.arrives(&by.tcp_segment(CALL, fin, (PEER + 1, OWN + 6), b""));
+        programs.leaves(&to.tcp_segment(ANSWER, flag::ACK, (OWN + 6, PEER + 2), b""));
+    }
+    let to = programs.to(server(9));
+    programs.leaves(&to.tcp_segment(ANSWER, flag::ACK, (OWN + 5, PEER + 1), b"data"));
+    let counters = programs.counters();
+    assert_eq!((counters.openings_evicted, counters.flows_evicted), (0, 0));
+}
+
+#[test]
+fn a_forged_reset_does_not_end_a_connection() {
+    let mut programs = Programs::new();
+    connect(&mut programs, server(1), 7);
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.arrives(&by.tcp(PORT, 7, flag::RST));
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    // It is established again: a flood does not push it out.
+    programs.allow(server(1), TO_PORT, NEVER_NS);
+    let flood = (0..FLOOD).map(|n| to.tcp(10_000 + n as u16, PORT, flag::SYN));
+    programs.flood(Hook::FromPod, flood, 1);
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+}
+
+#[test]
+fn what_closes_gives_its_place_back() {
+    let mut programs = Programs::new();
+    connect(&mut programs, server(1), 7);
+    assert_eq!(states(&programs), [(FLOW_OUT, true)]);
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.leaves(&to.tcp(7, PORT, flag::FIN | flag::ACK));
+    programs.arrives(&by.tcp(PORT, 7, flag::FIN | flag::ACK));
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.allow(server(1), TO_PORT, NEVER_NS);
+    let flood = (0..2000_u16).map(|n| to.tcp(10_000 + n, PORT, flag::SYN));
+    programs.flood(Hook::FromPod, flood, 1);
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.stays(&to.tcp(7, PORT, flag::ACK), Reason::Expired);
+}
