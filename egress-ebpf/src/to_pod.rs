@@ -53,22 +53,30 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
-    match walk(&skb, &mut packet) {
+    let earliest = match walk(&skb, &mut packet) {
         Walked::Ip => {
             skb.forget_path(&mut packet);
-            judge_packet(ctx, interface, &packet)
+            if let Some(action) = judge_packet(ctx, interface, &packet) {
+                return action;
+            }
+            packet.earliest_checksum()
         }
-        // What is written into it later must not make it an answer.
-        Walked::Arp | Walked::NotIp if !checksum::is_misplaced(&skb, None) => PASS,
+        Walked::Arp | Walked::NotIp => None,
         // It might be an answer in a disguise that the pod sees through.
-        Walked::Arp | Walked::NotIp | Walked::Malformed => {
-            deny(ctx, &denied(interface, None, Reason::Malformed))
-        }
+        Walked::Malformed => return deny(ctx, &denied(interface, None, Reason::Malformed)),
+    };
+    // It could become an answer: where the host's end of the interface leaves no checksums to the pod's,
+    // the sum is written after this. Nothing comes behind it, so that the verifier follows its outcomes
+    // no further.
+    if checksum::is_misplaced(&skb, earliest) {
+        return deny(ctx, &denied(interface, None, Reason::Malformed));
     }
+    PASS
 }
 
+/// What becomes of a packet; `None` when nothing keeps it from the pod.
 #[inline(always)]
-fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 {
+fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Option<i32> {
     let skb = Skb(ctx);
     let may_be_dns = packet.bit & (bits::UDP | bits::TCP) != 0 && may_be_dns_port(packet.src_port);
     let may_belong = may_belong_to_answer(packet);
@@ -81,31 +89,35 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> i32 
     let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
     // TCP finds out how long its segments may be, and its fragments are not put together.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
-        return deny(ctx, &denied(interface, Some(packet), Reason::DnsFragmented));
+        return Some(deny(
+            ctx,
+            &denied(interface, Some(packet), Reason::DnsFragmented),
+        ));
     }
     if is_answer && is_several_datagrams(&skb, packet) {
-        return deny(ctx, &denied(interface, Some(packet), Reason::DnsMalformed));
-    }
-    // What is held is put back as it was judged; into anything else a sum may be written later, where
-    // the host's end of the interface leaves no checksums to the pod's.
-    if !is_held && checksum::is_misplaced(&skb, packet.earliest_checksum()) {
-        return deny(ctx, &denied(interface, Some(packet), Reason::Malformed));
+        return Some(deny(
+            ctx,
+            &denied(interface, Some(packet), Reason::DnsMalformed),
+        ));
     }
     let has_ports = !matches!(packet.fragment, Fragment::Later);
     if has_ports && !is_answer {
         note_flow(&skb, interface, packet);
     }
     if !is_held {
-        return PASS;
+        return None;
     }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_ANSWER, false);
-        return PASS;
+        return Some(PASS);
     }
     if !held::take(&skb, interface, HELD_ANSWER, true) {
-        return deny(ctx, &denied(interface, Some(packet), Reason::DnsNotHeld));
+        return Some(deny(
+            ctx,
+            &denied(interface, Some(packet), Reason::DnsNotHeld),
+        ));
     }
-    DROP
+    Some(DROP)
 }
 
 #[inline(always)]

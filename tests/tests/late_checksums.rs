@@ -225,6 +225,7 @@ fn a_sum_that_lands_in_arp_does_not_leave() {
     let mut frame = arp(cart.ipv4(), mail.ipv4());
     frame[..6].copy_from_slice(&mail.hardware());
     frame[6..12].copy_from_slice(&cart.hardware());
+    frame[22..28].copy_from_slice(&cart.hardware());
     let honest = frame.clone();
     let sum = Sum::of_tun_udp(OPTIONS);
     sum.arrange(&mut frame, TARGET_HARDWARE + 4, 0x0163);
