@@ -60,7 +60,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return DROP;
     };
     let mut packet = Packet::EMPTY;
-    match walk(&skb, &mut packet) {
+    let walked = if skb.own_headers() {
+        walk(&skb, &mut packet)
+    } else {
+        Walked::Malformed
+    };
+    match walked {
         Walked::Arp => {
             return judge_arp(ctx, interface, policy, &packet);
         }

@@ -52,7 +52,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
-    match walk(&skb, &mut packet) {
+    let walked = if skb.own_headers() {
+        walk(&skb, &mut packet)
+    } else {
+        Walked::Malformed
+    };
+    match walked {
         Walked::Ip => {
             skb.forget_path(&mut packet);
             judge_packet(ctx, interface, &packet)
