@@ -87,6 +87,15 @@ pub const HELD_FRAME_BYTES: usize = 65_600;
 /// ordinary stack carries at most one of each of the five kinds (RFC 8200, section 4.1).
 pub const EXTENSION_HEADERS: usize = 6;
 
+/// Bytes of a frame that hold its headers in nearly every case: an Ethernet header, and an IPv4 and a
+/// TCP header with all the options that they have room for. A frame of which less is in memory that the
+/// kernel owns has its beginning copied there before its headers are read.
+pub const HEADER_BYTES: u32 = 14 + 60 + 60;
+
+/// Bytes of a frame that are copied then. What is judged and lies behind them is malformed. The longest
+/// that is read of an ordinary frame is a multicast listener report: 14 + 48 + 328 bytes.
+pub const COPIED_HEADER_BYTES: u32 = 512;
+
 /// Denial records one pod may emit in a burst, and the rate per second at which they refill.
 pub const DENIAL_BURST: u32 = 512;
 /// See [`DENIAL_BURST`].

@@ -97,7 +97,11 @@ pub fn judge(ctx: &TcContext) -> i32 {
 /// bytes.
 #[inline(never)]
 fn walk_headers(ctx: &TcContext, packet: &mut Packet) -> Walked {
-    walk(&Skb(ctx), packet)
+    let skb = Skb(ctx);
+    if !skb.own_headers() {
+        return Walked::Malformed;
+    }
+    walk(&skb, packet)
 }
 
 /// On a bridge, an ARP packet in somebody else's name draws their traffic here.

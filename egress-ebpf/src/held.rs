@@ -39,6 +39,9 @@ struct HeldFrame<const N: usize> {
 
 /// Copies the frame into the `held` ring. Returns whether it is there; if not, it was counted.
 ///
+/// The gate decides on this copy and puts this copy back. So it does not matter what becomes of pages that
+/// others can write to ([`crate::skb`]).
+///
 /// `taken` says that the original will be dropped and waits to be put back.
 #[inline(always)]
 pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool {

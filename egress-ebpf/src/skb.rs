@@ -1,4 +1,9 @@
 //! Reading a socket buffer.
+//!
+//! A frame has a linear part, in memory that the kernel owns, and may have fragments behind it, which are
+//! pages of others: a program that has spliced a page into a socket (vmsplice(2)), or maps the ring of
+//! its packet socket (`PACKET_TX_RING`), can still write to it. What is read there once may be different
+//! when the frame is sent. So the verdict reads the linear part only, and has the headers copied into it.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -6,7 +11,9 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use egress_common::{
-    packet::{Frame, Packet},
+    limits::{COPIED_HEADER_BYTES, HEADER_BYTES},
+    packet::{ETHER_IPV4, ETHER_IPV6, ETHERNET_LEN, Frame, Packet, ether_type},
+    protocol,
     records::Flow,
 };
 
@@ -79,6 +86,37 @@ impl Skb<'_> {
         core::hint::black_box(Frame::len(self) >> 31)
     }
 
+    /// Sees to it that the frame's headers are in its linear part, and returns whether they may be
+    /// read now. To be called before a walk over them.
+    ///
+    /// The senders of aggregates put the headers there (TSO, `UDP_SEGMENT`, GRO). Theirs are not copied:
+    /// some kernels cannot cut an aggregate any more of which a part was moved (CVE-2024-49978).
+    #[inline(always)]
+    pub fn own_headers(&self) -> bool {
+        let len = Frame::len(self);
+        let wanted = if len < HEADER_BYTES {
+            len
+        } else {
+            HEADER_BYTES
+        };
+        if self.linear_len() >= wanted || self.is_aggregate() || has_tcp_header(&Linear(self)) {
+            return true;
+        }
+        let copied = if len < COPIED_HEADER_BYTES {
+            len
+        } else {
+            COPIED_HEADER_BYTES
+        };
+        // `bpf_skb_pull_data`, net/core/filter.c: what it moves into the linear part is copied.
+        self.0.pull_data(copied).is_ok()
+    }
+
+    /// Length of the linear part.
+    #[inline(always)]
+    fn linear_len(&self) -> u32 {
+        (self.0.data_end() - self.0.data()) as u32
+    }
+
     /// The context as helpers want it.
     #[inline(always)]
     pub fn as_ptr(&self) -> *mut core::ffi::c_void {
@@ -92,9 +130,15 @@ impl Frame for Skb<'_> {
         self.0.len()
     }
 
+    /// Reads the linear part only; see [`Skb::own_headers`].
     #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        self.0.load::<[u8; N]>(offset as usize).ok()
+        // All ones when the linear part ends before: no helper reads there. A comparison would be one
+        // more path that the kernel's verifier follows, at every read.
+        let room = i64::from(core::hint::black_box(self.linear_len()));
+        let beyond = ((room - i64::from(offset) - N as i64) >> 63) as u32;
+        let at = core::hint::black_box(offset | beyond);
+        self.0.load::<[u8; N]>(at as usize).ok()
     }
 
     #[inline(always)]
@@ -147,6 +191,24 @@ impl Frame for Linear<'_> {
     #[inline(always)]
     fn is_aggregate(&self) -> bool {
         self.0.is_aggregate()
+    }
+}
+
+/// Whether all that a walk reads of a TCP segment without IP options or extension headers is there: most
+/// segments have their payload elsewhere, and nothing has to be copied.
+#[inline(always)]
+fn has_tcp_header(frame: &Linear<'_>) -> bool {
+    match ether_type(frame) {
+        ETHER_IPV4 => {
+            frame.read::<1>(ETHERNET_LEN) == Some([0x45])
+                && frame.read::<1>(ETHERNET_LEN + 9) == Some([protocol::TCP])
+                && frame.read::<20>(ETHERNET_LEN + 20).is_some()
+        }
+        ETHER_IPV6 => {
+            frame.read::<1>(ETHERNET_LEN + 6) == Some([protocol::TCP])
+                && frame.read::<20>(ETHERNET_LEN + 40).is_some()
+        }
+        _ => false,
     }
 }
 

@@ -53,7 +53,12 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
-    let earliest = match walk(&skb, &mut packet) {
+    let walked = if skb.own_headers() {
+        walk(&skb, &mut packet)
+    } else {
+        Walked::Malformed
+    };
+    let earliest = match walked {
         Walked::Ip => {
             skb.forget_path(&mut packet);
             if let Some(action) = judge_packet(ctx, interface, &packet) {

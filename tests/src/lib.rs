@@ -45,6 +45,7 @@ pub mod resolvers;
 pub mod rewritten;
 pub mod rival;
 mod servers;
+pub mod shared_page;
 mod wait;
 pub mod yaml;
 

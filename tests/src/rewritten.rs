@@ -193,6 +193,14 @@ fn rewrite(rule: &mut String, base: &str, from: usize, bytes: &[u8]) {
     }
 }
 
+/// Does something while a rule is on everything that leaves through an interface.
+#[track_caller]
+pub fn with_rule(netns: &Namespace, interface: &str, rule: &str, action: impl FnOnce()) {
+    hook(netns, interface, rule);
+    action();
+    unhook(netns);
+}
+
 /// Puts a rule on everything that leaves through an interface.
 #[track_caller]
 fn hook(netns: &Namespace, interface: &str, rule: &str) {
