@@ -69,6 +69,7 @@ impl Reconciler {
             .apply(Enforcement {
                 identity: Arc::clone(&identity),
                 compiled: Arc::clone(&wanted.compiled),
+                own: wanted.own().to_vec(),
                 entry,
                 interfaces: wanted.interfaces.clone(),
                 allow,
@@ -122,6 +123,7 @@ impl Reconciler {
             .apply(Enforcement {
                 identity: Arc::clone(&enforced.identity),
                 compiled: Arc::clone(&wanted.compiled),
+                own: wanted.own().to_vec(),
                 entry: wanted.entry(enforced.pod, policy),
                 interfaces: wanted.interfaces.clone(),
                 allow,

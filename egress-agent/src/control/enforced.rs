@@ -71,6 +71,14 @@ impl Wanted {
         }
     }
 
+    /// The pod's own addresses that count.
+    pub(super) fn own(&self) -> &[Address] {
+        self.record
+            .own
+            .get(..self.record.own_len as usize)
+            .unwrap_or_default()
+    }
+
     /// The prefixes of the policy, as the datapath takes them.
     pub(super) fn cidrs(&self) -> impl ExactSizeIterator<Item = (Address, u32, u64)> + '_ {
         self.compiled

@@ -122,6 +122,14 @@ impl<'a> Judge<'a> {
             .report(self.denied(packet, Reason::PodUnknown, asked));
     }
 
+    /// Reports a question that is dropped because it does not go from the pod to a resolver.
+    pub(super) fn astray(&self, packet: &Packet, reason: Reason) {
+        self.count(packet, Direction::Question, Outcome::Undeliverable);
+        self.means
+            .reporter
+            .report(self.denied(packet, reason, None));
+    }
+
     /// Whether a message is the answer to an open question and may be delivered: what it teaches is
     /// in the allow map then.
     pub(super) fn answer(

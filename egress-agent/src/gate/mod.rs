@@ -100,6 +100,11 @@ impl DnsSettings {
         self.resolvers.contains(&(packet.src, packet.src_port))
     }
 
+    /// Whether a packet goes to a resolver.
+    fn is_to_resolver(&self, packet: &Packet) -> bool {
+        self.resolvers.contains(&(packet.dst, packet.dst_port))
+    }
+
     /// Whether no answer teaches the address.
     fn is_protected(&self, address: &Address) -> bool {
         let contains =
@@ -118,6 +123,8 @@ pub struct Enforcement {
     pub identity: Arc<PodIdentity>,
     /// What its annotations say.
     pub compiled: Arc<Compiled>,
+    /// The pod's own addresses, as in the kernel's record.
+    pub own: Vec<Address>,
     /// What its interfaces' entries are to be.
     pub entry: Interface,
     /// Its interfaces.

@@ -10,6 +10,7 @@ use egress_common::{
     address::Address,
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
+    reason::Reason,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, MODE_AUDIT, POLICY_UNIDENTIFIED},
 };
 
@@ -293,6 +294,13 @@ impl Pod {
             }
             return;
         }
+        if held.head.kind == HELD_QUESTION
+            && let Some(reason) = self.is_astray(&packet, shared)
+        {
+            let (judge, _) = self.judge(shared, held.head.time_ns);
+            judge.astray(&packet, reason);
+            return;
+        }
         match held.head.kind {
             HELD_ANSWER if packet.fragment != Fragment::None => {
                 self.fragment(held, &packet, shared);
@@ -308,6 +316,20 @@ impl Pod {
             HELD_REJECT => reject(held, &packet, shared),
             _ => {}
         }
+    }
+
+    /// Why a question must not be put back as one of the pod's to a resolver: nobody judges it again.
+    /// What `from_pod` has judged was such a question. Its copy is not any more if the configuration or
+    /// the pod's addresses have changed since.
+    fn is_astray(&self, packet: &Packet, shared: &Shared) -> Option<Reason> {
+        // Questions of an unknown pod are judged again when it is known.
+        if !self.is_known() {
+            return None;
+        }
+        if !shared.means.dns.is_to_resolver(packet) {
+            return Some(Reason::DnsElsewhere);
+        }
+        (!self.enforcement.own.contains(&packet.src)).then_some(Reason::SpoofedSource)
     }
 
     fn question(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
