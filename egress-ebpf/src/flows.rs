@@ -16,7 +16,8 @@ use egress_common::{
     protocol::{self, bits},
     records::{
         FLOW_CUT, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
-        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, Interface, UNJUDGED,
+        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, Interface,
+        UNJUDGED,
     },
 };
 

@@ -479,12 +479,7 @@ fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
 
 /// What the maps say about a destination.
 #[inline(always)]
-fn look_up(
-    policy: &Policy,
-    policy_id: u32,
-    packet: &Packet,
-    now_ns: u64,
-) -> Destination {
+fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Destination {
     let address = &packet.dst;
     let mut destination = Destination {
         ranges: range_of(address).kinds,
@@ -527,8 +522,7 @@ pub fn is_tunnel(kinds: u64, protocol: u8, port: u16) -> bool {
 fn prefix_classes(policy: u32, address: &Address) -> u64 {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
-    let entry =
-        unsafe { CIDR.get(&policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
+    let entry = unsafe { CIDR.get(&policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
     entry.map_or(0, |entry| entry.classes)
 }
 
