@@ -12,7 +12,7 @@
 //! One thread does all of it, and it alone writes allow maps and moves interfaces from one policy
 //! to the next: so no answer can slip between an old map and its successor. It never waits for
 //! anything but its ring and its commands, takes no lock that the control side holds, and does no
-//! input or output but map updates and sending frames.
+//! input or output but map updates and sending frames. To pods that take frames slowly others send ([`wire`]).
 
 mod backlog;
 mod budget;
@@ -93,6 +93,11 @@ impl DnsSettings {
     pub fn with_resolvers_of(mut self, other: &Self) -> Self {
         self.resolvers.extend(&other.resolvers);
         self
+    }
+
+    /// An address that a response teaches stays allowed for so long at least.
+    fn shortest_life(&self) -> Duration {
+        self.min_ttl.saturating_add(self.grace)
     }
 
     /// Whether a packet comes from a resolver.
@@ -211,7 +216,8 @@ impl Gate {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, flags).context("cannot make an eventfd")?);
         let stats = Arc::<Stats>::default();
-        let wire = wire::Wire::open(marks, Arc::clone(&stats))?;
+        let mut wire = wire::Wire::open(marks, Arc::clone(&stats))?;
+        wire.set_shortest_life(dns.shortest_life());
         let runner = run::Runner::new(
             ring,
             receiver,

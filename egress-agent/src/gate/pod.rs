@@ -212,6 +212,7 @@ impl Pod {
         for ifindex in &self.enforcement.interfaces {
             shared.wire.detach(*ifindex, id);
         }
+        shared.wire.forget(id);
         let removed = self
             .enforcement
             .interfaces

@@ -102,6 +102,11 @@ impl Runner {
             if now >= next_tick {
                 self.tick();
                 next_tick = now + TICK;
+                if self.shared.wire.is_broken() {
+                    // The agent ends with an error when its gate does.
+                    tracing::error!("a thread that sends to pods has ended, and the gate with it");
+                    return;
+                }
             }
             if decided > 0 {
                 awake_until = now + STAY_AWAKE;
@@ -305,6 +310,7 @@ impl Runner {
                 let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
+                self.shared.wire.set_shortest_life(dns.shortest_life());
                 self.shared.means.configure(dns);
                 let _ = done.send(Ok(()));
             }

@@ -94,6 +94,8 @@ pub struct Stats {
     pub addresses: Gauge,
     /// Addresses in the fullest allow map, at the last look.
     pub fullest: Gauge,
+    /// Pods whose frames other threads than the gate's send, because the pods take them slowly.
+    pub slow_pods: Gauge,
     /// When the thread last looked at lifetimes, in nanoseconds of `CLOCK_BOOTTIME`.
     pub ticked_ns: Gauge,
 }
@@ -114,6 +116,7 @@ impl Default for Stats {
             walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),
+            slow_pods: Gauge::default(),
             ticked_ns: Gauge::default(),
         };
         stats.ticked_ns.set(boottime_ns());

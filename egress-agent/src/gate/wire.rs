@@ -4,7 +4,17 @@
 //! socket's send buffer, until the receiver's IP layer has it (`skb_scrub_packet`, net/core/skbuff.c,
 //! keeps the socket since Linux 4.19; `ip_rcv_core` drops it). A pod decides how long that takes: it can
 //! redirect what arrives to a queue that never empties. So whoever fills a send buffer fills their own.
+//!
+//! Sending a frame to a pod runs the pod's own rules and packet sockets, in the thread that sends, and the
+//! pod decides how long that takes. The gate's thread sends to pods that take a frame quickly. A pod that
+//! did not is slow for minutes, and other threads send to it ([`lanes`]). A frame that `to_pod` turns round
+//! never comes to the pod, so the gate's thread sends it, whoever's it is.
 
+mod delay;
+mod lanes;
+mod pace;
+mod port;
+mod senders;
 mod sending;
 mod socket;
 
@@ -13,15 +23,23 @@ use std::{
     io,
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 
 use super::{Stats, tally::Tally};
 use crate::{datapath::Marks, report::PodIdentity};
+use delay::RunDelay;
+use lanes::{Lost, SLOW_NS};
+use pace::Pace;
+use port::Port;
+use senders::Senders;
 use sending::send_some;
 use socket::{Socket, close_all};
+
+/// How long a frame may wait to be sent to a slow pod: a stub resolver has asked again by then.
+const WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// The ports of all enforced interfaces, and what waits to go out on them.
 ///
@@ -30,12 +48,18 @@ use socket::{Socket, close_all};
 pub(super) struct Wire {
     marks: Marks,
     ports: HashMap<u32, Port>,
+    /// Pods that are or were slow.
+    paces: HashMap<u32, Pace>,
+    senders: Senders,
+    /// How long a frame may wait to be sent to a slow pod.
+    wait_ns: u64,
+    delay: RunDelay,
     /// The frames, one behind the other.
     bytes: Vec<u8>,
     frames: Vec<Frame>,
     /// Frames among them that were decided, and not only put back to be judged.
     decided: usize,
-    closing: mpsc::Sender<Socket>,
+    closing: mpsc::Sender<Arc<Socket>>,
     /// For probes of all interfaces: a program of ours drops each of them.
     probe: Socket,
     stats: Arc<Stats>,
@@ -48,17 +72,6 @@ struct Frame {
     mark: u32,
     starts_at: usize,
     ends_at: usize,
-}
-
-/// One interface.
-struct Port {
-    pod: u32,
-    identity: Arc<PodIdentity>,
-    /// None before the first frame: a pod that asks nothing needs none.
-    socket: Option<Socket>,
-    unsent: Tally,
-    /// Why the last frame could not be sent.
-    error: Option<io::Error>,
 }
 
 /// What sending took, for one pod.
@@ -81,6 +94,10 @@ impl Wire {
         Ok(Self {
             marks,
             ports: HashMap::new(),
+            paces: HashMap::new(),
+            senders: Senders::start()?,
+            wait_ns: 0,
+            delay: RunDelay::default(),
             bytes: Vec::new(),
             frames: Vec::new(),
             decided: 0,
@@ -90,15 +107,24 @@ impl Wire {
         })
     }
 
+    /// Addresses stay in an allow map for so long at least: a response that is sent later than that could
+    /// tell the pod of one that is no longer there.
+    pub(super) fn set_shortest_life(&mut self, life: Duration) {
+        self.wait_ns = life.min(WAIT_MAX).as_nanos() as u64;
+    }
+
     /// The interface is this pod's from now on.
     pub(super) fn attach(&mut self, ifindex: u32, pod: u32, identity: &Arc<PodIdentity>) {
-        let port = self.ports.entry(ifindex).or_insert_with(|| Port {
-            pod,
-            identity: Arc::clone(identity),
-            socket: None,
-            unsent: Tally::default(),
-            error: None,
-        });
+        // What waits for another pod was decided by that one's rules.
+        let before = self.ports.get(&ifindex).map(|port| port.pod);
+        if let Some(before) = before.filter(|before| *before != pod && self.is_slow(*before)) {
+            let lost = self.senders.detach(before, ifindex);
+            note_lost(&mut self.ports, lost, &self.stats);
+        }
+        let port = self
+            .ports
+            .entry(ifindex)
+            .or_insert_with(|| Port::new(pod, identity));
         port.pod = pod;
         port.identity = Arc::clone(identity);
     }
@@ -111,12 +137,30 @@ impl Wire {
         let Some(mut port) = self.ports.remove(&ifindex) else {
             return;
         };
+        if self.is_slow(pod) {
+            let mut lost = self.senders.detach(pod, ifindex);
+            port.note_lost(lost.remove(&ifindex), &self.stats);
+            note_lost(&mut self.ports, lost, &self.stats);
+        }
         port.tell(ifindex, Tally::rest);
         if let Some(socket) = port.socket {
             // Closing waits for an RCU grace period, and DNS cannot. If that thread is gone, the
             // agent is about to end.
             let _ = self.closing.send(socket);
         }
+    }
+
+    /// The pod has gone; its interfaces are detached.
+    pub(super) fn forget(&mut self, pod: u32) {
+        if self.paces.remove(&pod).is_some_and(|pace| pace.is_slow()) {
+            self.senders.forget(pod);
+            self.count_slow();
+        }
+    }
+
+    /// Whether a thread that sends has ended.
+    pub(super) fn is_broken(&self) -> bool {
+        self.senders.have_lost_one()
     }
 
     /// A frame to be sent on to the pod. What is returned is what will be sent.
@@ -169,7 +213,8 @@ impl Wire {
         &mut self.bytes[starts_at..]
     }
 
-    /// Sends everything, the frames of one interface in their order, and tells what that took.
+    /// Sends everything, the frames of one interface in their order, and tells what that took. Frames for
+    /// a slow pod are handed over.
     ///
     /// Much of it is the receiver's work: the kernel takes a frame through the pod's own hooks and
     /// rules before it comes back.
@@ -177,32 +222,96 @@ impl Wire {
         if self.frames.is_empty() {
             return;
         }
-        self.frames.sort_by_key(|frame| frame.ifindex);
+        let mut frames = std::mem::take(&mut self.frames);
+        frames.sort_by_key(|frame| frame.ifindex);
         let mut began = Instant::now();
-        for frames in self.frames.chunk_by(|a, b| a.ifindex == b.ifindex) {
-            let Some(port) = frames
-                .first()
-                .and_then(|frame| self.ports.get_mut(&frame.ifindex))
-            else {
-                // The pod has gone since.
-                self.stats.unsent.add(frames.len() as u64);
-                continue;
-            };
-            port.send(frames, &self.bytes, &self.stats);
+        for frames in frames.chunk_by(|a, b| a.ifindex == b.ifindex) {
+            let pod = self.send_on(frames, began);
             let ended = Instant::now();
-            spent(Spent {
-                pod: port.pod,
-                ns: (ended - began).as_nanos() as u64,
-            });
+            if let Some(pod) = pod {
+                spent(Spent {
+                    pod,
+                    ns: (ended - began).as_nanos() as u64,
+                });
+            }
             began = ended;
         }
+        frames.clear();
+        self.frames = frames;
         self.bytes.clear();
-        self.frames.clear();
         self.decided = 0;
     }
 
-    /// Tells which interfaces frames could not be put back on.
+    /// Sends frames of one interface; returns whose it is.
+    fn send_on(&mut self, frames: &[Frame], mut began: Instant) -> Option<u32> {
+        let port = frames
+            .first()
+            .and_then(|frame| self.ports.get_mut(&frame.ifindex));
+        let Some(port) = port else {
+            // The pod has gone since.
+            self.stats.unsent.add(frames.len() as u64);
+            return None;
+        };
+        let pod = port.pod;
+        let mut is_slow = self.paces.get(&pod).is_some_and(Pace::is_slow);
+        let is_for_pod = |frame: &Frame| frame.mark == self.marks.deliver;
+        for frames in frames.chunk_by(|a, b| is_for_pod(a) == is_for_pod(b)) {
+            if !frames.first().is_some_and(is_for_pod) {
+                port.send(frames, &self.bytes, &self.stats);
+                began = Instant::now();
+                continue;
+            }
+            // One at a time: what follows a slow one is not to be sent here.
+            for frame in frames {
+                if is_slow {
+                    let frame = (frame, self.bytes.as_slice());
+                    port.hand_over(&self.senders, frame, self.wait_ns, &self.stats);
+                    continue;
+                }
+                port.send(std::slice::from_ref(frame), &self.bytes, &self.stats);
+                let ended = Instant::now();
+                let took_ns = (ended - began).as_nanos() as u64;
+                began = ended;
+                if took_ns > SLOW_NS
+                    && let took_ns = took_ns.saturating_sub(self.delay.since_last())
+                    && took_ns > SLOW_NS
+                {
+                    is_slow = true;
+                    self.senders.open(pod);
+                    self.paces.entry(pod).or_default().slow_down();
+                    port.tell_slow(frame.ifindex, took_ns);
+                }
+            }
+        }
+        if is_slow {
+            self.count_slow();
+        }
+        Some(pod)
+    }
+
+    fn is_slow(&self, pod: u32) -> bool {
+        self.paces.get(&pod).is_some_and(Pace::is_slow)
+    }
+
+    fn count_slow(&self) {
+        let slow = self.paces.values().filter(|pace| pace.is_slow()).count();
+        self.stats.slow_pods.set(slow as u64);
+    }
+
+    /// Looks which pods are slow no more, and tells which interfaces frames could not be put back on.
     pub(super) fn tick(&mut self, now_ns: u64) {
+        // What the thread has waited until now is no excuse for frames from now on.
+        self.delay.since_last();
+        for (&pod, pace) in &mut self.paces {
+            if pace.is_slow() {
+                let lost = self.senders.take_lost(pod);
+                note_lost(&mut self.ports, lost, &self.stats);
+                if self.senders.close_if_quiet(pod, pace.quiet_time()) {
+                    pace.speed_up();
+                }
+            }
+        }
+        self.count_slow();
         for (&ifindex, port) in &mut self.ports {
             port.tell(ifindex, |unsent| unsent.due(now_ns));
         }
@@ -211,61 +320,28 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        close_all(self.ports.drain().filter_map(|(_, port)| port.socket));
+        self.senders.stop();
+        let sockets = self.ports.drain().filter_map(|(_, port)| port.socket);
+        // Nobody else has them now, but for what waits to be closed.
+        close_all(sockets.filter_map(Arc::into_inner));
     }
 }
 
-impl Port {
-    fn send(&mut self, frames: &[Frame], bytes: &[u8], stats: &Stats) {
-        let mut rest = frames;
-        while let Some((_, behind)) = rest.split_first() {
-            match self
-                .socket()
-                .and_then(|socket| send_some(socket, rest, bytes))
-            {
-                Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
-                Err(error) => {
-                    // To the pod the message is lost as any datagram may be, and it asks again. A
-                    // full buffer, or a table without room for a socket, stays so for the others.
-                    let is_lasting =
-                        error.kind() == io::ErrorKind::WouldBlock || self.socket.is_none();
-                    let lost = if is_lasting { rest.len() } else { 1 };
-                    stats.unsent.add(lost as u64);
-                    self.unsent.add(lost as u64);
-                    self.error = Some(error);
-                    rest = if is_lasting { &[] } else { behind };
-                }
-            }
+/// Frames of a pod were lost on these interfaces.
+fn note_lost(ports: &mut HashMap<u32, Port>, lost: HashMap<u32, Lost>, stats: &Stats) {
+    for (ifindex, lost) in lost {
+        match ports.get_mut(&ifindex) {
+            Some(port) => port.note_lost(Some(lost), stats),
+            None => stats.unsent.add(lost.frames),
         }
-    }
-
-    fn socket(&mut self) -> io::Result<&Socket> {
-        match &mut self.socket {
-            Some(socket) => Ok(socket),
-            none => Ok(none.insert(Socket::open_quietly()?)),
-        }
-    }
-
-    fn tell(&mut self, ifindex: u32, how_many: impl FnOnce(&mut Tally) -> Option<u64>) {
-        let Some(frames) = how_many(&mut self.unsent) else {
-            return;
-        };
-        let PodIdentity {
-            namespace, name, ..
-        } = &*self.identity;
-        tracing::warn!(
-            pod = %format_args!("{namespace}/{name}"),
-            ifindex,
-            frames,
-            error = self.error.take().map(tracing::field::display),
-            "DNS frames could not be put back and are lost"
-        );
     }
 }
 
-/// Closes sockets as they come, those that wait together.
-fn close_when_told(sockets: &mpsc::Receiver<Socket>) {
+/// Closes sockets as they come, those that wait together. One that a frame is being sent on is closed by
+/// the thread that sends it.
+fn close_when_told(sockets: &mpsc::Receiver<Arc<Socket>>) {
     while let Ok(first) = sockets.recv() {
-        close_all(std::iter::once(first).chain(sockets.try_iter()));
+        let sockets = std::iter::once(first).chain(sockets.try_iter());
+        close_all(sockets.filter_map(Arc::into_inner));
     }
 }

@@ -123,6 +123,11 @@ impl Scrape {
             "Whether the resolvers are known to walk search lists",
             stats.walks_search_lists.get(),
         )?;
+        page.gauge(
+            "egress_agent_slow_pods",
+            "Pods that take frames slowly, so that threads of their own send to them",
+            stats.slow_pods.get(),
+        )?;
         let room = f64::from(self.sources.addresses_per_pod);
         page.unit_gauge(
             "egress_agent_allow_map_fill",

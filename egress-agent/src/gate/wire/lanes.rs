@@ -1,0 +1,312 @@
+//! Frames of slow pods, and whose frame is sent next.
+//!
+//! A pod decides how long the kernel takes to hand it a frame: its own rules and packet sockets are run by
+//! whoever sends. So a pod that has been slow has a lane, a queue of its own that other threads than the
+//! gate's empty, one frame at a time. Of the pods whose frames are still slow there, one thread at a time
+//! serves one, so that they cannot keep all threads busy; and after each such frame there is a pause, so
+//! that they take at most a quarter of one CPU together.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+};
+
+use crate::gate::budget::{Budget, Kept, Limits};
+
+/// What waits in all lanes.
+const LIMITS: Limits = Limits {
+    own: 128 << 10,
+    pod: 512 << 10,
+    common: 8 << 20,
+};
+
+/// What a frame counts for at least. So one lane has at most 1,024 frames.
+const FRAME_MIN: usize = 512;
+
+/// A frame that takes longer is slow. An ordinary one takes some microseconds.
+pub(super) const SLOW_NS: u64 = 1_000_000;
+
+/// What one frame counts for at most in a lane's average, so that the average comes down again.
+const COUNTED_NS: u64 = 64 * SLOW_NS;
+
+/// The pause after a slow lane's frame, in parts of what the frame took.
+const PAUSE: u64 = 3;
+
+/// And at most.
+const PAUSE_MAX_NS: u64 = 10_000_000_000;
+
+const NO_ROOM: &str = "the pod takes frames too slowly, and too many wait for it";
+const TOO_LATE: &str = "the pod takes frames too slowly, and they have waited too long";
+
+/// The lanes of all slow pods; `T` is what it takes to send a frame.
+pub(super) struct Lanes<T> {
+    pods: HashMap<u32, Lane<T>>,
+    /// Pods of whom frames wait and whom no thread serves, who has waited longest first.
+    ready: VecDeque<u32>,
+    budget: Budget,
+    is_slow_served: bool,
+    /// When the next frame of a slow lane may be sent.
+    slow_from_ns: u64,
+}
+
+struct Lane<T> {
+    frames: VecDeque<Queued<T>>,
+    kept: Kept,
+    is_served: bool,
+    /// The pod is gone; the lane goes when the thread that serves it is done.
+    is_gone: bool,
+    /// What its last frames took, each weighing an eighth.
+    average_ns: u64,
+    last_slow_ns: u64,
+    lost: HashMap<u32, Lost>,
+}
+
+struct Queued<T> {
+    ifindex: u32,
+    /// It is not sent after this.
+    until_ns: u64,
+    len: usize,
+    frame: T,
+}
+
+/// Frames that were not sent on one interface.
+#[derive(Debug, Default)]
+pub(super) struct Lost {
+    pub(super) frames: u64,
+    /// Why the last one was not; `None` when its interface was given up.
+    pub(super) error: Option<io::Error>,
+}
+
+impl Lost {
+    /// One frame, for this reason.
+    pub(super) fn one(error: io::Error) -> Self {
+        Self {
+            frames: 1,
+            error: Some(error),
+        }
+    }
+}
+
+/// A frame to send, and for whom. It goes back to [`Lanes::end`].
+#[derive(Debug)]
+pub(super) struct Job<T> {
+    pub(super) frame: T,
+    pub(super) ifindex: u32,
+    pod: u32,
+    is_slow: bool,
+}
+
+/// What a thread does next.
+#[derive(Debug)]
+pub(super) enum Next<T> {
+    Send(Job<T>),
+    /// Nothing before then, unless something is pushed.
+    Wait(Option<u64>),
+}
+
+impl<T> Lane<T> {
+    fn is_slow(&self) -> bool {
+        self.average_ns >= SLOW_NS
+    }
+
+    fn lose(&mut self, ifindex: u32, error: io::Error) {
+        let lost = self.lost.entry(ifindex).or_default();
+        lost.frames += 1;
+        lost.error = Some(error);
+    }
+}
+
+impl<T> Lanes<T> {
+    pub(super) fn new() -> Self {
+        Self {
+            pods: HashMap::new(),
+            ready: VecDeque::new(),
+            budget: Budget::new(LIMITS),
+            is_slow_served: false,
+            slow_from_ns: 0,
+        }
+    }
+
+    /// A pod has been slow, and has a lane from now on.
+    pub(super) fn open(&mut self, pod: u32, now_ns: u64) {
+        let lane = self.pods.entry(pod).or_insert_with(|| Lane {
+            frames: VecDeque::new(),
+            kept: Kept::default(),
+            is_served: false,
+            is_gone: false,
+            average_ns: 0,
+            last_slow_ns: now_ns,
+            lost: HashMap::new(),
+        });
+        lane.is_gone = false;
+    }
+
+    /// A frame for a pod with a lane. It is lost, and counted, if the lane has no room for it, or if it is
+    /// not sent until then.
+    pub(super) fn push(&mut self, (pod, ifindex): (u32, u32), len: usize, frame: T, until_ns: u64) {
+        let Some(lane) = self.pods.get_mut(&pod) else {
+            return;
+        };
+        let len = len.max(FRAME_MIN);
+        if !self.budget.has_room(&lane.kept, len) {
+            lane.lose(ifindex, io::Error::other(NO_ROOM));
+            return;
+        }
+        self.budget.add(&mut lane.kept, len);
+        if lane.frames.is_empty() && !lane.is_served {
+            self.ready.push_back(pod);
+        }
+        lane.frames.push_back(Queued {
+            ifindex,
+            until_ns,
+            len,
+            frame,
+        });
+    }
+
+    /// The next frame: of the quick lane that has waited longest, or else of the least slow of the slow
+    /// lanes, if its time has come. Nobody else serves that lane until [`Self::end`].
+    pub(super) fn next(&mut self, now_ns: u64) -> Next<T> {
+        while let Some(at) = self.whose_turn(now_ns) {
+            let Some((pod, lane)) = self
+                .ready
+                .remove(at)
+                .and_then(|pod| Some((pod, self.pods.get_mut(&pod)?)))
+            else {
+                continue;
+            };
+            while let Some(queued) = lane.frames.pop_front() {
+                self.budget.take_back(&mut lane.kept, queued.len);
+                if queued.until_ns < now_ns {
+                    lane.lose(queued.ifindex, io::Error::other(TOO_LATE));
+                    continue;
+                }
+                lane.is_served = true;
+                let is_slow = lane.is_slow();
+                self.is_slow_served |= is_slow;
+                return Next::Send(Job {
+                    frame: queued.frame,
+                    ifindex: queued.ifindex,
+                    pod,
+                    is_slow,
+                });
+            }
+        }
+        let is_due = !self.ready.is_empty() && !self.is_slow_served;
+        Next::Wait(is_due.then_some(self.slow_from_ns))
+    }
+
+    /// Where in `ready` the pod stands that is served next.
+    fn whose_turn(&self, now_ns: u64) -> Option<usize> {
+        let average = |pod: &u32| self.pods.get(pod).map_or(0, |lane| lane.average_ns);
+        let mut ready = self.ready.iter();
+        ready.position(|pod| average(pod) < SLOW_NS).or_else(|| {
+            let is_open = !self.is_slow_served && now_ns >= self.slow_from_ns;
+            // The first of equals is the minimum.
+            let ready = self.ready.iter().enumerate();
+            let (at, _) = ready.min_by_key(|(_, pod)| average(pod))?;
+            is_open.then_some(at)
+        })
+    }
+
+    /// Whether another lane has frames that no thread sends.
+    pub(super) fn has_more(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// A frame has been sent, or could not be.
+    pub(super) fn end<U>(
+        &mut self,
+        job: &Job<U>,
+        took_ns: u64,
+        error: Option<io::Error>,
+        now_ns: u64,
+    ) {
+        if job.is_slow {
+            self.is_slow_served = false;
+        }
+        let Some(lane) = self.pods.get_mut(&job.pod) else {
+            return;
+        };
+        lane.is_served = false;
+        // Without the old average's eighth first, so that it comes down to nothing.
+        lane.average_ns = lane.average_ns - lane.average_ns / 8 + took_ns.min(COUNTED_NS) / 8;
+        if took_ns > SLOW_NS {
+            lane.last_slow_ns = now_ns;
+        }
+        if job.is_slow || lane.is_slow() {
+            let pause_ns = took_ns.saturating_mul(PAUSE).min(PAUSE_MAX_NS);
+            self.slow_from_ns = self.slow_from_ns.max(now_ns.saturating_add(pause_ns));
+        }
+        if let Some(error) = error {
+            lane.lose(job.ifindex, error);
+        }
+        if lane.is_gone {
+            self.pods.remove(&job.pod);
+        } else if !lane.frames.is_empty() {
+            self.ready.push_back(job.pod);
+        }
+    }
+
+    /// The interface is not this pod's any more; its frames are lost, and counted.
+    pub(super) fn detach(&mut self, pod: u32, ifindex: u32) {
+        let Some(lane) = self.pods.get_mut(&pod) else {
+            return;
+        };
+        let budget = &mut self.budget;
+        let kept = &mut lane.kept;
+        let mut dropped = 0;
+        lane.frames.retain(|queued| {
+            let stays = queued.ifindex != ifindex;
+            if !stays {
+                budget.take_back(kept, queued.len);
+                dropped += 1;
+            }
+            stays
+        });
+        if dropped > 0 {
+            lane.lost.entry(ifindex).or_default().frames += dropped;
+        }
+        if lane.frames.is_empty() {
+            self.ready.retain(|id| *id != pod);
+        }
+    }
+
+    /// The pod is gone, and with it its lane. Its interfaces are detached.
+    pub(super) fn forget(&mut self, pod: u32) {
+        match self.pods.get_mut(&pod) {
+            Some(lane) if lane.is_served => lane.is_gone = true,
+            _ => drop(self.pods.remove(&pod)),
+        }
+    }
+
+    /// Frames of the pod that were lost since this was last asked, by interface.
+    pub(super) fn take_lost(&mut self, pod: u32) -> HashMap<u32, Lost> {
+        let lane = self.pods.get_mut(&pod);
+        lane.map(|lane| std::mem::take(&mut lane.lost))
+            .unwrap_or_default()
+    }
+
+    /// Closes the pod's lane if nothing is in it and nothing was slow for so long; says whether it did.
+    pub(super) fn close_if_quiet(&mut self, pod: u32, quiet_ns: u64, now_ns: u64) -> bool {
+        let is_open = self.pods.get(&pod).is_some_and(|lane| {
+            lane.is_served
+                || !lane.frames.is_empty()
+                || now_ns.saturating_sub(lane.last_slow_ns) < quiet_ns
+        });
+        if !is_open {
+            self.pods.remove(&pod);
+        }
+        !is_open
+    }
+
+    /// Forgets all frames.
+    pub(super) fn clear(&mut self) {
+        self.pods.clear();
+        self.ready.clear();
+    }
+}
+
+#[cfg(test)]
+#[path = "lanes_tests.rs"]
+mod tests;

@@ -1,0 +1,202 @@
+//! A pod whose own network makes a delivered frame cost its sender much time, and the pod beside it.
+
+use std::{
+    io::Write as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use egress_tests::{
+    Lab, Namespace, Pod,
+    addresses::{RESOLVER, server},
+    dns::{Answer, DnsSocket, RecordType, ResponseCode},
+    observed::HTTP,
+};
+
+/// Responses for the slow pod that wait at the same time.
+const QUESTIONS: u16 = 24;
+
+#[track_caller]
+fn nft(netns: &Namespace, commands: &str) {
+    let output = netns.run(|| {
+        let mut child = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(commands.as_bytes())?;
+        }
+        child.wait_with_output()
+    });
+    let output = output.expect("nft, of the package nftables");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "nft: {said}");
+}
+
+/// From now on each response costs the thread that delivers it a hundred million rules, which is more than
+/// half a second: chains that jump to chains that jump.
+#[track_caller]
+fn takes_long_for_each_response(pod: &Pod) {
+    const FAN: usize = 10;
+    const DEPTH: usize = 7;
+    let mut commands = String::from("table ip slow {\n");
+    for depth in (0..=DEPTH).rev() {
+        let rule = if depth == DEPTH {
+            "ip ttl 0 counter\n".to_owned()
+        } else {
+            format!("jump c{}\n", depth + 1)
+        };
+        commands += &format!("chain c{depth} {{\n{}}}\n", rule.repeat(FAN));
+    }
+    commands += "chain in { type filter hook input priority 0;\n udp sport 53 ip ttl 1-255 jump c0\n }\n}\n";
+    nft(pod.netns(), &commands);
+}
+
+#[track_caller]
+fn takes_responses_quickly_again(pod: &Pod) {
+    nft(pod.netns(), "delete table ip slow\n");
+}
+
+/// The ids of the responses that have come.
+fn arrived(socket: &DnsSocket, within: Duration, ids: &mut Vec<u16>) {
+    while let Some((bytes, _)) = socket.receive(within) {
+        ids.push(Answer::read(&bytes).message.metadata.id);
+    }
+}
+
+/// Two pods that may ask for `shop.test`.
+#[track_caller]
+fn two_pods(lab: &Lab) -> [Pod; 2] {
+    lab.dns().addresses("shop.test", &[server(10)]);
+    ["slow", "neighbour"].map(|name| {
+        let pod = lab.pod("shop", name);
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        pod
+    })
+}
+
+#[test]
+fn a_pod_that_takes_frames_slowly_delays_only_itself() {
+    let lab = Lab::builder().config("http", HTTP).build();
+    let _servers = [lab.serve_tcp(443), lab.serve_tcp(444)];
+    let [slow, neighbour] = two_pods(&lab);
+    let agent = lab.start_agent(&[&slow, &neighbour]);
+    assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
+    takes_long_for_each_response(&slow);
+    let socket = slow.dns_socket();
+    for id in 0..QUESTIONS {
+        // Refused, so that the agent itself answers.
+        socket.ask(RESOLVER, id, "evil.test", RecordType::A);
+    }
+    let mut ids = Vec::new();
+    let (first, _) = socket.receive(egress_tests::DEADLINE).expect("a response");
+    ids.push(Answer::read(&first).message.metadata.id);
+
+    // While the others are on their way, the neighbour asks more often than the slow pod has, is refused,
+    // gets another policy...
+    let mut beside = |what: &str| {
+        arrived(&socket, Duration::from_millis(1), &mut ids);
+        let came = ids.len();
+        assert!(
+            came < usize::from(QUESTIONS / 2),
+            "{what} waited for {came} frames of the slow pod"
+        );
+    };
+    for _ in 0..QUESTIONS {
+        assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
+    }
+    beside("questions");
+    let refused = neighbour.resolve("evil.test", RecordType::A);
+    assert_eq!(refused.code, ResponseCode::NXDomain);
+    beside("a refusal");
+    agent.applies(&neighbour, || {
+        lab.write_pod(&neighbour, &[("allow", "shop.test:443-444")]);
+    });
+    neighbour.talks_tcp((server(10), 444));
+    beside("an edit");
+    // ... and the agent answers questions about itself.
+    assert_eq!(lab.status_of(&neighbour)["mode"], "enforce");
+    beside("status");
+    assert_eq!(lab.metrics().get("egress_agent_slow_pods"), 1.0);
+    agent.wait_said("which pod is slow", |line| {
+        line.contains("takes frames slowly") && line.contains("pod=shop/slow")
+    });
+
+    // What the slow pod gets comes in its order, and it resolves as ever when it takes frames again.
+    takes_responses_quickly_again(&slow);
+    assert_eq!(slow.lookup("shop.test"), [server(10)]);
+    slow.talks_tcp((server(10), 443));
+    arrived(&socket, Duration::from_millis(1), &mut ids);
+    assert!(ids.is_sorted(), "{ids:?}");
+    assert!(!agent.stderr().contains("pod=shop/neighbour ifindex"));
+}
+
+#[test]
+fn frames_beyond_a_slow_pods_queue_are_lost_for_it_alone() {
+    // More than docs/limits.md says that a queue holds.
+    const FLOOD: u16 = 2000;
+    let lab = Lab::builder().config("http", HTTP).build();
+    let _web = lab.serve_tcp(443);
+    let [slow, neighbour] = two_pods(&lab);
+    let agent = lab.start_agent(&[&slow, &neighbour]);
+    takes_long_for_each_response(&slow);
+    let socket = slow.dns_socket();
+    for id in 0..FLOOD {
+        socket.ask(RESOLVER, id, "evil.test", RecordType::A);
+    }
+    agent.wait_said("whose frames are lost", |line| {
+        line.contains("could not be put back") && line.contains("pod=shop/slow")
+    });
+    assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
+    neighbour.talks_tcp((server(10), 443));
+    assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
+    assert!(!agent.stderr().contains("lost pod=shop/neighbour"));
+    takes_responses_quickly_again(&slow);
+}
+
+#[test]
+fn several_slow_pods_do_not_occupy_all_threads_that_send() {
+    // More than there are such threads.
+    const SLOW: usize = 6;
+    let lab = Lab::builder().config("http", HTTP).build();
+    let _web = lab.serve_tcp(443);
+    let [once_slow, neighbour] = two_pods(&lab);
+    let slow: Vec<Pod> = (0..SLOW)
+        .map(|number| {
+            let pod = lab.pod("shop", &format!("slow-{number}"));
+            lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+            pod
+        })
+        .collect();
+    let all: Vec<&Pod> = slow.iter().chain([&once_slow, &neighbour]).collect();
+    let _agent = lab.start_agent(&all);
+    // This pod has been slow, so that such a thread sends to it from now on.
+    takes_long_for_each_response(&once_slow);
+    assert_eq!(once_slow.lookup("shop.test"), [server(10)]);
+    takes_responses_quickly_again(&once_slow);
+    for pod in &slow {
+        takes_long_for_each_response(pod);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    }
+    let sockets: Vec<DnsSocket> = slow.iter().map(Pod::dns_socket).collect();
+    for socket in &sockets {
+        for id in 0..QUESTIONS {
+            socket.ask(RESOLVER, id, "evil.test", RecordType::A);
+        }
+    }
+    for _ in 0..QUESTIONS {
+        for pod in [&once_slow, &neighbour] {
+            assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        }
+    }
+    let mut ids = Vec::new();
+    for socket in &sockets {
+        arrived(socket, Duration::from_millis(1), &mut ids);
+    }
+    let came = ids.len();
+    assert!(came < usize::from(QUESTIONS), "{came} frames came first");
+    let metrics = lab.metrics();
+    assert_eq!(metrics.get("egress_agent_slow_pods"), (SLOW + 1) as f64);
+}
