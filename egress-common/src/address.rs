@@ -44,8 +44,13 @@ const LINK_LOCAL_PREFIX: [u8; 8] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0];
 /// Whether this is a link-local address as hosts make them, with zeros behind its prefix.
 #[inline(always)]
 pub const fn is_host_link_local(address: &Address) -> bool {
-    let [a, b, c, d, e, f, g, h, ..] = *address;
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == u64::from_ne_bytes(LINK_LOCAL_PREFIX)
+    let mut differing = 0;
+    let mut i = 0;
+    while i < LINK_LOCAL_PREFIX.len() {
+        differing |= address[i] ^ LINK_LOCAL_PREFIX[i];
+        i += 1;
+    }
+    differing == 0
 }
 
 /// Whether the lower half of an address is made of a hardware address (EUI-64; RFC 4291, appendix A).
@@ -57,7 +62,6 @@ pub const fn is_of_hardware(address: &Address) -> bool {
 /// The link-local address that is made of this hardware address (RFC 4291, appendix A).
 #[inline(always)]
 pub const fn link_local_of(hardware: [u8; 6]) -> Address {
-    let [a, b, c, d, e, f] = hardware;
     [
         0xfe,
         0x80,
@@ -67,14 +71,14 @@ pub const fn link_local_of(hardware: [u8; 6]) -> Address {
         0,
         0,
         0,
-        a ^ 0x02,
-        b,
-        c,
+        hardware[0] ^ 0x02,
+        hardware[1],
+        hardware[2],
         0xff,
         0xfe,
-        d,
-        e,
-        f,
+        hardware[3],
+        hardware[4],
+        hardware[5],
     ]
 }
 

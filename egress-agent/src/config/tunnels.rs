@@ -22,7 +22,7 @@ pub enum Tunnel {
 }
 
 /// Tunnels that the kernel or a program of a usual cluster unpacks for everybody who sends them, each
-/// with its name. WireGuard, IPsec over UDP and other tunnels that ask for a key are not among them.
+/// with its name. `WireGuard`, IPsec over UDP and other tunnels that ask for a key are not among them.
 pub const TUNNELS: &[(Tunnel, &str)] = &[
     (
         Tunnel::Other,

@@ -24,7 +24,7 @@ const OPTION_LEN: u32 = 8;
 /// A solicitation has at most its sender's address and a nonce (RFC 7527, section 4.1).
 const OPTIONS: u32 = 2;
 
-/// Most records in one report of MLDv2; a kernel has one for each address and each group that a
+/// Most records in one report of `MLDv2`; a kernel has one for each address and each group that a
 /// program has joined.
 const RECORDS: u32 = 16;
 /// Most bytes of such a report: so many records without sources.
@@ -86,10 +86,10 @@ impl Packet {
             if at == frame.len() {
                 return true;
             }
-            let Some([kind, len, a, b, c, d, e, f]) = frame.read::<8>(at) else {
+            let Some([kind, len, address @ ..]) = frame.read::<8>(at) else {
                 return false;
             };
-            let is_own = same_hardware(&[a, b, c, d, e, f], &hardware);
+            let is_own = same_hardware(&address, &hardware);
             let is_plain = match kind {
                 SOURCE_ADDRESS => is_own && self.icmp_type != ICMPV6_NEIGHBOUR_ADVERTISEMENT,
                 TARGET_ADDRESS => is_own && self.icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT,
@@ -140,7 +140,7 @@ fn has_plain_alert(frame: &impl Frame, at: u32) -> bool {
     kind == Some([protocol::HOP_BY_HOP]) && differing == 0
 }
 
-/// Whether a report of MLDv2 at `at` has a bounded number of records, each without auxiliary data.
+/// Whether a report of `MLDv2` at `at` has a bounded number of records, each without auxiliary data.
 #[inline(always)]
 fn has_plain_records(frame: &impl Frame, at: u32) -> bool {
     if frame.len() > at + REPORT_MAX {

@@ -118,6 +118,10 @@ fn through_nat64(address: IpAddr) -> Option<IpAddr> {
 }
 
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own about the packet"
+)]
 pub(super) struct Packet {
     pub(super) to: IpAddr,
     /// The name whose answer gave the pod this address.
