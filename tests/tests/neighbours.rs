@@ -116,7 +116,9 @@ fn the_agents_sockets_close_with_their_pods() {
     for pod in &pods {
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
     }
-    eventually("each pod has one", || holds(sockets() == pods.len() + PROBES));
+    eventually("each pod has one", || {
+        holds(sockets() == pods.len() + PROBES)
+    });
     lab.remove_pod(&pods[0]);
     eventually("one is left", || holds(sockets() == 1 + PROBES));
     assert_eq!(pods[1].lookup("shop.test"), [server(10)]);
