@@ -26,7 +26,7 @@ pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     let key = LinkAddress { addr: *address };
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
-    if let Some(owner) = unsafe { LINK_OWNER.get(&key) } {
+    if let Some(owner) = unsafe { LINK_OWNER.get(key) } {
         return owner.ifindex == ifindex;
     }
     let Some(hardware) = skb.read::<6>(6) else {
@@ -40,5 +40,5 @@ pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     }
     // The interface's only one, and nobody else's; whoever comes second gets nothing.
     LINK_LOCAL.insert(ifindex, key, NEW).is_ok()
-        && LINK_OWNER.insert(&key, LinkOwner { ifindex }, NEW).is_ok()
+        && LINK_OWNER.insert(key, LinkOwner { ifindex }, NEW).is_ok()
 }

@@ -135,8 +135,9 @@ impl Frame for Skb<'_> {
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         // All ones when the linear part ends before: no helper reads there. A comparison would be one
         // more path that the kernel's verifier follows, at every read.
-        let room = i64::from(core::hint::black_box(self.linear_len()));
-        let beyond = ((room - i64::from(offset) - N as i64) >> 63) as u32;
+        let room = u64::from(core::hint::black_box(self.linear_len()));
+        let lacks = room.wrapping_sub(u64::from(offset) + N as u64) >> 63;
+        let beyond = (lacks as u32).wrapping_neg();
         let at = core::hint::black_box(offset | beyond);
         self.0.load::<[u8; N]>(at as usize).ok()
     }

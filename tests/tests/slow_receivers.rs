@@ -1,4 +1,9 @@
 //! A pod whose own network makes a delivered frame cost its sender much time, and the pod beside it.
+#![expect(
+    clippy::float_cmp,
+    clippy::cast_precision_loss,
+    reason = "metrics are floating-point numbers, and counts among them are exact"
+)]
 
 use std::{
     io::Write as _,
@@ -48,7 +53,9 @@ fn takes_long_for_each_response(pod: &Pod) {
         } else {
             format!("jump c{}\n", depth + 1)
         };
-        commands += &format!("chain c{depth} {{\n{}}}\n", rule.repeat(FAN));
+        commands.extend(["chain c", &depth.to_string(), " {\n"]);
+        commands.push_str(&rule.repeat(FAN));
+        commands.push_str("}\n");
     }
     commands += "chain in { type filter hook input priority 0;\n udp sport 53 ip ttl 1-255 jump c0\n }\n}\n";
     nft(pod.netns(), &commands);
