@@ -15,7 +15,10 @@ use aya_ebpf::{
     helpers::{bpf_csum_level, bpf_csum_update, bpf_skb_change_tail, bpf_skb_vlan_pop},
 };
 
-use crate::skb::Skb;
+use crate::{maps::CHECKSUM_PLACES, skb::Skb};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
 
 /// `-EINVAL`.
 const INVALID: i64 = -22;
@@ -27,6 +30,9 @@ const INVALID: i64 = -22;
 /// What the program has learned of pointers into the packet is void afterwards.
 #[inline(always)]
 pub fn is_misplaced(skb: &Skb<'_>, earliest: Option<u32>) -> bool {
+    if CHECKSUM_PLACES.load() == 0 && is_from_ip_socket(skb) {
+        return false;
+    }
     if !is_to_be_computed(skb) {
         return false;
     }
@@ -68,5 +74,20 @@ fn is_to_be_computed(skb: &Skb<'_>) -> bool {
         }
         // Adds nothing to the sum that hardware has supplied, if it has.
         bpf_csum_update(frame, 0) < 0
+    }
+}
+
+/// Whether a socket of the IP family sent the frame. Its pod may have rewritten it since, so this says
+/// enough only where the kernel does not tell more.
+#[inline(always)]
+fn is_from_ip_socket(skb: &Skb<'_>) -> bool {
+    // SAFETY: the context is valid while the program runs, and the socket with it.
+    unsafe {
+        let socket = (*skb.0.skb.skb).__bindgen_anon_2.sk;
+        if socket.is_null() {
+            return false;
+        }
+        let family = (*socket).family;
+        family == AF_INET || family == AF_INET6
     }
 }

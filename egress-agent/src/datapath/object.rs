@@ -57,6 +57,10 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 /// A helper that the programs use where there is one: it came with 5.11.
 const COARSE_CLOCK: BpfHelper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
 
+/// Oldest kernel on which asking for the place of every checksum was seen to work. On 6.1 and 6.12 it
+/// takes every sum of an ordinary socket for misplaced, so there the sender is trusted.
+const CHECKSUM_PLACES: KernelVersion = KernelVersion::new(6, 18, 0);
+
 /// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
 const LOAD_ATTEMPTS: u32 = 5;
 
@@ -94,6 +98,7 @@ struct Constants {
     marks: Marks,
     trace: bool,
     coarse_clock: bool,
+    checksum_places: bool,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -145,7 +150,16 @@ impl Datapath {
             marks,
             trace: options.trace,
             coarse_clock,
+            checksum_places: kernel >= CHECKSUM_PLACES,
         };
+        if !constants.checksum_places {
+            tracing::warn!(
+                %kernel,
+                oldest = %CHECKSUM_PLACES,
+                "this kernel is not known to tell where checksums land: a pod with CAP_NET_ADMIN can \
+                 change a port or an address after the verdict"
+            );
+        }
         let mut ebpf = load_object(&layout, &constants)?;
 
         let interfaces = open(&layout, "interfaces")?;
@@ -378,8 +392,10 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         marks,
         trace,
         coarse_clock,
+        checksum_places,
     } = constants;
     let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
+    let checksum_places = u8::from(*checksum_places);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("DELIVER_MARK", &marks.deliver, true)
@@ -387,7 +403,8 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         .override_global("AGAIN_MARK", &marks.again, true)
         .override_global("PROBE_MARK", &marks.probe, true)
         .override_global("TRACE", &trace, true)
-        .override_global("COARSE_CLOCK", &coarse_clock, true);
+        .override_global("COARSE_CLOCK", &coarse_clock, true)
+        .override_global("CHECKSUM_PLACES", &checksum_places, true);
     for &name in SHARED_MAPS {
         loader.map_pin_path(name, layout.map(name));
     }
