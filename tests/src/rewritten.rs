@@ -222,8 +222,9 @@ fn unhook(netns: &Namespace) {
     nft(netns, "delete table netdev rewritten\n");
 }
 
+/// Gives these commands to nft in a namespace, and panics when it refuses them.
 #[track_caller]
-fn nft(netns: &Namespace, commands: &str) {
+pub fn nft(netns: &Namespace, commands: &str) {
     let output = netns.run(|| {
         let mut child = Command::new("nft")
             .args(["-f", "-"])

@@ -5,40 +5,18 @@
     reason = "metrics are floating-point numbers, and counts among them are exact"
 )]
 
-use std::{
-    io::Write as _,
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::time::Duration;
 
 use egress_tests::{
-    Lab, Namespace, Pod,
+    Lab, Pod,
     addresses::{RESOLVER, server},
     dns::{Answer, DnsSocket, RecordType, ResponseCode},
     observed::HTTP,
+    rewritten::nft,
 };
 
 /// Responses for the slow pod that wait at the same time.
 const QUESTIONS: u16 = 24;
-
-#[track_caller]
-fn nft(netns: &Namespace, commands: &str) {
-    let output = netns.run(|| {
-        let mut child = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(commands.as_bytes())?;
-        }
-        child.wait_with_output()
-    });
-    let output = output.expect("nft, of the package nftables");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "nft: {said}");
-}
 
 /// From now on each response costs the thread that delivers it a hundred million rules, which is more than
 /// half a second: chains that jump to chains that jump.
