@@ -170,6 +170,24 @@ fn a_pod_with_a_limit_starts_and_is_enforced_and_limited() {
 }
 
 #[test]
+fn programs_that_plugins_run_in_the_network_do_not_count_as_the_pods() {
+    let (cluster, shop) = cluster();
+    let _web = cluster.lab.serve_tcp(443);
+    let agent = start_agent(&cluster);
+    let net = cluster.lab.pod(&shop, "cart");
+    // At any moment, and so at each of the agent's looks, one is there.
+    for _ in 0..60 {
+        let mut program = Command::new("sleep");
+        program.arg("0.02");
+        let status = net.netns().run(|| program.status());
+        assert!(status.expect("sleep runs").success());
+    }
+    limit(&cluster, &net).expect("the interface was left alone");
+    let pod = run(&cluster, &shop, net, &allow());
+    is_enforced_and_limited(&cluster, &agent, &pod);
+}
+
+#[test]
 fn a_pod_that_had_a_limit_before_the_agent_came_is_enforced_and_limited() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);

@@ -128,25 +128,32 @@ impl Host {
         routes::uplinks(&self.proc)
     }
 
-    /// The host's numbers of the other network namespaces that a process is in.
+    /// The processes in other network namespaces: the host's number of a namespace, and the id of a
+    /// process in it.
     ///
     /// # Errors
     ///
     /// When processes cannot be looked at.
-    pub fn inhabited(&mut self) -> io::Result<HashSet<i32>> {
-        let mut inhabited = HashSet::new();
-        for (inode, pid) in process::networks(&self.proc)? {
+    pub fn inhabitants(&mut self) -> io::Result<HashSet<(i32, u32)>> {
+        let mut found = HashSet::new();
+        for (inode, pids) in process::networks(&self.proc)? {
             if inode == self.own {
                 continue;
             }
-            let opened = Process::open(&self.proc, pid).and_then(|process| process.open_network());
-            // It may have ended, and another one have its id, by now.
-            let Some((network, _)) = opened.ok().filter(|(_, now)| *now == inode) else {
+            // A process may have ended, and another one have its id, by now.
+            let network = pids.iter().find_map(|&pid| {
+                let opened =
+                    Process::open(&self.proc, pid).and_then(|process| process.open_network());
+                opened.ok().filter(|(_, now)| *now == inode)
+            });
+            let Some((network, _)) = network else {
                 continue;
             };
-            inhabited.extend(self.netlink.nsid(&network)?);
+            if let Some(nsid) = self.netlink.nsid(&network)? {
+                found.extend(pids.iter().map(|&pid| (nsid, pid)));
+            }
         }
-        Ok(inhabited)
+        Ok(found)
     }
 
     /// Finds the pod of this UID among the given interfaces.

@@ -121,9 +121,9 @@ pub(super) fn search(proc: &Path) -> (HashMap<Uid, Vec<u32>>, Vec<Layout>) {
     (found, layouts)
 }
 
-/// For each network namespace that a process is in, one such process.
-pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, u32>> {
-    let mut found = HashMap::new();
+/// For each network namespace that a process is in, the processes in it.
+pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, Vec<u32>>> {
+    let mut found: HashMap<u64, Vec<u32>> = HashMap::new();
     let entries = fs::read_dir(proc)?.flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids.take(SEARCHED) {
@@ -131,7 +131,8 @@ pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, u32>> {
         let Ok(link) = fs::read_link(proc.join(format!("{pid}/ns/net"))) else {
             continue;
         };
-        found.insert(network_inode(&link.to_string_lossy())?, pid);
+        let inode = network_inode(&link.to_string_lossy())?;
+        found.entry(inode).or_default().push(pid);
     }
     Ok(found)
 }
