@@ -1,0 +1,157 @@
+//! How many connections a pod may have (`limits.flowsPerPod`): which give way when there are more.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
+
+use egress_tests::{
+    DEADLINE, Lab, Pod, SHORT,
+    addresses::{numbered, server},
+    dns::address,
+    eventually, exchange, holds,
+    observed::HTTP,
+};
+use etherparse::PacketBuilder;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Raw packets that the sender has written from the IP header on, raw(7).
+const IPPROTO_RAW: i32 = 255;
+/// The port that the pod serves.
+const PORT: u16 = 8080;
+/// The lowest value of `limits.flowsPerPod`.
+const FEW: usize = 64;
+
+/// A connection that an outside address has opened to the pod: its end, and the pod's.
+#[track_caller]
+fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
+    let to = SocketAddr::from((pod.ipv4(), PORT));
+    let outer = lab.outside().run(|| -> std::io::Result<TcpStream> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::from((from, 0)).into())?;
+        socket.connect_timeout(&to.into(), DEADLINE)?;
+        Ok(socket.into())
+    });
+    let outer = outer.expect("the pod accepts the connection");
+    let (inner, _) = listener.accept().expect("a connection");
+    (outer, inner)
+}
+
+/// Whether what the pod says reaches the other side.
+fn is_heard((outer, inner): &mut (TcpStream, TcpStream), timeout: Duration) -> bool {
+    use std::io::{Read as _, Write as _};
+    inner.write_all(b"hello").expect("the pod writes");
+    outer.set_read_timeout(Some(timeout)).expect("a time-out");
+    let mut heard = [0; 5];
+    outer.read_exact(&mut heard).is_ok() && heard == *b"hello"
+}
+
+/// Sends `count` SYNs to the pod, each from an address that never answers.
+#[track_caller]
+fn flood_of_syns(lab: &Lab, pod: &Pod, count: u32) {
+    let raw = Protocol::from(IPPROTO_RAW);
+    let socket = lab
+        .outside()
+        .run(|| Socket::new(Domain::IPV4, Type::RAW, Some(raw)))
+        .expect("a raw socket");
+    let to = SocketAddr::from((pod.ipv4(), 0)).into();
+    for n in 0..count {
+        let from = Ipv4Addr::from_bits(Ipv4Addr::new(100, 64, 0, 0).to_bits() + n);
+        let mut packet = Vec::new();
+        PacketBuilder::ipv4(from.octets(), pod.ipv4().octets(), 64)
+            .tcp(40_000, PORT, n, 65_535)
+            .syn()
+            .write(&mut packet, &[])
+            .expect("a packet in memory");
+        socket.send_to(&packet, &to).expect("the SYN leaves");
+    }
+}
+
+#[test]
+fn half_open_connections_from_outside_end_nothing_and_keep_nobody_out() {
+    let lab = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let listener = pod.listen_tcp(PORT);
+    let mut before = accepted(&lab, &listener, server(9), &pod);
+    pod.lookup("shop.test");
+    let mut outbound = pod.talks_tcp((server(10), 443));
+
+    // More than the pod may have, twice: SYNs of some minutes, in a moment.
+    flood_of_syns(&lab, &pod, 40_000);
+    let mut during = accepted(&lab, &listener, server(9), &pod);
+    eventually("the name has expired", || {
+        holds(pod.connect_tcp((server(10), 443), SHORT).is_err())
+    });
+    assert!(is_heard(&mut during, DEADLINE), "a new connection");
+    assert!(is_heard(&mut before, DEADLINE), "a connection from before");
+    assert!(exchange(&mut outbound, b"still here", DEADLINE));
+}
+
+#[test]
+fn of_too_many_inbound_connections_those_that_are_silent_longest_give_way() {
+    let lab = Lab::builder()
+        .config("limits.flowsPerPod", FEW)
+        .config("http", HTTP)
+        .build();
+    let _web = lab.serve_tcp(443);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "203.0.113.10:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let listener = pod.listen_tcp(PORT);
+    let mut outbound = pod.talks_tcp((server(10), 443));
+    let mut connections = Vec::new();
+    for n in 0..3 * FEW as u32 {
+        connections.push(accepted(&lab, &listener, numbered(n), &pod));
+        // Not more at once than one look of the agent makes room for.
+        assert!(is_heard(connections.last_mut().expect("one"), DEADLINE));
+        std::thread::sleep(Duration::from_millis(30));
+    }
+
+    agent.wait_said("that connections gave way", |line| {
+        line.contains("inbound connections that were silent for longest gave way")
+    });
+    let newest = connections.len() - 8;
+    for connection in &mut connections[newest..] {
+        assert!(is_heard(connection, DEADLINE), "a new connection");
+    }
+    assert!(
+        !is_heard(&mut connections[0], SHORT),
+        "the oldest is one of more than the pod may have"
+    );
+    assert!(
+        exchange(&mut outbound, b"still here", DEADLINE),
+        "what the pod opened has room of its own"
+    );
+    let series = "egress_agent_flows_evicted_total{why=\"over_pod_share\"}";
+    assert!(lab.metrics().get(series) > 0.0, "not counted");
+}
+
+#[test]
+fn of_too_many_connections_that_a_pod_opens_the_first_go_on() {
+    let lab = Lab::builder().config("limits.flowsPerPod", FEW).build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    pod.lookup("shop.test");
+    let mut connections: Vec<TcpStream> = (0..2 * FEW)
+        .map(|_| pod.talks_tcp((server(10), 443)))
+        .collect();
+    for connection in &mut connections {
+        assert!(
+            exchange(connection, b"still here", DEADLINE),
+            "the rules allow those for which there is no place"
+        );
+    }
+    agent.wait_said("that there is no place for all", |line| {
+        line.contains("raise limits.flowsPerPod")
+    });
+}
