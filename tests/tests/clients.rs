@@ -9,7 +9,7 @@ use std::{
 use egress_tests::{
     Agent, Lab, Pod,
     addresses::{RESOLVER, server, server6},
-    dns::{RecordType, ResponseCode, Send, address},
+    dns::{Answer, RecordType, ResponseCode, Send, address},
 };
 
 /// Looks up each name it is given, as `getent ahosts` does, with whatever C library it is linked to.
@@ -162,27 +162,91 @@ fn a_refused_question_can_say_refused() {
 }
 
 #[test]
-fn a_client_that_mixes_upper_and_lower_case_is_served() {
+fn a_client_that_compares_upper_and_lower_case_gets_every_answer_unchanged() {
     // As unbound and others ask, so that a forger has more to guess.
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().on("shop.test", |asked| {
-        // The first answer gets the letters wrong.
-        let mut wrong = asked.clone();
-        wrong.name = "shop.test".to_owned();
+        let mut other = asked.clone();
+        other.name = "shop.test".to_owned();
         vec![
-            Send::answer(&wrong, &[address(server(66))]),
+            Send::answer(&other, &[address(server(66))]),
             Send::answer(asked, &[address(server(10))]),
+            Send::answer(asked, &[address(server(67))]),
         ]
     });
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "*.test:443")]);
     let agent = lab.start_agent(&[&pod]);
-    let answer = pod.resolve("sHOp.TeSt", RecordType::A);
-    assert_eq!(answer.addresses, [server(10)]);
+    let socket = pod.dns_socket();
+    socket.ask(RESOLVER, 1, "sHOp.TeSt", RecordType::A);
+    let name = |answer: &Answer| answer.message.queries[0].name().to_string();
+    let other = socket.expect("the answer with other letters");
+    assert_eq!(name(&other), "shop.test.");
+    let exact = socket.expect("the answer with the letters of the question");
+    assert_eq!(name(&exact), "sHOp.TeSt.");
+    assert_eq!(exact.addresses, [server(10)]);
     pod.talks_tcp((server(10), 443));
-    agent.wait_denial("the wrong letters", |d| {
+    agent.wait_denial("a second answer", |d| {
         d.of(&pod) && d.reason == "dns_unsolicited"
     });
-    agent.denies_tcp(&pod, (server(66), 443), "address_not_learned");
+    agent.denies_tcp(&pod, (server(67), 443), "address_not_learned");
+}
+
+#[test]
+fn a_resolver_that_answers_in_lower_case_is_understood() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().on("shop.test", |asked| {
+        let mut lower = asked.clone();
+        lower.name.make_ascii_lowercase();
+        vec![Send::answer(&lower, &[address(server(10))])]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    for name in ["Shop.test", "SHOP.TEST", "shop.test"] {
+        let answer = pod.resolve(name, RecordType::A);
+        assert_eq!(answer.addresses, [server(10)], "{name}");
+    }
+    pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn two_questions_from_one_port_with_one_id_are_both_answered() {
+    // As musl before 1.1.25 asks for A and AAAA.
+    let lab = Lab::new();
+    lab.dns().addresses("shop.test", &[server(10), server6(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let socket = pod.dns_socket();
+    socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
+    socket.ask(RESOLVER, 7, "shop.test", RecordType::AAAA);
+    let mut addresses = socket.expect("one answer").addresses;
+    addresses.extend(socket.expect("the other answer").addresses);
+    addresses.sort();
+    assert_eq!(addresses, [server(10), server6(10)]);
+}
+
+#[test]
+fn a_resolver_that_cannot_read_a_question_may_say_so_without_repeating_it() {
+    let lab = Lab::new();
+    lab.dns().on("shop.test", |asked| {
+        let format_error = || {
+            Send::code(asked, ResponseCode::FormErr).edited(|message| {
+                message.truncate(12);
+                message[4..12].fill(0);
+            })
+        };
+        vec![format_error(), format_error()]
+    });
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let answer = pod.resolve("shop.test", RecordType::A);
+    assert_eq!(answer.code, ResponseCode::FormErr);
+    agent.wait_denial("the second, which answers nothing", |d| {
+        d.of(&pod) && d.reason == "dns_unsolicited"
+    });
 }

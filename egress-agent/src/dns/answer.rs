@@ -21,6 +21,11 @@ use super::{
 /// so a longer chain comes from nobody honest; following it is work for the gate.
 pub const ALIASES_MAX: usize = 16;
 
+/// RCODE: the server could not read the question.
+const FORMAT_ERROR: u8 = 1;
+/// RCODE: the server does not do what was asked.
+const NOT_IMPLEMENTED: u8 = 4;
+
 const TYPE_A: u16 = 1;
 const TYPE_CNAME: u16 = 5;
 const TYPE_AAAA: u16 = 28;
@@ -152,6 +157,20 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
         (answer.aliases, answer.addresses) = follow(asked_name(message)?, &facts)?;
     }
     Ok(answer)
+}
+
+/// Reads a response that says no more than that the question was not understood, and does not repeat it
+/// (RFC 1035, section 4.1.1, RCODE 1 and 4). Returns its id, or `None` for every other message.
+///
+/// It has no answer and no authority record, and so teaches nothing.
+pub fn read_rejection(message: &[u8]) -> Option<u16> {
+    let header = Reader::new(message).header().ok()?;
+    let is_rejection = message.len() <= MESSAGE_MAX
+        && header.is_response()
+        && header.opcode() == 0
+        && matches!(header.response_code(), FORMAT_ERROR | NOT_IMPLEMENTED)
+        && (header.questions, header.answers, header.authorities) == (0, 0, 0);
+    is_rejection.then_some(header.id)
 }
 
 /// Reads what the beginning of an answer says: all but the addresses. `None` when it ends before the

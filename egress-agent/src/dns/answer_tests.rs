@@ -515,3 +515,24 @@ proptest! {
         prop_assert_eq!(answer.addresses, expected);
     }
 }
+
+#[test]
+fn a_rejection_is_a_header_that_says_so() {
+    let rejection = |flags: u16| {
+        let message = Packet::query("a.test", 1).flags(flags).bytes();
+        let mut header = message[..12].to_vec();
+        header[5] = 0;
+        header
+    };
+    let id = Some(Packet::ID);
+    assert_eq!(read_rejection(&rejection(0x8181)), id, "FORMERR");
+    assert_eq!(read_rejection(&rejection(0x8184)), id, "NOTIMP");
+    assert_eq!(read_rejection(&rejection(0x8180)), None, "no error");
+    assert_eq!(read_rejection(&rejection(0x0101)), None, "no response");
+    for (section, name) in [(5, "question"), (7, "answer"), (9, "authority")] {
+        let mut message = rejection(0x8181);
+        message[section] = 1;
+        assert_eq!(read_rejection(&message), None, "{name}");
+    }
+    assert_eq!(read_rejection(&rejection(0x8181)[..11]), None, "too short");
+}

@@ -12,9 +12,9 @@ pub mod refusal;
 mod wire;
 
 #[cfg(test)]
-mod packets;
+pub(crate) mod packets;
 
-pub use answer::{Answer, AnswerError, Learned, read_answer, read_beginning};
+pub use answer::{Answer, AnswerError, Learned, read_answer, read_beginning, read_rejection};
 pub use name::Name;
 pub use question::{Question, QuestionError, read_question};
 pub use record_type::type_name;

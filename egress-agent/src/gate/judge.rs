@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
-    dns::{Answer, Name, Question, read_answer, read_beginning, read_question, refuse, type_name},
+    dns::{
+        Answer, Name, Question, read_answer, read_beginning, read_question, read_rejection, refuse,
+        type_name,
+    },
     policy::{Autopath, QuestionRule},
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
@@ -149,6 +152,15 @@ impl<'a> Judge<'a> {
     }
 
     fn take_in(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+        if let Some(id) = read_rejection(message) {
+            let is_delivered = pending.reject(answered(id, packet), self.time_ns);
+            if !is_delivered {
+                self.means
+                    .reporter
+                    .report(self.denied(packet, Reason::DnsUnsolicited, None));
+            }
+            return is_delivered;
+        }
         let answer = match read_answer(message) {
             Ok(answer) => answer,
             Err(error) => {
@@ -160,7 +172,7 @@ impl<'a> Judge<'a> {
             }
         };
         let asked = || Some((answer.name.to_string(), answer.qtype));
-        if !pending.answer(answered(&answer, packet), &answer, self.time_ns) {
+        if !pending.answer(answered(answer.id, packet), &answer, self.time_ns) {
             self.means
                 .reporter
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
@@ -224,7 +236,7 @@ impl<'a> Judge<'a> {
     fn begins(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
         let (reason, asked) = match read_beginning(message) {
             Ok(None) => return true,
-            Ok(Some(answer)) if pending.expects(&answered(&answer, packet), &answer) => {
+            Ok(Some(answer)) if pending.expects(&answered(answer.id, packet), &answer) => {
                 return true;
             }
             Ok(Some(answer)) => {
@@ -351,14 +363,14 @@ impl<'a> Judge<'a> {
     }
 }
 
-/// The exchange that an answer belongs to.
-fn answered(answer: &Answer, packet: &Packet) -> Exchange {
+/// The exchange that an answer with this id belongs to.
+fn answered(id: u16, packet: &Packet) -> Exchange {
     Exchange {
         pod_addr: packet.dst,
         resolver: packet.src,
         resolver_port: packet.src_port,
         pod_port: packet.dst_port,
-        id: answer.id,
+        id,
     }
 }
 

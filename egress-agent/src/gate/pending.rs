@@ -5,7 +5,7 @@ use std::time::Duration;
 use egress_common::address::Address;
 use lru::LruCache;
 
-use crate::dns::{Answer, Question};
+use crate::dns::{Answer, Name, Question};
 
 /// Most questions of one pod that may wait at once; beyond it the oldest is forgotten, and its
 /// answer will not be delivered. Stub resolvers keep a handful open, busy proxies hundreds.
@@ -25,19 +25,39 @@ pub(super) struct Exchange {
     pub(super) id: u16,
 }
 
+/// Most different questions of one exchange that may wait. Old versions of musl send the questions for A
+/// and for AAAA from one port with one id.
+const QUESTIONS_OF_EXCHANGE: usize = 4;
+
 struct Asked {
+    name: Name,
     name_as_sent: Box<[u8]>,
     qtype: u16,
     qclass: u16,
     /// How often it was asked and not answered: a repeated question has more than one answer.
     outstanding: u32,
+    /// How many more answers are delivered in which the name has other upper and lower case than in the
+    /// question. Such an answer does not close the question: a client that compares them goes on
+    /// waiting for the right one.
+    in_other_case: u32,
     time_ns: u64,
+}
+
+impl Asked {
+    fn is_for(&self, name: &Name, qtype: u16, qclass: u16) -> bool {
+        self.qtype == qtype && self.qclass == qclass && self.name == *name
+    }
+
+    fn is_open(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.time_ns) <= PATIENCE.as_nanos() as u64
+    }
 }
 
 /// The open questions of one pod over UDP, or of one connection over TCP: an answer answers what was
 /// asked the same way.
 pub(super) struct Pending {
-    asked: LruCache<Exchange, Asked>,
+    asked: LruCache<Exchange, Vec<Asked>>,
+    len: usize,
     room: usize,
 }
 
@@ -51,60 +71,100 @@ impl Pending {
         Self {
             // Unbounded because the bounded one allots all of its memory at once.
             asked: LruCache::unbounded(),
+            len: 0,
             room,
         }
     }
 
     /// How many questions are open.
     pub(super) fn len(&self) -> usize {
-        self.asked.len()
+        self.len
     }
 
     /// Notes that a question goes out.
     pub(super) fn ask(&mut self, exchange: Exchange, question: &Question, now_ns: u64) {
-        if let Some(asked) = self.asked.get_mut(&exchange)
-            && asked.name_as_sent == question.name_as_sent
-            && asked.qtype == question.qtype
-            && asked.qclass == question.qclass
-        {
-            asked.outstanding = asked.outstanding.saturating_add(1);
-            asked.time_ns = now_ns;
+        while self.len >= self.room {
+            self.pop_oldest();
+        }
+        let asked = self.asked.get_or_insert_mut(exchange, Vec::new);
+        let again = asked.iter_mut().find(|asked| {
+            asked.is_for(&question.name, question.qtype, question.qclass)
+                && asked.name_as_sent == question.name_as_sent
+        });
+        if let Some(again) = again {
+            again.outstanding = again.outstanding.saturating_add(1);
+            again.in_other_case = again.in_other_case.saturating_add(1);
+            again.time_ns = now_ns;
             return;
         }
-        if self.asked.len() >= self.room {
-            self.asked.pop_lru();
+        if asked.len() < QUESTIONS_OF_EXCHANGE {
+            self.len += 1;
+        } else {
+            asked.remove(0);
         }
-        let asked = Asked {
+        asked.push(Asked {
+            name: question.name.clone(),
             name_as_sent: question.name_as_sent.clone(),
             qtype: question.qtype,
             qclass: question.qclass,
             outstanding: 1,
+            in_other_case: 1,
             time_ns: now_ns,
-        };
-        self.asked.put(exchange, asked);
+        });
     }
 
     /// Whether the answer is one to an open question.
     pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer) -> bool {
-        self.asked.peek(exchange).is_some_and(|asked| {
-            asked.name_as_sent == answer.name_as_sent
-                && asked.qtype == answer.qtype
-                && asked.qclass == answer.qclass
+        let asked = self.asked.peek(exchange);
+        asked.into_iter().flatten().any(|asked| {
+            asked.is_for(&answer.name, answer.qtype, answer.qclass)
+                && (asked.in_other_case > 0 || asked.name_as_sent == answer.name_as_sent)
         })
     }
 
     /// Whether the answer is one to an open question, which is then open once less.
     pub(super) fn answer(&mut self, exchange: Exchange, answer: &Answer, now_ns: u64) -> bool {
-        if !self.expects(&exchange, answer) {
-            return false;
-        }
         let Some(asked) = self.asked.get_mut(&exchange) else {
             return false;
         };
-        let in_time = now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64;
-        asked.outstanding -= 1;
-        if asked.outstanding == 0 {
-            self.asked.pop(&exchange);
+        let of_question = |asked: &Asked| asked.is_for(&answer.name, answer.qtype, answer.qclass);
+        let exact = asked
+            .iter()
+            .position(|asked| of_question(asked) && asked.name_as_sent == answer.name_as_sent);
+        if let Some(index) = exact {
+            return self.close(exchange, index, now_ns);
+        }
+        let other = asked
+            .iter_mut()
+            .find(|asked| of_question(asked) && asked.in_other_case > 0);
+        other.is_some_and(|asked| {
+            asked.in_other_case -= 1;
+            asked.is_open(now_ns)
+        })
+    }
+
+    /// Whether a question of the exchange is open, which a response without a question section may
+    /// answer. It is then open once less.
+    pub(super) fn reject(&mut self, exchange: Exchange, now_ns: u64) -> bool {
+        self.asked.get_mut(&exchange).is_some() && self.close(exchange, 0, now_ns)
+    }
+
+    /// A question is open once less. Returns whether its answer comes in time.
+    fn close(&mut self, exchange: Exchange, index: usize, now_ns: u64) -> bool {
+        let Some(asked) = self.asked.get_mut(&exchange) else {
+            return false;
+        };
+        let Some(closed) = asked.get_mut(index) else {
+            return false;
+        };
+        let in_time = closed.is_open(now_ns);
+        closed.outstanding -= 1;
+        if closed.outstanding == 0 {
+            asked.remove(index);
+            self.len -= 1;
+            if asked.is_empty() {
+                self.asked.pop(&exchange);
+            }
         }
         in_time
     }
@@ -112,10 +172,113 @@ impl Pending {
     /// Forgets questions that nobody waits for any more.
     pub(super) fn sweep(&mut self, now_ns: u64) {
         while let Some((_, asked)) = self.asked.peek_lru() {
-            if now_ns.saturating_sub(asked.time_ns) <= PATIENCE.as_nanos() as u64 {
+            if asked.iter().any(|asked| asked.is_open(now_ns)) {
                 break;
             }
-            self.asked.pop_lru();
+            self.pop_oldest();
         }
+    }
+
+    fn pop_oldest(&mut self) {
+        if let Some((_, asked)) = self.asked.pop_lru() {
+            self.len -= asked.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dns::{
+        packets::{Packet, wire_name},
+        read_answer, read_question,
+    };
+
+    const EXCHANGE: Exchange = Exchange {
+        pod_addr: [1; 16],
+        resolver: [2; 16],
+        resolver_port: 53,
+        pod_port: 40_000,
+        id: Packet::ID,
+    };
+    const A: u16 = 1;
+    const AAAA: u16 = 28;
+
+    fn question(name: &str, qtype: u16) -> Question {
+        read_question(&Packet::query_of_wire(&wire_name(name), qtype).bytes()).unwrap()
+    }
+
+    fn answer(name: &str, qtype: u16) -> Answer {
+        let message = Packet::query_of_wire(&wire_name(name), qtype).flags(0x8180);
+        read_answer(&message.bytes()).unwrap()
+    }
+
+    #[test]
+    fn each_question_earns_one_answer() {
+        let mut pending = Pending::new();
+        pending.ask(EXCHANGE, &question("a.test", A), 0);
+        pending.ask(EXCHANGE, &question("a.test", A), 1);
+        assert_eq!(pending.len(), 1);
+        assert!(pending.answer(EXCHANGE, &answer("a.test", A), 2));
+        assert!(pending.answer(EXCHANGE, &answer("a.test", A), 2));
+        assert!(!pending.answer(EXCHANGE, &answer("a.test", A), 2));
+        assert_eq!(pending.len(), 0);
+    }
+
+    #[test]
+    fn two_types_of_one_name_may_have_one_id() {
+        let mut pending = Pending::new();
+        pending.ask(EXCHANGE, &question("a.test", A), 0);
+        pending.ask(EXCHANGE, &question("a.test", AAAA), 0);
+        assert!(pending.answer(EXCHANGE, &answer("a.test", A), 1));
+        assert!(pending.answer(EXCHANGE, &answer("a.test", AAAA), 1));
+        assert!(!pending.answer(EXCHANGE, &answer("b.test", A), 1));
+    }
+
+    #[test]
+    fn an_answer_in_other_case_is_delivered_once_and_leaves_the_question_open() {
+        let mut pending = Pending::new();
+        pending.ask(EXCHANGE, &question("ShOp.test", A), 0);
+        assert!(pending.answer(EXCHANGE, &answer("shop.test", A), 1));
+        assert!(!pending.answer(EXCHANGE, &answer("SHOP.test", A), 1));
+        assert!(pending.answer(EXCHANGE, &answer("ShOp.test", A), 1));
+        assert!(!pending.answer(EXCHANGE, &answer("ShOp.test", A), 1));
+    }
+
+    #[test]
+    fn an_exchange_has_room_for_a_few_questions() {
+        let mut pending = Pending::with_room(3);
+        for name in ["a", "b", "c", "d", "e"] {
+            pending.ask(EXCHANGE, &question(name, A), 0);
+            assert!(pending.len() <= 3);
+        }
+        let mut pending = Pending::new();
+        for name in ["a", "b", "c", "d", "e"] {
+            pending.ask(EXCHANGE, &question(name, A), 0);
+        }
+        assert_eq!(pending.len(), QUESTIONS_OF_EXCHANGE);
+        assert!(!pending.answer(EXCHANGE, &answer("a", A), 0));
+        assert!(pending.answer(EXCHANGE, &answer("e", A), 0));
+    }
+
+    #[test]
+    fn what_comes_late_answers_nothing() {
+        let late = PATIENCE.as_nanos() as u64 + 1;
+        let mut pending = Pending::new();
+        pending.ask(EXCHANGE, &question("a.test", A), 0);
+        assert!(!pending.answer(EXCHANGE, &answer("A.test", A), late));
+        assert!(!pending.answer(EXCHANGE, &answer("a.test", A), late));
+        pending.ask(EXCHANGE, &question("a.test", A), 0);
+        pending.sweep(late);
+        assert_eq!(pending.len(), 0);
+    }
+
+    #[test]
+    fn a_rejection_closes_the_oldest_question_of_its_exchange() {
+        let mut pending = Pending::new();
+        pending.ask(EXCHANGE, &question("a.test", A), 0);
+        assert!(pending.reject(EXCHANGE, 1));
+        assert!(!pending.reject(EXCHANGE, 1));
+        assert_eq!(pending.len(), 0);
     }
 }
