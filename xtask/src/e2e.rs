@@ -12,7 +12,7 @@ use crate::setup::{self, Program, kubernetes};
 use crate::{image, process, workspace};
 
 /// What this needs besides what everything needs.
-const PROGRAMS: [Program; 6] = [
+const PROGRAMS: [Program; 7] = [
     Program {
         name: "containerd",
         packages: &["containerd"],
@@ -48,6 +48,12 @@ const PROGRAMS: [Program; 6] = [
         name: "unshare",
         packages: &["util-linux"],
         purpose: "keeping the node's processes apart",
+        services: &[],
+    },
+    Program {
+        name: "systemd-tmpfiles",
+        packages: &["systemd-standalone-tmpfiles", "systemd"],
+        purpose: "the rule that closes the start gate when the node boots",
         services: &[],
     },
 ];
@@ -87,6 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.command.is_empty() {
         // The API server is older than some of what the manifests say, and leaves it out.
         node.arg(scripts.join("run")).arg("--no-validation");
+        node.args(["--reboot", "\"$NODE\" --reboot"]);
     } else {
         node.args(&options.command);
     }
