@@ -67,6 +67,9 @@ pub struct Policy {
     pub deny: u64,
     /// Classes that apply to every destination.
     pub any: u64,
+    /// Classes of address entries that count as an entry for any destination does: they open neither
+    /// what is protected nor tunnels, nor DNS elsewhere.
+    pub under_any: u64,
     /// Classes that entries with a name are in, for saying why something was denied.
     pub named: u64,
     /// Fingerprint of the entries with a name. The kernel does not look at it; to a restarted agent
@@ -102,6 +105,7 @@ impl Policy {
         classes: [PortClass::NONE; CLASSES],
         deny: 0,
         any: 0,
+        under_any: 0,
         named: 0,
         names: 0,
         own: [[0; 16]; OWN_ADDRESSES],
@@ -541,7 +545,7 @@ const _: () = {
     assert!(size_of::<Interface>() == 16);
     assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 32 + 16 * OWN_ADDRESSES + 8);
+    assert!(size_of::<Policy>() == 8 * CLASSES + 40 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 24);
     assert!(size_of::<Range>() == 16);

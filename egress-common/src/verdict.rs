@@ -147,15 +147,16 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let by_address = destination.needs_address_entry();
     let learned = destination.learned_classes(policy);
-    let any = if by_address {
-        policy.any & policy.deny
+    let address_entries = destination.cidr & !policy.under_any;
+    let (any, cidr) = if by_address {
+        (policy.any & policy.deny, address_entries)
     } else {
-        policy.any
+        (policy.any, destination.cidr)
     };
-    let known = learned | destination.cidr | any;
+    let known = learned | cidr | any;
     let dns = is_dns(protocol, port);
     let elsewhere = dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0;
-    let counting = if elsewhere { destination.cidr } else { known };
+    let counting = if elsewhere { address_entries } else { known };
 
     let denying = known & policy.deny & matching;
     if denying != 0 {

@@ -118,7 +118,7 @@ pub fn compile(
     let mut prefixes = Vec::new();
     let mut listed: BTreeMap<NamePattern, NameRule> = BTreeMap::new();
     for rule in &allow {
-        let bit = classes.bit(false, rule);
+        let bit = classes.bit(Action::of_allow(rule), rule);
         match &rule.destination {
             Destination::Any => record.any |= bit,
             Destination::Addresses(prefix) => prefixes.push((*prefix, bit)),
@@ -132,8 +132,10 @@ pub fn compile(
     }
     for rule in &deny {
         match &rule.destination {
-            Destination::Any => record.any |= classes.bit(true, rule),
-            Destination::Addresses(prefix) => prefixes.push((*prefix, classes.bit(true, rule))),
+            Destination::Any => record.any |= classes.bit(Action::Deny, rule),
+            Destination::Addresses(prefix) => {
+                prefixes.push((*prefix, classes.bit(Action::Deny, rule)))
+            }
             Destination::Names(pattern) => {
                 let name = listed.entry(pattern.clone()).or_default();
                 name.denied = Some(rule.text.as_str().into());
@@ -289,7 +291,7 @@ fn denials(deny: &[Rule], classes: &Classes) -> Vec<Denial> {
         .filter(|rule| !matches!(rule.destination, Destination::Names(_)))
         .map(|rule| Denial {
             destination: rule.destination.clone(),
-            class: classes.bit(true, rule).trailing_zeros() as u8,
+            class: classes.bit(Action::Deny, rule).trailing_zeros() as u8,
             text: rule.text.as_str().into(),
         })
         .collect();
@@ -300,20 +302,36 @@ fn denials(deny: &[Rule], classes: &Classes) -> Vec<Denial> {
     denials
 }
 
-/// The distinct (action, protocols, ports) of a policy, in a fixed order; `true` denies.
-struct Classes(Vec<(bool, PortClass)>);
+/// What a class does with its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Action {
+    Allow,
+    /// [`Rule::under_any`].
+    AllowUnderAny,
+    Deny,
+}
+
+impl Action {
+    fn of_allow(rule: &Rule) -> Self {
+        if rule.under_any {
+            Self::AllowUnderAny
+        } else {
+            Self::Allow
+        }
+    }
+}
+
+/// The distinct (action, protocols, ports) of a policy, in a fixed order.
+struct Classes(Vec<(Action, PortClass)>);
 
 impl Classes {
     fn new(allow: &[Rule], deny: &[Rule]) -> Result<Self, PolicyError> {
         let denies_packets = |rule: &&Rule| !matches!(rule.destination, Destination::Names(_));
-        let distinct: BTreeSet<(bool, PortClass)> = allow
+        let denied = deny.iter().filter(denies_packets);
+        let distinct: BTreeSet<(Action, PortClass)> = allow
             .iter()
-            .map(|rule| (false, rule.class))
-            .chain(
-                deny.iter()
-                    .filter(denies_packets)
-                    .map(|rule| (true, rule.class)),
-            )
+            .map(|rule| (Action::of_allow(rule), rule.class))
+            .chain(denied.map(|rule| (Action::Deny, rule.class)))
             .collect();
         check_limit(
             "classes (distinct action, protocol and port range)",
@@ -324,17 +342,21 @@ impl Classes {
     }
 
     /// The bit of the rule's class.
-    fn bit(&self, denies: bool, rule: &Rule) -> u64 {
+    fn bit(&self, action: Action, rule: &Rule) -> u64 {
         self.0
-            .binary_search(&(denies, rule.class))
+            .binary_search(&(action, rule.class))
             .map_or(0, |index| 1 << index)
     }
 
     fn record(&self) -> Policy {
         let mut record = Policy::CLOSED;
-        for (index, (denies, class)) in self.0.iter().enumerate() {
+        for (index, (action, class)) in self.0.iter().enumerate() {
             record.classes[index] = *class;
-            record.deny |= u64::from(*denies) << index;
+            match action {
+                Action::Allow => {}
+                Action::AllowUnderAny => record.under_any |= 1 << index,
+                Action::Deny => record.deny |= 1 << index,
+            }
         }
         record
     }

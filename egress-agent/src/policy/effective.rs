@@ -20,6 +20,9 @@ pub(super) struct Rule {
     pub(super) destination: Destination,
     /// The packets it speaks of; meaningless for names that are denied or only resolved.
     pub(super) class: PortClass,
+    /// Whether it is an address entry of a pod that counts because its namespace allows any destination. It
+    /// opens no more than that does.
+    pub(super) under_any: bool,
     /// The entry it comes from, as written.
     pub(super) text: String,
     /// Where it stands.
@@ -104,6 +107,9 @@ pub(super) fn resolve(
     }
     deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
     warn_of_whole_families(&allow, &mut warnings);
+    for rule in allow.iter().chain(&deny).chain(&resolve) {
+        warn_of_suffixes(rule, &mut warnings);
+    }
     Ok(Effective {
         mode,
         open,
@@ -170,6 +176,7 @@ fn rules(
     let rule = |written: &Written| Rule {
         destination: written.entry.destination.clone(),
         class: class(written),
+        under_any: false,
         text: written.text.clone(),
         at: written.at,
         origin,
@@ -228,36 +235,44 @@ fn narrowed(
             .or_default()
             .insert(rule.class);
     }
-    let mut common: HashMap<Destination, Vec<(Destination, &BTreeSet<PortClass>)>> = HashMap::new();
+    let mut common: HashMap<Destination, Vec<(Destination, bool, &BTreeSet<PortClass>)>> =
+        HashMap::new();
     let mut narrowed = Vec::new();
     for rule in pod {
         let common = common.entry(rule.destination.clone()).or_insert_with(|| {
             let common = |given| common_destination(&rule.destination, given, settings);
+            let is_address = matches!(rule.destination, Destination::Addresses(_));
             given
                 .iter()
-                .filter_map(|(to, classes)| Some((common(to)?, classes)))
+                .filter_map(|(to, classes)| {
+                    let under_any = is_address && **to == Destination::Any;
+                    Some((common(to)?, under_any, classes))
+                })
                 .collect()
         });
-        let parts: BTreeSet<(Destination, PortClass)> = common
+        let parts: BTreeSet<(Destination, PortClass, bool)> = common
             .iter()
-            .flat_map(|(destination, classes)| {
+            .flat_map(|(destination, under_any, classes)| {
                 let both = classes
                     .iter()
                     .filter_map(|class| class_intersection(&rule.class, class));
-                both.map(|class| (destination.clone(), class))
+                both.map(|class| (destination.clone(), class, *under_any))
             })
             .collect();
+        let is_whole = |(destination, class, _): &(Destination, PortClass, bool)| {
+            *destination == rule.destination && *class == rule.class
+        };
         if parts.is_empty() {
             warnings.push(format!(
                 "the pod's {key} entry `{}` does not count: its namespace's list does not cover it \
                  (podAnnotations: narrow)",
                 rule.text
             ));
-        } else if !parts.contains(&(rule.destination.clone(), rule.class)) {
+        } else if !parts.iter().any(is_whole) {
             let parts: Vec<String> = parts
                 .iter()
                 .take(WARNINGS)
-                .map(|(destination, class)| format!("{destination} ({})", class_words(class)))
+                .map(|(destination, class, _)| format!("{destination} ({})", class_words(class)))
                 .collect();
             warnings.push(format!(
                 "the pod's {key} entry `{}` counts only where its namespace's list covers it: {}",
@@ -265,13 +280,18 @@ fn narrowed(
                 parts.join(", ")
             ));
         }
-        narrowed.extend(parts.into_iter().map(|(destination, class)| Rule {
-            destination,
-            class,
-            text: rule.text.clone(),
-            at: rule.at,
-            origin: Origin::Pod,
-        }));
+        narrowed.extend(
+            parts
+                .into_iter()
+                .map(|(destination, class, under_any)| Rule {
+                    destination,
+                    class,
+                    under_any,
+                    text: rule.text.clone(),
+                    at: rule.at,
+                    origin: Origin::Pod,
+                }),
+        );
     }
     narrowed
 }
@@ -323,6 +343,24 @@ fn warn_of_whole_families(allow: &[Rule], warnings: &mut Vec<String>) {
                 rule.origin, rule.text
             ));
         }
+    }
+}
+
+/// Warns of `*example.com`, by which other products mean `example.com` and all names below it.
+fn warn_of_suffixes(rule: &Rule, warnings: &mut Vec<String>) {
+    let Destination::Names(pattern) = &rule.destination else {
+        return;
+    };
+    let pattern = pattern.to_string();
+    let Some(name) = pattern.strip_prefix('*') else {
+        return;
+    };
+    if !name.starts_with('.') && !name.contains('*') {
+        warnings.push(format!(
+            "the {}'s entry `{}` is no suffix: it names `{name}` and, with anything before it in the same \
+             label, names such as `x{name}`; for the names below `{name}` write `*.{name}`",
+            rule.origin, rule.text
+        ));
     }
 }
 

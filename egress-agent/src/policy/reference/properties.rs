@@ -137,9 +137,7 @@ proptest! {
         for packet in &packets {
             // What the namespace allows by a prefix may be protected; `protected` here is free, so
             // only real prefixes of the settings are consistent with it.
-            // Nor does a policy know which addresses are internal, so an address that a pod lists
-            // within its namespace's `*` opens tunnels to it.
-            let packet = Packet { protected: false, tunnel: false, ..packet.clone() };
+            let packet = Packet { protected: false, ..packet.clone() };
             if compiled_verdict(&with, &packet) == Verdict::Pass {
                 prop_assert_eq!(compiled_verdict(&without, &packet), Verdict::Pass, "{:?}", packet);
             }

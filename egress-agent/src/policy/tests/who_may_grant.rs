@@ -1,3 +1,9 @@
+use egress_common::{
+    protocol::bits,
+    records::RANGE_INTERNAL,
+    verdict::{Destination, Verdict, judge},
+};
+
 use super::{compiled, is_open, name, question};
 use crate::policy::{
     Mode, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
@@ -147,6 +153,31 @@ fn under_narrow_anywhere_does_not_cover_a_protected_address() {
     );
     assert_eq!(policy.cidrs.len(), 1);
     assert_eq!(policy.cidrs[0].network, to_mapped([203, 0, 113, 7].into()));
+}
+
+#[test]
+fn under_narrow_an_address_within_anywhere_opens_no_more_than_anywhere() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = |namespace| {
+        let pod = [("allow", "203.0.113.7")];
+        let namespace = [("allow", namespace), ("deny", "evil.com")];
+        compiled(&pod, &namespace, &narrow)
+    };
+    let packets = [(bits::UDP, 53), (bits::TCP, 853), (bits::UDP, 4789)];
+    for (protocol, port) in packets {
+        let verdict = |namespace| {
+            let policy = policy(namespace);
+            let destination = Destination {
+                cidr: policy.cidrs[0].classes,
+                ranges: RANGE_INTERNAL,
+                tunnel: u64::from(port == 4789),
+                ..Destination::default()
+            };
+            judge(&policy.record, &destination, protocol, port)
+        };
+        assert_ne!(verdict("*"), Verdict::Pass, "{port}");
+        assert_eq!(verdict("* 203.0.113.0/24"), Verdict::Pass, "{port}");
+    }
 }
 
 #[test]
