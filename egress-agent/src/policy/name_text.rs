@@ -6,11 +6,7 @@ use super::{
 };
 use crate::dns::{Name, name::NameError};
 
-const STAR_PLACES: &str = "`*` stands for one or more labels only at the beginning, as in \
-                           `*.example.com`, and otherwise for a part of one label, as in \
-                           `api-*.example.com`";
-
-/// Reads a name, `*.name`, or a name with `*` inside its labels.
+/// Reads a name, `*.name`, or a name with `*` for or inside its other labels.
 pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {
     let text = part.text.strip_suffix('.').unwrap_or(part.text);
     let (below, text) = match text.strip_prefix("*.") {
@@ -75,8 +71,8 @@ fn to_ascii(part: Part<'_>, text: &str) -> Result<String, EntryError> {
     }
     if text.contains('*') {
         return Err(part.error(
-            "has `*` inside a label and characters outside ASCII: expected the `xn--` form of \
-             those labels",
+            "has `*` behind its beginning and characters outside ASCII: expected the `xn--` form of \
+             its labels",
         ));
     }
     let ascii = idna::domain_to_ascii(text)
@@ -95,6 +91,12 @@ fn check_labels(part: Part<'_>, text: &str) -> Result<(), EntryError> {
         )));
     }
     let last = text.rsplit('.').next().unwrap_or(text);
+    if let Some(name) = text.strip_prefix('.').filter(|name| !name.is_empty()) {
+        return Err(part.error(format!(
+            "is not a DNS name: it begins with a dot; write `*.{name}` for the names below `{name}`, and \
+             `{name}` for the name itself"
+        )));
+    }
     if text.split('.').any(str::is_empty) {
         return Err(part.error("is not a DNS name: a label is empty"));
     }
@@ -106,15 +108,23 @@ fn check_labels(part: Part<'_>, text: &str) -> Result<(), EntryError> {
              such as `192.0.2.0/24` for a range of addresses",
         ));
     }
-    if text.split('.').any(is_stars) {
+    if is_stars(last) {
         let mut others = text.split('.').filter(|label| !is_stars(label)).peekable();
         let is_address = others.peek().is_some() && others.all(looks_numeric);
         return Err(part.error(if is_address {
             "is not an IP address: expected a CIDR such as `192.0.2.0/24` for a range of addresses"
-                .to_owned()
         } else {
-            format!("has a label of `*` alone: {STAR_PLACES}")
+            "ends with `*`, which would be every top-level domain: expected one, as in `*.com`"
         }));
+    }
+    if text
+        .split('.')
+        .any(|label| is_stars(label) && label.len() > 1)
+    {
+        return Err(part.error(
+            "has a label of several `*`: expected one `*`, which stands for one or more labels at the \
+             beginning, as in `*.example.com`, and for one label elsewhere, as in `s3.*.example.com`",
+        ));
     }
     Ok(())
 }

@@ -263,19 +263,29 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
              range of addresses",
         ),
         (
-            "api.*.example.com",
-            "0 `api.*.example.com` has a label of `*` alone: `*` stands for one or more labels \
-             only at the beginning, as in `*.example.com`, and otherwise for a part of one label, \
-             as in `api-*.example.com`",
+            "api.**.example.com",
+            "0 `api.**.example.com` has a label of several `*`: expected one `*`, which stands for one \
+             or more labels at the beginning, as in `*.example.com`, and for one label elsewhere, as in \
+             `s3.*.example.com`",
+        ),
+        (
+            "github.*",
+            "0 `github.*` ends with `*`, which would be every top-level domain: expected one, as in \
+             `*.com`",
         ),
         (
             "bü*.example.com",
-            "0 `bü*.example.com` has `*` inside a label and characters outside ASCII: expected \
-             the `xn--` form of those labels",
+            "0 `bü*.example.com` has `*` behind its beginning and characters outside ASCII: expected \
+             the `xn--` form of its labels",
         ),
         (
             "＊.example.com",
             "0 `＊.example.com` is not a DNS name: write `*` in ASCII",
+        ),
+        (
+            ".example.com",
+            "0 `.example.com` is not a DNS name: it begins with a dot; write `*.example.com` for the \
+             names below `example.com`, and `example.com` for the name itself",
         ),
         (
             "a..example.com",

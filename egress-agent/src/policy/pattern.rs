@@ -18,7 +18,8 @@ pub enum NamePattern {
     Glob(LabelGlobs),
 }
 
-/// Labels of which some hold `*`, each standing for any number of bytes (none too) of its label.
+/// Labels of which some hold `*`, each standing for any number of bytes (none too) of its label. A label
+/// of `*` alone so stands for any one label.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LabelGlobs {
     /// Whether one or more labels come before (`*.api-*.example.com`).
@@ -207,6 +208,23 @@ mod tests {
         let several = globs("*.s3-*-x*.amazon*.com");
         assert!(several.matches(&name("b.a.s3-eu-x1.amazonaws.com")));
         assert!(!several.matches(&name("s3-eu-x1.amazonaws.com")));
+    }
+
+    #[test]
+    fn a_star_for_a_label_is_one_label() {
+        let pattern = globs("s3.*.amazonaws.com");
+        assert!(pattern.matches(&name("s3.eu-west-1.amazonaws.com")));
+        assert!(!pattern.matches(&name("s3.amazonaws.com")));
+        assert!(!pattern.matches(&name("s3.dualstack.eu-west-1.amazonaws.com")));
+        assert!(!pattern.matches(&name("x.s3.eu-west-1.amazonaws.com")));
+        let deeper = globs("*.*.example.com");
+        assert!(deeper.matches(&name("a.b.example.com")));
+        assert!(deeper.matches(&name("a.b.c.example.com")));
+        assert!(!deeper.matches(&name("b.example.com")));
+        assert!(pattern.covers(&NamePattern::Exactly(name("s3.x.amazonaws.com"))));
+        assert!(pattern.covers(&globs("s3.eu-*.amazonaws.com")));
+        assert!(!globs("s3.eu-*.amazonaws.com").covers(&pattern));
+        assert!(NamePattern::Below(name("amazonaws.com")).covers(&pattern));
     }
 
     #[test]

@@ -190,3 +190,24 @@ fn a_label_with_a_dot_inside_never_passes_for_two_labels() {
         );
     }
 }
+
+#[test]
+fn a_star_before_a_name_is_no_suffix() {
+    let warnings = |list| compiled(&[("allow", list)], &[], &settings()).warnings;
+    assert_eq!(
+        warnings("*example.com:443"),
+        [
+            "the pod's entry `*example.com:443` is no suffix: it names `example.com` and, with anything \
+             before it in the same label, names such as `xexample.com`; for the names below \
+             `example.com` write `*.example.com`"
+        ]
+    );
+    for list in [
+        "*.example.com",
+        "api-*.example.com",
+        "*-api-*.example.com",
+        "*",
+    ] {
+        assert!(warnings(list).is_empty(), "{list}");
+    }
+}
