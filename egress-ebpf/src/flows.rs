@@ -10,6 +10,8 @@
 //! whether the flow is established) is only written together with the key. What is written in place is
 //! harmless for any flow.
 
+use core::hint::black_box;
+
 use egress_common::{
     flow::{REFRESH_NS, is_alive, is_closed, is_established},
     packet::{Packet, TCP_FIN, TCP_RST},
@@ -99,34 +101,47 @@ pub fn map_of(pod: u32, place: u32) -> Option<&'static Flows> {
 #[inline(always)]
 pub fn find(skb: &Skb<'_>, pod: u32, key: &FlowKey, now_ns: u64) -> Known {
     let mut known = Known::NONE;
-    look_up(pod, key, now_ns, &mut known);
+    known.place = look_up_flow(pod, key, now_ns, &raw mut known.flow);
     skb.forget_flow(&mut known.flow);
     known.place = skb.forget_number(known.place);
     known
 }
 
+/// Returns in which map of the pod's the flow is, and copies it to `found`.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn look_up(pod: u32, key: &FlowKey, now_ns: u64, known: &mut Known) {
-    look_in(IN_FLOWS, pod, key, now_ns, known);
-    if known.place == NOWHERE {
-        look_in(IN_INBOUND, pod, key, now_ns, known);
-    }
-    if known.place == NOWHERE {
-        look_in(IN_OPENING, pod, key, now_ns, known);
+extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *mut Flow) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let (Some(key), Some(found)) = (unsafe { (key.as_ref(), found.as_mut()) }) else {
+        return NOWHERE;
+    };
+    // Kernels like 6.1 take no pointer of a caller's for a map's key.
+    let key = &black_box(*key);
+    if is_in(IN_FLOWS, pod, key, now_ns, found) {
+        IN_FLOWS
+    } else if is_in(IN_INBOUND, pod, key, now_ns, found) {
+        IN_INBOUND
+    } else if is_in(IN_OPENING, pod, key, now_ns, found) {
+        IN_OPENING
+    } else {
+        NOWHERE
     }
 }
 
 #[inline(always)]
-fn look_in(place: u32, pod: u32, key: &FlowKey, now_ns: u64, known: &mut Known) {
+fn is_in(place: u32, pod: u32, key: &FlowKey, now_ns: u64, found: &mut Flow) -> bool {
     let Some(flow) = map_of(pod, place).and_then(|flows| flows.get_ptr(key)) else {
-        return;
+        return false;
     };
     // SAFETY: the memory stays an entry of this map until the program ends.
     let flow = unsafe { *flow };
-    if is_alive(key, &flow, now_ns) {
-        known.flow = flow;
-        known.place = place;
+    let is_alive = is_alive(key, &flow, now_ns);
+    if is_alive {
+        *found = flow;
     }
+    is_alive
 }
 
 /// What a packet adds to `Flow::seen`.
@@ -180,7 +195,8 @@ pub fn keep(
     {
         return;
     }
-    change(interface.pod, key, known, next, is_new);
+    let how = known.place | if is_new { IS_NEW } else { 0 };
+    change_flow(interface.pod, key, before, next, how);
 }
 
 /// Whether the flow has no business in `opening` any more. A connection that the other side opened
@@ -191,10 +207,35 @@ fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
         && (flow.state == FLOW_CUT || (flow.state == FLOW_OUT && is_established(key, flow)))
 }
 
+/// Added to the place of a flow: what is written is another flow than the one that was known there.
+const IS_NEW: u32 = 1 << 8;
+
+/// Writes a flow and moves it to where it belongs. `how` is the place of the flow before, and perhaps
+/// [`IS_NEW`]. Always returns 0.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn change(pod: u32, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
-    let place = known.place;
-    let before = &known.flow;
+extern "C" fn change_flow(
+    pod: u32,
+    key: *const FlowKey,
+    before: *const Flow,
+    next: *const Flow,
+    how: u32,
+) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let flows = unsafe { (key.as_ref(), before.as_ref(), next.as_ref()) };
+    let (Some(key), Some(before), Some(next)) = flows else {
+        return 0;
+    };
+    // Kernels like 6.1 take no pointer of a caller's for a map's key or value.
+    let (key, next) = (&black_box(*key), &black_box(*next));
+    change(pod, key, before, next, how & !IS_NEW, how & IS_NEW != 0);
+    0
+}
+
+#[inline(always)]
+fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
     let is_established = place == IN_FLOWS || place == IN_INBOUND;
     let closes = is_established
         && next.state != FLOW_CUT
@@ -281,7 +322,7 @@ pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
 
 /// Remembers that the first fragment of a packet from the pod has passed.
 #[inline(always)]
-pub fn remember_fragments(skb: &Skb<'_>, interface: &Interface, key: &FlowKey, now_ns: u64) {
+pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
     let flow = Flow {
         last_seen_ns: now_ns,
         policy: interface.policy,
@@ -289,7 +330,8 @@ pub fn remember_fragments(skb: &Skb<'_>, interface: &Interface, key: &FlowKey, n
         seen: 0,
         handshake: 0,
     };
-    keep(skb, interface, key, &Known::NONE, flow, true);
+    let flow = &raw const flow;
+    change_flow(interface.pod, key, flow, flow, NOWHERE | IS_NEW);
 }
 
 /// Counts a flow that could not be remembered.

@@ -5,7 +5,7 @@ use egress_common::{
     address::{self, Address},
     flow::after_packet_from_pod,
     limits::OWN_ADDRESSES,
-    packet::{Fragment, Packet, TCP_SYN, Walked, walk},
+    packet::{Fragment, Packet, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
     records::{
@@ -22,7 +22,8 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows::{self, Known},
-    held, link_local,
+    headers, held,
+    housekeeping::{LinkMessage, judge_link_message},
     maps::{
         ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE, TUNNEL,
     },
@@ -62,7 +63,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return DROP;
     };
     let mut packet = Packet::EMPTY;
-    match walk_headers(ctx, &mut packet) {
+    match headers::read(ctx, &mut packet) {
         Walked::Arp => {
             return judge_arp(ctx, interface, policy, &packet);
         }
@@ -91,17 +92,6 @@ pub fn judge(ctx: &TcContext) -> i32 {
         );
     }
     judge_packet(ctx, interface, policy, &packet)
-}
-
-/// The walk over the headers, with a stack of its own: all functions that are in progress share 512
-/// bytes.
-#[inline(never)]
-fn walk_headers(ctx: &TcContext, packet: &mut Packet) -> Walked {
-    let skb = Skb(ctx);
-    if !skb.own_headers() {
-        return Walked::Malformed;
-    }
-    walk(&skb, packet)
 }
 
 /// On a bridge, an ARP packet in somebody else's name draws their traffic here.
@@ -134,17 +124,14 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     if checksum::is_misplaced(&skb, packet.earliest_checksum()) {
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
     }
-    // As with ARP: an advertisement in somebody else's name draws their traffic here.
-    if packet.is_neighbour_advertisement() && !claims_own_target(&skb, policy, packet) {
-        return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
-    }
-    let is_housekeeping = packet.is_link_housekeeping();
-    if is_housekeeping || packet.is_neighbour_message() {
-        if !packet.is_plain_link_message(&skb) {
-            return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
+    match judge_link_message(ctx.skb.skb, policy, packet) {
+        LinkMessage::Other => {}
+        LinkMessage::Passes => return pass(&skb),
+        LinkMessage::NotOwn => {
+            return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
         }
-        if is_housekeeping && may_speak_on_link(&skb, policy, packet) {
-            return pass(&skb);
+        LinkMessage::Malformed => {
+            return deny(ctx, &Denied::from_pod(interface, packet, Reason::Malformed));
         }
     }
     let is_question = packet.bit & (bits::UDP | bits::TCP) != 0
@@ -211,7 +198,7 @@ fn judge_by_flow(
         } else {
             Rules::All
         };
-        judge_by_rules(policy, interface.policy, packet, rules, now_ns)
+        judge_by_rules(policy, interface.policy, packet, rules as u32, now_ns)
     };
     if passes_by_flow {
         count(|c| c.passed_by_flow += 1);
@@ -225,7 +212,7 @@ fn judge_by_flow(
     if passes {
         if matches!(packet.fragment, Fragment::First) {
             packet.name_fragments(&mut key);
-            flows::remember_fragments(&skb, interface, &key, now_ns);
+            flows::remember_fragments(interface, &key, now_ns);
         }
         return pass(&skb);
     }
@@ -255,29 +242,42 @@ enum Rules {
 const PASSES: u32 = 0;
 
 /// Judges by the rules. Returns [`PASSES`], or the reason and the class that deny in its bytes.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge_by_rules(
-    policy: &Policy,
+extern "C" fn judge_by_rules(
+    policy: *const Policy,
     policy_id: u32,
-    packet: &Packet,
-    rules: Rules,
+    packet: *const Packet,
+    rules: u32,
     now_ns: u64,
 ) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let (Some(policy), Some(packet)) = (unsafe { (policy.as_ref(), packet.as_ref()) }) else {
+        return denied(Reason::NoPolicy, NO_CLASS);
+    };
     let mut destination = look_up(policy, policy_id, packet, now_ns);
-    let verdict = if rules == Rules::Answer {
+    let verdict = if rules == Rules::Answer as u32 {
         verdict::judge_answer(policy, &destination, packet.bit, packet.dst_port)
     } else {
         // A flow that an earlier policy admitted lives on if today's policy allows its destination,
         // even when the address's own lifetime has ended.
-        if rules == Rules::OpenFlow {
+        if rules == Rules::OpenFlow as u32 {
             destination.expired = 0;
         }
         verdict::judge(policy, &destination, packet.bit, packet.dst_port)
     };
     match verdict {
         Verdict::Pass => PASSES,
-        Verdict::Deny { reason, class } => 1 << 16 | (reason as u32) << 8 | u32::from(class),
+        Verdict::Deny { reason, class } => denied(reason, class),
     }
+}
+
+/// See [`judge_by_rules`].
+#[inline(always)]
+const fn denied(reason: Reason, class: u8) -> u32 {
+    1 << 16 | (reason as u32) << 8 | class as u32
 }
 
 /// Notes in its flow that a packet passes, or does not, or begins a flow with it.
@@ -340,32 +340,6 @@ fn note(
     flows::keep(&Skb(ctx), interface, key, known, next, is_new);
 }
 
-/// Whether the target of a neighbour message is an address that the pod may go by.
-#[inline(always)]
-fn claims_own_target(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
-    let Some(target) = packet.neighbour_target(skb) else {
-        return false;
-    };
-    if address::is_v6_link_local(&target) {
-        return link_local::is_own(skb, &target);
-    }
-    is_own(policy, &target)
-}
-
-/// Whether the pod may send housekeeping in this name.
-#[inline(always)]
-fn may_speak_on_link(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
-    if address::is_v6_link_local(&packet.src) {
-        // A report says which groups the sender hears, and nothing of who has which address.
-        return packet.is_listener_report() || link_local::is_own(skb, &packet.src);
-    }
-    if address::same(&packet.src, &address::UNSPECIFIED) {
-        // Before it has an address, a host asks whether somebody else has it (RFC 4862, section 5.4).
-        return !packet.is_neighbour_solicitation() || claims_own_target(skb, policy, packet);
-    }
-    is_own(policy, &packet.src)
-}
-
 /// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be
 /// held is denied.
 ///
@@ -423,7 +397,7 @@ fn pass(skb: &Skb<'_>) -> i32 {
 }
 
 #[inline(always)]
-fn is_own(policy: &Policy, address: &Address) -> bool {
+pub fn is_own(policy: &Policy, address: &Address) -> bool {
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {

@@ -4,6 +4,22 @@
 //! [`to_pod`](to_pod::judge) takes the answers and notes what others open towards the pod. What
 //! they decide is in `egress-common`, shared with the agent; here are only the hooks: reading the
 //! packet, asking the maps, counting, reporting.
+//!
+//! # Global functions
+//!
+//! The kernel's verifier follows each path through a program. A function that it can see into is part of every
+//! path that leads to its call. A *global* function (one with external linkage, `extern "C"` and `no_mangle`) is
+//! verified once and on its own, for any arguments (`do_check_subprogs`, kernel/bpf/verifier.c). So each part with
+//! many paths is such a function. This is what it has to keep to:
+//!
+//! - Parameters are numbers, the context, or pointers to memory of a fixed size. The pointers may be null.
+//! - The caller's memory is writable and has no byte that was never written: a constant, or padding, is refused.
+//! - It returns a number.
+//! - Up to kernel 6.1, a map takes no such pointer for a key or a value: they are copied first.
+//!
+//! Kernels below 5.12 know no global functions with pointers. The agent takes the linkage from the programs there,
+//! and the verifier sees into every function. What `Skb::forget_path` and its like forget keeps that below the
+//! verifier's limit.
 
 #![no_std]
 #![no_main]
@@ -25,7 +41,9 @@ mod counters;
 mod denials;
 mod flows;
 mod from_pod;
+mod headers;
 mod held;
+mod housekeeping;
 mod link_local;
 mod maps;
 mod open_flow;

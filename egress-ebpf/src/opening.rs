@@ -31,7 +31,7 @@ const ATTEMPTS: u32 = 4;
 
 /// Puts a flow, or a fragmented packet, into `opening`. If there is no room, the oldest of the same side
 /// gives way.
-#[inline(never)]
+#[inline(always)]
 pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
     let Some(opening) = map_of(pod, IN_OPENING) else {
         return;

@@ -5,7 +5,7 @@ use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcConte
 use egress_common::{
     address,
     flow::{after_packet_to_pod, is_closed},
-    packet::{Fragment, Packet, TCP_ACK, Walked, walk},
+    packet::{Fragment, Packet, TCP_ACK, Walked},
     protocol::{self, bits},
     reason::Reason,
     records::{
@@ -19,7 +19,7 @@ use crate::{
     denials::{Denied, deny},
     flows,
     from_pod::{is_several_datagrams, is_tunnel, may_be_dns_port, range_of},
-    held,
+    headers, held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
 };
@@ -53,12 +53,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
-    let walked = if skb.own_headers() {
-        walk(&skb, &mut packet)
-    } else {
-        Walked::Malformed
-    };
-    let earliest = match walked {
+    let earliest = match headers::read(ctx, &mut packet) {
         Walked::Ip => {
             skb.forget_path(&mut packet);
             if let Some(action) = judge_packet(ctx, interface, &packet) {

@@ -456,7 +456,7 @@ fn the_verifier_has_room_left() {
     // It gives up at 1,000,000 instructions; a kernel that prunes less well looks at more. Whoever
     // comes near a budget has to make the program simpler, not the budget larger.
     let mut programs = Programs::new();
-    for (hook, budget) in [(Hook::FromPod, 600_000), (Hook::ToPod, 90_000)] {
+    for (hook, budget) in [(Hook::FromPod, 100_000), (Hook::ToPod, 50_000)] {
         let verified = programs.verified_instructions(hook);
         assert!(
             verified <= budget,

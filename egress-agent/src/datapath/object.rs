@@ -1,6 +1,6 @@
 //! Loading the programs and opening the maps that all pods share.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{borrow::Cow, io, path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
@@ -61,6 +61,10 @@ const COARSE_CLOCK: BpfHelper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
 /// takes every sum of an ordinary socket for misplaced, so there the sender is trusted.
 const CHECKSUM_PLACES: KernelVersion = KernelVersion::new(6, 18, 0);
 
+/// Oldest kernel that verifies a function with pointers among its parameters once, whoever calls it
+/// (`btf_prepare_func_args`, kernel/bpf/btf.c).
+const GLOBAL_FUNCTIONS: KernelVersion = KernelVersion::new(5, 12, 0);
+
 /// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
 const LOAD_ATTEMPTS: u32 = 5;
 
@@ -99,6 +103,7 @@ struct Constants {
     trace: bool,
     coarse_clock: bool,
     checksum_places: bool,
+    global_functions: bool,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -151,6 +156,7 @@ impl Datapath {
             trace: options.trace,
             coarse_clock,
             checksum_places: kernel >= CHECKSUM_PLACES,
+            global_functions: kernel >= GLOBAL_FUNCTIONS,
         };
         if !constants.checksum_places {
             tracing::warn!(
@@ -393,6 +399,7 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         trace,
         coarse_clock,
         checksum_places,
+        global_functions,
     } = constants;
     let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
     let checksum_places = u8::from(*checksum_places);
@@ -408,8 +415,13 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
     for &name in SHARED_MAPS {
         loader.map_pin_path(name, layout.map(name));
     }
+    let object = if *global_functions {
+        Cow::Borrowed(OBJECT)
+    } else {
+        Cow::Owned(without_function_info(OBJECT))
+    };
     let mut ebpf = loader
-        .load(OBJECT)
+        .load(&object)
         .context("the kernel does not take the eBPF object")?;
     for name in ["from_pod", "to_pod"] {
         let program: &mut SchedClassifier = ebpf
@@ -426,6 +438,24 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         );
     }
     Ok(ebpf)
+}
+
+/// The object without what says which functions are global: to the kernel, all are parts of their callers.
+/// The section that says so gets a name that nobody looks for.
+fn without_function_info(object: &[u8]) -> Vec<u8> {
+    const NAME: &[u8] = b".BTF.ext\0";
+    const OTHER: &[u8] = b".off.ext\0";
+    let mut object = object.to_vec();
+    let places: Vec<usize> = object
+        .windows(NAME.len())
+        .enumerate()
+        .filter(|(_, bytes)| *bytes == NAME)
+        .map(|(at, _)| at)
+        .collect();
+    for at in places {
+        object[at..at + OTHER.len()].copy_from_slice(OTHER);
+    }
+    object
 }
 
 /// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then
@@ -510,6 +540,19 @@ fn random_mark() -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_function_info_the_object_is_the_same_but_for_it() {
+        let object = without_function_info(OBJECT);
+        let differing = OBJECT.iter().zip(&object).filter(|(a, b)| a != b).count();
+        assert_eq!((object.len(), differing), (OBJECT.len(), 3));
+        let (before, after) = (Object::parse(OBJECT), Object::parse(&object));
+        let before = before.expect("the object can be read");
+        let after = after.expect("the object can be read");
+        assert!(before.btf_ext.is_some() && after.btf_ext.is_none());
+        assert!(after.btf.is_some(), "its types are gone");
+        assert_eq!(before.programs.len(), after.programs.len());
+    }
 
     #[test]
     fn a_kernel_that_is_too_old_is_told_what_it_lacks() {

@@ -10,6 +10,18 @@ pub(super) const IPV4_STRICT_SOURCE_ROUTE: u8 = 137;
 pub(super) fn walk_ipv4(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let header = frame.read::<20>(ETHERNET_LEN)?;
     let header_len = u32::from(header[0] & 0x0f) * 4;
+    let flags_and_offset = u16::from_be_bytes([header[6], header[7]]);
+    let more = flags_and_offset & 0x2000 != 0;
+    let offset = flags_and_offset & 0x1fff;
+    // At once, because what is kept of the header until later takes room on a small stack.
+    packet.src = address::from_v4([header[12], header[13], header[14], header[15]]);
+    packet.dst = address::from_v4([header[16], header[17], header[18], header[19]]);
+    packet.l4_offset = ETHERNET_LEN + header_len;
+    packet.fragment_id = u32::from(u16::from_be_bytes([header[4], header[5]]));
+    packet.fragment = fragment(offset, more);
+    packet.protocol = header[9];
+    packet.hop_limit = header[8];
+    packet.version = 4;
     if header[0] >> 4 != 4 || header_len < 20 {
         return None;
     }
@@ -25,17 +37,6 @@ pub(super) fn walk_ipv4(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     if header_len > 20 {
         walk_ipv4_options(frame, header_len)?;
     }
-    let flags_and_offset = u16::from_be_bytes([header[6], header[7]]);
-    let more = flags_and_offset & 0x2000 != 0;
-    let offset = flags_and_offset & 0x1fff;
-    packet.src = address::from_v4([header[12], header[13], header[14], header[15]]);
-    packet.dst = address::from_v4([header[16], header[17], header[18], header[19]]);
-    packet.l4_offset = ETHERNET_LEN + header_len;
-    packet.fragment_id = u32::from(u16::from_be_bytes([header[4], header[5]]));
-    packet.fragment = fragment(offset, more);
-    packet.protocol = header[9];
-    packet.hop_limit = header[8];
-    packet.version = 4;
     walk_transport(frame, packet, offset, end)
 }
 
@@ -71,6 +72,8 @@ fn walk_ipv4_options(frame: &impl Frame, header_len: u32) -> Option<()> {
 #[inline(always)]
 pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let header = frame.read::<8>(ETHERNET_LEN)?;
+    packet.hop_limit = header[7];
+    packet.version = 6;
     if header[0] >> 4 != 6 {
         return None;
     }
@@ -143,8 +146,6 @@ pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     packet.fragment_id = fragment_id;
     packet.fragment = fragment_kind;
     packet.protocol = protocol;
-    packet.hop_limit = header[7];
-    packet.version = 6;
     walk_transport(frame, packet, fragment_offset, end)
 }
 
