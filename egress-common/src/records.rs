@@ -34,6 +34,8 @@ pub const MODE_RELEASED: u32 = 3;
 pub const INTERFACE_REJECT: u32 = 1;
 
 /// A port class: what one bit of a class bitmap stands for.
+///
+/// For [`crate::protocol::bits::OTHER`] the IP protocol number stands in place of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct PortClass {

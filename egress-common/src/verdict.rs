@@ -93,8 +93,8 @@ impl Verdict {
 
 /// Bitmap of the classes that match protocol and port.
 ///
-/// `protocol` is one bit of [`bits`]; `port` is the destination port in host byte order and is
-/// looked at only for protocols that have ports.
+/// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`], and is looked at
+/// only for protocols that have ports, and for [`bits::OTHER`].
 ///
 /// The loop has no branches, on purpose: a verifier follows each of them, and 64 times two paths
 /// through it are more than it explores. It is written so that no compiler finds a comparison in it
@@ -118,7 +118,7 @@ pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
         same_protocol = (same_protocol >> 1) | ((u64::from(class.protocols) >> shift) << 63);
         i += 1;
     }
-    if protocol & bits::WITH_PORTS == 0 {
+    if protocol & (bits::WITH_PORTS | bits::OTHER) == 0 {
         other_ports = 0;
     }
     same_protocol & !other_ports
@@ -140,7 +140,7 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
 /// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
 /// verdict (`docs/architecture.md`).
 ///
-/// `protocol` is one bit of [`bits`]; `port` is the destination port in host byte order.
+/// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`].
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);

@@ -259,14 +259,14 @@ extern "C" fn judge_by_rules(
     };
     let mut destination = look_up(policy, policy_id, packet, now_ns);
     let verdict = if rules == Rules::Answer as u32 {
-        verdict::judge_answer(policy, &destination, packet.bit, packet.dst_port)
+        verdict::judge_answer(policy, &destination, packet.bit, packet.class_port())
     } else {
         // A flow that an earlier policy admitted lives on if today's policy allows its destination,
         // even when the address's own lifetime has ended.
         if rules == Rules::OpenFlow as u32 {
             destination.expired = 0;
         }
-        verdict::judge(policy, &destination, packet.bit, packet.dst_port)
+        verdict::judge(policy, &destination, packet.bit, packet.class_port())
     };
     match verdict {
         Verdict::Pass => PASSES,

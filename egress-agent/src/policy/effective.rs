@@ -7,7 +7,10 @@ use egress_common::records::PortClass;
 use super::{
     Annotations, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
-    entry::{Destination, class_intersection, class_words, is_everything},
+    entry::{
+        Destination, class_intersection, class_words, is_everything, is_extension_header,
+        protocol_number,
+    },
     error::{Origin, PolicyError},
 };
 
@@ -109,6 +112,7 @@ pub(super) fn resolve(
     warn_of_whole_families(&allow, &mut warnings);
     for rule in allow.iter().chain(&deny).chain(&resolve) {
         warn_of_suffixes(rule, &mut warnings);
+        warn_of_extension_headers(rule, &mut warnings);
     }
     Ok(Effective {
         mode,
@@ -343,6 +347,19 @@ fn warn_of_whole_families(allow: &[Rule], warnings: &mut Vec<String>) {
                 rule.origin, rule.text
             ));
         }
+    }
+}
+
+/// Warns of a protocol that no packet has.
+fn warn_of_extension_headers(rule: &Rule, warnings: &mut Vec<String>) {
+    if let Some(number) = protocol_number(&rule.class)
+        && is_extension_header(number)
+    {
+        warnings.push(format!(
+            "the {}'s entry `{}` matches nothing: {number} is an IPv6 extension header, behind which the \
+             packet's protocol follows",
+            rule.origin, rule.text
+        ));
     }
 }
 

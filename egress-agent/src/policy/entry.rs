@@ -1,10 +1,17 @@
 //! What one entry of a list says.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
-use egress_common::{address::Address, protocol::bits, records::PortClass};
+use egress_common::{
+    address::Address,
+    protocol::{self, bits},
+    records::PortClass,
+};
 
-use super::{pattern::NamePattern, prefix::Prefix};
+use super::{
+    pattern::NamePattern,
+    prefix::{Prefix, parse_decimal},
+};
 
 /// Where an entry points.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,6 +56,78 @@ pub enum Protocol {
     Sctp,
     /// `/icmp`: every type, of IPv6 too.
     Icmp,
+    /// `/esp`, `/ip-50`: the protocol with this number, which is none of those above.
+    Number(u8),
+    /// `/any`: every protocol.
+    Any,
+}
+
+/// Protocols without ports that have a word of their own besides `ip-` and their number.
+const WORDS: [(&str, u8); 4] = [("ah", 51), ("esp", 50), ("gre", 47), ("ipip", 4)];
+
+impl Protocol {
+    /// Reads a protocol: a word, or `ip-` and a number.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let text = text.to_ascii_lowercase();
+        if let Some(number) = text.strip_prefix("ip-") {
+            return Some(Self::from_number(
+                u8::try_from(parse_decimal(number)?).ok()?,
+            ));
+        }
+        match text.as_str() {
+            "tcp" => Some(Self::Tcp),
+            "udp" => Some(Self::Udp),
+            "sctp" => Some(Self::Sctp),
+            "icmp" => Some(Self::Icmp),
+            "any" => Some(Self::Any),
+            word => {
+                let (_, number) = WORDS.iter().find(|(other, _)| *other == word)?;
+                Some(Self::Number(*number))
+            }
+        }
+    }
+
+    const fn from_number(number: u8) -> Self {
+        match number {
+            protocol::TCP => Self::Tcp,
+            protocol::UDP => Self::Udp,
+            protocol::SCTP => Self::Sctp,
+            protocol::ICMP | protocol::ICMPV6 => Self::Icmp,
+            number => Self::Number(number),
+        }
+    }
+
+    /// Whether an entry with it may have ports.
+    pub(super) const fn has_ports(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
+    }
+}
+
+/// Whether no packet is of this protocol: its number is that of an IPv6 extension header, behind which the
+/// protocol follows.
+pub(super) const fn is_extension_header(number: u8) -> bool {
+    matches!(
+        number,
+        protocol::HOP_BY_HOP
+            | protocol::ROUTING
+            | protocol::FRAGMENT
+            | protocol::NO_NEXT_HEADER
+            | protocol::DESTINATION_OPTIONS
+    )
+}
+
+/// The number of the one protocol that the class is about, if that has no bit of its own.
+pub(super) fn protocol_number(class: &PortClass) -> Option<u8> {
+    let is_one = class.protocols == bits::OTHER && class.port_min == class.port_max;
+    u8::try_from(class.port_min).ok().filter(|_| is_one)
+}
+
+/// The word for a protocol that has no bit of its own: `esp`, `ip-89`.
+pub fn number_word(number: u8) -> Cow<'static, str> {
+    match WORDS.iter().find(|(_, other)| *other == number) {
+        Some((word, _)) => Cow::Borrowed(word),
+        None => Cow::Owned(format!("ip-{number}")),
+    }
 }
 
 /// Ports of an entry, both inclusive, in host byte order.
@@ -96,10 +175,19 @@ impl Entry {
             (Some(Protocol::Udp), _) => bits::UDP,
             (Some(Protocol::Sctp), _) => bits::SCTP,
             (Some(Protocol::Icmp), _) => bits::ICMP_ECHO | bits::ICMP_OTHER,
+            (Some(Protocol::Number(_)), _) => bits::OTHER,
+            (Some(Protocol::Any), _) => bits::ALL,
             (None, Some(_)) => bits::TCP | bits::UDP,
             (None, None) => unlimited,
         };
-        let Ports { min, max } = self.ports.unwrap_or(ALL_PORTS);
+        let Ports { min, max } = match self.protocol {
+            // Where others have a port, see `PortClass`.
+            Some(Protocol::Number(number)) => Ports {
+                min: number.into(),
+                max: number.into(),
+            },
+            _ => self.ports.unwrap_or(ALL_PORTS),
+        };
         PortClass {
             port_min: min,
             port_max: max,
@@ -137,6 +225,14 @@ pub fn class_words(class: &PortClass) -> String {
     ];
     if class.protocols == bits::ALL {
         return "every protocol".to_owned();
+    }
+    if class.protocols == bits::OTHER
+        && let (Ok(number), true) = (
+            u8::try_from(class.port_min),
+            class.port_min == class.port_max,
+        )
+    {
+        return number_word(number).into_owned();
     }
     let mut protocols: Vec<&str> = WORDS
         .iter()

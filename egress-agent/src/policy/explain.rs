@@ -10,7 +10,7 @@ use super::{
     Annotations, PolicyError, Settings,
     annotations::At,
     effective::{self, Rule},
-    entry::{Destination, Entry, Ports, Protocol},
+    entry::{Destination, Entry, Ports, Protocol, number_word},
     error::Origin,
     parse::read_entry,
     pattern::NamePattern,
@@ -24,7 +24,7 @@ use crate::dns::Name;
 pub struct Target {
     /// Where to.
     pub to: To,
-    /// The port, if one is asked about.
+    /// The port, if one is asked about; for [`bits::OTHER`] the protocol's number.
     pub port: Option<u16>,
     /// One bit of [`bits`], if a protocol is asked about.
     pub protocol: Option<u8>,
@@ -70,19 +70,26 @@ impl Target {
             Some(Ports { min, max }) if min == max => Some(min),
             Some(_) => return Err(format!("`{text}` has a range of ports: expected one port")),
         };
+        let port = match protocol {
+            Some(Protocol::Number(number)) => Some(number.into()),
+            _ => port,
+        };
         let protocol = match (protocol, port) {
             (None, None) => None,
             (None | Some(Protocol::Tcp), _) => Some(bits::TCP),
             (Some(Protocol::Udp), _) => Some(bits::UDP),
             (Some(Protocol::Sctp), _) => Some(bits::SCTP),
             (Some(Protocol::Icmp), _) => Some(bits::ICMP_ECHO),
+            (Some(Protocol::Number(_)), _) => Some(bits::OTHER),
+            (Some(Protocol::Any), _) => None,
         };
         Ok(Self { to, port, protocol })
     }
 
     /// An entry that would allow it.
     pub fn entry(&self) -> String {
-        let port = self.port;
+        // Of other protocols it is the number that stands there.
+        let port = self.port.filter(|_| self.protocol != Some(bits::OTHER));
         let with_port = |to: String| match port {
             Some(port) => format!("{to}:{port}"),
             None => to,
@@ -98,6 +105,10 @@ impl Target {
             Some(bits::UDP) => format!("{to}/udp"),
             Some(bits::SCTP) => format!("{to}/sctp"),
             Some(bits::TCP) => format!("{to}/tcp"),
+            Some(bits::OTHER) => {
+                let number = self.port.and_then(|number| u8::try_from(number).ok());
+                format!("{to}/{}", number_word(number.unwrap_or_default()))
+            }
             Some(_) => format!("{to}/icmp"),
             None => to,
         }

@@ -36,6 +36,7 @@ use crate::dns::Name;
 pub use annotations::Annotations;
 pub use compile::{Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable};
 pub use describe::describe;
+pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};

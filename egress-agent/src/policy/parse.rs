@@ -222,8 +222,13 @@ fn finish(
         None => None,
         Some(part) => Some((read_protocol(part)?, part)),
     };
-    if let (Some((Protocol::Icmp, _)), Some(ports)) = (protocol, ports) {
-        return Err(ports.error("is a port, and icmp has no ports: leave one of them out"));
+    if let (Some((read, written)), Some(ports)) = (protocol, ports)
+        && !read.has_ports()
+    {
+        return Err(ports.error(format!(
+            "is a port, and {} has no ports: leave one of them out",
+            written.text
+        )));
     }
     Ok(Entry {
         destination,
@@ -252,13 +257,12 @@ fn read_ports(part: Part<'_>) -> Result<Ports, EntryError> {
 }
 
 fn read_protocol(part: Part<'_>) -> Result<Protocol, EntryError> {
-    match part.text.to_ascii_lowercase().as_str() {
-        "tcp" => Ok(Protocol::Tcp),
-        "udp" => Ok(Protocol::Udp),
-        "sctp" => Ok(Protocol::Sctp),
-        "icmp" => Ok(Protocol::Icmp),
-        _ => Err(part.error("is not a protocol: expected tcp, udp, sctp or icmp")),
-    }
+    Protocol::parse(part.text).ok_or_else(|| {
+        part.error(
+            "is not a protocol: expected tcp, udp, sctp, icmp, ah, esp, gre, ipip, any, or ip- and a number \
+             from 0 to 255, such as ip-89",
+        )
+    })
 }
 
 #[cfg(test)]

@@ -214,7 +214,8 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "github.com:443/https",
-            "15 `https` is not a protocol: expected tcp, udp, sctp or icmp",
+            "15 `https` is not a protocol: expected tcp, udp, sctp, icmp, ah, esp, gre, ipip, any, or ip- \
+             and a number from 0 to 255, such as ip-89",
         ),
         (
             "github.com:80/icmp",

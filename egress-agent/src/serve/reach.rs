@@ -11,13 +11,15 @@ use egress_common::{
 };
 
 use super::protocol::PortsStatus;
+use crate::policy::number_word;
 
 /// The protocols that people ask about.
-const PROTOCOLS: [(u8, &str); 4] = [
+const PROTOCOLS: [(u8, &str); 5] = [
     (bits::TCP, "tcp"),
     (bits::UDP, "udp"),
     (bits::SCTP, "sctp"),
     (bits::ICMP_ECHO, "icmp"),
+    (bits::OTHER, "other"),
 ];
 
 /// From the most specific reason to the least.
@@ -35,7 +37,8 @@ const REASONS: [Reason; 11] = [
     Reason::DenyRule,
 ];
 
-/// Packets of one protocol to a range of ports, both inclusive.
+/// Packets of one protocol to a range of ports, both inclusive; for [`bits::OTHER`], of protocols with a range
+/// of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ports {
     pub(super) protocol: u8,
@@ -97,6 +100,8 @@ impl Reach {
                         }
                         _ => open.push(ports),
                     },
+                    // Who does not ask about them does not mean them.
+                    Verdict::Deny { .. } if bit == bits::OTHER && protocol.is_none() => {}
                     Verdict::Deny { reason, class } => {
                         if denied.is_none_or(|(before, ..)| rank(reason) < rank(before)) {
                             denied = Some((reason, class, ports));
@@ -119,7 +124,7 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
         first,
         last,
     };
-    if protocol & bits::WITH_PORTS == 0 {
+    if protocol & (bits::WITH_PORTS | bits::OTHER) == 0 {
         return vec![ports(0, u16::MAX)];
     }
     if let Some(port) = port {
@@ -158,7 +163,12 @@ pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -
     let by_address = destination.needs_address_entry();
     let learned = destination.learned_classes(policy);
     let any = if by_address { 0 } else { policy.any };
-    let known = (learned | destination.cidr | any) & !policy.deny;
+    let cidr = if by_address {
+        destination.cidr & !policy.under_any
+    } else {
+        destination.cidr
+    };
+    let known = (learned | cidr | any) & !policy.deny;
     if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
         Ground::Entries
     } else {
@@ -168,10 +178,18 @@ pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -
 
 impl From<&Ports> for PortsStatus {
     fn from(ports: &Ports) -> Self {
-        let word = PROTOCOLS.iter().find(|(bit, _)| *bit == ports.protocol);
         let with_ports = ports.protocol & bits::WITH_PORTS != 0;
+        let number = u8::try_from(ports.first).ok();
+        let number = number.filter(|_| ports.protocol == bits::OTHER && ports.first == ports.last);
+        let protocol = match number {
+            Some(number) => number_word(number),
+            None => {
+                let word = PROTOCOLS.iter().find(|(bit, _)| *bit == ports.protocol);
+                word.map_or("other", |(_, word)| word).into()
+            }
+        };
         Self {
-            protocol: word.map_or("other", |(_, word)| word).to_owned(),
+            protocol: protocol.into_owned(),
             first: with_ports.then_some(ports.first),
             last: with_ports.then_some(ports.last),
         }

@@ -48,6 +48,17 @@ impl Packet {
         version: 0,
     };
 
+    /// What a port class compares: the destination port in host byte order, or for a protocol without a bit
+    /// of its own ([`bits::OTHER`]) its number.
+    #[inline(always)]
+    pub const fn class_port(&self) -> u16 {
+        if self.bit == bits::OTHER {
+            self.protocol as u16
+        } else {
+            self.dst_port
+        }
+    }
+
     /// Offset in the frame of the first byte that a checksum may be written to after the verdict
     /// without changing what was judged: the transport's own checksum field. `None` when nobody
     /// leaves the checksum of such a packet to others: the kernel computes that of ICMP at once, and

@@ -78,6 +78,7 @@ const READABLE: &[&str] = &[
     "*",
     "*:443",
     "*/icmp",
+    "203.0.113.7/esp [2001:db8::7]/GRE vpn.example/ip-50 *.example/any 10.0.0.0/8/ip-089 2001:db8::/32/ah",
     "*:1-65535/sctp",
     "*.example.com",
     "*.example.com:443/tcp",
@@ -120,6 +121,11 @@ const UNREADABLE: &[&str] = &[
     "github.com/tcp:443",
     "github.com/tcp/443",
     "github.com:80/icmp",
+    "github.com:80/esp",
+    "github.com:80/any",
+    "github.com/ip-256",
+    "github.com/ip-",
+    "github.com/ip50",
     "github.com;443",
     "github.com|example.com",
     "443",
@@ -397,7 +403,7 @@ fn almost_entries() -> impl Strategy<Value = String> {
             "32", "443", "65535", "65536", "ffff", "db8", "2001",
         ]),
         5 => prop::sample::select(vec![".", ":", "::", "/", "-", "[", "]", "@", "%"]),
-        2 => prop::sample::select(vec![":443", ":80-90", "/tcp", "/icmp", "/8", "/64", "10.0.0.0", "2001:db8::"]),
+        2 => prop::sample::select(vec![":443", ":80-90", "/tcp", "/icmp", "/esp", "/ip-50", "/any", "/8", "/64", "10.0.0.0", "2001:db8::"]),
         1 => prop::sample::select(vec![" ", ",", "\n", "#", "\u{a0}"]),
     ];
     prop::collection::vec(part, 0..9).prop_map(|parts| parts.concat())

@@ -46,6 +46,9 @@ impl Line {
             (Some("tcp"), _) => bits::TCP,
             (Some("udp"), _) => bits::UDP,
             (Some("sctp"), _) => bits::SCTP,
+            (Some("any"), _) => bits::ALL,
+            (Some("esp"), _) => return packet.protocol == bits::OTHER && packet.port == 50,
+            (Some("ip-47"), _) => return packet.protocol == bits::OTHER && packet.port == 47,
             (Some(_), _) => bits::ICMP_ECHO | bits::ICMP_OTHER,
             (None, Some(_)) => bits::TCP | bits::UDP,
             (None, None) => bare,
@@ -128,6 +131,7 @@ pub(super) struct Packet {
     pub(super) through: Option<Vec<Vec<u8>>>,
     pub(super) expired: bool,
     pub(super) protocol: u8,
+    /// Of another protocol its number.
     pub(super) port: u16,
     pub(super) protected: bool,
     pub(super) internal: bool,
@@ -233,8 +237,11 @@ pub(super) fn plainly_asked(
     let listed = lines(|w| &w.allow)
         .chain(lines(|w| &w.resolve))
         .any(|line| line.names(name));
-    let nothing_reached = lines(|w| &w.deny)
-        .any(|line| line.is_anywhere() && line.ports.is_none() && line.protocol.is_none());
+    let nothing_reached = lines(|w| &w.deny).any(|line| {
+        line.is_anywhere()
+            && line.ports.is_none()
+            && line.protocol.is_none_or(|protocol| protocol == "any")
+    });
     let allow = pod.allow.is_some() || namespace.allow.is_some();
     let deny = pod.deny.is_some() || namespace.deny.is_some();
     let anywhere = (deny && !allow) || lines(|w| &w.allow).any(Line::is_anywhere);

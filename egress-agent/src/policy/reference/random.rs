@@ -76,14 +76,14 @@ fn line() -> impl Strategy<Value = Line> {
         Just("tcp"),
         Just("udp"),
         Just("sctp"),
-        Just("icmp")
+        Just("icmp"),
+        Just("esp"),
+        Just("ip-47"),
+        Just("any"),
     ]);
     (to, ports(), protocol).prop_map(|(to, ports, protocol)| {
-        let ports = if protocol == Some("icmp") {
-            None
-        } else {
-            ports
-        };
+        let has_ports = matches!(protocol, None | Some("tcp" | "udp" | "sctp"));
+        let ports = ports.filter(|_| has_ports);
         Line {
             to,
             ports,
@@ -181,10 +181,10 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
                 expired,
                 protocol,
                 // Only these carry ports; the walk gives 0 for all others.
-                port: if protocol & bits::WITH_PORTS == 0 {
-                    0
-                } else {
-                    port
+                port: match protocol {
+                    bits::OTHER => 46 + port % 5,
+                    _ if protocol & bits::WITH_PORTS == 0 => 0,
+                    _ => port,
                 },
                 protected,
                 internal,

@@ -192,6 +192,39 @@ fn a_label_with_a_dot_inside_never_passes_for_two_labels() {
 }
 
 #[test]
+fn a_protocol_without_ports_is_told_by_its_number() {
+    let class = |entry| {
+        compiled(&[("allow", entry)], &[], &settings())
+            .record
+            .classes[0]
+    };
+    for (entry, number) in [
+        ("192.0.2.1/esp", 50),
+        ("192.0.2.1/ip-50", 50),
+        ("192.0.2.1/GRE", 47),
+        ("192.0.2.1/ip-89", 89),
+    ] {
+        let class = class(entry);
+        assert_eq!(class.protocols, bits::OTHER, "{entry}");
+        assert_eq!(
+            (class.port_min, class.port_max),
+            (number, number),
+            "{entry}"
+        );
+    }
+    assert_eq!(class("192.0.2.1/ip-6"), class("192.0.2.1/tcp"));
+    assert_eq!(class("192.0.2.1/any").protocols, bits::ALL);
+    let warnings = compiled(&[("allow", "192.0.2.1/ip-44")], &[], &settings()).warnings;
+    assert_eq!(
+        warnings,
+        [
+            "the pod's entry `192.0.2.1/ip-44` matches nothing: 44 is an IPv6 extension header, behind \
+          which the packet's protocol follows"
+        ]
+    );
+}
+
+#[test]
 fn a_star_before_a_name_is_no_suffix() {
     let warnings = |list| compiled(&[("allow", list)], &[], &settings()).warnings;
     assert_eq!(
