@@ -222,6 +222,22 @@ pub struct LinkOwner {
 /// No interface has this index.
 pub const NODE_OWNS: u32 = 0;
 
+/// Value of `link_hardware`, keyed by ifindex: the one hardware address that a port of a bridge may send
+/// from. Other interfaces have no entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct LinkHardware {
+    /// The address.
+    pub addr: [u8; 6],
+    /// Bits of the `HARDWARE_*` constants.
+    pub flags: u16,
+}
+
+/// The address is somebody else's: nothing may be sent from it.
+pub const HARDWARE_REFUSED: u16 = 1;
+/// The interface keeps this address, whatever its other end is given later.
+pub const HARDWARE_SETTLED: u16 = 1 << 1;
+
 /// Key of `tunnels`: packets that somebody on a node may unpack and send on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
@@ -532,6 +548,7 @@ mod pod {
         super::TunnelKey,
         super::LinkAddress,
         super::LinkOwner,
+        super::LinkHardware,
         super::Tunnel,
     );
 }
@@ -555,4 +572,5 @@ const _: () = {
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<TunnelKey>() == 4);
     assert!(size_of::<LinkAddress>() == 16);
+    assert!(size_of::<LinkHardware>() == 8);
 };

@@ -22,7 +22,7 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows::{self, Known},
-    held, link_local,
+    hardware, held, link_local,
     maps::{
         ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE, TUNNEL,
     },
@@ -52,6 +52,19 @@ pub fn judge(ctx: &TcContext) -> i32 {
     };
     if interface.mode == MODE_RELEASED {
         return pass(&skb);
+    }
+    // Before anything else: the bridge learns the address of whatever passes.
+    if !hardware::is_own(&skb) {
+        return deny(
+            ctx,
+            &Denied {
+                interface,
+                packet: None,
+                reason: Reason::SpoofedHardware,
+                class: NO_CLASS,
+                direction: FROM_POD,
+            },
+        );
     }
     if TRACE.load() == 0 && open_flow::passes(&skb, interface) {
         return PASS;
@@ -422,8 +435,9 @@ fn pass(skb: &Skb<'_>) -> i32 {
     PASS
 }
 
+/// Whether the address is one of the pod's own.
 #[inline(always)]
-fn is_own(policy: &Policy, address: &Address) -> bool {
+pub fn is_own(policy: &Policy, address: &Address) -> bool {
     let mut i = 0;
     while i < OWN_ADDRESSES {
         if i as u32 >= policy.own_len {

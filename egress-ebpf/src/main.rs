@@ -25,6 +25,7 @@ mod counters;
 mod denials;
 mod flows;
 mod from_pod;
+mod hardware;
 mod held;
 mod link_local;
 mod maps;

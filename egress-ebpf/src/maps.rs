@@ -14,7 +14,8 @@ use egress_common::{
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, LinkAddress, LinkOwner, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
+        Interface, LinkAddress, LinkHardware, LinkOwner, Meter, Policy, Probes, Range, Tunnel,
+        TunnelKey,
     },
 };
 
@@ -97,6 +98,11 @@ pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize },
 /// The one link-local address of each interface that is not made of its hardware address.
 #[btf_map(name = "link_locals")]
 pub static LINK_LOCAL: HashMap<u32, LinkAddress, { INTERFACES as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// The hardware address that each port of a bridge may send from.
+#[btf_map(name = "link_hardware")]
+pub static LINK_HARDWARE: HashMap<u32, LinkHardware, { INTERFACES as usize }, NO_PREALLOC> =
     HashMap::new();
 
 #[btf_map(name = "tunnels")]

@@ -13,6 +13,7 @@ mod enforced;
 mod events;
 mod exits;
 mod facts;
+mod hardware;
 mod hooks;
 mod links;
 mod named;

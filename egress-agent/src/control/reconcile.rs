@@ -15,6 +15,7 @@ use super::{
     enforced::{Enforced, PodKey},
     events,
     exits::PodExits,
+    hardware::Hardware,
     hooks::Hooks,
     own::Owners,
     place::{Place, Places},
@@ -52,6 +53,8 @@ pub(super) struct Reconciler {
     pub(super) owners: Owners,
     /// Interfaces of pods that nobody can enforce.
     pub(super) exits: PodExits,
+    /// What ports of bridges are bound to.
+    pub(super) hardware: Hardware,
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
@@ -104,6 +107,7 @@ impl Reconciler {
         let left = adoptable.values().flat_map(|left| &left.interfaces);
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
+        let hardware = Hardware::open(&datapath)?;
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
             seen_first: SeenFirst::open()?,
@@ -114,6 +118,7 @@ impl Reconciler {
             config: config.clone(),
             places,
             owners: Owners::default(),
+            hardware,
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
@@ -167,6 +172,9 @@ impl Reconciler {
         }
         if let Some(problem) = self.settle_neighbours() {
             saying.insert("link-local addresses".to_owned(), problem);
+        }
+        if let Some(problem) = self.bind_hardware(&places) {
+            saying.insert("hardware addresses".to_owned(), problem);
         }
         self.readings.retain(snapshot);
         let gone: Vec<PodKey> = self
@@ -281,6 +289,7 @@ impl Reconciler {
                 .chain(unseen.map(str::to_owned))
                 .chain(self.bypassed(key).map(str::to_owned))
                 .chain(self.seen_first(key))
+                .chain(self.hardware_problem(key))
                 .collect();
             if complaints.is_empty() {
                 continue;

@@ -42,6 +42,7 @@ const SHARED_MAPS: &[&str] = &[
     "tunnels",
     "link_owners",
     "link_locals",
+    "link_hardware",
     "meters",
     "counters",
     "held",

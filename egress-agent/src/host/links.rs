@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::netlink::RawLink;
+use super::{HardwareAddress, netlink::RawLink};
+
+/// Kinds of interfaces that learn behind which of their ports a hardware address is.
+const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
 
 /// The name of an interface of this thread's network namespace; `None` when there is none of this
 /// index.
@@ -27,6 +30,10 @@ pub struct Link {
     pub kind: String,
     /// Name of the bridge, bond or VRF it is in.
     pub master: Option<String>,
+    /// Index of that, if it is a bridge.
+    pub bridge: Option<u32>,
+    /// Its own hardware address.
+    pub hardware: Option<HardwareAddress>,
     /// Its other end, if that is in another network namespace.
     pub peer: Option<Peer>,
     /// Whether it is up.
@@ -57,6 +64,7 @@ impl Link {
             kind,
             lower,
             nsid,
+            hardware,
             ..
         } = raw;
         let peer = nsid
@@ -68,6 +76,8 @@ impl Link {
             name,
             kind,
             master,
+            bridge: None,
+            hardware,
             peer,
             up,
         }
@@ -84,15 +94,23 @@ pub struct Links {
 
 impl Links {
     pub(super) fn new(raw: Vec<RawLink>) -> Self {
-        let names: HashMap<u32, String> = raw
+        let masters: HashMap<u32, (String, bool)> = raw
             .iter()
-            .map(|link| (link.index, link.name.clone()))
+            .map(|link| {
+                let is_bridge = BRIDGES.contains(&link.kind.as_str());
+                (link.index, (link.name.clone(), is_bridge))
+            })
             .collect();
         let all: Vec<Link> = raw
             .into_iter()
             .map(|raw| {
-                let master = raw.master.and_then(|master| names.get(&master).cloned());
-                Link::new(raw, master)
+                let index = raw.master;
+                let master = index.and_then(|index| masters.get(&index));
+                let is_bridge = master.is_some_and(|(_, is_bridge)| *is_bridge);
+                Link {
+                    bridge: index.filter(|_| is_bridge),
+                    ..Link::new(raw, master.map(|(name, _)| name.clone()))
+                }
             })
             .collect();
         let mut by_namespace: HashMap<i32, Vec<usize>> = HashMap::new();
@@ -230,6 +248,8 @@ mod tests {
         assert_eq!(found, ["veth4", "nk8"]);
         assert_eq!(links.pod_like(&[]).count(), 4);
         assert_eq!(links.get(5).unwrap().master.as_deref(), Some("docker0"));
+        assert_eq!(links.get(5).unwrap().bridge, Some(3));
+        assert_eq!(links.get(4).unwrap().bridge, None);
         let found: Vec<u32> = links.leading_to(0).map(|link| link.ifindex).collect();
         assert_eq!(found, [4]);
     }

@@ -20,10 +20,13 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
+        neighbour::NeighbourMessage,
         nsid::{NsidAttribute, NsidMessage},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
+
+use super::HardwareAddress;
 
 /// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
 const BUFFER: usize = 32 * 1024;
@@ -35,8 +38,10 @@ const ATTEMPTS: usize = 4;
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const NSID_HEADER: usize = 4;
+const NEIGHBOUR_HEADER: usize = 12;
 
 /// Attributes of links, `include/uapi/linux/if_link.h`.
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
@@ -53,6 +58,10 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_TARGET_NETNSID: u16 = 10;
 
+/// Attributes of neighbours, `include/uapi/linux/neighbour.h`.
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+
 /// Attribute of namespaces, `include/uapi/linux/net_namespace.h`.
 const NETNSA_NSID: u16 = 1;
 
@@ -67,6 +76,8 @@ pub(super) struct RawLink {
     pub(super) master: Option<u32>,
     pub(super) lower: Option<u32>,
     pub(super) nsid: Option<i32>,
+    /// Its hardware address, if that is one of Ethernet.
+    pub(super) hardware: Option<HardwareAddress>,
     /// The namespace that was asked about, when that is not our own.
     pub(super) target: Option<i32>,
     /// Id of its XDP program; 0 when it has several.
@@ -135,6 +146,42 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             answer => answer.map(|_| link),
         }
+    }
+
+    /// One interface of the namespace that this one knows by that number, if it is there.
+    pub(super) fn link_in(&mut self, nsid: i32, index: u32) -> io::Result<Option<RawLink>> {
+        let mut request = LinkMessage::default();
+        request.header.index = index;
+        let target = DefaultNla::new(IFLA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+        request.attributes.push(LinkAttribute::Other(target));
+        let mut link = None;
+        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+            link = Some(read_link(body)?).filter(|link| link.target == Some(nsid));
+            Ok(())
+        });
+        match answer {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            answer => answer.map(|_| link),
+        }
+    }
+
+    /// The hardware address of each neighbour of this namespace that has one, by its address.
+    pub(super) fn neighbours(&mut self) -> io::Result<Vec<(IpAddr, HardwareAddress)>> {
+        let mut neighbours = Vec::new();
+        let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        self.exchange(request, NLM_F_DUMP, |body| {
+            let (mut address, mut hardware) = (None, None);
+            for (kind, value) in attributes(body, NEIGHBOUR_HEADER)? {
+                match kind {
+                    NDA_DST => address = ip(value).ok(),
+                    NDA_LLADDR => hardware = HardwareAddress::read(value),
+                    _ => {}
+                }
+            }
+            neighbours.extend(address.zip(hardware));
+            Ok(())
+        })?;
+        Ok(neighbours)
     }
 
     /// Every interface of the namespace that this one knows by that number; `None` when there are
@@ -300,6 +347,7 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     };
     for (kind, value) in attributes(body, LINK_HEADER)? {
         match kind {
+            IFLA_ADDRESS => link.hardware = HardwareAddress::read(value),
             IFLA_IFNAME => link.name = text(value),
             IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
