@@ -11,19 +11,21 @@
 //! harmless for any flow.
 
 use egress_common::{
+    address::is_v6_link_local,
     flow::{REFRESH_NS, is_alive, is_closed, is_established},
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
-        FLOW_CUT, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
-        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, Interface,
-        UNJUDGED,
+        FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN,
+        FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow,
+        FlowKey, Interface, UNJUDGED,
     },
 };
 
 use crate::{
     counters::count,
-    maps::{FLOW, Flows, INBOUND, METER, OPENING},
+    from_pod::is_own,
+    maps::{FLOW, Flows, INBOUND, METER, OPENING, POLICY},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
 };
@@ -180,7 +182,7 @@ pub fn keep(
     {
         return;
     }
-    change(interface.pod, key, known, next, is_new);
+    change(interface, key, known, next, is_new);
 }
 
 /// Whether the flow has no business in `opening` any more. A connection that the other side opened
@@ -192,7 +194,8 @@ fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
 }
 
 #[inline(never)]
-fn change(pod: u32, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
+fn change(interface: &Interface, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
+    let pod = interface.pod;
     let place = known.place;
     let before = &known.flow;
     let is_established = place == IN_FLOWS || place == IN_INBOUND;
@@ -200,6 +203,9 @@ fn change(pod: u32, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
         && next.state != FLOW_CUT
         && key.protocol == protocol::TCP
         && is_closed(next);
+    if is_new && next.state == FLOW_IN && !may_answer(interface.policy, key) {
+        return;
+    }
     if is_new || closes {
         if is_established {
             forget(pod, key, place);
@@ -234,6 +240,19 @@ fn change(pod: u32, key: &FlowKey, known: &Known, next: &Flow, is_new: bool) {
             flow.last_seen_ns = next.last_seen_ns;
         }
     }
+}
+
+/// Whether the pod may answer what others open. A bridge sends frames to all its ports if it does not know
+/// behind which one the receiver is: others could fill the pod's map with flows that are not the pod's.
+#[inline(always)]
+fn may_answer(policy: u32, key: &FlowKey) -> bool {
+    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    let Some(policy) = (unsafe { POLICY.get(policy) }) else {
+        return false;
+    };
+    // Neighbours find the pod by its link-local addresses. Without any of its own, nobody knows them yet.
+    let is_on_link = key.protocol == protocol::ICMPV6 && is_v6_link_local(&key.pod_addr);
+    policy.own_len == 0 || is_on_link || is_own(policy, &key.pod_addr)
 }
 
 /// Adds to `Flow::seen`, and writes to the shared memory only if that changes it.
