@@ -238,6 +238,14 @@ pub const HARDWARE_REFUSED: u16 = 1;
 /// The interface keeps this address, whatever its other end is given later.
 pub const HARDWARE_SETTLED: u16 = 1 << 1;
 
+/// Value of `node_addresses`, keyed by prefix: what is sent there, the node takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct NodeAddress {
+    /// Always 1.
+    pub is_node: u32,
+}
+
 /// Key of `tunnels`: packets that somebody on a node may unpack and send on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
@@ -276,6 +284,9 @@ pub const RANGE_RESOLVER: u64 = 1;
 pub const RANGE_INTERNAL: u64 = 1 << 1;
 /// Only an explicit address entry opens it, and DNS never does.
 pub const RANGE_PROTECTED: u64 = 1 << 2;
+/// The node itself takes what is sent there. It stands in no entry of `ranges`: the map `node_addresses`
+/// says it.
+pub const RANGE_NODE: u64 = 1 << 3;
 /// Length in bits of the translator's prefix that the address is in; see [`crate::translation`].
 pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
 /// Where [`RANGE_TRANSLATED`] begins.
@@ -549,6 +560,7 @@ mod pod {
         super::LinkAddress,
         super::LinkOwner,
         super::LinkHardware,
+        super::NodeAddress,
         super::Tunnel,
     );
 }

@@ -13,12 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::records::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkHardware};
 
-use super::{
-    enforced::PodKey,
-    place::{Place, Places},
-    quarantine,
-    reconcile::Reconciler,
-};
+use super::{enforced::PodKey, place::Place, quarantine, reconcile::Reconciler};
 use crate::{
     datapath::{Datapath, LinkHardwareMap},
     host::{HardwareAddress, Host, Link, Links},
@@ -62,7 +57,7 @@ impl Bound {
 
     /// What an earlier agent has bound a port to. What was refused is decided anew.
     fn inherited(entry: LinkHardware) -> Option<Self> {
-        (entry.flags & HARDWARE_REFUSED == 0).then(|| Self {
+        (entry.flags & HARDWARE_REFUSED == 0).then_some(Self {
             address: HardwareAddress(entry.addr),
             refused: None,
             settled: entry.flags & HARDWARE_SETTLED != 0,
@@ -200,7 +195,7 @@ impl Reconciler {
             _ => None,
         });
         let running: HashSet<u32> = identified.flatten().copied().collect();
-        let (host, links) = Places::on(&mut self.places)?;
+        let (host, links) = self.places.on()?;
         let bound = self.hardware.bind(host, links, &running);
         bound.err().map(|error| {
             format!("pods on bridges could send from hardware addresses of others: {error:#}")

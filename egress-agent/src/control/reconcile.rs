@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    datapath::{Adoptable, Datapath, Unused, boottime_ns},
+    datapath::{Adoptable, Datapath, NodeAddressMap, Unused, boottime_ns},
     gate::Gate,
     pods::{Facts, Snapshot},
     policy::Compiled,
@@ -55,6 +55,8 @@ pub(super) struct Reconciler {
     pub(super) exits: PodExits,
     /// What ports of bridges are bound to.
     pub(super) hardware: Hardware,
+    /// The addresses that the node takes packets for.
+    pub(super) node_addresses: NodeAddressMap,
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
@@ -108,6 +110,7 @@ impl Reconciler {
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
         let hardware = Hardware::open(&datapath)?;
+        let node_addresses = datapath.node_addresses()?;
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
             seen_first: SeenFirst::open()?,
@@ -119,6 +122,7 @@ impl Reconciler {
             places,
             owners: Owners::default(),
             hardware,
+            node_addresses,
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
@@ -172,6 +176,12 @@ impl Reconciler {
         }
         if let Some(problem) = self.settle_neighbours() {
             saying.insert("link-local addresses".to_owned(), problem);
+        }
+        if let Some(problem) = self.exits.strange() {
+            saying.insert("interfaces of other namespaces".to_owned(), problem);
+        }
+        if let Some(problem) = self.settle_node_addresses() {
+            saying.insert("the node's addresses".to_owned(), problem);
         }
         if let Some(problem) = self.bind_hardware(&places) {
             saying.insert("hardware addresses".to_owned(), problem);

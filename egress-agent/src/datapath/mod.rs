@@ -12,6 +12,7 @@ mod interfaces;
 mod link_hardware;
 mod link_owners;
 mod links;
+mod node_addresses;
 mod object;
 mod outer;
 mod pins;
@@ -34,6 +35,7 @@ pub use interfaces::{Adoptable, InterfaceMap};
 pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};
+pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Marks, Options};
 
 pub use pins::{Lock, PodPins, cleanup};

@@ -43,6 +43,7 @@ const SHARED_MAPS: &[&str] = &[
     "link_owners",
     "link_locals",
     "link_hardware",
+    "node_addresses",
     "meters",
     "counters",
     "held",

@@ -354,6 +354,15 @@ impl Host {
         self.netlink.own_addresses()
     }
 
+    /// The prefixes, with their lengths in bits, for which the host takes packets itself.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn local_routes(&mut self) -> io::Result<Vec<(IpAddr, u8)>> {
+        self.netlink.local_routes()
+    }
+
     /// Addresses on the other end of an interface.
     fn addresses(&mut self, peer: Peer) -> io::Result<Vec<IpAddr>> {
         match self.netlink.addresses(peer.nsid, peer.ifindex) {

@@ -22,6 +22,7 @@ use rtnetlink::{
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
         neighbour::NeighbourMessage,
         nsid::{NsidAttribute, NsidMessage},
+        route::RouteMessage,
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
@@ -39,6 +40,7 @@ const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const NSID_HEADER: usize = 4;
 const NEIGHBOUR_HEADER: usize = 12;
+const ROUTE_HEADER: usize = 12;
 
 /// Attributes of links, `include/uapi/linux/if_link.h`.
 const IFLA_ADDRESS: u16 = 1;
@@ -61,6 +63,11 @@ const IFA_TARGET_NETNSID: u16 = 10;
 /// Attributes of neighbours, `include/uapi/linux/neighbour.h`.
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
+
+/// Attribute of routes, and the types of routes that lead nowhere but to the node itself,
+/// `include/uapi/linux/rtnetlink.h`.
+const RTA_DST: u16 = 1;
+const TO_NODE: [u8; 3] = [libc::RTN_LOCAL, libc::RTN_BROADCAST, libc::RTN_ANYCAST];
 
 /// Attribute of namespaces, `include/uapi/linux/net_namespace.h`.
 const NETNSA_NSID: u16 = 1;
@@ -274,6 +281,23 @@ impl Netlink {
         Ok(addresses)
     }
 
+    /// The destinations, with their lengths in bits, for which this namespace takes packets itself: those of
+    /// the table of routes that the kernel keeps for that.
+    pub(super) fn local_routes(&mut self) -> io::Result<Vec<(IpAddr, u8)>> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            request.header.table = libc::RT_TABLE_LOCAL;
+            let request = RouteNetlinkMessage::GetRoute(request);
+            self.exchange(request, NLM_F_DUMP, |body| {
+                routes.extend(read_local_route(body)?);
+                Ok(())
+            })?;
+        }
+        Ok(routes)
+    }
+
     /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is
     /// not when it changed while it was made.
     fn exchange(
@@ -378,6 +402,29 @@ fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
         }
     }
     Ok(attached.then_some(program))
+}
+
+/// The destination of a route, if that is the node itself.
+fn read_local_route(body: &[u8]) -> io::Result<Option<(IpAddr, u8)>> {
+    let header = body
+        .get(..ROUTE_HEADER)
+        .ok_or_else(|| malformed("a route without a header"))?;
+    let (family, length, table, kind) = (header[0], header[1], header[4], header[7]);
+    if table != libc::RT_TABLE_LOCAL || !TO_NODE.contains(&kind) {
+        return Ok(None);
+    }
+    // A route to everything has no attribute for its destination.
+    let mut destination = if i32::from(family) == libc::AF_INET {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    };
+    for (kind, value) in attributes(body, ROUTE_HEADER)? {
+        if kind == RTA_DST {
+            destination = ip(value)?;
+        }
+    }
+    Ok(Some((destination, length)))
 }
 
 /// What the kernel says of one address.
