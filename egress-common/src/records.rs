@@ -96,6 +96,10 @@ pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 /// The pod has an interface that cannot be enforced and is closed for it; denials say so.
 pub const POLICY_REFUSED: u32 = 1 << 5;
 
+/// Some of its own addresses were read from its interfaces, and a program of the pod may have chosen
+/// them. The kernel does not look at it; to a restarted agent it says how far to believe them.
+pub const POLICY_OWN_UNSURE: u32 = 1 << 6;
+
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.
     pub const CLOSED: Self = Self {

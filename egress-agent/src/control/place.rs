@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::Quarantine,
-    host::{Host, Links, Network, OpenSockets},
+    host::{self, Host, Links, Network, OpenSockets},
     pods::Snapshot,
 };
 
@@ -78,6 +78,8 @@ pub(super) struct Places {
     identified: HashSet<u32>,
     /// The node's own addresses.
     node: HashSet<IpAddr>,
+    /// Those of the gateways in its routes.
+    gateways: HashSet<IpAddr>,
     /// The interfaces of the host at the last look.
     links: Links,
     /// The machine's own ways out, and when they were last read.
@@ -146,10 +148,21 @@ impl Places {
             sights: Sights::default(),
             identified: HashSet::new(),
             node: HashSet::new(),
+            gateways: HashSet::new(),
             links: Links::default(),
             uplinks: None,
             unidentified: false,
         }
+    }
+
+    /// The addresses of the gateways that the node's routes lead through.
+    pub(super) fn gateways(&self) -> &HashSet<IpAddr> {
+        &self.gateways
+    }
+
+    /// The host's interfaces at the last look.
+    pub(super) fn links(&self) -> &Links {
+        &self.links
     }
 
     /// The host, and its interfaces at the last look.
@@ -200,6 +213,10 @@ impl Places {
         match host.own_addresses() {
             Ok(addresses) => self.node = addresses.into_iter().collect(),
             Err(error) => tracing::error!(%error, "the node's addresses cannot be listed"),
+        }
+        match host::gateways() {
+            Ok(gateways) => self.gateways = gateways,
+            Err(error) => tracing::error!(%error, "the node's gateways cannot be listed"),
         }
         let links = host.links();
         let result = if let Some(named) = &mut self.named {
