@@ -196,6 +196,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
+        reconciler.exits.note_seen(links.take_seen());
         if !reconciler.is_expecting() {
             soon = RETRY_MIN;
         }

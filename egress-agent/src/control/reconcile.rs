@@ -158,7 +158,7 @@ impl Reconciler {
         let (snapshot, places) = self.look_around(source);
         self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
-        self.exits.begin(snapshot, &places);
+        self.exits.begin(snapshot, &places, self.places.links());
         self.note_owners(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
@@ -300,6 +300,7 @@ impl Reconciler {
                 .chain(self.bypassed(key).map(str::to_owned))
                 .chain(self.seen_first(key))
                 .chain(self.hardware_problem(key))
+                .chain(self.exits.passed(key))
                 .collect();
             if complaints.is_empty() {
                 continue;

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::{HardwareAddress, netlink::RawLink};
+use super::{
+    HardwareAddress,
+    netlink::{RawLink, links_in_notices},
+};
 
 /// Kinds of interfaces that learn behind which of their ports a hardware address is.
 const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
@@ -51,6 +54,12 @@ pub struct Peer {
 }
 
 impl Link {
+    /// The interfaces that notices of the kernel (`RTMGRP_LINK`) tell of as new or changed.
+    pub fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
+        let links = links_in_notices(notices).into_iter();
+        links.map(|raw| Self::new(raw, None))
+    }
+
     /// Whether this is the host's end of an interface that is in another namespace.
     pub fn is_host_end(&self) -> bool {
         self.peer.is_some() && matches!(self.kind.as_str(), "veth" | "netkit")
@@ -125,6 +134,14 @@ impl Links {
     /// Every interface.
     pub fn iter(&self) -> impl Iterator<Item = &Link> {
         self.all.iter()
+    }
+
+    /// Interfaces of the host that are no host ends and belong to another network namespace: what comes to
+    /// them there, in a tunnel's packets or on the interface below, is the host's. Each with the number of
+    /// that namespace.
+    pub fn carriers(&self) -> impl Iterator<Item = (i32, &Link)> {
+        let others = self.all.iter().filter(|link| !link.is_host_end());
+        others.filter_map(|link| Some((link.peer?.nsid, link)))
     }
 
     /// The interface of this number.
@@ -252,5 +269,10 @@ mod tests {
         assert_eq!(links.get(4).unwrap().bridge, None);
         let found: Vec<u32> = links.leading_to(0).map(|link| link.ifindex).collect();
         assert_eq!(found, [4]);
+        let found: Vec<_> = links
+            .carriers()
+            .map(|(nsid, link)| (nsid, link.ifindex))
+            .collect();
+        assert_eq!(found, [(0, 10)]);
     }
 }

@@ -349,6 +349,19 @@ impl Netlink {
     }
 }
 
+/// The interfaces that notices of the kernel tell of as new or changed.
+pub(super) fn links_in_notices(mut notices: &[u8]) -> Vec<RawLink> {
+    let mut links = Vec::new();
+    while let Ok(notice) = NetlinkBuffer::new_checked(notices) {
+        let next = (notice.length() as usize).next_multiple_of(4);
+        if notice.message_type() == libc::RTM_NEWLINK {
+            links.extend(read_link(notice.payload()).ok());
+        }
+        notices = notices.get(next..).unwrap_or_default();
+    }
+    links
+}
+
 /// Asks for one interface, or in a list for all (0).
 fn get_link(index: u32) -> RouteNetlinkMessage {
     let mut request = LinkMessage::default();
