@@ -4,13 +4,15 @@ use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 
 use egress_common::address::link_local_of;
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, SHORT,
+    Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::server,
+    bpf::bpftool,
     echo_on, eventually,
     frames::{self, Tap},
     raw::{self, Ip},
     rewritten::finish,
 };
+use serde_json::{Value, json};
 
 const ADVERTISEMENT: u8 = 136;
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -302,4 +304,49 @@ fn an_interface_that_becomes_a_bridges_port_is_bound_from_then_on() {
         &agent,
         &from(scene.datagram(b"as the neighbour"), scene.mail.hardware()),
     );
+}
+
+#[test]
+fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network() {
+    let cluster = Cluster::on(ApiServer::shared(), Lab::builder());
+    let lab = &cluster.lab;
+    let shop = cluster.namespace("shop", &Value::Null);
+    let allow = json!({ "egress-agent.dev/allow": "" });
+    let agent = cluster.start_agent();
+    let (object, uid) = cluster.create(&shop, "cart", &allow);
+    let net = lab.pod(&shop, "cart");
+    let mut cart = cluster.place(object, &uid, net);
+    let port = cart.net().interface().to_owned();
+    lab.node().ip_batch(&format!(
+        "link add br0 type bridge\nlink set br0 up\nlink set {port} master br0\n"
+    ));
+    let pin = lab.pins().join("link_hardware");
+    let pin = pin.to_str().expect("UTF-8").to_owned();
+    let wait_bound = |hardware: [u8; 6]| {
+        eventually("the port is bound to its address", || {
+            let dump = bpftool(&["map", "dump", "pinned", &pin]);
+            let mut entries = dump.as_array()?.iter();
+            let expected = json!(hardware);
+            entries
+                .any(|entry| entry["formatted"]["value"]["addr"] == expected)
+                .then_some(())
+        });
+    };
+    wait_bound(cart.net().hardware());
+    set_hardware(cart.net(), FREE);
+    wait_bound(FREE);
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    wait_bound(FREE);
+    // From now on it is the pod that changes it.
+    let other = [2, 0, 0, 0, 99, 98];
+    set_hardware(cart.net(), other);
+    let mark = agent.mark();
+    let own = cart.net().ipv4().into();
+    let frame = frames::udp(cart.net(), (own, 1), (server(1), 1), b"changed");
+    Tap::open(cart.net().netns(), "eth0").send(&from(frame, other));
+    agent.wait_denial_from(mark, SPOOFED, |denial| {
+        denial.pod == "cart" && denial.reason == SPOOFED
+    });
+    wait_bound(FREE);
 }
