@@ -34,6 +34,9 @@ pub const DNS_PORTS: usize = 4;
 /// hardware address, the node's own and its gateways'.
 pub const LINK_OWNERS: u32 = 3 * INTERFACES;
 
+/// Most prefixes in `node_addresses`. A node that offers services by IPVS has each service's address.
+pub const NODE_ADDRESSES: u32 = 32_768;
+
 /// Most kinds of tunnels in the node's `tunnels` map.
 pub const TUNNELS: u32 = 64;
 

@@ -81,6 +81,9 @@ reasons! {
     /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
     /// address entry opens for it.
     Tunnel = 23, "tunnel";
+    /// The frame's source hardware address is not that of the pod, and the interface is a port of a
+    /// bridge.
+    SpoofedHardware = 24, "spoofed_hardware";
 }
 
 #[cfg(test)]

@@ -101,6 +101,10 @@ pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 /// The pod has an interface that cannot be enforced and is closed for it; denials say so.
 pub const POLICY_REFUSED: u32 = 1 << 5;
 
+/// Some of its own addresses were read from its interfaces, and a program of the pod may have chosen
+/// them. The kernel does not look at it; to a restarted agent it says how far to believe them.
+pub const POLICY_OWN_UNSURE: u32 = 1 << 6;
+
 impl Policy {
     /// A policy without classes and addresses: everything external is denied.
     pub const CLOSED: Self = Self {
@@ -228,6 +232,30 @@ pub struct LinkOwner {
 /// No interface has this index.
 pub const NODE_OWNS: u32 = 0;
 
+/// Value of `link_hardware`, keyed by ifindex: the one hardware address that a port of a bridge may send
+/// from. Other interfaces have no entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct LinkHardware {
+    /// The address.
+    pub addr: [u8; 6],
+    /// Bits of the `HARDWARE_*` constants.
+    pub flags: u16,
+}
+
+/// The address is somebody else's: nothing may be sent from it.
+pub const HARDWARE_REFUSED: u16 = 1;
+/// The interface keeps this address, whatever its other end is given later.
+pub const HARDWARE_SETTLED: u16 = 1 << 1;
+
+/// Value of `node_addresses`, keyed by prefix: what is sent there, the node takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct NodeAddress {
+    /// Always 1.
+    pub is_node: u32,
+}
+
 /// Key of `tunnels`: packets that somebody on a node may unpack and send on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
@@ -266,6 +294,9 @@ pub const RANGE_RESOLVER: u64 = 1;
 pub const RANGE_INTERNAL: u64 = 1 << 1;
 /// Only an explicit address entry opens it, and DNS never does.
 pub const RANGE_PROTECTED: u64 = 1 << 2;
+/// The node itself takes what is sent there. It stands in no entry of `ranges`: the map `node_addresses`
+/// says it.
+pub const RANGE_NODE: u64 = 1 << 3;
 /// Length in bits of the translator's prefix that the address is in; see [`crate::translation`].
 pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
 /// Where [`RANGE_TRANSLATED`] begins.
@@ -538,6 +569,8 @@ mod pod {
         super::TunnelKey,
         super::LinkAddress,
         super::LinkOwner,
+        super::LinkHardware,
+        super::NodeAddress,
         super::Tunnel,
     );
 }
@@ -561,4 +594,5 @@ const _: () = {
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<TunnelKey>() == 4);
     assert!(size_of::<LinkAddress>() == 16);
+    assert!(size_of::<LinkHardware>() == 8);
 };

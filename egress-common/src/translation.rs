@@ -4,7 +4,7 @@
 use crate::{
     address::{self, Address},
     records::{
-        Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, RANGE_TRANSLATED,
+        Policy, RANGE_INTERNAL, RANGE_NODE, RANGE_PROTECTED, RANGE_RESOLVER, RANGE_TRANSLATED,
         RANGE_TRANSLATED_SHIFT,
     },
     verdict::Destination,
@@ -77,7 +77,7 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
 pub struct Translated {
     /// Classes of the IPv4 address in the policy's CIDR trie.
     pub cidr: u64,
-    /// Kinds of the IPv4 address in `ranges`.
+    /// Kinds of the IPv4 address in `ranges`, and [`RANGE_NODE`].
     pub ranges: u64,
 }
 
@@ -93,7 +93,7 @@ impl Destination {
         let is_same_host = prefix_len(self.ranges) != SIX_TO_FOUR && ranges & RANGE_RESOLVER == 0;
         if is_same_host {
             self.cidr |= cidr;
-            self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL);
+            self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL | RANGE_NODE);
         } else {
             self.cidr |= cidr & policy.deny;
             self.ranges |= ranges & RANGE_PROTECTED;

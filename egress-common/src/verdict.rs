@@ -9,7 +9,8 @@ use crate::{
     reason::Reason,
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
-        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_PROTECTED,
+        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_NODE,
+        RANGE_PROTECTED,
     },
 };
 
@@ -26,10 +27,10 @@ pub struct Destination {
     pub expired: u64,
     /// Classes of the address in the policy's CIDR trie.
     pub cidr: u64,
-    /// Kinds of the address in `ranges`.
+    /// Kinds of the address in `ranges`, and [`RANGE_NODE`].
     pub ranges: u64,
-    /// 1 when the packet is one of those that `tunnels` names: somebody at an internal address may
-    /// unpack it and send on what is in it.
+    /// 1 when the packet is one of those that `tunnels` names: somebody at an internal address, or the
+    /// node, may unpack it and send on what is in it.
     pub tunnel: u64,
 }
 
@@ -44,7 +45,7 @@ impl Destination {
     /// Whether the packet may be a tunnel that ends at a node, or a pod, of the cluster.
     #[inline(always)]
     const fn is_tunnel(&self) -> bool {
-        self.tunnel != 0 && self.ranges & RANGE_INTERNAL != 0
+        self.tunnel != 0 && self.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0
     }
 
     /// Whether names have to be allowed to lead here: the address is internal, and internal addresses
@@ -209,7 +210,8 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
 }
 
 /// Judges a packet that answers what the other side opened: it passes unless a denying class says
-/// otherwise. That the rules allow nothing there, or that the address is protected, does not matter.
+/// otherwise, or it is a tunnel that no address entry opens. That the rules allow nothing there, or that
+/// the address is protected, does not matter.
 ///
 /// A `deny` of everything means that the pod opens nothing; what is internal still gets its answers,
 /// or no probe would succeed. A denied address, prefix or name gets none.
@@ -226,14 +228,19 @@ pub fn judge_answer(
         policy.any
     };
     let known = destination.learned | destination.cidr | any;
-    let denying = known & policy.deny & matching_classes(policy, protocol, port);
-    if denying == 0 {
-        return Verdict::Pass;
+    let matching = matching_classes(policy, protocol, port);
+    let denying = known & policy.deny & matching;
+    if denying != 0 {
+        return Verdict::Deny {
+            reason: Reason::DenyRule,
+            class: denying.trailing_zeros() as u8,
+        };
     }
-    Verdict::Deny {
-        reason: Reason::DenyRule,
-        class: denying.trailing_zeros() as u8,
+    // Whoever sends from a tunnel's port in the name of an address would open a tunnel to it.
+    if destination.is_tunnel() && destination.cidr & !policy.deny & matching == 0 {
+        return Verdict::deny(Reason::Tunnel);
     }
+    Verdict::Pass
 }
 
 #[cfg(test)]

@@ -13,19 +13,21 @@
 use core::hint::black_box;
 
 use egress_common::{
+    address::is_v6_link_local,
     flow::{REFRESH_NS, is_alive, is_closed, is_established},
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
-        FLOW_CUT, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
-        FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, Interface,
-        UNJUDGED,
+        FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN,
+        FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow,
+        FlowKey, Interface, UNJUDGED,
     },
 };
 
 use crate::{
     counters::count,
-    maps::{FLOW, Flows, INBOUND, METER, OPENING},
+    from_pod::is_own,
+    maps::{FLOW, Flows, INBOUND, METER, OPENING, POLICY},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
 };
@@ -196,7 +198,7 @@ pub fn keep(
         return;
     }
     let how = known.place | if is_new { IS_NEW } else { 0 };
-    change_flow(interface.pod, key, before, next, how);
+    change_flow(whose(interface), key, before, next, how);
 }
 
 /// Whether the flow has no business in `opening` any more. A connection that the other side opened
@@ -207,17 +209,23 @@ fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
         && (flow.state == FLOW_CUT || (flow.state == FLOW_OUT && is_established(key, flow)))
 }
 
+/// The policy and, in the lower half, the pod: a global function has five parameters at most.
+#[inline(always)]
+fn whose(interface: &Interface) -> u64 {
+    u64::from(interface.policy) << 32 | u64::from(interface.pod)
+}
+
 /// Added to the place of a flow: what is written is another flow than the one that was known there.
 const IS_NEW: u32 = 1 << 8;
 
-/// Writes a flow and moves it to where it belongs. `how` is the place of the flow before, and perhaps
-/// [`IS_NEW`]. Always returns 0.
+/// Writes a flow of [`whose`] and moves it to where it belongs. `how` is the place of the flow before, and
+/// perhaps [`IS_NEW`]. Always returns 0.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn change_flow(
-    pod: u32,
+    whose: u64,
     key: *const FlowKey,
     before: *const Flow,
     next: *const Flow,
@@ -230,7 +238,11 @@ extern "C" fn change_flow(
     };
     // Kernels like 6.1 take no pointer of a caller's for a map's key or value.
     let (key, next) = (&black_box(*key), &black_box(*next));
-    change(pod, key, before, next, how & !IS_NEW, how & IS_NEW != 0);
+    let (policy, pod) = ((whose >> 32) as u32, whose as u32);
+    let is_new = how & IS_NEW != 0;
+    if !(is_new && next.state == FLOW_IN) || may_answer(policy, key) {
+        change(pod, key, before, next, how & !IS_NEW, is_new);
+    }
     0
 }
 
@@ -275,6 +287,19 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
             flow.last_seen_ns = next.last_seen_ns;
         }
     }
+}
+
+/// Whether the pod may answer what others open. A bridge sends frames to all its ports if it does not know
+/// behind which one the receiver is: others could fill the pod's map with flows that are not the pod's.
+#[inline(always)]
+fn may_answer(policy: u32, key: &FlowKey) -> bool {
+    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    let Some(policy) = (unsafe { POLICY.get(policy) }) else {
+        return false;
+    };
+    // Neighbours find the pod by its link-local addresses. Without any of its own, nobody knows them yet.
+    let is_on_link = key.protocol == protocol::ICMPV6 && is_v6_link_local(&key.pod_addr);
+    policy.own_len == 0 || is_on_link || is_own(policy, &key.pod_addr)
 }
 
 /// Adds to `Flow::seen`, and writes to the shared memory only if that changes it.
@@ -331,7 +356,7 @@ pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
         handshake: 0,
     };
     let flow = &raw const flow;
-    change_flow(interface.pod, key, flow, flow, NOWHERE | IS_NEW);
+    change_flow(whose(interface), key, flow, flow, NOWHERE | IS_NEW);
 }
 
 /// Counts a flow that could not be remembered.

@@ -11,7 +11,7 @@ use egress_common::{
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FLOW_SEEN_OUT, FROM_POD, Flow, FlowKey,
         HELD_QUESTION, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy,
-        RANGE_INTERNAL, Range, TunnelKey,
+        RANGE_NODE, Range, TunnelKey,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -22,10 +22,11 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows::{self, Known},
-    headers, held,
+    hardware, headers, held,
     housekeeping::{LinkMessage, judge_link_message},
     maps::{
-        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE, TUNNEL,
+        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, NODE_ADDRESS, POLICY, PROBE_MARK, RANGE,
+        TRACE, TUNNEL,
     },
     open_flow, probe,
     skb::{Skb, now_ns},
@@ -53,6 +54,19 @@ pub fn judge(ctx: &TcContext) -> i32 {
     };
     if interface.mode == MODE_RELEASED {
         return pass(&skb);
+    }
+    // Before anything else: the bridge learns the address of whatever passes.
+    if !hardware::is_own(&skb) {
+        return deny(
+            ctx,
+            &Denied {
+                interface,
+                packet: None,
+                reason: Reason::SpoofedHardware,
+                class: NO_CLASS,
+                direction: FROM_POD,
+            },
+        );
     }
     if TRACE.load() == 0 && open_flow::passes(&skb, interface) {
         return PASS;
@@ -396,6 +410,7 @@ fn pass(skb: &Skb<'_>) -> i32 {
     PASS
 }
 
+/// Whether the address is one of the pod's own.
 #[inline(always)]
 pub fn is_own(policy: &Policy, address: &Address) -> bool {
     let mut i = 0;
@@ -472,23 +487,35 @@ fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Des
         }
     }
     destination.cidr = prefix_classes(policy_id, address);
+    let key = TunnelKey::new(packet.bit, packet.dst_port);
+    // SAFETY: as above.
+    let is_tunnel = unsafe { TUNNEL.get(key) }.is_some();
+    destination.tunnel = u64::from(is_tunnel);
+    if is_tunnel {
+        destination.ranges |= node_kind(address);
+    }
     if let Some(v4) = embedded_v4(address, destination.ranges) {
+        let mut ranges = range_of(&v4).kinds;
+        if is_tunnel {
+            ranges |= node_kind(&v4);
+        }
         let translated = Translated {
             cidr: prefix_classes(policy_id, &v4),
-            ranges: range_of(&v4).kinds,
+            ranges,
         };
         destination.add_translated(policy, translated);
     }
-    destination.tunnel = u64::from(is_tunnel(destination.ranges, packet.bit, packet.dst_port));
     destination
 }
 
-/// Whether packets of this protocol to this port of an address of these kinds may be unpacked there
-/// and sent on.
+/// [`RANGE_NODE`] if the node itself takes what is sent to the address. Only for tunnels it matters.
 #[inline(always)]
-pub fn is_tunnel(kinds: u64, protocol: u8, port: u16) -> bool {
-    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
-    kinds & RANGE_INTERNAL != 0 && unsafe { TUNNEL.get(TunnelKey::new(protocol, port)) }.is_some()
+fn node_kind(address: &Address) -> u64 {
+    if NODE_ADDRESS.get(&lpm_key(address)).is_some() {
+        RANGE_NODE
+    } else {
+        0
+    }
 }
 
 /// Classes of the address in the policy's CIDR trie.

@@ -41,6 +41,7 @@ mod counters;
 mod denials;
 mod flows;
 mod from_pod;
+mod hardware;
 mod headers;
 mod held;
 mod housekeeping;

@@ -10,11 +10,12 @@ use egress_common::{
     address::Address,
     limits::{
         ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, FlowLimits, HELD_RING_BYTES,
-        INTERFACES, LINK_OWNERS, POLICIES, RANGE_ENTRIES, TUNNELS,
+        INTERFACES, LINK_OWNERS, NODE_ADDRESSES, POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, LinkAddress, LinkOwner, Meter, Policy, Probes, Range, Tunnel, TunnelKey,
+        Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NodeAddress, Policy, Probes, Range,
+        Tunnel, TunnelKey,
     },
 };
 
@@ -98,6 +99,16 @@ pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize },
 #[btf_map(name = "link_locals")]
 pub static LINK_LOCAL: HashMap<u32, LinkAddress, { INTERFACES as usize }, NO_PREALLOC> =
     HashMap::new();
+
+/// The hardware address that each port of a bridge may send from.
+#[btf_map(name = "link_hardware")]
+pub static LINK_HARDWARE: HashMap<u32, LinkHardware, { INTERFACES as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+/// What is sent to these prefixes, the node takes itself.
+#[btf_map(name = "node_addresses")]
+pub static NODE_ADDRESS: LpmTrie<Address, NodeAddress, { NODE_ADDRESSES as usize }> =
+    LpmTrie::new();
 
 #[btf_map(name = "tunnels")]
 pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();

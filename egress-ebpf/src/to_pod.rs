@@ -18,7 +18,7 @@ use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
     flows,
-    from_pod::{is_several_datagrams, is_tunnel, may_be_dns_port, range_of},
+    from_pod::{is_several_datagrams, may_be_dns_port, range_of},
     headers, held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     skb::{Skb, now_ns},
@@ -153,7 +153,7 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if packet.opens_inbound() && !is_answered_by_tunnel(packet) {
+    } else if packet.opens_inbound() {
         Flow {
             last_seen_ns: now_ns,
             // The policy looks at it when the pod answers.
@@ -166,12 +166,6 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
         return;
     };
     flows::keep(skb, interface, &key, &known, next, is_new);
-}
-
-/// Whether the pod's answer would be a tunnel, about which no rule would be asked.
-#[inline(always)]
-fn is_answered_by_tunnel(packet: &Packet) -> bool {
-    is_tunnel(range_of(&packet.src).kinds, packet.bit, packet.src_port)
 }
 
 /// Whether a TCP packet acknowledges the SYN-ACK that the pod has answered with. Who forges the

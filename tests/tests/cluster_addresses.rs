@@ -242,14 +242,16 @@ fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     let mut thief = without_process(&cluster, &shop, "thief", &allow("*"));
-    // Another pod's, one where another node's pod may be, the resolver's and the node's.
+    // Another pod's, one where another node's pod may be, the resolver's, the node's and its gateway's.
     let remote = Ipv4Addr::new(10, 1, 200, 7);
     let node = Ipv4Addr::new(10, 98, 0, 1);
-    let names: [IpAddr; 4] = [
+    let gateway = Ipv4Addr::new(10, 98, 0, 2);
+    let names: [IpAddr; 5] = [
         cart.net().ipv4().into(),
         remote.into(),
         RESOLVER,
         node.into(),
+        gateway.into(),
     ];
     let second = second_interface(&cluster, thief.net(), &names);
     wait_quarantined(&agent, &second_end(thief.net()));
@@ -262,6 +264,7 @@ fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
         (names[1], 2, "another node's pod".to_owned()),
         (names[2], 3, "a resolver's".to_owned()),
         (names[3], 4, "the node's".to_owned()),
+        (names[4], 5, "that of a gateway of the node".to_owned()),
     ] {
         agent.wait_said(&format!("whose {name} is"), |line| {
             line.contains(&name.to_string()) && line.contains(&whose) && line.contains("thief")
@@ -269,6 +272,32 @@ fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
         send_from(thief.net(), name, (server(10), port), b"x");
         is_stopped(&agent, "thief", name);
     }
+}
+
+#[test]
+fn a_restart_makes_no_address_of_one_that_a_program_may_have_chosen() {
+    let cluster = cluster();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = without_process(&cluster, &shop, "cart", &allow("*"));
+    let chosen = Ipv4Addr::new(10, 3, 0, 9);
+    cart.net()
+        .netns()
+        .ip_batch(&format!("addr add {chosen}/32 dev eth0\n"));
+    cart.running().start_container();
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    // As long as its status has no address, those of its interface are all that is known.
+    wait_own(&cluster, chosen);
+    assert!(agent.stop().success());
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    cluster.tell_addresses(&cart);
+    eventually("only the address in its status is its own", || {
+        send_from(cart.net(), chosen.into(), (server(10), 9), b"x");
+        holds(agent.denials().iter().any(|denial| {
+            denial.reason == "spoofed_source" && denial.src_ip == Some(chosen.into())
+        }))
+    });
 }
 
 #[test]

@@ -183,6 +183,85 @@ fn with_refuse_nothing_leaves_a_pod_by_the_interfaces_that_are_enforced() {
 }
 
 #[test]
+fn an_interface_that_a_pod_has_moved_to_the_host_is_a_way_out() {
+    let lab = Lab::builder()
+        .config("unenforcedInterfaces", "refuse")
+        .build();
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
+    let agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    pod.talks_tcp((server(10), 443));
+    let node = lab.node().name();
+    // A tunnel whose socket stays in the pod, and a macvlan on an interface of the pod. Each could be
+    // moved by a pod with `CAP_NET_ADMIN` in the host's user namespace.
+    for (make, name, kind) in [
+        (
+            "link add vx9 type vxlan id 9 dstport 4790 local 10.77.0.1\n",
+            "vx9",
+            "vxlan",
+        ),
+        (
+            "link add va type veth peer name vb\n\
+             link add link va name mv9 type macvlan mode bridge\n",
+            "mv9",
+            "macvlan",
+        ),
+    ] {
+        agent.applies(&pod, || {
+            pod.netns()
+                .ip_batch(&format!("{make}link set {name} netns {node}\n"));
+        });
+        says_partly(&agent, &pod, &format!("{name} ({kind}, on the host"));
+        let expected = json!([{ "name": name, "kind": kind, "leads_to": "on_host" }]);
+        let status = status_with(&lab, &pod, &expected);
+        assert_eq!(status["mode"], "partly_enforced", "{status}");
+        agent.denies_tcp(&pod, (server(10), 443), "unenforced_interface");
+        agent.applies(&pod, || lab.node().ip_batch(&format!("link del {name}\n")));
+        status_with(&lab, &pod, &json!([]));
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        pod.talks_tcp((server(10), 443));
+    }
+}
+
+#[test]
+fn an_interface_that_was_there_for_a_moment_only_is_told() {
+    let lab = Lab::new();
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
+    let agent = lab.start_agent(&[&pod]);
+    let moment = format!(
+        "link add evhost type veth peer name ev0 netns {}\nlink del evhost\n",
+        pod.netns().name()
+    );
+    lab.node().ip_batch(&moment.repeat(20));
+    agent.wait_said("that an interface was there", |line| {
+        line.contains("evhost (veth)")
+            && line.contains("for a moment")
+            && line.contains("shop/cart")
+    });
+    assert_eq!(lab.status_of(&pod)["mode"], "enforce");
+}
+
+#[test]
+fn an_interface_of_the_host_that_belongs_to_no_pod_is_told() {
+    let lab = Lab::new();
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
+    let inner = lab.pod_without_interface("shop", "inner");
+    let agent = lab.start_agent(&[&pod]);
+    inner.netns().ip_batch(&format!(
+        "link add vx9 type vxlan id 9 dstport 4790 local 10.77.0.1\nlink set vx9 netns {}\n",
+        lab.node().name()
+    ));
+    agent.wait_said("that an interface belongs to another namespace", |line| {
+        line.contains("vx9 (vxlan, on the host") && line.contains("no pod's")
+    });
+    assert_eq!(lab.status_of(&pod)["mode"], "enforce");
+    lab.node().ip_batch("link del vx9\n");
+    agent.wait_said("that it is gone", |line| {
+        line.contains("the problem is gone") && line.contains("interfaces of other namespaces")
+    });
+}
+
+#[test]
 fn what_a_pod_makes_in_its_own_network_is_no_way_out() {
     let lab = Lab::builder()
         .config("unenforcedInterfaces", "refuse")

@@ -57,6 +57,38 @@ fn states(programs: &Programs) -> Vec<(u8, bool)> {
 }
 
 #[test]
+fn what_is_for_others_opens_no_flow() {
+    let mut programs = Programs::new();
+    let mut frames = Vec::new();
+    for other in ["10.1.0.77", "fd01::77"] {
+        let other: IpAddr = other.parse().expect("an address");
+        let src = if other.is_ipv4() {
+            server(1)
+        } else {
+            server6(1)
+        };
+        let ip = Ip::new(src, other);
+        frames.extend([
+            ip.tcp(7, 8080, flag::SYN),
+            ip.udp(7, 8080, b"hello"),
+            ip.echo(7),
+        ]);
+    }
+    for frame in &frames {
+        // A bridge has sent it to every port.
+        programs.arrives(frame);
+    }
+    assert_eq!(programs.flows(), []);
+    let to_own = programs.by(server(1)).udp(7, 8080, b"hello");
+    programs.arrives(&to_own);
+    assert_eq!(programs.flows().len(), 1);
+    // Before the pod's addresses are known, everything counts.
+    programs.change_policy(|policy| policy.own_len = 0);
+    programs.arrives(&frames[1]);
+    assert_eq!(programs.flows().len(), 2);
+}
+
+#[test]
 fn a_syn_lets_no_data_out_before_the_handshake_is_complete() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, SHORT,
     addresses::server,
-    echo_on,
+    echo_on, eventually,
     frames::{self, Tap},
     raw::{Ip, protocol, udp},
     rewritten::finish,
@@ -64,13 +64,18 @@ impl Scene {
 
     /// A tunnelled datagram for a server that no policy speaks of.
     fn tunnelled(&self, from: u16, payload: &[u8]) -> Vec<u8> {
+        self.tunnelled_to(NODE, from, payload)
+    }
+
+    fn tunnelled_to(&self, end: IpAddr, from: u16, payload: &[u8]) -> Vec<u8> {
         let inner = Ip::new(Ipv4Addr::new(10, 77, 0, 2), server(66)).udp(7, 9999, payload);
         let mut inner = self.finished(inner);
         inner[..6].copy_from_slice(&INNER);
         let mut packet = vec![8, 0, 0, 0];
         packet.extend((NETWORK << 8).to_be_bytes());
         packet.extend(inner);
-        self.to_node(from, VXLAN, &packet)
+        let frame = Ip::new(self.pod.ipv4(), end).udp(from, VXLAN, &packet);
+        self.finished(frame)
     }
 
     /// Whether a frame with this end leaves the node before an honest one that is sent now.
@@ -189,6 +194,102 @@ fn a_packet_from_a_tunnels_port_opens_no_tunnel_back() {
 }
 
 #[test]
+fn a_packet_from_a_tunnels_port_behind_nat64_opens_no_tunnel_back() {
+    // An address outside and an internal one, as a NAT64 translator writes them.
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
+    let inside = Tap::open(scene.pod.netns(), "eth0");
+    let node = Tap::open(scene.lab.node(), scene.pod.interface());
+    let ordinary: IpAddr = "64:ff9b::203.0.113.7".parse().expect("an address");
+    let internal: IpAddr = "64:ff9b::10.98.0.2".parse().expect("an address");
+    for (peer, passes) in [(ordinary, true), (internal, false)] {
+        let own = scene.pod.ipv6().into();
+        let hello = frames::udp_to(&scene.pod, (peer, VXLAN), (own, 4444), b"hello");
+        node.send(&hello);
+        let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
+        assert!(arrives.is_some(), "it arrives");
+        let mark = scene.agent.mark();
+        let payload: &[u8] = if passes { b"outside" } else { b"inside" };
+        let answer = frames::udp(&scene.pod, (own, 4444), (peer, VXLAN), payload);
+        scene.tap.send(&answer);
+        if passes {
+            let leaves = scene
+                .uplink
+                .receive(DEADLINE, |seen| seen.ends_with(payload));
+            assert!(leaves.is_some(), "an answer to a host outside");
+            continue;
+        }
+        assert!(!scene.leaves(b"inside"));
+        scene.agent.wait_denial_from(mark, "the answer", |denial| {
+            denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer)
+        });
+    }
+}
+
+#[test]
+fn an_answer_is_judged_again_when_its_port_becomes_a_tunnels() {
+    const PORT: u16 = 9000;
+    let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
+    let inside = Tap::open(scene.pod.netns(), "eth0");
+    let node = Tap::open(scene.lab.node(), scene.pod.interface());
+    let own = scene.pod.ipv4().into();
+    let peer = (IpAddr::from([10, 98, 0, 2]), PORT);
+    node.send(&frames::udp_to(&scene.pod, peer, (own, 4444), b"hello"));
+    let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
+    assert!(arrives.is_some(), "it arrives");
+    let answer = |payload: &[u8]| frames::udp(&scene.pod, (own, 4444), peer, payload);
+    scene.tap.send(&answer(b"before"));
+    let leaves = scene
+        .uplink
+        .receive(DEADLINE, |seen| seen.ends_with(b"before"));
+    assert!(leaves.is_some(), "an answer");
+    scene.lab.edit_config("ranges.tunnels", vec!["9000/udp"]);
+    scene.agent.applies(&scene.pod, || scene.agent.reload());
+    let mark = scene.agent.mark();
+    scene.tap.send(&answer(b"inside"));
+    assert!(!scene.leaves(b"inside"));
+    scene.agent.wait_denial_from(mark, "the answer", |denial| {
+        denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer.0)
+    });
+}
+
+#[test]
+fn a_tunnel_does_not_end_at_any_other_address_of_the_node() {
+    let scene = Scene::new(&[("allow", "*")]);
+    let docker = IpAddr::from([172, 31, 9, 1]);
+    let is_denied = |dst: IpAddr| {
+        let mark = scene.agent.mark();
+        scene.tap.send(&scene.tunnelled_to(dst, 7, b"inside"));
+        assert!(!scene.leaves(b"inside"), "{dst}");
+        scene.agent.wait_denial_from(mark, "the tunnel", |denial| {
+            denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(dst)
+        });
+    };
+    // Before it is the node's, it is an address outside.
+    assert_eq!(
+        scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp").1["decision"],
+        "allowed"
+    );
+    scene.lab.node().ip_batch(
+        "link add docker0 type bridge\naddr add 172.31.9.1/24 dev docker0\nlink set docker0 up\n\
+         route add local 172.31.10.0/24 dev lo\n",
+    );
+    eventually("the address is known", || {
+        let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
+        (said["reason"] == "tunnel").then_some(())
+    });
+    is_denied(docker);
+    // A prefix that is delivered to the node.
+    is_denied(IpAddr::from([172, 31, 10, 77]));
+    // What is no tunnel passes as before, to the node and past it.
+    assert!(scene.pod.ping(docker, DEADLINE));
+    scene.lab.node().ip_batch("link del docker0\n");
+    eventually("the address is free", || {
+        let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
+        (said["decision"] == "allowed").then_some(())
+    });
+}
+
+#[test]
 fn a_flow_is_judged_again_when_its_port_becomes_a_tunnels() {
     const PORT: u16 = 9000;
     let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
@@ -216,7 +317,7 @@ fn a_flow_is_judged_again_when_its_port_becomes_a_tunnels() {
     scene.lab.edit_config("ranges.tunnels", vec!["9000/udp"]);
     scene.agent.reload();
     let mark = scene.agent.mark();
-    egress_tests::eventually("the flow is cut", || {
+    eventually("the flow is cut", || {
         let _ = socket.send(b"hello");
         let denials = scene.agent.denials();
         let cut = |denial: &egress_tests::Denial| {

@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use egress_common::{
     address::{self, Address},
     limits::OWN_ADDRESSES,
-    records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, Policy},
+    records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
 };
 
 use super::place::Found;
@@ -53,6 +53,10 @@ impl Wanted {
             *slot = mapped(*ip);
         }
         record.own_len = own.len().min(OWN_ADDRESSES) as u32;
+        let is_sure = |ip: &IpAddr| pod.addresses.contains(ip) || found.first.made.contains(ip);
+        if !own.iter().all(is_sure) {
+            record.flags |= POLICY_OWN_UNSURE;
+        }
         Self {
             uid: pod.uid.clone(),
             interfaces: found.interfaces.clone(),

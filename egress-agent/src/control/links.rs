@@ -8,8 +8,13 @@ use nix::sys::socket::{
 };
 use tokio::io::unix::AsyncFd;
 
+use crate::host::Link;
+
 /// `RTMGRP_LINK`, `include/uapi/linux/rtnetlink.h`.
 const LINK_GROUP: u32 = 1;
+
+/// `RTMGRP_IPV4_IFADDR` and `RTMGRP_IPV6_IFADDR`, of the same file.
+const ADDRESS_GROUPS: u32 = 0x10 | 0x100;
 
 /// `RTNLGRP_TC`, as a bit of the groups that are bound to.
 const TC_GROUP: u32 = 1 << 3;
@@ -17,20 +22,43 @@ const TC_GROUP: u32 = 1 << 3;
 const HEADER: usize = 16;
 const TC_IFINDEX: usize = HEADER + 4;
 
-/// Notices that some interface of this network namespace has changed. What changed is not read:
-/// the message is a hint, and a lost one (the socket's buffer was full) is one too.
-pub(super) struct LinkEvents(AsyncFd<OwnedFd>);
+/// Notices that some interface of this network namespace, or an address, has changed. What changed is not read:
+/// the message is a hint, and a lost one (the socket's buffer was full) is one too. Only of interfaces that
+/// lead to other namespaces it is kept that they were there.
+pub(super) struct LinkEvents {
+    socket: AsyncFd<OwnedFd>,
+    seen: Vec<Link>,
+}
+
+/// So many interfaces are kept between two looks.
+const SEEN: usize = 256;
 
 impl LinkEvents {
     pub(super) fn open() -> Result<Self> {
-        listen(LINK_GROUP)
-            .context("cannot listen for interfaces")
-            .map(Self)
+        let socket = listen(LINK_GROUP | ADDRESS_GROUPS);
+        Ok(Self {
+            socket: socket.context("cannot listen for interfaces")?,
+            seen: Vec::new(),
+        })
     }
 
     /// Waits until an interface has changed.
     pub(super) async fn changed(&mut self) {
-        receive(&self.0, |_| ()).await;
+        let Self { socket, seen } = self;
+        receive(socket, |received| {
+            for link in Link::in_notices(received.unwrap_or_default()) {
+                let is_new = !seen.iter().any(|known| known.ifindex == link.ifindex);
+                if link.peer.is_some() && is_new && seen.len() < SEEN {
+                    seen.push(link);
+                }
+            }
+        })
+        .await;
+    }
+
+    /// The interfaces that led to other namespaces since this was asked last.
+    pub(super) fn take_seen(&mut self) -> Vec<Link> {
+        std::mem::take(&mut self.seen)
     }
 }
 

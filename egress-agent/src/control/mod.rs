@@ -13,11 +13,13 @@ mod enforced;
 mod events;
 mod exits;
 mod facts;
+mod hardware;
 mod hooks;
 mod links;
 mod named;
 mod neighbours;
 mod own;
+mod pace;
 mod place;
 mod plan;
 mod preflight;
@@ -55,6 +57,7 @@ use crate::{
 use arrivals::Arrivals;
 use denials::DenialReader;
 use links::{FilterEvents, LinkEvents};
+use pace::Pace;
 use reconcile::Reconciler;
 use source::Source;
 use waiting::{RETRY_MIN, longer};
@@ -65,6 +68,11 @@ const RECONCILE_EVERY: Duration = Duration::from_secs(1);
 /// How often, at most, everything is looked at because filters have changed: whoever changes them
 /// all the time must not keep the agent busy.
 const HURRY_EVERY: Duration = Duration::from_millis(50);
+
+/// How often, at most, everything is looked at because interfaces have changed: a pod changes its own as
+/// often as it likes. Making a pod's network changes them a few times, and then nothing waits.
+const LINKS_EVERY: Duration = Duration::from_millis(100);
+const LINKS_AT_ONCE: u32 = 16;
 
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
@@ -185,8 +193,10 @@ pub async fn run(options: Options) -> Result<()> {
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut soon = RETRY_MIN;
     let mut hurried = Instant::now();
+    let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
+        reconciler.exits.note_seen(links.take_seen());
         if !reconciler.is_expecting() {
             soon = RETRY_MIN;
         }
@@ -224,6 +234,8 @@ pub async fn run(options: Options) -> Result<()> {
             );
         }
         let again = Instant::now() + reconciler.look_again(soon);
+        // When to look because interfaces have changed.
+        let mut due: Option<Instant> = None;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break 'running None,
@@ -242,7 +254,19 @@ pub async fn run(options: Options) -> Result<()> {
                     }
                     break;
                 }
-                () = links.changed() => {
+                () = links.changed() => match link_pace.take(Instant::now()) {
+                    Ok(()) => {
+                        soon = RETRY_MIN;
+                        break;
+                    }
+                    Err(at) => due = Some(at),
+                },
+                () = sleep_until(due.unwrap_or(again)), if due.is_some() => {
+                    // That it is still too early only makes it the next turn's.
+                    if let Err(at) = link_pace.take(Instant::now()) {
+                        due = Some(at);
+                        continue;
+                    }
                     soon = RETRY_MIN;
                     break;
                 }

@@ -29,6 +29,8 @@ pub(super) struct Owners {
     pods: HashMap<IpAddr, Vec<(PodKey, bool)>>,
     /// The node's own addresses.
     node: HashSet<IpAddr>,
+    /// Those of the gateways that its routes lead through.
+    gateways: HashSet<IpAddr>,
     /// Protected prefixes.
     protected: Vec<Prefix>,
 }
@@ -53,6 +55,7 @@ impl Reconciler {
     ) {
         let mut owners = Owners {
             node: self.places.node_addresses().clone(),
+            gateways: self.places.gateways().clone(),
             protected: self.readings.settings().protected.clone(),
             ..Owners::default()
         };
@@ -125,6 +128,9 @@ impl Reconciler {
         }
         if self.owners.node.contains(&address) {
             return Some("the node's".to_owned());
+        }
+        if self.owners.gateways.contains(&address) {
+            return Some("that of a gateway of the node".to_owned());
         }
         let others = self.owners.pods.get(&address).into_iter().flatten();
         // An interface whose pod is not known may be that of a pod that has not been found.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::Quarantine,
-    host::{Host, Links, Network, OpenSockets},
+    host::{self, Host, Links, Network, OpenSockets},
     pods::Snapshot,
 };
 
@@ -78,6 +78,10 @@ pub(super) struct Places {
     identified: HashSet<u32>,
     /// The node's own addresses.
     node: HashSet<IpAddr>,
+    /// Those of the gateways in its routes.
+    gateways: HashSet<IpAddr>,
+    /// The interfaces of the host at the last look.
+    links: Links,
     /// The machine's own ways out, and when they were last read.
     uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
@@ -144,9 +148,27 @@ impl Places {
             sights: Sights::default(),
             identified: HashSet::new(),
             node: HashSet::new(),
+            gateways: HashSet::new(),
+            links: Links::default(),
             uplinks: None,
             unidentified: false,
         }
+    }
+
+    /// The addresses of the gateways that the node's routes lead through.
+    pub(super) fn gateways(&self) -> &HashSet<IpAddr> {
+        &self.gateways
+    }
+
+    /// The host's interfaces at the last look.
+    pub(super) fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// The host, and its interfaces at the last look.
+    pub(super) fn on(&mut self) -> Option<(&mut Host, &Links)> {
+        let host = self.host.as_mut()?;
+        Some((host, &self.links))
     }
 
     /// The sockets in a network namespace of a pod.
@@ -185,22 +207,36 @@ impl Places {
 
     /// Where each pod is, and the names and indexes of interfaces whose pods are not known.
     fn look(&mut self, snapshot: &Snapshot) -> Look {
-        if let Some(named) = &mut self.named {
-            return Look {
-                places: named.look(snapshot),
-                unidentified: Some(Vec::new()),
-            };
-        }
         let Some(mut host) = self.host.take() else {
             unreachable!("it is put back after each look");
         };
-        let result = self.look_on(&mut host, snapshot);
+        match host.own_addresses() {
+            Ok(addresses) => self.node = addresses.into_iter().collect(),
+            Err(error) => tracing::error!(%error, "the node's addresses cannot be listed"),
+        }
+        match host::gateways() {
+            Ok(gateways) => self.gateways = gateways,
+            Err(error) => tracing::error!(%error, "the node's gateways cannot be listed"),
+        }
+        let links = host.links();
+        let result = if let Some(named) = &mut self.named {
+            match links {
+                Ok(links) => self.links = links,
+                Err(error) => tracing::error!(%error, "the interfaces cannot be listed"),
+            }
+            Look {
+                places: named.look(snapshot),
+                unidentified: Some(Vec::new()),
+            }
+        } else {
+            self.look_on(&mut host, links, snapshot)
+        };
         self.host = Some(host);
         result
     }
 
-    fn look_on(&mut self, host: &mut Host, snapshot: &Snapshot) -> Look {
-        let links = match host.links() {
+    fn look_on(&mut self, host: &mut Host, links: io::Result<Links>, snapshot: &Snapshot) -> Look {
+        let links = match links {
             Ok(links) => links,
             Err(error) => {
                 let why = format!("the interfaces cannot be listed: {error:#}");
@@ -213,10 +249,6 @@ impl Places {
             }
         };
         let now = Instant::now();
-        match host.own_addresses() {
-            Ok(addresses) => self.node = addresses.into_iter().collect(),
-            Err(error) => tracing::error!(%error, "the node's addresses cannot be listed"),
-        }
         let identified = self.identified.iter();
         let running: HashSet<i32> = identified
             .filter_map(|&ifindex| Some(links.get(ifindex)?.peer?.nsid))
@@ -276,6 +308,7 @@ impl Places {
             arrivals.leave_out(&mut unidentified, &links, host, now);
         }
         self.identified = identified;
+        self.links = links;
         Look {
             places,
             unidentified: can_tell.then_some(unidentified),

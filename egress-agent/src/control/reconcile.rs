@@ -15,6 +15,7 @@ use super::{
     enforced::{Enforced, PodKey},
     events,
     exits::PodExits,
+    hardware::Hardware,
     hooks::Hooks,
     own::Owners,
     place::{Place, Places},
@@ -29,7 +30,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    datapath::{Adoptable, Datapath, Unused, boottime_ns},
+    datapath::{Adoptable, Datapath, NodeAddressMap, Unused, boottime_ns},
     gate::Gate,
     pods::{Facts, Snapshot},
     policy::Compiled,
@@ -52,6 +53,10 @@ pub(super) struct Reconciler {
     pub(super) owners: Owners,
     /// Interfaces of pods that nobody can enforce.
     pub(super) exits: PodExits,
+    /// What ports of bridges are bound to.
+    pub(super) hardware: Hardware,
+    /// The addresses that the node takes packets for.
+    pub(super) node_addresses: NodeAddressMap,
     /// The ways to the cluster, if there is one.
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
@@ -104,6 +109,8 @@ impl Reconciler {
         let left = adoptable.values().flat_map(|left| &left.interfaces);
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
+        let hardware = Hardware::open(&datapath)?;
+        let node_addresses = datapath.node_addresses()?;
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
             seen_first: SeenFirst::open()?,
@@ -114,6 +121,8 @@ impl Reconciler {
             config: config.clone(),
             places,
             owners: Owners::default(),
+            hardware,
+            node_addresses,
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             cluster,
             waiting: Waiting::default(),
@@ -149,7 +158,7 @@ impl Reconciler {
         let (snapshot, places) = self.look_around(source);
         self.unjudged.look(self.places.there());
         let snapshot = &*snapshot;
-        self.exits.begin(snapshot, &places);
+        self.exits.begin(snapshot, &places, self.places.links());
         self.note_owners(snapshot, &places);
         let mut saying = HashMap::new();
         for problem in &snapshot.problems {
@@ -167,6 +176,15 @@ impl Reconciler {
         }
         if let Some(problem) = self.settle_neighbours() {
             saying.insert("link-local addresses".to_owned(), problem);
+        }
+        if let Some(problem) = self.exits.strange() {
+            saying.insert("interfaces of other namespaces".to_owned(), problem);
+        }
+        if let Some(problem) = self.settle_node_addresses() {
+            saying.insert("the node's addresses".to_owned(), problem);
+        }
+        if let Some(problem) = self.bind_hardware(&places) {
+            saying.insert("hardware addresses".to_owned(), problem);
         }
         self.readings.retain(snapshot);
         let gone: Vec<PodKey> = self
@@ -281,6 +299,8 @@ impl Reconciler {
                 .chain(unseen.map(str::to_owned))
                 .chain(self.bypassed(key).map(str::to_owned))
                 .chain(self.seen_first(key))
+                .chain(self.hardware_problem(key))
+                .chain(self.exits.passed(key))
                 .collect();
             if complaints.is_empty() {
                 continue;

@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use egress_common::{address, limits::OWN_ADDRESSES, records::POLICY_UNIDENTIFIED};
+use egress_common::{
+    address,
+    limits::OWN_ADDRESSES,
+    records::{POLICY_OWN_UNSURE, POLICY_UNIDENTIFIED},
+};
 
 use crate::{
     datapath::{Adoptable, Datapath},
@@ -75,8 +79,9 @@ impl Sights {
             let own = policy.own.iter().take(policy.own_len as usize);
             let sight = Sight {
                 addresses: own.map(to_ip).collect(),
-                // Of a pod that was not known yet, only the interface had said it.
-                made: policy.flags & POLICY_UNIDENTIFIED == 0,
+                // Of a pod that was not known yet, or had no address in its status, only the interface
+                // had said it.
+                made: policy.flags & (POLICY_UNIDENTIFIED | POLICY_OWN_UNSURE) == 0,
                 since: Instant::now(),
                 without: None,
                 with: None,

@@ -42,6 +42,8 @@ const SHARED_MAPS: &[&str] = &[
     "tunnels",
     "link_owners",
     "link_locals",
+    "link_hardware",
+    "node_addresses",
     "meters",
     "counters",
     "held",

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
-    records::{AllowEntry, AllowKey, Policy, Range, Tunnel, TunnelKey},
+    records::{AllowEntry, AllowKey, NodeAddress, Policy, RANGE_NODE, Range, Tunnel, TunnelKey},
     translation::embedded_v4,
     verdict::{Destination, Translated},
 };
@@ -24,6 +24,7 @@ pub struct View {
     policies: HashMap<MapData, u32, Policy>,
     ranges: LpmTrie<MapData, Address, Range>,
     tunnels: HashMap<MapData, TunnelKey, Tunnel>,
+    node_addresses: LpmTrie<MapData, Address, NodeAddress>,
     outer: Arc<OuterMaps>,
 }
 
@@ -38,6 +39,7 @@ impl Datapath {
             policies: Map::HashMap(open(&self.layout, "policies")?).try_into()?,
             ranges: Map::LpmTrie(open(&self.layout, "ranges")?).try_into()?,
             tunnels: Map::HashMap(open(&self.layout, "tunnels")?).try_into()?,
+            node_addresses: Map::LpmTrie(open(&self.layout, "node_addresses")?).try_into()?,
             outer: Arc::clone(&self.outer),
         })
     }
@@ -87,6 +89,15 @@ impl View {
         Ok(range.unwrap_or_default())
     }
 
+    /// The kinds of an address, and whether the node itself takes what is sent there.
+    fn kinds(&self, address: &Address) -> Result<u64> {
+        let is_node = found(self.node_addresses.get(&Key::new(128, *address), 0))
+            .context("cannot read the map `node_addresses`")?
+            .is_some();
+        let node = if is_node { RANGE_NODE } else { 0 };
+        Ok(self.range(address)?.kinds | node)
+    }
+
     /// What the maps say about a destination under a policy, and when it expires if it was learned:
     /// what `from_pod` looks up for a packet, but for whether that is a tunnel's ([`Self::tunnels`]).
     ///
@@ -100,7 +111,7 @@ impl View {
         now_ns: u64,
     ) -> Result<(Destination, Option<u64>)> {
         let mut destination = Destination {
-            ranges: self.range(address)?.kinds,
+            ranges: self.kinds(address)?,
             ..Destination::default()
         };
         let mut expires_ns = None;
@@ -128,7 +139,7 @@ impl View {
         if let Some(v4) = embedded_v4(address, destination.ranges) {
             let translated = Translated {
                 cidr: classes(v4)?,
-                ranges: self.range(&v4)?.kinds,
+                ranges: self.kinds(&v4)?,
             };
             destination.add_translated(policy, translated);
         }

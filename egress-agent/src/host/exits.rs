@@ -1,5 +1,10 @@
 //! Interfaces through which a pod's packets leave without passing a host end.
 //!
+//! They are in the pod's namespace, or in the host's: a pod with `CAP_NET_ADMIN` and no user namespace of
+//! its own can move an interface there (`IFLA_TARGET_NETNSID`), and what comes to it in the pod, as to the
+//! socket of a VXLAN, is then received by the host. Those the kernel shows in the host's list
+//! ([`Links::carriers`](super::Links::carriers)). The following is about the others.
+//!
 //! A macvlan, an ipvlan or a virtual function in a pod's network namespace has no other end on the
 //! host, so no program of ours sees what is sent there. An interface counts by what it leads to, not
 //! by its kind: a pod that may configure its network makes dummies, bridges, tunnels and namespaces
@@ -21,7 +26,10 @@ use std::{
     io,
 };
 
-use super::netlink::{Netlink, RawLink};
+use super::{
+    Link,
+    netlink::{Netlink, RawLink},
+};
 
 /// Interfaces of one namespace that are looked at. A pod can make any number of them.
 const LINKS: usize = 512;
@@ -48,6 +56,8 @@ pub enum LeadsTo {
     Namespace,
     /// A device.
     Hardware,
+    /// It is itself in the host's namespace, and takes what is sent in the pod's.
+    OnHost,
 }
 
 impl LeadsTo {
@@ -57,19 +67,31 @@ impl LeadsTo {
             Self::Host => "host",
             Self::Namespace => "namespace",
             Self::Hardware => "hardware",
+            Self::OnHost => "on_host",
         }
     }
 }
 
-/// An interface in a pod's network namespace that leads out past every host end that is enforced.
+/// An interface that leads out of a pod's network namespace past every host end that is enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Its name in the pod; unusual characters are replaced.
+    /// Its name where it is; unusual characters are replaced.
     pub name: String,
     /// What the kernel calls its kind; empty for hardware.
     pub kind: String,
     /// What it leads to.
     pub to: LeadsTo,
+}
+
+impl Exit {
+    /// The exit that an interface of the host is which belongs to a pod's namespace.
+    pub fn on_host(link: &Link) -> Self {
+        Self {
+            name: printable(&link.name),
+            kind: printable(&link.kind),
+            to: LeadsTo::OnHost,
+        }
+    }
 }
 
 /// All exits of a pod.
@@ -84,6 +106,19 @@ pub struct Exits {
 }
 
 impl Exits {
+    /// These and others, which come first.
+    #[must_use]
+    pub fn with(&self, mut first: Vec<Exit>) -> Self {
+        first.extend(self.named.iter().cloned());
+        let beyond = first.len().saturating_sub(NAMED);
+        first.truncate(NAMED);
+        Self {
+            named: first,
+            more: self.more + beyond,
+            unseen: self.unseen,
+        }
+    }
+
     /// Whether there is none, as far as can be known.
     pub fn is_empty(&self) -> bool {
         self.named.is_empty() && !self.unseen

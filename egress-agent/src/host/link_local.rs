@@ -14,12 +14,21 @@ const TABLE_MAX: u64 = 1 << 20;
 pub fn taken_link_locals() -> io::Result<BTreeSet<Ipv6Addr>> {
     let net = Path::new("/proc/thread-self/net");
     let mut taken = BTreeSet::new();
-    taken.extend(addresses(&table(&net.join("if_inet6"))?));
-    taken.extend(gateways(&table(&net.join("ipv6_route"))?));
+    let addresses = column(&table(&net.join("if_inet6"))?, ADDRESS);
+    taken.extend(addresses.into_iter().chain(gateways_v6()?));
+    taken.retain(Ipv6Addr::is_unicast_link_local);
     Ok(taken)
 }
 
-fn table(path: &Path) -> io::Result<String> {
+/// The addresses that this machine's IPv6 routes lead through.
+pub(super) fn gateways_v6() -> io::Result<Vec<Ipv6Addr>> {
+    let table = table(Path::new("/proc/thread-self/net/ipv6_route"))?;
+    let mut gateways = column(&table, NEXT_HOP);
+    gateways.retain(|address| !address.is_unspecified());
+    Ok(gateways)
+}
+
+pub(super) fn table(path: &Path) -> io::Result<String> {
     use io::Read as _;
     let mut text = String::new();
     match fs::File::open(path) {
@@ -31,22 +40,20 @@ fn table(path: &Path) -> io::Result<String> {
 }
 
 /// `net/ipv6/addrconf.c`, `if6_seq_show`: the address in the first column.
-fn addresses(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
-    column(table, 0)
-}
-
+const ADDRESS: usize = 0;
 /// `net/ipv6/ip6_fib.c`, `ipv6_route_native_seq_show`: the next hop in the fifth column.
-fn gateways(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
-    column(table, 4)
-}
+const NEXT_HOP: usize = 4;
 
-fn column(table: &str, number: usize) -> impl Iterator<Item = Ipv6Addr> + '_ {
+fn column(table: &str, number: usize) -> Vec<Ipv6Addr> {
     let text = move |line: &'_ str| {
         let text = line.split_ascii_whitespace().nth(number)?;
         u128::from_str_radix(text, 16).ok()
     };
-    let addresses = table.lines().filter_map(text).map(Ipv6Addr::from_bits);
-    addresses.filter(Ipv6Addr::is_unicast_link_local)
+    table
+        .lines()
+        .filter_map(text)
+        .map(Ipv6Addr::from_bits)
+        .collect()
 }
 
 #[cfg(test)]
@@ -59,7 +66,8 @@ mod tests {
                      fd010001000000000000000000000001 04 40 00 80     veth1\n\
                      00000000000000000000000000000001 01 80 10 80       lo\n";
         let expected: Ipv6Addr = "fe80::aa".parse().unwrap();
-        assert_eq!(addresses(table).collect::<Vec<_>>(), [expected]);
+        assert_eq!(column(table, ADDRESS)[0], expected);
+        assert_eq!(column(table, ADDRESS).len(), 3);
         let zeros = "0".repeat(32);
         let table = format!(
             "{zeros} 00 {zeros} 00 fe80{rest}01 00000400 00000002 00000000 00000003     eth1\n\
@@ -67,6 +75,6 @@ mod tests {
             rest = "0".repeat(26)
         );
         let expected: Ipv6Addr = "fe80::1".parse().unwrap();
-        assert_eq!(gateways(&table).collect::<Vec<_>>(), [expected]);
+        assert_eq!(column(&table, NEXT_HOP), [expected, Ipv6Addr::UNSPECIFIED]);
     }
 }

@@ -2,7 +2,13 @@
 
 use std::collections::HashMap;
 
-use super::netlink::RawLink;
+use super::{
+    HardwareAddress,
+    netlink::{RawLink, links_in_notices},
+};
+
+/// Kinds of interfaces that learn behind which of their ports a hardware address is.
+const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
 
 /// The name of an interface of this thread's network namespace; `None` when there is none of this
 /// index.
@@ -27,6 +33,10 @@ pub struct Link {
     pub kind: String,
     /// Name of the bridge, bond or VRF it is in.
     pub master: Option<String>,
+    /// Index of that, if it is a bridge.
+    pub bridge: Option<u32>,
+    /// Its own hardware address.
+    pub hardware: Option<HardwareAddress>,
     /// Its other end, if that is in another network namespace.
     pub peer: Option<Peer>,
     /// Whether it is up.
@@ -44,6 +54,12 @@ pub struct Peer {
 }
 
 impl Link {
+    /// The interfaces that notices of the kernel (`RTMGRP_LINK`) tell of as new or changed.
+    pub fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
+        let links = links_in_notices(notices).into_iter();
+        links.map(|raw| Self::new(raw, None))
+    }
+
     /// Whether this is the host's end of an interface that is in another namespace.
     pub fn is_host_end(&self) -> bool {
         self.peer.is_some() && matches!(self.kind.as_str(), "veth" | "netkit")
@@ -57,6 +73,7 @@ impl Link {
             kind,
             lower,
             nsid,
+            hardware,
             ..
         } = raw;
         let peer = nsid
@@ -68,6 +85,8 @@ impl Link {
             name,
             kind,
             master,
+            bridge: None,
+            hardware,
             peer,
             up,
         }
@@ -84,15 +103,23 @@ pub struct Links {
 
 impl Links {
     pub(super) fn new(raw: Vec<RawLink>) -> Self {
-        let names: HashMap<u32, String> = raw
+        let masters: HashMap<u32, (String, bool)> = raw
             .iter()
-            .map(|link| (link.index, link.name.clone()))
+            .map(|link| {
+                let is_bridge = BRIDGES.contains(&link.kind.as_str());
+                (link.index, (link.name.clone(), is_bridge))
+            })
             .collect();
         let all: Vec<Link> = raw
             .into_iter()
             .map(|raw| {
-                let master = raw.master.and_then(|master| names.get(&master).cloned());
-                Link::new(raw, master)
+                let index = raw.master;
+                let master = index.and_then(|index| masters.get(&index));
+                let is_bridge = master.is_some_and(|(_, is_bridge)| *is_bridge);
+                Link {
+                    bridge: index.filter(|_| is_bridge),
+                    ..Link::new(raw, master.map(|(name, _)| name.clone()))
+                }
             })
             .collect();
         let mut by_namespace: HashMap<i32, Vec<usize>> = HashMap::new();
@@ -107,6 +134,14 @@ impl Links {
     /// Every interface.
     pub fn iter(&self) -> impl Iterator<Item = &Link> {
         self.all.iter()
+    }
+
+    /// Interfaces of the host that are no host ends and belong to another network namespace: what comes to
+    /// them there, in a tunnel's packets or on the interface below, is the host's. Each with the number of
+    /// that namespace.
+    pub fn carriers(&self) -> impl Iterator<Item = (i32, &Link)> {
+        let others = self.all.iter().filter(|link| !link.is_host_end());
+        others.filter_map(|link| Some((link.peer?.nsid, link)))
     }
 
     /// The interface of this number.
@@ -230,7 +265,14 @@ mod tests {
         assert_eq!(found, ["veth4", "nk8"]);
         assert_eq!(links.pod_like(&[]).count(), 4);
         assert_eq!(links.get(5).unwrap().master.as_deref(), Some("docker0"));
+        assert_eq!(links.get(5).unwrap().bridge, Some(3));
+        assert_eq!(links.get(4).unwrap().bridge, None);
         let found: Vec<u32> = links.leading_to(0).map(|link| link.ifindex).collect();
         assert_eq!(found, [4]);
+        let found: Vec<_> = links
+            .carriers()
+            .map(|(nsid, link)| (nsid, link.ifindex))
+            .collect();
+        assert_eq!(found, [(0, 10)]);
     }
 }

@@ -13,6 +13,7 @@
 
 mod cgroup;
 mod exits;
+mod hardware;
 mod link_local;
 mod links;
 mod located;
@@ -26,7 +27,7 @@ mod tcp_table;
 mod uid;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     fs, io,
     net::IpAddr,
     os::fd::OwnedFd,
@@ -36,6 +37,7 @@ use std::{
 
 use cgroup::{Cgroups, Members};
 pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
+pub use hardware::{HardwareAddress, gateways};
 pub use link_local::taken_link_locals;
 pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
@@ -326,6 +328,30 @@ impl Host {
         Ok(is_there.then_some(addresses))
     }
 
+    /// The hardware address on the other end of this interface; `None` when it is not there any more,
+    /// or has none.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn hardware_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<HardwareAddress>> {
+        let link = self.netlink.link_in(peer.nsid, peer.ifindex)?;
+        // As in `addresses_of`.
+        let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
+        let is_there = now.is_some_and(|now| now.peer == Some(peer));
+        Ok(link.filter(|_| is_there).and_then(|link| link.hardware))
+    }
+
+    /// The hardware addresses of the gateways that this machine's routes lead through, as far as it
+    /// has found them.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn hardware_of_gateways(&mut self) -> io::Result<BTreeSet<HardwareAddress>> {
+        hardware::of_gateways(&mut self.netlink)
+    }
+
     /// The host's own addresses, of whatever scope.
     ///
     /// # Errors
@@ -333,6 +359,15 @@ impl Host {
     /// When the kernel does not answer.
     pub fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
         self.netlink.own_addresses()
+    }
+
+    /// The prefixes, with their lengths in bits, for which the host takes packets itself.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn local_routes(&mut self) -> io::Result<Vec<(IpAddr, u8)>> {
+        self.netlink.local_routes()
     }
 
     /// Addresses on the other end of an interface.

@@ -20,10 +20,14 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
+        neighbour::NeighbourMessage,
         nsid::{NsidAttribute, NsidMessage},
+        route::RouteMessage,
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
+
+use super::HardwareAddress;
 
 /// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
 const BUFFER: usize = 32 * 1024;
@@ -35,8 +39,11 @@ const ATTEMPTS: usize = 4;
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const NSID_HEADER: usize = 4;
+const NEIGHBOUR_HEADER: usize = 12;
+const ROUTE_HEADER: usize = 12;
 
 /// Attributes of links, `include/uapi/linux/if_link.h`.
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
@@ -53,6 +60,15 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_TARGET_NETNSID: u16 = 10;
 
+/// Attributes of neighbours, `include/uapi/linux/neighbour.h`.
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+
+/// Attribute of routes, and the types of routes that lead nowhere but to the node itself,
+/// `include/uapi/linux/rtnetlink.h`.
+const RTA_DST: u16 = 1;
+const TO_NODE: [u8; 3] = [libc::RTN_LOCAL, libc::RTN_BROADCAST, libc::RTN_ANYCAST];
+
 /// Attribute of namespaces, `include/uapi/linux/net_namespace.h`.
 const NETNSA_NSID: u16 = 1;
 
@@ -67,6 +83,8 @@ pub(super) struct RawLink {
     pub(super) master: Option<u32>,
     pub(super) lower: Option<u32>,
     pub(super) nsid: Option<i32>,
+    /// Its hardware address, if that is one of Ethernet.
+    pub(super) hardware: Option<HardwareAddress>,
     /// The namespace that was asked about, when that is not our own.
     pub(super) target: Option<i32>,
     /// Id of its XDP program; 0 when it has several.
@@ -135,6 +153,42 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             answer => answer.map(|_| link),
         }
+    }
+
+    /// One interface of the namespace that this one knows by that number, if it is there.
+    pub(super) fn link_in(&mut self, nsid: i32, index: u32) -> io::Result<Option<RawLink>> {
+        let mut request = LinkMessage::default();
+        request.header.index = index;
+        let target = DefaultNla::new(IFLA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+        request.attributes.push(LinkAttribute::Other(target));
+        let mut link = None;
+        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+            link = Some(read_link(body)?).filter(|link| link.target == Some(nsid));
+            Ok(())
+        });
+        match answer {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            answer => answer.map(|_| link),
+        }
+    }
+
+    /// The hardware address of each neighbour of this namespace that has one, by its address.
+    pub(super) fn neighbours(&mut self) -> io::Result<Vec<(IpAddr, HardwareAddress)>> {
+        let mut neighbours = Vec::new();
+        let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        self.exchange(request, NLM_F_DUMP, |body| {
+            let (mut address, mut hardware) = (None, None);
+            for (kind, value) in attributes(body, NEIGHBOUR_HEADER)? {
+                match kind {
+                    NDA_DST => address = ip(value).ok(),
+                    NDA_LLADDR => hardware = HardwareAddress::read(value),
+                    _ => {}
+                }
+            }
+            neighbours.extend(address.zip(hardware));
+            Ok(())
+        })?;
+        Ok(neighbours)
     }
 
     /// Every interface of the namespace that this one knows by that number; `None` when there are
@@ -227,6 +281,23 @@ impl Netlink {
         Ok(addresses)
     }
 
+    /// The destinations, with their lengths in bits, for which this namespace takes packets itself: those of
+    /// the table of routes that the kernel keeps for that.
+    pub(super) fn local_routes(&mut self) -> io::Result<Vec<(IpAddr, u8)>> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            request.header.table = libc::RT_TABLE_LOCAL;
+            let request = RouteNetlinkMessage::GetRoute(request);
+            self.exchange(request, NLM_F_DUMP, |body| {
+                routes.extend(read_local_route(body)?);
+                Ok(())
+            })?;
+        }
+        Ok(routes)
+    }
+
     /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is
     /// not when it changed while it was made.
     fn exchange(
@@ -278,6 +349,19 @@ impl Netlink {
     }
 }
 
+/// The interfaces that notices of the kernel tell of as new or changed.
+pub(super) fn links_in_notices(mut notices: &[u8]) -> Vec<RawLink> {
+    let mut links = Vec::new();
+    while let Ok(notice) = NetlinkBuffer::new_checked(notices) {
+        let next = (notice.length() as usize).next_multiple_of(4);
+        if notice.message_type() == libc::RTM_NEWLINK {
+            links.extend(read_link(notice.payload()).ok());
+        }
+        notices = notices.get(next..).unwrap_or_default();
+    }
+    links
+}
+
 /// Asks for one interface, or in a list for all (0).
 fn get_link(index: u32) -> RouteNetlinkMessage {
     let mut request = LinkMessage::default();
@@ -300,6 +384,7 @@ fn read_link(body: &[u8]) -> io::Result<RawLink> {
     };
     for (kind, value) in attributes(body, LINK_HEADER)? {
         match kind {
+            IFLA_ADDRESS => link.hardware = HardwareAddress::read(value),
             IFLA_IFNAME => link.name = text(value),
             IFLA_MASTER => link.master = Some(u32::from_ne_bytes(four(value)?)),
             IFLA_LINK => link.lower = Some(u32::from_ne_bytes(four(value)?)),
@@ -330,6 +415,29 @@ fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
         }
     }
     Ok(attached.then_some(program))
+}
+
+/// The destination of a route, if that is the node itself.
+fn read_local_route(body: &[u8]) -> io::Result<Option<(IpAddr, u8)>> {
+    let header = body
+        .get(..ROUTE_HEADER)
+        .ok_or_else(|| malformed("a route without a header"))?;
+    let (family, length, table, kind) = (header[0], header[1], header[4], header[7]);
+    if table != libc::RT_TABLE_LOCAL || !TO_NODE.contains(&kind) {
+        return Ok(None);
+    }
+    // A route to everything has no attribute for its destination.
+    let mut destination = if i32::from(family) == libc::AF_INET {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    };
+    for (kind, value) in attributes(body, ROUTE_HEADER)? {
+        if kind == RTA_DST {
+            destination = ip(value)?;
+        }
+    }
+    Ok(Some((destination, length)))
 }
 
 /// What the kernel says of one address.

@@ -449,7 +449,7 @@ impl Asking<'_> {
                 "a protected address is opened by its address alone, never by a name".to_owned()
             }
             Some(Reason::Tunnel) if !is_address => {
-                "a tunnel to an internal address is opened by that address alone, never by a name"
+                "a tunnel to an internal address, or to the node, is opened by that address alone, never by a name"
                     .to_owned()
             }
             _ => format!("add `{entry}` to {PREFIX}allow"),
@@ -482,8 +482,8 @@ fn because_denied(reason: Reason) -> &'static str {
         }
         Reason::Protected => "it is protected, and no entry names it as an address",
         Reason::Tunnel => {
-            "it is a tunnel (ranges.tunnels) to an internal address, and no entry names that as an \
-             address"
+            "it is a tunnel (ranges.tunnels) to an internal address or to the node, and no entry names \
+             that as an address"
         }
         Reason::Expired => "the lifetime of what the pod resolved has ended",
         Reason::PortNotAllowed => "entries allow it, but not with this protocol and port",

@@ -108,7 +108,7 @@ impl Packet {
 
 /// Whether two hardware addresses are the same.
 #[inline(always)]
-pub(super) const fn same_hardware(a: &[u8; 6], b: &[u8; 6]) -> bool {
+pub const fn same_hardware(a: &[u8; 6], b: &[u8; 6]) -> bool {
     let mut differing = 0;
     let mut i = 0;
     while i < 6 {

@@ -13,6 +13,7 @@ mod transport;
 
 use crate::address::{self, Address};
 use ip::{walk_ipv4, walk_ipv6};
+pub use link::same_hardware;
 pub use plain::{Plain, walk_plain};
 
 /// Length of an Ethernet header without tags.

@@ -294,6 +294,21 @@ fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
         reason(&everything, &denied, bits::UDP, 443),
         Reason::DenyRule
     );
+    let own = Destination {
+        ranges: RANGE_NODE,
+        tunnel: 1,
+        ..NOWHERE
+    };
+    assert_eq!(reason(&everything, &own, bits::UDP, 443), Reason::Tunnel);
+    // Nor does it pass as an answer.
+    for destination in [internal(NOWHERE), internal(learned(WEB)), own] {
+        let verdict = judge_answer(&everything, &destination, bits::UDP, 443);
+        assert_eq!(verdict, Verdict::deny(Reason::Tunnel));
+    }
+    assert_eq!(
+        judge_answer(&everything, &listed, bits::UDP, 443),
+        Verdict::Pass
+    );
     // Elsewhere it is a packet like any other.
     let outside = Destination {
         tunnel: 1,

@@ -1,0 +1,352 @@
+//! From which hardware addresses a pod may send on a bridge.
+
+use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
+
+use egress_common::address::link_local_of;
+use egress_tests::{
+    Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
+    addresses::server,
+    bpf::bpftool,
+    echo_on, eventually,
+    frames::{self, Tap},
+    raw::{self, Ip},
+    rewritten::finish,
+};
+use serde_json::{Value, json};
+
+const ADVERTISEMENT: u8 = 136;
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+const PORT: u16 = 4000;
+const FREE: [u8; 6] = [2, 0, 0, 0, 99, 99];
+const SPOOFED: &str = "spoofed_hardware";
+
+/// Two pods on one bridge that may reach each other; the first is enforced.
+struct Scene {
+    cart: Pod,
+    mail: Pod,
+    tap: Tap,
+    neighbour: Tap,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let lab = Lab::builder()
+            .config("ranges.internal", vec!["10.1.0.0/16"])
+            .build();
+        let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
+        lab.node().ip_batch(&format!(
+            "link add br0 address 02:00:00:00:77:01 type bridge mcast_snooping 0\nlink set br0 up\n\
+             link set {} master br0\nlink set {} master br0\n",
+            cart.interface(),
+            mail.interface()
+        ));
+        for (from, to) in [(&cart, &mail), (&mail, &cart)] {
+            from.netns()
+                .ip_batch(&format!("route add {}/32 dev eth0\n", to.ipv4()));
+        }
+        lab.write_pod(&cart, &[("allow", "")]);
+        Self {
+            tap: Tap::open(cart.netns(), "eth0"),
+            neighbour: Tap::open(mail.netns(), "eth0"),
+            cart,
+            mail,
+            lab,
+        }
+    }
+
+    #[track_caller]
+    fn start(&self) -> Agent {
+        self.lab.start_agent(&[&self.cart])
+    }
+
+    /// A datagram for the neighbour, in the pod's own addresses.
+    fn datagram(&self, payload: &[u8]) -> Vec<u8> {
+        let to = (self.mail.ipv4().into(), PORT);
+        let mut frame = frames::udp(&self.cart, (self.cart.ipv4().into(), PORT), to, payload);
+        frame[..6].copy_from_slice(&self.mail.hardware());
+        frame
+    }
+
+    /// Sends a frame and then an ordinary one: only that arrives, and the bridge still knows the
+    /// neighbour behind its own port.
+    #[track_caller]
+    fn stops(&self, agent: &Agent, frame: &[u8]) {
+        let mark = agent.mark();
+        self.tap.send(frame);
+        self.denies(agent, mark, frame);
+    }
+
+    #[track_caller]
+    fn denies(&self, agent: &Agent, mark: usize, frame: &[u8]) {
+        let honest = self.datagram(b"the honest one");
+        self.tap.send(&honest);
+        let first = self
+            .neighbour
+            .receive(DEADLINE, |seen| seen == frame || seen == &honest[..])
+            .expect("the ordinary one arrives");
+        assert_eq!(first, honest);
+        agent.wait_denial_from(mark, SPOOFED, |denial| {
+            denial.of(&self.cart) && denial.reason == SPOOFED
+        });
+        let learned = self.learned(self.mail.hardware());
+        assert_ne!(learned.as_deref(), Some(self.cart.interface()));
+    }
+
+    /// Behind which port the bridge believes this address to be.
+    fn learned(&self, hardware: [u8; 6]) -> Option<String> {
+        let output = std::process::Command::new("bridge")
+            .args(["-n", self.lab.node().name(), "fdb", "show", "br", "br0"])
+            .output()
+            .expect("bridge, of the package iproute2");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(&written(hardware)))?;
+        let mut words = line.split(' ').skip_while(|word| *word != "dev");
+        words.nth(1).map(str::to_owned)
+    }
+}
+
+fn written(hardware: [u8; 6]) -> String {
+    hardware.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn set_hardware(pod: &Pod, hardware: [u8; 6]) {
+    pod.netns()
+        .ip_batch(&format!("link set eth0 address {}\n", written(hardware)));
+}
+
+fn from(mut frame: Vec<u8>, hardware: [u8; 6]) -> Vec<u8> {
+    frame[6..12].copy_from_slice(&hardware);
+    frame
+}
+
+#[test]
+fn a_pod_on_a_bridge_sends_in_no_neighbours_hardware_address() {
+    let scene = Scene::new();
+    let agent = scene.start();
+    let of_mail = scene.mail.hardware();
+    scene.stops(&agent, &from(scene.datagram(b"as the neighbour"), of_mail));
+    scene.stops(&agent, &from(scene.datagram(b"as nobody"), FREE));
+    scene.stops(&agent, &from(scene.datagram(b"to all"), [0xff; 6]));
+
+    let mut arp = raw::arp(scene.cart.ipv4(), scene.mail.ipv4());
+    arp[..6].copy_from_slice(&of_mail);
+    arp[22..28].copy_from_slice(&of_mail);
+    scene.stops(&agent, &from(arp, of_mail));
+
+    // The link-local address that is made of the neighbour's hardware address: the neighbour would
+    // take it for a conflict.
+    let target: Ipv6Addr = link_local_of(of_mail).into();
+    let rest = [&[0x20, 0, 0, 0][..], &target.octets(), &[2, 1], &of_mail].concat();
+    let mut frame = Ip::new(target, ALL_NODES)
+        .hops(255)
+        .icmp(ADVERTISEMENT, 0, &rest);
+    finish(&scene.cart, &mut frame);
+    scene.stops(&agent, &from(frame, of_mail));
+}
+
+#[test]
+fn an_open_flow_carries_no_other_hardware_address() {
+    let scene = Scene::new();
+    let agent = scene.start();
+    let to = SocketAddr::from((scene.mail.ipv4(), PORT));
+    let echo = scene.mail.netns().run(|| UdpSocket::bind(to));
+    let echo = echo.expect("a socket of the neighbour's");
+    let socket = scene.cart.netns().run(|| {
+        let socket = UdpSocket::bind((scene.cart.ipv4(), PORT))?;
+        socket.connect(to)?;
+        Ok::<_, std::io::Error>(socket)
+    });
+    let socket = socket.expect("a socket of the pod's");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..3 {
+                let mut buffer = [0; 64];
+                let (length, from) = echo.recv_from(&mut buffer).expect("a datagram");
+                echo.send_to(&buffer[..length], from).expect("its echo");
+            }
+        });
+        for _ in 0..3 {
+            assert!(echo_on(&socket, b"hello", DEADLINE));
+        }
+    });
+    let frame = from(scene.datagram(b"as the neighbour"), scene.mail.hardware());
+    scene.stops(&agent, &frame);
+}
+
+#[test]
+fn a_pod_keeps_the_hardware_address_that_it_was_found_with() {
+    let scene = Scene::new();
+    let mut agent = scene.start();
+    let ours = scene.cart.hardware();
+    let changed = |agent: &Agent, hardware| {
+        set_hardware(&scene.cart, hardware);
+        let mark = agent.mark();
+        let frame = from(scene.datagram(b"changed"), hardware);
+        scene.tap.send(&frame);
+        scene.denies(agent, mark, &frame);
+        set_hardware(&scene.cart, ours);
+    };
+    changed(&agent, scene.mail.hardware());
+    changed(&agent, FREE);
+    // Nor does the next agent believe what was set meanwhile.
+    agent.kill();
+    set_hardware(&scene.cart, FREE);
+    let agent = scene.start();
+    changed(&agent, FREE);
+}
+
+#[test]
+fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
+    let scene = Scene::new();
+    let gateway = [2, 0, 0, 0, 55, 1];
+    scene.lab.node().ip_batch(&format!(
+        "link add uplink2 type veth peer name far2\nlink set uplink2 up\nlink set uplink2 master br0\n\
+         addr add 10.55.0.2/24 dev br0\n\
+         neigh add 10.55.0.1 lladdr {} dev br0\n\
+         route add 10.56.0.0/16 via 10.55.0.1\n",
+        written(gateway)
+    ));
+    let bridge = [2, 0, 0, 0, 0x77, 1];
+    let node = scene.cart.gateway_hardware();
+    set_hardware(&scene.cart, bridge);
+    let agent = scene.start();
+    let problem = |whose: &str| {
+        eventually(whose, || {
+            let status = scene.lab.status_of(&scene.cart);
+            let problem = status["problem"].as_str().unwrap_or_default();
+            problem.contains(whose).then_some(())
+        });
+    };
+    let silent = |hardware| {
+        let mark = agent.mark();
+        scene
+            .tap
+            .send(&from(scene.datagram(b"in that name"), hardware));
+        agent.wait_denial_from(mark, SPOOFED, |denial| {
+            denial.of(&scene.cart) && denial.reason == SPOOFED
+        });
+        let seen = |seen: &[u8]| seen.ends_with(b"in that name");
+        assert!(scene.neighbour.receive(SHORT, seen).is_none());
+    };
+    problem("that of the node's interface br0");
+    silent(bridge);
+    set_hardware(&scene.cart, node);
+    problem("that of the node's interface");
+    silent(node);
+    set_hardware(&scene.cart, gateway);
+    problem("that of a gateway");
+    silent(gateway);
+    // An address that is nobody else's is bound.
+    set_hardware(&scene.cart, FREE);
+    eventually("the pod is bound to its address", || {
+        (scene.lab.status_of(&scene.cart)["problem"].is_null()).then_some(())
+    });
+    let frame = from(scene.datagram(b"mine"), FREE);
+    scene.tap.send(&frame);
+    assert!(
+        scene
+            .neighbour
+            .receive(DEADLINE, |seen| seen == &frame[..])
+            .is_some()
+    );
+    // Nobody else on the bridge gets it then.
+    set_hardware(&scene.mail, FREE);
+    scene.lab.write_pod(&scene.mail, &[("allow", "")]);
+    agent.wait_enforcing(&scene.mail);
+    let of_mail = eventually("a problem", || {
+        let status = scene.lab.status_of(&scene.mail);
+        status["problem"].as_str().map(str::to_owned)
+    });
+    let whose = format!(
+        "that of the pod behind interface {}",
+        scene.cart.interface()
+    );
+    assert!(of_mail.contains(&whose), "{of_mail}");
+}
+
+#[test]
+fn an_interface_that_the_node_routes_may_have_any_hardware_address() {
+    let lab = Lab::new();
+    let (_web, pod) = lab.shop_and_cart("203.0.113.10:443");
+    let _agent = lab.start_agent(&[&pod]);
+    pod.talks_tcp((server(10), 443));
+    // As of a bridge or a virtual machine in the pod.
+    set_hardware(&pod, FREE);
+    pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn an_interface_that_becomes_a_bridges_port_is_bound_from_then_on() {
+    let scene = Scene::new();
+    let port = scene.cart.interface();
+    scene
+        .lab
+        .node()
+        .ip_batch(&format!("link set {port} nomaster\n"));
+    let agent = scene.start();
+    scene
+        .lab
+        .node()
+        .ip_batch(&format!("link set {port} master br0\n"));
+    eventually("the port is bound", || {
+        let mark = agent.mark();
+        scene.tap.send(&from(scene.datagram(b"as nobody"), FREE));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let denials = agent.denials();
+        let mut later = denials[mark.min(denials.len())..].iter();
+        later.any(|denial| denial.reason == SPOOFED).then_some(())
+    });
+    scene.stops(
+        &agent,
+        &from(scene.datagram(b"as the neighbour"), scene.mail.hardware()),
+    );
+}
+
+#[test]
+fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network() {
+    let cluster = Cluster::on(ApiServer::shared(), Lab::builder());
+    let lab = &cluster.lab;
+    let shop = cluster.namespace("shop", &Value::Null);
+    let allow = json!({ "egress-agent.dev/allow": "" });
+    let agent = cluster.start_agent();
+    let (object, uid) = cluster.create(&shop, "cart", &allow);
+    let net = lab.pod(&shop, "cart");
+    let mut cart = cluster.place(object, &uid, net);
+    let port = cart.net().interface().to_owned();
+    lab.node().ip_batch(&format!(
+        "link add br0 type bridge\nlink set br0 up\nlink set {port} master br0\n"
+    ));
+    let pin = lab.pins().join("link_hardware");
+    let pin = pin.to_str().expect("UTF-8").to_owned();
+    let wait_bound = |hardware: [u8; 6]| {
+        eventually("the port is bound to its address", || {
+            let dump = bpftool(&["map", "dump", "pinned", &pin]);
+            let mut entries = dump.as_array()?.iter();
+            let expected = json!(hardware);
+            entries
+                .any(|entry| entry["formatted"]["value"]["addr"] == expected)
+                .then_some(())
+        });
+    };
+    wait_bound(cart.net().hardware());
+    set_hardware(cart.net(), FREE);
+    wait_bound(FREE);
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    wait_bound(FREE);
+    // From now on it is the pod that changes it.
+    let other = [2, 0, 0, 0, 99, 98];
+    set_hardware(cart.net(), other);
+    let mark = agent.mark();
+    let own = cart.net().ipv4().into();
+    let frame = frames::udp(cart.net(), (own, 1), (server(1), 1), b"changed");
+    Tap::open(cart.net().netns(), "eth0").send(&from(frame, other));
+    agent.wait_denial_from(mark, SPOOFED, |denial| {
+        denial.pod == "cart" && denial.reason == SPOOFED
+    });
+    wait_bound(FREE);
+}
