@@ -24,6 +24,7 @@ mod checksum;
 mod counters;
 mod denials;
 mod flows;
+mod forged;
 mod from_pod;
 mod held;
 mod link_local;

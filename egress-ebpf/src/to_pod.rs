@@ -9,15 +9,15 @@ use egress_common::{
     protocol::{self, bits},
     reason::Reason,
     records::{
-        FLOW_IN, Flow, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
-        Range, TO_POD, UNJUDGED,
+        FLOW_IN, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES, Interface, MODE_AUDIT,
+        MODE_RELEASED, NO_CLASS, RANGE_RESOLVER, Range, TO_POD, UNJUDGED,
     },
 };
 
 use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
-    flows,
+    flows, forged,
     from_pod::{is_several_datagrams, is_tunnel, may_be_dns_port, range_of},
     held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
@@ -92,24 +92,28 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     };
     let is_answer = may_be_dns && range.is_resolver_at(packet.src_port);
     let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
+    let has_ports = !matches!(packet.fragment, Fragment::Later);
+    // The agent is about to judge the pod. What others open is noted already, unless the pod may have sent it
+    // itself; no question was held yet, so no response is either.
+    let begins = interface.flags & INTERFACE_SOURCES != 0;
+    let is_noted = has_ports && !is_answer && interface.flags & INTERFACE_SETTLING == 0;
     // TCP finds out how long its segments may be, and its fragments are not put together.
-    if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
+    if is_answer && !begins && packet.bit == bits::TCP && is_fragment(packet) {
         return Some(deny(
             ctx,
             &denied(interface, Some(packet), Reason::DnsFragmented),
         ));
     }
-    if is_answer && is_several_datagrams(&skb, packet) {
+    if is_answer && !begins && is_several_datagrams(&skb, packet) {
         return Some(deny(
             ctx,
             &denied(interface, Some(packet), Reason::DnsMalformed),
         ));
     }
-    let has_ports = !matches!(packet.fragment, Fragment::Later);
-    if has_ports && !is_answer {
+    if is_noted {
         note_flow(&skb, interface, packet);
     }
-    if !is_held {
+    if !is_held || begins {
         return None;
     }
     if interface.mode == MODE_AUDIT {
@@ -158,7 +162,10 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if packet.opens_inbound() && !is_answered_by_tunnel(packet) {
+    } else if packet.opens_inbound()
+        && !is_answered_by_tunnel(packet)
+        && !forged::may_be(skb, interface.pod, now_ns)
+    {
         Flow {
             last_seen_ns: now_ns,
             // The policy looks at it when the pod answers.
