@@ -532,28 +532,6 @@ fn where_the_node_tracks_no_connections_those_of_others_are_judged_and_counted()
 }
 
 #[test]
-fn a_connection_that_the_node_has_only_seen_in_its_middle_is_judged() {
-    let lab = Lab::builder().config("onDeny", "reject").build();
-    let (_web, cart) = lab.shop_and_cart("shop.test:443");
-    let listener = lab
-        .outside()
-        .run(|| std::net::TcpListener::bind((server(20), 444)));
-    let listener = listener.expect("listen outside");
-    let mut opened = cart.reach_tcp((server(20), 444));
-    let (mut peer, _) = listener.accept().expect("the pod calls");
-    // Whoever is the first to send then looks to the node like the one who has opened it.
-    nft(
-        lab.node(),
-        "table inet tracking { chain forward { type filter hook forward priority filter; ct state new counter; }; }",
-    );
-    peer.write_all(b"word").expect("send to the pod");
-    opened.read_exact(&mut [0; 4]).expect("it is heard");
-    let _agent = lab.start_agent(&[&cart]);
-    is_reset(&mut opened);
-    assert_eq!(existing(&lab)["inbound_kept"], 0);
-}
-
-#[test]
 fn with_end_no_connection_from_before_goes_on() {
     let lab = rejecting().config("existingConnections", "end").build();
     let (_web, cart) = lab.shop_and_cart("shop.test:443");

@@ -353,27 +353,25 @@ fn counted(socket: &TcpStream) -> [u64; 3] {
     [info[15], info[25], info[26]]
 }
 
-/// The pod's connection to the peer, whose counters an option has made lie.
+/// Makes the counters of a connection lie by an option with which nothing can be sent.
 #[track_caller]
-fn lies(lab: &Lab, peer: IpAddr, level: libc::c_int, name: libc::c_int, option: &[u8]) {
-    let _echo = lab.serve_tcp(THERE);
-    let cart = lab.pod("shop", "cart");
-    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
-    let mut stream = cart.reach_tcp((peer, THERE));
-    set_option(&stream, level, name, option);
+fn make_lie(stream: &mut TcpStream, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+    set_option(stream, level, name, option);
     // It is counted as sent, and cannot be sent.
     stream.write_all(b"x").expect("write");
-    set_option(&stream, level, name, &[]);
-    eventually(
-        "the counters say that the peer opened the connection",
-        || {
-            let [acknowledged, sent, again] = counted(&stream);
-            holds(acknowledged == 2 && sent == 2 && again == 0)
-        },
-    );
+    set_option(stream, level, name, &[]);
+    let says = "the counters say that the peer opened the connection";
+    eventually(says, || {
+        let [acknowledged, sent, again] = counted(stream);
+        holds(acknowledged == 2 && sent == 2 && again == 0)
+    });
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
-    stream.read_exact(&mut [0]).expect("the peer answers");
-    let agent = lab.start_agent(&[&cart]);
+}
+
+/// The connection is judged, and nothing allows it.
+#[track_caller]
+fn is_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
+    let agent = lab.start_agent(&[cart]);
     let outcome = stream
         .write_all(b"more")
         .and_then(|()| stream.read_exact(&mut [0; 4]));
@@ -382,6 +380,18 @@ fn lies(lab: &Lab, peer: IpAddr, level: libc::c_int, name: libc::c_int, option: 
     agent.wait_said("that it is judged", |line| {
         line.contains("are judged as the")
     });
+}
+
+/// A connection to the peer whose counters an option has made lie is judged.
+#[track_caller]
+fn lies(lab: &Lab, peer: IpAddr, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+    let _echo = lab.serve_tcp(THERE);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let mut stream = cart.reach_tcp((peer, THERE));
+    make_lie(&mut stream, level, name, option);
+    stream.read_exact(&mut [0]).expect("the peer answers");
+    is_judged(lab, &cart, &mut stream);
 }
 
 /// A routing header of type 4 (RFC 8754) with 127 segments, which no link here carries.
@@ -404,6 +414,30 @@ fn a_routing_header_that_is_too_long_makes_no_connection_one_of_others() {
         let (level, option) = (libc::IPPROTO_IPV6, libc::IPV6_RTHDR);
         lies(&lab, to.into(), level, option, &header);
     }
+}
+
+#[test]
+fn a_connection_that_the_node_has_only_seen_in_its_middle_is_no_connection_of_others() {
+    let IpAddr::V6(to) = server6(9) else {
+        unreachable!("an IPv6 address")
+    };
+    let lab = Lab::builder().config("onDeny", "reject").build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let listener = lab.outside().run(|| TcpListener::bind((to, THERE)));
+    let listener = listener.expect("listen outside");
+    let mut stream = cart.reach_tcp((to, THERE));
+    let (mut peer, _) = listener.accept().expect("the pod calls");
+    let header = long_routing_header(to);
+    make_lie(&mut stream, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &header);
+    // Who is the first to send from now on looks to the node like the one who has opened it.
+    nft(
+        lab.node(),
+        "table inet late { chain forward { type filter hook forward priority filter; ct state new counter; }; }",
+    );
+    peer.write_all(b"word").expect("send to the pod");
+    stream.read_exact(&mut [0; 4]).expect("it is heard");
+    is_judged(&lab, &cart, &mut stream);
 }
 
 #[test]

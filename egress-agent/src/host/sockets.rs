@@ -13,8 +13,10 @@ use super::tcp_table;
 
 /// Where the tables of the calling thread's network namespace are.
 const TABLES: &str = "/proc/thread-self/net";
-/// TCP sockets of one pod that are looked at, and as many UDP sockets.
-const SOCKETS: usize = 8_192;
+/// TCP sockets of one pod that are looked at: as many as a pod has inbound flows by default.
+const TCP_SOCKETS: usize = 16_384;
+/// The same of UDP sockets. Those that are noted take places of flows that the pod opens.
+const UDP_SOCKETS: usize = 4_096;
 /// How long one pod's sockets are looked at.
 const TIME: Duration = Duration::from_millis(200);
 /// Longest line of a table that is read; most have about 150 bytes.
@@ -68,7 +70,7 @@ pub struct OpenSocket {
 pub struct OpenSockets {
     /// Those that were read.
     pub sockets: Vec<OpenSocket>,
-    /// Whether there are more than what is read of one pod (8,192 of each protocol, within 200 ms).
+    /// Whether there are more than what is read of one pod (16,384 of TCP and 4,096 of UDP, within 200 ms).
     pub cut_short: bool,
     /// TCP connections on which so much went on that nobody can tell who opened them. They count as
     /// opened by the pod.
@@ -80,8 +82,10 @@ pub struct OpenSockets {
 /// How much work is done for one pod.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Sockets of one protocol.
-    pub(super) sockets: usize,
+    /// TCP sockets.
+    pub(super) tcp: usize,
+    /// UDP sockets.
+    pub(super) udp: usize,
     /// When to stop.
     pub(super) until: Instant,
 }
@@ -90,7 +94,8 @@ impl Bounds {
     /// Those of every pod, from now on.
     pub(super) fn new() -> Self {
         Self {
-            sockets: SOCKETS,
+            tcp: TCP_SOCKETS,
+            udp: UDP_SOCKETS,
             until: Instant::now() + TIME,
         }
     }
@@ -138,10 +143,10 @@ pub(super) fn here(bounds: &Bounds) -> io::Result<OpenSockets> {
 /// Adds the lines of a table, as long as there are not more than the bounds. Returns whether that is all of
 /// them.
 fn read(table: impl Read, lines: &mut Vec<Line>, bounds: &Bounds) -> io::Result<bool> {
-    let table = BufReader::new(table.take(LINE_BYTES * (bounds.sockets as u64 + 1)));
+    let table = BufReader::new(table.take(LINE_BYTES * (bounds.udp as u64 + 1)));
     for (count, line) in table.lines().skip(1).enumerate() {
         let is_over = count.is_multiple_of(LINES_AT_ONCE) && bounds.is_over();
-        if lines.len() == bounds.sockets || is_over {
+        if lines.len() == bounds.udp || is_over {
             return Ok(false);
         }
         let line = line?;
@@ -309,12 +314,12 @@ mod tests {
         let table = |count: usize| format!("heading\n{}", one.repeat(count));
         let bounds = Bounds::new();
         let mut lines = Vec::new();
-        assert!(read(table(SOCKETS).as_bytes(), &mut lines, &bounds).unwrap());
-        assert_eq!(lines.len(), SOCKETS);
+        assert!(read(table(UDP_SOCKETS).as_bytes(), &mut lines, &bounds).unwrap());
+        assert_eq!(lines.len(), UDP_SOCKETS);
         assert!(!read(table(1).as_bytes(), &mut lines, &bounds).unwrap());
         lines.clear();
-        assert!(!read(table(SOCKETS + 1).as_bytes(), &mut lines, &bounds).unwrap());
-        assert_eq!(lines.len(), SOCKETS);
+        assert!(!read(table(UDP_SOCKETS + 1).as_bytes(), &mut lines, &bounds).unwrap());
+        assert_eq!(lines.len(), UDP_SOCKETS);
     }
 
     #[test]

@@ -169,7 +169,7 @@ pub(super) fn connections(bounds: &Bounds) -> io::Result<Connections> {
     let mut diagnosis = Diagnosis::open()?;
     let mut found = Connections::default();
     let mut busy: Vec<Entry> = Vec::new();
-    let mut left = bounds.sockets;
+    let mut left = bounds.tcp;
     for family in [IPV4, IPV6] {
         // No IPv6 in this kernel is an empty list.
         let (entries, whole) = diagnosis.list(family, left)?;
