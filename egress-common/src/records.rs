@@ -35,7 +35,7 @@ pub const INTERFACE_REJECT: u32 = 1;
 /// The pod begins to be enforced: of what it sends only the source is judged, and no DNS is held.
 pub const INTERFACE_SOURCES: u32 = 1 << 1;
 /// The pod begins to be enforced, and frames may be on their way to it that it sent when nobody judged
-/// their sources: no flows are noted.
+/// their sources: what comes to the pod passes, and no flows are noted.
 pub const INTERFACE_SETTLING: u32 = 1 << 2;
 
 /// A port class: what one bit of a class bitmap stands for.

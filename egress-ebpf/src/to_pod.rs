@@ -49,7 +49,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
         return PASS;
     };
-    if interface.mode == MODE_RELEASED {
+    if interface.mode == MODE_RELEASED || interface.flags & INTERFACE_SETTLING != 0 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
@@ -92,28 +92,28 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     };
     let is_answer = may_be_dns && range.is_resolver_at(packet.src_port);
     let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
-    let has_ports = !matches!(packet.fragment, Fragment::Later);
-    // The agent is about to judge the pod. What others open is noted already, unless the pod may have sent it
-    // itself; no question was held yet, so no response is either.
-    let begins = interface.flags & INTERFACE_SOURCES != 0;
-    let is_noted = has_ports && !is_answer && interface.flags & INTERFACE_SETTLING == 0;
     // TCP finds out how long its segments may be, and its fragments are not put together.
-    if is_answer && !begins && packet.bit == bits::TCP && is_fragment(packet) {
+    if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return Some(deny(
             ctx,
             &denied(interface, Some(packet), Reason::DnsFragmented),
         ));
     }
-    if is_answer && !begins && is_several_datagrams(&skb, packet) {
+    if is_answer && is_several_datagrams(&skb, packet) {
         return Some(deny(
             ctx,
             &denied(interface, Some(packet), Reason::DnsMalformed),
         ));
     }
-    if is_noted {
+    let has_ports = !matches!(packet.fragment, Fragment::Later);
+    if has_ports && !is_answer {
         note_flow(&skb, interface, packet);
     }
-    if !is_held || begins {
+    if !is_held {
+        return None;
+    }
+    // No question of a pod was held that only begins to be judged.
+    if interface.flags & INTERFACE_SOURCES != 0 {
         return None;
     }
     if interface.mode == MODE_AUDIT {
