@@ -36,6 +36,10 @@ pub const OTHER_NS: u64 = 120 * SECOND_NS;
 /// How long later fragments may follow their first: the reassembly time-out of Linux
 /// (`net.ipv4.ipfrag_time`).
 pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
+/// How long a frame that a pod sent in another's name may take until it comes back to the pod. A node keeps
+/// a packet for three seconds whose receiver it still looks for (`net.ipv4.neigh.*.mcast_solicit` attempts,
+/// one each second).
+pub const FORGED_NS: u64 = 10 * SECOND_NS;
 
 /// How long the flow may be idle before it is forgotten, in nanoseconds.
 #[inline(always)]

@@ -32,6 +32,11 @@ pub const MODE_RELEASED: u32 = 3;
 
 /// Tell the agent about denied packets so that it answers them (`onDeny: reject`).
 pub const INTERFACE_REJECT: u32 = 1;
+/// The pod begins to be enforced: of what it sends only the source is judged, and no DNS is held.
+pub const INTERFACE_SOURCES: u32 = 1 << 1;
+/// The pod begins to be enforced, and frames may be on their way to it that it sent when nobody judged
+/// their sources: what comes to the pod passes, and no flows are noted.
+pub const INTERFACE_SETTLING: u32 = 1 << 2;
 
 /// A port class: what one bit of a class bitmap stands for.
 ///
@@ -540,6 +545,17 @@ pub struct Probes {
     pub v6: u64,
 }
 
+/// Value of `forged`, keyed by pod: when the pod may have sent frames in another's name that somebody on the
+/// node can send back to it. Times are nanoseconds of `CLOCK_BOOTTIME`; 0 is never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Forged {
+    /// When the last frame left, in audit mode, whose source was not known to be the pod's own.
+    pub sent_ns: u64,
+    /// When the pod began to be enforced, if nobody judged its sources before.
+    pub unjudged_ns: u64,
+}
+
 #[cfg(feature = "agent")]
 mod pod {
     macro_rules! pod {
@@ -566,6 +582,7 @@ mod pod {
         super::Counters,
         super::Meter,
         super::Probes,
+        super::Forged,
         super::TunnelKey,
         super::LinkAddress,
         super::LinkOwner,
@@ -592,6 +609,7 @@ const _: () = {
     assert!(size_of::<Counters>() == 18 * 8);
     assert!(size_of::<Meter>() == 9 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
+    assert!(size_of::<Forged>() == 2 * 8);
     assert!(size_of::<TunnelKey>() == 4);
     assert!(size_of::<LinkAddress>() == 16);
     assert!(size_of::<LinkHardware>() == 8);

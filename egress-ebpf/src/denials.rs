@@ -15,7 +15,7 @@ use egress_common::{
 use crate::{
     DROP, PASS,
     counters::count,
-    held,
+    forged, held,
     maps::{DENIALS, METER},
     skb::{Skb, now_ns},
 };
@@ -67,10 +67,22 @@ pub fn deny(ctx: &TcContext, denied: &Denied<'_>) -> i32 {
         }
     });
     record(&skb, denied, verdict);
+    if audit && denied.direction == FROM_POD && is_of_unknown_source(denied.reason) {
+        forged::note(denied.interface.pod);
+    }
     if verdict == VERDICT_REJECTED {
         held::take(&skb, denied.interface, HELD_REJECT, true);
     }
     if audit { PASS } else { DROP }
+}
+
+/// Whether the frame may have another's source.
+#[inline(always)]
+const fn is_of_unknown_source(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::SpoofedSource | Reason::Malformed | Reason::PodUnknown
+    )
 }
 
 /// Whether somebody honest waits for a reply to this packet: not to what is malformed, spoofed or

@@ -10,8 +10,8 @@ use egress_common::{
     reason::Reason,
     records::{
         AllowKey, FLOW_CUT, FLOW_IN, FLOW_OUT, FLOW_SEEN_OUT, FROM_POD, Flow, FlowKey,
-        HELD_QUESTION, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, POLICY_UNIDENTIFIED, Policy,
-        RANGE_NODE, Range, TunnelKey,
+        HELD_QUESTION, INTERFACE_SOURCES, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS,
+        POLICY_UNIDENTIFIED, Policy, RANGE_NODE, Range, TunnelKey,
     },
     translation::embedded_v4,
     verdict::{self, Destination, Translated, Verdict},
@@ -155,6 +155,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
     if !waits && !is_own(policy, &packet.src) {
         return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
+    }
+    // The agent is about to judge the rest, too.
+    if interface.flags & INTERFACE_SOURCES != 0 {
+        return pass(&skb);
     }
     if is_question {
         return hold_question(ctx, interface, policy, packet);

@@ -40,6 +40,7 @@ mod checksum;
 mod counters;
 mod denials;
 mod flows;
+mod forged;
 mod from_pod;
 mod hardware;
 mod headers;

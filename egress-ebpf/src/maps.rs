@@ -13,9 +13,9 @@ use egress_common::{
         INTERFACES, LINK_OWNERS, NODE_ADDRESSES, POLICIES, RANGE_ENTRIES, TUNNELS,
     },
     records::{
-        AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Held, Identity,
-        Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NodeAddress, Policy, Probes, Range,
-        Tunnel, TunnelKey,
+        AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Forged, Held,
+        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NodeAddress, Policy,
+        Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -90,6 +90,10 @@ pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::
 
 #[btf_map(name = "probes")]
 pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
+
+/// When pods may have sent frames in another's name. No entry is never.
+#[btf_map(name = "forged")]
+pub static FORGED: HashMap<u32, Forged, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "link_owners")]
 pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize }, NO_PREALLOC> =

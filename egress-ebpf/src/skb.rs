@@ -37,6 +37,13 @@ impl Skb<'_> {
         unsafe { (*self.0.skb.skb).ifindex }
     }
 
+    /// Index of the interface by which the node received the frame; 0 if the node made it.
+    #[inline(always)]
+    pub fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).ingress_ifindex }
+    }
+
     /// The frame's EtherType, in network byte order.
     #[inline(always)]
     pub fn protocol(&self) -> u32 {

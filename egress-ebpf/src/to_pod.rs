@@ -9,15 +9,15 @@ use egress_common::{
     protocol::{self, bits},
     reason::Reason,
     records::{
-        FLOW_IN, Flow, HELD_ANSWER, Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER,
-        Range, TO_POD, UNJUDGED,
+        FLOW_IN, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES, Interface, MODE_AUDIT,
+        MODE_RELEASED, NO_CLASS, RANGE_RESOLVER, Range, TO_POD, UNJUDGED,
     },
 };
 
 use crate::{
     DROP, PASS, checksum,
     denials::{Denied, deny},
-    flows,
+    flows, forged,
     from_pod::{is_several_datagrams, may_be_dns_port, range_of},
     headers, held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
@@ -49,7 +49,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
         return PASS;
     };
-    if interface.mode == MODE_RELEASED {
+    if interface.mode == MODE_RELEASED || interface.flags & INTERFACE_SETTLING != 0 {
         return PASS;
     }
     let mut packet = Packet::EMPTY;
@@ -107,6 +107,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     if !is_held {
         return None;
     }
+    // No question of a pod was held that only begins to be judged.
+    if interface.flags & INTERFACE_SOURCES != 0 {
+        return None;
+    }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_ANSWER, false);
         return Some(PASS);
@@ -153,7 +157,7 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if packet.opens_inbound() {
+    } else if packet.opens_inbound() && !forged::may_be(skb, interface.pod, now_ns) {
         Flow {
             last_seen_ns: now_ns,
             // The policy looks at it when the pod answers.

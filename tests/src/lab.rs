@@ -19,6 +19,7 @@ use crate::{
     addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER, server},
     line::Line,
     namespace::{Namespace, PREFIX, sweep},
+    rewritten::nft,
 };
 
 /// Both ends of the link to the outside know each other from the start: a second passes before an
@@ -27,12 +28,22 @@ const UPLINK: &str = "02:00:00:ff:00:01";
 /// See [`UPLINK`].
 const OUTSIDE: &str = "02:00:00:ff:00:02";
 
+/// Rules that need to know connections.
+const TRACKING: &str = "table inet tracking {
+    chain forward {
+        type filter hook forward priority filter;
+        ct state invalid drop
+    }
+}
+";
+
 /// What a [`Lab`] is built from.
 #[derive(Debug)]
 pub struct Builder {
     mtu: u32,
     dns: bool,
     lossy: bool,
+    tracking: bool,
     config: Value,
 }
 
@@ -42,6 +53,7 @@ impl Default for Builder {
             mtu: 1500,
             dns: true,
             lossy: false,
+            tracking: false,
             config: json!({
                 "node": "n1",
                 "dns": { "resolvers": [RESOLVER, RESOLVER6] },
@@ -69,6 +81,13 @@ impl Builder {
     #[must_use]
     pub fn lossy(mut self) -> Self {
         self.lossy = true;
+        self
+    }
+
+    /// Makes the node track connections, as a node does on which kube-proxy has rules.
+    #[must_use]
+    pub fn tracking(mut self) -> Self {
+        self.tracking = true;
         self
     }
 
@@ -166,6 +185,7 @@ impl Lab {
             mtu,
             dns,
             lossy,
+            tracking,
             config,
         } = builder;
         let name = format!(
@@ -177,6 +197,9 @@ impl Lab {
         let node = Namespace::create(&format!("{name}-node"), true);
         let outside = Namespace::create(&format!("{name}-outside"), false);
         let line = link(&name, &node, &outside, mtu, lossy);
+        if tracking {
+            nft(&node, TRACKING);
+        }
         node.ip_batch(&format!(
             "addr add 10.98.0.1/30 dev uplink\n\
              addr add fd98::1/64 dev uplink nodad\n\

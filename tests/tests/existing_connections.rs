@@ -13,7 +13,7 @@ use std::{
 
 use egress_tests::{
     Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server, echo_on,
-    eventually, exchange, holds,
+    eventually, exchange, holds, rewritten::nft,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
@@ -65,8 +65,9 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
+/// A node as most are: it tracks connections.
 fn rejecting() -> Builder {
-    Lab::builder().config("onDeny", "reject")
+    Lab::builder().tracking().config("onDeny", "reject")
 }
 
 /// Removes every pin of the laboratory's agents, as a reboot does.
@@ -453,4 +454,146 @@ fn without_a_note_on_the_node_nothing_is_trusted() {
     assert!(said.contains(file.to_str().unwrap()), "{said}");
     is_reset(&mut out);
     assert_eq!(existing(&lab)["outbound"], "judged");
+}
+
+#[test]
+fn a_connection_through_a_service_goes_on() {
+    let lab = rejecting().build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    // As kube-proxy does for a node port, with the node's address for the caller's.
+    nft(
+        lab.node(),
+        &format!(
+            "table ip service {{
+                chain before {{
+                    type nat hook prerouting priority dstnat;
+                    ip daddr 10.98.0.1 tcp dport 30080 dnat to {}:8080
+                }}
+                chain after {{
+                    type nat hook postrouting priority srcnat;
+                    ct status dnat masquerade
+                }}
+            }}",
+            cart.ipv4()
+        ),
+    );
+    let listener = cart.listen_tcp(8080);
+    let caller = lab.outside().run(|| TcpStream::connect("10.98.0.1:30080"));
+    let (server, seen) = listener.accept().expect("the pod's server accepts");
+    assert_eq!(seen.ip().to_canonical().to_string(), "10.1.1.1");
+    let mut inbound = Inbound {
+        caller: caller.expect("the pod is called"),
+        server,
+    };
+    let _agent = lab.start_agent(&[&cart]);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+}
+
+#[test]
+fn over_ipv6_what_others_have_opened_goes_on() {
+    let lab = rejecting().build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let listener = cart.listen_tcp(8080);
+    let to = SocketAddr::from((cart.ipv6(), 8080));
+    let caller = lab.outside().run(|| TcpStream::connect(to));
+    let (server, _) = listener.accept().expect("the pod's server accepts");
+    let mut inbound = Inbound {
+        caller: caller.expect("the pod is called"),
+        server,
+    };
+    let _agent = lab.start_agent(&[&cart]);
+    assert!(inbound.goes_on(), "what others have opened was cut");
+}
+
+#[test]
+fn where_the_node_tracks_no_connections_those_of_others_are_judged_and_counted() {
+    let lab = Lab::builder().config("onDeny", "reject").build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", &format!("{}:443", server(10)))]);
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+    let agent = lab.start_agent(&[&cart]);
+    is_reset(&mut inbound.server);
+    let said = agent.wait_said("that it is judged", |line| {
+        line.contains("are judged as the")
+    });
+    assert!(
+        said.contains("WARN") && said.contains("connections=1"),
+        "{said}"
+    );
+    let told = existing(&lab);
+    assert_eq!(
+        (&told["inbound_kept"], &told["inbound_judged"]),
+        (&json!(0), &json!(1))
+    );
+    // New ones are opened as ever.
+    assert!(Inbound::open(&lab, &cart, 8081).goes_on());
+}
+
+#[test]
+fn with_end_no_connection_from_before_goes_on() {
+    let lab = rejecting().config("existingConnections", "end").build();
+    let (_web, cart) = lab.shop_and_cart("shop.test:443");
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+    let mut opened = cart.talks_tcp((server(20), 443));
+    let _agent = lab.start_agent(&[&cart]);
+    is_reset(&mut inbound.server);
+    is_reset(&mut opened);
+    assert!(Inbound::open(&lab, &cart, 8081).goes_on());
+    let told = existing(&lab);
+    assert_eq!(told["because"], "existingConnections: end");
+}
+
+#[test]
+fn trust_opens_no_tunnel_no_denied_and_no_protected_address() {
+    let state = state_dir();
+    let lab = trusting(state.path())
+        .config("ranges.internal", json!(["10.99.0.0/24"]))
+        .build();
+    let _echo = lab.serve_udp(4789);
+    let _web = lab.serve_tcp(443);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(
+        &cart,
+        &[("allow", "shop.test:443"), ("deny", "203.0.113.30")],
+    );
+    let tunnel = cart.udp_socket(("10.99.0.7".parse::<Ipv4Addr>().unwrap(), 4789));
+    let translated: std::net::Ipv6Addr = "64:ff9b::10.99.0.7".parse().unwrap();
+    let translated = cart.udp_socket((translated, 4789));
+    assert!(echo_on(&tunnel, b"before", DEADLINE) && echo_on(&translated, b"before", DEADLINE));
+    let mut denied = cart.talks_tcp((server(30), 443));
+    let metadata: Ipv4Addr = "169.254.169.254".parse().unwrap();
+    let mut protected = cart.talks_tcp((metadata, 443));
+    let mut other = cart.talks_tcp((server(20), 443));
+
+    let agent = lab.start_agent(&[&cart]);
+    assert!(exchange(&mut other, b"after", DEADLINE), "it was cut");
+    is_reset(&mut denied);
+    is_reset(&mut protected);
+    assert!(!echo_on(&tunnel, b"after", SHORT), "the tunnel is open");
+    assert!(!echo_on(&translated, b"after", SHORT), "the tunnel is open");
+    agent.wait_denial("the tunnel", |denial| {
+        denial.is(&cart, "tunnel", "10.99.0.7".parse().unwrap(), 4789)
+    });
+    assert_eq!(existing(&lab)["outbound_trusted"], 1);
+}
+
+#[test]
+fn a_pod_with_more_sockets_than_are_read_is_told_and_enforced() {
+    let lab = rejecting().build();
+    let (_web, cart) = lab.shop_and_cart(&format!("{}:443", server(10)));
+    let other = lab.pod("shop", "other");
+    lab.write_pod(&other, &[("allow", "shop.test:443")]);
+    let mut inbound = Inbound::open(&lab, &cart, 8080);
+    let mut of_other = Inbound::open(&lab, &other, 8080);
+    let to = SocketAddr::from((server(20), 9));
+    let sockets: Vec<UdpSocket> = (0..9_000).map(|_| cart.udp_socket(to)).collect();
+    let agent = lab.start_agent(&[&cart, &other]);
+    agent.wait_said("that not all are read", |line| {
+        line.contains("cut_short=true") && line.contains("shop/cart")
+    });
+    assert!(inbound.goes_on() && of_other.goes_on(), "it was cut");
+    assert!(cart.connect_tcp((server(10), 443), DEADLINE).is_ok());
+    drop(sockets);
 }

@@ -68,8 +68,12 @@ fn all(status: &Status) -> String {
     let existing = &agent.existing_connections;
     let _ = writeln!(
         text,
-        "connections from before: outbound {} ({}), {} kept; inbound {} kept",
-        existing.outbound, existing.because, existing.outbound_trusted, existing.inbound_kept
+        "connections from before: outbound {} ({}), {} kept; inbound {} kept, {} judged",
+        existing.outbound,
+        existing.because,
+        existing.outbound_trusted,
+        existing.inbound_kept,
+        existing.inbound_judged
     );
     for problem in &status.problems {
         let _ = writeln!(text, "problem: {}: {}", problem.about, problem.message);

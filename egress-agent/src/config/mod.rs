@@ -8,7 +8,7 @@
 //! podAnnotations: grant         # grant | narrow | ignore: what a pod's own annotations may do
 //! onDeny: drop                  # drop | reject
 //! unenforcedInterfaces: report  # report | refuse: pods with an interface that nothing can enforce
-//! existingConnections: judge    # judge | trust: connections from before a pod was enforced
+//! existingConnections: judge    # judge | trust | end: connections from before a pod was enforced
 //! stateDir: /var/lib/egress-agent
 //! bpffs: /sys/fs/bpf
 //! ranges:
@@ -191,14 +191,15 @@ pub enum UnenforcedInterfaces {
     Refuse,
 }
 
-/// What becomes of connections that a pod has opened before it was enforced. Those that others have
-/// opened go on.
+/// What becomes of connections from before a pod was enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExistingConnections {
-    /// The pod's policy judges them.
+    /// The pod's policy judges those that the pod has opened; those that others have opened go on.
     Judge,
-    /// They go on, once on each node.
+    /// All go on, once on each node.
     Trust,
+    /// The pod's policy judges all of them.
+    End,
 }
 
 /// Sizes.
@@ -297,6 +298,7 @@ impl Config {
                 node.word(&[
                     ("judge", ExistingConnections::Judge),
                     ("trust", ExistingConnections::Trust),
+                    ("end", ExistingConnections::End),
                 ])
             })?,
             state_dir: or(

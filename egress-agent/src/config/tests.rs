@@ -303,7 +303,7 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "existingConnections: allow",
-            "line 1, column 22: existingConnections: `allow` is not one of judge, trust",
+            "line 1, column 22: existingConnections: `allow` is not one of judge, trust, end",
         ),
         (
             "stateDir: state",

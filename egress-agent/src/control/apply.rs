@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     datapath::{Adoptable, FlowMap, Unused},
-    gate::Enforcement,
+    gate::{Enforcement, Judged},
     host::Network,
     report::PodIdentity,
 };
@@ -61,9 +61,16 @@ impl Reconciler {
         let mut flows = self.flows_of(pod)?;
         self.take_from_quarantine(&wanted, &mut flows)?;
         let has_unjudged = self.has_unjudged(key, &wanted);
-        let judges = |ifindex: &u32| self.is_anothers(pod, *ifindex);
-        if has_unjudged && wanted.interfaces.iter().any(judges) {
-            self.seed(key, &wanted, &mut flows, policy);
+        let is_judged = |ifindex: &u32| self.is_anothers(pod, *ifindex);
+        let settles = has_unjudged && !wanted.interfaces.iter().any(is_judged);
+        let entry = if settles {
+            self.datapath.note_unjudged(pod)?;
+            Judged::Sources.in_entry(entry)
+        } else {
+            entry
+        };
+        if has_unjudged && !settles {
+            self.seed(key, &wanted, &mut flows, policy).await;
         }
         self.gate
             .apply(Enforcement {
@@ -78,20 +85,16 @@ impl Reconciler {
             .await?;
         // Known before the first packet can be denied.
         self.announce(pod, &identity, &wanted.compiled, policy);
-        if has_unjudged {
-            self.seed(key, &wanted, &mut flows, policy);
-        }
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
         self.unjudged.judge(&wanted.interfaces);
         let left = self.adoptable.remove(&pod);
-        tracing::info!(
-            pod = %title(key),
-            interfaces = ?wanted.interfaces,
-            mode = %wanted.compiled.mode.as_str(),
-            "enforcing"
-        );
+        if settles {
+            self.settling.push(key.clone());
+        } else {
+            say_enforcing(key, &wanted);
+        }
         let enforced = Enforced {
             wanted,
             identity,
@@ -149,7 +152,7 @@ impl Reconciler {
     }
 
     /// A handle on a pod's flows.
-    fn flows_of(&self, pod: u32) -> Result<FlowMap> {
+    pub(super) fn flows_of(&self, pod: u32) -> Result<FlowMap> {
         self.datapath
             .flow_map(pod)?
             .with_context(|| format!("pod {pod} has no flow map"))
@@ -171,13 +174,14 @@ impl Reconciler {
         if let Some(new) = &new {
             self.take_from_quarantine(new, &mut flows)?;
         }
-        self.gate.move_to(pod, interfaces.clone()).await?;
-        if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
-            self.seed(key, &new, &mut flows, policy);
-        }
+        // Without an entry nothing leaves by a new interface, so no frame comes back that nobody judged.
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
+        if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
+            self.seed(key, &new, &mut flows, policy).await;
+        }
+        self.gate.move_to(pod, interfaces.clone()).await?;
         self.unjudged.judge(&interfaces);
         tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
         let Some(enforced) = self.enforced.get_mut(key) else {
@@ -268,4 +272,14 @@ impl Reconciler {
             .values()
             .any(|other| other.pod != pod && other.wanted.interfaces.contains(&ifindex))
     }
+}
+
+/// Says that a pod is enforced from now on.
+pub(super) fn say_enforcing(key: &PodKey, wanted: &Wanted) {
+    tracing::info!(
+        pod = %title(key),
+        interfaces = ?wanted.interfaces,
+        mode = %wanted.compiled.mode.as_str(),
+        "enforcing"
+    );
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::Quarantine,
-    host::{self, Host, Links, Network, OpenSockets},
+    host::{self, Host, Links, Network, SocketsOf},
     pods::Snapshot,
 };
 
@@ -176,7 +176,7 @@ impl Places {
     /// # Errors
     ///
     /// When they cannot be read.
-    pub(super) fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+    pub(super) fn sockets(&self, network: &Network) -> io::Result<SocketsOf> {
         match &self.host {
             Some(host) => host.sockets(network),
             None => Err(io::ErrorKind::Unsupported.into()),
@@ -188,7 +188,7 @@ impl Places {
     /// # Errors
     ///
     /// When there is none, or they cannot be read.
-    pub(super) fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+    pub(super) fn sockets_behind(&mut self, ifindex: u32) -> io::Result<SocketsOf> {
         match &mut self.host {
             Some(host) => host.sockets_behind(ifindex),
             None => Err(io::ErrorKind::Unsupported.into()),

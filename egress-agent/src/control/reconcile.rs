@@ -71,6 +71,8 @@ pub(super) struct Reconciler {
     pub(super) trusting: bool,
     /// How many connections from before went on.
     pub(super) existing: Existing,
+    /// Pods that ran before and begin to be enforced: of them only the sources are judged yet.
+    pub(super) settling: Vec<PodKey>,
     /// How many ranges there have been: flows that passed under earlier ones are judged again.
     pub(super) ranges: u64,
     pub(super) known: Arc<KnownPods>,
@@ -131,6 +133,7 @@ impl Reconciler {
             trust: Trust::claim(config),
             trusting: true,
             existing: Existing::default(),
+            settling: Vec::new(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
@@ -273,6 +276,12 @@ impl Reconciler {
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
                 complaints.insert(key, format!("{error:#}"));
                 waiting.insert((key.clone(), uid));
+            }
+        }
+        for (key, error) in self.settle().await {
+            if let Some((key, pod)) = snapshot.pods.get_key_value(&key) {
+                complaints.insert(key, format!("not enforced yet: {error:#}"));
+                waiting.insert((key.clone(), pod.uid.clone()));
             }
         }
         for key in leaving {

@@ -32,8 +32,8 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 /// Whether this agent trusts the connections that pods have opened before they were enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trust {
-    /// The operator does not want it.
-    Unwanted,
+    /// The operator does not want it, but this.
+    Unwanted(&'static str),
     /// An agent of this node has used it; the text is what it noted.
     Used(String),
     /// The note could not be made; the text says why.
@@ -45,8 +45,10 @@ pub(super) enum Trust {
 impl Trust {
     /// Finds out, and notes on the node that it was used.
     pub(super) fn claim(config: &Config) -> Self {
-        if config.existing_connections == ExistingConnections::Judge {
-            return Self::Unwanted;
+        match config.existing_connections {
+            ExistingConnections::Judge => return Self::Unwanted("judge"),
+            ExistingConnections::End => return Self::Unwanted("end"),
+            ExistingConnections::Trust => {}
         }
         let path = config.state_dir.join(USED);
         let trust = match note(&config.state_dir, &path, &config.node) {
@@ -79,7 +81,7 @@ impl Trust {
 impl fmt::Display for Trust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unwanted => write!(f, "existingConnections: judge"),
+            Self::Unwanted(but) => write!(f, "existingConnections: {but}"),
             Self::Used(when) => write!(
                 f,
                 "existingConnections: trust was used on this node before: {when}"

@@ -14,7 +14,7 @@ use aya_obj::Object;
 use egress_common::{
     address::Address,
     limits::{DNS_PORTS, FlowLimits},
-    records::{DnsPorts, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
+    records::{DnsPorts, Forged, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
 use super::{
@@ -44,6 +44,7 @@ const SHARED_MAPS: &[&str] = &[
     "link_locals",
     "link_hardware",
     "node_addresses",
+    "forged",
     "meters",
     "counters",
     "held",
@@ -119,6 +120,7 @@ pub struct Datapath {
     pub(super) policies: HashMap<MapData, u32, Policy>,
     pub(super) outer: Arc<OuterMaps>,
     pub(super) meters: HashMap<MapData, u32, Meter>,
+    pub(super) forged: HashMap<MapData, u32, Forged>,
     pub(super) identities: HashMap<MapData, u32, Identity>,
     ranges: LpmTrie<MapData, Address, Range>,
     dns_ports: Array<MapData, DnsPorts>,
@@ -180,6 +182,7 @@ impl Datapath {
             policies: HashMap::try_from(take(&mut ebpf, "policies")?)?,
             outer: Arc::new(OuterMaps::open(|name| open(&layout, name))?),
             meters: HashMap::try_from(take(&mut ebpf, "meters")?)?,
+            forged: HashMap::try_from(take(&mut ebpf, "forged")?)?,
             identities: HashMap::try_from(take(&mut ebpf, "identities")?)?,
             ranges: LpmTrie::try_from(take(&mut ebpf, "ranges")?)?,
             dns_ports: Array::try_from(take(&mut ebpf, "dns_ports")?)?,

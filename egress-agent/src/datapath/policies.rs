@@ -6,11 +6,11 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
-    records::{AllowEntry, AllowKey, CidrEntry, Policy},
+    records::{AllowEntry, AllowKey, CidrEntry, Forged, Policy},
 };
 
 use super::{
-    AllowMap, Datapath, FlowMap, Hook, PodPins, interfaces,
+    AllowMap, Datapath, FlowMap, Hook, PodPins, boottime_ns, interfaces,
     outer::{Change, Outer, another},
 };
 
@@ -160,6 +160,21 @@ impl Datapath {
         Ok(())
     }
 
+    /// Notes that a pod begins to be enforced whose sources nobody has judged until now.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn note_unjudged(&mut self, pod: u32) -> Result<()> {
+        let forged = Forged {
+            sent_ns: 0,
+            unjudged_ns: boottime_ns(),
+        };
+        self.forged
+            .insert(pod, forged, 0)
+            .context("cannot write the map `forged`")
+    }
+
     /// Removes what nobody uses any more, and returns for each whether it is gone. No interface may
     /// be under it.
     pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
@@ -189,8 +204,12 @@ impl Datapath {
                     Unused::Policy(id) => {
                         gone(self.policies.remove(&id)).context("cannot write the map `policies`")
                     }
-                    Unused::Pod(id) => gone(self.identities.remove(&id))
-                        .context("cannot write the map `identities`"),
+                    Unused::Pod(id) => gone(self.forged.remove(&id))
+                        .context("cannot write the map `forged`")
+                        .and_then(|()| {
+                            gone(self.identities.remove(&id))
+                                .context("cannot write the map `identities`")
+                        }),
                 };
             }
         }

@@ -47,7 +47,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use egress_common::{address::Address, packet::Packet, records::Interface};
+use egress_common::{
+    address::Address,
+    packet::Packet,
+    records::{INTERFACE_SETTLING, INTERFACE_SOURCES, Interface},
+};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
@@ -140,6 +144,33 @@ pub struct Enforcement {
     pub flows: FlowMap,
 }
 
+/// How much of a pod is judged. A pod that ran before it was enforced goes through these in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judged {
+    /// The sources of what it sends.
+    Sources,
+    /// These, and what others open towards the pod is noted.
+    SourcesAndInbound,
+    /// Everything.
+    Everything,
+}
+
+impl Judged {
+    /// An interface's entry for this.
+    #[must_use]
+    pub fn in_entry(self, entry: Interface) -> Interface {
+        let flags = match self {
+            Self::Sources => INTERFACE_SOURCES | INTERFACE_SETTLING,
+            Self::SourcesAndInbound => INTERFACE_SOURCES,
+            Self::Everything => 0,
+        };
+        Interface {
+            flags: entry.flags & !(INTERFACE_SOURCES | INTERFACE_SETTLING) | flags,
+            ..entry
+        }
+    }
+}
+
 /// What the control side asks of the gate.
 enum Command {
     /// Move a pod to a new policy, or begin with a new pod.
@@ -156,6 +187,12 @@ enum Command {
     /// Forget a pod and its interfaces' entries.
     Remove {
         pod: u32,
+        done: oneshot::Sender<Result<()>>,
+    },
+    /// Judge more of a pod that begins to be enforced.
+    Judge {
+        pod: u32,
+        judged: Judged,
         done: oneshot::Sender<Result<()>>,
     },
     /// Let everything pass these pods' interfaces, which are about to be detached from.
@@ -287,6 +324,15 @@ impl Gate {
             done,
         })
         .await
+    }
+
+    /// Judges more of a pod that begins to be enforced, from the next packet on.
+    ///
+    /// # Errors
+    ///
+    /// When the map of interfaces cannot be written.
+    pub async fn judge(&self, pod: u32, judged: Judged) -> Result<()> {
+        self.ask(|done| Command::Judge { pod, judged, done }).await
     }
 
     /// Lets everything pass these pods' interfaces from now on, and what they asked before anybody

@@ -272,6 +272,15 @@ impl Runner {
                 }
                 let _ = done.send(result);
             }
+            Command::Judge { pod, judged, done } => {
+                let result = match self.pods.get_mut(&pod) {
+                    Some(pod) => {
+                        pod.judge_more(judged, &mut self.interfaces, &mut self.shared.wire)
+                    }
+                    None => Err(anyhow!("pod {pod} is not at the gate")),
+                };
+                let _ = done.send(result);
+            }
             Command::Release { pods, done } => {
                 let _ = done.send(self.release(&pods));
             }

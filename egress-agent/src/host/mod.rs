@@ -12,6 +12,7 @@
 //! addresses) can make it unfindable at worst; it cannot make it look like another pod.
 
 mod cgroup;
+mod conntrack;
 mod exits;
 mod hardware;
 mod link_local;
@@ -24,6 +25,7 @@ mod routes;
 mod sockets;
 mod taps;
 mod tcp_table;
+mod transport;
 mod uid;
 
 use std::{
@@ -42,6 +44,7 @@ pub use link_local::taken_link_locals;
 pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
+pub use network::SocketsOf;
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
 pub use taps::{TapWatch, Taps};
@@ -207,13 +210,12 @@ impl Host {
         })
     }
 
-    /// The conversations that the sockets of a pod's network namespace are in.
+    /// A pod's network namespace, to read the sockets in it.
     ///
     /// # Errors
     ///
-    /// When the process has ended, or is in another namespace by now: locate the pod again. When the
-    /// namespace may not be entered.
-    pub fn sockets(&self, network: &Network) -> io::Result<OpenSockets> {
+    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    pub fn sockets(&self, network: &Network) -> io::Result<SocketsOf> {
         let process = Process::open(&self.proc, network.pid)?;
         let (namespace, inode) = process.open_network()?;
         if inode != network.inode {
@@ -222,16 +224,16 @@ impl Host {
                 format!("process {} has left the pod's network", network.pid),
             ));
         }
-        network::sockets_in(namespace)
+        Ok(SocketsOf::new(namespace))
     }
 
-    /// The conversations in the network namespace that an interface of the host leads to.
+    /// The network namespace that an interface of the host leads to, to read the sockets in it.
     ///
     /// # Errors
     ///
     /// When there is no such namespace, as behind a virtual machine's interface; when nothing refers to
-    /// it by which it can be entered; when it may not be entered.
-    pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<OpenSockets> {
+    /// it by which it can be entered.
+    pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<SocketsOf> {
         let link = self.netlink.link(ifindex)?;
         if !link.is_some_and(|raw| Link::new(raw, None).is_host_end()) {
             return Err(io::Error::new(
@@ -240,7 +242,7 @@ impl Host {
             ));
         }
         match network::behind(&mut self.netlink, &self.proc, self.own, ifindex)? {
-            Some(namespace) => network::sockets_in(namespace),
+            Some(namespace) => Ok(SocketsOf::new(namespace)),
             None => Err(io::Error::new(
                 io::ErrorKind::NotFound,
                 "its network namespace has no name in /run/netns, and no process in it can be seen",

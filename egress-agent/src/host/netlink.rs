@@ -12,10 +12,7 @@ use std::{
 };
 
 use rtnetlink::{
-    packet_core::{
-        DefaultNla, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
-        NetlinkBuffer, NetlinkMessage, NlasIterator,
-    },
+    packet_core::{DefaultNla, NLM_F_DUMP, NetlinkBuffer, NetlinkSerializable as _},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
@@ -24,13 +21,13 @@ use rtnetlink::{
         nsid::{NsidAttribute, NsidMessage},
         route::RouteMessage,
     },
-    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+    sys::protocols::NETLINK_ROUTE,
 };
 
-use super::HardwareAddress;
-
-/// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
-const BUFFER: usize = 32 * 1024;
+use super::{
+    HardwareAddress,
+    transport::{Transport, attributes, four, malformed},
+};
 
 /// How often a list is asked for again when the kernel says that it changed underneath.
 const ATTEMPTS: usize = 4;
@@ -99,25 +96,15 @@ impl RawLink {
 }
 
 /// A socket of the network namespace of the thread that opened it.
-pub(super) struct Netlink {
-    socket: Socket,
-    sequence: u32,
-    buffer: Vec<u8>,
-}
+pub(super) struct Netlink(Transport);
 
 impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        let mut transport = Transport::open(NETLINK_ROUTE)?;
         // Without it the kernel takes no notice of IFA_TARGET_NETNSID and answers for our own
         // namespace.
-        socket.set_netlink_get_strict_chk(true)?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-            buffer: Vec::with_capacity(BUFFER),
-        })
+        transport.be_strict()?;
+        Ok(Self(transport))
     }
 
     /// Every interface of this namespace.
@@ -298,54 +285,16 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is
-    /// not when it changed while it was made.
+    /// See [`Transport::exchange`].
     fn exchange(
         &mut self,
         request: RouteNetlinkMessage,
         flags: u16,
-        mut reply: impl FnMut(&[u8]) -> io::Result<()>,
+        reply: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<bool> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut message = NetlinkMessage::from(request);
-        message.header.flags = NLM_F_REQUEST | flags;
-        message.header.sequence_number = self.sequence;
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
-        let mut whole = true;
-        loop {
-            self.buffer.clear();
-            let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
-            let Some(mut rest) = self.buffer.get(..length) else {
-                return Err(malformed("a message longer than any should be"));
-            };
-            while !rest.is_empty() {
-                let message = NetlinkBuffer::new_checked(rest)
-                    .map_err(|_| malformed("a message cut short"))?;
-                let next = (message.length() as usize).next_multiple_of(4);
-                rest = rest.get(next..).unwrap_or_default();
-                if message.sequence_number() != self.sequence {
-                    // The rest of an exchange that was given up.
-                    continue;
-                }
-                whole &= message.flags() & NLM_F_DUMP_INTR == 0;
-                match message.message_type() {
-                    NLMSG_DONE | NLMSG_ERROR => {
-                        let code = message.payload().get(..4).unwrap_or_default();
-                        return match i32::from_ne_bytes(four(code)?) {
-                            0 => Ok(whole),
-                            code => Err(io::Error::from_raw_os_error(code.wrapping_neg())),
-                        };
-                    }
-                    _ => reply(message.payload())?,
-                }
-                if flags & NLM_F_DUMP == 0 {
-                    return Ok(true);
-                }
-            }
-        }
+        let mut body = vec![0; request.buffer_len()];
+        request.serialize(&mut body);
+        self.0.exchange(request.message_type(), flags, &body, reply)
     }
 }
 
@@ -488,36 +437,7 @@ pub(super) fn ip(value: &[u8]) -> io::Result<IpAddr> {
         .map_err(|_| malformed("an address of another length"))
 }
 
-/// Kind and value of each attribute that follows a header.
-pub(super) fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
-    let body = body
-        .get(header..)
-        .ok_or_else(|| malformed("a message without a header"))?;
-    let mut found = Vec::new();
-    let mut at = 0;
-    for attribute in NlasIterator::new(body) {
-        let attribute = attribute.map_err(|_| malformed("an attribute cut short"))?;
-        let length = attribute.length() as usize;
-        found.push((attribute.kind(), &body[at + 4..at + length]));
-        at += length.next_multiple_of(4);
-    }
-    Ok(found)
-}
-
-pub(super) fn four(value: &[u8]) -> io::Result<[u8; 4]> {
-    value
-        .try_into()
-        .map_err(|_| malformed("a number of another size"))
-}
-
 fn text(value: &[u8]) -> String {
     let end = value.iter().position(|&byte| byte == 0);
     String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
-}
-
-pub(super) fn malformed(what: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("the kernel's answer over netlink holds {what}"),
-    )
 }

@@ -6,16 +6,23 @@ use std::{
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use super::tcp_table;
 
 /// Where the tables of the calling thread's network namespace are.
 const TABLES: &str = "/proc/thread-self/net";
-/// Lines of one table that are read.
-const LINES: usize = 65_536;
-/// Bytes of one table that are read; a line has about 150.
-const BYTES: u64 = 256 * LINES as u64;
+/// TCP sockets of one pod that are looked at: as many as a pod has inbound flows by default.
+const TCP_SOCKETS: usize = 16_384;
+/// The same of UDP sockets. Those that are noted take places of flows that the pod opens.
+const UDP_SOCKETS: usize = 4_096;
+/// How long one pod's sockets are looked at.
+const TIME: Duration = Duration::from_millis(200);
+/// Longest line of a table that is read; most have about 150 bytes.
+const LINE_BYTES: u64 = 256;
+/// After so many lines the time is looked at.
+const LINES_AT_ONCE: usize = 256;
 
 /// States of a UDP socket, in the numbers of `include/net/tcp_states.h`: one that is connected, and
 /// one that is not.
@@ -34,9 +41,12 @@ pub enum SocketProtocol {
 /// Who began a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
-    /// The other side. Of UDP nobody can tell; this means that the pod has another socket on the same
-    /// port that hears anybody, as a server has.
+    /// The other side, which the node's connection tracking confirms. Of UDP nobody can tell; this means
+    /// that the pod has another socket on the same port that hears anybody, as a server has.
     Inbound,
+    /// The other side, says the pod's own kernel, which a program in the pod can mislead. The node's
+    /// connection tracking does not confirm it.
+    Unconfirmed,
     /// The pod, or nobody can tell.
     Outbound,
 }
@@ -60,11 +70,40 @@ pub struct OpenSocket {
 pub struct OpenSockets {
     /// Those that were read.
     pub sockets: Vec<OpenSocket>,
-    /// Whether there are more: a table is longer than what is read of it (65,536).
+    /// Whether there are more than what is read of one pod (16,384 of TCP and 4,096 of UDP, within 200 ms).
     pub cut_short: bool,
     /// TCP connections on which so much went on that nobody can tell who opened them. They count as
     /// opened by the pod.
     pub unclear: usize,
+    /// Why the node's connection tracking could not be asked, if it could not.
+    pub untold: Option<String>,
+}
+
+/// How much work is done for one pod.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// TCP sockets.
+    pub(super) tcp: usize,
+    /// UDP sockets.
+    pub(super) udp: usize,
+    /// When to stop.
+    pub(super) until: Instant,
+}
+
+impl Bounds {
+    /// Those of every pod, from now on.
+    pub(super) fn new() -> Self {
+        Self {
+            tcp: TCP_SOCKETS,
+            udp: UDP_SOCKETS,
+            until: Instant::now() + TIME,
+        }
+    }
+
+    /// Whether the time is over.
+    pub(super) fn is_over(&self) -> bool {
+        Instant::now() >= self.until
+    }
 }
 
 /// One line of a table.
@@ -75,13 +114,15 @@ struct Line {
     state: u8,
 }
 
-/// The open sockets of the network namespace that the calling thread is in.
-pub(super) fn here() -> io::Result<OpenSockets> {
-    let tcp = tcp_table::connections()?;
+/// The open sockets of the network namespace that the calling thread is in. Nothing is confirmed yet:
+/// TCP connections that look inbound count as such.
+pub(super) fn here(bounds: &Bounds) -> io::Result<OpenSockets> {
+    let tcp = tcp_table::connections(bounds)?;
     let mut open = OpenSockets {
         sockets: tcp.sockets,
         cut_short: tcp.cut_short,
         unclear: tcp.unclear,
+        untold: None,
     };
     let mut lines = Vec::new();
     for table in ["udp", "udp6"] {
@@ -93,17 +134,19 @@ pub(super) fn here() -> io::Result<OpenSockets> {
             }
             Err(error) => return Err(error),
         };
-        open.cut_short |= !read(file, &mut lines)?;
+        open.cut_short |= !read(file, &mut lines, bounds)?;
     }
     open.sockets.extend(conversations(&lines));
     Ok(open)
 }
 
-/// Adds the lines of a table. Returns whether that is all of them.
-fn read(table: impl Read, lines: &mut Vec<Line>) -> io::Result<bool> {
-    let table = BufReader::new(table.take(BYTES));
+/// Adds the lines of a table, as long as there are not more than the bounds. Returns whether that is all of
+/// them.
+fn read(table: impl Read, lines: &mut Vec<Line>, bounds: &Bounds) -> io::Result<bool> {
+    let table = BufReader::new(table.take(LINE_BYTES * (bounds.udp as u64 + 1)));
     for (count, line) in table.lines().skip(1).enumerate() {
-        if count == LINES {
+        let is_over = count.is_multiple_of(LINES_AT_ONCE) && bounds.is_over();
+        if lines.len() == bounds.udp || is_over {
             return Ok(false);
         }
         let line = line?;
@@ -197,7 +240,7 @@ mod tests {
             let mut lines = Vec::new();
             for name in ["udp", "udp6"] {
                 let table = File::open(Path::new(TABLES).join(name)).unwrap();
-                assert!(read(table, &mut lines).unwrap());
+                assert!(read(table, &mut lines, &Bounds::new()).unwrap());
             }
             assert!(lines.contains(&expected), "{expected:?}");
         }
@@ -269,11 +312,25 @@ mod tests {
     fn a_long_table_is_cut_and_says_so() {
         let one = "0: 0100007F:0016 0200007F:0017 01\n";
         let table = |count: usize| format!("heading\n{}", one.repeat(count));
+        let bounds = Bounds::new();
         let mut lines = Vec::new();
-        assert!(read(table(LINES).as_bytes(), &mut lines).unwrap());
-        assert_eq!(lines.len(), LINES);
+        assert!(read(table(UDP_SOCKETS).as_bytes(), &mut lines, &bounds).unwrap());
+        assert_eq!(lines.len(), UDP_SOCKETS);
+        assert!(!read(table(1).as_bytes(), &mut lines, &bounds).unwrap());
         lines.clear();
-        assert!(!read(table(LINES + 1).as_bytes(), &mut lines).unwrap());
-        assert_eq!(lines.len(), LINES);
+        assert!(!read(table(UDP_SOCKETS + 1).as_bytes(), &mut lines, &bounds).unwrap());
+        assert_eq!(lines.len(), UDP_SOCKETS);
+    }
+
+    #[test]
+    fn a_table_that_takes_too_long_is_cut_and_says_so() {
+        let bounds = Bounds {
+            until: Instant::now(),
+            ..Bounds::new()
+        };
+        let mut lines = Vec::new();
+        let table = "heading\n0: 0100007F:0016 0200007F:0017 01\n";
+        assert!(!read(table.as_bytes(), &mut lines, &bounds).unwrap());
+        assert_eq!(lines, []);
     }
 }

@@ -2,7 +2,7 @@
 //! each connection.
 //!
 //! A port that something listens on proves nothing: a program can listen on the port of a connection
-//! that it has opened itself (`SO_REUSEADDR`). The kernel's byte counters do prove it. A SYN takes one
+//! that it has opened itself (`SO_REUSEADDR`). The kernel's byte counters show it. A SYN takes one
 //! place in the sequence, and the socket that sent it sees it acknowledged
 //! (`tcp_snd_una_update`, `net/ipv4/tcp_input.c`): `tcpi_bytes_acked` is one more than the data that was
 //! sent. A socket that a listener made begins behind its SYN-ACK (`tcp_create_openreq_child`,
@@ -12,19 +12,19 @@
 //! SYNs of this side = acknowledged + in flight + sent again - sent - FIN
 //! ```
 //!
-//! Only a program with `CAP_NET_ADMIN` in the pod's network can change that, by `TCP_REPAIR` or by
-//! dropping its own packets below TCP.
+//! That is what the pod's own kernel says, and a program in the pod can make it say otherwise: a segment
+//! that the kernel counts as sent and cannot send (an IPv6 routing header that is too long, a source route
+//! that leads nowhere), a SYN that the pod sends to itself in the peer's name, `TCP_REPAIR`. So what looks
+//! inbound here must be confirmed by the node ([`super::conntrack`]).
 
 use std::{io, net::SocketAddr, thread, time::Duration};
 
-use rtnetlink::{
-    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer},
-    sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG},
-};
+use rtnetlink::{packet_core::NLM_F_DUMP, sys::protocols::NETLINK_SOCK_DIAG};
 
 use super::{
-    netlink::{attributes, four, ip, malformed},
-    sockets::{Direction, OpenSocket, SocketProtocol},
+    netlink::ip,
+    sockets::{Bounds, Direction, OpenSocket, SocketProtocol},
+    transport::{Transport, attributes, four, malformed},
 };
 
 /// Address families, `include/linux/socket.h`, and the protocol's number.
@@ -36,18 +36,13 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `INET_DIAG_INFO`, `include/uapi/linux/inet_diag.h`: attribute, and bit of a request.
 const INFO: u16 = 2;
 const ASK_FOR_INFO: u8 = 1 << (INFO - 1);
-/// Lengths of `struct nlmsghdr`, `inet_diag_sockid`, `inet_diag_req_v2` and `inet_diag_msg`.
-const HEADER: usize = 16;
+/// Lengths of `struct inet_diag_sockid`, `inet_diag_req_v2` and `inet_diag_msg`.
 const ID: usize = 48;
 const REQUEST: usize = 8 + ID;
 const MESSAGE: usize = 24 + ID;
 /// Bytes of `struct tcp_info` up to `tcpi_bytes_retrans` (kernel 4.19).
 const TCP_INFO: usize = 216;
 
-/// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
-const BUFFER: usize = 32 * 1024;
-/// Sockets of one namespace that are looked at.
-const SOCKETS: usize = 65_536;
 /// How often a socket is looked at that is not at rest, how often all of them together, and how long
 /// to wait in between.
 const LOOKS: usize = 32;
@@ -169,20 +164,18 @@ impl Progress {
     }
 }
 
-/// Lists the connections of the network namespace that the calling thread is in.
-pub(super) fn connections() -> io::Result<Connections> {
+/// Lists the connections of the network namespace that the calling thread is in, within these bounds.
+pub(super) fn connections(bounds: &Bounds) -> io::Result<Connections> {
     let mut diagnosis = Diagnosis::open()?;
     let mut found = Connections::default();
     let mut busy: Vec<Entry> = Vec::new();
-    let mut count = 0;
+    let mut left = bounds.tcp;
     for family in [IPV4, IPV6] {
         // No IPv6 in this kernel is an empty list.
-        for entry in diagnosis.list(family)? {
-            count += 1;
-            if count > SOCKETS {
-                found.cut_short = true;
-                break;
-            }
+        let (entries, whole) = diagnosis.list(family, left)?;
+        found.cut_short |= !whole;
+        left -= entries.len();
+        for entry in entries {
             // What a pod says to itself never crosses its interface.
             if entry.remote.ip().is_loopback() || entry.remote.ip() == entry.local.ip() {
                 continue;
@@ -203,13 +196,17 @@ pub(super) fn connections() -> io::Result<Connections> {
     }
     let mut looks = 0;
     for _ in 0..LOOKS {
-        if busy.is_empty() || looks + busy.len() > LOOKS_IN_ALL {
+        if busy.is_empty() || looks + busy.len() > LOOKS_IN_ALL || bounds.is_over() {
             break;
         }
         looks += busy.len();
         thread::sleep(PAUSE);
         let mut still = Vec::new();
         for mut entry in busy {
+            if bounds.is_over() {
+                still.push(entry);
+                continue;
+            }
             let Some(now) = diagnosis.look_again(&entry)? else {
                 continue;
             };
@@ -274,85 +271,63 @@ impl Entry {
 }
 
 /// A socket to ask the kernel about other sockets.
-struct Diagnosis {
-    socket: Socket,
-    sequence: u32,
-    buffer: Vec<u8>,
-}
+struct Diagnosis(Transport);
 
 impl Diagnosis {
     fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-        socket.bind_auto()?;
-        socket.connect(&NetlinkAddress::new(0, 0))?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-            buffer: Vec::with_capacity(BUFFER),
-        })
+        Transport::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// The connections of one address family.
-    fn list(&mut self, family: u8) -> io::Result<Vec<Entry>> {
-        self.ask(family, &[0; ID], NLM_F_DUMP)
+    /// The connections of one address family; at most so many, and whether that is all of them.
+    fn list(&mut self, family: u8, most: usize) -> io::Result<(Vec<Entry>, bool)> {
+        let mut entries = Vec::new();
+        let mut is_over = false;
+        let listed = self.ask(family, &[0; ID], NLM_F_DUMP, |entry| {
+            is_over = entries.len() == most;
+            if is_over {
+                return Err(malformed("too many sockets"));
+            }
+            entries.push(entry);
+            Ok(())
+        });
+        if is_over {
+            self.0.reopen()?;
+        } else {
+            listed?;
+        }
+        Ok((entries, !is_over))
     }
 
     /// How far a socket is now; `None` when it has gone.
     fn look_again(&mut self, entry: &Entry) -> io::Result<Option<Progress>> {
-        match self.ask(entry.family, &entry.id, 0) {
-            Ok(entries) => Ok(entries.first().and_then(|entry| entry.progress)),
+        let mut progress = None;
+        let asked = self.ask(entry.family, &entry.id, 0, |entry| {
+            progress = entry.progress;
+            Ok(())
+        });
+        match asked {
+            Ok(()) => Ok(progress),
             Err(error) if is_gone(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    fn ask(&mut self, family: u8, id: &[u8; ID], flags: u16) -> io::Result<Vec<Entry>> {
-        self.sequence = self.sequence.wrapping_add(1);
+    fn ask(
+        &mut self,
+        family: u8,
+        id: &[u8; ID],
+        flags: u16,
+        mut each: impl FnMut(Entry) -> io::Result<()>,
+    ) -> io::Result<()> {
         let states = STATES.iter().fold(0u32, |mask, state| mask | 1 << state);
-        let mut request = Vec::with_capacity(HEADER + REQUEST);
-        request.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
-        request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-        request.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-        request.extend(self.sequence.to_ne_bytes());
-        request.extend([0; 4]);
+        let mut request = Vec::with_capacity(REQUEST);
         request.extend([family, TCP, ASK_FOR_INFO, 0]);
         request.extend(states.to_ne_bytes());
         request.extend(id);
-        self.socket.send(&request, 0)?;
-        let mut entries = Vec::new();
-        loop {
-            self.buffer.clear();
-            let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
-            let Some(mut rest) = self.buffer.get(..length) else {
-                return Err(malformed("a message longer than any should be"));
-            };
-            while !rest.is_empty() {
-                let message = NetlinkBuffer::new_checked(rest)
-                    .map_err(|_| malformed("a message cut short"))?;
-                let next = (message.length() as usize).next_multiple_of(4);
-                rest = rest.get(next..).unwrap_or_default();
-                if message.sequence_number() != self.sequence {
-                    continue;
-                }
-                match message.message_type() {
-                    NLMSG_DONE => return Ok(entries),
-                    NLMSG_ERROR => {
-                        let code = message.payload().get(..4).unwrap_or_default();
-                        let code = i32::from_ne_bytes(four(code)?);
-                        return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
-                    }
-                    _ => entries.push(Entry::read(message.payload())?),
-                }
-                if entries.len() > SOCKETS {
-                    // The kernel has more to say, to a socket that is closed now.
-                    *self = Self::open()?;
-                    return Ok(entries);
-                }
-                if flags & NLM_F_DUMP == 0 {
-                    return Ok(entries);
-                }
-            }
-        }
+        let each = |body: &[u8]| each(Entry::read(body)?);
+        self.0
+            .exchange(SOCK_DIAG_BY_FAMILY, flags, &request, each)
+            .map(|_| ())
     }
 }
 
@@ -425,7 +400,7 @@ mod tests {
     fn ends(near: &TcpStream) -> [Option<Direction>; 2] {
         let (local, peer) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
         let mut diagnosis = Diagnosis::open().unwrap();
-        let all = diagnosis.list(IPV4).unwrap();
+        let (all, _) = diagnosis.list(IPV4, usize::MAX).unwrap();
         [(local, peer), (peer, local)].map(|(local, remote)| {
             let mut all = all.iter();
             let entry = all.find(|entry| (entry.local, entry.remote) == (local, remote))?;

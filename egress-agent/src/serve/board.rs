@@ -110,6 +110,8 @@ impl PodState {
 pub struct Existing {
     /// Those that others had opened.
     pub inbound: u64,
+    /// Those of which the pod alone says that others had opened them. They were judged.
+    pub unconfirmed: u64,
     /// Those that pods had opened, with `existingConnections: trust`.
     pub trusted: u64,
 }
@@ -117,6 +119,7 @@ pub struct Existing {
 impl std::ops::AddAssign for Existing {
     fn add_assign(&mut self, other: Self) {
         self.inbound += other.inbound;
+        self.unconfirmed += other.unconfirmed;
         self.trusted += other.trusted;
     }
 }

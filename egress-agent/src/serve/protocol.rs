@@ -82,6 +82,7 @@ pub struct ExistingStatus {
     pub outbound: String,
     pub because: String,
     pub inbound_kept: u64,
+    pub inbound_judged: u64,
     pub outbound_trusted: u64,
 }
 

@@ -134,6 +134,7 @@ fn agent(sources: &Sources, node: &NodeState) -> AgentStatus {
             outbound: if node.trusted { "trusted" } else { "judged" }.to_owned(),
             because: node.trust.clone(),
             inbound_kept: node.existing.inbound,
+            inbound_judged: node.existing.unconfirmed,
             outbound_trusted: node.existing.trusted,
         },
     }

@@ -6,11 +6,22 @@ use egress_common::{
 };
 
 use super::{
-    super::{quarantine::as_sent, stats::Waiting, turns::Turns},
+    super::{Judged, quarantine::as_sent, stats::Waiting, turns::Turns, wire::Wire},
     HeldFrame, InterfaceMap, Pod, Shared, boottime_ns,
 };
 
 impl Pod {
+    /// Judges more of the pod, which begins to be enforced.
+    pub(in super::super) fn judge_more(
+        &mut self,
+        judged: Judged,
+        interfaces: &mut InterfaceMap,
+        wire: &mut Wire,
+    ) -> anyhow::Result<()> {
+        self.enforcement.entry = judged.in_entry(self.enforcement.entry);
+        self.enforcement.write_interfaces(interfaces, wire)
+    }
+
     /// Whether the pod's next message may be decided at once. If not it waits, so that the pod's messages
     /// stay in their order.
     pub(in super::super) fn may_go(&self, now_ns: u64) -> bool {

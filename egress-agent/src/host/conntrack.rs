@@ -1,0 +1,277 @@
+//! What the node's connection tracking knows of a pod's connections.
+//!
+//! It is evidence from outside the pod. The first packet of a connection that the node saw makes the
+//! entry, and who sent it is the entry's original direction. A program in the pod changes that only by
+//! frames in the peer's name that the node sends back to it.
+//!
+//! An entry can also be made in the middle of a connection (`nf_conntrack_tcp_loose`), by whoever happens
+//! to send next. Such an entry is known by `IP_CT_TCP_FLAG_BE_LIBERAL`: `tcp_new`
+//! (`net/netfilter/nf_conntrack_proto_tcp.c`) sets it for both directions, and clears all flags for an
+//! entry that a SYN has made. The setting `nf_conntrack_tcp_be_liberal` does not set the flag.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+
+use super::{
+    netlink::ip,
+    transport::{Transport, attributes, four, malformed},
+};
+
+/// `NFNL_SUBSYS_CTNETLINK` and `IPCTNL_MSG_CT_GET`, `include/uapi/linux/netfilter`.
+const GET: u16 = 1 << 8 | 1;
+/// Length of `struct nfgenmsg`.
+const HEADER: usize = 4;
+/// Address families, `include/linux/socket.h`, and the protocol's number.
+const IPV4: u8 = 2;
+const IPV6: u8 = 10;
+const TCP: u8 = 6;
+
+/// Attributes, `include/uapi/linux/netfilter/nfnetlink_conntrack.h`.
+const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const STATUS: u16 = 3;
+const PROTOINFO: u16 = 4;
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const IP_V4_SRC: u16 = 1;
+const IP_V4_DST: u16 = 2;
+const IP_V6_SRC: u16 = 3;
+const IP_V6_DST: u16 = 4;
+const PROTO_NUMBER: u16 = 1;
+const PROTO_SRC_PORT: u16 = 2;
+const PROTO_DST_PORT: u16 = 3;
+const PROTOINFO_TCP: u16 = 1;
+const TCP_FLAGS_ORIGINAL: u16 = 4;
+const TCP_FLAGS_REPLY: u16 = 5;
+/// `NLA_F_NESTED`, `include/uapi/linux/netlink.h`.
+const NESTED: u16 = 1 << 15;
+
+/// Bits of the status, `include/uapi/linux/netfilter/nf_conntrack_common.h`: the other side has answered,
+/// and the first packet went on.
+const SEEN_REPLY: u32 = 1 << 1;
+const CONFIRMED: u32 = 1 << 3;
+/// `IP_CT_TCP_FLAG_BE_LIBERAL`, `include/uapi/linux/netfilter/nf_conntrack_tcp.h`.
+const BE_LIBERAL: u8 = 8;
+
+/// Source and destination of a connection's packets in one direction.
+type Tuple = (SocketAddr, SocketAddr);
+
+/// A socket of the network namespace of the thread that opened it.
+pub(super) struct Conntrack(Transport);
+
+/// One entry.
+#[derive(Debug, Default)]
+struct Entry {
+    /// The tuple of packets to who opened the connection.
+    reply: Option<Tuple>,
+    status: u32,
+    /// TCP flags of both directions together.
+    flags: Option<u8>,
+}
+
+impl Conntrack {
+    /// # Errors
+    ///
+    /// When the kernel has no netfilter.
+    pub(super) fn open() -> io::Result<Self> {
+        Transport::open(NETLINK_NETFILTER).map(Self)
+    }
+
+    /// Whether the node has seen that `peer` opened this TCP connection towards `pod`. It has not when it
+    /// tracks no connections, or has no entry of this one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer: it has no `CONFIG_NF_CT_NETLINK`, or `CAP_NET_ADMIN` is missing.
+    pub(super) fn is_opened_by(&mut self, peer: SocketAddr, pod: SocketAddr) -> io::Result<bool> {
+        let mut entry = Entry::default();
+        // The kernel finds an entry by the tuple of either direction.
+        let asked = self.0.exchange(GET, 0, &request(pod, peer), |body| {
+            entry = Entry::read(body)?;
+            Ok(())
+        });
+        match asked {
+            Ok(_) => Ok(entry.is_opened_by(peer, pod)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Entry {
+    fn read(body: &[u8]) -> io::Result<Self> {
+        let mut entry = Self::default();
+        for (kind, value) in attributes(body, HEADER)? {
+            match kind {
+                TUPLE_REPLY => entry.reply = Some(read_tuple(value)?),
+                STATUS => entry.status = u32::from_be_bytes(four(value)?),
+                PROTOINFO => entry.flags = read_flags(value)?,
+                _ => {}
+            }
+        }
+        Ok(entry)
+    }
+
+    fn is_opened_by(&self, peer: SocketAddr, pod: SocketAddr) -> bool {
+        const SEEN: u32 = SEEN_REPLY | CONFIRMED;
+        self.reply == Some((pod, peer))
+            && self.status & SEEN == SEEN
+            && self.flags.is_some_and(|flags| flags & BE_LIBERAL == 0)
+    }
+}
+
+fn request(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
+    let family = if src.is_ipv4() { IPV4 } else { IPV6 };
+    let mut addresses = Vec::new();
+    match (src.ip(), dst.ip()) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            attribute(&mut addresses, IP_V4_SRC, &src.octets());
+            attribute(&mut addresses, IP_V4_DST, &dst.octets());
+        }
+        (src, dst) => {
+            for (kind, ip) in [(IP_V6_SRC, src), (IP_V6_DST, dst)] {
+                let octets = match ip {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                    IpAddr::V6(ip) => ip.octets(),
+                };
+                attribute(&mut addresses, kind, &octets);
+            }
+        }
+    }
+    let mut transport = Vec::new();
+    attribute(&mut transport, PROTO_NUMBER, &[TCP]);
+    attribute(&mut transport, PROTO_SRC_PORT, &src.port().to_be_bytes());
+    attribute(&mut transport, PROTO_DST_PORT, &dst.port().to_be_bytes());
+    let mut tuple = Vec::new();
+    attribute(&mut tuple, TUPLE_IP | NESTED, &addresses);
+    attribute(&mut tuple, TUPLE_PROTO | NESTED, &transport);
+    let mut request = vec![family, 0, 0, 0];
+    attribute(&mut request, TUPLE_ORIGINAL | NESTED, &tuple);
+    request
+}
+
+fn attribute(into: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    into.extend(((4 + value.len()) as u16).to_ne_bytes());
+    into.extend(kind.to_ne_bytes());
+    into.extend(value);
+    into.resize(into.len().next_multiple_of(4), 0);
+}
+
+fn read_tuple(body: &[u8]) -> io::Result<Tuple> {
+    let (mut src, mut dst, mut src_port, mut dst_port) = (None, None, 0, 0);
+    for (kind, value) in attributes(body, 0)? {
+        match kind {
+            TUPLE_IP => {
+                for (kind, value) in attributes(value, 0)? {
+                    match kind {
+                        IP_V4_SRC | IP_V6_SRC => src = Some(ip(value)?),
+                        IP_V4_DST | IP_V6_DST => dst = Some(ip(value)?),
+                        _ => {}
+                    }
+                }
+            }
+            TUPLE_PROTO => {
+                for (kind, value) in attributes(value, 0)? {
+                    match kind {
+                        PROTO_SRC_PORT => src_port = port(value)?,
+                        PROTO_DST_PORT => dst_port = port(value)?,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    match (src, dst) {
+        (Some(src), Some(dst)) => Ok((
+            SocketAddr::new(src, src_port),
+            SocketAddr::new(dst, dst_port),
+        )),
+        _ => Err(malformed("a tuple without addresses")),
+    }
+}
+
+fn port(value: &[u8]) -> io::Result<u16> {
+    let bytes = value.try_into();
+    bytes
+        .map(u16::from_be_bytes)
+        .map_err(|_| malformed("a port of another size"))
+}
+
+/// The TCP flags of both directions; `None` when either is missing. Each is a byte of flags and a byte of
+/// mask (`struct nf_ct_tcp_flags`).
+fn read_flags(body: &[u8]) -> io::Result<Option<u8>> {
+    let (mut original, mut reply) = (None, None);
+    for (kind, value) in attributes(body, 0)? {
+        if kind != PROTOINFO_TCP {
+            continue;
+        }
+        for (kind, value) in attributes(value, 0)? {
+            match kind {
+                TCP_FLAGS_ORIGINAL => original = value.first().copied(),
+                TCP_FLAGS_REPLY => reply = value.first().copied(),
+                _ => {}
+            }
+        }
+    }
+    Ok(original
+        .zip(reply)
+        .map(|(original, reply)| original | reply))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(reply: Tuple) -> Entry {
+        Entry {
+            reply: Some(reply),
+            status: SEEN_REPLY | CONFIRMED,
+            flags: Some(3),
+        }
+    }
+
+    #[test]
+    fn only_an_answered_connection_whose_first_packet_was_the_peers_is_opened_by_it() {
+        let pod: SocketAddr = "10.1.1.2:8080".parse().unwrap();
+        let peer: SocketAddr = "203.0.113.9:40000".parse().unwrap();
+        assert!(entry((pod, peer)).is_opened_by(peer, pod));
+        // The pod opened it, towards this address or towards a Service's.
+        assert!(!entry((peer, pod)).is_opened_by(peer, pod));
+        let unanswered = Entry {
+            status: CONFIRMED,
+            ..entry((pod, peer))
+        };
+        assert!(!unanswered.is_opened_by(peer, pod));
+        let picked_up = Entry {
+            flags: Some(2 | BE_LIBERAL),
+            ..entry((pod, peer))
+        };
+        assert!(!picked_up.is_opened_by(peer, pod));
+        let of_no_tcp = Entry {
+            flags: None,
+            ..entry((pod, peer))
+        };
+        assert!(!of_no_tcp.is_opened_by(peer, pod));
+        assert!(!Entry::default().is_opened_by(peer, pod));
+    }
+
+    #[test]
+    fn a_tuple_is_read_as_it_is_written() {
+        for (src, dst) in [
+            ("10.1.1.2:8080", "203.0.113.9:40000"),
+            ("[fd01:1::2]:8080", "[2001:db8::9]:40000"),
+        ] {
+            let tuple: Tuple = (src.parse().unwrap(), dst.parse().unwrap());
+            let request = request(tuple.0, tuple.1);
+            let found = attributes(&request, HEADER).unwrap();
+            assert_eq!(found.len(), 1);
+            assert_eq!(found[0].0, TUPLE_ORIGINAL);
+            assert_eq!(read_tuple(found[0].1).unwrap(), tuple);
+        }
+    }
+}

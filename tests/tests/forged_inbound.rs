@@ -1,0 +1,453 @@
+//! A pod makes a connection of its own look as if others had opened it: frames in a peer's name that the
+//! node sends back to the pod, sockets whose counters lie, handshakes with itself.
+
+use std::{
+    fs,
+    io::{self, Read as _, Write as _},
+    mem::MaybeUninit,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use egress_tests::{
+    Builder, DEADLINE, Lab, Pod, SHORT,
+    addresses::{server, server6},
+    eventually,
+    frames::{self, Tap},
+    holds,
+    raw::{ETHERNET, IPV4, IPV6, flag},
+    rewritten::nft,
+};
+use nix::libc;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// The peer's port and the pod's.
+const THERE: u16 = 8888;
+const HERE: u16 = 7777;
+
+fn tracking() -> Builder {
+    Lab::builder().tracking().config("onDeny", "reject")
+}
+
+/// The pod's address of the family of `peer`.
+fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
+    match peer {
+        IpAddr::V4(_) => pod.ipv4().into(),
+        IpAddr::V6(_) => pod.ipv6().into(),
+    }
+}
+
+/// A frame of the pod in the name of `peer`, to the pod itself.
+fn datagram(pod: &Pod, peer: IpAddr) -> Vec<u8> {
+    frames::udp(pod, (peer, THERE), (own(pod, peer), HERE), b"forged")
+}
+
+/// A TCP segment without data, in the name of `peer`, to the pod itself.
+fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
+    let builder = frames::from_pod(pod, peer, own(pod, peer)).tcp(THERE, HERE, sequence, 64_240);
+    let builder = if flags & flag::SYN != 0 {
+        builder.syn()
+    } else {
+        builder
+    };
+    let builder = if flags & flag::ACK != 0 {
+        builder.ack(acknowledged)
+    } else {
+        builder
+    };
+    let mut frame = Vec::new();
+    builder
+        .write(&mut frame, &[])
+        .expect("a frame can be built");
+    frame
+}
+
+/// A socket of the pod for the forged conversation.
+fn socket(pod: &Pod, peer: IpAddr) -> UdpSocket {
+    let socket = pod.netns().run(|| UdpSocket::bind((own(pod, peer), HERE)));
+    let socket = socket.expect("bind in the pod");
+    socket.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    socket
+}
+
+/// A socket outside that hears what the pod sends to the peer.
+fn victim(lab: &Lab, peer: IpAddr) -> UdpSocket {
+    let socket = lab.outside().run(|| UdpSocket::bind((peer, THERE)));
+    let socket = socket.expect("bind outside");
+    socket.set_read_timeout(Some(SHORT)).expect("a time-out");
+    socket
+}
+
+/// Whether something is heard that was sent from now on.
+fn hears(victim: &UdpSocket, own: &UdpSocket, peer: IpAddr) -> bool {
+    let mut taken = [0; 64];
+    let word = b"from now on";
+    // It may be refused at once.
+    let _ = own.send_to(word, (peer, THERE));
+    loop {
+        match victim.recv(&mut taken) {
+            Ok(length) if taken[..length] == *word => return true,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// The pod sends itself datagrams in the peer's name all the time while it begins to be enforced.
+#[track_caller]
+fn forges_while_it_begins(peer: IpAddr) {
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
+    let tap = Tap::open(cart.netns(), "eth0");
+    let forged = datagram(&cart, peer);
+    tap.send(&forged);
+    own.recv(&mut [0; 16]).expect("the node sends it back");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..50 {
+                    tap.offer(&forged);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let agent = lab.start_agent(&[&cart]);
+        let heard = hears(&victim, &own, peer);
+        stop.store(true, Ordering::Relaxed);
+        assert!(!heard, "the peer was reached");
+        agent.wait_denial("a forged source", |denial| {
+            denial.of(&cart) && denial.reason == "spoofed_source"
+        });
+    });
+}
+
+#[test]
+fn what_a_pod_sends_itself_while_it_begins_to_be_enforced_opens_nothing() {
+    forges_while_it_begins(server(9));
+}
+
+#[test]
+fn over_ipv6_what_a_pod_sends_itself_while_it_begins_to_be_enforced_opens_nothing() {
+    forges_while_it_begins(server6(9));
+}
+
+#[test]
+fn what_the_node_still_keeps_when_a_pod_begins_to_be_enforced_opens_nothing() {
+    let peer = server(9);
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
+    let tap = Tap::open(cart.netns(), "eth0");
+    // As long as the pod does not say where it is, the node keeps packets for it: three seconds, but here
+    // for as long as the agent takes to start.
+    let (address, interface) = (cart.ipv4(), cart.interface());
+    let attempts = format!("/proc/sys/net/ipv4/neigh/{interface}/mcast_solicit");
+    lab.node()
+        .run(|| fs::write(attempts, "600"))
+        .expect("a setting of the node");
+    nft(
+        cart.netns(),
+        "table arp silent { chain out { type filter hook output priority filter; arp operation reply drop; }; }",
+    );
+    lab.node()
+        .ip_batch(&format!("neigh flush dev {interface}\n"));
+    tap.send(&datagram(&cart, peer));
+    let agent = lab.start_agent(&[&cart]);
+    lab.node().ip_batch(&format!(
+        "neigh replace {address} lladdr 02:00:00:00:01:02 dev {interface}\n"
+    ));
+    own.recv(&mut [0; 16]).expect("the node sends it back");
+    assert!(!hears(&victim, &own, peer), "the peer was reached");
+    agent.wait_denial("the datagram", |denial| {
+        denial.is(&cart, "no_rule", peer, THERE)
+    });
+}
+
+#[test]
+fn what_a_pod_in_audit_mode_sends_itself_opens_nothing_when_it_is_enforced() {
+    for peer in [server(9), server6(9)] {
+        let lab = Lab::new();
+        let cart = lab.pod("shop", "cart");
+        let allow = ("allow", "shop.test:443");
+        lab.write_pod(&cart, &[allow, ("mode", "audit")]);
+        let agent = lab.start_agent(&[&cart]);
+        let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
+        Tap::open(cart.netns(), "eth0").send(&datagram(&cart, peer));
+        own.recv(&mut [0; 16]).expect("audit mode stops nothing");
+        agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+        assert!(!hears(&victim, &own, peer), "{peer} was reached");
+        agent.wait_denial("the datagram", |denial| {
+            denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+        });
+    }
+}
+
+#[test]
+fn a_handshake_of_a_pod_in_audit_mode_with_itself_opens_nothing_when_it_is_enforced() {
+    let peer = server6(9);
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    let allow = ("allow", "shop.test:443");
+    lab.write_pod(&cart, &[allow, ("mode", "audit")]);
+    let agent = lab.start_agent(&[&cart]);
+    let mut stream = handshake_through_node(&lab, &cart, peer);
+    let seen = Tap::open(lab.outside(), "eth0");
+    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    let _ = stream.write_all(b"stolen");
+    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    agent.wait_denial("the segment", |denial| {
+        denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+    });
+}
+
+#[test]
+fn what_others_opened_towards_an_honest_pod_in_audit_mode_goes_on_when_it_is_enforced() {
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    let allow = ("allow", "shop.test:443");
+    lab.write_pod(&cart, &[allow, ("mode", "audit")]);
+    let agent = lab.start_agent(&[&cart]);
+    let listener = cart.listen_tcp(HERE);
+    let to = SocketAddr::from((cart.ipv4(), HERE));
+    let caller = lab.outside().run(|| TcpStream::connect(to));
+    let mut caller = caller.expect("the pod is called");
+    let (mut inner, _) = listener.accept().expect("a connection");
+    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    inner.write_all(b"word").expect("the pod writes");
+    caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+    caller.read_exact(&mut [0; 4]).expect("it is heard");
+}
+
+/// Whether a frame holds these bytes.
+fn has(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
+    move |frame| frame.windows(bytes.len()).any(|window| window == bytes)
+}
+
+/// The number that acknowledges the pod's SYN-ACK, from a frame that holds it.
+fn acknowledges(frame: &[u8], peer: IpAddr) -> u32 {
+    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 4;
+    let number = frame[at..at + 4].try_into().expect("four bytes");
+    u32::from_be_bytes(number).wrapping_add(1)
+}
+
+/// Whether a frame is the pod's SYN-ACK.
+fn is_syn_ack(pod: &Pod, peer: IpAddr) -> impl Fn(&[u8]) -> bool {
+    let src = own(pod, peer);
+    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 13;
+    move |frame| {
+        frames::is(frame, src, peer, etherparse::ip_number::TCP)
+            && frame[at] == flag::SYN | flag::ACK
+    }
+}
+
+/// Nobody outside denies a connection that they do not know.
+fn without_resets(lab: &Lab) {
+    nft(
+        lab.outside(),
+        "table inet silent { chain out { type filter hook output priority filter; tcp flags rst drop; }; }",
+    );
+}
+
+/// The pod's end of a connection whose other end's frames the pod sends itself, and the node sends back.
+#[track_caller]
+fn handshake_through_node(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
+    without_resets(lab);
+    let listener = pod.listen_tcp(HERE);
+    let tap = Tap::open(pod.netns(), "eth0");
+    tap.send(&segment(pod, peer, flag::SYN, 1000, 0));
+    let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
+    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    tap.send(&segment(pod, peer, flag::ACK, 1001, acknowledged));
+    let (stream, from) = listener.accept().expect("a connection");
+    assert_eq!(from.ip().to_canonical(), peer);
+    stream
+}
+
+/// The same, with frames that do not leave the pod.
+#[track_caller]
+fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
+    without_resets(lab);
+    let listener = pod
+        .netns()
+        .run(|| TcpListener::bind((own(pod, peer), HERE)));
+    let listener = listener.expect("listen in the pod");
+    let tap = Tap::open(pod.netns(), "eth0");
+    let raw = pod.netns().run(|| {
+        let raw = Protocol::from(libc::IPPROTO_RAW);
+        Socket::new(Domain::IPV4, Type::RAW, Some(raw))
+    });
+    let raw = raw.expect("a raw socket");
+    let to = SocketAddr::new(own(pod, peer), 0).into();
+    let send = |frame: Vec<u8>| {
+        raw.send_to(&frame[ETHERNET..], &to)
+            .expect("send within the pod")
+    };
+    send(segment(pod, peer, flag::SYN, 1000, 0));
+    let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
+    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    send(segment(pod, peer, flag::ACK, 1001, acknowledged));
+    listener.accept().expect("a connection").0
+}
+
+#[test]
+fn a_handshake_of_a_pod_with_itself_is_no_connection_of_others() {
+    let peer = server(9);
+    let lab = tracking().build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let mut stream = handshake_within(&lab, &cart, peer);
+    let seen = Tap::open(lab.outside(), "eth0");
+    stream.write_all(b"before").expect("write");
+    assert!(seen.receive(DEADLINE, has(b"before")).is_some());
+
+    let agent = lab.start_agent(&[&cart]);
+    let _ = stream.write_all(b"stolen");
+    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    agent.wait_denial("the segment", |denial| {
+        denial.is(&cart, "no_rule", peer, THERE)
+    });
+}
+
+/// Sets a socket option to bytes.
+#[track_caller]
+fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: &[u8]) {
+    let length = libc::socklen_t::try_from(value.len()).expect("a short option");
+    // SAFETY: pointer and length are those of `value`.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            length,
+        )
+    };
+    assert_eq!(failed, 0, "{}", io::Error::last_os_error());
+}
+
+/// What the kernel says of a connection: bytes that were acknowledged, that were sent, and sent again.
+#[track_caller]
+fn counted(socket: &TcpStream) -> [u64; 3] {
+    let mut info = MaybeUninit::<[u64; 32]>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).expect("a length");
+    // SAFETY: the kernel writes at most `length` bytes, which is as many as `info` has.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(failed, 0, "{}", io::Error::last_os_error());
+    // SAFETY: all of it was zeroed, and any bytes are numbers.
+    let info = unsafe { info.assume_init() };
+    [info[15], info[25], info[26]]
+}
+
+/// Makes the counters of a connection lie by an option with which nothing can be sent.
+#[track_caller]
+fn make_lie(stream: &mut TcpStream, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+    set_option(stream, level, name, option);
+    // It is counted as sent, and cannot be sent.
+    stream.write_all(b"x").expect("write");
+    set_option(stream, level, name, &[]);
+    let says = "the counters say that the peer opened the connection";
+    eventually(says, || {
+        let [acknowledged, sent, again] = counted(stream);
+        holds(acknowledged == 2 && sent == 2 && again == 0)
+    });
+    stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+}
+
+/// The connection is judged, and nothing allows it.
+#[track_caller]
+fn is_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
+    let agent = lab.start_agent(&[cart]);
+    let outcome = stream
+        .write_all(b"more")
+        .and_then(|()| stream.read_exact(&mut [0; 4]));
+    let kind = outcome.expect_err("the connection goes on").kind();
+    assert_eq!(kind, io::ErrorKind::ConnectionReset);
+    agent.wait_said("that it is judged", |line| {
+        line.contains("are judged as the")
+    });
+}
+
+/// A connection to the peer whose counters an option has made lie is judged.
+#[track_caller]
+fn lies(lab: &Lab, peer: IpAddr, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+    let _echo = lab.serve_tcp(THERE);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let mut stream = cart.reach_tcp((peer, THERE));
+    make_lie(&mut stream, level, name, option);
+    stream.read_exact(&mut [0]).expect("the peer answers");
+    is_judged(lab, &cart, &mut stream);
+}
+
+/// A routing header of type 4 (RFC 8754) with 127 segments, which no link here carries.
+fn long_routing_header(to: Ipv6Addr) -> Vec<u8> {
+    let mut header = vec![0, 254, 4, 126, 126, 0, 0, 0];
+    header.extend(to.octets().repeat(127));
+    header
+}
+
+#[test]
+fn a_routing_header_that_is_too_long_makes_no_connection_one_of_others() {
+    for lab in [
+        tracking().build(),
+        Lab::builder().config("onDeny", "reject").build(),
+    ] {
+        let IpAddr::V6(to) = server6(9) else {
+            unreachable!("an IPv6 address")
+        };
+        let header = long_routing_header(to);
+        let (level, option) = (libc::IPPROTO_IPV6, libc::IPV6_RTHDR);
+        lies(&lab, to.into(), level, option, &header);
+    }
+}
+
+#[test]
+fn a_connection_that_the_node_has_only_seen_in_its_middle_is_no_connection_of_others() {
+    let IpAddr::V6(to) = server6(9) else {
+        unreachable!("an IPv6 address")
+    };
+    let lab = Lab::builder().config("onDeny", "reject").build();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let listener = lab.outside().run(|| TcpListener::bind((to, THERE)));
+    let listener = listener.expect("listen outside");
+    let mut stream = cart.reach_tcp((to, THERE));
+    let (mut peer, _) = listener.accept().expect("the pod calls");
+    let header = long_routing_header(to);
+    make_lie(&mut stream, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &header);
+    // Who is the first to send from now on looks to the node like the one who has opened it.
+    nft(
+        lab.node(),
+        "table inet late { chain forward { type filter hook forward priority filter; ct state new counter; }; }",
+    );
+    peer.write_all(b"word").expect("send to the pod");
+    stream.read_exact(&mut [0; 4]).expect("it is heard");
+    is_judged(&lab, &cart, &mut stream);
+}
+
+#[test]
+fn a_source_route_that_leads_nowhere_makes_no_connection_one_of_others() {
+    let lab = tracking().build();
+    let mut route = vec![0x89, 7, 4];
+    let IpAddr::V4(to) = server(9) else {
+        unreachable!("an IPv4 address")
+    };
+    route.extend(to.octets());
+    route.push(0);
+    lies(&lab, to.into(), libc::IPPROTO_IP, libc::IP_OPTIONS, &route);
+}
