@@ -116,7 +116,7 @@ impl Netlink {
             let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
             request.attributes.push(mask);
             let whole =
-                self.exchange(RouteNetlinkMessage::GetLink(request), NLM_F_DUMP, |body| {
+                self.exchange(&RouteNetlinkMessage::GetLink(request), NLM_F_DUMP, |body| {
                     links.push(read_link(body)?);
                     Ok(())
                 })?;
@@ -132,7 +132,7 @@ impl Netlink {
     /// One interface of this namespace, if it is there.
     pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
         let mut link = None;
-        let answer = self.exchange(get_link(index), 0, |body| {
+        let answer = self.exchange(&get_link(index), 0, |body| {
             link = Some(read_link(body)?);
             Ok(())
         });
@@ -190,7 +190,7 @@ impl Netlink {
             request.attributes.push(LinkAttribute::Other(target));
             let request = RouteNetlinkMessage::GetLink(request);
             let mut is_over = false;
-            let whole = self.exchange(request, NLM_F_DUMP, |body| {
+            let whole = self.exchange(&request, NLM_F_DUMP, |body| {
                 let link = read_link(body)?;
                 if link.target != Some(nsid) {
                     // Never take our own interfaces for a pod's.
@@ -224,7 +224,7 @@ impl Netlink {
         let descriptor = u32::try_from(descriptor).map_err(|_| malformed("a descriptor"))?;
         request.attributes.push(NsidAttribute::Fd(descriptor));
         let mut nsid = None;
-        self.exchange(RouteNetlinkMessage::GetNsId(request), 0, |body| {
+        self.exchange(&RouteNetlinkMessage::GetNsId(request), 0, |body| {
             for (kind, value) in attributes(body, NSID_HEADER)? {
                 if kind == NETNSA_NSID {
                     nsid = Some(i32::from_ne_bytes(four(value)?)).filter(|nsid| *nsid >= 0);
@@ -245,7 +245,7 @@ impl Netlink {
             let target = DefaultNla::new(IFA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
             request.attributes.push(AddressAttribute::Other(target));
             let request = RouteNetlinkMessage::GetAddress(request);
-            self.exchange(request, NLM_F_DUMP, |body| {
+            self.exchange(&request, NLM_F_DUMP, |body| {
                 addresses.extend(read_address(body, nsid)?);
                 Ok(())
             })?;
@@ -260,7 +260,7 @@ impl Netlink {
             let mut request = AddressMessage::default();
             request.header.family = family;
             let request = RouteNetlinkMessage::GetAddress(request);
-            self.exchange(request, NLM_F_DUMP, |body| {
+            self.exchange(&request, NLM_F_DUMP, |body| {
                 addresses.extend(read_any_address(body)?.address);
                 Ok(())
             })?;
@@ -288,7 +288,7 @@ impl Netlink {
     /// See [`Transport::exchange`].
     fn exchange(
         &mut self,
-        request: RouteNetlinkMessage,
+        request: &RouteNetlinkMessage,
         flags: u16,
         reply: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<bool> {

@@ -38,38 +38,39 @@ impl SocketsOf {
         Self(namespace)
     }
 
-    /// The conversations that the sockets are in. It takes at most some 200 ms, in the host's network
-    /// namespace.
+    /// The conversations that the sockets are in. To be called in the host's network namespace.
     ///
     /// A thread enters the pod's namespace for this and ends with it: the kernel tells of a connection's
     /// progress only from within. What looks inbound there is confirmed by the host's connection tracking.
+    /// The work is bounded ([`OpenSockets::cut_short`]).
     ///
     /// # Errors
     ///
     /// When the namespace may not be entered (`CAP_SYS_ADMIN`), or the kernel does not tell.
     pub fn read(&self) -> io::Result<OpenSockets> {
         let namespace = self.0.as_fd();
-        let bounds = Bounds::new();
-        let mut open = thread::scope(|scope| {
+        thread::scope(|scope| {
             let reader = thread::Builder::new().name("sockets".into());
             let reader = reader.spawn_scoped(scope, || {
+                // It stays a socket of the host's namespace.
+                let conntrack = Conntrack::open();
                 setns(namespace, CloneFlags::CLONE_NEWNET)?;
-                sockets::here(&bounds)
+                sockets::here(|found, bounds| confirm(conntrack, found, bounds))
             })?;
             reader
                 .join()
                 .unwrap_or_else(|_| Err(io::Error::other("the thread that reads sockets panicked")))
-        })?;
-        open.untold = confirm(&mut open.sockets, &bounds)
-            .err()
-            .map(|error| error.to_string());
-        Ok(open)
+        })
     }
 }
 
-/// Asks the connection tracking of the calling thread's namespace who opened what looks inbound. What it
-/// does not confirm, for whatever reason, is unconfirmed.
-fn confirm(sockets: &mut [OpenSocket], bounds: &Bounds) -> io::Result<()> {
+/// Asks the node's connection tracking who opened what looks inbound. What it does not confirm, for whatever
+/// reason, is unconfirmed.
+fn confirm(
+    conntrack: io::Result<Conntrack>,
+    sockets: &mut [OpenSocket],
+    bounds: &Bounds,
+) -> io::Result<()> {
     let looks_inbound = |socket: &&mut OpenSocket| {
         (socket.protocol, socket.direction) == (SocketProtocol::Tcp, Direction::Inbound)
     };
@@ -80,10 +81,10 @@ fn confirm(sockets: &mut [OpenSocket], bounds: &Bounds) -> io::Result<()> {
     if asked.is_empty() {
         return Ok(());
     }
-    let mut conntrack = Conntrack::open()?;
+    let mut conntrack = conntrack?;
     for socket in asked {
         if bounds.is_over() {
-            return Err(io::ErrorKind::TimedOut.into());
+            return Err(io::Error::other("was not asked about all of them"));
         }
         if conntrack.is_opened_by(socket.remote, socket.local)? {
             socket.direction = Direction::Inbound;

@@ -6,8 +6,10 @@ use std::{
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::tcp_table;
 
@@ -17,8 +19,9 @@ const TABLES: &str = "/proc/thread-self/net";
 const TCP_SOCKETS: usize = 16_384;
 /// The same of UDP sockets. Those that are noted take places of flows that the pod opens.
 const UDP_SOCKETS: usize = 4_096;
-/// How long one pod's sockets are looked at.
-const TIME: Duration = Duration::from_millis(200);
+/// Time of a CPU that is spent on one pod's TCP sockets, and once more on its UDP sockets. That others keep
+/// the CPUs busy takes nothing of it.
+const TIME: Duration = Duration::from_millis(150);
 /// Longest line of a table that is read; most have about 150 bytes.
 const LINE_BYTES: u64 = 256;
 /// After so many lines the time is looked at.
@@ -70,7 +73,8 @@ pub struct OpenSocket {
 pub struct OpenSockets {
     /// Those that were read.
     pub sockets: Vec<OpenSocket>,
-    /// Whether there are more than what is read of one pod (16,384 of TCP and 4,096 of UDP, within 200 ms).
+    /// Whether there are more than what is read of one pod (16,384 of TCP and 4,096 of UDP, with
+    /// 150 ms of a CPU for each).
     pub cut_short: bool,
     /// TCP connections on which so much went on that nobody can tell who opened them. They count as
     /// opened by the pod.
@@ -86,24 +90,30 @@ pub(super) struct Bounds {
     pub(super) tcp: usize,
     /// UDP sockets.
     pub(super) udp: usize,
-    /// When to stop.
-    pub(super) until: Instant,
+    /// When to stop, by the CPU time of the thread.
+    pub(super) until: Duration,
 }
 
 impl Bounds {
-    /// Those of every pod, from now on.
+    /// Those of every pod, for the calling thread from now on.
     pub(super) fn new() -> Self {
         Self {
             tcp: TCP_SOCKETS,
             udp: UDP_SOCKETS,
-            until: Instant::now() + TIME,
+            until: used() + TIME,
         }
     }
 
     /// Whether the time is over.
     pub(super) fn is_over(&self) -> bool {
-        Instant::now() >= self.until
+        used() >= self.until
     }
+}
+
+/// CPU time of the calling thread.
+fn used() -> Duration {
+    let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    used.map_or(Duration::MAX, Duration::from)
 }
 
 /// One line of a table.
@@ -114,16 +124,22 @@ struct Line {
     state: u8,
 }
 
-/// The open sockets of the network namespace that the calling thread is in. Nothing is confirmed yet:
-/// TCP connections that look inbound count as such.
-pub(super) fn here(bounds: &Bounds) -> io::Result<OpenSockets> {
-    let tcp = tcp_table::connections(bounds)?;
+/// The open sockets of the network namespace that the calling thread is in. `confirm` asks who has opened
+/// the TCP connections that look inbound, before UDP sockets take their time.
+pub(super) fn here(
+    confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> io::Result<()>,
+) -> io::Result<OpenSockets> {
+    let bounds = Bounds::new();
+    let tcp = tcp_table::connections(&bounds)?;
     let mut open = OpenSockets {
         sockets: tcp.sockets,
         cut_short: tcp.cut_short,
         unclear: tcp.unclear,
         untold: None,
     };
+    let confirmed = confirm(&mut open.sockets, &bounds);
+    open.untold = confirmed.err().map(|error| error.to_string());
+    let bounds = Bounds::new();
     let mut lines = Vec::new();
     for table in ["udp", "udp6"] {
         let file = match File::open(Path::new(TABLES).join(table)) {
@@ -134,7 +150,7 @@ pub(super) fn here(bounds: &Bounds) -> io::Result<OpenSockets> {
             }
             Err(error) => return Err(error),
         };
-        open.cut_short |= !read(file, &mut lines, bounds)?;
+        open.cut_short |= !read(file, &mut lines, &bounds)?;
     }
     open.sockets.extend(conversations(&lines));
     Ok(open)
@@ -325,7 +341,7 @@ mod tests {
     #[test]
     fn a_table_that_takes_too_long_is_cut_and_says_so() {
         let bounds = Bounds {
-            until: Instant::now(),
+            until: Duration::ZERO,
             ..Bounds::new()
         };
         let mut lines = Vec::new();
