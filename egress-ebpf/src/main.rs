@@ -40,6 +40,7 @@ mod checksum;
 mod counters;
 mod denials;
 mod flows;
+mod frame_record;
 mod from_pod;
 mod headers;
 mod held;
