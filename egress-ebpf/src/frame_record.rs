@@ -5,7 +5,11 @@
 
 use core::{hint::black_box, mem::MaybeUninit};
 
-use aya_ebpf::{Global, bindings::__sk_buff, helpers::generated::bpf_probe_read_kernel};
+use aya_ebpf::{
+    Global,
+    bindings::__sk_buff,
+    helpers::{bpf_probe_read_kernel, generated},
+};
 use egress_common::limits::FRAME_RECORD_BYTES;
 
 /// Offset of the first byte that is read.
@@ -33,6 +37,15 @@ static SUM_AT: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static HEAD_AT: Global<u32> = Global::new(0);
 
+/// Where `end` is in the record: the offset, from `head`, of what is shared about the frame's data.
+#[unsafe(no_mangle)]
+static END_AT: Global<u32> = Global::new(0);
+/// Where `gso_type` is in that.
+#[unsafe(no_mangle)]
+static GSO_TYPE_AT: Global<u32> = Global::new(0);
+
+/// `SKB_GSO_FRAGLIST` (include/linux/skbuff.h), the same since it came with 5.6.
+const LIST: u32 = 1 << 18;
 /// `CHECKSUM_PARTIAL` (include/linux/skbuff.h).
 const PARTIAL: u8 = 3;
 /// Where an SCTP header has its checksum (RFC 9260, section 3.1).
@@ -52,6 +65,10 @@ struct Bytes([u8; FRAME_RECORD_BYTES]);
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
 #[inline(never)]
+#[expect(
+    clippy::cast_ptr_alignment,
+    reason = "the copy begins at a multiple of eight, as the record does, and fields are aligned in it"
+)]
 pub extern "C" fn checksum_place(frame: *mut __sk_buff) -> i64 {
     let mut bytes = MaybeUninit::<Bytes>::uninit();
     let start = bytes.as_mut_ptr().cast::<u8>();
@@ -63,7 +80,9 @@ pub extern "C" fn checksum_place(frame: *mut __sk_buff) -> i64 {
     // SAFETY: the helper writes at most that many bytes, and returns an error for memory that is not there. The
     // fields have their natural alignment in the record, and so in a copy that begins at a multiple of eight.
     unsafe {
-        if bpf_probe_read_kernel(start.cast(), RECORD_LEN.load(), record as *const _) != 0 {
+        if generated::bpf_probe_read_kernel(start.cast(), RECORD_LEN.load(), record as *const _)
+            != 0
+        {
             return UNREADABLE;
         }
         if (at(&SUMMED_AT).read() >> SUMMED_SHIFT.load()) & 3 != PARTIAL {
@@ -80,6 +99,24 @@ pub extern "C" fn checksum_place(frame: *mut __sk_buff) -> i64 {
             i64::from(sum.add(1).read())
         };
         first + behind
+    }
+}
+
+/// Whether an aggregate is a list of packets, each with headers of its own. The context shows those of the first.
+#[inline(always)]
+pub fn is_packet_list(frame: *mut __sk_buff) -> bool {
+    let record = address_of(frame);
+    let end_at = record + u64::from(END_AT.load());
+    let head_at = record + u64::from(RECORD_START.load()) + u64::from(HEAD_AT.load());
+    // SAFETY: the helper returns an error for memory that is not there.
+    unsafe {
+        let end = bpf_probe_read_kernel(end_at as *const u32);
+        let head = bpf_probe_read_kernel(head_at as *const u64);
+        let (Ok(end), Ok(head)) = (end, head) else {
+            return true;
+        };
+        let gso_type = head + u64::from(end) + u64::from(GSO_TYPE_AT.load());
+        bpf_probe_read_kernel(gso_type as *const u32).map_or(true, |kinds| kinds & LIST != 0)
     }
 }
 

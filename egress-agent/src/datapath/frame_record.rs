@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use egress_common::limits::FRAME_RECORD_BYTES;
 
-use super::kernel_types::KernelTypes;
+use super::kernel_types::{Field, KernelTypes};
 
-/// Offsets for `egress-ebpf/src/frame_record.rs`. All but the first are from [`Self::start`].
+/// Offsets for `egress-ebpf/src/frame_record.rs`: from [`Self::start`], unless something else is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FrameRecord {
     /// Of the first byte that is read, in the record.
@@ -20,8 +20,12 @@ pub(super) struct FrameRecord {
     pub(super) crc_bit: u32,
     /// Of `csum_start`; `csum_offset` follows.
     pub(super) sum: u32,
-    /// Of `head`; `data` follows.
+    /// Of `head`, from which offsets count; `data` follows.
     pub(super) head: u32,
+    /// Of `end`, in the record: where what is shared about the frame's data begins, from `head`.
+    pub(super) end: u32,
+    /// Of `gso_type` in that (`struct skb_shared_info`).
+    pub(super) gso_type: u32,
 }
 
 impl FrameRecord {
@@ -42,7 +46,7 @@ impl FrameRecord {
             "the kernel keeps its record of a frame in an order that the programs do not know"
         );
         let crc_bit = crc.map_or(0, |field| 1 << field.shift());
-        let crc = crc.map_or(summed.byte(), |field| field.byte());
+        let crc = crc.map_or(summed.byte(), Field::byte);
         let first = [summed.byte(), crc, sum.byte(), head.byte()];
         let start = first.into_iter().min().unwrap_or_default() & !7;
         let end = [summed.byte() + 1, crc + 1, sum.byte() + 4, head.byte() + 16];
@@ -60,6 +64,8 @@ impl FrameRecord {
             crc_bit,
             sum: sum.byte() - start,
             head: head.byte() - start,
+            end: field("end")?.byte(),
+            gso_type: types.field("skb_shared_info", "gso_type")?.byte(),
         })
     }
 }

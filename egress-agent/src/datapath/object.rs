@@ -418,7 +418,9 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         .override_global("CRC_AT", &frame_record.crc, true)
         .override_global("CRC_BIT", &frame_record.crc_bit, true)
         .override_global("SUM_AT", &frame_record.sum, true)
-        .override_global("HEAD_AT", &frame_record.head, true);
+        .override_global("HEAD_AT", &frame_record.head, true)
+        .override_global("END_AT", &frame_record.end, true)
+        .override_global("GSO_TYPE_AT", &frame_record.gso_type, true);
     for &name in SHARED_MAPS {
         loader.map_pin_path(name, layout.map(name));
     }
