@@ -113,3 +113,6 @@ pub const HELD_UNIT: usize = 512;
 pub const HELD_BURST: u32 = 512;
 /// See [`HELD_BURST`].
 pub const HELD_PER_SECOND: u32 = 4096;
+
+/// Most bytes that the programs read of the kernel's own record of a frame.
+pub const FRAME_RECORD_BYTES: usize = 160;

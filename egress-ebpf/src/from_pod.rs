@@ -5,7 +5,7 @@ use egress_common::{
     address::{self, Address},
     flow::after_packet_from_pod,
     limits::OWN_ADDRESSES,
-    packet::{Fragment, Packet, TCP_SYN, Walked},
+    packet::{Fragment, Frame, Packet, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
     records::{
@@ -22,6 +22,7 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows::{self, Known},
+    frame_record::is_packet_list,
     hardware, headers, held,
     housekeeping::{LinkMessage, judge_link_message},
     maps::{
@@ -55,14 +56,22 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if interface.mode == MODE_RELEASED {
         return pass(&skb);
     }
-    // Before anything else: the bridge learns the address of whatever passes.
-    if !hardware::is_own(&skb) {
+    let refused = if !hardware::is_own(&skb) {
+        // Before anything else: the bridge learns the address of whatever passes.
+        Some(Reason::SpoofedHardware)
+    } else if skb.is_aggregate() && is_packet_list(ctx.skb.skb) {
+        // Nobody has looked at the headers of any but the first packet.
+        Some(Reason::Malformed)
+    } else {
+        None
+    };
+    if let Some(reason) = refused {
         return deny(
             ctx,
             &Denied {
                 interface,
                 packet: None,
-                reason: Reason::SpoofedHardware,
+                reason,
                 class: NO_CLASS,
                 direction: FROM_POD,
             },
@@ -401,12 +410,12 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
 /// and it is longer than what the agent can put back on the interface.
 #[inline(always)]
 pub fn is_several_datagrams(skb: &Skb<'_>, packet: &Packet) -> bool {
-    packet.bit == bits::UDP && egress_common::packet::Frame::is_aggregate(skb)
+    packet.bit == bits::UDP && skb.is_aggregate()
 }
 
 #[inline(always)]
 fn pass(skb: &Skb<'_>) -> i32 {
-    let len = egress_common::packet::Frame::len(skb);
+    let len = skb.len();
     count(|c| {
         c.passed_packets += 1;
         c.passed_bytes += u64::from(len);

@@ -41,6 +41,7 @@ mod counters;
 mod denials;
 mod flows;
 mod forged;
+mod frame_record;
 mod from_pod;
 mod hardware;
 mod headers;

@@ -145,11 +145,6 @@ pub static PROBE_MARK: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u8> = Global::new(0);
 
-/// Whether the place of every checksum that is still to be computed is asked for, whoever sent the
-/// frame. The agent says so where the kernel is known to answer.
-#[unsafe(no_mangle)]
-pub static CHECKSUM_PLACES: Global<u8> = Global::new(0);
-
 /// Whether the kernel offers `bpf_ktime_get_coarse_ns`. The agent finds out before it loads.
 #[unsafe(no_mangle)]
 pub static COARSE_CLOCK: Global<u8> = Global::new(0);

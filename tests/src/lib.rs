@@ -28,6 +28,7 @@ pub mod bpf;
 pub mod cluster;
 mod container;
 pub mod dns;
+pub mod features;
 pub mod frames;
 mod lab;
 mod line;

@@ -273,7 +273,7 @@ fn tun(name: &str) -> io::Result<std::fs::File> {
     }
 }
 
-fn interface_request(name: &str) -> libc::ifreq {
+pub(crate) fn interface_request(name: &str) -> libc::ifreq {
     // SAFETY: every field of the structure is a number, an array of numbers or a pointer, of which
     // zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

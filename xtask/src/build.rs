@@ -1,7 +1,7 @@
 //! `cargo xtask build`: the eBPF object, then the agent that carries it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
@@ -117,6 +117,40 @@ pub(crate) fn agent(debug: bool) -> Result<()> {
     Ok(())
 }
 
+/// Builds these system tests. Returns the program of each.
+///
+/// # Errors
+///
+/// Fails when the build fails.
+pub(crate) fn tests<'a>(names: &[&'a str]) -> Result<Vec<(&'a str, PathBuf)>> {
+    let mut command = process::cargo();
+    command.args(["test", "--package", "egress-tests", "--locked", "--no-run"]);
+    command.arg("--message-format=json");
+    for name in names {
+        command.args(["--test", name]);
+    }
+    let said = process::output(&mut command)?;
+    names
+        .iter()
+        .map(|name| {
+            let program = said.lines().find_map(|line| program_of(line, name));
+            Ok((
+                *name,
+                program.with_context(|| format!("cargo built no test {name}"))?,
+            ))
+        })
+        .collect()
+}
+
+/// Reads one line of what cargo says: the program of that test, if the line is about it.
+fn program_of(line: &str, test: &str) -> Option<PathBuf> {
+    let said: serde_json::Value = serde_json::from_str(line).ok()?;
+    if said["target"]["name"] != test {
+        return None;
+    }
+    Some(said["executable"].as_str()?.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,5 +164,16 @@ mod tests {
             fs::read(std::env::current_exe().expect("the test's own path")).expect("its bytes");
         let error = check(&own).expect_err("made for the host");
         assert!(error.to_string().ends_with("not for BPF"), "{error}");
+    }
+
+    #[test]
+    fn the_program_of_a_test_is_read_from_what_cargo_says() {
+        let line = r#"{"target":{"name":"packets"},"executable":"/target/packets-1"}"#;
+        assert_eq!(
+            program_of(line, "packets"),
+            Some("/target/packets-1".into())
+        );
+        assert_eq!(program_of(line, "policy"), None);
+        assert_eq!(program_of("warning: no JSON", "packets"), None);
     }
 }

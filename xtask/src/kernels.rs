@@ -14,10 +14,12 @@ use std::env;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::{self, Warnings};
+use crate::process;
 use crate::setup::{self, Program};
 use crate::workspace;
 use machine::Machine;
@@ -45,14 +47,17 @@ const PROGRAMS: [Program; 3] = [
     },
 ];
 
+/// The system tests that run in the machine: what depends on the kernel most.
+const TESTS: [&str; 1] = ["late_checksums"];
+
 /// The first series with tcx; below it, programs are attached as clsact filters.
 const TCX: Series = Series::new(6, 6);
 
 /// Boots the agent on other kernels, in emulated machines, and checks that it enforces there.
 ///
 /// The kernels are Debian's, fetched with apt into target/kernels and not installed: on Debian 12,
-/// 6.1 (where programs are attached as clsact filters) and 6.12 (through tcx). Each has five minutes
-/// and needs half a minute. Not part of `cargo xtask test`. No root is needed but for installing
+/// 6.1 (where programs are attached as clsact filters) and 6.12 (through tcx). Each has ten minutes
+/// and needs two. Not part of `cargo xtask test`. No root is needed but for installing
 /// qemu and busybox where they are missing.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -78,9 +83,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let cache = workspace::root().join("target/kernels");
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let tests = tests(&cache)?;
     let mut failed = Vec::new();
     for series in series {
-        let result = package::newest(series, &cache).and_then(|kernel| try_on(&kernel, &cache));
+        let result =
+            package::newest(series, &cache).and_then(|kernel| try_on(&kernel, &tests, &cache));
         match result {
             Ok(checks) => println!("kernel {series}: all {checks} checks say ok"),
             Err(error) => {
@@ -95,15 +102,26 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Builds the tests. Their names for debuggers would fill the machine's memory and stay here.
+fn tests(directory: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
+    let mut tests = build::tests(&TESTS)?;
+    for (name, program) in &mut tests {
+        let stripped = directory.join(*name);
+        process::run(Command::new("strip").arg("-o").args([&stripped, program]))?;
+        *program = stripped;
+    }
+    Ok(tests)
+}
+
 /// Boots the agent on a kernel. Returns the number of checks, which have all said ok.
-fn try_on(kernel: &Kernel, directory: &Path) -> Result<usize> {
+fn try_on(kernel: &Kernel, tests: &[(&str, PathBuf)], directory: &Path) -> Result<usize> {
     let attach = if kernel.series < TCX { "clsact" } else { "tcx" };
     println!(
         "booting {}, where programs are attached through {attach}",
         kernel.release
     );
     let initramfs = Temporary(directory.join(format!("{}.cpio", kernel.series)));
-    fs::write(&initramfs.0, contents::archive(kernel)?)
+    fs::write(&initramfs.0, contents::archive(kernel, tests)?)
         .with_context(|| format!("cannot write {}", initramfs.0.display()))?;
     let settings = format!("EXPECT_ATTACH={attach}");
     let machine = Machine::boot(&kernel.image(), &initramfs.0, &settings)?;

@@ -19,7 +19,8 @@ use egress_common::{
 
 use super::{
     Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, ProbeMap, bpffs,
-    inner::Templates, interfaces::text, outer::OuterMaps, pins::Layout, policies::gone,
+    frame_record::FrameRecord, inner::Templates, interfaces::text, outer::OuterMaps, pins::Layout,
+    policies::gone,
 };
 
 /// The compiled programs.
@@ -60,9 +61,8 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 /// A helper that the programs use where there is one: it came with 5.11.
 const COARSE_CLOCK: BpfHelper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
 
-/// Oldest kernel on which asking for the place of every checksum was seen to work. On 6.1 and 6.12 it
-/// takes every sum of an ordinary socket for misplaced, so there the sender is trusted.
-const CHECKSUM_PLACES: KernelVersion = KernelVersion::new(6, 18, 0);
+/// The helper that reads the kernel's record of a frame. Every kernel has it, but not for everybody.
+const READ_KERNEL: BpfHelper = BpfHelper::BPF_FUNC_probe_read_kernel;
 
 /// Oldest kernel that verifies a function with pointers among its parameters once, whoever calls it
 /// (`btf_prepare_func_args`, kernel/bpf/btf.c).
@@ -105,7 +105,7 @@ struct Constants {
     marks: Marks,
     trace: bool,
     coarse_clock: bool,
-    checksum_places: bool,
+    frame_record: FrameRecord,
     global_functions: bool,
 }
 
@@ -155,21 +155,22 @@ impl Datapath {
         };
         let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
             .context("cannot find out which clocks the kernel offers")?;
+        let reads = is_helper_supported(ProgramType::SchedClassifier, READ_KERNEL)
+            .context("cannot find out whether programs may read the kernel's memory")?;
+        if !reads {
+            bail!(
+                "the kernel does not let programs read its memory, and so not where checksums are written: \
+                 its lockdown mode is `confidentiality` (/sys/kernel/security/lockdown); boot it with \
+                 lockdown=integrity"
+            );
+        }
         let constants = Constants {
             marks,
             trace: options.trace,
             coarse_clock,
-            checksum_places: kernel >= CHECKSUM_PLACES,
+            frame_record: FrameRecord::of_this_kernel()?,
             global_functions: kernel >= GLOBAL_FUNCTIONS,
         };
-        if !constants.checksum_places {
-            tracing::warn!(
-                %kernel,
-                oldest = %CHECKSUM_PLACES,
-                "this kernel is not known to tell where checksums land: a pod with CAP_NET_ADMIN can \
-                 change a port or an address after the verdict"
-            );
-        }
         let mut ebpf = load_object(&layout, &constants)?;
 
         let interfaces = open(&layout, "interfaces")?;
@@ -403,11 +404,10 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         marks,
         trace,
         coarse_clock,
-        checksum_places,
+        frame_record,
         global_functions,
     } = constants;
     let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
-    let checksum_places = u8::from(*checksum_places);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("DELIVER_MARK", &marks.deliver, true)
@@ -416,7 +416,16 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         .override_global("PROBE_MARK", &marks.probe, true)
         .override_global("TRACE", &trace, true)
         .override_global("COARSE_CLOCK", &coarse_clock, true)
-        .override_global("CHECKSUM_PLACES", &checksum_places, true);
+        .override_global("RECORD_START", &frame_record.start, true)
+        .override_global("RECORD_LEN", &frame_record.len, true)
+        .override_global("SUMMED_AT", &frame_record.summed, true)
+        .override_global("SUMMED_SHIFT", &frame_record.summed_shift, true)
+        .override_global("CRC_AT", &frame_record.crc, true)
+        .override_global("CRC_BIT", &frame_record.crc_bit, true)
+        .override_global("SUM_AT", &frame_record.sum, true)
+        .override_global("HEAD_AT", &frame_record.head, true)
+        .override_global("END_AT", &frame_record.end, true)
+        .override_global("GSO_TYPE_AT", &frame_record.gso_type, true);
     for &name in SHARED_MAPS {
         loader.map_pin_path(name, layout.map(name));
     }

@@ -16,20 +16,28 @@ use crate::{process, workspace};
 const INIT: &str = include_str!("init.sh");
 
 /// Programs of this machine that [`INIT`] runs.
-const PROGRAMS: [&str; 4] = ["ip", "tc", "bpftool", "dnsmasq"];
+const PROGRAMS: [&str; 5] = ["ip", "tc", "bpftool", "dnsmasq", "nft"];
 
-/// What the pod's interface and clsact filters need of the kernel.
-const MODULES: [&str; 3] = ["veth", "sch_ingress", "cls_bpf"];
+/// What the pod's interface and clsact filters need of the kernel, and then what the tests need.
+const MODULES: [&str; 7] = [
+    "veth",
+    "sch_ingress",
+    "cls_bpf",
+    "tun",
+    "bridge",
+    "nf_tables",
+    "nft_fwd_netdev",
+];
 
 /// Directories that [`INIT`] mounts something on, or writes to.
 const DIRECTORIES: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "etc"];
 
-/// The file system that `kernel` is to start from.
+/// The file system that `kernel` is to start from, with these programs of tests.
 ///
 /// # Errors
 ///
 /// Fails when a program, one of its libraries or a module is missing.
-pub(super) fn archive(kernel: &Kernel) -> Result<Vec<u8>> {
+pub(super) fn archive(kernel: &Kernel, tests: &[(&str, PathBuf)]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in DIRECTORIES {
         archive.directory(directory)?;
@@ -39,6 +47,9 @@ pub(super) fn archive(kernel: &Kernel) -> Result<Vec<u8>> {
     add_program(&mut archive, &workspace::agent(), "usr/bin/egress-agent")?;
     for name in PROGRAMS {
         add_program(&mut archive, &find(name)?, &format!("usr/bin/{name}"))?;
+    }
+    for (name, file) in tests {
+        add_program(&mut archive, file, &format!("tests/{name}"))?;
     }
     for (number, (name, content)) in modules::load_order(kernel, &MODULES)?.iter().enumerate() {
         // The first process loads them in the order of their names.

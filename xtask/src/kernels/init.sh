@@ -213,6 +213,14 @@ check "nothing is denied any more" reaches 198.51.100.9
 check "no port is denied any more" connects 198.51.100.8 81
 check "its programs are gone" has_no_programs
 check "its pins are gone" not ls "${pins%/*}"
+
+# The system tests, each with a laboratory of its own.
+mount -t cgroup2 none /sys/fs/cgroup
+export EGRESS_AGENT=/usr/bin/egress-agent
+for test in /tests/*; do
+    check "the tests in ${test##*/} pass" "$test" --test-threads 1
+done
+
 check "the kernel has nothing to complain of" not has_complained
 
 if [ "$failures" -gt 0 ]; then

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 /// How long a machine may run, many times what it needs on a computer that is not busy.
-const TIME_LIMIT: Duration = Duration::from_secs(300);
+const TIME_LIMIT: Duration = Duration::from_secs(600);
 
-const MEMORY: &str = "1024M";
+const MEMORY: &str = "1536M";
 
 /// A running machine; dropped, it is switched off.
 pub(super) struct Machine {
