@@ -11,6 +11,7 @@ mod inner;
 mod interfaces;
 mod link_owners;
 mod links;
+mod netlink;
 mod object;
 mod outer;
 mod pins;
