@@ -81,6 +81,8 @@ reasons! {
     /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
     /// address entry opens for it.
     Tunnel = 23, "tunnel";
+    /// A frame that has not come through the agent's program, which stamps what it passes.
+    NotJudged = 24, "not_judged";
 }
 
 #[cfg(test)]

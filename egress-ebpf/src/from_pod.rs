@@ -24,7 +24,8 @@ use crate::{
     flows::{self, Known},
     held, link_local,
     maps::{
-        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, TRACE, TUNNEL,
+        ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, POLICY, PROBE_MARK, RANGE, STAMP, TRACE,
+        TUNNEL,
     },
     open_flow, probe,
     skb::{Skb, now_ns},
@@ -34,6 +35,8 @@ use crate::{
 #[inline(always)]
 pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
+    // Before anything else, so that no way through the program can miss it.
+    skb.stamp(STAMP.load());
     // A question that the agent has decided and put back. A pod cannot forge the mark: it is
     // scrubbed when a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
     if skb.mark() == BOUNCE_MARK.load() {

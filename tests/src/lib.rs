@@ -29,6 +29,7 @@ pub mod cluster;
 mod container;
 pub mod dns;
 pub mod frames;
+pub mod ifb;
 mod lab;
 mod line;
 mod manifests;

@@ -84,6 +84,7 @@ impl Reconciler {
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
+        self.require_stamps(&wanted.interfaces, wanted.compiled.mode);
         self.unjudged.judge(&wanted.interfaces);
         let left = self.adoptable.remove(&pod);
         tracing::info!(
@@ -139,13 +140,19 @@ impl Reconciler {
         self.unused.push(Unused::Policy(before));
         enforced.wanted = wanted;
         enforced.version += 1;
+        let (mode, interfaces) = (
+            enforced.wanted.compiled.mode,
+            enforced.wanted.interfaces.clone(),
+        );
         tracing::info!(
             pod = %title(key),
             version = enforced.version,
-            mode = %enforced.wanted.compiled.mode.as_str(),
+            mode = %mode.as_str(),
             "policy applied"
         );
-        self.datapath.pin_allow(policy, &enforced.pins)
+        let pinned = self.datapath.pin_allow(policy, &enforced.pins);
+        self.require_stamps(&interfaces, mode);
+        pinned
     }
 
     /// A handle on a pod's flows.
@@ -166,6 +173,7 @@ impl Reconciler {
             bail!("the pod is not enforced");
         };
         let (pod, policy) = (enforced.pod, enforced.policy);
+        let mode = enforced.wanted.compiled.mode;
         let mut flows = self.flows_of(pod)?;
         let new = enforced.wanted.only_new(&interfaces, &networks);
         if let Some(new) = &new {
@@ -178,6 +186,7 @@ impl Reconciler {
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
+        self.require_stamps(&interfaces, mode);
         self.unjudged.judge(&interfaces);
         tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
         let Some(enforced) = self.enforced.get_mut(key) else {

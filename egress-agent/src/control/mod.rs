@@ -29,6 +29,7 @@ mod reload;
 mod seed;
 mod sights;
 mod source;
+mod stamps;
 mod taps;
 mod tell;
 mod trust;
@@ -54,7 +55,7 @@ use crate::{
 };
 use arrivals::Arrivals;
 use denials::DenialReader;
-use links::{FilterEvents, LinkEvents};
+use links::{FilterEvents, LinkEvents, RulesetEvents};
 use reconcile::Reconciler;
 use source::Source;
 use waiting::{RETRY_MIN, longer};
@@ -114,6 +115,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
     let mut filters = FilterEvents::open()?;
+    let mut ruleset = RulesetEvents::open();
 
     let mut datapath = Datapath::open(&datapath::Options {
         bpffs: config.bpffs.clone(),
@@ -123,6 +125,7 @@ pub async fn run(options: Options) -> Result<()> {
         trace: options.datapath_log,
     })?;
     let only = datapath.lock()?;
+    datapath.start_stamp_check()?;
     let _log = options
         .datapath_log
         .then(|| datapath.start_log())
@@ -175,6 +178,7 @@ pub async fn run(options: Options) -> Result<()> {
         cluster,
         Arc::clone(&known),
         adoptable,
+        reporter.clone(),
     )?;
     let board = Arc::clone(&reconciler.board);
     let serving = reconciler.serve(&reporter)?;
@@ -249,6 +253,13 @@ pub async fn run(options: Options) -> Result<()> {
                 changed = filters.changed() => {
                     let concerns = reconciler.hooks.hurry(changed.as_deref());
                     if concerns && hurried.elapsed() >= HURRY_EVERY {
+                        hurried = Instant::now();
+                        break;
+                    }
+                }
+                () = ruleset.changed() => {
+                    reconciler.stamps.hurry();
+                    if hurried.elapsed() >= HURRY_EVERY {
                         hurried = Instant::now();
                         break;
                     }

@@ -18,6 +18,8 @@ mod pins;
 mod policies;
 mod probes;
 mod rings;
+mod stamp;
+mod stamp_check;
 mod tcx;
 mod trace;
 mod traffic_control;
@@ -39,6 +41,7 @@ pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
 pub use probes::ProbeMap;
 pub use rings::{DenialRing, HeldFrame, HeldRing};
+pub use stamp_check::{Looked, TABLE as STAMP_TABLE, Unstamped, WithoutStamp};
 pub use trace::TraceLog;
 pub use view::View;
 
