@@ -291,9 +291,6 @@ fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
     for frame in &frames {
         tap.send(frame);
     }
-    agent.wait_denial("frames that nobody judged", |denial| {
-        denial.of(&cart) && denial.reason == REASON
-    });
     drop(ifb);
     let honest = to_mail(honest);
     tap.send(&honest);
@@ -303,13 +300,19 @@ fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
         })
         .expect("the honest one arrives");
     assert_eq!(first, honest);
+    agent.wait_denial("frames that nobody judged", |denial| {
+        denial.of(&cart) && denial.reason == REASON
+    });
     drop(lab);
 }
 
 #[test]
 fn arp_that_an_ifb_device_sends_again_teaches_the_node_nothing() {
     let scene = Scene::start(&[], ALLOW);
-    let claimed = "10.1.1.3";
+    let claimed = "10.77.0.5";
+    let interface = scene.pod.interface();
+    let node = scene.lab.node();
+    node.ip_batch(&format!("route add 10.77.0.0/24 dev {interface}\n"));
     let neighbours = || {
         let mut command = Command::new("ip");
         command.args(["-n", scene.lab.node().name(), "neigh", "show", claimed]);
@@ -318,16 +321,18 @@ fn arp_that_an_ifb_device_sends_again_teaches_the_node_nothing() {
     };
     let gateway = Ipv4Addr::new(10, 1, 1, 1);
     let tap = Tap::open(scene.pod.netns(), "eth0");
-    let _ifb = Ifb::redirect(&scene.pod);
+    let ifb = Ifb::redirect(&scene.pod);
     let mut request = raw::arp(claimed.parse().expect("an address"), gateway);
     request[..6].copy_from_slice(&scene.pod.gateway_hardware());
     tap.send(&request);
+    drop(ifb);
+    scene.is_enforced();
+    assert_eq!(neighbours(), "");
     scene
         .agent
         .wait_denial("frames that nobody judged", |denial| {
             denial.of(&scene.pod) && denial.reason == REASON
         });
-    assert_eq!(neighbours(), "");
 }
 
 fn sorted(lines: &str) -> Vec<&str> {

@@ -126,7 +126,7 @@ impl StampCheck {
         if packets > 0 {
             tracing::warn!(
                 packets,
-                "frames had no stamp while an earlier agent ran, or none; not all were reported"
+                "frames had no stamp before this agent began; an earlier one may have reported some of them"
             );
         }
         for family in Family::ALL {
