@@ -115,7 +115,6 @@ pub async fn run(options: Options) -> Result<()> {
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
     let mut filters = FilterEvents::open()?;
-    let mut ruleset = RulesetEvents::open();
 
     let mut datapath = Datapath::open(&datapath::Options {
         bpffs: config.bpffs.clone(),
@@ -126,6 +125,8 @@ pub async fn run(options: Options) -> Result<()> {
     })?;
     let only = datapath.lock()?;
     datapath.start_stamp_check()?;
+    // After the agent's own changes: they are no reason to look at everything.
+    let mut ruleset = RulesetEvents::open();
     let _log = options
         .datapath_log
         .then(|| datapath.start_log())

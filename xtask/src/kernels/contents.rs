@@ -16,10 +16,18 @@ use crate::{process, workspace};
 const INIT: &str = include_str!("init.sh");
 
 /// Programs of this machine that [`INIT`] runs.
-const PROGRAMS: [&str; 4] = ["ip", "tc", "bpftool", "dnsmasq"];
+const PROGRAMS: [&str; 5] = ["ip", "tc", "bpftool", "dnsmasq", "nft"];
 
-/// What the pod's interface and clsact filters need of the kernel.
-const MODULES: [&str; 3] = ["veth", "sch_ingress", "cls_bpf"];
+/// What the pod's interface, clsact filters and the stamp check need of the kernel, and what sends frames
+/// again so that they skip filters.
+const MODULES: [&str; 6] = [
+    "veth",
+    "sch_ingress",
+    "cls_bpf",
+    "nf_tables",
+    "ifb",
+    "act_mirred",
+];
 
 /// Directories that [`INIT`] mounts something on, or writes to.
 const DIRECTORIES: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "etc"];
