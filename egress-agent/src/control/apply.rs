@@ -140,18 +140,16 @@ impl Reconciler {
         self.unused.push(Unused::Policy(before));
         enforced.wanted = wanted;
         enforced.version += 1;
-        let (mode, interfaces) = (
-            enforced.wanted.compiled.mode,
-            enforced.wanted.interfaces.clone(),
-        );
+        let (mode, version) = (enforced.wanted.compiled.mode, enforced.version);
+        let interfaces = enforced.wanted.interfaces.clone();
+        let pinned = self.datapath.pin_allow(policy, &enforced.pins);
+        self.require_stamps(&interfaces, mode);
         tracing::info!(
             pod = %title(key),
-            version = enforced.version,
+            version,
             mode = %mode.as_str(),
             "policy applied"
         );
-        let pinned = self.datapath.pin_allow(policy, &enforced.pins);
-        self.require_stamps(&interfaces, mode);
         pinned
     }
 
