@@ -20,11 +20,12 @@ const PROGRAMS: [&str; 5] = ["ip", "tc", "bpftool", "dnsmasq", "nft"];
 
 /// What the pod's interface, clsact filters and the stamp check need of the kernel, and what sends frames
 /// again so that they skip filters.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "veth",
     "sch_ingress",
     "cls_bpf",
     "nf_tables",
+    "nft_meta_bridge",
     "ifb",
     "act_mirred",
 ];
