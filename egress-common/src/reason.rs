@@ -84,6 +84,8 @@ reasons! {
     /// The frame's source hardware address is not that of the pod, and the interface is a port of a
     /// bridge.
     SpoofedHardware = 24, "spoofed_hardware";
+    /// A frame that has not come through the agent's program, which stamps what it passes.
+    NotJudged = 25, "not_judged";
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ use crate::{
     housekeeping::{LinkMessage, judge_link_message},
     maps::{
         ALLOW, BOUNCE_MARK, CIDR, DNS_PORT, INTERFACE, NODE_ADDRESS, POLICY, PROBE_MARK, RANGE,
-        TRACE, TUNNEL,
+        STAMP, TRACE, TUNNEL,
     },
     open_flow, probe,
     skb::{Skb, now_ns},
@@ -37,6 +37,8 @@ use crate::{
 #[inline(always)]
 pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
+    // Before anything else, so that no way through the program can miss it.
+    skb.stamp(STAMP.load());
     // A question that the agent has decided and put back. A pod cannot forge the mark: it is
     // scrubbed when a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
     if skb.mark() == BOUNCE_MARK.load() {

@@ -121,6 +121,16 @@ pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC>
 #[btf_map(name = "gate_awake")]
 pub static GATE_AWAKE: Array<u32, 1> = Array::new();
 
+/// The stamp that [`STAMP`] is loaded with. The agent keeps it here, so that the next agent's programs put
+/// the same one on frames.
+#[btf_map(name = "stamp")]
+pub static STAMP_KEPT: Array<u32, 1> = Array::new();
+
+/// What [`crate::from_pod`] sets `skb->priority` to, so that netfilter can tell frames that came this way
+/// from those that did not. Never zero once loaded.
+#[unsafe(no_mangle)]
+pub static STAMP: Global<u32> = Global::new(0);
+
 /// Mark of a frame that the agent puts back on its way to the pod. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static DELIVER_MARK: Global<u32> = Global::new(0);

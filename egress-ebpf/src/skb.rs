@@ -30,6 +30,14 @@ impl Skb<'_> {
         unsafe { (*self.0.skb.skb).mark }
     }
 
+    /// Sets `skb->priority`. A veth sets it to 0 when a frame crosses it (`____dev_forward_skb`,
+    /// include/linux/netdevice.h), so a pod cannot send a frame that has it already.
+    #[inline(always)]
+    pub fn stamp(&self, stamp: u32) {
+        // SAFETY: as above; the kernel lets programs of this type write the field.
+        unsafe { (*self.0.skb.skb).priority = stamp };
+    }
+
     /// Index of the interface whose hook called.
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {

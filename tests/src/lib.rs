@@ -30,6 +30,7 @@ mod container;
 pub mod dns;
 pub mod features;
 pub mod frames;
+pub mod ifb;
 mod lab;
 mod line;
 mod manifests;

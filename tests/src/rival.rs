@@ -57,9 +57,30 @@ impl Rival {
     /// Attaches a program that returns this, to an interface of `namespace`.
     #[track_caller]
     pub fn attach(namespace: &Namespace, interface: &str, place: Place, returns: i32) -> Self {
+        let [a, b, c, d] = returns.to_ne_bytes();
+        // mov64 r0, <number>; exit
+        let code = [0xb7, 0, 0, 0, a, b, c, d, 0x95, 0, 0, 0, 0, 0, 0, 0];
+        Self::attach_code(namespace, interface, place, &code)
+    }
+
+    /// Attaches a program that adds one to the mark of each packet that an interface sends.
+    #[track_caller]
+    pub fn count_in_mark(namespace: &Namespace, interface: &str) -> Self {
+        let code = [
+            [0x61, 0x12, 8, 0, 0, 0, 0, 0],             // r2 = mark
+            [0x07, 0x02, 0, 0, 1, 0, 0, 0],             // r2 += 1
+            [0x63, 0x21, 8, 0, 0, 0, 0, 0],             // mark = r2
+            [0xb7, 0x00, 0, 0, 0xff, 0xff, 0xff, 0xff], // r0 = -1: `TCX_NEXT`
+            [0x95, 0x00, 0, 0, 0, 0, 0, 0],             // exit
+        ];
+        Self::attach_code(namespace, interface, Place::TcxEgress, code.as_flattened())
+    }
+
+    #[track_caller]
+    fn attach_code(namespace: &Namespace, interface: &str, place: Place, code: &[u8]) -> Self {
         let attached = namespace.run(|| {
             let ifindex = if_nametoindex(interface)?;
-            let program = load(place, returns)?;
+            let program = load(place, code)?;
             link(&program, ifindex, place)
         });
         let link = attached.unwrap_or_else(|e: io::Error| panic!("a rival on {interface}: {e}"));
@@ -98,15 +119,12 @@ struct LinkCreate {
     revision: u64,
 }
 
-/// Loads `return <number>`.
-fn load(place: Place, returns: i32) -> io::Result<OwnedFd> {
+/// Loads instructions, of eight bytes each.
+fn load(place: Place, code: &[u8]) -> io::Result<OwnedFd> {
     let (kind, attach_type, _) = place.numbers();
-    let [a, b, c, d] = returns.to_ne_bytes();
-    // mov64 r0, <number>; exit
-    let code: [u8; 16] = [0xb7, 0, 0, 0, a, b, c, d, 0x95, 0, 0, 0, 0, 0, 0, 0];
     let mut attr = ProgramLoad {
         kind,
-        instructions: 2,
+        instructions: (code.len() / 8) as u32,
         instruction: code.as_ptr().expose_provenance() as u64,
         license: c"GPL".as_ptr().expose_provenance() as u64,
         attach_type,

@@ -87,8 +87,8 @@ fn cluster() -> (Cluster, String) {
 }
 
 #[track_caller]
-fn start_agent(cluster: &Cluster) -> Agent {
-    cluster.start_agent_with(&["--attach", "clsact"])
+fn start_agent(cluster: &Cluster, attach: &str) -> Agent {
+    cluster.start_agent_with(&["--attach", attach])
 }
 
 #[track_caller]
@@ -144,9 +144,16 @@ fn allow() -> Value {
 
 #[test]
 fn a_pod_with_a_limit_starts_and_is_enforced_and_limited() {
+    for attach in ["tcx", "clsact"] {
+        starts_enforced_and_limited(attach);
+    }
+}
+
+#[track_caller]
+fn starts_enforced_and_limited(attach: &str) {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
-    let agent = start_agent(&cluster);
+    let agent = start_agent(&cluster, attach);
     for (name, annotations) in [("cart", allow()), ("free", Value::Null)] {
         let net = cluster.lab.pod(&shop, name);
         // The interface is there, and the plugins that come next are not done.
@@ -194,11 +201,11 @@ fn a_pod_that_had_a_limit_before_the_agent_came_is_enforced_and_limited() {
     let net = cluster.lab.pod(&shop, "cart");
     limit(&cluster, &net).expect("nobody is in the way");
     let pod = run(&cluster, &shop, net, &allow());
-    let mut agent = start_agent(&cluster);
+    let mut agent = start_agent(&cluster, "clsact");
     is_enforced_and_limited(&cluster, &agent, &pod);
     // And the next agent finds it so.
     agent.kill();
-    let agent = start_agent(&cluster);
+    let agent = start_agent(&cluster, "clsact");
     is_enforced_and_limited(&cluster, &agent, &pod);
 }
 
@@ -206,7 +213,7 @@ fn a_pod_that_had_a_limit_before_the_agent_came_is_enforced_and_limited() {
 fn an_interface_whose_pod_is_not_known_is_closed_when_a_program_is_behind_it() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
-    let agent = start_agent(&cluster);
+    let agent = start_agent(&cluster, "clsact");
     let net = cluster.lab.pod(&shop, "nobody");
     let _program = net.start(&mut egress_tests::node::pause());
     agent.wait_said("that the interface is enforced", |line| {

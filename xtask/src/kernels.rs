@@ -48,7 +48,7 @@ const PROGRAMS: [Program; 3] = [
 ];
 
 /// The system tests that run in the machine: what depends on the kernel most.
-const TESTS: [&str; 1] = ["late_checksums"];
+const TESTS: [&str; 2] = ["late_checksums", "packet_lists"];
 
 /// The first series with tcx; below it, programs are attached as clsact filters.
 const TCX: Series = Series::new(6, 6);

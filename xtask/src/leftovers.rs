@@ -24,6 +24,9 @@ const OBJECTS: [&str; 6] = [
     "name meters",
 ];
 
+/// Name of the agent's tables of nf_tables.
+const TABLE: &str = " egress-agent";
+
 /// What of the agent's and the laboratory's kind there is on the machine at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Inventory(BTreeSet<String>);
@@ -46,6 +49,13 @@ impl Inventory {
                     .filter(|line| OBJECTS.iter().any(|name| line.contains(name)))
                     .map(|line| format!("{kind} {line}")),
             );
+        }
+        // Those of a laboratory go with its namespaces. Without nft no test has made any.
+        if let Some(nft) = process::find("nft") {
+            let mut command = process::as_root(&nft.to_string_lossy())?;
+            let listed = process::output(command.args(["list", "tables"]))?;
+            let ours = listed.lines().filter(|line| line.ends_with(TABLE));
+            found.extend(ours.map(|line| format!("nftables {line}")));
         }
         let namespaces = process::output(Command::new("ip").args(["netns", "list"]))?;
         found.extend(
@@ -87,7 +97,9 @@ impl Inventory {
             let now = Self::take()?;
             let left: Vec<&String> = now.0.difference(&self.0).collect();
             if left.is_empty() {
-                println!("nothing is left behind: no program, map, pin, namespace or cgroup");
+                println!(
+                    "nothing is left behind: no program, map, pin, table, namespace or cgroup"
+                );
                 return Ok(());
             }
             if start.elapsed() > PATIENCE {

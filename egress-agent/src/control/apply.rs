@@ -88,6 +88,7 @@ impl Reconciler {
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
+        self.require_stamps(&wanted.interfaces, wanted.compiled.mode);
         self.unjudged.judge(&wanted.interfaces);
         let left = self.adoptable.remove(&pod);
         if settles {
@@ -142,13 +143,17 @@ impl Reconciler {
         self.unused.push(Unused::Policy(before));
         enforced.wanted = wanted;
         enforced.version += 1;
+        let (mode, version) = (enforced.wanted.compiled.mode, enforced.version);
+        let interfaces = enforced.wanted.interfaces.clone();
+        let pinned = self.datapath.pin_allow(policy, &enforced.pins);
+        self.require_stamps(&interfaces, mode);
         tracing::info!(
             pod = %title(key),
-            version = enforced.version,
-            mode = %enforced.wanted.compiled.mode.as_str(),
+            version,
+            mode = %mode.as_str(),
             "policy applied"
         );
-        self.datapath.pin_allow(policy, &enforced.pins)
+        pinned
     }
 
     /// A handle on a pod's flows.
@@ -169,6 +174,7 @@ impl Reconciler {
             bail!("the pod is not enforced");
         };
         let (pod, policy) = (enforced.pod, enforced.policy);
+        let mode = enforced.wanted.compiled.mode;
         let mut flows = self.flows_of(pod)?;
         let new = enforced.wanted.only_new(&interfaces, &networks);
         if let Some(new) = &new {
@@ -182,6 +188,7 @@ impl Reconciler {
             self.seed(key, &new, &mut flows, policy).await;
         }
         self.gate.move_to(pod, interfaces.clone()).await?;
+        self.require_stamps(&interfaces, mode);
         self.unjudged.judge(&interfaces);
         tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
         let Some(enforced) = self.enforced.get_mut(key) else {

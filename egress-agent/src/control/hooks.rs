@@ -329,9 +329,10 @@ impl Reconciler {
     }
 
     /// Why what an enforced pod sends or receives may not be judged.
-    pub(super) fn bypassed(&self, key: &PodKey) -> Option<&str> {
+    pub(super) fn bypassed(&self, key: &PodKey) -> Option<String> {
         let enforced = self.enforced.get(key)?;
-        self.hooks.problem(&enforced.wanted.interfaces)
+        let problem = self.hooks.problem(&enforced.wanted.interfaces);
+        problem.map(str::to_owned).or_else(|| self.stamps.problem())
     }
 }
 

@@ -31,6 +31,7 @@ mod reload;
 mod seed;
 mod sights;
 mod source;
+mod stamps;
 mod taps;
 mod tell;
 mod trust;
@@ -56,7 +57,7 @@ use crate::{
 };
 use arrivals::Arrivals;
 use denials::DenialReader;
-use links::{FilterEvents, LinkEvents};
+use links::{FilterEvents, LinkEvents, RulesetEvents};
 use pace::Pace;
 use reconcile::Reconciler;
 use source::Source;
@@ -131,6 +132,9 @@ pub async fn run(options: Options) -> Result<()> {
         trace: options.datapath_log,
     })?;
     let only = datapath.lock()?;
+    datapath.start_stamp_check()?;
+    // After the agent's own changes: they are no reason to look at everything.
+    let mut ruleset = RulesetEvents::open();
     let _log = options
         .datapath_log
         .then(|| datapath.start_log())
@@ -183,6 +187,7 @@ pub async fn run(options: Options) -> Result<()> {
         cluster,
         Arc::clone(&known),
         adoptable,
+        reporter.clone(),
     )?;
     let board = Arc::clone(&reconciler.board);
     let serving = reconciler.serve(&reporter)?;
@@ -273,6 +278,13 @@ pub async fn run(options: Options) -> Result<()> {
                 changed = filters.changed() => {
                     let concerns = reconciler.hooks.hurry(changed.as_deref());
                     if concerns && hurried.elapsed() >= HURRY_EVERY {
+                        hurried = Instant::now();
+                        break;
+                    }
+                }
+                () = ruleset.changed() => {
+                    reconciler.stamps.hurry();
+                    if hurried.elapsed() >= HURRY_EVERY {
                         hurried = Instant::now();
                         break;
                     }

@@ -82,7 +82,8 @@ fn missing(effective: u64, in_cluster: bool) -> Vec<&'static str> {
         missing.push("CAP_SYS_ADMIN (to open pods' maps by their id, and to mount bpffs)");
     }
     if !has(NET_ADMIN) {
-        missing.push("CAP_NET_ADMIN (to attach programs to interfaces)");
+        missing
+            .push("CAP_NET_ADMIN (to attach programs to interfaces, and for a table of nf_tables)");
     }
     if !has(NET_RAW) {
         missing.push("CAP_NET_RAW (to put held DNS messages back)");

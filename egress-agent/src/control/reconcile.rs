@@ -23,6 +23,7 @@ use super::{
     quarantine,
     readings::Readings,
     source::ClusterSide,
+    stamps::Stamps,
     taps::SeenFirst,
     trust::Trust,
     unjudged::Unjudged,
@@ -34,7 +35,7 @@ use crate::{
     gate::Gate,
     pods::{Facts, Snapshot},
     policy::Compiled,
-    report::PodIdentity,
+    report::{PodIdentity, Reporter},
     serve::{Board, Existing},
 };
 
@@ -61,6 +62,7 @@ pub(super) struct Reconciler {
     pub(super) cluster: Option<ClusterSide>,
     pub(super) waiting: Waiting,
     pub(super) hooks: Hooks,
+    pub(super) stamps: Stamps,
     seen_first: SeenFirst,
     answers: Answers,
     /// Where pods may have connections that nobody judged.
@@ -101,6 +103,7 @@ impl Reconciler {
         cluster: Option<ClusterSide>,
         known: Arc<KnownPods>,
         adoptable: BTreeMap<u32, Adoptable>,
+        reporter: Reporter,
     ) -> anyhow::Result<Self> {
         let next_pod = adoptable.keys().max().map_or(1, |last| last + 1);
         let next_policy = datapath
@@ -115,6 +118,7 @@ impl Reconciler {
         let node_addresses = datapath.node_addresses()?;
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
+            stamps: Stamps::new(reporter),
             seen_first: SeenFirst::open()?,
             datapath,
             gate,
@@ -297,6 +301,10 @@ impl Reconciler {
             }
         }
         self.check_hooks().await;
+        self.check_stamps();
+        if let Some(unsupported) = self.stamps.unsupported() {
+            saying.insert("stamp check".to_owned(), unsupported);
+        }
         self.seen_first.look();
         saying.extend(self.seen_first.of_node());
         for key in snapshot.pods.keys() {
@@ -306,7 +314,7 @@ impl Reconciler {
                 .into_iter()
                 .chain(complaints.remove(key))
                 .chain(unseen.map(str::to_owned))
-                .chain(self.bypassed(key).map(str::to_owned))
+                .chain(self.bypassed(key))
                 .chain(self.seen_first(key))
                 .chain(self.hardware_problem(key))
                 .chain(self.exits.passed(key))

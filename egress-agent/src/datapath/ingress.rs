@@ -10,7 +10,10 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::traffic_control::{Filter, Side, TrafficControl, add, attributes};
+use super::{
+    netlink::{NESTED, add, attributes},
+    traffic_control::{Filter, Side, TrafficControl},
+};
 
 /// Attributes of u32 filters, `include/uapi/linux/pkt_cls.h`.
 const TCA_U32_CLASSID: u16 = 1;
@@ -27,8 +30,6 @@ const TCA_MATCHALL_CLASSID: u16 = 1;
 const TCA_MATCHALL_ACT: u16 = 2;
 const TCA_MATCHALL_FLAGS: u16 = 3;
 const TCA_MATCHALL_PCNT: u16 = 4;
-/// `NLA_F_NESTED`.
-const NESTED: u16 = 0x8000;
 
 /// Of a u32 filter's handle, the bit that says that it is in the table that every priority has
 /// (`gen_new_htid`, `net/sched/cls_u32.c`).

@@ -8,7 +8,7 @@ use aya::{
     util::KernelVersion,
 };
 
-use super::{Datapath, clsact, tcx};
+use super::{Datapath, clsact, stamp_check, tcx};
 
 /// How programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,8 +106,9 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// When a pin or a filter cannot be removed.
+    /// When a pin, a filter, or its element in the stamp check cannot be removed.
     pub fn detach(&mut self, ifindex: u32) -> Result<()> {
+        self.release_stamps(ifindex)?;
         let links = self.layout.links();
         // A link whose pin is removed is detached when the kernel gets round to it; one whose last
         // descriptor is closed, at once.
@@ -118,12 +119,13 @@ impl Datapath {
     }
 
     /// Detaches from every interface that has pinned links or clsact filters of ours, without
-    /// waiting for the last packet.
+    /// waiting for the last packet. The stamp check ends before.
     ///
     /// # Errors
     ///
-    /// When a pin or a filter cannot be removed.
+    /// When a table, a pin or a filter cannot be removed.
     pub fn detach_all(&mut self) -> Result<()> {
+        stamp_check::remove()?;
         detach_all(&self.layout.links()).map(drop)
     }
 

@@ -20,7 +20,7 @@ use egress_common::{
 use super::{
     Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, ProbeMap, bpffs,
     frame_record::FrameRecord, inner::Templates, interfaces::text, outer::OuterMaps, pins::Layout,
-    policies::gone,
+    policies::gone, stamp::Stamp, stamp_check::StampCheck,
 };
 
 /// The compiled programs.
@@ -52,6 +52,7 @@ const SHARED_MAPS: &[&str] = &[
     "denials",
     "gate_awake",
     "probes",
+    "stamp",
 ];
 
 /// Oldest kernel that has every helper and map type the programs use (ring buffers and
@@ -103,6 +104,7 @@ pub struct Marks {
 #[derive(Clone, Copy, Debug)]
 struct Constants {
     marks: Marks,
+    stamp: Stamp,
     trace: bool,
     coarse_clock: bool,
     frame_record: FrameRecord,
@@ -129,6 +131,8 @@ pub struct Datapath {
     constants: Constants,
     /// The programs once more, for [`Datapath::stand_in`].
     stand_in: Option<Ebpf>,
+    /// What looks for frames that the programs have not seen.
+    pub(super) stamp_check: Option<StampCheck>,
 }
 
 impl Datapath {
@@ -166,12 +170,14 @@ impl Datapath {
         }
         let constants = Constants {
             marks,
+            stamp: Stamp::kept_or_new(&layout)?,
             trace: options.trace,
             coarse_clock,
             frame_record: FrameRecord::of_this_kernel()?,
             global_functions: kernel >= GLOBAL_FUNCTIONS,
         };
         let mut ebpf = load_object(&layout, &constants)?;
+        constants.stamp.keep(take(&mut ebpf, "stamp")?)?;
 
         let interfaces = open(&layout, "interfaces")?;
         let templates = Templates::new(OBJECT, &interfaces.info()?)?;
@@ -193,7 +199,20 @@ impl Datapath {
             ebpf,
             constants,
             stand_in: None,
+            stamp_check: None,
         })
+    }
+
+    /// Looks from now on for frames without a stamp, or takes over an earlier agent's check. To be called
+    /// while the pins are locked: there is one check in a network namespace. Without nf_tables there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the directory of links cannot be read.
+    pub fn start_stamp_check(&mut self) -> Result<()> {
+        let attached = self.attached()?;
+        self.stamp_check = Some(StampCheck::open(self.constants.stamp, &attached));
+        Ok(())
     }
 
     /// Marks of the frames that the gate puts back.
@@ -402,6 +421,7 @@ fn check_kernel(kernel: KernelVersion) -> Result<()> {
 fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
     let Constants {
         marks,
+        stamp,
         trace,
         coarse_clock,
         frame_record,
@@ -414,6 +434,7 @@ fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
         .override_global("BOUNCE_MARK", &marks.bounce, true)
         .override_global("AGAIN_MARK", &marks.again, true)
         .override_global("PROBE_MARK", &marks.probe, true)
+        .override_global("STAMP", &stamp.0, true)
         .override_global("TRACE", &trace, true)
         .override_global("COARSE_CLOCK", &coarse_clock, true)
         .override_global("RECORD_START", &frame_record.start, true)
@@ -537,6 +558,11 @@ fn check_shapes(layout: &Layout) -> Result<()> {
 
 /// A mark that nobody else on the node uses by chance and that is not zero, the mark of everything.
 fn random_mark() -> Result<u32> {
+    random(u32::MAX)
+}
+
+/// A random number of these bits that is not zero.
+pub(super) fn random(bits: u32) -> Result<u32> {
     use std::io::Read as _;
     let mut random = std::fs::File::open("/dev/urandom").context("cannot open /dev/urandom")?;
     loop {
@@ -544,9 +570,9 @@ fn random_mark() -> Result<u32> {
         random
             .read_exact(&mut bytes)
             .context("cannot read /dev/urandom")?;
-        let mark = u32::from_ne_bytes(bytes);
-        if mark != 0 {
-            return Ok(mark);
+        let number = u32::from_ne_bytes(bytes) & bits;
+        if number != 0 {
+            return Ok(number);
         }
     }
 }

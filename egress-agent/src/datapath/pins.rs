@@ -18,7 +18,7 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 
-use super::{Datapath, links};
+use super::{Datapath, links, stamp_check};
 
 /// Raised whenever a pinned map changes its shape; an agent never touches another version's pins.
 const VERSION: &str = "v1";
@@ -140,7 +140,8 @@ impl PodPins {
     }
 }
 
-/// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version.
+/// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version, and its
+/// tables of nf_tables.
 /// Returns from how many interfaces it detached; `None` when there was nothing at all.
 ///
 /// # Errors
@@ -149,13 +150,15 @@ impl PodPins {
 pub fn cleanup(bpffs: &Path) -> Result<Option<usize>> {
     let top = bpffs.join("egress-agent");
     if !top.exists() {
-        return Ok(None);
+        return Ok(stamp_check::remove()?.then_some(0));
     }
     let _only = Layout::new(bpffs)
         .root
         .exists()
         .then(|| Layout::new(bpffs).lock())
         .transpose()?;
+    // First, or frames that are stamped no more would be dropped.
+    stamp_check::remove()?;
     let mut detached = 0;
     for version in fs::read_dir(&top).with_context(|| format!("cannot read {}", top.display()))? {
         let version = version?.path();

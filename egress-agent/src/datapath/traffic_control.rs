@@ -6,20 +6,16 @@
 use std::io;
 
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST},
-    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+    packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL},
+    sys::protocols::NETLINK_ROUTE,
 };
 
-/// The kernel fills at most this much at a time (`netlink_dump`, `net/netlink/af_netlink.c`).
-const BUFFER: usize = 32 * 1024;
-/// Length of `struct nlmsghdr`, `include/uapi/linux/netlink.h`.
-const HEADER: usize = 16;
+use super::netlink::{NESTED, Netlink, Request, add, attributes, number, text};
+
 /// Length of `struct tcmsg`, `include/uapi/linux/rtnetlink.h`.
 const TC_HEADER: usize = 20;
 
-/// Kinds of messages, of the same two files.
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+/// Kinds of messages, of the same file.
 const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
 const RTM_GETQDISC: u16 = 38;
@@ -45,11 +41,6 @@ const CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 /// `ETH_P_ALL`, in network byte order as the kernel wants it.
 const EVERY_PROTOCOL: u16 = 3u16.to_be();
-/// Of an attribute's kind, the bits that are not flags (`NLA_TYPE_MASK`).
-const KIND_MASK: u16 = 0x3fff;
-/// `NLA_F_NESTED`.
-const NESTED: u16 = 0x8000;
-
 /// A side of an interface that filters hang on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
@@ -116,26 +107,19 @@ pub(super) struct BpfFilter<'a> {
 
 /// A socket of the network namespace of the thread that opened it.
 pub(super) struct TrafficControl {
-    socket: Socket,
-    sequence: u32,
-    buffer: Vec<u8>,
+    netlink: Netlink,
 }
 
 impl TrafficControl {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Self {
-            socket,
-            sequence: 0,
-            buffer: Vec::with_capacity(BUFFER),
+            netlink: Netlink::open(NETLINK_ROUTE)?,
         })
     }
 
     /// Adds a clsact qdisc. Returns whether there is none yet of another kind in its place.
     pub(super) fn add_clsact(&mut self, ifindex: u32) -> io::Result<bool> {
-        let mut request = Request::new(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
+        let mut request = request(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         request.add(TCA_KIND, b"clsact\0");
         match self.exchange(request, NLM_F_CREATE | NLM_F_EXCL, |_| ()) {
             Ok(()) => Ok(true),
@@ -151,7 +135,7 @@ impl TrafficControl {
     /// (`tc_get_qdisc`, `net/sched/sch_api.c`), and we do.
     fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
         let mut found = None;
-        let request = Request::new(RTM_GETQDISC, 0, 0, 0, 0);
+        let request = request(RTM_GETQDISC, 0, 0, 0, 0);
         self.exchange(request, NLM_F_DUMP, |body| {
             let Some(header) = body.get(..TC_HEADER) else {
                 return;
@@ -167,7 +151,7 @@ impl TrafficControl {
 
     /// Removes the qdisc on which an interface's filters hang, with all of them.
     pub(super) fn remove_hook_qdisc(&mut self, ifindex: u32) -> io::Result<()> {
-        let request = Request::new(RTM_DELQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
+        let request = request(RTM_DELQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         self.exchange(request, 0, |_| ())
     }
 
@@ -175,7 +159,7 @@ impl TrafficControl {
     /// there has none.
     pub(super) fn filters(&mut self, ifindex: u32, side: Side) -> io::Result<Vec<Filter>> {
         let mut filters = Vec::new();
-        let request = Request::new(RTM_GETTFILTER, ifindex, 0, side.parent(), 0);
+        let request = request(RTM_GETTFILTER, ifindex, 0, side.parent(), 0);
         let listed = self.exchange(request, NLM_F_DUMP, |body| filters.extend(read(body)));
         match listed {
             Ok(()) => Ok(filters),
@@ -202,7 +186,7 @@ impl TrafficControl {
     ) -> io::Result<()> {
         let info = info(filter.priority, EVERY_PROTOCOL);
         let parent = side.parent();
-        let mut request = Request::new(RTM_NEWTFILTER, ifindex, filter.handle, parent, info);
+        let mut request = request(RTM_NEWTFILTER, ifindex, filter.handle, parent, info);
         request.add(TCA_KIND, b"bpf\0");
         let mut options = Vec::new();
         add(&mut options, TCA_BPF_FD, &filter.program.to_ne_bytes());
@@ -220,7 +204,7 @@ impl TrafficControl {
     /// Adds a filter like this one.
     pub(super) fn add(&mut self, ifindex: u32, side: Side, filter: &Filter) -> io::Result<()> {
         let info = info(filter.priority, filter.protocol);
-        let mut request = Request::new(RTM_NEWTFILTER, ifindex, 0, side.parent(), info);
+        let mut request = request(RTM_NEWTFILTER, ifindex, 0, side.parent(), info);
         request.add(TCA_KIND, format!("{}\0", filter.kind).as_bytes());
         if filter.chain != 0 {
             request.add(TCA_CHAIN, &filter.chain.to_ne_bytes());
@@ -233,7 +217,7 @@ impl TrafficControl {
     pub(super) fn remove(&mut self, ifindex: u32, side: Side, filter: &Filter) -> io::Result<()> {
         let info = info(filter.priority, filter.protocol);
         let parent = side.parent();
-        let mut request = Request::new(RTM_DELTFILTER, ifindex, filter.handle, parent, info);
+        let mut request = request(RTM_DELTFILTER, ifindex, filter.handle, parent, info);
         request.add(TCA_KIND, format!("{}\0", filter.kind).as_bytes());
         match self.exchange(request, 0, |_| ()) {
             Err(error)
@@ -248,111 +232,24 @@ impl TrafficControl {
         }
     }
 
-    /// Sends a request and hands on the body of each reply.
     fn exchange(
         &mut self,
         request: Request,
         flags: u16,
-        mut reply: impl FnMut(&[u8]),
+        reply: impl FnMut(&[u8]),
     ) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        // One of its two bits means something else in a request that adds (`NLM_F_EXCL`).
-        let dump = flags & NLM_F_DUMP == NLM_F_DUMP;
-        let flags = flags | NLM_F_REQUEST | if dump { 0 } else { NLM_F_ACK };
-        self.socket.send(&request.finish(flags, self.sequence), 0)?;
-        loop {
-            self.buffer.clear();
-            let length = self.socket.recv(&mut self.buffer, libc::MSG_TRUNC)?;
-            let mut rest = self
-                .buffer
-                .get(..length)
-                .ok_or_else(|| malformed("a message longer than any should be"))?;
-            while let Some((kind, sequence, body, next)) = message(rest)? {
-                rest = next;
-                if sequence != self.sequence {
-                    // The rest of an exchange that was given up.
-                    continue;
-                }
-                match kind {
-                    NLMSG_DONE | NLMSG_ERROR => {
-                        return match body.get(..4).map(number) {
-                            Some(0) => Ok(()),
-                            Some(code) => Err(io::Error::from_raw_os_error(
-                                code.cast_signed().wrapping_neg(),
-                            )),
-                            None => Err(malformed("an end without a code")),
-                        };
-                    }
-                    _ => reply(body),
-                }
-            }
-        }
+        self.netlink.exchange(request, flags, reply).map(drop)
     }
 }
 
-/// A message that is being written.
-struct Request(Vec<u8>);
-
-impl Request {
-    fn new(kind: u16, ifindex: u32, handle: u32, parent: u32, info: u32) -> Self {
-        let mut bytes = vec![0; HEADER];
-        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-        // tcm_family and padding.
-        bytes.extend([0; 4]);
-        for field in [ifindex, handle, parent, info] {
-            bytes.extend(field.to_ne_bytes());
-        }
-        Self(bytes)
+/// A request about an interface's qdisc or filter.
+fn request(kind: u16, ifindex: u32, handle: u32, parent: u32, info: u32) -> Request {
+    // tcm_family and padding.
+    let mut header = vec![0; 4];
+    for field in [ifindex, handle, parent, info] {
+        header.extend(field.to_ne_bytes());
     }
-
-    fn add(&mut self, kind: u16, value: &[u8]) {
-        add(&mut self.0, kind, value);
-    }
-
-    fn finish(mut self, flags: u16, sequence: u32) -> Vec<u8> {
-        let length = self.0.len() as u32;
-        self.0[..4].copy_from_slice(&length.to_ne_bytes());
-        self.0[6..8].copy_from_slice(&flags.to_ne_bytes());
-        self.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        self.0
-    }
-}
-
-/// Appends an attribute.
-pub(super) fn add(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    bytes.extend((4 + value.len() as u16).to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-}
-
-/// Kind and value of each attribute; what is cut short ends them.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & KIND_MASK, value))
-    })
-}
-
-/// The first message of several: its kind, sequence number and body, and what follows it.
-#[expect(clippy::type_complexity, reason = "taken apart at once")]
-fn message(bytes: &[u8]) -> io::Result<Option<(u16, u32, &[u8], &[u8])>> {
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    let header = bytes
-        .get(..HEADER)
-        .ok_or_else(|| malformed("a message without a header"))?;
-    let length = number(&header[..4]) as usize;
-    let body = bytes
-        .get(HEADER..length)
-        .ok_or_else(|| malformed("a message cut short"))?;
-    let rest = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    let kind = u16::from_ne_bytes([header[4], header[5]]);
-    Ok(Some((kind, number(&header[8..12]), body, rest)))
+    Request::new(kind, &header)
 }
 
 fn read(body: &[u8]) -> Option<Filter> {
@@ -379,52 +276,4 @@ fn read(body: &[u8]) -> Option<Filter> {
 
 const fn info(priority: u16, protocol: u16) -> u32 {
     ((priority as u32) << 16) | protocol as u32
-}
-
-/// The number in the first four bytes.
-fn number(bytes: &[u8]) -> u32 {
-    bytes
-        .first_chunk()
-        .map_or(0, |bytes| u32::from_ne_bytes(*bytes))
-}
-
-fn text(value: &[u8]) -> String {
-    let end = value.iter().position(|&byte| byte == 0);
-    String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
-}
-
-fn malformed(what: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("the kernel's answer over netlink holds {what}"),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn attributes_are_read_as_they_were_written() {
-        let mut bytes = Vec::new();
-        add(&mut bytes, TCA_KIND, b"bpf\0");
-        add(&mut bytes, TCA_OPTIONS | NESTED, &[1]);
-        add(&mut bytes, TCA_CHAIN, &7u32.to_ne_bytes());
-        let read: Vec<_> = attributes(&bytes).collect();
-        assert_eq!(
-            read,
-            [
-                (TCA_KIND, &b"bpf\0"[..]),
-                (TCA_OPTIONS, &[1]),
-                (TCA_CHAIN, &7u32.to_ne_bytes()),
-            ]
-        );
-    }
-
-    #[test]
-    fn attributes_that_are_cut_short_or_too_short_end_the_list() {
-        for bytes in [&[8, 0, 1, 0, 1][..], &[3, 0, 1, 0], &[0, 0, 0, 0], &[4]] {
-            assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
-        }
-    }
 }

@@ -149,7 +149,8 @@ impl Netlink {
         let target = DefaultNla::new(IFLA_TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
         request.attributes.push(LinkAttribute::Other(target));
         let mut link = None;
-        let answer = self.exchange(RouteNetlinkMessage::GetLink(request), 0, |body| {
+        let request = RouteNetlinkMessage::GetLink(request);
+        let answer = self.exchange(&request, 0, |body| {
             link = Some(read_link(body)?).filter(|link| link.target == Some(nsid));
             Ok(())
         });
@@ -163,7 +164,7 @@ impl Netlink {
     pub(super) fn neighbours(&mut self) -> io::Result<Vec<(IpAddr, HardwareAddress)>> {
         let mut neighbours = Vec::new();
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        self.exchange(request, NLM_F_DUMP, |body| {
+        self.exchange(&request, NLM_F_DUMP, |body| {
             let (mut address, mut hardware) = (None, None);
             for (kind, value) in attributes(body, NEIGHBOUR_HEADER)? {
                 match kind {
@@ -277,7 +278,7 @@ impl Netlink {
             request.header.address_family = family;
             request.header.table = libc::RT_TABLE_LOCAL;
             let request = RouteNetlinkMessage::GetRoute(request);
-            self.exchange(request, NLM_F_DUMP, |body| {
+            self.exchange(&request, NLM_F_DUMP, |body| {
                 routes.extend(read_local_route(body)?);
                 Ok(())
             })?;

@@ -181,6 +181,8 @@ pub struct Board {
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
     /// How often a program was put in front of another one again.
     pub hooks_moved: Counter,
+    /// How often one of the stamp check's tables was put back.
+    pub stamp_tables_restored: Counter,
     /// Probes that have not come to the programs.
     pub probes_missed: Counter,
     reconciled_ns: Gauge,
@@ -198,6 +200,7 @@ impl Default for Board {
             flows_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
             hooks_moved: Counter::default(),
+            stamp_tables_restored: Counter::default(),
             probes_missed: Counter::default(),
             reconciled_ns: Gauge::default(),
             read_ns: Gauge::default(),

@@ -305,6 +305,11 @@ impl Scrape {
             board.hooks_moved.get(),
         )?;
         page.counter(
+            "egress_agent_stamp_tables_restored",
+            "Times that a table of nf_tables was put back that somebody had removed or changed",
+            board.stamp_tables_restored.get(),
+        )?;
+        page.counter(
             "egress_agent_probes_missed",
             "Probes that have not come to the programs of their interface",
             board.probes_missed.get(),

@@ -18,8 +18,9 @@ const INIT: &str = include_str!("init.sh");
 /// Programs of this machine that [`INIT`] runs.
 const PROGRAMS: [&str; 5] = ["ip", "tc", "bpftool", "dnsmasq", "nft"];
 
-/// What the pod's interface and clsact filters need of the kernel, and then what the tests need.
-const MODULES: [&str; 7] = [
+/// What the pod's interface, clsact filters and the stamp check need of the kernel, what sends frames again so
+/// that they skip filters, and what the tests need.
+const MODULES: [&str; 10] = [
     "veth",
     "sch_ingress",
     "cls_bpf",
@@ -27,6 +28,9 @@ const MODULES: [&str; 7] = [
     "bridge",
     "nf_tables",
     "nft_fwd_netdev",
+    "nft_meta_bridge",
+    "ifb",
+    "act_mirred",
 ];
 
 /// Directories that [`INIT`] mounts something on, or writes to.

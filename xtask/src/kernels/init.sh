@@ -110,6 +110,27 @@ has_no_programs() { within 10 not has_programs; }
 allow_map() { bpftool map dump pinned "$pins/pods/shop_cart/allow"; }
 is_learned() { allow_map | tee /dev/stderr | grep -q '"expires_ns"'; }
 
+has_tables() { [ "$(nft list tables | tee /dev/stderr | grep -c egress-agent)" -eq "$1" ]; }
+
+# Half of what the pod sends goes to an ifb device, and half of what that sends again does not come to it
+# once more: it skips the filters on the node.
+send_again() {
+    pod ip link add ifb0 type ifb && pod ip link set ifb0 up &&
+        pod tc qdisc add dev eth0 clsact &&
+        pod tc filter add dev eth0 egress prio 1 \
+            bpf bytecode '4,32 0 0 4294963256,69 0 1 1,6 0 0 4294967295,6 0 0 0' \
+            action mirred egress redirect dev ifb0
+}
+send_no_more() { pod tc qdisc del dev eth0 clsact && pod ip link del ifb0; }
+
+# reaches_at_last ADDRESS: one of many attempts is answered.
+reaches_at_last() {
+    for attempt in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+        pod ping -c 1 -W 1 "$1" && return 0
+    done
+    return 1
+}
+
 has_complained() { dmesg | grep -e 'BUG: [^s]' -e 'WARNING: ' -e 'Oops'; }
 
 echo "kernel  $(uname -r)"
@@ -193,6 +214,12 @@ check "another name does not exist over IPv6" is_nonexistent other.example 2001:
 check "the denied name is reported" is_reported '"dns_name":"other.example"'
 check "bpftool shows what was learned" is_learned
 
+check "there is a table for each family" has_tables 3
+check "a device that sends frames again is made" send_again
+check "what it sends again does not leave" not reaches_at_last 198.51.100.9
+check "and is reported" is_reported '"reason":"not_judged"'
+check "the device is removed" send_no_more
+
 kill -9 "$agent"
 check "a killed agent is gone" within 10 has_ended
 check "without it, a learned address is still reached" reaches 198.51.100.7
@@ -212,6 +239,7 @@ check "told to stop, it ends" within 30 has_ended
 check "nothing is denied any more" reaches 198.51.100.9
 check "no port is denied any more" connects 198.51.100.8 81
 check "its programs are gone" has_no_programs
+check "its tables are gone" has_tables 0
 check "its pins are gone" not ls "${pins%/*}"
 
 # The system tests, each with a laboratory of its own.

@@ -1,0 +1,337 @@
+//! Dropping what has not come by `from_pod`.
+//!
+//! A frame can pass an interface without meeting the programs on it: the kernel skips all of tc for a frame
+//! that an `ifb` device has sent again (`tc_skip_classify`, drivers/net/ifb.c), and a program in front of
+//! ours may end a packet's way. So `from_pod` stamps what it passes (`skb->priority`), and netfilter, which
+//! comes next, drops what comes from an enforced interface without the stamp. The stamp is taken off there.
+//!
+//! nf_tables does this, because every supported kernel has it, and it sees bridges' frames and ARP too. There is
+//! a table for each of the three families. The tables stay when the agent ends, as the pins do.
+
+mod message;
+mod table;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use self::{
+    message::Family,
+    table::{Elements, Tables},
+};
+use super::{Datapath, stamp::Stamp};
+
+/// Name of the tables.
+pub const TABLE: &str = "egress-agent";
+
+/// How often a table that the kernel has refused is tried again: a module may have been loaded.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+/// What becomes of a frame that has no stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WithoutStamp {
+    /// It is dropped.
+    Drop,
+    /// It is counted, and goes on: the interface's pod is audited.
+    Count,
+}
+
+impl WithoutStamp {
+    const ALL: [Self; 2] = [Self::Drop, Self::Count];
+}
+
+/// Frames that came from an interface without a stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unstamped {
+    /// The interface.
+    pub ifindex: u32,
+    /// What became of them.
+    pub what: WithoutStamp,
+    /// How many there were since the last look.
+    pub packets: u64,
+}
+
+/// What a look at the tables has shown.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// Frames without a stamp.
+    pub unstamped: Vec<Unstamped>,
+    /// Tables that somebody had removed or changed; they are as they should be again.
+    pub restored: Vec<&'static str>,
+    /// Why the check is not in force as it was before.
+    pub problem: Option<String>,
+    /// Which tables the kernel does not take, and why.
+    pub unsupported: Option<String>,
+}
+
+/// See the module.
+pub(super) struct StampCheck {
+    tables: Tables,
+    wanted: BTreeMap<u32, WithoutStamp>,
+    states: BTreeMap<Family, State>,
+}
+
+/// One family's table.
+#[derive(Default)]
+struct State {
+    /// Set when the kernel has never taken it.
+    refused: Option<Refused>,
+    /// The elements and counters that it had at the last look.
+    last: Elements,
+}
+
+struct Refused {
+    why: String,
+    tried: Instant,
+}
+
+impl Refused {
+    fn now(error: &io::Error) -> Self {
+        Self {
+            why: error.to_string(),
+            tried: Instant::now(),
+        }
+    }
+}
+
+impl StampCheck {
+    /// Takes over an earlier agent's tables, or makes them. Of their interfaces those stay that programs are
+    /// attached to.
+    pub(super) fn open(stamp: Stamp, attached: &[u32]) -> Self {
+        let mut check = Self {
+            tables: Tables::new(stamp),
+            wanted: BTreeMap::new(),
+            states: BTreeMap::new(),
+        };
+        let mut packets = 0;
+        for family in Family::ALL {
+            let elements = check.tables.elements(family).unwrap_or_default();
+            packets += elements.values().sum::<u64>();
+            let kept = elements
+                .iter()
+                .filter(|((ifindex, _), _)| attached.contains(ifindex));
+            for (&(ifindex, what), _) in kept {
+                // What any family drops, all do.
+                let known = check.wanted.entry(ifindex).or_insert(what);
+                *known = what.min(*known);
+            }
+            let refused = None;
+            let last = elements;
+            check.states.insert(family, State { refused, last });
+        }
+        if packets > 0 {
+            tracing::warn!(
+                packets,
+                "frames had no stamp before this agent began; an earlier one may have reported some of them"
+            );
+        }
+        for family in Family::ALL {
+            if let Err(error) = check.look_at(family) {
+                tracing::warn!(
+                    family = family.as_str(),
+                    %error,
+                    "the kernel takes no table of nf_tables of this family: frames that skip the programs \
+                     are not dropped there"
+                );
+                check.refuse(family, &error);
+            }
+        }
+        check
+    }
+
+    fn refuse(&mut self, family: Family, error: &io::Error) {
+        let state = self.states.entry(family).or_default();
+        state.refused = Some(Refused::now(error));
+    }
+
+    /// Families whose tables are, or were, in force.
+    fn supported(&self) -> Vec<Family> {
+        let states = self.states.iter();
+        let supported = states.filter(|(_, state)| state.refused.is_none());
+        supported.map(|(&family, _)| family).collect()
+    }
+
+    /// From now on this becomes of frames without a stamp from these interfaces. What fails is tried again at
+    /// the next look, which tells of it.
+    fn require(&mut self, interfaces: &[u32], what: WithoutStamp) {
+        let wanted = interfaces.iter().map(|&ifindex| (ifindex, what));
+        self.wanted.extend(wanted);
+        for family in self.supported() {
+            // The next look says what is wrong, if it still is.
+            let _ = self.adjust(family);
+        }
+    }
+
+    /// Lets frames without a stamp pass from an interface.
+    fn release(&mut self, ifindex: u32) -> Result<()> {
+        let Some(what) = self.wanted.remove(&ifindex) else {
+            return Ok(());
+        };
+        for family in self.supported() {
+            // The table may have gone meanwhile.
+            let adjusted = self.adjust(family).map(drop);
+            let done = adjusted.or_else(|_| self.look_at(family).map(drop));
+            if let Err(error) = done {
+                self.wanted.insert(ifindex, what);
+                return Err(error).with_context(|| {
+                    format!(
+                        "cannot take interface {ifindex} out of the {} table of nf_tables",
+                        family.as_str()
+                    )
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the elements those that are wanted, as far as it is known which there are.
+    fn adjust(&mut self, family: Family) -> io::Result<bool> {
+        let Some(state) = self.states.get_mut(&family) else {
+            return Ok(false);
+        };
+        let is = state.last.keys().copied().collect();
+        let wanted: BTreeSet<_> = self.wanted.iter().map(|(&at, &what)| (at, what)).collect();
+        let changed = self.tables.change_elements(family, &is, &wanted)?;
+        if changed {
+            state.last.retain(|element, _| wanted.contains(element));
+            for element in wanted {
+                state.last.entry(element).or_insert(0);
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Looks at one table, and makes it what it should be. Returns what was counted, and whether it was not.
+    fn look_at(&mut self, family: Family) -> io::Result<(Vec<Unstamped>, bool)> {
+        if !self.tables.is_whole(family)? {
+            let wanted: BTreeSet<_> = self.wanted.iter().map(|(&at, &what)| (at, what)).collect();
+            self.tables.install(family, &wanted)?;
+            let last = wanted.into_iter().map(|element| (element, 0)).collect();
+            let refused = None;
+            self.states.insert(family, State { refused, last });
+            return Ok((Vec::new(), true));
+        }
+        let now = self.tables.elements(family)?;
+        let last = self
+            .states
+            .get_mut(&family)
+            .map_or_else(Elements::new, |state| {
+                std::mem::replace(&mut state.last, now.clone())
+            });
+        let counted = now.into_iter().filter_map(|((ifindex, what), packets)| {
+            // An element that was made anew begins at zero.
+            let before = last
+                .get(&(ifindex, what))
+                .filter(|before| **before <= packets);
+            let packets = packets - before.unwrap_or(&0);
+            let unstamped = Unstamped {
+                ifindex,
+                what,
+                packets,
+            };
+            (packets > 0).then_some(unstamped)
+        });
+        let counted = counted.collect();
+        let changed = self.adjust(family)?;
+        Ok((counted, changed))
+    }
+
+    /// Looks at all tables.
+    fn look(&mut self) -> Looked {
+        let mut looked = Looked::default();
+        let mut counted: BTreeMap<(u32, WithoutStamp), u64> = BTreeMap::new();
+        let (mut lost, mut refused) = (Vec::new(), Vec::new());
+        for family in Family::ALL {
+            let refusal = self
+                .states
+                .get(&family)
+                .and_then(|state| state.refused.as_ref());
+            if let Some(Refused { why, tried }) = refusal
+                && tried.elapsed() < TRY_AGAIN
+            {
+                refused.push(format!("{}: {why}", family.as_str()));
+                continue;
+            }
+            let was_refused = refusal.is_some();
+            match self.look_at(family) {
+                Ok((unstamped, restored)) => {
+                    for Unstamped {
+                        ifindex,
+                        what,
+                        packets,
+                    } in unstamped
+                    {
+                        *counted.entry((ifindex, what)).or_default() += packets;
+                    }
+                    if restored && !was_refused {
+                        looked.restored.push(family.as_str());
+                    }
+                }
+                Err(error) if was_refused => {
+                    refused.push(format!("{}: {error}", family.as_str()));
+                    self.refuse(family, &error);
+                }
+                Err(error) => lost.push(format!("{}: {error}", family.as_str())),
+            }
+        }
+        looked.unstamped = counted
+            .into_iter()
+            .map(|((ifindex, what), packets)| Unstamped {
+                ifindex,
+                what,
+                packets,
+            })
+            .collect();
+        looked.problem = (!lost.is_empty()).then(|| lost.join("; "));
+        looked.unsupported = (!refused.is_empty()).then(|| refused.join("; "));
+        looked
+    }
+}
+
+/// Removes the tables, of this agent or an earlier one. Returns whether there were any.
+///
+/// # Errors
+///
+/// When one is there and cannot be removed.
+pub(super) fn remove() -> Result<bool> {
+    let mut any = false;
+    for family in Family::ALL {
+        any |= table::remove(family).with_context(|| {
+            format!(
+                "cannot remove the table `{} {}` of nf_tables",
+                family.as_str(),
+                TABLE
+            )
+        })?;
+    }
+    Ok(any)
+}
+
+impl Datapath {
+    /// From now on this becomes of frames from these interfaces that have not come by `from_pod`. To be called
+    /// when it is attached to them. What fails is tried again at the next [`Self::look_for_unstamped`].
+    pub fn require_stamps(&mut self, interfaces: &[u32], what: WithoutStamp) {
+        if let Some(check) = &mut self.stamp_check {
+            check.require(interfaces, what);
+        }
+    }
+
+    /// What came without a stamp since the last look. Tables that somebody has changed are made what they
+    /// should be.
+    pub fn look_for_unstamped(&mut self) -> Looked {
+        let check = self.stamp_check.as_mut();
+        check.map_or_else(Looked::default, StampCheck::look)
+    }
+
+    /// Frames without a stamp pass from this interface. To be called before `from_pod` is detached from it.
+    pub(super) fn release_stamps(&mut self, ifindex: u32) -> Result<()> {
+        match &mut self.stamp_check {
+            Some(check) => check.release(ifindex),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! What the tables are, and changing them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    time::Duration,
+};
+
+use egress_common::limits::INTERFACES;
+use rtnetlink::{packet_core::NLM_F_DUMP, sys::protocols::NETLINK_NETFILTER};
+
+use super::{
+    TABLE, WithoutStamp,
+    message::{self, Batch, Family, Rule},
+};
+use crate::datapath::{netlink::Netlink, stamp::Stamp};
+
+const CHAIN: &str = "received";
+/// Before everything else at the hook, conntrack's defragmentation too (`NF_IP_PRI_FIRST`,
+/// include/uapi/linux/netfilter_ipv4.h). Of two chains with one priority the newer comes first
+/// (`nf_hook_entries_grow`, net/netfilter/core.c), so a table that is replaced drops nothing meanwhile.
+const PRIORITY: i32 = i32::MIN;
+
+/// How long the kernel may take, which waits for others that change rules.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a list is asked for again that changed while it was made.
+const ATTEMPTS: usize = 4;
+
+/// Elements of both sets of a table, and how many packets each has counted.
+pub(super) type Elements = BTreeMap<(u32, WithoutStamp), u64>;
+
+impl WithoutStamp {
+    /// Name of its set of interfaces.
+    const fn set(self) -> &'static str {
+        match self {
+            Self::Drop => "enforced",
+            Self::Count => "audited",
+        }
+    }
+}
+
+pub(super) struct Tables {
+    stamp: Stamp,
+    /// Opened anew after an error: what is left of an exchange that failed is of no use.
+    netlink: Option<Netlink>,
+}
+
+impl Tables {
+    pub(super) fn new(stamp: Stamp) -> Self {
+        Self {
+            stamp,
+            netlink: None,
+        }
+    }
+
+    fn with<T>(&mut self, action: impl FnOnce(&mut Netlink) -> io::Result<T>) -> io::Result<T> {
+        let mut netlink = match self.netlink.take() {
+            Some(netlink) => netlink,
+            None => open()?,
+        };
+        let done = action(&mut netlink)?;
+        self.netlink = Some(netlink);
+        Ok(done)
+    }
+
+    /// The rules, in order, each with the comment that it has.
+    fn rules(&self) -> [(Rule<'static>, String); 3] {
+        let stamp = self.stamp.0;
+        [
+            (
+                Rule::Accept(stamp),
+                format!("judged: has the stamp 0x{stamp:08x}"),
+            ),
+            (
+                Rule::Drop(WithoutStamp::Drop.set()),
+                "not judged: dropped".to_owned(),
+            ),
+            (
+                Rule::Count(WithoutStamp::Count.set()),
+                "not judged: counted".to_owned(),
+            ),
+        ]
+    }
+
+    /// Whether a table has its rules and no others. They are known by their comments; a chain or a set that
+    /// they need cannot be removed while they are there.
+    pub(super) fn is_whole(&mut self, family: Family) -> io::Result<bool> {
+        let comments = self.list(
+            || message::get_rules(family, TABLE, CHAIN),
+            |body| [message::read_comment(body)],
+        );
+        let comments = match comments {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            comments => comments?,
+        };
+        let rules = self.rules();
+        let expected = rules.iter().map(|(_, comment)| comment);
+        Ok(expected.eq(&comments))
+    }
+
+    /// The elements of a table that is there.
+    pub(super) fn elements(&mut self, family: Family) -> io::Result<Elements> {
+        let mut elements = Elements::new();
+        for what in WithoutStamp::ALL {
+            let listed = self.list(
+                || message::get_elements(family, TABLE, what.set()),
+                message::read_elements,
+            )?;
+            let listed = listed.into_iter();
+            elements.extend(listed.map(|(ifindex, packets)| ((ifindex, what), packets)));
+        }
+        Ok(elements)
+    }
+
+    fn list<T, I: IntoIterator<Item = T>>(
+        &mut self,
+        request: impl Fn() -> crate::datapath::netlink::Request,
+        read: impl Fn(&[u8]) -> I,
+    ) -> io::Result<Vec<T>> {
+        for _ in 0..ATTEMPTS {
+            let mut listed = Vec::new();
+            let whole = self.with(|netlink| {
+                netlink.exchange(request(), NLM_F_DUMP, |body| listed.extend(read(body)))
+            })?;
+            if whole {
+                return Ok(listed);
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "somebody changes rules of nf_tables all the time",
+        ))
+    }
+
+    /// Makes the table, in place of one of its name.
+    pub(super) fn install(
+        &mut self,
+        family: Family,
+        elements: &BTreeSet<(u32, WithoutStamp)>,
+    ) -> io::Result<()> {
+        let mut batch = Batch::new(family, TABLE);
+        // Deleting one that is not there is an error.
+        batch.add_table();
+        batch.delete_table();
+        batch.add_table();
+        for what in WithoutStamp::ALL {
+            batch.add_set(what.set(), INTERFACES);
+            batch.add_elements(what.set(), &interfaces(elements, what));
+        }
+        batch.add_chain(CHAIN, PRIORITY);
+        for (rule, comment) in self.rules() {
+            batch.add_rule(CHAIN, rule, &comment);
+        }
+        self.transact(batch)
+    }
+
+    /// Makes the elements of a table those that are wanted. Returns whether they were not.
+    pub(super) fn change_elements(
+        &mut self,
+        family: Family,
+        is: &BTreeSet<(u32, WithoutStamp)>,
+        wanted: &BTreeSet<(u32, WithoutStamp)>,
+    ) -> io::Result<bool> {
+        let mut batch = Batch::new(family, TABLE);
+        let new = wanted.difference(is).copied().collect();
+        let stale = is.difference(wanted).copied().collect();
+        for what in WithoutStamp::ALL {
+            batch.add_elements(what.set(), &interfaces(&new, what));
+            batch.delete_elements(what.set(), &interfaces(&stale, what));
+        }
+        if batch.is_empty() {
+            return Ok(false);
+        }
+        self.transact(batch)?;
+        Ok(true)
+    }
+
+    fn transact(&mut self, batch: Batch<'_>) -> io::Result<()> {
+        let (requests, end) = batch.finish();
+        self.with(|netlink| netlink.transact(requests, end))
+    }
+}
+
+fn open() -> io::Result<Netlink> {
+    let mut netlink = Netlink::open(NETLINK_NETFILTER)?;
+    netlink.set_patience(PATIENCE)?;
+    Ok(netlink)
+}
+
+fn interfaces(elements: &BTreeSet<(u32, WithoutStamp)>, of: WithoutStamp) -> Vec<u32> {
+    let elements = elements.iter().filter(|(_, what)| *what == of);
+    elements.map(|(ifindex, _)| *ifindex).collect()
+}
+
+/// Removes a table. Returns whether there was one; a kernel that knows no such tables has none.
+pub(super) fn remove(family: Family) -> io::Result<bool> {
+    let mut batch = Batch::new(family, TABLE);
+    batch.delete_table();
+    let (requests, end) = batch.finish();
+    let done = open().and_then(|mut netlink| netlink.transact(requests, end));
+    match done {
+        Ok(()) => Ok(true),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT)
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}

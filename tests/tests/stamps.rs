@@ -1,0 +1,349 @@
+//! Frames that skip the agent's programs on an interface do not leave, and this is reported.
+
+use std::{net::Ipv4Addr, process::Command};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT, TcpEcho, UdpEcho,
+    addresses::{server, server6},
+    eventually, exchange,
+    frames::Tap,
+    holds,
+    ifb::Ifb,
+    observed::HTTP,
+    raw::{self, Ip},
+    rewritten::{finish, nft},
+};
+
+const REASON: &str = "not_judged";
+
+struct Scene {
+    agent: Agent,
+    tcp: TcpEcho,
+    udp: UdpEcho,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn start(arguments: &[&str], annotations: &[(&str, &str)]) -> Self {
+        let lab = Lab::builder().config("http", HTTP).build();
+        lab.dns().addresses("shop.test", &[server(10)]);
+        let (tcp, udp) = (lab.serve_tcp(443), lab.serve_udp(4000));
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, annotations);
+        let agent = lab.start_agent_with(arguments, &[&pod]);
+        Self {
+            agent,
+            tcp,
+            udp,
+            pod,
+            lab,
+        }
+    }
+
+    /// What the pod is allowed works, and nothing else leaves.
+    #[track_caller]
+    fn is_enforced(&self) {
+        self.pod.lookup("shop.test");
+        self.pod.talks_tcp((server(10), 443));
+        assert!(self.pod.connect_tcp((server(99), 443), SHORT).is_err());
+    }
+
+    /// Nothing that the pod sends through its ifb device arrives outside.
+    #[track_caller]
+    fn sends_in_vain(&self) {
+        for to in [server(99), server6(99)] {
+            let connected = self.pod.connect_tcp((to, 443), SHORT);
+            assert!(connected.is_err(), "connected to {to}");
+            assert_eq!(self.tcp.connections_to((to, 443).into()), 0, "to {to}");
+            assert!(!self.pod.echo_udp((to, 4000), b"secret", SHORT), "{to}");
+            assert_eq!(self.udp.datagrams_to((to, 4000).into()), 0, "to {to}");
+        }
+    }
+
+    /// The tables of nf_tables that are the agent's.
+    fn tables(&self) -> String {
+        let mut command = Command::new("nft");
+        command.args(["list", "tables"]);
+        let output = self.lab.node().run(|| command.output());
+        let output = output.expect("nft, of the package nftables");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+const ALLOW: &[(&str, &str)] = &[("allow", "shop.test:443")];
+
+#[test]
+fn what_an_ifb_device_sends_again_does_not_leave_and_is_reported() {
+    for attach in ["tcx", "clsact"] {
+        let scene = Scene::start(&["--attach", attach], ALLOW);
+        scene.is_enforced();
+        let ifb = Ifb::redirect(&scene.pod);
+        scene.sends_in_vain();
+        let denial = scene
+            .agent
+            .wait_denial("frames that nobody judged", |denial| {
+                denial.of(&scene.pod) && denial.reason == REASON
+            });
+        assert_eq!(denial.event, "denied");
+        assert_eq!(denial.dst_ip, None, "nobody has seen the packet");
+        let series = format!(
+            "egress_agent_denials_total{{event=\"denied\",namespace=\"shop\",reason=\"{REASON}\"}}"
+        );
+        assert!(scene.lab.metrics().find(&series) >= 1.0);
+        drop(ifb);
+        scene.is_enforced();
+    }
+}
+
+#[test]
+fn in_audit_mode_what_nobody_has_judged_passes_and_is_reported() {
+    let mode = [ALLOW, &[("mode", "audit")]].concat();
+    let scene = Scene::start(&[], &mode);
+    let ifb = Ifb::redirect(&scene.pod);
+    scene.pod.talks_tcp((server(99), 443));
+    let denial = scene
+        .agent
+        .wait_denial("frames that nobody judged", |denial| {
+            denial.of(&scene.pod) && denial.reason == REASON
+        });
+    assert_eq!(denial.event, "would_deny");
+    // From then on they are dropped.
+    scene
+        .agent
+        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
+    assert!(scene.pod.connect_tcp((server(98), 443), SHORT).is_err());
+    drop(ifb);
+    scene.is_enforced();
+    scene
+        .agent
+        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
+    let _ifb = Ifb::redirect(&scene.pod);
+    scene.pod.talks_tcp((server(97), 443));
+}
+
+#[test]
+fn a_pod_that_is_let_go_sends_as_it_likes() {
+    let scene = Scene::start(&[], ALLOW);
+    scene.is_enforced();
+    scene.lab.remove_pod(&scene.pod);
+    let _ifb = Ifb::redirect(&scene.pod);
+    eventually("the pod is free", || {
+        holds(scene.pod.connect_tcp((server(99), 443), SHORT).is_ok())
+    });
+}
+
+#[test]
+fn what_nobody_has_judged_stays_dropped_without_an_agent_and_under_the_next_one() {
+    let mut scene = Scene::start(&[], ALLOW);
+    scene.is_enforced();
+    let mut open = scene.pod.talks_tcp((server(10), 443));
+    scene.agent.kill();
+    {
+        let _ifb = Ifb::redirect(&scene.pod);
+        scene.sends_in_vain();
+    }
+    assert!(exchange(&mut open, b"no agent", DEADLINE));
+    let before = scene.tables();
+    scene.agent = scene.lab.start_agent(&[&scene.pod]);
+    assert!(exchange(&mut open, b"another agent", DEADLINE));
+    assert_eq!(scene.tables(), before);
+    scene.is_enforced();
+    let _ifb = Ifb::redirect(&scene.pod);
+    scene.sends_in_vain();
+    scene
+        .agent
+        .wait_denial("frames that nobody judged", |denial| {
+            denial.of(&scene.pod) && denial.reason == REASON
+        });
+}
+
+#[test]
+fn a_connection_does_not_notice_that_one_agent_takes_over_from_another() {
+    let mut scene = Scene::start(&[], ALLOW);
+    scene.is_enforced();
+    for _ in 0..3 {
+        // Whatever is dropped for lack of a stamp has to be sent again.
+        let before = retransmissions(&scene.pod);
+        let mut open = scene.pod.talks_tcp((server(10), 443));
+        scene.agent.kill();
+        let pod = &scene.pod;
+        let next = std::thread::scope(|scope| {
+            let starting = scope.spawn(|| scene.lab.start_agent(&[pod]));
+            while !starting.is_finished() {
+                assert!(exchange(&mut open, b"on", DEADLINE));
+            }
+            starting.join().expect("the next agent starts")
+        });
+        assert_eq!(retransmissions(&scene.pod), before);
+        assert!(!next.denials().iter().any(|denial| denial.reason == REASON));
+        scene.agent = next;
+    }
+}
+
+#[test]
+fn tables_that_somebody_removes_are_put_back_and_this_is_said() {
+    let scene = Scene::start(&[], ALLOW);
+    scene.is_enforced();
+    let before = scene.tables();
+    for command in [
+        "flush ruleset\n",
+        "flush table inet egress-agent\n",
+        "delete element inet egress-agent enforced { \"veth1\" }\n",
+        "insert rule bridge egress-agent received accept\n",
+    ] {
+        let restored = || {
+            scene
+                .lab
+                .metrics()
+                .find("egress_agent_stamp_tables_restored_total")
+        };
+        let count = restored();
+        nft(scene.lab.node(), command);
+        eventually("it is put back", || holds(restored() > count));
+        assert_eq!(sorted(&scene.tables()), sorted(&before), "{command}");
+        let ifb = Ifb::redirect(&scene.pod);
+        scene.sends_in_vain();
+        drop(ifb);
+        scene.is_enforced();
+    }
+    scene.agent.wait_said("that tables were put back", |line| {
+        line.contains("WARN") && line.contains("tables of nf_tables")
+    });
+}
+
+#[test]
+fn no_table_is_left_when_the_agent_has_removed_what_is_its_own() {
+    let mut scene = Scene::start(&[], ALLOW);
+    assert_eq!(scene.tables().matches("egress-agent").count(), 3);
+    scene.agent.stop();
+    assert_eq!(scene.tables(), "", "after SIGTERM");
+    scene.agent = scene.lab.start_agent(&[&scene.pod]);
+    assert_eq!(scene.tables().matches("egress-agent").count(), 3);
+    scene.agent.kill();
+    scene.lab.cleanup();
+    assert_eq!(scene.tables(), "", "after `egress-agent cleanup`");
+    scene.pod.talks_tcp((server(99), 443));
+}
+
+#[test]
+fn what_a_filter_in_front_of_ours_lets_pass_does_not_leave() {
+    let lab = Lab::builder().config("http", HTTP).build();
+    let (web, pod) = lab.shop_and_cart("shop.test:443");
+    let interface = pod.interface();
+    lab.tc(&format!("qdisc add dev {interface} clsact"));
+    // Nothing can be put in front of it: filters of one priority are of one kind.
+    lab.tc(&format!(
+        "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
+    ));
+    let agent = lab.start_agent_with(&["--attach", "clsact"], &[&pod]);
+    assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
+    assert_eq!(web.connections_to((server(99), 443).into()), 0);
+    agent.wait_denial("frames that nobody judged", |denial| {
+        denial.of(&pod) && denial.reason == REASON
+    });
+}
+
+/// Two pods on one bridge, of which the first is enforced.
+fn on_a_bridge() -> (Lab, Pod, Pod, Agent) {
+    let lab = Lab::new();
+    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
+    lab.node().ip_batch(&format!(
+        "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n\
+         link set {} master br0\nlink set {} master br0\n",
+        cart.interface(),
+        mail.interface()
+    ));
+    lab.write_pod(&cart, ALLOW);
+    let agent = lab.start_agent(&[&cart]);
+    (lab, cart, mail, agent)
+}
+
+#[test]
+fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
+    let (lab, cart, mail, agent) = on_a_bridge();
+    let (tap, neighbour) = (
+        Tap::open(cart.netns(), "eth0"),
+        Tap::open(mail.netns(), "eth0"),
+    );
+    let forged = raw::arp(mail.ipv4(), mail.ipv4());
+    let honest = raw::arp(cart.ipv4(), mail.ipv4());
+    let to_mail = |mut frame: Vec<u8>| {
+        frame[..6].copy_from_slice(&mail.hardware());
+        frame
+    };
+    let v4 = |from, payload: &[u8]| {
+        let mut frame = Ip::new(from, mail.ipv4()).udp(5000, 5000, payload);
+        finish(&cart, &mut frame);
+        to_mail(frame)
+    };
+    let mut v6 = Ip::new(cart.ipv6(), mail.ipv6()).udp(5000, 5000, b"six");
+    finish(&cart, &mut v6);
+    let frames = [
+        to_mail(forged),
+        v4(mail.ipv4(), b"forged"),
+        v4(cart.ipv4(), b"four"),
+        to_mail(v6),
+        to_mail(raw::ethernet(0x88b5, b"an EtherType for experiments")),
+    ];
+    let ifb = Ifb::redirect(&cart);
+    for frame in &frames {
+        tap.send(frame);
+    }
+    drop(ifb);
+    let honest = to_mail(honest);
+    tap.send(&honest);
+    let first = neighbour
+        .receive(DEADLINE, |seen| {
+            seen == honest || frames.iter().any(|frame| seen == frame)
+        })
+        .expect("the honest one arrives");
+    assert_eq!(first, honest);
+    agent.wait_denial("frames that nobody judged", |denial| {
+        denial.of(&cart) && denial.reason == REASON
+    });
+    drop(lab);
+}
+
+#[test]
+fn arp_that_an_ifb_device_sends_again_teaches_the_node_nothing() {
+    let scene = Scene::start(&[], ALLOW);
+    let claimed = "10.77.0.5";
+    let interface = scene.pod.interface();
+    let node = scene.lab.node();
+    node.ip_batch(&format!("route add 10.77.0.0/24 dev {interface}\n"));
+    let neighbours = || {
+        let mut command = Command::new("ip");
+        command.args(["-n", scene.lab.node().name(), "neigh", "show", claimed]);
+        let output = command.output().expect("ip, of the package iproute2");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let gateway = Ipv4Addr::new(10, 1, 1, 1);
+    let tap = Tap::open(scene.pod.netns(), "eth0");
+    let ifb = Ifb::redirect(&scene.pod);
+    let mut request = raw::arp(claimed.parse().expect("an address"), gateway);
+    request[..6].copy_from_slice(&scene.pod.gateway_hardware());
+    tap.send(&request);
+    drop(ifb);
+    scene.is_enforced();
+    assert_eq!(neighbours(), "");
+    scene
+        .agent
+        .wait_denial("frames that nobody judged", |denial| {
+            denial.of(&scene.pod) && denial.reason == REASON
+        });
+}
+
+fn sorted(lines: &str) -> Vec<&str> {
+    let mut lines: Vec<&str> = lines.lines().collect();
+    lines.sort_unstable();
+    lines
+}
+
+/// Segments that the pod's kernel had to send again, ever.
+fn retransmissions(pod: &Pod) -> u64 {
+    pod.netns().counter("TcpExt:", "TCPLostRetransmit")
+        + pod.netns().counter("TcpExt:", "TCPTimeouts")
+        + pod.netns().counter("TcpExt:", "TCPLossProbes")
+}
