@@ -1,6 +1,18 @@
 //! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel
 //! compares keys byte by byte, and the verifier rejects uninitialised padding.
 
+mod flows;
+mod links;
+
+pub use flows::{
+    FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN,
+    FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
+    FLOW_SEEN_RST_IN, Flow, FlowKey, UNJUDGED,
+};
+pub use links::{
+    HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner, NODE_OWNS,
+};
+
 use crate::{
     address::Address,
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
@@ -217,42 +229,6 @@ const fn has_port(ports: &[u16; 4], port: u16) -> bool {
     (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
-/// Key of `link_owners`: a link-local address that somebody on this node's links goes by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(C)]
-pub struct LinkAddress {
-    /// The address.
-    pub addr: Address,
-}
-
-/// Value of `link_owners`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct LinkOwner {
-    /// The pod's interface that was the first to go by it; [`NODE_OWNS`] for the node itself and the
-    /// gateways it knows.
-    pub ifindex: u32,
-}
-
-/// No interface has this index.
-pub const NODE_OWNS: u32 = 0;
-
-/// Value of `link_hardware`, keyed by ifindex: the one hardware address that a port of a bridge may send
-/// from. Other interfaces have no entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct LinkHardware {
-    /// The address.
-    pub addr: [u8; 6],
-    /// Bits of the `HARDWARE_*` constants.
-    pub flags: u16,
-}
-
-/// The address is somebody else's: nothing may be sent from it.
-pub const HARDWARE_REFUSED: u16 = 1;
-/// The interface keeps this address, whatever its other end is given later.
-pub const HARDWARE_SETTLED: u16 = 1 << 1;
-
 /// Value of `node_addresses`, keyed by prefix: what is sent there, the node takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -306,76 +282,6 @@ pub const RANGE_NODE: u64 = 1 << 3;
 pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
 /// Where [`RANGE_TRANSLATED`] begins.
 pub const RANGE_TRANSLATED_SHIFT: u32 = 8;
-
-/// Key of a pod's flow maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(C)]
-pub struct FlowKey {
-    /// The pod's address.
-    pub pod_addr: Address,
-    /// The other side's address.
-    pub peer_addr: Address,
-    /// The pod's port; for ICMP echo the identifier; for a fragment the upper half of its id.
-    pub pod_port: u16,
-    /// The other side's port; for ICMP echo the identifier; for a fragment the lower half of its id.
-    pub peer_port: u16,
-    /// IP protocol number.
-    pub protocol: u8,
-    /// One of the `FLOW_KEY_*` constants.
-    pub kind: u8,
-    /// Always zero.
-    pub pad: u16,
-}
-
-/// The key names a flow.
-pub const FLOW_KEY_FLOW: u8 = 0;
-/// The key names a fragmented packet whose first fragment passed.
-pub const FLOW_KEY_FRAGMENT: u8 = 1;
-
-/// Value of a pod's flow maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct Flow {
-    /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`; exact to
-    /// [`crate::flow::REFRESH_NS`]. For a flow that the other side opened, only its packets count.
-    pub last_seen_ns: u64,
-    /// The policy version that admitted it, or that found nothing to deny in it; [`UNJUDGED`] when none
-    /// has looked at it. A flow from an older version is judged again.
-    pub policy: u32,
-    /// One of the `FLOW_*` state constants.
-    pub state: u8,
-    /// Bits of the `FLOW_SEEN_*` constants.
-    pub seen: u8,
-    /// Of a TCP connection that the other side opens: the lower half of the sequence number that
-    /// its next segment has to acknowledge. Otherwise zero.
-    pub handshake: u16,
-}
-
-/// No policy has this number: in a flow it means that none has judged it yet.
-pub const UNJUDGED: u32 = 0;
-
-/// The pod opened it and the policy admitted it.
-pub const FLOW_OUT: u8 = 1;
-/// The other side opened it.
-pub const FLOW_IN: u8 = 2;
-/// The pod opened it and a later policy forbids it. Kept so that the other side's packets do not
-/// make it a flow that they opened.
-pub const FLOW_CUT: u8 = 3;
-
-/// The pod sent a TCP FIN.
-pub const FLOW_SEEN_FIN_OUT: u8 = 1;
-/// The other side sent a TCP FIN.
-pub const FLOW_SEEN_FIN_IN: u8 = 1 << 1;
-/// Either side sent a TCP RST.
-pub const FLOW_SEEN_RST: u8 = 1 << 2;
-/// The pod sent something.
-pub const FLOW_SEEN_OUT: u8 = 1 << 3;
-/// The other side sent something.
-pub const FLOW_SEEN_IN: u8 = 1 << 4;
-/// Who opened the flow has spoken again after an answer: it is established.
-pub const FLOW_SEEN_AGAIN: u8 = 1 << 5;
-/// The TCP RST came from the other side, and the pod has not disproved it.
-pub const FLOW_SEEN_RST_IN: u8 = 1 << 6;
 
 /// Head of each record in the `held` ring; the frame's bytes, from its Ethernet header on, follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

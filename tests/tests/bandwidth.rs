@@ -180,7 +180,7 @@ fn starts_enforced_and_limited(attach: &str) {
 fn programs_that_plugins_run_in_the_network_do_not_count_as_the_pods() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
-    let agent = start_agent(&cluster);
+    let agent = start_agent(&cluster, "clsact");
     let net = cluster.lab.pod(&shop, "cart");
     // At any moment, and so at each of the agent's looks, one is there.
     for _ in 0..60 {

@@ -95,6 +95,10 @@ pub(super) struct Reconciler {
 }
 
 impl Reconciler {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each comes from another part of the agent's start"
+    )]
     pub(super) fn new(
         datapath: Datapath,
         gate: Gate,

@@ -14,6 +14,7 @@ mod kernel_types;
 mod link_hardware;
 mod link_owners;
 mod links;
+mod loading;
 mod netlink;
 mod node_addresses;
 mod object;
@@ -40,8 +41,9 @@ pub use interfaces::{Adoptable, InterfaceMap};
 pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};
+pub use loading::Marks;
 pub use node_addresses::NodeAddressMap;
-pub use object::{Datapath, Marks, Options};
+pub use object::{Datapath, Options};
 
 pub use pins::{Lock, PodPins, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};

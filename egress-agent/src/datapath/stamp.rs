@@ -15,7 +15,7 @@ const MAP: &str = "stamp";
 /// (`TC_PRIO_MAX`, `TC_BITMASK`) stay zero: a stamped frame has the same one as any other.
 const BITS: u32 = !0xf;
 /// Of these some must be set: a priority whose upper half is zero is a band (`prio_classify`,
-/// net/sched/sch_prio.c).
+/// `net/sched/sch_prio.c`).
 const MAJOR: u32 = 0xffff_0000;
 
 /// A priority that nobody else on the node uses by chance; the same as long as the pins are there, so that

@@ -134,7 +134,7 @@ pub fn compile(
         match &rule.destination {
             Destination::Any => record.any |= classes.bit(Action::Deny, rule),
             Destination::Addresses(prefix) => {
-                prefixes.push((*prefix, classes.bit(Action::Deny, rule)))
+                prefixes.push((*prefix, classes.bit(Action::Deny, rule)));
             }
             Destination::Names(pattern) => {
                 let name = listed.entry(pattern.clone()).or_default();

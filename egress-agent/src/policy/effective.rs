@@ -223,6 +223,10 @@ fn name_only(rule: Rule) -> Rule {
     }
 }
 
+/// A destination that a rule of the pod and one of its namespace have in common, whether it is
+/// [`Rule::under_any`], and the namespace's classes for it.
+type Common<'a> = (Destination, bool, &'a BTreeSet<PortClass>);
+
 /// The parts of the pod's rules that the namespace's rules have too.
 fn narrowed(
     pod: Vec<Rule>,
@@ -239,8 +243,7 @@ fn narrowed(
             .or_default()
             .insert(rule.class);
     }
-    let mut common: HashMap<Destination, Vec<(Destination, bool, &BTreeSet<PortClass>)>> =
-        HashMap::new();
+    let mut common: HashMap<Destination, Vec<Common<'_>>> = HashMap::new();
     let mut narrowed = Vec::new();
     for rule in pod {
         let common = common.entry(rule.destination.clone()).or_insert_with(|| {
@@ -352,7 +355,7 @@ fn warn_of_whole_families(allow: &[Rule], warnings: &mut Vec<String>) {
 
 /// Warns of a protocol that no packet has.
 fn warn_of_extension_headers(rule: &Rule, warnings: &mut Vec<String>) {
-    if let Some(number) = protocol_number(&rule.class)
+    if let Some(number) = protocol_number(rule.class)
         && is_extension_header(number)
     {
         warnings.push(format!(

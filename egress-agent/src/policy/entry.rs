@@ -117,7 +117,7 @@ pub(super) const fn is_extension_header(number: u8) -> bool {
 }
 
 /// The number of the one protocol that the class is about, if that has no bit of its own.
-pub(super) fn protocol_number(class: &PortClass) -> Option<u8> {
+pub(super) fn protocol_number(class: PortClass) -> Option<u8> {
     let is_one = class.protocols == bits::OTHER && class.port_min == class.port_max;
     u8::try_from(class.port_min).ok().filter(|_| is_one)
 }
@@ -226,12 +226,7 @@ pub fn class_words(class: &PortClass) -> String {
     if class.protocols == bits::ALL {
         return "every protocol".to_owned();
     }
-    if class.protocols == bits::OTHER
-        && let (Ok(number), true) = (
-            u8::try_from(class.port_min),
-            class.port_min == class.port_max,
-        )
-    {
+    if let Some(number) = protocol_number(*class) {
         return number_word(number).into_owned();
     }
     let mut protocols: Vec<&str> = WORDS

@@ -75,13 +75,12 @@ impl Target {
             _ => port,
         };
         let protocol = match (protocol, port) {
-            (None, None) => None,
+            (None, None) | (Some(Protocol::Any), _) => None,
             (None | Some(Protocol::Tcp), _) => Some(bits::TCP),
             (Some(Protocol::Udp), _) => Some(bits::UDP),
             (Some(Protocol::Sctp), _) => Some(bits::SCTP),
             (Some(Protocol::Icmp), _) => Some(bits::ICMP_ECHO),
             (Some(Protocol::Number(_)), _) => Some(bits::OTHER),
-            (Some(Protocol::Any), _) => None,
         };
         Ok(Self { to, port, protocol })
     }

@@ -136,6 +136,10 @@ impl Attributes {
         self.bytes(kind, format!("{value}\0").as_bytes())
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "a message takes in its parts"
+    )]
     fn nested(self, kind: u16, value: Self) -> Self {
         self.bytes(kind | NESTED, &value.0)
     }
@@ -237,6 +241,10 @@ impl<'a> Batch<'a> {
         }
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "a message takes in its parts"
+    )]
     fn push(&mut self, kind: u16, flags: u16, attributes: Attributes) {
         let mut request = request(self.family, kind);
         request.add_all(&Attributes::default().text(TABLE, self.table).0);
@@ -405,9 +413,9 @@ mod tests {
             let value = Attributes::default().bytes(DATA_VALUE, &ifindex.to_ne_bytes());
             Attributes::default().nested(ELEMENT_KEY, value)
         };
-        let counted = key(7).nested(ELEMENT_EXPRESSION, expression("counter", counter));
+        let first = key(7).nested(ELEMENT_EXPRESSION, expression("counter", counter));
         let list = Attributes::default()
-            .nested(LIST_ELEMENT, counted)
+            .nested(LIST_ELEMENT, first)
             .nested(LIST_ELEMENT, key(8));
         let body = Attributes::default()
             .text(TABLE, "t")

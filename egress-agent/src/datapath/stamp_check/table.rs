@@ -17,7 +17,7 @@ use crate::datapath::{netlink::Netlink, stamp::Stamp};
 
 const CHAIN: &str = "received";
 /// Before everything else at the hook, conntrack's defragmentation too (`NF_IP_PRI_FIRST`,
-/// include/uapi/linux/netfilter_ipv4.h). Of two chains with one priority the newer comes first
+/// `include/uapi/linux/netfilter_ipv4.h`). Of two chains with one priority the newer comes first
 /// (`nf_hook_entries_grow`, net/netfilter/core.c), so a table that is replaced drops nothing meanwhile.
 const PRIORITY: i32 = i32::MIN;
 

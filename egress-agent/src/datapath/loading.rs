@@ -1,0 +1,256 @@
+//! Loading the compiled programs with their constants.
+
+use std::{borrow::Cow, io};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Map, MapData},
+    programs::{ProgramError, SchedClassifier},
+    util::KernelVersion,
+};
+use aya_obj::Object;
+
+use super::{frame_record::FrameRecord, pins::Layout, stamp::Stamp};
+
+/// The compiled programs.
+pub(super) static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/egress-ebpf"));
+
+/// Maps that all pods share; each is pinned under its own name.
+const SHARED_MAPS: &[&str] = &[
+    "interfaces",
+    "identities",
+    "policies",
+    "allow",
+    "cidrs",
+    "flows",
+    "inbound",
+    "opening",
+    "order_from_pod",
+    "order_to_pod",
+    "ranges",
+    "dns_ports",
+    "tunnels",
+    "link_owners",
+    "link_locals",
+    "link_hardware",
+    "node_addresses",
+    "forged",
+    "meters",
+    "counters",
+    "held",
+    "denials",
+    "gate_awake",
+    "probes",
+    "stamp",
+];
+
+/// Oldest kernel that has every helper and map type the programs use (ring buffers and
+/// `bpf_ktime_get_boot_ns` came with 5.8; inner maps made while the outer one is in use, 5.10).
+const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
+
+/// Oldest kernel that verifies a function with pointers among its parameters once, whoever calls it
+/// (`btf_prepare_func_args`, kernel/bpf/btf.c).
+pub(super) const GLOBAL_FUNCTIONS: KernelVersion = KernelVersion::new(5, 12, 0);
+
+/// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
+const LOAD_ATTEMPTS: u32 = 5;
+
+/// Marks of the frames that the gate puts back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// On its way to the pod.
+    pub deliver: u32,
+    /// On its way from the pod.
+    pub bounce: u32,
+    /// On its way from the pod, to be judged once more.
+    pub again: u32,
+    /// To be counted, and to go nowhere.
+    pub probe: u32,
+}
+
+/// What the programs are loaded with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Constants {
+    pub(super) marks: Marks,
+    pub(super) stamp: Stamp,
+    pub(super) trace: bool,
+    pub(super) coarse_clock: bool,
+    pub(super) frame_record: FrameRecord,
+    pub(super) global_functions: bool,
+}
+
+pub(super) fn check_kernel(kernel: KernelVersion) -> Result<()> {
+    if kernel < OLDEST_KERNEL {
+        bail!(
+            "the kernel, {kernel}, is too old: the programs need ring buffers, \
+             bpf_ktime_get_boot_ns and dynamic inner maps, which {OLDEST_KERNEL} has"
+        );
+    }
+    Ok(())
+}
+
+/// Loads the object and its programs.
+pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf> {
+    let Constants {
+        marks,
+        stamp,
+        trace,
+        coarse_clock,
+        frame_record,
+        global_functions,
+    } = constants;
+    let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("DELIVER_MARK", &marks.deliver, true)
+        .override_global("BOUNCE_MARK", &marks.bounce, true)
+        .override_global("AGAIN_MARK", &marks.again, true)
+        .override_global("PROBE_MARK", &marks.probe, true)
+        .override_global("STAMP", &stamp.0, true)
+        .override_global("TRACE", &trace, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true)
+        .override_global("RECORD_START", &frame_record.start, true)
+        .override_global("RECORD_LEN", &frame_record.len, true)
+        .override_global("SUMMED_AT", &frame_record.summed, true)
+        .override_global("SUMMED_SHIFT", &frame_record.summed_shift, true)
+        .override_global("CRC_AT", &frame_record.crc, true)
+        .override_global("CRC_BIT", &frame_record.crc_bit, true)
+        .override_global("SUM_AT", &frame_record.sum, true)
+        .override_global("HEAD_AT", &frame_record.head, true)
+        .override_global("END_AT", &frame_record.end, true)
+        .override_global("GSO_TYPE_AT", &frame_record.gso_type, true);
+    for &name in SHARED_MAPS {
+        loader.map_pin_path(name, layout.map(name));
+    }
+    let object = if *global_functions {
+        Cow::Borrowed(OBJECT)
+    } else {
+        Cow::Owned(without_function_info(OBJECT))
+    };
+    let mut ebpf = loader
+        .load(&object)
+        .context("the kernel does not take the eBPF object")?;
+    for name in ["from_pod", "to_pod"] {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(name)
+            .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
+            .try_into()?;
+        load(program)
+            .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
+        let info = program.info()?;
+        tracing::debug!(
+            program = name,
+            verified_instructions = info.verified_instruction_count(),
+            "loaded"
+        );
+    }
+    Ok(ebpf)
+}
+
+/// The object without what says which functions are global: to the kernel, all are parts of their callers.
+/// The section that says so gets a name that nobody looks for.
+fn without_function_info(object: &[u8]) -> Vec<u8> {
+    const NAME: &[u8] = b".BTF.ext\0";
+    const OTHER: &[u8] = b".off.ext\0";
+    let mut object = object.to_vec();
+    let places: Vec<usize> = object
+        .windows(NAME.len())
+        .enumerate()
+        .filter(|(_, bytes)| *bytes == NAME)
+        .map(|(at, _)| at)
+        .collect();
+    for at in places {
+        object[at..at + OTHER.len()].copy_from_slice(OTHER);
+    }
+    object
+}
+
+/// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then
+/// (`do_check`, kernel/bpf/verifier.c), and aya does not try again.
+fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
+    program.load()
+}
+
+pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
+    ebpf.take_map(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
+}
+
+/// A pinned map is used as it is, whatever its shape (aya does not compare): make sure that it is
+/// the one we mean.
+pub(super) fn check_shapes(layout: &Layout) -> Result<()> {
+    let object = Object::parse(OBJECT).context("the eBPF object cannot be parsed")?;
+    for &name in SHARED_MAPS {
+        let path = layout.map(name);
+        if !path.exists() {
+            continue;
+        }
+        let expected = object
+            .maps
+            .get(name)
+            .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))?;
+        let found = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .with_context(|| format!("cannot look at the pinned map {}", path.display()))?;
+        let expected = (
+            expected.key_size(),
+            expected.value_size(),
+            expected.max_entries(),
+            expected.map_flags(),
+        );
+        let found = (
+            found.key_size(),
+            found.value_size(),
+            found.max_entries(),
+            found.map_flags(),
+        );
+        if expected != found {
+            bail!(
+                "the pinned map {} has another shape (key, value, entries, flags {found:?}, not \
+                 {expected:?}): another version of egress-agent made it; stop that one and run \
+                 `egress-agent cleanup`",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_function_info_the_object_is_the_same_but_for_it() {
+        let object = without_function_info(OBJECT);
+        let differing = OBJECT.iter().zip(&object).filter(|(a, b)| a != b).count();
+        assert_eq!((object.len(), differing), (OBJECT.len(), 3));
+        let (before, after) = (Object::parse(OBJECT), Object::parse(&object));
+        let before = before.expect("the object can be read");
+        let after = after.expect("the object can be read");
+        assert!(before.btf_ext.is_some() && after.btf_ext.is_none());
+        assert!(after.btf.is_some(), "its types are gone");
+        assert_eq!(before.programs.len(), after.programs.len());
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_told_what_it_lacks() {
+        assert!(check_kernel(OLDEST_KERNEL).is_ok());
+        assert!(check_kernel(KernelVersion::new(6, 18, 44)).is_ok());
+        let said = check_kernel(KernelVersion::new(5, 4, 278))
+            .expect_err("5.4 has no ring buffers")
+            .to_string();
+        for expected in ["5.4.278", "too old", "ring buffers", "5.10"] {
+            assert!(said.contains(expected), "{expected} is missing: {said}");
+        }
+    }
+}
