@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{
     Mode,
     entry::{Destination, Entry},
-    error::{Origin, Problem, Unreadable},
+    error::{Origin, Problem, Unreadable, visible},
     parse::{EntryError, read_entry},
 };
 
@@ -201,7 +201,7 @@ fn read_list(
         match read {
             Ok(entry) => list.push(Written {
                 entry,
-                text: token.text.to_owned(),
+                text: visible(token.text.chars()),
                 at: At {
                     line: token.line,
                     column: token.column,

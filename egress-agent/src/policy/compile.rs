@@ -394,7 +394,11 @@ pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<P
         .count();
     for (what, count, limit) in [
         ("names", names.len(), NAMES),
-        ("names with * inside a label", globs, GLOBS),
+        (
+            "names with * in or for a label behind the first",
+            globs,
+            GLOBS,
+        ),
         ("address prefixes", prefixes.len(), CIDR_ENTRIES as usize),
     ] {
         if count > limit {

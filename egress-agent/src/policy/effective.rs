@@ -7,10 +7,8 @@ use egress_common::records::PortClass;
 use super::{
     Annotations, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
-    entry::{
-        Destination, class_intersection, class_words, is_everything, is_extension_header,
-        protocol_number,
-    },
+    entry::{Destination, class_intersection, class_words, is_everything},
+    entry_warnings,
     error::{Origin, PolicyError},
 };
 
@@ -109,10 +107,11 @@ pub(super) fn resolve(
         }
     }
     deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
-    warn_of_whole_families(&allow, &mut warnings);
+    for rule in &allow {
+        warnings.extend(entry_warnings::of_allowed(rule));
+    }
     for rule in allow.iter().chain(&deny).chain(&resolve) {
-        warn_of_suffixes(rule, &mut warnings);
-        warn_of_extension_headers(rule, &mut warnings);
+        warnings.extend(entry_warnings::of_entry(rule));
     }
     Ok(Effective {
         mode,
@@ -336,51 +335,6 @@ fn common_destination(
         }
         (Destination::Addresses(_), Destination::Names(_))
         | (Destination::Names(_), Destination::Addresses(_)) => None,
-    }
-}
-
-fn warn_of_whole_families(allow: &[Rule], warnings: &mut Vec<String>) {
-    for rule in allow {
-        if let Destination::Addresses(prefix) = &rule.destination
-            && prefix.is_whole_family()
-        {
-            warnings.push(format!(
-                "the {}'s allow entry `{}` opens protected addresses too, such as the metadata \
-                 service; `*` does not",
-                rule.origin, rule.text
-            ));
-        }
-    }
-}
-
-/// Warns of a protocol that no packet has.
-fn warn_of_extension_headers(rule: &Rule, warnings: &mut Vec<String>) {
-    if let Some(number) = protocol_number(rule.class)
-        && is_extension_header(number)
-    {
-        warnings.push(format!(
-            "the {}'s entry `{}` matches nothing: {number} is an IPv6 extension header, behind which the \
-             packet's protocol follows",
-            rule.origin, rule.text
-        ));
-    }
-}
-
-/// Warns of `*example.com`, by which other products mean `example.com` and all names below it.
-fn warn_of_suffixes(rule: &Rule, warnings: &mut Vec<String>) {
-    let Destination::Names(pattern) = &rule.destination else {
-        return;
-    };
-    let pattern = pattern.to_string();
-    let Some(name) = pattern.strip_prefix('*') else {
-        return;
-    };
-    if !name.starts_with('.') && !name.contains('*') {
-        warnings.push(format!(
-            "the {}'s entry `{}` is no suffix: it names `{name}` and, with anything before it in the same \
-             label, names such as `x{name}`; for the names below `{name}` write `*.{name}`",
-            rule.origin, rule.text
-        ));
     }
 }
 

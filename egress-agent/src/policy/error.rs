@@ -141,18 +141,23 @@ impl fmt::Display for PolicyError {
 
 /// The text in backticks, on one line and of bounded length.
 fn quote(text: &str) -> String {
-    let mut quoted = String::from("`");
-    for (i, c) in text.chars().enumerate() {
-        if i == QUOTED {
-            quoted.push('…');
-            break;
-        }
-        if c.is_control() {
-            quoted.extend(c.escape_default());
+    let mut shown = visible(text.chars().take(QUOTED));
+    if text.chars().nth(QUOTED).is_some() {
+        shown.push('…');
+    }
+    format!("`{shown}`")
+}
+
+/// The text with everything escaped that a terminal would not show as it is: control characters, and format
+/// characters such as those that turn the direction of writing.
+pub(super) fn visible(text: impl IntoIterator<Item = char>) -> String {
+    let mut shown = String::new();
+    for c in text {
+        if matches!(c, '"' | '\'' | '\\') {
+            shown.push(c);
         } else {
-            quoted.push(c);
+            shown.extend(c.escape_debug());
         }
     }
-    quoted.push('`');
-    quoted
+    shown
 }

@@ -13,6 +13,7 @@ mod compile;
 mod describe;
 mod effective;
 pub mod entry;
+mod entry_warnings;
 mod error;
 pub mod explain;
 mod name_text;

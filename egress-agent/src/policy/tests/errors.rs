@@ -103,6 +103,13 @@ fn limits_are_errors_that_name_the_count() {
     let globs: Vec<String> = (0..101).map(|n| format!("a*{n}.example.com")).collect();
     assert_eq!(
         message(&[("allow", &globs.join(" "))], &[]),
-        "the policy has 101 names with * inside a label; the limit is 100"
+        "the policy has 101 names with * in or for a label behind the first; the limit is 100"
     );
+}
+
+#[test]
+fn what_turns_the_direction_of_writing_is_escaped() {
+    let error = message(&[("allow", "a\u{202e}moc.example:x")], &[]);
+    assert!(error.contains(r"a\u{202e}moc"), "{error}");
+    assert!(!error.contains('\u{202e}'), "{error}");
 }

@@ -244,3 +244,24 @@ fn a_star_before_a_name_is_no_suffix() {
         assert!(warnings(list).is_empty(), "{list}");
     }
 }
+
+#[test]
+fn what_an_entry_may_not_mean_is_said() {
+    let warning = |list| {
+        let warnings = compiled(&[("allow", list)], &[], &settings()).warnings;
+        assert!(warnings.len() <= 1, "{warnings:?}");
+        warnings.into_iter().next().unwrap_or_default()
+    };
+    assert!(warning("-x.com").contains("is no host name: `-x` begins or ends with `-`"));
+    assert!(warning("*.com:443").contains("where anybody can register one"));
+    assert!(warning("2001:db8::7:443").contains("write `[2001:db8::7]:443`"));
+    for list in [
+        "*.example.com",
+        "x-y.com",
+        "[2001:db8::7]:443",
+        "2001:db8::7",
+        "2001:db8::/32",
+    ] {
+        assert_eq!(warning(list), "", "{list}");
+    }
+}
