@@ -10,6 +10,7 @@ use super::{
     Problem,
     documents::{Document, documents},
     object::{Namespace, Object, PodObject},
+    yaml_hint::hint,
 };
 
 /// What the text of a file says.
@@ -190,9 +191,12 @@ fn parse<T: DeserializeOwned>(
             }
             None => format!("{file}:{}", document.first_line),
         };
+        let line = error.location().map(|at| at.line() as usize);
+        let hint = line.and_then(|line| hint(document.text, line));
+        let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
         Problem {
             origin,
-            message: format!("the {what} cannot be read: {message}"),
+            message: format!("the {what} cannot be read: {message}{hint}"),
         }
     })
 }

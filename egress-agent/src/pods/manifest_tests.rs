@@ -245,3 +245,32 @@ fn hundreds_of_pods_in_a_file() {
     assert_eq!(manifests.objects.len(), 500);
     assert_eq!(problems(&manifests), Vec::<String>::new());
 }
+
+#[test]
+fn an_annotation_that_yaml_reads_otherwise_says_what_to_do() {
+    for (value, hint) in [
+        (
+            "*.github.com",
+            "put the value of egress-agent.dev/allow in quotes",
+        ),
+        (
+            "[2001:db8::7]:443",
+            "in quotes if it begins with an IPv6 address",
+        ),
+        ("\n      - a.com", "egress-agent.dev/allow is a list"),
+    ] {
+        let text = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n  annotations:\n    \
+             egress-agent.dev/allow: {value}\n"
+        );
+        let read = Manifests::read("a.yaml", &text);
+        let [problem] = &read.problems[..] else {
+            panic!("{value}: {:?}", read.problems);
+        };
+        assert!(
+            problem.message.contains(hint),
+            "{value}: {}",
+            problem.message
+        );
+    }
+}

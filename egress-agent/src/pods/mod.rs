@@ -18,6 +18,7 @@ mod manifest;
 mod object;
 mod snapshot;
 mod watching;
+mod yaml_hint;
 
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_files};
