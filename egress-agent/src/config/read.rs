@@ -90,6 +90,18 @@ pub(super) fn resolver(node: &Node) -> Result<Resolver, ConfigError> {
     if address.is_unspecified() || address.is_multicast() {
         return Err(node.error("is not the address of a machine"));
     }
+    if address.is_loopback() {
+        return Err(node.error(
+            "is a loopback address, which is each pod's own: expected the address that the pods' \
+             resolv.conf has",
+        ));
+    }
+    if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+        return Err(node.error(
+            "is a link-local address, which pods cannot ask from their own addresses: expected one that is \
+             routed",
+        ));
+    }
     Ok(resolver)
 }
 

@@ -201,7 +201,7 @@ fn every_choice_can_be_made() {
          unenforcedInterfaces: refuse\n\
          existingConnections: trust\nstateDir: /srv/state\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100, flowsPerPod: 64}\ndns:\n  resolvers:\n  - \
-         ::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
+         fd00::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\n",
     );
     assert_eq!(config.default_mode, Mode::Enforce);
@@ -216,7 +216,7 @@ fn every_choice_can_be_made() {
     assert_eq!(config.limits.flows_per_pod, 64);
     assert_eq!(
         config.dns.resolvers,
-        ["10.0.0.1", "10.0.0.1:5353", "::1"].map(|text| text.parse().unwrap())
+        ["10.0.0.1", "10.0.0.1:5353", "fd00::1"].map(|text| text.parse().unwrap())
     );
     assert_eq!(config.dns.cluster_domain.to_string(), "example.org");
     assert_eq!(config.dns.min_ttl, Duration::from_secs(90));
@@ -373,6 +373,16 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1]}\nlimits: {addressesPerPod: 0}",
             "line 2, column 27: limits.addressesPerPod: `0` is not a number from 1 to 1048576",
+        ),
+        (
+            "dns: {resolvers: ['fe80::1']}",
+            "line 1, column 19: dns.resolvers: `fe80::1` is a link-local address, which pods cannot ask from \
+             their own addresses: expected one that is routed",
+        ),
+        (
+            "dns: {resolvers: [127.0.0.53]}",
+            "line 1, column 19: dns.resolvers: `127.0.0.53` is a loopback address, which is each pod's own: \
+             expected the address that the pods' resolv.conf has",
         ),
         (
             "dns: {resolvers: [10.0.0.1]}\nlimits: {flowsPerPod: 63}",
