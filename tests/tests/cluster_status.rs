@@ -70,6 +70,33 @@ fn the_agent_is_ready_once_the_api_server_has_said_which_pods_there_are() {
 }
 
 #[test]
+fn a_pod_that_cannot_start_leaves_the_agent_ready() {
+    let cluster = served();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    // No kubelet ever starts it, as when one of its Secrets is missing.
+    let (secretless, _) = cluster.create(&shop, "secretless", &allow("shop.test:443"));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    // Longer than a pod may take to be found.
+    std::thread::sleep(std::time::Duration::from_secs(12));
+    let (status, body) = cluster.lab.http("/readyz");
+    assert_eq!((status, body.as_str()), OK);
+    let (_, status) = cluster
+        .lab
+        .ask_json(&["status", &format!("{shop}/secretless")]);
+    assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
+    assert!(!agent.stderr().contains("secretless"), "a line about it");
+
+    // Started, it is missing until it is found.
+    cluster.tell_running(&secretless);
+    eventually("the agent is not ready", || {
+        let (status, body) = cluster.lab.http("/readyz");
+        holds(status == 503 && body.contains("secretless"))
+    });
+}
+
+#[test]
 fn status_tells_of_every_pod_of_the_node() {
     let cluster = served();
     let _web = cluster.lab.serve_tcp(443);

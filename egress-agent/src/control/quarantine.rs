@@ -33,6 +33,7 @@ pub(super) fn stand_in(interface: &str) -> (PodKey, Pod) {
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,
         host_network: false,
+        is_pending: false,
         node_name: None,
         origin: format!("interface {interface}"),
     };

@@ -47,7 +47,8 @@ impl Waiting {
                 Some((uid, since)) if *uid == pod.uid => *since,
                 _ => now,
             };
-            if now.duration_since(since) >= PATIENCE {
+            // Nobody is there who could send something.
+            if !pod.is_pending && now.duration_since(since) >= PATIENCE {
                 saying.push((key, why));
             }
             next.insert(key.clone(), (pod.uid.clone(), since));

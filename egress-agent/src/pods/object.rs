@@ -121,6 +121,7 @@ impl Common {
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,
             host_network: spec.host_network.unwrap_or(false),
+            is_pending: false,
             node_name: spec.node_name,
             origin: origin.to_owned(),
         };

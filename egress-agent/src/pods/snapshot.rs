@@ -42,6 +42,9 @@ pub struct Pod {
     pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
+    /// Whether no program of it runs yet, as the kubelet says: its phase is `Pending`, and it has no address. So it
+    /// stays when its image or a Secret is missing, or when nobody makes its network.
+    pub is_pending: bool,
     /// `spec.nodeName`.
     pub node_name: Option<String>,
     /// Where it was read, for messages: `file:line`, or `pod namespace/name` of a cluster.

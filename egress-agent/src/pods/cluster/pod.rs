@@ -54,6 +54,7 @@ impl ClusterPod {
         if matches!(phase, Some("Succeeded" | "Failed")) {
             return None;
         }
+        let is_pending = phase == Some("Pending");
         let mut messages = Vec::new();
         let networks = annotation(&read, NETWORKS_ANNOTATION);
         let further = match networks.map(further_addresses) {
@@ -84,6 +85,7 @@ impl ClusterPod {
             .inspect_err(|problem| tracing::error!(%problem, "a pod cannot be read"))
             .ok()?;
         messages.extend(common);
+        pod.is_pending = is_pending && pod.addresses.is_empty();
         if pod.annotations.remove(INTERFACE_ANNOTATION).is_some() {
             messages.push(format!(
                 "{INTERFACE_ANNOTATION} does not count in a cluster: whose interface is whose is \
