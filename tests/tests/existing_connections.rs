@@ -70,7 +70,7 @@ fn rejecting() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
 
-/// Removes every pin of the laboratory's agents, as a reboot does.
+/// Removes every pin and table of the laboratory's agents, as a reboot does.
 #[track_caller]
 fn reboot(lab: &Lab) {
     umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("unmount the BPF file system");
@@ -90,6 +90,9 @@ fn reboot(lab: &Lab) {
         let shown = shown.expect("bpftool runs");
         holds(!String::from_utf8_lossy(&shown.stdout).contains("_pod"))
     });
+    for family in ["inet", "bridge", "arp"] {
+        nft(lab.node(), &format!("delete table {family} egress-agent"));
+    }
 }
 
 /// A directory for `stateDir`: on a disk, which a directory for temporary files may not be.

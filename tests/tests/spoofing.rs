@@ -166,7 +166,7 @@ fn a_sender_on_the_node_that_guesses_finds_nothing_open() {
     let guesses = [
         ("another id", port, edited(&|b| b[0] ^= 1)),
         ("another port", port ^ 1, right.clone()),
-        ("another name", port, edited(&|b| b[13] = b'S')),
+        ("another name", port, edited(&|b| b[13] = b'x')),
         ("another type", port, edited(&|b| b[24] = 28)),
         ("another class", port, edited(&|b| b[26] = 3)),
     ];

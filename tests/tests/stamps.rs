@@ -268,7 +268,11 @@ fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
         Tap::open(mail.netns(), "eth0"),
     );
     let forged = raw::arp(mail.ipv4(), mail.ipv4());
-    let honest = raw::arp(cart.ipv4(), mail.ipv4());
+    let mut honest = raw::arp(cart.ipv4(), mail.ipv4());
+    // A port of a bridge sends from its own address alone, in the frame and in what it says.
+    for sender in [6, 22] {
+        honest[sender..sender + 6].copy_from_slice(&cart.hardware());
+    }
     let to_mail = |mut frame: Vec<u8>| {
         frame[..6].copy_from_slice(&mail.hardware());
         frame
