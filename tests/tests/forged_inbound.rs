@@ -18,6 +18,7 @@ use egress_tests::{
     eventually,
     frames::{self, Tap},
     holds,
+    ifb::Ifb,
     raw::{ETHERNET, IPV4, IPV6, flag},
     rewritten::nft,
 };
@@ -185,6 +186,31 @@ fn what_a_pod_in_audit_mode_sends_itself_opens_nothing_when_it_is_enforced() {
         assert!(!hears(&victim, &own, peer), "{peer} was reached");
         agent.wait_denial("the datagram", |denial| {
             denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+        });
+    }
+}
+
+#[test]
+fn what_skips_the_programs_in_audit_mode_opens_nothing_when_the_pod_is_enforced() {
+    for peer in [server(9), server6(9)] {
+        let lab = Lab::new();
+        let cart = lab.pod("shop", "cart");
+        let allow = ("allow", "shop.test:443");
+        lab.write_pod(&cart, &[allow, ("mode", "audit")]);
+        let agent = lab.start_agent(&[&cart]);
+        let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
+        let tap = Tap::open(cart.netns(), "eth0");
+        let ifb = Ifb::redirect(&cart);
+        tap.send(&datagram(&cart, peer));
+        own.recv(&mut [0; 16]).expect("audit mode stops nothing");
+        drop(ifb);
+        agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+        assert!(!hears(&victim, &own, peer), "{peer} was reached");
+        agent.wait_denial("the datagram", |denial| {
+            denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+        });
+        agent.wait_said("why connections end", |line| {
+            line.contains("that others have opened end")
         });
     }
 }

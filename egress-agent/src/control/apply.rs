@@ -88,7 +88,9 @@ impl Reconciler {
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
-        self.require_stamps(&wanted.interfaces, wanted.compiled.mode);
+        if self.require_stamps(&wanted.interfaces, wanted.compiled.mode) {
+            self.distrust_inbound(key, pod)?;
+        }
         self.unjudged.judge(&wanted.interfaces);
         let left = self.adoptable.remove(&pod);
         if settles {
@@ -145,8 +147,11 @@ impl Reconciler {
         enforced.version += 1;
         let (mode, version) = (enforced.wanted.compiled.mode, enforced.version);
         let interfaces = enforced.wanted.interfaces.clone();
+        let pod = enforced.pod;
         let pinned = self.datapath.pin_allow(policy, &enforced.pins);
-        self.require_stamps(&interfaces, mode);
+        if self.require_stamps(&interfaces, mode) {
+            self.distrust_inbound(key, pod)?;
+        }
         tracing::info!(
             pod = %title(key),
             version,
@@ -188,7 +193,7 @@ impl Reconciler {
             self.seed(key, &new, &mut flows, policy).await;
         }
         self.gate.move_to(pod, interfaces.clone()).await?;
-        self.require_stamps(&interfaces, mode);
+        let _ = self.require_stamps(&interfaces, mode);
         self.unjudged.judge(&interfaces);
         tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
         let Some(enforced) = self.enforced.get_mut(key) else {

@@ -7,7 +7,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use egress_common::reason::Reason;
 
-use super::{enforced::Enforced, reconcile::Reconciler};
+use anyhow::Result;
+
+use super::{
+    enforced::{Enforced, PodKey},
+    reconcile::{Reconciler, title},
+};
 use crate::{
     datapath::{Looked, WithoutStamp},
     report::{Denied, Reporter, Verdict},
@@ -86,12 +91,36 @@ impl Stamps {
 impl Reconciler {
     /// From now on, frames of a pod's interfaces that skip `from_pod` do not leave, or are counted in audit
     /// mode. To be called when it is attached.
-    pub(super) fn require_stamps(&mut self, interfaces: &[u32], mode: crate::policy::Mode) {
+    ///
+    /// Returns whether frames that nobody has judged have left until now.
+    pub(super) fn require_stamps(&mut self, interfaces: &[u32], mode: crate::policy::Mode) -> bool {
         let what = match mode {
             crate::policy::Mode::Audit => WithoutStamp::Count,
             crate::policy::Mode::Enforce | crate::policy::Mode::Off => WithoutStamp::Drop,
         };
+        let ends_audit =
+            what == WithoutStamp::Drop && self.datapath.lets_unstamped_pass(interfaces);
+        if ends_audit {
+            self.stamps.hurry();
+            self.check_stamps();
+        }
+        let have_left = ends_audit && self.datapath.has_passed_unstamped(interfaces);
         self.datapath.require_stamps(interfaces, what);
+        have_left
+    }
+
+    /// What others have opened towards a pod is forgotten: the pod may have sent that itself, in others' names, by
+    /// frames that nobody has judged.
+    pub(super) fn distrust_inbound(&mut self, key: &PodKey, pod: u32) -> Result<()> {
+        self.datapath.note_forged(pod)?;
+        let forgotten = self.flows_of(pod)?.forget_inbound()?;
+        tracing::warn!(
+            pod = %title(key),
+            forgotten,
+            "frames that no program has judged left in audit mode, so the pod may have opened connections to \
+             itself in others' names: those that others have opened end"
+        );
+        Ok(())
     }
 
     /// Looks at what came without a stamp, if its turn has come.

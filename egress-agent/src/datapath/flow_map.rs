@@ -178,6 +178,24 @@ impl FlowMap {
         Ok(taken)
     }
 
+    /// Forgets the flows that others have opened towards the pod. Returns how many there were.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written.
+    pub fn forget_inbound(&mut self) -> Result<usize> {
+        let mut forgotten = 0;
+        for (key, flow) in self.entries()? {
+            if flow.state == FLOW_IN {
+                for map in [&mut self.inbound, &mut self.opening] {
+                    gone(map.remove(&key)).context("cannot forget a flow")?;
+                }
+                forgotten += 1;
+            }
+        }
+        Ok(forgotten)
+    }
+
     /// Forgets flows that have been idle for too long, makes room where established flows that others
     /// opened are too many, and gives each destination of a flow that the pod has open to `open`.
     ///

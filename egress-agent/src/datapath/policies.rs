@@ -175,6 +175,22 @@ impl Datapath {
             .context("cannot write the map `forged`")
     }
 
+    /// Notes that a pod may have sent frames in others' names until now.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn note_forged(&mut self, pod: u32) -> Result<()> {
+        let now_ns = boottime_ns();
+        let forged = Forged {
+            sent_ns: now_ns,
+            unjudged_ns: now_ns,
+        };
+        self.forged
+            .insert(pod, forged, 0)
+            .context("cannot write the map `forged`")
+    }
+
     /// Removes what nobody uses any more, and returns for each whether it is gone. No interface may
     /// be under it.
     pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {

@@ -327,6 +327,26 @@ impl Datapath {
         check.map_or_else(Looked::default, StampCheck::look)
     }
 
+    /// Whether frames without a stamp have passed from one of these interfaces, which are audited, as far as the
+    /// last look has shown.
+    pub fn has_passed_unstamped(&self, interfaces: &[u32]) -> bool {
+        let states = self
+            .stamp_check
+            .iter()
+            .flat_map(|check| check.states.values());
+        states
+            .flat_map(|state| &state.last)
+            .any(|((ifindex, what), packets)| {
+                *what == WithoutStamp::Count && *packets > 0 && interfaces.contains(ifindex)
+            })
+    }
+
+    /// Whether frames without a stamp may pass from one of these interfaces now.
+    pub fn lets_unstamped_pass(&self, interfaces: &[u32]) -> bool {
+        let mut wanted = self.stamp_check.iter().flat_map(|check| &check.wanted);
+        wanted.any(|(ifindex, what)| *what == WithoutStamp::Count && interfaces.contains(ifindex))
+    }
+
     /// Frames without a stamp pass from this interface. To be called before `from_pod` is detached from it.
     pub(super) fn release_stamps(&mut self, ifindex: u32) -> Result<()> {
         match &mut self.stamp_check {
