@@ -44,7 +44,7 @@ impl Destination {
 
     /// Whether the packet may be a tunnel that ends at a node, or a pod, of the cluster.
     #[inline(always)]
-    const fn is_tunnel(&self) -> bool {
+    pub const fn is_tunnel(&self) -> bool {
         self.tunnel != 0 && self.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0
     }
 

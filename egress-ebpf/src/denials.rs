@@ -76,12 +76,26 @@ pub fn deny(ctx: &TcContext, denied: &Denied<'_>) -> i32 {
     if audit { PASS } else { DROP }
 }
 
-/// Whether the frame may have another's source.
+/// Whether the frame may have another's source: all but what is said after the source has been found to be the
+/// pod's own.
 #[inline(always)]
 const fn is_of_unknown_source(reason: Reason) -> bool {
-    matches!(
+    !matches!(
         reason,
-        Reason::SpoofedSource | Reason::Malformed | Reason::PodUnknown
+        Reason::NoRule
+            | Reason::PortNotAllowed
+            | Reason::Expired
+            | Reason::AddressNotLearned
+            | Reason::DenyRule
+            | Reason::Protected
+            | Reason::DnsElsewhere
+            | Reason::InternalAnswer
+            | Reason::PolicyUnreadable
+            | Reason::UnenforcedInterface
+            | Reason::DnsMalformed
+            | Reason::DnsFragmented
+            | Reason::DnsNotHeld
+            | Reason::FragmentWithoutFirst
     )
 }
 

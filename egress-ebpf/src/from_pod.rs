@@ -22,6 +22,7 @@ use crate::{
     counters::count,
     denials::{Denied, deny},
     flows::{self, Known},
+    forged,
     frame_record::is_packet_list,
     hardware, headers, held,
     housekeeping::{LinkMessage, judge_link_message},
@@ -169,6 +170,12 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     }
     // The agent is about to judge the rest, too.
     if interface.flags & INTERFACE_SOURCES != 0 {
+        let rules = Rules::All as u32;
+        let judged = judge_by_rules(policy, interface.policy, packet, rules, now_ns());
+        // Somebody on the node would unpack it, and send on what is in it in anybody's name.
+        if judged & IS_TUNNEL != 0 {
+            return deny(ctx, &Denied::from_pod(interface, packet, Reason::Tunnel));
+        }
         return pass(&skb);
     }
     if is_question {
@@ -245,6 +252,10 @@ fn judge_by_flow(
         }
         return pass(&skb);
     }
+    if judged & IS_TUNNEL != 0 && interface.mode == MODE_AUDIT {
+        // What is in it comes from the node, in whose name the pod likes.
+        forged::note(interface.pod);
+    }
     let denied = Denied {
         interface,
         packet: Some(packet),
@@ -270,7 +281,11 @@ enum Rules {
 /// The rules have nothing against it.
 const PASSES: u32 = 0;
 
-/// Judges by the rules. Returns [`PASSES`], or the reason and the class that deny in its bytes.
+/// Added to a denial: the packet may be a tunnel that ends on the node.
+const IS_TUNNEL: u32 = 1 << 24;
+
+/// Judges by the rules. Returns [`PASSES`], or the reason and the class that deny in its bytes, with
+/// [`IS_TUNNEL`] where it holds.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -299,6 +314,9 @@ extern "C" fn judge_by_rules(
     };
     match verdict {
         Verdict::Pass => PASSES,
+        Verdict::Deny { reason, class } if destination.is_tunnel() => {
+            denied(reason, class) | IS_TUNNEL
+        }
         Verdict::Deny { reason, class } => denied(reason, class),
     }
 }

@@ -1,6 +1,6 @@
 //! What a node would unpack and forward.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, SHORT,
@@ -69,6 +69,10 @@ impl Scene {
 
     fn tunnelled_to(&self, end: IpAddr, from: u16, payload: &[u8]) -> Vec<u8> {
         let inner = Ip::new(Ipv4Addr::new(10, 77, 0, 2), server(66)).udp(7, 9999, payload);
+        self.in_tunnel(end, from, inner)
+    }
+
+    fn in_tunnel(&self, end: IpAddr, from: u16, inner: Vec<u8>) -> Vec<u8> {
         let mut inner = self.finished(inner);
         inner[..6].copy_from_slice(&INNER);
         let mut packet = vec![8, 0, 0, 0];
@@ -117,6 +121,30 @@ fn a_pod_does_not_get_out_through_the_nodes_vxlan() {
         scene.tap.send(&scene.tunnelled(7, b"inside"));
         assert!(!scene.leaves(b"inside"), "it left: {policy:?}");
         scene.is_denied(mark, "the tunnelled packet");
+    }
+}
+
+#[test]
+fn what_a_pod_in_audit_mode_sends_itself_by_a_tunnel_opens_nothing_when_it_is_enforced() {
+    let allow = ("allow", "203.0.113.1:4000");
+    // The verdict on a tunnel that a `deny` names is another one.
+    for rules in [&[allow][..], &[allow, ("deny", "10.98.0.1")]] {
+        let scene = Scene::new(&[rules, &[("mode", "audit")]].concat());
+        let own = scene
+            .pod
+            .netns()
+            .run(|| UdpSocket::bind((scene.pod.ipv4(), 9999)));
+        let own = own.expect("a UDP socket in the pod");
+        own.set_read_timeout(Some(DEADLINE)).expect("a time-out");
+        let called = Ip::new(server(66), scene.pod.ipv4()).udp(7, 9999, b"called");
+        scene.tap.send(&scene.in_tunnel(NODE, 7, called));
+        own.recv(&mut [0; 16]).expect("audit mode stops nothing");
+        scene
+            .agent
+            .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, rules));
+        own.send_to(b"stolen", (server(66), 7))
+            .expect("the pod answers");
+        assert!(!scene.leaves(b"stolen"), "it left: {rules:?}");
     }
 }
 
