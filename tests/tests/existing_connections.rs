@@ -74,15 +74,8 @@ fn rejecting() -> Builder {
 #[track_caller]
 fn reboot(lab: &Lab) {
     umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("unmount the BPF file system");
-    let nothing = None::<&str>;
-    mount(
-        Some("bpf"),
-        &lab.bpffs(),
-        Some("bpf"),
-        MsFlags::empty(),
-        nothing,
-    )
-    .expect("mount a BPF file system");
+    let bpf = Some("bpf");
+    mount(bpf, &lab.bpffs(), bpf, MsFlags::empty(), None::<&str>).expect("mount a BPF file system");
     eventually("programs without a link are gone", || {
         let shown = lab
             .node()
@@ -90,9 +83,8 @@ fn reboot(lab: &Lab) {
         let shown = shown.expect("bpftool runs");
         holds(!String::from_utf8_lossy(&shown.stdout).contains("_pod"))
     });
-    for family in ["inet", "bridge", "arp"] {
-        nft(lab.node(), &format!("delete table {family} egress-agent"));
-    }
+    let delete = |family| format!("delete table {family} egress-agent\n");
+    nft(lab.node(), &["inet", "bridge", "arp"].map(delete).concat());
 }
 
 /// A directory for `stateDir`: on a disk, which a directory for temporary files may not be.

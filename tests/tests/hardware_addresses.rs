@@ -9,6 +9,7 @@ use egress_tests::{
     bpf::bpftool,
     echo_on, eventually,
     frames::{self, Tap},
+    ifb::Ifb,
     raw::{self, Ip},
     rewritten::finish,
 };
@@ -349,4 +350,32 @@ fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network()
         denial.pod == "cart" && denial.reason == SPOOFED
     });
     wait_bound(FREE);
+}
+
+#[test]
+fn no_frame_that_skips_the_programs_draws_a_neighbours_traffic() {
+    let scene = Scene::new();
+    scene.lab.write_pod(&scene.mail, &[("allow", "")]);
+    let agent = scene.lab.start_agent(&[&scene.cart, &scene.mail]);
+    scene.neighbour.send(&{
+        let mut frame = raw::ethernet(0x0806, &[]);
+        frame[6..12].copy_from_slice(&scene.mail.hardware());
+        frame
+    });
+    let ifb = Ifb::redirect(&scene.cart);
+    // Link-local destinations, which a bridge handles itself: spanning tree, and what follows it.
+    for last in 0..=0x0f {
+        let mut frame = raw::ethernet(0x88cc, b"from the neighbour, it says");
+        frame[..6].copy_from_slice(&[1, 0x80, 0xc2, 0, 0, last]);
+        frame[6..12].copy_from_slice(&scene.mail.hardware());
+        scene.tap.send(&frame);
+        let learned = scene.learned(scene.mail.hardware());
+        assert_ne!(
+            learned.as_deref(),
+            Some(scene.cart.interface()),
+            "by 01:80:c2:00:00:{last:02x}"
+        );
+    }
+    drop(ifb);
+    drop(agent);
 }

@@ -70,6 +70,7 @@ impl Reconciler {
             entry
         };
         if has_unjudged && !settles {
+            self.datapath.note_unjudged(pod)?;
             self.seed(key, &wanted, &mut flows, policy).await;
         }
         self.gate
@@ -185,11 +186,12 @@ impl Reconciler {
         if let Some(new) = &new {
             self.take_from_quarantine(new, &mut flows)?;
         }
-        // Without an entry nothing leaves by a new interface, so no frame comes back that nobody judged.
+        // Without an entry nothing leaves by a new interface, but frames from before may be on their way.
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
         if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
+            self.datapath.note_unjudged(pod)?;
             self.seed(key, &new, &mut flows, policy).await;
         }
         self.gate.move_to(pod, interfaces.clone()).await?;

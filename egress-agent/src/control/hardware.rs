@@ -5,7 +5,7 @@
 //! found, and never changes after that: a program with `CAP_NET_ADMIN` may change it then.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
     io,
     time::{Duration, Instant},
 };
@@ -29,6 +29,8 @@ pub(super) struct Hardware {
     /// By the index of the host end.
     ports: BTreeMap<u32, Bound>,
     gateways: Option<(BTreeSet<HardwareAddress>, Instant)>,
+    /// The ports that cannot teach their bridge by frames to link-local addresses, and that bridge.
+    protected: BTreeMap<u32, u32>,
 }
 
 /// What a port is bound to.
@@ -81,6 +83,7 @@ impl Hardware {
         Ok(Self {
             ports: ports.collect(),
             gateways: None,
+            protected: BTreeMap::new(),
             map,
         })
     }
@@ -106,12 +109,19 @@ impl Hardware {
             .filter_map(|link| Some((link.ifindex, (link, link.bridge?))))
             .collect();
         self.ports.retain(|ifindex, _| ports.contains_key(ifindex));
-        let undecided: Vec<u32> = ports
+        let gateways = self
+            .gateways(host)
+            .context("cannot find the gateways")?
+            .clone();
+        // A gateway's address may have become known only after a port was bound to it.
+        let is_decided = |bound: &Bound| bound.settled && !gateways.contains(&bound.address);
+        let mut undecided: VecDeque<u32> = ports
             .keys()
             .copied()
-            .filter(|ifindex| !self.ports.get(ifindex).is_some_and(|bound| bound.settled))
+            .filter(|ifindex| !self.ports.get(ifindex).is_some_and(is_decided))
             .collect();
-        for ifindex in undecided {
+        let mut released = HashSet::new();
+        while let Some(ifindex) = undecided.pop_front() {
             let (link, bridge) = ports[&ifindex];
             let Some(peer) = link.peer else {
                 continue;
@@ -119,7 +129,24 @@ impl Hardware {
             // One that cannot be read is that of no interface; it is read again in the next round.
             let read = host.hardware_of(ifindex, peer).ok().flatten();
             let address = read.unwrap_or_default();
-            let gateways = self.gateways(host).context("cannot find the gateways")?;
+            let holder = self.ports.iter().find(|(other, bound)| {
+                let on_bridge = ports.get(other).map(|(_, bridge)| *bridge);
+                **other != ifindex && on_bridge == Some(bridge) && bound.address == address
+            });
+            let holder = holder.map(|(&other, _)| (other, ports[&other].0.peer));
+            // Who has another address by now holds this one no longer.
+            if let Some((other, Some(peer))) = holder
+                && !released.contains(&other)
+                && host
+                    .hardware_of(other, peer)
+                    .ok()
+                    .flatten()
+                    .is_some_and(|now| now != address)
+            {
+                self.ports.remove(&other);
+                released.insert(other);
+                undecided.push_back(other);
+            }
             let refused = if gateways.contains(&address) {
                 Some("that of a gateway".to_owned())
             } else {
@@ -138,7 +165,26 @@ impl Hardware {
             };
             self.ports.insert(ifindex, bound);
         }
-        self.write()
+        self.write()?;
+        self.protect(host, &ports)
+    }
+
+    /// Keeps ports of bridges from teaching the bridge by frames that no netfilter hook sees.
+    fn protect(&mut self, host: &mut Host, ports: &BTreeMap<u32, (&Link, u32)>) -> Result<()> {
+        self.protected.retain(|port, _| ports.contains_key(port));
+        for (&port, &(link, bridge)) in ports {
+            if self.protected.get(&port) == Some(&bridge) {
+                continue;
+            }
+            host.protect_bridge(bridge, port).with_context(|| {
+                format!(
+                    "the bridge of interface {} may learn from frames to link-local addresses",
+                    link.name
+                )
+            })?;
+            self.protected.insert(port, bridge);
+        }
+        Ok(())
     }
 
     /// The gateways' addresses, read anew if they are old.

@@ -9,6 +9,8 @@ use std::{
 
 use anyhow::Context as _;
 
+use egress_common::records::INTERFACE_SOURCES;
+
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
@@ -116,6 +118,8 @@ impl Reconciler {
             .max()
             .map_or(1, |last| last + 1);
         let left = adoptable.values().flat_map(|left| &left.interfaces);
+        // Where only sources were judged when that agent ended, the rest is unjudged.
+        let left = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
         let hardware = Hardware::open(&datapath)?;

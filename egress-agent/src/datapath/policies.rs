@@ -166,8 +166,9 @@ impl Datapath {
     ///
     /// When the map cannot be written.
     pub fn note_unjudged(&mut self, pod: u32) -> Result<()> {
+        let known = self.forged.get(&pod, 0);
         let forged = Forged {
-            sent_ns: 0,
+            sent_ns: known.map_or(0, |known| known.sent_ns),
             unjudged_ns: boottime_ns(),
         };
         self.forged

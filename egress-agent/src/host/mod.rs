@@ -344,6 +344,25 @@ impl Host {
         Ok(link.filter(|_| is_there).and_then(|link| link.hardware))
     }
 
+    /// Keeps a port from changing what its bridge has learned by frames to link-local addresses
+    /// (`01:80:c2:00:00:00` to `0f`), which the kernel handles before any netfilter hook (`br_handle_frame`,
+    /// `net/bridge/br_input.c`): the bridge learns nothing from them (`no_linklocal_learn`), and a port that sends
+    /// spanning tree messages to it is switched off (`guard`).
+    ///
+    /// An Open vSwitch bridge is not touched.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses (before 5.0 it has no such option).
+    pub fn protect_bridge(&mut self, bridge: u32, port: u32) -> io::Result<()> {
+        let kind = self.netlink.link(bridge)?.map(|link| link.kind);
+        if kind.is_some_and(|kind| kind == "bridge") {
+            self.netlink.learn_nothing_link_local(bridge)?;
+            self.netlink.guard_port(port)?;
+        }
+        Ok(())
+    }
+
     /// The hardware addresses of the gateways that this machine's routes lead through, as far as it
     /// has found them.
     ///

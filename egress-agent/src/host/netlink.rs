@@ -12,7 +12,7 @@ use std::{
 };
 
 use rtnetlink::{
-    packet_core::{DefaultNla, NLM_F_DUMP, NetlinkBuffer, NetlinkSerializable as _},
+    packet_core::{DefaultNla, NLM_F_ACK, NLM_F_DUMP, NetlinkBuffer, NetlinkSerializable as _},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
@@ -44,6 +44,7 @@ const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
+const IFLA_PROTINFO: u16 = 12;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_XDP: u16 = 43;
@@ -51,6 +52,13 @@ const IFLA_XDP_ATTACHED: u16 = 2;
 const IFLA_XDP_PROG_ID: u16 = 4;
 const IFLA_TARGET_NETNSID: u16 = 46;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_MULTI_BOOLOPT: u16 = 46;
+const IFLA_BRPORT_GUARD: u16 = 5;
+/// `BR_BOOLOPT_NO_LL_LEARN`, as a bit, `include/uapi/linux/if_bridge.h`.
+const NO_LINK_LOCAL_LEARN: u32 = 1;
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 0x8000;
 
 /// Attributes of addresses, `include/uapi/linux/if_addr.h`.
 const IFA_ADDRESS: u16 = 1;
@@ -286,6 +294,39 @@ impl Netlink {
         Ok(routes)
     }
 
+    /// Has a bridge learn nothing from frames to link-local addresses.
+    pub(super) fn learn_nothing_link_local(&mut self, bridge: u32) -> io::Result<()> {
+        let option = [
+            NO_LINK_LOCAL_LEARN.to_ne_bytes(),
+            NO_LINK_LOCAL_LEARN.to_ne_bytes(),
+        ]
+        .concat();
+        let data = nested(IFLA_BR_MULTI_BOOLOPT, &option);
+        let info = [
+            nested(IFLA_INFO_KIND, b"bridge\0"),
+            nested(IFLA_INFO_DATA | NESTED, &data),
+        ];
+        let mut request = LinkMessage::default();
+        request.header.index = bridge;
+        let info = DefaultNla::new(IFLA_LINKINFO | NESTED, info.concat());
+        request.attributes.push(LinkAttribute::Other(info));
+        self.change(&RouteNetlinkMessage::NewLink(request))
+    }
+
+    /// Has a port of a bridge switched off when a spanning tree message comes by it.
+    pub(super) fn guard_port(&mut self, port: u32) -> io::Result<()> {
+        let mut request = LinkMessage::default();
+        request.header.interface_family = AddressFamily::Bridge;
+        request.header.index = port;
+        let guard = DefaultNla::new(IFLA_PROTINFO | NESTED, nested(IFLA_BRPORT_GUARD, &[1]));
+        request.attributes.push(LinkAttribute::Other(guard));
+        self.change(&RouteNetlinkMessage::SetLink(request))
+    }
+
+    fn change(&mut self, request: &RouteNetlinkMessage) -> io::Result<()> {
+        self.exchange(request, NLM_F_ACK, |_| Ok(())).map(drop)
+    }
+
     /// See [`Transport::exchange`].
     fn exchange(
         &mut self,
@@ -310,6 +351,15 @@ pub(super) fn links_in_notices(mut notices: &[u8]) -> Vec<RawLink> {
         notices = notices.get(next..).unwrap_or_default();
     }
     links
+}
+
+/// An attribute as it stands within another one.
+fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = (4 + value.len()) as u16;
+    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 /// Asks for one interface, or in a list for all (0).
