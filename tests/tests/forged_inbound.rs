@@ -13,7 +13,7 @@ use std::{
 };
 
 use egress_tests::{
-    Builder, DEADLINE, Lab, Pod, SHORT,
+    Agent, Builder, DEADLINE, Lab, Pod, SHORT,
     addresses::{server, server6},
     eventually,
     frames::{self, Tap},
@@ -171,21 +171,30 @@ fn what_the_node_still_keeps_when_a_pod_begins_to_be_enforced_opens_nothing() {
     });
 }
 
+/// What a pod in audit mode sends itself in the peer's name, with `send`, opens nothing when it is enforced.
+#[track_caller]
+fn opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    let allow = ("allow", "shop.test:443");
+    lab.write_pod(&cart, &[allow, ("mode", "audit")]);
+    let agent = lab.start_agent(&[&cart]);
+    let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
+    send(&cart);
+    own.recv(&mut [0; 16]).expect("audit mode stops nothing");
+    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    assert!(!hears(&victim, &own, peer), "{peer} was reached");
+    agent.wait_denial("the datagram", |denial| {
+        denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+    });
+    agent
+}
+
 #[test]
 fn what_a_pod_in_audit_mode_sends_itself_opens_nothing_when_it_is_enforced() {
     for peer in [server(9), server6(9)] {
-        let lab = Lab::new();
-        let cart = lab.pod("shop", "cart");
-        let allow = ("allow", "shop.test:443");
-        lab.write_pod(&cart, &[allow, ("mode", "audit")]);
-        let agent = lab.start_agent(&[&cart]);
-        let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
-        Tap::open(cart.netns(), "eth0").send(&datagram(&cart, peer));
-        own.recv(&mut [0; 16]).expect("audit mode stops nothing");
-        agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
-        assert!(!hears(&victim, &own, peer), "{peer} was reached");
-        agent.wait_denial("the datagram", |denial| {
-            denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+        opens_nothing_after_audit(peer, |cart| {
+            Tap::open(cart.netns(), "eth0").send(&datagram(cart, peer));
         });
     }
 }
@@ -193,21 +202,10 @@ fn what_a_pod_in_audit_mode_sends_itself_opens_nothing_when_it_is_enforced() {
 #[test]
 fn what_skips_the_programs_in_audit_mode_opens_nothing_when_the_pod_is_enforced() {
     for peer in [server(9), server6(9)] {
-        let lab = Lab::new();
-        let cart = lab.pod("shop", "cart");
-        let allow = ("allow", "shop.test:443");
-        lab.write_pod(&cart, &[allow, ("mode", "audit")]);
-        let agent = lab.start_agent(&[&cart]);
-        let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
-        let tap = Tap::open(cart.netns(), "eth0");
-        let ifb = Ifb::redirect(&cart);
-        tap.send(&datagram(&cart, peer));
-        own.recv(&mut [0; 16]).expect("audit mode stops nothing");
-        drop(ifb);
-        agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
-        assert!(!hears(&victim, &own, peer), "{peer} was reached");
-        agent.wait_denial("the datagram", |denial| {
-            denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
+        let agent = opens_nothing_after_audit(peer, |cart| {
+            let tap = Tap::open(cart.netns(), "eth0");
+            let _ifb = Ifb::redirect(cart);
+            tap.send(&datagram(cart, peer));
         });
         agent.wait_said("why connections end", |line| {
             line.contains("that others have opened end")
