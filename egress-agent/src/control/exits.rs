@@ -23,7 +23,8 @@ const OFTEN: Duration = Duration::from_secs(1);
 /// … and then this seldom, which also bounds what a pod that changes its interfaces has us say.
 const SELDOM: Duration = Duration::from_secs(10);
 
-/// How long it is said that an interface was there for a moment. One of each pod is said in that time.
+/// How long `status` reports an interface that was there for a moment. It reports one such interface of each pod
+/// in that time.
 const PASSED_SAID_FOR: Duration = Duration::from_secs(60);
 
 /// Interfaces of the host whose namespaces are no pod's, of which so many are named.
