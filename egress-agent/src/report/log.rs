@@ -147,20 +147,31 @@ mod tests {
 
     use super::*;
 
-    /// Blocks while somebody else has it.
+    /// A write blocks while a test holds `written`.
     #[derive(Clone, Default)]
-    struct Pipe(Arc<Mutex<Vec<u8>>>);
+    struct Pipe {
+        written: Arc<Mutex<Vec<u8>>>,
+        /// Writes that have begun.
+        begun: Arc<AtomicUsize>,
+    }
 
     impl Pipe {
         fn lines(&self) -> Vec<String> {
-            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            let text = String::from_utf8(self.written.lock().unwrap().clone()).unwrap();
             text.lines().map(str::to_owned).collect()
+        }
+
+        fn wait_for_a_write(&self) {
+            while self.begun.load(Ordering::Acquire) == 0 {
+                thread::yield_now();
+            }
         }
     }
 
     impl Write for Pipe {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend(bytes);
+            self.begun.fetch_add(1, Ordering::Release);
+            self.written.lock().unwrap().extend(bytes);
             Ok(bytes.len())
         }
 
@@ -186,8 +197,11 @@ mod tests {
         const SENT: usize = 3 * LINES;
         let pipe = Pipe::default();
         let mut log = Log::start(pipe.clone()).unwrap();
-        let blocked = pipe.0.lock().unwrap();
-        for _ in 0..SENT {
+        let blocked = pipe.written.lock().unwrap();
+        log.write_all(b"line\n").unwrap();
+        // From now on the writer is blocked on a line, so it has not looked at the losses yet.
+        pipe.wait_for_a_write();
+        for _ in 1..SENT {
             log.write_all(b"line\n").unwrap();
         }
         let lost = usize::try_from(log.lost()).unwrap();
@@ -205,7 +219,7 @@ mod tests {
     fn long_lines_are_bounded_too() {
         let pipe = Pipe::default();
         let mut log = Log::start(pipe.clone()).unwrap();
-        let blocked = pipe.0.lock().unwrap();
+        let blocked = pipe.written.lock().unwrap();
         let line = vec![b'a'; BYTES / 4];
         for _ in 0..8 {
             log.write_all(&line).unwrap();
