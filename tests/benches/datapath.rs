@@ -28,17 +28,37 @@ struct Case {
     taken: Vec<f64>,
 }
 
+/// The pod's port of a connection that is established.
+const CONNECTED: u16 = 40_000;
+/// And of one that is not.
+const OPENING: u16 = 40_001;
+
 /// A TCP packet of the pod's.
-fn tcp(pod: &Pod, to: IpAddr, opens: bool) -> Vec<u8> {
+fn tcp(pod: &Pod, to: IpAddr, port: u16, opens: bool) -> Vec<u8> {
     let IpAddr::V4(to) = to else {
         panic!("{to} is not an IPv4 address")
     };
     let step = PacketBuilder::ethernet2(pod.hardware(), pod.gateway_hardware())
         .ipv4(pod.ipv4().octets(), to.octets(), 64)
-        .tcp(40_000, 443, 1, 65_000);
+        .tcp(port, 443, 1, 65_000);
     let step = if opens { step.syn() } else { step.ack(1) };
     let mut frame = Vec::new();
     step.write(&mut frame, &[0; 64]).expect("a frame in memory");
+    frame
+}
+
+/// The server's SYN-ACK.
+fn accepts(pod: &Pod, server: IpAddr, port: u16) -> Vec<u8> {
+    let IpAddr::V4(server) = server else {
+        panic!("{server} is not an IPv4 address")
+    };
+    let step = PacketBuilder::ethernet2(pod.gateway_hardware(), pod.hardware())
+        .ipv4(server.octets(), pod.ipv4().octets(), 64)
+        .tcp(443, port, 1, 65_000)
+        .syn()
+        .ack(2);
+    let mut frame = Vec::new();
+    step.write(&mut frame, &[]).expect("a frame in memory");
     frame
 }
 
@@ -70,15 +90,23 @@ fn main() {
             action,
             taken: Vec::new(),
         };
-        let known = tcp(&pod, server(10), false);
+        let known = tcp(&pod, server(10), CONNECTED, false);
+        let opens = tcp(&pod, server(10), OPENING, true);
+        // The server has answered on the first connection, and on the second it has not.
+        for (hook, frame) in [
+            (Hook::FromPod, tcp(&pod, server(10), CONNECTED, true)),
+            (Hook::ToPod, accepts(&pod, server(10), CONNECTED)),
+            (Hook::FromPod, known.clone()),
+        ] {
+            let run = datapath
+                .dry_run(hook, ifindex, 0, &frame, 1)
+                .expect("the kernel runs the program");
+            assert_eq!(run.action, Action::Pass);
+        }
         let mut cases = [
-            case("known flow", known.clone(), Action::Pass),
-            case(
-                "new connection, name",
-                tcp(&pod, server(10), true),
-                Action::Pass,
-            ),
-            case("denied", tcp(&pod, server(66), true), Action::Drop),
+            case("established flow", known.clone(), Action::Pass),
+            case("opening flow", opens, Action::Pass),
+            case("denied", tcp(&pod, server(66), OPENING, true), Action::Drop),
             Case {
                 what: "mark looked at, redirected (floor)",
                 hook: Hook::ToPod,
