@@ -64,12 +64,43 @@ impl Scene {
 
     /// The tables of nf_tables that are the agent's.
     fn tables(&self) -> String {
+        self.nft_list(&["tables"])
+    }
+
+    /// One of them, as nft reads it again.
+    fn listed(&self, family: &str) -> String {
+        self.nft_list(&["table", family, "egress-agent"])
+    }
+
+    /// The same without what changes by itself.
+    fn table(&self, family: &str) -> String {
+        without_counters(&self.listed(family))
+    }
+
+    fn nft_list(&self, what: &[&str]) -> String {
         let mut command = Command::new("nft");
-        command.args(["list", "tables"]);
+        command.arg("list").args(what);
         let output = self.lab.node().run(|| command.output());
         let output = output.expect("nft, of the package nftables");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
+}
+
+/// The list of a table without the numbers that its sets' elements have counted.
+fn without_counters(list: &str) -> String {
+    let lines = list.lines().map(|line| {
+        let words: Vec<_> = line.split(' ').collect();
+        let mut kept = Vec::new();
+        let mut numbers = false;
+        for word in words {
+            if !(numbers && word.starts_with(|first: char| first.is_ascii_digit())) {
+                kept.push(word);
+            }
+            numbers = matches!(word, "packets" | "bytes");
+        }
+        kept.join(" ")
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 const ALLOW: &[(&str, &str)] = &[("allow", "shop.test:443")];
@@ -211,6 +242,101 @@ fn tables_that_somebody_removes_are_put_back_and_this_is_said() {
     scene.agent.wait_said("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
+}
+
+/// What somebody makes of the agent's tables without removing them: the family of the table, and a text of its list that
+/// another one replaces.
+const REPLACED: &[(&str, &str, &str)] = &[
+    // They would drop everything.
+    ("inet", "policy accept", "policy drop"),
+    ("arp", "policy accept", "policy drop"),
+    // They would drop nothing, or only a part.
+    ("inet", "hook prerouting", "hook input"),
+    ("bridge", "hook prerouting", "hook input"),
+    ("arp", "hook input", "hook output"),
+    // Such a chain sees the first packet of a connection.
+    (
+        "inet",
+        "type filter hook prerouting priority -2147483648",
+        "type nat hook prerouting priority -150",
+    ),
+    ("inet", "priority -2147483648", "priority -150"),
+    ("inet", "iif @enforced drop", "iif @enforced accept"),
+    ("inet", "iif @enforced", "iif != @enforced"),
+    ("bridge", "iif @enforced drop", "iif @audited drop"),
+    ("bridge", "iif @enforced drop", "iif @enforced return"),
+    ("arp", "priority set none", "priority set 1:1"),
+    (
+        "inet",
+        "iif @enforced drop",
+        "iif @enforced limit rate 1/day drop",
+    ),
+    // Interfaces would leave it by themselves.
+    ("inet", "\t\tcounter\n", "\t\tflags timeout\n\t\tcounter\n"),
+];
+
+#[test]
+fn tables_that_somebody_makes_dormant_or_replaces_are_put_back_and_this_is_said() {
+    let scene = Scene::start(&[], ALLOW);
+    scene.is_enforced();
+    let before = ["inet", "bridge", "arp"].map(|family| (family, scene.table(family)));
+    let restored = || {
+        scene
+            .lab
+            .metrics()
+            .find("egress_agent_stamp_tables_restored_total")
+    };
+    let is_put_back = |command: &str| {
+        let count = restored();
+        nft(scene.lab.node(), command);
+        eventually("it is put back", || holds(restored() > count));
+        for (family, before) in &before {
+            assert_eq!(scene.table(family), *before, "{command}");
+        }
+        let ifb = Ifb::redirect(&scene.pod);
+        scene.sends_in_vain();
+        drop(ifb);
+        scene.is_enforced();
+    };
+    for (family, _) in &before {
+        is_put_back(&format!(
+            "add table {family} egress-agent {{ flags dormant; }}\n"
+        ));
+    }
+    // Without removing anything.
+    is_put_back("add chain inet egress-agent received { policy drop; }\n");
+    for (family, was, becomes) in REPLACED {
+        let listed = scene.listed(family);
+        assert!(listed.contains(was), "{was} in {listed}");
+        let table = listed.replace(was, becomes);
+        is_put_back(&format!("delete table {family} egress-agent\n{table}"));
+    }
+    scene.agent.wait_said("that tables were put back", |line| {
+        line.contains("WARN") && line.contains("tables of nf_tables")
+    });
+}
+
+#[test]
+fn tables_that_nobody_changes_are_not_made_again() {
+    let scene = Scene::start(&[], ALLOW);
+    // Those of others, and what is added beside the agent's own chain, are no change.
+    nft(
+        scene.lab.node(),
+        "add table inet other\nadd chain inet egress-agent beside\n",
+    );
+    let ifb = Ifb::redirect(&scene.pod);
+    scene.sends_in_vain();
+    drop(ifb);
+    scene
+        .agent
+        .wait_denial("frames that nobody judged", |denial| {
+            denial.of(&scene.pod) && denial.reason == REASON
+        });
+    let restored = scene
+        .lab
+        .metrics()
+        .find("egress_agent_stamp_tables_restored_total");
+    assert!((restored - 0.0).abs() < f64::EPSILON, "{restored}");
 }
 
 #[test]

@@ -169,13 +169,18 @@ pub(super) fn add(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
 }
 
 /// Kind and value of each attribute; what is cut short ends them.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    flagged_attributes(bytes).map(|(kind, value)| (kind & KIND_MASK, value))
+}
+
+/// The same, each kind with its flags.
+pub(super) fn flagged_attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
         let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
         let value = bytes.get(4..length)?;
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & KIND_MASK, value))
+        Some((kind, value))
     })
 }
 

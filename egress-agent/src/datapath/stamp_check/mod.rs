@@ -9,6 +9,7 @@
 //! a table for each of the three families. The tables stay when the agent ends, as the pins do.
 
 mod message;
+mod parts;
 mod table;
 
 use std::{

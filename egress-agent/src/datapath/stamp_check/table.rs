@@ -11,9 +11,13 @@ use rtnetlink::{packet_core::NLM_F_DUMP, sys::protocols::NETLINK_NETFILTER};
 
 use super::{
     TABLE, WithoutStamp,
-    message::{self, Batch, Family, Rule},
+    message::{self, Batch, Family},
+    parts::{Chain, ChainRule, Rule, Set},
 };
-use crate::datapath::{netlink::Netlink, stamp::Stamp};
+use crate::datapath::{
+    netlink::{Netlink, Request},
+    stamp::Stamp,
+};
 
 const CHAIN: &str = "received";
 /// Before everything else at the hook, conntrack's defragmentation too (`NF_IP_PRI_FIRST`,
@@ -63,8 +67,8 @@ impl Tables {
         Ok(done)
     }
 
-    /// The rules, in order, each with the comment that it has.
-    fn rules(&self) -> [(Rule<'static>, String); 3] {
+    /// The rules, in order. A comment names the stamp, for those who read it.
+    fn rules(&self) -> [ChainRule; 3] {
         let stamp = self.stamp.0;
         [
             (
@@ -80,22 +84,45 @@ impl Tables {
                 "not judged: counted".to_owned(),
             ),
         ]
+        .map(|(rule, comment)| ChainRule::new(CHAIN, rule, &comment))
     }
 
-    /// Whether a table has its rules and no others. They are known by their comments; a chain or a set that
-    /// they need cannot be removed while they are there.
+    /// Whether a table is as [`Self::install`] makes it: in force, with the chain at its hook, both sets, and the
+    /// rules and no others. Others may have more chains and sets in it.
     pub(super) fn is_whole(&mut self, family: Family) -> io::Result<bool> {
-        let comments = self.list(
+        match self.compare(family) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            compared => compared,
+        }
+    }
+
+    fn compare(&mut self, family: Family) -> io::Result<bool> {
+        let mut same = self.ask(message::get_table(family, TABLE), message::has_no_flags)?;
+        let chain = chain();
+        same &= self.ask(message::get_chain(family, TABLE, CHAIN), |body| {
+            chain.is(body)
+        })?;
+        for what in WithoutStamp::ALL {
+            let set = set(what);
+            same &= self.ask(message::get_set(family, TABLE, what.set()), |body| {
+                set.is(body)
+            })?;
+        }
+        let rules = self.list(
             || message::get_rules(family, TABLE, CHAIN),
-            |body| [message::read_comment(body)],
-        );
-        let comments = match comments {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
-            comments => comments?,
-        };
-        let rules = self.rules();
-        let expected = rules.iter().map(|(_, comment)| comment);
-        Ok(expected.eq(&comments))
+            |body| [body.to_vec()],
+        )?;
+        let expected = self.rules();
+        same &= rules.len() == expected.len();
+        let mut pairs = expected.iter().zip(&rules);
+        Ok(same && pairs.all(|(rule, told)| rule.is(told)))
+    }
+
+    /// Whether the kernel's reply about one thing is as it should be.
+    fn ask(&mut self, request: Request, is_right: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
+        let mut right = false;
+        self.with(|netlink| netlink.exchange(request, 0, |body| right = is_right(body)))?;
+        Ok(right)
     }
 
     /// The elements of a table that is there.
@@ -114,7 +141,7 @@ impl Tables {
 
     fn list<T, I: IntoIterator<Item = T>>(
         &mut self,
-        request: impl Fn() -> crate::datapath::netlink::Request,
+        request: impl Fn() -> Request,
         read: impl Fn(&[u8]) -> I,
     ) -> io::Result<Vec<T>> {
         for _ in 0..ATTEMPTS {
@@ -144,14 +171,22 @@ impl Tables {
         batch.delete_table();
         batch.add_table();
         for what in WithoutStamp::ALL {
-            batch.add_set(what.set(), INTERFACES);
+            batch.add_set(set(what));
             batch.add_elements(what.set(), &interfaces(elements, what));
         }
-        batch.add_chain(CHAIN, PRIORITY);
-        for (rule, comment) in self.rules() {
-            batch.add_rule(CHAIN, rule, &comment);
+        batch.add_chain(chain());
+        for rule in self.rules() {
+            batch.add_rule(rule);
         }
-        self.transact(batch)
+        self.transact(batch)?;
+        if self.is_whole(family)? {
+            return Ok(());
+        }
+        // Without this the next look would make it again, and each look after that.
+        Err(io::Error::other(
+            "the table differs from what was just written: somebody changes it, or the kernel describes it in \
+             another way",
+        ))
     }
 
     /// Makes the elements of a table those that are wanted. Returns whether they were not.
@@ -179,6 +214,14 @@ impl Tables {
         let (requests, end) = batch.finish();
         self.with(|netlink| netlink.transact(requests, end))
     }
+}
+
+fn chain() -> Chain {
+    Chain::new(CHAIN, PRIORITY)
+}
+
+fn set(of: WithoutStamp) -> Set {
+    Set::new(of.set(), INTERFACES)
 }
 
 fn open() -> io::Result<Netlink> {
