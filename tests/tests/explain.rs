@@ -450,3 +450,81 @@ fn explain_agrees_with_other_policies() {
         agrees(&lab, pod, &cases, false);
     }
 }
+
+#[test]
+fn explain_names_the_list_that_lacks_the_entry() {
+    let lab = Lab::builder().config("podAnnotations", "narrow").build();
+    let _web = lab.serve_tcp(443);
+    let dns = lab.dns();
+    dns.addresses("*.corp.test", &[server(1)]);
+    dns.addresses("evil.test", &[server(2)]);
+    let pod = lab.pod("shop", "cart");
+    let heir = lab.pod("shop", "heir");
+    let namespace = "*.corp.test:443 203.0.113.20:443";
+    lab.write_namespace("shop", &[("allow", namespace)]);
+    let own = "a.corp.test:443 a.corp.test:22 evil.test:443 203.0.113.9:443";
+    lab.write_pod(&pod, &[("allow", own)]);
+    lab.write_pod(&heir, &[("mode", "enforce")]);
+    let agent = lab.start_agent(&[&pod, &heir]);
+    pod.lookup("a.corp.test");
+    let allow = "egress-agent.dev/allow";
+    let of_namespace = |entry: &str| {
+        format!(
+            "add `{entry}` to {allow} of the namespace: the pod's own list has it, which counts only \
+             where the namespace's list covers it (podAnnotations: narrow)"
+        )
+    };
+    let of_pod = |entry: &str| {
+        format!("add `{entry}` to {allow} of the pod: the namespace's list covers it")
+    };
+    let of_both = |entry: &str| {
+        format!(
+            "add `{entry}` to {allow} of the namespace and to that of the pod \
+             (podAnnotations: narrow)"
+        )
+    };
+    for (target, hint) in [
+        ("evil.test:443", of_namespace("evil.test:443/tcp")),
+        ("a.corp.test:22", of_namespace("a.corp.test:22/tcp")),
+        ("203.0.113.9:443", of_namespace("203.0.113.9:443/tcp")),
+        ("203.0.113.20:443", of_pod("203.0.113.20:443/tcp")),
+        ("203.0.113.30:25", of_both("203.0.113.30:25/tcp")),
+        ("other.test:443", of_both("other.test:443/tcp")),
+    ] {
+        let (code, explanation) = lab.explain(&pod, target);
+        assert_eq!(code, 1, "{explanation:#}");
+        let said = explanation["hint"].as_str().unwrap_or_default();
+        assert!(said.ends_with(&hint), "{target}: {explanation:#}");
+    }
+    // A pod without a list has its namespace's.
+    let (_, explanation) = lab.explain(&heir, "evil.test:443");
+    assert_eq!(
+        explanation["hint"],
+        format!("add `evil.test:443/tcp` to {allow} of the namespace")
+    );
+
+    // Whoever does what the hint says gets through.
+    agent.denies_name(&pod, "evil.test");
+    agent.applies(&pod, || {
+        let entries = format!("{namespace} evil.test:443/tcp");
+        lab.write_namespace("shop", &[("allow", &entries)]);
+    });
+    assert_eq!(pod.lookup("evil.test"), [server(2)]);
+    pod.talks_tcp((server(2), 443));
+}
+
+#[test]
+fn explain_names_the_namespace_where_pods_may_grant_nothing() {
+    let lab = Lab::builder().config("podAnnotations", "ignore").build();
+    let pod = lab.pod("shop", "cart");
+    lab.write_namespace("shop", &[("allow", "all.test:443")]);
+    lab.write_pod(&pod, &[("allow", "evil.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    let (code, explanation) = lab.explain(&pod, "evil.test:443");
+    assert_eq!(code, 1, "{explanation:#}");
+    assert_eq!(
+        explanation["hint"],
+        "add `evil.test:443/tcp` to egress-agent.dev/allow of the namespace: the pod's own list \
+         grants nothing (podAnnotations: ignore)"
+    );
+}

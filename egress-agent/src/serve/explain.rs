@@ -5,6 +5,8 @@
 //! ([`super::reach`]) say what becomes of a new connection. The annotations are read once more only to
 //! say where it is written.
 
+mod grants;
+
 use std::collections::BTreeSet;
 
 use egress_common::{
@@ -15,6 +17,7 @@ use egress_common::{
     verdict::Destination,
 };
 
+use self::grants::Grants;
 use super::{
     Attached, NodeState, PodState, Sources,
     protocol::{
@@ -85,6 +88,7 @@ pub(super) async fn explain(
             compiled,
             policy: &policy,
             entries: entries(state, &node),
+            grants: grants(state, &node),
             tunnels: sources
                 .view
                 .tunnels()
@@ -122,6 +126,11 @@ fn entries(state: &PodState, node: &NodeState) -> Option<Entries> {
     Entries::read(&state.written.own, &state.written.namespace, settings).ok()
 }
 
+/// Whose lists lack an entry; nothing when the annotations cannot be read.
+fn grants(state: &PodState, node: &NodeState) -> Option<Grants> {
+    Grants::read(&state.written, node.settings.as_ref()?).ok()
+}
+
 /// What is asked, and who is asked.
 struct Asking<'a> {
     sources: &'a Sources,
@@ -129,6 +138,7 @@ struct Asking<'a> {
     compiled: &'a Compiled,
     policy: &'a Policy,
     entries: Option<Entries>,
+    grants: Option<Grants>,
     tunnels: Vec<TunnelKey>,
     target: &'a Target,
     now_ns: u64,
@@ -412,7 +422,7 @@ impl Asking<'_> {
     }
 
     fn hint(&self, reason: Option<&str>, entries: &[EntryStatus]) -> String {
-        let entry = self.target.entry();
+        let entry = format!("`{}`", self.target.entry());
         let is_address = matches!(self.target.to, To::Address(_));
         let reason = Reason::ALL
             .iter()
@@ -424,6 +434,10 @@ impl Asking<'_> {
                 denying.entry, denying.annotation, denying.of
             );
         }
+        let add = |entry: &str| match &self.grants {
+            Some(grants) => grants.add(entry, self.target, reason),
+            None => format!("add {entry} to {PREFIX}allow"),
+        };
         match reason {
             Some(Reason::PolicyUnreadable) => "correct the annotation: see the problem".to_owned(),
             Some(Reason::UnenforcedInterface) => {
@@ -434,17 +448,17 @@ impl Asking<'_> {
             }
             Some(Reason::AddressNotLearned) if is_address => format!(
                 "entries with a name allow this port: the pod has to resolve that name with one of \
-                 its resolvers; or add `{entry}` to {PREFIX}allow"
+                 its resolvers; or {}",
+                add(&entry)
             ),
-            Some(Reason::InternalAnswer) if !is_address => {
-                "add its address to allow, or the name to dns.internalAnswers of the agent's \
-                 configuration"
-                    .to_owned()
-            }
-            Some(Reason::DnsElsewhere) if !is_address => {
-                "add the server's address to allow, or to dns.resolvers of the agent's configuration"
-                    .to_owned()
-            }
+            Some(Reason::InternalAnswer) if !is_address => format!(
+                "add the name to dns.internalAnswers of the agent's configuration, or {}",
+                add("its address")
+            ),
+            Some(Reason::DnsElsewhere) if !is_address => format!(
+                "add the server's address to dns.resolvers of the agent's configuration, or {}",
+                add("it")
+            ),
             Some(Reason::Protected) if !is_address => {
                 "a protected address is opened by its address alone, never by a name".to_owned()
             }
@@ -452,7 +466,7 @@ impl Asking<'_> {
                 "a tunnel to an internal address, or to the node, is opened by that address alone, never by a name"
                     .to_owned()
             }
-            _ => format!("add `{entry}` to {PREFIX}allow"),
+            _ => add(&entry),
         }
     }
 }

@@ -1,0 +1,99 @@
+//! To whose list an entry has to be added before it counts.
+
+use egress_common::reason::Reason;
+
+use crate::{
+    policy::{
+        Annotations, PodAnnotations, PolicyError, Settings,
+        annotations::PREFIX,
+        explain::{Entries, List, Spoken, Target, To},
+    },
+    serve::board::Written,
+};
+
+/// The lists of a pod and of its namespace, each by itself.
+pub(super) struct Grants {
+    power: PodAnnotations,
+    /// The pod's, if it has an `allow`. Without one, its namespace's holds for it.
+    pod: Option<Entries>,
+    namespace: Entries,
+}
+
+impl Grants {
+    /// Reads each of the two as if the other were not there.
+    ///
+    /// # Errors
+    ///
+    /// When an annotation cannot be read.
+    pub(super) fn read(written: &Written, settings: &Settings) -> Result<Self, PolicyError> {
+        let alone = Settings {
+            pod_annotations: PodAnnotations::Grant,
+            ..settings.clone()
+        };
+        let none = Annotations::default();
+        let pod = written.own.allow.is_some();
+        let pod = pod.then(|| Entries::read(&written.own, &none, &alone));
+        Ok(Self {
+            power: settings.pod_annotations,
+            pod: pod.transpose()?,
+            namespace: Entries::read(&none, &written.namespace, &alone)?,
+        })
+    }
+
+    /// "add `entry` to", the annotations that lack the entry, and why it has to be there.
+    pub(super) fn add(&self, entry: &str, target: &Target, reason: Option<Reason>) -> String {
+        let allow = format!("{PREFIX}{}", List::Allow.as_str());
+        match self.power {
+            PodAnnotations::Grant => format!("add {entry} to {allow}"),
+            PodAnnotations::Ignore => format!(
+                "add {entry} to {allow} of the namespace: the pod's own list grants nothing \
+                 (podAnnotations: ignore)"
+            ),
+            PodAnnotations::Narrow => {
+                let Some(pod) = &self.pod else {
+                    return format!("add {entry} to {allow} of the namespace");
+                };
+                match (
+                    lists(pod, target, reason),
+                    lists(&self.namespace, target, reason),
+                ) {
+                    (true, false) => format!(
+                        "add {entry} to {allow} of the namespace: the pod's own list has it, which \
+                         counts only where the namespace's list covers it (podAnnotations: narrow)"
+                    ),
+                    (false, true) => {
+                        format!("add {entry} to {allow} of the pod: the namespace's list covers it")
+                    }
+                    // Where both have it, two patterns have nothing in common that can be told.
+                    (false, false) | (true, true) => format!(
+                        "add {entry} to {allow} of the namespace and to that of the pod \
+                         (podAnnotations: narrow)"
+                    ),
+                }
+            }
+        }
+    }
+}
+
+/// Whether an allow list opens the target.
+fn lists(entries: &Entries, target: &Target, reason: Option<Reason>) -> bool {
+    // An address entry alone opens these.
+    let by_address = matches!(
+        reason,
+        Some(Reason::Protected | Reason::Tunnel | Reason::DnsElsewhere)
+    );
+    let opens = |spoken: &Spoken| {
+        spoken.list == List::Allow
+            && !(by_address && (spoken.of_all || spoken.of_name))
+            && match (reason, target.protocol) {
+                // Of a question, the name counts alone.
+                (Some(Reason::DnsName), _) | (_, None) => true,
+                (_, Some(protocol)) => spoken.holds(protocol, target.port.unwrap_or_default()),
+            }
+    };
+    let spoken = match &target.to {
+        To::Name(name) => entries.of_name(name),
+        To::Address(address) => entries.of_address(address),
+    };
+    spoken.iter().any(opens)
+}
