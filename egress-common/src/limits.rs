@@ -53,6 +53,8 @@ pub struct FlowLimits {
     pub opening_from_pod: u32,
     /// Flows that others open or have closed.
     pub opening_to_pod: u32,
+    /// Addresses and ports that the pod has connected to by TCP.
+    pub called: u32,
 }
 
 impl FlowLimits {
@@ -66,6 +68,7 @@ impl FlowLimits {
             established,
             opening_from_pod: established.div_ceil(16),
             opening_to_pod: established.div_ceil(16) * 3,
+            called: established.div_ceil(4),
         }
     }
 

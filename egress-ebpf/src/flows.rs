@@ -5,6 +5,9 @@
 //! the other side did. What closes goes back to `opening`. There the oldest gives way to the newest
 //! ([`crate::opening`]), so whatever comes from either side, an established flow keeps its place.
 //!
+//! A fourth map, `called`, has the addresses and ports to which the pod has connected by TCP. It outlives the
+//! flows: nobody connects to the pod from there.
+//!
 //! The kernel may use the memory of a removed entry for another flow of the same map at once
 //! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So what decides about packets (state, policy,
 //! whether the flow is established) is only written together with the key. What is written in place is
@@ -27,7 +30,7 @@ use egress_common::{
 use crate::{
     counters::count,
     from_pod::is_own,
-    maps::{FLOW, Flows, INBOUND, METER, OPENING, POLICY},
+    maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
 };
@@ -253,6 +256,9 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
         && next.state != FLOW_CUT
         && key.protocol == protocol::TCP
         && is_closed(next);
+    if is_new && next.state != FLOW_IN {
+        note_called(pod, key, next);
+    }
     if is_new || closes {
         if is_established {
             forget(pod, key, place);
@@ -287,6 +293,48 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
             flow.last_seen_ns = next.last_seen_ns;
         }
     }
+}
+
+/// Notes that the pod connects to this address and port.
+#[inline(always)]
+fn note_called(pod: u32, key: &FlowKey, flow: &Flow) {
+    if key.protocol != protocol::TCP || !is_flow(key) {
+        return;
+    }
+    let peer = &black_box(key.called());
+    // SAFETY: the map is not preallocated, so an inner map that is removed lives until the program ends.
+    let Some(called) = (unsafe { CALLED.get(&pod) }) else {
+        return;
+    };
+    if let Some(known) = called.get_ptr_mut(peer) {
+        // SAFETY: the memory stays an entry of this map until the program ends.
+        unsafe { (*known).last_seen_ns = flow.last_seen_ns };
+    } else if called.insert(peer, flow, ANY).is_err() {
+        count_full(pod);
+    }
+}
+
+/// Whether the pod has connected to the other side's address and port. A server opens its own connections
+/// from other ports, so a packet from this port answers the pod, or somebody forges it.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn has_called(pod: u32, key: *const FlowKey) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let Some(key) = (unsafe { key.as_ref() }) else {
+        return 1;
+    };
+    let peer = &black_box(key.called());
+    // SAFETY: as in `note_called`.
+    let called = unsafe { CALLED.get(&pod) };
+    u32::from(called.is_some_and(|called| called.get_ptr(peer).is_some()))
+}
+
+/// Whether a TCP connection under this key cannot be one that the other side opens.
+#[inline(always)]
+pub fn is_called(skb: &Skb<'_>, pod: u32, key: &FlowKey) -> bool {
+    key.protocol == protocol::TCP && skb.forget_number(has_called(pod, key)) != 0
 }
 
 /// Whether the pod may answer what others open. A bridge sends frames to all its ports if it does not know

@@ -60,6 +60,10 @@ pub static INBOUND: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC>
 pub static OPENING: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
 
+/// Where the pod has connected to by TCP ([`FlowKey::called`]).
+#[btf_map(name = "called")]
+pub static CALLED: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = HashOfMaps::new();
+
 /// Which of the pod's own in `opening` is the oldest.
 #[btf_map(name = "order_from_pod")]
 pub static ORDER_FROM_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =

@@ -157,7 +157,10 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if packet.opens_inbound() && !forged::may_be(skb, interface.pod, now_ns) {
+    } else if packet.opens_inbound()
+        && !flows::is_called(skb, interface.pod, &key)
+        && !forged::may_be(skb, interface.pod, now_ns)
+    {
         Flow {
             last_seen_ns: now_ns,
             // The policy looks at it when the pod answers.

@@ -433,6 +433,7 @@ impl Reconciler {
             match swept {
                 Ok(swept) => {
                     self.board.set_flows(enforced.pod, swept.alive);
+                    self.board.destinations_evicted.add(swept.called as u64);
                     if swept.evicted > 0 {
                         self.board.flows_evicted.add(swept.evicted as u64);
                         tracing::warn!(

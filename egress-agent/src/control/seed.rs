@@ -239,6 +239,7 @@ impl Seeding<'_> {
     fn write(&mut self, view: &View, sockets: &[OpenSocket]) -> Result<()> {
         let now_ns = boottime_ns();
         let tunnels = view.tunnels()?;
+        let mut called = Ok(());
         for socket in sockets {
             let state = match (socket.protocol, socket.direction) {
                 (SocketProtocol::Tcp, Direction::Inbound) if self.keeps_inbound => {
@@ -247,10 +248,6 @@ impl Seeding<'_> {
                 (SocketProtocol::Tcp, direction) => {
                     let is_unconfirmed = direction == Direction::Unconfirmed && self.keeps_inbound;
                     self.seeded.unconfirmed += u64::from(is_unconfirmed);
-                    // The rules judge its next segment; without a SYN the other side opens nothing.
-                    if self.outbound == SeedState::Unjudged {
-                        continue;
-                    }
                     self.outbound
                 }
                 (SocketProtocol::Udp, Direction::Outbound) => self.outbound,
@@ -266,6 +263,13 @@ impl Seeding<'_> {
                 peer: (mapped(socket.remote.ip()), socket.remote.port()),
                 state,
             };
+            if seed.protocol == protocol::TCP && state != SeedState::Inbound {
+                called = called.and(self.flows.note_called(&seed, now_ns));
+                // The rules judge its next segment, and the other side's SYN opens nothing.
+                if state == SeedState::Unjudged {
+                    continue;
+                }
+            }
             if self.is_refused(view, &tunnels, &seed, now_ns)? {
                 continue;
             }
@@ -276,7 +280,7 @@ impl Seeding<'_> {
                 SeedState::Unjudged => {}
             }
         }
-        Ok(())
+        called
     }
 
     /// Whether a connection does not go on although it is from before: what the pod sends on it may be a

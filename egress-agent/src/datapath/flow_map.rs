@@ -29,6 +29,8 @@ pub struct FlowMap {
     inbound: Flows,
     /// Not established, or closed.
     opening: Flows,
+    /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
+    called: Flows,
     limits: Limits,
 }
 
@@ -37,6 +39,7 @@ pub struct FlowMap {
 struct Limits {
     established: usize,
     opening: usize,
+    called: usize,
 }
 
 /// The flows that a pod has open.
@@ -55,6 +58,8 @@ pub struct Swept {
     pub alive: usize,
     /// How many established ones that others opened had to give way.
     pub evicted: usize,
+    /// How many addresses and ports to which the pod has connected gave way to others.
+    pub called: usize,
 }
 
 /// A connection that was open before anybody looked at its packets.
@@ -82,16 +87,52 @@ pub enum SeedState {
     Unjudged,
 }
 
+impl Seed {
+    const fn key(&self) -> FlowKey {
+        FlowKey {
+            pod_addr: self.pod.0,
+            peer_addr: self.peer.0,
+            pod_port: self.pod.1,
+            peer_port: self.peer.1,
+            protocol: self.protocol,
+            kind: FLOW_KEY_FLOW,
+            pad: 0,
+        }
+    }
+
+    const fn flow(&self, now_ns: u64) -> Flow {
+        let (state, policy) = match self.state {
+            SeedState::Inbound => (FLOW_IN, UNJUDGED),
+            SeedState::Admitted(policy) => (FLOW_OUT, policy),
+            SeedState::Unjudged => (FLOW_OUT, UNJUDGED),
+        };
+        Flow {
+            last_seen_ns: now_ns,
+            policy,
+            state,
+            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
+            handshake: 0,
+        }
+    }
+}
+
 impl FlowMap {
-    pub(super) fn new(flows: MapData, inbound: MapData, opening: MapData) -> Result<Self> {
+    pub(super) fn new(
+        flows: MapData,
+        inbound: MapData,
+        opening: MapData,
+        called: MapData,
+    ) -> Result<Self> {
         let limits = Limits {
             established: entries_of(&inbound)?,
             opening: entries_of(&opening)?,
+            called: entries_of(&called)?,
         };
         Ok(Self {
             flows: Map::HashMap(flows).try_into()?,
             inbound: Map::HashMap(inbound).try_into()?,
             opening: Map::HashMap(opening).try_into()?,
+            called: Map::HashMap(called).try_into()?,
             limits,
         })
     }
@@ -131,6 +172,16 @@ impl FlowMap {
         Ok(open)
     }
 
+    /// Notes that the pod has opened a TCP connection to the other side's address and port, so that no packet
+    /// from there opens a connection to the pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full or cannot be written.
+    pub fn note_called(&mut self, seed: &Seed, now_ns: u64) -> Result<()> {
+        add(&mut self.called, &seed.key().called(), seed.flow(now_ns)).map(|_| ())
+    }
+
     /// Takes a connection for one that both sides have spoken on. A flow that is known already stays as
     /// it is; returns whether it was not.
     ///
@@ -138,37 +189,24 @@ impl FlowMap {
     ///
     /// When the map is full or cannot be written.
     pub fn seed(&mut self, seed: &Seed, now_ns: u64) -> Result<bool> {
-        let key = FlowKey {
-            pod_addr: seed.pod.0,
-            peer_addr: seed.peer.0,
-            pod_port: seed.pod.1,
-            peer_port: seed.peer.1,
-            protocol: seed.protocol,
-            kind: FLOW_KEY_FLOW,
-            pad: 0,
+        let map = match seed.state {
+            SeedState::Inbound => &mut self.inbound,
+            SeedState::Admitted(_) | SeedState::Unjudged => &mut self.flows,
         };
-        let (map, state, policy) = match seed.state {
-            SeedState::Inbound => (&mut self.inbound, FLOW_IN, UNJUDGED),
-            SeedState::Admitted(policy) => (&mut self.flows, FLOW_OUT, policy),
-            SeedState::Unjudged => (&mut self.flows, FLOW_OUT, UNJUDGED),
-        };
-        let flow = Flow {
-            last_seen_ns: now_ns,
-            policy,
-            state,
-            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
-            handshake: 0,
-        };
-        add(map, &key, flow)
+        add(map, &seed.key(), seed.flow(now_ns))
     }
 
-    /// Takes over the flows that others have opened towards the pod, and that another pod's maps remember.
-    /// Returns how many.
+    /// Takes over from another pod's maps the flows that others have opened towards the pod, and the addresses
+    /// and ports to which the pod has connected. Returns how many flows.
     ///
     /// # Errors
     ///
     /// When the map is full, or a map cannot be read or written.
     pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
+        for item in &other.called {
+            let (key, flow) = item.context("cannot read to which addresses a pod has connected")?;
+            add(&mut self.called, &key, flow)?;
+        }
         let mut taken = 0;
         for (key, flow) in other.entries()? {
             if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
@@ -197,20 +235,24 @@ impl FlowMap {
     }
 
     /// Forgets flows that have been idle for too long, makes room where established flows that others
-    /// opened are too many, and gives each destination of a flow that the pod has open to `open`.
+    /// opened or destinations of the pod are too many, and gives each destination of a flow that the pod has
+    /// open to `open`.
     ///
     /// # Errors
     ///
     /// When a map cannot be read.
     pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<Swept> {
         let mut swept = Swept::default();
+        let mut in_use = HashSet::new();
         for map in [&mut self.flows, &mut self.opening] {
             swept.alive += forget_idle(map, now_ns, |key, flow| {
                 if is_open(key, flow, now_ns) {
                     open(key.peer_addr);
+                    in_use.insert(key.called());
                 }
             })?;
         }
+        swept.called = self.forget_called(&in_use)?;
         let mut inbound = Vec::new();
         forget_idle(&mut self.inbound, now_ns, |key, flow| {
             inbound.push((*key, *flow));
@@ -222,6 +264,26 @@ impl FlowMap {
         swept.evicted = surplus.len();
         swept.alive += inbound.len() - swept.evicted;
         Ok(swept)
+    }
+
+    /// As soon as a quarter of the places is all that is left, forgets the addresses and ports to which the
+    /// pod has not connected for longest and to which it has no flow open, until half of the places are free.
+    /// Returns how many.
+    fn forget_called(&mut self, in_use: &HashSet<FlowKey>) -> Result<usize> {
+        let known = self.called.iter().collect::<Result<Vec<_>, _>>();
+        let mut known = known.context("cannot read to which addresses a pod has connected")?;
+        let places = self.limits.called;
+        if known.len() < places - places / 4 {
+            return Ok(0);
+        }
+        let surplus = known.len() - places / 2;
+        known.retain(|(key, _)| !in_use.contains(key));
+        known.sort_unstable_by_key(|(_, flow)| flow.last_seen_ns);
+        known.truncate(surplus);
+        for (key, _) in &known {
+            gone(self.called.remove(key)).context("cannot forget to where a pod has connected")?;
+        }
+        Ok(known.len())
     }
 }
 

@@ -47,7 +47,7 @@ impl Templates {
         self.create(&self.cidrs, "cidrs", entries)
     }
 
-    /// One of the maps of a pod's flows: `flows`, `inbound` or `opening`.
+    /// One of the maps of a pod's flows: `flows`, `inbound`, `opening` or `called`.
     pub(super) fn flows(&self, name: &str, entries: u32) -> Result<MapData> {
         self.create(&self.flows, name, entries)
     }

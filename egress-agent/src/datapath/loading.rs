@@ -27,6 +27,7 @@ const SHARED_MAPS: &[&str] = &[
     "flows",
     "inbound",
     "opening",
+    "called",
     "order_from_pod",
     "order_to_pod",
     "ranges",

@@ -31,16 +31,18 @@ pub(super) enum Outer {
     Flows,
     Inbound,
     Opening,
+    Called,
     OrderFromPod,
     OrderToPod,
 }
 
 impl Outer {
     /// What a pod has of its own.
-    pub(super) const OF_POD: [Self; 5] = [
+    pub(super) const OF_POD: [Self; 6] = [
         Self::Flows,
         Self::Inbound,
         Self::Opening,
+        Self::Called,
         Self::OrderFromPod,
         Self::OrderToPod,
     ];
@@ -52,6 +54,7 @@ impl Outer {
             Self::Flows => "flows",
             Self::Inbound => "inbound",
             Self::Opening => "opening",
+            Self::Called => "called",
             Self::OrderFromPod => "order_from_pod",
             Self::OrderToPod => "order_to_pod",
         }
@@ -73,6 +76,7 @@ pub(super) struct OuterMaps {
     flows: MapData,
     inbound: MapData,
     opening: MapData,
+    called: MapData,
     order_from_pod: MapData,
     order_to_pod: MapData,
 }
@@ -87,6 +91,7 @@ impl OuterMaps {
             flows: open(Outer::Flows)?,
             inbound: open(Outer::Inbound)?,
             opening: open(Outer::Opening)?,
+            called: open(Outer::Called)?,
             order_from_pod: open(Outer::OrderFromPod)?,
             order_to_pod: open(Outer::OrderToPod)?,
         })
@@ -152,6 +157,7 @@ impl OuterMaps {
             Outer::Flows => &self.flows,
             Outer::Inbound => &self.inbound,
             Outer::Opening => &self.opening,
+            Outer::Called => &self.called,
             Outer::OrderFromPod => &self.order_from_pod,
             Outer::OrderToPod => &self.order_to_pod,
         };

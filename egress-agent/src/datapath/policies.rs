@@ -149,6 +149,7 @@ impl Datapath {
                 Outer::OrderFromPod => self.templates.order(limits.opening_from_pod)?,
                 Outer::OrderToPod => self.templates.order(limits.opening_to_pod)?,
                 Outer::Opening => self.templates.flows(name, limits.opening())?,
+                Outer::Called => self.templates.flows(name, limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
             };
             // A queue cannot be read without emptying it.
@@ -314,11 +315,11 @@ impl Datapath {
     /// When the map cannot be read.
     pub fn flow_map(&self, pod: u32) -> Result<Option<FlowMap>> {
         let maps = Outer::OF_POD.map(|outer| self.outer.get(outer, pod));
-        let [flows, inbound, opening, from_pod, to_pod] = maps;
+        let [flows, inbound, opening, called, from_pod, to_pod] = maps;
         // The agent may have been killed while it made them.
-        match (flows?, inbound?, opening?, from_pod?, to_pod?) {
-            (Some(flows), Some(inbound), Some(opening), Some(_), Some(_)) => {
-                FlowMap::new(flows, inbound, opening).map(Some)
+        match (flows?, inbound?, opening?, called?, from_pod?, to_pod?) {
+            (Some(flows), Some(inbound), Some(opening), Some(called), Some(_), Some(_)) => {
+                FlowMap::new(flows, inbound, opening, called).map(Some)
             }
             _ => Ok(None),
         }

@@ -177,6 +177,8 @@ pub struct Board {
     node: ArcSwap<NodeState>,
     /// Established flows that others opened and that had to give way at a look at their pod.
     pub flows_evicted: Counter,
+    /// Addresses and ports to which a pod has connected and that gave way to others.
+    pub destinations_evicted: Counter,
     /// How long reconciles took.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
     /// How often a program was put in front of another one again.
@@ -198,6 +200,7 @@ impl Default for Board {
         Self {
             node: ArcSwap::default(),
             flows_evicted: Counter::default(),
+            destinations_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
             hooks_moved: Counter::default(),
             stamp_tables_restored: Counter::default(),

@@ -276,6 +276,11 @@ impl Scrape {
                 flows_full,
             ),
             (
+                "destinations_evicted",
+                "Addresses and ports to which a pod has connected and that gave way to others",
+                self.sources.board.destinations_evicted.get(),
+            ),
+            (
                 "no_policy_packets",
                 "Packets on an interface that is under no policy yet, or no more",
                 no_policy,

@@ -26,6 +26,25 @@ pub struct FlowKey {
 pub const FLOW_KEY_FLOW: u8 = 0;
 /// The key names a fragmented packet whose first fragment passed.
 pub const FLOW_KEY_FRAGMENT: u8 = 1;
+/// The key names an address and port that the pod has connected to ([`FlowKey::called`]).
+pub const FLOW_KEY_CALLED: u8 = 2;
+
+impl FlowKey {
+    /// The key of the flow's other side alone: the pod's address and port are zero.
+    #[must_use]
+    #[inline(always)]
+    pub const fn called(&self) -> Self {
+        Self {
+            pod_addr: [0; 16],
+            peer_addr: self.peer_addr,
+            pod_port: 0,
+            peer_port: self.peer_port,
+            protocol: self.protocol,
+            kind: FLOW_KEY_CALLED,
+            pad: 0,
+        }
+    }
+}
 
 /// Value of a pod's flow maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
