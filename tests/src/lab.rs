@@ -256,6 +256,13 @@ impl Lab {
         if config.get("socket").is_none() {
             set(&mut config, "socket", json!(self.socket()));
         }
+        if config.get("stateDir").is_none() {
+            set(
+                &mut config,
+                "stateDir",
+                json!(self.directory().join("state")),
+            );
+        }
         let text = serde_saphyr::to_string(&config).expect("plain data is YAML");
         fs::write(self.config_file(), text).expect("write the configuration");
     }

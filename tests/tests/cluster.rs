@@ -195,13 +195,16 @@ fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
         cluster.delete(gone);
     }
 
-    // An agent that starts meanwhile enforces what it finds, and waits.
+    // An agent that starts meanwhile goes on with what the server said last.
     assert!(agent.stop().success());
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
     agent.wait_said("that the API server is away", |line| {
         line.contains("API server")
     });
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    agent.wait_enforcing(cart.net());
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    cart.net().talks_tcp((server(10), 443));
+    cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
 
     cluster.proxy.allow();
     agent.wait_enforcing(cart.net());
@@ -216,6 +219,40 @@ fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
         let pins = cluster.lab.all_pins();
         holds(!pins.iter().any(|pin| pin.ends_with(format!("{shop}_gone"))))
     });
+}
+
+#[test]
+fn an_agent_that_starts_without_the_api_server_goes_on_with_the_last_policy_only() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    cluster.lab.dns().addresses("later.test", &[server(11)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &allow("shop.test:443 later.test:443"));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.says_after(
+        "that the edit is applied",
+        || cluster.annotate(&mut cart, &allow("shop.test:443")),
+        |line| line.contains("policy applied"),
+    );
+    let free = cluster.run(&shop, "free", &Value::Null);
+    agent.says_after(
+        "that the API server is away",
+        || cluster.proxy.refuse(),
+        |line| line.contains("API server"),
+    );
+    assert!(agent.stop().success());
+
+    let agent = cluster.spawn_agent(&[]);
+    agent.wait_enforcing(cart.net());
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    let later = cart.net().resolve("later.test", RecordType::A);
+    assert_eq!(
+        later.code,
+        ResponseCode::NXDomain,
+        "what was removed is back"
+    );
+    assert!(reaches(free.net(), server(99)), "a free pod was closed");
 }
 
 #[test]

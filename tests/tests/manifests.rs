@@ -268,6 +268,30 @@ fn a_pod_that_is_replaced_leaves_its_node_enforced() {
     assert!(args.contains(&"--keep-enforcing".to_owned()));
 }
 
+/// A port of the host's network is for one pod of a node, and then the new agent would wait for the old one's end.
+#[test]
+fn an_update_starts_the_new_agent_before_it_ends_the_old_one() {
+    let objects = yaml::kustomized("base");
+    let daemon_set: DaemonSet = the(&objects, "DaemonSet");
+    let update = daemon_set.spec.and_then(|spec| spec.update_strategy);
+    let update = update
+        .and_then(|update| update.rolling_update)
+        .expect("an update");
+    let surge = serde_json::to_value(&update).expect("an update");
+    assert_eq!(
+        surge,
+        serde_json::json!({ "maxSurge": 1, "maxUnavailable": 0 })
+    );
+    let spec = pod_spec(&objects);
+    let args = agent(&spec).args.clone().expect("arguments");
+    assert!(args.contains(&"--take-over".to_owned()));
+    assert!(
+        spec.containers
+            .iter()
+            .all(|container| container.ports.is_none())
+    );
+}
+
 #[test]
 fn probes_ask_where_the_agent_listens() {
     for kustomization in KUSTOMIZATIONS.iter().filter(|path| **path != "cleanup") {
@@ -275,27 +299,23 @@ fn probes_ask_where_the_agent_listens() {
         let http = configuration(&objects).serve.http.expect("http");
         let spec = pod_spec(&objects);
         let agent = agent(&spec);
-        for (probe, path) in [
-            (&agent.startup_probe, "/healthz"),
-            (&agent.liveness_probe, "/healthz"),
-            (&agent.readiness_probe, "/readyz"),
-        ] {
+        for probe in [&agent.startup_probe, &agent.liveness_probe] {
             let get = probe
                 .as_ref()
                 .and_then(|probe| probe.http_get.as_ref())
                 .expect("a probe");
-            assert_eq!(get.path.as_deref(), Some(path));
+            assert_eq!(get.path.as_deref(), Some("/healthz"));
             assert_eq!(get.host.as_deref(), Some(http.ip().to_string().as_str()));
             let port = serde_json::to_value(&get.port).expect("a port");
             assert_eq!(port, http.port(), "{kustomization}");
         }
-        let ports: Vec<i32> = agent
-            .ports
-            .iter()
-            .flatten()
-            .map(|port| port.container_port)
-            .collect();
-        assert_eq!(ports, [i32::from(http.port())]);
+        // An agent that stands by has the socket, and not the port.
+        let readiness = agent.readiness_probe.as_ref().expect("a probe");
+        let command = readiness
+            .exec
+            .as_ref()
+            .and_then(|exec| exec.command.clone());
+        assert_eq!(command.expect("a command"), ["egress-agent", "ready"]);
     }
 }
 

@@ -13,7 +13,7 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
         Some(path) => Config::from_file(path)?.bpffs,
         None => PathBuf::from("/sys/fs/bpf"),
     };
-    match datapath::cleanup(&bpffs)? {
+    match datapath::cleanup(&bpffs, None)? {
         None => println!(
             "nothing to remove: no agent left anything in {}",
             bpffs.display()

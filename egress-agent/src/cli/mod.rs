@@ -4,6 +4,7 @@ mod ask;
 mod check;
 mod cleanup;
 mod explain;
+mod ready;
 mod run;
 mod start_gate;
 mod status;
@@ -47,6 +48,11 @@ enum Command {
     /// where the answer says what would become of it), with 1 when it does not, with 2 when that
     /// cannot be said: there is no such pod, it is not enforced yet, or no agent answers.
     Explain(ExplainArgs),
+    /// Say whether the agent is ready: it knows this machine's pods, and enforces each that it should.
+    ///
+    /// An agent that stands by (run --take-over) is ready when it can take over. Exits with 0 when it is
+    /// ready; otherwise with 1, and says what is missing.
+    Ready(ReadyArgs),
     /// Remove what an agent left behind: programs, maps, pins. Nothing is enforced any more then.
     ///
     /// For after an agent was killed, or stopped with --keep-enforcing. Refuses while an agent runs.
@@ -79,6 +85,10 @@ struct RunArgs {
     /// stays denied, DNS questions go unanswered until an agent runs again.
     #[arg(long)]
     keep_enforcing: bool,
+    /// When another agent runs, stand by until it ends, and then go on where it stopped: programs are
+    /// loaded and pods are known by then, so that DNS is away for a moment only.
+    #[arg(long)]
+    take_over: bool,
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
@@ -149,6 +159,13 @@ struct CleanupArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct ReadyArgs {
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    socket: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
 struct StartGateArgs {
     /// Where the node's container runtime has its network configurations.
     #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
@@ -192,6 +209,7 @@ impl Cli {
             Command::Check(args) => check::check(&args),
             Command::Status(args) => status::status(&args),
             Command::Explain(args) => Ok(explain::explain(&args)),
+            Command::Ready(args) => ready::ready(&args),
             Command::Cleanup(args) => cleanup::cleanup(&args),
             Command::StartGate(args) => start_gate::start_gate(&args),
         };

@@ -25,6 +25,7 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
             },
         },
         keep_enforcing: args.keep_enforcing,
+        take_over: args.take_over,
         attach: match args.attach {
             AttachArg::Auto => Attach::Auto,
             AttachArg::Tcx => Attach::Tcx,

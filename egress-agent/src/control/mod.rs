@@ -13,6 +13,7 @@ mod enforced;
 mod events;
 mod exits;
 mod facts;
+mod handover;
 mod hardware;
 mod hooks;
 mod links;
@@ -28,10 +29,12 @@ mod quarantine;
 mod readings;
 mod reconcile;
 mod reload;
+mod saved;
 mod seed;
 mod sights;
 mod source;
 mod stamps;
+mod state_file;
 mod taps;
 mod tell;
 mod trust;
@@ -42,24 +45,28 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
 
 use egress_common::limits::FlowLimits;
 
 use crate::{
     config::{self, Config},
-    datapath::{self, Attach, Datapath},
+    datapath::{self, Attach, Datapath, Lock, TryLock},
     dns,
     gate::{DnsSettings, Gate},
+    pods::Snapshot,
     report::Reporter,
+    serve::stand_by,
 };
 use arrivals::Arrivals;
 use denials::DenialReader;
 use links::{FilterEvents, LinkEvents, RulesetEvents};
 use pace::Pace;
-use reconcile::Reconciler;
+use reconcile::{Reconciler, Settings};
+use saved::Saved;
 use source::Source;
 use waiting::{RETRY_MIN, longer};
 
@@ -79,6 +86,9 @@ const LINKS_AT_ONCE: u32 = 16;
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
 
+/// How often an agent that stands by looks whether the other one has ended.
+const TAKE_OVER_EVERY: Duration = Duration::from_millis(10);
+
 /// How the agent is to run.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -90,6 +100,8 @@ pub struct Options {
     pub source: SourceOptions,
     /// Leave everything enforced when told to stop.
     pub keep_enforcing: bool,
+    /// Wait until an agent that runs with the same pins has ended, and go on where it stopped.
+    pub take_over: bool,
     /// How programs are attached.
     pub attach: Attach,
     /// Let the programs trace what they do.
@@ -116,22 +128,24 @@ pub enum SourceOptions {
 pub async fn run(options: Options) -> Result<()> {
     preflight::check_privileges(&options.source)?;
     preflight::raise_file_limit();
-    let Options { config, source, .. } = &options;
-    let source = Source::check(source, config, options.config_file.as_deref())?;
+    let Options {
+        config: configured,
+        source,
+        ..
+    } = &options;
+    let source = Source::check(source, configured, options.config_file.as_deref())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut links = LinkEvents::open()?;
     let mut filters = FilterEvents::open()?;
 
-    let mut datapath = Datapath::open(&datapath::Options {
-        bpffs: config.bpffs.clone(),
-        allow_entries: config.limits.addresses_per_pod,
-        flows: FlowLimits::of(config.limits.flows_per_pod),
-        attach: options.attach,
-        trace: options.datapath_log,
-    })?;
-    let only = datapath.lock()?;
+    let (mut snapshots, source) = source.watch().await?;
+    let only = only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
+    let Some((mut datapath, only)) = only else {
+        source.close().await;
+        return Ok(());
+    };
     datapath.start_stamp_check()?;
     // After the agent's own changes: they are no reason to look at everything.
     let mut ruleset = RulesetEvents::open();
@@ -139,10 +153,23 @@ pub async fn run(options: Options) -> Result<()> {
         .datapath_log
         .then(|| datapath.start_log())
         .transpose()?;
+    let adoptable = datapath.adoptable()?;
+    let cluster = source.cluster();
+    let mut saved = cluster
+        .is_some()
+        .then(|| Saved::open(configured, &adoptable));
+    let mut current = |snapshots: &mut watch::Receiver<Arc<Snapshot>>| {
+        let snapshot = snapshots.borrow_and_update().clone();
+        match &mut saved {
+            Some(saved) => saved.current(snapshot),
+            None => snapshot,
+        }
+    };
+    let facts = current(&mut snapshots).facts.clone();
+    let config = &facts::together(configured, &facts);
     datapath.set_tunnels(&config.tunnels())?;
     datapath.set_ranges(&config.ranges())?;
     // Before the gate starts: frames that it puts back carry marks only these programs know.
-    let adoptable = datapath.adoptable()?;
     for ifindex in datapath.attached()? {
         let mut left = adoptable.values().flat_map(|left| &left.interfaces);
         let taken = if left.any(|&(known, _)| known == ifindex) {
@@ -156,8 +183,6 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
 
-    let (mut snapshots, source) = source.watch().await?;
-    let cluster = source.cluster();
     let listener = cluster
         .as_ref()
         .map(|cluster| events::denials(cluster.events.clone()));
@@ -169,6 +194,7 @@ pub async fn run(options: Options) -> Result<()> {
         datapath.marks(),
         dns_settings(config),
         reporter.clone(),
+        handover::take(configured),
     )?;
     let known: Arc<denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
@@ -182,7 +208,11 @@ pub async fn run(options: Options) -> Result<()> {
     let mut reconciler = Reconciler::new(
         datapath,
         gate.clone(),
-        config,
+        Settings {
+            configured: configured.clone(),
+            together: config.clone(),
+            facts,
+        },
         places,
         cluster,
         Arc::clone(&known),
@@ -200,7 +230,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut hurried = Instant::now();
     let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
     let failure = 'running: loop {
-        let snapshot = snapshots.borrow_and_update().clone();
+        let snapshot = current(&mut snapshots);
         reconciler.exits.note_seen(links.take_seen());
         if !reconciler.is_expecting() {
             soon = RETRY_MIN;
@@ -232,7 +262,7 @@ pub async fn run(options: Options) -> Result<()> {
             )?);
             reconciler.drop_orphans();
             tracing::info!(
-                node = %config.node,
+                node = %configured.node,
                 pods = reconciler.enforced(),
                 resolvers = %facts::listed(&reconciler.config.dns.resolvers),
                 "ready"
@@ -315,17 +345,71 @@ pub async fn run(options: Options) -> Result<()> {
     if let Some(failure) = failure {
         bail!("{failure}; what is enforced stays enforced");
     }
-    if gate_ended.is_err() {
+    let Ok(open_questions) = gate_ended else {
         bail!("the gate's thread has panicked; what is enforced stays enforced");
+    };
+    if !clean {
+        handover::leave(configured, open_questions);
     }
-    drop(only);
     if clean {
-        datapath::cleanup(&bpffs)?;
+        datapath::cleanup(&bpffs, Some(only))?;
         tracing::info!("stopped; nothing is enforced any more");
     } else {
         tracing::info!("stopped; what is enforced stays enforced");
     }
     Ok(())
+}
+
+/// The kernel side, and the lock on its pins: this agent is the only one. Waits for that if it is to take over
+/// from another one; `None` when it is told to stop before.
+///
+/// # Errors
+///
+/// When another agent has the pins and this one is not to take over, or the programs cannot be loaded.
+async fn only_agent(
+    options: &Options,
+    snapshots: &watch::Receiver<Arc<Snapshot>>,
+    terminate: &mut Signal,
+    interrupt: &mut Signal,
+) -> Result<Option<(Datapath, Lock)>> {
+    let config = &options.config;
+    let datapath_options = datapath::Options {
+        bpffs: config.bpffs.clone(),
+        allow_entries: config.limits.addresses_per_pod,
+        flows: FlowLimits::of(config.limits.flows_per_pod),
+        attach: options.attach,
+        trace: options.datapath_log,
+    };
+    let mut datapath = Datapath::open(&datapath_options)?;
+    if !options.take_over {
+        let only = datapath.lock()?;
+        return Ok(Some((datapath, only)));
+    }
+    if let TryLock::Locked(only) = datapath.try_lock()? {
+        return Ok(Some((datapath, only)));
+    }
+    tracing::info!("standing by: another agent runs, and this one takes over when it ends");
+    let missing = || {
+        let knows_pods = !snapshots.borrow().unreadable;
+        let missing = "which pods there are is not known yet".to_owned();
+        (!knows_pods).then_some(missing).into_iter().collect()
+    };
+    let standing_by = stand_by(&config.serve.socket, missing);
+    tokio::pin!(standing_by);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(None),
+            _ = interrupt.recv() => return Ok(None),
+            () = &mut standing_by => {}
+            () = sleep(TAKE_OVER_EVERY) => {}
+        }
+        match datapath.try_lock()? {
+            TryLock::Locked(only) => return Ok(Some((datapath, only))),
+            TryLock::AnothersLock => {}
+            // The other agent has removed everything at its end.
+            TryLock::Gone => datapath = Datapath::open(&datapath_options)?,
+        }
+    }
 }
 
 fn dns_settings(config: &Config) -> DnsSettings {

@@ -41,6 +41,16 @@ use crate::{
     serve::{Board, Existing},
 };
 
+/// What the agent begins with.
+pub(super) struct Settings {
+    /// What the operator says.
+    pub(super) configured: Config,
+    /// What the cluster said last.
+    pub(super) facts: Facts,
+    /// Both together, which the kernel has been told.
+    pub(super) together: Config,
+}
+
 /// Compares and changes.
 pub(super) struct Reconciler {
     pub(super) datapath: Datapath,
@@ -92,6 +102,8 @@ pub(super) struct Reconciler {
     pub(super) next_pod: u32,
     pub(super) next_policy: u32,
     next_swept: usize,
+    /// Whether the gate reads messages.
+    is_reading: bool,
     /// What is known of all this to [`crate::serve`].
     pub(super) board: Arc<Board>,
 }
@@ -104,7 +116,7 @@ impl Reconciler {
     pub(super) fn new(
         datapath: Datapath,
         gate: Gate,
-        config: &Config,
+        settings: Settings,
         places: Places,
         cluster: Option<ClusterSide>,
         known: Arc<KnownPods>,
@@ -122,6 +134,8 @@ impl Reconciler {
         let left = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
+        let trust = Trust::claim(&settings.configured);
+        let readings = Readings::new(settings.together.policy_settings());
         let hardware = Hardware::open(&datapath)?;
         let node_addresses = datapath.node_addresses()?;
         Ok(Self {
@@ -130,9 +144,9 @@ impl Reconciler {
             seen_first: SeenFirst::open()?,
             datapath,
             gate,
-            configured: config.clone(),
-            facts: Facts::default(),
-            config: config.clone(),
+            configured: settings.configured,
+            facts: settings.facts,
+            config: settings.together,
             places,
             owners: Owners::default(),
             hardware,
@@ -142,20 +156,21 @@ impl Reconciler {
             waiting: Waiting::default(),
             answers: Answers::default(),
             unjudged,
-            trust: Trust::claim(config),
+            trust,
             trusting: true,
             existing: Existing::default(),
             settling: Vec::new(),
             ranges: 1,
             known,
             enforced: BTreeMap::new(),
-            readings: Readings::new(config.policy_settings()),
+            readings,
             adoptable,
             unused: Vec::new(),
             said: HashMap::new(),
             next_pod,
             next_policy,
             next_swept: 0,
+            is_reading: false,
             board: Arc::default(),
         })
     }
@@ -272,8 +287,19 @@ impl Reconciler {
             }
         }
         complaints.extend(self.waiting.note(unfound, &snapshot.pods));
-        // Changing a policy is quick; attaching to an interface and detaching from it are not.
-        wanted.sort_by_key(|(key, _)| !self.enforced.contains_key(key));
+        // Changing a policy is quick, and so is taking over what an earlier agent has attached. Attaching to an
+        // interface and detaching from it are not.
+        let left: HashSet<String> = self
+            .adoptable
+            .values()
+            .map(|left| left.uid.clone())
+            .collect();
+        wanted.sort_by_key(|(key, wanted)| {
+            (
+                !self.enforced.contains_key(key),
+                !left.contains(&wanted.uid),
+            )
+        });
         let versions = self.prepare(&wanted);
         let leaving: Vec<&PodKey> = leaving.into_iter().chain(&identified).collect();
         self.release(&leaving, &claimed).await;
@@ -281,6 +307,9 @@ impl Reconciler {
         let mut waiting = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
             let uid = wanted.uid.clone();
+            if !left.contains(&uid) {
+                self.read_messages();
+            }
             let done = match version {
                 Ok(version) => self.enforce(&key, wanted, version).await,
                 Err(error) => Err(error),
@@ -290,6 +319,7 @@ impl Reconciler {
                 waiting.insert((key.clone(), uid));
             }
         }
+        self.read_messages();
         for (key, error) in self.settle().await {
             if let Some((key, pod)) = snapshot.pods.get_key_value(&key) {
                 complaints.insert(key, format!("not enforced yet: {error:#}"));
@@ -349,6 +379,14 @@ impl Reconciler {
         self.tell(snapshot, began);
         // Until the source has said which pods there are, none of them was looked at.
         self.trusting &= source.unreadable;
+    }
+
+    /// Has the gate read messages, once it has all pods that an earlier agent left enforced.
+    fn read_messages(&mut self) {
+        if !self.is_reading {
+            self.gate.read();
+            self.is_reading = true;
+        }
     }
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.

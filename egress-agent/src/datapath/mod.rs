@@ -45,7 +45,7 @@ pub use loading::Marks;
 pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Options};
 
-pub use pins::{Lock, PodPins, cleanup};
+pub use pins::{Lock, PodPins, TryLock, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
 pub use probes::ProbeMap;
 pub use rings::{DenialRing, HeldFrame, HeldRing};

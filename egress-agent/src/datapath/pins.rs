@@ -9,6 +9,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -69,6 +70,16 @@ impl Layout {
 #[must_use = "the lock is released when it is dropped"]
 pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
+/// What came of an attempt to lock the pins.
+pub enum TryLock {
+    /// No other agent works with them.
+    Locked(Lock),
+    /// Another one does.
+    AnothersLock,
+    /// They have been removed since they were opened.
+    Gone,
+}
+
 impl Datapath {
     /// Makes sure that no other agent works with the same pins.
     ///
@@ -78,22 +89,57 @@ impl Datapath {
     pub fn lock(&self) -> Result<Lock> {
         self.layout.lock()
     }
+
+    /// The same, for an agent that waits for the end of another one.
+    ///
+    /// # Errors
+    ///
+    /// When the pins cannot be locked.
+    pub fn try_lock(&self) -> Result<TryLock> {
+        self.layout.try_lock()
+    }
 }
 
 impl Layout {
     fn lock(&self) -> Result<Lock> {
-        let dir = File::open(&self.root)
-            .with_context(|| format!("cannot open {}", self.root.display()))?;
-        match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Lock(lock)),
-            Err((_, Errno::EWOULDBLOCK)) => bail!(
-                "another egress-agent is running with the pins in {}; stop that one first",
+        match self.try_lock()? {
+            TryLock::Locked(lock) => Ok(lock),
+            TryLock::AnothersLock => bail!(
+                "another egress-agent is running with the pins in {}; stop that one first, or have this one \
+                 wait for its end with --take-over",
                 self.root.display()
             ),
-            Err((_, error)) => {
-                Err(error).with_context(|| format!("cannot lock {}", self.root.display()))
-            }
+            TryLock::Gone => bail!(
+                "the pins in {} were removed just now; start again",
+                self.root.display()
+            ),
         }
+    }
+
+    fn try_lock(&self) -> Result<TryLock> {
+        let locked = match File::open(&self.root) {
+            Ok(dir) => Flock::lock(dir, FlockArg::LockExclusiveNonblock),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(TryLock::Gone),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot open {}", self.root.display()));
+            }
+        };
+        let locked = match locked {
+            Ok(locked) => locked,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(TryLock::AnothersLock),
+            Err((_, error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", self.root.display()));
+            }
+        };
+        // Another agent may have removed the directory between the two calls.
+        let is_there = fs::metadata(&self.root)
+            .and_then(|there| Ok(there.ino() == locked.metadata()?.ino()))
+            .unwrap_or(false);
+        Ok(if is_there {
+            TryLock::Locked(Lock(locked))
+        } else {
+            TryLock::Gone
+        })
     }
 }
 
@@ -142,21 +188,22 @@ impl PodPins {
 
 /// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version, and its
 /// tables of nf_tables.
-/// Returns from how many interfaces it detached; `None` when there was nothing at all.
+/// Returns from how many interfaces it detached; `None` when there was nothing at all. `held` is the agent's own
+/// lock, if it is one that calls.
 ///
 /// # Errors
 ///
 /// When something cannot be removed.
-pub fn cleanup(bpffs: &Path) -> Result<Option<usize>> {
+pub fn cleanup(bpffs: &Path, held: Option<Lock>) -> Result<Option<usize>> {
     let top = bpffs.join("egress-agent");
     if !top.exists() {
         return Ok(stamp_check::remove()?.then_some(0));
     }
-    let _only = Layout::new(bpffs)
-        .root
-        .exists()
-        .then(|| Layout::new(bpffs).lock())
-        .transpose()?;
+    let layout = Layout::new(bpffs);
+    let _only = match held {
+        None if layout.root.exists() => Some(layout.lock()?),
+        held => held,
+    };
     // First, or frames that are stamped no more would be dropped.
     stamp_check::remove()?;
     let mut detached = 0;

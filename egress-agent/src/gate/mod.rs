@@ -24,6 +24,7 @@ pub mod fuzzing;
 mod judge;
 mod learned;
 mod learned_address;
+mod open_questions;
 mod pending;
 mod pod;
 mod probe;
@@ -63,6 +64,7 @@ use crate::{
 };
 
 use budget::Budget;
+pub use open_questions::OpenQuestion;
 pub use probe::Probe;
 pub use stats::{Direction, Outcome, Stats, Transport};
 pub use teachings::{About, Resolved, Teachings};
@@ -223,6 +225,8 @@ enum Command {
         probes: Vec<Probe>,
         sent: oneshot::Sender<Vec<bool>>,
     },
+    /// Read the ring from now on.
+    Read,
     /// End the thread.
     Stop,
 }
@@ -236,7 +240,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Starts the thread.
+    /// Starts the thread. It reads no message before [`Self::read`]. `open` are the questions that an earlier agent
+    /// let out shortly before; the thread returns those that are open at its end.
     ///
     /// # Errors
     ///
@@ -247,7 +252,8 @@ impl Gate {
         marks: Marks,
         dns: DnsSettings,
         reporter: Reporter,
-    ) -> Result<(Self, JoinHandle<()>)> {
+        open: Vec<OpenQuestion>,
+    ) -> Result<(Self, JoinHandle<Vec<OpenQuestion>>)> {
         let (commands, receiver) = mpsc::channel();
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wake =
@@ -268,6 +274,7 @@ impl Gate {
                 backlog: Budget::new(backlog::LIMITS),
                 quarantine: quarantine::Quarantine::new(),
             },
+            open,
         );
         let thread = std::thread::Builder::new()
             .name("gate".into())
@@ -391,7 +398,14 @@ impl Gate {
         names.recv().unwrap_or_default()
     }
 
-    /// Ends the thread. What waits in the ring is not delivered.
+    /// Reads messages from now on. To be called when the pods that an earlier agent left enforced are at the
+    /// gate: a message whose pod is not there is dropped.
+    pub fn read(&self) {
+        // A gate that is gone is noticed by whoever waits for its thread.
+        let _ = self.send(Command::Read);
+    }
+
+    /// Ends the thread. What waits in the ring is left to the next agent.
     pub fn stop(&self) {
         let _ = self.send(Command::Stop);
     }

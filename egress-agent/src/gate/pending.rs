@@ -29,18 +29,18 @@ pub(super) struct Exchange {
 /// and for AAAA from one port with one id.
 const QUESTIONS_OF_EXCHANGE: usize = 4;
 
-struct Asked {
+pub(super) struct Asked {
     name: Name,
-    name_as_sent: Box<[u8]>,
-    qtype: u16,
-    qclass: u16,
+    pub(super) name_as_sent: Box<[u8]>,
+    pub(super) qtype: u16,
+    pub(super) qclass: u16,
     /// How often it was asked and not answered: a repeated question has more than one answer.
     outstanding: u32,
     /// How many more answers are delivered in which the name has other upper and lower case than in the
     /// question. Such an answer does not close the question: a client that compares them goes on
     /// waiting for the right one.
     in_other_case: u32,
-    time_ns: u64,
+    pub(super) time_ns: u64,
 }
 
 impl Asked {
@@ -79,6 +79,13 @@ impl Pending {
     /// How many questions are open.
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// The open questions, beginning with the exchange used last.
+    pub(super) fn open(&self, now_ns: u64) -> impl Iterator<Item = (&Exchange, &Asked)> {
+        let all = self.asked.iter();
+        all.flat_map(|(exchange, asked)| asked.iter().map(move |asked| (exchange, asked)))
+            .filter(move |(_, asked)| asked.is_open(now_ns))
     }
 
     /// Notes that a question goes out.

@@ -22,6 +22,7 @@ use super::{
     fragments::Fragments,
     judge::{Judge, Means},
     learned::Table,
+    open_questions::OpenQuestion,
     pending::Pending,
     quarantine::{Quarantine, as_sent},
     reply,
@@ -124,6 +125,20 @@ impl Pod {
         wire: &mut Wire,
     ) -> Result<()> {
         self.enforcement.write_interfaces(interfaces, wire)
+    }
+
+    /// Takes over a question that an earlier agent let out.
+    pub(super) fn take_over(&mut self, open: &OpenQuestion) {
+        open.ask(&mut self.pending);
+    }
+
+    /// The questions that it has open over UDP. `id` is the pod's.
+    pub(super) fn open_questions(
+        &self,
+        id: u32,
+        now_ns: u64,
+    ) -> impl Iterator<Item = OpenQuestion> {
+        OpenQuestion::of(id, &self.pending, now_ns)
     }
 
     /// Its interfaces' indexes.

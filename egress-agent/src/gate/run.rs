@@ -8,13 +8,14 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
+use egress_common::records::Held;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
 };
 
 use super::{
-    Command, Enforcement, LOOKED_AT,
+    Command, Enforcement, LOOKED_AT, OpenQuestion,
     pod::{Pod, Shared},
     quarantine::{Quarantine, Waiting},
     stats,
@@ -34,6 +35,9 @@ const STAY_AWAKE: Duration = Duration::from_micros(50);
 /// Messages decided before they are put back together and commands are looked at again.
 const BATCH: usize = 64;
 
+/// How old a message may be that was taken before the gate read the ring: a stub resolver waits five seconds
+/// before it asks again.
+const STILL_WAITED_NS: u64 = 4_000_000_000;
 /// How long messages of pods over their shares are decided before the ring is looked at again.
 const SLICE_NS: u64 = 100_000;
 
@@ -47,8 +51,11 @@ pub(super) struct Runner {
     turns: Turns,
     /// Messages of pods that are not here.
     unclaimed: Tally,
-    started_ns: u64,
-    /// Messages that were taken while no agent ran.
+    /// What pods had open when the earlier agent ended, until they are here.
+    taken_over: Vec<OpenQuestion>,
+    /// When the gate began to read the ring: what an earlier agent left enforced has its pods again.
+    reading_since_ns: Option<u64>,
+    /// Messages that were taken while no agent ran and that nobody waits for any more.
     stale: Tally,
     /// Messages that are about to be put back.
     waiting: stats::Waiting,
@@ -61,6 +68,7 @@ impl Runner {
         wake: Arc<EventFd>,
         interfaces: InterfaceMap,
         shared: Shared,
+        taken_over: Vec<OpenQuestion>,
     ) -> Self {
         Self {
             ring,
@@ -71,14 +79,23 @@ impl Runner {
             pods: HashMap::new(),
             turns: Turns::new(),
             unclaimed: Tally::default(),
-            started_ns: boottime_ns(),
+            taken_over,
+            reading_since_ns: None,
             stale: Tally::default(),
             waiting: stats::Waiting::new(),
         }
     }
 
-    /// Runs until it is told to stop.
-    pub(super) fn run(mut self) {
+    /// Runs until it is told to stop. Returns the questions that are open then.
+    pub(super) fn run(mut self) -> Vec<OpenQuestion> {
+        self.work();
+        let now_ns = boottime_ns();
+        let pods = self.pods.iter();
+        pods.flat_map(|(&id, pod)| pod.open_questions(id, now_ns))
+            .collect()
+    }
+
+    fn work(&mut self) {
         let mut next_tick = Instant::now() + TICK;
         let mut awake_until = Instant::now();
         loop {
@@ -143,14 +160,16 @@ impl Runner {
             turns,
             shared,
             unclaimed,
-            started_ns,
+            reading_since_ns,
             stale,
             waiting,
             ..
         } = self;
+        let Some(reading_since_ns) = *reading_since_ns else {
+            return false;
+        };
         ring.next(|held| {
-            // Taken while no agent ran: whoever asked has asked again or given up since.
-            if held.head.time_ns < *started_ns {
+            if is_stale(&held.head, reading_since_ns) {
                 shared.means.stats.stale.add(1);
                 stale.add(1);
                 return;
@@ -210,13 +229,18 @@ impl Runner {
     fn wait(&mut self, until: Instant) {
         let timeout = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-        let mut fds = [
-            PollFd::new(self.ring.as_fd(), PollFlags::POLLIN),
+        let fds = &mut [
             PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.ring.as_fd(), PollFlags::POLLIN),
         ];
+        let looked_at = if self.reading_since_ns.is_some() {
+            2
+        } else {
+            1
+        };
         // An interrupted wait is as good as one that ended.
-        let _ = poll(&mut fds, timeout);
-        if fds[1].any().unwrap_or(false) {
+        let _ = poll(&mut fds[..looked_at], timeout);
+        if fds[0].any().unwrap_or(false) {
             let _ = self.wake.read();
         }
     }
@@ -232,7 +256,7 @@ impl Runner {
         if let Some(messages) = self.stale.due(now_ns) {
             tracing::warn!(
                 messages,
-                "DNS messages were held while no agent ran; they were not put back"
+                "DNS messages were held while no agent ran, for too long; they were not put back"
             );
         }
         self.give_up(|quarantine| quarantine.overdue(now_ns));
@@ -328,6 +352,10 @@ impl Runner {
                 let went_out = probes.iter().map(|probe| probe.send(wire)).collect();
                 let _ = sent.send(went_out);
             }
+            Command::Read => {
+                self.reading_since_ns = Some(boottime_ns());
+                self.taken_over = Vec::new();
+            }
             // Handled by the loop.
             Command::Stop => {}
         }
@@ -338,8 +366,11 @@ impl Runner {
         if let Some(pod) = self.pods.get_mut(&id) {
             pod.apply(enforcement, &mut self.interfaces, &mut self.shared.wire)?;
         } else {
-            let pod = Pod::new(enforcement, self.turns.now_ns())?;
+            let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.wire)?;
+            for open in self.taken_over.extract_if(.., |open| open.pod == id) {
+                pod.take_over(&open);
+            }
             self.pods.insert(id, pod);
         }
         self.end_quarantine(id);
@@ -392,4 +423,9 @@ impl Runner {
         self.shared.means.stats.unclaimed.add(messages);
         self.unclaimed.add(messages);
     }
+}
+
+/// Whether nobody waits any more for a message that was taken before the gate read the ring.
+fn is_stale(held: &Held, reading_since_ns: u64) -> bool {
+    reading_since_ns.saturating_sub(held.time_ns) > STILL_WAITED_NS
 }

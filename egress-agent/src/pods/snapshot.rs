@@ -6,6 +6,8 @@ use std::{
     net::IpAddr,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     contents::Contents,
     object::{Namespace, Object},
@@ -13,7 +15,7 @@ use super::{
 use crate::policy::{Prefix, Resolver};
 
 /// A pod, as far as enforcement is concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     /// `metadata.namespace`, or `default`.
     pub namespace: String,
@@ -81,7 +83,7 @@ pub struct Snapshot {
 }
 
 /// What a cluster says of itself; empty without one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// Its resolvers, each with where it was found, for people: for example `service
     /// kube-system/kube-dns`.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use egress_common::address::{self, Address, V4_MAPPED_PREFIX_LEN};
+use serde::{Deserialize, Serialize};
 
 /// Bits in an address.
 const ADDRESS_BITS: u32 = 128;
@@ -22,7 +23,8 @@ const MAPPED: Prefix = Prefix {
 ///
 /// An IPv6 prefix never contains IPv4 addresses, though `::/0` is numerically above their mapped
 /// form.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Prefix {
     network: Address,
     prefix_len: u32,
@@ -184,6 +186,20 @@ impl fmt::Display for Prefix {
             return write!(f, "{address}");
         }
         write!(f, "{address}/{}", self.prefix_len - family_offset(address))
+    }
+}
+
+impl From<Prefix> for String {
+    fn from(prefix: Prefix) -> Self {
+        prefix.to_string()
+    }
+}
+
+impl TryFrom<String> for Prefix {
+    type Error = PrefixError;
+
+    fn try_from(text: String) -> Result<Self, PrefixError> {
+        Self::parse(&text)
     }
 }
 

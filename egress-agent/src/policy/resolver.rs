@@ -6,11 +6,14 @@ use std::{
     str::FromStr,
 };
 
+use serde::{Deserialize, Serialize};
+
 /// Port of DNS.
 pub const DNS_PORT: u16 = 53;
 
 /// An address and a port on which pods may ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Resolver {
     /// The address.
     pub address: IpAddr,
@@ -28,8 +31,23 @@ impl From<IpAddr> for Resolver {
 }
 
 /// Why a text is no resolver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not the address of a resolver")]
 pub struct NotAResolver;
+
+impl From<Resolver> for String {
+    fn from(resolver: Resolver) -> Self {
+        resolver.to_string()
+    }
+}
+
+impl TryFrom<String> for Resolver {
+    type Error = NotAResolver;
+
+    fn try_from(text: String) -> Result<Self, NotAResolver> {
+        text.parse()
+    }
+}
 
 /// An address alone means [`DNS_PORT`]; with another port it is `10.1.0.2:5353` or `[fd00::1]:5353`.
 impl FromStr for Resolver {

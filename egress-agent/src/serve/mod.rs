@@ -16,6 +16,7 @@ mod process;
 pub mod protocol;
 mod reach;
 mod socket;
+mod standby;
 mod status;
 
 use std::{
@@ -33,6 +34,7 @@ pub use board::{
     Attached, Board, ClusterState, Existing, NodeState, PodState, WatchState, Written,
 };
 pub use socket::DEFAULT_PATH;
+pub use standby::stand_by;
 
 use crate::{
     config::Serve,

@@ -30,6 +30,8 @@ pub enum Request {
         /// `name-or-address[:port][/protocol]`.
         target: String,
     },
+    /// Whether the agent is ready, or ready to take over from the one that runs.
+    Ready,
 }
 
 /// The answer.
@@ -40,6 +42,8 @@ pub enum Response {
     Status(Box<Status>),
     /// To [`Request::Explain`].
     Explanation(Box<Explanation>),
+    /// To [`Request::Ready`]: what is missing.
+    Ready(Vec<String>),
     /// There is none; this is why.
     Error(String),
 }

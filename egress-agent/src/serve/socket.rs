@@ -31,6 +31,7 @@ use super::{
     Sources, Tried,
     connections::Connections,
     explain::explain,
+    health,
     protocol::{REQUEST_MAX, Request, Response},
     status::status,
 };
@@ -67,29 +68,39 @@ pub(super) async fn serve(path: &Path, sources: Arc<Sources>, tried: Tried) {
 }
 
 async fn answer(mut stream: UnixStream, sources: &Sources) -> io::Result<()> {
-    let (reading, mut writing) = stream.split();
-    let mut line = Vec::new();
-    let mut reading = BufReader::new(reading).take(REQUEST_MAX as u64);
-    reading.read_until(b'\n', &mut line).await?;
-    let response = match serde_json::from_slice(&line) {
+    let response = match read_request(&mut stream).await? {
         Ok(Request::Status { pod, names }) => status(sources, pod.as_deref(), names)
             .await
             .map(|status| Response::Status(Box::new(status))),
         Ok(Request::Explain { pod, target }) => explain(sources, &pod, &target)
             .await
             .map(|explanation| Response::Explanation(Box::new(explanation))),
-        Err(error) => Err(format!(
-            "the request is not one line of JSON that this agent understands: {error}"
-        )),
+        Ok(Request::Ready) => Ok(Response::Ready(health::unready(sources))),
+        Err(error) => Err(error),
     };
-    let mut text = serde_json::to_vec(&response.unwrap_or_else(Response::Error))?;
+    write_response(&mut stream, &response.unwrap_or_else(Response::Error)).await
+}
+
+/// A client's request, or what is wrong with it.
+pub(super) async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
+    let mut line = Vec::new();
+    let mut reading = BufReader::new(stream).take(REQUEST_MAX as u64);
+    reading.read_until(b'\n', &mut line).await?;
+    Ok(serde_json::from_slice(&line).map_err(|error| {
+        format!("the request is not one line of JSON that this agent understands: {error}")
+    }))
+}
+
+/// Answers a client.
+pub(super) async fn write_response(stream: &mut UnixStream, response: &Response) -> io::Result<()> {
+    let mut text = serde_json::to_vec(response)?;
     text.push(b'\n');
-    writing.write_all(&text).await
+    stream.write_all(&text).await
 }
 
 /// The socket, which is removed with this.
-struct Bound {
-    listener: UnixListener,
+pub(super) struct Bound {
+    pub(super) listener: UnixListener,
     path: PathBuf,
     /// Device and inode, to know it again.
     file: (u64, u64),
@@ -97,7 +108,7 @@ struct Bound {
 
 impl Bound {
     /// Opens the socket, in place of one that an earlier agent left.
-    fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             DirBuilder::new()
                 .recursive(true)

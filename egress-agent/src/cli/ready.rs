@@ -1,0 +1,22 @@
+//! `egress-agent ready`
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::{ReadyArgs, ask::ask};
+use crate::serve::protocol::{Request, Response};
+
+pub(super) fn ready(args: &ReadyArgs) -> Result<ExitCode> {
+    let Response::Ready(missing) = ask(&args.socket, &Request::Ready)? else {
+        anyhow::bail!("the agent has answered something else");
+    };
+    if missing.is_empty() {
+        println!("ready");
+        return Ok(ExitCode::SUCCESS);
+    }
+    for what in missing {
+        println!("{what}");
+    }
+    Ok(ExitCode::FAILURE)
+}

@@ -1,0 +1,63 @@
+//! Questions that are open when an agent ends, as the next agent takes them over.
+
+use egress_common::address::Address;
+use serde::{Deserialize, Serialize};
+
+use super::pending::{Exchange, Pending};
+use crate::dns::read_question;
+
+/// Most questions of one pod that are handed over, the newest ones.
+const QUESTIONS: usize = 256;
+
+/// A question over UDP that has gone out and has no answer yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenQuestion {
+    /// The pod, as in [`egress_common::records::Interface::pod`].
+    pub(super) pod: u32,
+    pod_addr: Address,
+    resolver: Address,
+    resolver_port: u16,
+    pod_port: u16,
+    /// A DNS message with its id and its question, in wire format.
+    message: Vec<u8>,
+    /// When it went out, in nanoseconds of `CLOCK_BOOTTIME`.
+    time_ns: u64,
+}
+
+impl OpenQuestion {
+    /// The newest open questions of a pod.
+    pub(super) fn of(pod: u32, pending: &Pending, now_ns: u64) -> impl Iterator<Item = Self> {
+        let open = pending.open(now_ns).take(QUESTIONS);
+        open.map(move |(exchange, asked)| Self {
+            pod,
+            pod_addr: exchange.pod_addr,
+            resolver: exchange.resolver,
+            resolver_port: exchange.resolver_port,
+            pod_port: exchange.pod_port,
+            message: [
+                &exchange.id.to_be_bytes()[..],
+                // RD; one question and nothing else.
+                &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+                &asked.name_as_sent,
+                &asked.qtype.to_be_bytes(),
+                &asked.qclass.to_be_bytes(),
+            ]
+            .concat(),
+            time_ns: asked.time_ns,
+        })
+    }
+
+    /// Notes it as open. One that cannot be read is left out: its answer is not delivered.
+    pub(super) fn ask(&self, pending: &mut Pending) {
+        if let Ok(question) = read_question(&self.message) {
+            let exchange = Exchange {
+                pod_addr: self.pod_addr,
+                resolver: self.resolver,
+                resolver_port: self.resolver_port,
+                pod_port: self.pod_port,
+                id: question.id,
+            };
+            pending.ask(exchange, &question, self.time_ns);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! An agent that stands by while another one runs, and takes over when that one ends.
+
+use std::process::Command;
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, Send, address},
+    eventually, exchange, holds,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// A laboratory with a pod that may reach `shop.test` and `slow.test`, its agent, and one that stands by.
+struct Scene {
+    standby: Agent,
+    agent: Agent,
+    cart: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    fn new(arguments: &[&str]) -> Self {
+        let lab = Lab::new();
+        lab.dns().addresses("shop.test", &[server(10)]);
+        // Whoever asks waits.
+        lab.dns().on("slow.test", |_| Vec::new());
+        let cart = lab.pod("shop", "cart");
+        lab.write_pod(&cart, &[("allow", "shop.test:443 slow.test:443")]);
+        let agent = lab.start_agent_with(arguments, &[&cart]);
+        // As in a cluster, where each agent's pod has its own directory for the socket.
+        lab.edit_config("socket", standby_socket(&lab));
+        let standby = lab.spawn_agent(&["--take-over", "--keep-enforcing"]);
+        standby.wait_said("that it stands by", |line| line.contains("standing by"));
+        Self {
+            standby,
+            agent,
+            cart,
+            lab,
+        }
+    }
+
+    /// Runs `egress-agent ready` for the agent that stands by.
+    fn is_ready(&self) -> bool {
+        let mut command = Command::new(Agent::program());
+        command.args(["ready", "--socket", &standby_socket(&self.lab)]);
+        let output = self.lab.node().run(|| command.output());
+        output.expect("the agent's program runs").status.success()
+    }
+
+    fn send(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.standby.pid().cast_signed());
+        kill(pid, signal).expect("send a signal");
+    }
+}
+
+fn standby_socket(lab: &Lab) -> String {
+    let path = lab.directory().join("standby.sock");
+    path.to_str().expect("a path in UTF-8").to_owned()
+}
+
+#[test]
+fn what_is_open_goes_on_and_each_question_is_answered() {
+    let _web;
+    let mut scene = Scene::new(&["--keep-enforcing"]);
+    _web = scene.lab.serve_tcp(443);
+    assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
+    let mut open = scene.cart.talks_tcp((server(10), 443));
+    eventually("it is ready to take over", || holds(scene.is_ready()));
+    let slow = scene.cart.dns_socket();
+    slow.ask(RESOLVER, 7, "slow.test", RecordType::A);
+    eventually("the question is out", || {
+        holds(scene.lab.dns().asked("slow.test") == 1)
+    });
+
+    // One question is asked while no agent reads it.
+    scene.send(Signal::SIGSTOP);
+    assert!(scene.agent.stop().success());
+    let meanwhile = scene.cart.dns_socket();
+    meanwhile.ask(RESOLVER, 8, "shop.test", RecordType::A);
+    assert!(exchange(&mut open, b"meanwhile", DEADLINE), "it was cut");
+    assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
+    scene.send(Signal::SIGCONT);
+    assert_eq!(meanwhile.expect("shop.test").addresses, [server(10)]);
+
+    // Of another one the answer comes only now.
+    let asked = scene.lab.dns().questions();
+    let asked = asked.iter().find(|question| question.name == "slow.test");
+    let answer = Send::answer(asked.expect("it was asked"), &[address(server(11))]);
+    scene
+        .lab
+        .dns()
+        .send(RESOLVER, slow.address(), answer.bytes());
+    assert_eq!(slow.expect("slow.test").addresses, [server(11)]);
+    scene.cart.talks_tcp((server(11), 443));
+    assert!(exchange(&mut open, b"after", DEADLINE), "it was cut");
+    assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
+    scene.standby.wait_ready();
+    assert!(scene.is_ready());
+}
+
+#[test]
+fn one_that_stands_by_takes_over_from_one_that_lets_go_of_everything() {
+    let mut scene = Scene::new(&[]);
+    let _web = scene.lab.serve_tcp(443);
+    assert!(scene.agent.stop().success());
+    scene.standby.wait_enforcing(&scene.cart);
+    assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
+    scene.cart.talks_tcp((server(10), 443));
+    assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
+}
+
+#[test]
+fn one_that_stands_by_takes_over_from_one_that_is_killed() {
+    let mut scene = Scene::new(&[]);
+    let _web = scene.lab.serve_tcp(443);
+    scene.agent.kill();
+    scene.standby.wait_enforcing(&scene.cart);
+    assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
+    scene.cart.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn one_that_stands_by_and_is_told_to_stop_harms_nothing() {
+    let mut scene = Scene::new(&["--keep-enforcing"]);
+    let _web = scene.lab.serve_tcp(443);
+    assert!(scene.standby.stop().success());
+    assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
+    scene.cart.talks_tcp((server(10), 443));
+    assert!(!scene.is_ready());
+}
