@@ -1,7 +1,10 @@
 //! Pods of a cluster: a real API server says which there are, and they run in control groups and
 //! network namespaces as a kubelet lays them out.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, TcpListener},
+    sync::Arc,
+};
 
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, DEADLINE, Lab, Pod, SHORT,
@@ -218,6 +221,53 @@ fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
     eventually("what is gone is forgotten", || {
         let pins = cluster.lab.all_pins();
         holds(!pins.iter().any(|pin| pin.ends_with(format!("{shop}_gone"))))
+    });
+}
+
+#[test]
+fn pods_of_other_nodes_are_reached_without_an_entry() {
+    let cluster = Cluster::new();
+    let elsewhere: IpAddr = [10, 77, 0, 5].into();
+    cluster
+        .lab
+        .outside()
+        .ip_batch("addr add 10.77.0.5/32 dev eth0\n");
+    cluster
+        .lab
+        .node()
+        .ip_batch("route add 10.77.0.0/16 via 10.98.0.2\n");
+    let _server = cluster
+        .lab
+        .outside()
+        .run(|| TcpListener::bind((elsewhere, 443)))
+        .expect("listen outside");
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    cannot_reach(&agent, cart.net(), elsewhere, "no_rule");
+
+    let name = format!("{}-other", cluster.node());
+    agent.says_after(
+        "that the cluster has more addresses",
+        || {
+            cluster.server.apply(&json!({
+                "apiVersion": "v1",
+                "kind": "Node",
+                "metadata": { "name": name },
+                "spec": { "podCIDR": "10.77.0.0/24", "podCIDRs": ["10.77.0.0/24"] },
+            }));
+        },
+        |line| line.contains("the cluster's addresses are known"),
+    );
+    assert!(reaches(cart.net(), elsewhere), "it is internal");
+    cluster.server.delete(&json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": { "name": name },
+    }));
+    eventually("it is internal no more", || {
+        holds(!reaches(cart.net(), elsewhere))
     });
 }
 

@@ -260,9 +260,29 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
         seen.problems
     );
 
+    // Another node's words make nothing of the internet internal.
+    server.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": { "name": "node-2" },
+        "spec": { "podCIDR": "10.1.1.0/24", "podCIDRs": ["10.1.1.0/24"] },
+    }));
+    let other = json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node-2" } });
+    let addresses = json!([
+        { "type": "InternalIP", "address": "192.168.9.9" },
+        { "type": "InternalIP", "address": "203.0.113.7" },
+    ]);
+    server.set_status(&other, &json!({ "addresses": addresses }));
+    let seen = agent.until("the other node", |seen| {
+        says(seen, "not for private use, such as 203.0.113.7")
+    });
+    assert!(!is_internal(&seen, "203.0.113.7"));
+
     for expected in [
         "10.1.0.0/24",
+        "10.1.1.0/24",
         "192.168.7.5",
+        "192.168.9.9",
         apiserver::API_SERVICE,
         apiserver::ADVERTISED,
     ] {
@@ -306,7 +326,12 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
             (&ip("10.96.0.10").into(), &service.to_owned()),
         ]
     );
-    assert!(seen.problems.is_empty(), "{:?}", seen.problems);
+    let origins: Vec<_> = seen
+        .problems
+        .iter()
+        .map(|problem| &*problem.origin)
+        .collect();
+    assert_eq!(origins, ["nodes"]);
     assert!(is_internal(&seen, "10.96.0.10"));
 }
 

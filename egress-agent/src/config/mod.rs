@@ -33,6 +33,7 @@
 //! cluster:                      # where Kubernetes has what the agent asks it for
 //!   dnsService: kube-system/kube-dns
 //!   kubeletConfig: /var/lib/kubelet/config.yaml
+//!   nodes: all                     # all | own: whose pods and addresses are internal
 //! quarantine:                   # interfaces whose pods are not known yet; only in a cluster
 //!   enabled: true
 //!   exclude: [docker*, br-*]
@@ -71,7 +72,7 @@ use egress_common::{
 };
 
 pub use error::{ConfigError, Place};
-pub use node::{Cluster, Quarantine, Serve};
+pub use node::{Cluster, Nodes, Quarantine, Serve};
 pub use protected::PROTECTED;
 use read::or;
 pub use tunnels::{TUNNELS, Tunnel};

@@ -27,6 +27,17 @@ pub struct Cluster {
     pub dns_service: (String, String),
     /// The kubelet's configuration file, for its `clusterDNS`; it need not be there.
     pub kubelet_config: PathBuf,
+    /// Of which nodes pods and addresses are internal.
+    pub nodes: Nodes,
+}
+
+/// Of which nodes pods and addresses are internal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nodes {
+    /// Of all nodes of the cluster.
+    All,
+    /// Of the agent's own node.
+    Own,
 }
 
 /// What becomes of an interface whose pod is not known yet.
@@ -50,7 +61,8 @@ pub struct Serve {
 
 impl Cluster {
     pub(super) fn read(section: Section) -> Result<Self, ConfigError> {
-        let [dns_service, kubelet_config] = section.take(["dnsService", "kubeletConfig"])?;
+        let [dns_service, kubelet_config, nodes] =
+            section.take(["dnsService", "kubeletConfig", "nodes"])?;
         Ok(Self {
             dns_service: or(
                 dns_service,
@@ -62,6 +74,9 @@ impl Cluster {
                 PathBuf::from("/var/lib/kubelet/config.yaml"),
                 read::absolute_path,
             )?,
+            nodes: or(nodes, Nodes::All, |node| {
+                node.word(&[("all", Nodes::All), ("own", Nodes::Own)])
+            })?,
         })
     }
 }

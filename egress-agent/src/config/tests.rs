@@ -85,6 +85,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "limits.flowsPerPod",
         "cluster.dnsService",
         "cluster.kubeletConfig",
+        "cluster.nodes",
         "quarantine.enabled",
         "quarantine.exclude",
         "http",
@@ -152,6 +153,7 @@ fn the_documented_example_says_every_key_and_parses() {
             cluster: Cluster {
                 dns_service: ("kube-system".to_owned(), "kube-dns".to_owned()),
                 kubelet_config: "/var/lib/kubelet/config.yaml".into(),
+                nodes: Nodes::All,
             },
             quarantine: Quarantine {
                 enabled: true,
@@ -202,7 +204,7 @@ fn every_choice_can_be_made() {
          existingConnections: trust\nstateDir: /srv/state\n\
          ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100, flowsPerPod: 64}\ndns:\n  resolvers:\n  - \
          fd00::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
-         5m\n  guard: false\n  refusal: refused\n",
+         5m\n  guard: false\n  refusal: refused\ncluster: {nodes: own}\n",
     );
     assert_eq!(config.default_mode, Mode::Enforce);
     assert_eq!(config.pod_annotations, PodAnnotations::Narrow);
@@ -210,6 +212,7 @@ fn every_choice_can_be_made() {
     assert_eq!(config.unenforced_interfaces, UnenforcedInterfaces::Refuse);
     assert_eq!(config.existing_connections, ExistingConnections::Trust);
     assert_eq!(config.state_dir, PathBuf::from("/srv/state"));
+    assert_eq!(config.cluster.nodes, Nodes::Own);
     assert_eq!(config.bpffs, PathBuf::from("/run/bpf"));
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);

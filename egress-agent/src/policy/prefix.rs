@@ -7,6 +7,7 @@ use std::{
 };
 
 use egress_common::address::{self, Address, V4_MAPPED_PREFIX_LEN};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// Bits in an address.
@@ -170,6 +171,12 @@ impl Prefix {
         }
     }
 
+    fn to_network(self) -> IpNet {
+        let address = from_mapped(&self.network);
+        let length = self.prefix_len - family_offset(address);
+        IpNet::new_assert(address, length as u8)
+    }
+
     /// Whether the prefix is above the mapped form of IPv4 without meaning it.
     fn is_above_mapped(&self) -> bool {
         !self.is_v4()
@@ -201,6 +208,15 @@ impl TryFrom<String> for Prefix {
     fn try_from(text: String) -> Result<Self, PrefixError> {
         Self::parse(&text)
     }
+}
+
+/// The fewest prefixes that hold the same addresses, IPv4 first.
+pub fn merge(prefixes: &[Prefix]) -> Vec<Prefix> {
+    let networks: Vec<IpNet> = prefixes.iter().map(|prefix| prefix.to_network()).collect();
+    let merged = IpNet::aggregate(&networks).into_iter();
+    merged
+        .map(|network| Prefix::containing(network.network(), network.prefix_len().into()))
+        .collect()
 }
 
 /// Makes of prefixes with bits what a longest-prefix match needs: every prefix carries its own bits

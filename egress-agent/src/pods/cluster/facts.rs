@@ -6,7 +6,7 @@ use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as n
 
 use crate::policy::{DNS_PORT, Prefix};
 
-/// What is needed of the agent's own Node.
+/// What is needed of a Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NodeFacts {
     pub(super) uid: String,

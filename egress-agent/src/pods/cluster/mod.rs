@@ -16,6 +16,7 @@ mod facts;
 mod follow;
 mod health;
 mod kubelet;
+mod nodes;
 mod pod;
 mod rate;
 mod state;
@@ -32,7 +33,7 @@ use kube::{Api, Resource, core::PartialObjectMeta, runtime::watcher};
 use tokio::{sync::watch, task::JoinSet};
 
 use super::{Snapshot, object::own_annotations};
-use crate::config::Cluster as Settings;
+use crate::config::{Cluster as Settings, Nodes};
 use connection::{Connection, Timing};
 use facts::NodeFacts;
 use follow::{Plan, Shared, follow, follow_either};
@@ -218,7 +219,10 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
     let node = Plan {
         watched: Watched::Node,
         api: Box::new(Api::<v1::Node>::all),
-        selector: named(&options.node),
+        selector: match options.cluster.nodes {
+            Nodes::All => cached(),
+            Nodes::Own => named(&options.node),
+        },
         reduce: |read| Some(NodeFacts::read(read)),
         table: |state| &mut state.node,
     };

@@ -7,6 +7,7 @@ use super::{
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
+    nodes::Others,
     pod::ClusterPod,
     table::Table,
 };
@@ -105,6 +106,7 @@ impl State {
                     .into(),
             });
         }
+        problems.extend(self.of_other_nodes().problem());
         if self.node.is_complete() && self.node.get("", &self.node_name).is_none() {
             problems.push(Problem {
                 origin: format!("node {}", self.node_name),
@@ -114,6 +116,11 @@ impl State {
             });
         }
         problems
+    }
+
+    /// What the other nodes say of their pods and of themselves.
+    fn of_other_nodes(&self) -> Others {
+        Others::of(self.node.values_but("", &self.node_name))
     }
 
     /// What the cluster says of itself.
@@ -162,7 +169,7 @@ impl State {
         }
 
         let node = format!("node {}", self.node_name);
-        for own in self.node.values() {
+        if let Some(own) = self.node.get("", &self.node_name) {
             for prefix in &own.pod_prefixes {
                 note(&mut facts.internal, *prefix, &format!("podCIDRs of {node}"));
                 facts.pods.insert(*prefix);
@@ -180,6 +187,9 @@ impl State {
             for address in table.values().flat_map(|served| &served.addresses) {
                 note(&mut facts.internal, Prefix::host(*address), origin);
             }
+        }
+        for (prefix, origin) in self.of_other_nodes().prefixes {
+            note(&mut facts.internal, prefix, origin);
         }
         for prefix in self.service_ranges.values().flatten() {
             note(&mut facts.internal, *prefix, "service ranges");

@@ -38,6 +38,15 @@ impl<R: PartialEq> Table<R> {
         self.current.get(&(namespace.to_owned(), name.to_owned()))
     }
 
+    /// All objects but one.
+    pub(super) fn values_but(&self, namespace: &str, name: &str) -> impl Iterator<Item = &R> {
+        let others = self
+            .current
+            .iter()
+            .filter(move |((of, one), _)| of != namespace || one != name);
+        others.map(|(_, value)| value)
+    }
+
     pub(super) fn values(&self) -> impl Iterator<Item = &R> {
         self.current.values()
     }
