@@ -72,7 +72,7 @@ const ARROWS: [(&str, Uses, &str); 6] = [
     ),
     (
         "pods",
-        Uses::Only(&["policy", "config::Cluster"]),
+        Uses::Only(&["policy", "config::Cluster", "config::Nodes"]),
         "pods/ says where pods come from, not what is done to them",
     ),
     (
