@@ -9,6 +9,8 @@ pub const V4_MAPPED_PREFIX_LEN: u32 = 96;
 /// `::`
 pub const UNSPECIFIED: Address = [0; 16];
 
+/// `255.255.255.255`, everybody on the link
+pub const BROADCAST_V4: Address = from_v4([255; 4]);
 /// `0.0.0.0`
 pub const UNSPECIFIED_V4: Address = from_v4([0; 4]);
 

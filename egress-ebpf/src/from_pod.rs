@@ -165,7 +165,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         && range_of(&packet.dst).is_resolver_at(packet.dst_port);
     // A question of a pod that is not known yet waits, and its source is judged when it is.
     let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
-    if !waits && !is_own(policy, &packet.src) {
+    if !waits && !is_own(policy, &packet.src) && !asks_for_an_address(packet) {
         return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
     }
     // The agent is about to judge the rest, too.
@@ -457,6 +457,16 @@ pub fn is_own(policy: &Policy, address: &Address) -> bool {
         i += 1;
     }
     false
+}
+
+/// Whether the packet asks all of the link for an address, as who has none does (RFC 2131, section 4.1). The rules
+/// judge it: it leaves if an entry has the broadcast address with the port of DHCP servers.
+#[inline(always)]
+fn asks_for_an_address(packet: &Packet) -> bool {
+    packet.bit == bits::UDP
+        && (packet.src_port, packet.dst_port) == (68, 67)
+        && address::same(&packet.src, &address::UNSPECIFIED_V4)
+        && address::same(&packet.dst, &address::BROADCAST_V4)
 }
 
 /// Why a packet does not leave whose source is not among the pod's own addresses.

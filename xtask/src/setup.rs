@@ -35,7 +35,7 @@ pub(crate) struct Program {
     pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 18] = [
+const PROGRAMS: [Program; 19] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -84,6 +84,12 @@ const PROGRAMS: [Program; 18] = [
         name: "dnsmasq",
         packages: &["dnsmasq-base"],
         purpose: "a resolver to compare with",
+        services: &[],
+    },
+    Program {
+        name: "busybox",
+        packages: &["busybox-static"],
+        purpose: "a DHCP client for the tests",
         services: &[],
     },
     Program {
