@@ -41,8 +41,11 @@ impl Reconciler {
         taken: &mut HashMap<u32, PodKey>,
     ) -> Plan {
         let unidentified = quarantine::is_quarantined(key);
-        let mut compiled = if unidentified || !pod.namespace_known {
+        let mut compiled = if unidentified {
             self.readings.unidentified()
+        } else if !pod.namespace_known {
+            let quarantine = self.config.quarantine.enabled;
+            self.readings.without_namespace(pod, quarantine)
         } else {
             self.readings.read(key, pod)
         };
@@ -126,12 +129,13 @@ impl Reconciler {
         if self.enforced.contains_key(key) {
             return Plan::Keep(format!("{why}; the last good policy stays"));
         }
-        let closed = self.readings.closed();
+        let follows = match compiled.mode {
+            Mode::Enforce => "everything external is denied",
+            Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
+        };
+        let closed = self.readings.closed(compiled.mode);
         let closed = Wanted::new(pod, &own, found, closed, on_deny, self.ranges);
-        Plan::Enforce(
-            Box::new(closed),
-            Some(format!("{why}; everything external is denied")),
-        )
+        Plan::Enforce(Box::new(closed), Some(format!("{why}; {follows}")))
     }
 }
 
