@@ -185,7 +185,7 @@ fn a_cluster_goes_from_the_base_over_audit_to_locked_down() {
 
     // What the report asked for.
     agent.applies(&listed, || {
-        lab.write_namespace("shop", &[("allow", LISTED)])
+        lab.write_namespace("shop", &[("allow", LISTED)]);
     });
     passes(&agent, &listed, 12);
     assert_eq!(lab.status_of(&plain)["mode"], "audit");

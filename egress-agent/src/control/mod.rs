@@ -53,6 +53,7 @@ use crate::{
     datapath::{self, Attach, Datapath},
     dns,
     gate::{DnsSettings, Gate},
+    pods::Snapshot,
     report::Reporter,
 };
 use arrivals::Arrivals;
@@ -199,6 +200,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut soon = RETRY_MIN;
     let mut hurried = Instant::now();
     let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
+    let mut readiness = Readiness::Begun;
     let failure = 'running: loop {
         let snapshot = snapshots.borrow_and_update().clone();
         reconciler.exits.note_seen(links.take_seen());
@@ -231,13 +233,8 @@ pub async fn run(options: Options) -> Result<()> {
                 Arc::clone(&board),
             )?);
             reconciler.drop_orphans();
-            tracing::info!(
-                node = %config.node,
-                pods = reconciler.enforced(),
-                resolvers = %facts::listed(&reconciler.config.dns.resolvers),
-                "ready"
-            );
         }
+        readiness = readiness.next(&reconciler, &snapshot);
         let again = Instant::now() + reconciler.look_again(soon);
         // When to look because interfaces have changed.
         let mut due: Option<Instant> = None;
@@ -326,6 +323,46 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("stopped; what is enforced stays enforced");
     }
     Ok(())
+}
+
+/// How far the agent has got, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Readiness {
+    /// It has not looked at anything.
+    Begun,
+    /// It does not know yet which pods there are, and has said so.
+    Waiting,
+    /// It has dealt with the pods that there are, and has said so.
+    Ready,
+}
+
+impl Readiness {
+    /// After a reconcile with this snapshot.
+    fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
+        // What of a directory cannot be read now may stay so for ever.
+        let is_known = reconciler.cluster.is_none() || !snapshot.unreadable;
+        match self {
+            Self::Begun | Self::Waiting if is_known => {
+                tracing::info!(
+                    node = %reconciler.config.node,
+                    pods = reconciler.enforced(),
+                    resolvers = %facts::listed(&reconciler.config.dns.resolvers),
+                    "ready"
+                );
+                Self::Ready
+            }
+            Self::Begun => {
+                tracing::info!(
+                    node = %reconciler.config.node,
+                    left = reconciler.adoptable.len(),
+                    "waiting for the API server to say which pods there are; those that an earlier \
+                     agent left stay enforced"
+                );
+                Self::Waiting
+            }
+            Self::Waiting | Self::Ready => self,
+        }
+    }
 }
 
 fn dns_settings(config: &Config) -> DnsSettings {

@@ -29,12 +29,13 @@ use super::{
     taps::SeenFirst,
     trust::Trust,
     unjudged::Unjudged,
-    waiting::Waiting,
+    waiting::{PATIENCE, Waiting},
 };
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, NodeAddressMap, Unused, boottime_ns},
     gate::Gate,
+    host::interface_name,
     pods::{Facts, Snapshot},
     policy::Compiled,
     report::{PodIdentity, Reporter},
@@ -85,6 +86,10 @@ pub(super) struct Reconciler {
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
     pub(super) adoptable: BTreeMap<u32, Adoptable>,
+    /// What denial lines say of the pods that an earlier agent left.
+    left: HashMap<u32, Arc<Known>>,
+    /// When this agent began.
+    began: Instant,
     /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
     pub(super) unused: Vec<Unused>,
     /// What was last said about a pod or a file, so that it is not said again and again.
@@ -122,6 +127,19 @@ impl Reconciler {
         let left = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
         let left = left.map(|&(ifindex, _)| ifindex).collect();
         let unjudged = Unjudged::new(places.has_quarantine(), left);
+        let board = Arc::<Board>::default();
+        let left = adoptable.iter().map(|(&id, left)| {
+            let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
+            let node = config.node.as_str();
+            let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
+                .counted_in(board.denials_of(namespace));
+            let known = Known {
+                identity: Arc::new(identity),
+                policy: None,
+            };
+            (id, Arc::new(known))
+        });
+        let left = left.collect();
         let hardware = Hardware::open(&datapath)?;
         let node_addresses = datapath.node_addresses()?;
         Ok(Self {
@@ -151,12 +169,14 @@ impl Reconciler {
             enforced: BTreeMap::new(),
             readings: Readings::new(config.policy_settings()),
             adoptable,
+            left,
+            began: Instant::now(),
             unused: Vec::new(),
             said: HashMap::new(),
             next_pod,
             next_policy,
             next_swept: 0,
-            board: Arc::default(),
+            board,
         })
     }
 
@@ -260,7 +280,11 @@ impl Reconciler {
                     if let Place::Found(found) = place {
                         claimed.extend(found.interfaces.iter().copied());
                     }
-                    Some(why)
+                    why
+                }
+                Plan::KeepFor(why) => {
+                    unfound.insert(key.clone(), why);
+                    None
                 }
                 Plan::Wait(why) => {
                     unfound.insert(key.clone(), format!("not enforced yet: {why}"));
@@ -280,13 +304,17 @@ impl Reconciler {
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
-            let uid = wanted.uid.clone();
+            let (uid, interfaces) = (wanted.uid.clone(), wanted.interfaces.clone());
             let done = match version {
                 Ok(version) => self.enforce(&key, wanted, version).await,
                 Err(error) => Err(error),
             };
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
-                complaints.insert(key, format!("{error:#}"));
+                // An interface that has gone since it was found fails too: so a pod may end. If it does not,
+                // the next look says what is missing.
+                if interfaces.iter().all(|&ifindex| interface_name(ifindex).is_some()) {
+                    complaints.insert(key, format!("{error:#}"));
+                }
                 waiting.insert((key.clone(), uid));
             }
         }
@@ -385,12 +413,17 @@ impl Reconciler {
         saying: &mut HashMap<String, String>,
     ) {
         let pods: Vec<u32> = self.adoptable.keys().copied().collect();
+        let mut unclaimed = 0_usize;
         for pod in pods {
             let Some(left) = self.adoptable.get(&pod).cloned() else {
                 continue;
             };
             let key = (left.namespace.clone(), left.name.clone());
             let title = title(&key);
+            if !snapshot.pods.contains_key(&key) && snapshot.unreadable && self.cluster.is_some() {
+                unclaimed += 1;
+                continue;
+            }
             if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
                 let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
                            the one that cannot be read";
@@ -412,6 +445,15 @@ impl Reconciler {
                     );
                 }
             }
+        }
+        // At every start it takes a moment until the API server has said which pods there are.
+        if unclaimed > 0 && self.began.elapsed() >= PATIENCE {
+            let about = "pods of an earlier agent".to_owned();
+            let what = format!(
+                "{unclaimed} pods are enforced as an earlier agent left them, without DNS, until the \
+                 API server says which pods there are"
+            );
+            saying.insert(about, what);
         }
     }
 
@@ -519,8 +561,7 @@ impl Reconciler {
     ) {
         let known = Arc::new(Known {
             identity: Arc::clone(identity),
-            compiled: Arc::clone(compiled),
-            policy,
+            policy: Some((policy, Arc::clone(compiled))),
         });
         self.known.rcu(|before| {
             let mut after = HashMap::clone(before);
@@ -530,19 +571,17 @@ impl Reconciler {
     }
 
     fn publish(&self) {
-        let known = self
-            .enforced
-            .values()
-            .map(|enforced| {
-                let known = Known {
-                    identity: Arc::clone(&enforced.identity),
-                    compiled: Arc::clone(&enforced.wanted.compiled),
-                    policy: enforced.policy,
-                };
-                (enforced.pod, Arc::new(known))
-            })
-            .collect();
-        self.known.store(Arc::new(known));
+        let known = self.enforced.values().map(|enforced| {
+            let compiled = Arc::clone(&enforced.wanted.compiled);
+            let known = Known {
+                identity: Arc::clone(&enforced.identity),
+                policy: Some((enforced.policy, compiled)),
+            };
+            (enforced.pod, Arc::new(known))
+        });
+        let left = self.adoptable.keys();
+        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        self.known.store(Arc::new(left.chain(known).collect()));
     }
 }
 
