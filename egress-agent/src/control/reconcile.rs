@@ -312,7 +312,10 @@ impl Reconciler {
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
                 // An interface that has gone since it was found fails too: so a pod may end. If it does not,
                 // the next look says what is missing.
-                if interfaces.iter().all(|&ifindex| interface_name(ifindex).is_some()) {
+                if interfaces
+                    .iter()
+                    .all(|&ifindex| interface_name(ifindex).is_some())
+                {
                     complaints.insert(key, format!("{error:#}"));
                 }
                 waiting.insert((key.clone(), uid));
