@@ -55,6 +55,7 @@ pub struct Denial {
     pub dns_type: Option<String>,
     pub rule: Option<String>,
     pub count: u64,
+    pub connections: u64,
     pub first: String,
     pub last: String,
     /// The whole line.

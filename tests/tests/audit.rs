@@ -2,7 +2,7 @@
 //! `mode: enforce`.
 
 use egress_tests::{
-    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, exchange,
+    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, exchange,
 };
 use serde_json::json;
 
@@ -230,4 +230,63 @@ fn a_pod_with_too_many_addresses_is_audited_where_its_mode_says_so() {
     lab.write_file(&lab.pod_file(&pod), manifest.to_string().as_bytes());
     let agent = lab.start_agent(&[&pod]);
     passes_audited(&agent, &pod, 20, "policy_unreadable");
+}
+
+#[test]
+fn a_line_says_how_many_connections_its_packets_belong_to() {
+    let lab = audit("grant").build();
+    let _servers = [lab.serve_tcp(443)];
+    let _echo = lab.serve_udp(5000);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "")]);
+    let mut agent = lab.start_agent(&[&pod]);
+    for _ in 0..3 {
+        let mut stream = pod.talks_tcp((server(20), 443));
+        for _ in 0..5 {
+            assert!(exchange(&mut stream, b"again", DEADLINE));
+        }
+    }
+    for _ in 0..2 {
+        let socket = pod.udp_socket((server(20), 5000));
+        for _ in 0..4 {
+            assert!(echo_on(&socket, b"again", DEADLINE));
+        }
+    }
+    for _ in 0..2 {
+        assert!(pod.ping(server(20), DEADLINE));
+    }
+    // What has no line yet has one then.
+    assert!(agent.stop().success());
+    let counted = |protocol: &str| {
+        let denials = agent.denials();
+        let lines = denials.iter().filter(|denial| {
+            denial.dst_ip == Some(server(20)) && denial.protocol.as_deref() == Some(protocol)
+        });
+        lines.fold((0, 0), |(packets, connections), line| {
+            (packets + line.count, connections + line.connections)
+        })
+    };
+    let (segments, connections) = counted("tcp");
+    assert!(segments > 3 * 5, "{segments}");
+    assert_eq!(connections, 3);
+    assert_eq!(counted("udp"), (8, 2));
+    assert_eq!(counted("icmp"), (2, 1));
+}
+
+#[test]
+fn a_syn_that_is_sent_again_is_the_same_connection() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "")]);
+    let mut agent = lab.start_agent(&[&pod]);
+    // The first SYN is sent again after a second.
+    let patience = std::time::Duration::from_millis(1500);
+    assert!(pod.connect_tcp((server(20), 443), patience).is_err());
+    assert!(agent.stop().success());
+    let lines = agent.denials();
+    let packets: u64 = lines.iter().map(|line| line.count).sum();
+    let connections: u64 = lines.iter().map(|line| line.connections).sum();
+    assert!(packets >= 2, "{lines:?}");
+    assert_eq!(connections, 1, "{lines:?}");
 }
