@@ -130,6 +130,23 @@ fn an_ended_pod_stays_no_problem_while_nobody_says_that_it_has_ended() {
 }
 
 #[test]
+fn the_interface_that_an_ended_pod_still_has_is_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut ended = cluster.run(&shop, "ended", &allow("shop.test:443"));
+    // Where a pod is, the agent believes for a minute, unless its interface has no address.
+    ended.net().netns().ip_batch("addr flush dev eth0\n");
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(ended.net());
+    ended.running().stop_containers();
+    let _one = looks_again(&cluster, &agent, &shop, "one");
+    // Longer than an interface may take until its pod is known.
+    std::thread::sleep(Duration::from_secs(12));
+    let _two = looks_again(&cluster, &agent, &shop, "two");
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
 fn an_interface_that_a_running_pod_has_lost_is_said_when_it_stays_away() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);

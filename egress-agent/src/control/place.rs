@@ -433,7 +433,10 @@ impl Reconciler {
             mut places,
             unidentified,
         } = self.places.look(source);
-        let unidentified = unidentified.unwrap_or_else(|| self.quarantined());
+        let mut unidentified = unidentified.unwrap_or_else(|| self.quarantined());
+        // A pod of which nothing runs any more is still enforced on its interface.
+        let held = self.held(source);
+        unidentified.retain(|(_, ifindex)| !held.contains(ifindex));
         let mut snapshot = Cow::Borrowed(source);
         for (name, ifindex) in unidentified {
             let (key, pod) = quarantine::stand_in(&name);
@@ -446,6 +449,19 @@ impl Reconciler {
             snapshot.to_mut().pods.insert(key, pod);
         }
         (snapshot, places)
+    }
+
+    /// The interfaces on which pods are enforced that are still there.
+    fn held(&self, source: &Snapshot) -> HashSet<u32> {
+        let is_there = |key: &PodKey, uid: &str| {
+            let pod = source.pods.get(key);
+            pod.is_some_and(|pod| pod.uid == uid)
+        };
+        let enforced = self.enforced.iter();
+        enforced
+            .filter(|(key, enforced)| is_there(key, &enforced.wanted.uid))
+            .flat_map(|(_, enforced)| enforced.wanted.interfaces.iter().copied())
+            .collect()
     }
 
     /// The names and indexes of the interfaces that are in quarantine now.
