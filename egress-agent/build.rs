@@ -15,9 +15,10 @@ fn main() -> ExitCode {
     println!("cargo::rerun-if-env-changed={OBJECT_VARIABLE}");
     // As cargo says it now: the script may have been compiled before the workspace was moved.
     let package = env::var_os("CARGO_MANIFEST_DIR").map_or_else(PathBuf::new, PathBuf::from);
-    let object = env::var_os(OBJECT_VARIABLE)
-        .map_or_else(|| package.join("../target/ebpf/egress-ebpf"), PathBuf::from);
-    println!("cargo::rerun-if-changed={}", object.display());
+    // Relative to the package: cargo remembers it, and a copied workspace has to look at its own object.
+    let named = env::var_os(OBJECT_VARIABLE).unwrap_or_else(|| "../target/ebpf/egress-ebpf".into());
+    println!("cargo::rerun-if-changed={}", Path::new(&named).display());
+    let object = package.join(named);
 
     let Some(directory) = env::var_os("OUT_DIR") else {
         println!("cargo::error=OUT_DIR is not set: this script is to be run by cargo");

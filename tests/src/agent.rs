@@ -5,7 +5,7 @@ use std::{
     env, fs,
     io::{BufRead as _, BufReader, Read},
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
@@ -19,7 +19,7 @@ use nix::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{DEADLINE, Namespace, Pod};
+use crate::{DEADLINE, Namespace, Pod, workspace};
 
 /// What the agent says on standard error once it watches the manifests.
 const SAYS_READY: &str = "ready";
@@ -55,6 +55,7 @@ pub struct Denial {
     pub dns_type: Option<String>,
     pub rule: Option<String>,
     pub count: u64,
+    pub connections: u64,
     pub first: String,
     pub last: String,
     /// The whole line.
@@ -159,11 +160,7 @@ impl Agent {
         if let Some(path) = env::var_os("EGRESS_AGENT") {
             return path.into();
         }
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(
-            || workspace.join("target"),
-            |directory| workspace.join(directory),
-        );
+        let target = workspace::target();
         ["release", "debug"]
             .map(|profile| target.join(profile).join("egress-agent"))
             .into_iter()

@@ -26,6 +26,8 @@ use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
 use tokio::runtime::{Builder, Runtime};
 
+use crate::workspace;
+
 /// The API server that `cargo xtask setup` builds, below the workspace's top directory.
 const BUILT: &str = "target/kubernetes/1.20.2/kube-apiserver";
 /// How long a server may take until it answers.
@@ -464,8 +466,7 @@ fn apiserver() -> PathBuf {
     if let Some(named) = env::var_os("KUBE_APISERVER") {
         return named.into();
     }
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
-    let built = workspace.expect("the workspace").join(BUILT);
+    let built = workspace::root().join(BUILT);
     assert!(
         built.exists(),
         "there is no {}: run `cargo xtask setup`, which builds it, or name another with \

@@ -49,6 +49,7 @@ pub mod rival;
 mod servers;
 pub mod shared_page;
 mod wait;
+pub mod workspace;
 pub mod yaml;
 
 pub use agent::{Agent, Denial, KernelObjects};

@@ -7,9 +7,11 @@ use std::{
 
 use serde_json::Value;
 
+use crate::workspace;
+
 /// The repository's `manifests` directory.
 pub fn directory() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests")
+    workspace::root().join("manifests")
 }
 
 /// The objects of a file in [`directory`], in their order.

@@ -12,6 +12,7 @@ use egress_tests::{
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
     node::pause,
+    workspace,
 };
 use serde_json::{Value, json};
 
@@ -137,7 +138,7 @@ fn the_cluster_names_its_resolvers() {
 #[test]
 fn connections_from_before_the_first_agent_go_on_where_they_are_trusted() {
     // Not among temporary files: those may be in memory, where no note survives a reboot.
-    let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let state = tempfile::tempdir_in(workspace::scratch()).expect("a directory");
     let builder = Lab::builder()
         .config("existingConnections", "trust")
         .config("stateDir", state.path().to_str().expect("a path in UTF-8"));

@@ -13,7 +13,7 @@ use std::{
 
 use egress_tests::{
     Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server, echo_on,
-    eventually, exchange, holds, rewritten::nft,
+    eventually, exchange, holds, rewritten::nft, workspace,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
@@ -89,7 +89,7 @@ fn reboot(lab: &Lab) {
 
 /// A directory for `stateDir`: on a disk, which a directory for temporary files may not be.
 fn state_dir() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory below the build's")
+    tempfile::tempdir_in(workspace::scratch()).expect("a directory below the build's")
 }
 
 #[track_caller]

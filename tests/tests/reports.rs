@@ -12,7 +12,7 @@ use egress_tests::{
 use serde_json::Value;
 
 /// The keys of a denial line, as documented.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "time",
     "event",
     "verdict",
@@ -29,6 +29,7 @@ const KEYS: [&str; 18] = [
     "dst_names",
     "rule",
     "count",
+    "connections",
     "first",
     "last",
 ];

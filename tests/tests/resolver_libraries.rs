@@ -11,6 +11,7 @@ use egress_tests::{
     Agent, Lab, Pod, TcpEcho,
     addresses::{RESOLVER, server, server6},
     dns::{RecordType, Send, address},
+    workspace,
 };
 
 /// A pod that may reach `big.test`, which has more addresses than an answer over UDP has room for.
@@ -200,7 +201,7 @@ fn go_gets_the_rest_over_tcp() {
 
 /// A directory that stays, below cargo's.
 fn cache(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+    workspace::scratch().join(name)
 }
 
 #[track_caller]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
@@ -48,7 +49,7 @@ pub(crate) fn ebpf(warnings: Warnings) -> Result<()> {
     if warnings == Warnings::Deny {
         command.args(["--", "-Dwarnings"]);
     }
-    process::run(&mut command)?;
+    process::long(&mut command, "building the eBPF object")?;
 
     let built = directory
         .join(toolchain::TARGET)
@@ -105,7 +106,7 @@ pub(crate) fn agent(debug: bool) -> Result<()> {
     if !debug {
         command.arg("--release");
     }
-    process::run(&mut command)?;
+    process::long(&mut command, "building the agent")?;
     let profile = if debug { "debug" } else { "release" };
     println!(
         "built {}",
@@ -129,6 +130,9 @@ pub(crate) fn tests<'a>(names: &[&'a str]) -> Result<Vec<(&'a str, PathBuf)>> {
     for name in names {
         command.args(["--test", name]);
     }
+    println!("building the system tests: takes minutes when nothing is built yet");
+    // Cargo's progress goes there.
+    command.stderr(Stdio::inherit());
     let said = process::output(&mut command)?;
     names
         .iter()

@@ -62,7 +62,7 @@ const PROGRAMS: [Program; 7] = [
 ///
 /// API server, controllers, scheduler and kubelet are built from Debian's sources when they are missing
 /// (some minutes, once), containerd and the network plugins are Debian's. The node lives in namespaces of
-/// its own and is gone at the end. Takes three minutes when everything is built, and needs root. Not part of
+/// its own and is gone at the end. Takes some minutes when everything is built, and needs root. Not part of
 /// `cargo xtask test`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -92,7 +92,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if options.command.is_empty() {
         // The API server is older than some of what the manifests say, and leaves it out.
-        node.arg(scripts.join("run")).arg("--no-validation");
+        node.arg(scripts.join("run"));
+        node.args(["--no-validation", "--overlays"]);
         node.args(["--reboot", "\"$NODE\" --reboot"]);
     } else {
         node.args(&options.command);

@@ -117,7 +117,7 @@ fn static_agent() -> Result<Vec<u8>> {
     if target.ends_with("gnu") {
         command.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
     }
-    process::run(&mut command)?;
+    process::long(&mut command, "building the static agent")?;
     let built = workspace::target()
         .join(&target)
         .join("release/egress-agent");

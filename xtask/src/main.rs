@@ -45,7 +45,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    let result = workspace::find().and_then(|()| run(command));
+    if let Err(error) = result {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Setup(options) => setup::run(&options),
         Command::Build(options) => build::run(&options),
         Command::Test(options) => test::run(&options),
@@ -57,10 +67,5 @@ fn main() -> ExitCode {
         Command::Image(options) => image::run(&options),
         Command::Manifests(options) => manifests::run(&options),
         Command::Lint(options) => lint::run(&options),
-    };
-    if let Err(error) = result {
-        eprintln!("error: {error:#}");
-        return ExitCode::FAILURE;
     }
-    ExitCode::SUCCESS
 }

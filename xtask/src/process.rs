@@ -6,6 +6,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -13,6 +16,9 @@ use crate::workspace;
 
 /// Directories that hold system programs and that a user's `PATH` often lacks.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// How often a long command is told to go on.
+const STILL_EVERY: Duration = Duration::from_secs(30);
 
 /// Finds `program` in `PATH`, then among the system's programs.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
@@ -88,6 +94,38 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs `command` as [`run`] does, when it may take minutes: says what it is for, and every half minute that it
+/// goes on. What it builds at the end may take long without a word, and in a log nothing moves at all.
+pub(crate) fn long(command: &mut Command, what: &str) -> Result<()> {
+    println!("{what}: takes minutes when nothing is built yet");
+    let say = |after: Duration| println!("… {what}: goes on after {}", minutes(after));
+    watched(STILL_EVERY, say, || run(command))
+}
+
+/// Does `work`, and meanwhile says every so often how long it has been going on.
+fn watched<T>(every: Duration, say: impl Fn(Duration) + Send, work: impl FnOnce() -> T) -> T {
+    let (done, ended) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let began = Instant::now();
+            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                say(began.elapsed());
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+/// `90 s` as `1 min 30 s`.
+fn minutes(time: Duration) -> String {
+    match (time.as_secs() / 60, time.as_secs() % 60) {
+        (0, seconds) => format!("{seconds} s"),
+        (minutes, seconds) => format!("{minutes} min {seconds} s"),
+    }
+}
+
 /// Runs `command` silently and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes(command)?).into_owned())
@@ -148,6 +186,23 @@ mod tests {
         let mut command = Command::new("/usr/bin/cargo");
         command.args(["build", "--config", "a = \"b\""]);
         assert_eq!(shown(&command), "cargo build --config 'a = \"b\"'");
+    }
+
+    #[test]
+    fn long_work_is_told_of_while_it_goes_on() {
+        let (say, said) = mpsc::channel();
+        let result = watched(
+            Duration::from_millis(1),
+            move |after| say.send(after).unwrap(),
+            || {
+                let first: Duration = said.recv().unwrap();
+                let second = said.recv().unwrap();
+                first < second
+            },
+        );
+        assert!(result);
+        assert_eq!(minutes(Duration::from_secs(30)), "30 s");
+        assert_eq!(minutes(Duration::from_secs(150)), "2 min 30 s");
     }
 
     #[test]

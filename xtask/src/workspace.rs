@@ -1,12 +1,53 @@
 //! Where things are in the workspace.
+//!
+//! The workspace is found when a command runs. What the compiler would say (`env!`) is where the program was
+//! built first: in a moved or copied checkout, which has that program in its target directory, it would build
+//! in the old place.
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-/// The workspace's top directory.
+use anyhow::{Context as _, Result};
+
+/// What the workspace's top directory holds, and no directory below it.
+const MARKS: [&str; 2] = ["Cargo.lock", "xtask/Cargo.toml"];
+
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Finds the workspace: from the package that `cargo run` has started, or else from the current directory.
+///
+/// # Errors
+///
+/// Fails outside the workspace.
+pub(crate) fn find() -> Result<()> {
+    let here = env::current_dir().context("there is no current directory")?;
+    let package = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let found = package.as_deref().and_then(above).or_else(|| above(&here));
+    let found = found.with_context(|| {
+        format!(
+            "neither {} nor a directory above it is the workspace of egress-agent: run `cargo xtask` \
+             in it",
+            here.display()
+        )
+    })?;
+    ROOT.get_or_init(|| found.to_owned());
+    Ok(())
+}
+
+/// The first directory from this one upwards that is the workspace's.
+fn above(directory: &Path) -> Option<&Path> {
+    let is_root = |directory: &&Path| MARKS.iter().all(|mark| directory.join(mark).is_file());
+    directory.ancestors().find(is_root)
+}
+
+/// The workspace's top directory. [`find`] comes first; a unit test has it found here.
 pub(crate) fn root() -> &'static Path {
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask)
+    if ROOT.get().is_none() {
+        let found = find();
+        assert!(found.is_ok(), "{found:?}");
+    }
+    ROOT.get().map_or(Path::new("."), PathBuf::as_path)
 }
 
 /// Where cargo puts what it builds for the host; `CARGO_TARGET_DIR` moves it.
@@ -32,4 +73,29 @@ pub(crate) fn kubernetes(version: &str) -> PathBuf {
 /// The release binary of the agent.
 pub(crate) fn agent() -> PathBuf {
     target().join("release/egress-agent")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workspace_is_found_from_any_directory_in_it() {
+        let own = root();
+        assert_eq!(above(own), Some(own));
+        assert_eq!(above(&own.join("xtask/src/kernels")), Some(own));
+        assert_eq!(above(Path::new("/proc")), None);
+    }
+
+    #[test]
+    fn a_copy_of_the_workspace_is_one_of_its_own() {
+        let copy = env::temp_dir().join(format!("egress-workspace-{}", std::process::id()));
+        std::fs::create_dir_all(copy.join("xtask/src")).unwrap();
+        for mark in MARKS {
+            std::fs::write(copy.join(mark), "").unwrap();
+        }
+        let found = above(&copy.join("xtask/src")).map(Path::to_owned);
+        std::fs::remove_dir_all(&copy).unwrap();
+        assert_eq!(found, Some(copy));
+    }
 }

@@ -33,8 +33,9 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) identity: Arc<PodIdentity>,
-    pub(super) compiled: Arc<Compiled>,
-    pub(super) policy: u32,
+    /// The id and the rules of its policy; none of a pod that an earlier agent left and that this agent
+    /// has not taken over yet.
+    pub(super) policy: Option<(u32, Arc<Compiled>)>,
 }
 
 /// The enforced pods by their id, as the control side last published them.
@@ -45,6 +46,9 @@ const BATCH: usize = 256;
 
 /// How often meters and counters are read.
 const METERS_EVERY: Duration = Duration::from_secs(1);
+
+/// How often, at most, denials of pods that are gone are told.
+const GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// How long the reader sleeps at most, so that it notices when it is to stop; in milliseconds.
 const PATIENCE_MS: u8 = 250;
@@ -72,7 +76,7 @@ impl DenialReader {
             gate,
             reporter,
             board,
-            of_gone_pods: 0,
+            of_gone_pods: GonePods::default(),
         };
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -102,8 +106,27 @@ struct Reader {
     gate: Gate,
     reporter: Reporter,
     board: Arc<Board>,
-    /// Denials of pods that are not known, since they were last told.
-    of_gone_pods: u64,
+    of_gone_pods: GonePods,
+}
+
+/// Denials of pods that are not known.
+#[derive(Debug, Default)]
+struct GonePods {
+    /// How many since they were last told.
+    denials: u64,
+    told: Option<Instant>,
+}
+
+impl GonePods {
+    /// What is to be told now: at once after a quiet time, then once in [`GONE_EVERY`].
+    fn due(&mut self, now: Instant) -> Option<u64> {
+        let waits = |told: Instant| now.duration_since(told) < GONE_EVERY;
+        if self.denials == 0 || self.told.is_some_and(waits) {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.denials))
+    }
 }
 
 impl Reader {
@@ -126,7 +149,14 @@ impl Reader {
             let now = Instant::now();
             if stopping || now >= next_meters {
                 self.losses.report(&self.known.load(), &self.reporter);
-                self.tell_of_gone_pods();
+                if stopping {
+                    // Nothing is told later.
+                    self.of_gone_pods.told = None;
+                }
+                let due = self.of_gone_pods.due(now);
+                if let Some(denials) = due {
+                    tracing::warn!(denials, "denials without a line: their pods are gone");
+                }
                 next_meters = now + METERS_EVERY;
             }
             if more {
@@ -160,22 +190,12 @@ impl Reader {
                 Vec::new()
             };
             let Some(pod) = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod) else {
-                self.of_gone_pods += 1;
+                self.of_gone_pods.denials += 1;
                 continue;
             };
             let ago = Duration::from_nanos(now_ns.saturating_sub(denial.time_ns));
             let time = now.checked_sub(ago).unwrap_or(now);
             self.reporter.report(denied(denial, pod, dst_names, time));
-        }
-    }
-
-    fn tell_of_gone_pods(&mut self) {
-        let denials = std::mem::take(&mut self.of_gone_pods);
-        if denials > 0 {
-            tracing::warn!(
-                denials,
-                "denials without a line: their pods are gone, or were left by an earlier agent"
-            );
         }
     }
 }
@@ -194,9 +214,10 @@ fn denied(denial: &Denial, pod: &Known, dst_names: Vec<String>, time: SystemTime
     };
     let is_icmp = walked && matches!(denial.protocol, protocol::ICMP | protocol::ICMPV6);
     // A class number means something only under the policy that judged.
-    let rule = (denial.class != NO_CLASS && denial.policy == pod.policy)
-        .then(|| pod.compiled.explain_deny(&denial.dst, denial.class))
-        .flatten();
+    let policy = pod.policy.as_ref();
+    let rule = policy
+        .filter(|(policy, _)| denial.class != NO_CLASS && denial.policy == *policy)
+        .and_then(|(_, compiled)| compiled.explain_deny(&denial.dst, denial.class));
     Denied {
         pod: Arc::clone(&pod.identity),
         verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),
@@ -309,5 +330,27 @@ impl Losses {
                 tracing::warn!(counter, lost = now - before, total = now, "packets lost");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn denials_of_gone_pods_are_told_at_once_and_then_once_a_minute() {
+        let start = Instant::now();
+        let mut gone = GonePods::default();
+        assert_eq!(gone.due(start), None);
+        gone.denials = 2;
+        assert_eq!(gone.due(start), Some(2));
+        for second in 1..60 {
+            gone.denials += 1;
+            assert_eq!(gone.due(start + Duration::from_secs(second)), None);
+        }
+        assert_eq!(gone.due(start + GONE_EVERY), Some(59));
+        assert_eq!(gone.due(start + 2 * GONE_EVERY), None);
+        gone.denials = 1;
+        assert_eq!(gone.due(start + 3 * GONE_EVERY), Some(1));
     }
 }

@@ -16,6 +16,7 @@ mod facts;
 mod handover;
 mod hardware;
 mod hooks;
+mod leftovers;
 mod links;
 mod named;
 mod neighbours;
@@ -35,6 +36,8 @@ mod sights;
 mod source;
 mod stamps;
 mod state_file;
+mod sweep;
+mod takeover;
 mod taps;
 mod tell;
 mod trust;
@@ -45,21 +48,18 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
+    signal::unix::{SignalKind, signal},
     sync::watch,
-    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
-
-use egress_common::limits::FlowLimits;
 
 use crate::{
     config::{self, Config},
-    datapath::{self, Attach, Datapath, Lock, TryLock},
+    datapath::{self, Attach},
     dns,
     gate::{DnsSettings, Gate},
     pods::Snapshot,
     report::Reporter,
-    serve::stand_by,
 };
 use arrivals::Arrivals;
 use denials::DenialReader;
@@ -85,9 +85,6 @@ const LINKS_AT_ONCE: u32 = 16;
 /// How often the flows of one pod are swept, and how often the next few pods' turn comes.
 const SWEEP_ROUND: Duration = Duration::from_secs(5);
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
-
-/// How often an agent that stands by looks whether the other one has ended.
-const TAKE_OVER_EVERY: Duration = Duration::from_millis(10);
 
 /// How the agent is to run.
 #[derive(Clone, Debug)]
@@ -141,7 +138,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut filters = FilterEvents::open()?;
 
     let (mut snapshots, source) = source.watch().await?;
-    let only = only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
+    let only = takeover::only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
     let Some((mut datapath, only)) = only else {
         source.close().await;
         return Ok(());
@@ -229,6 +226,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut soon = RETRY_MIN;
     let mut hurried = Instant::now();
     let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
+    let mut readiness = Readiness::Begun;
     let failure = 'running: loop {
         let snapshot = current(&mut snapshots);
         reconciler.exits.note_seen(links.take_seen());
@@ -261,13 +259,8 @@ pub async fn run(options: Options) -> Result<()> {
                 Arc::clone(&board),
             )?);
             reconciler.drop_orphans();
-            tracing::info!(
-                node = %configured.node,
-                pods = reconciler.enforced(),
-                resolvers = %facts::listed(&reconciler.config.dns.resolvers),
-                "ready"
-            );
         }
+        readiness = readiness.next(&reconciler, &snapshot);
         let again = Instant::now() + reconciler.look_again(soon);
         // When to look because interfaces have changed.
         let mut due: Option<Instant> = None;
@@ -360,54 +353,42 @@ pub async fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
-/// The kernel side, and the lock on its pins: this agent is the only one. Waits for that if it is to take over
-/// from another one; `None` when it is told to stop before.
-///
-/// # Errors
-///
-/// When another agent has the pins and this one is not to take over, or the programs cannot be loaded.
-async fn only_agent(
-    options: &Options,
-    snapshots: &watch::Receiver<Arc<Snapshot>>,
-    terminate: &mut Signal,
-    interrupt: &mut Signal,
-) -> Result<Option<(Datapath, Lock)>> {
-    let config = &options.config;
-    let datapath_options = datapath::Options {
-        bpffs: config.bpffs.clone(),
-        allow_entries: config.limits.addresses_per_pod,
-        flows: FlowLimits::of(config.limits.flows_per_pod),
-        attach: options.attach,
-        trace: options.datapath_log,
-    };
-    let mut datapath = Datapath::open(&datapath_options)?;
-    if !options.take_over {
-        let only = datapath.lock()?;
-        return Ok(Some((datapath, only)));
-    }
-    if let TryLock::Locked(only) = datapath.try_lock()? {
-        return Ok(Some((datapath, only)));
-    }
-    tracing::info!("standing by: another agent runs, and this one takes over when it ends");
-    let missing = || {
-        let knows_pods = !snapshots.borrow().unreadable;
-        let missing = "which pods there are is not known yet".to_owned();
-        (!knows_pods).then_some(missing).into_iter().collect()
-    };
-    let standing_by = stand_by(&config.serve.socket, missing);
-    tokio::pin!(standing_by);
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => return Ok(None),
-            _ = interrupt.recv() => return Ok(None),
-            () = &mut standing_by => {}
-            () = sleep(TAKE_OVER_EVERY) => {}
-        }
-        match datapath.try_lock()? {
-            TryLock::Locked(only) => return Ok(Some((datapath, only))),
-            TryLock::AnothersLock => {}
-            // The other agent has removed everything at its end.
-            TryLock::Gone => datapath = Datapath::open(&datapath_options)?,
+/// How far the agent has got, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Readiness {
+    /// It has not looked at anything.
+    Begun,
+    /// It does not know yet which pods there are, and has said so.
+    Waiting,
+    /// It has dealt with the pods that there are, and has said so.
+    Ready,
+}
+
+impl Readiness {
+    /// After a reconcile with this snapshot.
+    fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
+        // What of a directory cannot be read now may stay so for ever.
+        let is_known = reconciler.cluster.is_none() || !snapshot.unreadable;
+        match self {
+            Self::Begun | Self::Waiting if is_known => {
+                tracing::info!(
+                    node = %reconciler.config.node,
+                    pods = reconciler.enforced(),
+                    resolvers = %facts::listed(&reconciler.config.dns.resolvers),
+                    "ready"
+                );
+                Self::Ready
+            }
+            Self::Begun => {
+                tracing::info!(
+                    node = %reconciler.config.node,
+                    left = reconciler.adoptable.len(),
+                    "waiting for the API server to say which pods there are; those that an earlier \
+                     agent left stay enforced"
+                );
+                Self::Waiting
+            }
+            Self::Waiting | Self::Ready => self,
         }
     }
 }

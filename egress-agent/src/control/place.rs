@@ -35,6 +35,8 @@ pub(super) enum Place {
     Found(Found),
     /// Nowhere yet; the text says why.
     NotYet(String),
+    /// Nothing of the pod runs: it has not begun, or it has ended. The text says how that is known.
+    Nobody(String),
     /// Nowhere where it could be enforced; the text says why.
     Nowhere(String),
 }
@@ -384,6 +386,7 @@ impl Places {
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);
             }
+            Err(missing) if missing.is_nobody() => Place::Nobody(missing.to_string()),
             Err(missing) if missing.may_pass() => Place::NotYet(missing.to_string()),
             Err(missing) => Place::Nowhere(format!("not enforced: {missing}")),
         };
@@ -430,7 +433,10 @@ impl Reconciler {
             mut places,
             unidentified,
         } = self.places.look(source);
-        let unidentified = unidentified.unwrap_or_else(|| self.quarantined());
+        let mut unidentified = unidentified.unwrap_or_else(|| self.quarantined());
+        // A pod of which nothing runs any more is still enforced on its interface.
+        let held = self.held(source);
+        unidentified.retain(|(_, ifindex)| !held.contains(ifindex));
         let mut snapshot = Cow::Borrowed(source);
         for (name, ifindex) in unidentified {
             let (key, pod) = quarantine::stand_in(&name);
@@ -443,6 +449,19 @@ impl Reconciler {
             snapshot.to_mut().pods.insert(key, pod);
         }
         (snapshot, places)
+    }
+
+    /// The interfaces on which pods are enforced that are still there.
+    fn held(&self, source: &Snapshot) -> HashSet<u32> {
+        let is_there = |key: &PodKey, uid: &str| {
+            let pod = source.pods.get(key);
+            pod.is_some_and(|pod| pod.uid == uid)
+        };
+        let enforced = self.enforced.iter();
+        enforced
+            .filter(|(key, enforced)| is_there(key, &enforced.wanted.uid))
+            .flat_map(|(_, enforced)| enforced.wanted.interfaces.iter().copied())
+            .collect()
     }
 
     /// The names and indexes of the interfaces that are in quarantine now.

@@ -24,8 +24,11 @@ pub(super) enum Plan {
     Enforce(Box<Wanted>, Option<String>),
     /// Leave it alone, for now or for good; the text says why when it is worth saying.
     Leave(Option<String>),
-    /// Keep what is, because what should be cannot be found out.
-    Keep(String),
+    /// Keep what is, because what should be cannot be found out; the text says why when it is worth saying.
+    Keep(Option<String>),
+    /// Keep what is, because it cannot be found any more; the text says why, and is worth saying only if that
+    /// lasts: so every pod ends.
+    KeepFor(String),
     /// It cannot be found yet; the text says why.
     Wait(String),
 }
@@ -41,8 +44,11 @@ impl Reconciler {
         taken: &mut HashMap<u32, PodKey>,
     ) -> Plan {
         let unidentified = quarantine::is_quarantined(key);
-        let mut compiled = if unidentified || !pod.namespace_known {
+        let mut compiled = if unidentified {
             self.readings.unidentified()
+        } else if !pod.namespace_known {
+            let quarantine = self.config.quarantine.enabled;
+            self.readings.without_namespace(pod, quarantine)
         } else {
             self.readings.read(key, pod)
         };
@@ -50,23 +56,29 @@ impl Reconciler {
             return Plan::Leave(None);
         }
         if pod.host_network {
-            return Plan::Leave(Some(
-                "not enforced: the pod is in the host's network (hostNetwork)".into(),
-            ));
+            // Under `defaultMode` alone nobody has asked for this pod: the agent's own is such a one.
+            let is_asked_for =
+                !(pod.annotations.is_empty() && pod.namespace_annotations.is_empty());
+            return Plan::Leave(is_asked_for.then(|| {
+                "not enforced: the pod is in the host's network (hostNetwork)".to_owned()
+            }));
         }
         if !pod.namespace_known && self.enforced.contains_key(key) {
-            return Plan::Keep("its namespace is not known; the last good policy stays".into());
+            let why = "its namespace is not known; the last good policy stays";
+            return Plan::Keep(Some(why.to_owned()));
         }
         let found = match place {
             Place::Found(found) => found,
+            // It has ended, and the cluster does not say so yet.
+            Place::Nobody(_) if self.enforced.contains_key(key) => return Plan::Keep(None),
             // Its interfaces may be looked for in vain for a moment only; while it keeps them,
             // nothing passes that should not.
             Place::NotYet(why) | Place::Nowhere(why)
                 if pod.cgroup_uid.is_some() && self.enforced.contains_key(key) =>
             {
-                return Plan::Keep(format!("{why}; enforced on its earlier interfaces"));
+                return Plan::KeepFor(format!("{why}; enforced on its earlier interfaces"));
             }
-            Place::NotYet(why) => return Plan::Wait(why.clone()),
+            Place::NotYet(why) | Place::Nobody(why) => return Plan::Wait(why.clone()),
             Place::Nowhere(why) => return Plan::Leave(Some(why.clone())),
         };
         let other = found.interfaces.iter().find_map(|ifindex| {
@@ -80,7 +92,7 @@ impl Reconciler {
                 title(other)
             );
             return if self.enforced.contains_key(key) {
-                Plan::Keep(format!("{why}; enforced on its earlier interface"))
+                Plan::Keep(Some(format!("{why}; enforced on its earlier interface")))
             } else {
                 Plan::Leave(Some(format!("not enforced: {why}")))
             };
@@ -124,14 +136,15 @@ impl Reconciler {
             "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
         );
         if self.enforced.contains_key(key) {
-            return Plan::Keep(format!("{why}; the last good policy stays"));
+            return Plan::Keep(Some(format!("{why}; the last good policy stays")));
         }
-        let closed = self.readings.closed();
+        let follows = match compiled.mode {
+            Mode::Enforce => "everything external is denied",
+            Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
+        };
+        let closed = self.readings.closed(compiled.mode);
         let closed = Wanted::new(pod, &own, found, closed, on_deny, self.ranges);
-        Plan::Enforce(
-            Box::new(closed),
-            Some(format!("{why}; everything external is denied")),
-        )
+        Plan::Enforce(Box::new(closed), Some(format!("{why}; {follows}")))
     }
 }
 

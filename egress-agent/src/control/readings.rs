@@ -8,7 +8,7 @@ use std::{
 use super::enforced::PodKey;
 use crate::{
     pods::{Pod, Snapshot},
-    policy::{self, Annotations, Compiled, Settings},
+    policy::{self, Annotations, Compiled, Mode, Settings},
     serve::Written,
 };
 
@@ -65,13 +65,21 @@ impl Readings {
                 (Arc::new(compiled), true, problem, written)
             }
             Err(error) => {
-                if let Some(last) = before.filter(|reading| reading.good) {
+                let last = before.filter(|reading| reading.good);
+                if let Some((compiled, written)) = last.and_then(|last| self.again(last)) {
                     let problem = format!("{error}; the last good policy stays");
-                    let written = Arc::clone(&last.written);
-                    (Arc::clone(&last.compiled), true, Some(problem), written)
+                    (compiled, true, Some(problem), written)
                 } else {
-                    let problem = format!("{error}; everything external is denied");
-                    (self.closed(), false, Some(problem), Arc::default())
+                    let closed = policy::unreadable(&own, &namespace, &self.settings);
+                    let follows = match closed.mode {
+                        Mode::Enforce => "everything external is denied",
+                        Mode::Audit | Mode::Off => {
+                            "everything external would be denied; nothing is stopped \
+                             (defaultMode: audit)"
+                        }
+                    };
+                    let problem = format!("{error}; {follows}");
+                    (Arc::new(closed), false, Some(problem), Arc::default())
                 }
             }
         };
@@ -100,9 +108,23 @@ impl Readings {
         }
     }
 
-    /// The policy of a pod of which nothing can be made.
-    pub(super) fn closed(&self) -> Arc<Compiled> {
-        Arc::new(policy::unreadable(&self.settings))
+    /// What a pod's annotations said when they could be read, under the settings that hold; `None` when
+    /// that cannot be a policy under these.
+    fn again(&self, last: &Reading) -> Option<(Arc<Compiled>, Arc<Written>)> {
+        let written = Arc::clone(&last.written);
+        if last.current {
+            return Some((Arc::clone(&last.compiled), written));
+        }
+        let compiled = policy::compile(&written.own, &written.namespace, &self.settings);
+        Some((Arc::new(compiled.ok()?), written))
+    }
+
+    /// The policy of a pod of which nothing can be made, in this mode.
+    pub(super) fn closed(&self, mode: Mode) -> Arc<Compiled> {
+        let none = Annotations::default();
+        let mut closed = policy::unreadable(&none, &none, &self.settings);
+        closed.mode = mode;
+        Arc::new(closed)
     }
 
     /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
@@ -125,6 +147,13 @@ impl Readings {
     /// The policy of what is not known yet.
     pub(super) fn unidentified(&self) -> Arc<Compiled> {
         Arc::new(policy::unidentified(&self.settings))
+    }
+
+    /// The policy of a pod whose namespace is not known yet.
+    pub(super) fn without_namespace(&self, pod: &Pod, quarantine: bool) -> Arc<Compiled> {
+        let own = Annotations::from_map(&pod.annotations);
+        let closed = policy::without_namespace(&own, quarantine, &self.settings);
+        Arc::new(closed)
     }
 
     /// What is wrong with the pod's annotations, or what their author should know.

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -33,8 +33,9 @@ use super::{
 };
 use crate::{
     config::Config,
-    datapath::{Adoptable, Datapath, NodeAddressMap, Unused, boottime_ns},
+    datapath::{Adoptable, Datapath, NodeAddressMap, Unused},
     gate::Gate,
+    host::interface_name,
     pods::{Facts, Snapshot},
     policy::Compiled,
     report::{PodIdentity, Reporter},
@@ -95,13 +96,17 @@ pub(super) struct Reconciler {
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
     pub(super) adoptable: BTreeMap<u32, Adoptable>,
+    /// What denial lines say of the pods that an earlier agent left.
+    left: HashMap<u32, Arc<Known>>,
+    /// When this agent began.
+    pub(super) began: Instant,
     /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
     pub(super) unused: Vec<Unused>,
     /// What was last said about a pod or a file, so that it is not said again and again.
     pub(super) said: HashMap<String, String>,
     pub(super) next_pod: u32,
     pub(super) next_policy: u32,
-    next_swept: usize,
+    pub(super) next_swept: usize,
     /// Whether the gate reads messages.
     is_reading: bool,
     /// What is known of all this to [`crate::serve`].
@@ -136,6 +141,19 @@ impl Reconciler {
         let unjudged = Unjudged::new(places.has_quarantine(), left);
         let trust = Trust::claim(&settings.configured);
         let readings = Readings::new(settings.together.policy_settings());
+        let board = Arc::<Board>::default();
+        let left = adoptable.iter().map(|(&id, left)| {
+            let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
+            let node = settings.configured.node.as_str();
+            let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
+                .counted_in(board.denials_of(namespace));
+            let known = Known {
+                identity: Arc::new(identity),
+                policy: None,
+            };
+            (id, Arc::new(known))
+        });
+        let left = left.collect();
         let hardware = Hardware::open(&datapath)?;
         let node_addresses = datapath.node_addresses()?;
         Ok(Self {
@@ -165,13 +183,15 @@ impl Reconciler {
             enforced: BTreeMap::new(),
             readings,
             adoptable,
+            left,
+            began: Instant::now(),
             unused: Vec::new(),
             said: HashMap::new(),
             next_pod,
             next_policy,
             next_swept: 0,
             is_reading: false,
-            board: Arc::default(),
+            board,
         })
     }
 
@@ -275,7 +295,11 @@ impl Reconciler {
                     if let Place::Found(found) = place {
                         claimed.extend(found.interfaces.iter().copied());
                     }
-                    Some(why)
+                    why
+                }
+                Plan::KeepFor(why) => {
+                    unfound.insert(key.clone(), why);
+                    None
                 }
                 Plan::Wait(why) => {
                     unfound.insert(key.clone(), format!("not enforced yet: {why}"));
@@ -306,7 +330,7 @@ impl Reconciler {
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
         for ((key, wanted), version) in wanted.into_iter().zip(versions) {
-            let uid = wanted.uid.clone();
+            let (uid, interfaces) = (wanted.uid.clone(), wanted.interfaces.clone());
             if !left.contains(&uid) {
                 self.read_messages();
             }
@@ -315,7 +339,14 @@ impl Reconciler {
                 Err(error) => Err(error),
             };
             if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
-                complaints.insert(key, format!("{error:#}"));
+                // An interface that has gone since it was found fails too: so a pod may end. If it does not,
+                // the next look says what is missing.
+                if interfaces
+                    .iter()
+                    .all(|&ifindex| interface_name(ifindex).is_some())
+                {
+                    complaints.insert(key, format!("{error:#}"));
+                }
                 waiting.insert((key.clone(), uid));
             }
         }
@@ -415,104 +446,6 @@ impl Reconciler {
         }
     }
 
-    /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
-    async fn drop_leftovers(
-        &mut self,
-        snapshot: &Snapshot,
-        waiting: &HashSet<(PodKey, String)>,
-        saying: &mut HashMap<String, String>,
-    ) {
-        let pods: Vec<u32> = self.adoptable.keys().copied().collect();
-        for pod in pods {
-            let Some(left) = self.adoptable.get(&pod).cloned() else {
-                continue;
-            };
-            let key = (left.namespace.clone(), left.name.clone());
-            let title = title(&key);
-            if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
-                let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
-                           the one that cannot be read";
-                saying.insert(title, why.into());
-                continue;
-            }
-            if waiting.contains(&(key, left.uid.clone())) {
-                continue;
-            }
-            match self.drop_leftover(pod, &left).await {
-                Ok(()) => {
-                    self.adoptable.remove(&pod);
-                    tracing::info!(pod = %title, "removed what was left of it");
-                }
-                Err(error) => {
-                    saying.insert(
-                        title,
-                        format!("cannot remove what is left of it: {error:#}"),
-                    );
-                }
-            }
-        }
-    }
-
-    /// Forgets idle flows and expired addresses of the pods whose turn it is.
-    pub(super) fn sweep(&mut self, round: Duration, every: Duration) {
-        let turns = (round.as_millis() / every.as_millis()).max(1) as usize;
-        let pods = self.enforced.len();
-        let count = pods.div_ceil(turns);
-        let now_ns = boottime_ns();
-        let turn = |i: usize| (i + pods - self.next_swept % pods.max(1)) % pods.max(1) < count;
-        for (i, enforced) in self.enforced.values_mut().enumerate() {
-            if !turn(i) {
-                continue;
-            }
-            let mut open = HashSet::new();
-            let swept = enforced.flows.sweep(now_ns, |address| {
-                open.insert(address);
-            });
-            match swept {
-                Ok(swept) => {
-                    self.board.set_flows(enforced.pod, swept.alive);
-                    self.board.destinations_evicted.add(swept.called as u64);
-                    if swept.evicted > 0 {
-                        self.board.flows_evicted.add(swept.evicted as u64);
-                        tracing::warn!(
-                            pod = %format!("{}/{}", enforced.identity.namespace, enforced.identity.name),
-                            connections = swept.evicted,
-                            "inbound connections that were silent for longest gave way to others \
-                             of the pod: raise limits.flowsPerPod"
-                        );
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(error = %format!("{error:#}"), "cannot sweep a pod's flows");
-                    continue;
-                }
-            }
-            self.gate.sweep(enforced.pod, open);
-        }
-        self.next_swept = self.next_swept.wrapping_add(count);
-    }
-
-    /// Removes policies that nothing is under: their agent was killed while it changed them.
-    pub(super) fn drop_orphans(&mut self) {
-        let used: HashSet<u32> = self
-            .enforced
-            .values()
-            .map(|enforced| enforced.policy)
-            .chain(self.adoptable.values().flat_map(|left| {
-                let entries = left.interfaces.iter();
-                entries.map(|(_, entry)| entry.policy)
-            }))
-            .collect();
-        let orphans = self.datapath.policy_ids().and_then(|ids| {
-            let orphans = ids.into_iter().filter(|id| !used.contains(id));
-            self.unused.extend(orphans.map(Unused::Policy));
-            self.drop_unused()
-        });
-        if let Err(error) = orphans {
-            tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");
-        }
-    }
-
     /// Detaches from every interface. Everything else goes with the pins.
     pub(super) fn detach_all(&mut self) {
         if let Err(error) = self.datapath.detach_all() {
@@ -558,8 +491,7 @@ impl Reconciler {
     ) {
         let known = Arc::new(Known {
             identity: Arc::clone(identity),
-            compiled: Arc::clone(compiled),
-            policy,
+            policy: Some((policy, Arc::clone(compiled))),
         });
         self.known.rcu(|before| {
             let mut after = HashMap::clone(before);
@@ -569,19 +501,17 @@ impl Reconciler {
     }
 
     fn publish(&self) {
-        let known = self
-            .enforced
-            .values()
-            .map(|enforced| {
-                let known = Known {
-                    identity: Arc::clone(&enforced.identity),
-                    compiled: Arc::clone(&enforced.wanted.compiled),
-                    policy: enforced.policy,
-                };
-                (enforced.pod, Arc::new(known))
-            })
-            .collect();
-        self.known.store(Arc::new(known));
+        let known = self.enforced.values().map(|enforced| {
+            let compiled = Arc::clone(&enforced.wanted.compiled);
+            let known = Known {
+                identity: Arc::clone(&enforced.identity),
+                policy: Some((enforced.policy, compiled)),
+            };
+            (enforced.pod, Arc::new(known))
+        });
+        let left = self.adoptable.keys();
+        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        self.known.store(Arc::new(left.chain(known).collect()));
     }
 }
 

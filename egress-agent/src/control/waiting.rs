@@ -1,4 +1,4 @@
-//! Pods that are not where they should be yet.
+//! Pods that are not where they should be, yet or any more.
 
 use std::{
     collections::BTreeMap,
@@ -8,9 +8,10 @@ use std::{
 use super::enforced::PodKey;
 use crate::pods::Pod;
 
-/// How long a pod takes to start before it is worth a line: an image may have to be fetched, but its
-/// network comes first.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a pod takes to start or to end before it is worth a line: an image may have to be fetched, but
+/// its network comes first; and a pod's network is taken down before the cluster says that the pod has ended.
+/// So long it also may take until the source has said which pods there are.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// After the first look in vain for something that is expected, the next one comes this much later …
 pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);

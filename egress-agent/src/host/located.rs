@@ -67,6 +67,11 @@ pub enum Missing {
 }
 
 impl Missing {
+    /// Whether nothing of the pod runs, so that nobody is there who could send something.
+    pub fn is_nobody(&self) -> bool {
+        matches!(self, Self::Group | Self::Process)
+    }
+
     /// Whether this is how every pod begins: it may have gone in a moment.
     pub fn may_pass(&self) -> bool {
         match self {

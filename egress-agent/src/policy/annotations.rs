@@ -134,7 +134,7 @@ pub(super) fn read(
     let deny = list(deny, DENY, check_denied);
     let resolve = list(resolve, RESOLVE, check_resolved);
     let mode = mode.as_ref().and_then(|value| {
-        let mode = Mode::from_word(value.trim());
+        let mode = Mode::from_text(value);
         if mode.is_none() {
             problems.push(Problem::Value {
                 origin,

@@ -181,15 +181,33 @@ pub fn compile(
 }
 
 /// The policy of a pod whose annotations cannot be read and never could: everything external is
-/// denied, and denials say why.
-pub fn unreadable(settings: &Settings) -> Compiled {
-    closed(settings, POLICY_UNREADABLE)
+/// denied, and denials say why. Where `defaultMode` is `audit`, it is judged so and not stopped, unless a
+/// `mode: enforce` among the annotations can be read.
+pub fn unreadable(pod: &Annotations, namespace: &Annotations, settings: &Settings) -> Compiled {
+    Compiled {
+        mode: effective::mode_of_unreadable(pod, namespace, settings),
+        ..closed(settings, POLICY_UNREADABLE)
+    }
 }
 
 /// The policy of an interface of which nobody knows yet whose it is: everything external is denied,
 /// and denials say why.
 pub fn unidentified(settings: &Settings) -> Compiled {
     closed(settings, POLICY_UNIDENTIFIED)
+}
+
+/// The policy of a pod whose namespace is not known yet. Where `defaultMode` is `audit` and interfaces are
+/// not closed while their pods are unknown, nothing is stopped because of that either.
+pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Settings) -> Compiled {
+    let mode = if quarantine {
+        Mode::Enforce
+    } else {
+        effective::mode_of_unreadable(pod, &Annotations::default(), settings)
+    };
+    Compiled {
+        mode,
+        ..unidentified(settings)
+    }
 }
 
 /// The policy of a pod that is closed because it has an interface that cannot be enforced: internal

@@ -133,7 +133,13 @@ fn mode_and_open(
     let only_denies = pod.allow.is_none()
         && namespace.allow.is_none()
         && (pod.deny.is_some() || namespace.deny.is_some());
-    let implied = |has_rules| if has_rules { Some(Mode::Enforce) } else { None };
+    let implied = |has_rules: bool| {
+        has_rules.then_some(match settings.default_mode {
+            // Only a written `mode: enforce` enforces.
+            Mode::Audit => Mode::Audit,
+            Mode::Off | Mode::Enforce => Mode::Enforce,
+        })
+    };
     if settings.pod_annotations == PodAnnotations::Grant {
         let mode = pod
             .mode
@@ -161,12 +167,32 @@ fn mode_and_open(
             without.as_str()
         ));
     }
-    // A pod that is closed for want of any list is not opened by a `deny` of its own.
-    let closed_without = without == Mode::Enforce && !namespace.has_rules();
+    // A pod that is closed for want of any list is not opened by a `deny` of its own. In audit mode too:
+    // otherwise the report would leave out what enforcement would stop.
+    let closed_without = without != Mode::Off && !namespace.has_rules();
     (
         own.map_or(without, |own| own.max(without)),
         only_denies && !closed_without,
     )
+}
+
+/// The mode of a pod that is closed because its annotations, or its namespace's, cannot be read. Where
+/// `defaultMode` is `audit`, a `mode: enforce` that can be read enforces, and nothing else does.
+pub(super) fn mode_of_unreadable(
+    pod: &Annotations,
+    namespace: &Annotations,
+    settings: &Settings,
+) -> Mode {
+    if settings.default_mode != Mode::Audit {
+        return Mode::Enforce;
+    }
+    let written = |annotations: &Annotations| annotations.mode.as_deref().and_then(Mode::from_text);
+    let (pod, namespace) = (written(pod), written(namespace));
+    let mode = match settings.pod_annotations {
+        PodAnnotations::Grant => pod.or(namespace),
+        PodAnnotations::Narrow | PodAnnotations::Ignore => pod.max(namespace),
+    };
+    mode.unwrap_or(Mode::Audit).max(Mode::Audit)
 }
 
 fn rules(

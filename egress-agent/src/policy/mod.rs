@@ -35,7 +35,9 @@ use std::sync::Arc;
 use crate::dns::Name;
 
 pub use annotations::Annotations;
-pub use compile::{Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable};
+pub use compile::{
+    Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable, without_namespace,
+};
 pub use describe::describe;
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
@@ -67,10 +69,11 @@ impl Mode {
         }
     }
 
-    fn from_word(word: &str) -> Option<Self> {
+    /// The mode that an annotation's value is the word for.
+    fn from_text(text: &str) -> Option<Self> {
         [Self::Off, Self::Audit, Self::Enforce]
             .into_iter()
-            .find(|mode| mode.as_str() == word)
+            .find(|mode| mode.as_str() == text.trim())
     }
 }
 
@@ -89,7 +92,8 @@ pub enum PodAnnotations {
 /// What the agent's configuration says about every policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Mode of pods without any list or `mode`, of their own or of their namespace.
+    /// Mode of pods without any list or `mode`, of their own or of their namespace. [`Mode::Audit`] is also
+    /// that of pods with a list and without a `mode`.
     pub default_mode: Mode,
     /// Who may grant.
     pub pod_annotations: PodAnnotations,

@@ -12,7 +12,7 @@ use std::{
 
 use egress_common::{address::Address, reason::Reason};
 
-use super::{Denied, Line, PodIdentity, Verdict};
+use super::{Denied, Line, PodIdentity, Verdict, flows::Flows};
 
 /// How long after the first packet of a series its line is due. With the reporter's tick this
 /// stays below the one second that lines promise.
@@ -61,6 +61,7 @@ enum Fold {
     Open {
         first: Box<Denied>,
         count: u64,
+        connections: u64,
         last: SystemTime,
         due: Instant,
     },
@@ -80,6 +81,8 @@ struct Loss {
 struct PodFolds {
     series: HashMap<Series, Fold>,
     losses: BTreeMap<&'static str, Loss>,
+    /// Flows that lines have counted, or will.
+    flows: Flows,
     /// Lines left, and when that was counted.
     lines_left: u32,
     refilled: Instant,
@@ -127,12 +130,17 @@ impl Folder {
         for (pod, mut folds) in self.pods.drain() {
             for (_, fold) in folds.series.drain() {
                 if let Fold::Open {
-                    first, count, last, ..
+                    first,
+                    count,
+                    connections,
+                    last,
+                    ..
                 } = fold
                 {
                     lines.push(Line::Denied {
                         first: *first,
                         count,
+                        connections,
                         last,
                     });
                 }
@@ -153,6 +161,7 @@ impl Folder {
             .or_insert_with(|| PodFolds {
                 series: HashMap::new(),
                 losses: BTreeMap::new(),
+                flows: Flows::default(),
                 lines_left: LINE_BURST,
                 refilled: now,
             })
@@ -171,8 +180,10 @@ impl PodFolds {
                 return;
             }
         }
+        let new = u64::from(self.flows.is_new(&denied));
         let open = |due, denied: Denied| Fold::Open {
             count: denied.count,
+            connections: new,
             last: denied.time,
             due,
             first: Box::new(denied),
@@ -182,8 +193,14 @@ impl PodFolds {
                 vacant.insert(open(now + FIRST_LINE_AFTER, denied));
             }
             Entry::Occupied(mut occupied) => match occupied.get_mut() {
-                Fold::Open { count, last, .. } => {
+                Fold::Open {
+                    count,
+                    connections,
+                    last,
+                    ..
+                } => {
                     *count = count.saturating_add(denied.count);
+                    *connections = connections.saturating_add(new);
                     *last = denied.time.max(*last);
                 }
                 Fold::Quiet { until } => {
@@ -218,7 +235,11 @@ impl PodFolds {
                 until: now + SERIES_EVERY,
             };
             let Fold::Open {
-                first, count, last, ..
+                first,
+                count,
+                connections,
+                last,
+                ..
             } = mem::replace(fold, quiet)
             else {
                 continue;
@@ -228,6 +249,7 @@ impl PodFolds {
                 lines.push(Line::Denied {
                     first: *first,
                     count,
+                    connections,
                     last,
                 });
             } else {

@@ -62,10 +62,18 @@ fn the_first_line_comes_within_a_second_and_counts_repeats() {
     assert!(folder.due(start + FIRST_LINE_AFTER * 9 / 10).is_empty());
 
     let lines = folder.due(start + FIRST_LINE_AFTER);
-    let [Line::Denied { first, count, last }] = &lines[..] else {
+    let [
+        Line::Denied {
+            first,
+            count,
+            connections,
+            last,
+        },
+    ] = &lines[..]
+    else {
         panic!("{lines:?}")
     };
-    assert_eq!(*count, 7);
+    assert_eq!((*count, *connections), (7, 2));
     assert_eq!((first.time, *last), (wall(0), wall(200)));
     assert_eq!(
         first.src.unwrap().port,
@@ -73,6 +81,24 @@ fn the_first_line_comes_within_a_second_and_counts_repeats() {
         "the source port is the first packet's"
     );
     assert!(folder.due(start + SECOND).is_empty());
+}
+
+#[test]
+fn a_connection_that_goes_on_counts_in_the_first_line_only() {
+    let (mut folder, start) = (Folder::default(), Instant::now());
+    let connections = |lines: &[Line]| match lines {
+        [
+            Line::Denied {
+                count, connections, ..
+            },
+        ] => (*count, *connections),
+        _ => panic!("{lines:?}"),
+    };
+    folder.add(start, to(443));
+    folder.add(start, to(443));
+    assert_eq!(connections(&folder.due(start + SECOND)), (2, 1));
+    folder.add(start + 2 * SECOND, to(443));
+    assert_eq!(connections(&folder.due(start + 12 * SECOND)), (1, 0));
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub enum Line {
         first: Denied,
         /// Packets in all.
         count: u64,
+        /// Flows of which a packet is among them, and of which no earlier line of the series has counted one.
+        connections: u64,
         /// When the last one happened.
         last: SystemTime,
     },
@@ -61,9 +63,12 @@ impl Line {
 impl Serialize for Line {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Self::Denied { first, count, last } => {
-                serialize_denied(serializer, first, *count, *last)
-            }
+            Self::Denied {
+                first,
+                count,
+                connections,
+                last,
+            } => serialize_denied(serializer, first, [*count, *connections], *last),
             Self::Lost {
                 pod,
                 count,
@@ -85,7 +90,7 @@ impl Serialize for Line {
 fn serialize_denied<S: Serializer>(
     serializer: S,
     denied: &Denied,
-    count: u64,
+    [count, connections]: [u64; 2],
     last: SystemTime,
 ) -> Result<S::Ok, S::Error> {
     let first = rfc3339(denied.time).map_err(S::Error::custom)?;
@@ -120,6 +125,7 @@ fn serialize_denied<S: Serializer>(
     map.serialize_entry("dst_names", &denied.dst_names)?;
     map.serialize_entry("rule", &denied.rule)?;
     map.serialize_entry("count", &count)?;
+    map.serialize_entry("connections", &connections)?;
     map.serialize_entry("first", &first)?;
     map.serialize_entry("last", &last)?;
     map.end()
@@ -202,6 +208,7 @@ pub(super) mod tests {
         serde_json::to_string(&Line::Denied {
             first,
             count: 3,
+            connections: 2,
             last: wall(1655),
         })
         .unwrap()
@@ -216,7 +223,7 @@ pub(super) mod tests {
                 r#""reason":"no_rule","node":"n1","namespace":"shop","pod":"cart-7d9f","#,
                 r#""uid":"u-1","protocol":"tcp","src_ip":"10.1.2.3","src_port":41234,"#,
                 r#""dst_ip":"140.82.121.3","dst_port":443,"dst_names":["github.com"],"#,
-                r#""rule":null,"count":3,"first":"2026-11-20T10:11:12.345Z","#,
+                r#""rule":null,"count":3,"connections":2,"first":"2026-11-20T10:11:12.345Z","#,
                 r#""last":"2026-11-20T10:11:14.000Z"}"#
             )
         );

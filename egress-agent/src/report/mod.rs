@@ -15,6 +15,7 @@
 
 pub mod count;
 pub mod denied;
+mod flows;
 pub mod folder;
 pub mod line;
 pub mod log;

@@ -493,6 +493,7 @@ mod tests {
         let line = || Line::Denied {
             first: denied(),
             count: 3,
+            connections: 1,
             last: SystemTime::UNIX_EPOCH,
         };
         output.write(vec![line(), line()]);

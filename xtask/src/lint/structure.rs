@@ -118,6 +118,12 @@ const MACHINE_PATHS: [(&str, &str); 4] = [
     ("/work", "/"),
 ];
 
+/// Variables that the compiler puts in as they were when it ran, split like [`REGISTRIES`].
+const BUILT_IN_PATHS: [(&str, &str); 2] = [
+    ("env!(\"CARGO_MANIFEST", "_DIR"),
+    ("env!(\"CARGO_TARGET", "_TMPDIR"),
+];
+
 /// Directories that hold nothing of the repository's own.
 const SKIPPED: [&str; 2] = ["target", ".git"];
 
@@ -233,6 +239,15 @@ fn check_text(line: &str, mut report: impl FnMut(String, &'static str)) {
             report(
                 format!("`{name}`"),
                 "which registry packages come from is the user's to say",
+            );
+        }
+    }
+    for (start, end) in BUILT_IN_PATHS {
+        let name = [start, end].concat();
+        if line.contains(&name) {
+            report(
+                format!("`{name}`"),
+                "a moved or copied checkout would look in the old place: find it at run time",
             );
         }
     }
@@ -484,6 +499,18 @@ mod tests {
         let text = "#![deny(unsafe_code)]\nlet a = unsafe { b() };\n";
         assert_eq!(said("egress-agent/src/policy/mod.rs", text).len(), 1);
         assert!(said("egress-ebpf/src/main.rs", text).is_empty());
+    }
+
+    #[test]
+    fn no_program_remembers_where_it_was_built() {
+        for (start, end) in BUILT_IN_PATHS {
+            let text = format!("let a = Path::new({start}{end}\"));\n");
+            assert_eq!(
+                said("tests/src/a.rs", &text),
+                [format!("tests/src/a.rs:1: `{start}{end}`")]
+            );
+        }
+        assert!(said("tests/src/a.rs", "let a = env!(\"CARGO_PKG_VERSION\");\n").is_empty());
     }
 
     #[test]

@@ -170,7 +170,7 @@ fn build_linker(llvm: u32) -> Result<()> {
         command.arg("--force").arg("--root").arg(workspace::tools());
     }
     command.env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
-    process::run(&mut command)
+    process::long(&mut command, "building bpf-linker")
 }
 
 /// Downloads the linker that its project releases as a static executable.

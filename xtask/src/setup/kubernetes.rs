@@ -207,7 +207,7 @@ fn build(names: &[&str], target: &Path) -> Result<()> {
         .env_remove("GOPATH")
         .env_remove("GOROOT")
         .env_remove("GO111MODULE");
-    process::run(&mut make)?;
+    process::long(&mut make, "building programs of Kubernetes")?;
     for name in names {
         let built = sources.join("_output/bin").join(name);
         if !is_right(&built) {

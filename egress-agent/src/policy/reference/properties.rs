@@ -120,18 +120,18 @@ proptest! {
         namespace in written(),
         packets in prop::collection::vec(packet(), 16),
         ignore: bool,
-        locked_down: bool,
+        default_mode in prop_oneof![Just(Mode::Off), Just(Mode::Audit), Just(Mode::Enforce)],
     ) {
         let settings = Settings {
             pod_annotations: if ignore { PodAnnotations::Ignore } else { PodAnnotations::Narrow },
-            default_mode: if locked_down { Mode::Enforce } else { Mode::Off },
+            default_mode,
             ..settings()
         };
         let namespace = namespace.annotations();
         let without = compile(&Annotations::default(), &namespace, &settings).unwrap();
         let with = compile(&pod.annotations(), &namespace, &settings).unwrap();
         prop_assert!(with.mode >= without.mode);
-        if without.mode != Mode::Enforce {
+        if without.mode == Mode::Off {
             return Ok(());
         }
         for packet in &packets {

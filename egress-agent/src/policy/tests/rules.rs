@@ -6,7 +6,10 @@ use egress_common::{
 use super::{compiled, name, question};
 use crate::{
     dns::Name,
-    policy::{Mode, QuestionRule, Settings, prefix::to_mapped, reference::settings, unreadable},
+    policy::{
+        Annotations, Mode, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+        unreadable,
+    },
 };
 
 #[test]
@@ -157,7 +160,8 @@ fn a_denial_is_explained_by_its_most_specific_entry() {
 
 #[test]
 fn an_unreadable_policy_denies_everything_external_and_says_why() {
-    let policy = unreadable(&settings());
+    let none = Annotations::default();
+    let policy = unreadable(&none, &none, &settings());
     assert_eq!(policy.mode, Mode::Enforce);
     assert_eq!(
         policy.record.flags,

@@ -4,9 +4,10 @@ use egress_common::{
     verdict::{Destination, Verdict, judge},
 };
 
-use super::{compiled, is_open, name, question};
+use super::{annotations, compiled, is_open, name, question};
 use crate::policy::{
     Mode, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+    unreadable,
 };
 
 fn restricted(pod_annotations: PodAnnotations) -> Settings {
@@ -90,6 +91,52 @@ fn a_restricted_pods_deny_does_not_open_a_closed_cluster() {
         &[],
         &restricted(PodAnnotations::Narrow)
     )));
+}
+
+#[test]
+fn where_audit_is_the_default_only_a_written_mode_enforces() {
+    let audited = |pod_annotations| Settings {
+        default_mode: Mode::Audit,
+        ..restricted(pod_annotations)
+    };
+    for power in [
+        PodAnnotations::Grant,
+        PodAnnotations::Narrow,
+        PodAnnotations::Ignore,
+    ] {
+        let settings = audited(power);
+        let mode = |pod: &[_], namespace: &[_]| compiled(pod, namespace, &settings).mode;
+        let list = ("allow", "a.com");
+        assert_eq!(mode(&[], &[]), Mode::Audit);
+        assert_eq!(mode(&[list], &[]), Mode::Audit);
+        assert_eq!(mode(&[("deny", "a.com")], &[list]), Mode::Audit);
+        assert_eq!(mode(&[list, ("mode", "enforce")], &[]), Mode::Enforce);
+        assert_eq!(mode(&[list], &[("mode", "enforce")]), Mode::Enforce);
+    }
+    let settings = audited(PodAnnotations::Narrow);
+    assert!(!is_open(&compiled(&[("deny", "a.com")], &[], &settings)));
+}
+
+#[test]
+fn where_audit_is_the_default_what_cannot_be_read_is_audited_unless_enforcement_is_written() {
+    let mode = |power, pod: &[_], namespace: &[_]| {
+        let settings = Settings {
+            default_mode: Mode::Audit,
+            ..restricted(power)
+        };
+        unreadable(&annotations(pod), &annotations(namespace), &settings).mode
+    };
+    let [grant, narrow] = [PodAnnotations::Grant, PodAnnotations::Narrow];
+    let (enforce, audit) = ([("mode", "enforce")], [("mode", "audit")]);
+    for power in [grant, narrow] {
+        assert_eq!(mode(power, &[], &[]), Mode::Audit);
+        assert_eq!(mode(power, &[("mode", "off")], &[]), Mode::Audit);
+        assert_eq!(mode(power, &[("mode", "enforced")], &[]), Mode::Audit);
+        assert_eq!(mode(power, &enforce, &audit), Mode::Enforce);
+        assert_eq!(mode(power, &[], &enforce), Mode::Enforce);
+    }
+    assert_eq!(mode(grant, &audit, &enforce), Mode::Audit);
+    assert_eq!(mode(narrow, &audit, &enforce), Mode::Enforce);
 }
 
 #[test]

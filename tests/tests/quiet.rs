@@ -1,0 +1,263 @@
+//! Where nothing is wrong, the agent says so: no error, and no Event on a pod.
+
+use std::time::Duration;
+
+use egress_tests::{
+    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, addresses::server, eventually,
+};
+use serde_json::{Value, json};
+
+const PROBLEM: &str = "EgressPolicyProblem";
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+/// A cluster in which nothing is wrong: its Service of DNS is there too.
+#[track_caller]
+fn healthy() -> Cluster {
+    let cluster = Cluster::new();
+    cluster.announce_resolver();
+    cluster
+}
+
+/// The reasons and pods of the Events in a namespace.
+#[track_caller]
+fn events(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
+    let like = json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": { "namespace": namespace, "name": "any" },
+    });
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let found = cluster.server.list(&like).into_iter();
+    found
+        .map(|event| {
+            let (reason, regarding) = (&event.data["reason"], &event.data["regarding"]["name"]);
+            (text(reason), text(regarding))
+        })
+        .collect()
+}
+
+/// Waits until the Events are written that the agent has sent so far: until there is one of a pod whose
+/// annotations cannot be read.
+#[track_caller]
+fn events_so_far(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
+    let unreadable = cluster.run(namespace, "unreadable", &allow("shop.test:port"));
+    let events = eventually("an Event on the unreadable pod", || {
+        let events = events(cluster, namespace);
+        let is_it = |(_, pod): &(String, String)| pod == unreadable.net().name();
+        events.iter().any(is_it).then_some(events)
+    });
+    cluster.delete(unreadable);
+    events
+}
+
+fn errors(agent: &Agent) -> Vec<String> {
+    let said = agent.stderr();
+    let errors = said.lines().filter(|line| line.contains(" ERROR "));
+    errors.map(str::to_owned).collect()
+}
+
+/// Has the agent look at all pods: until it enforces another one.
+#[track_caller]
+fn looks_again(cluster: &Cluster, agent: &Agent, namespace: &str, name: &str) -> ClusterPod {
+    let other = cluster.run(namespace, name, &allow("shop.test:443"));
+    agent.wait_enforcing(other.net());
+    other
+}
+
+#[test]
+fn a_pod_that_ends_is_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let annotations = allow("shop.test:443");
+    let mut processes_first = cluster.run(&shop, "processes-first", &annotations);
+    let interface_first = cluster.run(&shop, "interface-first", &annotations);
+    let other_interface = cluster.run(&shop, "other-interface", &annotations);
+    let pods = [&processes_first, &interface_first, &other_interface];
+    let agent = cluster.start_agent();
+    for pod in pods {
+        agent.wait_enforcing(pod.net());
+    }
+
+    // As a Job's pod ends: its phase is `Running` until its kubelet has seen that it is not.
+    processes_first.running().stop_containers();
+    // What a module makes in each namespace (`tunl0`) stays in it.
+    other_interface
+        .net()
+        .netns()
+        .ip_batch("link add tunl9 type bridge\n");
+    for pod in [&processes_first, &interface_first, &other_interface] {
+        let host = pod.net().interface();
+        cluster.lab.node().ip_batch(&format!("link del {host}\n"));
+    }
+    let _others = ["one", "two"].map(|name| looks_again(&cluster, &agent, &shop, name));
+    for pod in [&processes_first, &interface_first, &other_interface] {
+        let title = format!("pod={shop}/{}", pod.net().name());
+        agent.says_after(
+            &format!("released {title}"),
+            || {
+                cluster
+                    .server
+                    .set_status(pod.object(), &json!({ "phase": "Succeeded" }));
+            },
+            |line| line.contains("released") && line.contains(&title),
+        );
+    }
+    assert_eq!(errors(&agent), Vec::<String>::new());
+    let events = events_so_far(&cluster, &shop);
+    assert!(
+        events.iter().all(|(_, pod)| pod == "unreadable"),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn an_ended_pod_stays_no_problem_while_nobody_says_that_it_has_ended() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut ended = cluster.run(&shop, "ended", &allow("shop.test:443"));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(ended.net());
+    ended.running().stop_containers();
+    let host = ended.net().interface();
+    cluster.lab.node().ip_batch(&format!("link del {host}\n"));
+    // Longer than a pod may take to be found.
+    std::thread::sleep(Duration::from_secs(12));
+    let _other = looks_again(&cluster, &agent, &shop, "other");
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
+fn the_interface_that_an_ended_pod_still_has_is_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut ended = cluster.run(&shop, "ended", &allow("shop.test:443"));
+    // Where a pod is, the agent believes for a minute, unless its interface has no address.
+    ended.net().netns().ip_batch("addr flush dev eth0\n");
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(ended.net());
+    ended.running().stop_containers();
+    let _one = looks_again(&cluster, &agent, &shop, "one");
+    // Longer than an interface may take until its pod is known.
+    std::thread::sleep(Duration::from_secs(12));
+    let _two = looks_again(&cluster, &agent, &shop, "two");
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
+fn an_interface_that_a_running_pod_has_lost_is_said_when_it_stays_away() {
+    let cluster = Cluster::new();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    let host = cart.net().interface();
+    cluster.lab.node().ip_batch(&format!("link del {host}\n"));
+    agent.wait_said("that it has no interface", |line| {
+        line.contains(" ERROR ")
+            && line.contains(&format!("{shop}/cart"))
+            && line.contains("no interface yet; enforced on its earlier interfaces")
+    });
+}
+
+#[test]
+fn a_pod_in_the_hosts_network_is_a_problem_only_where_somebody_asked_for_its_enforcement() {
+    for mode in ["audit", "enforce"] {
+        let builder = Lab::builder().config("defaultMode", mode);
+        let cluster = Cluster::on(ApiServer::shared(), builder);
+        let agents = cluster.namespace(&format!("agents-{mode}"), &Value::Null);
+        cluster.create_on_host(&agents, "agent", &Value::Null);
+        cluster.create_on_host(&agents, "annotated", &allow("shop.test"));
+        let shop = cluster.namespace(&format!("shop-{mode}"), &allow("shop.test"));
+        cluster.create_on_host(&shop, "listed", &Value::Null);
+        let agent = cluster.start_agent();
+        for asked in [format!("{agents}/annotated"), format!("{shop}/listed")] {
+            agent.wait_said("that it is not enforced", |line| {
+                line.contains("hostNetwork") && line.contains(&asked)
+            });
+        }
+        let (_, status) = cluster
+            .lab
+            .ask_json(&["status", &format!("{agents}/agent")]);
+        assert_eq!(status["pods"][0]["mode"], "host_network", "{status}");
+        assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
+        let own = format!("{agents}/agent");
+        let said = agent.stderr();
+        assert!(!said.contains(&own), "{said}");
+        let events = events_so_far(&cluster, &agents);
+        assert!(events.iter().all(|(_, pod)| pod != "agent"), "{events:?}");
+        assert!(
+            events.contains(&(PROBLEM.to_owned(), "annotated".to_owned())),
+            "{events:?}"
+        );
+    }
+}
+
+#[test]
+fn a_restart_is_no_problem_and_the_agent_is_ready_when_it_knows_its_pods() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let pods =
+        ["one", "two", "three"].map(|name| cluster.run(&shop, name, &allow("shop.test:443")));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    for pod in &pods {
+        agent.wait_enforcing(pod.net());
+    }
+    assert!(agent.stop().success());
+
+    let agent = cluster.start_agent();
+    let ready = agent.wait_said("that it is ready", |line| line.contains(" ready "));
+    assert!(ready.contains("pods=3"), "{ready}");
+    assert_eq!(errors(&agent), Vec::<String>::new());
+    let events = events_so_far(&cluster, &shop);
+    assert!(
+        events.iter().all(|(_, pod)| pod == "unreadable"),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn what_an_agent_left_is_told_of_in_one_line_and_has_denial_lines_without_the_api_server() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let listed = allow(&format!("{}:443", server(10)));
+    let pods = ["one", "two"].map(|name| cluster.run(&shop, name, &listed));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    for pod in &pods {
+        agent.wait_enforcing(pod.net());
+    }
+    assert!(agent.stop().success());
+
+    cluster.proxy.refuse();
+    let agent = cluster.spawn_agent(&["--keep-enforcing"]);
+    agent.wait_said("that it waits", |line| {
+        line.contains("waiting for the API server") && line.contains("left=2")
+    });
+    for pod in &pods {
+        assert!(pod.net().connect_tcp((server(20), 443), SHORT).is_err());
+        let denial = agent.wait_denial("what the earlier agent's policy denies", |denial| {
+            denial.is(pod.net(), "no_rule", server(20), 443)
+        });
+        assert_eq!(denial.node, cluster.node());
+        assert!(!denial.uid.is_empty());
+    }
+    agent.wait_said("that the pods are as they were left", |line| {
+        line.contains("2 pods are enforced as an earlier agent left them, without DNS")
+    });
+    let said = agent.stderr();
+    for unwanted in [" ready ", "denials without a line"] {
+        assert!(!said.contains(unwanted), "{said}");
+    }
+    for pod in &pods {
+        let title = format!("{shop}/{}", pod.net().name());
+        assert!(!said.contains(&title), "{said}");
+    }
+
+    cluster.proxy.allow();
+    agent.wait_said("that it is ready", |line| {
+        line.contains(" ready ") && line.contains("pods=2")
+    });
+}
