@@ -14,8 +14,8 @@ use egress_common::{
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Forged, Held,
-        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NodeAddress, Policy,
-        Probes, Range, Tunnel, TunnelKey,
+        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey,
+        NodeAddress, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -69,6 +69,10 @@ pub static ORDER_FROM_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PR
 #[btf_map(name = "order_to_pod")]
 pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
+
+/// How a pod's map of names is made: no program uses it, and this one stays empty.
+#[btf_map(name = "names")]
+pub static NAME: HashMap<NameKey, NameEntry, 1, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "ranges")]
 pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();

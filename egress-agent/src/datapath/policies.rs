@@ -307,6 +307,16 @@ impl Datapath {
         self.allow_map(allow).map(Some)
     }
 
+    /// The allow map of a policy that an earlier agent made, whatever its size; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn allow_of(&self, policy: u32) -> Result<Option<AllowMap>> {
+        let allow = self.outer.get(Outer::Allow, policy)?;
+        allow.map(|allow| self.allow_map(allow)).transpose()
+    }
+
     /// The flows of a pod; `None` when they were never made.
     ///
     /// # Errors

@@ -4,14 +4,23 @@
 //! It is bounded by the allow map; names that no entry allows are remembered beside it, so that an
 //! entry added later works at once for what the pod has resolved before.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
-use super::{Enforcement, eviction::Eviction, learned_address::Learned, tally::Tally};
+use super::{
+    Enforcement,
+    eviction::Eviction,
+    learned_address::Learned,
+    names_kept::{NamesLost, NamesStay},
+    tally::Tally,
+};
 use crate::{
-    datapath::{AllowError, AllowMap, OpenFlows},
+    datapath::{AllowError, Kept, NamesError, OpenFlows},
     dns::Name,
     policy::{Grant, NameRules},
 };
@@ -34,6 +43,10 @@ pub(super) trait Entries {
     fn remove(&mut self, address: Address) -> Result<(), AllowError>;
     /// See [`crate::datapath::FlowMap::open`].
     fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError>;
+    /// See [`crate::datapath::NameMap::keep`].
+    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError>;
+    /// See [`crate::datapath::NameMap::forget`].
+    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError>;
 }
 
 impl Entries for Enforcement {
@@ -51,6 +64,19 @@ impl Entries for Enforcement {
 
     fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
         self.flows.open(now_ns)
+    }
+
+    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError> {
+        let Taught {
+            address,
+            by_stranger,
+            expires_ns,
+        } = *taught;
+        self.names.keep(address, name, by_stranger, expires_ns)
+    }
+
+    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
+        self.names.forget(address, name)
     }
 }
 
@@ -71,6 +97,7 @@ pub(super) struct Table {
     next_change_ns: u64,
     eviction: Eviction,
     pub(super) failures: Failures,
+    pub(super) names_lost: NamesLost,
 }
 
 /// Failures to write the allow map, other than that it is full, and what the kernel last said.
@@ -103,28 +130,43 @@ impl Table {
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
             failures: Failures::default(),
+            names_lost: NamesLost::default(),
         }
     }
 
-    /// Takes over what an earlier agent left in the allow map.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
-    pub(super) fn adopt(&mut self, allow: &AllowMap) -> Result<(), AllowError> {
-        for (address, entry) in allow.entries()? {
-            self.take_over(address, entry);
+    /// What an earlier agent left in an allow map, with the names that it had `kept`. `rules` are those by
+    /// which the map was filled; `None` if these are not known.
+    pub(super) fn taken_over(
+        mut entries: Vec<(Address, AllowEntry)>,
+        kept: &[Kept],
+        rules: Option<&NameRules>,
+    ) -> Self {
+        // Nobody knows in which order they were used.
+        entries.sort_by_key(|(_, entry)| entry.expires_ns);
+        let mut shared: HashMap<&Name, Arc<Name>> = HashMap::new();
+        let mut names: HashMap<Address, Vec<(Arc<Name>, bool, u64)>> = HashMap::new();
+        for kept in kept {
+            let name = shared
+                .entry(&kept.name)
+                .or_insert_with(|| Arc::new(kept.name.clone()));
+            names.entry(kept.address).or_default().push((
+                Arc::clone(name),
+                kept.by_stranger,
+                kept.expires_ns,
+            ));
         }
-        Ok(())
+        let mut table = Self::new();
+        for (address, entry) in entries {
+            let names = names.remove(&address).unwrap_or_default();
+            table.keep(address, Learned::taken_over(entry, names, rules), 0);
+        }
+        table
     }
 
-    fn take_over(&mut self, address: Address, entry: AllowEntry) {
-        let learned = Learned {
-            sources: Vec::new(),
-            adopted: Some(entry),
-            written: Some(entry),
-        };
-        self.keep(address, learned, 0);
+    /// Whether this name is one of those that led to the address, and an entry allows it.
+    pub(super) fn has(&self, address: &Address, name: &Name) -> bool {
+        let learned = self.addresses.peek(address);
+        learned.is_some_and(|learned| learned.source(name).is_some())
     }
 
     /// Keeps what was learned of an address, as the one that was used last.
@@ -161,17 +203,69 @@ impl Table {
         for taught in taught {
             let address = taught.address;
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
-            learned.add(&name, grant, taught);
+            let is_new = learned.source(&name).is_none();
+            let forgotten = learned.add(&name, grant, taught);
+            // Before the entry, so that there is no moment at which an address is open without its name.
+            self.keep_name(allow, &name, &learned, taught);
             // Whatever is thought to stand in the map: an answer waits for it.
             learned.written = None;
-            learned.write(address, allow, now_ns)?;
+            if let Err(error) = learned.write(address, allow, now_ns) {
+                if is_new {
+                    self.forget_name(allow, address, &name);
+                }
+                return Err(error);
+            }
+            if let Some(forgotten) = forgotten {
+                self.forget_name(allow, address, &forgotten);
+            }
             self.keep(address, learned, now_ns);
         }
         Ok(())
     }
 
+    /// Keeps for the next agent that the name led to the address. If it cannot be kept, the response may
+    /// be delivered all the same: what is lost is lost only if the agent is restarted and the policy changes.
+    fn keep_name(
+        &mut self,
+        allow: &mut impl Entries,
+        name: &Name,
+        learned: &Learned,
+        taught: &Taught,
+    ) {
+        let Some(source) = learned.source(name) else {
+            return;
+        };
+        let taught = Taught {
+            expires_ns: source.expires_ns,
+            ..*taught
+        };
+        if let Err(error) = allow.keep_name(name, &taught) {
+            self.names_lost.add(error);
+        }
+    }
+
+    fn forget_name(&mut self, allow: &mut impl Entries, address: Address, name: &Name) {
+        if let Err(error) = allow.forget_name(address, name) {
+            self.names_lost.add(error);
+        }
+    }
+
+    /// Removes an address, and the names that led to it.
+    fn remove(&mut self, allow: &mut impl Entries, address: Address) -> Result<(), AllowError> {
+        allow.remove(address)?;
+        let removed = self.addresses.pop(&address);
+        for source in removed.iter().flat_map(|learned| &learned.sources) {
+            self.forget_name(allow, address, &source.name);
+        }
+        Ok(())
+    }
+
     /// Writes everything that the new rules allow into the allow map of a new version of the
-    /// policy, as far as it fits. Returns the table of that version, without the rest.
+    /// policy, as far as it fits. Returns the table of that version, without the rest. The map of names
+    /// stays as it is.
+    ///
+    /// `alike` says whether the rules give names what those before gave them: what an earlier agent wrote
+    /// by names that were not kept stays then.
     ///
     /// # Errors
     ///
@@ -179,11 +273,13 @@ impl Table {
     pub(super) fn carry_over(
         &self,
         rules: &NameRules,
+        alike: bool,
         allow: &mut impl Entries,
         now_ns: u64,
     ) -> Result<Self, AllowError> {
+        let allow = &mut NamesStay(allow);
         let mut next = Self::new();
-        let fitting = self.fitting(rules, allow, now_ns)?;
+        let fitting = self.fitting(rules, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, taught) in self.unlisted.iter().rev() {
             let grant = rules.grant(name);
@@ -209,6 +305,15 @@ impl Table {
                 };
                 next.learn(allow, &source.name, grant, &[taught], now_ns)?;
             }
+            if let Some(adopted) = learned.adopted
+                && alike
+                && fits(&address)
+            {
+                let mut learned = next.addresses.get(&address).cloned().unwrap_or_default();
+                learned.adopted = Some(adopted);
+                learned.write(address, allow, now_ns)?;
+                next.keep(address, learned, now_ns);
+            }
         }
         Ok(next)
     }
@@ -219,12 +324,14 @@ impl Table {
     fn fitting(
         &self,
         rules: &NameRules,
+        alike: bool,
         allow: &impl Entries,
         now_ns: u64,
     ) -> Result<Option<HashSet<Address>>, AllowError> {
         let known = self.addresses.iter().filter(|(_, learned)| {
             let mut sources = learned.sources.iter();
             sources.any(|source| rules.classes(&source.name) != 0)
+                || (alike && learned.adopted.is_some())
         });
         let unlisted = self
             .unlisted
@@ -295,8 +402,7 @@ impl Table {
             .map(|(&address, _)| address)
             .collect();
         for address in gone {
-            allow.remove(address)?;
-            self.addresses.pop(&address);
+            self.remove(allow, address)?;
         }
         Ok(())
     }
@@ -344,8 +450,7 @@ impl Table {
             .eviction
             .choose(&self.addresses, &kept, wanted, allow, now_ns)?;
         for address in chosen {
-            allow.remove(address)?;
-            self.addresses.pop(&address);
+            self.remove(allow, address)?;
         }
         Ok(())
     }

@@ -338,8 +338,9 @@ impl Runner {
         if let Some(pod) = self.pods.get_mut(&id) {
             pod.apply(enforcement, &mut self.interfaces, &mut self.shared.wire)?;
         } else {
-            let pod = Pod::new(enforcement, self.turns.now_ns())?;
+            let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.wire)?;
+            pod.forget_stale_names();
             self.pods.insert(id, pod);
         }
         self.end_quarantine(id);
