@@ -341,3 +341,51 @@ fn names_beyond_the_limit_are_lost_at_a_restart_and_nothing_else_is() {
         line.contains("shop/cart") && line.contains("addresses=1")
     });
 }
+
+#[test]
+fn what_an_agent_left_that_kept_no_names_goes_on_until_names_mean_something_else() {
+    let mut scene = Scene::new();
+    scene.restart(|lab, pod| {
+        let names = lab.allow_pin(pod).with_file_name("names");
+        std::fs::remove_file(names).expect("remove the pin");
+    });
+    scene.goes_on();
+    let wide = format!("shop.test:443 {}:443", numbered(1));
+    scene.edit(&wide);
+    scene.goes_on();
+    let more = format!("{wide} more.test:443");
+    scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", &more)]));
+    scene.is_cut();
+    scene
+        .agent
+        .wait_said("that the address was not carried over", |line| {
+            line.contains("shop/cart") && line.contains("addresses=1")
+        });
+    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+    scene.pod.talks_tcp((server(10), 443));
+    assert_eq!(names_kept(&scene.lab, &scene.pod), 1);
+}
+
+#[test]
+fn facts_that_concern_no_verdict_of_a_pod_leave_its_policy_as_it_is() {
+    let mut scene = Scene::new();
+    let policy = scene.policy();
+    scene.restart(|_, _| ());
+    scene.lab.edit_config(
+        "dns.resolvers",
+        [RESOLVER, RESOLVER6, STRANGER]
+            .map(|ip| ip.to_string())
+            .to_vec(),
+    );
+    scene.agent.reload();
+    // By then the new resolvers have been taken on.
+    let another = scene.lab.pod("shop", "another");
+    scene.lab.write_pod(&another, &[("allow", "shop.test")]);
+    scene.agent.wait_enforcing(&another);
+    assert_eq!(scene.policy(), policy, "the pod has another policy");
+    scene.goes_on();
+    // The new resolver's messages are held, and judged by their names.
+    let asked = scene.pod.resolve_at(STRANGER, "other.test", RecordType::A);
+    assert_eq!(asked.code, ResponseCode::NXDomain);
+    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+}

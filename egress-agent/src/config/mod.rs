@@ -397,6 +397,13 @@ impl Config {
             .collect()
     }
 
+    /// The same without what is there for resolvers' sake.
+    pub fn ranges_without_resolvers(&self) -> Vec<(Address, u32, Range)> {
+        let mut config = self.clone();
+        config.dns.resolvers.clear();
+        config.ranges()
+    }
+
     /// The ports on which the resolver with this address is asked.
     fn ports_of(&self, host: &Prefix) -> [u16; RESOLVER_PORTS] {
         let mut ports = [0; RESOLVER_PORTS];
