@@ -159,6 +159,10 @@ pub static PROBE_MARK: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u8> = Global::new(0);
 
+/// How long a UDP flow that the pod opened may be idle, in nanoseconds (`limits.udpIdle`).
+#[unsafe(no_mangle)]
+pub static UDP_IDLE_NS: Global<u64> = Global::new(0);
+
 /// Whether the kernel offers `bpf_ktime_get_coarse_ns`. The agent finds out before it loads.
 #[unsafe(no_mangle)]
 pub static COARSE_CLOCK: Global<u8> = Global::new(0);

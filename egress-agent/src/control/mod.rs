@@ -128,6 +128,7 @@ pub async fn run(options: Options) -> Result<()> {
         bpffs: config.bpffs.clone(),
         allow_entries: config.limits.addresses_per_pod,
         flows: FlowLimits::of(config.limits.flows_per_pod),
+        udp_idle: config.limits.udp_idle,
         attach: options.attach,
         trace: options.datapath_log,
     })?;

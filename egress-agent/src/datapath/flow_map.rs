@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use egress_common::{
     address::Address,
-    flow::{idle_limit_ns, is_alive, is_open},
+    flow::{UDP_NS, idle_limit_ns, is_alive, is_open},
     protocol,
     records::{
         FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow,
@@ -30,6 +30,8 @@ pub struct FlowMap {
     /// Not established, or closed.
     opening: Flows,
     limits: Limits,
+    /// How long a UDP flow that the pod opened may be idle.
+    udp_ns: u64,
 }
 
 /// How many entries the maps have room for.
@@ -83,7 +85,12 @@ pub enum SeedState {
 }
 
 impl FlowMap {
-    pub(super) fn new(flows: MapData, inbound: MapData, opening: MapData) -> Result<Self> {
+    pub(super) fn new(
+        flows: MapData,
+        inbound: MapData,
+        opening: MapData,
+        udp_ns: u64,
+    ) -> Result<Self> {
         let limits = Limits {
             established: entries_of(&inbound)?,
             opening: entries_of(&opening)?,
@@ -93,6 +100,7 @@ impl FlowMap {
             inbound: Map::HashMap(inbound).try_into()?,
             opening: Map::HashMap(opening).try_into()?,
             limits,
+            udp_ns,
         })
     }
 
@@ -119,7 +127,7 @@ impl FlowMap {
         let most = 2 * (self.limits.established + self.limits.opening);
         for item in self.flows.iter().chain(self.opening.iter()) {
             let (key, flow) = item.map_err(AllowError::Kernel)?;
-            if is_open(&key, &flow, now_ns) {
+            if is_open(&key, &flow, now_ns, self.udp_ns) {
                 open.to.insert(key.peer_addr);
             }
             // Where the entry last seen is removed, the kernel begins again with the first.
@@ -204,15 +212,16 @@ impl FlowMap {
     /// When a map cannot be read.
     pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<Swept> {
         let mut swept = Swept::default();
+        let udp_ns = self.udp_ns;
         for map in [&mut self.flows, &mut self.opening] {
-            swept.alive += forget_idle(map, now_ns, |key, flow| {
-                if is_open(key, flow, now_ns) {
+            swept.alive += forget_idle(map, now_ns, udp_ns, |key, flow| {
+                if is_open(key, flow, now_ns, udp_ns) {
                     open(key.peer_addr);
                 }
             })?;
         }
         let mut inbound = Vec::new();
-        forget_idle(&mut self.inbound, now_ns, |key, flow| {
+        forget_idle(&mut self.inbound, now_ns, udp_ns, |key, flow| {
             inbound.push((*key, *flow));
         })?;
         let surplus = surplus(&mut inbound, self.limits.established);
@@ -242,13 +251,14 @@ fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
 fn forget_idle(
     map: &mut Flows,
     now_ns: u64,
+    udp_ns: u64,
     mut alive: impl FnMut(&FlowKey, &Flow),
 ) -> Result<usize> {
     let mut idle = Vec::new();
     let mut count = 0;
     for item in &*map {
         let (key, flow) = item.context("cannot read a pod's flows")?;
-        if is_alive(&key, &flow, now_ns) {
+        if is_alive(&key, &flow, now_ns, udp_ns) {
             count += 1;
             alive(&key, &flow);
         } else {
@@ -275,7 +285,8 @@ fn surplus(flows: &mut [(FlowKey, Flow)], places: usize) -> &[(FlowKey, Flow)] {
     let ends = |(key, flow): &(FlowKey, Flow)| {
         (
             key.protocol == protocol::TCP,
-            flow.last_seen_ns.saturating_add(idle_limit_ns(key, flow)),
+            flow.last_seen_ns
+                .saturating_add(idle_limit_ns(key, flow, UDP_NS)),
         )
     };
     flows.select_nth_unstable_by_key(surplus - 1, ends);

@@ -328,7 +328,7 @@ impl Datapath {
         // The agent may have been killed while it made them.
         match (flows?, inbound?, opening?, from_pod?, to_pod?) {
             (Some(flows), Some(inbound), Some(opening), Some(_), Some(_)) => {
-                FlowMap::new(flows, inbound, opening).map(Some)
+                FlowMap::new(flows, inbound, opening, self.constants.udp_idle_ns).map(Some)
             }
             _ => Ok(None),
         }

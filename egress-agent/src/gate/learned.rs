@@ -29,10 +29,6 @@ use crate::{
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
 
-/// How long an address without an open flow is kept after its lifetime, so that a denial can say
-/// `expired`.
-const EXPIRED_NS: u64 = 300 * 1_000_000_000;
-
 /// What the table writes to: a pod's allow map.
 pub(super) trait Entries {
     /// See [`AllowMap::capacity`].
@@ -96,6 +92,8 @@ pub(super) struct Table {
     /// No entry changes by itself before this.
     next_change_ns: u64,
     eviction: Eviction,
+    /// How many addresses were kept at the last sweep although they had expired a while before.
+    pub(super) past: usize,
     pub(super) failures: Failures,
     pub(super) names_lost: NamesLost,
 }
@@ -129,6 +127,7 @@ impl Table {
             unlisted: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
+            past: 0,
             failures: Failures::default(),
             names_lost: NamesLost::default(),
         }
@@ -251,7 +250,11 @@ impl Table {
     }
 
     /// Removes an address, and the names that led to it.
-    fn remove(&mut self, allow: &mut impl Entries, address: Address) -> Result<(), AllowError> {
+    pub(super) fn remove(
+        &mut self,
+        allow: &mut impl Entries,
+        address: Address,
+    ) -> Result<(), AllowError> {
         allow.remove(address)?;
         let removed = self.addresses.pop(&address);
         for source in removed.iter().flat_map(|learned| &learned.sources) {
@@ -319,7 +322,7 @@ impl Table {
     }
 
     /// The addresses that the new rules allow and that fit into the map: those with open flows,
-    /// then those used last. `None` when all do, as they always do but when an edit allows names
+    /// then those that live, of both those used last. `None` when all do, as they always do but when an edit allows names
     /// that were resolved without an entry.
     fn fitting(
         &self,
@@ -333,6 +336,10 @@ impl Table {
             sources.any(|source| rules.classes(&source.name) != 0)
                 || (alike && learned.adopted.is_some())
         });
+        let has_expired = |address: &Address| {
+            let learned = self.addresses.peek(address);
+            learned.is_some_and(|learned| learned.expires_ns() <= now_ns)
+        };
         let unlisted = self
             .unlisted
             .iter()
@@ -349,7 +356,7 @@ impl Table {
             return Ok(None);
         }
         let open = allow.open(now_ns)?;
-        all.sort_by_key(|address| !open.to.contains(address));
+        all.sort_by_key(|address| (!open.to.contains(address), has_expired(address)));
         all.truncate(allow.capacity());
         Ok(Some(all.into_iter().collect()))
     }
@@ -379,32 +386,6 @@ impl Table {
         }
         self.next_change_ns = next_change_ns;
         result
-    }
-
-    /// Forgets addresses whose lifetime ended a while ago, but for those in `open`.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be written.
-    pub(super) fn sweep(
-        &mut self,
-        allow: &mut impl Entries,
-        open: &HashSet<Address>,
-        now_ns: u64,
-    ) -> Result<(), AllowError> {
-        let gone: Vec<Address> = self
-            .addresses
-            .iter()
-            .filter(|(address, learned)| {
-                learned.expires_ns().saturating_add(EXPIRED_NS) <= now_ns
-                    && !open.contains(*address)
-            })
-            .map(|(&address, _)| address)
-            .collect();
-        for address in gone {
-            self.remove(allow, address)?;
-        }
-        Ok(())
     }
 
     /// Names that led to the address, as text.

@@ -264,8 +264,9 @@ fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
 
 #[test]
 fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
+    const DAY: u64 = 24 * 3600;
     let (mut table, mut allow) = (Table::new(), fake(8));
-    for (last, expires_s) in [(1, 10), (2, 10), (3, 400)] {
+    for (last, expires_s) in [(1, 10), (2, 10), (3, DAY)] {
         table
             .learn(
                 &mut allow,
@@ -278,16 +279,53 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
     }
     let open = HashSet::from([address(2)]);
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
-    // For a while a denial can say `expired`.
-    table.sweep(&mut allow, &open, 300 * SECOND).unwrap();
-    assert_eq!(left(&allow), [1, 2, 3]);
-    table.sweep(&mut allow, &open, 320 * SECOND).unwrap();
+    // For a day a denial can say `expired`.
+    for second in [300, 320, DAY, DAY + 9] {
+        table.sweep(&mut allow, &open, second * SECOND).unwrap();
+        assert_eq!(left(&allow), [1, 2, 3], "after {second} s");
+    }
+    table.sweep(&mut allow, &open, (DAY + 10) * SECOND).unwrap();
     assert_eq!(left(&allow), [2, 3]);
     table
-        .sweep(&mut allow, &HashSet::new(), 321 * SECOND)
+        .sweep(&mut allow, &HashSet::new(), (DAY + 11) * SECOND)
         .unwrap();
     assert_eq!(left(&allow), [3]);
     assert_eq!(table.addresses.len(), 1);
+}
+
+#[test]
+fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    for last in 1..=6 {
+        let all = [taught(last, u64::from(last))];
+        let name = name(&format!("n{last}.test"));
+        table.learn(&mut allow, &name, 1, &all, 0).unwrap();
+    }
+    let all = [taught(7, 9000)];
+    table
+        .learn(&mut allow, &name("alive.test"), 1, &all, 0)
+        .unwrap();
+    let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
+    // All are kept for five minutes, as far as there is room.
+    table
+        .sweep(&mut allow, &HashSet::new(), 300 * SECOND)
+        .unwrap();
+    assert_eq!((left(&allow).len(), table.in_use()), (7, 7));
+    table
+        .sweep(&mut allow, &HashSet::new(), 3600 * SECOND)
+        .unwrap();
+    assert_eq!(left(&allow), [5, 6, 7]);
+    assert_eq!(table.in_use(), 1);
+    assert_eq!(table.names_of(&address(5)), ["n5.test"]);
+    // And they give way to whoever needs room.
+    for last in 10..17 {
+        let all = [taught(last, 9000)];
+        let name = name(&format!("n{last}.test"));
+        table
+            .learn(&mut allow, &name, 1, &all, 3600 * SECOND)
+            .unwrap();
+    }
+    assert_eq!(left(&allow), [7, 10, 11, 12, 13, 14, 15, 16]);
 }
 
 #[test]

@@ -25,6 +25,7 @@ mod judge;
 mod learned;
 mod learned_address;
 mod names_kept;
+mod past;
 mod pending;
 mod pod;
 mod probe;

@@ -240,6 +240,11 @@ impl Pod {
         self.learned.addresses.len() as u64
     }
 
+    /// Addresses in its allow map that do not give way whenever others need room.
+    pub(super) fn addresses_in_use(&self) -> u64 {
+        self.learned.in_use() as u64
+    }
+
     /// Decides a frame from the ring. What is to be sent waits at the wire.
     pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;

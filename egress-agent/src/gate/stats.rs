@@ -94,7 +94,7 @@ pub struct Stats {
     pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last look.
     pub addresses: Gauge,
-    /// Addresses in the fullest allow map, at the last look.
+    /// Addresses in use in the fullest allow map, at the last look.
     pub fullest: Gauge,
     /// Pods whose frames other threads than the gate's send, because the pods take them slowly.
     pub slow_pods: Gauge,
