@@ -102,7 +102,7 @@ impl NameMap {
     /// When the map cannot be read.
     pub fn entries(&self) -> Result<Vec<Kept>, NamesError> {
         let mut kept = Vec::new();
-        for item in self.0.iter() {
+        for item in &self.0 {
             let (key, entry) = item.map_err(NamesError::Kernel)?;
             // What is no name was not written by an agent.
             let Some(name) = Name::from_wire(key.wire()) else {
@@ -128,7 +128,7 @@ impl Datapath {
     /// When it cannot be opened, made or pinned.
     pub fn names(&self, pins: &PodPins) -> Result<NameMap> {
         let entries = self.allow_entries.saturating_mul(NAMES_OF_ADDRESS);
-        let earlier = self.earlier_names(pins)?;
+        let earlier = earlier_names(pins)?;
         if let Some((names, of)) = earlier.as_ref().map(|(names, of)| (names, *of))
             && of == entries
         {
@@ -138,7 +138,7 @@ impl Datapath {
         let mut names = NameMap(open(&made)?);
         if let Some((earlier, _)) = earlier {
             let earlier: Names = open(&earlier)?;
-            for item in earlier.iter() {
+            for item in &earlier {
                 let (key, entry) = item.context("cannot read a pod's map of names")?;
                 if names.0.insert(key, entry, 0).is_err() {
                     tracing::warn!(
@@ -152,22 +152,22 @@ impl Datapath {
         pins.replace(PIN, &made)?;
         Ok(names)
     }
+}
 
-    /// The map of names that is pinned, and how many it has room for. One of another shape counts for nothing.
-    fn earlier_names(&self, pins: &PodPins) -> Result<Option<(MapData, u32)>> {
-        let path = pins.path(PIN);
-        if !path.exists() {
-            return Ok(None);
-        }
-        let map = MapData::from_pin(&path);
-        let map = map.with_context(|| format!("cannot open {}", path.display()))?;
-        let info = map.info().context("cannot look at a pod's map of names")?;
-        let shape = (info.key_size() as usize, info.value_size() as usize);
-        if shape != (size_of::<NameKey>(), size_of::<NameEntry>()) {
-            return Ok(None);
-        }
-        Ok(Some((map, info.max_entries())))
+/// The map of names that is pinned, and how many it has room for. One of another shape counts for nothing.
+fn earlier_names(pins: &PodPins) -> Result<Option<(MapData, u32)>> {
+    let path = pins.path(PIN);
+    if !path.exists() {
+        return Ok(None);
     }
+    let map = MapData::from_pin(&path);
+    let map = map.with_context(|| format!("cannot open {}", path.display()))?;
+    let info = map.info().context("cannot look at a pod's map of names")?;
+    let shape = (info.key_size() as usize, info.value_size() as usize);
+    if shape != (size_of::<NameKey>(), size_of::<NameEntry>()) {
+        return Ok(None);
+    }
+    Ok(Some((map, info.max_entries())))
 }
 
 fn open(map: &MapData) -> Result<Names> {
