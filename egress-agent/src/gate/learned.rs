@@ -156,7 +156,8 @@ impl Table {
         }
         let mut table = Self::new();
         for (address, entry) in entries {
-            let names = names.remove(&address).unwrap_or_default();
+            // Not taken out: two versions may have had the address, and the entry that lives longer counts.
+            let names = names.get(&address).cloned().unwrap_or_default();
             table.keep(address, Learned::taken_over(entry, names, rules), 0);
         }
         table
@@ -321,9 +322,9 @@ impl Table {
         Ok(next)
     }
 
-    /// The addresses that the new rules allow and that fit into the map: those with open flows,
-    /// then those that live, of both those used last. `None` when all do, as they always do but when an edit allows names
-    /// that were resolved without an entry.
+    /// The addresses that the new rules allow and that fit into the map: those with open flows, then those
+    /// that live, and of each those used last. `None` when all do, as they always do but when an edit allows
+    /// names that were resolved without an entry, or the map is smaller than that of an earlier agent.
     fn fitting(
         &self,
         rules: &NameRules,

@@ -24,6 +24,12 @@ impl NamesLost {
         self.last = Some(error);
     }
 
+    /// Takes over what was not counted yet.
+    pub(super) fn take_from(&mut self, other: &mut Self) {
+        self.times += std::mem::take(&mut other.times);
+        self.last = self.last.take().or_else(|| other.last.take());
+    }
+
     /// How many there were, and what the kernel said of the last one.
     pub(super) fn take(&mut self) -> Option<(u64, NamesError)> {
         let last = self.last.take()?;

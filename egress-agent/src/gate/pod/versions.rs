@@ -75,11 +75,11 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         wire: &mut Wire,
     ) -> Result<()> {
-        // The same version again is an earlier attempt that failed further on.
         let alike = next
             .compiled
             .record
             .names_alike(&self.enforcement.compiled.record);
+        // The same version again is an earlier attempt that failed further on.
         let mut learned = (next.entry.policy != self.enforcement.entry.policy)
             .then(|| {
                 let compiled = Arc::clone(&next.compiled);
@@ -95,6 +95,9 @@ impl Pod {
         if let Some(mut learned) = learned {
             say_nameless(&next, &self.learned, alike);
             self.learned.forget_more_than(&mut learned, &mut next);
+            // What has not been told yet is told of the pod, whichever version it is under.
+            learned.failures = std::mem::take(&mut self.learned.failures);
+            learned.names_lost.take_from(&mut self.learned.names_lost);
             self.learned = learned;
         }
         for ifindex in &self.enforcement.interfaces {
