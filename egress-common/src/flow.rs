@@ -22,7 +22,7 @@ pub const TCP_ESTABLISHED_NS: u64 = 6 * 3600 * SECOND_NS;
 pub const TCP_OPENING_NS: u64 = 120 * SECOND_NS;
 /// Idle time of a TCP flow after a RST, or a FIN from both sides.
 pub const TCP_CLOSED_NS: u64 = 60 * SECOND_NS;
-/// Idle time of a UDP flow on which both sides have spoken (RFC 4787, REQ-5 asks for at least two
+/// Default for the idle time of a UDP flow that the pod opened (RFC 4787, REQ-5 asks for at least two
 /// minutes and recommends five).
 pub const UDP_NS: u64 = 300 * SECOND_NS;
 /// How long the pod may answer UDP, or a TCP connection that is not established, after the other
@@ -41,9 +41,10 @@ pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
 /// one each second).
 pub const FORGED_NS: u64 = 10 * SECOND_NS;
 
-/// How long the flow may be idle before it is forgotten, in nanoseconds.
+/// How long the flow may be idle before it is forgotten, in nanoseconds. `udp_ns` is what holds for a UDP
+/// flow that the pod opened.
 #[inline(always)]
-pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
+pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow, udp_ns: u64) -> u64 {
     const BOTH_SIDES: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
     if key.kind == FLOW_KEY_FRAGMENT {
         return FRAGMENT_NS;
@@ -62,7 +63,7 @@ pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow) -> u64 {
             }
         }
         protocol::UDP if is_inbound => INBOUND_NS,
-        protocol::UDP => UDP_NS,
+        protocol::UDP => udp_ns,
         _ => OTHER_NS,
     }
 }
@@ -126,17 +127,17 @@ pub const fn is_closed(flow: &Flow) -> bool {
 
 /// Whether this is a flow that the pod opened and that goes on at `now_ns`, as far as anyone can
 /// tell who sees packets alone.
-pub const fn is_open(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
+pub const fn is_open(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> bool {
     key.kind == FLOW_KEY_FLOW
         && flow.state == FLOW_OUT
-        && is_alive(key, flow, now_ns)
+        && is_alive(key, flow, now_ns, udp_ns)
         && !(key.protocol == protocol::TCP && is_closed(flow))
 }
 
-/// Whether the flow is still remembered at `now_ns` (nanoseconds of `CLOCK_BOOTTIME`).
+/// Whether the flow is still remembered at `now_ns` (nanoseconds of `CLOCK_BOOTTIME`); see [`idle_limit_ns`].
 #[inline(always)]
-pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
-    now_ns.saturating_sub(flow.last_seen_ns) <= idle_limit_ns(key, flow)
+pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> bool {
+    now_ns.saturating_sub(flow.last_seen_ns) <= idle_limit_ns(key, flow, udp_ns)
 }
 
 #[cfg(test)]
@@ -166,7 +167,7 @@ mod tests {
     }
 
     fn tcp_limit(seen: u8) -> u64 {
-        idle_limit_ns(&key(protocol::TCP, FLOW_KEY_FLOW), &flow(seen))
+        idle_limit_ns(&key(protocol::TCP, FLOW_KEY_FLOW), &flow(seen), UDP_NS)
     }
 
     #[test]
@@ -202,7 +203,7 @@ mod tests {
                 state,
                 ..flow(seen)
             };
-            is_open(&key(protocol, kind), &flow, now_ns)
+            is_open(&key(protocol, kind), &flow, now_ns, UDP_NS)
         };
         let now = 11 * SECOND_NS;
         let both = FLOW_SEEN_IN | FLOW_SEEN_OUT;
@@ -218,7 +219,8 @@ mod tests {
 
     #[test]
     fn other_protocols_have_limits_of_their_own() {
-        let limit = |protocol, kind| idle_limit_ns(&key(protocol, kind), &flow(FLOW_SEEN_OUT));
+        let limit =
+            |protocol, kind| idle_limit_ns(&key(protocol, kind), &flow(FLOW_SEEN_OUT), UDP_NS);
         assert_eq!(limit(protocol::UDP, FLOW_KEY_FLOW), UDP_NS);
         assert_eq!(limit(protocol::SCTP, FLOW_KEY_FLOW), OTHER_NS);
         assert_eq!(limit(protocol::ICMPV6, FLOW_KEY_FLOW), OTHER_NS);
@@ -235,7 +237,9 @@ mod tests {
 
     #[test]
     fn what_the_other_side_opened_lives_by_its_packets() {
-        let limit = |protocol, seen| idle_limit_ns(&key(protocol, FLOW_KEY_FLOW), &inbound(seen));
+        let limit = |protocol, seen| {
+            idle_limit_ns(&key(protocol, FLOW_KEY_FLOW), &inbound(seen), 7 * UDP_NS)
+        };
         let both = FLOW_SEEN_IN | FLOW_SEEN_OUT;
         assert_eq!(limit(protocol::UDP, both), INBOUND_NS);
         assert_eq!(limit(protocol::TCP, both), INBOUND_NS);
@@ -299,9 +303,11 @@ mod tests {
     fn a_flow_is_remembered_until_its_limit_and_not_longer() {
         let (key, flow) = (key(protocol::UDP, FLOW_KEY_FLOW), flow(FLOW_SEEN_OUT));
         let last = flow.last_seen_ns;
-        assert!(is_alive(&key, &flow, last + UDP_NS));
-        assert!(!is_alive(&key, &flow, last + UDP_NS + 1));
-        // Another CPU may have written a later time than the one read here.
-        assert!(is_alive(&key, &flow, last - 1));
+        for limit in [UDP_NS, 7 * UDP_NS] {
+            assert!(is_alive(&key, &flow, last + limit, limit));
+            assert!(!is_alive(&key, &flow, last + limit + 1, limit));
+            // Another CPU may have written a later time than the one read here.
+            assert!(is_alive(&key, &flow, last - 1, limit));
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod flows;
 mod links;
+mod names;
 
 pub use flows::{
     FLOW_CUT, FLOW_IN, FLOW_KEY_CALLED, FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT,
@@ -12,6 +13,7 @@ pub use flows::{
 pub use links::{
     HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner, NODE_OWNS,
 };
+pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 
 use crate::{
     address::Address,
@@ -135,6 +137,16 @@ impl Policy {
         own_len: 0,
         flags: 0,
     };
+
+    /// Whether names give addresses the same classes under both policies, and these mean the same. An entry
+    /// of an allow map then holds under either.
+    pub fn names_alike(&self, other: &Self) -> bool {
+        self.classes == other.classes
+            && self.deny == other.deny
+            && self.under_any == other.under_any
+            && self.named == other.named
+            && self.names == other.names
+    }
 }
 
 /// Longest UID in bytes: room for a namespace, a slash and a name.
@@ -480,6 +492,8 @@ mod pod {
         super::Policy,
         super::AllowKey,
         super::AllowEntry,
+        super::NameKey,
+        super::NameEntry,
         super::CidrEntry,
         super::Range,
         super::DnsPorts,
@@ -506,6 +520,8 @@ const _: () = {
     assert!(size_of::<Policy>() == 8 * CLASSES + 40 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 24);
+    assert!(size_of::<NameKey>() == 16 + 1 + NAME_BYTES);
+    assert!(size_of::<NameEntry>() == 16);
     assert!(size_of::<Range>() == 16);
     assert!(size_of::<DnsPorts>() == 16);
     assert!(size_of::<FlowKey>() == 40);

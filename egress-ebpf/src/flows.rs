@@ -17,7 +17,7 @@ use core::hint::black_box;
 
 use egress_common::{
     address::is_v6_link_local,
-    flow::{REFRESH_NS, is_alive, is_closed, is_established},
+    flow::{self, REFRESH_NS, is_closed, is_established},
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
@@ -30,7 +30,7 @@ use egress_common::{
 use crate::{
     counters::count,
     from_pod::is_own,
-    maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY},
+    maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY, UDP_IDLE_NS},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
 };
@@ -391,6 +391,12 @@ pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
         flow.last_seen_ns = now_ns;
     }
     is_alive
+}
+
+/// Whether the flow is still remembered at `now_ns`.
+#[inline(always)]
+pub fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
+    flow::is_alive(key, flow, now_ns, UDP_IDLE_NS.load())
 }
 
 /// Remembers that the first fragment of a packet from the pod has passed.

@@ -14,8 +14,8 @@ use egress_common::{
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Forged, Held,
-        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NodeAddress, Policy,
-        Probes, Range, Tunnel, TunnelKey,
+        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey,
+        NodeAddress, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -73,6 +73,10 @@ pub static ORDER_FROM_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PR
 #[btf_map(name = "order_to_pod")]
 pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
+
+/// How a pod's map of names is made: no program uses it, and this one stays empty.
+#[btf_map(name = "names")]
+pub static NAME: HashMap<NameKey, NameEntry, 1, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "ranges")]
 pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();
@@ -158,6 +162,10 @@ pub static PROBE_MARK: Global<u32> = Global::new(0);
 /// this is zero, because the value is constant when the programs are verified.
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u8> = Global::new(0);
+
+/// How long a UDP flow that the pod opened may be idle, in nanoseconds (`limits.udpIdle`).
+#[unsafe(no_mangle)]
+pub static UDP_IDLE_NS: Global<u64> = Global::new(0);
 
 /// Whether the kernel offers `bpf_ktime_get_coarse_ns`. The agent finds out before it loads.
 #[unsafe(no_mangle)]

@@ -13,14 +13,14 @@ use core::{mem::MaybeUninit, ptr};
 
 use aya_ebpf::helpers::bpf_map_pop_elem;
 use egress_common::{
-    flow::{is_alive, is_closed, is_established},
+    flow::{is_closed, is_established},
     protocol,
     records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey},
 };
 
 use crate::{
     counters::count,
-    flows::{ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_flow, map_of},
+    flows::{ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_alive, is_flow, map_of},
     maps::{Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
     skb::now_ns,
 };

@@ -76,6 +76,7 @@ fn main() {
             bpffs: lab.bpffs(),
             allow_entries: egress_common::limits::ALLOW_ENTRIES,
             flows: egress_common::limits::FlowLimits::of(egress_common::limits::FLOW_ENTRIES),
+            udp_idle: std::time::Duration::from_nanos(egress_common::flow::UDP_NS),
             attach: Attach::Auto,
             trace: false,
         })

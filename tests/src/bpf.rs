@@ -47,6 +47,25 @@ impl Lab {
         ]))
     }
 
+    /// Changes the values of one of the pod's pinned maps, by their bytes, as time would: `edit` gets the key
+    /// and the value.
+    #[track_caller]
+    pub fn rewrite(&self, pod: &Pod, map: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
+        let pin = text(&self.allow_pin(pod).with_file_name(map));
+        let dump = bpftool(&["map", "dump", "pinned", &pin]);
+        for entry in dump.as_array().expect("a list of entries") {
+            let (key, mut value) = (bytes(&entry["key"]), bytes(&entry["value"]));
+            edit(&key, &mut value);
+            let texts = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>();
+            let (key, value) = (texts(&key), texts(&value));
+            let mut arguments = vec!["map", "update", "pinned", &pin, "key"];
+            arguments.extend(key.iter().map(String::as_str));
+            arguments.push("value");
+            arguments.extend(value.iter().map(String::as_str));
+            bpftool(&arguments);
+        }
+    }
+
     /// Every path below the agent's pin directory.
     pub fn all_pins(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
@@ -67,6 +86,16 @@ fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
         }
         found.push(path);
     }
+}
+
+/// Bytes as bpftool prints them.
+#[track_caller]
+fn bytes(printed: &Value) -> Vec<u8> {
+    let printed: Vec<String> = serde_json::from_value(printed.clone())
+        .unwrap_or_else(|e| panic!("no bytes: {printed}: {e}"));
+    let byte = |text: &String| u8::from_str_radix(text.trim_start_matches("0x"), 16);
+    let bytes: Result<_, _> = printed.iter().map(byte).collect();
+    bytes.unwrap_or_else(|e| panic!("no bytes: {printed:?}: {e}"))
 }
 
 fn text(path: &Path) -> String {

@@ -77,6 +77,7 @@ impl Programs {
             bpffs: lab.bpffs(),
             allow_entries: 16,
             flows: egress_common::limits::FlowLimits::of(egress_common::limits::FLOW_ENTRIES),
+            udp_idle: std::time::Duration::from_nanos(egress_common::flow::UDP_NS),
             attach: Attach::Auto,
             trace: false,
         };

@@ -8,7 +8,7 @@ use std::{
 
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, DEADLINE, Lab, Pod, SHORT,
-    addresses::{RESOLVER, server},
+    addresses::{RESOLVER, STRANGER, server},
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
     node::pause,
@@ -133,6 +133,62 @@ fn the_cluster_names_its_resolvers() {
     );
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
+}
+
+#[test]
+fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_what_is_allowed() {
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let builder = Lab::builder().config("dns", json!({}));
+    let cluster = Cluster::on(server_of_its_own, builder);
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    cluster.announce_resolver();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let mut cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    let mut open = cart.net().talks_tcp((server(10), 443));
+    assert!(agent.stop().success());
+
+    let agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    let scaled = json!({
+        "apiVersion": "v1",
+        "kind": "Endpoints",
+        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+        "subsets": [{
+            "addresses": [{ "ip": RESOLVER }, { "ip": STRANGER }],
+            "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
+        }],
+    });
+    agent.says_after(
+        "that there is another resolver",
+        || _ = cluster.server.apply(&scaled),
+        |line| line.contains(&STRANGER.to_string()),
+    );
+    // By then it has been taken on for all pods.
+    let another = cluster.run(&shop, "another", &allow("shop.test:443"));
+    agent.wait_enforcing(another.net());
+    assert_eq!(
+        cart.net()
+            .resolve_at(STRANGER, "evil.test", RecordType::A)
+            .code,
+        ResponseCode::NXDomain,
+        "it is not held"
+    );
+    assert!(exchange(&mut open, b"scaled", DEADLINE), "it was cut");
+    let of_cart = format!("pod={shop}/cart");
+    let is_applied = |line: &str| line.contains("policy applied") && line.contains(&of_cart);
+    assert!(!agent.stderr().lines().any(is_applied));
+    agent.says_after(
+        "that the edit is in force",
+        || cluster.annotate(&mut cart, &allow("shop.test:443 other.test:443")),
+        is_applied,
+    );
+    assert!(exchange(&mut open, b"edited", DEADLINE), "it was cut");
+    cart.net().talks_tcp((server(10), 443));
+    assert_eq!(cluster.lab.dns().asked("shop.test"), 1);
 }
 
 #[test]

@@ -196,3 +196,29 @@ fn a_translator_that_is_configured_later_is_known_at_once() {
     );
     agent.denies_tcp(&pod, to, "deny_rule");
 }
+
+#[test]
+fn a_connection_to_the_translation_of_what_becomes_a_resolver_is_judged_again() {
+    let lab = Lab::builder()
+        .config("ranges.internal", vec!["198.18.0.0/16"])
+        .config("dns.resolvers", vec!["10.99.0.53", "fd99::53"])
+        .build();
+    let _web = lab.serve_tcp(443);
+    let (plain, listed) = (lab.pod("shop", "plain"), lab.pod("shop", "listed"));
+    lab.write_pod(&plain, &[("allow", "shop.test:443")]);
+    lab.write_pod(&listed, &[("allow", "203.0.113.9:443")]);
+    let agent = lab.start_agent(&[&plain, &listed]);
+    let cases = [(&plain, numbered(5)), (&listed, server(9))];
+    for (pod, resolver) in cases {
+        let to = (image(WELL_KNOWN, resolver, 0), 443);
+        let mut open = pod.talks_tcp(to);
+        let resolvers = vec!["10.99.0.53".to_owned(), resolver.to_string()];
+        lab.edit_config("dns.resolvers", resolvers);
+        agent.applies(pod, || agent.reload());
+        assert!(
+            !egress_tests::exchange(&mut open, b"after", egress_tests::SHORT),
+            "{resolver}: the open connection was not cut"
+        );
+        assert!(pod.connect_tcp(to, egress_tests::SHORT).is_err());
+    }
+}

@@ -30,6 +30,7 @@
 //! limits:
 //!   addressesPerPod: 4096
 //!   flowsPerPod: 16384
+//!   udpIdle: 5m                 # 1m to 24h: a UDP flow that a pod opened is forgotten after
 //! cluster:                      # where Kubernetes has what the agent asks it for
 //!   dnsService: kube-system/kube-dns
 //!   kubeletConfig: /var/lib/kubelet/config.yaml
@@ -46,6 +47,7 @@
 //! still holds for its other ports, and for its address as the answer to a question.
 
 mod error;
+mod limits;
 mod node;
 mod protected;
 mod read;
@@ -63,15 +65,13 @@ use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{
-        ALLOW_ENTRIES, DNS_PORTS, FLOW_ENTRIES, RANGE_ENTRIES, RESOLVER_PORTS,
-        TUNNELS as TUNNELS_MAX,
-    },
+    limits::{DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS, TUNNELS as TUNNELS_MAX},
     records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
     translation::range_kind,
 };
 
 pub use error::{ConfigError, Place};
+pub use limits::Limits;
 pub use node::{Cluster, Nodes, Quarantine, Serve};
 pub use protected::PROTECTED;
 use read::or;
@@ -85,13 +85,6 @@ use crate::{
         Translators, exact_name, prefix::inherit,
     },
 };
-
-/// Most addresses of one pod that can be configured.
-const ADDRESSES_PER_POD_MAX: u32 = 1 << 20;
-
-/// Bounds of `limits.flowsPerPod`: the kernel allots 16 bytes and more for each at once.
-const FLOWS_PER_POD_MIN: u32 = 64;
-const FLOWS_PER_POD_MAX: u32 = 1 << 20;
 
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,15 +194,6 @@ pub enum ExistingConnections {
     Trust,
     /// The pod's policy judges all of them.
     End,
-}
-
-/// Sizes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Most addresses that one pod's allow map holds.
-    pub addresses_per_pod: u32,
-    /// Most established flows that one pod opens, and that others open to it.
-    pub flows_per_pod: u32,
 }
 
 impl Config {
@@ -398,6 +382,13 @@ impl Config {
             .collect()
     }
 
+    /// The same without what is there for resolvers' sake.
+    pub fn ranges_without_resolvers(&self) -> Vec<(Address, u32, Range)> {
+        let mut config = self.clone();
+        config.dns.resolvers.clear();
+        config.ranges()
+    }
+
     /// The ports on which the resolver with this address is asked.
     fn ports_of(&self, host: &Prefix) -> [u16; RESOLVER_PORTS] {
         let mut ports = [0; RESOLVER_PORTS];
@@ -563,23 +554,6 @@ impl Dns {
                     ("refused", Refusal::Refused),
                 ])
             })?,
-        })
-    }
-}
-
-impl Limits {
-    fn read(section: Section) -> Result<Self, ConfigError> {
-        let [addresses_per_pod, flows_per_pod] =
-            section.take(["addressesPerPod", "flowsPerPod"])?;
-        let addresses_per_pod = or(addresses_per_pod, ALLOW_ENTRIES, |node| {
-            read::count(node, 1, ADDRESSES_PER_POD_MAX)
-        })?;
-        let flows_per_pod = or(flows_per_pod, FLOW_ENTRIES, |node| {
-            read::count(node, FLOWS_PER_POD_MIN, FLOWS_PER_POD_MAX)
-        })?;
-        Ok(Self {
-            addresses_per_pod,
-            flows_per_pod,
         })
     }
 }

@@ -83,6 +83,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.refusal",
         "limits.addressesPerPod",
         "limits.flowsPerPod",
+        "limits.udpIdle",
         "cluster.dnsService",
         "cluster.kubeletConfig",
         "cluster.nodes",
@@ -149,6 +150,7 @@ fn the_documented_example_says_every_key_and_parses() {
             limits: Limits {
                 addresses_per_pod: 4096,
                 flows_per_pod: 16_384,
+                udp_idle: Duration::from_secs(300),
             },
             cluster: Cluster {
                 dns_service: ("kube-system".to_owned(), "kube-dns".to_owned()),
@@ -202,7 +204,7 @@ fn every_choice_can_be_made() {
         "defaultMode: enforce\npodAnnotations: narrow\nonDeny: reject\nbpffs: /run/bpf\n\
          unenforcedInterfaces: refuse\n\
          existingConnections: trust\nstateDir: /srv/state\n\
-         ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100, flowsPerPod: 64}\ndns:\n  resolvers:\n  - \
+         ranges: {allowInternal: false}\nlimits: {addressesPerPod: 100, flowsPerPod: 64, udpIdle: 12h}\ndns:\n  resolvers:\n  - \
          fd00::1\n  - 10.0.0.1:5353\n  - 10.0.0.1\n  clusterDomain: Example.Org.\n  minTtl: 90\n  maxTtl: 2h\n  grace: \
          5m\n  guard: false\n  refusal: refused\ncluster: {nodes: own}\n",
     );
@@ -217,6 +219,7 @@ fn every_choice_can_be_made() {
     assert!(!config.ranges.allow_internal);
     assert_eq!(config.limits.addresses_per_pod, 100);
     assert_eq!(config.limits.flows_per_pod, 64);
+    assert_eq!(config.limits.udp_idle, Duration::from_secs(12 * 3600));
     assert_eq!(
         config.dns.resolvers,
         ["10.0.0.1", "10.0.0.1:5353", "fd00::1"].map(|text| text.parse().unwrap())
@@ -390,6 +393,14 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1]}\nlimits: {flowsPerPod: 63}",
             "line 2, column 23: limits.flowsPerPod: `63` is not a number from 64 to 1048576",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1]}\nlimits: {udpIdle: 30s}",
+            "line 2, column 19: limits.udpIdle: `30s` is not a duration from 1m to 24h",
+        ),
+        (
+            "dns: {resolvers: [10.0.0.1]}\nlimits: {udpIdle: 2d}",
+            "line 2, column 19: limits.udpIdle: `2d` is not a duration from 1m to 24h",
         ),
         (
             "bpffs: sys/fs/bpf",

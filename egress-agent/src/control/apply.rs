@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     datapath::{Adoptable, FlowMap, Unused},
-    gate::{Enforcement, Judged},
+    gate::{Enforcement, Judged, Left},
     host::Network,
     report::PodIdentity,
 };
@@ -58,6 +58,7 @@ impl Reconciler {
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
+        let left = self.left_under(pod, policy, &wanted)?;
         let mut flows = self.flows_of(pod)?;
         self.take_from_quarantine(&wanted, &mut flows)?;
         let has_unjudged = self.has_unjudged(key, &wanted);
@@ -81,6 +82,8 @@ impl Reconciler {
                 entry,
                 interfaces: wanted.interfaces.clone(),
                 allow,
+                names: self.datapath.names(&pins)?,
+                left,
                 flows: self.flows_of(pod)?,
             })
             .await?;
@@ -125,6 +128,7 @@ impl Reconciler {
         let Some(enforced) = self.enforced.get_mut(key) else {
             bail!("the pod is not enforced");
         };
+        let names = self.datapath.names(&enforced.pins)?;
         let applied = self
             .gate
             .apply(Enforcement {
@@ -134,6 +138,8 @@ impl Reconciler {
                 entry: wanted.entry(enforced.pod, policy),
                 interfaces: wanted.interfaces.clone(),
                 allow,
+                names,
+                left: Vec::new(),
                 flows,
             })
             .await;
@@ -160,6 +166,31 @@ impl Reconciler {
             "policy applied"
         );
         pinned
+    }
+
+    /// What an earlier agent left a pod's interfaces under, where that is not this version of its policy.
+    fn left_under(&self, pod: u32, policy: u32, wanted: &Wanted) -> Result<Vec<Left>> {
+        let mut policies: Vec<u32> = self
+            .datapath
+            .interfaces()?
+            .entries()?
+            .into_iter()
+            .filter(|(_, entry)| entry.pod == pod && entry.policy != policy)
+            .map(|(_, entry)| entry.policy)
+            .collect();
+        policies.sort_unstable();
+        policies.dedup();
+        let mut left = Vec::new();
+        for policy in policies {
+            if let (Some(record), Some(allow)) = (
+                self.datapath.policy(policy)?,
+                self.datapath.allow_of(policy)?,
+            ) {
+                let alike = record.names_alike(&wanted.record);
+                left.push(Left { allow, alike });
+            }
+        }
+        Ok(left)
     }
 
     /// A handle on a pod's flows.

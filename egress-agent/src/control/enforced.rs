@@ -39,6 +39,9 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    /// The number of no ranges: they are counted from 1 on.
+    const NO_RANGES: u64 = 0;
+
     /// Of the pod's own addresses the first [`OWN_ADDRESSES`] count.
     pub(super) fn new(
         pod: &Pod,
@@ -119,6 +122,11 @@ impl Wanted {
         wanted.networks = networks.to_vec();
         wanted.networks.retain(|network| !is_known(network));
         (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
+    }
+
+    /// Has the pod get a new version of its policy, so that flows which the last one let pass are judged again.
+    pub(super) fn judge_again(&mut self) {
+        self.ranges = Self::NO_RANGES;
     }
 
     /// Whether this is the same policy, wherever it is attached.

@@ -1,9 +1,24 @@
 //! What the cluster says of itself, put together with what the operator says.
 
-use anyhow::{Context as _, Result};
+use std::collections::BTreeSet;
 
-use super::{dns_settings, reconcile::Reconciler};
-use crate::{config::Config, pods::Facts, policy::Resolver};
+use anyhow::{Context as _, Result};
+use egress_common::{
+    address::{self, Address},
+    records::{RANGE_INTERNAL, RANGE_NODE},
+};
+
+use super::{
+    dns_settings,
+    enforced::{Enforced, mapped},
+    reconcile::Reconciler,
+};
+use crate::{
+    config::Config,
+    datapath::{View, boottime_ns},
+    pods::Facts,
+    policy::Resolver,
+};
 
 impl Reconciler {
     /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the
@@ -67,9 +82,59 @@ impl Reconciler {
                 .context("the earlier ranges cannot be put back")?;
             return Err(error);
         }
-        self.ranges += 1;
+        let is_only_resolvers = tunnels == tunnels_before
+            && next.ranges_without_resolvers() == self.config.ranges_without_resolvers();
+        if is_only_resolvers {
+            self.note_resolvers(next);
+        } else {
+            self.ranges += 1;
+        }
         Ok(())
     }
+
+    /// Only resolvers have come or gone: has the pods get a new version of their policies whose verdicts
+    /// that changes. `from_pod` looks for DNS before it looks at flows, so a version is not needed for that.
+    fn note_resolvers(&mut self, next: &Config) {
+        let (before, after) = (&self.config.dns.resolvers, &next.dns.resolvers);
+        let came = after.iter().filter(|resolver| !before.contains(resolver));
+        let gone = before.iter().filter(|resolver| !after.contains(resolver));
+        let changed: BTreeSet<Address> = came
+            .chain(gone)
+            .map(|resolver| mapped(resolver.address))
+            .filter(address::is_v4)
+            .collect();
+        let view = self.datapath.view();
+        for enforced in self.enforced.values_mut() {
+            let is_concerned = view.as_ref().map_or(true, |view| {
+                // What cannot be looked at is judged again.
+                is_concerned(view, enforced, &changed).unwrap_or(true)
+            });
+            if is_concerned {
+                enforced.wanted.judge_again();
+            }
+        }
+    }
+}
+
+/// Whether a pod's policy judges otherwise because these IPv4 addresses are resolvers' now, or are no more.
+///
+/// What an entry or `ranges` says of an IPv4 address holds for its translation (NAT64) too, unless it is a
+/// resolver's: see [`egress_common::verdict::Destination::add_translated`]. Only a pod with an IPv6 address
+/// sends there.
+fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -> Result<bool> {
+    let record = &enforced.wanted.record;
+    if enforced.wanted.own().iter().all(address::is_v4) {
+        return Ok(false);
+    }
+    for address in changed {
+        let policy = (enforced.policy, record);
+        let (destination, _) = view.destination(policy, address, boottime_ns())?;
+        let is_allowed = destination.cidr & !record.deny != 0;
+        if is_allowed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Resolvers as a log line has them.

@@ -33,6 +33,7 @@ pub(super) async fn only_agent(
         bpffs: config.bpffs.clone(),
         allow_entries: config.limits.addresses_per_pod,
         flows: FlowLimits::of(config.limits.flows_per_pod),
+        udp_idle: config.limits.udp_idle,
         attach: options.attach,
         trace: options.datapath_log,
     };

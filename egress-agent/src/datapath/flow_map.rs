@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use egress_common::{
     address::Address,
-    flow::{idle_limit_ns, is_alive, is_open},
+    flow::{UDP_NS, idle_limit_ns, is_alive, is_open},
     protocol,
     records::{
         FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow,
@@ -32,6 +32,8 @@ pub struct FlowMap {
     /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
     called: Flows,
     limits: Limits,
+    /// How long a UDP flow that the pod opened may be idle.
+    udp_ns: u64,
 }
 
 /// How many entries the maps have room for.
@@ -122,6 +124,7 @@ impl FlowMap {
         inbound: MapData,
         opening: MapData,
         called: MapData,
+        udp_ns: u64,
     ) -> Result<Self> {
         let limits = Limits {
             established: entries_of(&inbound)?,
@@ -134,6 +137,7 @@ impl FlowMap {
             opening: Map::HashMap(opening).try_into()?,
             called: Map::HashMap(called).try_into()?,
             limits,
+            udp_ns,
         })
     }
 
@@ -160,7 +164,7 @@ impl FlowMap {
         let most = 2 * (self.limits.established + self.limits.opening);
         for item in self.flows.iter().chain(self.opening.iter()) {
             let (key, flow) = item.map_err(AllowError::Kernel)?;
-            if is_open(&key, &flow, now_ns) {
+            if is_open(&key, &flow, now_ns, self.udp_ns) {
                 open.to.insert(key.peer_addr);
             }
             // Where the entry last seen is removed, the kernel begins again with the first.
@@ -244,9 +248,10 @@ impl FlowMap {
     pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<Swept> {
         let mut swept = Swept::default();
         let mut in_use = HashSet::new();
+        let udp_ns = self.udp_ns;
         for map in [&mut self.flows, &mut self.opening] {
-            swept.alive += forget_idle(map, now_ns, |key, flow| {
-                if is_open(key, flow, now_ns) {
+            swept.alive += forget_idle(map, now_ns, udp_ns, |key, flow| {
+                if is_open(key, flow, now_ns, udp_ns) {
                     open(key.peer_addr);
                     in_use.insert(key.called());
                 }
@@ -254,7 +259,7 @@ impl FlowMap {
         }
         swept.called = self.forget_called(&in_use)?;
         let mut inbound = Vec::new();
-        forget_idle(&mut self.inbound, now_ns, |key, flow| {
+        forget_idle(&mut self.inbound, now_ns, udp_ns, |key, flow| {
             inbound.push((*key, *flow));
         })?;
         let surplus = surplus(&mut inbound, self.limits.established);
@@ -304,13 +309,14 @@ fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
 fn forget_idle(
     map: &mut Flows,
     now_ns: u64,
+    udp_ns: u64,
     mut alive: impl FnMut(&FlowKey, &Flow),
 ) -> Result<usize> {
     let mut idle = Vec::new();
     let mut count = 0;
     for item in &*map {
         let (key, flow) = item.context("cannot read a pod's flows")?;
-        if is_alive(&key, &flow, now_ns) {
+        if is_alive(&key, &flow, now_ns, udp_ns) {
             count += 1;
             alive(&key, &flow);
         } else {
@@ -337,7 +343,8 @@ fn surplus(flows: &mut [(FlowKey, Flow)], places: usize) -> &[(FlowKey, Flow)] {
     let ends = |(key, flow): &(FlowKey, Flow)| {
         (
             key.protocol == protocol::TCP,
-            flow.last_seen_ns.saturating_add(idle_limit_ns(key, flow)),
+            flow.last_seen_ns
+                .saturating_add(idle_limit_ns(key, flow, UDP_NS)),
         )
     };
     flows.select_nth_unstable_by_key(surplus - 1, ends);

@@ -16,6 +16,7 @@ pub(super) struct Templates {
     cidrs: aya_obj::Map,
     flows: aya_obj::Map,
     order: aya_obj::Map,
+    names: aya_obj::Map,
     btf: OwnedFd,
 }
 
@@ -35,6 +36,11 @@ impl Templates {
             cidrs: inner("cidrs")?,
             flows: inner("flows")?,
             order: inner("order_to_pod")?,
+            names: object
+                .maps
+                .get("names")
+                .cloned()
+                .ok_or_else(|| anyhow!("the eBPF object has no map `names`"))?,
             btf: btf_of(sample)?,
         })
     }
@@ -55,6 +61,11 @@ impl Templates {
     /// A queue of keys of flows. The kernel takes no type information with queues.
     pub(super) fn order(&self, entries: u32) -> Result<MapData> {
         create(&self.order, "order", entries, None)
+    }
+
+    /// The names of a pod's addresses.
+    pub(super) fn names(&self, entries: u32) -> Result<MapData> {
+        self.create(&self.names, "names", entries)
     }
 
     fn create(&self, template: &aya_obj::Map, name: &str, entries: u32) -> Result<MapData> {

@@ -77,6 +77,7 @@ pub(super) struct Constants {
     pub(super) marks: Marks,
     pub(super) stamp: Stamp,
     pub(super) trace: bool,
+    pub(super) udp_idle_ns: u64,
     pub(super) coarse_clock: bool,
     pub(super) frame_record: FrameRecord,
     pub(super) global_functions: bool,
@@ -98,6 +99,7 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
         marks,
         stamp,
         trace,
+        udp_idle_ns,
         coarse_clock,
         frame_record,
         global_functions,
@@ -111,6 +113,7 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
         .override_global("PROBE_MARK", &marks.probe, true)
         .override_global("STAMP", &stamp.0, true)
         .override_global("TRACE", &trace, true)
+        .override_global("UDP_IDLE_NS", udp_idle_ns, true)
         .override_global("COARSE_CLOCK", &coarse_clock, true)
         .override_global("RECORD_START", &frame_record.start, true)
         .override_global("RECORD_LEN", &frame_record.len, true)

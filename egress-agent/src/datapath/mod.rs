@@ -15,6 +15,7 @@ mod link_hardware;
 mod link_owners;
 mod links;
 mod loading;
+mod names;
 mod netlink;
 mod node_addresses;
 mod object;
@@ -42,6 +43,7 @@ pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
 pub use links::{Attach, Hook, Standing};
 pub use loading::Marks;
+pub use names::{Kept, NameMap, NamesError};
 pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Options};
 

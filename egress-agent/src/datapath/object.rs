@@ -1,6 +1,6 @@
 //! The datapath of a node: the loaded programs, and the maps that all pods share.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -46,6 +46,8 @@ pub struct Options {
     pub allow_entries: u32,
     /// How many flows of each kind one pod can have.
     pub flows: FlowLimits,
+    /// How long a UDP flow that a pod opened may be idle.
+    pub udp_idle: Duration,
     /// How programs are attached.
     pub attach: Attach,
     /// Whether the programs trace what they do.
@@ -69,7 +71,7 @@ pub struct Datapath {
     dns_ports: Array<MapData, DnsPorts>,
     tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
-    constants: Constants,
+    pub(super) constants: Constants,
     /// The programs once more, for [`Datapath::stand_in`].
     stand_in: Option<Ebpf>,
     /// What looks for frames that the programs have not seen.
@@ -113,6 +115,7 @@ impl Datapath {
             marks,
             stamp: Stamp::kept_or_new(&layout)?,
             trace: options.trace,
+            udp_idle_ns: options.udp_idle.as_nanos() as u64,
             coarse_clock,
             frame_record: FrameRecord::of_this_kernel()?,
             global_functions: kernel >= GLOBAL_FUNCTIONS,

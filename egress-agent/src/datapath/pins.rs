@@ -3,7 +3,7 @@
 //! ```text
 //! <bpffs>/egress-agent/v1/            maps that all pods share, by name
 //! <bpffs>/egress-agent/v1/links/      <ifindex>_from_pod, <ifindex>_to_pod
-//! <bpffs>/egress-agent/v1/pods/       <namespace>_<pod>/allow, <namespace>_<pod>/flows
+//! <bpffs>/egress-agent/v1/pods/       <namespace>_<pod>/allow, names, flows, inbound, opening
 //! ```
 
 use std::{

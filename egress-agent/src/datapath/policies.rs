@@ -308,6 +308,16 @@ impl Datapath {
         self.allow_map(allow).map(Some)
     }
 
+    /// The allow map of a policy that an earlier agent made, whatever its size; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn allow_of(&self, policy: u32) -> Result<Option<AllowMap>> {
+        let allow = self.outer.get(Outer::Allow, policy)?;
+        allow.map(|allow| self.allow_map(allow)).transpose()
+    }
+
     /// The flows of a pod; `None` when they were never made.
     ///
     /// # Errors
@@ -319,7 +329,8 @@ impl Datapath {
         // The agent may have been killed while it made them.
         match (flows?, inbound?, opening?, called?, from_pod?, to_pod?) {
             (Some(flows), Some(inbound), Some(opening), Some(called), Some(_), Some(_)) => {
-                FlowMap::new(flows, inbound, opening, called).map(Some)
+                let idle_ns = self.constants.udp_idle_ns;
+                FlowMap::new(flows, inbound, opening, called, idle_ns).map(Some)
             }
             _ => Ok(None),
         }

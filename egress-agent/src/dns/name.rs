@@ -54,6 +54,12 @@ impl Name {
         Ok(Self(wire.into()))
     }
 
+    /// The name with this wire form; see [`Self::as_wire`]. `None` if it is none.
+    pub fn from_wire(wire: &[u8]) -> Option<Self> {
+        let name = Self::from_labels(Labels(wire)).ok()?;
+        (name.as_wire().len() == wire.len()).then_some(name)
+    }
+
     /// The wire form: length-prefixed lower-case labels without the root's zero byte.
     pub fn as_wire(&self) -> &[u8] {
         &self.0
@@ -150,6 +156,20 @@ mod tests {
     #[test]
     fn case_does_not_matter() {
         assert_eq!(name("GitHub.COM"), name("github.com"));
+    }
+
+    #[test]
+    fn a_name_is_read_from_its_wire_form_and_nothing_else_is() {
+        for text in ["a", "shop.test", "*.a-b.example.com"] {
+            let name = name(text);
+            assert_eq!(Name::from_wire(name.as_wire()), Some(name));
+        }
+        let root = Name::from_labels([]).unwrap();
+        assert_eq!(Name::from_wire(b""), Some(root));
+        let long = [1; 255];
+        for wire in [&b"\x04sho"[..], b"\x00", b"\x04shop\x00", b"\x40", &long] {
+            assert_eq!(Name::from_wire(wire), None, "{wire:?}");
+        }
     }
 
     #[test]

@@ -4,14 +4,23 @@
 //! It is bounded by the allow map; names that no entry allows are remembered beside it, so that an
 //! entry added later works at once for what the pod has resolved before.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
-use super::{Enforcement, eviction::Eviction, learned_address::Learned, tally::Tally};
+use super::{
+    Enforcement,
+    eviction::Eviction,
+    learned_address::Learned,
+    names_kept::{NamesLost, NamesStay},
+    tally::Tally,
+};
 use crate::{
-    datapath::{AllowError, AllowMap, OpenFlows},
+    datapath::{AllowError, Kept, NamesError, OpenFlows},
     dns::Name,
     policy::{Grant, NameRules},
 };
@@ -19,10 +28,6 @@ use crate::{
 /// Most names without an entry that are remembered for one pod, and most addresses of each.
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
-
-/// How long an address without an open flow is kept after its lifetime, so that a denial can say
-/// `expired`.
-const EXPIRED_NS: u64 = 300 * 1_000_000_000;
 
 /// What the table writes to: a pod's allow map.
 pub(super) trait Entries {
@@ -34,6 +39,10 @@ pub(super) trait Entries {
     fn remove(&mut self, address: Address) -> Result<(), AllowError>;
     /// See [`crate::datapath::FlowMap::open`].
     fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError>;
+    /// See [`crate::datapath::NameMap::keep`].
+    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError>;
+    /// See [`crate::datapath::NameMap::forget`].
+    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError>;
 }
 
 impl Entries for Enforcement {
@@ -51,6 +60,19 @@ impl Entries for Enforcement {
 
     fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
         self.flows.open(now_ns)
+    }
+
+    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError> {
+        let Taught {
+            address,
+            by_stranger,
+            expires_ns,
+        } = *taught;
+        self.names.keep(address, name, by_stranger, expires_ns)
+    }
+
+    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
+        self.names.forget(address, name)
     }
 }
 
@@ -70,7 +92,10 @@ pub(super) struct Table {
     /// No entry changes by itself before this.
     next_change_ns: u64,
     eviction: Eviction,
+    /// How many addresses were kept at the last sweep although they had expired a while before.
+    pub(super) past: usize,
     pub(super) failures: Failures,
+    pub(super) names_lost: NamesLost,
 }
 
 /// Failures to write the allow map, other than that it is full, and what the kernel last said.
@@ -102,29 +127,46 @@ impl Table {
             unlisted: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
+            past: 0,
             failures: Failures::default(),
+            names_lost: NamesLost::default(),
         }
     }
 
-    /// Takes over what an earlier agent left in the allow map.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
-    pub(super) fn adopt(&mut self, allow: &AllowMap) -> Result<(), AllowError> {
-        for (address, entry) in allow.entries()? {
-            self.take_over(address, entry);
+    /// What an earlier agent left in an allow map, with the names that it had `kept`. `rules` are those by
+    /// which the map was filled; `None` if these are not known.
+    pub(super) fn taken_over(
+        mut entries: Vec<(Address, AllowEntry)>,
+        kept: &[Kept],
+        rules: Option<&NameRules>,
+    ) -> Self {
+        // Nobody knows in which order they were used.
+        entries.sort_by_key(|(_, entry)| entry.expires_ns);
+        let mut shared: HashMap<&Name, Arc<Name>> = HashMap::new();
+        let mut names: HashMap<Address, Vec<(Arc<Name>, bool, u64)>> = HashMap::new();
+        for kept in kept {
+            let name = shared
+                .entry(&kept.name)
+                .or_insert_with(|| Arc::new(kept.name.clone()));
+            names.entry(kept.address).or_default().push((
+                Arc::clone(name),
+                kept.by_stranger,
+                kept.expires_ns,
+            ));
         }
-        Ok(())
+        let mut table = Self::new();
+        for (address, entry) in entries {
+            // Not taken out: two versions may have had the address, and the entry that lives longer counts.
+            let names = names.get(&address).cloned().unwrap_or_default();
+            table.keep(address, Learned::taken_over(entry, names, rules), 0);
+        }
+        table
     }
 
-    fn take_over(&mut self, address: Address, entry: AllowEntry) {
-        let learned = Learned {
-            sources: Vec::new(),
-            adopted: Some(entry),
-            written: Some(entry),
-        };
-        self.keep(address, learned, 0);
+    /// Whether this name is one of those that led to the address, and an entry allows it.
+    pub(super) fn has(&self, address: &Address, name: &Name) -> bool {
+        let learned = self.addresses.peek(address);
+        learned.is_some_and(|learned| learned.source(name).is_some())
     }
 
     /// Keeps what was learned of an address, as the one that was used last.
@@ -161,17 +203,73 @@ impl Table {
         for taught in taught {
             let address = taught.address;
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
-            learned.add(&name, grant, taught);
+            let is_new = learned.source(&name).is_none();
+            let forgotten = learned.add(&name, grant, taught);
+            // Before the entry, so that there is no moment at which an address is open without its name.
+            self.keep_name(allow, &name, &learned, taught);
             // Whatever is thought to stand in the map: an answer waits for it.
             learned.written = None;
-            learned.write(address, allow, now_ns)?;
+            if let Err(error) = learned.write(address, allow, now_ns) {
+                if is_new {
+                    self.forget_name(allow, address, &name);
+                }
+                return Err(error);
+            }
+            if let Some(forgotten) = forgotten {
+                self.forget_name(allow, address, &forgotten);
+            }
             self.keep(address, learned, now_ns);
         }
         Ok(())
     }
 
+    /// Keeps for the next agent that the name led to the address. If it cannot be kept, the response may
+    /// be delivered all the same: what is lost is lost only if the agent is restarted and the policy changes.
+    fn keep_name(
+        &mut self,
+        allow: &mut impl Entries,
+        name: &Name,
+        learned: &Learned,
+        taught: &Taught,
+    ) {
+        let Some(source) = learned.source(name) else {
+            return;
+        };
+        let taught = Taught {
+            expires_ns: source.expires_ns,
+            ..*taught
+        };
+        if let Err(error) = allow.keep_name(name, &taught) {
+            self.names_lost.add(error);
+        }
+    }
+
+    fn forget_name(&mut self, allow: &mut impl Entries, address: Address, name: &Name) {
+        if let Err(error) = allow.forget_name(address, name) {
+            self.names_lost.add(error);
+        }
+    }
+
+    /// Removes an address, and the names that led to it.
+    pub(super) fn remove(
+        &mut self,
+        allow: &mut impl Entries,
+        address: Address,
+    ) -> Result<(), AllowError> {
+        allow.remove(address)?;
+        let removed = self.addresses.pop(&address);
+        for source in removed.iter().flat_map(|learned| &learned.sources) {
+            self.forget_name(allow, address, &source.name);
+        }
+        Ok(())
+    }
+
     /// Writes everything that the new rules allow into the allow map of a new version of the
-    /// policy, as far as it fits. Returns the table of that version, without the rest.
+    /// policy, as far as it fits. Returns the table of that version, without the rest. The map of names
+    /// stays as it is.
+    ///
+    /// `alike` says whether the rules give names what those before gave them: what an earlier agent wrote
+    /// by names that were not kept stays then.
     ///
     /// # Errors
     ///
@@ -179,11 +277,13 @@ impl Table {
     pub(super) fn carry_over(
         &self,
         rules: &NameRules,
+        alike: bool,
         allow: &mut impl Entries,
         now_ns: u64,
     ) -> Result<Self, AllowError> {
+        let allow = &mut NamesStay(allow);
         let mut next = Self::new();
-        let fitting = self.fitting(rules, allow, now_ns)?;
+        let fitting = self.fitting(rules, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, taught) in self.unlisted.iter().rev() {
             let grant = rules.grant(name);
@@ -209,23 +309,38 @@ impl Table {
                 };
                 next.learn(allow, &source.name, grant, &[taught], now_ns)?;
             }
+            if let Some(adopted) = learned.adopted
+                && alike
+                && fits(&address)
+            {
+                let mut learned = next.addresses.get(&address).cloned().unwrap_or_default();
+                learned.adopted = Some(adopted);
+                learned.write(address, allow, now_ns)?;
+                next.keep(address, learned, now_ns);
+            }
         }
         Ok(next)
     }
 
-    /// The addresses that the new rules allow and that fit into the map: those with open flows,
-    /// then those used last. `None` when all do, as they always do but when an edit allows names
-    /// that were resolved without an entry.
+    /// The addresses that the new rules allow and that fit into the map: those with open flows, then those
+    /// that live, and of each those used last. `None` when all do, as they always do but when an edit allows
+    /// names that were resolved without an entry, or the map is smaller than that of an earlier agent.
     fn fitting(
         &self,
         rules: &NameRules,
+        alike: bool,
         allow: &impl Entries,
         now_ns: u64,
     ) -> Result<Option<HashSet<Address>>, AllowError> {
         let known = self.addresses.iter().filter(|(_, learned)| {
             let mut sources = learned.sources.iter();
             sources.any(|source| rules.classes(&source.name) != 0)
+                || (alike && learned.adopted.is_some())
         });
+        let has_expired = |address: &Address| {
+            let learned = self.addresses.peek(address);
+            learned.is_some_and(|learned| learned.expires_ns() <= now_ns)
+        };
         let unlisted = self
             .unlisted
             .iter()
@@ -242,7 +357,7 @@ impl Table {
             return Ok(None);
         }
         let open = allow.open(now_ns)?;
-        all.sort_by_key(|address| !open.to.contains(address));
+        all.sort_by_key(|address| (!open.to.contains(address), has_expired(address)));
         all.truncate(allow.capacity());
         Ok(Some(all.into_iter().collect()))
     }
@@ -272,33 +387,6 @@ impl Table {
         }
         self.next_change_ns = next_change_ns;
         result
-    }
-
-    /// Forgets addresses whose lifetime ended a while ago, but for those in `open`.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be written.
-    pub(super) fn sweep(
-        &mut self,
-        allow: &mut impl Entries,
-        open: &HashSet<Address>,
-        now_ns: u64,
-    ) -> Result<(), AllowError> {
-        let gone: Vec<Address> = self
-            .addresses
-            .iter()
-            .filter(|(address, learned)| {
-                learned.expires_ns().saturating_add(EXPIRED_NS) <= now_ns
-                    && !open.contains(*address)
-            })
-            .map(|(&address, _)| address)
-            .collect();
-        for address in gone {
-            allow.remove(address)?;
-            self.addresses.pop(&address);
-        }
-        Ok(())
     }
 
     /// Names that led to the address, as text.
@@ -344,8 +432,7 @@ impl Table {
             .eviction
             .choose(&self.addresses, &kept, wanted, allow, now_ns)?;
         for address in chosen {
-            allow.remove(address)?;
-            self.addresses.pop(&address);
+            self.remove(allow, address)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use super::learned::{Entries, Taught};
 use crate::{
     datapath::AllowError,
     dns::Name,
-    policy::{Grant, MayBeInternal},
+    policy::{Grant, MayBeInternal, NameRules},
 };
 
 /// Most names that are remembered for one address, unless each of more gives it something that no
@@ -53,6 +53,22 @@ impl Classes {
         }
     }
 
+    /// Only those that are among the others too.
+    const fn within(self, other: Self) -> Self {
+        Self {
+            all: self.all & other.all,
+            internal: self.internal & other.internal,
+        }
+    }
+
+    /// Those that are not among the others.
+    const fn without(self, other: Self) -> Self {
+        Self {
+            all: self.all & !other.all,
+            internal: self.internal & !other.internal,
+        }
+    }
+
     const fn and(self, other: Self) -> Self {
         Self {
             all: self.all | other.all,
@@ -65,15 +81,57 @@ impl Classes {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Learned {
     pub(super) sources: Vec<Source>,
-    /// What an earlier agent had written, whose names are not known any more.
+    /// What an earlier agent had written, as far as none of the names accounts for it.
     pub(super) adopted: Option<AllowEntry>,
     /// What stands in the allow map.
     pub(super) written: Option<AllowEntry>,
 }
 
 impl Learned {
-    /// Notes that a name led here.
-    pub(super) fn add(&mut self, name: &Arc<Name>, grant: Grant, taught: &Taught) {
+    /// What an earlier agent had written, and the names that it had kept, of which each gives the address
+    /// what the rules say. `None` for these if the entry was made by other rules.
+    ///
+    /// A name gives no more than the entry does: a name may have been kept of a response that was not delivered.
+    pub(super) fn taken_over(
+        entry: AllowEntry,
+        names: impl IntoIterator<Item = (Arc<Name>, bool, u64)>,
+        rules: Option<&NameRules>,
+    ) -> Self {
+        let of_entry = Classes::of(&entry);
+        let mut accounted = Classes::default();
+        let mut sources = Vec::new();
+        for (name, by_stranger, expires_ns) in names {
+            let gives = rules.map_or_else(Classes::default, |rules| {
+                Classes::given(rules.grant(&name), by_stranger).within(of_entry)
+            });
+            accounted = accounted.and(gives);
+            sources.push(Source {
+                name,
+                gives,
+                by_stranger,
+                expires_ns: expires_ns.min(entry.expires_ns),
+            });
+        }
+        let rest = of_entry.without(accounted);
+        let adopted = (rules.is_some() && rest != Classes::default()).then_some(AllowEntry {
+            classes: rest.all,
+            internal_classes: rest.internal,
+            ..entry
+        });
+        Self {
+            sources,
+            adopted,
+            written: rules.map(|_| entry),
+        }
+    }
+
+    /// Notes that a name led here. Returns a name that is forgotten for it.
+    pub(super) fn add(
+        &mut self,
+        name: &Arc<Name>,
+        grant: Grant,
+        taught: &Taught,
+    ) -> Option<Arc<Name>> {
         let Taught {
             by_stranger,
             expires_ns,
@@ -84,7 +142,7 @@ impl Learned {
             source.gives = gives;
             source.by_stranger = by_stranger;
             source.expires_ns = source.expires_ns.max(expires_ns);
-            return;
+            return None;
         }
         self.sources.push(Source {
             name: Arc::clone(name),
@@ -93,8 +151,14 @@ impl Learned {
             expires_ns,
         });
         if self.sources.len() > NAMES_PER_ADDRESS {
-            drop_redundant(&mut self.sources);
+            return drop_redundant(&mut self.sources);
         }
+        None
+    }
+
+    /// The name, if it led here.
+    pub(super) fn source(&self, name: &Name) -> Option<&Source> {
+        self.sources.iter().find(|source| *source.name == *name)
     }
 
     /// Classes and ends of lifetimes.
@@ -161,7 +225,7 @@ impl Learned {
 
 /// Forgets a name that gives the address nothing: others carry its classes for at least as long.
 /// There is one whenever there are more than twice as many names as classes.
-fn drop_redundant(sources: &mut Vec<Source>) {
+fn drop_redundant(sources: &mut Vec<Source>) -> Option<Arc<Name>> {
     let is_redundant = |i: usize, source: &Source| {
         let others = sources
             .iter()
@@ -178,7 +242,5 @@ fn drop_redundant(sources: &mut Vec<Source>) {
         .filter(|&(i, source)| is_redundant(i, source))
         .min_by_key(|(_, source)| source.expires_ns)
         .map(|(i, _)| i);
-    if let Some(i) = first {
-        sources.swap_remove(i);
-    }
+    first.map(|i| sources.swap_remove(i).name)
 }

@@ -18,6 +18,9 @@ struct Fake {
     open: Vec<Address>,
     /// How many flows there are.
     flows: usize,
+    /// What is kept for the next agent, and how much of it there may be.
+    names: BTreeMap<(Address, Name), Taught>,
+    most_names: Option<usize>,
 }
 
 impl Entries for Fake {
@@ -45,6 +48,21 @@ impl Entries for Fake {
             to: self.open.iter().copied().collect(),
             flows: self.flows,
         })
+    }
+
+    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError> {
+        let key = (taught.address, name.clone());
+        let is_full = self.most_names.is_some_and(|most| self.names.len() >= most);
+        if is_full && !self.names.contains_key(&key) {
+            return Err(NamesError::Full);
+        }
+        self.names.insert(key, *taught);
+        Ok(())
+    }
+
+    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
+        self.names.remove(&(address, name.clone()));
+        Ok(())
     }
 }
 
@@ -107,14 +125,14 @@ fn classes_of_a_name_end_with_its_lifetime_though_another_goes_on() {
 
 #[test]
 fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
-    let (mut table, mut allow) = (Table::new(), fake(8));
+    let mut allow = fake(8);
     let left = AllowEntry {
         classes: 0b10,
         internal_classes: 0,
         expires_ns: 10 * SECOND,
     };
     allow.entries.insert(address(1), left);
-    table.take_over(address(1), left);
+    let mut table = Table::taken_over(vec![(address(1), left)], &[], Some(&everything()));
     table
         .learn(&mut allow, &name("a.test"), 0b01, &[taught(1, 60)], 0)
         .unwrap();
@@ -246,8 +264,9 @@ fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
 
 #[test]
 fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
+    const DAY: u64 = 24 * 3600;
     let (mut table, mut allow) = (Table::new(), fake(8));
-    for (last, expires_s) in [(1, 10), (2, 10), (3, 400)] {
+    for (last, expires_s) in [(1, 10), (2, 10), (3, DAY)] {
         table
             .learn(
                 &mut allow,
@@ -260,16 +279,53 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
     }
     let open = HashSet::from([address(2)]);
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
-    // For a while a denial can say `expired`.
-    table.sweep(&mut allow, &open, 300 * SECOND).unwrap();
-    assert_eq!(left(&allow), [1, 2, 3]);
-    table.sweep(&mut allow, &open, 320 * SECOND).unwrap();
+    // For a day a denial can say `expired`.
+    for second in [300, 320, DAY, DAY + 9] {
+        table.sweep(&mut allow, &open, second * SECOND).unwrap();
+        assert_eq!(left(&allow), [1, 2, 3], "after {second} s");
+    }
+    table.sweep(&mut allow, &open, (DAY + 10) * SECOND).unwrap();
     assert_eq!(left(&allow), [2, 3]);
     table
-        .sweep(&mut allow, &HashSet::new(), 321 * SECOND)
+        .sweep(&mut allow, &HashSet::new(), (DAY + 11) * SECOND)
         .unwrap();
     assert_eq!(left(&allow), [3]);
     assert_eq!(table.addresses.len(), 1);
+}
+
+#[test]
+fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    for last in 1..=6 {
+        let all = [taught(last, u64::from(last))];
+        let name = name(&format!("n{last}.test"));
+        table.learn(&mut allow, &name, 1, &all, 0).unwrap();
+    }
+    let all = [taught(7, 9000)];
+    table
+        .learn(&mut allow, &name("alive.test"), 1, &all, 0)
+        .unwrap();
+    let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
+    // All are kept for five minutes, as far as there is room.
+    table
+        .sweep(&mut allow, &HashSet::new(), 300 * SECOND)
+        .unwrap();
+    assert_eq!((left(&allow).len(), table.in_use()), (7, 7));
+    table
+        .sweep(&mut allow, &HashSet::new(), 3600 * SECOND)
+        .unwrap();
+    assert_eq!(left(&allow), [5, 6, 7]);
+    assert_eq!(table.in_use(), 1);
+    assert_eq!(table.names_of(&address(5)), ["n5.test"]);
+    // And they give way to whoever needs room.
+    for last in 10..17 {
+        let all = [taught(last, 9000)];
+        let name = name(&format!("n{last}.test"));
+        table
+            .learn(&mut allow, &name, 1, &all, 3600 * SECOND)
+            .unwrap();
+    }
+    assert_eq!(left(&allow), [7, 10, 11, 12, 13, 14, 15, 16]);
 }
 
 #[test]
@@ -320,7 +376,9 @@ fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
     }
     let mut after = fake(4);
     after.open = vec![address(1), address(6)];
-    let next = table.carry_over(&everything(), &mut after, SECOND).unwrap();
+    let next = table
+        .carry_over(&everything(), false, &mut after, SECOND)
+        .unwrap();
     let left: Vec<u8> = after.entries.keys().map(|address| address[15]).collect();
     assert_eq!(left, [1, 3, 4, 6]);
     assert_eq!(next.addresses.len(), 4);
@@ -369,4 +427,119 @@ fn an_answer_that_is_larger_than_the_map_is_not_learned() {
     let all = [taught(1, 60), taught(2, 60), taught(3, 60)];
     let learned = table.learn(&mut allow, &name("a.test"), 1, &all, 0);
     assert!(matches!(learned, Err(AllowError::Full)));
+}
+
+/// The names that are kept, each with the last number of its address.
+fn kept_names(allow: &Fake) -> Vec<(String, u8)> {
+    let names = allow.names.keys();
+    names
+        .map(|(address, name)| (name.to_string(), address[15]))
+        .collect()
+}
+
+#[test]
+fn names_are_kept_as_long_as_their_addresses_and_not_of_what_could_not_be_inserted() {
+    let (mut table, mut allow) = (Table::new(), fake(2));
+    let mut learn = |allow: &mut Fake, text, last, now_s| {
+        let all = [taught(last, now_s + 10)];
+        table.learn(allow, &name(text), 1, &all, now_s * SECOND)
+    };
+    learn(&mut allow, "a.test", 1, 0).unwrap();
+    learn(&mut allow, "b.test", 1, 0).unwrap();
+    learn(&mut allow, "c.test", 2, 5).unwrap();
+    let kept = |names: &[(&str, u8)]| {
+        let names = names.iter();
+        names
+            .map(|&(name, last)| (name.to_owned(), last))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        kept_names(&allow),
+        kept(&[("a.test", 1), ("b.test", 1), ("c.test", 2)])
+    );
+    // The first address has expired and gives way, with its names.
+    learn(&mut allow, "d.test", 3, 12).unwrap();
+    assert_eq!(kept_names(&allow), kept(&[("c.test", 2), ("d.test", 3)]));
+    allow.refused.push(address(2));
+    learn(&mut allow, "e.test", 2, 13).unwrap_err();
+    assert_eq!(kept_names(&allow), kept(&[("c.test", 2), ("d.test", 3)]));
+    // What is resolved again lives longer for the next agent, too.
+    learn(&mut allow, "d.test", 3, 14).unwrap();
+    assert_eq!(
+        allow.names[&(address(3), name("d.test"))].expires_ns,
+        24 * SECOND
+    );
+    table.sweep(&mut allow, &HashSet::new(), u64::MAX).unwrap();
+    assert_eq!(kept_names(&allow), []);
+}
+
+#[test]
+fn a_name_that_cannot_be_kept_keeps_nothing_from_being_learned() {
+    let (mut table, mut allow) = (Table::new(), fake(8));
+    allow.most_names = Some(1);
+    for text in ["a.test", "b.test"] {
+        table
+            .learn(&mut allow, &name(text), 1, &[taught(1, 10)], 0)
+            .unwrap();
+    }
+    assert_eq!(table.names_of(&address(1)), ["a.test", "b.test"]);
+    let lost = table.names_lost.take().map(|(times, _)| times);
+    assert_eq!(lost, Some(1));
+    assert!(table.names_lost.take().is_none());
+}
+
+#[test]
+fn what_is_taken_over_gives_no_more_than_the_entry_says() {
+    let grant = everything().classes(&name("a.test"));
+    assert_eq!(grant, 1);
+    let entry = |classes| AllowEntry {
+        classes,
+        internal_classes: 0,
+        expires_ns: 60 * SECOND,
+    };
+    let kept = |text, last, expires_s| Kept {
+        address: address(last),
+        name: name(text),
+        by_stranger: false,
+        expires_ns: expires_s * SECOND,
+    };
+    let kept = [
+        // Kept of a response whose address was not inserted, or for longer than the entry says.
+        kept("a.test", 1, 60),
+        kept("a.test", 2, 900),
+        kept("lost.test", 9, 60),
+        // The earlier agent gave the second class by a name that it could not keep.
+        kept("a.test", 3, 10),
+    ];
+    let entries = vec![
+        (address(1), entry(0b10)),
+        (address(2), entry(0b01)),
+        (address(3), entry(0b11)),
+    ];
+    let mut allow = fake(8);
+    allow.entries = entries.iter().copied().collect();
+    let rules = everything();
+    let mut table = Table::taken_over(entries.clone(), &kept, Some(&rules));
+    table.expire(&mut allow, 20 * SECOND).unwrap();
+    assert_eq!(allow.entries[&address(1)], entry(0b10));
+    assert_eq!(allow.entries[&address(2)], entry(0b01));
+    // Of the third, what the name gave has ended, and what it did not give goes on.
+    assert_eq!(allow.entries[&address(3)], entry(0b10));
+    assert!(!allow.entries.contains_key(&address(9)));
+    assert_eq!(table.nameless(), 2);
+
+    // At an edit names count by what the rules say, and what no name accounts for goes on if they say the same.
+    let mut next = fake(8);
+    let over = table
+        .carry_over(&rules, true, &mut next, 20 * SECOND)
+        .unwrap();
+    let all = [1, 2, 3].map(|last| classes(&next, last));
+    assert_eq!(all, [0b11, 0b01, 0b10]);
+    assert_eq!(over.nameless(), 2);
+    // An agent that was killed may have left two interfaces under two versions.
+    let twice = [entries.clone(), entries].concat();
+    let unknown = Table::taken_over(twice, &kept, None);
+    let mut next = fake(8);
+    unknown.carry_over(&rules, false, &mut next, 0).unwrap();
+    assert_eq!([1, 2, 3].map(|last| classes(&next, last)), [1, 1, 1]);
 }

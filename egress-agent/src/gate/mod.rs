@@ -24,7 +24,9 @@ pub mod fuzzing;
 mod judge;
 mod learned;
 mod learned_address;
+mod names_kept;
 mod open_questions;
+mod past;
 mod pending;
 mod pod;
 mod probe;
@@ -57,7 +59,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
 use crate::{
-    datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks},
+    datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks, NameMap},
     dns::Refusal,
     policy::{Autopath, Compiled, Prefix, Translators},
     report::{PodIdentity, Reporter},
@@ -142,8 +144,22 @@ pub struct Enforcement {
     pub interfaces: Vec<u32>,
     /// The allow map of this version.
     pub allow: AllowMap,
+    /// By which names the pod's addresses are allowed, for the next agent.
+    pub names: NameMap,
+    /// What an earlier agent left the pod under, if that was another version. Looked at when the pod is new
+    /// at the gate.
+    pub left: Vec<Left>,
     /// The pod's flows: an address with an open one does not give way to others.
     pub flows: FlowMap,
+}
+
+/// A version of a pod's policy under which an earlier agent left it.
+pub struct Left {
+    /// Its allow map.
+    pub allow: AllowMap,
+    /// Whether its entries hold under the new version, too; see
+    /// [`egress_common::records::Policy::names_alike`].
+    pub alike: bool,
 }
 
 /// How much of a pod is judged. A pod that ran before it was enforced goes through these in their order.

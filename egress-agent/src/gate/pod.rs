@@ -2,10 +2,11 @@
 
 mod in_fragments;
 mod turn;
+mod versions;
 
-use std::{collections::HashSet, sync::Arc};
+use std::collections::HashSet;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use egress_common::{
     address::Address,
     packet::{Fragment, Packet, Walked, walk},
@@ -32,7 +33,7 @@ use super::{
     wire::Wire,
 };
 use crate::{
-    datapath::{AllowError, HeldFrame, InterfaceMap, boottime_ns},
+    datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns},
     dns::{Question, Refusal, refuse},
 };
 
@@ -86,6 +87,8 @@ pub(super) struct Pod {
     enforcement: Enforcement,
     pending: Pending,
     learned: Table,
+    /// What an earlier agent had kept, until it is known what of it is of use.
+    stale_names: Vec<Kept>,
     streams: Streams,
     fragments: Fragments,
     /// Of the gate's time.
@@ -99,25 +102,10 @@ pub(super) struct Pod {
 struct Tallies {
     segments_damaged: Tally,
     fragments_late: Tally,
+    said_names_lost: bool,
 }
 
 impl Pod {
-    /// A pod that is new at the gate. What an earlier agent left in its allow map stays there.
-    pub(super) fn new(enforcement: Enforcement, now_ns: u64) -> Result<Self, AllowError> {
-        let mut learned = Table::new();
-        learned.adopt(&enforcement.allow)?;
-        Ok(Self {
-            enforcement,
-            pending: Pending::new(),
-            learned,
-            streams: Streams::new(),
-            fragments: Fragments::new(),
-            share: Share::new(now_ns),
-            backlog: Backlog::default(),
-            tallies: Tallies::default(),
-        })
-    }
-
     /// From the next packet on, the pod's interfaces are under its policy.
     pub(super) fn write_interfaces(
         &self,
@@ -160,40 +148,6 @@ impl Pod {
         interfaces
             .is_of(head.ifindex, head.pod)
             .is_ok_and(|is_ours| !is_ours)
-    }
-
-    /// Moves the pod to a new version of its policy.
-    ///
-    /// # Errors
-    ///
-    /// When a map cannot be written; the pod then stays under its earlier version.
-    pub(super) fn apply(
-        &mut self,
-        mut next: Enforcement,
-        interfaces: &mut InterfaceMap,
-        wire: &mut Wire,
-    ) -> Result<()> {
-        // The same version again is an earlier attempt that failed further on.
-        let learned = (next.entry.policy != self.enforcement.entry.policy)
-            .then(|| {
-                let compiled = Arc::clone(&next.compiled);
-                self.learned
-                    .carry_over(&compiled.names, &mut next, boottime_ns())
-            })
-            .transpose()
-            .context("cannot fill the allow map of the new policy")?;
-        next.write_interfaces(interfaces, wire)?;
-        if let Some(learned) = learned {
-            self.learned = learned;
-        }
-        for ifindex in &self.enforcement.interfaces {
-            if !next.interfaces.contains(ifindex) {
-                wire.detach(*ifindex, next.entry.pod);
-                interfaces.remove(*ifindex, next.entry.pod)?;
-            }
-        }
-        self.enforcement = next;
-        Ok(())
     }
 
     /// Puts the pod's policy on other interfaces.
@@ -244,6 +198,7 @@ impl Pod {
         }
         self.tick_streams(shared, now_ns);
         self.tick_fragments(shared, now_ns);
+        self.count_names_lost(shared);
         self.tell(now_ns);
     }
 
@@ -298,6 +253,11 @@ impl Pod {
     /// Addresses in its allow map.
     pub(super) fn addresses(&self) -> u64 {
         self.learned.addresses.len() as u64
+    }
+
+    /// Addresses in its allow map that do not give way whenever others need room.
+    pub(super) fn addresses_in_use(&self) -> u64 {
+        self.learned.in_use() as u64
     }
 
     /// Decides a frame from the ring. What is to be sent waits at the wire.

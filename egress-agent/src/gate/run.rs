@@ -266,10 +266,14 @@ impl Runner {
             pod.spend(&mut self.turns);
         }
         self.shared.wire.tick(now_ns);
-        let addresses = self.pods.values().map(Pod::addresses);
-        let (sum, fullest) = addresses.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));
-        self.shared.means.stats.addresses.set(sum);
-        self.shared.means.stats.fullest.set(fullest);
+        let addresses = self.pods.values().map(Pod::addresses).sum();
+        let in_use = self.pods.values().map(Pod::addresses_in_use);
+        self.shared.means.stats.addresses.set(addresses);
+        self.shared
+            .means
+            .stats
+            .fullest
+            .set(in_use.max().unwrap_or(0));
         self.shared.means.stats.ticked_ns.set(now_ns);
         self.send();
     }
@@ -368,6 +372,7 @@ impl Runner {
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.wire)?;
+            pod.forget_stale_names();
             for open in self.taken_over.extract_if(.., |open| open.pod == id) {
                 pod.take_over(&open);
             }

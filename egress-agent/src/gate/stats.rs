@@ -88,11 +88,13 @@ pub struct Stats {
     pub unsent: Counter,
     /// Messages for which there was no room in the backlog of a pod over its share of the gate's time.
     pub backlog_full: Counter,
+    /// Names that could not be kept for the next agent.
+    pub names_not_kept: Counter,
     /// 1 when the resolvers are known to walk search lists.
     pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last look.
     pub addresses: Gauge,
-    /// Addresses in the fullest allow map, at the last look.
+    /// Addresses in use in the fullest allow map, at the last look.
     pub fullest: Gauge,
     /// Pods whose frames other threads than the gate's send, because the pods take them slowly.
     pub slow_pods: Gauge,
@@ -113,6 +115,7 @@ impl Default for Stats {
             stale: Counter::default(),
             unsent: Counter::default(),
             backlog_full: Counter::default(),
+            names_not_kept: Counter::default(),
             walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),

@@ -22,8 +22,7 @@ pub enum About {
 /// A name and the addresses it led to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {
-    /// The name; `None` for addresses that an earlier agent learned, whose names are not known any
-    /// more.
+    /// The name; `None` for addresses that an earlier agent learned, and whose names it could not keep.
     pub name: Option<Arc<Name>>,
     /// Whether an entry allows its addresses.
     pub listed: bool,

@@ -423,6 +423,11 @@ fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
             "Frames that could not be put back on an interface",
             stats.unsent.get(),
         ),
+        (
+            "names_not_kept",
+            "Names of allowed addresses that could not be kept for the next agent",
+            stats.names_not_kept.get(),
+        ),
     ] {
         page.counter(&format!("egress_agent_{name}"), help, value)?;
     }

@@ -164,6 +164,7 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("dns_stale", stats.stale.get()),
         ("dns_backlog_full", stats.backlog_full.get()),
         ("frames_unsent", stats.unsent.get()),
+        ("names_not_kept", stats.names_not_kept.get()),
         ("log_lines_lost", log::lost_lines()),
     ]
     .map(|(what, count)| (what.to_owned(), count))

@@ -1,0 +1,121 @@
+//! The names that are kept for the next agent, beside what is in the allow map.
+
+use egress_common::{address::Address, records::AllowEntry};
+
+use super::{
+    learned::{Entries, Table, Taught},
+    learned_address::Learned,
+};
+use crate::{
+    datapath::{AllowError, Kept, NamesError, OpenFlows},
+    dns::Name,
+};
+
+/// Names that could not be kept since they were last counted, and why.
+#[derive(Debug, Default)]
+pub(super) struct NamesLost {
+    times: u64,
+    last: Option<NamesError>,
+}
+
+impl NamesLost {
+    pub(super) fn add(&mut self, error: NamesError) {
+        self.times += 1;
+        self.last = Some(error);
+    }
+
+    /// Takes over what was not counted yet.
+    pub(super) fn take_from(&mut self, other: &mut Self) {
+        self.times += std::mem::take(&mut other.times);
+        self.last = self.last.take().or_else(|| other.last.take());
+    }
+
+    /// How many there were, and what the kernel said of the last one.
+    pub(super) fn take(&mut self) -> Option<(u64, NamesError)> {
+        let last = self.last.take()?;
+        Some((std::mem::take(&mut self.times), last))
+    }
+}
+
+/// An allow map that is filled while the pod's map of names stays as it is.
+pub(super) struct NamesStay<'a, E>(pub(super) &'a mut E);
+
+impl<E: Entries> Entries for NamesStay<'_, E> {
+    fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+
+    fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError> {
+        self.0.insert(address, entry)
+    }
+
+    fn remove(&mut self, address: Address) -> Result<(), AllowError> {
+        self.0.remove(address)
+    }
+
+    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
+        self.0.open(now_ns)
+    }
+
+    fn keep_name(&mut self, _: &Name, _: &Taught) -> Result<(), NamesError> {
+        Ok(())
+    }
+
+    fn forget_name(&mut self, _: Address, _: &Name) -> Result<(), NamesError> {
+        Ok(())
+    }
+}
+
+impl Table {
+    /// Addresses that an earlier agent left, and that are allowed by names which it had not kept: an edit
+    /// after which names mean something else does not carry them over.
+    pub(super) fn nameless(&self) -> usize {
+        let is_nameless =
+            |learned: &Learned| learned.adopted.is_some() || learned.sources.is_empty();
+        let all = self.addresses.iter();
+        all.filter(|(_, learned)| is_nameless(learned)).count()
+    }
+
+    /// Keeps the names that led to an address and were not kept under the rules `before`.
+    pub(super) fn keep_more_than(&mut self, before: &Self, names: &mut impl Entries) {
+        for (&address, learned) in &self.addresses {
+            for source in &learned.sources {
+                if before.has(&address, &source.name) {
+                    continue;
+                }
+                let taught = Taught {
+                    address,
+                    by_stranger: source.by_stranger,
+                    expires_ns: source.expires_ns,
+                };
+                if let Err(error) = names.keep_name(&source.name, &taught) {
+                    self.names_lost.add(error);
+                }
+            }
+        }
+    }
+
+    /// Forgets the names that are kept of this table, and not of the one that follows it.
+    pub(super) fn forget_more_than(&self, next: &mut Self, names: &mut impl Entries) {
+        for (&address, learned) in &self.addresses {
+            for source in &learned.sources {
+                if !next.has(&address, &source.name)
+                    && let Err(error) = names.forget_name(address, &source.name)
+                {
+                    next.names_lost.add(error);
+                }
+            }
+        }
+    }
+
+    /// Forgets what is kept and is not in this table.
+    pub(super) fn forget_others(&mut self, kept: &[Kept], names: &mut impl Entries) {
+        for kept in kept {
+            if !self.has(&kept.address, &kept.name)
+                && let Err(error) = names.forget_name(kept.address, &kept.name)
+            {
+                self.names_lost.add(error);
+            }
+        }
+    }
+}

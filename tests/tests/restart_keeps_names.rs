@@ -1,0 +1,391 @@
+//! A restarted agent knows by which names a pod's addresses are allowed, so a change after the restart, or
+//! while no agent ran, ends only what the new policy does not allow.
+
+use std::net::TcpStream;
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT, TcpEcho, UdpEcho,
+    addresses::{RESOLVER, RESOLVER6, STRANGER, numbered, server},
+    bpf::bpftool,
+    dns::{RecordType, ResponseCode, address},
+    echo_on, eventually, exchange, holds,
+    observed::HTTP,
+};
+
+/// A pod that has resolved `shop.test` and has a connection open, under an agent that leaves it enforced.
+struct Scene {
+    open: TcpStream,
+    agent: Agent,
+    _web: TcpEcho,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        Self::of(Lab::new())
+    }
+
+    #[track_caller]
+    fn of(lab: Lab) -> Self {
+        lab.dns().addresses("other.test", &[server(20)]);
+        let (web, pod) = lab.shop_and_cart("shop.test:443");
+        let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        let open = pod.talks_tcp((server(10), 443));
+        Self {
+            open,
+            agent,
+            _web: web,
+            pod,
+            lab,
+        }
+    }
+
+    /// Ends the agent, does what happens meanwhile, and starts another one.
+    #[track_caller]
+    fn restart(&mut self, meanwhile: impl FnOnce(&Lab, &Pod)) {
+        assert!(self.agent.stop().success());
+        meanwhile(&self.lab, &self.pod);
+        self.agent = self
+            .lab
+            .start_agent_with(&["--keep-enforcing"], &[&self.pod]);
+    }
+
+    #[track_caller]
+    fn edit(&self, allow: &str) {
+        self.agent.applies(&self.pod, || {
+            self.lab.write_pod(&self.pod, &[("allow", allow)]);
+        });
+    }
+
+    /// The open connection goes on, and the pod opens another one without resolving the name again.
+    #[track_caller]
+    fn goes_on(&mut self) {
+        assert!(
+            exchange(&mut self.open, b"still here", DEADLINE),
+            "the open connection was cut"
+        );
+        self.pod.talks_tcp((server(10), 443));
+        assert_eq!(self.lab.dns().asked("shop.test"), 1);
+        let denied = self.agent.denials();
+        assert!(denied.is_empty(), "{denied:?}");
+    }
+
+    #[track_caller]
+    fn is_cut(&mut self) {
+        assert!(
+            !exchange(&mut self.open, b"after", SHORT),
+            "the open connection goes on"
+        );
+        self.agent
+            .denies_tcp(&self.pod, (server(10), 443), "address_not_learned");
+    }
+
+    /// The policy that the pod's interface is under.
+    #[track_caller]
+    fn policy(&self) -> u64 {
+        policy_of(&self.lab, &self.pod)
+    }
+}
+
+#[track_caller]
+fn policy_of(lab: &Lab, pod: &Pod) -> u64 {
+    let interface = pod.interface();
+    let ifindex = lab.node().run(|| nix::net::if_::if_nametoindex(interface));
+    let ifindex = ifindex.expect("the pod's interface");
+    let map = lab.pins().join("interfaces");
+    let entries = bpftool(&[
+        "map",
+        "dump",
+        "pinned",
+        map.to_str().expect("a path in UTF-8"),
+    ]);
+    let mut entries = entries.as_array().expect("a list of entries").iter();
+    let entry = entries.find(|entry| entry["formatted"]["key"] == ifindex);
+    let entry = entry.expect("the pod's interface has an entry");
+    let policy = entry["formatted"]["value"]["policy"].as_u64();
+    policy.expect("bpftool shows the field `policy`")
+}
+
+/// How many entries the pod's map of names has.
+#[track_caller]
+fn names_kept(lab: &Lab, pod: &Pod) -> usize {
+    let map = lab.allow_pin(pod).with_file_name("names");
+    let path = map.to_str().expect("a path in UTF-8");
+    let names = bpftool(&["map", "dump", "pinned", path]);
+    names.as_array().expect("a list of entries").len()
+}
+
+#[test]
+fn after_a_restart_an_edit_that_still_allows_the_name_cuts_nothing() {
+    let mut scene = Scene::new();
+    scene.restart(|_, _| ());
+    scene.edit("shop.test:443 other.test:443");
+    scene.goes_on();
+    // And what was carried over once is known at the next restart, too.
+    scene.restart(|_, _| ());
+    scene.edit("*.test shop.test:443");
+    scene.goes_on();
+}
+
+#[test]
+fn an_edit_while_no_agent_runs_that_still_allows_the_name_cuts_nothing() {
+    let mut scene = Scene::new();
+    scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:80 shop.test:443")]));
+    scene.goes_on();
+    scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "*.test:80 shop.test")]));
+    scene.goes_on();
+}
+
+#[test]
+fn a_killed_agent_has_kept_its_names() {
+    let mut scene = Scene::new();
+    scene.agent.kill();
+    let wide = [("allow", "shop.test:443 other.test:443")];
+    scene.lab.write_pod(&scene.pod, &wide);
+    scene.agent = scene
+        .lab
+        .start_agent_with(&["--keep-enforcing"], &[&scene.pod]);
+    scene.goes_on();
+}
+
+#[test]
+fn after_a_restart_other_resolvers_cut_nothing() {
+    let mut scene = Scene::new();
+    scene.restart(|_, _| ());
+    scene.lab.edit_config(
+        "dns.resolvers",
+        [STRANGER, RESOLVER6].map(|ip| ip.to_string()).to_vec(),
+    );
+    scene.agent.reload();
+    scene.edit("shop.test:443 other.test:443");
+    scene.goes_on();
+}
+
+#[test]
+fn after_a_restart_an_edit_that_allows_the_name_no_more_cuts_it() {
+    let mut scene = Scene::new();
+    scene.restart(|_, _| ());
+    scene.edit("other.test:443");
+    scene.is_cut();
+    assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
+}
+
+#[test]
+fn an_edit_while_no_agent_runs_that_allows_the_name_no_more_cuts_it() {
+    let mut scene = Scene::new();
+    scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:443")]));
+    scene.is_cut();
+    assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
+}
+
+#[test]
+fn a_smaller_or_larger_allow_map_after_a_restart_cuts_nothing() {
+    let mut scene = Scene::new();
+    for limit in [64, 8192] {
+        scene.restart(|lab, _| lab.edit_config("limits.addressesPerPod", limit));
+        scene.goes_on();
+        scene.edit(&format!("shop.test:443 n{limit}.test"));
+        scene.goes_on();
+    }
+}
+
+#[test]
+fn udp_that_a_name_allows_goes_on_after_a_restart_and_an_edit() {
+    let lab = Lab::new();
+    let _echo: UdpEcho = lab.serve_udp(4000);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:4000/udp")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    pod.lookup("shop.test");
+    let socket = pod.udp_socket((server(10), 4000));
+    assert!(echo_on(&socket, b"before", DEADLINE));
+    assert!(agent.stop().success());
+
+    let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    agent.applies(&pod, || {
+        lab.write_pod(&pod, &[("allow", "shop.test:4000/udp other.test")]);
+    });
+    assert!(
+        echo_on(&socket, b"after", DEADLINE),
+        "the open flow was cut"
+    );
+    assert!(pod.echo_udp((server(10), 4000), b"new", DEADLINE));
+}
+
+#[test]
+fn a_name_that_has_expired_meanwhile_opens_nothing_and_keeps_what_is_open() {
+    let lab = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .build();
+    let _web = lab.serve_tcp(443);
+    lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    pod.lookup("shop.test");
+    let mut open = pod.talks_tcp((server(10), 443));
+    assert!(agent.stop().success());
+    eventually("the address has expired", || {
+        holds(pod.connect_tcp((server(10), 443), SHORT).is_err())
+    });
+
+    lab.write_pod(&pod, &[("allow", "shop.test:443 other.test:443")]);
+    let agent = lab.start_agent(&[&pod]);
+    let denied = agent.denies_tcp(&pod, (server(10), 443), "expired");
+    assert_eq!(denied.dst_names, ["shop.test"]);
+    agent.applies(&pod, || {
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    });
+    agent.denies_tcp(&pod, (server(10), 443), "expired");
+    assert!(
+        exchange(&mut open, b"still here", DEADLINE),
+        "the open connection was cut"
+    );
+}
+
+#[test]
+fn what_only_an_expired_name_allowed_is_closed_after_a_restart_though_another_name_lives() {
+    let lab = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .build();
+    let _web = [443, 444].map(|port| lab.serve_tcp(port));
+    lab.dns().answer("brief.test", [address(server(10)).ttl(1)]);
+    lab.dns()
+        .answer("long.test", [address(server(10)).ttl(900)]);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "brief.test:443 long.test:444")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    pod.lookup("brief.test");
+    pod.lookup("long.test");
+    pod.talks_tcp((server(10), 444));
+    // The kernel alone knows no names: it would keep the port open for as long as the other name lives.
+    agent.kill();
+
+    let agent = lab.start_agent(&[&pod]);
+    eventually("the port of the expired name is closed", || {
+        holds(pod.connect_tcp((server(10), 443), SHORT).is_err())
+    });
+    agent.denies_tcp(&pod, (server(10), 443), "port_not_allowed");
+    pod.talks_tcp((server(10), 444));
+}
+
+#[test]
+fn a_restarted_agent_shows_the_names_of_what_an_earlier_one_learned() {
+    let mut scene = Scene::new();
+    scene.restart(|_, _| ());
+    let status = scene.lab.status_of(&scene.pod);
+    assert_eq!(status["resolved"][0]["name"], "shop.test", "{status}");
+    let (code, explained) = scene.lab.explain(&scene.pod, "203.0.113.10:443");
+    assert_eq!(code, 0, "{explained}");
+    assert_eq!(explained["addresses"][0]["names"][0], "shop.test");
+    let (code, explained) = scene.lab.explain(&scene.pod, "shop.test:443");
+    assert_eq!(code, 0, "{explained}");
+    assert_eq!(explained["addresses"][0]["address"], "203.0.113.10");
+}
+
+#[test]
+fn names_beyond_the_limit_are_lost_at_a_restart_and_nothing_else_is() {
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", 4)
+        .config("http", HTTP)
+        .build();
+    let _web = lab.serve_tcp(443);
+    let names: Vec<String> = (0..8).map(|n| format!("n{n}.first.test")).collect();
+    for name in &names {
+        lab.dns().addresses(name, &[server(10)]);
+    }
+    lab.dns().addresses("late.test", &[server(20)]);
+    let pod = lab.pod("shop", "cart");
+    let allow = "*.first.test:443 late.test:443";
+    lab.write_pod(&pod, &[("allow", allow)]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    for name in &names {
+        assert_eq!(pod.lookup(name), [server(10)]);
+    }
+    assert_eq!(names_kept(&lab, &pod), 8);
+    // The response is delivered, and its address is allowed.
+    assert_eq!(pod.lookup("late.test"), [server(20)]);
+    let mut opens = [10, 20].map(|host| pod.talks_tcp((server(host), 443)));
+    agent.wait_said("that a name is not kept", |line| {
+        line.contains("shop/cart") && line.contains("map of names is full")
+    });
+    eventually("the name is counted", || {
+        holds(lab.metrics().get("egress_agent_names_not_kept_total") >= 1.0)
+    });
+    assert!(agent.stop().success());
+
+    // What was written by names that are not known goes on as long as names mean the same.
+    let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    agent.applies(&pod, || {
+        let wide = format!("{allow} {}:443", numbered(1));
+        lab.write_pod(&pod, &[("allow", &wide)]);
+    });
+    for open in &mut opens {
+        assert!(exchange(open, b"still here", DEADLINE), "it was cut");
+    }
+    // Otherwise nobody can say whether the address is allowed.
+    agent.applies(&pod, || {
+        let more = format!("{allow} more.test:443");
+        lab.write_pod(&pod, &[("allow", &more)]);
+    });
+    let [first, late] = &mut opens;
+    assert!(exchange(first, b"still here", DEADLINE), "it was cut");
+    assert!(!exchange(late, b"after", SHORT), "its name is not known");
+    agent.wait_said("that the address was not carried over", |line| {
+        line.contains("shop/cart") && line.contains("addresses=1")
+    });
+}
+
+#[test]
+fn what_an_agent_left_that_kept_no_names_goes_on_until_names_mean_something_else() {
+    let mut scene = Scene::new();
+    scene.restart(|lab, pod| {
+        let names = lab.allow_pin(pod).with_file_name("names");
+        std::fs::remove_file(names).expect("remove the pin");
+    });
+    scene.goes_on();
+    let wide = format!("shop.test:443 {}:443", numbered(1));
+    scene.edit(&wide);
+    scene.goes_on();
+    let more = format!("{wide} more.test:443");
+    scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", &more)]));
+    scene.is_cut();
+    scene
+        .agent
+        .wait_said("that the address was not carried over", |line| {
+            line.contains("shop/cart") && line.contains("addresses=1")
+        });
+    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+    scene.pod.talks_tcp((server(10), 443));
+    assert_eq!(names_kept(&scene.lab, &scene.pod), 1);
+}
+
+#[test]
+fn facts_that_concern_no_verdict_of_a_pod_leave_its_policy_as_it_is() {
+    let mut scene = Scene::new();
+    let policy = scene.policy();
+    scene.restart(|_, _| ());
+    scene.lab.edit_config(
+        "dns.resolvers",
+        [RESOLVER, RESOLVER6, STRANGER]
+            .map(|ip| ip.to_string())
+            .to_vec(),
+    );
+    scene.agent.reload();
+    // By then the new resolvers have been taken on.
+    let another = scene.lab.pod("shop", "another");
+    scene.lab.write_pod(&another, &[("allow", "shop.test")]);
+    scene.agent.wait_enforcing(&another);
+    assert_eq!(scene.policy(), policy, "the pod has another policy");
+    scene.goes_on();
+    // The new resolver's messages are held, and judged by their names.
+    let asked = scene.pod.resolve_at(STRANGER, "other.test", RecordType::A);
+    assert_eq!(asked.code, ResponseCode::NXDomain);
+    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+}

@@ -1,0 +1,173 @@
+//! Programs that resolve a name once and are then silent for longer than its lifetime.
+
+use std::{net::UdpSocket, thread, time::Duration};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT, UdpEcho,
+    addresses::server,
+    dns::{Record, address},
+    echo_on, eventually, holds,
+};
+use nix::time::{ClockId, clock_gettime};
+
+/// Longer than flows and expired addresses are remembered without further ado.
+const LONG: Duration = Duration::from_secs(400);
+
+/// How long the machine has been up, once that is so long that something can be [`LONG`] ago.
+fn boot_time() -> Duration {
+    loop {
+        let now: Duration = clock_gettime(ClockId::CLOCK_BOOTTIME)
+            .expect("CLOCK_BOOTTIME")
+            .into();
+        if now > LONG + Duration::from_secs(10) {
+            return now;
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn nanoseconds(time: Duration) -> [u8; 8] {
+    let nanoseconds = u64::try_from(time.as_nanos()).expect("a machine is not up for centuries");
+    nanoseconds.to_ne_bytes()
+}
+
+/// A laboratory in which an address lives for as long as its TTL says, and names whose TTL is a second.
+fn short_lived(config: &[(&str, &str)]) -> Lab {
+    let builder = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s");
+    config
+        .iter()
+        .fold(builder, |builder, &(key, value)| builder.config(key, value))
+        .build()
+}
+
+fn brief(host: u8) -> [Record; 1] {
+    [address(server(host)).ttl(1)]
+}
+
+/// A flow over UDP that has been silent for [`LONG`], and whose address has expired.
+struct Silent {
+    socket: UdpSocket,
+    agent: Agent,
+    pod: Pod,
+    _echo: UdpEcho,
+    _lab: Lab,
+}
+
+impl Silent {
+    #[track_caller]
+    fn new(config: &[(&str, &str)]) -> Self {
+        let now = boot_time();
+        let lab = short_lived(config);
+        let echo = lab.serve_udp(4000);
+        lab.dns().answer("peer.test", brief(10));
+        let pod = lab.pod("shop", "tunnel");
+        lab.write_pod(&pod, &[("allow", "peer.test:4000/udp")]);
+        let agent = lab.start_agent(&[&pod]);
+        assert_eq!(pod.lookup("peer.test"), [server(10)]);
+        let socket = pod.udp_socket((server(10), 4000));
+        for payload in [b"handshake", b"and again"] {
+            assert!(echo_on(&socket, payload, DEADLINE));
+        }
+        eventually("the address has expired", || {
+            holds(!pod.echo_udp((server(10), 4000), b"new", SHORT))
+        });
+        lab.rewrite(&pod, "flows", |_, flow| {
+            flow[..8].copy_from_slice(&nanoseconds(now.saturating_sub(LONG)));
+        });
+        Self {
+            socket,
+            agent,
+            pod,
+            _echo: echo,
+            _lab: lab,
+        }
+    }
+}
+
+#[test]
+fn udp_goes_on_after_a_silence_as_long_as_is_configured() {
+    let silent = Silent::new(&[("limits.udpIdle", "1h")]);
+    assert!(
+        echo_on(&silent.socket, b"still here", DEADLINE),
+        "the flow was forgotten"
+    );
+}
+
+#[test]
+fn udp_after_a_longer_silence_is_denied_by_the_name_that_has_expired() {
+    let silent = Silent::new(&[]);
+    let mark = silent.agent.mark();
+    assert!(
+        !echo_on(&silent.socket, b"still here", SHORT),
+        "the flow is remembered"
+    );
+    let denied = silent
+        .agent
+        .wait_denial_from(mark, "an expired address", |d| {
+            d.is(&silent.pod, "expired", server(10), 4000)
+        });
+    assert_eq!(denied.dst_names, ["peer.test"]);
+}
+
+#[test]
+fn long_after_its_lifetime_a_denial_has_the_name_and_says_that_it_expired() {
+    let now = boot_time();
+    let lab = Lab::builder()
+        .config("dns.minTtl", "1s")
+        .config("dns.grace", "0s")
+        .config("limits.addressesPerPod", 8)
+        .build();
+    let pod = lab.pod("shop", "cart");
+    let hosts = [11, 12, 13];
+    let names = hosts.map(|host| format!("n{host}.test"));
+    for (name, host) in names.iter().zip(hosts) {
+        lab.dns().answer(name, brief(host));
+    }
+    lab.dns().addresses("alive.test", &[server(20)]);
+    lab.write_pod(&pod, &[("allow", "*.test:443")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    for name in &names {
+        pod.lookup(name);
+    }
+    pod.lookup("alive.test");
+    assert!(agent.stop().success());
+    // 13 expired last.
+    let expired = |host: u8| {
+        let since = LONG + Duration::from_secs(20 - u64::from(host));
+        nanoseconds(now.saturating_sub(since))
+    };
+    lab.rewrite(&pod, "allow", |key, entry| {
+        if hosts.contains(&key[15]) {
+            entry[16..24].copy_from_slice(&expired(key[15]));
+        }
+    });
+    lab.rewrite(&pod, "names", |key, entry| {
+        if hosts.contains(&key[15]) {
+            entry[..8].copy_from_slice(&expired(key[15]));
+        }
+    });
+
+    let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    eventually("a quarter of the map has what expired", || {
+        holds(lab.allowed(&pod).len() == 3)
+    });
+    for host in [12, 13] {
+        let denied = agent.denies_tcp(&pod, (server(host), 443), "expired");
+        assert_eq!(denied.dst_names, [format!("n{host}.test")]);
+        let (code, explained) = lab.explain(&pod, &format!("203.0.113.{host}:443"));
+        assert_eq!((code, explained["reason"].as_str()), (1, Some("expired")));
+        assert_eq!(
+            explained["addresses"][0]["names"][0],
+            format!("n{host}.test")
+        );
+    }
+    agent.denies_tcp(&pod, (server(11), 443), "address_not_learned");
+    let status = lab.status_of(&pod);
+    let resolved = status["resolved"].as_array().expect("a list of names");
+    let of = |name: &str| resolved.iter().find(|resolved| resolved["name"] == name);
+    let expired = of("n13.test").expect("status has the expired name");
+    assert_eq!(expired["addresses"][0]["remaining_seconds"], 0);
+    assert!(of("n11.test").is_none(), "{status}");
+}
