@@ -499,9 +499,17 @@ fn pods_that_come_and_go_leave_nothing_behind() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
-    let agent = cluster.start_agent();
+    // Before the agent: otherwise there may be maps of its interface's quarantine, or of a first version
+    // without its addresses, for a moment.
     let stays = cluster.run(&shop, "stays", &allow(&format!("{}:443", server(10))));
+    let agent = cluster.start_agent();
     agent.wait_enforcing(stays.net());
+    // It is published after everything that is of no use any more is removed.
+    eventually("the pod's state is published", || {
+        let title = format!("{shop}/stays");
+        let (_, status) = cluster.lab.ask_json(&["status", &title]);
+        holds(status["pods"][0]["enforced"] == true)
+    });
     let settled = || {
         let objects = agent.kernel_objects();
         (
