@@ -78,6 +78,27 @@ mod tests {
         assert!(count > 0);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn what_a_side_of_a_connection_reads_was_decided(
+            questions in proptest::collection::vec(0u8..195, 0..16),
+            steps in proptest::collection::vec(proptest::prelude::any::<[u8; 6]>(), 0..60),
+            is_honest: bool,
+        ) {
+            let count = u8::try_from(questions.len()).unwrap();
+            // Without pauses, changed bytes, wrong places and flags both sides follow the protocol.
+            let steps = steps.into_iter().map(|[what, high, low, len, flags, ack]| {
+                if is_honest {
+                    [what & 0b0110_0011, high, low, len, flags & 0x7f, ack]
+                } else {
+                    [what, high, low, len, flags, ack]
+                }
+            });
+            let recipe = [count].into_iter().chain(questions).chain(steps.flatten());
+            follow(&recipe.collect::<Vec<u8>>());
+        }
+    }
+
     #[test]
     fn no_seed_of_the_corpus_panics() {
         seeds("frame", treat);

@@ -1,10 +1,11 @@
 //! One connection between a pod and a resolver.
 //!
 //! ```text
-//!  Opening ── SYN-ACK that fits the SYN ──▶ Open ── a question that may not be asked ──▶ Draining
-//!                                                                                          │
-//!           Taken: the agent is the resolver's end now ◀── all earlier questions answered ──┘
+//!  Opening ── SYN-ACK that fits the SYN ──▶ Open ── a question that may not be asked ──▶ Split
 //! ```
+//!
+//! While it is open, the connection is the pod's with the resolver. From then on each has one with the
+//! agent, see [`super::split`].
 
 use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
@@ -15,15 +16,15 @@ use super::{
     half::{Half, Refused},
     release::{Put, put_released},
     segment::{Segment, URG},
-    taken::Taken,
+    split::Split,
 };
 
 /// Most bytes of questions kept for one connection. Each is at most [`super::QUESTION_MAX`] long, and what
 /// is over this is taken when the sender repeats it.
-const ASKED_LIMIT: usize = 16 << 10;
+pub(super) const ASKED_LIMIT: usize = 16 << 10;
 /// Most bytes of answers kept for one connection: the longest message, and as much again for what
 /// comes out of order behind it.
-const ANSWERED_LIMIT: usize = 128 << 10;
+pub(super) const ANSWERED_LIMIT: usize = 128 << 10;
 
 /// Questions that may be open on one connection.
 const OPEN_QUESTIONS: usize = 512;
@@ -36,8 +37,9 @@ const SIZE: std::ops::RangeInclusive<usize> = 256..=16_384;
 /// What a SYN without the option means, over IPv4.
 const DEFAULT_MSS: u16 = 536;
 
-/// How long answers to earlier questions are waited for, before a refusal takes the connection over.
-const DRAIN_NS: u64 = 2_000_000_000;
+/// Most bits by which a window is scaled (RFC 7323, section 2.3).
+const MOST_SCALE: u32 = 14;
+
 /// How long the gate waits before it repeats what it has acknowledged in the resolver's name.
 const RESEND_NS: u64 = 500_000_000;
 /// How often it does, each time after twice as long.
@@ -48,8 +50,7 @@ const IDLE_NS: u64 = 300_000_000_000;
 enum State {
     Opening,
     Open,
-    Draining { refusal: Vec<u8>, until_ns: u64 },
-    Taken(Taken),
+    Split(Split),
 }
 
 /// What was last seen of one side.
@@ -57,16 +58,39 @@ enum State {
 pub(super) struct Side {
     /// As its headers have it.
     pub(super) window: u16,
+    /// How many bytes its window is.
+    pub(super) takes: usize,
+    /// The latest (RFC 7323, section 4.2).
     pub(super) timestamp: Option<u32>,
     mss: Option<u16>,
+    /// The window scale that its SYN offers.
+    scale: Option<u8>,
 }
 
 impl Side {
-    fn note(&mut self, segment: &Segment<'_>) {
+    /// Notes what a segment says. The window is scaled by so many bits.
+    fn note(&mut self, segment: &Segment<'_>, scale: u32) {
         self.window = segment.window;
-        self.timestamp = segment.timestamp.or(self.timestamp);
+        self.takes = usize::from(segment.window) << scale;
         self.mss = segment.mss.or(self.mss);
+        if segment.has(TCP_SYN) {
+            self.scale = segment.scale;
+        }
+        let is_later = |value: u32, known: u32| value.wrapping_sub(known).cast_signed() > 0;
+        self.timestamp = match (segment.timestamp, self.timestamp) {
+            (Some(value), Some(known)) if !is_later(value, known) => Some(known),
+            (value, known) => value.or(known),
+        };
     }
+}
+
+/// What became of the questions that are complete.
+enum Judged {
+    Allowed,
+    /// One was refused. Those before it are allowed, and those behind it are not decided.
+    Refused(Vec<u8>),
+    /// One cannot be read.
+    Unreadable,
 }
 
 pub(super) struct Flow {
@@ -78,7 +102,7 @@ pub(super) struct Flow {
     pub(super) asked: Half,
     /// What the resolver sends.
     pub(super) answered: Half,
-    pending: Pending,
+    pub(super) pending: Pending,
     pub(super) pod: Side,
     pub(super) resolver: Side,
     /// Up to where the gate has acknowledged questions itself. The pod will not repeat them.
@@ -92,7 +116,7 @@ impl Flow {
     /// A connection that the pod opens with this SYN.
     pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
         let mut pod = Side::default();
-        pod.note(segment);
+        pod.note(segment, 0);
         Some(Self {
             ends: Ends::of(segment.frame, segment.packet, To::Resolver)?,
             interface,
@@ -117,9 +141,8 @@ impl Flow {
     /// Memory that it holds and that grows with what is sent on it.
     pub(super) fn kept(&self) -> usize {
         let more = match &self.state {
-            State::Draining { refusal, .. } => refusal.len(),
-            State::Taken(taken) => taken.kept(),
-            _ => 0,
+            State::Split(split) => split.kept(),
+            State::Opening | State::Open => 0,
         };
         self.asked.kept() + self.answered.kept() + self.pending.len() * OPEN_QUESTION_BYTES + more
     }
@@ -143,6 +166,22 @@ impl Flow {
         self.size(12)
     }
 
+    /// By how many bits a side's windows are scaled: only if both sides offer to (RFC 7323, section 2.2).
+    fn scale(&self, side: &Side) -> u32 {
+        match (self.pod.scale, self.resolver.scale) {
+            (Some(_), Some(_)) => side.scale.map_or(0, |bits| u32::from(bits).min(MOST_SCALE)),
+            _ => 0,
+        }
+    }
+
+    /// How a window of so many bytes stands in a header of this side. A part of a unit is rounded up:
+    /// else a side whose unit is large would see its window closed. What is beyond is dropped, and the sender
+    /// repeats it.
+    pub(super) fn window_of(&self, side: &Side, bytes: usize) -> u16 {
+        let units = bytes.div_ceil(1 << self.scale(side));
+        u16::try_from(units).unwrap_or(u16::MAX)
+    }
+
     /// A segment from the pod.
     pub(super) fn pod_sent<D: Decide, O: Out>(
         &mut self,
@@ -151,7 +190,9 @@ impl Flow {
     ) -> Next {
         self.used_ns = step.now_ns;
         if segment.has(TCP_RST) {
-            if !matches!(self.state, State::Taken(_)) {
+            if matches!(self.state, State::Split(_)) {
+                self.reset_resolver(step.out);
+            } else {
                 put_bare(segment, To::Resolver, step.out);
             }
             return Next::Forget;
@@ -163,7 +204,7 @@ impl Flow {
         }
         if segment.has(TCP_SYN) {
             // Only the resolver has a SYN to acknowledge: the pod opens the connection.
-            if !segment.has(TCP_ACK) {
+            if !segment.has(TCP_ACK) && !matches!(self.state, State::Split(_)) {
                 // Data in a SYN (RFC 7413) is left out: the pod sends it again.
                 put_bare(segment, To::Resolver, step.out);
             }
@@ -172,11 +213,11 @@ impl Flow {
         if matches!(self.state, State::Opening) || !segment.has(TCP_ACK) {
             return Next::Keep;
         }
-        self.pod.note(segment);
-        if let State::Taken(taken) = &mut self.state {
-            let mut taken = std::mem::take(taken);
-            let next = taken.pod_sent(self, segment, step);
-            self.state = State::Taken(taken);
+        self.pod.note(segment, self.scale(&self.pod));
+        if let State::Split(split) = &mut self.state {
+            let mut split = std::mem::take(split);
+            let next = split.pod_sent(self, segment, step);
+            self.state = State::Split(split);
             return next;
         }
         if !self.answered.acknowledge(segment.ack) {
@@ -193,10 +234,12 @@ impl Flow {
         if segment.has(TCP_FIN) {
             self.asked.end_at(segment.end(position));
         }
-        if matches!(self.state, State::Open) && !self.judge_questions(segment.packet, step) {
-            return self.fail(step.out);
+        match self.judge_questions(segment.packet, step) {
+            Judged::Allowed => {}
+            Judged::Refused(refusal) => return self.split(&refusal, step),
+            Judged::Unreadable => return self.fail(step.out),
         }
-        if matches!(self.state, State::Open) && self.asked.is_cut() {
+        if self.asked.is_cut() {
             return self.lose(segment.packet, "ended within a question", step);
         }
         let size = self.size_of(segment);
@@ -211,22 +254,22 @@ impl Flow {
         if put != Put::Sent || self.asked.next() > self.asked.released {
             self.acknowledge_questions(step);
         }
-        self.go_on(step)
+        self.go_on()
     }
 
-    /// Decides the questions that are complete; false when one cannot be read.
+    /// Decides the questions that are complete, up to the first one that is refused.
     fn judge_questions<D: Decide, O: Out>(
         &mut self,
         packet: &Packet,
         step: &mut Step<'_, D, O>,
-    ) -> bool {
+    ) -> Judged {
         loop {
             if self.asked.is_too_long() {
                 step.decide.lost(packet, "a question is too long");
-                return false;
+                return Judged::Unreadable;
             }
             let Some(message) = self.asked.message() else {
-                return true;
+                return Judged::Allowed;
             };
             match step.decide.question(message, packet) {
                 Asked::Allowed(question) => {
@@ -236,13 +279,9 @@ impl Flow {
                 }
                 Asked::Refused(refusal) => {
                     self.asked.take_message();
-                    self.state = State::Draining {
-                        refusal,
-                        until_ns: step.now_ns + DRAIN_NS,
-                    };
-                    return true;
+                    return Judged::Refused(refusal);
                 }
-                Asked::Unreadable => return false,
+                Asked::Unreadable => return Judged::Unreadable,
             }
         }
     }
@@ -253,14 +292,6 @@ impl Flow {
         segment: &Segment<'_>,
         step: &mut Step<'_, D, O>,
     ) -> Next {
-        if matches!(self.state, State::Taken(_)) {
-            // It has not heard of the reset.
-            if segment.has(TCP_ACK) && !segment.has(TCP_RST) {
-                self.ends
-                    .put_reset(To::Resolver, segment.ack, None, step.out);
-            }
-            return Next::Keep;
-        }
         if segment.has(TCP_RST) {
             return self.reset_by_resolver(segment, step.out);
         }
@@ -269,6 +300,16 @@ impl Flow {
         }
         if !segment.has(TCP_ACK) {
             return Next::Keep;
+        }
+        if let State::Split(split) = &mut self.state {
+            let mut split = std::mem::take(split);
+            if !segment.has(TCP_SYN) {
+                self.resolver.note(segment, self.scale(&self.resolver));
+            }
+            self.used_ns = step.now_ns;
+            let next = split.resolver_sent(self, segment, step);
+            self.state = State::Split(split);
+            return next;
         }
         if segment.has(TCP_SYN) {
             self.open(segment, step);
@@ -284,7 +325,7 @@ impl Flow {
             return Next::Keep;
         }
         self.used_ns = step.now_ns;
-        self.resolver.note(segment);
+        self.resolver.note(segment, self.scale(&self.resolver));
         let position = self.answered.position(segment.seq);
         match self.answered.insert(position, segment.payload) {
             Ok(()) => {}
@@ -311,10 +352,6 @@ impl Flow {
         // The beginning of a message is let through: a sender with a small window waits for it to be
         // acknowledged before it sends the rest.
         self.answered.released = self.answered.next();
-        if matches!(self.state, State::Draining { .. }) && self.answered.is_ended() {
-            // No answer comes any more, and nothing could be said behind the end of the stream.
-            return self.take_over(step);
-        }
         let size = self.size_of(segment);
         let put = put_released(
             &mut self.answered,
@@ -334,7 +371,7 @@ impl Flow {
             };
             self.ends.put_own(To::Resolver, &acknowledgment, step.out);
         }
-        self.go_on(step)
+        self.go_on()
     }
 
     fn open<D, O: Out>(&mut self, segment: &Segment<'_>, step: &mut Step<'_, D, O>) {
@@ -346,7 +383,7 @@ impl Flow {
         match self.state {
             State::Opening => {
                 self.answered = Half::new(first, ANSWERED_LIMIT);
-                self.resolver.note(segment);
+                self.resolver.note(segment, 0);
                 self.state = State::Open;
             }
             _ if self.answered.first() == first => {}
@@ -368,17 +405,16 @@ impl Flow {
         if !believed {
             return Next::Keep;
         }
-        put_bare(segment, To::Pod, out);
+        if matches!(self.state, State::Split(_)) {
+            self.reset_pod(out);
+        } else {
+            put_bare(segment, To::Pod, out);
+        }
         Next::Forget
     }
 
     /// What follows from a step that went well.
-    fn go_on<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
-        if let State::Draining { until_ns, .. } = &self.state
-            && (self.pending.len() == 0 || step.now_ns >= *until_ns)
-        {
-            return self.take_over(step);
-        }
+    fn go_on(&self) -> Next {
         if self.asked.is_over() && self.answered.is_over() {
             return Next::Forget;
         }
@@ -414,25 +450,15 @@ impl Flow {
         }
     }
 
-    /// The resolver is told that the connection is over, and the agent answers in its place.
-    fn take_over<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
-        if self.answered.fin_sent || self.answered.is_cut_short() {
-            // Nothing can be said behind the end of the stream, or within an answer whose rest does not
-            // come.
+    /// From here on the agent is the other end for both sides.
+    fn split<D: Decide, O: Out>(&mut self, refusal: &[u8], step: &mut Step<'_, D, O>) -> Next {
+        if self.answered.fin_sent {
+            // Nothing can be said behind the end of the stream.
             return self.fail(step.out);
         }
-        let State::Draining { refusal, .. } = std::mem::replace(&mut self.state, State::Open)
-        else {
-            return Next::Keep;
-        };
-        self.reset_resolver(step.out);
-        let mut taken = Taken::new(self.answered.sent_seq(), &refusal);
-        let packet = self.ends.packet(To::Resolver);
-        let next = taken.serve(self, &packet, step);
-        if next == Next::Keep {
-            taken.send(self, step);
-        }
-        self.state = State::Taken(taken);
+        let mut split = Split::new(self);
+        let next = split.begin(self, refusal, step);
+        self.state = State::Split(split);
         next
     }
 
@@ -442,13 +468,13 @@ impl Flow {
             return Next::Forget;
         }
         step.out.turn_to(self.interface);
-        if let State::Taken(taken) = &mut self.state {
-            let mut taken = std::mem::take(taken);
-            let next = taken.tick(self, self.used_ns, step);
-            self.state = State::Taken(taken);
+        self.pending.sweep(step.now_ns);
+        if let State::Split(split) = &mut self.state {
+            let mut split = std::mem::take(split);
+            let next = split.tick(self, step);
+            self.state = State::Split(split);
             return next;
         }
-        self.pending.sweep(step.now_ns);
         let owed = self.own_ack.min(self.asked.sent);
         if owed > self.asked.acked && step.now_ns >= self.resend_at_ns {
             if self.resends == RESENDS {
@@ -475,27 +501,32 @@ impl Flow {
                 seq = seq.wrapping_add(chunk.len() as u32);
             }
         }
-        self.go_on(step)
+        self.go_on()
     }
 
     /// Resets both sides.
     pub(super) fn fail(&self, out: &mut impl Out) -> Next {
-        if !matches!(self.state, State::Taken(_)) {
-            self.reset_resolver(out);
-        }
-        let seq = match &self.state {
-            State::Taken(taken) => taken.next_seq(),
-            _ => self.answered.sent_seq(),
-        };
-        self.ends
-            .put_reset(To::Pod, seq, Some(self.asked.ack()), out);
+        self.reset_resolver(out);
+        self.reset_pod(out);
         Next::Forget
     }
 
     /// Resets the resolver's side.
     pub(super) fn reset_resolver(&self, out: &mut impl Out) {
-        self.ends
-            .put_reset(To::Resolver, self.asked.sent_seq(), None, out);
+        let seq = match &self.state {
+            State::Split(split) => split.next_seq(To::Resolver),
+            _ => self.asked.sent_seq(),
+        };
+        self.ends.put_reset(To::Resolver, seq, None, out);
+    }
+
+    fn reset_pod(&self, out: &mut impl Out) {
+        let seq = match &self.state {
+            State::Split(split) => split.next_seq(To::Pod),
+            _ => self.answered.sent_seq(),
+        };
+        let ack = Some(self.asked.ack());
+        self.ends.put_reset(To::Pod, seq, ack, out);
     }
 
     /// Resets both sides and reports it.

@@ -20,6 +20,8 @@ use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_qu
 const STEPS: usize = 150;
 /// Longest payload that both sides say they take.
 const MSS: u16 = 300;
+/// How often honest sides repeat themselves at the end, at most.
+const ROUNDS: usize = 100;
 /// First sequence numbers: both streams come past the end of the numbers.
 const POD_FIRST: u32 = u32::MAX - 40;
 const RESOLVER_FIRST: u32 = u32::MAX - 10;
@@ -101,6 +103,10 @@ impl Decide for Decisions {
     }
 
     fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        assert!(
+            self.refusals.is_empty(),
+            "what is not decided passes behind a refusal"
+        );
         let delivered = read_beginning(message).is_ok_and(|answer| {
             answer.is_none_or(|answer| pending.expects(&Self::answered(packet, &answer), &answer))
         });
@@ -198,7 +204,11 @@ struct Scene {
     /// What each side would send if it followed the protocol.
     questions: Vec<u8>,
     answers: Vec<u8>,
-    /// Up to where the answers reach to each question, by where the question ends.
+    /// What the resolver would read of the questions.
+    allowed: Vec<u8>,
+    /// How many bytes of refusals the pod would read.
+    refused: usize,
+    /// Up to where the answers reach to each question, by where the question ends in what the resolver reads.
     answered: Vec<(usize, usize)>,
     /// Whether both sides have followed it so far.
     is_honest: bool,
@@ -279,27 +289,33 @@ impl Scene {
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }
 
-    /// Whether what the pod reads are answers that may be delivered, and refusals behind them, in
+    /// Whether what the pod reads are answers that may be delivered and refusals, each of the two in their
     /// order; else the message that is neither.
     fn messages_of_pod(&self) -> Result<(), Vec<u8>> {
-        let mut answers = self.decisions.answers.iter();
-        let mut refusals = self.decisions.refusals.iter();
-        let mut has_refusal = false;
+        let Decisions {
+            answers,
+            refusals,
+            begun,
+            ..
+        } = &self.decisions;
+        let (mut answers, mut refusals) = (answers.iter().peekable(), refusals.iter().peekable());
         let mut rest = self.line.pod.bytes.as_slice();
         while let Some((len, behind)) = rest.split_first_chunk() {
             let len = usize::from(u16::from_be_bytes(*len));
             let Some((message, behind)) = behind.split_at_checked(len) else {
-                let may_begin = !has_refusal && self.decisions.begun.starts_with(behind);
-                return (may_begin || behind.is_empty())
-                    .then_some(())
-                    .ok_or_else(|| behind.to_vec());
+                // More of a decided message comes with the next segment.
+                let is_next = |next: Option<&&Vec<u8>>| {
+                    next.is_some_and(|next| next.len() == len && next.starts_with(behind))
+                };
+                let may_begin = behind.is_empty()
+                    || is_next(answers.peek())
+                    || is_next(refusals.peek())
+                    || begun.starts_with(behind);
+                return may_begin.then_some(()).ok_or_else(|| behind.to_vec());
             };
-            let is_answer = !has_refusal && answers.next().is_some_and(|answer| answer == message);
-            if !is_answer {
-                has_refusal = true;
-                if refusals.next().is_none_or(|refusal| refusal != message) {
-                    return Err(message.to_vec());
-                }
+            let of = |next: &&Vec<u8>| next.as_slice() == message;
+            if answers.next_if(of).is_none() && refusals.next_if(of).is_none() {
+                return Err(message.to_vec());
             }
             rest = behind;
         }
@@ -385,27 +401,48 @@ impl Scene {
     /// Sides that follow the protocol get everything across, whatever was lost or came twice.
     fn ends_well(&mut self) {
         let (questions, answers) = (self.questions.clone(), self.answers.clone());
-        let place = |first: u32, at: usize| first.wrapping_add(1).wrapping_add(at as u32);
-        for (i, chunk) in questions.chunks(500).enumerate() {
-            let seq = place(POD_FIRST, i * 500);
-            let ack = place(RESOLVER_FIRST, self.line.pod.bytes.len());
-            self.segment(To::Resolver, TCP_ACK, seq, ack, chunk);
-            let seq = place(RESOLVER_FIRST, self.line.pod.bytes.len());
-            let ack = place(POD_FIRST, self.line.resolver.bytes.len());
-            self.segment(To::Pod, TCP_ACK, seq, ack, b"");
+        let read = answers.len() + self.refused;
+        for _ in 0..ROUNDS {
+            for (i, chunk) in questions.chunks(500).enumerate() {
+                self.sends(To::Resolver, i * 500, chunk);
+            }
+            let answerable = answers.get(..self.answerable()).unwrap_or_default();
+            for (i, chunk) in answerable.chunks(500).enumerate() {
+                self.sends(To::Pod, i * 500, chunk);
+            }
+            if self.line.pod.bytes.len() == read {
+                break;
+            }
         }
-        assert!(self.line.resolver.bytes == questions, "questions are lost");
-        for (i, chunk) in answers.chunks(500).enumerate() {
-            let seq = place(RESOLVER_FIRST, i * 500);
-            let ack = place(POD_FIRST, questions.len());
-            self.segment(To::Pod, TCP_ACK, seq, ack, chunk);
-            let ack = place(RESOLVER_FIRST, self.line.pod.bytes.len());
-            let seq = place(POD_FIRST, questions.len());
-            self.segment(To::Resolver, TCP_ACK, seq, ack, b"");
-        }
-        assert!(self.line.pod.bytes == answers, "answers are lost");
+        assert!(
+            self.line.resolver.bytes == self.allowed,
+            "questions are lost"
+        );
+        assert_eq!(self.line.pod.bytes.len(), read, "answers are lost");
+        assert_eq!(self.messages_of_pod(), Ok(()));
         assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
         assert_eq!(self.budget.common(), 0);
+    }
+
+    /// A side sends bytes at this place of its stream, and then both acknowledge all that they have read.
+    fn sends(&mut self, to: To, at: usize, bytes: &[u8]) {
+        let place = |first: u32, at: usize| first.wrapping_add(1).wrapping_add(at as u32);
+        let ends = [
+            (To::Resolver, self.questions.len()),
+            (To::Pod, self.answerable()),
+        ];
+        let own = (to, at, bytes);
+        let empty: &[u8] = &[];
+        for (to, at, bytes) in [own]
+            .into_iter()
+            .chain(ends.map(|(to, end)| (to, end, empty)))
+        {
+            let (first, other, read) = match to {
+                To::Resolver => (POD_FIRST, RESOLVER_FIRST, self.line.pod.bytes.len()),
+                To::Pod => (RESOLVER_FIRST, POD_FIRST, self.line.resolver.bytes.len()),
+            };
+            self.segment(to, TCP_ACK, place(first, at), place(other, read), bytes);
+        }
     }
 }
 
@@ -433,15 +470,23 @@ pub(in super::super) fn follow(recipe: &[u8]) {
         line: Line::default(),
         questions: Vec::new(),
         answers: Vec::new(),
+        allowed: Vec::new(),
+        refused: 0,
         answered: Vec::new(),
         is_honest: true,
     };
     for (id, &kind) in (0..).zip(questions) {
-        let (question, answer) = exchange(id, kind);
-        scene.is_honest &= answer.is_some();
-        scene.questions.extend(question);
-        scene.answers.extend(answer.unwrap_or_default());
-        let ends = (scene.questions.len(), scene.answers.len());
+        let (question, reaction) = exchange(id, kind);
+        scene.questions.extend(&question);
+        match reaction {
+            Reaction::Answer(answer) => {
+                scene.allowed.extend(question);
+                scene.answers.extend(answer);
+            }
+            Reaction::Refusal(refusal) => scene.refused += refusal.len(),
+            Reaction::Reset => scene.is_honest = false,
+        }
+        let ends = (scene.allowed.len(), scene.answers.len());
         scene.answered.push(ends);
     }
     if count & 0x80 == 0 {
@@ -458,8 +503,16 @@ pub(in super::super) fn follow(recipe: &[u8]) {
     }
 }
 
-/// A question, and an answer to it if there is one, as they stand in a stream.
-fn exchange(id: u8, kind: u8) -> (Vec<u8>, Option<Vec<u8>>) {
+/// What comes back of a question, as it stands in a stream.
+enum Reaction {
+    Answer(Vec<u8>),
+    Refusal(Vec<u8>),
+    /// It cannot be read.
+    Reset,
+}
+
+/// A question as it stands in a stream, and what comes back of it.
+fn exchange(id: u8, kind: u8) -> (Vec<u8>, Reaction) {
     let mut question = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     let len = kind & 0x3f;
     // What begins with an n is refused.
@@ -468,11 +521,15 @@ fn exchange(id: u8, kind: u8) -> (Vec<u8>, Option<Vec<u8>>) {
     question.resize(question.len() + usize::from(len.max(1)), letter);
     question.extend([0, 0, 16, 0, 1]);
     match (kind >> 6, len) {
-        (2, _) => return (framed(&question), None),
+        (2, _) => {
+            let read = read_question(&question).expect("a question");
+            let refusal = refuse(&read, Refusal::NxDomain);
+            return (framed(&question), Reaction::Refusal(framed(&refusal)));
+        }
         // No question; one that is too long; one that is only a prefix.
-        (3, 0) => return (framed(b"no question"), None),
-        (3, 1) => return (framed(&vec![0; QUESTION_MAX + 1]), None),
-        (3, 2) => return (framed(b""), None),
+        (3, 0) => return (framed(b"no question"), Reaction::Reset),
+        (3, 1) => return (framed(&vec![0; QUESTION_MAX + 1]), Reaction::Reset),
+        (3, 2) => return (framed(b""), Reaction::Reset),
         _ => {}
     }
     let mut answer = question.clone();
@@ -482,7 +539,7 @@ fn exchange(id: u8, kind: u8) -> (Vec<u8>, Option<Vec<u8>>) {
     answer.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60]);
     answer.extend(data.to_be_bytes());
     answer.resize(answer.len() + usize::from(data), kind);
-    (framed(&question), Some(framed(&answer)))
+    (framed(&question), Reaction::Answer(framed(&answer)))
 }
 
 fn framed(message: &[u8]) -> Vec<u8> {

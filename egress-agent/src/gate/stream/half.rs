@@ -84,6 +84,11 @@ impl Half {
         self.bytes.len() + self.ahead_bytes
     }
 
+    /// How many bytes there is room for behind `next`.
+    pub(super) fn room(&self) -> usize {
+        self.limit.saturating_sub(self.bytes.len())
+    }
+
     /// The position that a sequence number means: the one nearest to where the stream stands (RFC
     /// 9293, section 3.4). Negative before the first byte.
     pub(super) fn position(&self, seq: u32) -> i64 {
@@ -209,11 +214,6 @@ impl Half {
     /// Whether it ended in the middle of a message.
     pub(super) fn is_cut(&self) -> bool {
         self.is_ended() && self.parsed < self.next()
-    }
-
-    /// Whether what has been put back ends in the middle of a message.
-    pub(super) fn is_cut_short(&self) -> bool {
-        self.sent > self.parsed
     }
 
     /// Length that the message at hand announces, once its prefix is here.

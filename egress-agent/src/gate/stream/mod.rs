@@ -3,13 +3,13 @@
 //! Every segment comes through the ring. The bytes of each direction are put in order, the messages
 //! among them are decided as those over UDP are, and a segment goes on when everything it completes
 //! may. The connection is the pod's with the resolver: addresses, ports and sequence numbers stay as
-//! they are.
+//! they are, until a question is refused.
 //!
 //! ```text
 //!  segment ─▶ its connection ─▶ bytes in order ─▶ whole messages ─▶ decided as over UDP
 //!                 │ none: reset both sides            │                 │ no
 //!                 │                                   ▼ not yet         ▼
-//!                 │       from the pod: held, acknowledged      question: refused, see [`taken`]
+//!                 │       from the pod: held, acknowledged      question: refused, see [`split`]
 //!                 │       from the resolver: put back           answer: reset both sides
 //! ```
 //!
@@ -26,7 +26,8 @@ pub(super) mod fuzzing;
 mod half;
 mod release;
 mod segment;
-mod taken;
+mod sender;
+mod split;
 
 use egress_common::{
     address::Address,

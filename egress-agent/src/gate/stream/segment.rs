@@ -12,6 +12,7 @@ pub(super) const URG: u8 = 0x20;
 const OPTION_END: u8 = 0;
 pub(super) const OPTION_PADDING: u8 = 1;
 const OPTION_MSS: u8 = 2;
+const OPTION_SCALE: u8 = 3;
 const OPTION_TIMESTAMPS: u8 = 8;
 
 const TCP_HEADER: usize = 20;
@@ -29,6 +30,8 @@ pub(in super::super) struct Segment<'a> {
     pub(super) window: u16,
     /// What a SYN says of the longest segment its sender takes.
     pub(super) mss: Option<u16>,
+    /// What a SYN says of how the windows of later segments are scaled (RFC 7323, section 2).
+    pub(super) scale: Option<u8>,
     /// Timestamp value (RFC 7323, section 3).
     pub(super) timestamp: Option<u32>,
     /// Ethernet, IP and TCP headers.
@@ -76,6 +79,7 @@ impl<'a> Segment<'a> {
             flags,
             window: u16::from_be_bytes([w0, w1]),
             mss: None,
+            scale: None,
             timestamp: None,
             headers: frame.get(..at + headers.len())?,
             payload,
@@ -104,6 +108,7 @@ impl<'a> Segment<'a> {
             };
             match (kind, option) {
                 (OPTION_MSS, &[_, _, a, b]) => self.mss = Some(u16::from_be_bytes([a, b])),
+                (OPTION_SCALE, &[_, _, bits]) => self.scale = Some(bits),
                 (OPTION_TIMESTAMPS, &[_, _, a, b, c, d, _, _, _, _]) => {
                     self.timestamp = Some(u32::from_be_bytes([a, b, c, d]));
                 }

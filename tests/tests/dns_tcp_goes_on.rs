@@ -1,0 +1,457 @@
+//! A refused question on a connection with a resolver: the connection goes on, and every question on it gets
+//! its answer.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::Read as _,
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, Shutdown, TcpStream},
+    process::{Command, Stdio},
+};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, Running, SHORT,
+    addresses::{RESOLVER, RESOLVER6, numbered, server, server6},
+    dns::{Answer, RecordType, ResponseCode, Send, address, question},
+    eventually, resolvers,
+};
+
+/// A pod that may reach `shop.test` and the names below `many.test`.
+struct Scene {
+    agent: Agent,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        Self::of(Lab::new())
+    }
+
+    #[track_caller]
+    fn of(lab: Lab) -> Self {
+        lab.dns().addresses("shop.test", &[server(10), server6(10)]);
+        lab.dns().addresses("evil.test", &[server(66)]);
+        lab.dns().numbered("many.test");
+        Self::with_resolver(lab)
+    }
+
+    #[track_caller]
+    fn with_resolver(lab: Lab) -> Self {
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443 *.many.test:443")]);
+        let agent = lab.start_agent(&[&pod]);
+        Self { agent, pod, lab }
+    }
+
+    #[track_caller]
+    fn connects(&self, resolver: IpAddr) -> Stream {
+        let stream = self.pod.reach_tcp((resolver, 53));
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        Stream(stream)
+    }
+
+    fn has_learned(&self, address: IpAddr) -> bool {
+        self.lab.allowed(&self.pod).contains_key(&address)
+    }
+
+    /// Nothing of a refused name has left the node, and no connection was reset.
+    #[track_caller]
+    fn refuses_quietly(&self) {
+        let questions = self.lab.dns().questions();
+        assert!(!questions.iter().any(|q| q.name.contains("evil.test")));
+        for denial in self.agent.denials() {
+            assert_eq!(denial.reason, "dns_name", "{denial:?}");
+        }
+    }
+}
+
+/// A connection to the resolver, for messages written by hand.
+struct Stream(TcpStream);
+
+impl Stream {
+    #[track_caller]
+    fn ask(&mut self, id: u16, name: &str) {
+        self.write(&asking(id, name));
+    }
+
+    #[track_caller]
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).expect("write to a connection");
+    }
+
+    #[track_caller]
+    fn next(&mut self) -> Answer {
+        let mut length = [0; 2];
+        self.0.read_exact(&mut length).expect("an answer");
+        let mut message = vec![0; u16::from_be_bytes(length).into()];
+        self.0.read_exact(&mut message).expect("an answer");
+        Answer::read(&message)
+    }
+
+    #[track_caller]
+    fn expect(&mut self, id: u16) -> Answer {
+        let answer = self.next();
+        assert_eq!(answer.message.metadata.id, id);
+        answer
+    }
+
+    #[track_caller]
+    fn expect_refusal(&mut self, id: u16) {
+        assert_eq!(self.expect(id).code, ResponseCode::NXDomain);
+    }
+
+    /// So many answers, by their id. Each comes once.
+    #[track_caller]
+    fn answers(&mut self, count: usize) -> HashMap<u16, Answer> {
+        let mut answers = HashMap::new();
+        for _ in 0..count {
+            let answer = self.next();
+            let known = answers.insert(answer.message.metadata.id, answer);
+            assert!(known.is_none(), "answered twice");
+        }
+        answers
+    }
+}
+
+fn asking(id: u16, name: &str) -> Vec<u8> {
+    let message = question(id, name, RecordType::A);
+    let length = u16::try_from(message.len()).expect("a short question");
+    [&length.to_be_bytes(), message.as_slice()].concat()
+}
+
+#[test]
+fn a_listed_question_after_a_refused_one_is_answered() {
+    let scene = Scene::new();
+    for resolver in [RESOLVER, RESOLVER6] {
+        let mut stream = scene.connects(resolver);
+        stream.ask(1, "evil.test");
+        stream.expect_refusal(1);
+        stream.ask(2, "shop.test");
+        assert_eq!(stream.expect(2).addresses, [server(10)]);
+        assert!(scene.has_learned(server(10)));
+        stream.ask(3, "evil.test");
+        stream.expect_refusal(3);
+        stream.ask(4, "n4.many.test");
+        assert_eq!(stream.expect(4).addresses, [numbered(4)]);
+    }
+    scene.refuses_quietly();
+}
+
+#[test]
+fn a_refused_question_does_not_wait_for_the_resolver() {
+    let scene = Scene::new();
+    scene.lab.dns().on("shop.test", |asked| {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        vec![Send::answer(asked, &[address(server(10))])]
+    });
+    let mut stream = scene.connects(RESOLVER);
+    let asked = [asking(1, "shop.test"), asking(2, "evil.test")].concat();
+    stream.write(&asked);
+    stream.expect_refusal(2);
+    assert_eq!(stream.expect(1).addresses, [server(10)]);
+    scene.refuses_quietly();
+}
+
+/// The zone of a resolver that nobody here wrote.
+fn zone(lab: &Lab) -> &'static str {
+    let head = "$ORIGIN test.\n$TTL 300\n@ IN SOA ns.test. root.test. 1 3600 600 86400 300\n\
+                @ IN NS ns.test.\nns IN A 10.99.0.53\nshop IN A 203.0.113.10\nevil IN A 203.0.113.66\n";
+    let many = (0..100).map(|n| format!("n{n}.many IN A {}\n", numbered(n)));
+    let zone = head.to_owned() + &many.collect::<String>();
+    fs::write(lab.directory().join("test.zone"), zone).expect("write a zone");
+    "test.zone"
+}
+
+#[track_caller]
+fn refused_and_listed_together(scene: &Scene, resolver: IpAddr, in_one_write: bool) {
+    let mut stream = scene.connects(resolver);
+    let name = |id: u16| match id % 2 {
+        0 => format!("n{id}.many.test"),
+        _ => format!("n{id}.evil.test"),
+    };
+    let asked: Vec<_> = (0..100).map(|id| asking(id, &name(id))).collect();
+    if in_one_write {
+        stream.write(&asked.concat());
+    } else {
+        asked.iter().for_each(|question| stream.write(question));
+    }
+    for (id, answer) in stream.answers(asked.len()) {
+        if id.is_multiple_of(2) {
+            assert_eq!(answer.addresses, [numbered(id.into())]);
+            assert!(scene.has_learned(numbered(id.into())));
+        } else {
+            assert_eq!(answer.code, ResponseCode::NXDomain);
+        }
+    }
+}
+
+#[test]
+fn unbound_answers_what_is_asked_between_refused_questions() {
+    let lab = Lab::builder().without_dns().build();
+    let zone = zone(&lab);
+    let mut command = resolvers::unbound(&lab, zone);
+    let _resolver = lab.run_resolver(&mut command);
+    let scene = Scene::with_resolver(lab);
+    for resolver in [RESOLVER, RESOLVER6] {
+        refused_and_listed_together(&scene, resolver, true);
+        refused_and_listed_together(&scene, resolver, false);
+    }
+}
+
+#[test]
+fn bind_answers_what_is_asked_between_refused_questions() {
+    let lab = Lab::builder().without_dns().build();
+    let zone = zone(&lab);
+    let mut command = resolvers::named(&lab, &[RESOLVER, RESOLVER6], zone);
+    let _resolver = lab.run_resolver(&mut command);
+    let scene = Scene::with_resolver(lab);
+    refused_and_listed_together(&scene, RESOLVER, true);
+    refused_and_listed_together(&scene, RESOLVER6, false);
+}
+
+/// unbound in the pod, which asks the node's resolver over TCP only.
+#[track_caller]
+fn unbound_in(scene: &Scene) -> Running {
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: 127.0.0.1\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 directory: \"{directory}\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 tcp-upstream: yes\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         forward-zone:\n\
+         \x20 name: \".\"\n\
+         \x20 forward-addr: {RESOLVER}\n",
+        directory = scene.lab.directory().display()
+    );
+    let file = scene.lab.directory().join("unbound-in-pod.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/unbound");
+    command
+        .arg("-d")
+        .arg("-c")
+        .arg(file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let running = scene.pod.start(&mut command);
+    let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    eventually("the resolver in the pod answers", || {
+        let answer = scene
+            .pod
+            .try_resolve(here, "shop.test", RecordType::A, SHORT)?;
+        (answer.code == ResponseCode::NoError).then_some(())
+    });
+    running
+}
+
+#[test]
+fn a_resolver_in_the_pod_that_asks_over_tcp_resolves_every_listed_name() {
+    const NAMES: u16 = 20;
+    let scene = Scene::new();
+    let _unbound = unbound_in(&scene);
+    let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let socket = scene.pod.dns_socket();
+    for id in 0..NAMES {
+        socket.ask(here, 1000 + id, &format!("n{id}.evil.test"), RecordType::A);
+        socket.ask(here, id, &format!("n{id}.many.test"), RecordType::A);
+    }
+    let mut resolved = Vec::new();
+    let mut refused = Vec::new();
+    for _ in 0..2 * NAMES {
+        let answer = socket.expect("an answer to each question");
+        match answer.message.metadata.id {
+            id @ 1000.. => {
+                assert_eq!(answer.code, ResponseCode::NXDomain, "{id}");
+                refused.push(id - 1000);
+            }
+            id => {
+                assert_eq!(answer.addresses, [numbered(id.into())], "{id}");
+                resolved.push(id);
+            }
+        }
+    }
+    resolved.sort_unstable();
+    refused.sort_unstable();
+    let all: Vec<u16> = (0..NAMES).collect();
+    assert_eq!((&resolved, &refused), (&all, &all));
+    scene.refuses_quietly();
+}
+
+#[test]
+fn glibc_walks_its_search_list_on_one_connection() {
+    let scene = Scene::new();
+    let settings = format!(
+        "nameserver {RESOLVER}\nsearch evil.test\noptions use-vc ndots:5 attempts:1 timeout:5\n"
+    );
+    let mut command = Command::new("getent");
+    command.args(["ahosts", "shop.test"]);
+    let output = scene.lab.run_in(&scene.pod, &settings, &command);
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        printed.contains("203.0.113.10") && printed.contains("2001:db8::a"),
+        "{printed}"
+    );
+    let questions = scene.lab.dns().questions();
+    let asked_from: Vec<u16> = questions.iter().map(|q| q.from.port()).collect();
+    assert_eq!(asked_from.len(), 2, "A and AAAA, over TCP: {questions:?}");
+    assert!(questions.iter().all(|q| q.tcp));
+    assert_eq!(asked_from[0], asked_from[1], "on one connection");
+    scene.refuses_quietly();
+}
+
+/// Addresses in the largest answer there is.
+const ADDRESSES: u32 = 2660;
+
+fn answers_at_length(scene: &Scene) {
+    scene.lab.dns().on("shop.test", |asked| {
+        let all: Vec<_> = (0..ADDRESSES).map(|n| address(numbered(n))).collect();
+        vec![Send::answer(asked, &all)]
+    });
+}
+
+#[test]
+fn an_answer_of_64_kib_arrives_after_a_refusal() {
+    let scene = Scene::new();
+    answers_at_length(&scene);
+    let mut stream = scene.connects(RESOLVER);
+    for id in 0..4 {
+        stream.ask(100 + id, "evil.test");
+        stream.expect_refusal(100 + id);
+        stream.ask(id, "shop.test");
+        let answer = stream.expect(id);
+        assert_eq!(answer.addresses.len(), ADDRESSES as usize);
+        assert!(answer.bytes > 64_000, "{} bytes", answer.bytes);
+        assert!(scene.has_learned(numbered(ADDRESSES - 1)));
+    }
+    scene.refuses_quietly();
+}
+
+#[test]
+fn a_question_that_is_refused_within_an_answer_is_answered_behind_it() {
+    let scene = Scene::new();
+    answers_at_length(&scene);
+    let mut stream = scene.connects(RESOLVER);
+    for id in 0..20 {
+        stream.ask(id, "shop.test");
+        // Part of the answer has passed before the refusal.
+        stream.0.peek(&mut [0]).expect("the answer begins");
+        stream.ask(100 + id, "evil.test");
+        let answers = stream.answers(2);
+        assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
+        assert_eq!(answers[&(100 + id)].code, ResponseCode::NXDomain);
+    }
+    scene.refuses_quietly();
+}
+
+#[test]
+fn a_pod_that_reads_late_gets_everything() {
+    const ANSWERS: u16 = 30;
+    let scene = Scene::new();
+    answers_at_length(&scene);
+    let mut stream = scene.connects(RESOLVER);
+    stream.ask(1000, "evil.test");
+    for id in 0..ANSWERS {
+        stream.ask(id, "shop.test");
+        stream.ask(2000 + id, "evil.test");
+    }
+    eventually("the pod's window is closed", || {
+        let closed = scene.pod.netns().counter("TcpExt:", "TCPToZeroWindowAdv");
+        (closed > 0).then_some(())
+    });
+    let answers = stream.answers(1 + 2 * usize::from(ANSWERS));
+    for id in 0..ANSWERS {
+        assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
+        assert_eq!(answers[&(2000 + id)].code, ResponseCode::NXDomain);
+    }
+    scene.refuses_quietly();
+}
+
+#[test]
+fn the_end_of_each_side_reaches_the_other() {
+    let scene = Scene::new();
+    let mut stream = scene.connects(RESOLVER);
+    stream.ask(1, "evil.test");
+    stream.ask(2, "shop.test");
+    stream.0.shutdown(Shutdown::Write).expect("shutdown(2)");
+    let answers = stream.answers(2);
+    assert_eq!(answers[&2].addresses, [server(10)]);
+    // The resolver ends the connection when it reads the pod's end.
+    let mut rest = Vec::new();
+    stream.0.read_to_end(&mut rest).expect("the end");
+    assert!(rest.is_empty());
+    scene.refuses_quietly();
+    let connections = || {
+        let mut command = Command::new("ss");
+        command.args(["--no-header", "--tcp", "--numeric", "sport", "=", ":53"]);
+        let output = scene.lab.outside().run(|| command.output());
+        String::from_utf8_lossy(&output.expect("ss, of the package iproute2").stdout).into_owned()
+    };
+    // A pod that goes away without reading resets its connection.
+    let mut stream = scene.connects(RESOLVER);
+    stream.ask(1, "evil.test");
+    stream.ask(2, "shop.test");
+    stream.expect_refusal(1);
+    stream.0.peek(&mut [0]).expect("an answer");
+    drop(stream);
+    eventually("the resolver knows of no connection", || {
+        connections().trim().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn an_answer_that_is_not_delivered_does_no_harm_to_the_others() {
+    let scene = Scene::new();
+    scene.lab.dns().on("shop.test", |asked| {
+        let lie = Send::answer(asked, &[address(server(66))]);
+        let answer = Send::answer(asked, &[address(server(10))]);
+        vec![lie.clone().with_id(asked.id ^ 0x100), answer, lie]
+    });
+    let mut stream = scene.connects(RESOLVER);
+    stream.ask(1, "evil.test");
+    stream.expect_refusal(1);
+    for id in 2..10 {
+        stream.ask(id, "shop.test");
+        assert_eq!(stream.expect(id).addresses, [server(10)]);
+    }
+    assert!(!scene.has_learned(server(66)));
+    scene.agent.wait_denial("the lies", |d| {
+        d.of(&scene.pod) && d.reason == "dns_unsolicited"
+    });
+}
+
+#[test]
+fn every_question_is_answered_over_a_link_that_loses() {
+    let scene = Scene::of(Lab::builder().lossy().build());
+    for first in 0..10 {
+        let mut stream = scene.connects(RESOLVER);
+        stream
+            .0
+            .set_read_timeout(Some(DEADLINE))
+            .expect("a time-out");
+        for id in 0..20 {
+            let number = first * 20 + id;
+            stream.ask(1000 + id, "evil.test");
+            stream.ask(id, &format!("n{number}.many.test"));
+        }
+        let answers = stream.answers(40);
+        for id in 0..20 {
+            let number = u32::from(first * 20 + id);
+            assert_eq!(answers[&id].addresses, [numbered(number)]);
+            assert!(scene.has_learned(numbered(number)));
+            assert_eq!(answers[&(1000 + id)].code, ResponseCode::NXDomain);
+        }
+    }
+    scene.refuses_quietly();
+}
