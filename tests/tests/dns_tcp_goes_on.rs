@@ -4,8 +4,7 @@
 use std::{
     collections::HashMap,
     fs,
-    io::Read as _,
-    io::Write as _,
+    io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Shutdown, TcpStream},
     process::{Command, Stdio},
 };
@@ -408,6 +407,65 @@ fn the_end_of_each_side_reaches_the_other() {
     eventually("the resolver knows of no connection", || {
         connections().trim().is_empty().then_some(())
     });
+}
+
+/// A connection on which a question was refused and another one answered.
+#[track_caller]
+fn refused_and_answered(scene: &Scene) -> Stream {
+    let mut stream = scene.connects(RESOLVER);
+    stream.ask(1, "evil.test");
+    stream.expect_refusal(1);
+    stream.ask(2, "shop.test");
+    assert_eq!(stream.expect(2).addresses, [server(10)]);
+    stream
+}
+
+#[test]
+fn an_agent_that_leaves_a_pod_resets_the_connection() {
+    type Leave = fn(&mut Scene);
+    let ways: [(&str, Leave); 4] = [
+        ("the pod is only audited", |scene| {
+            let audit = [("allow", "shop.test:443"), ("mode", "audit")];
+            scene
+                .agent
+                .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
+        }),
+        ("the pod is not enforced", |scene| {
+            scene.lab.remove_pod(&scene.pod)
+        }),
+        ("it is no resolver any more", |scene| {
+            scene
+                .lab
+                .edit_config("dns.resolvers", vec![RESOLVER6.to_string()]);
+            scene.agent.reload();
+        }),
+        ("the agent ends", |scene| {
+            assert!(scene.agent.stop().success())
+        }),
+    ];
+    for (what, leave) in ways {
+        let mut scene = Scene::new();
+        let mut stream = refused_and_answered(&scene);
+        leave(&mut scene);
+        let error = stream.0.read_exact(&mut [0]).expect_err("nothing comes");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{what}");
+    }
+}
+
+#[test]
+fn the_connection_goes_on_where_the_node_tracks_connections() {
+    let scene = Scene::of(Lab::builder().tracking().build());
+    answers_at_length(&scene);
+    let mut stream = scene.connects(RESOLVER);
+    for id in 0..4 {
+        stream.ask(100 + id, "evil.test");
+        stream.expect_refusal(100 + id);
+        stream.ask(id, "shop.test");
+        assert_eq!(stream.expect(id).addresses.len(), ADDRESSES as usize);
+        stream.ask(200 + id, "n1.many.test");
+        assert_eq!(stream.expect(200 + id).addresses, [numbered(1)]);
+    }
+    scene.refuses_quietly();
 }
 
 #[test]

@@ -80,6 +80,19 @@ impl Scene {
         }
     }
 
+    /// The same after a refused question on it: the agent is the other end of both streams.
+    #[track_caller]
+    fn after_a_refusal() -> Self {
+        let mut scene = Self::new();
+        let evil = asks("evil.test");
+        scene.stream.write_all(&evil).expect("write");
+        let refusal = scene.reads();
+        let count = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a short message");
+        scene.asked = scene.asked.wrapping_add(count(&evil));
+        scene.answered = scene.answered.wrapping_add(2 + count(&refusal));
+        scene
+    }
+
     /// Sends a segment past the pod's kernel: at this position of its stream, with these flags.
     #[track_caller]
     fn forge(&self, position: u32, flags: u8, payload: &[u8]) {
@@ -131,11 +144,18 @@ impl Scene {
 
     #[track_caller]
     fn answers(&mut self) {
+        let message = self.reads();
+        assert_eq!(Answer::read(&message).addresses, [server(10)]);
+    }
+
+    /// The next message.
+    #[track_caller]
+    fn reads(&mut self) -> Vec<u8> {
         let mut length = [0; 2];
         self.stream.read_exact(&mut length).expect("an answer");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
         self.stream.read_exact(&mut message).expect("an answer");
-        assert_eq!(Answer::read(&message).addresses, [server(10)]);
+        message
     }
 
     /// Nothing of the name has left the node. (A question on a connection of its own comes last.)
@@ -273,6 +293,43 @@ fn what_the_resolver_did_not_send_cannot_be_acknowledged() {
     scene.answered = scene.answered.wrapping_add(5000);
     scene.forge(0, flag::ACK, &asks("evil.test"));
     scene.works();
+    scene.nothing_left();
+}
+
+#[test]
+fn after_a_refusal_a_repetition_with_other_bytes_resets_the_connection() {
+    let mut scene = Scene::after_a_refusal();
+    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    scene.forge(10, flag::ACK, &evil[10..]);
+    scene.stream.write_all(&allowed).expect("write");
+    scene.is_reset();
+    scene.nothing_left();
+}
+
+#[test]
+fn after_a_refusal_only_what_was_judged_goes_out() {
+    let mut scene = Scene::after_a_refusal();
+    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    // What stands before the stream's place, what nobody can acknowledge, a SYN, and the end of a question
+    // before its beginning.
+    scene.forge(
+        0_u32.wrapping_sub(allowed.len() as u32),
+        flag::ACK,
+        &allowed,
+    );
+    scene.forge(0_u32.wrapping_sub(20), flag::ACK, &evil[..20]);
+    let answered = scene.answered;
+    scene.answered = answered.wrapping_add(5000);
+    scene.forge(0, flag::ACK, &evil);
+    scene.answered = answered;
+    scene.forge(10, flag::ACK, &allowed[10..]);
+    scene.works();
+    scene.forge(0, flag::ACK, &evil);
+    scene.works();
+    scene.nothing_left();
+    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
+    scene.forge(2 * allowed.len() as u32, flag::ACK | flag::URG, &allowed);
+    scene.is_reset();
     scene.nothing_left();
 }
 

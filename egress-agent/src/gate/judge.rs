@@ -401,6 +401,10 @@ impl stream::Decide for Judge<'_> {
         Judge::begins(self, message, packet, pending)
     }
 
+    fn is_resolver(&self, packet: &Packet) -> bool {
+        self.means.dns.is_to_resolver(packet)
+    }
+
     fn lost(&mut self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
         self.means.stats.connections_lost.add(1);

@@ -398,6 +398,13 @@ impl Pod {
         run(&mut self.streams, &mut step, &mut shared.streams);
     }
 
+    /// Resets the connections with resolvers that need the agent. It is about to take its hand off the pod.
+    pub(super) fn end_split_streams(&mut self, shared: &mut Shared) {
+        self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
+            streams.end_split(step, budget);
+        });
+    }
+
     /// Lets the connections with resolvers do what they do by the clock.
     fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
         // Each connection says which interface it is on.

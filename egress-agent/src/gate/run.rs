@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
-use egress_common::records::Held;
+use egress_common::records::{Held, MODE_AUDIT};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
@@ -101,7 +101,9 @@ impl Runner {
         loop {
             loop {
                 match self.commands.try_recv() {
-                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return,
+                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
+                        return self.leave();
+                    }
                     Ok(command) => self.obey(command),
                     Err(mpsc::TryRecvError::Empty) => break,
                 }
@@ -316,7 +318,9 @@ impl Runner {
                 self.give_up(|quarantine| quarantine.of_pod(pod));
                 self.turns.forget(pod);
                 let result = match self.pods.remove(&pod) {
-                    Some(pod) => {
+                    Some(mut pod) => {
+                        pod.end_split_streams(&mut self.shared);
+                        self.send();
                         let (waited, result) = pod.remove(&mut self.interfaces, &mut self.shared);
                         self.note_unclaimed(waited);
                         result
@@ -368,6 +372,9 @@ impl Runner {
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
         let id = enforcement.entry.pod;
         if let Some(pod) = self.pods.get_mut(&id) {
+            if enforcement.entry.mode == MODE_AUDIT {
+                pod.end_split_streams(&mut self.shared);
+            }
             pod.apply(enforcement, &mut self.interfaces, &mut self.shared.wire)?;
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
@@ -422,6 +429,14 @@ impl Runner {
                 None => self.note_unclaimed(1),
             }
         }
+    }
+
+    /// The next agent does not know what this one says in the names of others.
+    fn leave(&mut self) {
+        for pod in self.pods.values_mut() {
+            pod.end_split_streams(&mut self.shared);
+        }
+        self.send();
     }
 
     fn note_unclaimed(&mut self, messages: u64) {

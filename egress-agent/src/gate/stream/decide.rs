@@ -25,6 +25,8 @@ pub(in super::super) trait Decide {
     fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool;
     /// Whether an answer that may be delivered may begin with these bytes.
     fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
+    /// Whether a packet goes to a resolver, by the configuration as it is now.
+    fn is_resolver(&self, packet: &Packet) -> bool;
     /// The connection cannot be followed.
     fn lost(&mut self, packet: &Packet, why: &'static str);
 }

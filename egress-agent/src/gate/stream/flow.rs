@@ -133,6 +133,11 @@ impl Flow {
         })
     }
 
+    /// Whether the agent is the other end for both sides.
+    pub(super) fn is_split(&self) -> bool {
+        matches!(self.state, State::Split(_))
+    }
+
     /// Whether this is the SYN that opened it.
     pub(super) fn is_opened_by(&self, segment: &Segment<'_>) -> bool {
         self.asked.first() == segment.seq.wrapping_add(1)
@@ -190,7 +195,7 @@ impl Flow {
     ) -> Next {
         self.used_ns = step.now_ns;
         if segment.has(TCP_RST) {
-            if matches!(self.state, State::Split(_)) {
+            if self.is_split() {
                 self.reset_resolver(step.out);
             } else {
                 put_bare(segment, To::Resolver, step.out);
@@ -204,7 +209,7 @@ impl Flow {
         }
         if segment.has(TCP_SYN) {
             // Only the resolver has a SYN to acknowledge: the pod opens the connection.
-            if !segment.has(TCP_ACK) && !matches!(self.state, State::Split(_)) {
+            if !segment.has(TCP_ACK) && !self.is_split() {
                 // Data in a SYN (RFC 7413) is left out: the pod sends it again.
                 put_bare(segment, To::Resolver, step.out);
             }
@@ -405,7 +410,7 @@ impl Flow {
         if !believed {
             return Next::Keep;
         }
-        if matches!(self.state, State::Split(_)) {
+        if self.is_split() {
             self.reset_pod(out);
         } else {
             put_bare(segment, To::Pod, out);
@@ -502,6 +507,12 @@ impl Flow {
             }
         }
         self.go_on()
+    }
+
+    /// Resets both sides, whatever packet is decided.
+    pub(super) fn end(&self, out: &mut impl Out) {
+        out.turn_to(self.interface);
+        self.fail(out);
     }
 
     /// Resets both sides.

@@ -114,6 +114,10 @@ impl Decide for Decisions {
         delivered
     }
 
+    fn is_resolver(&self, _: &Packet) -> bool {
+        true
+    }
+
     fn lost(&mut self, _: &Packet, _: &'static str) {
         self.lost += 1;
     }

@@ -206,6 +206,19 @@ impl Streams {
         }
     }
 
+    /// Resets the connections on which a question was refused: without the agent in between, their two sides do
+    /// not understand each other.
+    pub(super) fn end_split<D, O: Out>(&mut self, step: &mut Step<'_, D, O>, budget: &mut Budget) {
+        let split = self.flows.iter().filter(|(_, flow)| flow.is_split());
+        let keys: Vec<Key> = split.map(|(&key, _)| key).collect();
+        for key in keys {
+            if let Some(flow) = self.flows.peek(&key) {
+                flow.end(step.out);
+            }
+            self.forget(&key, budget);
+        }
+    }
+
     /// Forgets all connections. The next segment of each resets it.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
         let kept: usize = self.flows.iter().map(|(_, flow)| flow.kept()).sum();

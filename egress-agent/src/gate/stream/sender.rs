@@ -83,6 +83,11 @@ impl Sender {
         self.seq(self.most_sent)
     }
 
+    /// Whether something waits for room in the receiver's window.
+    pub(super) fn has_unsent(&self) -> bool {
+        self.sent < self.owed()
+    }
+
     /// Whether nothing can be added any more.
     pub(super) fn is_closing(&self) -> bool {
         self.is_closing

@@ -182,6 +182,11 @@ impl Split {
         flow: &mut Flow,
         step: &mut Step<'_, D, O>,
     ) -> Next {
+        if !step.decide.is_resolver(&flow.ends.packet(To::Resolver)) {
+            // The programs do not hold its segments any more, and the two sides would not understand each
+            // other.
+            return self.fail(flow, step.out);
+        }
         for (to, why) in [
             (To::Pod, "the pod does not acknowledge"),
             (To::Resolver, "the resolver does not acknowledge"),
@@ -234,7 +239,8 @@ impl Split {
         Next::Keep
     }
 
-    /// Decides the answers that are complete, as long as there is room for them in the pod's stream.
+    /// Decides the answers that are complete, as long as the pod takes them. One that had to wait for the pod
+    /// could come when the addresses in it have expired.
     fn take_answers<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -242,9 +248,11 @@ impl Split {
     ) -> Next {
         let packet = flow.ends.packet(To::Pod);
         while let Some(message) = flow.answered.message() {
+            self.pump(flow, To::Pod, step);
             let len = PREFIX + message.len();
-            if self.to_pod.kept() > 0 && self.to_pod.kept() + len > ANSWERED_LIMIT {
-                break;
+            let is_full = self.to_pod.kept() > 0 && self.to_pod.kept() + len > ANSWERED_LIMIT;
+            if is_full || self.to_pod.has_unsent() {
+                return Next::Keep;
             }
             let is_delivered = step.decide.answer(message, &packet, &mut flow.pending);
             if is_delivered {
@@ -259,7 +267,7 @@ impl Split {
             flow.answered.take_message();
             self.end_begun();
         }
-        if flow.answered.is_ended() && flow.answered.message().is_none() {
+        if flow.answered.is_ended() {
             if self.begun > 0 {
                 return self.fail(flow, step.out);
             }
@@ -289,7 +297,7 @@ impl Split {
             let Some(message) = flow.asked.message() else {
                 break;
             };
-            if self.to_resolver.kept() >= ASKED_LIMIT
+            if self.to_resolver.kept() + PREFIX + message.len() > ASKED_LIMIT
                 || self.to_pod.kept() >= UNREAD_LIMIT
                 || self.waiting.len() >= ASKED_LIMIT
             {

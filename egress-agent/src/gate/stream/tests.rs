@@ -62,6 +62,10 @@ impl Decide for Rules {
         !message.starts_with(b"n")
     }
 
+    fn is_resolver(&self, _: &Packet) -> bool {
+        true
+    }
+
     fn lost(&mut self, _: &Packet, _: &'static str) {
         self.lost += 1;
     }
