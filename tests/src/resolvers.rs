@@ -72,6 +72,42 @@ pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
     command
 }
 
+/// unbound on the loopback interface of a pod. It asks this server, over TCP only.
+#[must_use]
+pub fn unbound_over_tcp(lab: &Lab, upstream: IpAddr) -> Command {
+    let configuration = format!(
+        "server:\n\
+         \x20 interface: 127.0.0.1\n\
+         \x20 access-control: 0.0.0.0/0 allow\n\
+         \x20 username: \"\"\n\
+         \x20 chroot: \"\"\n\
+         \x20 directory: \"{directory}\"\n\
+         \x20 pidfile: \"\"\n\
+         \x20 use-syslog: no\n\
+         \x20 do-daemonize: no\n\
+         \x20 module-config: \"iterator\"\n\
+         \x20 num-threads: 1\n\
+         \x20 tcp-upstream: yes\n\
+         \x20 local-zone: \"test.\" nodefault\n\
+         remote-control:\n\
+         \x20 control-enable: no\n\
+         forward-zone:\n\
+         \x20 name: \".\"\n\
+         \x20 forward-addr: {upstream}\n",
+        directory = lab.directory().display()
+    );
+    let file = lab.directory().join("unbound-in-pod.conf");
+    fs::write(&file, configuration).expect("write a configuration");
+    let mut command = Command::new("/usr/sbin/unbound");
+    command
+        .arg("-d")
+        .arg("-c")
+        .arg(file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
 /// BIND on these addresses, with the zone `test` from this file in the laboratory's directory.
 #[must_use]
 pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {

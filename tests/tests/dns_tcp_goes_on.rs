@@ -6,7 +6,7 @@ use std::{
     fs,
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Shutdown, TcpStream},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use egress_tests::{
@@ -175,7 +175,9 @@ fn refused_and_listed_together(scene: &Scene, resolver: IpAddr, in_one_write: bo
     if in_one_write {
         stream.write(&asked.concat());
     } else {
-        asked.iter().for_each(|question| stream.write(question));
+        for question in &asked {
+            stream.write(question);
+        }
     }
     for (id, answer) in stream.answers(asked.len()) {
         if id.is_multiple_of(2) {
@@ -214,36 +216,7 @@ fn bind_answers_what_is_asked_between_refused_questions() {
 /// unbound in the pod, which asks the node's resolver over TCP only.
 #[track_caller]
 fn unbound_in(scene: &Scene) -> Running {
-    let configuration = format!(
-        "server:\n\
-         \x20 interface: 127.0.0.1\n\
-         \x20 access-control: 0.0.0.0/0 allow\n\
-         \x20 username: \"\"\n\
-         \x20 chroot: \"\"\n\
-         \x20 directory: \"{directory}\"\n\
-         \x20 pidfile: \"\"\n\
-         \x20 use-syslog: no\n\
-         \x20 do-daemonize: no\n\
-         \x20 module-config: \"iterator\"\n\
-         \x20 num-threads: 1\n\
-         \x20 tcp-upstream: yes\n\
-         \x20 local-zone: \"test.\" nodefault\n\
-         remote-control:\n\
-         \x20 control-enable: no\n\
-         forward-zone:\n\
-         \x20 name: \".\"\n\
-         \x20 forward-addr: {RESOLVER}\n",
-        directory = scene.lab.directory().display()
-    );
-    let file = scene.lab.directory().join("unbound-in-pod.conf");
-    fs::write(&file, configuration).expect("write a configuration");
-    let mut command = Command::new("/usr/sbin/unbound");
-    command
-        .arg("-d")
-        .arg("-c")
-        .arg(file)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    let mut command = resolvers::unbound_over_tcp(&scene.lab, RESOLVER);
     let running = scene.pod.start(&mut command);
     let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
     eventually("the resolver in the pod answers", || {
@@ -431,7 +404,7 @@ fn an_agent_that_leaves_a_pod_resets_the_connection() {
                 .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
         }),
         ("the pod is not enforced", |scene| {
-            scene.lab.remove_pod(&scene.pod)
+            scene.lab.remove_pod(&scene.pod);
         }),
         ("it is no resolver any more", |scene| {
             scene
@@ -440,7 +413,7 @@ fn an_agent_that_leaves_a_pod_resets_the_connection() {
             scene.agent.reload();
         }),
         ("the agent ends", |scene| {
-            assert!(scene.agent.stop().success())
+            assert!(scene.agent.stop().success());
         }),
     ];
     for (what, leave) in ways {

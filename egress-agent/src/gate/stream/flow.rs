@@ -16,6 +16,7 @@ use super::{
     half::{Half, Refused},
     release::{Put, put_released},
     segment::{Segment, URG},
+    side::{SIZE, Side},
     split::Split,
 };
 
@@ -31,15 +32,6 @@ const OPEN_QUESTIONS: usize = 512;
 /// What an open question counts for in memory.
 const OPEN_QUESTION_BYTES: usize = 384;
 
-/// Least and most payload of the segments that the gate cuts, whatever a SYN says (RFC 9293,
-/// section 3.7.1).
-const SIZE: std::ops::RangeInclusive<usize> = 256..=16_384;
-/// What a SYN without the option means, over IPv4.
-const DEFAULT_MSS: u16 = 536;
-
-/// Most bits by which a window is scaled (RFC 7323, section 2.3).
-const MOST_SCALE: u32 = 14;
-
 /// How long the gate waits before it repeats what it has acknowledged in the resolver's name.
 const RESEND_NS: u64 = 500_000_000;
 /// How often it does, each time after twice as long.
@@ -50,38 +42,7 @@ const IDLE_NS: u64 = 300_000_000_000;
 enum State {
     Opening,
     Open,
-    Split(Split),
-}
-
-/// What was last seen of one side.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Side {
-    /// As its headers have it.
-    pub(super) window: u16,
-    /// How many bytes its window is.
-    pub(super) takes: usize,
-    /// The latest (RFC 7323, section 4.2).
-    pub(super) timestamp: Option<u32>,
-    mss: Option<u16>,
-    /// The window scale that its SYN offers.
-    scale: Option<u8>,
-}
-
-impl Side {
-    /// Notes what a segment says. The window is scaled by so many bits.
-    fn note(&mut self, segment: &Segment<'_>, scale: u32) {
-        self.window = segment.window;
-        self.takes = usize::from(segment.window) << scale;
-        self.mss = segment.mss.or(self.mss);
-        if segment.has(TCP_SYN) {
-            self.scale = segment.scale;
-        }
-        let is_later = |value: u32, known: u32| value.wrapping_sub(known).cast_signed() > 0;
-        self.timestamp = match (segment.timestamp, self.timestamp) {
-            (Some(value), Some(known)) if !is_later(value, known) => Some(known),
-            (value, known) => value.or(known),
-        };
-    }
+    Split(Box<Split>),
 }
 
 /// What became of the questions that are complete.
@@ -154,9 +115,9 @@ impl Flow {
 
     /// Most payload of a segment that both sides take, with the options of this one.
     fn size(&self, options: usize) -> usize {
-        let mss = |side: &Side| usize::from(side.mss.unwrap_or(DEFAULT_MSS));
-        mss(&self.pod)
-            .min(mss(&self.resolver))
+        self.pod
+            .mss()
+            .min(self.resolver.mss())
             .saturating_sub(options)
             .clamp(*SIZE.start(), *SIZE.end())
     }
@@ -173,10 +134,21 @@ impl Flow {
 
     /// By how many bits a side's windows are scaled: only if both sides offer to (RFC 7323, section 2.2).
     fn scale(&self, side: &Side) -> u32 {
-        match (self.pod.scale, self.resolver.scale) {
-            (Some(_), Some(_)) => side.scale.map_or(0, |bits| u32::from(bits).min(MOST_SCALE)),
+        match (self.pod.scale(), self.resolver.scale()) {
+            (Some(_), Some(_)) => side.scale().unwrap_or(0),
             _ => 0,
         }
+    }
+
+    /// Notes what a segment says that fits the connection.
+    pub(super) fn note_resolver(&mut self, segment: &Segment<'_>, now_ns: u64) {
+        self.used_ns = now_ns;
+        self.resolver.note(segment, self.scale(&self.resolver));
+    }
+
+    /// How many bytes the window of a segment from this side is.
+    pub(super) fn window_in(&self, side: &Side, segment: &Segment<'_>) -> usize {
+        usize::from(segment.window) << self.scale(side)
     }
 
     /// How a window of so many bytes stands in a header of this side. A part of a unit is rounded up:
@@ -219,10 +191,7 @@ impl Flow {
             return Next::Keep;
         }
         self.pod.note(segment, self.scale(&self.pod));
-        if let State::Split(split) = &mut self.state {
-            let mut split = std::mem::take(split);
-            let next = split.pod_sent(self, segment, step);
-            self.state = State::Split(split);
+        if let Some(next) = self.with_split(|split, flow| split.pod_sent(flow, segment, step)) {
             return next;
         }
         if !self.answered.acknowledge(segment.ack) {
@@ -306,14 +275,8 @@ impl Flow {
         if !segment.has(TCP_ACK) {
             return Next::Keep;
         }
-        if let State::Split(split) = &mut self.state {
-            let mut split = std::mem::take(split);
-            if !segment.has(TCP_SYN) {
-                self.resolver.note(segment, self.scale(&self.resolver));
-            }
-            self.used_ns = step.now_ns;
-            let next = split.resolver_sent(self, segment, step);
-            self.state = State::Split(split);
+        let next = self.with_split(|split, flow| split.resolver_sent(flow, segment, step));
+        if let Some(next) = next {
             return next;
         }
         if segment.has(TCP_SYN) {
@@ -329,8 +292,7 @@ impl Flow {
         if !self.asked.acknowledge(segment.ack) {
             return Next::Keep;
         }
-        self.used_ns = step.now_ns;
-        self.resolver.note(segment, self.scale(&self.resolver));
+        self.note_resolver(segment, step.now_ns);
         let position = self.answered.position(segment.seq);
         match self.answered.insert(position, segment.payload) {
             Ok(()) => {}
@@ -455,13 +417,26 @@ impl Flow {
         }
     }
 
+    /// Does something with what a split connection has more. `None` if it is not split.
+    fn with_split(&mut self, run: impl FnOnce(&mut Split, &mut Self) -> Next) -> Option<Next> {
+        if !self.is_split() {
+            return None;
+        }
+        let State::Split(mut split) = std::mem::replace(&mut self.state, State::Open) else {
+            return None;
+        };
+        let next = run(&mut split, self);
+        self.state = State::Split(split);
+        Some(next)
+    }
+
     /// From here on the agent is the other end for both sides.
     fn split<D: Decide, O: Out>(&mut self, refusal: &[u8], step: &mut Step<'_, D, O>) -> Next {
         if self.answered.fin_sent {
             // Nothing can be said behind the end of the stream.
             return self.fail(step.out);
         }
-        let mut split = Split::new(self);
+        let mut split = Box::new(Split::new(self));
         let next = split.begin(self, refusal, step);
         self.state = State::Split(split);
         next
@@ -474,10 +449,7 @@ impl Flow {
         }
         step.out.turn_to(self.interface);
         self.pending.sweep(step.now_ns);
-        if let State::Split(split) = &mut self.state {
-            let mut split = std::mem::take(split);
-            let next = split.tick(self, step);
-            self.state = State::Split(split);
+        if let Some(next) = self.with_split(|split, flow| split.tick(flow, step)) {
             return next;
         }
         let owed = self.own_ack.min(self.asked.sent);

@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 
 use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
-use etherparse::PacketBuilder;
 
 use super::{
     super::{
@@ -15,6 +14,11 @@ use super::{
     segment::URG,
 };
 use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
+
+#[path = "fuzzing_frames.rs"]
+mod frames;
+
+use frames::{Reaction, exchange, frame, framed};
 
 /// Most steps of a recipe: more show nothing new, and take their time.
 const STEPS: usize = 150;
@@ -505,81 +509,4 @@ pub(in super::super) fn follow(recipe: &[u8]) {
     if scene.is_honest {
         scene.ends_well();
     }
-}
-
-/// What comes back of a question, as it stands in a stream.
-enum Reaction {
-    Answer(Vec<u8>),
-    Refusal(Vec<u8>),
-    /// It cannot be read.
-    Reset,
-}
-
-/// A question as it stands in a stream, and what comes back of it.
-fn exchange(id: u8, kind: u8) -> (Vec<u8>, Reaction) {
-    let mut question = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-    let len = kind & 0x3f;
-    // What begins with an n is refused.
-    let letter = if kind >> 6 == 2 { b'n' } else { b'a' };
-    question.push(len.max(1));
-    question.resize(question.len() + usize::from(len.max(1)), letter);
-    question.extend([0, 0, 16, 0, 1]);
-    match (kind >> 6, len) {
-        (2, _) => {
-            let read = read_question(&question).expect("a question");
-            let refusal = refuse(&read, Refusal::NxDomain);
-            return (framed(&question), Reaction::Refusal(framed(&refusal)));
-        }
-        // No question; one that is too long; one that is only a prefix.
-        (3, 0) => return (framed(b"no question"), Reaction::Reset),
-        (3, 1) => return (framed(&vec![0; QUESTION_MAX + 1]), Reaction::Reset),
-        (3, 2) => return (framed(b""), Reaction::Reset),
-        _ => {}
-    }
-    let mut answer = question.clone();
-    answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
-    // A TXT record as long as the kind says, of the asked name.
-    let data = u16::from(len) << if kind >> 6 == 1 { 8 } else { 4 };
-    answer.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60]);
-    answer.extend(data.to_be_bytes());
-    answer.resize(answer.len() + usize::from(data), kind);
-    (framed(&question), Reaction::Answer(framed(&answer)))
-}
-
-fn framed(message: &[u8]) -> Vec<u8> {
-    let len = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
-    [&len.to_be_bytes(), message].concat()
-}
-
-fn frame(further: &[u8], to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
-    let (pod, resolver) = (([10, 1, 0, 2], 4000), ([10, 99, 0, 53], 53));
-    let ((src, from), (dst, port)) = match to {
-        To::Resolver => (pod, resolver),
-        To::Pod => (resolver, pod),
-    };
-    let mut step = PacketBuilder::ethernet2([2; 6], [4; 6])
-        .ipv4(src, dst, 64)
-        .tcp(from, port, seq, 500);
-    let mut options = further.to_vec();
-    if flags & TCP_SYN != 0 {
-        let [high, low] = MSS.to_be_bytes();
-        options.extend([2, 4, high, low]);
-        step = step.syn();
-    }
-    step = step.options_raw(&options).expect("a few options");
-    if flags & TCP_ACK != 0 {
-        step = step.ack(ack);
-    }
-    if flags & TCP_FIN != 0 {
-        step = step.fin();
-    }
-    if flags & TCP_RST != 0 {
-        step = step.rst();
-    }
-    if flags & URG != 0 {
-        step = step.urg(1);
-    }
-    let mut frame = Vec::new();
-    step.write(&mut frame, payload).expect("a frame");
-    frame
 }

@@ -27,6 +27,7 @@ mod half;
 mod release;
 mod segment;
 mod sender;
+mod side;
 mod split;
 
 use egress_common::{

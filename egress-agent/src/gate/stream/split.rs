@@ -155,12 +155,11 @@ impl Split {
             resolver: true,
         };
         if !segment.has(TCP_SYN) {
-            if !self
-                .to_resolver
-                .acknowledge(segment.ack, flow.resolver.takes)
-            {
+            let window = flow.window_in(&flow.resolver, segment);
+            if !self.to_resolver.acknowledge(segment.ack, window) {
                 return Next::Keep;
             }
+            flow.note_resolver(segment, step.now_ns);
             let position = flow.answered.position(segment.seq);
             match flow.answered.insert(position, segment.payload) {
                 Ok(()) if segment.has(TCP_FIN) => {

@@ -4,6 +4,9 @@ use proptest::prelude::*;
 use super::{super::pending::Pending, *};
 use crate::dns::{Question, read_question};
 
+#[path = "split_tests.rs"]
+mod split;
+
 const ISN: u32 = u32::MAX - 40;
 const ISS: u32 = u32::MAX - 10;
 const MSS: usize = 300;
@@ -301,149 +304,6 @@ fn the_beginning_of_an_answer_passes_if_the_answer_may() {
     assert_eq!(scene.answers(6, &answer[6..], 0).len(), 1);
     let seen = scene.answers(answer.len(), &framed(b"no answer")[..5], 0);
     scene.is_reset(&seen);
-}
-
-#[test]
-fn a_refused_question_splits_the_connection() {
-    let mut scene = Scene::new();
-    let (refused, allowed) = (asking("no"), asking("ask"));
-    let asked = [refused.as_slice(), &allowed, &refused].concat();
-    let seen = scene.asks(0, &asked);
-    // The refused questions are left out for the resolver, and answered.
-    assert_eq!(stream(&seen, To::Resolver, ISN), allowed);
-    let refusals = [framed(b"refused"), framed(b"refused")].concat();
-    assert_eq!(stream(&seen, To::Pod, ISS), refusals);
-    let (.., ack, _) = seen.last().unwrap();
-    assert_eq!(
-        *ack,
-        place(ISN, asked.len()),
-        "all of them are acknowledged"
-    );
-    // Not acknowledged, all comes again.
-    let seen = scene.ticks(1);
-    assert_eq!(stream(&seen, To::Pod, ISS), refusals);
-    assert_eq!(stream(&seen, To::Resolver, ISN), allowed);
-    // The answer stands behind the refusals, and only when it is whole.
-    let answer = framed(b"an answer");
-    let seen = scene.answers(0, &answer[..5], allowed.len());
-    let end = place(ISN, allowed.len());
-    let pure = (To::Resolver, TCP_ACK, end, place(ISS, 5), Vec::new());
-    assert_eq!(seen, [pure]);
-    let seen = scene.answers(5, &answer[5..], allowed.len());
-    let places: Vec<_> = seen
-        .iter()
-        .map(|(to, _, seq, ack, _)| (*to, *seq, *ack))
-        .collect();
-    let resolver = (To::Resolver, end, place(ISS, answer.len()));
-    let pod = (To::Pod, place(ISS, refusals.len()), place(ISN, asked.len()));
-    assert_eq!(places, [resolver, pod]);
-    assert_eq!(seen[1].4, answer);
-    // The pod acknowledges, and both end it.
-    let read = refusals.len() + answer.len();
-    let fin = TCP_ACK | TCP_FIN;
-    let seen = scene.step(
-        To::Resolver,
-        fin,
-        place(ISN, asked.len()),
-        place(ISS, read),
-        b"",
-    );
-    let ended = seen.iter().find(|(to, ..)| *to == To::Resolver).unwrap();
-    assert_eq!((ended.1 & TCP_FIN, ended.2), (TCP_FIN, end));
-    let end = end.wrapping_add(1);
-    let seen = scene.step(To::Pod, fin, place(ISS, answer.len()), end, b"");
-    let ended = seen.iter().find(|(to, ..)| *to == To::Pod).unwrap();
-    assert_eq!((ended.1 & TCP_FIN, ended.2), (TCP_FIN, place(ISS, read)));
-    let (seq, ack) = (place(ISN, asked.len() + 1), place(ISS, read + 1));
-    assert!(scene.step(To::Resolver, TCP_ACK, seq, ack, b"").is_empty());
-    assert!(scene.streams.flows.is_empty());
-    assert_eq!(scene.streams.kept.amount(), 0);
-}
-
-#[test]
-fn a_refusal_within_an_answer_comes_behind_it() {
-    let mut scene = Scene::new();
-    let (allowed, refused) = (asking("ask"), asking("no"));
-    scene.asks(0, &allowed);
-    let answer = framed(b"an answer");
-    scene.answers(0, &answer[..5], allowed.len());
-    let seen = scene.asks(allowed.len(), &refused);
-    assert_eq!(stream(&seen, To::Pod, ISS), &answer[..0]);
-    let seen = scene.answers(5, &answer[5..], allowed.len());
-    let delivered = [&answer[5..], &framed(b"refused")].concat();
-    assert_eq!(stream(&seen, To::Pod, ISS.wrapping_add(5)), delivered);
-    // Nothing can be said within an answer whose rest is not delivered.
-    let mut scene = Scene::new();
-    scene.asks(0, &allowed);
-    scene.answers(0, &answer[..1], allowed.len());
-    scene.asks(allowed.len(), &refused);
-    let seen = scene.answers(1, &framed(b"n answer")[1..], allowed.len());
-    scene.is_reset(&seen);
-}
-
-#[test]
-fn an_answer_that_is_not_delivered_is_left_out_of_a_split_connection() {
-    let mut scene = Scene::new();
-    scene.asks(0, &asking("no"));
-    let refusal = framed(b"refused");
-    let answers = [framed(b"no answer"), framed(b"an answer")].concat();
-    let seen = scene.answers(0, &answers, 0);
-    let answer = framed(b"an answer");
-    let behind = ISS.wrapping_add(refusal.len() as u32);
-    assert_eq!(stream(&seen, To::Pod, behind), answer);
-}
-
-#[test]
-fn a_refusal_behind_the_end_of_the_resolvers_stream_resets_both() {
-    let mut scene = Scene::new();
-    scene.step(
-        To::Pod,
-        TCP_FIN | TCP_ACK,
-        place(ISS, 0),
-        place(ISN, 0),
-        b"",
-    );
-    let seen = scene.asks(0, &asking("no"));
-    scene.is_reset(&seen);
-}
-
-#[test]
-fn a_reset_passes_a_split_connection_at_the_place_where_its_streams_are() {
-    for to in [To::Resolver, To::Pod] {
-        let mut scene = Scene::new();
-        let (refused, allowed) = (asking("no"), asking("ask"));
-        scene.asks(0, &[refused.as_slice(), &allowed].concat());
-        let seen = match to {
-            To::Resolver => {
-                let seq = place(ISN, refused.len() + allowed.len());
-                scene.step(to, TCP_RST, seq, 0, b"")
-            }
-            To::Pod => scene.step(to, TCP_RST, place(ISS, 0), 0, b""),
-        };
-        let [(sent, flags, seq, ..)] = seen.as_slice() else {
-            panic!("{seen:?}");
-        };
-        let place = match to {
-            To::Resolver => place(ISN, allowed.len()),
-            To::Pod => place(ISS, framed(b"refused").len()),
-        };
-        assert_eq!((*sent, flags & TCP_RST, *seq), (to, TCP_RST, place));
-        assert!(scene.streams.flows.is_empty());
-    }
-}
-
-#[test]
-fn a_refusal_that_nobody_acknowledges_ends() {
-    let mut scene = Scene::new();
-    scene.asks(0, &asking("no"));
-    let mut last = Vec::new();
-    for _ in 0..8 {
-        last = scene.ticks(40);
-        if scene.streams.flows.is_empty() {
-            break;
-        }
-    }
-    scene.is_reset(&last);
 }
 
 #[test]
