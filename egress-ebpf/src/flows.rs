@@ -29,10 +29,10 @@ use egress_common::{
 
 use crate::{
     counters::count,
-    from_pod::is_own,
     maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY, UDP_IDLE_NS},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
+    sources::is_own,
 };
 
 /// `BPF_ANY`: insert or replace.
@@ -256,8 +256,9 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
         && next.state != FLOW_CUT
         && key.protocol == protocol::TCP
         && is_closed(next);
-    if is_new && next.state != FLOW_IN {
-        note_called(pod, key, next);
+    // A RST answers what anybody has sent.
+    if is_new && next.state != FLOW_IN && next.seen & FLOW_SEEN_RST == 0 {
+        note_called(pod, key, next.last_seen_ns);
     }
     if is_new || closes {
         if is_established {
@@ -297,7 +298,7 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
 
 /// Notes that the pod connects to this address and port.
 #[inline(always)]
-fn note_called(pod: u32, key: &FlowKey, flow: &Flow) {
+fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
     if key.protocol != protocol::TCP || !is_flow(key) {
         return;
     }
@@ -308,10 +309,38 @@ fn note_called(pod: u32, key: &FlowKey, flow: &Flow) {
     };
     if let Some(known) = called.get_ptr_mut(peer) {
         // SAFETY: the memory stays an entry of this map until the program ends.
-        unsafe { (*known).last_seen_ns = flow.last_seen_ns };
-    } else if called.insert(peer, flow, ANY).is_err() {
+        unsafe { (*known).last_seen_ns = now_ns };
+        return;
+    }
+    let called_at = Flow {
+        last_seen_ns: now_ns,
+        policy: UNJUDGED,
+        state: FLOW_OUT,
+        seen: 0,
+        handshake: 0,
+    };
+    if called.insert(peer, black_box(&called_at), ANY).is_err() {
         count_full(pod);
     }
+}
+
+/// Notes that the pod connects to this address and port, where no flow begins with that.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    if let Some(key) = unsafe { key.as_ref() } {
+        note_called(pod, key, now_ns);
+    }
+    0
+}
+
+/// See [`note_call`].
+#[inline(always)]
+pub fn calls(pod: u32, key: &FlowKey, now_ns: u64) {
+    note_call(pod, key, now_ns);
 }
 
 /// Whether the pod has connected to the other side's address and port. A server opens its own connections

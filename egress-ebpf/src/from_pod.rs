@@ -4,8 +4,7 @@ use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
     flow::after_packet_from_pod,
-    limits::OWN_ADDRESSES,
-    packet::{Fragment, Frame, Packet, TCP_SYN, Walked},
+    packet::{Fragment, Frame, Packet, TCP_ACK, TCP_RST, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
     records::{
@@ -32,6 +31,7 @@ use crate::{
     },
     open_flow, probe,
     skb::{Skb, now_ns},
+    sources::{asks_for_an_address, is_own, not_own},
 };
 
 /// The verdict on a frame that the pod sent.
@@ -168,6 +168,15 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     if !waits && !is_own(policy, &packet.src) && !asks_for_an_address(packet) {
         return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
     }
+    // No flow begins with these connections, or what begins is known as the other side's.
+    if is_question || interface.flags & INTERFACE_SOURCES != 0 || interface.mode == MODE_AUDIT {
+        let opens = packet.bit == bits::TCP
+            && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+            && !matches!(packet.fragment, Fragment::Later);
+        if opens {
+            flows::calls(interface.pod, &packet.flow_from_pod(), now_ns());
+        }
+    }
     // The agent is about to judge the rest, too.
     if interface.flags & INTERFACE_SOURCES != 0 {
         let rules = Rules::All as u32;
@@ -219,7 +228,11 @@ fn judge_by_flow(
     let opened_by_pod = follows && known.state() == FLOW_OUT;
     let answers = follows
         && known.state() == FLOW_IN
-        && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0);
+        && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0)
+        // Somebody has forged the other side's SYN before the pod's connection was noted.
+        && (known.is_established()
+            || packet.bit != bits::TCP
+            || !flows::is_called(&skb, interface.pod, &key));
     let passes_by_flow = (opened_by_pod && is_current)
         // Neighbours that may not find each other do not get any denial either.
         || (answers && (is_current || packet.is_neighbour_message()));
@@ -370,7 +383,10 @@ fn note(
         let begins = if passes {
             !(follows && state == FLOW_IN)
         } else {
-            interface.mode == MODE_AUDIT && known.place == flows::NOWHERE
+            // (Nobody answers a RST, and the pod sends one to whatever segment somebody forges.)
+            interface.mode == MODE_AUDIT
+                && known.place == flows::NOWHERE
+                && packet.tcp_flags & TCP_RST == 0
         };
         if !begins || !flows::is_tracked(packet) {
             return;
@@ -441,43 +457,6 @@ fn pass(skb: &Skb<'_>) -> i32 {
         c.passed_bytes += u64::from(len);
     });
     PASS
-}
-
-/// Whether the address is one of the pod's own.
-#[inline(always)]
-pub fn is_own(policy: &Policy, address: &Address) -> bool {
-    let mut i = 0;
-    while i < OWN_ADDRESSES {
-        if i as u32 >= policy.own_len {
-            return false;
-        }
-        if address::same(&policy.own[i], address) {
-            return true;
-        }
-        i += 1;
-    }
-    false
-}
-
-/// Whether the packet asks all of the link for an address, as who has none does (RFC 2131, section 4.1). The rules
-/// judge it: it leaves if an entry has the broadcast address with the port of DHCP servers.
-#[inline(always)]
-fn asks_for_an_address(packet: &Packet) -> bool {
-    packet.bit == bits::UDP
-        && (packet.src_port, packet.dst_port) == (68, 67)
-        && address::same(&packet.src, &address::UNSPECIFIED_V4)
-        && address::same(&packet.dst, &address::BROADCAST_V4)
-}
-
-/// Why a packet does not leave whose source is not among the pod's own addresses.
-#[inline(always)]
-fn not_own(policy: &Policy) -> Reason {
-    // Nobody knows them yet.
-    if policy.flags & POLICY_UNIDENTIFIED != 0 && policy.own_len == 0 {
-        Reason::PodUnknown
-    } else {
-        Reason::SpoofedSource
-    }
 }
 
 // The following read a packet and are functions of their own because all that are in progress share

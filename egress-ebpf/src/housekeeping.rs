@@ -3,7 +3,7 @@
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use egress_common::{address, packet::Packet, records::Policy};
 
-use crate::{from_pod::is_own, link_local, skb::Skb};
+use crate::{link_local, skb::Skb, sources::is_own};
 
 /// What a message on the link is.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -53,6 +53,7 @@ mod open_flow;
 mod opening;
 mod probe;
 mod skb;
+mod sources;
 mod to_pod;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};

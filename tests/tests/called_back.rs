@@ -3,19 +3,25 @@
 //! numbers of the old connection, and the server acknowledges them (RFC 5961, section 4.2).
 
 use std::{
-    io::Write as _,
+    io::{self, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
 };
 
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
-    addresses::{server, server6},
+    addresses::{RESOLVER, server, server6},
+    bpf::bpftool,
     eventually,
     frames::{self, Tap},
+    holds,
     observed::HTTP,
     raw::{ETHERNET, IPV4, IPV6, flag},
 };
 use etherparse::ip_number::TCP;
+use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// The server's port.
@@ -38,9 +44,24 @@ struct Connection<'a> {
 impl<'a> Connection<'a> {
     /// Opens it, and sends something on it that the server acknowledges.
     fn open(lab: &Lab, pod: &'a Pod, peer: IpAddr) -> Self {
+        Self::open_from(lab, pod, peer, 0)
+    }
+
+    /// The same, from a port of the pod's.
+    fn open_from(lab: &Lab, pod: &'a Pod, peer: IpAddr, port: u16) -> Self {
         let listener = lab.outside().run(|| TcpListener::bind((peer, THERE)));
         let listener = listener.expect("listen outside");
-        let mut stream = pod.reach_tcp((peer, THERE));
+        let opened = pod.netns().run(|| -> io::Result<TcpStream> {
+            let socket = Socket::new(
+                Domain::for_address((peer, THERE).into()),
+                Type::STREAM,
+                None,
+            )?;
+            socket.bind(&SocketAddr::new(own(pod, peer), port).into())?;
+            socket.connect(&SocketAddr::new(peer, THERE).into())?;
+            Ok(socket.into())
+        });
+        let mut stream = opened.expect("the server is reached");
         let (server, _) = listener.accept().expect("the pod calls");
         let tap = Tap::open(pod.netns(), "eth0");
         stream.write_all(b"before").expect("write");
@@ -84,21 +105,14 @@ impl<'a> Connection<'a> {
 
     /// Whether something that the pod sends from now on leaves, after a handshake in the server's name.
     fn is_stolen(&mut self, lab: &Lab) -> bool {
+        self.forge_handshake(lab);
+        self.leaves(lab)
+    }
+
+    /// Somebody sends a SYN in the server's name, and the pod answers with the connection's numbers.
+    fn forge_handshake(&self, lab: &Lab) {
         let own = self.own();
-        let seen = Tap::open(lab.outside(), "eth0");
-        let frame = frames::from_pod(self.pod, self.peer, own.ip())
-            .tcp(THERE, own.port(), FAR, 64_240)
-            .syn();
-        let mut syn = Vec::new();
-        frame.write(&mut syn, &[]).expect("a frame in memory");
-        let raw = lab.outside().run(|| {
-            let raw = Protocol::from(nix::libc::IPPROTO_RAW);
-            Socket::new(Domain::for_address(own), Type::RAW, Some(raw))
-        });
-        let to = SocketAddr::new(own.ip(), 0).into();
-        raw.expect("a raw socket")
-            .send_to(&syn[ETHERNET..], &to)
-            .expect("send in the server's name");
+        Forger::open(lab, self.pod, self.peer, own).send(flag::SYN);
         let at = tcp_at(self.peer);
         let arrived = self.tap.receive(DEADLINE, |frame| {
             frames::is(frame, self.peer, own.ip(), TCP) && frame[at + 13] == flag::SYN
@@ -109,9 +123,54 @@ impl<'a> Connection<'a> {
         let _ = self.tap.receive(SHORT, |frame| {
             frames::is(frame, self.peer, own.ip(), TCP) && frame[at + 13] == flag::ACK
         });
+    }
+
+    /// Whether something that the pod sends from now on leaves.
+    fn leaves(&mut self, lab: &Lab) -> bool {
+        let seen = Tap::open(lab.outside(), "eth0");
         let _ = self.stream.write_all(b"stolen");
         let stolen = |frame: &[u8]| frame.windows(6).any(|window| window == b"stolen");
         seen.receive(SHORT, stolen).is_some()
+    }
+}
+
+/// Somebody outside who sends segments in the server's name.
+struct Forger {
+    socket: Socket,
+    to: SocketAddr,
+    /// A segment of each kind.
+    syn: Vec<u8>,
+    ack: Vec<u8>,
+}
+
+impl Forger {
+    fn open(lab: &Lab, pod: &Pod, peer: IpAddr, to: SocketAddr) -> Self {
+        let segment = || frames::from_pod(pod, peer, to.ip()).tcp(THERE, to.port(), FAR, 64_240);
+        let bytes = |step: etherparse::PacketBuilderStep<etherparse::TcpHeader>| {
+            let mut frame = Vec::new();
+            step.write(&mut frame, &[]).expect("a frame in memory");
+            frame.split_off(ETHERNET)
+        };
+        let socket = lab.outside().run(|| {
+            let raw = Protocol::from(nix::libc::IPPROTO_RAW);
+            Socket::new(Domain::for_address(to), Type::RAW, Some(raw))
+        });
+        Self {
+            socket: socket.expect("a raw socket"),
+            to: SocketAddr::new(to.ip(), 0),
+            syn: bytes(segment().syn()),
+            ack: bytes(segment().ack(1)),
+        }
+    }
+
+    fn send(&self, flag: u8) {
+        let segment = if flag == flag::SYN {
+            &self.syn
+        } else {
+            &self.ack
+        };
+        let sent = self.socket.send_to(segment, &self.to.into());
+        sent.expect("send in the server's name");
     }
 }
 
@@ -121,6 +180,18 @@ fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
         IpAddr::V4(_) => pod.ipv4().into(),
         IpAddr::V6(_) => pod.ipv6().into(),
     }
+}
+
+/// What one of the pod's maps has.
+fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
+    let pin = lab.allow_pin(pod).with_file_name(map);
+    let pin = pin.to_str().expect("a path in UTF-8");
+    let dumped = bpftool(&["map", "dump", "pinned", pin]);
+    let entries = dumped.as_array().expect("a list of entries");
+    entries
+        .iter()
+        .map(|entry| entry["formatted"].clone())
+        .collect()
 }
 
 /// Where the TCP header begins in a frame.
@@ -149,6 +220,103 @@ fn a_connection_from_before_the_agent_does_not_go_on_as_the_servers() {
 #[test]
 fn over_ipv6_a_connection_from_before_the_agent_does_not_go_on_as_the_servers() {
     ends_when_the_pod_begins_to_be_enforced(server6(9));
+}
+
+#[test]
+fn syns_while_the_pod_begins_to_be_enforced_do_not_help() {
+    let lab = Lab::builder().build();
+    let peer = server(9);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let mut connection = Connection::open(&lab, &cart, peer);
+    let forger = Forger::open(&lab, &cart, peer, connection.own());
+    let begun = AtomicBool::new(false);
+    let _agent = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !begun.load(Ordering::Relaxed) {
+                forger.send(flag::SYN);
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let agent = lab.start_agent(&[&cart]);
+        begun.store(true, Ordering::Relaxed);
+        agent
+    });
+    assert!(!connection.is_stolen(&lab), "the connection goes on");
+}
+
+#[test]
+fn a_connection_that_audit_let_out_does_not_go_on_as_the_servers() {
+    const HERE: u16 = 5555;
+    let lab = Lab::builder().build();
+    let peer = server(9);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
+    let agent = lab.start_agent(&[&cart]);
+    // Before the pod connects, so that the flow seems to be the server's.
+    Forger::open(&lab, &cart, peer, (own(&cart, peer), HERE).into()).send(flag::SYN);
+    eventually("the server's SYN is there", || {
+        let flows = dump(&lab, &cart, "opening");
+        holds(flows.iter().any(|flow| flow["value"]["state"] == 2))
+    });
+    let mut connection = Connection::open_from(&lab, &cart, peer, HERE);
+    connection.forge_handshake(&lab);
+    agent.applies(&cart, || {
+        lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    });
+    assert!(!connection.leaves(&lab), "the connection goes on");
+}
+
+#[test]
+fn a_connection_with_a_resolver_does_not_go_on_as_the_resolvers() {
+    let lab = Lab::builder()
+        .config(
+            "dns.resolvers",
+            vec![RESOLVER.to_string(), server(9).to_string()],
+        )
+        .build();
+    let peer = server(9);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&cart]);
+    let listener = lab.outside().run(|| TcpListener::bind((peer, 53)));
+    let _listener = listener.expect("listen outside");
+    let _stream = cart.reach_tcp((peer, 53));
+    let called = dump(&lab, &cart, "called");
+    assert!(
+        called.iter().any(|flow| flow["key"]["peer_port"] == 53),
+        "{called:?}"
+    );
+}
+
+#[test]
+fn nobody_outside_keeps_a_client_from_the_pod() {
+    let lab = Lab::builder().build();
+    let peer = server(9);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
+    let agent = lab.start_agent(&[&cart]);
+    let listener = cart.listen_tcp(80);
+    let address = SocketAddr::new(own(&cart, peer), 80);
+    // The pod's kernel answers with a RST.
+    let tap = Tap::open(cart.netns(), "eth0");
+    Forger::open(&lab, &cart, peer, address).send(flag::ACK);
+    let at = tcp_at(peer);
+    let reset = tap.receive(DEADLINE, |frame| {
+        frames::is(frame, address.ip(), peer, TCP) && frame[at + 13] & flag::RST != 0
+    });
+    assert!(reset.is_some(), "the pod does not answer");
+    agent.applies(&cart, || {
+        lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    });
+    let client = lab.outside().run(|| -> io::Result<Socket> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(peer, THERE).into())?;
+        socket.connect_timeout(&address.into(), DEADLINE)?;
+        Ok(socket)
+    });
+    client.expect("the pod is reached");
+    listener.accept().expect("a connection");
 }
 
 #[test]

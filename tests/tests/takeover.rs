@@ -1,5 +1,7 @@
 //! What a restarted agent takes over from the one before, and what it does not.
 
+use std::fs;
+
 use egress_tests::{
     Agent, Lab, Pod, SHORT, TcpEcho, addresses::server, bpf::bpftool, dns::RecordType, eventually,
     holds,
@@ -179,4 +181,47 @@ fn an_interface_that_no_pod_is_known_to_have_is_free_again() {
     scene.lab.remove_pod(&scene.pod);
     let _agent = scene.lab.start_agent(&[]);
     eventually("the interface is free", || holds(scene.reaches(99)));
+}
+
+/// A map of another build has the type information of that build, or none.
+#[test]
+fn maps_that_another_build_has_pinned_hinder_nothing() {
+    let lab = Lab::new();
+    let (_web, cart) = lab.shop_and_cart("shop.test:443");
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[]);
+    let pin = lab.pins().join("interfaces");
+    let path = pin.to_str().expect("a path in UTF-8");
+    let made = bpftool(&["map", "show", "pinned", path]);
+    let number = |key: &str| made[key].as_u64().expect("a number").to_string();
+    assert!(agent.stop().success());
+    lab.cleanup();
+    fs::create_dir_all(lab.pins()).expect("the directory of pins");
+    let (key, value, entries) = (
+        number("bytes_key"),
+        number("bytes_value"),
+        number("max_entries"),
+    );
+    bpftool(&[
+        "map",
+        "create",
+        path,
+        "type",
+        "hash",
+        "key",
+        &key,
+        "value",
+        &value,
+        "entries",
+        &entries,
+        "name",
+        "interfaces",
+        "flags",
+        &number("flags"),
+    ]);
+
+    let agent = lab.start_agent(&[&cart]);
+    assert_eq!(cart.lookup("shop.test"), [server(10)]);
+    cart.talks_tcp((server(10), 443));
+    assert!(cart.connect_tcp((server(99), 443), SHORT).is_err());
+    drop(agent);
 }

@@ -21,7 +21,8 @@ pub(super) struct Templates {
 }
 
 impl Templates {
-    /// Reads the definitions from the object file; `sample` is any plain map of the loaded object.
+    /// Reads the definitions from the object file; `sample` is a plain map that was made with the object when it
+    /// was loaded, so its type information is that of this object.
     pub(super) fn new(object: &[u8], sample: &MapInfo) -> Result<Self> {
         let object = Object::parse(object).context("the eBPF object cannot be parsed")?;
         let inner = |name: &str| {

@@ -25,7 +25,7 @@ use super::{
         Constants, GLOBAL_FUNCTIONS, Marks, OBJECT, check_kernel, check_shapes, load_object, take,
     },
     outer::OuterMaps,
-    pins::Layout,
+    pins::{DirectoryId, Layout},
     policies::gone,
     stamp::Stamp,
     stamp_check::StampCheck,
@@ -71,6 +71,8 @@ pub struct Datapath {
     dns_ports: Array<MapData, DnsPorts>,
     tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
+    /// The directory of pins that the maps were opened from.
+    pub(super) root: DirectoryId,
     pub(super) constants: Constants,
     /// The programs once more, for [`Datapath::stand_in`].
     stand_in: Option<Ebpf>,
@@ -91,7 +93,10 @@ impl Datapath {
         check_kernel(kernel)?;
         bpffs::mount_if_missing(&options.bpffs)?;
         let layout = Layout::new(&options.bpffs);
+        // Two agents that start together must open the same maps, and agree on the stamp.
+        let _opening = layout.lock_top()?;
         layout.create()?;
+        let root = layout.identity()?;
         check_shapes(&layout)?;
 
         let marks = Marks {
@@ -123,8 +128,12 @@ impl Datapath {
         let mut ebpf = load_object(&layout, &constants)?;
         constants.stamp.keep(take(&mut ebpf, "stamp")?)?;
 
-        let interfaces = open(&layout, "interfaces")?;
-        let templates = Templates::new(OBJECT, &interfaces.info()?)?;
+        // Pinned maps have the type information of the build that made them.
+        let unpinned: MapData = match take(&mut ebpf, "names")? {
+            Map::HashMap(names) => names,
+            _ => bail!("the map `names` of the eBPF object is no hash map"),
+        };
+        let templates = Templates::new(OBJECT, &unpinned.info()?)?;
         Ok(Self {
             templates,
             allow_entries: options.allow_entries,
@@ -139,6 +148,7 @@ impl Datapath {
             dns_ports: Array::try_from(take(&mut ebpf, "dns_ports")?)?,
             tunnels: HashMap::try_from(take(&mut ebpf, "tunnels")?)?,
             bpffs: options.bpffs.clone(),
+            root,
             layout,
             ebpf,
             constants,

@@ -80,6 +80,27 @@ pub enum TryLock {
     Gone,
 }
 
+impl TryLock {
+    fn or_refuse(self, root: &Path) -> Result<Lock> {
+        match self {
+            Self::Locked(lock) => Ok(lock),
+            Self::AnothersLock => bail!(
+                "another egress-agent is running with the pins in {}; stop that one first, or have this one \
+                 wait for its end with --take-over",
+                root.display()
+            ),
+            Self::Gone => bail!(
+                "the pins in {} were removed just now; start again",
+                root.display()
+            ),
+        }
+    }
+}
+
+/// A directory, by its device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirectoryId(u64, u64);
+
 impl Datapath {
     /// Makes sure that no other agent works with the same pins.
     ///
@@ -87,7 +108,7 @@ impl Datapath {
     ///
     /// When one does.
     pub fn lock(&self) -> Result<Lock> {
-        self.layout.lock()
+        self.try_lock()?.or_refuse(&self.layout.root)
     }
 
     /// The same, for an agent that waits for the end of another one.
@@ -96,23 +117,45 @@ impl Datapath {
     ///
     /// When the pins cannot be locked.
     pub fn try_lock(&self) -> Result<TryLock> {
-        self.layout.try_lock()
+        Ok(match self.layout.try_lock()? {
+            // Somebody has removed the pins, and a third agent may have made others.
+            TryLock::Locked(_) if self.layout.identity()? != self.root => TryLock::Gone,
+            tried => tried,
+        })
     }
 }
 
 impl Layout {
     fn lock(&self) -> Result<Lock> {
-        match self.try_lock()? {
-            TryLock::Locked(lock) => Ok(lock),
-            TryLock::AnothersLock => bail!(
-                "another egress-agent is running with the pins in {}; stop that one first, or have this one \
-                 wait for its end with --take-over",
-                self.root.display()
-            ),
-            TryLock::Gone => bail!(
-                "the pins in {} were removed just now; start again",
-                self.root.display()
-            ),
+        self.try_lock()?.or_refuse(&self.root)
+    }
+
+    /// Which directory the pins are in.
+    pub(super) fn identity(&self) -> Result<DirectoryId> {
+        let metadata = fs::metadata(&self.root)
+            .with_context(|| format!("cannot look at {}", self.root.display()))?;
+        Ok(DirectoryId(metadata.dev(), metadata.ino()))
+    }
+
+    /// Waits until nobody else opens or removes the pins. That takes others a moment.
+    pub(super) fn lock_top(&self) -> Result<Flock<File>> {
+        let top = self.root.parent().context("the pins have no directory")?;
+        let cannot = || format!("cannot lock {}", top.display());
+        loop {
+            fs::create_dir_all(top).with_context(cannot)?;
+            let opened = match File::open(top) {
+                Ok(opened) => opened,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).with_context(cannot),
+            };
+            let locked = Flock::lock(opened, FlockArg::LockExclusive);
+            let locked = locked.map_err(|(_, error)| error).with_context(cannot)?;
+            let is_there = fs::metadata(top)
+                .and_then(|there| Ok(there.ino() == locked.metadata()?.ino()))
+                .unwrap_or(false);
+            if is_there {
+                return Ok(locked);
+            }
         }
     }
 
@@ -204,6 +247,7 @@ pub fn cleanup(bpffs: &Path, held: Option<Lock>) -> Result<Option<usize>> {
         None if layout.root.exists() => Some(layout.lock()?),
         held => held,
     };
+    let _opening = layout.lock_top()?;
     // First, or frames that are stamped no more would be dropped.
     stamp_check::remove()?;
     let mut detached = 0;

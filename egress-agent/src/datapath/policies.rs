@@ -141,17 +141,22 @@ impl Datapath {
             .insert(pod.id, egress_common::records::Meter::default(), 0)
             .context("cannot write the map `meters`")?;
         let pins = self.layout.pod(pod.namespace, pod.name);
-        pins.remove()?;
         let limits = self.flow_limits;
+        let mut maps = Vec::with_capacity(Outer::OF_POD.len());
         for outer in Outer::OF_POD {
             let name = outer.name();
-            let map = match outer {
+            maps.push(match outer {
                 Outer::OrderFromPod => self.templates.order(limits.opening_from_pod)?,
                 Outer::OrderToPod => self.templates.order(limits.opening_to_pod)?,
                 Outer::Opening => self.templates.flows(name, limits.opening())?,
                 Outer::Called => self.templates.flows(name, limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
-            };
+            });
+        }
+        // Not before there are others to take their place.
+        pins.remove()?;
+        for (outer, map) in Outer::OF_POD.into_iter().zip(maps) {
+            let name = outer.name();
             // A queue cannot be read without emptying it.
             if !matches!(outer, Outer::OrderFromPod | Outer::OrderToPod) {
                 pins.replace(name, &map)?;
