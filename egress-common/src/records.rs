@@ -96,6 +96,13 @@ pub struct Policy {
     /// Fingerprint of the entries with a name. The kernel does not look at it; to a restarted agent
     /// it says whether the addresses in the allow map are there by the rules of today.
     pub names: u64,
+    /// Fingerprint of the ranges and tunnels under which the policy's flows were judged, without resolvers.
+    /// The kernel does not look at it. A restarted agent adopts the policy, and with it the flows, only if its
+    /// own ranges have the same fingerprint.
+    pub ranges: u64,
+    /// SHA-256 of the annotations that the policy was compiled from; zero if it was not compiled from any. The
+    /// kernel does not look at it. A restarted agent believes saved annotations only if they have this digest.
+    pub annotations: [u8; 32],
     /// The pod's own addresses.
     pub own: [Address; OWN_ADDRESSES],
     /// How many of `own` are used.
@@ -133,6 +140,8 @@ impl Policy {
         under_any: 0,
         named: 0,
         names: 0,
+        ranges: 0,
+        annotations: [0; 32],
         own: [[0; 16]; OWN_ADDRESSES],
         own_len: 0,
         flags: 0,
@@ -517,7 +526,7 @@ const _: () = {
     assert!(size_of::<Interface>() == 16);
     assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 40 + 16 * OWN_ADDRESSES + 8);
+    assert!(size_of::<Policy>() == 8 * CLASSES + 48 + 32 + 16 * OWN_ADDRESSES + 8);
     assert!(size_of::<AllowKey>() == 16);
     assert!(size_of::<AllowEntry>() == 24);
     assert!(size_of::<NameKey>() == 16 + 1 + NAME_BYTES);

@@ -8,9 +8,9 @@ use egress_common::{
     records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
 };
 
-use super::place::Found;
+use super::{digest, place::Found};
 use crate::{
-    config::OnDeny,
+    config::{Config, OnDeny},
     datapath::{FlowMap, PodPins},
     host::Network,
     pods::Pod,
@@ -38,6 +38,31 @@ pub(super) struct Wanted {
     ranges: u64,
 }
 
+/// Which ranges and tunnels verdicts are under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RangesVersion {
+    /// How many there have been since the agent started: flows that passed under earlier ones are judged again.
+    number: u64,
+    /// The same for every agent with these ranges.
+    fingerprint: u64,
+}
+
+impl RangesVersion {
+    /// Those that the agent begins with.
+    pub(super) fn first(config: &Config) -> Self {
+        Self {
+            number: Wanted::NO_RANGES + 1,
+            fingerprint: digest::of_ranges(config),
+        }
+    }
+
+    /// Those that are in force from now on.
+    pub(super) fn change(&mut self, config: &Config) {
+        self.number += 1;
+        self.fingerprint = digest::of_ranges(config);
+    }
+}
+
 impl Wanted {
     /// The number of no ranges: they are counted from 1 on.
     const NO_RANGES: u64 = 0;
@@ -49,9 +74,10 @@ impl Wanted {
         found: &Found,
         compiled: Arc<Compiled>,
         on_deny: OnDeny,
-        ranges: u64,
+        ranges: RangesVersion,
     ) -> Self {
         let mut record = compiled.record;
+        record.ranges = ranges.fingerprint;
         for (slot, ip) in record.own.iter_mut().zip(own) {
             *slot = mapped(*ip);
         }
@@ -74,7 +100,7 @@ impl Wanted {
                 OnDeny::Reject => INTERFACE_REJECT,
             },
             compiled,
-            ranges,
+            ranges: ranges.number,
         }
     }
 

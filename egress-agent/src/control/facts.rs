@@ -87,7 +87,7 @@ impl Reconciler {
         if is_only_resolvers {
             self.note_resolvers(next);
         } else {
-            self.ranges += 1;
+            self.ranges.change(next);
         }
         Ok(())
     }

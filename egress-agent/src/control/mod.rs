@@ -9,6 +9,7 @@ mod apply;
 mod arrivals;
 mod bypass;
 mod denials;
+mod digest;
 mod enforced;
 mod events;
 mod exits;
@@ -154,7 +155,7 @@ pub async fn run(options: Options) -> Result<()> {
     let cluster = source.cluster();
     let mut saved = cluster
         .is_some()
-        .then(|| Saved::open(configured, &adoptable));
+        .then(|| Saved::open(configured, &adoptable, &datapath));
     let mut current = |snapshots: &mut watch::Receiver<Arc<Snapshot>>| {
         let snapshot = snapshots.borrow_and_update().clone();
         match &mut saved {

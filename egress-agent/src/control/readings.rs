@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::enforced::PodKey;
+use super::{digest, enforced::PodKey};
 use crate::{
     pods::{Pod, Snapshot},
     policy::{self, Annotations, Compiled, Mode, Settings},
@@ -59,7 +59,9 @@ impl Readings {
         let read = policy::compile(&own, &namespace, &self.settings);
         let unreadable = read.is_err();
         let (compiled, good, problem, written) = match read {
-            Ok(compiled) => {
+            Ok(mut compiled) => {
+                compiled.record.annotations =
+                    digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
                 let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
                 let written = Arc::new(Written { own, namespace });
                 (Arc::new(compiled), true, problem, written)
@@ -116,7 +118,9 @@ impl Readings {
             return Some((Arc::clone(&last.compiled), written));
         }
         let compiled = policy::compile(&written.own, &written.namespace, &self.settings);
-        Some((Arc::new(compiled.ok()?), written))
+        let mut compiled = compiled.ok()?;
+        compiled.record.annotations = last.compiled.record.annotations;
+        Some((Arc::new(compiled), written))
     }
 
     /// The policy of a pod of which nothing can be made, in this mode.

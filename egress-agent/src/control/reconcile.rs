@@ -14,7 +14,7 @@ use egress_common::records::INTERFACE_SOURCES;
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
-    enforced::{Enforced, PodKey},
+    enforced::{Enforced, PodKey, RangesVersion},
     events,
     exits::PodExits,
     hardware::Hardware,
@@ -88,8 +88,8 @@ pub(super) struct Reconciler {
     pub(super) existing: Existing,
     /// Pods that ran before and begin to be enforced: of them only the sources are judged yet.
     pub(super) settling: Vec<PodKey>,
-    /// How many ranges there have been: flows that passed under earlier ones are judged again.
-    pub(super) ranges: u64,
+    /// The ranges that are in force.
+    pub(super) ranges: RangesVersion,
     pub(super) known: Arc<KnownPods>,
     pub(super) enforced: BTreeMap<PodKey, Enforced>,
     pub(super) readings: Readings,
@@ -141,6 +141,7 @@ impl Reconciler {
         let unjudged = Unjudged::new(places.has_quarantine(), left);
         let trust = Trust::claim(&settings.configured);
         let readings = Readings::new(settings.together.policy_settings());
+        let ranges = RangesVersion::first(&settings.together);
         let board = Arc::<Board>::default();
         let left = adoptable.iter().map(|(&id, left)| {
             let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
@@ -178,7 +179,7 @@ impl Reconciler {
             trusting: true,
             existing: Existing::default(),
             settling: Vec::new(),
-            ranges: 1,
+            ranges,
             known,
             enforced: BTreeMap::new(),
             readings,

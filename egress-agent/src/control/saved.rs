@@ -3,6 +3,10 @@
 //! The kernel has a pod's addresses and prefixes, but not the names that its policy allows. An agent that starts
 //! while the API server does not answer reads them here, so that pods that an earlier agent left enforced
 //! resolve names at once. Pods that are not enforced in the kernel are not taken from the file.
+//!
+//! The file may be older than what is in force: writing and removing it may have failed, or an agent with another
+//! `stateDir` ran meanwhile. So only what the kernel agrees with is taken from it. A pod's policy in the kernel has
+//! the digest of the annotations that it was compiled from, and the map `ranges` has the cluster's addresses.
 
 use std::{
     collections::BTreeMap,
@@ -11,12 +15,16 @@ use std::{
 };
 
 use anyhow::Result;
+use egress_common::{
+    address::Address,
+    records::{RANGE_INTERNAL, Range},
+};
 use serde::{Deserialize, Serialize};
 
-use super::state_file;
+use super::{digest, enforced::mapped, state_file};
 use crate::{
     config::Config,
-    datapath::Adoptable,
+    datapath::{Adoptable, Datapath, View},
     pods::{Facts, Pod, Snapshot},
 };
 
@@ -46,15 +54,16 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    /// Reads the file. `left` is what an earlier agent left enforced.
-    pub(super) fn open(config: &Config, left: &BTreeMap<u32, Adoptable>) -> Self {
+    /// Reads the file. `left` is what an earlier agent left enforced. To be called before anything is changed in
+    /// `datapath`.
+    pub(super) fn open(
+        config: &Config,
+        left: &BTreeMap<u32, Adoptable>,
+        datapath: &Datapath,
+    ) -> Self {
         let path = config.state_dir.join(FILE);
-        let read = match read(&path, &config.node) {
-            Ok(Some((mut pods, facts))) => {
-                pods.retain(|pod| left.values().any(|left| is_of(left, pod)));
-                (!pods.is_empty()).then_some((pods, facts))
-            }
-            Ok(None) => None,
+        let read = match read_believed(&path, &config.node, left, datapath) {
+            Ok(believed) => believed,
             Err(error) => {
                 tracing::warn!(
                     error = %format!("{error:#}"),
@@ -140,9 +149,89 @@ impl Saved {
     }
 }
 
+/// What the file says of pods that an earlier agent left enforced, as far as the kernel agrees.
+fn read_believed(
+    path: &Path,
+    node: &str,
+    left: &BTreeMap<u32, Adoptable>,
+    datapath: &Datapath,
+) -> Result<Option<(Vec<Pod>, Facts)>> {
+    let Some((pods, mut facts)) = read(path, node)? else {
+        return Ok(None);
+    };
+    let view = datapath.view()?;
+    let mut believed = Vec::new();
+    let mut outdated = Vec::new();
+    for pod in pods {
+        let Some(left) = left.values().find(|left| is_of(left, &pod)) else {
+            continue;
+        };
+        if is_under(left, &pod, &view)? {
+            believed.push(pod);
+        } else {
+            outdated.push(format!("{}/{}", pod.namespace, pod.name));
+        }
+    }
+    if !outdated.is_empty() {
+        tracing::warn!(
+            file = %path.display(),
+            pods = %outdated.join(", "),
+            "the saved annotations of pods are not those that they are enforced with: these pods stay enforced as \
+             an earlier agent left them, and resolve names when the API server answers"
+        );
+    }
+    retain_known(&mut facts, &view)?;
+    Ok(Some((believed, facts)))
+}
+
 /// Whether the kernel has this very pod.
 fn is_of(left: &Adoptable, pod: &Pod) -> bool {
     left.uid == pod.uid && left.namespace == pod.namespace && left.name == pod.name
+}
+
+/// Whether every interface of the pod is under a policy that was compiled from these annotations. A pod without
+/// interfaces in the kernel is open, so any policy is better.
+fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
+    if !pod.namespace_known {
+        return Ok(false);
+    }
+    let digest = digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
+    for (_, entry) in &left.interfaces {
+        let record = view.policy(entry.policy)?;
+        if record.is_none_or(|record| record.annotations != digest) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Leaves of the facts what the kernel's map `ranges` has. Others are not true any more, or not yet in force.
+fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
+    let mut failure = Ok(());
+    let mut has = |network: &Address, prefix_len, is: &dyn Fn(&Range) -> bool| {
+        let range = view.range_of(network, prefix_len);
+        match range {
+            Ok(range) => is(&range),
+            Err(error) => {
+                failure = Err(error);
+                false
+            }
+        }
+    };
+    facts.resolvers.retain(|resolver, _| {
+        has(&mapped(resolver.address), 128, &|range| {
+            range.is_resolver_at(resolver.port)
+        })
+    });
+    facts.internal.retain(|prefix, _| {
+        has(&prefix.network(), prefix.prefix_len(), &|range| {
+            range.kinds & RANGE_INTERNAL != 0
+        })
+    });
+    facts
+        .pods
+        .retain(|prefix| facts.internal.contains_key(prefix));
+    failure
 }
 
 /// The file's content; `None` without a file, or when it is another node's or another version's.

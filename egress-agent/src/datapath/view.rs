@@ -84,7 +84,16 @@ impl View {
     ///
     /// When the map cannot be read.
     pub fn range(&self, address: &Address) -> Result<Range> {
-        let range = found(self.ranges.get(&Key::new(128, *address), 0))
+        self.range_of(address, 128)
+    }
+
+    /// What kind of addresses are in this prefix, all of them. Its length is in bits of the 128-bit form.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn range_of(&self, network: &Address, prefix_len: u32) -> Result<Range> {
+        let range = found(self.ranges.get(&Key::new(prefix_len, *network), 0))
             .context("cannot read the map `ranges`")?;
         Ok(range.unwrap_or_default())
     }

@@ -1,0 +1,205 @@
+//! What an agent has saved in `stateDir` may be older than what is enforced. An agent that starts while the API
+//! server is away takes nothing from there that an edit has replaced.
+
+use std::{net::IpAddr, path::Path};
+
+use egress_tests::{
+    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho,
+    addresses::{RESOLVER, server},
+    dns::{RecordType, ResponseCode},
+    eventually, holds,
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::{Value, json};
+
+fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+fn reaches(pod: &Pod, to: IpAddr) -> bool {
+    pod.connect_tcp((to, 443), SHORT).is_ok()
+}
+
+/// A file system for `stateDir` that can become read-only.
+struct StateDir(tempfile::TempDir);
+
+impl StateDir {
+    #[track_caller]
+    fn new() -> Self {
+        let state = Self(tempfile::tempdir().expect("a directory"));
+        let none = None::<&str>;
+        mount(
+            Some("tmpfs"),
+            state.path(),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .expect("mount(2) of a file system in memory");
+        state
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    #[track_caller]
+    fn make_read_only(&self) {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        let none = None::<&str>;
+        mount(none, self.path(), none, flags, none).expect("mount(2) makes it read-only");
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Two pods in a cluster, of which `cart` is about to lose the name `later.test`, and `till` keeps its policy.
+struct Scene {
+    agent: Agent,
+    cart: ClusterPod,
+    till: ClusterPod,
+    _web: TcpEcho,
+    cluster: Cluster,
+    state: StateDir,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new() -> Self {
+        let state = StateDir::new();
+        let path = state.path().to_str().expect("a path in UTF-8");
+        let cluster = Cluster::on(ApiServer::shared(), Lab::builder().config("stateDir", path));
+        let web = cluster.lab.serve_tcp(443);
+        cluster.lab.dns().addresses("shop.test", &[server(10)]);
+        cluster.lab.dns().addresses("later.test", &[server(11)]);
+        let shop = cluster.namespace("shop", &Value::Null);
+        let both = allow("shop.test:443 later.test:443");
+        let cart = cluster.run(&shop, "cart", &both);
+        let till = cluster.run(&shop, "till", &both);
+        let agent = cluster.start_agent_with(&["--keep-enforcing"]);
+        agent.wait_enforcing(cart.net());
+        agent.wait_enforcing(till.net());
+        assert_eq!(cart.net().lookup("later.test"), [server(11)]);
+        Self {
+            agent,
+            cart,
+            till,
+            _web: web,
+            cluster,
+            state,
+        }
+    }
+
+    /// The pod `cart` may use `later.test` no more.
+    #[track_caller]
+    fn tighten(&mut self) {
+        self.agent.says_after(
+            "that the edit is applied",
+            || {
+                self.cluster
+                    .annotate(&mut self.cart, &allow("shop.test:443"));
+            },
+            |line| line.contains("policy applied"),
+        );
+    }
+
+    /// Kills the agent and starts another one without the API server.
+    #[track_caller]
+    fn restart_alone(&mut self) {
+        self.agent.says_after(
+            "that the API server is away",
+            || self.cluster.proxy.refuse(),
+            |line| line.contains("API server"),
+        );
+        self.agent.kill();
+        self.agent = self.cluster.spawn_agent(&["--keep-enforcing"]);
+        self.agent.wait_said("that it waits", |line| {
+            line.contains("waiting for the API server")
+        });
+    }
+
+    /// The edit holds, and only the pod that was edited is without DNS until the API server is back.
+    #[track_caller]
+    fn only_the_edited_pod_waits(&self) {
+        let (cart, till) = (self.cart.net(), self.till.net());
+        let asked = cart.try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
+        assert!(asked.is_none(), "the old policy judged it: {asked:?}");
+        assert!(!reaches(cart, server(11)), "what was removed is back");
+        assert_eq!(till.lookup("later.test"), [server(11)]);
+        till.talks_tcp((server(11), 443));
+        let title = format!("{}/{}", cart.namespace(), cart.name());
+        let said = self
+            .agent
+            .wait_said("that the saved policy is not used", |line| {
+                line.contains("saved annotations") && line.contains(&title)
+            });
+        assert!(!said.contains("/till"), "{said}");
+
+        self.cluster.proxy.allow();
+        eventually("the pod resolves names again", || {
+            let shop = cart.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
+            holds(shop.code == ResponseCode::NoError)
+        });
+        cart.talks_tcp((server(10), 443));
+        let later = cart.resolve("later.test", RecordType::A);
+        assert_eq!(later.code, ResponseCode::NXDomain);
+    }
+}
+
+#[test]
+fn an_edit_that_could_not_be_saved_holds_after_the_agent_was_killed() {
+    let mut scene = Scene::new();
+    scene.state.make_read_only();
+    scene.tighten();
+    scene.restart_alone();
+    scene.only_the_edited_pod_waits();
+}
+
+#[test]
+fn an_edit_that_an_agent_with_another_state_dir_applied_holds() {
+    let mut scene = Scene::new();
+    assert!(scene.agent.stop().success());
+    let lab = &scene.cluster.lab;
+    let elsewhere = lab.directory().join("elsewhere");
+    lab.edit_config("stateDir", elsewhere.to_str().expect("a path in UTF-8"));
+    scene.agent = scene.cluster.start_agent_with(&["--keep-enforcing"]);
+    scene.agent.wait_enforcing(scene.cart.net());
+    scene.tighten();
+    let state = scene.state.path().to_str().expect("a path in UTF-8");
+    scene.cluster.lab.edit_config("stateDir", state);
+    scene.restart_alone();
+    scene.only_the_edited_pod_waits();
+}
+
+#[test]
+fn addresses_that_the_cluster_has_no_more_stay_external_though_that_could_not_be_saved() {
+    let mut scene = Scene::new();
+    let elsewhere: IpAddr = [10, 78, 0, 5].into();
+    let (outside, node) = (scene.cluster.lab.outside(), scene.cluster.lab.node());
+    outside.ip_batch("addr add 10.78.0.5/32 dev eth0\n");
+    node.ip_batch("route add 10.78.0.0/16 via 10.98.0.2\n");
+    let other = json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": { "name": format!("{}-other", scene.cluster.node()) },
+        "spec": { "podCIDR": "10.78.0.0/24", "podCIDRs": ["10.78.0.0/24"] },
+    });
+    scene.cluster.server.apply(&other);
+    let till = scene.till.net();
+    eventually("it is internal", || holds(reaches(till, elsewhere)));
+    scene.state.make_read_only();
+    scene.cluster.server.delete(&other);
+    eventually("it is internal no more", || {
+        holds(!reaches(till, elsewhere))
+    });
+
+    scene.restart_alone();
+    let till = scene.till.net();
+    assert_eq!(till.lookup("later.test"), [server(11)]);
+    till.talks_tcp((server(11), 443));
+    assert!(!reaches(till, elsewhere), "it is internal again");
+}
