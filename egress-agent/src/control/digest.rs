@@ -45,8 +45,10 @@ pub(super) fn of_ranges(config: &Config) -> u64 {
         hasher.update(range.kinds.to_be_bytes());
     }
     let digest: [u8; 32] = hasher.finalize().into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    let [first, ..] = digest.as_chunks::<8>().0 else {
+        unreachable!("the digest has 32 bytes");
+    };
+    u64::from_be_bytes(*first)
 }
 
 #[cfg(test)]
