@@ -376,4 +376,7 @@ fn protected_addresses_are_never_learned() {
     assert!(exchange(&mut stream, b"hello", DEADLINE));
     agent.denies_tcp(&pod, (forbidden[0], 80), "protected");
     agent.denies_tcp(&pod, (server(200), 80), "protected");
+    agent.wait_denial("the name that the address was the answer for", |denial| {
+        denial.is(&pod, "protected", server(200), 80) && denial.dst_names == ["rebind.test"]
+    });
 }

@@ -287,6 +287,11 @@ impl<'a> Judge<'a> {
             let ttl = std::time::Duration::from_secs(u64::from(ttl));
             (ttl.clamp(dns.min_ttl, dns.max_ttl) + dns.grace).as_nanos() as u64
         };
+        for learned in &answer.addresses {
+            if dns.is_protected(&learned.address) {
+                self.learned.withhold(learned.address, &answer.name);
+            }
+        }
         let taught: Vec<Taught> = answer
             .addresses
             .iter()

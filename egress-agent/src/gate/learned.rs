@@ -28,6 +28,8 @@ use crate::{
 /// Most names without an entry that are remembered for one pod, and most addresses of each.
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
+/// Most protected addresses whose names are remembered for one pod.
+const WITHHELD: usize = 64;
 
 /// What the table writes to: a pod's allow map.
 pub(super) trait Entries {
@@ -89,6 +91,8 @@ pub(super) struct Taught {
 pub(super) struct Table {
     pub(super) addresses: LruCache<Address, Learned>,
     pub(super) unlisted: LruCache<Arc<Name>, Vec<Taught>>,
+    /// Protected addresses that were in answers, and the name that was asked for: only for denials.
+    withheld: LruCache<Address, Name>,
     /// No entry changes by itself before this.
     next_change_ns: u64,
     eviction: Eviction,
@@ -125,6 +129,7 @@ impl Table {
             // kept where entries are added.
             addresses: LruCache::unbounded(),
             unlisted: LruCache::unbounded(),
+            withheld: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
             past: 0,
@@ -283,6 +288,9 @@ impl Table {
     ) -> Result<Self, AllowError> {
         let allow = &mut NamesStay(allow);
         let mut next = Self::new();
+        for (&address, name) in self.withheld.iter().rev() {
+            next.withhold(address, name);
+        }
         let fitting = self.fitting(rules, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, taught) in self.unlisted.iter().rev() {
@@ -403,6 +411,7 @@ impl Table {
                     .filter(|(_, taught)| taught.iter().any(|taught| taught.address == *address))
                     .map(|(name, _)| name.to_string()),
             )
+            .chain(self.withheld.peek(address).map(Name::to_string))
             .collect();
         names.sort_unstable();
         names.dedup();
@@ -435,6 +444,14 @@ impl Table {
             self.remove(allow, address)?;
         }
         Ok(())
+    }
+
+    /// Remembers that an answer for the name had a protected address, which opens nothing.
+    pub(super) fn withhold(&mut self, address: Address, name: &Name) {
+        if self.withheld.len() >= WITHHELD && !self.withheld.contains(&address) {
+            self.withheld.pop_lru();
+        }
+        self.withheld.put(address, name.clone());
     }
 
     fn remember_unlisted(&mut self, name: &Name, taught: &[Taught]) {
