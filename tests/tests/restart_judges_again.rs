@@ -2,7 +2,10 @@
 
 use std::{net::TcpStream, process::ExitStatus};
 
-use egress_tests::{Agent, DEADLINE, Lab, Pod, SHORT, TcpEcho, addresses::server, exchange};
+use egress_tests::{
+    Agent, Cluster, DEADLINE, Lab, Pod, SHORT, TcpEcho, addresses::server, exchange,
+};
+use serde_json::{Value, json};
 
 /// A pod with one connection that its allowed name opened, and one that its allowed address opened.
 struct Scene {
@@ -109,5 +112,86 @@ fn a_restart_after_which_an_address_is_no_longer_internal_ends_connections_to_it
             exchange(open, b"after", DEADLINE),
             "a connection was cut that is still allowed"
         );
+    }
+}
+
+#[test]
+fn a_pod_whose_manifest_cannot_be_read_has_no_connection_to_an_address_that_is_protected_now() {
+    let mut scene = Scene::of(Lab::new());
+    assert!(scene.agent.stop().success());
+    scene
+        .lab
+        .edit_config("ranges.protected", vec!["203.0.113.10/32"]);
+    let file = scene.lab.pod_file(&scene.pod);
+    scene.lab.write_file(&file, b"{{{ not YAML");
+    scene.agent = scene.lab.start_agent_with(&["--keep-enforcing"], &[]);
+    scene
+        .agent
+        .wait_said("that the pod stays enforced", |line| {
+            line.contains("shop/cart") && line.contains("as an earlier agent left it")
+        });
+    scene.only_the_name_is_cut();
+
+    let entries = "shop.test:443 203.0.113.12:443";
+    scene.lab.write_pod(&scene.pod, &[("allow", entries)]);
+    scene.agent.wait_enforcing(&scene.pod);
+    assert!(exchange(&mut scene.by_address, b"read", DEADLINE));
+    scene.pod.talks_tcp((server(12), 443));
+}
+
+#[test]
+fn while_the_api_server_is_away_a_restart_that_protects_an_address_ends_connections_to_it() {
+    let cluster = Cluster::new();
+    let _web = cluster.lab.serve_tcp(443);
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let list = |entries: &str| json!({ "egress-agent.dev/allow": entries });
+    let known = cluster.run(&shop, "known", &list("shop.test:443 203.0.113.12:443"));
+    let mut outdated = cluster.run(&shop, "outdated", &list("203.0.113.12:443 shop.test:443"));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    let mut cut = Vec::new();
+    let mut open = Vec::new();
+    for pod in [known.net(), outdated.net()] {
+        agent.wait_enforcing(pod);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        cut.push(pod.talks_tcp((server(10), 443)));
+        open.push(pod.talks_tcp((server(12), 443)));
+    }
+    let state = cluster.lab.directory().join("state/cluster.json");
+    let saved = std::fs::read(&state).expect("read what the agent has saved");
+    agent.says_after(
+        "that the edit is applied",
+        || {
+            let edited = list("shop.test:443 203.0.113.12:443");
+            cluster.annotate(&mut outdated, &edited);
+        },
+        |line| line.contains("policy applied"),
+    );
+    // A flow is under the pod's policy only from its next packet on.
+    for connection in cut.iter_mut().chain(&mut open) {
+        assert!(exchange(connection, b"edited", DEADLINE), "it was cut");
+    }
+    agent.says_after(
+        "that the API server is away",
+        || cluster.proxy.refuse(),
+        |line| line.contains("API server"),
+    );
+    assert!(agent.stop().success());
+    std::fs::write(&state, saved).expect("write what was saved before");
+    cluster
+        .lab
+        .edit_config("ranges.protected", vec!["203.0.113.10/32"]);
+    agent = cluster.spawn_agent(&["--keep-enforcing"]);
+    agent.wait_said("that one pod's saved policy is not used", |line| {
+        line.contains("saved annotations") && line.contains("/outdated")
+    });
+    agent.wait_said("that it waits", |line| {
+        line.contains("waiting for the API server")
+    });
+    for connection in &mut cut {
+        assert!(!exchange(connection, b"after", SHORT), "it goes on");
+    }
+    for connection in &mut open {
+        assert!(exchange(connection, b"after", DEADLINE), "it was cut");
     }
 }

@@ -45,8 +45,8 @@ pub(super) fn of_ranges(config: &Config) -> u64 {
         hasher.update(range.kinds.to_be_bytes());
     }
     let digest: [u8; 32] = hasher.finalize().into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    let first = digest.first_chunk().copied();
+    first.map_or(0, u64::from_be_bytes)
 }
 
 #[cfg(test)]

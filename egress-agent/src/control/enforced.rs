@@ -56,6 +56,11 @@ impl RangesVersion {
         }
     }
 
+    /// The same for every agent with these ranges.
+    pub(super) fn fingerprint(self) -> u64 {
+        self.fingerprint
+    }
+
     /// Those that are in force from now on.
     pub(super) fn change(&mut self, config: &Config) {
         self.number += 1;

@@ -2,12 +2,18 @@
 
 use std::collections::{HashMap, HashSet};
 
+use anyhow::Result;
+use egress_common::records::{Interface, Policy};
+
 use super::{
     enforced::PodKey,
     reconcile::{Reconciler, title},
     waiting::PATIENCE,
 };
-use crate::{datapath::Unused, pods::Snapshot};
+use crate::{
+    datapath::Unused,
+    pods::{Facts, Snapshot},
+};
 
 impl Reconciler {
     /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
@@ -19,6 +25,7 @@ impl Reconciler {
     ) {
         let pods: Vec<u32> = self.adoptable.keys().copied().collect();
         let mut unclaimed = 0_usize;
+        let mut remaining = Vec::new();
         for pod in pods {
             let Some(left) = self.adoptable.get(&pod).cloned() else {
                 continue;
@@ -27,12 +34,14 @@ impl Reconciler {
             let title = title(&key);
             if !snapshot.pods.contains_key(&key) && snapshot.unreadable && self.cluster.is_some() {
                 unclaimed += 1;
+                remaining.push(pod);
                 continue;
             }
             if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
                 let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
                            the one that cannot be read";
                 saying.insert(title, why.into());
+                remaining.push(pod);
                 continue;
             }
             if waiting.contains(&(key, left.uid.clone())) {
@@ -51,6 +60,13 @@ impl Reconciler {
                 }
             }
         }
+        // Without the cluster's addresses, flows to them would be denied.
+        let is_known = self.cluster.is_none() || self.facts != Facts::default();
+        if is_known && let Err(error) = self.judge_left_again(&remaining) {
+            let about = "connections of an earlier agent's pods".to_owned();
+            let what = format!("cannot judge all of them by the changed `ranges` yet: {error:#}");
+            saying.insert(about, what);
+        }
         // At every start it takes a moment until the API server has said which pods there are.
         if unclaimed > 0 && self.began.elapsed() >= PATIENCE {
             let about = "pods of an earlier agent".to_owned();
@@ -60,6 +76,53 @@ impl Reconciler {
             );
             saying.insert(about, what);
         }
+    }
+
+    /// Puts pods that stay as an earlier agent left them under copies of their policies if `ranges` have changed
+    /// since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
+    fn judge_left_again(&mut self, remaining: &[u32]) -> Result<()> {
+        let fingerprint = self.ranges.fingerprint();
+        let mut copies: Vec<(u32, u32, Policy)> = Vec::new();
+        for pod in remaining {
+            let left = self.adoptable.get(pod);
+            let entries = left.map_or(&[][..], |left| &left.interfaces);
+            let mut policies: Vec<u32> = entries.iter().map(|(_, entry)| entry.policy).collect();
+            policies.sort_unstable();
+            policies.dedup();
+            for policy in policies {
+                let record = self.datapath.policy(policy)?;
+                if let Some(record) = record.filter(|record| record.ranges != fingerprint) {
+                    let copy = self.next_policy;
+                    self.next_policy += 1;
+                    let ranges = fingerprint;
+                    copies.push((policy, copy, Policy { ranges, ..record }));
+                }
+            }
+        }
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let mut interfaces = self.datapath.interfaces()?;
+        let mut failure = Ok(());
+        let made = self.datapath.copy_policies(&copies);
+        for (&(policy, copy, _), mut done) in copies.iter().zip(made) {
+            let left = self.adoptable.values_mut();
+            let entries = left.flat_map(|left| &mut left.interfaces);
+            for (ifindex, entry) in entries.filter(|(_, entry)| entry.policy == policy) {
+                if done.is_ok() {
+                    let next = Interface {
+                        policy: copy,
+                        ..*entry
+                    };
+                    done = interfaces.set(*ifindex, next).map(|()| *entry = next);
+                }
+            }
+            match done {
+                Ok(()) => self.unused.push(Unused::Policy(policy)),
+                Err(error) => failure = Err(error),
+            }
+        }
+        failure
     }
 
     /// Removes policies that nothing is under: their agent was killed while it changed them.

@@ -308,6 +308,43 @@ impl Datapath {
         self.allow_map(allow).map(Some)
     }
 
+    /// Makes policies with the allow maps and prefixes of others, for all of them together: the id of the other
+    /// one, the new id, the new record. Returns for each whether it is there.
+    pub fn copy_policies(&mut self, copies: &[(u32, u32, Policy)]) -> Vec<Result<()>> {
+        let mut changes = Vec::new();
+        let mut owners = Vec::new();
+        let mut made: Vec<Result<()>> = Vec::with_capacity(copies.len());
+        for (i, (from, to, record)) in copies.iter().enumerate() {
+            made.push(self.copy_policy(*from, *to, record, &mut changes));
+            owners.resize(changes.len(), i);
+        }
+        for (owner, result) in owners.into_iter().zip(self.outer.change(changes)) {
+            if result.is_err() {
+                made[owner] = result;
+            }
+        }
+        made
+    }
+
+    /// Everything but the entries in the maps of maps, which are left in `inner`.
+    fn copy_policy(
+        &mut self,
+        from: u32,
+        to: u32,
+        record: &Policy,
+        inner: &mut Vec<Change>,
+    ) -> Result<()> {
+        // First and last of all in this map, so that it knows of everything that may be left.
+        self.policies
+            .insert(to, record, 0)
+            .context("cannot write the map `policies`")?;
+        for outer in [Outer::Allow, Outer::Cidrs] {
+            let map = self.outer.get(outer, from)?;
+            inner.extend(map.map(|map| Change::Insert(outer, to, map)));
+        }
+        Ok(())
+    }
+
     /// The allow map of a policy that an earlier agent made, whatever its size; `None` when there is none.
     ///
     /// # Errors
