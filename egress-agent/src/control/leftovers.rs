@@ -25,7 +25,7 @@ impl Reconciler {
     ) {
         let pods: Vec<u32> = self.adoptable.keys().copied().collect();
         let mut unclaimed = 0_usize;
-        let mut staying = Vec::new();
+        let mut remaining = Vec::new();
         for pod in pods {
             let Some(left) = self.adoptable.get(&pod).cloned() else {
                 continue;
@@ -34,14 +34,14 @@ impl Reconciler {
             let title = title(&key);
             if !snapshot.pods.contains_key(&key) && snapshot.unreadable && self.cluster.is_some() {
                 unclaimed += 1;
-                staying.push(pod);
+                remaining.push(pod);
                 continue;
             }
             if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
                 let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
                            the one that cannot be read";
                 saying.insert(title, why.into());
-                staying.push(pod);
+                remaining.push(pod);
                 continue;
             }
             if waiting.contains(&(key, left.uid.clone())) {
@@ -62,7 +62,7 @@ impl Reconciler {
         }
         // Without the cluster's addresses, flows to them would be denied.
         let is_known = self.cluster.is_none() || self.facts != Facts::default();
-        if is_known && let Err(error) = self.judge_left_again(&staying) {
+        if is_known && let Err(error) = self.judge_left_again(&remaining) {
             let about = "connections of an earlier agent's pods".to_owned();
             let what = format!("cannot judge all of them by the changed `ranges` yet: {error:#}");
             saying.insert(about, what);
@@ -80,10 +80,10 @@ impl Reconciler {
 
     /// Puts pods that stay as an earlier agent left them under copies of their policies if `ranges` have changed
     /// since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
-    fn judge_left_again(&mut self, staying: &[u32]) -> Result<()> {
+    fn judge_left_again(&mut self, remaining: &[u32]) -> Result<()> {
         let fingerprint = self.ranges.fingerprint();
         let mut copies: Vec<(u32, u32, Policy)> = Vec::new();
-        for pod in staying {
+        for pod in remaining {
             let left = self.adoptable.get(pod);
             let entries = left.map_or(&[][..], |left| &left.interfaces);
             let mut policies: Vec<u32> = entries.iter().map(|(_, entry)| entry.policy).collect();
@@ -104,11 +104,10 @@ impl Reconciler {
         }
         let mut interfaces = self.datapath.interfaces()?;
         let mut failure = Ok(());
-        let copied = self.datapath.copy_policies(&copies);
-        for (&(policy, copy, _), copied) in copies.iter().zip(copied) {
+        let made = self.datapath.copy_policies(&copies);
+        for (&(policy, copy, _), mut done) in copies.iter().zip(made) {
             let left = self.adoptable.values_mut();
             let entries = left.flat_map(|left| &mut left.interfaces);
-            let mut done = copied;
             for (ifindex, entry) in entries.filter(|(_, entry)| entry.policy == policy) {
                 if done.is_ok() {
                     let next = Interface {

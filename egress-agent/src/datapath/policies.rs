@@ -318,17 +318,17 @@ impl Datapath {
     pub fn copy_policies(&mut self, copies: &[(u32, u32, Policy)]) -> Vec<Result<()>> {
         let mut changes = Vec::new();
         let mut owners = Vec::new();
-        let mut copied: Vec<Result<()>> = Vec::with_capacity(copies.len());
+        let mut made: Vec<Result<()>> = Vec::with_capacity(copies.len());
         for (i, (from, to, record)) in copies.iter().enumerate() {
-            copied.push(self.copy_policy(*from, *to, record, &mut changes));
+            made.push(self.copy_policy(*from, *to, record, &mut changes));
             owners.resize(changes.len(), i);
         }
         for (owner, result) in owners.into_iter().zip(self.outer.change(changes)) {
             if result.is_err() {
-                copied[owner] = result;
+                made[owner] = result;
             }
         }
-        copied
+        made
     }
 
     /// Everything but the entries in the maps of maps, which are left in `inner`.
