@@ -1,6 +1,6 @@
 //! Where nothing is wrong, the agent says so: no error, and no Event on a pod.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, addresses::server, eventually,
@@ -230,6 +230,9 @@ fn what_an_agent_left_is_told_of_in_one_line_and_has_denial_lines_without_the_ap
         agent.wait_enforcing(pod.net());
     }
     assert!(agent.stop().success());
+    // As an agent leaves it that could not save what the API server said.
+    let saved = cluster.lab.directory().join("state/cluster.json");
+    fs::remove_file(saved).expect("what the API server said");
 
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
