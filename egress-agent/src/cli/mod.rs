@@ -50,8 +50,8 @@ enum Command {
     Explain(ExplainArgs),
     /// Say whether the agent is ready: it knows this machine's pods, and enforces each that it should.
     ///
-    /// An agent that stands by (run --take-over) is ready when it can take over. Exits with 0 when it is
-    /// ready; otherwise with 1, and says what is missing.
+    /// An agent that stands by (run --take-over) is ready when it can take over. Exits with 0 if the agent is
+    /// ready. Otherwise prints what is missing, and exits with 1.
     Ready(ReadyArgs),
     /// Remove what an agent left behind: programs, maps, pins. Nothing is enforced any more then.
     ///

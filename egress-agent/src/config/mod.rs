@@ -382,7 +382,7 @@ impl Config {
             .collect()
     }
 
-    /// The same without what is there for resolvers' sake.
+    /// The ranges without the entries of resolvers.
     pub fn ranges_without_resolvers(&self) -> Vec<(Address, u32, Range)> {
         let mut config = self.clone();
         config.dns.resolvers.clear();

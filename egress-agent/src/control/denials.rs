@@ -118,7 +118,7 @@ struct GonePods {
 }
 
 impl GonePods {
-    /// What is to be told now: at once after a quiet time, then once in [`GONE_EVERY`].
+    /// The number of denials to log now, if it is time: the first at once, later ones once in [`GONE_EVERY`].
     fn due(&mut self, now: Instant) -> Option<u64> {
         let waits = |told: Instant| now.duration_since(told) < GONE_EVERY;
         if self.denials == 0 || self.told.is_some_and(waits) {
