@@ -329,18 +329,12 @@ fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
+pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
     // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
     if let Some(key) = unsafe { key.as_ref() } {
         note_called(pod, key, now_ns);
     }
     0
-}
-
-/// See [`note_call`].
-#[inline(always)]
-pub fn calls(pod: u32, key: &FlowKey, now_ns: u64) {
-    note_call(pod, key, now_ns);
 }
 
 /// Whether the pod has connected to the other side's address and port. A server opens its own connections

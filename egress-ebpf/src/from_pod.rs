@@ -174,7 +174,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
             && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
             && !matches!(packet.fragment, Fragment::Later);
         if opens {
-            flows::calls(interface.pod, &packet.flow_from_pod(), now_ns());
+            flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns());
         }
     }
     // The agent is about to judge the rest, too.

@@ -65,7 +65,9 @@ impl State {
             };
         }
         problems.extend(self.missing());
-        let facts = self.facts();
+        let others = Others::of(self.node.values_but("", &self.node_name));
+        problems.extend(others.problem());
+        let facts = self.facts(others);
         let pods = self.resolved_pods(&mut problems);
         Snapshot {
             pods,
@@ -106,7 +108,6 @@ impl State {
                     .into(),
             });
         }
-        problems.extend(self.of_other_nodes().problem());
         if self.node.is_complete() && self.node.get("", &self.node_name).is_none() {
             problems.push(Problem {
                 origin: format!("node {}", self.node_name),
@@ -118,13 +119,8 @@ impl State {
         problems
     }
 
-    /// What the other nodes say of their pods and of themselves.
-    fn of_other_nodes(&self) -> Others {
-        Others::of(self.node.values_but("", &self.node_name))
-    }
-
-    /// What the cluster says of itself.
-    fn facts(&self) -> Facts {
+    /// What the cluster says of itself; `others` is what its other nodes say.
+    fn facts(&self, others: Others) -> Facts {
         let mut facts = Facts::default();
         let (namespace, name) = &self.dns;
         let service = format!("service {namespace}/{name}");
@@ -188,7 +184,7 @@ impl State {
                 note(&mut facts.internal, Prefix::host(*address), origin);
             }
         }
-        for (prefix, origin) in self.of_other_nodes().prefixes {
+        for (prefix, origin) in others.prefixes {
             note(&mut facts.internal, prefix, origin);
         }
         for prefix in self.service_ranges.values().flatten() {
