@@ -39,72 +39,63 @@ impl Lab {
 /// directory.
 #[must_use]
 pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
-    let directory = lab.directory();
-    let configuration = format!(
-        "server:\n\
-         \x20 interface: {RESOLVER}\n\
+    let server = format!(
+        "\x20 interface: {RESOLVER}\n\
          \x20 interface: {RESOLVER6}\n\
-         \x20 access-control: 0.0.0.0/0 allow\n\
          \x20 access-control: ::0/0 allow\n\
-         \x20 username: \"\"\n\
-         \x20 chroot: \"\"\n\
-         \x20 directory: \"{directory}\"\n\
-         \x20 pidfile: \"\"\n\
-         \x20 use-syslog: no\n\
-         \x20 do-daemonize: no\n\
-         \x20 module-config: \"iterator\"\n\
-         \x20 num-threads: 1\n\
-         \x20 rrset-roundrobin: no\n\
-         \x20 local-zone: \"test.\" nodefault\n\
-         remote-control:\n\
-         \x20 control-enable: no\n\
-         auth-zone:\n\
+         \x20 rrset-roundrobin: no\n"
+    );
+    let zones = format!(
+        "auth-zone:\n\
          \x20 name: \"test.\"\n\
-         \x20 zonefile: \"{directory}/{zone_file}\"\n\
+         \x20 zonefile: \"{}/{zone_file}\"\n\
          \x20 for-downstream: yes\n\
          \x20 for-upstream: no\n",
-        directory = directory.display()
+        lab.directory().display()
     );
-    let file = directory.join("unbound.conf");
-    fs::write(&file, configuration).expect("write a configuration");
-    let mut command = Command::new("/usr/sbin/unbound");
-    command.arg("-d").arg("-c").arg(file);
-    command
+    unbound_with(lab, "unbound.conf", &server, &zones)
 }
 
 /// unbound on the loopback interface of a pod. It asks this server, over TCP only.
 #[must_use]
 pub fn unbound_over_tcp(lab: &Lab, upstream: IpAddr) -> Command {
+    let server = "\x20 interface: 127.0.0.1\n\
+                  \x20 tcp-upstream: yes\n";
+    let zones = format!(
+        "forward-zone:\n\
+         \x20 name: \".\"\n\
+         \x20 forward-addr: {upstream}\n"
+    );
+    let mut command = unbound_with(lab, "unbound-in-pod.conf", server, &zones);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// unbound in the foreground, with further lines of its section `server`, and with these zones.
+fn unbound_with(lab: &Lab, file: &str, server: &str, zones: &str) -> Command {
+    let directory = lab.directory();
     let configuration = format!(
         "server:\n\
-         \x20 interface: 127.0.0.1\n\
          \x20 access-control: 0.0.0.0/0 allow\n\
          \x20 username: \"\"\n\
          \x20 chroot: \"\"\n\
-         \x20 directory: \"{directory}\"\n\
+         \x20 directory: \"{}\"\n\
          \x20 pidfile: \"\"\n\
          \x20 use-syslog: no\n\
          \x20 do-daemonize: no\n\
          \x20 module-config: \"iterator\"\n\
          \x20 num-threads: 1\n\
-         \x20 tcp-upstream: yes\n\
          \x20 local-zone: \"test.\" nodefault\n\
+         {server}\
          remote-control:\n\
          \x20 control-enable: no\n\
-         forward-zone:\n\
-         \x20 name: \".\"\n\
-         \x20 forward-addr: {upstream}\n",
-        directory = lab.directory().display()
+         {zones}",
+        directory.display()
     );
-    let file = lab.directory().join("unbound-in-pod.conf");
+    let file = directory.join(file);
     fs::write(&file, configuration).expect("write a configuration");
     let mut command = Command::new("/usr/sbin/unbound");
-    command
-        .arg("-d")
-        .arg("-c")
-        .arg(file)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.arg("-d").arg("-c").arg(file);
     command
 }
 
