@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything, from set-up to the system tests.
 
+use std::process::Command;
+
 use anyhow::{Context as _, Result};
 
 use crate::build::Warnings;
@@ -13,18 +15,17 @@ const SYSTEM_THREADS: &str = "4";
 /// The system tests that are run a second time with filters on a clsact qdisc, as kernels below 6.6
 /// have them: those in which it matters how the programs are attached, and what pods notice of it. The
 /// others start no agent, or show what it decides whichever way the packets come.
-const UNDER_CLSACT: [&str; 11] = [
-    "attachment",
-    "bandwidth",
-    "cluster",
-    "cluster_status",
-    "dns_over_tcp",
-    "lifecycle",
-    "names",
-    "packets",
-    "policy",
-    "quarantine",
-    "takeover",
+///
+/// Each is a folder of `tests/tests`, and the modules in it that are run.
+const UNDER_CLSACT: [(&str, &[&str]); 5] = [
+    ("cluster", &["pods::", "status::"]),
+    ("dns", &["names::", "over_tcp::"]),
+    (
+        "interfaces",
+        &["attachment::", "bandwidth::", "quarantine::"],
+    ),
+    ("operation", &["lifecycle::", "takeover::"]),
+    ("policy", &["entries::"]),
 ];
 
 /// Has the laboratory start every agent with `--attach clsact`, but for those whose test says how
@@ -86,32 +87,27 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 
 fn system_tests(filter: Option<&str>) -> Result<()> {
     let before = Inventory::take()?;
-    run_system_tests(filter, &[]).context("kernel and system tests")?;
-    run_system_tests(filter, &UNDER_CLSACT).context("system tests under clsact")?;
+    let filter = filter.as_slice();
+    process::run(&mut laboratory(&[], filter)?).context("kernel and system tests")?;
+    for (folder, modules) in UNDER_CLSACT {
+        let tests = if filter.is_empty() { modules } else { filter };
+        let (name, value) = ATTACH;
+        process::run(laboratory(&["--test", folder], tests)?.env(name, value))
+            .context("system tests under clsact")?;
+    }
     before.compare()
 }
 
-/// Runs every test of the laboratory, or those of some files under clsact.
-fn run_system_tests(filter: Option<&str>, under_clsact: &[&str]) -> Result<()> {
+/// The command that runs tests of the laboratory whose names contain one of `names`: of the folders that
+/// `folders` selects with cargo's `--test`, or of all.
+fn laboratory(folders: &[&str], names: &[&str]) -> Result<Command> {
     let mut command = process::cargo();
-    command.args([
-        "test",
-        "--package",
-        "egress-tests",
-        "--locked",
-        "--no-fail-fast",
-    ]);
-    for file in under_clsact {
-        command.args(["--test", file]);
-    }
-    if !under_clsact.is_empty() {
-        let (name, value) = ATTACH;
-        command.env(name, value);
-    }
+    command.args(["test", "--package", "egress-tests", "--locked"]);
+    command.arg("--no-fail-fast").args(folders);
     command.args(process::root_runner()?);
     command.env("EGRESS_AGENT", workspace::agent());
     command
         .args(["--", "--test-threads", SYSTEM_THREADS])
-        .args(filter);
-    process::run(&mut command)
+        .args(names);
+    Ok(command)
 }

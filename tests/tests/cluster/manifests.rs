@@ -522,8 +522,8 @@ fn the_pods_of_the_end_to_end_checks_are_read_by_the_api_server_and_by_the_agent
 /// The script puts other texts in place of these.
 #[test]
 fn the_end_to_end_script_finds_what_it_replaces() {
-    let script = include_str!("../e2e/run");
-    let pods = include_str!("../e2e/pods.yaml");
+    let script = include_str!("../../e2e/run");
+    let pods = include_str!("../../e2e/pods.yaml");
     for text in ["example.com", "*.kernel.org", "1.1.1.1", "busybox:1.37"] {
         assert!(pods.contains(text), "{text}");
         let pattern = text.replace('.', "\\.").replace('*', "\\*");
@@ -551,8 +551,8 @@ fn the_end_to_end_script_finds_what_it_replaces() {
 
 #[test]
 fn alerts_are_made_of_metrics_that_there_are_and_are_documented() {
-    let metrics = include_str!("../../docs/metrics.md");
-    let operations = include_str!("../../docs/operations.md");
+    let metrics = include_str!("../../../docs/metrics.md");
+    let operations = include_str!("../../../docs/operations.md");
     let [object] = &yaml::objects("components/monitoring/rules.yaml")[..] else {
         panic!("not one object");
     };

@@ -158,7 +158,7 @@ fn dns_over_tcp_is_counted_apart() {
 fn every_metric_is_documented() {
     let lab = served();
     let _agent = lab.start_agent(&[]);
-    let documented = include_str!("../../docs/metrics.md");
+    let documented = include_str!("../../../docs/metrics.md");
     for (family, kind) in &lab.metrics().types {
         let ending = match kind.as_str() {
             "counter" => "_total",

@@ -1,0 +1,8 @@
+//! Pods of a cluster, with a real API server.
+
+mod addresses;
+mod manifests;
+mod pods;
+mod rights;
+mod source;
+mod status;

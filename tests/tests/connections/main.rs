@@ -1,0 +1,8 @@
+//! Connections: who opened them, and how long they go on.
+
+mod called_back;
+mod existing;
+mod flow_limits;
+mod forged_inbound;
+mod inbound;
+mod pod_sockets;

@@ -1,0 +1,25 @@
+//! DNS: what a pod may ask, and what its answers open.
+
+mod answers;
+mod autopath;
+mod clients;
+mod dnssec;
+mod elsewhere;
+mod fragments;
+mod guard;
+mod hostile_answers;
+mod hostile_tcp;
+mod internal_answers;
+mod lifetimes;
+mod lossy_link;
+mod multipath_tcp;
+mod names;
+mod over_tcp;
+mod real_resolvers;
+mod resolver_libraries;
+mod resolver_ports;
+mod resolvers;
+mod silent_programs;
+mod slow_receivers;
+mod tcp_goes_on;
+mod translated_addresses;

@@ -1,0 +1,10 @@
+//! How programs stand at a pod's interfaces, and how the agent finds these interfaces.
+
+mod attachment;
+mod bandwidth;
+mod flapping;
+mod hooks;
+mod node;
+mod partly_enforced;
+mod quarantine;
+mod renamed;

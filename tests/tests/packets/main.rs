@@ -1,0 +1,15 @@
+//! Packets that a pod makes by hand, and what they can do to the node and to other pods.
+
+mod dhcp;
+mod floods;
+mod hardware_addresses;
+mod kinds;
+mod late_checksums;
+mod link_layer;
+mod neighbours;
+mod packet_lists;
+mod protocols;
+mod shared_pages;
+mod spoofing;
+mod stamps;
+mod tunnels;

@@ -1,0 +1,8 @@
+//! The eBPF programs alone, run by the kernel on one packet at a time (`BPF_PROG_TEST_RUN`).
+
+mod dns;
+mod flows;
+mod fragments;
+mod headers;
+mod openings;
+mod sources;
