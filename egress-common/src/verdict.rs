@@ -138,8 +138,7 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
     protocol & (bits::UDP | bits::TCP) != 0 && (port == DNS_PORT || port == ENCRYPTED_DNS_PORT)
 }
 
-/// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
-/// verdict (`docs/architecture.md`).
+/// Judges a packet to `destination` that no known flow carries: steps 19 to 23 of `docs/verdict.md`.
 ///
 /// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`].
 #[inline(always)]
