@@ -12,13 +12,13 @@ use super::{
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
-    dns::{
-        Answer, Name, Question, read_answer, read_beginning, read_question, read_rejection, refuse,
-        type_name,
-    },
-    policy::{Autopath, QuestionRule},
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
+use egress_dns::{
+    Answer, Name, Question, read_answer, read_beginning, read_question, read_rejection, refuse,
+    type_name,
+};
+use egress_policy::{Autopath, QuestionRule};
 
 /// What every decision needs besides the pod.
 pub(super) struct Means {

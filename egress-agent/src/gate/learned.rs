@@ -19,11 +19,9 @@ use super::{
     names_kept::{NamesLost, NamesStay},
     tally::Tally,
 };
-use crate::{
-    datapath::{AllowError, Kept, NamesError, OpenFlows},
-    dns::Name,
-    policy::{Grant, NameRules},
-};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
+use egress_dns::Name;
+use egress_policy::{Grant, NameRules};
 
 /// Most names without an entry that are remembered for one pod, and most addresses of each.
 const UNLISTED_NAMES: usize = 256;
@@ -191,14 +189,13 @@ impl Table {
         &mut self,
         allow: &mut impl Entries,
         name: &Name,
-        grant: impl Into<Grant>,
+        grant: Grant,
         taught: &[Taught],
         now_ns: u64,
     ) -> Result<(), AllowError> {
         if taught.is_empty() {
             return Ok(());
         }
-        let grant = grant.into();
         if grant.classes == 0 {
             self.remember_unlisted(name, taught);
             return Ok(());

@@ -5,11 +5,9 @@ use std::sync::Arc;
 use egress_common::{address::Address, records::AllowEntry};
 
 use super::learned::{Entries, Taught};
-use crate::{
-    datapath::AllowError,
-    dns::Name,
-    policy::{Grant, MayBeInternal, NameRules},
-};
+use crate::datapath::AllowError;
+use egress_dns::Name;
+use egress_policy::{Grant, MayBeInternal, NameRules};
 
 /// Most names that are remembered for one address, unless each of more gives it something that no
 /// other does; there are at most twice as many of those as a policy has classes.
@@ -20,7 +18,7 @@ pub(super) const NAMES_PER_ADDRESS: usize = 16;
 pub(super) struct Source {
     pub(super) name: Arc<Name>,
     gives: Classes,
-    /// Whether a stranger's name stood on the way; see [`crate::policy::NameRules::is_strangers`].
+    /// Whether a stranger's name stood on the way; see [`egress_policy::NameRules::is_strangers`].
     pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
 }

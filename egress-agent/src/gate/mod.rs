@@ -60,10 +60,10 @@ use tokio::sync::oneshot;
 
 use crate::{
     datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks, NameMap},
-    dns::Refusal,
-    policy::{Autopath, Compiled, Prefix, Translators},
     report::{PodIdentity, Reporter},
 };
+use egress_dns::Refusal;
+use egress_policy::{Autopath, Compiled, Prefix, Translators};
 
 use budget::Budget;
 pub use open_questions::OpenQuestion;

@@ -6,10 +6,8 @@ use super::{
     learned::{Entries, Table, Taught},
     learned_address::Learned,
 };
-use crate::{
-    datapath::{AllowError, Kept, NamesError, OpenFlows},
-    dns::Name,
-};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
+use egress_dns::Name;
 
 /// Names that could not be kept since they were last counted, and why.
 #[derive(Debug, Default)]

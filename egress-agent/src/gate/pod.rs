@@ -32,10 +32,8 @@ use super::{
     tally::Tally,
     wire::Wire,
 };
-use crate::{
-    datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns},
-    dns::{Question, Refusal, refuse},
-};
+use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
+use egress_dns::{Question, Refusal, refuse};
 
 /// What all pods at the gate use.
 pub(super) struct Shared {

@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use egress_common::address::Address;
 
 use super::{learned::Table, learned_address::Learned};
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// What is asked about what a pod has learned.
 #[derive(Clone, Debug)]

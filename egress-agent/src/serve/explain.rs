@@ -28,14 +28,14 @@ use super::{
 };
 use crate::{
     datapath::boottime_ns,
-    dns::Name,
     gate::{About, Teachings},
-    policy::{
-        Compiled, Mode, QuestionRule,
-        annotations::PREFIX,
-        explain::{Entries, List, Spoken, Target, To},
-        prefix::from_mapped,
-    },
+};
+use egress_dns::Name;
+use egress_policy::{
+    Compiled, Mode, QuestionRule,
+    annotations::PREFIX,
+    explain::{Entries, List, Spoken, Target, To},
+    prefix::from_mapped,
 };
 
 /// Most addresses of a name that are looked at.
@@ -531,7 +531,9 @@ fn allowing(
         spoken.list == List::Allow
             && !(spoken.of_name && (destination.expired != 0 || by_address))
             && !(spoken.of_all && by_address)
-            && open.iter().any(|&ports| spoken.holds_some(ports))
+            && open
+                .iter()
+                .any(|&ports| spoken.holds_some(ports.protocol, ports.first..=ports.last))
     };
     statuses(spoken.iter().filter(counts))
 }
@@ -539,10 +541,14 @@ fn allowing(
 /// The entries that speak of what is denied.
 fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
     let counts = |spoken: &&Spoken| match reason {
-        Reason::DenyRule => spoken.list == List::Deny && spoken.holds_some(ports),
+        Reason::DenyRule => {
+            spoken.list == List::Deny && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+        }
         Reason::PortNotAllowed => spoken.list == List::Allow,
         Reason::Expired | Reason::InternalAnswer => {
-            spoken.list == List::Allow && spoken.of_name && spoken.holds_some(ports)
+            spoken.list == List::Allow
+                && spoken.of_name
+                && spoken.holds_some(ports.protocol, ports.first..=ports.last)
         }
         _ => false,
     };
@@ -564,14 +570,4 @@ fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
         }
     }
     statuses
-}
-
-impl Spoken {
-    /// Whether it speaks of some of these packets.
-    fn holds_some(&self, ports: Ports) -> bool {
-        self.holds(ports.protocol, ports.first)
-            || self.holds(ports.protocol, ports.last)
-            || (self.class.protocols & ports.protocol != 0
-                && (ports.first..=ports.last).contains(&self.class.port_min))
-    }
 }

@@ -15,9 +15,9 @@ use crate::{
     datapath::boottime_ns,
     gate::{About, Teachings},
     host::interface_name,
-    policy::{Mode, prefix::from_mapped},
     report::{DenialCounts, log, rfc3339},
 };
+use egress_policy::{Mode, prefix::from_mapped};
 
 /// Most addresses that one answer tells of all pods together.
 const ADDRESSES: usize = 20_000;

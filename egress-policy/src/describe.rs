@@ -164,7 +164,7 @@ fn destination_words(destination: &Destination) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::reference::settings;
+    use crate::reference::settings;
 
     #[test]
     fn a_pod_is_told_what_it_may_reach_and_who_said_so() {

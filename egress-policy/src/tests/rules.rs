@@ -4,12 +4,10 @@ use egress_common::{
 };
 
 use super::{compiled, name, question};
+use egress_dns::Name;
+
 use crate::{
-    dns::Name,
-    policy::{
-        Annotations, Mode, QuestionRule, Settings, prefix::to_mapped, reference::settings,
-        unreadable,
-    },
+    Annotations, Mode, QuestionRule, Settings, prefix::to_mapped, reference::settings, unreadable,
 };
 
 #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use egress_common::records::POLICY_OPEN;
 
 use super::{Annotations, Compiled, QuestionRule, Settings, compile};
-use crate::dns::Name;
+use egress_dns::Name;
 
 fn annotations(pairs: &[(&str, &str)]) -> Annotations {
     let map: BTreeMap<String, String> = pairs

@@ -11,8 +11,8 @@ pub mod record_type;
 pub mod refusal;
 mod wire;
 
-#[cfg(test)]
-pub(crate) mod packets;
+#[cfg(any(test, feature = "packets"))]
+pub mod packets;
 
 pub use answer::{Answer, AnswerError, Learned, read_answer, read_beginning, read_rejection};
 pub use name::Name;

@@ -86,7 +86,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::dns::{
+    use crate::{
         packets::{Packet, record},
         read_answer, read_question,
     };

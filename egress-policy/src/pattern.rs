@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// A name, a subtree, or a name with `*` inside its labels.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -32,7 +32,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use crate::dns::Name;
+use egress_dns::Name;
 
 pub use annotations::Annotations;
 pub use compile::{

@@ -11,7 +11,7 @@ use hickory_proto::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::dns::packets::{Packet, record, wire_name};
+use crate::packets::{Packet, record, wire_name};
 
 const ASKED: &[u8] = b"\xc0\x0c";
 

@@ -6,7 +6,7 @@ use egress_common::protocol::bits;
 use proptest::prelude::*;
 
 use super::plain::{Line, Packet, Where, Written};
-use crate::policy::{Prefix, prefix::from_mapped};
+use crate::{Prefix, prefix::from_mapped};
 
 fn ports() -> impl Strategy<Value = Option<(u16, u16)>> {
     let port = prop_oneof![

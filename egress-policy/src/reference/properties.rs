@@ -13,7 +13,7 @@ use super::{
     random::{packet, written},
     settings,
 };
-use crate::policy::{
+use crate::{
     Annotations, Compiled, Mode, PodAnnotations, QuestionRule, Settings, compile, prefix::to_mapped,
 };
 

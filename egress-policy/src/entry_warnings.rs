@@ -7,7 +7,7 @@ use super::{
     entry::{Destination, is_extension_header, protocol_number},
     pattern::NamePattern,
 };
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// Of an entry under `allow`.
 pub(super) fn of_allowed(rule: &Rule) -> Option<String> {

@@ -3,7 +3,8 @@
 
 /// A message in the making.
 #[derive(Clone, Debug)]
-pub(crate) struct Packet {
+#[must_use]
+pub struct Packet {
     flags: u16,
     counts: [u16; 4],
     question: Vec<u8>,
@@ -11,17 +12,18 @@ pub(crate) struct Packet {
 }
 
 impl Packet {
-    pub(crate) const ID: u16 = 0xbeef;
+    /// The id of each message that is built here.
+    pub const ID: u16 = 0xbeef;
     const RD: u16 = 0x0100;
     const RESPONSE: u16 = 0x8180;
 
     /// A query with one question of class IN.
-    pub(crate) fn query(name: &str, qtype: u16) -> Self {
+    pub fn query(name: &str, qtype: u16) -> Self {
         Self::query_of_wire(&wire_name(name), qtype)
     }
 
     /// A query whose name is these bytes.
-    pub(crate) fn query_of_wire(name: &[u8], qtype: u16) -> Self {
+    pub fn query_of_wire(name: &[u8], qtype: u16) -> Self {
         let question = [name, &qtype.to_be_bytes(), &[0, 1]].concat();
         Self {
             flags: Self::RD,
@@ -32,37 +34,40 @@ impl Packet {
     }
 
     /// A response with RCODE 0 to such a query.
-    pub(crate) fn response(name: &str, qtype: u16) -> Self {
+    pub fn response(name: &str, qtype: u16) -> Self {
         Self::query(name, qtype).flags(Self::RESPONSE)
     }
 
     /// Replaces the 16 bits after the id.
-    pub(crate) fn flags(mut self, flags: u16) -> Self {
+    pub fn flags(mut self, flags: u16) -> Self {
         self.flags = flags;
         self
     }
 
     /// Replaces QDCOUNT, whatever stands in the section.
-    pub(crate) fn questions(mut self, count: u16) -> Self {
+    pub fn questions(mut self, count: u16) -> Self {
         self.counts[0] = count;
         self
     }
 
     /// Replaces ANCOUNT, whatever stands in the section.
-    pub(crate) fn answers(mut self, count: u16) -> Self {
+    pub fn answers(mut self, count: u16) -> Self {
         self.counts[1] = count;
         self
     }
 
-    pub(crate) fn answer(self, record: &[u8]) -> Self {
+    /// Adds a record to the answer section.
+    pub fn answer(self, record: &[u8]) -> Self {
         self.push(0, record)
     }
 
-    pub(crate) fn authority(self, record: &[u8]) -> Self {
+    /// Adds a record to the authority section.
+    pub fn authority(self, record: &[u8]) -> Self {
         self.push(1, record)
     }
 
-    pub(crate) fn additional(self, record: &[u8]) -> Self {
+    /// Adds a record to the additional section.
+    pub fn additional(self, record: &[u8]) -> Self {
         self.push(2, record)
     }
 
@@ -72,7 +77,8 @@ impl Packet {
         self
     }
 
-    pub(crate) fn bytes(&self) -> Vec<u8> {
+    /// The message as it is sent.
+    pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for field in [Self::ID, self.flags].iter().chain(&self.counts) {
             bytes.extend(field.to_be_bytes());
@@ -86,7 +92,11 @@ impl Packet {
 }
 
 /// The wire form of a name without escapes; `""` is the root.
-pub(crate) fn wire_name(name: &str) -> Vec<u8> {
+///
+/// # Panics
+///
+/// When a label is longer than 255 bytes.
+pub fn wire_name(name: &str) -> Vec<u8> {
     let mut wire = Vec::new();
     for label in name.split('.').filter(|label| !label.is_empty()) {
         wire.push(u8::try_from(label.len()).unwrap());
@@ -97,7 +107,11 @@ pub(crate) fn wire_name(name: &str) -> Vec<u8> {
 }
 
 /// A record with these fields; `name` is in wire form.
-pub(crate) fn record(name: &[u8], record_type: u16, class: u16, ttl: u32, data: &[u8]) -> Vec<u8> {
+///
+/// # Panics
+///
+/// When `data` is longer than 65,535 bytes.
+pub fn record(name: &[u8], record_type: u16, class: u16, ttl: u32, data: &[u8]) -> Vec<u8> {
     let len = u16::try_from(data.len()).unwrap();
     [
         name,

@@ -4,7 +4,7 @@
 //! `<namespace>.svc.<cluster domain>`, and asks for what stands before that suffix with each of the
 //! others, and at last alone: so the servers of a public zone hear of it.
 
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// Whether resolvers walk search lists, as `CoreDNS` does with its plugin `autopath`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ fn is_own(below: &[&[u8]]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::exact_name;
+    use crate::exact_name;
 
     #[test]
     fn names_of_services_and_pods_are_told_from_others() {

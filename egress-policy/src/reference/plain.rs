@@ -4,10 +4,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use egress_common::protocol::bits;
 
-use crate::{
-    dns::Name,
-    policy::{Annotations, QuestionRule, Settings},
-};
+use egress_dns::Name;
+
+use crate::{Annotations, QuestionRule, Settings};
 
 #[derive(Clone, Debug)]
 pub(super) enum Where {

@@ -2,7 +2,7 @@
 //!
 //! What is decided is not found out here but by those who enforce; this says where it is written.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, ops::RangeInclusive};
 
 use egress_common::{address::Address, protocol::bits, records::PortClass};
 
@@ -17,7 +17,7 @@ use super::{
     prefix::from_mapped,
     translators::Translators,
 };
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// What is asked about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -226,12 +226,19 @@ impl Spoken {
             && (protocol & bits::WITH_PORTS == 0
                 || (class.port_min..=class.port_max).contains(&port))
     }
+
+    /// Whether it speaks of packets of this protocol to one of these ports.
+    pub fn holds_some(&self, protocol: u8, ports: RangeInclusive<u16>) -> bool {
+        self.holds(protocol, *ports.start())
+            || self.holds(protocol, *ports.end())
+            || (self.class.protocols & protocol != 0 && ports.contains(&self.class.port_min))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{exact_name, reference::settings};
+    use crate::{exact_name, reference::settings};
 
     fn target(text: &str) -> Result<(Option<u8>, Option<u16>, String), String> {
         Target::read(text).map(|target| (target.protocol, target.port, target.entry()))

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::annotations;
-use crate::policy::{Annotations, NAMES, compile, reference::settings};
+use crate::{Annotations, NAMES, compile, reference::settings};
 
 fn message(pod: &[(&str, &str)], namespace: &[(&str, &str)]) -> String {
     compile(&annotations(pod), &annotations(namespace), &settings())

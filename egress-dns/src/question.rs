@@ -161,7 +161,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::dns::packets::{Packet, record, wire_name};
+    use crate::packets::{Packet, record, wire_name};
 
     fn query(name: &str) -> Packet {
         Packet::query(name, 1)

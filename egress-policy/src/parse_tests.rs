@@ -1,6 +1,6 @@
 use super::*;
-use crate::dns::Name;
-use crate::policy::pattern::{LabelGlobs, NamePattern};
+use crate::pattern::{LabelGlobs, NamePattern};
+use egress_dns::Name;
 
 fn entry(text: &str) -> Entry {
     match read_entry(text) {

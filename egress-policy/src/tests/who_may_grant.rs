@@ -5,7 +5,7 @@ use egress_common::{
 };
 
 use super::{annotations, compiled, is_open, name, question};
-use crate::policy::{
+use crate::{
     Mode, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
     unreadable,
 };

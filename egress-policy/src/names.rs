@@ -7,7 +7,7 @@ use super::{
     pattern::{LabelGlobs, NamePattern},
     search_list::Form,
 };
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// Whether a question may go on to the resolver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

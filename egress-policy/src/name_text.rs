@@ -4,7 +4,7 @@ use super::{
     parse::{EntryError, Part},
     pattern::{LabelGlobs, NamePattern},
 };
-use crate::dns::{Name, name::NameError};
+use egress_dns::{Name, name::NameError};
 
 /// Reads a name, `*.name`, or a name with `*` for or inside its other labels.
 pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {

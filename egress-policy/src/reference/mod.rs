@@ -8,7 +8,7 @@ mod random;
 use std::sync::Arc;
 
 use super::{InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators};
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// Settings as the agent's defaults are.
 pub(super) fn settings() -> Settings {
