@@ -441,7 +441,7 @@ mod tests {
             ("egress-agent/src/host/cgroup.rs", "pub(crate) fn a() {}", 0),
             (
                 "egress-agent/src/host/cgroup.rs",
-                "let a = $crate::pods::b!();",
+                "let a = $crate::host::b!();",
                 0,
             ),
             (
