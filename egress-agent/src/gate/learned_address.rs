@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use egress_common::{address::Address, records::AllowEntry};
 
-use super::learned::{Entries, Taught};
+use super::learned::{AnswerAddress, Entries};
 use crate::datapath::AllowError;
 use egress_dns::Name;
 use egress_policy::{Grant, MayBeInternal, NameRules};
@@ -128,13 +128,13 @@ impl Learned {
         &mut self,
         name: &Arc<Name>,
         grant: Grant,
-        taught: &Taught,
+        answered: &AnswerAddress,
     ) -> Option<Arc<Name>> {
-        let Taught {
+        let AnswerAddress {
             by_stranger,
             expires_ns,
             ..
-        } = *taught;
+        } = *answered;
         let gives = Classes::given(grant, by_stranger);
         if let Some(source) = self.sources.iter_mut().find(|source| source.name == *name) {
             source.gives = gives;

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     datapath::boottime_ns,
-    gate::{About, Teachings},
+    gate::{About, Resolutions},
 };
 use egress_dns::Name;
 use egress_policy::{
@@ -148,22 +148,22 @@ impl Asking<'_> {
     async fn name(&self, name: &Name, explanation: &mut Explanation) -> anyhow::Result<()> {
         let question = self.question(name);
         let may_ask = question.allowed;
-        let teachings = self.teachings(About::Name(name.clone())).await?;
-        let addresses: BTreeSet<Address> = teachings
+        let resolutions = self.resolutions(About::Name(name.clone())).await?;
+        let addresses: BTreeSet<Address> = resolutions
             .names
             .iter()
             .flat_map(|resolved| &resolved.addresses)
             .map(|&(address, _)| address)
             .collect();
         explanation.addresses_left_out =
-            teachings.left_out + addresses.len().saturating_sub(ADDRESSES);
+            resolutions.left_out + addresses.len().saturating_sub(ADDRESSES);
         for address in addresses.iter().take(ADDRESSES) {
             let explained = self.address(address).await?;
             explanation.addresses.push(explained);
         }
         let alive = |address: &&AddressExplained| {
             let remaining = address.remaining_seconds.or_else(|| {
-                let of = teachings
+                let of = resolutions
                     .names
                     .iter()
                     .flat_map(|resolved| &resolved.addresses);
@@ -262,14 +262,14 @@ impl Asking<'_> {
         let view = &self.sources.view;
         let (destination, expires_ns) =
             view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
-        let teachings = self.teachings(About::Address(*address)).await?;
+        let resolutions = self.resolutions(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
         let mut spoken = self
             .entries
             .as_ref()
             .map(|entries| entries.of_address(address))
             .unwrap_or_default();
-        for resolved in &teachings.names {
+        for resolved in &resolutions.names {
             if let Some(name) = &resolved.name {
                 names.push(name.to_string());
                 if resolved.listed {
@@ -308,7 +308,8 @@ impl Asking<'_> {
             explained.entries = denying(&spoken, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
-            if explained.because == BY_ENTRY && teachings.names.iter().any(|of| of.name.is_none()) {
+            if explained.because == BY_ENTRY && resolutions.names.iter().any(|of| of.name.is_none())
+            {
                 explained.because.push_str(
                     "; an earlier agent learned the address, from a name that is not known any more",
                 );
@@ -366,13 +367,13 @@ impl Asking<'_> {
         }
     }
 
-    async fn teachings(&self, about: About) -> anyhow::Result<Teachings> {
-        let teachings = self
+    async fn resolutions(&self, about: About) -> anyhow::Result<Resolutions> {
+        let resolutions = self
             .sources
             .gate
-            .teachings(self.attached.pod, about)
+            .resolutions(self.attached.pod, about)
             .await?;
-        Ok(teachings.unwrap_or_default())
+        Ok(resolutions.unwrap_or_default())
     }
 
     fn spoken_of_name(&self, name: &Name) -> Vec<Spoken> {

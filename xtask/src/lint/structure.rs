@@ -79,7 +79,7 @@ const UNSAFE: [&str; 12] = [
     "egress-agent/src/control/links.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
-    "egress-agent/src/gate/wire/sending.rs",
+    "egress-agent/src/gate/frame_sender/sending.rs",
     "tests/src/features.rs",
     "tests/src/frames.rs",
     "tests/src/rewritten.rs",

@@ -32,7 +32,7 @@ pub struct Resolved {
 
 /// What a pod has learned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Teachings {
+pub struct Resolutions {
     /// The names, in no particular order.
     pub names: Vec<Resolved>,
     /// Addresses in the allow map.
@@ -46,7 +46,7 @@ type Kind = (Option<Arc<Name>>, bool);
 
 impl Table {
     /// What there is, looking at no more than `most` addresses, those used last before others.
-    pub(super) fn teachings(&self, about: &About, most: usize) -> Teachings {
+    pub(super) fn resolutions(&self, about: &About, most: usize) -> Resolutions {
         let mut names: HashMap<Kind, Vec<(Address, u64)>> = HashMap::new();
         let wanted = |name: &Name| match about {
             About::Name(wanted) => wanted == name,
@@ -77,14 +77,14 @@ impl Table {
                 add_learned(*address, learned);
             }
         }
-        for (name, taught) in &self.unlisted {
-            for taught in taught {
-                if !matches!(about, About::Address(only) if *only != taught.address) {
-                    add(Some(name), false, taught.address, taught.expires_ns);
+        for (name, answered) in &self.unlisted {
+            for answered in answered {
+                if !matches!(about, About::Address(only) if *only != answered.address) {
+                    add(Some(name), false, answered.address, answered.expires_ns);
                 }
             }
         }
-        Teachings {
+        Resolutions {
             names: names
                 .into_iter()
                 .map(|((name, listed), addresses)| Resolved {

@@ -23,7 +23,7 @@ pub(super) enum Refused {
 ///   base ≤ acked ≤ sent ≤ released ≤ next      base ≤ parsed ≤ next
 /// ```
 #[derive(Debug)]
-pub(super) struct Half {
+pub(super) struct StreamBuffer {
     /// Sequence number of position 0.
     first: u32,
     /// Most bytes that are kept.
@@ -49,7 +49,7 @@ pub(super) struct Half {
     pub(super) fin_acked: bool,
 }
 
-impl Half {
+impl StreamBuffer {
     /// A stream whose first byte has this sequence number.
     pub(super) fn new(first: u32, limit: usize) -> Self {
         Self {
@@ -312,5 +312,5 @@ impl Half {
 }
 
 #[cfg(test)]
-#[path = "half_tests.rs"]
+#[path = "buffer_tests.rs"]
 mod tests;

@@ -45,7 +45,7 @@ const WAIT_MAX: Duration = Duration::from_secs(5);
 ///
 /// Frames are sent together: each one sent alone wakes its receiver, which on a busy CPU takes the
 /// gate's place before the next message is decided.
-pub(super) struct Wire {
+pub(super) struct FrameSender {
     marks: Marks,
     ports: HashMap<u32, Port>,
     /// Pods that are or were slow.
@@ -80,7 +80,7 @@ pub(super) struct Spent {
     pub(super) ns: u64,
 }
 
-impl Wire {
+impl FrameSender {
     /// # Errors
     ///
     /// When packet sockets cannot be made here at all, or no thread.
@@ -318,7 +318,7 @@ impl Wire {
     }
 }
 
-impl Drop for Wire {
+impl Drop for FrameSender {
     fn drop(&mut self) {
         self.senders.stop();
         let sockets = self.ports.drain().filter_map(|(_, port)| port.socket);

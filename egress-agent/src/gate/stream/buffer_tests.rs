@@ -9,7 +9,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&len.to_be_bytes(), message].concat()
 }
 
-fn taken(half: &mut Half) -> Vec<Vec<u8>> {
+fn taken(half: &mut StreamBuffer) -> Vec<Vec<u8>> {
     let mut messages = Vec::new();
     while let Some(message) = half.message() {
         messages.push(message.to_vec());
@@ -32,10 +32,10 @@ proptest! {
         acknowledged in any::<prop::sample::Index>(),
     ) {
         let stream: Vec<u8> = messages.iter().flat_map(|m| framed(m)).collect();
-        let mut half = Half::new(first, LIMIT);
+        let mut half = StreamBuffer::new(first, LIMIT);
         let mut out = Vec::new();
         let mut put_back = Vec::new();
-        let mut send = |half: &mut Half, from: usize, to: usize| {
+        let mut send = |half: &mut StreamBuffer, from: usize, to: usize| {
             let seq = first.wrapping_add(from as u32);
             let position = half.position(seq);
             assert_eq!(position, i64::try_from(from).unwrap());
@@ -76,7 +76,7 @@ proptest! {
         let cut = cut.index(stream.len());
         let mut other = stream.clone();
         other[at] ^= 1;
-        let mut half = Half::new(first, LIMIT);
+        let mut half = StreamBuffer::new(first, LIMIT);
         // In two parts, the second of which may come first.
         let mut parts = [(0, &stream[..cut]), (i64::try_from(cut).unwrap(), &stream[cut..])];
         if backwards {
@@ -93,7 +93,7 @@ proptest! {
     fn nothing_makes_it_keep_more_than_it_may(
         seqs in prop::collection::vec((any::<u32>(), 0usize..5000), 0..200),
     ) {
-        let mut half = Half::new(7, 10_000);
+        let mut half = StreamBuffer::new(7, 10_000);
         for (seq, len) in seqs {
             let position = half.position(seq % 20_000);
             let _ = half.insert(position, &vec![0x5a; len]);
@@ -105,7 +105,7 @@ proptest! {
 
 #[test]
 fn what_differs_ahead_of_a_gap_is_noticed_when_the_gap_closes() {
-    let mut half = Half::new(0, LIMIT);
+    let mut half = StreamBuffer::new(0, LIMIT);
     half.insert(5, b"fgh").unwrap();
     half.insert(4, b"eXgh").unwrap();
     assert_eq!(half.insert(0, b"abcd"), Err(Refused::Differs));
@@ -113,7 +113,7 @@ fn what_differs_ahead_of_a_gap_is_noticed_when_the_gap_closes() {
 
 #[test]
 fn an_acknowledgment_of_what_was_not_put_back_is_refused() {
-    let mut half = Half::new(100, LIMIT);
+    let mut half = StreamBuffer::new(100, LIMIT);
     half.insert(0, b"\0\x01a\0\x01b").unwrap();
     half.released = 3;
     half.sent = 3;
@@ -132,7 +132,7 @@ fn an_acknowledgment_of_what_was_not_put_back_is_refused() {
 
 #[test]
 fn the_end_of_a_stream_is_where_it_was() {
-    let mut half = Half::new(0, LIMIT);
+    let mut half = StreamBuffer::new(0, LIMIT);
     half.insert(0, b"\0\x02ab").unwrap();
     assert!(!half.end_at(3), "before what is known");
     assert!(half.end_at(4));
@@ -145,7 +145,7 @@ fn the_end_of_a_stream_is_where_it_was() {
 
 #[test]
 fn what_came_ahead_gives_way_to_what_stands_before_it() {
-    let mut half = Half::new(0, 1000);
+    let mut half = StreamBuffer::new(0, 1000);
     half.insert(500, &[1; 450]).unwrap();
     half.insert(501, &[1; 450]).unwrap();
     half.insert(0, &[1; 500]).unwrap();
