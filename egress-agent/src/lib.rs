@@ -1,6 +1,6 @@
 //! egress-agent: enforces, per pod, which names, addresses and ports it may reach.
 //!
-//! Where to find what: [`pods`] is where pods come from, [`policy`] what a policy means, [`dns`] what
+//! Where to find what: [`pods`] is where pods come from, [`egress_policy`] what a policy means, [`egress_dns`] what
 //! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`host`] where a pod is on
 //! this machine, [`report`] what people see, [`serve`] what the agent answers about itself,
 //! [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
@@ -10,10 +10,8 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod datapath;
-pub mod dns;
 pub mod gate;
 pub mod host;
 pub mod pods;
-pub mod policy;
 pub mod report;
 pub mod serve;

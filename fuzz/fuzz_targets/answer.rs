@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use egress_agent::dns::read_answer;
+use egress_dns::read_answer;
 use egress_fuzz::reachable;
 use hickory_proto::op::Message;
 use libfuzzer_sys::fuzz_target;

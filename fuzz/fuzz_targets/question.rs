@@ -1,7 +1,7 @@
 //! What is said of a question is what another reader of DNS says of it.
 #![no_main]
 
-use egress_agent::dns::{Refusal, read_answer, read_question, refuse};
+use egress_dns::{Refusal, read_answer, read_question, refuse};
 use hickory_proto::op::Message;
 use libfuzzer_sys::fuzz_target;
 

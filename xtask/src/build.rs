@@ -118,32 +118,23 @@ pub(crate) fn agent(debug: bool) -> Result<()> {
     Ok(())
 }
 
-/// Builds these system tests. Returns the program of each.
+/// Builds the system tests of a folder of `tests/tests`. Returns their program.
 ///
 /// # Errors
 ///
 /// Fails when the build fails.
-pub(crate) fn tests<'a>(names: &[&'a str]) -> Result<Vec<(&'a str, PathBuf)>> {
+pub(crate) fn tests(folder: &str) -> Result<PathBuf> {
     let mut command = process::cargo();
     command.args(["test", "--package", "egress-tests", "--locked", "--no-run"]);
-    command.arg("--message-format=json");
-    for name in names {
-        command.args(["--test", name]);
-    }
+    command.args(["--message-format=json", "--test", folder]);
     println!("building the system tests: takes minutes when nothing is built yet");
     // Cargo's progress goes there.
     command.stderr(Stdio::inherit());
-    let said = process::output(&mut command)?;
-    names
-        .iter()
-        .map(|name| {
-            let program = said.lines().find_map(|line| program_of(line, name));
-            Ok((
-                *name,
-                program.with_context(|| format!("cargo built no test {name}"))?,
-            ))
-        })
-        .collect()
+    let messages = process::output(&mut command)?;
+    messages
+        .lines()
+        .find_map(|line| program_of(line, folder))
+        .with_context(|| format!("cargo built no test program {folder}"))
 }
 
 /// Reads one line of what cargo says: the program of that test, if the line is about it.

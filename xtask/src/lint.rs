@@ -5,6 +5,7 @@
 //! warnings of the eBPF compiler itself are errors when the object is built here.
 
 mod code;
+mod portable;
 mod structure;
 
 use std::env;
@@ -14,7 +15,8 @@ use anyhow::{Result, bail};
 use crate::build::{self, Warnings};
 use crate::{manifests, process, workspace};
 
-/// Checks formatting, structure, licences, and runs clippy; every warning is an error.
+/// Checks formatting, structure and licences, compiles what is portable for other systems, and runs
+/// clippy; every warning is an error.
 #[derive(clap::Args)]
 pub(crate) struct Options {}
 
@@ -27,6 +29,7 @@ pub(crate) fn run(_: &Options) -> Result<()> {
     process::run(process::cargo().args(fuzz))?;
     deny()?;
     build::ebpf(Warnings::Deny)?;
+    portable::check()?;
     clippy()
 }
 

@@ -111,3 +111,22 @@ fn laboratory(folders: &[&str], names: &[&str]) -> Result<Command> {
         .args(names);
     Ok(command)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_module_that_runs_under_clsact_exists() {
+        for (folder, modules) in UNDER_CLSACT {
+            for module in modules {
+                let file = module.replace("::", ".rs");
+                let path = workspace::root()
+                    .join("tests/tests")
+                    .join(folder)
+                    .join(file);
+                assert!(path.is_file(), "{}", path.display());
+            }
+        }
+    }
+}

@@ -32,6 +32,9 @@ const RUSTC_VARIABLE: &str = "EGRESS_EBPF_RUSTC";
 /// The distribution's compiler.
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
 
+/// Where the sources of the standard library are below a compiler's sysroot.
+const LIBRARY_SOURCES: &str = "lib/rustlib/src/rust/library";
+
 /// The oldest compiler that can build the workspace, as its `rust-version` says.
 const OLDEST_RUSTC: (u32, u32) = (1, 90);
 
@@ -107,7 +110,7 @@ impl Compiler {
         };
         let rustc = PathBuf::from(which("rustc").ok()?.trim());
         let sysroot = rustc.parent()?.parent()?;
-        if !sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
+        if !sysroot.join(LIBRARY_SOURCES).join("core").is_dir() {
             return None;
         }
         let version = Version::of(Command::new(&rustc).arg("-vV")).ok()?;
@@ -116,6 +119,56 @@ impl Compiler {
             kind: Kind::Nightly(cargo),
             version,
         })
+    }
+
+    /// Finds a compiler with the sources of its standard library beside it.
+    ///
+    /// # Errors
+    ///
+    /// Fails when there is none.
+    pub(crate) fn with_library_sources() -> Result<Self> {
+        Self::find().filter(Self::has_library_sources).with_context(
+            || "no compiler with the sources of the standard library: run `cargo xtask setup`",
+        )
+    }
+
+    /// Whether the sources of the standard library belong to this compiler.
+    pub(crate) fn has_library_sources(&self) -> bool {
+        let rustc = self.rustc();
+        process::output(Command::new(rustc).args(["--print", "sysroot"])).is_ok_and(|sysroot| {
+            Path::new(sysroot.trim())
+                .join(LIBRARY_SOURCES)
+                .join("Cargo.lock")
+                .is_file()
+        })
+    }
+
+    fn rustc(&self) -> PathBuf {
+        match &self.kind {
+            Kind::Prebuilt(rustc) => rustc.clone(),
+            Kind::Nightly(cargo) => cargo.with_file_name("rustc"),
+        }
+    }
+
+    /// A cargo command that compiles the standard library too, for a target that the caller names.
+    pub(crate) fn cargo_with_library(&self) -> Command {
+        let mut command = match &self.kind {
+            // The standard library uses unstable features everywhere, and so does `-Z`.
+            Kind::Prebuilt(_) => {
+                let mut command = process::cargo();
+                command.env("RUSTC_BOOTSTRAP", "1");
+                command
+            }
+            Kind::Nightly(cargo) => {
+                let mut command = Command::new(cargo);
+                command.current_dir(workspace::root());
+                command
+            }
+        };
+        command.env("RUSTC", self.rustc());
+        command.env_remove("RUSTC_WORKSPACE_WRAPPER");
+        command.arg("-Zbuild-std=std,panic_abort");
+        command
     }
 
     /// A cargo command that compiles with this compiler for the target: `subcommand`, then what

@@ -8,8 +8,8 @@ use super::CheckArgs;
 use crate::{
     config::Config,
     pods::{self, NO_ADDRESS, Snapshot},
-    policy::{Annotations, describe},
 };
+use egress_policy::{Annotations, describe};
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {

@@ -8,10 +8,8 @@ use super::{
     StatusArgs,
     ask::{ask, columns, span},
 };
-use crate::{
-    policy::Resolver,
-    serve::protocol::{PodStatus, Request, Response, Status},
-};
+use crate::serve::protocol::{PodStatus, Request, Response, Status};
+use egress_policy::Resolver;
 
 pub(super) fn status(args: &StatusArgs) -> Result<ExitCode> {
     let request = Request::Status {

@@ -78,12 +78,10 @@ use read::or;
 pub use tunnels::{TUNNELS, Tunnel};
 use value::{Node, Section};
 
-use crate::{
-    dns::Name,
-    policy::{
-        Autopath, DNS_PORT, InternalAnswers, Mode, PodAnnotations, Prefix, Resolver, Settings,
-        Translators, exact_name, prefix::inherit,
-    },
+use egress_dns::Name;
+use egress_policy::{
+    Autopath, DNS_PORT, InternalAnswers, Mode, PodAnnotations, Prefix, Resolver, Settings,
+    Translators, exact_name, prefix::inherit,
 };
 
 /// The configuration.

@@ -1,6 +1,6 @@
 //! The addresses that are protected on every node.
 
-use crate::policy::Prefix;
+use egress_policy::Prefix;
 
 /// Prefixes that only an address entry opens and that DNS never does, each with the reason.
 ///

@@ -6,8 +6,8 @@ use super::{
     error::ConfigError,
     value::{Node, Section},
 };
-use crate::policy::{InternalAnswers, Prefix, Resolver, name_pattern};
 use egress_common::translation;
+use egress_policy::{InternalAnswers, Prefix, Resolver, name_pattern};
 
 /// Most names that may lead to internal addresses: each answer is compared with all of them.
 const INTERNAL_ANSWERS: usize = 256;

@@ -33,7 +33,7 @@ fn kinds(config: &Config, ip: IpAddr) -> u64 {
             .max_by_key(|(_, prefix_len, _)| *prefix_len)
             .map_or(0, |(_, _, range)| range.kinds)
     };
-    let address = crate::policy::prefix::to_mapped(ip);
+    let address = egress_policy::prefix::to_mapped(ip);
     let mut destination = Destination {
         ranges: found(address),
         ..Destination::default()

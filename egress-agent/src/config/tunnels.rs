@@ -6,7 +6,7 @@ use std::fmt;
 use egress_common::{protocol::bits, records::TunnelKey};
 
 use super::{error::ConfigError, value::Node};
-use crate::policy::prefix::parse_decimal;
+use egress_policy::prefix::parse_decimal;
 
 /// Packets that somebody on a node may unpack and send on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

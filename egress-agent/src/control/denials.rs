@@ -24,10 +24,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::{
     datapath::{CounterMap, DenialRing, boottime_ns},
     gate::Gate,
-    policy::Compiled,
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
     serve::Board,
 };
+use egress_policy::Compiled;
 
 /// What the reader has to know about an enforced pod.
 #[derive(Debug)]

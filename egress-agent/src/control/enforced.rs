@@ -14,9 +14,9 @@ use crate::{
     datapath::{FlowMap, PodPins},
     host::Network,
     pods::Pod,
-    policy::{Compiled, Mode},
     report::PodIdentity,
 };
+use egress_policy::{Compiled, Mode};
 
 /// Namespace and name.
 pub(super) type PodKey = (String, String);

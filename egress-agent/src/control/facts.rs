@@ -17,8 +17,8 @@ use crate::{
     config::Config,
     datapath::{View, boottime_ns},
     pods::Facts,
-    policy::Resolver,
 };
+use egress_policy::Resolver;
 
 impl Reconciler {
     /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the

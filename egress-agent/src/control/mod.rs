@@ -57,7 +57,6 @@ use tokio::{
 use crate::{
     config::{self, Config},
     datapath::{self, Attach},
-    dns,
     gate::{DnsSettings, Gate},
     pods::Snapshot,
     report::Reporter,
@@ -401,8 +400,8 @@ fn dns_settings(config: &Config) -> DnsSettings {
         max_ttl: config.dns.max_ttl,
         grace: config.dns.grace,
         refusal: match config.dns.refusal {
-            config::Refusal::NxDomain => dns::Refusal::NxDomain,
-            config::Refusal::Refused => dns::Refusal::Refused,
+            config::Refusal::NxDomain => egress_dns::Refusal::NxDomain,
+            config::Refusal::Refused => egress_dns::Refusal::Refused,
         },
         protected: policy.protected,
         translators: policy.translators,

@@ -7,7 +7,8 @@ use anyhow::{Context as _, Result};
 use egress_common::address::V4_MAPPED_PREFIX_LEN;
 
 use super::reconcile::Reconciler;
-use crate::{host, policy::prefix::to_mapped};
+use crate::host;
+use egress_policy::prefix::to_mapped;
 
 impl Reconciler {
     /// Looks which link-local addresses are the node's and its gateways' now. Returns what is wrong.

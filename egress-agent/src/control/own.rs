@@ -17,10 +17,8 @@ use super::{
     quarantine,
     reconcile::{Reconciler, title},
 };
-use crate::{
-    pods::{Pod, Snapshot},
-    policy::{Prefix, prefix::to_mapped},
-};
+use crate::pods::{Pod, Snapshot};
+use egress_policy::{Prefix, prefix::to_mapped};
 
 /// Whose addresses are known, at one reconcile.
 #[derive(Default)]

@@ -15,8 +15,8 @@ use crate::{
     config::{OnDeny, UnenforcedInterfaces},
     host::interface_name,
     pods::Pod,
-    policy::Mode,
 };
+use egress_policy::Mode;
 
 /// What should be done with one pod.
 pub(super) enum Plan {

@@ -8,9 +8,9 @@ use std::{
 use super::{digest, enforced::PodKey};
 use crate::{
     pods::{Pod, Snapshot},
-    policy::{self, Annotations, Compiled, Mode, Settings},
     serve::Written,
 };
+use egress_policy::{Annotations, Compiled, Mode, Settings};
 
 /// What was made of one pod's annotations.
 struct Reading {
@@ -56,7 +56,7 @@ impl Readings {
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);
-        let read = policy::compile(&own, &namespace, &self.settings);
+        let read = egress_policy::compile(&own, &namespace, &self.settings);
         let unreadable = read.is_err();
         let (compiled, good, problem, written) = match read {
             Ok(mut compiled) => {
@@ -72,7 +72,7 @@ impl Readings {
                     let problem = format!("{error}; the last good policy stays");
                     (compiled, true, Some(problem), written)
                 } else {
-                    let closed = policy::unreadable(&own, &namespace, &self.settings);
+                    let closed = egress_policy::unreadable(&own, &namespace, &self.settings);
                     let follows = match closed.mode {
                         Mode::Enforce => "everything external is denied",
                         Mode::Audit | Mode::Off => {
@@ -117,7 +117,7 @@ impl Readings {
         if last.current {
             return Some((Arc::clone(&last.compiled), written));
         }
-        let compiled = policy::compile(&written.own, &written.namespace, &self.settings);
+        let compiled = egress_policy::compile(&written.own, &written.namespace, &self.settings);
         let mut compiled = compiled.ok()?;
         compiled.record.annotations = last.compiled.record.annotations;
         Some((Arc::new(compiled), written))
@@ -126,7 +126,7 @@ impl Readings {
     /// The policy of a pod of which nothing can be made, in this mode.
     pub(super) fn closed(&self, mode: Mode) -> Arc<Compiled> {
         let none = Annotations::default();
-        let mut closed = policy::unreadable(&none, &none, &self.settings);
+        let mut closed = egress_policy::unreadable(&none, &none, &self.settings);
         closed.mode = mode;
         Arc::new(closed)
     }
@@ -145,18 +145,18 @@ impl Readings {
 
     /// The policy of a pod that is closed because of its other interfaces.
     pub(super) fn refused(&self) -> Arc<Compiled> {
-        Arc::new(policy::refused(&self.settings))
+        Arc::new(egress_policy::refused(&self.settings))
     }
 
     /// The policy of what is not known yet.
     pub(super) fn unidentified(&self) -> Arc<Compiled> {
-        Arc::new(policy::unidentified(&self.settings))
+        Arc::new(egress_policy::unidentified(&self.settings))
     }
 
     /// The policy of a pod whose namespace is not known yet.
     pub(super) fn without_namespace(&self, pod: &Pod, quarantine: bool) -> Arc<Compiled> {
         let own = Annotations::from_map(&pod.annotations);
-        let closed = policy::without_namespace(&own, quarantine, &self.settings);
+        let closed = egress_policy::without_namespace(&own, quarantine, &self.settings);
         Arc::new(closed)
     }
 

@@ -37,10 +37,10 @@ use crate::{
     gate::Gate,
     host::interface_name,
     pods::{Facts, Snapshot},
-    policy::Compiled,
     report::{PodIdentity, Reporter},
     serve::{Board, Existing},
 };
+use egress_policy::Compiled;
 
 /// What the agent begins with.
 pub(super) struct Settings {

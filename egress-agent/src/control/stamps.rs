@@ -93,10 +93,10 @@ impl Reconciler {
     /// mode. To be called when it is attached.
     ///
     /// Returns whether frames that nobody has judged have left until now.
-    pub(super) fn require_stamps(&mut self, interfaces: &[u32], mode: crate::policy::Mode) -> bool {
+    pub(super) fn require_stamps(&mut self, interfaces: &[u32], mode: egress_policy::Mode) -> bool {
         let what = match mode {
-            crate::policy::Mode::Audit => WithoutStamp::Count,
-            crate::policy::Mode::Enforce | crate::policy::Mode::Off => WithoutStamp::Drop,
+            egress_policy::Mode::Audit => WithoutStamp::Count,
+            egress_policy::Mode::Enforce | egress_policy::Mode::Off => WithoutStamp::Drop,
         };
         let ends_audit =
             what == WithoutStamp::Drop && self.datapath.lets_unstamped_pass(interfaces);

@@ -16,10 +16,10 @@ use super::{
 };
 use crate::{
     pods::{Pod, Snapshot},
-    policy::Mode,
     report::Reporter,
     serve::{Attached, NodeState, PodState, Serving, Sources},
 };
+use egress_policy::Mode;
 
 /// Where a resolver comes from that the configuration names.
 const CONFIGURED: &str = "configuration (dns.resolvers)";

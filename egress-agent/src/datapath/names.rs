@@ -15,7 +15,7 @@ use egress_common::{
 };
 
 use super::{Datapath, PodPins, policies::gone};
-use crate::dns::Name;
+use egress_dns::Name;
 
 /// Name of the pin.
 const PIN: &str = "names";
@@ -35,7 +35,7 @@ pub struct Kept {
     pub address: Address,
     /// The name.
     pub name: Name,
-    /// Whether a stranger's name stood on the way; see [`crate::policy::NameRules::is_strangers`].
+    /// Whether a stranger's name stood on the way; see [`egress_policy::NameRules::is_strangers`].
     pub by_stranger: bool,
     /// When the address stops being allowed by this name.
     pub expires_ns: u64,

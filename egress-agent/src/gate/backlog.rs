@@ -21,18 +21,18 @@ const FRAME_MIN: usize = 512;
 /// The messages of one pod that wait, the oldest first: segments of one connection stay in their order.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
-    frames: VecDeque<Waiting>,
+    frames: VecDeque<BacklogMessage>,
     kept: Kept,
 }
 
 /// A message that waits.
 #[derive(Debug)]
-pub(super) struct Waiting {
+pub(super) struct BacklogMessage {
     head: Held,
     frame: Box<[u8]>,
 }
 
-impl Waiting {
+impl BacklogMessage {
     /// As it was in the ring.
     pub(super) fn held(&self) -> HeldFrame<'_> {
         HeldFrame {
@@ -62,7 +62,7 @@ impl Backlog {
             return false;
         }
         budget.add(&mut self.kept, cost);
-        self.frames.push_back(Waiting {
+        self.frames.push_back(BacklogMessage {
             head: held.head,
             frame: held.frame.into(),
         });
@@ -70,7 +70,7 @@ impl Backlog {
     }
 
     /// The message that has waited longest.
-    pub(super) fn pop(&mut self, budget: &mut Budget) -> Option<Waiting> {
+    pub(super) fn pop(&mut self, budget: &mut Budget) -> Option<BacklogMessage> {
         let waiting = self.frames.pop_front()?;
         budget.take_back(&mut self.kept, waiting.cost());
         if self.frames.is_empty() {

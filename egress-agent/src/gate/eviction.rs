@@ -6,7 +6,8 @@ use egress_common::address::Address;
 use lru::LruCache;
 
 use super::{learned::Entries, learned_address::Learned};
-use crate::{datapath::AllowError, dns::Name};
+use crate::datapath::AllowError;
+use egress_dns::Name;
 
 /// The part of the map that gives way at once: flows are looked at one by one, which costs as much
 /// for one address as for many.

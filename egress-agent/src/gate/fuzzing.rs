@@ -4,7 +4,7 @@
 use egress_common::packet::{Packet, Walked, walk};
 
 use super::{checksum::complete_udp, fragments, pod::udp_payload, reply, stream};
-use crate::dns::{Refusal, read_answer, read_question, refuse};
+use egress_dns::{Refusal, read_answer, read_question, refuse};
 
 /// Reads a held frame in every way the gate may, and makes every frame it may make of it.
 ///

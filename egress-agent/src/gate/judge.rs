@@ -6,36 +6,36 @@ use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MOD
 
 use super::{
     Direction, DnsSettings, Enforcement, Outcome, Stats, Transport,
-    learned::{Table, Taught},
+    learned::{AnswerAddress, Table},
     pending::{Exchange, Pending},
     stream,
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
-    dns::{
-        Answer, Name, Question, read_answer, read_beginning, read_question, read_rejection, refuse,
-        type_name,
-    },
-    policy::{Autopath, QuestionRule},
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
 };
+use egress_dns::{
+    Answer, Name, Question, read_answer, read_beginning, read_question, read_rejection, refuse,
+    type_name,
+};
+use egress_policy::{Autopath, QuestionRule};
 
 /// What every decision needs besides the pod.
-pub(super) struct Means {
+pub(super) struct DecisionContext {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) stats: Arc<Stats>,
 }
 
-impl Means {
+impl DecisionContext {
     pub(super) fn new(dns: DnsSettings, reporter: Reporter, stats: Arc<Stats>) -> Self {
-        let mut means = Self {
+        let mut context = Self {
             dns: dns.clone(),
             reporter,
             stats,
         };
-        means.configure(dns);
-        means
+        context.configure(dns);
+        context
     }
 
     /// Treats DNS in another way from now on. What was noticed of the resolvers stays.
@@ -57,7 +57,7 @@ impl Means {
 pub(super) struct Judge<'a> {
     enforcement: &'a mut Enforcement,
     learned: &'a mut Table,
-    means: &'a Means,
+    context: &'a DecisionContext,
     /// When the message was taken.
     time_ns: u64,
 }
@@ -67,13 +67,13 @@ impl<'a> Judge<'a> {
     pub(super) fn new(
         enforcement: &'a mut Enforcement,
         learned: &'a mut Table,
-        means: &'a Means,
+        context: &'a DecisionContext,
         time_ns: u64,
     ) -> Self {
         Self {
             enforcement,
             learned,
-            means,
+            context,
             time_ns,
         }
     }
@@ -85,14 +85,14 @@ impl<'a> Judge<'a> {
             Err(error) => {
                 tracing::debug!(pod = %self.name(), %error, "unreadable question");
                 self.count(packet, Direction::Question, Outcome::Undeliverable);
-                self.means
+                self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
                 return None;
             }
         };
         let rules = &self.enforcement.compiled.names;
-        let walks = self.means.walks_search_lists();
+        let walks = self.context.walks_search_lists();
         let rule = rules.question(&question.name, walks);
         let is_allowed = rule == QuestionRule::Allowed;
         if !is_allowed {
@@ -112,7 +112,7 @@ impl<'a> Judge<'a> {
             let rules = &self.enforcement.compiled.names;
             denied.rule = rules.explain_denied(name).map(Into::into);
         }
-        self.means.reporter.report(denied);
+        self.context.reporter.report(denied);
     }
 
     /// Reports a question that is dropped because nobody knows yet whose it is.
@@ -120,7 +120,7 @@ impl<'a> Judge<'a> {
         let question = read_question(message).ok();
         let asked = question.map(|question| (question.name.to_string(), question.qtype));
         self.count(packet, Direction::Question, Outcome::Undeliverable);
-        self.means
+        self.context
             .reporter
             .report(self.denied(packet, Reason::PodUnknown, asked));
     }
@@ -128,7 +128,7 @@ impl<'a> Judge<'a> {
     /// Reports a question that is dropped because it does not go from the pod to a resolver.
     pub(super) fn astray(&self, packet: &Packet, reason: Reason) {
         self.count(packet, Direction::Question, Outcome::Undeliverable);
-        self.means
+        self.context
             .reporter
             .report(self.denied(packet, reason, None));
     }
@@ -155,7 +155,7 @@ impl<'a> Judge<'a> {
         if let Some(id) = read_rejection(message) {
             let is_delivered = pending.reject(answered(id, packet), self.time_ns);
             if !is_delivered {
-                self.means
+                self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsUnsolicited, None));
             }
@@ -165,7 +165,7 @@ impl<'a> Judge<'a> {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::debug!(pod = %self.name(), %error, "unreadable answer");
-                self.means
+                self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
                 return false;
@@ -173,7 +173,7 @@ impl<'a> Judge<'a> {
         };
         let asked = || Some((answer.name.to_string(), answer.qtype));
         if !pending.answer(answered(answer.id, packet), &answer, self.time_ns) {
-            self.means
+            self.context
                 .reporter
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
             return false;
@@ -192,7 +192,7 @@ impl<'a> Judge<'a> {
             if !matches!(error, AllowError::Full) {
                 self.learned.failures.add(error);
             }
-            self.means
+            self.context
                 .reporter
                 .report(self.denied(packet, Reason::AllowMapFull, asked()));
             return false;
@@ -202,14 +202,14 @@ impl<'a> Judge<'a> {
 
     /// Reports a message that could not wait for the pod's turn.
     pub(super) fn not_held(&self, packet: &Packet) {
-        self.means
+        self.context
             .reporter
             .report(self.denied(packet, Reason::DnsNotHeld, None));
     }
 
     /// The name that the resolver has found in place of the asked one, by walking a search list.
     fn found_by_search<'b>(&self, answer: &'b Answer) -> Option<&'b Name> {
-        if self.means.dns.autopath == Autopath::Off {
+        if self.context.dns.autopath == Autopath::Off {
             return None;
         }
         let mut of_asked = answer.aliases.iter().filter(|alias| alias.of.is_none());
@@ -222,8 +222,8 @@ impl<'a> Judge<'a> {
 
     /// Notes that resolvers walk search lists.
     fn notice_search_lists(&self, answer: &Answer) {
-        if !self.means.walks_search_lists() {
-            self.means.stats.walks_search_lists.set(1);
+        if !self.context.walks_search_lists() {
+            self.context.stats.walks_search_lists.set(1);
             tracing::info!(
                 asked = %answer.name,
                 "the resolver walks the search list (CoreDNS's autopath): names below the cluster \
@@ -246,7 +246,7 @@ impl<'a> Judge<'a> {
             Err(_) => (Reason::DnsMalformed, None),
         };
         self.count(packet, Direction::Answer, Outcome::Undeliverable);
-        self.means
+        self.context
             .reporter
             .report(self.denied(packet, reason, asked));
         false
@@ -256,7 +256,7 @@ impl<'a> Judge<'a> {
     pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
         self.count(packet, Direction::Answer, Outcome::Undeliverable);
-        self.means
+        self.context
             .reporter
             .report(self.denied(packet, Reason::DnsFragmented, None));
     }
@@ -279,7 +279,7 @@ impl<'a> Judge<'a> {
         if answer.addresses.is_empty() {
             return Ok(());
         }
-        let dns = &self.means.dns;
+        let dns = &self.context.dns;
         let compiled = Arc::clone(&self.enforcement.compiled);
         let names = &compiled.names;
         let now_ns = boottime_ns();
@@ -292,11 +292,11 @@ impl<'a> Judge<'a> {
                 self.learned.withhold(learned.address, &answer.name);
             }
         }
-        let taught: Vec<Taught> = answer
+        let answered: Vec<AnswerAddress> = answer
             .addresses
             .iter()
             .filter(|learned| !dns.is_protected(&learned.address))
-            .map(|learned| Taught {
+            .map(|learned| AnswerAddress {
                 address: learned.address,
                 by_stranger: answer.way_to(learned).any(|name| names.is_strangers(name)),
                 expires_ns: now_ns + lifetime_ns(learned.ttl),
@@ -305,14 +305,14 @@ impl<'a> Judge<'a> {
         if let Some(found) = found {
             let grant = names.grant(found);
             self.learned
-                .learn(self.enforcement, found, grant, &taught, now_ns)?;
+                .learn(self.enforcement, found, grant, &answered, now_ns)?;
         }
         let grant = names.grant(&answer.name);
         if found.is_some() && grant.classes == 0 {
             return Ok(());
         }
         self.learned
-            .learn(self.enforcement, &answer.name, grant, &taught, now_ns)
+            .learn(self.enforcement, &answer.name, grant, &answered, now_ns)
     }
 
     /// Whether everything goes on, whatever is decided.
@@ -331,7 +331,7 @@ impl<'a> Judge<'a> {
         } else {
             outcome
         };
-        self.means.stats.count(transport, direction, outcome);
+        self.context.stats.count(transport, direction, outcome);
     }
 
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
@@ -389,7 +389,7 @@ impl stream::Decide for Judge<'_> {
                 stream::Asked::Allowed(question)
             }
             Some((question, _)) => {
-                stream::Asked::Refused(refuse(&question, self.means.dns.refusal))
+                stream::Asked::Refused(refuse(&question, self.context.dns.refusal))
             }
         }
     }
@@ -407,13 +407,13 @@ impl stream::Decide for Judge<'_> {
     }
 
     fn is_resolver(&self, packet: &Packet) -> bool {
-        self.means.dns.is_to_resolver(packet)
+        self.context.dns.is_to_resolver(packet)
     }
 
     fn lost(&mut self, packet: &Packet, why: &'static str) {
         tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
-        self.means.stats.connections_lost.add(1);
-        self.means
+        self.context.stats.connections_lost.add(1);
+        self.context
             .reporter
             .report(self.denied(packet, Reason::DnsOverTcp, None));
     }

@@ -1,4 +1,4 @@
-//! What a pod's resolvers taught: which names led to which addresses, and for how long.
+//! What a pod's resolvers answered: which names led to which addresses, and for how long.
 //!
 //! The table mirrors the pod's allow map, whose only writer the gate is, and knows more: the names.
 //! It is bounded by the allow map; names that no entry allows are remembered beside it, so that an
@@ -19,11 +19,9 @@ use super::{
     names_kept::{NamesLost, NamesStay},
     tally::Tally,
 };
-use crate::{
-    datapath::{AllowError, Kept, NamesError, OpenFlows},
-    dns::Name,
-    policy::{Grant, NameRules},
-};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
+use egress_dns::Name;
+use egress_policy::{Grant, NameRules};
 
 /// Most names without an entry that are remembered for one pod, and most addresses of each.
 const UNLISTED_NAMES: usize = 256;
@@ -42,7 +40,7 @@ pub(super) trait Entries {
     /// See [`crate::datapath::FlowMap::open`].
     fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError>;
     /// See [`crate::datapath::NameMap::keep`].
-    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError>;
+    fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError>;
     /// See [`crate::datapath::NameMap::forget`].
     fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError>;
 }
@@ -64,12 +62,12 @@ impl Entries for Enforcement {
         self.flows.open(now_ns)
     }
 
-    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError> {
-        let Taught {
+    fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError> {
+        let AnswerAddress {
             address,
             by_stranger,
             expires_ns,
-        } = *taught;
+        } = *answered;
         self.names.keep(address, name, by_stranger, expires_ns)
     }
 
@@ -80,7 +78,7 @@ impl Entries for Enforcement {
 
 /// One address of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Taught {
+pub(super) struct AnswerAddress {
     pub(super) address: Address,
     /// Whether a stranger's name stood on the way; see [`NameRules::is_strangers`].
     pub(super) by_stranger: bool,
@@ -90,7 +88,7 @@ pub(super) struct Taught {
 /// What one pod has learned.
 pub(super) struct Table {
     pub(super) addresses: LruCache<Address, Learned>,
-    pub(super) unlisted: LruCache<Arc<Name>, Vec<Taught>>,
+    pub(super) unlisted: LruCache<Arc<Name>, Vec<AnswerAddress>>,
     /// Protected addresses that were in answers, and the name that was asked for: only for denials.
     withheld: LruCache<Address, Name>,
     /// No entry changes by itself before this.
@@ -191,27 +189,26 @@ impl Table {
         &mut self,
         allow: &mut impl Entries,
         name: &Name,
-        grant: impl Into<Grant>,
-        taught: &[Taught],
+        grant: Grant,
+        answered: &[AnswerAddress],
         now_ns: u64,
     ) -> Result<(), AllowError> {
-        if taught.is_empty() {
+        if answered.is_empty() {
             return Ok(());
         }
-        let grant = grant.into();
         if grant.classes == 0 {
-            self.remember_unlisted(name, taught);
+            self.remember_unlisted(name, answered);
             return Ok(());
         }
-        self.make_room(allow, taught, now_ns)?;
-        let name = self.shared_name(name, taught);
-        for taught in taught {
-            let address = taught.address;
+        self.make_room(allow, answered, now_ns)?;
+        let name = self.shared_name(name, answered);
+        for answered in answered {
+            let address = answered.address;
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
             let is_new = learned.source(&name).is_none();
-            let forgotten = learned.add(&name, grant, taught);
+            let forgotten = learned.add(&name, grant, answered);
             // Before the entry, so that there is no moment at which an address is open without its name.
-            self.keep_name(allow, &name, &learned, taught);
+            self.keep_name(allow, &name, &learned, answered);
             // Whatever is thought to stand in the map: an answer waits for it.
             learned.written = None;
             if let Err(error) = learned.write(address, allow, now_ns) {
@@ -235,16 +232,16 @@ impl Table {
         allow: &mut impl Entries,
         name: &Name,
         learned: &Learned,
-        taught: &Taught,
+        answered: &AnswerAddress,
     ) {
         let Some(source) = learned.source(name) else {
             return;
         };
-        let taught = Taught {
+        let answered = AnswerAddress {
             expires_ns: source.expires_ns,
-            ..*taught
+            ..*answered
         };
-        if let Err(error) = allow.keep_name(name, &taught) {
+        if let Err(error) = allow.keep_name(name, &answered) {
             self.names_lost.add(error);
         }
     }
@@ -293,12 +290,12 @@ impl Table {
         }
         let fitting = self.fitting(rules, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
-        for (name, taught) in self.unlisted.iter().rev() {
+        for (name, answered) in self.unlisted.iter().rev() {
             let grant = rules.grant(name);
-            let live: Vec<Taught> = taught
+            let live: Vec<AnswerAddress> = answered
                 .iter()
-                .filter(|taught| taught.expires_ns > now_ns)
-                .filter(|taught| grant.classes == 0 || fits(&taught.address))
+                .filter(|answered| answered.expires_ns > now_ns)
+                .filter(|answered| grant.classes == 0 || fits(&answered.address))
                 .copied()
                 .collect();
             next.learn(allow, name, grant, &live, now_ns)?;
@@ -310,12 +307,12 @@ impl Table {
                 if grant.classes != 0 && !fits(&address) {
                     continue;
                 }
-                let taught = Taught {
+                let answered = AnswerAddress {
                     address,
                     by_stranger: source.by_stranger,
                     expires_ns: source.expires_ns,
                 };
-                next.learn(allow, &source.name, grant, &[taught], now_ns)?;
+                next.learn(allow, &source.name, grant, &[answered], now_ns)?;
             }
             if let Some(adopted) = learned.adopted
                 && alike
@@ -353,12 +350,12 @@ impl Table {
             .unlisted
             .iter()
             .filter(|(name, _)| rules.classes(name) != 0)
-            .flat_map(|(_, taught)| taught)
-            .filter(|taught| taught.expires_ns > now_ns);
+            .flat_map(|(_, answered)| answered)
+            .filter(|answered| answered.expires_ns > now_ns);
         let mut seen = HashSet::new();
         let mut all: Vec<Address> = known
             .map(|(&address, _)| address)
-            .chain(unlisted.map(|taught| taught.address))
+            .chain(unlisted.map(|answered| answered.address))
             .filter(|address| seen.insert(*address))
             .collect();
         if all.len() <= allow.capacity() {
@@ -408,7 +405,9 @@ impl Table {
             .chain(
                 self.unlisted
                     .iter()
-                    .filter(|(_, taught)| taught.iter().any(|taught| taught.address == *address))
+                    .filter(|(_, answered)| {
+                        answered.iter().any(|answered| answered.address == *address)
+                    })
                     .map(|(name, _)| name.to_string()),
             )
             .chain(self.withheld.peek(address).map(Name::to_string))
@@ -422,13 +421,13 @@ impl Table {
     fn make_room(
         &mut self,
         allow: &mut impl Entries,
-        taught: &[Taught],
+        answered: &[AnswerAddress],
         now_ns: u64,
     ) -> Result<(), AllowError> {
-        if self.addresses.len() + taught.len() <= allow.capacity() {
+        if self.addresses.len() + answered.len() <= allow.capacity() {
             return Ok(());
         }
-        let kept: HashSet<Address> = taught.iter().map(|taught| taught.address).collect();
+        let kept: HashSet<Address> = answered.iter().map(|answered| answered.address).collect();
         let new = kept
             .iter()
             .filter(|address| !self.addresses.contains(*address))
@@ -454,10 +453,14 @@ impl Table {
         self.withheld.put(address, name.clone());
     }
 
-    fn remember_unlisted(&mut self, name: &Name, taught: &[Taught]) {
+    fn remember_unlisted(&mut self, name: &Name, answered: &[AnswerAddress]) {
         if let Some(known) = self.unlisted.get_mut(name) {
-            known.retain(|known| !taught.iter().any(|taught| taught.address == known.address));
-            known.extend(taught);
+            known.retain(|known| {
+                !answered
+                    .iter()
+                    .any(|answered| answered.address == known.address)
+            });
+            known.extend(answered);
             let excess = known.len().saturating_sub(UNLISTED_ADDRESSES);
             known.drain(..excess);
             return;
@@ -465,20 +468,20 @@ impl Table {
         if self.unlisted.len() >= UNLISTED_NAMES {
             self.unlisted.pop_lru();
         }
-        let taught = taught
+        let answered = answered
             .iter()
             .rev()
             .take(UNLISTED_ADDRESSES)
             .copied()
             .collect();
-        self.unlisted.put(Arc::new(name.clone()), taught);
+        self.unlisted.put(Arc::new(name.clone()), answered);
     }
 
     /// The name as one of the addresses already has it, or a new copy.
-    fn shared_name(&self, name: &Name, taught: &[Taught]) -> Arc<Name> {
-        taught
+    fn shared_name(&self, name: &Name, answered: &[AnswerAddress]) -> Arc<Name> {
+        answered
             .iter()
-            .filter_map(|taught| self.addresses.peek(&taught.address))
+            .filter_map(|answered| self.addresses.peek(&answered.address))
             .flat_map(|learned| &learned.sources)
             .find(|source| *source.name == *name)
             .map_or_else(|| Arc::new(name.clone()), |source| Arc::clone(&source.name))

@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use egress_common::{address::Address, records::AllowEntry};
 
-use super::learned::{Entries, Taught};
-use crate::{
-    datapath::AllowError,
-    dns::Name,
-    policy::{Grant, MayBeInternal, NameRules},
-};
+use super::learned::{AnswerAddress, Entries};
+use crate::datapath::AllowError;
+use egress_dns::Name;
+use egress_policy::{Grant, MayBeInternal, NameRules};
 
 /// Most names that are remembered for one address, unless each of more gives it something that no
 /// other does; there are at most twice as many of those as a policy has classes.
@@ -20,7 +18,7 @@ pub(super) const NAMES_PER_ADDRESS: usize = 16;
 pub(super) struct Source {
     pub(super) name: Arc<Name>,
     gives: Classes,
-    /// Whether a stranger's name stood on the way; see [`crate::policy::NameRules::is_strangers`].
+    /// Whether a stranger's name stood on the way; see [`egress_policy::NameRules::is_strangers`].
     pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
 }
@@ -130,13 +128,13 @@ impl Learned {
         &mut self,
         name: &Arc<Name>,
         grant: Grant,
-        taught: &Taught,
+        answered: &AnswerAddress,
     ) -> Option<Arc<Name>> {
-        let Taught {
+        let AnswerAddress {
             by_stranger,
             expires_ns,
             ..
-        } = *taught;
+        } = *answered;
         let gives = Classes::given(grant, by_stranger);
         if let Some(source) = self.sources.iter_mut().find(|source| source.name == *name) {
             source.gives = gives;

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use egress_common::address::from_v4;
 
 use super::{super::learned_address::NAMES_PER_ADDRESS, *};
-use crate::policy::MayBeInternal;
+use egress_policy::MayBeInternal;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -19,7 +19,7 @@ struct Fake {
     /// How many flows there are.
     flows: usize,
     /// What is kept for the next agent, and how much of it there may be.
-    names: BTreeMap<(Address, Name), Taught>,
+    names: BTreeMap<(Address, Name), AnswerAddress>,
     most_names: Option<usize>,
 }
 
@@ -50,13 +50,13 @@ impl Entries for Fake {
         })
     }
 
-    fn keep_name(&mut self, name: &Name, taught: &Taught) -> Result<(), NamesError> {
-        let key = (taught.address, name.clone());
+    fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError> {
+        let key = (answered.address, name.clone());
         let is_full = self.most_names.is_some_and(|most| self.names.len() >= most);
         if is_full && !self.names.contains_key(&key) {
             return Err(NamesError::Full);
         }
-        self.names.insert(key, *taught);
+        self.names.insert(key, *answered);
         Ok(())
     }
 
@@ -81,20 +81,19 @@ fn address(last: u8) -> Address {
     from_v4([203, 0, 113, last])
 }
 
-fn taught(last: u8, expires_s: u64) -> Taught {
-    Taught {
+fn answered(last: u8, expires_s: u64) -> AnswerAddress {
+    AnswerAddress {
         address: address(last),
         by_stranger: false,
         expires_ns: expires_s * SECOND,
     }
 }
 
-impl From<u64> for Grant {
-    fn from(classes: u64) -> Self {
-        Self {
-            classes,
-            internal: MayBeInternal::No,
-        }
+/// These classes, for addresses that are not internal.
+fn grant(classes: u64) -> Grant {
+    Grant {
+        classes,
+        internal: MayBeInternal::No,
     }
 }
 
@@ -106,7 +105,13 @@ fn classes(allow: &Fake, last: u8) -> u64 {
 fn classes_of_a_name_end_with_its_lifetime_though_another_goes_on() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     let mut learn = |text, classes, expires_s| {
-        table.learn(&mut allow, &name(text), classes, &[taught(1, expires_s)], 0)
+        table.learn(
+            &mut allow,
+            &name(text),
+            grant(classes),
+            &[answered(1, expires_s)],
+            0,
+        )
     };
     learn("a.test", 0b01, 10).unwrap();
     learn("b.test", 0b10, 60).unwrap();
@@ -134,7 +139,13 @@ fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
     allow.entries.insert(address(1), left);
     let mut table = Table::taken_over(vec![(address(1), left)], &[], Some(&everything()));
     table
-        .learn(&mut allow, &name("a.test"), 0b01, &[taught(1, 60)], 0)
+        .learn(
+            &mut allow,
+            &name("a.test"),
+            grant(0b01),
+            &[answered(1, 60)],
+            0,
+        )
         .unwrap();
     assert_eq!(classes(&allow, 1), 0b11);
     table.expire(&mut allow, 10 * SECOND).unwrap();
@@ -150,8 +161,8 @@ fn an_entry_that_cannot_be_written_does_not_keep_others_open_and_is_tried_again(
                 .learn(
                     &mut allow,
                     &name(text),
-                    classes,
-                    &[taught(last, expires_s)],
+                    grant(classes),
+                    &[answered(last, expires_s)],
                     0,
                 )
                 .unwrap();
@@ -171,7 +182,13 @@ fn an_entry_that_cannot_be_written_does_not_keep_others_open_and_is_tried_again(
 fn a_name_that_alone_gives_an_address_its_class_is_not_crowded_out() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     let mut learn = |text: &str, classes, expires_s| {
-        table.learn(&mut allow, &name(text), classes, &[taught(1, expires_s)], 0)
+        table.learn(
+            &mut allow,
+            &name(text),
+            grant(classes),
+            &[answered(1, expires_s)],
+            0,
+        )
     };
     learn("ssh.test", 0b10, 60).unwrap();
     for n in 0..200 {
@@ -186,31 +203,39 @@ fn a_name_that_alone_gives_an_address_its_class_is_not_crowded_out() {
 #[test]
 fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
     let (mut table, mut allow) = (Table::new(), fake(4));
-    let mut learn = |all: &[Taught], now_s| {
+    let mut learn = |all: &[AnswerAddress], now_s| {
         table
-            .learn(&mut allow, &name("a.test"), 1, all, now_s * SECOND)
+            .learn(&mut allow, &name("a.test"), grant(1), all, now_s * SECOND)
             .unwrap();
         let mut left: Vec<u8> = allow.entries.keys().map(|address| address[15]).collect();
         left.sort_unstable();
         left
     };
     for (last, expires_s) in [(1, 100), (2, 20), (3, 100), (4, 30)] {
-        learn(&[taught(last, expires_s)], 0);
+        learn(&[answered(last, expires_s)], 0);
     }
     assert_eq!(
-        learn(&[taught(5, 100)], 10),
+        learn(&[answered(5, 100)], 10),
         [2, 3, 4, 5],
         "1 is the oldest"
     );
-    assert_eq!(learn(&[taught(6, 100)], 40), [3, 4, 5, 6], "2 has expired");
-    assert_eq!(learn(&[taught(7, 100)], 40), [3, 5, 6, 7], "4 has expired");
     assert_eq!(
-        learn(&[taught(8, 100)], 40),
+        learn(&[answered(6, 100)], 40),
+        [3, 4, 5, 6],
+        "2 has expired"
+    );
+    assert_eq!(
+        learn(&[answered(7, 100)], 40),
+        [3, 5, 6, 7],
+        "4 has expired"
+    );
+    assert_eq!(
+        learn(&[answered(8, 100)], 40),
         [5, 6, 7, 8],
         "3 is the oldest"
     );
-    // One that is taught again does not give way, however old it is.
-    let again = [taught(5, 200), taught(9, 100)];
+    // One that is answered again does not give way, however old it is.
+    let again = [answered(5, 200), answered(9, 100)];
     assert_eq!(learn(&again, 50), [5, 7, 8, 9]);
 }
 
@@ -218,24 +243,24 @@ fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
 fn an_address_with_an_open_flow_never_gives_way() {
     let (mut table, mut allow) = (Table::new(), fake(3));
     for (last, expires_s) in [(1, 10), (2, 100), (3, 100)] {
-        let taught = [taught(last, expires_s)];
+        let answered = [answered(last, expires_s)];
         table
-            .learn(&mut allow, &name("a.test"), 1, &taught, 0)
+            .learn(&mut allow, &name("a.test"), grant(1), &answered, 0)
             .unwrap();
     }
     allow.open = vec![address(1), address(2)];
-    let mut learn = |allow: &mut Fake, all: &[Taught], now_s| {
-        table.learn(allow, &name("b.test"), 1, all, now_s * SECOND)
+    let mut learn = |allow: &mut Fake, all: &[AnswerAddress], now_s| {
+        table.learn(allow, &name("b.test"), grant(1), all, now_s * SECOND)
     };
     // The first has expired and the second is the one used longest ago; both are in use.
-    learn(&mut allow, &[taught(4, 100)], 50).unwrap();
+    learn(&mut allow, &[answered(4, 100)], 50).unwrap();
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
     assert_eq!(left(&allow), [1, 2, 4]);
-    let refused = learn(&mut allow, &[taught(5, 100), taught(6, 100)], 50);
+    let refused = learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50);
     assert!(matches!(refused, Err(AllowError::Full)));
     assert_eq!(left(&allow), [1, 2, 4], "nothing gives way in vain");
     allow.open.clear();
-    learn(&mut allow, &[taught(5, 100), taught(6, 100)], 50).unwrap();
+    learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50).unwrap();
     assert_eq!(left(&allow), [4, 5, 6]);
 }
 
@@ -243,21 +268,29 @@ fn an_address_with_an_open_flow_never_gives_way() {
 fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
     let (mut table, mut allow) = (Table::new(), fake(16));
     table
-        .learn(&mut allow, &name("quiet.test"), 1, &[taught(200, 900)], 0)
+        .learn(
+            &mut allow,
+            &name("quiet.test"),
+            grant(1),
+            &[answered(200, 900)],
+            0,
+        )
         .unwrap();
     for last in 0..100 {
-        let all = [taught(last, 900)];
+        let all = [answered(last, 900)];
         table
-            .learn(&mut allow, &name("robin.test"), 1, &all, SECOND)
+            .learn(&mut allow, &name("robin.test"), grant(1), &all, SECOND)
             .unwrap();
     }
     assert!(allow.entries.contains_key(&address(200)));
     assert_eq!(allow.entries.len(), 16);
     // Many names share what there is by age.
     for last in 100..140 {
-        let all = [taught(last, 900)];
+        let all = [answered(last, 900)];
         let name = name(&format!("n{last}.test"));
-        table.learn(&mut allow, &name, 1, &all, SECOND).unwrap();
+        table
+            .learn(&mut allow, &name, grant(1), &all, SECOND)
+            .unwrap();
     }
     assert!(!allow.entries.contains_key(&address(200)));
 }
@@ -271,8 +304,8 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
             .learn(
                 &mut allow,
                 &name("a.test"),
-                1,
-                &[taught(last, expires_s)],
+                grant(1),
+                &[answered(last, expires_s)],
                 0,
             )
             .unwrap();
@@ -297,13 +330,13 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
 fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     for last in 1..=6 {
-        let all = [taught(last, u64::from(last))];
+        let all = [answered(last, u64::from(last))];
         let name = name(&format!("n{last}.test"));
-        table.learn(&mut allow, &name, 1, &all, 0).unwrap();
+        table.learn(&mut allow, &name, grant(1), &all, 0).unwrap();
     }
-    let all = [taught(7, 9000)];
+    let all = [answered(7, 9000)];
     table
-        .learn(&mut allow, &name("alive.test"), 1, &all, 0)
+        .learn(&mut allow, &name("alive.test"), grant(1), &all, 0)
         .unwrap();
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
     // All are kept for five minutes, as far as there is room.
@@ -319,10 +352,10 @@ fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
     assert_eq!(table.names_of(&address(5)), ["n5.test"]);
     // And they give way to whoever needs room.
     for last in 10..17 {
-        let all = [taught(last, 9000)];
+        let all = [answered(last, 9000)];
         let name = name(&format!("n{last}.test"));
         table
-            .learn(&mut allow, &name, 1, &all, 3600 * SECOND)
+            .learn(&mut allow, &name, grant(1), &all, 3600 * SECOND)
             .unwrap();
     }
     assert_eq!(left(&allow), [7, 10, 11, 12, 13, 14, 15, 16]);
@@ -332,8 +365,15 @@ fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
 fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
     let (mut table, mut allow) = (Table::new(), fake(64));
     allow.flows = 150_000;
-    let mut learn =
-        |last, now_ns| table.learn(&mut allow, &name("a.test"), 1, &[taught(last, 900)], now_ns);
+    let mut learn = |last, now_ns| {
+        table.learn(
+            &mut allow,
+            &name("a.test"),
+            grant(1),
+            &[answered(last, 900)],
+            now_ns,
+        )
+    };
     for last in 0..64 {
         learn(last, 0).unwrap();
     }
@@ -353,9 +393,9 @@ fn everything() -> NameRules {
     let settings = crate::config::Config::default_config()
         .unwrap()
         .policy_settings();
-    let own = crate::policy::Annotations::from_map(&own);
-    let none = crate::policy::Annotations::from_map(&BTreeMap::new());
-    crate::policy::compile(&own, &none, &settings)
+    let own = egress_policy::Annotations::from_map(&own);
+    let none = egress_policy::Annotations::from_map(&BTreeMap::new());
+    egress_policy::compile(&own, &none, &settings)
         .unwrap()
         .names
 }
@@ -365,13 +405,25 @@ fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
     let (mut table, mut before) = (Table::new(), fake(4));
     for last in 1..=4 {
         table
-            .learn(&mut before, &name("a.test"), 1, &[taught(last, 100)], 0)
+            .learn(
+                &mut before,
+                &name("a.test"),
+                grant(1),
+                &[answered(last, 100)],
+                0,
+            )
             .unwrap();
     }
     // Resolved without an entry, and reached by other means than its name.
     for last in 5..=7 {
         table
-            .learn(&mut before, &name("b.test"), 0, &[taught(last, 100)], 0)
+            .learn(
+                &mut before,
+                &name("b.test"),
+                grant(0),
+                &[answered(last, 100)],
+                0,
+            )
             .unwrap();
     }
     let mut after = fake(4);
@@ -390,15 +442,19 @@ fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
     let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
     for n in 0..100_000u32 {
         let [a, b, c, d] = n.to_be_bytes();
-        let taught = Taught {
+        let answered = AnswerAddress {
             address: from_v4([10 + a, b, c, d]),
             by_stranger: false,
             expires_ns: 60 * SECOND,
         };
         let name = name(&format!("x{n}.wild.test"));
-        table.learn(&mut allow, &name, 1, &[taught], 0).unwrap();
+        table
+            .learn(&mut allow, &name, grant(1), &[answered], 0)
+            .unwrap();
         // And the same number that no entry allows.
-        table.learn(&mut allow, &name, 0, &[taught], 0).unwrap();
+        table
+            .learn(&mut allow, &name, grant(0), &[answered], 0)
+            .unwrap();
     }
     assert!(table.addresses.len() <= CAPACITY);
     assert_eq!(table.addresses.len(), allow.entries.len());
@@ -413,9 +469,15 @@ fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
 #[test]
 fn an_address_that_stands_twice_in_an_answer_needs_room_once() {
     let (mut table, mut allow) = (Table::new(), fake(4));
-    let mut learn = |all: &[Taught]| table.learn(&mut allow, &name("a.test"), 1, all, 0);
-    learn(&[taught(1, 60), taught(2, 60)]).unwrap();
-    let twice = [taught(3, 60), taught(4, 60), taught(3, 90), taught(4, 60)];
+    let mut learn =
+        |all: &[AnswerAddress]| table.learn(&mut allow, &name("a.test"), grant(1), all, 0);
+    learn(&[answered(1, 60), answered(2, 60)]).unwrap();
+    let twice = [
+        answered(3, 60),
+        answered(4, 60),
+        answered(3, 90),
+        answered(4, 60),
+    ];
     learn(&twice).unwrap();
     assert_eq!(allow.entries.len(), 4);
     assert_eq!(allow.entries[&address(3)].expires_ns, 90 * SECOND);
@@ -424,8 +486,8 @@ fn an_address_that_stands_twice_in_an_answer_needs_room_once() {
 #[test]
 fn an_answer_that_is_larger_than_the_map_is_not_learned() {
     let (mut table, mut allow) = (Table::new(), fake(2));
-    let all = [taught(1, 60), taught(2, 60), taught(3, 60)];
-    let learned = table.learn(&mut allow, &name("a.test"), 1, &all, 0);
+    let all = [answered(1, 60), answered(2, 60), answered(3, 60)];
+    let learned = table.learn(&mut allow, &name("a.test"), grant(1), &all, 0);
     assert!(matches!(learned, Err(AllowError::Full)));
 }
 
@@ -441,8 +503,8 @@ fn kept_names(allow: &Fake) -> Vec<(String, u8)> {
 fn names_are_kept_as_long_as_their_addresses_and_not_of_what_could_not_be_inserted() {
     let (mut table, mut allow) = (Table::new(), fake(2));
     let mut learn = |allow: &mut Fake, text, last, now_s| {
-        let all = [taught(last, now_s + 10)];
-        table.learn(allow, &name(text), 1, &all, now_s * SECOND)
+        let all = [answered(last, now_s + 10)];
+        table.learn(allow, &name(text), grant(1), &all, now_s * SECOND)
     };
     learn(&mut allow, "a.test", 1, 0).unwrap();
     learn(&mut allow, "b.test", 1, 0).unwrap();
@@ -479,7 +541,7 @@ fn a_name_that_cannot_be_kept_keeps_nothing_from_being_learned() {
     allow.most_names = Some(1);
     for text in ["a.test", "b.test"] {
         table
-            .learn(&mut allow, &name(text), 1, &[taught(1, 10)], 0)
+            .learn(&mut allow, &name(text), grant(1), &[answered(1, 10)], 0)
             .unwrap();
     }
     assert_eq!(table.names_of(&address(1)), ["a.test", "b.test"]);

@@ -12,13 +12,14 @@
 //! One thread does all of it, and it alone writes allow maps and moves interfaces from one policy
 //! to the next: so no answer can slip between an old map and its successor. It never waits for
 //! anything but its ring and its commands, takes no lock that the control side holds, and does no
-//! input or output but map updates and sending frames. To pods that take frames slowly others send ([`wire`]).
+//! input or output but map updates and sending frames. To pods that take frames slowly others send ([`frame_sender`]).
 
 mod backlog;
 mod budget;
 mod checksum;
 mod eviction;
 mod fragments;
+mod frame_sender;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod judge;
@@ -32,14 +33,13 @@ mod pod;
 mod probe;
 mod quarantine;
 mod reply;
+mod resolutions;
 mod run;
 mod share;
 mod stats;
 mod stream;
 mod tally;
-mod teachings;
 mod turns;
-mod wire;
 
 use std::{
     collections::HashSet,
@@ -60,18 +60,18 @@ use tokio::sync::oneshot;
 
 use crate::{
     datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks, NameMap},
-    dns::Refusal,
-    policy::{Autopath, Compiled, Prefix, Translators},
     report::{PodIdentity, Reporter},
 };
+use egress_dns::Refusal;
+use egress_policy::{Autopath, Compiled, Prefix, Translators};
 
 use budget::Budget;
 pub use open_questions::OpenQuestion;
 pub use probe::Probe;
+pub use resolutions::{About, Resolutions, Resolved};
 pub use stats::{Direction, Outcome, Stats, Transport};
-pub use teachings::{About, Resolved, Teachings};
 
-/// Most addresses that are looked at for one answer to [`Gate::teachings`]: DNS waits meanwhile.
+/// Most addresses that are looked at for one answer to [`Gate::resolutions`]: DNS waits meanwhile.
 const LOOKED_AT: usize = 4096;
 
 /// How the gate treats DNS.
@@ -226,10 +226,10 @@ enum Command {
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
     },
     /// What has this pod learned?
-    Teachings {
+    Resolutions {
         pod: u32,
         about: About,
-        answer: oneshot::Sender<Option<Teachings>>,
+        answer: oneshot::Sender<Option<Resolutions>>,
     },
     /// Treat DNS in another way from now on.
     Configure {
@@ -275,16 +275,16 @@ impl Gate {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, flags).context("cannot make an eventfd")?);
         let stats = Arc::<Stats>::default();
-        let mut wire = wire::Wire::open(marks, Arc::clone(&stats))?;
-        wire.set_shortest_life(dns.shortest_life());
+        let mut frame_sender = frame_sender::FrameSender::open(marks, Arc::clone(&stats))?;
+        frame_sender.set_shortest_life(dns.shortest_life());
         let runner = run::Runner::new(
             ring,
             receiver,
             Arc::clone(&wake),
             interfaces,
             pod::Shared {
-                wire,
-                means: judge::Means::new(dns, reporter, Arc::clone(&stats)),
+                frame_sender,
+                context: judge::DecisionContext::new(dns, reporter, Arc::clone(&stats)),
                 streams: Budget::new(stream::LIMITS),
                 fragments: Budget::new(fragments::LIMITS),
                 backlog: Budget::new(backlog::LIMITS),
@@ -315,10 +315,10 @@ impl Gate {
     /// # Errors
     ///
     /// When the gate is gone.
-    pub async fn teachings(&self, pod: u32, about: About) -> Result<Option<Teachings>> {
-        let (answer, teachings) = oneshot::channel();
-        self.send(Command::Teachings { pod, about, answer })?;
-        teachings
+    pub async fn resolutions(&self, pod: u32, about: About) -> Result<Option<Resolutions>> {
+        let (answer, resolutions) = oneshot::channel();
+        self.send(Command::Resolutions { pod, about, answer })?;
+        resolutions
             .await
             .map_err(|_| anyhow!("the gate's thread is gone"))
     }

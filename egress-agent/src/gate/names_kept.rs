@@ -3,13 +3,11 @@
 use egress_common::{address::Address, records::AllowEntry};
 
 use super::{
-    learned::{Entries, Table, Taught},
+    learned::{AnswerAddress, Entries, Table},
     learned_address::Learned,
 };
-use crate::{
-    datapath::{AllowError, Kept, NamesError, OpenFlows},
-    dns::Name,
-};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
+use egress_dns::Name;
 
 /// Names that could not be kept since they were last counted, and why.
 #[derive(Debug, Default)]
@@ -57,7 +55,7 @@ impl<E: Entries> Entries for NamesStay<'_, E> {
         self.0.open(now_ns)
     }
 
-    fn keep_name(&mut self, _: &Name, _: &Taught) -> Result<(), NamesError> {
+    fn keep_name(&mut self, _: &Name, _: &AnswerAddress) -> Result<(), NamesError> {
         Ok(())
     }
 
@@ -83,12 +81,12 @@ impl Table {
                 if before.has(&address, &source.name) {
                     continue;
                 }
-                let taught = Taught {
+                let answered = AnswerAddress {
                     address,
                     by_stranger: source.by_stranger,
                     expires_ns: source.expires_ns,
                 };
-                if let Err(error) = names.keep_name(&source.name, &taught) {
+                if let Err(error) = names.keep_name(&source.name, &answered) {
                     self.names_lost.add(error);
                 }
             }

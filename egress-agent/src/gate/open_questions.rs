@@ -4,7 +4,7 @@ use egress_common::address::Address;
 use serde::{Deserialize, Serialize};
 
 use super::pending::{Exchange, Pending};
-use crate::dns::read_question;
+use egress_dns::read_question;
 
 /// Most questions of one pod that are handed over, the newest ones.
 const QUESTIONS: usize = 256;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use egress_common::address::Address;
 use lru::LruCache;
 
-use crate::dns::{Answer, Name, Question};
+use egress_dns::{Answer, Name, Question};
 
 /// Most questions of one pod that may wait at once; beyond it the oldest is forgotten, and its
 /// answer will not be delivered. Stub resolvers keep a handful open, busy proxies hundreds.
@@ -196,7 +196,7 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dns::{
+    use egress_dns::{
         packets::{Packet, wire_name},
         read_answer, read_question,
     };

@@ -16,12 +16,13 @@ use egress_common::{
 };
 
 use super::{
-    About, Enforcement, Teachings,
+    About, Enforcement, Resolutions,
     backlog::Backlog,
     budget::Budget,
     checksum::complete_udp,
     fragments::Fragments,
-    judge::{Judge, Means},
+    frame_sender::FrameSender,
+    judge::{DecisionContext, Judge},
     learned::Table,
     open_questions::OpenQuestion,
     pending::Pending,
@@ -30,17 +31,14 @@ use super::{
     share::Share,
     stream::{Out, Step, Streams, To},
     tally::Tally,
-    wire::Wire,
 };
-use crate::{
-    datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns},
-    dns::{Question, Refusal, refuse},
-};
+use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
+use egress_dns::{Question, Refusal, refuse};
 
 /// What all pods at the gate use.
 pub(super) struct Shared {
-    pub(super) wire: Wire,
-    pub(super) means: Means,
+    pub(super) frame_sender: FrameSender,
+    pub(super) context: DecisionContext,
     pub(super) streams: Budget,
     pub(super) fragments: Budget,
     pub(super) backlog: Budget,
@@ -51,25 +49,25 @@ impl Shared {
     /// What was asked on an interface in quarantine is to be judged now.
     pub(super) fn judge_again(&mut self, ifindex: u32) {
         for waiting in self.quarantine.end(ifindex) {
-            self.wire.again(ifindex, &waiting.frame);
+            self.frame_sender.again(ifindex, &waiting.frame);
         }
     }
 }
 
 /// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
 struct Port<'a> {
-    wire: Option<&'a mut Wire>,
+    frame_sender: Option<&'a mut FrameSender>,
     ifindex: u32,
 }
 
 impl Out for Port<'_> {
     fn put(&mut self, to: To, frame: &[u8]) {
-        let Some(wire) = &mut self.wire else {
+        let Some(frame_sender) = &mut self.frame_sender else {
             return;
         };
         match to {
-            To::Pod => wire.deliver(self.ifindex, frame),
-            To::Resolver => wire.bounce(self.ifindex, frame),
+            To::Pod => frame_sender.deliver(self.ifindex, frame),
+            To::Resolver => frame_sender.bounce(self.ifindex, frame),
         };
     }
 
@@ -110,9 +108,9 @@ impl Pod {
     pub(super) fn write_interfaces(
         &self,
         interfaces: &mut InterfaceMap,
-        wire: &mut Wire,
+        frame_sender: &mut FrameSender,
     ) -> Result<()> {
-        self.enforcement.write_interfaces(interfaces, wire)
+        self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 
     /// Takes over a question that an earlier agent let out.
@@ -155,13 +153,14 @@ impl Pod {
         &mut self,
         to: Vec<u32>,
         interfaces: &mut InterfaceMap,
-        wire: &mut Wire,
+        frame_sender: &mut FrameSender,
     ) -> Result<()> {
         let from = std::mem::replace(&mut self.enforcement.interfaces, to);
-        self.enforcement.write_interfaces(interfaces, wire)?;
+        self.enforcement
+            .write_interfaces(interfaces, frame_sender)?;
         for ifindex in from {
             if !self.enforcement.interfaces.contains(&ifindex) {
-                wire.detach(ifindex, self.enforcement.entry.pod);
+                frame_sender.detach(ifindex, self.enforcement.entry.pod);
                 interfaces.remove(ifindex, self.enforcement.entry.pod)?;
             }
         }
@@ -179,9 +178,9 @@ impl Pod {
         let waited = self.backlog.clear(&mut shared.backlog);
         let id = self.enforcement.entry.pod;
         for ifindex in &self.enforcement.interfaces {
-            shared.wire.detach(*ifindex, id);
+            shared.frame_sender.detach(*ifindex, id);
         }
-        shared.wire.forget(id);
+        shared.frame_sender.forget(id);
         let removed = self
             .enforcement
             .interfaces
@@ -245,9 +244,9 @@ impl Pod {
         self.learned.names_of(address)
     }
 
-    /// See [`super::Gate::teachings`].
-    pub(super) fn teachings(&self, about: &About, most: usize) -> Teachings {
-        self.learned.teachings(about, most)
+    /// See [`super::Gate::resolutions`].
+    pub(super) fn resolutions(&self, about: &About, most: usize) -> Resolutions {
+        self.learned.resolutions(about, most)
     }
 
     /// Addresses in its allow map.
@@ -260,7 +259,7 @@ impl Pod {
         self.learned.in_use() as u64
     }
 
-    /// Decides a frame from the ring. What is to be sent waits at the wire.
+    /// Decides a frame from the ring. What is to be sent waits in the frame sender.
     pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) != Walked::Ip {
@@ -302,7 +301,7 @@ impl Pod {
         if !self.is_known() {
             return None;
         }
-        if !shared.means.dns.is_to_resolver(packet) {
+        if !shared.context.dns.is_to_resolver(packet) {
             return Some(Reason::DnsElsewhere);
         }
         (!self.enforcement.own.contains(&packet.src)).then_some(Reason::SpoofedSource)
@@ -329,7 +328,10 @@ impl Pod {
         }
         judge.ask(&question, packet, pending);
         if held.head.taken != 0 {
-            complete_udp(shared.wire.bounce(held.head.ifindex, held.frame), packet);
+            complete_udp(
+                shared.frame_sender.bounce(held.head.ifindex, held.frame),
+                packet,
+            );
         }
     }
 
@@ -350,7 +352,10 @@ impl Pod {
         };
         let (mut judge, pending) = self.judge(shared, held.head.time_ns);
         if judge.answer(message, packet, pending) && held.head.taken != 0 {
-            complete_udp(shared.wire.deliver(held.head.ifindex, held.frame), packet);
+            complete_udp(
+                shared.frame_sender.deliver(held.head.ifindex, held.frame),
+                packet,
+            );
         }
     }
 
@@ -360,7 +365,7 @@ impl Pod {
             learned,
             ..
         } = self;
-        let judge = Judge::new(enforcement, learned, &shared.means, time_ns);
+        let judge = Judge::new(enforcement, learned, &shared.context, time_ns);
         (judge, &mut self.pending)
     }
 
@@ -385,9 +390,9 @@ impl Pod {
             learned,
             ..
         } = self;
-        let mut judge = Judge::new(enforcement, learned, &shared.means, now_ns);
+        let mut judge = Judge::new(enforcement, learned, &shared.context, now_ns);
         let mut port = Port {
-            wire: (is_taken && !is_audit).then_some(&mut shared.wire),
+            frame_sender: (is_taken && !is_audit).then_some(&mut shared.frame_sender),
             ifindex,
         };
         let mut step = Step {
@@ -412,7 +417,7 @@ impl Pod {
             streams.tick(step, budget);
         });
         let damaged = self.streams.take_damaged();
-        shared.means.stats.segments_damaged.add(damaged);
+        shared.context.stats.segments_damaged.add(damaged);
         self.tallies.segments_damaged.add(damaged);
     }
 
@@ -436,10 +441,14 @@ impl Pod {
 
 impl Enforcement {
     /// From the next packet on, the interfaces are under this version of the policy.
-    fn write_interfaces(&self, interfaces: &mut InterfaceMap, wire: &mut Wire) -> Result<()> {
+    fn write_interfaces(
+        &self,
+        interfaces: &mut InterfaceMap,
+        frame_sender: &mut FrameSender,
+    ) -> Result<()> {
         for &ifindex in &self.interfaces {
             interfaces.set(ifindex, self.entry)?;
-            wire.attach(ifindex, self.entry.pod, &self.identity);
+            frame_sender.attach(ifindex, self.entry.pod, &self.identity);
         }
         Ok(())
     }
@@ -451,18 +460,18 @@ fn refuse_question(
     question: &Question,
     shared: &mut Shared,
 ) {
-    let how: Refusal = shared.means.dns.refusal;
+    let how: Refusal = shared.context.dns.refusal;
     let Some(frame) = reply::udp(held.frame, packet, &refuse(question, how)) else {
         return;
     };
-    shared.wire.deliver(held.head.ifindex, &frame);
+    shared.frame_sender.deliver(held.head.ifindex, &frame);
 }
 
 fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
     let Some(frame) = reply::rejection(held.frame, packet) else {
         return;
     };
-    shared.wire.deliver(held.head.ifindex, &frame);
+    shared.frame_sender.deliver(held.head.ifindex, &frame);
 }
 
 /// The payload of a UDP datagram, by its own length field.

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use etherparse::PacketBuilder;
 
-use super::wire::Wire;
+use super::frame_sender::FrameSender;
 
 /// A group that no bridge forwards (IEEE 802.1Q, table 8-1): where a probe is let through, it floods
 /// nothing.
@@ -40,9 +40,9 @@ pub struct Probe {
 
 impl Probe {
     /// Sends the frames. Returns whether all went out.
-    pub(super) fn send(&self, wire: &Wire) -> bool {
+    pub(super) fn send(&self, frame_sender: &FrameSender) -> bool {
         let mut frames = self.frames();
-        frames.all(|frame| wire.probe(self.ifindex, &frame).is_ok())
+        frames.all(|frame| frame_sender.probe(self.ifindex, &frame).is_ok())
     }
 
     fn frames(&self) -> impl Iterator<Item = Vec<u8>> {

@@ -33,14 +33,14 @@ const LONGEST: usize = 1514;
 
 /// All that wait, the oldest first.
 pub(super) struct Quarantine {
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<QuarantinedQuery>,
     budget: Budget,
     /// How many wait on each interface.
     kept: HashMap<u32, Kept>,
 }
 
 /// A question that waits.
-pub(super) struct Waiting {
+pub(super) struct QuarantinedQuery {
     /// The pod at the gate that it waits under.
     pub(super) pod: u32,
     ifindex: u32,
@@ -78,7 +78,7 @@ impl Quarantine {
             return false;
         }
         self.budget.add(kept, 1);
-        self.waiting.push_back(Waiting {
+        self.waiting.push_back(QuarantinedQuery {
             pod: head.pod,
             ifindex: head.ifindex,
             taken_ns: head.time_ns,
@@ -97,25 +97,25 @@ impl Quarantine {
     }
 
     /// Ends the wait of what an interface's pod has asked, in the order of asking.
-    pub(super) fn end(&mut self, ifindex: u32) -> Vec<Waiting> {
+    pub(super) fn end(&mut self, ifindex: u32) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.ifindex == ifindex)
     }
 
     /// What waits under a pod that is gone.
-    pub(super) fn of_pod(&mut self, pod: u32) -> Vec<Waiting> {
+    pub(super) fn of_pod(&mut self, pod: u32) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.pod == pod)
     }
 
     /// What has waited too long.
-    pub(super) fn overdue(&mut self, now_ns: u64) -> Vec<Waiting> {
+    pub(super) fn overdue(&mut self, now_ns: u64) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.taken_ns + WAITS_FOR_NS <= now_ns)
     }
 
-    fn take(&mut self, mut which: impl FnMut(&Waiting) -> bool) -> Vec<Waiting> {
+    fn take(&mut self, mut which: impl FnMut(&QuarantinedQuery) -> bool) -> Vec<QuarantinedQuery> {
         if self.waiting.is_empty() {
             return Vec::new();
         }
-        let (taken, left): (VecDeque<Waiting>, _) = std::mem::take(&mut self.waiting)
+        let (taken, left): (VecDeque<QuarantinedQuery>, _) = std::mem::take(&mut self.waiting)
             .into_iter()
             .partition(&mut which);
         self.waiting = left;
@@ -146,7 +146,7 @@ mod tests {
         }
     }
 
-    fn frames(waiting: &[Waiting]) -> Vec<u8> {
+    fn frames(waiting: &[QuarantinedQuery]) -> Vec<u8> {
         waiting.iter().map(|waiting| waiting.frame[0]).collect()
     }
 

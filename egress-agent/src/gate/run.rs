@@ -17,7 +17,7 @@ use nix::{
 use super::{
     Command, Enforcement, LOOKED_AT, OpenQuestion,
     pod::{Pod, Shared},
-    quarantine::{Quarantine, Waiting},
+    quarantine::{Quarantine, QuarantinedQuery},
     stats,
     tally::Tally,
     turns::Turns,
@@ -58,7 +58,7 @@ pub(super) struct Runner {
     /// Messages that were taken while no agent ran and that nobody waits for any more.
     stale: Tally,
     /// Messages that are about to be put back.
-    waiting: stats::Waiting,
+    waiting: stats::PutBackTimes,
 }
 
 impl Runner {
@@ -82,7 +82,7 @@ impl Runner {
             taken_over,
             reading_since_ns: None,
             stale: Tally::default(),
-            waiting: stats::Waiting::new(),
+            waiting: stats::PutBackTimes::new(),
         }
     }
 
@@ -104,7 +104,7 @@ impl Runner {
                     Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
                         return self.leave();
                     }
-                    Ok(command) => self.obey(command),
+                    Ok(command) => self.handle(command),
                     Err(mpsc::TryRecvError::Empty) => break,
                 }
             }
@@ -121,7 +121,7 @@ impl Runner {
             if now >= next_tick {
                 self.tick();
                 next_tick = now + TICK;
-                if self.shared.wire.is_broken() {
+                if self.shared.frame_sender.is_broken() {
                     // The agent ends with an error when its gate does.
                     tracing::error!("a thread that sends to pods has ended, and the gate with it");
                     return;
@@ -172,14 +172,14 @@ impl Runner {
         };
         ring.next(|held| {
             if is_stale(&held.head, reading_since_ns) {
-                shared.means.stats.stale.add(1);
+                shared.context.stats.stale.add(1);
                 stale.add(1);
                 return;
             }
             let id = held.head.pod;
             let Some(pod) = pods.get_mut(&id) else {
                 // It was removed meanwhile, or an earlier agent left it.
-                shared.means.stats.unclaimed.add(1);
+                shared.context.stats.unclaimed.add(1);
                 unclaimed.add(1);
                 return;
             };
@@ -219,12 +219,12 @@ impl Runner {
             waiting,
             ..
         } = self;
-        shared.wire.send(|spent| {
+        shared.frame_sender.send(|spent| {
             if let Some(pod) = pods.get_mut(&spent.pod) {
                 pod.spend_ns(spent.ns, turns.now_ns());
             }
         });
-        waiting.sent(&shared.means.stats);
+        waiting.sent(&shared.context.stats);
         turns.begin();
     }
 
@@ -267,20 +267,20 @@ impl Runner {
             pod.tick(&mut self.shared, now_ns);
             pod.spend(&mut self.turns);
         }
-        self.shared.wire.tick(now_ns);
+        self.shared.frame_sender.tick(now_ns);
         let addresses = self.pods.values().map(Pod::addresses).sum();
         let in_use = self.pods.values().map(Pod::addresses_in_use);
-        self.shared.means.stats.addresses.set(addresses);
+        self.shared.context.stats.addresses.set(addresses);
         self.shared
-            .means
+            .context
             .stats
             .fullest
             .set(in_use.max().unwrap_or(0));
-        self.shared.means.stats.ticked_ns.set(now_ns);
+        self.shared.context.stats.ticked_ns.set(now_ns);
         self.send();
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle(&mut self, command: Command) {
         match command {
             Command::Apply { enforcement, done } => {
                 let result = self.apply(*enforcement);
@@ -292,9 +292,11 @@ impl Runner {
                 done,
             } => {
                 let result = match self.pods.get_mut(&pod) {
-                    Some(pod) => {
-                        pod.move_to(interfaces, &mut self.interfaces, &mut self.shared.wire)
-                    }
+                    Some(pod) => pod.move_to(
+                        interfaces,
+                        &mut self.interfaces,
+                        &mut self.shared.frame_sender,
+                    ),
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
                 if result.is_ok() {
@@ -305,7 +307,7 @@ impl Runner {
             Command::Judge { pod, judged, done } => {
                 let result = match self.pods.get_mut(&pod) {
                     Some(pod) => {
-                        pod.judge_more(judged, &mut self.interfaces, &mut self.shared.wire)
+                        pod.judge_more(judged, &mut self.interfaces, &mut self.shared.frame_sender)
                     }
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
@@ -346,18 +348,23 @@ impl Runner {
                     .collect();
                 let _ = answer.send(names);
             }
-            Command::Teachings { pod, about, answer } => {
+            Command::Resolutions { pod, about, answer } => {
                 let pod = self.pods.get(&pod);
-                let _ = answer.send(pod.map(|pod| pod.teachings(&about, LOOKED_AT)));
+                let _ = answer.send(pod.map(|pod| pod.resolutions(&about, LOOKED_AT)));
             }
             Command::Configure { dns, done } => {
-                self.shared.wire.set_shortest_life(dns.shortest_life());
-                self.shared.means.configure(dns);
+                self.shared
+                    .frame_sender
+                    .set_shortest_life(dns.shortest_life());
+                self.shared.context.configure(dns);
                 let _ = done.send(Ok(()));
             }
             Command::Probe { probes, sent } => {
-                let wire = &self.shared.wire;
-                let went_out = probes.iter().map(|probe| probe.send(wire)).collect();
+                let frame_sender = &self.shared.frame_sender;
+                let went_out = probes
+                    .iter()
+                    .map(|probe| probe.send(frame_sender))
+                    .collect();
                 let _ = sent.send(went_out);
             }
             Command::Read => {
@@ -375,10 +382,14 @@ impl Runner {
             if enforcement.entry.mode == MODE_AUDIT {
                 pod.end_split_streams(&mut self.shared);
             }
-            pod.apply(enforcement, &mut self.interfaces, &mut self.shared.wire)?;
+            pod.apply(
+                enforcement,
+                &mut self.interfaces,
+                &mut self.shared.frame_sender,
+            )?;
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
-            pod.write_interfaces(&mut self.interfaces, &mut self.shared.wire)?;
+            pod.write_interfaces(&mut self.interfaces, &mut self.shared.frame_sender)?;
             pod.forget_stale_names();
             for open in self.taken_over.extract_if(.., |open| open.pod == id) {
                 pod.take_over(&open);
@@ -422,7 +433,7 @@ impl Runner {
     }
 
     /// What has waited in vain for its pod to be known.
-    fn give_up(&mut self, which: impl FnOnce(&mut Quarantine) -> Vec<Waiting>) {
+    fn give_up(&mut self, which: impl FnOnce(&mut Quarantine) -> Vec<QuarantinedQuery>) {
         for waiting in which(&mut self.shared.quarantine) {
             match self.pods.get_mut(&waiting.pod) {
                 Some(pod) => pod.give_up(&waiting.frame, &self.shared),
@@ -440,7 +451,7 @@ impl Runner {
     }
 
     fn note_unclaimed(&mut self, messages: u64) {
-        self.shared.means.stats.unclaimed.add(messages);
+        self.shared.context.stats.unclaimed.add(messages);
         self.unclaimed.add(messages);
     }
 }

@@ -155,12 +155,12 @@ impl Stats {
 }
 
 /// When the messages were taken that are about to be put back together.
-pub(super) struct Waiting {
+pub(super) struct PutBackTimes {
     taken_ns: [u64; Self::ROOM],
     len: usize,
 }
 
-impl Waiting {
+impl PutBackTimes {
     /// More than are decided before frames are sent.
     const ROOM: usize = 128;
 

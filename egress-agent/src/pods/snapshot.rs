@@ -12,7 +12,7 @@ use super::{
     contents::Contents,
     object::{Namespace, Object},
 };
-use crate::policy::{Prefix, Resolver};
+use egress_policy::{Prefix, Resolver};
 
 /// A pod, as far as enforcement is concerned.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! What to do about an annotation's value that is no text to YAML.
 
-use crate::policy::annotations::PREFIX;
+use egress_policy::annotations::PREFIX;
 
 /// What to do about the annotation at this line of a document (counted from 1), or at the nearest one before
 /// it, if its value is no text.

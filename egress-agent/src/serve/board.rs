@@ -13,9 +13,9 @@ use arc_swap::ArcSwap;
 use crate::{
     datapath::boottime_ns,
     host::Exits,
-    policy::{Annotations, Compiled, Mode, Resolver, Settings},
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
 };
+use egress_policy::{Annotations, Compiled, Mode, Resolver, Settings};
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
 const RECONCILE_BOUNDS: [u64; 10] = [

@@ -28,14 +28,14 @@ use super::{
 };
 use crate::{
     datapath::boottime_ns,
-    dns::Name,
-    gate::{About, Teachings},
-    policy::{
-        Compiled, Mode, QuestionRule,
-        annotations::PREFIX,
-        explain::{Entries, List, Spoken, Target, To},
-        prefix::from_mapped,
-    },
+    gate::{About, Resolutions},
+};
+use egress_dns::Name;
+use egress_policy::{
+    Compiled, Mode, QuestionRule,
+    annotations::PREFIX,
+    explain::{Entries, List, Spoken, Target, To},
+    prefix::from_mapped,
 };
 
 /// Most addresses of a name that are looked at.
@@ -148,22 +148,22 @@ impl Asking<'_> {
     async fn name(&self, name: &Name, explanation: &mut Explanation) -> anyhow::Result<()> {
         let question = self.question(name);
         let may_ask = question.allowed;
-        let teachings = self.teachings(About::Name(name.clone())).await?;
-        let addresses: BTreeSet<Address> = teachings
+        let resolutions = self.resolutions(About::Name(name.clone())).await?;
+        let addresses: BTreeSet<Address> = resolutions
             .names
             .iter()
             .flat_map(|resolved| &resolved.addresses)
             .map(|&(address, _)| address)
             .collect();
         explanation.addresses_left_out =
-            teachings.left_out + addresses.len().saturating_sub(ADDRESSES);
+            resolutions.left_out + addresses.len().saturating_sub(ADDRESSES);
         for address in addresses.iter().take(ADDRESSES) {
             let explained = self.address(address).await?;
             explanation.addresses.push(explained);
         }
         let alive = |address: &&AddressExplained| {
             let remaining = address.remaining_seconds.or_else(|| {
-                let of = teachings
+                let of = resolutions
                     .names
                     .iter()
                     .flat_map(|resolved| &resolved.addresses);
@@ -262,14 +262,14 @@ impl Asking<'_> {
         let view = &self.sources.view;
         let (destination, expires_ns) =
             view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
-        let teachings = self.teachings(About::Address(*address)).await?;
+        let resolutions = self.resolutions(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
         let mut spoken = self
             .entries
             .as_ref()
             .map(|entries| entries.of_address(address))
             .unwrap_or_default();
-        for resolved in &teachings.names {
+        for resolved in &resolutions.names {
             if let Some(name) = &resolved.name {
                 names.push(name.to_string());
                 if resolved.listed {
@@ -308,7 +308,8 @@ impl Asking<'_> {
             explained.entries = denying(&spoken, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
-            if explained.because == BY_ENTRY && teachings.names.iter().any(|of| of.name.is_none()) {
+            if explained.because == BY_ENTRY && resolutions.names.iter().any(|of| of.name.is_none())
+            {
                 explained.because.push_str(
                     "; an earlier agent learned the address, from a name that is not known any more",
                 );
@@ -366,13 +367,13 @@ impl Asking<'_> {
         }
     }
 
-    async fn teachings(&self, about: About) -> anyhow::Result<Teachings> {
-        let teachings = self
+    async fn resolutions(&self, about: About) -> anyhow::Result<Resolutions> {
+        let resolutions = self
             .sources
             .gate
-            .teachings(self.attached.pod, about)
+            .resolutions(self.attached.pod, about)
             .await?;
-        Ok(teachings.unwrap_or_default())
+        Ok(resolutions.unwrap_or_default())
     }
 
     fn spoken_of_name(&self, name: &Name) -> Vec<Spoken> {
@@ -531,7 +532,9 @@ fn allowing(
         spoken.list == List::Allow
             && !(spoken.of_name && (destination.expired != 0 || by_address))
             && !(spoken.of_all && by_address)
-            && open.iter().any(|&ports| spoken.holds_some(ports))
+            && open
+                .iter()
+                .any(|&ports| spoken.holds_some(ports.protocol, ports.first..=ports.last))
     };
     statuses(spoken.iter().filter(counts))
 }
@@ -539,10 +542,14 @@ fn allowing(
 /// The entries that speak of what is denied.
 fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
     let counts = |spoken: &&Spoken| match reason {
-        Reason::DenyRule => spoken.list == List::Deny && spoken.holds_some(ports),
+        Reason::DenyRule => {
+            spoken.list == List::Deny && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+        }
         Reason::PortNotAllowed => spoken.list == List::Allow,
         Reason::Expired | Reason::InternalAnswer => {
-            spoken.list == List::Allow && spoken.of_name && spoken.holds_some(ports)
+            spoken.list == List::Allow
+                && spoken.of_name
+                && spoken.holds_some(ports.protocol, ports.first..=ports.last)
         }
         _ => false,
     };
@@ -564,14 +571,4 @@ fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
         }
     }
     statuses
-}
-
-impl Spoken {
-    /// Whether it speaks of some of these packets.
-    fn holds_some(&self, ports: Ports) -> bool {
-        self.holds(ports.protocol, ports.first)
-            || self.holds(ports.protocol, ports.last)
-            || (self.class.protocols & ports.protocol != 0
-                && (ports.first..=ports.last).contains(&self.class.port_min))
-    }
 }

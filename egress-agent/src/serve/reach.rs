@@ -11,7 +11,7 @@ use egress_common::{
 };
 
 use super::protocol::PortsStatus;
-use crate::policy::number_word;
+use egress_policy::number_word;
 
 /// The protocols that people ask about.
 const PROTOCOLS: [(u8, &str); 5] = [

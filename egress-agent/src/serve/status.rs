@@ -13,11 +13,11 @@ use super::{
 };
 use crate::{
     datapath::boottime_ns,
-    gate::{About, Teachings},
+    gate::{About, Resolutions},
     host::interface_name,
-    policy::{Mode, prefix::from_mapped},
     report::{DenialCounts, log, rfc3339},
 };
+use egress_policy::{Mode, prefix::from_mapped};
 
 /// Most addresses that one answer tells of all pods together.
 const ADDRESSES: usize = 20_000;
@@ -41,16 +41,16 @@ pub(super) async fn status(
         if one.is_some_and(|(one, _)| one != key) {
             continue;
         }
-        let teachings = match &state.attached {
-            Some(attached) => sources.gate.teachings(attached.pod, About::All).await,
+        let resolutions = match &state.attached {
+            Some(attached) => sources.gate.resolutions(attached.pod, About::All).await,
             None => Ok(None),
         };
-        let teachings = teachings
+        let resolutions = resolutions
             .map_err(|error| format!("{error:#}"))?
             .unwrap_or_default();
         let mut names = names;
         if names && one.is_none() {
-            match room.checked_sub(teachings.addresses) {
+            match room.checked_sub(resolutions.addresses) {
                 Some(rest) => room = rest,
                 None => {
                     names = false;
@@ -58,7 +58,7 @@ pub(super) async fn status(
                 }
             }
         }
-        pods.push(pod_status(key, state, teachings, names));
+        pods.push(pod_status(key, state, resolutions, names));
     }
     Ok(Status {
         agent: agent(sources, &node),
@@ -178,7 +178,7 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
 fn pod_status(
     (namespace, pod): &(String, String),
     state: &PodState,
-    teachings: Teachings,
+    resolutions: Resolutions,
     names: bool,
 ) -> PodStatus {
     let attached = state.attached.as_ref();
@@ -216,12 +216,12 @@ fn pod_status(
             .collect(),
         applied: attached.map(|attached| time(attached.since)),
         policy_version: attached.map(|attached| attached.version),
-        names: teachings
+        names: resolutions
             .names
             .iter()
             .filter(|resolved| resolved.listed && resolved.name.is_some())
             .count(),
-        addresses: teachings.addresses,
+        addresses: resolutions.addresses,
         denied: counts
             .map(|counts| by_reason(counts.denied()))
             .unwrap_or_default(),
@@ -231,8 +231,8 @@ fn pod_status(
         denials_unreported: counts.map_or(0, DenialCounts::unreported),
         last_denial,
         problem: state.problem.clone(),
-        resolved_left_out: teachings.left_out,
-        resolved: names.then(|| resolved(teachings)),
+        resolved_left_out: resolutions.left_out,
+        resolved: names.then(|| resolved(resolutions)),
     }
 }
 
@@ -249,9 +249,9 @@ fn by_reason(counts: impl Iterator<Item = (Reason, u64)>) -> BTreeMap<String, u6
         .collect()
 }
 
-fn resolved(teachings: Teachings) -> Vec<ResolvedStatus> {
+fn resolved(resolutions: Resolutions) -> Vec<ResolvedStatus> {
     let now_ns = boottime_ns();
-    let mut all: Vec<ResolvedStatus> = teachings
+    let mut all: Vec<ResolvedStatus> = resolutions
         .names
         .into_iter()
         .map(|resolved| {

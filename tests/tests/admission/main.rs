@@ -7,10 +7,8 @@ mod policy;
 
 use std::{collections::BTreeMap, rc::Rc};
 
-use egress_agent::{
-    config::Config,
-    policy::{Annotations, describe},
-};
+use egress_agent::config::Config;
+use egress_policy::{Annotations, describe};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

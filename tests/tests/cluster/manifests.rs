@@ -10,8 +10,8 @@ use egress_agent::{
     cli::Cli,
     config::Config,
     pods::cluster::{ACCESS, Within},
-    policy::{self, Annotations, Mode, PodAnnotations},
 };
+use egress_policy::{self as policy, Annotations, Mode, PodAnnotations};
 use egress_tests::yaml::{self, identity};
 use k8s_openapi::api::{
     admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},

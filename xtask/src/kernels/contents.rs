@@ -36,12 +36,12 @@ const MODULES: [&str; 10] = [
 /// Directories that [`INIT`] mounts something on, or writes to.
 const DIRECTORIES: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "etc"];
 
-/// The file system that `kernel` is to start from, with these programs of tests.
+/// The file system that `kernel` is to start from, with this program of tests.
 ///
 /// # Errors
 ///
 /// Fails when a program, one of its libraries or a module is missing.
-pub(super) fn archive(kernel: &Kernel, tests: &[(&str, PathBuf)]) -> Result<Vec<u8>> {
+pub(super) fn archive(kernel: &Kernel, tests: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in DIRECTORIES {
         archive.directory(directory)?;
@@ -52,9 +52,7 @@ pub(super) fn archive(kernel: &Kernel, tests: &[(&str, PathBuf)]) -> Result<Vec<
     for name in PROGRAMS {
         add_program(&mut archive, &find(name)?, &format!("usr/bin/{name}"))?;
     }
-    for (name, file) in tests {
-        add_program(&mut archive, file, &format!("tests/{name}"))?;
-    }
+    add_program(&mut archive, tests, "tests/packets")?;
     for (number, (name, content)) in modules::load_order(kernel, &MODULES)?.iter().enumerate() {
         // The first process loads them in the order of their names.
         archive.program(&format!("modules/{number:02}-{name}.ko"), content)?;

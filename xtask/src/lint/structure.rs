@@ -53,26 +53,16 @@ enum Uses {
 }
 
 /// The arrows between the agent's modules. A module not listed may use all but `cli`.
-const ARROWS: [(&str, Uses, &str); 6] = [
+const ARROWS: [(&str, Uses, &str); 4] = [
     ("cli", Uses::AllBut(&[]), ""),
-    (
-        "dns",
-        Uses::Only(&[]),
-        "dns/ says what an answer says and knows nothing else",
-    ),
     (
         "host",
         Uses::Only(&[]),
         "host/ says what the machine knows of a pod, not what is done with it",
     ),
     (
-        "policy",
-        Uses::Only(&["dns::name", "dns::Name"]),
-        "policy/ says what a policy means, whoever applies it",
-    ),
-    (
         "pods",
-        Uses::Only(&["policy", "config::Cluster", "config::Nodes"]),
+        Uses::Only(&["config::Cluster", "config::Nodes"]),
         "pods/ says where pods come from, not what is done to them",
     ),
     (
@@ -89,7 +79,7 @@ const UNSAFE: [&str; 12] = [
     "egress-agent/src/control/links.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
-    "egress-agent/src/gate/wire/sending.rs",
+    "egress-agent/src/gate/frame_sender/sending.rs",
     "tests/src/features.rs",
     "tests/src/frames.rs",
     "tests/src/rewritten.rs",
@@ -427,46 +417,36 @@ mod tests {
     #[test]
     fn arrows_point_one_way() {
         for (path, text, count) in [
-            (
-                "egress-agent/src/pods/mod.rs",
-                "use crate::policy::Entry;",
-                0,
-            ),
             ("egress-agent/src/pods/mod.rs", "use crate::pods::Pod;", 0),
             (
                 "egress-agent/src/pods/mod.rs",
-                "use crate::dns::name::Name;",
-                1,
-            ),
-            (
-                "egress-agent/src/policy/mod.rs",
-                "use crate::dns::name::Name;",
+                "use crate::config::Nodes;",
                 0,
             ),
             (
-                "egress-agent/src/policy/mod.rs",
-                "use crate::dns::{name::Name, Answer};",
+                "egress-agent/src/pods/mod.rs",
+                "use crate::config::{Cluster, Config};",
                 1,
             ),
             (
-                "egress-agent/src/policy/mod.rs",
-                "use crate::dns::names;",
+                "egress-agent/src/pods/mod.rs",
+                "use crate::config::NodesToo;",
                 1,
             ),
             (
-                "egress-agent/src/dns/answer.rs",
-                "use crate::{policy, gate::{a as b, c}};",
+                "egress-agent/src/host/cgroup.rs",
+                "use crate::{pods, gate::{a as b, c}};",
                 3,
             ),
-            ("egress-agent/src/dns/answer.rs", "pub(crate) fn a() {}", 0),
+            ("egress-agent/src/host/cgroup.rs", "pub(crate) fn a() {}", 0),
             (
-                "egress-agent/src/dns/answer.rs",
-                "let a = $crate::dns::b!();",
+                "egress-agent/src/host/cgroup.rs",
+                "let a = $crate::host::b!();",
                 0,
             ),
             (
                 "egress-agent/src/report/mod.rs",
-                "use crate::policy;\nuse crate::datapath;",
+                "use crate::pods;\nuse crate::datapath;",
                 1,
             ),
             ("egress-agent/src/control.rs", "use crate::{gate, cli};", 1),
@@ -484,12 +464,12 @@ mod tests {
 
     #[test]
     fn an_arrow_is_reported_where_it_is() {
-        let text = "use crate::{\n    policy,\n};\nfn f() { crate::gate::g() }\n";
+        let text = "use crate::{\n    pods,\n};\nfn f() { crate::gate::g() }\n";
         assert_eq!(
-            said("egress-agent/src/dns/name.rs", text),
+            said("egress-agent/src/host/cgroup.rs", text),
             [
-                "egress-agent/src/dns/name.rs:1: dns uses policy",
-                "egress-agent/src/dns/name.rs:4: dns uses gate::g"
+                "egress-agent/src/host/cgroup.rs:1: host uses pods",
+                "egress-agent/src/host/cgroup.rs:4: host uses gate::g"
             ]
         );
     }
@@ -497,7 +477,7 @@ mod tests {
     #[test]
     fn unsafe_is_in_listed_files_only() {
         let text = "#![deny(unsafe_code)]\nlet a = unsafe { b() };\n";
-        assert_eq!(said("egress-agent/src/policy/mod.rs", text).len(), 1);
+        assert_eq!(said("egress-agent/src/report/mod.rs", text).len(), 1);
         assert!(said("egress-ebpf/src/main.rs", text).is_empty());
     }
 

@@ -14,8 +14,14 @@ use crate::workspace;
 /// Debian's compiler, and the `core` that belongs to it.
 const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 
+/// The sources of its standard library, which [`crate::lint`] compiles for other systems.
+const SOURCES_PACKAGE: &str = "rust-web-src";
+
 /// Packages that cannot be installed beside [`COMPILER_PACKAGES`].
 const CONFLICTING_PACKAGES: [&str; 3] = ["rustc", "rustc-mozilla", "rustup"];
+
+/// What [`SOURCES_PACKAGE`] holds.
+const LIBRARY_SOURCES: &str = "the sources of the compiler's standard library";
 
 /// The release of bpf-linker the project is built with.
 const LINKER_VERSION: &str = "0.13.0";
@@ -29,9 +35,10 @@ pub(super) fn missing() -> Option<String> {
         return Some(format!("a compiler for {}", toolchain::TARGET));
     };
     let llvm = compiler.version.llvm;
-    Linker::find(llvm)
-        .is_none()
-        .then(|| format!("bpf-linker with LLVM {llvm} or newer"))
+    if Linker::find(llvm).is_none() {
+        return Some(format!("bpf-linker with LLVM {llvm} or newer"));
+    }
+    (!compiler.has_library_sources()).then(|| LIBRARY_SOURCES.to_owned())
 }
 
 /// Makes sure of a compiler and of a linker.
@@ -52,6 +59,21 @@ pub(super) fn ensure() -> Result<()> {
         install_linker(llvm)?
     };
     found("linker", &linker.to_string());
+    ensure_library_sources(&compiler)
+}
+
+/// Makes sure of the sources of the compiler's standard library. rustup's nightly was installed with them.
+fn ensure_library_sources(compiler: &Compiler) -> Result<()> {
+    if compiler.has_library_sources() {
+        return Ok(());
+    }
+    println!("missing: {LIBRARY_SOURCES}");
+    apt::install(&[SOURCES_PACKAGE])?;
+    if !compiler.has_library_sources() {
+        bail!(
+            "{SOURCES_PACKAGE} was installed, but holds no sources for this compiler: {compiler}"
+        );
+    }
     Ok(())
 }
 

@@ -138,7 +138,7 @@ fn content(whole: &Whole) -> &[u8] {
 }
 
 #[derive(Default)]
-struct Waiting {
+struct PartialDatagram {
     parts: BTreeMap<usize, Vec<u8>>,
     end: Option<usize>,
 }
@@ -147,7 +147,7 @@ struct Waiting {
 /// keeps the first, and it gives up those that overlap otherwise.
 #[derive(Default)]
 struct Receiver {
-    waiting: HashMap<Key, Waiting>,
+    waiting: HashMap<Key, PartialDatagram>,
 }
 
 impl Receiver {

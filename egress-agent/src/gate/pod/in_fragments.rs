@@ -28,7 +28,7 @@ impl Pod {
             learned,
             ..
         } = self;
-        let mut judge = Judge::new(enforcement, learned, &shared.means, time_ns);
+        let mut judge = Judge::new(enforcement, learned, &shared.context, time_ns);
         let whole = self
             .fragments
             .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
@@ -37,7 +37,7 @@ impl Pod {
         let Some(whole) = whole else {
             return;
         };
-        let may_pass = match answer(&whole, &shared.means.dns) {
+        let may_pass = match answer(&whole, &shared.context.dns) {
             Answer::No => true,
             Answer::Unreadable(why) => {
                 judge.lost_fragments(&whole.packet, why);
@@ -47,7 +47,7 @@ impl Pod {
         };
         if may_pass {
             for piece in whole.pieces.iter().filter(|piece| piece.is_taken) {
-                shared.wire.deliver(piece.ifindex, &piece.frame);
+                shared.frame_sender.deliver(piece.ifindex, &piece.frame);
             }
         }
     }
@@ -59,13 +59,13 @@ impl Pod {
             learned,
             ..
         } = self;
-        let judge = Judge::new(enforcement, learned, &shared.means, now_ns);
+        let judge = Judge::new(enforcement, learned, &shared.context, now_ns);
         self.fragments
             .tick(now_ns, &mut shared.fragments, |packet, why| {
                 judge.lost_fragments(packet, why);
             });
         let late = self.fragments.take_late();
-        shared.means.stats.fragments_late.add(late);
+        shared.context.stats.fragments_late.add(late);
         self.tallies.fragments_late.add(late);
     }
 }

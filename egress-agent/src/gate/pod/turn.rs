@@ -6,7 +6,9 @@ use egress_common::{
 };
 
 use super::{
-    super::{Judged, quarantine::as_sent, stats::Waiting, turns::Turns, wire::Wire},
+    super::{
+        Judged, frame_sender::FrameSender, quarantine::as_sent, stats::PutBackTimes, turns::Turns,
+    },
     HeldFrame, InterfaceMap, Pod, Shared, boottime_ns,
 };
 
@@ -16,10 +18,10 @@ impl Pod {
         &mut self,
         judged: Judged,
         interfaces: &mut InterfaceMap,
-        wire: &mut Wire,
+        frame_sender: &mut FrameSender,
     ) -> anyhow::Result<()> {
         self.enforcement.entry = judged.in_entry(self.enforcement.entry);
-        self.enforcement.write_interfaces(interfaces, wire)
+        self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 
     /// Whether the pod's next message may be decided at once. If not it waits, so that the pod's messages
@@ -49,7 +51,7 @@ impl Pod {
         if self.backlog.push(held, &mut shared.backlog) {
             return true;
         }
-        shared.means.stats.backlog_full.add(1);
+        shared.context.stats.backlog_full.add(1);
         // A rejected packet was reported when it was denied, and what is only looked at has gone on.
         if held.head.taken == 0 || held.head.kind == HELD_REJECT {
             return false;
@@ -67,7 +69,7 @@ impl Pod {
         &mut self,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
-        sent: &mut Waiting,
+        sent: &mut PutBackTimes,
     ) -> bool {
         if let Some(waiting) = self.backlog.pop(&mut shared.backlog) {
             self.go(&waiting.held(), interfaces, shared, sent);
@@ -75,23 +77,25 @@ impl Pod {
         self.backlog.is_empty()
     }
 
-    /// Decides a message. What is to be sent waits at the wire.
+    /// Decides a message. What is to be sent waits in the frame sender.
     pub(in super::super) fn go(
         &mut self,
         held: &HeldFrame<'_>,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
-        sent: &mut Waiting,
+        sent: &mut PutBackTimes,
     ) {
         // The pod became known between the question and now.
         if self.has_left(&held.head, interfaces) {
-            shared.wire.again(held.head.ifindex, &as_sent(held.frame));
+            shared
+                .frame_sender
+                .again(held.head.ifindex, &as_sent(held.frame));
             return;
         }
-        let frames = shared.wire.frames();
+        let frames = shared.frame_sender.frames();
         self.decide(held, shared);
         let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
-        if is_message && shared.wire.frames() > frames {
+        if is_message && shared.frame_sender.frames() > frames {
             sent.note(held.head.time_ns);
         }
     }

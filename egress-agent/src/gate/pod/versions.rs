@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result};
 
 use super::{
     super::{
-        Enforcement, backlog::Backlog, fragments::Fragments, learned::Table, pending::Pending,
-        share::Share, stream::Streams, wire::Wire,
+        Enforcement, backlog::Backlog, fragments::Fragments, frame_sender::FrameSender,
+        learned::Table, pending::Pending, share::Share, stream::Streams,
     },
     InterfaceMap, Pod, Shared, Tallies, boottime_ns,
 };
@@ -73,7 +73,7 @@ impl Pod {
         &mut self,
         mut next: Enforcement,
         interfaces: &mut InterfaceMap,
-        wire: &mut Wire,
+        frame_sender: &mut FrameSender,
     ) -> Result<()> {
         let alike = next
             .compiled
@@ -91,7 +91,7 @@ impl Pod {
         if let Some(learned) = &mut learned {
             learned.keep_more_than(&self.learned, &mut next);
         }
-        next.write_interfaces(interfaces, wire)?;
+        next.write_interfaces(interfaces, frame_sender)?;
         if let Some(mut learned) = learned {
             say_nameless(&next, &self.learned, alike);
             self.learned.forget_more_than(&mut learned, &mut next);
@@ -102,7 +102,7 @@ impl Pod {
         }
         for ifindex in &self.enforcement.interfaces {
             if !next.interfaces.contains(ifindex) {
-                wire.detach(*ifindex, next.entry.pod);
+                frame_sender.detach(*ifindex, next.entry.pod);
                 interfaces.remove(*ifindex, next.entry.pod)?;
             }
         }
@@ -115,7 +115,7 @@ impl Pod {
         let Some((names, error)) = self.learned.names_lost.take() else {
             return;
         };
-        shared.means.stats.names_not_kept.add(names);
+        shared.context.stats.names_not_kept.add(names);
         if !std::mem::replace(&mut self.tallies.said_names_lost, true) {
             tracing::warn!(
                 pod = %self.enforcement.name(),

@@ -3,7 +3,7 @@
 use egress_common::packet::Packet;
 
 use super::super::pending::Pending;
-use crate::dns::Question;
+use egress_dns::Question;
 
 /// What becomes of a question.
 pub(in super::super) enum Asked {

@@ -11,9 +11,9 @@ use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
 use super::{
     super::pending::Pending,
+    buffer::{Refused, StreamBuffer},
     decide::{Asked, Decide, Next, Step},
     frames::{Ends, Out, Own, To, put_bare},
-    half::{Half, Refused},
     release::{Put, put_released},
     segment::{Segment, URG},
     side::{SIZE, Side},
@@ -60,9 +60,9 @@ pub(super) struct Flow {
     interface: u32,
     state: State,
     /// What the pod sends.
-    pub(super) asked: Half,
+    pub(super) asked: StreamBuffer,
     /// What the resolver sends.
-    pub(super) answered: Half,
+    pub(super) answered: StreamBuffer,
     pub(super) pending: Pending,
     pub(super) pod: Side,
     pub(super) resolver: Side,
@@ -82,8 +82,8 @@ impl Flow {
             ends: Ends::of(segment.frame, segment.packet, To::Resolver)?,
             interface,
             state: State::Opening,
-            asked: Half::new(segment.seq.wrapping_add(1), ASKED_LIMIT),
-            answered: Half::new(0, ANSWERED_LIMIT),
+            asked: StreamBuffer::new(segment.seq.wrapping_add(1), ASKED_LIMIT),
+            answered: StreamBuffer::new(0, ANSWERED_LIMIT),
             pending: Pending::with_room(OPEN_QUESTIONS),
             pod,
             resolver: Side::default(),
@@ -349,7 +349,7 @@ impl Flow {
         let first = segment.seq.wrapping_add(1);
         match self.state {
             State::Opening => {
-                self.answered = Half::new(first, ANSWERED_LIMIT);
+                self.answered = StreamBuffer::new(first, ANSWERED_LIMIT);
                 self.resolver.note(segment, 0);
                 self.state = State::Open;
             }

@@ -13,7 +13,7 @@ use super::{
     Asked, Budget, Decide, FLOWS, Key, LIMITS, Out, QUESTION_MAX, Segment, Step, Streams, To,
     segment::URG,
 };
-use crate::dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
+use egress_dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
 
 #[path = "fuzzing_frames.rs"]
 mod frames;

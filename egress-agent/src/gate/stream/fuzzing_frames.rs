@@ -4,7 +4,7 @@ use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use etherparse::PacketBuilder;
 
 use super::{super::segment::URG, MSS, QUESTION_MAX, To};
-use crate::dns::{Refusal, read_question, refuse};
+use egress_dns::{Refusal, read_question, refuse};
 
 /// What comes back of a question, as it stands in a stream.
 pub(super) enum Reaction {

@@ -18,12 +18,12 @@
 //! before the receiver's SYN-ACK names the same first byte; and neither urgent data is let through, nor an
 //! option that could give a byte another place.
 
+mod buffer;
 mod decide;
 mod flow;
 mod frames;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
-mod half;
 mod release;
 mod segment;
 mod sender;

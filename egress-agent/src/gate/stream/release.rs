@@ -3,8 +3,8 @@
 use egress_common::packet::TCP_FIN;
 
 use super::{
+    buffer::StreamBuffer,
     frames::{Cut, Out, To, put_back, put_cut},
-    half::Half,
     segment::Segment,
 };
 
@@ -22,7 +22,7 @@ pub(super) enum Put {
 /// Sends on what may be sent of a stream, with the headers of the segment that has come. Where it can
 /// be, that is the segment as it came.
 pub(super) fn put_released(
-    half: &mut Half,
+    half: &mut StreamBuffer,
     segment: &Segment<'_>,
     position: i64,
     size: usize,

@@ -7,7 +7,7 @@ use super::segment::Segment;
 /// Least and most payload of the segments that the gate cuts, whatever a SYN says (RFC 9293,
 /// section 3.7.1).
 pub(super) const SIZE: std::ops::RangeInclusive<usize> = 256..=16_384;
-/// What a SYN without the option means, over IPv4.
+/// What a SYN without the option context, over IPv4.
 const DEFAULT_MSS: u16 = 536;
 
 /// Most bits by which a window is scaled (RFC 7323, section 2.3).

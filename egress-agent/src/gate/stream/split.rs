@@ -15,10 +15,10 @@
 use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_SYN};
 
 use super::{
+    buffer::{PREFIX, Refused},
     decide::{Asked, Decide, Next, Step},
     flow::{ANSWERED_LIMIT, ASKED_LIMIT, Flow},
     frames::{Out, Own, To},
-    half::{PREFIX, Refused},
     segment::{PSH, Segment},
     sender::{Due, Sender},
 };

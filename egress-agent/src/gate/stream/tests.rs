@@ -2,7 +2,7 @@ use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
 use proptest::prelude::*;
 
 use super::{super::pending::Pending, *};
-use crate::dns::{Question, read_question};
+use egress_dns::{Question, read_question};
 
 #[path = "split_tests.rs"]
 mod split;

@@ -102,15 +102,15 @@ impl EventCounters {
 #[derive(Clone, Debug)]
 pub struct EventSink {
     queue: mpsc::Sender<PodEvent>,
-    waiting: Arc<Waiting>,
+    waiting: Arc<QueuedEvents>,
     counters: Arc<EventCounters>,
 }
 
 /// How many Events of each pod are in the queue, by UID. The lock is held for a look at the table.
 #[derive(Debug, Default)]
-struct Waiting(Mutex<HashMap<String, usize>>);
+struct QueuedEvents(Mutex<HashMap<String, usize>>);
 
-impl Waiting {
+impl QueuedEvents {
     /// One more, unless the pod has as many as it may.
     fn add(&self, uid: &str) -> bool {
         let mut pods = self.lock();
@@ -158,7 +158,7 @@ impl EventSink {
 pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Writer) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let counters = Arc::<EventCounters>::default();
-    let waiting = Arc::<Waiting>::default();
+    let waiting = Arc::<QueuedEvents>::default();
     let now = Instant::now();
     let writer = Writer {
         connection,
@@ -184,7 +184,7 @@ pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Wr
 pub(super) struct Writer {
     connection: Arc<Connection>,
     queue: mpsc::Receiver<PodEvent>,
-    waiting: Arc<Waiting>,
+    waiting: Arc<QueuedEvents>,
     counters: Arc<EventCounters>,
     /// The node's name.
     instance: String,

@@ -6,7 +6,7 @@
 use std::sync::LazyLock;
 
 use super::{super::Problem, facts::NodeFacts};
-use crate::policy::{Prefix, prefix};
+use egress_policy::{Prefix, prefix};
 
 /// Most prefixes that count, put together where they adjoin. The kernel's map has room for twice as many.
 const PREFIXES: usize = 2048;

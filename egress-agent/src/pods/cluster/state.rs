@@ -11,7 +11,7 @@ use super::{
     pod::ClusterPod,
     table::Table,
 };
-use crate::policy::{Prefix, Resolver};
+use egress_policy::{Prefix, Resolver};
 
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");

@@ -2,13 +2,11 @@
 
 use egress_common::reason::Reason;
 
-use crate::{
-    policy::{
-        Annotations, PodAnnotations, PolicyError, Settings,
-        annotations::PREFIX,
-        explain::{Entries, List, Spoken, Target, To},
-    },
-    serve::board::Written,
+use crate::serve::board::Written;
+use egress_policy::{
+    Annotations, PodAnnotations, PolicyError, Settings,
+    annotations::PREFIX,
+    explain::{Entries, List, Spoken, Target, To},
 };
 
 /// The lists of a pod and of its namespace, each by itself.

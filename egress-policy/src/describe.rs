@@ -1,0 +1,257 @@
+//! A policy in words, for `egress-agent check`.
+
+use egress_common::records::POLICY_SPEAKS_OF_NAMES;
+
+use super::{
+    Annotations, Compiled, Mode, PolicyError, Settings, compile,
+    effective::{self, Effective, Rule},
+    entry::{Destination, class_words},
+};
+
+/// What a pod may reach, and which annotation says so; several lines, each ended.
+///
+/// `title` is how the pod is called, `namespace/pod`.
+///
+/// # Errors
+///
+/// As [`compile()`].
+pub fn describe(
+    title: &str,
+    pod: &Annotations,
+    namespace: &Annotations,
+    settings: &Settings,
+) -> Result<String, PolicyError> {
+    // Limits on what is compiled are errors here too.
+    let compiled = compile(pod, namespace, settings)?;
+    let mut effective = effective::resolve(pod, namespace, settings)?;
+    effective.warnings.clone_from(&compiled.warnings);
+    Ok(Lines::of(title, &effective, settings, &compiled))
+}
+
+/// The text as it grows.
+struct Lines(String);
+
+impl Lines {
+    fn of(title: &str, effective: &Effective, settings: &Settings, compiled: &Compiled) -> String {
+        let Effective {
+            mode,
+            open,
+            allow,
+            deny,
+            resolve,
+            warnings,
+        } = effective;
+        let mut lines = Self(String::new());
+        lines.push(0, title);
+        let says_nothing = allow.is_empty() && deny.is_empty() && resolve.is_empty();
+        if *mode == Mode::Off && says_nothing {
+            lines.push(1, "mode: off (nothing is judged: it reaches everything)");
+            lines.warnings(warnings);
+            return lines.0;
+        }
+        lines.push(
+            1,
+            match mode {
+                Mode::Enforce => "mode: enforce (what is denied does not pass)",
+                Mode::Audit => "mode: audit (denials are reported, nothing is dropped)",
+                Mode::Off => "mode: off (nothing is judged; the lists take effect in another mode)",
+            },
+        );
+        lines.push(
+            1,
+            if *open {
+                "open: what is not denied below passes, but for protected addresses"
+            } else {
+                "closed: what is not listed below is denied"
+            },
+        );
+        lines.rules("may reach:", allow, |rule| class_words(&rule.class));
+        if !open {
+            if allow.is_empty() {
+                lines.push(1, "may reach: no external destination");
+            }
+            lines.push(1, if settings.allow_internal {
+                "may reach internal destinations (ranges.internal), unless denied"
+            } else {
+                "may reach internal destinations only where listed (ranges.allowInternal: false)"
+            });
+        }
+        if allow
+            .iter()
+            .any(|rule| rule.destination == Destination::Any)
+        {
+            lines.push(
+                1,
+                "protected addresses only where an address entry names them",
+            );
+        }
+        lines.rules("may not reach:", deny, |rule| match rule.destination {
+            Destination::Names(_) => "refused as a question".to_owned(),
+            Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
+        });
+        lines.rules("may also ask for:", resolve, |_| String::new());
+        if compiled.names.allows_unlisted() {
+            lines.push(1, "every name may be asked for, unless denied");
+        } else {
+            lines.push(
+                1,
+                &format!(
+                    "names in {} may always be asked for, unless denied",
+                    settings.cluster_domain
+                ),
+            );
+        }
+        if compiled.record.flags & POLICY_SPEAKS_OF_NAMES != 0 {
+            lines.push(
+                1,
+                "DNS servers that are no resolvers only where an address entry names them",
+            );
+        }
+        lines.warnings(warnings);
+        lines.0
+    }
+
+    fn warnings(&mut self, warnings: &[String]) {
+        for warning in warnings {
+            self.push(1, &format!("warning: {warning}"));
+        }
+    }
+
+    fn push(&mut self, depth: usize, line: &str) {
+        for _ in 0..depth {
+            self.0.push_str("  ");
+        }
+        self.0.push_str(line);
+        self.0.push('\n');
+    }
+
+    /// The rules under a heading, each with what `words` says of it and its origin, in columns.
+    fn rules(&mut self, heading: &str, rules: &[Rule], words: fn(&Rule) -> String) {
+        if rules.is_empty() {
+            return;
+        }
+        self.push(1, heading);
+        let mut rules: Vec<&Rule> = rules.iter().collect();
+        rules.sort_by_key(|rule| (&rule.destination, rule.class, rule.origin));
+        let rows: Vec<[String; 2]> = rules
+            .iter()
+            .map(|rule| [destination_words(&rule.destination), words(rule)])
+            .collect();
+        let [first, second] = [0, 1].map(|column| {
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        });
+        for ([destination, packets], rule) in rows.iter().zip(rules) {
+            let gap = if second > 0 { "  " } else { "" };
+            let origin = rule.origin;
+            self.push(
+                2,
+                &format!("{destination:first$}{gap}{packets:second$}  ({origin})"),
+            );
+        }
+    }
+}
+
+fn destination_words(destination: &Destination) -> String {
+    match destination {
+        Destination::Any => "* (anywhere)".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::settings;
+
+    #[test]
+    fn a_pod_is_told_what_it_may_reach_and_who_said_so() {
+        let pod = Annotations {
+            allow: Some("github.com:443, *.example.com\n10.20.0.0/16:5432/tcp".to_owned()),
+            deny: Some("gist.github.com".to_owned()),
+            ..Annotations::default()
+        };
+        let namespace = Annotations {
+            allow: Some("[2001:db8::7]:8000-8100/udp 192.0.2.1/icmp".to_owned()),
+            resolve: Some("db.example.net".to_owned()),
+            ..Annotations::default()
+        };
+        let text = describe("shop/cart", &pod, &namespace, &settings()).unwrap();
+        assert_eq!(
+            text,
+            "\
+shop/cart
+  mode: enforce (what is denied does not pass)
+  closed: what is not listed below is denied
+  may reach:
+    10.20.0.0/16   tcp port 5432           (pod)
+    192.0.2.1      icmp                    (namespace)
+    2001:db8::7    udp ports 8000-8100     (namespace)
+    github.com     tcp and udp port 443    (pod)
+    *.example.com  tcp, udp and icmp echo  (pod)
+  may reach internal destinations (ranges.internal), unless denied
+  may not reach:
+    gist.github.com  refused as a question  (pod)
+  may also ask for:
+    db.example.net  (namespace)
+  names in cluster.local may always be asked for, unless denied
+  DNS servers that are no resolvers only where an address entry names them
+"
+        );
+    }
+
+    #[test]
+    fn a_pod_that_may_go_anywhere_is_told_that_protected_addresses_are_left_out() {
+        let pod = |allow: &str| Annotations {
+            allow: Some(allow.to_owned()),
+            ..Annotations::default()
+        };
+        let text =
+            |allow| describe("a/b", &pod(allow), &Annotations::default(), &settings()).unwrap();
+        let note = "  protected addresses only where an address entry names them\n";
+        assert!(text("*:443").contains(note));
+        assert!(!text("a.com:443").contains(note));
+        assert!(text("0.0.0.0/0").contains("  warning: the pod's allow entry `0.0.0.0/0` opens"));
+    }
+
+    #[test]
+    fn a_pod_that_may_ask_for_every_name_is_told_so() {
+        let text = |allow: Option<&str>, deny: Option<&str>| {
+            let pod = Annotations {
+                allow: allow.map(str::to_owned),
+                deny: deny.map(str::to_owned),
+                ..Annotations::default()
+            };
+            describe("a/b", &pod, &Annotations::default(), &settings()).unwrap()
+        };
+        let every = "  every name may be asked for, unless denied\n";
+        assert!(text(Some("*:443"), None).contains(every));
+        assert!(text(None, Some("10.0.0.0/8")).contains(every));
+        assert!(!text(Some("a.com"), None).contains(every));
+        assert!(!text(None, Some("*")).contains(every));
+    }
+
+    #[test]
+    fn a_pod_that_nothing_is_said_of_is_told_that_it_reaches_everything() {
+        let nothing = Annotations::default();
+        assert_eq!(
+            describe("a/b", &nothing, &nothing, &settings()).unwrap(),
+            "a/b\n  mode: off (nothing is judged: it reaches everything)\n"
+        );
+    }
+
+    #[test]
+    fn a_pod_without_lists_is_told_that_it_is_closed() {
+        let pod = Annotations {
+            mode: Some("enforce".to_owned()),
+            ..Annotations::default()
+        };
+        let text = describe("a/b", &pod, &Annotations::default(), &settings()).unwrap();
+        assert!(
+            text.contains("  may reach: no external destination\n"),
+            "{text}"
+        );
+    }
+}

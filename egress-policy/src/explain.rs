@@ -1,0 +1,308 @@
+//! Which entries of which annotations speak of something, for `egress-agent explain`.
+//!
+//! What is decided is not found out here but by those who enforce; this says where it is written.
+
+use std::{net::IpAddr, ops::RangeInclusive};
+
+use egress_common::{address::Address, protocol::bits, records::PortClass};
+
+use super::{
+    Annotations, PolicyError, Settings,
+    annotations::At,
+    effective::{self, Rule},
+    entry::{Destination, Entry, Ports, Protocol, number_word},
+    error::Origin,
+    parse::read_entry,
+    pattern::NamePattern,
+    prefix::from_mapped,
+    translators::Translators,
+};
+use egress_dns::Name;
+
+/// What is asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Where to.
+    pub to: To,
+    /// The port, if one is asked about; for [`bits::OTHER`] the protocol's number.
+    pub port: Option<u16>,
+    /// One bit of [`bits`], if a protocol is asked about.
+    pub protocol: Option<u8>,
+}
+
+/// Where to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum To {
+    /// A name.
+    Name(Name),
+    /// An address.
+    Address(Address),
+}
+
+impl Target {
+    /// Reads `name-or-address[:port][/protocol]`, in the grammar of an entry. With a port alone, TCP is
+    /// meant; with neither, everything.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the text, for people.
+    pub fn read(text: &str) -> Result<Self, String> {
+        let entry =
+            read_entry(text).map_err(|error| format!("`{}` {}", error.found, error.message))?;
+        let Entry {
+            destination,
+            ports,
+            protocol,
+        } = entry;
+        let to = match destination {
+            Destination::Names(NamePattern::Exactly(name)) => To::Name(name),
+            Destination::Addresses(prefix) if prefix.prefix_len() == 128 => {
+                To::Address(prefix.network())
+            }
+            other => {
+                return Err(format!(
+                    "`{other}` is more than one: expected a name or an address"
+                ));
+            }
+        };
+        let port = match ports {
+            None => None,
+            Some(Ports { min, max }) if min == max => Some(min),
+            Some(_) => return Err(format!("`{text}` has a range of ports: expected one port")),
+        };
+        let port = match protocol {
+            Some(Protocol::Number(number)) => Some(number.into()),
+            _ => port,
+        };
+        let protocol = match (protocol, port) {
+            (None, None) | (Some(Protocol::Any), _) => None,
+            (None | Some(Protocol::Tcp), _) => Some(bits::TCP),
+            (Some(Protocol::Udp), _) => Some(bits::UDP),
+            (Some(Protocol::Sctp), _) => Some(bits::SCTP),
+            (Some(Protocol::Icmp), _) => Some(bits::ICMP_ECHO),
+            (Some(Protocol::Number(_)), _) => Some(bits::OTHER),
+        };
+        Ok(Self { to, port, protocol })
+    }
+
+    /// An entry that would allow it.
+    pub fn entry(&self) -> String {
+        // Of other protocols it is the number that stands there.
+        let port = self.port.filter(|_| self.protocol != Some(bits::OTHER));
+        let with_port = |to: String| match port {
+            Some(port) => format!("{to}:{port}"),
+            None => to,
+        };
+        let to = match &self.to {
+            To::Name(name) => with_port(name.to_string()),
+            To::Address(address) => match from_mapped(address) {
+                IpAddr::V6(ip) if port.is_some() => with_port(format!("[{ip}]")),
+                ip => with_port(ip.to_string()),
+            },
+        };
+        match self.protocol {
+            Some(bits::UDP) => format!("{to}/udp"),
+            Some(bits::SCTP) => format!("{to}/sctp"),
+            Some(bits::TCP) => format!("{to}/tcp"),
+            Some(bits::OTHER) => {
+                let number = self.port.and_then(|number| u8::try_from(number).ok());
+                format!("{to}/{}", number_word(number.unwrap_or_default()))
+            }
+            Some(_) => format!("{to}/icmp"),
+            None => to,
+        }
+    }
+}
+
+/// Which list an entry stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum List {
+    /// `allow`
+    Allow,
+    /// `deny`
+    Deny,
+    /// `resolve`
+    Resolve,
+}
+
+impl List {
+    /// The annotation's key without its prefix.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Resolve => "resolve",
+        }
+    }
+}
+
+/// An entry in effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spoken {
+    /// The list.
+    pub list: List,
+    /// Whose list.
+    pub origin: Origin,
+    /// The entry, as written.
+    pub text: String,
+    /// Where it stands in its annotation.
+    pub at: At,
+    /// The packets it speaks of; of names that are denied or only resolved, all.
+    pub class: PortClass,
+    /// Whether it speaks of a name.
+    pub of_name: bool,
+    /// Whether it speaks of everything.
+    pub of_all: bool,
+}
+
+/// The entries in effect for a pod, as they were written.
+#[derive(Debug)]
+pub struct Entries {
+    rules: Vec<(List, Rule)>,
+    translators: Translators,
+}
+
+impl Entries {
+    /// Reads the annotations once more.
+    ///
+    /// # Errors
+    ///
+    /// As [`super::compile()`].
+    pub fn read(
+        pod: &Annotations,
+        namespace: &Annotations,
+        settings: &Settings,
+    ) -> Result<Self, PolicyError> {
+        let effective = effective::resolve(pod, namespace, settings)?;
+        let listed = |list, rules: Vec<Rule>| rules.into_iter().map(move |rule| (list, rule));
+        Ok(Self {
+            rules: listed(List::Deny, effective.deny)
+                .chain(listed(List::Allow, effective.allow))
+                .chain(listed(List::Resolve, effective.resolve))
+                .collect(),
+            translators: settings.translators.clone(),
+        })
+    }
+
+    /// Those that speak of a name: as a name, or of everything.
+    pub fn of_name(&self, name: &Name) -> Vec<Spoken> {
+        self.speaking(|destination| match destination {
+            Destination::Names(pattern) => pattern.matches(name),
+            Destination::Any => true,
+            Destination::Addresses(_) => false,
+        })
+    }
+
+    /// Those that speak of an address by itself, or of everything.
+    pub fn of_address(&self, address: &Address) -> Vec<Spoken> {
+        let behind = self.translators.v4_behind(address);
+        self.speaking(|destination| {
+            destination.holds(address) || behind.is_some_and(|v4| destination.holds(&v4))
+        })
+    }
+
+    fn speaking(&self, of: impl Fn(&Destination) -> bool) -> Vec<Spoken> {
+        self.rules
+            .iter()
+            .filter(|(_, rule)| of(&rule.destination))
+            .map(|(list, rule)| Spoken {
+                list: *list,
+                origin: rule.origin,
+                text: rule.text.clone(),
+                at: rule.at,
+                class: rule.class,
+                of_name: matches!(rule.destination, Destination::Names(_)),
+                of_all: rule.destination == Destination::Any,
+            })
+            .collect()
+    }
+}
+
+impl Spoken {
+    /// Whether it speaks of packets of this protocol to this port.
+    pub fn holds(&self, protocol: u8, port: u16) -> bool {
+        let class = &self.class;
+        class.protocols & protocol != 0
+            && (protocol & bits::WITH_PORTS == 0
+                || (class.port_min..=class.port_max).contains(&port))
+    }
+
+    /// Whether it speaks of packets of this protocol to one of these ports.
+    pub fn holds_some(&self, protocol: u8, ports: RangeInclusive<u16>) -> bool {
+        self.holds(protocol, *ports.start())
+            || self.holds(protocol, *ports.end())
+            || (self.class.protocols & protocol != 0 && ports.contains(&self.class.port_min))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{exact_name, reference::settings};
+
+    fn target(text: &str) -> Result<(Option<u8>, Option<u16>, String), String> {
+        Target::read(text).map(|target| (target.protocol, target.port, target.entry()))
+    }
+
+    #[test]
+    fn a_target_is_written_as_an_entry_is() {
+        let all = |entry: &str| Ok((None, None, entry.to_owned()));
+        assert_eq!(target("a.test"), all("a.test"));
+        assert_eq!(target("2001:db8::7"), all("2001:db8::7"));
+        assert_eq!(
+            target("a.test:443"),
+            Ok((Some(bits::TCP), Some(443), "a.test:443/tcp".to_owned()))
+        );
+        assert_eq!(
+            target("[2001:db8::7]:53/udp"),
+            Ok((Some(bits::UDP), Some(53), "[2001:db8::7]:53/udp".to_owned()))
+        );
+        assert_eq!(
+            target("192.0.2.1/icmp"),
+            Ok((Some(bits::ICMP_ECHO), None, "192.0.2.1/icmp".to_owned()))
+        );
+        for wrong in [
+            "",
+            "*",
+            "*.a.test",
+            "192.0.2.0/24",
+            "a.test:1-2",
+            "a.test:x",
+            "a b",
+        ] {
+            assert!(target(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn entries_are_found_where_they_stand() {
+        let pod = Annotations {
+            allow: Some("a.test:443,\n  *.b.test:80-90/tcp # c.test\n192.0.2.0/24".to_owned()),
+            ..Annotations::default()
+        };
+        let namespace = Annotations {
+            deny: Some("x.b.test".to_owned()),
+            ..Annotations::default()
+        };
+        let entries = Entries::read(&pod, &namespace, &settings()).unwrap();
+        let spoken = entries.of_name(&exact_name("x.b.test").unwrap());
+        let places: Vec<_> = spoken
+            .iter()
+            .map(|spoken| (spoken.list, spoken.origin, spoken.text.as_str(), spoken.at))
+            .collect();
+        let at = |line, column| At { line, column };
+        assert_eq!(
+            places,
+            [
+                (List::Deny, Origin::Namespace, "x.b.test", at(1, 1)),
+                (List::Allow, Origin::Pod, "*.b.test:80-90/tcp", at(2, 3)),
+            ]
+        );
+        assert!(spoken[1].holds(bits::TCP, 90));
+        assert!(!spoken[1].holds(bits::UDP, 90));
+        assert!(!spoken[1].holds(bits::TCP, 91));
+        assert_eq!(entries.of_name(&exact_name("c.test").unwrap()), []);
+        let address = super::super::Prefix::parse("192.0.2.9").unwrap().network();
+        assert_eq!(entries.of_address(&address)[0].at, at(3, 1));
+    }
+}

@@ -1,0 +1,115 @@
+use std::collections::BTreeMap;
+
+use super::annotations;
+use crate::{Annotations, NAMES, compile, reference::settings};
+
+fn message(pod: &[(&str, &str)], namespace: &[(&str, &str)]) -> String {
+    compile(&annotations(pod), &annotations(namespace), &settings())
+        .unwrap_err()
+        .to_string()
+}
+
+#[test]
+fn an_error_names_annotation_line_and_column() {
+    assert_eq!(
+        message(
+            &[("allow", "a.com # :0 in a comment\n  b.com, ü.com:70000\n")],
+            &[]
+        ),
+        "pod annotation egress-agent.dev/allow, line 2, column 16: `70000` is not a port: expected \
+         a number from 1 to 65535, or a range such as 8000-8100"
+    );
+    assert_eq!(
+        message(&[], &[("deny", "a.com:443")]),
+        "namespace annotation egress-agent.dev/deny, line 1, column 1: `a.com:443` is a denied \
+         name with a port or protocol: a denied name is refused as a question, so for every port; \
+         deny the address instead, or leave the port out"
+    );
+    assert_eq!(
+        message(&[("resolve", "a.com 10.0.0.1")], &[]),
+        "pod annotation egress-agent.dev/resolve, line 1, column 7: `10.0.0.1` is an address: \
+         expected a name or wildcard that may be asked for"
+    );
+    assert_eq!(
+        message(&[("resolve", "a.com:53")], &[]),
+        "pod annotation egress-agent.dev/resolve, line 1, column 1: `a.com:53` has a port or \
+         protocol: expected the name alone, since resolve opens nothing"
+    );
+    assert_eq!(
+        message(&[("mode", "enforced")], &[]),
+        "pod annotation egress-agent.dev/mode, line 1, column 1: `enforced` is not a mode: \
+         expected enforce, audit or off"
+    );
+}
+
+#[test]
+fn a_mistyped_key_does_not_leave_a_pod_open() {
+    assert_eq!(
+        message(&[("alow", "a.com")], &[]),
+        "pod annotation `egress-agent.dev/alow` is not known: expected one of allow, deny, \
+         resolve, mode, interface under egress-agent.dev/"
+    );
+    assert_eq!(
+        message(&[], &[("interface", "veth0")]),
+        "namespace annotation `egress-agent.dev/interface` names the interface of one pod: it \
+         belongs on a pod"
+    );
+    let other = BTreeMap::from([("example.com/allow".to_owned(), "]".to_owned())]);
+    assert_eq!(Annotations::from_map(&other), Annotations::default());
+}
+
+#[test]
+fn all_errors_are_collected_and_the_line_stays_short() {
+    let list = vec!["x:0"; 50].join("\n");
+    let error = compile(
+        &annotations(&[("allow", &list), ("mode", "off")]),
+        &annotations(&[]),
+        &settings(),
+    )
+    .unwrap_err();
+    assert_eq!(error.problems().len(), 50);
+    let line = error.to_string();
+    assert!(line.ends_with("; and 42 more"), "{line}");
+    assert!(!line.contains('\n'));
+}
+
+#[test]
+fn limits_are_errors_that_name_the_count() {
+    let ports: Vec<String> = (1..=65).map(|port| format!("a.com:{port}")).collect();
+    assert_eq!(
+        message(&[("allow", &ports.join(" "))], &[]),
+        "the policy has 65 classes (distinct action, protocol and port range); the limit is 64"
+    );
+    assert!(
+        compile(
+            &annotations(&[("allow", &ports[..64].join(" "))]),
+            &annotations(&[]),
+            &settings()
+        )
+        .is_ok()
+    );
+    let addresses: Vec<String> = (0..4097)
+        .map(|n| format!("10.0.{}.{}", n / 256, n % 256))
+        .collect();
+    assert_eq!(
+        message(&[("allow", &addresses.join(" "))], &[]),
+        "the policy has 4097 address prefixes; the limit is 4096"
+    );
+    let names: Vec<String> = (0..=NAMES).map(|n| format!("n{n}")).collect();
+    assert_eq!(
+        message(&[("allow", &names.join(" "))], &[]),
+        "the policy has 10001 names; the limit is 10000"
+    );
+    let globs: Vec<String> = (0..101).map(|n| format!("a*{n}.example.com")).collect();
+    assert_eq!(
+        message(&[("allow", &globs.join(" "))], &[]),
+        "the policy has 101 names with * in or for a label behind the first; the limit is 100"
+    );
+}
+
+#[test]
+fn what_turns_the_direction_of_writing_is_escaped() {
+    let error = message(&[("allow", "a\u{202e}moc.example:x")], &[]);
+    assert!(error.contains(r"a\u{202e}moc"), "{error}");
+    assert!(!error.contains('\u{202e}'), "{error}");
+}

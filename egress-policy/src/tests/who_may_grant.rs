@@ -1,0 +1,285 @@
+use egress_common::{
+    protocol::bits,
+    records::RANGE_INTERNAL,
+    verdict::{Destination, Verdict, judge},
+};
+
+use super::{annotations, compiled, is_open, name, question};
+use crate::{
+    Mode, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+    unreadable,
+};
+
+fn restricted(pod_annotations: PodAnnotations) -> Settings {
+    Settings {
+        pod_annotations,
+        ..settings()
+    }
+}
+
+#[test]
+fn a_pod_with_allow_is_closed_and_one_with_only_deny_is_open() {
+    let empty = compiled(&[("allow", "")], &[], &settings());
+    assert_eq!((empty.mode, is_open(&empty)), (Mode::Enforce, false));
+    let deny = compiled(&[("deny", "192.0.2.1")], &[], &settings());
+    assert_eq!((deny.mode, is_open(&deny)), (Mode::Enforce, true));
+    let both = compiled(&[("deny", "192.0.2.1")], &[("allow", "a.com")], &settings());
+    assert!(!is_open(&both));
+    let enforced = compiled(&[("mode", "enforce")], &[], &settings());
+    assert_eq!((enforced.mode, is_open(&enforced)), (Mode::Enforce, false));
+}
+
+#[test]
+fn a_pod_without_annotations_is_in_the_configured_mode() {
+    assert_eq!(compiled(&[], &[], &settings()).mode, Mode::Off);
+    let locked = Settings {
+        default_mode: Mode::Enforce,
+        ..settings()
+    };
+    let policy = compiled(&[], &[], &locked);
+    assert_eq!((policy.mode, is_open(&policy)), (Mode::Enforce, false));
+    let resolving = compiled(&[("resolve", "a.com")], &[], &settings());
+    assert_eq!(resolving.mode, Mode::Off);
+}
+
+#[test]
+fn the_pods_mode_wins_over_its_namespaces() {
+    let policy = compiled(&[("mode", "audit")], &[("mode", "enforce")], &settings());
+    assert_eq!(policy.mode, Mode::Audit);
+    let policy = compiled(&[("allow", "a.com")], &[("mode", "audit")], &settings());
+    assert_eq!(policy.mode, Mode::Audit);
+    let policy = compiled(&[("allow", "a.com"), ("mode", " off\n")], &[], &settings());
+    assert_eq!(policy.mode, Mode::Off);
+}
+
+#[test]
+fn a_restricted_pods_mode_can_only_tighten() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = compiled(&[("mode", "off")], &[("allow", "a.com")], &narrow);
+    assert_eq!(policy.mode, Mode::Enforce);
+    assert_eq!(
+        policy.warnings,
+        [
+            "the pod's mode off does not count: it is enforce without it, and a pod can only tighten \
+         that"
+        ]
+    );
+    assert_eq!(
+        compiled(&[("mode", "enforce")], &[("mode", "audit")], &narrow).mode,
+        Mode::Enforce
+    );
+    assert_eq!(
+        compiled(&[("mode", "audit")], &[], &narrow).mode,
+        Mode::Audit
+    );
+}
+
+#[test]
+fn a_restricted_pods_deny_does_not_open_a_closed_cluster() {
+    let locked = Settings {
+        default_mode: Mode::Enforce,
+        ..restricted(PodAnnotations::Narrow)
+    };
+    assert!(!is_open(&compiled(&[("deny", "a.com")], &[], &locked)));
+    assert!(is_open(&compiled(
+        &[("deny", "a.com")],
+        &[("deny", "b.com")],
+        &locked
+    )));
+    assert!(is_open(&compiled(
+        &[("deny", "a.com")],
+        &[],
+        &restricted(PodAnnotations::Narrow)
+    )));
+}
+
+#[test]
+fn where_audit_is_the_default_only_a_written_mode_enforces() {
+    let audited = |pod_annotations| Settings {
+        default_mode: Mode::Audit,
+        ..restricted(pod_annotations)
+    };
+    for power in [
+        PodAnnotations::Grant,
+        PodAnnotations::Narrow,
+        PodAnnotations::Ignore,
+    ] {
+        let settings = audited(power);
+        let mode = |pod: &[_], namespace: &[_]| compiled(pod, namespace, &settings).mode;
+        let list = ("allow", "a.com");
+        assert_eq!(mode(&[], &[]), Mode::Audit);
+        assert_eq!(mode(&[list], &[]), Mode::Audit);
+        assert_eq!(mode(&[("deny", "a.com")], &[list]), Mode::Audit);
+        assert_eq!(mode(&[list, ("mode", "enforce")], &[]), Mode::Enforce);
+        assert_eq!(mode(&[list], &[("mode", "enforce")]), Mode::Enforce);
+    }
+    let settings = audited(PodAnnotations::Narrow);
+    assert!(!is_open(&compiled(&[("deny", "a.com")], &[], &settings)));
+}
+
+#[test]
+fn where_audit_is_the_default_what_cannot_be_read_is_audited_unless_enforcement_is_written() {
+    let mode = |power, pod: &[_], namespace: &[_]| {
+        let settings = Settings {
+            default_mode: Mode::Audit,
+            ..restricted(power)
+        };
+        unreadable(&annotations(pod), &annotations(namespace), &settings).mode
+    };
+    let [grant, narrow] = [PodAnnotations::Grant, PodAnnotations::Narrow];
+    let (enforce, audit) = ([("mode", "enforce")], [("mode", "audit")]);
+    for power in [grant, narrow] {
+        assert_eq!(mode(power, &[], &[]), Mode::Audit);
+        assert_eq!(mode(power, &[("mode", "off")], &[]), Mode::Audit);
+        assert_eq!(mode(power, &[("mode", "enforced")], &[]), Mode::Audit);
+        assert_eq!(mode(power, &enforce, &audit), Mode::Enforce);
+        assert_eq!(mode(power, &[], &enforce), Mode::Enforce);
+    }
+    assert_eq!(mode(grant, &audit, &enforce), Mode::Audit);
+    assert_eq!(mode(narrow, &audit, &enforce), Mode::Enforce);
+}
+
+#[test]
+fn under_narrow_a_pod_reaches_what_both_lists_have() {
+    let policy = compiled(
+        &[(
+            "allow",
+            "api.example.com:443 other.net 10.0.0.0/8 *.example.com:1-100/tcp",
+        )],
+        &[("allow", "*.example.com 10.20.0.0/16:5432")],
+        &restricted(PodAnnotations::Narrow),
+    );
+    assert_eq!(question(&policy, "other.net"), QuestionRule::NotListed);
+    assert_eq!(
+        policy.names.classes(&name("api.example.com")).count_ones(),
+        2
+    );
+    assert_eq!(
+        policy.names.classes(&name("www.example.com")).count_ones(),
+        1
+    );
+    assert_eq!(policy.cidrs.len(), 1);
+    assert_eq!(policy.cidrs[0].prefix_len, 112);
+    assert_eq!(
+        policy.warnings,
+        [
+            "the pod's allow entry `other.net` does not count: its namespace's list does not cover it \
+         (podAnnotations: narrow)",
+            "the pod's allow entry `10.0.0.0/8` counts only where its namespace's list covers it: \
+         10.20.0.0/16 (tcp and udp port 5432)",
+        ]
+    );
+    let without = compiled(
+        &[],
+        &[("allow", "*.example.com")],
+        &restricted(PodAnnotations::Narrow),
+    );
+    assert_eq!(question(&without, "a.example.com"), QuestionRule::Allowed);
+}
+
+#[test]
+fn under_narrow_a_namespace_that_denies_everything_lets_no_name_be_asked_for() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = compiled(
+        &[("allow", "a.com")],
+        &[("allow", "*"), ("deny", "*")],
+        &narrow,
+    );
+    assert_eq!(
+        policy.names.question(&name("a.com"), false),
+        QuestionRule::NotListed
+    );
+}
+
+#[test]
+fn under_narrow_anywhere_does_not_cover_a_protected_address() {
+    let policy = compiled(
+        &[("allow", "169.254.169.254 203.0.113.7")],
+        &[("allow", "*")],
+        &restricted(PodAnnotations::Narrow),
+    );
+    assert_eq!(policy.cidrs.len(), 1);
+    assert_eq!(policy.cidrs[0].network, to_mapped([203, 0, 113, 7].into()));
+}
+
+#[test]
+fn under_narrow_an_address_within_anywhere_opens_no_more_than_anywhere() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = |namespace| {
+        let pod = [("allow", "203.0.113.7")];
+        let namespace = [("allow", namespace), ("deny", "evil.com")];
+        compiled(&pod, &namespace, &narrow)
+    };
+    let packets = [(bits::UDP, 53), (bits::TCP, 853), (bits::UDP, 4789)];
+    for (protocol, port) in packets {
+        let verdict = |namespace| {
+            let policy = policy(namespace);
+            let destination = Destination {
+                cidr: policy.cidrs[0].classes,
+                ranges: RANGE_INTERNAL,
+                tunnel: u64::from(port == 4789),
+                ..Destination::default()
+            };
+            judge(&policy.record, &destination, protocol, port)
+        };
+        assert_ne!(verdict("*"), Verdict::Pass, "{port}");
+        assert_eq!(verdict("* 203.0.113.0/24"), Verdict::Pass, "{port}");
+    }
+}
+
+#[test]
+fn under_ignore_only_the_pods_denials_count() {
+    let policy = compiled(
+        &[
+            ("allow", "a.com"),
+            ("resolve", "b.com"),
+            ("deny", "evil.c.com"),
+        ],
+        &[("allow", "*.c.com")],
+        &restricted(PodAnnotations::Ignore),
+    );
+    assert_eq!(question(&policy, "a.com"), QuestionRule::NotListed);
+    assert_eq!(question(&policy, "b.com"), QuestionRule::NotListed);
+    assert_eq!(question(&policy, "x.c.com"), QuestionRule::Allowed);
+    assert_eq!(question(&policy, "evil.c.com"), QuestionRule::Denied);
+    assert_eq!(
+        policy.warnings,
+        [
+            "the pod's allow grants nothing: the agent's configuration says podAnnotations: ignore",
+            "the pod's resolve grants nothing: the agent's configuration says podAnnotations: ignore",
+        ]
+    );
+    let alone = compiled(&[("allow", "*")], &[], &restricted(PodAnnotations::Ignore));
+    assert_eq!(
+        (alone.mode, is_open(&alone), alone.record.any),
+        (Mode::Enforce, false, 0)
+    );
+}
+
+#[test]
+fn all_of_a_family_opens_protected_addresses_and_says_so() {
+    let policy = compiled(&[("allow", "0.0.0.0/0:443")], &[], &settings());
+    assert_eq!(
+        policy.warnings,
+        [
+            "the pod's allow entry `0.0.0.0/0:443` opens protected addresses too, such as the metadata \
+         service; `*` does not"
+        ]
+    );
+}
+
+#[test]
+fn under_narrow_a_pod_does_not_open_a_protected_address_behind_a_translator() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    for entry in ["64:ff9b::a9fe:a9fe", "64:ff9b::/96", "2002:a9fe:a9fe::/48"] {
+        let policy = compiled(&[("allow", entry)], &[("allow", "*")], &narrow);
+        assert!(policy.cidrs.is_empty(), "{entry}");
+        assert_eq!(policy.warnings.len(), 1, "{entry}");
+    }
+    let policy = compiled(
+        &[("allow", "64:ff9b::cb00:7109")],
+        &[("allow", "*")],
+        &narrow,
+    );
+    assert_eq!(policy.cidrs.len(), 1);
+}
