@@ -57,7 +57,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         filter,
     } = options;
     let all = !unit && !system;
-    setup::ensure()?;
+    if all || *system {
+        // Before anything takes minutes.
+        process::root_runner().context(
+            "the kernel and system tests need root; `cargo xtask test --unit` runs the others",
+        )?;
+    }
+    setup::ensure(setup::Purpose::Test)?;
     if all && filter.is_none() {
         lint::run(&lint::Options {})?;
     } else {
