@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::build::Warnings;
 use crate::leftovers::Inventory;
@@ -94,14 +94,23 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 fn system_tests(filter: Option<&str>) -> Result<()> {
     let before = Inventory::take()?;
     let filter = filter.as_slice();
-    process::run(&mut laboratory(&[], filter)?).context("kernel and system tests")?;
+    let mut failed = Vec::new();
+    if let Err(error) = process::run(&mut laboratory(&[], filter)?) {
+        failed.push(format!("{error:#}"));
+    }
     for (folder, modules) in UNDER_CLSACT {
         let tests = if filter.is_empty() { modules } else { filter };
         let (name, value) = ATTACH;
-        process::run(laboratory(&["--test", folder], tests)?.env(name, value))
-            .context("system tests under clsact")?;
+        let mut under_clsact = laboratory(&["--test", folder], tests)?;
+        if let Err(error) = process::run(under_clsact.env(name, value)) {
+            failed.push(format!("under clsact: {error:#}"));
+        }
     }
-    before.compare()
+    before.compare()?;
+    if !failed.is_empty() {
+        bail!("kernel and system tests: {}", failed.join("; "));
+    }
+    Ok(())
 }
 
 /// The command that runs tests of the laboratory whose names contain one of `names`: of the folders that
