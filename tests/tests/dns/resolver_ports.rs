@@ -1,4 +1,4 @@
-//! Resolvers that are asked on other ports than 53, as behind a load balancer at the socket.
+//! Resolvers on other ports than 53, as behind a socket-level load balancer.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 
 const PORT: u16 = 5353;
 
-/// The addresses of a server that is asked on [`PORT`].
+/// The addresses of a server on [`PORT`].
 fn other() -> [SocketAddr; 2] {
     ["10.99.0.54:5353", "[fd99::54]:5353"].map(|text| text.parse().expect("an address and a port"))
 }
 
-/// A laboratory with a second resolver, which is asked on [`PORT`].
+/// A laboratory with a second resolver, on [`PORT`].
 fn lab() -> (Lab, DnsServer) {
     let [v4, v6] = other().map(|at| at.to_string());
     let lab = Lab::builder()
@@ -33,13 +33,13 @@ fn lab() -> (Lab, DnsServer) {
 #[track_caller]
 fn asks(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer {
     pod.try_resolve_at(server, name, qtype, DEADLINE)
-        .unwrap_or_else(|| panic!("no answer from {server} for {name}"))
+        .unwrap_or_else(|| panic!("no response from {server} for {name}"))
 }
 
-/// Asks over a connection; `None` when it ends without an answer.
+/// Sends a query on a connection; `None` when the connection ends without a response.
 fn asks_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
     let message = question(9, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short question");
+    let length = u16::try_from(message.len()).expect("a short query");
     stream.write_all(&length.to_be_bytes()).ok()?;
     stream.write_all(&message).ok()?;
     let mut length = [0; 2];
@@ -50,7 +50,7 @@ fn asks_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
 }
 
 #[test]
-fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
+fn a_resolver_on_another_port_is_treated_like_one_on_port_53() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     dns.addresses("shop.test", &[server(10), server6(10)]);
@@ -67,13 +67,13 @@ fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
         pod.talks_tcp((answers, 443));
         let refused = asks(&pod, at, "evil.test", qtype);
         assert_eq!(refused.code, ResponseCode::NXDomain);
-        agent.wait_denial("the question", |d| {
+        agent.wait_denial("the query", |d| {
             d.is_question(&pod, "evil.test") && d.reason == "dns_name" && d.dst_ip == Some(at.ip())
         });
     }
     assert_eq!(dns.asked("evil.test"), 0);
     assert_eq!(pod.syn_retransmissions(), 0);
-    // What the resolver sends to a port that has asked nothing is an answer to nothing.
+    // A datagram from the resolver to a port that has sent no query is malformed DNS.
     let socket = pod.udp_socket(v4);
     let own = socket.local_addr().expect("a bound socket");
     dns.send(v4.ip(), own, b"hello");
@@ -83,7 +83,7 @@ fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
 }
 
 #[test]
-fn a_resolver_on_another_port_is_asked_over_tcp() {
+fn a_resolver_on_another_port_can_be_queried_over_tcp() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     dns.addresses("shop.test", &[server(10)]);
@@ -94,7 +94,7 @@ fn a_resolver_on_another_port_is_asked_over_tcp() {
     let stream = pod
         .connect_tcp(other()[0], DEADLINE)
         .expect("the resolver accepts");
-    let answer = asks_on(&stream, "shop.test").expect("an answer");
+    let answer = asks_on(&stream, "shop.test").expect("a response");
     assert_eq!(answer.addresses, [server(10)]);
     pod.talks_tcp((server(10), 443));
     let refused = asks_on(&stream, "evil.test").expect("a refusal");
@@ -103,7 +103,7 @@ fn a_resolver_on_another_port_is_asked_over_tcp() {
 }
 
 #[test]
-fn answers_in_fragments_from_another_port_are_learned_from() {
+fn addresses_in_fragmented_responses_from_another_port_are_learned() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     let many: Vec<IpAddr> = (0..190).map(numbered).collect();
@@ -124,7 +124,7 @@ fn answers_in_fragments_from_another_port_are_learned_from() {
 }
 
 #[test]
-fn a_resolver_is_one_on_its_own_port_only() {
+fn a_resolver_counts_as_one_only_on_its_own_port() {
     let (lab, _dns) = lab();
     let _echo = lab.serve_udp(5454);
     let pod = lab.pod("shop", "cart");
@@ -137,7 +137,7 @@ fn a_resolver_is_one_on_its_own_port_only() {
 }
 
 #[test]
-fn a_port_that_is_configured_later_is_held_at_once() {
+fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
     let lab = Lab::new();
     let at = other()[0];
     let dns = lab.serve_dns_at(&[at]);
@@ -164,7 +164,8 @@ fn a_port_that_is_configured_later_is_held_at_once() {
     assert_eq!(dns.asked("evil.test"), 2);
 }
 
-/// A cluster whose DNS pod has the laboratory's resolver's address, and listens as `OpenShift`'s do.
+/// Makes the cluster's DNS pod have the laboratory's resolver's address, and listen on a port as in
+/// `OpenShift`.
 fn announce(cluster: &Cluster) {
     cluster.server.apply(&json!({
         "apiVersion": "v1",
@@ -195,7 +196,7 @@ fn announce(cluster: &Cluster) {
 }
 
 #[test]
-fn the_ports_of_the_cluster_s_dns_pods_are_taken_from_their_endpoints() {
+fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     let builder = Lab::builder()
         .config("dns", json!({}))
         .config("ranges.internal", vec!["10.99.0.0/24"]);
@@ -219,7 +220,7 @@ fn the_ports_of_the_cluster_s_dns_pods_are_taken_from_their_endpoints() {
     let refused = asks(cart.net(), at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(dns.asked("evil.test"), 0);
-    // The pod's other ports are internal like others.
+    // The DNS pod's other ports are ordinary internal ports.
     cart.net().talks_tcp((at.ip(), 9154));
     let unanswered = cart
         .net()
