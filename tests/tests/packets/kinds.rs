@@ -1,4 +1,4 @@
-//! Packets of every kind, from programs and from forgers.
+//! Packets of every kind, sent by ordinary programs and by forgers.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -19,8 +19,8 @@ use etherparse::{
 /// The port that [`Wire`] allows.
 const PORT: u16 = 4000;
 
-/// A pod that may send UDP and TCP to port 4000 of `server(1)` and `server6(1)`, its own end of
-/// the wire, and what leaves the node.
+/// A pod that may send UDP and TCP to port 4000 of `server(1)` and `server6(1)`; a tap in the pod, and one on
+/// the frames that leave the node.
 struct Wire {
     agent: Agent,
     tap: Tap,
@@ -47,7 +47,7 @@ impl Wire {
         }
     }
 
-    /// Sends a frame and then a harmless one, and asserts that of the two only the latter leaves
+    /// Asserts that this frame is dropped: sends it and then a harmless one, of which only the latter leaves
     /// the node.
     #[track_caller]
     fn stops(&self, frame: &[u8], reason: &str) {
@@ -74,7 +74,7 @@ impl Wire {
             .wait_denial_from(mark, reason, |d| d.of(&self.pod) && d.reason == reason);
     }
 
-    /// Sends a frame that leaves the node.
+    /// Asserts that this frame leaves the node.
     #[track_caller]
     fn passes(&self, frame: &[u8]) {
         self.tap.send(frame);
@@ -118,7 +118,7 @@ fn a_forged_source_address_stays_on_the_node() {
 }
 
 #[test]
-fn a_neighbours_address_cannot_be_borrowed() {
+fn a_pod_cannot_send_from_a_neighbours_address() {
     let wire = Wire::new();
     let neighbour = wire.lab.pod("shop", "mail");
     wire.lab
@@ -156,7 +156,7 @@ fn tagged_truncated_and_foreign_frames_stay_on_the_node() {
 }
 
 #[test]
-fn ip_options_and_extension_headers_hide_nothing() {
+fn ip_options_and_extension_headers_do_not_hide_ports() {
     let wire = Wire::new();
     let with_options = |dst: u8, payload: &[u8]| {
         let (IpAddr::V4(src), IpAddr::V4(dst)) = (wire.own(), server(dst)) else {
@@ -205,7 +205,7 @@ fn ip_options_and_extension_headers_hide_nothing() {
 }
 
 #[test]
-fn fragments_follow_their_first() {
+fn later_fragments_follow_the_verdict_of_the_first() {
     let lab = Lab::new();
     let _echo = lab.serve_udp(PORT);
     let pod = lab.pod("shop", "cart");
@@ -295,7 +295,7 @@ fn sctp_is_judged_by_its_ports() {
 }
 
 #[test]
-fn a_pod_that_may_reach_nothing_still_answers() {
+fn a_pod_without_allowed_destinations_still_answers_connections() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "")]);
@@ -306,7 +306,7 @@ fn a_pod_that_may_reach_nothing_still_answers() {
             let (mut stream, peer) = tcp.accept().expect("a connection from outside");
             let mut request = [0; 4];
             stream.read_exact(&mut request).expect("a request");
-            stream.write_all(&request).expect("send an answer");
+            stream.write_all(&request).expect("send a response");
             peer
         });
         let to = SocketAddr::new(own, 8080);
@@ -320,13 +320,13 @@ fn a_pod_that_may_reach_nothing_still_answers() {
         );
         let peer = server.join().expect("the pod's server").ip().to_canonical();
 
-        // To answer is not to call back.
+        // Permission to answer is not permission to connect.
         agent.denies_tcp(&pod, (peer, 9999), "no_rule");
     }
 }
 
 #[test]
-fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
+fn a_pod_without_allowed_destinations_still_answers_datagrams() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "")]);
@@ -347,7 +347,7 @@ fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
                 .expect("a datagram from outside");
             socket
                 .send_to(&buffer[..length], peer)
-                .expect("send an answer");
+                .expect("send a response");
         });
         let client = lab.outside().run(|| {
             let unspecified: IpAddr = if own.is_ipv4() {
@@ -367,7 +367,7 @@ fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
 }
 
 #[test]
-fn rejected_programs_fail_at_once() {
+fn with_reject_denied_programs_fail_at_once() {
     let lab = Lab::builder().config("onDeny", "reject").build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -401,8 +401,8 @@ fn rejected_programs_fail_at_once() {
 }
 
 #[test]
-fn a_checksum_cannot_be_written_over_the_port_that_was_judged() {
-    /// Where the UDP header begins, its destination port and its checksum.
+fn a_late_checksum_cannot_overwrite_the_judged_port() {
+    /// The offset of the UDP header, and the offsets of its destination port and checksum.
     const UDP: u16 = 14 + 20;
     const PORT_FIELD: u16 = 2;
     const CHECKSUM_FIELD: u16 = 6;
