@@ -231,8 +231,9 @@ fn a_flood_from_outside_neither_ends_connections_nor_blocks_new_ones() {
     assert_eq!((counters.flows_evicted, counters.flows_full), (0, 0));
 }
 
-/// Asserts that the connections of [`a_flood_from_outside_neither_ends_connections_nor_blocks_new_ones`] go on,
-/// and that new connections are accepted.
+/// Asserts that the connections of
+/// [`a_flood_from_outside_neither_ends_connections_nor_blocks_new_ones`] go on, and that new connections
+/// are accepted.
 #[track_caller]
 fn assert_still_works(programs: &mut Programs) {
     let to = programs.to(server(9));
