@@ -219,7 +219,7 @@ fn with_trust_connections_from_before_the_first_agent_go_on() {
         .outside()
         .run(|| std::net::TcpStream::connect(to))
         .expect("the pod is called");
-    let (mut answering, _) = listener.accept().expect("it accepts");
+    let (mut answering, _) = listener.accept().expect("the pod accepts");
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
@@ -389,7 +389,7 @@ fn replacing_the_agent_leaves_no_gap_and_keeps_open_connections() {
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     let mut open = cart.net().talks_tcp((server(10), 443));
     assert!(agent.stop().success());
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
     assert!(
         exchange(&mut open, b"meanwhile", DEADLINE),
         "the open connection was cut"
@@ -485,7 +485,7 @@ fn a_pod_that_cannot_be_enforced_is_reported_in_the_log_and_as_an_event() {
             "everything external is denied",
         ],
     );
-    assert!(!reaches(unreadable.net(), server(10)), "it is open");
+    assert!(!reaches(unreadable.net(), server(10)), "the pod is open");
 }
 
 #[test]
@@ -587,5 +587,5 @@ fn a_pod_cannot_choose_an_interface_by_its_annotation() {
     cannot_reach(&agent, victim.net(), server(10), "no_rule");
     // A foreign process in the victim's network does not change anything either.
     let _other = victim.net().start(&mut pause());
-    assert!(!reaches(victim.net(), server(10)), "it is open");
+    assert!(!reaches(victim.net(), server(10)), "the pod is open");
 }

@@ -53,7 +53,7 @@ fn the_roles_of_the_manifests_are_sufficient() {
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
     let elsewhere = cart.net().connect_tcp((server(99), 443), SHORT);
-    assert!(elsewhere.is_err(), "it is open");
+    assert!(elsewhere.is_err(), "the pod is open");
     wait_event(&cluster, &shop, "cart", "EgressDenied");
     // An existing Event is patched, which needs another right.
     let denied = json!({
@@ -63,7 +63,7 @@ fn the_roles_of_the_manifests_are_sufficient() {
     });
     eventually("an Event counts what is denied again", || {
         let again = cart.net().connect_tcp((server(99), 443), SHORT);
-        assert!(again.is_err(), "it is open");
+        assert!(again.is_err(), "the pod is open");
         let events = cluster.server.list(&denied);
         holds(events.iter().any(|event| event.data["series"].is_object()))
     });

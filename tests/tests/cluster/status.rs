@@ -240,7 +240,7 @@ fn an_interface_is_shown_as_quarantined_until_its_pod_is_known() {
     let mut cart = cluster.place(object, &uid, net);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    eventually("it is the pod's", || {
+    eventually("the interface belongs to the pod", || {
         let metrics = cluster.lab.metrics();
         holds(
             metrics.get(&in_mode("quarantined")) == 0.0 && metrics.get(&in_mode("enforce")) == 1.0,

@@ -385,6 +385,6 @@ fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let (mut server, _) = listener.accept().expect("a connection");
     client.write_all(b"hello").expect("write");
     let mut heard = [0; 5];
-    std::io::Read::read_exact(&mut server, &mut heard).expect("it is heard");
+    std::io::Read::read_exact(&mut server, &mut heard).expect("the data arrives");
     assert_eq!(&heard, b"hello");
 }

@@ -302,18 +302,21 @@ fn a_datagram_from_outside_does_not_reopen_a_udp_flow_that_the_pod_began() {
     let own = denied.local_addr().expect("its address");
     let mut taken = [0; 16];
     denied.send(b"before").expect("send");
-    assert_eq!(peer.recv(&mut taken).expect("it is heard"), 6);
+    assert_eq!(peer.recv(&mut taken).expect("the data arrives"), 6);
 
     let agent = lab.start_agent(&[&cart]);
     peer.send_to(b"go on", own).expect("send to the pod");
-    assert_eq!(denied.recv(&mut taken).expect("it is heard"), 5);
+    assert_eq!(denied.recv(&mut taken).expect("the data arrives"), 5);
     denied.send(b"after").expect("send");
     let heard = peer.recv(&mut taken);
     assert!(heard.is_err(), "the conversation goes on");
     agent.wait_denial("the datagram", |denial| {
         denial.is(&cart, "no_rule", server(20), 4434)
     });
-    assert!(echo_on(&allowed, b"after", DEADLINE), "it was cut");
+    assert!(
+        echo_on(&allowed, b"after", DEADLINE),
+        "the connection was cut"
+    );
 }
 
 #[test]
@@ -340,9 +343,9 @@ fn a_server_with_a_socket_for_each_client_answers_its_clients_next_datagram() {
     let _agent = lab.start_agent(&[&cart]);
     let mut taken = [0; 16];
     client.send_to(b"ask", at).expect("send to the pod");
-    assert_eq!(of_client.recv(&mut taken).expect("it is heard"), 3);
+    assert_eq!(of_client.recv(&mut taken).expect("the data arrives"), 3);
     of_client.send(b"answer").expect("send");
-    assert_eq!(client.recv(&mut taken).expect("it is answered"), 6);
+    assert_eq!(client.recv(&mut taken).expect("the answer arrives"), 6);
 }
 
 #[test]
@@ -390,8 +393,14 @@ fn outbound_connections_are_trusted_once_on_a_node() {
     assert!(echo_on(&datagrams, b"before", DEADLINE));
 
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
-    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
-    assert!(echo_on(&datagrams, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut out, b"after", DEADLINE),
+        "the connection was cut"
+    );
+    assert!(
+        echo_on(&datagrams, b"after", DEADLINE),
+        "the connection was cut"
+    );
     assert!(
         cart.connect_tcp((server(20), 443), SHORT).is_err(),
         "a new connection was not judged"
@@ -434,7 +443,10 @@ fn in_a_cluster_outbound_connections_are_trusted_once() {
     let mut out = cart.net().talks_tcp((server(20), 443));
     let mut agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut out, b"after", DEADLINE),
+        "the connection was cut"
+    );
 
     // A pod that is enforced later has no part in the first start.
     let mut of_later = later.net().talks_tcp((server(20), 443));
@@ -576,7 +588,10 @@ fn trust_does_not_cover_tunnels_denied_or_protected_addresses() {
     let mut other = cart.talks_tcp((server(20), 443));
 
     let agent = lab.start_agent(&[&cart]);
-    assert!(exchange(&mut other, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut other, b"after", DEADLINE),
+        "the connection was cut"
+    );
     is_reset(&mut denied);
     is_reset(&mut protected);
     assert!(!echo_on(&tunnel, b"after", SHORT), "the tunnel is open");
@@ -601,7 +616,10 @@ fn a_pod_with_more_sockets_than_the_agent_reads_is_reported_and_enforced() {
     agent.wait_said("that not all are read", |line| {
         line.contains("cut_short=true") && line.contains("shop/cart")
     });
-    assert!(inbound.goes_on() && of_other.goes_on(), "it was cut");
+    assert!(
+        inbound.goes_on() && of_other.goes_on(),
+        "the connection was cut"
+    );
     assert!(cart.connect_tcp((server(10), 443), DEADLINE).is_ok());
     drop(sockets);
 }

@@ -248,7 +248,7 @@ fn an_inbound_connection_of_audit_mode_goes_on_once_the_pod_is_enforced() {
     agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
     inner.write_all(b"word").expect("the pod writes");
     caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
-    caller.read_exact(&mut [0; 4]).expect("it is heard");
+    caller.read_exact(&mut [0; 4]).expect("the data arrives");
 }
 
 /// A predicate: the frame contains these bytes.
@@ -469,7 +469,7 @@ fn a_connection_that_conntrack_picked_up_midstream_does_not_count_as_inbound() {
         "table inet late { chain forward { type filter hook forward priority filter; ct state new counter; }; }",
     );
     peer.write_all(b"word").expect("send to the pod");
-    stream.read_exact(&mut [0; 4]).expect("it is heard");
+    stream.read_exact(&mut [0; 4]).expect("the data arrives");
     is_judged(&lab, &cart, &mut stream);
 }
 

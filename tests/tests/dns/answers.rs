@@ -33,7 +33,7 @@ fn aliases_in_https_records_are_followed_to_their_hints() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
     let answer = pod.resolve("shop.test", RecordType::HTTPS);
-    assert_eq!(answer.message.answers.len(), 4, "it arrives whole");
+    assert_eq!(answer.message.answers.len(), 4, "the response was changed");
     for address in [server(8), server6(8), server(9)] {
         pod.talks_tcp((address, 443));
     }
@@ -64,7 +64,11 @@ fn addresses_outside_the_answer_section_are_not_learned() {
     let agent = lab.start_agent(&[&pod]);
     let answer = pod.resolve("_web._tcp.shop.test", RecordType::SRV);
     assert_eq!(answer.message.answers.len(), 1);
-    assert_eq!(answer.message.additionals.len(), 2, "it arrives whole");
+    assert_eq!(
+        answer.message.additionals.len(),
+        2,
+        "the response was changed"
+    );
     assert!(lab.allowed(&pod).is_empty());
     agent.denies_tcp(&pod, (server(68), 443), "address_not_learned");
 }

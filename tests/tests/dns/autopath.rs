@@ -36,7 +36,7 @@ fn walk_search_lists(lab: &Lab, names: &'static [(&'static str, u8)]) -> Upstrea
         let base = asked
             .name
             .strip_suffix(&format!(".{SEARCH}"))
-            .expect("it is below");
+            .expect("a name below the search domain");
         let mut asked_upstream = asked_upstream.0.lock().expect("no test has panicked");
         asked_upstream.push(base.to_owned());
         match names

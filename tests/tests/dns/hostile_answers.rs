@@ -184,7 +184,7 @@ fn records_of_other_names_are_not_learned() {
     assert_eq!(
         scene.socket.expect("the response").message.answers.len(),
         4,
-        "it arrives whole"
+        "the response was changed"
     );
     assert_eq!(scene.learned(), [server(TRUTH)]);
     scene

@@ -170,7 +170,7 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let to = (pod.ipv4(), 8080);
     let caller = lab.node().run(|| TcpStream::connect(to));
     caller.expect("the pod is called");
-    listener.accept().expect("it accepts");
+    listener.accept().expect("the pod accepts");
     assert!(is_open(&pod, PAST), "the macvlan is expected to stay open");
 
     // Audit mode denies nothing.

@@ -45,7 +45,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     let agent = cluster.start_agent();
 
     let closed = |net: &Pod| {
-        assert!(!reaches(net, server(10)), "it is open");
+        assert!(!reaches(net, server(10)), "the pod is open");
         let denial = agent.wait_denial("pod_unknown", |denial| {
             denial.reason == "pod_unknown" && denial.pod == net.interface()
         });
@@ -58,7 +58,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     cluster.tell_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
     agent.wait_denial("the address", |denial| {
         denial.is(cart.net(), "address_not_learned", server(99), 443)
     });
@@ -84,7 +84,7 @@ fn an_inbound_connection_from_before_the_pod_was_known_goes_on() {
     let mut caller = outside
         .run(|| std::net::TcpStream::connect(to))
         .expect("the pod is called");
-    let (mut server, _) = listener.accept().expect("it accepts");
+    let (mut server, _) = listener.accept().expect("the pod accepts");
     let mut echo = || {
         let mut taken = [0; 4];
         std::thread::scope(|scope| {
@@ -152,8 +152,14 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     assert!(dns.questions().is_empty(), "a question left the node");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443 later.test:443"));
-    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
-    assert_eq!(socket6.expect("it is known").addresses, [server(11)]);
+    assert_eq!(
+        socket.expect("a response once the pod is known").addresses,
+        [server(10)]
+    );
+    assert_eq!(
+        socket6.expect("a response once the pod is known").addresses,
+        [server(11)]
+    );
     cart.net().talks_tcp((server(10), 443));
     cart.net().talks_tcp((server(11), 443));
     assert_eq!(
@@ -271,7 +277,7 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
     );
-    assert!(!reaches(&net, server(10)), "it is open");
+    assert!(!reaches(&net, server(10)), "the pod is open");
     // Another interface that takes the name is closed too.
     let second = cluster.lab.pod(&shop, "next");
     agent.wait_said("that the next interface is enforced", |line| {
@@ -286,15 +292,15 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
     );
-    assert!(!reaches(&second, server(10)), "it is open");
-    assert!(!reaches(&net, server(10)), "it is open");
+    assert!(!reaches(&second, server(10)), "the pod is open");
+    assert!(!reaches(&net, server(10)), "the pod is open");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
     cluster.tell_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
 }
 
 #[test]
@@ -325,6 +331,9 @@ fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
     let socket = next.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     let _next = identify(&cluster, &shop, next, &allow("shop.test:443"));
-    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
+    assert_eq!(
+        socket.expect("a response once the pod is known").addresses,
+        [server(10)]
+    );
     assert_eq!(dns.asked("shop.test"), 1);
 }

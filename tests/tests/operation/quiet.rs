@@ -246,7 +246,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
     });
     for pod in &pods {
         assert!(pod.net().connect_tcp((server(20), 443), SHORT).is_err());
-        let denial = agent.wait_denial("what the earlier agent's policy denies", |denial| {
+        let denial = agent.wait_denial("the denial by the earlier policy", |denial| {
             denial.is(pod.net(), "no_rule", server(20), 443)
         });
         assert_eq!(denial.node, cluster.node());

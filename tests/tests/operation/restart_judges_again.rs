@@ -169,7 +169,10 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
     );
     // A flow gets the pod's new policy only with its next packet.
     for connection in cut.iter_mut().chain(&mut open) {
-        assert!(exchange(connection, b"edited", DEADLINE), "it was cut");
+        assert!(
+            exchange(connection, b"edited", DEADLINE),
+            "the connection was cut"
+        );
     }
     agent.says_after(
         "that the API server is away",
@@ -195,6 +198,9 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
         );
     }
     for connection in &mut open {
-        assert!(exchange(connection, b"after", DEADLINE), "it was cut");
+        assert!(
+            exchange(connection, b"after", DEADLINE),
+            "the connection was cut"
+        );
     }
 }

@@ -327,7 +327,10 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         lab.write_pod(&pod, &[("allow", &wide)]);
     });
     for open in &mut opens {
-        assert!(exchange(open, b"still here", DEADLINE), "it was cut");
+        assert!(
+            exchange(open, b"still here", DEADLINE),
+            "the connection was cut"
+        );
     }
     // Otherwise the agent cannot tell whether the address is allowed.
     agent.applies(&pod, || {
@@ -335,7 +338,10 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         lab.write_pod(&pod, &[("allow", &more)]);
     });
     let [first, late] = &mut opens;
-    assert!(exchange(first, b"still here", DEADLINE), "it was cut");
+    assert!(
+        exchange(first, b"still here", DEADLINE),
+        "the connection was cut"
+    );
     assert!(
         !exchange(late, b"after", SHORT),
         "an address without a known name is still allowed"

@@ -68,7 +68,7 @@ fn a_takeover_keeps_connections_and_answers_every_query() {
     _web = scene.lab.serve_tcp(443);
     assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
     let mut open = scene.cart.talks_tcp((server(10), 443));
-    eventually("it is ready to take over", || holds(scene.is_ready()));
+    eventually("the standby is ready", || holds(scene.is_ready()));
     let slow = scene.cart.dns_socket();
     slow.ask(RESOLVER, 7, "slow.test", RecordType::A);
     eventually("the query is out", || {
@@ -81,21 +81,30 @@ fn a_takeover_keeps_connections_and_answers_every_query() {
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     let meanwhile = scene.cart.dns_socket();
     meanwhile.ask(RESOLVER, 8, "shop.test", RecordType::A);
-    assert!(exchange(&mut open, b"meanwhile", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"meanwhile", DEADLINE),
+        "the connection was cut"
+    );
     scene.send(Signal::SIGCONT);
     assert_eq!(meanwhile.expect("shop.test").addresses, [server(10)]);
 
     // The response to another query arrives only now.
     let asked = scene.lab.dns().questions();
     let asked = asked.iter().find(|question| question.name == "slow.test");
-    let answer = Send::answer(asked.expect("it was asked"), &[address(server(11))]);
+    let answer = Send::answer(
+        asked.expect("a query for slow.test"),
+        &[address(server(11))],
+    );
     scene
         .lab
         .dns()
         .send(RESOLVER, slow.address(), answer.bytes());
     assert_eq!(slow.expect("slow.test").addresses, [server(11)]);
     scene.cart.talks_tcp((server(11), 443));
-    assert!(exchange(&mut open, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"after", DEADLINE),
+        "the connection was cut"
+    );
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     scene.standby.wait_ready();
     assert!(scene.is_ready());

@@ -221,7 +221,7 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     lab.write_pod(&neighbour, &[("allow", "small.test:443")]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     let (many, one) = (Stamped::open(&greedy), Stamped::open(&neighbour));
-    let to = |socket: &Stamped| socket.0.local_addr().expect("it is bound");
+    let to = |socket: &Stamped| socket.0.local_addr().expect("a bound socket");
     for id in 0..COSTLY {
         let asked = question(id, "big.test", RecordType::A);
         many.0.send_to(&asked, (RESOLVER, 53)).expect("send");
@@ -349,7 +349,9 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
     for number in 0..CONNECTIONS {
         let mut stream = greedy.reach_tcp((RESOLVER, 53));
         if number < LONG {
-            stream.write_all(&framed("big.test")).expect("it is open");
+            stream
+                .write_all(&framed("big.test"))
+                .expect("the connection is open");
         }
         // The agent buffers the data after the query until the message is complete.
         let mut beginning = [0xff; 4000];
@@ -362,7 +364,9 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
         held.push(stream);
     }
     let mut stream = neighbour.reach_tcp((RESOLVER, 53));
-    stream.write_all(&framed("whole.test")).expect("it is open");
+    stream
+        .write_all(&framed("whole.test"))
+        .expect("the connection is open");
     let mut length = [0; 2];
     stream
         .read_exact(&mut length)

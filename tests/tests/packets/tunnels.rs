@@ -234,7 +234,7 @@ fn a_packet_from_a_tunnels_port_behind_nat64_opens_no_tunnel_back() {
         let hello = frames::udp_to(&scene.pod, (peer, VXLAN), (own, 4444), b"hello");
         node.send(&hello);
         let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
-        assert!(arrives.is_some(), "it arrives");
+        assert!(arrives.is_some(), "the datagram does not arrive");
         let mark = scene.agent.mark();
         let payload: &[u8] = if passes { b"outside" } else { b"inside" };
         let answer = frames::udp(&scene.pod, (own, 4444), (peer, VXLAN), payload);
@@ -265,7 +265,7 @@ fn a_reply_is_judged_again_when_its_port_becomes_a_tunnel_port() {
     let peer = (IpAddr::from([10, 98, 0, 2]), PORT);
     node.send(&frames::udp_to(&scene.pod, peer, (own, 4444), b"hello"));
     let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
-    assert!(arrives.is_some(), "it arrives");
+    assert!(arrives.is_some(), "the datagram does not arrive");
     let answer = |payload: &[u8]| frames::udp(&scene.pod, (own, 4444), peer, payload);
     scene.tap.send(&answer(b"before"));
     let leaves = scene

@@ -300,7 +300,7 @@ fn only_root_may_use_the_socket_and_it_is_removed_with_the_agent() {
     let lab = Lab::new();
     let mut agent = lab.start_agent(&[]);
     let mode = |path: &std::path::Path| {
-        let metadata = fs::metadata(path).expect("it is there");
+        let metadata = fs::metadata(path).expect("the socket exists");
         metadata.permissions().mode() & 0o777
     };
     eventually("the socket", || holds(lab.socket().exists()));
@@ -312,7 +312,7 @@ fn only_root_may_use_the_socket_and_it_is_removed_with_the_agent() {
 
     // A socket that a killed agent left behind is replaced.
     let mut agent = lab.start_agent(&[]);
-    eventually("it answers", || {
+    eventually("the agent answers", || {
         holds(lab.ask(&["status"]).status.success())
     });
     agent.kill();
