@@ -52,7 +52,7 @@ impl Inbound {
 
 /// Asserts that a denied connection is answered with a reset.
 #[track_caller]
-fn is_reset(stream: &mut TcpStream) {
+fn assert_reset(stream: &mut TcpStream) {
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let outcome = stream
         .write_all(b"more")
@@ -143,7 +143,7 @@ fn a_pods_first_annotation_keeps_inbound_connections_and_judges_its_own() {
         exchange(&mut allowed, b"after", DEADLINE),
         "the allowed connection was cut"
     );
-    is_reset(&mut denied);
+    assert_reset(&mut denied);
     agent.wait_denial("the connection from before", |denial| {
         denial.is(cart.net(), "no_rule", server(20), 443)
     });
@@ -169,7 +169,7 @@ fn at_the_agents_first_start_in_a_cluster_pods_keep_inbound_connections() {
         exchange(&mut allowed, b"after", DEADLINE),
         "the allowed connection was cut"
     );
-    is_reset(&mut named);
+    assert_reset(&mut named);
     wait_existing(
         &cluster.lab,
         &[("outbound", json!("judged")), ("inbound_kept", json!(1))],
@@ -190,7 +190,7 @@ fn at_the_agents_first_start_with_a_directory_pods_keep_inbound_connections() {
         exchange(&mut allowed, b"after", DEADLINE),
         "the allowed connection was cut"
     );
-    is_reset(&mut denied);
+    assert_reset(&mut denied);
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn an_outbound_connection_is_judged_even_if_the_pod_listens_on_its_port() {
     assert!(exchange(&mut opened, b"before", DEADLINE));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut opened);
+    assert_reset(&mut opened);
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn connections_that_pods_open_between_a_reboot_and_the_agents_start_are_judged()
     let mut inbound = Inbound::open(&lab, &cart, 8080);
 
     let _agent = lab.start_agent(&[&cart]);
-    is_reset(&mut denied);
+    assert_reset(&mut denied);
     assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
@@ -378,7 +378,7 @@ fn in_a_cluster_connections_that_pods_open_between_a_reboot_and_the_agents_start
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut denied);
+    assert_reset(&mut denied);
     assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
@@ -419,7 +419,7 @@ fn outbound_connections_are_trusted_once_on_a_node() {
     reboot(&lab);
     let mut later = cart.talks_tcp((server(99), 443));
     let agent = lab.start_agent(&[&cart]);
-    is_reset(&mut later);
+    assert_reset(&mut later);
     agent.wait_said("that it was used", |line| {
         line.contains("used on this node before") && line.contains("judged")
     });
@@ -452,13 +452,13 @@ fn in_a_cluster_outbound_connections_are_trusted_once() {
     let mut of_later = later.net().talks_tcp((server(20), 443));
     cluster.annotate(&mut later, &allow("shop.test:443"));
     agent.wait_enforcing(later.net());
-    is_reset(&mut of_later);
+    assert_reset(&mut of_later);
 
     assert!(agent.stop().success());
     let mut again = cart.net().talks_tcp((server(20), 443));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut again);
+    assert_reset(&mut again);
 }
 
 #[test]
@@ -474,7 +474,7 @@ fn without_a_writable_state_directory_nothing_is_trusted() {
         line.contains("ERROR") && line.contains("existingConnections: trust is not used")
     });
     assert!(said.contains(file.to_str().unwrap()), "{said}");
-    is_reset(&mut out);
+    assert_reset(&mut out);
     wait_existing(&lab, &[("outbound", json!("judged"))]);
 }
 
@@ -536,7 +536,7 @@ fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
     lab.write_pod(&cart, &[("allow", &format!("{}:443", server(10)))]);
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let agent = lab.start_agent(&[&cart]);
-    is_reset(&mut inbound.server);
+    assert_reset(&mut inbound.server);
     let said = agent.wait_said("that it is judged", |line| {
         line.contains("are judged as the")
     });
@@ -559,8 +559,8 @@ fn with_existing_connections_end_no_older_connection_goes_on() {
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let mut opened = cart.talks_tcp((server(20), 443));
     let _agent = lab.start_agent(&[&cart]);
-    is_reset(&mut inbound.server);
-    is_reset(&mut opened);
+    assert_reset(&mut inbound.server);
+    assert_reset(&mut opened);
     assert!(Inbound::open(&lab, &cart, 8081).goes_on());
     wait_existing(&lab, &[("because", json!("existingConnections: end"))]);
 }
@@ -592,8 +592,8 @@ fn trust_does_not_cover_tunnels_denied_or_protected_addresses() {
         exchange(&mut other, b"after", DEADLINE),
         "the connection was cut"
     );
-    is_reset(&mut denied);
-    is_reset(&mut protected);
+    assert_reset(&mut denied);
+    assert_reset(&mut protected);
     assert!(!echo_on(&tunnel, b"after", SHORT), "the tunnel is open");
     assert!(!echo_on(&translated, b"after", SHORT), "the tunnel is open");
     agent.wait_denial("the tunnel", |denial| {

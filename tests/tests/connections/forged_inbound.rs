@@ -175,7 +175,7 @@ fn a_forged_packet_that_waits_in_the_nodes_neighbour_queue_opens_no_flow() {
 /// Asserts that a datagram opens no flow if the pod sends it to itself in the peer's name, with `send`, in
 /// audit mode, and is enforced afterwards.
 #[track_caller]
-fn opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
+fn assert_opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
     let allow = ("allow", "shop.test:443");
@@ -195,7 +195,7 @@ fn opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
 #[test]
 fn a_datagram_forged_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     for peer in [server(9), server6(9)] {
-        opens_nothing_after_audit(peer, |cart| {
+        assert_opens_nothing_after_audit(peer, |cart| {
             Tap::open(cart.netns(), "eth0").send(&datagram(cart, peer));
         });
     }
@@ -204,7 +204,7 @@ fn a_datagram_forged_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
 #[test]
 fn a_frame_that_skips_the_programs_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     for peer in [server(9), server6(9)] {
-        let agent = opens_nothing_after_audit(peer, |cart| {
+        let agent = assert_opens_nothing_after_audit(peer, |cart| {
             let tap = Tap::open(cart.netns(), "eth0");
             let _ifb = Ifb::redirect(cart);
             tap.send(&datagram(cart, peer));
@@ -227,7 +227,7 @@ fn a_handshake_with_itself_in_audit_mode_opens_no_flow_once_the_pod_is_enforced(
     let seen = Tap::open(lab.outside(), "eth0");
     agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
     let _ = stream.write_all(b"stolen");
-    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
         denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
     });
@@ -252,12 +252,12 @@ fn an_inbound_connection_of_audit_mode_goes_on_once_the_pod_is_enforced() {
 }
 
 /// A predicate: the frame contains these bytes.
-fn has(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
+fn contains(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
     move |frame| frame.windows(bytes.len()).any(|window| window == bytes)
 }
 
 /// The acknowledgment number for the pod's SYN-ACK in `frame`.
-fn acknowledges(frame: &[u8], peer: IpAddr) -> u32 {
+fn ack_number(frame: &[u8], peer: IpAddr) -> u32 {
     let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 4;
     let number = frame[at..at + 4].try_into().expect("four bytes");
     u32::from_be_bytes(number).wrapping_add(1)
@@ -289,7 +289,7 @@ fn handshake_through_node(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     let tap = Tap::open(pod.netns(), "eth0");
     tap.send(&segment(pod, peer, flag::SYN, 1000, 0));
     let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
-    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    let acknowledged = ack_number(&answer.expect("the pod answers"), peer);
     tap.send(&segment(pod, peer, flag::ACK, 1001, acknowledged));
     let (stream, from) = listener.accept().expect("a connection");
     assert_eq!(from.ip().to_canonical(), peer);
@@ -317,7 +317,7 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     };
     send(segment(pod, peer, flag::SYN, 1000, 0));
     let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
-    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    let acknowledged = ack_number(&answer.expect("the pod answers"), peer);
     send(segment(pod, peer, flag::ACK, 1001, acknowledged));
     listener.accept().expect("a connection").0
 }
@@ -331,11 +331,11 @@ fn a_handshake_of_a_pod_with_itself_does_not_count_as_inbound() {
     let mut stream = handshake_within(&lab, &cart, peer);
     let seen = Tap::open(lab.outside(), "eth0");
     stream.write_all(b"before").expect("write");
-    assert!(seen.receive(DEADLINE, has(b"before")).is_some());
+    assert!(seen.receive(DEADLINE, contains(b"before")).is_some());
 
     let agent = lab.start_agent(&[&cart]);
     let _ = stream.write_all(b"stolen");
-    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
         denial.is(&cart, "no_rule", peer, THERE)
     });
@@ -360,7 +360,7 @@ fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: 
 
 /// The kernel's counters of a connection (`TCP_INFO`): bytes acknowledged, sent and retransmitted.
 #[track_caller]
-fn counted(socket: &TcpStream) -> [u64; 3] {
+fn tcp_counters(socket: &TcpStream) -> [u64; 3] {
     let mut info = MaybeUninit::<[u64; 32]>::zeroed();
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).expect("a length");
     // SAFETY: the kernel writes at most `length` bytes, which is as many as `info` has.
@@ -388,7 +388,7 @@ fn falsify_counters(stream: &mut TcpStream, level: libc::c_int, name: libc::c_in
     set_option(stream, level, name, &[]);
     let says = "the counters claim that the peer opened the connection";
     eventually(says, || {
-        let [acknowledged, sent, again] = counted(stream);
+        let [acknowledged, sent, again] = tcp_counters(stream);
         holds(acknowledged == 2 && sent == 2 && again == 0)
     });
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
@@ -396,7 +396,7 @@ fn falsify_counters(stream: &mut TcpStream, level: libc::c_int, name: libc::c_in
 
 /// Asserts that the connection is judged and denied.
 #[track_caller]
-fn is_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
+fn assert_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
     let agent = lab.start_agent(&[cart]);
     let outcome = stream
         .write_all(b"more")
@@ -423,7 +423,7 @@ fn assert_falsified_is_judged(
     let mut stream = cart.reach_tcp((peer, THERE));
     falsify_counters(&mut stream, level, name, option);
     stream.read_exact(&mut [0]).expect("the peer answers");
-    is_judged(lab, &cart, &mut stream);
+    assert_judged(lab, &cart, &mut stream);
 }
 
 /// A routing header of type 4 (RFC 8754) with 127 segments: no link of the laboratory carries a frame of that
@@ -470,7 +470,7 @@ fn a_connection_that_conntrack_picked_up_midstream_does_not_count_as_inbound() {
     );
     peer.write_all(b"word").expect("send to the pod");
     stream.read_exact(&mut [0; 4]).expect("the data arrives");
-    is_judged(&lab, &cart, &mut stream);
+    assert_judged(&lab, &cart, &mut stream);
 }
 
 #[test]

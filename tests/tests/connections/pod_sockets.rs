@@ -110,7 +110,7 @@ impl Scene {
 
     /// Stops all frames from the pod to the node: they go to an unknown hardware address.
     #[track_caller]
-    fn lose_what_the_pod_sends(&self) {
+    fn drop_frames_from_the_pod(&self) {
         let (_, far) = self.addresses(false);
         self.inside().ip_batch(&format!(
             "neigh replace {far} lladdr 02:00:00:00:00:99 dev eth0\n"
@@ -141,7 +141,7 @@ fn canonical(address: io::Result<SocketAddr>) -> SocketAddr {
 
 /// Starts to connect and does not wait.
 #[track_caller]
-fn begin(within: &Namespace, to: SocketAddr) -> Socket {
+fn start_connecting(within: &Namespace, to: SocketAddr) -> Socket {
     within.run(|| {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
         socket.set_nonblocking(true).expect("it need not block");
@@ -215,13 +215,13 @@ fn connections_count_as_long_as_either_side_may_send() {
     let mut end = [0];
     assert_eq!(last.0.peek(&mut end).expect("its end"), 0);
 
-    scene.lose_what_the_pod_sends();
+    scene.drop_frames_from_the_pod();
     drop(last.0);
     drop(first.0);
     // SYN-RECEIVED: the pod's SYN-ACK is lost, so the node has not seen it either. SYN-SENT: the pod's SYN is
     // lost.
-    let opening = begin(scene.lab.node(), (own, 8080).into());
-    let asking = begin(scene.inside(), listener.local_addr().unwrap());
+    let opening = start_connecting(scene.lab.node(), (own, 8080).into());
+    let asking = start_connecting(scene.inside(), listener.local_addr().unwrap());
     let from = opening.local_addr().unwrap().as_socket().unwrap();
     expected.push(OpenSocket {
         protocol: SocketProtocol::Tcp,

@@ -85,7 +85,7 @@ impl Scene {
     }
 
     /// Runs the program with these names; returns its output.
-    fn looks_up(&self, program: &Path, names: &[&str]) -> String {
+    fn run_lookup(&self, program: &Path, names: &[&str]) -> String {
         let settings = format!(
             "nameserver {RESOLVER}\n\
              search shop.svc.cluster.test svc.cluster.test cluster.test corp.example\n\
@@ -103,17 +103,17 @@ impl Scene {
     /// A name with fewer than five dots goes through the whole list and is found at its end; a short name of
     /// the cluster is found by the list; a name without an entry is not found.
     #[track_caller]
-    fn search_lists_reach_the_right_name(&self, program: &Path) {
+    fn assert_search_lists_reach_the_right_name(&self, program: &Path) {
         let _servers = [self.lab.serve_tcp(443), self.lab.serve_tcp(5432)];
-        let said = self.looks_up(program, &["web.example"]);
+        let said = self.run_lookup(program, &["web.example"]);
         for address in [server(10), server6(10)] {
             assert!(said.contains(&address.to_string()), "{said}");
             self.pod.talks_tcp((address, 443));
         }
-        let said = self.looks_up(program, &["db"]);
+        let said = self.run_lookup(program, &["db"]);
         assert!(said.contains(&server(30).to_string()), "{said}");
         self.pod.talks_tcp((server(30), 5432));
-        let said = self.looks_up(program, &["evil.example"]);
+        let said = self.run_lookup(program, &["evil.example"]);
         assert!(!said.contains("203.0.113."), "{said}");
         self.agent.wait_denial("the name itself", |d| {
             d.is_question(&self.pod, "evil.example")
@@ -139,14 +139,14 @@ impl Scene {
 fn search_lists_reach_the_right_name_with_glibc() {
     let scene = Scene::new();
     let program = compiled(&scene.lab, "cc", &[]);
-    scene.search_lists_reach_the_right_name(&program);
+    scene.assert_search_lists_reach_the_right_name(&program);
 }
 
 #[test]
 fn search_lists_reach_the_right_name_with_musl() {
     let scene = Scene::new();
     let program = compiled(&scene.lab, "musl-gcc", &["-static"]);
-    scene.search_lists_reach_the_right_name(&program);
+    scene.assert_search_lists_reach_the_right_name(&program);
 }
 
 #[test]

@@ -61,7 +61,7 @@ impl Signed {
 
     /// Runs `delv` in the pod, which trusts only the zone's key; returns its output.
     #[track_caller]
-    fn validates(&self, name: &str, qtype: &str) -> String {
+    fn delv(&self, name: &str, qtype: &str) -> String {
         let mut command = Command::new("delv");
         command
             .arg(format!("@{RESOLVER}"))
@@ -134,7 +134,7 @@ fn a_pod_validates_signatures_through_the_gate() {
         ("none.test", "A", None),
         ("shop.test", "AAAA", None),
     ] {
-        let said = scene.validates(name, qtype);
+        let said = scene.delv(name, qtype);
         assert!(said.contains("fully validated"), "{name} {qtype}: {said}");
         if let Some(address) = address {
             assert!(said.contains(&address.to_string()), "{name}: {said}");
@@ -142,7 +142,7 @@ fn a_pod_validates_signatures_through_the_gate() {
         }
     }
     // The agent makes the refusal itself, so it has no signature and does not validate.
-    let said = scene.validates("evil.test", "A");
+    let said = scene.delv("evil.test", "A");
     assert!(!said.contains("fully validated"), "{said}");
     scene
         .agent

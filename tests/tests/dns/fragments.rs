@@ -20,19 +20,19 @@ use egress_tests::{
 const MANY: u16 = 190;
 const MANY6: u16 = 120;
 
-fn many() -> Vec<IpAddr> {
+fn many_addresses() -> Vec<IpAddr> {
     (0..MANY.into()).map(numbered).collect()
 }
 
-fn many6() -> Vec<IpAddr> {
+fn many_addresses6() -> Vec<IpAddr> {
     (1000..1000 + MANY6).map(server6).collect()
 }
 
 /// A response with that many addresses.
 fn answer_with_many(asked: &Question) -> Send {
     let addresses = match asked.qtype {
-        RecordType::AAAA => many6(),
-        _ => many(),
+        RecordType::AAAA => many_addresses6(),
+        _ => many_addresses(),
     };
     let records: Vec<_> = addresses.into_iter().map(address).collect();
     Send::answer(asked, &records)
@@ -62,8 +62,8 @@ fn a_response_in_fragments_allows_its_addresses() {
     let agent = lab.start_agent(&[&pod]);
     let tap = Tap::open(pod.netns(), "eth0");
     for (resolver, qtype, addresses) in [
-        (RESOLVER, RecordType::A, many()),
-        (RESOLVER6, RecordType::AAAA, many6()),
+        (RESOLVER, RecordType::A, many_addresses()),
+        (RESOLVER6, RecordType::AAAA, many_addresses6()),
     ] {
         let answer = pod.resolve_at(resolver, "shop.test", qtype);
         assert!(answer.bytes > 3000, "{} bytes", answer.bytes);
@@ -76,7 +76,7 @@ fn a_response_in_fragments_allows_its_addresses() {
 }
 
 /// A response with the address of one host behind this many bytes of another record.
-fn answer_behind(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
+fn answer_after_padding(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
     let something = vec![0x5a; bytes];
     vec![Send::answer(
         asked,
@@ -88,7 +88,7 @@ fn answer_behind(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
 fn a_response_of_the_maximum_datagram_length_arrives() {
     let lab = Lab::new();
     lab.dns()
-        .on("shop.test", |asked| answer_behind(asked, 65_400, 10));
+        .on("shop.test", |asked| answer_after_padding(asked, 65_400, 10));
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
@@ -103,7 +103,7 @@ fn a_response_of_the_maximum_datagram_length_arrives() {
 fn a_response_of_a_jumbo_frame_arrives() {
     let lab = Lab::builder().mtu(9000).build();
     lab.dns()
-        .on("shop.test", |asked| answer_behind(asked, 8000, 10));
+        .on("shop.test", |asked| answer_after_padding(asked, 8000, 10));
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
@@ -131,7 +131,10 @@ fn dig_gets_all_addresses_with_every_buffer_size() {
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
-    for (resolver, qtype, addresses) in [(RESOLVER, "A", many()), (RESOLVER6, "AAAA", many6())] {
+    for (resolver, qtype, addresses) in [
+        (RESOLVER, "A", many_addresses()),
+        (RESOLVER6, "AAAA", many_addresses6()),
+    ] {
         // The first two sizes give a truncated response, so dig repeats the query over TCP.
         for size in ["512", "1232", "4096"] {
             let mut command = Command::new("dig");
@@ -215,8 +218,8 @@ fn in_audit_mode_fragments_pass_and_their_addresses_are_learned() {
     lab.write_pod(&pod, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&pod]);
     for (resolver, qtype, addresses) in [
-        (RESOLVER, RecordType::A, many()),
-        (RESOLVER6, RecordType::AAAA, many6()),
+        (RESOLVER, RecordType::A, many_addresses()),
+        (RESOLVER6, RecordType::AAAA, many_addresses6()),
     ] {
         let answer = pod.resolve_at(resolver, "shop.test", qtype);
         assert_eq!(answer.addresses, addresses);
@@ -236,7 +239,7 @@ fn in_audit_mode_fragments_pass_and_their_addresses_are_learned() {
         tcp: false,
         payload: 4096,
     };
-    let records: Vec<_> = many().into_iter().map(address).collect();
+    let records: Vec<_> = many_addresses().into_iter().map(address).collect();
     let unasked = Send::answer(&asked, &records);
     lab.dns().send(RESOLVER, socket.address(), unasked.bytes());
     assert_eq!(socket.expect("the copy passed").code, ResponseCode::NoError);
@@ -307,7 +310,7 @@ impl Pending {
             tcp: false,
             payload: 4096,
         };
-        let [answer] = &answer_behind(&asked, 3000, host)[..] else {
+        let [answer] = &answer_after_padding(&asked, 3000, host)[..] else {
             panic!("one response");
         };
         answer.bytes().to_vec()
@@ -341,7 +344,7 @@ impl Pending {
 
     /// Waits until at least `count` dropped fragments have been reported.
     #[track_caller]
-    fn reports(&self, count: u64) {
+    fn wait_dropped(&self, count: u64) {
         let mut seen = 0;
         self.agent.wait_denial("fragments that were dropped", |d| {
             if d.of(&self.cart) && d.reason == "dns_fragmented" {
@@ -411,7 +414,7 @@ fn fragments_that_overlap_are_all_dropped() {
         // Two first fragments differ.
         let (truth, lie) = (scene.answer(3, TRUTH), scene.answer(3, LIE));
         scene.offer([&lie[0], &truth[0], &truth[1], &truth[2]]);
-        scene.reports(3);
+        scene.wait_dropped(3);
         // No fragment reached the pod, and the query is still pending.
         assert!(tap.receive(SHORT, is_fragment).is_none());
         scene.delivers_only_the_real_response();
@@ -424,7 +427,7 @@ fn a_response_cannot_hide_behind_a_first_fragment_from_another_port() {
         let scene = Pending::new(ipv6);
         let (lie, other) = (scene.answer(1, LIE), scene.datagram(1, 9999, LIE));
         scene.offer([&other[0], &lie[0], &lie[1], &lie[2]]);
-        scene.reports(1);
+        scene.wait_dropped(1);
         // The first fragment from port 53 comes after the datagram was completed with the other one.
         let (lie, other) = (scene.answer(2, LIE), scene.datagram(2, 9999, LIE));
         scene.offer([&lie[2], &lie[1], &other[0], &lie[0]]);
@@ -449,7 +452,7 @@ fn a_fragment_planted_for_a_later_response_does_not_reach_the_pod() {
     // The pod's kernel would keep the last two, and drop the first for its wrong checksum.
     planted[0][raw::ETHERNET + 10] ^= 1;
     scene.offer(&planted);
-    scene.reports(1);
+    scene.wait_dropped(1);
     assert!(tap.receive(SHORT, is_fragment).is_none());
     // The datagram with this identification is lost; one with another identification is not.
     scene.offer(&truth);
@@ -468,7 +471,7 @@ fn over_ipv6_a_fragment_that_names_another_protocol_is_held_too() {
         scene.link.offer(&lie[2]);
     }
     scene.offer(&truth);
-    scene.reports(1);
+    scene.wait_dropped(1);
     assert!(tap.receive(SHORT, is_fragment).is_none());
     scene.delivers_only_the_real_response();
 }
@@ -483,7 +486,7 @@ fn an_incomplete_datagram_is_dropped_and_reported() {
             fragments.remove(missing);
             scene.offer(&fragments);
         }
-        scene.reports(3);
+        scene.wait_dropped(3);
         assert!(tap.receive(SHORT, is_fragment).is_none());
         scene.delivers_only_the_real_response();
     }
@@ -510,7 +513,7 @@ fn a_response_in_fragments_is_judged_like_a_whole_one() {
         // A fragment of another response replaces one of this, so the checksum is wrong.
         let (truth, lie) = (scene.answer(3, TRUTH), scene.answer(3, LIE));
         scene.offer([&truth[0], &truth[1], &lie[2]]);
-        scene.reports(1);
+        scene.wait_dropped(1);
         assert!(tap.receive(SHORT, is_fragment).is_none());
         scene.delivers_only_the_real_response();
     }
@@ -541,11 +544,11 @@ fn responses_arrive_during_a_flood_of_first_fragments() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    scene.reports(1);
+    scene.wait_dropped(1);
     scene
         .lab
         .dns()
-        .on("other.test", |asked| answer_behind(asked, 3000, 10));
+        .on("other.test", |asked| answer_after_padding(asked, 3000, 10));
     let answer = scene.cart.resolve("other.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);
 }

@@ -71,16 +71,16 @@ impl Scene {
     }
 
     #[track_caller]
-    fn reported(&self, reason: &str) {
+    fn wait_reported(&self, reason: &str) {
         self.agent
             .wait_denial(reason, |d| d.of(&self.pod) && d.reason == reason);
     }
 
     /// Asserts that the response is not delivered, and that nothing is learned from it.
     #[track_caller]
-    fn withholds(&self, reason: &str) {
+    fn assert_withheld(&self, reason: &str) {
         self.ask();
-        self.reported(reason);
+        self.wait_reported(reason);
         self.assert_nothing_was_delivered();
         assert_eq!(self.learned(), [server(20)]);
     }
@@ -115,7 +115,7 @@ fn a_response_nobody_asked_for_is_not_delivered() {
         .lab
         .dns()
         .send(RESOLVER, scene.socket.address(), &forged);
-    scene.reported("dns_unsolicited");
+    scene.wait_reported("dns_unsolicited");
     scene.delivers_only_the_real_response();
 }
 
@@ -123,7 +123,7 @@ fn a_response_nobody_asked_for_is_not_delivered() {
 fn a_response_with_another_id_is_not_delivered() {
     let scene = Scene::new(|asked| vec![lie(asked).with_id(asked.id ^ 0x100), truth(asked)]);
     scene.delivers_only_the_real_response();
-    scene.reported("dns_unsolicited");
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn a_response_from_a_resolver_that_was_not_asked_is_not_delivered() {
     let scene =
         Scene::new(move |asked| vec![lie(asked).from(SocketAddr::new(other, 53)), truth(asked)]);
     scene.delivers_only_the_real_response();
-    scene.reported("dns_unsolicited");
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
@@ -157,14 +157,14 @@ fn a_response_to_another_query_is_not_delivered() {
         vec![lie(&other_name), lie(&other_type), truth(asked)]
     });
     scene.delivers_only_the_real_response();
-    scene.reported("dns_unsolicited");
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
 fn a_second_response_to_one_query_is_not_delivered() {
     let scene = Scene::new(|asked| vec![truth(asked), lie(asked)]);
     scene.delivers_only_the_real_response();
-    scene.reported("dns_unsolicited");
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
@@ -246,13 +246,13 @@ fn a_compression_loop_is_not_delivered() {
             bytes[QUESTION_END..QUESTION_END + 2].copy_from_slice(&here.to_be_bytes());
         })]
     });
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]
 fn a_response_cut_short_is_not_delivered() {
     let scene = Scene::new(|asked| vec![truth(asked).edited(|b| b.truncate(QUESTION_END + 9))]);
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn a_response_with_too_high_a_record_count_is_not_delivered() {
     let scene = Scene::new(|asked| {
         vec![truth(asked).edited(|bytes| bytes[6..8].copy_from_slice(&[0xff, 0xff]))]
     });
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]

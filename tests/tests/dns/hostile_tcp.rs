@@ -43,7 +43,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&length.to_be_bytes(), message].concat()
 }
 
-fn asks(name: &str) -> Vec<u8> {
+fn framed_query(name: &str) -> Vec<u8> {
     framed(&question(7, name, RecordType::A))
 }
 
@@ -84,9 +84,9 @@ impl Scene {
     #[track_caller]
     fn after_a_refusal() -> Self {
         let mut scene = Self::new();
-        let evil = asks("evil.test");
+        let evil = framed_query("evil.test");
         scene.stream.write_all(&evil).expect("write");
-        let refusal = scene.reads();
+        let refusal = scene.read_message();
         let count = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a short message");
         scene.asked = scene.asked.wrapping_add(count(&evil));
         scene.answered = scene.answered.wrapping_add(2 + count(&refusal));
@@ -138,19 +138,21 @@ impl Scene {
     /// Asserts that the connection still works.
     #[track_caller]
     fn assert_works(&mut self) {
-        self.stream.write_all(&asks("shop.test")).expect("write");
-        self.answers();
+        self.stream
+            .write_all(&framed_query("shop.test"))
+            .expect("write");
+        self.assert_answered();
     }
 
     #[track_caller]
-    fn answers(&mut self) {
-        let message = self.reads();
+    fn assert_answered(&mut self) {
+        let message = self.read_message();
         assert_eq!(Answer::read(&message).addresses, [server(10)]);
     }
 
     /// The next message.
     #[track_caller]
-    fn reads(&mut self) -> Vec<u8> {
+    fn read_message(&mut self) -> Vec<u8> {
         let mut length = [0; 2];
         self.stream.read_exact(&mut length).expect("a response");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
@@ -179,7 +181,7 @@ impl Scene {
 #[test]
 fn a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     // The agent holds the first half; then it comes again with other bytes.
     scene.stream.write_all(&allowed[..20]).expect("write");
     let own = scene.pod.ipv4().into();
@@ -196,7 +198,7 @@ fn a_retransmission_with_other_bytes_resets_the_connection() {
 #[test]
 fn a_segment_out_of_order_is_compared_with_its_retransmission() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
     scene.assert_reset();
@@ -206,10 +208,10 @@ fn a_segment_out_of_order_is_compared_with_its_retransmission() {
 #[test]
 fn a_query_out_of_order_arrives() {
     let mut scene = Scene::new();
-    let allowed = asks("shop.test");
+    let allowed = framed_query("shop.test");
     scene.forge(10, flag::ACK, &allowed[10..]);
     scene.stream.write_all(&allowed).expect("write");
-    scene.answers();
+    scene.assert_answered();
     assert!(scene.agent.denials().is_empty());
 }
 
@@ -217,7 +219,7 @@ fn a_query_out_of_order_arrives() {
 fn acknowledged_bytes_are_not_forwarded_again() {
     let mut scene = Scene::new();
     scene.assert_works();
-    scene.forge(0, flag::ACK, &asks("evil.test"));
+    scene.forge(0, flag::ACK, &framed_query("evil.test"));
     scene.assert_works();
     scene.assert_secret_stayed();
 }
@@ -227,8 +229,8 @@ fn another_syn_does_not_move_the_stream() {
     let mut scene = Scene::new();
     scene.assert_works();
     // The agent takes it for a new connection until the resolver's response to the SYN shows that it is not.
-    let evil = asks("evil.test");
-    let allowed = asks("shop.test");
+    let evil = framed_query("evil.test");
+    let allowed = framed_query("shop.test");
     let moved = scene.asked.wrapping_add(allowed.len() as u32 + 7);
     scene.forge_from(scene.port, moved.wrapping_sub(1), flag::SYN, &[]);
     scene.forge_from(scene.port, moved, flag::ACK, &allowed);
@@ -241,7 +243,7 @@ fn another_syn_does_not_move_the_stream() {
 #[test]
 fn no_data_leaves_before_the_handshake() {
     let scene = Scene::new();
-    let evil = asks("evil.test");
+    let evil = framed_query("evil.test");
     scene.forge_from(4000, 100, flag::ACK, &evil);
     scene.forge_from(4001, 100, flag::SYN, &evil);
     scene.forge_from(4001, 101, flag::ACK, &evil);
@@ -254,7 +256,7 @@ fn no_data_leaves_before_the_handshake() {
 #[test]
 fn a_rst_and_a_fin_carry_no_data_out() {
     let scene = Scene::new();
-    let evil = asks("evil.test");
+    let evil = framed_query("evil.test");
     scene.forge(5000, flag::RST | flag::ACK, &evil);
     scene.forge(0, flag::ACK, &evil);
     scene.assert_secret_stayed();
@@ -266,7 +268,7 @@ fn a_rst_and_a_fin_carry_no_data_out() {
 #[test]
 fn urgent_data_resets_the_connection() {
     let mut scene = Scene::new();
-    scene.forge(0, flag::ACK | flag::URG, &asks("shop.test"));
+    scene.forge(0, flag::ACK | flag::URG, &framed_query("shop.test"));
     scene.assert_reset();
     assert!(scene.lab.dns().questions().is_empty());
 }
@@ -279,7 +281,8 @@ fn a_segment_with_a_wrong_checksum_is_ignored() {
         .tcp(scene.port, 53, scene.asked, 500)
         .ack(scene.answered);
     let mut frame = Vec::new();
-    step.write(&mut frame, &asks("evil.test")).expect("a frame");
+    step.write(&mut frame, &framed_query("evil.test"))
+        .expect("a frame");
     frame[TCP + 16] ^= 0x55;
     scene.tap.send(&frame);
     scene.assert_works();
@@ -292,7 +295,7 @@ fn a_segment_with_a_wrong_checksum_is_ignored() {
 fn an_acknowledgment_of_bytes_that_were_never_sent_is_ignored() {
     let mut scene = Scene::new();
     scene.answered = scene.answered.wrapping_add(5000);
-    scene.forge(0, flag::ACK, &asks("evil.test"));
+    scene.forge(0, flag::ACK, &framed_query("evil.test"));
     scene.assert_works();
     scene.assert_secret_stayed();
 }
@@ -300,7 +303,7 @@ fn an_acknowledgment_of_bytes_that_were_never_sent_is_ignored() {
 #[test]
 fn after_a_refusal_a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
     scene.assert_reset();
@@ -310,7 +313,7 @@ fn after_a_refusal_a_retransmission_with_other_bytes_resets_the_connection() {
 #[test]
 fn after_a_refusal_only_judged_bytes_leave() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     // Bytes before the stream's position, an acknowledgment of bytes that were never sent, a SYN, and the end
     // of a query before its beginning.
     scene.forge(

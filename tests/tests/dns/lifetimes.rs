@@ -41,7 +41,7 @@ fn remaining(lab: &Lab, pod: &Pod, address: IpAddr) -> Duration {
 
 /// Waits until new connections are denied.
 #[track_caller]
-fn expires(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
+fn wait_expired(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
     eventually("new connections are denied", || {
         holds(pod.connect_tcp(to, SHORT).is_err())
     });
@@ -59,7 +59,7 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
 
     pod.lookup("shop.test");
     let mut stream = pod.talks_tcp((server(10), 443));
-    expires(&agent, &pod, (server(10), 443));
+    wait_expired(&agent, &pod, (server(10), 443));
     assert!(
         exchange(&mut stream, b"still here", DEADLINE),
         "the open connection was cut"

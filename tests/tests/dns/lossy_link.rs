@@ -41,7 +41,7 @@ impl Scene {
 
     /// Asserts that the agent withheld only repeated responses.
     #[track_caller]
-    fn only_repetitions_are_withheld(&self) {
+    fn assert_only_repetitions_are_withheld(&self) {
         for denial in self.agent.denials() {
             assert_eq!(denial.reason, "dns_unsolicited", "{denial:?}");
         }
@@ -72,7 +72,7 @@ fn every_query_is_answered_in_the_end() {
         }
     }
     assert!(asked > QUESTIONS, "the link loses nothing");
-    scene.only_repetitions_are_withheld();
+    scene.assert_only_repetitions_are_withheld();
 }
 
 #[test]
@@ -88,13 +88,13 @@ fn every_query_over_tcp_is_answered() {
         let numbers = connection * QUESTIONS..(connection + 1) * QUESTIONS;
         if connection.is_multiple_of(2) {
             for number in numbers {
-                asks(&mut stream, number);
-                scene.assert_learned(number, &answer(&mut stream));
+                send_query(&mut stream, number);
+                scene.assert_learned(number, &read_response(&mut stream));
             }
         } else {
             // All of them before the first response.
-            numbers.clone().for_each(|n| asks(&mut stream, n));
-            numbers.for_each(|n| scene.assert_learned(n, &answer(&mut stream)));
+            numbers.clone().for_each(|n| send_query(&mut stream, n));
+            numbers.for_each(|n| scene.assert_learned(n, &read_response(&mut stream)));
         }
     };
     thread::scope(|scope| {
@@ -110,7 +110,7 @@ fn every_query_over_tcp_is_answered() {
 
 /// Sends the query for a number, in two segments.
 #[track_caller]
-fn asks(stream: &mut TcpStream, number: u32) {
+fn send_query(stream: &mut TcpStream, number: u32) {
     let question = question(
         number as u16,
         &format!("n{number}.fresh.test"),
@@ -124,7 +124,7 @@ fn asks(stream: &mut TcpStream, number: u32) {
 }
 
 #[track_caller]
-fn answer(stream: &mut TcpStream) -> Answer {
+fn read_response(stream: &mut TcpStream) -> Answer {
     let mut length = [0; 2];
     stream.read_exact(&mut length).expect("a response");
     let mut message = vec![0; u16::from_be_bytes(length).into()];

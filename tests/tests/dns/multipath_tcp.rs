@@ -61,7 +61,7 @@ impl Scene {
 
     /// A counter of the resolver's kernel.
     #[track_caller]
-    fn counted(&self, name: &str) -> u64 {
+    fn mptcp_counter(&self, name: &str) -> u64 {
         self.lab.outside().counter("MPTcpExt:", name)
     }
 }
@@ -77,7 +77,7 @@ fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
 
 /// Sends a query over a multipath TCP socket, calls `between`, and sends another query.
 #[track_caller]
-fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
+fn query_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
     let address = SocketAddr::new(resolver, 53);
     let mut stream: TcpStream = pod.netns().run(|| {
         let domain = Domain::for_address(address);
@@ -110,10 +110,10 @@ fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
 fn multipath_tcp_clients_fall_back_to_tcp_and_get_their_response() {
     let scene = Scene::new();
     for (before, resolver) in [RESOLVER, RESOLVER6].into_iter().enumerate() {
-        asks_twice(&scene.pod, resolver, || ());
-        assert_eq!(scene.counted("MPCapableSYNRX"), before as u64);
-        asks_twice(&scene.free, resolver, || ());
-        assert_eq!(scene.counted("MPCapableACKRX"), before as u64 + 1);
+        query_twice(&scene.pod, resolver, || ());
+        assert_eq!(scene.mptcp_counter("MPCapableSYNRX"), before as u64);
+        query_twice(&scene.free, resolver, || ());
+        assert_eq!(scene.mptcp_counter("MPCapableACKRX"), before as u64 + 1);
     }
     scene.pod.talks_tcp((server(10), 443));
     assert!(scene.agent.denials().is_empty());
@@ -135,15 +135,15 @@ fn a_second_path_cannot_join_a_connection_to_a_resolver() {
     ] {
         run_in(namespace, "ip", &line.split(' ').collect::<Vec<_>>());
     }
-    asks_twice(&scene.free, RESOLVER, || {
+    query_twice(&scene.free, RESOLVER, || {
         eventually("a second path, without the agent", || {
-            holds(scene.counted("MPJoinAckRx") == 1)
+            holds(scene.mptcp_counter("MPJoinAckRx") == 1)
         });
     });
-    asks_twice(&scene.pod, RESOLVER, || ());
+    query_twice(&scene.pod, RESOLVER, || ());
     scene.pod.reach_tcp((other, 53));
-    assert_eq!(scene.counted("MPCapableSYNRX"), 1);
-    assert_eq!(scene.counted("MPJoinSynRx"), 1);
+    assert_eq!(scene.mptcp_counter("MPCapableSYNRX"), 1);
+    assert_eq!(scene.mptcp_counter("MPJoinSynRx"), 1);
 }
 
 /// The maximum segment size that the pod announces.

@@ -50,7 +50,7 @@ impl Scene {
 
     /// Runs a program in the pod, which must succeed; returns its output.
     #[track_caller]
-    fn prints(&self, command: &mut Command) -> String {
+    fn output_of(&self, command: &mut Command) -> String {
         let output = self.pod.netns().run(|| command.output());
         let output = output.unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -65,7 +65,7 @@ impl Scene {
 
     #[track_caller]
     fn dig(&self, arguments: &[&str]) -> String {
-        self.prints(
+        self.output_of(
             Command::new("dig")
                 .arg(format!("@{RESOLVER}"))
                 .args(arguments),
@@ -93,7 +93,7 @@ fn dig_over_tcp_allows_exactly_the_addresses_it_prints() {
     assert_eq!(printed.trim(), server(10).to_string());
     assert_eq!(scene.learned(), [server(10)]);
     scene.pod.talks_tcp((server(10), 443));
-    let printed = scene.prints(Command::new("dig").arg(format!("@{RESOLVER6}")).args([
+    let printed = scene.output_of(Command::new("dig").arg(format!("@{RESOLVER6}")).args([
         "+tcp",
         "+short",
         "shop.test",
@@ -145,7 +145,7 @@ impl Stream {
 
     /// Asserts that the connection ends without another message.
     #[track_caller]
-    fn ends(&mut self) {
+    fn assert_ends(&mut self) {
         // (Unlike `read`, `read_exact` continues after a signal.)
         match self.0.read_exact(&mut [0]) {
             Ok(()) => panic!("something was delivered"),
@@ -317,7 +317,7 @@ fn a_response_that_is_withheld_over_udp_is_withheld_over_tcp() {
         if what == "a second answer" {
             stream.expect(1);
         }
-        stream.ends();
+        stream.assert_ends();
         scene
             .agent
             .wait_denial(what, |d| d.of(&scene.pod) && d.reason == reason);
@@ -337,7 +337,7 @@ fn a_response_that_does_not_fit_the_allow_map_is_not_delivered() {
     let agent = lab.start_agent(&[&pod]);
     let mut stream = Stream::open(&pod);
     stream.ask(1, "shop.test");
-    stream.ends();
+    stream.assert_ends();
     agent.wait_denial("the response", |d| {
         d.of(&pod) && d.reason == "allow_map_full"
     });
@@ -360,7 +360,7 @@ fn a_response_over_tcp_to_a_query_over_udp_is_not_delivered() {
         .ask(RESOLVER, 77, "shop.test", RecordType::A);
     let mut stream = Stream::open(&scene.pod);
     stream.ask(1, "shop.test");
-    stream.ends();
+    stream.assert_ends();
     assert!(scene.learned().is_empty());
 }
 
@@ -379,7 +379,7 @@ fn bytes_that_are_not_a_query_stay_on_the_node() {
         let uplink = Tap::open(scene.lab.outside(), "eth0");
         let mut stream = Stream::open(&scene.pod);
         stream.write(&bytes);
-        stream.ends();
+        stream.assert_ends();
         let pod = scene.pod.ipv4().into();
         let last = uplink.receive(DEADLINE, |frame| {
             let message = &bytes[2..];
@@ -411,7 +411,7 @@ fn after_a_restart_clients_reconnect_at_once() {
     assert!(scene.agent.stop().success());
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
     stream.ask(2, "shop.test");
-    stream.ends();
+    stream.assert_ends();
     let mut stream = Stream::open(&scene.pod);
     stream.ask(3, "shop.test");
     assert_eq!(stream.expect(3).addresses, [server(10)]);

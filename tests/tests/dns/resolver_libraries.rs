@@ -159,7 +159,7 @@ fn musl_repeats_a_truncated_query_over_tcp() {
                     for address in found { println!(\"{}\", address.ip()); }\n\
                 }\n";
     fs::write(&source, text).expect("write a program");
-    built(
+    assert_success(
         Command::new("rustc")
             .arg("--target")
             .arg(format!("{}-unknown-linux-musl", env::consts::ARCH))
@@ -186,7 +186,7 @@ fn go_repeats_a_truncated_query_over_tcp() {
                     for _, address := range found { fmt.Println(address) }\n\
                 }\n";
     fs::write(&source, text).expect("write a program");
-    built(
+    assert_success(
         Command::new("go")
             .env("CGO_ENABLED", "0")
             .env("GOCACHE", cache("go"))
@@ -206,7 +206,7 @@ fn cache(name: &str) -> PathBuf {
 }
 
 #[track_caller]
-fn built(command: &mut Command) {
+fn assert_success(command: &mut Command) {
     let output = command
         .output()
         .unwrap_or_else(|e| panic!("{command:?}: {e}; `cargo xtask setup` installs it"));

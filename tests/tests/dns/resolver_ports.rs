@@ -31,13 +31,13 @@ fn lab() -> (Lab, DnsServer) {
 }
 
 #[track_caller]
-fn asks(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer {
+fn query(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer {
     pod.try_resolve_at(server, name, qtype, DEADLINE)
         .unwrap_or_else(|| panic!("no response from {server} for {name}"))
 }
 
 /// Sends a query on a connection; `None` when the connection ends without a response.
-fn asks_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
+fn query_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
     let message = question(9, name, RecordType::A);
     let length = u16::try_from(message.len()).expect("a short query");
     stream.write_all(&length.to_be_bytes()).ok()?;
@@ -63,9 +63,9 @@ fn a_resolver_on_another_port_is_treated_like_one_on_port_53() {
         (v4, RecordType::A, server(10)),
         (v6, RecordType::AAAA, server6(10)),
     ] {
-        assert_eq!(asks(&pod, at, "shop.test", qtype).addresses, [answers]);
+        assert_eq!(query(&pod, at, "shop.test", qtype).addresses, [answers]);
         pod.talks_tcp((answers, 443));
-        let refused = asks(&pod, at, "evil.test", qtype);
+        let refused = query(&pod, at, "evil.test", qtype);
         assert_eq!(refused.code, ResponseCode::NXDomain);
         agent.wait_denial("the query", |d| {
             d.is_question(&pod, "evil.test") && d.reason == "dns_name" && d.dst_ip == Some(at.ip())
@@ -94,10 +94,10 @@ fn a_resolver_on_another_port_can_be_queried_over_tcp() {
     let stream = pod
         .connect_tcp(other()[0], DEADLINE)
         .expect("the resolver accepts");
-    let answer = asks_on(&stream, "shop.test").expect("a response");
+    let answer = query_on(&stream, "shop.test").expect("a response");
     assert_eq!(answer.addresses, [server(10)]);
     pod.talks_tcp((server(10), 443));
-    let refused = asks_on(&stream, "evil.test").expect("a refusal");
+    let refused = query_on(&stream, "evil.test").expect("a refusal");
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(dns.asked("evil.test"), 0);
 }
@@ -115,7 +115,7 @@ fn addresses_in_fragmented_responses_from_another_port_are_learned() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
     for at in other() {
-        let answer = asks(&pod, at, "shop.test", RecordType::A);
+        let answer = query(&pod, at, "shop.test", RecordType::A);
         assert!(answer.bytes > 3000, "{} bytes", answer.bytes);
         assert_eq!(answer.addresses, many);
     }
@@ -147,18 +147,18 @@ fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
     lab.write_pod(&pod, &[("allow", &entries)]);
     let agent = lab.start_agent(&[&pod]);
     let stream = pod.connect_tcp(at, DEADLINE).expect("an ordinary server");
-    assert!(asks_on(&stream, "evil.test").is_some());
+    assert!(query_on(&stream, "evil.test").is_some());
     assert_eq!(
-        asks(&pod, at, "evil.test", RecordType::A).addresses,
+        query(&pod, at, "evil.test", RecordType::A).addresses,
         [server(66)]
     );
 
     lab.edit_config("dns.resolvers", vec![RESOLVER.to_string(), at.to_string()]);
     agent.applies(&pod, || agent.reload());
-    let refused = asks(&pod, at, "evil.test", RecordType::A);
+    let refused = query(&pod, at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert!(
-        asks_on(&stream, "evil.test").is_none(),
+        query_on(&stream, "evil.test").is_none(),
         "the open connection goes on"
     );
     assert_eq!(dns.asked("evil.test"), 2);
@@ -166,7 +166,7 @@ fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
 
 /// Makes the cluster's DNS pod have the laboratory's resolver's address, and listen on a port as in
 /// `OpenShift`.
-fn announce(cluster: &Cluster) {
+fn announce_dns_service(cluster: &Cluster) {
     cluster.server.apply(&json!({
         "apiVersion": "v1",
         "kind": "Service",
@@ -210,14 +210,14 @@ fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     let shop = cluster.namespace("shop", &Value::Null);
     let allow = json!({ "egress-agent.dev/allow": "shop.test:443" });
     let cart = cluster.run(&shop, "cart", &allow);
-    announce(&cluster);
+    announce_dns_service(&cluster);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
 
-    let answer = asks(cart.net(), at, "shop.test", RecordType::A);
+    let answer = query(cart.net(), at, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    let refused = asks(cart.net(), at, "evil.test", RecordType::A);
+    let refused = query(cart.net(), at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(dns.asked("evil.test"), 0);
     // The DNS pod's other ports are ordinary internal ports.

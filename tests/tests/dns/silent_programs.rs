@@ -42,7 +42,7 @@ fn short_lived(config: &[(&str, &str)]) -> Lab {
         .build()
 }
 
-fn brief(host: u8) -> [Record; 1] {
+fn one_second_address(host: u8) -> [Record; 1] {
     [address(server(host)).ttl(1)]
 }
 
@@ -61,7 +61,7 @@ impl IdleFlow {
         let now = boot_time();
         let lab = short_lived(config);
         let echo = lab.serve_udp(4000);
-        lab.dns().answer("peer.test", brief(10));
+        lab.dns().answer("peer.test", one_second_address(10));
         let pod = lab.pod("shop", "tunnel");
         lab.write_pod(&pod, &[("allow", "peer.test:4000/udp")]);
         let agent = lab.start_agent(&[&pod]);
@@ -123,7 +123,7 @@ fn a_denial_names_an_expired_address_long_after_its_ttl() {
     let hosts = [11, 12, 13];
     let names = hosts.map(|host| format!("n{host}.test"));
     for (name, host) in names.iter().zip(hosts) {
-        lab.dns().answer(name, brief(host));
+        lab.dns().answer(name, one_second_address(host));
     }
     lab.dns().addresses("alive.test", &[server(20)]);
     lab.write_pod(&pod, &[("allow", "*.test:443")]);

@@ -21,7 +21,7 @@ const QUESTIONS: u16 = 24;
 /// From now on each response costs the thread that delivers it a hundred million rules, more than half a
 /// second: chains that jump to chains that jump.
 #[track_caller]
-fn takes_long_for_each_response(pod: &Pod) {
+fn slow_down_responses(pod: &Pod) {
     const FAN: usize = 10;
     const DEPTH: usize = 7;
     let mut commands = String::from("table ip slow {\n");
@@ -40,7 +40,7 @@ fn takes_long_for_each_response(pod: &Pod) {
 }
 
 #[track_caller]
-fn takes_responses_quickly_again(pod: &Pod) {
+fn restore_speed(pod: &Pod) {
     nft(pod.netns(), "delete table ip slow\n");
 }
 
@@ -69,7 +69,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let [slow, neighbour] = two_pods(&lab);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
-    takes_long_for_each_response(&slow);
+    slow_down_responses(&slow);
     let socket = slow.dns_socket();
     for id in 0..QUESTIONS {
         // These queries are refused, so the agent itself responds.
@@ -110,7 +110,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     });
 
     // The slow pod gets its responses in order, and resolves as before when it takes frames quickly again.
-    takes_responses_quickly_again(&slow);
+    restore_speed(&slow);
     assert_eq!(slow.lookup("shop.test"), [server(10)]);
     slow.talks_tcp((server(10), 443));
     arrived(&socket, Duration::from_millis(1), &mut ids);
@@ -126,7 +126,7 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
     let _web = lab.serve_tcp(443);
     let [slow, neighbour] = two_pods(&lab);
     let agent = lab.start_agent(&[&slow, &neighbour]);
-    takes_long_for_each_response(&slow);
+    slow_down_responses(&slow);
     let socket = slow.dns_socket();
     for id in 0..FLOOD {
         socket.ask(RESOLVER, id, "evil.test", RecordType::A);
@@ -138,7 +138,7 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
     neighbour.talks_tcp((server(10), 443));
     assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
     assert!(!agent.stderr().contains("lost pod=shop/neighbour"));
-    takes_responses_quickly_again(&slow);
+    restore_speed(&slow);
 }
 
 #[test]
@@ -158,11 +158,11 @@ fn several_slow_pods_do_not_occupy_all_sender_threads() {
     let all: Vec<&Pod> = slow.iter().chain([&once_slow, &neighbour]).collect();
     let _agent = lab.start_agent(&all);
     // This pod has been slow, so a sender thread serves it from now on.
-    takes_long_for_each_response(&once_slow);
+    slow_down_responses(&once_slow);
     assert_eq!(once_slow.lookup("shop.test"), [server(10)]);
-    takes_responses_quickly_again(&once_slow);
+    restore_speed(&once_slow);
     for pod in &slow {
-        takes_long_for_each_response(pod);
+        slow_down_responses(pod);
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
     }
     let sockets: Vec<DnsSocket> = slow.iter().map(Pod::dns_socket).collect();

@@ -46,7 +46,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn connects(&self, resolver: IpAddr) -> Stream {
+    fn connect(&self, resolver: IpAddr) -> Stream {
         let stream = self.pod.reach_tcp((resolver, 53));
         stream.set_nodelay(true).expect("TCP_NODELAY");
         Stream(stream)
@@ -73,7 +73,7 @@ struct Stream(TcpStream);
 impl Stream {
     #[track_caller]
     fn ask(&mut self, id: u16, name: &str) {
-        self.write(&asking(id, name));
+        self.write(&framed_query(id, name));
     }
 
     #[track_caller]
@@ -115,7 +115,7 @@ impl Stream {
     }
 }
 
-fn asking(id: u16, name: &str) -> Vec<u8> {
+fn framed_query(id: u16, name: &str) -> Vec<u8> {
     let message = question(id, name, RecordType::A);
     let length = u16::try_from(message.len()).expect("a short query");
     [&length.to_be_bytes(), message.as_slice()].concat()
@@ -125,7 +125,7 @@ fn asking(id: u16, name: &str) -> Vec<u8> {
 fn an_allowed_query_after_a_refused_one_is_answered() {
     let scene = Scene::new();
     for resolver in [RESOLVER, RESOLVER6] {
-        let mut stream = scene.connects(resolver);
+        let mut stream = scene.connect(resolver);
         stream.ask(1, "evil.test");
         stream.expect_refusal(1);
         stream.ask(2, "shop.test");
@@ -146,8 +146,8 @@ fn a_refused_query_does_not_wait_for_the_resolver() {
         std::thread::sleep(std::time::Duration::from_millis(300));
         vec![Send::answer(asked, &[address(server(10))])]
     });
-    let mut stream = scene.connects(RESOLVER);
-    let asked = [asking(1, "shop.test"), asking(2, "evil.test")].concat();
+    let mut stream = scene.connect(RESOLVER);
+    let asked = [framed_query(1, "shop.test"), framed_query(2, "evil.test")].concat();
     stream.write(&asked);
     stream.expect_refusal(2);
     assert_eq!(stream.expect(1).addresses, [server(10)]);
@@ -165,13 +165,13 @@ fn zone(lab: &Lab) -> &'static str {
 }
 
 #[track_caller]
-fn refused_and_listed_together(scene: &Scene, resolver: IpAddr, in_one_write: bool) {
-    let mut stream = scene.connects(resolver);
+fn mix_refused_and_allowed(scene: &Scene, resolver: IpAddr, in_one_write: bool) {
+    let mut stream = scene.connect(resolver);
     let name = |id: u16| match id % 2 {
         0 => format!("n{id}.many.test"),
         _ => format!("n{id}.evil.test"),
     };
-    let asked: Vec<_> = (0..100).map(|id| asking(id, &name(id))).collect();
+    let asked: Vec<_> = (0..100).map(|id| framed_query(id, &name(id))).collect();
     if in_one_write {
         stream.write(&asked.concat());
     } else {
@@ -197,8 +197,8 @@ fn unbound_answers_allowed_queries_between_refused_ones() {
     let _resolver = lab.run_resolver(&mut command);
     let scene = Scene::with_resolver(lab);
     for resolver in [RESOLVER, RESOLVER6] {
-        refused_and_listed_together(&scene, resolver, true);
-        refused_and_listed_together(&scene, resolver, false);
+        mix_refused_and_allowed(&scene, resolver, true);
+        mix_refused_and_allowed(&scene, resolver, false);
     }
 }
 
@@ -209,8 +209,8 @@ fn bind_answers_allowed_queries_between_refused_ones() {
     let mut command = resolvers::named(&lab, &[RESOLVER, RESOLVER6], zone);
     let _resolver = lab.run_resolver(&mut command);
     let scene = Scene::with_resolver(lab);
-    refused_and_listed_together(&scene, RESOLVER, true);
-    refused_and_listed_together(&scene, RESOLVER6, false);
+    mix_refused_and_allowed(&scene, RESOLVER, true);
+    mix_refused_and_allowed(&scene, RESOLVER6, false);
 }
 
 /// Runs unbound in the pod; it queries the node's resolver over TCP only.
@@ -286,7 +286,7 @@ fn glibc_walks_its_search_list_on_one_connection() {
 /// The number of addresses in the largest possible response.
 const ADDRESSES: u32 = 2660;
 
-fn answers_at_length(scene: &Scene) {
+fn serve_large_responses(scene: &Scene) {
     scene.lab.dns().on("shop.test", |asked| {
         let all: Vec<_> = (0..ADDRESSES).map(|n| address(numbered(n))).collect();
         vec![Send::answer(asked, &all)]
@@ -296,8 +296,8 @@ fn answers_at_length(scene: &Scene) {
 #[test]
 fn a_response_of_64_kib_arrives_after_a_refusal() {
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..4 {
         stream.ask(100 + id, "evil.test");
         stream.expect_refusal(100 + id);
@@ -313,8 +313,8 @@ fn a_response_of_64_kib_arrives_after_a_refusal() {
 #[test]
 fn a_refusal_during_a_large_response_follows_that_response() {
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..20 {
         stream.ask(id, "shop.test");
         // Part of the response has passed before the refusal.
@@ -331,8 +331,8 @@ fn a_refusal_during_a_large_response_follows_that_response() {
 fn a_pod_that_reads_late_gets_everything() {
     const ANSWERS: u16 = 30;
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1000, "evil.test");
     for id in 0..ANSWERS {
         stream.ask(id, "shop.test");
@@ -353,7 +353,7 @@ fn a_pod_that_reads_late_gets_everything() {
 #[test]
 fn the_fin_of_each_side_reaches_the_other() {
     let scene = Scene::new();
-    let mut stream = scene.connects(RESOLVER);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
     stream.0.shutdown(Shutdown::Write).expect("shutdown(2)");
@@ -371,7 +371,7 @@ fn the_fin_of_each_side_reaches_the_other() {
         String::from_utf8_lossy(&output.expect("ss, of the package iproute2").stdout).into_owned()
     };
     // A pod that closes its socket without reading resets the connection.
-    let mut stream = scene.connects(RESOLVER);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
     stream.expect_refusal(1);
@@ -384,8 +384,8 @@ fn the_fin_of_each_side_reaches_the_other() {
 
 /// A connection on which one query was refused and another was answered.
 #[track_caller]
-fn refused_and_answered(scene: &Scene) -> Stream {
-    let mut stream = scene.connects(RESOLVER);
+fn connection_after_a_refusal(scene: &Scene) -> Stream {
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.expect_refusal(1);
     stream.ask(2, "shop.test");
@@ -418,7 +418,7 @@ fn the_connection_is_reset_when_the_agent_stops_judging_it() {
     ];
     for (what, leave) in ways {
         let mut scene = Scene::new();
-        let mut stream = refused_and_answered(&scene);
+        let mut stream = connection_after_a_refusal(&scene);
         leave(&mut scene);
         let error = stream.0.read_exact(&mut [0]).expect_err("nothing comes");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{what}");
@@ -428,8 +428,8 @@ fn the_connection_is_reset_when_the_agent_stops_judging_it() {
 #[test]
 fn the_connection_goes_on_on_a_node_that_tracks_connections() {
     let scene = Scene::of(Lab::builder().tracking().build());
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..4 {
         stream.ask(100 + id, "evil.test");
         stream.expect_refusal(100 + id);
@@ -449,7 +449,7 @@ fn a_withheld_response_does_not_affect_the_others() {
         let answer = Send::answer(asked, &[address(server(10))]);
         vec![lie.clone().with_id(asked.id ^ 0x100), answer, lie]
     });
-    let mut stream = scene.connects(RESOLVER);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.expect_refusal(1);
     for id in 2..10 {
@@ -466,7 +466,7 @@ fn a_withheld_response_does_not_affect_the_others() {
 fn every_query_is_answered_over_a_lossy_link() {
     let scene = Scene::of(Lab::builder().lossy().build());
     for first in 0..10 {
-        let mut stream = scene.connects(RESOLVER);
+        let mut stream = scene.connect(RESOLVER);
         stream
             .0
             .set_read_timeout(Some(DEADLINE))

@@ -62,7 +62,7 @@ fn sandbox(net: &Pod) -> String {
 
 /// The number of packets that the plugin's ifb device has sent on: it carries all that the pod sends.
 #[track_caller]
-fn limited(cluster: &Cluster) -> u64 {
+fn limited_packets(cluster: &Cluster) -> u64 {
     let mut command = Command::new("ip");
     command.args(["-json", "-statistics", "link", "show", "type", "ifb"]);
     let output = cluster
@@ -127,15 +127,15 @@ fn assert_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPo
             },
         )
     });
-    let before = limited(cluster);
+    let before = limited_packets(cluster);
     net.talks_tcp((server(10), 443));
-    assert!(limited(cluster) > before, "the limit is gone");
+    assert!(limited_packets(cluster) > before, "the limit is gone");
     assert!(net.connect_tcp((server(99), 443), SHORT).is_err());
     agent.wait_denial("the address", |denial| {
         denial.is(net, "address_not_learned", server(99), 443)
     });
     agent.denies_name(net, "evil.test");
-    assert!(limited(cluster) > before);
+    assert!(limited_packets(cluster) > before);
 }
 
 fn allow() -> Value {
@@ -163,11 +163,11 @@ fn check_limited_pod(attach: &str) {
         }
         let pod = run(&cluster, &shop, net, &annotations);
         if annotations.is_null() {
-            let before = limited(&cluster);
+            let before = limited_packets(&cluster);
             eventually("the pod is not enforced", || {
                 holds(pod.net().connect_tcp((server(99), 443), SHORT).is_ok())
             });
-            assert!(limited(&cluster) > before, "the limit is gone");
+            assert!(limited_packets(&cluster) > before, "the limit is gone");
         } else {
             assert_enforced_and_limited(&cluster, &agent, &pod);
             // The kernel removes the limit with the interface.

@@ -54,7 +54,7 @@ impl Scene {
 
     /// Waits until nothing forbidden leaves, and then for everything that is allowed.
     #[track_caller]
-    fn becomes_enforced(&self) {
+    fn wait_enforced(&self) {
         eventually("denied connections do not leave", || holds(!self.is_open()));
         // Responses pass `to_pod` first, too, so their addresses are learned.
         eventually("a name is looked up", || {
@@ -72,7 +72,7 @@ impl Scene {
 
     /// Waits until status, metrics and readiness agree on whether the pod is enforced.
     #[track_caller]
-    fn counts_as_enforced(&self, enforced: bool) {
+    fn wait_counted_as_enforced(&self, enforced: bool) {
         eventually("status shows whether the pod is enforced", || {
             holds(self.lab.status_of(&self.pod)["enforced"] == enforced)
         });
@@ -87,7 +87,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn has_problem(&self, text: &str) {
+    fn wait_problem(&self, text: &str) {
         eventually(text, || {
             let problem = self.lab.status_of(&self.pod)["problem"].clone();
             holds(
@@ -104,13 +104,13 @@ fn a_filter_added_in_front_of_ours_opens_nothing() {
     let scene = Scene::start("clsact", |_, _| ());
     for (handle, side) in [(7, "ingress"), (8, "egress"), (9, "ingress")] {
         scene.lab.add_rival_filter(&scene.pod, side, handle);
-        scene.becomes_enforced();
+        scene.wait_enforced();
         let interface = scene.pod.interface();
         let filters = scene.lab.tc(&format!("filter show dev {interface} {side}"));
         assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
         assert!(filters.contains("bytecode"), "the rival is gone: {filters}");
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
     assert!(scene.lab.metrics().find("egress_agent_hooks_moved_total") >= 3.0);
 }
 
@@ -121,9 +121,9 @@ fn a_tcx_program_attached_in_front_of_ours_opens_nothing() {
     let mut rivals = Vec::new();
     for place in [Place::TcxIngress, Place::TcxEgress, Place::TcxIngress] {
         rivals.push(rival(place));
-        scene.becomes_enforced();
+        scene.wait_enforced();
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
@@ -136,9 +136,9 @@ fn a_removed_qdisc_or_filter_is_restored() {
         format!("filter del dev {interface} egress"),
     ] {
         scene.lab.tc(&removed);
-        scene.becomes_enforced();
+        scene.wait_enforced();
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
@@ -151,8 +151,8 @@ fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
             "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
         ));
     });
-    scene.has_problem("u32 filter of priority 1");
-    scene.counts_as_enforced(false);
+    scene.wait_problem("u32 filter of priority 1");
+    scene.wait_counted_as_enforced(false);
     let interface = scene.pod.interface();
     scene.agent.says_after(
         "that the problem is gone",
@@ -162,8 +162,8 @@ fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
         },
         |line| line.contains("the problem is gone") && line.contains("shop/cart"),
     );
-    scene.becomes_enforced();
-    scene.counts_as_enforced(true);
+    scene.wait_enforced();
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
@@ -187,10 +187,10 @@ fn a_program_that_insists_on_being_first_is_reported_and_does_not_keep_the_agent
     });
     let moved = scene.lab.metrics().find("egress_agent_hooks_moved_total");
     assert!((1.0..=5.0).contains(&moved), "moved {moved} times");
-    scene.counts_as_enforced(false);
+    scene.wait_counted_as_enforced(false);
     drop(rivals);
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
 }
 
 #[test]
@@ -205,16 +205,16 @@ fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goe
     quiet();
     // A packet socket as tcpdump opens it.
     let capture = Tap::open(scene.lab.node(), interface);
-    scene.has_problem(&format!("a packet socket reads on interface {interface}"));
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_problem(&format!("a packet socket reads on interface {interface}"));
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
     drop(capture);
     quiet();
 
     let program = Rival::attach(scene.lab.node(), interface, Place::Xdp, Rival::XDP_PASS);
-    scene.has_problem("an XDP program");
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_problem("an XDP program");
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
     drop(program);
     quiet();
 
@@ -253,17 +253,17 @@ fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goe
 fn packets_taken_before_any_hook_are_noticed_by_probes() {
     for attach in ["tcx", "clsact"] {
         let scene = Scene::start(attach, |_, _| ());
-        scene.counts_as_enforced(true);
+        scene.wait_counted_as_enforced(true);
         let rival = Rival::attach(
             scene.lab.node(),
             scene.pod.interface(),
             Place::Xdp,
             Rival::XDP_DROP,
         );
-        scene.has_problem("probes");
-        scene.counts_as_enforced(false);
+        scene.wait_problem("probes");
+        scene.wait_counted_as_enforced(false);
         drop(rival);
-        scene.counts_as_enforced(true);
-        scene.becomes_enforced();
+        scene.wait_counted_as_enforced(true);
+        scene.wait_enforced();
     }
 }

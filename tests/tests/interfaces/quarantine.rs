@@ -20,7 +20,7 @@ fn reaches(pod: &Pod, to: std::net::IpAddr) -> bool {
 }
 
 /// A network made for a pod before the API server knows the pod and before its processes start.
-fn network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
+fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
     let net = cluster.lab.pod(namespace, name);
     agent.wait_said("that the interface is enforced", |line| {
         line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
@@ -51,7 +51,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
         });
         assert_eq!(denial.namespace, "");
     };
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     closed(&net);
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
@@ -64,7 +64,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     });
 
     // An interface whose pod is not to be enforced is released.
-    let net = network(&cluster, &agent, (&shop, "free"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "free"));
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("the pod is released", || {
@@ -77,7 +77,7 @@ fn an_inbound_connection_from_before_the_pod_was_known_goes_on() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let listener = net.listen_tcp(8080);
     let to = (net.ipv4(), 8080);
     let outside = cluster.lab.outside();
@@ -110,7 +110,7 @@ fn a_forged_connection_from_before_the_pod_was_known_opens_nothing() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let own = std::net::SocketAddr::from((net.ipv4(), 8080));
     let to = std::net::SocketAddr::from((server(99), 443));
     let made_up = net.netns().run(|| {
@@ -144,7 +144,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
 
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let (socket, socket6) = (net.dns_socket(), net.dns_socket6());
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     socket6.ask(RESOLVER6, 2, "later.test", RecordType::A);
@@ -169,7 +169,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     );
 
     // A query that the policy does not allow does not leave after the quarantine either.
-    let net = network(&cluster, &agent, (&shop, "strict"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "strict"));
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 3, "other.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");
@@ -191,7 +191,7 @@ fn held_queries_of_an_unenforced_pod_are_forwarded_on_release() {
     let agent = cluster.start_agent();
     let audit = json!({"egress-agent.dev/allow": "", "egress-agent.dev/mode": "audit"});
     for (name, annotations) in [("free", Value::Null), ("audited", audit)] {
-        let net = network(&cluster, &agent, (&shop, name));
+        let net = quarantined_network(&cluster, &agent, (&shop, name));
         let before = dns.asked("shop.test");
         let socket = net.dns_socket();
         socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
@@ -210,7 +210,7 @@ fn no_query_is_lost_while_a_pod_becomes_known() {
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
     for (name, annotations) in [("cart", allow("shop.test:443")), ("free", Value::Null)] {
-        let net = network(&cluster, &agent, (&shop, name));
+        let net = quarantined_network(&cluster, &agent, (&shop, name));
         let socket = net.dns_socket();
         let _pod = std::thread::scope(|scope| {
             // Fewer than may wait at once, spread over the time in which the pod becomes known.
@@ -237,7 +237,7 @@ fn queries_that_time_out_or_exceed_the_queue_are_reported() {
     let dns = cluster.lab.dns();
     dns.addresses("shop.test", &[server(10)]);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, ("shop", "nobody"));
+    let net = quarantined_network(&cluster, &agent, ("shop", "nobody"));
     let reported = |name: &str| {
         let denial = agent.wait_denial(name, |denial| {
             denial.reason == "pod_unknown" && denial.dns_name.as_deref() == Some(name)
@@ -264,7 +264,7 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");

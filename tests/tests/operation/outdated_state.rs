@@ -125,7 +125,7 @@ impl Scene {
     /// Asserts that the edit is enforced, and that only the edited pod lacks DNS until the API server is
     /// back.
     #[track_caller]
-    fn only_the_edited_pod_waits(&self) {
+    fn assert_only_the_edited_pod_lacks_dns(&self) {
         let (cart, till) = (self.cart.net(), self.till.net());
         let asked = cart.try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
         assert!(asked.is_none(), "the old policy was used: {asked:?}");
@@ -160,7 +160,7 @@ fn an_unsaved_edit_stays_enforced_after_the_agent_was_killed() {
     scene.state.make_read_only();
     scene.tighten();
     scene.restart_alone();
-    scene.only_the_edited_pod_waits();
+    scene.assert_only_the_edited_pod_lacks_dns();
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn an_edit_applied_by_an_agent_with_another_state_dir_stays_enforced() {
     let state = scene.state.path().to_str().expect("a path in UTF-8");
     scene.cluster.lab.edit_config("stateDir", state);
     scene.restart_alone();
-    scene.only_the_edited_pod_waits();
+    scene.assert_only_the_edited_pod_lacks_dns();
 }
 
 #[test]

@@ -73,14 +73,14 @@ impl Scene {
     /// Asserts that this frame is dropped: sends it and then an honest one, of which only the latter arrives,
     /// and the bridge still knows the neighbour behind its own port.
     #[track_caller]
-    fn stops(&self, agent: &Agent, frame: &[u8]) {
+    fn assert_dropped(&self, agent: &Agent, frame: &[u8]) {
         let mark = agent.mark();
         self.tap.send(frame);
-        self.denies(agent, mark, frame);
+        self.assert_dropped_since(agent, mark, frame);
     }
 
     #[track_caller]
-    fn denies(&self, agent: &Agent, mark: usize, frame: &[u8]) {
+    fn assert_dropped_since(&self, agent: &Agent, mark: usize, frame: &[u8]) {
         let honest = self.datagram(b"the honest one");
         self.tap.send(&honest);
         let first = self
@@ -104,19 +104,19 @@ impl Scene {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let line = text
             .lines()
-            .find(|line| line.starts_with(&written(hardware)))?;
+            .find(|line| line.starts_with(&formatted(hardware)))?;
         let mut words = line.split(' ').skip_while(|word| *word != "dev");
         words.nth(1).map(str::to_owned)
     }
 }
 
-fn written(hardware: [u8; 6]) -> String {
+fn formatted(hardware: [u8; 6]) -> String {
     hardware.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn set_hardware(pod: &Pod, hardware: [u8; 6]) {
     pod.netns()
-        .ip_batch(&format!("link set eth0 address {}\n", written(hardware)));
+        .ip_batch(&format!("link set eth0 address {}\n", formatted(hardware)));
 }
 
 fn from(mut frame: Vec<u8>, hardware: [u8; 6]) -> Vec<u8> {
@@ -129,14 +129,14 @@ fn a_pod_on_a_bridge_cannot_send_from_a_neighbours_hardware_address() {
     let scene = Scene::new();
     let agent = scene.start();
     let of_mail = scene.mail.hardware();
-    scene.stops(&agent, &from(scene.datagram(b"as the neighbour"), of_mail));
-    scene.stops(&agent, &from(scene.datagram(b"as nobody"), FREE));
-    scene.stops(&agent, &from(scene.datagram(b"to all"), [0xff; 6]));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"as the neighbour"), of_mail));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"as nobody"), FREE));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"to all"), [0xff; 6]));
 
     let mut arp = raw::arp(scene.cart.ipv4(), scene.mail.ipv4());
     arp[..6].copy_from_slice(&of_mail);
     arp[22..28].copy_from_slice(&of_mail);
-    scene.stops(&agent, &from(arp, of_mail));
+    scene.assert_dropped(&agent, &from(arp, of_mail));
 
     // The link-local address derived from the neighbour's hardware address: the neighbour would take it for a
     // duplicate.
@@ -146,7 +146,7 @@ fn a_pod_on_a_bridge_cannot_send_from_a_neighbours_hardware_address() {
         .hops(255)
         .icmp(ADVERTISEMENT, 0, &rest);
     finish(&scene.cart, &mut frame);
-    scene.stops(&agent, &from(frame, of_mail));
+    scene.assert_dropped(&agent, &from(frame, of_mail));
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn a_frame_of_an_open_flow_needs_the_pods_hardware_address() {
         }
     });
     let frame = from(scene.datagram(b"as the neighbour"), scene.mail.hardware());
-    scene.stops(&agent, &frame);
+    scene.assert_dropped(&agent, &frame);
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn a_pod_is_bound_to_the_hardware_address_it_was_found_with() {
         let mark = agent.mark();
         let frame = from(scene.datagram(b"changed"), hardware);
         scene.tap.send(&frame);
-        scene.denies(agent, mark, &frame);
+        scene.assert_dropped_since(agent, mark, &frame);
         set_hardware(&scene.cart, ours);
     };
     changed(&agent, scene.mail.hardware());
@@ -209,7 +209,7 @@ fn a_pod_cannot_claim_a_hardware_address_of_the_node_or_a_neighbour() {
          addr add 10.55.0.2/24 dev br0\n\
          neigh add 10.55.0.1 lladdr {} dev br0\n\
          route add 10.56.0.0/16 via 10.55.0.1\n",
-        written(gateway)
+        formatted(gateway)
     ));
     let bridge = [2, 0, 0, 0, 0x77, 1];
     let node = scene.cart.gateway_hardware();
@@ -301,7 +301,7 @@ fn an_interface_that_becomes_a_bridge_port_is_bound_from_then_on() {
         let mut later = denials[mark.min(denials.len())..].iter();
         later.any(|denial| denial.reason == SPOOFED).then_some(())
     });
-    scene.stops(
+    scene.assert_dropped(
         &agent,
         &from(scene.datagram(b"as the neighbour"), scene.mail.hardware()),
     );

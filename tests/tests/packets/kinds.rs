@@ -50,7 +50,7 @@ impl Wire {
     /// Asserts that this frame is dropped: sends it and then a harmless one, of which only the latter leaves
     /// the node.
     #[track_caller]
-    fn stops(&self, frame: &[u8], reason: &str) {
+    fn assert_dropped(&self, frame: &[u8], reason: &str) {
         const SENTINEL: &[u8] = b"the harmless one";
         let own = self.pod.ipv4().into();
         let mark = self.agent.mark();
@@ -76,7 +76,7 @@ impl Wire {
 
     /// Asserts that this frame leaves the node.
     #[track_caller]
-    fn passes(&self, frame: &[u8]) {
+    fn assert_passes(&self, frame: &[u8]) {
         self.tap.send(frame);
         let tail = &frame[frame.len() - 8..];
         assert!(
@@ -101,7 +101,7 @@ fn a_forged_source_address_stays_on_the_node() {
     let stranger = "10.1.200.2".parse().expect("an address");
     let stranger6 = "fd01:c8::2".parse().expect("an address");
     let (v4, v6) = ((server(1), PORT), (server6(1), PORT));
-    wire.stops(
+    wire.assert_dropped(
         &frames::udp(&wire.pod, (stranger, 7), v4, b"forged by v4"),
         "spoofed_source",
     );
@@ -109,7 +109,7 @@ fn a_forged_source_address_stays_on_the_node() {
         .agent
         .wait_denial("the forged one", |d| d.src_ip == Some(stranger));
     assert_eq!((line.dst_ip, line.dst_port), (Some(server(1)), Some(PORT)));
-    wire.passes(&frames::udp(&wire.pod, (wire.own6(), 7), v6, b"not forged"));
+    wire.assert_passes(&frames::udp(&wire.pod, (wire.own6(), 7), v6, b"not forged"));
     wire.tap
         .send(&frames::udp(&wire.pod, (stranger6, 7), v6, b"forged by v6"));
     wire.agent.wait_denial("the forged one", |d| {
@@ -126,7 +126,7 @@ fn a_pod_cannot_send_from_a_neighbours_address() {
     wire.agent.wait_enforcing(&neighbour);
     let borrowed = neighbour.ipv4().into();
     let frame = frames::udp(&wire.pod, (borrowed, 7), (server(1), PORT), b"borrowed");
-    wire.stops(&frame, "spoofed_source");
+    wire.assert_dropped(&frame, "spoofed_source");
 }
 
 #[test]
@@ -140,19 +140,19 @@ fn tagged_truncated_and_foreign_frames_stay_on_the_node() {
     );
     let mut tagged = good.clone();
     tagged.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
-    wire.stops(&tagged, "malformed");
+    wire.assert_dropped(&tagged, "malformed");
 
     let mut foreign = good.clone();
     foreign[12..14].copy_from_slice(&[0x88, 0xb5]); // IEEE 802, local experimental
     foreign.extend(b"foreign!");
     let wire = Wire::new();
-    wire.stops(&foreign, "malformed");
+    wire.assert_dropped(&foreign, "malformed");
 
     let wire = Wire::new();
     let mut longer_header = good;
     longer_header[14] = 0x4f; // a header of 60 bytes where there are not so many
     longer_header.truncate(14 + 40);
-    wire.stops(&longer_header, "malformed");
+    wire.assert_dropped(&longer_header, "malformed");
 }
 
 #[test]
@@ -190,9 +190,9 @@ fn ip_options_and_extension_headers_do_not_hide_ports() {
             .expect("a frame can be built");
         frame
     };
-    wire.passes(&with_options(1, b"allowed with options"));
-    wire.passes(&with_extension(1, b"allowed with an extension"));
-    wire.stops(&with_options(9, b"denied with options"), "no_rule");
+    wire.assert_passes(&with_options(1, b"allowed with options"));
+    wire.assert_passes(&with_extension(1, b"allowed with an extension"));
+    wire.assert_dropped(&with_options(9, b"denied with options"), "no_rule");
     wire.tap
         .send(&with_extension(9, b"denied with an extension"));
     let line = wire.agent.wait_denial("the one with an extension", |d| {
@@ -241,7 +241,7 @@ fn a_fragment_without_its_first_stays_on_the_node() {
         .ip(IpHeaders::Ipv4(header, Ipv4Extensions::default()))
         .write(&mut frame, ip_number::UDP, b"the rest of something")
         .expect("a frame can be built");
-    wire.stops(&frame, "fragment_without_first");
+    wire.assert_dropped(&frame, "fragment_without_first");
 }
 
 #[test]

@@ -56,7 +56,7 @@ impl Scene {
 
     /// Sends an honest datagram to the allowed port, which opens a flow if there is none.
     #[track_caller]
-    fn sends_honestly(&self, to: IpAddr, payload: &[u8]) {
+    fn send_honest(&self, to: IpAddr, payload: &[u8]) {
         let own = if to.is_ipv4() {
             self.pod.ipv4().into()
         } else {
@@ -68,7 +68,7 @@ impl Scene {
 
     /// Asserts that a frame is dropped if its late checksum changes a judged field.
     #[track_caller]
-    fn stops(&self, mut frame: Vec<u8>, sum: Sum, wanted: u16, send: fn(&Pod, &[u8])) {
+    fn assert_dropped(&self, mut frame: Vec<u8>, sum: Sum, wanted: u16, send: fn(&Pod, &[u8])) {
         const SENTINEL: &[u8] = b"the honest one";
         finish(&self.pod, &mut frame);
         let free = frame.len() - 2;
@@ -77,7 +77,7 @@ impl Scene {
         let tail = &landed[landed.len() - 4..];
         let mark = self.agent.mark();
         send(&self.pod, &frame);
-        self.sends_honestly(server(1), SENTINEL);
+        self.send_honest(server(1), SENTINEL);
         let first = self
             .uplink
             .receive(DEADLINE, |seen| {
@@ -103,7 +103,7 @@ fn a_late_checksum_over_a_udp_port_is_dropped() {
     let scene = Scene::new();
     let to = scene.to(server(1)).options(FOUR_BYTES);
     let frame = to.udp(7, PORT, b"to another port.");
-    scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, OTHER_PORT, send_by_udp);
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn a_late_checksum_over_a_tcp_port_is_dropped() {
     for flags in [flag::SYN, flag::ACK] {
         let segment = [tcp(7, PORT, flags), b"to another port.".to_vec()].concat();
         let frame = to.frame(protocol::TCP, &segment);
-        scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+        scene.assert_dropped(frame, UDP_SUM, OTHER_PORT, send_by_udp);
     }
 }
 
@@ -123,28 +123,28 @@ fn a_late_checksum_over_an_ipv6_address_is_dropped() {
     let plain = scene.to(server6(1));
     for to in [plain.clone(), plain.clone().padding(protocol::DESTINATION)] {
         let frame = to.udp(7, PORT, b"to another host.");
-        scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+        scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
     }
     // The same with an open flow.
-    scene.sends_honestly(server6(1), b"it is open now");
+    scene.send_honest(server6(1), b"it is open now");
     let frame = plain.udp(7, PORT, b"to another host.");
     assert_eq!(
         frame[IPV6 - 16..IPV6],
         Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets()
     );
-    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
     let segment = [tcp(7, PORT, flag::ACK), b"to another host.".to_vec()].concat();
     let frame = plain.frame(protocol::TCP, &segment);
-    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
 }
 
 #[test]
 fn a_late_checksum_over_the_port_of_an_open_flow_is_dropped() {
     let scene = Scene::new();
-    scene.sends_honestly(server(1), b"it is open now");
+    scene.send_honest(server(1), b"it is open now");
     let frame = scene.to(server(1)).udp(7, PORT, b"a SYN has eighteen");
     assert_eq!(frame[IPV4 + 2..IPV4 + 4], PORT.to_be_bytes());
-    scene.stops(frame, SHIFTED_TCP_SUM, OTHER_PORT, send_by_tun);
+    scene.assert_dropped(frame, SHIFTED_TCP_SUM, OTHER_PORT, send_by_tun);
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_late_checksum_cannot_turn_a_packet_into_an_unjudged_query() {
     message.extend([0; 2]);
     let to = scene.to(RESOLVER).options(FOUR_BYTES);
     // All ports but 53 of an internal address pass.
-    scene.stops(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
+    scene.assert_dropped(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
     assert_eq!(scene.lab.dns().asked("evil.test"), 0);
 }
 

@@ -58,7 +58,7 @@ impl Scene {
     /// Asserts that this frame to the neighbour is dropped: sends it and then an honest one, of which only
     /// the latter arrives.
     #[track_caller]
-    fn stops(&self, frame: &[u8], reason: &str) {
+    fn assert_dropped(&self, frame: &[u8], reason: &str) {
         let mark = self.agent.mark();
         self.tap.send(frame);
         let honest = self.advertisement(own_link_local(&self.cart), &self.cart);
@@ -74,7 +74,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn passes(&self, frame: &[u8]) {
+    fn assert_passes(&self, frame: &[u8]) {
         self.tap.send(frame);
         let seen = self.neighbour.receive(DEADLINE, |seen| seen == frame);
         assert!(seen.is_some(), "it does not arrive: {frame:02x?}");
@@ -104,7 +104,7 @@ fn own_link_local(pod: &Pod) -> Ipv6Addr {
 #[test]
 fn a_pod_cannot_use_the_gateways_link_local_address() {
     let scene = Scene::new();
-    scene.stops(&scene.advertisement(GATEWAY, &scene.cart), "spoofed_source");
+    scene.assert_dropped(&scene.advertisement(GATEWAY, &scene.cart), "spoofed_source");
     // A solicitation from the gateway's address has the same effect.
     let option = [&[1, 1][..], &scene.cart.hardware()].concat();
     let target = own_link_local(&scene.mail);
@@ -112,13 +112,13 @@ fn a_pod_cannot_use_the_gateways_link_local_address() {
     let asks = Ip::new(GATEWAY, target)
         .hops(255)
         .icmp(SOLICITATION, 0, &rest);
-    scene.stops(&scene.to_neighbour(asks, &scene.cart), "spoofed_source");
+    scene.assert_dropped(&scene.to_neighbour(asks, &scene.cart), "spoofed_source");
     // Duplicate address detection makes an owner that starts see a conflict.
     let rest = [&[0; 4][..], &GATEWAY.octets()].concat();
     let looks = Ip::new(Ipv6Addr::UNSPECIFIED, ALL_NODES)
         .hops(255)
         .icmp(SOLICITATION, 0, &rest);
-    scene.stops(&scene.to_neighbour(looks, &scene.cart), "spoofed_source");
+    scene.assert_dropped(&scene.to_neighbour(looks, &scene.cart), "spoofed_source");
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn a_pod_cannot_use_a_neighbours_link_local_address() {
     let scene = Scene::new();
     // Derived from the neighbour's hardware address.
     let of_mail = own_link_local(&scene.mail);
-    scene.stops(&scene.advertisement(of_mail, &scene.cart), "spoofed_source");
+    scene.assert_dropped(&scene.advertisement(of_mail, &scene.cart), "spoofed_source");
     // Chosen by another enforced pod.
     scene.lab.write_pod(&scene.mail, &[("allow", "")]);
     scene.agent.wait_enforcing(&scene.mail);
@@ -142,8 +142,8 @@ fn a_pod_cannot_use_a_neighbours_link_local_address() {
             .is_some()
     );
     // The second pod that claims the address does not get it, and may choose another.
-    scene.stops(&scene.advertisement(CHOSEN, &scene.cart), "spoofed_source");
-    scene.passes(&scene.advertisement(ANOTHER, &scene.cart));
+    scene.assert_dropped(&scene.advertisement(CHOSEN, &scene.cart), "spoofed_source");
+    scene.assert_passes(&scene.advertisement(ANOTHER, &scene.cart));
 }
 
 #[test]
@@ -160,28 +160,28 @@ fn messages_on_the_link_cannot_carry_other_data() {
     };
     let address = [&[1, 1][..], &scene.cart.hardware()].concat();
     let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
-    scene.passes(&solicitation(&address));
-    scene.passes(&solicitation(&[&address[..], &nonce].concat()));
+    scene.assert_passes(&solicitation(&address));
+    scene.assert_passes(&solicitation(&[&address[..], &nonce].concat()));
     let mut letter = vec![253, 25];
     letter.resize(200, b'x');
-    scene.stops(&solicitation(&letter), "malformed");
+    scene.assert_dropped(&solicitation(&letter), "malformed");
     let mut long_nonce = vec![14, 8];
     long_nonce.resize(64, b'x');
-    scene.stops(&solicitation(&long_nonce), "malformed");
+    scene.assert_dropped(&solicitation(&long_nonce), "malformed");
     let mut trailer = solicitation(&address);
     trailer.extend([b'x'; 200]);
-    scene.stops(&trailer, "malformed");
+    scene.assert_dropped(&trailer, "malformed");
 
     let mut question = raw::arp(scene.cart.ipv4(), scene.mail.ipv4());
     finish(&scene.cart, &mut question);
     question[22..28].copy_from_slice(&scene.cart.hardware());
     let question = scene.to_neighbour(question, &scene.cart);
-    scene.passes(&question);
+    scene.assert_passes(&question);
     let mut padded = question.clone();
     padded.resize(60, 0);
-    scene.passes(&padded);
+    scene.assert_passes(&padded);
     padded[59] = b'x';
-    scene.stops(&padded, "malformed");
+    scene.assert_dropped(&padded, "malformed");
 }
 
 #[test]

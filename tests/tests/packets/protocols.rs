@@ -73,7 +73,7 @@ impl Wire {
     }
 
     #[track_caller]
-    fn denies(&self, protocol: u8, to: IpAddr, reason: &str) {
+    fn assert_denied(&self, protocol: u8, to: IpAddr, reason: &str) {
         let mark = self.agent.mark();
         assert!(
             !self.reaches(protocol, to, SHORT),
@@ -104,9 +104,9 @@ fn a_protocol_reaches_only_addresses_whose_entries_name_it() {
         assert!(wire.reaches(protocol, to, DEADLINE), "{protocol} to {to}");
     }
     for (protocol, to) in [(GRE, server(1)), (ESP, server(2)), (ESP, server(3))] {
-        wire.denies(protocol, to, "port_not_allowed");
+        wire.assert_denied(protocol, to, "port_not_allowed");
     }
-    wire.denies(ESP, server(5), "no_rule");
+    wire.assert_denied(ESP, server(5), "no_rule");
     assert!(wire.pod.connect_tcp((server(1), 443), SHORT).is_err());
 }
 
@@ -114,16 +114,16 @@ fn a_protocol_reaches_only_addresses_whose_entries_name_it() {
 fn a_name_may_be_allowed_for_one_protocol() {
     let wire = Wire::new(&[("allow", "vpn.test/esp")]);
     wire.lab.dns().addresses("vpn.test", &[server(9)]);
-    wire.denies(ESP, server(9), "address_not_learned");
+    wire.assert_denied(ESP, server(9), "address_not_learned");
     wire.pod.resolve("vpn.test", RecordType::A);
     assert!(wire.reaches(ESP, server(9), DEADLINE));
-    wire.denies(GRE, server(9), "port_not_allowed");
+    wire.assert_denied(GRE, server(9), "port_not_allowed");
 }
 
 #[test]
 fn a_denied_protocol_does_not_leave_an_open_pod() {
     let wire = Wire::new(&[("deny", "203.0.113.0/24/gre")]);
-    wire.denies(GRE, server(1), "deny_rule");
+    wire.assert_denied(GRE, server(1), "deny_rule");
     assert!(wire.reaches(ESP, server(1), DEADLINE));
 }
 

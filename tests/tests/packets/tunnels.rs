@@ -100,7 +100,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn is_denied(&self, mark: usize, what: &str) {
+    fn wait_denied(&self, mark: usize, what: &str) {
         self.agent.wait_denial_from(mark, what, |denial| {
             denial.of(&self.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(NODE)
         });
@@ -120,7 +120,7 @@ fn a_pod_cannot_leave_through_the_nodes_vxlan() {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.tunnelled(7, b"inside"));
         assert!(!scene.leaves(b"inside"), "it left: {policy:?}");
-        scene.is_denied(mark, "the tunnelled packet");
+        scene.wait_denied(mark, "the tunnelled packet");
     }
 }
 
@@ -156,7 +156,7 @@ fn an_address_entry_allows_a_tunnel() {
     // The entry opens no other tunnel, and nothing else at that address.
     let mark = scene.agent.mark();
     scene.tap.send(&scene.to_node(7, GENEVE, b"inside"));
-    scene.is_denied(mark, "another tunnel");
+    scene.wait_denied(mark, "another tunnel");
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn a_packet_from_a_tunnels_port_opens_no_tunnel_back() {
     let mark = scene.agent.mark();
     scene.tap.send(&scene.tunnelled(4444, b"inside"));
     assert!(!scene.leaves(b"inside"));
-    scene.is_denied(mark, "the answer");
+    scene.wait_denied(mark, "the answer");
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn a_reply_is_judged_again_when_its_port_becomes_a_tunnel_port() {
 fn a_tunnel_to_any_address_of_the_node_is_denied() {
     let scene = Scene::new(&[("allow", "*")]);
     let docker = IpAddr::from([172, 31, 9, 1]);
-    let is_denied = |dst: IpAddr| {
+    let wait_denied = |dst: IpAddr| {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.tunnelled_to(dst, 7, b"inside"));
         assert!(!scene.leaves(b"inside"), "{dst}");
@@ -309,9 +309,9 @@ fn a_tunnel_to_any_address_of_the_node_is_denied() {
         let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
         (said["reason"] == "tunnel").then_some(())
     });
-    is_denied(docker);
+    wait_denied(docker);
     // An address in a prefix that is routed to the node itself.
-    is_denied(IpAddr::from([172, 31, 10, 77]));
+    wait_denied(IpAddr::from([172, 31, 10, 77]));
     // Traffic that is no tunnel passes as before, to the node and past it.
     assert!(scene.pod.ping(docker, DEADLINE));
     scene.lab.node().ip_batch("link del docker0\n");

@@ -18,7 +18,7 @@ fn audit(pod_annotations: &str) -> Builder {
 
 /// Asserts that the pod connects to this server, and that the agent reports that it would deny it.
 #[track_caller]
-fn passes_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
+fn assert_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
     let to = server(last);
     pod.talks_tcp((to, 443));
     let line = agent.wait_denial(&format!("{reason} of {to}"), |denial| {
@@ -32,11 +32,11 @@ fn passes_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
 
 /// Asserts that the pod connects to this server, and that the agent reports nothing.
 #[track_caller]
-fn passes(agent: &Agent, pod: &Pod, last: u8) {
+fn assert_allowed(agent: &Agent, pod: &Pod, last: u8) {
     let to = server(last);
     pod.talks_tcp((to, 443));
     // When a later connection has its line, a line for this one would be there too.
-    passes_audited(agent, pod, last + 1, "no_rule");
+    assert_audited(agent, pod, last + 1, "no_rule");
     let is_denied = |denial: &Denial| denial.of(pod) && denial.dst_ip == Some(to);
     assert!(!agent.denials().iter().any(is_denied), "{to} is allowed");
 }
@@ -58,17 +58,17 @@ fn with_default_mode_audit_a_list_stops_nothing() {
 
         // Under `narrow` and `ignore` the pod is judged as one to which its namespace grants nothing.
         if power == "grant" {
-            passes(&agent, &own, 10);
+            assert_allowed(&agent, &own, 10);
         } else {
-            passes_audited(&agent, &own, 10, "no_rule");
+            assert_audited(&agent, &own, 10, "no_rule");
         }
-        passes_audited(&agent, &own, 20, "no_rule");
+        assert_audited(&agent, &own, 20, "no_rule");
         assert_eq!(own.lookup("elsewhere.test"), [server(30)], "{power}");
         agent.wait_denial("the query's name", |denial| {
             denial.is_question(&own, "elsewhere.test") && denial.event == "would_deny"
         });
-        passes_audited(&agent, &denies, 99, "deny_rule");
-        passes(&agent, &of_namespace, 10);
+        assert_audited(&agent, &denies, 99, "deny_rule");
+        assert_allowed(&agent, &of_namespace, 10);
         for pod in [&own, &denies, &of_namespace] {
             assert_eq!(lab.status_of(pod)["mode"], "audit", "{power}");
         }
@@ -83,7 +83,7 @@ fn a_pods_own_deny_does_not_hide_denials_of_a_locked_down_cluster() {
         let pod = lab.pod("shop", "denies");
         lab.write_pod(&pod, &[("deny", "203.0.113.99")]);
         let agent = lab.start_agent(&[&pod]);
-        passes_audited(&agent, &pod, 20, "no_rule");
+        assert_audited(&agent, &pod, 20, "no_rule");
     }
 }
 
@@ -125,7 +125,7 @@ fn with_default_mode_audit_unreadable_annotations_stop_nothing() {
     let agent = lab.start_agent(&[&typo, &unknown, &enforced, &by_namespace]);
 
     for pod in [&typo, &unknown] {
-        passes_audited(&agent, pod, 10, "policy_unreadable");
+        assert_audited(&agent, pod, 10, "policy_unreadable");
         let said = format!("{}/{}", pod.namespace(), pod.name());
         agent.wait_said("the problem and its consequence", |line| {
             line.contains(&said) && line.contains("nothing is stopped (defaultMode: audit)")
@@ -152,8 +152,8 @@ fn an_unreadable_edit_keeps_the_last_policy_and_follows_a_change_of_the_default_
 
     lab.edit_config("defaultMode", "audit");
     agent.applies(&pod, || agent.reload());
-    passes_audited(&agent, &pod, 21, "no_rule");
-    passes(&agent, &pod, 10);
+    assert_audited(&agent, &pod, 21, "no_rule");
+    assert_allowed(&agent, &pod, 10);
 }
 
 #[test]
@@ -177,8 +177,8 @@ fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
     agent.applies(&listed, || agent.reload());
     agent.wait_enforcing(&plain);
     for pod in [&listed, &plain] {
-        passes_audited(&agent, pod, 10, "no_rule");
-        passes_audited(&agent, pod, 30, "no_rule");
+        assert_audited(&agent, pod, 10, "no_rule");
+        assert_audited(&agent, pod, 30, "no_rule");
     }
     assert!(
         exchange(&mut open, b"audited", DEADLINE),
@@ -190,7 +190,7 @@ fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
     agent.applies(&listed, || {
         lab.write_namespace("shop", &[("allow", LISTED)]);
     });
-    passes(&agent, &listed, 12);
+    assert_allowed(&agent, &listed, 12);
     assert_eq!(lab.status_of(&plain)["mode"], "audit");
 
     lab.edit_config("defaultMode", "enforce");
@@ -235,7 +235,7 @@ fn a_pod_with_too_many_addresses_is_audited_in_audit_mode() {
     });
     lab.write_file(&lab.pod_file(&pod), manifest.to_string().as_bytes());
     let agent = lab.start_agent(&[&pod]);
-    passes_audited(&agent, &pod, 20, "policy_unreadable");
+    assert_audited(&agent, &pod, 20, "policy_unreadable");
 }
 
 #[test]

@@ -507,7 +507,7 @@ fn an_interface_without_an_entry_lets_nothing_out() {
 }
 
 #[test]
-fn rejected_packets_are_passed_to_the_agent_for_a_rejection() {
+fn packets_to_reject_are_passed_to_the_agent() {
     let mut programs = Programs::new();
     programs.set_interface(|interface| interface.flags = INTERFACE_REJECT);
     let to = programs.to(server(9));

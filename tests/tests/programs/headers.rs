@@ -294,7 +294,7 @@ fn a_chain_of_extension_headers_is_parsed_up_to_its_limit() {
 }
 
 #[test]
-fn a_packet_with_a_routing_header_is_refused() {
+fn a_routing_header_with_segments_left_is_refused() {
     let mut programs = Programs::new();
     let then = server6(ELSEWHERE.into());
     let std::net::IpAddr::V6(then) = then else {
