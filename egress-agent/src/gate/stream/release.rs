@@ -1,4 +1,4 @@
-//! Which segments put back what may be put back of a stream.
+//! Puts back the released bytes of a stream.
 
 use egress_common::packet::TCP_FIN;
 
@@ -8,21 +8,21 @@ use super::{
     segment::Segment,
 };
 
-/// What became of a segment.
+/// The outcome for a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Put {
-    /// What could be sent on has been.
+    /// Its released bytes have been put back.
     Sent,
-    /// Its receiver has acknowledged all of it before.
+    /// The receiver has acknowledged all of it before.
     Old,
-    /// Nothing of it may be sent on yet.
+    /// None of its bytes is released yet.
     Held,
 }
 
-/// Sends on what may be sent of a stream, with the headers of the segment that has come. Where it can
-/// be, that is the segment as it came.
+/// Puts back the released bytes of a stream with the headers of the current segment. If possible, puts back
+/// the segment unchanged.
 pub(super) fn put_released(
-    half: &mut StreamBuffer,
+    stream: &mut StreamBuffer,
     segment: &Segment<'_>,
     position: i64,
     size: usize,
@@ -30,24 +30,24 @@ pub(super) fn put_released(
     out: &mut impl Out,
 ) -> Put {
     let end = segment.end(position);
-    let fin = half.is_ended() && half.released == half.next();
+    let fin = stream.is_ended() && stream.released == stream.next();
     let has_fin = segment.has(TCP_FIN);
-    let (from, until) = if half.released > half.sent || (fin && !half.fin_sent) {
-        (half.sent, half.released)
+    let (from, until) = if stream.released > stream.sent || (fin && !stream.fin_sent) {
+        (stream.sent, stream.released)
     } else if segment.payload.is_empty() && !has_fin {
         put_back(segment, to, out);
         return Put::Sent;
-    } else if end > half.sent.cast_signed() || (has_fin && !half.fin_sent) {
+    } else if end > stream.sent.cast_signed() || (has_fin && !stream.fin_sent) {
         return Put::Held;
-    } else if end > half.acked.cast_signed() || (has_fin && !half.fin_acked) {
-        // A repetition. What has been acknowledged of it is left out: it was not compared.
-        let from = position.max(half.acked.cast_signed()).unsigned_abs();
+    } else if end > stream.acked.cast_signed() || (has_fin && !stream.fin_acked) {
+        // A repetition. Acknowledged bytes are left out, because they were not compared.
+        let from = position.max(stream.acked.cast_signed()).unsigned_abs();
         (from, end.max(0).unsigned_abs().max(from))
     } else {
         return Put::Old;
     };
-    // A sender that says twice where it ends, and not the same, is believed once.
-    let fin = fin && until == half.released;
+    // Only the first of two contradictory ends of the stream counts.
+    let fin = fin && until == stream.released;
     let as_it_came = position == from.cast_signed()
         && end == until.cast_signed()
         && has_fin == fin
@@ -56,16 +56,16 @@ pub(super) fn put_released(
         put_back(segment, to, out);
     } else {
         let cut = Cut {
-            seq: half.seq(from),
-            payload: half.slice(from, until),
+            seq: stream.seq(from),
+            payload: stream.slice(from, until),
             fin,
             size,
         };
         put_cut(segment, &cut, to, out);
     }
-    if until > half.sent || fin {
-        half.sent = half.sent.max(until);
-        half.fin_sent |= fin;
+    if until > stream.sent || fin {
+        stream.sent = stream.sent.max(until);
+        stream.fin_sent |= fin;
     }
     Put::Sent
 }

@@ -5,7 +5,7 @@ use super::*;
 const SIZE: usize = 300;
 const WINDOW: usize = 1000;
 
-/// Everything that may be sent now: where, what, and whether the stream ends there.
+/// Everything that may be sent now: the sequence number, the bytes, and whether the stream ends there.
 fn parts(sender: &mut Sender, now_ns: u64) -> Vec<(u32, Vec<u8>, bool)> {
     let mut parts = Vec::new();
     while let Some(part) = sender.next(SIZE, now_ns) {
@@ -25,7 +25,7 @@ fn no_more_is_sent_than_the_receiver_takes() {
     assert!(sender.acknowledge(400, 500));
     assert_eq!(parts(&mut sender, 0), [(600, vec![7; 300], false)]);
     assert!(!sender.acknowledge(901, 500), "it was not sent");
-    assert!(sender.acknowledge(300, 0), "an old one says nothing");
+    assert!(sender.acknowledge(300, 0), "an old one changes nothing");
     assert!(sender.acknowledge(900, 0));
     assert!(parts(&mut sender, 0).is_empty());
 }
@@ -47,7 +47,7 @@ fn a_closed_window_is_probed_as_long_as_the_receiver_answers() {
 }
 
 #[test]
-fn a_receiver_that_does_not_answer_is_given_up() {
+fn a_sender_gives_up_a_receiver_that_does_not_answer() {
     let mut sender = Sender::new(100, vec![7; 10], 0, WINDOW);
     let mut now_ns = 0;
     assert_eq!(parts(&mut sender, now_ns).len(), 1);
@@ -78,10 +78,10 @@ fn the_end_of_a_stream_is_sent_and_acknowledged() {
 
 proptest! {
     #[test]
-    fn a_receiver_gets_everything_over_a_line_that_loses(
+    fn everything_arrives_over_a_lossy_line(
         first in any::<u32>(),
         pushes in prop::collection::vec(0usize..3000, 1..10),
-        // Fewer than make it give up if they come in a row.
+        // Few enough that the sender does not give up even if they are consecutive.
         losses in prop::collection::btree_set(0usize..60, 0..RESENDS as usize),
         windows in prop::collection::vec(0usize..2000, 0..60),
     ) {
