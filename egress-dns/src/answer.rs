@@ -159,7 +159,7 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
     Ok(answer)
 }
 
-/// Reads a response that only meaning that the server did not understand the query, and does not repeat it (RFC
+/// Reads a response that only says that the server did not understand the query, and does not repeat it (RFC
 /// 1035, section 4.1.1, RCODE 1 and 4). Returns its id; `None` for every other message.
 ///
 /// It has no records in the answer and authority sections, so it adds no address.

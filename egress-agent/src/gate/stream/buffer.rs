@@ -21,7 +21,7 @@ pub(super) enum Refused {
 /// not wrap.
 ///
 /// ```text
-///   base ≤ acked ≤ sent ≤ released ≤ next      base ≤ parsed ≤ next
+///   base ≤ acked ≤ sent ≤ allowed ≤ next      base ≤ parsed ≤ next
 /// ```
 #[derive(Debug)]
 pub(super) struct StreamBuffer {
@@ -39,7 +39,7 @@ pub(super) struct StreamBuffer {
     /// The position of the first message that has not been taken.
     parsed: u64,
     /// The position up to which the stream may be put back.
-    pub(super) released: u64,
+    pub(super) allowed: u64,
     /// The position up to which it has been put back.
     pub(super) sent: u64,
     /// The position up to which the receiver has acknowledged it.
@@ -61,7 +61,7 @@ impl StreamBuffer {
             ahead: BTreeMap::new(),
             ahead_bytes: 0,
             parsed: 0,
-            released: 0,
+            allowed: 0,
             sent: 0,
             acked: 0,
             fin: None,
@@ -292,7 +292,7 @@ impl StreamBuffer {
     /// Marks all bytes so far as put back and acknowledged: a split connection forwards them itself.
     pub(super) fn forward_all(&mut self) {
         let next = self.next();
-        (self.released, self.sent, self.acked) = (next, next, next);
+        (self.allowed, self.sent, self.acked) = (next, next, next);
         self.trim();
     }
 

@@ -41,9 +41,9 @@ proptest! {
             assert_eq!(position, i64::try_from(from).unwrap());
             buffer.insert(position, &stream[from..to]).unwrap();
             out.extend(taken(buffer));
-            buffer.released = buffer.parsed();
-            put_back.extend_from_slice(buffer.slice(buffer.sent, buffer.released));
-            buffer.sent = buffer.released;
+            buffer.allowed = buffer.parsed();
+            put_back.extend_from_slice(buffer.slice(buffer.sent, buffer.allowed));
+            buffer.sent = buffer.allowed;
             let ack = acknowledged.index(buffer.sent as usize + 1);
             assert!(buffer.acknowledge(first.wrapping_add(ack as u32)));
         };
@@ -115,7 +115,7 @@ fn different_bytes_behind_a_gap_are_refused_when_the_gap_closes() {
 fn an_acknowledgment_of_unsent_bytes_is_refused() {
     let mut buffer = StreamBuffer::new(100, LIMIT);
     buffer.insert(0, b"\0\x01a\0\x01b").unwrap();
-    buffer.released = 3;
+    buffer.allowed = 3;
     buffer.sent = 3;
     assert!(!buffer.acknowledge(104));
     assert!(buffer.acknowledge(103));

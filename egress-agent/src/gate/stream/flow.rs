@@ -14,7 +14,7 @@ use super::{
     buffer::{Refused, StreamBuffer},
     decide::{Asked, Decide, Next, Step},
     frames::{Ends, Out, Own, To, put_bare},
-    release::{Put, put_released},
+    put_allowed::{Put, put_allowed},
     segment::{Segment, URG},
     side::{SIZE, Side},
     split::Split,
@@ -217,7 +217,7 @@ impl Flow {
             return self.lose(segment.packet, "ended within a query", step);
         }
         let size = self.size_of(segment);
-        let put = put_released(
+        let put = put_allowed(
             &mut self.asked,
             segment,
             position,
@@ -225,7 +225,7 @@ impl Flow {
             To::Resolver,
             step.out,
         );
-        if put != Put::Sent || self.asked.next() > self.asked.released {
+        if put != Put::Sent || self.asked.next() > self.asked.allowed {
             self.acknowledge_questions(step);
         }
         self.keep_or_forget()
@@ -249,7 +249,7 @@ impl Flow {
                 Asked::Allowed(question) => {
                     step.decide.ask(&question, packet, &mut self.pending);
                     self.asked.take_message();
-                    self.asked.released = self.asked.parsed();
+                    self.asked.allowed = self.asked.parsed();
                 }
                 Asked::Refused(refusal) => {
                     self.asked.take_message();
@@ -322,9 +322,9 @@ impl Flow {
         self.answered.trim();
         // The beginning of a message is put back: a sender with a small window waits for its acknowledgment
         // before it sends the rest.
-        self.answered.released = self.answered.next();
+        self.answered.allowed = self.answered.next();
         let size = self.size_of(segment);
-        let put = put_released(
+        let put = put_allowed(
             &mut self.answered,
             segment,
             position,

@@ -24,7 +24,7 @@ mod flow;
 mod frames;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
-mod release;
+mod put_allowed;
 mod segment;
 mod sender;
 mod side;

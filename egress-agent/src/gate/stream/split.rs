@@ -48,7 +48,7 @@ pub(super) struct Split {
 }
 
 impl Split {
-    /// Takes over the bytes of both directions that were released and are not acknowledged. Undecided bytes
+    /// Takes over the bytes of both directions that were allowed and are not acknowledged. Undecided bytes
     /// stay in the flow's buffers.
     pub(super) fn new(flow: &mut Flow) -> Self {
         let Flow {
@@ -64,7 +64,7 @@ impl Split {
             ),
             to_resolver: Sender::new(
                 asked.seq(asked.acked),
-                asked.slice(asked.acked, asked.released).to_vec(),
+                asked.slice(asked.acked, asked.allowed).to_vec(),
                 sent(asked.acked, asked.sent),
                 flow.resolver.takes,
             ),
@@ -419,7 +419,7 @@ fn room(flow: &Flow, from: To) -> usize {
     }
 }
 
-/// Whether an end that waits for room must be announced that there is some.
+/// Whether an end that waits for room must be told that there is some.
 fn is_reopened(announced: usize, room: usize, limit: usize) -> bool {
     announced < limit / 2 && room >= limit / 2
 }

@@ -1,4 +1,4 @@
-//! Puts back the released bytes of a stream.
+//! Puts back the allowed bytes of a stream.
 
 use egress_common::packet::TCP_FIN;
 
@@ -11,17 +11,17 @@ use super::{
 /// The outcome for a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Put {
-    /// Its released bytes have been put back.
+    /// Its allowed bytes have been put back.
     Sent,
     /// The receiver has acknowledged all of it before.
     Old,
-    /// None of its bytes is released yet.
+    /// None of its bytes is allowed yet.
     Held,
 }
 
-/// Puts back the released bytes of a stream with the headers of the current segment. If possible, puts back
+/// Puts back the allowed bytes of a stream with the headers of the current segment. If possible, puts back
 /// the segment unchanged.
-pub(super) fn put_released(
+pub(super) fn put_allowed(
     stream: &mut StreamBuffer,
     segment: &Segment<'_>,
     position: i64,
@@ -30,10 +30,10 @@ pub(super) fn put_released(
     out: &mut impl Out,
 ) -> Put {
     let end = segment.end(position);
-    let fin = stream.is_ended() && stream.released == stream.next();
+    let fin = stream.is_ended() && stream.allowed == stream.next();
     let has_fin = segment.has(TCP_FIN);
-    let (from, until) = if stream.released > stream.sent || (fin && !stream.fin_sent) {
-        (stream.sent, stream.released)
+    let (from, until) = if stream.allowed > stream.sent || (fin && !stream.fin_sent) {
+        (stream.sent, stream.allowed)
     } else if segment.payload.is_empty() && !has_fin {
         put_back(segment, to, out);
         return Put::Sent;
@@ -47,7 +47,7 @@ pub(super) fn put_released(
         return Put::Old;
     };
     // Only the first of two contradictory ends of the stream counts.
-    let fin = fin && until == stream.released;
+    let fin = fin && until == stream.allowed;
     let as_it_came = position == from.cast_signed()
         && end == until.cast_signed()
         && has_fin == fin
