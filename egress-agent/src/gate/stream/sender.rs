@@ -1,6 +1,5 @@
 //! A stream that the gate sends itself. It keeps the bytes that the receiver has not acknowledged, and
 //! resends them after a timeout.
-//! a time-out.
 
 /// Most bytes in flight, whatever the receiver's window.
 const BURST: usize = 64 << 10;
