@@ -17,7 +17,7 @@ const BATCH_PART: usize = 16;
 /// addresses evicts only its own.
 const NAME_PART: usize = 4;
 
-/// What reading a flow is charged, and the debt that a pod may have; the debt shrinks as time passes. Reading
+/// The charge for reading a flow, and the debt that a pod may have; the debt shrinks as time passes. Reading
 /// takes about a microsecond. So a pod that has the maximum of flows, and resolves new names as fast as it
 /// can, takes a tenth of the gate's time and not all of it.
 const COST_NS: u64 = 10_000;

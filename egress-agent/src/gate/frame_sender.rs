@@ -5,7 +5,7 @@
 //! since Linux 4.19; `ip_rcv_core` drops it). The pod controls how long that takes: it can redirect what
 //! arrives to a queue that never empties. A pod can thus fill only its own send buffer.
 //!
-//! To send a frame to a pod runs the pod's own rules and packet sockets in the sending thread, so the pod
+//! The pod's own rules and packet sockets run in the thread that sends a frame to the pod, so the pod
 //! controls how long that takes, too. The gate's thread sends to pods that take a frame quickly. A pod that
 //! did not is slow for minutes, and other threads send to it ([`lanes`]). A frame that `to_pod` turns round
 //! never reaches the pod, so the gate's thread always sends it.
@@ -145,7 +145,7 @@ impl FrameSender {
         }
         port.log_unsent(ifindex, Tally::rest);
         if let Some(socket) = port.socket {
-            // To close the socket takes an RCU grace period, for which DNS must not wait. If the closing
+            // Closing the socket takes an RCU grace period, for which DNS must not wait. If the closing
             // thread has ended, the agent is about to end.
             let _ = self.closing.send(socket);
         }

@@ -20,7 +20,7 @@ use egress_dns::{
 };
 use egress_policy::{Autopath, QuestionRule};
 
-/// What every decision needs in addition to the pod.
+/// The context of every decision, in addition to the pod.
 pub(super) struct DecisionContext {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
@@ -38,7 +38,7 @@ impl DecisionContext {
         context
     }
 
-    /// Replaces the DNS settings. What the gate learned about the resolvers' search lists stays.
+    /// Replaces the DNS settings. Keeps whether the resolvers are known to walk search lists.
     pub(super) fn configure(&mut self, dns: DnsSettings) {
         match dns.autopath {
             Autopath::Auto => {}

@@ -113,7 +113,7 @@ impl Failures {
         self.last = Some(error);
     }
 
-    /// What is to be logged now.
+    /// The failures to log now, if a line is due.
     pub(super) fn due(&mut self, now_ns: u64) -> Option<(u64, Option<AllowError>)> {
         let times = self.times.due(now_ns)?;
         Some((times, self.last.take()))
@@ -173,7 +173,7 @@ impl Table {
         learned.is_some_and(|learned| learned.source(name).is_some())
     }
 
-    /// Stores what is known of an address, as the most recently used one.
+    /// Stores an address as the most recently used one.
     fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
         self.addresses.put(address, learned);

@@ -125,7 +125,7 @@ fn classes_of_a_name_expire_with_it_while_another_name_lives_on() {
     for second in 11..59 {
         table.expire(&mut allow, second * SECOND).unwrap();
     }
-    assert_eq!(allow.writes, writes, "what does not change is not written");
+    assert_eq!(allow.writes, writes, "an unchanged entry is not written");
 }
 
 #[test]

@@ -87,7 +87,7 @@ pub struct DnsSettings {
     pub refusal: Refusal,
     /// Addresses that no response opens.
     pub protected: Vec<Prefix>,
-    /// NAT64 prefixes: an address in one of them that translates to a protected address is protected, too.
+    /// Prefixes of translators: an address in one of them that leads to a protected address is protected, too.
     pub translators: Translators,
     /// Addresses and ports of the resolvers.
     pub resolvers: HashSet<(Address, u16)>,
@@ -166,7 +166,7 @@ pub struct Left {
 /// in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Judged {
-    /// Only the source addresses of what the pod sends.
+    /// Only the source addresses of the packets from the pod.
     Sources,
     /// The source addresses; in addition, flows that others open towards the pod are recorded.
     SourcesAndInbound,

@@ -22,7 +22,7 @@ impl NamesLost {
         self.last = Some(error);
     }
 
-    /// Takes over what was not counted yet.
+    /// Takes over the failures that were not counted yet.
     pub(super) fn take_from(&mut self, other: &mut Self) {
         self.times += std::mem::take(&mut other.times);
         self.last = self.last.take().or_else(|| other.last.take());

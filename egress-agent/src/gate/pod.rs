@@ -35,7 +35,7 @@ use super::{
 use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
 use egress_dns::{Question, Refusal, refuse};
 
-/// What the pods at the gate share.
+/// The state that all pods at the gate share.
 pub(super) struct Shared {
     pub(super) frame_sender: FrameSender,
     pub(super) context: DecisionContext,
@@ -76,7 +76,7 @@ impl Out for Port<'_> {
         self.ifindex
     }
 
-    fn turn_to(&mut self, interface: u32) {
+    fn select_interface(&mut self, interface: u32) {
         self.ifindex = interface;
     }
 }
@@ -96,7 +96,7 @@ pub(super) struct Pod {
     tallies: Tallies,
 }
 
-/// What is logged about a pod at a limited rate.
+/// The events of a pod that are logged at a limited rate.
 #[derive(Default)]
 struct Tallies {
     segments_damaged: Tally,

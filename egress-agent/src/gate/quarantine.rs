@@ -28,7 +28,7 @@ const LIMITS: Limits = Limits {
     common: 2048,
 };
 
-/// The longest frame that waits: what an ordinary link carries.
+/// The longest frame that waits: the longest one of an ordinary link.
 const FRAME_MAX: usize = 1514;
 
 /// All waiting queries, the oldest first.

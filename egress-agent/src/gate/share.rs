@@ -35,7 +35,7 @@ impl Share {
         }
     }
 
-    /// What is left; negative when the pod has a debt.
+    /// The time that is left; negative when the pod has a debt.
     pub(super) fn balance(&self, now_ns: u64) -> i64 {
         let earned = now_ns.saturating_sub(self.at_ns) / PART;
         let earned = i64::try_from(earned).unwrap_or(i64::MAX);

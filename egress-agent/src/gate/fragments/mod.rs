@@ -57,7 +57,7 @@ pub(super) const LIMITS: Limits = Limits {
 /// Most used identifications that are remembered for one pod. Beyond that the oldest is forgotten.
 const ENDED: usize = 1024;
 
-/// What a receiver distinguishes datagrams by.
+/// The fields by which a receiver distinguishes datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     src: Address,

@@ -38,7 +38,7 @@ const PAUSE_MAX_NS: u64 = 10_000_000_000;
 const NO_ROOM: &str = "the pod takes frames too slowly, and its queue is full";
 const TOO_LATE: &str = "the pod takes frames too slowly, and they were queued for too long";
 
-/// The lanes of all slow pods; `T` is the frame and what is needed to send it.
+/// The lanes of all slow pods; `T` is the frame with its socket and mark.
 pub(super) struct Lanes<T> {
     pods: HashMap<u32, Lane<T>>,
     /// Pods that have queued frames and are served by no thread; the one that has waited longest comes first.

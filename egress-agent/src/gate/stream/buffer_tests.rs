@@ -119,11 +119,11 @@ fn an_acknowledgment_of_unsent_bytes_is_refused() {
     buffer.sent = 3;
     assert!(!buffer.acknowledge(104));
     assert!(buffer.acknowledge(103));
-    assert!(buffer.acknowledge(90), "an old one");
+    assert!(buffer.acknowledge(90), "an old acknowledgment");
     assert_eq!(
         (buffer.acked, buffer.kept()),
         (3, 6),
-        "the message at hand stays"
+        "the next message stays"
     );
     buffer.take_message();
     buffer.trim();
@@ -134,7 +134,7 @@ fn an_acknowledgment_of_unsent_bytes_is_refused() {
 fn the_end_of_a_stream_does_not_move() {
     let mut buffer = StreamBuffer::new(0, LIMIT);
     buffer.insert(0, b"\0\x02ab").unwrap();
-    assert!(!buffer.end_at(3), "before what is known");
+    assert!(!buffer.end_at(3), "before the known bytes end");
     assert!(buffer.end_at(4));
     assert!(buffer.is_ended() && buffer.is_cut());
     assert_eq!(buffer.insert(4, b"more"), Err(Refused::Differs));

@@ -451,7 +451,7 @@ impl Flow {
         if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
             return Next::Forget;
         }
-        step.out.turn_to(self.interface);
+        step.out.select_interface(self.interface);
         self.pending.sweep(step.now_ns);
         if let Some(next) = self.with_split(|split, flow| split.tick(flow, step)) {
             return next;
@@ -487,7 +487,7 @@ impl Flow {
 
     /// Resets both ends, outside of the decision on a segment.
     pub(super) fn end(&self, out: &mut impl Out) {
-        out.turn_to(self.interface);
+        out.select_interface(self.interface);
         self.fail(out);
     }
 

@@ -36,7 +36,7 @@ pub(in super::super) trait Out {
     /// The interface on which frames are sent.
     fn interface(&self) -> u32;
     /// Selects another interface.
-    fn turn_to(&mut self, interface: u32);
+    fn select_interface(&mut self, interface: u32);
 }
 
 /// Sends the segment on unchanged, except that it completes a checksum that was left to the hardware.

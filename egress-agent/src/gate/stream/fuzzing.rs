@@ -34,7 +34,7 @@ const MULTIPATH: u8 = 30;
 /// More than the gate may keep for one connection, including its 512 open queries.
 const KEPT: usize = 512 << 10;
 
-/// The decisions so far, and what may be read as their result.
+/// The decisions so far, and the messages that the ends may read as their result.
 #[derive(Default)]
 struct Decisions {
     now_ns: u64,
@@ -109,7 +109,7 @@ impl Decide for Decisions {
     fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
         assert!(
             self.refusals.is_empty(),
-            "what is not decided passes behind a refusal"
+            "an undecided beginning passes after a refusal"
         );
         let delivered = read_beginning(message).is_ok_and(|answer| {
             answer.is_none_or(|answer| pending.expects(&Self::answered(packet, &answer), &answer))
@@ -171,7 +171,7 @@ impl Out for Line {
         assert_eq!(segment.checksum, Checksum::Whole);
         assert!(segment.payload.len() <= usize::from(MSS));
         let options = &segment.headers[packet.l4_offset as usize + 20..];
-        assert!(!options.contains(&MULTIPATH), "another order");
+        assert!(!options.contains(&MULTIPATH), "a multipath option");
         let port = match to {
             To::Resolver => packet.dst_port,
             To::Pod => packet.src_port,
@@ -190,7 +190,10 @@ impl Out for Line {
         if segment.has(TCP_SYN) {
             assert!(segment.payload.is_empty());
             let first = segment.seq.wrapping_add(1);
-            assert!(reader.first.is_none_or(|known| known == first), "moved");
+            assert!(
+                reader.first.is_none_or(|known| known == first),
+                "the first byte moved"
+            );
             reader.first = Some(first);
             return;
         }
@@ -201,7 +204,7 @@ impl Out for Line {
         0
     }
 
-    fn turn_to(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: u32) {}
 }
 
 struct Scene {
@@ -423,11 +426,8 @@ impl Scene {
                 break;
             }
         }
-        assert!(
-            self.line.resolver.bytes == self.allowed,
-            "questions are lost"
-        );
-        assert_eq!(self.line.pod.bytes.len(), read, "answers are lost");
+        assert!(self.line.resolver.bytes == self.allowed, "queries are lost");
+        assert_eq!(self.line.pod.bytes.len(), read, "responses are lost");
         assert_eq!(self.messages_of_pod(), Ok(()));
         assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
         assert_eq!(self.budget.common(), 0);

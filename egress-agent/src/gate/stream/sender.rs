@@ -22,14 +22,14 @@ pub(super) struct Part<'a> {
     pub(super) fin: bool,
 }
 
-/// What a sender has to do at a tick.
+/// The task of a sender at a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Nothing,
     /// Resend everything, or probe the window.
-    Again,
+    Resend,
     /// Give up: the receiver does not answer.
-    GivenUp,
+    GiveUp,
 }
 
 /// The counts below are relative to `first`. The end of the stream takes one sequence number after the bytes.
@@ -194,13 +194,13 @@ impl Sender {
             return Due::Nothing;
         }
         if self.resends == RESENDS {
-            return Due::GivenUp;
+            return Due::GiveUp;
         }
         self.resends += 1;
         self.resend_at_ns = Some(now_ns + (RESEND_NS << self.resends));
         self.sent = 0;
         self.burst = FIRST_BURST;
-        Due::Again
+        Due::Resend
     }
 }
 

@@ -37,7 +37,7 @@ fn a_closed_window_is_probed_as_long_as_the_receiver_answers() {
     let mut now_ns = 0;
     for _ in 0..100 {
         now_ns += 100 * RESEND_NS;
-        assert_eq!(sender.tick(now_ns), Due::Again);
+        assert_eq!(sender.tick(now_ns), Due::Resend);
         assert!(parts(&mut sender, now_ns).is_empty());
         assert_eq!(sender.probe(), 99);
         assert!(sender.acknowledge(100, 0));
@@ -54,10 +54,10 @@ fn a_sender_gives_up_a_receiver_that_does_not_answer() {
     assert_eq!(sender.tick(RESEND_NS - 1), Due::Nothing);
     for _ in 0..RESENDS {
         now_ns += RESEND_NS << RESENDS;
-        assert_eq!(sender.tick(now_ns), Due::Again);
+        assert_eq!(sender.tick(now_ns), Due::Resend);
         assert_eq!(parts(&mut sender, now_ns).len(), 1);
     }
-    assert_eq!(sender.tick(now_ns + (RESEND_NS << RESENDS)), Due::GivenUp);
+    assert_eq!(sender.tick(now_ns + (RESEND_NS << RESENDS)), Due::GiveUp);
 }
 
 #[test]
@@ -112,7 +112,7 @@ proptest! {
             let ack = first.wrapping_add(got.len() as u32 + u32::from(ended));
             prop_assert!(sender.acknowledge(ack, windows.next().unwrap_or(WINDOW)));
             now_ns += RESEND_NS;
-            prop_assert_ne!(sender.tick(now_ns), Due::GivenUp);
+            prop_assert_ne!(sender.tick(now_ns), Due::GiveUp);
         }
         prop_assert_eq!(got, bytes);
         prop_assert!(ended && sender.is_over());

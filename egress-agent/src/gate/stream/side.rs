@@ -1,4 +1,4 @@
-//! What one end of a connection announces: its window, its timestamps, its maximum segment size.
+//! The announcements of one end of a connection: its window, its timestamps, its maximum segment size.
 
 use egress_common::packet::TCP_SYN;
 

@@ -138,7 +138,7 @@ impl Split {
             }
         }
         let owed = Owed {
-            pod: wants_answer(segment, flow.asked.ack()),
+            pod: needs_acknowledgment(segment, flow.asked.ack()),
             resolver: false,
         };
         self.proceed(flow, owed, step)
@@ -171,7 +171,7 @@ impl Split {
                     return self.lose(flow, To::Pod, "repeated with other bytes", step);
                 }
             }
-            owed.resolver = wants_answer(segment, flow.answered.ack());
+            owed.resolver = needs_acknowledgment(segment, flow.answered.ack());
         }
         self.proceed(flow, owed, step)
     }
@@ -194,8 +194,8 @@ impl Split {
             let sender = self.sender(to);
             match sender.tick(step.now_ns) {
                 Due::Nothing => {}
-                Due::GivenUp => return self.lose(flow, To::Resolver, why, step),
-                Due::Again => {
+                Due::GiveUp => return self.lose(flow, To::Resolver, why, step),
+                Due::Resend => {
                     let probe = sender.probe();
                     if !self.pump(flow, to, step) {
                         let own = Own {
@@ -210,7 +210,7 @@ impl Split {
         Next::Keep
     }
 
-    /// Decides the complete messages, and sends what may be sent.
+    /// Decides the complete messages, and sends the bytes that may be sent.
     fn proceed<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -426,7 +426,7 @@ fn is_reopened(announced: usize, room: usize, limit: usize) -> bool {
 
 /// Whether a segment must be acknowledged: it has data or a FIN, or its sequence number is not the expected
 /// one, as in a window probe.
-fn wants_answer(segment: &Segment<'_>, expected: u32) -> bool {
+fn needs_acknowledgment(segment: &Segment<'_>, expected: u32) -> bool {
     !segment.payload.is_empty() || segment.has(TCP_FIN) || segment.seq != expected
 }
 

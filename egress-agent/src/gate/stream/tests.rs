@@ -33,7 +33,7 @@ impl Out for Line {
         0
     }
 
-    fn turn_to(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: u32) {}
 }
 
 /// Refuses names that begin with an `n`, and does not deliver responses that begin with an `n`.
