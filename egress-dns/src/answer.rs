@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Most aliases that are followed from the queried name. Resolvers follow fewer (BIND and unbound stop at
-/// 11), so no honest resolver sends a longer chain; to follow it would cost the gate time.
+/// 11), so no honest resolver sends a longer chain, and following it would cost the gate time.
 pub const ALIASES_MAX: usize = 16;
 
 /// RCODE: the server could not read the query.

@@ -146,8 +146,8 @@ fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
     true
 }
 
-/// Gives the entry to the gate, and wakes the gate only if it sleeps: to wake it takes both CPUs longer than
-/// to handle the message.
+/// Gives the entry to the gate, and wakes the gate only if it sleeps: waking costs both CPUs more than the
+/// message itself.
 ///
 /// The gate announces that it is about to sleep and then reads the ring once more. The entry is in the ring
 /// before the second check here (`bpf_ringbuf_commit` exchanges the entry's header, which is a full barrier).

@@ -1,7 +1,7 @@
 //! The link-local addresses that an interface may use.
 //!
 //! The API server and the kubelet do not know these addresses. An address that is derived from the frame's
-//! source hardware address belongs to the sender: to claim it attracts no more traffic than the hardware
+//! source hardware address belongs to the sender: claiming it attracts no more traffic than the hardware
 //! address does. Of all other addresses an interface may use one: the first that it uses, if no other
 //! interface, nor the node, nor a gateway that the node knows, uses it.
 

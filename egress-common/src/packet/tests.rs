@@ -335,7 +335,7 @@ fn check(frame: &[u8]) {
     if packet.fragment == Fragment::Later {
         assert_eq!((packet.src_port, packet.dst_port, packet.bit), (0, 0, 0));
     } else if packet.bit & bits::WITH_PORTS != 0 {
-        assert!(at + 8 <= end, "the ports lie in the packet");
+        assert!(at + 8 <= end, "the ports are in the packet");
         let ports = [packet.src_port.to_be_bytes(), packet.dst_port.to_be_bytes()].concat();
         assert_eq!(frame[at..at + 4], ports);
     } else if packet.bit != bits::ICMP_ECHO {
