@@ -234,7 +234,7 @@ fn judge_by_flow(
             || packet.bit != bits::TCP
             || !flows::is_called(&skb, interface.pod, &key));
     let passes_by_flow = (opened_by_pod && is_current)
-        // Neighbour discovery passes, too: neighbours that cannot find each other get no denial, either.
+        // Neighbour discovery is answered, too: without it a denied neighbour would not even get the rejection.
         || (answers && (is_current || packet.is_neighbour_message()));
 
     let judged = if passes_by_flow {
