@@ -255,7 +255,7 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
     let mut agent = Follower::start(server.kubeconfig(Identity::Agent), "node-1");
     let seen = agent.known();
     assert!(
-        says(&seen, "service kube-system/kube-dns: is not there"),
+        says(&seen, "service kube-system/kube-dns: does not exist"),
         "{:?}",
         seen.problems
     );
