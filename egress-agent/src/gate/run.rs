@@ -140,7 +140,7 @@ impl Runner {
     /// Waits for a message or a command. While the thread is awake, messages do not wake it.
     fn sleep(&mut self, until: Instant) {
         let mut until = until;
-        if let Err(error) = self.ring.say_asleep() {
+        if let Err(error) = self.ring.enable_wakeups() {
             tracing::error!(%error, "the gate sleeps only briefly");
             until = Instant::now();
         }
@@ -148,7 +148,7 @@ impl Runner {
         if !self.take_next() {
             self.wait(until);
         }
-        if let Err(error) = self.ring.say_awake() {
+        if let Err(error) = self.ring.disable_wakeups() {
             tracing::warn!(%error, "each message wakes the gate");
         }
     }
