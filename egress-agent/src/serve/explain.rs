@@ -34,7 +34,7 @@ use egress_dns::Name;
 use egress_policy::{
     Compiled, Mode, QuestionRule,
     annotations::PREFIX,
-    explain::{Entries, List, Spoken, Target, To},
+    explain::{Entries, EntryMatch, List, Target, To},
     prefix::from_mapped,
 };
 
@@ -217,7 +217,7 @@ impl Inquiry<'_> {
             ..Destination::default()
         };
         let reach = self.reach(&destination);
-        let spoken = self.spoken_of_name(name);
+        let matches = self.matches_of_name(name);
         if let Some((reason, _, ports)) = reach.denied {
             explanation.decision = Decision::Denied;
             explanation.reason = Some(reason.as_str().to_owned());
@@ -228,7 +228,7 @@ impl Inquiry<'_> {
                 }
                 other => because_denied(other).to_owned(),
             };
-            explanation.entries = denying(&spoken, reason, ports);
+            explanation.entries = denying(&matches, reason, ports);
         } else {
             explanation.decision = Decision::Allowed;
             explanation.because = format!(
@@ -236,7 +236,7 @@ impl Inquiry<'_> {
                  responses, unless they are protected or denied themselves",
                 self.because_open(&destination, &reach.open)
             );
-            explanation.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
+            explanation.entries = allowing(&destination, &self.tunnels, &matches, &reach.open);
         }
         explanation.ports = self.ports(&reach.open);
     }
@@ -266,17 +266,17 @@ impl Inquiry<'_> {
             view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
         let resolutions = self.resolutions(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
-        let mut spoken = self
+        let mut matches = self
             .entries
             .as_ref()
-            .map(|entries| entries.of_address(address))
+            .map(|entries| entries.matching_address(address))
             .unwrap_or_default();
         for resolved in &resolutions.names {
             if let Some(name) = &resolved.name {
                 names.push(name.to_string());
                 if resolved.listed {
-                    let of_name = self.spoken_of_name(name).into_iter();
-                    spoken.extend(of_name.filter(|spoken| spoken.of_name));
+                    let of_name = self.matches_of_name(name).into_iter();
+                    matches.extend(of_name.filter(|entry| entry.is_name));
                 }
             }
         }
@@ -307,7 +307,7 @@ impl Inquiry<'_> {
                 }
                 _ => because_denied(reason).to_owned(),
             };
-            explained.entries = denying(&spoken, reason, ports);
+            explained.entries = denying(&matches, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
             if explained.because == BY_ENTRY && resolutions.names.iter().any(|of| of.name.is_none())
@@ -316,7 +316,7 @@ impl Inquiry<'_> {
                     "; an earlier agent learned the address, from a name that was not kept",
                 );
             }
-            explained.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
+            explained.entries = allowing(&destination, &self.tunnels, &matches, &reach.open);
         }
         explained.ports = self.ports(&reach.open);
         Ok(explained)
@@ -325,10 +325,10 @@ impl Inquiry<'_> {
     /// Explains whether the name may be queried.
     fn question(&self, name: &Name) -> QuestionExplained {
         let names = &self.compiled.names;
-        let spoken = self.spoken_of_name(name);
+        let matches = self.matches_of_name(name);
         let of = |list: &[List]| {
-            let of = |spoken: &&Spoken| list.contains(&spoken.list);
-            statuses(spoken.iter().filter(of))
+            let of = |entry: &&EntryMatch| list.contains(&entry.list);
+            statuses(matches.iter().filter(of))
         };
         let walks = self.sources.gate.stats().walks_search_lists.get() != 0;
         match names.question(name, walks) {
@@ -339,9 +339,9 @@ impl Inquiry<'_> {
                     None => "a deny entry matches it".to_owned(),
                 },
                 entries: statuses(
-                    spoken
+                    matches
                         .iter()
-                        .filter(|spoken| spoken.list == List::Deny && spoken.of_name),
+                        .filter(|entry| entry.list == List::Deny && entry.is_name),
                 ),
             },
             QuestionRule::NotListed => QuestionExplained {
@@ -379,10 +379,10 @@ impl Inquiry<'_> {
         Ok(resolutions.unwrap_or_default())
     }
 
-    fn spoken_of_name(&self, name: &Name) -> Vec<Spoken> {
+    fn matches_of_name(&self, name: &Name) -> Vec<EntryMatch> {
         self.entries
             .as_ref()
-            .map(|entries| entries.of_name(name))
+            .map(|entries| entries.matching_name(name))
             .unwrap_or_default()
     }
 
@@ -527,48 +527,49 @@ fn because_denied(reason: Reason) -> &'static str {
 fn allowing(
     destination: &Destination,
     tunnels: &[TunnelKey],
-    spoken: &[Spoken],
+    matches: &[EntryMatch],
     open: &[Ports],
 ) -> Vec<EntryStatus> {
     let needs_address = |ports: &Ports| ports.of(destination, tunnels).needs_address_entry();
     let by_address = !open.is_empty() && open.iter().all(needs_address);
-    let counts = |spoken: &&Spoken| {
-        spoken.list == List::Allow
-            && !(spoken.of_name && (destination.expired != 0 || by_address))
-            && !(spoken.of_all && by_address)
+    let counts = |entry: &&EntryMatch| {
+        entry.list == List::Allow
+            && !(entry.is_name && (destination.expired != 0 || by_address))
+            && !(entry.is_any && by_address)
             && open
                 .iter()
-                .any(|&ports| spoken.holds_some(ports.protocol, ports.first..=ports.last))
+                .any(|&ports| entry.covers_any_port(ports.protocol, ports.first..=ports.last))
     };
-    statuses(spoken.iter().filter(counts))
+    statuses(matches.iter().filter(counts))
 }
 
 /// The entries that concern the denied packets.
-fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
-    let counts = |spoken: &&Spoken| match reason {
+fn denying(matches: &[EntryMatch], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
+    let counts = |entry: &&EntryMatch| match reason {
         Reason::DenyRule => {
-            spoken.list == List::Deny && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+            entry.list == List::Deny
+                && entry.covers_any_port(ports.protocol, ports.first..=ports.last)
         }
-        Reason::PortNotAllowed => spoken.list == List::Allow,
+        Reason::PortNotAllowed => entry.list == List::Allow,
         Reason::Expired | Reason::InternalAnswer => {
-            spoken.list == List::Allow
-                && spoken.of_name
-                && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+            entry.list == List::Allow
+                && entry.is_name
+                && entry.covers_any_port(ports.protocol, ports.first..=ports.last)
         }
         _ => false,
     };
-    statuses(spoken.iter().filter(counts))
+    statuses(matches.iter().filter(counts))
 }
 
-fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
+fn statuses<'a>(matches: impl Iterator<Item = &'a EntryMatch>) -> Vec<EntryStatus> {
     let mut statuses: Vec<EntryStatus> = Vec::new();
-    for spoken in spoken {
+    for entry in matches {
         let status = EntryStatus {
-            of: spoken.origin.to_string(),
-            annotation: format!("{PREFIX}{}", spoken.list.as_str()),
-            entry: spoken.text.clone(),
-            line: spoken.at.line,
-            column: spoken.at.column,
+            of: entry.origin.to_string(),
+            annotation: format!("{PREFIX}{}", entry.list.as_str()),
+            entry: entry.text.clone(),
+            line: entry.at.line,
+            column: entry.at.column,
         };
         if !statuses.contains(&status) {
             statuses.push(status);

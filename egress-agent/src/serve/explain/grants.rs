@@ -6,7 +6,7 @@ use crate::serve::board::Written;
 use egress_policy::{
     Annotations, PodAnnotations, PolicyError, Settings,
     annotations::PREFIX,
-    explain::{Entries, List, Spoken, Target, To},
+    explain::{Entries, EntryMatch, List, Target, To},
 };
 
 /// The lists of a pod and of its namespace, each read alone.
@@ -80,18 +80,18 @@ fn lists(entries: &Entries, target: &Target, reason: Option<Reason>) -> bool {
         reason,
         Some(Reason::Protected | Reason::Tunnel | Reason::DnsElsewhere)
     );
-    let opens = |spoken: &Spoken| {
-        spoken.list == List::Allow
-            && !(by_address && (spoken.of_all || spoken.of_name))
+    let opens = |entry: &EntryMatch| {
+        entry.list == List::Allow
+            && !(by_address && (entry.is_any || entry.is_name))
             && match (reason, target.protocol) {
                 // For a query, only the name counts.
                 (Some(Reason::DnsName), _) | (_, None) => true,
-                (_, Some(protocol)) => spoken.holds(protocol, target.port.unwrap_or_default()),
+                (_, Some(protocol)) => entry.covers_port(protocol, target.port.unwrap_or_default()),
             }
     };
-    let spoken = match &target.to {
-        To::Name(name) => entries.of_name(name),
-        To::Address(address) => entries.of_address(address),
+    let matches = match &target.to {
+        To::Name(name) => entries.matching_name(name),
+        To::Address(address) => entries.matching_address(address),
     };
-    spoken.iter().any(opens)
+    matches.iter().any(opens)
 }
