@@ -113,7 +113,9 @@ impl Datapath {
             .handles()
             .into_iter()
             .find(|handle| !ours.iter().any(|filter| filter.handle == *handle))
-            .context("the agent has two filters there already; run `egress-agent cleanup`")?;
+            .context(
+                "the agent has two filters there already; restart the agent, which removes one",
+            )?;
         self.put(&mut tc, ifindex, hook, priority, handle)?;
         for old in ours {
             tc.remove(ifindex, hook.side(), old)
