@@ -35,9 +35,9 @@ impl Attach {
 /// One of the two programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// Ingress of the host end: what the pod sends.
+    /// Ingress of the host end: packets from the pod.
     FromPod,
-    /// Egress of the host end: what the pod receives.
+    /// Egress of the host end: packets to the pod.
     ToPod,
 }
 

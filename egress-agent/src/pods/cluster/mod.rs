@@ -1,7 +1,7 @@
 //! A Kubernetes API server as a source of pods.
 //!
 //! ```text
-//!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of what is needed
+//!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of reduced objects
 //!  tables and health ─ state ─▶ Snapshot            PodEvent ─ events ─▶ API server
 //! ```
 //!
