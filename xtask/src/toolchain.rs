@@ -3,9 +3,8 @@
 //! There are two kinds of compilers, of which the first that is found is used:
 //!
 //! - the distribution's, with a prebuilt `core` for [`TARGET`]: Debian's packages
-//! `rustc-web` and `libstd-rust-web-dev-bpf`. It is a stable compiler, so it gets the names of the crates
-//! that may
-//!   use unstable features ([`UNSTABLE_CRATES`]);
+//!   `rustc-web` and `libstd-rust-web-dev-bpf`. It is a stable compiler, so it gets the names of the crates
+//!   that may use unstable features ([`UNSTABLE_CRATES`]);
 //! - rustup's nightly, with the component `rust-src`, from which cargo builds `core` itself.
 //!
 //! Both write LLVM bitcode, which `bpf-linker` turns into the object. LLVM reads bitcode of its own

@@ -3,8 +3,8 @@
 //! kube's own client is not used, for three reasons:
 //!
 //! - It uses HTTP/1.1, in which each watch is a connection of its own. This one uses HTTP/2, in which all
-//!   watches
-//!   share one connection, and whose pings detect a dead peer within [`PING_EVERY`] and [`PING_TIMEOUT`].
+//!   watches share one connection, and whose pings detect a dead peer within [`PING_EVERY`] and
+//!   [`PING_TIMEOUT`].
 //! - It repeats failed requests for minutes without reporting that the server is away.
 //! - It is created once. This one is created again from its files when the server rejects it, so that rotated
 //!   credentials and authorities take effect.
