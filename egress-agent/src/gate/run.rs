@@ -143,7 +143,7 @@ impl Runner {
     /// Waits for a message or a command. While the thread is awake, new messages do not wake it.
     fn sleep(&mut self, until: Instant) {
         let mut until = until;
-        if let Err(error) = self.ring.say_asleep() {
+        if let Err(error) = self.ring.enable_wakeups() {
             tracing::error!(%error, "cannot ask the programs to wake the gate; it polls the ring");
             until = Instant::now();
         }
@@ -151,7 +151,7 @@ impl Runner {
         if !self.take_next() {
             self.wait(until);
         }
-        if let Err(error) = self.ring.say_awake() {
+        if let Err(error) = self.ring.disable_wakeups() {
             tracing::warn!(%error, "cannot tell the programs that the gate is awake; each message wakes it");
         }
     }

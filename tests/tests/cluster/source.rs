@@ -255,7 +255,7 @@ fn resolvers_and_internal_addresses_are_read_from_the_cluster() {
     let mut agent = Follower::start(server.kubeconfig(Identity::Agent), "node-1");
     let seen = agent.known();
     assert!(
-        has_problem(&seen, "service kube-system/kube-dns: is not there"),
+        has_problem(&seen, "service kube-system/kube-dns: does not exist"),
         "{:?}",
         seen.problems
     );
