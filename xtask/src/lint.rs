@@ -1,10 +1,11 @@
-//! `cargo xtask lint`: checks formatting, the structure of the sources, licences, and runs clippy.
+//! `cargo xtask lint`: checks formatting, the structure of the sources, links of documents, licences, and runs clippy.
 //!
 //! Clippy also checks the eBPF crate, compiled for the host: the eBPF compiler has no clippy that accepts the
 //! prebuilt core, and clippy's results are the same for both targets. Warnings of the eBPF compiler itself
 //! are errors when the object is built here.
 
 mod code;
+mod links;
 mod portable;
 mod structure;
 
@@ -15,13 +16,14 @@ use anyhow::{Result, bail};
 use crate::build::{self, Warnings};
 use crate::{manifests, process, workspace};
 
-/// Checks formatting, structure and licences, compiles the portable crates for other systems, and runs
+/// Checks formatting, structure, links and licences, compiles the portable crates for other systems, and runs
 /// clippy; every warning is an error.
 #[derive(clap::Args)]
 pub(crate) struct Options {}
 
 pub(crate) fn run(_: &Options) -> Result<()> {
     structure::run()?;
+    links::check()?;
     manifests::check()?;
     process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
     // fuzz/ is a workspace of its own.

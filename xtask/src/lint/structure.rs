@@ -115,7 +115,7 @@ const BUILT_IN_PATHS: [(&str, &str); 2] = [
 ];
 
 /// Directories without files of the repository.
-const SKIPPED: [&str; 2] = ["target", ".git"];
+pub(super) const SKIPPED: [&str; 2] = ["target", ".git"];
 
 /// Files that are written by a tool.
 const GENERATED: [&str; 1] = ["Cargo.lock"];
