@@ -16,8 +16,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
+    config::DEFAULT_SOCKET,
     report::log::{self, Log},
-    serve::DEFAULT_PATH,
 };
 
 /// Enforces, per pod, which DNS names, addresses and ports it may reach.
@@ -126,7 +126,7 @@ struct StatusArgs {
     #[arg(long)]
     json: bool,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
@@ -144,7 +144,7 @@ struct ExplainArgs {
     #[arg(long)]
     json: bool,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
@@ -161,7 +161,7 @@ struct CleanupArgs {
 #[derive(Debug, clap::Args)]
 struct ReadyArgs {
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
@@ -174,7 +174,7 @@ struct StartGateArgs {
     #[arg(long, value_name = "DIR", default_value = "/etc/tmpfiles.d")]
     tmpfiles_dir: PathBuf,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
     /// Remove the rule and open the gate, whatever the agent does.
     #[arg(long)]

@@ -36,9 +36,6 @@ use super::{
     status::status,
 };
 
-/// Where the socket is unless the configuration says otherwise.
-pub const DEFAULT_PATH: &str = "/run/egress-agent/agent.sock";
-
 /// Most clients at once.
 const CLIENTS: usize = 16;
 /// Clients that may wait for their turn.
