@@ -44,7 +44,7 @@ pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
-pub use resolver::{DNS_PORT, Resolver};
+pub use resolver::Resolver;
 pub use search_list::Autopath;
 pub use translators::Translators;
 

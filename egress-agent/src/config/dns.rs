@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
-use egress_common::limits::DNS_PORTS;
+use egress_common::{limits::DNS_PORTS, protocol::DNS_PORT};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use serde_saphyr::Spanned;
 
@@ -12,7 +12,7 @@ use super::{
     written::{Written, list, list_or, value},
 };
 use egress_dns::Name;
-use egress_policy::{Autopath, DNS_PORT, InternalAnswers, Resolver, exact_name, name_pattern};
+use egress_policy::{Autopath, InternalAnswers, Resolver, exact_name, name_pattern};
 
 /// Most names that may lead to internal addresses: each response is compared with all of them.
 const INTERNAL_ANSWERS: usize = 256;

@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 
 use egress_common::{
-    protocol::bits,
+    protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{Policy, TunnelKey},
-    verdict::{Destination, Verdict, judge, matching_classes},
+    verdict::{Destination, Verdict, judge, passes_by_entry},
 };
 
 use super::protocol::PortsStatus;
@@ -47,7 +47,19 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// The destination as it is for these packets, which are tunnels or not all alike.
+    /// Whether an entry lets these packets pass. Where they pass without one, the address is internal, or the
+    /// policy is open.
+    pub(super) fn pass_by_entry(
+        self,
+        policy: &Policy,
+        destination: &Destination,
+        tunnels: &[TunnelKey],
+    ) -> bool {
+        let destination = self.of(destination, tunnels);
+        passes_by_entry(policy, &destination, self.protocol, self.first)
+    }
+
+    /// The destination as it is for these packets: all of them are tunnels, or none.
     pub(super) fn of(self, destination: &Destination, tunnels: &[TunnelKey]) -> Destination {
         let port = if self.protocol & bits::WITH_PORTS == 0 {
             0
@@ -130,8 +142,11 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
     if let Some(port) = port {
         return vec![ports(port, port)];
     }
+    let mut starts: BTreeSet<u16> = [0].into();
     // Each port of DNS is a range of its own: see `judge`.
-    let mut starts: BTreeSet<u16> = [0, 53, 54, 853, 854].into();
+    for port in [DNS_PORT, ENCRYPTED_DNS_PORT] {
+        starts.extend([port, port + 1]);
+    }
     for tunnel in tunnels.iter().filter(|tunnel| tunnel.protocol == protocol) {
         starts.insert(tunnel.port);
         starts.extend(tunnel.port.checked_add(1));
@@ -147,33 +162,6 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
         .zip(ends)
         .map(|(first, last)| ports(first, last))
         .collect()
-}
-
-/// Why packets pass, where they do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ground {
-    /// An entry speaks of them.
-    Entries,
-    /// None does; the address is internal, or the policy open.
-    NoEntry,
-}
-
-/// Why packets that pass do so.
-pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
-    let by_address = destination.needs_address_entry();
-    let learned = destination.learned_classes(policy);
-    let any = if by_address { 0 } else { policy.any };
-    let cidr = if by_address {
-        destination.cidr & !policy.under_any
-    } else {
-        destination.cidr
-    };
-    let known = (learned | cidr | any) & !policy.deny;
-    if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
-        Ground::Entries
-    } else {
-        Ground::NoEntry
-    }
 }
 
 impl From<&Ports> for PortsStatus {
