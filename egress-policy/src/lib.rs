@@ -15,6 +15,7 @@ mod effective;
 pub mod entry;
 mod entry_warnings;
 mod error;
+mod excerpt;
 pub mod explain;
 mod name_text;
 mod names;
@@ -41,6 +42,7 @@ pub use compile::{
 pub use describe::describe;
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
+pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
