@@ -188,8 +188,7 @@ pub fn passes_by_entry(
     counting & !policy.deny & matching_classes(policy, protocol, port) != 0
 }
 
-/// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
-/// verdict (`docs/architecture.md`).
+/// Judges a packet to `destination` that no known flow carries: steps 19 to 23 of `docs/verdict.md`.
 ///
 /// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`].
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Everything a pod sends, in the order of the verdict (`docs/architecture.md`).
+//! The verdict on everything a pod sends, in the order of `docs/verdict.md`.
 
 use aya_ebpf::programs::TcContext;
 use egress_common::{

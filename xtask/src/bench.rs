@@ -16,7 +16,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { name } = options;
-    setup::ensure()?;
+    setup::ensure(setup::Purpose::Test)?;
     build::ebpf(Warnings::Show)?;
     build::agent(false)?;
     let mut command = process::cargo();

@@ -7,12 +7,12 @@ use std::process::Stdio;
 use anyhow::{Context as _, Result, bail};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
-use crate::{process, toolchain, workspace};
+use crate::{process, setup, toolchain, workspace};
 
 /// The programs the agent loads; the object must hold each.
 const PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
 
-/// Builds the eBPF object and the agent.
+/// Builds the eBPF object and the agent, after setting up what that needs.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Builds the agent without optimisation; the eBPF object is always optimised, because the
@@ -29,6 +29,7 @@ pub(crate) enum Warnings {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    setup::ensure(setup::Purpose::Build)?;
     ebpf(Warnings::Show)?;
     agent(options.debug)
 }
@@ -107,14 +108,12 @@ pub(crate) fn agent(debug: bool) -> Result<()> {
         command.arg("--release");
     }
     process::long(&mut command, "building the agent")?;
-    let profile = if debug { "debug" } else { "release" };
-    println!(
-        "built {}",
-        workspace::target()
-            .join(profile)
-            .join("egress-agent")
-            .display()
-    );
+    let built = if debug {
+        workspace::debug_agent()
+    } else {
+        workspace::agent()
+    };
+    println!("built {}", built.display());
     Ok(())
 }
 

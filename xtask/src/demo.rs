@@ -23,9 +23,12 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { keep, remove } = options;
-    setup::ensure()?;
+    // Before anything takes minutes.
+    let runner = process::root_runner()?;
+    setup::ensure(setup::Purpose::Demo)?;
     build::ebpf(Warnings::Show)?;
-    build::agent(false)?;
+    // It shares its dependencies with the demonstration: an optimised agent would be built from nothing.
+    build::agent(true)?;
     let mut command = process::cargo();
     command.args([
         "run",
@@ -36,8 +39,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "demo",
         "--locked",
     ]);
-    command.args(process::root_runner()?);
-    command.env("EGRESS_AGENT", workspace::agent());
+    command.args(runner);
+    command.env("EGRESS_AGENT", workspace::debug_agent());
     command.arg("--");
     command
         .args(keep.then_some("--keep"))

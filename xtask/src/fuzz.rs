@@ -50,7 +50,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    setup::ensure(setup::Purpose::Test)?;
     build::ebpf(build::Warnings::Show)?;
     let chosen: Vec<&str> = match &options.target {
         None => TARGETS.to_vec(),

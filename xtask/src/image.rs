@@ -96,7 +96,7 @@ fn write_program(output: &Path, program: &[u8]) -> Result<()> {
 /// Builds the agent linked statically, and takes the symbols out. Rustup has musl for that;
 /// distributions' compilers often have the GNU C library alone.
 fn static_agent() -> Result<Vec<u8>> {
-    setup::ensure_ebpf()?;
+    setup::ensure(setup::Purpose::Build)?;
     build::ebpf(Warnings::Show)?;
     let target = if setup::has_musl() {
         setup::musl_target()

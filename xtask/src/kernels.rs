@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::build::{self, Warnings};
 use crate::process;
-use crate::setup::{self, Program};
+use crate::setup::{self, Program, Purpose};
 use crate::workspace;
 use machine::Machine;
 use package::{Kernel, Series};
@@ -31,18 +31,21 @@ const PROGRAMS: [Program; 3] = [
         name: "qemu-system-x86_64",
         packages: &["qemu-system-x86"],
         purpose: "machines for other kernels",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "programs inside them",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "xz",
         packages: &["xz-utils"],
         purpose: "unpacking kernel modules",
+        needed_for: Purpose::Test,
         services: &[],
     },
 ];
@@ -72,7 +75,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if env::consts::ARCH != "x86_64" {
         bail!("only kernels for x86-64 can be booted, and this machine is not one");
     }
-    setup::ensure()?;
+    setup::ensure(Purpose::Test)?;
     setup::programs(&PROGRAMS)?;
     let series = if options.kernels.is_empty() {
         package::offered()?

@@ -76,7 +76,7 @@ pub(crate) fn root_runner() -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     if find("sudo").is_none() {
-        bail!("this needs root and there is no sudo: run it as root");
+        bail!("there is no sudo: run the same command as root");
     }
     let runner = "target.'cfg(all())'.runner = ['sudo', '--preserve-env']";
     Ok(vec!["--config".to_owned(), runner.to_owned()])

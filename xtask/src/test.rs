@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::build::Warnings;
 use crate::leftovers::Inventory;
@@ -57,7 +57,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         filter,
     } = options;
     let all = !unit && !system;
-    setup::ensure()?;
+    if all || *system {
+        // Before anything takes minutes.
+        process::root_runner().context(
+            "the kernel and system tests need root; `cargo xtask test --unit` runs the others",
+        )?;
+    }
+    setup::ensure(setup::Purpose::Test)?;
     if all && filter.is_none() {
         lint::run(&lint::Options {})?;
     } else {
@@ -88,14 +94,23 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 fn system_tests(filter: Option<&str>) -> Result<()> {
     let before = Inventory::take()?;
     let filter = filter.as_slice();
-    process::run(&mut laboratory(&[], filter)?).context("kernel and system tests")?;
+    let mut failed = Vec::new();
+    if let Err(error) = process::run(&mut laboratory(&[], filter)?) {
+        failed.push(format!("{error:#}"));
+    }
     for (folder, modules) in UNDER_CLSACT {
         let tests = if filter.is_empty() { modules } else { filter };
         let (name, value) = ATTACH;
-        process::run(laboratory(&["--test", folder], tests)?.env(name, value))
-            .context("system tests under clsact")?;
+        let mut under_clsact = laboratory(&["--test", folder], tests)?;
+        if let Err(error) = process::run(under_clsact.env(name, value)) {
+            failed.push(format!("under clsact: {error:#}"));
+        }
     }
-    before.compare()
+    before.compare()?;
+    if !failed.is_empty() {
+        bail!("kernel and system tests: {}", failed.join("; "));
+    }
+    Ok(())
 }
 
 /// The command that runs tests of the laboratory whose names contain one of `names`: of the folders that

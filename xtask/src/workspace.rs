@@ -75,6 +75,11 @@ pub(crate) fn agent() -> PathBuf {
     target().join("release/egress-agent")
 }
 
+/// The agent built without optimisation, with the dependencies that the tests are built with.
+pub(crate) fn debug_agent() -> PathBuf {
+    target().join("debug/egress-agent")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -66,6 +66,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "defaultMode",
         "podAnnotations",
         "onDeny",
+        "unenforcedInterfaces",
         "existingConnections",
         "stateDir",
         "bpffs",

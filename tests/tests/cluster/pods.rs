@@ -496,7 +496,9 @@ fn a_namespace_that_is_edited_changes_a_hundred_pods() {
 
 #[test]
 fn pods_that_come_and_go_leave_nothing_behind() {
-    let cluster = Cluster::new();
+    // Nodes and Services of other tests would give its pods new policy versions, which have maps.
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let cluster = Cluster::on(server_of_its_own, Lab::builder());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
     // Before the agent: otherwise there may be maps of its interface's quarantine, or of a first version

@@ -72,7 +72,7 @@ fn a_hundred_thousand_names_leave_memory_bounded() {
 
 #[test]
 fn connections_with_a_resolver_are_bounded_and_the_newest_works() {
-    // As many as docs/dns.md says, and one more.
+    // As many as docs/dns-tcp.md says, and one more.
     const CONNECTIONS: u32 = 257;
     let lab = Lab::new();
     lab.dns().numbered("fresh.test");
