@@ -101,7 +101,7 @@ struct RunArgs {
 enum AttachArg {
     /// tcx from kernel 6.6 on, clsact on older kernels.
     Auto,
-    /// tcx links (kernel 6.6).
+    /// tcx links (kernel 6.6 or later).
     Tcx,
     /// Filters on a clsact qdisc.
     Clsact,

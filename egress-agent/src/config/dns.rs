@@ -145,7 +145,7 @@ impl TryFrom<Section> for Dns {
                 key: key.to_owned(),
                 place: ttl.place,
                 message: format!(
-                    "{} leaves dns.minTtl, {} s, above dns.maxTtl, {} s",
+                    "{} makes dns.minTtl ({} s) longer than dns.maxTtl ({} s)",
                     ttl.written,
                     min_ttl.as_secs(),
                     max_ttl.as_secs()

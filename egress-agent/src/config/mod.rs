@@ -46,8 +46,8 @@
 //! name, before ranges are looked up. The resolver's other ports stay protected, and so does its address in a
 //! response.
 //!
-//! `file` has the keys and makes errors of serde's into [`ConfigError`]; `written` and `read` say how values are
-//! written; each section of the file has a module.
+//! `file` has the keys, and turns serde's errors into [`ConfigError`]. `written` and `read` read single values. Each
+//! section of the file has a module.
 
 mod dns;
 mod error;

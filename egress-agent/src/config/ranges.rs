@@ -61,7 +61,7 @@ fn translators<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Translators
     let mut translators = Translators::well_known();
     list(deserializer, |written| {
         let added = translators.add(nat64(written)?);
-        added.map_err(|other| format!("overlaps {other}, which leads elsewhere"))
+        added.map_err(|other| format!("overlaps {other}, the prefix of another translator"))
     })?;
     Ok(translators)
 }

@@ -1,4 +1,4 @@
-//! How single values are written.
+//! Readers of single values.
 
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 

@@ -335,8 +335,8 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "ranges: {nat64: ['2001:db8::/32', '2001:db8:64::/96']}",
-            "line 1, column 35: ranges.nat64: `2001:db8:64::/96` overlaps 2001:db8::/32, which \
-             leads elsewhere",
+            "line 1, column 35: ranges.nat64: `2001:db8:64::/96` overlaps 2001:db8::/32, the prefix of \
+             another translator",
         ),
         (
             "ranges: {allowInternal: maybe}",
@@ -354,12 +354,12 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "dns: {resolvers: [10.0.0.1], minTtl: 2d}",
-            "line 1, column 38: dns.minTtl: `2d` leaves dns.minTtl, 172800 s, above dns.maxTtl, \
-             86400 s",
+            "line 1, column 38: dns.minTtl: `2d` makes dns.minTtl (172800 s) longer than dns.maxTtl \
+             (86400 s)",
         ),
         (
             "dns: {resolvers: [10.0.0.1], maxTtl: 30}",
-            "line 1, column 38: dns.maxTtl: `30` leaves dns.minTtl, 60 s, above dns.maxTtl, 30 s",
+            "line 1, column 38: dns.maxTtl: `30` makes dns.minTtl (60 s) longer than dns.maxTtl (30 s)",
         ),
         (
             "dns: {resolvers: [10.0.0.1], autopath: yes}",
@@ -415,7 +415,7 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "ranges: {tunnels: [other, gre]}",
-            "line 1, column 27: ranges.tunnels: `gre` is no tunnel: expected a port and its protocol, \
+            "line 1, column 27: ranges.tunnels: `gre` is not a tunnel: expected a port and its protocol, \
              such as 4789/udp, with udp, tcp or sctp; or `other` for every other protocol",
         ),
         (
@@ -457,6 +457,14 @@ fn an_error_names_the_place_where_a_value_is_used() {
         (
             "limits: {addressesPerPod: 1.5}",
             "line 1, column 27: limits.addressesPerPod: `1.5` is not a number from 1 to 1048576",
+        ),
+        (
+            "limits: {addressesPerPod: 100000000000000000000}",
+            "line 1, column 27: limits.addressesPerPod: `100000000000000000000` is not a number from 1 to 1048576",
+        ),
+        (
+            "dns: {minTtl: 5, minTtl: 6}",
+            "duplicate mapping key: minTtl not allowed here at line 1, column 18",
         ),
         (
             "ranges:\n  internal:\n  - [10.0.0.0/8]\n",

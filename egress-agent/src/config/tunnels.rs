@@ -51,7 +51,7 @@ impl Tunnel {
     /// `4789/udp`, or `other`.
     pub(super) fn read(written: &Written) -> Result<Self, String> {
         Self::parse(written.text()?).ok_or_else(|| {
-            "is no tunnel: expected a port and its protocol, such as 4789/udp, with udp, tcp or \
+            "is not a tunnel: expected a port and its protocol, such as 4789/udp, with udp, tcp or \
              sctp; or `other` for every other protocol"
                 .to_owned()
         })
