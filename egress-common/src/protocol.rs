@@ -1,5 +1,5 @@
-//! IP protocol numbers (IANA "Assigned Internet Protocol Numbers"), and the bits that represent them in a
-//! port class.
+//! IP protocol numbers (IANA "Assigned Internet Protocol Numbers"), the bits that represent them in a port
+//! class, and the ports of DNS.
 
 /// IPv6 hop-by-hop options.
 pub const HOP_BY_HOP: u8 = 0;
@@ -23,6 +23,11 @@ pub const NO_NEXT_HEADER: u8 = 59;
 pub const DESTINATION_OPTIONS: u8 = 60;
 /// SCTP.
 pub const SCTP: u8 = 132;
+
+/// Port of DNS (RFC 1035, section 4.2).
+pub const DNS_PORT: u16 = 53;
+/// Port of DNS over TLS (RFC 7858) and over QUIC (RFC 9250).
+pub const ENCRYPTED_DNS_PORT: u16 = 853;
 
 /// A set of protocols, one bit each: a port class matches such a set.
 pub mod bits {

@@ -5,7 +5,7 @@
 
 use crate::{
     limits::CLASSES,
-    protocol::bits,
+    protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
@@ -124,16 +124,66 @@ pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
     same_protocol & !other_ports
 }
 
-/// The port of DNS.
-const DNS_PORT: u16 = 53;
-/// The port of DNS over TLS (RFC 7858) and over QUIC (RFC 9250).
-const ENCRYPTED_DNS_PORT: u16 = 853;
-
 /// Whether this is DNS by its port. It needs a rule even to an internal address: a server there that is not a
 /// configured resolver would resolve any name, and the gate would not see the queries.
 #[inline(always)]
 pub const fn is_dns(protocol: u8, port: u16) -> bool {
     protocol & (bits::UDP | bits::TCP) != 0 && (port == DNS_PORT || port == ENCRYPTED_DNS_PORT)
+}
+
+/// Classes of the entries that apply to a destination.
+#[inline(always)]
+const fn known_classes(policy: &Policy, destination: &Destination) -> u64 {
+    let (any, cidr) = if destination.needs_address_entry() {
+        (
+            policy.any & policy.deny,
+            address_entries(policy, destination),
+        )
+    } else {
+        (policy.any, destination.cidr)
+    };
+    destination.learned_classes(policy) | cidr | any
+}
+
+/// Classes of the entries that name the address, or a CIDR with it.
+#[inline(always)]
+const fn address_entries(policy: &Policy, destination: &Destination) -> u64 {
+    destination.cidr & !policy.under_any
+}
+
+/// Whether a packet is DNS to a server that is no resolver, from a pod whose policy has names.
+#[inline(always)]
+const fn is_dns_elsewhere(policy: &Policy, dns: bool) -> bool {
+    dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0
+}
+
+/// Of the known classes, those whose entries can let a packet pass.
+#[inline(always)]
+const fn counting_classes(
+    policy: &Policy,
+    destination: &Destination,
+    known: u64,
+    elsewhere: bool,
+) -> u64 {
+    if elsewhere {
+        address_entries(policy, destination)
+    } else {
+        known
+    }
+}
+
+/// Whether an entry lets a packet pass. A packet that [`judge`] lets pass without one is internal, or the policy is
+/// open.
+pub fn passes_by_entry(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+) -> bool {
+    let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
+    let known = known_classes(policy, destination);
+    let counting = counting_classes(policy, destination, known, elsewhere);
+    counting & !policy.deny & matching_classes(policy, protocol, port) != 0
 }
 
 /// Judges a packet to `destination` that belongs to no known flow: steps 19 to 23 of `docs/verdict.md`.
@@ -144,17 +194,10 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let by_address = destination.needs_address_entry();
-    let learned = destination.learned_classes(policy);
-    let address_entries = destination.cidr & !policy.under_any;
-    let (any, cidr) = if by_address {
-        (policy.any & policy.deny, address_entries)
-    } else {
-        (policy.any, destination.cidr)
-    };
-    let known = learned | cidr | any;
+    let known = known_classes(policy, destination);
     let dns = is_dns(protocol, port);
-    let elsewhere = dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0;
-    let counting = if elsewhere { address_entries } else { known };
+    let elsewhere = is_dns_elsewhere(policy, dns);
+    let counting = counting_classes(policy, destination, known, elsewhere);
 
     let denying = known & policy.deny & matching;
     if denying != 0 {

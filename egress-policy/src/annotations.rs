@@ -59,6 +59,19 @@ impl Annotations {
         }
         annotations
     }
+
+    /// The value of a key that means something.
+    pub(super) fn value(&self, key: &str) -> Option<&str> {
+        let value = match key.strip_prefix(PREFIX)? {
+            ALLOW => &self.allow,
+            DENY => &self.deny,
+            RESOLVE => &self.resolve,
+            MODE => &self.mode,
+            INTERFACE => &self.interface,
+            _ => return None,
+        };
+        value.as_deref()
+    }
 }
 
 /// A parsed entry with its text.

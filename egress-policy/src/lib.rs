@@ -15,6 +15,7 @@ mod effective;
 pub mod entry;
 mod entry_warnings;
 mod error;
+mod excerpt;
 pub mod explain;
 mod name_text;
 mod names;
@@ -41,10 +42,11 @@ pub use compile::{
 pub use describe::describe;
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
+pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
-pub use resolver::{DNS_PORT, Resolver};
+pub use resolver::Resolver;
 pub use search_list::Autopath;
 pub use translators::Translators;
 

@@ -6,10 +6,8 @@ use std::{
     str::FromStr,
 };
 
+use egress_common::protocol::DNS_PORT;
 use serde::{Deserialize, Serialize};
-
-/// Port of DNS.
-pub const DNS_PORT: u16 = 53;
 
 /// An address and a port to which pods may send queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

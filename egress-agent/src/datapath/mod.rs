@@ -4,6 +4,7 @@ mod allow;
 mod bpffs;
 mod clsact;
 mod counters;
+#[cfg(feature = "test-support")]
 mod dry_run;
 mod flow_map;
 mod frame_record;
@@ -36,6 +37,7 @@ use std::time::Duration;
 pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
+#[cfg(feature = "test-support")]
 pub use dry_run::{Action, DryRun};
 pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, SweepResult};
 pub use interfaces::{Adoptable, InterfaceMap};

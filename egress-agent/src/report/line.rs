@@ -53,7 +53,8 @@ impl Line {
     }
 
     /// The pod it is about.
-    pub fn pod(&self) -> Option<&Arc<PodIdentity>> {
+    #[cfg(test)]
+    pub(crate) fn pod(&self) -> Option<&Arc<PodIdentity>> {
         match self {
             Self::Denied { first, .. } => Some(&first.pod),
             Self::Lost { pod, .. } => pod.as_ref(),

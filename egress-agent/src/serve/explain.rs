@@ -23,7 +23,7 @@ use super::{
     protocol::{
         AddressExplained, Decision, EntryStatus, Explanation, PortsStatus, QuestionExplained,
     },
-    reach::{PassReason, Ports, Reach, pass_reason},
+    reach::{Ports, Reach},
     status::{find, mode_of, remaining},
 };
 use crate::{
@@ -412,10 +412,7 @@ impl Inquiry<'_> {
     }
 
     fn because_open(&self, destination: &Destination, open: &[Ports]) -> String {
-        let by_entry = |&ports: &Ports| {
-            let destination = ports.of(destination, &self.tunnels);
-            pass_reason(self.policy, &destination, ports) == PassReason::Entries
-        };
+        let by_entry = |ports: &Ports| ports.pass_by_entry(self.policy, destination, &self.tunnels);
         if open.iter().any(by_entry) {
             BY_ENTRY.to_owned()
         } else if destination.ranges & RANGE_INTERNAL != 0 {

@@ -33,7 +33,6 @@ use tokio::sync::oneshot;
 pub use board::{
     Attached, Board, ClusterState, Existing, NodeState, PodState, WatchState, Written,
 };
-pub use socket::DEFAULT_PATH;
 pub use standby::stand_by;
 
 use crate::{

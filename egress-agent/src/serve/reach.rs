@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 
 use egress_common::{
-    protocol::bits,
+    protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{Policy, TunnelKey},
-    verdict::{Destination, Verdict, judge, matching_classes},
+    verdict::{Destination, Verdict, judge, passes_by_entry},
 };
 
 use super::protocol::PortsStatus;
@@ -47,6 +47,18 @@ pub(super) struct Ports {
 }
 
 impl Ports {
+    /// Whether an entry lets these packets pass. Where they pass without one, the address is internal, or the
+    /// policy is open.
+    pub(super) fn pass_by_entry(
+        self,
+        policy: &Policy,
+        destination: &Destination,
+        tunnels: &[TunnelKey],
+    ) -> bool {
+        let destination = self.of(destination, tunnels);
+        passes_by_entry(policy, &destination, self.protocol, self.first)
+    }
+
     /// The destination for these packets, which are all tunnels or all not.
     pub(super) fn of(self, destination: &Destination, tunnels: &[TunnelKey]) -> Destination {
         let port = if self.protocol & bits::WITH_PORTS == 0 {
@@ -130,8 +142,11 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
     if let Some(port) = port {
         return vec![ports(port, port)];
     }
+    let mut starts: BTreeSet<u16> = [0].into();
     // Each DNS port is a range of its own: see `judge`.
-    let mut starts: BTreeSet<u16> = [0, 53, 54, 853, 854].into();
+    for port in [DNS_PORT, ENCRYPTED_DNS_PORT] {
+        starts.extend([port, port + 1]);
+    }
     for tunnel in tunnels.iter().filter(|tunnel| tunnel.protocol == protocol) {
         starts.insert(tunnel.port);
         starts.extend(tunnel.port.checked_add(1));
@@ -147,33 +162,6 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
         .zip(ends)
         .map(|(first, last)| ports(first, last))
         .collect()
-}
-
-/// Why packets pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PassReason {
-    /// An entry matches them.
-    Entries,
-    /// No entry matches them; the address is internal, or the policy is open.
-    NoEntry,
-}
-
-/// Why these packets pass.
-pub(super) fn pass_reason(policy: &Policy, destination: &Destination, ports: Ports) -> PassReason {
-    let by_address = destination.needs_address_entry();
-    let learned = destination.learned_classes(policy);
-    let any = if by_address { 0 } else { policy.any };
-    let cidr = if by_address {
-        destination.cidr & !policy.under_any
-    } else {
-        destination.cidr
-    };
-    let known = (learned | cidr | any) & !policy.deny;
-    if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
-        PassReason::Entries
-    } else {
-        PassReason::NoEntry
-    }
 }
 
 impl From<&Ports> for PortsStatus {

@@ -36,10 +36,7 @@ use super::{
     status::status,
 };
 
-/// The path of the socket, unless the configuration sets another one.
-pub const DEFAULT_PATH: &str = "/run/egress-agent/agent.sock";
-
-/// Most clients at a time.
+/// Most clients at once.
 const CLIENTS: usize = 16;
 /// How many clients may wait to be accepted.
 const BACKLOG: i32 = 64;

@@ -412,3 +412,55 @@ fn a_pod_with_unreadable_annotations_is_told_so() {
     };
     assert_eq!(judge(&unreadable, &internal, bits::TCP, 443), Verdict::Pass);
 }
+
+/// Destinations with every mixture of what the maps can say, but for expiry.
+fn destinations() -> impl Iterator<Item = Destination> {
+    let classes = [0, WEB, LOW, SSH | LOW];
+    let ranges = [0, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_NODE];
+    classes.into_iter().flat_map(move |learned| {
+        classes.into_iter().flat_map(move |cidr| {
+            ranges.into_iter().flat_map(move |ranges| {
+                [0, 1].map(|tunnel| Destination {
+                    learned,
+                    learned_internal: learned & WEB,
+                    cidr,
+                    ranges,
+                    tunnel,
+                    ..NOWHERE
+                })
+            })
+        })
+    })
+}
+
+#[test]
+fn a_packet_passes_by_an_entry_or_because_it_is_internal_or_the_policy_open() {
+    let flags = [0, POLICY_OPEN, POLICY_ALLOW_INTERNAL];
+    for flags in flags
+        .map(|flags| [flags, flags | POLICY_SPEAKS_OF_NAMES])
+        .concat()
+    {
+        for any in [0, LOW] {
+            let policy = Policy {
+                flags,
+                any,
+                under_any: any,
+                ..policy()
+            };
+            for destination in destinations() {
+                for port in [22, 53, 443, 853, 2000] {
+                    let passes = judge(&policy, &destination, bits::TCP, port) == Verdict::Pass;
+                    let by_entry = passes_by_entry(&policy, &destination, bits::TCP, port);
+                    let without_entry = flags & POLICY_OPEN != 0
+                        || flags & POLICY_ALLOW_INTERNAL != 0
+                            && destination.ranges & RANGE_INTERNAL != 0;
+                    assert!(passes || !by_entry, "{policy:?} {destination:?} {port}");
+                    assert!(
+                        !passes || by_entry || without_entry,
+                        "{policy:?} {destination:?} {port}"
+                    );
+                }
+            }
+        }
+    }
+}

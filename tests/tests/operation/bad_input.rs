@@ -296,6 +296,34 @@ fn check_explains_a_manifest_or_locates_its_error() {
 }
 
 #[test]
+fn each_problem_of_a_checked_manifest_has_its_line_and_carets_under_it() {
+    let lab = Lab::builder().without_dns().build();
+    let bad = lab.pod("shop", "bad");
+    let allow = "shop.test:443\n\tshop.test:none # a comment\nbücher.test:443, 日本.test:0";
+    lab.write_pod(&bad, &[("allow", allow), ("mode", "offf")]);
+    let file = lab.pod_file(&bad);
+    let (code, said) = check(&lab, &[&file]);
+    assert_eq!(code, Some(1), "{said}");
+    let about = format!("{}:1: shop/bad", lab.pods_dir().join(file).display());
+    let expected = format!(
+        "\
+{about}: pod annotation egress-agent.dev/allow, line 2, column 12: `none` is not a port: expected a number \
+from 1 to 65535, or a range such as 8000-8100
+  2 |     shop.test:none # a comment
+    |               ^^^^
+{about}: pod annotation egress-agent.dev/allow, line 3, column 26: `0` is not a port: expected a number from 1 \
+to 65535, or a range such as 8000-8100
+  3 | bücher.test:443, 日本.test:0
+    |                            ^
+{about}: pod annotation egress-agent.dev/mode, line 1, column 1: `offf` is not a mode: expected enforce, audit or off
+  1 | offf
+    | ^^^^
+"
+    );
+    assert_eq!(said, expected);
+}
+
+#[test]
 fn a_pod_with_long_names_and_no_uid_is_enforced() {
     let scene = Scene::new();
     let long = scene.lab.pod("shop", "long");

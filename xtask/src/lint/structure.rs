@@ -53,8 +53,13 @@ enum Uses {
 }
 
 /// The dependencies between the agent's modules. A module that is not listed may use all except `cli`.
-const ARROWS: [(&str, Uses, &str); 4] = [
+const ARROWS: [(&str, Uses, &str); 5] = [
     ("cli", Uses::AllBut(&[]), ""),
+    (
+        "config",
+        Uses::Only(&[]),
+        "config/ reads what an operator wrote; the other modules use it",
+    ),
     (
         "host",
         Uses::Only(&[]),

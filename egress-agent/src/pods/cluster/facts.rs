@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 
-use egress_policy::{DNS_PORT, Prefix};
+use egress_common::protocol::DNS_PORT;
+use egress_policy::Prefix;
 
 /// The fields of a Node that the agent uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

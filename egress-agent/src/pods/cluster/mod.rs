@@ -9,6 +9,7 @@
 //! are known, a list counts only when it is complete, and while the server cannot be reached the last state
 //! stays.
 
+#[cfg(feature = "test-support")]
 mod access;
 mod connection;
 mod events;
@@ -41,6 +42,7 @@ use kubelet::Kubelet;
 use pod::ClusterPod;
 use state::{API_SERVICE, State};
 
+#[cfg(feature = "test-support")]
 pub use access::{ACCESS, Access, Within};
 pub use events::{EventCounters, EventSink, PodEvent};
 pub use health::{Health, WatchCounters, Watched};
