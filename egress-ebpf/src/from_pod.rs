@@ -40,6 +40,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
     // Before anything else, so that no way through the program can miss it.
     skb.stamp(STAMP.load());
+    // It is the node's, and comes from no pod.
+    if skb.is_looped_back() {
+        return PASS;
+    }
     // A question that the agent has decided and put back. A pod cannot forge the mark: it is
     // scrubbed when a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
     if skb.mark() == BOUNCE_MARK.load() {
