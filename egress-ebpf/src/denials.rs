@@ -96,11 +96,12 @@ const fn is_of_unknown_source(reason: Reason) -> bool {
             | Reason::DnsFragmented
             | Reason::DnsNotHeld
             | Reason::FragmentWithoutFirst
+            | Reason::DestinationsFull
     )
 }
 
 /// Whether somebody honest waits for a reply to this packet: not to what is malformed, spoofed or
-/// a fragment (RFC 1122, section 3.2.2), and not to a reset.
+/// a fragment (RFC 1122, section 3.2.2), and not to a reset. A SYN that finds no room shall come again.
 #[inline(always)]
 fn is_rejectable(denied: &Denied<'_>) -> bool {
     let Some(packet) = denied.packet else {
@@ -110,7 +111,10 @@ fn is_rejectable(denied: &Denied<'_>) -> bool {
         && packet.tcp_flags & TCP_RST == 0
         && !matches!(
             denied.reason,
-            Reason::SpoofedSource | Reason::Malformed | Reason::FragmentWithoutFirst
+            Reason::SpoofedSource
+                | Reason::Malformed
+                | Reason::FragmentWithoutFirst
+                | Reason::DestinationsFull
         )
 }
 

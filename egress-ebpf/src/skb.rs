@@ -19,6 +19,9 @@ use egress_common::{
 
 use crate::maps::COARSE_CLOCK;
 
+/// `include/uapi/linux/if_packet.h`.
+const PACKET_LOOPBACK: u32 = 5;
+
 /// The frame that a program was called for.
 pub struct Skb<'a>(pub &'a TcContext);
 
@@ -36,6 +39,19 @@ impl Skb<'_> {
     pub fn stamp(&self, stamp: u32) {
         // SAFETY: as above; the kernel lets programs of this type write the field.
         unsafe { (*self.0.skb.skb).priority = stamp };
+    }
+
+    /// Whether the node's own IP stack gives itself a copy of what it has just sent to a multicast group or
+    /// to everybody (`dev_loopback_xmit`, net/core/dev.c). Such a copy has no Ethernet header.
+    ///
+    /// No frame of a pod is one: whatever type it had in the pod, it has another one on the node. A veth and a
+    /// netkit device reset the type (`skb_scrub_packet`, net/core/skbuff.c) and choose it anew by the
+    /// destination's hardware address (`eth_skb_pkt_type`, include/linux/etherdevice.h), and the frame of a tap
+    /// device is a new one.
+    #[inline(always)]
+    pub fn is_looped_back(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == PACKET_LOOPBACK }
     }
 
     /// Index of the interface whose hook called.

@@ -164,7 +164,8 @@ impl Netlink {
         });
         match answer {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-            answer => answer.map(|_| link),
+            Err(error) => self.nothing_if_removed(nsid, error).map(|()| None),
+            Ok(_) => Ok(link),
         }
     }
 
@@ -187,8 +188,8 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    /// Every interface of the namespace that this one knows by that number; `None` when there are
-    /// more than `limit`.
+    /// Every interface of the namespace that this one knows by that number, of one that is being removed none;
+    /// `None` when there are more than `limit`.
     pub(super) fn links_in(&mut self, nsid: i32, limit: usize) -> io::Result<Option<Vec<RawLink>>> {
         let mut links: BTreeMap<u32, RawLink> = BTreeMap::new();
         for _ in 0..ATTEMPTS {
@@ -217,12 +218,35 @@ impl Netlink {
                 *self = Self::open()?;
                 return Ok(None);
             }
-            if whole? {
-                break;
+            match whole {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => {
+                    self.nothing_if_removed(nsid, error)?;
+                    return Ok(Some(Vec::new()));
+                }
             }
             // Whoever changes interfaces all the time hides none: those of each attempt count.
         }
         Ok(Some(links.into_values().collect()))
+    }
+
+    /// Takes an error for "there is nothing" if it is about a namespace that is being removed.
+    ///
+    /// Such a namespace has no process any more. The kernel removes one batch of namespaces at a time
+    /// (`cleanup_net`, net/core/net_namespace.c), and until its turn has come a namespace keeps its number and its
+    /// interfaces, and every question about them is answered with `EINVAL` (`rtnl_get_net_ns_capable`).
+    fn nothing_if_removed(&mut self, nsid: i32, error: io::Error) -> io::Result<()> {
+        if error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+        let mut request = NsidMessage::default();
+        request.attributes.push(NsidAttribute::Id(nsid));
+        let request = RouteNetlinkMessage::GetNsId(request);
+        match self.exchange(&request, 0, |_| Ok(())) {
+            Err(answer) if answer.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            _ => Err(error),
+        }
     }
 
     /// The number by which this namespace knows that one; it has none before the two are connected
