@@ -86,6 +86,8 @@ reasons! {
     SpoofedHardware = 24, "spoofed_hardware";
     /// A frame that did not pass through the agent's program, which stamps each frame.
     NotJudged = 25, "not_judged";
+    /// A connection to one address and port more than the pod's map of destinations has room for.
+    DestinationsFull = 26, "destinations_full";
 }
 
 #[cfg(test)]

@@ -95,11 +95,12 @@ const fn is_of_unknown_source(reason: Reason) -> bool {
             | Reason::DnsFragmented
             | Reason::DnsNotHeld
             | Reason::FragmentWithoutFirst
+            | Reason::DestinationsFull
     )
 }
 
 /// Whether an honest sender expects a reply to this packet: not to a malformed or spoofed packet, a fragment
-/// (RFC 1122, section 3.2.2) or a reset.
+/// (RFC 1122, section 3.2.2) or a reset. A SYN that found no room gets none either, so that it is repeated.
 #[inline(always)]
 fn is_rejectable(denied: &Denied<'_>) -> bool {
     let Some(packet) = denied.packet else {
@@ -109,7 +110,10 @@ fn is_rejectable(denied: &Denied<'_>) -> bool {
         && packet.tcp_flags & TCP_RST == 0
         && !matches!(
             denied.reason,
-            Reason::SpoofedSource | Reason::Malformed | Reason::FragmentWithoutFirst
+            Reason::SpoofedSource
+                | Reason::Malformed
+                | Reason::FragmentWithoutFirst
+                | Reason::DestinationsFull
         )
 }
 

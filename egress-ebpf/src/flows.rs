@@ -256,10 +256,6 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
         && next.state != FLOW_CUT
         && key.protocol == protocol::TCP
         && is_closed(next);
-    // A RST does not show that the pod opened the connection: the pod sends one in answer to any segment.
-    if is_new && next.state != FLOW_IN && next.seen & FLOW_SEEN_RST == 0 {
-        note_called(pod, key, next.last_seen_ns);
-    }
     if is_new || closes {
         if is_established {
             forget(pod, key, place);
@@ -296,21 +292,29 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
     }
 }
 
-/// Records that the pod connects to this address and port.
-#[inline(always)]
-fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
+/// Records that the pod connects to this address and port. Returns 0 if the map has no room; only connections over
+/// TCP need any.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
+    // SAFETY: the verifier has checked that the caller's pointer is null or points to a key of the caller.
+    let Some(key) = (unsafe { key.as_ref() }) else {
+        return 0;
+    };
     if key.protocol != protocol::TCP || !is_flow(key) {
-        return;
+        return 1;
     }
     let peer = &black_box(key.called());
     // SAFETY: the map is not preallocated, so an inner map that is removed lives until the program ends.
     let Some(called) = (unsafe { CALLED.get(&pod) }) else {
-        return;
+        return 0;
     };
     if let Some(known) = called.get_ptr_mut(peer) {
         // SAFETY: the memory stays an entry of this map until the program ends.
         unsafe { (*known).last_seen_ns = now_ns };
-        return;
+        return 1;
     }
     let called_at = Flow {
         last_seen_ns: now_ns,
@@ -321,20 +325,9 @@ fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
     };
     if called.insert(peer, black_box(&called_at), ANY).is_err() {
         count_full(pod);
+        return 0;
     }
-}
-
-/// Records that the pod connects to this address and port when the packet creates no flow.
-///
-/// A global function ([`crate`]).
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
-    if let Some(key) = unsafe { key.as_ref() } {
-        note_called(pod, key, now_ns);
-    }
-    0
+    1
 }
 
 /// Whether the pod has connected to the peer's address and port. A server opens its own connections from
@@ -349,7 +342,7 @@ extern "C" fn has_called(pod: u32, key: *const FlowKey) -> u32 {
         return 1;
     };
     let peer = &black_box(key.called());
-    // SAFETY: as in `note_called`.
+    // SAFETY: as in `note_call`.
     let called = unsafe { CALLED.get(&pod) };
     u32::from(called.is_some_and(|called| called.get_ptr(peer).is_some()))
 }
@@ -439,7 +432,7 @@ pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
     change_flow(whose(interface), key, flow, flow, NOWHERE | IS_NEW);
 }
 
-/// Counts a flow that could not be remembered.
+/// Counts a flow, or a destination, that could not be remembered.
 #[inline(always)]
 pub fn count_full(pod: u32) {
     count(|c| c.flows_full += 1);

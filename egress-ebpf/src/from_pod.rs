@@ -4,7 +4,7 @@ use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
     flow::after_packet_from_pod,
-    packet::{Fragment, Frame, Packet, TCP_ACK, TCP_RST, TCP_SYN, Walked},
+    packet::{Fragment, Frame, Packet, TCP_RST, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
     records::{
@@ -40,6 +40,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
     // Before anything else, so that no path through the program omits it.
     skb.stamp(STAMP.load());
+    // The node's own frame, not one of the pod.
+    if skb.is_looped_back() {
+        return PASS;
+    }
     // A query that the agent has decided and put back. A pod cannot forge the mark: the kernel scrubs it when
     // a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
     if skb.mark() == BOUNCE_MARK.load() {
@@ -170,11 +174,15 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     }
     // These connections create no flow, or their flow already counts as opened by the other side.
     if is_question || interface.flags & INTERFACE_SOURCES != 0 || interface.mode == MODE_AUDIT {
-        let opens = packet.bit == bits::TCP
-            && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
-            && !matches!(packet.fragment, Fragment::Later);
-        if opens {
-            flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns());
+        let opens = packet.opens_tcp() && !matches!(packet.fragment, Fragment::Later);
+        if opens
+            && flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns()) == 0
+            && interface.mode != MODE_AUDIT
+        {
+            return deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::DestinationsFull),
+            );
         }
     }
     // Only the sources are judged yet; the other steps follow soon.
@@ -237,7 +245,7 @@ fn judge_by_flow(
         // Neighbour discovery is answered, too: without it a denied neighbour would not even get the rejection.
         || (answers && (is_current || packet.is_neighbour_message()));
 
-    let judged = if passes_by_flow {
+    let mut judged = if passes_by_flow {
         PASSES
     } else {
         let rules = if answers {
@@ -252,11 +260,14 @@ fn judge_by_flow(
     if passes_by_flow {
         count(|c| c.passed_by_flow += 1);
     }
-    let passes = skb.forget_number(u32::from(judged == PASSES)) != 0;
-    if !is_error {
-        note(
+    let mut passes = skb.forget_number(u32::from(judged == PASSES)) != 0;
+    if !is_error
+        && !note(
             ctx, interface, packet, &key, &known, answers, passes, now_ns,
-        );
+        )
+    {
+        judged = denied(Reason::DestinationsFull, NO_CLASS);
+        passes = false;
     }
     if passes {
         if matches!(packet.fragment, Fragment::First) {
@@ -340,7 +351,9 @@ const fn denied(reason: Reason, class: u8) -> u32 {
     1 << 16 | (reason as u32) << 8 | class as u32
 }
 
-/// Records in its flow whether a packet passes, or creates a flow for it.
+/// Records in its flow whether a packet passes, or creates a flow for it. Returns whether it may pass: in enforce
+/// mode no connection begins whose destination cannot be recorded, because the other side could later seem to have
+/// opened it.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a part of the function above")]
 fn note(
@@ -352,7 +365,7 @@ fn note(
     answers: bool,
     passes: bool,
     now_ns: u64,
-) {
+) -> bool {
     let seen = flows::seen(packet.bit, packet.tcp_flags, true);
     let state = known.state();
     let follows = packet.may_follow_flow();
@@ -389,7 +402,16 @@ fn note(
                 && packet.tcp_flags & TCP_RST == 0
         };
         if !begins || !flows::is_tracked(packet) {
-            return;
+            return true;
+        }
+        // A RST answers what anybody has sent. (In audit mode a SYN has been noted before.)
+        let audits = interface.mode == MODE_AUDIT;
+        if packet.tcp_flags & TCP_RST == 0
+            && !(audits && packet.opens_tcp())
+            && flows::note_call(interface.pod, key, now_ns) == 0
+            && !audits
+        {
+            return false;
         }
         is_new = true;
         next = Flow {
@@ -401,6 +423,7 @@ fn note(
         };
     }
     flows::keep(&Skb(ctx), interface, key, known, next, is_new);
+    true
 }
 
 /// Holds a query, or a segment of a connection with a resolver, for the agent. If it cannot be held, it is

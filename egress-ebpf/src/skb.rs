@@ -19,6 +19,9 @@ use egress_common::{
 
 use crate::maps::COARSE_CLOCK;
 
+/// `PACKET_LOOPBACK` of include/uapi/linux/if_packet.h.
+const PACKET_LOOPBACK: u32 = 5;
+
 /// The frame for which a program was called.
 pub struct Skb<'a>(pub &'a TcContext);
 
@@ -36,6 +39,18 @@ impl Skb<'_> {
     pub fn stamp(&self, stamp: u32) {
         // SAFETY: as above; the kernel lets programs of this type write the field.
         unsafe { (*self.0.skb.skb).priority = stamp };
+    }
+
+    /// Whether this is the copy of a multicast or broadcast frame that the node's own IP stack gives itself
+    /// (`dev_loopback_xmit`, net/core/dev.c). Such a copy has no Ethernet header.
+    ///
+    /// A pod cannot make such a frame, whatever type its frame has in the pod. A veth and a netkit device reset
+    /// the type (`skb_scrub_packet`, net/core/skbuff.c) and choose it anew by the destination's hardware address
+    /// (`eth_skb_pkt_type`, include/linux/etherdevice.h). A tap device makes a new frame.
+    #[inline(always)]
+    pub fn is_looped_back(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == PACKET_LOOPBACK }
     }
 
     /// The index of the interface whose hook called the program.

@@ -26,6 +26,7 @@ use super::{
     readings::Readings,
     source::ClusterSide,
     stamps::Stamps,
+    sweep::Crowded,
     taps::SeenFirst,
     trust::Trust,
     unjudged::Unjudged,
@@ -107,6 +108,8 @@ pub(super) struct Reconciler {
     pub(super) next_pod: u32,
     pub(super) next_policy: u32,
     pub(super) next_swept: usize,
+    /// Pods that wait for room in their maps.
+    pub(super) crowded: Crowded,
     /// Whether the gate reads messages.
     is_reading: bool,
     /// What is known of all this to [`crate::serve`].
@@ -160,6 +163,7 @@ impl Reconciler {
         Ok(Self {
             hooks: Hooks::new(datapath.probes()?),
             stamps: Stamps::new(reporter),
+            crowded: Crowded::new(datapath.counters()?),
             seen_first: SeenFirst::open()?,
             datapath,
             gate,

@@ -37,6 +37,9 @@ const LINKS: usize = 512;
 /// How many namespaces are followed from one pod.
 const NAMESPACES: usize = 64;
 
+/// How often a walk begins again because interfaces changed during it.
+const ATTEMPTS: usize = 3;
+
 /// How many exits of one pod are named; the rest are only counted.
 const NAMED: usize = 4;
 
@@ -163,6 +166,18 @@ impl ExitFinder {
     ///
     /// When the kernel does not answer, or the interfaces change during the walk.
     pub fn exits(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
+        for _ in 1..ATTEMPTS {
+            let exits = self.exits_now(ends, &is_enforced);
+            // The end of a pod changes them once. Only a pod that changes them on purpose does so all the time.
+            let is_changing = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
+            if !exits.as_ref().is_err_and(is_changing) {
+                return exits;
+            }
+        }
+        self.exits_now(ends, &is_enforced)
+    }
+
+    fn exits_now(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
         let own = self.namespaces_behind(ends)?;
         let mut walk = Walk {
             host: self.netlink.nsid(&self.host)?,
@@ -263,12 +278,8 @@ impl Walk<'_> {
         let mut seen = HashSet::from([from]);
         let mut next = vec![from];
         while let Some(nsid) = next.pop() {
-            let targets = match self.targets(nsid) {
-                Ok(Some(targets)) => targets,
-                Ok(None) => return Ok(true),
-                // The namespace is gone.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
-                Err(error) => return Err(error),
+            let Some(targets) = self.targets(nsid)? else {
+                return Ok(true);
             };
             for (_, target) in targets {
                 match target {

@@ -162,7 +162,8 @@ impl Netlink {
         });
         match answer {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-            answer => answer.map(|_| link),
+            Err(error) => self.ignore_if_removed(nsid, error).map(|()| None),
+            Ok(_) => Ok(link),
         }
     }
 
@@ -185,7 +186,8 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    /// Every interface of the namespace with this number; `None` if there are more than `limit`.
+    /// Every interface of the namespace with this number; none if the namespace is being removed. `None` if there
+    /// are more than `limit`.
     pub(super) fn links_in(&mut self, nsid: i32, limit: usize) -> io::Result<Option<Vec<RawLink>>> {
         let mut links: BTreeMap<u32, RawLink> = BTreeMap::new();
         for _ in 0..ATTEMPTS {
@@ -214,12 +216,35 @@ impl Netlink {
                 *self = Self::open()?;
                 return Ok(None);
             }
-            if whole? {
-                break;
+            match whole {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => {
+                    self.ignore_if_removed(nsid, error)?;
+                    return Ok(Some(Vec::new()));
+                }
             }
             // A pod cannot hide an interface by constant changes: the results of all attempts count.
         }
         Ok(Some(links.into_values().collect()))
+    }
+
+    /// Ignores an error that a namespace gives because it is being removed.
+    ///
+    /// Such a namespace has no process any more. The kernel removes namespaces in batches (`cleanup_net`,
+    /// net/core/net_namespace.c). Until then the namespace keeps its number and its interfaces, and each request
+    /// about them fails with `EINVAL` (`rtnl_get_net_ns_capable`).
+    fn ignore_if_removed(&mut self, nsid: i32, error: io::Error) -> io::Result<()> {
+        if error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+        let mut request = NsidMessage::default();
+        request.attributes.push(NsidAttribute::Id(nsid));
+        let request = RouteNetlinkMessage::GetNsId(request);
+        match self.exchange(&request, 0, |_| Ok(())) {
+            Err(answer) if answer.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            _ => Err(error),
+        }
     }
 
     /// The number of that namespace in this one. It has none before an interface connects the two.

@@ -369,6 +369,46 @@ fn a_destination_in_use_is_kept_when_others_are_evicted() {
 }
 
 #[test]
+fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
+    let peer = server(9);
+    // Sixteen destinations of the pod's.
+    let lab = Lab::builder().config("limits.flowsPerPod", 64).build();
+    let cart = lab.pod("shop", "cart");
+    let _web = lab.serve_tcp(443);
+    lab.write_pod(&cart, &[("allow", &format!("{peer} {}", server(10)))]);
+    let agent = lab.start_agent(&[&cart]);
+    let tap = Tap::open(cart.netns(), "eth0");
+    let flood: Vec<Vec<u8>> = (1000..1200)
+        .map(|port| {
+            let mut frame = Vec::new();
+            let syn = frames::from_pod(&cart, own(&cart, peer), server(10)).tcp(7, port, 1, 1);
+            let written = syn.syn().write(&mut frame, &[]);
+            written.expect("a frame in memory");
+            frame
+        })
+        .collect();
+    for frame in &flood {
+        tap.send(frame);
+    }
+    let mut connection = Connection::open(&lab, &cart, peer);
+    // Its flow is closed, and the pod's next ones push it out.
+    connection.send(connection.sequence.wrapping_add(FAR), flag::RST);
+    for _ in 0..8 {
+        drop(cart.reach_tcp((server(10), 443)));
+    }
+    agent.applies(&cart, || {
+        lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    });
+    assert!(!connection.is_stolen(&lab), "the connection goes on");
+    agent.wait_denial("that there is no room", |denial| {
+        denial.of(&cart) && denial.reason == "destinations_full"
+    });
+    agent.wait_said("what makes room", |line| {
+        line.contains("WARN") && line.contains("raise limits.flowsPerPod")
+    });
+}
+
+#[test]
 fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let peer = server(9);
     let lab = Lab::builder().build();

@@ -1,7 +1,8 @@
 //! Pods with interfaces that have no host end: macvlan and the like.
 
-use std::net::TcpStream;
+use std::{io, net::TcpStream, thread};
 
+use egress_agent::host::{ExitFinder, interface_name};
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
@@ -9,6 +10,7 @@ use egress_tests::{
     eventually, exchange, holds,
     observed::HTTP,
 };
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
 /// The server that the pod reaches past its enforced interface.
@@ -315,4 +317,34 @@ fn a_pod_with_too_many_interfaces_to_inspect_counts_as_partly_enforced() {
     assert_eq!(lab.status_of(&pod)["mode"], "partly_enforced");
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn pods_that_end_are_looked_at_without_an_error() {
+    let lab = Lab::builder().without_dns().build();
+    let pods: Vec<Pod> = (0..24)
+        .map(|n| lab.pod("shop", &format!("pod{n}")))
+        .collect();
+    let index = |pod: &Pod| if_nametoindex(pod.interface()).expect("the pod's interface");
+    let ends: Vec<u32> = lab.node().run(|| pods.iter().map(index).collect());
+    // All the time while they end, and the kernel takes its time over so many.
+    let looked = thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            lab.node().run(|| -> io::Result<()> {
+                let mut finder = ExitFinder::open()?;
+                let mut left = ends;
+                while !left.is_empty() {
+                    for end in &left {
+                        finder.exits(&[*end], |_| true)?;
+                    }
+                    let is_there = |end: &u32| interface_name(*end).is_some();
+                    left.retain(is_there);
+                }
+                Ok(())
+            })
+        });
+        drop(pods);
+        looking.join().expect("it looks")
+    });
+    looked.expect("no error");
 }

@@ -119,6 +119,27 @@ fn a_pod_that_ends_is_not_reported_as_a_problem() {
 }
 
 #[test]
+fn many_pods_that_end_at_once_are_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    // Young pods are looked at often.
+    let pods: Vec<ClusterPod> = (0..24)
+        .map(|n| cluster.run(&shop, &format!("job{n}"), &allow("shop.test:443")))
+        .collect();
+    for pod in &pods {
+        agent.wait_enforcing(pod.net());
+    }
+    // Their processes and networks; nobody says that they have ended.
+    drop(pods);
+    for name in ["one", "two", "three"] {
+        let other = reconcile_by_adding(&cluster, &agent, &shop, name);
+        drop(other);
+    }
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
 fn an_ended_pod_is_no_problem_before_its_phase_changes() {
     let cluster = healthy();
     let shop = cluster.namespace("shop", &Value::Null);

@@ -6,6 +6,7 @@ mod hardware_addresses;
 mod kinds;
 mod late_checksums;
 mod link_layer;
+mod looped_back;
 mod neighbours;
 mod packet_lists;
 mod protocols;

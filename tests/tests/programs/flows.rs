@@ -4,13 +4,16 @@ use std::net::IpAddr;
 
 use egress_agent::datapath::{Action, Hook};
 use egress_common::{
-    limits::FLOW_ENTRIES,
+    limits::{FLOW_ENTRIES, FlowLimits},
     reason::Reason,
-    records::{FLOW_CUT, FLOW_IN, FLOW_OUT, POLICY_OPEN},
+    records::{
+        FLOW_CUT, FLOW_IN, FLOW_OUT, INTERFACE_REJECT, INTERFACE_SOURCES, POLICY_OPEN,
+        VERDICT_DROPPED,
+    },
 };
 use egress_tests::{
-    addresses::{server, server6},
-    programs::{OTHERS, PORT, Programs, TO_PORT},
+    addresses::{RESOLVER, server, server6},
+    programs::{ANYTHING, OTHERS, PORT, Programs, TO_PORT},
     raw::{self, Ip, flag, protocol},
 };
 
@@ -299,6 +302,43 @@ fn with_a_full_flow_map_allowed_connections_still_work() {
     );
     programs.arrives(&by.udp(2, 8080, b"hello"));
     programs.leaves(&programs.to(server(9)).udp(8080, 2, b"hello"));
+}
+
+#[test]
+fn no_connection_begins_whose_destination_cannot_be_noted() {
+    let mut programs = Programs::new();
+    let (to, other) = (programs.to(server(1)), programs.to(server(2)));
+    for host in [server(1), server(2)] {
+        programs.allow(host, ANYTHING, NEVER_NS);
+    }
+    let places = FlowLimits::of(FLOW_ENTRIES).called as u16;
+    let syns = (1..=places).map(|port| to.tcp(7, port, flag::SYN));
+    programs.flood(Hook::FromPod, syns.collect::<Vec<_>>().into_iter(), 1);
+    programs.leaves(&to.tcp(8, places, flag::SYN));
+
+    let denial = programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    assert_eq!(denial.verdict, VERDICT_DROPPED);
+    // With `onDeny: reject`, too: it shall come again.
+    programs.set_interface(|interface| interface.flags |= INTERFACE_REJECT);
+    let denial = programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    assert_eq!(denial.verdict, VERDICT_DROPPED);
+    // A connection that is picked up in its middle is one, too, and the denied SYN has opened no flow for it.
+    programs.stays(&other.tcp(7, PORT, flag::ACK), Reason::DestinationsFull);
+    // While the agent is about to judge the pod, and to a resolver.
+    programs.set_interface(|interface| interface.flags = INTERFACE_SOURCES);
+    programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    programs.set_interface(|interface| interface.flags = 0);
+    let resolver = programs.to(RESOLVER);
+    programs.stays(&resolver.tcp(7, 53, flag::SYN), Reason::DestinationsFull);
+
+    // Nothing else needs a place there.
+    programs.leaves(&other.udp(7, PORT, b"hello"));
+    programs.leaves(&other.tcp(7, PORT, flag::RST));
+    programs.arrives(&programs.by(server(9)).tcp(5000, 8080, flag::SYN));
+    let answers = programs.to(server(9));
+    programs.leaves(&answers.tcp(8080, 5000, flag::SYN | flag::ACK));
+    programs.audit();
+    programs.leaves(&other.tcp(7, PORT, flag::SYN));
 }
 
 #[test]
