@@ -186,6 +186,22 @@ impl FlowMap {
         add(&mut self.called, &seed.key().called(), seed.flow(now_ns)).map(|_| ())
     }
 
+    /// Whether this is known as a connection that the other side has opened.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn has_inbound(&self, seed: &Seed) -> Result<bool> {
+        for map in [&self.inbound, &self.opening] {
+            match map.get(&seed.key(), 0) {
+                Ok(flow) if flow.state == FLOW_IN => return Ok(true),
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("cannot read a pod's flows"),
+            }
+        }
+        Ok(false)
+    }
+
     /// Takes a connection for one that both sides have spoken on. A flow that is known already stays as
     /// it is; returns whether it was not.
     ///

@@ -234,7 +234,7 @@ impl Netlink {
     /// Takes an error for "there is nothing" if it is about a namespace that is being removed.
     ///
     /// Such a namespace has no process any more. The kernel removes one batch of namespaces at a time
-    /// (`cleanup_net`, net/core/net_namespace.c), and until its turn has come a namespace keeps its number and its
+    /// (`cleanup_net`, `net/core/net_namespace.c`), and until its turn has come a namespace keeps its number and its
     /// interfaces, and every question about them is answered with `EINVAL` (`rtnl_get_net_ns_capable`).
     fn nothing_if_removed(&mut self, nsid: i32, error: io::Error) -> io::Result<()> {
         if error.raw_os_error() != Some(libc::EINVAL) {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -79,8 +80,45 @@ pub struct OpenSockets {
     /// TCP connections on which so much went on that nobody can tell who opened them. They count as
     /// opened by the pod.
     pub unclear: usize,
-    /// Why the node's connection tracking could not be asked, if it could not.
-    pub untold: Option<String>,
+    /// Why the node's connection tracking was not asked about all that look inbound, if it was not.
+    pub unasked: Option<Unasked>,
+}
+
+/// Why the node's connection tracking was not asked about some connections. They are unconfirmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unasked {
+    /// The time for the pod's sockets was over before so many of them.
+    TimeOver(usize),
+    /// It does not answer, for this reason.
+    NoAnswer(String),
+}
+
+impl Unasked {
+    /// What is to be told of two network namespaces of a pod.
+    #[must_use]
+    pub fn and(self, other: Option<Self>) -> Self {
+        match (self, other) {
+            (Self::TimeOver(some), Some(Self::TimeOver(more))) => Self::TimeOver(some + more),
+            (Self::TimeOver(_), Some(no_answer)) => no_answer,
+            (why, _) => why,
+        }
+    }
+}
+
+impl fmt::Display for Unasked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimeOver(sockets) => write!(
+                f,
+                "the node's connection tracking was not asked about {sockets} of the pod's connections: the {} ms of \
+                 a CPU that one pod gets for that were over",
+                TIME.as_millis()
+            ),
+            Self::NoAnswer(error) => {
+                write!(f, "the node's connection tracking cannot be asked: {error}")
+            }
+        }
+    }
 }
 
 /// How much work is done for one pod.
@@ -127,7 +165,7 @@ struct Line {
 /// The open sockets of the network namespace that the calling thread is in. `confirm` asks who has opened
 /// the TCP connections that look inbound, before UDP sockets take their time.
 pub(super) fn here(
-    confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> io::Result<()>,
+    confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> Option<Unasked>,
 ) -> io::Result<OpenSockets> {
     let bounds = Bounds::new();
     let tcp = tcp_table::connections(&bounds)?;
@@ -135,10 +173,9 @@ pub(super) fn here(
         sockets: tcp.sockets,
         cut_short: tcp.cut_short,
         unclear: tcp.unclear,
-        untold: None,
+        unasked: None,
     };
-    let confirmed = confirm(&mut open.sockets, &bounds);
-    open.untold = confirmed.err().map(|error| error.to_string());
+    open.unasked = confirm(&mut open.sockets, &bounds);
     let bounds = Bounds::new();
     let mut lines = Vec::new();
     for table in ["udp", "udp6"] {

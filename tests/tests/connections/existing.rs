@@ -519,7 +519,7 @@ fn where_the_node_tracks_no_connections_those_of_others_are_judged_and_counted()
         line.contains("are judged as the")
     });
     assert!(
-        said.contains("WARN") && said.contains("connections=1"),
+        said.contains("WARN") && said.contains("connections=1") && said.contains("has no entry"),
         "{said}"
     );
     is_told(
