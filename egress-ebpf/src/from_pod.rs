@@ -406,11 +406,9 @@ fn note(
         }
         // A RST answers what anybody has sent. (In audit mode a SYN has been noted before.)
         let audits = interface.mode == MODE_AUDIT;
-        if packet.tcp_flags & TCP_RST == 0
-            && !(audits && packet.opens_tcp())
-            && flows::note_call(interface.pod, key, now_ns) == 0
-            && !audits
-        {
+        let is_call = packet.tcp_flags & TCP_RST == 0 && !(audits && packet.opens_tcp());
+        let is_noted = !is_call || flows::note_call(interface.pod, key, now_ns) != 0;
+        if !is_noted && !audits {
             return false;
         }
         is_new = true;

@@ -110,6 +110,7 @@ pub(super) fn resolve(
     deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
     for rule in &allow {
         warnings.extend(entry_warnings::of_allowed(rule));
+        warnings.extend(entry_warnings::of_tunnel(rule));
     }
     for rule in allow.iter().chain(&deny).chain(&resolve) {
         warnings.extend(entry_warnings::of_entry(rule));

@@ -2,9 +2,11 @@
 
 use std::net::Ipv6Addr;
 
+use egress_common::protocol::bits;
+
 use super::{
     effective::Rule,
-    entry::{Destination, is_extension_header, protocol_number},
+    entry::{Destination, is_extension_header, number_word, protocol_number},
     pattern::NamePattern,
 };
 use egress_dns::Name;
@@ -23,6 +25,34 @@ pub(super) fn of_allowed(rule: &Rule) -> Option<String> {
         )),
         _ => None,
     }
+}
+
+/// Protocols whose packets carry others: IP in IP, 6in4, GRE, ESP, AH, `EtherIP`, `L2TPv3`, MPLS in IP.
+const CARRIERS: [u16; 8] = [4, 41, 47, 50, 51, 97, 115, 137];
+
+/// The warning about an entry under `allow` that opens tunnels: other packets can leave inside those that it
+/// allows.
+pub(super) fn of_tunnel(rule: &Rule) -> Option<String> {
+    let (origin, text, class) = (rule.origin, &rule.text, rule.class);
+    let ports = class.port_min..=class.port_max;
+    let carries =
+        class.protocols & bits::OTHER != 0 && CARRIERS.iter().any(|one| ports.contains(one));
+    if !carries {
+        return None;
+    }
+    let what = match protocol_number(class) {
+        Some(number) => format!("a tunnel ({})", number_word(number)),
+        None => "tunnels (gre, esp, ipip and others)".to_owned(),
+    };
+    let but = if matches!(rule.destination, Destination::Addresses(_)) && !rule.under_any {
+        ""
+    } else {
+        ". To internal addresses and the node it opens none: that takes an entry with the address"
+    };
+    Some(format!(
+        "the {origin}'s allow entry `{text}` opens {what}: who unpacks it may send what is in it to anywhere, and \
+         no policy judges that{but}"
+    ))
 }
 
 /// The warning about an entry of any list.

@@ -50,20 +50,14 @@ impl Lab {
     /// Changes the values of one of the pod's pinned maps, for example to simulate the passage of time:
     /// `edit` gets the bytes of the key and of the value.
     #[track_caller]
-    pub fn rewrite(&self, pod: &Pod, map: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
-        let pin = text(&self.allow_pin(pod).with_file_name(map));
-        let dump = bpftool(&["map", "dump", "pinned", &pin]);
-        for entry in dump.as_array().expect("a list of entries") {
-            let (key, mut value) = (bytes(&entry["key"]), bytes(&entry["value"]));
-            edit(&key, &mut value);
-            let texts = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>();
-            let (key, value) = (texts(&key), texts(&value));
-            let mut arguments = vec!["map", "update", "pinned", &pin, "key"];
-            arguments.extend(key.iter().map(String::as_str));
-            arguments.push("value");
-            arguments.extend(value.iter().map(String::as_str));
-            bpftool(&arguments);
-        }
+    pub fn rewrite(&self, pod: &Pod, map: &str, edit: impl FnMut(&[u8], &mut [u8])) {
+        rewrite(&text(&self.allow_pin(pod).with_file_name(map)), edit);
+    }
+
+    /// The same for a map that all pods share.
+    #[track_caller]
+    pub fn rewrite_shared(&self, map: &str, edit: impl FnMut(&[u8], &mut [u8])) {
+        rewrite(&text(&self.pins().join(map)), edit);
     }
 
     /// Every path below the laboratory's BPF file system.
@@ -71,6 +65,23 @@ impl Lab {
         let mut found = Vec::new();
         walk(&self.bpffs(), &mut found);
         found
+    }
+}
+
+/// See [`Lab::rewrite`]; the map is told by its pin.
+#[track_caller]
+fn rewrite(pin: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
+    let dump = bpftool(&["map", "dump", "pinned", pin]);
+    for entry in dump.as_array().expect("a list of entries") {
+        let (key, mut value) = (bytes(&entry["key"]), bytes(&entry["value"]));
+        edit(&key, &mut value);
+        let texts = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>();
+        let (key, value) = (texts(&key), texts(&value));
+        let mut arguments = vec!["map", "update", "pinned", pin, "key"];
+        arguments.extend(key.iter().map(String::as_str));
+        arguments.push("value");
+        arguments.extend(value.iter().map(String::as_str));
+        bpftool(&arguments);
     }
 }
 

@@ -13,6 +13,7 @@ use egress_common::{
     records::{
         AllowEntry, Counters, Denial, Flow, FlowKey, Held, Interface, MODE_AUDIT, MODE_ENFORCE,
         Policy, PortClass, Probes, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range,
+        TunnelKey,
     },
 };
 use nix::net::if_::if_nametoindex;
@@ -31,6 +32,14 @@ pub const TO_PORT: u64 = 1;
 pub const OTHERS: u64 = 1 << 1;
 /// The bit of the class that allows, or denies, everything.
 pub const ANYTHING: u64 = 1 << 2;
+
+/// UDP to this port, and every protocol but TCP, UDP, SCTP and ICMP, are tunnels.
+pub const VXLAN: u16 = 8472;
+/// Internal addresses, as those of nodes.
+pub const INTERNAL: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 1, 200, 1)),
+    IpAddr::V6(Ipv6Addr::new(0xfd01, 0xff, 0, 0, 0, 0, 0, 1)),
+];
 
 /// The pod's id in the maps.
 pub const POD: u32 = 7;
@@ -90,11 +99,18 @@ impl Programs {
                 (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
                 (address(RESOLVER6), 128, kind(RANGE_RESOLVER)),
                 (from_v4([10, 1, 0, 0]), 112, kind(RANGE_INTERNAL)),
+                (address("fd01:ff::"), 32, kind(RANGE_INTERNAL)),
                 (from_v4([169, 254, 0, 0]), 112, kind(RANGE_PROTECTED)),
                 (address("fe80::"), 10, kind(RANGE_PROTECTED)),
                 (address("ff00::"), 8, kind(RANGE_PROTECTED)),
             ])
             .expect("the map of ranges");
+        datapath
+            .set_tunnels(&[
+                TunnelKey::new(bits::OTHER, 0),
+                TunnelKey::new(bits::UDP, VXLAN),
+            ])
+            .expect("the map of tunnels");
         let policy = policy(&pod);
         let interface = Interface {
             pod: POD,

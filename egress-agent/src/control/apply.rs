@@ -214,16 +214,19 @@ impl Reconciler {
         let mode = enforced.wanted.compiled.mode;
         let mut flows = self.flows_of(pod)?;
         let new = enforced.wanted.only_new(&interfaces, &networks);
-        if let Some(new) = &new {
-            self.take_from_quarantine(new, &mut flows)?;
-        }
+        let on_new = enforced.wanted.on_new(&interfaces, &networks);
+        self.take_from_quarantine(&on_new, &mut flows)?;
         // Without an entry nothing leaves by a new interface, but frames from before may be on their way.
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
-        if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
+        if self.has_unjudged(key, &on_new) {
             self.datapath.note_unjudged(pod)?;
-            self.seed(key, &new, &mut flows, policy).await;
+            match new {
+                Some(new) => self.seed(key, &new, &mut flows, policy).await,
+                // What the pod had open there was read when that network was new, or was judged since.
+                None => self.note_calls(key, &on_new, &mut flows).await,
+            }
         }
         self.gate.move_to(pod, interfaces.clone()).await?;
         let _ = self.require_stamps(&interfaces, mode);

@@ -155,6 +155,16 @@ impl Wanted {
         (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
     }
 
+    /// The same, with those of these interfaces that it does not have yet, on these networks.
+    pub(super) fn on_new(&self, interfaces: &[u32], networks: &[Network]) -> Self {
+        let new = |ifindex: &u32| !self.interfaces.contains(ifindex);
+        Self {
+            interfaces: interfaces.iter().copied().filter(new).collect(),
+            networks: networks.to_vec(),
+            ..self.clone()
+        }
+    }
+
     /// Has the pod get a new version of its policy, so that flows which the last one let pass are judged again.
     pub(super) fn judge_again(&mut self) {
         self.ranges = Self::NO_RANGES;

@@ -3,7 +3,10 @@
 //! Those that others have opened go on, if the node's connection tracking confirms it. Those that the pod
 //! has opened are judged, or go on once on each node where the operator wants that ([`super::trust`]).
 
-use std::{io, panic, time::Duration};
+use std::{
+    io, panic,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use egress_common::{
@@ -23,7 +26,7 @@ use crate::{
     config::ExistingConnections,
     datapath::{FlowMap, Seed, SeedState, View, boottime_ns},
     gate::Judged,
-    host::{Direction, OpenSocket, OpenSockets, SocketProtocol, SocketsOf},
+    host::{Direction, OpenSocket, OpenSockets, SocketProtocol, SocketsOf, Unasked},
     serve::Existing,
 };
 
@@ -32,6 +35,10 @@ use crate::{
 const SETTLING: Duration = Duration::from_millis(50);
 /// How many pods' sockets are read at a time.
 const READERS: usize = 8;
+/// After how long it is said that a pod's policy was late.
+const LATE: Duration = Duration::from_millis(250);
+/// Why connections are unconfirmed of which the node's connection tracking was asked.
+const UNCONFIRMED: &str = "the node's connection tracking has no entry that says so";
 
 impl Reconciler {
     /// Whether a pod that is about to be enforced may have connections that nobody has judged.
@@ -53,6 +60,7 @@ impl Reconciler {
         tokio::time::sleep(SETTLING).await;
         let mut failed = Vec::new();
         let mut noting = Vec::new();
+        let begun = Instant::now();
         for key in pods.drain(..) {
             match self.judge_more(&key, Judged::SourcesAndInbound).await {
                 Ok(()) => noting.push(key),
@@ -73,8 +81,18 @@ impl Reconciler {
             };
             let (key, sockets) =
                 read.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()));
-            if let Err(error) = self.judge_all(&key, sockets).await {
-                failed.push((key, error));
+            let count = sockets.iter().flatten().map(|open| open.sockets.len());
+            let count: usize = count.sum();
+            match self.judge_all(&key, sockets).await {
+                Ok(()) if begun.elapsed() >= LATE => tracing::info!(
+                    pod = %title(&key),
+                    took_ms = begun.elapsed().as_millis() as u64,
+                    sockets = count,
+                    "the policy holds late: until the open connections of the pods that begin together were read, \
+                     only the source of what the pod sends was judged"
+                ),
+                Ok(()) => {}
+                Err(error) => failed.push((key, error)),
             }
         }
         for (key, _) in &failed {
@@ -120,6 +138,39 @@ impl Reconciler {
         self.note(key, &wanted.record, flows, policy, sockets);
     }
 
+    /// Notes where a pod has connected to, on an interface where nobody has judged that, in a network whose
+    /// sockets were read before. So no such connection comes back as one that the other side has opened.
+    pub(super) async fn note_calls(&mut self, key: &PodKey, wanted: &Wanted, flows: &mut FlowMap) {
+        let namespaces = self.namespaces_of(wanted);
+        let sockets = tokio::task::spawn_blocking(move || read(namespaces)).await;
+        let sockets = sockets.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()));
+        let now_ns = boottime_ns();
+        let mut noted: Result<()> = Ok(());
+        for open in sockets {
+            noted = noted.and(open.map_err(anyhow::Error::from).and_then(|open| {
+                let of_pod = |socket: &&OpenSocket| {
+                    socket.protocol == SocketProtocol::Tcp && socket.direction != Direction::Inbound
+                };
+                for socket in open.sockets.iter().filter(of_pod) {
+                    let seed = seed_of(socket, SeedState::Unjudged);
+                    // What others have opened on its other interfaces is known.
+                    if !flows.has_inbound(&seed)? {
+                        flows.note_called(&seed, now_ns)?;
+                    }
+                }
+                Ok(())
+            }));
+        }
+        if let Err(error) = noted {
+            tracing::warn!(
+                pod = %title(key),
+                error = %format!("{error:#}"),
+                "not all connections that the pod has opened by its new interfaces are known: they end, but a SYN in \
+                 their server's name could open them again"
+            );
+        }
+    }
+
     /// Notes these connections. What cannot be noted is judged like any other packet, which is no reason to
     /// leave the pod unenforced.
     fn note(
@@ -143,7 +194,7 @@ impl Reconciler {
             },
             seeded: Existing::default(),
         };
-        let mut untold = None;
+        let mut unasked = None;
         for open in sockets {
             let done = open.map_err(anyhow::Error::from).and_then(|open| {
                 if open.cut_short || open.unclear > 0 {
@@ -155,7 +206,10 @@ impl Reconciler {
                          pod's own"
                     );
                 }
-                untold = open.conntrack_error.or(untold.take());
+                unasked = match open.unasked {
+                    Some(why) => Some(why.and(unasked.take())),
+                    None => unasked.take(),
+                };
                 let view = self.datapath.view()?;
                 seeding.write(&view, &open.sockets)
             });
@@ -172,10 +226,9 @@ impl Reconciler {
             tracing::warn!(
                 pod = %title(key),
                 connections = seeded.unconfirmed,
-                conntrack = %untold.as_deref().unwrap_or("has no entry that says so"),
-                "connections that others seem to have opened are judged as the pod's own: only the pod \
-                 says so, and the node's connection tracking does not confirm it. Where they end, their \
-                 clients have to connect again"
+                because = %unasked.as_ref().map_or_else(|| UNCONFIRMED.to_owned(), Unasked::to_string),
+                "connections that others seem to have opened are judged as the pod's own, because only the pod \
+                 says so. Where they end, their clients have to connect again"
             );
         }
         if seeded.inbound > 0 || seeded.trusted > 0 {
@@ -217,6 +270,18 @@ impl Reconciler {
     }
 }
 
+fn seed_of(socket: &OpenSocket, state: SeedState) -> Seed {
+    Seed {
+        protocol: match socket.protocol {
+            SocketProtocol::Tcp => protocol::TCP,
+            SocketProtocol::Udp => protocol::UDP,
+        },
+        pod: (mapped(socket.local.ip()), socket.local.port()),
+        peer: (mapped(socket.remote.ip()), socket.remote.port()),
+        state,
+    }
+}
+
 fn read(namespaces: Vec<io::Result<SocketsOf>>) -> Vec<io::Result<OpenSockets>> {
     let namespaces = namespaces.into_iter();
     namespaces
@@ -254,15 +319,7 @@ impl Seeding<'_> {
                 // The other side's next datagram opens the flow, and nothing but that would prove it.
                 (SocketProtocol::Udp, _) => continue,
             };
-            let seed = Seed {
-                protocol: match socket.protocol {
-                    SocketProtocol::Tcp => protocol::TCP,
-                    SocketProtocol::Udp => protocol::UDP,
-                },
-                pod: (mapped(socket.local.ip()), socket.local.port()),
-                peer: (mapped(socket.remote.ip()), socket.remote.port()),
-                state,
-            };
+            let seed = seed_of(socket, state);
             if seed.protocol == protocol::TCP && state != SeedState::Inbound {
                 called = called.and(self.flows.note_called(&seed, now_ns));
                 // The rules judge its next segment, and the other side's SYN opens nothing.

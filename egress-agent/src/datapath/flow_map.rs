@@ -186,6 +186,22 @@ impl FlowMap {
         add(&mut self.called, &seed.key().called(), seed.flow(now_ns)).map(|_| ())
     }
 
+    /// Whether the map has this connection as one that the other side has opened.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn has_inbound(&self, seed: &Seed) -> Result<bool> {
+        for map in [&self.inbound, &self.opening] {
+            match map.get(&seed.key(), 0) {
+                Ok(flow) if flow.state == FLOW_IN => return Ok(true),
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("cannot read a pod's flows"),
+            }
+        }
+        Ok(false)
+    }
+
     /// Adds a connection as an established flow. A flow that exists already stays unchanged. Returns whether
     /// the flow was added.
     ///

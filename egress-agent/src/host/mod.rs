@@ -47,7 +47,7 @@ pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 pub use network::SocketsOf;
 use process::Process;
-pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
+pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol, Unasked};
 pub use taps::{TapWatch, Taps};
 use uid::Uid;
 

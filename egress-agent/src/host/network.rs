@@ -19,7 +19,7 @@ use super::{
     conntrack::Conntrack,
     netlink::Netlink,
     process::Process,
-    sockets::{self, Bounds, Direction, OpenSocket, OpenSockets, SocketProtocol},
+    sockets::{self, Bounds, Direction, OpenSocket, OpenSockets, SocketProtocol, Unasked},
 };
 
 /// Directory of named network namespaces (`ip netns`, container runtimes).
@@ -65,12 +65,13 @@ impl SocketsOf {
 }
 
 /// Asks the node's connection tracking which side opened the connections that look inbound. A connection that
-/// it does not confirm, for whatever reason, is unconfirmed.
+/// it does not confirm, for whatever reason, is unconfirmed. Returns why it was not asked about all of them, if it
+/// was not.
 fn confirm(
     conntrack: io::Result<Conntrack>,
     sockets: &mut [OpenSocket],
     bounds: &Bounds,
-) -> io::Result<()> {
+) -> Option<Unasked> {
     let looks_inbound = |socket: &&mut OpenSocket| {
         (socket.protocol, socket.direction) == (SocketProtocol::Tcp, Direction::Inbound)
     };
@@ -79,20 +80,25 @@ fn confirm(
         socket.direction = Direction::Unconfirmed;
     }
     if asked.is_empty() {
-        return Ok(());
+        return None;
     }
-    let mut conntrack = conntrack?;
-    for socket in asked {
+    let no_answer = |error: io::Error| Some(Unasked::NoAnswer(error.to_string()));
+    let mut conntrack = match conntrack {
+        Ok(conntrack) => conntrack,
+        Err(error) => return no_answer(error),
+    };
+    let count = asked.len();
+    for (at, socket) in asked.into_iter().enumerate() {
         if bounds.is_over() {
-            return Err(io::Error::other(
-                "the time ran out before all connections were confirmed",
-            ));
+            return Some(Unasked::TimeOver(count - at));
         }
-        if conntrack.is_opened_by(socket.remote, socket.local)? {
-            socket.direction = Direction::Inbound;
+        match conntrack.is_opened_by(socket.remote, socket.local) {
+            Ok(true) => socket.direction = Direction::Inbound,
+            Ok(false) => {}
+            Err(error) => return no_answer(error),
         }
     }
-    Ok(())
+    None
 }
 
 /// The network namespace behind an interface, if it has a name or a process.
@@ -153,4 +159,41 @@ fn leads_to(netlink: &mut Netlink, ifindex: u32, namespace: impl AsFd) -> io::Re
     let link = netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
     Ok(link
         .is_some_and(|link| link.is_host_end() && link.peer.is_some_and(|peer| peer.nsid == nsid)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn when_the_time_is_over_that_is_why_connections_are_unconfirmed() {
+        let socket = OpenSocket {
+            protocol: SocketProtocol::Tcp,
+            local: "10.1.1.2:8080".parse().unwrap(),
+            remote: "203.0.113.9:40000".parse().unwrap(),
+            direction: Direction::Inbound,
+        };
+        let opened = OpenSocket {
+            direction: Direction::Outbound,
+            ..socket
+        };
+        let over = Bounds {
+            until: Duration::ZERO,
+            ..Bounds::new()
+        };
+        let mut sockets = [socket, opened, socket];
+        let unasked = confirm(Conntrack::open(), &mut sockets, &over);
+        assert_eq!(unasked, Some(Unasked::TimeOver(2)));
+        let directions = sockets.map(|socket| socket.direction);
+        let unconfirmed = Direction::Unconfirmed;
+        assert_eq!(directions, [unconfirmed, Direction::Outbound, unconfirmed]);
+
+        // Where there is nothing to ask about, the time does not matter.
+        assert_eq!(confirm(Conntrack::open(), &mut [opened], &over), None);
+        let refused = Err(io::Error::from_raw_os_error(libc::EPERM));
+        let unasked = confirm(refused, &mut [socket], &Bounds::new());
+        assert!(matches!(unasked, Some(Unasked::NoAnswer(why)) if why.contains("not permitted")));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -78,8 +79,45 @@ pub struct OpenSockets {
     /// TCP connections that were too busy to find out which side opened them. They count as opened by the
     /// pod.
     pub unclear: usize,
-    /// The error of the node's connection tracking, if it could not be asked.
-    pub conntrack_error: Option<String>,
+    /// Why the node's connection tracking was not asked about all that look inbound, if it was not.
+    pub unasked: Option<Unasked>,
+}
+
+/// Why the node's connection tracking was not asked about some connections. They are unconfirmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unasked {
+    /// The time for the pod's sockets was over before so many of them.
+    TimeOver(usize),
+    /// It does not answer, for this reason.
+    NoAnswer(String),
+}
+
+impl Unasked {
+    /// The reason to report for two network namespaces of a pod.
+    #[must_use]
+    pub fn and(self, other: Option<Self>) -> Self {
+        match (self, other) {
+            (Self::TimeOver(some), Some(Self::TimeOver(more))) => Self::TimeOver(some + more),
+            (Self::TimeOver(_), Some(no_answer)) => no_answer,
+            (why, _) => why,
+        }
+    }
+}
+
+impl fmt::Display for Unasked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimeOver(sockets) => write!(
+                f,
+                "the node's connection tracking was not asked about {sockets} of the pod's connections: the {} ms of \
+                 a CPU that one pod gets for that were over",
+                TIME.as_millis()
+            ),
+            Self::NoAnswer(error) => {
+                write!(f, "the node's connection tracking cannot be asked: {error}")
+            }
+        }
+    }
 }
 
 /// Limits of the work for one pod.
@@ -126,7 +164,7 @@ struct Line {
 /// The open sockets of the calling thread's network namespace. `confirm` asks which side opened the TCP
 /// connections that look inbound; it runs before the UDP sockets take their time.
 pub(super) fn read_current_namespace(
-    confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> io::Result<()>,
+    confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> Option<Unasked>,
 ) -> io::Result<OpenSockets> {
     let bounds = Bounds::new();
     let tcp = tcp_table::connections(&bounds)?;
@@ -134,10 +172,9 @@ pub(super) fn read_current_namespace(
         sockets: tcp.sockets,
         cut_short: tcp.cut_short,
         unclear: tcp.unclear,
-        conntrack_error: None,
+        unasked: None,
     };
-    let confirmed = confirm(&mut open.sockets, &bounds);
-    open.conntrack_error = confirmed.err().map(|error| error.to_string());
+    open.unasked = confirm(&mut open.sockets, &bounds);
     let bounds = Bounds::new();
     let mut lines = Vec::new();
     for table in ["udp", "udp6"] {

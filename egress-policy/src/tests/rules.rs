@@ -227,6 +227,46 @@ fn a_protocol_without_ports_is_identified_by_its_number() {
 }
 
 #[test]
+fn an_entry_that_opens_tunnels_says_so() {
+    let warnings = |key, list| compiled(&[(key, list)], &[], &settings()).warnings;
+    let opens = |text: &str, what: &str| {
+        format!(
+            "the pod's allow entry `{text}` opens {what}: who unpacks it may send what is in it to anywhere, \
+             and no policy judges that"
+        )
+    };
+    let not_inside =
+        ". To internal addresses and the node it opens none: that takes an entry with the address";
+    for (text, what) in [
+        ("192.0.2.1/gre", "a tunnel (gre)"),
+        ("192.0.2.0/24/esp", "a tunnel (esp)"),
+        ("192.0.2.1/ip-50", "a tunnel (esp)"),
+        ("192.0.2.1/ip-97", "a tunnel (ip-97)"),
+        ("192.0.2.1/any", "tunnels (gre, esp, ipip and others)"),
+    ] {
+        assert_eq!(warnings("allow", text), [opens(text, what)]);
+    }
+    for (text, what) in [
+        ("*/any", "tunnels (gre, esp, ipip and others)"),
+        ("*/ipip", "a tunnel (ipip)"),
+        ("vpn.example.com/esp", "a tunnel (esp)"),
+    ] {
+        let expected = opens(text, what) + not_inside;
+        assert_eq!(warnings("allow", text), [expected]);
+    }
+    for text in [
+        "192.0.2.1",
+        "*",
+        "192.0.2.1/ip-89",
+        "192.0.2.1/icmp",
+        "192.0.2.1/udp",
+    ] {
+        assert_eq!(warnings("allow", text), [""; 0], "{text}");
+    }
+    assert_eq!(warnings("deny", "192.0.2.1/gre"), [""; 0]);
+}
+
+#[test]
 fn a_star_before_a_name_is_not_a_suffix() {
     let warnings = |list| compiled(&[("allow", list)], &[], &settings()).warnings;
     assert_eq!(

@@ -228,6 +228,29 @@ fn under_narrow_an_address_within_anywhere_opens_no_more_than_anywhere() {
 }
 
 #[test]
+fn under_narrow_a_tunnel_within_anywhere_is_said_to_lead_to_no_internal_address() {
+    let narrow = restricted(PodAnnotations::Narrow);
+    let warnings = |namespace| {
+        let policy = compiled(
+            &[("allow", "203.0.113.7/gre")],
+            &[("allow", namespace)],
+            &narrow,
+        );
+        assert_eq!(policy.warnings.len(), 1, "{:?}", policy.warnings);
+        policy.warnings[0].clone()
+    };
+    for (namespace, leads_inside) in [("*/any", false), ("203.0.113.0/24/any", true)] {
+        let said = warnings(namespace);
+        assert!(
+            said.contains("`203.0.113.7/gre` opens a tunnel (gre)"),
+            "{said}"
+        );
+        let denies = said.contains("To internal addresses and the node it opens none");
+        assert_eq!(denies, !leads_inside, "{said}");
+    }
+}
+
+#[test]
 fn under_ignore_only_the_pods_denials_count() {
     let policy = compiled(
         &[

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use egress_common::records::{INTERFACE_SETTLING, INTERFACE_SOURCES};
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server, server6},
@@ -184,7 +185,7 @@ fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
 }
 
 /// The entries of one of the pod's maps.
-fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
+pub(crate) fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
     let pin = lab.allow_pin(pod).with_file_name(map);
     let pin = pin.to_str().expect("a path in UTF-8");
     let dumped = bpftool(&["map", "dump", "pinned", pin]);
@@ -266,6 +267,40 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.leaves(&lab), "the connection goes on");
+}
+
+#[test]
+fn the_next_agent_judges_a_pod_that_an_agent_left_while_it_began_with_it() {
+    let (settling, sources) = (INTERFACE_SOURCES | INTERFACE_SETTLING, INTERFACE_SOURCES);
+    for flags in [settling, sources] {
+        let lab = Lab::builder().build();
+        let (peer, caller) = (server(9), server(10));
+        let cart = lab.pod("shop", "cart");
+        lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+        let mut agent = lab.start_agent(&[&cart]);
+        agent.kill();
+        // As an agent leaves it that is killed in its first moments with the pod.
+        lab.rewrite_shared("interfaces", |_, interface| {
+            let last = interface.len() - 4;
+            interface[last..].copy_from_slice(&flags.to_ne_bytes());
+        });
+        let mut connection = Connection::open(&lab, &cart, peer);
+        let agent = lab.start_agent(&[&cart]);
+        assert!(!connection.leaves(&lab), "it goes on");
+        agent.wait_denial("its next segment", |denial| {
+            denial.is(&cart, "no_rule", peer, THERE)
+        });
+        assert!(!connection.is_stolen(&lab), "the connection goes on");
+        agent.denies_tcp(&cart, (caller, 443), "address_not_learned");
+        // What others open from now on is answered.
+        let listener = cart.listen_tcp(80);
+        let to = SocketAddr::new(own(&cart, peer), 80);
+        let client = lab
+            .outside()
+            .run(|| TcpStream::connect_timeout(&to, DEADLINE));
+        client.expect("the pod is reached");
+        listener.accept().expect("a connection");
+    }
 }
 
 #[test]

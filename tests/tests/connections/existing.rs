@@ -541,7 +541,7 @@ fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
         line.contains("are judged as the")
     });
     assert!(
-        said.contains("WARN") && said.contains("connections=1"),
+        said.contains("WARN") && said.contains("connections=1") && said.contains("has no entry"),
         "{said}"
     );
     wait_existing(

@@ -5,4 +5,5 @@ mod existing;
 mod flow_limits;
 mod forged_inbound;
 mod inbound;
+mod later_interface;
 mod pod_sockets;

@@ -82,10 +82,10 @@ impl Scene {
                 mut sockets,
                 cut_short,
                 unclear,
-                conntrack_error,
+                unasked,
             } = self.open();
             assert!(!cut_short);
-            assert_eq!(conntrack_error, None);
+            assert_eq!(unasked, None);
             assert_eq!(unclear, 0);
             sockets.sort();
             last = sockets;

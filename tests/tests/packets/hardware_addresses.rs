@@ -9,6 +9,7 @@ use egress_tests::{
     bpf::bpftool,
     echo_on, eventually,
     frames::{self, Tap},
+    holds,
     ifb::Ifb,
     raw::{self, Ip},
     rewritten::finish,
@@ -378,4 +379,116 @@ fn a_frame_that_skips_the_programs_cannot_draw_a_neighbours_traffic() {
     }
     drop(ifb);
     drop(agent);
+}
+
+#[test]
+fn in_audit_mode_a_foreign_hardware_address_passes_and_is_reported() {
+    let scene = Scene::new();
+    let mode = &[("allow", ""), ("mode", "audit")];
+    scene.lab.write_pod(&scene.cart, mode);
+    let agent = scene.start();
+    let frame = from(scene.datagram(b"as nobody"), FREE);
+    scene.tap.send(&frame);
+    let arrived = scene.neighbour.receive(DEADLINE, |seen| seen == frame);
+    assert!(arrived.is_some(), "audit mode stops nothing");
+    let denial = agent.wait_denial(SPOOFED, |denial| {
+        denial.of(&scene.cart) && denial.reason == SPOOFED
+    });
+    assert_eq!(
+        (denial.event.as_str(), denial.verdict.as_str()),
+        ("would_deny", "audited")
+    );
+    agent.applies(&scene.cart, || {
+        scene.lab.write_pod(&scene.cart, &[("allow", "")]);
+    });
+    scene.assert_dropped(&agent, &from(scene.datagram(b"as nobody again"), FREE));
+}
+
+#[test]
+fn an_address_that_turns_out_to_be_a_gateways_is_refused() {
+    let scene = Scene::new();
+    let agent = scene.start();
+    let own = scene.datagram(b"before");
+    scene.tap.send(&own);
+    let arrived = scene.neighbour.receive(DEADLINE, |seen| seen == own);
+    assert!(arrived.is_some(), "it is the pod's own");
+    // A router on the link whose hardware address the node comes to know only now.
+    scene.lab.node().ip_batch(&format!(
+        "addr add 10.55.0.2/24 dev br0\n\
+         route add 10.56.0.0/16 via 10.55.0.1\n\
+         neigh replace 10.55.0.1 lladdr {} dev br0 nud reachable\n",
+        formatted(scene.cart.hardware())
+    ));
+    eventually("the pod has a problem", || {
+        let status = scene.lab.status_of(&scene.cart);
+        let problem = status["problem"].as_str().unwrap_or_default();
+        problem.contains("that of a gateway").then_some(())
+    });
+    let mark = agent.mark();
+    scene.tap.send(&scene.datagram(b"as the gateway"));
+    agent.wait_denial_from(mark, SPOOFED, |denial| {
+        denial.of(&scene.cart) && denial.reason == SPOOFED
+    });
+    let seen = |seen: &[u8]| seen.ends_with(b"as the gateway");
+    assert!(scene.neighbour.receive(SHORT, seen).is_none());
+}
+
+#[test]
+fn a_pod_that_sends_spanning_tree_messages_past_the_programs_is_switched_off() {
+    let scene = Scene::new();
+    scene
+        .lab
+        .node()
+        .ip_batch("link set br0 type bridge stp_state 1 forward_delay 200\n");
+    let agent = scene.start();
+    let show = |what: &str, path: &[&str]| {
+        let mut command = std::process::Command::new("ip");
+        command.args([
+            "-n",
+            scene.lab.node().name(),
+            "-d",
+            "-j",
+            "link",
+            "show",
+            what,
+        ]);
+        let output = command.output().expect("ip, of the package iproute2");
+        let links: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let found = path.iter().fold(&links[0], |at, key| &at[*key]);
+        found.as_str().unwrap_or_default().to_owned()
+    };
+    let root = || show("br0", &["linkinfo", "info_data", "root_id"]);
+    let state = || {
+        let port = scene.cart.interface();
+        show(port, &["linkinfo", "info_slave_data", "state"])
+    };
+    let bridge = show("br0", &["linkinfo", "info_data", "bridge_id"]);
+    eventually("the bridge is its own root", || holds(root() == bridge));
+    eventually("the port forwards", || holds(state() == "forwarding"));
+    // A bridge that is before all others, and wants to be the root (IEEE 802.1D, section 9.3.1).
+    let own = scene.cart.hardware();
+    let claims = [&[0; 2][..], &own].concat();
+    let message = [
+        &[0x42, 0x42, 3, 0, 0, 0, 0, 0][..],
+        &claims,
+        &[0; 4],
+        &claims,
+        &[0x80, 1, 0, 0, 20, 0, 2, 0, 15, 0],
+    ]
+    .concat();
+    let mut frame = raw::ethernet(message.len() as u16, &message);
+    frame[..6].copy_from_slice(&[1, 0x80, 0xc2, 0, 0, 0]);
+    frame[6..12].copy_from_slice(&own);
+    // By the programs it does not get to the bridge.
+    scene.tap.send(&frame);
+    agent.wait_denial("the message", |denial| {
+        denial.of(&scene.cart) && denial.reason == "malformed"
+    });
+    assert_eq!((root(), state()), (bridge.clone(), "forwarding".to_owned()));
+    // Past them it does, and ends what the pod has on the bridge.
+    let ifb = Ifb::redirect(&scene.cart);
+    scene.tap.send(&frame);
+    eventually("the port is switched off", || holds(state() == "disabled"));
+    assert_eq!(root(), bridge);
+    drop(ifb);
 }

@@ -13,4 +13,5 @@ mod protocols;
 mod shared_pages;
 mod spoofing;
 mod stamps;
+mod stamps_removed;
 mod tunnels;

@@ -6,3 +6,4 @@ mod fragments;
 mod headers;
 mod openings;
 mod sources;
+mod tunnels;

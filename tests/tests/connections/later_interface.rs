@@ -1,0 +1,140 @@
+//! Connections that a pod has open on an interface which is enforced later than the pod itself.
+
+use std::{
+    io::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+};
+
+use egress_common::records::FLOW_IN;
+use egress_tests::{
+    ApiServer, Cluster, Lab, Pod, eventually,
+    frames::Tap,
+    holds,
+    raw::{Ip, flag},
+};
+use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
+
+use crate::called_back::dump;
+
+/// The server at the other end of the later interface, and its port.
+const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+const PORT: u16 = 8888;
+/// Names of the interface's end in the pod, and of its other end.
+const INSIDE: &str = "net2";
+const END: &str = "later2";
+
+/// Gives the pod an interface that leads past the node.
+fn add_interface(lab: &Lab, pod: &Pod) {
+    let (inside, outside) = (pod.netns(), lab.outside());
+    outside.ip_batch(&format!(
+        "link add {END} type veth peer name {INSIDE} netns {}\n\
+         addr add {SERVER}/32 dev {END}\n\
+         link set {END} up\n\
+         route add {}/32 dev {END}\n",
+        inside.name(),
+        pod.ipv4()
+    ));
+    inside.ip_batch(&format!(
+        "link set {INSIDE} up\nroute add {SERVER}/32 dev {INSIDE}\n"
+    ));
+}
+
+/// Makes the interface's other end one of the node's.
+fn move_to_node(lab: &Lab) {
+    let node = lab.node();
+    lab.outside()
+        .ip_batch(&format!("link set {END} netns {}\n", node.name()));
+    node.ip_batch(&format!("link set {END} up\n"));
+}
+
+/// A connection of the pod from its own address to the server.
+fn connect(lab: &Lab, pod: &Pod) -> (TcpStream, TcpStream) {
+    let server = lab.outside().run(|| TcpListener::bind((SERVER, PORT)));
+    let server = server.expect("listen at the other end");
+    let stream = pod.netns().run(|| -> io::Result<TcpStream> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::from((pod.ipv4(), 0)).into())?;
+        socket.connect(&SocketAddr::from((SERVER, PORT)).into())?;
+        Ok(socket.into())
+    });
+    let (accepted, _) = server.accept().expect("the pod calls");
+    (stream.expect("the server is reached"), accepted)
+}
+
+#[test]
+fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_come_back() {
+    let builder = Lab::builder().config("quarantine.enabled", false);
+    let cluster = Cluster::on(ApiServer::shared(), builder);
+    let lab = &cluster.lab;
+    let shop = cluster.namespace("shop", &Value::Null);
+    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
+    let cart = cluster.run(&shop, "cart", &allow);
+    let pod = cart.net();
+    add_interface(lab, pod);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(pod);
+    let (mut stream, _accepted) = connect(lab, pod);
+    move_to_node(lab);
+    agent.wait_said("that the interface is enforced", |line| {
+        line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
+    });
+
+    let mark = agent.mark();
+    let peer = IpAddr::from(SERVER);
+    stream.write_all(b"more").expect("write");
+    agent.wait_denial_from(mark, "its next segment", |denial| {
+        denial.is(pod, "no_rule", peer, PORT)
+    });
+    // A SYN in the server's name from the connection's port opens nothing, and one from another port does.
+    let own = stream.local_addr().expect("an address").port();
+    let end = Tap::open(lab.node(), END);
+    for port in [PORT, PORT + 1] {
+        end.send(&Ip::new(peer, pod.ipv4()).tcp(port, own, flag::SYN));
+    }
+    let opened = eventually("the other port's flow", || {
+        let flows = dump(lab, pod, "opening");
+        let opened = |flow: &&Value| flow["value"]["state"] == FLOW_IN;
+        let ports: Vec<Value> = flows
+            .iter()
+            .filter(opened)
+            .map(|flow| flow["key"]["peer_port"].clone())
+            .collect();
+        (!ports.is_empty()).then_some(ports)
+    });
+    assert_eq!(opened, [json!(PORT + 1)]);
+}
+
+#[test]
+fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
+    const CALLER: u16 = 5000;
+    let cluster = Cluster::new();
+    let lab = &cluster.lab;
+    let shop = cluster.namespace("shop", &Value::Null);
+    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
+    let mut cart = cluster.run(&shop, "cart", &allow);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    // Without a process nobody can tell whose the interface is.
+    cart.running().stop_containers();
+    let inside = cart.net().netns();
+    lab.node().ip_batch(&format!(
+        "link add {END} type veth peer name {INSIDE} netns {}\nlink set {END} up\n",
+        inside.name()
+    ));
+    inside.ip_batch(&format!("link set {INSIDE} up\n"));
+    agent.wait_said("that it is in quarantine", |line| {
+        line.contains("enforcing") && line.contains(&format!("pod=interface {END} "))
+    });
+    let syn = Ip::new(SERVER, cart.net().ipv4()).tcp(CALLER, PORT, flag::SYN);
+    Tap::open(lab.node(), END).send(&syn);
+    cart.running().start_container();
+    agent.wait_said("whose the interface is", |line| {
+        line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
+    });
+    eventually("the caller's flow", || {
+        let flows = dump(lab, cart.net(), "inbound");
+        let mut flows = flows.iter();
+        holds(flows.any(|flow| flow["key"]["peer_port"] == CALLER))
+    });
+}
