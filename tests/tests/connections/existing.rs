@@ -5,7 +5,6 @@ use std::{
     fs,
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
-    path::Path,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -52,7 +51,7 @@ impl Inbound {
 
 /// Asserts that a denied connection is answered with a reset.
 #[track_caller]
-fn assert_reset(stream: &mut TcpStream) {
+pub(super) fn assert_reset(stream: &mut TcpStream) {
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let outcome = stream
         .write_all(b"more")
@@ -61,18 +60,18 @@ fn assert_reset(stream: &mut TcpStream) {
     assert_eq!(kind, io::ErrorKind::ConnectionReset);
 }
 
-fn allow(entries: &str) -> Value {
+pub(super) fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
 /// A node that tracks connections, as most nodes do, and an agent that answers denied packets with a reset.
-fn rejecting() -> Builder {
+pub(super) fn rejecting() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
 
 /// Removes every pin and table of the laboratory's agents, as a reboot does.
 #[track_caller]
-fn reboot(lab: &Lab) {
+pub(super) fn reboot(lab: &Lab) {
     umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("unmount the BPF file system");
     let bpf = Some("bpf");
     mount(bpf, &lab.bpffs(), bpf, MsFlags::empty(), None::<&str>).expect("mount a BPF file system");
@@ -88,15 +87,8 @@ fn reboot(lab: &Lab) {
 }
 
 /// A directory for `stateDir`. It is on a disk; a directory for temporary files may be in memory.
-fn state_dir() -> tempfile::TempDir {
+pub(super) fn state_dir() -> tempfile::TempDir {
     tempfile::tempdir_in(workspace::scratch()).expect("a directory below the build's")
-}
-
-#[track_caller]
-fn trusting(state: &Path) -> Builder {
-    rejecting()
-        .config("existingConnections", "trust")
-        .config("stateDir", state.to_str().expect("a path in UTF-8"))
 }
 
 /// The bytes that the pod has sent on its interface.
@@ -111,7 +103,7 @@ fn sent_by(pod: &Pod) -> u64 {
 /// Waits until `status` has these values in `existing_connections`. The agent reports what a round of
 /// reconciling did when that round is over.
 #[track_caller]
-fn wait_existing(lab: &Lab, fields: &[(&str, Value)]) -> Value {
+pub(super) fn wait_existing(lab: &Lab, fields: &[(&str, Value)]) -> Value {
     eventually("status reports the existing connections", || {
         let mut command = Command::new(Agent::program());
         command
@@ -383,102 +375,6 @@ fn in_a_cluster_connections_that_pods_open_between_a_reboot_and_the_agents_start
 }
 
 #[test]
-fn outbound_connections_are_trusted_once_on_a_node() {
-    let state = state_dir();
-    let lab = trusting(&state.path().join("made")).build();
-    let echo = lab.serve_udp(4433);
-    let (_web, cart) = lab.shop_and_cart("shop.test:443");
-    let mut out = cart.talks_tcp((server(20), 443));
-    let datagrams = cart.udp_socket((server(21), 4433));
-    assert!(echo_on(&datagrams, b"before", DEADLINE));
-
-    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
-    assert!(
-        exchange(&mut out, b"after", DEADLINE),
-        "the connection was cut"
-    );
-    assert!(
-        echo_on(&datagrams, b"after", DEADLINE),
-        "the connection was cut"
-    );
-    assert!(
-        cart.connect_tcp((server(20), 443), SHORT).is_err(),
-        "a new connection was not judged"
-    );
-    wait_existing(
-        &lab,
-        &[
-            ("outbound", json!("trusted")),
-            ("outbound_trusted", json!(2)),
-        ],
-    );
-    assert!(agent.stop().success());
-
-    // No pins are left, so the agent takes this for a first start; the file in `stateDir` shows that it is
-    // not.
-    reboot(&lab);
-    let mut later = cart.talks_tcp((server(99), 443));
-    let agent = lab.start_agent(&[&cart]);
-    assert_reset(&mut later);
-    agent.wait_said("that it was used", |line| {
-        line.contains("used on this node before") && line.contains("judged")
-    });
-    let told = wait_existing(&lab, &[("outbound", json!("judged"))]);
-    assert!(
-        told["because"]
-            .as_str()
-            .is_some_and(|why| why.contains("used"))
-    );
-    drop(echo);
-}
-
-#[test]
-fn in_a_cluster_outbound_connections_are_trusted_once() {
-    let state = state_dir();
-    let cluster = Cluster::on(ApiServer::shared(), trusting(state.path()));
-    let _web = cluster.lab.serve_tcp(443);
-    let shop = cluster.namespace("shop", &Value::Null);
-    let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
-    let mut later = cluster.run(&shop, "later", &Value::Null);
-    let mut out = cart.net().talks_tcp((server(20), 443));
-    let mut agent = cluster.start_agent();
-    agent.wait_enforcing(cart.net());
-    assert!(
-        exchange(&mut out, b"after", DEADLINE),
-        "the connection was cut"
-    );
-
-    // A pod that is enforced later has no part in the first start.
-    let mut of_later = later.net().talks_tcp((server(20), 443));
-    cluster.annotate(&mut later, &allow("shop.test:443"));
-    agent.wait_enforcing(later.net());
-    assert_reset(&mut of_later);
-
-    assert!(agent.stop().success());
-    let mut again = cart.net().talks_tcp((server(20), 443));
-    let agent = cluster.start_agent();
-    agent.wait_enforcing(cart.net());
-    assert_reset(&mut again);
-}
-
-#[test]
-fn without_a_writable_state_directory_nothing_is_trusted() {
-    let state = state_dir();
-    let file = state.path().join("file");
-    fs::write(&file, "").expect("write a file");
-    let lab = trusting(&file).build();
-    let (_web, cart) = lab.shop_and_cart("shop.test:443");
-    let mut out = cart.talks_tcp((server(20), 443));
-    let agent = lab.start_agent(&[&cart]);
-    let said = agent.wait_said("that it is not trusted", |line| {
-        line.contains("ERROR") && line.contains("existingConnections: trust is not used")
-    });
-    assert!(said.contains(file.to_str().unwrap()), "{said}");
-    assert_reset(&mut out);
-    wait_existing(&lab, &[("outbound", json!("judged"))]);
-}
-
-#[test]
 fn a_connection_through_a_service_goes_on() {
     let lab = rejecting().build();
     let cart = lab.pod("shop", "cart");
@@ -563,43 +459,6 @@ fn with_existing_connections_end_no_older_connection_goes_on() {
     assert_reset(&mut opened);
     assert!(Inbound::open(&lab, &cart, 8081).goes_on());
     wait_existing(&lab, &[("because", json!("existingConnections: end"))]);
-}
-
-#[test]
-fn trust_does_not_cover_tunnels_denied_or_protected_addresses() {
-    let state = state_dir();
-    let lab = trusting(state.path())
-        .config("ranges.internal", json!(["10.99.0.0/24"]))
-        .build();
-    let _echo = lab.serve_udp(4789);
-    let _web = lab.serve_tcp(443);
-    let cart = lab.pod("shop", "cart");
-    lab.write_pod(
-        &cart,
-        &[("allow", "shop.test:443"), ("deny", "203.0.113.30")],
-    );
-    let tunnel = cart.udp_socket(("10.99.0.7".parse::<Ipv4Addr>().unwrap(), 4789));
-    let translated: std::net::Ipv6Addr = "64:ff9b::10.99.0.7".parse().unwrap();
-    let translated = cart.udp_socket((translated, 4789));
-    assert!(echo_on(&tunnel, b"before", DEADLINE) && echo_on(&translated, b"before", DEADLINE));
-    let mut denied = cart.talks_tcp((server(30), 443));
-    let metadata: Ipv4Addr = "169.254.169.254".parse().unwrap();
-    let mut protected = cart.talks_tcp((metadata, 443));
-    let mut other = cart.talks_tcp((server(20), 443));
-
-    let agent = lab.start_agent(&[&cart]);
-    assert!(
-        exchange(&mut other, b"after", DEADLINE),
-        "the connection was cut"
-    );
-    assert_reset(&mut denied);
-    assert_reset(&mut protected);
-    assert!(!echo_on(&tunnel, b"after", SHORT), "the tunnel is open");
-    assert!(!echo_on(&translated, b"after", SHORT), "the tunnel is open");
-    agent.wait_denial("the tunnel", |denial| {
-        denial.is(&cart, "tunnel", "10.99.0.7".parse().unwrap(), 4789)
-    });
-    wait_existing(&lab, &[("outbound_trusted", json!(1))]);
 }
 
 #[test]

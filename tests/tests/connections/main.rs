@@ -7,3 +7,4 @@ mod forged_inbound;
 mod inbound;
 mod later_interface;
 mod pod_sockets;
+mod trusted;
