@@ -386,8 +386,8 @@ impl Places {
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);
             }
-            Err(missing) if missing.is_nobody() => Place::Nobody(missing.to_string()),
-            Err(missing) if missing.may_pass() => Place::NotYet(missing.to_string()),
+            Err(missing) if missing.has_no_process() => Place::Nobody(missing.to_string()),
+            Err(missing) if missing.is_transient() => Place::NotYet(missing.to_string()),
             Err(missing) => Place::Nowhere(format!("not enforced: {missing}")),
         };
         let wait = self.missed.get(uid).map_or(RETRY_MIN, |missed| missed.wait);

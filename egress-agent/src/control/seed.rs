@@ -155,7 +155,7 @@ impl Reconciler {
                          pod's own"
                     );
                 }
-                untold = open.untold.or(untold.take());
+                untold = open.conntrack_error.or(untold.take());
                 let view = self.datapath.view()?;
                 seeding.write(&view, &open.sockets)
             });

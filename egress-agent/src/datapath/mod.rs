@@ -1,4 +1,4 @@
-//! The kernel side: programs, maps, pins and links. Nothing else in the agent talks to aya.
+//! The kernel side: programs, maps, pins and links. Nothing else in the agent uses aya.
 
 mod allow;
 mod bpffs;
@@ -39,7 +39,7 @@ pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 #[cfg(feature = "test-support")]
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, Swept};
+pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, SweepResult};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
@@ -57,7 +57,7 @@ pub use stamp_check::{Looked, TABLE as STAMP_TABLE, Unstamped, WithoutStamp};
 pub use trace::TraceLog;
 pub use view::View;
 
-/// Whether any BPF program on this machine has a name that begins like this.
+/// Whether a BPF program with this prefix in its name is loaded on this machine.
 pub fn is_loaded(prefix: &str) -> bool {
     aya::programs::loaded_programs().flatten().any(|program| {
         program
