@@ -212,9 +212,7 @@ fn resolver(written: &Written) -> Result<Resolver, String> {
 }
 
 fn domain<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Name, D::Error> {
-    value(deserializer, |written| {
-        exact_name(written.text()?).map_err(|error| error.to_string())
-    })
+    value(deserializer, |written| exact_name(written.text()?))
 }
 
 fn grace<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -252,7 +250,7 @@ fn internal_answers<'de, D: Deserializer<'de>>(
                     "is one name too many: the limit is {INTERNAL_ANSWERS}"
                 ));
             }
-            name_pattern(written.text()?).map_err(|error| error.to_string())
+            name_pattern(written.text()?)
         },
         |written| {
             if matches!(written, Written::Text(text) if text == "all") {

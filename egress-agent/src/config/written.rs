@@ -102,12 +102,12 @@ trait Shape<'de>: Sized {
 
     fn list<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
         while list.next_element::<IgnoredAny>()?.is_some() {}
-        shown(Written::List, |written| self.single(written))
+        shown(&Written::List, |written| self.single(written))
     }
 
     fn mapping<A: MapAccess<'de>>(self, mut mapping: A) -> Result<Self::Value, A::Error> {
         while mapping.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        shown(Written::Mapping, |written| self.single(written))
+        shown(&Written::Mapping, |written| self.single(written))
     }
 }
 
@@ -179,16 +179,16 @@ impl<'de, T: Default + Deserialize<'de>> Shape<'de> for Section<T> {
 
 /// Puts the value in front of what is wrong with it.
 fn shown<T, E: serde::de::Error>(
-    written: Written,
+    written: &Written,
     read: impl FnOnce(&Written) -> Result<T, String>,
 ) -> Result<T, E> {
-    read(&written).map_err(|problem| E::custom(format_args!("{written} {problem}")))
+    read(written).map_err(|problem| E::custom(format_args!("{written} {problem}")))
 }
 
 struct ShapeVisitor<S>(S);
 
 impl<'de, S: Shape<'de>> ShapeVisitor<S> {
-    fn single<E: serde::de::Error>(self, written: Written) -> Result<S::Value, E> {
+    fn single<E: serde::de::Error>(self, written: &Written) -> Result<S::Value, E> {
         shown(written, |written| self.0.single(written))
     }
 }
@@ -201,11 +201,11 @@ impl<'de, S: Shape<'de>> Visitor<'de> for ShapeVisitor<S> {
     }
 
     fn visit_unit<E: serde::de::Error>(self) -> Result<S::Value, E> {
-        self.single(Written::Nothing)
+        self.single(&Written::Nothing)
     }
 
     fn visit_none<E: serde::de::Error>(self) -> Result<S::Value, E> {
-        self.single(Written::Nothing)
+        self.single(&Written::Nothing)
     }
 
     fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<S::Value, D::Error> {
@@ -213,27 +213,27 @@ impl<'de, S: Shape<'de>> Visitor<'de> for ShapeVisitor<S> {
     }
 
     fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<S::Value, E> {
-        self.single(Written::Bool(value))
+        self.single(&Written::Bool(value))
     }
 
     fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<S::Value, E> {
-        self.single(Written::Integer(value.into()))
+        self.single(&Written::Integer(value.into()))
     }
 
     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<S::Value, E> {
-        self.single(Written::Integer(value.into()))
+        self.single(&Written::Integer(value.into()))
     }
 
     fn visit_i128<E: serde::de::Error>(self, value: i128) -> Result<S::Value, E> {
-        self.single(Written::Integer(value))
+        self.single(&Written::Integer(value))
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<S::Value, E> {
-        self.single(Written::Float(value))
+        self.single(&Written::Float(value))
     }
 
     fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<S::Value, E> {
-        self.single(Written::Text(value.to_owned()))
+        self.single(&Written::Text(value.to_owned()))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<S::Value, A::Error> {

@@ -492,5 +492,8 @@ impl Table {
 }
 
 #[cfg(test)]
+#[path = "learned_fake.rs"]
+mod fake;
+#[cfg(test)]
 #[path = "learned_tests.rs"]
 mod tests;

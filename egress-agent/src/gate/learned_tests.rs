@@ -2,72 +2,13 @@ use std::collections::BTreeMap;
 
 use egress_common::address::from_v4;
 
-use super::{super::learned_address::NAMES_PER_ADDRESS, *};
+use super::{super::learned_address::NAMES_PER_ADDRESS, fake::Fake, *};
 use egress_policy::MayBeInternal;
 
 #[path = "learned_names_tests.rs"]
 mod names;
 
 const SECOND: u64 = 1_000_000_000;
-
-/// An allow map whose writes can be made to fail.
-#[derive(Default)]
-struct Fake {
-    capacity: usize,
-    entries: BTreeMap<Address, AllowEntry>,
-    refused: Vec<Address>,
-    writes: usize,
-    /// Addresses with open flows.
-    open: Vec<Address>,
-    /// The number of flows.
-    flows: usize,
-    /// The names that are kept for the next agent, and the most that it accepts.
-    names: BTreeMap<(Address, Name), AnswerAddress>,
-    most_names: Option<usize>,
-}
-
-impl Entries for Fake {
-    fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError> {
-        let is_new = !self.entries.contains_key(&address);
-        if self.refused.contains(&address) || (is_new && self.entries.len() >= self.capacity) {
-            return Err(AllowError::Full);
-        }
-        self.entries.insert(address, entry);
-        self.writes += 1;
-        Ok(())
-    }
-
-    fn remove(&mut self, address: Address) -> Result<(), AllowError> {
-        self.entries.remove(&address);
-        Ok(())
-    }
-
-    fn open(&self, _now_ns: u64) -> Result<OpenFlows, AllowError> {
-        Ok(OpenFlows {
-            to: self.open.iter().copied().collect(),
-            flows: self.flows,
-        })
-    }
-
-    fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError> {
-        let key = (answered.address, name.clone());
-        let is_full = self.most_names.is_some_and(|most| self.names.len() >= most);
-        if is_full && !self.names.contains_key(&key) {
-            return Err(NamesError::Full);
-        }
-        self.names.insert(key, *answered);
-        Ok(())
-    }
-
-    fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
-        self.names.remove(&(address, name.clone()));
-        Ok(())
-    }
-}
 
 fn fake(capacity: usize) -> Fake {
     Fake {
