@@ -232,7 +232,7 @@ impl Netlink {
     /// Ignores an error that a namespace gives because it is being removed.
     ///
     /// Such a namespace has no process any more. The kernel removes namespaces in batches (`cleanup_net`,
-    /// net/core/net_namespace.c). Until then the namespace keeps its number and its interfaces, and each request
+    /// `net/core/net_namespace.c`). Until then the namespace keeps its number and its interfaces, and each request
     /// about them fails with `EINVAL` (`rtnl_get_net_ns_capable`).
     fn ignore_if_removed(&mut self, nsid: i32, error: io::Error) -> io::Result<()> {
         if error.raw_os_error() != Some(libc::EINVAL) {

@@ -17,11 +17,11 @@ const GROUP6: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xfb);
 const PORT: u16 = 5353;
 const NOBODY: &[(&str, &str)] = &[("allow", "203.0.113.1:4000")];
 
-fn scene(annotations: &[(&str, &str)]) -> (Agent, Pod, Lab) {
+fn scene(attach: &str, annotations: &[(&str, &str)]) -> (Agent, Pod, Lab) {
     let lab = Lab::builder().config("http", HTTP).build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, annotations);
-    let agent = lab.start_agent(&[&pod]);
+    let agent = lab.start_agent_with(&["--attach", attach], &[&pod]);
     (agent, pod, lab)
 }
 
@@ -76,8 +76,8 @@ fn everybody() -> [IpAddr; 3] {
 
 #[test]
 fn the_node_hears_its_own_multicast_on_a_pods_interface_and_the_pod_is_not_blamed() {
-    for mode in ["enforce", "audit"] {
-        let (agent, pod, lab) = scene(&[NOBODY, &[("mode", mode)]].concat());
+    for (attach, mode) in [("tcx", "enforce"), ("tcx", "audit"), ("clsact", "enforce")] {
+        let (agent, pod, lab) = scene(attach, &[NOBODY, &[("mode", mode)]].concat());
         for to in everybody() {
             let socket = member(lab.node(), pod.interface(), to);
             socket
@@ -104,7 +104,7 @@ fn the_node_hears_its_own_multicast_on_a_pods_interface_and_the_pod_is_not_blame
 
 #[test]
 fn what_a_pods_own_kernel_has_looped_back_is_judged_like_all_that_it_sends() {
-    let (agent, pod, lab) = scene(NOBODY);
+    let (agent, pod, lab) = scene("auto", NOBODY);
     let node = lab.node();
     let heard = member(node, pod.interface(), GROUP.into());
     let own = member(pod.netns(), "eth0", GROUP.into());
