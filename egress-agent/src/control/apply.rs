@@ -5,15 +5,15 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 
 use super::{
-    enforced::{Enforced, PodKey, Wanted},
+    enforced::{Enforced, Wanted},
     prepare::Version,
-    reconcile::{Reconciler, title},
+    reconcile::Reconciler,
 };
 use crate::{
     datapath::{Adoptable, FlowMap, Unused},
     gate::{Enforcement, Judged, Left},
     host::Network,
-    report::PodIdentity,
+    report::{PodIdentity, Subject},
 };
 
 impl Reconciler {
@@ -25,7 +25,7 @@ impl Reconciler {
     /// next attempt.
     pub(super) async fn enforce(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         wanted: Wanted,
         version: Option<Version>,
     ) -> Result<()> {
@@ -45,13 +45,13 @@ impl Reconciler {
     }
 
     /// A pod that is not enforced yet: new, left by an earlier agent, or begun and not finished.
-    async fn begin(&mut self, key: &PodKey, wanted: Wanted, version: Version) -> Result<()> {
-        let (namespace, name) = key;
+    async fn begin(&mut self, key: &Subject, wanted: Wanted, version: Version) -> Result<()> {
+        let (namespace, name) = key.fields();
         let Version { pod, policy, allow } = version;
         let identity = PodIdentity::new(
             self.config.node.as_str(),
-            namespace.as_str(),
-            name.as_str(),
+            namespace,
+            name,
             wanted.uid.as_str(),
         );
         let identity = Arc::new(identity.counted_in(self.board.denials_of(namespace)));
@@ -122,7 +122,7 @@ impl Reconciler {
     }
 
     /// A new version of an enforced pod's policy.
-    async fn change(&mut self, key: &PodKey, wanted: Wanted, version: Version) -> Result<()> {
+    async fn change(&mut self, key: &Subject, wanted: Wanted, version: Version) -> Result<()> {
         let Version { pod, policy, allow } = version;
         let flows = self.flows_of(pod)?;
         let Some(enforced) = self.enforced.get_mut(key) else {
@@ -160,7 +160,7 @@ impl Reconciler {
             self.distrust_inbound(key, pod)?;
         }
         tracing::info!(
-            pod = %title(key),
+            pod = %key,
             version,
             mode = %mode.as_str(),
             "policy applied"
@@ -203,7 +203,7 @@ impl Reconciler {
     /// The pod's interfaces were replaced, or there are more or fewer of them.
     async fn move_to(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         interfaces: Vec<u32>,
         networks: Vec<Network>,
     ) -> Result<()> {
@@ -228,7 +228,7 @@ impl Reconciler {
         self.gate.move_to(pod, interfaces.clone()).await?;
         let _ = self.require_stamps(&interfaces, mode);
         self.unjudged.judge(&interfaces);
-        tracing::info!(pod = %title(key), ?interfaces, "enforcing on other interfaces");
+        tracing::info!(pod = %key, ?interfaces, "enforcing on other interfaces");
         let Some(enforced) = self.enforced.get_mut(key) else {
             bail!("the pod is not enforced");
         };
@@ -241,21 +241,21 @@ impl Reconciler {
     }
 
     /// Stops enforcing a pod. What cannot be removed now is left behind, and tried again.
-    pub(super) async fn remove(&mut self, key: &PodKey) {
+    pub(super) async fn remove(&mut self, key: &Subject) {
         let Some(enforced) = self.enforced.remove(key) else {
             return;
         };
         let left = Adoptable {
-            namespace: key.0.clone(),
-            name: key.1.clone(),
+            namespace: key.fields().0.to_owned(),
+            name: key.fields().1.to_owned(),
             uid: enforced.wanted.uid.clone(),
             interfaces: enforced.entries(),
         };
         match self.drop_leftover(enforced.pod, &left).await {
-            Ok(()) => tracing::info!(pod = %title(key), "released"),
+            Ok(()) => tracing::info!(pod = %key, "released"),
             Err(error) => {
                 tracing::error!(
-                    pod = %title(key),
+                    pod = %key,
                     error = %format!("{error:#}"),
                     "cannot remove all of a pod yet"
                 );
@@ -271,15 +271,12 @@ impl Reconciler {
             self.let_go(pod, ifindex)?;
         }
         self.gate.remove(pod).await?;
-        let namesake = |namespace: &str, name: &str| {
-            (namespace, name) == (left.namespace.as_str(), left.name.as_str())
-        };
+        let own = Subject::from_fields(&left.namespace, &left.name);
         // Otherwise the pins are those of a newer pod with the same name by now.
-        if !self.enforced.keys().any(|key| namesake(&key.0, &key.1))
-            && !self
-                .adoptable
-                .iter()
-                .any(|(&id, other)| id != pod && namesake(&other.namespace, &other.name))
+        if !self.enforced.contains_key(&own)
+            && !self.adoptable.iter().any(|(&id, other)| {
+                id != pod && Subject::from_fields(&other.namespace, &other.name) == own
+            })
         {
             self.datapath
                 .pins_of(&left.namespace, &left.name)
@@ -320,9 +317,9 @@ impl Reconciler {
 }
 
 /// Says that a pod is enforced from now on.
-pub(super) fn say_enforcing(key: &PodKey, wanted: &Wanted) {
+pub(super) fn say_enforcing(key: &Subject, wanted: &Wanted) {
     tracing::info!(
-        pod = %title(key),
+        pod = %key,
         interfaces = ?wanted.interfaces,
         mode = %wanted.compiled.mode.as_str(),
         "enforcing"

@@ -18,9 +18,6 @@ use crate::{
 };
 use egress_policy::{Compiled, Mode};
 
-/// Namespace and name.
-pub(super) type PodKey = (String, String);
-
 /// What a pod should be under.
 #[derive(Clone)]
 pub(super) struct Wanted {

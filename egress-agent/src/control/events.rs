@@ -1,12 +1,11 @@
 //! Telling people in the cluster, by Events on their pods, what the log and the denial lines say.
 
-use super::{enforced::PodKey, quarantine};
 use crate::{
     pods::{
         Pod,
         cluster::{EventSink, PodEvent},
     },
-    report::{Denied, Line, Listener, Summary, Verdict},
+    report::{Denied, Line, Listener, Subject, Summary, Verdict},
 };
 
 /// Something is wrong with a pod's policy, or with enforcing it.
@@ -17,8 +16,8 @@ const DENIED: &str = "EgressDenied";
 const WOULD_DENY: &str = "EgressWouldBeDenied";
 
 /// What is wrong with a pod, as an Event.
-pub(super) fn problem(key: &PodKey, pod: &Pod, what: &str) -> Option<PodEvent> {
-    (!quarantine::is_quarantined(key)).then(|| PodEvent {
+pub(super) fn problem(key: &Subject, pod: &Pod, what: &str) -> Option<PodEvent> {
+    (!key.is_interface()).then(|| PodEvent {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
         uid: pod.uid.clone(),
@@ -32,7 +31,7 @@ pub(super) fn problem(key: &PodKey, pod: &Pod, what: &str) -> Option<PodEvent> {
 pub(super) fn denials(events: EventSink) -> Listener {
     Box::new(move |line| {
         if let Line::Denied { first, .. } = line
-            && !first.pod.namespace.is_empty()
+            && !first.pod.subject().is_interface()
         {
             events.send(denied(first));
         }

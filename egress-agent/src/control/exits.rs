@@ -7,14 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    enforced::PodKey,
-    place::{Found, Place},
-};
+use super::place::{Found, Place, Pods};
 use crate::{
     config::UnenforcedInterfaces,
     host::{Exit, ExitFinder, Exits, LeadsTo, Link, Links},
-    pods::Snapshot,
+    report::Subject,
 };
 
 /// A pod's networks are made one after the other: in its first time it is looked at often …
@@ -33,7 +30,7 @@ const STRANGE_NAMED: usize = 4;
 /// What is known of the exits of pods.
 pub(super) struct PodExits {
     finder: ExitFinder,
-    pods: BTreeMap<PodKey, Known>,
+    pods: BTreeMap<Subject, Known>,
     /// Host ends that are some pod's.
     ends: HashSet<u32>,
     /// The number of the namespace behind each host end.
@@ -45,7 +42,7 @@ pub(super) struct PodExits {
     /// Interfaces that were there between two looks, or still are.
     seen: Vec<Link>,
     /// The interface that was there for a moment only, of each pod that had one, and when it was.
-    passed: BTreeMap<PodKey, (Exit, Instant)>,
+    passed: BTreeMap<Subject, (Exit, Instant)>,
 }
 
 struct Known {
@@ -111,11 +108,11 @@ impl PodExits {
     /// Takes note of where pods are, and forgets those that are gone.
     pub(super) fn begin(
         &mut self,
-        snapshot: &Snapshot,
-        places: &BTreeMap<PodKey, Place>,
+        pods: &Pods<'_>,
+        places: &BTreeMap<Subject, Place>,
         links: &Links,
     ) {
-        self.pods.retain(|key, _| snapshot.pods.contains_key(key));
+        self.pods.retain(|key, _| pods.contains_key(key));
         let ends_before = std::mem::take(&mut self.ends);
         for place in places.values() {
             if let Place::Found(found) = place {
@@ -126,7 +123,7 @@ impl PodExits {
         self.behind = behind
             .filter_map(|link| Some((link.ifindex, link.peer?.nsid)))
             .collect();
-        let mut of_pods: HashMap<i32, &PodKey> = HashMap::new();
+        let mut of_pods: HashMap<i32, &Subject> = HashMap::new();
         for (key, place) in places {
             if let Place::Found(found) = place {
                 let behind = found
@@ -177,7 +174,7 @@ impl PodExits {
     }
 
     /// What is to be said of a pod that had an interface for a moment.
-    pub(super) fn passed(&self, key: &PodKey) -> Option<String> {
+    pub(super) fn passed(&self, key: &Subject) -> Option<String> {
         let (Exit { name, kind, .. }, _) = self.passed.get(key)?;
         Some(format!(
             "an interface of the host that led into the pod's network, {name} ({kind}), was there for a \
@@ -196,7 +193,7 @@ impl PodExits {
     /// this machine (`all_found`) is found with all its host ends, at the latest by the next look.
     pub(super) fn of(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         found: &Found,
         all_found: bool,
     ) -> (Arc<Exits>, Option<String>) {
@@ -229,7 +226,7 @@ impl PodExits {
     }
 
     /// What was last seen of a pod.
-    pub(super) fn last(&self, key: &PodKey) -> Option<&Arc<Exits>> {
+    pub(super) fn last(&self, key: &Subject) -> Option<&Arc<Exits>> {
         self.pods.get(key).map(|known| &known.exits)
     }
 }

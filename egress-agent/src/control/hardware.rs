@@ -13,10 +13,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::records::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkHardware};
 
-use super::{enforced::PodKey, place::Place, quarantine, reconcile::Reconciler};
+use super::{place::Place, reconcile::Reconciler};
 use crate::{
     datapath::{Datapath, LinkHardwareMap},
     host::{HardwareAddress, Host, Link, Links},
+    report::Subject,
 };
 
 /// How long the gateways' addresses are used that were read. A pod whose address is refused has it
@@ -235,9 +236,9 @@ fn whose(
 
 impl Reconciler {
     /// Binds ports of bridges to their hardware addresses. Returns what is wrong.
-    pub(super) fn bind_hardware(&mut self, places: &BTreeMap<PodKey, Place>) -> Option<String> {
+    pub(super) fn bind_hardware(&mut self, places: &BTreeMap<Subject, Place>) -> Option<String> {
         let identified = places.iter().filter_map(|(key, place)| match place {
-            Place::Found(found) if !quarantine::is_quarantined(key) => Some(&found.interfaces),
+            Place::Found(found) if !key.is_interface() => Some(&found.interfaces),
             _ => None,
         });
         let running: HashSet<u32> = identified.flatten().copied().collect();
@@ -249,7 +250,7 @@ impl Reconciler {
     }
 
     /// Why a pod may not send from its hardware address.
-    pub(super) fn hardware_problem(&self, key: &PodKey) -> Option<String> {
+    pub(super) fn hardware_problem(&self, key: &Subject) -> Option<String> {
         let enforced = self.enforced.get(key)?;
         self.hardware.problem(&enforced.wanted.interfaces)
     }

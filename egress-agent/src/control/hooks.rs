@@ -14,11 +14,12 @@ use std::{
 use anyhow::Result;
 use egress_common::records::Probes;
 
-use super::{enforced::PodKey, reconcile::Reconciler};
+use super::reconcile::Reconciler;
 use crate::{
     datapath::{Hook, ProbeMap, Standing},
     gate::Probe,
     host::interface_name,
+    report::Subject,
 };
 
 /// How often an interface is looked at: a little less than a second, so that each round finds it due.
@@ -329,7 +330,7 @@ impl Reconciler {
     }
 
     /// Why what an enforced pod sends or receives may not be judged.
-    pub(super) fn bypassed(&self, key: &PodKey) -> Option<String> {
+    pub(super) fn bypassed(&self, key: &Subject) -> Option<String> {
         let enforced = self.enforced.get(key)?;
         let problem = self.hooks.problem(&enforced.wanted.interfaces);
         problem.map(str::to_owned).or_else(|| self.stamps.problem())

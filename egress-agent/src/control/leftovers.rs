@@ -1,80 +1,75 @@
 //! What is in the kernel and of no pod that is to be enforced.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use anyhow::Result;
 use egress_common::records::{Interface, Policy};
 
 use super::{
-    enforced::PodKey,
-    reconcile::{Reconciler, title},
+    place::Pods,
+    problems::{About, Problems},
+    reconcile::Reconciler,
     waiting::PATIENCE,
 };
-use crate::{
-    datapath::Unused,
-    pods::{Facts, Snapshot},
-};
+use crate::{datapath::Unused, pods::Facts, report::Subject};
 
 impl Reconciler {
     /// Removes what an earlier agent left, or an earlier attempt, and the snapshot does not claim.
     pub(super) async fn drop_leftovers(
         &mut self,
-        snapshot: &Snapshot,
-        waiting: &HashSet<(PodKey, String)>,
-        saying: &mut HashMap<String, String>,
+        incomplete: bool,
+        pods: &Pods<'_>,
+        waiting: &HashSet<(Subject, String)>,
+        problems: &mut Problems,
     ) {
-        let pods: Vec<u32> = self.adoptable.keys().copied().collect();
+        let left: Vec<u32> = self.adoptable.keys().copied().collect();
         let mut unclaimed = 0_usize;
         let mut remaining = Vec::new();
-        for pod in pods {
+        for pod in left {
             let Some(left) = self.adoptable.get(&pod).cloned() else {
                 continue;
             };
-            let key = (left.namespace.clone(), left.name.clone());
-            let title = title(&key);
-            if !snapshot.pods.contains_key(&key) && snapshot.unreadable && self.cluster.is_some() {
+            let key = Subject::from_fields(&left.namespace, &left.name);
+            if !pods.contains_key(&key) && incomplete && self.cluster.is_some() {
                 unclaimed += 1;
                 remaining.push(pod);
                 continue;
             }
-            if !snapshot.pods.contains_key(&key) && snapshot.unreadable {
+            if !pods.contains_key(&key) && incomplete {
                 let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
                            the one that cannot be read";
-                saying.insert(title, why.into());
+                problems.set(key, why);
                 remaining.push(pod);
                 continue;
             }
-            if waiting.contains(&(key, left.uid.clone())) {
+            if waiting.contains(&(key.clone(), left.uid.clone())) {
                 continue;
             }
             match self.drop_leftover(pod, &left).await {
                 Ok(()) => {
                     self.adoptable.remove(&pod);
-                    tracing::info!(pod = %title, "removed what was left of it");
+                    tracing::info!(pod = %key, "removed what was left of it");
                 }
                 Err(error) => {
-                    saying.insert(
-                        title,
-                        format!("cannot remove what is left of it: {error:#}"),
-                    );
+                    problems.set(key, format!("cannot remove what is left of it: {error:#}"));
                 }
             }
         }
         // Without the cluster's addresses, flows to them would be denied.
         let is_known = self.cluster.is_none() || self.facts != Facts::default();
         if is_known && let Err(error) = self.judge_left_again(&remaining) {
-            let about = "connections of an earlier agent's pods".to_owned();
+            let about = About::node("connections of an earlier agent's pods");
             let what = format!("cannot judge all of them by the changed `ranges` yet: {error:#}");
-            saying.insert(about, what);
+            problems.set(about, what);
         }
         // At every start it takes a moment until the API server has said which pods there are.
         if unclaimed > 0 && self.began.elapsed() >= PATIENCE {
-            let about = "pods of an earlier agent".to_owned();
+            let about = About::node("pods of an earlier agent");
             let what = format!(
                 "{unclaimed} pods are enforced as an earlier agent left them, without DNS, until the \
                  API server says which pods there are"
             );
-            saying.insert(about, what);
+            problems.set(about, what);
         }
     }
 

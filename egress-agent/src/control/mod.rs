@@ -27,6 +27,7 @@ mod place;
 mod plan;
 mod preflight;
 mod prepare;
+mod problems;
 mod quarantine;
 mod readings;
 mod reconcile;

@@ -6,20 +6,18 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::{
-    enforced::PodKey,
-    place::{Found, Place},
-};
+use super::place::{Found, Place};
 use crate::{
     datapath::Adoptable,
     host::interface_name,
-    pods::{INTERFACE_ANNOTATION, Pod, Snapshot},
+    pods::{INTERFACE_ANNOTATION, NamespacedName, Pod, Snapshot},
+    report::Subject,
 };
 
 /// Which interfaces pods have been found on.
 #[derive(Default)]
 pub(super) struct Named {
-    known: HashMap<PodKey, Known>,
+    known: HashMap<NamespacedName, Known>,
 }
 
 struct Known {
@@ -43,7 +41,8 @@ impl Named {
                 name: None,
                 interfaces,
             };
-            ((left.namespace.clone(), left.name.clone()), known)
+            let name = NamespacedName::new(&*left.namespace, &*left.name);
+            (name, known)
         });
         Self {
             known: known.collect(),
@@ -51,7 +50,7 @@ impl Named {
     }
 
     /// Where each pod is.
-    pub(super) fn look(&mut self, snapshot: &Snapshot) -> BTreeMap<PodKey, Place> {
+    pub(super) fn look(&mut self, snapshot: &Snapshot) -> BTreeMap<Subject, Place> {
         // While some manifest cannot be read, its pod may be one of those that are missing here.
         if !snapshot.unreadable {
             self.known.retain(|key, _| snapshot.pods.contains_key(key));
@@ -63,13 +62,13 @@ impl Named {
             .collect();
         let places = snapshot.pods.iter().map(|(key, pod)| {
             let place = self.place(key, pod, &names);
-            (key.clone(), place)
+            (key.clone().into(), place)
         });
         places.collect()
     }
 
     /// Where one pod is; `names` are the interfaces that any manifest names.
-    fn place(&mut self, key: &PodKey, pod: &Pod, names: &HashSet<&str>) -> Place {
+    fn place(&mut self, key: &NamespacedName, pod: &Pod, names: &HashSet<&str>) -> Place {
         let Some(name) = &pod.interface else {
             return Place::Nowhere(format!(
                 "not enforced: the pod has no annotation {INTERFACE_ANNOTATION}"

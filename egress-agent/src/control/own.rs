@@ -12,19 +12,17 @@ use std::{
 use egress_common::limits::OWN_ADDRESSES;
 
 use super::{
-    enforced::PodKey,
-    place::{Found, Place},
-    quarantine,
-    reconcile::{Reconciler, title},
+    place::{Found, Place, Pods},
+    reconcile::Reconciler,
 };
-use crate::pods::{Pod, Snapshot};
+use crate::{pods::Pod, report::Subject};
 use egress_policy::{Prefix, prefix::to_mapped};
 
 /// Whose addresses are known, at one reconcile.
 #[derive(Default)]
 pub(super) struct Owners {
     /// The pods that have an address in their status, and whether each has been found.
-    pods: HashMap<IpAddr, Vec<(PodKey, bool)>>,
+    pods: HashMap<IpAddr, Vec<(Subject, bool)>>,
     /// The node's own addresses.
     node: HashSet<IpAddr>,
     /// Those of the gateways that its routes lead through.
@@ -48,8 +46,8 @@ impl Reconciler {
     /// Takes note of whose addresses are known.
     pub(super) fn note_owners(
         &mut self,
-        snapshot: &Snapshot,
-        places: &std::collections::BTreeMap<PodKey, Place>,
+        pods: &Pods<'_>,
+        places: &std::collections::BTreeMap<Subject, Place>,
     ) {
         let mut owners = Owners {
             node: self.places.node_addresses().clone(),
@@ -57,7 +55,7 @@ impl Reconciler {
             protected: self.readings.settings().protected.clone(),
             ..Owners::default()
         };
-        for (key, pod) in &snapshot.pods {
+        for (key, pod) in pods {
             let is_found = matches!(places.get(key), Some(Place::Found(_)));
             for &address in &pod.addresses {
                 let of = owners.pods.entry(address).or_default();
@@ -70,13 +68,13 @@ impl Reconciler {
     /// The pod's own addresses, and what is wrong with others that it has or claims.
     pub(super) fn own_addresses(
         &self,
-        key: &PodKey,
+        key: &Subject,
         pod: &Pod,
         found: &Found,
     ) -> (Vec<IpAddr>, Vec<String>) {
         let mut own = pod.addresses.clone();
         let mut notes = Vec::new();
-        let (known, first) = if quarantine::is_quarantined(key) {
+        let (known, first) = if key.is_interface() {
             (Known::Nothing, &found.first.seen)
         } else if own.is_empty() {
             (Known::Pod, &found.first.seen)
@@ -115,7 +113,7 @@ impl Reconciler {
     }
 
     /// Why an address that an interface was made with may be somebody else's.
-    fn refuses(&self, address: IpAddr, key: &PodKey, known: Known) -> Option<String> {
+    fn refuses(&self, address: IpAddr, key: &Subject, known: Known) -> Option<String> {
         let mapped = to_mapped(address);
         let mut resolvers = self.config.dns.resolvers.iter();
         if resolvers.any(|resolver| resolver.address == address) {
@@ -135,7 +133,7 @@ impl Reconciler {
         let mut others = others
             .filter(|(other, is_found)| other != key && (*is_found || known != Known::Nothing));
         if let Some((other, _)) = others.next() {
-            return Some(format!("that of pod {}", title(other)));
+            return Some(format!("that of pod {}", other));
         }
         if self.facts.pods.iter().any(|p| p.contains(&mapped)) {
             return None;

@@ -10,7 +10,6 @@ use std::{
 
 use super::{
     arrivals::{Arrivals, LOOK_AGAIN},
-    enforced::PodKey,
     named::Named,
     quarantine,
     reconcile::Reconciler,
@@ -20,8 +19,12 @@ use super::{
 use crate::{
     config::Quarantine,
     host::{self, Host, Links, Network, SocketsOf},
-    pods::Snapshot,
+    pods::{Pod, Snapshot},
+    report::Subject,
 };
+
+/// The pods of the source, and what stands for interfaces in quarantine.
+pub(super) type Pods<'a> = BTreeMap<Subject, Cow<'a, Pod>>;
 
 /// How long what was found is believed without another look, as long as its interfaces are there.
 const BELIEVED_FOR: Duration = Duration::from_secs(10);
@@ -92,7 +95,7 @@ pub(super) struct Places {
 
 /// What a look at the machine yields.
 struct Look {
-    places: BTreeMap<PodKey, Place>,
+    places: BTreeMap<Subject, Place>,
     /// The names and indexes of interfaces whose pods are not known; `None` when that cannot be
     /// found out now.
     unidentified: Option<Vec<(String, u32)>>,
@@ -243,7 +246,7 @@ impl Places {
             Err(error) => {
                 let why = format!("the interfaces cannot be listed: {error:#}");
                 let pods = snapshot.pods.keys();
-                let places = pods.map(|key| (key.clone(), Place::NotYet(why.clone())));
+                let places = pods.map(|key| (key.clone().into(), Place::NotYet(why.clone())));
                 return Look {
                     places: places.collect(),
                     unidentified: None,
@@ -299,7 +302,7 @@ impl Places {
             if let Place::Found(found) = &place {
                 identified.extend(found.interfaces.iter().copied());
             }
-            places.insert(key.clone(), place);
+            places.insert(key.clone().into(), place);
         }
         let mut unidentified = self.unidentified(&links, &identified, !snapshot.unreadable);
         // Without the routes nobody could tell the machine's own way out from a pod's.
@@ -428,7 +431,7 @@ impl Reconciler {
     pub(super) fn look_around<'a>(
         &mut self,
         source: &'a Snapshot,
-    ) -> (Cow<'a, Snapshot>, BTreeMap<PodKey, Place>) {
+    ) -> (Pods<'a>, BTreeMap<Subject, Place>) {
         let Look {
             mut places,
             unidentified,
@@ -437,7 +440,10 @@ impl Reconciler {
         // A pod of which nothing runs any more is still enforced on its interface.
         let held = self.held(source);
         unidentified.retain(|(_, ifindex)| !held.contains(ifindex));
-        let mut snapshot = Cow::Borrowed(source);
+        let pods = source.pods.iter();
+        let mut pods: Pods<'a> = pods
+            .map(|(name, pod)| (name.clone().into(), Cow::Borrowed(pod)))
+            .collect();
         for (name, ifindex) in unidentified {
             let (key, pod) = quarantine::stand_in(&name);
             let place = Place::Found(Found {
@@ -446,15 +452,18 @@ impl Reconciler {
                 ..Found::default()
             });
             places.insert(key.clone(), place);
-            snapshot.to_mut().pods.insert(key, pod);
+            pods.insert(key, Cow::Owned(pod));
         }
-        (snapshot, places)
+        (pods, places)
     }
 
     /// The interfaces on which pods are enforced that are still there.
     fn held(&self, source: &Snapshot) -> HashSet<u32> {
-        let is_there = |key: &PodKey, uid: &str| {
-            let pod = source.pods.get(key);
+        let is_there = |key: &Subject, uid: &str| {
+            let Subject::Pod(name) = key else {
+                return false;
+            };
+            let pod = source.pods.get(name);
             pod.is_some_and(|pod| pod.uid == uid)
         };
         let enforced = self.enforced.iter();
@@ -468,10 +477,12 @@ impl Reconciler {
     fn quarantined(&self) -> Vec<(String, u32)> {
         let enforced = self.enforced.iter();
         enforced
-            .filter(|(key, _)| quarantine::is_quarantined(key))
             .filter_map(|(key, enforced)| {
+                let Subject::Interface(name) = key else {
+                    return None;
+                };
                 let ifindex = *enforced.wanted.interfaces.first()?;
-                Some((key.1.clone(), ifindex))
+                Some((name.0.clone(), ifindex))
             })
             .collect()
     }

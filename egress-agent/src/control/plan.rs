@@ -4,17 +4,12 @@ use std::collections::HashMap;
 
 use egress_common::limits::OWN_ADDRESSES;
 
-use super::{
-    enforced::{PodKey, Wanted},
-    exits,
-    place::Place,
-    quarantine,
-    reconcile::{Reconciler, title},
-};
+use super::{enforced::Wanted, exits, place::Place, reconcile::Reconciler};
 use crate::{
     config::{OnDeny, UnenforcedInterfaces},
     host::interface_name,
     pods::Pod,
+    report::Subject,
 };
 use egress_policy::Mode;
 
@@ -38,12 +33,12 @@ impl Reconciler {
     /// pod already.
     pub(super) fn plan(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         pod: &Pod,
         place: &Place,
-        taken: &mut HashMap<u32, PodKey>,
+        taken: &mut HashMap<u32, Subject>,
     ) -> Plan {
-        let unidentified = quarantine::is_quarantined(key);
+        let unidentified = key.is_interface();
         let mut compiled = if unidentified {
             self.readings.unidentified()
         } else if !pod.namespace_known {
@@ -89,7 +84,7 @@ impl Reconciler {
             let why = format!(
                 "interface {} is already that of pod {}",
                 title_of(*ifindex),
-                title(other)
+                other
             );
             return if self.enforced.contains_key(key) {
                 Plan::Keep(Some(format!("{why}; enforced on its earlier interface")))

@@ -2,11 +2,11 @@
 
 use anyhow::{Context as _, Result};
 
-use super::{
-    enforced::{PodKey, Wanted},
-    reconcile::Reconciler,
+use super::{enforced::Wanted, reconcile::Reconciler};
+use crate::{
+    datapath::{Adoptable, AllowMap, NewMaps, NewPod, NewPolicy, Unused},
+    report::Subject,
 };
-use crate::datapath::{Adoptable, AllowMap, NewMaps, NewPod, NewPolicy, Unused};
 
 /// A version of a pod's policy that is wholly in the kernel; nothing may be under it yet.
 pub(super) struct Version {
@@ -33,7 +33,7 @@ impl Reconciler {
     ///
     /// What is made of a version when that fails is known as left behind, or goes with what is of
     /// no use any more.
-    pub(super) fn prepare(&mut self, all: &[(PodKey, Wanted)]) -> Vec<Result<Option<Version>>> {
+    pub(super) fn prepare(&mut self, all: &[(Subject, Wanted)]) -> Vec<Result<Option<Version>>> {
         let drafts: Vec<Result<Option<Draft>>> = all
             .iter()
             .map(|(key, wanted)| self.draft(key, wanted))
@@ -61,7 +61,7 @@ impl Reconciler {
     }
 
     /// What the pod needs; `None` when it is under its policy already.
-    fn draft(&mut self, key: &PodKey, wanted: &Wanted) -> Result<Option<Draft>> {
+    fn draft(&mut self, key: &Subject, wanted: &Wanted) -> Result<Option<Draft>> {
         if let Some(enforced) = self.enforced.get(key) {
             if enforced.wanted.same_policy(wanted) {
                 return Ok(None);
@@ -99,9 +99,10 @@ impl Reconciler {
 
     /// The id of a pod that is not enforced. Until it is, it counts as left behind: the next attempt
     /// goes on from there, and if there is none, it is removed like everything else that is.
-    fn find_or_add(&mut self, (namespace, name): &PodKey, uid: &str) -> u32 {
+    fn find_or_add(&mut self, subject: &Subject, uid: &str) -> u32 {
+        let (namespace, name) = subject.fields();
         let left = self.adoptable.iter().find(|(_, left)| {
-            (&left.namespace, &left.name, left.uid.as_str()) == (namespace, name, uid)
+            (&*left.namespace, &*left.name, &*left.uid) == (namespace, name, uid)
         });
         if let Some((&pod, _)) = left {
             return pod;
@@ -109,8 +110,8 @@ impl Reconciler {
         let pod = self.next_pod;
         self.next_pod += 1;
         let left = Adoptable {
-            namespace: namespace.clone(),
-            name: name.clone(),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
             uid: uid.to_owned(),
             interfaces: Vec::new(),
         };
@@ -196,7 +197,8 @@ impl Reconciler {
 }
 
 impl Draft {
-    fn needs<'a>(&self, (namespace, name): &'a PodKey, wanted: &'a Wanted) -> NewMaps<'a> {
+    fn needs<'a>(&self, subject: &'a Subject, wanted: &'a Wanted) -> NewMaps<'a> {
+        let (namespace, name) = subject.fields();
         NewMaps {
             pod: self.new_pod.then_some(NewPod {
                 id: self.pod,

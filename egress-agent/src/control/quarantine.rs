@@ -6,21 +6,15 @@
 
 use std::collections::BTreeMap;
 
-use super::enforced::PodKey;
-use crate::pods::Pod;
+use crate::{pods::Pod, report::Subject};
 
 /// What is to be said of an interface that stays in quarantine.
 pub(super) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
                                  no pod of this node is known to be there. If it is no pod's, name \
                                  it in quarantine.exclude";
 
-/// Whether this stands for an interface in quarantine. A pod always has a namespace.
-pub(super) fn is_quarantined((namespace, _): &PodKey) -> bool {
-    namespace.is_empty()
-}
-
 /// What stands for an interface whose pod is not known.
-pub(super) fn stand_in(interface: &str) -> (PodKey, Pod) {
+pub(super) fn stand_in(interface: &str) -> (Subject, Pod) {
     let pod = Pod {
         namespace: String::new(),
         name: interface.to_owned(),
@@ -37,5 +31,5 @@ pub(super) fn stand_in(interface: &str) -> (PodKey, Pod) {
         node_name: None,
         origin: format!("interface {interface}"),
     };
-    ((String::new(), interface.to_owned()), pod)
+    (Subject::interface(interface), pod)
 }

@@ -5,11 +5,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{digest, enforced::PodKey};
-use crate::{
-    pods::{Pod, Snapshot},
-    serve::Written,
-};
+use super::{digest, place::Pods};
+use crate::{pods::Pod, report::Subject, serve::Written};
 use egress_policy::{Annotations, Compiled, Mode, Settings};
 
 /// What was made of one pod's annotations.
@@ -32,7 +29,7 @@ struct Reading {
 /// The readings of all pods.
 pub(super) struct Readings {
     settings: Settings,
-    pods: HashMap<PodKey, Reading>,
+    pods: HashMap<Subject, Reading>,
 }
 
 impl Readings {
@@ -45,7 +42,7 @@ impl Readings {
 
     /// The pod's policy: what its annotations say; or what they last said when they could be read;
     /// or closed.
-    pub(super) fn read(&mut self, key: &PodKey, pod: &Pod) -> Arc<Compiled> {
+    pub(super) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
             && reading.current
@@ -133,7 +130,7 @@ impl Readings {
 
     /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
     /// whether its annotations cannot be read.
-    pub(super) fn last(&self, key: &PodKey) -> Option<(&Arc<Compiled>, &Arc<Written>, bool)> {
+    pub(super) fn last(&self, key: &Subject) -> Option<(&Arc<Compiled>, &Arc<Written>, bool)> {
         let reading = self.pods.get(key)?;
         Some((&reading.compiled, &reading.written, reading.unreadable))
     }
@@ -161,12 +158,12 @@ impl Readings {
     }
 
     /// What is wrong with the pod's annotations, or what their author should know.
-    pub(super) fn problem(&self, key: &PodKey) -> Option<String> {
+    pub(super) fn problem(&self, key: &Subject) -> Option<String> {
         self.pods.get(key)?.problem.clone()
     }
 
     /// Forgets pods that are gone.
-    pub(super) fn retain(&mut self, snapshot: &Snapshot) {
-        self.pods.retain(|key, _| snapshot.pods.contains_key(key));
+    pub(super) fn retain(&mut self, pods: &Pods<'_>) {
+        self.pods.retain(|key, _| pods.contains_key(key));
     }
 }

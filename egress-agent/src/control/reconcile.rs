@@ -14,7 +14,7 @@ use egress_common::records::INTERFACE_SOURCES;
 use super::{
     bypass::Answers,
     denials::{Known, KnownPods},
-    enforced::{Enforced, PodKey, RangesVersion},
+    enforced::{Enforced, RangesVersion},
     events,
     exits::PodExits,
     hardware::Hardware,
@@ -22,6 +22,7 @@ use super::{
     own::Owners,
     place::{Place, Places},
     plan::Plan,
+    problems::{About, Problems},
     quarantine,
     readings::Readings,
     source::ClusterSide,
@@ -37,7 +38,7 @@ use crate::{
     gate::Gate,
     host::interface_name,
     pods::{Facts, Snapshot},
-    report::{PodIdentity, Reporter},
+    report::{PodIdentity, Reporter, Subject},
     serve::{Board, Existing},
 };
 use egress_policy::Compiled;
@@ -87,11 +88,11 @@ pub(super) struct Reconciler {
     /// How many connections from before went on.
     pub(super) existing: Existing,
     /// Pods that ran before and begin to be enforced: of them only the sources are judged yet.
-    pub(super) settling: Vec<PodKey>,
+    pub(super) settling: Vec<Subject>,
     /// The ranges that are in force.
     pub(super) ranges: RangesVersion,
     pub(super) known: Arc<KnownPods>,
-    pub(super) enforced: BTreeMap<PodKey, Enforced>,
+    pub(super) enforced: BTreeMap<Subject, Enforced>,
     pub(super) readings: Readings,
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
@@ -102,8 +103,8 @@ pub(super) struct Reconciler {
     pub(super) began: Instant,
     /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
     pub(super) unused: Vec<Unused>,
-    /// What was last said about a pod or a file, so that it is not said again and again.
-    pub(super) said: HashMap<String, String>,
+    /// The problems of the last reconcile, so that each is logged once.
+    pub(super) problems: Problems,
     pub(super) next_pod: u32,
     pub(super) next_policy: u32,
     pub(super) next_swept: usize,
@@ -187,7 +188,7 @@ impl Reconciler {
             left,
             began: Instant::now(),
             unused: Vec::new(),
-            said: HashMap::new(),
+            problems: Problems::default(),
             next_pod,
             next_policy,
             next_swept: 0,
@@ -206,58 +207,49 @@ impl Reconciler {
     pub(super) async fn reconcile(&mut self, source: &Snapshot) {
         let began = Instant::now();
         self.learn_facts(&source.facts).await;
-        let (snapshot, places) = self.look_around(source);
+        let (pods, places) = self.look_around(source);
         self.unjudged.look(self.places.there());
-        let snapshot = &*snapshot;
-        self.exits.begin(snapshot, &places, self.places.links());
-        self.note_owners(snapshot, &places);
-        let mut saying = HashMap::new();
-        for problem in &snapshot.problems {
-            let said = saying
-                .entry(problem.origin.clone())
-                .or_insert_with(String::new);
-            if !said.is_empty() {
-                said.push_str("; ");
-            }
-            said.push_str(&problem.message);
+        self.exits.begin(&pods, &places, self.places.links());
+        self.note_owners(&pods, &places);
+        let mut problems = Problems::default();
+        for problem in &source.problems {
+            problems.add(About::node(&*problem.origin), &problem.message);
         }
         let unseen = self.answers.problem(self.gate.stats());
         if let Some(what) = unseen {
-            saying.insert("DNS".to_owned(), what.to_owned());
+            problems.set(About::node("DNS"), what.to_owned());
         }
         if let Some(problem) = self.settle_neighbours() {
-            saying.insert("link-local addresses".to_owned(), problem);
+            problems.set(About::node("link-local addresses"), problem);
         }
         if let Some(problem) = self.exits.strange() {
-            saying.insert("interfaces of other namespaces".to_owned(), problem);
+            problems.set(About::node("interfaces of other namespaces"), problem);
         }
         if let Some(problem) = self.settle_node_addresses() {
-            saying.insert("the node's addresses".to_owned(), problem);
+            problems.set(About::node("the node's addresses"), problem);
         }
         if let Some(problem) = self.bind_hardware(&places) {
-            saying.insert("hardware addresses".to_owned(), problem);
+            problems.set(About::node("hardware addresses"), problem);
         }
-        self.readings.retain(snapshot);
-        let gone: Vec<PodKey> = self
+        self.readings.retain(&pods);
+        let gone: Vec<Subject> = self
             .enforced
             .iter()
             .filter(|(key, enforced)| {
-                snapshot
-                    .pods
-                    .get(*key)
+                pods.get(*key)
                     .is_none_or(|pod| pod.uid != enforced.wanted.uid)
             })
             .map(|(key, _)| key.clone())
             .collect();
         // What leaves quarantine does so only when its pod has taken it over.
         let (identified, gone): (Vec<_>, Vec<_>) =
-            gone.into_iter().partition(quarantine::is_quarantined);
+            gone.into_iter().partition(Subject::is_interface);
         for key in gone {
             self.remove(&key).await;
         }
 
         // Pods that hold an interface keep it; only then do others get theirs.
-        let mut taken: HashMap<u32, PodKey> = self
+        let mut taken: HashMap<u32, Subject> = self
             .enforced
             .iter()
             .filter(|(key, _)| !identified.contains(key))
@@ -266,17 +258,17 @@ impl Reconciler {
                 interfaces.map(|&ifindex| (ifindex, key.clone()))
             })
             .collect();
-        let mut complaints: BTreeMap<&PodKey, String> = BTreeMap::new();
+        let mut complaints: BTreeMap<&Subject, String> = BTreeMap::new();
         let mut wanted = Vec::new();
         let mut leaving = Vec::new();
         // Interfaces that a pod is to be enforced on, whether or not it can be now.
         let mut claimed = HashSet::new();
         let mut unfound = BTreeMap::new();
-        for (key, pod) in &snapshot.pods {
+        for (key, pod) in &pods {
             let Some(place) = places.get(key) else {
                 continue;
             };
-            if quarantine::is_quarantined(key) {
+            if key.is_interface() {
                 unfound.insert(key.clone(), quarantine::CLOSED.to_owned());
             }
             let complaint = match self.plan(key, pod, place, &mut taken) {
@@ -311,7 +303,7 @@ impl Reconciler {
                 complaints.insert(key, complaint);
             }
         }
-        complaints.extend(self.waiting.note(unfound, &snapshot.pods));
+        complaints.extend(self.waiting.note(unfound, &pods));
         // Changing a policy is quick, and so is taking over what an earlier agent has attached. Attaching to an
         // interface and detaching from it are not.
         let left: HashSet<String> = self
@@ -326,7 +318,7 @@ impl Reconciler {
             )
         });
         let versions = self.prepare(&wanted);
-        let leaving: Vec<&PodKey> = leaving.into_iter().chain(&identified).collect();
+        let leaving: Vec<&Subject> = leaving.into_iter().chain(&identified).collect();
         self.release(&leaving, &claimed).await;
         // Pods that could not be enforced now and are tried again: what holds of them, holds on.
         let mut waiting = HashSet::new();
@@ -339,7 +331,7 @@ impl Reconciler {
                 Ok(version) => self.enforce(&key, wanted, version).await,
                 Err(error) => Err(error),
             };
-            if let (Err(error), Some((key, _))) = (done, snapshot.pods.get_key_value(&key)) {
+            if let (Err(error), Some((key, _))) = (done, pods.get_key_value(&key)) {
                 // An interface that has gone since it was found fails too: so a pod may end. If it does not,
                 // the next look says what is missing.
                 if interfaces
@@ -353,7 +345,7 @@ impl Reconciler {
         }
         self.read_messages();
         for (key, error) in self.settle().await {
-            if let Some((key, pod)) = snapshot.pods.get_key_value(&key) {
+            if let Some((key, pod)) = pods.get_key_value(&key) {
                 complaints.insert(key, format!("not enforced yet: {error:#}"));
                 waiting.insert((key.clone(), pod.uid.clone()));
             }
@@ -361,7 +353,7 @@ impl Reconciler {
         for key in leaving {
             let waits = self.enforced.get(key).is_some_and(|enforced| {
                 let mut interfaces = enforced.wanted.interfaces.iter();
-                quarantine::is_quarantined(key)
+                key.is_interface()
                     && interfaces.any(|ifindex| {
                         claimed.contains(ifindex) && !self.is_taken_over(enforced.pod, *ifindex)
                     })
@@ -373,11 +365,13 @@ impl Reconciler {
         self.check_hooks().await;
         self.check_stamps();
         if let Some(unsupported) = self.stamps.unsupported() {
-            saying.insert("stamp check".to_owned(), unsupported);
+            problems.set(About::node("stamp check"), unsupported);
         }
         self.seen_first.look();
-        saying.extend(self.seen_first.of_node());
-        for key in snapshot.pods.keys() {
+        if let Some((about, what)) = self.seen_first.of_node() {
+            problems.set(About::Node(about), what);
+        }
+        for key in pods.keys() {
             let problem = self.readings.problem(key);
             let unseen = unseen.filter(|_| self.enforced.contains_key(key));
             let complaints: Vec<String> = problem
@@ -392,23 +386,25 @@ impl Reconciler {
             if complaints.is_empty() {
                 continue;
             }
-            let (about, what) = (title(key), complaints.join("; "));
-            if let (Some(cluster), Some(pod)) = (&self.cluster, snapshot.pods.get(key))
-                && self.said.get(&about) != Some(&what)
+            let what = complaints.join("; ");
+            if let (Some(cluster), Some(pod)) = (&self.cluster, pods.get(key))
+                && self.problems.of(key) != Some(&what)
                 && let Some(event) = events::problem(key, pod, &what)
             {
                 cluster.events.send(event);
             }
-            saying.insert(about, what);
+            problems.set(key.clone(), what);
         }
-        self.drop_leftovers(snapshot, &waiting, &mut saying).await;
+        self.drop_leftovers(source.unreadable, &pods, &waiting, &mut problems)
+            .await;
         self.publish();
         if let Err(error) = self.drop_unused() {
-            let about = "maps that nobody uses any more".to_owned();
-            saying.insert(about, format!("cannot remove all of them yet: {error:#}"));
+            let about = About::node("maps that nobody uses any more");
+            problems.set(about, format!("cannot remove all of them yet: {error:#}"));
         }
-        self.say(saying);
-        self.tell(snapshot, began);
+        problems.log_changes(&self.problems);
+        self.problems = problems;
+        self.tell(source.unreadable, &pods, began);
         // Until the source has said which pods there are, none of them was looked at.
         self.trusting &= source.unreadable;
     }
@@ -423,7 +419,7 @@ impl Reconciler {
 
     /// Pods that are to be free are so at once: detaching from their interfaces takes its time.
     /// What other pods claim is not let go of.
-    async fn release(&mut self, leaving: &[&PodKey], claimed: &HashSet<u32>) {
+    async fn release(&mut self, leaving: &[&Subject], claimed: &HashSet<u32>) {
         let free: Vec<u32> = leaving
             .iter()
             .filter_map(|key| self.enforced.get(*key))
@@ -459,23 +455,8 @@ impl Reconciler {
         self.datapath.bpffs().to_owned()
     }
 
-    /// Says what is new, and what is no longer so.
-    fn say(&mut self, saying: HashMap<String, String>) {
-        for (about, what) in &saying {
-            if self.said.get(about) != Some(what) {
-                tracing::error!(%about, "{what}");
-            }
-        }
-        for about in self.said.keys() {
-            if !saying.contains_key(about) {
-                tracing::info!(%about, "the problem is gone");
-            }
-        }
-        self.said = saying;
-    }
-
     /// What sees an enforced pod's packets before they are judged.
-    fn seen_first(&self, key: &PodKey) -> Vec<String> {
+    fn seen_first(&self, key: &Subject) -> Vec<String> {
         let enforced = self.enforced.get(key);
         enforced.map_or_else(Vec::new, |enforced| {
             self.seen_first.of(&enforced.wanted.interfaces)
@@ -514,12 +495,4 @@ impl Reconciler {
         let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
         self.known.store(Arc::new(left.chain(known).collect()));
     }
-}
-
-pub(super) fn title(key: &PodKey) -> String {
-    let (namespace, name) = key;
-    if quarantine::is_quarantined(key) {
-        return format!("interface {name}");
-    }
-    format!("{namespace}/{name}")
 }

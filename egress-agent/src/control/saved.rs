@@ -94,9 +94,7 @@ impl Saved {
         };
         let pods = pods.iter().cloned();
         Arc::new(Snapshot {
-            pods: pods
-                .map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod))
-                .collect(),
+            pods: pods.map(|pod| (pod.key(), pod)).collect(),
             problems: snapshot.problems.clone(),
             unreadable: true,
             facts: facts.clone(),

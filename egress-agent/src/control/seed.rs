@@ -15,15 +15,15 @@ use tokio::task::JoinSet;
 
 use super::{
     apply::say_enforcing,
-    enforced::{PodKey, Wanted, mapped},
-    quarantine,
-    reconcile::{Reconciler, title},
+    enforced::{Wanted, mapped},
+    reconcile::Reconciler,
 };
 use crate::{
     config::ExistingConnections,
     datapath::{FlowMap, Seed, SeedState, View, boottime_ns},
     gate::Judged,
     host::{Direction, OpenSocket, OpenSockets, SocketProtocol, SocketsOf},
+    report::Subject,
     serve::Existing,
 };
 
@@ -35,17 +35,16 @@ const READERS: usize = 8;
 
 impl Reconciler {
     /// Whether a pod that is about to be enforced may have connections that nobody has judged.
-    pub(super) fn has_unjudged(&self, key: &PodKey, wanted: &Wanted) -> bool {
+    pub(super) fn has_unjudged(&self, key: &Subject, wanted: &Wanted) -> bool {
         let mut interfaces = wanted.interfaces.iter();
-        !quarantine::is_quarantined(key)
-            && interfaces.any(|&ifindex| self.unjudged.contains(ifindex))
+        !key.is_interface() && interfaces.any(|&ifindex| self.unjudged.contains(ifindex))
     }
 
     /// Judges everything of the pods that have begun to be enforced. Returns those where that failed, which
     /// are let go of.
     ///
     /// Meanwhile all other pods have been dealt with, so a pod with many sockets delays none of them.
-    pub(super) async fn settle(&mut self) -> Vec<(PodKey, anyhow::Error)> {
+    pub(super) async fn settle(&mut self) -> Vec<(Subject, anyhow::Error)> {
         let mut pods = std::mem::take(&mut self.settling);
         if pods.is_empty() {
             return Vec::new();
@@ -86,7 +85,7 @@ impl Reconciler {
         failed
     }
 
-    async fn judge_more(&self, key: &PodKey, judged: Judged) -> Result<()> {
+    async fn judge_more(&self, key: &Subject, judged: Judged) -> Result<()> {
         let pod = self.enforced.get(key).context("the pod is gone")?.pod;
         self.gate.judge(pod, judged).await
     }
@@ -94,7 +93,7 @@ impl Reconciler {
     /// Notes what a pod has open, and judges everything from then on.
     async fn judge_all(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         sockets: Vec<io::Result<OpenSockets>>,
     ) -> Result<()> {
         let pod = self.enforced.get(key).context("the pod is gone")?;
@@ -109,7 +108,7 @@ impl Reconciler {
     /// Notes the connections that a pod has open on interfaces where it is about to be judged.
     pub(super) async fn seed(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         wanted: &Wanted,
         flows: &mut FlowMap,
         policy: u32,
@@ -124,7 +123,7 @@ impl Reconciler {
     /// leave the pod unenforced.
     fn note(
         &mut self,
-        key: &PodKey,
+        key: &Subject,
         record: &Policy,
         flows: &mut FlowMap,
         policy: u32,
@@ -148,7 +147,7 @@ impl Reconciler {
             let done = open.map_err(anyhow::Error::from).and_then(|open| {
                 if open.cut_short || open.unclear > 0 {
                     tracing::warn!(
-                        pod = %title(key),
+                        pod = %key,
                         cut_short = open.cut_short,
                         busy = open.unclear,
                         "not every open connection can be told: those that cannot are judged as the \
@@ -161,7 +160,7 @@ impl Reconciler {
             });
             if let Err(error) = done {
                 tracing::warn!(
-                    pod = %title(key),
+                    pod = %key,
                     error = %format!("{error:#}"),
                     "not all open connections are known: those that others have opened may end"
                 );
@@ -170,7 +169,7 @@ impl Reconciler {
         let seeded = seeding.seeded;
         if seeded.unconfirmed > 0 {
             tracing::warn!(
-                pod = %title(key),
+                pod = %key,
                 connections = seeded.unconfirmed,
                 conntrack = %untold.as_deref().unwrap_or("has no entry that says so"),
                 "connections that others seem to have opened are judged as the pod's own: only the pod \
@@ -180,7 +179,7 @@ impl Reconciler {
         }
         if seeded.inbound > 0 || seeded.trusted > 0 {
             tracing::info!(
-                pod = %title(key),
+                pod = %key,
                 inbound = seeded.inbound,
                 trusted = seeded.trusted,
                 "open connections go on"
@@ -193,9 +192,7 @@ impl Reconciler {
     pub(super) fn take_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
         for (key, enforced) in &self.enforced {
             let mut interfaces = enforced.wanted.interfaces.iter();
-            if quarantine::is_quarantined(key)
-                && interfaces.any(|ifindex| wanted.interfaces.contains(ifindex))
-            {
+            if key.is_interface() && interfaces.any(|ifindex| wanted.interfaces.contains(ifindex)) {
                 flows.take_inbound(&enforced.flows)?;
             }
         }

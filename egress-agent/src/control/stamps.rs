@@ -9,13 +9,10 @@ use egress_common::reason::Reason;
 
 use anyhow::Result;
 
-use super::{
-    enforced::{Enforced, PodKey},
-    reconcile::{Reconciler, title},
-};
+use super::{enforced::Enforced, reconcile::Reconciler};
 use crate::{
     datapath::{Looked, WithoutStamp},
-    report::{Denied, Reporter, Verdict},
+    report::{Denied, Reporter, Subject, Verdict},
 };
 
 /// How often the tables are looked at: a little less than a second, so that each round finds it due.
@@ -111,11 +108,11 @@ impl Reconciler {
 
     /// What others have opened towards a pod is forgotten: the pod may have sent that itself, in others' names, by
     /// frames that nobody has judged.
-    pub(super) fn distrust_inbound(&mut self, key: &PodKey, pod: u32) -> Result<()> {
+    pub(super) fn distrust_inbound(&mut self, key: &Subject, pod: u32) -> Result<()> {
         self.datapath.note_forged(pod)?;
         let forgotten = self.flows_of(pod)?.forget_inbound()?;
         tracing::warn!(
-            pod = %title(key),
+            pod = %key,
             forgotten,
             "frames that no program has judged left in audit mode, so the pod may have opened connections to \
              itself in others' names: those that others have opened end"

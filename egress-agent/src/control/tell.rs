@@ -9,14 +9,11 @@ use std::{
 use anyhow::Result;
 
 use super::{
-    enforced::{Enforced, PodKey},
-    quarantine,
-    reconcile::{Reconciler, title},
-    source::ClusterSide,
+    enforced::Enforced, place::Pods, problems::About, reconcile::Reconciler, source::ClusterSide,
 };
 use crate::{
-    pods::{Pod, Snapshot},
-    report::Reporter,
+    pods::Pod,
+    report::{Reporter, Subject},
     serve::{Attached, NodeState, PodState, Serving, Sources},
 };
 use egress_policy::Mode;
@@ -48,10 +45,9 @@ impl Reconciler {
     }
 
     /// Puts what is so now on the board.
-    pub(super) fn tell(&self, snapshot: &Snapshot, began: Instant) {
+    pub(super) fn tell(&self, incomplete: bool, pods: &Pods<'_>, began: Instant) {
         let before = self.board.node();
-        let pods: BTreeMap<PodKey, PodState> = snapshot
-            .pods
+        let pods: BTreeMap<Subject, PodState> = pods
             .iter()
             .map(|(key, pod)| {
                 let state = self.state(key, pod, before.pods.get(key));
@@ -65,29 +61,28 @@ impl Reconciler {
         for (&resolver, found) in &self.facts.resolvers {
             resolvers.entry(resolver).or_insert_with(|| found.clone());
         }
-        let is_pod = |about: &str| {
-            about.split_once('/').is_some_and(|(namespace, name)| {
-                pods.contains_key(&(namespace.into(), name.into()))
-            })
+        let is_pod = |about: &About| match about {
+            About::Subject(subject) => !subject.is_interface() && pods.contains_key(subject),
+            About::Node(_) => false,
         };
-        let problems = self.said.iter().filter(|(about, _)| !is_pod(about));
+        let problems = self.problems.iter().filter(|(about, _)| !is_pod(about));
         let node = NodeState {
             resolvers,
             problems: problems
-                .map(|(about, what)| (about.clone(), what.clone()))
+                .map(|(about, what)| (about.to_string(), what.clone()))
                 .collect(),
             settings: Some(self.readings.settings().clone()),
             existing: self.existing,
             trusted: self.trust.is_given(),
             trust: self.trust.to_string(),
-            incomplete: snapshot.unreadable,
+            incomplete,
             cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,
         };
         self.board.reconciled(node, began.elapsed());
     }
 
-    fn state(&self, key: &PodKey, pod: &Pod, before: Option<&PodState>) -> PodState {
+    fn state(&self, key: &Subject, pod: &Pod, before: Option<&PodState>) -> PodState {
         let enforced = self.enforced.get(key);
         let read = self.readings.last(key);
         let compiled = enforced
@@ -102,7 +97,7 @@ impl Reconciler {
                 None => Mode::Off,
             },
             host_network: pod.host_network,
-            quarantined: quarantine::is_quarantined(key),
+            quarantined: key.is_interface(),
             attached: enforced.map(|enforced| Attached {
                 bypassed: self.bypassed(key).is_some(),
                 ..attached(enforced, before)
@@ -116,7 +111,7 @@ impl Reconciler {
                 .and(self.exits.last(key))
                 .cloned()
                 .unwrap_or_default(),
-            problem: self.said.get(&title(key)).cloned(),
+            problem: self.problems.of(key).cloned(),
         }
     }
 }

@@ -5,8 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::enforced::PodKey;
-use crate::pods::Pod;
+use super::place::Pods;
+use crate::report::Subject;
 
 /// How long a pod takes to start or to end before it is worth a line: an image may have to be fetched, but
 /// its network comes first; and a pod's network is taken down before the cluster says that the pod has ended.
@@ -27,16 +27,16 @@ pub(super) fn longer(wait: Duration) -> Duration {
 
 /// Since when each pod has been waited for.
 #[derive(Default)]
-pub(super) struct Waiting(BTreeMap<PodKey, (String, Instant)>);
+pub(super) struct Waiting(BTreeMap<Subject, (String, Instant)>);
 
 impl Waiting {
     /// Takes note of the pods that cannot be found now, each with the reason, and returns what is
     /// worth saying.
     pub(super) fn note<'a>(
         &mut self,
-        unfound: BTreeMap<PodKey, String>,
-        pods: &'a BTreeMap<PodKey, Pod>,
-    ) -> Vec<(&'a PodKey, String)> {
+        unfound: BTreeMap<Subject, String>,
+        pods: &'a Pods<'_>,
+    ) -> Vec<(&'a Subject, String)> {
         let now = Instant::now();
         let mut saying = Vec::new();
         let mut next = BTreeMap::new();

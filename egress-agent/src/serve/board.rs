@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 use crate::{
     datapath::boottime_ns,
     host::Exits,
-    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity},
+    report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity, Subject},
 };
 use egress_policy::{Annotations, Compiled, Mode, Resolver, Settings};
 
@@ -151,8 +151,8 @@ pub struct WatchState {
 /// The node after a reconcile.
 #[derive(Debug, Default)]
 pub struct NodeState {
-    /// Its pods, by namespace and name.
-    pub pods: BTreeMap<(String, String), PodState>,
+    /// Its pods and its interfaces in quarantine.
+    pub pods: BTreeMap<Subject, PodState>,
     /// Its resolvers, each with where it was found.
     pub resolvers: BTreeMap<Resolver, String>,
     /// What is wrong with no single pod: where, and what.

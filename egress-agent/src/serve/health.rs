@@ -51,7 +51,8 @@ pub(super) fn unready(sources: &Sources) -> Vec<String> {
         missing.push("there may be more pods: their source cannot be read in full yet".to_owned());
     }
     let mut pods = node.pods.iter().filter(|(_, pod)| pod.is_missing());
-    for ((namespace, name), pod) in pods.by_ref().take(NAMED) {
+    for (subject, pod) in pods.by_ref().take(NAMED) {
+        let (namespace, name) = subject.fields();
         let why = pod.problem.as_deref().unwrap_or("not attached");
         missing.push(format!("{namespace}/{name}: {why}"));
     }

@@ -15,7 +15,7 @@ use crate::{
     datapath::boottime_ns,
     gate::{About, Resolutions},
     host::interface_name,
-    report::{DenialCounts, log, rfc3339},
+    report::{DenialCounts, Subject, log, rfc3339},
 };
 use egress_policy::{Mode, prefix::from_mapped};
 
@@ -89,10 +89,10 @@ pub(super) async fn status(
 pub(super) fn find<'a>(
     node: &'a NodeState,
     pod: &str,
-) -> Result<(&'a (String, String), &'a PodState), String> {
+) -> Result<(&'a Subject, &'a PodState), String> {
     let key = pod
         .split_once('/')
-        .map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
+        .map(|(namespace, name)| Subject::from_fields(namespace, name))
         .ok_or_else(|| format!("`{pod}` is no pod: expected namespace/pod"))?;
     node.pods.get_key_value(&key).ok_or_else(|| {
         format!("there is no pod {pod} on this node, as far as this node's agent knows")
@@ -176,19 +176,20 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
 }
 
 fn pod_status(
-    (namespace, pod): &(String, String),
+    subject: &Subject,
     state: &PodState,
     resolutions: Resolutions,
     names: bool,
 ) -> PodStatus {
+    let (namespace, pod) = subject.fields();
     let attached = state.attached.as_ref();
     let counts = attached.map(|attached| &attached.identity.counts);
     let last_denial = attached
         .and_then(|attached| attached.identity.last_line())
         .and_then(|line| serde_json::from_str(&line).ok());
     PodStatus {
-        namespace: namespace.clone(),
-        pod: pod.clone(),
+        namespace: namespace.to_owned(),
+        pod: pod.to_owned(),
         uid: state.uid.clone(),
         mode: match mode_of(state) {
             "missing" | "waiting" if state.quarantined => "quarantined",
