@@ -8,7 +8,7 @@ use crate::config::Config;
 
 /// The digest of a pod's annotations and its namespace's. It is never zero, which stands for no annotations that
 /// could be read.
-pub(super) fn of_annotations(
+pub(in crate::control) fn of_annotations(
     own: &BTreeMap<String, String>,
     namespace: &BTreeMap<String, String>,
 ) -> [u8; 32] {
@@ -26,7 +26,7 @@ pub(super) fn of_annotations(
 
 /// The fingerprint of what the kernel's maps `ranges` and `tunnels` say under this configuration. Resolvers are
 /// left out: DNS is held before flows are looked at, so flows need not be judged again because of them.
-pub(super) fn of_ranges(config: &Config) -> u64 {
+pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     let mut tunnels = config.tunnels();
     tunnels.sort_unstable();
     tunnels.dedup();

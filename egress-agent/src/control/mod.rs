@@ -6,45 +6,15 @@
 //! losing one delays a change until the next look.
 
 mod apply;
-mod arrivals;
-mod bypass;
-mod denials;
 mod digest;
-mod enforced;
-mod events;
-mod exits;
-mod facts;
-mod handover;
-mod hardware;
-mod hooks;
-mod leftovers;
-mod links;
-mod named;
-mod neighbours;
-mod own;
-mod pace;
-mod place;
+mod observe;
 mod plan;
-mod preflight;
-mod prepare;
-mod problems;
-mod quarantine;
-mod readings;
+mod publish;
 mod reconcile;
 mod reload;
-mod saved;
-mod seed;
-mod sights;
-mod source;
-mod stamps;
-mod state_file;
-mod sweep;
-mod takeover;
-mod taps;
-mod tell;
-mod trust;
-mod unjudged;
-mod waiting;
+mod start;
+mod state_dir;
+mod wake;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -62,14 +32,14 @@ use crate::{
     pods::Snapshot,
     report::Reporter,
 };
-use arrivals::Arrivals;
-use denials::DenialReader;
-use links::{FilterEvents, LinkEvents, RulesetEvents};
-use pace::Pace;
+use observe::arrivals::Arrivals;
+use observe::unlocated::{RETRY_MIN, longer};
+use publish::denials::DenialReader;
 use reconcile::{Reconciler, Settings};
-use saved::Saved;
-use source::Source;
-use waiting::{RETRY_MIN, longer};
+use start::source::Source;
+use state_dir::saved::Saved;
+use wake::links::{FilterEvents, LinkEvents, RulesetEvents};
+use wake::pace::Pace;
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
@@ -124,8 +94,8 @@ pub enum SourceOptions {
 ///
 /// When the agent cannot start, or one of its threads ends. What is enforced then stays enforced.
 pub async fn run(options: Options) -> Result<()> {
-    preflight::check_privileges(&options.source)?;
-    preflight::raise_file_limit();
+    start::preflight::check_privileges(&options.source)?;
+    start::preflight::raise_file_limit();
     let Options {
         config: configured,
         source,
@@ -139,7 +109,8 @@ pub async fn run(options: Options) -> Result<()> {
     let mut filters = FilterEvents::open()?;
 
     let (mut snapshots, source) = source.watch().await?;
-    let only = takeover::only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
+    let only =
+        start::takeover::only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
     let Some((mut datapath, only)) = only else {
         source.close().await;
         return Ok(());
@@ -164,7 +135,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
     let facts = current(&mut snapshots).facts.clone();
-    let config = &facts::together(configured, &facts);
+    let config = &apply::ranges::together(configured, &facts);
     datapath.set_tunnels(&config.tunnels())?;
     datapath.set_ranges(&config.ranges())?;
     // Before the gate starts: frames that it puts back carry marks only these programs know.
@@ -183,7 +154,7 @@ pub async fn run(options: Options) -> Result<()> {
 
     let listener = cluster
         .as_ref()
-        .map(|cluster| events::denials(cluster.events.clone()));
+        .map(|cluster| publish::events::denials(cluster.events.clone()));
     let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
         .context("cannot start the reporter's thread")?;
     let (gate, gate_thread) = Gate::start(
@@ -192,9 +163,9 @@ pub async fn run(options: Options) -> Result<()> {
         datapath.marks(),
         dns_settings(config),
         reporter.clone(),
-        handover::take(configured),
+        state_dir::handover::take(configured),
     )?;
-    let known: Arc<denials::KnownPods> = Arc::default();
+    let known: Arc<publish::denials::KnownPods> = Arc::default();
     let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
     let mut denials: Option<DenialReader> = None;
     let arrivals = if datapath.needs_qdisc() {
@@ -343,7 +314,7 @@ pub async fn run(options: Options) -> Result<()> {
         bail!("the gate's thread has panicked; what is enforced stays enforced");
     };
     if !clean {
-        handover::leave(configured, open_questions);
+        state_dir::handover::leave(configured, open_questions);
     }
     if clean {
         datapath::cleanup(&bpffs, Some(only))?;
@@ -375,7 +346,7 @@ impl Readiness {
                 tracing::info!(
                     node = %reconciler.config.node,
                     pods = reconciler.enforced(),
-                    resolvers = %facts::listed(&reconciler.config.dns.resolvers),
+                    resolvers = %apply::ranges::listed(&reconciler.config.dns.resolvers),
                     "ready"
                 );
                 Self::Ready
@@ -411,7 +382,7 @@ fn dns_settings(config: &Config) -> DnsSettings {
             .dns
             .resolvers
             .iter()
-            .map(|resolver| (enforced::mapped(resolver.address), resolver.port))
+            .map(|resolver| (plan::wanted::mapped(resolver.address), resolver.port))
             .collect(),
     }
 }

@@ -11,26 +11,26 @@ use anyhow::Context as _;
 
 use egress_common::records::INTERFACE_SOURCES;
 
-use super::{
-    bypass::Answers,
-    denials::{Known, KnownPods},
-    enforced::{Enforced, RangesVersion},
-    events,
-    exits::PodExits,
-    hardware::Hardware,
-    hooks::Hooks,
-    own::Owners,
-    place::{Place, Places},
-    plan::Plan,
-    problems::{About, Problems},
-    quarantine,
-    readings::Readings,
-    source::ClusterSide,
-    stamps::Stamps,
-    taps::SeenFirst,
-    trust::Trust,
-    unjudged::Unjudged,
-    waiting::Waiting,
+use crate::control::{
+    apply::hardware::Hardware,
+    apply::hooks::Hooks,
+    apply::stamps::Stamps,
+    apply::unjudged::Unjudged,
+    observe::answers::Answers,
+    observe::exits::PodExits,
+    observe::locations::{Place, Places},
+    observe::policies::Readings,
+    observe::quarantine,
+    observe::taps::SeenFirst,
+    observe::unlocated::Waiting,
+    plan::own_addresses::Owners,
+    plan::pod::Plan,
+    plan::wanted::{Enforced, RangesVersion},
+    publish::denials::{Known, KnownPods},
+    publish::events,
+    publish::problems::{About, Problems},
+    start::source::ClusterSide,
+    state_dir::trust::Trust,
 };
 use crate::{
     config::Config,
@@ -44,74 +44,74 @@ use crate::{
 use egress_policy::Compiled;
 
 /// What the agent begins with.
-pub(super) struct Settings {
+pub(in crate::control) struct Settings {
     /// What the operator says.
-    pub(super) configured: Config,
+    pub(in crate::control) configured: Config,
     /// What the cluster said last.
-    pub(super) facts: Facts,
+    pub(in crate::control) facts: Facts,
     /// Both together, which the kernel has been told.
-    pub(super) together: Config,
+    pub(in crate::control) together: Config,
 }
 
 /// Compares and changes.
-pub(super) struct Reconciler {
-    pub(super) datapath: Datapath,
-    pub(super) gate: Gate,
+pub(in crate::control) struct Reconciler {
+    pub(in crate::control) datapath: Datapath,
+    pub(in crate::control) gate: Gate,
     /// What the operator says.
-    pub(super) configured: Config,
+    pub(in crate::control) configured: Config,
     /// What the cluster says besides.
-    pub(super) facts: Facts,
+    pub(in crate::control) facts: Facts,
     /// Both together.
-    pub(super) config: Config,
-    pub(super) places: Places,
+    pub(in crate::control) config: Config,
+    pub(in crate::control) places: Places,
     /// Whose addresses are known.
-    pub(super) owners: Owners,
+    pub(in crate::control) owners: Owners,
     /// Interfaces of pods that nobody can enforce.
-    pub(super) exits: PodExits,
+    pub(in crate::control) exits: PodExits,
     /// What ports of bridges are bound to.
-    pub(super) hardware: Hardware,
+    pub(in crate::control) hardware: Hardware,
     /// The addresses that the node takes packets for.
-    pub(super) node_addresses: NodeAddressMap,
+    pub(in crate::control) node_addresses: NodeAddressMap,
     /// The ways to the cluster, if there is one.
-    pub(super) cluster: Option<ClusterSide>,
-    pub(super) waiting: Waiting,
-    pub(super) hooks: Hooks,
-    pub(super) stamps: Stamps,
+    pub(in crate::control) cluster: Option<ClusterSide>,
+    pub(in crate::control) waiting: Waiting,
+    pub(in crate::control) hooks: Hooks,
+    pub(in crate::control) stamps: Stamps,
     seen_first: SeenFirst,
     answers: Answers,
     /// Where pods may have connections that nobody judged.
-    pub(super) unjudged: Unjudged,
+    pub(in crate::control) unjudged: Unjudged,
     /// Whether those that pods have opened go on.
-    pub(super) trust: Trust,
+    pub(in crate::control) trust: Trust,
     /// Whether `trust` counts: until the pods have been dealt with that were there at the start.
-    pub(super) trusting: bool,
+    pub(in crate::control) trusting: bool,
     /// How many connections from before went on.
-    pub(super) existing: Existing,
+    pub(in crate::control) existing: Existing,
     /// Pods that ran before and begin to be enforced: of them only the sources are judged yet.
-    pub(super) settling: Vec<Subject>,
+    pub(in crate::control) settling: Vec<Subject>,
     /// The ranges that are in force.
-    pub(super) ranges: RangesVersion,
-    pub(super) known: Arc<KnownPods>,
-    pub(super) enforced: BTreeMap<Subject, Enforced>,
-    pub(super) readings: Readings,
+    pub(in crate::control) ranges: RangesVersion,
+    pub(in crate::control) known: Arc<KnownPods>,
+    pub(in crate::control) enforced: BTreeMap<Subject, Enforced>,
+    pub(in crate::control) readings: Readings,
     /// What is in the kernel though no pod is enforced with it, by pod id: left by an earlier agent
     /// and not claimed yet, begun and not finished, or not wholly removed.
-    pub(super) adoptable: BTreeMap<u32, Adoptable>,
+    pub(in crate::control) adoptable: BTreeMap<u32, Adoptable>,
     /// What denial lines say of the pods that an earlier agent left.
     left: HashMap<u32, Arc<Known>>,
     /// When this agent began.
-    pub(super) began: Instant,
+    pub(in crate::control) began: Instant,
     /// What is in the kernel and of no use any more; it goes at the end of each reconcile.
-    pub(super) unused: Vec<Unused>,
+    pub(in crate::control) unused: Vec<Unused>,
     /// The problems of the last reconcile, so that each is logged once.
-    pub(super) problems: Problems,
-    pub(super) next_pod: u32,
-    pub(super) next_policy: u32,
-    pub(super) next_swept: usize,
+    pub(in crate::control) problems: Problems,
+    pub(in crate::control) next_pod: u32,
+    pub(in crate::control) next_policy: u32,
+    pub(in crate::control) next_swept: usize,
     /// Whether the gate reads messages.
     is_reading: bool,
     /// What is known of all this to [`crate::serve`].
-    pub(super) board: Arc<Board>,
+    pub(in crate::control) board: Arc<Board>,
 }
 
 impl Reconciler {
@@ -119,7 +119,7 @@ impl Reconciler {
         clippy::too_many_arguments,
         reason = "each comes from another part of the agent's start"
     )]
-    pub(super) fn new(
+    pub(in crate::control) fn new(
         datapath: Datapath,
         gate: Gate,
         settings: Settings,
@@ -198,13 +198,13 @@ impl Reconciler {
     }
 
     /// How many pods are enforced.
-    pub(super) fn enforced(&self) -> usize {
+    pub(in crate::control) fn enforced(&self) -> usize {
         self.enforced.len()
     }
 
     /// Makes what is enforced equal to what the snapshot says. A pod that cannot be brought there
     /// does not hinder the others; it is tried again the next time.
-    pub(super) async fn reconcile(&mut self, source: &Snapshot) {
+    pub(in crate::control) async fn reconcile(&mut self, source: &Snapshot) {
         let began = Instant::now();
         self.learn_facts(&source.facts).await;
         let (pods, places) = self.look_around(source);
@@ -444,14 +444,14 @@ impl Reconciler {
     }
 
     /// Detaches from every interface. Everything else goes with the pins.
-    pub(super) fn detach_all(&mut self) {
+    pub(in crate::control) fn detach_all(&mut self) {
         if let Err(error) = self.datapath.detach_all() {
             tracing::error!(error = %format!("{error:#}"), "cannot detach from every interface");
         }
     }
 
     /// Lets go of the programs; what is pinned stays. Returns the mount point of bpffs.
-    pub(super) fn close(self) -> PathBuf {
+    pub(in crate::control) fn close(self) -> PathBuf {
         self.datapath.bpffs().to_owned()
     }
 
@@ -464,7 +464,7 @@ impl Reconciler {
     }
 
     /// Tells the denial reader of a pod, or of its new policy.
-    pub(super) fn announce(
+    pub(in crate::control) fn announce(
         &self,
         pod: u32,
         identity: &Arc<PodIdentity>,

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{
-    facts::{listed, together},
+use crate::control::{
+    apply::ranges::{listed, together},
     reconcile::Reconciler,
 };
 use crate::{config::Config, pods::Facts};
@@ -13,7 +13,7 @@ use crate::{config::Config, pods::Facts};
 impl Reconciler {
     /// Reads the configuration file again. What it says holds from the next reconcile on; if it
     /// cannot be read, or cannot be taken on, everything stays as it was.
-    pub(super) async fn reload(&mut self, file: &Path) {
+    pub(in crate::control) async fn reload(&mut self, file: &Path) {
         match self.try_reload(file).await {
             Ok(()) => tracing::info!(
                 resolvers = %listed(&self.config.dns.resolvers),

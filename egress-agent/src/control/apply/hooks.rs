@@ -1,0 +1,429 @@
+//! Making sure that what enforced interfaces carry passes the programs.
+//!
+//! Another program on the same hook may be in front of ours and end a packet's way there: then nothing
+//! is judged, and nothing of that shows in what ours count. So the order on each hook is looked at, and
+//! put right; and probes ([`crate::gate::Probe`]) show whether packets arrive at all. An interface whose
+//! packets somebody else takes counts as not enforced, and its pod has a problem.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use egress_common::records::Probes;
+
+use crate::control::reconcile::Reconciler;
+use crate::{
+    datapath::{Hook, ProbeMap, Standing},
+    gate::Probe,
+    host::interface_name,
+    report::Subject,
+};
+
+/// How often an interface is looked at: a little less than a second, so that each round finds it due.
+const EVERY: Duration = Duration::from_millis(900);
+/// How long a probe may be on its way.
+const UNDER_WAY: Duration = Duration::from_millis(200);
+/// A probe can get lost as any packet can; so many in a row have been taken.
+const MISSES: u32 = 3;
+/// Interfaces that are looked at in one round.
+const AT_ONCE: usize = 128;
+/// So often an interface's programs are put in front again …
+const MOVES: usize = 5;
+/// … within this time. Whoever else insists on being first would otherwise keep the agent busy.
+const MOVES_WITHIN: Duration = Duration::from_secs(20);
+
+/// Sources of probes on interfaces whose pods' addresses are not known: of documentation (RFC 5737, RFC
+/// 3849).
+const ANY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+const ANY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+
+/// What is known of the hooks of enforced interfaces.
+pub(in crate::control) struct Hooks {
+    probes: ProbeMap,
+    interfaces: BTreeMap<u32, Watched>,
+    /// Whether there may be counts of interfaces that are not enforced any more.
+    stale: bool,
+}
+
+#[derive(Default)]
+struct Watched {
+    looked: Option<Instant>,
+    /// What was counted when probes were sent that have not been looked for yet.
+    sent: Option<Sent>,
+    missed: u32,
+    moves: VecDeque<Instant>,
+    /// Why the programs could not be put in front the last time.
+    failed: Option<String>,
+    /// Somebody else has insisted on being first, and not long ago.
+    contested: bool,
+    /// Why packets do not pass the programs, or may not.
+    problem: Option<String>,
+}
+
+#[derive(Clone, Copy)]
+struct Sent {
+    at: Instant,
+    before: Probes,
+    probe: Probe,
+}
+
+impl Hooks {
+    pub(in crate::control) fn new(probes: ProbeMap) -> Self {
+        Self {
+            probes,
+            interfaces: BTreeMap::new(),
+            stale: true,
+        }
+    }
+
+    /// Why what these interfaces carry may not be judged.
+    pub(in crate::control) fn problem(&self, interfaces: &[u32]) -> Option<&str> {
+        let mut watched = interfaces.iter().filter_map(|at| self.interfaces.get(at));
+        watched.find_map(|watched| watched.problem.as_deref())
+    }
+
+    /// Somebody has changed filters of these interfaces (of all without a list): they are looked at
+    /// next. Returns whether there are any.
+    pub(in crate::control) fn hurry(&mut self, changed: Option<&[u32]>) -> bool {
+        let mut any = false;
+        for (ifindex, watched) in &mut self.interfaces {
+            if changed.is_none_or(|changed| changed.contains(ifindex)) {
+                watched.looked = None;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Forgets the counts of interfaces that are not enforced any more.
+    fn forget(&mut self) -> Result<()> {
+        if self.stale {
+            let interfaces = &self.interfaces;
+            self.probes
+                .retain(|ifindex| interfaces.contains_key(&ifindex))?;
+            self.stale = false;
+        }
+        Ok(())
+    }
+
+    /// Takes note that an interface could not be looked at. One that has gone is no problem.
+    fn fail(&mut self, ifindex: u32, error: &anyhow::Error) {
+        if let (Some(watched), Some(name)) =
+            (self.interfaces.get_mut(&ifindex), interface_name(ifindex))
+        {
+            watched.problem = Some(format!(
+                "not enforced for certain: what is attached to interface {name} cannot be looked at: \
+                 {error:#}"
+            ));
+        }
+    }
+
+    /// The interfaces whose turn it is.
+    fn due(&self) -> Vec<u32> {
+        let mut due: Vec<_> = self
+            .interfaces
+            .iter()
+            .filter(|(_, watched)| watched.looked.is_none_or(|at| at.elapsed() >= EVERY))
+            .map(|(&ifindex, watched)| (watched.looked, ifindex))
+            .collect();
+        due.sort_unstable();
+        due.truncate(AT_ONCE);
+        due.into_iter().map(|(_, ifindex)| ifindex).collect()
+    }
+}
+
+impl Watched {
+    /// Takes note of the probes that have come. Returns whether the next may be sent.
+    fn receive(&mut self, now: Probes) -> bool {
+        let Some(Sent { at, before, probe }) = self.sent else {
+            return true;
+        };
+        let v4 = probe.v4.is_none() || now.v4 > before.v4;
+        let v6 = probe.v6.is_none() || now.v6 > before.v6;
+        if v4 && v6 {
+            self.missed = 0;
+        } else if at.elapsed() < UNDER_WAY {
+            return false;
+        } else {
+            self.missed = self.missed.saturating_add(1);
+        }
+        self.sent = None;
+        true
+    }
+
+    /// Whether the programs may be put in front once more.
+    fn may_move(&mut self, now: Instant) -> bool {
+        self.moves
+            .retain(|at| now.duration_since(*at) < MOVES_WITHIN);
+        let may = self.moves.len() < MOVES;
+        if may {
+            self.moves.push_back(now);
+        }
+        // What nothing can be put in front of does not insist.
+        self.contested |= !may && self.failed.is_none();
+        may
+    }
+
+    /// Whether somebody has insisted on being first until a short time ago.
+    fn is_contested(&mut self, now: Instant) -> bool {
+        let recently = |at: &Instant| now.duration_since(*at) < MOVES_WITHIN;
+        self.contested &= self.moves.iter().any(recently);
+        self.contested
+    }
+}
+
+impl Reconciler {
+    /// Looks at the hooks of the enforced interfaces whose turn it is.
+    pub(in crate::control) async fn check_hooks(&mut self) {
+        let sources: BTreeMap<u32, Probe> = self
+            .enforced
+            .values()
+            .flat_map(|enforced| {
+                let record = &enforced.wanted.record;
+                let own = record.own.iter().take(record.own_len as usize);
+                let own = own.map(|address| Ipv6Addr::from(*address).to_canonical());
+                let (v4, v6) = families(&own.collect::<Vec<_>>());
+                let interfaces = enforced.wanted.interfaces.iter();
+                interfaces.map(move |&ifindex| (ifindex, Probe { ifindex, v4, v6 }))
+            })
+            .collect();
+        let Hooks {
+            interfaces, stale, ..
+        } = &mut self.hooks;
+        interfaces.retain(|ifindex, _| {
+            let is_kept = sources.contains_key(ifindex);
+            *stale |= !is_kept;
+            is_kept
+        });
+        for &ifindex in sources.keys() {
+            self.hooks.interfaces.entry(ifindex).or_default();
+        }
+        let mut ready = Vec::new();
+        let mut moved = Vec::new();
+        for ifindex in self.hooks.due() {
+            match self.check_hook(ifindex, &mut moved) {
+                Ok(true) => ready.extend(sources.get(&ifindex)),
+                Ok(false) => {}
+                Err(error) => self.hooks.fail(ifindex, &error),
+            }
+        }
+        if let Some(first) = moved.first() {
+            self.board.hooks_moved.add(moved.len() as u64);
+            tracing::warn!(
+                hooks = moved.len(),
+                %first,
+                "programs of the agent were not first on their hooks; they are again"
+            );
+        }
+        if let Err(error) = self.send_probes(&ready).await {
+            tracing::error!(error = %format!("{error:#}"), "cannot send probes");
+        }
+        if let Err(error) = self.hooks.forget() {
+            tracing::error!(error = %format!("{error:#}"), "cannot forget probes");
+        }
+    }
+
+    /// Looks at one interface. Returns whether it is to be probed now.
+    fn check_hook(&mut self, ifindex: u32, moved: &mut Vec<String>) -> Result<bool> {
+        let now = Instant::now();
+        let Self {
+            datapath, hooks, ..
+        } = self;
+        let Some(watched) = hooks.interfaces.get_mut(&ifindex) else {
+            return Ok(false);
+        };
+        watched.looked = Some(now);
+        let Some(name) = interface_name(ifindex) else {
+            // It has gone, and nothing passes it any more.
+            *watched = Watched {
+                looked: Some(now),
+                ..Watched::default()
+            };
+            return Ok(false);
+        };
+        let count = hooks.probes.count(ifindex)?;
+        let missed = watched.missed;
+        let may_probe = watched.receive(count);
+        if watched.missed > missed {
+            self.board.probes_missed.add(1);
+        }
+        let mut problem = None;
+        let mut failed = None;
+        for hook in Hook::BOTH {
+            let mut standing = datapath.standing(ifindex, hook)?;
+            if standing != Standing::First && watched.may_move(now) {
+                let done = match &standing {
+                    Standing::Missing => datapath.attach(ifindex),
+                    _ => datapath.come_first(ifindex, hook),
+                };
+                let before = describe(&standing);
+                standing = datapath.standing(ifindex, hook)?;
+                if standing == Standing::First {
+                    moved.push(format!("{name}: {before}"));
+                    watched.failed = None;
+                } else if let Err(error) = done {
+                    watched.failed = Some(format!("{error:#}"));
+                }
+            }
+            if standing != Standing::First {
+                failed = failed.or(watched.failed.clone());
+                problem = problem.or(Some(describe(&standing)));
+            }
+        }
+        if problem.is_none() {
+            watched.failed = None;
+        }
+        match (&mut problem, failed) {
+            // The same is said whether or not it has just been tried again.
+            (Some(problem), Some(failed)) => *problem = format!("{problem}; {failed}"),
+            (problem, _) if watched.is_contested(now) => {
+                let seconds = MOVES_WITHIN.as_secs();
+                *problem = Some(format!(
+                    "another program insists on being first; the agent's are put in front of it only \
+                     {MOVES} times in {seconds} seconds"
+                ));
+            }
+            _ => {}
+        }
+        if problem.is_none() && watched.missed >= MISSES {
+            problem = Some(
+                "none of the agent's probes has come to its programs lately: something takes packets \
+                 before them"
+                    .to_owned(),
+            );
+        }
+        // What goes wrong when an interface goes is no problem: nothing passes it any more.
+        let problem = problem.filter(|_| interface_name(ifindex).is_some());
+        watched.problem = problem.map(|why| {
+            format!(
+                "not enforced for certain: packets of interface {name} may leave or arrive unjudged: {why}"
+            )
+        });
+        Ok(may_probe)
+    }
+
+    async fn send_probes(&mut self, probes: &[Probe]) -> Result<()> {
+        if probes.is_empty() {
+            return Ok(());
+        }
+        let at = Instant::now();
+        let mut before = Vec::with_capacity(probes.len());
+        for probe in probes {
+            before.push(self.hooks.probes.count(probe.ifindex)?);
+        }
+        let sent = self.gate.probe(probes.to_vec()).await?;
+        for ((&probe, before), sent) in probes.iter().zip(before).zip(sent) {
+            // What is down carries nothing; it is tried again.
+            if let Some(watched) = self
+                .hooks
+                .interfaces
+                .get_mut(&probe.ifindex)
+                .filter(|_| sent)
+            {
+                watched.sent = Some(Sent { at, before, probe });
+            }
+        }
+        Ok(())
+    }
+
+    /// Why what an enforced pod sends or receives may not be judged.
+    pub(in crate::control) fn bypassed(&self, key: &Subject) -> Option<String> {
+        let enforced = self.enforced.get(key)?;
+        let problem = self.hooks.problem(&enforced.wanted.interfaces);
+        problem.map(str::to_owned).or_else(|| self.stamps.problem())
+    }
+}
+
+/// An address of each family that a pod has, or of both when none is known.
+fn families(own: &[IpAddr]) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    let v4 = own.iter().find_map(|address| match address {
+        IpAddr::V4(v4) => Some(*v4),
+        IpAddr::V6(_) => None,
+    });
+    let v6 = own.iter().find_map(|address| match address {
+        IpAddr::V6(v6) => Some(*v6),
+        IpAddr::V4(_) => None,
+    });
+    match (v4, v6) {
+        (None, None) => (Some(ANY), Some(ANY6)),
+        families => families,
+    }
+}
+
+fn describe(standing: &Standing) -> String {
+    match standing {
+        Standing::First => "the agent's program is in front".to_owned(),
+        Standing::Behind(other) => format!("{other} is in front of the agent's program"),
+        Standing::Missing => "somebody has taken the agent's program away".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sent(ago: Duration) -> Watched {
+        let at = Instant::now().checked_sub(ago).unwrap();
+        let probe = Probe {
+            ifindex: 7,
+            v4: Some(ANY),
+            v6: Some(ANY6),
+        };
+        Watched {
+            sent: Some(Sent {
+                at,
+                before: Probes { v4: 3, v6: 3 },
+                probe,
+            }),
+            ..Watched::default()
+        }
+    }
+
+    #[test]
+    fn a_probe_counts_as_missed_when_one_family_does_not_come() {
+        for (now, missed) in [((4, 4), 0), ((4, 3), 1), ((3, 4), 1), ((3, 3), 1)] {
+            let mut watched = sent(UNDER_WAY);
+            let (v4, v6) = now;
+            assert!(watched.receive(Probes { v4, v6 }));
+            assert_eq!(watched.missed, missed, "{now:?}");
+        }
+    }
+
+    #[test]
+    fn a_probe_that_may_still_come_is_waited_for() {
+        let mut watched = sent(Duration::ZERO);
+        assert!(!watched.receive(Probes { v4: 3, v6: 3 }));
+        assert!(watched.receive(Probes { v4: 4, v6: 4 }));
+        assert_eq!(watched.missed, 0);
+    }
+
+    #[test]
+    fn the_programs_are_put_in_front_a_few_times_only_in_a_while() {
+        let mut watched = Watched::default();
+        let now = Instant::now();
+        for _ in 0..MOVES {
+            assert!(watched.may_move(now));
+        }
+        assert!(!watched.is_contested(now));
+        assert!(!watched.may_move(now));
+        assert!(watched.is_contested(now), "until a while has passed");
+        let later = now + MOVES_WITHIN;
+        assert!(watched.may_move(later));
+        assert!(!Watched::default().is_contested(later));
+    }
+
+    #[test]
+    fn probes_come_from_an_address_of_each_family_that_the_pod_has() {
+        let v4 = IpAddr::V4(Ipv4Addr::new(10, 1, 1, 2));
+        let v6 = IpAddr::V6(Ipv6Addr::LOCALHOST);
+        assert_eq!(
+            families(&[v6, v4]),
+            (Some(Ipv4Addr::new(10, 1, 1, 2)), Some(Ipv6Addr::LOCALHOST))
+        );
+        assert_eq!(families(&[v6]), (None, Some(Ipv6Addr::LOCALHOST)));
+        assert_eq!(families(&[]), (Some(ANY), Some(ANY6)));
+    }
+}

@@ -1,0 +1,219 @@
+//! Making what pods need in the kernel before they can be put under their policies.
+
+use anyhow::{Context as _, Result};
+
+use crate::control::{plan::wanted::Wanted, reconcile::Reconciler};
+use crate::{
+    datapath::{Adoptable, AllowMap, NewMaps, NewPod, NewPolicy, Unused},
+    report::Subject,
+};
+
+/// A version of a pod's policy that is wholly in the kernel; nothing may be under it yet.
+pub(in crate::control) struct Version {
+    /// The pod's id.
+    pub(in crate::control) pod: u32,
+    /// The policy's id.
+    pub(in crate::control) policy: u32,
+    pub(in crate::control) allow: AllowMap,
+}
+
+/// A version that is to be made, or was found.
+struct Draft {
+    pod: u32,
+    /// Whether the pod's own maps have to be made too.
+    new_pod: bool,
+    policy: u32,
+    /// The allow map of a policy that an earlier agent made, or an earlier attempt.
+    adopted: Option<AllowMap>,
+}
+
+impl Reconciler {
+    /// Makes what these pods need, for all of them together: the kernel takes as long over one as
+    /// over many. Returns for each its new version, or `None` when it keeps the one it has.
+    ///
+    /// What is made of a version when that fails is known as left behind, or goes with what is of
+    /// no use any more.
+    pub(in crate::control) fn prepare(
+        &mut self,
+        all: &[(Subject, Wanted)],
+    ) -> Vec<Result<Option<Version>>> {
+        let drafts: Vec<Result<Option<Draft>>> = all
+            .iter()
+            .map(|(key, wanted)| self.draft(key, wanted))
+            .collect();
+        let needed: Vec<NewMaps<'_>> = all
+            .iter()
+            .zip(&drafts)
+            .map(|((key, wanted), draft)| match draft {
+                Ok(Some(draft)) => draft.needs(key, wanted),
+                _ => NewMaps::default(),
+            })
+            .collect();
+        let new = all
+            .iter()
+            .filter(|(key, _)| !self.enforced.contains_key(key));
+        let interfaces: Vec<u32> = new
+            .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
+            .collect();
+        let made = self.datapath.make(&needed, &interfaces);
+        drafts
+            .into_iter()
+            .zip(made)
+            .map(|(draft, made)| self.finish(draft?, made))
+            .collect()
+    }
+
+    /// What the pod needs; `None` when it is under its policy already.
+    fn draft(&mut self, key: &Subject, wanted: &Wanted) -> Result<Option<Draft>> {
+        if let Some(enforced) = self.enforced.get(key) {
+            if enforced.wanted.same_policy(wanted) {
+                return Ok(None);
+            }
+            return Ok(Some(Draft {
+                pod: enforced.pod,
+                new_pod: false,
+                policy: self.new_policy(),
+                adopted: None,
+            }));
+        }
+        let pod = self.find_or_add(key, &wanted.uid);
+        let new_pod = self.datapath.flow_map(pod)?.is_none();
+        let (policy, adopted) = match self.adopt(pod, wanted)? {
+            Some((policy, allow)) => (policy, Some(allow)),
+            None => (self.new_policy(), None),
+        };
+        if let Some(left) = self.adoptable.get_mut(&pod) {
+            // Whatever fails from here on, the policy and the interface are known to the next
+            // attempt.
+            let entry = wanted.entry(pod, policy);
+            for &ifindex in &wanted.interfaces {
+                let at = (ifindex, entry);
+                left.interfaces.retain(|other| *other != at);
+                left.interfaces.push(at);
+            }
+        }
+        Ok(Some(Draft {
+            pod,
+            new_pod,
+            policy,
+            adopted,
+        }))
+    }
+
+    /// The id of a pod that is not enforced. Until it is, it counts as left behind: the next attempt
+    /// goes on from there, and if there is none, it is removed like everything else that is.
+    fn find_or_add(&mut self, subject: &Subject, uid: &str) -> u32 {
+        let (namespace, name) = subject.fields();
+        let left = self.adoptable.iter().find(|(_, left)| {
+            (&*left.namespace, &*left.name, &*left.uid) == (namespace, name, uid)
+        });
+        if let Some((&pod, _)) = left {
+            return pod;
+        }
+        let pod = self.next_pod;
+        self.next_pod += 1;
+        let left = Adoptable {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: uid.to_owned(),
+            interfaces: Vec::new(),
+        };
+        self.adoptable.insert(pod, left);
+        pod
+    }
+
+    /// The policy that the pod was left under, if it is the one it should be under.
+    fn adopt(&self, pod: u32, wanted: &Wanted) -> Result<Option<(u32, AllowMap)>> {
+        let left = self.adoptable.get(&pod);
+        for (_, entry) in left.map_or(&[][..], |left| &left.interfaces) {
+            let adopted =
+                self.datapath
+                    .adopt_policy(entry.policy, &wanted.record, wanted.cidrs())?;
+            if let Some(allow) = adopted {
+                return Ok(Some((entry.policy, allow)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn new_policy(&mut self) -> u32 {
+        let policy = self.next_policy;
+        self.next_policy += 1;
+        policy
+    }
+
+    fn finish(
+        &mut self,
+        draft: Option<Draft>,
+        made: Result<Option<AllowMap>>,
+    ) -> Result<Option<Version>> {
+        let Some(draft) = draft else {
+            return Ok(None);
+        };
+        let Draft {
+            pod,
+            policy,
+            adopted,
+            ..
+        } = draft;
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                if adopted.is_none() {
+                    self.unused.push(Unused::Policy(policy));
+                    self.forget_policy(pod, policy);
+                }
+                return Err(error);
+            }
+        };
+        let allow = adopted.or(made).context("no allow map was made")?;
+        Ok(Some(Version { pod, policy, allow }))
+    }
+
+    /// Forgets a policy that could not be made. The last entry stays, for its interface's sake, so
+    /// that failing over and over leaves no more than failing once.
+    fn forget_policy(&mut self, pod: u32, policy: u32) {
+        if let Some(left) = self.adoptable.get_mut(&pod) {
+            let interfaces = left.interfaces.clone();
+            let stays = |ifindex: u32| {
+                let mut entries = interfaces.iter();
+                entries.any(|&(other, entry)| other == ifindex && entry.policy != policy)
+            };
+            left.interfaces
+                .retain(|&(ifindex, entry)| entry.policy != policy || !stays(ifindex));
+        }
+    }
+
+    /// Removes what nobody uses any more, all together. What cannot be removed is tried again the
+    /// next time; returns why.
+    pub(in crate::control) fn drop_unused(&mut self) -> Result<()> {
+        let unused = std::mem::take(&mut self.unused);
+        let mut failure = Ok(());
+        for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {
+            if dropped.is_err() {
+                self.unused.push(each);
+                failure = dropped;
+            }
+        }
+        failure
+    }
+}
+
+impl Draft {
+    fn needs<'a>(&self, subject: &'a Subject, wanted: &'a Wanted) -> NewMaps<'a> {
+        let (namespace, name) = subject.fields();
+        NewMaps {
+            pod: self.new_pod.then_some(NewPod {
+                id: self.pod,
+                namespace,
+                name,
+                uid: &wanted.uid,
+            }),
+            policy: self.adopted.is_none().then(|| NewPolicy {
+                id: self.policy,
+                record: &wanted.record,
+                cidrs: wanted.cidrs().collect(),
+            }),
+        }
+    }
+}

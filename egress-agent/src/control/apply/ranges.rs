@@ -1,0 +1,162 @@
+//! What the cluster says of itself, put together with what the operator says.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result};
+use egress_common::{
+    address::{self, Address},
+    records::{RANGE_INTERNAL, RANGE_NODE},
+};
+
+use crate::control::{
+    dns_settings,
+    plan::wanted::{Enforced, mapped},
+    reconcile::Reconciler,
+};
+use crate::{
+    config::Config,
+    datapath::{View, boottime_ns},
+    pods::Facts,
+};
+use egress_policy::Resolver;
+
+impl Reconciler {
+    /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the
+    /// cluster says something else.
+    pub(in crate::control) async fn learn_facts(&mut self, facts: &Facts) {
+        if *facts == self.facts {
+            return;
+        }
+        let next = together(&self.configured, facts);
+        // Whatever comes of it: it is not tried again and again.
+        self.facts.clone_from(facts);
+        match self.take_ranges(&next).await {
+            Ok(()) => {
+                self.config = next;
+                tracing::info!(
+                    resolvers = %listed(&self.config.dns.resolvers),
+                    internal = self.config.ranges.internal.len(),
+                    "the cluster's addresses are known"
+                );
+            }
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "cannot take on the cluster's addresses; the earlier ones stay"
+            ),
+        }
+    }
+
+    /// Puts the ranges of another configuration in force, and what it says of DNS.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be written; those that were in force are again.
+    pub(in crate::control) async fn take_ranges(&mut self, next: &Config) -> Result<()> {
+        // The kernel begins to hold what comes from a new resolver before the gate is told that the
+        // ranges are complete, and what came from an old one may still be in the ring.
+        let (before, after) = (dns_settings(&self.config), dns_settings(next));
+        self.gate
+            .configure(before.clone().with_resolvers_of(&after))
+            .await?;
+        let taken = self.write_ranges(next);
+        let settled = if taken.is_ok() { after } else { before };
+        self.gate.configure(settled).await?;
+        taken
+    }
+
+    fn write_ranges(&mut self, next: &Config) -> Result<()> {
+        let (tunnels, tunnels_before) = (next.tunnels(), self.config.tunnels());
+        let (ranges, before) = (next.ranges(), self.config.ranges());
+        if ranges == before && tunnels == tunnels_before {
+            return Ok(());
+        }
+        // Closed before an address becomes internal. A list that could not be written whole closes
+        // more than it should, never less.
+        self.datapath.set_tunnels(&tunnels)?;
+        // What is new stands in the map before what is old is removed, so for a moment both need
+        // room.
+        if let Err(error) = self.datapath.set_ranges(&ranges) {
+            self.datapath
+                .set_ranges(&before)
+                .and_then(|()| self.datapath.set_tunnels(&tunnels_before))
+                .context("the earlier ranges cannot be put back")?;
+            return Err(error);
+        }
+        let is_only_resolvers = tunnels == tunnels_before
+            && next.ranges_without_resolvers() == self.config.ranges_without_resolvers();
+        if is_only_resolvers {
+            self.note_resolvers(next);
+        } else {
+            self.ranges.change(next);
+        }
+        Ok(())
+    }
+
+    /// Only resolvers have come or gone: has the pods get a new version of their policies whose verdicts
+    /// that changes. `from_pod` looks for DNS before it looks at flows, so a version is not needed for that.
+    fn note_resolvers(&mut self, next: &Config) {
+        let (before, after) = (&self.config.dns.resolvers, &next.dns.resolvers);
+        let came = after.iter().filter(|resolver| !before.contains(resolver));
+        let gone = before.iter().filter(|resolver| !after.contains(resolver));
+        let changed: BTreeSet<Address> = came
+            .chain(gone)
+            .map(|resolver| mapped(resolver.address))
+            .filter(address::is_v4)
+            .collect();
+        let view = self.datapath.view();
+        for enforced in self.enforced.values_mut() {
+            let is_concerned = view.as_ref().map_or(true, |view| {
+                // What cannot be looked at is judged again.
+                is_concerned(view, enforced, &changed).unwrap_or(true)
+            });
+            if is_concerned {
+                enforced.wanted.judge_again();
+            }
+        }
+    }
+}
+
+/// Whether a pod's policy judges otherwise because these IPv4 addresses are resolvers' now, or are no more.
+///
+/// What an entry or `ranges` says of an IPv4 address holds for its translation (NAT64) too, unless it is a
+/// resolver's: see [`egress_common::verdict::Destination::add_translated`]. Only a pod with an IPv6 address
+/// sends there.
+fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -> Result<bool> {
+    let record = &enforced.wanted.record;
+    if enforced.wanted.own().iter().all(address::is_v4) {
+        return Ok(false);
+    }
+    for address in changed {
+        let policy = (enforced.policy, record);
+        let (destination, _) = view.destination(policy, address, boottime_ns())?;
+        let is_allowed = destination.cidr & !record.deny != 0;
+        if is_allowed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Resolvers as a log line has them.
+pub(in crate::control) fn listed(resolvers: &[Resolver]) -> String {
+    let texts: Vec<String> = resolvers.iter().map(Resolver::to_string).collect();
+    format!("[{}]", texts.join(", "))
+}
+
+/// The configuration with the cluster's resolvers and internal prefixes.
+pub(in crate::control) fn together(config: &Config, facts: &Facts) -> Config {
+    let mut config = config.clone();
+    let left_out = config.dns.add_resolvers(facts.resolvers.keys().copied());
+    if !left_out.is_empty() {
+        tracing::error!(
+            left_out = %listed(&left_out),
+            "the cluster's resolvers are asked on too many different ports: nothing is held that \
+             goes to these or comes from them, and nothing is learned from it"
+        );
+    }
+    let internal = &mut config.ranges.internal;
+    internal.extend(facts.internal.keys());
+    internal.sort_unstable();
+    internal.dedup();
+    config
+}

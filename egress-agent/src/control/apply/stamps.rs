@@ -1,0 +1,174 @@
+//! Telling of frames that the programs have not seen, and of the check that finds them.
+//!
+//! See [`crate::datapath`]'s stamp check. It counts by interface and sees no packet of its own accord, so a
+//! denial line tells of the pod and of how many frames there were.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use egress_common::reason::Reason;
+
+use anyhow::Result;
+
+use crate::control::{plan::wanted::Enforced, reconcile::Reconciler};
+use crate::{
+    datapath::{Looked, WithoutStamp},
+    report::{Denied, Reporter, Subject, Verdict},
+};
+
+/// How often the tables are looked at: a little less than a second, so that each round finds it due.
+const EVERY: Duration = Duration::from_millis(900);
+/// So often at most it is said that tables were put back.
+const SAY_EVERY: Duration = Duration::from_secs(20);
+
+/// What is known of the stamp check.
+pub(in crate::control) struct Stamps {
+    reporter: Reporter,
+    looked: Option<Instant>,
+    /// Why it is not in force as it was before.
+    problem: Option<String>,
+    /// Which of its tables the kernel does not take.
+    unsupported: Option<String>,
+    /// Tables that were put back since that was last said.
+    restored: u64,
+    said: Option<Instant>,
+}
+
+impl Stamps {
+    pub(in crate::control) fn new(reporter: Reporter) -> Self {
+        Self {
+            reporter,
+            looked: None,
+            problem: None,
+            unsupported: None,
+            restored: 0,
+            said: None,
+        }
+    }
+
+    /// Somebody has changed a table: it is looked at next.
+    pub(in crate::control) fn hurry(&mut self) {
+        self.looked = None;
+    }
+
+    /// Why frames that skip the programs may leave.
+    pub(in crate::control) fn problem(&self) -> Option<String> {
+        self.problem.as_ref().map(|why| {
+            format!(
+                "not enforced for certain: frames that skip the agent's programs may leave, because its table \
+                 of nf_tables cannot be put back: {why}"
+            )
+        })
+    }
+
+    /// What of the check the kernel does not take.
+    pub(in crate::control) fn unsupported(&self) -> Option<String> {
+        self.unsupported.as_ref().map(|why| {
+            format!(
+                "frames that skip the agent's programs are not dropped where the kernel takes no table of \
+                 nf_tables: {why}"
+            )
+        })
+    }
+
+    /// Says that tables were put back, but not each time.
+    fn say_restored(&mut self) {
+        let recently = self.said.is_some_and(|said| said.elapsed() < SAY_EVERY);
+        if self.restored > 0 && !recently {
+            tracing::warn!(
+                tables = self.restored,
+                "somebody removed or changed the agent's tables of nf_tables (`egress-agent`); they are back, \
+                 and what they had counted since the last look is not known"
+            );
+            self.restored = 0;
+            self.said = Some(Instant::now());
+        }
+    }
+}
+
+impl Reconciler {
+    /// From now on, frames of a pod's interfaces that skip `from_pod` do not leave, or are counted in audit
+    /// mode. To be called when it is attached.
+    ///
+    /// Returns whether frames that nobody has judged have left until now.
+    pub(in crate::control) fn require_stamps(
+        &mut self,
+        interfaces: &[u32],
+        mode: egress_policy::Mode,
+    ) -> bool {
+        let what = match mode {
+            egress_policy::Mode::Audit => WithoutStamp::Count,
+            egress_policy::Mode::Enforce | egress_policy::Mode::Off => WithoutStamp::Drop,
+        };
+        let ends_audit =
+            what == WithoutStamp::Drop && self.datapath.lets_unstamped_pass(interfaces);
+        if ends_audit {
+            self.stamps.hurry();
+            self.check_stamps();
+        }
+        let have_left = ends_audit && self.datapath.has_passed_unstamped(interfaces);
+        self.datapath.require_stamps(interfaces, what);
+        have_left
+    }
+
+    /// What others have opened towards a pod is forgotten: the pod may have sent that itself, in others' names, by
+    /// frames that nobody has judged.
+    pub(in crate::control) fn distrust_inbound(&mut self, key: &Subject, pod: u32) -> Result<()> {
+        self.datapath.note_forged(pod)?;
+        let forgotten = self.flows_of(pod)?.forget_inbound()?;
+        tracing::warn!(
+            pod = %key,
+            forgotten,
+            "frames that no program has judged left in audit mode, so the pod may have opened connections to \
+             itself in others' names: those that others have opened end"
+        );
+        Ok(())
+    }
+
+    /// Looks at what came without a stamp, if its turn has come.
+    pub(in crate::control) fn check_stamps(&mut self) {
+        let stamps = &mut self.stamps;
+        if stamps.looked.is_some_and(|at| at.elapsed() < EVERY) {
+            return;
+        }
+        stamps.looked = Some(Instant::now());
+        let Looked {
+            unstamped,
+            restored,
+            problem,
+            unsupported,
+        } = self.datapath.look_for_unstamped();
+        stamps.problem = problem;
+        stamps.unsupported = unsupported;
+        stamps.restored += restored.len() as u64;
+        stamps.say_restored();
+        self.board.stamp_tables_restored.add(restored.len() as u64);
+        for frames in unstamped {
+            let is_there = |pod: &&Enforced| pod.wanted.interfaces.contains(&frames.ifindex);
+            let Some(pod) = self.enforced.values().find(is_there) else {
+                tracing::warn!(
+                    ifindex = frames.ifindex,
+                    frames = frames.packets,
+                    "frames without a stamp, of an interface whose pod is not known yet"
+                );
+                continue;
+            };
+            self.stamps.reporter.report(Denied {
+                pod: std::sync::Arc::clone(&pod.identity),
+                verdict: match frames.what {
+                    WithoutStamp::Drop => Verdict::Dropped,
+                    WithoutStamp::Count => Verdict::Audited,
+                },
+                reason: Reason::NotJudged,
+                protocol: None,
+                src: None,
+                dst: None,
+                icmp: None,
+                dns: None,
+                dst_names: Vec::new(),
+                rule: None,
+                time: SystemTime::now(),
+                count: frames.packets,
+            });
+        }
+    }
+}

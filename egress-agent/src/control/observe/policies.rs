@@ -1,0 +1,176 @@
+//! Reading pods' annotations, and remembering what they last said when they could be read.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use crate::control::{digest, observe::locations::Pods};
+use crate::{pods::Pod, report::Subject, serve::Written};
+use egress_policy::{Annotations, Compiled, Mode, Settings};
+
+/// What was made of one pod's annotations.
+struct Reading {
+    uid: String,
+    own: BTreeMap<String, String>,
+    namespace: BTreeMap<String, String>,
+    compiled: Arc<Compiled>,
+    /// Whether `compiled` is what some annotations of this pod said, now or earlier.
+    good: bool,
+    problem: Option<String>,
+    /// The annotations that `compiled` was made of.
+    written: Arc<Written>,
+    /// Whether they cannot be read as they are now.
+    unreadable: bool,
+    /// Whether it was made under the settings that hold.
+    current: bool,
+}
+
+/// The readings of all pods.
+pub(in crate::control) struct Readings {
+    settings: Settings,
+    pods: HashMap<Subject, Reading>,
+}
+
+impl Readings {
+    pub(in crate::control) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            pods: HashMap::new(),
+        }
+    }
+
+    /// The pod's policy: what its annotations say; or what they last said when they could be read;
+    /// or closed.
+    pub(in crate::control) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
+        let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
+        if let Some(reading) = before
+            && reading.current
+            && reading.own == pod.annotations
+            && reading.namespace == pod.namespace_annotations
+        {
+            return Arc::clone(&reading.compiled);
+        }
+        let own = Annotations::from_map(&pod.annotations);
+        let namespace = Annotations::from_map(&pod.namespace_annotations);
+        let read = egress_policy::compile(&own, &namespace, &self.settings);
+        let unreadable = read.is_err();
+        let (compiled, good, problem, written) = match read {
+            Ok(mut compiled) => {
+                compiled.record.annotations =
+                    digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
+                let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
+                let written = Arc::new(Written { own, namespace });
+                (Arc::new(compiled), true, problem, written)
+            }
+            Err(error) => {
+                let last = before.filter(|reading| reading.good);
+                if let Some((compiled, written)) = last.and_then(|last| self.again(last)) {
+                    let problem = format!("{error}; the last good policy stays");
+                    (compiled, true, Some(problem), written)
+                } else {
+                    let closed = egress_policy::unreadable(&own, &namespace, &self.settings);
+                    let follows = match closed.mode {
+                        Mode::Enforce => "everything external is denied",
+                        Mode::Audit | Mode::Off => {
+                            "everything external would be denied; nothing is stopped \
+                             (defaultMode: audit)"
+                        }
+                    };
+                    let problem = format!("{error}; {follows}");
+                    (Arc::new(closed), false, Some(problem), Arc::default())
+                }
+            }
+        };
+        let reading = Reading {
+            uid: pod.uid.clone(),
+            own: pod.annotations.clone(),
+            namespace: pod.namespace_annotations.clone(),
+            compiled: Arc::clone(&compiled),
+            good,
+            problem,
+            written,
+            unreadable,
+            current: true,
+        };
+        self.pods.insert(key.clone(), reading);
+        compiled
+    }
+
+    /// From now on, other settings hold.
+    pub(in crate::control) fn change(&mut self, settings: Settings) {
+        if settings != self.settings {
+            self.settings = settings;
+            for reading in self.pods.values_mut() {
+                reading.current = false;
+            }
+        }
+    }
+
+    /// What a pod's annotations said when they could be read, under the settings that hold; `None` when
+    /// that cannot be a policy under these.
+    fn again(&self, last: &Reading) -> Option<(Arc<Compiled>, Arc<Written>)> {
+        let written = Arc::clone(&last.written);
+        if last.current {
+            return Some((Arc::clone(&last.compiled), written));
+        }
+        let compiled = egress_policy::compile(&written.own, &written.namespace, &self.settings);
+        let mut compiled = compiled.ok()?;
+        compiled.record.annotations = last.compiled.record.annotations;
+        Some((Arc::new(compiled), written))
+    }
+
+    /// The policy of a pod of which nothing can be made, in this mode.
+    pub(in crate::control) fn closed(&self, mode: Mode) -> Arc<Compiled> {
+        let none = Annotations::default();
+        let mut closed = egress_policy::unreadable(&none, &none, &self.settings);
+        closed.mode = mode;
+        Arc::new(closed)
+    }
+
+    /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
+    /// whether its annotations cannot be read.
+    pub(in crate::control) fn last(
+        &self,
+        key: &Subject,
+    ) -> Option<(&Arc<Compiled>, &Arc<Written>, bool)> {
+        let reading = self.pods.get(key)?;
+        Some((&reading.compiled, &reading.written, reading.unreadable))
+    }
+
+    /// The settings that hold.
+    pub(in crate::control) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The policy of a pod that is closed because of its other interfaces.
+    pub(in crate::control) fn refused(&self) -> Arc<Compiled> {
+        Arc::new(egress_policy::refused(&self.settings))
+    }
+
+    /// The policy of what is not known yet.
+    pub(in crate::control) fn unidentified(&self) -> Arc<Compiled> {
+        Arc::new(egress_policy::unidentified(&self.settings))
+    }
+
+    /// The policy of a pod whose namespace is not known yet.
+    pub(in crate::control) fn without_namespace(
+        &self,
+        pod: &Pod,
+        quarantine: bool,
+    ) -> Arc<Compiled> {
+        let own = Annotations::from_map(&pod.annotations);
+        let closed = egress_policy::without_namespace(&own, quarantine, &self.settings);
+        Arc::new(closed)
+    }
+
+    /// What is wrong with the pod's annotations, or what their author should know.
+    pub(in crate::control) fn problem(&self, key: &Subject) -> Option<String> {
+        self.pods.get(key)?.problem.clone()
+    }
+
+    /// Forgets pods that are gone.
+    pub(in crate::control) fn retain(&mut self, pods: &Pods<'_>) {
+        self.pods.retain(|key, _| pods.contains_key(key));
+    }
+}

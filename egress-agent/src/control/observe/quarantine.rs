@@ -1,0 +1,35 @@
+//! Interfaces that lead to a pod of which nobody has said yet whose it is.
+//!
+//! Each is enforced like a pod of its own, without a namespace and with the interface's name, under a
+//! policy that closes it to the outside. When its pod is known, the pod takes the interface over, with
+//! no packet between the one and the other; a pod that is not to be enforced lets it go.
+
+use std::collections::BTreeMap;
+
+use crate::{pods::Pod, report::Subject};
+
+/// What is to be said of an interface that stays in quarantine.
+pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
+                                 no pod of this node is known to be there. If it is no pod's, name \
+                                 it in quarantine.exclude";
+
+/// What stands for an interface whose pod is not known.
+pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {
+    let pod = Pod {
+        namespace: String::new(),
+        name: interface.to_owned(),
+        uid: "quarantine".to_owned(),
+        interface: Some(interface.to_owned()),
+        cgroup_uid: None,
+        addresses: Vec::new(),
+        further: Vec::new(),
+        annotations: BTreeMap::new(),
+        namespace_annotations: BTreeMap::new(),
+        namespace_known: true,
+        host_network: false,
+        is_pending: false,
+        node_name: None,
+        origin: format!("interface {interface}"),
+    };
+    (Subject::interface(interface), pod)
+}

@@ -1,0 +1,205 @@
+//! A pod that is enforced, and what it should be.
+
+use std::{net::IpAddr, sync::Arc};
+
+use egress_common::{
+    address::{self, Address},
+    limits::OWN_ADDRESSES,
+    records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
+};
+
+use crate::control::{digest, observe::locations::Found};
+use crate::{
+    config::{Config, OnDeny},
+    datapath::{FlowMap, PodPins},
+    host::Network,
+    pods::Pod,
+    report::PodIdentity,
+};
+use egress_policy::{Compiled, Mode};
+
+/// What a pod should be under.
+#[derive(Clone)]
+pub(in crate::control) struct Wanted {
+    pub(in crate::control) uid: String,
+    /// Its interfaces' indexes, in order; never empty.
+    pub(in crate::control) interfaces: Vec<u32>,
+    /// The network namespaces on the other ends, where they are known.
+    pub(in crate::control) networks: Vec<Network>,
+    pub(in crate::control) compiled: Arc<Compiled>,
+    /// `compiled.record` with the pod's own addresses.
+    pub(in crate::control) record: Policy,
+    pub(in crate::control) mode: u32,
+    pub(in crate::control) flags: u32,
+    /// Which of the agent's ranges it is under; others make another version.
+    ranges: u64,
+}
+
+/// Which ranges and tunnels verdicts are under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::control) struct RangesVersion {
+    /// How many there have been since the agent started: flows that passed under earlier ones are judged again.
+    number: u64,
+    /// The same for every agent with these ranges.
+    fingerprint: u64,
+}
+
+impl RangesVersion {
+    /// Those that the agent begins with.
+    pub(in crate::control) fn first(config: &Config) -> Self {
+        Self {
+            number: Wanted::NO_RANGES + 1,
+            fingerprint: digest::of_ranges(config),
+        }
+    }
+
+    /// The same for every agent with these ranges.
+    pub(in crate::control) fn fingerprint(self) -> u64 {
+        self.fingerprint
+    }
+
+    /// Those that are in force from now on.
+    pub(in crate::control) fn change(&mut self, config: &Config) {
+        self.number += 1;
+        self.fingerprint = digest::of_ranges(config);
+    }
+}
+
+impl Wanted {
+    /// The number of no ranges: they are counted from 1 on.
+    const NO_RANGES: u64 = 0;
+
+    /// Of the pod's own addresses the first [`OWN_ADDRESSES`] count.
+    pub(in crate::control) fn new(
+        pod: &Pod,
+        own: &[IpAddr],
+        found: &Found,
+        compiled: Arc<Compiled>,
+        on_deny: OnDeny,
+        ranges: RangesVersion,
+    ) -> Self {
+        let mut record = compiled.record;
+        record.ranges = ranges.fingerprint;
+        for (slot, ip) in record.own.iter_mut().zip(own) {
+            *slot = mapped(*ip);
+        }
+        record.own_len = own.len().min(OWN_ADDRESSES) as u32;
+        let is_sure = |ip: &IpAddr| pod.addresses.contains(ip) || found.first.made.contains(ip);
+        if !own.iter().all(is_sure) {
+            record.flags |= POLICY_OWN_UNSURE;
+        }
+        Self {
+            uid: pod.uid.clone(),
+            interfaces: found.interfaces.clone(),
+            networks: found.networks.clone(),
+            record,
+            mode: match compiled.mode {
+                Mode::Audit => MODE_AUDIT,
+                Mode::Enforce | Mode::Off => MODE_ENFORCE,
+            },
+            flags: match on_deny {
+                OnDeny::Drop => 0,
+                OnDeny::Reject => INTERFACE_REJECT,
+            },
+            compiled,
+            ranges: ranges.number,
+        }
+    }
+
+    /// The pod's own addresses that count.
+    pub(in crate::control) fn own(&self) -> &[Address] {
+        self.record
+            .own
+            .get(..self.record.own_len as usize)
+            .unwrap_or_default()
+    }
+
+    /// The prefixes of the policy, as the datapath takes them.
+    pub(in crate::control) fn cidrs(
+        &self,
+    ) -> impl ExactSizeIterator<Item = (Address, u32, u64)> + '_ {
+        self.compiled
+            .cidrs
+            .iter()
+            .map(|cidr| (cidr.network, cidr.prefix_len, cidr.classes))
+    }
+
+    /// The entry of the pod's interfaces under this version.
+    pub(in crate::control) fn entry(&self, pod: u32, policy: u32) -> Interface {
+        Interface {
+            pod,
+            policy,
+            mode: self.mode,
+            flags: self.flags,
+        }
+    }
+
+    /// The same on other interfaces.
+    pub(in crate::control) fn on(self, interfaces: Vec<u32>) -> Self {
+        Self { interfaces, ..self }
+    }
+
+    /// The same, with those of these interfaces and networks that it does not have yet. `None` when its
+    /// networks are known and there is no new one.
+    pub(in crate::control) fn only_new(
+        &self,
+        interfaces: &[u32],
+        networks: &[Network],
+    ) -> Option<Self> {
+        let is_known = |network: &Network| {
+            let mut known = self.networks.iter();
+            known.any(|known| known.inode == network.inode)
+        };
+        let new = |ifindex: &u32| !self.interfaces.contains(ifindex);
+        let mut wanted = self.clone();
+        wanted.interfaces = interfaces.iter().copied().filter(new).collect();
+        wanted.networks = networks.to_vec();
+        wanted.networks.retain(|network| !is_known(network));
+        (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
+    }
+
+    /// Has the pod get a new version of its policy, so that flows which the last one let pass are judged again.
+    pub(in crate::control) fn judge_again(&mut self) {
+        self.ranges = Self::NO_RANGES;
+    }
+
+    /// Whether this is the same policy, wherever it is attached.
+    pub(in crate::control) fn same_policy(&self, other: &Self) -> bool {
+        self.compiled == other.compiled
+            && self.record == other.record
+            && self.mode == other.mode
+            && self.flags == other.flags
+            && self.ranges == other.ranges
+    }
+}
+
+/// A pod that is enforced.
+pub(in crate::control) struct Enforced {
+    pub(in crate::control) wanted: Wanted,
+    pub(in crate::control) identity: Arc<PodIdentity>,
+    /// Its key in `flows`, `meters` and `identities`.
+    pub(in crate::control) pod: u32,
+    /// Its key in `policies`, `allow` and `cidrs`.
+    pub(in crate::control) policy: u32,
+    /// How many versions of its policy there have been.
+    pub(in crate::control) version: u64,
+    pub(in crate::control) pins: PodPins,
+    pub(in crate::control) flows: FlowMap,
+}
+
+impl Enforced {
+    /// What its interfaces are under.
+    pub(in crate::control) fn entries(&self) -> Vec<(u32, Interface)> {
+        let entry = self.wanted.entry(self.pod, self.policy);
+        let interfaces = self.wanted.interfaces.iter();
+        interfaces.map(|&ifindex| (ifindex, entry)).collect()
+    }
+}
+
+/// An address as the maps hold it.
+pub(in crate::control) fn mapped(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => address::from_v4(ip.octets()),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
