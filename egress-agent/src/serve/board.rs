@@ -216,12 +216,16 @@ impl Default for Board {
 }
 
 impl Board {
-    /// The node as it is after a reconcile that took this long.
-    pub fn reconciled(&self, node: NodeState, took: Duration) {
+    /// The node as it is after a reconcile.
+    pub fn publish(&self, node: NodeState) {
         let enforced = |pod: &PodState| pod.attached.as_ref().map(|attached| attached.pod);
         let pods: HashSet<u32> = node.pods.values().filter_map(enforced).collect();
         lock(&self.flows).retain(|pod, _| pods.contains(pod));
         self.node.store(Arc::new(node));
+    }
+
+    /// A reconcile has ended that took this long.
+    pub fn reconciled(&self, took: Duration) {
         self.reconciles
             .record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
         self.reconciled_ns.set(boottime_ns());

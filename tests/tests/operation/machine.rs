@@ -196,8 +196,8 @@ fn an_agent_that_is_asked_to_end_while_it_is_busy_ends_and_leaves_nothing() {
     let from = lines(&agent);
     // Attaching to an interface takes its time, and there is nothing to attach to without a policy.
     lab.remove_namespace("shop");
-    eventually("every pod is released", || {
-        holds(said_of_crowd(&agent, "released", from) == CROWD)
+    eventually("every pod is removed", || {
+        holds(said_of_crowd(&agent, "removed", from) == CROWD)
     });
     let from = lines(&agent);
     lab.write_namespace("shop", &[("allow", "later.test:443")]);

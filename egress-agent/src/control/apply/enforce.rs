@@ -1,78 +1,61 @@
-//! Moving one pod from what it is under to what it should be under.
+//! Beginning to enforce a pod, changing its policy, and moving it to other interfaces.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::control::{
-    apply::prepare::Version,
-    plan::wanted::{Enforced, Wanted},
-    reconcile::Reconciler,
-};
+use super::{Applier, Outcome, enforced::Enforced, prepare::Version};
 use crate::{
-    datapath::{Adoptable, FlowMap, Unused},
+    control::{
+        observe::machine::Machine,
+        plan::{Before, wanted::Wanted},
+        publish::denials::Known,
+    },
+    datapath::Unused,
     gate::{Enforcement, Judged, Left},
-    host::Network,
     report::{PodIdentity, Subject},
 };
+use egress_policy::Compiled;
 
-impl Reconciler {
-    /// Makes a pod's enforcement what it should be; `version` is what was prepared for it.
+impl Applier {
+    /// A pod that is not enforced yet: new, left by an earlier agent, or begun and not finished.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses; what held before holds on, and what was begun is finished by the
-    /// next attempt.
-    pub(in crate::control) async fn enforce(
+    /// When the kernel refuses. What was begun is known as left in the kernel, and the next attempt goes on from
+    /// there.
+    pub(super) async fn begin(
         &mut self,
-        key: &Subject,
-        wanted: Wanted,
-        version: Option<Version>,
+        subject: &Subject,
+        wanted: &Arc<Wanted>,
+        version: Option<Result<Version>>,
+        before: Before,
+        machine: &mut Machine,
+        outcome: &mut Outcome,
     ) -> Result<()> {
-        let Some(pod) = self.enforced.get(key) else {
-            let version = version.context("nothing was prepared for the pod")?;
-            return self.begin(key, wanted, version).await;
-        };
-        let before = pod.wanted.interfaces.clone();
-        let (interfaces, networks) = (wanted.interfaces.clone(), wanted.networks.clone());
-        if let Some(version) = version {
-            self.change(key, wanted.on(before.clone()), version).await?;
-        }
-        if before != interfaces {
-            self.move_to(key, interfaces, networks).await?;
-        }
-        Ok(())
-    }
-
-    /// A pod that is not enforced yet: new, left by an earlier agent, or begun and not finished.
-    async fn begin(&mut self, key: &Subject, wanted: Wanted, version: Version) -> Result<()> {
-        let (namespace, name) = key.fields();
-        let Version { pod, policy, allow } = version;
-        let identity = PodIdentity::new(
-            self.config.node.as_str(),
-            namespace,
-            name,
-            wanted.uid.as_str(),
-        );
+        let (namespace, name) = subject.fields();
+        let Version { pod, policy, allow } =
+            version.context("nothing was prepared for the pod")??;
+        let identity = PodIdentity::new(self.node.as_str(), namespace, name, wanted.uid.as_str());
         let identity = Arc::new(identity.counted_in(self.board.denials_of(namespace)));
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
-        let left = self.left_under(pod, policy, &wanted)?;
+        let left = self.left_under(pod, policy, wanted)?;
         let mut flows = self.flows_of(pod)?;
-        self.take_from_quarantine(&wanted, &mut flows)?;
-        let has_unjudged = self.has_unjudged(key, &wanted);
+        self.take_from_quarantine(wanted, &mut flows)?;
         let is_judged = |ifindex: &u32| self.is_anothers(pod, *ifindex);
-        let settles = has_unjudged && !wanted.interfaces.iter().any(is_judged);
+        let settles = before == Before::Settle && !wanted.interfaces.iter().any(is_judged);
         let entry = if settles {
             self.datapath.note_unjudged(pod)?;
             Judged::Sources.in_entry(entry)
         } else {
             entry
         };
-        if has_unjudged && !settles {
+        if before != Before::Judged && !settles {
             self.datapath.note_unjudged(pod)?;
-            self.seed(key, &wanted, &mut flows, policy).await;
+            self.seed(subject, wanted, &mut flows, policy, machine)
+                .await;
         }
         self.gate
             .apply(Enforcement {
@@ -93,17 +76,17 @@ impl Reconciler {
             self.datapath.attach(ifindex)?;
         }
         if self.require_stamps(&wanted.interfaces, wanted.compiled.mode) {
-            self.distrust_inbound(key, pod)?;
+            self.distrust_inbound(subject, pod)?;
         }
-        self.unjudged.judge(&wanted.interfaces);
-        let left = self.adoptable.remove(&pod);
+        outcome.judged.extend(&wanted.interfaces);
+        let left = self.left.remove(&pod);
         if settles {
-            self.settling.push(key.clone());
+            self.settling.push(subject.clone());
         } else {
-            say_enforcing(key, &wanted);
+            log_enforcing(subject, wanted);
         }
         let enforced = Enforced {
-            wanted,
+            wanted: Arc::clone(wanted),
             identity,
             pod,
             policy,
@@ -111,9 +94,9 @@ impl Reconciler {
             pins,
             flows,
         };
-        self.enforced.insert(key.clone(), enforced);
+        self.enforced.insert(subject.clone(), enforced);
         for (ifindex, entry) in left.map_or_else(Vec::new, |left| left.interfaces) {
-            self.let_go(pod, ifindex)?;
+            self.detach(pod, ifindex)?;
             if entry.policy != policy {
                 self.unused.push(Unused::Policy(entry.policy));
             }
@@ -122,12 +105,24 @@ impl Reconciler {
     }
 
     /// A new version of an enforced pod's policy.
-    async fn change(&mut self, key: &Subject, wanted: Wanted, version: Version) -> Result<()> {
-        let Version { pod, policy, allow } = version;
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses. The earlier version stays in force then, unless the error says otherwise.
+    pub(super) async fn change(
+        &mut self,
+        subject: &Subject,
+        wanted: &Wanted,
+        version: Option<Result<Version>>,
+    ) -> Result<()> {
+        let Version { pod, policy, allow } =
+            version.context("nothing was prepared for the pod")??;
         let flows = self.flows_of(pod)?;
-        let Some(enforced) = self.enforced.get_mut(key) else {
+        let Some(enforced) = self.enforced.get_mut(subject) else {
             bail!("the pod is not enforced");
         };
+        // It is moved to other interfaces afterwards.
+        let wanted = wanted.clone().on_interfaces_of(&enforced.wanted);
         let names = self.datapath.names(&enforced.pins)?;
         let applied = self
             .gate
@@ -150,22 +145,41 @@ impl Reconciler {
         // It is in force: from here on nothing may fail before this is noted.
         let before = std::mem::replace(&mut enforced.policy, policy);
         self.unused.push(Unused::Policy(before));
-        enforced.wanted = wanted;
+        enforced.wanted = Arc::new(wanted);
         enforced.version += 1;
         let (mode, version) = (enforced.wanted.compiled.mode, enforced.version);
         let interfaces = enforced.wanted.interfaces.clone();
         let pod = enforced.pod;
         let pinned = self.datapath.pin_allow(policy, &enforced.pins);
         if self.require_stamps(&interfaces, mode) {
-            self.distrust_inbound(key, pod)?;
+            self.distrust_inbound(subject, pod)?;
         }
         tracing::info!(
-            pod = %key,
+            pod = %subject,
             version,
             mode = %mode.as_str(),
             "policy applied"
         );
         pinned
+    }
+
+    /// Tells the denial reader of a pod.
+    fn announce(
+        &self,
+        pod: u32,
+        identity: &Arc<PodIdentity>,
+        compiled: &Arc<Compiled>,
+        policy: u32,
+    ) {
+        let known = Arc::new(Known {
+            identity: Arc::clone(identity),
+            policy: Some((policy, Arc::clone(compiled))),
+        });
+        self.known.rcu(|before| {
+            let mut after = HashMap::clone(before);
+            after.insert(pod, Arc::clone(&known));
+            after
+        });
     }
 
     /// What an earlier agent left a pod's interfaces under, where that is not this version of its policy.
@@ -193,27 +207,27 @@ impl Reconciler {
         Ok(left)
     }
 
-    /// A handle on a pod's flows.
-    pub(in crate::control) fn flows_of(&self, pod: u32) -> Result<FlowMap> {
-        self.datapath
-            .flow_map(pod)?
-            .with_context(|| format!("pod {pod} has no flow map"))
-    }
-
     /// The pod's interfaces were replaced, or there are more or fewer of them.
-    async fn move_to(
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(super) async fn move_to(
         &mut self,
-        key: &Subject,
-        interfaces: Vec<u32>,
-        networks: Vec<Network>,
+        subject: &Subject,
+        wanted: &Wanted,
+        has_unjudged: bool,
+        machine: &mut Machine,
+        outcome: &mut Outcome,
     ) -> Result<()> {
-        let Some(enforced) = self.enforced.get(key) else {
+        let Some(enforced) = self.enforced.get(subject) else {
             bail!("the pod is not enforced");
         };
         let (pod, policy) = (enforced.pod, enforced.policy);
         let mode = enforced.wanted.compiled.mode;
+        let interfaces = wanted.interfaces.clone();
         let mut flows = self.flows_of(pod)?;
-        let new = enforced.wanted.only_new(&interfaces, &networks);
+        let new = enforced.wanted.only_new(&interfaces, &wanted.networks);
         if let Some(new) = &new {
             self.take_from_quarantine(new, &mut flows)?;
         }
@@ -221,109 +235,31 @@ impl Reconciler {
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }
-        if let Some(new) = new.filter(|new| self.has_unjudged(key, new)) {
+        if let Some(new) = new.filter(|_| has_unjudged) {
             self.datapath.note_unjudged(pod)?;
-            self.seed(key, &new, &mut flows, policy).await;
+            self.seed(subject, &new, &mut flows, policy, machine).await;
         }
         self.gate.move_to(pod, interfaces.clone()).await?;
         let _ = self.require_stamps(&interfaces, mode);
-        self.unjudged.judge(&interfaces);
-        tracing::info!(pod = %key, ?interfaces, "enforcing on other interfaces");
-        let Some(enforced) = self.enforced.get_mut(key) else {
+        outcome.judged.extend(&interfaces);
+        tracing::info!(pod = %subject, ?interfaces, "enforcing on other interfaces");
+        let Some(enforced) = self.enforced.get_mut(subject) else {
             bail!("the pod is not enforced");
         };
-        enforced.wanted.networks = networks;
-        let before = std::mem::replace(&mut enforced.wanted.interfaces, interfaces);
+        let in_force = Arc::make_mut(&mut enforced.wanted);
+        in_force.networks.clone_from(&wanted.networks);
+        let before = std::mem::replace(&mut in_force.interfaces, interfaces);
         for ifindex in before {
-            self.let_go(pod, ifindex)?;
+            self.detach(pod, ifindex)?;
         }
         Ok(())
-    }
-
-    /// Stops enforcing a pod. What cannot be removed now is left behind, and tried again.
-    pub(in crate::control) async fn remove(&mut self, key: &Subject) {
-        let Some(enforced) = self.enforced.remove(key) else {
-            return;
-        };
-        let left = Adoptable {
-            namespace: key.fields().0.to_owned(),
-            name: key.fields().1.to_owned(),
-            uid: enforced.wanted.uid.clone(),
-            interfaces: enforced.entries(),
-        };
-        match self.drop_leftover(enforced.pod, &left).await {
-            Ok(()) => tracing::info!(pod = %key, "released"),
-            Err(error) => {
-                tracing::error!(
-                    pod = %key,
-                    error = %format!("{error:#}"),
-                    "cannot remove all of a pod yet"
-                );
-                self.adoptable.insert(enforced.pod, left);
-            }
-        }
-    }
-
-    /// Removes everything of a pod that is not enforced. Its maps go with all others that are of no
-    /// use any more.
-    pub(in crate::control) async fn drop_leftover(
-        &mut self,
-        pod: u32,
-        left: &Adoptable,
-    ) -> Result<()> {
-        for &(ifindex, _) in &left.interfaces {
-            self.let_go(pod, ifindex)?;
-        }
-        self.gate.remove(pod).await?;
-        let own = Subject::from_fields(&left.namespace, &left.name);
-        // Otherwise the pins are those of a newer pod with the same name by now.
-        if !self.enforced.contains_key(&own)
-            && !self.adoptable.iter().any(|(&id, other)| {
-                id != pod && Subject::from_fields(&other.namespace, &other.name) == own
-            })
-        {
-            self.datapath
-                .pins_of(&left.namespace, &left.name)
-                .remove()?;
-        }
-        let policies = left.interfaces.iter().map(|(_, entry)| entry.policy);
-        self.unused.extend(policies.map(Unused::Policy));
-        self.unused.push(Unused::Pod(pod));
-        Ok(())
-    }
-
-    /// Detaches from an interface that a pod is on no more, unless it is another pod's by now.
-    fn let_go(&mut self, pod: u32, ifindex: u32) -> Result<()> {
-        let is_on = |enforced: &Enforced| {
-            enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)
-        };
-        if self.enforced.values().any(is_on) || self.is_anothers(pod, ifindex) {
-            return Ok(());
-        }
-        self.datapath.detach(ifindex)?;
-        self.datapath.interfaces()?.remove(ifindex, pod)
-    }
-
-    /// Whether an interface is, or is to be, that of another pod than this one.
-    pub(in crate::control) fn is_anothers(&self, pod: u32, ifindex: u32) -> bool {
-        let is_left = self.adoptable.iter().any(|(&id, left)| {
-            id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
-        });
-        is_left || self.is_taken_over(pod, ifindex)
-    }
-
-    /// Whether another pod than this one is enforced on an interface.
-    pub(in crate::control) fn is_taken_over(&self, pod: u32, ifindex: u32) -> bool {
-        self.enforced
-            .values()
-            .any(|other| other.pod != pod && other.wanted.interfaces.contains(&ifindex))
     }
 }
 
-/// Says that a pod is enforced from now on.
-pub(in crate::control) fn say_enforcing(key: &Subject, wanted: &Wanted) {
+/// Logs that a pod is enforced from now on.
+pub(super) fn log_enforcing(subject: &Subject, wanted: &Wanted) {
     tracing::info!(
-        pod = %key,
+        pod = %subject,
         interfaces = ?wanted.interfaces,
         mode = %wanted.compiled.mode.as_str(),
         "enforcing"

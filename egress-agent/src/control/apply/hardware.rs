@@ -13,11 +13,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::records::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkHardware};
 
-use crate::control::{observe::locations::Place, reconcile::Reconciler};
 use crate::{
+    control::observe::{Observed, machine::Machine},
     datapath::{Datapath, LinkHardwareMap},
     host::{HardwareAddress, Host, Link, Links},
-    report::Subject,
 };
 
 /// How long the gateways' addresses are used that were read. A pod whose address is refused has it
@@ -90,7 +89,7 @@ impl Hardware {
     }
 
     /// Why nothing may be sent on one of these interfaces.
-    fn problem(&self, interfaces: &[u32]) -> Option<String> {
+    pub(super) fn problem(&self, interfaces: &[u32]) -> Option<String> {
         let mut ports = interfaces.iter().filter_map(|at| self.ports.get(at));
         ports.find_map(|bound| {
             let whose = bound.refused.as_ref()?;
@@ -103,7 +102,9 @@ impl Hardware {
 
     /// Binds the ports of bridges among these interfaces. `running` are those behind which a pod's
     /// process was found.
-    fn bind(&mut self, host: &mut Host, links: &Links, running: &HashSet<u32>) -> Result<()> {
+    pub(super) fn bind(&mut self, machine: &mut Machine, running: &HashSet<u32>) -> Result<()> {
+        let Machine { host, links, .. } = machine;
+        let links = &*links;
         let ports: BTreeMap<u32, (&Link, u32)> = links
             .iter()
             .filter(|link| link.is_host_end())
@@ -234,27 +235,13 @@ fn whose(
     Some(format!("that of the pod behind interface {name}"))
 }
 
-impl Reconciler {
-    /// Binds ports of bridges to their hardware addresses. Returns what is wrong.
-    pub(in crate::control) fn bind_hardware(
-        &mut self,
-        places: &BTreeMap<Subject, Place>,
-    ) -> Option<String> {
-        let identified = places.iter().filter_map(|(key, place)| match place {
-            Place::Found(found) if !key.is_interface() => Some(&found.interfaces),
-            _ => None,
-        });
-        let running: HashSet<u32> = identified.flatten().copied().collect();
-        let (host, links) = self.places.on()?;
-        let bound = self.hardware.bind(host, links, &running);
-        bound.err().map(|error| {
-            format!("pods on bridges could send from hardware addresses of others: {error:#}")
-        })
-    }
-
-    /// Why a pod may not send from its hardware address.
-    pub(in crate::control) fn hardware_problem(&self, key: &Subject) -> Option<String> {
-        let enforced = self.enforced.get(key)?;
-        self.hardware.problem(&enforced.wanted.interfaces)
-    }
+/// The interfaces behind which pods' processes were found.
+pub(super) fn running(observed: &Observed<'_>) -> HashSet<u32> {
+    let identified = observed
+        .pods
+        .iter()
+        .filter(|(subject, _)| !subject.is_interface());
+    identified
+        .flat_map(|(_, found)| found.location.interfaces().iter().copied())
+        .collect()
 }

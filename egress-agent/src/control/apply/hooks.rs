@@ -14,12 +14,11 @@ use std::{
 use anyhow::Result;
 use egress_common::records::Probes;
 
-use crate::control::reconcile::Reconciler;
+use super::{Applier, Upkeep};
 use crate::{
     datapath::{Hook, ProbeMap, Standing},
     gate::Probe,
     host::interface_name,
-    report::Subject,
 };
 
 /// How often an interface is looked at: a little less than a second, so that each round finds it due.
@@ -175,7 +174,7 @@ impl Watched {
     }
 }
 
-impl Reconciler {
+impl Applier {
     /// Looks at the hooks of the enforced interfaces whose turn it is.
     pub(in crate::control) async fn check_hooks(&mut self) {
         let sources: BTreeMap<u32, Probe> = self
@@ -192,22 +191,22 @@ impl Reconciler {
             .collect();
         let Hooks {
             interfaces, stale, ..
-        } = &mut self.hooks;
+        } = &mut self.upkeep.hooks;
         interfaces.retain(|ifindex, _| {
             let is_kept = sources.contains_key(ifindex);
             *stale |= !is_kept;
             is_kept
         });
         for &ifindex in sources.keys() {
-            self.hooks.interfaces.entry(ifindex).or_default();
+            self.upkeep.hooks.interfaces.entry(ifindex).or_default();
         }
         let mut ready = Vec::new();
         let mut moved = Vec::new();
-        for ifindex in self.hooks.due() {
+        for ifindex in self.upkeep.hooks.due() {
             match self.check_hook(ifindex, &mut moved) {
                 Ok(true) => ready.extend(sources.get(&ifindex)),
                 Ok(false) => {}
-                Err(error) => self.hooks.fail(ifindex, &error),
+                Err(error) => self.upkeep.hooks.fail(ifindex, &error),
             }
         }
         if let Some(first) = moved.first() {
@@ -221,7 +220,7 @@ impl Reconciler {
         if let Err(error) = self.send_probes(&ready).await {
             tracing::error!(error = %format!("{error:#}"), "cannot send probes");
         }
-        if let Err(error) = self.hooks.forget() {
+        if let Err(error) = self.upkeep.hooks.forget() {
             tracing::error!(error = %format!("{error:#}"), "cannot forget probes");
         }
     }
@@ -230,7 +229,9 @@ impl Reconciler {
     fn check_hook(&mut self, ifindex: u32, moved: &mut Vec<String>) -> Result<bool> {
         let now = Instant::now();
         let Self {
-            datapath, hooks, ..
+            datapath,
+            upkeep: Upkeep { hooks, .. },
+            ..
         } = self;
         let Some(watched) = hooks.interfaces.get_mut(&ifindex) else {
             return Ok(false);
@@ -312,12 +313,13 @@ impl Reconciler {
         let at = Instant::now();
         let mut before = Vec::with_capacity(probes.len());
         for probe in probes {
-            before.push(self.hooks.probes.count(probe.ifindex)?);
+            before.push(self.upkeep.hooks.probes.count(probe.ifindex)?);
         }
         let sent = self.gate.probe(probes.to_vec()).await?;
         for ((&probe, before), sent) in probes.iter().zip(before).zip(sent) {
             // What is down carries nothing; it is tried again.
             if let Some(watched) = self
+                .upkeep
                 .hooks
                 .interfaces
                 .get_mut(&probe.ifindex)
@@ -327,13 +329,6 @@ impl Reconciler {
             }
         }
         Ok(())
-    }
-
-    /// Why what an enforced pod sends or receives may not be judged.
-    pub(in crate::control) fn bypassed(&self, key: &Subject) -> Option<String> {
-        let enforced = self.enforced.get(key)?;
-        let problem = self.hooks.problem(&enforced.wanted.interfaces);
-        problem.map(str::to_owned).or_else(|| self.stamps.problem())
     }
 }
 

@@ -1,20 +1,23 @@
 //! Making what pods need in the kernel before they can be put under their policies.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result};
 
-use crate::control::{plan::wanted::Wanted, reconcile::Reconciler};
+use super::Applier;
 use crate::{
+    control::plan::{Action, wanted::Wanted},
     datapath::{Adoptable, AllowMap, NewMaps, NewPod, NewPolicy, Unused},
     report::Subject,
 };
 
 /// A version of a pod's policy that is wholly in the kernel; nothing may be under it yet.
-pub(in crate::control) struct Version {
+pub(super) struct Version {
     /// The pod's id.
-    pub(in crate::control) pod: u32,
+    pub(super) pod: u32,
     /// The policy's id.
-    pub(in crate::control) policy: u32,
-    pub(in crate::control) allow: AllowMap,
+    pub(super) policy: u32,
+    pub(super) allow: AllowMap,
 }
 
 /// A version that is to be made, or was found.
@@ -27,62 +30,66 @@ struct Draft {
     adopted: Option<AllowMap>,
 }
 
-impl Reconciler {
-    /// Makes what these pods need, for all of them together: the kernel takes as long over one as
-    /// over many. Returns for each its new version, or `None` when it keeps the one it has.
+impl Applier {
+    /// Makes what these actions need, for all of them together: the kernel takes as long over one as
+    /// over many. Returns each pod's new version.
     ///
-    /// What is made of a version when that fails is known as left behind, or goes with what is of
-    /// no use any more.
-    pub(in crate::control) fn prepare(
-        &mut self,
-        all: &[(Subject, Wanted)],
-    ) -> Vec<Result<Option<Version>>> {
-        let drafts: Vec<Result<Option<Draft>>> = all
+    /// On failure, partially created maps are recorded: as left in the kernel with the pod, or as unused.
+    pub(super) fn prepare(&mut self, actions: &[Action]) -> BTreeMap<Subject, Result<Version>> {
+        let all: Vec<(&Subject, &Wanted)> = actions
             .iter()
-            .map(|(key, wanted)| self.draft(key, wanted))
+            .filter_map(|action| match action {
+                Action::Change { subject, wanted }
+                | Action::Begin {
+                    subject, wanted, ..
+                } => Some((subject, &**wanted)),
+                _ => None,
+            })
+            .collect();
+        let drafts: Vec<Result<Draft>> = all
+            .iter()
+            .map(|(subject, wanted)| self.draft(subject, wanted))
             .collect();
         let needed: Vec<NewMaps<'_>> = all
             .iter()
             .zip(&drafts)
-            .map(|((key, wanted), draft)| match draft {
-                Ok(Some(draft)) => draft.needs(key, wanted),
-                _ => NewMaps::default(),
+            .map(|((subject, wanted), draft)| match draft {
+                Ok(draft) => draft.needs(subject, wanted),
+                Err(_) => NewMaps::default(),
             })
             .collect();
         let new = all
             .iter()
-            .filter(|(key, _)| !self.enforced.contains_key(key));
+            .filter(|(subject, _)| !self.enforced.contains_key(subject));
         let interfaces: Vec<u32> = new
             .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
             .collect();
         let made = self.datapath.make(&needed, &interfaces);
-        drafts
-            .into_iter()
-            .zip(made)
-            .map(|(draft, made)| self.finish(draft?, made))
-            .collect()
+        let mut versions = BTreeMap::new();
+        for (((subject, _), draft), made) in all.into_iter().zip(drafts).zip(made) {
+            let version = draft.and_then(|draft| self.finish(draft, made));
+            versions.insert(subject.clone(), version);
+        }
+        versions
     }
 
-    /// What the pod needs; `None` when it is under its policy already.
-    fn draft(&mut self, key: &Subject, wanted: &Wanted) -> Result<Option<Draft>> {
-        if let Some(enforced) = self.enforced.get(key) {
-            if enforced.wanted.same_policy(wanted) {
-                return Ok(None);
-            }
-            return Ok(Some(Draft {
+    /// What the pod needs.
+    fn draft(&mut self, subject: &Subject, wanted: &Wanted) -> Result<Draft> {
+        if let Some(enforced) = self.enforced.get(subject) {
+            return Ok(Draft {
                 pod: enforced.pod,
                 new_pod: false,
-                policy: self.new_policy(),
+                policy: self.ids.next_policy(),
                 adopted: None,
-            }));
+            });
         }
-        let pod = self.find_or_add(key, &wanted.uid);
+        let pod = self.find_or_add(subject, &wanted.uid);
         let new_pod = self.datapath.flow_map(pod)?.is_none();
         let (policy, adopted) = match self.adopt(pod, wanted)? {
             Some((policy, allow)) => (policy, Some(allow)),
-            None => (self.new_policy(), None),
+            None => (self.ids.next_policy(), None),
         };
-        if let Some(left) = self.adoptable.get_mut(&pod) {
+        if let Some(left) = self.left.get_mut(&pod) {
             // Whatever fails from here on, the policy and the interface are known to the next
             // attempt.
             let entry = wanted.entry(pod, policy);
@@ -92,39 +99,38 @@ impl Reconciler {
                 left.interfaces.push(at);
             }
         }
-        Ok(Some(Draft {
+        Ok(Draft {
             pod,
             new_pod,
             policy,
             adopted,
-        }))
+        })
     }
 
     /// The id of a pod that is not enforced. Until it is, it counts as left behind: the next attempt
     /// goes on from there, and if there is none, it is removed like everything else that is.
     fn find_or_add(&mut self, subject: &Subject, uid: &str) -> u32 {
         let (namespace, name) = subject.fields();
-        let left = self.adoptable.iter().find(|(_, left)| {
+        let left = self.left.iter().find(|(_, left)| {
             (&*left.namespace, &*left.name, &*left.uid) == (namespace, name, uid)
         });
         if let Some((&pod, _)) = left {
             return pod;
         }
-        let pod = self.next_pod;
-        self.next_pod += 1;
+        let pod = self.ids.next_pod();
         let left = Adoptable {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             uid: uid.to_owned(),
             interfaces: Vec::new(),
         };
-        self.adoptable.insert(pod, left);
+        self.left.insert(pod, left);
         pod
     }
 
     /// The policy that the pod was left under, if it is the one it should be under.
     fn adopt(&self, pod: u32, wanted: &Wanted) -> Result<Option<(u32, AllowMap)>> {
-        let left = self.adoptable.get(&pod);
+        let left = self.left.get(&pod);
         for (_, entry) in left.map_or(&[][..], |left| &left.interfaces) {
             let adopted =
                 self.datapath
@@ -136,20 +142,7 @@ impl Reconciler {
         Ok(None)
     }
 
-    fn new_policy(&mut self) -> u32 {
-        let policy = self.next_policy;
-        self.next_policy += 1;
-        policy
-    }
-
-    fn finish(
-        &mut self,
-        draft: Option<Draft>,
-        made: Result<Option<AllowMap>>,
-    ) -> Result<Option<Version>> {
-        let Some(draft) = draft else {
-            return Ok(None);
-        };
+    fn finish(&mut self, draft: Draft, made: Result<Option<AllowMap>>) -> Result<Version> {
         let Draft {
             pod,
             policy,
@@ -167,13 +160,13 @@ impl Reconciler {
             }
         };
         let allow = adopted.or(made).context("no allow map was made")?;
-        Ok(Some(Version { pod, policy, allow }))
+        Ok(Version { pod, policy, allow })
     }
 
     /// Forgets a policy that could not be made. The last entry stays, for its interface's sake, so
     /// that failing over and over leaves no more than failing once.
     fn forget_policy(&mut self, pod: u32, policy: u32) {
-        if let Some(left) = self.adoptable.get_mut(&pod) {
+        if let Some(left) = self.left.get_mut(&pod) {
             let interfaces = left.interfaces.clone();
             let stays = |ifindex: u32| {
                 let mut entries = interfaces.iter();
@@ -186,7 +179,7 @@ impl Reconciler {
 
     /// Removes what nobody uses any more, all together. What cannot be removed is tried again the
     /// next time; returns why.
-    pub(in crate::control) fn drop_unused(&mut self) -> Result<()> {
+    pub(super) fn drop_unused(&mut self) -> Result<()> {
         let unused = std::mem::take(&mut self.unused);
         let mut failure = Ok(());
         for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {

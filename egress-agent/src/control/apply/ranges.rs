@@ -1,6 +1,6 @@
-//! What the cluster says of itself, put together with what the operator says.
+//! Putting other ranges and resolvers in force.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use egress_common::{
@@ -8,65 +8,44 @@ use egress_common::{
     records::{RANGE_INTERNAL, RANGE_NODE},
 };
 
-use crate::control::{
-    dns_settings,
-    plan::wanted::{Enforced, mapped},
-    reconcile::Reconciler,
-};
+use super::{Applier, enforced::Enforced};
 use crate::{
     config::Config,
+    control::{dns_settings, plan::wanted::mapped, settings::Settings},
     datapath::{View, boottime_ns},
     pods::Facts,
 };
 use egress_policy::Resolver;
 
-impl Reconciler {
-    /// Takes on what the cluster says. What cannot be taken on is said, and tried again when the
-    /// cluster says something else.
-    pub(in crate::control) async fn learn_facts(&mut self, facts: &Facts) {
-        if *facts == self.facts {
-            return;
-        }
-        let next = together(&self.configured, facts);
-        // Whatever comes of it: it is not tried again and again.
-        self.facts.clone_from(facts);
-        match self.take_ranges(&next).await {
-            Ok(()) => {
-                self.config = next;
-                tracing::info!(
-                    resolvers = %listed(&self.config.dns.resolvers),
-                    internal = self.config.ranges.internal.len(),
-                    "the cluster's addresses are known"
-                );
-            }
-            Err(error) => tracing::error!(
-                error = %format!("{error:#}"),
-                "cannot take on the cluster's addresses; the earlier ones stay"
-            ),
-        }
-    }
-
+impl Applier {
     /// Puts the ranges of another configuration in force, and what it says of DNS.
     ///
     /// # Errors
     ///
     /// When they cannot be written; those that were in force are again.
-    pub(in crate::control) async fn take_ranges(&mut self, next: &Config) -> Result<()> {
+    pub(in crate::control) async fn take_on(
+        &mut self,
+        settings: &mut Settings,
+        next: Config,
+    ) -> Result<()> {
         // The kernel begins to hold what comes from a new resolver before the gate is told that the
         // ranges are complete, and what came from an old one may still be in the ring.
-        let (before, after) = (dns_settings(&self.config), dns_settings(next));
+        let (before, after) = (dns_settings(&settings.config), dns_settings(&next));
         self.gate
             .configure(before.clone().with_resolvers_of(&after))
             .await?;
-        let taken = self.write_ranges(next);
-        let settled = if taken.is_ok() { after } else { before };
+        let written = self.write_ranges(settings, &next);
+        let settled = if written.is_ok() { after } else { before };
         self.gate.configure(settled).await?;
-        taken
+        written?;
+        settings.config = next;
+        Ok(())
     }
 
-    fn write_ranges(&mut self, next: &Config) -> Result<()> {
-        let (tunnels, tunnels_before) = (next.tunnels(), self.config.tunnels());
-        let (ranges, before) = (next.ranges(), self.config.ranges());
+    fn write_ranges(&mut self, settings: &mut Settings, next: &Config) -> Result<()> {
+        let now = &settings.config;
+        let (tunnels, tunnels_before) = (next.tunnels(), now.tunnels());
+        let (ranges, before) = (next.ranges(), now.ranges());
         if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
@@ -83,19 +62,19 @@ impl Reconciler {
             return Err(error);
         }
         let is_only_resolvers = tunnels == tunnels_before
-            && next.ranges_without_resolvers() == self.config.ranges_without_resolvers();
+            && next.ranges_without_resolvers() == now.ranges_without_resolvers();
         if is_only_resolvers {
-            self.note_resolvers(next);
+            self.note_resolvers(now, next);
         } else {
-            self.ranges.change(next);
+            settings.ranges.change(next);
         }
         Ok(())
     }
 
     /// Only resolvers have come or gone: has the pods get a new version of their policies whose verdicts
     /// that changes. `from_pod` looks for DNS before it looks at flows, so a version is not needed for that.
-    fn note_resolvers(&mut self, next: &Config) {
-        let (before, after) = (&self.config.dns.resolvers, &next.dns.resolvers);
+    fn note_resolvers(&mut self, now: &Config, next: &Config) {
+        let (before, after) = (&now.dns.resolvers, &next.dns.resolvers);
         let came = after.iter().filter(|resolver| !before.contains(resolver));
         let gone = before.iter().filter(|resolver| !after.contains(resolver));
         let changed: BTreeSet<Address> = came
@@ -110,7 +89,7 @@ impl Reconciler {
                 is_concerned(view, enforced, &changed).unwrap_or(true)
             });
             if is_concerned {
-                enforced.wanted.judge_again();
+                Arc::make_mut(&mut enforced.wanted).judge_again();
             }
         }
     }

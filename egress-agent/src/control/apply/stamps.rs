@@ -9,7 +9,7 @@ use egress_common::reason::Reason;
 
 use anyhow::Result;
 
-use crate::control::{plan::wanted::Enforced, reconcile::Reconciler};
+use super::{Applier, enforced::Enforced};
 use crate::{
     datapath::{Looked, WithoutStamp},
     report::{Denied, Reporter, Subject, Verdict},
@@ -85,7 +85,7 @@ impl Stamps {
     }
 }
 
-impl Reconciler {
+impl Applier {
     /// From now on, frames of a pod's interfaces that skip `from_pod` do not leave, or are counted in audit
     /// mode. To be called when it is attached.
     ///
@@ -102,7 +102,7 @@ impl Reconciler {
         let ends_audit =
             what == WithoutStamp::Drop && self.datapath.lets_unstamped_pass(interfaces);
         if ends_audit {
-            self.stamps.hurry();
+            self.upkeep.stamps.hurry();
             self.check_stamps();
         }
         let have_left = ends_audit && self.datapath.has_passed_unstamped(interfaces);
@@ -112,11 +112,15 @@ impl Reconciler {
 
     /// What others have opened towards a pod is forgotten: the pod may have sent that itself, in others' names, by
     /// frames that nobody has judged.
-    pub(in crate::control) fn distrust_inbound(&mut self, key: &Subject, pod: u32) -> Result<()> {
+    pub(in crate::control) fn distrust_inbound(
+        &mut self,
+        subject: &Subject,
+        pod: u32,
+    ) -> Result<()> {
         self.datapath.note_forged(pod)?;
         let forgotten = self.flows_of(pod)?.forget_inbound()?;
         tracing::warn!(
-            pod = %key,
+            pod = %subject,
             forgotten,
             "frames that no program has judged left in audit mode, so the pod may have opened connections to \
              itself in others' names: those that others have opened end"
@@ -126,7 +130,7 @@ impl Reconciler {
 
     /// Looks at what came without a stamp, if its turn has come.
     pub(in crate::control) fn check_stamps(&mut self) {
-        let stamps = &mut self.stamps;
+        let stamps = &mut self.upkeep.stamps;
         if stamps.looked.is_some_and(|at| at.elapsed() < EVERY) {
             return;
         }
@@ -152,7 +156,7 @@ impl Reconciler {
                 );
                 continue;
             };
-            self.stamps.reporter.report(Denied {
+            self.upkeep.stamps.reporter.report(Denied {
                 pod: std::sync::Arc::clone(&pod.identity),
                 verdict: match frames.what {
                     WithoutStamp::Drop => Verdict::Dropped,

@@ -2,10 +2,10 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use crate::control::reconcile::Reconciler;
+use super::Applier;
 use crate::datapath::boottime_ns;
 
-impl Reconciler {
+impl Applier {
     /// Forgets idle flows and expired addresses of the pods whose turn it is.
     pub(in crate::control) fn sweep(&mut self, round: Duration, every: Duration) {
         let turns = (round.as_millis() / every.as_millis()).max(1) as usize;

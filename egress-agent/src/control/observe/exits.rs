@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::control::observe::locations::{Found, Place, Pods};
+use super::locations::{Location, PodLocation};
 use crate::{
     config::UnenforcedInterfaces,
     host::{Exit, ExitFinder, Exits, LeadsTo, Link, Links},
@@ -108,14 +108,14 @@ impl PodExits {
     /// Takes note of where pods are, and forgets those that are gone.
     pub(in crate::control) fn begin(
         &mut self,
-        pods: &Pods<'_>,
-        places: &BTreeMap<Subject, Place>,
+        locations: &BTreeMap<Subject, Location>,
         links: &Links,
     ) {
-        self.pods.retain(|key, _| pods.contains_key(key));
+        self.pods
+            .retain(|subject, _| locations.contains_key(subject));
         let ends_before = std::mem::take(&mut self.ends);
-        for place in places.values() {
-            if let Place::Found(found) = place {
+        for location in locations.values() {
+            if let Location::Found(found) = location {
                 self.ends.extend(&found.interfaces);
             }
         }
@@ -124,8 +124,8 @@ impl PodExits {
             .filter_map(|link| Some((link.ifindex, link.peer?.nsid)))
             .collect();
         let mut of_pods: HashMap<i32, &Subject> = HashMap::new();
-        for (key, place) in places {
-            if let Place::Found(found) = place {
+        for (key, location) in locations {
+            if let Location::Found(found) = location {
                 let behind = found
                     .interfaces
                     .iter()
@@ -194,7 +194,7 @@ impl PodExits {
     pub(in crate::control) fn of(
         &mut self,
         key: &Subject,
-        found: &Found,
+        found: &PodLocation,
         all_found: bool,
     ) -> (Arc<Exits>, Option<String>) {
         let now = Instant::now();

@@ -52,12 +52,12 @@ struct Sight {
 
 /// What was seen of each interface, by the index of its host end.
 #[derive(Debug, Default)]
-pub(in crate::control) struct Sights {
+pub(in crate::control) struct FirstSights {
     interfaces: HashMap<u32, Sight>,
     last_look: Option<Instant>,
 }
 
-impl Sights {
+impl FirstSights {
     /// Starts with the addresses that an earlier agent took for the own ones of its pods.
     ///
     /// # Errors
@@ -94,7 +94,7 @@ impl Sights {
 
     /// Looks at the interfaces that are there now. `is_running` says whether a process of a pod was
     /// found in the network namespace of this number.
-    pub(in crate::control) fn look(
+    pub(super) fn look(
         &mut self,
         host: &mut Host,
         links: &Links,
@@ -205,7 +205,7 @@ mod tests {
     const FIRST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
     const SECOND: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
-    fn sights(last_look: Option<Instant>) -> Sights {
+    fn sights(last_look: Option<Instant>) -> FirstSights {
         let sight = Sight {
             addresses: Vec::new(),
             made: last_look.is_some(),
@@ -214,13 +214,13 @@ mod tests {
             with: None,
             settled: false,
         };
-        Sights {
+        FirstSights {
             interfaces: HashMap::from([(7, sight)]),
             last_look,
         }
     }
 
-    impl Sights {
+    impl FirstSights {
         fn note(&mut self, addresses: &[IpAddr], now: Instant) {
             let sight = self.interfaces.get_mut(&7).expect("the interface");
             if !sight.settled {

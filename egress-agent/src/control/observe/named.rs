@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::control::observe::locations::{Found, Place};
+use super::locations::{Location, PodLocation};
 use crate::{
     datapath::Adoptable,
     host::interface_name,
@@ -50,7 +50,7 @@ impl Named {
     }
 
     /// Where each pod is.
-    pub(in crate::control) fn look(&mut self, snapshot: &Snapshot) -> BTreeMap<Subject, Place> {
+    pub(in crate::control) fn look(&mut self, snapshot: &Snapshot) -> BTreeMap<Subject, Location> {
         // While some manifest cannot be read, its pod may be one of those that are missing here.
         if !snapshot.unreadable {
             self.known.retain(|key, _| snapshot.pods.contains_key(key));
@@ -68,9 +68,9 @@ impl Named {
     }
 
     /// Where one pod is; `names` are the interfaces that any manifest names.
-    fn place(&mut self, key: &NamespacedName, pod: &Pod, names: &HashSet<&str>) -> Place {
+    fn place(&mut self, key: &NamespacedName, pod: &Pod, names: &HashSet<&str>) -> Location {
         let Some(name) = &pod.interface else {
-            return Place::Nowhere(format!(
+            return Location::Nowhere(format!(
                 "not enforced: the pod has no annotation {INTERFACE_ANNOTATION}"
             ));
         };
@@ -99,7 +99,7 @@ impl Named {
             }
         }
         if interfaces.is_empty() {
-            return Place::Nowhere(format!(
+            return Location::Nowhere(format!(
                 "not enforced yet: there is no interface {name}; it will be when it appears"
             ));
         }
@@ -127,10 +127,10 @@ impl Named {
             interfaces: interfaces.clone(),
         };
         self.known.insert(key.clone(), known);
-        Place::Found(Found {
+        Location::Found(PodLocation {
             interfaces,
             note,
-            ..Found::default()
+            ..PodLocation::default()
         })
     }
 }

@@ -5,8 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::control::{digest, observe::locations::Pods};
-use crate::{pods::Pod, report::Subject, serve::Written};
+use crate::{control::digest, pods::Pod, report::Subject, serve::Written};
 use egress_policy::{Annotations, Compiled, Mode, Settings};
 
 /// What was made of one pod's annotations.
@@ -27,12 +26,12 @@ struct Reading {
 }
 
 /// The readings of all pods.
-pub(in crate::control) struct Readings {
+pub(in crate::control) struct Policies {
     settings: Settings,
     pods: HashMap<Subject, Reading>,
 }
 
-impl Readings {
+impl Policies {
     pub(in crate::control) fn new(settings: Settings) -> Self {
         Self {
             settings,
@@ -120,14 +119,6 @@ impl Readings {
         Some((Arc::new(compiled), written))
     }
 
-    /// The policy of a pod of which nothing can be made, in this mode.
-    pub(in crate::control) fn closed(&self, mode: Mode) -> Arc<Compiled> {
-        let none = Annotations::default();
-        let mut closed = egress_policy::unreadable(&none, &none, &self.settings);
-        closed.mode = mode;
-        Arc::new(closed)
-    }
-
     /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
     /// whether its annotations cannot be read.
     pub(in crate::control) fn last(
@@ -141,11 +132,6 @@ impl Readings {
     /// The settings that hold.
     pub(in crate::control) fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    /// The policy of a pod that is closed because of its other interfaces.
-    pub(in crate::control) fn refused(&self) -> Arc<Compiled> {
-        Arc::new(egress_policy::refused(&self.settings))
     }
 
     /// The policy of what is not known yet.
@@ -170,7 +156,7 @@ impl Readings {
     }
 
     /// Forgets pods that are gone.
-    pub(in crate::control) fn retain(&mut self, pods: &Pods<'_>) {
-        self.pods.retain(|key, _| pods.contains_key(key));
+    pub(super) fn retain(&mut self, is_there: impl Fn(&Subject) -> bool) {
+        self.pods.retain(|subject, _| is_there(subject));
     }
 }

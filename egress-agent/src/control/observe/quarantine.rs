@@ -6,12 +6,25 @@
 
 use std::collections::BTreeMap;
 
+use super::InForce;
 use crate::{pods::Pod, report::Subject};
 
 /// What is to be said of an interface that stays in quarantine.
 pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
                                  no pod of this node is known to be there. If it is no pod's, name \
                                  it in quarantine.exclude";
+
+/// The names and indexes of the interfaces that are in quarantine now.
+pub(super) fn interfaces(enforced: &BTreeMap<Subject, InForce>) -> Vec<(String, u32)> {
+    let interfaces = enforced.iter().filter_map(|(subject, in_force)| {
+        let Subject::Interface(name) = subject else {
+            return None;
+        };
+        let ifindex = *in_force.wanted.interfaces.first()?;
+        Some((name.0.clone(), ifindex))
+    });
+    interfaces.collect()
+}
 
 /// What stands for an interface whose pod is not known.
 pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {

@@ -7,25 +7,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use crate::host::{TapWatch, Taps, interface_name};
+use crate::host::{self, TapWatch, interface_name};
 
 /// How often to look.
 const EVERY: Duration = Duration::from_secs(5);
 
 /// What sees packets first, as it was last looked for.
-pub(in crate::control) struct SeenFirst {
+pub(in crate::control) struct Taps {
     watch: TapWatch,
     looked: Option<Instant>,
-    taps: Taps,
+    taps: host::Taps,
     failed: Option<String>,
 }
 
-impl SeenFirst {
+impl Taps {
     pub(in crate::control) fn open() -> Result<Self> {
         Ok(Self {
             watch: TapWatch::open().context("cannot look for packet sockets and XDP programs")?,
             looked: None,
-            taps: Taps::default(),
+            taps: host::Taps::default(),
             failed: None,
         })
     }

@@ -1,4 +1,4 @@
-//! A pod that is enforced, and what it should be.
+//! What a pod should be under: a policy, on interfaces.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -8,18 +8,16 @@ use egress_common::{
     records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
 };
 
-use crate::control::{digest, observe::locations::Found};
+use crate::control::{digest, observe::locations::PodLocation};
 use crate::{
     config::{Config, OnDeny},
-    datapath::{FlowMap, PodPins},
     host::Network,
     pods::Pod,
-    report::PodIdentity,
 };
 use egress_policy::{Compiled, Mode};
 
 /// What a pod should be under.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(in crate::control) struct Wanted {
     pub(in crate::control) uid: String,
     /// Its interfaces' indexes, in order; never empty.
@@ -73,7 +71,7 @@ impl Wanted {
     pub(in crate::control) fn new(
         pod: &Pod,
         own: &[IpAddr],
-        found: &Found,
+        location: &PodLocation,
         compiled: Arc<Compiled>,
         on_deny: OnDeny,
         ranges: RangesVersion,
@@ -84,14 +82,14 @@ impl Wanted {
             *slot = mapped(*ip);
         }
         record.own_len = own.len().min(OWN_ADDRESSES) as u32;
-        let is_sure = |ip: &IpAddr| pod.addresses.contains(ip) || found.first.made.contains(ip);
+        let is_sure = |ip: &IpAddr| pod.addresses.contains(ip) || location.first.made.contains(ip);
         if !own.iter().all(is_sure) {
             record.flags |= POLICY_OWN_UNSURE;
         }
         Self {
             uid: pod.uid.clone(),
-            interfaces: found.interfaces.clone(),
-            networks: found.networks.clone(),
+            interfaces: location.interfaces.clone(),
+            networks: location.networks.clone(),
             record,
             mode: match compiled.mode {
                 Mode::Audit => MODE_AUDIT,
@@ -134,9 +132,13 @@ impl Wanted {
         }
     }
 
-    /// The same on other interfaces.
-    pub(in crate::control) fn on(self, interfaces: Vec<u32>) -> Self {
-        Self { interfaces, ..self }
+    /// The same policy where the other one is in force.
+    pub(in crate::control) fn on_interfaces_of(self, other: &Self) -> Self {
+        Self {
+            interfaces: other.interfaces.clone(),
+            networks: other.networks.clone(),
+            ..self
+        }
     }
 
     /// The same, with those of these interfaces and networks that it does not have yet. `None` when its
@@ -170,29 +172,6 @@ impl Wanted {
             && self.mode == other.mode
             && self.flags == other.flags
             && self.ranges == other.ranges
-    }
-}
-
-/// A pod that is enforced.
-pub(in crate::control) struct Enforced {
-    pub(in crate::control) wanted: Wanted,
-    pub(in crate::control) identity: Arc<PodIdentity>,
-    /// Its key in `flows`, `meters` and `identities`.
-    pub(in crate::control) pod: u32,
-    /// Its key in `policies`, `allow` and `cidrs`.
-    pub(in crate::control) policy: u32,
-    /// How many versions of its policy there have been.
-    pub(in crate::control) version: u64,
-    pub(in crate::control) pins: PodPins,
-    pub(in crate::control) flows: FlowMap,
-}
-
-impl Enforced {
-    /// What its interfaces are under.
-    pub(in crate::control) fn entries(&self) -> Vec<(u32, Interface)> {
-        let entry = self.wanted.entry(self.pod, self.policy);
-        let interfaces = self.wanted.interfaces.iter();
-        interfaces.map(|&ifindex| (ifindex, entry)).collect()
     }
 }
 

@@ -1,11 +1,10 @@
 //! Telling people in the cluster, by Events on their pods, what the log and the denial lines say.
 
+use super::problems::Problems;
 use crate::{
-    pods::{
-        Pod,
-        cluster::{EventSink, PodEvent},
-    },
-    report::{Denied, Line, Listener, Subject, Summary, Verdict},
+    control::observe::Observed,
+    pods::cluster::{EventSink, PodEvent},
+    report::{Denied, Line, Listener, Summary, Verdict},
 };
 
 /// Something is wrong with a pod's policy, or with enforcing it.
@@ -15,15 +14,26 @@ const DENIED: &str = "EgressDenied";
 /// Something that the pod sent would not have left, if its policy were enforced.
 const WOULD_DENY: &str = "EgressWouldBeDenied";
 
-/// What is wrong with a pod, as an Event.
-pub(in crate::control) fn problem(key: &Subject, pod: &Pod, what: &str) -> Option<PodEvent> {
-    (!key.is_interface()).then(|| PodEvent {
-        namespace: pod.namespace.clone(),
-        name: pod.name.clone(),
-        uid: pod.uid.clone(),
-        reason: PROBLEM,
-        note: what.to_owned(),
-        warning: true,
+/// What has become wrong with pods since the last reconcile, as Events.
+pub(super) fn problems<'a>(
+    observed: &'a Observed<'_>,
+    problems: &'a Problems,
+    before: &'a Problems,
+) -> impl Iterator<Item = PodEvent> + 'a {
+    let pods = observed
+        .pods
+        .iter()
+        .filter(|(subject, _)| !subject.is_interface());
+    pods.filter_map(move |(subject, found)| {
+        let what = problems.of(subject)?;
+        (before.of(subject) != Some(what)).then(|| PodEvent {
+            namespace: found.pod.namespace.clone(),
+            name: found.pod.name.clone(),
+            uid: found.pod.uid.clone(),
+            reason: PROBLEM,
+            note: what.clone(),
+            warning: true,
+        })
     })
 }
 

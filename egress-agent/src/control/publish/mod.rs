@@ -1,6 +1,154 @@
-//! Telling people and the other threads what is so now.
+//! Step 4: tells people and the other threads what is so now.
+//!
+//! | file | whom it tells what |
+//! |---|---|
+//! | `problems` | the log: what is wrong since this reconcile, and what no longer is |
+//! | `events` | people in the cluster: the same, and denials, as Events on pods |
+//! | `status` | `serve/`: what `status`, `explain` and the metrics answer with |
+//! | `denials` | people: a line for each packet that was denied |
 
 pub(in crate::control) mod denials;
 pub(in crate::control) mod events;
 pub(in crate::control) mod problems;
 pub(in crate::control) mod status;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    apply::{Applier, Outcome},
+    observe::{Observed, Observer},
+    plan::Plan,
+    settings::Settings,
+    start::source::ClusterSide,
+};
+use crate::{datapath::Adoptable, report::PodIdentity, serve::Board};
+use denials::{Known, KnownPods};
+use problems::Problems;
+
+/// Tells others, and remembers what it has told them.
+pub(in crate::control) struct Publisher {
+    board: Arc<Board>,
+    known: Arc<KnownPods>,
+    /// What denial lines say of the pods that an earlier agent left.
+    left: HashMap<u32, Arc<Known>>,
+    /// The problems of the last reconcile, so that each is logged once.
+    problems: Problems,
+    /// Where Events go, and how following the cluster goes; none without a cluster.
+    cluster: Option<ClusterSide>,
+}
+
+impl Publisher {
+    /// `left` is what an earlier agent left in the kernel, by the pods' ids.
+    pub(in crate::control) fn new(
+        node: &str,
+        board: Arc<Board>,
+        known: Arc<KnownPods>,
+        left: &BTreeMap<u32, Adoptable>,
+        cluster: Option<ClusterSide>,
+    ) -> Self {
+        let left = left.iter().map(|(&id, left)| {
+            let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
+            let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
+                .counted_in(board.denials_of(namespace));
+            let known = Known {
+                identity: Arc::new(identity),
+                policy: None,
+            };
+            (id, Arc::new(known))
+        });
+        Self {
+            left: left.collect(),
+            board,
+            known,
+            problems: Problems::default(),
+            cluster,
+        }
+    }
+
+    /// Everything that is wrong with pods and with their source.
+    pub(in crate::control) fn problems(
+        &self,
+        observed: &Observed<'_>,
+        plan: &Plan,
+        outcome: &Outcome,
+        applier: &Applier,
+        observer: &Observer,
+    ) -> Problems {
+        let mut problems = observed.problems.clone();
+        for subject in observed.pods.keys() {
+            let enforced = applier.enforced().get(subject);
+            let failed = outcome.failed.get(subject);
+            let failed = failed.and_then(|failure| failure.problem.clone());
+            let planned = || plan.problems.get(subject).cloned();
+            let unseen = observed.unseen_responses.filter(|_| enforced.is_some());
+            let taps = enforced.map_or_else(Vec::new, |enforced| {
+                observer.taps.of(&enforced.wanted.interfaces)
+            });
+            let all: Vec<String> = observer
+                .policies
+                .problem(subject)
+                .into_iter()
+                .chain(failed.or_else(planned))
+                .chain(unseen.map(str::to_owned))
+                .chain(applier.bypassed(subject))
+                .chain(taps)
+                .chain(applier.hardware_problem(subject))
+                .chain(observer.exits.passed(subject))
+                .collect();
+            if !all.is_empty() {
+                problems.set(subject.clone(), all.join("; "));
+            }
+        }
+        problems
+            .and(plan.other_problems.clone())
+            .and(outcome.problems.clone())
+    }
+
+    /// Tells everybody what is enforced and what is wrong.
+    pub(in crate::control) fn publish(
+        &mut self,
+        observed: &Observed<'_>,
+        problems: Problems,
+        applier: &Applier,
+        observer: &Observer,
+        settings: &Settings,
+    ) {
+        if let Some(cluster) = &self.cluster {
+            let events = events::problems(observed, &problems, &self.problems);
+            events.for_each(|event| cluster.events.send(event));
+        }
+        problems.log_changes(&self.problems);
+        self.problems = problems;
+        self.tell_denial_reader(applier);
+        self.board
+            .publish(self.node(observed, applier, observer, settings));
+    }
+
+    /// A reconcile has taken so long.
+    pub(in crate::control) fn reconciled(&self, took: Duration) {
+        self.board.reconciled(took);
+    }
+
+    fn tell_denial_reader(&self, applier: &Applier) {
+        let known = applier.enforced().values().map(|enforced| {
+            let compiled = Arc::clone(&enforced.wanted.compiled);
+            let known = Known {
+                identity: Arc::clone(&enforced.identity),
+                policy: Some((enforced.policy, compiled)),
+            };
+            (enforced.pod, Arc::new(known))
+        });
+        let left = applier.left().keys();
+        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        self.known.store(Arc::new(left.chain(known).collect()));
+    }
+
+    /// Whether pods come from a cluster.
+    pub(in crate::control) fn has_cluster(&self) -> bool {
+        self.cluster.is_some()
+    }
+}

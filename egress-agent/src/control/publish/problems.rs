@@ -54,6 +54,12 @@ impl Problems {
         known.push_str(what);
     }
 
+    /// These and others.
+    pub(in crate::control) fn and(mut self, others: Self) -> Self {
+        self.0.extend(others.0);
+        self
+    }
+
     /// What is wrong with a pod or an interface in quarantine.
     pub(in crate::control) fn of(&self, subject: &Subject) -> Option<&String> {
         self.0.get(&About::Subject(subject.clone()))

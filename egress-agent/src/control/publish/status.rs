@@ -1,65 +1,79 @@
-//! Telling those who serve what is enforced.
+//! What `status`, `explain` and the metrics answer with.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use anyhow::Result;
 
-use crate::control::{
-    observe::locations::Pods, plan::wanted::Enforced, publish::problems::About,
-    reconcile::Reconciler, start::source::ClusterSide,
-};
+use super::{Publisher, problems::About};
 use crate::{
+    config::Config,
+    control::{
+        apply::{Applier, enforced::Enforced},
+        observe::{Observed, Observer},
+        settings::Settings,
+        start::source::ClusterSide,
+    },
     pods::Pod,
     report::{Reporter, Subject},
-    serve::{Attached, NodeState, PodState, Serving, Sources},
+    serve::{Attached, Board, NodeState, PodState, Serving, Sources},
 };
 use egress_policy::Mode;
 
 /// Where a resolver comes from that the configuration names.
 const CONFIGURED: &str = "configuration (dns.resolvers)";
 
-impl Reconciler {
-    /// Starts answering questions about the agent.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel's maps cannot be opened, or no thread can be started. What cannot be listened
-    /// on is said and tried again.
-    pub(in crate::control) fn serve(&self, reporter: &Reporter) -> Result<Serving> {
-        Serving::start(
-            &self.config.serve,
-            Sources {
-                node: self.config.node.clone(),
-                hook: self.datapath.hook(),
-                addresses_per_pod: self.config.limits.addresses_per_pod,
-                board: Arc::clone(&self.board),
-                gate: self.gate.clone(),
-                reporter: reporter.clone(),
-                counters: self.datapath.counters()?,
-                view: self.datapath.view()?,
-            },
-        )
-    }
+/// Starts answering questions about the agent.
+///
+/// # Errors
+///
+/// When the kernel's maps cannot be opened, or no thread can be started. An address that cannot be listened on is
+/// logged and tried again.
+pub(in crate::control) fn serve(
+    config: &Config,
+    applier: &Applier,
+    board: Arc<Board>,
+    reporter: Reporter,
+) -> Result<Serving> {
+    let datapath = applier.datapath();
+    Serving::start(
+        &config.serve,
+        Sources {
+            node: config.node.clone(),
+            hook: datapath.hook(),
+            addresses_per_pod: config.limits.addresses_per_pod,
+            board,
+            gate: applier.gate().clone(),
+            reporter,
+            counters: datapath.counters()?,
+            view: datapath.view()?,
+        },
+    )
+}
 
-    /// Puts what is so now on the board.
-    pub(in crate::control) fn tell(&self, incomplete: bool, pods: &Pods<'_>, began: Instant) {
+impl Publisher {
+    /// The node as it is now.
+    pub(super) fn node(
+        &self,
+        observed: &Observed<'_>,
+        applier: &Applier,
+        observer: &Observer,
+        settings: &Settings,
+    ) -> NodeState {
         let before = self.board.node();
-        let pods: BTreeMap<Subject, PodState> = pods
+        let pods: BTreeMap<Subject, PodState> = observed
+            .pods
             .iter()
-            .map(|(key, pod)| {
-                let state = self.state(key, pod, before.pods.get(key));
-                (key.clone(), state)
+            .map(|(subject, found)| {
+                let before = before.pods.get(subject);
+                let state = self.pod(subject, &found.pod, before, applier, observer);
+                (subject.clone(), state)
             })
             .collect();
-        let configured = self.configured.dns.resolvers.iter();
+        let configured = settings.configured.dns.resolvers.iter();
         let mut resolvers: BTreeMap<_, _> = configured
             .map(|&resolver| (resolver, CONFIGURED.to_owned()))
             .collect();
-        for (&resolver, found) in &self.facts.resolvers {
+        for (&resolver, found) in &settings.facts.resolvers {
             resolvers.entry(resolver).or_insert_with(|| found.clone());
         }
         let is_pod = |about: &About| match about {
@@ -67,25 +81,32 @@ impl Reconciler {
             About::Node(_) => false,
         };
         let problems = self.problems.iter().filter(|(about, _)| !is_pod(about));
-        let node = NodeState {
+        let connections = applier.connections();
+        NodeState {
             resolvers,
             problems: problems
                 .map(|(about, what)| (about.to_string(), what.clone()))
                 .collect(),
-            settings: Some(self.readings.settings().clone()),
-            existing: self.existing,
-            trusted: self.trust.is_given(),
-            trust: self.trust.to_string(),
-            incomplete,
+            settings: Some(observed.policy_settings.clone()),
+            existing: connections.existing,
+            trusted: connections.trust.is_given(),
+            trust: connections.trust.to_string(),
+            incomplete: observed.incomplete,
             cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,
-        };
-        self.board.reconciled(node, began.elapsed());
+        }
     }
 
-    fn state(&self, key: &Subject, pod: &Pod, before: Option<&PodState>) -> PodState {
-        let enforced = self.enforced.get(key);
-        let read = self.readings.last(key);
+    fn pod(
+        &self,
+        subject: &Subject,
+        pod: &Pod,
+        before: Option<&PodState>,
+        applier: &Applier,
+        observer: &Observer,
+    ) -> PodState {
+        let enforced = applier.enforced().get(subject);
+        let read = observer.policies.last(subject);
         let compiled = enforced
             .map(|enforced| &enforced.wanted.compiled)
             .or(read.map(|(compiled, ..)| compiled));
@@ -98,9 +119,9 @@ impl Reconciler {
                 None => Mode::Off,
             },
             host_network: pod.host_network,
-            quarantined: key.is_interface(),
+            quarantined: subject.is_interface(),
             attached: enforced.map(|enforced| Attached {
-                bypassed: self.bypassed(key).is_some(),
+                bypassed: applier.bypassed(subject).is_some(),
                 ..attached(enforced, before)
             }),
             compiled: compiled.cloned(),
@@ -109,10 +130,10 @@ impl Reconciler {
                 .unwrap_or_default(),
             unreadable: read.is_some_and(|(.., unreadable)| unreadable),
             exits: enforced
-                .and(self.exits.last(key))
+                .and(observer.exits.last(subject))
                 .cloned()
                 .unwrap_or_default(),
-            problem: self.problems.of(key).cloned(),
+            problem: self.problems.of(subject).cloned(),
         }
     }
 }

@@ -10,8 +10,11 @@ use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 
 use crate::control::{
-    SourceOptions, observe::arrivals::Arrivals, observe::first_addresses::Sights,
-    observe::locations::Places, observe::named::Named,
+    SourceOptions,
+    observe::{
+        arrivals::Arrivals, first_addresses::FirstSights, locations::PodLocations,
+        machine::Machine, named::Named, on_host::OnHost,
+    },
 };
 use crate::{
     config::Config,
@@ -123,21 +126,26 @@ impl Watched {
     /// # Errors
     ///
     /// When this machine cannot be looked at.
-    pub(in crate::control) fn places(
+    pub(in crate::control) fn locations(
         &self,
         config: &Config,
         datapath: &Datapath,
         left: &BTreeMap<u32, Adoptable>,
         arrivals: Option<Arrivals>,
-    ) -> Result<Places> {
+    ) -> Result<(Machine, PodLocations)> {
         let host = Host::open(HostOptions::default());
         let host = host.context("cannot look at this machine's pods")?;
         match self {
-            Self::Directory(_) => Ok(Places::named(host, Named::new(left.values()))),
+            Self::Directory(_) => Ok((
+                Machine::new(host),
+                PodLocations::Named(Named::new(left.values())),
+            )),
             Self::Cluster(_) => {
-                let sights = Sights::inherit(datapath, left.values())?;
+                let sights = FirstSights::inherit(datapath, left.values())?;
                 let quarantine = config.quarantine.clone();
-                Ok(Places::on_host(host, quarantine, arrivals, sights))
+                let on_host = OnHost::new(quarantine, arrivals, sights);
+                let locations = PodLocations::OnHost(Box::new(on_host));
+                Ok((Machine::new(host), locations))
             }
         }
     }

@@ -4,8 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Result;
 use egress_common::limits::FlowLimits;
-use tokio::{signal::unix::Signal, sync::watch, time::sleep};
+use tokio::{sync::watch, time::sleep};
 
+use super::Signals;
 use crate::control::Options;
 use crate::{
     datapath::{self, Datapath, Lock, TryLock},
@@ -25,8 +26,7 @@ const TAKE_OVER_EVERY: Duration = Duration::from_millis(10);
 pub(in crate::control) async fn only_agent(
     options: &Options,
     snapshots: &watch::Receiver<Arc<Snapshot>>,
-    terminate: &mut Signal,
-    interrupt: &mut Signal,
+    signals: &mut Signals,
 ) -> Result<Option<(Datapath, Lock)>> {
     let config = &options.config;
     let datapath_options = datapath::Options {
@@ -55,8 +55,7 @@ pub(in crate::control) async fn only_agent(
     tokio::pin!(standing_by);
     loop {
         tokio::select! {
-            _ = terminate.recv() => return Ok(None),
-            _ = interrupt.recv() => return Ok(None),
+            () = signals.stop() => return Ok(None),
             () = &mut standing_by => {}
             () = sleep(TAKE_OVER_EVERY) => {}
         }

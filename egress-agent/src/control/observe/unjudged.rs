@@ -7,6 +7,7 @@ use std::collections::HashSet;
 /// Where interfaces are closed from the moment they appear (quarantine), only those count that were
 /// there before the agent, and those of pods that were left alone. A pod that has just come has no
 /// connections worth keeping, and what its program shows as sockets would open what its policy denies.
+#[derive(Clone, Debug)]
 pub(in crate::control) struct Unjudged {
     /// Whether new interfaces are in quarantine.
     quarantine: bool,
