@@ -14,19 +14,19 @@ const NAMED: usize = 20;
 
 /// What is wrong with the agent, such that starting it again may help.
 pub(super) fn unwell(sources: &Sources) -> Vec<String> {
-    let board = &sources.board;
+    let published = &sources.published;
     let gate_ago =
         Duration::from_nanos(boottime_ns().saturating_sub(sources.gate.stats().ticked_ns.get()));
     [
         (
             "pods were last compared with what is enforced",
-            Some(board.reconciled_ago()),
+            Some(published.reconciled_ago()),
             RECONCILE_PATIENCE,
         ),
         ("the gate was last at work", Some(gate_ago), THREAD_PATIENCE),
         (
             "denials were last read",
-            board.denials_read_ago(),
+            published.denials_read_ago(),
             THREAD_PATIENCE,
         ),
     ]
@@ -41,12 +41,12 @@ pub(super) fn unwell(sources: &Sources) -> Vec<String> {
 
 /// What is missing before every pod of the node is enforced that should be.
 pub(super) fn unready(sources: &Sources) -> Vec<String> {
-    let board = &sources.board;
+    let published = &sources.published;
     let mut missing = Vec::new();
-    if board.last_reconciled().is_none() {
+    if published.last_reconciled().is_none() {
         missing.push("pods have not been looked at yet".to_owned());
     }
-    let node = board.node();
+    let node = published.snapshot();
     if node.incomplete {
         missing.push("there may be more pods: their source cannot be read in full yet".to_owned());
     }

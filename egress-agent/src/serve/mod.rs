@@ -1,11 +1,10 @@
 //! What the agent answers about itself: `/healthz`, `/readyz` and `/metrics` over HTTP, and
 //! `egress-agent status` and `explain` over a Unix socket.
 //!
-//! All of it runs on a thread of its own. It reads what control puts on the [`Board`], what the gate
+//! All of it runs on a thread of its own. It reads what control has [`Published`], what the gate
 //! counts, and the kernel's maps; it asks the gate for what a pod has learned, a bounded piece at a
 //! time; and nothing waits for it.
 
-mod board;
 mod connections;
 mod explain;
 mod health;
@@ -14,6 +13,7 @@ mod metrics;
 mod page;
 mod process;
 pub mod protocol;
+mod published;
 mod reach;
 mod socket;
 mod standby;
@@ -30,8 +30,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::oneshot;
 
-pub use board::{
-    Attached, Board, ClusterState, Existing, NodeState, PodState, WatchState, Written,
+pub use published::{
+    Attached, ClusterState, Existing, PodRecord, PodsById, Published, StatusSnapshot, WatchState,
+    Written,
 };
 pub use socket::DEFAULT_PATH;
 pub use standby::stand_by;
@@ -60,7 +61,7 @@ pub struct Sources {
     /// Most addresses in one allow map.
     pub addresses_per_pod: u32,
     /// What control knows.
-    pub board: Arc<Board>,
+    pub published: Arc<Published>,
     /// What pods have learned.
     pub gate: Gate,
     /// What could not be told.

@@ -1,6 +1,6 @@
 //! Beginning to enforce a pod, changing its policy, and moving it to other interfaces.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -9,13 +9,11 @@ use crate::{
     control::{
         observe::machine::Machine,
         plan::{Before, wanted::Wanted},
-        publish::denials::Known,
     },
     datapath::Unused,
     gate::{Enforcement, Judged, Left},
     report::{PodIdentity, Subject},
 };
-use egress_policy::Compiled;
 
 impl Applier {
     /// A pod that is not enforced yet: new, left by an earlier agent, or begun and not finished.
@@ -37,7 +35,7 @@ impl Applier {
         let Version { pod, policy, allow } =
             version.context("nothing was prepared for the pod")??;
         let identity = PodIdentity::new(self.node.as_str(), namespace, name, wanted.uid.as_str());
-        let identity = Arc::new(identity.counted_in(self.board.denials_of(namespace)));
+        let identity = Arc::new(identity.counted_in(self.published.denials_of(namespace)));
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
@@ -71,7 +69,17 @@ impl Applier {
             })
             .await?;
         // Known before the first packet can be denied.
-        self.announce(pod, &identity, &wanted.compiled, policy);
+        let enforced = Enforced {
+            wanted: Arc::clone(wanted),
+            identity,
+            pod,
+            policy,
+            version: 1,
+            since: SystemTime::now(),
+            pins,
+            flows,
+        };
+        self.published.add(pod, &Arc::new(enforced.record(subject)));
         for &ifindex in &wanted.interfaces {
             self.datapath.attach(ifindex)?;
         }
@@ -85,15 +93,6 @@ impl Applier {
         } else {
             log_enforcing(subject, wanted);
         }
-        let enforced = Enforced {
-            wanted: Arc::clone(wanted),
-            identity,
-            pod,
-            policy,
-            version: 1,
-            pins,
-            flows,
-        };
         self.enforced.insert(subject.clone(), enforced);
         for (ifindex, entry) in left.map_or_else(Vec::new, |left| left.interfaces) {
             self.detach(pod, ifindex)?;
@@ -147,6 +146,9 @@ impl Applier {
         self.unused.push(Unused::Policy(before));
         enforced.wanted = Arc::new(wanted);
         enforced.version += 1;
+        enforced.since = SystemTime::now();
+        let record = Arc::new(enforced.record(subject));
+        self.published.add(enforced.pod, &record);
         let (mode, version) = (enforced.wanted.compiled.mode, enforced.version);
         let interfaces = enforced.wanted.interfaces.clone();
         let pod = enforced.pod;
@@ -161,25 +163,6 @@ impl Applier {
             "policy applied"
         );
         pinned
-    }
-
-    /// Tells the denial reader of a pod.
-    fn announce(
-        &self,
-        pod: u32,
-        identity: &Arc<PodIdentity>,
-        compiled: &Arc<Compiled>,
-        policy: u32,
-    ) {
-        let known = Arc::new(Known {
-            identity: Arc::clone(identity),
-            policy: Some((policy, Arc::clone(compiled))),
-        });
-        self.known.rcu(|before| {
-            let mut after = HashMap::clone(before);
-            after.insert(pod, Arc::clone(&known));
-            after
-        });
     }
 
     /// What an earlier agent left a pod's interfaces under, where that is not this version of its policy.

@@ -210,7 +210,7 @@ impl Applier {
             }
         }
         if let Some(first) = moved.first() {
-            self.board.hooks_moved.add(moved.len() as u64);
+            self.published.hooks_moved.add(moved.len() as u64);
             tracing::warn!(
                 hooks = moved.len(),
                 %first,
@@ -249,7 +249,7 @@ impl Applier {
         let missed = watched.missed;
         let may_probe = watched.receive(count);
         if watched.missed > missed {
-            self.board.probes_missed.add(1);
+            self.published.probes_missed.add(1);
         }
         let mut problem = None;
         let mut failed = None;

@@ -41,10 +41,7 @@ use egress_common::records::INTERFACE_SOURCES;
 use super::{
     observe::{InForce, InKernel, Observed, machine::Machine},
     plan::{Action, Plan, wanted::Wanted},
-    publish::{
-        denials::KnownPods,
-        problems::{About, Problems},
-    },
+    publish::problems::{About, Problems},
     settings::Settings,
 };
 use crate::{
@@ -53,7 +50,7 @@ use crate::{
     host::interface_name,
     pods::Facts,
     report::{Reporter, Subject},
-    serve::Board,
+    serve::Published,
 };
 use connections::Connections;
 use enforced::Enforced;
@@ -81,9 +78,7 @@ pub(in crate::control) struct Applier {
     /// Whether the gate reads messages.
     is_reading: bool,
     next_swept: usize,
-    /// The pods that the denial reader knows.
-    known: Arc<KnownPods>,
-    board: Arc<Board>,
+    published: Arc<Published>,
 }
 
 /// The next ids of pods and policies.
@@ -169,8 +164,7 @@ pub(in crate::control) struct Parts {
     pub(in crate::control) gate: Gate,
     /// What an earlier agent left in the kernel, by the pods' ids.
     pub(in crate::control) left: BTreeMap<u32, Adoptable>,
-    pub(in crate::control) known: Arc<KnownPods>,
-    pub(in crate::control) board: Arc<Board>,
+    pub(in crate::control) published: Arc<Published>,
     pub(in crate::control) reporter: Reporter,
 }
 
@@ -183,8 +177,7 @@ impl Applier {
             datapath,
             gate,
             left,
-            known,
-            board,
+            published,
             reporter,
         } = parts;
         let last_policy = datapath.policy_ids()?.into_iter().max();
@@ -207,8 +200,7 @@ impl Applier {
             settling: Vec::new(),
             is_reading: false,
             next_swept: 0,
-            known,
-            board,
+            published,
             datapath,
             gate,
         })

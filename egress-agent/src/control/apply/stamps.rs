@@ -145,7 +145,9 @@ impl Applier {
         stamps.unsupported = unsupported;
         stamps.restored += restored.len() as u64;
         stamps.say_restored();
-        self.board.stamp_tables_restored.add(restored.len() as u64);
+        self.published
+            .stamp_tables_restored
+            .add(restored.len() as u64);
         for frames in unstamped {
             let is_there = |pod: &&Enforced| pod.wanted.interfaces.contains(&frames.ifindex);
             let Some(pod) = self.enforced.values().find(is_there) else {

@@ -23,12 +23,12 @@ impl Applier {
             });
             match swept {
                 Ok(swept) => {
-                    self.board.set_flows(enforced.pod, swept.alive);
-                    self.board.destinations_evicted.add(swept.called as u64);
+                    self.published.set_flows(enforced.pod, swept.alive);
+                    self.published.destinations_evicted.add(swept.called as u64);
                     if swept.evicted > 0 {
-                        self.board.flows_evicted.add(swept.evicted as u64);
+                        self.published.flows_evicted.add(swept.evicted as u64);
                         tracing::warn!(
-                            pod = %format!("{}/{}", enforced.identity.namespace, enforced.identity.name),
+                            pod = %enforced.identity.subject(),
                             connections = swept.evicted,
                             "inbound connections that were silent for longest gave way to others \
                              of the pod: raise limits.flowsPerPod"

@@ -12,7 +12,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use arc_swap::ArcSwap;
 use egress_common::{
     address::Address,
     protocol,
@@ -25,21 +24,8 @@ use crate::{
     datapath::{CounterMap, DenialRing, boottime_ns},
     gate::Gate,
     report::{Denied, Endpoint, PodIdentity, Reporter, Verdict},
-    serve::Board,
+    serve::{PodRecord, PodsById, Published},
 };
-use egress_policy::Compiled;
-
-/// What the reader has to know about an enforced pod.
-#[derive(Debug)]
-pub(in crate::control) struct Known {
-    pub(in crate::control) identity: Arc<PodIdentity>,
-    /// The id and the rules of its policy; none of a pod that an earlier agent left and that this agent
-    /// has not taken over yet.
-    pub(in crate::control) policy: Option<(u32, Arc<Compiled>)>,
-}
-
-/// The enforced pods by their id, as the control side last published them.
-pub(in crate::control) type KnownPods = ArcSwap<HashMap<u32, Arc<Known>>>;
 
 /// Most records that are looked at together.
 const BATCH: usize = 256;
@@ -63,19 +49,17 @@ impl DenialReader {
     pub(in crate::control) fn start(
         ring: DenialRing,
         counters: CounterMap,
-        known: Arc<KnownPods>,
         gate: Gate,
         reporter: Reporter,
-        board: Arc<Board>,
+        published: Arc<Published>,
     ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut reader = Reader {
             ring,
             losses: Losses::new(counters),
-            known,
             gate,
             reporter,
-            board,
+            published,
             of_gone_pods: GonePods::default(),
         };
         let stopped = Arc::clone(&stop);
@@ -102,10 +86,9 @@ impl DenialReader {
 struct Reader {
     ring: DenialRing,
     losses: Losses,
-    known: Arc<KnownPods>,
     gate: Gate,
     reporter: Reporter,
-    board: Arc<Board>,
+    published: Arc<Published>,
     of_gone_pods: GonePods,
 }
 
@@ -135,7 +118,7 @@ impl Reader {
         let mut next_meters = Instant::now() + METERS_EVERY;
         loop {
             let stopping = stop.load(Ordering::Acquire);
-            self.board.denials_are_read();
+            self.published.denials_are_read();
             while batch.len() < BATCH {
                 let Some(denial) = self.ring.take() else {
                     break;
@@ -143,12 +126,12 @@ impl Reader {
                 batch.push(denial);
             }
             let more = batch.len() == BATCH;
-            self.losses.meet(&self.known.load());
+            self.losses.meet(&self.published.pods());
             self.report(&batch);
             batch.clear();
             let now = Instant::now();
             if stopping || now >= next_meters {
-                self.losses.report(&self.known.load(), &self.reporter);
+                self.losses.report(&self.published.pods(), &self.reporter);
                 if stopping {
                     // Nothing is told later.
                     self.of_gone_pods.told = None;
@@ -189,18 +172,27 @@ impl Reader {
             } else {
                 Vec::new()
             };
-            let Some(pod) = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod) else {
+            let pod = self.losses.pods.get(&denial.pod).map(|(pod, _)| pod);
+            let pod = pod.and_then(|pod| Some((pod, pod.identity.as_ref()?)));
+            let Some((pod, identity)) = pod else {
                 self.of_gone_pods.denials += 1;
                 continue;
             };
             let ago = Duration::from_nanos(now_ns.saturating_sub(denial.time_ns));
             let time = now.checked_sub(ago).unwrap_or(now);
-            self.reporter.report(denied(denial, pod, dst_names, time));
+            self.reporter
+                .report(denied(denial, pod, identity, dst_names, time));
         }
     }
 }
 
-fn denied(denial: &Denial, pod: &Known, dst_names: Vec<String>, time: SystemTime) -> Denied {
+fn denied(
+    denial: &Denial,
+    pod: &PodRecord,
+    identity: &Arc<PodIdentity>,
+    dst_names: Vec<String>,
+    time: SystemTime,
+) -> Denied {
     let walked = denial.walked != 0;
     let has_ports = matches!(
         denial.protocol,
@@ -214,12 +206,13 @@ fn denied(denial: &Denial, pod: &Known, dst_names: Vec<String>, time: SystemTime
     };
     let is_icmp = walked && matches!(denial.protocol, protocol::ICMP | protocol::ICMPV6);
     // A class number means something only under the policy that judged.
-    let policy = pod.policy.as_ref();
-    let rule = policy
-        .filter(|(policy, _)| denial.class != NO_CLASS && denial.policy == *policy)
-        .and_then(|(_, compiled)| compiled.explain_deny(&denial.dst, denial.class));
+    let attached = pod.attached.as_ref();
+    let rule = attached
+        .filter(|attached| denial.class != NO_CLASS && denial.policy == attached.policy)
+        .and(pod.compiled.as_ref())
+        .and_then(|compiled| compiled.explain_deny(&denial.dst, denial.class));
     Denied {
-        pod: Arc::clone(&pod.identity),
+        pod: Arc::clone(identity),
         verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),
         reason: Reason::from_u8(denial.reason).unwrap_or(Reason::NoRule),
         protocol: walked.then_some(denial.protocol),
@@ -239,7 +232,7 @@ struct Losses {
     map: CounterMap,
     /// The pods, and their meters when they were last read. A pod that is gone stays until its
     /// meter was read once more.
-    pods: HashMap<u32, (Arc<Known>, Meter)>,
+    pods: HashMap<u32, (Arc<PodRecord>, Meter)>,
     counters: Counters,
 }
 
@@ -255,7 +248,7 @@ impl Losses {
 
     /// Takes note of the pods that there are. One that is adopted begins with what an earlier
     /// agent did not tell.
-    fn meet(&mut self, known: &HashMap<u32, Arc<Known>>) {
+    fn meet(&mut self, known: &PodsById) {
         for (&id, pod) in known {
             self.pods
                 .entry(id)
@@ -264,20 +257,23 @@ impl Losses {
         }
     }
 
-    fn report(&mut self, known: &HashMap<u32, Arc<Known>>, reporter: &Reporter) {
+    fn report(&mut self, known: &PodsById, reporter: &Reporter) {
         for (&id, (pod, meter)) in &mut self.pods {
+            let Some(identity) = &pod.identity else {
+                continue;
+            };
             let now = self.map.meter(id);
             let before = std::mem::replace(meter, now);
             let unreported = now
                 .denials_unreported
                 .saturating_sub(before.denials_unreported);
             if unreported > 0 {
-                reporter.unreported(&pod.identity, unreported, "over_pod_share");
+                reporter.unreported(identity, unreported, "over_pod_share");
             }
             let flows_full = now.flows_full.saturating_sub(before.flows_full);
             if flows_full > 0 {
                 tracing::warn!(
-                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    pod = %identity.subject(),
                     flows = flows_full,
                     "flows not remembered: the kernel had no memory for them, or too many came at \
                      the same time"
@@ -286,7 +282,7 @@ impl Losses {
             let openings = now.openings_evicted.saturating_sub(before.openings_evicted);
             if openings > 0 {
                 tracing::warn!(
-                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    pod = %identity.subject(),
                     flows = openings,
                     "flows that were not established gave way to newer ones of the pod: it is \
                      flooded, or floods"
@@ -295,7 +291,7 @@ impl Losses {
             let flows = now.flows_evicted.saturating_sub(before.flows_evicted);
             if flows > 0 {
                 tracing::warn!(
-                    pod = %format!("{}/{}", pod.identity.namespace, pod.identity.name),
+                    pod = %identity.subject(),
                     flows,
                     "established flows gave way to newer ones of the pod: raise limits.flowsPerPod"
                 );

@@ -25,16 +25,19 @@ use super::{
     settings::Settings,
     start::source::ClusterSide,
 };
-use crate::{datapath::Adoptable, report::PodIdentity, serve::Board};
-use denials::{Known, KnownPods};
+use crate::{
+    datapath::Adoptable,
+    report::{PodIdentity, Subject},
+    serve::{PodRecord, Published},
+};
+use egress_policy::Mode;
 use problems::Problems;
 
 /// Tells others, and remembers what it has told them.
 pub(in crate::control) struct Publisher {
-    board: Arc<Board>,
-    known: Arc<KnownPods>,
-    /// What denial lines say of the pods that an earlier agent left.
-    left: HashMap<u32, Arc<Known>>,
+    published: Arc<Published>,
+    /// The pods that an earlier agent left, by their ids.
+    left: HashMap<u32, Arc<PodRecord>>,
     /// The problems of the last reconcile, so that each is logged once.
     problems: Problems,
     /// Where Events go, and how following the cluster goes; none without a cluster.
@@ -45,25 +48,32 @@ impl Publisher {
     /// `left` is what an earlier agent left in the kernel, by the pods' ids.
     pub(in crate::control) fn new(
         node: &str,
-        board: Arc<Board>,
-        known: Arc<KnownPods>,
+        published: Arc<Published>,
         left: &BTreeMap<u32, Adoptable>,
         cluster: Option<ClusterSide>,
     ) -> Self {
         let left = left.iter().map(|(&id, left)| {
             let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
             let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
-                .counted_in(board.denials_of(namespace));
-            let known = Known {
-                identity: Arc::new(identity),
-                policy: None,
+                .counted_in(published.denials_of(namespace));
+            let record = PodRecord {
+                uid: left.uid.clone(),
+                mode: Mode::Enforce,
+                host_network: false,
+                quarantined: Subject::from_fields(namespace, name).is_interface(),
+                identity: Some(Arc::new(identity)),
+                attached: None,
+                compiled: None,
+                written: Arc::default(),
+                unreadable: false,
+                exits: Arc::default(),
+                problem: None,
             };
-            (id, Arc::new(known))
+            (id, Arc::new(record))
         });
         Self {
             left: left.collect(),
-            board,
-            known,
+            published,
             problems: Problems::default(),
             cluster,
         }
@@ -123,28 +133,15 @@ impl Publisher {
         }
         problems.log_changes(&self.problems);
         self.problems = problems;
-        self.tell_denial_reader(applier);
-        self.board
-            .publish(self.node(observed, applier, observer, settings));
+        let left = applier.left().keys();
+        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        let node = self.node(observed, applier, observer, settings);
+        self.published.publish(node, left);
     }
 
     /// A reconcile has taken so long.
     pub(in crate::control) fn reconciled(&self, took: Duration) {
-        self.board.reconciled(took);
-    }
-
-    fn tell_denial_reader(&self, applier: &Applier) {
-        let known = applier.enforced().values().map(|enforced| {
-            let compiled = Arc::clone(&enforced.wanted.compiled);
-            let known = Known {
-                identity: Arc::clone(&enforced.identity),
-                policy: Some((enforced.policy, compiled)),
-            };
-            (enforced.pod, Arc::new(known))
-        });
-        let left = applier.left().keys();
-        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
-        self.known.store(Arc::new(left.chain(known).collect()));
+        self.published.reconciled(took);
     }
 
     /// Whether pods come from a cluster.

@@ -1,6 +1,6 @@
 //! What `status`, `explain` and the metrics answer with.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::Result;
 
@@ -8,14 +8,14 @@ use super::{Publisher, problems::About};
 use crate::{
     config::Config,
     control::{
-        apply::{Applier, enforced::Enforced},
+        apply::Applier,
         observe::{Observed, Observer},
         settings::Settings,
         start::source::ClusterSide,
     },
     pods::Pod,
     report::{Reporter, Subject},
-    serve::{Attached, Board, NodeState, PodState, Serving, Sources},
+    serve::{PodRecord, Published, Serving, Sources, StatusSnapshot},
 };
 use egress_policy::Mode;
 
@@ -31,7 +31,7 @@ const CONFIGURED: &str = "configuration (dns.resolvers)";
 pub(in crate::control) fn serve(
     config: &Config,
     applier: &Applier,
-    board: Arc<Board>,
+    published: Arc<Published>,
     reporter: Reporter,
 ) -> Result<Serving> {
     let datapath = applier.datapath();
@@ -41,7 +41,7 @@ pub(in crate::control) fn serve(
             node: config.node.clone(),
             hook: datapath.hook(),
             addresses_per_pod: config.limits.addresses_per_pod,
-            board,
+            published,
             gate: applier.gate().clone(),
             reporter,
             counters: datapath.counters()?,
@@ -58,15 +58,13 @@ impl Publisher {
         applier: &Applier,
         observer: &Observer,
         settings: &Settings,
-    ) -> NodeState {
-        let before = self.board.node();
-        let pods: BTreeMap<Subject, PodState> = observed
+    ) -> StatusSnapshot {
+        let pods: BTreeMap<Subject, Arc<PodRecord>> = observed
             .pods
             .iter()
             .map(|(subject, found)| {
-                let before = before.pods.get(subject);
-                let state = self.pod(subject, &found.pod, before, applier, observer);
-                (subject.clone(), state)
+                let record = self.pod(subject, &found.pod, applier, observer);
+                (subject.clone(), Arc::new(record))
             })
             .collect();
         let configured = settings.configured.dns.resolvers.iter();
@@ -82,7 +80,7 @@ impl Publisher {
         };
         let problems = self.problems.iter().filter(|(about, _)| !is_pod(about));
         let connections = applier.connections();
-        NodeState {
+        StatusSnapshot {
             resolvers,
             problems: problems
                 .map(|(about, what)| (about.to_string(), what.clone()))
@@ -101,18 +99,32 @@ impl Publisher {
         &self,
         subject: &Subject,
         pod: &Pod,
-        before: Option<&PodState>,
         applier: &Applier,
         observer: &Observer,
-    ) -> PodState {
-        let enforced = applier.enforced().get(subject);
+    ) -> PodRecord {
         let read = observer.policies.last(subject);
-        let compiled = enforced
-            .map(|enforced| &enforced.wanted.compiled)
-            .or(read.map(|(compiled, ..)| compiled));
-        PodState {
+        let written = read.map(|(_, written, _)| Arc::clone(written));
+        let unreadable = read.is_some_and(|(.., unreadable)| unreadable);
+        let problem = self.problems.of(subject).cloned();
+        if let Some(enforced) = applier.enforced().get(subject) {
+            let mut record = enforced.record(subject);
+            if let Some(attached) = &mut record.attached {
+                attached.bypassed = applier.bypassed(subject).is_some();
+            }
+            return PodRecord {
+                uid: pod.uid.clone(),
+                host_network: pod.host_network,
+                written: written.unwrap_or_default(),
+                unreadable,
+                exits: observer.exits.last(subject).cloned().unwrap_or_default(),
+                problem,
+                ..record
+            };
+        }
+        let compiled = read.map(|(compiled, ..)| Arc::clone(compiled));
+        PodRecord {
             uid: pod.uid.clone(),
-            mode: match compiled {
+            mode: match &compiled {
                 Some(compiled) => compiled.mode,
                 // What its namespace demands is not known yet.
                 None if !pod.namespace_known => Mode::Enforce,
@@ -120,36 +132,13 @@ impl Publisher {
             },
             host_network: pod.host_network,
             quarantined: subject.is_interface(),
-            attached: enforced.map(|enforced| Attached {
-                bypassed: applier.bypassed(subject).is_some(),
-                ..attached(enforced, before)
-            }),
-            compiled: compiled.cloned(),
-            written: read
-                .map(|(_, written, _)| Arc::clone(written))
-                .unwrap_or_default(),
-            unreadable: read.is_some_and(|(.., unreadable)| unreadable),
-            exits: enforced
-                .and(observer.exits.last(subject))
-                .cloned()
-                .unwrap_or_default(),
-            problem: self.problems.of(subject).cloned(),
+            identity: None,
+            attached: None,
+            compiled,
+            written: written.unwrap_or_default(),
+            unreadable,
+            exits: Arc::default(),
+            problem,
         }
-    }
-}
-
-fn attached(enforced: &Enforced, before: Option<&PodState>) -> Attached {
-    let since = before
-        .and_then(|before| before.attached.as_ref())
-        .filter(|before| (before.pod, before.policy) == (enforced.pod, enforced.policy))
-        .map_or_else(SystemTime::now, |before| before.since);
-    Attached {
-        identity: Arc::clone(&enforced.identity),
-        pod: enforced.pod,
-        policy: enforced.policy,
-        version: enforced.version,
-        since,
-        interfaces: enforced.wanted.interfaces.clone(),
-        bypassed: false,
     }
 }

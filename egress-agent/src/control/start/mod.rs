@@ -25,7 +25,7 @@ use super::{
     apply::{Applier, Parts},
     dns_settings,
     observe::{Observer, arrivals::Arrivals},
-    publish::{Publisher, denials::KnownPods, events, status},
+    publish::{Publisher, events, status},
     reconcile::Reconciler,
     settings::Settings,
     state_dir::{handover, saved::Saved},
@@ -36,7 +36,7 @@ use crate::{
     gate::Gate,
     pods::Snapshot,
     report::Reporter,
-    serve::{Board, Serving},
+    serve::{Published, Serving},
 };
 use source::{Source, Watched};
 use threads::{DenialThread, Threads};
@@ -191,15 +191,13 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         reporter.clone(),
         handover::take(configured),
     )?;
-    let known: Arc<KnownPods> = Arc::default();
-    let board = Arc::<Board>::default();
+    let published = Arc::<Published>::default();
     let denials = DenialThread {
         ring: datapath.take_denials()?,
         counters: datapath.counters()?,
-        known: Arc::clone(&known),
         gate: gate.clone(),
         reporter: reporter.clone(),
-        board: Arc::clone(&board),
+        published: Arc::clone(&published),
     };
     let arrivals = if datapath.needs_qdisc() {
         Some(Arrivals::new(datapath.attached()?))
@@ -208,19 +206,12 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     let (machine, locations) = source.locations(&settings.config, &datapath, &left, arrivals)?;
     let stats = Arc::clone(gate.stats());
-    let publisher = Publisher::new(
-        &configured.node,
-        Arc::clone(&board),
-        Arc::clone(&known),
-        &left,
-        cluster,
-    );
+    let publisher = Publisher::new(&configured.node, Arc::clone(&published), &left, cluster);
     let parts = Parts {
         datapath,
         gate,
         left,
-        known,
-        board: Arc::clone(&board),
+        published: Arc::clone(&published),
         reporter: reporter.clone(),
     };
     let applier = Applier::new(parts, &settings)?;
@@ -231,7 +222,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         applier.left_judged(),
         stats,
     )?;
-    let serving = status::serve(&settings.config, &applier, board, reporter)?;
+    let serving = status::serve(&settings.config, &applier, published, reporter)?;
     Ok(Some(Agent {
         reconciler: Reconciler {
             settings,

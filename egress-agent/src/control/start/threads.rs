@@ -5,21 +5,20 @@ use std::{sync::Arc, thread::JoinHandle};
 use anyhow::Result;
 
 use crate::{
-    control::publish::denials::{DenialReader, KnownPods},
+    control::publish::denials::DenialReader,
     datapath::{CounterMap, DenialRing},
     gate::{Gate, OpenQuestion},
     report::{Reporter, ReporterThread},
-    serve::Board,
+    serve::Published,
 };
 
 /// What the thread needs that reads denials.
 pub(super) struct DenialThread {
     pub(super) ring: DenialRing,
     pub(super) counters: CounterMap,
-    pub(super) known: Arc<KnownPods>,
     pub(super) gate: Gate,
     pub(super) reporter: Reporter,
-    pub(super) board: Arc<Board>,
+    pub(super) published: Arc<Published>,
 }
 
 /// The threads that run beside the loop of reconciles.
@@ -57,13 +56,12 @@ impl Threads {
         let DenialThread {
             ring,
             counters,
-            known,
             gate,
             reporter,
-            board,
+            published,
         } = unread;
         self.denials = Some(DenialReader::start(
-            ring, counters, known, gate, reporter, board,
+            ring, counters, gate, reporter, published,
         )?);
         Ok(true)
     }

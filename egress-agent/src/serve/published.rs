@@ -1,6 +1,7 @@
-//! What control knows and those who serve tell: written by control, read by the threads that answer.
+//! What control publishes: a snapshot of the node's status, and a record of each pod.
 //!
-//! The gate and what enforces never look at it.
+//! Control writes it. The threads that answer questions read it, and so does the reader of denials. The gate and the
+//! programs never look at it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -8,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 
 use crate::{
     datapath::boottime_ns,
@@ -46,8 +47,6 @@ pub struct Written {
 /// How a pod is enforced.
 #[derive(Clone, Debug)]
 pub struct Attached {
-    /// Who it is, and its denials.
-    pub identity: Arc<PodIdentity>,
     /// Its id in the maps.
     pub pod: u32,
     /// The id of its policy in the maps.
@@ -62,9 +61,9 @@ pub struct Attached {
     pub bypassed: bool,
 }
 
-/// One pod.
+/// A pod, or an interface in quarantine, as one reconcile left it.
 #[derive(Clone, Debug)]
-pub struct PodState {
+pub struct PodRecord {
     /// Its UID.
     pub uid: String,
     /// The mode it is under, or should be under.
@@ -73,6 +72,8 @@ pub struct PodState {
     pub host_network: bool,
     /// Whether it stands for an interface whose pod is not known yet.
     pub quarantined: bool,
+    /// Who it is for denial lines, and its denials; none of a pod that is not in the kernel.
+    pub identity: Option<Arc<PodIdentity>>,
     /// How it is enforced, if it is.
     pub attached: Option<Attached>,
     /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
@@ -87,7 +88,7 @@ pub struct PodState {
     pub problem: Option<String>,
 }
 
-impl PodState {
+impl PodRecord {
     /// Whether it is to be enforced and is not.
     pub fn is_waiting(&self) -> bool {
         self.attached.is_none() && self.mode != Mode::Off && !self.host_network
@@ -148,11 +149,11 @@ pub struct WatchState {
     pub errors: u64,
 }
 
-/// The node after a reconcile.
+/// The status of the node after a reconcile.
 #[derive(Debug, Default)]
-pub struct NodeState {
+pub struct StatusSnapshot {
     /// Its pods and its interfaces in quarantine.
-    pub pods: BTreeMap<Subject, PodState>,
+    pub pods: BTreeMap<Subject, Arc<PodRecord>>,
     /// Its resolvers, each with where it was found.
     pub resolvers: BTreeMap<Resolver, String>,
     /// What is wrong with no single pod: where, and what.
@@ -171,10 +172,14 @@ pub struct NodeState {
     pub settings: Option<Settings>,
 }
 
+/// The pods in the kernel, by their ids in the maps.
+pub type PodsById = HashMap<u32, Arc<PodRecord>>;
+
 /// See the module.
 #[derive(Debug)]
-pub struct Board {
-    node: ArcSwap<NodeState>,
+pub struct Published {
+    snapshot: ArcSwap<StatusSnapshot>,
+    pods: ArcSwap<PodsById>,
     /// Established flows that others opened and that had to give way at a look at their pod.
     pub flows_evicted: Counter,
     /// Addresses and ports to which a pod has connected and that gave way to others.
@@ -195,10 +200,11 @@ pub struct Board {
     namespaces: Mutex<BTreeMap<String, Arc<DenialCounts>>>,
 }
 
-impl Default for Board {
+impl Default for Published {
     fn default() -> Self {
         Self {
-            node: ArcSwap::default(),
+            snapshot: ArcSwap::default(),
+            pods: ArcSwap::default(),
             flows_evicted: Counter::default(),
             destinations_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
@@ -215,13 +221,18 @@ impl Default for Board {
     }
 }
 
-impl Board {
-    /// The node as it is after a reconcile.
-    pub fn publish(&self, node: NodeState) {
-        let enforced = |pod: &PodState| pod.attached.as_ref().map(|attached| attached.pod);
+impl Published {
+    /// Publishes the node as it is after a reconcile. `left` are the pods that an earlier agent left in the kernel.
+    pub fn publish(&self, node: StatusSnapshot, left: impl Iterator<Item = (u32, Arc<PodRecord>)>) {
+        let enforced = |pod: &Arc<PodRecord>| pod.attached.as_ref().map(|attached| attached.pod);
         let pods: HashSet<u32> = node.pods.values().filter_map(enforced).collect();
         lock(&self.flows).retain(|pod, _| pods.contains(pod));
-        self.node.store(Arc::new(node));
+        let enforced = node.pods.values().filter_map(|pod| {
+            let attached = pod.attached.as_ref()?;
+            Some((attached.pod, Arc::clone(pod)))
+        });
+        self.pods.store(Arc::new(left.chain(enforced).collect()));
+        self.snapshot.store(Arc::new(node));
     }
 
     /// A reconcile has ended that took this long.
@@ -231,9 +242,23 @@ impl Board {
         self.reconciled_ns.set(boottime_ns());
     }
 
-    /// The node as it was last seen.
-    pub fn node(&self) -> Arc<NodeState> {
-        self.node.load_full()
+    /// The node after the last reconcile.
+    pub fn snapshot(&self) -> Arc<StatusSnapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// Publishes a pod between two reconciles, so that it is known before its first packet can be denied.
+    pub fn add(&self, id: u32, pod: &Arc<PodRecord>) {
+        self.pods.rcu(|before| {
+            let mut after = PodsById::clone(before);
+            after.insert(id, Arc::clone(pod));
+            after
+        });
+    }
+
+    /// The pods in the kernel, by their ids.
+    pub fn pods(&self) -> Guard<Arc<PodsById>> {
+        self.pods.load()
     }
 
     /// When everything was last looked at; `None` before the first time.
