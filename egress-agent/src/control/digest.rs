@@ -1,4 +1,4 @@
-//! Digests that a policy's record in the kernel has, so that the next agent knows what the policy was made of.
+//! Digests in a policy's record in the kernel, by which the next agent knows what the policy was compiled from.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ pub(in crate::control) fn of_annotations(
 ) -> [u8; 32] {
     let mut hasher = Sha256::new();
     for annotations in [own, namespace] {
-        // Lengths, so that the same bytes divided otherwise have another digest.
+        // With the lengths, the same bytes divided otherwise have another digest.
         hasher.update((annotations.len() as u64).to_be_bytes());
         for text in annotations.iter().flat_map(|(key, value)| [key, value]) {
             hasher.update((text.len() as u64).to_be_bytes());
@@ -31,7 +31,7 @@ pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     tunnels.sort_unstable();
     tunnels.dedup();
     let mut hasher = Sha256::new();
-    // Fed with numbers of fixed lengths, so that another version of the agent gets the same fingerprint.
+    // Numbers of fixed lengths, so that another version of the agent gets the same fingerprint.
     for tunnel in tunnels {
         hasher.update([tunnel.protocol]);
         hasher.update(tunnel.port.to_be_bytes());

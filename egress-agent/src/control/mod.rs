@@ -113,7 +113,7 @@ pub async fn run(options: Options) -> Result<()> {
         return Ok(());
     };
     let failure = reconcile_until_stopped(&mut agent, &options, &mut signals).await?;
-    stop::stop(agent, &options, failure).await
+    Box::pin(stop::stop(agent, &options, failure)).await
 }
 
 /// Reconciles whenever something happens, and each second. Returns why it cannot go on, or `None` when the agent is

@@ -1,4 +1,4 @@
-//! How far the agent has got, for the log.
+//! Logging when the agent is ready, and what it waits for until then.
 
 use super::{apply::ranges::listed, reconcile::Reconciler};
 use crate::pods::Snapshot;
@@ -8,16 +8,16 @@ use crate::pods::Snapshot;
 pub(super) enum Readiness {
     /// It has not looked at anything.
     Begun,
-    /// It does not know yet which pods there are, and has said so.
+    /// It does not know yet which pods there are, and has logged that.
     Waiting,
-    /// It has dealt with the pods that there are, and has said so.
+    /// It has dealt with the pods that there are, and has logged that.
     Ready,
 }
 
 impl Readiness {
     /// After a reconcile with this snapshot.
     pub(super) fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
-        // What of a directory cannot be read now may stay so for ever.
+        // A manifest in a directory may stay unreadable for ever.
         let is_known = !reconciler.publisher.has_cluster() || !snapshot.unreadable;
         match self {
             Self::Begun | Self::Waiting if is_known => {

@@ -53,7 +53,7 @@ impl Reconciler {
         }
 
         // Publish.
-        let problems = publisher.problems(&observed, &plan, &outcome, applier, observer);
+        let problems = Publisher::problems(&observed, &plan, &outcome, applier, observer);
         let problems = problems.and(neighbours).and(leftovers);
         publisher.publish(&observed, problems, applier, observer, settings);
         publisher.reconciled(began.elapsed());

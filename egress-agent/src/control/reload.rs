@@ -19,7 +19,7 @@ impl Reconciler {
             return;
         }
         let next = together(&settings.configured, facts);
-        // Even if that fails: the same facts are not tried again and again.
+        // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
         match self.applier.take_on(settings, next).await {
             Ok(()) => tracing::info!(
@@ -34,8 +34,8 @@ impl Reconciler {
         }
     }
 
-    /// Reads the configuration file again. What it says holds from the next reconcile on; if it
-    /// cannot be read, or cannot be taken on, everything stays as it was.
+    /// Reads the configuration file again, for the next reconcile. If it cannot be read or put in force, everything
+    /// stays as it was.
     pub(super) async fn reload(&mut self, file: &Path) {
         match self.try_reload(file).await {
             Ok(()) => tracing::info!(
@@ -72,7 +72,7 @@ impl Reconciler {
     }
 }
 
-/// A key that differs and that only a new start takes on.
+/// A key that differs and that cannot change while the agent runs.
 fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
     [
         ("node", now.node == next.node),

@@ -21,14 +21,15 @@ use crate::{
     serve::Existing,
 };
 
-/// What the operator wants of connections from before, and what has become of them.
+/// What the operator wants to happen to connections from before, and how many were kept.
 pub(in crate::control) struct Connections {
+    /// `existingConnections`.
     wish: ExistingConnections,
-    /// Whether those that pods have opened go on.
+    /// Whether connections that pods have opened are kept.
     pub(in crate::control) trust: Trust,
-    /// Whether `trust` counts: until the pods have been dealt with that were there at the start.
+    /// Whether `trust` counts. It ends when the pods that were there at the start have been dealt with.
     pub(super) trusting: bool,
-    /// How many went on.
+    /// How many connections were kept.
     pub(in crate::control) existing: Existing,
 }
 
@@ -42,8 +43,8 @@ impl Connections {
         }
     }
 
-    /// Notes these connections. What cannot be noted is judged like any other packet, which is no reason to
-    /// leave the pod unenforced.
+    /// Notes these connections. If one cannot be noted, its packets are judged like any other; the pod is enforced all
+    /// the same.
     pub(super) fn note(
         &mut self,
         datapath: &Datapath,
@@ -106,7 +107,7 @@ impl Connections {
                 pod = %subject,
                 inbound = seeded.inbound,
                 trusted = seeded.trusted,
-                "open connections go on"
+                "connections that were open before are kept"
             );
         }
         self.existing += seeded;
@@ -119,7 +120,7 @@ struct Seeding<'a> {
     record: &'a Policy,
     policy: u32,
     keeps_inbound: bool,
-    /// What becomes of those that the pod has opened.
+    /// The state of connections that the pod has opened.
     outbound: SeedState,
     seeded: Existing,
 }
@@ -140,7 +141,7 @@ impl Seeding<'_> {
                     self.outbound
                 }
                 (SocketProtocol::Udp, Direction::Outbound) => self.outbound,
-                // The other side's next datagram opens the flow, and nothing but that would prove it.
+                // The other side's next datagram opens the flow. Nothing else would prove who opened it.
                 (SocketProtocol::Udp, _) => continue,
             };
             let seed = Seed {
@@ -172,9 +173,9 @@ impl Seeding<'_> {
         called
     }
 
-    /// Whether a connection does not go on although it is from before: what the pod sends on it may be a
-    /// tunnel, its address is denied, or protected and no address entry opens it. (An answer to what others
-    /// have opened is judged by `from_pod`, but for tunnels.)
+    /// Whether a connection from before is not kept: it may be a tunnel, its address is denied, or its address is
+    /// protected and no address entry allows it. (`from_pod` judges what a pod sends on connections that others have
+    /// opened, but for tunnels.)
     fn is_refused(
         &self,
         view: &View,

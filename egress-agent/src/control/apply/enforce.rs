@@ -16,7 +16,7 @@ use crate::{
 };
 
 impl Applier {
-    /// A pod that is not enforced yet: new, left by an earlier agent, or begun and not finished.
+    /// Begins to enforce a pod that is new, or that an earlier agent or a failed attempt left in the kernel.
     ///
     /// # Errors
     ///
@@ -68,7 +68,7 @@ impl Applier {
                 flows: self.flows_of(pod)?,
             })
             .await?;
-        // Known before the first packet can be denied.
+        // The denial reader must know the pod before its first packet can be denied.
         let enforced = Enforced {
             wanted: Arc::clone(wanted),
             identity,
@@ -103,7 +103,7 @@ impl Applier {
         Ok(())
     }
 
-    /// A new version of an enforced pod's policy.
+    /// Puts an enforced pod under a new version of its policy.
     ///
     /// # Errors
     ///
@@ -141,7 +141,7 @@ impl Applier {
             self.unused.push(Unused::Policy(policy));
             return Err(error).context("the earlier policy stays");
         }
-        // It is in force: from here on nothing may fail before this is noted.
+        // It is in force. Nothing may fail before this is noted.
         let before = std::mem::replace(&mut enforced.policy, policy);
         self.unused.push(Unused::Policy(before));
         enforced.wanted = Arc::new(wanted);
@@ -165,7 +165,7 @@ impl Applier {
         pinned
     }
 
-    /// What an earlier agent left a pod's interfaces under, where that is not this version of its policy.
+    /// The other policies that an earlier agent left this pod's interfaces under.
     fn left_under(&self, pod: u32, policy: u32, wanted: &Wanted) -> Result<Vec<Left>> {
         let mut policies: Vec<u32> = self
             .datapath
@@ -190,7 +190,7 @@ impl Applier {
         Ok(left)
     }
 
-    /// The pod's interfaces were replaced, or there are more or fewer of them.
+    /// Enforces a pod on other interfaces: they were replaced, or there are more or fewer of them.
     ///
     /// # Errors
     ///
@@ -214,7 +214,7 @@ impl Applier {
         if let Some(new) = &new {
             self.take_from_quarantine(new, &mut flows)?;
         }
-        // Without an entry nothing leaves by a new interface, but frames from before may be on their way.
+        // Nothing leaves by a new interface that has no entry, but earlier frames may still be on their way.
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
         }

@@ -1,8 +1,8 @@
 //! Binding ports of bridges to the hardware addresses of their pods.
 //!
-//! An address is bound as the kernel has it for the pod's end, unless it is somebody else's. A network
-//! plugin may change it while it makes the network. So it counts as it is until a process of the pod was
-//! found, and never changes after that: a program with `CAP_NET_ADMIN` may change it then.
+//! A port is bound to the address that the kernel has for the pod's end, unless somebody else has that address. A
+//! network plugin may change it while it makes the network, so the binding follows it until a process of the pod is
+//! found. After that it never changes, because a program with `CAP_NET_ADMIN` may have changed the address.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
@@ -19,8 +19,8 @@ use crate::{
     host::{HardwareAddress, Host, Link, Links},
 };
 
-/// How long the gateways' addresses are used that were read. A pod whose address is refused has it
-/// decided anew in every round.
+/// How long the gateways' addresses are used without reading them again. A refused address is checked again in every
+/// reconcile.
 const GATEWAYS_FOR: Duration = Duration::from_secs(10);
 
 /// The hardware addresses that ports of bridges are bound to.
@@ -29,17 +29,17 @@ pub(in crate::control) struct Hardware {
     /// By the index of the host end.
     ports: BTreeMap<u32, Bound>,
     gateways: Option<(BTreeSet<HardwareAddress>, Instant)>,
-    /// The ports that cannot teach their bridge by frames to link-local addresses, and that bridge.
+    /// The ports from which their bridge learns nothing by frames to link-local addresses, and that bridge.
     protected: BTreeMap<u32, u32>,
 }
 
-/// What a port is bound to.
+/// The address that a port is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Bound {
     address: HardwareAddress,
     /// Why nothing may be sent from this address.
     refused: Option<String>,
-    /// Whether it stays, whatever the pod's end is given later.
+    /// Whether the binding is final.
     settled: bool,
 }
 
@@ -57,7 +57,7 @@ impl Bound {
         }
     }
 
-    /// What an earlier agent has bound a port to. What was refused is decided anew.
+    /// The binding by an earlier agent. A refused address is checked again.
     fn inherited(entry: LinkHardware) -> Option<Self> {
         (entry.flags & HARDWARE_REFUSED == 0).then_some(Self {
             address: HardwareAddress(entry.addr),
@@ -68,7 +68,7 @@ impl Bound {
 }
 
 impl Hardware {
-    /// Starts with what an earlier agent has bound.
+    /// Starts with the bindings of an earlier agent.
     ///
     /// # Errors
     ///
@@ -122,13 +122,13 @@ impl Hardware {
             .copied()
             .filter(|ifindex| !self.ports.get(ifindex).is_some_and(is_decided))
             .collect();
-        let mut released = HashSet::new();
+        let mut given_up = HashSet::new();
         while let Some(ifindex) = undecided.pop_front() {
             let (link, bridge) = ports[&ifindex];
             let Some(peer) = link.peer else {
                 continue;
             };
-            // One that cannot be read is that of no interface; it is read again in the next round.
+            // An address that cannot be read is taken for none, and is read again in the next reconcile.
             let read = host.hardware_of(ifindex, peer).ok().flatten();
             let address = read.unwrap_or_default();
             let holder = self.ports.iter().find(|(other, bound)| {
@@ -136,9 +136,9 @@ impl Hardware {
                 **other != ifindex && on_bridge == Some(bridge) && bound.address == address
             });
             let holder = holder.map(|(&other, _)| (other, ports[&other].0.peer));
-            // Who has another address by now holds this one no longer.
+            // A port whose pod has another address now does not hold this one any more.
             if let Some((other, Some(peer))) = holder
-                && !released.contains(&other)
+                && !given_up.contains(&other)
                 && host
                     .hardware_of(other, peer)
                     .ok()
@@ -146,7 +146,7 @@ impl Hardware {
                     .is_some_and(|now| now != address)
             {
                 self.ports.remove(&other);
-                released.insert(other);
+                given_up.insert(other);
                 undecided.push_back(other);
             }
             let refused = if gateways.contains(&address) {
@@ -171,7 +171,7 @@ impl Hardware {
         self.protect(host, &ports)
     }
 
-    /// Keeps ports of bridges from teaching the bridge by frames that no netfilter hook sees.
+    /// Keeps bridges from learning addresses by frames that no netfilter hook sees.
     fn protect(&mut self, host: &mut Host, ports: &BTreeMap<u32, (&Link, u32)>) -> Result<()> {
         self.protected.retain(|port, _| ports.contains_key(port));
         for (&port, &(link, bridge)) in ports {
@@ -189,7 +189,7 @@ impl Hardware {
         Ok(())
     }
 
-    /// The gateways' addresses, read anew if they are old.
+    /// The gateways' addresses, read again if they are old.
     fn gateways(&mut self, host: &mut Host) -> io::Result<&BTreeSet<HardwareAddress>> {
         let is_fresh = |(_, read): &(_, Instant)| read.elapsed() < GATEWAYS_FOR;
         let known = match self.gateways.take().filter(is_fresh) {

@@ -1,20 +1,23 @@
-//! Making sure that what enforced interfaces carry passes the programs.
+//! Keeping the agent's programs first on the hooks of enforced interfaces.
 //!
-//! Another program on the same hook may be in front of ours and end a packet's way there: then nothing
-//! is judged, and nothing of that shows in what ours count. So the order on each hook is looked at, and
-//! put right; and probes ([`crate::gate::Probe`]) show whether packets arrive at all. An interface whose
-//! packets somebody else takes counts as not enforced, and its pod has a problem.
+//! Another program in front of them on the same hook can end a packet's way there. Then the packet is not judged,
+//! and no counter shows it. So the agent looks at the order on each hook and corrects it. Probes
+//! ([`crate::gate::Probe`]) show whether packets arrive at all. An interface whose packets another program takes
+//! counts as not enforced, and its pod has a problem.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
-use egress_common::records::Probes;
 
-use super::{Applier, Upkeep};
+use super::{
+    Applier,
+    upkeep::Upkeep,
+    watched_hooks::{MOVES, MOVES_WITHIN, Sent, Watched},
+};
 use crate::{
     datapath::{Hook, ProbeMap, Standing},
     gate::Probe,
@@ -23,19 +26,13 @@ use crate::{
 
 /// How often an interface is looked at: a little less than a second, so that each round finds it due.
 const EVERY: Duration = Duration::from_millis(900);
-/// How long a probe may be on its way.
-const UNDER_WAY: Duration = Duration::from_millis(200);
-/// A probe can get lost as any packet can; so many in a row have been taken.
+/// A probe can get lost like any packet. If so many in a row do not arrive, something takes them.
 const MISSES: u32 = 3;
 /// Interfaces that are looked at in one round.
 const AT_ONCE: usize = 128;
-/// So often an interface's programs are put in front again …
-const MOVES: usize = 5;
-/// … within this time. Whoever else insists on being first would otherwise keep the agent busy.
-const MOVES_WITHIN: Duration = Duration::from_secs(20);
 
-/// Sources of probes on interfaces whose pods' addresses are not known: of documentation (RFC 5737, RFC
-/// 3849).
+/// Sources of probes on interfaces whose pods' addresses are not known: addresses for documentation (RFC 5737,
+/// RFC 3849).
 const ANY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const ANY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
@@ -47,28 +44,6 @@ pub(in crate::control) struct Hooks {
     stale: bool,
 }
 
-#[derive(Default)]
-struct Watched {
-    looked: Option<Instant>,
-    /// What was counted when probes were sent that have not been looked for yet.
-    sent: Option<Sent>,
-    missed: u32,
-    moves: VecDeque<Instant>,
-    /// Why the programs could not be put in front the last time.
-    failed: Option<String>,
-    /// Somebody else has insisted on being first, and not long ago.
-    contested: bool,
-    /// Why packets do not pass the programs, or may not.
-    problem: Option<String>,
-}
-
-#[derive(Clone, Copy)]
-struct Sent {
-    at: Instant,
-    before: Probes,
-    probe: Probe,
-}
-
 impl Hooks {
     pub(in crate::control) fn new(probes: ProbeMap) -> Self {
         Self {
@@ -78,14 +53,14 @@ impl Hooks {
         }
     }
 
-    /// Why what these interfaces carry may not be judged.
+    /// Why packets of these interfaces may not be judged.
     pub(in crate::control) fn problem(&self, interfaces: &[u32]) -> Option<&str> {
         let mut watched = interfaces.iter().filter_map(|at| self.interfaces.get(at));
         watched.find_map(|watched| watched.problem.as_deref())
     }
 
-    /// Somebody has changed filters of these interfaces (of all without a list): they are looked at
-    /// next. Returns whether there are any.
+    /// Filters of these interfaces have changed (of all without a list): they are looked at next. Returns whether
+    /// any of them is enforced.
     pub(in crate::control) fn hurry(&mut self, changed: Option<&[u32]>) -> bool {
         let mut any = false;
         for (ifindex, watched) in &mut self.interfaces {
@@ -97,8 +72,8 @@ impl Hooks {
         any
     }
 
-    /// Forgets the counts of interfaces that are not enforced any more.
-    fn forget(&mut self) -> Result<()> {
+    /// Removes the counts of interfaces that are not enforced any more.
+    fn remove_stale(&mut self) -> Result<()> {
         if self.stale {
             let interfaces = &self.interfaces;
             self.probes
@@ -120,7 +95,7 @@ impl Hooks {
         }
     }
 
-    /// The interfaces whose turn it is.
+    /// The interfaces that are due to be looked at.
     fn due(&self) -> Vec<u32> {
         let mut due: Vec<_> = self
             .interfaces
@@ -134,48 +109,8 @@ impl Hooks {
     }
 }
 
-impl Watched {
-    /// Takes note of the probes that have come. Returns whether the next may be sent.
-    fn receive(&mut self, now: Probes) -> bool {
-        let Some(Sent { at, before, probe }) = self.sent else {
-            return true;
-        };
-        let v4 = probe.v4.is_none() || now.v4 > before.v4;
-        let v6 = probe.v6.is_none() || now.v6 > before.v6;
-        if v4 && v6 {
-            self.missed = 0;
-        } else if at.elapsed() < UNDER_WAY {
-            return false;
-        } else {
-            self.missed = self.missed.saturating_add(1);
-        }
-        self.sent = None;
-        true
-    }
-
-    /// Whether the programs may be put in front once more.
-    fn may_move(&mut self, now: Instant) -> bool {
-        self.moves
-            .retain(|at| now.duration_since(*at) < MOVES_WITHIN);
-        let may = self.moves.len() < MOVES;
-        if may {
-            self.moves.push_back(now);
-        }
-        // What nothing can be put in front of does not insist.
-        self.contested |= !may && self.failed.is_none();
-        may
-    }
-
-    /// Whether somebody has insisted on being first until a short time ago.
-    fn is_contested(&mut self, now: Instant) -> bool {
-        let recently = |at: &Instant| now.duration_since(*at) < MOVES_WITHIN;
-        self.contested &= self.moves.iter().any(recently);
-        self.contested
-    }
-}
-
 impl Applier {
-    /// Looks at the hooks of the enforced interfaces whose turn it is.
+    /// Looks at the hooks of the enforced interfaces that are due.
     pub(in crate::control) async fn check_hooks(&mut self) {
         let sources: BTreeMap<u32, Probe> = self
             .enforced
@@ -214,14 +149,14 @@ impl Applier {
             tracing::warn!(
                 hooks = moved.len(),
                 %first,
-                "programs of the agent were not first on their hooks; they are again"
+                "the agent's programs were not first on their hooks; they were put in front again"
             );
         }
         if let Err(error) = self.send_probes(&ready).await {
             tracing::error!(error = %format!("{error:#}"), "cannot send probes");
         }
-        if let Err(error) = self.upkeep.hooks.forget() {
-            tracing::error!(error = %format!("{error:#}"), "cannot forget probes");
+        if let Err(error) = self.upkeep.hooks.remove_stale() {
+            tracing::error!(error = %format!("{error:#}"), "cannot remove counts of probes");
         }
     }
 
@@ -238,7 +173,7 @@ impl Applier {
         };
         watched.looked = Some(now);
         let Some(name) = interface_name(ifindex) else {
-            // It has gone, and nothing passes it any more.
+            // The interface is gone, so nothing passes it any more.
             *watched = Watched {
                 looked: Some(now),
                 ..Watched::default()
@@ -278,7 +213,7 @@ impl Applier {
             watched.failed = None;
         }
         match (&mut problem, failed) {
-            // The same is said whether or not it has just been tried again.
+            // The problem's text is the same whether or not another attempt has just been made.
             (Some(problem), Some(failed)) => *problem = format!("{problem}; {failed}"),
             (problem, _) if watched.is_contested(now) => {
                 let seconds = MOVES_WITHIN.as_secs();
@@ -296,7 +231,7 @@ impl Applier {
                     .to_owned(),
             );
         }
-        // What goes wrong when an interface goes is no problem: nothing passes it any more.
+        // An error because the interface is gone is no problem: nothing passes it any more.
         let problem = problem.filter(|_| interface_name(ifindex).is_some());
         watched.problem = problem.map(|why| {
             format!(
@@ -317,7 +252,7 @@ impl Applier {
         }
         let sent = self.gate.probe(probes.to_vec()).await?;
         for ((&probe, before), sent) in probes.iter().zip(before).zip(sent) {
-            // What is down carries nothing; it is tried again.
+            // Nothing can be sent on an interface that is down. It is probed again later.
             if let Some(watched) = self
                 .upkeep
                 .hooks
@@ -359,56 +294,6 @@ fn describe(standing: &Standing) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn sent(ago: Duration) -> Watched {
-        let at = Instant::now().checked_sub(ago).unwrap();
-        let probe = Probe {
-            ifindex: 7,
-            v4: Some(ANY),
-            v6: Some(ANY6),
-        };
-        Watched {
-            sent: Some(Sent {
-                at,
-                before: Probes { v4: 3, v6: 3 },
-                probe,
-            }),
-            ..Watched::default()
-        }
-    }
-
-    #[test]
-    fn a_probe_counts_as_missed_when_one_family_does_not_come() {
-        for (now, missed) in [((4, 4), 0), ((4, 3), 1), ((3, 4), 1), ((3, 3), 1)] {
-            let mut watched = sent(UNDER_WAY);
-            let (v4, v6) = now;
-            assert!(watched.receive(Probes { v4, v6 }));
-            assert_eq!(watched.missed, missed, "{now:?}");
-        }
-    }
-
-    #[test]
-    fn a_probe_that_may_still_come_is_waited_for() {
-        let mut watched = sent(Duration::ZERO);
-        assert!(!watched.receive(Probes { v4: 3, v6: 3 }));
-        assert!(watched.receive(Probes { v4: 4, v6: 4 }));
-        assert_eq!(watched.missed, 0);
-    }
-
-    #[test]
-    fn the_programs_are_put_in_front_a_few_times_only_in_a_while() {
-        let mut watched = Watched::default();
-        let now = Instant::now();
-        for _ in 0..MOVES {
-            assert!(watched.may_move(now));
-        }
-        assert!(!watched.is_contested(now));
-        assert!(!watched.may_move(now));
-        assert!(watched.is_contested(now), "until a while has passed");
-        let later = now + MOVES_WITHIN;
-        assert!(watched.may_move(later));
-        assert!(!Watched::default().is_contested(later));
-    }
 
     #[test]
     fn probes_come_from_an_address_of_each_family_that_the_pod_has() {

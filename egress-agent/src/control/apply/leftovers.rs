@@ -1,4 +1,4 @@
-//! What is in the kernel and of no pod that is to be enforced.
+//! What an earlier agent, or an attempt that failed, left in the kernel.
 
 use std::collections::HashSet;
 
@@ -15,7 +15,7 @@ impl Applier {
             return;
         };
         let subject = Subject::from_fields(&left.namespace, &left.name);
-        // It is tried again to enforce this very pod.
+        // The next reconcile tries again to enforce this pod.
         if outcome.has_failed(&subject, &left.uid) {
             return;
         }
@@ -31,8 +31,8 @@ impl Applier {
         }
     }
 
-    /// Puts pods that stay as an earlier agent left them under copies of their policies if `ranges` have changed
-    /// since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
+    /// Puts the pods that are kept as an earlier agent left them under copies of their policies if `ranges` have
+    /// changed since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
     pub(super) fn judge_left_again(&mut self, kept: &[u32], ranges: RangesVersion) -> Result<()> {
         let fingerprint = ranges.fingerprint();
         let mut copies: Vec<(u32, u32, Policy)> = Vec::new();
@@ -77,7 +77,7 @@ impl Applier {
         failure
     }
 
-    /// Removes policies that nothing is under: their agent was killed while it changed them.
+    /// Removes policies that no interface is under: their agent was killed while it changed them.
     pub(in crate::control) fn drop_orphans(&mut self) {
         let used: HashSet<u32> = self
             .enforced

@@ -11,7 +11,8 @@
 //! | `seed`, `connections` | notes connections from before, and judges everything from then on |
 //! | `remove`, `leftovers` | releases, detaches, and removes state |
 //! | `hardware`, `node_addresses` | keeps the node's and the neighbours' addresses from pods |
-//! | `hooks`, `stamps` | makes sure that packets pass the programs |
+//! | `hooks`, `watched_hooks`, `stamps` | makes sure that packets pass the programs |
+//! | `upkeep` | does the last two in each reconcile, whatever is planned |
 //! | `ranges` | puts other ranges and resolvers in force |
 //! | `sweep` | forgets idle flows and expired addresses |
 
@@ -22,12 +23,15 @@ mod hardware;
 mod hooks;
 mod leftovers;
 mod node_addresses;
+mod outcome;
 mod prepare;
 pub(in crate::control) mod ranges;
 mod remove;
 mod seed;
 mod stamps;
 mod sweep;
+mod upkeep;
+mod watched_hooks;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -39,24 +43,20 @@ use anyhow::{Context as _, Result};
 use egress_common::records::INTERFACE_SOURCES;
 
 use super::{
-    observe::{InForce, InKernel, Observed, machine::Machine},
-    plan::{Action, Plan, wanted::Wanted},
-    publish::problems::{About, Problems},
+    observe::{InForce, InKernel, machine::Machine},
+    plan::{Action, Plan},
     settings::Settings,
 };
 use crate::{
-    datapath::{Adoptable, Datapath, NodeAddressMap, Unused},
+    datapath::{Adoptable, Datapath, Unused},
     gate::Gate,
-    host::interface_name,
-    pods::Facts,
     report::{Reporter, Subject},
     serve::Published,
 };
 use connections::Connections;
 use enforced::Enforced;
-use hardware::Hardware;
-use hooks::Hooks;
-use stamps::Stamps;
+pub(in crate::control) use outcome::Outcome;
+use upkeep::Upkeep;
 
 /// Changes the kernel and asks the gate, and knows what is enforced.
 pub(in crate::control) struct Applier {
@@ -99,65 +99,6 @@ impl Ids {
     }
 }
 
-/// What is kept as it should be in each reconcile, whatever is planned.
-struct Upkeep {
-    hardware: Hardware,
-    node_addresses: NodeAddressMap,
-    hooks: Hooks,
-    stamps: Stamps,
-}
-
-/// What came of a plan.
-#[derive(Default)]
-pub(in crate::control) struct Outcome {
-    /// The pods whose actions all succeeded.
-    pub(in crate::control) succeeded: HashSet<Subject>,
-    /// The pods that are not as they should be. They are planned again.
-    pub(in crate::control) failed: BTreeMap<Subject, Failure>,
-    /// What is wrong with something else, and with pods that are not in the source.
-    pub(in crate::control) problems: Problems,
-    /// The interfaces on which everything is judged from now on.
-    pub(in crate::control) judged: Vec<u32>,
-    /// The interfaces of pods that began to be enforced and were detached from again.
-    pub(in crate::control) unjudged: Vec<u32>,
-}
-
-/// A pod whose action failed.
-pub(in crate::control) struct Failure {
-    uid: String,
-    /// Why; `None` if its interface has gone meanwhile: so a pod may end. If it does not, the next reconcile says
-    /// what is missing.
-    pub(in crate::control) problem: Option<String>,
-}
-
-impl Outcome {
-    fn note(&mut self, subject: &Subject, wanted: &Wanted, done: Result<()>) {
-        let Err(error) = done else {
-            self.succeeded.insert(subject.clone());
-            return;
-        };
-        let mut interfaces = wanted.interfaces.iter();
-        let are_there = interfaces.all(|&ifindex| interface_name(ifindex).is_some());
-        self.fail(
-            subject,
-            &wanted.uid,
-            are_there.then(|| format!("{error:#}")),
-        );
-    }
-
-    fn fail(&mut self, subject: &Subject, uid: &str, problem: Option<String>) {
-        self.succeeded.remove(subject);
-        let uid = uid.to_owned();
-        self.failed
-            .insert(subject.clone(), Failure { uid, problem });
-    }
-
-    fn has_failed(&self, subject: &Subject, uid: &str) -> bool {
-        let failure = self.failed.get(subject);
-        failure.is_some_and(|failure| failure.uid == uid)
-    }
-}
-
 /// What an applier begins with.
 pub(in crate::control) struct Parts {
     pub(in crate::control) datapath: Datapath,
@@ -190,12 +131,7 @@ impl Applier {
             },
             left,
             unused: Vec::new(),
-            upkeep: Upkeep {
-                hardware: Hardware::open(&datapath)?,
-                node_addresses: datapath.node_addresses()?,
-                hooks: Hooks::new(datapath.probes()?),
-                stamps: Stamps::new(reporter),
-            },
+            upkeep: Upkeep::open(&datapath, reporter)?,
             connections: Connections::new(&settings.configured),
             settling: Vec::new(),
             is_reading: false,
@@ -296,78 +232,6 @@ impl Applier {
             self.gate.read();
             self.is_reading = true;
         }
-    }
-
-    /// Does what comes before a plan's actions: keeps from pods what is the node's and their neighbours'.
-    pub(in crate::control) fn protect_neighbours(
-        &mut self,
-        machine: &mut Machine,
-        observed: &Observed<'_>,
-    ) -> Problems {
-        let mut problems = Problems::default();
-        let mut note = |about: &str, done: Result<()>, what: &str| {
-            if let Err(error) = done {
-                problems.set(About::node(about), format!("{what}: {error:#}"));
-            }
-        };
-        note(
-            "link-local addresses",
-            node_addresses::protect_link_locals(&self.datapath),
-            "pods could take link-local addresses that are not theirs",
-        );
-        note(
-            "the node's addresses",
-            node_addresses::protect(&mut self.upkeep.node_addresses, machine),
-            "tunnels to some of the node's own addresses may leave pods",
-        );
-        let running = hardware::running(observed);
-        note(
-            "hardware addresses",
-            self.upkeep.hardware.bind(machine, &running),
-            "pods on bridges could send from hardware addresses of others",
-        );
-        problems
-    }
-
-    /// Does what comes after a plan's actions: keeps the programs in front on their hooks, and removes what nobody
-    /// uses any more.
-    pub(in crate::control) async fn clean_up(
-        &mut self,
-        plan: &Plan,
-        settings: &Settings,
-        in_cluster: bool,
-    ) -> Problems {
-        let mut problems = Problems::default();
-        // Without the cluster's addresses, flows to them would be denied.
-        let is_known = !in_cluster || settings.facts != Facts::default();
-        if is_known && let Err(error) = self.judge_left_again(&plan.kept, settings.ranges) {
-            let about = About::node("connections of an earlier agent's pods");
-            let what = format!("cannot judge all of them by the changed `ranges` yet: {error:#}");
-            problems.set(about, what);
-        }
-        self.check_hooks().await;
-        self.check_stamps();
-        if let Some(unsupported) = self.upkeep.stamps.unsupported() {
-            problems.set(About::node("stamp check"), unsupported);
-        }
-        if let Err(error) = self.drop_unused() {
-            let about = About::node("maps that nobody uses any more");
-            problems.set(about, format!("cannot remove all of them yet: {error:#}"));
-        }
-        problems
-    }
-
-    /// Why what an enforced pod sends or receives may not be judged.
-    pub(in crate::control) fn bypassed(&self, subject: &Subject) -> Option<String> {
-        let interfaces = &self.enforced.get(subject)?.wanted.interfaces;
-        let problem = self.upkeep.hooks.problem(interfaces).map(str::to_owned);
-        problem.or_else(|| self.upkeep.stamps.problem())
-    }
-
-    /// Why an enforced pod may not send from its hardware address.
-    pub(in crate::control) fn hardware_problem(&self, subject: &Subject) -> Option<String> {
-        let enforced = self.enforced.get(subject)?;
-        self.upkeep.hardware.problem(&enforced.wanted.interfaces)
     }
 
     /// How pods are enforced.

@@ -1,4 +1,4 @@
-//! Making what pods need in the kernel before they can be put under their policies.
+//! Making the maps that pods need before they can be put under their policies.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
     report::Subject,
 };
 
-/// A version of a pod's policy that is wholly in the kernel; nothing may be under it yet.
+/// A version of a pod's policy that is complete in the kernel. No interface is under it yet, unless it was adopted.
 pub(super) struct Version {
     /// The pod's id.
     pub(super) pod: u32,
@@ -26,7 +26,7 @@ struct Draft {
     /// Whether the pod's own maps have to be made too.
     new_pod: bool,
     policy: u32,
-    /// The allow map of a policy that an earlier agent made, or an earlier attempt.
+    /// The allow map of a policy that an earlier agent, or an earlier attempt, has made.
     adopted: Option<AllowMap>,
 }
 
@@ -73,7 +73,7 @@ impl Applier {
         versions
     }
 
-    /// What the pod needs.
+    /// What the pod's new version needs.
     fn draft(&mut self, subject: &Subject, wanted: &Wanted) -> Result<Draft> {
         if let Some(enforced) = self.enforced.get(subject) {
             return Ok(Draft {
@@ -90,8 +90,7 @@ impl Applier {
             None => (self.ids.next_policy(), None),
         };
         if let Some(left) = self.left.get_mut(&pod) {
-            // Whatever fails from here on, the policy and the interface are known to the next
-            // attempt.
+            // If something fails from here on, the next attempt knows the policy and the interface.
             let entry = wanted.entry(pod, policy);
             for &ifindex in &wanted.interfaces {
                 let at = (ifindex, entry);
@@ -107,8 +106,8 @@ impl Applier {
         })
     }
 
-    /// The id of a pod that is not enforced. Until it is, it counts as left behind: the next attempt
-    /// goes on from there, and if there is none, it is removed like everything else that is.
+    /// The id of a pod that is not enforced yet. Until it is, it is recorded as left in the kernel. The next attempt
+    /// continues from there; if there is none, the pod is removed like everything else that is left.
     fn find_or_add(&mut self, subject: &Subject, uid: &str) -> u32 {
         let (namespace, name) = subject.fields();
         let left = self.left.iter().find(|(_, left)| {
@@ -128,7 +127,7 @@ impl Applier {
         pod
     }
 
-    /// The policy that the pod was left under, if it is the one it should be under.
+    /// The policy that the pod was left under, if it is the wanted one.
     fn adopt(&self, pod: u32, wanted: &Wanted) -> Result<Option<(u32, AllowMap)>> {
         let left = self.left.get(&pod);
         for (_, entry) in left.map_or(&[][..], |left| &left.interfaces) {
@@ -154,7 +153,7 @@ impl Applier {
             Err(error) => {
                 if adopted.is_none() {
                     self.unused.push(Unused::Policy(policy));
-                    self.forget_policy(pod, policy);
+                    self.remove_record_of(pod, policy);
                 }
                 return Err(error);
             }
@@ -163,9 +162,9 @@ impl Applier {
         Ok(Version { pod, policy, allow })
     }
 
-    /// Forgets a policy that could not be made. The last entry stays, for its interface's sake, so
-    /// that failing over and over leaves no more than failing once.
-    fn forget_policy(&mut self, pod: u32, policy: u32) {
+    /// Removes a policy that could not be made from the record of what is left. The last entry of an interface stays,
+    /// so that the interface is detached from. Many failures record no more than one.
+    fn remove_record_of(&mut self, pod: u32, policy: u32) {
         if let Some(left) = self.left.get_mut(&pod) {
             let interfaces = left.interfaces.clone();
             let stays = |ifindex: u32| {
@@ -177,8 +176,12 @@ impl Applier {
         }
     }
 
-    /// Removes what nobody uses any more, all together. What cannot be removed is tried again the
-    /// next time; returns why.
+    /// Removes all maps that nobody uses any more together. Those that cannot be removed are tried again in the next
+    /// reconcile.
+    ///
+    /// # Errors
+    ///
+    /// When some cannot be removed.
     pub(super) fn drop_unused(&mut self) -> Result<()> {
         let unused = std::mem::take(&mut self.unused);
         let mut failure = Ok(());

@@ -22,7 +22,7 @@ impl Applier {
     ///
     /// # Errors
     ///
-    /// When they cannot be written; those that were in force are again.
+    /// When they cannot be written. The earlier ones are in force again then.
     pub(in crate::control) async fn take_on(
         &mut self,
         settings: &mut Settings,
@@ -49,11 +49,10 @@ impl Applier {
         if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
-        // Closed before an address becomes internal. A list that could not be written whole closes
-        // more than it should, never less.
+        // Tunnels are closed before an address becomes internal. A list that is written in part closes too much, never
+        // too little.
         self.datapath.set_tunnels(&tunnels)?;
-        // What is new stands in the map before what is old is removed, so for a moment both need
-        // room.
+        // New entries are written before old ones are removed, so for a moment the map needs room for both.
         if let Err(error) = self.datapath.set_ranges(&ranges) {
             self.datapath
                 .set_ranges(&before)
@@ -71,8 +70,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Only resolvers have come or gone: has the pods get a new version of their policies whose verdicts
-    /// that changes. `from_pod` looks for DNS before it looks at flows, so a version is not needed for that.
+    /// Only resolvers have come or gone: the pods whose verdicts that changes get a new version of their policies. DNS
+    /// itself needs no new version, because `from_pod` looks for it before it looks at flows.
     fn note_resolvers(&mut self, now: &Config, next: &Config) {
         let (before, after) = (&now.dns.resolvers, &next.dns.resolvers);
         let came = after.iter().filter(|resolver| !before.contains(resolver));
@@ -85,7 +84,7 @@ impl Applier {
         let view = self.datapath.view();
         for enforced in self.enforced.values_mut() {
             let is_concerned = view.as_ref().map_or(true, |view| {
-                // What cannot be looked at is judged again.
+                // A pod that cannot be looked at gets a new version too.
                 is_concerned(view, enforced, &changed).unwrap_or(true)
             });
             if is_concerned {
@@ -97,7 +96,7 @@ impl Applier {
 
 /// Whether a pod's policy judges otherwise because these IPv4 addresses are resolvers' now, or are no more.
 ///
-/// What an entry or `ranges` says of an IPv4 address holds for its translation (NAT64) too, unless it is a
+/// An entry or range for an IPv4 address also counts for its translation (NAT64), unless the address is a
 /// resolver's: see [`egress_common::verdict::Destination::add_translated`]. Only a pod with an IPv6 address
 /// sends there.
 fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -> Result<bool> {
@@ -116,7 +115,7 @@ fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -
     Ok(false)
 }
 
-/// Resolvers as a log line has them.
+/// Resolvers for a log line.
 pub(in crate::control) fn listed(resolvers: &[Resolver]) -> String {
     let texts: Vec<String> = resolvers.iter().map(Resolver::to_string).collect();
     format!("[{}]", texts.join(", "))
@@ -129,8 +128,8 @@ pub(in crate::control) fn together(config: &Config, facts: &Facts) -> Config {
     if !left_out.is_empty() {
         tracing::error!(
             left_out = %listed(&left_out),
-            "the cluster's resolvers are asked on too many different ports: nothing is held that \
-             goes to these or comes from them, and nothing is learned from it"
+            "the cluster's resolvers are asked on too many different ports: DNS to and from these is not \
+             held, and nothing is learned from it"
         );
     }
     let internal = &mut config.ranges.internal;

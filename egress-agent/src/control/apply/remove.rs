@@ -58,7 +58,7 @@ impl Applier {
         }
         self.gate.remove(pod).await?;
         let own = Subject::from_fields(&left.namespace, &left.name);
-        // Otherwise the pins are those of a newer pod with the same name by now.
+        // If a newer pod has this name, the pins are that pod's.
         if !self.enforced.contains_key(&own)
             && !self.left.iter().any(|(&id, other)| {
                 id != pod && Subject::from_fields(&other.namespace, &other.name) == own
@@ -74,7 +74,7 @@ impl Applier {
         Ok(())
     }
 
-    /// Detaches from an interface that a pod is on no more, unless it is another pod's by now.
+    /// Detaches from an interface that a pod has left, unless another pod has it now.
     pub(super) fn detach(&mut self, pod: u32, ifindex: u32) -> Result<()> {
         let is_on = |enforced: &Enforced| {
             enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)

@@ -16,15 +16,15 @@ use crate::{
     report::Subject,
 };
 
-/// How long only the sources of a pod are judged before anything is noted that comes to it: by then the
-/// node is done with what the pod has sent before.
+/// How long only the sources of what a pod sends are judged, before flows that others open are noted. By then the node
+/// has dealt with all frames that the pod sent before.
 const SETTLING: Duration = Duration::from_millis(50);
 /// How many pods' sockets are read at a time.
 const READERS: usize = 8;
 
 impl Applier {
-    /// Judges everything of the pods that have begun with their sources only. Those where that fails are detached
-    /// from again.
+    /// Judges everything of the pods that have begun with only their sources judged. If that fails for a pod, it is
+    /// detached from again.
     ///
     /// All other pods have been dealt with by now, so a pod with many sockets delays none of them.
     pub(super) async fn settle(&mut self, machine: &mut Machine, outcome: &mut Outcome) {
@@ -76,7 +76,7 @@ impl Applier {
         self.gate.judge(pod, judged).await
     }
 
-    /// Notes what a pod has open, and judges everything from then on.
+    /// Notes a pod's open connections, and judges everything from then on.
     async fn judge_all(
         &mut self,
         subject: &Subject,
@@ -115,7 +115,7 @@ impl Applier {
             .note(&self.datapath, subject, record, flows, policy, sockets);
     }
 
-    /// What others have opened towards an interface while it was in quarantine goes on.
+    /// Keeps the flows that others have opened towards these interfaces while they were in quarantine.
     pub(super) fn take_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
         for (subject, enforced) in &self.enforced {
             let mut interfaces = enforced.wanted.interfaces.iter();

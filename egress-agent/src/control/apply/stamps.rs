@@ -1,7 +1,7 @@
-//! Telling of frames that the programs have not seen, and of the check that finds them.
+//! Reporting frames that skipped the programs, and keeping the check in force that finds them.
 //!
-//! See [`crate::datapath`]'s stamp check. It counts by interface and sees no packet of its own accord, so a
-//! denial line tells of the pod and of how many frames there were.
+//! See [`crate::datapath`]'s stamp check. It only counts frames by interface, so a denial line names the pod and the
+//! number of frames.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,20 +17,20 @@ use crate::{
 
 /// How often the tables are looked at: a little less than a second, so that each round finds it due.
 const EVERY: Duration = Duration::from_millis(900);
-/// So often at most it is said that tables were put back.
-const SAY_EVERY: Duration = Duration::from_secs(20);
+/// How often, at most, a line says that tables were put back.
+const LOG_EVERY: Duration = Duration::from_secs(20);
 
 /// What is known of the stamp check.
 pub(in crate::control) struct Stamps {
     reporter: Reporter,
     looked: Option<Instant>,
-    /// Why it is not in force as it was before.
+    /// Why the check is not in force any more.
     problem: Option<String>,
-    /// Which of its tables the kernel does not take.
+    /// The tables that the kernel does not support.
     unsupported: Option<String>,
-    /// Tables that were put back since that was last said.
+    /// Tables that were put back since the last line about it.
     restored: u64,
-    said: Option<Instant>,
+    logged: Option<Instant>,
 }
 
 impl Stamps {
@@ -41,11 +41,11 @@ impl Stamps {
             problem: None,
             unsupported: None,
             restored: 0,
-            said: None,
+            logged: None,
         }
     }
 
-    /// Somebody has changed a table: it is looked at next.
+    /// A table has changed: the tables are looked at next.
     pub(in crate::control) fn hurry(&mut self) {
         self.looked = None;
     }
@@ -60,7 +60,7 @@ impl Stamps {
         })
     }
 
-    /// What of the check the kernel does not take.
+    /// The problem with tables that the kernel does not support.
     pub(in crate::control) fn unsupported(&self) -> Option<String> {
         self.unsupported.as_ref().map(|why| {
             format!(
@@ -70,9 +70,9 @@ impl Stamps {
         })
     }
 
-    /// Says that tables were put back, but not each time.
-    fn say_restored(&mut self) {
-        let recently = self.said.is_some_and(|said| said.elapsed() < SAY_EVERY);
+    /// Logs that tables were put back, but not each time.
+    fn log_restored(&mut self) {
+        let recently = self.logged.is_some_and(|at| at.elapsed() < LOG_EVERY);
         if self.restored > 0 && !recently {
             tracing::warn!(
                 tables = self.restored,
@@ -80,16 +80,16 @@ impl Stamps {
                  and what they had counted since the last look is not known"
             );
             self.restored = 0;
-            self.said = Some(Instant::now());
+            self.logged = Some(Instant::now());
         }
     }
 }
 
 impl Applier {
-    /// From now on, frames of a pod's interfaces that skip `from_pod` do not leave, or are counted in audit
-    /// mode. To be called when it is attached.
+    /// Drops frames of a pod's interfaces that skip `from_pod` from now on, or counts them in audit mode. To be called
+    /// when `from_pod` is attached.
     ///
-    /// Returns whether frames that nobody has judged have left until now.
+    /// Returns whether frames have left that no program has judged.
     pub(in crate::control) fn require_stamps(
         &mut self,
         interfaces: &[u32],
@@ -110,8 +110,8 @@ impl Applier {
         have_left
     }
 
-    /// What others have opened towards a pod is forgotten: the pod may have sent that itself, in others' names, by
-    /// frames that nobody has judged.
+    /// Removes the flows that others have opened towards a pod. The pod may have sent their first packets itself, in
+    /// others' names, by frames that no program has judged.
     pub(in crate::control) fn distrust_inbound(
         &mut self,
         subject: &Subject,
@@ -128,7 +128,7 @@ impl Applier {
         Ok(())
     }
 
-    /// Looks at what came without a stamp, if its turn has come.
+    /// Looks for frames without a stamp, if it is time to.
     pub(in crate::control) fn check_stamps(&mut self) {
         let stamps = &mut self.upkeep.stamps;
         if stamps.looked.is_some_and(|at| at.elapsed() < EVERY) {
@@ -144,7 +144,7 @@ impl Applier {
         stamps.problem = problem;
         stamps.unsupported = unsupported;
         stamps.restored += restored.len() as u64;
-        stamps.say_restored();
+        stamps.log_restored();
         self.published
             .stamp_tables_restored
             .add(restored.len() as u64);
@@ -154,7 +154,7 @@ impl Applier {
                 tracing::warn!(
                     ifindex = frames.ifindex,
                     frames = frames.packets,
-                    "frames without a stamp, of an interface whose pod is not known yet"
+                    "frames without a stamp were received on an interface whose pod is not known yet"
                 );
                 continue;
             };

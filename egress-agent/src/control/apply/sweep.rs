@@ -1,4 +1,4 @@
-//! Forgetting what pods do not use any more.
+//! Removing idle flows and expired addresses.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -6,7 +6,7 @@ use super::Applier;
 use crate::datapath::boottime_ns;
 
 impl Applier {
-    /// Forgets idle flows and expired addresses of the pods whose turn it is.
+    /// Removes idle flows and expired addresses of the pods whose turn it is.
     pub(in crate::control) fn sweep(&mut self, round: Duration, every: Duration) {
         let turns = (round.as_millis() / every.as_millis()).max(1) as usize;
         let pods = self.enforced.len();

@@ -1,9 +1,9 @@
-//! Noticing that answers go past the place where they would be held.
+//! Noticing that DNS responses take another way than through the agent's programs.
 //!
 //! Cilium with BPF host routing hands packets to a pod with `bpf_redirect_peer`, which puts them into the
 //! pod's end of its interface: `to_pod`, on the host's end, never sees them (net/core/filter.c,
-//! `skb_do_redirect`). Then answers arrive unheld, what they say is not learned, and the pod reaches
-//! nothing by name. It fails closed, but nobody would know why.
+//! `skb_do_redirect`). Then responses arrive without being held, the agent learns nothing from them, and
+//! the pod reaches nothing by name. That is closed, but without this problem nobody would know why.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,14 @@ use crate::{
     gate::{Direction, Stats},
 };
 
-/// So many questions without any answer are no chance …
+/// So many queries without any response are no coincidence …
 const QUESTIONS: u64 = 20;
-/// … if they took at least this long: a stub resolver gives up on a question after 5 seconds.
+/// … if they took at least this long: a stub resolver gives up on a query after 5 seconds.
 const AT_LEAST: Duration = Duration::from_secs(10);
-/// How the names of Cilium's programs begin.
+/// The names of Cilium's programs begin with this.
 const CILIUM: &str = "cil_";
 
-/// What has been seen of answers.
+/// The responses that were seen, and the queries since the last of them.
 #[derive(Default)]
 pub(in crate::control) struct Answers {
     seen: u64,
@@ -29,7 +29,7 @@ pub(in crate::control) struct Answers {
 }
 
 impl Answers {
-    /// What is wrong, if questions go out and no answer comes by.
+    /// What is wrong, if queries go out and no response is seen.
     pub(in crate::control) fn problem(&mut self, stats: &Stats) -> Option<&'static str> {
         let (mut questions, mut seen) = (0, 0);
         for (_, direction, outcome, count) in stats.messages() {
@@ -83,7 +83,7 @@ mod tests {
         assert_eq!(answers.problem(&stats), None, "refused ones need no answer");
         ask(Outcome::Delivered);
         assert!(answers.problem(&stats).is_some());
-        assert!(answers.problem(&stats).is_some(), "it is said on");
+        assert!(answers.problem(&stats).is_some(), "the problem stays");
         stats.count(Transport::Udp, Direction::Answer, Outcome::Delivered);
         assert_eq!(answers.problem(&stats), None);
     }

@@ -1,11 +1,11 @@
-//! With clsact: leaving an interface alone until its network is made.
+//! With clsact: leaving an interface alone until its network is complete.
 //!
 //! An interface has room for one qdisc that filters hang on. While a pod's network is made, CNI plugins
 //! may add theirs (`bandwidth` does), and they fail when there is one already: no pod with a limit
-//! would start. So an interface whose pod is not known is not attached to before a process stays in the
-//! network behind it: a container runtime makes a pod's network first. Until then nobody is there who
-//! could send something. Plugins, too, run programs in that network, each for a moment (`ip`, `sysctl`).
-//! What no process comes to is closed after a while all the same.
+//! would start. So the agent does not attach to an interface whose pod is not known before a process stays in the
+//! network behind it. A container runtime makes a pod's network first, so until then nothing can send there.
+//! Plugins run programs in that network too, each for a moment (`ip`, `sysctl`). An interface to which no process
+//! comes is quarantined after a while.
 //!
 //! With tcx there is nothing to wait for: its programs need no qdisc.
 
@@ -18,7 +18,7 @@ use crate::host::{Host, Links};
 
 /// How long making a network may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// For how long a process has been in the network when it is the pod's and no program of a plugin.
+/// A process that has been in the network for this long is the pod's, and no program of a plugin.
 const STAYS: Duration = Duration::from_millis(100);
 /// How soon to look again while an interface is left alone: between a pod's first process and its
 /// first program, its runtime makes and starts a container.
@@ -26,14 +26,14 @@ pub(in crate::control) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Interfaces whose pods are not known.
 pub(in crate::control) struct Arrivals {
-    /// Since when each of those is there whose network may be half made.
+    /// Since when each interface is there whose network may be incomplete.
     since: HashMap<u32, Instant>,
     /// The processes in other networks (the host's number of the network, the id of the process), and
     /// when each was seen first.
     processes: HashMap<(i32, u32), Instant>,
-    /// Those whose network is made.
+    /// The interfaces whose network is complete.
     made: HashSet<u32>,
-    /// Whether any is left alone now.
+    /// Whether any interface is left alone now.
     pub(in crate::control) waiting: bool,
 }
 
@@ -48,7 +48,7 @@ impl Arrivals {
         }
     }
 
-    /// Leaves out the interfaces, by their names and indexes, whose network may be half made.
+    /// Removes the interfaces (name and index) whose network may be incomplete.
     pub(in crate::control) fn leave_out(
         &mut self,
         unidentified: &mut Vec<(String, u32)>,
@@ -68,7 +68,7 @@ impl Arrivals {
             .inhabitants()
             .map(|processes| self.note_processes(processes, now));
         if let Err(error) = &inhabited {
-            tracing::error!(%error, "interfaces are closed at once: processes cannot be looked at");
+            tracing::error!(%error, "cannot list processes: new interfaces are quarantined at once");
         }
         unidentified.retain(|(_, ifindex)| {
             let peer = links.get(*ifindex).and_then(|link| link.peer);

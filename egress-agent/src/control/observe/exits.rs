@@ -1,4 +1,4 @@
-//! Pods with interfaces that nobody can enforce, beside those that are.
+//! Interfaces of pods that the agent cannot enforce: their traffic passes no host end.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -17,14 +17,14 @@ use crate::{
 /// A pod's networks are made one after the other: in its first time it is looked at often …
 const YOUNG: Duration = Duration::from_secs(15);
 const OFTEN: Duration = Duration::from_secs(1);
-/// … and then this seldom, which also bounds what a pod that changes its interfaces has us say.
+/// … and then this seldom. That also bounds how many problems a pod causes by changing its interfaces.
 const SELDOM: Duration = Duration::from_secs(10);
 
 /// How long `status` reports an interface that was there for a moment. It reports one such interface of each pod
 /// in that time.
-const PASSED_SAID_FOR: Duration = Duration::from_secs(60);
+const PASSED_REPORTED_FOR: Duration = Duration::from_secs(60);
 
-/// Interfaces of the host whose namespaces are no pod's, of which so many are named.
+/// Most interfaces that a problem names which belong to a namespace that is no pod's.
 const STRANGE_NAMED: usize = 4;
 
 /// What is known of the exits of pods.
@@ -37,11 +37,11 @@ pub(in crate::control) struct PodExits {
     behind: HashMap<u32, i32>,
     /// The host's interfaces that belong to each other namespace.
     on_host: BTreeMap<i32, Vec<Exit>>,
-    /// Those of them whose namespace is no pod's.
+    /// The host's interfaces that belong to a namespace which is no pod's.
     strange: Vec<Exit>,
     /// Interfaces that were there between two looks, or still are.
     seen: Vec<Link>,
-    /// The interface that was there for a moment only, of each pod that had one, and when it was.
+    /// Of each pod that had an interface for a moment only: that interface, and when it was there.
     passed: BTreeMap<Subject, (Exit, Instant)>,
 }
 
@@ -49,11 +49,11 @@ struct Known {
     ends: Vec<u32>,
     first: Instant,
     looked: Option<Instant>,
-    /// Those in its own namespaces.
+    /// The exits in the pod's own namespaces.
     inside: Exits,
-    /// And those in the host's.
+    /// These, and those in the host's namespace.
     exits: Arc<Exits>,
-    /// Why the last look was in vain.
+    /// Why the last look failed.
     error: Option<String>,
 }
 
@@ -135,7 +135,7 @@ impl PodExits {
         }
         let now = Instant::now();
         self.passed
-            .retain(|_, (_, at)| now.duration_since(*at) < PASSED_SAID_FOR);
+            .retain(|_, (_, at)| now.duration_since(*at) < PASSED_REPORTED_FOR);
         for link in std::mem::take(&mut self.seen) {
             let is_known = ends_before.contains(&link.ifindex) || self.ends.contains(&link.ifindex);
             let pod = link.peer.and_then(|peer| of_pods.get(&peer.nsid));
@@ -159,7 +159,7 @@ impl PodExits {
         }
     }
 
-    /// What is to be said of interfaces of the host that belong to a namespace which is no pod's.
+    /// The problem with interfaces of the host that belong to a namespace which is no pod's.
     pub(in crate::control) fn strange(&self) -> Option<String> {
         let named = self.strange.iter().take(STRANGE_NAMED);
         let named: Vec<String> = named.map(described).collect();
@@ -173,7 +173,7 @@ impl PodExits {
         })
     }
 
-    /// What is to be said of a pod that had an interface for a moment.
+    /// The problem of a pod that had an interface for a moment.
     pub(in crate::control) fn passed(&self, key: &Subject) -> Option<String> {
         let (Exit { name, kind, .. }, _) = self.passed.get(key)?;
         Some(format!(
@@ -189,7 +189,7 @@ impl PodExits {
         exits.flatten().cloned().collect()
     }
 
-    /// The exits of a pod, and why they are not known whole if they are not. A pod that is found on
+    /// The exits of a pod, and why they are not known in full. A pod that is found on
     /// this machine (`all_found`) is found with all its host ends, at the latest by the next look.
     pub(in crate::control) fn of(
         &mut self,
@@ -247,7 +247,7 @@ fn described(exit: &Exit) -> String {
     format!("{} ({kind}, {to})", exit.name)
 }
 
-/// What to say of a pod with exits, and what is done about it.
+/// The problem of a pod with exits, and what is done about it.
 pub(in crate::control) fn problem(exits: &Exits, and: UnenforcedInterfaces) -> String {
     let mut interfaces: Vec<String> = exits.named.iter().map(described).collect();
     if exits.more > 0 {

@@ -1,8 +1,8 @@
 //! The addresses that pods' interfaces had when they were made.
 //!
 //! A network plugin configures the pod's end of an interface before any program of the pod runs.
-//! After that a program with `CAP_NET_ADMIN` may give it any address. So what the kernel has is read
-//! until addresses are there, and never again.
+//! After that a program with `CAP_NET_ADMIN` may give it any address. So the agent reads the kernel's addresses
+//! until there are some, and never again.
 
 use std::{
     collections::HashMap,
@@ -28,13 +28,13 @@ const SETTLES_IN: Duration = Duration::from_millis(100);
 /// program chose: a container has been started within it.
 const LATE: Duration = Duration::from_secs(2);
 
-/// An interface that has no addresses for this long is not looked at any more: nobody makes it still.
+/// An interface that has no addresses for this long is not looked at any more: nobody configures it now.
 const GIVE_UP: Duration = Duration::from_secs(60);
 
-/// Addresses of one interface that count.
+/// Most addresses of one interface that count.
 const ADDRESSES: usize = OWN_ADDRESSES;
 
-/// What was seen of one interface.
+/// The addresses that one interface had at first sight.
 #[derive(Debug)]
 struct Sight {
     addresses: Vec<IpAddr>,
@@ -46,7 +46,7 @@ struct Sight {
     without: Option<Instant>,
     /// The first look with addresses.
     with: Option<Instant>,
-    /// Whether no more addresses are taken.
+    /// Whether the addresses are final.
     settled: bool,
 }
 
@@ -58,7 +58,7 @@ pub(in crate::control) struct FirstSights {
 }
 
 impl FirstSights {
-    /// Starts with the addresses that an earlier agent took for the own ones of its pods.
+    /// Starts with the addresses that an earlier agent took for its pods' own.
     ///
     /// # Errors
     ///
@@ -79,8 +79,7 @@ impl FirstSights {
             let own = policy.own.iter().take(policy.own_len as usize);
             let sight = Sight {
                 addresses: own.map(to_ip).collect(),
-                // Of a pod that was not known yet, or had no address in its status, only the interface
-                // had said it.
+                // If the pod was not known, or had no address in its status, a program may have set the address.
                 made: policy.flags & (POLICY_UNIDENTIFIED | POLICY_OWN_UNSURE) == 0,
                 since: Instant::now(),
                 without: None,
@@ -114,7 +113,7 @@ impl FirstSights {
                 since: now,
                 without: last_look,
                 with: None,
-                // Of an interface that is added to a pod that runs, nothing tells who configures it.
+                // A program may configure an interface that is added to a running pod.
                 settled: is_running(peer.nsid),
             });
             if sight.settled {
@@ -131,7 +130,7 @@ impl FirstSights {
     /// A process of a pod was found behind this interface.
     pub(in crate::control) fn is_running(&mut self, ifindex: u32, now: Instant) {
         if let Some(sight) = self.interfaces.get_mut(&ifindex) {
-            // What is there for the first time now, or later, a program may have chosen.
+            // A program may have chosen addresses that appear for the first time now, or later.
             sight.made &= sight.settled || sight.with.is_some_and(|with| with < now);
         }
     }

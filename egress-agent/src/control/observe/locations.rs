@@ -39,7 +39,7 @@ impl Location {
 pub(in crate::control) struct PodLocation {
     /// Their indexes, in order; never empty.
     pub(in crate::control) interfaces: Vec<u32>,
-    /// Whether the pod's end has addresses: otherwise its network may be half made.
+    /// Whether the pod's end has addresses. Without them its network may be incomplete.
     pub(in crate::control) has_addresses: bool,
     /// The addresses that its interfaces had when they were made.
     pub(in crate::control) first: FirstAddresses,

@@ -1,8 +1,8 @@
 //! The interfaces that manifests name.
 //!
-//! A name is only where an interface was found first. After that its index counts: whoever renames
-//! a host end must not open its pod. A pod leaves an interface when the interface is gone, or when
-//! its manifest names another one that is there.
+//! An interface is found by its name only once. After that its index counts, because renaming a host end must
+//! not open its pod. A pod leaves an interface when the interface is gone, or when its manifest names another one
+//! that is there.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -22,7 +22,7 @@ pub(in crate::control) struct Named {
 
 struct Known {
     uid: String,
-    /// What the manifest named then; `None` when an earlier agent found the interfaces.
+    /// The name in the manifest at that time; `None` when an earlier agent found the interfaces.
     name: Option<String>,
     /// In ascending order.
     interfaces: Vec<u32>,
@@ -51,7 +51,7 @@ impl Named {
 
     /// Where each pod is.
     pub(in crate::control) fn look(&mut self, snapshot: &Snapshot) -> BTreeMap<Subject, Location> {
-        // While some manifest cannot be read, its pod may be one of those that are missing here.
+        // A pod that is missing here may be the one whose manifest cannot be read.
         if !snapshot.unreadable {
             self.known.retain(|key, _| snapshot.pods.contains_key(key));
         }
@@ -83,7 +83,7 @@ impl Named {
             let moves = at.is_some() && known.name.as_ref().is_some_and(|was| was != name);
             let there = known.interfaces.iter().filter_map(|&index| {
                 let now = interface_name(index)?;
-                // What was enforced before this agent started may be another pod's by now.
+                // An interface of an earlier agent's pod may belong to another pod now.
                 let is_anothers =
                     known.name.is_none() && Some(index) != at && names.contains(&*now);
                 (!moves && !is_anothers).then_some((index, now))

@@ -17,30 +17,30 @@ use crate::{
     pods::Snapshot,
 };
 
-/// How long a location is believed without another look, as long as its interfaces are there.
+/// How long a location is used without another look, as long as its interfaces are there.
 const BELIEVED_FOR: Duration = Duration::from_secs(10);
-/// The same, when quarantine shows that every interface has its pod: no pod can then be behind another.
+/// The same, when every interface has its pod: quarantine would show another interface of the pod.
 const BELIEVED_LONGER_FOR: Duration = Duration::from_secs(60);
 
 /// What is known of pods that are found by their control groups.
 pub(in crate::control) struct OnHost {
     quarantine: Quarantine,
-    /// Where interfaces are left alone until their networks are made.
+    /// With clsact: the interfaces that are left alone until their networks are complete.
     arrivals: Option<Arrivals>,
     /// By UID: the location, and when it was found.
     found: HashMap<String, (PodLocation, Instant)>,
-    /// By UID.
+    /// By UID: the pods that were not found.
     missed: HashMap<String, Missed>,
-    /// The interfaces that were there before the source of pods first said which pods there are.
-    /// Until it has, they are left as they are.
+    /// The interfaces that were there before the source of pods first said which pods there are. They are not
+    /// quarantined before it has.
     before: Option<HashSet<u32>>,
     /// Interfaces that were there at the last look.
     known: HashSet<u32>,
-    /// What was seen of each interface at first.
+    /// The addresses that each interface had at first sight.
     sights: FirstSights,
     /// The interfaces behind which pods were found at the last look.
     identified: HashSet<u32>,
-    /// The machine's own ways out, and when they were last read.
+    /// The interfaces that the machine's default routes lead through, and when they were last read.
     uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
     unidentified: bool,
@@ -118,7 +118,7 @@ impl OnHost {
             .filter_map(|link| Some(link.peer?.nsid))
             .collect();
         if !there.is_subset(&self.known) {
-            // Something new is there: it may be what was looked for, or a pod's second interface.
+            // A new interface may belong to a pod that was not found, or be the second one of a pod.
             self.missed.clear();
             self.found.retain(|_, (found, _)| {
                 // Without quarantine a pod's interface in another namespace would be open.
@@ -156,7 +156,7 @@ impl OnHost {
             locations.insert(key.clone().into(), location);
         }
         let mut unidentified = self.unidentified(links, &identified, !snapshot.unreadable);
-        // Without the routes nobody could tell the machine's own way out from a pod's.
+        // Without the routes the machine's own interface could be quarantined.
         let can_tell =
             unidentified.is_empty() || self.leave_out_uplinks(host, &mut unidentified, now);
         self.unidentified = !unidentified.is_empty();
@@ -170,9 +170,9 @@ impl OnHost {
         }
     }
 
-    /// Leaves the machine's own ways out alone. With many routes reading them takes longer than
-    /// everything else, so it is done anew only for an interface that was not one of them. Returns
-    /// whether they can be told.
+    /// Removes the interfaces that the machine's default routes lead through. Where there are many routes, reading
+    /// them takes longer than everything else, so they are read again only for an interface that was not one of
+    /// them. Returns whether they could be read.
     fn leave_out_uplinks(
         &mut self,
         host: &Host,
@@ -191,7 +191,7 @@ impl OnHost {
                 true
             }
             Err(error) => {
-                tracing::error!(%error, "quarantine stays as it is: the routes cannot be read");
+                tracing::error!(%error, "cannot read the routes: quarantine is not changed");
                 false
             }
         }
@@ -205,7 +205,7 @@ impl OnHost {
         };
         if let Some((found, looked)) = self.found.get(uid)
             && now.duration_since(*looked) < believed_for
-            // Otherwise its network may be half made.
+            // Without addresses the pod's network may be incomplete.
             && found.has_addresses
             && found
                 .interfaces

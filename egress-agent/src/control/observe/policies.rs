@@ -1,4 +1,4 @@
-//! Reading pods' annotations, and remembering what they last said when they could be read.
+//! Reading pods' annotations, and remembering the last policy that could be read.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,24 +8,24 @@ use std::{
 use crate::{control::digest, pods::Pod, report::Subject, serve::Written};
 use egress_policy::{Annotations, Compiled, Mode, Settings};
 
-/// What was made of one pod's annotations.
+/// The policy of one pod, and the annotations that it was read from.
 struct Reading {
     uid: String,
     own: BTreeMap<String, String>,
     namespace: BTreeMap<String, String>,
     compiled: Arc<Compiled>,
-    /// Whether `compiled` is what some annotations of this pod said, now or earlier.
+    /// Whether `compiled` was read from annotations of this pod, now or earlier.
     good: bool,
     problem: Option<String>,
-    /// The annotations that `compiled` was made of.
+    /// The annotations that `compiled` was read from.
     written: Arc<Written>,
-    /// Whether they cannot be read as they are now.
+    /// Whether the pod's annotations cannot be read now.
     unreadable: bool,
-    /// Whether it was made under the settings that hold.
+    /// Whether `compiled` was compiled with the present settings.
     current: bool,
 }
 
-/// The readings of all pods.
+/// The policies of all pods.
 pub(in crate::control) struct Policies {
     settings: Settings,
     pods: HashMap<Subject, Reading>,
@@ -39,8 +39,8 @@ impl Policies {
         }
     }
 
-    /// The pod's policy: what its annotations say; or what they last said when they could be read;
-    /// or closed.
+    /// The pod's policy, as its annotations say; if they cannot be read, the last one that could be read; without
+    /// one, a closed policy.
     pub(in crate::control) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
@@ -96,7 +96,7 @@ impl Policies {
         compiled
     }
 
-    /// From now on, other settings hold.
+    /// Compiles with other settings from now on.
     pub(in crate::control) fn change(&mut self, settings: Settings) {
         if settings != self.settings {
             self.settings = settings;
@@ -106,8 +106,8 @@ impl Policies {
         }
     }
 
-    /// What a pod's annotations said when they could be read, under the settings that hold; `None` when
-    /// that cannot be a policy under these.
+    /// The last policy that could be read, compiled with the present settings; `None` if it does not compile with
+    /// these.
     fn again(&self, last: &Reading) -> Option<(Arc<Compiled>, Arc<Written>)> {
         let written = Arc::clone(&last.written);
         if last.current {
@@ -119,8 +119,8 @@ impl Policies {
         Some((Arc::new(compiled), written))
     }
 
-    /// What was last read of a pod, for [`crate::serve`]: its policy, where that is written, and
-    /// whether its annotations cannot be read.
+    /// The last reading of a pod: its policy, the annotations that it comes from, and whether the present ones
+    /// cannot be read.
     pub(in crate::control) fn last(
         &self,
         key: &Subject,
@@ -129,12 +129,12 @@ impl Policies {
         Some((&reading.compiled, &reading.written, reading.unreadable))
     }
 
-    /// The settings that hold.
+    /// The present settings.
     pub(in crate::control) fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// The policy of what is not known yet.
+    /// The policy of an interface in quarantine.
     pub(in crate::control) fn unidentified(&self) -> Arc<Compiled> {
         Arc::new(egress_policy::unidentified(&self.settings))
     }

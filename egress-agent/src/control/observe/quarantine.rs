@@ -1,15 +1,15 @@
-//! Interfaces that lead to a pod of which nobody has said yet whose it is.
+//! Interfaces whose pods are not known.
 //!
-//! Each is enforced like a pod of its own, without a namespace and with the interface's name, under a
-//! policy that closes it to the outside. When its pod is known, the pod takes the interface over, with
-//! no packet between the one and the other; a pod that is not to be enforced lets it go.
+//! Each is enforced like a pod, under a policy that allows nothing external. When its pod is known, the pod takes
+//! the interface over, and no packet passes in between. If that pod is not to be enforced, the interface is
+//! released.
 
 use std::collections::BTreeMap;
 
 use super::InForce;
 use crate::{pods::Pod, report::Subject};
 
-/// What is to be said of an interface that stays in quarantine.
+/// The problem of an interface that stays in quarantine.
 pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
                                  no pod of this node is known to be there. If it is no pod's, name \
                                  it in quarantine.exclude";

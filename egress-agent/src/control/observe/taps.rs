@@ -1,7 +1,7 @@
-//! Saying what sees the packets of enforced interfaces before the programs do.
+//! Finding packet sockets and XDP programs, which see packets of enforced interfaces before the agent's programs do.
 //!
-//! None of it makes a pod count as not enforced: a capture is such a reader, too, and harmless. But a
-//! datapath that reads packets there and forwards them sends what is reported as denied.
+//! They do not make a pod count as not enforced: a capture is one of them, and does no harm. But a datapath that
+//! forwards the packets that it reads there also sends those that are reported as denied.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,11 @@ use crate::host::{self, TapWatch, interface_name};
 /// How often to look.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// What sees packets first, as it was last looked for.
+/// Packet sockets and XDP programs, as of the last look.
 pub(in crate::control) struct Taps {
     watch: TapWatch,
     looked: Option<Instant>,
-    taps: host::Taps,
+    found: host::Taps,
     failed: Option<String>,
 }
 
@@ -25,19 +25,19 @@ impl Taps {
         Ok(Self {
             watch: TapWatch::open().context("cannot look for packet sockets and XDP programs")?,
             looked: None,
-            taps: host::Taps::default(),
+            found: host::Taps::default(),
             failed: None,
         })
     }
 
-    /// Looks, if it is time to.
+    /// Looks for them, if it is time to.
     pub(in crate::control) fn look(&mut self) {
         if self.looked.is_some_and(|at| at.elapsed() < EVERY) {
             return;
         }
         self.looked = Some(Instant::now());
         match self.watch.look() {
-            Ok(taps) => (self.taps, self.failed) = (taps, None),
+            Ok(taps) => (self.found, self.failed) = (taps, None),
             Err(error) => {
                 self.failed = Some(format!(
                     "cannot look for packet sockets and XDP programs: {error}"
@@ -46,9 +46,9 @@ impl Taps {
         }
     }
 
-    /// What is to be said of all interfaces together: where, and what.
+    /// The problem of the whole node: what it is about, and what is wrong.
     pub(in crate::control) fn of_node(&self) -> Option<(String, String)> {
-        let what = match (&self.failed, self.taps.on_all) {
+        let what = match (&self.failed, self.found.on_all) {
             (Some(failed), _) => failed.clone(),
             (None, 0) => return None,
             (None, _) => format!("a packet socket reads on every interface, {READS}"),
@@ -56,26 +56,26 @@ impl Taps {
         Some(("packet sockets".to_owned(), what))
     }
 
-    /// What is to be said of a pod's interfaces.
+    /// The problems of these interfaces.
     pub(in crate::control) fn of(&self, interfaces: &[u32]) -> Vec<String> {
-        let mut said = Vec::new();
+        let mut problems = Vec::new();
         for &ifindex in interfaces {
             let name = || interface_name(ifindex).unwrap_or_else(|| ifindex.to_string());
-            if self.taps.has_socket(ifindex) {
-                said.push(format!(
+            if self.found.has_socket(ifindex) {
+                problems.push(format!(
                     "a packet socket reads on interface {}, {READS}",
                     name()
                 ));
             }
-            if let Some(program) = self.taps.xdp(ifindex) {
-                said.push(format!(
+            if let Some(program) = self.found.xdp(ifindex) {
+                problems.push(format!(
                     "an XDP program (id {program}) is on interface {} and sees packets before they are \
                      judged: what it redirects leaves, whatever the policy says",
                     name()
                 ));
             }
         }
-        said
+        problems
     }
 }
 

@@ -1,24 +1,26 @@
-//! Which interfaces nobody has judged until now, so that their pods may have connections from before.
+//! The interfaces that no program has judged until now. Their pods may have connections from before.
 
 use std::collections::HashSet;
 
-/// See the module.
+/// The interfaces that no program has judged until now.
 ///
-/// Where interfaces are closed from the moment they appear (quarantine), only those count that were
-/// there before the agent, and those of pods that were left alone. A pod that has just come has no
-/// connections worth keeping, and what its program shows as sockets would open what its policy denies.
+/// With quarantine, interfaces are judged from the moment they appear. Then only those count that were there
+/// before the agent, and those of pods that were left alone. A new pod has no connections worth keeping, and the
+/// sockets that its program shows could open what its policy denies.
 #[derive(Clone, Debug)]
 pub(in crate::control) struct Unjudged {
     /// Whether new interfaces are in quarantine.
     quarantine: bool,
-    /// Interfaces on which an earlier agent has left something in force.
+    /// Interfaces on which an earlier agent left a policy in force.
     left: HashSet<u32>,
+    /// Interfaces that are not judged, where new ones are in quarantine.
     free: HashSet<u32>,
+    /// Whether the first observation has been made.
     looked: bool,
 }
 
 impl Unjudged {
-    /// `left` are the interfaces of an earlier agent.
+    /// `left` are the interfaces that an earlier agent judged.
     pub(in crate::control) fn new(quarantine: bool, left: HashSet<u32>) -> Self {
         Self {
             quarantine,
@@ -38,12 +40,12 @@ impl Unjudged {
         self.looked = true;
     }
 
-    /// A pod is left alone that has these interfaces.
+    /// These interfaces are not judged from now on.
     pub(in crate::control) fn leave(&mut self, interfaces: &[u32]) {
         self.free.extend(interfaces);
     }
 
-    /// A pod is enforced on these interfaces from now on.
+    /// These interfaces are judged from now on.
     pub(in crate::control) fn judge(&mut self, interfaces: &[u32]) {
         for ifindex in interfaces {
             self.free.remove(ifindex);
@@ -51,7 +53,7 @@ impl Unjudged {
         }
     }
 
-    /// Whether nobody has judged what went through this interface.
+    /// Whether no program has judged what went through this interface.
     pub(in crate::control) fn contains(&self, ifindex: u32) -> bool {
         !self.left.contains(&ifindex) && (!self.quarantine || self.free.contains(&ifindex))
     }

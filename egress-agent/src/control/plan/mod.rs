@@ -1,7 +1,7 @@
 //! Step 2: decides what is to be done.
 //!
 //! [`plan`] compares the pods that there are with what is enforced. It reads and changes nothing, so its rules are
-//! tested without a kernel (`tests.rs`), and held over random observations (`properties.rs`).
+//! tested without a kernel (`rules.rs`, `rules_of_pods.rs`), and checked over random histories of a node (`properties.rs`).
 //!
 //! The actions are in the order in which they are done:
 //!
@@ -15,7 +15,7 @@
 //! 7. **Settle** those of them that may have connections from before.
 //! 8. **Remove** the pods that were released, and interfaces in quarantine that their pods have taken over.
 //!    Detaching takes as long as attaching.
-//! 9. **Remove what is left** in the kernel and that no pod claims.
+//! 9. **Remove** what is left in the kernel and no pod claims.
 
 mod own_addresses;
 mod pod;
@@ -23,6 +23,8 @@ mod pod;
 mod properties;
 #[cfg(test)]
 mod rules;
+#[cfg(test)]
+mod rules_of_pods;
 #[cfg(test)]
 mod scene;
 pub(in crate::control) mod wanted;

@@ -1,8 +1,8 @@
 //! Which addresses a pod may send from.
 //!
-//! Those in `status.podIPs`, and those that its interfaces had when they were made, unless they may
-//! be somebody else's: whoever sends in another's name draws their traffic, or forges a resolver's
-//! responses. An annotation, which the pod's author writes, gives nobody an address.
+//! The addresses in `status.podIPs`, and those that its interfaces had when they were made, unless somebody else may
+//! have them. A pod that sends in another's name can draw their traffic, or forge a resolver's responses. The pod's
+//! author writes its annotations, so no annotation gives a pod an address.
 
 use std::{collections::HashSet, net::IpAddr};
 
@@ -18,18 +18,18 @@ use crate::{
 };
 use egress_policy::prefix::to_mapped;
 
-/// How much is known of the pod that an address is to be the own one of.
+/// How much is known of the pod that sends from an address.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Known {
-    /// Nobody has said which pod it is.
+    /// It is not known which pod it is.
     Nothing,
-    /// The pod, but no address of it.
+    /// The pod is known, but its status has no address.
     Pod,
-    /// The pod, and addresses that are in its status; this would be a further one.
+    /// The pod is known, and its status has other addresses.
     Addresses,
 }
 
-/// The pod's own addresses, and what is wrong with others that it has or claims.
+/// The pod's own addresses, and problems with other addresses that it has or claims.
 pub(super) fn own_addresses(
     settings: &Settings,
     owners: &Owners,
@@ -104,7 +104,7 @@ fn somebody_elses(
     let mut others = others
         .filter(|(other, is_found)| other != subject && (*is_found || known != Known::Nothing));
     if let Some((other, _)) = others.next() {
-        return Some(format!("that of pod {}", other));
+        return Some(format!("that of pod {other}"));
     }
     if settings.facts.pods.iter().any(|p| p.contains(&mapped)) {
         return None;
@@ -120,7 +120,7 @@ fn somebody_elses(
     if known != Known::Addresses {
         return None;
     }
-    // From here on it is a further address, of which only the interface speaks.
+    // The pod's status has addresses, and this is not one of them.
     let internal = &settings.configured.ranges.internal;
     if let Some(prefix) = internal.iter().find(|p| p.contains(&mapped)) {
         return Some(format!(

@@ -46,7 +46,7 @@ pub(super) fn decide(
         return Decision::Free(None);
     }
     if pod.host_network {
-        // Under `defaultMode` alone nobody has asked for this pod: the agent's own is such a one.
+        // Without annotations only `defaultMode` asks for it, as for the agent's own pod.
         let is_asked_for = !(pod.annotations.is_empty() && pod.namespace_annotations.is_empty());
         return Decision::Free(
             is_asked_for
@@ -59,7 +59,7 @@ pub(super) fn decide(
     }
     let location = match &found.location {
         Location::Found(location) => location,
-        // It has ended, and the cluster does not say so yet.
+        // The pod has ended, and the cluster does not say so yet.
         Location::Nobody(_) if is_enforced => return Decision::Keep(None),
         // A look for its interfaces may fail for a moment only. While the pod stays enforced on them, nothing
         // passes that should not.
@@ -108,7 +108,7 @@ pub(super) fn decide(
     let (own, not_own) = own_addresses(settings, owners, subject, pod, location);
     notes.extend(not_own);
     let on_deny = if subject.is_interface() {
-        // Whoever is there shall try again, not give up.
+        // The program that runs there is to try again, not to give up.
         OnDeny::Drop
     } else {
         settings.config.on_deny

@@ -29,21 +29,21 @@ pub(in crate::control) struct Wanted {
     pub(in crate::control) record: Policy,
     pub(in crate::control) mode: u32,
     pub(in crate::control) flags: u32,
-    /// Which of the agent's ranges it is under; others make another version.
+    /// The number of the ranges that it is under. Other ranges make another version.
     ranges: u64,
 }
 
 /// Which ranges and tunnels verdicts are under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::control) struct RangesVersion {
-    /// How many there have been since the agent started: flows that passed under earlier ones are judged again.
+    /// Counted since the agent started. Flows that passed under earlier ranges are judged again.
     number: u64,
     /// The same for every agent with these ranges.
     fingerprint: u64,
 }
 
 impl RangesVersion {
-    /// Those that the agent begins with.
+    /// The ranges that the agent starts with.
     pub(in crate::control) fn first(config: &Config) -> Self {
         Self {
             number: Wanted::NO_RANGES + 1,
@@ -56,7 +56,7 @@ impl RangesVersion {
         self.fingerprint
     }
 
-    /// Those that are in force from now on.
+    /// Other ranges are in force from now on.
     pub(in crate::control) fn change(&mut self, config: &Config) {
         self.number += 1;
         self.fingerprint = digest::of_ranges(config);
@@ -141,8 +141,8 @@ impl Wanted {
         }
     }
 
-    /// The same, with those of these interfaces and networks that it does not have yet. `None` when its
-    /// networks are known and there is no new one.
+    /// The same policy on those of these interfaces, and in those of these networks, that are new. `None` when the
+    /// networks are known and none is new.
     pub(in crate::control) fn only_new(
         &self,
         interfaces: &[u32],
@@ -160,7 +160,7 @@ impl Wanted {
         (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
     }
 
-    /// Has the pod get a new version of its policy, so that flows which the last one let pass are judged again.
+    /// Makes the next plan give the pod a new version of its policy, so that its flows are judged again.
     pub(in crate::control) fn judge_again(&mut self) {
         self.ranges = Self::NO_RANGES;
     }

@@ -1,4 +1,4 @@
-//! From the kernel's denial records to denial lines.
+//! Making denial lines out of the kernel's denial records.
 
 use std::{
     collections::HashMap,
@@ -27,13 +27,13 @@ use crate::{
     serve::{PodRecord, PodsById, Published},
 };
 
-/// Most records that are looked at together.
+/// Most records that are handled together.
 const BATCH: usize = 256;
 
 /// How often meters and counters are read.
 const METERS_EVERY: Duration = Duration::from_secs(1);
 
-/// How often, at most, denials of pods that are gone are told.
+/// How often, at most, a line counts denials of pods that are gone.
 const GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// How long the reader sleeps at most, so that it notices when it is to stop; in milliseconds.
@@ -95,19 +95,19 @@ struct Reader {
 /// Denials of pods that are not known.
 #[derive(Debug, Default)]
 struct GonePods {
-    /// How many since they were last told.
+    /// How many since the last line.
     denials: u64,
-    told: Option<Instant>,
+    logged: Option<Instant>,
 }
 
 impl GonePods {
     /// The number of denials to log now, if it is time: the first at once, later ones once in [`GONE_EVERY`].
     fn due(&mut self, now: Instant) -> Option<u64> {
-        let waits = |told: Instant| now.duration_since(told) < GONE_EVERY;
-        if self.denials == 0 || self.told.is_some_and(waits) {
+        let waits = |logged: Instant| now.duration_since(logged) < GONE_EVERY;
+        if self.denials == 0 || self.logged.is_some_and(waits) {
             return None;
         }
-        self.told = Some(now);
+        self.logged = Some(now);
         Some(std::mem::take(&mut self.denials))
     }
 }
@@ -133,8 +133,8 @@ impl Reader {
             if stopping || now >= next_meters {
                 self.losses.report(&self.published.pods(), &self.reporter);
                 if stopping {
-                    // Nothing is told later.
-                    self.of_gone_pods.told = None;
+                    // There is no later line.
+                    self.of_gone_pods.logged = None;
                 }
                 let due = self.of_gone_pods.due(now);
                 if let Some(denials) = due {
@@ -158,7 +158,7 @@ impl Reader {
         if batch.is_empty() {
             return;
         }
-        // On its way to the pod, a packet's destination is the pod: it was not resolved to.
+        // Only packets that pods send have destinations that were resolved.
         let asked: Vec<(u32, Address)> = batch
             .iter()
             .filter(|denial| denial.direction == FROM_POD)
@@ -205,7 +205,7 @@ fn denied(
         })
     };
     let is_icmp = walked && matches!(denial.protocol, protocol::ICMP | protocol::ICMPV6);
-    // A class number means something only under the policy that judged.
+    // A class number belongs to one version of a policy.
     let attached = pod.attached.as_ref();
     let rule = attached
         .filter(|attached| denial.class != NO_CLASS && denial.policy == attached.policy)
@@ -227,7 +227,7 @@ fn denied(
     }
 }
 
-/// What was lost since the last look, and saying so.
+/// The losses that the kernel counts, and what was logged of them.
 struct Losses {
     map: CounterMap,
     /// The pods, and their meters when they were last read. A pod that is gone stays until its
@@ -246,8 +246,7 @@ impl Losses {
         }
     }
 
-    /// Takes note of the pods that there are. One that is adopted begins with what an earlier
-    /// agent did not tell.
+    /// Takes note of the pods in the kernel. An adopted pod begins with the losses that an earlier agent did not log.
     fn meet(&mut self, known: &PodsById) {
         for (&id, pod) in known {
             self.pods
@@ -306,7 +305,7 @@ impl Losses {
         for id in gone {
             self.pods.remove(&id);
             if let Err(error) = self.map.forget(id) {
-                tracing::warn!(pod = id, error = %format!("{error:#}"), "cannot forget a meter");
+                tracing::warn!(pod = id, error = %format!("{error:#}"), "cannot remove a meter");
             }
         }
         let Ok(now) = self.map.counters() else {
@@ -334,7 +333,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn denials_of_gone_pods_are_told_at_once_and_then_once_a_minute() {
+    fn denials_of_gone_pods_are_logged_at_once_and_then_once_a_minute() {
         let start = Instant::now();
         let mut gone = GonePods::default();
         assert_eq!(gone.due(start), None);

@@ -1,4 +1,4 @@
-//! Telling people in the cluster, by Events on their pods, what the log and the denial lines say.
+//! Events on pods, which tell people in the cluster what the log and the denial lines say.
 
 use super::problems::Problems;
 use crate::{
@@ -37,7 +37,7 @@ pub(super) fn problems<'a>(
     })
 }
 
-/// Makes an Event of each line about denials; those that repeat one are told as a series of it.
+/// Makes an Event of each denial line. Lines that repeat one become a series of its Event.
 pub(in crate::control) fn denials(events: EventSink) -> Listener {
     Box::new(move |line| {
         if let Line::Denied { first, .. } = line

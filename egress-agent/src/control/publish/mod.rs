@@ -81,12 +81,11 @@ impl Publisher {
 
     /// Everything that is wrong with pods and with their source.
     pub(in crate::control) fn problems(
-        &self,
         observed: &Observed<'_>,
         plan: &Plan,
         outcome: &Outcome,
         applier: &Applier,
-        observer: &Observer,
+        looks: &Observer,
     ) -> Problems {
         let mut problems = observed.problems.clone();
         for subject in observed.pods.keys() {
@@ -96,9 +95,9 @@ impl Publisher {
             let planned = || plan.problems.get(subject).cloned();
             let unseen = observed.unseen_responses.filter(|_| enforced.is_some());
             let taps = enforced.map_or_else(Vec::new, |enforced| {
-                observer.taps.of(&enforced.wanted.interfaces)
+                looks.taps.of(&enforced.wanted.interfaces)
             });
-            let all: Vec<String> = observer
+            let all: Vec<String> = looks
                 .policies
                 .problem(subject)
                 .into_iter()
@@ -107,7 +106,7 @@ impl Publisher {
                 .chain(applier.bypassed(subject))
                 .chain(taps)
                 .chain(applier.hardware_problem(subject))
-                .chain(observer.exits.passed(subject))
+                .chain(looks.exits.passed(subject))
                 .collect();
             if !all.is_empty() {
                 problems.set(subject.clone(), all.join("; "));
@@ -124,7 +123,7 @@ impl Publisher {
         observed: &Observed<'_>,
         problems: Problems,
         applier: &Applier,
-        observer: &Observer,
+        looks: &Observer,
         settings: &Settings,
     ) {
         if let Some(cluster) = &self.cluster {
@@ -135,7 +134,7 @@ impl Publisher {
         self.problems = problems;
         let left = applier.left().keys();
         let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
-        let node = self.node(observed, applier, observer, settings);
+        let node = self.node(observed, applier, looks, settings);
         self.published.publish(node, left);
     }
 

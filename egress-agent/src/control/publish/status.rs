@@ -19,7 +19,7 @@ use crate::{
 };
 use egress_policy::Mode;
 
-/// Where a resolver comes from that the configuration names.
+/// The source of a resolver that the configuration names.
 const CONFIGURED: &str = "configuration (dns.resolvers)";
 
 /// Starts answering questions about the agent.
@@ -56,14 +56,14 @@ impl Publisher {
         &self,
         observed: &Observed<'_>,
         applier: &Applier,
-        observer: &Observer,
+        looks: &Observer,
         settings: &Settings,
     ) -> StatusSnapshot {
         let pods: BTreeMap<Subject, Arc<PodRecord>> = observed
             .pods
             .iter()
             .map(|(subject, found)| {
-                let record = self.pod(subject, &found.pod, applier, observer);
+                let record = self.pod(subject, &found.pod, applier, looks);
                 (subject.clone(), Arc::new(record))
             })
             .collect();
@@ -95,14 +95,8 @@ impl Publisher {
         }
     }
 
-    fn pod(
-        &self,
-        subject: &Subject,
-        pod: &Pod,
-        applier: &Applier,
-        observer: &Observer,
-    ) -> PodRecord {
-        let read = observer.policies.last(subject);
+    fn pod(&self, subject: &Subject, pod: &Pod, applier: &Applier, looks: &Observer) -> PodRecord {
+        let read = looks.policies.last(subject);
         let written = read.map(|(_, written, _)| Arc::clone(written));
         let unreadable = read.is_some_and(|(.., unreadable)| unreadable);
         let problem = self.problems.of(subject).cloned();
@@ -116,7 +110,7 @@ impl Publisher {
                 host_network: pod.host_network,
                 written: written.unwrap_or_default(),
                 unreadable,
-                exits: observer.exits.last(subject).cloned().unwrap_or_default(),
+                exits: looks.exits.last(subject).cloned().unwrap_or_default(),
                 problem,
                 ..record
             };

@@ -206,7 +206,6 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     let (machine, locations) = source.locations(&settings.config, &datapath, &left, arrivals)?;
     let stats = Arc::clone(gate.stats());
-    let publisher = Publisher::new(&configured.node, Arc::clone(&published), &left, cluster);
     let parts = Parts {
         datapath,
         gate,
@@ -222,14 +221,15 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         applier.left_judged(),
         stats,
     )?;
-    let serving = status::serve(&settings.config, &applier, published, reporter)?;
+    let for_serving = Arc::clone(&published);
+    let serving = status::serve(&settings.config, &applier, for_serving, reporter)?;
     Ok(Some(Agent {
         reconciler: Reconciler {
+            publisher: Publisher::new(&configured.node, published, applier.left(), cluster),
             settings,
             machine,
             observer,
             applier,
-            publisher,
         },
         snapshots,
         source,

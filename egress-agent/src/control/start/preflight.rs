@@ -1,4 +1,4 @@
-//! What must be so before anything is loaded.
+//! Checking privileges and limits before anything is loaded.
 
 use anyhow::{Context as _, Result, bail};
 use egress_common::limits::INTERFACES;
@@ -33,16 +33,16 @@ pub(in crate::control) fn check_privileges(source: &SourceOptions) -> Result<()>
     );
 }
 
-/// Files that an enforced pod takes: its maps, the socket of its interface, and as many more while its
-/// policy changes and it is attached to.
+/// Open files that an enforced pod needs: its maps, the socket of its interface, and as many more while its policy
+/// changes.
 const FILES_PER_POD: u64 = 8;
 
-/// Lets the process open as many files as the most pods take, or as many as it may. Many systems begin
-/// with 1,024, though far more are allowed.
+/// Raises the limit of open files to what the most pods need, or to the hard limit. Many systems start with 1,024 and
+/// allow far more.
 pub(in crate::control) fn raise_file_limit() {
     const WANTED: u64 = INTERFACES as u64 * FILES_PER_POD;
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| {
-        // Beyond the hard limit goes who has CAP_SYS_RESOURCE.
+        // The hard limit can be raised only with CAP_SYS_RESOURCE.
         if most < WANTED && setrlimit(Resource::RLIMIT_NOFILE, WANTED, WANTED).is_ok() {
             return Ok(WANTED);
         }

@@ -1,4 +1,4 @@
-//! An agent that starts while another one runs: it stands by until that one ends.
+//! Standing by while another agent runs, until it ends.
 
 use std::{sync::Arc, time::Duration};
 
@@ -62,7 +62,7 @@ pub(in crate::control) async fn only_agent(
         match datapath.try_lock()? {
             TryLock::Locked(only) => return Ok(Some((datapath, only))),
             TryLock::AnothersLock => {}
-            // The other agent has removed everything at its end.
+            // The other agent removed everything when it ended.
             TryLock::Gone => datapath = Datapath::open(&datapath_options)?,
         }
     }

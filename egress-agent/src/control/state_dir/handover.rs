@@ -1,5 +1,5 @@
-//! The questions that pods have open when an agent ends, in a file for the next agent: their answers are on the way,
-//! and an answer to no open question is not delivered.
+//! The queries that pods have open when an agent ends, in a file for the next agent. Their responses are on the way,
+//! and a response to no open query is not delivered.
 
 use std::path::PathBuf;
 
@@ -10,9 +10,9 @@ use crate::{config::Config, datapath::boottime_ns, gate::OpenQuestion};
 
 /// The file in `stateDir`.
 const FILE: &str = "questions.json";
-/// Raised whenever an older agent would read the file in another sense.
+/// Raised whenever an older agent would misread the file.
 const VERSION: u32 = 1;
-/// How long after the earlier agent's end its questions are of use: stub resolvers ask again after five seconds.
+/// How long after the earlier agent's end its queries are of use: stub resolvers ask again after five seconds.
 const OF_USE_NS: u64 = 5_000_000_000;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,7 +29,7 @@ fn path(config: &Config) -> PathBuf {
     config.state_dir.join(FILE)
 }
 
-/// Takes what an agent that has just ended left, if one did.
+/// Takes the open queries that an agent left which has just ended.
 pub(in crate::control) fn take(config: &Config) -> Vec<OpenQuestion> {
     let path = path(config);
     let taken = state_file::read::<Document>(&path)
@@ -39,7 +39,7 @@ pub(in crate::control) fn take(config: &Config) -> Vec<OpenQuestion> {
         Err(error) => {
             tracing::warn!(
                 error = %format!("{error:#}"),
-                "the questions that pods had open cannot be taken over; they ask again"
+                "cannot read the open queries that an earlier agent left; pods ask again"
             );
             None
         }
@@ -49,14 +49,14 @@ pub(in crate::control) fn take(config: &Config) -> Vec<OpenQuestion> {
         .filter(|document| {
             document.version == VERSION
                 && document.node == config.node
-                // A later time is from before a reboot.
+                // A time in the future is from before a reboot.
                 && now_ns.checked_sub(document.written_ns).is_some_and(|ago| ago < OF_USE_NS)
         })
         .map(|document| document.questions)
         .unwrap_or_default()
 }
 
-/// Leaves the open questions to the next agent.
+/// Writes the open queries for the next agent.
 pub(in crate::control) fn leave(config: &Config, questions: Vec<OpenQuestion>) {
     if questions.is_empty() {
         return;
@@ -70,7 +70,7 @@ pub(in crate::control) fn leave(config: &Config, questions: Vec<OpenQuestion>) {
     if let Err(error) = state_file::write(&path(config), &document) {
         tracing::warn!(
             error = %format!("{error:#}"),
-            "the questions that pods have open cannot be left to the next agent; they ask again"
+            "cannot write the open queries for the next agent; pods ask again"
         );
     }
 }

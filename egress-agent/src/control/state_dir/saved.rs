@@ -30,7 +30,7 @@ use crate::{
 
 /// The file in `stateDir`.
 const FILE: &str = "cluster.json";
-/// Raised whenever an older agent would read the file in another sense.
+/// Raised whenever an older agent would misread the file.
 const VERSION: u32 = 1;
 
 /// What the file says.
@@ -49,7 +49,7 @@ pub(in crate::control) struct Saved {
     node: String,
     read: Option<(Vec<Pod>, Facts)>,
     written: Option<Arc<Snapshot>>,
-    /// What was wrong at the last attempt to write.
+    /// Why the last attempt to write failed.
     problem: Option<String>,
 }
 
@@ -67,7 +67,7 @@ impl Saved {
             Err(error) => {
                 tracing::warn!(
                     error = %format!("{error:#}"),
-                    "what the API server said last cannot be read; pods resolve names when it answers"
+                    "cannot read the saved state of the cluster; pods resolve names again when the API server answers"
                 );
                 None
             }
@@ -81,8 +81,8 @@ impl Saved {
         }
     }
 
-    /// What is to be applied: the snapshot, or the file's content as long as the source knows no pods. A snapshot
-    /// is in the file before it is applied, so an agent that starts later never applies an older one.
+    /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. A
+    /// snapshot is saved before it is used, so an agent that starts later never uses an older one.
     pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
         if !snapshot.unreadable {
             self.read = None;
@@ -116,7 +116,7 @@ impl Saved {
             }
             Err(error) => {
                 self.written = None;
-                // An older state must not come back.
+                // A later agent must not use the older state.
                 Some(match state_file::remove(&self.path) {
                     Ok(()) => format!("{error:#}"),
                     Err(also) => format!("{error:#}; {also:#}"),
@@ -129,8 +129,8 @@ impl Saved {
         {
             tracing::error!(
                 error = %problem,
-                "what the API server says cannot be saved in stateDir: an agent that starts while the server \
-                 does not answer cannot resolve names for pods"
+                "cannot save the state of the cluster in stateDir: if an agent starts while the API server does \
+                 not answer, its pods cannot resolve names"
             );
         }
         self.problem = problem;
@@ -147,7 +147,7 @@ impl Saved {
     }
 }
 
-/// What the file says of pods that an earlier agent left enforced, as far as the kernel agrees.
+/// The file's content about pods that an earlier agent left enforced, as far as the kernel confirms it.
 fn read_believed(
     path: &Path,
     node: &str,
@@ -182,7 +182,7 @@ fn read_believed(
     Ok(Some((believed, facts)))
 }
 
-/// Whether the kernel has this very pod.
+/// Whether an earlier agent left this pod in the kernel.
 fn is_of(left: &Adoptable, pod: &Pod) -> bool {
     left.uid == pod.uid && left.namespace == pod.namespace && left.name == pod.name
 }
@@ -203,7 +203,7 @@ fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
     Ok(true)
 }
 
-/// Leaves of the facts what the kernel's map `ranges` has. Others are not true any more, or not yet in force.
+/// Keeps the facts that the kernel's map `ranges` confirms. The others are outdated, or were not in force yet.
 fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
     let mut failure = Ok(());
     let mut has = |network: &Address, prefix_len, is: &dyn Fn(&Range) -> bool| {

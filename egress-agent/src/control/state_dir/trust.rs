@@ -1,5 +1,5 @@
-//! `existingConnections: trust`: on each node one agent, once, lets the connections go on that pods
-//! have opened before they were enforced.
+//! `existingConnections: trust`: once on each node, an agent keeps the connections that pods have opened before they
+//! were enforced.
 //!
 //! A file on the node says that it was used. It is made before anything is trusted, so that no second
 //! start, after a crash or a reboot, trusts what pods have opened since.
@@ -32,18 +32,18 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 /// Whether this agent trusts the connections that pods have opened before they were enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::control) enum Trust {
-    /// The operator does not want it, but this.
+    /// The operator wants this instead.
     Unwanted(&'static str),
     /// An agent of this node has used it; the text is what it noted.
     Used(String),
     /// The note could not be made; the text says why.
     Unnoted(String),
-    /// It does, for the pods that it finds at its start.
+    /// The agent trusts them, for the pods that it finds at its start. This is the note.
     Given(PathBuf),
 }
 
 impl Trust {
-    /// Finds out, and notes on the node that it was used.
+    /// Finds out whether this agent may trust, and notes on the node that it does.
     pub(in crate::control) fn claim(config: &Config) -> Self {
         match config.existing_connections {
             ExistingConnections::Judge => return Self::Unwanted("judge"),
@@ -59,7 +59,7 @@ impl Trust {
         match &trust {
             Self::Given(path) => tracing::warn!(
                 note = %path.display(),
-                "existingConnections: trust: connections that pods have open now go on, this once; \
+                "existingConnections: trust: connections that pods have open now are kept, this once; \
                  set it to judge when every node has its agent"
             ),
             Self::Unnoted(why) => tracing::error!(
@@ -72,7 +72,7 @@ impl Trust {
         trust
     }
 
-    /// Whether the outbound connections of pods that are found now go on.
+    /// Whether the outbound connections of pods that are found now are kept.
     pub(in crate::control) fn is_given(&self) -> bool {
         matches!(self, Self::Given(_))
     }

@@ -31,15 +31,15 @@ const TABLE_NAME: usize = HEADER + 8;
 /// Where it has the kind of the message; the other byte of two is the subsystem.
 const KIND: usize = if cfg!(target_endian = "little") { 4 } else { 5 };
 
-/// Notices that some interface of this network namespace, or an address, has changed. What changed is not read:
-/// the message is a hint, and a lost one (the socket's buffer was full) is one too. Only of interfaces that
-/// lead to other namespaces it is kept that they were there.
+/// Notices that an interface of this network namespace, or an address, has changed. A message is only a hint to look,
+/// and so is a lost one (the socket's buffer was full). Interfaces that lead to other namespaces are noted, in case
+/// they are gone at the next look.
 pub(in crate::control) struct LinkEvents {
     socket: AsyncFd<OwnedFd>,
     seen: Vec<Link>,
 }
 
-/// So many interfaces are kept between two looks.
+/// Most interfaces that are noted between two looks.
 const SEEN: usize = 256;
 
 impl LinkEvents {
@@ -71,7 +71,7 @@ impl LinkEvents {
     }
 }
 
-/// Notices that qdiscs or filters of interfaces have changed. That tcx programs have, nobody tells.
+/// Notices that qdiscs or filters of interfaces have changed. The kernel does not announce changes of tcx programs.
 pub(in crate::control) struct FilterEvents(AsyncFd<OwnedFd>);
 
 impl FilterEvents {
@@ -98,7 +98,7 @@ impl FilterEvents {
     }
 }
 
-/// Notices that rules of the agent's tables of nf_tables are gone. Without nf_tables there are none.
+/// Notices that parts of the agent's tables of nf_tables are gone. Without nf_tables it waits for ever.
 pub(in crate::control) struct RulesetEvents(Option<AsyncFd<OwnedFd>>);
 
 impl RulesetEvents {
@@ -106,7 +106,7 @@ impl RulesetEvents {
         Self(listen_on(SockProtocol::NetlinkNetFilter, RULESET_GROUP).ok())
     }
 
-    /// Waits until some are.
+    /// Waits until a part is gone.
     pub(in crate::control) async fn changed(&mut self) {
         let Some(socket) = &self.0 else {
             return std::future::pending().await;
@@ -114,7 +114,7 @@ impl RulesetEvents {
         let mut gone = false;
         while !gone {
             receive(socket, |received| {
-                // Of an overrun nobody knows what was in it.
+                // An overrun may have lost such a message.
                 gone |= received.is_none_or(tells_of_gone);
             })
             .await;
@@ -122,8 +122,8 @@ impl RulesetEvents {
     }
 }
 
-/// Whether one of these messages tells of something of the agent's that is gone. A message's kind is its
-/// subsystem's number and its own in one.
+/// Whether one of these messages says that a part of the agent's tables is gone. A message's kind has two bytes: its
+/// subsystem and its number there.
 fn tells_of_gone(messages: &[u8]) -> bool {
     let table = format!("{STAMP_TABLE}\0");
     let mut messages = each(messages);
@@ -177,7 +177,7 @@ fn listen_on(protocol: SockProtocol, groups: u32) -> Result<AsyncFd<OwnedFd>> {
     Ok(socket)
 }
 
-/// Waits until there is something, and hands on all of it; `None` for an overrun.
+/// Waits for messages, and calls `each` with all of them; with `None` for an overrun.
 async fn receive(socket: &AsyncFd<OwnedFd>, mut each: impl FnMut(Option<&[u8]>)) {
     let Ok(mut ready) = socket.readable().await else {
         return std::future::pending().await;
@@ -188,7 +188,7 @@ async fn receive(socket: &AsyncFd<OwnedFd>, mut each: impl FnMut(Option<&[u8]>))
         match recv(socket, &mut buffer, MsgFlags::empty()) {
             Ok(length) => each(buffer.get(..length)),
             Err(nix::errno::Errno::EAGAIN) => break,
-            // An overrun is an event too; the next error is that there is no more to read.
+            // After an overrun the socket can be read again, until nothing is left.
             Err(_) => each(None),
         }
     }

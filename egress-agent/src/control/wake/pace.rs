@@ -1,16 +1,16 @@
-//! How often something is done that others can ask for as often as they like.
+//! Limiting how often something is done that others can cause as often as they like.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So much at once, and then at a least distance.
+/// Allows a number of turns at once, and after them one in a fixed time.
 #[derive(Debug)]
 pub(in crate::control) struct Pace {
     every: Duration,
     at_once: u32,
     left: u32,
-    /// When the last one was added to what is left.
+    /// When the last turn was added to those left.
     filled: Instant,
 }
 
