@@ -4,6 +4,8 @@
 //! a message says, [`gate`] the decision on it, [`datapath`] the kernel, [`host`] where a pod is on
 //! this machine, [`report`] what people see, [`serve`] what the agent answers about itself,
 //! [`control`] what brings them together, [`config`] and [`cli`] what the operator says.
+//!
+//! The feature `test-support` adds what the workspace's tests and benchmarks need beyond the agent.
 #![deny(unsafe_code)]
 
 pub mod cli;

@@ -1,15 +1,15 @@
-//! Addresses as the maps hold them: 16 bytes, network byte order, IPv4 in its mapped form.
+//! Addresses as in the maps: 16 bytes in network byte order, IPv4 in its mapped form.
 
 /// An IPv6 address, or an IPv4 address in IPv4-mapped form (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
 
-/// Length in bits of the prefix that every IPv4-mapped address shares.
+/// Length in bits of the prefix of all IPv4-mapped addresses.
 pub const V4_MAPPED_PREFIX_LEN: u32 = 96;
 
 /// `::`
 pub const UNSPECIFIED: Address = [0; 16];
 
-/// `255.255.255.255`, everybody on the link
+/// `255.255.255.255`, all hosts on the link
 pub const BROADCAST_V4: Address = from_v4([255; 4]);
 /// `0.0.0.0`
 pub const UNSPECIFIED_V4: Address = from_v4([0; 4]);
@@ -40,10 +40,11 @@ pub const fn is_v6_link_local(address: &Address) -> bool {
     address[0] == 0xfe && address[1] & 0xc0 == 0x80
 }
 
-/// The upper half of every link-local address that a host makes (RFC 4291, section 2.5.6).
+/// The upper half of every link-local address that a host generates (RFC 4291, section 2.5.6).
 const LINK_LOCAL_PREFIX: [u8; 8] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0];
 
-/// Whether this is a link-local address as hosts make them, with zeros behind its prefix.
+/// Whether this is a link-local address as hosts generate them: only zeros between the prefix and the lower
+/// half.
 #[inline(always)]
 pub const fn is_host_link_local(address: &Address) -> bool {
     let mut differing = 0;
@@ -55,13 +56,13 @@ pub const fn is_host_link_local(address: &Address) -> bool {
     differing == 0
 }
 
-/// Whether the lower half of an address is made of a hardware address (EUI-64; RFC 4291, appendix A).
+/// Whether the lower half of an address is derived from a hardware address (EUI-64; RFC 4291, appendix A).
 #[inline(always)]
 pub const fn is_of_hardware(address: &Address) -> bool {
     address[11] == 0xff && address[12] == 0xfe
 }
 
-/// The link-local address that is made of this hardware address (RFC 4291, appendix A).
+/// The link-local address that is derived from this hardware address (RFC 4291, appendix A).
 #[inline(always)]
 pub const fn link_local_of(hardware: [u8; 6]) -> Address {
     [
@@ -97,8 +98,8 @@ pub const fn is_v6_link_local_multicast(address: &Address) -> bool {
     address[0] == 0xff && address[1] & 0x0f == 0x02
 }
 
-/// Whether two addresses are the same. Compares in two words: a comparison of slices would become a
-/// call to a function that the kernel does not have.
+/// Whether two addresses are equal. Compares two words: the compiler would turn a comparison of slices into a
+/// call of a function that the kernel does not have.
 #[inline(always)]
 pub const fn same(a: &Address, b: &Address) -> bool {
     u128::from_ne_bytes(*a) == u128::from_ne_bytes(*b)

@@ -1,4 +1,4 @@
-//! How a flow goes on, and how long it is remembered.
+//! How packets change a flow, and how long a flow is remembered.
 
 use crate::{
     protocol,
@@ -11,38 +11,37 @@ use crate::{
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// A flow's `last_seen_ns` is written again only when it is older than this, so that a busy flow
-/// does not write to shared memory with every packet.
+/// A flow's `last_seen_ns` is updated only when it is older than this, so that a busy flow does not write to
+/// shared memory with every packet.
 pub const REFRESH_NS: u64 = SECOND_NS;
 
-/// Idle time after which an established TCP flow is forgotten: six hours, above the two hours of
-/// TCP keep-alive (RFC 1122, section 4.2.3.6).
+/// The idle time after which an established TCP flow is forgotten: six hours, which is more than the two
+/// hours of TCP keep-alive (RFC 1122, section 4.2.3.6).
 pub const TCP_ESTABLISHED_NS: u64 = 6 * 3600 * SECOND_NS;
-/// Idle time of a TCP flow that only one side has spoken on.
+/// The idle time of a TCP flow with packets from one side only.
 pub const TCP_OPENING_NS: u64 = 120 * SECOND_NS;
-/// Idle time of a TCP flow after a RST, or a FIN from both sides.
+/// The idle time of a TCP flow after a RST, or after a FIN from both sides.
 pub const TCP_CLOSED_NS: u64 = 60 * SECOND_NS;
-/// Default for the idle time of a UDP flow that the pod opened (RFC 4787, REQ-5 asks for at least two
-/// minutes and recommends five).
+/// The default idle time of a UDP flow that the pod opened (RFC 4787, REQ-5 requires at least two minutes and
+/// recommends five).
 pub const UDP_NS: u64 = 300 * SECOND_NS;
-/// How long the pod may answer UDP, or a TCP connection that is not established, after the other
-/// side's last packet. UDP servers are used to that: address translators on the way forget a flow
-/// at the latest after some minutes, and so clients repeat themselves (`WireGuard`'s keep-alive every
-/// 25 seconds, RTCP reports every 5, QUIC's idle time-out of some 30). Linux gives up a handshake
-/// that it does not complete after 63 seconds (`net.ipv4.tcp_synack_retries`).
+/// How long the pod may answer UDP, or a TCP connection that is not established, after the other side's last
+/// packet. UDP servers expect such a limit: address translators on the path forget a flow after a few minutes
+/// at most, and so clients send regularly (`WireGuard`'s keep-alive every 25 seconds, RTCP reports every 5,
+/// QUIC's idle timeout of about 30). Linux gives up an incomplete handshake after 63 seconds
+/// (`net.ipv4.tcp_synack_retries`).
 pub const INBOUND_NS: u64 = 60 * SECOND_NS;
-/// Idle time of every other flow.
+/// The idle time of every other flow.
 pub const OTHER_NS: u64 = 120 * SECOND_NS;
-/// How long later fragments may follow their first: the reassembly time-out of Linux
-/// (`net.ipv4.ipfrag_time`).
+/// How long later fragments may follow their first: the reassembly timeout of Linux (`net.ipv4.ipfrag_time`).
 pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
-/// How long a frame that a pod sent in another's name may take until it comes back to the pod. A node keeps
-/// a packet for three seconds whose receiver it still looks for (`net.ipv4.neigh.*.mcast_solicit` attempts,
-/// one each second).
+/// How long a frame that a pod sent with another's source may take until it comes back to the pod. A node
+/// keeps a packet for three seconds while it resolves the receiver's hardware address
+/// (`net.ipv4.neigh.*.mcast_solicit` attempts, one each second).
 pub const FORGED_NS: u64 = 10 * SECOND_NS;
 
-/// How long the flow may be idle before it is forgotten, in nanoseconds. `udp_ns` is what holds for a UDP
-/// flow that the pod opened.
+/// How long the flow may be idle before it is forgotten, in nanoseconds. `udp_ns` applies to UDP flows that
+/// the pod opened.
 #[inline(always)]
 pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow, udp_ns: u64) -> u64 {
     const BOTH_SIDES: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
@@ -68,7 +67,7 @@ pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow, udp_ns: u64) -> u64 {
     }
 }
 
-/// Whether who opened the flow has spoken again after an answer, and nobody has closed it.
+/// Whether the side that opened the flow has sent again after an answer, and the flow is not closed.
 #[inline(always)]
 pub const fn is_established(key: &FlowKey, flow: &Flow) -> bool {
     key.kind == FLOW_KEY_FLOW
@@ -78,11 +77,11 @@ pub const fn is_established(key: &FlowKey, flow: &Flow) -> bool {
 
 /// The flow after one more packet from the pod, with these bits of `FLOW_SEEN_*`.
 ///
-/// What the other side opened does not live longer because the pod speaks.
+/// Packets from the pod do not extend the lifetime of a flow that the other side opened.
 #[inline(always)]
 pub const fn after_packet_from_pod(flow: &Flow, seen: u8, now_ns: u64) -> Flow {
     let mut next = *flow;
-    // Who accepts a RST sends nothing on that connection any more, so it was forged.
+    // A side that accepts a RST sends nothing more on that connection, so the RST was forged.
     if flow.seen & FLOW_SEEN_RST_IN != 0 && seen & FLOW_SEEN_RST == 0 {
         next.seen &= !(FLOW_SEEN_RST | FLOW_SEEN_RST_IN);
     }
@@ -97,9 +96,8 @@ pub const fn after_packet_from_pod(flow: &Flow, seen: u8, now_ns: u64) -> Flow {
     next
 }
 
-/// The flow after one more packet to the pod, with these bits of `FLOW_SEEN_*`. `completes` tells
-/// of a TCP packet whether it acknowledges what the pod has answered ([`Flow::handshake`]); of
-/// others it is `true`.
+/// The flow after one more packet to the pod, with these bits of `FLOW_SEEN_*`. `completes` is whether a TCP
+/// packet acknowledges the pod's SYN-ACK ([`Flow::handshake`]); for other protocols it is `true`.
 #[inline(always)]
 pub const fn after_packet_to_pod(flow: &Flow, seen: u8, completes: bool, now_ns: u64) -> Flow {
     let mut next = *flow;
@@ -125,8 +123,7 @@ pub const fn is_closed(flow: &Flow) -> bool {
     flow.seen & FLOW_SEEN_RST != 0 || flow.seen & BOTH_FINS == BOTH_FINS
 }
 
-/// Whether this is a flow that the pod opened and that goes on at `now_ns`, as far as anyone can
-/// tell who sees packets alone.
+/// Whether the pod opened this flow and it is still open at `now_ns`, as far as packets alone show it.
 pub const fn is_open(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> bool {
     key.kind == FLOW_KEY_FLOW
         && flow.state == FLOW_OUT
@@ -191,7 +188,7 @@ mod tests {
             tcp_limit(BOTH | FLOW_SEEN_FIN_IN | FLOW_SEEN_FIN_OUT),
             TCP_CLOSED_NS
         );
-        // Half closed: the other side may go on sending for hours.
+        // Half closed: the other side may continue to send for hours.
         assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_IN), TCP_ESTABLISHED_NS);
         assert_eq!(tcp_limit(BOTH | FLOW_SEEN_FIN_OUT), TCP_ESTABLISHED_NS);
     }
@@ -224,7 +221,7 @@ mod tests {
         assert_eq!(limit(protocol::UDP, FLOW_KEY_FLOW), UDP_NS);
         assert_eq!(limit(protocol::SCTP, FLOW_KEY_FLOW), OTHER_NS);
         assert_eq!(limit(protocol::ICMPV6, FLOW_KEY_FLOW), OTHER_NS);
-        // A fragment's key says nothing of the connection it belongs to.
+        // The key of a fragment does not identify a connection.
         assert_eq!(limit(protocol::TCP, FLOW_KEY_FRAGMENT), FRAGMENT_NS);
     }
 
@@ -294,7 +291,7 @@ mod tests {
         )));
         let own = FLOW_SEEN_OUT | FLOW_SEEN_RST;
         assert!(is_closed(&after_packet_from_pod(&reset, own, now)));
-        // Nothing that the pod sends after a RST of its own makes it undone.
+        // After a RST from the pod itself, its later packets do not reopen the flow.
         let own = after_packet_from_pod(&established, own, now);
         assert!(is_closed(&after_packet_from_pod(&own, FLOW_SEEN_OUT, now)));
     }
@@ -306,7 +303,7 @@ mod tests {
         for limit in [UDP_NS, 7 * UDP_NS] {
             assert!(is_alive(&key, &flow, last + limit, limit));
             assert!(!is_alive(&key, &flow, last + limit + 1, limit));
-            // Another CPU may have written a later time than the one read here.
+            // Another CPU may have written a later time than this one has read.
             assert!(is_alive(&key, &flow, last - 1, limit));
         }
     }

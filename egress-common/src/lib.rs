@@ -1,12 +1,11 @@
-//! What the kernel programs and the agent share.
+//! The code that the kernel programs and the agent share.
 //!
-//! Two kinds of things live here: the `repr(C)` records that both sides read and write through
-//! BPF maps ([`records`]), and the pure functions both run: the header walk ([`packet`]) and the
-//! verdict ([`verdict`]). Nothing here touches a kernel or the standard library, so everything is
-//! tested on the host.
+//! It has the `repr(C)` records that both read and write through BPF maps ([`records`]), and the pure
+//! functions that both run: the header walk ([`packet`]) and the verdict ([`verdict`]). No code here uses a
+//! kernel or the standard library, so all of it is tested on the host.
 //!
-//! Addresses are always 16 bytes in network byte order; an IPv4 address is written in its
-//! IPv4-mapped form (RFC 4291, section 2.5.5.2). Ports are in host byte order everywhere.
+//! Addresses are always 16 bytes in network byte order. An IPv4 address has its IPv4-mapped form (RFC 4291,
+//! section 2.5.5.2). Ports are always in host byte order.
 
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_op_in_unsafe_fn)]

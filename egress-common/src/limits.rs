@@ -1,21 +1,21 @@
-//! Limits that the kernel side and the agent agree on.
+//! The limits that the kernel programs and the agent share.
 //!
-//! A limit is an error the user sees, never a silent cut: the agent checks each one before it
-//! writes a map.
+//! The agent checks each limit before it writes a map. Exceeding a limit is an error for the user; nothing is
+//! cut silently.
 
-/// Most classes (distinct action, protocol and port range) in one pod's policy.
+/// Most classes (different combinations of action, protocols and port range) in one pod's policy.
 pub const CLASSES: usize = 64;
 
-/// Most addresses one pod may own (`status.podIPs`).
+/// Most own addresses of one pod (`status.podIPs`).
 pub const OWN_ADDRESSES: usize = 8;
 
-/// Most interfaces that can be enforced on one node.
+/// Most enforced interfaces on one node.
 pub const INTERFACES: u32 = 4096;
 
-/// Most policy versions alive at once on one node: one for each pod and one more while it changes.
+/// Most policy versions on one node at the same time: one for each pod, and one more while it changes.
 pub const POLICIES: u32 = 8192;
 
-/// Default for the most addresses that one pod's allow map holds.
+/// Default for the capacity of one pod's allow map, in addresses.
 pub const ALLOW_ENTRIES: u32 = 4096;
 
 /// Most CIDR prefixes in one pod's policy.
@@ -24,44 +24,44 @@ pub const CIDR_ENTRIES: u32 = 4096;
 /// Most prefixes in the node's `ranges` map.
 pub const RANGE_ENTRIES: u32 = 4096;
 
-/// Most ports on which one resolver is asked.
+/// Most ports of one resolver.
 pub const RESOLVER_PORTS: usize = 4;
 
-/// Most ports on which the node's resolvers are asked.
+/// Most different ports of the node's resolvers.
 pub const DNS_PORTS: usize = 4;
 
-/// Most link-local addresses in `link_owners`: one for each pod's interface that is not made of its
-/// hardware address, the node's own and its gateways'.
+/// Most link-local addresses in `link_owners`: for each pod's interface one that is not derived from its
+/// hardware address, and those of the node and its gateways.
 pub const LINK_OWNERS: u32 = 3 * INTERFACES;
 
-/// Most prefixes in `node_addresses`. A node that offers services by IPVS has each service's address.
+/// Most prefixes in `node_addresses`. A node that provides services by IPVS has the address of each service.
 pub const NODE_ADDRESSES: u32 = 32_768;
 
 /// Most kinds of tunnels in the node's `tunnels` map.
 pub const TUNNELS: u32 = 64;
 
-/// Default for the most established flows that are remembered for one pod: as many that it opened,
-/// and as many that others opened. (The kernel allots the buckets, 16 bytes each, at once.)
+/// Default for the number of established flows that are remembered for one pod: this many that it opened, and
+/// as many that others opened. (The kernel allocates the buckets, 16 bytes each, at once.)
 pub const FLOW_ENTRIES: u32 = 16_384;
 
-/// How many flows of each kind are remembered for one pod.
+/// The number of flows of each kind that are remembered for one pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowLimits {
-    /// Established flows that the pod opened; and as many that others opened.
+    /// Established flows that the pod opened; the same number applies to those that others opened.
     pub established: u32,
-    /// Flows that the pod opens or has closed, and its fragmented packets.
+    /// Flows that the pod is opening or that are closed, and its fragmented packets.
     pub opening_from_pod: u32,
-    /// Flows that others open or have closed.
+    /// Flows that others are opening or that are closed.
     pub opening_to_pod: u32,
-    /// Addresses and ports that the pod has connected to by TCP.
+    /// Addresses and ports to which the pod has connected by TCP.
     pub called: u32,
 }
 
 impl FlowLimits {
-    /// The shares for a pod that may have this many established flows.
+    /// The limits of a pod that may have this many established flows.
     ///
-    /// Handshakes from outside get most of the room for what is not established: when the pod
-    /// floods, only its own new connections suffer.
+    /// Handshakes from outside get most of the room for flows that are not established: a flood from the pod
+    /// affects only its own new connections.
     #[must_use]
     pub const fn of(established: u32) -> Self {
         Self {
@@ -72,7 +72,7 @@ impl FlowLimits {
         }
     }
 
-    /// Room for everything that is not established.
+    /// The room for all flows that are not established.
     #[must_use]
     pub const fn opening(self) -> u32 {
         self.opening_from_pod + self.opening_to_pod
@@ -85,37 +85,37 @@ pub const HELD_RING_BYTES: u32 = 4 << 20;
 /// Bytes in the ring buffer of denial records.
 pub const DENIALS_RING_BYTES: u32 = 1 << 20;
 
-/// Longest frame that is held, in bytes: an Ethernet header, an IPv6 header, and the 65,535 bytes
-/// that may follow it, rounded up. What is longer (a jumbogram, RFC 2675) is dropped and counted.
+/// The longest frame that is held, in bytes: an Ethernet header, an IPv6 header, and the 65,535 bytes that
+/// may follow it, rounded up. A longer frame (a jumbogram, RFC 2675) is dropped and counted.
 pub const HELD_FRAME_BYTES: usize = 65_600;
 
-/// Most IPv6 extension headers walked before a packet counts as malformed. A packet made by an
-/// ordinary stack carries at most one of each of the five kinds (RFC 8200, section 4.1).
+/// Most IPv6 extension headers of a packet; a packet with more is malformed. An ordinary stack sends at most
+/// one of each of the five kinds (RFC 8200, section 4.1).
 pub const EXTENSION_HEADERS: usize = 6;
 
-/// Bytes of a frame that hold its headers in nearly every case: an Ethernet header, and an IPv4 and a
-/// TCP header with all the options that they have room for. A frame of which less is in memory that the
-/// kernel owns has its beginning copied there before its headers are read.
+/// The number of bytes that nearly always contain all headers of a frame: an Ethernet header, and an IPv4 and
+/// a TCP header with the most options that they have room for. If fewer bytes of a frame are in memory that
+/// the kernel owns, the beginning of the frame is copied there before its headers are read.
 pub const HEADER_BYTES: u32 = 14 + 60 + 60;
 
-/// Bytes of a frame that are copied then. What is judged and lies behind them is malformed. The longest
-/// that is read of an ordinary frame is a multicast listener report: 14 + 48 + 328 bytes.
+/// The number of bytes that are copied then. A packet is malformed if the programs have to read beyond them.
+/// The longest part of an ordinary frame that is read is a multicast listener report: 14 + 48 + 328 bytes.
 pub const COPIED_HEADER_BYTES: u32 = 512;
 
-/// Denial records one pod may emit in a burst, and the rate per second at which they refill.
+/// The denial records that one pod may emit in a burst; [`DENIALS_PER_SECOND`] is the rate of refill.
 pub const DENIAL_BURST: u32 = 512;
 /// See [`DENIAL_BURST`].
 pub const DENIALS_PER_SECOND: u32 = 256;
 
-/// Room in the ring that short frames take, in bytes. Others take a multiple of it.
+/// The room in the ring that short frames take, in bytes. Others take a multiple of it.
 pub const HELD_UNIT: usize = 512;
 
-/// Room that one pod may take in a burst while the ring is more than half full, in [`HELD_UNIT`]s, and
-/// the rate per second at which it refills: 256 KiB, an eighth of the other half. While the ring is
-/// emptier there is no such limit.
+/// The room that one pod may take in a burst while more than half of the ring is full, in [`HELD_UNIT`]s, and
+/// the rate per second at which it refills: 256 KiB, an eighth of the other half. The limit does not apply
+/// while the ring is emptier.
 pub const HELD_BURST: u32 = 512;
 /// See [`HELD_BURST`].
 pub const HELD_PER_SECOND: u32 = 4096;
 
-/// Most bytes that the programs read of the kernel's own record of a frame.
+/// Most bytes of the kernel's `struct sk_buff` that the programs read for one frame.
 pub const FRAME_RECORD_BYTES: usize = 160;

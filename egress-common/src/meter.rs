@@ -1,13 +1,12 @@
-//! Token buckets: how a pod's share of a ring buffer is kept.
+//! Token buckets, which limit each pod's share of a ring buffer.
 
 const SECOND_NS: u64 = 1_000_000_000;
 
 /// Takes `cost` tokens, or none, from a bucket that holds at most `burst` tokens and refills at
 /// `per_second`.
 ///
-/// `tokens` and `refill_ns` are the bucket's state; a bucket whose `refill_ns` is zero has never
-/// been used and starts full. Two CPUs that take at the same moment may spend one token twice; the
-/// share is a share, not a promise to the packet.
+/// `tokens` and `refill_ns` are the bucket's state. A bucket whose `refill_ns` is zero is new and full. Two
+/// CPUs that take at the same moment may spend one token twice: the share is approximate.
 #[inline(always)]
 pub fn take_tokens(
     cost: u64,
@@ -23,7 +22,7 @@ pub fn take_tokens(
         *refill_ns = now_ns;
         *tokens = burst;
     }
-    // A pod that was silent for long has a full bucket; the bound keeps the product in range.
+    // A pod that was silent for long has a full bucket; the limit keeps the product in range.
     let elapsed_ns = now_ns.saturating_sub(*refill_ns).min(60 * SECOND_NS);
     let earned = elapsed_ns * per_second / SECOND_NS;
     if earned > 0 {

@@ -1,5 +1,5 @@
-//! IP protocol numbers (IANA "Assigned Internet Protocol Numbers") and the bits that stand for
-//! them in a port class.
+//! IP protocol numbers (IANA "Assigned Internet Protocol Numbers"), the bits that represent them in a port
+//! class, and the ports of DNS.
 
 /// IPv6 hop-by-hop options.
 pub const HOP_BY_HOP: u8 = 0;
@@ -24,7 +24,12 @@ pub const DESTINATION_OPTIONS: u8 = 60;
 /// SCTP.
 pub const SCTP: u8 = 132;
 
-/// A set of protocols, as one bit each: what a port class matches.
+/// Port of DNS (RFC 1035, section 4.2).
+pub const DNS_PORT: u16 = 53;
+/// Port of DNS over TLS (RFC 7858) and over QUIC (RFC 9250).
+pub const ENCRYPTED_DNS_PORT: u16 = 853;
+
+/// A set of protocols, one bit each: a port class matches such a set.
 pub mod bits {
     /// TCP.
     pub const TCP: u8 = 1;
@@ -38,7 +43,7 @@ pub mod bits {
     pub const ICMP_OTHER: u8 = 1 << 4;
     /// Every protocol that has no bit of its own.
     pub const OTHER: u8 = 1 << 5;
-    /// Protocols that carry ports.
+    /// Protocols with ports.
     pub const WITH_PORTS: u8 = TCP | UDP | SCTP;
     /// Every protocol.
     pub const ALL: u8 = TCP | UDP | SCTP | ICMP_ECHO | ICMP_OTHER | OTHER;

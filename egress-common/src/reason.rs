@@ -2,8 +2,8 @@
 
 macro_rules! reasons {
     ($($(#[$doc:meta])+ $name:ident = $value:literal, $text:literal;)+) => {
-        /// Why something did not pass. The number is what the kernel's records carry; the text
-        /// is what a denial line prints.
+        /// Why a packet or message did not pass. The kernel's records have the number; denial lines have the
+        /// text.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[repr(u8)]
         pub enum Reason {
@@ -22,7 +22,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// The word that denial lines and counters use.
+            /// The word in denial lines and metrics.
             pub const fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$name => $text,)+
@@ -33,59 +33,61 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// No entry of the policy speaks of this destination, port and protocol.
+    /// No entry of the policy matches this destination, port and protocol.
     NoRule = 1, "no_rule";
-    /// Entries allow this address, but not on this port or protocol.
+    /// Entries allow this address, but not with this port or protocol.
     PortNotAllowed = 2, "port_not_allowed";
-    /// The address was allowed through a name whose lifetime has ended.
+    /// The address was allowed by a name whose lifetime has ended.
     Expired = 3, "expired";
     /// An entry with a name allows this port, but the pod did not resolve this address.
     AddressNotLearned = 4, "address_not_learned";
     /// A `deny` entry matches.
     DenyRule = 5, "deny_rule";
-    /// The destination is protected (metadata service, loopback, link-local, multicast, …) and no
-    /// address entry names it.
+    /// The destination is protected (metadata service, loopback, link-local, multicast, …), and no address
+    /// entry allows it.
     Protected = 6, "protected";
     /// The source address is not one of the pod's own.
     SpoofedSource = 7, "spoofed_source";
     /// The frame is truncated, tagged, not IP, or its headers cannot be walked.
     Malformed = 8, "malformed";
-    /// A fragment whose first fragment was not seen to pass.
+    /// A fragment whose first fragment did not pass, or was not seen.
     FragmentWithoutFirst = 9, "fragment_without_first";
-    /// A DNS question for a name that no entry could allow, or that a `deny` entry names.
+    /// A DNS query for a name that no entry allows, or that a `deny` entry matches.
     DnsName = 10, "dns_name";
-    /// A DNS question that cannot be read, or that is no question.
+    /// A message to a resolver that is no readable DNS query, or a message from one that is no readable
+    /// response.
     DnsMalformed = 11, "dns_malformed";
-    /// A connection with a resolver that could not be followed, and was reset.
+    /// A connection with a resolver that could not be followed and was reset.
     DnsOverTcp = 12, "dns_over_tcp";
-    /// An answer that matches no pending question of the pod.
+    /// A DNS response that matches no open query of the pod.
     DnsUnsolicited = 13, "dns_unsolicited";
-    /// An answer whose addresses did not fit into the allow map.
+    /// A DNS response whose addresses did not fit into the allow map.
     AllowMapFull = 14, "allow_map_full";
-    /// A DNS message that the agent could not take in time, or is longer than it holds.
+    /// A DNS message that could not be held in time, or that is too long to be held.
     DnsNotHeld = 15, "dns_not_held";
-    /// The agent has no policy for this interface (it is being attached or removed).
+    /// The agent has no policy for this interface: it is being attached or removed.
     NoPolicy = 16, "no_policy";
     /// The pod's annotations cannot be read, and no earlier policy is known.
     PolicyUnreadable = 17, "policy_unreadable";
-    /// A DNS question in fragments, or fragments from a resolver's address that cannot be put together.
+    /// A DNS query in fragments, or fragments from a resolver's address that cannot be reassembled.
     DnsFragmented = 18, "dns_fragmented";
-    /// It is not known yet whose interface this is.
+    /// The pod of this interface is not known yet.
     PodUnknown = 19, "pod_unknown";
-    /// The pod has an interface that cannot be enforced, and is closed for it.
+    /// The pod has an interface that cannot be enforced, and is closed because of it.
     UnenforcedInterface = 20, "unenforced_interface";
-    /// DNS to a server that is no resolver of the pod's, under a policy that speaks of names.
+    /// DNS to a server that is not one of the pod's resolvers, under a policy with entries for names.
     DnsElsewhere = 21, "dns_elsewhere";
-    /// A name that an entry allows led to an internal address, and may not.
+    /// A name that an entry allows resolved to an internal address, and the name may not lead to one.
     InternalAnswer = 22, "internal_answer";
-    /// What somebody on a node may unpack and send on (a tunnel), to an internal address that no
-    /// address entry opens for it.
+    /// A packet that a node may unpack and forward (a tunnel), to an internal address that no address entry
+    /// allows for it.
     Tunnel = 23, "tunnel";
-    /// The frame's source hardware address is not that of the pod, and the interface is a port of a
-    /// bridge.
+    /// The frame's source hardware address is not the pod's, and the interface is a port of a bridge.
     SpoofedHardware = 24, "spoofed_hardware";
-    /// A frame that has not come through the agent's program, which stamps what it passes.
+    /// A frame that did not pass through the agent's program, which stamps each frame.
     NotJudged = 25, "not_judged";
+    /// A connection to one address and port more than the pod's map of destinations has room for.
+    DestinationsFull = 26, "destinations_full";
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel
-//! compares keys byte by byte, and the verifier rejects uninitialised padding.
+//! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel compares
+//! keys byte by byte, and the verifier rejects uninitialised padding.
 
 mod flows;
 mod links;
@@ -20,10 +20,10 @@ use crate::{
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
-/// Value of `interfaces`, keyed by ifindex: which policy the interface is under.
+/// Value of `interfaces`, keyed by ifindex: the policy of the interface.
 ///
-/// Replacing this value is how a pod moves from one policy to the next: the kernel swaps the whole
-/// value at once, so no packet sees half of a policy.
+/// To move a pod from one version of its policy to the next, the agent replaces this value. The kernel
+/// replaces the whole value at once, so every packet is judged by one complete version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Interface {
@@ -39,22 +39,22 @@ pub struct Interface {
 
 /// Judge, drop and hold.
 pub const MODE_ENFORCE: u32 = 1;
-/// Judge and report; drop and hold nothing.
+/// Judge and report; drop nothing and hold only copies.
 pub const MODE_AUDIT: u32 = 2;
-/// Pass everything, judge and report nothing: the agent is about to detach.
+/// Pass everything; judge and report nothing: the agent is about to detach.
 pub const MODE_RELEASED: u32 = 3;
 
-/// Tell the agent about denied packets so that it answers them (`onDeny: reject`).
+/// Copy denied packets to the agent so that it rejects them (`onDeny: reject`).
 pub const INTERFACE_REJECT: u32 = 1;
-/// The pod begins to be enforced: of what it sends only the source is judged, and no DNS is held.
+/// The pod begins to be enforced: only the sources of its packets are judged, and no DNS is held.
 pub const INTERFACE_SOURCES: u32 = 1 << 1;
-/// The pod begins to be enforced, and frames may be on their way to it that it sent when nobody judged
-/// their sources: what comes to the pod passes, and no flows are noted.
+/// The pod begins to be enforced, and frames that it sent before its sources were judged may still be on
+/// their way back to it. Everything to the pod passes, and no flows are recorded.
 pub const INTERFACE_SETTLING: u32 = 1 << 2;
 
-/// A port class: what one bit of a class bitmap stands for.
+/// A port class: the meaning of one bit of a class bitmap.
 ///
-/// For [`crate::protocol::bits::OTHER`] the IP protocol number stands in place of a port.
+/// For [`crate::protocol::bits::OTHER`] the IP protocol number takes the place of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct PortClass {
@@ -82,57 +82,58 @@ impl PortClass {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Policy {
-    /// What each bit of a class bitmap means.
+    /// The meaning of each bit of a class bitmap.
     pub classes: [PortClass; CLASSES],
     /// Classes that deny; all others allow.
     pub deny: u64,
     /// Classes that apply to every destination.
     pub any: u64,
-    /// Classes of address entries that count as an entry for any destination does: they open neither
-    /// what is protected nor tunnels, nor DNS elsewhere.
+    /// Classes of address entries that count like an entry for any destination: they allow neither protected
+    /// destinations nor tunnels, nor DNS to servers that are no resolvers.
     pub under_any: u64,
-    /// Classes that entries with a name are in, for saying why something was denied.
+    /// Classes of entries with a name; only used for the reason of a denial.
     pub named: u64,
-    /// Fingerprint of the entries with a name. The kernel does not look at it; to a restarted agent
-    /// it says whether the addresses in the allow map are there by the rules of today.
+    /// Fingerprint of the entries with a name. The kernel does not read it. A restarted agent compares it to
+    /// decide whether the addresses in the allow map are valid under the current rules.
     pub names: u64,
     /// Fingerprint of the ranges and tunnels under which the policy's flows were judged, without resolvers.
-    /// The kernel does not look at it. A restarted agent adopts the policy, and with it the flows, only if its
+    /// The kernel does not read it. A restarted agent adopts the policy, and with it the flows, only if its
     /// own ranges have the same fingerprint.
     pub ranges: u64,
-    /// SHA-256 of the annotations that the policy was compiled from; zero if it was not compiled from any. The
-    /// kernel does not look at it. A restarted agent believes saved annotations only if they have this digest.
+    /// SHA-256 of the annotations from which the policy was compiled; zero if there were none. The kernel
+    /// does not read it. A restarted agent trusts saved annotations only if they have this digest.
     pub annotations: [u8; 32],
     /// The pod's own addresses.
     pub own: [Address; OWN_ADDRESSES],
-    /// How many of `own` are used.
+    /// The number of used elements of `own`.
     pub own_len: u32,
     /// Bits of the `POLICY_*` constants.
     pub flags: u32,
 }
 
-/// What no entry matches passes (a pod with only `deny`).
+/// Packets that match no entry pass (a pod with only `deny`).
 pub const POLICY_OPEN: u32 = 1;
 /// Internal destinations pass unless denied (`ranges.internal`).
 pub const POLICY_ALLOW_INTERNAL: u32 = 1 << 1;
-/// The annotations could not be read; denials say so.
+/// The annotations could not be read; the reason of denials is `policy_unreadable`.
 pub const POLICY_UNREADABLE: u32 = 1 << 2;
-/// It is not known yet whose interface this is: questions wait at the gate, from whatever source, and
-/// denials say why.
+/// The pod of the interface is not known yet: queries with any source wait at the gate, and the reason of
+/// denials is `pod_unknown`.
 pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
-/// The policy says which names may be asked for, or denies some. So DNS to a server that is no
-/// resolver needs an address entry: nobody would look at the names there.
+/// The policy allows or denies names. So DNS to a server that is not a resolver needs an address entry: the
+/// gate does not see the names in it.
 pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 
-/// The pod has an interface that cannot be enforced and is closed for it; denials say so.
+/// The pod has an interface that cannot be enforced, and is closed because of it; the reason of denials is
+/// `unenforced_interface`.
 pub const POLICY_REFUSED: u32 = 1 << 5;
 
-/// Some of its own addresses were read from its interfaces, and a program of the pod may have chosen
-/// them. The kernel does not look at it; to a restarted agent it says how far to believe them.
+/// Some of the own addresses were read from the pod's interfaces, and a program of the pod may have chosen
+/// them. The kernel does not read the flag. It tells a restarted agent how far to trust them.
 pub const POLICY_OWN_UNSURE: u32 = 1 << 6;
 
 impl Policy {
-    /// A policy without classes and addresses: everything external is denied.
+    /// A policy without classes and addresses: every external destination is denied.
     pub const CLOSED: Self = Self {
         classes: [PortClass::NONE; CLASSES],
         deny: 0,
@@ -147,8 +148,8 @@ impl Policy {
         flags: 0,
     };
 
-    /// Whether names give addresses the same classes under both policies, and these mean the same. An entry
-    /// of an allow map then holds under either.
+    /// Whether names give addresses the same classes under both policies, and the classes mean the same. An
+    /// entry of an allow map is then valid under both.
     pub fn names_alike(&self, other: &Self) -> bool {
         self.classes == other.classes
             && self.deny == other.deny
@@ -158,11 +159,11 @@ impl Policy {
     }
 }
 
-/// Longest UID in bytes: room for a namespace, a slash and a name.
+/// The longest UID in bytes: room for a namespace, a slash and a name.
 pub const UID_BYTES: usize = 320;
 
-/// Value of `identities`, keyed by pod: whose entries these are, so that a restarted agent finds its
-/// pods again. Each field is text, padded with zero bytes.
+/// Value of `identities`, keyed by pod: the pod's names, by which a restarted agent finds it again. Each
+/// field is text, padded with zero bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Identity {
@@ -170,7 +171,7 @@ pub struct Identity {
     pub namespace: [u8; 64],
     /// Name: a DNS subdomain (RFC 1123), at most 253 bytes.
     pub name: [u8; 256],
-    /// The UID that the API server or the manifest gave, or `<namespace>/<name>`.
+    /// The UID of the API server or the manifest, or `<namespace>/<name>`.
     pub uid: [u8; UID_BYTES],
 }
 
@@ -186,17 +187,17 @@ pub struct AllowKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct AllowEntry {
-    /// Bitmap of the classes the address is in.
+    /// The bitmap of the address's classes.
     pub classes: u64,
-    /// Of these, the ones that hold though the address is internal, where internal addresses do not
-    /// pass by themselves.
+    /// The subset of these classes that applies if the address is internal and internal addresses do not pass
+    /// without a rule.
     pub internal_classes: u64,
-    /// When the entry stops admitting new connections, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The end of the time in which the entry admits new connections, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
 
-/// Value of a policy's CIDR trie: bitmap of the classes of the prefix and of all prefixes that
-/// contain it.
+/// Value of a policy's CIDR trie: the bitmap of the classes of the prefix and of all prefixes that contain
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CidrEntry {
@@ -204,53 +205,52 @@ pub struct CidrEntry {
     pub classes: u64,
 }
 
-/// Value of `ranges`: what kind of address this is on this node. A prefix carries the bits of all
-/// prefixes that contain it.
+/// Value of `ranges`: the kind of an address on this node. A prefix has the bits of all prefixes that contain
+/// it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(C)]
 pub struct Range {
     /// Bits of the `RANGE_*` constants.
     pub kinds: u64,
-    /// Ports on which a resolver is asked, over UDP and TCP, in host byte order; 0 where there are
-    /// fewer.
+    /// The ports of a resolver, over UDP and TCP, in host byte order; unused elements are 0.
     pub resolver_ports: [u16; RESOLVER_PORTS],
 }
 
 impl Range {
-    /// Whether this is a resolver that is asked on this port.
+    /// Whether this is a resolver with this port.
     #[inline(always)]
     pub const fn is_resolver_at(&self, port: u16) -> bool {
         self.kinds & RANGE_RESOLVER != 0 && port != 0 && has_port(&self.resolver_ports, port)
     }
 }
 
-/// Value of the single entry of `dns_ports`: the ports on which any resolver is asked, so that most
-/// packets are told from DNS without a look at `ranges`.
+/// Value of the single entry of `dns_ports`: the ports of all resolvers, so that most packets are
+/// distinguished from DNS without a lookup in `ranges`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct DnsPorts {
-    /// The ports, in host byte order; 0 where there are fewer. While they change, those from before
-    /// and those from then on.
+    /// The ports, in host byte order; unused elements are 0. While the configuration changes, the earlier
+    /// ports and the new ones.
     pub ports: [[u16; DNS_PORTS]; 2],
 }
 
 impl DnsPorts {
-    /// Whether a resolver may be asked on this port. Port 0 may count as one.
+    /// Whether a resolver may have this port. Port 0 may be reported as one.
     #[inline(always)]
     pub const fn may_have(&self, port: u16) -> bool {
         has_port(&self.ports[0], port) || has_port(&self.ports[1], port)
     }
 }
 
-/// Whether one of the ports is this one. The product of four differences is zero only then, and
-/// needs one branch instead of four.
+/// Whether one of the ports is this one. The product of the four differences is zero only then, and needs one
+/// branch instead of four.
 #[inline(always)]
 const fn has_port(ports: &[u16; 4], port: u16) -> bool {
     let [a, b, c, d] = *ports;
     (a ^ port) as u64 * (b ^ port) as u64 * (c ^ port) as u64 * (d ^ port) as u64 == 0
 }
 
-/// Value of `node_addresses`, keyed by prefix: what is sent there, the node takes.
+/// Value of `node_addresses`, keyed by prefix: the node itself receives packets to these addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct NodeAddress {
@@ -258,7 +258,7 @@ pub struct NodeAddress {
     pub is_node: u32,
 }
 
-/// Key of `tunnels`: packets that somebody on a node may unpack and send on.
+/// Key of `tunnels`: packets that a host may unpack and forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct TunnelKey {
@@ -271,7 +271,7 @@ pub struct TunnelKey {
 }
 
 impl TunnelKey {
-    /// Packets of the protocol that this bit of [`crate::protocol::bits`] stands for, to this port.
+    /// Packets of the protocol with this bit of [`crate::protocol::bits`], to this port.
     #[inline(always)]
     pub const fn new(protocol: u8, port: u16) -> Self {
         Self {
@@ -294,27 +294,27 @@ pub struct Tunnel {
 pub const RANGE_RESOLVER: u64 = 1;
 /// A pod, service or node address.
 pub const RANGE_INTERNAL: u64 = 1 << 1;
-/// Only an explicit address entry opens it, and DNS never does.
+/// Only an explicit address entry allows it; DNS never does.
 pub const RANGE_PROTECTED: u64 = 1 << 2;
-/// The node itself takes what is sent there. It stands in no entry of `ranges`: the map `node_addresses`
-/// says it.
+/// The node itself receives packets to the address. No entry of `ranges` has this bit: the map
+/// `node_addresses` has these addresses.
 pub const RANGE_NODE: u64 = 1 << 3;
-/// Length in bits of the translator's prefix that the address is in; see [`crate::translation`].
+/// The length in bits of the translator's prefix that contains the address; see [`crate::translation`].
 pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
-/// Where [`RANGE_TRANSLATED`] begins.
+/// The shift of [`RANGE_TRANSLATED`].
 pub const RANGE_TRANSLATED_SHIFT: u32 = 8;
 
-/// Head of each record in the `held` ring; the frame's bytes, from its Ethernet header on, follow.
+/// The head of each record in the `held` ring; the frame's bytes follow, from its Ethernet header on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Held {
-    /// When it was taken, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// When the frame was held, in nanoseconds of `CLOCK_BOOTTIME`.
     pub time_ns: u64,
-    /// Interface it was taken from.
+    /// The interface on which it was held.
     pub ifindex: u32,
     /// The pod, as in [`Interface::pod`].
     pub pod: u32,
-    /// Bytes of the frame that follow.
+    /// The number of bytes of the frame that follow.
     pub len: u32,
     /// One of the `HELD_*` constants.
     pub kind: u8,
@@ -326,19 +326,19 @@ pub struct Held {
     pub pad: u8,
 }
 
-/// A DNS question, or a TCP segment, on its way from the pod to a resolver.
+/// A DNS query, or a TCP segment, on its way from the pod to a resolver.
 pub const HELD_QUESTION: u8 = 1;
-/// A DNS answer, a TCP segment, or a fragment that may belong to an answer, on its way from a resolver
-/// to the pod.
+/// A DNS response, a TCP segment, or a fragment that may belong to a response, on its way from a resolver to
+/// the pod.
 pub const HELD_ANSWER: u8 = 2;
-/// The beginning of a denied packet that is to be answered with a rejection.
+/// The beginning of a denied packet that the agent answers with a rejection.
 pub const HELD_REJECT: u8 = 3;
 
 /// Record of the `denials` ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Denial {
-    /// When it happened, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// When the packet was denied, in nanoseconds of `CLOCK_BOOTTIME`.
     pub time_ns: u64,
     /// Source address.
     pub src: Address,
@@ -346,9 +346,9 @@ pub struct Denial {
     pub dst: Address,
     /// The pod, as in [`Interface::pod`].
     pub pod: u32,
-    /// The policy version that judged.
+    /// The policy version that denied it.
     pub policy: u32,
-    /// Interface it happened on.
+    /// The interface on which it was denied.
     pub ifindex: u32,
     /// Length of the frame in bytes.
     pub len: u32,
@@ -366,7 +366,7 @@ pub struct Denial {
     pub icmp_code: u8,
     /// One of the `VERDICT_*` constants.
     pub verdict: u8,
-    /// Bit number of the class that denied, or [`NO_CLASS`].
+    /// The bit number of the class that denied, or [`NO_CLASS`].
     pub class: u8,
     /// [`FROM_POD`] or [`TO_POD`].
     pub direction: u8,
@@ -378,7 +378,7 @@ pub struct Denial {
     pub pad: u16,
 }
 
-/// No class denied.
+/// The value of [`Denial::class`] when no class denied.
 pub const NO_CLASS: u8 = 0xff;
 
 /// The packet was dropped.
@@ -399,25 +399,25 @@ pub const TO_POD: u8 = 2;
 pub struct Counters {
     /// Packets from pods that passed.
     pub passed_packets: u64,
-    /// Bytes of them.
+    /// Bytes of these packets.
     pub passed_bytes: u64,
-    /// Packets from pods that passed because their flow was known (also in `passed_packets`).
+    /// Packets from pods that passed because of a known flow (also in `passed_packets`).
     pub passed_by_flow: u64,
-    /// Packets that were dropped, in either direction, other than held DNS messages.
+    /// Packets that were dropped, in either direction, except held DNS messages.
     pub denied_packets: u64,
-    /// Bytes of them.
+    /// Bytes of these packets.
     pub denied_bytes: u64,
     /// Packets that passed in audit mode and would have been denied.
     pub audited_packets: u64,
-    /// DNS questions given to the agent; over TCP, segments.
+    /// DNS queries that the programs held; over TCP, segments.
     pub held_questions: u64,
-    /// DNS answers given to the agent; over TCP, segments; and fragments that may belong to one.
+    /// DNS responses that the programs held; over TCP, segments; and fragments that may belong to one.
     pub held_answers: u64,
     /// DNS messages dropped because the `held` ring was full.
     pub held_lost: u64,
     /// DNS messages dropped because their pod was over its share of a crowded `held` ring.
     pub held_limited: u64,
-    /// DNS messages dropped because they are longer than what is held.
+    /// DNS messages dropped because they were too long to be held.
     pub held_too_long: u64,
     /// Denied packets that were not answered with a rejection because the ring was crowded.
     pub rejects_lost: u64,
@@ -425,18 +425,18 @@ pub struct Counters {
     pub denials_limited: u64,
     /// Denials without a record because the `denials` ring was full.
     pub denials_lost: u64,
-    /// Flows that could not be remembered: the kernel had no memory, or the maps were contended.
+    /// Flows that could not be remembered: the kernel had no memory, or another CPU had the map's lock.
     pub flows_full: u64,
-    /// Flows that were not established yet and gave way to newer ones.
+    /// Flows that were evicted before they were established.
     pub openings_evicted: u64,
-    /// Established flows that gave way: their pod had as many as it may.
+    /// Established flows that were evicted because their pod had as many as it may.
     pub flows_evicted: u64,
     /// Packets on an interface without an entry in `interfaces` or `policies`.
     pub no_policy: u64,
 }
 
-/// Value of `meters`, keyed by pod: what the pod has used of its share of the ring buffers, and
-/// what was not reported because of it.
+/// Value of `meters`, keyed by pod: the pod's token buckets for the ring buffers, and the number of packets
+/// and messages that were not reported because of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Meter {
@@ -448,21 +448,21 @@ pub struct Meter {
     pub held_tokens: u64,
     /// When `held_tokens` was last refilled.
     pub held_refill_ns: u64,
-    /// Denials that got no record: over the pod's share, or the ring was full. Only grows.
+    /// Denials without a record: the pod was over its share, or the ring was full. Only grows.
     pub denials_unreported: u64,
-    /// DNS messages of the pod dropped because the ring was full or the pod over its share, or the
-    /// message too long. Only grows.
+    /// DNS messages of the pod that were dropped because the ring was full, the pod was over its share, or
+    /// the message was too long. Only grows.
     pub held_unreported: u64,
     /// Flows that could not be remembered. Only grows.
     pub flows_full: u64,
-    /// Flows that were not established yet and gave way to newer ones. Only grows.
+    /// Flows that were evicted before they were established. Only grows.
     pub openings_evicted: u64,
-    /// Established flows that gave way to others of the pod. Only grows.
+    /// Established flows that were evicted for others of the pod. Only grows.
     pub flows_evicted: u64,
 }
 
-/// Value of `probes`, keyed by ifindex: how many probe frames of the agent have come to `from_pod` on
-/// this interface. Only grows.
+/// Value of `probes`, keyed by ifindex: how many of the agent's probe frames have reached `from_pod` on this
+/// interface. Only grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Probes {
@@ -472,14 +472,14 @@ pub struct Probes {
     pub v6: u64,
 }
 
-/// Value of `forged`, keyed by pod: when the pod may have sent frames in another's name that somebody on the
-/// node can send back to it. Times are nanoseconds of `CLOCK_BOOTTIME`; 0 is never.
+/// Value of `forged`, keyed by pod: the times at which the pod may have sent frames with another's source
+/// that a host on the node can send back to it. Times are nanoseconds of `CLOCK_BOOTTIME`; 0 means never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Forged {
-    /// When the last frame left, in audit mode, whose source was not known to be the pod's own.
+    /// The last time at which a frame left in audit mode whose source was not known to be the pod's own.
     pub sent_ns: u64,
-    /// When the pod began to be enforced, if nobody judged its sources before.
+    /// When the pod began to be enforced, if its sources were not judged before.
     pub unjudged_ns: u64,
 }
 

@@ -1,5 +1,5 @@
-//! IPv4 addresses that stand in IPv6 addresses: what a NAT64 translator (RFC 6052) or a 6to4 relay
-//! (RFC 3056) makes of the address.
+//! IPv4 addresses that are embedded in IPv6 addresses: a NAT64 translator (RFC 6052) or a 6to4 relay (RFC
+//! 3056) sends the packets to the IPv4 address.
 
 use crate::{
     address::{self, Address},
@@ -10,32 +10,32 @@ use crate::{
     verdict::Destination,
 };
 
-/// Length of the 6to4 prefix, `2002::/16`.
+/// The length of the 6to4 prefix, `2002::/16`.
 pub const SIX_TO_FOUR: u32 = 16;
 
-/// Lengths that a NAT64 prefix may have (RFC 6052, section 2.2).
+/// The possible lengths of a NAT64 prefix (RFC 6052, section 2.2).
 pub const NAT64: [u32; 6] = [32, 40, 48, 56, 64, 96];
 
-/// Bits of the octet at bit 64, which no IPv4 address uses (RFC 6052, section 2.2), and the 56 bits
-/// after it.
+/// The 56 bits after the octet at bit 64, which is reserved and has no part of the IPv4 address (RFC 6052,
+/// section 2.2).
 const AFTER_RESERVED: u64 = (1 << 56) - 1;
 
-/// The bits of a range's kinds that say that a translator's prefix has this length.
+/// The bits of a range's kinds for a translator's prefix of this length.
 pub const fn range_kind(prefix_len: u32) -> u64 {
     (prefix_len as u64) << RANGE_TRANSLATED_SHIFT
 }
 
-/// Length of the translator's prefix that an address of these kinds is in; 0 when it is in none.
+/// The length of the translator's prefix that contains an address of these kinds; 0 when none does.
 #[inline(always)]
 pub const fn prefix_len(kinds: u64) -> u32 {
     ((kinds & RANGE_TRANSLATED) >> RANGE_TRANSLATED_SHIFT) as u32
 }
 
-/// The IPv4 address, in its mapped form, that a translator sends packets for `address` to. The kinds
-/// are those of `address`.
+/// The IPv4 address, in its mapped form, to which a translator sends the packets for `address`. `kinds` are
+/// the kinds of `address`.
 ///
-/// The reserved octet and the suffix may have any value, because translators pass over them (RFC
-/// 6052, section 2.3).
+/// The reserved octet and the suffix may have any value, because translators ignore them (RFC 6052, section
+/// 2.3).
 #[inline(always)]
 pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
     let [
@@ -63,7 +63,7 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
         SIX_TO_FOUR => high >> 16,
         96 => low,
         length => {
-            // Of the 32 bits behind the prefix, so many stand behind the reserved octet.
+            // The number of the address's 32 bits that are after the reserved octet.
             let behind = length.wrapping_sub(32) & 63;
             high.wrapping_shl(behind)
                 | (low & AFTER_RESERVED).wrapping_shr(56_u32.wrapping_sub(behind))
@@ -72,7 +72,7 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
     Some(address::from_v4((v4 as u32).to_be_bytes()))
 }
 
-/// What the maps say about the IPv4 address that a translator sends packets for a destination to.
+/// What the maps have about the IPv4 address to which a translator sends the packets for a destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Translated {
     /// Classes of the IPv4 address in the policy's CIDR trie.
@@ -82,11 +82,11 @@ pub struct Translated {
 }
 
 impl Destination {
-    /// Adds what holds for the destination because a translator leads to an IPv4 address from it.
+    /// Adds the rules for the IPv4 address to which a translator sends the packets for this destination.
     ///
-    /// Denials and protection always hold. What an entry or `ranges` allows holds only where NAT64
-    /// leads to the same host: a 6to4 address is that of another host behind the IPv4 address. A
-    /// resolver's address allows nothing, because nobody would hold what is asked of its translation.
+    /// Denials and protection always apply. Allowing entries and ranges apply only with NAT64, which leads to
+    /// the same host: a 6to4 address belongs to another host behind the IPv4 address. A resolver's IPv4
+    /// address allows nothing, because DNS to its translation would not be held.
     #[inline(always)]
     pub fn add_translated(&mut self, policy: &Policy, translated: Translated) {
         let Translated { cidr, ranges } = translated;

@@ -1,11 +1,11 @@
-//! The verdict on a packet that leaves a pod, once the maps were asked.
+//! The verdict on a packet that leaves a pod, after the lookups in the maps.
 //!
-//! The kernel programs gather what the maps say about a destination into a [`Destination`] and
-//! call [`judge`]; the agent calls the same function where it has to say what the kernel would do.
+//! The kernel programs collect what the maps have about a destination in a [`Destination`] and call
+//! [`judge`]. The agent calls the same function to explain the kernel's decision.
 
 use crate::{
     limits::CLASSES,
-    protocol::bits,
+    protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{
         NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
@@ -16,46 +16,46 @@ use crate::{
 
 pub use crate::translation::Translated;
 
-/// What the maps say about one destination.
+/// What the maps have about one destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Destination {
-    /// Classes of the address in the pod's allow map; 0 when it is not there.
+    /// The classes of the address in the pod's allow map; 0 when the map does not have it.
     pub learned: u64,
-    /// Of these, the ones that hold though the address is internal.
+    /// The subset of these classes that applies even if the address is internal.
     pub learned_internal: u64,
     /// 1 when the allow map's entry has expired.
     pub expired: u64,
-    /// Classes of the address in the policy's CIDR trie.
+    /// The classes of the address in the policy's CIDR trie.
     pub cidr: u64,
-    /// Kinds of the address in `ranges`, and [`RANGE_NODE`].
+    /// The kinds of the address in `ranges`, and [`RANGE_NODE`].
     pub ranges: u64,
-    /// 1 when the packet is one of those that `tunnels` names: somebody at an internal address, or the
-    /// node, may unpack it and send on what is in it.
+    /// 1 when `tunnels` has the packet's protocol and port: a host at an internal address, or the node, may
+    /// unpack the packet and forward its content.
     pub tunnel: u64,
 }
 
 impl Destination {
-    /// Whether only an entry with the address opens the destination for this packet: neither what a
-    /// name has taught nor an entry for any destination does.
+    /// Whether only an entry with the address allows this packet to the destination: neither a resolved name
+    /// nor an entry for any destination does.
     #[inline(always)]
     pub const fn needs_address_entry(&self) -> bool {
         self.ranges & RANGE_PROTECTED != 0 || self.is_tunnel()
     }
 
-    /// Whether the packet may be a tunnel that ends at a node, or a pod, of the cluster.
+    /// Whether the packet may be a tunnel that ends at a node or pod of the cluster.
     #[inline(always)]
     pub const fn is_tunnel(&self) -> bool {
         self.tunnel != 0 && self.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0
     }
 
-    /// Whether names have to be allowed to lead here: the address is internal, and internal addresses
-    /// do not pass by themselves.
+    /// Whether a name must be permitted to lead here: the address is internal, and internal addresses do not
+    /// pass without a rule.
     #[inline(always)]
     const fn is_guarded(&self, policy: &Policy) -> bool {
         self.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL == 0
     }
 
-    /// The learned classes that count.
+    /// The learned classes that apply.
     #[inline(always)]
     pub const fn learned_classes(&self, policy: &Policy) -> u64 {
         if self.needs_address_entry() || self.expired != 0 {
@@ -68,16 +68,16 @@ impl Destination {
     }
 }
 
-/// What was decided, and on what ground.
+/// The verdict and its reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It leaves.
+    /// The packet leaves.
     Pass,
-    /// It does not leave. The class is the bit that denied, or [`NO_CLASS`].
+    /// The packet does not leave.
     Deny {
-        /// The most specific reason known.
+        /// The most specific reason that is known.
         reason: Reason,
-        /// Bit number of the denying class, or [`NO_CLASS`].
+        /// The bit number of the denying class, or [`NO_CLASS`].
         class: u8,
     },
 }
@@ -92,21 +92,20 @@ impl Verdict {
     }
 }
 
-/// Bitmap of the classes that match protocol and port.
+/// The bitmap of the classes that match the protocol and the port.
 ///
-/// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`], and is looked at
-/// only for protocols that have ports, and for [`bits::OTHER`].
+/// `protocol` is one bit of [`bits`]; `port` is [`crate::packet::Packet::class_port`], and is used only for
+/// protocols with ports and for [`bits::OTHER`].
 ///
-/// The loop has no branches, on purpose: a verifier follows each of them, and 64 times two paths
-/// through it are more than it explores. It is written so that no compiler finds a comparison in it
-/// that it would make a branch of: what it yields for each class are sign bits, and they are put
-/// together behind it.
+/// The loop deliberately has no branches: the verifier follows each branch, and two paths in each of 64
+/// iterations are more than it explores. It is written so that the compiler finds no comparison to turn into
+/// a branch: each iteration yields sign bits, which are combined after the loop.
 #[inline(always)]
 pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
     const SIGN: u64 = 1 << 63;
-    // A compiler that knew how small a port is would see the comparisons in the subtractions.
+    // If the compiler knew how small a port is, it would recognise the subtractions as comparisons.
     let port = core::hint::black_box(u64::from(port));
-    // For no protocol at all this is 8, and leaves nothing of a class's eight bits.
+    // Without any protocol this is 8, and shifts out all eight bits of a class.
     let shift = protocol.trailing_zeros();
     let mut other_ports = 0;
     let mut same_protocol = 0;
@@ -125,39 +124,80 @@ pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
     same_protocol & !other_ports
 }
 
-/// Port of DNS.
-const DNS_PORT: u16 = 53;
-/// Port of DNS over TLS (RFC 7858) and over QUIC (RFC 9250).
-const ENCRYPTED_DNS_PORT: u16 = 853;
-
-/// Whether this is DNS, by its port. To an internal address too it needs a rule: a server there that
-/// is not among the configured resolvers would carry out whatever a name can hold, and nobody would
-/// look at it.
+/// Whether this is DNS by its port. It needs a rule even to an internal address: a server there that is not a
+/// configured resolver would resolve any name, and the gate would not see the queries.
 #[inline(always)]
 pub const fn is_dns(protocol: u8, port: u16) -> bool {
     protocol & (bits::UDP | bits::TCP) != 0 && (port == DNS_PORT || port == ENCRYPTED_DNS_PORT)
 }
 
-/// Judges a packet to `destination` that no known flow carries: steps 6 to 9 of the order of the
-/// verdict (`docs/architecture.md`).
+/// Classes of the entries that apply to a destination.
+#[inline(always)]
+const fn known_classes(policy: &Policy, destination: &Destination) -> u64 {
+    let (any, cidr) = if destination.needs_address_entry() {
+        (
+            policy.any & policy.deny,
+            address_entries(policy, destination),
+        )
+    } else {
+        (policy.any, destination.cidr)
+    };
+    destination.learned_classes(policy) | cidr | any
+}
+
+/// Classes of the entries that name the address, or a CIDR with it.
+#[inline(always)]
+const fn address_entries(policy: &Policy, destination: &Destination) -> u64 {
+    destination.cidr & !policy.under_any
+}
+
+/// Whether a packet is DNS to a server that is no resolver, from a pod whose policy has names.
+#[inline(always)]
+const fn is_dns_elsewhere(policy: &Policy, dns: bool) -> bool {
+    dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0
+}
+
+/// Of the known classes, those whose entries can let a packet pass.
+#[inline(always)]
+const fn counting_classes(
+    policy: &Policy,
+    destination: &Destination,
+    known: u64,
+    elsewhere: bool,
+) -> u64 {
+    if elsewhere {
+        address_entries(policy, destination)
+    } else {
+        known
+    }
+}
+
+/// Whether an entry lets a packet pass. A packet that [`judge`] lets pass without one is internal, or the policy is
+/// open.
+pub fn passes_by_entry(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+) -> bool {
+    let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
+    let known = known_classes(policy, destination);
+    let counting = counting_classes(policy, destination, known, elsewhere);
+    counting & !policy.deny & matching_classes(policy, protocol, port) != 0
+}
+
+/// Judges a packet to `destination` that belongs to no known flow: steps 19 to 23 of `docs/verdict.md`.
 ///
-/// `protocol` is one bit of [`bits`]; `port` is that of [`crate::packet::Packet::class_port`].
+/// `protocol` is one bit of [`bits`]; `port` is [`crate::packet::Packet::class_port`].
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
     let matching = matching_classes(policy, protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let by_address = destination.needs_address_entry();
-    let learned = destination.learned_classes(policy);
-    let address_entries = destination.cidr & !policy.under_any;
-    let (any, cidr) = if by_address {
-        (policy.any & policy.deny, address_entries)
-    } else {
-        (policy.any, destination.cidr)
-    };
-    let known = learned | cidr | any;
+    let known = known_classes(policy, destination);
     let dns = is_dns(protocol, port);
-    let elsewhere = dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0;
-    let counting = if elsewhere { address_entries } else { known };
+    let elsewhere = is_dns_elsewhere(policy, dns);
+    let counting = counting_classes(policy, destination, known, elsewhere);
 
     let denying = known & policy.deny & matching;
     if denying != 0 {
@@ -209,12 +249,11 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     Verdict::deny(Reason::NoRule)
 }
 
-/// Judges a packet that answers what the other side opened: it passes unless a denying class says
-/// otherwise, or it is a tunnel that no address entry opens. That the rules allow nothing there, or that
-/// the address is protected, does not matter.
+/// Judges a packet that answers a flow of the other side. It passes unless a denying class matches, or it is
+/// a tunnel that no address entry allows. It needs no allowing rule, and the address may be protected.
 ///
-/// A `deny` of everything means that the pod opens nothing; what is internal still gets its answers,
-/// or no probe would succeed. A denied address, prefix or name gets none.
+/// A `deny` of every destination means that the pod opens nothing. Internal addresses still get answers, or
+/// probes would fail. A denied address, prefix or name gets none.
 #[inline(always)]
 pub fn judge_answer(
     policy: &Policy,
@@ -236,7 +275,7 @@ pub fn judge_answer(
             class: denying.trailing_zeros() as u8,
         };
     }
-    // Whoever sends from a tunnel's port in the name of an address would open a tunnel to it.
+    // Otherwise a sender that forges an address and uses a tunnel's port would open a tunnel to that address.
     if destination.is_tunnel() && destination.cidr & !policy.deny & matching == 0 {
         return Verdict::deny(Reason::Tunnel);
     }

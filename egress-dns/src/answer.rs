@@ -1,5 +1,5 @@
-//! Reading an answer on its way from a resolver to a pod: which addresses it gives for the name
-//! that was asked.
+//! Reads a response on its way from a resolver to a pod, and collects the addresses that it gives for the
+//! queried name.
 
 use std::{
     collections::HashMap,
@@ -17,13 +17,13 @@ use super::{
     wire::{CLASS_IN, HEADER_BYTES, Header, MESSAGE_MAX, Outline, RECORD_MIN, Reader, Truncated},
 };
 
-/// Most aliases followed from the asked name. Resolvers follow fewer (BIND and unbound stop at 11),
-/// so a longer chain comes from nobody honest; following it is work for the gate.
+/// Most aliases that are followed from the queried name. Resolvers follow fewer (BIND and unbound stop at
+/// 11), so no honest resolver sends a longer chain, and following it would cost the gate time.
 pub const ALIASES_MAX: usize = 16;
 
-/// RCODE: the server could not read the question.
+/// RCODE: the server could not read the query.
 const FORMAT_ERROR: u8 = 1;
-/// RCODE: the server does not do what was asked.
+/// RCODE: the server does not support this kind of query.
 const NOT_IMPLEMENTED: u8 = 4;
 
 const TYPE_A: u16 = 1;
@@ -32,41 +32,41 @@ const TYPE_AAAA: u16 = 28;
 const TYPE_SVCB: u16 = 64;
 const TYPE_HTTPS: u16 = 65;
 
-/// What an answer says.
+/// The contents of a response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// Transaction id, host byte order.
     pub id: u16,
-    /// The name of the question it answers.
+    /// The name in the question section.
     pub name: Name,
-    /// The name's bytes as they stand in the message, the root's zero byte included.
+    /// The name's bytes in the message, including the root's zero byte.
     pub name_as_sent: Box<[u8]>,
-    /// QTYPE of the question, host byte order.
+    /// The QTYPE in the question section, host byte order.
     pub qtype: u16,
-    /// QCLASS of the question, host byte order.
+    /// The QCLASS in the question section, host byte order.
     pub qclass: u16,
-    /// TC: the rest is to be fetched over TCP.
+    /// TC: the client has to repeat the query over TCP.
     pub truncated: bool,
     /// RCODE, without the upper bits that EDNS adds.
     pub response_code: u8,
-    /// The aliases that hang together from the asked name, in the order in which they were reached.
+    /// The aliases in the chains from the queried name, in the order in which they were reached.
     pub aliases: Vec<Alias>,
-    /// The addresses it gives for the asked name, in the order of the message; an address that is
-    /// given twice is here twice. Empty unless the class is IN and the RCODE is NOERROR.
+    /// The addresses for the queried name, in the order of the message; a repeated address is repeated here.
+    /// Empty unless the class is IN and the RCODE is NOERROR.
     pub addresses: Vec<Learned>,
 }
 
-/// A name that an alias led to.
+/// The target of an alias record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Alias {
-    /// The name.
+    /// The target name.
     pub name: Name,
-    /// The alias whose name it is the alias of; `None` for one of the asked name.
+    /// The index of the alias that owns the alias record; `None` if the queried name owns it.
     pub of: Option<usize>,
 }
 
 impl Answer {
-    /// The names from the one that has the address back to the asked one.
+    /// The names of the chain, from the owner of the address back to the queried name.
     pub fn way_to<'a>(&'a self, learned: &Learned) -> impl Iterator<Item = &'a Name> {
         let mut next = Some(learned.at);
         std::iter::from_fn(move || {
@@ -80,29 +80,29 @@ impl Answer {
     }
 }
 
-/// An address that an answer gives.
+/// An address in a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Learned {
     /// The address.
     pub address: Address,
-    /// The alias whose name has it; `None` for the asked name.
+    /// The index of the alias that owns the address; `None` if the queried name owns it.
     pub at: Option<usize>,
-    /// The lowest TTL of the chain from the asked name to the address, in seconds, as it stands in
-    /// the message; one with its highest bit set counts as zero (RFC 2181, section 8).
+    /// The lowest TTL of the chain from the queried name to the address, in seconds and as in the message. A
+    /// TTL with its highest bit set counts as zero (RFC 2181, section 8).
     pub ttl: u32,
 }
 
-/// Why a message is no answer that can be judged.
+/// Why a message is no response that the agent can judge.
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
-    /// The message ends before its last record does.
+    /// The message ends before the end of its last record.
     #[error("the message is too short")]
     TooShort,
     /// Over 65,535 bytes.
     #[error("the message is longer than {MESSAGE_MAX} bytes")]
     TooLong,
     /// QR is not set.
-    #[error("the message is a question")]
+    #[error("the message is a query")]
     Question,
     /// OPCODE is not QUERY.
     #[error("the opcode is {0}, not a query")]
@@ -110,40 +110,40 @@ pub enum AnswerError {
     /// QDCOUNT is not 1.
     #[error("the message has {0} questions instead of one")]
     Questions(u16),
-    /// The question's name cannot be read.
+    /// The name in the question section cannot be read.
     #[error("{0}")]
     Name(PlainNameError),
-    /// The header promises more records than there is room for.
+    /// The header announces more records than the message has room for.
     #[error("the message has no room for the {0} records it announces")]
     Counts(usize),
-    /// A record that would be learned from cannot be read.
+    /// A record that could add an address cannot be read.
     #[error("a record at offset {offset} cannot be read: {error}")]
     Record {
-        /// Bytes from the start of the message.
+        /// The offset of the record in the message.
         offset: usize,
-        /// What is wrong with it.
+        /// The decoder's error.
         error: DecodeError,
     },
-    /// More than [`ALIASES_MAX`] aliases hang together from the asked name.
+    /// The chains from the queried name have more than [`ALIASES_MAX`] aliases.
     #[error("the name has more than {ALIASES_MAX} aliases")]
     Aliases,
 }
 
-/// Reads an answer.
+/// Reads a response.
 ///
-/// From the asked name on, aliases are followed in whatever order the answer section has them:
-/// CNAME records, and SVCB and HTTPS records in alias mode (RFC 9460, section 2.4.2). The addresses
-/// of A and AAAA records and the hints of SVCB and HTTPS records at the names so reached count,
-/// whatever type was asked for; every other record is ignored. A DNAME record is one of those: the
-/// resolver sends the CNAME records it stands for along with it (RFC 6672, section 3.1). So is
-/// everything in the authority and additional sections, whose outline only is walked.
+/// Follows aliases from the queried name, in any order of the answer section: CNAME records, and SVCB and
+/// HTTPS records in alias mode (RFC 9460, section 2.4.2). Collects the addresses of A and AAAA records and
+/// the hints of SVCB and HTTPS records at the names in these chains, whatever type was queried. All other
+/// records are ignored. A DNAME record is ignored, too: the resolver sends the CNAME records that it stands
+/// for along with it (RFC 6672, section 3.1). Of the authority and additional sections only the outline is
+/// read.
 ///
-/// A truncated answer may end in the middle of a record. What stands before that counts: some
-/// programs use it.
+/// A truncated response may end in the middle of a record. The records before that count: some programs use
+/// them.
 ///
 /// # Errors
 ///
-/// When the message is no answer, or could say something that has not been understood; see
+/// When the message is no response, or could have a meaning that this function does not understand; see
 /// [`AnswerError`].
 pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
     if message.len() > MESSAGE_MAX {
@@ -151,18 +151,18 @@ pub fn read_answer(message: &[u8]) -> Result<Answer, AnswerError> {
     }
     let mut reader = Reader::new(message);
     let (header, mut answer) = read_question_section(&mut reader)?;
-    let teaches = header.response_code() == 0 && answer.qclass == CLASS_IN;
-    let facts = read_records(message, &mut reader, header, teaches)?;
+    let adds_addresses = header.response_code() == 0 && answer.qclass == CLASS_IN;
+    let facts = read_records(message, &mut reader, header, adds_addresses)?;
     if !facts.is_empty() {
         (answer.aliases, answer.addresses) = follow(asked_name(message)?, &facts)?;
     }
     Ok(answer)
 }
 
-/// Reads a response that says no more than that the question was not understood, and does not repeat it
-/// (RFC 1035, section 4.1.1, RCODE 1 and 4). Returns its id, or `None` for every other message.
+/// Reads a response that only says that the server did not understand the query, and does not repeat it (RFC
+/// 1035, section 4.1.1, RCODE 1 and 4). Returns its id; `None` for every other message.
 ///
-/// It has no answer and no authority record, and so teaches nothing.
+/// It has no records in the answer and authority sections, so it adds no address.
 pub fn read_rejection(message: &[u8]) -> Option<u16> {
     let header = Reader::new(message).header().ok()?;
     let is_rejection = message.len() <= MESSAGE_MAX
@@ -173,12 +173,12 @@ pub fn read_rejection(message: &[u8]) -> Option<u16> {
     is_rejection.then_some(header.id)
 }
 
-/// Reads what the beginning of an answer says: all but the addresses. `None` when it ends before the
-/// question does.
+/// Reads the beginning of a response: everything except the addresses. `None` when it ends before the end of
+/// the question section.
 ///
 /// # Errors
 ///
-/// When no answer begins so; see [`AnswerError`].
+/// When no response begins like this; see [`AnswerError`].
 pub fn read_beginning(message: &[u8]) -> Result<Option<Answer>, AnswerError> {
     match read_question_section(&mut Reader::new(message)) {
         Ok((_, answer)) => Ok(Some(answer)),
@@ -215,27 +215,26 @@ fn read_question_section(reader: &mut Reader<'_>) -> Result<(Header, Answer), An
     Ok((header, answer))
 }
 
-/// A record that may teach something.
+/// A record that may add an address.
 struct Fact {
     owner: OwnerName,
     /// Seconds.
     ttl: u32,
-    says: Says,
+    meaning: Meaning,
 }
 
-enum Says {
+enum Meaning {
     Alias(OwnerName),
     Address(Address),
     Hints(SVCB),
 }
 
-/// Walks the outline of every record, and decodes those of the answer section that may teach
-/// something.
+/// Reads the outline of every record, and decodes those of the answer section that may add an address.
 fn read_records(
     message: &[u8],
     reader: &mut Reader<'_>,
     header: Header,
-    teaches: bool,
+    adds_addresses: bool,
 ) -> Result<Vec<Fact>, AnswerError> {
     let answers = usize::from(header.answers);
     let records = answers + usize::from(header.authorities) + usize::from(header.additionals);
@@ -249,16 +248,16 @@ fn read_records(
             Err(Truncated) if header.truncated() => return Ok(facts),
             Err(Truncated) => return Err(AnswerError::TooShort),
         };
-        if i < answers && teaches {
+        if i < answers && adds_addresses {
             facts.extend(read_fact(message, &outline, reader.at())?);
         }
     }
-    // What follows the last record belongs to nothing that a stub reads; it is delivered with the
-    // rest and teaches nothing.
+    // Stub resolvers ignore bytes after the last record. They are delivered with the message, and add no
+    // address.
     Ok(facts)
 }
 
-/// Decodes a record that ends at `end`, unless it is of no interest.
+/// Decodes a record that ends at `end`, unless it is of a type or class that is ignored.
 fn read_fact(
     message: &[u8],
     outline: &Outline<'_>,
@@ -275,18 +274,18 @@ fn read_fact(
         offset: outline.start,
         error,
     };
-    // The decoder may look back at names it is pointed to, never past this record.
+    // The decoder may follow pointers back to earlier names, but never read beyond this record.
     let upto = message.get(..end).ok_or(AnswerError::TooShort)?;
     let start = u16::try_from(outline.start).map_err(|_| AnswerError::TooLong)?;
     let mut decoder = BinDecoder::new(upto).clone(start);
     let record = Record::read(&mut decoder).map_err(unreadable)?;
-    let says = match record.data {
-        RData::A(a) => Says::Address(from_v4(a.0)),
-        RData::AAAA(aaaa) => Says::Address(from_v6(aaaa.0)),
-        RData::CNAME(cname) => Says::Alias(cname.0),
-        RData::SVCB(svcb) => svcb_says(svcb),
-        RData::HTTPS(https) => svcb_says(https.0),
-        // Without data a record says nothing (RFC 2136 gives it a meaning in updates only).
+    let meaning = match record.data {
+        RData::A(a) => Meaning::Address(from_v4(a.0)),
+        RData::AAAA(aaaa) => Meaning::Address(from_v6(aaaa.0)),
+        RData::CNAME(cname) => Meaning::Alias(cname.0),
+        RData::SVCB(svcb) => svcb_meaning(svcb),
+        RData::HTTPS(https) => svcb_meaning(https.0),
+        // A record without data means nothing (RFC 2136 gives it a meaning in updates only).
         _ => return Err(unreadable(DecodeError::InvalidEmptyRecord)),
     };
     let ttl = if outline.ttl > i32::MAX as u32 {
@@ -297,19 +296,19 @@ fn read_fact(
     Ok(Some(Fact {
         owner: record.name,
         ttl,
-        says,
+        meaning,
     }))
 }
 
-fn svcb_says(svcb: SVCB) -> Says {
+fn svcb_meaning(svcb: SVCB) -> Meaning {
     if svcb.svc_priority == 0 {
-        Says::Alias(svcb.target_name)
+        Meaning::Alias(svcb.target_name)
     } else {
-        Says::Hints(svcb)
+        Meaning::Hints(svcb)
     }
 }
 
-/// The question's name as the decoder writes it, to compare with its others.
+/// The queried name in the decoder's type, to compare it with the decoded names.
 fn asked_name(message: &[u8]) -> Result<OwnerName, AnswerError> {
     let mut decoder = BinDecoder::new(message).clone(HEADER_BYTES as u16);
     OwnerName::read(&mut decoder).map_err(|error| AnswerError::Record {
@@ -318,12 +317,12 @@ fn asked_name(message: &[u8]) -> Result<OwnerName, AnswerError> {
     })
 }
 
-/// Collects the addresses at the asked name and at every name its aliases lead to.
+/// Collects the addresses at the queried name and at every name in the chains of its aliases.
 ///
-/// Several aliases at one name are against RFC 2181, section 10.1, but a program may follow any of
-/// them, so all are followed. A loop leads to names that are known already and so ends by itself.
+/// Several aliases of one name violate RFC 2181, section 10.1, but a program may follow any of them, so all
+/// are followed. A loop leads to known names, and so ends.
 fn follow(asked: OwnerName, facts: &[Fact]) -> Result<(Vec<Alias>, Vec<Learned>), AnswerError> {
-    // Looked up by name: thousands of records at the end of sixteen aliases would be compared with each.
+    // An index by name: otherwise thousands of records would be compared with each of sixteen aliases.
     let mut by_owner: HashMap<&OwnerName, Vec<&Fact>> = HashMap::new();
     for fact in facts {
         by_owner.entry(&fact.owner).or_default().push(fact);
@@ -333,20 +332,20 @@ fn follow(asked: OwnerName, facts: &[Fact]) -> Result<(Vec<Alias>, Vec<Learned>)
     let mut addresses = Vec::with_capacity(facts.len());
     let mut next = 0;
     while let Some((name, ttl_so_far)) = reached.get(next).cloned() {
-        // The asked name comes first and is no alias.
+        // The queried name comes first and is no alias.
         let at = next.checked_sub(1);
         next += 1;
         let here = by_owner.get(&name).map(Vec::as_slice).unwrap_or_default();
-        // Records of one set have one TTL; where they differ, the lowest counts (RFC 2181,
-        // section 5.2).
+        // The records of a set should have one TTL; if they differ, the lowest counts (RFC 2181, section
+        // 5.2).
         let alias_ttl = here
             .iter()
-            .filter(|fact| matches!(fact.says, Says::Alias(_)))
+            .filter(|fact| matches!(fact.meaning, Meaning::Alias(_)))
             .fold(ttl_so_far, |lowest, fact| lowest.min(fact.ttl));
         for fact in here {
             let ttl = ttl_so_far.min(fact.ttl);
-            match &fact.says {
-                Says::Alias(target) => {
+            match &fact.meaning {
+                Meaning::Alias(target) => {
                     if reached.iter().any(|(known, _)| known == target) {
                         continue;
                     }
@@ -359,12 +358,12 @@ fn follow(asked: OwnerName, facts: &[Fact]) -> Result<(Vec<Alias>, Vec<Learned>)
                         of: at,
                     });
                 }
-                Says::Address(address) => addresses.push(Learned {
+                Meaning::Address(address) => addresses.push(Learned {
                     address: *address,
                     at,
                     ttl,
                 }),
-                Says::Hints(svcb) => {
+                Meaning::Hints(svcb) => {
                     addresses.extend(hints(svcb).map(|address| Learned { address, at, ttl }));
                 }
             }

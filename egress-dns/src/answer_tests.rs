@@ -44,11 +44,11 @@ fn error(packet: &Packet) -> AnswerError {
     read_answer(&packet.bytes()).unwrap_err()
 }
 
-mod what_is_learned {
+mod collects {
     use super::*;
 
     #[test]
-    fn an_address_of_the_asked_name() {
+    fn an_address_of_the_queried_name() {
         let packet = response().answer(&a(ASKED, 300, 1));
         let answer = read_answer(&packet.bytes()).unwrap();
         assert_eq!(answer.id, Packet::ID);
@@ -79,14 +79,14 @@ mod what_is_learned {
     }
 
     #[test]
-    fn an_ipv6_address_whatever_type_was_asked_for() {
+    fn an_ipv6_address_whatever_type_was_queried() {
         let address: Ipv6Addr = "2001:db8::7".parse().unwrap();
         let packet = response().answer(&record(ASKED, TYPE_AAAA, CLASS_IN, 60, &address.octets()));
         assert_eq!(learned(&packet), [(address.octets(), 60)]);
     }
 
     #[test]
-    fn a_chain_of_one_with_its_lowest_ttl() {
+    fn an_address_behind_one_alias_with_the_lowest_ttl() {
         let edge = wire_name("edge.example.net");
         let packet = response()
             .answer(&cname(ASKED, 30, &edge))
@@ -95,7 +95,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn a_chain_of_three_in_any_order() {
+    fn an_address_behind_three_aliases_in_any_order() {
         let names = ["one.test", "two.test", "three.test"].map(wire_name);
         let records = [
             a(&names[2], 400, 9),
@@ -123,7 +123,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn ttls_as_they_stand_but_a_negative_one_is_zero() {
+    fn ttls_unchanged_except_that_a_negative_one_is_zero() {
         for (sent, read) in [
             (0, 0),
             (65_535, 65_535),
@@ -137,7 +137,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn the_lowest_ttl_of_aliases_that_are_sent_twice() {
+    fn the_lowest_ttl_of_repeated_aliases() {
         let edge = wire_name("edge.test");
         let packet = response()
             .answer(&cname(ASKED, 300, &edge))
@@ -147,7 +147,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn both_branches_of_an_alias_that_forks() {
+    fn the_addresses_of_both_branches_of_a_forked_alias() {
         let (left, right) = (wire_name("left.test"), wire_name("right.test"));
         let packet = response()
             .answer(&cname(ASKED, 60, &left))
@@ -174,7 +174,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn what_a_service_binding_in_alias_mode_leads_to() {
+    fn the_addresses_behind_a_service_binding_in_alias_mode() {
         let pool = wire_name("pool.test");
         let packet = Packet::response("www.example.com", TYPE_HTTPS)
             .answer(&record(
@@ -206,7 +206,7 @@ mod what_is_learned {
     }
 
     #[test]
-    fn what_stands_before_the_cut_of_a_truncated_answer() {
+    fn the_records_before_the_cut_of_a_truncated_response() {
         let packet = response()
             .flags(0x8380)
             .answer(&a(ASKED, 60, 1))
@@ -225,7 +225,7 @@ mod what_is_learned {
     }
 }
 
-mod what_is_ignored {
+mod ignores {
     use super::*;
 
     #[test]
@@ -238,7 +238,7 @@ mod what_is_ignored {
     }
 
     #[test]
-    fn a_chain_that_is_broken() {
+    fn addresses_behind_a_broken_chain() {
         let (one, two, three) = (
             wire_name("one.test"),
             wire_name("two.test"),
@@ -292,7 +292,7 @@ mod what_is_ignored {
     }
 
     #[test]
-    fn data_of_types_that_teach_nothing() {
+    fn the_data_of_types_without_addresses() {
         const TXT: u16 = 16;
         let packet = response()
             .answer(&record(ASKED, TXT, CLASS_IN, 60, b"\xffno"))
@@ -318,7 +318,7 @@ mod hostile {
     }
 
     #[test]
-    fn a_chain_as_long_as_the_bound_is_followed_and_no_longer() {
+    fn a_chain_is_followed_up_to_the_limit_and_no_further() {
         let chain = |links: usize| {
             let name = |i: usize| wire_name(&format!("n{i}.test"));
             let mut packet = response().answer(&cname(ASKED, 60, &name(1)));
@@ -335,9 +335,9 @@ mod hostile {
     }
 
     #[test]
-    fn compression_loops() {
+    fn compression_loops_are_errors() {
         let at = u8::try_from(response().bytes().len()).unwrap();
-        // A pointer to itself, to the pointer after it, and past the end.
+        // A pointer to itself, to the next pointer, and past the end.
         for pointer in [[0xc0, at], [0xc0, at + 2], [0xff, 0xff]] {
             let packet = response().answer(&a(&pointer, 60, 1));
             assert!(
@@ -345,18 +345,18 @@ mod hostile {
                 "{pointer:?}"
             );
         }
-        // Two names that point at each other.
+        // Two names that point to each other.
         let packet = response()
             .answer(&cname(ASKED, 60, &[1, b'x', 0xc0, at + 12]))
             .answer(&a(&[0xc0, at + 12], 60, 1));
         assert!(matches!(error(&packet), AnswerError::Record { .. }));
-        // A name that grows with each turn.
+        // A name that grows with each pass through the loop.
         let packet = response().answer(&a(&[1, b'x', 0xc0, at], 60, 1));
         assert!(matches!(error(&packet), AnswerError::Record { .. }));
     }
 
     #[test]
-    fn a_question_that_is_compressed() {
+    fn a_compressed_question_is_an_error() {
         let packet = Packet::query_of_wire(&[0xc0, 0x0c], TYPE_A).flags(0x8180);
         assert!(matches!(
             error(&packet),
@@ -365,7 +365,7 @@ mod hostile {
     }
 
     #[test]
-    fn questions_of_another_number_than_one() {
+    fn any_number_of_questions_but_one_is_an_error() {
         for count in [0, 2, 65_535] {
             let packet = response().questions(count);
             assert!(matches!(error(&packet), AnswerError::Questions(read) if read == count));
@@ -373,21 +373,21 @@ mod hostile {
     }
 
     #[test]
-    fn more_answers_announced_than_there_is_room_for() {
+    fn more_announced_records_than_the_message_has_room_for_are_an_error() {
         let packet = response().answer(&a(ASKED, 60, 1)).answers(65_535);
         assert!(matches!(error(&packet), AnswerError::Counts(65_535)));
-        // Room by length alone, but the second record is not there.
+        // The length has room for it, but the second record is not there.
         let packet = response()
             .answer(&record(ASKED, 16, CLASS_IN, 60, &[0; 40]))
             .answers(2);
         assert!(matches!(error(&packet), AnswerError::TooShort));
-        // A record that no count announces teaches nothing.
+        // A record beyond the announced count adds no address.
         let packet = response().answer(&a(ASKED, 60, 1)).answers(0);
         assert_eq!(read_answer(&packet.bytes()).unwrap().addresses, []);
     }
 
     #[test]
-    fn data_of_the_wrong_length() {
+    fn data_of_the_wrong_length_is_an_error() {
         for data in [&[192, 0, 2][..], &[192, 0, 2, 1, 1], &[]] {
             let packet = response().answer(&record(ASKED, TYPE_A, CLASS_IN, 60, data));
             assert!(
@@ -402,7 +402,7 @@ mod hostile {
     }
 
     #[test]
-    fn a_question_and_other_opcodes() {
+    fn a_query_and_other_opcodes_are_errors() {
         assert!(matches!(
             error(&response().flags(0x0100)),
             AnswerError::Question
@@ -414,7 +414,7 @@ mod hostile {
     }
 
     #[test]
-    fn cuts_at_every_byte() {
+    fn a_cut_at_any_byte_is_an_error() {
         let edge = wire_name("edge.test");
         let bytes = response()
             .answer(&cname(ASKED, 60, &edge))
@@ -428,7 +428,7 @@ mod hostile {
     }
 
     #[test]
-    fn bytes_after_the_last_record() {
+    fn bytes_after_the_last_record_are_accepted_up_to_the_longest_message() {
         let mut bytes = response().bytes();
         bytes.push(0);
         assert!(read_answer(&bytes).is_ok());
@@ -437,7 +437,7 @@ mod hostile {
     }
 
     #[test]
-    fn the_longest_name_there_is() {
+    fn the_longest_possible_name_is_read() {
         let label = "a".repeat(63);
         let name = format!("{label}.{label}.{label}.{}", "b".repeat(61));
         assert_eq!(wire_name(&name).len(), 255);
@@ -481,9 +481,9 @@ proptest! {
         _ = read_answer(&message);
     }
 
-    /// What hickory's encoder writes, with its compression, is read back.
+    /// Reads back what hickory's encoder writes with its compression.
     #[test]
-    fn what_is_encoded_is_read_back(records in address_records(), chain in 0..5usize, ttl in 0..1000u32) {
+    fn an_encoded_message_is_read_back(records in address_records(), chain in 0..5usize, ttl in 0..1000u32) {
         let name = |i: usize| OwnerName::from_ascii(format!("n{i}.example.com.")).unwrap();
         let mut message = Message::new(7, MessageType::Response, OpCode::Query);
         message.add_query(Query::query(name(0), RecordType::A));
@@ -517,7 +517,7 @@ proptest! {
 }
 
 #[test]
-fn a_rejection_is_a_header_that_says_so() {
+fn a_rejection_is_a_response_without_question_and_records() {
     let rejection = |flags: u16| {
         let message = Packet::query("a.test", 1).flags(flags).bytes();
         let mut header = message[..12].to_vec();

@@ -1,8 +1,8 @@
-//! What a DNS message says.
+//! Reads and writes DNS messages.
 //!
-//! Questions and whatever an answer is matched by are read by hand ([`question`], [`wire`]): the
-//! header and one uncompressed name are little to read, and they are what the agent decides on.
-//! The records an answer teaches from are decoded by hickory-proto ([`answer`]).
+//! [`question`] and [`wire`] parse queries, and the parts of a response that must match its query, without a
+//! library: the header and one uncompressed name are little to parse, and the agent's decisions depend on
+//! them. hickory-proto decodes the records of a response ([`answer`]).
 
 pub mod answer;
 pub mod name;

@@ -1,14 +1,14 @@
 //! Domain names, as label sequences.
 //!
-//! A label may hold any byte, a dot too (RFC 2181, section 11). Names are therefore compared label
-//! by label and never as text: otherwise the one-label `evil.github` under `com` would pass for
+//! A label may contain any byte, including a dot (RFC 2181, section 11). So names are compared label by label
+//! and never as text: otherwise the name of the two labels `evil.github` and `com` would count as one below
 //! `github.com`.
 
 use std::{borrow::Borrow, fmt};
 
-/// Longest label in bytes (RFC 1035, section 2.3.4).
+/// The longest label in bytes (RFC 1035, section 2.3.4).
 pub const LABEL_MAX: usize = 63;
-/// Longest name in bytes on the wire, the root's zero byte included (RFC 1035, section 2.3.4).
+/// The longest name in bytes on the wire, including the root's zero byte (RFC 1035, section 2.3.4).
 pub const NAME_MAX: usize = 255;
 
 /// A domain name: its labels in wire form (a length byte before each), ASCII letters in lower case
@@ -31,11 +31,11 @@ pub enum NameError {
 }
 
 impl Name {
-    /// The name made of these labels, from the leftmost on.
+    /// The name with these labels, the leftmost first.
     ///
     /// # Errors
     ///
-    /// When a label is empty, or a label or the whole is too long.
+    /// When a label is empty, or a label or the name is too long.
     pub fn from_labels<'a>(labels: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, NameError> {
         let mut wire = Vec::with_capacity(64);
         for label in labels {
@@ -54,28 +54,28 @@ impl Name {
         Ok(Self(wire.into()))
     }
 
-    /// The name with this wire form; see [`Self::as_wire`]. `None` if it is none.
+    /// The name with this wire form; see [`Self::as_wire`]. `None` if the bytes are not a name's.
     pub fn from_wire(wire: &[u8]) -> Option<Self> {
         let name = Self::from_labels(Labels(wire)).ok()?;
         (name.as_wire().len() == wire.len()).then_some(name)
     }
 
-    /// The wire form: length-prefixed lower-case labels without the root's zero byte.
+    /// The wire form: length-prefixed labels in lower case, without the root's zero byte.
     pub fn as_wire(&self) -> &[u8] {
         &self.0
     }
 
-    /// The labels from the leftmost on.
+    /// The labels, the leftmost first.
     pub fn labels(&self) -> Labels<'_> {
         Labels(&self.0)
     }
 
-    /// Whether this name is `ancestor` or below it.
+    /// Whether this name equals `ancestor` or is below it.
     pub fn is_within(&self, ancestor: &Self) -> bool {
         self.suffixes().any(|suffix| suffix == ancestor.as_wire())
     }
 
-    /// What follows `beginning` in this name, if it begins with all of its labels.
+    /// The rest of this name after `beginning`, if it begins with all labels of that.
     pub fn after(&self, beginning: &Self) -> Option<Self> {
         let rest = self.0.strip_prefix(beginning.as_wire())?;
         Some(Self(rest.into()))
@@ -116,8 +116,8 @@ impl<'a> Iterator for Labels<'a> {
     }
 }
 
-/// Presentation form without a trailing dot (`.` for the root); dots, backslashes and bytes that do
-/// not print are escaped as in RFC 1035, section 5.1.
+/// Presentation form without a trailing dot (`.` for the root). Dots, backslashes and unprintable bytes are
+/// escaped as in RFC 1035, section 5.1.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() {
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_read_from_its_wire_form_and_nothing_else_is() {
+    fn only_the_wire_form_of_a_name_is_read_as_one() {
         for text in ["a", "shop.test", "*.a-b.example.com"] {
             let name = name(text);
             assert_eq!(Name::from_wire(name.as_wire()), Some(name));
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn within_means_the_same_or_below() {
+    fn a_name_is_within_itself_and_its_ancestors() {
         assert!(name("a.b.example.com").is_within(&name("example.com")));
         assert!(name("example.com").is_within(&name("example.com")));
         assert!(!name("evilexample.com").is_within(&name("example.com")));
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_begins_with_whole_labels() {
+    fn a_name_begins_with_another_only_by_whole_labels() {
         let after = |text, beginning| name(text).after(&name(beginning));
         assert_eq!(after("api.x.test.svc", "API.x.test"), Some(name("svc")));
         assert_eq!(after("api.x.test", "ap"), None);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_those_of_rfc_1035() {
+    fn the_limits_of_rfc_1035_apply() {
         assert_eq!(
             Name::from_labels([[b'a'; 64].as_slice()]),
             Err(NameError::LabelTooLong)

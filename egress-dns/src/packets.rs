@@ -1,7 +1,6 @@
-//! DNS messages written by hand, byte by byte, for tests: a builder that can also build what no
-//! honest program would send.
+//! A builder of DNS messages for tests. It can also build messages that no honest program would send.
 
-/// A message in the making.
+/// A message that is being built.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Packet {
@@ -12,7 +11,7 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// The id of each message that is built here.
+    /// The id of each message of this builder.
     pub const ID: u16 = 0xbeef;
     const RD: u16 = 0x0100;
     const RESPONSE: u16 = 0x8180;
@@ -22,7 +21,7 @@ impl Packet {
         Self::query_of_wire(&wire_name(name), qtype)
     }
 
-    /// A query whose name is these bytes.
+    /// A query with this name in wire form.
     pub fn query_of_wire(name: &[u8], qtype: u16) -> Self {
         let question = [name, &qtype.to_be_bytes(), &[0, 1]].concat();
         Self {
@@ -33,7 +32,7 @@ impl Packet {
         }
     }
 
-    /// A response with RCODE 0 to such a query.
+    /// A response with RCODE 0 to [`Self::query`].
     pub fn response(name: &str, qtype: u16) -> Self {
         Self::query(name, qtype).flags(Self::RESPONSE)
     }
@@ -44,13 +43,13 @@ impl Packet {
         self
     }
 
-    /// Replaces QDCOUNT, whatever stands in the section.
+    /// Replaces QDCOUNT, whatever the section contains.
     pub fn questions(mut self, count: u16) -> Self {
         self.counts[0] = count;
         self
     }
 
-    /// Replaces ANCOUNT, whatever stands in the section.
+    /// Replaces ANCOUNT, whatever the section contains.
     pub fn answers(mut self, count: u16) -> Self {
         self.counts[1] = count;
         self
@@ -77,7 +76,7 @@ impl Packet {
         self
     }
 
-    /// The message as it is sent.
+    /// The message in wire format.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for field in [Self::ID, self.flags].iter().chain(&self.counts) {

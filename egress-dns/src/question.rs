@@ -1,14 +1,14 @@
-//! Reading a question on its way from a pod to a resolver.
+//! Reads a query on its way from a pod to a resolver.
 
 use super::{
     Name, PlainNameError,
     wire::{MESSAGE_MAX, Outline, Reader, TYPE_OPT, Truncated},
 };
 
-/// Bit of an OPT record's TTL: DNSSEC OK (RFC 3225, section 3).
+/// The bit DNSSEC OK of an OPT record's TTL (RFC 3225, section 3).
 const DNSSEC_OK: u32 = 1 << 15;
 
-/// A question: all that is decided on, and all that an answer must echo.
+/// The fields of a query that the agent's decision depends on, and those that the response must repeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -17,17 +17,17 @@ const DNSSEC_OK: u32 = 1 << 15;
 pub struct Question {
     /// Transaction id, host byte order.
     pub id: u16,
-    /// The name asked for.
+    /// The queried name.
     pub name: Name,
-    /// The name's bytes as they were sent, the root's zero byte included. An answer must repeat
-    /// them with the same case: resolver and stub may both rely on it against forged answers
+    /// The name's bytes as they were sent, including the root's zero byte. A response must repeat them with
+    /// the same case: both the resolver and the stub resolver may rely on it against forged responses
     /// (draft-vixie-dnsext-dns0x20).
     pub name_as_sent: Box<[u8]>,
     /// QTYPE, host byte order.
     pub qtype: u16,
     /// QCLASS, host byte order.
     pub qclass: u16,
-    /// Whether the question carries an OPT record (EDNS, RFC 6891).
+    /// Whether the query has an OPT record (EDNS, RFC 6891).
     pub edns: bool,
     /// DO, from the OPT record.
     pub dnssec_ok: bool,
@@ -37,10 +37,10 @@ pub struct Question {
     pub checking_disabled: bool,
 }
 
-/// Why a message is no question that can be judged.
+/// Why a message is no query that the agent can judge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuestionError {
-    /// The message ends before the question does.
+    /// The message ends before its question section.
     #[error("the message is too short")]
     TooShort,
     /// Over 65,535 bytes.
@@ -55,35 +55,34 @@ pub enum QuestionError {
     /// QDCOUNT is not 1. RFC 9619 forbids more.
     #[error("the message has {0} questions instead of one")]
     Questions(u16),
-    /// Records in the answer or authority section, where a question has none.
-    #[error("the question carries records in its answer or authority section")]
+    /// Records in the answer or authority section, which a query does not have.
+    #[error("the query has records in its answer or authority section")]
     Records,
     /// The name cannot be read.
     #[error("{0}")]
     Name(PlainNameError),
     /// More additional records than the one OPT record.
-    #[error("the question carries {0} additional records; at most one OPT is accepted")]
+    #[error("the query has {0} additional records; at most one OPT record is accepted")]
     Additionals(u16),
-    /// An additional record that is no OPT: a TSIG or SIG(0) signature, or anything else.
-    #[error("the question carries an additional record of type {0}; at most one OPT is accepted")]
+    /// An additional record other than OPT: a TSIG or SIG(0) signature, or anything else.
+    #[error("the query has an additional record of type {0}; at most one OPT record is accepted")]
     AdditionalType(u16),
-    /// The OPT record's name is not the root, or its options overrun it.
+    /// The OPT record's name is not the root, or its options are longer than the record.
     #[error("the OPT record is malformed")]
     Opt,
-    /// Bytes after the last record, which could carry data out.
+    /// Bytes after the last record, which could carry data out of the pod.
     #[error("{0} bytes follow the last record")]
     Trailing(usize),
 }
 
-/// Reads a question.
+/// Reads a query.
 ///
-/// Only what a stub resolver sends is accepted: a query with exactly one uncompressed name, and at
-/// most an OPT record. Everything else has no use but to carry something past the judgement of the
-/// name.
+/// Accepts only what a stub resolver sends: a query with exactly one uncompressed name and at most one OPT
+/// record. Anything else could only serve to carry data past the decision on the name.
 ///
 /// # Errors
 ///
-/// When the message is anything else; see [`QuestionError`].
+/// When the message is something else; see [`QuestionError`].
 pub fn read_question(message: &[u8]) -> Result<Question, QuestionError> {
     if message.len() > MESSAGE_MAX {
         return Err(QuestionError::TooLong);
@@ -168,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_question_is_read() {
+    fn a_plain_query_is_read() {
         let question = read_question(&query("GitHub.com").bytes()).unwrap();
         assert_eq!(question.id, Packet::ID);
         assert_eq!(question.name.to_string(), "github.com");
@@ -179,14 +178,14 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_a_name_too() {
+    fn a_query_for_the_root_is_read() {
         let question = read_question(&query("").bytes()).unwrap();
         assert_eq!(question.name.as_wire(), b"");
         assert_eq!(&*question.name_as_sent, b"\0");
     }
 
     #[test]
-    fn edns_is_seen() {
+    fn edns_and_its_do_bit_are_read() {
         let mut opt = record(b"\0", TYPE_OPT, 1232, DNSSEC_OK, b"\0\x0a\0\x02hi");
         let question = read_question(&query("a.b").additional(&opt).bytes()).unwrap();
         assert!(question.edns && question.dnssec_ok);
@@ -221,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_response_or_another_opcode_is_no_question() {
+    fn a_response_or_another_opcode_is_no_query() {
         let response = query("a.b").flags(0x8180).bytes();
         assert_eq!(read_question(&response), Err(QuestionError::Response));
         let notify = query("a.b").flags(4 << 11).bytes();
@@ -240,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn records_where_a_question_has_none_are_refused() {
+    fn records_in_the_answer_and_authority_sections_are_refused() {
         let answer = record(&wire_name("a.b"), 1, 1, 60, &[192, 0, 2, 1]);
         let message = query("a.b").answer(&answer).bytes();
         assert_eq!(read_question(&message), Err(QuestionError::Records));
@@ -301,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_is_an_error() {
+    fn a_query_cut_at_any_byte_is_an_error() {
         let opt = record(b"\0", TYPE_OPT, 1232, 0, b"\0\x0a\0\x02hi");
         let message = query("www.example.com").additional(&opt).bytes();
         for len in 0..message.len() {
@@ -329,7 +328,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_encoded_is_read_back(
+        fn an_encoded_message_is_read_back(
             labels in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..20), 0..8),
             qtype in any::<u16>(),
         ) {

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-/// The mnemonic of a record type (host byte order), or `TYPE` and its number where it has none here
+/// The mnemonic of a record type (host byte order), or `TYPE` and the number if the agent knows no mnemonic
 /// (RFC 3597, section 5).
 pub fn type_name(qtype: u16) -> Cow<'static, str> {
     Cow::Borrowed(match qtype {
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_types_have_names_and_others_numbers() {
+    fn known_types_have_mnemonics_and_others_numbers() {
         assert_eq!(type_name(1), "A");
         assert_eq!(type_name(28), "AAAA");
         assert_eq!(type_name(65), "HTTPS");

@@ -1,19 +1,19 @@
-//! The agent's own answer to a question that may not be asked.
+//! The agent's response to a query for a name that the rules do not allow.
 
 use super::{
     Question,
     wire::{HEADER_BYTES, TYPE_OPT},
 };
 
-/// QR and RA; RD and CD are copied from the question.
+/// QR and RA; RD and CD are copied from the query.
 const RESPONSE: u16 = 1 << 15 | 1 << 7;
 const RECURSION_DESIRED: u16 = 1 << 8;
 const CHECKING_DISABLED: u16 = 1 << 4;
 /// DO, in the lower half of an OPT record's TTL.
 const DNSSEC_OK: u16 = 1 << 15;
 
-/// UDP payload size to announce in bytes: what fits an Ethernet frame over IPv6 whatever tunnels it
-/// (DNS Flag Day 2020). Nobody sends anything to the agent because of it.
+/// The UDP payload size to announce, in bytes: it fits an Ethernet frame over IPv6 with any tunnel on the way
+/// (DNS Flag Day 2020). Nothing is sent to the agent because of it.
 const PAYLOAD_BYTES: u16 = 1232;
 
 /// Option code "Extended DNS Error" (RFC 8914, section 2).
@@ -22,13 +22,13 @@ const EXTENDED_ERROR: u16 = 15;
 const PROHIBITED: u16 = 18;
 const EXTRA_TEXT: &str = "the pod's egress policy does not allow this name";
 
-/// How a question that may not be asked is answered.
+/// The kind of response to a query for a name that the rules do not allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Refusal {
-    /// The name does not exist. Search lists go on to their next name on every libc.
+    /// The name does not exist. Every libc continues with the next name of its search list.
     #[default]
     NxDomain,
-    /// The server refuses. Some libcs give up, others ask the next server.
+    /// The server refuses. Some libcs give up; others query the next server.
     Refused,
 }
 
@@ -42,11 +42,11 @@ impl Refusal {
     }
 }
 
-/// The answer that refuses a question: a whole DNS message.
+/// The response that refuses a query: a complete DNS message.
 ///
-/// It carries no SOA record, so a cache between the program and the agent must not keep it (RFC
-/// 2308, section 5): an edited policy takes effect at once. A question with EDNS is told why with
-/// the extended error "Prohibited" (RFC 8914).
+/// It has no SOA record, so that a cache between the program and the agent must not keep it (RFC 2308,
+/// section 5): an edited policy takes effect at once. If the query has EDNS, the response has the extended
+/// error "Prohibited" (RFC 8914).
 pub fn refuse(question: &Question, how: Refusal) -> Vec<u8> {
     let mut flags = RESPONSE | u16::from(how.response_code());
     if question.recursion_desired {
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_is_refused() {
+    fn the_refusal_refused_has_the_response_code_refused() {
         let bytes = refuse(
             &question(&Packet::query("a.b", 1).flags(0x0010)),
             Refusal::Refused,
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_with_edns_is_told_why() {
+    fn a_refusal_of_a_query_with_edns_has_an_extended_error() {
         let opt = record(b"\0", TYPE_OPT, 1232, 0x8000, b"");
         let bytes = refuse(
             &question(&Packet::query("a.b", 1).additional(&opt)),

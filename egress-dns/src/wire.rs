@@ -1,4 +1,4 @@
-//! The parts of the wire format that are read by hand: the header, one uncompressed name, and the
+//! The parts of the wire format that are parsed without a library: the header, one uncompressed name, and the
 //! outline of a record (RFC 1035, section 4.1).
 
 use super::{
@@ -6,12 +6,12 @@ use super::{
     name::{LABEL_MAX, NAME_MAX, NameError},
 };
 
-/// Length of the header in bytes (RFC 1035, section 4.1.1).
+/// The length of the header in bytes (RFC 1035, section 4.1.1).
 pub(super) const HEADER_BYTES: usize = 12;
-/// Longest message in bytes: what the length field of DNS over TCP can say (RFC 1035, section
-/// 4.2.2), and more than a UDP datagram can carry.
+/// The longest message in bytes: the greatest value of the length field of DNS over TCP (RFC 1035, section
+/// 4.2.2). A UDP datagram cannot have more.
 pub(super) const MESSAGE_MAX: usize = u16::MAX as usize;
-/// Shortest record in bytes: the root's name, type, class, TTL and the length of no data.
+/// The shortest record in bytes: the root's name, type, class, TTL and the length of empty data.
 pub(super) const RECORD_MIN: usize = 11;
 
 /// Class IN.
@@ -24,7 +24,7 @@ const TC: u16 = 1 << 9;
 const RD: u16 = 1 << 8;
 const CD: u16 = 1 << 4;
 
-/// The fixed head of a message.
+/// The header of a message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Header {
     pub(super) id: u16,
@@ -61,21 +61,21 @@ impl Header {
     }
 }
 
-/// The bytes end before the thing that was to be read.
+/// The bytes end before the item that is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Truncated;
 
-/// Why the name of a question cannot be read.
+/// Why a name cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlainNameError {
     /// The message ends inside the name.
     #[error("the message ends inside the name")]
     Truncated,
-    /// A compression pointer: nothing stands before the question that it could point to.
+    /// A compression pointer: it could only point to the question itself or behind it.
     #[error("the name is compressed")]
     Compressed,
-    /// A length byte that begins with the bits 01 or 10 (reserved, RFC 6891, section 5). A label
-    /// over [`LABEL_MAX`] bytes looks like this.
+    /// A length byte that begins with the bits 01 or 10 (reserved, RFC 6891, section 5). The length byte of a
+    /// label over [`LABEL_MAX`] bytes looks like this.
     #[error("a label has the reserved length byte {0:#04x}")]
     Label(u8),
     /// Over [`NAME_MAX`] bytes.
@@ -83,10 +83,10 @@ pub enum PlainNameError {
     TooLong,
 }
 
-/// A record's fixed fields, and where it lies in the message.
+/// A record's fixed fields, and its position in the message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outline<'a> {
-    /// Offset of its first byte.
+    /// The offset of its first byte.
     pub(super) start: usize,
     /// Whether its name is the root's, uncompressed.
     pub(super) at_root: bool,
@@ -108,12 +108,12 @@ impl<'a> Reader<'a> {
         Self { message, at: 0 }
     }
 
-    /// Bytes not read yet.
+    /// The number of bytes that have not been read.
     pub(super) fn remaining(&self) -> usize {
         self.message.len().saturating_sub(self.at)
     }
 
-    /// Offset of the next byte.
+    /// The offset of the next byte.
     pub(super) fn at(&self) -> usize {
         self.at
     }
@@ -150,8 +150,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A name without compression: its bytes as they stand, the root's zero byte included, and the
-    /// name they spell.
+    /// Reads a name without compression. Returns its bytes, including the root's zero byte, and the name.
     pub(super) fn plain_name(&mut self) -> Result<(&'a [u8], Name), PlainNameError> {
         let start = self.at;
         loop {
@@ -174,13 +173,13 @@ impl<'a> Reader<'a> {
             .ok_or(PlainNameError::Truncated)?;
         let name = Name::from_labels(labels(wire)).map_err(|error| match error {
             NameError::NameTooLong => PlainNameError::TooLong,
-            // The loop above stops at an empty label, and admits none that is too long.
+            // The loop above stops at an empty label, and rejects labels that are too long.
             NameError::EmptyLabel | NameError::LabelTooLong => PlainNameError::Truncated,
         })?;
         Ok((wire, name))
     }
 
-    /// Passes over a name, to the byte after it; pointers are not followed.
+    /// Skips a name; does not follow pointers.
     fn skip_name(&mut self) -> Result<(), Truncated> {
         loop {
             match self.u8()? {
@@ -189,7 +188,7 @@ impl<'a> Reader<'a> {
                     self.u8()?;
                     return Ok(());
                 }
-                // Reserved label types are as unreadable as a message that ends.
+                // Reserved label types are treated as the end of the message.
                 len if usize::from(len) > LABEL_MAX => return Err(Truncated),
                 len => {
                     self.take(usize::from(len))?;
@@ -198,7 +197,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes over a record.
+    /// Reads the outline of a record.
     pub(super) fn outline(&mut self) -> Result<Outline<'a>, Truncated> {
         let start = self.at;
         self.skip_name()?;

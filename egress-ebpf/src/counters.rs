@@ -8,8 +8,8 @@ use crate::maps::COUNTERS;
 #[inline(always)]
 pub fn count(change: impl FnOnce(&mut Counters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: the entry is this CPU's own, and a program is not interrupted by another program
-        // of this kind on the same CPU.
+        // SAFETY: the entry belongs to this CPU, and another program of this kind does not interrupt a
+        // program on the same CPU.
         change(unsafe { &mut *counters });
     }
 }

@@ -1,4 +1,4 @@
-//! Reporting what was denied: the `denials` ring.
+//! Reports denied frames through the `denials` ring.
 
 use aya_ebpf::programs::TcContext;
 use egress_common::{
@@ -20,7 +20,7 @@ use crate::{
     skb::{Skb, now_ns},
 };
 
-/// What is denied, and why.
+/// A denial and its reason.
 pub struct Denied<'a> {
     pub interface: &'a Interface,
     /// `None` when the headers could not be walked.
@@ -31,7 +31,7 @@ pub struct Denied<'a> {
 }
 
 impl<'a> Denied<'a> {
-    /// A denial of a packet from the pod that no class is behind.
+    /// A denial of a packet from the pod that is not due to a class.
     #[inline(always)]
     pub fn from_pod(interface: &'a Interface, packet: &'a Packet, reason: Reason) -> Self {
         Self {
@@ -44,8 +44,7 @@ impl<'a> Denied<'a> {
     }
 }
 
-/// Counts and reports a denial. Returns what the program is to return: in audit mode the packet
-/// passes all the same.
+/// Counts and reports a denial. Returns the program's return value: in audit mode the packet passes anyway.
 #[inline(never)]
 pub fn deny(ctx: &TcContext, denied: &Denied<'_>) -> i32 {
     let skb = Skb(ctx);
@@ -76,8 +75,8 @@ pub fn deny(ctx: &TcContext, denied: &Denied<'_>) -> i32 {
     if audit { PASS } else { DROP }
 }
 
-/// Whether the frame may have another's source: all but what is said after the source has been found to be the
-/// pod's own.
+/// Whether the frame may have another's source: true for all reasons except those that apply after the source
+/// was found to be the pod's own.
 #[inline(always)]
 const fn is_of_unknown_source(reason: Reason) -> bool {
     !matches!(
@@ -96,11 +95,12 @@ const fn is_of_unknown_source(reason: Reason) -> bool {
             | Reason::DnsFragmented
             | Reason::DnsNotHeld
             | Reason::FragmentWithoutFirst
+            | Reason::DestinationsFull
     )
 }
 
-/// Whether somebody honest waits for a reply to this packet: not to what is malformed, spoofed or
-/// a fragment (RFC 1122, section 3.2.2), and not to a reset.
+/// Whether an honest sender expects a reply to this packet: not to a malformed or spoofed packet, a fragment
+/// (RFC 1122, section 3.2.2) or a reset. A SYN that found no room gets none either, so that it is repeated.
 #[inline(always)]
 fn is_rejectable(denied: &Denied<'_>) -> bool {
     let Some(packet) = denied.packet else {
@@ -110,7 +110,10 @@ fn is_rejectable(denied: &Denied<'_>) -> bool {
         && packet.tcp_flags & TCP_RST == 0
         && !matches!(
             denied.reason,
-            Reason::SpoofedSource | Reason::Malformed | Reason::FragmentWithoutFirst
+            Reason::SpoofedSource
+                | Reason::Malformed
+                | Reason::FragmentWithoutFirst
+                | Reason::DestinationsFull
         )
 }
 

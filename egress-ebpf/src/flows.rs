@@ -1,17 +1,17 @@
-//! The flows of a pod: what is open and who opened it.
+//! The flows of a pod: which are open, and which side opened them.
 //!
-//! A flow is in one of three maps of its pod. `opening` has everything that is not established, or
-//! closed. From there an established flow moves to `flows` if the pod opened it, and to `inbound` if
-//! the other side did. What closes goes back to `opening`. There the oldest gives way to the newest
-//! ([`crate::opening`]), so whatever comes from either side, an established flow keeps its place.
+//! A flow is in one of three maps of its pod. `opening` has the flows that are not established, or closed.
+//! When a flow is established it moves from there to `flows` if the pod opened it, or to `inbound` if the
+//! other side did. When it closes it moves back to `opening`. In `opening` the newest flow evicts the oldest
+//! ([`crate::opening`]), so that no flood from either side evicts an established flow.
 //!
-//! A fourth map, `called`, has the addresses and ports to which the pod has connected by TCP. It outlives the
-//! flows: nobody connects to the pod from there.
+//! A fourth map, `called`, has the addresses and ports to which the pod has connected by TCP. Its entries
+//! outlive the flows: no other host opens a connection to the pod from such an address and port.
 //!
-//! The kernel may use the memory of a removed entry for another flow of the same map at once
-//! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So what decides about packets (state, policy,
-//! whether the flow is established) is only written together with the key. What is written in place is
-//! harmless for any flow.
+//! The kernel may reuse the memory of a removed entry at once for another flow of the same map
+//! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So the fields on which verdicts depend (state,
+//! policy, whether the flow is established) are only written together with the key. The fields that are
+//! written in place are harmless for any flow.
 
 use core::hint::black_box;
 
@@ -40,25 +40,25 @@ pub const ANY: u64 = 0;
 /// `BPF_EXIST`: replace only.
 pub const EXIST: u64 = 2;
 
-/// In none of the maps.
+/// The flow is in none of the maps.
 pub const NOWHERE: u32 = 0;
-/// In `flows`.
+/// The flow is in `flows`.
 pub const IN_FLOWS: u32 = 1;
-/// In `inbound`.
+/// The flow is in `inbound`.
 pub const IN_INBOUND: u32 = 2;
-/// In `opening`.
+/// The flow is in `opening`.
 pub const IN_OPENING: u32 = 3;
 
-/// A flow as it was when it was looked up.
+/// A flow at the time of the lookup.
 pub struct Known {
-    /// Meaningful unless the flow is [`NOWHERE`].
+    /// Only valid unless `place` is [`NOWHERE`].
     pub flow: Flow,
-    /// [`NOWHERE`], or in which map it is.
+    /// [`NOWHERE`], or the map that has the flow.
     pub place: u32,
 }
 
 impl Known {
-    /// A flow that is not known.
+    /// An unknown flow.
     pub const NONE: Self = Self {
         flow: Flow {
             last_seen_ns: 0,
@@ -70,7 +70,7 @@ impl Known {
         place: NOWHERE,
     };
 
-    /// The state of a flow that is known, or 0.
+    /// The state of a known flow, or 0.
     #[inline(always)]
     pub const fn state(&self) -> u8 {
         if self.place == NOWHERE {
@@ -80,15 +80,15 @@ impl Known {
         }
     }
 
-    /// Whether the other side has completed the handshake. (That it has closed since does not take
-    /// back that it is there.)
+    /// Whether the other side has completed the handshake. (A close of the flow since then does not change
+    /// this.)
     #[inline(always)]
     pub const fn is_established(&self) -> bool {
         self.flow.seen & FLOW_SEEN_AGAIN != 0
     }
 }
 
-/// A map of the pod's.
+/// One of the pod's maps of flows.
 #[inline(always)]
 pub fn map_of(pod: u32, place: u32) -> Option<&'static Flows> {
     // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
@@ -102,7 +102,7 @@ pub fn map_of(pod: u32, place: u32) -> Option<&'static Flows> {
     }
 }
 
-/// Looks for the flow under this key; one that has been idle for too long is not known.
+/// Looks up the flow with this key. A flow that was idle for too long counts as unknown.
 #[inline(always)]
 pub fn find(skb: &Skb<'_>, pod: u32, key: &FlowKey, now_ns: u64) -> Known {
     let mut known = Known::NONE;
@@ -112,7 +112,7 @@ pub fn find(skb: &Skb<'_>, pod: u32, key: &FlowKey, now_ns: u64) -> Known {
     known
 }
 
-/// Returns in which map of the pod's the flow is, and copies it to `found`.
+/// Returns which of the pod's maps has the flow, and copies the flow to `found`.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -122,7 +122,7 @@ extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *m
     let (Some(key), Some(found)) = (unsafe { (key.as_ref(), found.as_mut()) }) else {
         return NOWHERE;
     };
-    // Kernels like 6.1 take no pointer of a caller's for a map's key.
+    // Kernels such as 6.1 do not accept a caller's pointer as a map's key.
     let key = &black_box(*key);
     if is_in(IN_FLOWS, pod, key, now_ns, found) {
         IN_FLOWS
@@ -149,7 +149,7 @@ fn is_in(place: u32, pod: u32, key: &FlowKey, now_ns: u64, found: &mut Flow) -> 
     is_alive
 }
 
-/// What a packet adds to `Flow::seen`.
+/// The bits that a packet adds to `Flow::seen`.
 #[inline(always)]
 pub const fn seen(bit: u8, tcp_flags: u8, from_pod: bool) -> u8 {
     let mut seen = if from_pod {
@@ -175,8 +175,8 @@ pub const fn seen(bit: u8, tcp_flags: u8, from_pod: bool) -> u8 {
     seen
 }
 
-/// Writes what has become of a flow, and moves it to where it then belongs. With `is_new` it is another
-/// flow than the one that was known under its key.
+/// Writes the flow's new state, and moves it to the map in which it belongs. `is_new` means that it is
+/// another flow than the known one with the same key.
 #[inline(always)]
 pub fn keep(
     skb: &Skb<'_>,
@@ -204,25 +204,25 @@ pub fn keep(
     change_flow(whose(interface), key, before, next, how);
 }
 
-/// Whether the flow has no business in `opening` any more. A connection that the other side opened
-/// stays there until its turn to give way comes: most do not live that long.
+/// Whether the flow must leave `opening`. A connection that the other side opened stays there until its
+/// eviction is due: most end earlier.
 #[inline(always)]
 fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
     place == IN_OPENING
         && (flow.state == FLOW_CUT || (flow.state == FLOW_OUT && is_established(key, flow)))
 }
 
-/// The policy and, in the lower half, the pod: a global function has five parameters at most.
+/// The policy in the upper half and the pod in the lower half: a global function has at most five parameters.
 #[inline(always)]
 fn whose(interface: &Interface) -> u64 {
     u64::from(interface.policy) << 32 | u64::from(interface.pod)
 }
 
-/// Added to the place of a flow: what is written is another flow than the one that was known there.
+/// Added to the place of a flow: the written flow is another one than the known flow at that place.
 const IS_NEW: u32 = 1 << 8;
 
-/// Writes a flow of [`whose`] and moves it to where it belongs. `how` is the place of the flow before, and
-/// perhaps [`IS_NEW`]. Always returns 0.
+/// Writes a flow of [`whose`] and moves it to the map in which it belongs. `how` is the earlier place of the
+/// flow, plus [`IS_NEW`] for a new flow. Always returns 0.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -239,7 +239,7 @@ extern "C" fn change_flow(
     let (Some(key), Some(before), Some(next)) = flows else {
         return 0;
     };
-    // Kernels like 6.1 take no pointer of a caller's for a map's key or value.
+    // Kernels such as 6.1 do not accept a caller's pointer as a map's key or value.
     let (key, next) = (&black_box(*key), &black_box(*next));
     let (policy, pod) = ((whose >> 32) as u32, whose as u32);
     let is_new = how & IS_NEW != 0;
@@ -256,10 +256,6 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
         && next.state != FLOW_CUT
         && key.protocol == protocol::TCP
         && is_closed(next);
-    // A RST answers what anybody has sent.
-    if is_new && next.state != FLOW_IN && next.seen & FLOW_SEEN_RST == 0 {
-        note_called(pod, key, next.last_seen_ns);
-    }
     if is_new || closes {
         if is_established {
             forget(pod, key, place);
@@ -277,14 +273,14 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
     let Some(flows) = map_of(pod, place) else {
         return;
     };
-    // FINs and RSTs are added in place: they come from both sides at the same time, and one that is
-    // lost would keep the flow for hours.
+    // FINs and RSTs are added in place: they come from both sides at the same time, and a lost one would keep
+    // the flow for hours.
     let decides = (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN) != 0
         || before.policy != next.policy
         || before.state != next.state
         || before.handshake != next.handshake;
     if decides {
-        // It may have been removed in the meantime.
+        // The flow may have been removed meanwhile.
         let _ = flows.insert(key, next, EXIST);
     } else if let Some(flow) = flows.get_ptr_mut(key) {
         // SAFETY: the memory stays an entry of this map until the program ends.
@@ -296,21 +292,29 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
     }
 }
 
-/// Notes that the pod connects to this address and port.
-#[inline(always)]
-fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
+/// Records that the pod connects to this address and port. Returns 0 if the map has no room; only connections over
+/// TCP need any.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
+    // SAFETY: the verifier has checked that the caller's pointer is null or points to a key of the caller.
+    let Some(key) = (unsafe { key.as_ref() }) else {
+        return 0;
+    };
     if key.protocol != protocol::TCP || !is_flow(key) {
-        return;
+        return 1;
     }
     let peer = &black_box(key.called());
     // SAFETY: the map is not preallocated, so an inner map that is removed lives until the program ends.
     let Some(called) = (unsafe { CALLED.get(&pod) }) else {
-        return;
+        return 0;
     };
     if let Some(known) = called.get_ptr_mut(peer) {
         // SAFETY: the memory stays an entry of this map until the program ends.
         unsafe { (*known).last_seen_ns = now_ns };
-        return;
+        return 1;
     }
     let called_at = Flow {
         last_seen_ns: now_ns,
@@ -321,24 +325,13 @@ fn note_called(pod: u32, key: &FlowKey, now_ns: u64) {
     };
     if called.insert(peer, black_box(&called_at), ANY).is_err() {
         count_full(pod);
+        return 0;
     }
+    1
 }
 
-/// Notes that the pod connects to this address and port, where no flow begins with that.
-///
-/// A global function ([`crate`]).
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
-    if let Some(key) = unsafe { key.as_ref() } {
-        note_called(pod, key, now_ns);
-    }
-    0
-}
-
-/// Whether the pod has connected to the other side's address and port. A server opens its own connections
-/// from other ports, so a packet from this port answers the pod, or somebody forges it.
+/// Whether the pod has connected to the peer's address and port. A server opens its own connections from
+/// other ports, so a packet from this port answers the pod, or is forged.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -349,31 +342,33 @@ extern "C" fn has_called(pod: u32, key: *const FlowKey) -> u32 {
         return 1;
     };
     let peer = &black_box(key.called());
-    // SAFETY: as in `note_called`.
+    // SAFETY: as in `note_call`.
     let called = unsafe { CALLED.get(&pod) };
     u32::from(called.is_some_and(|called| called.get_ptr(peer).is_some()))
 }
 
-/// Whether a TCP connection under this key cannot be one that the other side opens.
+/// Whether the other side cannot have opened a TCP connection with this key.
 #[inline(always)]
 pub fn is_called(skb: &Skb<'_>, pod: u32, key: &FlowKey) -> bool {
     key.protocol == protocol::TCP && skb.forget_number(has_called(pod, key)) != 0
 }
 
-/// Whether the pod may answer what others open. A bridge sends frames to all its ports if it does not know
-/// behind which one the receiver is: others could fill the pod's map with flows that are not the pod's.
+/// Whether the pod may answer flows that others open to this address. A bridge sends a frame to all its ports
+/// if it does not know the receiver's port: other hosts could fill the pod's map with flows that are not the
+/// pod's.
 #[inline(always)]
 fn may_answer(policy: u32, key: &FlowKey) -> bool {
     // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
     let Some(policy) = (unsafe { POLICY.get(policy) }) else {
         return false;
     };
-    // Neighbours find the pod by its link-local addresses. Without any of its own, nobody knows them yet.
+    // Neighbours reach the pod by its link-local addresses. While the pod has no own addresses in the policy,
+    // they are not known yet.
     let is_on_link = key.protocol == protocol::ICMPV6 && is_v6_link_local(&key.pod_addr);
     policy.own_len == 0 || is_on_link || is_own(policy, &key.pod_addr)
 }
 
-/// Adds to `Flow::seen`, and writes to the shared memory only if that changes it.
+/// Adds to `Flow::seen`, and writes to the shared memory only if that changes the value.
 #[inline(always)]
 fn note(flow: &mut Flow, seen: u8) {
     if flow.seen & seen != seen {
@@ -381,7 +376,7 @@ fn note(flow: &mut Flow, seen: u8) {
     }
 }
 
-/// Removes a flow from where it is.
+/// Removes a flow from its map.
 #[inline(always)]
 fn forget(pod: u32, key: &FlowKey, place: u32) {
     if let Some(flows) = map_of(pod, place) {
@@ -389,8 +384,8 @@ fn forget(pod: u32, key: &FlowKey, place: u32) {
     }
 }
 
-/// Whether the pod has opened this flow, it is established, and `policy` has admitted it. Most flows
-/// have been seen within the second, and nothing but that has to be known of the time.
+/// Whether the pod opened this flow, it is established, and `policy` admitted it. Most flows were seen within
+/// the last second; for those the time of the last tick suffices.
 #[inline(always)]
 pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
     let Some(flows) = map_of(pod, IN_FLOWS) else {
@@ -404,7 +399,8 @@ pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
     if flow.state != FLOW_OUT || flow.policy != policy {
         return false;
     }
-    // A tick before the flow was last seen is that of a machine that has been suspended.
+    // If the tick is before the flow's last packet, the machine has been suspended; the difference then wraps
+    // around.
     if last_tick_ns().wrapping_sub(flow.last_seen_ns) < REFRESH_NS {
         return true;
     }
@@ -422,7 +418,7 @@ pub fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
     flow::is_alive(key, flow, now_ns, UDP_IDLE_NS.load())
 }
 
-/// Remembers that the first fragment of a packet from the pod has passed.
+/// Records that the first fragment of a packet from the pod has passed.
 #[inline(always)]
 pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
     let flow = Flow {
@@ -436,7 +432,7 @@ pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
     change_flow(whose(interface), key, flow, flow, NOWHERE | IS_NEW);
 }
 
-/// Counts a flow that could not be remembered.
+/// Counts a flow, or a destination, that could not be remembered.
 #[inline(always)]
 pub fn count_full(pod: u32) {
     count(|c| c.flows_full += 1);
@@ -446,7 +442,7 @@ pub fn count_full(pod: u32) {
     }
 }
 
-/// Whether flows are kept for packets of this kind.
+/// Whether packets of this kind have flows.
 #[inline(always)]
 pub const fn is_tracked(packet: &Packet) -> bool {
     matches!(
@@ -455,7 +451,7 @@ pub const fn is_tracked(packet: &Packet) -> bool {
     )
 }
 
-/// Whether the key is that of a flow, not of a fragmented packet.
+/// Whether the key is that of a flow, and not of a fragmented packet.
 #[inline(always)]
 pub const fn is_flow(key: &FlowKey) -> bool {
     key.kind == FLOW_KEY_FLOW

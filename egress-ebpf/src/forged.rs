@@ -1,8 +1,8 @@
-//! Frames that a pod sends in another's name, and that somebody on the node sends back to it.
+//! Frames with another's source that a pod sends, and that a host on the node sends back to it.
 //!
-//! A pod that gets its own frame back with the source of its choice would have been called by whom it
-//! likes, and could answer. In enforce mode no such frame leaves. In audit mode it does, and when a pod
-//! begins to be enforced, frames from before may still be on their way.
+//! If such a frame reached the pod as a new connection, the pod could choose any host as the caller, and
+//! answer to that host. In enforce mode no such frame leaves. In audit mode it does. When a pod begins to be
+//! enforced, frames from before may still be on their way.
 
 use egress_common::{flow::FORGED_NS, records::Forged};
 
@@ -12,10 +12,10 @@ use crate::{
     skb::{Skb, now_ns},
 };
 
-/// How far the clocks that two CPUs have read may differ.
+/// The greatest difference between the clocks of two CPUs.
 const SLACK_NS: u64 = 1_000_000_000;
 
-/// Notes that a frame passes whose source is not known to be the pod's own.
+/// Records that a frame passes whose source is not known to be the pod's own.
 #[inline(always)]
 pub fn note(pod: u32) {
     let sent_ns = now_ns();
@@ -29,13 +29,13 @@ pub fn note(pod: u32) {
         sent_ns,
         unjudged_ns: 0,
     };
-    // It is there by now, or the map has room: it is as large as `interfaces`.
+    // Another CPU has inserted the entry meanwhile, or the map has room: it is as large as `interfaces`.
     let _ = FORGED.insert(pod, forged, ANY);
 }
 
-/// Whether a frame on its way to the pod may be one that the pod has sent itself in another's name.
+/// Whether a frame to the pod may be one that the pod sent itself with another's source.
 ///
-/// There are no branches, so that the verifier follows one way through it.
+/// The function has no branches, so that the verifier follows one path.
 #[inline(always)]
 pub fn may_be(skb: &Skb<'_>, pod: u32, now_ns: u64) -> bool {
     let Some(forged) = FORGED.get_ptr(pod) else {
@@ -43,12 +43,13 @@ pub fn may_be(skb: &Skb<'_>, pod: u32, now_ns: u64) -> bool {
     };
     // SAFETY: as above.
     let forged = unsafe { *forged };
-    // Another CPU may have written a later time than the one read here. Who has never forged did so when the
-    // machine was started.
+    // Another CPU may have written a later time than this one has read. A time of 0 counts as the start of
+    // the machine.
     let is_recent =
         |time_ns: u64| now_ns.wrapping_sub(time_ns).wrapping_add(SLACK_NS) < FORGED_NS + SLACK_NS;
     let has_forged = is_recent(forged.sent_ns);
-    // Nobody saw what the pod sent before, but what came in by its own interface is from nobody else.
+    // What the pod sent before was not judged, but a frame that the node received on the pod's own interface
+    // comes from the pod.
     let comes_back = is_recent(forged.unjudged_ns) & (skb.ingress_ifindex() == skb.ifindex());
     skb.forget_number(u32::from(has_forged | comes_back)) != 0
 }

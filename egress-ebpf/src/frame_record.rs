@@ -1,7 +1,8 @@
-//! The kernel's own record of a frame (`struct sk_buff`), of which the context shows a part only.
+//! The kernel's own record of a frame (`struct sk_buff`), of which the context exposes only a part.
 //!
-//! At run time the context is that record. Its layout differs between kernels, so the agent takes the offsets
-//! from the running kernel's types before it loads the programs (`FrameRecord` in the agent).
+//! At run time the context is a pointer to that record. Its layout differs between kernels, so the agent
+//! reads the offsets from the running kernel's type information before it loads the programs (`FrameRecord`
+//! in the agent).
 
 use core::{hint::black_box, mem::MaybeUninit};
 
@@ -12,55 +13,55 @@ use aya_ebpf::{
 };
 use egress_common::limits::FRAME_RECORD_BYTES;
 
-/// Offset of the first byte that is read.
+/// The offset of the first byte that is read.
 #[unsafe(no_mangle)]
 static RECORD_START: Global<u32> = Global::new(0);
-/// How many bytes are read.
+/// The number of bytes that are read.
 #[unsafe(no_mangle)]
 static RECORD_LEN: Global<u32> = Global::new(0);
-/// Where the byte with `ip_summed` is, from [`RECORD_START`] as all that follow.
+/// The offset of the byte with `ip_summed`; this and the following offsets are relative to [`RECORD_START`].
 #[unsafe(no_mangle)]
 static SUMMED_AT: Global<u32> = Global::new(0);
-/// Where in that byte.
+/// The position of `ip_summed` in that byte.
 #[unsafe(no_mangle)]
 static SUMMED_SHIFT: Global<u32> = Global::new(0);
-/// Where the byte with `csum_not_inet` is.
+/// The offset of the byte with `csum_not_inet`.
 #[unsafe(no_mangle)]
 static CRC_AT: Global<u32> = Global::new(0);
-/// Its bit there.
+/// The mask of `csum_not_inet` in that byte.
 #[unsafe(no_mangle)]
 static CRC_BIT: Global<u32> = Global::new(0);
-/// Where `csum_start` is, with `csum_offset` behind it.
+/// The offset of `csum_start`; `csum_offset` follows it.
 #[unsafe(no_mangle)]
 static SUM_AT: Global<u32> = Global::new(0);
-/// Where `head` is, with `data` behind it.
+/// The offset of `head`; `data` follows it.
 #[unsafe(no_mangle)]
 static HEAD_AT: Global<u32> = Global::new(0);
 
-/// Where `end` is in the record: the offset, from `head`, of what is shared about the frame's data.
+/// The offset of `end` in the record: `end` is the offset of `struct skb_shared_info` from `head`.
 #[unsafe(no_mangle)]
 static END_AT: Global<u32> = Global::new(0);
-/// Where `gso_type` is in that.
+/// The offset of `gso_type` in `struct skb_shared_info`.
 #[unsafe(no_mangle)]
 static GSO_TYPE_AT: Global<u32> = Global::new(0);
 
-/// `SKB_GSO_FRAGLIST` (include/linux/skbuff.h), the same since it came with 5.6.
+/// `SKB_GSO_FRAGLIST` (include/linux/skbuff.h), unchanged since Linux 5.6.
 const LIST: u32 = 1 << 18;
 /// `CHECKSUM_PARTIAL` (include/linux/skbuff.h).
 const PARTIAL: u8 = 3;
-/// Where an SCTP header has its checksum (RFC 9260, section 3.1).
+/// The offset of the checksum in an SCTP header (RFC 9260, section 3.1).
 const SCTP_CHECKSUM: i64 = 8;
 
-/// There is no checksum that is still to be computed.
+/// The frame has no checksum that is still to be computed.
 pub const NO_PLACE: i64 = i64::MAX;
-/// The record cannot be read. No program has seen that.
+/// The record cannot be read. This has never been observed.
 const UNREADABLE: i64 = i64::MIN;
 
-/// What is read.
+/// The bytes that are read.
 #[repr(C, align(8))]
 struct Bytes([u8; FRAME_RECORD_BYTES]);
 
-/// Where in the frame a checksum will be written that is still to be computed, or [`NO_PLACE`].
+/// The offset in the frame at which a checksum that is still to be computed will be written, or [`NO_PLACE`].
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -91,7 +92,8 @@ pub extern "C" fn checksum_place(frame: *mut __sk_buff) -> i64 {
         let sum = at(&SUM_AT).cast::<u16>();
         let head = at(&HEAD_AT).cast::<i64>();
         let first = i64::from(sum.read()) - (head.add(1).read() - head.read());
-        // A CRC32c goes to where SCTP has it, whatever `csum_offset` says (`skb_crc32c_csum_help`, net/core/dev.c).
+        // A CRC32c is written to SCTP's checksum field, whatever `csum_offset` is (`skb_crc32c_csum_help`,
+        // net/core/dev.c).
         let is_crc = u32::from(at(&CRC_AT).read()) & CRC_BIT.load() != 0;
         let behind = if is_crc {
             SCTP_CHECKSUM
@@ -102,7 +104,8 @@ pub extern "C" fn checksum_place(frame: *mut __sk_buff) -> i64 {
     }
 }
 
-/// Whether an aggregate is a list of packets, each with headers of its own. The context shows those of the first.
+/// Whether an aggregate is a list of packets, each with its own headers. The context exposes only the first
+/// packet.
 #[inline(always)]
 pub fn is_packet_list(frame: *mut __sk_buff) -> bool {
     let record = address_of(frame);
@@ -120,8 +123,8 @@ pub fn is_packet_list(frame: *mut __sk_buff) -> bool {
     }
 }
 
-/// The context's address as a number: the verifier allows no arithmetic on the context, but to swap its bytes makes a
-/// number of it (for a program that may know addresses; `check_alu_op`, kernel/bpf/verifier.c).
+/// The context's address as a number. The verifier allows no arithmetic on the context, but a byte swap turns
+/// the pointer into a number (for a program that may read addresses; `check_alu_op`, kernel/bpf/verifier.c).
 #[inline(always)]
 fn address_of(frame: *mut __sk_buff) -> u64 {
     black_box((frame as u64).swap_bytes()).swap_bytes()

@@ -1,10 +1,10 @@
-//! Everything a pod sends, in the order of the verdict (`docs/architecture.md`).
+//! Judges everything that a pod sends, in the order of `docs/verdict.md`.
 
 use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
     flow::after_packet_from_pod,
-    packet::{Fragment, Frame, Packet, TCP_ACK, TCP_RST, TCP_SYN, Walked},
+    packet::{Fragment, Frame, Packet, TCP_RST, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
     records::{
@@ -34,14 +34,18 @@ use crate::{
     sources::{asks_for_an_address, is_own, not_own},
 };
 
-/// The verdict on a frame that the pod sent.
+/// The verdict on a frame from the pod.
 #[inline(always)]
 pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
-    // Before anything else, so that no way through the program can miss it.
+    // Before anything else, so that no path through the program omits it.
     skb.stamp(STAMP.load());
-    // A question that the agent has decided and put back. A pod cannot forge the mark: it is
-    // scrubbed when a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
+    // The node's own frame, not one of the pod.
+    if skb.is_looped_back() {
+        return PASS;
+    }
+    // A query that the agent has decided and put back. A pod cannot forge the mark: the kernel scrubs it when
+    // a packet crosses network namespaces (skb_scrub_packet, net/core/skbuff.c).
     if skb.mark() == BOUNCE_MARK.load() {
         ctx.set_mark(0);
         return PASS;
@@ -50,8 +54,8 @@ pub fn judge(ctx: &TcContext) -> i32 {
         probe::count(&skb);
         return DROP;
     }
-    // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program
-    // ends; the agent never writes to an entry in place.
+    // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program ends; the
+    // agent never writes to an entry in place.
     let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
         count(|c| c.no_policy += 1);
         return DROP;
@@ -60,10 +64,10 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return pass(&skb);
     }
     let refused = if !hardware::is_own(&skb) {
-        // Before anything else: the bridge learns the address of whatever passes.
+        // Before the other checks: the bridge learns the source address of every frame that passes.
         Some(Reason::SpoofedHardware)
     } else if skb.is_aggregate() && is_packet_list(ctx.skb.skb) {
-        // Nobody has looked at the headers of any but the first packet.
+        // The programs see only the headers of the first packet.
         Some(Reason::Malformed)
     } else {
         None
@@ -120,11 +124,11 @@ pub fn judge(ctx: &TcContext) -> i32 {
     judge_packet(ctx, interface, policy, &packet)
 }
 
-/// On a bridge, an ARP packet in somebody else's name draws their traffic here.
+/// On a bridge, an ARP packet with another host's address attracts that host's traffic.
 #[inline(always)]
 fn judge_arp(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
-    // Who has no address yet asks whether somebody else has the one that it is to get (RFC 5227).
+    // A host without an address asks whether another host uses its new address (RFC 5227).
     let claimed = if address::same(&packet.src, &address::UNSPECIFIED_V4) {
         &packet.dst
     } else {
@@ -163,25 +167,29 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     let is_question = packet.bit & (bits::UDP | bits::TCP) != 0
         && may_be_dns_port(packet.dst_port)
         && range_of(&packet.dst).is_resolver_at(packet.dst_port);
-    // A question of a pod that is not known yet waits, and its source is judged when it is.
+    // A query of a pod that is not known yet waits, and its source is judged when the pod is known.
     let waits = is_question && policy.flags & POLICY_UNIDENTIFIED != 0;
     if !waits && !is_own(policy, &packet.src) && !asks_for_an_address(packet) {
         return deny(ctx, &Denied::from_pod(interface, packet, not_own(policy)));
     }
-    // No flow begins with these connections, or what begins is known as the other side's.
+    // These connections create no flow, or their flow already counts as opened by the other side.
     if is_question || interface.flags & INTERFACE_SOURCES != 0 || interface.mode == MODE_AUDIT {
-        let opens = packet.bit == bits::TCP
-            && packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
-            && !matches!(packet.fragment, Fragment::Later);
-        if opens {
-            flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns());
+        let opens = packet.opens_tcp() && !matches!(packet.fragment, Fragment::Later);
+        if opens
+            && flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns()) == 0
+            && interface.mode != MODE_AUDIT
+        {
+            return deny(
+                ctx,
+                &Denied::from_pod(interface, packet, Reason::DestinationsFull),
+            );
         }
     }
-    // The agent is about to judge the rest, too.
+    // Only the sources are judged yet; the other steps follow soon.
     if interface.flags & INTERFACE_SOURCES != 0 {
         let rules = Rules::All as u32;
         let judged = judge_by_rules(policy, interface.policy, packet, rules, now_ns());
-        // Somebody on the node would unpack it, and send on what is in it in anybody's name.
+        // A host on the node would unpack the packet and forward its content, with any source.
         if judged & IS_TUNNEL != 0 {
             return deny(ctx, &Denied::from_pod(interface, packet, Reason::Tunnel));
         }
@@ -197,7 +205,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     judge_by_flow(ctx, interface, policy, packet, now_ns)
 }
 
-/// The verdict by what is known of the packet's flow, and if that does not suffice, by the rules.
+/// The verdict by the packet's flow and, if that does not suffice, by the rules.
 #[inline(always)]
 fn judge_by_flow(
     ctx: &TcContext,
@@ -212,7 +220,7 @@ fn judge_by_flow(
     if is_later {
         packet.name_fragments(&mut key);
     }
-    // An ICMP error belongs to the flow that it speaks of.
+    // An ICMP error belongs to the flow that it is about.
     let is_error = packet.bit == bits::ICMP_OTHER && quotes_flow(ctx, packet, &mut key) != 0;
     let known = flows::find(&skb, interface.pod, &key, now_ns);
     if is_later {
@@ -229,15 +237,15 @@ fn judge_by_flow(
     let answers = follows
         && known.state() == FLOW_IN
         && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0)
-        // Somebody has forged the other side's SYN before the pod's connection was noted.
+        // Otherwise the other side's SYN was forged before the pod's connection was recorded.
         && (known.is_established()
             || packet.bit != bits::TCP
             || !flows::is_called(&skb, interface.pod, &key));
     let passes_by_flow = (opened_by_pod && is_current)
-        // Neighbours that may not find each other do not get any denial either.
+        // Neighbour discovery is answered, too: without it a denied neighbour would not even get the rejection.
         || (answers && (is_current || packet.is_neighbour_message()));
 
-    let judged = if passes_by_flow {
+    let mut judged = if passes_by_flow {
         PASSES
     } else {
         let rules = if answers {
@@ -252,11 +260,14 @@ fn judge_by_flow(
     if passes_by_flow {
         count(|c| c.passed_by_flow += 1);
     }
-    let passes = skb.forget_number(u32::from(judged == PASSES)) != 0;
-    if !is_error {
-        note(
+    let mut passes = skb.forget_number(u32::from(judged == PASSES)) != 0;
+    if !is_error
+        && !note(
             ctx, interface, packet, &key, &known, answers, passes, now_ns,
-        );
+        )
+    {
+        judged = denied(Reason::DestinationsFull, NO_CLASS);
+        passes = false;
     }
     if passes {
         if matches!(packet.fragment, Fragment::First) {
@@ -266,7 +277,7 @@ fn judge_by_flow(
         return pass(&skb);
     }
     if judged & IS_TUNNEL != 0 && interface.mode == MODE_AUDIT {
-        // What is in it comes from the node, in whose name the pod likes.
+        // The tunnel's content leaves the node with any source that the pod chooses.
         forged::note(interface.pod);
     }
     let denied = Denied {
@@ -279,26 +290,26 @@ fn judge_by_flow(
     deny(ctx, &denied)
 }
 
-/// Which rules hold for a packet.
+/// The rules that apply to a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 enum Rules {
-    /// It belongs to nothing that is known.
+    /// The packet belongs to no known flow.
     All,
-    /// It belongs to a flow that an earlier policy admitted.
+    /// The packet belongs to a flow that an earlier policy admitted.
     OpenFlow,
-    /// It answers what the other side opened.
+    /// The packet answers a flow that the other side opened.
     Answer,
 }
 
-/// The rules have nothing against it.
+/// The rules do not deny the packet.
 const PASSES: u32 = 0;
 
 /// Added to a denial: the packet may be a tunnel that ends on the node.
 const IS_TUNNEL: u32 = 1 << 24;
 
-/// Judges by the rules. Returns [`PASSES`], or the reason and the class that deny in its bytes, with
-/// [`IS_TUNNEL`] where it holds.
+/// Judges a packet by the rules. Returns [`PASSES`]; or the reason and the denying class in its bytes, with
+/// [`IS_TUNNEL`] for a tunnel.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -318,8 +329,8 @@ extern "C" fn judge_by_rules(
     let verdict = if rules == Rules::Answer as u32 {
         verdict::judge_answer(policy, &destination, packet.bit, packet.class_port())
     } else {
-        // A flow that an earlier policy admitted lives on if today's policy allows its destination,
-        // even when the address's own lifetime has ended.
+        // A flow that an earlier policy admitted continues if the current policy allows its destination, even
+        // if the address has expired.
         if rules == Rules::OpenFlow as u32 {
             destination.expired = 0;
         }
@@ -334,13 +345,15 @@ extern "C" fn judge_by_rules(
     }
 }
 
-/// See [`judge_by_rules`].
+/// The return value of [`judge_by_rules`] for a denial.
 #[inline(always)]
 const fn denied(reason: Reason, class: u8) -> u32 {
     1 << 16 | (reason as u32) << 8 | class as u32
 }
 
-/// Notes in its flow that a packet passes, or does not, or begins a flow with it.
+/// Records in its flow whether a packet passes, or creates a flow for it. Returns whether it may pass: in enforce
+/// mode no connection begins whose destination cannot be recorded, because the other side could later seem to have
+/// opened it.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a part of the function above")]
 fn note(
@@ -352,7 +365,7 @@ fn note(
     answers: bool,
     passes: bool,
     now_ns: u64,
-) {
+) -> bool {
     let seen = flows::seen(packet.bit, packet.tcp_flags, true);
     let state = known.state();
     let follows = packet.may_follow_flow();
@@ -365,7 +378,7 @@ fn note(
             if packet.tcp_flags & TCP_SYN != 0 {
                 next.handshake = expected_acknowledgment(ctx, packet) as u16;
             } else {
-                // Only a SYN-ACK is an answer that the other side can confirm.
+                // Only a SYN-ACK is an answer that the other side can acknowledge.
                 next.seen &= !FLOW_SEEN_OUT;
                 next.seen |= known.flow.seen & FLOW_SEEN_OUT;
             }
@@ -377,19 +390,28 @@ fn note(
     } else if !passes && follows && state == FLOW_OUT {
         next.state = FLOW_CUT;
     } else {
-        // What the rules allow of a connection that the other side is opening leaves it theirs. In
-        // audit mode a denied packet leaves, too, and its answer must not look like something that
-        // the other side opened.
+        // If the rules allow a packet of a connection that the other side is opening, the flow remains one of
+        // the other side. In audit mode a denied packet leaves, too, and its answer must not look like a flow
+        // that the other side opened.
         let begins = if passes {
             !(follows && state == FLOW_IN)
         } else {
-            // (Nobody answers a RST, and the pod sends one to whatever segment somebody forges.)
+            // (No host answers a RST, and the pod answers any forged segment with one.)
             interface.mode == MODE_AUDIT
                 && known.place == flows::NOWHERE
                 && packet.tcp_flags & TCP_RST == 0
         };
         if !begins || !flows::is_tracked(packet) {
-            return;
+            return true;
+        }
+        // A RST answers what anybody has sent. (In audit mode a SYN has been noted before.)
+        let audits = interface.mode == MODE_AUDIT;
+        if packet.tcp_flags & TCP_RST == 0
+            && !(audits && packet.opens_tcp())
+            && flows::note_call(interface.pod, key, now_ns) == 0
+            && !audits
+        {
+            return false;
         }
         is_new = true;
         next = Flow {
@@ -401,13 +423,14 @@ fn note(
         };
     }
     flows::keep(&Skb(ctx), interface, key, known, next, is_new);
+    true
 }
 
-/// Gives a question, or a segment of a connection with a resolver, to the agent. What cannot be
-/// held is denied.
+/// Holds a query, or a segment of a connection with a resolver, for the agent. If it cannot be held, it is
+/// denied.
 ///
-/// Until the pod is known its questions wait at the gate. Connections do not: their first segment is
-/// soon repeated.
+/// Until the pod is known, its queries over UDP wait at the gate. Segments do not: the first segment of a
+/// connection is repeated soon.
 #[inline(always)]
 fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet: &Packet) -> i32 {
     let skb = Skb(ctx);
@@ -442,8 +465,8 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
     DROP
 }
 
-/// Whether a frame stands for several datagrams (`UDP_SEGMENT`, udp(7)). Its header is that of none of them,
-/// and it is longer than what the agent can put back on the interface.
+/// Whether a frame is an aggregate of several datagrams (`UDP_SEGMENT`, udp(7)). Its header is not that of
+/// any of them, and it is too long for the agent to put back on the interface.
 #[inline(always)]
 pub fn is_several_datagrams(skb: &Skb<'_>, packet: &Packet) -> bool {
     packet.bit == bits::UDP && skb.is_aggregate()
@@ -459,8 +482,8 @@ fn pass(skb: &Skb<'_>) -> i32 {
     PASS
 }
 
-// The following read a packet and are functions of their own because all that are in progress share
-// 512 bytes of stack.
+// The following functions read a packet, and are not inlined because all active functions share 512 bytes of
+// stack.
 
 /// See [`Packet::may_answer`].
 #[inline(never)]
@@ -468,7 +491,7 @@ fn may_answer(ctx: &TcContext, packet: &Packet, is_established: u32) -> u32 {
     u32::from(packet.may_answer(&Skb(ctx), is_established != 0))
 }
 
-/// Lower half of the number that acknowledges a SYN-ACK.
+/// The lower half of the number that acknowledges a SYN-ACK.
 #[inline(never)]
 fn expected_acknowledgment(ctx: &TcContext, packet: &Packet) -> u32 {
     packet
@@ -476,7 +499,7 @@ fn expected_acknowledgment(ctx: &TcContext, packet: &Packet) -> u32 {
         .map_or(0, |(sequence, _)| u32::from(sequence.wrapping_add(1)))
 }
 
-/// Whether the packet is an ICMP error that speaks of a flow, whose key it then is.
+/// Whether the packet is an ICMP error about a flow; if so, writes the flow's key to `key`.
 #[inline(never)]
 fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
     match packet.quoted_flow(&Skb(ctx)) {
@@ -488,7 +511,7 @@ fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
     }
 }
 
-/// What the maps say about a destination.
+/// Looks up what the maps have about a destination.
 #[inline(always)]
 fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Destination {
     let address = &packet.dst;
@@ -530,7 +553,7 @@ fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Des
     destination
 }
 
-/// [`RANGE_NODE`] if the node itself takes what is sent to the address. Only for tunnels it matters.
+/// [`RANGE_NODE`] if the node itself receives packets to the address. This matters only for tunnels.
 #[inline(always)]
 fn node_kind(address: &Address) -> u64 {
     if NODE_ADDRESS.get(&lpm_key(address)).is_some() {
@@ -540,7 +563,7 @@ fn node_kind(address: &Address) -> u64 {
     }
 }
 
-/// Classes of the address in the policy's CIDR trie.
+/// The classes of the address in the policy's CIDR trie.
 #[inline(always)]
 fn prefix_classes(policy: u32, address: &Address) -> u64 {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
@@ -549,16 +572,16 @@ fn prefix_classes(policy: u32, address: &Address) -> u64 {
     entry.map_or(0, |entry| entry.classes)
 }
 
-/// What kind of address this is on this node.
+/// The kind of the address on this node.
 #[inline(always)]
 pub fn range_of(address: &Address) -> Range {
     RANGE.get(&lpm_key(address)).copied().unwrap_or_default()
 }
 
-/// Whether a resolver may be asked on this port.
+/// Whether a resolver may have this port.
 #[inline(always)]
 pub fn may_be_dns_port(port: u16) -> bool {
-    // SAFETY: the entry is there for as long as the map, and any bytes in it are ports.
+    // SAFETY: the entry lives as long as the map, and any bytes in it are ports.
     DNS_PORT
         .get(0)
         .is_some_and(|ports| unsafe { core::ptr::from_ref(ports).read_volatile() }.may_have(port))

@@ -1,9 +1,10 @@
-//! Which hardware address a pod's frames may come from.
+//! The hardware addresses from which a pod's frames may come.
 //!
-//! A bridge learns from every frame behind which port its source address is. A pod that sends from a
-//! neighbour's address draws the neighbour's traffic, and by ARP and neighbour discovery it can claim
-//! what belongs to that address. So a port of a bridge sends from one hardware address, which the agent
-//! writes into [`LINK_HARDWARE`]. An interface that the node routes has no neighbours, and no entry.
+//! A bridge learns from every frame which port its source address is behind. A pod that sends from a
+//! neighbour's address attracts the neighbour's traffic, and by ARP and neighbour discovery it can claim the
+//! IP addresses that belong to that hardware address. So a port of a bridge may send from one hardware
+//! address only, which the agent writes into [`LINK_HARDWARE`]. A routed interface has no neighbours, and no
+//! entry.
 
 use egress_common::{
     packet::{Frame as _, same_hardware},
@@ -15,7 +16,7 @@ use crate::{
     skb::{Linear, Skb},
 };
 
-/// Whether the frame's source hardware address is one that the interface may send from.
+/// Whether the interface may send from the frame's source hardware address.
 #[inline(always)]
 pub fn is_own(skb: &Skb<'_>) -> bool {
     // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.

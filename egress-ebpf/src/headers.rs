@@ -1,11 +1,11 @@
-//! The walk over a frame's headers, for both programs.
+//! The header walk for both programs.
 
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use egress_common::packet::{Packet, Walked, walk};
 
 use crate::skb::Skb;
 
-// On older kernels the verifier refuses a pointer to memory that has never been written, padding included.
+// Older kernels' verifiers refuse a pointer to memory that was never written, including padding.
 const _: () = assert!(size_of::<Packet>() == 52, "a packet has padding");
 
 /// Walks the headers of a frame and fills `packet`, see [`walk`].
@@ -18,8 +18,8 @@ pub fn read(ctx: &TcContext, packet: &mut Packet) -> Walked {
     walk_headers(frame, packet)
 }
 
-/// A global function ([`crate`]): there are many ways through the headers, and none is followed any further
-/// than to the end of this function.
+/// A global function ([`crate`]): the walk has many paths, and the verifier follows none of them beyond the
+/// end of this function.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_headers(frame: *mut __sk_buff, packet: *mut Packet) -> Walked {

@@ -1,4 +1,4 @@
-//! Taking frames for the agent: the `held` ring.
+//! Holds frames for the agent: the `held` ring.
 
 use core::mem::MaybeUninit;
 
@@ -20,15 +20,15 @@ use crate::{
     skb::{Skb, now_ns},
 };
 
-/// Most questions and most answers are shorter than this.
+/// Most queries and most responses are shorter than this.
 const SMALL: usize = HELD_UNIT - size_of::<Held>();
-/// Everything that fits an ordinary MTU is.
+/// All frames of an ordinary MTU are shorter than this.
 const MEDIUM: usize = 4 * HELD_UNIT - size_of::<Held>();
-/// Long answers over UDP, and what a sender's first window over TCP makes when it is aggregated.
+/// Long responses over UDP, and the aggregate of a sender's first window over TCP, are shorter than this.
 const LARGE: usize = 32 * HELD_UNIT - size_of::<Held>();
-/// The longest that an IP packet can be.
+/// The longest possible IP packet.
 const LARGEST: usize = HELD_FRAME_BYTES;
-/// Of a rejected packet the headers are enough.
+/// Only the headers of a rejected packet are needed.
 const REJECT_BYTES: u32 = 192;
 
 #[repr(C)]
@@ -37,12 +37,12 @@ struct HeldFrame<const N: usize> {
     data: [u8; N],
 }
 
-/// Copies the frame into the `held` ring. Returns whether it is there; if not, it was counted.
+/// Copies the frame into the `held` ring. Returns whether that succeeded; a failure is counted.
 ///
-/// The gate decides on this copy and puts this copy back. So it does not matter what becomes of pages that
-/// others can write to ([`crate::skb`]).
+/// The gate decides on this copy and puts this copy back. So it does not matter if other programs change the
+/// pages of the original ([`crate::skb`]).
 ///
-/// `taken` says that the original will be dropped and waits to be put back.
+/// `taken` means that the original will be dropped and the copy put back.
 #[inline(always)]
 pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool {
     let mut len = skb.len();
@@ -125,12 +125,12 @@ fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
         return false;
     };
     let frame = MaybeUninit::as_mut_ptr(&mut entry);
-    // SAFETY: the entry is ours until it is submitted and is as long as `HeldFrame<N>`; the
-    // length is between 1 and `N`, so the helper stays within `data`.
+    // SAFETY: the entry is ours until it is submitted, and as long as `HeldFrame<N>`. The length is between 1
+    // and `N`, so the helper stays within `data`.
     let failed = unsafe {
         (&raw mut (*frame).head).write(head);
-        // The verifier must see both bounds on the very register that it checks. The lower one
-        // comes from the addition: kernels below 6.3 learn nothing from a comparison with zero.
+        // The verifier must see both bounds on the register that it checks. The addition provides the lower
+        // one: kernels below 6.3 do not derive it from a comparison with zero.
         let last = core::hint::black_box(head.len.wrapping_sub(1));
         if last >= N as u32 {
             -1
@@ -146,12 +146,12 @@ fn copy<const N: usize>(skb: &Skb<'_>, head: Held) -> bool {
     true
 }
 
-/// Gives the entry to the gate, and wakes it only if it sleeps: waking costs both sides more than
-/// the message itself.
+/// Gives the entry to the gate, and wakes the gate only if it sleeps: waking costs both CPUs more than the
+/// message itself.
 ///
-/// The gate says that it is about to sleep and then looks at the ring once more. An entry is in the
-/// ring before the second question here (`bpf_ringbuf_commit` exchanges the entry's header, which
-/// is a full barrier), so either the gate finds it, or it is found asleep and woken.
+/// The gate announces that it is about to sleep and then reads the ring once more. The entry is in the ring
+/// before the second check here (`bpf_ringbuf_commit` exchanges the entry's header, which is a full barrier).
+/// So either the gate finds the entry, or the check finds that the gate sleeps, and wakes it.
 #[inline(always)]
 fn submit<T: 'static>(entry: RingBufEntry<T>) {
     if !is_gate_awake() {
@@ -168,13 +168,13 @@ fn submit<T: 'static>(entry: RingBufEntry<T>) {
 
 #[inline(always)]
 fn is_gate_awake() -> bool {
-    // SAFETY: the entry is an aligned word that is there for as long as the map.
+    // SAFETY: the entry is an aligned word that lives as long as the map.
     GATE_AWAKE
         .get(0)
         .is_some_and(|awake| unsafe { core::ptr::from_ref(awake).read_volatile() } != 0)
 }
 
-/// Whether more than half of the ring waits for the agent.
+/// Whether more than half of the ring is in use.
 #[inline(always)]
 fn is_crowded() -> bool {
     let ring = core::ptr::from_ref(&HELD).cast_mut().cast();
@@ -183,8 +183,7 @@ fn is_crowded() -> bool {
     waiting > u64::from(HELD_RING_BYTES / 2)
 }
 
-/// Whether the pod may still add to a crowded ring, so that one pod's flood does not take the
-/// others' DNS away.
+/// Whether the pod may still add to a crowded ring, so that one pod's flood does not stop the DNS of others.
 #[inline(always)]
 fn has_share(pod: u32, cost: u64, now_ns: u64) -> bool {
     let Some(meter) = METER.get_ptr_mut(pod) else {

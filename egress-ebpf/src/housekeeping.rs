@@ -1,27 +1,27 @@
-//! What a pod says on its own link over IPv6: whose an address is, and which groups it hears.
+//! The IPv6 messages of a pod on its own link: neighbour discovery and multicast group reports.
 
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use egress_common::{address, packet::Packet, records::Policy};
 
 use crate::{link_local, skb::Skb, sources::is_own};
 
-/// What a message on the link is.
+/// The decision on a message on the link.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LinkMessage {
-    /// None, or one that the rules judge.
+    /// The packet is no such message, or the rules judge it.
     Other,
-    /// Housekeeping in the pod's own name.
+    /// Housekeeping with one of the pod's own addresses.
     Passes,
-    /// It speaks for an address that is not the pod's.
+    /// The message claims an address that is not the pod's.
     NotOwn,
-    /// It carries more than such a message needs.
+    /// The message has more content than it needs.
     Malformed,
 }
 
-/// Judges what a pod says on its link.
+/// Judges the IPv6 messages of a pod on its own link.
 ///
-/// A global function ([`crate`]): most packets are no such messages, and the many ways through one end here.
+/// A global function ([`crate`]): most packets are no such messages, and the many paths through one end here.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn judge_link_message(
@@ -35,7 +35,7 @@ pub extern "C" fn judge_link_message(
     };
     let ctx = TcContext::new(frame);
     let skb = &Skb(&ctx);
-    // As with ARP: an advertisement in somebody else's name draws their traffic here.
+    // As with ARP, an advertisement for another host's address attracts that host's traffic.
     if packet.is_neighbour_advertisement() && !claims_own_target(skb, policy, packet) {
         return LinkMessage::NotOwn;
     }
@@ -52,7 +52,7 @@ pub extern "C" fn judge_link_message(
     LinkMessage::Other
 }
 
-/// Whether the target of a neighbour message is an address that the pod may go by.
+/// Whether the target of a neighbour message is an address that the pod may use.
 #[inline(always)]
 fn claims_own_target(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
     let Some(target) = packet.neighbour_target(skb) else {
@@ -64,15 +64,15 @@ fn claims_own_target(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
     is_own(policy, &target)
 }
 
-/// Whether the pod may send housekeeping in this name.
+/// Whether the pod may send housekeeping messages from this source.
 #[inline(always)]
 fn may_speak_on_link(skb: &Skb<'_>, policy: &Policy, packet: &Packet) -> bool {
     if address::is_v6_link_local(&packet.src) {
-        // A report says which groups the sender hears, and nothing of who has which address.
+        // A report contains the groups of the sender, and claims no address.
         return packet.is_listener_report() || link_local::is_own(skb, &packet.src);
     }
     if address::same(&packet.src, &address::UNSPECIFIED) {
-        // Before it has an address, a host asks whether somebody else has it (RFC 4862, section 5.4).
+        // A host without an address asks whether another host uses its new address (RFC 4862, section 5.4).
         return !packet.is_neighbour_solicitation() || claims_own_target(skb, policy, packet);
     }
     is_own(policy, &packet.src)

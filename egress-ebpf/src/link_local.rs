@@ -1,9 +1,9 @@
-//! Which link-local addresses an interface may go by.
+//! The link-local addresses that an interface may use.
 //!
-//! A pod's source knows none of them. The one that is made of the hardware address in the frame is the
-//! sender's: who claims it draws no more than that hardware address does. Of all others an interface
-//! has one, the first that it goes by, if nobody else does: no other interface, not the node, and no
-//! gateway that the node knows.
+//! The API server and the kubelet do not know these addresses. An address that is derived from the frame's
+//! source hardware address belongs to the sender: claiming it attracts no more traffic than the hardware
+//! address does. Of all other addresses an interface may use one: the first that it uses, if no other
+//! interface, nor the node, nor a gateway that the node knows, uses it.
 
 use egress_common::{
     address::{Address, is_host_link_local, is_of_hardware, link_local_of, same},
@@ -19,7 +19,7 @@ use crate::{
 /// `BPF_NOEXIST`: insert only.
 const NEW: u64 = 1;
 
-/// Whether the interface may go by this link-local address.
+/// Whether the interface may use this link-local address.
 #[inline(always)]
 pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     let ifindex = skb.ifindex();
@@ -38,7 +38,8 @@ pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     if is_of_hardware(address) || !is_host_link_local(address) {
         return false;
     }
-    // The interface's only one, and nobody else's; whoever comes second gets nothing.
+    // It becomes the interface's only one unless another interface has it; the interface that comes second
+    // gets none.
     LINK_LOCAL.insert(ifindex, key, NEW).is_ok()
         && LINK_OWNER.insert(key, LinkOwner { ifindex }, NEW).is_ok()
 }

@@ -1,25 +1,25 @@
-//! The programs at the host end of each pod's interface.
+//! The programs at the host's end of each pod's interface.
 //!
-//! [`from_pod`](from_pod::judge) judges everything the pod sends and takes its DNS questions;
-//! [`to_pod`](to_pod::judge) takes the answers and notes what others open towards the pod. What
-//! they decide is in `egress-common`, shared with the agent; here are only the hooks: reading the
-//! packet, asking the maps, counting, reporting.
+//! [`from_pod`](from_pod::judge) judges everything that the pod sends, and holds its DNS queries.
+//! [`to_pod`](to_pod::judge) holds the responses, and records the flows that others open towards the pod. The
+//! decisions are in `egress-common`, shared with the agent. This crate has only the hooks: it reads the
+//! packet, looks up the maps, counts and reports.
 //!
 //! # Global functions
 //!
-//! The kernel's verifier follows each path through a program. A function that it can see into is part of every
-//! path that leads to its call. A *global* function (one with external linkage, `extern "C"` and `no_mangle`) is
-//! verified once and on its own, for any arguments (`do_check_subprogs`, kernel/bpf/verifier.c). So each part with
-//! many paths is such a function. This is what it has to keep to:
+//! The kernel's verifier follows each path through a program. An ordinary function is part of every path that
+//! leads to its call. A *global* function (one with external linkage, `extern "C"` and `no_mangle`) is
+//! verified once and on its own, for any arguments (`do_check_subprogs`, kernel/bpf/verifier.c). So each part
+//! with many paths is such a function. The rules for it:
 //!
 //! - Parameters are numbers, the context, or pointers to memory of a fixed size. The pointers may be null.
-//! - The caller's memory is writable and has no byte that was never written: a constant, or padding, is refused.
-//! - It returns a number.
-//! - Up to kernel 6.1, a map takes no such pointer for a key or a value: they are copied first.
+//! - The caller's memory must be writable and fully written: a constant, or padding, is refused.
+//! - The return value is a number.
+//! - Up to kernel 6.1, a map accepts no such pointer as a key or a value: the data is copied first.
 //!
-//! Kernels below 5.12 know no global functions with pointers. The agent takes the linkage from the programs there,
-//! and the verifier sees into every function. What `Skb::forget_path` and its like forget keeps that below the
-//! verifier's limit.
+//! Kernels below 5.12 do not support global functions with pointers. There the agent removes the external
+//! linkage from the programs, and the verifier follows every function. `Skb::forget_path` and similar
+//! functions keep that within the verifier's limit.
 
 #![no_std]
 #![no_main]
@@ -58,8 +58,8 @@ mod to_pod;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 
-/// The packet is none of our business any more: the next program on the hook, or the stack, goes
-/// on with it. `TC_ACT_UNSPEC` is `TCX_NEXT` (`include/uapi/linux/bpf.h`).
+/// The programs let the packet pass: the next program on the hook, or the stack, handles it. `TC_ACT_UNSPEC`
+/// is `TCX_NEXT` (`include/uapi/linux/bpf.h`).
 const PASS: i32 = -1;
 
 /// `TC_ACT_SHOT`.
@@ -84,7 +84,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-// The helpers these programs call are offered to GPL-compatible programs only.
+// Only GPL-compatible programs may call the helpers that these programs use.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

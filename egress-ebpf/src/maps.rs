@@ -1,4 +1,4 @@
-//! The maps, as `docs/bpftool.md` shows them to people.
+//! The BPF maps; `docs/bpftool.md` shows how to read them.
 
 use aya_ebpf::{
     Global,
@@ -27,7 +27,7 @@ pub type Allow = HashMap<AllowKey, AllowEntry, { ALLOW_ENTRIES as usize }, NO_PR
 pub type Cidrs = LpmTrie<Address, CidrEntry, { CIDR_ENTRIES as usize }>;
 /// A pod's flows of one kind.
 pub type Flows = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
-/// Keys in the order in which they came into `opening`.
+/// Keys in the order of their insertion into `opening`.
 pub type Order = Queue<FlowKey, { FlowLimits::of(FLOW_ENTRIES).opening_to_pod as usize }>;
 
 #[btf_map(name = "interfaces")]
@@ -60,21 +60,21 @@ pub static INBOUND: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC>
 pub static OPENING: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
 
-/// Where the pod has connected to by TCP ([`FlowKey::called`]).
+/// The addresses and ports to which the pod has connected by TCP ([`FlowKey::called`]).
 #[btf_map(name = "called")]
 pub static CALLED: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = HashOfMaps::new();
 
-/// Which of the pod's own in `opening` is the oldest.
+/// The order of the keys in `opening` whose flows the pod opened.
 #[btf_map(name = "order_from_pod")]
 pub static ORDER_FROM_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
 
-/// Which of those in `opening` that others opened is the oldest.
+/// The order of the keys in `opening` whose flows others opened.
 #[btf_map(name = "order_to_pod")]
 pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREALLOC> =
     HashOfMaps::new();
 
-/// How a pod's map of names is made: no program uses it, and this one stays empty.
+/// The template of a pod's map of names: no program uses it, and this map stays empty.
 #[btf_map(name = "names")]
 pub static NAME: HashMap<NameKey, NameEntry, 1, NO_PREALLOC> = HashMap::new();
 
@@ -99,7 +99,7 @@ pub static DENIALS: RingBuf<Denial, { DENIALS_RING_BYTES as usize }> = RingBuf::
 #[btf_map(name = "probes")]
 pub static PROBES: HashMap<u32, Probes, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
 
-/// When pods may have sent frames in another's name. No entry is never.
+/// The times at which pods may have sent frames with another's source. No entry means never.
 #[btf_map(name = "forged")]
 pub static FORGED: HashMap<u32, Forged, { INTERFACES as usize }, NO_PREALLOC> = HashMap::new();
 
@@ -107,17 +107,17 @@ pub static FORGED: HashMap<u32, Forged, { INTERFACES as usize }, NO_PREALLOC> = 
 pub static LINK_OWNER: HashMap<LinkAddress, LinkOwner, { LINK_OWNERS as usize }, NO_PREALLOC> =
     HashMap::new();
 
-/// The one link-local address of each interface that is not made of its hardware address.
+/// The one link-local address of each interface that is not derived from its hardware address.
 #[btf_map(name = "link_locals")]
 pub static LINK_LOCAL: HashMap<u32, LinkAddress, { INTERFACES as usize }, NO_PREALLOC> =
     HashMap::new();
 
-/// The hardware address that each port of a bridge may send from.
+/// The hardware address from which each port of a bridge may send.
 #[btf_map(name = "link_hardware")]
 pub static LINK_HARDWARE: HashMap<u32, LinkHardware, { INTERFACES as usize }, NO_PREALLOC> =
     HashMap::new();
 
-/// What is sent to these prefixes, the node takes itself.
+/// The node itself receives packets to these prefixes.
 #[btf_map(name = "node_addresses")]
 pub static NODE_ADDRESS: LpmTrie<Address, NodeAddress, { NODE_ADDRESSES as usize }> =
     LpmTrie::new();
@@ -125,41 +125,41 @@ pub static NODE_ADDRESS: LpmTrie<Address, NodeAddress, { NODE_ADDRESSES as usize
 #[btf_map(name = "tunnels")]
 pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();
 
-/// Whether the gate is looking at the ring [`HELD`] by itself (1), or sleeps and must be woken (0).
+/// Whether the gate polls the ring [`HELD`] (1), or sleeps and must be woken (0).
 #[btf_map(name = "gate_awake")]
 pub static GATE_AWAKE: Array<u32, 1> = Array::new();
 
-/// The stamp that [`STAMP`] is loaded with. The agent keeps it here, so that the next agent's programs put
-/// the same one on frames.
+/// The value of [`STAMP`]. The agent keeps it here, so that the next agent's programs use the same stamp.
 #[btf_map(name = "stamp")]
 pub static STAMP_KEPT: Array<u32, 1> = Array::new();
 
-/// What [`crate::from_pod`] sets `skb->priority` to, so that netfilter can tell frames that came this way
-/// from those that did not. Never zero once loaded.
+/// The value to which [`crate::from_pod`] sets `skb->priority`, so that netfilter can distinguish frames that
+/// passed through the program from those that did not. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static STAMP: Global<u32> = Global::new(0);
 
-/// Mark of a frame that the agent puts back on its way to the pod. Never zero once loaded.
+/// The mark of a frame that the agent puts back on its way to the pod. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static DELIVER_MARK: Global<u32> = Global::new(0);
 
-/// Mark of a frame that the agent puts back on its way from the pod: [`crate::to_pod`] turns it
-/// round. Never zero once loaded.
+/// The mark of a frame that the agent puts back on its way from the pod: [`crate::to_pod`] turns it round.
+/// Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static BOUNCE_MARK: Global<u32> = Global::new(0);
 
-/// Mark of a frame that the pod sent before it was known, and that the agent puts back to be judged
+/// The mark of a frame that the pod sent before it was known, and that the agent sends again to be judged
 /// now: [`crate::to_pod`] turns it round without the mark. Never zero once loaded.
 #[unsafe(no_mangle)]
 pub static AGAIN_MARK: Global<u32> = Global::new(0);
 
-/// Mark of a frame by which the agent finds out whether packets of an interface pass the programs:
-/// [`crate::to_pod`] turns it round, [`crate::from_pod`] counts it and drops it. Never zero once loaded.
+/// The mark of a probe frame, by which the agent tests whether the packets of an interface reach the
+/// programs: [`crate::to_pod`] turns it round; [`crate::from_pod`] counts and drops it. Never zero once
+/// loaded.
 #[unsafe(no_mangle)]
 pub static PROBE_MARK: Global<u32> = Global::new(0);
 
-/// Whether the programs trace what they do (`--datapath-log`). The kernel removes the traces when
-/// this is zero, because the value is constant when the programs are verified.
+/// Whether the programs trace their decisions (`--datapath-log`). The kernel removes the traces when this is
+/// zero, because the value is constant when the programs are verified.
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u8> = Global::new(0);
 
@@ -167,6 +167,6 @@ pub static TRACE: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static UDP_IDLE_NS: Global<u64> = Global::new(0);
 
-/// Whether the kernel offers `bpf_ktime_get_coarse_ns`. The agent finds out before it loads.
+/// Whether the kernel has `bpf_ktime_get_coarse_ns`. The agent tests this before it loads the programs.
 #[unsafe(no_mangle)]
 pub static COARSE_CLOCK: Global<u8> = Global::new(0);

@@ -1,8 +1,8 @@
-//! The short way for what most packets are: more of a flow that the current policy has admitted.
+//! The short path for most packets: those of a flow that the current policy has admitted.
 //!
-//! It passes nothing that the whole verdict in [`crate::from_pod`] would not pass, for the flow says
-//! that the verdict was made under this very policy: by then the source was the pod's own, and the
-//! destination allowed. All that is left to see is that this packet belongs to it.
+//! It passes no packet that the whole verdict in [`crate::from_pod`] would not pass. The flow shows that the
+//! verdict was made under this policy version: the source was the pod's own, and the destination was allowed.
+//! This module only checks that the packet belongs to the flow.
 
 use egress_common::{
     packet::{Frame as _, Plain, TCP_FIN, TCP_RST, walk_plain},
@@ -17,15 +17,15 @@ use crate::{
     skb::{Linear, Skb},
 };
 
-/// Whether the frame belongs to such a flow; it is then counted. If not, nothing is said about it.
+/// Whether the frame belongs to such a flow; if so, counts it. If not, the whole verdict must decide.
 #[inline(always)]
 pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
     let mut plain = Plain::EMPTY;
-    // A resolver may have been an ordinary address when the flow was opened.
+    // The destination may have become a resolver since the flow was opened.
     if !walk_plain(&Linear(skb), &mut plain) || may_be_dns_port(plain.key.peer_port) {
         return false;
     }
-    // What closes a connection moves it to another map.
+    // A packet that closes a connection moves its flow to another map.
     if plain.tcp_flags & (TCP_FIN | TCP_RST) != 0 {
         return false;
     }

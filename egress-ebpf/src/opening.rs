@@ -1,13 +1,13 @@
-//! Flows that are not established: the oldest gives way to the newest.
+//! Flows that are not established: the newest evicts the oldest.
 //!
-//! Two queues have the keys in `opening` in the order in which they came: one has what the pod opens,
-//! the other what others open, so that neither pushes out the other's. A queue is as long as its side's
-//! share; whoever is pushed out of it leaves `opening`, too.
+//! Two queues have the keys in `opening` in the order of their insertion: one those of flows that the pod
+//! opens, the other those of flows that others open, so that neither side evicts the other's. A queue is as
+//! long as its side's share. A key that is evicted from the queue leaves `opening`, too.
 //!
-//! The kernel's own LRU maps would not do. They hand out entries to CPUs in advance (128 to each), and
-//! on a machine with many CPUs a map of this size then evicts what has just been inserted
-//! (`bpf_common_lru_pop_free`, `kernel/bpf/bpf_lru_list.c`). They are also allotted at once, ten times
-//! what a queue takes.
+//! The kernel's own LRU maps are no alternative. They hand out entries to CPUs in advance (128 to each), so
+//! that on a machine with many CPUs a map of this size evicts entries that were just inserted
+//! (`bpf_common_lru_pop_free`, `kernel/bpf/bpf_lru_list.c`). They are also allocated at once, and take ten
+//! times the memory of a queue.
 
 use core::{mem::MaybeUninit, ptr};
 
@@ -25,18 +25,18 @@ use crate::{
     skb::now_ns,
 };
 
-/// How many of the oldest are looked at for one to give way: established ones move elsewhere, and
-/// conversations over UDP that go on are spared once.
+/// How many of the oldest flows are examined to find one to evict: established flows move to other maps, and
+/// active UDP flows are spared once.
 const ATTEMPTS: u32 = 4;
 
-/// Puts a flow, or a fragmented packet, into `opening`. If there is no room, the oldest of the same side
-/// gives way.
+/// Inserts a flow, or a fragmented packet, into `opening`. If there is no room, evicts the oldest of the same
+/// side.
 #[inline(always)]
 pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
     let Some(opening) = map_of(pod, IN_OPENING) else {
         return;
     };
-    // It is there already and has its place in the order.
+    // The flow is there already, and has its place in the queue.
     if opening.insert(key, flow, EXIST).is_ok() {
         return;
     }
@@ -57,7 +57,7 @@ pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
     }
 }
 
-/// Puts the key at the end of the order, and makes room there if need be.
+/// Appends the key to the queue, and makes room if necessary.
 #[inline(always)]
 fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
     let mut attempt = 0;
@@ -66,8 +66,8 @@ fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
             return true;
         }
         let mut oldest = MaybeUninit::<FlowKey>::uninit();
-        // SAFETY: the map is a queue of keys, and the buffer as long as one. (`Queue::pop` would copy
-        // the key twice, on a stack of 512 bytes for all functions together.)
+        // SAFETY: the map is a queue of keys, and the buffer is as long as one. (`Queue::pop` would copy the
+        // key twice, on a stack of 512 bytes for all functions together.)
         let oldest = unsafe {
             let queue = ptr::from_ref(order).cast_mut().cast();
             if bpf_map_pop_elem(queue, oldest.as_mut_ptr().cast()) != 0 {
@@ -82,11 +82,11 @@ fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
     order.push(key, ANY).is_ok()
 }
 
-/// Takes the oldest out of `opening`, or spares it.
+/// Evicts the oldest flow from `opening`, or spares it.
 #[inline(never)]
 fn give_way(pod: u32, order: &Order, opening: &Flows, oldest: &FlowKey, must: bool) {
     let Some(flow) = opening.get_ptr(oldest) else {
-        // It was established or forgotten in the meantime.
+        // The flow was established or forgotten meanwhile.
         return;
     };
     // SAFETY: the memory stays an entry of this map until the program ends.
@@ -96,8 +96,8 @@ fn give_way(pod: u32, order: &Order, opening: &Flows, oldest: &FlowKey, must: bo
         is_flow(oldest) && !(is_tcp && is_closed(&flow)) && is_alive(oldest, &flow, now_ns());
     let mut was_established = false;
     if is_wanted && is_established(oldest, &flow) {
-        // What the other side sends over UDP opens the flow anew whenever it was forgotten, and can
-        // be sent in anybody's name. So it gets no place that is kept for it, only another round.
+        // A UDP packet of the other side reopens a flow that was forgotten, and its source may be forged. So
+        // such a flow gets no place in `inbound`, only another round in the queue.
         if flow.state == FLOW_IN && !is_tcp {
             if !must {
                 flow.seen &= !(FLOW_SEEN_AGAIN | FLOW_SEEN_OUT);

@@ -1,11 +1,11 @@
-//! Counting the frames by which the agent finds out whether an interface's packets come this way.
+//! Counts the probe frames by which the agent tests whether an interface's packets reach the programs.
 
 use crate::{maps::PROBES, skb::Skb};
 
-/// `ETH_P_IPV6` (`include/uapi/linux/if_ether.h`), as `__sk_buff` has it: in network byte order.
+/// `ETH_P_IPV6` (`include/uapi/linux/if_ether.h`) in network byte order, as in `__sk_buff`.
 const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// Counts a probe of this interface. The agent has made the entry; without one nobody asks.
+/// Counts a probe of this interface. The agent inserts the entry; without an entry the probe is not counted.
 #[inline(always)]
 pub fn count(skb: &Skb<'_>) {
     if let Some(probes) = PROBES.get_ptr_mut(skb.ifindex()) {

@@ -1,9 +1,9 @@
-//! Reading a socket buffer.
+//! Reads a socket buffer.
 //!
-//! A frame has a linear part, in memory that the kernel owns, and may have fragments behind it, which are
-//! pages of others: a program that has spliced a page into a socket (vmsplice(2)), or maps the ring of
-//! its packet socket (`PACKET_TX_RING`), can still write to it. What is read there once may be different
-//! when the frame is sent. So the verdict reads the linear part only, and has the headers copied into it.
+//! A frame has a linear part in memory that the kernel owns. It may also have fragments: pages of other
+//! owners. A program that has spliced a page into a socket (vmsplice(2)), or that maps the ring of its packet
+//! socket (`PACKET_TX_RING`), can still write to such a page. The bytes there may change between the verdict
+//! and the sending. So the verdict reads only the linear part, and has the headers copied into it.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -19,7 +19,10 @@ use egress_common::{
 
 use crate::maps::COARSE_CLOCK;
 
-/// The frame that a program was called for.
+/// `PACKET_LOOPBACK` of include/uapi/linux/if_packet.h.
+const PACKET_LOOPBACK: u32 = 5;
+
+/// The frame for which a program was called.
 pub struct Skb<'a>(pub &'a TcContext);
 
 impl Skb<'_> {
@@ -31,21 +34,33 @@ impl Skb<'_> {
     }
 
     /// Sets `skb->priority`. A veth sets it to 0 when a frame crosses it (`____dev_forward_skb`,
-    /// include/linux/netdevice.h), so a pod cannot send a frame that has it already.
+    /// include/linux/netdevice.h), so a pod cannot send a frame with the stamp.
     #[inline(always)]
     pub fn stamp(&self, stamp: u32) {
         // SAFETY: as above; the kernel lets programs of this type write the field.
         unsafe { (*self.0.skb.skb).priority = stamp };
     }
 
-    /// Index of the interface whose hook called.
+    /// Whether this is the copy of a multicast or broadcast frame that the node's own IP stack gives itself
+    /// (`dev_loopback_xmit`, net/core/dev.c). Such a copy has no Ethernet header.
+    ///
+    /// A pod cannot make such a frame, whatever type its frame has in the pod. A veth and a netkit device reset
+    /// the type (`skb_scrub_packet`, net/core/skbuff.c) and choose it anew by the destination's hardware address
+    /// (`eth_skb_pkt_type`, include/linux/etherdevice.h). A tap device makes a new frame.
+    #[inline(always)]
+    pub fn is_looped_back(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == PACKET_LOOPBACK }
+    }
+
+    /// The index of the interface whose hook called the program.
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0.skb.skb).ifindex }
     }
 
-    /// Index of the interface by which the node received the frame; 0 if the node made it.
+    /// The index of the interface on which the node received the frame; 0 if the node created it.
     #[inline(always)]
     pub fn ingress_ifindex(&self) -> u32 {
         // SAFETY: as above.
@@ -59,9 +74,9 @@ impl Skb<'_> {
         unsafe { (*self.0.skb.skb).protocol }
     }
 
-    /// Makes the kernel's verifier forget by which path through the header walk a packet's fields
-    /// have come about. It would follow each of the paths through everything behind the walk; so it
-    /// follows one on which the fields may be anything.
+    /// Makes the kernel's verifier forget by which path through the header walk the fields of a packet were
+    /// set. Otherwise it would follow the code behind the walk once for each path; now it follows it once,
+    /// with fields that may have any value.
     #[inline(always)]
     pub fn forget_path(&self, packet: &mut Packet) {
         let zero = self.zero();
@@ -78,7 +93,7 @@ impl Skb<'_> {
         packet.version ^= byte;
     }
 
-    /// Makes the verifier forget what it knows of a flow, as [`Self::forget_path`] does for a packet.
+    /// Makes the verifier forget what it knows about a flow, as [`Self::forget_path`] does for a packet.
     #[inline(always)]
     pub fn forget_flow(&self, flow: &mut Flow) {
         let zero = self.zero();
@@ -89,23 +104,23 @@ impl Skb<'_> {
         flow.seen ^= byte;
     }
 
-    /// Makes the verifier forget a number.
+    /// Makes the verifier forget the value of a number.
     #[inline(always)]
     pub fn forget_number(&self, number: u32) -> u32 {
         number ^ (self.zero() * 0xff)
     }
 
-    /// Zero, for no frame is that long; but the verifier only knows that a length has 32 bits.
+    /// Zero, because no frame is that long; the verifier only knows that a length has 32 bits.
     #[inline(always)]
     fn zero(&self) -> u32 {
         core::hint::black_box(Frame::len(self) >> 31)
     }
 
-    /// Sees to it that the frame's headers are in its linear part, and returns whether they may be
-    /// read now. To be called before a walk over them.
+    /// Makes sure that the frame's headers are in its linear part; returns whether they may be read. Must be
+    /// called before a header walk.
     ///
-    /// The senders of aggregates put the headers there (TSO, `UDP_SEGMENT`, GRO). Theirs are not copied:
-    /// some kernels cannot cut an aggregate any more of which a part was moved (CVE-2024-49978).
+    /// The senders of aggregates put the headers there (TSO, `UDP_SEGMENT`, GRO). The headers of an aggregate
+    /// are not copied: some kernels cannot segment an aggregate of which a part was moved (CVE-2024-49978).
     #[inline(always)]
     pub fn own_headers(&self) -> bool {
         let len = Frame::len(self);
@@ -122,17 +137,17 @@ impl Skb<'_> {
         } else {
             COPIED_HEADER_BYTES
         };
-        // `bpf_skb_pull_data`, net/core/filter.c: what it moves into the linear part is copied.
+        // `bpf_skb_pull_data` (net/core/filter.c) copies the bytes that it moves into the linear part.
         self.0.pull_data(copied).is_ok()
     }
 
-    /// Length of the linear part.
+    /// The length of the linear part.
     #[inline(always)]
     fn linear_len(&self) -> u32 {
         (self.0.data_end() - self.0.data()) as u32
     }
 
-    /// The context as helpers want it.
+    /// The context as helpers expect it.
     #[inline(always)]
     pub fn as_ptr(&self) -> *mut core::ffi::c_void {
         self.0.as_ptr()
@@ -148,8 +163,8 @@ impl Frame for Skb<'_> {
     /// Reads the linear part only; see [`Skb::own_headers`].
     #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        // All ones when the linear part ends before: no helper reads there. A comparison would be one
-        // more path that the kernel's verifier follows, at every read.
+        // The offset becomes all ones if the linear part is too short: no helper reads there. A comparison
+        // would add a path for the verifier at every read.
         let room = u64::from(core::hint::black_box(self.linear_len()));
         let lacks = room.wrapping_sub(u64::from(offset) + N as u64) >> 63;
         let beyond = (lacks as u32).wrapping_neg();
@@ -177,8 +192,8 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// The same frame, read in place instead of through a helper: as far as it is linear in memory, and
-/// at constant offsets.
+/// The same frame, read in place instead of through a helper: only its linear part, and only at constant
+/// offsets.
 pub struct Linear<'a>(pub &'a Skb<'a>);
 
 impl Frame for Linear<'_> {
@@ -194,8 +209,8 @@ impl Frame for Linear<'_> {
         if start + N > context.data_end() {
             return None;
         }
-        // SAFETY: the kernel keeps everything before `data_end` in place until a helper that moves
-        // it is called, and its verifier demands the comparison above.
+        // SAFETY: the kernel keeps everything before `data_end` in place until a helper moves it, and its
+        // verifier requires the comparison above.
         Some(unsafe { (start as *const [u8; N]).read_unaligned() })
     }
 
@@ -210,8 +225,8 @@ impl Frame for Linear<'_> {
     }
 }
 
-/// Whether all that a walk reads of a TCP segment without IP options or extension headers is there: most
-/// segments have their payload elsewhere, and nothing has to be copied.
+/// Whether the linear part has all bytes that a walk reads of a TCP segment without IP options or extension
+/// headers. Most segments have their payload elsewhere; then no bytes have to be copied.
 #[inline(always)]
 fn has_tcp_header(frame: &Linear<'_>) -> bool {
     match ether_type(frame) {
@@ -228,8 +243,8 @@ fn has_tcp_header(frame: &Linear<'_>) -> bool {
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC` at the last tick, at a tenth of the price; they fall behind
-/// [`now_ns`] by what the machine was suspended. Below kernel 5.11, the same as [`now_ns`].
+/// Nanoseconds of `CLOCK_MONOTONIC` at the last tick, at a tenth of the cost. They are behind [`now_ns`] by
+/// the time for which the machine was suspended. Below kernel 5.11 the same as [`now_ns`].
 #[inline(always)]
 pub fn last_tick_ns() -> u64 {
     if COARSE_CLOCK.load() == 0 {

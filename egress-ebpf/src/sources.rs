@@ -1,4 +1,4 @@
-//! In whose name the pod may send.
+//! The source addresses that a pod may use.
 
 use egress_common::{
     address::{self, Address},
@@ -25,8 +25,9 @@ pub fn is_own(policy: &Policy, address: &Address) -> bool {
     false
 }
 
-/// Whether the packet asks all of the link for an address, as who has none does (RFC 2131, section 4.1). The rules
-/// judge it: it leaves if an entry has the broadcast address with the port of DHCP servers.
+/// Whether the packet is a DHCP request of a host without an address to all hosts on the link (RFC 2131,
+/// section 4.1). The rules judge it: it leaves if an entry has the broadcast address with the port of DHCP
+/// servers.
 #[inline(always)]
 pub fn asks_for_an_address(packet: &Packet) -> bool {
     packet.bit == bits::UDP
@@ -35,10 +36,10 @@ pub fn asks_for_an_address(packet: &Packet) -> bool {
         && address::same(&packet.dst, &address::BROADCAST_V4)
 }
 
-/// Why a packet does not leave whose source is not among the pod's own addresses.
+/// The reason for a packet whose source is not among the pod's own addresses.
 #[inline(always)]
 pub fn not_own(policy: &Policy) -> Reason {
-    // Nobody knows them yet.
+    // The pod's own addresses are not known yet.
     if policy.flags & POLICY_UNIDENTIFIED != 0 && policy.own_len == 0 {
         Reason::PodUnknown
     } else {

@@ -1,5 +1,5 @@
-//! What is on its way to a pod. Nothing but DNS answers, and fragments that may belong to one, is
-//! stopped here; flows that others open are noted, so that the pod's replies pass.
+//! Judges the frames on their way to a pod. It stops only malformed frames, DNS responses, and fragments that
+//! may belong to a response. It records flows that others open, so that the pod's answers pass.
 
 use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
 use egress_common::{
@@ -24,7 +24,7 @@ use crate::{
     skb::{Skb, now_ns},
 };
 
-/// The verdict on a frame that is about to reach the pod.
+/// The verdict on a frame to the pod.
 #[inline(always)]
 pub fn judge(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx);
@@ -34,9 +34,9 @@ pub fn judge(ctx: &TcContext) -> i32 {
         ctx.set_mark(0);
     }
     if again || mark == BOUNCE_MARK.load() || mark == PROBE_MARK.load() {
-        // The agent can only send towards the pod; a question that it puts back is turned round
-        // here and goes on as if the pod had just sent it; without its mark it is judged, too.
-        // A probe comes to `from_pod` like everything that the pod sends.
+        // The agent can only send towards the pod. A query that it puts back is turned round here and goes on
+        // as if the pod had just sent it; without its mark `from_pod` also judges it. A probe reaches
+        // `from_pod` like everything that the pod sends.
         // SAFETY: the helper takes plain numbers.
         return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
     }
@@ -62,11 +62,11 @@ pub fn judge(ctx: &TcContext) -> i32 {
             packet.earliest_checksum()
         }
         Walked::Arp | Walked::NotIp => None,
-        // It might be an answer in a disguise that the pod sees through.
+        // It might be a response that the pod can read although the walk cannot.
         Walked::Malformed => return deny(ctx, &denied(interface, None, Reason::Malformed)),
     };
-    // It could become an answer: where the host's end of the interface leaves no checksums to the pod's,
-    // the sum is written after this. Nothing comes behind it, so that the verifier follows its outcomes
+    // It could become a response: where the host's end of the interface leaves no checksums to the pod's end,
+    // the sum is written after this program. This check comes last, so that the verifier follows its outcomes
     // no further.
     if checksum::is_misplaced(&skb, earliest) {
         return deny(ctx, &denied(interface, None, Reason::Malformed));
@@ -74,7 +74,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     PASS
 }
 
-/// What becomes of a packet; `None` when nothing keeps it from the pod.
+/// The decision on a packet; `None` when it passes.
 #[inline(always)]
 fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Option<i32> {
     let skb = Skb(ctx);
@@ -87,7 +87,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     };
     let is_answer = may_be_dns && range.is_resolver_at(packet.src_port);
     let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
-    // TCP finds out how long its segments may be, and its fragments are not put together.
+    // TCP discovers the maximum segment size, so its fragments are not reassembled.
     if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
         return Some(deny(
             ctx,
@@ -107,7 +107,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     if !is_held {
         return None;
     }
-    // No question of a pod was held that only begins to be judged.
+    // The gate held no queries of a pod that only begins to be judged.
     if interface.flags & INTERFACE_SOURCES != 0 {
         return None;
     }
@@ -129,21 +129,21 @@ const fn is_fragment(packet: &Packet) -> bool {
     !matches!(packet.fragment, Fragment::None)
 }
 
-/// Whether the pod may put this together with others to an answer over UDP. IPv4 puts together what
-/// has the same protocol (RFC 791, section 3.2), IPv6 whatever protocol later fragments name (RFC
-/// 8200, section 4.5).
+/// Whether the pod may reassemble this fragment with others to a response over UDP. IPv4 reassembles
+/// fragments with the same protocol (RFC 791, section 3.2), IPv6 fragments with any protocol in later ones
+/// (RFC 8200, section 4.5).
 #[inline(always)]
 const fn may_belong_to_answer(packet: &Packet) -> bool {
     is_fragment(packet) && (packet.version == 6 || packet.protocol == protocol::UDP)
 }
 
-/// Notes the flow that a packet belongs to, or opens, so that the pod may answer it.
+/// Records the flow that a packet belongs to, or opens, so that the pod may answer it.
 #[inline(always)]
 fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let now_ns = now_ns();
     let mut key = packet.flow_to_pod();
     if packet.is_neighbour_message() && address::is_v6_multicast(&packet.dst) {
-        // A solicitation goes to a group of addresses; the answer comes from its target.
+        // A solicitation goes to a multicast group of the address; the answer comes from its target.
         if let Some(target) = packet.neighbour_target(skb) {
             key.pod_addr = target;
         }
@@ -163,7 +163,7 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     {
         Flow {
             last_seen_ns: now_ns,
-            // The policy looks at it when the pod answers.
+            // The policy judges it when the pod answers.
             policy: UNJUDGED,
             state: FLOW_IN,
             seen,
@@ -175,8 +175,8 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     flows::keep(skb, interface, &key, &known, next, is_new);
 }
 
-/// Whether a TCP packet acknowledges the SYN-ACK that the pod has answered with. Who forges the
-/// sender's address does not see that answer.
+/// Whether a TCP packet acknowledges the pod's SYN-ACK. A sender that forges its address does not see the
+/// SYN-ACK.
 #[inline(always)]
 fn completes_handshake(skb: &Skb<'_>, packet: &Packet, flow: &Flow) -> bool {
     packet.tcp_flags & TCP_ACK != 0

@@ -1,4 +1,4 @@
-//! The annotations, and the lists they hold.
+//! The annotations and their lists.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use super::{
     parse::{EntryError, read_entry},
 };
 
-/// What every key begins with.
+/// The prefix of every key.
 pub const PREFIX: &str = "egress-agent.dev/";
 
 const ALLOW: &str = "allow";
@@ -18,26 +18,26 @@ const RESOLVE: &str = "resolve";
 const MODE: &str = "mode";
 const INTERFACE: &str = "interface";
 
-/// The values of one object's annotations under `egress-agent.dev/`, not yet read.
+/// The values of one object's annotations under `egress-agent.dev/`, not parsed yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Annotations {
     /// Destinations that may be reached.
     pub allow: Option<String>,
-    /// Destinations that may not.
+    /// Destinations that may not be reached.
     pub deny: Option<String>,
-    /// Names that may be asked for though no entry allows them.
+    /// Names that may be queried although no entry allows them.
     pub resolve: Option<String>,
     /// `enforce`, `audit` or `off`.
     pub mode: Option<String>,
-    /// Host end of the pod's interface, where no cluster says it.
+    /// Host end of the pod, if no cluster provides it.
     pub interface: Option<String>,
-    /// Full keys under the prefix that mean nothing. They make the policy unreadable: a mistyped
+    /// Full keys under the prefix that are unknown. They make the policy unreadable: a mistyped
     /// `allow` must not leave a pod open.
     pub unknown: Vec<String>,
 }
 
 impl Annotations {
-    /// Takes the keys under `egress-agent.dev/` and leaves all others.
+    /// Reads the keys under `egress-agent.dev/` and ignores all others.
     pub fn from_map(map: &BTreeMap<String, String>) -> Self {
         let mut annotations = Self::default();
         for (key, value) in map {
@@ -59,9 +59,22 @@ impl Annotations {
         }
         annotations
     }
+
+    /// The value of a key that means something.
+    pub(super) fn value(&self, key: &str) -> Option<&str> {
+        let value = match key.strip_prefix(PREFIX)? {
+            ALLOW => &self.allow,
+            DENY => &self.deny,
+            RESOLVE => &self.resolve,
+            MODE => &self.mode,
+            INTERFACE => &self.interface,
+            _ => return None,
+        };
+        value.as_deref()
+    }
 }
 
-/// An entry as it was written.
+/// A parsed entry with its text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) entry: Entry,
@@ -69,7 +82,7 @@ pub(super) struct Written {
     pub(super) at: At,
 }
 
-/// Where an entry begins in its annotation.
+/// The place of an entry in its annotation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct At {
     /// Line of the annotation's value, from 1.
@@ -78,7 +91,7 @@ pub struct At {
     pub column: usize,
 }
 
-/// The annotations of one object, read.
+/// The parsed annotations of one object.
 #[derive(Debug, Default)]
 pub(super) struct Lists {
     pub(super) allow: Option<Vec<Written>>,
@@ -88,13 +101,13 @@ pub(super) struct Lists {
 }
 
 impl Lists {
-    /// Whether there is a list that decides about packets.
+    /// Whether there is a list with rules about packets.
     pub(super) fn has_rules(&self) -> bool {
         self.allow.is_some() || self.deny.is_some()
     }
 }
 
-/// Reads the annotations of one object; what cannot be read goes to `problems`.
+/// Parses the annotations of one object, and adds every error to `problems`.
 pub(super) fn read(
     annotations: &Annotations,
     origin: Origin,
@@ -122,7 +135,7 @@ pub(super) fn read(
         problems.push(Problem::Key {
             origin,
             key: format!("{PREFIX}{INTERFACE}"),
-            message: "names the interface of one pod: it belongs on a pod".to_owned(),
+            message: "names the interface of one pod: put it on the pod".to_owned(),
         });
     }
     let mut list = |value: &Option<String>, key: &str, check: Check| {
@@ -157,15 +170,15 @@ pub(super) fn read(
     }
 }
 
-/// What a list asks of its entries beyond the grammar; the error is the message.
+/// A list's requirement for its entries beyond the grammar; the error is the message.
 type Check = fn(&Entry) -> Result<(), &'static str>;
 
 fn check_denied(entry: &Entry) -> Result<(), &'static str> {
     let limited = entry.ports.is_some() || entry.protocol.is_some();
     if matches!(entry.destination, Destination::Names(_)) && limited {
         return Err(
-            "is a denied name with a port or protocol: a denied name is refused as a \
-                    question, so for every port; deny the address instead, or leave the port out",
+            "is a denied name with a port or protocol: queries for a denied name are refused, which affects \
+                    every port; deny the address instead, or omit the port",
         );
     }
     Ok(())
@@ -173,7 +186,7 @@ fn check_denied(entry: &Entry) -> Result<(), &'static str> {
 
 fn check_resolved(entry: &Entry) -> Result<(), &'static str> {
     if matches!(entry.destination, Destination::Addresses(_)) {
-        return Err("is an address: expected a name or wildcard that may be asked for");
+        return Err("is an address: expected a name or wildcard that may be queried");
     }
     if entry.ports.is_some() || entry.protocol.is_some() {
         return Err("has a port or protocol: expected the name alone, since resolve opens nothing");
@@ -208,7 +221,7 @@ fn read_list(
                 },
             }),
             Err(EntryError { at, found, message }) => {
-                // An empty part has nothing to show; the entry says more.
+                // An empty part has nothing to show, so show the whole entry.
                 let found = if found.is_empty() {
                     token.text.to_owned()
                 } else {
@@ -231,7 +244,7 @@ fn read_list(
     list
 }
 
-/// One entry's text and where it begins, line and column counted from 1, the column in characters.
+/// The text of one entry and its place, line and column counted from 1, the column in characters.
 struct Token<'a> {
     text: &'a str,
     line: usize,

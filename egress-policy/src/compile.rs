@@ -1,4 +1,4 @@
-//! Rules as the kernel and the gate look at them: classes, prefixes, name rules.
+//! Rules in the form for the kernel and the gate: classes, prefixes, name rules.
 
 use std::{
     cmp::Reverse,
@@ -28,12 +28,12 @@ use super::{
     translators::Translators,
 };
 
-/// Most names and wildcards in one pod's policy, its namespace's included. Annotations of one
-/// object are limited to 256 KiB by Kubernetes, so only very short names get here.
+/// Most names and wildcards in one pod's policy, including those of its namespace. Kubernetes limits the
+/// annotations of one object to 256 KiB, so only very short names reach this limit.
 pub const NAMES: usize = 10_000;
 
-/// Most names with `*` inside a label among them. They are compared one by one with every name that
-/// the pod asks for, by the thread that serves all pods.
+/// Most names with `*` inside a label among them. The thread that serves all pods compares each of them with
+/// every name that the pod queries.
 const GLOBS: usize = 100;
 
 /// One entry for a policy's CIDR trie.
@@ -47,11 +47,11 @@ pub struct Cidr {
     pub classes: u64,
 }
 
-/// A policy, ready for the kernel and the gate. The same set of rules gives the same bytes,
-/// whatever the order they were written in.
+/// A policy, ready for the kernel and the gate. The same set of rules results in the same bytes,
+/// in whatever order they were written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
-    /// What is done with verdicts.
+    /// Whether verdicts are enforced, only reported, or not made.
     pub mode: Mode,
     /// The kernel's record; `own` and `own_len` are left empty.
     pub record: Policy,
@@ -59,9 +59,9 @@ pub struct Compiled {
     pub names: NameRules,
     /// The CIDR trie, sorted.
     pub cidrs: Vec<Cidr>,
-    /// What the author should know though the policy is readable.
+    /// Warnings for the author of a readable policy.
     pub warnings: Vec<String>,
-    /// The most specific first.
+    /// The `deny` entries with an address, the most specific first.
     denials: Vec<Denial>,
     translators: Translators,
 }
@@ -75,12 +75,12 @@ struct Denial {
 }
 
 impl Compiled {
-    /// The `deny` entry, as written, that put the address into the denying class with this bit
-    /// number; the most specific where there are several.
+    /// The text of the `deny` entry that put the address into the denying class with this bit
+    /// number; the most specific entry if there are several.
     pub fn explain_deny(&self, address: &Address, class: u8) -> Option<String> {
         let of = |address: &Address| {
             let mut denials = self.denials.iter();
-            denials.find(|denial| denial.class == class && denial.destination.holds(address))
+            denials.find(|denial| denial.class == class && denial.destination.contains(address))
         };
         let behind = || of(&self.translators.v4_behind(address)?);
         let denial = match of(address) {
@@ -91,12 +91,12 @@ impl Compiled {
     }
 }
 
-/// Compiles what a pod's and its namespace's annotations say.
+/// Compiles the annotations of a pod and its namespace.
 ///
 /// # Errors
 ///
-/// When anything in them cannot be read or is over a limit: half a policy is not a policy. The
-/// lists are read in every mode, `off` too.
+/// When any part of them cannot be parsed or exceeds a limit: half a policy is not a policy. The
+/// lists are parsed in every mode, including `off`.
 pub fn compile(
     pod: &Annotations,
     namespace: &Annotations,
@@ -126,7 +126,7 @@ pub fn compile(
                 record.named |= bit;
                 let name = listed.entry(pattern.clone()).or_default();
                 name.classes |= bit;
-                name.askable = true;
+                name.queryable = true;
             }
         }
     }
@@ -144,7 +144,7 @@ pub fn compile(
     }
     for rule in &resolve {
         if let Destination::Names(pattern) = &rule.destination {
-            listed.entry(pattern.clone()).or_default().askable = true;
+            listed.entry(pattern.clone()).or_default().queryable = true;
         }
     }
     let cidrs: Vec<Cidr> = inherit(prefixes)
@@ -180,9 +180,9 @@ pub fn compile(
     })
 }
 
-/// The policy of a pod whose annotations cannot be read and never could: everything external is
-/// denied, and denials say why. Where `defaultMode` is `audit`, it is judged so and not stopped, unless a
-/// `mode: enforce` among the annotations can be read.
+/// The policy of a pod whose annotations could never be parsed: everything external is denied, with a reason
+/// of its own. If `defaultMode` is `audit`, denials are only reported, unless a readable `mode: enforce` is
+/// among the annotations.
 pub fn unreadable(pod: &Annotations, namespace: &Annotations, settings: &Settings) -> Compiled {
     Compiled {
         mode: effective::mode_of_unreadable(pod, namespace, settings),
@@ -190,14 +190,14 @@ pub fn unreadable(pod: &Annotations, namespace: &Annotations, settings: &Setting
     }
 }
 
-/// The policy of an interface of which nobody knows yet whose it is: everything external is denied,
-/// and denials say why.
+/// The policy of an interface whose pod is not known yet: everything external is denied, with a reason of its
+/// own.
 pub fn unidentified(settings: &Settings) -> Compiled {
     closed(settings, POLICY_UNIDENTIFIED)
 }
 
-/// The policy of a pod whose namespace is not known yet. Where `defaultMode` is `audit` and interfaces are
-/// not closed while their pods are unknown, nothing is stopped because of that either.
+/// The policy of a pod whose namespace is not known yet. If `defaultMode` is `audit` and there is no
+/// quarantine of interfaces, denials are only reported.
 pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Settings) -> Compiled {
     let mode = if quarantine {
         Mode::Enforce
@@ -210,8 +210,8 @@ pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Setting
     }
 }
 
-/// The policy of a pod that is closed because it has an interface that cannot be enforced: internal
-/// addresses are denied too, so that nothing from there gets out by that interface.
+/// The policy of a pod that is closed because it has an interface that cannot be enforced. Internal
+/// addresses are denied too, so that no data from them leaves through that interface.
 pub fn refused(settings: &Settings) -> Compiled {
     let settings = Settings {
         allow_internal: false,
@@ -241,7 +241,7 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
     }
 }
 
-/// Warns of entries that open nothing but DNS, and not even that.
+/// Warns of entries for DNS ports that open nothing under a policy with rules about names.
 fn warn_of_dns(allow: &[Rule], warnings: &mut Vec<String>) {
     for rule in allow {
         let PortClass {
@@ -255,17 +255,17 @@ fn warn_of_dns(allow: &[Rule], warnings: &mut Vec<String>) {
             && !matches!(rule.destination, Destination::Addresses(_))
         {
             warnings.push(format!(
-                "the {}'s allow entry `{}` opens nothing: under a policy that speaks of names, a DNS \
-                 server is opened by its address alone",
+                "the {}'s allow entry `{}` opens nothing: under a policy with rules about names, only an \
+                 entry with its address opens a DNS server",
                 rule.origin, rule.text
             ));
         }
     }
 }
 
-/// A number that changes with what the addresses of any name are allowed.
+/// A number that changes whenever the classes of any name's addresses change.
 fn fingerprint(listed: &BTreeMap<NamePattern, NameRule>, settings: &Settings) -> u64 {
-    // Fed with text, so that another version of the agent comes to the same number.
+    // Hash the text, so that another version of the agent computes the same number.
     let mut hasher = DefaultHasher::new();
     let (domain, internal) = (&settings.cluster_domain, &settings.internal_answers);
     hasher.write(format!("{domain} {internal}\n").as_bytes());
@@ -284,8 +284,8 @@ fn flags(settings: &Settings) -> u32 {
     }
 }
 
-/// What holds for questions that no entry speaks of. A `deny` of everything closes them: nothing
-/// they could tell is of use, but to carry data out.
+/// The rule for queries that no entry matches. A `deny` of everything refuses them: their responses would be
+/// useless, and the queries could only carry data out.
 fn unlisted(
     allow: &[Rule],
     deny: &[Rule],
@@ -320,7 +320,7 @@ fn denials(deny: &[Rule], classes: &Classes) -> Vec<Denial> {
     denials
 }
 
-/// What a class does with its packets.
+/// The action of a class on its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Action {
     Allow,
@@ -385,7 +385,7 @@ fn check_limit(what: &'static str, count: usize, limit: usize) -> Result<(), Pol
     PolicyError::from_problems(problem.into_iter().collect()).map_or(Ok(()), Err)
 }
 
-/// Counts what was written before anything is made of it, so that the work on it is bounded.
+/// Counts the entries before they are compiled, so that the work is bounded.
 pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<Problem>) {
     let mut names = BTreeSet::new();
     let mut prefixes = BTreeSet::<Prefix>::new();
@@ -413,7 +413,7 @@ pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<P
     for (what, count, limit) in [
         ("names", names.len(), NAMES),
         (
-            "names with * in or for a label behind the first",
+            "names with * inside a label, or as a label after the first",
             globs,
             GLOBS,
         ),

@@ -1,4 +1,4 @@
-//! A policy in words, for `egress-agent check`.
+//! Describes a policy in words, for `egress-agent check`.
 
 use egress_common::records::POLICY_SPEAKS_OF_NAMES;
 
@@ -8,9 +8,10 @@ use super::{
     entry::{Destination, class_words},
 };
 
-/// What a pod may reach, and which annotation says so; several lines, each ended.
+/// The destinations that a pod may reach, each with the origin of its annotation. Every line ends with a
+/// newline.
 ///
-/// `title` is how the pod is called, `namespace/pod`.
+/// `title` is the heading for the pod, `namespace/pod`.
 ///
 /// # Errors
 ///
@@ -21,14 +22,14 @@ pub fn describe(
     namespace: &Annotations,
     settings: &Settings,
 ) -> Result<String, PolicyError> {
-    // Limits on what is compiled are errors here too.
+    // Exceeding a limit of the compiled form is an error here too.
     let compiled = compile(pod, namespace, settings)?;
     let mut effective = effective::resolve(pod, namespace, settings)?;
     effective.warnings.clone_from(&compiled.warnings);
     Ok(Lines::of(title, &effective, settings, &compiled))
 }
 
-/// The text as it grows.
+/// The text under construction.
 struct Lines(String);
 
 impl Lines {
@@ -45,24 +46,29 @@ impl Lines {
         lines.push(0, title);
         let says_nothing = allow.is_empty() && deny.is_empty() && resolve.is_empty();
         if *mode == Mode::Off && says_nothing {
-            lines.push(1, "mode: off (nothing is judged: it reaches everything)");
+            lines.push(
+                1,
+                "mode: off (no packet is judged: everything may be reached)",
+            );
             lines.warnings(warnings);
             return lines.0;
         }
         lines.push(
             1,
             match mode {
-                Mode::Enforce => "mode: enforce (what is denied does not pass)",
-                Mode::Audit => "mode: audit (denials are reported, nothing is dropped)",
-                Mode::Off => "mode: off (nothing is judged; the lists take effect in another mode)",
+                Mode::Enforce => "mode: enforce (denied packets are dropped)",
+                Mode::Audit => "mode: audit (denials are reported, and no packet is dropped)",
+                Mode::Off => {
+                    "mode: off (no packet is judged; the lists take effect in another mode)"
+                }
             },
         );
         lines.push(
             1,
             if *open {
-                "open: what is not denied below passes, but for protected addresses"
+                "open: everything may be reached, except protected addresses and what is denied below"
             } else {
-                "closed: what is not listed below is denied"
+                "closed: everything external is denied, except what is listed below"
             },
         );
         lines.rules("may reach:", allow, |rule| class_words(&rule.class));
@@ -82,21 +88,21 @@ impl Lines {
         {
             lines.push(
                 1,
-                "protected addresses only where an address entry names them",
+                "protected addresses only with an entry that names the address",
             );
         }
         lines.rules("may not reach:", deny, |rule| match rule.destination {
-            Destination::Names(_) => "refused as a question".to_owned(),
+            Destination::Names(_) => "queries are refused".to_owned(),
             Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
         });
-        lines.rules("may also ask for:", resolve, |_| String::new());
+        lines.rules("may also query:", resolve, |_| String::new());
         if compiled.names.allows_unlisted() {
-            lines.push(1, "every name may be asked for, unless denied");
+            lines.push(1, "every name may be queried, unless denied");
         } else {
             lines.push(
                 1,
                 &format!(
-                    "names in {} may always be asked for, unless denied",
+                    "names in {} may always be queried, unless denied",
                     settings.cluster_domain
                 ),
             );
@@ -104,7 +110,7 @@ impl Lines {
         if compiled.record.flags & POLICY_SPEAKS_OF_NAMES != 0 {
             lines.push(
                 1,
-                "DNS servers that are no resolvers only where an address entry names them",
+                "DNS servers other than resolvers only with an entry that names the address",
             );
         }
         lines.warnings(warnings);
@@ -125,7 +131,7 @@ impl Lines {
         self.0.push('\n');
     }
 
-    /// The rules under a heading, each with what `words` says of it and its origin, in columns.
+    /// The rules under a heading in columns, each with the text from `words` and its origin.
     fn rules(&mut self, heading: &str, rules: &[Rule], words: fn(&Rule) -> String) {
         if rules.is_empty() {
             return;
@@ -167,7 +173,7 @@ mod tests {
     use crate::reference::settings;
 
     #[test]
-    fn a_pod_is_told_what_it_may_reach_and_who_said_so() {
+    fn the_description_lists_destinations_with_their_origin() {
         let pod = Annotations {
             allow: Some("github.com:443, *.example.com\n10.20.0.0/16:5432/tcp".to_owned()),
             deny: Some("gist.github.com".to_owned()),
@@ -183,8 +189,8 @@ mod tests {
             text,
             "\
 shop/cart
-  mode: enforce (what is denied does not pass)
-  closed: what is not listed below is denied
+  mode: enforce (denied packets are dropped)
+  closed: everything external is denied, except what is listed below
   may reach:
     10.20.0.0/16   tcp port 5432           (pod)
     192.0.2.1      icmp                    (namespace)
@@ -193,31 +199,31 @@ shop/cart
     *.example.com  tcp, udp and icmp echo  (pod)
   may reach internal destinations (ranges.internal), unless denied
   may not reach:
-    gist.github.com  refused as a question  (pod)
-  may also ask for:
+    gist.github.com  queries are refused  (pod)
+  may also query:
     db.example.net  (namespace)
-  names in cluster.local may always be asked for, unless denied
-  DNS servers that are no resolvers only where an address entry names them
+  names in cluster.local may always be queried, unless denied
+  DNS servers other than resolvers only with an entry that names the address
 "
         );
     }
 
     #[test]
-    fn a_pod_that_may_go_anywhere_is_told_that_protected_addresses_are_left_out() {
+    fn the_description_excludes_protected_addresses_from_anywhere() {
         let pod = |allow: &str| Annotations {
             allow: Some(allow.to_owned()),
             ..Annotations::default()
         };
         let text =
             |allow| describe("a/b", &pod(allow), &Annotations::default(), &settings()).unwrap();
-        let note = "  protected addresses only where an address entry names them\n";
+        let note = "  protected addresses only with an entry that names the address\n";
         assert!(text("*:443").contains(note));
         assert!(!text("a.com:443").contains(note));
         assert!(text("0.0.0.0/0").contains("  warning: the pod's allow entry `0.0.0.0/0` opens"));
     }
 
     #[test]
-    fn a_pod_that_may_ask_for_every_name_is_told_so() {
+    fn the_description_says_when_every_name_may_be_queried() {
         let text = |allow: Option<&str>, deny: Option<&str>| {
             let pod = Annotations {
                 allow: allow.map(str::to_owned),
@@ -226,7 +232,7 @@ shop/cart
             };
             describe("a/b", &pod, &Annotations::default(), &settings()).unwrap()
         };
-        let every = "  every name may be asked for, unless denied\n";
+        let every = "  every name may be queried, unless denied\n";
         assert!(text(Some("*:443"), None).contains(every));
         assert!(text(None, Some("10.0.0.0/8")).contains(every));
         assert!(!text(Some("a.com"), None).contains(every));
@@ -234,16 +240,16 @@ shop/cart
     }
 
     #[test]
-    fn a_pod_that_nothing_is_said_of_is_told_that_it_reaches_everything() {
+    fn a_pod_without_a_policy_may_reach_everything() {
         let nothing = Annotations::default();
         assert_eq!(
             describe("a/b", &nothing, &nothing, &settings()).unwrap(),
-            "a/b\n  mode: off (nothing is judged: it reaches everything)\n"
+            "a/b\n  mode: off (no packet is judged: everything may be reached)\n"
         );
     }
 
     #[test]
-    fn a_pod_without_lists_is_told_that_it_is_closed() {
+    fn a_pod_without_lists_in_enforce_mode_may_reach_nothing_external() {
         let pod = Annotations {
             mode: Some("enforce".to_owned()),
             ..Annotations::default()

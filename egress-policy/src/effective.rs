@@ -1,4 +1,4 @@
-//! Pod, namespace and settings together: which rules are in effect for a pod.
+//! Combines the annotations of pod and namespace with the settings: the rules in effect for a pod.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -12,30 +12,30 @@ use super::{
     error::{Origin, PolicyError},
 };
 
-/// Warnings that are spelled out; the rest are counted.
+/// How many warnings are printed; the rest are only counted.
 const WARNINGS: usize = 20;
 
 /// A rule in effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
     pub(super) destination: Destination,
-    /// The packets it speaks of; meaningless for names that are denied or only resolved.
+    /// The packets that it matches; unused for names that are denied or only resolved.
     pub(super) class: PortClass,
-    /// Whether it is an address entry of a pod that counts because its namespace allows any destination. It
-    /// opens no more than that does.
+    /// Whether it is an address entry of a pod that takes effect because its namespace allows any
+    /// destination. It opens no more than the namespace's entry does.
     pub(super) under_any: bool,
-    /// The entry it comes from, as written.
+    /// The text of its entry.
     pub(super) text: String,
-    /// Where it stands.
+    /// The place of its entry.
     pub(super) at: At,
     pub(super) origin: Origin,
 }
 
-/// Everything in effect for a pod.
+/// All rules in effect for a pod.
 #[derive(Debug)]
 pub(super) struct Effective {
     pub(super) mode: Mode,
-    /// Whether what no rule speaks of passes.
+    /// Whether packets that no rule matches pass.
     pub(super) open: bool,
     pub(super) allow: Vec<Rule>,
     pub(super) deny: Vec<Rule>,
@@ -43,7 +43,7 @@ pub(super) struct Effective {
     pub(super) warnings: Vec<String>,
 }
 
-/// Reads the annotations and settles what counts.
+/// Parses the annotations and determines which rules take effect.
 pub(super) fn resolve(
     pod: &Annotations,
     namespace: &Annotations,
@@ -72,13 +72,14 @@ pub(super) fn resolve(
             resolve.extend(pod_resolve);
         }
         PodAnnotations::Narrow => {
-            // A `*` beside a denial of everything opens nothing and lets nothing be asked for, so
-            // it covers nothing that a pod lists either.
+            // A `*` beside a denial of everything opens nothing and allows no query, so
+            // it covers no entry of a pod either.
             if denies_everything(&deny) {
                 allow.retain(|rule| rule.destination != Destination::Any);
             }
-            // What may be asked for is what the namespace lists, though the pod reaches less of it.
-            let askable: Vec<Rule> = allow
+            // The namespace's lists decide which names may be queried, even if the pod reaches fewer
+            // destinations.
+            let queryable: Vec<Rule> = allow
                 .iter()
                 .chain(&resolve)
                 .cloned()
@@ -86,7 +87,7 @@ pub(super) fn resolve(
                 .collect();
             resolve.extend(narrowed(
                 pod_resolve,
-                &askable,
+                &queryable,
                 "resolve",
                 settings,
                 &mut warnings,
@@ -123,7 +124,7 @@ pub(super) fn resolve(
     })
 }
 
-/// The mode, and whether what no rule speaks of passes.
+/// The mode, and whether packets that no rule matches pass.
 fn mode_and_open(
     pod: &Lists,
     namespace: &Lists,
@@ -135,7 +136,7 @@ fn mode_and_open(
         && (pod.deny.is_some() || namespace.deny.is_some());
     let implied = |has_rules: bool| {
         has_rules.then_some(match settings.default_mode {
-            // Only a written `mode: enforce` enforces.
+            // Then only an explicit `mode: enforce` enforces.
             Mode::Audit => Mode::Audit,
             Mode::Off | Mode::Enforce => Mode::Enforce,
         })
@@ -148,7 +149,7 @@ fn mode_and_open(
             .unwrap_or(settings.default_mode);
         return (mode, only_denies);
     }
-    // What the pod would be under without annotations of its own: it can only be tightened.
+    // The mode of the pod without annotations of its own. The pod can only tighten it.
     let without = namespace
         .mode
         .or(implied(namespace.has_rules()))
@@ -162,13 +163,13 @@ fn mode_and_open(
         && mode < without
     {
         warnings.push(format!(
-            "the pod's mode {} does not count: it is {} without it, and a pod can only tighten that",
+            "the pod's mode {} does not count: without it the mode is {}, and a pod can only tighten that",
             mode.as_str(),
             without.as_str()
         ));
     }
-    // A pod that is closed for want of any list is not opened by a `deny` of its own. In audit mode too:
-    // otherwise the report would leave out what enforcement would stop.
+    // A `deny` of its own does not open a pod that is closed because there is no list. This applies in audit
+    // mode too: otherwise the report would lack packets that enforcement would drop.
     let closed_without = without != Mode::Off && !namespace.has_rules();
     (
         own.map_or(without, |own| own.max(without)),
@@ -176,8 +177,8 @@ fn mode_and_open(
     )
 }
 
-/// The mode of a pod that is closed because its annotations, or its namespace's, cannot be read. Where
-/// `defaultMode` is `audit`, a `mode: enforce` that can be read enforces, and nothing else does.
+/// The mode of a pod that is closed because its annotations, or its namespace's, cannot be parsed. If
+/// `defaultMode` is `audit`, only a readable `mode: enforce` enforces.
 pub(super) fn mode_of_unreadable(
     pod: &Annotations,
     namespace: &Annotations,
@@ -200,7 +201,7 @@ fn rules(
     origin: Origin,
     class: impl Fn(&Written) -> PortClass,
 ) -> Vec<Rule> {
-    // Entries that differ only in spelling are one.
+    // Entries that differ only in spelling are the same rule.
     let mut seen = BTreeSet::new();
     let rule = |written: &Written| Rule {
         destination: written.entry.destination.clone(),
@@ -228,14 +229,14 @@ fn resolve_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
     rules(list, origin, |_| ANY_CLASS)
 }
 
-/// Class of rules that are about names alone.
+/// Class of rules that are only about names.
 const ANY_CLASS: PortClass = PortClass {
     port_max: u16::MAX,
     protocols: egress_common::protocol::bits::ALL,
     ..PortClass::NONE
 };
 
-/// Whether a rule denies every packet to anywhere.
+/// Whether a rule denies every packet to every destination.
 pub(super) fn denies_everything(deny: &[Rule]) -> bool {
     deny.iter()
         .any(|rule| rule.destination == Destination::Any && is_everything(&rule.class))
@@ -248,11 +249,11 @@ fn name_only(rule: Rule) -> Rule {
     }
 }
 
-/// A destination that a rule of the pod and one of its namespace have in common, whether it is
+/// The intersection of a pod's destination with one of its namespace, whether it is
 /// [`Rule::under_any`], and the namespace's classes for it.
 type Common<'a> = (Destination, bool, &'a BTreeSet<PortClass>);
 
-/// The parts of the pod's rules that the namespace's rules have too.
+/// The parts of the pod's rules that the namespace's rules cover.
 fn narrowed(
     pod: Vec<Rule>,
     namespace: &[Rule],
@@ -260,7 +261,7 @@ fn narrowed(
     settings: &Settings,
     warnings: &mut Vec<String>,
 ) -> Vec<Rule> {
-    // Patterns are compared once for each pair of destinations, however many ports they come with.
+    // Compare the patterns once for each pair of destinations, however many ports they have.
     let mut given: BTreeMap<&Destination, BTreeSet<PortClass>> = BTreeMap::new();
     for rule in namespace {
         given
@@ -328,7 +329,7 @@ fn narrowed(
     narrowed
 }
 
-/// The destinations that both speak of; `None` where there are none, or where they cannot be told
+/// The intersection of two destinations; `None` if it is empty, or if it cannot be determined
 /// (two patterns of which neither covers the other; a name and an address).
 fn common_destination(
     pod: &Destination,
@@ -337,7 +338,7 @@ fn common_destination(
 ) -> Option<Destination> {
     match (pod, namespace) {
         (Destination::Any, given) => Some(given.clone()),
-        // `*` does not open what is protected, so it does not let a pod open it either.
+        // `*` does not open protected addresses, so it does not cover a pod's entry for them either.
         (Destination::Addresses(prefix), Destination::Any) => {
             let behind = settings.translators.v4_prefix_behind(prefix);
             let opens_protected = settings.protected.iter().any(|other| {

@@ -1,4 +1,4 @@
-//! What one entry of a list says.
+//! One entry of a list.
 
 use std::{borrow::Cow, fmt};
 
@@ -13,7 +13,7 @@ use super::{
     prefix::{Prefix, parse_decimal},
 };
 
-/// Where an entry points.
+/// The destination of an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Destination {
     /// `*`: anywhere.
@@ -25,8 +25,8 @@ pub enum Destination {
 }
 
 impl Destination {
-    /// Whether the address is one that the destination names by itself.
-    pub fn holds(&self, address: &Address) -> bool {
+    /// Whether the destination contains the address itself.
+    pub fn contains(&self, address: &Address) -> bool {
         match self {
             Self::Any => true,
             Self::Addresses(prefix) => prefix.contains(address),
@@ -45,7 +45,7 @@ impl fmt::Display for Destination {
     }
 }
 
-/// The protocol an entry may end with.
+/// The protocol at the end of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
     /// `/tcp`
@@ -54,15 +54,15 @@ pub enum Protocol {
     Udp,
     /// `/sctp`
     Sctp,
-    /// `/icmp`: every type, of IPv6 too.
+    /// `/icmp`: every type, also of ICMPv6.
     Icmp,
-    /// `/esp`, `/ip-50`: the protocol with this number, which is none of those above.
+    /// `/esp`, `/ip-50`: the protocol with this number, other than those above.
     Number(u8),
     /// `/any`: every protocol.
     Any,
 }
 
-/// Protocols without ports that have a word of their own besides `ip-` and their number.
+/// Protocols without ports that have a word besides `ip-` and their number.
 const WORDS: [(&str, u8); 4] = [("ah", 51), ("esp", 50), ("gre", 47), ("ipip", 4)];
 
 impl Protocol {
@@ -97,14 +97,14 @@ impl Protocol {
         }
     }
 
-    /// Whether an entry with it may have ports.
+    /// Whether an entry with this protocol may have ports.
     pub(super) const fn has_ports(self) -> bool {
         matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
     }
 }
 
-/// Whether no packet is of this protocol: its number is that of an IPv6 extension header, behind which the
-/// protocol follows.
+/// Whether no packet has this protocol: the number is that of an IPv6 extension header, and the
+/// protocol follows after the header.
 pub(super) const fn is_extension_header(number: u8) -> bool {
     matches!(
         number,
@@ -116,13 +116,13 @@ pub(super) const fn is_extension_header(number: u8) -> bool {
     )
 }
 
-/// The number of the one protocol that the class is about, if that has no bit of its own.
+/// The number of the class's only protocol, if that protocol has no bit of its own.
 pub(super) fn protocol_number(class: PortClass) -> Option<u8> {
     let is_one = class.protocols == bits::OTHER && class.port_min == class.port_max;
     u8::try_from(class.port_min).ok().filter(|_| is_one)
 }
 
-/// The word for a protocol that has no bit of its own: `esp`, `ip-89`.
+/// The word for a protocol without a bit of its own: `esp`, `ip-89`.
 pub fn number_word(number: u8) -> Cow<'static, str> {
     match WORDS.iter().find(|(_, other)| *other == number) {
         Some((word, _)) => Cow::Borrowed(word),
@@ -148,7 +148,7 @@ const ALL_PORTS: Ports = Ports {
 /// One entry: `destination[:ports][/protocol]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Entry {
-    /// Where it points.
+    /// The destination.
     pub destination: Destination,
     /// The ports it is limited to.
     pub ports: Option<Ports>,
@@ -157,14 +157,14 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// What the entry allows when it stands under `allow`: without port and protocol TCP, UDP and
+    /// The packets that the entry allows under `allow`: without port and protocol TCP, UDP and
     /// ICMP echo, with a port alone TCP and UDP.
     pub fn allowed_class(&self) -> PortClass {
         self.class(bits::TCP | bits::UDP | bits::ICMP_ECHO)
     }
 
-    /// What the entry denies when it stands under `deny`. Without port and protocol that is every
-    /// protocol: a denial should not leave out what its author did not think of.
+    /// The packets that the entry denies under `deny`: without port and protocol every
+    /// protocol, because a denial must include protocols that its author did not think of.
     pub fn denied_class(&self) -> PortClass {
         self.class(bits::ALL)
     }
@@ -181,7 +181,7 @@ impl Entry {
             (None, None) => unlimited,
         };
         let Ports { min, max } = match self.protocol {
-            // Where others have a port, see `PortClass`.
+            // The class has the number in place of the ports, see `PortClass`.
             Some(Protocol::Number(number)) => Ports {
                 min: number.into(),
                 max: number.into(),

@@ -1,4 +1,4 @@
-//! What an entry means that its author may not: said by `check`, and in the log.
+//! Warnings about entries whose meaning may surprise their author, for `check` and the log.
 
 use std::net::Ipv6Addr;
 
@@ -9,7 +9,7 @@ use super::{
 };
 use egress_dns::Name;
 
-/// Of an entry under `allow`.
+/// The warning about an entry under `allow`.
 pub(super) fn of_allowed(rule: &Rule) -> Option<String> {
     let (origin, text) = (rule.origin, &rule.text);
     match &rule.destination {
@@ -25,15 +25,15 @@ pub(super) fn of_allowed(rule: &Rule) -> Option<String> {
     }
 }
 
-/// Of an entry of any list.
+/// The warning about an entry of any list.
 pub(super) fn of_entry(rule: &Rule) -> Option<String> {
     let (origin, text) = (rule.origin, &rule.text);
     if let Some(number) = protocol_number(rule.class)
         && is_extension_header(number)
     {
         return Some(format!(
-            "the {origin}'s entry `{text}` matches nothing: {number} is an IPv6 extension header, behind which \
-             the packet's protocol follows"
+            "the {origin}'s entry `{text}` matches nothing: {number} is an IPv6 extension header, and the \
+             packet's protocol follows after it"
         ));
     }
     match &rule.destination {
@@ -41,17 +41,17 @@ pub(super) fn of_entry(rule: &Rule) -> Option<String> {
             let pattern = pattern.to_string();
             if let Some(name) = is_meant_as_suffix(&pattern) {
                 return Some(format!(
-                    "the {origin}'s entry `{text}` is no suffix: it names `{name}` and, with anything before \
-                     it in the same label, names such as `x{name}`; for the names below `{name}` write \
-                     `*.{name}`"
+                    "the {origin}'s entry `{text}` is not a suffix: it matches `{name}` and, with anything \
+                     before it in the same label, names such as `x{name}`; for the names below `{name}` \
+                     write `*.{name}`"
                 ));
             }
             let label = pattern
                 .split('.')
                 .find(|label| label.starts_with('-') || label.ends_with('-'))?;
             Some(format!(
-                "the {origin}'s entry `{text}` is no host name: `{label}` begins or ends with `-`, and programs \
-                 refuse to look it up (RFC 1123, section 2.1)"
+                "the {origin}'s entry `{text}` is not a host name: `{label}` begins or ends with `-`, and \
+                 programs refuse to look it up (RFC 1123, section 2.1)"
             ))
         }
         Destination::Addresses(_) => {
@@ -65,7 +65,8 @@ pub(super) fn of_entry(rule: &Rule) -> Option<String> {
     }
 }
 
-/// The name behind the `*` of `*example.com`, by which other products mean `example.com` and all names below it.
+/// The name after the `*` of `*example.com`. In other products this means `example.com` and all names below
+/// it.
 fn is_meant_as_suffix(pattern: &str) -> Option<&str> {
     let name = pattern.strip_prefix('*')?;
     (!name.starts_with('.') && !name.contains('*')).then_some(name)
@@ -76,8 +77,8 @@ fn is_public_suffix(name: &Name) -> bool {
     psl::suffix(name.as_bytes()).is_some_and(|suffix| suffix.is_known() && suffix == name.as_str())
 }
 
-/// Of an IPv6 address without brackets whose last group may be meant as a port: the address before it, and the
-/// port.
+/// For an IPv6 address without brackets whose last group may be meant as a port: the address before it, and
+/// the port.
 fn looks_like_port(text: &str) -> Option<(Ipv6Addr, u16)> {
     let (address, port) = text.rsplit_once(':')?;
     let is_port = (2..=5).contains(&port.len())
@@ -92,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_behind_a_bare_address_is_noticed() {
+    fn a_port_after_an_address_without_brackets_is_noticed() {
         let read = |text| looks_like_port(text).map(|(address, port)| (address.to_string(), port));
         assert_eq!(read("2001:db8::7:443"), Some(("2001:db8::7".into(), 443)));
         for text in [
@@ -108,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_public_suffix_is_one_under_which_anybody_registers() {
+    fn a_suffix_under_which_anybody_can_register_is_public() {
         let is_public = |text: &str| {
             is_public_suffix(&Name::from_labels(text.split('.').map(str::as_bytes)).unwrap())
         };

@@ -1,14 +1,14 @@
-//! What is wrong with a policy, and where.
+//! Errors in a policy, with their places.
 
 use std::fmt;
 
-/// Problems that [`PolicyError`] prints; the rest are counted.
+/// How many problems [`PolicyError`] prints; the rest are only counted.
 const PRINTED: usize = 8;
 
-/// Characters of the offending text that are printed.
+/// How many characters of the invalid text are printed.
 const QUOTED: usize = 80;
 
-/// Who wrote an annotation.
+/// The object with an annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
     /// The pod.
@@ -26,47 +26,47 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A text inside an annotation that cannot be read.
+/// A text in an annotation that cannot be parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
     /// Line of the annotation's value, from 1.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
-    /// The offending text.
+    /// The invalid text.
     pub found: String,
     /// What it is, and what was expected.
     pub message: String,
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
-    /// The value of an annotation cannot be read.
+    /// The value of an annotation cannot be parsed.
     Value {
-        /// Who wrote it.
+        /// The object with the annotation.
         origin: Origin,
         /// The annotation's full key.
         key: String,
-        /// Where, and what.
+        /// The place and the text.
         what: Unreadable,
     },
-    /// An annotation that means nothing where it stands.
+    /// An annotation that is unknown, or not allowed on this object.
     Key {
-        /// Who wrote it.
+        /// The object with the annotation.
         origin: Origin,
         /// The annotation's full key.
         key: String,
         /// What was expected.
         message: String,
     },
-    /// Pod and namespace together are over a limit.
+    /// Pod and namespace together exceed a limit.
     Limit {
         /// What is counted.
         what: &'static str,
         /// How many there are.
         count: usize,
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
 }
@@ -101,14 +101,14 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Why annotations make no policy: everything that is wrong with them, in the order it was found.
+/// The problems of annotations that cannot be compiled, in the order in which they were found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct PolicyError {
     problems: Vec<Problem>,
 }
 
 impl PolicyError {
-    /// The error made of these problems; `None` when there are none.
+    /// The error with these problems; `None` if there are none.
     pub(super) fn from_problems(problems: Vec<Problem>) -> Option<Self> {
         if problems.is_empty() {
             None
@@ -117,13 +117,13 @@ impl PolicyError {
         }
     }
 
-    /// Everything that is wrong; never empty.
+    /// All problems; never empty.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
 }
 
-/// One line; the first few problems and how many there are besides.
+/// One line: the first few problems, and how many more there are.
 impl fmt::Display for PolicyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, problem) in self.problems.iter().take(PRINTED).enumerate() {
@@ -148,8 +148,8 @@ fn quote(text: &str) -> String {
     format!("`{shown}`")
 }
 
-/// The text with everything escaped that a terminal would not show as it is: control characters, and format
-/// characters such as those that turn the direction of writing.
+/// Escapes characters that a terminal would not show: control characters, and format characters such as those
+/// that change the direction of text.
 pub(super) fn visible(text: impl IntoIterator<Item = char>) -> String {
     let mut shown = String::new();
     for c in text {

@@ -1,6 +1,6 @@
-//! Which entries of which annotations speak of something, for `egress-agent explain`.
+//! Finds the entries that match a name or an address, for `egress-agent explain`.
 //!
-//! What is decided is not found out here but by those who enforce; this says where it is written.
+//! The enforcing code makes the decision; this only finds the place of the entries.
 
 use std::{net::IpAddr, ops::RangeInclusive};
 
@@ -19,18 +19,18 @@ use super::{
 };
 use egress_dns::Name;
 
-/// What is asked about.
+/// The target of an explanation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Where to.
+    /// The destination.
     pub to: To,
-    /// The port, if one is asked about; for [`bits::OTHER`] the protocol's number.
+    /// The port, if the target has one; for [`bits::OTHER`] the protocol's number.
     pub port: Option<u16>,
-    /// One bit of [`bits`], if a protocol is asked about.
+    /// One bit of [`bits`], if the target has a protocol.
     pub protocol: Option<u8>,
 }
 
-/// Where to.
+/// The destination of a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum To {
     /// A name.
@@ -40,12 +40,12 @@ pub enum To {
 }
 
 impl Target {
-    /// Reads `name-or-address[:port][/protocol]`, in the grammar of an entry. With a port alone, TCP is
-    /// meant; with neither, everything.
+    /// Parses `name-or-address[:port][/protocol]`, in the grammar of an entry. A port without a protocol
+    /// means TCP; without both, the target is everything.
     ///
     /// # Errors
     ///
-    /// What is wrong with the text, for people.
+    /// The message says what is wrong with the text.
     pub fn read(text: &str) -> Result<Self, String> {
         let entry =
             read_entry(text).map_err(|error| format!("`{}` {}", error.found, error.message))?;
@@ -61,7 +61,7 @@ impl Target {
             }
             other => {
                 return Err(format!(
-                    "`{other}` is more than one: expected a name or an address"
+                    "`{other}` is a wildcard or a range: expected one name or address"
                 ));
             }
         };
@@ -85,9 +85,9 @@ impl Target {
         Ok(Self { to, port, protocol })
     }
 
-    /// An entry that would allow it.
+    /// An entry that would allow the target.
     pub fn entry(&self) -> String {
-        // Of other protocols it is the number that stands there.
+        // For other protocols the port is the protocol's number.
         let port = self.port.filter(|_| self.protocol != Some(bits::OTHER));
         let with_port = |to: String| match port {
             Some(port) => format!("{to}:{port}"),
@@ -114,7 +114,7 @@ impl Target {
     }
 }
 
-/// Which list an entry stands in.
+/// The list of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
     /// `allow`
@@ -136,26 +136,26 @@ impl List {
     }
 }
 
-/// An entry in effect.
+/// An entry in effect that matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spoken {
+pub struct EntryMatch {
     /// The list.
     pub list: List,
-    /// Whose list.
+    /// The object with the list.
     pub origin: Origin,
-    /// The entry, as written.
+    /// The text of the entry.
     pub text: String,
-    /// Where it stands in its annotation.
+    /// The place of the entry in its annotation.
     pub at: At,
-    /// The packets it speaks of; of names that are denied or only resolved, all.
+    /// The packets that it matches; all of them for names that are denied or only resolved.
     pub class: PortClass,
-    /// Whether it speaks of a name.
-    pub of_name: bool,
-    /// Whether it speaks of everything.
-    pub of_all: bool,
+    /// Whether its destination is a name or wildcard.
+    pub is_name: bool,
+    /// Whether its destination is `*`.
+    pub is_any: bool,
 }
 
-/// The entries in effect for a pod, as they were written.
+/// The entries in effect for a pod, with their texts.
 #[derive(Debug)]
 pub struct Entries {
     rules: Vec<(List, Rule)>,
@@ -163,7 +163,7 @@ pub struct Entries {
 }
 
 impl Entries {
-    /// Reads the annotations once more.
+    /// Parses the annotations.
     ///
     /// # Errors
     ///
@@ -184,53 +184,53 @@ impl Entries {
         })
     }
 
-    /// Those that speak of a name: as a name, or of everything.
-    pub fn of_name(&self, name: &Name) -> Vec<Spoken> {
-        self.speaking(|destination| match destination {
+    /// The entries that match a name: as a name, or with `*`.
+    pub fn matching_name(&self, name: &Name) -> Vec<EntryMatch> {
+        self.matching(|destination| match destination {
             Destination::Names(pattern) => pattern.matches(name),
             Destination::Any => true,
             Destination::Addresses(_) => false,
         })
     }
 
-    /// Those that speak of an address by itself, or of everything.
-    pub fn of_address(&self, address: &Address) -> Vec<Spoken> {
+    /// The entries that match an address itself, or with `*`.
+    pub fn matching_address(&self, address: &Address) -> Vec<EntryMatch> {
         let behind = self.translators.v4_behind(address);
-        self.speaking(|destination| {
-            destination.holds(address) || behind.is_some_and(|v4| destination.holds(&v4))
+        self.matching(|destination| {
+            destination.contains(address) || behind.is_some_and(|v4| destination.contains(&v4))
         })
     }
 
-    fn speaking(&self, of: impl Fn(&Destination) -> bool) -> Vec<Spoken> {
+    fn matching(&self, of: impl Fn(&Destination) -> bool) -> Vec<EntryMatch> {
         self.rules
             .iter()
             .filter(|(_, rule)| of(&rule.destination))
-            .map(|(list, rule)| Spoken {
+            .map(|(list, rule)| EntryMatch {
                 list: *list,
                 origin: rule.origin,
                 text: rule.text.clone(),
                 at: rule.at,
                 class: rule.class,
-                of_name: matches!(rule.destination, Destination::Names(_)),
-                of_all: rule.destination == Destination::Any,
+                is_name: matches!(rule.destination, Destination::Names(_)),
+                is_any: rule.destination == Destination::Any,
             })
             .collect()
     }
 }
 
-impl Spoken {
-    /// Whether it speaks of packets of this protocol to this port.
-    pub fn holds(&self, protocol: u8, port: u16) -> bool {
+impl EntryMatch {
+    /// Whether it matches packets of this protocol to this port.
+    pub fn covers_port(&self, protocol: u8, port: u16) -> bool {
         let class = &self.class;
         class.protocols & protocol != 0
             && (protocol & bits::WITH_PORTS == 0
                 || (class.port_min..=class.port_max).contains(&port))
     }
 
-    /// Whether it speaks of packets of this protocol to one of these ports.
-    pub fn holds_some(&self, protocol: u8, ports: RangeInclusive<u16>) -> bool {
-        self.holds(protocol, *ports.start())
-            || self.holds(protocol, *ports.end())
+    /// Whether it matches packets of this protocol to one of these ports.
+    pub fn covers_any_port(&self, protocol: u8, ports: RangeInclusive<u16>) -> bool {
+        self.covers_port(protocol, *ports.start())
+            || self.covers_port(protocol, *ports.end())
             || (self.class.protocols & protocol != 0 && ports.contains(&self.class.port_min))
     }
 }
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_written_as_an_entry_is() {
+    fn a_target_has_the_grammar_of_an_entry() {
         let all = |entry: &str| Ok((None, None, entry.to_owned()));
         assert_eq!(target("a.test"), all("a.test"));
         assert_eq!(target("2001:db8::7"), all("2001:db8::7"));
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_found_where_they_stand() {
+    fn matching_entries_are_found_with_their_places() {
         let pod = Annotations {
             allow: Some("a.test:443,\n  *.b.test:80-90/tcp # c.test\n192.0.2.0/24".to_owned()),
             ..Annotations::default()
@@ -285,10 +285,10 @@ mod tests {
             ..Annotations::default()
         };
         let entries = Entries::read(&pod, &namespace, &settings()).unwrap();
-        let spoken = entries.of_name(&exact_name("x.b.test").unwrap());
-        let places: Vec<_> = spoken
+        let matches = entries.matching_name(&exact_name("x.b.test").unwrap());
+        let places: Vec<_> = matches
             .iter()
-            .map(|spoken| (spoken.list, spoken.origin, spoken.text.as_str(), spoken.at))
+            .map(|entry| (entry.list, entry.origin, entry.text.as_str(), entry.at))
             .collect();
         let at = |line, column| At { line, column };
         assert_eq!(
@@ -298,11 +298,11 @@ mod tests {
                 (List::Allow, Origin::Pod, "*.b.test:80-90/tcp", at(2, 3)),
             ]
         );
-        assert!(spoken[1].holds(bits::TCP, 90));
-        assert!(!spoken[1].holds(bits::UDP, 90));
-        assert!(!spoken[1].holds(bits::TCP, 91));
-        assert_eq!(entries.of_name(&exact_name("c.test").unwrap()), []);
+        assert!(matches[1].covers_port(bits::TCP, 90));
+        assert!(!matches[1].covers_port(bits::UDP, 90));
+        assert!(!matches[1].covers_port(bits::TCP, 91));
+        assert_eq!(entries.matching_name(&exact_name("c.test").unwrap()), []);
         let address = super::super::Prefix::parse("192.0.2.9").unwrap().network();
-        assert_eq!(entries.of_address(&address)[0].at, at(3, 1));
+        assert_eq!(entries.matching_address(&address)[0].at, at(3, 1));
     }
 }

@@ -1,12 +1,12 @@
-//! What a policy means: from annotations to what the kernel and the gate look at.
+//! Policies: from annotations to the form for the kernel and the gate.
 //!
 //! 1. [`annotations`]: the keys under `egress-agent.dev/`, and the entries of their lists
 //!    (`parse`, `name_text`: the grammar of one entry);
-//! 2. `effective`: pod, namespace and the agent's settings together, as plain rules;
+//! 2. `effective`: the rules in effect, from pod, namespace and the agent's settings;
 //! 3. [`compile()`]: those rules as classes, prefixes and name rules;
 //! 4. [`describe()`]: the same rules in words.
 //!
-//! Everything here is a pure function of its arguments.
+//! All functions are pure.
 
 pub mod annotations;
 mod compile;
@@ -15,6 +15,7 @@ mod effective;
 pub mod entry;
 mod entry_warnings;
 mod error;
+mod excerpt;
 pub mod explain;
 mod name_text;
 mod names;
@@ -41,21 +42,22 @@ pub use compile::{
 pub use describe::describe;
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, Unreadable};
+pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use prefix::Prefix;
-pub use resolver::{DNS_PORT, Resolver};
+pub use resolver::Resolver;
 pub use search_list::Autopath;
 pub use translators::Translators;
 
-/// What is done with a verdict. Ordered from the loosest to the tightest.
+/// The effect of verdicts. Ordered from the loosest to the tightest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Mode {
-    /// Nothing is judged.
+    /// No packet is judged.
     Off,
-    /// Judged and reported; nothing is dropped or held.
+    /// Packets are judged and denials are reported; none is dropped or held.
     Audit,
-    /// Judged; what is denied does not pass.
+    /// Packets are judged, and denied ones are dropped.
     Enforce,
 }
 
@@ -69,7 +71,7 @@ impl Mode {
         }
     }
 
-    /// The mode that an annotation's value is the word for.
+    /// Parses an annotation's value.
     fn from_text(text: &str) -> Option<Self> {
         [Self::Off, Self::Audit, Self::Enforce]
             .into_iter()
@@ -77,37 +79,37 @@ impl Mode {
     }
 }
 
-/// What a pod's own annotations may grant. Its `deny` counts in every case: it takes away.
+/// The power of a pod's own annotations. Its `deny` always counts, because it only takes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PodAnnotations {
-    /// A pod may allow for itself; its list and its namespace's add up.
+    /// A pod may allow destinations; its list and its namespace's add up.
     Grant,
-    /// A pod with an `allow` reaches what that list and its namespace's list have in common; a pod
-    /// without one reaches what its namespace's list allows.
+    /// A pod with an `allow` reaches the intersection of that list and its namespace's; a pod
+    /// without one reaches the destinations in its namespace's list.
     Narrow,
-    /// A pod reaches what its namespace's list allows.
+    /// A pod reaches the destinations in its namespace's list.
     Ignore,
 }
 
-/// What the agent's configuration says about every policy.
+/// The settings of the agent's configuration for all policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Mode of pods without any list or `mode`, of their own or of their namespace. [`Mode::Audit`] is also
-    /// that of pods with a list and without a `mode`.
+    /// Mode of pods without any list or `mode`, of their own or of their namespace. If it is [`Mode::Audit`],
+    /// pods with a list and without a `mode` have it too.
     pub default_mode: Mode,
-    /// Who may grant.
+    /// The power of pods' own annotations.
     pub pod_annotations: PodAnnotations,
-    /// Names at or below it may always be asked for.
+    /// Names at or below it may always be queried.
     pub cluster_domain: Name,
-    /// Whether questions for names that no entry could allow are refused.
+    /// Whether queries for names that no entry could allow are refused.
     pub guard: bool,
     /// Whether internal destinations pass unless denied.
     pub allow_internal: bool,
-    /// Which names may lead to internal addresses where those do not.
+    /// The names that may resolve to internal addresses if `allow_internal` is false.
     pub internal_answers: Arc<InternalAnswers>,
     /// Prefixes that only an address entry opens: an entry `*` of a namespace does not cover them
     /// when `pod_annotations` is [`PodAnnotations::Narrow`].
     pub protected: Vec<Prefix>,
-    /// Prefixes of translators: an IPv4 address that an entry names is meant behind them too.
+    /// Prefixes of translators: an entry for an IPv4 address also covers the address behind them.
     pub translators: Translators,
 }

@@ -1,4 +1,4 @@
-//! How names and wildcards are written: from text to a [`NamePattern`].
+//! The text of names and wildcards: parses a [`NamePattern`].
 
 use super::{
     parse::{EntryError, Part},
@@ -6,7 +6,7 @@ use super::{
 };
 use egress_dns::{Name, name::NameError};
 
-/// Reads a name, `*.name`, or a name with `*` for or inside its other labels.
+/// Parses a name, `*.name`, or a name with `*` as or inside its other labels.
 pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {
     let text = part.text.strip_suffix('.').unwrap_or(part.text);
     let (below, text) = match text.strip_prefix("*.") {
@@ -17,7 +17,7 @@ pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {
     let text = ascii.strip_suffix('.').unwrap_or(&ascii);
     check_labels(part, text)?;
     if text.contains('*') {
-        // The longest name that fits says whether the pattern's own bytes do.
+        // The length of the fixed bytes must not exceed that of the longest name.
         let fixed = text.replace('*', "");
         let labels = fixed
             .split('.')
@@ -36,11 +36,11 @@ pub(super) fn read_name(part: Part<'_>) -> Result<NamePattern, EntryError> {
     })
 }
 
-/// Reads a name that is no wildcard, as an entry would write it.
+/// Parses a name that is not a wildcard, in the grammar of entries.
 ///
 /// # Errors
 ///
-/// What the text is instead; the message follows the text.
+/// The message continues the text and says what the text is instead.
 pub fn exact_name(text: &str) -> Result<Name, String> {
     match read_name(Part { text, at: 0 }) {
         Ok(NamePattern::Exactly(name)) => Ok(name),
@@ -51,11 +51,11 @@ pub fn exact_name(text: &str) -> Result<Name, String> {
     }
 }
 
-/// Reads a name or a wildcard, as an entry would write it.
+/// Parses a name or a wildcard, in the grammar of entries.
 ///
 /// # Errors
 ///
-/// What the text is instead; the message follows the text.
+/// The message continues the text and says what the text is instead.
 pub fn name_pattern(text: &str) -> Result<NamePattern, String> {
     read_name(Part { text, at: 0 }).map_err(|error| error.message)
 }
@@ -64,20 +64,20 @@ fn too_long(part: Part<'_>, error: NameError) -> EntryError {
     part.error(format!("is not a DNS name: {error}"))
 }
 
-/// Normalises a name that is not ASCII as IDNA (UTS 46).
+/// Converts a name that is not ASCII with IDNA (UTS 46).
 fn to_ascii(part: Part<'_>, text: &str) -> Result<String, EntryError> {
     if text.is_ascii() {
         return Ok(text.to_owned());
     }
     if text.contains('*') {
         return Err(part.error(
-            "has `*` behind its beginning and characters outside ASCII: expected the `xn--` form of \
+            "has `*` after its beginning and characters outside ASCII: expected the `xn--` form of \
              its labels",
         ));
     }
     let ascii = idna::domain_to_ascii(text)
         .map_err(|_| part.error("is not a DNS name: IDNA (UTS 46) does not allow it"))?;
-    // Compatibility mapping makes `*` of its full-width form.
+    // The compatibility mapping converts the full-width form of `*` to `*`.
     if ascii.contains('*') {
         return Err(part.error("is not a DNS name: write `*` in ASCII"));
     }
@@ -100,11 +100,11 @@ fn check_labels(part: Part<'_>, text: &str) -> Result<(), EntryError> {
     if text.split('.').any(str::is_empty) {
         return Err(part.error("is not a DNS name: a label is empty"));
     }
-    // No top-level domain is a number, and programs read such a text as an address (WHATWG URL,
+    // No top-level domain is a number, and programs parse such a text as an address (WHATWG URL,
     // section 3.5, "ends in a number").
     if looks_numeric(last) {
         return Err(part.error(
-            "looks like an IP address and is none: expected four numbers from 0 to 255, or a CIDR \
+            "looks like an IP address but is not one: expected four numbers from 0 to 255, or a CIDR \
              such as `192.0.2.0/24` for a range of addresses",
         ));
     }
@@ -114,7 +114,7 @@ fn check_labels(part: Part<'_>, text: &str) -> Result<(), EntryError> {
         return Err(part.error(if is_address {
             "is not an IP address: expected a CIDR such as `192.0.2.0/24` for a range of addresses"
         } else {
-            "ends with `*`, which would be every top-level domain: expected one, as in `*.com`"
+            "ends with `*`, which would match every top-level domain: expected one, as in `*.com`"
         }));
     }
     if text

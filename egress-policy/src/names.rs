@@ -1,4 +1,4 @@
-//! What a policy says about a name: whether it may be asked for, and what its addresses are allowed.
+//! The rules about names: whether a name may be queried, and the classes of its addresses.
 
 use std::{collections::HashMap, fmt, sync::Arc};
 
@@ -9,24 +9,24 @@ use super::{
 };
 use egress_dns::Name;
 
-/// Whether a question may go on to the resolver.
+/// Whether a query may be sent to the resolver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuestionRule {
-    /// It may.
+    /// It may be sent.
     Allowed,
-    /// A `deny` entry names it.
+    /// A `deny` entry matches the name.
     Denied,
-    /// No entry could allow it.
+    /// No entry could allow the name.
     NotListed,
 }
 
-/// Which names may lead to internal addresses, besides those of the cluster, where internal addresses
-/// do not pass by themselves.
+/// The names, besides those of the cluster, that may resolve to internal addresses where internal addresses
+/// need an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InternalAnswers {
     /// Every name.
     All,
-    /// These.
+    /// The names that match one of these patterns.
     Names(Vec<NamePattern>),
 }
 
@@ -39,7 +39,7 @@ impl InternalAnswers {
     }
 }
 
-/// As what an error or a fingerprint has them.
+/// The text for an error or a fingerprint.
 impl fmt::Display for InternalAnswers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -51,40 +51,40 @@ impl fmt::Display for InternalAnswers {
     }
 }
 
-/// What the addresses of a name are allowed.
+/// The permissions that a name gives to its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// Bitmap of their classes.
     pub classes: u64,
-    /// Whether that holds for internal ones.
+    /// Whether internal addresses get the classes too.
     pub internal: MayBeInternal,
 }
 
-/// Whether a name may lead to internal addresses.
+/// Whether a name may resolve to internal addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MayBeInternal {
-    /// It may.
+    /// Yes.
     Yes,
-    /// It may if no name on the way is a stranger's.
+    /// Only if no name in the chain is a stranger's.
     WithoutStrangers,
-    /// It may not.
+    /// No.
     No,
 }
 
-/// What entries say about a name.
+/// The entries for one name pattern.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NameRule {
     /// Classes of the `allow` entries.
     pub(super) classes: u64,
-    /// Whether an `allow` or `resolve` entry names it.
-    pub(super) askable: bool,
-    /// The `deny` entry that names it, as written.
+    /// Whether an `allow` or `resolve` entry has the pattern.
+    pub(super) queryable: bool,
+    /// The text of the `deny` entry with the pattern.
     pub(super) denied: Option<Box<str>>,
 }
 
-/// The rules about names, for lookups that take time in the number of a name's labels and not in
+/// The rules about names. A lookup takes time proportional to the number of a name's labels, not to
 /// the number of entries; only patterns with `*` inside a label are tried one by one. Lookups do
-/// not allocate, but for names below the cluster domain where the resolver walks search lists.
+/// not allocate, except for names below the cluster domain if the resolver walks search lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NameRules {
     exactly: HashMap<Name, NameRule>,
@@ -92,7 +92,7 @@ pub struct NameRules {
     globs: Vec<(LabelGlobs, NameRule)>,
     cluster_domain: Name,
     internal_answers: Arc<InternalAnswers>,
-    /// What holds for a name that no entry speaks of.
+    /// The rule for a name that no entry matches.
     unlisted: QuestionRule,
 }
 
@@ -109,7 +109,7 @@ impl NameRules {
         }
     }
 
-    /// Adds rules, one to a pattern.
+    /// Adds rules, one for each pattern.
     pub(super) fn extend(&mut self, rules: impl IntoIterator<Item = (NamePattern, NameRule)>) {
         for (pattern, rule) in rules {
             match pattern {
@@ -124,22 +124,22 @@ impl NameRules {
         }
     }
 
-    /// Whether a question for this name may go on. A denial beats everything else, the cluster
-    /// domain too.
+    /// Whether a query for this name may be sent. A denial overrides everything else, including the cluster
+    /// domain.
     ///
-    /// Where the resolver walks search lists (`walks`), a name below the cluster domain is judged by what
-    /// it may ask upstream, too. Only an entry with the whole name lets such a name through.
+    /// If the resolver walks search lists (`walks`), a name below the cluster domain is also judged by the
+    /// name that the resolver may query upstream. Only an entry with the whole name admits such a name then.
     pub fn question(&self, name: &Name, walks: bool) -> QuestionRule {
-        let mut askable = false;
+        let mut queryable = false;
         for rule in self.rules_of(name) {
             if rule.denied.is_some() {
                 return QuestionRule::Denied;
             }
-            askable |= rule.askable;
+            queryable |= rule.queryable;
         }
         let form = Form::of(name, &self.cluster_domain);
         let Some(form) = form.filter(|_| walks) else {
-            return if askable || name.is_within(&self.cluster_domain) {
+            return if queryable || name.is_within(&self.cluster_domain) {
                 QuestionRule::Allowed
             } else {
                 self.unlisted
@@ -161,23 +161,23 @@ impl NameRules {
     }
 
     fn is_listed_whole(&self, name: &Name) -> bool {
-        self.exactly.get(name).is_some_and(|rule| rule.askable)
+        self.exactly.get(name).is_some_and(|rule| rule.queryable)
     }
 
-    /// The name that an answer's alias shows as the asked one without its search suffix: what a
-    /// resolver that walks search lists has found. `alias` is the asked name's alias.
+    /// The alias, if it is the queried name without its search suffix: a resolver that walks search lists
+    /// answers so. `alias` is the queried name's alias.
     pub fn without_search_suffix<'a>(&self, asked: &Name, alias: &'a Name) -> Option<&'a Name> {
         let suffix = asked.after(alias).filter(|_| !alias.as_wire().is_empty())?;
         suffix.is_within(&self.cluster_domain).then_some(alias)
     }
 
-    /// Whether a name that no entry speaks of may be asked for.
+    /// Whether a name that no entry matches may be queried.
     pub fn allows_unlisted(&self) -> bool {
         self.unlisted == QuestionRule::Allowed
     }
 
-    /// Bitmap of the classes that addresses get when they are answers to a question for this name;
-    /// 0 for a denied name and for one that may only be asked for.
+    /// Bitmap of the classes for addresses in responses to a query for this name;
+    /// 0 for a denied name and for one that may only be queried.
     pub fn classes(&self, name: &Name) -> u64 {
         let mut classes = 0;
         for rule in self.rules_of(name) {
@@ -189,7 +189,7 @@ impl NameRules {
         classes
     }
 
-    /// What addresses get when they are answers to a question for this name.
+    /// The permissions for addresses in responses to a query for this name.
     pub fn grant(&self, name: &Name) -> Grant {
         let internal = if self.internal_answers.has(name) {
             MayBeInternal::Yes
@@ -204,15 +204,15 @@ impl NameRules {
         }
     }
 
-    /// Whether a name on the way from the asked one to an address is a stranger's: neither one of the
-    /// cluster nor one that may lead to internal addresses. An alias of the cluster (a Service of type
-    /// `ExternalName`) may lead out of it, and whoever owns that name could answer with any address.
+    /// Whether a name in the chain from the queried name to an address is a stranger's: neither a name of the
+    /// cluster nor one that may resolve to internal addresses. An alias of the cluster (a Service of type
+    /// `ExternalName`) may point out of it, and the owner of the target name could answer with any address.
     pub fn is_strangers(&self, name: &Name) -> bool {
         !name.is_within(&self.cluster_domain) && !self.internal_answers.has(name)
     }
 
-    /// The `deny` entry that names it, as written; or that names what a resolver which walks search
-    /// lists would ask upstream.
+    /// The text of the `deny` entry that matches the name, or that matches the name which a resolver that
+    /// walks search lists would query upstream.
     pub fn explain_denied(&self, name: &Name) -> Option<&str> {
         let named = self.rules_of(name).find_map(|rule| rule.denied.as_deref());
         named.or_else(|| {

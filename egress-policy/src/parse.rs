@@ -6,7 +6,7 @@ use super::{
     prefix::{Prefix, PrefixError, parse_decimal},
 };
 
-/// A part of an entry and where it begins in it, in bytes.
+/// A part of an entry and its offset in it, in bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'a> {
     pub(super) text: &'a str,
@@ -42,30 +42,30 @@ impl Part<'_> {
     }
 }
 
-/// What is wrong with an entry.
+/// An error in an entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct EntryError {
-    /// Where in the entry, in bytes.
+    /// The offset in the entry, in bytes.
     pub(super) at: usize,
-    /// The offending part.
+    /// The invalid part.
     pub(super) found: String,
-    /// What it is, and what was expected; follows the part.
+    /// What the part is, and what was expected. The message continues the part.
     pub(super) message: String,
 }
 
-/// Reads one entry, a text without separators and comments.
+/// Parses one entry, a text without separators and comments.
 pub(super) fn read_entry(text: &str) -> Result<Entry, EntryError> {
     let whole = Part { text, at: 0 };
     if text.contains("://") {
         return Err(whole.error(
-            "is a URL: expected the host name only, with its port behind a colon, such as \
+            "is a URL: expected only the host name, with its port after a colon, such as \
              `example.com:443`",
         ));
     }
     if parse_decimal(text).is_some() {
         return Err(whole.error(
-            "is a number without a destination: expected `destination:port`, one port or range to \
-             an entry",
+            "is a number without a destination: expected `destination:port`, with one port or range in \
+             each entry",
         ));
     }
     if text.starts_with('[') {
@@ -83,14 +83,14 @@ pub(super) fn read_entry(text: &str) -> Result<Entry, EntryError> {
         None => (head, None),
     };
     if host.text.is_empty() {
-        return Err(whole.error("has no destination: `*` stands for anywhere"));
+        return Err(whole.error("has no destination: write `*` for anywhere"));
     }
-    // A digit behind the slash is the length of a CIDR; protocols are words.
+    // A digit after the slash begins the length of a CIDR; protocols are words.
     let (length, ports, protocol) = match rest {
         Some(rest) if rest.text.starts_with(|c: char| c.is_ascii_digit()) => {
             if let Some(ports) = ports {
                 return Err(rest.error(format!(
-                    "is behind the port: in a CIDR the prefix length comes first, as in \
+                    "is after the port: in a CIDR the prefix length comes first, as in \
                      `{}/{}:{}`",
                     host.text, rest.text, ports.text
                 )));
@@ -127,7 +127,7 @@ pub(super) fn read_entry(text: &str) -> Result<Entry, EntryError> {
     finish(destination, ports, protocol)
 }
 
-/// Splits what follows a CIDR's slash: `16:5432/tcp`.
+/// Splits the text after a CIDR's slash: `16:5432/tcp`.
 fn split_tail(rest: Part<'_>) -> (Part<'_>, Option<Part<'_>>, Option<Part<'_>>) {
     let (rest, protocol) = match rest.split_once('/') {
         Some((rest, protocol)) => (rest, Some(protocol)),
@@ -139,7 +139,7 @@ fn split_tail(rest: Part<'_>) -> (Part<'_>, Option<Part<'_>>, Option<Part<'_>>) 
     }
 }
 
-/// Reads `[2001:db8::7]:443`, `[2001:db8::/32]:443` and `[2001:db8::]/32:443`.
+/// Parses `[2001:db8::7]:443`, `[2001:db8::/32]:443` and `[2001:db8::]/32:443`.
 fn read_bracketed(whole: Part<'_>) -> Result<Entry, EntryError> {
     let Some((open, tail)) = whole.split_once(']') else {
         return Err(whole.error("has no closing bracket: expected `[IPv6 address]:port`"));
@@ -170,19 +170,19 @@ fn read_bracketed(whole: Part<'_>) -> Result<Entry, EntryError> {
         }
     };
     if !address.text.contains(':') {
-        return Err(inside.error("is no IPv6 address: brackets are for IPv6 addresses only"));
+        return Err(inside.error("is not an IPv6 address: brackets are for IPv6 addresses only"));
     }
     finish(read_ipv6(address, length, inside)?, ports, protocol)
 }
 
-/// Reads an IPv6 address or CIDR without brackets, and so without a port.
+/// Parses an IPv6 address or CIDR without brackets, which cannot have a port.
 fn read_bare_ipv6(head: Part<'_>, rest: Option<Part<'_>>) -> Result<Entry, EntryError> {
     let (length, protocol) = match rest {
         Some(rest) if rest.text.starts_with(|c: char| c.is_ascii_digit()) => {
             let (length, ports, protocol) = split_tail(rest);
             if let Some(ports) = ports {
                 return Err(ports.error(format!(
-                    "is a port behind an IPv6 CIDR without brackets: expected `[{}/{}]:{}`",
+                    "is a port after an IPv6 CIDR without brackets: expected `[{}/{}]:{}`",
                     head.text, length.text, ports.text
                 )));
             }
@@ -226,7 +226,7 @@ fn finish(
         && !read.has_ports()
     {
         return Err(ports.error(format!(
-            "is a port, and {} has no ports: leave one of them out",
+            "is a port, and {} has no ports: omit one of them",
             written.text
         )));
     }

@@ -39,7 +39,7 @@ fn error(text: &str) -> String {
 }
 
 #[test]
-fn an_entry_is_destination_ports_and_protocol() {
+fn an_entry_has_a_destination_ports_and_a_protocol() {
     let ports = |min, max| Some(Ports { min, max });
     for (text, destination, ports, protocol) in [
         ("github.com", exactly("github.com"), None, None),
@@ -147,7 +147,7 @@ fn an_entry_is_destination_ports_and_protocol() {
 }
 
 #[test]
-fn names_compare_without_case_trailing_dot_and_spelling_of_idna() {
+fn names_are_equal_regardless_of_case_trailing_dot_and_idna_spelling() {
     assert_eq!(entry("GitHub.COM."), entry("github.com"));
     assert_eq!(entry("bücher.example"), entry("xn--bcher-kva.example"));
     assert_eq!(
@@ -163,7 +163,7 @@ fn names_compare_without_case_trailing_dot_and_spelling_of_idna() {
 }
 
 #[test]
-fn stars_stand_for_labels_or_parts_of_one() {
+fn stars_stand_for_labels_or_parts_of_a_label() {
     let below = Destination::Names(NamePattern::Below(name("example.com")));
     assert_eq!(entry("*.example.com"), plain(below));
     let globs = |below, labels: &[&str]| {
@@ -183,11 +183,11 @@ fn stars_stand_for_labels_or_parts_of_one() {
 }
 
 #[test]
-fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
+fn the_error_for_an_entry_names_the_part_its_place_and_what_was_expected() {
     for (text, expected) in [
         (
             "https://github.com/x",
-            "0 `https://github.com/x` is a URL: expected the host name only, with its port behind \
+            "0 `https://github.com/x` is a URL: expected only the host name, with its port after \
              a colon, such as `example.com:443`",
         ),
         (
@@ -219,16 +219,16 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "github.com:80/icmp",
-            "11 `80` is a port, and icmp has no ports: leave one of them out",
+            "11 `80` is a port, and icmp has no ports: omit one of them",
         ),
         (
             "443",
-            "0 `443` is a number without a destination: expected `destination:port`, one port or \
-             range to an entry",
+            "0 `443` is a number without a destination: expected `destination:port`, with one port or \
+             range in each entry",
         ),
         (
             ":443",
-            "0 `:443` has no destination: `*` stands for anywhere",
+            "0 `:443` has no destination: write `*` for anywhere",
         ),
         (
             "10.1.2.3/16",
@@ -240,7 +240,7 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "10.0.0.0:443/8",
-            "13 `8` is behind the port: in a CIDR the prefix length comes first, as in \
+            "13 `8` is after the port: in a CIDR the prefix length comes first, as in \
              `10.0.0.0/8:443`",
         ),
         (
@@ -250,12 +250,12 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "256.1.1.1",
-            "0 `256.1.1.1` looks like an IP address and is none: expected four numbers from 0 to \
+            "0 `256.1.1.1` looks like an IP address but is not one: expected four numbers from 0 to \
              255, or a CIDR such as `192.0.2.0/24` for a range of addresses",
         ),
         (
             "1.2.3",
-            "0 `1.2.3` looks like an IP address and is none: expected four numbers from 0 to 255, \
+            "0 `1.2.3` looks like an IP address but is not one: expected four numbers from 0 to 255, \
              or a CIDR such as `192.0.2.0/24` for a range of addresses",
         ),
         (
@@ -271,12 +271,12 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "github.*",
-            "0 `github.*` ends with `*`, which would be every top-level domain: expected one, as in \
+            "0 `github.*` ends with `*`, which would match every top-level domain: expected one, as in \
              `*.com`",
         ),
         (
             "bü*.example.com",
-            "0 `bü*.example.com` has `*` behind its beginning and characters outside ASCII: expected \
+            "0 `bü*.example.com` has `*` after its beginning and characters outside ASCII: expected \
              the `xn--` form of its labels",
         ),
         (
@@ -299,7 +299,7 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "2001:db8::/32:443",
-            "14 `443` is a port behind an IPv6 CIDR without brackets: expected \
+            "14 `443` is a port after an IPv6 CIDR without brackets: expected \
              `[2001:db8::/32]:443`",
         ),
         (
@@ -316,7 +316,7 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
         ),
         (
             "[10.0.0.1]:80",
-            "1 `10.0.0.1` is no IPv6 address: brackets are for IPv6 addresses only",
+            "1 `10.0.0.1` is not an IPv6 address: brackets are for IPv6 addresses only",
         ),
         (
             "[2001:db8::7]443",
@@ -333,7 +333,7 @@ fn a_wrong_entry_says_what_was_found_where_and_what_was_expected() {
 }
 
 #[test]
-fn a_name_over_the_limits_of_dns_is_an_error() {
+fn a_name_that_exceeds_the_limits_of_dns_is_an_error() {
     let long = "a".repeat(64);
     assert!(error(&format!("{long}.com")).ends_with("a label is longer than 63 bytes"));
     assert!(error(&format!("{long}*.com")).ends_with("a label is longer than 63 bytes"));
@@ -342,7 +342,7 @@ fn a_name_over_the_limits_of_dns_is_an_error() {
 }
 
 #[test]
-fn look_alikes_of_addresses_are_no_names() {
+fn texts_that_look_like_addresses_are_not_names() {
     for text in [
         "0x7f.1",
         "127.0.0.0x1",

@@ -1,7 +1,7 @@
-//! Name patterns: what the destination of an entry says about names.
+//! Name patterns: the destinations of entries for names.
 //!
-//! A pattern is compared with a [`Name`] label by label and byte by byte, never with its text: a
-//! label may hold a dot.
+//! A pattern is compared with a [`Name`] label by label and byte by byte, never with its text, because a
+//! label may contain a dot.
 
 use std::fmt;
 
@@ -18,18 +18,18 @@ pub enum NamePattern {
     Glob(LabelGlobs),
 }
 
-/// Labels of which some hold `*`, each standing for any number of bytes (none too) of its label. A label
-/// of `*` alone so stands for any one label.
+/// Labels of which some contain `*`, each for any number of bytes (also none) of its label. So a label that
+/// is only `*` stands for any one label.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LabelGlobs {
     /// Whether one or more labels come before (`*.api-*.example.com`).
     below: bool,
-    /// From the leftmost on, in lower case; never two `*` in a row.
+    /// From the leftmost label on, in lower case; never two `*` in a row.
     labels: Box<[Box<[u8]>]>,
 }
 
 impl LabelGlobs {
-    /// The pattern made of these labels, ASCII letters taken in lower case.
+    /// The pattern with these labels; ASCII letters become lower case.
     pub fn new<'a>(below: bool, labels: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let labels = labels
             .into_iter()
@@ -55,9 +55,9 @@ impl LabelGlobs {
                 .all(|(label, glob)| matches(glob, label))
     }
 
-    /// Whether every name that `other` matches is matched here.
+    /// Whether this pattern matches every name that `other` matches.
     ///
-    /// A `*` of `other` is taken for a byte of its own, which only a `*` here can match.
+    /// A `*` of `other` is treated as a byte that only a `*` of this pattern can match.
     fn covers(&self, other: &Self) -> bool {
         let Some(before) = other.labels.len().checked_sub(self.labels.len()) else {
             return false;
@@ -74,7 +74,7 @@ impl LabelGlobs {
 }
 
 impl NamePattern {
-    /// Whether the name is one that the pattern speaks of.
+    /// Whether the pattern matches the name.
     pub fn matches(&self, name: &Name) -> bool {
         match self {
             Self::Exactly(only) => only == name,
@@ -83,7 +83,7 @@ impl NamePattern {
         }
     }
 
-    /// Whether every name that `other` speaks of is one that this pattern speaks of.
+    /// Whether the pattern matches every name that `other` matches.
     pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (_, Self::Exactly(name)) => self.matches(name),
@@ -100,7 +100,7 @@ impl NamePattern {
 }
 
 impl LabelGlobs {
-    /// Whether every name matched is strictly below `top`.
+    /// Whether every matched name is strictly below `top`.
     fn is_below(&self, top: &Name) -> bool {
         let Some(before) = self.labels.len().checked_sub(top.labels().count()) else {
             return false;
@@ -113,7 +113,7 @@ impl LabelGlobs {
     }
 }
 
-/// The pattern as an entry writes it, IDNA names in their ASCII form.
+/// The pattern in the grammar of entries, with IDNA names in their ASCII form.
 impl fmt::Display for NamePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -136,10 +136,10 @@ impl fmt::Display for NamePattern {
     }
 }
 
-/// Whether the label is one that the glob describes; `*` stands for any number of bytes.
+/// Whether the glob matches the label; `*` stands for any number of bytes.
 ///
-/// Time is at most the product of both lengths: only the last `*` seen is ever tried again, since
-/// an earlier one could gain nothing by taking more.
+/// Time is at most proportional to the product of both lengths: only the last `*` is ever tried again,
+/// because a longer match of an earlier one would gain nothing.
 fn matches(glob: &[u8], label: &[u8]) -> bool {
     let (mut g, mut l) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subtree_is_one_or_more_labels_below() {
+    fn a_subtree_has_one_or_more_labels_below_its_top() {
         let pattern = NamePattern::Below(name("example.com"));
         assert!(pattern.matches(&name("a.example.com")));
         assert!(pattern.matches(&name("a.b.EXAMPLE.com")));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dot_inside_a_label_is_no_border_of_a_subtree() {
+    fn a_dot_inside_a_label_does_not_separate_labels() {
         let evil = Name::from_labels([b"a.example".as_slice(), b"com"]).unwrap();
         assert!(!NamePattern::Below(name("example.com")).matches(&evil));
         assert!(!NamePattern::Exactly(name("a.example.com")).matches(&evil));
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_for_a_label_is_one_label() {
+    fn a_star_as_a_label_stands_for_one_label() {
         let pattern = globs("s3.*.amazonaws.com");
         assert!(pattern.matches(&name("s3.eu-west-1.amazonaws.com")));
         assert!(!pattern.matches(&name("s3.amazonaws.com")));
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_covers_only_what_it_matches_whole() {
+    fn a_pattern_covers_another_only_if_it_matches_all_of_its_names() {
         let below = |text| NamePattern::Below(name(text));
         let exactly = |text| NamePattern::Exactly(name(text));
         assert!(below("example.com").covers(&exactly("a.example.com")));
@@ -246,28 +246,30 @@ mod tests {
         assert!(!exactly("a.example.com").covers(&below("example.com")));
     }
 
-    /// The definition, without care for time.
-    fn plainly(glob: &[u8], label: &[u8]) -> bool {
+    /// The definition, without regard to time.
+    fn matches_by_definition(glob: &[u8], label: &[u8]) -> bool {
         match glob.split_first() {
             None => label.is_empty(),
-            Some((b'*', rest)) => (0..=label.len()).any(|n| plainly(rest, &label[n..])),
+            Some((b'*', rest)) => {
+                (0..=label.len()).any(|n| matches_by_definition(rest, &label[n..]))
+            }
             Some((byte, rest)) => label
                 .split_first()
-                .is_some_and(|(first, tail)| first == byte && plainly(rest, tail)),
+                .is_some_and(|(first, tail)| first == byte && matches_by_definition(rest, tail)),
         }
     }
 
     proptest! {
         #[test]
-        fn globs_match_what_their_definition_says(glob in "[ab*]{0,8}", label in "[ab]{0,10}") {
+        fn globs_match_according_to_their_definition(glob in "[ab*]{0,8}", label in "[ab]{0,10}") {
             prop_assert_eq!(
                 matches(glob.as_bytes(), label.as_bytes()),
-                plainly(glob.as_bytes(), label.as_bytes())
+                matches_by_definition(glob.as_bytes(), label.as_bytes())
             );
         }
 
         #[test]
-        fn what_a_covered_pattern_matches_its_cover_matches(
+        fn a_covering_pattern_matches_every_name_of_the_covered_one(
             outer in "(\\*\\.)?[ab*]{0,2}a[ab*]{0,2}\\.b",
             inner in "(\\*\\.)?[ab*]{0,2}a[ab*]{0,2}\\.b",
             other in "([ab]{1,2}\\.){0,2}[ab]{1,4}\\.b",
@@ -279,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn many_stars_cost_no_more_than_both_lengths_together() {
+    fn many_stars_do_not_take_exponential_time() {
         let glob = [b"a*".repeat(31), b"b".to_vec()].concat();
         let label = [b'a'; 63];
         assert!(!matches(&glob, &label));

@@ -1,4 +1,4 @@
-//! Address prefixes, and the merge that lets a longest-prefix match see all of them.
+//! Address prefixes, and the merge after which a longest-prefix match finds the bits of all of them.
 
 use std::{
     collections::BTreeMap,
@@ -13,16 +13,16 @@ use serde::{Deserialize, Serialize};
 /// Bits in an address.
 const ADDRESS_BITS: u32 = 128;
 
-/// The part of the address space that IPv4 is mapped to, `::ffff:0:0/96`.
+/// The part of the address space for mapped IPv4 addresses, `::ffff:0:0/96`.
 const MAPPED: Prefix = Prefix {
     network: address::from_v4([0; 4]),
     prefix_len: V4_MAPPED_PREFIX_LEN,
 };
 
-/// An IPv4 or IPv6 prefix in the form of the maps: a network address without host bits and a length
+/// An IPv4 or IPv6 prefix in the form of the maps: a network address without host bits, and a length
 /// in bits of the 128-bit form, so that an IPv4 prefix of length `n` has `96 + n`.
 ///
-/// An IPv6 prefix never contains IPv4 addresses, though `::/0` is numerically above their mapped
+/// An IPv6 prefix never contains IPv4 addresses, although `::/0` numerically contains their mapped
 /// form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -31,19 +31,19 @@ pub struct Prefix {
     prefix_len: u32,
 }
 
-/// Why a text is no prefix. The texts are made to follow what was found.
+/// Why a text is not a prefix. The message continues the text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PrefixError {
-    /// Not an address at all.
+    /// Not an address.
     #[error("is not an IP address or CIDR")]
     NotAnAddress,
-    /// The part after the slash is not a number that the family allows.
+    /// The part after the slash is not a length that the family allows.
     #[error("has a wrong prefix length: expected a number from 0 to {max}")]
     Length {
         /// The family's longest prefix.
         max: u32,
     },
-    /// Bits are set behind the prefix.
+    /// Bits are set after the prefix.
     #[error("has bits set outside its prefix: the network is {network}")]
     HostBits {
         /// The same prefix without them.
@@ -53,7 +53,7 @@ pub enum PrefixError {
     #[error("is an IPv4-mapped IPv6 address: write the IPv4 address")]
     Mapped,
     /// An IPv6 address with a zone.
-    #[error("has an IPv6 zone: zones mean nothing outside the pod, leave it out")]
+    #[error("has an IPv6 zone: zones mean nothing outside the pod, omit it")]
     Zone,
 }
 
@@ -66,11 +66,11 @@ impl Prefix {
         }
     }
 
-    /// The prefix of `length` bits (of the family's own 32 or 128) that `address` lies in.
+    /// The prefix of `length` bits (of the family's own 32 or 128) that contains `address`.
     ///
     /// # Panics
     ///
-    /// When `length` is longer than the family allows.
+    /// When `length` exceeds the family's maximum.
     pub fn containing(address: IpAddr, length: u32) -> Self {
         let offset = family_offset(address);
         assert!(
@@ -84,7 +84,7 @@ impl Prefix {
         }
     }
 
-    /// Reads an address or a CIDR.
+    /// Parses an address or a CIDR.
     ///
     /// # Errors
     ///
@@ -96,7 +96,7 @@ impl Prefix {
         }
     }
 
-    /// Reads an address and, where there is one, the text behind its slash.
+    /// Parses an address and, if there is one, the text after its slash.
     ///
     /// # Errors
     ///
@@ -133,7 +133,7 @@ impl Prefix {
         self.prefix_len
     }
 
-    /// Whether these are IPv4 addresses.
+    /// Whether the prefix contains IPv4 addresses.
     pub fn is_v4(&self) -> bool {
         self.prefix_len >= V4_MAPPED_PREFIX_LEN && address::is_v4(&self.network)
     }
@@ -148,19 +148,19 @@ impl Prefix {
             }
     }
 
-    /// Whether the address lies in the prefix.
+    /// Whether the prefix contains the address.
     pub fn contains(&self, address: &Address) -> bool {
         self.is_v4() == address::is_v4(address) && mask(*address, self.prefix_len) == self.network
     }
 
-    /// Whether every address of `other` lies in this prefix.
+    /// Whether the prefix contains every address of `other`.
     pub fn covers(&self, other: &Self) -> bool {
         self.is_v4() == other.is_v4()
             && self.prefix_len <= other.prefix_len
             && mask(other.network, self.prefix_len) == self.network
     }
 
-    /// The addresses that lie in both: prefixes are nested or apart.
+    /// The addresses in both prefixes, which are either nested or disjoint.
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         if self.covers(other) {
             Some(*other)
@@ -177,7 +177,7 @@ impl Prefix {
         IpNet::new_assert(address, length as u8)
     }
 
-    /// Whether the prefix is above the mapped form of IPv4 without meaning it.
+    /// Whether an IPv6 prefix numerically contains the mapped IPv4 addresses.
     fn is_above_mapped(&self) -> bool {
         !self.is_v4()
             && self.prefix_len < V4_MAPPED_PREFIX_LEN
@@ -210,7 +210,7 @@ impl TryFrom<String> for Prefix {
     }
 }
 
-/// The fewest prefixes that hold the same addresses, IPv4 first.
+/// The smallest set of prefixes with the same addresses, IPv4 first.
 pub fn merge(prefixes: &[Prefix]) -> Vec<Prefix> {
     let networks: Vec<IpNet> = prefixes.iter().map(|prefix| prefix.to_network()).collect();
     let merged = IpNet::aggregate(&networks).into_iter();
@@ -219,11 +219,11 @@ pub fn merge(prefixes: &[Prefix]) -> Vec<Prefix> {
         .collect()
 }
 
-/// Makes of prefixes with bits what a longest-prefix match needs: every prefix carries its own bits
+/// Prepares prefixes with bits for a longest-prefix match: every prefix gets its own bits
 /// and those of all prefixes that contain it. Sorted by network and length.
 ///
-/// An IPv6 prefix gives nothing to IPv4: where one is above the mapped form, `::ffff:0:0/96` is
-/// added to end its reach.
+/// IPv4 gets no bits from an IPv6 prefix: if one numerically contains the mapped addresses, `::ffff:0:0/96`
+/// is added to exclude them.
 pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64)> {
     let mut merged: BTreeMap<Prefix, u64> = BTreeMap::new();
     for (prefix, bits) in own {
@@ -232,7 +232,7 @@ pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64
     if merged.keys().any(Prefix::is_above_mapped) {
         merged.entry(MAPPED).or_default();
     }
-    // In this order a prefix comes after all that contain it, so those are a stack.
+    // In this order each prefix comes after all that contain it, so those form a stack.
     let mut above: Vec<(Prefix, u64)> = Vec::new();
     merged
         .into_iter()
@@ -256,7 +256,7 @@ fn numerically_covers(outer: &Prefix, inner: &Prefix) -> bool {
     outer.prefix_len <= inner.prefix_len && mask(inner.network, outer.prefix_len) == outer.network
 }
 
-/// The 16 bytes of the maps.
+/// The 16 bytes for an address in the maps.
 pub fn to_mapped(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(v4) => address::from_v4(v4.octets()),
@@ -264,7 +264,7 @@ pub fn to_mapped(address: IpAddr) -> Address {
     }
 }
 
-/// The address that the 16 bytes of the maps stand for.
+/// The address for 16 bytes in the maps.
 pub fn from_mapped(address: &Address) -> IpAddr {
     if address::is_v4(address) {
         let [.., a, b, c, d] = *address;
@@ -289,7 +289,7 @@ fn mask(address: Address, prefix_len: u32) -> Address {
     (u128::from_be_bytes(address) & keep).to_be_bytes()
 }
 
-/// A number of decimal digits alone: no sign, no space.
+/// Parses decimal digits only: no sign, no space.
 pub fn parse_decimal(text: &str) -> Option<u32> {
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
         text.parse().ok()
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_prefixes_say_what_is_wrong() {
+    fn the_error_for_a_prefix_says_what_is_wrong() {
         let message = |text| Prefix::parse(text).unwrap_err().to_string();
         assert_eq!(
             message("10.1.2.3/8"),
@@ -347,13 +347,13 @@ mod tests {
         );
         assert_eq!(
             message("fe80::1%eth0"),
-            "has an IPv6 zone: zones mean nothing outside the pod, leave it out"
+            "has an IPv6 zone: zones mean nothing outside the pod, omit it"
         );
         assert_eq!(message("10.0.0/8"), "is not an IP address or CIDR");
     }
 
     #[test]
-    fn a_longest_match_sees_the_bits_of_every_prefix_around_it() {
+    fn a_longest_match_finds_the_bits_of_every_containing_prefix() {
         let merged = inherit([
             (prefix("10.1.2.0/24"), 1),
             (prefix("10.0.0.0/8"), 2),

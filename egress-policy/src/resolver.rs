@@ -1,4 +1,4 @@
-//! Where a resolver is asked.
+//! The address and port of a resolver.
 
 use std::{
     fmt,
@@ -6,12 +6,10 @@ use std::{
     str::FromStr,
 };
 
+use egress_common::protocol::DNS_PORT;
 use serde::{Deserialize, Serialize};
 
-/// Port of DNS.
-pub const DNS_PORT: u16 = 53;
-
-/// An address and a port on which pods may ask.
+/// An address and a port to which pods may send queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Resolver {
@@ -30,7 +28,7 @@ impl From<IpAddr> for Resolver {
     }
 }
 
-/// Why a text is no resolver.
+/// The error for a text that is not a resolver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("is not the address of a resolver")]
 pub struct NotAResolver;
@@ -83,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resolver_is_written_as_it_is_read() {
+    fn a_resolver_is_read_back_as_it_was_written() {
         for text in ["10.1.0.2", "fd00::1", "10.1.0.2:5353", "[fd00::1]:5353"] {
             let read: Resolver = text.parse().unwrap();
             assert_eq!(read.to_string(), text);

@@ -1,29 +1,29 @@
-//! Names that a search list has made, where the resolver walks search lists itself.
+//! Names below a search suffix, for resolvers that walk search lists themselves.
 //!
-//! `CoreDNS`'s plugin `autopath` takes a question for a name below the first search suffix,
-//! `<namespace>.svc.<cluster domain>`, and asks for what stands before that suffix with each of the
-//! others, and at last alone: so the servers of a public zone hear of it.
+//! `CoreDNS`'s plugin `autopath` receives a query for a name below the first search suffix,
+//! `<namespace>.svc.<cluster domain>`. It removes that suffix and queries the rest with each of the other
+//! suffixes, and at last alone. So the servers of a public zone learn the name.
 
 use egress_dns::Name;
 
 /// Whether resolvers walk search lists, as `CoreDNS` does with its plugin `autopath`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Autopath {
-    /// They do from the first answer on that shows it.
+    /// Yes, from the first response on that shows it.
     Auto,
-    /// They do.
+    /// Yes.
     On,
-    /// They do not.
+    /// No.
     Off,
 }
 
-/// What a name below the cluster domain is, by its form.
+/// The form of a name below the cluster domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Form {
-    /// Whether Services and Pods have names of this form; or what stands before the search suffix has
-    /// it, so that asked for alone it ends in the label `svc` or `pod`, which no public zone has.
+    /// Whether Services and Pods have names of this form. Also true if the part before the search suffix has
+    /// the form: queried alone, it ends in the label `svc` or `pod`, which no public zone has.
     pub(super) is_own: bool,
-    /// What stands before the search suffix.
+    /// The part before the search suffix.
     pub(super) public: Option<Name>,
 }
 
@@ -37,7 +37,7 @@ impl Form {
         let below = &labels[..labels.len() - cluster_domain.labels().count()];
         let public = match below {
             [] | [b"svc"] | [_, b"svc"] => &[],
-            // What stands before the namespace.
+            // The part before the namespace.
             [public @ .., _, b"svc"] => public,
             all => all,
         };
@@ -51,8 +51,8 @@ impl Form {
 }
 
 /// Whether Services and Pods have names with these labels before the cluster domain
-/// (<https://github.com/kubernetes/dns/blob/master/docs/specification.md>), or there is one label alone:
-/// as a public name that is a top-level domain.
+/// (<https://github.com/kubernetes/dns/blob/master/docs/specification.md>), or there is only one label, which
+/// alone would be a public top-level domain.
 fn is_own(below: &[&[u8]]) -> bool {
     match below {
         [] | [_] => true,
@@ -73,7 +73,7 @@ mod tests {
     use crate::exact_name;
 
     #[test]
-    fn names_of_services_and_pods_are_told_from_others() {
+    fn names_of_services_and_pods_are_distinguished_from_others() {
         let domain = exact_name("cluster.local").unwrap();
         let form = |text: &str| {
             let form = Form::of(&exact_name(text).unwrap(), &domain)?;

@@ -1,4 +1,4 @@
-//! Prefixes of translators, and the IPv4 addresses that they lead to.
+//! Prefixes of translators, and the IPv4 addresses behind them.
 
 use egress_common::{
     address::Address,
@@ -16,9 +16,9 @@ const WELL_KNOWN: [&str; 2] = ["64:ff9b::/96", "2002::/16"];
 pub struct Translators(Vec<Prefix>);
 
 impl Translators {
-    /// Those that are known without configuration.
+    /// The prefixes that are known without configuration.
     pub fn well_known() -> Self {
-        // Each is read by a test.
+        // A test ensures that each can be parsed.
         let prefixes = WELL_KNOWN
             .iter()
             .filter_map(|text| Prefix::parse(text).ok());
@@ -29,7 +29,7 @@ impl Translators {
     ///
     /// # Errors
     ///
-    /// The other prefix, when it overlaps one that is here.
+    /// The other prefix, if it overlaps an existing one.
     pub fn add(&mut self, prefix: Prefix) -> Result<(), Prefix> {
         if self.0.contains(&prefix) {
             return Ok(());
@@ -51,13 +51,13 @@ impl Translators {
         &self.0
     }
 
-    /// The IPv4 address that a translator sends packets for the address to, if one does.
+    /// The IPv4 address to which a translator sends packets for the address, if there is a translator.
     pub fn v4_behind(&self, address: &Address) -> Option<Address> {
         let prefix = self.0.iter().find(|prefix| prefix.contains(address))?;
         embedded_v4(address, range_kind(prefix.prefix_len()))
     }
 
-    /// A prefix of all IPv4 addresses that translators lead to from addresses of `prefix`.
+    /// A prefix that contains all IPv4 addresses behind the addresses of `prefix`.
     pub fn v4_prefix_behind(&self, prefix: &Prefix) -> Option<Prefix> {
         let translator = self
             .0
@@ -66,7 +66,7 @@ impl Translators {
         let outer = translator.prefix_len();
         let fixed = match prefix.prefix_len().checked_sub(outer) {
             None => 0,
-            // The octet at bit 64 fixes nothing.
+            // The octet at bit 64 is not part of the IPv4 address.
             Some(bits) if prefix.prefix_len() > 64 && (32..=64).contains(&outer) => {
                 bits - (prefix.prefix_len() - 64).min(8)
             }
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn every_well_known_prefix_can_be_read() {
+    fn every_well_known_prefix_can_be_parsed() {
         let read = Translators::well_known();
         assert_eq!(read.prefixes().len(), WELL_KNOWN.len());
     }
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_leads_to_the_ipv4_prefix_that_it_fixes() {
+    fn a_prefix_leads_to_the_ipv4_prefix_of_its_fixed_bits() {
         let mut translators = Translators::well_known();
         for text in ["2001:db8::/32", "2001:db9:4000::/40", "2001:db9:64:64::/64"] {
             assert_eq!(translators.add(prefix(text)), Ok(()));

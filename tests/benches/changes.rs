@@ -1,10 +1,10 @@
-//! How long it takes until a changed manifest is in force: for one pod, and for a hundred whose
-//! namespace is edited.
+//! The time until a changed manifest is applied: for one pod, and for a hundred pods whose namespace is
+//! edited.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -18,15 +18,15 @@ const PODS: usize = 100;
 const ROUNDS: usize = 20;
 const ROUNDS_OF_MANY: usize = 5;
 
-/// Two policies that differ; each has a name and a prefix, and so all the maps there are.
+/// Two different policies. Each has a name and a prefix, so it uses every kind of map.
 const POLICIES: [&str; 2] = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.100.0/24"];
 
-/// What is waited for is what the agent says as soon as it is so: of each pod, or of several.
+/// The steps, and the log line that ends each of them, for one pod or for several.
 const STEPS: [(&str, &str); 4] = [
     ("begin", "enforcing"),
     ("change", "policy applied"),
-    ("release", "released"),
-    ("remove", "removed"),
+    ("remove", "released"),
+    ("detach", "removed"),
 ];
 
 fn main() {
@@ -35,7 +35,7 @@ fn main() {
     let many: Vec<Pod> = (0..PODS)
         .map(|i| lab.pod("many", &format!("p{i}")))
         .collect();
-    // Without a policy of their own: their namespace gives them theirs, and takes it away.
+    // The pods have no policy of their own: their namespace sets and removes it.
     for pod in many.iter().chain([&one]) {
         lab.write_pod(pod, &[]);
     }
@@ -62,8 +62,8 @@ fn main() {
     print_table(&rows);
 }
 
-/// Gives the namespace a policy, another one, and none, over and over; milliseconds of each step. What
-/// has been removed is waited for as part of removing it.
+/// Sets, changes and removes the namespace's policy repeatedly; returns the milliseconds of each step. Each
+/// removal includes the wait until the programs are detached.
 fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize) -> [Vec<f64>; 4] {
     let mut taken: [Vec<f64>; 4] = Default::default();
     for _ in 0..rounds {
@@ -73,7 +73,7 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
             let (_, says) = STEPS[i];
             let is_last = i + 1 == steps.len();
             let (mut said, mut removed) = (0, 0);
-            let mut in_force = None;
+            let mut applied = None;
             let start = Instant::now();
             agent.says_after(
                 &format!("{says}, of {pods} pods"),
@@ -83,14 +83,14 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
                         said += of_pods(line);
                     }
                     if said == pods {
-                        in_force.get_or_insert_with(|| start.elapsed());
+                        applied.get_or_insert_with(|| start.elapsed());
                     }
                     removed += usize::from(line.contains(STEPS[3].1));
                     said == pods && (!is_last || removed == pods)
                 },
             );
             let whole = start.elapsed();
-            taken[i].push(in_force.unwrap_or(whole).as_secs_f64() * 1e3);
+            taken[i].push(applied.unwrap_or(whole).as_secs_f64() * 1e3);
             if is_last {
                 taken[3].push(whole.as_secs_f64() * 1e3);
             }
@@ -99,7 +99,7 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
     taken
 }
 
-/// How many pods a line is about.
+/// The number of pods that a line is about.
 fn of_pods(line: &str) -> usize {
     let Some((_, pods)) = line.split_once("pods=") else {
         return 1;

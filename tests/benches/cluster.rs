@@ -1,10 +1,10 @@
-//! In a cluster: how long it takes until a new pod is enforced and until an annotation is in force, and
-//! what an agent with many pods costs.
+//! In a cluster: the time until a new pod is enforced, the time until an annotation is applied, and the cost
+//! of an agent with many pods.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -27,19 +27,19 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
-/// New pods, and edits.
+/// The number of new pods, and of edits.
 const ROUNDS: usize = 30;
-/// Pods of the node that is full.
+/// The number of pods on the full node.
 const PODS: usize = 250;
-/// Pods that come to it besides: a laboratory has room for no more.
+/// The number of pods that are added to it: a laboratory has no room for more.
 const MORE: usize = 4;
-/// Addresses that each of them has resolved.
+/// The number of addresses that each pod has resolved.
 const ADDRESSES: u32 = 40;
-/// How long nothing happens.
+/// The duration of the idle phase.
 const IDLE: Duration = Duration::from_secs(60);
-/// How long a runtime takes from a pod's interface to its first process, or longer.
+/// The time that a runtime takes, or more, from a pod's interface to its first process.
 const RUNTIME: Duration = Duration::from_millis(200);
-/// Until the agent has nothing left to do.
+/// The time after which the agent is idle.
 const SETTLED: Duration = Duration::from_millis(500);
 
 fn main() {
@@ -121,16 +121,16 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// Which of the two a pod has first.
+/// Whether a pod's process starts before or after its interface exists.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Process {
     BeforeInterface,
     AfterInterface,
 }
 
-/// Makes pods one by one that the API server has spoken of before. Milliseconds from the interface to
-/// its being closed (where nobody is behind it yet), and from the later of process and interface to the
-/// pod's being enforced.
+/// Creates pods one by one whose objects the API server already has. Returns milliseconds from the interface
+/// to its quarantine (if no process exists yet), and from the later of process and interface to the pod's
+/// enforcement.
 fn new_pods(
     cluster: &Cluster,
     agent: &Agent,
@@ -173,8 +173,8 @@ fn new_pods(
     taken
 }
 
-/// Edits a pod's annotation. Milliseconds until it is in force, from sending the edit, and from the API
-/// server's answer, which comes at about the time of the watch event.
+/// Edits a pod's annotation. Returns the milliseconds until it is applied, from the request and from the API
+/// server's response, which comes at about the time of the watch event.
 fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
     let namespace = cluster.namespace("edited", &Value::Null);
     let policies = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.100.0/24"].map(allow);
@@ -200,7 +200,7 @@ fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
     taken
 }
 
-/// A node with as many pods as one can have.
+/// A node with the maximum number of pods.
 struct FullNode {
     agent: Agent,
     rows: Vec<Vec<String>>,
@@ -251,7 +251,7 @@ impl FullNode {
     }
 }
 
-/// Milliseconds.
+/// Milliseconds since `start`.
 fn since(start: Instant) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }

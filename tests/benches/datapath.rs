@@ -1,10 +1,10 @@
-//! What a packet costs in `from_pod`: the kernel runs the program over and over on one frame
+//! The cost of a packet in `from_pod`: the kernel runs the program repeatedly on one frame
 //! (`BPF_PROG_TEST_RUN`).
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -28,12 +28,12 @@ struct Case {
     taken: Vec<f64>,
 }
 
-/// The pod's port of a connection that is established.
+/// The pod's port of an established connection.
 const CONNECTED: u16 = 40_000;
-/// And of one that is not.
+/// The pod's port of a connection that is not established.
 const OPENING: u16 = 40_001;
 
-/// A TCP packet of the pod's.
+/// A TCP packet of the pod.
 fn tcp(pod: &Pod, to: IpAddr, port: u16, opens: bool) -> Vec<u8> {
     let IpAddr::V4(to) = to else {
         panic!("{to} is not an IPv4 address")
@@ -71,7 +71,7 @@ fn main() {
     pod.lookup("shop.test");
 
     lab.node().run(|| {
-        // The agent's maps, and programs of this process's own that are attached to nothing.
+        // The agent's maps, with programs of this process that are not attached.
         let mut datapath = Datapath::open(&Options {
             bpffs: lab.bpffs(),
             allow_entries: egress_common::limits::ALLOW_ENTRIES,
@@ -93,7 +93,7 @@ fn main() {
         };
         let known = tcp(&pod, server(10), CONNECTED, false);
         let opens = tcp(&pod, server(10), OPENING, true);
-        // The server has answered on the first connection, and on the second it has not.
+        // The server has answered on the first connection, but not on the second.
         for (hook, frame) in [
             (Hook::FromPod, tcp(&pod, server(10), CONNECTED, true)),
             (Hook::ToPod, accepts(&pod, server(10), CONNECTED)),

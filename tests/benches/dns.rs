@@ -1,16 +1,16 @@
-//! What a fresh name costs: bare, with question and answer held by the agent, and through dnsmasq
-//! as a forwarding resolver that fills an nftables set, all before the same server. It is one that does
-//! next to nothing, so that the way to it is all there is; and then unbound, which has to ask further
-//! for each name, as the resolver of a cluster has to.
+//! The cost of a new name: bare, with query and response held by the agent, and through dnsmasq as a
+//! forwarding resolver that fills an nftables set. All three use the same server: first one with almost no
+//! work of its own, so that only the path to it counts; then unbound, which has to query another server for
+//! each name, as a cluster's resolver does.
 //!
-//! Where the scheduler puts client and server decides what "bare" is: on one CPU, each hands over to
-//! the other without waking anything, and anything in between looks dear; on two, each message wakes
-//! a CPU, as one from another machine would. So it is measured both ways.
+//! The placement of client and server by the scheduler determines what "bare" costs. On one CPU, each hands
+//! over to the other without a wake-up, and anything in between looks expensive; on two CPUs, each message
+//! wakes a CPU, as a message from another machine does. So both placements are measured.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -33,29 +33,29 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 const ROUNDS: usize = 30;
-/// Names in one round, asked one by one.
+/// The number of names in a round, queried one by one.
 const SINGLE_NAMES: u32 = 2000;
-/// Names in one round, asked with [`OPEN`] questions open.
+/// The number of names in a round, queried with [`OPEN`] queries pending.
 const PIPELINED_NAMES: u32 = 2000;
 const OPEN: u32 = 32;
 
-/// One way to the server, and what was measured on it, one number for each round.
-struct Way {
+/// One of the compared paths to the server, and its measurements, one number per round.
+struct Variant {
     what: &'static str,
     client: Client,
-    /// The program in between.
+    /// The process in between.
     pid: Option<u32>,
     p50: Vec<f64>,
     p99: Vec<f64>,
-    /// Questions a second, one by one.
+    /// Queries per second, one by one.
     single_rate: Vec<f64>,
-    /// Questions a second with [`OPEN`] open.
+    /// Queries per second with [`OPEN`] pending.
     rate: Vec<f64>,
     single_cpu: Vec<f64>,
     pipelined_cpu: Vec<f64>,
 }
 
-impl Way {
+impl Variant {
     fn new(what: &'static str, client: Client, pid: Option<u32>) -> Self {
         Self {
             what,
@@ -137,7 +137,7 @@ impl Drop for Dnsmasq {
     }
 }
 
-/// Where unbound listens, which asks [`RESOLVER`].
+/// The address of unbound, which queries [`RESOLVER`].
 const FORWARDER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 54));
 
 fn unbound(lab: &Lab) -> Running {
@@ -197,14 +197,14 @@ fn main() {
             for id in [responder.id(), Pid::from_raw(unbound.id().cast_signed())] {
                 place(id, if apart { 1..2 } else { 0..cpus });
             }
-            let ways = measure([
-                Way::new("bare", Client::new(&bare, server), None),
-                Way::new(
+            let variants = measure([
+                Variant::new("bare", Client::new(&bare, server), None),
+                Variant::new(
                     "egress-agent",
                     Client::new(&enforced, server),
                     Some(agent.pid()),
                 ),
-                Way::new(
+                Variant::new(
                     "dnsmasq --nftset",
                     Client::new(&proxied, gateway),
                     Some(dnsmasq.0.id()),
@@ -216,27 +216,27 @@ fn main() {
                 "client and server where the scheduler puts them"
             };
             println!("Before {what}, {placed}:\n");
-            report(&ways);
+            report(&variants);
         }
     }
 }
 
-/// Does all rounds.
-fn measure(mut ways: [Way; 3]) -> [Way; 3] {
-    for way in &ways {
-        way.client.latencies(SINGLE_NAMES);
+/// Runs all rounds.
+fn measure(mut variants: [Variant; 3]) -> [Variant; 3] {
+    for variant in &variants {
+        variant.client.latencies(SINGLE_NAMES);
     }
     for round in 0..ROUNDS {
-        // Each way follows each other one equally often.
-        for i in 0..ways.len() {
-            ways[(round + i) % 3].round();
+        // Each variant follows each other one equally often.
+        for i in 0..variants.len() {
+            variants[(round + i) % 3].round();
         }
     }
-    ways
+    variants
 }
 
-fn report(ways: &[Way; 3]) {
-    let bare = &ways[0];
+fn report(variants: &[Variant; 3]) {
+    let bare = &variants[0];
     println!(
         "{ROUNDS} rounds of {SINGLE_NAMES} fresh names one by one and {PIPELINED_NAMES} with {OPEN} open (pipelined).\n"
     );
@@ -248,13 +248,13 @@ fn report(ways: &[Way; 3]) {
         "questions/s, one by one",
         "pipelined"
     ]];
-    for way in &ways[1..] {
+    for variant in &variants[1..] {
         ratios.push(row![
-            way.what,
-            Spread::of_ratios(&way.p50, &bare.p50).ratio(),
-            Spread::of_ratios(&way.p99, &bare.p99).ratio(),
-            Spread::of_ratios(&way.single_rate, &bare.single_rate).ratio(),
-            Spread::of_ratios(&way.rate, &bare.rate).ratio(),
+            variant.what,
+            Spread::of_ratios(&variant.p50, &bare.p50).ratio(),
+            Spread::of_ratios(&variant.p99, &bare.p99).ratio(),
+            Spread::of_ratios(&variant.single_rate, &bare.single_rate).ratio(),
+            Spread::of_ratios(&variant.rate, &bare.rate).ratio(),
         ]);
     }
     print_table(&ratios);
@@ -267,19 +267,19 @@ fn report(ways: &[Way; 3]) {
         "CPU, one by one",
         "CPU, pipelined"
     ]];
-    for way in ways {
+    for variant in variants {
         let cpu = |numbers: &[f64]| {
-            way.pid.map_or("-".to_owned(), |_| {
+            variant.pid.map_or("-".to_owned(), |_| {
                 Spread::of(numbers.iter().copied()).number("µs", 1)
             })
         };
         numbers.push(row![
-            way.what,
-            Spread::of(way.p50.iter().copied()).number("µs", 0),
-            Spread::of(way.p99.iter().copied()).number("µs", 0),
-            Spread::of(way.rate.iter().map(|rate| rate / 1e3)).number("k", 1),
-            cpu(&way.single_cpu),
-            cpu(&way.pipelined_cpu),
+            variant.what,
+            Spread::of(variant.p50.iter().copied()).number("µs", 0),
+            Spread::of(variant.p99.iter().copied()).number("µs", 0),
+            Spread::of(variant.rate.iter().map(|rate| rate / 1e3)).number("k", 1),
+            cpu(&variant.single_cpu),
+            cpu(&variant.pipelined_cpu),
         ]);
     }
     print_table(&numbers);

@@ -1,9 +1,9 @@
-//! What the agent keeps in memory when it enforces many pods that have learned many addresses.
+//! The agent's memory when it enforces many pods that have learned many addresses.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -72,7 +72,7 @@ fn main() {
         own as f64 / 1024.0 / (PODS + 1) as f64
     );
 
-    // A pod that resolves whatever is below its wildcard: what it leaves has a bound.
+    // A pod resolves random names below its wildcard: the memory for them is limited.
     let before = status_kib(agent.pid(), "RssAnon");
     let client = Client::new(&first, RESOLVER);
     for round in 1..=2 {
@@ -87,7 +87,7 @@ fn main() {
     }
 }
 
-/// What the kernel accounts for the pinned map, in bytes; `None` for other pins.
+/// The memory that the kernel accounts for the pinned map, in bytes; `None` for other pins.
 fn map_bytes(pin: &Path) -> Option<u64> {
     let output = Command::new("bpftool")
         .args(["--json", "map", "show", "pinned"])

@@ -1,10 +1,10 @@
-//! What a pod does to its neighbour's DNS by making the agent work: its own server gives answers of 64 KiB
-//! over TCP, with fifteen aliases and thousands of addresses, to many connections at a time.
+//! The effect of a pod that makes the agent work on its neighbour's DNS: the pod's own server sends responses
+//! of 64 KiB over TCP, with fifteen aliases and thousands of addresses, on many connections at a time.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -32,15 +32,15 @@ use egress_tests::{
     dns::{RecordType, question},
 };
 
-/// Connections of the attacker at a time.
+/// The number of the attacker's simultaneous connections.
 const CONNECTIONS: usize = 120;
 const ALIASES: u16 = 15;
 const ADDRESSES: u16 = 4000;
 const ROUNDS: usize = 3;
-/// Names that the neighbour asks for in each round, one by one.
+/// The number of names that the neighbour queries in each round, one by one.
 const NAMES: u32 = 100;
 
-/// An answer to the question that costs the agent as much as one can.
+/// A response to this query that is as expensive for the agent as possible.
 fn costly(question: &[u8]) -> Vec<u8> {
     const HEADER: usize = 12;
     const OPT: usize = 11;
@@ -50,7 +50,7 @@ fn costly(question: &[u8]) -> Vec<u8> {
     message[2..4].copy_from_slice(&[0x85, 0x80]);
     message[6..8].copy_from_slice(&(ALIASES + ADDRESSES).to_be_bytes());
     message[10..HEADER].copy_from_slice(&[0, 0]);
-    // Each alias is a label and a pointer to the asked name.
+    // Each alias is a label and a pointer to the queried name.
     let mut owner = HEADER as u16;
     for number in 0..ALIASES {
         message.extend((0xc000 | owner).to_be_bytes());
@@ -80,7 +80,7 @@ fn write_message(stream: &mut TcpStream, message: &[u8]) -> Option<()> {
     stream.write_all(&bytes).ok()
 }
 
-/// Serves costly answers on TCP port 53 of the resolver, until the process ends.
+/// Serves expensive responses on TCP port 53 of the resolver, until the process ends.
 fn serve(lab: &Lab) {
     let listener = lab
         .outside()
@@ -102,7 +102,7 @@ fn serve(lab: &Lab) {
     });
 }
 
-/// The attack; it runs while [`Attack::on`] says so.
+/// The attack; it runs while [`Attack::on`] is true.
 struct Attack {
     on: Arc<AtomicBool>,
     answers: Arc<AtomicU64>,
@@ -127,7 +127,7 @@ impl Attack {
                         thread::sleep(Duration::from_millis(5));
                         continue;
                     }
-                    // A connection that the agent had no room for ends.
+                    // The agent closes a connection for which it has no room.
                     if write_message(&mut stream, &asked).is_none()
                         || read_message(&mut stream).is_none()
                     {
@@ -158,7 +158,7 @@ fn main() {
     for _ in 0..ROUNDS {
         for (on, (p50, p99)) in [(false, &mut quiet), (true, &mut attacked)] {
             attack.on.store(on, Ordering::Relaxed);
-            // Until the last answers have arrived, or the first are on their way.
+            // Waits until the last responses have arrived, or the first are on their way.
             thread::sleep(Duration::from_secs(1));
             let before = attack.answers.load(Ordering::Relaxed);
             let taken = client.latencies(NAMES);

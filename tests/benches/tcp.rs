@@ -1,10 +1,10 @@
-//! What a fresh name costs over TCP, with a connection of its own: bare, and with every segment held
-//! by the agent, before the same server.
+//! The cost of a new name over TCP, with a connection of its own: bare, and with every segment held by the
+//! agent, with the same server.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -27,10 +27,10 @@ use egress_tests::{DEADLINE, Lab, Pod, addresses::RESOLVER};
 use nix::unistd::{Pid, gettid};
 
 const ROUNDS: usize = 30;
-/// Connections in one round, each with one question.
+/// The number of connections in a round, each with one query.
 const CONNECTIONS: u32 = 300;
 
-/// Answers one question on each connection, one after the other. Ends with the process.
+/// Responds to one query on each connection, one connection after the other. It ends with the process.
 fn serve(lab: &Lab) -> Pid {
     let listener = lab
         .outside()
@@ -40,7 +40,7 @@ fn serve(lab: &Lab) -> Pid {
     thread::spawn(move || {
         send_id.send(gettid()).expect("its starter waits for it");
         for stream in listener.incoming() {
-            // A client that has gone shows in the client.
+            // A lost client is visible in the client's own results.
             let _ = stream.and_then(answer);
         }
     });
@@ -59,7 +59,7 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.read(&mut bytes).map(drop)
 }
 
-/// Connects and asks; returns how long each took in microseconds, sorted.
+/// Connects and queries; returns the time of each in microseconds, sorted.
 fn latencies(pod: &Pod) -> Vec<f64> {
     let to = SocketAddr::new(RESOLVER, 53);
     let mut taken: Vec<f64> = pod.netns().run(|| {
@@ -69,9 +69,9 @@ fn latencies(pod: &Pod) -> Vec<f64> {
                 let framed = [&(message.len() as u16).to_be_bytes(), &message[..]].concat();
                 let start = Instant::now();
                 let mut stream = TcpStream::connect_timeout(&to, DEADLINE).expect("connect");
-                stream.write_all(&framed).expect("send a question");
+                stream.write_all(&framed).expect("send a query");
                 let mut answer = [0; 512];
-                let len = stream.read(&mut answer).expect("an answer");
+                let len = stream.read(&mut answer).expect("a response");
                 let elapsed = start.elapsed().as_secs_f64() * 1e6;
                 assert!(len > 14 && answer[9] == 1, "not an answer with an address");
                 elapsed
@@ -83,13 +83,13 @@ fn latencies(pod: &Pod) -> Vec<f64> {
 }
 
 #[derive(Default)]
-struct Way {
+struct Variant {
     p50: Vec<f64>,
     p99: Vec<f64>,
     cpu: Vec<f64>,
 }
 
-impl Way {
+impl Variant {
     fn round(&mut self, pod: &Pod, pid: Option<u32>) {
         let cpu = || pid.map_or(0, cpu_ns) as f64 / 1000.0;
         let before = cpu();
@@ -114,7 +114,7 @@ fn main() {
     for apart in [true, false] {
         place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
         place(server, if apart { 1..2 } else { 0..cpus });
-        let (mut without, mut with) = (Way::default(), Way::default());
+        let (mut without, mut with) = (Variant::default(), Variant::default());
         latencies(&enforced);
         for round in 0..ROUNDS {
             if round % 2 == 0 {

@@ -1,9 +1,9 @@
-//! TCP through the interface of an enforced pod, beside that of a pod the agent does not know.
+//! TCP throughput through the interface of an enforced pod, compared with that of a pod unknown to the agent.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "what is measured is far from where a float loses its units"
+    reason = "the measured values are far below those at which a float loses whole units"
 )]
 
 mod common;
@@ -23,11 +23,11 @@ const ROUND: Duration = Duration::from_millis(300);
 const PORT: u16 = 5201;
 const BUFFER: usize = 128 << 10;
 
-/// First byte of a connection: what the server is to do.
+/// The first byte of a connection selects what the server does.
 const TAKE: u8 = b't';
 const GIVE: u8 = b'g';
 
-/// Sends until the round is over, or the other side has gone.
+/// Sends until the round is over, or the other side has closed the connection.
 fn send(stream: &mut TcpStream) {
     let buffer = vec![0; BUFFER];
     let start = Instant::now();

@@ -9,7 +9,7 @@ pub const RESOLVER6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0,
 /// A second address of the same server that is *not* configured as a resolver.
 pub const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 53));
 
-/// Prefixes of which every address answers in `outside`.
+/// Prefixes whose every address is local in `outside`, so that its servers answer on it.
 pub const LOCAL_RANGES: [&str; 10] = [
     "10.99.0.0/24",
     "203.0.113.0/24",
@@ -23,7 +23,7 @@ pub const LOCAL_RANGES: [&str; 10] = [
     "fd00:ec2::254/128",
 ];
 
-/// The pods' range, as the node and `outside` know it.
+/// The pods' range, as the node and `outside` route it.
 pub const PODS: &str = "10.1.0.0/16";
 /// The pods' IPv6 range.
 pub const PODS6: &str = "fd01::/16";

@@ -21,18 +21,18 @@ use serde_json::Value;
 
 use crate::{DEADLINE, Namespace, Pod, workspace};
 
-/// What the agent says on standard error once it watches the manifests.
-const SAYS_READY: &str = "ready";
-/// What it says, with `pod=<namespace>/<name>`, once a pod's packets are judged, in any mode.
-const SAYS_ENFORCING: &str = "enforcing";
-/// What it says, with `pod=<namespace>/<name>`, once a changed policy is in force.
-const SAYS_APPLIED: &str = "policy applied";
-/// What it says once it has read its configuration again.
-const SAYS_RELOADED: &str = "configuration read again";
-/// What it says when it keeps the configuration it has.
-const SAYS_KEPT: &str = "the configuration stays as it was";
+/// The log line once the agent watches the manifests.
+const LOG_READY: &str = "ready";
+/// The log line, with `pod=<namespace>/<name>`, once a pod's packets are judged, in any mode.
+const LOG_ENFORCING: &str = "enforcing";
+/// The log line, with `pod=<namespace>/<name>`, once a changed policy is applied.
+const LOG_APPLIED: &str = "policy applied";
+/// The log line once the agent has reloaded its configuration.
+const LOG_RELOADED: &str = "configuration read again";
+/// The log line when the agent keeps its configuration.
+const LOG_KEPT: &str = "the configuration stays as it was";
 
-/// One denial line. Optional fields are those that only some denials have.
+/// One denial line. Only some denials have the optional fields.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "the fields are those of the documented line")]
 pub struct Denial {
@@ -67,12 +67,12 @@ pub struct Denial {
 }
 
 impl Denial {
-    /// Whether it speaks of this pod.
+    /// True if the line is about this pod.
     pub fn of(&self, pod: &Pod) -> bool {
         self.namespace == pod.namespace() && self.pod == pod.name()
     }
 
-    /// Whether it speaks of this pod, reason and destination.
+    /// True if the line is about this pod, reason and destination.
     pub fn is(&self, pod: &Pod, reason: &str, dst: IpAddr, port: u16) -> bool {
         self.of(pod)
             && self.reason == reason
@@ -80,7 +80,7 @@ impl Denial {
             && self.dst_port == Some(port)
     }
 
-    /// Whether it speaks of this pod's question for this name.
+    /// True if the line is about this pod's query for this name.
     pub fn is_question(&self, pod: &Pod, name: &str) -> bool {
         self.of(pod)
             && self
@@ -90,7 +90,7 @@ impl Denial {
     }
 }
 
-/// Lines of one of the agent's streams, as they come.
+/// Lines of one of the agent's streams, in the order in which they arrive.
 #[derive(Debug, Default)]
 struct Lines {
     seen: Mutex<Vec<String>>,
@@ -117,7 +117,7 @@ impl Lines {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first line from number `from` on that yields something; `None` at the deadline.
+    /// The first result of `pick` for a line from number `from` on; `None` at the deadline.
     fn wait<T>(&self, from: usize, mut pick: impl FnMut(&str) -> Option<T>) -> Option<T> {
         let deadline = Instant::now() + DEADLINE;
         let mut next = from;
@@ -140,8 +140,8 @@ impl Lines {
     }
 }
 
-/// The agent, running in the node's namespace. Killed when dropped; what it said is printed when
-/// the test has failed.
+/// The agent, running in the node's namespace. It is killed when dropped. Its output is printed if the test
+/// has failed.
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
@@ -173,7 +173,7 @@ impl Agent {
             })
     }
 
-    /// Starts a program in the node's namespace that is, or becomes, the agent.
+    /// Starts a program in the node's namespace that is the agent, or executes it.
     #[track_caller]
     pub fn start(node: &Namespace, command: Command) -> Self {
         let mut agent = Self::start_unread(node, command);
@@ -181,7 +181,7 @@ impl Agent {
         agent
     }
 
-    /// Starts the agent, and reads nothing of what it says before [`Self::read`].
+    /// Starts the agent, and reads none of its output before [`Self::read`].
     #[track_caller]
     pub(crate) fn start_unread(node: &Namespace, mut command: Command) -> Self {
         command
@@ -205,7 +205,7 @@ impl Agent {
         }
     }
 
-    /// Reads what the agent says from now on, and what it has said so far.
+    /// Reads the agent's output from now on, including the output so far.
     pub fn read(&mut self) {
         if let Some((stdout, stderr)) = self.unread.take() {
             self.readers = vec![self.stdout.follow(stdout), self.stderr.follow(stderr)];
@@ -215,28 +215,28 @@ impl Agent {
     /// Waits until the agent watches the manifests.
     #[track_caller]
     pub fn wait_ready(&self) {
-        self.wait_said_from(0, "that it is ready", |line| line.contains(SAYS_READY));
+        self.wait_said_from(0, "that it is ready", |line| line.contains(LOG_READY));
     }
 
     /// Waits until the agent judges this pod's packets.
     #[track_caller]
     pub fn wait_enforcing(&self, pod: &Pod) {
-        self.wait_said_from(0, &format!("{SAYS_ENFORCING} {}", of(pod)), |line| {
-            line.contains(SAYS_ENFORCING) && speaks_of(line, pod)
+        self.wait_said_from(0, &format!("{LOG_ENFORCING} {}", of(pod)), |line| {
+            line.contains(LOG_ENFORCING) && is_about(line, pod)
         });
     }
 
-    /// Makes a change and waits until the agent has applied what it means for this pod.
+    /// Makes a change and waits until the agent has applied the resulting policy of this pod.
     #[track_caller]
     pub fn applies(&self, pod: &Pod, change: impl FnOnce()) {
         let from = self.stderr.lock().len();
         change();
-        self.wait_said_from(from, &format!("{SAYS_APPLIED} {}", of(pod)), |line| {
-            line.contains(SAYS_APPLIED) && speaks_of(line, pod)
+        self.wait_said_from(from, &format!("{LOG_APPLIED} {}", of(pod)), |line| {
+            line.contains(LOG_APPLIED) && is_about(line, pod)
         });
     }
 
-    /// Makes a change and waits until the agent says something on standard error about it.
+    /// Makes a change and waits for a line on standard error about it.
     #[track_caller]
     pub fn says_after(
         &self,
@@ -259,10 +259,10 @@ impl Agent {
     fn wait_said_from(&self, from: usize, what: &str, mut is: impl FnMut(&str) -> bool) -> String {
         self.stderr
             .wait(from, |line| is(line).then(|| line.to_owned()))
-            .unwrap_or_else(|| panic!("the agent did not say within {DEADLINE:?}: {what}"))
+            .unwrap_or_else(|| panic!("the agent did not log within {DEADLINE:?}: {what}"))
     }
 
-    /// Everything said on standard error so far.
+    /// All lines on standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.lock().join("\n")
     }
@@ -273,7 +273,7 @@ impl Agent {
         self.wait_denial_from(0, what, is)
     }
 
-    /// How many lines there have been on standard output.
+    /// The number of lines on standard output so far.
     pub fn mark(&self) -> usize {
         self.stdout.lock().len()
     }
@@ -307,7 +307,7 @@ impl Agent {
             .unwrap_or_else(|| panic!("no line with event {event:?} within {DEADLINE:?}"))
     }
 
-    /// The lines so far on standard output of this event.
+    /// The lines on standard output so far with this event.
     #[track_caller]
     pub fn events(&self, event: &str) -> Vec<Value> {
         let lines = self.stdout.lock();
@@ -358,20 +358,20 @@ impl Agent {
         objects
     }
 
-    /// Has the agent read its configuration again (SIGHUP), and waits until what it says holds.
+    /// Makes the agent reload its configuration (SIGHUP), and waits until the new one is applied.
     #[track_caller]
     pub fn reload(&self) {
-        self.hang_up(SAYS_RELOADED);
+        self.send_sighup(LOG_RELOADED);
     }
 
-    /// Has the agent read a configuration that it cannot take on; returns what it says.
+    /// Makes the agent read a configuration that it refuses; returns the log line.
     #[track_caller]
     pub fn refuses_to_reload(&self) -> String {
-        self.hang_up(SAYS_KEPT)
+        self.send_sighup(LOG_KEPT)
     }
 
     #[track_caller]
-    fn hang_up(&self, says: &str) -> String {
+    fn send_sighup(&self, says: &str) -> String {
         self.says_after(
             says,
             || {
@@ -382,7 +382,7 @@ impl Agent {
         )
     }
 
-    /// Asks the agent to end (SIGTERM) and waits until it has.
+    /// Terminates the agent (SIGTERM) and waits until it has ended.
     #[track_caller]
     pub fn stop(&mut self) -> ExitStatus {
         self.end(Signal::SIGTERM)
@@ -394,14 +394,14 @@ impl Agent {
         self.end(Signal::SIGKILL)
     }
 
-    /// Waits until the agent ends by itself.
+    /// Waits until the agent ends on its own.
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {
         let start = Instant::now();
         while start.elapsed() < DEADLINE {
             if let Some(status) = self.child.try_wait().expect("wait(2) for the agent") {
                 self.ended = true;
-                // The streams are complete only when their readers have met the end of file.
+                // The streams are complete only when their readers have reached the end of file.
                 for reader in self.readers.drain(..) {
                     reader.join().expect("a reader does not panic");
                 }
@@ -452,8 +452,8 @@ fn of(pod: &Pod) -> String {
     format!("pod={}/{}", pod.namespace(), pod.name())
 }
 
-/// Whether a line has the pod's field, not that of one whose name begins alike.
-fn speaks_of(line: &str, pod: &Pod) -> bool {
+/// True if a line has this pod's field, and not that of a pod whose name merely begins with the same text.
+fn is_about(line: &str, pod: &Pod) -> bool {
     let field = of(pod);
     line.match_indices(&field).any(|(at, _)| {
         !line[at + field.len()..].starts_with(|c: char| c.is_alphanumeric() || "-.".contains(c))
@@ -472,8 +472,9 @@ fn parse(line: &str) -> Option<Denial> {
     if value["event"] != "denied" && value["event"] != "would_deny" {
         return None;
     }
-    let mut denial = Denial::deserialize(&value)
-        .unwrap_or_else(|e| panic!("a denial line lacks what every one has: {e}: {line}"));
+    let mut denial = Denial::deserialize(&value).unwrap_or_else(|e| {
+        panic!("a denial line lacks a field that every denial line has: {e}: {line}")
+    });
     denial.line = value;
     line.clone_into(&mut denial.text);
     Some(denial)

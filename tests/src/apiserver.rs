@@ -1,7 +1,7 @@
 //! A real Kubernetes API server with its etcd, on loopback.
 //!
-//! Nothing else of a cluster is there: no scheduler, no controllers and no kubelet. A test plays
-//! their part: it binds pods to nodes, reports their status, and deletes them for good.
+//! Nothing else of a cluster runs: no scheduler, no controllers and no kubelet. A test does their work: it
+//! binds pods to nodes, reports their status, and deletes them for good.
 
 use std::{
     env,
@@ -30,24 +30,24 @@ use crate::workspace;
 
 /// The API server that `cargo xtask setup` builds, below the workspace's top directory.
 const BUILT: &str = "target/kubernetes/1.20.2/kube-apiserver";
-/// How long a server may take until it answers.
+/// The time within which a server must answer.
 const START: Duration = Duration::from_secs(90);
-/// How often it is asked.
+/// The interval between two attempts to reach it.
 const POLL: Duration = Duration::from_millis(100);
-/// How often another port is tried: a free port may be taken before it is used.
+/// The number of ports to try: another process may take a free port before the server uses it.
 const ATTEMPTS: usize = 5;
-/// The address that the server says it has; nothing listens there.
+/// The address that the server advertises; nothing listens there.
 pub const ADVERTISED: &str = "192.0.2.10";
-/// The first address of the range of Services: that of the Service `default/kubernetes`.
+/// The first address of the range of Services, which is that of the Service `default/kubernetes`.
 pub const API_SERVICE: &str = "10.96.0.1";
 
-/// Who asks.
+/// The client of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// Someone who may do everything.
+    /// An administrator with all rights.
     Admin,
-    /// The agent's service account, `egress-agent` in the namespace of that name, which may do only
-    /// what roles allow.
+    /// The agent's service account, `egress-agent` in the namespace of that name, which has only the rights
+    /// of its roles.
     Agent,
 }
 
@@ -62,7 +62,7 @@ impl Identity {
         }
     }
 
-    /// The token that stands for it from the first start on.
+    /// The token of this identity from the first start on.
     pub fn token(self) -> &'static str {
         match self {
             Self::Admin => "token-of-admin",
@@ -71,7 +71,7 @@ impl Identity {
     }
 }
 
-/// An API server with its etcd; both are ended, and their files removed, when it is dropped.
+/// An API server with its etcd. Both are ended, and their files removed, when it is dropped.
 #[derive(Debug)]
 pub struct ApiServer {
     etcd: Process,
@@ -114,8 +114,8 @@ impl Drop for Process {
 }
 
 impl ApiServer {
-    /// A server that tests of one binary share while any of them has it. They have to keep to
-    /// nodes and namespaces of their own, and must not stop it.
+    /// A server that the tests of one binary share as long as any of them uses it. Each test must use nodes
+    /// and namespaces of its own, and must not stop the server.
     pub fn shared() -> Arc<Self> {
         static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -126,7 +126,7 @@ impl ApiServer {
         })
     }
 
-    /// Starts both, and waits until the server answers.
+    /// Starts etcd and the server, and waits until the server answers.
     #[track_caller]
     pub fn start() -> Self {
         let directory = tempfile::Builder::new()
@@ -154,17 +154,17 @@ impl ApiServer {
         panic!("no API server; its log ends with:\n{}", server.log());
     }
 
-    /// The port that it listens at, on 127.0.0.1.
+    /// The port of the server on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Kills the server; etcd goes on.
+    /// Kills the server; etcd keeps running.
     pub fn kill(&self) {
         *self.server() = None;
     }
 
-    /// Starts the server again, at the same port, with what is in etcd.
+    /// Starts the server again, on the same port, with the state in etcd.
     #[track_caller]
     pub fn run(&self) {
         assert!(
@@ -174,7 +174,7 @@ impl ApiServer {
         );
     }
 
-    /// Says which tokens count from the next start on.
+    /// Sets the tokens that are valid from the next start on.
     pub fn write_tokens(&self, tokens: &[(Identity, &str)]) {
         let line = |(identity, token): &(Identity, &str)| {
             let (user, groups) = identity.user();
@@ -184,19 +184,18 @@ impl ApiServer {
         fs::write(self.file("tokens.csv"), lines.join("\n")).expect("write the tokens");
     }
 
-    /// A kubeconfig of someone.
+    /// A kubeconfig for this identity.
     pub fn kubeconfig(&self, identity: Identity) -> PathBuf {
         let user = json!({ "token": identity.token() });
         self.kubeconfig_with(&format!("{identity:?}"), self.port, &user)
     }
 
-    /// A kubeconfig for the server at another port, as through a proxy, with this user, under this
-    /// name.
+    /// A kubeconfig with this file name, for this user and for the server on another port, such as a proxy's.
     pub fn kubeconfig_with(&self, name: &str, port: u16, user: &Value) -> PathBuf {
         self.kubeconfig_of(name, &self.cluster(port), user)
     }
 
-    /// A kubeconfig for a cluster, as kubeconfigs write it down. Nobody sees it half written.
+    /// A kubeconfig for a cluster and a user, in kubeconfig's own format. It is written atomically.
     pub fn kubeconfig_of(&self, name: &str, cluster: &Value, user: &Value) -> PathBuf {
         let path = self.file(&format!("{name}.kubeconfig"));
         let mut new = NamedTempFile::new_in(self.directory.path()).expect("a temporary file");
@@ -206,7 +205,7 @@ impl ApiServer {
         path
     }
 
-    /// The server at this port, as kubeconfigs name it.
+    /// The server on this port, in kubeconfig's format.
     fn cluster(&self, port: u16) -> Value {
         json!({
             "server": format!("https://127.0.0.1:{port}"),
@@ -225,12 +224,12 @@ impl ApiServer {
         })
     }
 
-    /// A file of this name in the server's directory, which is gone with it.
+    /// The path of a file in the server's directory, which is removed with the server.
     pub fn file(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Creates an object, or makes what it says of itself so.
+    /// Creates an object, or updates it to this state.
     #[track_caller]
     pub fn apply(&self, object: &Value) -> DynamicObject {
         let patch = PatchParams::apply("tests").force();
@@ -264,7 +263,7 @@ impl ApiServer {
         deleted.unwrap_or_else(|e| panic!("delete {object}: {e}"));
     }
 
-    /// All objects like this one: of its kind, and in its namespace if it has one.
+    /// All objects of the same kind as this one, and of its namespace if it has one.
     #[track_caller]
     pub fn list(&self, like: &Value) -> Vec<DynamicObject> {
         let listed = self.with(async |client| {
@@ -274,7 +273,7 @@ impl ApiServer {
         listed.unwrap_or_else(|e| panic!("list {like}: {e}")).items
     }
 
-    /// Status of the answer that somebody gets who asks for this.
+    /// The HTTP status of the response to a request of this identity.
     #[track_caller]
     pub fn asked_by(&self, identity: Identity, method: &str, path: &str, body: &Value) -> u16 {
         let content = match method {
@@ -294,7 +293,7 @@ impl ApiServer {
         }
     }
 
-    /// Creates an `EndpointSlice` of a Service, if the server has such in version v1.
+    /// Creates an `EndpointSlice` of a Service, if the server supports version v1 of them.
     #[track_caller]
     pub fn apply_slice(&self, namespace: &str, service: &str, addresses: &[&str]) {
         let has_slices = self.with(async |client| {
@@ -327,8 +326,7 @@ impl ApiServer {
         }));
     }
 
-    /// Allows the agent these rules everywhere, and nothing that another call allowed under this
-    /// name.
+    /// Grants the agent these rights everywhere. An earlier grant under the same name is replaced.
     #[track_caller]
     pub fn allow_agent(&self, name: &str, rules: &Value) {
         self.apply(&json!({
@@ -350,8 +348,8 @@ impl ApiServer {
         }));
     }
 
-    /// Does something as administrator. Each time over a connection of its own, so that one that
-    /// died with an earlier server does not matter.
+    /// Performs requests as administrator. Each call uses a new connection, because an earlier one may have
+    /// died with an earlier server.
     fn with<T>(&self, ask: impl AsyncFnOnce(Client) -> T) -> T {
         self.with_as(Identity::Admin, ask)
     }
@@ -363,7 +361,7 @@ impl ApiServer {
         })
     }
 
-    /// What a client of somebody's needs.
+    /// The client configuration of this identity.
     pub(crate) async fn config(&self, identity: Identity) -> Config {
         let user = json!({ "token": identity.token() });
         let kubeconfig = Self::kubeconfig_value(&self.cluster(self.port), &user);
@@ -382,7 +380,7 @@ impl ApiServer {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the server; false when it ends or does not answer.
+    /// Starts the server; false if it ends or does not answer.
     fn try_run(&self) -> bool {
         let file = |name: &str| self.file(name).display().to_string();
         let etcd = format!("http://127.0.0.1:{}", self.etcd_port);
@@ -395,7 +393,7 @@ impl ApiServer {
             ("cert-dir", file("certs")),
             ("token-auth-file", file("tokens.csv")),
             ("authorization-mode", "RBAC".into()),
-            // Pods need no service account here.
+            // Pods in these tests need no service account.
             ("disable-admission-plugins", "ServiceAccount".into()),
             ("service-cluster-ip-range", "10.96.0.0/16".into()),
             (
@@ -440,13 +438,13 @@ impl ApiServer {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
-        // Before its etcd, which it would miss.
+        // The server must end before its etcd.
         *self.server() = None;
         let _ = self.etcd.0.kill();
     }
 }
 
-/// The API of the kind of an object, in its namespace if it has one, and its name.
+/// The API of the object's kind, in its namespace if it has one, and the object's name.
 fn api_of(client: Client, object: &Value) -> (Api<DynamicObject>, String) {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let version = text(&object["apiVersion"]).expect("an apiVersion");
@@ -461,7 +459,7 @@ fn api_of(client: Client, object: &Value) -> (Api<DynamicObject>, String) {
     (api, text(&metadata["name"]).unwrap_or_default())
 }
 
-/// `KUBE_APISERVER`, or the one that is built.
+/// `KUBE_APISERVER`, or the server that setup has built.
 fn apiserver() -> PathBuf {
     if let Some(named) = env::var_os("KUBE_APISERVER") {
         return named.into();
@@ -504,7 +502,7 @@ fn start_etcd(directory: &Path) -> (Process, u16) {
     panic!("no etcd (package etcd-server; ETCD names another); its log:\n{log}");
 }
 
-/// The key that the server signs service accounts' tokens with; nobody here has such a token.
+/// Creates the key with which the server signs service accounts' tokens; no test uses such a token.
 fn make_key(directory: &Path) {
     let mut command = Command::new("openssl");
     command

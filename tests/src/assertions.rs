@@ -1,4 +1,4 @@
-//! What most tests assert.
+//! Assertions that many tests share.
 
 use std::{
     io,
@@ -13,7 +13,8 @@ use crate::{
 };
 
 impl Agent {
-    /// The pod cannot connect there, hears nothing back, and the agent says why.
+    /// Asserts that the pod cannot connect to this destination, gets no answer, and that the agent reports
+    /// the reason.
     #[track_caller]
     pub fn denies_tcp(&self, pod: &Pod, to: (IpAddr, u16), reason: &str) -> Denial {
         let from = self.mark();
@@ -42,7 +43,7 @@ impl Agent {
         });
     }
 
-    /// A datagram of the pod's has no echo from there, and the agent says why.
+    /// Asserts that a UDP datagram of the pod gets no echo, and that the agent reports the reason.
     #[track_caller]
     pub fn denies_udp(&self, pod: &Pod, to: (IpAddr, u16), reason: &str) -> Denial {
         let from = self.mark();
@@ -58,13 +59,13 @@ impl Agent {
         })
     }
 
-    /// The pod's question is answered NXDOMAIN and the agent says so.
+    /// Asserts that the pod's query is answered with NXDOMAIN and that the agent reports it.
     #[track_caller]
     pub fn denies_name(&self, pod: &Pod, name: &str) -> (Answer, Denial) {
         let answer = pod.resolve(name, RecordType::A);
         assert_eq!(answer.code, ResponseCode::NXDomain, "{name} is not allowed");
         assert!(answer.message.answers.is_empty(), "{name} is not allowed");
-        let denial = self.wait_denial(&format!("question for {name}"), |d| {
+        let denial = self.wait_denial(&format!("query for {name}"), |d| {
             d.is_question(pod, name) && d.reason == "dns_name"
         });
         (answer, denial)
@@ -72,7 +73,7 @@ impl Agent {
 }
 
 impl Pod {
-    /// Connects and exchanges something with an echo server.
+    /// Connects to an echo server and exchanges data with it.
     #[track_caller]
     pub fn talks_tcp(&self, to: impl Into<SocketAddr>) -> TcpStream {
         let to = to.into();

@@ -1,4 +1,4 @@
-//! The kernel's side, as an operator sees it with bpftool.
+//! The agent's state in the kernel, as bpftool shows it to an operator.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +20,7 @@ const PINS: &str = "egress-agent/v1";
 pub struct Allowed {
     /// Bitmap of classes.
     pub classes: u64,
-    /// End of its life, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The end of its lifetime, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
 
@@ -36,7 +36,7 @@ impl Lab {
             .join(format!("pods/{}_{}/allow", pod.namespace(), pod.name()))
     }
 
-    /// The pod's allow map, read by its pin and by the names of its fields.
+    /// The pod's allow map, read through its pin and by its field names.
     #[track_caller]
     pub fn allowed(&self, pod: &Pod) -> BTreeMap<IpAddr, Allowed> {
         entries(&bpftool(&[
@@ -47,8 +47,8 @@ impl Lab {
         ]))
     }
 
-    /// Changes the values of one of the pod's pinned maps, by their bytes, as time would: `edit` gets the key
-    /// and the value.
+    /// Changes the values of one of the pod's pinned maps, for example to simulate the passage of time:
+    /// `edit` gets the bytes of the key and of the value.
     #[track_caller]
     pub fn rewrite(&self, pod: &Pod, map: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
         let pin = text(&self.allow_pin(pod).with_file_name(map));
@@ -66,7 +66,7 @@ impl Lab {
         }
     }
 
-    /// Every path below the agent's pin directory.
+    /// Every path below the laboratory's BPF file system.
     pub fn all_pins(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         walk(&self.bpffs(), &mut found);
@@ -77,7 +77,7 @@ impl Lab {
 fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
-        // The kernel's own, in every bpffs (kernel/bpf/inode.c).
+        // The kernel's own files in every bpffs (kernel/bpf/inode.c).
         if path.ends_with("progs.debug") || path.ends_with("maps.debug") {
             continue;
         }
@@ -148,7 +148,7 @@ pub fn bpftool(arguments: &[&str]) -> Value {
 }
 
 impl KernelObjects {
-    /// Those that are still in the kernel.
+    /// The objects of these that still exist in the kernel.
     #[track_caller]
     #[must_use]
     pub fn still_there(&self) -> Self {
@@ -176,7 +176,7 @@ impl KernelObjects {
         }
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.programs.is_empty() && self.maps.is_empty()
     }

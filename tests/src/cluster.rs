@@ -1,7 +1,7 @@
-//! A cluster with one node that is real as far as the agent can see: a real API server, a [`Lab`] for
-//! its network, and pods with control groups and processes as a [`Node`] has them.
+//! A cluster with one node that looks real to the agent: a real API server, a [`Lab`] for its network, and
+//! pods with cgroups and processes as a [`Node`] has them.
 //!
-//! The agent runs in the laboratory's node, which has no way to the API server but a [`TcpProxy`].
+//! The agent runs on the laboratory's node, which reaches the API server only through a [`TcpProxy`].
 
 use std::{
     path::PathBuf,
@@ -21,20 +21,20 @@ use crate::{
     node::Qos,
 };
 
-/// A cluster of one node. All of it is gone when this is dropped.
+/// A cluster of one node. All of it is removed when this is dropped.
 #[derive(Debug)]
 pub struct Cluster {
     /// The node's network.
     pub lab: Lab,
     /// The API server.
     pub server: Arc<ApiServer>,
-    /// The way from the node to the API server.
+    /// The connection from the node to the API server.
     pub proxy: TcpProxy,
     node: Node,
     name: String,
 }
 
-/// A pod that the API server knows, and that runs on the node.
+/// A pod that the API server knows and that runs on the node.
 #[derive(Debug)]
 pub struct ClusterPod {
     object: Value,
@@ -42,27 +42,27 @@ pub struct ClusterPod {
 }
 
 impl Cluster {
-    /// A cluster whose API server other tests of this binary use too.
+    /// A cluster whose API server is shared with other tests of this binary.
     #[track_caller]
     pub fn new() -> Self {
         Self::on(ApiServer::shared(), Lab::builder())
     }
 
-    /// A cluster with this API server, and a laboratory made with these settings. What its pods'
-    /// resolvers are, it says itself.
+    /// A cluster with this API server, and a laboratory with these settings. Its configuration lists the
+    /// resolvers of its pods.
     #[track_caller]
     pub fn on(server: Arc<ApiServer>, lab: Builder) -> Self {
         server.allow_agent("agent", &everything());
         Self::without_rights(server, lab)
     }
 
-    /// Like [`Self::on`], but the agent may do only what the API server already has roles for.
+    /// Like [`Self::on`], but the agent has only the rights for which the API server already has roles.
     #[track_caller]
     pub fn without_rights(server: Arc<ApiServer>, lab: Builder) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("node-{}-{number}", std::process::id());
-        // What the laboratory's configuration names is what the cluster's DNS service would.
+        // The resolvers in the laboratory's configuration replace the cluster's DNS service.
         let lab = lab.config("node", name.clone()).build();
         server.apply(&json!({
             "apiVersion": "v1",
@@ -84,7 +84,7 @@ impl Cluster {
         &self.name
     }
 
-    /// A namespace of this cluster alone, with this at the end of its name.
+    /// Creates a namespace of this cluster alone whose name ends with `name`.
     #[track_caller]
     pub fn namespace(&self, name: &str, annotations: &Value) -> String {
         let namespace = format!("{}-{name}", self.name);
@@ -92,7 +92,7 @@ impl Cluster {
         namespace
     }
 
-    /// Tells the API server of a pod on this node, and makes nothing of it.
+    /// Creates the object of a pod on this node, and no network or process.
     #[track_caller]
     pub fn create(&self, namespace: &str, name: &str, annotations: &Value) -> (Value, String) {
         self.create_as(namespace, name, annotations, false)
@@ -135,7 +135,7 @@ impl Cluster {
         (object, uid)
     }
 
-    /// Makes a pod that runs, with its addresses in its status.
+    /// Creates a pod that runs and has its addresses in its status.
     #[track_caller]
     pub fn run(&self, namespace: &str, name: &str, annotations: &Value) -> ClusterPod {
         let (object, uid) = self.create(namespace, name, annotations);
@@ -146,14 +146,14 @@ impl Cluster {
         pod
     }
 
-    /// Makes the control group of a pod in which nothing runs yet.
+    /// Creates the cgroup of a pod in which nothing runs yet.
     #[track_caller]
     pub fn place(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
         let running = self.node.pod_of(pod, uid, Qos::Burstable);
         ClusterPod { object, running }
     }
 
-    /// Puts the pod's addresses into its status, as its kubelet does once it knows them.
+    /// Writes the pod's addresses into its status, as its kubelet does once it knows them.
     #[track_caller]
     pub fn tell_addresses(&self, pod: &ClusterPod) {
         let (v4, v6) = (pod.net().ipv4(), pod.net().ipv6());
@@ -167,28 +167,28 @@ impl Cluster {
         );
     }
 
-    /// Says that a pod runs, as its kubelet does, whether or not it does.
+    /// Sets a pod's phase to `Running`, as its kubelet does, whether or not the pod runs.
     #[track_caller]
     pub fn tell_running(&self, object: &Value) {
         self.server
             .set_status(object, &json!({ "phase": "Running" }));
     }
 
-    /// Gives the pod these annotations and no others of ours.
+    /// Replaces the pod's annotations.
     #[track_caller]
     pub fn annotate(&self, pod: &mut ClusterPod, annotations: &Value) {
         pod.object["metadata"]["annotations"].clone_from(annotations);
         self.server.apply(&pod.object);
     }
 
-    /// Deletes the pod at once, first at the API server and then here.
+    /// Deletes the pod at once, first at the API server and then on the node.
     #[track_caller]
     pub fn delete(&self, pod: ClusterPod) {
         self.server.delete(&pod.object);
         drop(pod);
     }
 
-    /// How the agent gets to the API server.
+    /// The kubeconfig of the agent.
     #[track_caller]
     pub fn kubeconfig(&self) -> PathBuf {
         let user = json!({ "token": Identity::Agent.token() });
@@ -210,14 +210,13 @@ impl Cluster {
         agent
     }
 
-    /// Starts the agent and waits for nothing.
+    /// Starts the agent without waiting.
     #[track_caller]
     pub fn spawn_agent(&self, arguments: &[&str]) -> Agent {
         self.lab.spawn_cluster_agent(&self.kubeconfig(), arguments)
     }
 
-    /// Makes the laboratory's resolver what the cluster says its DNS service is. Clusters that share
-    /// an API server share it.
+    /// Makes the laboratory's resolver the cluster's DNS service. Clusters with a shared API server share it.
     #[track_caller]
     pub fn announce_resolver(&self) {
         let service = json!({
@@ -249,23 +248,23 @@ impl Default for Cluster {
 }
 
 impl ClusterPod {
-    /// Its network, and what a program in it can try.
+    /// Its network, and methods of programs in it.
     pub fn net(&self) -> &Pod {
         self.running.pod()
     }
 
-    /// Its processes and control groups.
+    /// Its processes and cgroups.
     pub fn running(&mut self) -> &mut NodePod {
         &mut self.running
     }
 
-    /// What the API server was told.
+    /// The object as it was sent to the API server.
     pub fn object(&self) -> &Value {
         &self.object
     }
 }
 
-/// Everything that the agent asks for, everywhere.
+/// All rights that the agent needs, everywhere.
 fn everything() -> Value {
     ACCESS
         .iter()

@@ -1,4 +1,4 @@
-//! Programs that see the pod's own files: what a container runtime would give them.
+//! Programs that see files of the pod, as a container runtime provides them.
 
 use std::{
     fs,
@@ -8,8 +8,8 @@ use std::{
 use crate::{Lab, Pod};
 
 impl Lab {
-    /// Runs a program, with its arguments and variables, to its end in the pod's network, with this
-    /// text as its `/etc/resolv.conf`, in a mount namespace of its own.
+    /// Runs a program, with its arguments and environment, in the pod's network and in a mount namespace of
+    /// its own, with this text as `/etc/resolv.conf`. Waits for its end.
     #[track_caller]
     pub fn run_in(&self, pod: &Pod, resolv_conf: &str, program: &Command) -> Output {
         let settings = self.directory().join(format!("resolv-{}.conf", pod.name()));

@@ -1,4 +1,4 @@
-//! What interfaces do for packets, as `ethtool -K` sets it.
+//! Features of interfaces, as `ethtool -K` sets them.
 
 use std::{io, net::UdpSocket, os::fd::AsRawFd as _};
 
@@ -11,9 +11,9 @@ const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_SFEATURES: u32 = 0x3b;
 /// The set of strings with the names of features.
 const ETH_SS_FEATURES: u32 = 4;
-/// Length of a name.
+/// The length of a name.
 const NAME: usize = 32;
-/// No kernel has as many features.
+/// An upper bound of the number of features in any kernel.
 const FEATURES: usize = 128;
 
 const SIOCETHTOOL: libc::c_ulong = 0x8946;
@@ -27,7 +27,8 @@ struct Names {
     strings: [[u8; NAME]; FEATURES],
 }
 
-/// `struct ethtool_sfeatures`; each block is which features are meant, and which of them are wanted.
+/// `struct ethtool_sfeatures`; each block has a bitmap of the features to change, and one of their new
+/// values.
 #[repr(C)]
 struct Wanted {
     command: u32,
@@ -35,7 +36,7 @@ struct Wanted {
     features: [[u32; 2]; FEATURES / 32],
 }
 
-/// Switches features of an interface on or off, each by the name that `ethtool -k` shows.
+/// Switches features of an interface on or off, by the names that `ethtool -k` shows.
 #[track_caller]
 pub fn set_features(netns: &Namespace, interface: &str, features: &[(&str, bool)]) {
     let set = netns.run(|| {
@@ -75,7 +76,7 @@ fn ask<T>(interface: &str, value: &mut T) -> io::Result<()> {
     let socket = UdpSocket::bind(("0.0.0.0", 0))?;
     let mut request = interface_request(interface);
     request.ifr_ifru.ifru_data = core::ptr::from_mut(value).cast();
-    // SAFETY: the request takes a struct ifreq whose data is what its command says, with room for all features.
+    // SAFETY: the request takes a struct ifreq whose data matches its command, with room for all features.
     match unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } {
         result if result >= 0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! Frames as they are: sending any bytes from an interface, and seeing what passes one.
+//! Raw frames: sends any bytes on an interface, and captures the frames that pass it.
 
 use std::{
     io::{self, Read as _},
@@ -19,8 +19,8 @@ use crate::{
     raw::{ETHERNET, ether},
 };
 
-/// A packet socket on one interface: sends frames, and receives what passes in either direction
-/// from the moment it is opened.
+/// A packet socket on one interface. It sends frames, and receives the frames that pass in either direction
+/// after it was opened.
 #[derive(Debug)]
 pub struct Tap {
     socket: Socket,
@@ -28,12 +28,12 @@ pub struct Tap {
 
 /// `PACKET_VNET_HDR`, `include/uapi/linux/if_packet.h`.
 const PACKET_VNET_HDR: libc::c_int = 15;
-/// `PACKET_IGNORE_OUTGOING`, of the same file.
+/// `PACKET_IGNORE_OUTGOING`, in the same file.
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`, `include/uapi/linux/virtio_net.h`.
 const VIRTIO_NEEDS_CSUM: u8 = 1;
 
-/// The longest packet, with all that may stand before it.
+/// The longest packet, with all headers before it.
 const LONGEST: usize = 65_535 + 64;
 
 impl Tap {
@@ -56,8 +56,8 @@ impl Tap {
         Self { socket }
     }
 
-    /// From now on, each frame is sent with a header before it that says where its checksum is to
-    /// be written (`PACKET_VNET_HDR`, packet(7)); see [`Self::send_with_checksum_at`].
+    /// From now on, each frame is sent with a header that says where the kernel writes its checksum
+    /// (`PACKET_VNET_HDR`, packet(7)); see [`Self::send_with_checksum_at`].
     #[track_caller]
     pub fn expect_offsets(&self) {
         self.switch_on(PACKET_VNET_HDR);
@@ -72,7 +72,7 @@ impl Tap {
     #[track_caller]
     fn switch_on(&self, option: libc::c_int) {
         let on: libc::c_int = 1;
-        // SAFETY: the option takes an int, and that is what pointer and length say.
+        // SAFETY: the option takes an int, which pointer and length describe.
         let failed = unsafe {
             libc::setsockopt(
                 std::os::fd::AsRawFd::as_raw_fd(&self.socket),
@@ -85,8 +85,8 @@ impl Tap {
         assert_eq!(failed, 0, "{}", io::Error::last_os_error());
     }
 
-    /// Sends a frame whose checksum, over everything from `start` on, the kernel is to write
-    /// `offset` bytes behind `start`.
+    /// Sends a frame whose checksum the kernel computes from `start` on, and writes `offset` bytes after
+    /// `start`.
     #[track_caller]
     pub fn send_with_checksum_at(&self, frame: &[u8], start: u16, offset: u16) {
         // struct virtio_net_hdr, include/uapi/linux/virtio_net.h.
@@ -104,8 +104,8 @@ impl Tap {
         assert_eq!(sent, frame.len(), "a frame was sent in part");
     }
 
-    /// Sends a frame that a program on this very interface may take or drop, of which the kernel
-    /// tells the sender.
+    /// Sends a frame that a program on the same interface may take or drop, in which case the kernel reports
+    /// ENOBUFS.
     #[track_caller]
     pub fn offer(&self, frame: &[u8]) {
         match self.socket.send(frame) {
@@ -114,7 +114,7 @@ impl Tap {
         }
     }
 
-    /// The next frame that `is` holds for; `None` when none passes in time.
+    /// The next frame that satisfies `is`; `None` when none passes in time.
     pub fn receive(&self, timeout: Duration, is: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; LONGEST];
@@ -156,7 +156,7 @@ fn packet_address(interface: u32, protocol: u16) -> io::Result<SockAddr> {
     Ok(address)
 }
 
-/// Begins a frame from the pod to the node, with these addresses.
+/// Starts a frame from the pod to the node, with these addresses.
 #[track_caller]
 pub fn from_pod(pod: &Pod, src: IpAddr, dst: IpAddr) -> PacketBuilderStep<etherparse::IpHeaders> {
     let ethernet = PacketBuilder::ethernet2(pod.hardware(), pod.gateway_hardware());
@@ -184,7 +184,7 @@ fn ip(
 
 const HOPS: u8 = 64;
 
-/// An IPv4 header; lengths and checksum are filled in when a frame is built from it.
+/// An IPv4 header; the builder of a frame fills in lengths and checksum.
 pub fn ipv4_header(src: Ipv4Addr, dst: Ipv4Addr) -> etherparse::Ipv4Header {
     etherparse::Ipv4Header {
         time_to_live: HOPS,
@@ -194,7 +194,7 @@ pub fn ipv4_header(src: Ipv4Addr, dst: Ipv4Addr) -> etherparse::Ipv4Header {
     }
 }
 
-/// An IPv6 header; lengths are filled in when a frame is built from it.
+/// An IPv6 header; the builder of a frame fills in the lengths.
 pub fn ipv6_header(src: Ipv6Addr, dst: Ipv6Addr) -> etherparse::Ipv6Header {
     etherparse::Ipv6Header {
         hop_limit: HOPS,
@@ -204,13 +204,13 @@ pub fn ipv6_header(src: Ipv6Addr, dst: Ipv6Addr) -> etherparse::Ipv6Header {
     }
 }
 
-/// A UDP datagram from the pod, whole.
+/// A UDP datagram from the pod, unfragmented.
 #[track_caller]
 pub fn udp(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
     build(from_pod(pod, src.0, dst.0).udp(src.1, dst.1), payload)
 }
 
-/// A UDP datagram to the pod, whole, as the node's end of its interface would send it.
+/// A UDP datagram to the pod, unfragmented, as the node's end of its interface sends it.
 #[track_caller]
 pub fn udp_to(pod: &Pod, src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
     let ethernet = PacketBuilder::ethernet2(pod.gateway_hardware(), pod.hardware());
@@ -239,8 +239,8 @@ fn build(builder: PacketBuilderStep<etherparse::UdpHeader>, payload: &[u8]) -> V
     frame
 }
 
-/// A fragment of a frame with a whole IP packet: these bytes of what follows its IP header. The last
-/// one ends where the packet does.
+/// A fragment of a frame with an unfragmented IP packet: these bytes of the data after its IP header. The
+/// last fragment ends where the packet does.
 #[track_caller]
 pub fn fragment(frame: &[u8], id: u16, bytes: Range<usize>) -> Vec<u8> {
     let (ethernet, packet) = frame.split_at(ETHERNET);
@@ -280,7 +280,7 @@ pub fn fragment(frame: &[u8], id: u16, bytes: Range<usize>) -> Vec<u8> {
     fragment
 }
 
-/// All fragments of a frame with a whole IP packet, of so many bytes each.
+/// All fragments of a frame with an unfragmented IP packet, of this many bytes each.
 #[track_caller]
 pub fn fragments(frame: &[u8], id: u16, bytes: usize) -> Vec<Vec<u8>> {
     let header = if frame[12..14] == ether::IPV4.to_be_bytes() {
@@ -316,7 +316,7 @@ pub fn sctp_init(pod: &Pod, dst: (IpAddr, u16), src_port: u16) -> Vec<u8> {
     frame
 }
 
-/// Whether a frame is an IP packet between these addresses, of this protocol.
+/// True if the frame is an IP packet between these addresses, of this protocol.
 pub fn is(frame: &[u8], src: IpAddr, dst: IpAddr, protocol: IpNumber) -> bool {
     let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
         return false;

@@ -1,20 +1,21 @@
-//! An `ifb` device in a pod: what it sends again skips tc and netfilter's ingress on the node.
+//! An `ifb` device in a pod: frames that it sends again skip tc and netfilter's ingress hook on the node.
 
 use std::process::Command;
 
 use crate::{Pod, rival::Rival};
 
-/// Everything that the pod sends, ARP too, goes through such a device until this is dropped.
+/// Until this is dropped, everything that the pod sends passes such a device, including ARP.
 #[derive(Debug)]
 pub struct Ifb<'a> {
     pod: &'a Pod,
-    /// The device sends each packet on the same interface again, where it must not be redirected a second
-    /// time: a filter's action would take off the note by which the node skips its filters.
+    /// The device sends each packet on the same interface again, and there it must not be redirected a second
+    /// time: a filter's action would clear the flag (`tc_skip_classify`) for which the node skips its
+    /// filters.
     _passes: Rival,
 }
 
 impl<'a> Ifb<'a> {
-    /// Makes the device and redirects to it.
+    /// Creates the device and redirects to it.
     #[track_caller]
     pub fn redirect(pod: &'a Pod) -> Self {
         pod.netns()
@@ -24,7 +25,7 @@ impl<'a> Ifb<'a> {
             _passes: Rival::count_in_mark(pod.netns(), "eth0"),
         };
         ifb.tc(&["qdisc", "add", "dev", "eth0", "clsact"]);
-        // Those whose mark is 1: `ld mark; jeq #1; ret #-1; ret #0`.
+        // Packets whose mark is 1: `ld mark; jeq #1; ret #-1; ret #0`.
         let first = [
             "bpf",
             "bytecode",
@@ -48,7 +49,7 @@ impl<'a> Ifb<'a> {
 
 impl Drop for Ifb<'_> {
     fn drop(&mut self) {
-        // A panic here would hide the test's own. Without the device the filter redirects to nothing.
+        // A panic here would hide that of the test. Without the device the filter redirects to nothing.
         let netns = self.pod.netns().name();
         for program in [
             &["tc", "-n", netns, "qdisc", "del", "dev", "eth0", "clsact"][..],

@@ -1,4 +1,4 @@
-//! A node, its pods and the internet around it.
+//! A node, its pods and the outside network.
 
 use std::{
     fs,
@@ -22,13 +22,13 @@ use crate::{
     rewritten::nft,
 };
 
-/// Both ends of the link to the outside know each other from the start: a second passes before an
-/// interface that has just come up hears the multicast of IPv6's neighbour discovery.
+/// Static neighbour entries for both ends of the link to the outside: an interface that has just come up
+/// receives no multicast of IPv6 neighbour discovery for about a second.
 const UPLINK: &str = "02:00:00:ff:00:01";
 /// See [`UPLINK`].
 const OUTSIDE: &str = "02:00:00:ff:00:02";
 
-/// Rules that need to know connections.
+/// A ruleset that needs connection tracking.
 const TRACKING: &str = "table inet tracking {
     chain forward {
         type filter hook forward priority filter;
@@ -37,7 +37,7 @@ const TRACKING: &str = "table inet tracking {
 }
 ";
 
-/// What a [`Lab`] is built from.
+/// The settings of a [`Lab`].
 #[derive(Debug)]
 pub struct Builder {
     mtu: u32,
@@ -63,7 +63,7 @@ impl Default for Builder {
 }
 
 impl Builder {
-    /// MTU of every link.
+    /// Sets the MTU of every link.
     #[must_use]
     pub fn mtu(mut self, mtu: u32) -> Self {
         self.mtu = mtu;
@@ -77,14 +77,14 @@ impl Builder {
         self
     }
 
-    /// Makes the link between the node and the outside lose, repeat and reorder what is DNS.
+    /// Makes the link between the node and the outside lose, repeat and reorder DNS packets.
     #[must_use]
     pub fn lossy(mut self) -> Self {
         self.lossy = true;
         self
     }
 
-    /// Makes the node track connections, as a node does on which kube-proxy has rules.
+    /// Makes the node track connections, as a node with rules of kube-proxy does.
     #[must_use]
     pub fn tracking(mut self) -> Self {
         self.tracking = true;
@@ -113,7 +113,7 @@ fn set(config: &mut Value, key: &str, value: Value) {
     *at = value;
 }
 
-/// Links `uplink` of the node with `eth0` of the outside.
+/// Connects `uplink` of the node with `eth0` of the outside.
 #[track_caller]
 fn link(
     name: &str,
@@ -143,7 +143,7 @@ fn link(
     Some(Line::start(line))
 }
 
-/// A node, its pods and the internet around it. All of it is gone when this is dropped.
+/// A node, its pods and the outside network. All of it is removed when this is dropped.
 #[derive(Debug)]
 pub struct Lab {
     name: String,
@@ -151,14 +151,14 @@ pub struct Lab {
     mtu: u32,
     pods: AtomicU8,
     dns: Option<DnsServer>,
-    /// Before the namespaces: it ends first.
+    /// Declared before the namespaces, so that it is dropped first.
     _line: Option<Line>,
     node: Namespace,
     outside: Namespace,
 }
 
 impl Lab {
-    /// A laboratory with its resolver running and the agent's configuration at its defaults.
+    /// A laboratory with its resolver and the agent's default configuration.
     #[track_caller]
     #[expect(
         clippy::new_without_default,
@@ -168,7 +168,7 @@ impl Lab {
         Builder::default().build()
     }
 
-    /// A laboratory that differs from the default.
+    /// A builder for a laboratory with other settings.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -252,7 +252,7 @@ impl Lab {
 
     fn write_config(&self, mut config: Value) {
         set(&mut config, "bpffs", json!(self.bpffs()));
-        // Tests run side by side.
+        // Tests run in parallel, so each needs its own socket.
         if config.get("socket").is_none() {
             set(&mut config, "socket", json!(self.socket()));
         }
@@ -267,8 +267,8 @@ impl Lab {
         fs::write(self.config_file(), text).expect("write the configuration");
     }
 
-    /// Sets a key of the configuration file, by its dotted path, as its operator would edit it. A
-    /// running agent knows nothing of it before [`Agent::reload`].
+    /// Sets a key of the configuration file, by its dotted path, as an operator edits it. A running agent
+    /// does not read it before [`Agent::reload`].
     #[track_caller]
     pub fn edit_config(&self, key: &str, value: impl Into<Value>) {
         let text = fs::read_to_string(self.config_file()).expect("read the configuration");
@@ -277,12 +277,12 @@ impl Lab {
         self.write_config(config);
     }
 
-    /// The namespace in which the agent runs and the host ends of the pods' interfaces are.
+    /// The namespace of the agent and of the host ends of the pods' interfaces.
     pub fn node(&self) -> &Namespace {
         &self.node
     }
 
-    /// The namespace of everything that pods may want to reach.
+    /// The namespace of all servers that pods may reach.
     pub fn outside(&self) -> &Namespace {
         &self.outside
     }
@@ -305,8 +305,8 @@ impl Lab {
         self.directory.join("config.yaml")
     }
 
-    /// Where this laboratory's own BPF file system is mounted. Each mount is an instance of its
-    /// own, so laboratories do not see each other's pins.
+    /// The mount point of this laboratory's BPF file system. Each mount is an instance of its own, so
+    /// laboratories do not see each other's pins.
     pub fn bpffs(&self) -> PathBuf {
         self.directory.join("bpf")
     }
@@ -316,8 +316,8 @@ impl Lab {
         &self.directory
     }
 
-    /// Makes a namespace with a veth to the node, for a pod of this namespace and name. The agent
-    /// knows nothing of it before [`Self::write_pod`].
+    /// Creates a network namespace with a veth to the node, for a pod of this Kubernetes namespace and name.
+    /// The agent does not know the pod before [`Self::write_pod`].
     #[track_caller]
     pub fn pod(&self, namespace: &str, name: &str) -> Pod {
         let pod = self.pod_without_interface(namespace, name);
@@ -325,7 +325,7 @@ impl Lab {
         pod
     }
 
-    /// Makes a pod whose interface does not exist yet; see [`Self::add_interface`].
+    /// Creates a pod whose interface does not exist yet; see [`Self::add_interface`].
     #[track_caller]
     pub fn pod_without_interface(&self, namespace: &str, name: &str) -> Pod {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
@@ -371,8 +371,8 @@ impl Lab {
         TcpEcho::start(&self.outside, port)
     }
 
-    /// What many tests begin with: `shop.test`, one address with a server on port 443, and the pod
-    /// `shop/cart` that may reach what `allow` says.
+    /// The set-up of many tests: `shop.test` with one address, a server on port 443, and the pod `shop/cart`
+    /// with this `allow` annotation.
     #[track_caller]
     pub fn shop_and_cart(&self, allow: &str) -> (TcpEcho, Pod) {
         let web = self.serve_tcp(443);
@@ -412,13 +412,13 @@ impl Lab {
         Running::start(&self.node, command)
     }
 
-    /// Starts the agent and waits until it enforces (or audits) each of these pods.
+    /// Starts the agent and waits until it judges packets of each of these pods.
     #[track_caller]
     pub fn start_agent(&self, pods: &[&Pod]) -> Agent {
         self.start_agent_with(&[], pods)
     }
 
-    /// Starts the agent with further arguments after `run`, and waits as [`Self::start_agent`].
+    /// Starts the agent with further arguments after `run`, and waits as [`Self::start_agent`] does.
     #[track_caller]
     pub fn start_agent_with(&self, arguments: &[&str], pods: &[&Pod]) -> Agent {
         let agent = self.spawn_agent(arguments);
@@ -429,7 +429,7 @@ impl Lab {
         agent
     }
 
-    /// Starts the agent and waits for nothing.
+    /// Starts the agent without waiting.
     #[track_caller]
     pub fn spawn_agent(&self, arguments: &[&str]) -> Agent {
         let mut command = self.agent_command("run");
@@ -437,12 +437,12 @@ impl Lab {
             .arg("--pods-dir")
             .arg(self.pods_dir())
             .args(arguments)
-            .args(way_of_attaching(arguments));
+            .args(attach_arguments(arguments));
         Agent::start(&self.node, command)
     }
 
-    /// Starts the agent with these environment variables, and waits for nothing. What it says on standard
-    /// output and standard error fills their pipes, until [`Agent::read`].
+    /// Starts the agent with these environment variables, without waiting. Its output on standard output and
+    /// standard error stays in their pipes until [`Agent::read`].
     #[track_caller]
     pub fn spawn_agent_unread(&self, environment: &[(&str, &str)]) -> Agent {
         let mut command = self.agent_command("run");
@@ -453,8 +453,7 @@ impl Lab {
         Agent::start_unread(&self.node, command)
     }
 
-    /// Starts the agent as part of a cluster, with further arguments after `run`, and waits for
-    /// nothing.
+    /// Starts the agent as part of a cluster, with further arguments after `run`, without waiting.
     #[track_caller]
     pub fn spawn_cluster_agent(&self, kubeconfig: &Path, arguments: &[&str]) -> Agent {
         let mut command = self.agent_command("run");
@@ -462,11 +461,11 @@ impl Lab {
             .arg("--kubeconfig")
             .arg(kubeconfig)
             .args(arguments)
-            .args(way_of_attaching(arguments));
+            .args(attach_arguments(arguments));
         Agent::start(&self.node, command)
     }
 
-    /// The agent's program with one of its subcommands and the laboratory's configuration.
+    /// The agent's program with a subcommand and the laboratory's configuration.
     pub fn agent_command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(Agent::program());
         command
@@ -477,7 +476,7 @@ impl Lab {
         command
     }
 
-    /// Runs `egress-agent cleanup` on the node and returns what it said.
+    /// Runs `egress-agent cleanup` on the node and returns its output.
     #[track_caller]
     pub fn cleanup(&self) -> String {
         let mut command = self.agent_command("cleanup");
@@ -499,11 +498,11 @@ impl Lab {
     }
 }
 
-/// The value of `--attach` with which agents are started that get none from their test.
+/// The value of `--attach` for agents whose test does not set it.
 const ATTACH: &str = "EGRESS_TEST_ATTACH";
 
-/// What `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.
-fn way_of_attaching(arguments: &[&str]) -> Vec<String> {
+/// The arguments that `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.
+fn attach_arguments(arguments: &[&str]) -> Vec<String> {
     let chosen = arguments.contains(&"--attach");
     let attach = std::env::var(ATTACH).ok().filter(|_| !chosen);
     attach.map_or_else(Vec::new, |attach| vec!["--attach".to_owned(), attach])
@@ -515,8 +514,8 @@ fn hardware(address: [u8; 6]) -> String {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // A failure here cannot be helped, and a panic would hide the test's own. What is left
-        // is swept by the next process that builds a laboratory.
+        // A failure here cannot be handled, and a panic would hide that of the test. The next process that
+        // builds a laboratory removes the rest.
         let _ = umount2(&self.bpffs(), MntFlags::MNT_DETACH);
         let _ = fs::remove_dir_all(&self.directory);
     }

@@ -1,6 +1,6 @@
-//! A laboratory of network namespaces in which the agent is tried as a user would try it.
+//! A laboratory of network namespaces in which tests use the agent as a user does.
 //!
-//! A [`Lab`] is one node and the internet around it, and is gone when it is dropped:
+//! A [`Lab`] is one node and the outside network, and is removed when it is dropped:
 //!
 //! ```text
 //!  pod eth0 ── veth1 ┐
@@ -8,13 +8,13 @@
 //!  …                 ┘
 //! ```
 //!
-//! A [`Pod`] is a namespace with addresses of both families; it becomes known to the agent only
-//! when a manifest is written for it ([`Lab::write_pod`]). `outside` answers on every address of
-//! [`addresses::SERVERS`] and its siblings, so that thousands of names can have an address each.
-//! Its [`DnsServer`] says whatever a test wants it to say, to the byte.
+//! A [`Pod`] is a network namespace with addresses of both families. The agent knows it only when a manifest
+//! exists for it ([`Lab::write_pod`]). `outside` answers on every address of [`addresses::LOCAL_RANGES`], so
+//! that each of thousands of names can have an address of its own. Its [`DnsServer`] sends the responses that
+//! a test defines, to the byte.
 //!
-//! Everything here panics when the machine does not do what it should: a laboratory that could not
-//! be built is a failed test.
+//! Everything here panics when the machine does not behave as expected: a laboratory that could not be built
+//! is a failed test.
 #![expect(
     clippy::missing_panics_doc,
     reason = "the laboratory panics whenever the machine under it fails: that is a failed test"

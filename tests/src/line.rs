@@ -1,4 +1,4 @@
-//! A link that loses, repeats and reorders.
+//! A link that loses, repeats and reorders packets.
 
 use std::{
     fmt,
@@ -12,18 +12,18 @@ use std::{
 
 use crate::{Namespace, frames::Tap};
 
-/// Header that a packet socket puts before each frame, `struct virtio_net_hdr` of
-/// `include/uapi/linux/virtio_net.h`: what the hardware is left to do passes the line as it is.
+/// The length of the header that a packet socket puts before each frame (`struct virtio_net_hdr`,
+/// `include/uapi/linux/virtio_net.h`). The line passes it on unchanged, so offloads stay as they are.
 const OFFLOADS: usize = 10;
-/// Where the header of an IP packet begins.
+/// The offset of the IP header.
 const IP: usize = OFFLOADS + 14;
 const DNS: [u8; 2] = [0, 53];
 
-/// How long a frame that is held back waits for another to overtake it.
+/// The time for which a delayed frame waits for another to overtake it.
 const PATIENCE: Duration = Duration::from_millis(20);
 
-/// A namespace with two interfaces, and a thread for each that passes frames on to the other: all but a
-/// part of those that are DNS.
+/// A namespace with two interfaces, and a thread for each direction that forwards all frames except some DNS
+/// packets.
 pub(crate) struct Line {
     _namespace: Namespace,
     stop: Arc<AtomicBool>,
@@ -73,7 +73,7 @@ impl Drop for Line {
     }
 }
 
-/// Of ten frames that are DNS one is lost, one comes twice, and two are overtaken by the next.
+/// Of ten DNS frames one is lost, one is repeated, and two are overtaken by the next.
 fn pass(from: &Tap, to: &Tap, stop: &AtomicBool, seed: u64) {
     let mut random = seed;
     let mut behind: Option<Vec<u8>> = None;
@@ -84,7 +84,7 @@ fn pass(from: &Tap, to: &Tap, stop: &AtomicBool, seed: u64) {
             }
             continue;
         };
-        // Knuth's generator: the upper bits are the random ones.
+        // Knuth's linear congruential generator: the upper bits are random.
         random = random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
@@ -109,7 +109,7 @@ fn pass(from: &Tap, to: &Tap, stop: &AtomicBool, seed: u64) {
     }
 }
 
-/// Whether a frame without IP options is from or to port 53.
+/// True if a frame without IP options is from or to port 53.
 fn is_dns(frame: &[u8]) -> bool {
     let ports = match frame.get(IP).map(|first| first >> 4) {
         Some(4) => IP + 20,

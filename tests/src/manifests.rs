@@ -1,4 +1,4 @@
-//! The manifests that tell the agent of pods.
+//! The manifests that describe pods to the agent.
 
 use std::fs;
 
@@ -6,13 +6,13 @@ use serde_json::{Map, Value, json};
 
 use crate::{Lab, Pod};
 
-/// Annotations without the prefix `egress-agent.dev/`, and their values.
+/// Annotations: keys without the prefix `egress-agent.dev/`, and values.
 pub type Annotations<'a> = &'a [(&'a str, &'a str)];
 
 const ANNOTATION_PREFIX: &str = "egress-agent.dev/";
 
 impl Lab {
-    /// Writes, or replaces, the manifest of a pod.
+    /// Writes or replaces the manifest of a pod.
     #[track_caller]
     pub fn write_pod(&self, pod: &Pod, annotations: Annotations<'_>) {
         self.write_object(
@@ -21,7 +21,7 @@ impl Lab {
         );
     }
 
-    /// Writes the manifest of a pod that names this interface, or none.
+    /// Writes the manifest of a pod with this interface annotation, or without one.
     #[track_caller]
     pub fn write_pod_on(&self, pod: &Pod, interface: Option<&str>, annotations: Annotations<'_>) {
         self.write_object(&pod_file(pod), &pod_manifest(pod, interface, annotations));
@@ -33,7 +33,7 @@ impl Lab {
         self.remove_file(&pod_file(pod));
     }
 
-    /// Writes, or replaces, the manifest of a namespace.
+    /// Writes or replaces the manifest of a namespace.
     #[track_caller]
     pub fn write_namespace(&self, name: &str, annotations: Annotations<'_>) {
         let manifest = json!({
@@ -50,7 +50,7 @@ impl Lab {
         self.remove_file(&format!("namespace-{name}.yaml"));
     }
 
-    /// Writes a file of any content into the directory of manifests, in one step.
+    /// Writes a file into the directory of manifests, atomically.
     #[track_caller]
     pub fn write_file(&self, name: &str, content: &[u8]) {
         let staged = self.directory().join(format!("staged-{name}"));
@@ -64,7 +64,7 @@ impl Lab {
         fs::remove_file(self.pods_dir().join(name)).expect("remove a manifest");
     }
 
-    /// Name of the file that holds the pod's manifest.
+    /// The name of the file with the pod's manifest.
     pub fn pod_file(&self, pod: &Pod) -> String {
         pod_file(pod)
     }

@@ -17,8 +17,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Prefix of every namespace and temporary directory that a laboratory makes; the process id of
-/// the process that made it follows.
+/// The prefix of every namespace and temporary directory of a laboratory; the id of the process that created
+/// it follows.
 pub(crate) const PREFIX: &str = "eg-";
 
 const NAMED: &str = "/run/netns";
@@ -31,7 +31,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace with loopback up, forwarding as asked, and IPv6 addresses usable at once.
+    /// Creates a namespace with loopback up, forwarding as requested, and IPv6 addresses usable at once.
     pub(crate) fn create(name: &str, forwards: bool) -> Self {
         static ADDING: Mutex<()> = Mutex::new(());
         {
@@ -54,7 +54,7 @@ impl Namespace {
                 ("ipv6/conf/all/disable_ipv6", "0"),
                 ("ipv6/conf/default/disable_ipv6", "0"),
                 ("ipv6/conf/default/accept_dad", "0"),
-                // An IPv6 address of a local range can be bound only so; an IPv4 one always.
+                // Only with this can an IPv6 address of a local range be bound; an IPv4 address always can.
                 ("ipv6/ip_nonlocal_bind", "1"),
                 ("ipv6/conf/default/accept_ra", "0"),
                 ("ipv6/conf/default/router_solicitations", "0"),
@@ -69,13 +69,13 @@ impl Namespace {
         namespace
     }
 
-    /// Name under `/run/netns`, for `ip netns exec`.
+    /// The name under `/run/netns`, for `ip netns exec`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `action` on a thread of its own that is in this namespace. Sockets made there stay in
-    /// the namespace, processes started there run in it.
+    /// Runs `action` on a new thread in this namespace. Sockets created there stay in the namespace;
+    /// processes started there run in it.
     pub fn run<T: Send>(&self, action: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let worker = scope.spawn(|| {
@@ -88,7 +88,7 @@ impl Namespace {
         })
     }
 
-    /// A counter of `/proc/net/netstat`: a line of names, then a line of values, by the same prefix.
+    /// A counter of `/proc/net/netstat`, which has a line of names and a line of values with the same prefix.
     #[track_caller]
     pub fn counter(&self, prefix: &str, name: &str) -> u64 {
         let netstat = self
@@ -131,7 +131,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and a panic would hide the test's own.
+        // A failure here cannot be handled, and a panic would hide that of the test.
         let _ = Command::new("ip")
             .args(["netns", "del", &self.name])
             .status();
@@ -152,7 +152,7 @@ fn ip(args: &[&str]) {
     );
 }
 
-/// Names of the namespaces that exist now and were made by process `pid`.
+/// The names of existing namespaces that process `pid` created.
 pub fn leftovers(pid: u32) -> Vec<String> {
     named()
         .into_iter()
@@ -174,18 +174,18 @@ fn named() -> Vec<(String, u32)> {
         .collect()
 }
 
-/// The process that made a thing of this name.
+/// The id of the process that created a thing of this name.
 fn owner(name: &str) -> Option<u32> {
     name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
 }
 
-/// Whether there is no such process any more.
+/// True if the process does not exist any more.
 pub(crate) fn is_dead(pid: u32) -> bool {
-    // One that has ended and was not waited for has a directory, and no program in it.
+    // A zombie has a directory, but no executable.
     fs::read_link(format!("/proc/{pid}/exe")).is_err()
 }
 
-/// Removes what processes that were killed before they could clean up have left. Once a process.
+/// Removes leftovers of killed processes. Once per process.
 pub(crate) fn sweep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

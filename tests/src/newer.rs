@@ -1,8 +1,7 @@
-//! What an API server of a current release has and that of the tests lacks, in front of the latter.
+//! A proxy that gives the tests' old API server an API of current releases.
 //!
-//! `EndpointSlices` of version v1: the objects, their lists, their watches and who may see them are
-//! the old server's, which has them in version v1beta1. Only what they are called differs, so what goes
-//! through here is renamed.
+//! `EndpointSlices` of version v1: the old server has the objects, lists, watches and rights in version
+//! v1beta1. Only the names differ, so the proxy renames them.
 
 use std::{
     io::{Error, Result},
@@ -21,15 +20,15 @@ use tokio::{
 
 use crate::{ApiServer, Identity};
 
-/// Where they are asked for, and where the old server has them.
+/// The path of requests, and the path on the old server.
 const PATHS: (&str, &str) = (
     "/apis/discovery.k8s.io/v1/",
     "/apis/discovery.k8s.io/v1beta1/",
 );
-/// Their version, likewise.
+/// The version in objects, likewise.
 const VERSIONS: (&str, &str) = ("\"discovery.k8s.io/v1\"", "\"discovery.k8s.io/v1beta1\"");
 
-/// Serves it on a port of 127.0.0.1, without TLS, until it is dropped.
+/// Serves the newer API on a port of 127.0.0.1, without TLS, until it is dropped.
 #[derive(Debug)]
 pub struct NewerApi {
     port: u16,
@@ -37,7 +36,7 @@ pub struct NewerApi {
 }
 
 impl NewerApi {
-    /// In front of this server.
+    /// Starts a proxy in front of this server.
     #[track_caller]
     pub fn start(server: &ApiServer) -> Self {
         let runtime = Builder::new_multi_thread()
@@ -52,7 +51,7 @@ impl NewerApi {
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let client = Client::try_from((*behind).clone()).expect("a client");
-                // Whoever hangs up does.
+                // A client that closes the connection ends only this task.
                 tokio::spawn(async move { serve(stream, &client).await.ok() });
             }
         });
@@ -62,13 +61,13 @@ impl NewerApi {
         }
     }
 
-    /// A kubeconfig to ask it with. Whoever asks, the agent's rights count.
+    /// A kubeconfig for this proxy. All requests have the agent's rights.
     pub fn kubeconfig(&self, server: &ApiServer) -> std::path::PathBuf {
         let url = format!("http://127.0.0.1:{}", self.port);
         server.kubeconfig_of("newer", &json!({ "server": url }), &json!({}))
     }
 
-    /// An `EndpointSlice` of a Service, as the old server takes it.
+    /// An `EndpointSlice` of a Service, in the old server's version.
     pub fn slice(namespace: &str, service: &str, name: &str, addresses: &[&str]) -> Value {
         json!({
             "apiVersion": "discovery.k8s.io/v1beta1",
@@ -113,7 +112,7 @@ async fn serve(stream: TcpStream, client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// The next request, as the old server is to be asked; `None` when there are no more.
+/// The next request, in the old server's terms; `None` at the end of the stream.
 async fn read(stream: &mut BufReader<TcpStream>) -> Result<Option<Request<Vec<u8>>>> {
     let mut line = String::new();
     if stream.read_line(&mut line).await? == 0 {

@@ -1,5 +1,4 @@
-//! A node as its kubelet and container runtime lay it out: control groups with pods' processes in
-//! them.
+//! A node as its kubelet and container runtime lay it out: cgroups with pods' processes in them.
 
 use std::{
     fs, io,
@@ -20,24 +19,24 @@ use nix::{
 
 use crate::{DEADLINE, Lab, Pod, Running, eventually, namespace::is_dead};
 
-/// Begins the ids of containers that a test makes; the process id of the test follows.
+/// The beginning of the ids of containers in tests; the test's process id follows.
 const MARK: &str = "e9e55e";
 
-/// The hierarchy of control groups in which pods' processes are.
+/// The cgroup hierarchy of pods' processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hierarchy {
     /// Version 2.
     V2,
-    /// Version 1: that of the controller `pids`.
+    /// Version 1: the hierarchy of the controller `pids`.
     V1,
 }
 
-/// How the kubelet makes control groups.
+/// The kubelet's cgroup driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Driver {
-    /// As slices of systemd.
+    /// Slices of systemd.
     Systemd,
-    /// By itself.
+    /// The kubelet itself.
     Cgroupfs,
 }
 
@@ -52,7 +51,7 @@ pub enum Qos {
     BestEffort,
 }
 
-/// Whose names containers' groups have.
+/// The container runtime, which determines the names of containers' cgroups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
     /// `cri-containerd-<id>.scope`, or `<id>` without systemd.
@@ -61,7 +60,7 @@ pub enum Runtime {
     Crio,
 }
 
-/// How one node is laid out.
+/// The layout of a node.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// The hierarchy.
@@ -75,7 +74,7 @@ pub struct Node {
 }
 
 impl Default for Node {
-    /// What most clusters have.
+    /// The most common layout.
     fn default() -> Self {
         Self {
             hierarchy: Hierarchy::V2,
@@ -87,7 +86,7 @@ impl Default for Node {
 }
 
 impl Node {
-    /// Where this machine has the hierarchy mounted.
+    /// The mount point of the hierarchy on this machine.
     #[track_caller]
     pub fn mount(&self) -> PathBuf {
         let mounts = fs::read_to_string("/proc/self/mounts").expect("the table of mounts");
@@ -102,7 +101,7 @@ impl Node {
         found.unwrap_or_else(|| panic!("control groups are mounted: {:?}", self.hierarchy))
     }
 
-    /// Where the group of a pod is, whether it exists or not.
+    /// The path of a pod's cgroup, whether it exists or not.
     #[track_caller]
     pub fn group(&self, uid: &str, qos: Qos) -> PathBuf {
         let class = match qos {
@@ -133,7 +132,7 @@ impl Node {
         }
     }
 
-    /// Makes a pod with an interface, and a process in its network and its group.
+    /// Creates a pod with an interface, and a process in its network and its cgroup.
     #[track_caller]
     pub fn run_pod(&self, lab: &Lab, name: &str, uid: &str, qos: Qos) -> NodePod {
         let pod = lab.pod("shop", name);
@@ -142,7 +141,7 @@ impl Node {
         running
     }
 
-    /// Makes the group of a pod, in which nothing runs yet.
+    /// Creates the cgroup of a pod in which nothing runs yet.
     #[track_caller]
     pub fn pod_of(&self, pod: Pod, uid: &str, qos: Qos) -> NodePod {
         sweep();
@@ -169,19 +168,19 @@ impl Node {
     }
 }
 
-/// A pod of a [`Node`]: its namespace, its control group and its processes. All of it is gone when
-/// this is dropped.
+/// A pod of a [`Node`]: its namespace, its cgroup and its processes. All of it is removed when this is
+/// dropped.
 #[derive(Debug)]
 pub struct NodePod {
     node: Node,
     uid: String,
-    // In this order: no group with a process in it can be removed.
+    // Dropped in this order: a cgroup with a process in it cannot be removed.
     containers: Vec<Container>,
     group: Group,
     pod: Pod,
 }
 
-/// A process in a group of its own.
+/// A process in a cgroup of its own.
 #[derive(Debug)]
 struct Container {
     process: Running,
@@ -194,7 +193,7 @@ impl NodePod {
         &self.uid
     }
 
-    /// Its namespace and what a program in it can try.
+    /// Its namespace, and methods of programs in it.
     pub fn pod(&self) -> &Pod {
         &self.pod
     }
@@ -206,7 +205,7 @@ impl NodePod {
         self.adopt(pause)
     }
 
-    /// Puts a process into a new container of the pod, whichever network it is in. Returns its id.
+    /// Moves a process into a new container of the pod, whatever network it is in. Returns its id.
     #[track_caller]
     pub fn adopt(&mut self, process: Running) -> u32 {
         let pid = process.id();
@@ -217,18 +216,18 @@ impl NodePod {
         pid
     }
 
-    /// The control group of the container that was started last.
+    /// The cgroup of the container that was started last.
     #[track_caller]
     pub fn container_group(&self) -> &Path {
         &self.containers.last().expect("a container").group.path
     }
 
-    /// Ends every container and removes their groups; the pod's own stays.
+    /// Ends every container and removes their cgroups; the pod's own cgroup stays.
     pub fn stop_containers(&mut self) {
         self.containers.clear();
     }
 
-    /// Gives the pod another interface. Returns the name of its end on the node.
+    /// Adds another interface to the pod. Returns the name of its host end.
     #[track_caller]
     pub fn add_interface(&self, lab: &Lab, name: &str) -> String {
         let number = self.pod.ipv4().octets()[2];
@@ -247,8 +246,8 @@ impl NodePod {
         host
     }
 
-    /// Goes on in another network, as a pod does whose sandbox was made anew. Returns the pod with
-    /// the network it had.
+    /// Moves the pod to another network, as when its sandbox is recreated. Returns the pod with its old
+    /// network.
     pub fn change_sandbox(&mut self, pod: Pod) -> Pod {
         std::mem::replace(&mut self.pod, pod)
     }
@@ -267,8 +266,8 @@ pub fn pause() -> Command {
     command
 }
 
-/// A control group, removed when this is dropped, with those above it that are empty then, but
-/// not with `top`.
+/// A cgroup. When this is dropped, it is removed together with the cgroups above it that are then empty,
+/// except `top`.
 #[derive(Debug)]
 struct Group {
     top: PathBuf,
@@ -278,7 +277,7 @@ struct Group {
 impl Group {
     #[track_caller]
     fn create(top: PathBuf, path: PathBuf) -> Self {
-        // Another test may remove the groups above while they are empty.
+        // Another test may remove the cgroups above while they are empty.
         eventually("a control group is made", || fs::create_dir_all(&path).ok());
         Self { top, path }
     }
@@ -294,11 +293,11 @@ impl Drop for Group {
     }
 }
 
-/// Removes a group, and those above it that are empty then.
+/// Removes a cgroup, and the cgroups above it that are then empty.
 fn remove(top: &Path, group: &Path) {
     let start = Instant::now();
-    // A process that was killed and waited for may still be in it for a moment. A group that stays
-    // is found by who looks for what tests leave behind; a panic would hide the test's own.
+    // A killed process may stay in the cgroup for a moment after wait(2). The check for leftovers finds a
+    // cgroup that stays; a panic would hide that of the test.
     while let Err(error) = fs::remove_dir(group)
         && error.kind() != io::ErrorKind::NotFound
         && start.elapsed() < DEADLINE
@@ -308,7 +307,7 @@ fn remove(top: &Path, group: &Path) {
     remove_empty(top, group.parent());
 }
 
-/// Removes this group and those above it, up to the first that is not empty.
+/// Removes this cgroup and those above it, up to the first that is not empty.
 fn remove_empty(top: &Path, mut group: Option<&Path>) {
     while let Some(path) = group.filter(|path| *path != top && path.starts_with(top)) {
         if fs::remove_dir(path).is_err() {
@@ -318,7 +317,7 @@ fn remove_empty(top: &Path, mut group: Option<&Path>) {
     }
 }
 
-/// Removes what tests have left that were killed. Once a process.
+/// Removes leftovers of killed tests. Once per process.
 fn sweep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

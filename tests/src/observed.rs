@@ -1,4 +1,4 @@
-//! What the agent tells about itself: over HTTP, and through its own commands.
+//! The agent's own reports: over HTTP, and through its commands.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,16 +12,16 @@ use serde_json::Value;
 
 use crate::{Agent, DEADLINE, Lab, Pod, eventually, holds};
 
-/// Where an agent with [`crate::Builder::http`] answers.
+/// The address of the agent's HTTP server in tests that configure one.
 pub const HTTP: &str = "0.0.0.0:9465";
 
 impl Lab {
-    /// The socket of the agent, unless the configuration says otherwise.
+    /// The agent's socket, unless the configuration sets another one.
     pub fn socket(&self) -> PathBuf {
         self.directory().join("agent.sock")
     }
 
-    /// A connection with the agent's HTTP server, from the node.
+    /// A connection to the agent's HTTP server, from the node.
     #[track_caller]
     pub fn http_connection(&self) -> TcpStream {
         let to: SocketAddr = ([127, 0, 0, 1], 9465).into();
@@ -49,7 +49,7 @@ impl Lab {
         (status.expect("a status"), body.to_owned())
     }
 
-    /// What `/metrics` says.
+    /// The page `/metrics`.
     #[track_caller]
     pub fn metrics(&self) -> Metrics {
         let (status, text) = self.http("/metrics");
@@ -57,7 +57,7 @@ impl Lab {
         Metrics::parse(&text)
     }
 
-    /// Runs a command that asks the running agent.
+    /// Runs a command that sends a request to the running agent.
     #[track_caller]
     pub fn ask(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(Agent::program());
@@ -69,7 +69,7 @@ impl Lab {
         command.output().expect("the agent's program runs")
     }
 
-    /// What a command that asks the running agent says, with `--json`, and its exit status.
+    /// Runs such a command with `--json`; returns its exit status and output.
     #[track_caller]
     pub fn ask_json(&self, arguments: &[&str]) -> (Option<i32>, Value) {
         let output = self.ask(&[arguments, &["--json"]].concat());
@@ -81,7 +81,7 @@ impl Lab {
         (output.status.code(), value)
     }
 
-    /// What `status` says of one pod.
+    /// The entry of one pod in `status`.
     #[track_caller]
     pub fn status_of(&self, pod: &Pod) -> Value {
         let (code, status) = self.ask_json(&["status", &title(pod)]);
@@ -89,7 +89,7 @@ impl Lab {
         status["pods"][0].clone()
     }
 
-    /// Waits until `status` counts a loss of this kind.
+    /// Waits until `status` has this count of a loss.
     #[track_caller]
     pub fn counts_loss(&self, kind: &str, count: u64) {
         eventually("the loss is counted", || {
@@ -98,7 +98,7 @@ impl Lab {
         });
     }
 
-    /// Exit status and answer of `explain`.
+    /// Exit status and output of `explain`.
     #[track_caller]
     pub fn explain(&self, pod: &Pod, target: &str) -> (i32, Value) {
         let (code, explanation) = self.ask_json(&["explain", &title(pod), target]);
@@ -114,18 +114,18 @@ pub fn title(pod: &Pod) -> String {
 /// A page in the `OpenMetrics` text format.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Values by the series as it is written, labels and all.
+    /// Values by series, written as on the page, with labels.
     series: BTreeMap<String, f64>,
-    /// Types of the families.
+    /// The types of the families.
     pub types: BTreeMap<String, String>,
-    /// Their help texts.
+    /// The help texts of the families.
     pub help: BTreeMap<String, String>,
 }
 
 impl Metrics {
-    /// Reads a page, and holds it against the format: every family is described before its
-    /// samples, once; a sample's name is the family's with the endings of its type; no series comes
-    /// twice; buckets ascend and the last one holds all.
+    /// Parses a page and checks the format: each family is described once, before its samples; a sample's
+    /// name is the family's with an ending of its type; no series is repeated; buckets ascend and the last
+    /// one counts all.
     #[track_caller]
     pub fn parse(text: &str) -> Self {
         let mut page = Self::default();
@@ -204,12 +204,12 @@ impl Metrics {
             .unwrap_or_else(|| panic!("no {series} in\n{}", known()))
     }
 
-    /// The value of a series; 0 when there is none.
+    /// The value of a series; 0 if it does not exist.
     pub fn find(&self, series: &str) -> f64 {
         self.series.get(series).copied().unwrap_or(0.0)
     }
 
-    /// All series as they are written.
+    /// All series, as written on the page.
     pub fn series(&self) -> impl Iterator<Item = &str> {
         self.series.keys().map(String::as_str)
     }

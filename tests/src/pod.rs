@@ -1,4 +1,4 @@
-//! A pod, and what a program in it can try.
+//! A pod, and methods of programs in it.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -63,7 +63,7 @@ impl Pod {
         &self.netns
     }
 
-    /// Name of the interface's end on the node.
+    /// The name of the interface's host end.
     pub fn interface(&self) -> &str {
         &self.interface
     }
@@ -78,17 +78,17 @@ impl Pod {
         self.ipv6
     }
 
-    /// Hardware address of the pod's end of its interface.
+    /// The hardware address of the pod's end of its interface.
     pub fn hardware(&self) -> [u8; 6] {
         [2, 0, 0, 0, self.ipv4.octets()[2], 2]
     }
 
-    /// Hardware address of the node's end.
+    /// The hardware address of the node's end.
     pub fn gateway_hardware(&self) -> [u8; 6] {
         [2, 0, 0, 0, self.ipv4.octets()[2], 1]
     }
 
-    /// Connects. The error's kind says how it failed: `TimedOut` when nothing came back.
+    /// Connects. The kind of the error shows the cause: `TimedOut` when no answer arrived.
     pub fn connect_tcp(
         &self,
         to: impl Into<SocketAddr>,
@@ -102,7 +102,7 @@ impl Pod {
         })
     }
 
-    /// Connects, which must work.
+    /// Connects; panics if that fails.
     #[track_caller]
     pub fn reach_tcp(&self, to: impl Into<SocketAddr>) -> TcpStream {
         let to = to.into();
@@ -171,13 +171,13 @@ impl Pod {
             && answer[0] == reply
     }
 
-    /// SYN packets that the pod's kernel had to send again, ever.
+    /// The number of SYN packets that the pod's kernel has retransmitted.
     #[track_caller]
     pub fn syn_retransmissions(&self) -> u64 {
         self.netns.counter("TcpExt:", "TCPSynRetrans")
     }
 
-    /// Listens on a TCP port of the pod's.
+    /// Listens on a TCP port of the pod.
     #[track_caller]
     pub fn listen_tcp(&self, port: u16) -> TcpListener {
         self.netns
@@ -192,7 +192,7 @@ impl Pod {
     }
 }
 
-/// Sends `payload` through a stream to an echo server; whether it came back.
+/// Sends `payload` through a stream to an echo server; true if it came back.
 pub fn exchange(stream: &mut TcpStream, payload: &[u8], timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
     if stream.write_all(payload).is_err() {
@@ -213,7 +213,7 @@ pub fn exchange(stream: &mut TcpStream, payload: &[u8], timeout: Duration) -> bo
     received == payload
 }
 
-/// Sends `payload` through a connected socket to an echo server; whether it came back.
+/// Sends `payload` through a connected socket to an echo server; true if it came back.
 pub fn echo_on(socket: &UdpSocket, payload: &[u8], timeout: Duration) -> bool {
     socket
         .set_read_timeout(Some(timeout))

@@ -15,7 +15,7 @@ impl Running {
     #[track_caller]
     pub(crate) fn start(namespace: &Namespace, command: &mut Command) -> Self {
         command.stdin(Stdio::null());
-        // A child belongs to the namespaces of the thread that started it.
+        // A child inherits the namespaces of the thread that started it.
         let spawned = namespace.run(|| command.spawn());
         Self {
             child: spawned
@@ -34,7 +34,7 @@ impl Running {
         let _ = self.child.wait();
     }
 
-    /// How it ended, when it has.
+    /// The exit status, if the process has ended.
     pub fn ended(&mut self) -> Option<String> {
         self.child
             .try_wait()

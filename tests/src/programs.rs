@@ -1,5 +1,4 @@
-//! The programs at a pod's interface, run on frames that no interface carries
-//! (`BPF_PROG_TEST_RUN`).
+//! Runs the programs of a pod's interface on frames, without an interface (`BPF_PROG_TEST_RUN`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -26,21 +25,21 @@ use crate::{
 
 /// The port that the policy allows on [`server`]`(1)` and [`server6`]`(1)`.
 pub const PORT: u16 = 4000;
-/// Bit of the class that allows TCP and UDP [`PORT`].
+/// The bit of the class that allows TCP and UDP [`PORT`].
 pub const TO_PORT: u64 = 1;
-/// Bit of the class that allows SCTP [`PORT`], and ping.
+/// The bit of the class that allows SCTP [`PORT`], and ping.
 pub const OTHERS: u64 = 1 << 1;
-/// Bit of the class that allows, or denies, everything.
+/// The bit of the class that allows, or denies, everything.
 pub const ANYTHING: u64 = 1 << 2;
 
 /// The pod's id in the maps.
 pub const POD: u32 = 7;
 const FIRST_POLICY: u32 = 100;
 
-/// A time that does not come.
+/// A time in the distant future.
 const NEVER_NS: u64 = u64::MAX;
 
-/// The programs, their maps, and one pod under a policy.
+/// The programs, their maps, and one pod with a policy.
 pub struct Programs {
     datapath: Datapath,
     interfaces: InterfaceMap,
@@ -54,20 +53,20 @@ pub struct Programs {
     lab: Lab,
 }
 
-/// What became of a frame.
+/// The outcome of a run.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What the program did.
+    /// The program's result.
     pub run: DryRun,
-    /// The denials it reported.
+    /// The denials that it reported.
     pub denials: Vec<Denial>,
-    /// What it gave to the agent.
+    /// The frames that it passed to the agent.
     pub held: Vec<(Held, Vec<u8>)>,
 }
 
 impl Programs {
-    /// A pod with an IPv4 and an IPv6 address that may send TCP and UDP to port [`PORT`] of
-    /// [`server`]`(1)` and [`server6`]`(1)`, SCTP too, and ping them.
+    /// A pod with an IPv4 and an IPv6 address. It may send TCP, UDP and SCTP to port [`PORT`] of
+    /// [`server`]`(1)` and [`server6`]`(1)`, and ping them.
     #[track_caller]
     #[expect(clippy::new_without_default, reason = "it changes the machine")]
     pub fn new() -> Self {
@@ -139,7 +138,7 @@ impl Programs {
         self.pod.ipv6()
     }
 
-    /// A packet of the pod's, from its address of that family.
+    /// A packet of the pod, from its address of the same family.
     pub fn to(&self, dst: impl Into<IpAddr>) -> Ip {
         let dst = dst.into();
         if dst.is_ipv4() {
@@ -149,7 +148,7 @@ impl Programs {
         }
     }
 
-    /// A packet for the pod, to its address of that family.
+    /// A packet to the pod's address of the same family.
     pub fn by(&self, src: impl Into<IpAddr>) -> Ip {
         let src = src.into();
         if src.is_ipv4() {
@@ -165,18 +164,18 @@ impl Programs {
             .expect("the map of interfaces can be written");
     }
 
-    /// Changes mode or flags of the interface.
+    /// Changes the interface's entry.
     pub fn set_interface(&mut self, change: impl FnOnce(&mut Interface)) {
         change(&mut self.interface);
         self.write_interface();
     }
 
-    /// From now on denials are only reported.
+    /// Sets audit mode: denials are only reported.
     pub fn audit(&mut self) {
         self.set_interface(|interface| interface.mode = MODE_AUDIT);
     }
 
-    /// From now on the interface is another pod's, which has its own share of the rings.
+    /// Assigns the interface to another pod, which has its own limit in the rings.
     pub fn becomes_another_pods(&mut self) {
         self.interface.pod += 1;
         self.interface.policy += 1;
@@ -196,14 +195,14 @@ impl Programs {
         self.write_interface();
     }
 
-    /// Takes the interface out of the map.
+    /// Removes the interface's entry from the map.
     pub fn forget_interface(&mut self) {
         self.interfaces
             .remove(self.ifindex, self.interface.pod)
             .expect("the map of interfaces can be written");
     }
 
-    /// Puts an address into the allow map.
+    /// Inserts an address into the allow map.
     #[track_caller]
     pub fn allow(&mut self, to: impl Into<IpAddr>, classes: u64, expires_ns: u64) {
         let entry = AllowEntry {
@@ -216,7 +215,7 @@ impl Programs {
             .expect("the allow map has room");
     }
 
-    /// Puts the pod under a new version of its policy, with an empty allow map.
+    /// Gives the pod a new version of its policy, with an empty allow map.
     #[track_caller]
     pub fn change_policy(&mut self, change: impl FnOnce(&mut Policy)) {
         change(&mut self.policy);
@@ -230,7 +229,7 @@ impl Programs {
         self.write_interface();
     }
 
-    /// The pod's flows (not its fragments).
+    /// The pod's flows, without its fragments.
     #[track_caller]
     pub fn flows(&self) -> Vec<(FlowKey, Flow)> {
         self.flow_map().entries().expect("the pod's flows")
@@ -248,23 +247,23 @@ impl Programs {
         counters.counters().expect("the counters")
     }
 
-    /// How many instructions the verifier looked at.
+    /// The number of instructions that the verifier processed.
     #[track_caller]
     pub fn verified_instructions(&mut self, hook: Hook) -> u32 {
         self.datapath
             .verified_instructions(hook)
             .expect("the kernel describes the program")
-            .expect("kernels since 5.16 tell")
+            .expect("kernels since 5.16 report it")
     }
 
-    /// How many probes have come to `from_pod` on the pod's interface.
+    /// The number of probes that `from_pod` has counted on the pod's interface.
     #[track_caller]
     pub fn probes(&self) -> Probes {
         let mut probes = self.datapath.probes().expect("the map of probes");
         probes.count(self.ifindex).expect("the map is readable")
     }
 
-    /// Marks of the frames that the agent sends.
+    /// The marks of frames that the agent sends.
     pub fn marks(&self) -> Marks {
         self.datapath.marks()
     }
@@ -288,8 +287,8 @@ impl Programs {
         Outcome { run, denials, held }
     }
 
-    /// Runs a program on each of these frames, `times` times, and leaves what it reports and gives to
-    /// the agent in the rings.
+    /// Runs a program `times` times on each of these frames, and leaves the reported denials and held frames
+    /// in the rings.
     #[track_caller]
     pub fn flood(&mut self, hook: Hook, frames: impl Iterator<Item = Vec<u8>> + Send, times: u32) {
         let Self {
@@ -307,7 +306,7 @@ impl Programs {
         });
     }
 
-    /// Takes everything out of the rings; returns how many frames and denials there were.
+    /// Empties the rings; returns the number of held frames and of denials.
     pub fn drain(&mut self) -> (usize, usize) {
         let denials = std::iter::from_fn(|| self.denials.take()).count();
         let mut held = 0;
@@ -315,31 +314,31 @@ impl Programs {
         (held, denials)
     }
 
-    /// What becomes of a frame that the pod sends.
+    /// Runs `from_pod` on a frame.
     #[track_caller]
     pub fn sends(&mut self, frame: &[u8]) -> Outcome {
         self.run_marked(Hook::FromPod, 0, frame)
     }
 
-    /// What becomes of a frame for the pod.
+    /// Runs `to_pod` on a frame.
     #[track_caller]
     pub fn receives(&mut self, frame: &[u8]) -> Outcome {
         self.run_marked(Hook::ToPod, 0, frame)
     }
 
-    /// The pod sends a frame and it leaves, unreported and not held.
+    /// Asserts that a frame of the pod passes, neither reported nor held.
     #[track_caller]
     pub fn leaves(&mut self, frame: &[u8]) {
         self.sends(frame).passed();
     }
 
-    /// A frame reaches the pod, unreported and not held.
+    /// Asserts that a frame to the pod passes, neither reported nor held.
     #[track_caller]
     pub fn arrives(&mut self, frame: &[u8]) {
         self.receives(frame).passed();
     }
 
-    /// The pod sends a frame; it is dropped and reported once, for this reason.
+    /// Asserts that a frame of the pod is dropped and reported once, with this reason.
     #[track_caller]
     pub fn stays(&mut self, frame: &[u8], reason: Reason) -> Denial {
         self.sends(frame).denied(reason)
@@ -347,14 +346,14 @@ impl Programs {
 }
 
 impl Outcome {
-    /// It passed as if nothing were there.
+    /// Asserts that the frame passed, neither reported nor held.
     #[track_caller]
     pub fn passed(&self) {
         assert_eq!(self.run.action, Action::Pass, "{self:?}");
         assert!(self.denials.is_empty() && self.held.is_empty(), "{self:?}");
     }
 
-    /// It was dropped and reported once.
+    /// Asserts that the frame was dropped and reported once.
     #[track_caller]
     pub fn denied(&self, reason: Reason) -> Denial {
         assert_eq!(self.run.action, Action::Drop, "{self:?}");
@@ -362,7 +361,7 @@ impl Outcome {
         self.reported(reason)
     }
 
-    /// It was reported once.
+    /// Asserts that the frame was reported once.
     #[track_caller]
     pub fn reported(&self, reason: Reason) -> Denial {
         let [denial] = self.denials[..] else {
@@ -372,7 +371,7 @@ impl Outcome {
         denial
     }
 
-    /// It was given to the agent and dropped.
+    /// Asserts that the frame was held, and returns it.
     #[track_caller]
     pub fn taken(&self) -> &(Held, Vec<u8>) {
         assert_eq!(self.run.action, Action::Drop, "{self:?}");
@@ -384,7 +383,7 @@ impl Outcome {
     }
 }
 
-/// Makes a policy, and before it a pod.
+/// Creates the maps of a policy, and of a pod if there is one.
 #[track_caller]
 fn make(
     datapath: &mut Datapath,
@@ -423,7 +422,7 @@ fn policy(pod: &Pod) -> Policy {
     policy
 }
 
-/// What the map of ranges says of such addresses; a resolver is asked on port 53.
+/// The entry of a range in the map of ranges; a resolver has port 53.
 fn kind(kinds: u64) -> Range {
     let port = if kinds & RANGE_RESOLVER == 0 { 0 } else { 53 };
     Range {
@@ -432,7 +431,7 @@ fn kind(kinds: u64) -> Range {
     }
 }
 
-/// An address as the maps hold it.
+/// An address in the format of the maps.
 #[track_caller]
 pub fn address(address: impl Into<AnyAddress>) -> Address {
     match address.into().0 {

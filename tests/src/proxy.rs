@@ -1,4 +1,4 @@
-//! A way for TCP connections that a test can block.
+//! A TCP proxy that a test can block.
 
 use std::{
     io::{Read as _, Write as _},
@@ -13,10 +13,10 @@ use std::{
 
 use crate::Namespace;
 
-/// How often the threads look whether they are to stop.
+/// The interval at which the threads check whether to stop.
 const POLL: Duration = Duration::from_millis(20);
 
-/// Forwards connections from a port of its own on 127.0.0.1 to another.
+/// Forwards connections from a port of its own on 127.0.0.1 to another port.
 #[derive(Debug)]
 pub struct TcpProxy {
     port: u16,
@@ -28,7 +28,7 @@ pub struct TcpProxy {
 struct Shared {
     to: AtomicU16,
     stop: AtomicBool,
-    /// New connections are closed at once.
+    /// True if new connections are closed at once.
     refuse: AtomicBool,
     connections: Mutex<Vec<Arc<Connection>>>,
 }
@@ -36,7 +36,7 @@ struct Shared {
 #[derive(Debug)]
 struct Connection {
     ends: [TcpStream; 2],
-    /// Bytes are taken from neither side any more, and nobody is told.
+    /// True if bytes are read from neither side any more; both connections stay open.
     stalled: AtomicBool,
 }
 
@@ -46,7 +46,7 @@ impl TcpProxy {
         Self::forward(TcpListener::bind("127.0.0.1:0").expect("a free port"), to)
     }
 
-    /// Forwards from 127.0.0.1 of another network namespace to a port on 127.0.0.1 of this one.
+    /// Forwards from 127.0.0.1 of another network namespace to a port on 127.0.0.1 of the test's own.
     pub fn start_in(from: &Namespace, to: u16) -> Self {
         let listener = from.run(|| TcpListener::bind("127.0.0.1:0"));
         Self::forward(listener.expect("a free port"), to)
@@ -75,20 +75,19 @@ impl TcpProxy {
         }
     }
 
-    /// The port to connect to.
+    /// The port of the proxy.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Lets the connections of now fall silent: they stay open, and nothing passes. Later ones are
-    /// forwarded.
+    /// Stalls the current connections: they stay open, but nothing passes. Later connections are forwarded.
     pub fn stall(&self) {
         for connection in self.shared.connections().iter() {
             connection.stalled.store(true, Relaxed);
         }
     }
 
-    /// Closes the connections of now, and until [`Self::allow`] each new one.
+    /// Closes the current connections, and every new one until [`Self::allow`].
     pub fn refuse(&self) {
         self.shared.refuse.store(true, Relaxed);
         for connection in self.shared.connections().drain(..) {
@@ -101,7 +100,7 @@ impl TcpProxy {
         self.shared.refuse.store(false, Relaxed);
     }
 
-    /// How many connections there are or were since the last [`Self::refuse`].
+    /// The number of connections, open or ended, since the last [`Self::refuse`].
     pub fn connections(&self) -> usize {
         self.shared.connections().len()
     }
@@ -137,7 +136,7 @@ fn accept(shared: &Arc<Shared>, near: TcpStream) {
     });
     shared.connections().push(Arc::clone(&connection));
     if shared.refuse.load(Relaxed) {
-        // It came while they were closed.
+        // The connection was accepted while `refuse` closed the others.
         connection.close();
     }
     for (from, to) in [(0, 1), (1, 0)] {
@@ -150,7 +149,7 @@ fn forward(connection: &Connection, from: usize, to: usize) {
     let mut buffer = [0; 16 * 1024];
     while let Ok(length @ 1..) = (&connection.ends[from]).read(&mut buffer) {
         if connection.stalled.load(Relaxed) {
-            // What was read is lost, and nothing more is read.
+            // The bytes read so far are discarded, and no more are read.
             return;
         }
         if (&connection.ends[to]).write_all(&buffer[..length]).is_err() {

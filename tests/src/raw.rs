@@ -1,4 +1,4 @@
-//! Frames byte by byte, for what no honest stack would send.
+//! Frames built byte by byte, such as no honest stack sends.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -33,11 +33,11 @@ pub mod ether {
     pub const IPV6: u16 = 0x86dd;
 }
 
-/// Length of an Ethernet header.
+/// The length of an Ethernet header.
 pub const ETHERNET: usize = 14;
-/// Where the transport header of a plain IPv4 packet begins.
+/// The offset of the transport header in a plain IPv4 packet.
 pub const IPV4: usize = ETHERNET + 20;
-/// Where the transport header of a plain IPv6 packet begins.
+/// The offset of the transport header in a plain IPv6 packet.
 pub const IPV6: usize = ETHERNET + 40;
 
 /// An Ethernet frame.
@@ -58,8 +58,7 @@ pub fn arp(sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
     ethernet(ether::ARP, &packet)
 }
 
-/// The headers below the transport: what varies in these tests. Lengths are right unless said
-/// otherwise.
+/// The headers below the transport layer. Lengths are correct unless set otherwise.
 #[derive(Clone, Debug)]
 pub struct Ip {
     src: IpAddr,
@@ -75,7 +74,7 @@ pub struct Ip {
 }
 
 impl Ip {
-    /// Between two addresses of one family.
+    /// A packet between two addresses of one family.
     pub fn new(src: impl Into<IpAddr>, dst: impl Into<IpAddr>) -> Self {
         Self {
             src: src.into(),
@@ -104,21 +103,21 @@ impl Ip {
         self
     }
 
-    /// Adds an IPv6 extension header of this kind; `rest` is all of it but the first byte.
+    /// Adds an IPv6 extension header of this kind; `rest` is the header without its first byte.
     #[must_use]
     pub fn extension(mut self, kind: u8, rest: &[u8]) -> Self {
         self.extensions.push((kind, rest.to_vec()));
         self
     }
 
-    /// Adds an IPv6 extension header that holds padding only, 8 bytes long.
+    /// Adds an IPv6 extension header of 8 bytes with padding only.
     #[must_use]
     pub fn padding(self, kind: u8) -> Self {
         self.extension(kind, &[0, 1, 4, 0, 0, 0, 0])
     }
 
-    /// Makes it a fragment: `offset` in bytes, and whether more follow. Of IPv6 the fragment header
-    /// comes after the extensions so far.
+    /// Makes it a fragment: `offset` is in bytes; `more` is true if others follow. For IPv6 the fragment
+    /// header comes after the extensions so far.
     #[must_use]
     pub fn fragment(mut self, id: u16, offset: u16, more: bool) -> Self {
         let units = offset / 8;
@@ -153,7 +152,7 @@ impl Ip {
         )
     }
 
-    /// The same without the Ethernet header.
+    /// The packet without an Ethernet header.
     pub fn packet(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
         match (self.src, self.dst) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => self.v4(src, dst, protocol, payload),
@@ -239,7 +238,7 @@ impl Ip {
         self.frame(protocol::SCTP, &packet)
     }
 
-    /// An ICMP or ICMPv6 message, by the family: type, code, and what follows the checksum.
+    /// An ICMP or ICMPv6 message, depending on the family: type, code, and the bytes after the checksum.
     pub fn icmp(&self, kind: u8, code: u8, rest: &[u8]) -> Vec<u8> {
         let mut message = vec![kind, code, 0, 0];
         message.extend(rest);
@@ -250,7 +249,7 @@ impl Ip {
         self.frame(protocol, &message)
     }
 
-    /// A "port unreachable" about `quoted`, an Ethernet frame.
+    /// A "port unreachable" error about `quoted`, an Ethernet frame.
     pub fn icmp_unreachable(&self, quoted: &[u8]) -> Vec<u8> {
         let rest = [&[0; 4], &quoted[ETHERNET..]].concat();
         if quoted[ETHERNET] >> 4 == 4 {
@@ -304,7 +303,7 @@ pub fn tcp(from: u16, to: u16, flags: u8) -> Vec<u8> {
     segment
 }
 
-/// Flags of TCP.
+/// TCP flags.
 pub mod flag {
     #![expect(missing_docs, reason = "each is named as RFC 9293 names it")]
     pub const FIN: u8 = 0x01;
@@ -315,7 +314,7 @@ pub mod flag {
     pub const URG: u8 = 0x20;
 }
 
-/// A DNS question for `shop.test`, type A.
+/// A DNS query for `shop.test`, type A.
 pub fn question() -> Vec<u8> {
     let mut message = vec![0xbe, 0xef, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     message.extend(b"\x04shop\x04test\x00");

@@ -1,4 +1,4 @@
-//! Resolvers that nobody here wrote, in place of [`crate::DnsServer`].
+//! Widely used resolvers, in place of [`crate::DnsServer`].
 
 use std::{
     fs,
@@ -14,8 +14,8 @@ use crate::{
 };
 
 impl Lab {
-    /// Starts a program as the resolver, and waits until it answers for `shop.test`. The laboratory
-    /// must be without DNS of its own.
+    /// Starts a program as the resolver, and waits until it answers for `shop.test`. The laboratory must be
+    /// built without its own DNS.
     #[track_caller]
     pub fn run_resolver(&self, command: &mut Command) -> Running {
         let log = self.directory().join("resolver.log");
@@ -35,7 +35,7 @@ impl Lab {
     }
 }
 
-/// unbound on the resolver's addresses, with the zone `test` from this file in the laboratory's
+/// A command for unbound on the resolver's addresses, with the zone `test` from this file in the laboratory's
 /// directory.
 #[must_use]
 pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
@@ -56,7 +56,7 @@ pub fn unbound(lab: &Lab, zone_file: &str) -> Command {
     unbound_with(lab, "unbound.conf", &server, &zones)
 }
 
-/// unbound on the loopback interface of a pod. It asks this server, over TCP only.
+/// A command for unbound on the loopback interface of a pod. It queries this server, over TCP only.
 #[must_use]
 pub fn unbound_over_tcp(lab: &Lab, upstream: IpAddr) -> Command {
     let server = "\x20 interface: 127.0.0.1\n\
@@ -71,7 +71,7 @@ pub fn unbound_over_tcp(lab: &Lab, upstream: IpAddr) -> Command {
     command
 }
 
-/// unbound in the foreground, with further lines of its section `server`, and with these zones.
+/// A command for unbound in the foreground, with further lines in its section `server`, and with these zones.
 fn unbound_with(lab: &Lab, file: &str, server: &str, zones: &str) -> Command {
     let directory = lab.directory();
     let configuration = format!(
@@ -99,10 +99,10 @@ fn unbound_with(lab: &Lab, file: &str, server: &str, zones: &str) -> Command {
     command
 }
 
-/// BIND on these addresses, with the zone `test` from this file in the laboratory's directory.
+/// A command for BIND on these addresses, with the zone `test` from this file in the laboratory's directory.
 #[must_use]
 pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {
-    // It listens on addresses of interfaces only.
+    // BIND listens only on addresses of interfaces.
     for address in addresses {
         let outside = lab.outside();
         outside.ip_batch(&format!("address add {address} dev lo\n"));
@@ -136,7 +136,7 @@ pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {
     command
 }
 
-/// Knot Resolver on the resolver's addresses, which asks another server for names of `test`.
+/// A command for Knot Resolver on the resolver's addresses; it queries another server for names of `test`.
 #[must_use]
 pub fn kresd(lab: &Lab, upstream: IpAddr) -> Command {
     let directory = lab.directory();

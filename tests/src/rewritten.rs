@@ -1,7 +1,7 @@
-//! Packets of a pod's sockets that the pod itself rewrites below them, with nftables.
+//! Packets of a pod's sockets that the pod rewrites with nftables on their way out.
 //!
-//! A socket leaves its checksum to whoever sends the packet on, and the kernel notes where the sum
-//! belongs. Rewriting the headers does not change that note: the sum lands where it was to land.
+//! A socket leaves its checksum to a later stage, and the kernel remembers where the sum belongs. Rewriting
+//! the headers does not change that offset, so the kernel writes the sum over other bytes.
 
 use std::{
     fmt::Write as _,
@@ -20,19 +20,19 @@ use crate::{
     raw::{ETHERNET, IPV4, ether},
 };
 
-/// Where the sum of a UDP datagram over IPv4 begins, and where it lands.
+/// The start and the place of the checksum of a UDP datagram over IPv4.
 pub const UDP_SUM: Sum = Sum {
     from: IPV4,
     at: IPV4 + 6,
 };
-/// The same of a TCP segment that passed an interface without hardware addresses on its way, where
-/// there was no Ethernet header before it.
+/// The same for a TCP segment that passed an interface without hardware addresses, where it had no Ethernet
+/// header.
 pub const SHIFTED_TCP_SUM: Sum = Sum {
     from: IPV4 - ETHERNET,
     at: IPV4 - ETHERNET + 16,
 };
 
-/// Where a checksum begins in a frame, and where it lands.
+/// The offset in a frame from which a checksum is computed, and the offset at which it is written.
 #[derive(Clone, Copy, Debug)]
 pub struct Sum {
     from: usize,
@@ -40,14 +40,14 @@ pub struct Sum {
 }
 
 impl Sum {
-    /// That of a UDP datagram with so many bytes of options that passed an interface without hardware
-    /// addresses on its way; see [`send_by_tun_udp`].
+    /// The checksum of a UDP datagram with this many bytes of IP options that passed an interface without
+    /// hardware addresses; see [`send_by_tun_udp`].
     pub const fn of_tun_udp(options: usize) -> Self {
         let from = IPV4 - ETHERNET + options;
         Self { from, at: from + 6 }
     }
 
-    /// Changes two bytes of `frame`, at the even offset `free`, so that the sum over it is `wanted`.
+    /// Changes two bytes of `frame`, at the even offset `free`, so that its checksum is `wanted`.
     pub fn arrange(self, frame: &mut [u8], free: usize, wanted: u16) {
         frame[free..free + 2].fill(0);
         let rest = ones_sum(&frame[self.from..]);
@@ -56,12 +56,12 @@ impl Sum {
         assert_eq!(!ones_sum(&frame[self.from..]), wanted);
     }
 
-    /// Changes the two bytes of `frame` that the sum will replace, so that it is `wanted`.
+    /// Changes the two bytes of `frame` that the checksum will replace, so that the checksum is `wanted`.
     pub fn arrange_in_place(self, frame: &mut [u8], wanted: u16) {
         self.arrange(frame, self.at, wanted);
     }
 
-    /// The frame with its sum where it lands.
+    /// The frame after its checksum was written.
     pub fn land(self, frame: &[u8]) -> Vec<u8> {
         let sum = !ones_sum(&frame[self.from..]);
         let mut landed = frame.to_vec();
@@ -85,7 +85,7 @@ fn ones_sum(bytes: &[u8]) -> u16 {
     u16::try_from(sum).expect("it was folded")
 }
 
-/// Addresses the frame from the pod to the node, and gives an IPv4 header its checksum.
+/// Sets the frame's hardware addresses, from the pod to the node, and the checksum of an IPv4 header.
 pub fn finish(pod: &Pod, frame: &mut [u8]) {
     frame[..6].copy_from_slice(&pod.gateway_hardware());
     frame[6..12].copy_from_slice(&pod.hardware());
@@ -99,7 +99,7 @@ pub fn finish(pod: &Pod, frame: &mut [u8]) {
 
 const PORT: u16 = 4444;
 
-/// A UDP socket of the pod's sends a datagram over IPv4 that becomes `frame` on its way out of the
+/// Sends a datagram from a UDP socket of the pod over IPv4, and rewrites it to `frame` on its way out of the
 /// pod.
 #[track_caller]
 pub fn send_by_udp(pod: &Pod, frame: &[u8]) {
@@ -117,7 +117,7 @@ pub fn send_by_udp(pod: &Pod, frame: &[u8]) {
     unhook(pod.netns());
 }
 
-/// As [`send_by_tun`], with a UDP socket whose datagrams have so many bytes of options.
+/// As [`send_by_tun`], with a UDP socket whose datagrams have this many bytes of IP options.
 #[track_caller]
 pub fn send_by_tun_udp(pod: &Pod, frame: &[u8], options: usize) {
     let head = IPV4 - ETHERNET + options + 8;
@@ -156,8 +156,8 @@ pub fn send_by_tun_udp(pod: &Pod, frame: &[u8], options: usize) {
     netns.ip_batch("link del tun0\n");
 }
 
-/// A TCP socket of the pod's sends a SYN through an interface without hardware addresses; on its
-/// way from there to the interface that has them it becomes `frame`.
+/// Sends a SYN from a TCP socket of the pod through an interface without hardware addresses, and rewrites it
+/// to `frame` on its way from there to the pod's interface.
 #[track_caller]
 pub fn send_by_tun(pod: &Pod, frame: &[u8]) {
     let netns = pod.netns();
@@ -183,7 +183,7 @@ pub fn send_by_tun(pod: &Pod, frame: &[u8]) {
 
 /// Adds statements that write `bytes` into a header.
 fn rewrite(rule: &mut String, base: &str, from: usize, bytes: &[u8]) {
-    // What one register of nftables holds.
+    // The size of an nftables register.
     for (i, part) in bytes.chunks(16).enumerate() {
         let (bit, bits) = ((from + 16 * i) * 8, part.len() * 8);
         let _ = write!(rule, " @{base},{bit},{bits} set 0x");
@@ -193,7 +193,7 @@ fn rewrite(rule: &mut String, base: &str, from: usize, bytes: &[u8]) {
     }
 }
 
-/// Does something while a rule is on everything that leaves through an interface.
+/// Runs an action while a rule applies to everything that leaves through an interface.
 #[track_caller]
 pub fn with_rule(netns: &Namespace, interface: &str, rule: &str, action: impl FnOnce()) {
     hook(netns, interface, rule);
@@ -201,7 +201,7 @@ pub fn with_rule(netns: &Namespace, interface: &str, rule: &str, action: impl Fn
     unhook(netns);
 }
 
-/// Puts a rule on everything that leaves through an interface.
+/// Adds a rule for everything that leaves through an interface.
 #[track_caller]
 fn hook(netns: &Namespace, interface: &str, rule: &str) {
     nft(
@@ -222,7 +222,7 @@ fn unhook(netns: &Namespace) {
     nft(netns, "delete table netdev rewritten\n");
 }
 
-/// Gives these commands to nft in a namespace, and panics when it refuses them.
+/// Runs these commands with nft in a namespace; panics when they fail.
 #[track_caller]
 pub fn nft(netns: &Namespace, commands: &str) {
     let output = netns.run(|| {
@@ -245,8 +245,8 @@ pub fn nft(netns: &Namespace, commands: &str) {
     );
 }
 
-/// An interface without hardware addresses that takes packets whose checksums are to be computed, for
-/// as long as the file is open.
+/// An interface without hardware addresses that accepts packets with checksums still to be computed. It
+/// exists as long as the file is open.
 fn tun(name: &str) -> io::Result<std::fs::File> {
     // include/uapi/linux/if_tun.h
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -260,8 +260,7 @@ fn tun(name: &str) -> io::Result<std::fs::File> {
         .open("/dev/net/tun")?;
     let mut request = interface_request(name);
     request.ifr_ifru.ifru_flags = IFF_TUN | IFF_NO_PI;
-    // SAFETY: the first request takes a struct ifreq, and that is what the pointer leads to; the
-    // second takes a number.
+    // SAFETY: the first request takes a struct ifreq, to which the pointer leads; the second takes a number.
     let set = unsafe {
         libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) == 0
             && libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD, TUN_F_CSUM) == 0
@@ -274,8 +273,8 @@ fn tun(name: &str) -> io::Result<std::fs::File> {
 }
 
 pub(crate) fn interface_request(name: &str) -> libc::ifreq {
-    // SAFETY: every field of the structure is a number, an array of numbers or a pointer, of which
-    // zero is a value.
+    // SAFETY: every field of the structure is a number, an array of numbers or a pointer, for all of which
+    // zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
@@ -283,8 +282,8 @@ pub(crate) fn interface_request(name: &str) -> libc::ifreq {
     request
 }
 
-/// Lets the kernel compute the checksums of what leaves through an interface, as it does for
-/// hardware that cannot.
+/// Makes the kernel compute the checksums of packets that leave through an interface, as for hardware that
+/// cannot.
 #[track_caller]
 pub fn compute_checksums(netns: &Namespace, interface: &str) {
     /// `struct ethtool_value`, include/uapi/linux/ethtool.h.

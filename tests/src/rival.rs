@@ -20,11 +20,11 @@ const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 /// A hook that a program can be attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// tcx, for what the interface receives.
+    /// tcx, for packets that the interface receives.
     TcxIngress,
-    /// tcx, for what it sends.
+    /// tcx, for packets that the interface sends.
     TcxEgress,
-    /// XDP, for what it receives.
+    /// XDP, for packets that the interface receives.
     Xdp,
 }
 
@@ -39,7 +39,7 @@ impl Place {
     }
 }
 
-/// A program in front of all others on its hook that does the same with every packet. It is detached
+/// A program in front of all others on its hook that returns the same value for every packet. It is detached
 /// when this is dropped.
 #[derive(Debug)]
 pub struct Rival {
@@ -54,7 +54,7 @@ impl Rival {
     /// `XDP_PASS`.
     pub const XDP_PASS: i32 = 2;
 
-    /// Attaches a program that returns this, to an interface of `namespace`.
+    /// Attaches a program that returns this value to an interface of `namespace`.
     #[track_caller]
     pub fn attach(namespace: &Namespace, interface: &str, place: Place, returns: i32) -> Self {
         let [a, b, c, d] = returns.to_ne_bytes();
@@ -88,7 +88,7 @@ impl Rival {
     }
 }
 
-/// `union bpf_attr` as `BPF_PROG_LOAD` reads it, as far as the attach type.
+/// `union bpf_attr` as `BPF_PROG_LOAD` reads it, up to the attach type.
 #[repr(C)]
 #[derive(Default)]
 struct ProgramLoad {
@@ -119,7 +119,7 @@ struct LinkCreate {
     revision: u64,
 }
 
-/// Loads instructions, of eight bytes each.
+/// Loads instructions of eight bytes each.
 fn load(place: Place, code: &[u8]) -> io::Result<OwnedFd> {
     let (kind, attach_type, _) = place.numbers();
     let mut attr = ProgramLoad {
@@ -146,11 +146,11 @@ fn link(program: &OwnedFd, ifindex: u32, place: Place) -> io::Result<OwnedFd> {
     bpf(BPF_LINK_CREATE, &mut attr)
 }
 
-/// A command that makes a descriptor.
+/// Runs a command that creates a file descriptor.
 #[expect(unsafe_code, reason = "no safe wrapper loads plain instructions")]
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
-    // SAFETY: `attr` is as long as the kernel is told, and the pointers in it are to memory that lives
-    // until the call returns.
+    // SAFETY: the kernel gets the size of `attr`, and the pointers in it are to memory that lives until the
+    // call returns.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -162,7 +162,7 @@ fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
@@ -173,7 +173,7 @@ impl Lab {
         self.tc_with(arguments, &[])
     }
 
-    /// Runs `tc` on the node, with an argument that has spaces in the end.
+    /// Runs `tc` on the node, with last arguments that may contain spaces.
     #[track_caller]
     pub fn tc_with(&self, arguments: &str, last: &[&str]) -> String {
         let mut command = Command::new("tc");
@@ -188,8 +188,8 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Adds a filter to a side of the pod's interface that ends each packet's way through the filters
-    /// (`TC_ACT_OK`), as the newest of priority 1.
+    /// Adds a filter to one side of the pod's interface, as the newest of priority 1. It returns `TC_ACT_OK`,
+    /// so later filters do not see the packet.
     #[track_caller]
     pub fn add_rival_filter(&self, pod: &Pod, side: &str, handle: u32) {
         let interface = pod.interface();

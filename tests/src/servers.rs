@@ -1,4 +1,4 @@
-//! Servers that give back what they get.
+//! Echo servers.
 
 use std::{
     fmt,
@@ -48,7 +48,7 @@ impl Shared {
     }
 }
 
-/// The address without IPv6's way of writing an IPv4 one.
+/// The address, with an IPv4-mapped IPv6 address as IPv4.
 fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
@@ -86,12 +86,12 @@ impl TcpEcho {
         }
     }
 
-    /// How many connections there were to this address.
+    /// The number of connections to this address.
     pub fn connections_to(&self, own: SocketAddr) -> usize {
         self.shared.count(own)
     }
 
-    /// Who connected, in order.
+    /// The clients' addresses, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
         self.shared.met().iter().map(|(peer, _)| *peer).collect()
     }
@@ -147,8 +147,8 @@ impl Drop for TcpEcho {
     }
 }
 
-/// A UDP server on one port of every address of its namespace. It answers from the address that a
-/// datagram was sent to.
+/// A UDP server on one port of every address of its namespace. It answers from the address to which a
+/// datagram was sent.
 pub struct UdpEcho {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -179,12 +179,12 @@ impl UdpEcho {
         }
     }
 
-    /// How many datagrams came to this address.
+    /// The number of datagrams to this address.
     pub fn datagrams_to(&self, own: SocketAddr) -> usize {
         self.shared.count(own)
     }
 
-    /// Who sent datagrams, in order.
+    /// The senders' addresses, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
         self.shared.met().iter().map(|(peer, _)| *peer).collect()
     }
@@ -226,7 +226,7 @@ fn echo_datagrams(shared: &Shared, socket: &UdpSocket, port: u16) {
             ipi6_addr: own,
             ipi6_ifindex: 0,
         };
-        // An echo that cannot be sent is one that the other side misses, and says so.
+        // If an echo cannot be sent, the test that waits for it fails.
         let _ = sendmsg(
             socket.as_raw_fd(),
             &[IoSlice::new(&buffer[..length])],

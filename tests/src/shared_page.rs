@@ -1,6 +1,6 @@
-//! Datagrams whose payload lies in a page that their sender still writes to.
+//! Datagrams whose payload is in a page to which their sender can still write.
 //!
-//! vmsplice(2) and splice(2) put the page itself into the packet, not a copy.
+//! vmsplice(2) and splice(2) put the page itself into the packet instead of a copy.
 
 use std::{
     io::{self, pipe},
@@ -17,7 +17,7 @@ use nix::libc;
 pub struct SharedPage([AtomicU64; 512]);
 
 impl SharedPage {
-    /// A page that begins with these bytes, the rest of it zero.
+    /// A page that begins with these bytes; the rest is zero.
     #[track_caller]
     pub fn new(bytes: &[u8]) -> Box<Self> {
         let page = Self([const { AtomicU64::new(0) }; 512]);
@@ -28,7 +28,7 @@ impl SharedPage {
         Box::new(page)
     }
 
-    /// Writes one and the other in turn to the eight bytes at `8 * word`, until `stop`.
+    /// Writes the two values alternately to the eight bytes at `8 * word`, until `stop`.
     pub fn flip(&self, word: usize, between: [&[u8]; 2], stop: &AtomicBool) {
         let between = between.map(word_of);
         while !stop.load(Ordering::Relaxed) {
@@ -49,27 +49,27 @@ impl SharedPage {
             iov_base: (&raw const self.0).cast_mut().cast(),
             iov_len: len,
         };
-        // SAFETY: the part lies within the page, from which the kernel only reads; it keeps the page
-        // for as long as a packet refers to it.
+        // SAFETY: the part lies within the page, from which the kernel only reads; it keeps the page as long
+        // as a packet refers to it.
         let spliced = unsafe { libc::vmsplice(to.as_raw_fd(), &raw const part, 1, 0) };
         is_all(spliced, len)?;
         let none = std::ptr::null_mut();
-        // SAFETY: both are open, and neither has an offset.
+        // SAFETY: both descriptors are open, and neither has an offset.
         let sent =
             unsafe { libc::splice(from.as_raw_fd(), none, socket.as_raw_fd(), none, len, 0) };
         is_all(sent, len)
     }
 }
 
-/// Lets the socket send datagrams over IPv6 without a checksum, for which the kernel would have to read
-/// the payload, and receive such.
+/// Makes the socket send UDP over IPv6 without a checksum, for which the kernel would have to read the
+/// payload, and accept such datagrams.
 pub fn without_checksums(socket: &UdpSocket) -> io::Result<()> {
     // include/uapi/linux/udp.h
     const UDP_NO_CHECK6_TX: libc::c_int = 101;
     const UDP_NO_CHECK6_RX: libc::c_int = 102;
     let on: libc::c_int = 1;
     for option in [UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX] {
-        // SAFETY: the option takes an int, and that is what pointer and length say.
+        // SAFETY: the option takes an int, which pointer and length describe.
         let set = unsafe {
             libc::setsockopt(
                 socket.as_raw_fd(),

@@ -1,15 +1,15 @@
-//! Waiting for what must happen, with a deadline.
+//! Waits for events, with a deadline.
 
 use std::{
     thread,
     time::{Duration, Instant},
 };
 
-/// How long anything that must happen may take on a crowded machine.
+/// The time limit of anything that must happen, on a crowded machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long to try something that is expected to be impossible. Too short can only hide a fault,
-/// never invent one; each test that relies on it also asserts the denial line.
+/// The time for an attempt that is expected to fail. A value that is too short can only hide a fault, never
+/// report a false one; each test that relies on it also asserts the denial line.
 pub const SHORT: Duration = Duration::from_millis(400);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -30,7 +30,7 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// `Some(())` when the condition holds, for [`eventually`].
+/// `Some(())` if the condition is true, for [`eventually`].
 pub fn holds(condition: bool) -> Option<()> {
     condition.then_some(())
 }

@@ -1,14 +1,14 @@
-//! The checkout that the tests run in.
+//! The checkout in which the tests run.
 //!
-//! It is found when a test runs. What the compiler would say (`env!`) is where the test was built first, which
-//! is another place when the checkout was moved or copied.
+//! It is located when a test runs. The compiler's value (`env!`) is the place of the first build, which
+//! differs when the checkout was moved or copied.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
 };
 
-/// The top directory: that of the package which cargo tests or runs, or else of the current directory.
+/// The top directory: that of the package that cargo tests or runs, or else that of the current directory.
 #[track_caller]
 pub fn root() -> PathBuf {
     let is_root = |directory: &&Path| {
@@ -22,7 +22,7 @@ pub fn root() -> PathBuf {
     found.to_owned()
 }
 
-/// Where cargo puts what it builds; `CARGO_TARGET_DIR` moves it.
+/// Cargo's target directory; `CARGO_TARGET_DIR` moves it.
 #[track_caller]
 pub fn target() -> PathBuf {
     let root = root();
@@ -30,7 +30,7 @@ pub fn target() -> PathBuf {
         .map_or_else(|| root.join("target"), |directory| root.join(directory))
 }
 
-/// A directory for files that are not to be in memory, and that later runs may find again.
+/// A directory on disk, not in memory, whose files later runs can find again.
 #[track_caller]
 pub fn scratch() -> PathBuf {
     let directory = target().join("tmp");

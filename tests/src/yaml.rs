@@ -1,4 +1,4 @@
-//! What is applied to a cluster, as the tests read it.
+//! The manifests, as the tests read them.
 
 use std::{
     fs,
@@ -22,7 +22,7 @@ pub fn objects(file: &str) -> Vec<Value> {
     serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{file}: {error}"))
 }
 
-/// The paths, within [`directory`], of every YAML file in it and below.
+/// The paths, relative to [`directory`], of every YAML file in and below it.
 pub fn files() -> Vec<String> {
     let mut found = Vec::new();
     collect(&directory(), "", &mut found);
@@ -49,11 +49,11 @@ fn is_yaml(path: &str) -> bool {
         .is_some_and(|extension| extension == "yaml")
 }
 
-/// What `kubectl apply -k` would apply of a directory in [`directory`]: the objects of its
-/// kustomization's resources and components, with its patches applied.
+/// The objects that `kubectl apply -k` applies for a directory in [`directory`]: those of its kustomization's
+/// resources and components, with its patches applied.
 ///
-/// Patches may replace values of mappings and nothing else, which is all that strategic merging and
-/// this have in common. Anything else that a kustomization can say is not understood, and panics.
+/// Patches may only replace values of mappings: in this, strategic merging and this function agree. Any other
+/// feature of a kustomization panics.
 pub fn kustomized(base: &str) -> Vec<Value> {
     let file = format!("{base}/kustomization.yaml");
     let [kustomization] = objects(&file)
@@ -106,7 +106,7 @@ pub fn identity(object: &Value) -> (String, String, String) {
     )
 }
 
-/// `entry` as seen from the directory `path`.
+/// `entry` relative to the directory `path`.
 fn within(path: &str, entry: &str) -> String {
     let mut parts: Vec<&str> = path.split('/').filter(|part| *part != ".").collect();
     for part in entry.split('/') {

@@ -1,13 +1,14 @@
-//! `cargo xtask bench`: how much the agent costs, measured on this machine.
+//! `cargo xtask bench`: measures the costs of the agent on this machine.
 
 use anyhow::{Context as _, Result};
 
 use crate::build::{self, Warnings};
 use crate::{process, setup, workspace};
 
-/// Measures what enforcing costs beside not enforcing, and prints tables (docs/performance.md).
+/// Measures the cost of enforcement against the same work without it, and prints tables
+/// (docs/performance.md).
 ///
-/// Programs that run at the same time blur the numbers; ratios suffer least.
+/// Other programs that run at the same time distort the numbers, the ratios least.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Runs only this benchmark: changes, cluster, dns, neighbour, tcp, datapath, throughput or memory
@@ -16,7 +17,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { name } = options;
-    setup::ensure()?;
+    setup::ensure(setup::Purpose::Test)?;
     build::ebpf(Warnings::Show)?;
     build::agent(false)?;
     let mut command = process::cargo();

@@ -1,4 +1,4 @@
-//! `cargo xtask build`: the eBPF object, then the agent that carries it.
+//! `cargo xtask build`: builds the eBPF object, and then the agent that embeds it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use std::process::Stdio;
 use anyhow::{Context as _, Result, bail};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
-use crate::{process, toolchain, workspace};
+use crate::{process, setup, toolchain, workspace};
 
-/// The programs the agent loads; the object must hold each.
+/// The programs that the agent loads; the object must contain each.
 const PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
 
-/// Builds the eBPF object and the agent.
+/// Builds the eBPF object and the agent, after setting up what that needs.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Builds the agent without optimisation; the eBPF object is always optimised, because the
@@ -21,7 +21,7 @@ pub(crate) struct Options {
     debug: bool,
 }
 
-/// Whether warnings of the compiler stop the build.
+/// Whether compiler warnings fail the build.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Warnings {
     Show,
@@ -29,11 +29,12 @@ pub(crate) enum Warnings {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    setup::ensure(setup::Purpose::Build)?;
     ebpf(Warnings::Show)?;
     agent(options.debug)
 }
 
-/// Builds the eBPF object and puts it where the agent's build script looks for it.
+/// Builds the eBPF object and writes it to the path that the agent's build script reads.
 ///
 /// # Errors
 ///
@@ -41,7 +42,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// type information or one of the programs.
 pub(crate) fn ebpf(warnings: Warnings) -> Result<()> {
     let (compiler, linker) = toolchain::find()?;
-    // Its own directory: the host's builds and this one do not wait for each other's lock.
+    // A directory of its own, so that this build and the host's do not wait for each other's lock.
     let directory = workspace::root().join("target/ebpf-build");
     let mut command = compiler.cargo("rustc", &linker);
     command.args(["--package", "egress-ebpf", "--release", "--locked"]);
@@ -59,7 +60,7 @@ pub(crate) fn ebpf(warnings: Warnings) -> Result<()> {
     install(&bytes, &workspace::ebpf_object())
 }
 
-/// Writes the object, but leaves an equal one untouched so that the agent is not rebuilt for it.
+/// Writes the object, but leaves an equal one untouched, so that the agent is not rebuilt.
 fn install(bytes: &[u8], object: &Path) -> Result<()> {
     if fs::read(object).is_ok_and(|old| old == bytes) {
         return Ok(());
@@ -73,7 +74,7 @@ fn install(bytes: &[u8], object: &Path) -> Result<()> {
     write().with_context(|| format!("cannot write {}", object.display()))
 }
 
-/// Checks that the object can be loaded, and read with bpftool, before anyone tries to.
+/// Checks that the kernel and bpftool can read the object.
 fn check(bytes: &[u8]) -> Result<()> {
     let file = object::File::parse(bytes).context("it is not an ELF file")?;
     if file.architecture() != object::Architecture::Bpf {
@@ -81,7 +82,7 @@ fn check(bytes: &[u8]) -> Result<()> {
     }
     let types = file.section_by_name(".BTF");
     if types.is_none_or(|section| section.size() == 0) {
-        bail!("it has no .BTF section: the linker was not given --btf");
+        bail!("it has no .BTF section: the linker needs the flag --btf");
     }
     for program in PROGRAMS {
         let found = file
@@ -107,14 +108,12 @@ pub(crate) fn agent(debug: bool) -> Result<()> {
         command.arg("--release");
     }
     process::long(&mut command, "building the agent")?;
-    let profile = if debug { "debug" } else { "release" };
-    println!(
-        "built {}",
-        workspace::target()
-            .join(profile)
-            .join("egress-agent")
-            .display()
-    );
+    let built = if debug {
+        workspace::debug_agent()
+    } else {
+        workspace::agent()
+    };
+    println!("built {}", built.display());
     Ok(())
 }
 
@@ -128,7 +127,7 @@ pub(crate) fn tests(folder: &str) -> Result<PathBuf> {
     command.args(["test", "--package", "egress-tests", "--locked", "--no-run"]);
     command.args(["--message-format=json", "--test", folder]);
     println!("building the system tests: takes minutes when nothing is built yet");
-    // Cargo's progress goes there.
+    // Cargo writes its progress there.
     command.stderr(Stdio::inherit());
     let messages = process::output(&mut command)?;
     messages
@@ -137,13 +136,13 @@ pub(crate) fn tests(folder: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo built no test program {folder}"))
 }
 
-/// Reads one line of what cargo says: the program of that test, if the line is about it.
+/// Parses one line of cargo's messages: the program of that test, if the line is about it.
 fn program_of(line: &str, test: &str) -> Option<PathBuf> {
-    let said: serde_json::Value = serde_json::from_str(line).ok()?;
-    if said["target"]["name"] != test {
+    let message: serde_json::Value = serde_json::from_str(line).ok()?;
+    if message["target"]["name"] != test {
         return None;
     }
-    Some(said["executable"].as_str()?.into())
+    Some(message["executable"].as_str()?.into())
 }
 
 #[cfg(test)]
@@ -151,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_a_bpf_object_is_refused() {
+    fn a_file_that_is_not_a_bpf_object_is_refused() {
         let error = check(b"no ELF at all").expect_err("not ELF");
         assert_eq!(error.to_string(), "it is not an ELF file");
 
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_of_a_test_is_read_from_what_cargo_says() {
+    fn the_program_of_a_test_is_read_from_cargos_messages() {
         let line = r#"{"target":{"name":"packets"},"executable":"/target/packets-1"}"#;
         assert_eq!(
             program_of(line, "packets"),

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: pods that are allowed and denied, on this machine, told step by step.
+//! `cargo xtask demo`: shows allowed and denied pods on this machine, step by step.
 //!
 //! The demonstration itself is an example of the tests' laboratory, because it needs root and this
 //! program does not.
@@ -8,24 +8,27 @@ use anyhow::{Context as _, Result};
 use crate::build::{self, Warnings};
 use crate::{process, setup, workspace};
 
-/// Makes a small internet, two pods and an agent, and shows what each pod can reach.
+/// Creates a small internet, two pods and an agent, and shows what each pod can reach.
 ///
-/// Every step is checked: the command fails when one does not come out as told.
+/// Every step is checked: the command fails if one has another result than announced.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Leaves everything running at the end, and says how to play with it
+    /// Leaves everything running at the end, and says how to use it
     #[arg(long)]
     keep: bool,
-    /// Removes what an earlier demonstration has left because it was killed
+    /// Removes what a killed demonstration has left behind
     #[arg(long, conflicts_with = "keep")]
     remove: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { keep, remove } = options;
-    setup::ensure()?;
+    // Before anything takes minutes.
+    let runner = process::root_runner()?;
+    setup::ensure(setup::Purpose::Demo)?;
     build::ebpf(Warnings::Show)?;
-    build::agent(false)?;
+    // It shares its dependencies with the demonstration: an optimised agent would be built from nothing.
+    build::agent(true)?;
     let mut command = process::cargo();
     command.args([
         "run",
@@ -36,8 +39,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "demo",
         "--locked",
     ]);
-    command.args(process::root_runner()?);
-    command.env("EGRESS_AGENT", workspace::agent());
+    command.args(runner);
+    command.env("EGRESS_AGENT", workspace::debug_agent());
     command.arg("--");
     command
         .args(keep.then_some("--keep"))

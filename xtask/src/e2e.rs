@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 
 use crate::leftovers::Inventory;
-use crate::setup::{self, Program, kubernetes};
+use crate::setup::{self, Program, Purpose, kubernetes};
 use crate::{image, process, workspace};
 
 /// What this needs besides what everything needs.
@@ -17,12 +17,14 @@ const PROGRAMS: [Program; 7] = [
         name: "containerd",
         packages: &["containerd"],
         purpose: "what runs containers on the node",
+        needed_for: Purpose::E2e,
         services: &["containerd.service"],
     },
     Program {
         name: "runc",
         packages: &["runc"],
         purpose: "what containerd starts them with",
+        needed_for: Purpose::E2e,
         services: &[],
     },
     Program {
@@ -30,30 +32,35 @@ const PROGRAMS: [Program; 7] = [
         name: "/usr/lib/cni/bridge",
         packages: &["containernetworking-plugins"],
         purpose: "the node's network of pods",
+        needed_for: Purpose::E2e,
         services: &[],
     },
     Program {
         name: "kubectl",
         packages: &["kubectl", "kubernetes-client"],
         purpose: "applying the manifests",
+        needed_for: Purpose::E2e,
         services: &[],
     },
     Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "what the pods run",
+        needed_for: Purpose::E2e,
         services: &[],
     },
     Program {
         name: "unshare",
         packages: &["util-linux"],
         purpose: "keeping the node's processes apart",
+        needed_for: Purpose::E2e,
         services: &[],
     },
     Program {
         name: "systemd-tmpfiles",
         packages: &["systemd-standalone-tmpfiles", "systemd"],
         purpose: "the rule that closes the start gate when the node boots",
+        needed_for: Purpose::E2e,
         services: &[],
     },
 ];
@@ -75,7 +82,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    setup::ensure(Purpose::Test)?;
     setup::programs(&PROGRAMS)?;
     let programs = kubernetes::ensure_node()?;
     let archive = workspace::target().join("e2e.oci.tar");

@@ -1,8 +1,8 @@
-//! `cargo xtask fuzz`: feeds the agent's parsers with what nobody would send.
+//! `cargo xtask fuzz`: feeds random inputs to the agent's parsers.
 //!
-//! The targets are in `fuzz/`, laid out as `cargo fuzz` wants them, which needs a nightly compiler.
-//! Here they are built with the compiler in use: the flags that count which branches an input
-//! reaches are stable ones, and what a sanitizer would find, safe Rust rules out.
+//! The targets are in `fuzz/`, in the layout of `cargo fuzz`, which needs a nightly compiler.
+//! Here the stable compiler builds them: the flags that count the branches that an input reaches are stable.
+//! A sanitizer would find only errors that safe Rust excludes.
 
 use std::fs;
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ const TARGETS: [&str; 6] = [
     "stream",
 ];
 
-/// What `cargo fuzz` gives the compiler, but for the sanitizer.
+/// The compiler flags of `cargo fuzz`, without the sanitizer.
 const FLAGS: [&str; 6] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -35,14 +35,14 @@ const FLAGS: [&str; 6] = [
 /// Longest input in bytes, and longest time for one in seconds.
 const LIMITS: [&str; 2] = ["-max_len=4096", "-timeout=10"];
 
-/// Looks for messages and frames that make the agent panic, or say what is not so.
+/// Searches for messages and frames that make the agent panic or return a wrong result.
 ///
-/// What is found to reach new branches is kept in target/fuzz/corpus, so that the next run goes on
-/// from there; what fails is written to target/fuzz/failures.
+/// Inputs that reach new branches are kept in target/fuzz/corpus, where the next run continues. Inputs that
+/// fail are written to target/fuzz/failures.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// frame, question, answer, chain, fragments or stream; all of them, one after the other,
-    /// without it
+    /// frame, question, answer, chain, fragments or stream; without it, all of them one after the
+    /// other
     target: Option<String>,
     /// How long each target runs
     #[arg(long, value_name = "N", default_value_t = 60)]
@@ -50,7 +50,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    setup::ensure(setup::Purpose::Test)?;
     build::ebpf(build::Warnings::Show)?;
     let chosen: Vec<&str> = match &options.target {
         None => TARGETS.to_vec(),
@@ -62,7 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     each(&chosen, options.seconds)
 }
 
-/// Runs every target for a moment, as part of the tests.
+/// Runs every target for a short time, as part of the tests.
 pub(crate) fn briefly() -> Result<()> {
     const SECONDS: u32 = 10;
     each(&TARGETS, SECONDS)
@@ -75,11 +75,11 @@ fn each(targets: &[&str], seconds: u32) -> Result<()> {
         for kind in ["corpus", "failures"] {
             let directory = workspace::target().join("fuzz").join(kind).join(target);
             fs::create_dir_all(&directory)
-                .with_context(|| format!("cannot make {}", directory.display()))?;
+                .with_context(|| format!("cannot create {}", directory.display()))?;
             directories.push(directory);
         }
         let [corpus, failures] = directories.as_slice() else {
-            bail!("two directories were made");
+            bail!("two directories were created");
         };
         let mut command = Command::new(built.join(target));
         command
@@ -90,41 +90,41 @@ fn each(targets: &[&str], seconds: u32) -> Result<()> {
             .arg(corpus)
             .arg(workspace::root().join("fuzz/seeds").join(target));
         println!("fuzzing {target} for {seconds} s");
-        // What it says on the way is for its developers; how often it tried is worth a line.
+        // libFuzzer's progress is for its developers; print only the number of inputs.
         let output = command
             .output()
             .with_context(|| format!("cannot run {}", built.join(target).display()))?;
-        let said = String::from_utf8_lossy(&output.stderr);
+        let log = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
             bail!(
-                "{said}\nfuzzing {target} found a failure; the input is in {}: give the file to {} \
-                 to see it fail again",
+                "{log}\nfuzzing {target} found a failure; the input is in {}: pass the file to {} \
+                 to reproduce it",
                 failures.display(),
                 built.join(target).display()
             );
         }
-        let tried = said
+        let tried = log
             .lines()
             .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
-            .context("libFuzzer does not say how often it tried")?;
+            .context("libFuzzer does not report the number of inputs")?;
         println!("{} inputs, no failure", tried.trim());
     }
     Ok(())
 }
 
-/// Builds the targets; returns the directory they are in.
+/// Builds the targets; returns their directory.
 fn compile() -> Result<PathBuf> {
     let version = process::output(Command::new("rustc").arg("-vV"))?;
     let host = version
         .lines()
         .find_map(|line| line.strip_prefix("host: "))
-        .context("rustc does not say for which machine it compiles")?;
+        .context("rustc does not report its host target")?;
     let directory = workspace::target().join("fuzz");
     let mut command = process::cargo();
     command
         .args(["build", "--release", "--locked", "--manifest-path"])
         .arg(workspace::root().join("fuzz/Cargo.toml"))
-        // Named, so that build scripts are built without these flags.
+        // Named explicitly, so that build scripts are built without these flags.
         .args(["--target", host, "--target-dir"])
         .arg(&directory)
         .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));

@@ -1,7 +1,7 @@
-//! `cargo xtask image`: the container image as an OCI archive, made without a daemon.
+//! `cargo xtask image`: builds the container image as an OCI archive, without a daemon.
 //!
-//! The image is one static program and nothing else: no shell, no library, no package to be kept up to
-//! date. The same sources give the same bytes.
+//! The image contains one static program and nothing else: no shell, no library, no package that would need
+//! updates. The same sources result in the same bytes.
 
 mod archive;
 
@@ -20,20 +20,20 @@ use crate::{process, setup, workspace};
 use archive::Image;
 
 /// The image's name in manifests/base/daemonset.yaml, so that a runtime that has loaded the archive
-/// finds it. There is no such registry, and there never will be (RFC 2606, section 2).
+/// finds it. Such a registry does not and will not exist (RFC 2606, section 2).
 const NAME: &str = "registry.invalid/egress-agent";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Builds the static agent and writes it as a container image, an OCI archive.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Where to write it [default: target/egress-agent-VERSION-ARCH.oci.tar]
+    /// Output file [default: target/egress-agent-VERSION-ARCH.oci.tar]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Packs this program in place of building one; it has to be static
+    /// Packs this program instead of building one; it must be static
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
-    /// Writes the static program there, and no image
+    /// Writes the static program to this file, and no image
     #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "program"])]
     program_only: Option<PathBuf>,
 }
@@ -71,11 +71,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent and writes its image there.
+/// Builds the agent and writes its image to `output`.
 ///
 /// # Errors
 ///
-/// Fails when it cannot be built or written.
+/// Fails when the image cannot be built or written.
 pub(crate) fn write(output: &Path) -> Result<()> {
     run(&Options {
         output: Some(output.to_owned()),
@@ -84,7 +84,7 @@ pub(crate) fn write(output: &Path) -> Result<()> {
     })
 }
 
-/// Writes the program, executable.
+/// Writes the program as an executable file.
 fn write_program(output: &Path, program: &[u8]) -> Result<()> {
     fs::write(output, program)
         .and_then(|()| fs::set_permissions(output, Permissions::from_mode(0o755)))
@@ -93,10 +93,10 @@ fn write_program(output: &Path, program: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent linked statically, and takes the symbols out. Rustup has musl for that;
-/// distributions' compilers often have the GNU C library alone.
+/// Builds the agent linked statically, and strips its symbols. Rustup has the library of musl for that;
+/// distributions' compilers often have only the GNU C library.
 fn static_agent() -> Result<Vec<u8>> {
-    setup::ensure_ebpf()?;
+    setup::ensure(setup::Purpose::Build)?;
     build::ebpf(Warnings::Show)?;
     let target = if setup::has_musl() {
         setup::musl_target()
@@ -111,7 +111,7 @@ fn static_agent() -> Result<Vec<u8>> {
         "--package",
         "egress-agent",
     ]);
-    // Named, though it may be the host's: so that what runs while building is linked as usual.
+    // Named explicitly, though it may be the host's, so that build scripts are linked as usual.
     command.args(["--target", &target]);
     command.arg("--target-dir").arg(workspace::target());
     if target.ends_with("gnu") {
@@ -127,38 +127,38 @@ fn static_agent() -> Result<Vec<u8>> {
     fs::read(&stripped).with_context(|| format!("cannot read {}", stripped.display()))
 }
 
-/// Checks that nothing but the kernel is needed to start the program.
+/// Checks that the program starts without anything but the kernel.
 fn check_static(program: &[u8]) -> Result<()> {
     let file = object::File::parse(program).context("the program is not an ELF file")?;
     if file.section_by_name(".interp").is_some() {
         bail!(
-            "the program is not static: it wants a dynamic linker, which the image does not have"
+            "the program is not static: it needs a dynamic linker, which the image does not have"
         );
     }
     if let Some(symbol) = file.dynamic_symbols().find(ObjectSymbol::is_undefined) {
         let name = symbol.name().unwrap_or_default();
         if !name.is_empty() {
-            bail!("the program is not static: it lacks `{name}`");
+            bail!("the program is not static: it needs `{name}` from a library");
         }
     }
     Ok(())
 }
 
-/// The architecture's name in images (the one Go has for it).
+/// The architecture's name in images, which is Go's name.
 fn architecture(machine: &str) -> Result<&'static str> {
     match machine {
         "x86_64" => Ok("amd64"),
         "aarch64" => Ok("arm64"),
-        _ => bail!("no image is made for {machine}: only for x86_64 and aarch64"),
+        _ => bail!("images are built for x86_64 and aarch64 only, not for {machine}"),
     }
 }
 
-/// The commit the image is made from; empty outside a clone.
+/// The commit that the image is built from; empty outside a clone.
 fn revision() -> String {
     git(&["rev-parse", "HEAD"]).unwrap_or_default()
 }
 
-/// The time everything in the image bears: `SOURCE_DATE_EPOCH`, or that of the commit.
+/// The time of all files in the image: `SOURCE_DATE_EPOCH`, or the commit's time.
 fn source_date() -> Result<u64> {
     let given = match env::var("SOURCE_DATE_EPOCH") {
         Ok(given) => given,

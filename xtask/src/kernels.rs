@@ -1,8 +1,8 @@
-//! `cargo xtask kernels`: the agent on other kernels than the one that runs.
+//! `cargo xtask kernels`: runs the agent on other kernels than this machine's.
 //!
-//! Each kernel boots in a virtual machine, from a file system that holds little more than the
-//! agent. Its first process, `init.sh`, makes a pod and checks what the pod can reach; what it
-//! prints on the serial console decides.
+//! Each kernel boots in a virtual machine, from a file system with little more than the
+//! agent. Its first process, `init.sh`, creates a pod and checks what the pod can reach. Its
+//! output on the serial console decides whether the agent passes.
 
 mod archive;
 mod contents;
@@ -20,35 +20,38 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::build::{self, Warnings};
 use crate::process;
-use crate::setup::{self, Program};
+use crate::setup::{self, Program, Purpose};
 use crate::workspace;
 use machine::Machine;
 use package::{Kernel, Series};
 
-/// What this needs besides what everything needs.
+/// The programs that this command needs besides those of `cargo xtask setup`.
 const PROGRAMS: [Program; 3] = [
     Program {
         name: "qemu-system-x86_64",
         packages: &["qemu-system-x86"],
         purpose: "machines for other kernels",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "programs inside them",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "xz",
         packages: &["xz-utils"],
         purpose: "unpacking kernel modules",
+        needed_for: Purpose::Test,
         services: &[],
     },
 ];
 
-/// The system tests that run in the machine: what depends on the kernel most. `init.sh` says which of
-/// their modules it runs.
+/// The system tests that run in the machine: those that depend most on the kernel. `init.sh` selects their
+/// modules.
 const TESTS: &str = "packets";
 
 /// The first series with tcx; below it, programs are attached as clsact filters.
@@ -57,12 +60,12 @@ const TCX: Series = Series::new(6, 6);
 /// Boots the agent on other kernels, in emulated machines, and checks that it enforces there.
 ///
 /// The kernels are Debian's, fetched with apt into target/kernels and not installed: on Debian 12,
-/// 6.1 (where programs are attached as clsact filters) and 6.12 (through tcx). Each has ten minutes
-/// and needs two. Not part of `cargo xtask test`. No root is needed but for installing
-/// qemu and busybox where they are missing.
+/// 6.1 (where programs are attached as clsact filters) and 6.12 (through tcx). Each needs two minutes and has
+/// a limit of ten. `cargo xtask test` does not include this. Root is needed only to install
+/// qemu and busybox if they are missing.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Takes the newest kernel of this series, such as 6.1; may be given several times; without
+    /// Uses the newest kernel of this series, such as 6.1; may be given several times; without
     /// it, every series that apt offers
     #[arg(long = "kernel", value_name = "SERIES", num_args = 1..)]
     kernels: Vec<Series>,
@@ -70,9 +73,9 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     if env::consts::ARCH != "x86_64" {
-        bail!("only kernels for x86-64 can be booted, and this machine is not one");
+        bail!("only kernels for x86-64 can be booted, and this machine has another architecture");
     }
-    setup::ensure()?;
+    setup::ensure(Purpose::Test)?;
     setup::programs(&PROGRAMS)?;
     let series = if options.kernels.is_empty() {
         package::offered()?
@@ -83,14 +86,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     build::agent(false)?;
 
     let cache = workspace::root().join("target/kernels");
-    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let tests = tests(&cache)?;
     let mut failed = Vec::new();
     for series in series {
         let result =
             package::newest(series, &cache).and_then(|kernel| try_on(&kernel, &tests, &cache));
         match result {
-            Ok(checks) => println!("kernel {series}: all {checks} checks say ok"),
+            Ok(checks) => println!("kernel {series}: all {checks} checks passed"),
             Err(error) => {
                 eprintln!("kernel {series}: {error:#}");
                 failed.push(series.to_string());
@@ -103,7 +106,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds the tests and strips the program: its symbols would fill the machine's memory.
+/// Builds the tests and strips the program, because its symbols would fill the machine's memory.
 fn tests(directory: &Path) -> Result<PathBuf> {
     let stripped = directory.join(TESTS);
     let program = build::tests(TESTS)?;
@@ -111,7 +114,7 @@ fn tests(directory: &Path) -> Result<PathBuf> {
     Ok(stripped)
 }
 
-/// Boots the agent on a kernel. Returns the number of checks, which have all said ok.
+/// Boots the agent on a kernel. Returns the number of checks, all of which have passed.
 fn try_on(kernel: &Kernel, tests: &Path, directory: &Path) -> Result<usize> {
     let attach = if kernel.series < TCX { "clsact" } else { "tcx" };
     println!(
@@ -128,17 +131,17 @@ fn try_on(kernel: &Kernel, tests: &Path, directory: &Path) -> Result<usize> {
     follow(machine, &log).with_context(|| format!("its console is in {}", log.display()))
 }
 
-/// A file that is removed in the end; the next run overwrites what a killed one has left.
+/// A file that is removed on drop; if this process is killed, the next run overwrites the file.
 struct Temporary(PathBuf);
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // It may never have been written.
+        // The file may never have been written.
         let _ = fs::remove_file(&self.0);
     }
 }
 
-/// Shows what the machine says and keeps it in `log`, until the machine is switched off.
+/// Shows the machine's console and writes it to `log`, until the machine is switched off.
 fn follow(mut machine: Machine, log: &Path) -> Result<usize> {
     let mut file = File::create(log).context("cannot write the log")?;
     let mut outcome = Outcome::default();
@@ -150,12 +153,12 @@ fn follow(mut machine: Machine, log: &Path) -> Result<usize> {
     outcome.judge()
 }
 
-/// What the lines of a console come to.
+/// The result of a console's lines.
 #[derive(Default)]
 struct Outcome {
     ok: usize,
     failed: usize,
-    /// How many checks the machine says it has made, in its last words.
+    /// The number of checks in the machine's last line.
     finished: Option<usize>,
 }
 
@@ -169,7 +172,7 @@ impl Outcome {
         }
     }
 
-    /// The number of checks, when all of them were made and said ok.
+    /// The number of checks, if all of them were made and passed.
     fn judge(&self) -> Result<usize> {
         let Self {
             ok,
@@ -181,7 +184,7 @@ impl Outcome {
             Some(0) => bail!("the machine made no checks"),
             Some(count) if ok == count => Ok(count),
             Some(count) => bail!(
-                "{} of {count} checks did not say ok",
+                "{} of {count} checks did not pass",
                 count.saturating_sub(ok)
             ),
         }
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn every_check_must_say_ok() {
+    fn every_check_must_pass() {
         assert_eq!(
             judged("noise\nok      a\nok      b\nfinished 2").expect("passed"),
             2
@@ -209,9 +212,9 @@ mod tests {
             ("ok      a\nFAILED  b", "the machine ended after 2 checks"),
             (
                 "ok      a\nFAILED  b\nfinished 2",
-                "1 of 2 checks did not say ok",
+                "1 of 2 checks did not pass",
             ),
-            ("ok      a\nfinished 2", "1 of 2 checks did not say ok"),
+            ("ok      a\nfinished 2", "1 of 2 checks did not pass"),
             ("finished 0", "the machine made no checks"),
         ] {
             let error = judged(console).expect_err(reason);

@@ -1,4 +1,4 @@
-//! What tests leave behind: nothing, or they have failed.
+//! Leftovers of tests: a test run that leaves any has failed.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,10 +11,10 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::process;
 
-/// How long the kernel may take to free what nothing refers to any more.
+/// How long the kernel may take to free unreferenced objects.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Names of programs and maps that are ours, as the kernel cuts them.
+/// Names of the agent's programs and maps, as the kernel truncates them.
 const OBJECTS: [&str; 6] = [
     "name from_pod",
     "name to_pod",
@@ -27,12 +27,12 @@ const OBJECTS: [&str; 6] = [
 /// Name of the agent's tables of nf_tables.
 const TABLE: &str = " egress-agent";
 
-/// What of the agent's and the laboratory's kind there is on the machine at one moment.
+/// The objects on the machine that the agent or the laboratory creates, at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Inventory(BTreeSet<String>);
 
 impl Inventory {
-    /// Takes stock.
+    /// Lists them.
     ///
     /// # Errors
     ///
@@ -50,7 +50,7 @@ impl Inventory {
                     .map(|line| format!("{kind} {line}")),
             );
         }
-        // Those of a laboratory go with its namespaces. Without nft no test has made any.
+        // A laboratory's tables disappear with its namespaces. Without nft no test has created any.
         if let Some(nft) = process::find("nft") {
             let mut command = process::as_root(&nft.to_string_lossy())?;
             let listed = process::output(command.args(["list", "tables"]))?;
@@ -75,7 +75,7 @@ impl Inventory {
                     let mut groups = Vec::new();
                     list_directories(Path::new(point), &mut groups)
                         .with_context(|| format!("cannot list the cgroups in {point}"))?;
-                    // Those of version 1 have other users too; of ours only pods' are there.
+                    // Hierarchies of version 1 have other users too; only pods' groups are ours.
                     let ours = |group: &String| kind == "cgroup2" || group.contains("kubepods");
                     let groups = groups.into_iter().filter(ours);
                     found.extend(groups.map(|group| format!("cgroup {group}")));
@@ -86,11 +86,11 @@ impl Inventory {
         Ok(Self(found))
     }
 
-    /// Fails when there is more now than there was then.
+    /// Fails when there are more objects than before.
     ///
     /// # Errors
     ///
-    /// Names what is left.
+    /// Names the leftovers.
     pub(crate) fn compare(&self) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -128,7 +128,7 @@ mod tests {
     use crate::workspace;
 
     #[test]
-    fn what_was_there_before_is_nobodys_leftover() {
+    fn directories_are_listed_recursively() {
         let mut found = Vec::new();
         list_directories(&workspace::root().join("xtask"), &mut found).unwrap();
         assert!(found.iter().any(|path| path.ends_with("/src")));

@@ -1,10 +1,11 @@
-//! `cargo xtask lint`: formatting, the structure of the sources, licences, clippy.
+//! `cargo xtask lint`: checks formatting, the structure of the sources, links of documents, licences, and runs clippy.
 //!
-//! Clippy sees the eBPF crate too, compiled for the host: its own compiler has no clippy that
-//! understands the prebuilt core, and what clippy looks at is the same for both targets. The
-//! warnings of the eBPF compiler itself are errors when the object is built here.
+//! Clippy also checks the eBPF crate, compiled for the host: the eBPF compiler has no clippy that accepts the
+//! prebuilt core, and clippy's results are the same for both targets. Warnings of the eBPF compiler itself
+//! are errors when the object is built here.
 
 mod code;
+mod links;
 mod portable;
 mod structure;
 
@@ -15,16 +16,17 @@ use anyhow::{Result, bail};
 use crate::build::{self, Warnings};
 use crate::{manifests, process, workspace};
 
-/// Checks formatting, structure and licences, compiles what is portable for other systems, and runs
+/// Checks formatting, structure, links and licences, compiles the portable crates for other systems, and runs
 /// clippy; every warning is an error.
 #[derive(clap::Args)]
 pub(crate) struct Options {}
 
 pub(crate) fn run(_: &Options) -> Result<()> {
     structure::run()?;
+    links::check()?;
     manifests::check()?;
     process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
-    // A workspace of its own.
+    // fuzz/ is a workspace of its own.
     let fuzz = ["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"];
     process::run(process::cargo().args(fuzz))?;
     deny()?;
@@ -59,7 +61,7 @@ fn clippy() -> Result<()> {
         env::consts::ARCH
     );
     ebpf.env("CARGO_ENCODED_RUSTFLAGS", flags);
-    // Its flags are its own, so the host's builds would be thrown away in a shared directory.
+    // Its flags differ, so a shared directory would discard the host's builds.
     ebpf.env(
         "CARGO_TARGET_DIR",
         workspace::root().join("target/ebpf-clippy"),
@@ -67,7 +69,7 @@ fn clippy() -> Result<()> {
     process::run(&mut ebpf)
 }
 
-/// Checks the dependencies against deny.toml. Only the advisories need more than the registry.
+/// Checks the dependencies against deny.toml. Only the advisories need their database besides the registry.
 fn deny() -> Result<()> {
     let deny = || {
         let mut command = process::cargo();

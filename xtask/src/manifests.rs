@@ -1,4 +1,4 @@
-//! `cargo xtask manifests`: the one file for those who do not use kustomize.
+//! `cargo xtask manifests`: writes all manifests into one file, for use without kustomize.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,16 +7,16 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::workspace;
 
-/// What stands above the objects.
+/// The comment above the objects.
 const HEAD: &str = "\
 # manifests/base in one file, written by `cargo xtask manifests`: edit the files there.
-# `kubectl apply -f` it, or take it along into whatever applies your cluster's manifests.
+# Apply it with `kubectl apply -f`, or add it to the manifests that your own tools apply.
 ";
 
 /// Writes manifests/egress-agent.yaml from manifests/base.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Writes nothing; fails when the file is not what it should be
+    /// Writes nothing; fails when the file is out of date
     #[arg(long)]
     check: bool,
 }
@@ -35,7 +35,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the file is what it should be.
+/// Checks that the file is up to date.
 ///
 /// # Errors
 ///
@@ -48,7 +48,7 @@ fn directory() -> PathBuf {
     workspace::root().join("manifests")
 }
 
-/// The files that manifests/base names, one behind the other.
+/// The files that manifests/base lists, one after the other.
 fn flat() -> Result<String> {
     let base = directory().join("base");
     let read = |name: &str| {
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resources_are_taken_in_their_order() {
+    fn resources_keep_their_order() {
         let text =
             "kind: Kustomization\nresources:\n  - b.yaml\n  - a.yaml\npatches:\n  - path: c.yaml\n";
         assert_eq!(resources(text), ["b.yaml", "a.yaml"]);

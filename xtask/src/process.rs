@@ -1,4 +1,4 @@
-//! Other programs: finding them, running them, running them as root.
+//! Finds other programs, and runs them, also as root.
 
 use std::env;
 use std::ffi::OsStr;
@@ -14,10 +14,10 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::workspace;
 
-/// Directories that hold system programs and that a user's `PATH` often lacks.
+/// Directories of system programs that a user's `PATH` often lacks.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
-/// How often a long command is told to go on.
+/// How often the progress of a long command is reported.
 const STILL_EVERY: Duration = Duration::from_secs(30);
 
 /// Finds `program` in `PATH`, then among the system's programs.
@@ -42,7 +42,7 @@ pub(crate) fn is_root() -> bool {
 ///
 /// # Errors
 ///
-/// Fails when neither root nor sudo is to be had.
+/// Fails when this process is not root and sudo is missing.
 pub(crate) fn as_root(program: &str) -> Result<Command> {
     if is_root() {
         return Ok(Command::new(program));
@@ -55,28 +55,28 @@ pub(crate) fn as_root(program: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// The cargo that runs this program, to be run in the workspace's top directory.
+/// The cargo that runs this program, started in the workspace's top directory.
 ///
-/// Nothing of the calling cargo's choice of compiler is handed down.
+/// The command does not inherit the calling cargo's choice of compiler.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace::root());
     command
 }
 
-/// Arguments that make cargo start what it has built as root.
+/// Arguments with which cargo starts the built program as root.
 ///
-/// Cargo itself goes on as the user, so that nothing in the target directory belongs to root.
+/// Cargo itself runs as the user, so that no file in the target directory belongs to root.
 ///
 /// # Errors
 ///
-/// Fails when neither root nor sudo is to be had.
+/// Fails when this process is not root and sudo is missing.
 pub(crate) fn root_runner() -> Result<Vec<String>> {
     if is_root() {
         return Ok(Vec::new());
     }
     if find("sudo").is_none() {
-        bail!("this needs root and there is no sudo: run it as root");
+        bail!("there is no sudo: run the same command as root");
     }
     let runner = "target.'cfg(all())'.runner = ['sudo', '--preserve-env']";
     Ok(vec!["--config".to_owned(), runner.to_owned()])
@@ -94,22 +94,22 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` as [`run`] does, when it may take minutes: says what it is for, and every half minute that it
-/// goes on. What it builds at the end may take long without a word, and in a log nothing moves at all.
+/// Runs a `command` that may take minutes, as [`run`] does. Prints its purpose, and then its duration every
+/// half minute: the last step of a build may take long without output, and a log shows no progress at all.
 pub(crate) fn long(command: &mut Command, what: &str) -> Result<()> {
     println!("{what}: takes minutes when nothing is built yet");
-    let say = |after: Duration| println!("… {what}: goes on after {}", minutes(after));
-    watched(STILL_EVERY, say, || run(command))
+    let report = |after: Duration| println!("… {what}: still running after {}", minutes(after));
+    watched(STILL_EVERY, report, || run(command))
 }
 
-/// Does `work`, and meanwhile says every so often how long it has been going on.
-fn watched<T>(every: Duration, say: impl Fn(Duration) + Send, work: impl FnOnce() -> T) -> T {
+/// Does `work`, and passes its duration to `report` at this interval.
+fn watched<T>(every: Duration, report: impl Fn(Duration) + Send, work: impl FnOnce() -> T) -> T {
     let (done, ended) = mpsc::channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
             let began = Instant::now();
             while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                say(began.elapsed());
+                report(began.elapsed());
             }
         });
         let result = work();
@@ -148,7 +148,7 @@ pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Whether `command` runs and succeeds; its output is thrown away.
+/// Whether `command` runs and succeeds; its output is discarded.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
     command
         .stdin(Stdio::null())
@@ -158,7 +158,7 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// `command` as a person would type it, the program by its name alone.
+/// `command` as a person would type it, with only the name of the program.
 fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(program.as_os_str());
@@ -189,14 +189,14 @@ mod tests {
     }
 
     #[test]
-    fn long_work_is_told_of_while_it_goes_on() {
-        let (say, said) = mpsc::channel();
+    fn the_duration_of_long_work_is_reported() {
+        let (report, reported) = mpsc::channel();
         let result = watched(
             Duration::from_millis(1),
-            move |after| say.send(after).unwrap(),
+            move |after| report.send(after).unwrap(),
             || {
-                let first: Duration = said.recv().unwrap();
-                let second = said.recv().unwrap();
+                let first: Duration = reported.recv().unwrap();
+                let second = reported.recv().unwrap();
                 first < second
             },
         );

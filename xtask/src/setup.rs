@@ -1,7 +1,8 @@
 //! `cargo xtask setup`: finds, or installs, what building and running the project needs.
 //!
-//! Everything is looked for first, and only what is missing is installed: programs from the
-//! distribution's packages, the eBPF toolchain in one of the two ways [`crate::toolchain`] knows.
+//! Everything is looked for first. What is missing, and what the command at hand needs, is installed:
+//! programs from the distribution's packages, the eBPF toolchain in one of the two ways
+//! [`crate::toolchain`] knows.
 
 pub(crate) mod apt;
 mod ebpf;
@@ -13,6 +14,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum as _;
 
 use crate::process;
 
@@ -22,6 +24,22 @@ pub(crate) struct Options {
     /// Says what is missing and installs nothing; fails when anything is
     #[arg(long)]
     check: bool,
+    /// Which command to set up for; each needs what those before it need
+    #[arg(long = "for", value_name = "COMMAND", default_value = "test")]
+    purpose: Purpose,
+}
+
+/// The commands that need more and more. Each needs what those before it need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Purpose {
+    /// `cargo xtask build`: compilers
+    Build,
+    /// `cargo xtask demo`: also programs that show what passes
+    Demo,
+    /// `cargo xtask test` and `lint`: also resolvers, clients and a Kubernetes API server
+    Test,
+    /// `cargo xtask e2e`: also the other programs of a Kubernetes node
+    E2e,
 }
 
 /// A program of the distribution that the project's commands run.
@@ -30,6 +48,8 @@ pub(crate) struct Program {
     /// The packages that may hold it, the first that the distribution has is installed.
     pub(crate) packages: &'static [&'static str],
     pub(crate) purpose: &'static str,
+    /// The first command that needs it.
+    pub(crate) needed_for: Purpose,
     /// What a package of its would start, now and at every boot. It is masked first: the tests start
     /// the program themselves, and nothing else is to listen on the machine for their sake.
     pub(crate) services: &'static [&'static str],
@@ -40,12 +60,14 @@ const PROGRAMS: [Program; 19] = [
         name: "ip",
         packages: &["iproute2"],
         purpose: "network namespaces",
+        needed_for: Purpose::Demo,
         services: &[],
     },
     Program {
         name: "tc",
         packages: &["iproute2"],
         purpose: "looking at attached programs",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
@@ -53,6 +75,7 @@ const PROGRAMS: [Program; 19] = [
         // On Ubuntu /usr/sbin/bpftool only starts the one that belongs to the running kernel.
         packages: &["bpftool", "linux-tools-generic"],
         purpose: "looking into the maps",
+        needed_for: Purpose::Demo,
         services: &[],
     },
     Program {
@@ -60,96 +83,112 @@ const PROGRAMS: [Program; 19] = [
         name: "/usr/lib/cni/bandwidth",
         packages: &["containernetworking-plugins"],
         purpose: "a network plugin for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "unbound",
         packages: &["unbound"],
         purpose: "a resolver for the tests",
+        needed_for: Purpose::Test,
         services: &["unbound.service"],
     },
     Program {
         name: "named",
         packages: &["bind9"],
         purpose: "a resolver for the tests",
+        needed_for: Purpose::Test,
         services: &["named.service"],
     },
     Program {
         name: "kresd",
         packages: &["knot-resolver"],
         purpose: "a resolver for the tests",
+        needed_for: Purpose::Test,
         services: &["kres-cache-gc.service"],
     },
     Program {
         name: "dnsmasq",
         packages: &["dnsmasq-base"],
         purpose: "a resolver to compare with",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "a DHCP client for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "nft",
         packages: &["nftables"],
         purpose: "what dnsmasq fills, to compare with",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "dig",
         packages: &["bind9-dnsutils", "dnsutils"],
         purpose: "asking by hand",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "delv",
         packages: &["bind9-dnsutils"],
         purpose: "a client that validates, for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "dnssec-signzone",
         packages: &["bind9-utils", "bind9utils"],
         purpose: "signing a zone for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "musl-gcc",
         packages: &["musl-tools"],
         purpose: "a second C library for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "curl",
         packages: &["curl"],
         purpose: "connecting by hand",
+        needed_for: Purpose::Demo,
         services: &[],
     },
     Program {
         name: "go",
         packages: &["golang-go"],
         purpose: "a program with Go's resolver for the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "openssl",
         packages: &["openssl"],
         purpose: "keys for an API server in the tests",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "cc",
         packages: &["gcc", "build-essential"],
         purpose: "linking",
+        needed_for: Purpose::Build,
         services: &[],
     },
     Program {
         name: "c++",
         packages: &["g++", "build-essential"],
         purpose: "libFuzzer",
+        needed_for: Purpose::Test,
         services: &[],
     },
 ];
@@ -158,60 +197,100 @@ const PROGRAMS: [Program; 19] = [
 const CARGO_DENY: &str = "^0.20.2";
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.check {
-        return check();
+    let Options { check, purpose } = *options;
+    if check {
+        return self::check(purpose);
     }
-    kernel()?;
-    programs(&PROGRAMS)?;
-    components()?;
-    musl()?;
-    ebpf::ensure()?;
-    kubernetes::ensure()?;
-    deny()
+    ensure(purpose)
 }
 
-/// Sets up for another command.
-pub(crate) fn ensure() -> Result<()> {
-    run(&Options { check: false })
-}
-
-/// Sets up what builds the eBPF object, and nothing else.
+/// Sets up for a command.
 ///
 /// # Errors
 ///
 /// Fails when something is missing and cannot be installed.
-pub(crate) fn ensure_ebpf() -> Result<()> {
-    ebpf::ensure()
+pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
+    announce(purpose);
+    if purpose > Purpose::Build {
+        kernel()?;
+    }
+    programs_for(purpose)?;
+    ebpf::ensure()?;
+    if purpose >= Purpose::Test {
+        components()?;
+        musl()?;
+        ebpf::ensure_library_sources()?;
+        kubernetes::ensure()?;
+        deny()?;
+    }
+    if purpose == Purpose::E2e {
+        kubernetes::ensure_node()?;
+    }
+    Ok(())
+}
+
+/// Says what is about to be installed, before the first minute of it.
+fn announce(purpose: Purpose) {
+    let missing = missing(purpose);
+    if missing.is_empty() {
+        return;
+    }
+    println!("to be installed or built: {}", missing.join(", "));
+    println!(
+        "this takes {}",
+        match purpose {
+            Purpose::Build | Purpose::Demo => "some minutes, most of them for compilers",
+            Purpose::Test | Purpose::E2e => {
+                "up to a quarter of an hour, most of it for Kubernetes' programs"
+            }
+        }
+    );
 }
 
 /// Says what is missing.
-fn check() -> Result<()> {
-    kernel()?;
-    let mut missing: Vec<String> = missing_programs(&PROGRAMS)
-        .iter()
-        .map(|program| program.name.to_owned())
-        .collect();
-    missing.extend(
-        missing_components()
-            .iter()
-            .map(|name| format!("cargo {name}")),
-    );
-    if !has_musl() {
-        missing.push(format!("the target {}", musl_target()));
+fn check(purpose: Purpose) -> Result<()> {
+    if purpose > Purpose::Build {
+        kernel()?;
     }
-    missing.extend(ebpf::missing());
-    missing.extend(kubernetes::missing());
-    if !has_deny() {
-        missing.push("cargo deny".to_owned());
-    }
+    let missing = missing(purpose);
     if missing.is_empty() {
         println!("setup: nothing is missing");
         return Ok(());
     }
+    let name = purpose.to_possible_value();
     bail!(
-        "missing: {}; `cargo xtask setup` installs it",
-        missing.join(", ")
+        "missing: {}; `cargo xtask setup --for {}` installs it",
+        missing.join(", "),
+        name.as_ref().map_or("test", |name| name.get_name())
     );
+}
+
+/// What a command needs and is missing.
+fn missing(purpose: Purpose) -> Vec<String> {
+    let programs = PROGRAMS
+        .iter()
+        .filter(|program| program.needed_for <= purpose);
+    let mut missing: Vec<String> = programs
+        .filter(|program| !is_usable(program.name))
+        .map(|program| program.name.to_owned())
+        .collect();
+    missing.extend(ebpf::missing());
+    if purpose >= Purpose::Test {
+        let components = missing_components();
+        missing.extend(components.iter().map(|name| format!("cargo {name}")));
+        if !has_musl() {
+            missing.push(format!("the target {}", musl_target()));
+        }
+        missing.extend(ebpf::missing_library_sources());
+        missing.extend(kubernetes::missing());
+        if !has_deny() {
+            missing.push("cargo deny".to_owned());
+        }
+    }
+    if purpose == Purpose::E2e {
+        missing.extend(kubernetes::missing_node());
+    }
+    missing
 }
 
 /// Checks that the running kernel has type information, without which nothing can be loaded.
@@ -228,13 +307,30 @@ fn kernel() -> Result<()> {
     Ok(())
 }
 
+/// Finds the programs that a command needs, and installs those that are missing.
+fn programs_for(purpose: Purpose) -> Result<()> {
+    let wanted: Vec<_> = PROGRAMS
+        .iter()
+        .filter(|program| program.needed_for <= purpose)
+        .collect();
+    install_missing(&wanted)
+}
+
 /// Finds programs, and installs those that are missing.
 ///
 /// # Errors
 ///
 /// Fails when one is missing and cannot be installed.
 pub(crate) fn programs(wanted: &'static [Program]) -> Result<()> {
-    let missing = missing_programs(wanted);
+    install_missing(&wanted.iter().collect::<Vec<_>>())
+}
+
+fn install_missing(wanted: &[&'static Program]) -> Result<()> {
+    let missing: Vec<_> = wanted
+        .iter()
+        .filter(|program| !is_usable(program.name))
+        .copied()
+        .collect();
     if missing.is_empty() {
         let names: Vec<_> = wanted.iter().map(|program| program.name).collect();
         found("programs", &names.join(" "));
@@ -255,7 +351,7 @@ pub(crate) fn programs(wanted: &'static [Program]) -> Result<()> {
         mask(program)?;
     }
     apt::install(&packages)?;
-    if let Some(Program { name, .. }) = missing_programs(wanted).first() {
+    if let Some(Program { name, .. }) = wanted.iter().find(|program| !is_usable(program.name)) {
         bail!(
             "`{name}` is still missing after installing {}: install the package of your \
              distribution that has it, for the kernel that runs, and run this again",

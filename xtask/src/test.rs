@@ -1,22 +1,22 @@
-//! `cargo xtask test`: everything, from set-up to the system tests.
+//! `cargo xtask test`: runs everything, from the set-up to the system tests.
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::build::Warnings;
 use crate::leftovers::Inventory;
 use crate::{build, fuzz, lint, process, setup, workspace};
 
-/// How many system tests run at once: each has namespaces and an agent of its own, and mostly
+/// How many system tests run at a time: each has namespaces and an agent of its own, and mostly
 /// waits for the network.
 const SYSTEM_THREADS: &str = "4";
 
-/// The system tests that are run a second time with filters on a clsact qdisc, as kernels below 6.6
-/// have them: those in which it matters how the programs are attached, and what pods notice of it. The
-/// others start no agent, or show what it decides whichever way the packets come.
+/// The system tests that run a second time with filters on a clsact qdisc, as on kernels below 6.6: those
+/// that depend on how programs are attached, and on what pods notice of it. The others start no agent, or
+/// test decisions that do not depend on how the packets arrive.
 ///
-/// Each is a folder of `tests/tests`, and the modules in it that are run.
+/// Each is a folder of `tests/tests`, and the modules in it that run.
 const UNDER_CLSACT: [(&str, &[&str]); 5] = [
     ("cluster", &["pods::", "status::"]),
     ("dns", &["names::", "over_tcp::"]),
@@ -28,18 +28,18 @@ const UNDER_CLSACT: [(&str, &[&str]); 5] = [
     ("policy", &["entries::"]),
 ];
 
-/// Has the laboratory start every agent with `--attach clsact`, but for those whose test says how
+/// Makes the laboratory start every agent with `--attach clsact`, except in tests that choose themselves
 /// (`tests/src/lab.rs`).
 const ATTACH: (&str, &str) = ("EGRESS_TEST_ATTACH", "clsact");
 
-/// Sets up, builds, lints, and runs every test; with a flag, only what it names.
+/// Sets up, builds, lints, and runs every test; with a flag, only the tests that it names.
 ///
 /// The system tests that depend on how programs are attached are run with tcx and with clsact. The
-/// kernel and system tests load programs into the kernel and make network namespaces: they
-/// are run as root, through sudo when necessary.
+/// kernel and system tests load programs into the kernel and create network namespaces: they
+/// run as root, through sudo if necessary.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Runs only the unit tests, and the fuzz targets for a moment; they need no root
+    /// Runs only the unit tests, and the fuzz targets for a short time; they need no root
     #[arg(long)]
     unit: bool,
     /// Runs only the kernel and system tests
@@ -57,7 +57,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         filter,
     } = options;
     let all = !unit && !system;
-    setup::ensure()?;
+    if all || *system {
+        // Before anything takes minutes.
+        process::root_runner().context(
+            "the kernel and system tests need root; `cargo xtask test --unit` runs the others",
+        )?;
+    }
+    setup::ensure(setup::Purpose::Test)?;
     if all && filter.is_none() {
         lint::run(&lint::Options {})?;
     } else {
@@ -70,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
     }
     if all || *system {
-        // The tests drive the binary that users get.
+        // The tests use the program that users get.
         build::agent(false)?;
         system_tests(filter.as_deref())?;
     }
@@ -88,18 +94,27 @@ fn unit_tests(filter: Option<&str>) -> Result<()> {
 fn system_tests(filter: Option<&str>) -> Result<()> {
     let before = Inventory::take()?;
     let filter = filter.as_slice();
-    process::run(&mut laboratory(&[], filter)?).context("kernel and system tests")?;
+    let mut failed = Vec::new();
+    if let Err(error) = process::run(&mut laboratory(&[], filter)?) {
+        failed.push(format!("{error:#}"));
+    }
     for (folder, modules) in UNDER_CLSACT {
         let tests = if filter.is_empty() { modules } else { filter };
         let (name, value) = ATTACH;
-        process::run(laboratory(&["--test", folder], tests)?.env(name, value))
-            .context("system tests under clsact")?;
+        let mut under_clsact = laboratory(&["--test", folder], tests)?;
+        if let Err(error) = process::run(under_clsact.env(name, value)) {
+            failed.push(format!("under clsact: {error:#}"));
+        }
     }
-    before.compare()
+    before.compare()?;
+    if !failed.is_empty() {
+        bail!("kernel and system tests: {}", failed.join("; "));
+    }
+    Ok(())
 }
 
-/// The command that runs tests of the laboratory whose names contain one of `names`: of the folders that
-/// `folders` selects with cargo's `--test`, or of all.
+/// The command that runs tests of the laboratory whose names contain one of `names`: those of the folders
+/// that `folders` selects with cargo's `--test`, or all.
 fn laboratory(folders: &[&str], names: &[&str]) -> Result<Command> {
     let mut command = process::cargo();
     command.args(["test", "--package", "egress-tests", "--locked"]);

@@ -1,14 +1,14 @@
 //! The compiler and the linker that build the eBPF object.
 //!
-//! Two kinds of compiler will do, and the first that is there is taken:
+//! There are two kinds of compilers, of which the first that is found is used:
 //!
-//! - the distribution's, with a prebuilt `core` for [`TARGET`] beside it: Debian's packages
-//!   `rustc-web` and `libstd-rust-web-dev-bpf`. It is a stable compiler, so the crates that use
-//!   unstable features are named to it ([`UNSTABLE_CRATES`]);
+//! - the distribution's, with a prebuilt `core` for [`TARGET`]: Debian's packages
+//!   `rustc-web` and `libstd-rust-web-dev-bpf`. It is a stable compiler, so it gets the names of the crates
+//!   that may use unstable features ([`UNSTABLE_CRATES`]);
 //! - rustup's nightly, with the component `rust-src`, from which cargo builds `core` itself.
 //!
 //! Both write LLVM bitcode, which `bpf-linker` turns into the object. LLVM reads bitcode of its own
-//! and of older versions, so the linker's LLVM may not be older than the compiler's.
+//! and of older versions, so the linker's LLVM must not be older than the compiler's.
 
 use std::env;
 use std::fmt;
@@ -20,22 +20,22 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{process, workspace};
 
-/// The target of the eBPF object: little-endian, as every architecture the agent runs on is.
+/// The target of the eBPF object: little-endian, like every architecture that the agent runs on.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
 /// The crates of the eBPF object that use unstable features (`asm_experimental_arch`).
 const UNSTABLE_CRATES: &str = "aya_ebpf";
 
-/// Names a compiler to use in place of [`SYSTEM_RUSTC`].
+/// The variable that names a compiler to use instead of [`SYSTEM_RUSTC`].
 const RUSTC_VARIABLE: &str = "EGRESS_EBPF_RUSTC";
 
 /// The distribution's compiler.
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
 
-/// Where the sources of the standard library are below a compiler's sysroot.
+/// The directory of the standard library's sources below a compiler's sysroot.
 const LIBRARY_SOURCES: &str = "lib/rustlib/src/rust/library";
 
-/// The oldest compiler that can build the workspace, as its `rust-version` says.
+/// The oldest compiler that can build the workspace, equal to its `rust-version`.
 const OLDEST_RUSTC: (u32, u32) = (1, 90);
 
 /// A compiler that can build for [`TARGET`].
@@ -45,7 +45,7 @@ pub(crate) struct Compiler {
     pub(crate) version: Version,
 }
 
-/// Where a compiler and its `core` come from.
+/// The origin of a compiler and its `core`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A compiler with a prebuilt `core` for the target; its path.
@@ -54,7 +54,7 @@ pub(crate) enum Kind {
     Nightly(PathBuf),
 }
 
-/// What `rustc -vV` says of itself.
+/// The version from `rustc -vV`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Version {
     /// For example `1.96.0`.
@@ -67,7 +67,7 @@ pub(crate) struct Version {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Linker {
     pub(crate) path: PathBuf,
-    /// The major version of the LLVM it loads; none when LLVM is built into it.
+    /// The major version of the LLVM that it loads; `None` if LLVM is built into it.
     pub(crate) llvm: Option<u32>,
 }
 
@@ -100,7 +100,7 @@ impl Compiler {
 
     fn find_nightly() -> Option<Self> {
         let rustup = process::find("rustup")?;
-        // `rustup which` and `rustup run` would install what is missing; the list does not.
+        // `rustup which` and `rustup run` would install a missing toolchain; the list does not.
         let toolchains = process::output(Command::new(&rustup).args(["toolchain", "list"])).ok()?;
         if !toolchains.lines().any(|line| line.starts_with("nightly-")) {
             return None;
@@ -121,7 +121,7 @@ impl Compiler {
         })
     }
 
-    /// Finds a compiler with the sources of its standard library beside it.
+    /// Finds a compiler that has the sources of its standard library.
     ///
     /// # Errors
     ///
@@ -132,7 +132,7 @@ impl Compiler {
         )
     }
 
-    /// Whether the sources of the standard library belong to this compiler.
+    /// Whether this compiler has the sources of the standard library.
     pub(crate) fn has_library_sources(&self) -> bool {
         let rustc = self.rustc();
         process::output(Command::new(rustc).args(["--print", "sysroot"])).is_ok_and(|sysroot| {
@@ -171,7 +171,7 @@ impl Compiler {
         command
     }
 
-    /// A cargo command that compiles with this compiler for the target: `subcommand`, then what
+    /// A cargo command that compiles with this compiler for the target: `subcommand`, followed by what
     /// the caller adds.
     pub(crate) fn cargo(&self, subcommand: &str, linker: &Linker) -> Command {
         let mut command = match &self.kind {
@@ -193,18 +193,18 @@ impl Compiler {
         if matches!(self.kind, Kind::Nightly(_)) {
             command.arg("-Zbuild-std=core");
         }
-        // This variable wins over RUSTFLAGS and over every configuration file, so nothing in the
-        // environment can take `--btf` away; 0x1f separates the flags.
+        // This variable overrides RUSTFLAGS and every configuration file, so the
+        // environment cannot remove `--btf`; 0x1f separates the flags.
         let flags = [
             "-Cdebuginfo=2".to_owned(),
             "-Clink-arg=--btf".to_owned(),
-            // Otherwise zeroing a record becomes a call that does it byte by byte.
+            // Otherwise zeroing a record becomes a call of a function that writes byte by byte.
             "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
             format!("-Clinker={}", linker.path.display()),
             format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
         ];
         command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-        // Wrappers such as clippy's are for the compiler of the host.
+        // Wrappers such as clippy's are for the host's compiler.
         command.env_remove("RUSTC_WORKSPACE_WRAPPER");
         command
     }
@@ -227,7 +227,7 @@ impl fmt::Display for Compiler {
 }
 
 impl Version {
-    /// Asks a compiler for its version.
+    /// Runs a compiler to read its version.
     fn of(command: &mut Command) -> Result<Self> {
         let text = process::output(command)?;
         Self::parse(&text).with_context(|| format!("cannot read the version from:\n{text}"))
@@ -258,13 +258,13 @@ pub(crate) fn is_new_enough(version: &str) -> bool {
 }
 
 impl Linker {
-    /// Finds a linker whose LLVM reads what a compiler with LLVM `llvm` writes: the project's own
+    /// Finds a linker whose LLVM reads the bitcode of a compiler with LLVM `llvm`: the project's own
     /// first, then the user's.
     pub(crate) fn find(llvm: u32) -> Option<Self> {
         Self::all().into_iter().find(|linker| linker.reads(llvm))
     }
 
-    /// Every linker that starts.
+    /// Every linker that can be started.
     pub(crate) fn all() -> Vec<Self> {
         let own = workspace::tools().join("bin/bpf-linker");
         let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from);
@@ -281,7 +281,7 @@ impl Linker {
         if !process::succeeds(Command::new(&path).arg("--version")) {
             return None;
         }
-        // ldd fails on a static executable, which has its LLVM inside.
+        // ldd fails on a static executable, which has LLVM built in.
         let libraries = process::output(Command::new("ldd").arg(&path)).unwrap_or_default();
         Some(Self {
             path,
@@ -318,7 +318,7 @@ fn llvm_of(libraries: &str) -> Option<u32> {
         .ok()
 }
 
-/// Finds both, or says what is missing and what installs it.
+/// Finds both, or returns which one is missing and the command that installs it.
 ///
 /// # Errors
 ///
@@ -339,7 +339,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_compiler_says_its_release_and_llvm() {
+    fn release_and_llvm_are_read_from_a_compilers_version() {
         let text = "rustc 1.96.0 (ac68faa20 2026-05-25)\nrelease: 1.96.0\nLLVM version: 22.1.8\n";
         let version = Version::parse(text).expect("a version");
         assert_eq!(
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_linker_is_known_by_the_llvm_it_loads() {
+    fn a_linkers_llvm_is_read_from_its_libraries() {
         for (libraries, llvm) in [
             ("\tlibLLVM.so.22.1 => /lib/libLLVM.so.22.1 (0x0)", Some(22)),
             ("\tlibLLVM-17.so.1 => /lib/libLLVM-17.so.1 (0x0)", Some(17)),
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_linker_reads_what_its_own_and_older_llvm_wrote() {
+    fn a_linker_reads_bitcode_of_its_own_and_older_llvm_versions() {
         let linker = |llvm| Linker {
             path: PathBuf::new(),
             llvm,

@@ -1,8 +1,8 @@
-//! Where things are in the workspace.
+//! Paths in the workspace.
 //!
-//! The workspace is found when a command runs. What the compiler would say (`env!`) is where the program was
-//! built first: in a moved or copied checkout, which has that program in its target directory, it would build
-//! in the old place.
+//! The workspace is found at run time. The compiler's `env!` would name the directory where this program was
+//! first built. A moved or copied checkout has that program in its target directory, and it would then build
+//! in the old directory.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result};
 
-/// What the workspace's top directory holds, and no directory below it.
+/// Files in the workspace's top directory, and in no directory below it.
 const MARKS: [&str; 2] = ["Cargo.lock", "xtask/Cargo.toml"];
 
 static ROOT: OnceLock<PathBuf> = OnceLock::new();
 
-/// Finds the workspace: from the package that `cargo run` has started, or else from the current directory.
+/// Finds the workspace: from the package that `cargo run` has started, otherwise from the current directory.
 ///
 /// # Errors
 ///
@@ -35,13 +35,13 @@ pub(crate) fn find() -> Result<()> {
     Ok(())
 }
 
-/// The first directory from this one upwards that is the workspace's.
+/// The first directory from this one upwards that is the workspace's top directory.
 fn above(directory: &Path) -> Option<&Path> {
     let is_root = |directory: &&Path| MARKS.iter().all(|mark| directory.join(mark).is_file());
     directory.ancestors().find(is_root)
 }
 
-/// The workspace's top directory. [`find`] comes first; a unit test has it found here.
+/// The workspace's top directory. Call [`find`] first; in a unit test this calls it.
 pub(crate) fn root() -> &'static Path {
     if ROOT.get().is_none() {
         let found = find();
@@ -50,12 +50,12 @@ pub(crate) fn root() -> &'static Path {
     ROOT.get().map_or(Path::new("."), PathBuf::as_path)
 }
 
-/// Where cargo puts what it builds for the host; `CARGO_TARGET_DIR` moves it.
+/// Cargo's directory for the host's builds; `CARGO_TARGET_DIR` moves it.
 pub(crate) fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
-/// What everything of the eBPF toolchain that is not the user's goes into.
+/// The directory for the project's own tools of the eBPF toolchain.
 pub(crate) fn tools() -> PathBuf {
     root().join("target/tools")
 }
@@ -65,7 +65,7 @@ pub(crate) fn ebpf_object() -> PathBuf {
     root().join("target/ebpf/egress-ebpf")
 }
 
-/// Where Kubernetes' own programs of this version are, which are not cargo's to clean up.
+/// The directory for Kubernetes' programs of this version, which cargo does not manage.
 pub(crate) fn kubernetes(version: &str) -> PathBuf {
     root().join("target/kubernetes").join(version)
 }
@@ -73,6 +73,11 @@ pub(crate) fn kubernetes(version: &str) -> PathBuf {
 /// The release binary of the agent.
 pub(crate) fn agent() -> PathBuf {
     target().join("release/egress-agent")
+}
+
+/// The agent built without optimisation, with the dependencies that the tests are built with.
+pub(crate) fn debug_agent() -> PathBuf {
+    target().join("debug/egress-agent")
 }
 
 #[cfg(test)]
@@ -88,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_of_the_workspace_is_one_of_its_own() {
+    fn a_copy_of_the_workspace_is_a_workspace_of_its_own() {
         let copy = env::temp_dir().join(format!("egress-workspace-{}", std::process::id()));
         std::fs::create_dir_all(copy.join("xtask/src")).unwrap();
         for mark in MARKS {

@@ -1,4 +1,4 @@
-//! Asking the running agent.
+//! Requests to the running agent, and the layout of what it answers.
 
 use std::{
     fmt::Write as _,
@@ -12,19 +12,19 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::serve::protocol::{RESPONSE_MAX, Request, Response};
 
-/// How long the agent may take.
+/// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The agent's answer.
+/// Sends a request to the agent. Returns its answer.
 ///
 /// # Errors
 ///
-/// When there is no agent, or it has no answer; it says why.
+/// When no agent answers, or the agent answers with an error.
 pub(super) fn ask(socket: &Path, request: &Request) -> Result<Response> {
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!(
-            "cannot ask the agent on {}; it must run, with this `socket` in its configuration, and \
-             only root may ask",
+            "cannot connect to the agent on {}: check that it runs, that this is the `socket` of its \
+             configuration, and that you are root",
             socket.display()
         )
     })?;
@@ -34,19 +34,21 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Response> {
     line.push(b'\n');
     stream
         .write_all(&line)
-        .context("the agent does not listen")?;
+        .context("cannot send the request to the agent")?;
     let mut answer = Vec::new();
     BufReader::new(stream)
         .take(RESPONSE_MAX)
         .read_until(b'\n', &mut answer)
-        .context("the agent does not answer")?;
-    match serde_json::from_slice(&answer).context("the agent's answer cannot be read")? {
+        .context("the agent did not answer")?;
+    match serde_json::from_slice(&answer)
+        .context("cannot read the agent's answer: it may be of another version")?
+    {
         Response::Error(error) => bail!("{error}"),
         response => Ok(response),
     }
 }
 
-/// Lines of cells, in columns as wide as their widest cell, the last one not filled up.
+/// Rows in aligned columns. Lines have no spaces at their end.
 pub(super) fn columns(indent: &str, rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -67,7 +69,7 @@ pub(super) fn columns(indent: &str, rows: &[Vec<String>]) -> String {
     text
 }
 
-/// A time span as people say it: the two largest units.
+/// A time span in its two largest units.
 pub(super) fn span(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {

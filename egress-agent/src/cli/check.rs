@@ -1,6 +1,6 @@
 //! `egress-agent check`
 
-use std::process::ExitCode;
+use std::{fmt::Write as _, io::IsTerminal as _, process::ExitCode};
 
 use anyhow::Result;
 
@@ -9,13 +9,14 @@ use crate::{
     config::Config,
     pods::{self, NO_ADDRESS, Snapshot},
 };
-use egress_policy::{Annotations, describe};
+use egress_policy::{Annotations, Excerpt, PolicyError, describe};
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
         Some(path) => Config::from_file(path)?.policy_settings(),
         None => Config::default_config()?.policy_settings(),
     };
+    let style = Style::of_standard_error();
     let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
     let mut wrong = problems.len();
     for problem in &problems {
@@ -34,7 +35,8 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
             }
             Err(error) => {
                 wrong += 1;
-                eprintln!("{}: {title}: {error}", pod.origin);
+                let about = format!("{}: {title}", pod.origin);
+                eprint!("{}", problems_text(&about, &error, &own, &inherited, style));
             }
         }
     }
@@ -47,6 +49,64 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Whether carets have a colour.
+#[derive(Clone, Copy)]
+enum Style {
+    Plain,
+    Colour,
+}
+
+impl Style {
+    /// Colours on a terminal, unless `NO_COLOR` is set.
+    fn of_standard_error() -> Self {
+        let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        if std::io::stderr().is_terminal() && !unwanted {
+            Self::Colour
+        } else {
+            Self::Plain
+        }
+    }
+
+    /// The text in bold red.
+    fn red(self, text: &str) -> String {
+        match self {
+            Self::Plain => text.to_owned(),
+            Self::Colour => format!("\u{1b}[1;31m{text}\u{1b}[0m"),
+        }
+    }
+}
+
+/// A line for each problem; below it the line of the annotation, with carets under what is wrong.
+fn problems_text(
+    about: &str,
+    error: &PolicyError,
+    pod: &Annotations,
+    namespace: &Annotations,
+    style: Style,
+) -> String {
+    let mut text = String::new();
+    for problem in error.problems() {
+        let _ = writeln!(text, "{about}: {problem}");
+        if let Some(excerpt) = problem.excerpt(pod, namespace) {
+            text.push_str(&excerpt_text(&excerpt, style));
+        }
+    }
+    text
+}
+
+fn excerpt_text(excerpt: &Excerpt, style: Style) -> String {
+    let Excerpt {
+        line,
+        text,
+        before,
+        width,
+    } = excerpt;
+    let number = line.to_string();
+    let (margin, indent) = (" ".repeat(number.len()), " ".repeat(*before));
+    let carets = style.red(&"^".repeat(*width));
+    format!("  {number} | {text}\n  {margin} | {indent}{carets}\n")
 }
 
 #[cfg(test)]
@@ -71,5 +131,23 @@ mod tests {
             assert!(pod.interface.is_some(), "{key:?} has no interface");
             assert!(!pod.addresses.is_empty(), "{key:?} has no address");
         }
+    }
+
+    #[test]
+    fn only_the_carets_have_a_colour() {
+        let excerpt = Excerpt {
+            line: 10,
+            text: "a.test:x".to_owned(),
+            before: 7,
+            width: 1,
+        };
+        assert_eq!(
+            excerpt_text(&excerpt, Style::Plain),
+            "  10 | a.test:x\n     |        ^\n"
+        );
+        assert_eq!(
+            excerpt_text(&excerpt, Style::Colour),
+            "  10 | a.test:x\n     |        \u{1b}[1;31m^\u{1b}[0m\n"
+        );
     }
 }

@@ -15,7 +15,7 @@ pub(super) fn cleanup(args: &CleanupArgs) -> Result<ExitCode> {
     };
     match datapath::cleanup(&bpffs, None)? {
         None => println!(
-            "nothing to remove: no agent left anything in {}",
+            "nothing to remove: no agent has left programs or maps in {}",
             bpffs.display()
         ),
         Some(1) => println!("detached from 1 interface; nothing is enforced any more"),

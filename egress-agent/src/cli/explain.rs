@@ -12,14 +12,15 @@ use crate::serve::protocol::{
     AddressExplained, Decision, EntryStatus, Explanation, PortsStatus, Request, Response,
 };
 
-/// Exit status when it is denied, and when it cannot be said.
+/// Exit status if packets are denied.
 const DENIED: u8 = 1;
-const CANNOT_SAY: u8 = 2;
+/// Exit status if there is no answer.
+const UNKNOWN: u8 = 2;
 
 pub(super) fn explain(args: &ExplainArgs) -> ExitCode {
     ask_and_print(args).unwrap_or_else(|error| {
         eprintln!("egress-agent: {error:#}");
-        ExitCode::from(CANNOT_SAY)
+        ExitCode::from(UNKNOWN)
     })
 }
 
@@ -29,7 +30,7 @@ fn ask_and_print(args: &ExplainArgs) -> Result<ExitCode> {
         target: args.target.clone(),
     };
     let Response::Explanation(explanation) = ask(&args.socket, &request)? else {
-        bail!("the agent has answered something else");
+        bail!("the agent answered another request: it may be of another version");
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&explanation)?);
@@ -39,7 +40,7 @@ fn ask_and_print(args: &ExplainArgs) -> Result<ExitCode> {
     Ok(match explanation.decision {
         Decision::Allowed | Decision::WouldDeny => ExitCode::SUCCESS,
         Decision::Denied => ExitCode::from(DENIED),
-        Decision::Unknown => ExitCode::from(CANNOT_SAY),
+        Decision::Unknown => ExitCode::from(UNKNOWN),
     })
 }
 
@@ -128,7 +129,7 @@ fn addresses(text: &mut String, explanation: &Explanation) {
     text.push_str(&columns("    ", &rows));
     if explanation.addresses_left_out > 0 {
         let left_out = explanation.addresses_left_out;
-        let _ = writeln!(text, "    and {left_out} more that were not looked at");
+        let _ = writeln!(text, "    and {left_out} more that were not checked");
     }
 }
 

@@ -16,8 +16,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
+    config::DEFAULT_SOCKET,
     report::log::{self, Log},
-    serve::DEFAULT_PATH,
 };
 
 /// Enforces, per pod, which DNS names, addresses and ports it may reach.
@@ -30,103 +30,103 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Enforce the policies of this machine's pods until told to stop.
+    /// Enforce the policies of this machine's pods until a signal stops the agent.
     ///
-    /// Denials are written to standard output, one JSON object a line; everything else to standard
-    /// error; the environment variable `RUST_LOG` chooses how much, for example `RUST_LOG=debug`.
+    /// Writes denials to standard output, one JSON object per line, and its log to standard error. The
+    /// environment variable `RUST_LOG` sets the log's level, for example `RUST_LOG=debug`.
     Run(RunArgs),
-    /// Say what each pod of the manifests may reach, or what is wrong and where.
+    /// Print what each pod of the manifests may reach, or what is wrong and where.
     ///
-    /// Lists of pods and of their namespaces are put together when both are among the files. Exits
-    /// with 1 when anything is wrong. Nothing is loaded, and no privileges are needed.
+    /// The lists of a pod and of its namespace are combined if both are among the files. Prints each problem on
+    /// a line of its own; below it the line of the annotation, with carets under what is wrong. Exits with 1 if
+    /// there is a problem. Loads nothing, and needs no privileges.
     Check(CheckArgs),
-    /// Tell the state of the running agent and of its pods, or of one pod and what it has resolved.
+    /// Print the state of the running agent and its pods, or of one pod and the names that it has resolved.
     Status(StatusArgs),
-    /// Say whether a pod may reach something, and by which entry of which annotation, or why not.
+    /// Print whether a pod may reach a destination, and which entry of which annotation decides.
     ///
-    /// The running agent is asked; nothing is sent. Exits with 0 when it passes (in audit mode too,
-    /// where the answer says what would become of it), with 1 when it does not, with 2 when that
-    /// cannot be said: there is no such pod, it is not enforced yet, or no agent answers.
+    /// Asks the running agent, and sends no packet. Exits with 0 if packets pass (in audit mode too, where the
+    /// answer says whether they would be denied), with 1 if they do not, and with 2 if there is no answer: the pod
+    /// does not exist, it is not enforced yet, or no agent runs.
     Explain(ExplainArgs),
-    /// Say whether the agent is ready: it knows this machine's pods, and enforces each that it should.
+    /// Check whether the agent is ready: it knows this machine's pods and enforces each pod that has a policy.
     ///
-    /// An agent that stands by (run --take-over) is ready when it can take over. Exits with 0 if the agent is
-    /// ready. Otherwise prints what is missing, and exits with 1.
+    /// An agent that stands by (run --take-over) is ready if it can take over. Exits with 0 if the agent is ready.
+    /// Otherwise prints what is missing, and exits with 1.
     Ready(ReadyArgs),
-    /// Remove what an agent left behind: programs, maps, pins. Nothing is enforced any more then.
+    /// Remove the programs, maps and pins that an agent left behind. Afterwards nothing is enforced.
     ///
-    /// For after an agent was killed, or stopped with --keep-enforcing. Refuses while an agent runs.
+    /// Use it after an agent was killed, or was stopped with --keep-enforcing. Fails while an agent runs.
     Cleanup(CleanupArgs),
-    /// Keep pods of a node that has just booted waiting until its agent watches over them.
+    /// After a boot of the node, make pods wait until the agent enforces them.
     ///
-    /// Writes a rule for systemd-tmpfiles that closes a gate at each boot: a network configuration that
-    /// sorts before the network plugin's and names a plugin that does not exist. Opens the gate when the
-    /// agent on this node knows its pods, and stays until told to stop. docs/installation.md says more.
+    /// Writes a rule for systemd-tmpfiles that closes a gate at each boot. The gate is a network configuration
+    /// that sorts before that of the network plugin and names a plugin that does not exist. Opens the gate when
+    /// the agent on this node knows its pods. Runs until a signal stops it. See docs/installation.md.
     StartGate(StartGateArgs),
 }
 
 #[derive(Debug, clap::Args)]
 struct RunArgs {
-    /// Directory of manifests: YAML or JSON files with v1 Pods and Namespaces. Each Pod names its
-    /// host-side interface in the annotation egress-agent.dev/interface and its addresses in
-    /// status.podIPs. Files that are added, changed or removed take effect while the agent runs.
-    /// Without it, the pods are those of this node of the cluster.
+    /// Directory of manifests: YAML or JSON files with v1 Pods and Namespaces. Each Pod has the name of its
+    /// host-side interface in the annotation egress-agent.dev/interface, and its addresses in status.podIPs. The
+    /// agent notices files that are added, changed or removed. Without this option the agent asks the cluster for
+    /// the pods of this node.
     #[arg(long, value_name = "DIR")]
     pods_dir: Option<PathBuf>,
-    /// How to reach the cluster's API server, and as whom. Without it, as a pod in the cluster does.
+    /// Address and credentials for the cluster's API server. Without it, the agent uses those of its own pod.
     #[arg(long, value_name = "FILE", conflicts_with = "pods_dir")]
     kubeconfig: Option<PathBuf>,
-    /// Configuration file, in YAML; with --pods-dir it names at least the pods' resolvers:
-    /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key. On SIGHUP it is read
-    /// again.
+    /// Configuration file, in YAML. With --pods-dir it must have at least the pods' resolvers:
+    /// `dns: {resolvers: [10.96.0.10]}`. docs/configuration.md has every key. On SIGHUP the agent reads it again.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// When told to stop, leave everything enforced: what is allowed stays allowed, what is denied
-    /// stays denied, DNS questions go unanswered until an agent runs again.
+    /// Leave everything enforced after a stop: allowed traffic stays allowed, denied traffic stays denied, and
+    /// DNS queries get no response until an agent runs again.
     #[arg(long)]
     keep_enforcing: bool,
-    /// When another agent runs, stand by until it ends, and then go on where it stopped: programs are
-    /// loaded and pods are known by then, so that DNS is away for a moment only.
+    /// If another agent runs, stand by until it ends, and then take over. Programs are loaded and pods are known
+    /// by then, so that DNS is interrupted for a moment only.
     #[arg(long)]
     take_over: bool,
-    /// How programs are attached to interfaces.
+    /// How to attach programs to interfaces.
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
-    /// Trace each packet that the programs judge, on standard error. Slow.
+    /// Log each packet that the programs judge, on standard error. Slow.
     #[arg(long)]
     datapath_log: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum AttachArg {
-    /// tcx from kernel 6.6 on, clsact below.
+    /// tcx from kernel 6.6 on, clsact on older kernels.
     Auto,
-    /// tcx links (kernel 6.6).
+    /// tcx links (kernel 6.6 or later).
     Tcx,
-    /// filters on a clsact qdisc.
+    /// Filters on a clsact qdisc.
     Clsact,
 }
 
 #[derive(Debug, clap::Args)]
 struct CheckArgs {
-    /// Manifests to read; of a directory, the files in it that `run --pods-dir` would read.
+    /// Manifests. Of a directory, `check` reads the files that `run --pods-dir` would read.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Configuration file; without it, every setting has its default.
+    /// Configuration file. Without it, every key has its default.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
 struct StatusArgs {
-    /// A pod; without it, all of the node's.
+    /// A pod. Without it, all pods of the node.
     #[arg(value_name = "NAMESPACE/POD")]
     pod: Option<String>,
     /// Write JSON, as docs/status.md describes it.
     #[arg(long)]
     json: bool,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
@@ -135,25 +135,25 @@ struct ExplainArgs {
     /// The pod.
     #[arg(value_name = "NAMESPACE/POD")]
     pod: String,
-    /// What it wants to reach, written as an entry is: `example.com:443`, `192.0.2.1:53/udp`,
-    /// `[2001:db8::7]:443`, `example.com/icmp`. A port alone is one of TCP; without port, the answer
-    /// says which are open.
+    /// The destination, written like an entry: `example.com:443`, `192.0.2.1:53/udp`, `[2001:db8::7]:443`,
+    /// `example.com/icmp`. A port without a protocol is a TCP port. Without a port, the answer lists the open
+    /// ports.
     #[arg(value_name = "NAME-OR-ADDRESS[:PORT][/PROTOCOL]")]
     target: String,
     /// Write JSON, as docs/status.md describes it.
     #[arg(long)]
     json: bool,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
 struct CleanupArgs {
-    /// Configuration file of the agent, for its `bpffs`; /sys/fs/bpf without it.
+    /// Configuration file of the agent, for its key `bpffs`. Without it, /sys/fs/bpf.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Then wait to be told to stop, as a pod of a `DaemonSet` has to.
+    /// Afterwards wait for a signal, so that a pod of a `DaemonSet` is not started again.
     #[arg(long)]
     stay: bool,
 }
@@ -161,45 +161,45 @@ struct CleanupArgs {
 #[derive(Debug, clap::Args)]
 struct ReadyArgs {
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
 struct StartGateArgs {
-    /// Where the node's container runtime has its network configurations.
+    /// Directory of the network configurations of the node's container runtime.
     #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
     cni_dir: PathBuf,
-    /// Where the node has rules of systemd-tmpfiles.
+    /// Directory of the node's rules for systemd-tmpfiles.
     #[arg(long, value_name = "DIR", default_value = "/etc/tmpfiles.d")]
     tmpfiles_dir: PathBuf,
     /// The agent's socket.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// Remove the rule and open the gate, whatever the agent does.
+    /// Remove the rule and open the gate, whether or not an agent runs.
     #[arg(long)]
     remove: bool,
 }
 
 impl Cli {
-    /// Runs the command. What fails is said on standard error.
+    /// Runs the command. Writes a failure to standard error.
     pub fn run(self) -> ExitCode {
         let log = match &self.command {
             Command::Run(_) => log::start().map(Some),
-            // These end soon, and who started them reads what they say.
+            // These commands end soon, and their output is read. They may block while they write.
             _ => Ok(None),
         };
         let log = match log {
             Ok(log) => log,
             Err(error) => {
-                eprintln!("egress-agent: cannot start the log's thread: {error}");
+                eprintln!("egress-agent: cannot start the thread that writes the log: {error}");
                 return ExitCode::FAILURE;
             }
         };
         match log {
             Some(log) => {
                 set_up_log(|| log.clone());
-                // The hook of the standard library writes to standard error itself, and waits for it.
+                // The standard library's hook writes to standard error itself, and would block where nobody reads.
                 std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
             }
             None => set_up_log(std::io::stderr),
@@ -217,7 +217,7 @@ impl Cli {
         match result {
             Ok(code) => code,
             Err(error) => {
-                // Where nobody reads, writing would not end.
+                // Where nobody reads, a write would block for ever.
                 if is_read {
                     eprintln!("egress-agent: {error:#}");
                 }

@@ -9,7 +9,7 @@ use crate::serve::protocol::{Request, Response};
 
 pub(super) fn ready(args: &ReadyArgs) -> Result<ExitCode> {
     let Response::Ready(missing) = ask(&args.socket, &Request::Ready)? else {
-        anyhow::bail!("the agent has answered something else");
+        anyhow::bail!("the agent answered another request: it may be of another version");
     };
     if missing.is_empty() {
         println!("ready");

@@ -1,13 +1,12 @@
-//! `egress-agent start-gate`: no pod gets a network on a node that has just booted before its agent
-//! watches over it.
+//! `egress-agent start-gate`: after a boot, no pod gets a network before the agent knows the node's pods.
 //!
-//! A container runtime takes the first file in its directory of network configurations. While the gate
-//! is closed that is one which names a plugin that does not exist: the runtime makes no pod's network,
-//! says why, and tries again. Pods in the host's network, the agent among them, need none. The file of
-//! the network plugin is not touched.
+//! A container runtime uses the first file in its directory of network configurations. While the gate is closed,
+//! this file names a plugin that does not exist. The runtime then cannot set up a pod's network; it reports the
+//! error and tries again. Pods in the host's network, such as the agent's, need no plugin. The file of the
+//! network plugin stays as it is.
 //!
-//! The gate is closed at boot, before any runtime starts, by a rule of systemd-tmpfiles, and opened
-//! here. It is not closed while the node runs: what is pinned in the kernel holds then.
+//! A rule of systemd-tmpfiles closes the gate at boot, before any runtime starts. This command opens it. It does
+//! not close the gate while the node runs: the pinned programs enforce without an agent.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -24,25 +23,25 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{StartGateArgs, ask::ask};
 use crate::serve::protocol::{Request, Response};
 
-/// The file that closes the gate: before every other in the alphabet.
+/// The file that closes the gate. It sorts before all others.
 const CLOSED: &str = "00-egress-agent-is-not-ready.conflist";
-/// What it says: the name of the plugin is what people read in a pod's Events.
+/// The file's content. A pod's Events show the name of the plugin.
 const CONTENT: &str = r#"{"cniVersion":"0.4.0","name":"egress-agent-is-not-ready","plugins":[{"type":"egress-agent-is-not-ready"}]}"#;
-/// The rule that makes it at boot.
+/// The rule that creates the file at boot.
 const RULE: &str = "egress-agent-start-gate.conf";
 
-/// How often the file is looked for, and the agent asked.
+/// How often to look for the file and to ask the agent.
 const EVERY: Duration = Duration::from_secs(1);
 
 pub(super) fn start_gate(args: &StartGateArgs) -> Result<ExitCode> {
     let gate = Gate::new(&args.cni_dir, &args.tmpfiles_dir);
     if args.remove {
         gate.remove()?;
-        println!("the gate is open, and nothing closes it at boot");
+        println!("the gate is open; it is not closed at boot any more");
         return Ok(ExitCode::SUCCESS);
     }
     gate.install()?;
-    tracing::info!(rule = %gate.rule.display(), "pods wait for the agent after each boot");
+    tracing::info!(rule = %gate.rule.display(), "the rule is installed: pods wait for the agent after each boot");
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -64,17 +63,17 @@ impl Gate {
         }
     }
 
-    /// What the rule says. `f!` makes a file, and only at boot: the rules are applied at other times,
-    /// too, when packages are installed.
+    /// The text of the rule. `f!` creates the file at boot only. Other rules are also applied when packages are
+    /// installed.
     fn text(&self) -> String {
         format!(
-            "# Made by egress-agent: no pod gets a network before the agent watches over it.\n\
+            "# Written by egress-agent: no pod gets a network before the agent knows the pods of the node.\n\
              f! {} 0644 root root - {CONTENT}\n",
             self.closed.display()
         )
     }
 
-    /// Has the gate closed at each boot.
+    /// Writes the rule that closes the gate at each boot.
     fn install(&self) -> Result<()> {
         let text = self.text();
         if fs::read_to_string(&self.rule).is_ok_and(|there| there == text) {
@@ -89,7 +88,7 @@ impl Gate {
         })
     }
 
-    /// Opens the gate for good.
+    /// Removes the rule and opens the gate.
     fn remove(&self) -> Result<()> {
         for path in [&self.rule, &self.closed] {
             gone(fs::remove_file(path))
@@ -98,12 +97,12 @@ impl Gate {
         Ok(())
     }
 
-    /// Opens the gate whenever it is closed and the agent watches over the node, until told to stop.
+    /// Opens the gate each time that it is closed and the agent knows its pods. Ends at a signal.
     async fn keep(&self, socket: &Path) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let mut look = tokio::time::interval(EVERY);
-        let mut said = String::new();
+        let mut last_problem = String::new();
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
@@ -111,25 +110,25 @@ impl Gate {
                 _ = look.tick() => {}
             }
             let outcome = self.open(socket);
-            let says = match &outcome {
-                Ok(Look::Open) => continue,
-                Ok(Look::Opened) => String::new(),
-                Ok(Look::Closed(why)) => why.clone(),
+            let problem = match &outcome {
+                Ok(State::Open) => continue,
+                Ok(State::Opened) => String::new(),
+                Ok(State::Closed(why)) => why.clone(),
                 Err(error) => format!("{error:#}"),
             };
-            if says.is_empty() {
-                tracing::info!("the gate is open: the agent watches over this node's pods");
-            } else if says != said {
-                tracing::warn!(why = %says, "the gate is closed: no pod of this node gets a network");
+            if problem.is_empty() {
+                tracing::info!("opened the gate: the agent knows this node's pods");
+            } else if problem != last_problem {
+                tracing::warn!(why = %problem, "the gate is closed: no pod of this node gets a network");
             }
-            said = says;
+            last_problem = problem;
         }
     }
 
-    /// Opens the gate if it is closed and the agent watches over the node.
-    fn open(&self, socket: &Path) -> Result<Look> {
+    /// Opens the gate if it is closed and the agent knows its pods.
+    fn open(&self, socket: &Path) -> Result<State> {
         if !self.closed.exists() {
-            return Ok(Look::Open);
+            return Ok(State::Open);
         }
         let status = Request::Status {
             pod: None,
@@ -137,26 +136,26 @@ impl Gate {
         };
         match ask(socket, &status) {
             Ok(Response::Status(status)) if status.agent.pods_known => {}
-            Ok(_) => return Ok(Look::Closed("the agent does not know its pods yet".into())),
-            Err(error) => return Ok(Look::Closed(format!("{error:#}"))),
+            Ok(_) => return Ok(State::Closed("the agent does not know its pods yet".into())),
+            Err(error) => return Ok(State::Closed(format!("{error:#}"))),
         }
         gone(fs::remove_file(&self.closed))
             .with_context(|| format!("cannot remove {}", self.closed.display()))?;
-        Ok(Look::Opened)
+        Ok(State::Opened)
     }
 }
 
-/// What became of a look at the gate.
-enum Look {
-    /// It was open.
+/// The state of the gate.
+enum State {
+    /// It was open before.
     Open,
-    /// It was opened.
+    /// This command has opened it.
     Opened,
-    /// It stays closed; the text says why.
+    /// It stays closed, for this reason.
     Closed(String),
 }
 
-/// Puts a file in the place of another, as a whole.
+/// Replaces a file by rename, so that nobody reads a part of it.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new()

@@ -17,7 +17,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<ExitCode> {
         names: args.json || args.pod.is_some(),
     };
     let Response::Status(status) = ask(&args.socket, &request)? else {
-        bail!("the agent has answered something else");
+        bail!("the agent answered another request: it may be of another version");
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&status)?);
@@ -223,7 +223,7 @@ fn lines(text: &mut String, title: &str, wrong: &[String]) {
     }
 }
 
-/// A time without its milliseconds.
+/// A time without milliseconds.
 fn seconds_only(time: String) -> String {
     match time.split_once('.') {
         Some((seconds, _)) => format!("{seconds}Z"),

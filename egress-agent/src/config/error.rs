@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Line and column in characters, both from 1.
+/// Line and column in characters, both counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The line.
@@ -20,12 +20,12 @@ impl fmt::Display for Place {
 /// Why a text is no configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// It is not YAML.
+    /// The text is not YAML.
     #[error("{message}")]
     Yaml {
-        /// Where, when that is known.
+        /// The place, if it is known.
         place: Option<Place>,
-        /// What the reader of YAML says; it names the place.
+        /// The message of the YAML reader. It names the place.
         message: String,
     },
     /// A key is unknown, or its value is not what it takes.
@@ -33,12 +33,12 @@ pub enum ConfigError {
     Value {
         /// The full key, such as `dns.minTtl`.
         key: String,
-        /// Where.
+        /// The place of the key or of the value.
         place: Place,
-        /// What was found, and what was expected.
+        /// The value that was found, and what was expected.
         message: String,
     },
-    /// A key that has no default is missing.
+    /// A key without a default is missing.
     #[error("{key} is missing: {message}")]
     Missing {
         /// The full key.
@@ -46,18 +46,18 @@ pub enum ConfigError {
         /// Why it is needed.
         message: &'static str,
     },
-    /// The name of the machine cannot be read and `node` is not there.
+    /// `node` is missing, and the name of the machine cannot be read.
     #[error("node is missing, and the machine's own name cannot be read: {message}")]
     Hostname {
-        /// What the operating system says.
+        /// The error of the operating system.
         message: String,
     },
-    /// More prefixes than the kernel's map holds.
+    /// There are more prefixes than the kernel's map holds.
     #[error("ranges: {count} prefixes, the built-in ones included; the limit is {limit}")]
     Ranges {
-        /// How many there are.
+        /// Their number.
         count: usize,
-        /// How many there may be.
+        /// The size of the map.
         limit: usize,
     },
 }

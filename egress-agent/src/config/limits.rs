@@ -6,11 +6,9 @@ use egress_common::{
     flow::UDP_NS,
     limits::{ALLOW_ENTRIES, FLOW_ENTRIES},
 };
+use serde::{Deserialize, Deserializer};
 
-use super::{
-    ConfigError, or, read,
-    value::{Node, Section},
-};
+use super::{read, written::value};
 
 /// Most addresses of one pod that can be configured.
 const ADDRESSES_PER_POD_MAX: u32 = 1 << 20;
@@ -24,36 +22,44 @@ const UDP_IDLE_MIN: Duration = Duration::from_secs(60);
 const UDP_IDLE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Sizes and times.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Limits {
     /// Most addresses that one pod's allow map holds.
+    #[serde(deserialize_with = "addresses_per_pod")]
     pub addresses_per_pod: u32,
     /// Most established flows that one pod opens, and that others open to it.
+    #[serde(deserialize_with = "flows_per_pod")]
     pub flows_per_pod: u32,
     /// How long a UDP flow that a pod opened may be idle before it is forgotten.
+    #[serde(deserialize_with = "udp_idle")]
     pub udp_idle: Duration,
 }
 
-impl Limits {
-    pub(super) fn read(section: Section) -> Result<Self, ConfigError> {
-        let [addresses_per_pod, flows_per_pod, udp_idle] =
-            section.take(["addressesPerPod", "flowsPerPod", "udpIdle"])?;
-        Ok(Self {
-            addresses_per_pod: or(addresses_per_pod, ALLOW_ENTRIES, |node| {
-                read::count(node, 1, ADDRESSES_PER_POD_MAX)
-            })?,
-            flows_per_pod: or(flows_per_pod, FLOW_ENTRIES, |node| {
-                read::count(node, FLOWS_PER_POD_MIN, FLOWS_PER_POD_MAX)
-            })?,
-            udp_idle: or(udp_idle, Duration::from_nanos(UDP_NS), udp_idle_of)?,
-        })
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            addresses_per_pod: ALLOW_ENTRIES,
+            flows_per_pod: FLOW_ENTRIES,
+            udp_idle: Duration::from_nanos(UDP_NS),
+        }
     }
 }
 
-fn udp_idle_of(node: &Node) -> Result<Duration, ConfigError> {
-    let idle = read::duration(node)?;
-    if (UDP_IDLE_MIN..=UDP_IDLE_MAX).contains(&idle) {
-        return Ok(idle);
-    }
-    Err(node.error("is not a duration from 1m to 24h"))
+fn addresses_per_pod<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    read::count(deserializer, 1, ADDRESSES_PER_POD_MAX)
+}
+
+fn flows_per_pod<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    read::count(deserializer, FLOWS_PER_POD_MIN, FLOWS_PER_POD_MAX)
+}
+
+fn udp_idle<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    value(deserializer, |written| {
+        let idle = read::duration(written)?;
+        if (UDP_IDLE_MIN..=UDP_IDLE_MAX).contains(&idle) {
+            return Ok(idle);
+        }
+        Err("is not a duration from 1m to 24h".into())
+    })
 }

@@ -1,6 +1,6 @@
 //! The agent's configuration file.
 //!
-//! Everything has a default; without a cluster that says them, all but the resolvers:
+//! Every key has a default, but for `dns.resolvers` where no cluster names resolvers:
 //!
 //! ```yaml
 //! node: node-1                  # default: $NODE_NAME, or the machine's name
@@ -42,47 +42,48 @@
 //! socket: /run/egress-agent/agent.sock
 //! ```
 //!
-//! A resolver may lie in a protected range, as a node-local cache at 169.254.20.10 does: questions
-//! to a resolver are judged by the name they ask for, before ranges are looked at. Protection then
-//! still holds for its other ports, and for its address as the answer to a question.
+//! A resolver may be in a protected range, such as a node-local cache at 169.254.20.10: a query is judged by its
+//! name, before ranges are looked up. The resolver's other ports stay protected, and so does its address in a
+//! response.
+//!
+//! `file` has the keys, and turns serde's errors into [`ConfigError`]. `written` and `read` read single values. Each
+//! section of the file has a module.
 
+mod dns;
 mod error;
+mod file;
 mod limits;
 mod node;
 mod protected;
+mod ranges;
 mod read;
 mod tunnels;
-mod value;
+mod written;
 
 use std::{
-    collections::BTreeSet,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::Context as _;
 
 use egress_common::{
     address::Address,
-    limits::{DNS_PORTS, RANGE_ENTRIES, RESOLVER_PORTS, TUNNELS as TUNNELS_MAX},
+    limits::{RANGE_ENTRIES, RESOLVER_PORTS},
     records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
     translation::range_kind,
 };
 
+pub use dns::{Dns, Refusal};
 pub use error::{ConfigError, Place};
+use file::File;
 pub use limits::Limits;
-pub use node::{Cluster, Nodes, Quarantine, Serve};
+pub use node::{Cluster, DEFAULT_SOCKET, Nodes, Quarantine, Serve};
 pub use protected::PROTECTED;
-use read::or;
+pub use ranges::Ranges;
 pub use tunnels::{TUNNELS, Tunnel};
-use value::{Node, Section};
 
-use egress_dns::Name;
-use egress_policy::{
-    Autopath, DNS_PORT, InternalAnswers, Mode, PodAnnotations, Prefix, Resolver, Settings,
-    Translators, exact_name, prefix::inherit,
-};
+use egress_policy::{Mode, PodAnnotations, Prefix, Settings, prefix::inherit};
 
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ pub struct Config {
     pub pod_annotations: PodAnnotations,
     /// Kinds of addresses.
     pub ranges: Ranges,
-    /// Resolvers and what is made of their answers.
+    /// Resolvers, and what becomes of their responses.
     pub dns: Dns,
     /// What a denied packet gets.
     pub on_deny: OnDeny,
@@ -103,13 +104,13 @@ pub struct Config {
     pub unenforced_interfaces: UnenforcedInterfaces,
     /// What becomes of connections that pods have opened before they were enforced.
     pub existing_connections: ExistingConnections,
-    /// Where the agent keeps what has to survive a reboot.
+    /// Where the agent keeps state that has to survive a reboot.
     pub state_dir: PathBuf,
-    /// Where the BPF file system is, or is to be, mounted.
+    /// Where the BPF file system is mounted, or where the agent mounts it.
     pub bpffs: PathBuf,
     /// Sizes.
     pub limits: Limits,
-    /// Where the cluster's own facts are found.
+    /// Where the agent finds facts of the cluster.
     pub cluster: Cluster,
     /// What becomes of an interface whose pod is not known yet.
     pub quarantine: Quarantine,
@@ -117,58 +118,10 @@ pub struct Config {
     pub serve: Serve,
 }
 
-/// Kinds of addresses.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ranges {
-    /// Pod, service and node addresses.
-    pub internal: Vec<Prefix>,
-    /// Whether they pass unless denied.
-    pub allow_internal: bool,
-    /// What needs an address entry to internal addresses, because somebody there may unpack it.
-    pub tunnels: Vec<Tunnel>,
-    /// Protected prefixes besides [`PROTECTED`].
-    pub protected: Vec<Prefix>,
-    /// Prefixes of translators.
-    pub translators: Translators,
-}
-
-/// Resolvers and what is made of their answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dns {
-    /// The resolvers that pods may ask, besides those that the cluster names; without a cluster
-    /// never empty (see [`Config::check_resolvers`]).
-    pub resolvers: Vec<Resolver>,
-    /// Names at or below it may always be asked for.
-    pub cluster_domain: Name,
-    /// A shorter TTL counts as this.
-    pub min_ttl: Duration,
-    /// A longer TTL counts as this.
-    pub max_ttl: Duration,
-    /// How long an address is allowed beyond its TTL.
-    pub grace: Duration,
-    /// Which names may lead to internal addresses, besides those of the cluster.
-    pub internal_answers: Arc<InternalAnswers>,
-    /// Whether questions for names that no entry could allow are refused.
-    pub guard: bool,
-    /// Whether resolvers walk search lists.
-    pub autopath: Autopath,
-    /// How they are refused.
-    pub refusal: Refusal,
-}
-
-/// The answer to a refused question.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// NXDOMAIN: search lists go on to the next name, on glibc and musl alike.
-    NxDomain,
-    /// REFUSED.
-    Refused,
-}
-
 /// What a denied packet gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDeny {
-    /// Nothing: the program waits for its time-out.
+    /// Nothing: the program waits until its own time-out.
     Drop,
     /// A TCP RST, or ICMP administratively prohibited: the program fails at once.
     Reject,
@@ -183,7 +136,7 @@ pub enum UnenforcedInterfaces {
     Refuse,
 }
 
-/// What becomes of connections from before a pod was enforced.
+/// What becomes of connections that were open before a pod was enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExistingConnections {
     /// The pod's policy judges those that the pod has opened; those that others have opened go on.
@@ -199,101 +152,39 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// When there is none, or see [`Self::from_yaml`]. The file is named.
+    /// When the file cannot be read, or see [`Self::from_yaml`]. The error names the file.
     pub fn from_file(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the configuration {}", path.display()))?;
         Self::from_yaml(&text).with_context(|| path.display().to_string())
     }
 
-    /// Reads a configuration file's text.
+    /// Reads the text of a configuration file.
     ///
     /// # Errors
     ///
-    /// When it is not YAML, a key is unknown or missing, or a value is not what its key takes. All
-    /// but a missing key name their line and column.
+    /// When the text is not YAML, a key is unknown, or a value is not what its key takes. The error names line
+    /// and column. When there are too many ranges, or the machine's name, the default of `node`, cannot be read.
     pub fn from_yaml(text: &str) -> Result<Self, ConfigError> {
-        let [
-            node,
-            default_mode,
-            pod_annotations,
-            ranges,
-            dns,
-            on_deny,
-            unenforced_interfaces,
-            existing_connections,
-            state_dir,
-            bpffs,
-            limits,
-            cluster,
-            quarantine,
-            http,
-            socket,
-        ] = Node::document(text)?.section()?.take([
-            "node",
-            "defaultMode",
-            "podAnnotations",
-            "ranges",
-            "dns",
-            "onDeny",
-            "unenforcedInterfaces",
-            "existingConnections",
-            "stateDir",
-            "bpffs",
-            "limits",
-            "cluster",
-            "quarantine",
-            "http",
-            "socket",
-        ])?;
+        let file = File::parse(text)?;
         let config = Self {
-            node: node.map_or_else(read::node_name, |node| read::filled_text(&node))?,
-            default_mode: or(default_mode, Mode::Off, |node| {
-                node.word(&[
-                    ("off", Mode::Off),
-                    ("audit", Mode::Audit),
-                    ("enforce", Mode::Enforce),
-                ])
-            })?,
-            pod_annotations: or(pod_annotations, PodAnnotations::Grant, |node| {
-                node.word(&[
-                    ("grant", PodAnnotations::Grant),
-                    ("narrow", PodAnnotations::Narrow),
-                    ("ignore", PodAnnotations::Ignore),
-                ])
-            })?,
-            ranges: Ranges::read(read::section(ranges)?)?,
-            dns: Dns::read(read::section(dns)?)?,
-            on_deny: or(on_deny, OnDeny::Drop, |node| {
-                node.word(&[("drop", OnDeny::Drop), ("reject", OnDeny::Reject)])
-            })?,
-            unenforced_interfaces: or(
-                unenforced_interfaces,
-                UnenforcedInterfaces::Report,
-                |node| {
-                    node.word(&[
-                        ("report", UnenforcedInterfaces::Report),
-                        ("refuse", UnenforcedInterfaces::Refuse),
-                    ])
-                },
-            )?,
-            existing_connections: or(existing_connections, ExistingConnections::Judge, |node| {
-                node.word(&[
-                    ("judge", ExistingConnections::Judge),
-                    ("trust", ExistingConnections::Trust),
-                    ("end", ExistingConnections::End),
-                ])
-            })?,
-            state_dir: or(
-                state_dir,
-                PathBuf::from("/var/lib/egress-agent"),
-                read::absolute_path,
-            )?,
-            bpffs: or(bpffs, PathBuf::from("/sys/fs/bpf"), read::absolute_path)?,
-            limits: Limits::read(read::section(limits)?)?,
-            cluster: Cluster::read(read::section(cluster)?)?,
-            quarantine: Quarantine::read(read::section(quarantine)?)?,
-            serve: Serve::read(http.as_ref(), socket)?,
+            node: file.node.map_or_else(read::node_name, Ok)?,
+            default_mode: file.default_mode,
+            pod_annotations: file.pod_annotations,
+            ranges: file.ranges,
+            dns: file.dns.try_into()?,
+            on_deny: file.on_deny,
+            unenforced_interfaces: file.unenforced_interfaces,
+            existing_connections: file.existing_connections,
+            state_dir: file.state_dir,
+            bpffs: file.bpffs,
+            limits: file.limits,
+            cluster: file.cluster,
+            quarantine: file.quarantine,
+            serve: Serve {
+                http: file.http,
+                socket: file.socket,
+            },
         };
         let (count, limit) = (config.ranges().len(), RANGE_ENTRIES as usize);
         if count > limit {
@@ -302,16 +193,16 @@ impl Config {
         Ok(config)
     }
 
-    /// The configuration in which everything has its default.
+    /// The configuration in which every key has its default.
     ///
     /// # Errors
     ///
-    /// When the machine's name, the default of `node`, cannot be found out.
+    /// When the machine's name, the default of `node`, cannot be read.
     pub fn default_config() -> Result<Self, ConfigError> {
         Self::from_yaml("")
     }
 
-    /// Checks that there are resolvers: where no cluster names them, the configuration must.
+    /// Checks that there are resolvers. Where no cluster names them, the configuration must.
     ///
     /// # Errors
     ///
@@ -328,7 +219,7 @@ impl Config {
         Ok(())
     }
 
-    /// What the configuration says about every policy.
+    /// The settings that every policy is compiled with.
     pub fn policy_settings(&self) -> Settings {
         Settings {
             default_mode: self.default_mode,
@@ -342,8 +233,8 @@ impl Config {
         }
     }
 
-    /// The entries of the kernel's `ranges` map: network (IPv4 in mapped form), prefix length in
-    /// bits of the 128-bit form, and what holds for the prefix, and what of it for all that contain it.
+    /// The entries of the kernel's `ranges` map: the network (IPv4 in mapped form), the prefix length in bits of
+    /// the 128-bit form, and the kinds of the prefix, with those that it inherits from wider prefixes.
     pub fn ranges(&self) -> Vec<(Address, u32, Range)> {
         let own = self
             .protected()
@@ -404,155 +295,9 @@ impl Config {
         tunnels.map(|tunnel| tunnel.key()).collect()
     }
 
-    /// Every protected prefix. What translators make of the IPv4 ones is protected too.
+    /// Every protected prefix. NAT64 addresses of the IPv4 ones are protected too.
     fn protected(&self) -> impl Iterator<Item = Prefix> {
         protected::built_in().chain(self.ranges.protected.iter().copied())
-    }
-}
-
-impl Ranges {
-    fn read(section: Section) -> Result<Self, ConfigError> {
-        let [internal, allow_internal, tunnels, protected, nat64] =
-            section.take(["internal", "allowInternal", "tunnels", "protected", "nat64"])?;
-        let tunnels = read_tunnels(tunnels)?;
-        let mut translators = Translators::well_known();
-        for node in nat64.map_or_else(|| Ok(Vec::new()), Node::list)? {
-            let added = translators.add(read::nat64(&node)?);
-            added
-                .map_err(|other| node.error(format!("overlaps {other}, which leads elsewhere")))?;
-        }
-        Ok(Self {
-            internal: read::list(internal, read::prefix)?,
-            allow_internal: or(allow_internal, true, Node::truth)?,
-            tunnels,
-            protected: read::list(protected, read::prefix)?,
-            translators,
-        })
-    }
-}
-
-/// The tunnels listed, or those of [`TUNNELS`].
-fn read_tunnels(node: Option<Node>) -> Result<Vec<Tunnel>, ConfigError> {
-    let Some(node) = node else {
-        return Ok(TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect());
-    };
-    let mut tunnels: Vec<Tunnel> = Vec::new();
-    for node in node.list()? {
-        let tunnel = Tunnel::read(&node)?;
-        if !tunnels.contains(&tunnel) {
-            tunnels.push(tunnel);
-        }
-        if tunnels.len() > TUNNELS_MAX as usize {
-            return Err(node.error(format!("is one too many: the limit is {TUNNELS_MAX}")));
-        }
-    }
-    Ok(tunnels)
-}
-
-impl Dns {
-    fn read_resolvers(list: Option<Node>) -> Result<Vec<Resolver>, ConfigError> {
-        let mut resolvers = Vec::new();
-        let mut ports = BTreeSet::new();
-        for node in list.map_or_else(|| Ok(Vec::new()), Node::list)? {
-            let resolver = read::resolver(&node)?;
-            ports.insert(resolver.port);
-            if ports.len() > DNS_PORTS {
-                return Err(node.error(format!(
-                    "is one port too many: resolvers can be asked on {DNS_PORTS} different ports"
-                )));
-            }
-            resolvers.push(resolver);
-        }
-        resolvers.sort_unstable();
-        resolvers.dedup();
-        Ok(resolvers)
-    }
-
-    /// Adds resolvers, and returns those that cannot be added: their ports would be too many.
-    pub fn add_resolvers(&mut self, more: impl IntoIterator<Item = Resolver>) -> Vec<Resolver> {
-        let mut ports: BTreeSet<u16> = self.resolvers.iter().map(|known| known.port).collect();
-        let mut left_out = Vec::new();
-        let mut more: Vec<Resolver> = more.into_iter().collect();
-        // The port that all know comes before others.
-        more.sort_by_key(|resolver| resolver.port != DNS_PORT);
-        for resolver in more {
-            if ports.len() >= DNS_PORTS && !ports.contains(&resolver.port) {
-                left_out.push(resolver);
-            } else {
-                ports.insert(resolver.port);
-                self.resolvers.push(resolver);
-            }
-        }
-        self.resolvers.sort_unstable();
-        self.resolvers.dedup();
-        left_out
-    }
-
-    fn read(section: Section) -> Result<Self, ConfigError> {
-        let [
-            resolvers,
-            cluster_domain,
-            min_ttl,
-            max_ttl,
-            grace,
-            internal_answers,
-            guard,
-            autopath,
-            refusal,
-        ] = section.take([
-            "resolvers",
-            "clusterDomain",
-            "minTtl",
-            "maxTtl",
-            "grace",
-            "internalAnswers",
-            "guard",
-            "autopath",
-            "refusal",
-        ])?;
-        let resolvers = Self::read_resolvers(resolvers)?;
-        let cluster_domain = match cluster_domain {
-            None => exact_name("cluster.local").expect("the default is a name"),
-            Some(node) => exact_name(node.text()?).map_err(|message| node.error(message))?,
-        };
-        let min = min_ttl
-            .as_ref()
-            .map_or(Ok(Duration::from_secs(60)), read::duration)?;
-        let max = max_ttl
-            .as_ref()
-            .map_or(Ok(Duration::from_secs(24 * 3600)), read::duration)?;
-        if min > max {
-            return Err(match min_ttl.or(max_ttl) {
-                Some(node) => node.error(format!(
-                    "leaves dns.minTtl, {} s, above dns.maxTtl, {} s",
-                    min.as_secs(),
-                    max.as_secs()
-                )),
-                None => unreachable!("the defaults are in order"),
-            });
-        }
-        Ok(Self {
-            resolvers,
-            cluster_domain,
-            min_ttl: min,
-            max_ttl: max,
-            grace: or(grace, Duration::from_secs(30), read::duration)?,
-            internal_answers: Arc::new(read::internal_answers(internal_answers)?),
-            guard: or(guard, true, Node::truth)?,
-            autopath: or(autopath, Autopath::Auto, |node| {
-                node.word(&[
-                    ("auto", Autopath::Auto),
-                    ("on", Autopath::On),
-                    ("off", Autopath::Off),
-                ])
-            })?,
-            refusal: or(refusal, Refusal::NxDomain, |node| {
-                node.word(&[
-                    ("nxdomain", Refusal::NxDomain),
-                    ("refused", Refusal::Refused),
-                ])
-            })?,
-        })
     }
 }
 

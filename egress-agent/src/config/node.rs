@@ -2,14 +2,18 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use serde::{Deserialize, Deserializer};
+
 use super::{
-    error::ConfigError,
-    read::{self, or},
-    value::{Node, Section},
+    read::{self, Word},
+    written::value,
 };
 
-/// Interfaces that are not pods', by their own name or that of the bridge they are in: Docker's,
-/// libvirt's, LXD's and Podman's, and Cilium's own endpoint.
+/// The Unix socket of an agent that is not told another one.
+pub const DEFAULT_SOCKET: &str = "/run/egress-agent/agent.sock";
+
+/// Names of interfaces, or of the bridges they are in, that do not belong to pods: those of Docker, libvirt, LXD
+/// and Podman, and Cilium's own endpoint.
 const NOT_PODS: [&str; 7] = [
     "docker*",
     "br-*",
@@ -20,111 +24,95 @@ const NOT_PODS: [&str; 7] = [
     "lxc_health",
 ];
 
-/// Where the cluster's own facts are found; without a cluster it means nothing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where the agent finds facts of the cluster. Without a cluster these settings have no effect.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Cluster {
     /// Namespace and name of the Service of the cluster's DNS.
+    #[serde(deserialize_with = "namespace_and_name")]
     pub dns_service: (String, String),
-    /// The kubelet's configuration file, for its `clusterDNS`; it need not be there.
+    /// The kubelet's configuration file, for its `clusterDNS`. It may be missing.
+    #[serde(deserialize_with = "read::absolute_path")]
     pub kubelet_config: PathBuf,
-    /// Of which nodes pods and addresses are internal.
+    /// The nodes whose pods and addresses are internal.
+    #[serde(deserialize_with = "read::word")]
     pub nodes: Nodes,
 }
 
-/// Of which nodes pods and addresses are internal.
+/// The nodes whose pods and addresses are internal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nodes {
-    /// Of all nodes of the cluster.
+    /// All nodes of the cluster.
     All,
-    /// Of the agent's own node.
+    /// The agent's own node.
     Own,
 }
 
+impl Word for Nodes {
+    const WORDS: &'static [(&'static str, Self)] = &[("all", Self::All), ("own", Self::Own)];
+}
+
 /// What becomes of an interface whose pod is not known yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Quarantine {
     /// Whether it is closed to the outside.
+    #[serde(deserialize_with = "read::truth")]
     pub enabled: bool,
-    /// Patterns (`*` stands for any text) of interfaces that are not pods', compared with the
+    /// Patterns (`*` stands for any text) of interfaces that do not belong to pods. They are compared with the
     /// interface's name and with the name of the bridge it is in.
+    #[serde(deserialize_with = "read::texts")]
     pub exclude: Vec<String>,
 }
 
 /// Where the agent answers questions about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Serve {
-    /// Address and port of `/healthz`, `/readyz` and `/metrics`; none when they are not served.
+    /// Address and port of `/healthz`, `/readyz` and `/metrics`; `None` if they are not served.
     pub http: Option<SocketAddr>,
     /// The Unix socket of `egress-agent status` and `explain`.
     pub socket: PathBuf,
 }
 
-impl Cluster {
-    pub(super) fn read(section: Section) -> Result<Self, ConfigError> {
-        let [dns_service, kubelet_config, nodes] =
-            section.take(["dnsService", "kubeletConfig", "nodes"])?;
-        Ok(Self {
-            dns_service: or(
-                dns_service,
-                ("kube-system".into(), "kube-dns".into()),
-                namespace_and_name,
-            )?,
-            kubelet_config: or(
-                kubelet_config,
-                PathBuf::from("/var/lib/kubelet/config.yaml"),
-                read::absolute_path,
-            )?,
-            nodes: or(nodes, Nodes::All, |node| {
-                node.word(&[("all", Nodes::All), ("own", Nodes::Own)])
-            })?,
-        })
-    }
-}
-
-impl Quarantine {
-    pub(super) fn read(section: Section) -> Result<Self, ConfigError> {
-        let [enabled, exclude] = section.take(["enabled", "exclude"])?;
-        let exclude = match exclude {
-            None => NOT_PODS.map(str::to_owned).to_vec(),
-            given => read::list(given, read::filled_text)?,
-        };
-        Ok(Self {
-            enabled: or(enabled, true, Node::truth)?,
-            exclude,
-        })
-    }
-}
-
-impl Serve {
-    pub(super) fn read(http: Option<&Node>, socket: Option<Node>) -> Result<Self, ConfigError> {
-        Ok(Self {
-            http: http.map(socket_address).transpose()?,
-            socket: or(
-                socket,
-                PathBuf::from(crate::serve::DEFAULT_PATH),
-                read::absolute_path,
-            )?,
-        })
-    }
-}
-
-fn namespace_and_name(node: &Node) -> Result<(String, String), ConfigError> {
-    match node.text()?.split_once('/') {
-        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
-            Ok((namespace.to_owned(), name.to_owned()))
+impl Default for Cluster {
+    fn default() -> Self {
+        Self {
+            dns_service: ("kube-system".into(), "kube-dns".into()),
+            kubelet_config: "/var/lib/kubelet/config.yaml".into(),
+            nodes: Nodes::All,
         }
-        _ => Err(node.error(
-            "is not a namespace and a name: expected, for example, \
-                             kube-system/kube-dns",
-        )),
     }
 }
 
-fn socket_address(node: &Node) -> Result<SocketAddr, ConfigError> {
-    node.text()?.parse().map_err(|_| {
-        node.error(
-            "is not an address and a port: expected, for example, \
-                                 127.0.0.1:9465 or '[::]:9465'",
-        )
+impl Default for Quarantine {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            exclude: NOT_PODS.map(str::to_owned).to_vec(),
+        }
+    }
+}
+
+impl Default for Serve {
+    fn default() -> Self {
+        Self {
+            http: None,
+            socket: DEFAULT_SOCKET.into(),
+        }
+    }
+}
+
+fn namespace_and_name<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<(String, String), D::Error> {
+    value(deserializer, |written| {
+        match written.text()?.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+                Ok((namespace.to_owned(), name.to_owned()))
+            }
+            _ => Err(
+                "is not a namespace and a name: expected, for example, kube-system/kube-dns".into(),
+            ),
+        }
     })
 }

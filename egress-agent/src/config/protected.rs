@@ -1,11 +1,11 @@
-//! The addresses that are protected on every node.
+//! Addresses that are protected on every node.
 
 use egress_policy::Prefix;
 
-/// Prefixes that only an address entry opens and that DNS never does, each with the reason.
+/// Prefixes that only an address entry opens, each with the reason. A DNS response never opens them.
 ///
-/// They are what a process on another machine has no business with (addresses of the node itself
-/// and of its link) and where clouds hand out credentials to whoever asks.
+/// They are the addresses of the node itself and of its link, and the addresses at which clouds hand out
+/// credentials to every client.
 pub const PROTECTED: &[(&str, &str)] = &[
     (
         "0.0.0.0/8",
@@ -53,7 +53,7 @@ pub const PROTECTED: &[(&str, &str)] = &[
 
 /// The built-in protected prefixes.
 pub(super) fn built_in() -> impl Iterator<Item = Prefix> {
-    // Each is read by a test.
+    // A test reads each of them.
     PROTECTED
         .iter()
         .filter_map(|(text, _)| Prefix::parse(text).ok())

@@ -1,144 +1,150 @@
-//! How single values are written.
+//! Readers of single values.
 
-use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
+use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
+
+use serde::Deserializer;
 
 use super::{
-    error::ConfigError,
-    value::{Node, Section},
+    ConfigError, ExistingConnections, OnDeny, UnenforcedInterfaces,
+    written::{Written, list, value},
 };
-use egress_common::translation;
-use egress_policy::{InternalAnswers, Prefix, Resolver, name_pattern};
-
-/// Most names that may lead to internal addresses: each answer is compared with all of them.
-const INTERNAL_ANSWERS: usize = 256;
+use egress_policy::{Mode, PodAnnotations, Prefix};
 
 /// Longest duration in seconds: that of a TTL (RFC 2181, section 8).
 const SECONDS_MAX: u32 = i32::MAX as u32;
 
-/// The value, or its default when the key is not there.
-pub(super) fn or<T>(
-    node: Option<Node>,
-    default: T,
-    read: impl FnOnce(&Node) -> Result<T, ConfigError>,
-) -> Result<T, ConfigError> {
-    node.map_or(Ok(default), |node| read(&node))
+/// A choice between words.
+pub(super) trait Word: Copy + 'static {
+    /// The words, and what each means.
+    const WORDS: &'static [(&'static str, Self)];
 }
 
-pub(super) fn section(node: Option<Node>) -> Result<Section, ConfigError> {
-    node.map_or_else(|| Ok(Section::absent()), Node::section)
+impl Word for Mode {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("off", Self::Off),
+        ("audit", Self::Audit),
+        ("enforce", Self::Enforce),
+    ];
 }
 
-pub(super) fn list<T>(
-    node: Option<Node>,
-    read: impl Fn(&Node) -> Result<T, ConfigError>,
-) -> Result<Vec<T>, ConfigError> {
-    let Some(node) = node else {
-        return Ok(Vec::new());
-    };
-    node.list()?.iter().map(read).collect()
+impl Word for PodAnnotations {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("grant", Self::Grant),
+        ("narrow", Self::Narrow),
+        ("ignore", Self::Ignore),
+    ];
+}
+
+impl Word for OnDeny {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("drop", Self::Drop), ("reject", Self::Reject)];
+}
+
+impl Word for UnenforcedInterfaces {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("report", Self::Report), ("refuse", Self::Refuse)];
+}
+
+impl Word for ExistingConnections {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("judge", Self::Judge),
+        ("trust", Self::Trust),
+        ("end", Self::End),
+    ];
+}
+
+/// One of the words of a choice.
+pub(super) fn word<'de, D: Deserializer<'de>, T: Word>(deserializer: D) -> Result<T, D::Error> {
+    value(deserializer, |written| {
+        let found = match written {
+            Written::Text(text) => T::WORDS.iter().find(|(word, _)| word == text),
+            _ => None,
+        };
+        found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+            let words: Vec<&str> = T::WORDS.iter().map(|(word, _)| *word).collect();
+            format!("is not one of {}", words.join(", "))
+        })
+    })
+}
+
+/// `true` or `false`.
+pub(super) fn truth<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    value(deserializer, |written| match written {
+        Written::Bool(truth) => Ok(*truth),
+        _ => Err("is neither true nor false".into()),
+    })
 }
 
 /// A text that is not empty.
-pub(super) fn filled_text(node: &Node) -> Result<String, ConfigError> {
-    let text = node.text()?;
+pub(super) fn filled_text(written: &Written) -> Result<String, String> {
+    let text = written.text()?;
     if text.trim().is_empty() {
-        return Err(node.error("is empty"));
+        return Err("is empty".into());
     }
     Ok(text.to_owned())
 }
 
-pub(super) fn absolute_path(node: &Node) -> Result<PathBuf, ConfigError> {
-    let path = PathBuf::from(node.text()?);
-    if !path.is_absolute() {
-        return Err(node.error("is not an absolute path"));
-    }
-    Ok(path)
+/// The same, for a key without a default.
+pub(super) fn some_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
+    value(deserializer, filled_text).map(Some)
 }
 
-pub(super) fn prefix(node: &Node) -> Result<Prefix, ConfigError> {
-    Prefix::parse(node.text()?).map_err(|error| node.error(error))
+/// A list of texts that are not empty.
+pub(super) fn texts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    list(deserializer, filled_text)
 }
 
-/// A NAT64 prefix.
-pub(super) fn nat64(node: &Node) -> Result<Prefix, ConfigError> {
-    let prefix = prefix(node)?;
-    if prefix.is_v4() || !translation::NAT64.contains(&prefix.prefix_len()) {
-        return Err(node.error(
-            "is not a NAT64 prefix: expected an IPv6 prefix of 32, 40, 48, 56, 64 or 96 bits \
-             (RFC 6052, section 2.2)",
-        ));
-    }
-    if prefix.network()[8] != 0 {
-        return Err(
-            node.error("is not a NAT64 prefix: bits 64 to 71 must be zero (RFC 6052, section 2.2)")
-        );
-    }
-    Ok(prefix)
+/// A path that begins with `/`.
+pub(super) fn absolute_path<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<PathBuf, D::Error> {
+    value(deserializer, |written| {
+        let path = PathBuf::from(written.text()?);
+        if !path.is_absolute() {
+            return Err("is not an absolute path".into());
+        }
+        Ok(path)
+    })
 }
 
-pub(super) fn resolver(node: &Node) -> Result<Resolver, ConfigError> {
-    let Ok(resolver) = node.text()?.parse::<Resolver>() else {
-        return Err(node.error(
-            "is not an IP address: expected one, alone or with a port, such as 10.1.0.2:5353 or \
-             '[fd00::1]:5353', and no name",
-        ));
-    };
-    let address = resolver.address;
-    if matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some()) {
-        return Err(node.error("is an IPv4-mapped IPv6 address: write the IPv4 address"));
-    }
-    if address.is_unspecified() || address.is_multicast() {
-        return Err(node.error("is not the address of a machine"));
-    }
-    if address.is_loopback() {
-        return Err(node.error(
-            "is a loopback address, which is each pod's own: expected the address that the pods' \
-             resolv.conf has",
-        ));
-    }
-    if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
-        return Err(node.error(
-            "is a link-local address, which pods cannot ask from their own addresses: expected one that is \
-             routed",
-        ));
-    }
-    Ok(resolver)
+/// An address and a port, for a key without a default.
+pub(super) fn some_socket_address<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    value(deserializer, |written| {
+        written.text()?.parse().map(Some).map_err(|_| {
+            "is not an address and a port: expected, for example, 127.0.0.1:9465 or '[::]:9465'"
+                .into()
+        })
+    })
 }
 
-/// `all`, or names and wildcards.
-pub(super) fn internal_answers(node: Option<Node>) -> Result<InternalAnswers, ConfigError> {
-    let Some(node) = node else {
-        return Ok(InternalAnswers::Names(Vec::new()));
-    };
-    if node.text().is_ok_and(|text| text == "all") {
-        return Ok(InternalAnswers::All);
-    }
-    let list = node
-        .list_or("expected `all`, or a list of names such as [corp.example, '*.corp.example']")?;
-    if list.len() > INTERNAL_ANSWERS {
-        return Err(list[INTERNAL_ANSWERS].error(format!(
-            "is one name too many: the limit is {INTERNAL_ANSWERS}"
-        )));
-    }
-    let pattern = |node: &Node| name_pattern(node.text()?).map_err(|message| node.error(message));
-    let mut patterns = list.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
-    patterns.sort_unstable();
-    patterns.dedup();
-    Ok(InternalAnswers::Names(patterns))
+/// An IP prefix or a single address.
+pub(super) fn prefix(written: &Written) -> Result<Prefix, String> {
+    Prefix::parse(written.text()?).map_err(|error| error.to_string())
+}
+
+/// A list of prefixes.
+pub(super) fn prefixes<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<Prefix>, D::Error> {
+    list(deserializer, prefix)
 }
 
 /// Seconds, or a number with a unit: `60`, `60s`, `5m`, `24h`, `7d`.
-pub(super) fn duration(node: &Node) -> Result<Duration, ConfigError> {
-    let seconds = match node.integer() {
-        Some(seconds) => u32::try_from(seconds).ok(),
-        None => node.text().ok().and_then(seconds),
+pub(super) fn duration(written: &Written) -> Result<Duration, String> {
+    let seconds = match written {
+        Written::Integer(seconds) => u32::try_from(*seconds).ok(),
+        Written::Text(text) => seconds(text),
+        _ => None,
     };
     match seconds {
         Some(seconds) if seconds <= SECONDS_MAX => Ok(Duration::from_secs(seconds.into())),
-        _ => Err(node.error(format!(
-            "is not a duration: expected seconds, or a number with s, m, h or d, of at most \
-             {SECONDS_MAX} seconds"
-        ))),
+        _ => Err(format!(
+            "is not a duration: expected seconds, or a number with s, m, h or d, of at most {SECONDS_MAX} seconds"
+        )),
     }
 }
 
@@ -155,11 +161,20 @@ fn seconds(text: &str) -> Option<u32> {
 }
 
 /// An integer within bounds, both inclusive.
-pub(super) fn count(node: &Node, min: u32, max: u32) -> Result<u32, ConfigError> {
-    node.integer()
-        .and_then(|count| u32::try_from(count).ok())
-        .filter(|count| (min..=max).contains(count))
-        .ok_or_else(|| node.error(format!("is not a number from {min} to {max}")))
+pub(super) fn count<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    min: u32,
+    max: u32,
+) -> Result<u32, D::Error> {
+    value(deserializer, |written| {
+        let count = match written {
+            Written::Integer(count) => u32::try_from(*count).ok(),
+            _ => None,
+        };
+        count
+            .filter(|count| (min..=max).contains(count))
+            .ok_or_else(|| format!("is not a number from {min} to {max}"))
+    })
 }
 
 /// The node's name: what a `DaemonSet` passes in `NODE_NAME` (from `spec.nodeName`), or the machine's.

@@ -8,6 +8,8 @@ use egress_common::{
 };
 
 use super::*;
+use egress_policy::{Autopath, InternalAnswers, Resolver, Translators, exact_name};
+use std::time::Duration;
 
 const RESOLVERS: &str = "dns: {resolvers: [10.96.0.10]}\n";
 
@@ -64,6 +66,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "defaultMode",
         "podAnnotations",
         "onDeny",
+        "unenforcedInterfaces",
         "existingConnections",
         "stateDir",
         "bpffs",
@@ -332,8 +335,8 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "ranges: {nat64: ['2001:db8::/32', '2001:db8:64::/96']}",
-            "line 1, column 35: ranges.nat64: `2001:db8:64::/96` overlaps 2001:db8::/32, which \
-             leads elsewhere",
+            "line 1, column 35: ranges.nat64: `2001:db8:64::/96` overlaps 2001:db8::/32, the prefix of \
+             another translator",
         ),
         (
             "ranges: {allowInternal: maybe}",
@@ -351,12 +354,12 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "dns: {resolvers: [10.0.0.1], minTtl: 2d}",
-            "line 1, column 38: dns.minTtl: `2d` leaves dns.minTtl, 172800 s, above dns.maxTtl, \
-             86400 s",
+            "line 1, column 38: dns.minTtl: `2d` makes dns.minTtl (172800 s) longer than dns.maxTtl \
+             (86400 s)",
         ),
         (
             "dns: {resolvers: [10.0.0.1], maxTtl: 30}",
-            "line 1, column 38: dns.maxTtl: `30` leaves dns.minTtl, 60 s, above dns.maxTtl, 30 s",
+            "line 1, column 38: dns.maxTtl: `30` makes dns.minTtl (60 s) longer than dns.maxTtl (30 s)",
         ),
         (
             "dns: {resolvers: [10.0.0.1], autopath: yes}",
@@ -412,7 +415,7 @@ fn an_error_names_the_key_and_the_place() {
         ),
         (
             "ranges: {tunnels: [other, gre]}",
-            "line 1, column 27: ranges.tunnels: `gre` is no tunnel: expected a port and its protocol, \
+            "line 1, column 27: ranges.tunnels: `gre` is not a tunnel: expected a port and its protocol, \
              such as 4789/udp, with udp, tcp or sctp; or `other` for every other protocol",
         ),
         (
@@ -431,6 +434,88 @@ fn an_error_names_the_key_and_the_place() {
         };
         assert_eq!(error(&text), expected, "{text:?}");
     }
+}
+
+#[test]
+fn an_error_names_the_place_where_a_value_is_used() {
+    for (text, expected) in [
+        (
+            "node: &name n1\nstateDir: *name\n",
+            "line 2, column 11: stateDir: `n1` is not an absolute path",
+        ),
+        ("node: [n1]", "line 1, column 7: node: a list is not a text"),
+        (
+            "node: {name: [n1], zone: {a: b}}",
+            "line 1, column 7: node: a mapping is not a text",
+        ),
+        ("node:", "line 1, column 5: node: nothing is not a text"),
+        ("node: ' '", "line 1, column 7: node: ` ` is empty"),
+        (
+            "limits: 4096",
+            "line 1, column 9: limits: `4096` is not a mapping of keys to values",
+        ),
+        (
+            "limits: {addressesPerPod: 1.5}",
+            "line 1, column 27: limits.addressesPerPod: `1.5` is not a number from 1 to 1048576",
+        ),
+        (
+            "limits: {addressesPerPod: 100000000000000000000}",
+            "line 1, column 27: limits.addressesPerPod: `100000000000000000000` is not a number from 1 to 1048576",
+        ),
+        (
+            "dns: {minTtl: 5, minTtl: 6}",
+            "duplicate mapping key: minTtl not allowed here at line 1, column 18",
+        ),
+        (
+            "ranges:\n  internal:\n  - [10.0.0.0/8]\n",
+            "line 3, column 5: ranges.internal: a list is not a text",
+        ),
+        (
+            "quarantine: {exclude: docker0}",
+            "line 1, column 23: quarantine.exclude: `docker0` is not a list: expected values in brackets or \
+             behind dashes",
+        ),
+        (
+            "1: a",
+            "line 1, column 1: 1: is not a known key: expected one of node, defaultMode, podAnnotations, \
+             ranges, dns, onDeny, unenforcedInterfaces, existingConnections, stateDir, bpffs, limits, cluster, \
+             quarantine, http, socket",
+        ),
+        (
+            "# a comment\ntext",
+            "line 2, column 1: the file: `text` is not a mapping of keys to values",
+        ),
+    ] {
+        assert_eq!(error(text), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn a_key_with_nothing_behind_it_is_an_empty_section_or_list() {
+    let empty = "limits:\nranges: {internal: , tunnels: }\nquarantine: {exclude: }\n";
+    let config = config(empty);
+    assert_eq!(config.limits, Limits::default());
+    assert!(config.ranges.internal.is_empty() && config.ranges.tunnels.is_empty());
+    assert!(config.quarantine.exclude.is_empty());
+}
+
+#[test]
+fn there_may_be_256_names_with_internal_answers_and_no_more() {
+    let text = |count: usize| {
+        let names: Vec<String> = (0..count).map(|n| format!("n{n}.example")).collect();
+        format!("dns: {{internalAnswers: [{}]}}", names.join(", "))
+    };
+    let InternalAnswers::Names(names) = &*config(&text(256)).dns.internal_answers else {
+        panic!("not a list");
+    };
+    assert_eq!(names.len(), 256);
+    let error = error(&text(257));
+    assert!(
+        error.ends_with("`n256.example` is one name too many: the limit is 256"),
+        "{error}"
+    );
+    let all = config("dns: {internalAnswers: all}").dns.internal_answers;
+    assert_eq!(*all, InternalAnswers::All);
 }
 
 #[test]

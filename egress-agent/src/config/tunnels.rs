@@ -1,14 +1,14 @@
-//! Tunnels that end on nodes: what a pod must not send to an internal address without being asked
-//! who it is for.
+//! Tunnels that end on nodes. A pod may send such packets to an internal address only if an entry names that
+//! address.
 
 use std::fmt;
 
 use egress_common::{protocol::bits, records::TunnelKey};
 
-use super::{error::ConfigError, value::Node};
+use super::written::Written;
 use egress_policy::prefix::parse_decimal;
 
-/// Packets that somebody on a node may unpack and send on.
+/// Packets that a program or the kernel of a node may unpack and forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tunnel {
     /// UDP to this port.
@@ -21,8 +21,7 @@ pub enum Tunnel {
     Other,
 }
 
-/// Tunnels that the kernel or a program of a usual cluster unpacks for everybody who sends them, each
-/// with its name. `WireGuard`, IPsec over UDP and other tunnels that ask for a key are not among them.
+/// Tunnels that the kernel or a program of a usual cluster unpacks for every sender, each with its name. `WireGuard`, IPsec over UDP and other tunnels that ask for a key are not among them.
 pub const TUNNELS: &[(Tunnel, &str)] = &[
     (
         Tunnel::Other,
@@ -50,12 +49,11 @@ pub const TUNNELS: &[(Tunnel, &str)] = &[
 
 impl Tunnel {
     /// `4789/udp`, or `other`.
-    pub(super) fn read(node: &Node) -> Result<Self, ConfigError> {
-        Self::parse(node.text()?).ok_or_else(|| {
-            node.error(
-                "is no tunnel: expected a port and its protocol, such as 4789/udp, with udp, tcp or \
-                 sctp; or `other` for every other protocol",
-            )
+    pub(super) fn read(written: &Written) -> Result<Self, String> {
+        Self::parse(written.text()?).ok_or_else(|| {
+            "is not a tunnel: expected a port and its protocol, such as 4789/udp, with udp, tcp or \
+             sctp; or `other` for every other protocol"
+                .to_owned()
         })
     }
 

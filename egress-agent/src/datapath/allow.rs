@@ -1,4 +1,4 @@
-//! A pod's allow map: the addresses its names have led to.
+//! A pod's allow map: the addresses that its names have resolved to.
 
 use aya::maps::{HashMap, MapData, MapError};
 use egress_common::{
@@ -16,10 +16,10 @@ pub struct AllowMap {
 /// Why an address could not be inserted.
 #[derive(Debug, thiserror::Error)]
 pub enum AllowError {
-    /// The map holds as many addresses as it may.
+    /// The map is full.
     #[error("the allow map is full")]
     Full,
-    /// Anything else.
+    /// Any other error.
     #[error("the allow map cannot be written: {0}")]
     Kernel(#[source] MapError),
 }
@@ -29,7 +29,7 @@ impl AllowMap {
         Self { map, capacity }
     }
 
-    /// How many addresses fit.
+    /// How many addresses fit into the map.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -55,11 +55,11 @@ impl AllowMap {
             })
     }
 
-    /// Removes one address; it is no error when it is not there.
+    /// Removes one address; a missing address is not an error.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses for another reason.
+    /// When the kernel rejects it for another reason.
     pub fn remove(&mut self, addr: Address) -> Result<(), AllowError> {
         match self.map.remove(&AllowKey { addr }) {
             Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),

@@ -1,4 +1,4 @@
-//! The BPF file system that the pins live in.
+//! The BPF file system of the pins.
 
 use std::path::Path;
 
@@ -11,11 +11,11 @@ use nix::{
 /// `BPF_FS_MAGIC`, `include/uapi/linux/magic.h`.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
-/// Makes sure that `path` is a BPF file system: mounts one when it is an ordinary directory.
+/// Ensures that `path` is a BPF file system: mounts one if it is an ordinary directory.
 ///
 /// # Errors
 ///
-/// When the path cannot be made or mounted; the message says which command would do it.
+/// When the path cannot be created or mounted; the message names the command that would do it.
 pub fn mount_if_missing(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).with_context(|| {
         format!(
@@ -44,8 +44,9 @@ pub fn mount_if_missing(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether `path` lies on a BPF file system.
+/// Whether `path` is on a BPF file system.
 pub(super) fn is_bpffs(path: &Path) -> Result<bool> {
-    let found = statfs(path).with_context(|| format!("cannot look at {}", path.display()))?;
+    let found = statfs(path)
+        .with_context(|| format!("cannot read the file system of {}", path.display()))?;
     Ok(found.filesystem_type() == BPF_FS_MAGIC)
 }

@@ -1,8 +1,8 @@
-//! Attaching the programs as filters on a clsact qdisc, on kernels without tcx (below 6.6).
+//! Attaches the programs as filters on a clsact qdisc, on kernels without tcx (below 6.6).
 //!
-//! Filters are met in the order of their priorities; of one priority the newest BPF filter comes
+//! Packets meet filters in the order of their priorities. Within one priority, the newest BPF filter comes
 //! first (`cls_bpf_change`, `net/sched/cls_bpf.c`). So a filter that is added later can be in front of
-//! ours, and ours gets in front again only when it is added anew: see [`Datapath::clsact_first`].
+//! ours, and ours gets back in front only if it is added again: see [`Datapath::clsact_first`].
 
 use std::{fs, io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path};
 
@@ -14,9 +14,9 @@ use super::{
     traffic_control::{BpfFilter, Filter, Side, TrafficControl},
 };
 
-/// The lowest priority: before everybody else's.
+/// The first priority: before all others.
 const FIRST: u16 = 1;
-/// How far down a place is looked for when filters of other kinds have the first priorities.
+/// The last priority that is tried if filters of other kinds have the first ones.
 const LAST: u16 = 64;
 
 impl Hook {
@@ -27,8 +27,8 @@ impl Hook {
         }
     }
 
-    /// The handles of its filter, of which one is in use at a time. They are not the 1 that everybody
-    /// takes first, because a filter under the same priority and handle is replaced.
+    /// The two handles of the hook's filter, of which one is in use at a time. They differ from the usual
+    /// handle 1, because adding a filter with the same priority and handle replaces the existing one.
     const fn handles(self) -> [u32; 2] {
         match self {
             Self::FromPod => [0xe9e1, 0xe9f1],
@@ -36,7 +36,7 @@ impl Hook {
         }
     }
 
-    /// Whether a filter is one of ours for this hook, of this agent or an earlier one.
+    /// Whether a filter belongs to the agent and to this hook, whichever agent added it.
     fn is_filter(self, filter: &Filter) -> bool {
         self.handles().contains(&filter.handle)
             && filter.program_name().as_deref() == Some(self.program())
@@ -44,7 +44,7 @@ impl Hook {
 }
 
 impl Datapath {
-    /// Attaches one program, in place of an earlier agent's or of itself.
+    /// Attaches one program, and replaces the filter of an earlier agent or an existing one.
     pub(super) fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         if !tc
@@ -53,12 +53,12 @@ impl Datapath {
         {
             ingress::replace(&mut tc, ifindex)?;
         }
-        // A directory is the only thing besides BPF objects that bpffs keeps: it is our note.
-        let note = self.layout.links().join(format!("{ifindex}_clsact"));
-        if let Err(error) = fs::create_dir(&note)
+        // bpffs stores only BPF objects and directories, so a directory is the marker.
+        let marker = self.layout.links().join(format!("{ifindex}_clsact"));
+        if let Err(error) = fs::create_dir(&marker)
             && error.kind() != io::ErrorKind::AlreadyExists
         {
-            return Err(error).with_context(|| format!("cannot create {}", note.display()));
+            return Err(error).with_context(|| format!("cannot create {}", marker.display()));
         }
         let filters = tc.filters(ifindex, hook.side())?;
         let mut ours = filters.iter().filter(|filter| hook.is_filter(filter));
@@ -67,7 +67,7 @@ impl Datapath {
             None => (lowest_priority(&filters)?, hook.handles()[0]),
         };
         self.put(&mut tc, ifindex, hook, priority, handle)?;
-        // An agent that was killed while it moved its filter has left two.
+        // An agent that was killed while it moved its filter has left two filters.
         for second in ours {
             tc.remove(ifindex, hook.side(), second)
                 .context("cannot remove an earlier filter")?;
@@ -75,7 +75,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Where the program stands among the filters of its side.
+    /// The position of the program among the filters of its side.
     pub(super) fn clsact_standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         let program = self.program(hook)?.info()?.id();
@@ -90,9 +90,9 @@ impl Datapath {
         })
     }
 
-    /// Puts the program in front of all filters of its side. The new filter is there before the old
-    /// one goes, so that nothing passes unjudged. For that moment a frame may meet the program twice: it
-    /// is judged by the same rules twice, and a DNS message may be lost as any datagram may be.
+    /// Moves the program in front of all filters of its side. The new filter is added before the old
+    /// one is removed, so that no packet passes unjudged. In between, a frame may meet the program twice: the
+    /// same rules judge it twice, and a DNS message may be lost, as any datagram may be.
     pub(super) fn clsact_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         let filters = tc.filters(ifindex, hook.side())?;
@@ -100,8 +100,8 @@ impl Datapath {
         let first = filters.iter().find(|filter| is_met(filter));
         if let Some(first) = first.filter(|first| first.priority < priority) {
             bail!(
-                "no filter can be in front of one that is no BPF filter for every protocol and has \
-                 priority {}",
+                "no filter can be in front of the filter with priority {}, which is not a BPF filter for \
+                 every protocol",
                 first.priority
             );
         }
@@ -113,7 +113,9 @@ impl Datapath {
             .handles()
             .into_iter()
             .find(|handle| !ours.iter().any(|filter| filter.handle == *handle))
-            .context("two filters of ours are there already")?;
+            .context(
+                "the agent has two filters there already; restart the agent, which removes one",
+            )?;
         self.put(&mut tc, ifindex, hook, priority, handle)?;
         for old in ours {
             tc.remove(ifindex, hook.side(), old)
@@ -142,11 +144,10 @@ impl Datapath {
     }
 }
 
-/// Removes our filters from an interface, and the note of them. An interface that is gone has taken
-/// its filters with it.
+/// Removes our filters from an interface, and then the marker. If the interface is gone, so are its filters.
 pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
-    let note = links.join(format!("{ifindex}_clsact"));
-    if !note.exists() {
+    let marker = links.join(format!("{ifindex}_clsact"));
+    if !marker.exists() {
         return Ok(());
     }
     let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
@@ -161,15 +162,15 @@ pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
             })?;
         }
     }
-    fs::remove_dir(&note).with_context(|| format!("cannot remove {}", note.display()))
+    fs::remove_dir(&marker).with_context(|| format!("cannot remove {}", marker.display()))
 }
 
-/// Whether packets meet this filter unless another one ends their way.
+/// Whether packets meet this filter if no earlier filter ends the processing.
 fn is_met(filter: &Filter) -> bool {
     filter.handle != 0 && filter.chain == 0
 }
 
-/// The lowest priority under which a filter of ours can be.
+/// The first priority at which a filter of ours can be added.
 fn lowest_priority(filters: &[Filter]) -> Result<u16> {
     let has_room = |priority: &u16| {
         filters
@@ -179,7 +180,7 @@ fn lowest_priority(filters: &[Filter]) -> Result<u16> {
     };
     (FIRST..=LAST)
         .find(has_room)
-        .context("filters of other kinds have all the first priorities")
+        .context("filters of other kinds occupy all priorities that the agent tries")
 }
 
 fn describe(filter: &Filter) -> String {
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_of_ours_has_the_lowest_priority_that_takes_it() {
+    fn a_filter_of_ours_gets_the_first_priority_with_room_for_it() {
         for (filters, expected) in [
             (vec![], 1),
             (vec![filter(1, 3, "bpf")], 1),

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, PerCpuArray};
 use egress_common::records::{Counters, Meter};
 
-use super::policies::gone;
+use super::policies::ignore_missing;
 
 /// Handle for reading counters and meters.
 pub struct CounterMap {
@@ -14,7 +14,7 @@ pub struct CounterMap {
 
 macro_rules! add_fields {
     ($sum:ident, $other:ident: $($field:ident),+ $(,)?) => {
-        // Taking the record apart makes forgetting a counter an error.
+        // Destructuring the record makes a missing counter a compile error.
         let Counters { $($field),+ } = $other;
         $($sum.$field += $field;)+
     };
@@ -51,14 +51,14 @@ impl CounterMap {
         Ok(sum)
     }
 
-    /// Forgets the meter of a pod that is gone. It outlives the pod's other maps so that what was
-    /// not reported can still be told.
+    /// Removes the meter of a pod that is gone. The meter outlives the pod's other maps, so that losses that
+    /// were not reported yet can still be reported.
     ///
     /// # Errors
     ///
     /// When the map cannot be written.
     pub fn forget(&mut self, pod: u32) -> Result<()> {
-        gone(self.meters.remove(&pod)).context("cannot write the map `meters`")
+        ignore_missing(self.meters.remove(&pod)).context("cannot write the map `meters`")
     }
 
     /// The meter of one pod; empty when it has none.

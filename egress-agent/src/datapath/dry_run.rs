@@ -1,5 +1,5 @@
-//! Running a program on a frame that no interface carries (`BPF_PROG_TEST_RUN`): what would become
-//! of it? The maps change as they would with a real packet.
+//! Runs a program on a frame that no interface carries (`BPF_PROG_TEST_RUN`). The maps change as they
+//! would with a real packet.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ const SK_BUFF: usize = 192;
 const MARK: usize = 8;
 const IFINDEX: usize = 40;
 
-/// What a program did with a frame.
+/// The result of running a program on a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DryRun {
-    /// What it returned.
+    /// The verdict that the program returned.
     pub action: Action,
     /// The frame's mark afterwards.
     pub mark: u32,
@@ -24,40 +24,42 @@ pub struct DryRun {
     pub duration: Duration,
 }
 
-/// What a program returned.
+/// The verdict that a program returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// The frame goes on.
+    /// The frame continues.
     Pass,
     /// It is dropped.
     Drop,
     /// It is turned round.
     Redirect,
-    /// Anything else.
+    /// Another value.
     Other(u32),
 }
 
 impl Datapath {
-    /// How many instructions the verifier looked at before it accepted a program; it gives up at a
-    /// million. `None` below kernel 5.16, which does not tell.
+    /// How many instructions the verifier examined before it accepted a program; its limit is one
+    /// million. `None` below kernel 5.16, which does not report the number.
     ///
     /// # Errors
     ///
-    /// When the kernel does not describe the program.
+    /// When the kernel cannot describe the program.
     pub fn verified_instructions(&mut self, hook: Hook) -> Result<Option<u32>> {
-        let info = self
-            .program(hook)?
-            .info()
-            .with_context(|| format!("cannot look at the program `{}`", hook.program()))?;
+        let info = self.program(hook)?.info().with_context(|| {
+            format!(
+                "cannot read the kernel's description of the program `{}`",
+                hook.program()
+            )
+        })?;
         Ok(info.verified_instruction_count())
     }
 
-    /// Runs a program `repeat` times on a frame, as if it had come along at an interface of this
+    /// Runs a program `repeat` times on a frame, as if it had arrived on an interface of this
     /// network namespace.
     ///
     /// # Errors
     ///
-    /// When there is no such interface, or the kernel refuses the frame (shorter than an Ethernet
+    /// When the interface does not exist, or the kernel rejects the frame (shorter than an Ethernet
     /// header, longer than a page).
     pub fn dry_run(
         &mut self,

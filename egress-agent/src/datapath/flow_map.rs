@@ -14,7 +14,7 @@ use egress_common::{
     },
 };
 
-use super::{AllowError, policies::gone};
+use super::{AllowError, policies::ignore_missing};
 
 /// `BPF_NOEXIST`: insert, and replace nothing.
 const NOEXIST: u64 = 1;
@@ -23,11 +23,11 @@ type Flows = HashMap<MapData, FlowKey, Flow>;
 
 /// Handle on one pod's flows.
 pub struct FlowMap {
-    /// Established, and opened by the pod.
+    /// Established flows that the pod opened.
     flows: Flows,
-    /// Established, and opened by others.
+    /// Established flows that peers opened.
     inbound: Flows,
-    /// Not established, or closed.
+    /// Flows that are not established, or closed.
     opening: Flows,
     /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
     called: Flows,
@@ -36,7 +36,7 @@ pub struct FlowMap {
     udp_ns: u64,
 }
 
-/// How many entries the maps have room for.
+/// The capacities of the maps.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     established: usize,
@@ -44,48 +44,48 @@ struct Limits {
     called: usize,
 }
 
-/// The flows that a pod has open.
+/// The open flows of a pod.
 #[derive(Debug, Default)]
 pub struct OpenFlows {
-    /// Where they lead.
+    /// Their destinations.
     pub to: HashSet<Address>,
-    /// How many flows were looked at, open or not.
+    /// How many flows were read, open or not.
     pub flows: usize,
 }
 
-/// What a look at all flows has found and done.
+/// The result of sweeping all flows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Swept {
-    /// How many flows are remembered.
+pub struct SweepResult {
+    /// How many flows are tracked.
     pub alive: usize,
-    /// How many established ones that others opened had to give way.
+    /// How many established inbound flows were evicted.
     pub evicted: usize,
-    /// How many addresses and ports to which the pod has connected gave way to others.
+    /// How many destinations of the pod (addresses and ports) were evicted.
     pub called: usize,
 }
 
-/// A connection that was open before anybody looked at its packets.
+/// A connection from before the enforcement of its pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seed {
     /// IP protocol number.
     pub protocol: u8,
     /// The pod's address and port.
     pub pod: (Address, u16),
-    /// The other side's.
+    /// The peer's address and port.
     pub peer: (Address, u16),
-    /// What becomes of it.
+    /// How it is treated.
     pub state: SeedState,
 }
 
-/// What becomes of a connection that was open before anybody looked at its packets.
+/// How a connection from before the enforcement is treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SeedState {
-    /// The other side opened it, so the pod may answer.
+    /// The peer opened it, so the pod may reply.
     Inbound,
     /// The pod opened it, and it counts as admitted by this policy.
     Admitted(u32),
-    /// The pod opened it, and the next packet that it sends is judged. Until then nothing that the
-    /// other side sends makes it look as if that had opened it.
+    /// The pod opened it, and the next packet that it sends is judged. Until then, no packet of the
+    /// peer can make the flow look inbound.
     Unjudged,
 }
 
@@ -141,7 +141,7 @@ impl FlowMap {
         })
     }
 
-    /// Every flow and every fragmented packet that is remembered.
+    /// Every tracked flow and every tracked fragmented packet.
     ///
     /// # Errors
     ///
@@ -154,11 +154,11 @@ impl FlowMap {
             .context("cannot read a pod's flows")
     }
 
-    /// The flows that the pod has open.
+    /// The open flows of the pod.
     ///
     /// # Errors
     ///
-    /// When a map cannot be read; [`AllowError::Full`] when it changes too fast for that.
+    /// When a map cannot be read; [`AllowError::Full`] when it changes too fast to be read.
     pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
         let mut open = OpenFlows::default();
         let most = 2 * (self.limits.established + self.limits.opening);
@@ -167,7 +167,7 @@ impl FlowMap {
             if is_open(&key, &flow, now_ns, self.udp_ns) {
                 open.to.insert(key.peer_addr);
             }
-            // Where the entry last seen is removed, the kernel begins again with the first.
+            // If the entry that was read last is removed, the kernel starts again with the first one.
             open.flows += 1;
             if open.flows > most {
                 return Err(AllowError::Full);
@@ -176,7 +176,7 @@ impl FlowMap {
         Ok(open)
     }
 
-    /// Notes that the pod has opened a TCP connection to the other side's address and port, so that no packet
+    /// Records that the pod has opened a TCP connection to the peer's address and port, so that no packet
     /// from there opens a connection to the pod.
     ///
     /// # Errors
@@ -186,8 +186,8 @@ impl FlowMap {
         add(&mut self.called, &seed.key().called(), seed.flow(now_ns)).map(|_| ())
     }
 
-    /// Takes a connection for one that both sides have spoken on. A flow that is known already stays as
-    /// it is; returns whether it was not.
+    /// Adds a connection as an established flow. A flow that exists already stays unchanged. Returns whether
+    /// the flow was added.
     ///
     /// # Errors
     ///
@@ -200,15 +200,15 @@ impl FlowMap {
         add(map, &seed.key(), seed.flow(now_ns))
     }
 
-    /// Takes over from another pod's maps the flows that others have opened towards the pod, and the addresses
-    /// and ports to which the pod has connected. Returns how many flows.
+    /// Copies from another pod's maps the flows that peers have opened towards the pod, and the addresses
+    /// and ports to which the pod has connected. Returns the number of flows.
     ///
     /// # Errors
     ///
     /// When the map is full, or a map cannot be read or written.
     pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
         for item in &other.called {
-            let (key, flow) = item.context("cannot read to which addresses a pod has connected")?;
+            let (key, flow) = item.context("cannot read the destinations of a pod")?;
             add(&mut self.called, &key, flow)?;
         }
         let mut taken = 0;
@@ -220,7 +220,7 @@ impl FlowMap {
         Ok(taken)
     }
 
-    /// Forgets the flows that others have opened towards the pod. Returns how many there were.
+    /// Removes the flows that peers have opened towards the pod. Returns how many there were.
     ///
     /// # Errors
     ///
@@ -230,7 +230,7 @@ impl FlowMap {
         for (key, flow) in self.entries()? {
             if flow.state == FLOW_IN {
                 for map in [&mut self.inbound, &mut self.opening] {
-                    gone(map.remove(&key)).context("cannot forget a flow")?;
+                    ignore_missing(map.remove(&key)).context("cannot forget a flow")?;
                 }
                 forgotten += 1;
             }
@@ -238,15 +238,15 @@ impl FlowMap {
         Ok(forgotten)
     }
 
-    /// Forgets flows that have been idle for too long, makes room where established flows that others
-    /// opened or destinations of the pod are too many, and gives each destination of a flow that the pod has
-    /// open to `open`.
+    /// Removes flows that have been idle for too long, evicts entries if there are too many established
+    /// inbound flows or destinations of the pod, and passes each destination of an open flow of the pod to
+    /// `open`.
     ///
     /// # Errors
     ///
     /// When a map cannot be read.
-    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<Swept> {
-        let mut swept = Swept::default();
+    pub fn sweep(&mut self, now_ns: u64, mut open: impl FnMut(Address)) -> Result<SweepResult> {
+        let mut swept = SweepResult::default();
         let mut in_use = HashSet::new();
         let udp_ns = self.udp_ns;
         for map in [&mut self.flows, &mut self.opening] {
@@ -264,19 +264,19 @@ impl FlowMap {
         })?;
         let surplus = surplus(&mut inbound, self.limits.established);
         for (key, _) in surplus {
-            gone(self.inbound.remove(key)).context("cannot forget a flow")?;
+            ignore_missing(self.inbound.remove(key)).context("cannot forget a flow")?;
         }
         swept.evicted = surplus.len();
         swept.alive += inbound.len() - swept.evicted;
         Ok(swept)
     }
 
-    /// As soon as a quarter of the places is all that is left, forgets the addresses and ports to which the
-    /// pod has not connected for longest and to which it has no flow open, until half of the places are free.
+    /// When three quarters of the capacity are used, removes the destinations to which the pod has not
+    /// connected for the longest time and to which it has no open flow, until half of the capacity is free.
     /// Returns how many.
     fn forget_called(&mut self, in_use: &HashSet<FlowKey>) -> Result<usize> {
         let known = self.called.iter().collect::<Result<Vec<_>, _>>();
-        let mut known = known.context("cannot read to which addresses a pod has connected")?;
+        let mut known = known.context("cannot read the destinations of a pod")?;
         let places = self.limits.called;
         if known.len() < places - places / 4 {
             return Ok(0);
@@ -286,13 +286,14 @@ impl FlowMap {
         known.sort_unstable_by_key(|(_, flow)| flow.last_seen_ns);
         known.truncate(surplus);
         for (key, _) in &known {
-            gone(self.called.remove(key)).context("cannot forget to where a pod has connected")?;
+            ignore_missing(self.called.remove(key))
+                .context("cannot remove a destination of a pod")?;
         }
         Ok(known.len())
     }
 }
 
-/// Adds a flow unless the map has it. Returns whether it did not.
+/// Adds a flow unless the map has it already. Returns whether it was added.
 fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
     match map.insert(key, flow, NOEXIST) {
         Ok(()) => Ok(true),
@@ -305,7 +306,7 @@ fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
     }
 }
 
-/// Removes what has been idle for too long and shows the rest to `alive`. Returns how many those are.
+/// Removes entries that have been idle for too long, and passes the others to `alive`. Returns their number.
 fn forget_idle(
     map: &mut Flows,
     now_ns: u64,
@@ -324,14 +325,14 @@ fn forget_idle(
         }
     }
     for key in idle {
-        gone(map.remove(&key)).context("cannot forget a flow")?;
+        ignore_missing(map.remove(&key)).context("cannot forget a flow")?;
     }
     Ok(count)
 }
 
-/// Which of the established flows that others opened are to give way: as soon as a sixteenth of the
-/// places is all that is left, as many as leave an eighth. Those that would be forgotten first are
-/// chosen: a TCP connection that is silent for longest, but after any conversation over UDP.
+/// The established inbound flows to evict. When fewer than a sixteenth of the capacity is free, these are as
+/// many as leave an eighth free. They are the ones that would expire first: flows over UDP, and then the TCP
+/// connection that has been silent for the longest time.
 fn surplus(flows: &mut [(FlowKey, Flow)], places: usize) -> &[(FlowKey, Flow)] {
     if flows.len() < places - places / 16 {
         return &[];
@@ -352,7 +353,9 @@ fn surplus(flows: &mut [(FlowKey, Flow)], places: usize) -> &[(FlowKey, Flow)] {
 }
 
 fn entries_of(map: &MapData) -> Result<usize> {
-    let info = map.info().context("cannot look at a flow map")?;
+    let info = map
+        .info()
+        .context("cannot read the kernel's description of a flow map")?;
     Ok(info.max_entries() as usize)
 }
 
@@ -387,13 +390,13 @@ mod tests {
     }
 
     #[test]
-    fn nobody_gives_way_while_there_is_room() {
+    fn no_flow_is_evicted_while_there_is_room() {
         let mut flows: Vec<_> = (0..59).map(|n| flow(protocol::TCP, n, 0)).collect();
         assert!(surplus(&mut flows, 64).is_empty());
     }
 
     #[test]
-    fn connections_that_are_silent_for_longest_give_way() {
+    fn connections_that_were_silent_for_the_longest_time_are_evicted() {
         let mut flows: Vec<_> = (0..60u16)
             .map(|n| flow(protocol::TCP, n, u64::from((n * 7) % 60)))
             .collect();
@@ -402,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn conversations_over_udp_give_way_before_connections() {
+    fn udp_flows_are_evicted_before_tcp_connections() {
         let mut flows: Vec<_> = (0..60u16)
             .map(|n| {
                 if n < 4 {

@@ -1,39 +1,40 @@
-//! Where the running kernel keeps what the programs read of its own record of a frame (`struct sk_buff`).
+//! The layout of the running kernel's own record of a frame (`struct sk_buff`), for the programs that read
+//! it.
 
 use anyhow::{Result, ensure};
 use egress_common::limits::FRAME_RECORD_BYTES;
 
 use super::kernel_types::{Field, KernelTypes};
 
-/// Offsets for `egress-ebpf/src/frame_record.rs`: from [`Self::start`], unless something else is said.
+/// Offsets for `egress-ebpf/src/frame_record.rs`, counted from [`Self::start`] unless stated otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FrameRecord {
-    /// Of the first byte that is read, in the record.
+    /// Offset in the record of the first byte that is read.
     pub(super) start: u32,
     /// How many bytes are read.
     pub(super) len: u32,
-    /// Of the byte with `ip_summed`, and where in it.
+    /// Offset of the byte with `ip_summed`, and the shift in it.
     pub(super) summed: u32,
     pub(super) summed_shift: u32,
-    /// Of the byte with `csum_not_inet`, and its bit there; no bit on kernels without SCTP.
+    /// Offset of the byte with `csum_not_inet`, and its bit there; no bit on kernels without SCTP.
     pub(super) crc: u32,
     pub(super) crc_bit: u32,
-    /// Of `csum_start`; `csum_offset` follows.
+    /// Offset of `csum_start`; `csum_offset` follows.
     pub(super) sum: u32,
-    /// Of `head`, from which offsets count; `data` follows.
+    /// Offset of `head`, from which other offsets count; `data` follows.
     pub(super) head: u32,
-    /// Of `end`, in the record: where what is shared about the frame's data begins, from `head`.
+    /// Offset in the record of `end`: the start of `struct skb_shared_info`, counted from `head`.
     pub(super) end: u32,
-    /// Of `gso_type` in that (`struct skb_shared_info`).
+    /// Offset of `gso_type` in `struct skb_shared_info`.
     pub(super) gso_type: u32,
 }
 
 impl FrameRecord {
-    /// Asks the kernel's types.
+    /// Reads the offsets from the kernel's types.
     ///
     /// # Errors
     ///
-    /// When the kernel does not show them, or keeps its records in a way that the programs cannot read.
+    /// When the kernel does not provide its types, or the programs cannot read its layout.
     pub(super) fn of_this_kernel() -> Result<Self> {
         let types = KernelTypes::of_this_kernel()?;
         let field = |name| types.field("sk_buff", name);
@@ -43,7 +44,7 @@ impl FrameRecord {
             field("csum_offset")?.byte() == sum.byte() + 2
                 && field("data")?.byte() == head.byte() + 8
                 && summed.shift() < 7,
-            "the kernel keeps its record of a frame in an order that the programs do not know"
+            "the kernel's record of a frame (struct sk_buff) has a layout that the programs do not support"
         );
         let crc_bit = crc.map_or(0, |field| 1 << field.shift());
         let crc = crc.map_or(summed.byte(), Field::byte);
@@ -53,7 +54,8 @@ impl FrameRecord {
         let len = end.into_iter().max().unwrap_or_default() - start;
         ensure!(
             len as usize <= FRAME_RECORD_BYTES,
-            "the kernel keeps its record of a frame in {len} bytes; the programs read {FRAME_RECORD_BYTES}"
+            "the kernel's record of a frame (struct sk_buff) spans {len} bytes; the programs read \
+             {FRAME_RECORD_BYTES}"
         );
         Ok(Self {
             start,

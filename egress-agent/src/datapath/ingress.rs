@@ -1,12 +1,12 @@
-//! Making room for clsact where an `ingress` qdisc is.
+//! Replaces an `ingress` qdisc by clsact.
 //!
-//! An interface has one of the two. On an `ingress` qdisc there is no place for a filter on what the
-//! interface sends: one for egress would hang on ingress (`ingress_tcf_block`,
-//! `net/sched/sch_ingress.c`). The CNI plugin `bandwidth` makes one to redirect what a pod sends to an
-//! ifb device that limits it. So its filters move to a clsact qdisc, each one priority further back;
-//! they do there what they did.
+//! An interface can have only one of the two. An `ingress` qdisc has no place for a filter on what the
+//! interface sends: a filter for egress would be attached to ingress (`ingress_tcf_block`,
+//! `net/sched/sch_ingress.c`). The CNI plugin `bandwidth` adds such a qdisc to redirect what a pod sends to
+//! an ifb device that limits it. So the agent moves its filters to a clsact qdisc, each one priority further
+//! back, where they work as before.
 //!
-//! With tcx none of this is needed: its programs run before every qdisc.
+//! With tcx this is not needed, because tcx programs run before every qdisc.
 
 use anyhow::{Context as _, Result, bail};
 
@@ -31,17 +31,17 @@ const TCA_MATCHALL_ACT: u16 = 2;
 const TCA_MATCHALL_FLAGS: u16 = 3;
 const TCA_MATCHALL_PCNT: u16 = 4;
 
-/// Of a u32 filter's handle, the bit that says that it is in the table that every priority has
+/// Bit of a u32 filter's handle: the filter is in the table that every priority has
 /// (`gen_new_htid`, `net/sched/cls_u32.c`).
 const ROOT_TABLE: u32 = 0x8000_0000;
-/// And the bits that are 0 of a table itself.
+/// Bits of the handle that are 0 in the handle of a table itself.
 const WITHIN: u32 = 0x000f_ffff;
 
-/// Puts a clsact qdisc in the place of an ingress qdisc, with its filters.
+/// Replaces an ingress qdisc by a clsact qdisc, and keeps its filters.
 ///
 /// # Errors
 ///
-/// When there is a filter that cannot be moved: nothing has changed then. Or when the kernel refuses.
+/// When a filter cannot be moved; then nothing has changed. Or when the kernel rejects a change.
 pub(super) fn replace(tc: &mut TrafficControl, ifindex: u32) -> Result<()> {
     let filters = tc
         .filters(ifindex, Side::Ingress)
@@ -62,20 +62,20 @@ pub(super) fn replace(tc: &mut TrafficControl, ifindex: u32) -> Result<()> {
     tracing::info!(
         ifindex,
         filters = moved.len(),
-        "a clsact qdisc is in place of the interface's ingress qdisc, with its filters"
+        "replaced the interface's ingress qdisc by a clsact qdisc, and kept its filters"
     );
     Ok(())
 }
 
-/// The filters as they are to be added again.
+/// The filters in the form in which they are added again.
 fn moved(filters: &[Filter]) -> Result<Vec<Filter>> {
     let mut moved = Vec::new();
     for filter in filters {
         let Some(options) = options(filter) else {
             bail!(
-                "the interface has an ingress qdisc, on which nothing can be attached to egress, and its \
-                 {} filter of priority {} cannot be moved to a clsact qdisc: remove the qdisc, or have \
-                 whoever adds it use clsact",
+                "the interface has an ingress qdisc, which has no place for an egress filter, and its \
+                 {} filter of priority {} cannot be moved to a clsact qdisc: remove the qdisc, or configure \
+                 the program that adds it to use clsact",
                 filter.kind,
                 filter.priority
             );
@@ -92,18 +92,18 @@ fn moved(filters: &[Filter]) -> Result<Vec<Filter>> {
     Ok(moved)
 }
 
-/// The options with which a filter like this one can be added; none for an entry of the list that is no
-/// filter, and `None` when that is not known.
+/// The options with which such a filter can be added: empty for a list entry that is not a filter, and `None`
+/// if they are unknown.
 fn options(filter: &Filter) -> Option<Vec<u8>> {
     let mut options = Vec::new();
     let (kept, nested, left_out): (&[u16], u16, &[u16]) = match filter.kind.as_str() {
-        // The entry that stands for all filters of a priority.
+        // The entry that represents all filters of a priority.
         _ if filter.handle == 0 => return Some(options),
         "u32" if is_root_table(filter) => return Some(options),
         "u32" if filter.handle & ROOT_TABLE != 0 => (
             &[TCA_U32_CLASSID, TCA_U32_SEL, TCA_U32_INDEV, TCA_U32_MARK],
             TCA_U32_ACT,
-            // Counters, and what says where the filter is.
+            // Counters, and attributes that define where the filter is.
             &[TCA_U32_HASH, TCA_U32_PCNT, TCA_U32_FLAGS],
         ),
         "matchall" => (
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_bandwidth_plugin_makes_moves_one_priority_back() {
+    fn filters_of_the_bandwidth_plugin_move_one_priority_back() {
         // As the kernel lists it: the priority, its table, the filter.
         let listed = [
             filter("u32", 0, &[]),
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn filters_that_are_not_understood_are_not_moved() {
+    fn filters_with_unknown_options_are_not_moved() {
         const TCA_U32_LINK: u16 = 3;
         for filter in [
             filter("flower", 1, &[]),

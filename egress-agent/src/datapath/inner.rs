@@ -1,7 +1,7 @@
-//! Inner maps: one allow map and one CIDR trie for each policy, the flows of each pod.
+//! Inner maps: one allow map and one CIDR trie for each policy, and the flows of each pod.
 //!
-//! aya makes inner maps without type information; bpftool would print them as bytes. Here they are
-//! made from the definitions in the object file, with the BTF that the kernel already holds for the
+//! aya creates inner maps without type information, so bpftool would print them as bytes. Here they are
+//! created from the definitions in the object file, with the BTF that the kernel already has for the
 //! object's other maps.
 
 use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{MapData, MapInfo};
 use aya_obj::Object;
 
-/// Definitions of the inner maps, and the type information they refer to.
+/// The definitions of the inner maps, and their type information.
 pub(super) struct Templates {
     allow: aya_obj::Map,
     cidrs: aya_obj::Map,
@@ -21,8 +21,8 @@ pub(super) struct Templates {
 }
 
 impl Templates {
-    /// Reads the definitions from the object file; `sample` is a plain map that was made with the object when it
-    /// was loaded, so its type information is that of this object.
+    /// Reads the definitions from the object file. `sample` is a plain map that was created when the object
+    /// was loaded, so its type information belongs to this object.
     pub(super) fn new(object: &[u8], sample: &MapInfo) -> Result<Self> {
         let object = Object::parse(object).context("the eBPF object cannot be parsed")?;
         let inner = |name: &str| {
@@ -59,7 +59,7 @@ impl Templates {
         self.create(&self.flows, name, entries)
     }
 
-    /// A queue of keys of flows. The kernel takes no type information with queues.
+    /// A queue of flow keys. The kernel accepts no type information for queues.
     pub(super) fn order(&self, entries: u32) -> Result<MapData> {
         create(&self.order, "order", entries, None)
     }
@@ -104,7 +104,7 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
         len: size_of::<MapInfoHead>() as u32,
         info: (&raw mut raw).expose_provenance() as u64,
     };
-    // SAFETY: `attr` is as long as the kernel is told and `info` points to `len` writable bytes.
+    // SAFETY: the size that the kernel gets is that of `attr`, and `info` points to `len` writable bytes.
     let failed = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -117,7 +117,7 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
         return Err(std::io::Error::last_os_error()).context("bpf(BPF_OBJ_GET_INFO_BY_FD)");
     }
     let mut attr = [raw.btf_id, 0, 0, 0];
-    // SAFETY: `attr` is as long as the kernel is told; only its first field is read.
+    // SAFETY: the size that the kernel gets is that of `attr`; it reads only the first field.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -129,7 +129,7 @@ fn btf_of(info: &MapInfo) -> Result<OwnedFd> {
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("bpf(BPF_BTF_GET_FD_BY_ID)");
     }
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor for us, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
@@ -141,7 +141,7 @@ struct GetInfo {
     info: u64,
 }
 
-/// The beginning of `struct bpf_map_info`, as far as its BTF id.
+/// The beginning of `struct bpf_map_info`, up to its BTF id.
 #[derive(Default)]
 #[repr(C)]
 struct MapInfoHead {

@@ -1,4 +1,4 @@
-//! Which interface is under which policy of which pod.
+//! Maps each interface to its pod and policy.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
@@ -7,7 +7,7 @@ use egress_common::records::{Identity, Interface, MODE_RELEASED};
 /// Handle on the `interfaces` map.
 pub struct InterfaceMap(HashMap<MapData, u32, Interface>);
 
-/// A pod that an earlier agent left enforced.
+/// A pod that an earlier agent enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Adoptable {
     /// The pod's namespace.
@@ -16,7 +16,7 @@ pub struct Adoptable {
     pub name: String,
     /// The pod's UID.
     pub uid: String,
-    /// Its interfaces: ifindex and entry.
+    /// Its interfaces: ifindex and map entry.
     pub interfaces: Vec<(u32, Interface)>,
 }
 
@@ -25,7 +25,7 @@ impl InterfaceMap {
         Self(map)
     }
 
-    /// Puts an interface under a policy; from the next packet on it holds.
+    /// Puts an interface under a policy, which applies from the next packet on.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ impl InterfaceMap {
             .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
     }
 
-    /// Lets everything pass an interface, unless it is another pod's by now.
+    /// Releases an interface, so that everything passes, unless it belongs to another pod by now.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ impl InterfaceMap {
         self.set(ifindex, Interface { mode, ..entry })
     }
 
-    /// Whether an interface is this pod's, and has not been released.
+    /// Whether an interface belongs to this pod and has not been released.
     ///
     /// # Errors
     ///
@@ -59,7 +59,7 @@ impl InterfaceMap {
         Ok(entry.is_some_and(|entry| entry.mode != MODE_RELEASED))
     }
 
-    /// The interface's entry, if it is this pod's.
+    /// The interface's entry, if it belongs to this pod.
     fn entry_of(&self, ifindex: u32, pod: u32) -> Result<Option<Interface>> {
         match self.0.get(&ifindex, 0) {
             Ok(entry) => Ok((entry.pod == pod).then_some(entry)),
@@ -70,8 +70,8 @@ impl InterfaceMap {
         }
     }
 
-    /// Forgets an interface, unless it is another pod's by now. Programs still attached to it drop
-    /// everything from then on.
+    /// Removes an interface, unless it belongs to another pod by now. Programs that are still attached to it
+    /// drop everything from then on.
     ///
     /// # Errors
     ///

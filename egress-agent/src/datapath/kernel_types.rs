@@ -1,9 +1,9 @@
-//! Where the running kernel has the fields of its structures: its type information
+//! Offsets of fields in the running kernel's structures, from its type information
 //! (`/sys/kernel/btf/vmlinux`, Documentation/bpf/btf.rst).
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// Where the kernel shows its types.
+/// The file with the kernel's types.
 const PATH: &str = "/sys/kernel/btf/vmlinux";
 
 const MAGIC: u16 = 0xeb9f;
@@ -21,18 +21,18 @@ const DATASEC: u32 = 15;
 const DECL_TAG: u32 = 17;
 const ENUM64: u32 = 19;
 
-/// Anonymous structures in each other; the kernel has three at most.
+/// How deep anonymous structures may be nested; the kernel nests three at most.
 const DEPTH: u32 = 8;
 
 /// The kernel's types.
 pub(super) struct KernelTypes {
     bytes: Vec<u8>,
     strings: usize,
-    /// Where each type's description begins; the first type has the number 1.
+    /// Offset of each type's description; the first type has the number 1.
     types: Vec<usize>,
 }
 
-/// Where a field begins.
+/// The position of a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Field {
     /// In bits from the beginning of the structure.
@@ -56,18 +56,18 @@ impl KernelTypes {
     ///
     /// # Errors
     ///
-    /// When the kernel does not show them or they cannot be understood.
+    /// When the kernel does not provide them or they cannot be parsed.
     pub(super) fn of_this_kernel() -> Result<Self> {
         let bytes = std::fs::read(PATH).with_context(|| {
             format!("cannot read {PATH}: the kernel needs BTF (CONFIG_DEBUG_INFO_BTF)")
         })?;
-        Self::parse(bytes).with_context(|| format!("cannot understand {PATH}"))
+        Self::parse(bytes).with_context(|| format!("cannot parse {PATH}"))
     }
 
     fn parse(bytes: Vec<u8>) -> Result<Self> {
         ensure!(
             half(&bytes, 0)? == MAGIC,
-            "it does not begin as type information does"
+            "it does not begin with the magic number of type information"
         );
         let header_len = word(&bytes, 4)? as usize;
         ensure!(header_len >= HEADER_LEN, "its header is too short");
@@ -87,21 +87,21 @@ impl KernelTypes {
         })
     }
 
-    /// Where the structure has the field, itself or in an anonymous structure or union in it.
+    /// The position of a field, in the structure itself or in an anonymous structure or union in it.
     ///
     /// # Errors
     ///
-    /// When there is no such structure or field.
+    /// When the structure or the field does not exist.
     pub(super) fn field(&self, structure: &str, field: &str) -> Result<Field> {
         self.find(structure, field)?
             .with_context(|| format!("the kernel's `struct {structure}` has no field `{field}`"))
     }
 
-    /// As [`Self::field`], for a field that not every kernel has.
+    /// As [`Self::field`], for a field that some kernels do not have.
     ///
     /// # Errors
     ///
-    /// When there is no such structure.
+    /// When the structure does not exist.
     pub(super) fn find(&self, structure: &str, field: &str) -> Result<Option<Field>> {
         for &at in &self.types {
             let (kind, len, _) = info(word(&self.bytes, at + 4)?);
@@ -144,13 +144,13 @@ impl KernelTypes {
         Ok(None)
     }
 
-    /// The name of what is described at `at`; empty when it has none.
+    /// The name of the type or member at `at`; empty if it has none.
     fn name(&self, at: usize) -> Result<&[u8]> {
         let start = self.strings + word(&self.bytes, at)? as usize;
         let rest = self
             .bytes
             .get(start..)
-            .context("a name lies beyond the end")?;
+            .context("the text of a name is beyond the end")?;
         let len = rest.iter().position(|byte| *byte == 0).unwrap_or(0);
         Ok(&rest[..len])
     }
@@ -167,7 +167,7 @@ fn description_len(word: u32) -> Result<usize> {
     let members = members as usize;
     Ok(12
         + match kind {
-            // Pointers, typedefs and the like name another type; 16 is a float.
+            // Pointers, typedefs and similar kinds refer to another type; 16 is a float.
             2 | 7..=12 | 16 | 18 => 0,
             INT | VAR | DECL_TAG => 4,
             ARRAY => 12,
@@ -196,10 +196,10 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_found_where_the_kernel_has_them() {
+    fn fields_are_found_at_the_kernels_offsets() {
         let types = this_kernel();
         let place = |name| types.field("sk_buff", name).expect("a field");
-        // `next` is the first, and what comes after it in the same pointers' structure follows.
+        // `next` is the first field, and `prev` follows in the same anonymous structure.
         assert_eq!(place("next").byte(), 0);
         assert_eq!(place("prev").byte(), 8);
         assert_eq!(place("csum").byte(), place("csum_start").byte());
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
+    fn the_error_names_a_missing_structure_or_field() {
         let types = this_kernel();
         let said = |structure, field| {
             let error = types.field(structure, field).expect_err("not there");
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_short_is_an_error() {
+    fn truncated_type_information_is_an_error() {
         let whole = this_kernel().bytes;
         for len in [0, 2, 10, HEADER_LEN, 1000] {
             assert!(KernelTypes::parse(whole[..len].to_vec()).is_err(), "{len}");
@@ -234,7 +234,7 @@ mod tests {
         let error = KernelTypes::parse(vec![0; 100]).err().expect("no types");
         assert_eq!(
             error.to_string(),
-            "it does not begin as type information does"
+            "it does not begin with the magic number of type information"
         );
     }
 }

@@ -1,10 +1,10 @@
-//! The hardware addresses that ports of bridges may send from.
+//! The source hardware addresses that ports of bridges may use.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
 use egress_common::records::LinkHardware;
 
-use super::{Datapath, object::open, policies::gone};
+use super::{Datapath, object::open, policies::ignore_missing};
 
 /// Handle on the map `link_hardware`.
 pub struct LinkHardwareMap(HashMap<MapData, u32, LinkHardware>);
@@ -32,7 +32,7 @@ impl LinkHardwareMap {
         entries.context("cannot read the map `link_hardware`")
     }
 
-    /// Binds an interface to a hardware address.
+    /// Restricts an interface to a hardware address.
     ///
     /// # Errors
     ///
@@ -43,12 +43,12 @@ impl LinkHardwareMap {
             .context("cannot write the map `link_hardware`")
     }
 
-    /// Lets an interface send from any hardware address again.
+    /// Allows an interface to send from any hardware address again.
     ///
     /// # Errors
     ///
     /// When the map cannot be written.
     pub fn release(&mut self, ifindex: u32) -> Result<()> {
-        gone(self.0.remove(&ifindex)).context("cannot write the map `link_hardware`")
+        ignore_missing(self.0.remove(&ifindex)).context("cannot write the map `link_hardware`")
     }
 }

@@ -1,4 +1,4 @@
-//! Which link-local addresses are whose.
+//! The owners of link-local addresses.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -9,10 +9,10 @@ use egress_common::{
     records::{LinkAddress, LinkOwner, NODE_OWNS},
 };
 
-use super::{Datapath, object::open, policies::gone};
+use super::{Datapath, object::open, policies::ignore_missing};
 
-/// Handle on the maps of link-local addresses: who goes by each, and the one that each pod's interface
-/// has chosen.
+/// Handle on the maps of link-local addresses: the owner of each address, and the address that each pod's
+/// interface has chosen.
 pub struct LinkOwners {
     owners: HashMap<MapData, LinkAddress, LinkOwner>,
     chosen: HashMap<MapData, u32, LinkAddress>,
@@ -33,8 +33,8 @@ impl Datapath {
 }
 
 impl LinkOwners {
-    /// Takes these addresses from every pod, for they are the node's or a gateway's, and forgets those
-    /// of interfaces that are not enforced any more.
+    /// Makes the node the owner of these addresses, which are its own or a gateway's, and removes those of
+    /// interfaces that are not enforced any more.
     ///
     /// # Errors
     ///
@@ -57,7 +57,8 @@ impl LinkOwners {
         for (key, owner) in known {
             let stays = node.contains(&key.addr) || enforced.contains(&owner.ifindex);
             if !stays {
-                gone(self.owners.remove(&key)).context("cannot write the map `link_owners`")?;
+                ignore_missing(self.owners.remove(&key))
+                    .context("cannot write the map `link_owners`")?;
             }
         }
         let chosen: Vec<u32> = self
@@ -66,7 +67,8 @@ impl LinkOwners {
             .collect::<Result<_, _>>()
             .context("cannot read the map `link_locals`")?;
         for ifindex in chosen.iter().filter(|ifindex| !enforced.contains(ifindex)) {
-            gone(self.chosen.remove(ifindex)).context("cannot write the map `link_locals`")?;
+            ignore_missing(self.chosen.remove(ifindex))
+                .context("cannot write the map `link_locals`")?;
         }
         Ok(())
     }

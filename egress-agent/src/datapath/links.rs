@@ -1,4 +1,4 @@
-//! Attaching the programs to interfaces, so that they stay when the agent is gone.
+//! Attaches the programs to interfaces in a way that outlives the agent.
 
 use std::{fs, io, path::Path};
 
@@ -10,10 +10,10 @@ use aya::{
 
 use super::{Datapath, clsact, stamp_check, tcx};
 
-/// How programs are attached to an interface.
+/// The way in which programs are attached to an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attach {
-    /// tcx where the kernel has it (6.6), clsact below.
+    /// tcx if the kernel has it (6.6), otherwise clsact.
     #[default]
     Auto,
     /// tcx links.
@@ -32,17 +32,17 @@ impl Attach {
     }
 }
 
-/// Which of the two programs.
+/// One of the two programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// Ingress of the host end: what the pod sends.
+    /// Ingress of the host end: packets from the pod.
     FromPod,
-    /// Egress of the host end: what the pod receives.
+    /// Egress of the host end: packets to the pod.
     ToPod,
 }
 
 impl Hook {
-    /// Both, in the order in which they are attached.
+    /// Both programs, in the order in which they are attached.
     pub const BOTH: [Self; 2] = [Self::ToPod, Self::FromPod];
 
     pub(super) const fn program(self) -> &'static str {
@@ -60,31 +60,31 @@ impl Hook {
     }
 }
 
-/// Where one of the programs stands on an interface's hook.
+/// The position of one of the programs on an interface's hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// In front of all others.
     First,
-    /// Behind what the text describes.
+    /// Behind the program that the text describes.
     Behind(String),
-    /// It is not there.
+    /// Not attached.
     Missing,
 }
 
 impl Datapath {
     /// Attaches both programs to an interface, or replaces those of an earlier agent without a gap.
     ///
-    /// `to_pod` comes first: an answer must not slip by while questions are already held.
+    /// `to_pod` comes first: no response may pass unheld while queries are already held.
     ///
     /// # Errors
     ///
-    /// When the interface does not exist or the kernel refuses.
+    /// When the interface does not exist or the kernel rejects it.
     pub fn attach(&mut self, ifindex: u32) -> Result<()> {
         for hook in Hook::BOTH {
             self.attach_one(ifindex, hook)?;
         }
-        // An earlier agent may have attached the other way. Both together would hold each DNS
-        // message twice, and the second time nobody would know its mark.
+        // An earlier agent may have attached the programs in the other way. Both together would hold each DNS
+        // message twice, and the second time the mark would be unknown.
         let links = self.layout.links();
         match self.attach {
             Attach::Clsact => tcx::detach(&links, ifindex),
@@ -92,7 +92,7 @@ impl Datapath {
         }
     }
 
-    /// Attaches one program, in place of an earlier agent's or of itself.
+    /// Attaches one program, and replaces that of an earlier agent or an existing one.
     pub(super) fn attach_one(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         match self.attach {
             Attach::Clsact => self.attach_clsact(ifindex, hook),
@@ -101,8 +101,8 @@ impl Datapath {
         .with_context(|| format!("cannot attach `{}` to interface {ifindex}", hook.program()))
     }
 
-    /// Detaches both programs; what is already gone is no error. When this returns, neither runs
-    /// there any more.
+    /// Detaches both programs; a missing one is not an error. When this returns, neither runs there any
+    /// more.
     ///
     /// # Errors
     ///
@@ -110,16 +110,16 @@ impl Datapath {
     pub fn detach(&mut self, ifindex: u32) -> Result<()> {
         self.release_stamps(ifindex)?;
         let links = self.layout.links();
-        // A link whose pin is removed is detached when the kernel gets round to it; one whose last
-        // descriptor is closed, at once.
+        // After its pin is removed, the kernel detaches a link with a delay; after its last descriptor is
+        // closed, at once.
         let held = tcx::links(&links, ifindex)?;
         detach(&links, ifindex)?;
         drop(held);
         Ok(())
     }
 
-    /// Detaches from every interface that has pinned links or clsact filters of ours, without
-    /// waiting for the last packet. The stamp check ends before.
+    /// Detaches the programs from every interface with pinned links or clsact filters of ours, without
+    /// waiting for the last packet. Removes the stamp check first.
     ///
     /// # Errors
     ///
@@ -129,7 +129,7 @@ impl Datapath {
         detach_all(&self.layout.links()).map(drop)
     }
 
-    /// Interfaces that have pinned links or clsact filters of ours.
+    /// The interfaces with pinned links or clsact filters of ours.
     ///
     /// # Errors
     ///
@@ -146,7 +146,7 @@ impl Datapath {
         Ok(program.try_into()?)
     }
 
-    /// Where one of the programs stands on an interface's hook.
+    /// The position of one of the programs on an interface's hook.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl Datapath {
         if self.attach != Attach::Clsact {
             return self.tcx_standing(ifindex, hook);
         }
-        // tcx programs run before every filter. Kernels without tcx refuse the question.
+        // tcx programs run before every filter. Kernels without tcx reject the query.
         let before = tcx::programs(ifindex, hook).unwrap_or_default();
         match before.first() {
             Some((_, name)) => Ok(Standing::Behind(format!("the tcx program `{name}`"))),
@@ -163,12 +163,12 @@ impl Datapath {
         }
     }
 
-    /// Puts one of the programs in front of all others on an interface's hook, with no packet
-    /// unjudged meanwhile.
+    /// Moves one of the programs in front of all others on an interface's hook. No packet passes unjudged
+    /// in between.
     ///
     /// # Errors
     ///
-    /// When there is a program that nothing can be put in front of, or the kernel refuses.
+    /// When nothing can be put in front of another program, or the kernel rejects it.
     pub fn come_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         match self.attach {
             Attach::Clsact => self.clsact_first(ifindex, hook),
@@ -177,7 +177,7 @@ impl Datapath {
     }
 }
 
-/// Detaches everything that the directory of links tells of. Returns how many interfaces.
+/// Detaches everything in the directory of links. Returns the number of interfaces.
 pub(super) fn detach_all(links: &Path) -> Result<usize> {
     let interfaces = attached(links)?;
     for &ifindex in &interfaces {

@@ -1,4 +1,4 @@
-//! Loading the compiled programs with their constants.
+//! Loads the compiled programs with their constants.
 
 use std::{borrow::Cow, io};
 
@@ -47,31 +47,31 @@ const SHARED_MAPS: &[&str] = &[
     "stamp",
 ];
 
-/// Oldest kernel that has every helper and map type the programs use (ring buffers and
-/// `bpf_ktime_get_boot_ns` came with 5.8; inner maps made while the outer one is in use, 5.10).
+/// Oldest kernel that has every helper and map type that the programs use (ring buffers and
+/// `bpf_ktime_get_boot_ns` came with 5.8; inner maps that are created while the outer one is in use, 5.10).
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 
-/// Oldest kernel that verifies a function with pointers among its parameters once, whoever calls it
+/// Oldest kernel that verifies a function with pointers among its parameters only once, for all callers
 /// (`btf_prepare_func_args`, kernel/bpf/btf.c).
 pub(super) const GLOBAL_FUNCTIONS: KernelVersion = KernelVersion::new(5, 12, 0);
 
-/// How often a program is loaded before an interruption counts as a failure; libbpf tries as often.
+/// How often loading a program is attempted if signals interrupt it; libbpf has the same limit.
 const LOAD_ATTEMPTS: u32 = 5;
 
-/// Marks of the frames that the gate puts back.
+/// Marks of the frames that the gate sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
-    /// On its way to the pod.
+    /// The frame goes to the pod.
     pub deliver: u32,
-    /// On its way from the pod.
+    /// The frame comes from the pod.
     pub bounce: u32,
-    /// On its way from the pod, to be judged once more.
+    /// The frame comes from the pod, and is judged once more.
     pub again: u32,
-    /// To be counted, and to go nowhere.
+    /// The frame is counted and dropped.
     pub probe: u32,
 }
 
-/// What the programs are loaded with.
+/// The constants of the programs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Constants {
     pub(super) marks: Marks,
@@ -135,14 +135,13 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
     };
     let mut ebpf = loader
         .load(&object)
-        .context("the kernel does not take the eBPF object")?;
+        .context("the kernel rejects the eBPF object")?;
     for name in ["from_pod", "to_pod"] {
         let program: &mut SchedClassifier = ebpf
             .program_mut(name)
             .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
             .try_into()?;
-        load(program)
-            .with_context(|| format!("the kernel does not accept the program `{name}`"))?;
+        load(program).with_context(|| format!("the kernel rejects the program `{name}`"))?;
         let info = program.info()?;
         tracing::debug!(
             program = name,
@@ -153,8 +152,8 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
     Ok(ebpf)
 }
 
-/// The object without what says which functions are global: to the kernel, all are parts of their callers.
-/// The section that says so gets a name that nobody looks for.
+/// The object without the information about which functions are global, so that the kernel verifies each
+/// function as a part of its callers. The section with the information gets a name that no loader looks for.
 fn without_function_info(object: &[u8]) -> Vec<u8> {
     const NAME: &[u8] = b".BTF.ext\0";
     const OTHER: &[u8] = b".off.ext\0";
@@ -171,8 +170,8 @@ fn without_function_info(object: &[u8]) -> Vec<u8> {
     object
 }
 
-/// Loads a program, again if a signal came in between: the verifier gives up with EAGAIN then
-/// (`do_check`, kernel/bpf/verifier.c), and aya does not try again.
+/// Loads a program, and tries again if a signal interrupted it: then the verifier returns EAGAIN
+/// (`do_check`, kernel/bpf/verifier.c), and aya does not retry.
 fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
     for _ in 1..LOAD_ATTEMPTS {
         match program.load() {
@@ -189,8 +188,7 @@ pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
         .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))
 }
 
-/// A pinned map is used as it is, whatever its shape (aya does not compare): make sure that it is
-/// the one we mean.
+/// aya uses a pinned map without comparing its shape, so this checks that the shape is the expected one.
 pub(super) fn check_shapes(layout: &Layout) -> Result<()> {
     let object = Object::parse(OBJECT).context("the eBPF object cannot be parsed")?;
     for &name in SHARED_MAPS {
@@ -204,7 +202,9 @@ pub(super) fn check_shapes(layout: &Layout) -> Result<()> {
             .ok_or_else(|| anyhow!("the eBPF object has no map `{name}`"))?;
         let found = MapData::from_pin(&path)
             .and_then(|map| map.info())
-            .with_context(|| format!("cannot look at the pinned map {}", path.display()))?;
+            .with_context(|| {
+                format!("cannot read the shape of the pinned map {}", path.display())
+            })?;
         let expected = (
             expected.key_size(),
             expected.value_size(),
@@ -220,7 +220,7 @@ pub(super) fn check_shapes(layout: &Layout) -> Result<()> {
         if expected != found {
             bail!(
                 "the pinned map {} has another shape (key, value, entries, flags {found:?}, not \
-                 {expected:?}): another version of egress-agent made it; stop that one and run \
+                 {expected:?}): another version of egress-agent created it; stop that one and run \
                  `egress-agent cleanup`",
                 path.display()
             );
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_function_info_the_object_is_the_same_but_for_it() {
+    fn only_the_function_info_is_removed_from_the_object() {
         let object = without_function_info(OBJECT);
         let differing = OBJECT.iter().zip(&object).filter(|(a, b)| a != b).count();
         assert_eq!((object.len(), differing), (OBJECT.len(), 3));
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_is_too_old_is_told_what_it_lacks() {
+    fn the_error_about_an_old_kernel_names_what_it_lacks() {
         assert!(check_kernel(OLDEST_KERNEL).is_ok());
         assert!(check_kernel(KernelVersion::new(6, 18, 44)).is_ok());
         let said = check_kernel(KernelVersion::new(5, 4, 278))

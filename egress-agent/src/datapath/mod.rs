@@ -1,9 +1,10 @@
-//! The kernel side: programs, maps, pins and links. Nothing else in the agent talks to aya.
+//! The kernel side: programs, maps, pins and links. Nothing else in the agent uses aya.
 
 mod allow;
 mod bpffs;
 mod clsact;
 mod counters;
+#[cfg(feature = "test-support")]
 mod dry_run;
 mod flow_map;
 mod frame_record;
@@ -36,8 +37,9 @@ use std::time::Duration;
 pub use allow::{AllowError, AllowMap};
 pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
+#[cfg(feature = "test-support")]
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, Swept};
+pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, SweepResult};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
@@ -55,7 +57,7 @@ pub use stamp_check::{Looked, TABLE as STAMP_TABLE, Unstamped, WithoutStamp};
 pub use trace::TraceLog;
 pub use view::View;
 
-/// Whether any BPF program on this machine has a name that begins like this.
+/// Whether a BPF program with this prefix in its name is loaded on this machine.
 pub fn is_loaded(prefix: &str) -> bool {
     aya::programs::loaded_programs().flatten().any(|program| {
         program

@@ -1,11 +1,11 @@
-//! By which names the addresses in a pod's allow map are there, for the next agent.
+//! The names of the addresses in a pod's allow map, kept for the next agent.
 //!
-//! Enforcement outlives the agent, because the kernel has the classes of each address. The names are
-//! needed when the pod's policy changes: the next agent judges each address by its names then. So the
-//! gate writes them to a map that is pinned beside the allow map. No program looks at it.
+//! Enforcement outlives the agent, because the kernel has the classes of each address. When the pod's policy
+//! changes, the next agent also needs the names, by which it judges each address again. So the
+//! gate writes them to a map that is pinned beside the allow map. No program reads it.
 //!
-//! It belongs to the pod, not to a version of its policy, and it needs no map of maps: the pin is how the
-//! next agent finds it.
+//! The map belongs to the pod, not to a version of its policy. It needs no map of maps, because the next
+//! agent finds it by its pin.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData, MapError};
@@ -14,13 +14,13 @@ use egress_common::{
     records::{NAME_BY_STRANGER, NameEntry, NameKey},
 };
 
-use super::{Datapath, PodPins, policies::gone};
+use super::{Datapath, PodPins, policies::ignore_missing};
 use egress_dns::Name;
 
-/// Name of the pin.
+/// The name of the pin.
 const PIN: &str = "names";
 
-/// How many names an address may have on average before there is no room for more.
+/// How many names an address can have on average before the map is full.
 const NAMES_OF_ADDRESS: u32 = 2;
 
 type Names = HashMap<MapData, NameKey, NameEntry>;
@@ -28,26 +28,26 @@ type Names = HashMap<MapData, NameKey, NameEntry>;
 /// Handle on one pod's map of names. The gate thread is its only writer.
 pub struct NameMap(Names);
 
-/// A name that led to an address.
+/// A name that resolved to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// The address.
     pub address: Address,
     /// The name.
     pub name: Name,
-    /// Whether a stranger's name stood on the way; see [`egress_policy::NameRules::is_strangers`].
+    /// Whether a name of a stranger was in the chain; see [`egress_policy::NameRules::is_strangers`].
     pub by_stranger: bool,
-    /// When the address stops being allowed by this name.
+    /// When the address expires for this name.
     pub expires_ns: u64,
 }
 
 /// Why a name could not be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum NamesError {
-    /// The map holds as many names as it may.
+    /// The map is full.
     #[error("the map of names is full")]
     Full,
-    /// Anything else.
+    /// Any other error.
     #[error("the map of names cannot be written: {0}")]
     Kernel(#[source] MapError),
 }
@@ -83,14 +83,14 @@ impl NameMap {
         })
     }
 
-    /// Removes one name of an address; it is no error when it is not there.
+    /// Removes one name of an address; a missing name is not an error.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses.
+    /// When the kernel rejects it.
     pub fn forget(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
         match NameKey::new(address, name.as_wire()) {
-            Some(key) => gone(self.0.remove(&key)).map_err(NamesError::Kernel),
+            Some(key) => ignore_missing(self.0.remove(&key)).map_err(NamesError::Kernel),
             None => Ok(()),
         }
     }
@@ -104,7 +104,7 @@ impl NameMap {
         let mut kept = Vec::new();
         for item in &self.0 {
             let (key, entry) = item.map_err(NamesError::Kernel)?;
-            // What is no name was not written by an agent.
+            // No agent has written an entry that is not a name.
             let Some(name) = Name::from_wire(key.wire()) else {
                 continue;
             };
@@ -120,12 +120,12 @@ impl NameMap {
 }
 
 impl Datapath {
-    /// A pod's map of names: the one that is pinned, or a new one. A pinned one of another size is
-    /// replaced by one with the same names, as far as they fit.
+    /// A pod's map of names: the pinned one, or a new one. A pinned map of another size is replaced by a new
+    /// one with as many of its names as fit.
     ///
     /// # Errors
     ///
-    /// When it cannot be opened, made or pinned.
+    /// When it cannot be opened, created or pinned.
     pub fn names(&self, pins: &PodPins) -> Result<NameMap> {
         let entries = self.allow_entries.saturating_mul(NAMES_OF_ADDRESS);
         let earlier = earlier_names(pins)?;
@@ -143,7 +143,7 @@ impl Datapath {
                 if names.0.insert(key, entry, 0).is_err() {
                     tracing::warn!(
                         pod = %pins.dir().display(),
-                        "not all names of the pod's addresses fit into its smaller map of names"
+                        "the pod's new map of names is too small for all names; the agent forgets the others"
                     );
                     break;
                 }
@@ -154,7 +154,7 @@ impl Datapath {
     }
 }
 
-/// The map of names that is pinned, and how many it has room for. One of another shape counts for nothing.
+/// The pinned map of names, and its capacity. A map with another shape is ignored.
 fn earlier_names(pins: &PodPins) -> Result<Option<(MapData, u32)>> {
     let path = pins.path(PIN);
     if !path.exists() {
@@ -162,7 +162,9 @@ fn earlier_names(pins: &PodPins) -> Result<Option<(MapData, u32)>> {
     }
     let map = MapData::from_pin(&path);
     let map = map.with_context(|| format!("cannot open {}", path.display()))?;
-    let info = map.info().context("cannot look at a pod's map of names")?;
+    let info = map
+        .info()
+        .context("cannot read the kernel's description of a pod's map of names")?;
     let shape = (info.key_size() as usize, info.value_size() as usize);
     if shape != (size_of::<NameKey>(), size_of::<NameEntry>()) {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Talking to the kernel over netlink: requests are written, and replies are read, attribute by attribute.
+//! Netlink exchanges with the kernel: requests are written, and replies are read, attribute by attribute.
 
 use std::{io, time::Duration};
 
@@ -18,7 +18,7 @@ const HEADER: usize = 16;
 /// Kinds of messages, of the same file.
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-/// Of an attribute's kind, the bits that are not flags (`NLA_TYPE_MASK`).
+/// The bits of an attribute's kind that are not flags (`NLA_TYPE_MASK`).
 const KIND_MASK: u16 = 0x3fff;
 /// `NLA_F_NESTED`.
 pub(super) const NESTED: u16 = 0x8000;
@@ -42,14 +42,14 @@ impl Netlink {
         })
     }
 
-    /// Waits no longer than this for an answer.
+    /// Limits how long to wait for a reply.
     pub(super) fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
         let patience = TimeVal::new(patience.as_secs().cast_signed(), 0);
         Ok(setsockopt(&self.socket, ReceiveTimeout, &patience)?)
     }
 
-    /// Sends a request and hands on the body of each reply. Returns whether a list is whole: it is not when
-    /// it changed while it was made.
+    /// Sends a request and passes the body of each reply to `reply`. Returns whether a list is complete: it
+    /// is not if it changed during the dump.
     pub(super) fn exchange(
         &mut self,
         request: Request,
@@ -57,15 +57,15 @@ impl Netlink {
         reply: impl FnMut(&[u8]),
     ) -> io::Result<bool> {
         self.sequence = self.sequence.wrapping_add(1);
-        // One of its two bits means something else in a request that adds (`NLM_F_EXCL`).
+        // In a request that adds an object, one of the two bits has another meaning (`NLM_F_EXCL`).
         let dump = flags & NLM_F_DUMP == NLM_F_DUMP;
         let flags = flags | NLM_F_REQUEST | if dump { 0 } else { NLM_F_ACK };
         self.socket.send(&request.finish(flags, self.sequence), 0)?;
         self.receive(self.sequence, reply)
     }
 
-    /// Sends requests, each with its flags, that the kernel carries out together or not at all. The last of
-    /// `requests` is the one that is acknowledged; `end` follows it.
+    /// Sends requests, each with its flags, that the kernel executes together or not at all. The kernel
+    /// acknowledges the last of `requests`; `end` follows it.
     pub(super) fn transact(
         &mut self,
         requests: Vec<(Request, u16)>,
@@ -90,7 +90,7 @@ impl Netlink {
         self.receive_between(sequence, sequence, reply)
     }
 
-    /// Receives what is said of the requests with these numbers, until one has failed or the last one is
+    /// Receives the replies to the requests with these numbers, until one has failed or the last one is
     /// acknowledged.
     fn receive_between(
         &mut self,
@@ -109,7 +109,7 @@ impl Netlink {
             while let Some(message) = Message::first(rest)? {
                 rest = message.rest;
                 if message.sequence.wrapping_sub(first) > last.wrapping_sub(first) {
-                    // The rest of an exchange that was given up.
+                    // A reply of an exchange that was abandoned.
                     continue;
                 }
                 whole &= message.flags & NLM_F_DUMP_INTR == 0;
@@ -130,11 +130,11 @@ impl Netlink {
     }
 }
 
-/// A message that is being written.
+/// A message under construction.
 pub(super) struct Request(Vec<u8>);
 
 impl Request {
-    /// A message of this kind; `header` is what its kind has before its attributes.
+    /// A message of this kind; `header` is its fixed part before the attributes.
     pub(super) fn new(kind: u16, header: &[u8]) -> Self {
         let mut bytes = vec![0; HEADER];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
@@ -146,7 +146,7 @@ impl Request {
         add(&mut self.0, kind, value);
     }
 
-    /// Appends attributes that are written already.
+    /// Appends attributes that are encoded already.
     pub(super) fn add_all(&mut self, attributes: &[u8]) {
         self.0.extend(attributes);
     }
@@ -168,12 +168,12 @@ pub(super) fn add(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// Kind and value of each attribute; what is cut short ends them.
+/// Kind and value of each attribute; a truncated attribute ends the list.
 pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     flagged_attributes(bytes).map(|(kind, value)| (kind & KIND_MASK, value))
 }
 
-/// The same, each kind with its flags.
+/// The same with the flags of each kind.
 pub(super) fn flagged_attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
@@ -190,7 +190,7 @@ struct Message<'a> {
     flags: u16,
     sequence: u32,
     body: &'a [u8],
-    /// What follows it.
+    /// The bytes after it.
     rest: &'a [u8],
 }
 
@@ -233,7 +233,7 @@ pub(super) fn text(value: &[u8]) -> String {
 fn malformed(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("the kernel's answer over netlink holds {what}"),
+        format!("the kernel's netlink reply contains {what}"),
     )
 }
 
@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_read_as_they_were_written() {
+    fn written_attributes_are_read_back() {
         let mut bytes = Vec::new();
         add(&mut bytes, 1, b"bpf\0");
         add(&mut bytes, 2 | NESTED, &[1]);
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_that_are_cut_short_or_too_short_end_the_list() {
+    fn truncated_attributes_end_the_list() {
         for bytes in [&[8, 0, 1, 0, 1][..], &[3, 0, 1, 0], &[0, 0, 0, 0], &[4]] {
             assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
         }

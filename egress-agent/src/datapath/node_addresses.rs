@@ -1,4 +1,4 @@
-//! The addresses that the node itself takes packets for.
+//! The addresses whose packets the node delivers to itself.
 
 use std::collections::BTreeSet;
 
@@ -6,12 +6,12 @@ use anyhow::{Context as _, Result};
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use egress_common::{address::Address, limits::NODE_ADDRESSES, records::NodeAddress};
 
-use super::{Datapath, object::open, policies::gone};
+use super::{Datapath, object::open, policies::ignore_missing};
 
-/// Handle on the map `node_addresses`. Nobody else writes to it.
+/// Handle on the map `node_addresses`, and its only writer.
 pub struct NodeAddressMap {
     map: LpmTrie<MapData, Address, NodeAddress>,
-    /// What is in it: networks, and their lengths in bits of the 128-bit form.
+    /// The entries of the map: networks, and their lengths in bits of the 128-bit form.
     written: BTreeSet<(Address, u32)>,
 }
 
@@ -20,7 +20,7 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// When the pin cannot be opened, or the map not read.
+    /// When the pin cannot be opened, or the map cannot be read.
     pub fn node_addresses(&self) -> Result<NodeAddressMap> {
         let map = Map::LpmTrie(open(&self.layout, "node_addresses")?);
         let map: LpmTrie<_, _, NodeAddress> = map.try_into()?;
@@ -34,7 +34,7 @@ impl Datapath {
 }
 
 impl NodeAddressMap {
-    /// Replaces the prefixes. New ones are written before old ones go.
+    /// Replaces the prefixes. New ones are written before old ones are removed.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl NodeAddressMap {
         }
         let stale: Vec<_> = self.written.difference(prefixes).copied().collect();
         for (network, length) in stale {
-            gone(self.map.remove(&Key::new(length, network)))
+            ignore_missing(self.map.remove(&Key::new(length, network)))
                 .context("cannot write the map `node_addresses`")?;
             self.written.remove(&(network, length));
         }

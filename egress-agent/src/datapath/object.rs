@@ -26,23 +26,23 @@ use super::{
     },
     outer::OuterMaps,
     pins::{DirectoryId, Layout},
-    policies::gone,
+    policies::ignore_missing,
     stamp::Stamp,
     stamp_check::StampCheck,
 };
 
-/// A helper that the programs use where there is one: it came with 5.11.
+/// A helper that the programs use if the kernel has it (5.11).
 const COARSE_CLOCK: BpfHelper = BpfHelper::BPF_FUNC_ktime_get_coarse_ns;
 
-/// The helper that reads the kernel's record of a frame. Every kernel has it, but not for everybody.
+/// The helper that reads the kernel's record of a frame. Every kernel has it, but may forbid its use.
 const READ_KERNEL: BpfHelper = BpfHelper::BPF_FUNC_probe_read_kernel;
 
-/// How the datapath is to be set up.
+/// The options of the datapath.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Mount point of the BPF file system.
     pub bpffs: PathBuf,
-    /// Most addresses in one pod's allow map.
+    /// Capacity of one pod's allow map, in addresses.
     pub allow_entries: u32,
     /// How many flows of each kind one pod can have.
     pub flows: FlowLimits,
@@ -71,29 +71,29 @@ pub struct Datapath {
     dns_ports: Array<MapData, DnsPorts>,
     tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
-    /// The directory of pins that the maps were opened from.
+    /// The directory of pins from which the maps were opened.
     pub(super) root: DirectoryId,
     pub(super) constants: Constants,
-    /// The programs once more, for [`Datapath::stand_in`].
+    /// The programs loaded a second time, for [`Datapath::stand_in`].
     stand_in: Option<Ebpf>,
-    /// What looks for frames that the programs have not seen.
+    /// The check for frames that the programs have not judged.
     pub(super) stamp_check: Option<StampCheck>,
 }
 
 impl Datapath {
-    /// Loads the programs and opens or makes the maps, adopting those that an earlier agent left
+    /// Loads the programs and opens or creates the maps. Adopts the maps that an earlier agent left
     /// pinned.
     ///
     /// # Errors
     ///
-    /// When the kernel or the privileges do not suffice, bpffs is missing, a pinned map has another
-    /// shape, or the kernel refuses a program. Each message says what to do.
+    /// When the kernel or the privileges are insufficient, bpffs is missing, a pinned map has another
+    /// shape, or the kernel rejects a program. Each message says what to do.
     pub fn open(options: &Options) -> Result<Self> {
         let kernel = KernelVersion::current().context("cannot read the kernel's version")?;
         check_kernel(kernel)?;
         bpffs::mount_if_missing(&options.bpffs)?;
         let layout = Layout::new(&options.bpffs);
-        // Two agents that start together must open the same maps, and agree on the stamp.
+        // Two agents that start at the same time must open the same maps and use the same stamp.
         let _opening = layout.lock_top()?;
         layout.create()?;
         let root = layout.identity()?;
@@ -106,14 +106,14 @@ impl Datapath {
             probe: random_mark()?,
         };
         let coarse_clock = is_helper_supported(ProgramType::SchedClassifier, COARSE_CLOCK)
-            .context("cannot find out which clocks the kernel offers")?;
+            .context("cannot find out which clocks the kernel has")?;
         let reads = is_helper_supported(ProgramType::SchedClassifier, READ_KERNEL)
             .context("cannot find out whether programs may read the kernel's memory")?;
         if !reads {
             bail!(
-                "the kernel does not let programs read its memory, and so not where checksums are written: \
-                 its lockdown mode is `confidentiality` (/sys/kernel/security/lockdown); boot it with \
-                 lockdown=integrity"
+                "the kernel does not let programs read its memory, so they cannot find out which checksums \
+                 are complete: its lockdown mode is `confidentiality` (/sys/kernel/security/lockdown); boot \
+                 it with lockdown=integrity"
             );
         }
         let constants = Constants {
@@ -128,10 +128,11 @@ impl Datapath {
         let mut ebpf = load_object(&layout, &constants)?;
         constants.stamp.keep(take(&mut ebpf, "stamp")?)?;
 
-        // Pinned maps have the type information of the build that made them.
+        // Pinned maps have the type information of the build that created them, so use a map that is not
+        // pinned.
         let unpinned: MapData = match take(&mut ebpf, "names")? {
             Map::HashMap(names) => names,
-            _ => bail!("the map `names` of the eBPF object is no hash map"),
+            _ => bail!("the map `names` of the eBPF object is not a hash map"),
         };
         let templates = Templates::new(OBJECT, &unpinned.info()?)?;
         Ok(Self {
@@ -157,8 +158,8 @@ impl Datapath {
         })
     }
 
-    /// Looks from now on for frames without a stamp, or takes over an earlier agent's check. To be called
-    /// while the pins are locked: there is one check in a network namespace. Without nf_tables there is none.
+    /// Starts to look for frames without a stamp, or takes over an earlier agent's check. Call this while
+    /// the pins are locked: a network namespace has only one check. A kernel without nf_tables has none.
     ///
     /// # Errors
     ///
@@ -169,12 +170,12 @@ impl Datapath {
         Ok(())
     }
 
-    /// Marks of the frames that the gate puts back.
+    /// Marks of the frames that the gate sends.
     pub fn marks(&self) -> Marks {
         self.constants.marks
     }
 
-    /// The same programs, loaded a second time: the kernel does not attach one program twice to a
+    /// The same programs, loaded a second time, because the kernel does not attach one program twice to a
     /// hook. They stay loaded.
     pub(super) fn stand_in(&mut self) -> Result<&mut Ebpf> {
         let loaded = match self.stand_in.take() {
@@ -184,7 +185,7 @@ impl Datapath {
         Ok(self.stand_in.insert(loaded))
     }
 
-    /// A handle on the counts of probes.
+    /// A handle on the probe counters.
     ///
     /// # Errors
     ///
@@ -199,22 +200,22 @@ impl Datapath {
         &self.bpffs
     }
 
-    /// The ring of held DNS messages. There can be only one reader.
+    /// The ring of held DNS messages. It can have only one reader.
     ///
     /// # Errors
     ///
-    /// When it was taken already or cannot be mapped.
+    /// When it was taken before or cannot be mapped.
     pub fn take_held(&mut self) -> Result<HeldRing> {
         let ring = aya::maps::RingBuf::try_from(take(&mut self.ebpf, "held")?)?;
         let awake = aya::maps::Array::try_from(take(&mut self.ebpf, "gate_awake")?)?;
         HeldRing::new(ring, awake)
     }
 
-    /// The ring of denials. There can be only one reader.
+    /// The ring of denials. It can have only one reader.
     ///
     /// # Errors
     ///
-    /// When it was taken already or cannot be mapped.
+    /// When it was taken before or cannot be mapped.
     pub fn take_denials(&mut self) -> Result<DenialRing> {
         Ok(DenialRing::new(aya::maps::RingBuf::try_from(take(
             &mut self.ebpf,
@@ -245,10 +246,10 @@ impl Datapath {
         Ok(CounterMap::new(counters, meters))
     }
 
-    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and what
-    /// the map says. Resolvers are asked on at most [`DNS_PORTS`] ports.
+    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and map
+    /// value. Resolvers can have at most [`DNS_PORTS`] different ports.
     ///
-    /// New prefixes are written before old ones go, so that no address is unprotected in between.
+    /// New prefixes are written before old ones are removed, so that no address is unprotected in between.
     ///
     /// # Errors
     ///
@@ -259,10 +260,10 @@ impl Datapath {
         for port in ports.by_ref().filter(|port| *port != 0) {
             if !next.contains(&port) {
                 let free = next.iter_mut().find(|slot| **slot == 0);
-                *free.context("resolvers are asked on too many ports")? = port;
+                *free.context("the resolvers have too many different ports")? = port;
             }
         }
-        // The map's value is not replaced at once, so only one half of it changes at a time.
+        // The map's value is not replaced atomically, so only one half of it changes at a time.
         let before = self.dns_ports.get(&0, 0).unwrap_or_default().ports[0];
         self.set_dns_ports([before, next])?;
         self.set_prefixes(ranges)?;
@@ -270,8 +271,8 @@ impl Datapath {
         self.set_dns_ports([next, [0; DNS_PORTS]])
     }
 
-    /// Replaces what needs an address entry to internal addresses. New kinds are written before old
-    /// ones go, so that none is open in between.
+    /// Replaces the tunnels, whose internal addresses need an address entry. New ones are written before old
+    /// ones are removed, so that none is open in between.
     ///
     /// # Errors
     ///
@@ -288,7 +289,7 @@ impl Datapath {
             .collect::<Result<_, _>>()
             .context("cannot read the map `tunnels`")?;
         for key in known.iter().filter(|key| !tunnels.contains(key)) {
-            gone(self.tunnels.remove(key)).context("cannot write the map `tunnels`")?;
+            ignore_missing(self.tunnels.remove(key)).context("cannot write the map `tunnels`")?;
         }
         Ok(())
     }
@@ -318,12 +319,12 @@ impl Datapath {
             .collect::<Result<_, _>>()
             .context("cannot read the map `ranges`")?;
         for key in stale {
-            gone(self.ranges.remove(&key)).context("cannot write the map `ranges`")?;
+            ignore_missing(self.ranges.remove(&key)).context("cannot write the map `ranges`")?;
         }
         Ok(())
     }
 
-    /// Pods that an earlier agent left enforced, by their id.
+    /// Pods that an earlier agent enforced, by their id.
     ///
     /// # Errors
     ///
@@ -366,12 +367,13 @@ pub(super) fn open(layout: &Layout, name: &str) -> Result<MapData> {
     MapData::from_pin(layout.map(name)).with_context(|| format!("cannot open the map `{name}`"))
 }
 
-/// A mark that nobody else on the node uses by chance and that is not zero, the mark of everything.
+/// A random mark, so that no other software on the node uses it except by chance. Zero is excluded, because
+/// most frames have it.
 fn random_mark() -> Result<u32> {
     random(u32::MAX)
 }
 
-/// A random number of these bits that is not zero.
+/// A random number within these bits that is not zero.
 pub(super) fn random(bits: u32) -> Result<u32> {
     use std::io::Read as _;
     let mut random = std::fs::File::open("/dev/urandom").context("cannot open /dev/urandom")?;

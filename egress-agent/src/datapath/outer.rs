@@ -1,10 +1,10 @@
-//! The maps of maps, and changing many of their entries together.
+//! The maps of maps, and concurrent changes of many of their entries.
 //!
-//! After each change of such a map the kernel lets the caller wait until no program can be looking
-//! at what was there before: one or two RCU grace periods of some 15 ms
+//! After each change of such a map, the kernel makes the caller wait until no program can use
+//! the former entry: one or two RCU grace periods of some 15 ms
 //! (`maybe_wait_bpf_programs`, kernel/bpf/syscall.c). Callers that wait at the same time wait for
 //! the same grace periods. So each change is made on a thread of its own, up to a limit, and a
-//! hundred take little longer than one.
+//! hundred changes take little longer than one.
 
 use std::{
     os::fd::AsFd as _,
@@ -15,15 +15,15 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{HashOfMaps, Map, MapData, MapError};
 
-use super::policies::gone;
+use super::policies::ignore_missing;
 
-/// Most threads that wait at the same time; all they do is wait.
+/// Most threads that wait at the same time. They do nothing else.
 const THREADS: usize = 128;
 
-/// Enough for a system call and an error.
+/// Stack of such a thread: enough for a system call and an error.
 const STACK: usize = 128 * 1024;
 
-/// Which map of maps.
+/// One of the maps of maps.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Outer {
     Allow,
@@ -37,7 +37,7 @@ pub(super) enum Outer {
 }
 
 impl Outer {
-    /// What a pod has of its own.
+    /// The maps that each pod has of its own.
     pub(super) const OF_POD: [Self; 6] = [
         Self::Flows,
         Self::Inbound,
@@ -65,7 +65,7 @@ impl Outer {
 pub(super) enum Change {
     /// Puts an inner map under a key.
     Insert(Outer, u32, MapData),
-    /// Removes what is under a key; it is no error when there is nothing.
+    /// Removes the entry under a key; a missing entry is not an error.
     Remove(Outer, u32),
 }
 
@@ -82,7 +82,7 @@ pub(super) struct OuterMaps {
 }
 
 impl OuterMaps {
-    /// `open` opens a map of this name.
+    /// Opens the maps; `open` opens the map of a name.
     pub(super) fn open(open: impl Fn(&str) -> Result<MapData>) -> Result<Self> {
         let open = |outer: Outer| open(outer.name());
         Ok(Self {
@@ -108,8 +108,8 @@ impl OuterMaps {
         }
     }
 
-    /// Makes all changes, in no particular order, and returns what became of each, in theirs. When
-    /// this returns, no program looks at anything that was removed.
+    /// Makes all changes, in any order, and returns the result of each, in the order of `changes`. When
+    /// this returns, no program uses a removed map.
     pub(super) fn change(&self, changes: Vec<Change>) -> Vec<Result<()>> {
         let mut results = Vec::new();
         results.resize_with(changes.len(), || Err(anyhow!("not tried")));
@@ -129,7 +129,7 @@ impl OuterMaps {
         thread::scope(|scope| {
             for _ in 1..threads {
                 let thread = thread::Builder::new().name("maps".into()).stack_size(STACK);
-                // With fewer threads it takes longer.
+                // Fewer threads only take longer.
                 if thread.spawn_scoped(scope, work).is_err() {
                     break;
                 }
@@ -144,12 +144,12 @@ impl OuterMaps {
             Change::Insert(outer, key, inner) => {
                 (outer, self.handle(outer)?.insert(key, &inner, 0))
             }
-            Change::Remove(outer, key) => (outer, gone(self.handle(outer)?.remove(&key))),
+            Change::Remove(outer, key) => (outer, ignore_missing(self.handle(outer)?.remove(&key))),
         };
         result.with_context(|| format!("cannot write the map `{}`", outer.name()))
     }
 
-    /// A handle of the caller's own: aya's cannot be written through by two threads.
+    /// A new handle for the caller, because two threads cannot write through one of aya's.
     fn handle(&self, outer: Outer) -> Result<HashOfMaps<MapData, u32, MapData>> {
         let map = match outer {
             Outer::Allow => &self.allow,

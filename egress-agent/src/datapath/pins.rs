@@ -1,4 +1,4 @@
-//! Where things are pinned, so that enforcement outlives the agent.
+//! The pins, by which enforcement outlives the agent.
 //!
 //! ```text
 //! <bpffs>/egress-agent/v1/            maps that all pods share, by name
@@ -21,7 +21,7 @@ use nix::{
 
 use super::{Datapath, links, stamp_check};
 
-/// Raised whenever a pinned map changes its shape; an agent never touches another version's pins.
+/// Incremented when a pinned map changes its shape; an agent never touches another version's pins.
 const VERSION: &str = "v1";
 
 /// The directories of the pins.
@@ -66,17 +66,17 @@ impl Layout {
     }
 }
 
-/// Held while an agent works with the pins; a second one on the same pins is refused.
+/// Held while an agent uses the pins; a second agent on the same pins is refused.
 #[must_use = "the lock is released when it is dropped"]
 pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
-/// What came of an attempt to lock the pins.
+/// The result of an attempt to lock the pins.
 pub enum TryLock {
-    /// No other agent works with them.
+    /// No other agent uses them.
     Locked(Lock),
-    /// Another one does.
+    /// Another agent uses them.
     AnothersLock,
-    /// They have been removed since they were opened.
+    /// They have been removed since this agent opened them.
     Gone,
 }
 
@@ -85,8 +85,8 @@ impl TryLock {
         match self {
             Self::Locked(lock) => Ok(lock),
             Self::AnothersLock => bail!(
-                "another egress-agent is running with the pins in {}; stop that one first, or have this one \
-                 wait for its end with --take-over",
+                "another egress-agent is running with the pins in {}; stop that one first, or start this one \
+                 with --take-over to wait for its end",
                 root.display()
             ),
             Self::Gone => bail!(
@@ -102,11 +102,11 @@ impl TryLock {
 pub(super) struct DirectoryId(u64, u64);
 
 impl Datapath {
-    /// Makes sure that no other agent works with the same pins.
+    /// Ensures that no other agent uses the same pins.
     ///
     /// # Errors
     ///
-    /// When one does.
+    /// When another agent does.
     pub fn lock(&self) -> Result<Lock> {
         self.try_lock()?.or_refuse(&self.layout.root)
     }
@@ -118,7 +118,7 @@ impl Datapath {
     /// When the pins cannot be locked.
     pub fn try_lock(&self) -> Result<TryLock> {
         Ok(match self.layout.try_lock()? {
-            // Somebody has removed the pins, and a third agent may have made others.
+            // The pins were removed, and a third agent may have created new ones.
             TryLock::Locked(_) if self.layout.identity()? != self.root => TryLock::Gone,
             tried => tried,
         })
@@ -130,14 +130,14 @@ impl Layout {
         self.try_lock()?.or_refuse(&self.root)
     }
 
-    /// Which directory the pins are in.
+    /// Identifies the directory of the pins.
     pub(super) fn identity(&self) -> Result<DirectoryId> {
         let metadata = fs::metadata(&self.root)
-            .with_context(|| format!("cannot look at {}", self.root.display()))?;
+            .with_context(|| format!("cannot read the inode of {}", self.root.display()))?;
         Ok(DirectoryId(metadata.dev(), metadata.ino()))
     }
 
-    /// Waits until nobody else opens or removes the pins. That takes others a moment.
+    /// Waits until no other agent opens or removes the pins, which takes only a moment.
     pub(super) fn lock_top(&self) -> Result<Flock<File>> {
         let top = self.root.parent().context("the pins have no directory")?;
         let cannot = || format!("cannot lock {}", top.display());
@@ -193,7 +193,7 @@ pub struct PodPins {
 }
 
 impl PodPins {
-    /// Where the pod's pins are.
+    /// The directory of the pod's pins.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -207,7 +207,7 @@ impl PodPins {
         self.dir.join(name)
     }
 
-    /// Pins a map, in place of an earlier one under the same name without a moment of neither.
+    /// Pins a map, and replaces an earlier pin of the same name atomically.
     pub(super) fn replace(&self, name: &str, map: &aya::maps::MapData) -> Result<()> {
         self.create()?;
         let (path, new) = (self.path(name), self.path(&format!("{name}_new")));
@@ -217,7 +217,7 @@ impl PodPins {
         fs::rename(&new, &path).with_context(|| format!("cannot move {}", path.display()))
     }
 
-    /// Removes everything that is pinned for the pod.
+    /// Removes all of the pod's pins.
     pub fn remove(&self) -> Result<()> {
         match fs::remove_dir_all(&self.dir) {
             Ok(()) => Ok(()),
@@ -229,14 +229,13 @@ impl PodPins {
     }
 }
 
-/// Removes every pin, link and clsact filter that an agent left under `bpffs`, of every version, and its
-/// tables of nf_tables.
-/// Returns from how many interfaces it detached; `None` when there was nothing at all. `held` is the agent's own
-/// lock, if it is one that calls.
+/// Removes every pin, link and clsact filter that an agent of any version left under `bpffs`, and its tables
+/// of nf_tables. Returns the number of interfaces that were detached; `None` if there was nothing at all.
+/// `held` is the caller's own lock, if the caller is the agent.
 ///
 /// # Errors
 ///
-/// When something cannot be removed.
+/// When a part cannot be removed.
 pub fn cleanup(bpffs: &Path, held: Option<Lock>) -> Result<Option<usize>> {
     let top = bpffs.join("egress-agent");
     if !top.exists() {
@@ -248,7 +247,7 @@ pub fn cleanup(bpffs: &Path, held: Option<Lock>) -> Result<Option<usize>> {
         held => held,
     };
     let _opening = layout.lock_top()?;
-    // First, or frames that are stamped no more would be dropped.
+    // Remove the stamp check first, or it would drop frames once nothing stamps them.
     stamp_check::remove()?;
     let mut detached = 0;
     for version in fs::read_dir(&top).with_context(|| format!("cannot read {}", top.display()))? {
@@ -269,9 +268,9 @@ pub(super) fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes a Kubernetes name a bpffs name, reversibly: bpffs refuses dots (`bpf_lookup`,
-/// kernel/bpf/inode.c), and `_` separates namespace and name. Anything but letters, digits and `-` is
-/// written as `~` and two hexadecimal digits.
+/// Converts a Kubernetes name to a bpffs name, reversibly: bpffs forbids dots (`bpf_lookup`,
+/// kernel/bpf/inode.c), and `_` separates namespace and name. Every character except letters, digits and `-`
+/// becomes `~` and two hexadecimal digits.
 fn escape(name: &str) -> String {
     let mut escaped = String::with_capacity(name.len());
     for byte in name.bytes() {
@@ -290,7 +289,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_name_with_dots_has_a_pin_of_its_own() {
+    fn the_pins_of_different_pods_have_different_names() {
         let layout = Layout::new(Path::new("/sys/fs/bpf"));
         let pins = layout.pod("shop", "cart.v2-0");
         assert_eq!(

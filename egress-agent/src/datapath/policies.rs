@@ -1,4 +1,4 @@
-//! Policies and their inner maps, pods and their flows.
+//! Policies with their inner maps, and pods with their flows.
 
 use std::{panic::resume_unwind, sync::Arc, thread};
 
@@ -14,7 +14,7 @@ use super::{
     outer::{Change, Outer, another},
 };
 
-/// A pod whose own maps are to be made: flows, meter, identity.
+/// A pod whose own maps (flows, meter, identity) are to be created.
 #[derive(Clone, Copy, Debug)]
 pub struct NewPod<'a> {
     /// Its id in the maps.
@@ -27,18 +27,19 @@ pub struct NewPod<'a> {
     pub uid: &'a str,
 }
 
-/// A version of a policy whose maps are to be made. Nothing is under it until an interface says so.
+/// A version of a policy whose maps are to be created. It applies once the entry of an interface refers to
+/// it.
 #[derive(Clone, Debug)]
 pub struct NewPolicy<'a> {
     /// Its id in the maps, which must be new.
     pub id: u32,
-    /// Its record.
+    /// Its record in the map `policies`.
     pub record: &'a Policy,
     /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
     pub cidrs: Vec<(Address, u32, u64)>,
 }
 
-/// What is to be made for one pod.
+/// The maps to be created for one pod.
 #[derive(Clone, Debug, Default)]
 pub struct NewMaps<'a> {
     /// Its own maps.
@@ -47,25 +48,25 @@ pub struct NewMaps<'a> {
     pub policy: Option<NewPolicy<'a>>,
 }
 
-/// Something in the maps that is of no use any more.
+/// Maps that are not used any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unused {
     /// The maps of a version of a policy.
     Policy(u32),
-    /// A pod's own maps, but for its meter (see [`super::CounterMap::forget`]).
+    /// A pod's own maps, except its meter (see [`super::CounterMap::forget`]).
     Pod(u32),
 }
 
 impl Datapath {
-    /// Makes maps for many pods at once, which takes little longer than for one. Returns for each
-    /// pod the allow map of its new policy, if it is to have one.
+    /// Creates the maps of many pods together, which takes little longer than for one. Returns for each
+    /// pod the allow map of its new policy, if it gets one.
     ///
-    /// While the kernel takes its time, `to_pod` is attached to as many of the interfaces of new pods
-    /// as that time suffices for. It lets everything pass until the interface has its entry, and
-    /// [`Self::attach`] then finds it there, or says what is wrong.
+    /// While the kernel waits for grace periods, `to_pod` is attached to as many of the interfaces of new
+    /// pods as the time allows. It lets everything pass until the interface has its entry. Later,
+    /// [`Self::attach`] finds it attached, or returns the error.
     ///
-    /// What fails for one pod concerns no other. Some of its maps may be there all the same: they
-    /// can be made again, or dropped.
+    /// A failure affects only one pod. Some of the pod's maps may exist nevertheless: they
+    /// can be created again, or removed.
     pub fn make(
         &mut self,
         wanted: &[NewMaps<'_>],
@@ -98,7 +99,7 @@ impl Datapath {
         made
     }
 
-    /// Everything but the entries in the maps of maps, which are left in `inner`.
+    /// Creates everything except the entries in the maps of maps, which are added to `inner`.
     fn make_inner(
         &mut self,
         wanted: &NewMaps<'_>,
@@ -110,7 +111,7 @@ impl Datapath {
         let Some(policy) = &wanted.policy else {
             return Ok(None);
         };
-        // First and last of all in this map, so that it knows of everything that may be left.
+        // Written first and removed last, so that this map lists everything that may be left over.
         self.policies
             .insert(policy.id, policy.record, 0)
             .context("cannot write the map `policies`")?;
@@ -130,9 +131,9 @@ impl Datapath {
         self.allow_map(handle).map(Some)
     }
 
-    /// A pod's flow maps, which are left in `inner`.
+    /// Creates a pod's flow maps, whose entries in the maps of maps are added to `inner`.
     fn make_flows(&mut self, pod: NewPod<'_>, inner: &mut Vec<Change>) -> Result<()> {
-        // First and last of all in this map, so that it knows of everything that may be left.
+        // Written first and removed last, so that this map lists everything that may be left over.
         let identity = interfaces::identity(pod.namespace, pod.name, pod.uid)?;
         self.identities
             .insert(pod.id, identity, 0)
@@ -153,11 +154,11 @@ impl Datapath {
                 _ => self.templates.flows(name, limits.established)?,
             });
         }
-        // Not before there are others to take their place.
+        // Remove the old pins only now that their replacements exist.
         pins.remove()?;
         for (outer, map) in Outer::OF_POD.into_iter().zip(maps) {
             let name = outer.name();
-            // A queue cannot be read without emptying it.
+            // A queue is not pinned, because it cannot be read without emptying it.
             if !matches!(outer, Outer::OrderFromPod | Outer::OrderToPod) {
                 pins.replace(name, &map)?;
             }
@@ -166,7 +167,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Notes that a pod begins to be enforced whose sources nobody has judged until now.
+    /// Records the start of the enforcement of a pod whose sources were not judged before.
     ///
     /// # Errors
     ///
@@ -182,7 +183,7 @@ impl Datapath {
             .context("cannot write the map `forged`")
     }
 
-    /// Notes that a pod may have sent frames in others' names until now.
+    /// Records that the pod may have sent frames with forged sources until now.
     ///
     /// # Errors
     ///
@@ -198,8 +199,8 @@ impl Datapath {
             .context("cannot write the map `forged`")
     }
 
-    /// Removes what nobody uses any more, and returns for each whether it is gone. No interface may
-    /// be under it.
+    /// Removes maps that are not used any more, and returns the result for each. No interface may refer to
+    /// them.
     pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
         let mut changes = Vec::new();
         let mut owners = Vec::new();
@@ -224,13 +225,12 @@ impl Datapath {
         for (&unused, dropped) in unused.iter().zip(&mut dropped) {
             if dropped.is_ok() {
                 *dropped = match unused {
-                    Unused::Policy(id) => {
-                        gone(self.policies.remove(&id)).context("cannot write the map `policies`")
-                    }
-                    Unused::Pod(id) => gone(self.forged.remove(&id))
+                    Unused::Policy(id) => ignore_missing(self.policies.remove(&id))
+                        .context("cannot write the map `policies`"),
+                    Unused::Pod(id) => ignore_missing(self.forged.remove(&id))
                         .context("cannot write the map `forged`")
                         .and_then(|()| {
-                            gone(self.identities.remove(&id))
+                            ignore_missing(self.identities.remove(&id))
                                 .context("cannot write the map `identities`")
                         }),
                 };
@@ -239,7 +239,7 @@ impl Datapath {
         dropped
     }
 
-    /// Where the pins of an adopted pod are.
+    /// The pins of an adopted pod.
     pub fn pins_of(&self, namespace: &str, name: &str) -> PodPins {
         self.layout.pod(namespace, name)
     }
@@ -257,7 +257,7 @@ impl Datapath {
         pins.replace("allow", &allow)
     }
 
-    /// A policy's record; `None` when there is none.
+    /// A policy's record; `None` if it does not exist.
     ///
     /// # Errors
     ///
@@ -270,7 +270,7 @@ impl Datapath {
         }
     }
 
-    /// A policy that an earlier agent made, when it is exactly this one.
+    /// The allow map of a policy that an earlier agent created, if that policy equals this one.
     ///
     /// # Errors
     ///
@@ -304,7 +304,7 @@ impl Datapath {
         };
         if allow
             .info()
-            .context("cannot look at an allow map")?
+            .context("cannot read the kernel's description of an allow map")?
             .max_entries()
             != self.allow_entries
         {
@@ -313,8 +313,8 @@ impl Datapath {
         self.allow_map(allow).map(Some)
     }
 
-    /// Makes policies with the allow maps and prefixes of others, for all of them together: the id of the other
-    /// one, the new id, the new record. Returns for each whether it is there.
+    /// Creates policies with the allow maps and prefixes of others, all together. Each copy names the id of
+    /// the other policy, the new id and the new record. Returns the result for each.
     pub fn copy_policies(&mut self, copies: &[(u32, u32, Policy)]) -> Vec<Result<()>> {
         let mut changes = Vec::new();
         let mut owners = Vec::new();
@@ -331,7 +331,7 @@ impl Datapath {
         made
     }
 
-    /// Everything but the entries in the maps of maps, which are left in `inner`.
+    /// Creates everything except the entries in the maps of maps, which are added to `inner`.
     fn copy_policy(
         &mut self,
         from: u32,
@@ -339,7 +339,7 @@ impl Datapath {
         record: &Policy,
         inner: &mut Vec<Change>,
     ) -> Result<()> {
-        // First and last of all in this map, so that it knows of everything that may be left.
+        // Written first and removed last, so that this map lists everything that may be left over.
         self.policies
             .insert(to, record, 0)
             .context("cannot write the map `policies`")?;
@@ -350,7 +350,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// The allow map of a policy that an earlier agent made, whatever its size; `None` when there is none.
+    /// The allow map of a policy that an earlier agent created, whatever its size; `None` if there is none.
     ///
     /// # Errors
     ///
@@ -360,7 +360,7 @@ impl Datapath {
         allow.map(|allow| self.allow_map(allow)).transpose()
     }
 
-    /// The flows of a pod; `None` when they were never made.
+    /// The flows of a pod; `None` if its maps were not all created.
     ///
     /// # Errors
     ///
@@ -368,7 +368,7 @@ impl Datapath {
     pub fn flow_map(&self, pod: u32) -> Result<Option<FlowMap>> {
         let maps = Outer::OF_POD.map(|outer| self.outer.get(outer, pod));
         let [flows, inbound, opening, called, from_pod, to_pod] = maps;
-        // The agent may have been killed while it made them.
+        // The agent may have been killed while it created them.
         match (flows?, inbound?, opening?, called?, from_pod?, to_pod?) {
             (Some(flows), Some(inbound), Some(opening), Some(called), Some(_), Some(_)) => {
                 let idle_ns = self.constants.udp_idle_ns;
@@ -388,8 +388,8 @@ pub(super) fn trie_of(map: MapData) -> Result<LpmTrie<MapData, Address, CidrEntr
     Ok(LpmTrie::try_from(Map::LpmTrie(map))?)
 }
 
-/// That an entry is not there is no error when it is to be removed.
-pub(super) fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
+/// Treats the error that an entry to be removed is missing as success.
+pub(super) fn ignore_missing(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::SyscallError(syscall))
             if syscall.io_error.raw_os_error() == Some(libc::ENOENT) =>

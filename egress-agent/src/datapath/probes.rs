@@ -1,10 +1,10 @@
-//! How many probe frames have come to the programs.
+//! The counters of probe frames that reached the programs.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
 use egress_common::records::Probes;
 
-use super::policies::gone;
+use super::policies::ignore_missing;
 
 /// Handle on the `probes` map.
 pub struct ProbeMap(HashMap<MapData, u32, Probes>);
@@ -14,7 +14,7 @@ impl ProbeMap {
         Self(map)
     }
 
-    /// How many probes have come to `from_pod` on an interface. The first time, counting begins.
+    /// How many probes have reached `from_pod` on an interface. The first call starts the counter.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl ProbeMap {
         }
     }
 
-    /// Forgets the counts of all interfaces but these.
+    /// Removes the counters of all interfaces except those to keep.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl ProbeMap {
             .collect::<Result<_, _>>()
             .context("cannot read the map `probes`")?;
         for ifindex in known.into_iter().filter(|ifindex| !is_kept(*ifindex)) {
-            gone(self.0.remove(&ifindex)).context("cannot write the map `probes`")?;
+            ignore_missing(self.0.remove(&ifindex)).context("cannot write the map `probes`")?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The ring buffers: DNS messages that were taken, and denials.
+//! The ring buffers: held DNS messages, and denials.
 
 use std::{
     os::fd::{AsFd, BorrowedFd},
@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData, RingBuf};
 use egress_common::records::{Denial, Held};
 
-/// The ring of DNS messages that wait for the agent.
+/// The ring of held DNS messages.
 ///
-/// A message wakes whoever waits for the ring only while [`Self::say_asleep`] was said last.
+/// A message wakes the thread that waits for the ring only while wake-ups are enabled.
 pub struct HeldRing {
     ring: RingBuf<MapData>,
     awake: Array<MapData, u32>,
@@ -20,7 +20,7 @@ pub struct HeldRing {
 /// One message from the ring.
 #[derive(Clone, Copy, Debug)]
 pub struct HeldFrame<'a> {
-    /// Where it comes from.
+    /// Its origin.
     pub head: Held,
     /// The frame from its Ethernet header on.
     pub frame: &'a [u8],
@@ -29,27 +29,27 @@ pub struct HeldFrame<'a> {
 impl HeldRing {
     pub(super) fn new(ring: RingBuf<MapData>, awake: Array<MapData, u32>) -> Result<Self> {
         let mut new = Self { ring, awake };
-        // An earlier agent may have been killed while it was awake.
-        new.say_asleep()?;
+        // An earlier agent may have been killed while wake-ups were disabled.
+        new.enable_wakeups()?;
         Ok(new)
     }
 
-    /// From now on nobody is woken: the ring is looked at again and again.
+    /// Disables wake-ups, for a thread that polls the ring.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written; messages then go on waking.
-    pub fn say_awake(&mut self) -> Result<()> {
+    /// When the map cannot be written; then messages still wake the thread.
+    pub fn disable_wakeups(&mut self) -> Result<()> {
         self.set_awake(1)
     }
 
-    /// From now on every message wakes. Messages that came before do not: look once more before
+    /// Enables wake-ups. Messages from before do not wake the thread, so read the ring once more before
     /// waiting.
     ///
     /// # Errors
     ///
-    /// When the map cannot be written; messages then do not wake.
-    pub fn say_asleep(&mut self) -> Result<()> {
+    /// When the map cannot be written; then messages do not wake the thread.
+    pub fn enable_wakeups(&mut self) -> Result<()> {
         self.set_awake(0)
     }
 
@@ -57,12 +57,12 @@ impl HeldRing {
         self.awake
             .set(0, awake, 0)
             .context("cannot write the map `gate_awake`")?;
-        // The ring is not to be looked at before the programs can see what was written.
+        // The programs must see the write before this thread reads the ring.
         fence(Ordering::SeqCst);
         Ok(())
     }
 
-    /// Gives the next message to `take`; returns whether there was one.
+    /// Passes the next message to `take`; returns whether there was one.
     pub fn next(&mut self, take: impl FnOnce(HeldFrame<'_>)) -> bool {
         let Some(item) = self.ring.next() else {
             return false;

@@ -1,4 +1,4 @@
-//! The number that `from_pod` puts on every frame.
+//! The stamp: the number that `from_pod` puts on every frame that it passes.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData};
@@ -8,18 +8,18 @@ use super::{
     pins::Layout,
 };
 
-/// Name of the map that keeps it.
+/// The map that keeps the stamp.
 const MAP: &str = "stamp";
 
-/// Bits of `skb->priority` that a stamp may have. The four that qdiscs choose a band or a queue by
-/// (`TC_PRIO_MAX`, `TC_BITMASK`) stay zero: a stamped frame has the same one as any other.
+/// Bits of `skb->priority` that a stamp may have. The four bits by which qdiscs choose a band or a queue
+/// (`TC_PRIO_MAX`, `TC_BITMASK`) stay zero, so that a stamped frame gets the same one as any other.
 const BITS: u32 = !0xf;
-/// Of these some must be set: a priority whose upper half is zero is a band (`prio_classify`,
-/// `net/sched/sch_prio.c`).
+/// At least one of these bits must be set, because a priority whose upper half is zero is a band
+/// (`prio_classify`, `net/sched/sch_prio.c`).
 const MAJOR: u32 = 0xffff_0000;
 
-/// A priority that nobody else on the node uses by chance; the same as long as the pins are there, so that
-/// an agent and the next one agree on it.
+/// A random priority, so that no other software on the node uses it except by chance. It stays the same as
+/// long as the pins exist, so that an agent and its successor use the same one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp(pub(super) u32);
 
@@ -29,7 +29,7 @@ impl Stamp {
         if layout.map(MAP).exists() {
             let map = Array::try_from(Map::Array(open(layout, MAP)?))?;
             let kept: u32 = map.get(&0, 0).context("cannot read the map `stamp`")?;
-            // Zero when the agent was killed before it could keep one: then no program has it.
+            // Zero if the agent was killed before it stored a stamp; then no program uses one.
             if kept != 0 {
                 return Ok(Self(kept));
             }
@@ -42,7 +42,7 @@ impl Stamp {
         }
     }
 
-    /// Keeps it for the next agent.
+    /// Stores the stamp for the next agent.
     pub(super) fn keep(self, map: Map) -> Result<()> {
         let mut map: Array<MapData, u32> = map.try_into()?;
         map.set(0, self.0, 0)

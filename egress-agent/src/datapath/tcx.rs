@@ -1,4 +1,4 @@
-//! Attaching the programs through tcx links (kernel 6.6 and newer).
+//! Attaches the programs through tcx links (kernel 6.6 and newer).
 
 use std::{fs, io, path::Path};
 
@@ -20,7 +20,7 @@ use super::{
 use crate::host::interface_name;
 
 impl Datapath {
-    /// Attaches one program, in place of an earlier agent's or of itself.
+    /// Attaches one program, and replaces that of an earlier agent or an existing one.
     pub(super) fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         let (pin, next) = pins(&self.layout.links(), ifindex, hook);
         let program = self.program(hook)?;
@@ -28,11 +28,11 @@ impl Datapath {
         if let Some(link) = pinned(&pin)? {
             match program.attach_to_link(SchedClassifierLink::try_from(link)?) {
                 Ok(id) => {
-                    // The pin keeps the link; ours is only a second handle.
+                    // The pin keeps the link; this is only a second handle.
                     drop(program.take_link(id)?);
                     attached = true;
                 }
-                // The link outlived its device: the index belongs to a new one now.
+                // The link has outlived its interface, and the index belongs to a new one now.
                 Err(error) if is_defunct(&error) => remove_if_there(&pin)?,
                 Err(error) => return Err(error.into()),
             }
@@ -46,7 +46,7 @@ impl Datapath {
         remove_if_there(&next)
     }
 
-    /// Where the program stands among those of its hook.
+    /// The position of the program on its hook.
     pub(super) fn tcx_standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
         let program = self.program(hook)?.info()?.id();
         let attached = programs(ifindex, hook)?;
@@ -60,12 +60,12 @@ impl Datapath {
         })
     }
 
-    /// Puts the program in front of all others on its hook.
+    /// Moves the program in front of all others on its hook.
     ///
-    /// No link can be moved, and no program is attached twice to one hook. So the link gives its place
-    /// to a copy of the program, the program is attached in front, and then the link goes: nothing
-    /// passes unjudged. For that time (the kernel waits for two grace periods) a frame may meet
-    /// both: it is judged by the same rules twice, and a DNS message may be lost as any datagram may be.
+    /// A link cannot be moved, and a program cannot be attached twice to one hook. So the link is updated to
+    /// a copy of the program, the program is attached in front, and then the link is removed: nothing passes
+    /// unjudged. In between (the kernel waits for two grace periods) a frame may meet both: the same rules
+    /// judge it twice, and a DNS message may be lost, as any datagram may be.
     pub(super) fn tcx_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
         let (pin, next) = pins(&self.layout.links(), ifindex, hook);
         let behind = pinned(&pin)?.context("the program's link is gone")?;
@@ -76,7 +76,7 @@ impl Datapath {
             .ok_or_else(|| anyhow!("the eBPF object has no program `{name}`"))?
             .try_into()?;
         let id = copy.attach_to_link(SchedClassifierLink::try_from(behind)?)?;
-        // Its last descriptor: when this is dropped, the link is detached at once.
+        // This is the link's last descriptor: dropping it detaches the link at once.
         let behind = copy.take_link(id)?;
         let link = attach_first(self.program(hook)?, ifindex, hook)?;
         remove_if_there(&next)?;
@@ -88,7 +88,7 @@ impl Datapath {
     }
 }
 
-/// Removes the pins of both programs; the links go with them.
+/// Removes the pins of both programs, and the links with them.
 pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
     for hook in Hook::BOTH {
         let (pin, next) = pins(links, ifindex, hook);
@@ -122,7 +122,7 @@ pub(super) fn programs(ifindex: u32, hook: Hook) -> Result<Vec<(u32, String)>> {
         .collect())
 }
 
-/// Where a program's link is pinned, and where the one is that is to take its place.
+/// The pin of a program's link, and the pin of a link that is to replace it.
 fn pins(links: &Path, ifindex: u32, hook: Hook) -> (std::path::PathBuf, std::path::PathBuf) {
     let name = format!("{ifindex}_{}", hook.program());
     (links.join(&name), links.join(format!("{name}_new")))
@@ -156,7 +156,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>> {
     }
 }
 
-/// `bpf_link_update` on a tcx link without a device gives ENOLINK (`tcx_link_update`,
+/// `bpf_link_update` on a tcx link without an interface returns ENOLINK (`tcx_link_update`,
 /// `kernel/bpf/tcx.c`).
 fn is_defunct(error: &ProgramError) -> bool {
     matches!(

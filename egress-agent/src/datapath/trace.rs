@@ -37,7 +37,7 @@ impl Datapath {
             .spawn(move || {
                 while !stopped.load(Ordering::Acquire) {
                     let mut fds = [PollFd::new(logger.as_fd(), PollFlags::POLLIN)];
-                    // An interrupted wait is as good as one that ended.
+                    // An interrupted wait is treated like a completed one.
                     let _ = poll(&mut fds, PollTimeout::from(100u8));
                     logger.flush();
                 }
@@ -54,7 +54,7 @@ impl Drop for TraceLog {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
-            // A thread that has panicked has said so itself.
+            // If the thread has panicked, the panic has been logged already.
             let _ = thread.join();
         }
     }

@@ -1,7 +1,7 @@
-//! Questions and requests to the kernel about qdiscs and filters (rtnetlink, `net/sched`).
+//! Requests to the kernel about qdiscs and filters (rtnetlink, `net/sched`).
 //!
-//! An interface is named by its index: a name can belong to another interface by the time the
-//! kernel reads it. Replies are read attribute by attribute, as in [`crate::host`].
+//! Requests identify an interface by its index, because its name may belong to another interface by the time
+//! the kernel reads it. Replies are read attribute by attribute, as in [`crate::host`].
 
 use std::io;
 
@@ -32,16 +32,16 @@ const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_ID: u16 = 11;
-/// What the program returns is what happens to the packet.
+/// The program's return value is the verdict on the packet.
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 
-/// `TC_H_CLSACT`, which is `TC_H_INGRESS`: where such a qdisc hangs.
+/// `TC_H_CLSACT`, which is `TC_H_INGRESS`: the parent of such a qdisc.
 const CLSACT: u32 = 0xffff_fff1;
-/// The handle that the kernel gives it.
+/// The handle that the kernel assigns to it.
 const CLSACT_HANDLE: u32 = 0xffff_0000;
-/// `ETH_P_ALL`, in network byte order as the kernel wants it.
+/// `ETH_P_ALL`, in the network byte order that the kernel expects.
 const EVERY_PROTOCOL: u16 = 3u16.to_be();
-/// A side of an interface that filters hang on.
+/// A side of an interface to which filters are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     /// What the interface receives.
@@ -66,7 +66,7 @@ pub(super) struct Filter {
     /// In network byte order.
     pub(super) protocol: u16,
     pub(super) chain: u32,
-    /// 0 for the entry that stands for all filters of a priority.
+    /// 0 for the entry that represents all filters of a priority.
     pub(super) handle: u32,
     pub(super) kind: String,
     /// The attributes of its kind.
@@ -90,14 +90,14 @@ impl Filter {
             .map(|(_, name)| text(name))
     }
 
-    /// Whether BPF filters for every protocol can be added under the same priority: all filters of a
-    /// priority are of one kind and one protocol (`tcf_chain_tp_find`, `net/sched/cls_api.c`).
+    /// Whether BPF filters for every protocol can be added with the same priority: all filters of a
+    /// priority have one kind and one protocol (`tcf_chain_tp_find`, `net/sched/cls_api.c`).
     pub(super) fn has_room_for_ours(&self) -> bool {
         self.kind == "bpf" && self.protocol == EVERY_PROTOCOL
     }
 }
 
-/// A BPF filter to be added.
+/// A BPF filter to add.
 pub(super) struct BpfFilter<'a> {
     pub(super) priority: u16,
     pub(super) handle: u32,
@@ -117,7 +117,8 @@ impl TrafficControl {
         })
     }
 
-    /// Adds a clsact qdisc. Returns whether there is none yet of another kind in its place.
+    /// Adds a clsact qdisc. Returns whether the interface has one now: false if it has a qdisc of another
+    /// kind in its place.
     pub(super) fn add_clsact(&mut self, ifindex: u32) -> io::Result<bool> {
         let mut request = request(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         request.add(TCA_KIND, b"clsact\0");
@@ -130,9 +131,9 @@ impl TrafficControl {
         }
     }
 
-    /// The kind of the qdisc on which an interface's filters hang: `clsact` or `ingress`. All qdiscs
-    /// are listed for it: a question about one is told to everybody who listens for changes
-    /// (`tc_get_qdisc`, `net/sched/sch_api.c`), and we do.
+    /// The kind of the qdisc to which an interface's filters are attached: `clsact` or `ingress`. This lists
+    /// all qdiscs, because the kernel sends the reply to a request about one of them to everybody who listens
+    /// for changes (`tc_get_qdisc`, `net/sched/sch_api.c`), which includes the agent.
     fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
         let mut found = None;
         let request = request(RTM_GETQDISC, 0, 0, 0, 0);
@@ -149,21 +150,21 @@ impl TrafficControl {
         Ok(found)
     }
 
-    /// Removes the qdisc on which an interface's filters hang, with all of them.
+    /// Removes the qdisc to which an interface's filters are attached, with all of them.
     pub(super) fn remove_hook_qdisc(&mut self, ifindex: u32) -> io::Result<()> {
         let request = request(RTM_DELQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         self.exchange(request, 0, |_| ())
     }
 
-    /// The filters of one side, in the order in which packets meet them. An interface that is not
-    /// there has none.
+    /// The filters of one side, in the order in which packets meet them. An interface that does not exist has
+    /// none.
     pub(super) fn filters(&mut self, ifindex: u32, side: Side) -> io::Result<Vec<Filter>> {
         let mut filters = Vec::new();
         let request = request(RTM_GETTFILTER, ifindex, 0, side.parent(), 0);
         let listed = self.exchange(request, NLM_F_DUMP, |body| filters.extend(read(body)));
         match listed {
             Ok(()) => Ok(filters),
-            // Without the qdisc there is nothing to list; kernels differ in how they say it.
+            // Without the qdisc there are no filters; kernels return different errors for it.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -176,8 +177,8 @@ impl TrafficControl {
         }
     }
 
-    /// Adds a BPF filter, before those that its priority has. One with the same handle is replaced
-    /// at its place.
+    /// Adds a BPF filter in front of the others of its priority. A filter with the same handle is replaced in
+    /// its place.
     pub(super) fn put(
         &mut self,
         ifindex: u32,
@@ -213,7 +214,7 @@ impl TrafficControl {
         self.exchange(request, NLM_F_CREATE | NLM_F_EXCL, |_| ())
     }
 
-    /// Removes a filter; one that is gone is no error.
+    /// Removes a filter; a missing filter is not an error.
     pub(super) fn remove(&mut self, ifindex: u32, side: Side, filter: &Filter) -> io::Result<()> {
         let info = info(filter.priority, filter.protocol);
         let parent = side.parent();

@@ -1,4 +1,4 @@
-//! What the kernel would look at for a packet of a pod's, read without changing anything.
+//! Reads the maps that the kernel would read for a packet of a pod, without changing them.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use super::{
     policies::trie_of,
 };
 
-/// A handle for reading what verdicts are made of.
+/// A handle for reading the inputs of a verdict.
 pub struct View {
     policies: HashMap<MapData, u32, Policy>,
     ranges: LpmTrie<MapData, Address, Range>,
@@ -29,7 +29,7 @@ pub struct View {
 }
 
 impl Datapath {
-    /// A handle for reading what verdicts are made of.
+    /// A handle for reading the inputs of a verdict.
     ///
     /// # Errors
     ///
@@ -44,12 +44,12 @@ impl Datapath {
         })
     }
 
-    /// Whether attaching to an interface takes up the one qdisc that filters can hang on.
+    /// Whether attaching to an interface occupies the one qdisc to which filters can be attached.
     pub fn needs_qdisc(&self) -> bool {
         self.attach == Attach::Clsact
     }
 
-    /// How programs are attached, as one word.
+    /// The way in which programs are attached, as one word.
     pub fn hook(&self) -> &'static str {
         match self.attach {
             Attach::Clsact => "clsact",
@@ -59,7 +59,7 @@ impl Datapath {
 }
 
 impl View {
-    /// The record of a policy; `None` when it is there no more.
+    /// The record of a policy; `None` if it was removed.
     ///
     /// # Errors
     ///
@@ -68,7 +68,7 @@ impl View {
         found(self.policies.get(&policy, 0)).context("cannot read the map `policies`")
     }
 
-    /// What needs an address entry to internal addresses.
+    /// The tunnels, whose internal addresses need an address entry.
     ///
     /// # Errors
     ///
@@ -78,7 +78,7 @@ impl View {
         tunnels.context("cannot read the map `tunnels`")
     }
 
-    /// What kind of address this is on this node.
+    /// The kinds of an address on this node.
     ///
     /// # Errors
     ///
@@ -87,7 +87,7 @@ impl View {
         self.range_of(address, 128)
     }
 
-    /// What kind of addresses are in this prefix, all of them. Its length is in bits of the 128-bit form.
+    /// The kinds that all addresses of this prefix have. Its length is in bits of the 128-bit form.
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl View {
         Ok(range.unwrap_or_default())
     }
 
-    /// The kinds of an address, and whether the node itself takes what is sent there.
+    /// The kinds of an address, including whether the node itself receives its packets.
     fn kinds(&self, address: &Address) -> Result<u64> {
         let is_node = found(self.node_addresses.get(&Key::new(128, *address), 0))
             .context("cannot read the map `node_addresses`")?
@@ -107,8 +107,8 @@ impl View {
         Ok(self.range(address)?.kinds | node)
     }
 
-    /// What the maps say about a destination under a policy, and when it expires if it was learned:
-    /// what `from_pod` looks up for a packet, but for whether that is a tunnel's ([`Self::tunnels`]).
+    /// The destination in the maps under a policy, and when it expires if it was learned. `from_pod` looks up
+    /// the same for a packet, and additionally whether the packet is a tunnel's ([`Self::tunnels`]).
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Messages of a pod that is over its share of the gate's time.
+//! The backlog of a pod that is over its share of the gate's time.
 
 use std::collections::VecDeque;
 
@@ -7,25 +7,25 @@ use egress_common::records::Held;
 use super::budget::{Budget, Kept, Limits};
 use crate::datapath::HeldFrame;
 
-/// What waits of all pods. A pod may have as much as the ring could hold of it.
+/// The bytes of all backlogs. One pod's backlog may have as many as the ring could hold of it.
 pub(super) const LIMITS: Limits = Limits {
     own: 128 << 10,
     pod: 4 << 20,
     common: 32 << 20,
 };
 
-/// What a frame counts for at least: an allocation and a place in the queue are not free. So one pod's
-/// backlog has at most 8,192 frames.
+/// The least that a frame counts: the allocation and the queue entry cost memory, too. One pod's backlog thus
+/// has at most 8,192 frames.
 const FRAME_MIN: usize = 512;
 
-/// The messages of one pod that wait, the oldest first: segments of one connection stay in their order.
+/// The waiting messages of one pod, the oldest first: the segments of one connection stay in their order.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
     frames: VecDeque<BacklogMessage>,
     kept: Kept,
 }
 
-/// A message that waits.
+/// A message in a backlog.
 #[derive(Debug)]
 pub(super) struct BacklogMessage {
     head: Held,
@@ -33,7 +33,7 @@ pub(super) struct BacklogMessage {
 }
 
 impl BacklogMessage {
-    /// As it was in the ring.
+    /// The message as it was in the ring.
     pub(super) fn held(&self) -> HeldFrame<'_> {
         HeldFrame {
             head: self.head,
@@ -55,7 +55,7 @@ impl Backlog {
         self.frames.is_empty()
     }
 
-    /// Lets a message wait; `false` when there is no room for it.
+    /// Adds a message; `false` when there is no room.
     pub(super) fn push(&mut self, held: &HeldFrame<'_>, budget: &mut Budget) -> bool {
         let cost = cost(held.frame);
         if !budget.has_room(&self.kept, cost) {
@@ -69,18 +69,18 @@ impl Backlog {
         true
     }
 
-    /// The message that has waited longest.
+    /// Takes the oldest message.
     pub(super) fn pop(&mut self, budget: &mut Budget) -> Option<BacklogMessage> {
         let waiting = self.frames.pop_front()?;
         budget.take_back(&mut self.kept, waiting.cost());
         if self.frames.is_empty() {
-            // A flood leaves no memory behind.
+            // Frees the memory after a flood.
             self.frames = VecDeque::new();
         }
         Some(waiting)
     }
 
-    /// Forgets all; returns how many there were.
+    /// Drops all messages; returns how many there were.
     pub(super) fn clear(&mut self, budget: &mut Budget) -> u64 {
         let frames = self.frames.len() as u64;
         while self.pop(budget).is_some() {}

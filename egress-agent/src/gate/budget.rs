@@ -1,35 +1,35 @@
-//! How much pods may keep at the gate of one kind of thing. How much a thing counts for is up to its kind: the
-//! bytes of a connection, or one for each question.
+//! Limits how much each pod may keep at the gate of one kind of thing. Each kind has its own unit: bytes for
+//! connections, one for each query.
 //!
-//! Each pod has a part of its own, which nobody can take from it. What a pod keeps beyond that comes out of
-//! a common part, as long as there is some. So pods that keep much get in each other's way, and never in
-//! that of a pod that keeps little.
+//! Each pod has a part of its own, which no other pod can use. What a pod keeps beyond its own part counts
+//! against a common part. Pods that keep much compete for the common part, and never take room from a pod
+//! that keeps little.
 
 /// The limits for one kind of thing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// The part of each pod's own.
+    /// The part that belongs to each pod.
     pub(super) own: usize,
     /// Most that one pod may keep.
     pub(super) pod: usize,
-    /// What all pods together may keep beyond their own parts.
+    /// The common part: what all pods together may keep beyond their own parts.
     pub(super) common: usize,
 }
 
-/// What all pods keep of one kind of thing.
+/// The amounts that all pods keep of one kind of thing.
 #[derive(Debug)]
 pub(super) struct Budget {
     limits: Limits,
-    /// Beyond the pods' own parts.
+    /// The amount beyond the pods' own parts.
     common: usize,
 }
 
-/// What one pod keeps.
+/// The amount that one pod keeps.
 #[derive(Debug, Default)]
 pub(super) struct Kept(usize);
 
 impl Kept {
-    /// As a number.
+    /// The amount as a number.
     pub(super) fn amount(&self) -> usize {
         self.0
     }
@@ -40,7 +40,7 @@ impl Budget {
         Self { limits, common: 0 }
     }
 
-    /// Whether a pod may keep so much more.
+    /// Whether a pod may keep `more` in addition.
     pub(super) fn has_room(&self, kept: &Kept, more: usize) -> bool {
         let after = kept.0.saturating_add(more);
         let common = self.common - self.beyond(kept.0) + self.beyond(after);
@@ -52,12 +52,12 @@ impl Budget {
         !self.has_room(kept, 0)
     }
 
-    /// Notes that a pod keeps so much more, whether or not it may.
+    /// Adds to what a pod keeps, even beyond the limits.
     pub(super) fn add(&mut self, kept: &mut Kept, more: usize) {
         self.set(kept, kept.0.saturating_add(more));
     }
 
-    /// Notes that a pod keeps so much less.
+    /// Subtracts from what a pod keeps.
     pub(super) fn take_back(&mut self, kept: &mut Kept, less: usize) {
         self.set(kept, kept.0.saturating_sub(less));
     }
@@ -67,7 +67,7 @@ impl Budget {
         kept.0 = after;
     }
 
-    /// What a pod that keeps so much takes of the common part.
+    /// The part of this amount that counts against the common part.
     fn beyond(&self, kept: usize) -> usize {
         kept.saturating_sub(self.limits.own)
     }
@@ -75,7 +75,7 @@ impl Budget {
 
 #[cfg(any(test, fuzzing))]
 impl Budget {
-    /// What is taken of the common part.
+    /// The used amount of the common part.
     pub(super) fn common(&self) -> usize {
         self.common
     }
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_there_for_others() {
+    fn a_part_that_one_pod_gives_back_is_free_for_others() {
         let mut budget = Budget::new(LIMITS);
         let (mut first, mut second) = (Kept::default(), Kept::default());
         budget.add(&mut first, 60);

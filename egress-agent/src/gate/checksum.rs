@@ -1,12 +1,11 @@
-//! Checksums: completing those that the sender left to the hardware, and telling wrong ones.
+//! Checksums: completes those that the sender left to the hardware, and detects wrong ones.
 
 use egress_common::packet::Packet;
 use etherparse::checksum::Sum16BitWords;
 
-/// Makes the UDP checksum of a frame whole when it is only the sum of the pseudo-header, which is
-/// what a sender leaves there for an interface that would complete it (`CHECKSUM_PARTIAL`,
-/// include/linux/skbuff.h). Any other value stays as it is: a checksum that is wrong must stay
-/// wrong, so that the receiver sees it.
+/// Completes the UDP checksum of a frame if the field has only the sum of the pseudo-header. A sender leaves
+/// that for an interface that would complete it (`CHECKSUM_PARTIAL`, include/linux/skbuff.h). Any other value
+/// stays as it is: a wrong checksum must stay wrong, so that the receiver detects it.
 pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
     let at = packet.l4_offset as usize;
     let Some(header) = frame.get(at..at + 8) else {
@@ -14,7 +13,7 @@ pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
     };
     let len = u16::from_be_bytes([header[4], header[5]]);
     let pseudo = pseudo_header(packet, len);
-    // The sums are in the order of the machine's bytes, as the frame's words were added.
+    // The sums are in the machine's byte order, in which the frame's words were added.
     let partial = (!pseudo.ones_complement()).to_ne_bytes();
     if header[6..8] != partial {
         return;
@@ -32,8 +31,8 @@ pub(super) fn complete_udp(frame: &mut [u8], packet: &Packet) {
     frame[at + 6..at + 8].copy_from_slice(&checksum.to_ne_bytes());
 }
 
-/// Whether the checksum of a UDP datagram, by its own length field, is right, or there is none over
-/// IPv4 (RFC 768; RFC 8200, section 8.1).
+/// Whether the checksum of a UDP datagram is right. The datagram's length is that of its own length field.
+/// Over IPv4 a checksum of zero means that there is none (RFC 768; RFC 8200, section 8.1).
 pub(super) fn is_right_udp(frame: &[u8], packet: &Packet) -> bool {
     let at = packet.l4_offset as usize;
     let Some(len) = frame.get(at + 4..at + 6) else {
@@ -55,26 +54,26 @@ pub(super) fn is_right_udp(frame: &[u8], packet: &Packet) -> bool {
     }
 }
 
-/// What a TCP checksum is.
+/// The state of a TCP checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Checksum {
     /// It is right.
     Whole,
     /// It is only the sum of the pseudo-header; see [`complete_udp`].
     Partial,
-    /// It is wrong: the receiver will not take the segment.
+    /// It is wrong: the receiver will drop the segment.
     Wrong,
 }
 
-/// What the checksum of a TCP segment is, which its header has as `sum`.
+/// The state of a segment's TCP checksum. `sum` is the field of its header.
 pub(super) fn of_tcp(segment: &[u8], sum: [u8; 2], packet: &Packet) -> Checksum {
     let Ok(len) = u16::try_from(segment.len()) else {
         return Checksum::Wrong;
     };
     let pseudo = pseudo_header(packet, len);
     let partial = (!pseudo.ones_complement()).to_ne_bytes();
-    // With its checksum, a whole segment adds up to all ones (RFC 1071). One in 65,536 has a right
-    // one that is the sum of its pseudo-header, too, and nothing to be completed.
+    // A segment with a right checksum adds up to all ones (RFC 1071). For one in 65,536 the right checksum
+    // equals the sum of the pseudo-header; nothing has to be completed then.
     if pseudo.add_slice(segment).ones_complement() == 0 {
         Checksum::Whole
     } else if sum == partial {
@@ -84,7 +83,7 @@ pub(super) fn of_tcp(segment: &[u8], sum: [u8; 2], packet: &Packet) -> Checksum 
     }
 }
 
-/// Where the checksum is in a TCP header.
+/// The offset of the checksum in a TCP header.
 const TCP_CHECKSUM: usize = 16;
 
 /// Writes the TCP checksum of a frame whose IP packet ends at `end`.
@@ -109,7 +108,7 @@ pub(super) fn write_tcp(frame: &mut [u8], end: usize, packet: &Packet) {
     }
 }
 
-/// The checksum of an IPv4 header whose own field is zero; zero if its own field is right.
+/// The checksum of an IPv4 header whose checksum field is zero. Zero if the field has the right checksum.
 pub(super) fn of_ipv4_header(header: &[u8]) -> [u8; 2] {
     Sum16BitWords::new()
         .add_slice(header)
@@ -192,7 +191,7 @@ mod tests {
         let mut damaged = frame.clone();
         damaged[at + 9] ^= 1;
         assert!(!is_right_udp(&damaged, &packet));
-        // It says that it goes on beyond its end.
+        // The length field points beyond the end of the frame.
         let mut longer = frame.clone();
         longer[at + 5] += 1;
         assert!(!is_right_udp(&longer, &packet));

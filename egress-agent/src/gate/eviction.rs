@@ -1,4 +1,4 @@
-//! Which addresses give way when a pod's allow map is full.
+//! Chooses the addresses that are evicted when a pod's allow map is full.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,38 +9,38 @@ use super::{learned::Entries, learned_address::Learned};
 use crate::datapath::AllowError;
 use egress_dns::Name;
 
-/// The part of the map that gives way at once: flows are looked at one by one, which costs as much
-/// for one address as for many.
-const SHARE: usize = 16;
+/// The part of the map that is evicted at once: one eviction reads all of the pod's flows, which costs as
+/// much for one address as for many.
+const BATCH_PART: usize = 16;
 
-/// The part of the map that one name may fill while others want room: a name that leads elsewhere
-/// every second crowds out itself and nobody else.
-const SHARE_OF_A_NAME: usize = 4;
+/// The part of the map that one name may fill before its addresses are evicted first: a name with ever new
+/// addresses evicts only its own.
+const NAME_PART: usize = 4;
 
-/// What looking at a flow costs a pod, and how much of that it may owe; it pays back as time passes.
-/// Looking takes about a microsecond, so a pod that has all the flows it may have, and resolves new
-/// names as fast as it can, takes a tenth of the gate's time and not all of it.
+/// The charge for reading a flow, and the debt that a pod may have; the debt shrinks as time passes. Reading
+/// takes about a microsecond. So a pod that has the maximum of flows, and resolves new names as fast as it
+/// can, takes a tenth of the gate's time and not all of it.
 const COST_NS: u64 = 10_000;
 const CREDIT_NS: u64 = 1_000_000_000;
 
-/// Chooses who gives way.
+/// Chooses addresses to evict.
 #[derive(Debug, Default)]
 pub(super) struct Eviction {
-    /// When everything will have been paid back.
+    /// When the debt is paid back.
     free_of_debt_ns: u64,
 }
 
 impl Eviction {
-    /// At least `wanted` addresses to be removed: those whose lifetime has ended first, then those
-    /// of names that have more than their share, then the others; of each the least recently used
-    /// first. Never one of `kept`, and never one that the pod has a flow open to: at
-    /// the next edit of its policy the flow is judged by that entry, and would be cut without it.
-    /// (A flow that begins while this looks is seen by the next look.)
+    /// Chooses at least `wanted` addresses to remove: first the expired ones, then those of names that fill
+    /// more than their part of the map, then the others; the least recently used first within each group.
+    /// Never chooses an address in `kept`, or one with an open flow of the pod: at the next edit of the
+    /// policy that flow is judged by the entry, and would be cut without it. (The next eviction sees a flow
+    /// that begins during this one.)
     ///
     /// # Errors
     ///
-    /// [`AllowError::Full`] when there are not as many, or the flows have been looked at too often;
-    /// or what the kernel said.
+    /// [`AllowError::Full`] when there are not enough addresses, or when the pod's debt is too large;
+    /// otherwise the kernel's error.
     pub(super) fn choose(
         &mut self,
         addresses: &LruCache<Address, Learned>,
@@ -55,34 +55,34 @@ impl Eviction {
         let open = allow.open(now_ns)?;
         self.free_of_debt_ns = self.free_of_debt_ns.max(now_ns) + open.flows as u64 * COST_NS;
         let crowding = Crowding::of(addresses, allow.capacity());
-        let mut chosen: Vec<(Keeps, Address)> = addresses
+        let mut chosen: Vec<(Priority, Address)> = addresses
             .iter()
             .rev()
             .filter(|(address, _)| !kept.contains(*address) && !open.to.contains(*address))
-            .map(|(&address, learned)| (crowding.keeps(learned, now_ns), address))
+            .map(|(&address, learned)| (crowding.priority(learned, now_ns), address))
             .collect();
         if chosen.len() < wanted {
             return Err(AllowError::Full);
         }
-        // Stable: among equals the order of use stays.
-        chosen.sort_by_key(|&(keeps, _)| keeps);
-        chosen.truncate(wanted.max(allow.capacity() / SHARE));
+        // The sort is stable: within a group the order of use stays.
+        chosen.sort_by_key(|&(priority, _)| priority);
+        chosen.truncate(wanted.max(allow.capacity() / BATCH_PART));
         Ok(chosen.into_iter().map(|(_, address)| address).collect())
     }
 }
 
-/// Why an address should stay; who has less reason gives way first.
+/// The order in which addresses are evicted: the smallest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Keeps {
-    /// Its lifetime has ended.
-    Nothing,
-    /// It lives, and its names have more than their share.
-    Life,
-    /// It lives.
-    Place,
+enum Priority {
+    /// The address has expired.
+    Expired,
+    /// The address lives, and all its names fill more than their part of the map.
+    Crowding,
+    /// The address lives.
+    Live,
 }
 
-/// The names that have more than their share of the map.
+/// The names that fill more than their part of the map.
 struct Crowding<'a>(HashSet<&'a Name>);
 
 impl<'a> Crowding<'a> {
@@ -91,23 +91,23 @@ impl<'a> Crowding<'a> {
         for source in addresses.iter().flat_map(|(_, learned)| &learned.sources) {
             *counts.entry(&source.name).or_default() += 1;
         }
-        let share = (capacity / SHARE_OF_A_NAME).max(1);
+        let share = (capacity / NAME_PART).max(1);
         counts.retain(|_, count| *count > share);
         Self(counts.into_keys().collect())
     }
 
-    fn keeps(&self, learned: &Learned, now_ns: u64) -> Keeps {
+    fn priority(&self, learned: &Learned, now_ns: u64) -> Priority {
         if learned.expires_ns() <= now_ns {
-            return Keeps::Nothing;
+            return Priority::Expired;
         }
         let has_other = learned
             .sources
             .iter()
             .any(|source| !self.0.contains(&*source.name));
         if has_other || learned.sources.is_empty() {
-            Keeps::Place
+            Priority::Live
         } else {
-            Keeps::Life
+            Priority::Crowding
         }
     }
 }

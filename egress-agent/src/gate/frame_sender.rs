@@ -1,14 +1,14 @@
-//! Putting frames back: the only place that sends.
+//! Sends frames: no other module does.
 //!
-//! Each interface has a packet socket of its own. A frame keeps its socket, and counts against that
-//! socket's send buffer, until the receiver's IP layer has it (`skb_scrub_packet`, net/core/skbuff.c,
-//! keeps the socket since Linux 4.19; `ip_rcv_core` drops it). A pod decides how long that takes: it can
-//! redirect what arrives to a queue that never empties. So whoever fills a send buffer fills their own.
+//! Each interface has its own packet socket. A frame keeps its socket, and counts against that socket's send
+//! buffer, until the receiver's IP layer has it (`skb_scrub_packet`, net/core/skbuff.c, keeps the socket
+//! since Linux 4.19; `ip_rcv_core` drops it). The pod controls how long that takes: it can redirect what
+//! arrives to a queue that never empties. A pod can thus fill only its own send buffer.
 //!
-//! Sending a frame to a pod runs the pod's own rules and packet sockets, in the thread that sends, and the
-//! pod decides how long that takes. The gate's thread sends to pods that take a frame quickly. A pod that
+//! The pod's own rules and packet sockets run in the thread that sends a frame to the pod, so the pod
+//! controls how long that takes, too. The gate's thread sends to pods that take a frame quickly. A pod that
 //! did not is slow for minutes, and other threads send to it ([`lanes`]). A frame that `to_pod` turns round
-//! never comes to the pod, so the gate's thread sends it, whoever's it is.
+//! never reaches the pod, so the gate's thread always sends it.
 
 mod delay;
 mod lanes;
@@ -38,12 +38,13 @@ use senders::Senders;
 use sending::send_some;
 use socket::{Socket, close_all};
 
-/// How long a frame may wait to be sent to a slow pod: a stub resolver has asked again by then.
+/// The longest time that a frame may wait to be sent to a slow pod: a stub resolver has repeated its query by
+/// then.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// The ports of all enforced interfaces, and what waits to go out on them.
+/// The ports of all enforced interfaces, and the queue of frames.
 ///
-/// Frames are sent together: each one sent alone wakes its receiver, which on a busy CPU takes the
+/// Frames are sent in batches: a frame that is sent alone wakes its receiver, which on a busy CPU takes the
 /// gate's place before the next message is decided.
 pub(super) struct FrameSender {
     marks: Marks,
@@ -54,18 +55,18 @@ pub(super) struct FrameSender {
     /// How long a frame may wait to be sent to a slow pod.
     wait_ns: u64,
     delay: RunDelay,
-    /// The frames, one behind the other.
+    /// The bytes of the queued frames, concatenated.
     bytes: Vec<u8>,
     frames: Vec<Frame>,
-    /// Frames among them that were decided, and not only put back to be judged.
+    /// The number of queued frames that were decided; the others are sent again to be judged.
     decided: usize,
     closing: mpsc::Sender<Arc<Socket>>,
-    /// For probes of all interfaces: a program of ours drops each of them.
+    /// Sends the probes of all interfaces: `from_pod` drops each of them.
     probe: Socket,
     stats: Arc<Stats>,
 }
 
-/// A frame that waits.
+/// A queued frame.
 #[derive(Clone, Copy)]
 struct Frame {
     ifindex: u32,
@@ -74,7 +75,7 @@ struct Frame {
     ends_at: usize,
 }
 
-/// What sending took, for one pod.
+/// The time that sending took for one pod.
 pub(super) struct Spent {
     pub(super) pod: u32,
     pub(super) ns: u64,
@@ -83,13 +84,13 @@ pub(super) struct Spent {
 impl FrameSender {
     /// # Errors
     ///
-    /// When packet sockets cannot be made here at all, or no thread.
+    /// When a packet socket cannot be opened or a thread cannot be started.
     pub(super) fn open(marks: Marks, stats: Arc<Stats>) -> Result<Self> {
         let probe = Socket::open()?;
         let (closing, to_close) = mpsc::channel();
         thread::Builder::new()
             .name("closer".into())
-            .spawn(move || close_when_told(&to_close))
+            .spawn(move || close_received(&to_close))
             .context("cannot start the thread that closes sockets")?;
         Ok(Self {
             marks,
@@ -107,15 +108,15 @@ impl FrameSender {
         })
     }
 
-    /// Addresses stay in an allow map for so long at least: a response that is sent later than that could
-    /// tell the pod of one that is no longer there.
+    /// Sets how long addresses stay in an allow map at least: a response that is sent later could have an
+    /// address that is no longer there.
     pub(super) fn set_shortest_life(&mut self, life: Duration) {
         self.wait_ns = life.min(WAIT_MAX).as_nanos() as u64;
     }
 
-    /// The interface is this pod's from now on.
+    /// Assigns the interface to a pod.
     pub(super) fn attach(&mut self, ifindex: u32, pod: u32, identity: &Arc<PodIdentity>) {
-        // What waits for another pod was decided by that one's rules.
+        // The frames that wait for the earlier pod were decided by its rules.
         let before = self.ports.get(&ifindex).map(|port| port.pod);
         if let Some(before) = before.filter(|before| *before != pod && self.is_slow(*before)) {
             let lost = self.senders.detach(before, ifindex);
@@ -129,7 +130,7 @@ impl FrameSender {
         port.identity = Arc::clone(identity);
     }
 
-    /// The interface is not this pod's any more. Does nothing if it is another pod's by now.
+    /// Removes the interface from the pod. Does nothing if it belongs to another pod by now.
     pub(super) fn detach(&mut self, ifindex: u32, pod: u32) {
         if self.ports.get(&ifindex).is_none_or(|port| port.pod != pod) {
             return;
@@ -142,15 +143,15 @@ impl FrameSender {
             port.note_lost(lost.remove(&ifindex), &self.stats);
             note_lost(&mut self.ports, lost, &self.stats);
         }
-        port.tell(ifindex, Tally::rest);
+        port.log_unsent(ifindex, Tally::rest);
         if let Some(socket) = port.socket {
-            // Closing waits for an RCU grace period, and DNS cannot. If that thread is gone, the
-            // agent is about to end.
+            // Closing the socket takes an RCU grace period, for which DNS must not wait. If the closing
+            // thread has ended, the agent is about to end.
             let _ = self.closing.send(socket);
         }
     }
 
-    /// The pod has gone; its interfaces are detached.
+    /// Forgets a pod that has gone; its interfaces are detached.
     pub(super) fn forget(&mut self, pod: u32) {
         if self.paces.remove(&pod).is_some_and(|pace| pace.is_slow()) {
             self.senders.forget(pod);
@@ -158,34 +159,34 @@ impl FrameSender {
         }
     }
 
-    /// Whether a thread that sends has ended.
+    /// Whether a sending thread has ended.
     pub(super) fn is_broken(&self) -> bool {
         self.senders.have_lost_one()
     }
 
-    /// A frame to be sent on to the pod. What is returned is what will be sent.
+    /// Queues a frame for the pod. The caller may change the returned bytes, which will be sent.
     pub(super) fn deliver(&mut self, ifindex: u32, frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, self.marks.deliver, frame)
     }
 
-    /// A frame to be sent on as if the pod had just sent it: `to_pod` turns it round. What is
-    /// returned is what will be sent.
+    /// Queues a frame that `to_pod` turns round, so that it goes on as if the pod had just sent it. The
+    /// caller may change the returned bytes, which will be sent.
     pub(super) fn bounce(&mut self, ifindex: u32, frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, self.marks.bounce, frame)
     }
 
-    /// A frame that the pod sent and that is to be judged now, as if it had just sent it.
+    /// Queues a frame that the pod sent, so that `from_pod` judges it now as if the pod had just sent it.
     pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
         self.add(ifindex, self.marks.again, frame);
     }
 
-    /// Sends a frame that is to be counted, at once.
+    /// Sends a probe frame at once.
     ///
     /// # Errors
     ///
-    /// When it cannot be sent: the interface has gone, or is down.
+    /// When it cannot be sent: the interface is gone, or is down.
     pub(super) fn probe(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
         let probe = Frame {
             ifindex,
@@ -196,7 +197,7 @@ impl FrameSender {
         send_some(&self.probe, &[probe], frame).map(drop)
     }
 
-    /// How many decided frames wait to go out.
+    /// The number of decided frames in the queue.
     pub(super) fn frames(&self) -> usize {
         self.decided
     }
@@ -213,11 +214,11 @@ impl FrameSender {
         &mut self.bytes[starts_at..]
     }
 
-    /// Sends everything, the frames of one interface in their order, and tells what that took. Frames for
-    /// a slow pod are handed over.
+    /// Sends all queued frames, those of one interface in their order, and reports the time for each pod to
+    /// `spent`. Frames for a slow pod go to other threads.
     ///
-    /// Much of it is the receiver's work: the kernel takes a frame through the pod's own hooks and
-    /// rules before it comes back.
+    /// Much of the time is the receiver's work: the kernel takes a frame through the pod's own hooks and
+    /// rules before the call returns.
     pub(super) fn send(&mut self, mut spent: impl FnMut(Spent)) {
         if self.frames.is_empty() {
             return;
@@ -242,13 +243,13 @@ impl FrameSender {
         self.decided = 0;
     }
 
-    /// Sends frames of one interface; returns whose it is.
+    /// Sends the frames of one interface; returns its pod.
     fn send_on(&mut self, frames: &[Frame], mut began: Instant) -> Option<u32> {
         let port = frames
             .first()
             .and_then(|frame| self.ports.get_mut(&frame.ifindex));
         let Some(port) = port else {
-            // The pod has gone since.
+            // The pod has gone meanwhile.
             self.stats.unsent.add(frames.len() as u64);
             return None;
         };
@@ -261,7 +262,7 @@ impl FrameSender {
                 began = Instant::now();
                 continue;
             }
-            // One at a time: what follows a slow one is not to be sent here.
+            // One frame at a time: after a slow one, other threads send the rest.
             for frame in frames {
                 if is_slow {
                     let frame = (frame, self.bytes.as_slice());
@@ -279,7 +280,7 @@ impl FrameSender {
                     is_slow = true;
                     self.senders.open(pod);
                     self.paces.entry(pod).or_default().slow_down();
-                    port.tell_slow(frame.ifindex, took_ns);
+                    port.log_slow(frame.ifindex, took_ns);
                 }
             }
         }
@@ -298,9 +299,9 @@ impl FrameSender {
         self.stats.slow_pods.set(slow as u64);
     }
 
-    /// Looks which pods are slow no more, and tells which interfaces frames could not be put back on.
+    /// Finds pods that are no longer slow, and logs the interfaces on which frames were lost.
     pub(super) fn tick(&mut self, now_ns: u64) {
-        // What the thread has waited until now is no excuse for frames from now on.
+        // Delay before this tick is no excuse for the frames after it.
         self.delay.since_last();
         for (&pod, pace) in &mut self.paces {
             if pace.is_slow() {
@@ -313,7 +314,7 @@ impl FrameSender {
         }
         self.count_slow();
         for (&ifindex, port) in &mut self.ports {
-            port.tell(ifindex, |unsent| unsent.due(now_ns));
+            port.log_unsent(ifindex, |unsent| unsent.due(now_ns));
         }
     }
 }
@@ -322,12 +323,12 @@ impl Drop for FrameSender {
     fn drop(&mut self) {
         self.senders.stop();
         let sockets = self.ports.drain().filter_map(|(_, port)| port.socket);
-        // Nobody else has them now, but for what waits to be closed.
+        // No other thread has these sockets now; the closing thread has those that wait to be closed.
         close_all(sockets.filter_map(Arc::into_inner));
     }
 }
 
-/// Frames of a pod were lost on these interfaces.
+/// Adds lost frames to the counts of their interfaces.
 fn note_lost(ports: &mut HashMap<u32, Port>, lost: HashMap<u32, Lost>, stats: &Stats) {
     for (ifindex, lost) in lost {
         match ports.get_mut(&ifindex) {
@@ -337,9 +338,8 @@ fn note_lost(ports: &mut HashMap<u32, Port>, lost: HashMap<u32, Lost>, stats: &S
     }
 }
 
-/// Closes sockets as they come, those that wait together. One that a frame is being sent on is closed by
-/// the thread that sends it.
-fn close_when_told(sockets: &mpsc::Receiver<Arc<Socket>>) {
+/// Closes sockets as they arrive, in batches. If a thread still sends on a socket, that thread closes it.
+fn close_received(sockets: &mpsc::Receiver<Arc<Socket>>) {
     while let Ok(first) = sockets.recv() {
         let sockets = std::iter::once(first).chain(sockets.try_iter());
         close_all(sockets.filter_map(Arc::into_inner));

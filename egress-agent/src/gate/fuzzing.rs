@@ -1,16 +1,16 @@
-//! What the gate does with a frame, fragments or a connection, without a pod, a map or an interface:
-//! for the fuzz targets `frame`, `fragments` and `stream`.
+//! Runs the gate's code on frames, fragments or a connection without a pod, a map or an interface: for the
+//! fuzz targets `frame`, `fragments` and `stream`.
 
 use egress_common::packet::{Packet, Walked, walk};
 
 use super::{checksum::complete_udp, fragments, pod::udp_payload, reply, stream};
 use egress_dns::{Refusal, read_answer, read_question, refuse};
 
-/// Reads a held frame in every way the gate may, and makes every frame it may make of it.
+/// Reads a held frame in every way that the gate has, and builds every frame that the gate may build from it.
 ///
 /// # Panics
 ///
-/// When what was made cannot be read: that is what fuzzing looks for.
+/// When a built frame cannot be read: fuzzing looks for that.
 pub fn treat(frame: &[u8]) {
     let mut packet = Packet::EMPTY;
     if walk(&frame, &mut packet) != Walked::Ip {
@@ -35,20 +35,20 @@ pub fn treat(frame: &[u8]) {
     assert_eq!(put_back.len(), frame.len());
 }
 
-/// Lets fragments come as a recipe says, five bytes each.
+/// Adds fragments according to a recipe, five bytes each.
 ///
 /// # Panics
 ///
-/// When the pod would read something else than was judged.
+/// When the pod would read other content than the gate judged.
 pub fn reassemble(recipe: &[u8]) {
     let _ = fragments::made::reassemble(recipe);
 }
 
-/// Follows a connection with a resolver whose two sides send what a recipe says.
+/// Follows a connection with a resolver whose two ends send according to a recipe.
 ///
 /// # Panics
 ///
-/// When a side would read what was not decided, when more is kept than may be, or when two sides that
+/// When an end would read what was not decided, when the gate keeps more than it may, or when two ends that
 /// follow the protocol do not get everything across.
 pub fn follow(recipe: &[u8]) {
     stream::fuzzing::follow(recipe);
@@ -66,7 +66,7 @@ mod tests {
 
     use super::*;
 
-    /// Feeds the seeds of a target.
+    /// Runs a target on all of its seeds.
     fn seeds(target: &str, feed: fn(&[u8])) {
         // Cargo runs tests in the directory of their package.
         let seeds = Path::new("../fuzz/seeds");
@@ -80,13 +80,13 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn what_a_side_of_a_connection_reads_was_decided(
+        fn each_end_of_a_connection_reads_only_what_was_decided(
             questions in proptest::collection::vec(0u8..195, 0..16),
             steps in proptest::collection::vec(proptest::prelude::any::<[u8; 6]>(), 0..60),
             is_honest: bool,
         ) {
             let count = u8::try_from(questions.len()).unwrap();
-            // Without pauses, changed bytes, wrong places and flags both sides follow the protocol.
+            // Without pauses, changed bytes, wrong positions and flags, both ends follow the protocol.
             let steps = steps.into_iter().map(|[what, high, low, len, flags, ack]| {
                 if is_honest {
                     [what & 0b0110_0011, high, low, len, flags & 0x7f, ack]
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seeds_of_fragments_are_put_together_as_often_as_they_can_be() {
+    fn the_fragment_seeds_yield_nine_datagrams() {
         let seeds = Path::new("../fuzz/seeds/fragments");
         let mut put_back = 0;
         for seed in std::fs::read_dir(seeds).unwrap() {

@@ -1,4 +1,4 @@
-//! The decision on one message, however it came.
+//! The decision on one DNS message, over UDP or TCP.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -20,7 +20,7 @@ use egress_dns::{
 };
 use egress_policy::{Autopath, QuestionRule};
 
-/// What every decision needs besides the pod.
+/// The context of every decision, in addition to the pod.
 pub(super) struct DecisionContext {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
@@ -38,7 +38,7 @@ impl DecisionContext {
         context
     }
 
-    /// Treats DNS in another way from now on. What was noticed of the resolvers stays.
+    /// Replaces the DNS settings. Keeps whether the resolvers are known to walk search lists.
     pub(super) fn configure(&mut self, dns: DnsSettings) {
         match dns.autopath {
             Autopath::Auto => {}
@@ -53,17 +53,17 @@ impl DecisionContext {
     }
 }
 
-/// Decides on a pod's messages and reports what does not pass.
+/// Decides on a pod's messages and reports those that do not pass.
 pub(super) struct Judge<'a> {
     enforcement: &'a mut Enforcement,
     learned: &'a mut Table,
     context: &'a DecisionContext,
-    /// When the message was taken.
+    /// When the message was held.
     time_ns: u64,
 }
 
 impl<'a> Judge<'a> {
-    /// Decides on a message that was taken then.
+    /// A judge for a message that was held at `time_ns`.
     pub(super) fn new(
         enforcement: &'a mut Enforcement,
         learned: &'a mut Table,
@@ -78,12 +78,13 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// The question that a message is, and whether it may be asked. `None` when it is none.
+    /// Reads a query, and says whether the rules allow its name. `None` when the message is no readable
+    /// query.
     pub(super) fn question(&self, message: &[u8], packet: &Packet) -> Option<(Question, bool)> {
         let question = match read_question(message) {
             Ok(question) => question,
             Err(error) => {
-                tracing::debug!(pod = %self.name(), %error, "unreadable question");
+                tracing::debug!(pod = %self.name(), %error, "cannot read a query");
                 self.count(packet, Direction::Question, Outcome::Undeliverable);
                 self.context
                     .reporter
@@ -104,7 +105,7 @@ impl<'a> Judge<'a> {
         Some((question, is_allowed))
     }
 
-    /// Reports that a name may not be asked for.
+    /// Reports that the rules do not allow a name.
     fn report_name(&self, rule: QuestionRule, packet: &Packet, (name, qtype): (&Name, u16)) {
         let asked = Some((name.to_string(), qtype));
         let mut denied = self.denied(packet, Reason::DnsName, asked);
@@ -115,8 +116,8 @@ impl<'a> Judge<'a> {
         self.context.reporter.report(denied);
     }
 
-    /// Reports a question that is dropped because nobody knows yet whose it is.
-    pub(super) fn unknown(&self, message: &[u8], packet: &Packet) {
+    /// Reports a query that is dropped because its pod is not known.
+    pub(super) fn report_unknown_pod(&self, message: &[u8], packet: &Packet) {
         let question = read_question(message).ok();
         let asked = question.map(|question| (question.name.to_string(), question.qtype));
         self.count(packet, Direction::Question, Outcome::Undeliverable);
@@ -125,23 +126,23 @@ impl<'a> Judge<'a> {
             .report(self.denied(packet, Reason::PodUnknown, asked));
     }
 
-    /// Reports a question that is dropped because it does not go from the pod to a resolver.
-    pub(super) fn astray(&self, packet: &Packet, reason: Reason) {
+    /// Reports a query that is dropped because it does not go from the pod to a resolver.
+    pub(super) fn report_misdirected(&self, packet: &Packet, reason: Reason) {
         self.count(packet, Direction::Question, Outcome::Undeliverable);
         self.context
             .reporter
             .report(self.denied(packet, reason, None));
     }
 
-    /// Whether a message is the answer to an open question and may be delivered: what it teaches is
-    /// in the allow map then.
+    /// Whether a message is a response to an open query and may be delivered. If so, its allowed addresses
+    /// are in the allow map.
     pub(super) fn answer(
         &mut self,
         message: &[u8],
         packet: &Packet,
         pending: &mut Pending,
     ) -> bool {
-        let is_delivered = self.take_in(message, packet, pending);
+        let is_delivered = self.accept(message, packet, pending);
         let outcome = if is_delivered {
             Outcome::Delivered
         } else {
@@ -151,7 +152,7 @@ impl<'a> Judge<'a> {
         is_delivered
     }
 
-    fn take_in(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+    fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
         if let Some(id) = read_rejection(message) {
             let is_delivered = pending.reject(answered(id, packet), self.time_ns);
             if !is_delivered {
@@ -164,7 +165,7 @@ impl<'a> Judge<'a> {
         let answer = match read_answer(message) {
             Ok(answer) => answer,
             Err(error) => {
-                tracing::debug!(pod = %self.name(), %error, "unreadable answer");
+                tracing::debug!(pod = %self.name(), %error, "cannot read a response");
                 self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
@@ -181,7 +182,7 @@ impl<'a> Judge<'a> {
         let found = self.found_by_search(&answer).cloned();
         if found.is_some() {
             self.notice_search_lists(&answer);
-            // Nobody knew of it when this was asked.
+            // When the query went out, the gate did not know that the resolver walks search lists.
             let rule = self.enforcement.compiled.names.question(&answer.name, true);
             if rule != QuestionRule::Allowed {
                 self.report_name(rule, packet, (&answer.name, answer.qtype));
@@ -200,14 +201,14 @@ impl<'a> Judge<'a> {
         true
     }
 
-    /// Reports a message that could not wait for the pod's turn.
-    pub(super) fn not_held(&self, packet: &Packet) {
+    /// Reports a message for which the pod's backlog has no room.
+    pub(super) fn report_not_held(&self, packet: &Packet) {
         self.context
             .reporter
             .report(self.denied(packet, Reason::DnsNotHeld, None));
     }
 
-    /// The name that the resolver has found in place of the asked one, by walking a search list.
+    /// The name that the resolver found instead of the queried one by walking a search list.
     fn found_by_search<'b>(&self, answer: &'b Answer) -> Option<&'b Name> {
         if self.context.dns.autopath == Autopath::Off {
             return None;
@@ -220,7 +221,7 @@ impl<'a> Judge<'a> {
         rules.without_search_suffix(&answer.name, &alias.name)
     }
 
-    /// Notes that resolvers walk search lists.
+    /// Records that the resolvers walk search lists.
     fn notice_search_lists(&self, answer: &Answer) {
         if !self.context.walks_search_lists() {
             self.context.stats.walks_search_lists.set(1);
@@ -232,8 +233,8 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// Whether this may be the beginning of an answer to an open question.
-    fn begins(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+    /// Whether a message may be the beginning of a response to an open query.
+    fn may_begin(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
         let (reason, asked) = match read_beginning(message) {
             Ok(None) => return true,
             Ok(Some(answer)) if pending.expects(&answered(answer.id, packet), &answer) => {
@@ -252,16 +253,16 @@ impl<'a> Judge<'a> {
         false
     }
 
-    /// Reports fragments that are not put back.
-    pub(super) fn lost_fragments(&self, packet: &Packet, why: &'static str) {
-        tracing::debug!(pod = %self.name(), why, "fragments from a resolver's address were dropped");
+    /// Reports fragments that are dropped.
+    pub(super) fn report_lost_fragments(&self, packet: &Packet, why: &'static str) {
+        tracing::debug!(pod = %self.name(), why, "dropped fragments from a resolver's address");
         self.count(packet, Direction::Answer, Outcome::Undeliverable);
         self.context
             .reporter
             .report(self.denied(packet, Reason::DnsFragmented, None));
     }
 
-    /// Notes that a question goes out.
+    /// Records a query that goes out as open.
     pub(super) fn ask(&self, question: &Question, packet: &Packet, pending: &mut Pending) {
         let exchange = Exchange {
             pod_addr: packet.src,
@@ -274,7 +275,8 @@ impl<'a> Judge<'a> {
         pending.ask(exchange, question, self.time_ns);
     }
 
-    /// Inserts what the answer teaches, of the asked name and of the one that was `found` in its place.
+    /// Inserts the addresses of a response, for the queried name and for the name that the resolver `found`
+    /// instead.
     fn learn(&mut self, answer: &Answer, found: Option<&Name>) -> Result<(), AllowError> {
         if answer.addresses.is_empty() {
             return Ok(());
@@ -289,7 +291,8 @@ impl<'a> Judge<'a> {
         };
         for learned in &answer.addresses {
             if dns.is_protected(&learned.address) {
-                self.learned.withhold(learned.address, &answer.name);
+                self.learned
+                    .remember_protected(learned.address, &answer.name);
             }
         }
         let answered: Vec<AnswerAddress> = answer
@@ -315,12 +318,12 @@ impl<'a> Judge<'a> {
             .learn(self.enforcement, &answer.name, grant, &answered, now_ns)
     }
 
-    /// Whether everything goes on, whatever is decided.
+    /// Whether the pod is in audit mode: every message goes on, whatever the decision.
     fn is_audit(&self) -> bool {
         self.enforcement.entry.mode == MODE_AUDIT
     }
 
-    /// Counts a message by what became of it. In audit mode everything goes on.
+    /// Counts a message by its outcome. In audit mode every message counts as delivered.
     fn count(&self, packet: &Packet, direction: Direction, outcome: Outcome) {
         let transport = match packet.bit {
             bits::TCP => Transport::Tcp,
@@ -335,7 +338,7 @@ impl<'a> Judge<'a> {
     }
 
     fn denied(&self, packet: &Packet, reason: Reason, asked: Option<(String, u16)>) -> Denied {
-        // A later fragment, and what a fragment of ICMP is of, have none.
+        // A later fragment has no ports, nor does a fragment of ICMP.
         let has_ports = packet.bit & (bits::TCP | bits::UDP | bits::SCTP) != 0;
         let end = |address, port| {
             Some(Endpoint {
@@ -368,7 +371,7 @@ impl<'a> Judge<'a> {
     }
 }
 
-/// The exchange that an answer with this id belongs to.
+/// The exchange to which a response with this id belongs.
 fn answered(id: u16, packet: &Packet) -> Exchange {
     Exchange {
         pod_addr: packet.dst,
@@ -402,8 +405,8 @@ impl stream::Decide for Judge<'_> {
         Judge::answer(self, message, packet, pending)
     }
 
-    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
-        Judge::begins(self, message, packet, pending)
+    fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+        Judge::may_begin(self, message, packet, pending)
     }
 
     fn is_resolver(&self, packet: &Packet) -> bool {
@@ -411,7 +414,7 @@ impl stream::Decide for Judge<'_> {
     }
 
     fn lost(&mut self, packet: &Packet, why: &'static str) {
-        tracing::debug!(pod = %self.name(), why, "a connection with a resolver was reset");
+        tracing::debug!(pod = %self.name(), why, "reset a connection with a resolver");
         self.context.stats.connections_lost.add(1);
         self.context
             .reporter
@@ -420,7 +423,7 @@ impl stream::Decide for Judge<'_> {
 }
 
 impl Enforcement {
-    /// The pod, as logs name it.
+    /// The pod's name in log lines.
     pub(super) fn name(&self) -> impl std::fmt::Display + use<> {
         let PodIdentity {
             namespace, name, ..

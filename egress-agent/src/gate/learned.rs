@@ -1,8 +1,8 @@
-//! What a pod's resolvers answered: which names led to which addresses, and for how long.
+//! The table of a pod's resolutions: which names resolved to which addresses, and for how long.
 //!
-//! The table mirrors the pod's allow map, whose only writer the gate is, and knows more: the names.
-//! It is bounded by the allow map; names that no entry allows are remembered beside it, so that an
-//! entry added later works at once for what the pod has resolved before.
+//! The table mirrors the pod's allow map, which only the gate writes, and adds the names. The allow map's
+//! capacity bounds it. The table also remembers resolutions of names that no entry allows, so that an entry
+//! added later works at once for names that the pod has resolved before.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,13 +23,13 @@ use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
 use egress_policy::{Grant, NameRules};
 
-/// Most names without an entry that are remembered for one pod, and most addresses of each.
+/// Most names without an entry that are remembered for one pod, and most addresses of each of them.
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
 /// Most protected addresses whose names are remembered for one pod.
-const WITHHELD: usize = 64;
+const PROTECTED_ADDRESSES: usize = 64;
 
-/// What the table writes to: a pod's allow map.
+/// The maps that the table writes to: a pod's allow map and its map of names.
 pub(super) trait Entries {
     /// See [`AllowMap::capacity`].
     fn capacity(&self) -> usize;
@@ -76,31 +76,31 @@ impl Entries for Enforcement {
     }
 }
 
-/// One address of an answer.
+/// One address of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AnswerAddress {
     pub(super) address: Address,
-    /// Whether a stranger's name stood on the way; see [`NameRules::is_strangers`].
+    /// Whether a stranger's name is in the chain of aliases; see [`NameRules::is_strangers`].
     pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
 }
 
-/// What one pod has learned.
+/// The resolutions of one pod.
 pub(super) struct Table {
     pub(super) addresses: LruCache<Address, Learned>,
     pub(super) unlisted: LruCache<Arc<Name>, Vec<AnswerAddress>>,
-    /// Protected addresses that were in answers, and the name that was asked for: only for denials.
-    withheld: LruCache<Address, Name>,
-    /// No entry changes by itself before this.
+    /// Protected addresses in responses, with the queried name. Only denials use it.
+    protected: LruCache<Address, Name>,
+    /// No entry changes before this time unless a response comes.
     next_change_ns: u64,
     eviction: Eviction,
-    /// How many addresses were kept at the last sweep although they had expired a while before.
-    pub(super) past: usize,
+    /// How many addresses the last sweep kept although they had expired more than five minutes before.
+    pub(super) expired_kept: usize,
     pub(super) failures: Failures,
     pub(super) names_lost: NamesLost,
 }
 
-/// Failures to write the allow map, other than that it is full, and what the kernel last said.
+/// Failed writes to the allow map, except for a full map, and the kernel's last error.
 #[derive(Default)]
 pub(super) struct Failures {
     times: Tally,
@@ -113,7 +113,7 @@ impl Failures {
         self.last = Some(error);
     }
 
-    /// What is to be told of them now.
+    /// The failures to log now, if a line is due.
     pub(super) fn due(&mut self, now_ns: u64) -> Option<(u64, Option<AllowError>)> {
         let times = self.times.due(now_ns)?;
         Some((times, self.last.take()))
@@ -123,27 +123,27 @@ impl Failures {
 impl Table {
     pub(super) fn new() -> Self {
         Self {
-            // Unbounded because the bounded ones allot all of their memory at once; the bounds are
-            // kept where entries are added.
+            // Unbounded, because the bounded caches allocate all of their memory at once. The code that adds
+            // entries keeps the bounds.
             addresses: LruCache::unbounded(),
             unlisted: LruCache::unbounded(),
-            withheld: LruCache::unbounded(),
+            protected: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             eviction: Eviction::default(),
-            past: 0,
+            expired_kept: 0,
             failures: Failures::default(),
             names_lost: NamesLost::default(),
         }
     }
 
-    /// What an earlier agent left in an allow map, with the names that it had `kept`. `rules` are those by
-    /// which the map was filled; `None` if these are not known.
+    /// The entries of an allow map that an earlier agent left, with the names that it `kept`. `rules` are the
+    /// rules by which the map was filled; `None` if they are not known.
     pub(super) fn taken_over(
         mut entries: Vec<(Address, AllowEntry)>,
         kept: &[Kept],
         rules: Option<&NameRules>,
     ) -> Self {
-        // Nobody knows in which order they were used.
+        // The order of use is not known.
         entries.sort_by_key(|(_, entry)| entry.expires_ns);
         let mut shared: HashMap<&Name, Arc<Name>> = HashMap::new();
         let mut names: HashMap<Address, Vec<(Arc<Name>, bool, u64)>> = HashMap::new();
@@ -159,32 +159,33 @@ impl Table {
         }
         let mut table = Self::new();
         for (address, entry) in entries {
-            // Not taken out: two versions may have had the address, and the entry that lives longer counts.
+            // The names are not removed: two versions may have had the address, and the entry that lives
+            // longer counts.
             let names = names.get(&address).cloned().unwrap_or_default();
             table.keep(address, Learned::taken_over(entry, names, rules), 0);
         }
         table
     }
 
-    /// Whether this name is one of those that led to the address, and an entry allows it.
+    /// Whether this name resolved to the address and an entry allows it.
     pub(super) fn has(&self, address: &Address, name: &Name) -> bool {
         let learned = self.addresses.peek(address);
         learned.is_some_and(|learned| learned.source(name).is_some())
     }
 
-    /// Keeps what was learned of an address, as the one that was used last.
+    /// Stores an address as the most recently used one.
     fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
         self.addresses.put(address, learned);
     }
 
-    /// Learns that `name`, whose addresses are allowed so, led to these addresses. When this
-    /// returns without an error, each of them is in the allow map.
+    /// Inserts the addresses of a response for `name`. `grant` is what the rules give to the name's
+    /// addresses. After this returns without an error, each address is in the allow map.
     ///
     /// # Errors
     ///
-    /// [`AllowError::Full`] when they do not fit, though expired and least recently used addresses
-    /// without open flows would make room; or what the kernel said.
+    /// [`AllowError::Full`] when they do not fit, even after an eviction of expired and least recently used
+    /// addresses without open flows; otherwise the kernel's error.
     pub(super) fn learn(
         &mut self,
         allow: &mut impl Entries,
@@ -207,9 +208,10 @@ impl Table {
             let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
             let is_new = learned.source(&name).is_none();
             let forgotten = learned.add(&name, grant, answered);
-            // Before the entry, so that there is no moment at which an address is open without its name.
+            // The name is kept before the entry is written, so that no address is open without its name.
             self.keep_name(allow, &name, &learned, answered);
-            // Whatever is thought to stand in the map: an answer waits for it.
+            // Always writes the entry, even if the table believes that the map has it: a response waits for
+            // it.
             learned.written = None;
             if let Err(error) = learned.write(address, allow, now_ns) {
                 if is_new {
@@ -225,8 +227,8 @@ impl Table {
         Ok(())
     }
 
-    /// Keeps for the next agent that the name led to the address. If it cannot be kept, the response may
-    /// be delivered all the same: what is lost is lost only if the agent is restarted and the policy changes.
+    /// Keeps for the next agent that the name resolved to the address. If that fails, the response is
+    /// delivered anyway: the name is missed only if the agent restarts and the policy changes.
     fn keep_name(
         &mut self,
         allow: &mut impl Entries,
@@ -252,7 +254,7 @@ impl Table {
         }
     }
 
-    /// Removes an address, and the names that led to it.
+    /// Removes an address and its names.
     pub(super) fn remove(
         &mut self,
         allow: &mut impl Entries,
@@ -266,12 +268,12 @@ impl Table {
         Ok(())
     }
 
-    /// Writes everything that the new rules allow into the allow map of a new version of the
-    /// policy, as far as it fits. Returns the table of that version, without the rest. The map of names
-    /// stays as it is.
+    /// Writes everything that the new rules allow, as far as it fits, into the allow map of a new version of
+    /// the policy. Returns the table of that version, which has only these entries. The map of names is not
+    /// changed.
     ///
-    /// `alike` says whether the rules give names what those before gave them: what an earlier agent wrote
-    /// by names that were not kept stays then.
+    /// `alike` means that the rules give the same to each name as the earlier ones. Entries of an earlier
+    /// agent whose names were not kept are then carried over, too.
     ///
     /// # Errors
     ///
@@ -285,8 +287,8 @@ impl Table {
     ) -> Result<Self, AllowError> {
         let allow = &mut NamesStay(allow);
         let mut next = Self::new();
-        for (&address, name) in self.withheld.iter().rev() {
-            next.withhold(address, name);
+        for (&address, name) in self.protected.iter().rev() {
+            next.remember_protected(address, name);
         }
         let fitting = self.fitting(rules, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
@@ -300,7 +302,7 @@ impl Table {
                 .collect();
             next.learn(allow, name, grant, &live, now_ns)?;
         }
-        // From the least recently used on, so that the order of use stays.
+        // Begins with the least recently used address, so that the order of use stays.
         for (&address, learned) in self.addresses.iter().rev() {
             for source in &learned.sources {
                 let grant = rules.grant(&source.name);
@@ -327,9 +329,10 @@ impl Table {
         Ok(next)
     }
 
-    /// The addresses that the new rules allow and that fit into the map: those with open flows, then those
-    /// that live, and of each those used last. `None` when all do, as they always do but when an edit allows
-    /// names that were resolved without an entry, or the map is smaller than that of an earlier agent.
+    /// The addresses that the new rules allow and that fit into the map: first those with open flows, then
+    /// those that have not expired; the most recently used first within each group. `None` when all fit. They
+    /// always do, unless an edit allows names that were resolved without an entry, or the map is smaller than
+    /// that of an earlier agent.
     fn fitting(
         &self,
         rules: &NameRules,
@@ -367,7 +370,7 @@ impl Table {
         Ok(Some(all.into_iter().collect()))
     }
 
-    /// Brings the allow map up to date with ended lifetimes, where it is due.
+    /// Updates the entries of the allow map whose lifetimes have ended.
     ///
     /// # Errors
     ///
@@ -383,7 +386,7 @@ impl Table {
         let mut next_change_ns = u64::MAX;
         let mut result = Ok(());
         for (&address, learned) in &mut self.addresses {
-            // One that fails does not keep the others open, and is tried again the next time.
+            // A failed write does not delay the expiry of the other entries. It is retried at the next call.
             if let Err(error) = learned.write(address, allow, now_ns) {
                 next_change_ns = now_ns;
                 result = Err(error);
@@ -394,7 +397,7 @@ impl Table {
         result
     }
 
-    /// Names that led to the address, as text.
+    /// The names that resolved to the address.
     pub(super) fn names_of(&self, address: &Address) -> Vec<String> {
         let mut names: Vec<String> = self
             .addresses
@@ -410,14 +413,14 @@ impl Table {
                     })
                     .map(|(name, _)| name.to_string()),
             )
-            .chain(self.withheld.peek(address).map(Name::to_string))
+            .chain(self.protected.peek(address).map(Name::to_string))
             .collect();
         names.sort_unstable();
         names.dedup();
         names
     }
 
-    /// Makes room for the addresses that are not in the map yet; see [`Eviction::choose`].
+    /// Evicts addresses if the new ones do not fit; see [`Eviction::choose`].
     fn make_room(
         &mut self,
         allow: &mut impl Entries,
@@ -445,12 +448,12 @@ impl Table {
         Ok(())
     }
 
-    /// Remembers that an answer for the name had a protected address, which opens nothing.
-    pub(super) fn withhold(&mut self, address: Address, name: &Name) {
-        if self.withheld.len() >= WITHHELD && !self.withheld.contains(&address) {
-            self.withheld.pop_lru();
+    /// Remembers that a response for the name had a protected address, which stays closed.
+    pub(super) fn remember_protected(&mut self, address: Address, name: &Name) {
+        if self.protected.len() >= PROTECTED_ADDRESSES && !self.protected.contains(&address) {
+            self.protected.pop_lru();
         }
-        self.withheld.put(address, name.clone());
+        self.protected.put(address, name.clone());
     }
 
     fn remember_unlisted(&mut self, name: &Name, answered: &[AnswerAddress]) {
@@ -477,7 +480,7 @@ impl Table {
         self.unlisted.put(Arc::new(name.clone()), answered);
     }
 
-    /// The name as one of the addresses already has it, or a new copy.
+    /// A copy of the name that one of the addresses has already, or a new one.
     fn shared_name(&self, name: &Name, answered: &[AnswerAddress]) -> Arc<Name> {
         answered
             .iter()

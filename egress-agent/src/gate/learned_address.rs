@@ -1,4 +1,4 @@
-//! What is known of one address that a pod's resolvers gave it.
+//! What is known about one address that a pod's resolvers returned.
 
 use std::sync::Arc;
 
@@ -9,21 +9,21 @@ use crate::datapath::AllowError;
 use egress_dns::Name;
 use egress_policy::{Grant, MayBeInternal, NameRules};
 
-/// Most names that are remembered for one address, unless each of more gives it something that no
-/// other does; there are at most twice as many of those as a policy has classes.
+/// Most names that are remembered for one address. More are kept only if each gives the address a class that
+/// no other name gives; there are at most twice as many of those as a policy has classes.
 pub(super) const NAMES_PER_ADDRESS: usize = 16;
 
-/// A name that led to an address.
+/// A name that resolved to an address.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) name: Arc<Name>,
     gives: Classes,
-    /// Whether a stranger's name stood on the way; see [`egress_policy::NameRules::is_strangers`].
+    /// Whether a stranger's name is in the chain of aliases; see [`egress_policy::NameRules::is_strangers`].
     pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
 }
 
-/// Classes of an address, and those of them that hold though it is internal.
+/// The classes of an address, and the subset of them that applies even if the address is internal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Classes {
     all: u64,
@@ -31,7 +31,7 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    /// What a name gives to an address.
+    /// The classes that a name gives to an address.
     pub(super) fn given(grant: Grant, by_stranger: bool) -> Self {
         let may = match grant.internal {
             MayBeInternal::Yes => true,
@@ -51,7 +51,7 @@ impl Classes {
         }
     }
 
-    /// Only those that are among the others too.
+    /// The intersection with other classes.
     const fn within(self, other: Self) -> Self {
         Self {
             all: self.all & other.all,
@@ -59,7 +59,7 @@ impl Classes {
         }
     }
 
-    /// Those that are not among the others.
+    /// The classes that are not among the others.
     const fn without(self, other: Self) -> Self {
         Self {
             all: self.all & !other.all,
@@ -79,17 +79,17 @@ impl Classes {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Learned {
     pub(super) sources: Vec<Source>,
-    /// What an earlier agent had written, as far as none of the names accounts for it.
+    /// The part of an earlier agent's entry that none of the names accounts for.
     pub(super) adopted: Option<AllowEntry>,
-    /// What stands in the allow map.
+    /// The entry that is in the allow map.
     pub(super) written: Option<AllowEntry>,
 }
 
 impl Learned {
-    /// What an earlier agent had written, and the names that it had kept, of which each gives the address
-    /// what the rules say. `None` for these if the entry was made by other rules.
+    /// An earlier agent's entry with the names that it had kept; `rules` say which classes each name gives.
+    /// `None` for `rules` if the entry was made by other rules.
     ///
-    /// A name gives no more than the entry does: a name may have been kept of a response that was not delivered.
+    /// A name gives no more than the entry: it may have been kept for a response that was not delivered.
     pub(super) fn taken_over(
         entry: AllowEntry,
         names: impl IntoIterator<Item = (Arc<Name>, bool, u64)>,
@@ -123,7 +123,7 @@ impl Learned {
         }
     }
 
-    /// Notes that a name led here. Returns a name that is forgotten for it.
+    /// Records that a name resolved to the address. Returns a name that is forgotten in exchange.
     pub(super) fn add(
         &mut self,
         name: &Arc<Name>,
@@ -154,12 +154,12 @@ impl Learned {
         None
     }
 
-    /// The name, if it led here.
+    /// The entry of the name, if it resolved to the address.
     pub(super) fn source(&self, name: &Name) -> Option<&Source> {
         self.sources.iter().find(|source| *source.name == *name)
     }
 
-    /// Classes and ends of lifetimes.
+    /// The classes and their ends of lifetime.
     fn parts(&self) -> impl Iterator<Item = (Classes, u64)> + '_ {
         let adopted = self.adopted.as_ref();
         self.sources
@@ -168,7 +168,7 @@ impl Learned {
             .chain(adopted.map(|entry| (Classes::of(entry), entry.expires_ns)))
     }
 
-    /// When the last lifetime ends.
+    /// The end of the last lifetime.
     pub(super) fn expires_ns(&self) -> u64 {
         self.parts()
             .map(|(_, expires_ns)| expires_ns)
@@ -176,8 +176,8 @@ impl Learned {
             .unwrap_or(0)
     }
 
-    /// The allow map's entry: classes of the names whose lifetime has not ended. When none is left,
-    /// the entry says what it last was, expired.
+    /// The entry for the allow map: the classes of the names that have not expired. If all have expired, the
+    /// entry has all their classes, expired.
     fn entry(&self, now_ns: u64) -> AllowEntry {
         let any = |classes: Classes, (more, _)| classes.and(more);
         let alive = self
@@ -196,7 +196,7 @@ impl Learned {
         }
     }
 
-    /// When the entry next changes by itself: the earliest end of a lifetime that is to come.
+    /// When the entry next changes without a new response: the earliest end of a lifetime in the future.
     pub(super) fn changes_ns(&self, now_ns: u64) -> u64 {
         self.parts()
             .map(|(_, expires_ns)| expires_ns)
@@ -205,7 +205,7 @@ impl Learned {
             .unwrap_or(u64::MAX)
     }
 
-    /// Brings the allow map's entry up to date.
+    /// Writes the entry to the allow map if it has changed.
     pub(super) fn write(
         &mut self,
         address: Address,
@@ -221,8 +221,8 @@ impl Learned {
     }
 }
 
-/// Forgets a name that gives the address nothing: others carry its classes for at least as long.
-/// There is one whenever there are more than twice as many names as classes.
+/// Forgets a name that is redundant: other names give its classes for at least as long. There is one whenever
+/// there are more than twice as many names as classes.
 fn drop_redundant(sources: &mut Vec<Source>) -> Option<Arc<Name>> {
     let is_redundant = |i: usize, source: &Source| {
         let others = sources

@@ -7,7 +7,7 @@ use egress_policy::MayBeInternal;
 
 const SECOND: u64 = 1_000_000_000;
 
-/// An allow map that can be told to fail.
+/// An allow map whose writes can be made to fail.
 #[derive(Default)]
 struct Fake {
     capacity: usize,
@@ -16,9 +16,9 @@ struct Fake {
     writes: usize,
     /// Addresses with open flows.
     open: Vec<Address>,
-    /// How many flows there are.
+    /// The number of flows.
     flows: usize,
-    /// What is kept for the next agent, and how much of it there may be.
+    /// The names that are kept for the next agent, and the most that it accepts.
     names: BTreeMap<(Address, Name), AnswerAddress>,
     most_names: Option<usize>,
 }
@@ -102,7 +102,7 @@ fn classes(allow: &Fake, last: u8) -> u64 {
 }
 
 #[test]
-fn classes_of_a_name_end_with_its_lifetime_though_another_goes_on() {
+fn classes_of_a_name_expire_with_it_while_another_name_lives_on() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     let mut learn = |text, classes, expires_s| {
         table.learn(
@@ -120,16 +120,16 @@ fn classes_of_a_name_end_with_its_lifetime_though_another_goes_on() {
     assert_eq!(classes(&allow, 1), 0b11);
     table.expire(&mut allow, 10 * SECOND).unwrap();
     assert_eq!(classes(&allow, 1), 0b10);
-    // And when nothing is left, the entry says what it was.
+    // When all have expired, the entry keeps its last classes.
     let writes = allow.writes;
     for second in 11..59 {
         table.expire(&mut allow, second * SECOND).unwrap();
     }
-    assert_eq!(allow.writes, writes, "what does not change is not written");
+    assert_eq!(allow.writes, writes, "an unchanged entry is not written");
 }
 
 #[test]
-fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
+fn classes_from_an_earlier_agent_expire_while_a_name_lives_on() {
     let mut allow = fake(8);
     let left = AllowEntry {
         classes: 0b10,
@@ -153,7 +153,7 @@ fn what_an_earlier_agent_wrote_ends_with_its_lifetime_though_a_name_goes_on() {
 }
 
 #[test]
-fn an_entry_that_cannot_be_written_does_not_keep_others_open_and_is_tried_again() {
+fn a_failed_write_is_retried_and_does_not_delay_the_expiry_of_others() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     for last in 1..=4 {
         for (text, classes, expires_s) in [("a.test", 0b01, 10), ("b.test", 0b10, 60)] {
@@ -179,7 +179,7 @@ fn an_entry_that_cannot_be_written_does_not_keep_others_open_and_is_tried_again(
 }
 
 #[test]
-fn a_name_that_alone_gives_an_address_its_class_is_not_crowded_out() {
+fn the_only_name_that_gives_a_class_is_not_forgotten() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     let mut learn = |text: &str, classes, expires_s| {
         table.learn(
@@ -201,7 +201,7 @@ fn a_name_that_alone_gives_an_address_its_class_is_not_crowded_out() {
 }
 
 #[test]
-fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
+fn expired_addresses_are_evicted_first_then_the_least_recently_used() {
     let (mut table, mut allow) = (Table::new(), fake(4));
     let mut learn = |all: &[AnswerAddress], now_s| {
         table
@@ -217,7 +217,7 @@ fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
     assert_eq!(
         learn(&[answered(5, 100)], 10),
         [2, 3, 4, 5],
-        "1 is the oldest"
+        "1 is the least recently used"
     );
     assert_eq!(
         learn(&[answered(6, 100)], 40),
@@ -232,15 +232,15 @@ fn expired_addresses_make_room_first_and_then_the_least_recently_used() {
     assert_eq!(
         learn(&[answered(8, 100)], 40),
         [5, 6, 7, 8],
-        "3 is the oldest"
+        "3 is the least recently used"
     );
-    // One that is answered again does not give way, however old it is.
+    // An address of the response itself is not evicted, however old it is.
     let again = [answered(5, 200), answered(9, 100)];
     assert_eq!(learn(&again, 50), [5, 7, 8, 9]);
 }
 
 #[test]
-fn an_address_with_an_open_flow_never_gives_way() {
+fn an_address_with_an_open_flow_is_never_evicted() {
     let (mut table, mut allow) = (Table::new(), fake(3));
     for (last, expires_s) in [(1, 10), (2, 100), (3, 100)] {
         let answered = [answered(last, expires_s)];
@@ -252,20 +252,20 @@ fn an_address_with_an_open_flow_never_gives_way() {
     let mut learn = |allow: &mut Fake, all: &[AnswerAddress], now_s| {
         table.learn(allow, &name("b.test"), grant(1), all, now_s * SECOND)
     };
-    // The first has expired and the second is the one used longest ago; both are in use.
+    // The first has expired and the second is the least recently used; both are in use.
     learn(&mut allow, &[answered(4, 100)], 50).unwrap();
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
     assert_eq!(left(&allow), [1, 2, 4]);
     let refused = learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50);
     assert!(matches!(refused, Err(AllowError::Full)));
-    assert_eq!(left(&allow), [1, 2, 4], "nothing gives way in vain");
+    assert_eq!(left(&allow), [1, 2, 4], "a failed insertion evicts nothing");
     allow.open.clear();
     learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50).unwrap();
     assert_eq!(left(&allow), [4, 5, 6]);
 }
 
 #[test]
-fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
+fn a_name_with_ever_new_addresses_evicts_only_its_own() {
     let (mut table, mut allow) = (Table::new(), fake(16));
     table
         .learn(
@@ -284,7 +284,7 @@ fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
     }
     assert!(allow.entries.contains_key(&address(200)));
     assert_eq!(allow.entries.len(), 16);
-    // Many names share what there is by age.
+    // Many names share the map by age.
     for last in 100..140 {
         let all = [answered(last, 900)];
         let name = name(&format!("n{last}.test"));
@@ -296,7 +296,7 @@ fn a_name_with_ever_new_addresses_crowds_out_itself_and_no_other() {
 }
 
 #[test]
-fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
+fn addresses_expired_for_a_day_are_removed_unless_a_flow_is_open() {
     const DAY: u64 = 24 * 3600;
     let (mut table, mut allow) = (Table::new(), fake(8));
     for (last, expires_s) in [(1, 10), (2, 10), (3, DAY)] {
@@ -312,7 +312,7 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
     }
     let open = HashSet::from([address(2)]);
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
-    // For a day a denial can say `expired`.
+    // For a day a denial can have the reason `expired`.
     for second in [300, 320, DAY, DAY + 9] {
         table.sweep(&mut allow, &open, second * SECOND).unwrap();
         assert_eq!(left(&allow), [1, 2, 3], "after {second} s");
@@ -327,7 +327,7 @@ fn what_has_expired_for_long_is_forgotten_unless_a_flow_is_open() {
 }
 
 #[test]
-fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
+fn the_most_recently_expired_addresses_may_fill_a_quarter_of_the_map() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     for last in 1..=6 {
         let all = [answered(last, u64::from(last))];
@@ -339,7 +339,7 @@ fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
         .learn(&mut allow, &name("alive.test"), grant(1), &all, 0)
         .unwrap();
     let left = |allow: &Fake| allow.entries.keys().map(|a| a[15]).collect::<Vec<_>>();
-    // All are kept for five minutes, as far as there is room.
+    // All are kept for five minutes, as long as there is room.
     table
         .sweep(&mut allow, &HashSet::new(), 300 * SECOND)
         .unwrap();
@@ -350,7 +350,7 @@ fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
     assert_eq!(left(&allow), [5, 6, 7]);
     assert_eq!(table.in_use(), 1);
     assert_eq!(table.names_of(&address(5)), ["n5.test"]);
-    // And they give way to whoever needs room.
+    // They are evicted when others need room.
     for last in 10..17 {
         let all = [answered(last, 9000)];
         let name = name(&format!("n{last}.test"));
@@ -362,7 +362,7 @@ fn of_what_has_expired_a_quarter_of_the_map_stays_that_expired_last() {
 }
 
 #[test]
-fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
+fn a_large_map_evicts_in_batches_and_reads_flows_rarely() {
     let (mut table, mut allow) = (Table::new(), fake(64));
     allow.flows = 150_000;
     let mut learn = |last, now_ns| {
@@ -377,7 +377,7 @@ fn a_large_map_frees_a_share_at_once_and_flows_are_not_looked_at_without_end() {
     for last in 0..64 {
         learn(last, 0).unwrap();
     }
-    // One gives way for the answer, and three more for those to come.
+    // One address is evicted for the response, and three more for later ones.
     for last in 64..68 {
         learn(last, 0).unwrap();
     }
@@ -401,7 +401,7 @@ fn everything() -> NameRules {
 }
 
 #[test]
-fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
+fn an_edit_that_allows_more_than_the_map_holds_keeps_addresses_in_use() {
     let (mut table, mut before) = (Table::new(), fake(4));
     for last in 1..=4 {
         table
@@ -414,7 +414,7 @@ fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
             )
             .unwrap();
     }
-    // Resolved without an entry, and reached by other means than its name.
+    // Resolved without an entry, and reached although no entry allows the name.
     for last in 5..=7 {
         table
             .learn(
@@ -437,7 +437,7 @@ fn what_an_edit_allows_beyond_the_maps_size_leaves_out_what_is_not_in_use() {
 }
 
 #[test]
-fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
+fn a_hundred_thousand_names_do_not_exceed_the_map() {
     const CAPACITY: usize = 4096;
     let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
     for n in 0..100_000u32 {
@@ -451,7 +451,7 @@ fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
         table
             .learn(&mut allow, &name, grant(1), &[answered], 0)
             .unwrap();
-        // And the same number that no entry allows.
+        // The same number of names that no entry allows.
         table
             .learn(&mut allow, &name, grant(0), &[answered], 0)
             .unwrap();
@@ -467,7 +467,7 @@ fn a_hundred_thousand_names_leave_no_more_than_the_map_holds() {
 }
 
 #[test]
-fn an_address_that_stands_twice_in_an_answer_needs_room_once() {
+fn an_address_twice_in_a_response_takes_one_entry() {
     let (mut table, mut allow) = (Table::new(), fake(4));
     let mut learn =
         |all: &[AnswerAddress]| table.learn(&mut allow, &name("a.test"), grant(1), all, 0);
@@ -484,14 +484,14 @@ fn an_address_that_stands_twice_in_an_answer_needs_room_once() {
 }
 
 #[test]
-fn an_answer_that_is_larger_than_the_map_is_not_learned() {
+fn a_response_larger_than_the_map_is_not_inserted() {
     let (mut table, mut allow) = (Table::new(), fake(2));
     let all = [answered(1, 60), answered(2, 60), answered(3, 60)];
     let learned = table.learn(&mut allow, &name("a.test"), grant(1), &all, 0);
     assert!(matches!(learned, Err(AllowError::Full)));
 }
 
-/// The names that are kept, each with the last number of its address.
+/// The names that are kept, each with the last byte of its address.
 fn kept_names(allow: &Fake) -> Vec<(String, u8)> {
     let names = allow.names.keys();
     names
@@ -500,7 +500,7 @@ fn kept_names(allow: &Fake) -> Vec<(String, u8)> {
 }
 
 #[test]
-fn names_are_kept_as_long_as_their_addresses_and_not_of_what_could_not_be_inserted() {
+fn names_are_kept_exactly_for_the_addresses_in_the_map() {
     let (mut table, mut allow) = (Table::new(), fake(2));
     let mut learn = |allow: &mut Fake, text, last, now_s| {
         let all = [answered(last, now_s + 10)];
@@ -519,13 +519,13 @@ fn names_are_kept_as_long_as_their_addresses_and_not_of_what_could_not_be_insert
         kept_names(&allow),
         kept(&[("a.test", 1), ("b.test", 1), ("c.test", 2)])
     );
-    // The first address has expired and gives way, with its names.
+    // The first address has expired and is evicted, with its names.
     learn(&mut allow, "d.test", 3, 12).unwrap();
     assert_eq!(kept_names(&allow), kept(&[("c.test", 2), ("d.test", 3)]));
     allow.refused.push(address(2));
     learn(&mut allow, "e.test", 2, 13).unwrap_err();
     assert_eq!(kept_names(&allow), kept(&[("c.test", 2), ("d.test", 3)]));
-    // What is resolved again lives longer for the next agent, too.
+    // A name that is resolved again has the longer lifetime for the next agent, too.
     learn(&mut allow, "d.test", 3, 14).unwrap();
     assert_eq!(
         allow.names[&(address(3), name("d.test"))].expires_ns,
@@ -536,7 +536,7 @@ fn names_are_kept_as_long_as_their_addresses_and_not_of_what_could_not_be_insert
 }
 
 #[test]
-fn a_name_that_cannot_be_kept_keeps_nothing_from_being_learned() {
+fn an_address_is_inserted_even_if_its_name_cannot_be_kept() {
     let (mut table, mut allow) = (Table::new(), fake(8));
     allow.most_names = Some(1);
     for text in ["a.test", "b.test"] {
@@ -551,7 +551,7 @@ fn a_name_that_cannot_be_kept_keeps_nothing_from_being_learned() {
 }
 
 #[test]
-fn what_is_taken_over_gives_no_more_than_the_entry_says() {
+fn a_taken_over_name_gives_no_more_than_its_entry() {
     let grant = everything().classes(&name("a.test"));
     assert_eq!(grant, 1);
     let entry = |classes| AllowEntry {
@@ -566,11 +566,11 @@ fn what_is_taken_over_gives_no_more_than_the_entry_says() {
         expires_ns: expires_s * SECOND,
     };
     let kept = [
-        // Kept of a response whose address was not inserted, or for longer than the entry says.
+        // Kept for a response whose address was not inserted, or for longer than the entry.
         kept("a.test", 1, 60),
         kept("a.test", 2, 900),
         kept("lost.test", 9, 60),
-        // The earlier agent gave the second class by a name that it could not keep.
+        // The earlier agent gave the second class for a name that it could not keep.
         kept("a.test", 3, 10),
     ];
     let entries = vec![
@@ -585,12 +585,13 @@ fn what_is_taken_over_gives_no_more_than_the_entry_says() {
     table.expire(&mut allow, 20 * SECOND).unwrap();
     assert_eq!(allow.entries[&address(1)], entry(0b10));
     assert_eq!(allow.entries[&address(2)], entry(0b01));
-    // Of the third, what the name gave has ended, and what it did not give goes on.
+    // For the third address, the name's class has expired, and the other class stays.
     assert_eq!(allow.entries[&address(3)], entry(0b10));
     assert!(!allow.entries.contains_key(&address(9)));
     assert_eq!(table.nameless(), 2);
 
-    // At an edit names count by what the rules say, and what no name accounts for goes on if they say the same.
+    // At an edit, names count by the new rules. Classes that no name accounts for are carried over if the
+    // rules are alike.
     let mut next = fake(8);
     let over = table
         .carry_over(&rules, true, &mut next, 20 * SECOND)

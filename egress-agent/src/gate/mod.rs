@@ -1,18 +1,18 @@
-//! The gate: every DNS message between an enforced pod and its resolvers waits here until what it
-//! teaches is in the pod's allow map.
+//! The gate holds every DNS message between an enforced pod and its resolvers. It delivers a response only
+//! after the pod's allow map has the addresses of the response that the rules allow.
 //!
 //! ```text
-//!  pod ── question ──▶ from_pod ──▶ ring ──▶ rules: may it be asked?
-//!                                              ├─ no:  refusal ───────────────────────▶ pod
-//!                                              └─ yes: pending; put back ─▶ to_pod ─▶ resolver
-//!  pod ◀── put back ◀── every allowed address is in the allow map ◀── answer ◀── ring ◀── to_pod
-//!                         └─ one is not: the answer is not delivered, and reported
+//!  pod ── query ──▶ from_pod ──▶ ring ──▶ do the rules allow the name?
+//!                                           ├─ no:  refusal ──────────────────────────▶ pod
+//!                                           └─ yes: pending; put back ─▶ to_pod ─▶ resolver
+//!  pod ◀── put back ◀── every allowed address is in the allow map ◀── response ◀── ring ◀── to_pod
+//!                         └─ an insertion fails: the response is dropped and reported
 //! ```
 //!
-//! One thread does all of it, and it alone writes allow maps and moves interfaces from one policy
-//! to the next: so no answer can slip between an old map and its successor. It never waits for
-//! anything but its ring and its commands, takes no lock that the control side holds, and does no
-//! input or output but map updates and sending frames. To pods that take frames slowly others send ([`frame_sender`]).
+//! One thread does all of it. It alone writes allow maps and moves interfaces from one version of a policy to
+//! the next, so no response can slip between an old map and its successor. It waits only for its ring and its
+//! commands. It takes no lock that the control side holds. Its only input and output is to update maps and to
+//! send frames. Other threads send to the pods that take frames slowly ([`frame_sender`]).
 
 mod backlog;
 mod budget;
@@ -71,23 +71,23 @@ pub use probe::Probe;
 pub use resolutions::{About, Resolutions, Resolved};
 pub use stats::{Direction, Outcome, Stats, Transport};
 
-/// Most addresses that are looked at for one answer to [`Gate::resolutions`]: DNS waits meanwhile.
-const LOOKED_AT: usize = 4096;
+/// Most addresses that one call of [`Gate::resolutions`] reads: DNS waits meanwhile.
+const RESOLUTIONS_MAX: usize = 4096;
 
 /// How the gate treats DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DnsSettings {
-    /// An address lives at least this long.
+    /// The shortest lifetime of an address.
     pub min_ttl: Duration,
-    /// An address lives at most this long.
+    /// The longest lifetime of an address.
     pub max_ttl: Duration,
-    /// And this long on top.
+    /// Added to each lifetime.
     pub grace: Duration,
-    /// How a question that may not be asked is answered.
+    /// How the gate answers a query for a name that the rules do not allow.
     pub refusal: Refusal,
-    /// Addresses that no answer teaches.
+    /// Addresses that no response opens.
     pub protected: Vec<Prefix>,
-    /// Through these, no answer leads to them either.
+    /// Prefixes of translators: an address in one of them that leads to a protected address is protected, too.
     pub translators: Translators,
     /// Addresses and ports of the resolvers.
     pub resolvers: HashSet<(Address, u16)>,
@@ -96,14 +96,14 @@ pub struct DnsSettings {
 }
 
 impl DnsSettings {
-    /// The same with the resolvers of other settings, too.
+    /// These settings, with the resolvers of other settings added.
     #[must_use]
     pub fn with_resolvers_of(mut self, other: &Self) -> Self {
         self.resolvers.extend(&other.resolvers);
         self
     }
 
-    /// An address that a response teaches stays allowed for so long at least.
+    /// How long an address stays allowed at least after a response contained it.
     fn shortest_life(&self) -> Duration {
         self.min_ttl.saturating_add(self.grace)
     }
@@ -118,7 +118,7 @@ impl DnsSettings {
         self.resolvers.contains(&(packet.dst, packet.dst_port))
     }
 
-    /// Whether no answer teaches the address.
+    /// Whether the address is protected: no response opens it.
     fn is_protected(&self, address: &Address) -> bool {
         let contains =
             |address: &Address| self.protected.iter().any(|prefix| prefix.contains(address));
@@ -132,49 +132,50 @@ impl DnsSettings {
 
 /// One pod under one version of its policy.
 pub struct Enforcement {
-    /// Whose it is.
+    /// The pod's name and namespace.
     pub identity: Arc<PodIdentity>,
-    /// What its annotations say.
+    /// The pod's compiled annotations.
     pub compiled: Arc<Compiled>,
-    /// The pod's own addresses, as in the kernel's record.
+    /// The pod's own addresses, as in the kernel's policy record.
     pub own: Vec<Address>,
-    /// What its interfaces' entries are to be.
+    /// The entry that each of its interfaces gets in the map of interfaces.
     pub entry: Interface,
-    /// Its interfaces.
+    /// The indexes of its interfaces.
     pub interfaces: Vec<u32>,
     /// The allow map of this version.
     pub allow: AllowMap,
-    /// By which names the pod's addresses are allowed, for the next agent.
+    /// The names by which the pod's addresses are allowed. The next agent reads this map.
     pub names: NameMap,
-    /// What an earlier agent left the pod under, if that was another version. Looked at when the pod is new
-    /// at the gate.
+    /// Other versions of its policy under which an earlier agent left the pod. The gate reads this only when
+    /// the pod is new at the gate.
     pub left: Vec<Left>,
-    /// The pod's flows: an address with an open one does not give way to others.
+    /// The pod's flows: an address with an open flow is not evicted.
     pub flows: FlowMap,
 }
 
-/// A version of a pod's policy under which an earlier agent left it.
+/// A version of a pod's policy that was in force when an earlier agent ended.
 pub struct Left {
     /// Its allow map.
     pub allow: AllowMap,
-    /// Whether its entries hold under the new version, too; see
+    /// Whether names mean the same under the new version, so that its entries stay valid; see
     /// [`egress_common::records::Policy::names_alike`].
     pub alike: bool,
 }
 
-/// How much of a pod is judged. A pod that ran before it was enforced goes through these in their order.
+/// How much of a pod's traffic is judged. A pod that ran before it was enforced passes through these stages
+/// in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Judged {
-    /// The sources of what it sends.
+    /// Only the source addresses of the packets from the pod.
     Sources,
-    /// These, and what others open towards the pod is noted.
+    /// The source addresses; in addition, flows that others open towards the pod are recorded.
     SourcesAndInbound,
     /// Everything.
     Everything,
 }
 
 impl Judged {
-    /// An interface's entry for this.
+    /// The interface entry for this stage.
     #[must_use]
     pub fn in_entry(self, entry: Interface) -> Interface {
         let flags = match self {
@@ -189,49 +190,49 @@ impl Judged {
     }
 }
 
-/// What the control side asks of the gate.
+/// A command from the control side.
 enum Command {
-    /// Move a pod to a new policy, or begin with a new pod.
+    /// Move a pod to a new version of its policy, or add a new pod.
     Apply {
         enforcement: Box<Enforcement>,
         done: oneshot::Sender<Result<()>>,
     },
-    /// The same policy on other interfaces.
+    /// Put a pod's policy on other interfaces.
     Move {
         pod: u32,
         interfaces: Vec<u32>,
         done: oneshot::Sender<Result<()>>,
     },
-    /// Forget a pod and its interfaces' entries.
+    /// Forget a pod and remove its interfaces' entries.
     Remove {
         pod: u32,
         done: oneshot::Sender<Result<()>>,
     },
-    /// Judge more of a pod that begins to be enforced.
+    /// Move a pod to a later stage of [`Judged`].
     Judge {
         pod: u32,
         judged: Judged,
         done: oneshot::Sender<Result<()>>,
     },
-    /// Let everything pass these pods' interfaces, which are about to be detached from.
+    /// Stop judging on these pods' interfaces at once; the programs are detached afterwards.
     Release {
         pods: Vec<u32>,
         done: oneshot::Sender<Result<()>>,
     },
-    /// Forget addresses whose lifetime has ended and that no flow is open to.
+    /// Forget addresses whose lifetime has ended and that have no open flow.
     Sweep { pod: u32, open: HashSet<Address> },
-    /// Which names did these pods resolve to these addresses?
+    /// Which names of these pods resolved to these addresses?
     Names {
         asked: Vec<(u32, Address)>,
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
     },
-    /// What has this pod learned?
+    /// Which names and addresses has this pod resolved?
     Resolutions {
         pod: u32,
         about: About,
         answer: oneshot::Sender<Option<Resolutions>>,
     },
-    /// Treat DNS in another way from now on.
+    /// Replace the DNS settings.
     Configure {
         dns: DnsSettings,
         done: oneshot::Sender<Result<()>>,
@@ -241,13 +242,13 @@ enum Command {
         probes: Vec<Probe>,
         sent: oneshot::Sender<Vec<bool>>,
     },
-    /// Read the ring from now on.
+    /// Start reading the ring.
     Read,
     /// End the thread.
     Stop,
 }
 
-/// Handle on the gate's thread.
+/// A handle to the gate's thread.
 #[derive(Clone)]
 pub struct Gate {
     commands: mpsc::Sender<Command>,
@@ -256,12 +257,13 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Starts the thread. It reads no message before [`Self::read`]. `open` are the questions that an earlier agent
-    /// let out shortly before; the thread returns those that are open at its end.
+    /// Starts the thread. It reads no message before [`Self::read`] is called. `open` are the queries that an
+    /// earlier agent put back shortly before it ended. The thread returns the queries that are open when it
+    /// ends.
     ///
     /// # Errors
     ///
-    /// When its sockets or the thread cannot be made.
+    /// When the sockets cannot be opened or the threads cannot be started.
     pub fn start(
         ring: HeldRing,
         interfaces: InterfaceMap,
@@ -304,17 +306,17 @@ impl Gate {
         Ok((gate, thread))
     }
 
-    /// The gate's numbers.
+    /// The gate's counters and gauges.
     pub fn stats(&self) -> &Arc<Stats> {
         &self.stats
     }
 
-    /// What a pod has learned, as far as it can be looked at in one go; `None` when the pod is not at
-    /// the gate.
+    /// The names and addresses that a pod has resolved, up to the number that one call may read. `None` when
+    /// the pod is not at the gate.
     ///
     /// # Errors
     ///
-    /// When the gate is gone.
+    /// When the gate's thread has ended.
     pub async fn resolutions(&self, pod: u32, about: About) -> Result<Option<Resolutions>> {
         let (answer, resolutions) = oneshot::channel();
         self.send(Command::Resolutions { pod, about, answer })?;
@@ -323,13 +325,13 @@ impl Gate {
             .map_err(|_| anyhow!("the gate's thread is gone"))
     }
 
-    /// Moves a pod to a new policy, or begins with a new pod. When this returns, every packet of the
-    /// pod is judged by it, and addresses of names that the pod has resolved before are in its
-    /// allow map.
+    /// Moves a pod to a new version of its policy, or adds a new pod. After this returns without an error,
+    /// the new version judges every packet of the pod, and the allow map has the addresses of allowed names
+    /// that the pod resolved before.
     ///
     /// # Errors
     ///
-    /// When a map cannot be written; the pod then stays under its earlier policy.
+    /// When a map cannot be written; the pod then stays under its earlier version.
     pub async fn apply(&self, enforcement: Enforcement) -> Result<()> {
         let enforcement = Box::new(enforcement);
         self.ask(|done| Command::Apply { enforcement, done }).await
@@ -349,7 +351,7 @@ impl Gate {
         .await
     }
 
-    /// Judges more of a pod that begins to be enforced, from the next packet on.
+    /// Moves a pod to a later stage of [`Judged`], from the next packet on.
     ///
     /// # Errors
     ///
@@ -358,8 +360,8 @@ impl Gate {
         self.ask(|done| Command::Judge { pod, judged, done }).await
     }
 
-    /// Lets everything pass these pods' interfaces from now on, and what they asked before anybody
-    /// knew them goes out. What remains is to detach, which takes much longer.
+    /// Stops judging on these pods' interfaces at once, and puts back their quarantined queries. The caller
+    /// detaches the programs afterwards, which takes much longer.
     ///
     /// # Errors
     ///
@@ -368,7 +370,7 @@ impl Gate {
         self.ask(|done| Command::Release { pods, done }).await
     }
 
-    /// Forgets a pod. Its interfaces must be detached.
+    /// Forgets a pod. The programs must be detached from its interfaces already.
     ///
     /// # Errors
     ///
@@ -377,20 +379,20 @@ impl Gate {
         self.ask(|done| Command::Remove { pod, done }).await
     }
 
-    /// Treats DNS in another way, from the next message on.
+    /// Replaces the DNS settings, from the next message on.
     ///
     /// # Errors
     ///
-    /// When the gate is gone.
+    /// When the gate's thread has ended.
     pub async fn configure(&self, dns: DnsSettings) -> Result<()> {
         self.ask(|done| Command::Configure { dns, done }).await
     }
 
-    /// Sends probe frames. Returns of each whether it went out.
+    /// Sends probe frames. Returns for each probe whether all its frames went out.
     ///
     /// # Errors
     ///
-    /// When the gate is gone.
+    /// When the gate's thread has ended.
     pub async fn probe(&self, probes: Vec<Probe>) -> Result<Vec<bool>> {
         let (sent, result) = oneshot::channel();
         self.send(Command::Probe { probes, sent })?;
@@ -399,13 +401,14 @@ impl Gate {
             .map_err(|_| anyhow!("the gate's thread is gone"))
     }
 
-    /// Forgets what a pod learned and whose lifetime has ended, but for addresses in `open`.
+    /// Forgets a pod's addresses whose lifetime has ended, except those in `open`.
     pub fn sweep(&self, pod: u32, open: HashSet<Address>) {
-        // A gate that is gone is noticed by whoever waits for its thread.
+        // The caller that waits for the gate's thread notices its end.
         let _ = self.send(Command::Sweep { pod, open });
     }
 
-    /// Names that pods resolved to addresses, in the order asked. Empty when the gate is gone.
+    /// The names that resolved to these addresses, in the order of `asked`. Empty when the gate's thread has
+    /// ended.
     pub fn names(&self, asked: Vec<(u32, Address)>) -> Vec<Vec<String>> {
         let (answer, names) = mpsc::sync_channel(1);
         if self.send(Command::Names { asked, answer }).is_err() {
@@ -414,14 +417,14 @@ impl Gate {
         names.recv().unwrap_or_default()
     }
 
-    /// Reads messages from now on. To be called when the pods that an earlier agent left enforced are at the
-    /// gate: a message whose pod is not there is dropped.
+    /// Starts reading the ring. The caller first adds the pods that an earlier agent left enforced, because a
+    /// message is dropped if its pod is not at the gate.
     pub fn read(&self) {
-        // A gate that is gone is noticed by whoever waits for its thread.
+        // The caller that waits for the gate's thread notices its end.
         let _ = self.send(Command::Read);
     }
 
-    /// Ends the thread. What waits in the ring is left to the next agent.
+    /// Ends the thread. Messages that are still in the ring are left to the next agent.
     pub fn stop(&self) {
         let _ = self.send(Command::Stop);
     }
@@ -441,7 +444,7 @@ impl Gate {
         self.commands
             .send(command)
             .map_err(|_| anyhow!("the gate's thread is gone"))?;
-        // The counter cannot overflow: the gate reads it whenever it is not zero.
+        // The counter cannot overflow: the gate resets it each time it wakes.
         nix::unistd::write(self.wake.as_fd(), &1u64.to_ne_bytes())
             .context("cannot wake the gate's thread")?;
         Ok(())

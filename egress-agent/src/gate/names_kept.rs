@@ -1,4 +1,4 @@
-//! The names that are kept for the next agent, beside what is in the allow map.
+//! The names that are kept for the next agent, beside the allow map's entries.
 
 use egress_common::{address::Address, records::AllowEntry};
 
@@ -9,7 +9,7 @@ use super::{
 use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
 
-/// Names that could not be kept since they were last counted, and why.
+/// The number of names that could not be kept since the last count, and the last error.
 #[derive(Debug, Default)]
 pub(super) struct NamesLost {
     times: u64,
@@ -22,20 +22,20 @@ impl NamesLost {
         self.last = Some(error);
     }
 
-    /// Takes over what was not counted yet.
+    /// Takes over the failures that were not counted yet.
     pub(super) fn take_from(&mut self, other: &mut Self) {
         self.times += std::mem::take(&mut other.times);
         self.last = self.last.take().or_else(|| other.last.take());
     }
 
-    /// How many there were, and what the kernel said of the last one.
+    /// The number and the kernel's last error.
     pub(super) fn take(&mut self) -> Option<(u64, NamesError)> {
         let last = self.last.take()?;
         Some((std::mem::take(&mut self.times), last))
     }
 }
 
-/// An allow map that is filled while the pod's map of names stays as it is.
+/// An allow map that is filled while the pod's map of names stays unchanged.
 pub(super) struct NamesStay<'a, E>(pub(super) &'a mut E);
 
 impl<E: Entries> Entries for NamesStay<'_, E> {
@@ -65,8 +65,8 @@ impl<E: Entries> Entries for NamesStay<'_, E> {
 }
 
 impl Table {
-    /// Addresses that an earlier agent left, and that are allowed by names which it had not kept: an edit
-    /// after which names mean something else does not carry them over.
+    /// The number of addresses that an earlier agent left and whose names it had not kept. They are not
+    /// carried over at an edit after which names mean something else.
     pub(super) fn nameless(&self) -> usize {
         let is_nameless =
             |learned: &Learned| learned.adopted.is_some() || learned.sources.is_empty();
@@ -74,8 +74,8 @@ impl Table {
         all.filter(|(_, learned)| is_nameless(learned)).count()
     }
 
-    /// Keeps the names that led to an address and were not kept under the rules `before`.
-    pub(super) fn keep_more_than(&mut self, before: &Self, names: &mut impl Entries) {
+    /// Keeps the names of this table that the table `before` does not have.
+    pub(super) fn keep_names_missing_in(&mut self, before: &Self, names: &mut impl Entries) {
         for (&address, learned) in &self.addresses {
             for source in &learned.sources {
                 if before.has(&address, &source.name) {
@@ -93,8 +93,8 @@ impl Table {
         }
     }
 
-    /// Forgets the names that are kept of this table, and not of the one that follows it.
-    pub(super) fn forget_more_than(&self, next: &mut Self, names: &mut impl Entries) {
+    /// Removes the kept names of this table that the table `next` does not have.
+    pub(super) fn forget_names_missing_in(&self, next: &mut Self, names: &mut impl Entries) {
         for (&address, learned) in &self.addresses {
             for source in &learned.sources {
                 if !next.has(&address, &source.name)
@@ -106,8 +106,8 @@ impl Table {
         }
     }
 
-    /// Forgets what is kept and is not in this table.
-    pub(super) fn forget_others(&mut self, kept: &[Kept], names: &mut impl Entries) {
+    /// Removes the kept names that this table does not have.
+    pub(super) fn forget_names_not_in_table(&mut self, kept: &[Kept], names: &mut impl Entries) {
         for kept in kept {
             if !self.has(&kept.address, &kept.name)
                 && let Err(error) = names.forget_name(kept.address, &kept.name)

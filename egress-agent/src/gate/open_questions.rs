@@ -1,4 +1,4 @@
-//! Questions that are open when an agent ends, as the next agent takes them over.
+//! Queries that are open when an agent ends, and that the next agent takes over.
 
 use egress_common::address::Address;
 use serde::{Deserialize, Serialize};
@@ -6,26 +6,26 @@ use serde::{Deserialize, Serialize};
 use super::pending::{Exchange, Pending};
 use egress_dns::read_question;
 
-/// Most questions of one pod that are handed over, the newest ones.
+/// Most queries of one pod that are handed over; the newest ones.
 const QUESTIONS: usize = 256;
 
-/// A question over UDP that has gone out and has no answer yet.
+/// A query over UDP that has gone out and has no response yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenQuestion {
-    /// The pod, as in [`egress_common::records::Interface::pod`].
+    /// The pod's number, as in [`egress_common::records::Interface::pod`].
     pub(super) pod: u32,
     pod_addr: Address,
     resolver: Address,
     resolver_port: u16,
     pod_port: u16,
-    /// A DNS message with its id and its question, in wire format.
+    /// A DNS message with the id and the question section, in wire format.
     message: Vec<u8>,
     /// When it went out, in nanoseconds of `CLOCK_BOOTTIME`.
     time_ns: u64,
 }
 
 impl OpenQuestion {
-    /// The newest open questions of a pod.
+    /// The newest open queries of a pod.
     pub(super) fn of(pod: u32, pending: &Pending, now_ns: u64) -> impl Iterator<Item = Self> {
         let open = pending.open(now_ns).take(QUESTIONS);
         open.map(move |(exchange, asked)| Self {
@@ -36,7 +36,7 @@ impl OpenQuestion {
             pod_port: exchange.pod_port,
             message: [
                 &exchange.id.to_be_bytes()[..],
-                // RD; one question and nothing else.
+                // RD; one question and no other records.
                 &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0],
                 &asked.name_as_sent,
                 &asked.qtype.to_be_bytes(),
@@ -47,7 +47,7 @@ impl OpenQuestion {
         })
     }
 
-    /// Notes it as open. One that cannot be read is left out: its answer is not delivered.
+    /// Records it as open. A query that cannot be read is left out: its response is not delivered.
     pub(super) fn ask(&self, pending: &mut Pending) {
         if let Ok(question) = read_question(&self.message) {
             let exchange = Exchange {

@@ -1,7 +1,8 @@
-//! Addresses whose lifetime has ended, and how long they are remembered.
+//! How long expired addresses stay in the table.
 //!
-//! A program that is silent for longer than its flow is remembered, and then goes on with an address that it
-//! resolved before, is denied. The denial says `expired`, and by which name, for as long as the address is here.
+//! A program may be silent for longer than its flow is remembered, and then use an address that it resolved
+//! before. It is denied. The denial has the reason `expired` and the name for as long as the table has the
+//! address.
 
 use std::{cmp::Reverse, collections::HashSet};
 
@@ -12,17 +13,17 @@ use crate::datapath::AllowError;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// How long an address without an open flow is kept after its lifetime, as far as the map has room.
+/// How long an address without an open flow stays after its lifetime, as long as the map has room.
 const EXPIRED_NS: u64 = 300 * SECOND_NS;
 
-/// How long at most those are kept that expired last.
+/// The longest time that the most recently expired addresses stay.
 const PAST_NS: u64 = 24 * 3600 * SECOND_NS;
 
-/// The part of the map that they may take.
-const SHARE_OF_PAST: usize = 4;
+/// The part of the map that they may use: one of this many.
+const EXPIRED_PART: usize = 4;
 
 impl Table {
-    /// Forgets addresses whose lifetime ended a while ago, but for those in `open` and those that expired last.
+    /// Removes addresses that expired a while ago, except those in `open` and the most recently expired ones.
     ///
     /// # Errors
     ///
@@ -44,16 +45,16 @@ impl Table {
         past.sort_unstable_by_key(|&(expires_ns, _)| Reverse(expires_ns));
         let recent =
             past.partition_point(|&(expires_ns, _)| expires_ns.saturating_add(PAST_NS) > now_ns);
-        self.past = recent.min(allow.capacity() / SHARE_OF_PAST);
-        for &(_, address) in &past[self.past..] {
+        self.expired_kept = recent.min(allow.capacity() / EXPIRED_PART);
+        for &(_, address) in &past[self.expired_kept..] {
             self.remove(allow, address)?;
         }
         Ok(())
     }
 
-    /// Addresses in the allow map, without those that had expired a while before the last sweep: they give
-    /// way whenever others need room.
+    /// The number of addresses in the allow map, without those that had expired a while before the last
+    /// sweep: these are evicted whenever others need room.
     pub(super) fn in_use(&self) -> usize {
-        self.addresses.len().saturating_sub(self.past)
+        self.addresses.len().saturating_sub(self.expired_kept)
     }
 }

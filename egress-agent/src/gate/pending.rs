@@ -1,4 +1,4 @@
-//! Questions that a pod has asked and no resolver has answered yet.
+//! Queries that a pod has sent and no resolver has answered yet.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use lru::LruCache;
 
 use egress_dns::{Answer, Name, Question};
 
-/// Most questions of one pod that may wait at once; beyond it the oldest is forgotten, and its
-/// answer will not be delivered. Stub resolvers keep a handful open, busy proxies hundreds.
+/// Most open queries of one pod. Beyond that the oldest is forgotten, and its response will not be delivered.
+/// Stub resolvers keep a handful open, busy proxies hundreds.
 const QUESTIONS: usize = 2048;
 
-/// How long an answer may take. Stub resolvers give up after 5 seconds (resolv.conf(5), `timeout`),
-/// at most 30.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a response may take. Stub resolvers give up after 5 seconds (resolv.conf(5), `timeout`), or after
+/// 30 at most.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where a question came from and where it went.
+/// The ends of a query and its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Exchange {
     pub(super) pod_addr: Address,
@@ -25,8 +25,8 @@ pub(super) struct Exchange {
     pub(super) id: u16,
 }
 
-/// Most different questions of one exchange that may wait. Old versions of musl send the questions for A
-/// and for AAAA from one port with one id.
+/// Most different open queries of one exchange. Old versions of musl send the queries for A and for AAAA from
+/// one port with one id.
 const QUESTIONS_OF_EXCHANGE: usize = 4;
 
 pub(super) struct Asked {
@@ -34,11 +34,11 @@ pub(super) struct Asked {
     pub(super) name_as_sent: Box<[u8]>,
     pub(super) qtype: u16,
     pub(super) qclass: u16,
-    /// How often it was asked and not answered: a repeated question has more than one answer.
+    /// How often it was sent without a response: a repeated query gets more than one response.
     outstanding: u32,
-    /// How many more answers are delivered in which the name has other upper and lower case than in the
-    /// question. Such an answer does not close the question: a client that compares them goes on
-    /// waiting for the right one.
+    /// How many more responses are delivered whose name has other upper and lower case than the query. Such a
+    /// response does not close the query: a client that compares the case continues to wait for the right
+    /// one.
     in_other_case: u32,
     pub(super) time_ns: u64,
 }
@@ -49,12 +49,12 @@ impl Asked {
     }
 
     fn is_open(&self, now_ns: u64) -> bool {
-        now_ns.saturating_sub(self.time_ns) <= PATIENCE.as_nanos() as u64
+        now_ns.saturating_sub(self.time_ns) <= RESPONSE_TIMEOUT.as_nanos() as u64
     }
 }
 
-/// The open questions of one pod over UDP, or of one connection over TCP: an answer answers what was
-/// asked the same way.
+/// The open queries of one pod over UDP, or of one connection over TCP: a response must come over the same
+/// transport as its query.
 pub(super) struct Pending {
     asked: LruCache<Exchange, Vec<Asked>>,
     len: usize,
@@ -66,29 +66,29 @@ impl Pending {
         Self::with_room(QUESTIONS)
     }
 
-    /// For at most this many questions.
+    /// With room for this many queries.
     pub(super) fn with_room(room: usize) -> Self {
         Self {
-            // Unbounded because the bounded one allots all of its memory at once.
+            // Unbounded, because the bounded cache allocates all of its memory at once.
             asked: LruCache::unbounded(),
             len: 0,
             room,
         }
     }
 
-    /// How many questions are open.
+    /// The number of open queries.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// The open questions, beginning with the exchange used last.
+    /// The open queries, beginning with the most recently used exchange.
     pub(super) fn open(&self, now_ns: u64) -> impl Iterator<Item = (&Exchange, &Asked)> {
         let all = self.asked.iter();
         all.flat_map(|(exchange, asked)| asked.iter().map(move |asked| (exchange, asked)))
             .filter(move |(_, asked)| asked.is_open(now_ns))
     }
 
-    /// Notes that a question goes out.
+    /// Records a query that goes out.
     pub(super) fn ask(&mut self, exchange: Exchange, question: &Question, now_ns: u64) {
         while self.len >= self.room {
             self.pop_oldest();
@@ -120,7 +120,7 @@ impl Pending {
         });
     }
 
-    /// Whether the answer is one to an open question.
+    /// Whether the response is one to an open query.
     pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer) -> bool {
         let asked = self.asked.peek(exchange);
         asked.into_iter().flatten().any(|asked| {
@@ -129,7 +129,7 @@ impl Pending {
         })
     }
 
-    /// Whether the answer is one to an open question, which is then open once less.
+    /// Whether the response is one to an open query. If so, one response fewer is expected.
     pub(super) fn answer(&mut self, exchange: Exchange, answer: &Answer, now_ns: u64) -> bool {
         let Some(asked) = self.asked.get_mut(&exchange) else {
             return false;
@@ -150,13 +150,13 @@ impl Pending {
         })
     }
 
-    /// Whether a question of the exchange is open, which a response without a question section may
-    /// answer. It is then open once less.
+    /// Whether a query of the exchange is open, so that a response without a question section may answer it.
+    /// If so, one response fewer is expected.
     pub(super) fn reject(&mut self, exchange: Exchange, now_ns: u64) -> bool {
         self.asked.get_mut(&exchange).is_some() && self.close(exchange, 0, now_ns)
     }
 
-    /// A question is open once less. Returns whether its answer comes in time.
+    /// Expects one response fewer for a query. Returns whether the response came in time.
     fn close(&mut self, exchange: Exchange, index: usize, now_ns: u64) -> bool {
         let Some(asked) = self.asked.get_mut(&exchange) else {
             return false;
@@ -176,7 +176,7 @@ impl Pending {
         in_time
     }
 
-    /// Forgets questions that nobody waits for any more.
+    /// Forgets queries for which no client waits any more.
     pub(super) fn sweep(&mut self, now_ns: u64) {
         while let Some((_, asked)) = self.asked.peek_lru() {
             if asked.iter().any(|asked| asked.is_open(now_ns)) {
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn each_question_earns_one_answer() {
+    fn each_query_accepts_one_response() {
         let mut pending = Pending::new();
         pending.ask(EXCHANGE, &question("a.test", A), 0);
         pending.ask(EXCHANGE, &question("a.test", A), 1);
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_in_other_case_is_delivered_once_and_leaves_the_question_open() {
+    fn a_response_in_other_case_is_delivered_once_and_leaves_the_query_open() {
         let mut pending = Pending::new();
         pending.ask(EXCHANGE, &question("ShOp.test", A), 0);
         assert!(pending.answer(EXCHANGE, &answer("shop.test", A), 1));
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_has_room_for_a_few_questions() {
+    fn an_exchange_has_room_for_a_few_queries() {
         let mut pending = Pending::with_room(3);
         for name in ["a", "b", "c", "d", "e"] {
             pending.ask(EXCHANGE, &question(name, A), 0);
@@ -269,8 +269,8 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_late_answers_nothing() {
-        let late = PATIENCE.as_nanos() as u64 + 1;
+    fn a_late_response_is_not_accepted() {
+        let late = RESPONSE_TIMEOUT.as_nanos() as u64 + 1;
         let mut pending = Pending::new();
         pending.ask(EXCHANGE, &question("a.test", A), 0);
         assert!(!pending.answer(EXCHANGE, &answer("A.test", A), late));
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rejection_closes_the_oldest_question_of_its_exchange() {
+    fn a_rejection_closes_the_oldest_query_of_its_exchange() {
         let mut pending = Pending::new();
         pending.ask(EXCHANGE, &question("a.test", A), 0);
         assert!(pending.reject(EXCHANGE, 1));

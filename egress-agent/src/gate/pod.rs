@@ -1,4 +1,4 @@
-//! One pod at the gate: what becomes of its questions and its answers.
+//! One pod at the gate: how its queries and responses are decided.
 
 mod in_fragments;
 mod turn;
@@ -35,7 +35,7 @@ use super::{
 use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
 use egress_dns::{Question, Refusal, refuse};
 
-/// What all pods at the gate use.
+/// The state that all pods at the gate share.
 pub(super) struct Shared {
     pub(super) frame_sender: FrameSender,
     pub(super) context: DecisionContext,
@@ -46,7 +46,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// What was asked on an interface in quarantine is to be judged now.
+    /// Sends the quarantined queries of an interface to be judged again.
     pub(super) fn judge_again(&mut self, ifindex: u32) {
         for waiting in self.quarantine.end(ifindex) {
             self.frame_sender.again(ifindex, &waiting.frame);
@@ -54,7 +54,8 @@ impl Shared {
     }
 }
 
-/// A pod's interface, on which its connections' segments go on. In audit mode they have gone on.
+/// The interface on which the segments of the pod's connections go on. No sender in audit mode: there the
+/// segments have gone on already.
 struct Port<'a> {
     frame_sender: Option<&'a mut FrameSender>,
     ifindex: u32,
@@ -75,7 +76,7 @@ impl Out for Port<'_> {
         self.ifindex
     }
 
-    fn turn_to(&mut self, interface: u32) {
+    fn select_interface(&mut self, interface: u32) {
         self.ifindex = interface;
     }
 }
@@ -85,7 +86,7 @@ pub(super) struct Pod {
     enforcement: Enforcement,
     pending: Pending,
     learned: Table,
-    /// What an earlier agent had kept, until it is known what of it is of use.
+    /// Names that an earlier agent kept, until the gate knows which of them are still valid.
     stale_names: Vec<Kept>,
     streams: Streams,
     fragments: Fragments,
@@ -95,16 +96,16 @@ pub(super) struct Pod {
     tallies: Tallies,
 }
 
-/// What is told of a pod now and then.
+/// The events of a pod that are logged at a limited rate.
 #[derive(Default)]
 struct Tallies {
     segments_damaged: Tally,
     fragments_late: Tally,
-    said_names_lost: bool,
+    has_logged_names_lost: bool,
 }
 
 impl Pod {
-    /// From the next packet on, the pod's interfaces are under its policy.
+    /// Puts the pod's interfaces under its policy from the next packet on.
     pub(super) fn write_interfaces(
         &self,
         interfaces: &mut InterfaceMap,
@@ -113,12 +114,12 @@ impl Pod {
         self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 
-    /// Takes over a question that an earlier agent let out.
+    /// Takes over a query that an earlier agent put back.
     pub(super) fn take_over(&mut self, open: &OpenQuestion) {
         open.ask(&mut self.pending);
     }
 
-    /// The questions that it has open over UDP. `id` is the pod's.
+    /// The pod's open queries over UDP. `id` is the pod's.
     pub(super) fn open_questions(
         &self,
         id: u32,
@@ -132,14 +133,14 @@ impl Pod {
         &self.enforcement.interfaces
     }
 
-    /// Whether it is known what the pod may ask.
+    /// Whether the pod is identified, so that its policy is known.
     pub(super) fn is_known(&self) -> bool {
         self.enforcement.compiled.record.flags & POLICY_UNIDENTIFIED == 0
     }
 
-    /// Whether this is a question that the pod was to wait with until it is known, and the interface
-    /// is another pod's by now, or has been let go.
-    pub(super) fn has_left(&self, head: &Held, interfaces: &InterfaceMap) -> bool {
+    /// Whether this is a query of a pod in quarantine whose interface now belongs to another pod or has been
+    /// released.
+    pub(super) fn has_lost_interface(&self, head: &Held, interfaces: &InterfaceMap) -> bool {
         if self.is_known() || head.kind != HELD_QUESTION {
             return false;
         }
@@ -167,7 +168,7 @@ impl Pod {
         Ok(())
     }
 
-    /// Forgets the interfaces' entries. Says how many of its messages had waited.
+    /// Removes the interfaces' entries. Returns also how many messages were in the pod's backlog.
     pub(super) fn remove(
         mut self,
         interfaces: &mut InterfaceMap,
@@ -189,7 +190,7 @@ impl Pod {
         (waited, removed)
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick(&mut self, shared: &mut Shared, now_ns: u64) {
         self.pending.sweep(now_ns);
         if let Err(error) = self.learned.expire(&mut self.enforcement, now_ns) {
@@ -198,7 +199,7 @@ impl Pod {
         self.tick_streams(shared, now_ns);
         self.tick_fragments(shared, now_ns);
         self.count_names_lost(shared);
-        self.tell(now_ns);
+        self.log_tallies(now_ns);
     }
 
     /// See [`super::Gate::sweep`].
@@ -211,22 +212,22 @@ impl Pod {
         }
     }
 
-    /// Tells what has happened since it was last told.
-    fn tell(&mut self, now_ns: u64) {
+    /// Logs what has happened since the last log line.
+    fn log_tallies(&mut self, now_ns: u64) {
         let pod = self.enforcement.name();
         let tallies = &mut self.tallies;
         if let Some(segments) = tallies.segments_damaged.due(now_ns) {
             tracing::warn!(
                 %pod,
                 segments,
-                "TCP segments of DNS were dropped: unreadable, or with a wrong checksum"
+                "TCP segments of DNS dropped: unreadable, or with a wrong checksum"
             );
         }
         if let Some(fragments) = tallies.fragments_late.due(now_ns) {
             tracing::warn!(
                 %pod,
                 fragments,
-                "fragments were dropped: repeated, or of a datagram with the number of an earlier one"
+                "fragments dropped: repeated, or with the identification of an earlier datagram"
             );
         }
         if let Some((times, error)) = self.learned.failures.due(now_ns) {
@@ -234,12 +235,12 @@ impl Pod {
                 %pod,
                 times,
                 error = error.map(tracing::field::display),
-                "the pod's allow map cannot be written; responses that needed it were not delivered"
+                "cannot write the pod's allow map; the responses that needed it were not delivered"
             );
         }
     }
 
-    /// Names that led to the address.
+    /// Names that resolved to the address.
     pub(super) fn names_of(&self, address: &Address) -> Vec<String> {
         self.learned.names_of(address)
     }
@@ -254,26 +255,26 @@ impl Pod {
         self.learned.addresses.len() as u64
     }
 
-    /// Addresses in its allow map that do not give way whenever others need room.
+    /// Addresses in its allow map, except those that are evicted first.
     pub(super) fn addresses_in_use(&self) -> u64 {
         self.learned.in_use() as u64
     }
 
-    /// Decides a frame from the ring. What is to be sent waits in the frame sender.
+    /// Decides a frame from the ring. The frames to be sent wait in the frame sender.
     pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) != Walked::Ip {
-            // A rejected packet was cut in the ring, and the walk may want all of it.
+            // The ring keeps only the beginning of a rejected packet, and the walk may need all of it.
             if held.head.kind == HELD_REJECT {
                 self.reject_cut(held, shared);
             }
             return;
         }
         if held.head.kind == HELD_QUESTION
-            && let Some(reason) = self.is_astray(&packet, shared)
+            && let Some(reason) = self.why_misdirected(&packet, shared)
         {
             let (judge, _) = self.judge(shared, held.head.time_ns);
-            judge.astray(&packet, reason);
+            judge.report_misdirected(&packet, reason);
             return;
         }
         match held.head.kind {
@@ -293,11 +294,11 @@ impl Pod {
         }
     }
 
-    /// Why a question must not be put back as one of the pod's to a resolver: nobody judges it again.
-    /// What `from_pod` has judged was such a question. Its copy is not any more if the configuration or
-    /// the pod's addresses have changed since.
-    fn is_astray(&self, packet: &Packet, shared: &Shared) -> Option<Reason> {
-        // Questions of an unknown pod are judged again when it is known.
+    /// Why a query must not be put back: it is not one of the pod's to a resolver, and `from_pod` does not
+    /// judge it again. `from_pod` accepted the query, but the configuration or the pod's addresses may have
+    /// changed since.
+    fn why_misdirected(&self, packet: &Packet, shared: &Shared) -> Option<Reason> {
+        // The queries of an unknown pod are judged again when it is known.
         if !self.is_known() {
             return None;
         }
@@ -314,7 +315,7 @@ impl Pod {
         if !self.is_known() {
             if !shared.quarantine.keep(&held.head, as_sent(held.frame)) {
                 let (judge, _) = self.judge(shared, held.head.time_ns);
-                judge.unknown(message, packet);
+                judge.report_unknown_pod(message, packet);
             }
             return;
         }
@@ -335,14 +336,14 @@ impl Pod {
         }
     }
 
-    /// A question of the pod waited for it to be known, and is dropped.
-    pub(super) fn give_up(&mut self, frame: &[u8], shared: &Shared) {
+    /// Reports a quarantined query of the pod that is dropped.
+    pub(super) fn report_dropped_query(&mut self, frame: &[u8], shared: &Shared) {
         let mut packet = Packet::EMPTY;
         if walk(&frame, &mut packet) == Walked::Ip
             && let Some(message) = udp_payload(frame, &packet)
         {
             let (judge, _) = self.judge(shared, boottime_ns());
-            judge.unknown(message, &packet);
+            judge.report_unknown_pod(message, &packet);
         }
     }
 
@@ -403,16 +404,16 @@ impl Pod {
         run(&mut self.streams, &mut step, &mut shared.streams);
     }
 
-    /// Resets the connections with resolvers that need the agent. It is about to take its hand off the pod.
+    /// Resets the split connections with resolvers, which need the agent: it is about to stop following them.
     pub(super) fn end_split_streams(&mut self, shared: &mut Shared) {
         self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
             streams.end_split(step, budget);
         });
     }
 
-    /// Lets the connections with resolvers do what they do by the clock.
+    /// Runs the timers of the connections with resolvers.
     fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
-        // Each connection says which interface it is on.
+        // Each connection sets its own interface.
         self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
             streams.tick(step, budget);
         });
@@ -421,8 +422,8 @@ impl Pod {
         self.tallies.segments_damaged.add(damaged);
     }
 
-    /// A denied packet was longer than what the ring keeps of it: only its headers are there, and
-    /// its length fields point beyond them.
+    /// Rejects a denied packet that was longer than what the ring keeps of it: only its headers are there,
+    /// and its length fields point beyond them.
     fn reject_cut(&self, held: &HeldFrame<'_>, shared: &mut Shared) {
         let mut whole = held.frame.to_vec();
         whole.resize(egress_common::limits::HELD_FRAME_BYTES.max(65_550), 0);
@@ -430,7 +431,7 @@ impl Pod {
         if walk(&whole.as_slice(), &mut packet) == Walked::Ip {
             reject(held, &packet, shared);
         } else {
-            tracing::debug!(pod = %self.name(), "a denied packet could not be rejected");
+            tracing::debug!(pod = %self.name(), "cannot reject a denied packet: cannot read its headers");
         }
     }
 
@@ -440,7 +441,7 @@ impl Pod {
 }
 
 impl Enforcement {
-    /// From the next packet on, the interfaces are under this version of the policy.
+    /// Puts the interfaces under this version of the policy from the next packet on.
     fn write_interfaces(
         &self,
         interfaces: &mut InterfaceMap,

@@ -1,9 +1,9 @@
-//! Frames that show whether an interface's packets come to the programs.
+//! Frames that test whether the packets on an interface reach the programs.
 //!
-//! A probe goes the way of a bounced question: out on the interface to `to_pod`, which turns it round, and
-//! in again to `from_pod`, which counts it and drops it. Whoever takes packets away before one of the
-//! two takes probes away, too. The mark that tells a probe cannot be set by a pod: it is scrubbed when a
-//! packet crosses network namespaces.
+//! A probe takes the path of a bounced query: out on the interface to `to_pod`, which turns it round, and in
+//! again to `from_pod`, which counts and drops it. A program that takes packets away before one of the two
+//! takes probes away, too. A pod cannot set the mark of a probe, because the kernel scrubs the mark of a
+//! packet that crosses network namespaces.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -11,35 +11,35 @@ use etherparse::PacketBuilder;
 
 use super::frame_sender::FrameSender;
 
-/// A group that no bridge forwards (IEEE 802.1Q, table 8-1): where a probe is let through, it floods
+/// A group address that no bridge forwards (IEEE 802.1Q, table 8-1): a probe that passes the programs floods
 /// nothing.
 const TO: [u8; 6] = [0x01, 0x80, 0xc2, 0x00, 0x00, 0x01];
-/// An address that nobody else has.
+/// A locally administered address that no other device has.
 const FROM: [u8; 6] = [0x02, 0x65, 0x67, 0x72, 0x65, 0x73];
-/// No stack takes or forwards a packet to these that comes from outside (`ip_route_input_slow`,
-/// `net/ipv4/route.c`; `ip6_rcv_core`, `net/ipv6/ip6_input.c`).
+/// No network stack accepts or forwards a packet to these addresses that comes from outside
+/// (`ip_route_input_slow`, `net/ipv4/route.c`; `ip6_rcv_core`, `net/ipv6/ip6_input.c`).
 const NOWHERE: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 const NOWHERE6: Ipv6Addr = Ipv6Addr::LOCALHOST;
-/// No router forwards it either.
+/// No router forwards a packet with this hop limit.
 const HOP_LIMIT: u8 = 1;
-/// The port of "discard" (RFC 863).
+/// The port of the discard service (RFC 863).
 const DISCARD: u16 = 9;
-/// For whoever finds one in a capture.
+/// Explains the packet to a person who finds it in a capture.
 const PAYLOAD: &[u8] = b"egress-agent: does this pass its programs?";
 
-/// Which probes an interface gets: frames as its pod sends them, of each family that it has.
+/// The probes for an interface: a frame as its pod would send it, for each of the pod's address families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// The interface.
+    /// The interface's index.
     pub ifindex: u32,
-    /// The pod's address.
+    /// The pod's IPv4 address.
     pub v4: Option<Ipv4Addr>,
-    /// The pod's address.
+    /// The pod's IPv6 address.
     pub v6: Option<Ipv6Addr>,
 }
 
 impl Probe {
-    /// Sends the frames. Returns whether all went out.
+    /// Sends the frames. Returns whether all of them went out.
     pub(super) fn send(&self, frame_sender: &FrameSender) -> bool {
         let mut frames = self.frames();
         frames.all(|frame| frame_sender.probe(self.ifindex, &frame).is_ok())

@@ -1,8 +1,8 @@
-//! Questions of pods that nobody knows yet.
+//! Queries of pods that are not known yet.
 //!
-//! They wait here until their pod is known, and are then sent once more as the pod sent them: so they
-//! are judged from the beginning, under the policy that is the pod's. A program that was quicker than
-//! the cluster does not lose the seconds that its library would wait before it asks again.
+//! They wait here until their pod is known. Then the gate sends them again as the pod sent them, and
+//! `from_pod` judges them under the pod's own policy. A program that starts before the cluster has published
+//! its pod does not lose the seconds that its stub resolver would wait before it repeats the query.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,40 +16,40 @@ use super::{
     checksum::complete_udp,
 };
 
-/// How long a question waits. By then the resolver's library has asked again (resolv.conf(5),
-/// `timeout`), and a second answer would find nobody.
-const WAITS_FOR_NS: u64 = 5_000_000_000;
+/// How long a query waits. By then the stub resolver has repeated it (resolv.conf(5), `timeout`), and no
+/// client would take a second response.
+const QUERY_TIMEOUT_NS: u64 = 5_000_000_000;
 
-/// How many questions wait. A program that starts asks for few names at once, and those of eight have room
-/// whatever others ask. With [`LONGEST`], the common part is three MiB.
+/// How many queries wait. A starting program sends few queries at once, and eight of an interface always have
+/// room. With [`FRAME_MAX`], the common part is three MiB.
 const LIMITS: Limits = Limits {
     own: 8,
     pod: 32,
     common: 2048,
 };
 
-/// Longest frame that waits: what an ordinary link carries.
-const LONGEST: usize = 1514;
+/// The longest frame that waits: the longest one of an ordinary link.
+const FRAME_MAX: usize = 1514;
 
-/// All that wait, the oldest first.
+/// All waiting queries, the oldest first.
 pub(super) struct Quarantine {
     waiting: VecDeque<QuarantinedQuery>,
     budget: Budget,
-    /// How many wait on each interface.
+    /// The number that waits on each interface.
     kept: HashMap<u32, Kept>,
 }
 
-/// A question that waits.
+/// A waiting query.
 pub(super) struct QuarantinedQuery {
-    /// The pod at the gate that it waits under.
+    /// The pod at the gate to which it belongs at present.
     pub(super) pod: u32,
     ifindex: u32,
     taken_ns: u64,
-    /// As the pod sent it, with a whole checksum.
+    /// As the pod sent it, with a complete checksum.
     pub(super) frame: Vec<u8>,
 }
 
-/// A frame as it would have left the pod, were it not for the offload: with a whole checksum.
+/// The frame as the pod sent it, with a complete checksum: checksum offload may have left it incomplete.
 pub(super) fn as_sent(frame: &[u8]) -> Vec<u8> {
     let mut packet = Packet::EMPTY;
     let mut sent = frame.to_vec();
@@ -68,9 +68,9 @@ impl Quarantine {
         }
     }
 
-    /// Lets a question wait; `false` when there is no room for it.
+    /// Adds a query; `false` when there is no room.
     pub(super) fn keep(&mut self, head: &Held, frame: Vec<u8>) -> bool {
-        if frame.len() > LONGEST {
+        if frame.len() > FRAME_MAX {
             return false;
         }
         let kept = self.kept.entry(head.ifindex).or_default();
@@ -87,8 +87,8 @@ impl Quarantine {
         true
     }
 
-    /// The interface is another pod's at the gate, and that is not known either.
-    pub(super) fn pass_on(&mut self, ifindex: u32, pod: u32) {
+    /// Assigns the interface's queries to another pod that is not known either.
+    pub(super) fn reassign(&mut self, ifindex: u32, pod: u32) {
         for waiting in &mut self.waiting {
             if waiting.ifindex == ifindex {
                 waiting.pod = pod;
@@ -96,19 +96,19 @@ impl Quarantine {
         }
     }
 
-    /// Ends the wait of what an interface's pod has asked, in the order of asking.
+    /// Takes the queries of an interface, in the order in which they were sent.
     pub(super) fn end(&mut self, ifindex: u32) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.ifindex == ifindex)
     }
 
-    /// What waits under a pod that is gone.
+    /// Takes the queries of a pod that is gone.
     pub(super) fn of_pod(&mut self, pod: u32) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.pod == pod)
     }
 
-    /// What has waited too long.
+    /// Takes the queries that have waited too long.
     pub(super) fn overdue(&mut self, now_ns: u64) -> Vec<QuarantinedQuery> {
-        self.take(|waiting| waiting.taken_ns + WAITS_FOR_NS <= now_ns)
+        self.take(|waiting| waiting.taken_ns + QUERY_TIMEOUT_NS <= now_ns)
     }
 
     fn take(&mut self, mut which: impl FnMut(&QuarantinedQuery) -> bool) -> Vec<QuarantinedQuery> {
@@ -151,38 +151,38 @@ mod tests {
     }
 
     #[test]
-    fn questions_wait_in_their_order_until_their_pod_is_known() {
+    fn queries_wait_in_their_order_until_their_pod_is_known() {
         let mut quarantine = Quarantine::new();
         for (ifindex, frame) in [(1, 10), (2, 20), (1, 11)] {
             assert!(quarantine.keep(&asked(ifindex, 0), vec![frame]));
         }
         assert_eq!(frames(&quarantine.end(1)), [10, 11]);
         assert!(quarantine.end(1).is_empty());
-        quarantine.pass_on(2, 7);
+        quarantine.reassign(2, 7);
         assert!(quarantine.of_pod(102).is_empty());
         assert_eq!(frames(&quarantine.of_pod(7)), [20]);
     }
 
     #[test]
-    fn questions_do_not_wait_longer_than_those_who_ask() {
+    fn a_query_is_dropped_after_five_seconds() {
         let mut quarantine = Quarantine::new();
         assert!(quarantine.keep(&asked(1, 10), vec![1]));
         assert!(quarantine.keep(&asked(1, 20), vec![2]));
-        assert!(quarantine.overdue(9 + WAITS_FOR_NS).is_empty());
-        assert_eq!(frames(&quarantine.overdue(10 + WAITS_FOR_NS)), [1]);
+        assert!(quarantine.overdue(9 + QUERY_TIMEOUT_NS).is_empty());
+        assert_eq!(frames(&quarantine.overdue(10 + QUERY_TIMEOUT_NS)), [1]);
         assert_eq!(frames(&quarantine.end(1)), [2]);
     }
 
     #[test]
-    fn one_pods_questions_leave_room_for_another_pods() {
+    fn one_pods_queries_leave_room_for_another_pods() {
         let mut quarantine = Quarantine::new();
         for _ in 0..LIMITS.pod {
             assert!(quarantine.keep(&asked(1, 0), vec![1]));
         }
         assert!(!quarantine.keep(&asked(1, 0), vec![1]));
         assert!(quarantine.keep(&asked(2, 0), vec![2]));
-        assert!(!quarantine.keep(&asked(3, 0), vec![3; LONGEST + 1]));
-        // However many interfaces ask however much, the next has its own part.
+        assert!(!quarantine.keep(&asked(3, 0), vec![3; FRAME_MAX + 1]));
+        // However many interfaces send however many queries, the next interface has its own part.
         for ifindex in 3..1000 {
             for _ in 0..LIMITS.own {
                 assert!(quarantine.keep(&asked(ifindex, 0), vec![3]));

@@ -1,4 +1,4 @@
-//! Frames that the gate makes itself: refused questions, and rejections of denied packets.
+//! Frames that the gate creates: refusals of queries, and rejections of denied packets.
 
 use egress_common::{
     packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
@@ -6,11 +6,11 @@ use egress_common::{
 };
 use etherparse::{PacketBuilder, icmpv4, icmpv6};
 
-/// Hop limit of frames made here.
+/// The hop limit of these frames.
 const HOP_LIMIT: u8 = 64;
 
-/// Most bytes of the rejected packet that an ICMP error carries; well within the 576 bytes of
-/// RFC 1812, section 4.3.2.3.
+/// Most bytes of the rejected packet that an ICMP error quotes; well within the 576 bytes of RFC 1812,
+/// section 4.3.2.3.
 const QUOTED: usize = 128;
 
 /// A UDP datagram back to the sender of `frame`, which `packet` describes.
@@ -29,10 +29,9 @@ pub(super) fn udp(frame: &[u8], packet: &Packet, payload: &[u8]) -> Option<Vec<u
     Some(reply)
 }
 
-/// What makes the sender of a denied packet give up at once: a reset for TCP, for everything else
-/// ICMP "communication administratively prohibited" (RFC 1812, section 5.2.7.1; RFC 4443, section
-/// 3.1). `None` when the packet must not be answered: ICMP errors, multicast, broadcast (RFC 1122,
-/// section 3.2.2).
+/// A frame that makes the sender of a denied packet give up at once: a reset for TCP, ICMP "communication
+/// administratively prohibited" for everything else (RFC 1812, section 5.2.7.1; RFC 4443, section 3.1).
+/// `None` when the packet must not be answered: ICMP errors, multicast, broadcast (RFC 1122, section 3.2.2).
 pub(super) fn rejection(frame: &[u8], packet: &Packet) -> Option<Vec<u8>> {
     if is_group(packet) || is_icmp_error(packet) {
         return None;
@@ -99,7 +98,8 @@ fn reset(frame: &[u8], packet: &Packet) -> Option<Vec<u8>> {
     Some(reply)
 }
 
-/// Length of the TCP payload according to the IP header; the frame itself may have been cut.
+/// The length of the TCP payload according to the IP header: the ring may have only the beginning of the
+/// frame.
 fn tcp_payload_len(frame: &[u8], packet: &Packet) -> Option<u32> {
     let word = |at: usize| -> Option<u32> {
         Some(u32::from(u16::from_be_bytes(
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_is_reset_with_the_number_its_sender_waits_for() {
+    fn a_syn_is_reset_with_the_acknowledgment_that_its_sender_accepts() {
         let frame = syn();
         let reply = rejection(&frame, &walked(&frame)).unwrap();
         let packet = walked(&reply);
@@ -176,7 +176,7 @@ mod tests {
         assert_eq!((packet.src_port, packet.dst_port), (443, 40_000));
         let at = packet.l4_offset as usize;
         assert_eq!(reply[at + 8..at + 12], 1001u32.to_be_bytes());
-        assert_eq!(reply[0..6], [2; 6], "goes back to whom it came from");
+        assert_eq!(reply[0..6], [2; 6], "the reset goes back to the sender");
     }
 
     #[test]

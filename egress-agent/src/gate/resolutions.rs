@@ -1,5 +1,5 @@
-//! What a pod has learned, for people to read: taken from the table in one short look, whatever the
-//! table's size.
+//! A pod's resolutions for people to read. One call reads a bounded number of addresses, whatever the table's
+//! size.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -8,21 +8,21 @@ use egress_common::address::Address;
 use super::{learned::Table, learned_address::Learned};
 use egress_dns::Name;
 
-/// What is asked about what a pod has learned.
+/// Which of a pod's resolutions are wanted.
 #[derive(Clone, Debug)]
 pub enum About {
     /// Everything.
     All,
-    /// The names that led to one address.
+    /// The names that resolved to one address.
     Address(Address),
-    /// The addresses that one name led to.
+    /// The addresses to which one name resolved.
     Name(Name),
 }
 
-/// A name and the addresses it led to.
+/// A name and the addresses to which it resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {
-    /// The name; `None` for addresses that an earlier agent learned, and whose names it could not keep.
+    /// The name; `None` for addresses of an earlier agent whose names it could not keep.
     pub name: Option<Arc<Name>>,
     /// Whether an entry allows its addresses.
     pub listed: bool,
@@ -30,14 +30,14 @@ pub struct Resolved {
     pub addresses: Vec<(Address, u64)>,
 }
 
-/// What a pod has learned.
+/// The resolutions of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolutions {
     /// The names, in no particular order.
     pub names: Vec<Resolved>,
     /// Addresses in the allow map.
     pub addresses: usize,
-    /// Addresses that were left out: there are too many to look at in one go.
+    /// Addresses that were left out because there are too many to read in one call.
     pub left_out: usize,
 }
 
@@ -45,7 +45,7 @@ pub struct Resolutions {
 type Kind = (Option<Arc<Name>>, bool);
 
 impl Table {
-    /// What there is, looking at no more than `most` addresses, those used last before others.
+    /// Reads at most `most` addresses, the most recently used first.
     pub(super) fn resolutions(&self, about: &About, most: usize) -> Resolutions {
         let mut names: HashMap<Kind, Vec<(Address, u64)>> = HashMap::new();
         let wanted = |name: &Name| match about {

@@ -1,4 +1,4 @@
-//! The gate's loop.
+//! The event loop of the gate's thread.
 
 use std::{
     collections::HashMap,
@@ -15,7 +15,7 @@ use nix::{
 };
 
 use super::{
-    Command, Enforcement, LOOKED_AT, OpenQuestion,
+    Command, Enforcement, OpenQuestion, RESOLUTIONS_MAX,
     pod::{Pod, Shared},
     quarantine::{Quarantine, QuarantinedQuery},
     stats,
@@ -24,21 +24,21 @@ use super::{
 };
 use crate::datapath::{HeldRing, InterfaceMap, boottime_ns};
 
-/// How often lifetimes are looked at.
+/// The interval of the periodic work: lifetimes, timeouts, tallies.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long the thread goes on looking at the ring before it sleeps: waking it takes about as long,
-/// and the answer to a question that has just gone out is often back within it. Whoever else wants
-/// the CPU gets it meanwhile; on a busy machine that is who the answer comes from.
+/// How long the thread polls the ring before it sleeps. Waking it takes about as long, and the response to a
+/// query that has just gone out often arrives within this time. The thread yields the CPU meanwhile: on a
+/// busy machine the resolver needs it.
 const STAY_AWAKE: Duration = Duration::from_micros(50);
 
-/// Messages decided before they are put back together and commands are looked at again.
+/// Most messages that are decided before frames are sent and commands are read.
 const BATCH: usize = 64;
 
-/// How old a message may be that was taken before the gate read the ring: a stub resolver waits five seconds
-/// before it asks again.
+/// The greatest age of a message that was held before the gate read the ring: a stub resolver waits five
+/// seconds before it repeats a query.
 const STILL_WAITED_NS: u64 = 4_000_000_000;
-/// How long messages of pods over their shares are decided before the ring is looked at again.
+/// How long the gate works on the backlogs of pods over their shares before it reads the ring again.
 const SLICE_NS: u64 = 100_000;
 
 pub(super) struct Runner {
@@ -49,15 +49,16 @@ pub(super) struct Runner {
     shared: Shared,
     pods: HashMap<u32, Pod>,
     turns: Turns,
-    /// Messages of pods that are not here.
+    /// Messages of pods that are not at the gate.
     unclaimed: Tally,
-    /// What pods had open when the earlier agent ended, until they are here.
+    /// Queries that were open when the earlier agent ended, until their pods are at the gate.
     taken_over: Vec<OpenQuestion>,
-    /// When the gate began to read the ring: what an earlier agent left enforced has its pods again.
+    /// When the gate began to read the ring: the pods that an earlier agent left enforced are at the gate
+    /// since then.
     reading_since_ns: Option<u64>,
-    /// Messages that were taken while no agent ran and that nobody waits for any more.
+    /// Messages that were held while no agent ran, and for which no client waits any more.
     stale: Tally,
-    /// Messages that are about to be put back.
+    /// When the messages were held that the next send puts back.
     waiting: stats::PutBackTimes,
 }
 
@@ -86,7 +87,7 @@ impl Runner {
         }
     }
 
-    /// Runs until it is told to stop. Returns the questions that are open then.
+    /// Runs until the command to stop. Returns the queries that are open at that time.
     pub(super) fn run(mut self) -> Vec<OpenQuestion> {
         self.work();
         let now_ns = boottime_ns();
@@ -102,7 +103,7 @@ impl Runner {
             loop {
                 match self.commands.try_recv() {
                     Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
-                        return self.leave();
+                        return self.reset_split_streams();
                     }
                     Ok(command) => self.handle(command),
                     Err(mpsc::TryRecvError::Empty) => break,
@@ -113,17 +114,19 @@ impl Runner {
             while decided < BATCH && self.take_next() {
                 decided += 1;
             }
-            // Before those that have to wait: whoever is within their share waits for nobody else.
+            // Before the backlogs: a pod within its share waits for no other pod.
             self.send();
-            decided += self.work_off();
+            decided += self.work_on_backlogs();
             self.send();
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
                 next_tick = now + TICK;
                 if self.shared.frame_sender.is_broken() {
-                    // The agent ends with an error when its gate does.
-                    tracing::error!("a thread that sends to pods has ended, and the gate with it");
+                    // The agent ends with an error when the gate's thread ends.
+                    tracing::error!(
+                        "a thread that sends frames to pods has ended; the gate ends, too"
+                    );
                     return;
                 }
             }
@@ -137,23 +140,23 @@ impl Runner {
         }
     }
 
-    /// Waits for a message or a command. While the thread is awake, messages do not wake it.
+    /// Waits for a message or a command. While the thread is awake, new messages do not wake it.
     fn sleep(&mut self, until: Instant) {
         let mut until = until;
-        if let Err(error) = self.ring.say_asleep() {
-            tracing::error!(%error, "the gate sleeps only briefly");
+        if let Err(error) = self.ring.enable_wakeups() {
+            tracing::error!(%error, "cannot ask the programs to wake the gate; it polls the ring");
             until = Instant::now();
         }
-        // What came before the programs knew.
+        // A message that came before the programs saw that the gate sleeps does not wake it.
         if !self.take_next() {
             self.wait(until);
         }
-        if let Err(error) = self.ring.say_awake() {
-            tracing::warn!(%error, "each message wakes the gate");
+        if let Err(error) = self.ring.disable_wakeups() {
+            tracing::warn!(%error, "cannot tell the programs that the gate is awake; each message wakes it");
         }
     }
 
-    /// Takes the next message from the ring, if there is one. It is decided, or waits for its pod's turn.
+    /// Takes the next message from the ring, if there is one. Decides it, or puts it into its pod's backlog.
     fn take_next(&mut self) -> bool {
         let Self {
             ring,
@@ -178,28 +181,28 @@ impl Runner {
             }
             let id = held.head.pod;
             let Some(pod) = pods.get_mut(&id) else {
-                // It was removed meanwhile, or an earlier agent left it.
+                // The pod was removed meanwhile, or an earlier agent left it.
                 shared.context.stats.unclaimed.add(1);
                 unclaimed.add(1);
                 return;
             };
-            if pod.may_go(turns.now_ns()) {
-                pod.go(&held, interfaces, shared, waiting);
-            } else if pod.let_wait(&held, shared) {
+            if pod.may_decide_now(turns.now_ns()) {
+                pod.process(&held, interfaces, shared, waiting);
+            } else if pod.push_backlog(&held, shared) {
                 turns.add(id);
             }
             pod.spend(turns);
         })
     }
 
-    /// Decides messages that wait for their pods' turns, for a short while; returns how many.
-    fn work_off(&mut self) -> usize {
+    /// Decides messages of the backlogs for a short while; returns how many.
+    fn work_on_backlogs(&mut self) -> usize {
         let began_ns = self.turns.now_ns();
         let mut decided = 0;
         while decided < BATCH
             && let Some(pod) = self.turns.next(&mut self.pods)
         {
-            let is_last = pod.go_on(&self.interfaces, &mut self.shared, &mut self.waiting);
+            let is_last = pod.process_oldest(&self.interfaces, &mut self.shared, &mut self.waiting);
             pod.spend(&mut self.turns);
             self.turns.end(is_last);
             decided += 1;
@@ -210,7 +213,7 @@ impl Runner {
         decided
     }
 
-    /// Sends what has been decided. What that takes is of the share of the pods it is sent to.
+    /// Sends the frames of the decided messages. The time counts against the shares of the receiving pods.
     fn send(&mut self) {
         let Self {
             shared,
@@ -240,7 +243,7 @@ impl Runner {
         } else {
             1
         };
-        // An interrupted wait is as good as one that ended.
+        // If a signal interrupts the wait, the loop goes on as after a timeout.
         let _ = poll(&mut fds[..looked_at], timeout);
         if fds[0].any().unwrap_or(false) {
             let _ = self.wake.read();
@@ -252,16 +255,16 @@ impl Runner {
         if let Some(messages) = self.unclaimed.due(now_ns) {
             tracing::warn!(
                 messages,
-                "DNS messages dropped: their pods are gone, or not taken over yet"
+                "DNS messages dropped: their pods are not at the gate"
             );
         }
         if let Some(messages) = self.stale.due(now_ns) {
             tracing::warn!(
                 messages,
-                "DNS messages were held while no agent ran, for too long; they were not put back"
+                "DNS messages dropped: no agent ran for so long that their senders no longer wait"
             );
         }
-        self.give_up(|quarantine| quarantine.overdue(now_ns));
+        self.drop_quarantined(|quarantine| quarantine.overdue(now_ns));
         self.turns.begin();
         for pod in self.pods.values_mut() {
             pod.tick(&mut self.shared, now_ns);
@@ -317,7 +320,7 @@ impl Runner {
                 let _ = done.send(self.release(&pods));
             }
             Command::Remove { pod, done } => {
-                self.give_up(|quarantine| quarantine.of_pod(pod));
+                self.drop_quarantined(|quarantine| quarantine.of_pod(pod));
                 self.turns.forget(pod);
                 let result = match self.pods.remove(&pod) {
                     Some(mut pod) => {
@@ -350,7 +353,7 @@ impl Runner {
             }
             Command::Resolutions { pod, about, answer } => {
                 let pod = self.pods.get(&pod);
-                let _ = answer.send(pod.map(|pod| pod.resolutions(&about, LOOKED_AT)));
+                let _ = answer.send(pod.map(|pod| pod.resolutions(&about, RESOLUTIONS_MAX)));
             }
             Command::Configure { dns, done } => {
                 self.shared
@@ -371,7 +374,7 @@ impl Runner {
                 self.reading_since_ns = Some(boottime_ns());
                 self.taken_over = Vec::new();
             }
-            // Handled by the loop.
+            // The loop handles it.
             Command::Stop => {}
         }
     }
@@ -400,7 +403,8 @@ impl Runner {
         Ok(())
     }
 
-    /// What was asked on the interfaces of a pod before it was known is judged now, if it is.
+    /// Sends the quarantined queries of a pod's interfaces to be judged again if the pod is known; otherwise
+    /// assigns them to this pod.
     fn end_quarantine(&mut self, id: u32) {
         let Some(pod) = self.pods.get(&id) else {
             return;
@@ -409,7 +413,7 @@ impl Runner {
             if pod.is_known() {
                 self.shared.judge_again(ifindex);
             } else {
-                self.shared.quarantine.pass_on(ifindex, id);
+                self.shared.quarantine.reassign(ifindex, id);
             }
         }
     }
@@ -427,23 +431,24 @@ impl Runner {
                 }
             }
         }
-        // They must have gone out before the programs that turn them round are detached.
+        // The frames must go out before the programs that turn them round are detached.
         self.send();
         result
     }
 
-    /// What has waited in vain for its pod to be known.
-    fn give_up(&mut self, which: impl FnOnce(&mut Quarantine) -> Vec<QuarantinedQuery>) {
+    /// Drops quarantined queries and reports them.
+    fn drop_quarantined(&mut self, which: impl FnOnce(&mut Quarantine) -> Vec<QuarantinedQuery>) {
         for waiting in which(&mut self.shared.quarantine) {
             match self.pods.get_mut(&waiting.pod) {
-                Some(pod) => pod.give_up(&waiting.frame, &self.shared),
+                Some(pod) => pod.report_dropped_query(&waiting.frame, &self.shared),
                 None => self.note_unclaimed(1),
             }
         }
     }
 
-    /// The next agent does not know what this one says in the names of others.
-    fn leave(&mut self) {
+    /// Resets split connections: the next agent does not know the segments that this agent sent in the name
+    /// of their ends.
+    fn reset_split_streams(&mut self) {
         for pod in self.pods.values_mut() {
             pod.end_split_streams(&mut self.shared);
         }
@@ -456,7 +461,7 @@ impl Runner {
     }
 }
 
-/// Whether nobody waits any more for a message that was taken before the gate read the ring.
+/// Whether the sender of a message that was held before the gate read the ring no longer waits.
 fn is_stale(held: &Held, reading_since_ns: u64) -> bool {
     reading_since_ns.saturating_sub(held.time_ns) > STILL_WAITED_NS
 }

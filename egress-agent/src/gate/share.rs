@@ -1,22 +1,22 @@
 //! A pod's share of the gate's time.
 //!
-//! The gate is one thread. Some messages cost it a hundred times as much as others, and a pod that has its
-//! own resolver or a colluding server can have many of those. So time is accounted: a pod within its share
-//! has its messages decided as they come. Those of a pod over its share wait in a [`Backlog`] of its own,
-//! which is worked off when nobody else's message waits, the pod that has used least before others. A gate
-//! that has nothing else to do works for it all the time.
+//! The gate is one thread. Some messages take a hundred times as long as others, and a pod that has its own
+//! resolver or a colluding server can cause many of those. So the gate accounts for the time that each pod
+//! takes. It decides the messages of a pod within its share as they come. The messages of a pod over its
+//! share wait in its [`Backlog`]. The gate works on the backlogs when no other message waits, and begins with
+//! the pod that has used least. A gate that has nothing else to do works on them all the time.
 //!
 //! [`Backlog`]: super::backlog::Backlog
 
-/// The part of the gate's time that is a pod's own: a twentieth. An ordinary lookup takes some 30 µs, so
-/// that is more than a thousand lookups a second.
+/// A pod's share of the gate's time: one part of this many. An ordinary lookup takes about 30 µs, so a share
+/// allows more than a thousand lookups a second.
 const PART: u64 = 20;
 
-/// What a pod may use at once, after it has used less than its part for a while.
+/// The time that a pod may use at once after it has used less than its share for a while.
 const BURST_NS: i64 = 1_000_000;
 
-/// How far a pod's account can be overdrawn. It counts among pods that are all over their shares, and is
-/// paid back from the pod's part.
+/// The greatest debt of a pod. It orders pods that are all over their shares, and is paid back from the pod's
+/// share.
 const DEBT_NS: i64 = 1_000_000_000;
 
 /// One pod's account.
@@ -27,7 +27,7 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// An account that nothing was taken from.
+    /// An account without debt.
     pub(super) fn new(now_ns: u64) -> Self {
         Self {
             balance_ns: BURST_NS,
@@ -35,7 +35,7 @@ impl Share {
         }
     }
 
-    /// What is left; below zero, what is owed.
+    /// The time that is left; negative when the pod has a debt.
     pub(super) fn balance(&self, now_ns: u64) -> i64 {
         let earned = now_ns.saturating_sub(self.at_ns) / PART;
         let earned = i64::try_from(earned).unwrap_or(i64::MAX);
@@ -47,7 +47,7 @@ impl Share {
         self.balance(now_ns) > 0
     }
 
-    /// Takes what was used.
+    /// Charges the account.
     pub(super) fn spend(&mut self, used_ns: u64, now_ns: u64) {
         let used = i64::try_from(used_ns).unwrap_or(i64::MAX);
         self.balance_ns = self.balance(now_ns).saturating_sub(used).max(-DEBT_NS);
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn debt_ends() {
+    fn a_debt_is_paid_back_over_time() {
         let mut share = Share::new(0);
         share.spend(u64::MAX, MS);
         assert_eq!(share.balance(MS), -DEBT_NS);

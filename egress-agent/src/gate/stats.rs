@@ -1,4 +1,4 @@
-//! What the gate counts. Its thread writes, whoever wants to know reads; nobody waits for anybody.
+//! The gate's counters. Its thread writes them and other threads read them, without locks.
 
 use crate::{
     datapath::boottime_ns,
@@ -21,16 +21,16 @@ const HOLD_BOUNDS: [u64; 12] = [
     1_000_000_000,
 ];
 
-/// How a message came.
+/// The transport of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
-    /// In a datagram.
+    /// Over UDP.
     Udp,
-    /// In a stream.
+    /// Over TCP.
     Tcp,
 }
 
-/// Which way a message goes.
+/// The direction of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the pod to a resolver.
@@ -39,26 +39,26 @@ pub enum Direction {
     Answer,
 }
 
-/// What became of a message.
+/// The outcome of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It went on.
+    /// It was put back.
     Delivered,
-    /// It was a question that may not be asked, and was answered so.
+    /// It was a query for a name that the rules do not allow, and got a refusal.
     Refused,
-    /// It was unreadable, unsolicited, what it teaches could not be inserted, or its pod was not known
+    /// It was dropped: unreadable, unsolicited, its addresses could not be inserted, or its pod was not known
     /// in time.
     Undeliverable,
 }
 
 impl Outcome {
-    /// Whether the message went on.
+    /// Whether the message was put back.
     pub fn is_delivered(self) -> bool {
         self == Self::Delivered
     }
 }
 
-/// Every kind of message and what may become of it.
+/// Each direction with its possible outcomes.
 const KINDS: [(Direction, Outcome); 5] = [
     (Direction::Question, Outcome::Delivered),
     (Direction::Question, Outcome::Refused),
@@ -67,38 +67,40 @@ const KINDS: [(Direction, Outcome); 5] = [
     (Direction::Answer, Outcome::Undeliverable),
 ];
 
-/// The gate's numbers.
+/// The gate's counters and gauges.
 #[derive(Debug)]
 pub struct Stats {
     udp: [Counter; KINDS.len()],
     tcp: [Counter; KINDS.len()],
-    /// Time between the kernel's taking a message and its being put back, or answered.
+    /// The time between the moment when the kernel held a message and the moment when it was put back or
+    /// answered.
     pub hold: Histogram<{ HOLD_BOUNDS.len() }>,
-    /// Connections with a resolver that could not be followed, and were reset.
+    /// Connections with a resolver that could not be followed and were reset.
     pub connections_lost: Counter,
-    /// Segments of them that were dropped: unreadable, or with a wrong checksum.
+    /// Segments of such connections that were dropped: unreadable, or with a wrong checksum.
     pub segments_damaged: Counter,
-    /// Fragments from resolvers' addresses that came after their datagram's end, or repeated its number.
+    /// Fragments from resolvers' addresses that came after the end of their datagram, or repeated its
+    /// identification.
     pub fragments_late: Counter,
     /// Messages whose pods are not at the gate.
     pub unclaimed: Counter,
-    /// Messages that were taken while no agent ran.
+    /// Messages that were held while no agent ran, and dropped.
     pub stale: Counter,
     /// Frames that could not be put back.
     pub unsent: Counter,
-    /// Messages for which there was no room in the backlog of a pod over its share of the gate's time.
+    /// Messages that were dropped because the backlog of their pod was full.
     pub backlog_full: Counter,
     /// Names that could not be kept for the next agent.
     pub names_not_kept: Counter,
     /// 1 when the resolvers are known to walk search lists.
     pub walks_search_lists: Gauge,
-    /// Addresses in all allow maps, at the last look.
+    /// Addresses in all allow maps, at the last tick.
     pub addresses: Gauge,
-    /// Addresses in use in the fullest allow map, at the last look.
+    /// Addresses in use in the fullest allow map, at the last tick.
     pub fullest: Gauge,
-    /// Pods whose frames other threads than the gate's send, because the pods take them slowly.
+    /// Pods that take frames slowly, so that other threads than the gate's send to them.
     pub slow_pods: Gauge,
-    /// When the thread last looked at lifetimes, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The time of the last tick, in nanoseconds of `CLOCK_BOOTTIME`.
     pub ticked_ns: Gauge,
 }
 
@@ -139,7 +141,7 @@ impl Stats {
         }
     }
 
-    /// The messages there have been, of each kind.
+    /// The number of messages of each transport, direction and outcome.
     pub fn messages(&self) -> impl Iterator<Item = (Transport, Direction, Outcome, u64)> + '_ {
         [(Transport::Udp, &self.udp), (Transport::Tcp, &self.tcp)]
             .into_iter()
@@ -154,14 +156,14 @@ impl Stats {
     }
 }
 
-/// When the messages were taken that are about to be put back together.
+/// When the messages were held that the next send puts back.
 pub(super) struct PutBackTimes {
     taken_ns: [u64; Self::ROOM],
     len: usize,
 }
 
 impl PutBackTimes {
-    /// More than are decided before frames are sent.
+    /// More than the gate decides before it sends frames.
     const ROOM: usize = 128;
 
     pub(super) fn new() -> Self {
@@ -179,7 +181,7 @@ impl PutBackTimes {
         }
     }
 
-    /// All have been put back.
+    /// Records the hold times of all messages: they have been put back.
     pub(super) fn sent(&mut self, stats: &Stats) {
         if self.len == 0 {
             return;

@@ -1,35 +1,35 @@
-//! Counting what happens often, and telling it seldom.
+//! Counts frequent events and logs them rarely.
 
-/// The same thing is told about one pod at most this often.
-const TELL_EVERY_NS: u64 = 10_000_000_000;
+/// The shortest interval between two log lines about the same event of one pod.
+const LOG_INTERVAL_NS: u64 = 10_000_000_000;
 
-/// Counts what a pod, or whoever talks to it, can make happen any number of times. A log line for each
-/// would flood the log, so there is one at the next tick, and then at most one every ten seconds.
+/// Counts an event that a pod, or its peer, can cause any number of times. A log line for each would flood
+/// the log, so there is one at the next tick, and then at most one every ten seconds.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    untold: u64,
-    /// When it may be told again.
-    again_ns: u64,
+    unlogged: u64,
+    /// When the next line may be logged.
+    next_log_ns: u64,
 }
 
 impl Tally {
-    /// It has happened so many times more.
+    /// Adds to the count.
     pub(super) fn add(&mut self, times: u64) {
-        self.untold = self.untold.saturating_add(times);
+        self.unlogged = self.unlogged.saturating_add(times);
     }
 
-    /// How often it has happened since it was last told, if that is to be told now.
+    /// The count since the last log line, if a line is due now.
     pub(super) fn due(&mut self, now_ns: u64) -> Option<u64> {
-        if self.untold == 0 || now_ns < self.again_ns {
+        if self.unlogged == 0 || now_ns < self.next_log_ns {
             return None;
         }
-        self.again_ns = now_ns.saturating_add(TELL_EVERY_NS);
-        Some(std::mem::take(&mut self.untold))
+        self.next_log_ns = now_ns.saturating_add(LOG_INTERVAL_NS);
+        Some(std::mem::take(&mut self.unlogged))
     }
 
-    /// How often it has happened since it was last told: for when nobody will ask again.
+    /// The count since the last log line, for a last line: no tick follows.
     pub(super) fn rest(&mut self) -> Option<u64> {
-        let rest = std::mem::take(&mut self.untold);
+        let rest = std::mem::take(&mut self.unlogged);
         (rest > 0).then_some(rest)
     }
 }
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_happens_often_is_told_seldom_and_whole() {
+    fn frequent_events_are_logged_rarely_and_none_is_lost() {
         let mut tally = Tally::default();
         assert_eq!(tally.due(7), None);
         tally.add(2);
@@ -47,9 +47,9 @@ mod tests {
         assert_eq!(tally.due(7), Some(5));
         tally.add(200_000);
         assert_eq!(tally.due(8), None);
-        assert_eq!(tally.due(6 + TELL_EVERY_NS), None);
+        assert_eq!(tally.due(6 + LOG_INTERVAL_NS), None);
         tally.add(1);
-        assert_eq!(tally.due(7 + TELL_EVERY_NS), Some(200_001));
+        assert_eq!(tally.due(7 + LOG_INTERVAL_NS), Some(200_001));
         assert_eq!(tally.rest(), None);
         tally.add(4);
         assert_eq!(tally.rest(), Some(4));

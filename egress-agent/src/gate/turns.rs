@@ -1,16 +1,16 @@
-//! Whose turn it is among the pods that are over their shares of the gate's time.
+//! Chooses the next pod among those whose backlogs wait.
 
 use std::{cmp::Reverse, collections::HashMap, time::Instant};
 
 use super::pod::Pod;
 
-/// The pods whose messages wait, and the clock by which time is accounted.
+/// The pods whose backlogs wait, and the clock by which time is accounted.
 ///
-/// The clock is read once after each message: what lies between two looks at it was spent on that message.
+/// The clock is read once after each message: the time between two readings was spent on that message.
 pub(super) struct Turns {
     began: Instant,
     now_ns: u64,
-    /// The pod that was served longest ago first.
+    /// The pod that was served longest ago comes first.
     pods: Vec<u32>,
 }
 
@@ -23,36 +23,36 @@ impl Turns {
         }
     }
 
-    /// When the clock was last looked at.
+    /// The last reading of the clock.
     pub(super) fn now_ns(&self) -> u64 {
         self.now_ns
     }
 
-    /// Looks at the clock. What has passed since the last look is nobody's.
+    /// Reads the clock. No pod is charged for the time since the last reading.
     pub(super) fn begin(&mut self) {
         self.spent_ns();
     }
 
-    /// Looks at the clock; returns what has passed since the last look.
+    /// Reads the clock; returns the time since the last reading.
     pub(super) fn spent_ns(&mut self) -> u64 {
         let before = self.now_ns;
         self.now_ns = self.began.elapsed().as_nanos() as u64;
         self.now_ns.saturating_sub(before)
     }
 
-    /// Messages of this pod wait now.
+    /// Adds a pod whose backlog waits now.
     pub(super) fn add(&mut self, pod: u32) {
         if !self.pods.contains(&pod) {
             self.pods.push(pod);
         }
     }
 
-    /// The pod whose turn it is: who has most left, or owes least, and of equals who was served longest
-    /// ago. [`Self::end`] ends its turn.
+    /// The pod whose turn it is: the one with the highest balance; among equals the one that was served
+    /// longest ago. [`Self::end`] ends its turn.
     pub(super) fn next<'a>(&mut self, pods: &'a mut HashMap<u32, Pod>) -> Option<&'a mut Pod> {
         let now_ns = self.now_ns;
         let balance = |id: &u32| pods.get(id).map(|pod| pod.balance(now_ns));
-        // The first of equals is the minimum.
+        // Of equal elements `min_by_key` returns the first.
         let (at, _) = self
             .pods
             .iter()
@@ -63,14 +63,14 @@ impl Turns {
         pods.get_mut(&id)
     }
 
-    /// The turn is over; `is_last` says that nothing of the pod waits any more.
+    /// Ends the turn; `is_last` means that the pod's backlog is empty.
     pub(super) fn end(&mut self, is_last: bool) {
         if is_last {
             self.pods.pop();
         }
     }
 
-    /// A pod is gone.
+    /// Removes a pod.
     pub(super) fn forget(&mut self, pod: u32) {
         self.pods.retain(|id| *id != pod);
     }

@@ -1,4 +1,4 @@
-//! A pod's control group: where the kubelet makes it, and which processes are in it.
+//! A pod's control group: its path, and the processes in it.
 //!
 //! ```text
 //! cgroupfs  <root>/kubepods[/burstable|/besteffort]/pod<uid>/<container>
@@ -6,7 +6,7 @@
 //!                 /kubepods[-burstable|-besteffort]-pod<uid, - as _>.slice/<container>
 //! ```
 //!
-//! What a container's own group is called is the runtime's business and is not looked at.
+//! The name of a container's own group depends on the runtime, so it is ignored.
 
 use std::{
     collections::VecDeque,
@@ -18,19 +18,19 @@ use std::{
 
 use super::uid::Uid;
 
-/// Levels of groups below a pod's that are looked at.
+/// How many levels of groups below a pod's group are read.
 const DEPTH: usize = 8;
-/// Groups of one pod that are looked at.
+/// How many groups of one pod are read.
 const GROUPS: usize = 1024;
-/// Processes of one group that are looked at. The first ones of each container are in the pod's own
-/// network; those that a program in it makes later come later.
+/// How many processes of one group are read. The kernel lists the first processes of a container, which are
+/// in the pod's own network, before those that a program in it starts later.
 const PROCESSES_OF_GROUP: usize = 256;
-/// Bytes of a list of processes that are read.
+/// How many bytes of a list of processes are read.
 const LIST: u64 = 64 * 1024;
 
 const QOS: [&str; 2] = ["burstable", "besteffort"];
 
-/// How and below which group a kubelet arranges its pods.
+/// The cgroup driver of a kubelet, and the group under which it creates pods' groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
     /// The cgroupfs driver.
@@ -40,7 +40,7 @@ pub(super) enum Layout {
     },
     /// The systemd driver.
     Systemd {
-        /// Path of the slice that `kubepods.slice` is in.
+        /// Path of the slice that contains `kubepods.slice`.
         parent: PathBuf,
         /// Name of that slice with its levels (`kubepods`, `kubelet-kubepods`).
         slice: String,
@@ -48,7 +48,7 @@ pub(super) enum Layout {
 }
 
 impl Layout {
-    /// Where a kubelet makes them unless told otherwise, and where the nodes of kind are told to.
+    /// The kubelet's default layouts, and those of kind's nodes.
     pub(super) fn known() -> Vec<Self> {
         let cgroupfs = |top: &str| Self::Cgroupfs { top: top.into() };
         let systemd = |parent: &str, slice: &str| Self::Systemd {
@@ -63,7 +63,7 @@ impl Layout {
         ]
     }
 
-    /// The group that all pods are below.
+    /// The common parent of all pods' groups.
     fn top(&self) -> PathBuf {
         match self {
             Self::Cgroupfs { top } => top.clone(),
@@ -71,7 +71,7 @@ impl Layout {
         }
     }
 
-    /// Where the pod's group may be: one path for each class of quality of service.
+    /// The possible paths of the pod's group: one for each quality-of-service class.
     fn groups(&self, uid: &Uid) -> [PathBuf; 3] {
         [None, Some(QOS[0]), Some(QOS[1])].map(|qos| match self {
             Self::Cgroupfs { top } => {
@@ -91,8 +91,8 @@ impl Layout {
     }
 }
 
-/// The first pod's group on a path, from the root on, and the layout it is made by. Groups that the
-/// pod makes within its own come later, whatever they are called.
+/// The first pod's group on a path, from the root on, and its layout. Groups that the pod creates within its
+/// own come later on the path, whatever their names are.
 pub(super) fn pod_of(path: &str) -> Option<(Uid, Option<Layout>)> {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     parts.iter().enumerate().find_map(|(at, part)| {
@@ -132,13 +132,13 @@ fn systemd_layout(before: &[&str], name: &str) -> Option<Layout> {
     })
 }
 
-/// The path from the root. A reader in a cgroup namespace is shown a path relative to its own
-/// group, with `..` in front, which tells nothing about what is above.
+/// The path from the root. A reader in a cgroup namespace sees a path relative to its own group, with `..` in
+/// front, from which the groups above cannot be known.
 fn whole_path(parts: &[&str]) -> Option<PathBuf> {
     (!parts.contains(&"..")).then(|| parts.iter().collect())
 }
 
-/// Where control groups are mounted, those of version 2 first.
+/// The mount points of control groups, version 2 first.
 pub(super) fn mounts(table: &str) -> Vec<PathBuf> {
     let mut found: Vec<(u8, PathBuf)> = table
         .lines()
@@ -146,7 +146,7 @@ pub(super) fn mounts(table: &str) -> Vec<PathBuf> {
             let mut fields = line.split(' ').skip(1);
             let (point, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
             let has = |controller: &str| options.split(',').any(|option| option == controller);
-            // The kubelet makes a pod's group in each hierarchy of version 1. These are always there.
+            // The kubelet creates a pod's group in each hierarchy of version 1. These always exist.
             let order = match kind {
                 "cgroup2" => 0,
                 "cgroup" if has("name=systemd") => 1,
@@ -160,7 +160,7 @@ pub(super) fn mounts(table: &str) -> Vec<PathBuf> {
     found.into_iter().map(|(_, point)| point).collect()
 }
 
-/// Blanks and backslashes of a path are three octal digits in /proc/mounts.
+/// In /proc/mounts, blanks and backslashes of a path are three octal digits.
 fn unescaped(text: &str) -> String {
     let mut plain = text.to_owned();
     for (code, character) in [("\\040", " "), ("\\011", "\t"), ("\\134", "\\")] {
@@ -169,14 +169,14 @@ fn unescaped(text: &str) -> String {
     plain
 }
 
-/// What is in a pod's group.
+/// The processes in a pod's group.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Members {
-    /// Ids of processes (of threads in a threaded group), the first of each group before the second
-    /// of any.
+    /// Ids of processes (of threads in a threaded group): first the first process of each group, then the
+    /// second of each, and so on.
     pub(super) pids: Vec<u32>,
-    /// Whether there are processes that have no id here, because they are in a PID namespace that
-    /// this one cannot see into.
+    /// Whether there are processes without an id in this PID namespace, because they are in one that this one
+    /// cannot see into.
     pub(super) foreign: bool,
 }
 
@@ -185,7 +185,7 @@ pub(super) struct Members {
 pub(super) struct Cgroups {
     mounts: Vec<PathBuf>,
     layouts: Vec<Layout>,
-    /// Whether a pod has been found where it was looked for first: then that is how it is here.
+    /// Whether a pod has been found in one of the known layouts.
     pub(super) settled: bool,
 }
 
@@ -198,21 +198,21 @@ impl Cgroups {
         }
     }
 
-    /// Looks in this layout too from now on.
+    /// Adds a layout to those that are tried.
     pub(super) fn learn(&mut self, layout: Layout) {
         if !self.layouts.contains(&layout) {
             tracing::info!(
                 ?layout,
-                "pods' control groups are in a place of their own here"
+                "discovered a non-standard pod cgroup layout; pods are looked up there too"
             );
             self.layouts.push(layout);
         }
     }
 
-    /// What is in the pod's group; `None` when there is no such group.
+    /// The processes in the pod's group; `None` if the group does not exist.
     ///
-    /// On a machine with both versions the group may be in a hierarchy in which nothing is put into
-    /// it, so all are tried until one has a process.
+    /// On a machine with both cgroup versions, the group may exist in a hierarchy that no process is assigned
+    /// to, so all hierarchies are tried until one has a process.
     pub(super) fn members(&mut self, uid: &Uid) -> Option<Members> {
         let mut found = None;
         for mount in 0..self.mounts.len() {
@@ -225,7 +225,7 @@ impl Cgroups {
                         continue;
                     };
                     if !members.pids.is_empty() {
-                        // The next pod is likely to be in the same place.
+                        // The next pod's group is likely to be in the same place.
                         self.mounts.swap(0, mount);
                         self.layouts.swap(0, layout);
                         self.settled = true;
@@ -240,7 +240,7 @@ impl Cgroups {
     }
 }
 
-/// Walks the tree breadth first, so that a deep one hides nothing above it.
+/// Walks the tree breadth first, so that a deep subtree hides nothing above it.
 fn members(top: &Path) -> Option<Members> {
     let mut groups = Vec::new();
     let mut foreign = false;
@@ -254,7 +254,7 @@ fn members(top: &Path) -> Option<Members> {
                 break;
             }
             seen += 1;
-            // A group that is gone by now has no process.
+            // A group that was removed meanwhile has no process.
             groups.extend(processes(&entry.path(), &mut foreign));
             // A directory has two links and one for each directory in it; most have none.
             let is_leaf = entry.metadata().is_ok_and(|group| group.nlink() == 2);
@@ -271,11 +271,11 @@ fn members(top: &Path) -> Option<Members> {
     Some(Members { pids, foreign })
 }
 
-/// The processes in one group, without those in groups below.
+/// The processes in one group, without those of its subgroups.
 fn processes(group: &Path, foreign: &mut bool) -> io::Result<Vec<u32>> {
     let list = match read(&group.join("cgroup.procs")) {
-        // A threaded group: its processes are listed further up, its threads here. A thread is as
-        // good as a process to find a network by.
+        // A threaded group: its processes are listed further up, its threads here. A thread identifies a
+        // network namespace as well as a process does.
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
             read(&group.join("cgroup.threads")).unwrap_or_default()
         }
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_tells_the_pod_and_the_layout() {
+    fn a_path_gives_the_pod_and_the_layout() {
         let uid = Uid::new(UID).unwrap();
         let mut layouts = Layout::known();
         layouts.push(Layout::Cgroupfs {
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn other_groups_are_no_pods() {
+    fn other_groups_are_not_pods() {
         for path in [
             "/",
             "",

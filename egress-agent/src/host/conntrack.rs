@@ -1,13 +1,13 @@
-//! What the node's connection tracking knows of a pod's connections.
+//! What the node's connection tracking records about a pod's connections.
 //!
-//! It is evidence from outside the pod. The first packet of a connection that the node saw makes the
-//! entry, and who sent it is the entry's original direction. A program in the pod changes that only by
-//! frames in the peer's name that the node sends back to it.
+//! It is evidence from outside the pod. The first packet of a connection that the node sees creates the entry,
+//! and its sender defines the entry's original direction. A program in the pod can change that only with
+//! frames in the peer's name that the node sends back to the pod.
 //!
-//! An entry can also be made in the middle of a connection (`nf_conntrack_tcp_loose`), by whoever happens
-//! to send next. Such an entry is known by `IP_CT_TCP_FLAG_BE_LIBERAL`: `tcp_new`
+//! An entry can also be created in the middle of a connection (`nf_conntrack_tcp_loose`), by whichever side
+//! sends next. The flag `IP_CT_TCP_FLAG_BE_LIBERAL` marks such an entry: `tcp_new`
 //! (`net/netfilter/nf_conntrack_proto_tcp.c`) sets it for both directions, and clears all flags for an
-//! entry that a SYN has made. The setting `nf_conntrack_tcp_be_liberal` does not set the flag.
+//! entry that a SYN created. The setting `nf_conntrack_tcp_be_liberal` does not set the flag.
 
 use std::{
     io,
@@ -50,8 +50,8 @@ const TCP_FLAGS_REPLY: u16 = 5;
 /// `NLA_F_NESTED`, `include/uapi/linux/netlink.h`.
 const NESTED: u16 = 1 << 15;
 
-/// Bits of the status, `include/uapi/linux/netfilter/nf_conntrack_common.h`: the other side has answered,
-/// and the first packet went on.
+/// Bits of the status, `include/uapi/linux/netfilter/nf_conntrack_common.h`: the other side has replied, and
+/// the first packet has left the node's stack.
 const SEEN_REPLY: u32 = 1 << 1;
 const CONFIRMED: u32 = 1 << 3;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL`, `include/uapi/linux/netfilter/nf_conntrack_tcp.h`.
@@ -66,7 +66,7 @@ pub(super) struct Conntrack(Transport);
 /// One entry.
 #[derive(Debug, Default)]
 struct Entry {
-    /// The tuple of packets to who opened the connection.
+    /// The tuple of packets towards the side that opened the connection.
     reply: Option<Tuple>,
     status: u32,
     /// TCP flags of both directions together.
@@ -81,8 +81,8 @@ impl Conntrack {
         Transport::open(NETLINK_NETFILTER).map(Self)
     }
 
-    /// Whether the node has seen that `peer` opened this TCP connection towards `pod`. It has not when it
-    /// tracks no connections, or has no entry of this one.
+    /// Whether the node saw that `peer` opened this TCP connection towards `pod`. False if the node tracks no
+    /// connections, or has no entry for this one.
     ///
     /// # Errors
     ///
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_answered_connection_whose_first_packet_was_the_peers_is_opened_by_it() {
+    fn a_peer_opened_a_connection_only_if_it_sent_the_first_packet_and_the_pod_replied() {
         let pod: SocketAddr = "10.1.1.2:8080".parse().unwrap();
         let peer: SocketAddr = "203.0.113.9:40000".parse().unwrap();
         assert!(entry((pod, peer)).is_opened_by(peer, pod));
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tuple_is_read_as_it_is_written() {
+    fn a_written_tuple_is_read_back() {
         for (src, dst) in [
             ("10.1.1.2:8080", "203.0.113.9:40000"),
             ("[fd01:1::2]:8080", "[2001:db8::9]:40000"),

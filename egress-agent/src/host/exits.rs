@@ -1,17 +1,17 @@
 //! Interfaces through which a pod's packets leave without passing a host end.
 //!
-//! They are in the pod's namespace, or in the host's: a pod with `CAP_NET_ADMIN` and no user namespace of
-//! its own can move an interface there (`IFLA_TARGET_NETNSID`), and what comes to it in the pod, as to the
-//! socket of a VXLAN, is then received by the host. Those the kernel shows in the host's list
-//! ([`Links::carriers`](super::Links::carriers)). The following is about the others.
+//! They are in the pod's namespace or in the host's. A pod with `CAP_NET_ADMIN` and no user namespace of its
+//! own can move an interface to the host's namespace (`IFLA_TARGET_NETNSID`). The host then receives whatever
+//! arrives for that interface in the pod, for example at the socket of a VXLAN. The kernel shows those in the
+//! host's list ([`Links::carriers`](super::Links::carriers)). The rest of this file is about the others.
 //!
 //! A macvlan, an ipvlan or a virtual function in a pod's network namespace has no other end on the
-//! host, so no program of ours sees what is sent there. An interface counts by what it leads to, not
-//! by its kind: a pod that may configure its network makes dummies, bridges, tunnels and namespaces
-//! of its own, and whatever it sends through those leaves by an interface that counts or not at all.
+//! host, so none of the agent's programs sees what is sent there. An interface is judged by where it leads,
+//! not by its kind: a pod that may configure its network creates dummies, bridges, tunnels and namespaces
+//! of its own, and packets sent through those leave by an interface that counts, or not at all.
 //!
 //! ```text
-//!  leads to                                  how the kernel says it            an exit
+//!  leads to                                  kernel attributes                 an exit
 //!  an interface of the same namespace        IFLA_LINK                         no: that one counts
 //!  the host, by a veth with a host end       IFLA_LINK_NETNSID is the host's   unless it is enforced
 //!  the host, otherwise (macvlan, ipvlan, …)  IFLA_LINK_NETNSID is the host's   yes
@@ -31,37 +31,40 @@ use super::{
     netlink::{Netlink, RawLink},
 };
 
-/// Interfaces of one namespace that are looked at. A pod can make any number of them.
+/// How many interfaces of one namespace are examined. A pod can create any number of them.
 const LINKS: usize = 512;
 
-/// Namespaces that are followed from one pod.
+/// How many namespaces are followed from one pod.
 const NAMESPACES: usize = 64;
 
-/// Exits of one pod that are named; the rest are counted.
+/// How often a walk begins again because interfaces changed during it.
+const ATTEMPTS: usize = 3;
+
+/// How many exits of one pod are named; the rest are only counted.
 const NAMED: usize = 4;
 
-/// Longest name of an interface (`IFNAMSIZ`), and of a kind that is told.
+/// Longest name of an interface (`IFNAMSIZ`), and of a kind, that is reported.
 const NAME: usize = 16;
 
-/// Kinds that lead to what the kernel does not name: a virtual switch in the host's namespace, a
-/// port of an InfiniBand device.
+/// Kinds whose target the kernel does not report: a virtual switch in the host's namespace, a port of an
+/// InfiniBand device.
 const UNNAMED: [&str; 2] = ["openvswitch", "ipoib"];
 
-/// What an exit leads to.
+/// Where an exit leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeadsTo {
     /// An interface of the host's namespace.
     Host,
-    /// Another network namespace, which has a way out of its own.
+    /// Another network namespace, which has an exit itself.
     Namespace,
     /// A device.
     Hardware,
-    /// It is itself in the host's namespace, and takes what is sent in the pod's.
+    /// The interface itself is in the host's namespace and receives what is sent in the pod's.
     OnHost,
 }
 
 impl LeadsTo {
-    /// For people.
+    /// Text for status and log lines.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Host => "host",
@@ -72,19 +75,19 @@ impl LeadsTo {
     }
 }
 
-/// An interface that leads out of a pod's network namespace past every host end that is enforced.
+/// An interface that leads out of a pod's network namespace without passing an enforced host end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Its name where it is; unusual characters are replaced.
+    /// Its name in its own namespace; unusual characters are replaced.
     pub name: String,
-    /// What the kernel calls its kind; empty for hardware.
+    /// The kernel's name for its kind; empty for hardware.
     pub kind: String,
-    /// What it leads to.
+    /// Where it leads.
     pub to: LeadsTo,
 }
 
 impl Exit {
-    /// The exit that an interface of the host is which belongs to a pod's namespace.
+    /// The exit for an interface in the host's namespace that belongs to a pod's namespace.
     pub fn on_host(link: &Link) -> Self {
         Self {
             name: printable(&link.name),
@@ -99,14 +102,14 @@ impl Exit {
 pub struct Exits {
     /// The first of them, by name.
     pub named: Vec<Exit>,
-    /// How many more there are.
+    /// How many more exits there are.
     pub more: usize,
-    /// Whether the pod has more interfaces than are looked at, so that an exit may be among them.
+    /// Whether the pod has more interfaces than are examined, so that there may be further exits.
     pub unseen: bool,
 }
 
 impl Exits {
-    /// These and others, which come first.
+    /// Adds other exits in front of these.
     #[must_use]
     pub fn with(&self, mut first: Vec<Exit>) -> Self {
         first.extend(self.named.iter().cloned());
@@ -119,27 +122,27 @@ impl Exits {
         }
     }
 
-    /// Whether there is none, as far as can be known.
+    /// Whether the pod has no known exit and none can be hidden.
     pub fn is_empty(&self) -> bool {
         self.named.is_empty() && !self.unseen
     }
 }
 
-/// Looks into the network namespaces at the other ends of the host's interfaces.
+/// Finds exits in the network namespaces at the other ends of the host's interfaces.
 pub struct ExitFinder {
     netlink: Netlink,
     /// The host's namespace.
     host: File,
 }
 
-/// Where an interface leads, as the kernel says it.
+/// Where an interface leads, according to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
     /// An interface of the host.
     Host { index: u32, has_host_end: bool },
-    /// The namespace that the host knows by this number.
+    /// The namespace with this number on the host.
     Namespace(i32),
-    /// What has no number.
+    /// A device, or a target without a number.
     Hardware,
 }
 
@@ -156,13 +159,25 @@ impl ExitFinder {
         })
     }
 
-    /// The exits of the namespaces that these host ends lead to. `is_enforced` says of any other
-    /// host end that leads there whether it is enforced too.
+    /// The exits of the namespaces that these host ends lead to. `is_enforced` tells whether another host end
+    /// that leads to the same namespace is enforced too.
     ///
     /// # Errors
     ///
-    /// When the kernel does not answer, or the interfaces change meanwhile.
+    /// When the kernel does not answer, or the interfaces change during the walk.
     pub fn exits(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
+        for _ in 1..ATTEMPTS {
+            let exits = self.exits_now(ends, &is_enforced);
+            // The end of a pod changes them once. Only a pod that changes them on purpose does so all the time.
+            let is_changing = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
+            if !exits.as_ref().is_err_and(is_changing) {
+                return exits;
+            }
+        }
+        self.exits_now(ends, &is_enforced)
+    }
+
+    fn exits_now(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
         let own = self.namespaces_behind(ends)?;
         let mut walk = Walk {
             host: self.netlink.nsid(&self.host)?,
@@ -198,11 +213,11 @@ impl ExitFinder {
                 }));
             }
         }
-        // The number of a namespace becomes another's only when it is gone, and its interfaces with it.
+        // The kernel reuses a namespace's number only after the namespace and its interfaces are gone.
         if self.namespaces_behind(ends)? != own {
             return Err(io::Error::new(
                 io::ErrorKind::Interrupted,
-                "the interfaces changed meanwhile",
+                "the interfaces changed while they were read",
             ));
         }
         found.sort_by(|a, b| a.name.cmp(&b.name));
@@ -215,7 +230,7 @@ impl ExitFinder {
         })
     }
 
-    /// The host's numbers of the namespaces that these interfaces lead to.
+    /// The host's numbers for the namespaces that these interfaces lead to.
     fn namespaces_behind(&mut self, ends: &[u32]) -> io::Result<BTreeSet<i32>> {
         let mut numbers = BTreeSet::new();
         for &end in ends {
@@ -226,14 +241,14 @@ impl ExitFinder {
     }
 }
 
-/// A walk from a pod's namespaces to those they are connected with.
+/// A walk from a pod's namespaces to the namespaces connected with them.
 struct Walk<'a> {
     netlink: &'a mut Netlink,
     /// The host's number for itself, if it has one.
     host: Option<i32>,
     /// The pod's namespaces.
     own: &'a BTreeSet<i32>,
-    /// What leads out of each namespace; `None` when it has too many interfaces.
+    /// The interfaces that lead out of each namespace; `None` if it has too many interfaces.
     lists: HashMap<i32, Option<Vec<(RawLink, Target)>>>,
 }
 
@@ -257,18 +272,14 @@ impl Walk<'_> {
         Ok(self.lists[&nsid].clone())
     }
 
-    /// Whether a namespace, or one that it is connected with, has an exit. What cannot be followed to
-    /// its end counts as one.
+    /// Whether a namespace, or one connected with it, has an exit. A namespace that cannot be followed to its
+    /// end counts as having one.
     fn has_exit(&mut self, from: i32, ends: &[u32]) -> io::Result<bool> {
         let mut seen = HashSet::from([from]);
         let mut next = vec![from];
         while let Some(nsid) = next.pop() {
-            let targets = match self.targets(nsid) {
-                Ok(Some(targets)) => targets,
-                Ok(None) => return Ok(true),
-                // It is gone.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
-                Err(error) => return Err(error),
+            let Some(targets) = self.targets(nsid)? else {
+                return Ok(true);
             };
             for (_, target) in targets {
                 match target {
@@ -292,7 +303,7 @@ impl Walk<'_> {
     }
 }
 
-/// Where an interface leads out of its namespace, which has interfaces of these indexes. `host` is
+/// Where an interface leads out of its namespace. `indexes` are the interfaces of that namespace; `host` is
 /// the host's number for itself.
 fn target(link: &RawLink, indexes: &HashSet<u32>, host: Option<i32>) -> Option<Target> {
     if link.loopback {
@@ -310,7 +321,7 @@ fn target(link: &RawLink, indexes: &HashSet<u32>, host: Option<i32>) -> Option<T
         }),
         (Some(nsid), _) => Some(Target::Namespace(nsid)),
         (None, Some(lower)) if indexes.contains(&lower) => None,
-        // On an interface of another namespace, which this kind does not name.
+        // It is based on an interface of another namespace, which this kind does not report.
         (None, Some(_)) => Some(Target::Hardware),
         (None, None) => {
             let is_unnamed = link.kind.is_empty() || UNNAMED.contains(&link.kind.as_str());
@@ -319,7 +330,7 @@ fn target(link: &RawLink, indexes: &HashSet<u32>, host: Option<i32>) -> Option<T
     }
 }
 
-/// A text that the pod chose, for a log line.
+/// Makes a text that the pod chose safe for a log line.
 fn printable(text: &str) -> String {
     text.chars()
         .take(NAME)
@@ -341,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_counts_by_what_it_leads_to() {
+    fn an_interface_is_judged_by_where_it_leads() {
         const HOST: i32 = 7;
         let indexes = HashSet::from([1, 2, 3]);
         let on = |kind, lower| RawLink {
@@ -368,7 +379,7 @@ mod tests {
             (link(2, "tun"), None),
             (link(2, ""), Some(Target::Hardware)),
             (link(2, "openvswitch"), Some(Target::Hardware)),
-            // A tunnel without a device below, and a VLAN on an interface beside it.
+            // A tunnel without a lower device, and a VLAN on an interface of the same namespace.
             (on("ipip", 0), None),
             (on("vlan", 3), None),
             (on("veth", 3), None),
@@ -384,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_calls_its_interface_cannot_break_a_line() {
+    fn an_interface_name_chosen_by_a_pod_cannot_break_a_line() {
         assert_eq!(printable("net1"), "net1");
         assert_eq!(printable("a\u{1b}[2J\nb\u{e9}"), "a?[2J?b?");
         assert_eq!(printable(&"x".repeat(99)).len(), NAME);

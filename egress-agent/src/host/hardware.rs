@@ -21,7 +21,7 @@ impl HardwareAddress {
         bytes.try_into().ok().map(Self)
     }
 
-    /// Whether an interface can have it: neither a group's nor zero.
+    /// Whether an interface can have this address: neither a group address nor zero.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
@@ -35,8 +35,7 @@ impl fmt::Display for HardwareAddress {
     }
 }
 
-/// The hardware addresses of the gateways that this machine's routes lead through, as far as it has
-/// found them.
+/// The hardware addresses of the gateways in this machine's routes, as far as the neighbour table has them.
 pub(super) fn of_gateways(netlink: &mut Netlink) -> io::Result<BTreeSet<HardwareAddress>> {
     let gateways = gateways()?;
     let neighbours = netlink.neighbours()?.into_iter();
@@ -44,11 +43,11 @@ pub(super) fn of_gateways(netlink: &mut Netlink) -> io::Result<BTreeSet<Hardware
     Ok(known.map(|(_, hardware)| hardware).collect())
 }
 
-/// The addresses of the gateways that this machine's routes lead through, of both families.
+/// The addresses of the gateways in this machine's routes, of both families.
 ///
 /// # Errors
 ///
-/// When the tables of routes cannot be read.
+/// When the route tables cannot be read.
 pub fn gateways() -> io::Result<HashSet<IpAddr>> {
     let table = table(Path::new("/proc/thread-self/net/route"))?;
     let mut gateways: HashSet<IpAddr> = gateways_v4(&table).map(IpAddr::V4).collect();

@@ -1,12 +1,12 @@
-//! The link-local addresses by which pods know this machine, and those of the gateways it knows.
+//! The link-local addresses of this machine and of its gateways.
 
 use std::{collections::BTreeSet, fs, io, net::Ipv6Addr, path::Path};
 
-/// The most that is read of the table of routes: a router of the internet has a far longer one, and
-/// only the first of its gateways are known then.
+/// The most bytes of a route table that are read. A router of the internet has a far longer table, of which
+/// only the first gateways are known.
 const TABLE_MAX: u64 = 1 << 20;
 
-/// The link-local addresses of this machine's interfaces, and those that its routes lead through.
+/// The link-local addresses of this machine's interfaces, and those of gateways in its routes.
 ///
 /// # Errors
 ///
@@ -20,7 +20,7 @@ pub fn taken_link_locals() -> io::Result<BTreeSet<Ipv6Addr>> {
     Ok(taken)
 }
 
-/// The addresses that this machine's IPv6 routes lead through.
+/// The next hops of this machine's IPv6 routes.
 pub(super) fn gateways_v6() -> io::Result<Vec<Ipv6Addr>> {
     let table = table(Path::new("/proc/thread-self/net/ipv6_route"))?;
     let mut gateways = column(&table, NEXT_HOP);

@@ -7,14 +7,12 @@ use super::{
     netlink::{RawLink, links_in_notices},
 };
 
-/// Kinds of interfaces that learn behind which of their ports a hardware address is.
+/// Kinds of interfaces that learn the port of each hardware address.
 const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
 
-/// The name of an interface of this thread's network namespace; `None` when there is none of this
-/// index.
+/// The name of an interface of this thread's network namespace; `None` if no interface has this index.
 ///
-/// Nothing else may ask nix: `if_indextoname` of nix 0.31 takes the failure of the C function for an
-/// empty name.
+/// Call this instead of nix: `if_indextoname` of nix 0.31 returns an empty name when the C function fails.
 #[expect(clippy::disallowed_methods, reason = "checked here for everybody")]
 pub fn interface_name(ifindex: u32) -> Option<String> {
     let name = nix::net::if_::if_indextoname(ifindex).ok()?;
@@ -25,19 +23,19 @@ pub fn interface_name(ifindex: u32) -> Option<String> {
 /// An interface of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Its number.
+    /// Its index.
     pub ifindex: u32,
     /// Its name.
     pub name: String,
-    /// What the kernel calls its kind (`veth`, `bridge`); empty for hardware.
+    /// The kernel's name for its kind (`veth`, `bridge`); empty for hardware.
     pub kind: String,
     /// Name of the bridge, bond or VRF it is in.
     pub master: Option<String>,
-    /// Index of that, if it is a bridge.
+    /// Index of the master, if it is a bridge.
     pub bridge: Option<u32>,
     /// Its own hardware address.
     pub hardware: Option<HardwareAddress>,
-    /// Its other end, if that is in another network namespace.
+    /// Its other end, if that end is in another network namespace.
     pub peer: Option<Peer>,
     /// Whether it is up.
     pub up: bool,
@@ -46,21 +44,21 @@ pub struct Link {
 /// The other end of an interface, in another network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// The host's number for that namespace. It means that namespace only as long as it exists, and
-    /// another one later.
+    /// The host's number for that namespace. The kernel may give the number to another namespace after this
+    /// one is gone.
     pub nsid: i32,
-    /// The interface's number in that namespace.
+    /// The interface's index in that namespace.
     pub ifindex: u32,
 }
 
 impl Link {
-    /// The interfaces that notices of the kernel (`RTMGRP_LINK`) tell of as new or changed.
+    /// The new or changed interfaces in the kernel's notifications (`RTMGRP_LINK`).
     pub fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
         let links = links_in_notices(notices).into_iter();
         links.map(|raw| Self::new(raw, None))
     }
 
-    /// Whether this is the host's end of an interface that is in another namespace.
+    /// Whether this is the host end of an interface in another namespace.
     pub fn is_host_end(&self) -> bool {
         self.peer.is_some() && matches!(self.kind.as_str(), "veth" | "netkit")
     }
@@ -93,11 +91,11 @@ impl Link {
     }
 }
 
-/// Every interface of the host at one moment.
+/// A snapshot of the host's interfaces.
 #[derive(Clone, Debug, Default)]
 pub struct Links {
     all: Vec<Link>,
-    /// Positions in `all` of the host's ends whose peer is in the namespace of this number.
+    /// Positions in `all` of the host ends whose peer is in the namespace with this number.
     by_namespace: HashMap<i32, Vec<usize>>,
 }
 
@@ -136,22 +134,21 @@ impl Links {
         self.all.iter()
     }
 
-    /// Interfaces of the host that are no host ends and belong to another network namespace: what comes to
-    /// them there, in a tunnel's packets or on the interface below, is the host's. Each with the number of
-    /// that namespace.
+    /// Interfaces of the host that are not host ends and belong to another network namespace, with the number
+    /// of that namespace. The host receives whatever arrives for them there, in a tunnel's packets or on the
+    /// lower interface.
     pub fn carriers(&self) -> impl Iterator<Item = (i32, &Link)> {
         let others = self.all.iter().filter(|link| !link.is_host_end());
         others.filter_map(|link| Some((link.peer?.nsid, link)))
     }
 
-    /// The interface of this number.
+    /// The interface with this index.
     pub fn get(&self, ifindex: u32) -> Option<&Link> {
         self.all.iter().find(|link| link.ifindex == ifindex)
     }
 
-    /// The host's ends of interfaces that may be pods': those whose other end is in another
-    /// namespace and that no pattern excludes, by their own name or by that of the bridge they are
-    /// in. `*` in a pattern stands for any text.
+    /// The host ends that may belong to pods: their other end is in another namespace, and no pattern excludes
+    /// their own name or that of their bridge. `*` in a pattern stands for any text.
     pub fn pod_like<'a>(&'a self, exclude: &'a [String]) -> impl Iterator<Item = &'a Link> {
         self.all.iter().filter(|link| {
             let named = |pattern: &String| {
@@ -162,14 +159,14 @@ impl Links {
         })
     }
 
-    /// The host's ends whose other end is in the namespace of this number.
+    /// The host ends whose other end is in the namespace with this number.
     pub(super) fn leading_to(&self, nsid: i32) -> impl Iterator<Item = &Link> {
         let positions = self.by_namespace.get(&nsid).into_iter().flatten();
         positions.map(|&at| &self.all[at])
     }
 }
 
-/// Whether the whole text is what the pattern says; `*` stands for any text, the empty one too.
+/// Whether the whole text matches the pattern; `*` stands for any text, including the empty one.
 fn matches(pattern: &str, text: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
@@ -232,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_a_pods_is_told_by_kind_peer_and_pattern() {
+    fn pod_interfaces_are_recognised_by_kind_peer_and_pattern() {
         let to = |nsid, link| RawLink {
             nsid: Some(nsid),
             lower: Some(2),
@@ -254,7 +251,7 @@ mod tests {
             },
             to(2, raw(8, "nk8", "netkit")),
             to(3, raw(9, "lxc_health", "veth")),
-            // A tunnel that was made in another namespace.
+            // A tunnel that was created in another namespace.
             to(0, raw(10, "gre1", "gre")),
         ]);
         let exclude = ["docker*".to_owned(), "lxc_health".to_owned()];

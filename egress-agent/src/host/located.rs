@@ -1,35 +1,35 @@
-//! Where a pod is, or why nobody can say.
+//! The location of a pod, or the reason why it has none.
 
 use std::{io, net::IpAddr};
 
-/// What the machine knows of a pod.
+/// The location of a pod on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {
-    /// The host's ends of its interfaces, by their numbers, in ascending order; at least one.
+    /// The indexes of its host ends, in ascending order; at least one.
     pub interfaces: Vec<u32>,
-    /// The addresses of global scope on the other ends now. A pod that may configure its own network
-    /// chooses them: that there are some says that its network is made, and no more.
+    /// The current addresses of global scope on the other ends. A pod that may configure its own network
+    /// chooses them, so they prove only that its network is set up.
     pub addresses: Vec<IpAddr>,
     /// The network namespaces that those interfaces lead to; at least one.
     pub namespaces: Vec<Network>,
 }
 
-/// A network namespace in which a pod's process was seen.
+/// A network namespace in which a process of the pod was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// Its inode number, which no other namespace has while it exists.
+    /// Its inode number, which is unique while the namespace exists.
     pub inode: u64,
-    /// A process that is in it.
+    /// A process in it.
     pub pid: u32,
 }
 
 /// Why a pod has not been located.
 #[derive(Debug, thiserror::Error)]
 pub enum Missing {
-    /// The UID has a form that no UID has.
+    /// The text is not a valid UID.
     #[error("{0:?} is not the UID of a pod: it must be hexadecimal digits and dashes")]
     Uid(String),
-    /// The kubelet has not made its group, or it is where nobody looks.
+    /// The kubelet has not created the pod's group, or it is in an unknown place.
     #[error("it has no control group on this machine yet")]
     Group,
     /// Nothing runs in its group.
@@ -41,14 +41,14 @@ pub enum Missing {
          (hostPID)"
     )]
     ForeignProcesses,
-    /// The network namespaces of its processes may not be read.
+    /// The agent may not read the network namespaces of its processes.
     #[error(
         "the network namespace of its processes cannot be read: {0}; the agent needs CAP_SYS_PTRACE, \
          and a /proc without hidepid"
     )]
     Unreadable(io::Error),
-    /// Its processes are in the host's network only. A container runtime's own process is too,
-    /// before it has entered the pod's.
+    /// Its processes are only in the host's network. The container runtime's own process is there too before
+    /// it enters the pod's network.
     #[error("its processes are in the host's network (hostNetwork), which is not any pod's")]
     HostNetwork,
     /// Its network namespace has no interface but loopback.
@@ -67,13 +67,13 @@ pub enum Missing {
 }
 
 impl Missing {
-    /// Whether nothing of the pod runs, so that nobody is there who could send something.
-    pub fn is_nobody(&self) -> bool {
+    /// Whether no process of the pod runs, so that nothing can send packets.
+    pub fn has_no_process(&self) -> bool {
         matches!(self, Self::Group | Self::Process)
     }
 
-    /// Whether this is how every pod begins: it may have gone in a moment.
-    pub fn may_pass(&self) -> bool {
+    /// Whether every pod passes through this state when it starts.
+    pub fn is_transient(&self) -> bool {
         match self {
             Self::Group | Self::Process | Self::HostNetwork | Self::Interface | Self::Kernel(_) => {
                 true

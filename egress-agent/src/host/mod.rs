@@ -1,4 +1,4 @@
-//! What this machine knows of pods: control groups, processes, network namespaces, interfaces.
+//! The pods on this machine: control groups, processes, network namespaces, interfaces.
 //!
 //! ```text
 //! pod's UID ─▶ its control group ─▶ its processes ─▶ their network namespaces
@@ -7,9 +7,10 @@
 //!                       the host's interfaces whose other end is in that namespace
 //! ```
 //!
-//! Nothing here asks a container runtime, or depends on how one names things. Another namespace is
-//! entered only to read the sockets in it. What a pod can influence (names of groups below its own, its processes, its interfaces'
-//! addresses) can make it unfindable at worst; it cannot make it look like another pod.
+//! Nothing here asks a container runtime, or depends on the names that one gives. The agent enters another
+//! namespace only to read the sockets in it. A pod can influence the names of groups below its own, its
+//! processes and its interfaces' addresses. With these it can at worst make itself unfindable; it cannot
+//! pass for another pod.
 
 mod cgroup;
 mod conntrack;
@@ -50,22 +51,22 @@ pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol};
 pub use taps::{TapWatch, Taps};
 use uid::Uid;
 
-/// Network namespaces of one pod that are looked at: programs in it may make more, but those have
-/// no interface that leads to the host unless something on the host made it.
+/// How many network namespaces of one pod are examined. Programs in it may create more, but no interface of
+/// those leads to the host unless something on the host created it.
 const NETWORKS: usize = 64;
 
-/// How long the result of a search through all processes is used. It is made only when a pod's
-/// group is at none of the places where it should be.
+/// How long the result of a search through all processes is used. The search runs only if a pod's group is at
+/// none of the known paths.
 const SEARCH_EVERY: Duration = Duration::from_secs(1);
-/// The same, when pods' groups have been found where they should be.
+/// The same, once a pod's group has been found at a known path.
 const SEARCH_SELDOM: Duration = Duration::from_secs(30);
 
-/// Where to look.
+/// Paths of the host's file systems.
 #[derive(Clone, Debug)]
 pub struct HostOptions {
-    /// Where the host's proc is mounted.
+    /// Mount point of the host's proc.
     pub proc: PathBuf,
-    /// Where control groups are mounted; those in the agent's own table of mounts when empty.
+    /// Mount points of control groups; if empty, those in the agent's own mount table.
     pub cgroups: Vec<PathBuf>,
 }
 
@@ -78,7 +79,7 @@ impl Default for HostOptions {
     }
 }
 
-/// The machine, seen from the network namespace of the thread that opened this: the host's.
+/// The machine, seen from the network namespace of the thread that opened this, which is the host's.
 pub struct Host {
     proc: PathBuf,
     cgroups: Cgroups,
@@ -88,8 +89,8 @@ pub struct Host {
     searched: Option<(Instant, HashMap<Uid, Vec<u32>>)>,
 }
 
-/// A network namespace that is kept in existence.
-struct Held {
+/// A network namespace that an open descriptor keeps alive.
+struct OpenNetwork {
     network: Network,
     descriptor: OwnedFd,
 }
@@ -99,7 +100,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// When the table of mounts cannot be read or netlink is not available.
+    /// When the mount table cannot be read or netlink is not available.
     pub fn open(options: HostOptions) -> io::Result<Self> {
         let HostOptions { proc, mut cgroups } = options;
         if cgroups.is_empty() {
@@ -123,29 +124,29 @@ impl Host {
         self.netlink.links().map(Links::new)
     }
 
-    /// The names of the interfaces that are the machine's own way out: a default route leads through
-    /// them, so they are no pod's, whatever they look like.
+    /// The names of the interfaces of the machine's default routes. They belong to no pod, whatever they look
+    /// like.
     ///
     /// # Errors
     ///
-    /// When the tables of routes cannot be read.
+    /// When the route tables cannot be read.
     pub fn uplinks(&self) -> io::Result<HashSet<String>> {
         routes::uplinks(&self.proc)
     }
 
-    /// The processes in other network namespaces: the host's number of a namespace, and the id of a
-    /// process in it.
+    /// The processes in other network namespaces: the host's number for the namespace, and the id of a process
+    /// in it.
     ///
     /// # Errors
     ///
-    /// When processes cannot be looked at.
-    pub fn inhabitants(&mut self) -> io::Result<HashSet<(i32, u32)>> {
+    /// When /proc cannot be read.
+    pub fn processes_by_namespace(&mut self) -> io::Result<HashSet<(i32, u32)>> {
         let mut found = HashSet::new();
         for (inode, pids) in process::networks(&self.proc)? {
             if inode == self.own {
                 continue;
             }
-            // A process may have ended, and another one have its id, by now.
+            // Meanwhile the process may have ended, and another process may have its id.
             let network = pids.iter().find_map(|&pid| {
                 let opened =
                     Process::open(&self.proc, pid).and_then(|process| process.open_network());
@@ -165,13 +166,13 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// Says what there is not, or not yet.
+    /// Returns which prerequisite is missing.
     pub fn locate(&mut self, links: &Links, uid: &str) -> Result<Located, Missing> {
         let uid = Uid::new(uid).ok_or_else(|| Missing::Uid(uid.to_owned()))?;
         let members = self.members(&uid)?;
         let networks = self.networks(&uid, &members.pids)?;
         let (mut interfaces, mut addresses, mut namespaces) = (Vec::new(), Vec::new(), Vec::new());
-        for Held {
+        for OpenNetwork {
             network,
             descriptor,
         } in &networks
@@ -181,8 +182,8 @@ impl Host {
             };
             let before = interfaces.len();
             for link in links.leading_to(nsid) {
-                // The number may have been another namespace's when the list was made. While the
-                // namespace is held it stays this one's.
+                // The number may have meant another namespace when the list was read. It means this one as
+                // long as the descriptor is open.
                 let now = self.netlink.link(link.ifindex)?;
                 let now = now.map(|raw| Link::new(raw, None));
                 let Some(peer) = now.and_then(|now| now.peer.filter(|_| now.is_host_end())) else {
@@ -198,7 +199,7 @@ impl Host {
             }
         }
         if interfaces.is_empty() {
-            return Err(self.nothing_leads_here(&networks));
+            return Err(self.why_no_host_end(&networks));
         }
         interfaces.sort_unstable();
         addresses.sort_unstable();
@@ -214,7 +215,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// When the process has ended, or is in another namespace by now: locate the pod again.
+    /// When the process has ended, or is in another namespace now: locate the pod again.
     pub fn sockets(&self, network: &Network) -> io::Result<SocketsOf> {
         let process = Process::open(&self.proc, network.pid)?;
         let (namespace, inode) = process.open_network()?;
@@ -227,12 +228,12 @@ impl Host {
         Ok(SocketsOf::new(namespace))
     }
 
-    /// The network namespace that an interface of the host leads to, to read the sockets in it.
+    /// The network namespace behind an interface of the host, to read the sockets in it.
     ///
     /// # Errors
     ///
-    /// When there is no such namespace, as behind a virtual machine's interface; when nothing refers to
-    /// it by which it can be entered.
+    /// When there is no such namespace, as behind a virtual machine's interface; when it has neither a name
+    /// nor a visible process through which it can be entered.
     pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<SocketsOf> {
         let link = self.netlink.link(ifindex)?;
         if !link.is_some_and(|raw| Link::new(raw, None).is_host_end()) {
@@ -241,7 +242,7 @@ impl Host {
                 "the interface leads to no network namespace of this machine",
             ));
         }
-        match network::behind(&mut self.netlink, &self.proc, self.own, ifindex)? {
+        match network::find_behind(&mut self.netlink, &self.proc, self.own, ifindex)? {
             Some(namespace) => Ok(SocketsOf::new(namespace)),
             None => Err(io::Error::new(
                 io::ErrorKind::NotFound,
@@ -272,7 +273,7 @@ impl Host {
         }
     }
 
-    /// The processes in a pod's group, wherever that is. Learns where groups are here.
+    /// The processes in a pod's group, wherever the group is. Adds the layouts that it finds.
     fn search(&mut self, uid: &Uid) -> Option<Vec<u32>> {
         let every = if self.cgroups.settled {
             SEARCH_SELDOM
@@ -291,9 +292,9 @@ impl Host {
         found.get(uid).cloned()
     }
 
-    /// The network namespaces in which these processes of a pod are, without the host's.
-    fn networks(&self, uid: &Uid, pids: &[u32]) -> Result<Vec<Held>, Missing> {
-        let mut held: Vec<Held> = Vec::new();
+    /// The network namespaces of these processes of a pod, without the host's.
+    fn networks(&self, uid: &Uid, pids: &[u32]) -> Result<Vec<OpenNetwork>, Missing> {
+        let mut held: Vec<OpenNetwork> = Vec::new();
         let mut seen = HashSet::new();
         let (mut on_host, mut refused) = (false, None);
         for &pid in pids {
@@ -316,22 +317,21 @@ impl Host {
         }
     }
 
-    /// The addresses of global scope on the other end of this interface; `None` when it is not there
-    /// any more.
+    /// The addresses of global scope on the other end of this interface; `None` if the interface is gone.
     ///
     /// # Errors
     ///
     /// When the kernel does not answer.
     pub fn addresses_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<Vec<IpAddr>>> {
         let addresses = self.addresses(peer)?;
-        // The number of a namespace becomes another's only when it is gone, and this end with it.
+        // The kernel reuses a namespace's number only after the namespace, and this interface with it, is gone.
         let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
         let is_there = now.is_some_and(|now| now.peer == Some(peer));
         Ok(is_there.then_some(addresses))
     }
 
-    /// The hardware address on the other end of this interface; `None` when it is not there any more,
-    /// or has none.
+    /// The hardware address on the other end of this interface; `None` if the interface is gone or has no
+    /// hardware address.
     ///
     /// # Errors
     ///
@@ -344,16 +344,16 @@ impl Host {
         Ok(link.filter(|_| is_there).and_then(|link| link.hardware))
     }
 
-    /// Keeps a port from changing what its bridge has learned by frames to link-local addresses
-    /// (`01:80:c2:00:00:00` to `0f`), which the kernel handles before any netfilter hook (`br_handle_frame`,
-    /// `net/bridge/br_input.c`): the bridge learns nothing from them (`no_linklocal_learn`), and a port that sends
-    /// spanning tree messages to it is switched off (`guard`).
+    /// Prevents a port from changing the forwarding table of its bridge with frames to link-local addresses
+    /// (`01:80:c2:00:00:00` to `0f`). The kernel handles these before any netfilter hook (`br_handle_frame`,
+    /// `net/bridge/br_input.c`). With `no_linklocal_learn` the bridge learns nothing from them, and with `guard`
+    /// it disables a port that sends spanning tree messages to it.
     ///
-    /// An Open vSwitch bridge is not touched.
+    /// An Open vSwitch bridge is left unchanged.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses (before 5.0 it has no such option).
+    /// When the kernel rejects it (kernels before 5.0 do not have the option).
     pub fn protect_bridge(&mut self, bridge: u32, port: u32) -> io::Result<()> {
         let kind = self.netlink.link(bridge)?.map(|link| link.kind);
         if kind.is_some_and(|kind| kind == "bridge") {
@@ -363,8 +363,8 @@ impl Host {
         Ok(())
     }
 
-    /// The hardware addresses of the gateways that this machine's routes lead through, as far as it
-    /// has found them.
+    /// The hardware addresses of the gateways in this machine's routes, as far as the neighbour table has
+    /// them.
     ///
     /// # Errors
     ///
@@ -373,7 +373,7 @@ impl Host {
         hardware::of_gateways(&mut self.netlink)
     }
 
-    /// The host's own addresses, of whatever scope.
+    /// The host's own addresses, of any scope.
     ///
     /// # Errors
     ///
@@ -382,7 +382,7 @@ impl Host {
         self.netlink.own_addresses()
     }
 
-    /// The prefixes, with their lengths in bits, for which the host takes packets itself.
+    /// The prefixes, with their lengths in bits, whose packets the host delivers to itself.
     ///
     /// # Errors
     ///
@@ -394,14 +394,14 @@ impl Host {
     /// Addresses on the other end of an interface.
     fn addresses(&mut self, peer: Peer) -> io::Result<Vec<IpAddr>> {
         match self.netlink.addresses(peer.nsid, peer.ifindex) {
-            // The interface has gone this moment.
+            // The interface disappeared meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
             answer => answer,
         }
     }
 
-    /// Why these namespaces have no interface that leads to the host.
-    fn nothing_leads_here(&self, networks: &[Held]) -> Missing {
+    /// The reason why these namespaces have no interface that leads to the host.
+    fn why_no_host_end(&self, networks: &[OpenNetwork]) -> Missing {
         let mut names: Vec<String> = networks
             .iter()
             .filter_map(|held| {
@@ -422,11 +422,11 @@ impl Host {
     }
 }
 
-/// What a process shows of its network.
+/// The result of examining the network namespace of one process.
 enum Seen {
-    /// A namespace that no process before it was in.
-    New(Held),
-    /// One that is known already, or the process is not the pod's any more.
+    /// A namespace that no earlier process was in.
+    New(OpenNetwork),
+    /// A known namespace, or the process does not belong to the pod any more.
     Known,
     /// The host's.
     Host,
@@ -438,15 +438,15 @@ fn look(proc: &Path, uid: &Uid, pid: u32, own: u64, seen: &mut HashSet<u64>) -> 
     if inode == own {
         return Ok(Seen::Host);
     }
-    // The id may have become another process's since it was read in the group.
-    if seen.contains(&inode) || !process.is_of(uid)? {
+    // Since the group was read, another process may have got the id.
+    if seen.contains(&inode) || !process.is_in_pod(uid)? {
         return Ok(Seen::Known);
     }
     let (descriptor, inode) = process.open_network()?;
     if inode == own || !seen.insert(inode) {
         return Ok(Seen::Known);
     }
-    Ok(Seen::New(Held {
+    Ok(Seen::New(OpenNetwork {
         network: Network { inode, pid },
         descriptor,
     }))

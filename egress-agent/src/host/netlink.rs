@@ -1,8 +1,7 @@
-//! Questions to the kernel about interfaces, network namespaces and addresses.
+//! Netlink requests about interfaces, network namespaces and addresses.
 //!
-//! Requests are made with the library's types. Replies are read attribute by attribute: a kernel
-//! newer than the library must not be able to hide an interface by an attribute that the library
-//! cannot read.
+//! Requests are built with the library's types. Replies are read attribute by attribute: on a kernel newer
+//! than the library, an attribute that the library cannot read must not hide an interface.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +28,7 @@ use super::{
     transport::{Transport, attributes, four, malformed},
 };
 
-/// How often a list is asked for again when the kernel says that it changed underneath.
+/// How often a list is requested again after the kernel reports that it changed during the dump.
 const ATTEMPTS: usize = 4;
 
 /// Length of `struct ifinfomsg` and of `struct ifaddrmsg`, `include/uapi/linux`.
@@ -69,7 +68,7 @@ const IFA_TARGET_NETNSID: u16 = 10;
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 
-/// Attribute of routes, and the types of routes that lead nowhere but to the node itself,
+/// Attribute of routes, and the route types whose packets the node delivers to itself,
 /// `include/uapi/linux/rtnetlink.h`.
 const RTA_DST: u16 = 1;
 const TO_NODE: [u8; 3] = [libc::RTN_LOCAL, libc::RTN_BROADCAST, libc::RTN_ANYCAST];
@@ -77,7 +76,7 @@ const TO_NODE: [u8; 3] = [libc::RTN_LOCAL, libc::RTN_BROADCAST, libc::RTN_ANYCAS
 /// Attribute of namespaces, `include/uapi/linux/net_namespace.h`.
 const NETNSA_NSID: u16 = 1;
 
-/// What the kernel says of one interface.
+/// The kernel's description of one interface.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RawLink {
     pub(super) index: u32,
@@ -90,7 +89,7 @@ pub(super) struct RawLink {
     pub(super) nsid: Option<i32>,
     /// Its hardware address, if that is one of Ethernet.
     pub(super) hardware: Option<HardwareAddress>,
-    /// The namespace that was asked about, when that is not our own.
+    /// The namespace of the request, if it is not our own.
     pub(super) target: Option<i32>,
     /// Id of its XDP program; 0 when it has several.
     pub(super) xdp: Option<u32>,
@@ -109,8 +108,7 @@ pub(super) struct Netlink(Transport);
 impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let mut transport = Transport::open(NETLINK_ROUTE)?;
-        // Without it the kernel takes no notice of IFA_TARGET_NETNSID and answers for our own
-        // namespace.
+        // Without strict checking the kernel ignores IFA_TARGET_NETNSID and answers for our own namespace.
         transport.be_strict()?;
         Ok(Self(transport))
     }
@@ -132,12 +130,12 @@ impl Netlink {
                 break;
             }
         }
-        // A list that changed underneath each time may lack what is changing: whoever changes it
-        // makes another event, and it is asked for again.
+        // A list that changed during each attempt may lack an interface that is changing. Each change causes
+        // another event, after which the list is requested again.
         Ok(links)
     }
 
-    /// One interface of this namespace, if it is there.
+    /// One interface of this namespace, if it exists.
     pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
         let mut link = None;
         let answer = self.exchange(&get_link(index), 0, |body| {
@@ -150,7 +148,7 @@ impl Netlink {
         }
     }
 
-    /// One interface of the namespace that this one knows by that number, if it is there.
+    /// One interface of the namespace with this number, if it exists.
     pub(super) fn link_in(&mut self, nsid: i32, index: u32) -> io::Result<Option<RawLink>> {
         let mut request = LinkMessage::default();
         request.header.index = index;
@@ -164,11 +162,12 @@ impl Netlink {
         });
         match answer {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-            answer => answer.map(|_| link),
+            Err(error) => self.ignore_if_removed(nsid, error).map(|()| None),
+            Ok(_) => Ok(link),
         }
     }
 
-    /// The hardware address of each neighbour of this namespace that has one, by its address.
+    /// The neighbours of this namespace that have a hardware address.
     pub(super) fn neighbours(&mut self) -> io::Result<Vec<(IpAddr, HardwareAddress)>> {
         let mut neighbours = Vec::new();
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
@@ -187,8 +186,8 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    /// Every interface of the namespace that this one knows by that number; `None` when there are
-    /// more than `limit`.
+    /// Every interface of the namespace with this number; none if the namespace is being removed. `None` if there
+    /// are more than `limit`.
     pub(super) fn links_in(&mut self, nsid: i32, limit: usize) -> io::Result<Option<Vec<RawLink>>> {
         let mut links: BTreeMap<u32, RawLink> = BTreeMap::new();
         for _ in 0..ATTEMPTS {
@@ -202,7 +201,7 @@ impl Netlink {
             let whole = self.exchange(&request, NLM_F_DUMP, |body| {
                 let link = read_link(body)?;
                 if link.target != Some(nsid) {
-                    // Never take our own interfaces for a pod's.
+                    // Never mistake our own interfaces for a pod's.
                     return Err(malformed("interfaces of another namespace"));
                 }
                 links.insert(link.index, link);
@@ -213,20 +212,42 @@ impl Netlink {
                 Ok(())
             });
             if is_over {
-                // The kernel starts no other list on this socket before it has told this one.
+                // The kernel starts no other dump on this socket before this one has ended.
                 *self = Self::open()?;
                 return Ok(None);
             }
-            if whole? {
-                break;
+            match whole {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => {
+                    self.ignore_if_removed(nsid, error)?;
+                    return Ok(Some(Vec::new()));
+                }
             }
-            // Whoever changes interfaces all the time hides none: those of each attempt count.
+            // A pod cannot hide an interface by constant changes: the results of all attempts count.
         }
         Ok(Some(links.into_values().collect()))
     }
 
-    /// The number by which this namespace knows that one; it has none before the two are connected
-    /// by an interface.
+    /// Ignores an error that a namespace gives because it is being removed.
+    ///
+    /// Such a namespace has no process any more. The kernel removes namespaces in batches (`cleanup_net`,
+    /// net/core/net_namespace.c). Until then the namespace keeps its number and its interfaces, and each request
+    /// about them fails with `EINVAL` (`rtnl_get_net_ns_capable`).
+    fn ignore_if_removed(&mut self, nsid: i32, error: io::Error) -> io::Result<()> {
+        if error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+        let mut request = NsidMessage::default();
+        request.attributes.push(NsidAttribute::Id(nsid));
+        let request = RouteNetlinkMessage::GetNsId(request);
+        match self.exchange(&request, 0, |_| Ok(())) {
+            Err(answer) if answer.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    /// The number of that namespace in this one. It has none before an interface connects the two.
     pub(super) fn nsid(&mut self, namespace: impl AsFd) -> io::Result<Option<i32>> {
         let mut request = NsidMessage::default();
         let descriptor = namespace.as_fd().as_raw_fd();
@@ -244,7 +265,7 @@ impl Netlink {
         Ok(nsid)
     }
 
-    /// The addresses of global scope that an interface of another namespace has.
+    /// The addresses of global scope on an interface of another namespace.
     pub(super) fn addresses(&mut self, nsid: i32, index: u32) -> io::Result<Vec<IpAddr>> {
         let mut addresses = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -262,7 +283,7 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// Every address of this namespace, of whatever scope.
+    /// Every address of this namespace, of any scope.
     pub(super) fn own_addresses(&mut self) -> io::Result<Vec<IpAddr>> {
         let mut addresses = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -277,8 +298,8 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// The destinations, with their lengths in bits, for which this namespace takes packets itself: those of
-    /// the table of routes that the kernel keeps for that.
+    /// The destinations, with their lengths in bits, whose packets this namespace delivers to itself: those in
+    /// the kernel's local route table.
     pub(super) fn local_routes(&mut self) -> io::Result<Vec<(IpAddr, u8)>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -294,7 +315,7 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Has a bridge learn nothing from frames to link-local addresses.
+    /// Stops a bridge from learning from frames to link-local addresses.
     pub(super) fn learn_nothing_link_local(&mut self, bridge: u32) -> io::Result<()> {
         let option = [
             NO_LINK_LOCAL_LEARN.to_ne_bytes(),
@@ -313,7 +334,7 @@ impl Netlink {
         self.change(&RouteNetlinkMessage::NewLink(request))
     }
 
-    /// Has a port of a bridge switched off when a spanning tree message comes by it.
+    /// Has a bridge disable this port when a spanning tree message arrives on it.
     pub(super) fn guard_port(&mut self, port: u32) -> io::Result<()> {
         let mut request = LinkMessage::default();
         request.header.interface_family = AddressFamily::Bridge;
@@ -340,7 +361,7 @@ impl Netlink {
     }
 }
 
-/// The interfaces that notices of the kernel tell of as new or changed.
+/// The new or changed interfaces in the kernel's notifications.
 pub(super) fn links_in_notices(mut notices: &[u8]) -> Vec<RawLink> {
     let mut links = Vec::new();
     while let Ok(notice) = NetlinkBuffer::new_checked(notices) {
@@ -353,7 +374,7 @@ pub(super) fn links_in_notices(mut notices: &[u8]) -> Vec<RawLink> {
     links
 }
 
-/// An attribute as it stands within another one.
+/// Encodes an attribute that is nested in another one.
 fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = (4 + value.len()) as u16;
     let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
@@ -362,7 +383,7 @@ fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Asks for one interface, or in a list for all (0).
+/// Requests one interface, or in a dump all of them (0).
 fn get_link(index: u32) -> RouteNetlinkMessage {
     let mut request = LinkMessage::default();
     request.header.index = index;
@@ -417,7 +438,7 @@ fn read_xdp(body: &[u8]) -> io::Result<Option<u32>> {
     Ok(attached.then_some(program))
 }
 
-/// The destination of a route, if that is the node itself.
+/// The destination of a route, if the node delivers its packets to itself.
 fn read_local_route(body: &[u8]) -> io::Result<Option<(IpAddr, u8)>> {
     let header = body
         .get(..ROUTE_HEADER)
@@ -426,7 +447,7 @@ fn read_local_route(body: &[u8]) -> io::Result<Option<(IpAddr, u8)>> {
     if table != libc::RT_TABLE_LOCAL || !TO_NODE.contains(&kind) {
         return Ok(None);
     }
-    // A route to everything has no attribute for its destination.
+    // A default route has no attribute for its destination.
     let mut destination = if i32::from(family) == libc::AF_INET {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED)
     } else {
@@ -440,11 +461,11 @@ fn read_local_route(body: &[u8]) -> io::Result<Option<(IpAddr, u8)>> {
     Ok(Some((destination, length)))
 }
 
-/// What the kernel says of one address.
+/// The kernel's description of one address.
 struct RawAddress {
     address: Option<IpAddr>,
     scope: u8,
-    /// The namespace that was asked about, when that is not our own.
+    /// The namespace of the request, if it is not our own.
     target: Option<i32>,
 }
 
@@ -462,7 +483,7 @@ fn read_any_address(body: &[u8]) -> io::Result<RawAddress> {
         }
     }
     Ok(RawAddress {
-        // On a point-to-point link IFA_ADDRESS is the other side's.
+        // On a point-to-point link, IFA_ADDRESS is the other side's address.
         address: local.or(address),
         scope: header[3],
         target,
@@ -473,7 +494,7 @@ fn read_any_address(body: &[u8]) -> io::Result<RawAddress> {
 fn read_address(body: &[u8], nsid: i32) -> io::Result<Option<IpAddr>> {
     let read = read_any_address(body)?;
     if read.target != Some(nsid) {
-        // Never take our own addresses for a pod's.
+        // Never mistake our own addresses for a pod's.
         return Err(malformed("addresses of another namespace"));
     }
     Ok(read

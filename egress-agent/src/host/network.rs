@@ -1,4 +1,4 @@
-//! Network namespaces of pods: finding the one behind an interface, and reading what is in one.
+//! Network namespaces of pods: finds the one behind an interface, and reads the sockets in it.
 
 use std::{
     collections::HashSet,
@@ -22,11 +22,11 @@ use super::{
     sockets::{self, Bounds, Direction, OpenSocket, OpenSockets, SocketProtocol},
 };
 
-/// Where programs name network namespaces (`ip netns`, container runtimes).
+/// Directory of named network namespaces (`ip netns`, container runtimes).
 const NAMED: &str = "/run/netns";
-/// Processes whose network namespaces are looked at.
+/// How many processes' network namespaces are examined.
 const PROCESSES: usize = 65_536;
-/// Named network namespaces that are looked at.
+/// How many named network namespaces are examined.
 const NAMES: usize = 4_096;
 
 /// The network namespace of a pod, held open to read the sockets in it.
@@ -38,24 +38,24 @@ impl SocketsOf {
         Self(namespace)
     }
 
-    /// The conversations that the sockets are in. To be called in the host's network namespace.
+    /// Reads the sockets and the flows they belong to. Call this in the host's network namespace.
     ///
-    /// A thread enters the pod's namespace for this and ends with it: the kernel tells of a connection's
-    /// progress only from within. What looks inbound there is confirmed by the host's connection tracking.
+    /// A thread enters the pod's namespace and then ends, because the kernel reports a connection's progress
+    /// only from within. The host's connection tracking confirms the connections that look inbound.
     /// The work is bounded ([`OpenSockets::cut_short`]).
     ///
     /// # Errors
     ///
-    /// When the namespace may not be entered (`CAP_SYS_ADMIN`), or the kernel does not tell.
+    /// When the namespace may not be entered (`CAP_SYS_ADMIN`), or the kernel does not answer.
     pub fn read(&self) -> io::Result<OpenSockets> {
         let namespace = self.0.as_fd();
         thread::scope(|scope| {
             let reader = thread::Builder::new().name("sockets".into());
             let reader = reader.spawn_scoped(scope, || {
-                // It stays a socket of the host's namespace.
+                // The socket stays in the host's namespace.
                 let conntrack = Conntrack::open();
                 setns(namespace, CloneFlags::CLONE_NEWNET)?;
-                sockets::here(|found, bounds| confirm(conntrack, found, bounds))
+                sockets::read_current_namespace(|found, bounds| confirm(conntrack, found, bounds))
             })?;
             reader
                 .join()
@@ -64,8 +64,8 @@ impl SocketsOf {
     }
 }
 
-/// Asks the node's connection tracking who opened what looks inbound. What it does not confirm, for whatever
-/// reason, is unconfirmed.
+/// Asks the node's connection tracking which side opened the connections that look inbound. A connection that
+/// it does not confirm, for whatever reason, is unconfirmed.
 fn confirm(
     conntrack: io::Result<Conntrack>,
     sockets: &mut [OpenSocket],
@@ -84,7 +84,9 @@ fn confirm(
     let mut conntrack = conntrack?;
     for socket in asked {
         if bounds.is_over() {
-            return Err(io::Error::other("was not asked about all of them"));
+            return Err(io::Error::other(
+                "the time ran out before all connections were confirmed",
+            ));
         }
         if conntrack.is_opened_by(socket.remote, socket.local)? {
             socket.direction = Direction::Inbound;
@@ -93,12 +95,12 @@ fn confirm(
     Ok(())
 }
 
-/// The network namespace that an interface leads to, if anything refers to it by a name or runs in it.
+/// The network namespace behind an interface, if it has a name or a process.
 ///
 /// # Errors
 ///
 /// When the kernel does not answer.
-pub(super) fn behind(
+pub(super) fn find_behind(
     netlink: &mut Netlink,
     proc: &Path,
     own: u64,
@@ -107,7 +109,7 @@ pub(super) fn behind(
     let mut seen = HashSet::from([own]);
     let named = fs::read_dir(NAMED).into_iter().flatten().flatten();
     for entry in named.take(NAMES) {
-        // One that is being made is a plain file, and of a plain file the kernel knows no number.
+        // A name that is being created is still a plain file, for which the kernel has no number.
         if let Ok(file) = File::open(entry.path())
             && let Ok(status) = file.metadata()
             && seen.insert(status.ino())
@@ -119,7 +121,7 @@ pub(super) fn behind(
     let entries = fs::read_dir(proc)?.flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids.take(PROCESSES) {
-        // A process that has ended, or that may not be looked at, tells nothing.
+        // Skip a process that has ended or that may not be examined.
         let Ok(process) = Process::open(proc, pid) else {
             continue;
         };
@@ -138,8 +140,8 @@ pub(super) fn behind(
     Ok(None)
 }
 
-/// Whether the other end of an interface is in this namespace. While the namespace is held, its number
-/// stays its own.
+/// Whether the other end of an interface is in this namespace. While the descriptor is open, the kernel does
+/// not reuse the namespace's number.
 fn leads_to(netlink: &mut Netlink, ifindex: u32, namespace: impl AsFd) -> io::Result<bool> {
     let nsid = match netlink.nsid(namespace) {
         Ok(Some(nsid)) => nsid,

@@ -1,4 +1,4 @@
-//! What /proc says of a process.
+//! Processes in /proc.
 
 use std::{
     collections::HashMap,
@@ -21,13 +21,13 @@ use super::{
     uid::Uid,
 };
 
-/// Bytes of a process's list of groups that are read.
+/// How many bytes of a process's list of groups are read.
 const GROUPS: u64 = 64 * 1024;
-/// Processes that a search looks at.
+/// How many processes a search examines.
 const SEARCHED: usize = 65_536;
 
-/// A process, held by its directory in /proc: when the process ends and another one gets its id,
-/// this stays the one that has ended.
+/// A process, referred to by an open descriptor of its directory in /proc. When the process ends and another
+/// one gets its id, the descriptor still refers to the one that ended.
 pub(super) struct Process(File);
 
 impl Process {
@@ -39,21 +39,24 @@ impl Process {
             .map(Self)
     }
 
-    /// Inode number of its network namespace.
+    /// Inode number of the process's network namespace.
     pub(super) fn network(&self) -> io::Result<u64> {
-        let link = readlinkat(&self.0, "ns/net").map_err(|error| self.why(error.into()))?;
+        let link =
+            readlinkat(&self.0, "ns/net").map_err(|error| self.namespace_error(error.into()))?;
         network_inode(&link.to_string_lossy())
     }
 
-    /// Its network namespace, which exists at least as long as this is kept, and its inode number.
+    /// The process's network namespace, which the descriptor keeps alive, and its inode number.
     pub(super) fn open_network(&self) -> io::Result<(OwnedFd, u64)> {
-        let file = self.file("ns/net").map_err(|error| self.why(error))?;
+        let file = self
+            .file("ns/net")
+            .map_err(|error| self.namespace_error(error))?;
         let inode = file.metadata()?.ino();
         Ok((file.into(), inode))
     }
 
-    /// Whether it is in a group of this pod.
-    pub(super) fn is_of(&self, uid: &Uid) -> io::Result<bool> {
+    /// Whether the process is in a group of this pod.
+    pub(super) fn is_in_pod(&self, uid: &Uid) -> io::Result<bool> {
         let mut groups = String::new();
         self.file("cgroup")?
             .take(GROUPS)
@@ -61,7 +64,7 @@ impl Process {
         Ok(pods(&groups).any(|(pod, _)| pod == *uid))
     }
 
-    /// Names of the interfaces in its network.
+    /// Names of the interfaces in the process's network namespace.
     pub(super) fn interfaces(&self) -> io::Result<Vec<String>> {
         let mut table = String::new();
         self.file("net/dev")?
@@ -70,15 +73,15 @@ impl Process {
         Ok(interface_names(&table))
     }
 
-    /// A file in its directory.
+    /// Opens a file in the process's directory.
     pub(super) fn file(&self, name: &str) -> io::Result<File> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         Ok(openat(&self.0, name, flags, Mode::empty())?.into())
     }
 
-    /// Why its namespace was refused: the kernel says that it may not be read when the process has
-    /// ended too (`proc_ns_readlink`, fs/proc/namespaces.c).
-    fn why(&self, refused: io::Error) -> io::Error {
+    /// The reason for an error about its namespace. When the process has ended, the kernel also says that its
+    /// namespace may not be read (`proc_ns_readlink`, fs/proc/namespaces.c).
+    fn namespace_error(&self, refused: io::Error) -> io::Error {
         match self.file("stat") {
             Err(ended) if has_ended(&ended) => ended,
             _ => refused,
@@ -97,14 +100,14 @@ pub(super) fn has_ended(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// Which processes are in which pods' groups, and where those are, by looking at every process.
+/// Examines every process: returns the processes of each pod's group, and the layouts of those groups.
 pub(super) fn search(proc: &Path) -> (HashMap<Uid, Vec<u32>>, Vec<Layout>) {
     let mut found: HashMap<Uid, Vec<u32>> = HashMap::new();
     let mut layouts = Vec::new();
     let entries = fs::read_dir(proc).into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids.take(SEARCHED) {
-        // One that has ended is nobody's.
+        // Skip a process that has ended.
         let Ok(groups) = fs::read_to_string(proc.join(format!("{pid}/cgroup"))) else {
             continue;
         };
@@ -121,13 +124,13 @@ pub(super) fn search(proc: &Path) -> (HashMap<Uid, Vec<u32>>, Vec<Layout>) {
     (found, layouts)
 }
 
-/// For each network namespace that a process is in, the processes in it.
+/// The processes in each network namespace, by inode number.
 pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, Vec<u32>>> {
     let mut found: HashMap<u64, Vec<u32>> = HashMap::new();
     let entries = fs::read_dir(proc)?.flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids.take(SEARCHED) {
-        // One that has ended is in none.
+        // Skip a process that has ended.
         let Ok(link) = fs::read_link(proc.join(format!("{pid}/ns/net"))) else {
             continue;
         };
@@ -137,7 +140,7 @@ pub(super) fn networks(proc: &Path) -> io::Result<HashMap<u64, Vec<u32>>> {
     Ok(found)
 }
 
-/// The pods in whose groups a process is, by its `/proc/<pid>/cgroup`: a line for each hierarchy.
+/// The pods whose groups contain a process, from its `/proc/<pid>/cgroup`: one line for each hierarchy.
 fn pods(groups: &str) -> impl Iterator<Item = (Uid, Option<Layout>)> {
     groups
         .lines()
@@ -154,7 +157,7 @@ fn network_inode(link: &str) -> io::Result<u64> {
         })
 }
 
-/// The names in a table like /proc/net/dev, which has two lines of headings.
+/// The interface names in a table like /proc/net/dev, which begins with two lines of headings.
 fn interface_names(table: &str) -> Vec<String> {
     table
         .lines()
@@ -168,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_in_the_pod_that_any_hierarchy_says() {
+    fn a_process_belongs_to_the_pod_of_any_of_its_hierarchies() {
         let groups = "9:name=systemd:/kubepods/burstable/pod0a-1b/0c\n\
                       4:memory:/kubepods/burstable/pod0a-1b/0c\n\
                       1:net_cls,net_prio:/\n\
@@ -178,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_are_named_in_the_table() {
+    fn interface_names_are_read_from_the_table() {
         let table = "Inter-|   Receive  |  Transmit\n \
                      face |bytes    packets|bytes\n    \
                      lo:       0       0\n  eth0:100 2\neth0:1: 1 1\n";
@@ -186,18 +189,18 @@ mod tests {
     }
 
     #[test]
-    fn the_test_itself_has_a_network() {
+    fn the_network_of_this_process_is_found() {
         let pid = std::process::id();
         let process = Process::open(Path::new("/proc"), pid).unwrap();
         let inode = process.network().unwrap();
         assert_eq!(inode, own_network().unwrap());
         assert_eq!(process.open_network().unwrap().1, inode);
         assert!(process.interfaces().unwrap().contains(&"lo".to_owned()));
-        assert!(!process.is_of(&Uid::new("0a").unwrap()).unwrap());
+        assert!(!process.is_in_pod(&Uid::new("0a").unwrap()).unwrap());
     }
 
     #[test]
-    fn a_link_to_anything_else_is_no_network() {
+    fn a_link_of_another_kind_is_not_a_network() {
         assert!(network_inode("mnt:[4026531840]").is_err());
         assert!(network_inode("net:[x]").is_err());
         assert_eq!(network_inode("net:[4026531840]").unwrap(), 4_026_531_840);

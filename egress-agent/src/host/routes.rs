@@ -1,12 +1,11 @@
-//! Which interfaces are this machine's way out.
+//! The uplinks of this machine.
 //!
 //! A node may itself be in a namespace behind a veth, as the nodes of kind and k3d are. That veth looks
-//! like a pod's in everything but this: the default route leads through it.
+//! exactly like a pod's, except that the default route leads through it.
 
 use std::{collections::HashSet, fs, io, path::Path};
 
-/// The names of the interfaces that a default route leads through, in the main tables of both
-/// families.
+/// The names of the interfaces of default routes, in the main tables of both families.
 pub(super) fn uplinks(proc: &Path) -> io::Result<HashSet<String>> {
     let net = proc.join("thread-self/net");
     let mut names: HashSet<String> = v4(&fs::read_to_string(net.join("route"))?).collect();

@@ -13,22 +13,21 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::tcp_table;
 
-/// Where the tables of the calling thread's network namespace are.
+/// Directory of the tables of the calling thread's network namespace.
 const TABLES: &str = "/proc/thread-self/net";
-/// TCP sockets of one pod that are looked at: as many as a pod has inbound flows by default.
+/// How many TCP sockets of one pod are read: as many as a pod's default limit of inbound flows.
 const TCP_SOCKETS: usize = 16_384;
-/// The same of UDP sockets. Those that are noted take places of flows that the pod opens.
+/// How many UDP sockets are read. The noted ones take places of the pod's outbound flows.
 const UDP_SOCKETS: usize = 4_096;
-/// Time of a CPU that is spent on one pod's TCP sockets, and once more on its UDP sockets. That others keep
-/// the CPUs busy takes nothing of it.
+/// CPU time for one pod's TCP sockets, and again for its UDP sockets. Time in which other processes use the
+/// CPU does not count.
 const TIME: Duration = Duration::from_millis(150);
-/// Longest line of a table that is read; most have about 150 bytes.
+/// Longest line of a table that is read; most are about 150 bytes long.
 const LINE_BYTES: u64 = 256;
-/// After so many lines the time is looked at.
+/// How many lines are read between two checks of the time.
 const LINES_AT_ONCE: usize = 256;
 
-/// States of a UDP socket, in the numbers of `include/net/tcp_states.h`: one that is connected, and
-/// one that is not.
+/// States of a UDP socket, with the numbers of `include/net/tcp_states.h`: connected, and unconnected.
 const CONNECTED: u8 = 1;
 const OPEN: u8 = 7;
 
@@ -41,61 +40,61 @@ pub enum SocketProtocol {
     Udp,
 }
 
-/// Who began a conversation.
+/// Which side opened a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
-    /// The other side, which the node's connection tracking confirms. Of UDP nobody can tell; this means
-    /// that the pod has another socket on the same port that hears anybody, as a server has.
+    /// The other side, as the node's connection tracking confirms. For UDP this cannot be known; it means that
+    /// the pod has another, unconnected socket on the same port, as a server has.
     Inbound,
-    /// The other side, says the pod's own kernel, which a program in the pod can mislead. The node's
+    /// The other side, according to the pod's own kernel, which a program in the pod can mislead. The node's
     /// connection tracking does not confirm it.
     Unconfirmed,
-    /// The pod, or nobody can tell.
+    /// The pod, or this cannot be known.
     Outbound,
 }
 
-/// A socket in a conversation with another machine, in which the pod may have something to send: a
-/// connected UDP socket, or a TCP socket with another side.
+/// A socket with a peer on another machine, on which the pod may still send: a connected UDP socket, or a TCP
+/// socket with a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OpenSocket {
     /// Its protocol.
     pub protocol: SocketProtocol,
-    /// The pod's end. An IPv4 address is one, whichever family the socket has.
+    /// The pod's end. An IPv4 address is never mapped to IPv6, whatever the socket's family.
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
-    /// Who began.
+    /// Which side opened the flow.
     pub direction: Direction,
 }
 
 /// The open sockets of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenSockets {
-    /// Those that were read.
+    /// The sockets that were read.
     pub sockets: Vec<OpenSocket>,
-    /// Whether there are more than what is read of one pod (16,384 of TCP and 4,096 of UDP, with
-    /// 150 ms of a CPU for each).
+    /// Whether the pod has more sockets than are read (16,384 of TCP and 4,096 of UDP, with 150 ms of CPU time
+    /// for each).
     pub cut_short: bool,
-    /// TCP connections on which so much went on that nobody can tell who opened them. They count as
-    /// opened by the pod.
+    /// TCP connections that were too busy to find out which side opened them. They count as opened by the
+    /// pod.
     pub unclear: usize,
-    /// Why the node's connection tracking could not be asked, if it could not.
-    pub untold: Option<String>,
+    /// The error of the node's connection tracking, if it could not be asked.
+    pub conntrack_error: Option<String>,
 }
 
-/// How much work is done for one pod.
+/// Limits of the work for one pod.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     /// TCP sockets.
     pub(super) tcp: usize,
     /// UDP sockets.
     pub(super) udp: usize,
-    /// When to stop, by the CPU time of the thread.
+    /// When to stop, in CPU time of the thread.
     pub(super) until: Duration,
 }
 
 impl Bounds {
-    /// Those of every pod, for the calling thread from now on.
+    /// The limits of every pod, for the calling thread from now on.
     pub(super) fn new() -> Self {
         Self {
             tcp: TCP_SOCKETS,
@@ -104,7 +103,7 @@ impl Bounds {
         }
     }
 
-    /// Whether the time is over.
+    /// Whether the time has run out.
     pub(super) fn is_over(&self) -> bool {
         used() >= self.until
     }
@@ -124,9 +123,9 @@ struct Line {
     state: u8,
 }
 
-/// The open sockets of the network namespace that the calling thread is in. `confirm` asks who has opened
-/// the TCP connections that look inbound, before UDP sockets take their time.
-pub(super) fn here(
+/// The open sockets of the calling thread's network namespace. `confirm` asks which side opened the TCP
+/// connections that look inbound; it runs before the UDP sockets take their time.
+pub(super) fn read_current_namespace(
     confirm: impl FnOnce(&mut [OpenSocket], &Bounds) -> io::Result<()>,
 ) -> io::Result<OpenSockets> {
     let bounds = Bounds::new();
@@ -135,16 +134,16 @@ pub(super) fn here(
         sockets: tcp.sockets,
         cut_short: tcp.cut_short,
         unclear: tcp.unclear,
-        untold: None,
+        conntrack_error: None,
     };
     let confirmed = confirm(&mut open.sockets, &bounds);
-    open.untold = confirmed.err().map(|error| error.to_string());
+    open.conntrack_error = confirmed.err().map(|error| error.to_string());
     let bounds = Bounds::new();
     let mut lines = Vec::new();
     for table in ["udp", "udp6"] {
         let file = match File::open(Path::new(TABLES).join(table)) {
             Ok(file) => file,
-            // No IPv6 in this kernel.
+            // This kernel has no IPv6.
             Err(error) if table.ends_with('6') && error.kind() == io::ErrorKind::NotFound => {
                 continue;
             }
@@ -156,8 +155,7 @@ pub(super) fn here(
     Ok(open)
 }
 
-/// Adds the lines of a table, as long as there are not more than the bounds. Returns whether that is all of
-/// them.
+/// Adds the lines of a table, up to the limits. Returns whether all lines were read.
 fn read(table: impl Read, lines: &mut Vec<Line>, bounds: &Bounds) -> io::Result<bool> {
     let table = BufReader::new(table.take(LINE_BYTES * (bounds.udp as u64 + 1)));
     for (count, line) in table.lines().skip(1).enumerate() {
@@ -171,7 +169,7 @@ fn read(table: impl Read, lines: &mut Vec<Line>, bounds: &Bounds) -> io::Result<
     Ok(true)
 }
 
-/// The UDP sockets that are in a conversation across the pod's interface.
+/// The UDP sockets whose peer is across the pod's interface.
 fn conversations(lines: &[Line]) -> Vec<OpenSocket> {
     let heard: HashSet<SocketAddr> = lines
         .iter()
@@ -180,7 +178,7 @@ fn conversations(lines: &[Line]) -> Vec<OpenSocket> {
         .collect();
     let is_heard = |local: SocketAddr| {
         let any4 = (!local.is_ipv6()).then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        // A socket of `::` hears IPv4 too, unless told not to, which the table does not say.
+        // A socket bound to `::` receives IPv4 too unless IPV6_V6ONLY is set, which the table does not show.
         let places = [Some(local.ip()), Some(Ipv6Addr::UNSPECIFIED.into()), any4];
         let mut places = places.into_iter().flatten();
         places.any(|place| heard.contains(&SocketAddr::new(place, local.port())))
@@ -188,7 +186,7 @@ fn conversations(lines: &[Line]) -> Vec<OpenSocket> {
     lines
         .iter()
         .filter(|line| line.state == CONNECTED)
-        // What a pod says to itself never crosses its interface.
+        // Packets between the pod's own sockets never cross its interface.
         .filter(|line| !line.remote.ip().is_loopback() && line.remote.ip() != line.local.ip())
         .map(|line| OpenSocket {
             protocol: SocketProtocol::Udp,
@@ -213,8 +211,8 @@ fn parse(line: &str) -> Option<Line> {
     })
 }
 
-/// An address is one or four words of 32 bits, each printed as this machine reads it from memory,
-/// where it is in network byte order. A port is printed as its number.
+/// An address is one or four words of 32 bits in network byte order. Each is printed as a number in this
+/// machine's byte order. A port is printed as its number.
 fn address(text: &str) -> Option<SocketAddr> {
     let (words, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -243,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_those_that_the_sockets_have() {
+    fn addresses_in_the_table_are_those_of_the_sockets() {
         for at in ["127.0.0.1:0", "[::1]:0"] {
             let other = UdpSocket::bind(at).unwrap();
             let socket = UdpSocket::bind(at).unwrap();
@@ -272,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_on_a_port_where_another_hears_anybody_is_inbound() {
+    fn a_socket_that_shares_a_port_with_an_unconnected_one_is_inbound() {
         for (open, local, expected) in [
             ("0.0.0.0:80", "10.1.1.2:80", Direction::Inbound),
             ("[::]:80", "10.1.1.2:80", Direction::Inbound),
@@ -300,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_within_the_pod_does_not_count() {
+    fn sockets_between_processes_of_the_pod_do_not_count() {
         let lines = [
             line("127.0.0.1:5", "127.0.0.1:9", CONNECTED),
             line("[::1]:5", "[::1]:9", CONNECTED),
@@ -310,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_no_socket_is_passed_over() {
+    fn a_line_that_is_not_a_socket_is_skipped() {
         for text in [
             "",
             "  sl  local_address rem_address   st",
@@ -325,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_table_is_cut_and_says_so() {
+    fn a_long_table_is_cut_and_reported_as_cut() {
         let one = "0: 0100007F:0016 0200007F:0017 01\n";
         let table = |count: usize| format!("heading\n{}", one.repeat(count));
         let bounds = Bounds::new();
@@ -339,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_takes_too_long_is_cut_and_says_so() {
+    fn a_table_that_takes_too_long_is_cut_and_reported_as_cut() {
         let bounds = Bounds {
             until: Duration::ZERO,
             ..Bounds::new()

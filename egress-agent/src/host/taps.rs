@@ -1,8 +1,8 @@
-//! What sees an interface's packets before tc does: XDP programs and packet sockets.
+//! Readers of an interface's packets that run before tc: XDP programs and packet sockets.
 //!
 //! In the kernel's order (`__netif_receive_skb_core`, `net/core/dev.c`) both come before the hooks of
-//! tc. A packet socket only reads; but a program can send on what it has read, as Open vSwitch's netdev
-//! datapath does, and an XDP program can redirect what it sees.
+//! tc. A packet socket only reads, but its program can forward what it has read, as Open vSwitch's netdev
+//! datapath does. An XDP program can redirect the packets that it sees.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,15 +13,15 @@ use std::{
 use super::netlink::Netlink;
 
 /// Protocols, as EtherTypes, of sockets that read IP: every one (`ETH_P_ALL`), IPv4, IPv6. A socket of
-/// protocol 0 reads nothing; those of other protocols, such as LLDP's, see nothing that is judged.
+/// protocol 0 reads nothing; those of other protocols, such as LLDP's, see no packet that is judged.
 const READ_IP: [u16; 3] = [0x0003, 0x0800, 0x86dd];
 
-/// What sees packets before tc, at one moment.
+/// A snapshot of the readers before tc.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Taps {
     /// Indexes of the interfaces that packet sockets are bound to.
     sockets: BTreeSet<u32>,
-    /// How many packet sockets are bound to none: they read on all.
+    /// How many packet sockets are bound to no interface, so that they read on all.
     pub on_all: usize,
     /// Ids of XDP programs, by interface.
     xdp: BTreeMap<u32, u32>,
@@ -56,7 +56,7 @@ impl Taps {
     }
 }
 
-/// Looks for what sees packets before tc, in the network namespace of the thread that opened it.
+/// Finds the readers before tc, in the network namespace of the thread that opened this.
 pub struct TapWatch {
     netlink: Netlink,
     sockets: PathBuf,
@@ -75,7 +75,7 @@ impl TapWatch {
         })
     }
 
-    /// What there is now.
+    /// Takes a snapshot.
     ///
     /// # Errors
     ///
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_that_read_ip_are_told_from_others() {
+    fn sockets_that_read_ip_are_distinguished_from_others() {
         let table = "sk               RefCnt Type Proto  Iface R Rmem   User   Inode\n\
                      0000000000000000 3      3    0003   7     1 0      0      100   \n\
                      0000000000000000 3      3    0000   8     1 0      0      101   \n\

@@ -1,21 +1,22 @@
-//! The TCP sockets of a network namespace, as the kernel's socket diagnosis lists them, and who opened
-//! each connection.
+//! The TCP sockets of a network namespace, as the kernel's socket diagnosis lists them, and which side
+//! opened each connection.
 //!
-//! A port that something listens on proves nothing: a program can listen on the port of a connection
-//! that it has opened itself (`SO_REUSEADDR`). The kernel's byte counters show it. A SYN takes one
-//! place in the sequence, and the socket that sent it sees it acknowledged
+//! A listener on the port proves nothing: a program can listen on the port of a connection
+//! that it has opened itself (`SO_REUSEADDR`). The kernel's byte counters show which side opened it. A SYN
+//! takes one place in the sequence, and the socket that sent it sees it acknowledged
 //! (`tcp_snd_una_update`, `net/ipv4/tcp_input.c`): `tcpi_bytes_acked` is one more than the data that was
-//! sent. A socket that a listener made begins behind its SYN-ACK (`tcp_create_openreq_child`,
-//! `net/ipv4/tcp_minisocks.c`) and counts data only. So, with a FIN taken into account,
+//! sent. The sequence of a socket that a listener created begins after its SYN-ACK
+//! (`tcp_create_openreq_child`, `net/ipv4/tcp_minisocks.c`), so it counts data only. With a FIN taken into
+//! account:
 //!
 //! ```text
 //! SYNs of this side = acknowledged + in flight + sent again - sent - FIN
 //! ```
 //!
-//! That is what the pod's own kernel says, and a program in the pod can make it say otherwise: a segment
+//! These counters are from the pod's own kernel, and a program in the pod can falsify them: with a segment
 //! that the kernel counts as sent and cannot send (an IPv6 routing header that is too long, a source route
-//! that leads nowhere), a SYN that the pod sends to itself in the peer's name, `TCP_REPAIR`. So what looks
-//! inbound here must be confirmed by the node ([`super::conntrack`]).
+//! that leads nowhere), with a SYN that the pod sends to itself in the peer's name, or with `TCP_REPAIR`. So
+//! the node must confirm a connection that looks inbound here ([`super::conntrack`]).
 
 use std::{io, net::SocketAddr, thread, time::Duration};
 
@@ -43,8 +44,8 @@ const MESSAGE: usize = 24 + ID;
 /// Bytes of `struct tcp_info` up to `tcpi_bytes_retrans` (kernel 4.19).
 const TCP_INFO: usize = 216;
 
-/// How often a socket is looked at that is not at rest, how often all of them together, and how long
-/// to wait in between.
+/// How often one busy socket is read, how often all busy sockets together, and the pause between two
+/// readings.
 const LOOKS: usize = 32;
 const LOOKS_IN_ALL: usize = 16_384;
 const PAUSE: Duration = Duration::from_micros(300);
@@ -58,9 +59,9 @@ const CLOSE_WAIT: u8 = 8;
 const LAST_ACK: u8 = 9;
 const CLOSING: u8 = 11;
 
-/// States in which there is another side and the pod may have something to send. In LISTEN and CLOSE
-/// there is no other side; in SYN-SENT nobody has agreed yet, and the rules judge the next SYN; in
-/// TIME-WAIT both sides have had the last word. SYN-RECEIVED includes what has no socket yet.
+/// States in which there is a peer and the pod may still send. In LISTEN and CLOSE there is no peer. In
+/// SYN-SENT no peer has replied yet, and the rules judge the next SYN. In TIME-WAIT both sides have closed.
+/// SYN-RECEIVED includes connection requests that have no socket yet.
 const STATES: [u8; 7] = [
     ESTABLISHED,
     SYN_RECV,
@@ -71,7 +72,7 @@ const STATES: [u8; 7] = [
     CLOSING,
 ];
 
-/// How far a connection is, at one moment.
+/// The progress of a connection at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Progress {
     state: u8,
@@ -79,23 +80,23 @@ struct Progress {
     queued: u32,
     /// Packets in flight.
     unacked: u32,
-    /// Of `queued`, those that were not sent.
+    /// Of `queued`, the numbers that were not sent.
     unsent: u32,
     acked: u64,
     sent: u64,
     resent: u64,
 }
 
-/// One socket in the kernel's answer.
+/// One socket in the kernel's reply.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     family: u8,
-    /// `struct inet_diag_sockid`, which names this socket and no later one.
+    /// `struct inet_diag_sockid`, which identifies this socket and no later one.
     id: [u8; ID],
     local: SocketAddr,
     remote: SocketAddr,
     state: u8,
-    /// None for what has no socket yet, or no more.
+    /// `None` for a connection request without a socket, and for a socket that is already closed.
     progress: Option<Progress>,
 }
 
@@ -103,9 +104,9 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     pub(super) sockets: Vec<OpenSocket>,
-    /// Whether there are more than were looked at.
+    /// Whether there are more sockets than were read.
     pub(super) cut_short: bool,
-    /// How many were too busy for a look at rest; they count as opened by the pod.
+    /// How many connections were never read at rest; they count as opened by the pod.
     pub(super) unclear: usize,
 }
 
@@ -133,8 +134,8 @@ impl Progress {
         })
     }
 
-    /// How many SYNs this side has sent, if these counters belong to one moment. They do while nothing
-    /// is in flight, because the kernel reads all but `queued` under the socket's lock.
+    /// How many SYNs this side has sent, provided that these counters belong to one moment. They do while
+    /// nothing is in flight, because the kernel reads all but `queued` under the socket's lock.
     fn syns(&self) -> i128 {
         let in_flight = if self.unacked == 0 {
             0
@@ -151,8 +152,8 @@ impl Progress {
             - i128::from(sent_fin)
     }
 
-    /// Who opened the connection; `None` if it is not at rest. `before` is an earlier look: when all
-    /// that counts upwards is the same, nothing has happened in between.
+    /// Which side opened the connection; `None` if it is not at rest. `before` is an earlier reading: if no
+    /// counter has changed, nothing happened in between.
     fn direction(&self, before: Option<&Self>) -> Option<Direction> {
         (self.unacked == 0 || before == Some(self)).then(|| {
             if self.syns() == 0 {
@@ -164,28 +165,28 @@ impl Progress {
     }
 }
 
-/// Lists the connections of the network namespace that the calling thread is in, within these bounds.
+/// Lists the connections of the calling thread's network namespace, within these limits.
 pub(super) fn connections(bounds: &Bounds) -> io::Result<Connections> {
     let mut diagnosis = Diagnosis::open()?;
     let mut found = Connections::default();
     let mut busy: Vec<Entry> = Vec::new();
     let mut left = bounds.tcp;
     for family in [IPV4, IPV6] {
-        // No IPv6 in this kernel is an empty list.
+        // On a kernel without IPv6 the list is empty.
         let (entries, whole) = diagnosis.list(family, left)?;
         found.cut_short |= !whole;
         left -= entries.len();
         for entry in entries {
-            // What a pod says to itself never crosses its interface.
+            // Packets between the pod's own sockets never cross its interface.
             if entry.remote.ip().is_loopback() || entry.remote.ip() == entry.local.ip() {
                 continue;
             }
             match entry.progress {
-                // A listener has got a SYN and the handshake goes on.
+                // A listener has received a SYN, and the handshake is not complete.
                 None if entry.state == SYN_RECV => {
                     found.sockets.push(entry.opened(Direction::Inbound));
                 }
-                // Its socket is closed, and the other side's is not: only that has something to send.
+                // This socket is closed; only the peer may still send.
                 None => {}
                 Some(progress) => match progress.direction(None) {
                     Some(direction) => found.sockets.push(entry.opened(direction)),
@@ -278,7 +279,7 @@ impl Diagnosis {
         Transport::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// The connections of one address family; at most so many, and whether that is all of them.
+    /// Up to `most` connections of one address family, and whether those are all.
     fn list(&mut self, family: u8, most: usize) -> io::Result<(Vec<Entry>, bool)> {
         let mut entries = Vec::new();
         let mut is_over = false;
@@ -298,7 +299,7 @@ impl Diagnosis {
         Ok((entries, !is_over))
     }
 
-    /// How far a socket is now; `None` when it has gone.
+    /// The progress of a socket now; `None` if it is gone.
     fn look_again(&mut self, entry: &Entry) -> io::Result<Option<Progress>> {
         let mut progress = None;
         let asked = self.ask(entry.family, &entry.id, 0, |entry| {
@@ -331,7 +332,7 @@ impl Diagnosis {
     }
 }
 
-/// Whether this means that there is no such socket any more: none at all, or another one
+/// Whether this error means that the socket is gone: there is none, or another one
 /// (`sock_diag_check_cookie`, `net/core/sock_diag.c`).
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
@@ -360,21 +361,21 @@ mod tests {
     }
 
     #[test]
-    fn a_syn_of_this_side_shows_in_what_was_acknowledged() {
+    fn a_syn_of_this_side_shows_in_the_acknowledged_bytes() {
         use Direction::{Inbound, Outbound};
         for (progress, expected) in [
             (progress(ESTABLISHED, 0, 0, 0, [1, 0, 0]), Outbound),
             (progress(ESTABLISHED, 0, 0, 0, [0, 0, 0]), Inbound),
             (progress(ESTABLISHED, 0, 0, 0, [1001, 1500, 500]), Outbound),
             (progress(ESTABLISHED, 0, 0, 0, [1000, 1500, 500]), Inbound),
-            // The window is closed: there is something to send, and nothing was.
+            // The window is closed: data is queued, and none was sent.
             (progress(ESTABLISHED, 0, 700, 700, [1000, 1000, 0]), Inbound),
             // A FIN that was acknowledged, or was not sent yet.
             (progress(FIN_WAIT2, 0, 0, 0, [1002, 1000, 0]), Outbound),
             (progress(FIN_WAIT2, 0, 0, 0, [1001, 1000, 0]), Inbound),
             (progress(FIN_WAIT1, 0, 701, 701, [1001, 1000, 0]), Outbound),
             (progress(LAST_ACK, 0, 701, 701, [1000, 1000, 0]), Inbound),
-            // Counters that no TCP of the kernel has count as the pod's.
+            // Counters that no kernel's TCP produces count as the pod's.
             (progress(ESTABLISHED, 0, 0, 0, [5, 9, 0]), Outbound),
         ] {
             assert_eq!(progress.direction(None), Some(expected), "{progress:?}");
@@ -382,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_flight_counts_when_nothing_has_happened_between_two_looks() {
+    fn data_in_flight_counts_if_nothing_changed_between_two_readings() {
         let first = progress(ESTABLISHED, 2, 900, 400, [1501, 2000, 0]);
         assert_eq!(first.direction(None), None);
         assert_eq!(first.direction(Some(&first)), Some(Direction::Outbound));
@@ -396,7 +397,7 @@ mod tests {
         assert_eq!(other.direction(Some(&other)), Some(Direction::Inbound));
     }
 
-    /// What the kernel says of the two ends of a connection: that of who connected, and the other.
+    /// The directions that the kernel's counters give for both ends: first the connecting end, then the other.
     fn ends(near: &TcpStream) -> [Option<Direction>; 2] {
         let (local, peer) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
         let mut diagnosis = Diagnosis::open().unwrap();
@@ -420,11 +421,11 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_who_opened_a_connection_in_every_state() {
+    fn the_side_that_opened_a_connection_is_known_in_every_state() {
         let expected = [Some(Direction::Outbound), Some(Direction::Inbound)];
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        // In the queue of the listener, too.
+        // Also while the connection is in the listener's queue.
         assert_eq!(ends(&near), expected);
         let (mut far, _) = listener.accept().unwrap();
         assert_eq!(ends(&near), expected);
@@ -443,7 +444,7 @@ mod tests {
         assert_eq!(ends(&near), expected);
         far.shutdown(Shutdown::Write).unwrap();
         assert_eq!(ends(&near), expected);
-        // A connection without a listener any more.
+        // A connection whose listener is gone.
         drop(listener);
         assert_eq!(ends(&near), expected);
     }

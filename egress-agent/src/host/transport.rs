@@ -1,4 +1,4 @@
-//! Asking the kernel over netlink: one request, and what it answers.
+//! Netlink exchanges with the kernel: one request and its replies.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use rtnetlink::{
     sys::{Socket, SocketAddr},
 };
 
-/// Set in a reply when a list changed while it was made.
+/// Set in a reply if the list changed during the dump.
 const NLM_F_DUMP_INTR: u16 = 0x10;
 /// Length of `struct nlmsghdr`.
 const HEADER: usize = 16;
@@ -42,7 +42,7 @@ impl Transport {
         })
     }
 
-    /// Lets the kernel refuse requests that it does not understand in full.
+    /// Has the kernel reject requests that it does not understand in full.
     ///
     /// # Errors
     ///
@@ -51,8 +51,8 @@ impl Transport {
         self.socket.set_netlink_get_strict_chk(true)
     }
 
-    /// Gives up a list that the kernel has not told to its end: it starts no other one on the same
-    /// socket before.
+    /// Abandons a dump that has not ended. The kernel starts no other dump on the same socket before, so this
+    /// opens a new socket.
     ///
     /// # Errors
     ///
@@ -62,12 +62,12 @@ impl Transport {
         Ok(())
     }
 
-    /// Sends a request of this type and hands on the body of each reply. Returns whether a list is
-    /// whole: it is not when it changed while it was made.
+    /// Sends a request of this type and passes the body of each reply to `reply`. Returns whether a list is
+    /// complete: it is not if it changed during the dump.
     ///
     /// # Errors
     ///
-    /// Those of the kernel, of `reply`, and of answers that cannot be read.
+    /// Those of the kernel, of `reply`, and of replies that cannot be read.
     pub(super) fn exchange(
         &mut self,
         kind: u16,
@@ -97,7 +97,7 @@ impl Transport {
                 let next = (message.length() as usize).next_multiple_of(4);
                 rest = rest.get(next..).unwrap_or_default();
                 if message.sequence_number() != self.sequence {
-                    // The rest of an exchange that was given up.
+                    // A reply of an exchange that was abandoned.
                     continue;
                 }
                 whole &= message.flags() & NLM_F_DUMP_INTR == 0;
@@ -119,7 +119,7 @@ impl Transport {
     }
 }
 
-/// Kind and value of each attribute that follows a header.
+/// Kind and value of each attribute after the header.
 pub(super) fn attributes(body: &[u8], header: usize) -> io::Result<Vec<(u16, &[u8])>> {
     let body = body
         .get(header..)
@@ -144,6 +144,6 @@ pub(super) fn four(value: &[u8]) -> io::Result<[u8; 4]> {
 pub(super) fn malformed(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("the kernel's answer over netlink holds {what}"),
+        format!("the kernel's netlink reply contains {what}"),
     )
 }

@@ -1,8 +1,8 @@
-//! UIDs of pods, as they stand in names of cgroups.
+//! UIDs of pods, as they appear in names of cgroups.
 
 use std::fmt;
 
-/// The longest UID; the API server's have 36 characters, those of static pods 32.
+/// The longest accepted UID; the API server's have 36 characters, those of static pods 32.
 const LONGEST: usize = 64;
 
 /// A pod's UID that can be part of a path: hexadecimal digits and dashes, nothing else.
@@ -18,7 +18,7 @@ impl Uid {
         (fits && plain).then(|| Self(text.to_owned()))
     }
 
-    /// As systemd has it in a slice's name, where a dash stands for a level of the tree.
+    /// As systemd writes it in a slice's name, where a dash separates levels of the tree.
     pub(super) fn in_slice(&self) -> String {
         self.0.replace('-', "_")
     }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_but_a_uid_becomes_part_of_a_path() {
+    fn only_a_uid_becomes_part_of_a_path() {
         for text in [
             "",
             "..",

@@ -1,4 +1,4 @@
-//! What is in force of each file: its latest contents, and the last readable version of whatever
+//! The contents in force of each file: the latest version, and the last readable version of every object that
 //! cannot be read any more.
 
 use std::{
@@ -20,21 +20,21 @@ pub(super) const FILE_MAX: u64 = 4 << 20;
 
 const KEPT: &str = "what was read from it before stays in force";
 
-/// What is in force of a file.
+/// The contents in force of a file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Contents {
     pub(super) objects: Vec<Object>,
     pub(super) problems: Vec<Problem>,
-    /// Whether something could not be read, so that it is not known which objects are missing.
+    /// Whether a part could not be read, so that objects may be missing.
     pub(super) unreadable: bool,
 }
 
 impl Contents {
-    /// What is in force after `self` was in force and the file was read again.
+    /// The contents in force after `self` was in force and the file was read again.
     ///
-    /// Everything readable counts at once. When something is unreadable, it cannot be told which
-    /// of the former objects it was, so all that are missing stay: a slip in an edit must not
-    /// lift enforcement. An object of which a part is unreadable stays whole.
+    /// Every readable object takes effect at once. If a part is unreadable, nobody can tell which of the
+    /// former objects it was, so all missing objects stay: a mistake in an edit must not end enforcement. An
+    /// object with an unreadable part stays as it was.
     fn after(&self, read: Manifests) -> Self {
         let Manifests {
             mut objects,
@@ -58,7 +58,7 @@ impl Contents {
             }
         }
         if objects.is_empty() && problems.is_empty() && !self.objects.is_empty() {
-            // Most likely the file has just been opened for writing.
+            // Most likely a writer has just truncated the file.
             unreadable = true;
         }
         if unreadable {
@@ -68,7 +68,7 @@ impl Contents {
                 problems.push(Problem {
                     origin: object.origin().to_owned(),
                     message: format!(
-                        "{object} is not in what can be read of the file now; {KEPT}. Correct \
+                        "{object} is not in the readable part of the file; {KEPT}. Correct \
                          the file, or remove it to remove its pods"
                     ),
                 });
@@ -82,7 +82,7 @@ impl Contents {
         }
     }
 
-    /// What is in force when the file cannot be read at all.
+    /// The contents in force if the file cannot be read at all.
     fn after_failure(&self, path: &Path, what: &str) -> Self {
         let message = if self.objects.is_empty() {
             what.to_owned()
@@ -101,9 +101,9 @@ impl Contents {
     }
 }
 
-/// By what a changed file is told from an unchanged one.
+/// The attributes that distinguish a changed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileVersion {
     device: u64,
     inode: u64,
     len: u64,
@@ -111,7 +111,7 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-impl Stamp {
+impl FileVersion {
     fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -124,33 +124,33 @@ impl Stamp {
 }
 
 #[derive(Clone, Debug)]
-struct Known {
-    /// `None` when the file is to be read again whatever it looks like.
-    stamp: Option<Stamp>,
+struct FileState {
+    /// `None` if the file must be read again even if it looks unchanged.
+    version: Option<FileVersion>,
     contents: Arc<Contents>,
 }
 
-/// Files and what is in force of them, by path. Cheap to clone.
+/// The contents in force of files, by path. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Files(BTreeMap<PathBuf, Known>);
+pub(super) struct Files(BTreeMap<PathBuf, FileState>);
 
 impl Files {
-    /// Reads a file, unless it looks as it did when it was last read.
+    /// Reads a file, unless it looks unchanged.
     pub(super) fn read(&mut self, path: &Path) {
         let former = self.0.remove(path);
         let former_contents = former.as_ref().map(|known| &*known.contents);
         let nothing = Contents::default();
         let former_contents = former_contents.unwrap_or(&nothing);
         let known = match open(path) {
-            Ok((_, stamp))
+            Ok((_, version))
                 if former
                     .as_ref()
-                    .is_some_and(|known| known.stamp == Some(stamp)) =>
+                    .is_some_and(|known| known.version == Some(version)) =>
             {
                 self.0.extend(former.map(|known| (path.to_owned(), known)));
                 return;
             }
-            Ok((file, stamp)) => {
+            Ok((file, version)) => {
                 let contents = match text(file) {
                     Ok(text) => {
                         let name = path.display().to_string();
@@ -158,15 +158,15 @@ impl Files {
                     }
                     Err(what) => former_contents.after_failure(path, &what),
                 };
-                Known {
-                    stamp: Some(stamp),
+                FileState {
+                    version: Some(version),
                     contents: Arc::new(contents),
                 }
             }
             Err(what) => {
                 let contents = former_contents.after_failure(path, &what);
-                Known {
-                    stamp: None,
+                FileState {
+                    version: None,
                     contents: Arc::new(contents),
                 }
             }
@@ -174,12 +174,12 @@ impl Files {
         self.0.insert(path.to_owned(), known);
     }
 
-    /// Reads the files of a directory again that have changed, and forgets those that are gone.
-    /// Files in `writing` are left as they are: they are not finished.
+    /// Reads the changed files of a directory, and forgets those that are gone. Files in `writing` are
+    /// skipped, because their writers have not finished.
     ///
     /// # Errors
     ///
-    /// When the directory cannot be listed. Nothing is forgotten then.
+    /// When the directory cannot be listed. Then nothing is forgotten.
     pub(super) fn read_directory(
         &mut self,
         directory: &Path,
@@ -200,12 +200,12 @@ impl Files {
         Ok(())
     }
 
-    /// Takes back what was read of a file since `before`, and has it read again next time.
-    pub(super) fn take_back(&mut self, path: &Path, before: &Self) {
+    /// Restores the contents of a file from `before`, and has it read again next time.
+    pub(super) fn restore(&mut self, path: &Path, before: &Self) {
         match before.0.get(path) {
             Some(known) => {
-                let known = Known {
-                    stamp: None,
+                let known = FileState {
+                    version: None,
                     contents: Arc::clone(&known.contents),
                 };
                 self.0.insert(path.to_owned(), known);
@@ -217,9 +217,9 @@ impl Files {
     }
 
     /// Has a file read again next time, even if it looks unchanged.
-    pub(super) fn doubt(&mut self, path: &Path) {
+    pub(super) fn force_reread(&mut self, path: &Path) {
         if let Some(known) = self.0.get_mut(path) {
-            known.stamp = None;
+            known.version = None;
         }
     }
 
@@ -228,14 +228,14 @@ impl Files {
         self.0.extend(other.0);
     }
 
-    /// What all files together say.
+    /// The snapshot of all files together.
     pub(super) fn snapshot(&self) -> Snapshot {
         assemble(self.0.values().map(|known| &*known.contents))
     }
 }
 
-/// Whether a file of this name is read: it ends like a manifest, and is neither hidden nor an
-/// editor's.
+/// Whether a file with this name is read: it has an extension of manifests, and is neither hidden nor an
+/// editor's temporary file.
 pub(super) fn is_manifest_name(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else {
         return false;
@@ -244,12 +244,13 @@ pub(super) fn is_manifest_name(name: &OsStr) -> bool {
         Path::new(name).extension().and_then(OsStr::to_str),
         Some("yaml" | "yml" | "json")
     );
-    // `.name.yaml.swp`, `#name.yaml#` and `name.yaml~` do not end well; these do.
+    // The extension excludes `.name.yaml.swp`, `#name.yaml#` and `name.yaml~`; the first character excludes
+    // others.
     ends_well && !name.starts_with(['.', '#', '~'])
 }
 
-/// Opens a regular file. The error says what is wrong.
-fn open(path: &Path) -> Result<(File, Stamp), String> {
+/// Opens a regular file.
+fn open(path: &Path) -> Result<(File, FileVersion), String> {
     let cannot = |error: io::Error| format!("cannot be opened: {error}");
     // Without O_NONBLOCK opening a FIFO would wait for a writer.
     let flags = (OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).bits();
@@ -262,8 +263,8 @@ fn open(path: &Path) -> Result<(File, Stamp), String> {
     if !metadata.is_file() {
         return Err("is not a regular file".into());
     }
-    let stamp = Stamp::of(&metadata);
-    Ok((file, stamp))
+    let version = FileVersion::of(&metadata);
+    Ok((file, version))
 }
 
 fn text(file: File) -> Result<String, String> {

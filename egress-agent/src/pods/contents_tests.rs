@@ -33,7 +33,7 @@ impl Dir {
     }
 
     fn write(&self, name: &str, text: impl AsRef<[u8]>) {
-        // A new inode each time, so that no two versions look alike.
+        // A new inode each time, so that no two versions look the same.
         let path = self.dir.path().join(name);
         let new = self.dir.path().join(".new");
         fs::write(&new, text).unwrap();
@@ -48,7 +48,7 @@ impl Dir {
     }
 }
 
-/// What each pod allows, in the order of the names.
+/// The allow list of each pod, in the order of the names.
 fn allows(snapshot: &Snapshot) -> Vec<(&str, &str)> {
     let pods = snapshot.pods.values();
     pods.map(|pod| (&*pod.name, &*pod.annotations["egress-agent.dev/allow"]))
@@ -61,7 +61,7 @@ fn problem_texts(snapshot: &Snapshot) -> String {
 }
 
 #[test]
-fn files_come_change_and_go() {
+fn pods_follow_files_that_are_added_changed_and_removed() {
     let mut dir = Dir::new();
     assert_eq!(dir.read(), Snapshot::default());
     dir.write("a.yaml", pod("a", "one.test") + &pod("b", "two.test"));
@@ -77,7 +77,7 @@ fn files_come_change_and_go() {
 }
 
 #[test]
-fn only_manifests_are_read() {
+fn only_manifest_files_are_read() {
     let mut dir = Dir::new();
     for name in [
         "a.txt",
@@ -109,7 +109,7 @@ fn a_broken_edit_leaves_the_pod_as_it_was_and_the_rest_of_the_file_works() {
         assert_eq!(allows(&snapshot), [("a", "old.test"), ("b", "new.test")]);
         let problems = problem_texts(&snapshot);
         assert!(
-            problems.contains("pod default/a is not in what can be read"),
+            problems.contains("pod default/a is not in the readable part"),
             "{problems}"
         );
     }
@@ -143,14 +143,14 @@ fn a_file_that_is_empty_or_unreadable_keeps_its_pods() {
 }
 
 #[test]
-fn an_empty_file_is_no_problem_when_it_never_had_pods() {
+fn an_empty_file_that_never_had_pods_is_not_a_problem() {
     let mut dir = Dir::new();
     dir.write("a.yaml", "");
     assert_eq!(dir.read(), Snapshot::default());
 }
 
 #[test]
-fn what_is_no_file_is_said_and_waited_for_by_nobody() {
+fn a_path_that_is_not_a_regular_file_is_reported_and_skipped() {
     let mut dir = Dir::new();
     let path = dir.dir.path().join("pipe.yaml");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
@@ -167,7 +167,7 @@ fn what_is_no_file_is_said_and_waited_for_by_nobody() {
 }
 
 #[test]
-fn an_address_that_is_none_leaves_a_known_pod_as_it_was() {
+fn an_invalid_address_leaves_a_known_pod_as_it_was() {
     let mut dir = Dir::new();
     dir.write("a.yaml", pod("a", "old.test"));
     dir.write("b.yaml", pod("b", "old.test").replace("10.0.0.1", "ten"));
@@ -194,7 +194,7 @@ fn an_address_that_is_none_leaves_a_known_pod_as_it_was() {
 }
 
 #[test]
-fn of_two_files_with_the_same_pod_the_first_by_name_counts() {
+fn the_first_of_two_files_with_the_same_pod_counts() {
     let mut dir = Dir::new();
     dir.write(
         "b.yaml",
@@ -224,7 +224,7 @@ fn of_two_files_with_the_same_pod_the_first_by_name_counts() {
 }
 
 #[test]
-fn a_namespace_lends_its_annotations_to_its_pods_only() {
+fn a_pod_gets_the_annotations_of_its_own_namespace_only() {
     let mut dir = Dir::new();
     let in_shop = pod("a", "x.test").replace("  name: a\n", "  name: a\n  namespace: shop\n");
     dir.write("pods.yaml", in_shop + &pod("b", "x.test"));
@@ -262,7 +262,7 @@ fn a_file_that_is_being_written_is_left_as_it_was() {
 }
 
 #[test]
-fn what_was_read_half_is_taken_back() {
+fn a_half_read_file_is_restored() {
     let mut dir = Dir::new();
     dir.write("a.yaml", pod("a", "old.test"));
     dir.read();
@@ -271,7 +271,7 @@ fn what_was_read_half_is_taken_back() {
     dir.write("b.yaml", pod("b", "half.test"));
     dir.read();
     for name in ["a.yaml", "b.yaml"] {
-        dir.files.take_back(&dir.dir.path().join(name), &before);
+        dir.files.restore(&dir.dir.path().join(name), &before);
     }
     assert_eq!(allows(&dir.files.snapshot()), [("a", "old.test")]);
     assert_eq!(

@@ -18,19 +18,19 @@ use super::{
     watching::{Changes, Watching, Woken},
 };
 
-/// Changes are read when nothing has happened for this long …
+/// Changes are read after this long without an event …
 const SETTLED_AFTER: Duration = Duration::from_millis(20);
-/// … or at the latest this long after the first.
+/// … or at the latest this long after the first event.
 const SETTLED_MAX: Duration = Duration::from_millis(100);
-/// How often the directory is looked at though nothing seems to have happened: what a symbolic
-/// link leads to may change unseen, and so may files on some file systems.
+/// How often the directory is read without an event: the target of a symbolic link may change without one,
+/// and so may files on some file systems.
 const RESCAN_EVERY: Duration = Duration::from_secs(5);
-/// The same, while something is unfinished or the directory cannot be read.
+/// The same, while a file is unfinished or the directory cannot be read.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
-/// Reads manifest files; of a directory, the files in it that the agent would read.
+/// Reads manifest files; of a directory, the files that the agent would read.
 ///
-/// Nothing is remembered: what cannot be read is a problem and nothing else.
+/// There is no former version: a file that cannot be read is only a problem.
 pub fn read_files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Snapshot {
     let mut unlisted_problems = Vec::new();
     let mut files = Files::default();
@@ -60,32 +60,32 @@ fn unlisted(directory: &Path, error: &io::Error) -> Problem {
 
 /// A watched directory.
 ///
-/// The files in it that end in `.yaml`, `.yml` or `.json` are read; not those that begin with a
-/// dot, nor what is in directories below. A change is in the next snapshot within 200 ms: a file
-/// that is written in place once the writer closes it, or after two seconds if it does not.
+/// The files in it that end in `.yaml`, `.yml` or `.json` are read, except those that begin with a dot. Its
+/// subdirectories are not read. A change is in the next snapshot within 200 ms. A file that is written in
+/// place is read once the writer closes it, or after two seconds if it does not.
 ///
-/// What was readable once stays in force while it is not, and so does everything while the
-/// directory is gone; only a file that is removed removes its pods.
+/// The last readable version of an object stays in force while it cannot be read, and so does everything
+/// while the directory is missing. Only removing a file removes its pods.
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
     files: Files,
     watching: Watching,
-    /// The directory cannot be read.
+    /// Set while the directory cannot be read.
     problem: Option<Problem>,
-    /// A file was left out because it is being written.
+    /// Whether a file was skipped because its writer has not finished.
     unfinished: bool,
 }
 
 impl Directory {
-    /// Reads the directory and goes on watching it, in a thread of its own.
+    /// Reads the directory and watches it in a thread of its own.
     ///
-    /// The receiver has the first snapshot at once; a directory that cannot be read is a problem in
-    /// it. The thread ends when it is closed or all receivers are gone.
+    /// The receiver has the first snapshot at once; if the directory cannot be read, the snapshot has a
+    /// problem. The thread ends when it is closed or all receivers are dropped.
     ///
     /// # Errors
     ///
-    /// When the kernel gives no inotify instance, eventfd or thread.
+    /// When the kernel does not provide an inotify instance, an eventfd or a thread.
     pub fn watch(
         path: impl Into<PathBuf>,
     ) -> io::Result<(watch::Receiver<Arc<Snapshot>>, DirectoryThread)> {
@@ -104,7 +104,10 @@ impl Directory {
         let stopped = Arc::clone(&stop);
         let thread = thread::Builder::new().name("pods".into()).spawn(move || {
             if let Err(error) = directory.run(&sender, &stopped) {
-                tracing::error!(%error, "the directory of pods is no longer watched");
+                tracing::error!(
+                    %error,
+                    "cannot watch the directory of pods any more; its pods stay as they are"
+                );
             }
         })?;
         Ok((receiver, DirectoryThread { thread, stop }))
@@ -134,12 +137,12 @@ impl Directory {
         }
     }
 
-    /// Waits until nothing happens any more; false when it is time to stop.
+    /// Waits until no more events arrive; returns false when the thread must stop.
     fn settle(&mut self, stop: &EventFd) -> io::Result<bool> {
         let first = Instant::now();
         loop {
             let changes = self.watching.changes(Instant::now())?;
-            self.doubt(&changes);
+            self.force_reread(&changes);
             let left = SETTLED_MAX.saturating_sub(first.elapsed());
             if left.is_zero() {
                 return Ok(true);
@@ -152,13 +155,13 @@ impl Directory {
         }
     }
 
-    fn doubt(&mut self, changes: &Changes) {
+    fn force_reread(&mut self, changes: &Changes) {
         for name in &changes.names {
-            self.files.doubt(&self.path.join(name));
+            self.files.force_reread(&self.path.join(name));
         }
     }
 
-    /// Reads what has changed.
+    /// Reads the changed files.
     fn read(&mut self) {
         self.problem = self.try_read().err().map(|error| {
             let mut problem = unlisted(&self.path, &error);
@@ -170,15 +173,15 @@ impl Directory {
     }
 
     fn try_read(&mut self) -> io::Result<()> {
-        // Watched first: what changes from here on is noticed.
+        // Watch first, so that every later change causes an event.
         self.watching.renew(&self.path)?;
         let writing = self.watching.writing(Instant::now());
         let before = self.files.clone();
         self.files.read_directory(&self.path, &writing)?;
-        // A file that was written to while it was read may have been read half.
+        // A file that was written during the reading may have been read only in part.
         let changes = self.watching.changes(Instant::now())?;
         for name in &changes.names {
-            self.files.take_back(&self.path.join(name), &before);
+            self.files.restore(&self.path.join(name), &before);
         }
         self.unfinished = changes.any || !writing.is_empty();
         Ok(())
@@ -200,9 +203,9 @@ pub struct DirectoryThread {
 }
 
 impl DirectoryThread {
-    /// Ends the watching, and waits for its end.
+    /// Stops the thread and waits for its end.
     pub fn close(self) {
-        // Only a counter at its limit can fail this, and then the thread is awake.
+        // This fails only if the counter is at its limit, and then the thread is already awake.
         _ = self.stop.write(1);
         if self.thread.join().is_err() {
             tracing::error!("the thread that watches the directory of pods has panicked");

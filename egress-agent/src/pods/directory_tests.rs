@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// How long a test waits for what must come: much longer than it takes.
+/// How long a test waits for a snapshot: much longer than it takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Watched {
@@ -43,7 +43,7 @@ impl Watched {
         self.dir.path().join("pods").join(name)
     }
 
-    /// Waits for a snapshot that is as expected.
+    /// Waits for a snapshot that fulfils the condition.
     fn wait(&mut self, expected: impl Fn(&Snapshot) -> bool) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
@@ -58,7 +58,7 @@ impl Watched {
         assert!(waited == Ok(true), "still {:?}", self.receiver.borrow());
     }
 
-    /// Waits until these are the pods, each with what it allows.
+    /// Waits until the snapshot has these pods with these allow lists.
     fn wait_for(&mut self, pods: &[(&str, &str)]) {
         self.wait(|snapshot| allows(snapshot) == pods);
     }
@@ -78,7 +78,7 @@ fn the_first_snapshot_is_there_at_once() {
 }
 
 #[test]
-fn files_added_changed_renamed_and_removed_are_seen() {
+fn added_changed_renamed_and_removed_files_are_noticed() {
     let mut watched = Watched::new(|_| {});
     fs::write(watched.path("a.yaml"), pod("a", "one")).unwrap();
     watched.wait_for(&[("a", "one")]);
@@ -97,7 +97,7 @@ fn files_added_changed_renamed_and_removed_are_seen() {
 }
 
 #[test]
-fn a_file_half_written_does_not_count_until_it_is_closed() {
+fn a_half_written_file_does_not_count_until_it_is_closed() {
     let mut watched = Watched::new(|pods| fs::write(pods.join("a.yaml"), pod("a", "x")).unwrap());
     let path = watched.path("a.yaml");
     let mut file = OpenOptions::new()
@@ -107,7 +107,7 @@ fn a_file_half_written_does_not_count_until_it_is_closed() {
         .unwrap();
     file.write_all(b"---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n")
         .unwrap();
-    // Something else makes the directory be read meanwhile.
+    // Another change makes the thread read the directory in between.
     fs::write(watched.path("b.yaml"), pod("b", "y")).unwrap();
     watched.wait_for(&[("a", "x"), ("b", "y")]);
     file.write_all(
@@ -125,7 +125,7 @@ fn a_file_half_written_does_not_count_until_it_is_closed() {
 }
 
 #[test]
-fn a_broken_edit_is_said_and_changes_nothing() {
+fn a_broken_edit_is_reported_and_changes_nothing() {
     let mut watched = Watched::new(|pods| fs::write(pods.join("a.yaml"), pod("a", "x")).unwrap());
     fs::write(watched.path("a.yaml"), "kind: [").unwrap();
     watched.wait(|snapshot| !snapshot.problems.is_empty());
@@ -134,7 +134,7 @@ fn a_broken_edit_is_said_and_changes_nothing() {
 }
 
 #[test]
-fn a_directory_that_goes_and_comes_back_is_followed() {
+fn a_directory_that_disappears_and_comes_back_is_followed() {
     let mut watched = Watched::new(|pods| fs::write(pods.join("a.yaml"), pod("a", "x")).unwrap());
     let pods = watched.dir.path().join("pods");
     fs::rename(&pods, watched.dir.path().join("gone")).unwrap();
@@ -168,7 +168,7 @@ fn a_mounted_config_map_that_swaps_its_data_link_is_followed() {
 }
 
 #[test]
-fn a_directory_that_is_not_there_yet_is_a_problem_and_waited_for() {
+fn a_missing_directory_is_a_problem_until_it_appears() {
     let dir = TempDir::new().unwrap();
     let (receiver, thread) = Directory::watch(dir.path().join("pods")).unwrap();
     let problems = receiver.borrow().problems.clone();
@@ -186,7 +186,7 @@ fn a_directory_that_is_not_there_yet_is_a_problem_and_waited_for() {
 }
 
 #[test]
-fn files_and_directories_are_read_for_a_check() {
+fn check_reads_files_and_directories() {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("a.yaml"), pod("a", "x")).unwrap();
     fs::write(dir.path().join("manifest"), pod("b", "y")).unwrap();

@@ -1,20 +1,20 @@
-//! Takes a file apart into YAML documents, so that an error in one does not touch the others.
+//! Splits a file into YAML documents, so that an error in one does not affect the others.
 
 /// A document of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Document<'a> {
-    /// Its text, with its `---` line if it has one.
+    /// Its text, including its `---` line if it has one.
     pub(super) text: &'a str,
-    /// Lines of the file before `text`.
+    /// How many lines of the file precede `text`.
     pub(super) lines_before: usize,
-    /// Line of the file with its first content, counted from 1.
+    /// The line of the file with its first content, counted from 1.
     pub(super) first_line: usize,
 }
 
-/// The documents of a file that have any content.
+/// The documents of a file that have content.
 ///
-/// A line that begins with `---` or `...` and a space or its end is a boundary wherever it stands:
-/// no scalar may contain it (YAML 1.2.2, section 9.1.2, `c-forbidden`).
+/// A line that begins with `---` or `...` and a space or its end is always a boundary, because no scalar may
+/// contain it (YAML 1.2.2, section 9.1.2, `c-forbidden`).
 pub(super) fn documents(file: &str) -> Vec<Document<'_>> {
     let mut documents = Vec::new();
     let (mut start, mut lines_before, mut first_content) = (0, 0, None);
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_are_parted_by_markers() {
+    fn markers_separate_documents() {
         assert_eq!(
             lines("a: 1\n---\nb: 2\n--- # third\n\nc: 3\n...\n"),
             [
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_without_content_are_none() {
+    fn documents_without_content_are_skipped() {
         for file in [
             "",
             "\n\n",
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn dashes_inside_a_line_or_before_text_are_no_marker() {
+    fn dashes_inside_a_line_or_before_text_are_not_markers() {
         assert_eq!(
             lines("a: |\n  ---\n---b: 1\n"),
             [("a: |\n  ---\n---b: 1\n", 0, 1)]

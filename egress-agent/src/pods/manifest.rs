@@ -13,12 +13,12 @@ use super::{
     yaml_hint::hint,
 };
 
-/// What the text of a file says.
+/// The objects and problems of a file.
 #[derive(Debug, Default)]
 pub(super) struct Manifests {
     pub(super) objects: Vec<Object>,
     pub(super) problems: Vec<Problem>,
-    /// Whether something could not be read, so that it is not known which objects are missing.
+    /// Whether a part could not be read, so that objects may be missing.
     pub(super) unreadable: bool,
 }
 
@@ -70,7 +70,7 @@ impl Manifests {
     ) -> Result<(), Problem> {
         let type_meta: TypeMeta = convert(&origin, item.clone())?;
         let kind = match of {
-            // The items of a PodList need not say what they are.
+            // The items of a PodList need no kind.
             Some(kind) if type_meta.kind.is_none() => kind.clone(),
             _ => type_meta.kind(&origin)?,
         };
@@ -130,7 +130,7 @@ struct List {
 enum Kind {
     Pod,
     Namespace,
-    /// With the kind of the items where the list's own kind tells it.
+    /// The kind of the items is set if the list's own kind defines it.
     List(Option<Box<Kind>>),
     Other(String),
 }
@@ -157,10 +157,10 @@ impl TypeMeta {
             "PodList" => Kind::List(Some(Box::new(Kind::Pod))),
             "NamespaceList" => Kind::List(Some(Box::new(Kind::Namespace))),
             other => {
-                // A slip of the pen must not pass for a pod that was removed.
+                // A spelling mistake must not look like a pod that was removed.
                 for meant in ["Pod", "Namespace", "List", "PodList", "NamespaceList"] {
                     if other.eq_ignore_ascii_case(meant) {
-                        return Err(wrong(format!("kind {other} is written {meant}")));
+                        return Err(wrong(format!("kind {other} must be written {meant}")));
                     }
                 }
                 Kind::Other(kind)
@@ -169,7 +169,7 @@ impl TypeMeta {
     }
 }
 
-/// Parses a document as `what`. Its budgets bound what anchors and aliases can blow up.
+/// Parses a document as `what`. Limits prevent anchors and aliases from expanding without bound.
 fn parse<T: DeserializeOwned>(
     file: &str,
     document: Document<'_>,
@@ -208,8 +208,8 @@ fn convert<T: DeserializeOwned>(origin: &str, item: serde_json::Value) -> Result
     })
 }
 
-/// Leaves out the line and column, which count from the document's beginning: the problem's origin
-/// has those of the file.
+/// Omits the line and column of the parser, which count from the beginning of the document: the problem's
+/// origin has those of the file.
 struct WithoutLocation;
 
 impl Localizer for WithoutLocation {

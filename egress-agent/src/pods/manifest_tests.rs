@@ -44,7 +44,7 @@ status:
 ";
 
 #[test]
-fn an_ordinary_pod() {
+fn an_ordinary_pod_is_read() {
     let object = only_pod(CART);
     assert!(!object.incomplete);
     let pod = object.pod;
@@ -72,7 +72,7 @@ fn an_ordinary_pod() {
 }
 
 #[test]
-fn json_and_defaults() {
+fn a_json_manifest_gets_defaults_for_missing_fields() {
     let pod = only_pod(
         r#"{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a.b"},
             "spec": {"hostNetwork": true, "containers": []}, "status": {"podIP": "10.0.0.1"}}"#,
@@ -84,7 +84,7 @@ fn json_and_defaults() {
 }
 
 #[test]
-fn a_list_and_its_items() {
+fn the_items_of_a_list_are_read() {
     for kind in ["List", "PodList"] {
         let manifests = read(&format!(
             "apiVersion: v1\nkind: {kind}\nitems:\n\
@@ -114,7 +114,7 @@ fn the_items_of_a_pod_list_need_no_kind() {
 }
 
 #[test]
-fn an_error_names_its_place_and_leaves_the_other_documents_alone() {
+fn an_error_names_its_place_and_leaves_the_other_documents_intact() {
     let text = format!("{CART}---\nkind: Pod\napiVersion: v1\nmetadata:\n  name: [\n---\n{CART}");
     let manifests = read(&text);
     assert_eq!(manifests.objects.len(), 2);
@@ -140,7 +140,7 @@ fn a_field_of_the_wrong_type_names_line_and_column() {
 }
 
 #[test]
-fn what_is_not_yaml() {
+fn text_that_is_not_a_mapping_in_yaml_is_an_error() {
     for text in [
         "\tx: {",
         "plain text",
@@ -157,7 +157,7 @@ fn what_is_not_yaml() {
 }
 
 #[test]
-fn other_kinds_are_ignored_and_said() {
+fn other_kinds_are_ignored_and_reported() {
     let manifests = read("apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n");
     assert!(!manifests.unreadable);
     assert_eq!(
@@ -200,7 +200,7 @@ fn names_are_checked() {
 }
 
 #[test]
-fn a_pod_without_an_interface_is_kept_and_said() {
+fn a_pod_without_an_interface_is_kept_and_reported() {
     let manifests = read("apiVersion: v1\nkind: Pod\nmetadata: {name: x}\n");
     assert_eq!(manifests.objects.len(), 1);
     assert!(!manifests.unreadable);
@@ -208,7 +208,7 @@ fn a_pod_without_an_interface_is_kept_and_said() {
 }
 
 #[test]
-fn an_address_or_interface_that_is_none_leaves_the_pod_incomplete() {
+fn an_invalid_address_or_interface_leaves_the_pod_incomplete() {
     let object = only_pod(&CART.replace("10.1.2.3", "10.1.2.300"));
     assert!(object.incomplete);
     assert_eq!(object.pod.addresses.len(), 1);
@@ -222,7 +222,7 @@ fn an_address_or_interface_that_is_none_leaves_the_pod_incomplete() {
 }
 
 #[test]
-fn aliases_that_multiply_are_refused() {
+fn aliases_that_expand_without_bound_are_refused() {
     let mut text = String::from("apiVersion: v1\nkind: List\nx0: &x0 [a, a, a, a, a, a, a, a]\n");
     for i in 1..9 {
         let aliases = vec![format!("*x{}", i - 1); 8].join(", ");
@@ -235,7 +235,7 @@ fn aliases_that_multiply_are_refused() {
 }
 
 #[test]
-fn hundreds_of_pods_in_a_file() {
+fn hundreds_of_pods_in_one_file_are_read() {
     let mut text = String::new();
     for i in 0..500 {
         let pod = CART.replace("name: cart\n", &format!("name: cart-{i}\n"));
@@ -247,7 +247,7 @@ fn hundreds_of_pods_in_a_file() {
 }
 
 #[test]
-fn an_annotation_that_yaml_reads_otherwise_says_what_to_do() {
+fn the_error_for_an_annotation_that_is_not_a_string_says_what_to_do() {
     for (value, hint) in [
         (
             "*.github.com",

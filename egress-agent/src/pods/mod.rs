@@ -1,13 +1,13 @@
-//! Where pods come from.
+//! Sources of pods.
 //!
-//! A source of pods makes [`Snapshot`]s: everything it knows at one moment, never a change. There
-//! are two: a directory of ordinary Pod and Namespace manifests ([`directory`]), and a Kubernetes
-//! API server ([`cluster`]).
+//! A source publishes [`Snapshot`]s: the whole known state, never a change. There are two sources: a
+//! directory of ordinary Pod and Namespace manifests ([`directory`]), and a Kubernetes API server
+//! ([`cluster`]).
 //!
 //! ```text
 //!  bytes of a file ─ documents ─▶ YAML documents ─ manifest ─▶ objects and problems
-//!  files of a directory ─ contents ─▶ what is in force of each file ─ snapshot ─▶ Snapshot
-//!  objects of the API server ─ cluster/follow ─▶ tables of what is needed ─ cluster/state ─▶ Snapshot
+//!  files of a directory ─ contents ─▶ contents in force of each file ─ snapshot ─▶ Snapshot
+//!  objects of the API server ─ cluster/follow ─▶ tables of reduced objects ─ cluster/state ─▶ Snapshot
 //! ```
 
 pub mod cluster;
@@ -26,10 +26,10 @@ pub use directory::{Directory, DirectoryThread, read_files};
 pub use name::NamespacedName;
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
 
-/// Prefix of the annotations that are the agent's; others are not kept.
+/// Prefix of the agent's annotations; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";
-/// Annotation that names a pod's interface on the host's side.
+/// Annotation that names a pod's host end.
 pub const INTERFACE_ANNOTATION: &str = "egress-agent.dev/interface";
-/// What is to be said of a pod that names an interface and no addresses.
+/// The problem of a pod that names an interface and no addresses.
 pub const NO_ADDRESS: &str = "no address in status.podIPs: while the pod is enforced, every source \
                               address counts as spoofed and nothing that it sends passes";

@@ -15,7 +15,7 @@ const LABEL_MAX: usize = 63;
 /// Longest name of a pod in bytes (an RFC 1123 subdomain, as the API server checks it).
 const SUBDOMAIN_MAX: usize = 253;
 
-/// Something a manifest describes.
+/// An object in a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Object {
     Pod(Box<PodObject>),
@@ -25,7 +25,7 @@ pub(super) enum Object {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PodObject {
     pub(super) pod: Pod,
-    /// Whether a part of it could not be read and was left out.
+    /// Whether a part of it could not be read and was omitted.
     pub(super) incomplete: bool,
 }
 
@@ -44,7 +44,7 @@ impl Object {
         }
     }
 
-    /// Whether both describe the same thing, in whatever version.
+    /// Whether both are versions of the same object.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pod(a), Self::Pod(b)) => {
@@ -66,7 +66,7 @@ impl fmt::Display for Object {
 }
 
 impl Namespace {
-    /// Takes what is needed from a manifest.
+    /// Reduces a manifest.
     pub(super) fn read(origin: &str, read: v1::Namespace) -> Result<Self, Problem> {
         Ok(Self {
             name: required_name(origin, read.metadata.name, LABEL_MAX)?,
@@ -76,14 +76,14 @@ impl Namespace {
     }
 }
 
-/// What is read of a pod in the same way wherever it comes from.
+/// The fields of a pod that every source reads in the same way.
 pub(super) struct Common {
-    /// The pod, without interface and cgroup; an [`INTERFACE_ANNOTATION`] is still among its
-    /// annotations.
+    /// The pod, without interface and cgroup. Its annotations may still contain
+    /// [`INTERFACE_ANNOTATION`].
     pub(super) pod: Pod,
-    /// What is wrong with it.
+    /// Its problems.
     pub(super) messages: Vec<String>,
-    /// Whether an address could not be read and was left out.
+    /// Whether an address could not be read and was omitted.
     pub(super) incomplete: bool,
 }
 
@@ -146,7 +146,7 @@ impl Common {
 }
 
 impl PodObject {
-    /// Takes what is needed from a manifest, and says what is wrong with it.
+    /// Reduces a manifest, and returns its problems.
     pub(super) fn read(origin: &str, read: v1::Pod) -> Result<(Self, Vec<Problem>), Problem> {
         let Common {
             mut pod,
@@ -183,7 +183,7 @@ impl PodObject {
     }
 }
 
-/// The annotations that are the agent's.
+/// The agent's annotations.
 pub(super) fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
     all.unwrap_or_default()
         .into_iter()
@@ -191,7 +191,7 @@ pub(super) fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap
         .collect()
 }
 
-/// `status.podIPs`, or else `status.podIP`.
+/// `status.podIPs`, or `status.podIP` if that is empty.
 fn pod_ips(status: Option<v1::PodStatus>) -> Vec<String> {
     let Some(status) = status else {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! What a source of pods says.
+//! The output of a source of pods.
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
@@ -15,7 +15,7 @@ use super::{
 };
 use egress_policy::{Prefix, Resolver};
 
-/// A pod, as far as enforcement is concerned.
+/// The fields of a pod that enforcement needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     /// `metadata.namespace`, or `default`.
@@ -24,33 +24,33 @@ pub struct Pod {
     pub name: String,
     /// `metadata.uid`, or `<namespace>/<name>`.
     pub uid: String,
-    /// Its interface on the host's side, where its manifest names it; otherwise it is found by
+    /// Its host end, if its manifest names it; otherwise the agent finds it by
     /// [`Self::cgroup_uid`].
     pub interface: Option<String>,
-    /// The UID in the names of its cgroups, where a kubelet runs it: `metadata.uid`, but for a static
-    /// pod the UID that the kubelet gave it, which its mirror in the cluster has in an annotation.
+    /// The UID in the names of its cgroups, if a kubelet runs it: `metadata.uid`, but for a static pod the
+    /// UID that the kubelet gave it, which is in an annotation of its mirror in the cluster.
     pub cgroup_uid: Option<String>,
     /// `status.podIPs`.
     pub addresses: Vec<IpAddr>,
-    /// Addresses of further networks that an annotation names. Its author may write anything.
+    /// Addresses of further networks from an annotation, whose author can write any address.
     pub further: Vec<IpAddr>,
     /// Its annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub annotations: BTreeMap<String, String>,
     /// Its namespace's annotations under [`super::ANNOTATION_PREFIX`], by their whole keys.
     pub namespace_annotations: BTreeMap<String, String>,
-    /// Whether its namespace is known, and with it what the namespace demands. Where it is not, as
-    /// when the cluster's two watches race, the pod is to be closed until it is: an empty
-    /// [`Self::namespace_annotations`] then does not mean that the namespace demands nothing. A
-    /// directory's pods need no Namespace, so theirs is always known.
+    /// Whether its namespace is known, and with it the namespace's annotations. If not, as when the cluster's
+    /// two watches race, the pod must be closed until it is: an empty [`Self::namespace_annotations`] then
+    /// does not mean that the namespace has no rules. Pods of a directory need no Namespace, so for them this
+    /// is always true.
     pub namespace_known: bool,
     /// `spec.hostNetwork`.
     pub host_network: bool,
-    /// Whether no program of it runs yet, as the kubelet says: its phase is `Pending`, and it has no address. So it
-    /// stays when its image or a Secret is missing, or when nobody makes its network.
+    /// Whether no program of it runs yet, according to the kubelet: its phase is `Pending`, and it has no
+    /// address. It stays so while its image or a Secret is missing, or while nobody sets up its network.
     pub is_pending: bool,
     /// `spec.nodeName`.
     pub node_name: Option<String>,
-    /// Where it was read, for messages: `file:line`, or `pod namespace/name` of a cluster.
+    /// Where it was read, for messages: `file:line`, or `pod namespace/name` in a cluster.
     pub origin: String,
 }
 
@@ -61,10 +61,10 @@ impl Pod {
     }
 }
 
-/// Something that is wrong with what was read. It concerns only what it names.
+/// A problem in what was read. It affects only the object that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where: `file`, `file:line` or `file:line:column`; in a cluster the object, such as `pod
+    /// The place: `file`, `file:line` or `file:line:column`; in a cluster the object, such as `pod
     /// namespace/name`, or `cluster`.
     pub origin: String,
     /// What is wrong, and what to do.
@@ -77,32 +77,32 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All pods of a source at one moment.
+/// A snapshot of all pods of a source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// The pods, by namespace and name.
     pub pods: BTreeMap<NamespacedName, Pod>,
-    /// What is wrong.
+    /// The problems.
     pub problems: Vec<Problem>,
-    /// Whether something could not be read at all, so that pods may be missing here.
+    /// Whether a part could not be read at all, so that pods may be missing.
     pub unreadable: bool,
-    /// What the source says besides its pods.
+    /// The facts about the cluster.
     pub facts: Facts,
 }
 
-/// What a cluster says of itself; empty without one.
+/// Facts about a cluster; empty without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
-    /// Its resolvers, each with where it was found, for people: for example `service
+    /// Its resolvers, each with its origin for people, for example `service
     /// kube-system/kube-dns`.
     pub resolvers: BTreeMap<Resolver, String>,
-    /// Its internal prefixes: pods, services, nodes, the API server; each with where it was found.
+    /// Its internal prefixes (pods, services, nodes, the API server), each with its origin.
     pub internal: BTreeMap<Prefix, String>,
-    /// Of the internal prefixes those of this node's pods.
+    /// The internal prefixes of this node's pods.
     pub pods: BTreeSet<Prefix>,
 }
 
-/// Puts together what files contain. Where two speak of the same object, the earlier one counts.
+/// Merges the contents of files. If two contain the same object, the earlier one counts.
 pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapshot {
     let mut snapshot = Snapshot::default();
     let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();

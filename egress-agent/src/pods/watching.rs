@@ -1,4 +1,4 @@
-//! Hints that something in a directory has changed, from inotify.
+//! Notices changes in a directory, from inotify.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +18,7 @@ use nix::{
     },
 };
 
-/// How long a file may be left unfinished before it is read as it is.
+/// How long a writer may take before its file is read as it is.
 const WRITING_MAX: Duration = Duration::from_secs(2);
 
 /// Watches one directory.
@@ -26,14 +26,14 @@ const WRITING_MAX: Duration = Duration::from_secs(2);
 pub(super) struct Watching {
     inotify: Inotify,
     watch: Option<WatchDescriptor>,
-    /// Files that have been written to and not closed yet, and since when.
+    /// Files that have been written to and are not closed yet, with the time of the first write.
     writing: BTreeMap<OsString, Instant>,
 }
 
-/// Names in the directory to which something happened.
+/// The names in the directory that have changed.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    /// Whether anything happened at all.
+    /// Whether any event has arrived.
     pub(super) any: bool,
     pub(super) names: Vec<OsString>,
 }
@@ -56,8 +56,8 @@ impl Watching {
         })
     }
 
-    /// Watches what the path leads to now. To be called before each look at the directory: it may
-    /// be another one than before.
+    /// Watches the directory that the path leads to now. Call this before each reading, because it may be
+    /// another directory than before.
     pub(super) fn renew(&mut self, directory: &Path) -> io::Result<()> {
         let added = self.inotify.add_watch(
             directory,
@@ -77,7 +77,7 @@ impl Watching {
         if let Some(former) = former
             && self.watch != Some(former)
         {
-            // It is gone already when the directory itself is.
+            // The kernel has already removed the watch if the directory is gone.
             _ = self.inotify.rm_watch(former);
             self.writing.clear();
         }
@@ -91,7 +91,7 @@ impl Watching {
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
         ];
-        // Rounded up, so that less than a millisecond is no busy loop.
+        // Round up, so that less than a millisecond does not become a busy loop.
         let timeout = Duration::from_millis(timeout.as_micros().div_ceil(1000) as u64);
         match poll(
             &mut fds,
@@ -108,7 +108,7 @@ impl Watching {
         })
     }
 
-    /// Takes the events that are there.
+    /// Reads the queued events.
     pub(super) fn changes(&mut self, now: Instant) -> io::Result<Changes> {
         let mut changes = Changes::default();
         loop {
@@ -128,7 +128,7 @@ impl Watching {
     fn note(&mut self, event: InotifyEvent, now: Instant, changes: &mut Changes) {
         let overflow = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
         if !overflow && Some(event.wd) != self.watch {
-            // From a directory that was watched before.
+            // An event of the directory that was watched before.
             return;
         }
         changes.any = true;
@@ -148,7 +148,7 @@ impl Watching {
         changes.names.push(name);
     }
 
-    /// Names of the files that are being written; those that take too long are not counted.
+    /// Names of the files that are being written, without those that take too long.
     pub(super) fn writing(&mut self, now: Instant) -> BTreeSet<OsString> {
         self.writing
             .retain(|_, since| now.saturating_duration_since(*since) < WRITING_MAX);

@@ -1,9 +1,9 @@
-//! What to do about an annotation's value that is no text to YAML.
+//! Hints for an annotation whose value is not a string in YAML.
 
 use egress_policy::annotations::PREFIX;
 
-/// What to do about the annotation at this line of a document (counted from 1), or at the nearest one before
-/// it, if its value is no text.
+/// A hint for the annotation at this line of a document (counted from 1), or at the nearest one before it, if
+/// its value is not a string.
 pub(super) fn hint(document: &str, line: usize) -> Option<String> {
     let lines: Vec<&str> = document.lines().collect();
     let before = lines.get(..line.min(lines.len()))?;
@@ -28,7 +28,7 @@ pub(super) fn hint(document: &str, line: usize) -> Option<String> {
     }
 }
 
-/// An annotation of the agent's, and its value.
+/// One of the agent's annotations, and its value.
 fn annotation(line: &str) -> Option<(&str, &str)> {
     let (key, value) = line.split_once(':')?;
     let key = key.trim().trim_matches(['"', '\'']);
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_no_text_is_told_what_it_is() {
+    fn a_value_that_is_not_a_string_gets_a_hint() {
         for (value, expected) in [
             (
                 " *.github.com",
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_needs_no_hint() {
+    fn a_string_needs_no_hint() {
         for value in [" a.com", " \"*.a.com\"", " |\n      a.com\n      b.com", ""] {
             assert_eq!(hint_of(value), "", "{value}");
         }

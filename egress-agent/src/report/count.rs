@@ -1,4 +1,4 @@
-//! Numbers that one thread writes and any other reads: no locks, no allocation.
+//! Counters, gauges and histograms that one thread writes and any other reads: no locks, no allocation.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,39 +6,39 @@ use egress_common::reason::Reason;
 
 use super::Verdict;
 
-/// A number that only grows.
+/// A counter.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds to it.
+    /// Adds to the counter.
     pub fn add(&self, count: u64) {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// What it is now.
+    /// The current value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A number that is set.
+/// A gauge.
 #[derive(Debug, Default)]
 pub struct Gauge(AtomicU64);
 
 impl Gauge {
-    /// Sets it.
+    /// Sets the gauge.
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// What it is now.
+    /// The current value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// How often something took how long, in buckets with fixed bounds.
+/// A histogram of durations, with fixed bucket bounds.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     bounds_ns: &'static [u64; N],
@@ -48,7 +48,7 @@ pub struct Histogram<const N: usize> {
 }
 
 impl<const N: usize> Histogram<N> {
-    /// An empty one; the bounds ascend, and each is in its own bucket.
+    /// An empty histogram; the bounds ascend, and each belongs to its own bucket.
     pub fn new(bounds_ns: &'static [u64; N]) -> Self {
         Self {
             bounds_ns,
@@ -58,21 +58,21 @@ impl<const N: usize> Histogram<N> {
         }
     }
 
-    /// Counts something that took this long.
+    /// Records a duration.
     pub fn record(&self, took_ns: u64) {
         let bucket = self.bounds_ns.iter().position(|&bound| took_ns <= bound);
         bucket.map_or(&self.longer, |at| &self.buckets[at]).add(1);
         self.sum_ns.add(took_ns);
     }
 
-    /// All buckets, each with its bound in nanoseconds (the last has none) and its own count.
+    /// All buckets, each with its upper bound in nanoseconds (the last has none) and its own count.
     pub fn buckets(&self) -> impl Iterator<Item = (Option<u64>, u64)> + '_ {
         let bounded = self.bounds_ns.iter().map(|&bound| Some(bound));
         let counts = self.buckets.iter().map(Counter::get);
         bounded.zip(counts).chain([(None, self.longer.get())])
     }
 
-    /// The sum of all that was counted, in nanoseconds.
+    /// The sum of all durations, in nanoseconds.
     pub fn sum_ns(&self) -> u64 {
         self.sum_ns.get()
     }
@@ -100,7 +100,7 @@ impl Default for DenialCounts {
 }
 
 impl DenialCounts {
-    /// Counts packets that did not pass, or would not have.
+    /// Counts packets that were denied, or would have been.
     pub fn add(&self, verdict: Verdict, reason: Reason, count: u64) {
         let counts = match verdict {
             Verdict::Dropped | Verdict::Rejected => &self.denied,
@@ -111,12 +111,12 @@ impl DenialCounts {
         }
     }
 
-    /// Counts denied packets of which only the number is known.
+    /// Counts denied packets whose details were lost.
     pub fn add_unreported(&self, count: u64) {
         self.unreported.add(count);
     }
 
-    /// Denied packets by reason, without those of which there were none.
+    /// Denied packets by reason, without reasons whose count is zero.
     pub fn denied(&self) -> impl Iterator<Item = (Reason, u64)> + '_ {
         by_reason(&self.denied)
     }
@@ -126,7 +126,7 @@ impl DenialCounts {
         by_reason(&self.audited)
     }
 
-    /// Denied packets of which only the number is known.
+    /// Denied packets whose details were lost.
     pub fn unreported(&self) -> u64 {
         self.unreported.get()
     }
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_has_a_place() {
+    fn every_reason_has_a_counter() {
         let counts = DenialCounts::default();
         for &reason in Reason::ALL {
             counts.add(Verdict::Dropped, reason, reason as u64);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bound_is_in_its_bucket_and_what_is_longer_in_the_last() {
+    fn a_bound_belongs_to_its_bucket_and_longer_durations_to_the_last() {
         let histogram = Histogram::new(&[10, 100]);
         for took in [0, 10, 11, 100, 101] {
             histogram.record(took);

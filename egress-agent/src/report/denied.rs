@@ -1,4 +1,4 @@
-//! What a denial is, before it becomes a line.
+//! A denial before it becomes a line.
 
 use std::{
     hash::{Hash, Hasher},
@@ -18,7 +18,7 @@ use egress_common::{
 
 use super::{DenialCounts, Subject};
 
-/// Whose denial it is, as lines print it. Two values with the same texts are the same pod.
+/// The pod of a denial, as lines print it. Two values with the same texts are the same pod.
 #[derive(Debug)]
 pub struct PodIdentity {
     /// Name of the node.
@@ -29,15 +29,15 @@ pub struct PodIdentity {
     pub name: String,
     /// UID of the pod.
     pub uid: String,
-    /// Denials of this pod that wait in the reporter's channel.
+    /// How many denials of this pod are in the reporter's channel.
     pub(super) waiting: AtomicU32,
-    /// Denials of this pod that found no room there, and have not been told about yet.
-    pub(super) turned_away: AtomicU64,
+    /// How many denials of this pod exceeded its share of the channel and are not reported as lost yet.
+    pub(super) overflow: AtomicU64,
     /// Its denials.
     pub counts: DenialCounts,
-    /// Those of its namespace, this pod's among them.
+    /// The denials of its namespace, including this pod's.
     of_namespace: Arc<DenialCounts>,
-    /// The line that was written of it last.
+    /// Its latest denial line.
     last_line: ArcSwapOption<String>,
 }
 
@@ -47,7 +47,7 @@ impl PodIdentity {
         Subject::from_fields(&self.namespace, &self.name)
     }
 
-    /// A pod.
+    /// A pod without denials.
     pub fn new(
         node: impl Into<String>,
         namespace: impl Into<String>,
@@ -60,14 +60,14 @@ impl PodIdentity {
             name: name.into(),
             uid: uid.into(),
             waiting: AtomicU32::new(0),
-            turned_away: AtomicU64::new(0),
+            overflow: AtomicU64::new(0),
             counts: DenialCounts::default(),
             of_namespace: Arc::default(),
             last_line: ArcSwapOption::empty(),
         }
     }
 
-    /// The same pod, whose denials are counted here too.
+    /// The same pod, with the counters of its namespace.
     #[must_use]
     pub fn counted_in(self, of_namespace: Arc<DenialCounts>) -> Self {
         Self {
@@ -90,7 +90,7 @@ impl PodIdentity {
         self.last_line.store(Some(Arc::new(line)));
     }
 
-    /// The denial line that was written of it last, a JSON object.
+    /// The pod's latest denial line, a JSON object.
     pub fn last_line(&self) -> Option<Arc<String>> {
         self.last_line.load_full()
     }
@@ -114,19 +114,19 @@ impl Hash for PodIdentity {
     }
 }
 
-/// What became of the packet.
+/// The verdict on the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// It was dropped.
     Dropped,
-    /// It was dropped, and the sender was told.
+    /// It was dropped, and the sender got a rejection.
     Rejected,
-    /// It passed, and would not have in enforce mode.
+    /// It passed, and would have been dropped in enforce mode.
     Audited,
 }
 
 impl Verdict {
-    /// The verdict that a kernel record carries as this number.
+    /// The verdict with this number in a kernel record.
     pub fn from_u8(value: u8) -> Option<Self> {
         match value {
             VERDICT_DROPPED => Some(Self::Dropped),
@@ -136,7 +136,7 @@ impl Verdict {
         }
     }
 
-    /// The word that lines print.
+    /// The word in denial lines.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Dropped => "dropped",
@@ -146,7 +146,7 @@ impl Verdict {
     }
 }
 
-/// One end of a packet's way.
+/// The source or destination of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     /// The address.
@@ -155,24 +155,24 @@ pub struct Endpoint {
     pub port: Option<u16>,
 }
 
-/// A packet or a DNS message that did not pass, or would not have.
+/// A packet or a DNS message that was denied, or would have been.
 #[derive(Clone, Debug)]
 pub struct Denied {
-    /// Whose it was.
+    /// The pod.
     pub pod: Arc<PodIdentity>,
-    /// What became of it.
+    /// The verdict.
     pub verdict: Verdict,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
-    /// IP protocol number; `None` where the headers could not be walked.
+    /// IP protocol number; `None` if the headers could not be parsed.
     pub protocol: Option<u8>,
-    /// Where it came from; `None` where the headers could not be walked.
+    /// The source; `None` if the headers could not be parsed.
     pub src: Option<Endpoint>,
-    /// Where it was going; `None` where the headers could not be walked.
+    /// The destination; `None` if the headers could not be parsed.
     pub dst: Option<Endpoint>,
     /// ICMP type and code, printed in place of ports.
     pub icmp: Option<(u8, u8)>,
-    /// Name and type of a DNS question, printed in place of the destination's port.
+    /// Name and type of a DNS query, printed in place of the destination's port.
     pub dns: Option<(String, String)>,
     /// Names that this pod resolved to the destination.
     pub dst_names: Vec<String>,

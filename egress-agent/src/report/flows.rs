@@ -1,4 +1,4 @@
-//! Which flows of a pod have been counted in its denial lines.
+//! The flows of a pod that its denial lines have counted.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -7,11 +7,11 @@ use std::{
 
 use super::Denied;
 
-/// Most flows of one pod that are remembered. Of one that was forgotten the next packet counts again.
+/// Most flows of one pod that are remembered. The next packet of a forgotten flow counts again.
 const FLOWS_PER_POD: usize = 1024;
 
-/// The flows that were counted last, each by a number that is made of it with keys of this pod's: two flows
-/// have the same by chance alone.
+/// The latest flows, each as a hash with keys of this pod. An attacker cannot choose flows with equal
+/// hashes.
 #[derive(Debug, Default)]
 pub(super) struct Flows {
     keys: RandomState,
@@ -20,8 +20,8 @@ pub(super) struct Flows {
 }
 
 impl Flows {
-    /// Whether this is a flow's first denial that is remembered: protocol, both addresses and both ports, for
-    /// the same reason and with the same verdict. A packet whose headers could not be read is in no flow.
+    /// Whether no earlier denial of this flow is remembered. A flow is the protocol, both addresses and both
+    /// ports, with the reason and the verdict. A packet whose headers could not be parsed is in no flow.
     pub(super) fn is_new(&mut self, denied: &Denied) -> bool {
         let (Some(src), Some(dst)) = (denied.src, denied.dst) else {
             return false;
@@ -55,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_new_once() {
+    fn a_flow_is_new_only_once() {
         let mut flows = Flows::default();
         assert!(flows.is_new(&from_port(1)));
         assert!(!flows.is_new(&from_port(1)));
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn of_too_many_flows_the_oldest_are_forgotten() {
+    fn the_oldest_flows_are_forgotten_first() {
         let mut flows = Flows::default();
         for port in 1..=FLOWS_PER_POD as u16 + 1 {
             assert!(flows.is_new(&from_port(port)));

@@ -1,6 +1,6 @@
-//! Folds like denials into one line, and keeps each pod to its share of lines.
+//! Folds equal denials into one line, and limits each pod to its share of lines.
 //!
-//! Nothing here looks at a clock or writes: [`Folder`] is told what time it is, and returns the
+//! Nothing here reads a clock or writes: callers pass the time to [`Folder`], and it returns the
 //! lines that are due.
 
 use std::{
@@ -14,24 +14,24 @@ use egress_common::{address::Address, reason::Reason};
 
 use super::{Denied, Line, PodIdentity, Verdict, flows::Flows};
 
-/// How long after the first packet of a series its line is due. With the reporter's tick this
-/// stays below the one second that lines promise.
+/// How long after the first packet of a series its line is due. With the reporter's tick, lines come within
+/// the promised second.
 pub const FIRST_LINE_AFTER: Duration = Duration::from_millis(800);
-/// How often a series that goes on has a further line.
+/// Interval of further lines of a series that continues.
 pub const SERIES_EVERY: Duration = Duration::from_secs(10);
-/// Most series of one pod that are open at once.
+/// Most open series of one pod.
 pub const SERIES_PER_POD: usize = 256;
 /// Lines one pod may have in a burst.
 pub const LINE_BURST: u32 = 256;
-/// Lines per second that one pod may have in the long run.
+/// Lines per second of one pod in the long run.
 pub const LINES_PER_SECOND: u32 = 100;
 
-/// Why denials have no line: the pod had [`SERIES_PER_POD`] others under way.
+/// Why denials have no line of their own: the pod has [`SERIES_PER_POD`] other series open.
 pub const TOO_MANY_DESTINATIONS: &str = "too_many_destinations";
-/// Why denials have no line: the pod has used up its lines.
+/// Why denials have no line of their own: the pod has used up its lines.
 pub const TOO_MANY_LINES: &str = "too_many_lines";
 
-/// What makes two denials of a pod alike.
+/// The fields by which denials of a pod are folded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Series {
     dst: Option<(Address, Option<u16>)>,
@@ -65,11 +65,11 @@ enum Fold {
         last: SystemTime,
         due: Instant,
     },
-    /// Nothing since the last line; what comes before `until` has to wait for that long.
+    /// No packets since the last line. The next line comes at `until` at the earliest.
     Quiet { until: Instant },
 }
 
-/// Losses of a pod, of one kind, that have no line yet.
+/// Lost denials of a pod with one cause that are not reported yet.
 #[derive(Debug)]
 struct Loss {
     count: u64,
@@ -81,9 +81,9 @@ struct Loss {
 struct PodFolds {
     series: HashMap<Series, Fold>,
     losses: BTreeMap<&'static str, Loss>,
-    /// Flows that lines have counted, or will.
+    /// Flows that lines have counted, or will count.
     flows: Flows,
-    /// Lines left, and when that was counted.
+    /// The token bucket of lines.
     lines_left: u32,
     refilled: Instant,
 }
@@ -95,12 +95,12 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Takes in a denial.
+    /// Adds a denial.
     pub fn add(&mut self, now: Instant, denied: Denied) {
         self.pod(now, &denied.pod).add(now, denied);
     }
 
-    /// Takes in that `count` denials of a pod are known by their number only.
+    /// Adds `count` denials of a pod whose details were lost.
     pub fn add_lost(
         &mut self,
         now: Instant,
@@ -109,10 +109,10 @@ impl Folder {
         count: u64,
         why: &'static str,
     ) {
-        self.pod(now, pod).lose(now, time, count, why);
+        self.pod(now, pod).add_loss(now, time, count, why);
     }
 
-    /// The lines that are due. To be called often: a line is late by as long as this is not called.
+    /// Returns the lines that are due. Call this often: a line comes no earlier than the next call.
     pub fn due(&mut self, now: Instant) -> Vec<Line> {
         let mut lines = Vec::new();
         self.pods.retain(|pod, folds| {
@@ -124,7 +124,7 @@ impl Folder {
         lines
     }
 
-    /// Everything that has no line yet, due or not; forgets all series.
+    /// Returns lines for everything that has none yet, due or not, and forgets all series.
     pub fn flush(&mut self) -> Vec<Line> {
         let mut lines = Vec::new();
         for (pod, mut folds) in self.pods.drain() {
@@ -150,7 +150,7 @@ impl Folder {
         lines
     }
 
-    /// Whether no time will bring a line.
+    /// Whether no lines are pending.
     pub fn is_empty(&self) -> bool {
         self.pods.is_empty()
     }
@@ -172,11 +172,11 @@ impl PodFolds {
     fn add(&mut self, now: Instant, denied: Denied) {
         let series = Series::of(&denied);
         if self.series.len() >= SERIES_PER_POD && !self.series.contains_key(&series) {
-            // Series whose packets all have their line give way.
+            // Forget series whose packets all have a line.
             self.series
                 .retain(|_, fold| matches!(fold, Fold::Open { .. }));
             if self.series.len() >= SERIES_PER_POD {
-                self.lose(now, denied.time, denied.count, TOO_MANY_DESTINATIONS);
+                self.add_loss(now, denied.time, denied.count, TOO_MANY_DESTINATIONS);
                 return;
             }
         }
@@ -215,7 +215,7 @@ impl PodFolds {
         }
     }
 
-    fn lose(&mut self, now: Instant, time: SystemTime, count: u64, why: &'static str) {
+    fn add_loss(&mut self, now: Instant, time: SystemTime, count: u64, why: &'static str) {
         let due = now + FIRST_LINE_AFTER;
         let loss = self.losses.entry(why).or_insert(Loss {
             count: 0,
@@ -258,14 +258,14 @@ impl PodFolds {
             }
         }
         if let Some((time, count)) = unprinted {
-            self.lose(now, time, count, TOO_MANY_LINES);
+            self.add_loss(now, time, count, TOO_MANY_LINES);
         }
         self.series
             .retain(|_, fold| !matches!(fold, Fold::Quiet { until } if *until <= now));
     }
 
-    /// Moves the losses that are due, or all of them, to `lines`. They do not count as lines of the
-    /// pod: there are few kinds of them, and each has one line at a time.
+    /// Moves the losses that are due, or all of them, to `lines`. They do not use up the pod's lines: there
+    /// are few causes, and each has one line at a time.
     fn losses_due(&mut self, now: Option<Instant>, pod: &Arc<PodIdentity>, lines: &mut Vec<Line>) {
         self.losses.retain(|&why, loss| {
             if now.is_some_and(|now| loss.due > now) {
@@ -293,7 +293,7 @@ impl PodFolds {
         }
     }
 
-    /// Whether forgetting the pod makes no difference.
+    /// Whether the pod can be forgotten without effect on later lines.
     fn is_idle(&self) -> bool {
         self.series.is_empty() && self.losses.is_empty() && self.lines_left == LINE_BURST
     }

@@ -84,7 +84,7 @@ fn the_first_line_comes_within_a_second_and_counts_repeats() {
 }
 
 #[test]
-fn a_connection_that_goes_on_counts_in_the_first_line_only() {
+fn a_connection_that_continues_counts_in_the_first_line_only() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     let connections = |lines: &[Line]| match lines {
         [
@@ -102,7 +102,7 @@ fn a_connection_that_goes_on_counts_in_the_first_line_only() {
 }
 
 #[test]
-fn a_series_that_goes_on_has_a_line_every_ten_seconds() {
+fn a_series_that_continues_has_a_line_every_ten_seconds() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     let mut lines = Vec::new();
     for tenth in 0..300u32 {
@@ -120,7 +120,7 @@ fn a_series_that_goes_on_has_a_line_every_ten_seconds() {
 }
 
 #[test]
-fn after_a_pause_a_series_is_told_about_within_a_second_again() {
+fn after_a_pause_a_series_has_a_line_within_a_second_again() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     folder.add(start, to(443));
     assert_eq!(folder.due(start + SECOND).len(), 1);
@@ -132,7 +132,7 @@ fn after_a_pause_a_series_is_told_about_within_a_second_again() {
 }
 
 #[test]
-fn what_differs_has_its_own_line() {
+fn denials_that_differ_have_separate_lines() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     let question = |name: &str, record_type: &str| Denied {
         dns: Some((name.into(), record_type.into())),
@@ -174,7 +174,7 @@ fn what_differs_has_its_own_line() {
 }
 
 #[test]
-fn a_flood_of_destinations_is_cut_and_counted_and_hides_no_other_pod() {
+fn a_flood_of_destinations_is_limited_and_counted_and_hides_no_other_pod() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     for port in 0..1000 {
         folder.add(start, of_pod("loud", port));
@@ -201,7 +201,7 @@ fn a_flood_of_destinations_is_cut_and_counted_and_hides_no_other_pod() {
 }
 
 #[test]
-fn lines_are_limited_in_the_long_run_and_no_packet_goes_uncounted() {
+fn lines_are_limited_in_the_long_run_and_every_packet_is_counted() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     let mut lines = Vec::new();
     let (ticks, per_tick) = (200, 100);
@@ -236,7 +236,7 @@ fn lines_are_limited_in_the_long_run_and_no_packet_goes_uncounted() {
 }
 
 #[test]
-fn losses_told_from_elsewhere_are_added_up() {
+fn losses_reported_by_others_are_added_up() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     let pod = denied().pod;
     folder.add_lost(start, wall(0), &pod, 3, "ring_full");
@@ -259,7 +259,7 @@ fn losses_told_from_elsewhere_are_added_up() {
 }
 
 #[test]
-fn flushing_tells_everything_that_waits() {
+fn a_flush_returns_everything_that_is_pending() {
     let (mut folder, start) = (Folder::default(), Instant::now());
     folder.add(start, to(443));
     folder.add(start, to(443));

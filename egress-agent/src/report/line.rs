@@ -1,4 +1,4 @@
-//! The lines themselves.
+//! The denial lines.
 
 use std::{
     borrow::Cow,
@@ -16,35 +16,36 @@ use serde::{
 
 use super::{Denied, PodIdentity, Verdict};
 
-/// A line on standard output; serialises to its JSON object.
+/// A line on standard output, serialised as a JSON object.
 #[derive(Clone, Debug)]
 pub enum Line {
-    /// A series of like denials: `denied` or `would_deny`.
+    /// A series of equal denials: `denied` or `would_deny`.
     Denied {
         /// The first of them.
         first: Denied,
-        /// Packets in all.
+        /// How many packets.
         count: u64,
-        /// Flows of which a packet is among them, and of which no earlier line of the series has counted one.
+        /// How many flows these packets belong to, without those that an earlier line of the series has
+        /// counted.
         connections: u64,
-        /// When the last one happened.
+        /// When the last denial happened.
         last: SystemTime,
     },
-    /// Denials that have no line of their own: `denials_lost`.
+    /// Denials without a line of their own: `denials_lost`.
     Lost {
-        /// Whose they were; `None` when it is not known.
+        /// The pod; `None` if it is unknown.
         pod: Option<Arc<PodIdentity>>,
         /// How many packets.
         count: u64,
         /// Why they have no line.
         why: &'static str,
-        /// When the first was lost.
+        /// When the first denial was lost.
         time: SystemTime,
     },
 }
 
 impl Line {
-    /// Denied packets that the line stands for.
+    /// How many denied packets the line represents.
     pub fn count(&self) -> u64 {
         match self {
             Self::Denied { count, .. } | Self::Lost { count, .. } => *count,
@@ -52,7 +53,8 @@ impl Line {
     }
 
     /// The pod it is about.
-    pub fn pod(&self) -> Option<&Arc<PodIdentity>> {
+    #[cfg(test)]
+    pub(crate) fn pod(&self) -> Option<&Arc<PodIdentity>> {
         match self {
             Self::Denied { first, .. } => Some(&first.pod),
             Self::Lost { pod, .. } => pod.as_ref(),
@@ -150,7 +152,7 @@ pub(super) fn protocol_name(number: u8) -> Cow<'static, str> {
     })
 }
 
-/// The address as people write it: IPv4 where it is one.
+/// The address in its usual form: IPv4-mapped addresses as IPv4.
 pub(super) fn ip(address: Address) -> IpAddr {
     Ipv6Addr::from(address).to_canonical()
 }
@@ -161,7 +163,7 @@ pub(super) fn ip(address: Address) -> IpAddr {
 ///
 /// When the time is beyond the year 9999.
 pub fn rfc3339(time: SystemTime) -> Result<String, jiff::Error> {
-    // A clock before 1970 is as wrong as one that stands at 1970.
+    // A clock before 1970 is wrong anyway, so print 1970.
     let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let millis = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);
     Ok(format!("{:.3}", Timestamp::from_millisecond(millis)?))
@@ -215,7 +217,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_denied_packet() {
+    fn a_denied_packet_is_printed_with_all_fields() {
         assert_eq!(
             json(denied()),
             concat!(
@@ -230,7 +232,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_denied_question_has_its_name_in_place_of_the_port() {
+    fn a_denied_query_has_its_name_in_place_of_the_port() {
         let question = Denied {
             protocol: Some(protocol::UDP),
             reason: Reason::DnsName,
@@ -285,7 +287,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_could_not_be_read_is_null() {
+    fn fields_that_could_not_be_parsed_are_null() {
         let frame = Denied {
             protocol: None,
             src: None,
@@ -311,7 +313,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn lost_denials() {
+    fn lost_denials_are_printed_with_their_cause() {
         let lost = Line::Lost {
             pod: Some(denied().pod),
             count: 7,

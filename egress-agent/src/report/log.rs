@@ -1,8 +1,8 @@
-//! The agent's log on standard error, which nobody who logs waits for.
+//! The agent's log on standard error. Logging never blocks.
 //!
-//! Whoever reads standard error may be slow, or not read at all, and then a write blocks. So a thread of its
-//! own writes, and lines wait for it in a bounded queue. What finds no room is counted, and the count is a
-//! line of its own as soon as one can be written again.
+//! A slow reader of standard error, or none, would block the writer. So a separate thread writes, and lines
+//! wait for it in a bounded queue. A line for which the queue has no room is counted. As soon as writing
+//! works again, the log reports the count in a line of its own.
 
 use std::{
     io::{self, Write},
@@ -17,17 +17,17 @@ use std::{
 
 use super::rfc3339;
 
-/// Lines that may wait.
+/// Most lines in the queue.
 const LINES: usize = 4096;
-/// And how long they may be together, in bytes.
+/// Most bytes in the queue.
 const BYTES: usize = 1 << 20;
-/// How long [`Log::close`] waits for a reader of standard error that does not read.
+/// How long [`Log::close`] waits if nobody reads standard error.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The log of this process.
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// Takes lines and never waits. Cheap to clone.
+/// Accepts lines without blocking. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Log {
     lines: SyncSender<Message>,
@@ -36,16 +36,16 @@ pub struct Log {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Bytes of the lines that wait.
+    /// Bytes of the queued lines.
     waiting: AtomicUsize,
-    /// Lines that found no room, or could not be written.
+    /// Lines that did not fit into the queue, or could not be written.
     lost: AtomicU64,
 }
 
 #[derive(Debug)]
 enum Message {
     Line(Vec<u8>),
-    /// Everything before this has been written; say so.
+    /// A request to reply when everything before it has been written.
     End(SyncSender<()>),
 }
 
@@ -59,7 +59,7 @@ pub fn start() -> io::Result<&'static Log> {
     Ok(LOG.get_or_init(|| log))
 }
 
-/// Lines of the log that were lost since the start.
+/// How many log lines were lost since the start.
 pub fn lost_lines() -> u64 {
     LOG.get().map_or(0, Log::lost)
 }
@@ -78,10 +78,10 @@ impl Log {
         Ok(log)
     }
 
-    /// Writes what waits. Returns whether all was written before the patience with a blocked reader ended.
+    /// Writes the queued lines. Returns whether all were written before the time limit.
     pub fn close(&self) -> bool {
         let (done, all) = mpsc::sync_channel(1);
-        // A full queue that does not empty is one that nobody reads.
+        // If the queue is full, nobody reads standard error.
         self.lines.try_send(Message::End(done)).is_ok() && all.recv_timeout(CLOSE_PATIENCE).is_ok()
     }
 
@@ -99,7 +99,7 @@ impl Log {
     }
 }
 
-/// Each write is a line.
+/// Each write is one line.
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.take(line);
@@ -112,11 +112,11 @@ impl Write for Log {
 }
 
 fn run(messages: &Receiver<Message>, shared: &Shared, mut out: impl Write) {
-    let mut told = 0;
+    let mut reported = 0;
     for message in messages {
         let lost = shared.lost.load(Ordering::Relaxed);
-        if lost > told && out.write_all(loss(lost - told).as_bytes()).is_ok() {
-            told = lost;
+        if lost > reported && out.write_all(loss(lost - reported).as_bytes()).is_ok() {
+            reported = lost;
         }
         match message {
             Message::Line(line) => {
@@ -126,14 +126,14 @@ fn run(messages: &Receiver<Message>, shared: &Shared, mut out: impl Write) {
                 shared.waiting.fetch_sub(line.len(), Ordering::AcqRel);
             }
             Message::End(done) => {
-                // Nobody waits any more when the patience has ended.
+                // The receiver is gone if the time limit has passed.
                 let _ = done.try_send(());
             }
         }
     }
 }
 
-/// What is said of lost lines, in the form of the others.
+/// The log line about lost lines, in the format of the others.
 fn loss(lines: u64) -> String {
     format!(
         "{}  WARN log lines were lost: standard error was not read fast enough lines={lines}\n",
@@ -147,11 +147,11 @@ mod tests {
 
     use super::*;
 
-    /// A write blocks while a test holds `written`.
+    /// A writer that blocks while a test holds `written`.
     #[derive(Clone, Default)]
     struct Pipe {
         written: Arc<Mutex<Vec<u8>>>,
-        /// Writes that have begun.
+        /// How many writes have begun.
         begun: Arc<AtomicUsize>,
     }
 
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_come_in_their_order() {
+    fn lines_are_written_in_order() {
         let pipe = Pipe::default();
         let mut log = Log::start(pipe.clone()).unwrap();
         for line in ["one\n", "two\n"] {
@@ -193,13 +193,13 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_lost_and_told() {
+    fn lines_that_do_not_fit_are_lost_and_reported() {
         const SENT: usize = 3 * LINES;
         let pipe = Pipe::default();
         let mut log = Log::start(pipe.clone()).unwrap();
         let blocked = pipe.written.lock().unwrap();
         log.write_all(b"line\n").unwrap();
-        // From now on the writer is blocked on a line, so it has not looked at the losses yet.
+        // From now on the writer is blocked on a line, so it has not read the number of losses yet.
         pipe.wait_for_a_write();
         for _ in 1..SENT {
             log.write_all(b"line\n").unwrap();
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_are_bounded_too() {
+    fn the_queue_is_bounded_in_bytes_too() {
         let pipe = Pipe::default();
         let mut log = Log::start(pipe.clone()).unwrap();
         let blocked = pipe.written.lock().unwrap();

@@ -1,4 +1,4 @@
-//! What people see: denial lines on standard output.
+//! Denial lines on standard output.
 //!
 //! ```text
 //!  denials ring reader ─┐ report(), never blocks
@@ -9,9 +9,9 @@
 //! count. The first line of such a series comes within a second of its first packet; while the
 //! series goes on, a further line comes every [`folder::SERIES_EVERY`].
 //!
-//! A pod has its own share of the channel, of open series and of lines, so that a flood from one
-//! pod hides nothing of another's. Whatever is not reported is counted, and the count is a line of
-//! its own (`denials_lost`).
+//! A pod has its own share of the channel, of open series and of lines, so that a flood from one pod hides no
+//! denial of another. Denials that are not reported are counted, and a line of its own reports the count
+//! (`denials_lost`).
 
 pub mod count;
 pub mod denied;

@@ -1,4 +1,4 @@
-//! The thread that folds and writes, and the way to it.
+//! The reporter thread, which folds and writes denials, and the channel to it.
 
 use std::{
     io::{self, Write},
@@ -16,28 +16,28 @@ use super::{
     folder::{TOO_MANY_DESTINATIONS, TOO_MANY_LINES},
 };
 
-/// Denials that may wait for the thread.
+/// Length of the channel to the thread.
 const CHANNEL: usize = 16_384;
-/// Of which one pod's may be this many.
+/// How many of these denials may be of one pod.
 const CHANNEL_PER_POD: u32 = 512;
-/// How often the thread looks for lines that are due.
+/// How often the thread checks for lines that are due.
 const TICK: Duration = Duration::from_millis(100);
-/// How often it wakes when nothing is folded.
+/// How often it wakes when no line is pending.
 const IDLE_TICK: Duration = Duration::from_secs(1);
-/// How long [`ReporterThread::close`] waits for a reader of standard output that does not read.
+/// How long [`ReporterThread::close`] waits if nobody reads standard output.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Why denials have no line: the kernel has not told more than how many there were.
+/// Why denials have no line of their own: the kernel has reported only their number.
 pub const OVER_POD_SHARE: &str = "over_pod_share";
-/// Why denials have no line: they came faster than they could be taken in.
+/// Why denials have no line of their own: they came faster than the reporter could accept them.
 pub const REPORTER_BUSY: &str = "reporter_busy";
-/// Why denials have no line: writing their lines failed.
+/// Why denials have no line of their own: their lines could not be written.
 pub const OUTPUT_FAILED: &str = "output_failed";
 
-/// What is told of each line besides writing it. It must not block.
+/// A function that is called with each line after it is written. It must not block.
 pub type Listener = Box<dyn Fn(&Line) + Send>;
 
-/// Where denials are reported. Cheap to clone; one for each thread that reports.
+/// The sender to the reporter thread. Cheap to clone; each thread that reports has one.
 #[derive(Clone, Debug)]
 pub struct Reporter {
     sender: SyncSender<Message>,
@@ -47,13 +47,13 @@ pub struct Reporter {
 #[derive(Debug, Default)]
 struct Shared {
     closing: AtomicBool,
-    /// Denials that found the channel full, and have not been told about yet.
-    turned_away: AtomicU64,
+    /// How many denials did not fit into the channel and are not reported as lost yet.
+    overflow: AtomicU64,
     failed_lines: AtomicU64,
     lost: Lost,
 }
 
-/// Why denials may have no line.
+/// The causes of denials without a line of their own.
 const WHYS: [&str; 5] = [
     OVER_POD_SHARE,
     REPORTER_BUSY,
@@ -62,7 +62,7 @@ const WHYS: [&str; 5] = [
     OUTPUT_FAILED,
 ];
 
-/// Denials that have no line of their own, by why. Each is counted when that is told.
+/// The denials without a line of their own, by cause. They are counted when they are reported as lost.
 #[derive(Debug, Default)]
 pub struct Lost([Counter; WHYS.len()]);
 
@@ -73,7 +73,7 @@ impl Lost {
         }
     }
 
-    /// How many there have been of each kind.
+    /// The number for each cause.
     pub fn by_why(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
         WHYS.into_iter().zip(self.0.iter().map(Counter::get))
     }
@@ -102,7 +102,7 @@ impl Message {
 }
 
 impl Reporter {
-    /// Starts the thread that writes to `out`, and gives each line to `listener` as well.
+    /// Starts the thread that writes to `out`, and passes each line to `listener` as well.
     ///
     /// # Errors
     ///
@@ -124,14 +124,15 @@ impl Reporter {
             .name("reporter".into())
             .spawn(move || {
                 run(&messages, output);
-                // The receiver is gone only when nobody waits for the end any more.
+                // The receiver is gone if the time limit of `close` has passed.
                 _ = done_sender.send(());
             })?;
         let reporter = Self { sender, shared };
         Ok((reporter.clone(), ReporterThread { reporter, done }))
     }
 
-    /// Reports a denial. Never blocks: what finds no room is counted, and told about as a number.
+    /// Reports a denial without blocking. If it does not fit into the channel, it is counted and reported as
+    /// lost.
     pub fn report(&self, denied: Denied) {
         let count = denied.count;
         let pod = Arc::clone(&denied.pod);
@@ -139,8 +140,8 @@ impl Reporter {
         self.send(&pod, count, Message::Denied(denied));
     }
 
-    /// Reports that `count` denials of the pod are known by their number only, and why, as one
-    /// word. Never blocks.
+    /// Reports `count` denials of the pod whose details were lost, with the cause in one word, without
+    /// blocking.
     pub fn unreported(&self, pod: &Arc<PodIdentity>, count: u64, why: &'static str) {
         pod.count_unreported(count);
         let message = Message::Lost {
@@ -152,30 +153,28 @@ impl Reporter {
         self.send(pod, count, message);
     }
 
-    /// Denials that are known by their number only, and why.
+    /// The denials without a line of their own, by cause.
     pub fn lost(&self) -> &Lost {
         &self.shared.lost
     }
 
-    /// Lines that could not be written since the start.
+    /// How many lines could not be written since the start.
     pub fn failed_lines(&self) -> u64 {
         self.shared.failed_lines.load(Ordering::Relaxed)
     }
 
     fn send(&self, pod: &PodIdentity, count: u64, message: Message) {
         if pod.waiting.fetch_add(1, Ordering::AcqRel) >= CHANNEL_PER_POD {
-            pod.turned_away.fetch_add(count, Ordering::AcqRel);
-            // The pod's messages that are waiting bring the thread to look at the number above. If
-            // the last of them went just now, nothing does.
+            pod.overflow.fetch_add(count, Ordering::AcqRel);
+            // When the thread receives one of the pod's queued messages, it reads the number above. If it has
+            // just received the last one, it does not, so move the number to the shared counter.
             if pod.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
-                let turned_away = pod.turned_away.swap(0, Ordering::AcqRel);
-                self.shared
-                    .turned_away
-                    .fetch_add(turned_away, Ordering::Relaxed);
+                let overflow = pod.overflow.swap(0, Ordering::AcqRel);
+                self.shared.overflow.fetch_add(overflow, Ordering::Relaxed);
             }
         } else if self.sender.try_send(message).is_err() {
             pod.waiting.fetch_sub(1, Ordering::AcqRel);
-            self.shared.turned_away.fetch_add(count, Ordering::Relaxed);
+            self.shared.overflow.fetch_add(count, Ordering::Relaxed);
         }
     }
 }
@@ -188,11 +187,11 @@ pub struct ReporterThread {
 }
 
 impl ReporterThread {
-    /// Writes everything that waits, and ends the thread. To be called when nothing reports any
-    /// more. Returns whether all was done before the patience with a blocked output ended.
+    /// Writes everything that is pending, and stops the thread. Call this when no thread reports any more.
+    /// Returns whether all was written before the time limit.
     pub fn close(self) -> bool {
         self.reporter.shared.closing.store(true, Ordering::Release);
-        // A full channel keeps the thread awake anyway.
+        // If the channel is full, the thread is awake anyway.
         _ = self.reporter.sender.try_send(Message::Wake);
         self.done.recv_timeout(CLOSE_PATIENCE).is_ok()
     }
@@ -202,7 +201,7 @@ fn run(messages: &Receiver<Message>, mut output: Output<impl Write>) {
     let mut folder = Folder::default();
     let mut next_tick = Instant::now() + TICK;
     loop {
-        // With nothing folded there is nothing to be late with.
+        // If nothing is pending, no line can be late.
         let wait = if folder.is_empty() {
             IDLE_TICK
         } else {
@@ -212,30 +211,30 @@ fn run(messages: &Receiver<Message>, mut output: Output<impl Write>) {
         let now = Instant::now();
         let ended = matches!(received, Err(RecvTimeoutError::Disconnected));
         if let Ok(message) = received {
-            take_in(&mut folder, now, message);
+            fold(&mut folder, now, message);
         }
         if ended || output.shared.closing.load(Ordering::Acquire) {
             while let Ok(message) = messages.try_recv() {
-                take_in(&mut folder, now, message);
+                fold(&mut folder, now, message);
             }
-            output.write_turned_away();
+            output.write_overflow();
             output.write(folder.flush());
             return;
         }
         if now >= next_tick {
-            output.write_turned_away();
+            output.write_overflow();
             output.write(folder.due(now));
             next_tick = now + TICK;
         }
     }
 }
 
-fn take_in(folder: &mut Folder, now: Instant, message: Message) {
+fn fold(folder: &mut Folder, now: Instant, message: Message) {
     if let Some(pod) = message.pod() {
         pod.waiting.fetch_sub(1, Ordering::AcqRel);
-        let turned_away = pod.turned_away.swap(0, Ordering::AcqRel);
-        if turned_away > 0 {
-            folder.add_lost(now, SystemTime::now(), pod, turned_away, REPORTER_BUSY);
+        let overflow = pod.overflow.swap(0, Ordering::AcqRel);
+        if overflow > 0 {
+            folder.add_lost(now, SystemTime::now(), pod, overflow, REPORTER_BUSY);
         }
     }
     match message {
@@ -250,7 +249,7 @@ fn take_in(folder: &mut Folder, now: Instant, message: Message) {
     }
 }
 
-/// Writes lines, and remembers what it could not write.
+/// Writes lines, and counts those that it could not write.
 struct Output<W> {
     out: W,
     listener: Option<Listener>,
@@ -258,15 +257,15 @@ struct Output<W> {
     unwritten: Option<Unwritten>,
 }
 
-/// Denials whose lines could not be written, since the last line that could.
+/// Denials whose lines could not be written since the last successful write.
 struct Unwritten {
     count: u64,
     since: SystemTime,
 }
 
 impl<W: Write> Output<W> {
-    fn write_turned_away(&mut self) {
-        let count = self.shared.turned_away.swap(0, Ordering::Relaxed);
+    fn write_overflow(&mut self) {
+        let count = self.shared.overflow.swap(0, Ordering::Relaxed);
         if count > 0 {
             let time = SystemTime::now();
             self.write(vec![Line::Lost {
@@ -296,7 +295,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Tells about earlier failures first, once writing works again.
+    /// Reports earlier failures first, once writing works again.
     fn write_unwritten(&mut self) -> io::Result<()> {
         let Some(Unwritten { count, since }) = &self.unwritten else {
             return Ok(());
@@ -307,14 +306,14 @@ impl<W: Write> Output<W> {
             why: OUTPUT_FAILED,
             time: *since,
         };
-        // The line that failed may have been written in part.
+        // The failed line may have been written in part.
         self.out.write_all(b"\n")?;
         self.write_line(&lost)?;
         self.unwritten = None;
         Ok(())
     }
 
-    /// Writes a line whole, in one call where the system takes it so.
+    /// Writes a complete line, in one call if the system accepts it.
     fn write_line(&mut self, line: &Line) -> io::Result<()> {
         let mut text = serde_json::to_string(line)?;
         text.push('\n');
@@ -329,7 +328,7 @@ impl<W: Write> Output<W> {
 
     fn failed(&mut self, count: u64, error: &io::Error) {
         if self.shared.failed_lines.fetch_add(1, Ordering::Relaxed) == 0 {
-            tracing::error!(%error, "denial lines cannot be written to standard output");
+            tracing::error!(%error, "cannot write denial lines to standard output; they are counted as lost");
         }
         let unwritten = self.unwritten.get_or_insert_with(|| Unwritten {
             count: 0,
@@ -381,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn closing_writes_what_waits() {
+    fn closing_writes_everything_that_is_pending() {
         let sink = Sink::default();
         let (reporter, thread) = Reporter::start(sink.clone(), None).unwrap();
         reporter.report(denied());
@@ -402,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_has_a_share_of_the_channel_and_what_is_over_it_is_counted() {
+    fn denials_over_a_pods_share_of_the_channel_are_counted() {
         let (sender, receiver) = mpsc::sync_channel(CHANNEL);
         let reporter = Reporter {
             sender,
@@ -450,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_channel_is_told_about_without_a_pod() {
+    fn a_full_channel_is_reported_without_a_pod() {
         let (sender, receiver) = mpsc::sync_channel(1);
         let reporter = Reporter {
             sender,
@@ -481,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_output_is_survived_and_told_about() {
+    fn the_reporter_continues_after_a_failed_output_and_reports_it() {
         let sink = Sink::failing(2);
         let shared = Arc::new(Shared::default());
         let mut output = Output {

@@ -1,4 +1,4 @@
-//! A denial in a few words, for people.
+//! A summary of a denial for people.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use super::{
     line::{ip, protocol_name},
 };
 
-/// What a pod tried: `tcp to 140.82.121.3:443 (github.com)`, `question for example.org (A)`.
+/// The denied attempt of a pod: `tcp to 140.82.121.3:443 (github.com)`, `query for example.org (A)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary<'a>(pub &'a Denied);
 
@@ -15,11 +15,11 @@ impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let denied = self.0;
         if let Some((name, record_type)) = &denied.dns {
-            return write!(f, "question for {name} ({record_type})");
+            return write!(f, "query for {name} ({record_type})");
         }
         match denied.protocol {
             Some(protocol) => f.write_str(&protocol_name(protocol))?,
-            None => return f.write_str("a packet that cannot be read"),
+            None => return f.write_str("a packet that cannot be parsed"),
         }
         if let Some(end) = denied.dst {
             let address = ip(end.address);
@@ -64,7 +64,7 @@ mod tests {
         };
         assert_eq!(
             Summary(&question).to_string(),
-            "question for evil.example (TXT)"
+            "query for evil.example (TXT)"
         );
         let unreadable = Denied {
             protocol: None,
@@ -73,7 +73,7 @@ mod tests {
         };
         assert_eq!(
             Summary(&unreadable).to_string(),
-            "a packet that cannot be read"
+            "a packet that cannot be parsed"
         );
     }
 }

@@ -1,12 +1,11 @@
-//! A bounded number of connections, of which nobody can keep others out.
+//! A bounded set of connections, in which no peer can keep others out.
 
 use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
 use tokio::task::AbortHandle;
 
-/// Open connections, the oldest first. Each ends by itself after a while; when there are too many, the
-/// oldest gives way, one of the same peer before others. So whoever holds connections open ends
-/// their own.
+/// Open connections, the oldest first. Each one ends after a time limit. When there are too many, the oldest
+/// is closed, preferably one of the same peer. So a peer that holds connections open loses only its own.
 pub(super) struct Connections {
     open: VecDeque<(Option<IpAddr>, AbortHandle)>,
     most: usize,
@@ -15,7 +14,7 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// At most this many, and this many of one peer, each for as long as `patience`.
+    /// At most `most` connections, at most `most_of_peer` of one peer, each for `patience` at most.
     pub(super) fn new(most: usize, most_of_peer: usize, patience: Duration) -> Self {
         Self {
             open: VecDeque::new(),
@@ -25,7 +24,7 @@ impl Connections {
         }
     }
 
-    /// Serves a connection until it ends or has to give way.
+    /// Serves a connection until it ends, times out or is evicted.
     pub(super) fn serve(
         &mut self,
         peer: Option<IpAddr>,
@@ -45,7 +44,7 @@ impl Connections {
         }
         let limited = tokio::time::timeout(self.patience, connection);
         let task = tokio::spawn(async move {
-            // What takes too long is ended; whoever asked sees it.
+            // A connection that takes too long is closed, which the client sees.
             let _ = limited.await;
         });
         self.open.push_back((peer, task.abort_handle()));

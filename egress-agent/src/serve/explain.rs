@@ -1,9 +1,9 @@
-//! Whether a pod may reach something, and by which entry, or for which reason, not.
+//! Explains whether a pod may reach a target, and which entry or reason decides.
 //!
-//! The decision is that of those who enforce: the pod's rules as the gate has them say whether a name
-//! may be asked for; the kernel's maps, read as `from_pod` reads them, and the function that it calls
-//! ([`super::reach`]) say what becomes of a new connection. The annotations are read once more only to
-//! say where it is written.
+//! The decision comes from the enforcing code. The pod's rules in the gate decide whether a name may be
+//! queried. The kernel's maps, read as `from_pod` reads them, and the function that it calls
+//! ([`super::reach`]) decide about a new connection. The annotations are read again only to find the place
+//! of an entry.
 
 mod grants;
 
@@ -23,7 +23,7 @@ use super::{
     protocol::{
         AddressExplained, Decision, EntryStatus, Explanation, PortsStatus, QuestionExplained,
     },
-    reach::{Ground, Ports, Reach, ground},
+    reach::{Ports, Reach},
     status::{find, mode_of, remaining},
 };
 use crate::{
@@ -34,20 +34,20 @@ use egress_dns::Name;
 use egress_policy::{
     Compiled, Mode, QuestionRule,
     annotations::PREFIX,
-    explain::{Entries, List, Spoken, Target, To},
+    explain::{Entries, EntryMatch, List, Target, To},
     prefix::from_mapped,
 };
 
-/// Most addresses of a name that are looked at.
+/// Most addresses of a name that are explained.
 const ADDRESSES: usize = 256;
-/// How often it is tried again when the policy changes meanwhile.
+/// How often an explanation starts again because the policy has changed.
 const ATTEMPTS: usize = 5;
 
-/// Explains what becomes of packets of a pod's to a target.
+/// Explains the verdict on packets of a pod to a target.
 ///
 /// # Errors
 ///
-/// When there is no such pod, the target cannot be read, or the maps cannot.
+/// When the pod does not exist, or the target or the maps cannot be read.
 pub(super) async fn explain(
     sources: &Sources,
     pod: &str,
@@ -77,12 +77,12 @@ pub(super) async fn explain(
             return Ok(explanation);
         };
         let policy = sources.view.policy(attached.policy);
-        // Otherwise the pod has a newer one by now.
+        // If it is gone, the pod has a newer policy by now.
         let Some(policy) = policy.map_err(|error| format!("{error:#}"))? else {
             tokio::task::yield_now().await;
             continue;
         };
-        let asking = Asking {
+        let inquiry = Inquiry {
             sources,
             attached,
             compiled,
@@ -97,8 +97,8 @@ pub(super) async fn explain(
             now_ns: boottime_ns(),
         };
         let explained = match &read.to {
-            To::Name(name) => asking.name(name, &mut explanation).await,
-            To::Address(address) => asking.to_address(address, &mut explanation).await,
+            To::Name(name) => inquiry.name(name, &mut explanation).await,
+            To::Address(address) => inquiry.to_address(address, &mut explanation).await,
         };
         explained.map_err(|error| format!("{error:#}"))?;
         if explanation.decision == Decision::Denied && state.mode == Mode::Audit {
@@ -106,33 +106,34 @@ pub(super) async fn explain(
         }
         return Ok(explanation);
     }
-    Err("the pod's policy changes too fast to be looked at; ask again".to_owned())
+    Err("the pod's policy changes too fast to be explained; try again".to_owned())
 }
 
 fn not_judged(state: &PodRecord, explanation: &mut Explanation) {
     if state.host_network {
-        "the pod is in the host's network: nothing is judged".clone_into(&mut explanation.because);
+        "the pod is in the host's network, where no packet is judged"
+            .clone_into(&mut explanation.because);
     } else if state.mode == Mode::Off {
         explanation.decision = Decision::Allowed;
-        "the mode is off: nothing is judged".clone_into(&mut explanation.because);
+        "the mode is off, so no packet is judged".clone_into(&mut explanation.because);
     } else {
-        "the pod should be enforced and is not yet".clone_into(&mut explanation.because);
+        "the pod should be enforced and is not enforced yet".clone_into(&mut explanation.because);
     }
 }
 
-/// The entries in effect; none when the annotations cannot be read.
+/// The entries in effect; `None` if the annotations cannot be read.
 fn entries(state: &PodRecord, node: &StatusSnapshot) -> Option<Entries> {
     let settings = node.settings.as_ref()?;
     Entries::read(&state.written.own, &state.written.namespace, settings).ok()
 }
 
-/// Whose lists lack an entry; nothing when the annotations cannot be read.
+/// The entries by the list that grants them; `None` if the annotations cannot be read.
 fn grants(state: &PodRecord, node: &StatusSnapshot) -> Option<Grants> {
     Grants::read(&state.written, node.settings.as_ref()?).ok()
 }
 
-/// What is asked, and who is asked.
-struct Asking<'a> {
+/// The pod and target of one explanation, with what is needed to judge it.
+struct Inquiry<'a> {
     sources: &'a Sources,
     attached: &'a Attached,
     compiled: &'a Compiled,
@@ -144,7 +145,7 @@ struct Asking<'a> {
     now_ns: u64,
 }
 
-impl Asking<'_> {
+impl Inquiry<'_> {
     async fn name(&self, name: &Name, explanation: &mut Explanation) -> anyhow::Result<()> {
         let question = self.question(name);
         let may_ask = question.allowed;
@@ -209,32 +210,33 @@ impl Asking<'_> {
         Ok(())
     }
 
-    /// What would become of an address that the name leads to and nothing else is said of.
+    /// Explains the verdict on an address that the name resolves to and that no other entry or range matches.
     fn not_resolved(&self, name: &Name, explanation: &mut Explanation) {
         let destination = Destination {
             learned: self.compiled.names.classes(name),
             ..Destination::default()
         };
         let reach = self.reach(&destination);
-        let spoken = self.spoken_of_name(name);
+        let matches = self.matches_of_name(name);
         if let Some((reason, _, ports)) = reach.denied {
             explanation.decision = Decision::Denied;
             explanation.reason = Some(reason.as_str().to_owned());
             explanation.because = match reason {
                 Reason::AddressNotLearned | Reason::NoRule => {
-                    "the name may be asked for, but no entry allows its addresses so".to_owned()
+                    "the name may be queried, but no entry allows its addresses with this protocol and port"
+                        .to_owned()
                 }
                 other => because_denied(other).to_owned(),
             };
-            explanation.entries = denying(&spoken, reason, ports);
+            explanation.entries = denying(&matches, reason, ports);
         } else {
             explanation.decision = Decision::Allowed;
             explanation.because = format!(
-                "{}; the pod has no live address of it now, and may reach those that its resolver \
-                 answers with, unless they are protected or denied themselves",
+                "{}; the pod has no live address of it now, and may reach the addresses in its resolver's \
+                 responses, unless they are protected or denied themselves",
                 self.because_open(&destination, &reach.open)
             );
-            explanation.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
+            explanation.entries = allowing(&destination, &self.tunnels, &matches, &reach.open);
         }
         explanation.ports = self.ports(&reach.open);
     }
@@ -257,24 +259,24 @@ impl Asking<'_> {
         Ok(())
     }
 
-    /// What becomes of a new connection to an address.
+    /// Explains the verdict on a new connection to an address.
     async fn address(&self, address: &Address) -> anyhow::Result<AddressExplained> {
         let view = &self.sources.view;
         let (destination, expires_ns) =
             view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
         let resolutions = self.resolutions(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
-        let mut spoken = self
+        let mut matches = self
             .entries
             .as_ref()
-            .map(|entries| entries.of_address(address))
+            .map(|entries| entries.matching_address(address))
             .unwrap_or_default();
         for resolved in &resolutions.names {
             if let Some(name) = &resolved.name {
                 names.push(name.to_string());
                 if resolved.listed {
-                    let of_name = self.spoken_of_name(name).into_iter();
-                    spoken.extend(of_name.filter(|spoken| spoken.of_name));
+                    let of_name = self.matches_of_name(name).into_iter();
+                    matches.extend(of_name.filter(|entry| entry.is_name));
                 }
             }
         }
@@ -291,7 +293,7 @@ impl Asking<'_> {
             ports: Vec::new(),
         };
         if self.is_asked(&view.range(address)?) {
-            "it is a resolver: its questions are judged by the names that they ask for"
+            "it is a resolver: queries to it are judged by the names in them"
                 .clone_into(&mut explained.because);
             return Ok(explained);
         }
@@ -301,54 +303,55 @@ impl Asking<'_> {
             explained.reason = Some(reason.as_str().to_owned());
             explained.because = match self.compiled.explain_deny(address, class) {
                 Some(text) if reason == Reason::DenyRule => {
-                    format!("the deny entry `{text}` names it")
+                    format!("the deny entry `{text}` matches it")
                 }
                 _ => because_denied(reason).to_owned(),
             };
-            explained.entries = denying(&spoken, reason, ports);
+            explained.entries = denying(&matches, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
             if explained.because == BY_ENTRY && resolutions.names.iter().any(|of| of.name.is_none())
             {
                 explained.because.push_str(
-                    "; an earlier agent learned the address, from a name that is not known any more",
+                    "; an earlier agent learned the address, from a name that was not kept",
                 );
             }
-            explained.entries = allowing(&destination, &self.tunnels, &spoken, &reach.open);
+            explained.entries = allowing(&destination, &self.tunnels, &matches, &reach.open);
         }
         explained.ports = self.ports(&reach.open);
         Ok(explained)
     }
 
-    /// Whether the name may be asked for.
+    /// Explains whether the name may be queried.
     fn question(&self, name: &Name) -> QuestionExplained {
         let names = &self.compiled.names;
-        let spoken = self.spoken_of_name(name);
+        let matches = self.matches_of_name(name);
         let of = |list: &[List]| {
-            let of = |spoken: &&Spoken| list.contains(&spoken.list);
-            statuses(spoken.iter().filter(of))
+            let of = |entry: &&EntryMatch| list.contains(&entry.list);
+            statuses(matches.iter().filter(of))
         };
         let walks = self.sources.gate.stats().walks_search_lists.get() != 0;
         match names.question(name, walks) {
             QuestionRule::Denied => QuestionExplained {
                 allowed: false,
                 because: match names.explain_denied(name) {
-                    Some(entry) => format!("the deny entry `{entry}` names it"),
-                    None => "a deny entry names it".to_owned(),
+                    Some(entry) => format!("the deny entry `{entry}` matches it"),
+                    None => "a deny entry matches it".to_owned(),
                 },
                 entries: statuses(
-                    spoken
+                    matches
                         .iter()
-                        .filter(|spoken| spoken.list == List::Deny && spoken.of_name),
+                        .filter(|entry| entry.list == List::Deny && entry.is_name),
                 ),
             },
             QuestionRule::NotListed => QuestionExplained {
                 allowed: false,
                 because: if walks && names.is_of_cluster(name) {
-                    "the resolver walks search lists, and no entry names what it would ask upstream"
+                    "the resolver walks search lists, and no entry matches the name that it would query \
+                     upstream"
                         .to_owned()
                 } else {
-                    "no entry names it, so it may not be asked for".to_owned()
+                    "no entry matches it, so it may not be queried".to_owned()
                 },
                 entries: Vec::new(),
             },
@@ -357,9 +360,9 @@ impl Asking<'_> {
                 QuestionExplained {
                     allowed: true,
                     because: if entries.is_empty() {
-                        "no entry is needed to ask for it".to_owned()
+                        "querying it needs no entry".to_owned()
                     } else {
-                        "an entry names it".to_owned()
+                        "an entry matches it".to_owned()
                     },
                     entries,
                 }
@@ -376,10 +379,10 @@ impl Asking<'_> {
         Ok(resolutions.unwrap_or_default())
     }
 
-    fn spoken_of_name(&self, name: &Name) -> Vec<Spoken> {
+    fn matches_of_name(&self, name: &Name) -> Vec<EntryMatch> {
         self.entries
             .as_ref()
-            .map(|entries| entries.of_name(name))
+            .map(|entries| entries.matching_name(name))
             .unwrap_or_default()
     }
 
@@ -393,14 +396,14 @@ impl Asking<'_> {
         )
     }
 
-    /// Whether packets to the target are questions to a resolver.
+    /// Whether packets to the target are queries to a resolver.
     fn is_asked(&self, range: &Range) -> bool {
         let port = self.target.port;
         port.is_some_and(|port| range.is_resolver_at(port))
             && matches!(self.target.protocol, Some(bits::TCP | bits::UDP))
     }
 
-    /// The ports that are open, where none was asked about.
+    /// The open ports, unless the target has a port.
     fn ports(&self, open: &[Ports]) -> Vec<PortsStatus> {
         if self.target.port.is_some() {
             return Vec::new();
@@ -409,16 +412,13 @@ impl Asking<'_> {
     }
 
     fn because_open(&self, destination: &Destination, open: &[Ports]) -> String {
-        let by_entry = |&ports: &Ports| {
-            let destination = ports.of(destination, &self.tunnels);
-            ground(self.policy, &destination, ports) == Ground::Entries
-        };
+        let by_entry = |ports: &Ports| ports.pass_by_entry(self.policy, destination, &self.tunnels);
         if open.iter().any(by_entry) {
             BY_ENTRY.to_owned()
         } else if destination.ranges & RANGE_INTERNAL != 0 {
-            "it is internal (ranges.internal), and those pass unless denied".to_owned()
+            "it is internal (ranges.internal), and internal addresses pass unless denied".to_owned()
         } else {
-            "there are only deny entries, and none names it".to_owned()
+            "the policy has only deny entries, and none matches it".to_owned()
         }
     }
 
@@ -445,7 +445,7 @@ impl Asking<'_> {
                 "remove the interface that cannot be enforced: see the problem".to_owned()
             }
             Some(Reason::Expired) => {
-                "its lifetime has ended: the program has to resolve the name again".to_owned()
+                "its TTL has expired: the program has to resolve the name again".to_owned()
             }
             Some(Reason::AddressNotLearned) if is_address => format!(
                 "entries with a name allow this port: the pod has to resolve that name with one of \
@@ -461,10 +461,11 @@ impl Asking<'_> {
                 add("it")
             ),
             Some(Reason::Protected) if !is_address => {
-                "a protected address is opened by its address alone, never by a name".to_owned()
+                "only an entry with its address opens a protected address, never a name".to_owned()
             }
             Some(Reason::Tunnel) if !is_address => {
-                "a tunnel to an internal address, or to the node, is opened by that address alone, never by a name"
+                "only an entry with its address opens a tunnel to an internal address or to the node, \
+                 never a name"
                     .to_owned()
             }
             _ => add(&entry),
@@ -472,7 +473,7 @@ impl Asking<'_> {
     }
 }
 
-const BY_ENTRY: &str = "an allow entry speaks of it";
+const BY_ENTRY: &str = "an allow entry matches it";
 
 fn deny_key() -> String {
     format!("{PREFIX}{}", List::Deny.as_str())
@@ -492,79 +493,80 @@ fn because_denied(reason: Reason) -> &'static str {
             "the annotations cannot be read, so everything external is denied"
         }
         Reason::UnenforcedInterface => {
-            "the pod has an interface that cannot be enforced, and is closed for it \
+            "the pod has an interface that cannot be enforced, and is therefore closed \
              (unenforcedInterfaces: refuse)"
         }
-        Reason::Protected => "it is protected, and no entry names it as an address",
+        Reason::Protected => "it is protected, and no entry matches it by address",
         Reason::Tunnel => {
-            "it is a tunnel (ranges.tunnels) to an internal address or to the node, and no entry names \
-             that as an address"
+            "it is a tunnel (ranges.tunnels) to an internal address or to the node, and no entry matches \
+             it by address"
         }
-        Reason::Expired => "the lifetime of what the pod resolved has ended",
+        Reason::Expired => "the TTL of the name that the pod resolved has expired",
         Reason::PortNotAllowed => "entries allow it, but not with this protocol and port",
         Reason::AddressNotLearned => {
             "an entry with a name allows this protocol and port, but the pod has not resolved the \
              address"
         }
-        Reason::DenyRule => "a deny entry names it",
+        Reason::DenyRule => "a deny entry matches it",
         Reason::InternalAnswer => {
-            "an entry with a name allows it, but the address is internal and the name may not lead to \
+            "an entry with a name allows it, but the address is internal and the name may not resolve to \
              internal addresses (dns.internalAnswers)"
         }
         Reason::DnsElsewhere => {
-            "it is a DNS server and no resolver, and the policy speaks of names: only an entry with its \
+            "it is a DNS server that is not a resolver, and the policy has names: only an entry with its \
              address opens it"
         }
-        _ => "no entry speaks of it",
+        _ => "no entry matches it",
     }
 }
 
-/// The entries that let something pass.
+/// The entries that allow the open ports.
 fn allowing(
     destination: &Destination,
     tunnels: &[TunnelKey],
-    spoken: &[Spoken],
+    matches: &[EntryMatch],
     open: &[Ports],
 ) -> Vec<EntryStatus> {
     let needs_address = |ports: &Ports| ports.of(destination, tunnels).needs_address_entry();
     let by_address = !open.is_empty() && open.iter().all(needs_address);
-    let counts = |spoken: &&Spoken| {
-        spoken.list == List::Allow
-            && !(spoken.of_name && (destination.expired != 0 || by_address))
-            && !(spoken.of_all && by_address)
+    let counts = |entry: &&EntryMatch| {
+        entry.list == List::Allow
+            && !(entry.is_name && (destination.expired != 0 || by_address))
+            && !(entry.is_any && by_address)
             && open
                 .iter()
-                .any(|&ports| spoken.holds_some(ports.protocol, ports.first..=ports.last))
+                .any(|&ports| entry.covers_any_port(ports.protocol, ports.first..=ports.last))
     };
-    statuses(spoken.iter().filter(counts))
+    statuses(matches.iter().filter(counts))
 }
 
-/// The entries that speak of what is denied.
-fn denying(spoken: &[Spoken], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
-    let counts = |spoken: &&Spoken| match reason {
+/// The entries that concern the denied packets.
+fn denying(matches: &[EntryMatch], reason: Reason, ports: Ports) -> Vec<EntryStatus> {
+    let counts = |entry: &&EntryMatch| match reason {
         Reason::DenyRule => {
-            spoken.list == List::Deny && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+            entry.list == List::Deny
+                && entry.covers_any_port(ports.protocol, ports.first..=ports.last)
         }
-        Reason::PortNotAllowed => spoken.list == List::Allow,
+        Reason::PortNotAllowed => entry.list == List::Allow,
         Reason::Expired | Reason::InternalAnswer => {
-            spoken.list == List::Allow
-                && spoken.of_name
-                && spoken.holds_some(ports.protocol, ports.first..=ports.last)
+            entry.list == List::Allow
+                && entry.is_name
+                && entry.covers_any_port(ports.protocol, ports.first..=ports.last)
         }
         _ => false,
     };
-    statuses(spoken.iter().filter(counts))
+    statuses(matches.iter().filter(counts))
 }
 
-fn statuses<'a>(spoken: impl Iterator<Item = &'a Spoken>) -> Vec<EntryStatus> {
+fn statuses<'a>(matches: impl Iterator<Item = &'a EntryMatch>) -> Vec<EntryStatus> {
     let mut statuses: Vec<EntryStatus> = Vec::new();
-    for spoken in spoken {
+    for entry in matches {
         let status = EntryStatus {
-            of: spoken.origin.to_string(),
-            annotation: format!("{PREFIX}{}", spoken.list.as_str()),
-            entry: spoken.text.clone(),
-            line: spoken.at.line,
-            column: spoken.at.column,
+            of: entry.origin.to_string(),
+            annotation: format!("{PREFIX}{}", entry.list.as_str()),
+            entry: entry.text.clone(),
+            line: entry.at.line,
+            column: entry.at.column,
         };
         if !statuses.contains(&status) {
             statuses.push(status);

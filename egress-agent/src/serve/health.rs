@@ -1,29 +1,29 @@
-//! Whether the agent is well, and whether it is ready.
+//! The agent's health and readiness.
 
 use std::time::Duration;
 
 use super::Sources;
 use crate::datapath::boottime_ns;
 
-/// How long looking at everything once may take; when very many pods come together it takes seconds.
+/// How long a reconcile may take; when very many pods start together it takes seconds.
 const RECONCILE_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a thread may be busy with one thing.
+/// How long a thread may be busy with one task.
 const THREAD_PATIENCE: Duration = Duration::from_secs(10);
-/// Pods that are named; the rest are counted.
+/// Pods that are named; the rest are only counted.
 const NAMED: usize = 20;
 
-/// What is wrong with the agent, such that starting it again may help.
+/// The agent's failures that a restart may repair.
 pub(super) fn unwell(sources: &Sources) -> Vec<String> {
     let published = &sources.published;
     let gate_ago =
         Duration::from_nanos(boottime_ns().saturating_sub(sources.gate.stats().ticked_ns.get()));
     [
         (
-            "pods were last compared with what is enforced",
+            "the last reconcile ended",
             Some(published.reconciled_ago()),
             RECONCILE_PATIENCE,
         ),
-        ("the gate was last at work", Some(gate_ago), THREAD_PATIENCE),
+        ("the gate was last active", Some(gate_ago), THREAD_PATIENCE),
         (
             "denials were last read",
             published.denials_read_ago(),
@@ -39,16 +39,19 @@ pub(super) fn unwell(sources: &Sources) -> Vec<String> {
     .collect()
 }
 
-/// What is missing before every pod of the node is enforced that should be.
+/// The reasons why a pod that should be enforced is not.
 pub(super) fn unready(sources: &Sources) -> Vec<String> {
     let published = &sources.published;
     let mut missing = Vec::new();
     if published.last_reconciled().is_none() {
-        missing.push("pods have not been looked at yet".to_owned());
+        missing.push("no reconcile has ended yet".to_owned());
     }
     let node = published.snapshot();
     if node.incomplete {
-        missing.push("there may be more pods: their source cannot be read in full yet".to_owned());
+        missing.push(
+            "there may be more pods: the source of pods could not be read completely yet"
+                .to_owned(),
+        );
     }
     let mut pods = node.pods.iter().filter(|(_, pod)| pod.is_missing());
     for (subject, pod) in pods.by_ref().take(NAMED) {

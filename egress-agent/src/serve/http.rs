@@ -1,5 +1,5 @@
-//! `/healthz`, `/readyz` and `/metrics`. Anyone on the node's network may connect, so everything is
-//! bounded: connections, their time, what they send.
+//! `/healthz`, `/readyz` and `/metrics`. Anyone on the node's network may connect, so the number of
+//! connections, their duration and their requests are bounded.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,12 +20,12 @@ use tokio::net::TcpListener;
 
 use super::{Sources, Tried, connections::Connections, health, listen, metrics};
 
-/// Most connections at once, and most from one address.
+/// Most connections at a time, and most from one address.
 const CONNECTIONS: usize = 64;
 const CONNECTIONS_OF_PEER: usize = 16;
-/// How long a request's head may take.
+/// How long a client may take to send a request's head.
 const HEAD_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a connection may take in all.
+/// How long a connection may last.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Most headers of a request, and most bytes of its head.
 const HEADERS: usize = 64;

@@ -1,4 +1,4 @@
-//! `/metrics`; `docs/metrics.md` says what each is for.
+//! `/metrics`; `docs/metrics.md` describes each metric.
 #![expect(
     clippy::cast_precision_loss,
     reason = "metrics are floating-point numbers"
@@ -25,10 +25,10 @@ use crate::{
     report::log,
 };
 
-/// The type of the text.
+/// The content type of the text.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Everything, as text.
+/// All metrics as text.
 pub(super) fn text(sources: &Arc<Sources>) -> Result<String> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Scrape {
@@ -97,14 +97,14 @@ impl Scrape {
         }
         page.gauges(
             "egress_agent_pods",
-            "Pods of the node by what is done with them",
+            "Pods of the node by mode or state",
             modes
                 .into_iter()
                 .map(|(mode, count)| (vec![("mode", mode.to_owned())], count)),
         )?;
         page.gauge(
             "egress_agent_pods_bypassed",
-            "Pods whose packets may pass unjudged, because another program takes them first",
+            "Pods whose packets may pass unjudged, because another program processes them first",
             node.pods.values().filter(|pod| pod.is_bypassed()).count() as u64,
         )?;
         page.gauge(
@@ -125,7 +125,7 @@ impl Scrape {
         )?;
         page.gauge(
             "egress_agent_slow_pods",
-            "Pods that take frames slowly, so that threads of their own send to them",
+            "Pods that receive frames slowly, so that threads of their own send to them",
             stats.slow_pods.get(),
         )?;
         let room = f64::from(self.sources.addresses_per_pod);
@@ -137,7 +137,7 @@ impl Scrape {
         )?;
         page.gauge(
             "egress_agent_flows",
-            "Flows that are remembered of all pods, at the last look at each",
+            "Tracked flows of all pods, at the last count of each pod",
             self.sources.published.flows() as u64,
         )
     }
@@ -181,7 +181,7 @@ impl Scrape {
     }
 
     fn packets(&self, page: &mut Page<'_>) -> Result<(), Error> {
-        // Taking the record apart makes forgetting a counter an error.
+        // Destructuring the record makes a missing counter a compile error.
         let Counters {
             passed_packets,
             passed_bytes,
@@ -205,7 +205,7 @@ impl Scrape {
         let direction = |direction: &str| vec![("direction", direction.to_owned())];
         page.counters(
             "egress_agent_dns_held",
-            "DNS messages given to the agent by the kernel; over TCP, segments",
+            "DNS messages that the kernel passed to the agent; over TCP, segments",
             [
                 (direction("question"), held_questions),
                 (direction("answer"), held_answers),
@@ -227,7 +227,7 @@ impl Scrape {
         )?;
         page.counters(
             "egress_agent_denial_records_lost",
-            "Denials without a record, in the kernel",
+            "Denials for which the kernel made no record",
             [
                 (why("over_pod_share"), denials_limited),
                 (why("ring_full"), denials_lost),
@@ -236,7 +236,7 @@ impl Scrape {
         let evicted_by_agent = self.sources.published.flows_evicted.get();
         page.counters(
             "egress_agent_flows_evicted",
-            "Flows that gave way to others of their pod",
+            "Flows that were evicted in favour of others of their pod",
             [
                 (why("not_established"), openings_evicted),
                 (why("over_pod_share"), flows_evicted + evicted_by_agent),
@@ -259,7 +259,7 @@ impl Scrape {
                 "Packets dropped, in either direction, other than held DNS messages",
                 denied_packets,
             ),
-            ("denied_bytes", "Bytes of them", denied_bytes),
+            ("denied_bytes", "Bytes of dropped packets", denied_bytes),
             (
                 "audited_packets",
                 "Packets that passed in audit mode and would have been denied",
@@ -277,12 +277,12 @@ impl Scrape {
             ),
             (
                 "destinations_evicted",
-                "Addresses and ports to which a pod has connected and that gave way to others",
+                "Evicted destinations: addresses and ports to which a pod has connected",
                 self.sources.published.destinations_evicted.get(),
             ),
             (
                 "no_policy_packets",
-                "Packets on an interface that is under no policy yet, or no more",
+                "Packets on an interface that has no policy yet, or no longer has one",
                 no_policy,
             ),
         ] {
@@ -295,28 +295,28 @@ impl Scrape {
         let published = &self.sources.published;
         page.histogram(
             "egress_agent_reconcile",
-            "How long comparing all pods with what is enforced, and changing it, took",
+            "Duration of reconciles",
             &published.reconciles,
         )?;
         page.unit_gauge(
             "egress_agent_last_reconcile_timestamp",
-            "When all pods were last compared with what is enforced",
+            "When the last reconcile ended",
             Some(&Unit::Seconds),
             published.last_reconciled().map_or(0.0, unix),
         )?;
         page.counter(
             "egress_agent_hooks_moved",
-            "Times that a program was put in front of another one again",
+            "Times that a program was moved back in front of another one",
             published.hooks_moved.get(),
         )?;
         page.counter(
             "egress_agent_stamp_tables_restored",
-            "Times that a table of nf_tables was put back that somebody had removed or changed",
+            "Times that a removed or changed table of nf_tables was restored",
             published.stamp_tables_restored.get(),
         )?;
         page.counter(
             "egress_agent_probes_missed",
-            "Probes that have not come to the programs of their interface",
+            "Probes that did not reach the programs of their interface",
             published.probes_missed.get(),
         )?;
         match &published.snapshot().cluster {
@@ -336,7 +336,7 @@ fn follow(page: &mut Page<'_>, cluster: &ClusterState) -> Result<(), Error> {
     )?;
     page.counters(
         "egress_agent_watch_restarts",
-        "Watches of the API server that had to begin again",
+        "Watches of the API server that started again with a list",
         watches
             .iter()
             .map(|watch| labelled(watch.of, watch.restarts)),
@@ -353,7 +353,7 @@ fn follow(page: &mut Page<'_>, cluster: &ClusterState) -> Result<(), Error> {
     )?;
     page.counter(
         "egress_agent_events_lost",
-        "Events that were too many, or that the API server did not take",
+        "Events that exceeded the limit or were rejected by the API server",
         cluster.events_lost,
     )
 }
@@ -384,12 +384,12 @@ fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
         });
     page.counters(
         "egress_agent_dns_messages",
-        "DNS messages by what became of them",
+        "DNS messages by outcome",
         series,
     )?;
     page.histogram(
         "egress_agent_dns_hold",
-        "Time between the kernel's taking a DNS message and its being put back or answered",
+        "Time from the kernel taking a DNS message to its delivery or refusal",
         &stats.hold,
     )?;
     for (name, help, value) in [

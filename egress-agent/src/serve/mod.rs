@@ -1,9 +1,9 @@
-//! What the agent answers about itself: `/healthz`, `/readyz` and `/metrics` over HTTP, and
+//! The agent's interfaces for operators: `/healthz`, `/readyz` and `/metrics` over HTTP, and
 //! `egress-agent status` and `explain` over a Unix socket.
 //!
-//! All of it runs on a thread of its own. It reads what control has [`Published`], what the gate
-//! counts, and the kernel's maps; it asks the gate for what a pod has learned, a bounded piece at a
-//! time; and nothing waits for it.
+//! They run on one thread of their own. It reads the state that control has [`Published`], the
+//! gate's counters and the kernel's maps. It requests a pod's resolutions from the gate in bounded pieces.
+//! Nothing waits for this thread.
 
 mod connections;
 mod explain;
@@ -34,7 +34,6 @@ pub use published::{
     Attached, ClusterState, Existing, PodRecord, PodsById, Published, StatusSnapshot, WatchState,
     Written,
 };
-pub use socket::DEFAULT_PATH;
 pub use standby::stand_by;
 
 use crate::{
@@ -44,31 +43,31 @@ use crate::{
     report::Reporter,
 };
 
-/// How long to wait before listening is tried again.
+/// How long to wait before the next attempt to listen.
 const RETRY_EVERY: Duration = Duration::from_secs(5);
-/// How long to wait for the first attempt, which takes no time unless the machine has none.
+/// How long to wait for the first attempt to listen, which takes no time unless the machine is overloaded.
 const FIRST_ATTEMPT: Duration = Duration::from_secs(5);
 
-/// Dropped when listening has been tried once.
+/// Dropped after the first attempt to listen.
 type Tried = mpsc::Sender<()>;
 
-/// Where answers come from.
+/// The sources of all responses.
 pub struct Sources {
     /// The node's name.
     pub node: String,
     /// How programs are attached.
     pub hook: &'static str,
-    /// Most addresses in one allow map.
+    /// The maximum number of addresses in one allow map.
     pub addresses_per_pod: u32,
-    /// What control knows.
+    /// The state that control publishes.
     pub published: Arc<Published>,
-    /// What pods have learned.
+    /// The resolutions of pods.
     pub gate: Gate,
-    /// What could not be told.
+    /// The counters of unreported denials.
     pub reporter: Reporter,
     /// The kernel's counters.
     pub counters: CounterMap,
-    /// What verdicts are made of.
+    /// The kernel's maps that verdicts depend on.
     pub view: View,
 }
 
@@ -79,7 +78,7 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Starts answering. What cannot be listened on is said, and tried again and again.
+    /// Starts serving. An address that cannot be listened on is reported and retried.
     ///
     /// # Errors
     ///
@@ -89,7 +88,7 @@ impl Serving {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .context("cannot start the runtime that answers questions about the agent")?;
+            .context("cannot start the runtime that serves status, explain and metrics")?;
         let (http, socket) = (config.http, config.socket.clone());
         let (tried, all_tried) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -98,8 +97,9 @@ impl Serving {
                 let sources = Arc::new(sources);
                 runtime.block_on(run(http, socket, sources, tried, stopped));
             })
-            .context("cannot start the thread that answers questions about the agent")?;
-        // Whoever is told that the agent is ready may ask it. Each sender goes with its first attempt.
+            .context("cannot start the thread that serves status, explain and metrics")?;
+        // A client that learns that the agent is ready may send requests at once, so wait until listening has
+        // been tried. Each sender is dropped after its first attempt.
         let _ = all_tried.recv_timeout(FIRST_ATTEMPT);
         Ok(Self { stop, thread })
     }
@@ -108,7 +108,7 @@ impl Serving {
     pub fn stop(self) {
         let _ = self.stop.send(());
         if self.thread.join().is_err() {
-            tracing::error!("the thread that answers questions about the agent has panicked");
+            tracing::error!("the thread that serves status, explain and metrics has panicked");
         }
     }
 }
@@ -131,21 +131,21 @@ async fn run(
         }
     };
     tokio::select! {
-        // When the sender is gone the agent is ending too.
+        // If the sender is dropped, the agent is ending too.
         _ = stopped => {}
         () = answer_http => {}
         () = socket::serve(&socket, Arc::clone(&sources), tried) => {}
     }
 }
 
-/// Listens, and tries again for as long as that fails. Says when it begins and when it ends to fail.
+/// Listens, and retries until that succeeds. Logs each new failure and the success.
 async fn listen<T>(
     at: &str,
     what: &str,
     tried: Tried,
     mut bind: impl AsyncFnMut() -> Result<T>,
 ) -> T {
-    let mut said = None;
+    let mut last_error = None;
     let mut tried = Some(tried);
     loop {
         let bound = bind().await;
@@ -157,13 +157,13 @@ async fn listen<T>(
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                if said.as_ref() != Some(&error) {
+                if last_error.as_ref() != Some(&error) {
                     tracing::error!(
                         %at,
                         %error,
-                        "cannot serve {what}; pods are enforced all the same, and it is tried again"
+                        "cannot serve {what}; enforcement continues, and the agent tries again"
                     );
-                    said = Some(error);
+                    last_error = Some(error);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Writing metrics in the `OpenMetrics` text format.
+//! Writes metrics in the `OpenMetrics` text format.
 #![expect(
     clippy::cast_precision_loss,
     reason = "metrics are floating-point numbers"
@@ -17,18 +17,18 @@ use crate::report::Histogram;
 /// Labels of one series.
 pub(super) type Labels = Vec<(&'static str, String)>;
 
-/// The text as it grows.
+/// The text under construction.
 pub(super) struct Page<'a>(pub(super) DescriptorEncoder<'a>);
 
 impl Page<'_> {
-    /// A number that only grows; its name ends in `_total`, which is not written here.
+    /// A counter; its name gets the suffix `_total`, which is not part of `name`.
     pub(super) fn counter(&mut self, name: &str, help: &str, value: u64) -> Result<(), Error> {
         self.0
             .encode_descriptor(name, help, None, MetricType::Counter)?
             .encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 
-    /// As [`Self::counter`], one for each set of labels.
+    /// A counter with one series for each set of labels.
     pub(super) fn counters(
         &mut self,
         name: &str,
@@ -46,7 +46,7 @@ impl Page<'_> {
         Ok(())
     }
 
-    /// Seconds that only grow.
+    /// A counter of seconds.
     pub(super) fn seconds_counter(
         &mut self,
         name: &str,
@@ -58,12 +58,12 @@ impl Page<'_> {
             .encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 
-    /// A number that is as it is.
+    /// A gauge.
     pub(super) fn gauge(&mut self, name: &str, help: &str, value: u64) -> Result<(), Error> {
         self.unit_gauge(name, help, None, value as f64)
     }
 
-    /// As [`Self::gauge`], with a unit that its name ends in and that is not written here.
+    /// A gauge with a unit, which becomes the suffix of its name and is not part of `name`.
     pub(super) fn unit_gauge(
         &mut self,
         name: &str,
@@ -76,7 +76,7 @@ impl Page<'_> {
             .encode_gauge(&value)
     }
 
-    /// As [`Self::gauge`], one for each set of labels.
+    /// A gauge with one series for each set of labels.
     pub(super) fn gauges(
         &mut self,
         name: &str,
@@ -92,7 +92,7 @@ impl Page<'_> {
         Ok(())
     }
 
-    /// How often something took how long; its name ends in `_seconds`, which is not written here.
+    /// A histogram of durations; its name gets the suffix `_seconds`, which is not part of `name`.
     pub(super) fn histogram<const N: usize>(
         &mut self,
         name: &str,
@@ -109,7 +109,7 @@ impl Page<'_> {
             .encode_histogram::<NoLabelSet>(seconds(histogram.sum_ns()), count, &buckets, None)
     }
 
-    /// Facts in labels; the name ends in `_info`, which is not written here.
+    /// Facts as labels; the name gets the suffix `_info`, which is not part of `name`.
     pub(super) fn info(&mut self, name: &str, help: &str, labels: &Labels) -> Result<(), Error> {
         self.0
             .encode_descriptor(name, help, None, MetricType::Info)?

@@ -1,4 +1,4 @@
-//! What the agent uses of the machine, from `/proc/self`.
+//! The agent's resource usage, from `/proc/self`.
 #![expect(
     clippy::cast_precision_loss,
     reason = "metrics are floating-point numbers"
@@ -8,7 +8,7 @@ use std::fs;
 
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
 
-/// What the agent uses. What cannot be read is 0.
+/// The agent's resource usage. A value that cannot be read is 0.
 #[derive(Debug, Default)]
 pub(super) struct Usage {
     /// Memory, in bytes.
@@ -17,7 +17,7 @@ pub(super) struct Usage {
     pub(super) cpu: f64,
     /// Open files.
     pub(super) files: u64,
-    /// How many files may be open.
+    /// The limit of open files.
     pub(super) files_max: u64,
 }
 
@@ -33,7 +33,7 @@ impl Usage {
         Self {
             resident: resident(&status).unwrap_or(0),
             cpu,
-            // The one that reads the directory is not counted.
+            // The descriptor that reads the directory is not counted.
             files: fs::read_dir("/proc/self/fd")
                 .map_or(0, |files| (files.count() as u64).saturating_sub(1)),
             files_max: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(now, _)| now),
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_uses_something() {
+    fn the_usage_of_this_process_is_plausible() {
         let usage = Usage::now();
         assert!(usage.resident > 1 << 20, "{usage:?}");
         assert!(usage.cpu >= 0.0 && usage.files >= 3 && usage.files_max >= usage.files);

@@ -1,4 +1,4 @@
-//! What is said on the Unix socket: one line of JSON each way, then the connection ends.
+//! The protocol of the Unix socket: one line of JSON each way, then the connection ends.
 //!
 //! `docs/status.md` describes the documents for those who read them with `--json`.
 
@@ -12,7 +12,7 @@ pub const REQUEST_MAX: usize = 8 * 1024;
 /// Longest response, in bytes.
 pub const RESPONSE_MAX: u64 = 64 << 20;
 
-/// A question about the agent.
+/// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
@@ -20,7 +20,7 @@ pub enum Request {
     Status {
         /// `namespace/pod`.
         pod: Option<String>,
-        /// Whether resolved names are wanted too.
+        /// Whether to include resolved names.
         names: bool,
     },
     /// Whether a pod may reach something, and why.
@@ -34,21 +34,21 @@ pub enum Request {
     Ready,
 }
 
-/// The answer.
+/// The agent's response.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// To [`Request::Status`].
+    /// The response to [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::Explain`].
+    /// The response to [`Request::Explain`].
     Explanation(Box<Explanation>),
-    /// To [`Request::Ready`]: what is missing.
+    /// The response to [`Request::Ready`]: the missing prerequisites.
     Ready(Vec<String>),
-    /// There is none; this is why.
+    /// The reason why there is no response.
     Error(String),
 }
 
-/// What `status` says.
+/// The output of `status`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct Status {
@@ -57,7 +57,7 @@ pub struct Status {
     pub problems: Vec<ProblemStatus>,
     pub losses: BTreeMap<String, u64>,
     pub pods: Vec<PodStatus>,
-    /// Pods whose names are left out, because there are too many in all.
+    /// How many pods lack their names, because there are too many names in all.
     pub names_left_out_of: usize,
 }
 
@@ -99,7 +99,7 @@ pub struct ResolverStatus {
     pub source: String,
 }
 
-/// Something that is wrong with no single pod.
+/// A problem that belongs to no single pod.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct ProblemStatus {
@@ -128,7 +128,7 @@ pub struct PodStatus {
     pub last_denial: Option<Value>,
     pub problem: Option<String>,
     pub resolved: Option<Vec<ResolvedStatus>>,
-    /// Addresses that are not among `resolved`, because there are too many.
+    /// How many addresses are not in `resolved`, because there are too many.
     pub resolved_left_out: usize,
 }
 
@@ -158,7 +158,7 @@ pub struct ResolvedStatus {
     pub addresses: Vec<AddressStatus>,
 }
 
-/// An address that a name led to.
+/// An address that a name resolved to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct AddressStatus {
@@ -166,21 +166,21 @@ pub struct AddressStatus {
     pub remaining_seconds: u64,
 }
 
-/// What is done with packets.
+/// The verdict on packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decision {
     /// They pass.
     Allowed,
-    /// They do not.
+    /// They are dropped.
     Denied,
-    /// They pass, and would not in enforce mode.
+    /// They pass, and would be dropped in enforce mode.
     WouldDeny,
-    /// Nobody judges them: the pod is not enforced, though it should be.
+    /// They are not judged: the pod should be enforced and is not.
     Unknown,
 }
 
-/// What `explain` says.
+/// The output of `explain`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct Explanation {
@@ -219,7 +219,7 @@ pub struct PortsStatus {
     pub last: Option<u16>,
 }
 
-/// Whether a name may be asked for.
+/// Whether a name may be queried.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct QuestionExplained {
@@ -228,7 +228,7 @@ pub struct QuestionExplained {
     pub entries: Vec<EntryStatus>,
 }
 
-/// An address and what becomes of packets to it.
+/// An address and the verdict on packets to it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/status.md describes each field")]
 pub struct AddressExplained {

@@ -32,10 +32,10 @@ const RECONCILE_BOUNDS: [u64; 10] = [
     30_000_000_000,
 ];
 
-/// Most namespaces whose denials are remembered after their last pod has gone.
+/// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
 
-/// The annotations that a policy was made of.
+/// The annotations that a policy was compiled from.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The pod's own.
@@ -44,7 +44,7 @@ pub struct Written {
     pub namespace: Annotations,
 }
 
-/// How a pod is enforced.
+/// The enforcement of one pod.
 #[derive(Clone, Debug)]
 pub struct Attached {
     /// Its id in the maps.
@@ -53,11 +53,11 @@ pub struct Attached {
     pub policy: u32,
     /// How many versions of its policy this agent has applied.
     pub version: u64,
-    /// Since when this version holds.
+    /// When this version was applied.
     pub since: SystemTime,
     /// Its interfaces.
     pub interfaces: Vec<u32>,
-    /// Whether what they carry may not be judged all the same.
+    /// Whether its packets may pass unjudged although the programs are attached.
     pub bypassed: bool,
 }
 
@@ -66,54 +66,54 @@ pub struct Attached {
 pub struct PodRecord {
     /// Its UID.
     pub uid: String,
-    /// The mode it is under, or should be under.
+    /// The mode that applies, or should apply.
     pub mode: Mode,
     /// Whether it is in the host's network, where it is not enforced.
     pub host_network: bool,
-    /// Whether it stands for an interface whose pod is not known yet.
+    /// Whether this entry is for an interface whose pod is not known yet.
     pub quarantined: bool,
-    /// Who it is for denial lines, and its denials; none of a pod that is not in the kernel.
+    /// Its identity and its denial counters; `None` for a pod that is not in the kernel.
     pub identity: Option<Arc<PodIdentity>>,
-    /// How it is enforced, if it is.
+    /// How it is enforced; `None` if it is not.
     pub attached: Option<Attached>,
-    /// The policy in force, or that should be; none of a pod whose annotations were not looked at.
+    /// The policy in force, or that should be; `None` if the pod's annotations were not read.
     pub compiled: Option<Arc<Compiled>>,
-    /// Where the policy is written.
+    /// The annotations of the policy.
     pub written: Arc<Written>,
     /// Whether its annotations cannot be read.
     pub unreadable: bool,
-    /// Its interfaces that cannot be enforced, beside those that are.
+    /// Its interfaces that cannot be enforced, beside the enforced ones.
     pub exits: Arc<Exits>,
-    /// What is wrong.
+    /// The pod's problem, for status and readiness.
     pub problem: Option<String>,
 }
 
 impl PodRecord {
-    /// Whether it is to be enforced and is not.
+    /// Whether it should be enforced and is not.
     pub fn is_waiting(&self) -> bool {
         self.attached.is_none() && self.mode != Mode::Off && !self.host_network
     }
 
-    /// Whether it is attached to, and its packets may pass unjudged all the same.
+    /// Whether the programs are attached and its packets may still pass unjudged.
     pub fn is_bypassed(&self) -> bool {
         let attached = self.attached.as_ref();
         attached.is_some_and(|attached| attached.bypassed)
     }
 
-    /// Whether something is wrong with that: a pod that has only just come is not missing yet.
+    /// Whether it is not enforced because of a problem. A pod that has only just started has no problem yet.
     pub fn is_missing(&self) -> bool {
         (self.is_waiting() || self.is_bypassed()) && self.problem.is_some()
     }
 }
 
-/// How many connections went on that pods had open before they were enforced.
+/// How many connections from before the enforcement of their pods were kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Existing {
-    /// Those that others had opened.
+    /// Connections that peers had opened.
     pub inbound: u64,
-    /// Those of which the pod alone says that others had opened them. They were judged.
+    /// Connections that peers had opened according to the pod alone. They were judged.
     pub unconfirmed: u64,
-    /// Those that pods had opened, with `existingConnections: trust`.
+    /// Connections that pods had opened, with `existingConnections: trust`.
     pub trusted: u64,
 }
 
@@ -125,25 +125,25 @@ impl std::ops::AddAssign for Existing {
     }
 }
 
-/// How following the cluster goes.
+/// The state of the connection to the API server.
 #[derive(Clone, Debug)]
 pub struct ClusterState {
-    /// Whether the API server answers, as far as is known.
+    /// Whether the API server answers, as far as the agent knows.
     pub reachable: bool,
     /// Its watches.
     pub watches: Vec<WatchState>,
-    /// Events that were written.
+    /// How many events were written.
     pub events_sent: u64,
-    /// Events that were too many, or that the API server did not take.
+    /// How many events exceeded the limit or were rejected by the API server.
     pub events_lost: u64,
 }
 
-/// How one watch does.
+/// The state of one watch.
 #[derive(Clone, Debug)]
 pub struct WatchState {
-    /// What it follows.
+    /// The kind of objects it follows.
     pub of: &'static str,
-    /// How often it began again with a list.
+    /// How often it started again with a list.
     pub restarts: u64,
     /// How often a list or watch failed.
     pub errors: u64,
@@ -154,43 +154,43 @@ pub struct WatchState {
 pub struct StatusSnapshot {
     /// Its pods and its interfaces in quarantine.
     pub pods: BTreeMap<Subject, Arc<PodRecord>>,
-    /// Its resolvers, each with where it was found.
+    /// Its resolvers, each with the source that named it.
     pub resolvers: BTreeMap<Resolver, String>,
-    /// What is wrong with no single pod: where, and what.
+    /// Problems that belong to no single pod: subject and text.
     pub problems: BTreeMap<String, String>,
-    /// Whether there may be more pods, because the source could not be read in full.
+    /// Whether there may be more pods, because the source could not be read completely.
     pub incomplete: bool,
-    /// How following the cluster goes; `None` without one.
+    /// The connection to the API server; `None` without a cluster.
     pub cluster: Option<ClusterState>,
-    /// How many connections from before went on.
+    /// How many connections from before the enforcement were kept.
     pub existing: Existing,
-    /// Whether those that pods had opened before this agent's start went on.
+    /// Whether connections that pods had opened before the start of this agent were trusted.
     pub trusted: bool,
-    /// The reason.
+    /// The reason for `trusted`.
     pub trust: String,
-    /// What the policies were compiled with; none before the first reconcile.
+    /// The settings that the policies were compiled with; `None` before the first reconcile.
     pub settings: Option<Settings>,
 }
 
 /// The pods in the kernel, by their ids in the maps.
 pub type PodsById = HashMap<u32, Arc<PodRecord>>;
 
-/// See the module.
+/// The published state of the agent, with counters of control.
 #[derive(Debug)]
 pub struct Published {
     snapshot: ArcSwap<StatusSnapshot>,
     pods: ArcSwap<PodsById>,
-    /// Established flows that others opened and that had to give way at a look at their pod.
+    /// Established inbound flows that were evicted when their pod was examined.
     pub flows_evicted: Counter,
-    /// Addresses and ports to which a pod has connected and that gave way to others.
+    /// Evicted destinations: addresses and ports to which a pod has connected.
     pub destinations_evicted: Counter,
-    /// How long reconciles took.
+    /// Durations of reconciles.
     pub reconciles: Histogram<{ RECONCILE_BOUNDS.len() }>,
-    /// How often a program was put in front of another one again.
+    /// How often a program was moved back in front of another one.
     pub hooks_moved: Counter,
-    /// How often one of the stamp check's tables was put back.
+    /// How often one of the stamp check's tables was restored.
     pub stamp_tables_restored: Counter,
-    /// Probes that have not come to the programs.
+    /// Probes that did not reach the programs.
     pub probes_missed: Counter,
     reconciled_ns: Gauge,
     read_ns: Gauge,
@@ -261,7 +261,7 @@ impl Published {
         self.pods.load()
     }
 
-    /// When everything was last looked at; `None` before the first time.
+    /// When the last reconcile ended; `None` before the first one.
     pub fn last_reconciled(&self) -> Option<SystemTime> {
         let last_ns = self.reconciled_ns.get();
         (last_ns != 0)
@@ -269,44 +269,44 @@ impl Published {
             .flatten()
     }
 
-    /// How long ago everything was last looked at, or the agent began.
+    /// How long ago the last reconcile ended, or the agent started.
     pub fn reconciled_ago(&self) -> Duration {
         since(self.reconciled_ns.get().max(self.began_ns))
     }
 
-    /// The thread that reads denials is at work.
+    /// Records that the thread that reads denials is alive.
     pub fn denials_are_read(&self) {
         self.read_ns.set(boottime_ns());
     }
 
-    /// How long ago denials were last looked for; `None` before the first time.
+    /// How long ago that thread last read denials; `None` before the first time.
     pub fn denials_read_ago(&self) -> Option<Duration> {
         let last_ns = self.read_ns.get();
         (last_ns != 0).then(|| since(last_ns))
     }
 
-    /// When the agent began.
+    /// When the agent started.
     pub fn began(&self) -> SystemTime {
         self.began
     }
 
-    /// How long the agent has run.
+    /// How long the agent has been running.
     pub fn uptime(&self) -> Duration {
         since(self.began_ns)
     }
 
-    /// How many flows of a pod are remembered.
+    /// Sets how many flows of a pod are tracked.
     pub fn set_flows(&self, pod: u32, flows: usize) {
         lock(&self.flows).insert(pod, flows);
     }
 
-    /// How many flows are remembered of all pods, at the last look.
+    /// How many flows of all pods were tracked at the last count.
     pub fn flows(&self) -> usize {
         lock(&self.flows).values().sum()
     }
 
-    /// Where the denials of a namespace's pods are counted. Of namespaces without pods, some are
-    /// forgotten when there are very many.
+    /// The denial counters of a namespace. When there are very many namespaces, those without pods are
+    /// forgotten.
     pub fn denials_of(&self, namespace: &str) -> Arc<DenialCounts> {
         let mut namespaces = lock(&self.namespaces);
         if namespaces.len() >= NAMESPACES && !namespaces.contains_key(namespace) {
@@ -315,7 +315,7 @@ impl Published {
         Arc::clone(namespaces.entry(namespace.to_owned()).or_default())
     }
 
-    /// The denials of each namespace.
+    /// The denial counters of each namespace.
     pub fn namespaces(&self) -> Vec<(String, Arc<DenialCounts>)> {
         let namespaces = lock(&self.namespaces);
         namespaces

@@ -1,19 +1,19 @@
-//! What a policy does with packets to one destination, found by asking the function that the kernel
-//! asks: [`judge`].
+//! The verdict of a policy on packets to one destination, from the function that the kernel program calls:
+//! [`judge`].
 
 use std::collections::BTreeSet;
 
 use egress_common::{
-    protocol::bits,
+    protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{Policy, TunnelKey},
-    verdict::{Destination, Verdict, judge, matching_classes},
+    verdict::{Destination, Verdict, judge, passes_by_entry},
 };
 
 use super::protocol::PortsStatus;
 use egress_policy::number_word;
 
-/// The protocols that people ask about.
+/// The protocols of an explanation.
 const PROTOCOLS: [(u8, &str); 5] = [
     (bits::TCP, "tcp"),
     (bits::UDP, "udp"),
@@ -47,7 +47,19 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// The destination as it is for these packets, which are tunnels or not all alike.
+    /// Whether an entry lets these packets pass. Where they pass without one, the address is internal, or the
+    /// policy is open.
+    pub(super) fn pass_by_entry(
+        self,
+        policy: &Policy,
+        destination: &Destination,
+        tunnels: &[TunnelKey],
+    ) -> bool {
+        let destination = self.of(destination, tunnels);
+        passes_by_entry(policy, &destination, self.protocol, self.first)
+    }
+
+    /// The destination for these packets, which are all tunnels or all not.
     pub(super) fn of(self, destination: &Destination, tunnels: &[TunnelKey]) -> Destination {
         let port = if self.protocol & bits::WITH_PORTS == 0 {
             0
@@ -63,17 +75,17 @@ impl Ports {
     }
 }
 
-/// What becomes of packets to a destination.
+/// The verdicts on packets to a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Reach {
-    /// Those that pass, of those that were asked about.
+    /// The requested ports whose packets pass.
     pub(super) open: Vec<Ports>,
-    /// Where none passes, why not, and the packets that this is said of.
+    /// If none pass: the reason, the class and the ports that the reason is about.
     pub(super) denied: Option<(Reason, u8, Ports)>,
 }
 
 impl Reach {
-    /// Of packets of this protocol to this port, or of all protocols, or to all ports.
+    /// The verdicts for this protocol and port; for all protocols, or all ports, if there is none.
     pub(super) fn of(
         policy: &Policy,
         destination: &Destination,
@@ -100,7 +112,7 @@ impl Reach {
                         }
                         _ => open.push(ports),
                     },
-                    // Who does not ask about them does not mean them.
+                    // A request without a protocol does not mean protocols other than these.
                     Verdict::Deny { .. } if bit == bits::OTHER && protocol.is_none() => {}
                     Verdict::Deny { reason, class } => {
                         if denied.is_none_or(|(before, ..)| rank(reason) < rank(before)) {
@@ -117,7 +129,7 @@ impl Reach {
     }
 }
 
-/// Ports in ranges of which each is judged alike.
+/// Ranges of ports within each of which the verdict is the same.
 fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u16>) -> Vec<Ports> {
     let ports = |first, last| Ports {
         protocol,
@@ -130,8 +142,11 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
     if let Some(port) = port {
         return vec![ports(port, port)];
     }
-    // Each port of DNS is a range of its own: see `judge`.
-    let mut starts: BTreeSet<u16> = [0, 53, 54, 853, 854].into();
+    let mut starts: BTreeSet<u16> = [0].into();
+    // Each DNS port is a range of its own: see `judge`.
+    for port in [DNS_PORT, ENCRYPTED_DNS_PORT] {
+        starts.extend([port, port + 1]);
+    }
     for tunnel in tunnels.iter().filter(|tunnel| tunnel.protocol == protocol) {
         starts.insert(tunnel.port);
         starts.extend(tunnel.port.checked_add(1));
@@ -147,33 +162,6 @@ fn regions(policy: &Policy, tunnels: &[TunnelKey], protocol: u8, port: Option<u1
         .zip(ends)
         .map(|(first, last)| ports(first, last))
         .collect()
-}
-
-/// Why packets pass, where they do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ground {
-    /// An entry speaks of them.
-    Entries,
-    /// None does; the address is internal, or the policy open.
-    NoEntry,
-}
-
-/// Why packets that pass do so.
-pub(super) fn ground(policy: &Policy, destination: &Destination, ports: Ports) -> Ground {
-    let by_address = destination.needs_address_entry();
-    let learned = destination.learned_classes(policy);
-    let any = if by_address { 0 } else { policy.any };
-    let cidr = if by_address {
-        destination.cidr & !policy.under_any
-    } else {
-        destination.cidr
-    };
-    let known = (learned | cidr | any) & !policy.deny;
-    if known & matching_classes(policy, ports.protocol, ports.first) != 0 {
-        Ground::Entries
-    } else {
-        Ground::NoEntry
-    }
 }
 
 impl From<&Ports> for PortsStatus {
@@ -220,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_open_is_what_is_judged_open_port_by_port() {
+    fn the_open_ports_are_those_that_pass_when_judged_one_by_one() {
         let policy = policy();
         for cidr in 0..8 {
             let destination = Destination {
@@ -238,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnels_port_is_a_range_of_its_own() {
+    fn a_tunnel_port_is_a_range_of_its_own() {
         let destination = Destination {
             ranges: RANGE_INTERNAL,
             ..Destination::default()
@@ -263,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbouring_ranges_are_one() {
+    fn adjacent_ranges_are_merged() {
         let destination = Destination {
             cidr: 7,
             ..Destination::default()

@@ -36,19 +36,16 @@ use super::{
     status::status,
 };
 
-/// Where the socket is unless the configuration says otherwise.
-pub const DEFAULT_PATH: &str = "/run/egress-agent/agent.sock";
-
 /// Most clients at once.
 const CLIENTS: usize = 16;
-/// Clients that may wait for their turn.
+/// How many clients may wait to be accepted.
 const BACKLOG: i32 = 64;
-/// How long one may take.
+/// How long a client may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait after a connection could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Serves until the runtime ends, or this is dropped; the socket is removed then.
+/// Serves until the runtime ends or the future is dropped, and then removes the socket.
 pub(super) async fn serve(path: &Path, sources: Arc<Sources>, tried: Tried) {
     let at = path.display().to_string();
     let bound = super::listen(&at, "status and explain", tried, async || Bound::open(path)).await;
@@ -81,7 +78,7 @@ async fn answer(mut stream: UnixStream, sources: &Sources) -> io::Result<()> {
     write_response(&mut stream, &response.unwrap_or_else(Response::Error)).await
 }
 
-/// A client's request, or what is wrong with it.
+/// Reads a client's request, or returns what is wrong with it.
 pub(super) async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
     let mut line = Vec::new();
     let mut reading = BufReader::new(stream).take(REQUEST_MAX as u64);
@@ -91,44 +88,44 @@ pub(super) async fn read_request(stream: &mut UnixStream) -> io::Result<Result<R
     }))
 }
 
-/// Answers a client.
+/// Sends the response to a client.
 pub(super) async fn write_response(stream: &mut UnixStream, response: &Response) -> io::Result<()> {
     let mut text = serde_json::to_vec(response)?;
     text.push(b'\n');
     stream.write_all(&text).await
 }
 
-/// The socket, which is removed with this.
+/// The listening socket, which is removed on drop.
 pub(super) struct Bound {
     pub(super) listener: UnixListener,
     path: PathBuf,
-    /// Device and inode, to know it again.
+    /// Device and inode, to recognise the file.
     file: (u64, u64),
 }
 
 impl Bound {
-    /// Opens the socket, in place of one that an earlier agent left.
+    /// Opens the socket, and replaces one that an earlier agent left behind.
     pub(super) fn open(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o755)
                 .create(directory)
-                .with_context(|| format!("cannot make the directory {}", directory.display()))?;
+                .with_context(|| format!("cannot create the directory {}", directory.display()))?;
         }
         remove_stale(path)?;
         let socket = unix_socket()?;
-        // Before it has a name, so that nobody else can open it for a moment (unix_bind,
+        // Set the mode before the socket has a name, so that nobody else can open it in between (unix_bind,
         // net/unix/af_unix.c, takes the mode of the socket's own inode).
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
-            .context("cannot close the socket to others")?;
+            .context("cannot restrict the socket to its owner")?;
         let address = UnixAddr::new(path).context("the path is too long for a Unix socket")?;
-        bind(socket.as_raw_fd(), &address).context("cannot give the socket its name")?;
+        bind(socket.as_raw_fd(), &address).context("cannot bind the socket to its path")?;
         listen(&socket, Backlog::new(BACKLOG)?).context("cannot listen")?;
         let listener = UnixListener::from_std(socket.into()).context("cannot wait for clients")?;
         Ok(Self {
             listener,
-            file: file(path).context("cannot look at the socket")?,
+            file: file(path).context("cannot read the socket's inode")?,
             path: path.to_owned(),
         })
     }
@@ -144,7 +141,8 @@ impl Drop for Bound {
 
 fn unix_socket() -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Unix, SockType::Stream, flags, None).context("cannot make a Unix socket")
+    socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .context("cannot create a Unix socket")
 }
 
 fn file(path: &Path) -> io::Result<(u64, u64)> {
@@ -157,17 +155,16 @@ fn remove_stale(path: &Path) -> Result<()> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).context("cannot look at what is there"),
+        Err(error) => return Err(error).context("cannot read what is at the path"),
     };
     if !metadata.file_type().is_socket() {
-        bail!("something that is no socket is in the way; remove it, or set another `socket`");
+        bail!("a file that is not a socket is at the path; remove it, or set another `socket`");
     }
     let address = UnixAddr::new(path).context("the path is too long for a Unix socket")?;
-    // One that has no time for another client is somebody's too.
+    // A socket with a full backlog belongs to a running agent too.
     match connect(unix_socket()?.as_raw_fd(), &address) {
-        Err(Errno::ECONNREFUSED) => {
-            fs::remove_file(path).context("cannot remove a socket that an earlier agent left")
-        }
+        Err(Errno::ECONNREFUSED) => fs::remove_file(path)
+            .context("cannot remove a socket that an earlier agent left behind"),
         _ => bail!("another agent answers there; give each its own `socket`"),
     }
 }

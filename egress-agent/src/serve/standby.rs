@@ -1,4 +1,4 @@
-//! What an agent answers on its socket while it stands by for another one's end: whether it is ready to take over.
+//! The socket of an agent that stands by until another one ends: it answers whether it is ready to take over.
 
 use std::{path::Path, time::Duration};
 
@@ -8,21 +8,24 @@ use super::{
     socket::{Bound, read_request, write_response},
 };
 
-/// How long to wait before listening is tried again.
+/// How long to wait before the next attempt to listen.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// Most clients at once.
+/// Most clients at a time.
 const CLIENTS: usize = 4;
-/// How long one may take.
+/// How long a client may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Answers until it is dropped; the socket is removed then. `missing` says what this agent lacks before it
-/// can take over. Where the other agent has the same socket, nothing is answered.
+/// Serves until the future is dropped, and then removes the socket. `missing` returns the prerequisites that
+/// this agent lacks before it can take over. If the other agent has the same socket, this one serves nothing.
 pub async fn stand_by(path: &Path, missing: impl Fn() -> Vec<String>) {
     let bound = loop {
         match Bound::open(path) {
             Ok(bound) => break bound,
             Err(error) => {
-                tracing::debug!(error = %format!("{error:#}"), "cannot say that this agent stands by");
+                tracing::debug!(
+                    error = %format!("{error:#}"),
+                    "cannot open the socket while standing by; the agent tries again"
+                );
             }
         }
         tokio::time::sleep(RETRY_EVERY).await;
@@ -43,7 +46,7 @@ pub async fn stand_by(path: &Path, missing: impl Fn() -> Vec<String>) {
                 Ok(Err(error)) => Response::Error(error),
                 Err(_) => return,
             };
-            // A client that has gone needs no answer.
+            // The client may have gone.
             let _ = write_response(&mut stream, &response).await;
         });
     }

@@ -19,14 +19,14 @@ use crate::{
 };
 use egress_policy::{Mode, prefix::from_mapped};
 
-/// Most addresses that one answer tells of all pods together.
+/// Most addresses of all pods together in one response.
 const ADDRESSES: usize = 20_000;
 
-/// The state of all pods, or of one; `names` says whether to tell what they have resolved.
+/// The state of all pods, or of one; `names` requests their resolved names too.
 ///
 /// # Errors
 ///
-/// When there is no such pod.
+/// When the pod does not exist.
 pub(super) async fn status(
     sources: &Sources,
     pod: Option<&str>,
@@ -85,7 +85,7 @@ pub(super) async fn status(
     })
 }
 
-/// A pod by `namespace/pod`.
+/// Finds a pod by `namespace/pod`.
 pub(super) fn find<'a>(
     node: &'a StatusSnapshot,
     pod: &str,
@@ -93,13 +93,13 @@ pub(super) fn find<'a>(
     let key = pod
         .split_once('/')
         .map(|(namespace, name)| Subject::from_fields(namespace, name))
-        .ok_or_else(|| format!("`{pod}` is no pod: expected namespace/pod"))?;
+        .ok_or_else(|| format!("`{pod}` is not a pod: expected namespace/pod"))?;
     node.pods.get_key_value(&key).ok_or_else(|| {
         format!("there is no pod {pod} on this node, as far as this node's agent knows")
     })
 }
 
-/// What is done with a pod, in a word.
+/// A pod's mode or state, as one word.
 pub(super) fn mode_of(pod: &PodRecord) -> &'static str {
     if pod.host_network {
         "host_network"
@@ -140,7 +140,7 @@ fn agent(sources: &Sources, node: &StatusSnapshot) -> AgentStatus {
     }
 }
 
-/// What was lost, of everything that can be.
+/// The counters of everything that can be lost.
 fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
     let kernel = sources.counters.counters()?;
     let stats = sources.gate.stats();
@@ -277,7 +277,7 @@ fn resolved(resolutions: Resolutions) -> Vec<ResolvedStatus> {
     all
 }
 
-/// Seconds until the end of a lifetime, rounded up: 0 is expired.
+/// The remaining seconds of a TTL, rounded up; 0 is expired.
 pub(super) fn remaining(expires_ns: u64, now_ns: u64) -> u64 {
     expires_ns.saturating_sub(now_ns).div_ceil(1_000_000_000)
 }

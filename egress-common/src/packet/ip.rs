@@ -13,7 +13,7 @@ pub(super) fn walk_ipv4(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     let flags_and_offset = u16::from_be_bytes([header[6], header[7]]);
     let more = flags_and_offset & 0x2000 != 0;
     let offset = flags_and_offset & 0x1fff;
-    // At once, because what is kept of the header until later takes room on a small stack.
+    // The fields are copied at once: header bytes that are kept until later take room on the small stack.
     packet.src = address::from_v4([header[12], header[13], header[14], header[15]]);
     packet.dst = address::from_v4([header[16], header[17], header[18], header[19]]);
     packet.l4_offset = ETHERNET_LEN + header_len;
@@ -42,9 +42,8 @@ pub(super) fn walk_ipv4(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
 
 /// Refuses source routes among the options (RFC 791, section 3.1).
 ///
-/// Every byte is looked at as if it began an option: the exact walk has more paths than a verifier
-/// explores, and a packet with options is rare enough to be refused for a byte that only looks like
-/// a source route.
+/// Each byte is treated as if an option began there: an exact walk has more paths than the verifier explores.
+/// Packets with options are so rare that one may be refused for a byte that only looks like a source route.
 #[inline(always)]
 fn walk_ipv4_options(frame: &impl Frame, header_len: u32) -> Option<()> {
     let mut word = 5;
@@ -88,8 +87,8 @@ pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
     }
     packet.src = frame.read::<16>(ETHERNET_LEN + 8)?;
     packet.dst = frame.read::<16>(ETHERNET_LEN + 24)?;
-    // A mapped address on the wire would be taken for the IPv4 address in the maps; no such packet
-    // is legitimate (RFC 4942, section 2.2).
+    // A mapped address on the wire would be mistaken for the IPv4 address in the maps. No such packet is
+    // legitimate (RFC 4942, section 2.2).
     if address::is_v4(&packet.src) || address::is_v4(&packet.dst) {
         return None;
     }
@@ -104,7 +103,7 @@ pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
         match protocol {
             protocol::HOP_BY_HOP | protocol::DESTINATION_OPTIONS | protocol::ROUTING => {
                 let extension = frame.read::<4>(at)?;
-                // Segments left: the packet would go on to somewhere else than it says.
+                // Segments left: the packet would be forwarded to another destination than its header has.
                 if protocol == protocol::ROUTING && extension[3] != 0 {
                     return None;
                 }
@@ -113,7 +112,7 @@ pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
             }
             protocol::FRAGMENT => {
                 let extension = frame.read::<8>(at)?;
-                // Not even behind one that makes no fragment (RFC 6946).
+                // A second fragment header is refused even if the first one makes no fragment (RFC 6946).
                 if has_fragment_header {
                     return None;
                 }
@@ -125,9 +124,9 @@ pub(super) fn walk_ipv6(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
                     u32::from_be_bytes([extension[4], extension[5], extension[6], extension[7]]);
                 protocol = extension[0];
                 at += 8;
-                // What follows in a later fragment is a middle of something; in a first one it must
-                // be the transport header, where no later fragment reaches it (RFC 7112 asks for
-                // the whole chain; nobody fragments behind more of it).
+                // A later fragment has an arbitrary part of the datagram here. In a first fragment the
+                // transport header must follow, which no later fragment can overwrite (RFC 7112 requires the
+                // whole header chain; no ordinary stack puts extension headers behind the fragment header).
                 if !matches!(fragment_kind, Fragment::None) {
                     break;
                 }

@@ -1,5 +1,5 @@
-//! What messages on a link may carry: enough to find each other, and nothing that a neighbour could
-//! read a message in.
+//! Limits the content of messages on a link to what neighbours need to find each other, so that a neighbour
+//! cannot read other data in them.
 
 use super::icmp::{
     ICMPV6_MLD_DONE, ICMPV6_MLD_REPORT, ICMPV6_MLD2_REPORT, ICMPV6_NEIGHBOUR_ADVERTISEMENT,
@@ -8,40 +8,41 @@ use super::icmp::{
 use super::{ETHERNET_LEN, Frame, Packet};
 use crate::protocol;
 
-/// Where an ICMPv6 message begins without extension headers.
+/// The offset of an ICMPv6 message without extension headers.
 const MESSAGE: u32 = ETHERNET_LEN + 40;
-/// Length of the extension header with the router alert.
+/// The length of the extension header with the router alert.
 const ALERT_LEN: u32 = 8;
-/// The router alert of MLD and its padding, behind the byte that names the next header (RFC 2711).
+/// The router alert of MLD and its padding, after the next-header byte (RFC 2711).
 const ALERT: [u8; 7] = [0, 5, 2, 0, 0, 1, 0];
 
 /// Options of neighbour discovery (RFC 4861, section 4.6; RFC 3971, section 5.3.2).
 const SOURCE_ADDRESS: u8 = 1;
 const TARGET_ADDRESS: u8 = 2;
 const NONCE: u8 = 14;
-/// Each of them is so long.
+/// The length of each of them.
 const OPTION_LEN: u32 = 8;
 /// A solicitation has at most its sender's address and a nonce (RFC 7527, section 4.1).
 const OPTIONS: u32 = 2;
 
-/// Most records in one report of `MLDv2`; a kernel has one for each address and each group that a
-/// program has joined.
+/// Most records in one report of `MLDv2`; a kernel sends one for each address and each group that a program
+/// has joined.
 const RECORDS: u32 = 16;
-/// Most bytes of such a report: so many records without sources.
+/// Most bytes of such a report: this many records without sources.
 const REPORT_MAX: u32 = 8 + 20 * RECORDS;
 
 impl Packet {
-    /// Whether a neighbour or router solicitation, a neighbour advertisement or a multicast listener
-    /// report has the form that a host needs (RFC 4861, sections 4.1 to 4.4; RFC 7527; RFC 2710,
-    /// section 3; RFC 3810, section 5.2), and ends with it. Link-layer addresses in it are those of
-    /// the frame. For any other packet the answer is no.
+    /// Whether a neighbour or router solicitation, a neighbour advertisement or a multicast listener report
+    /// has the form that a host needs (RFC 4861, sections 4.1 to 4.4; RFC 7527; RFC 2710, section 3; RFC
+    /// 3810, section 5.2), with nothing after it. Link-layer addresses in it must be those of the frame.
+    /// Returns false for any other packet.
     #[inline(always)]
     pub fn is_plain_link_message(&self, frame: &impl Frame) -> bool {
         let payload_len = match frame.read::<2>(ETHERNET_LEN + 4) {
             Some(len) => u32::from(u16::from_be_bytes(len)),
             None => return false,
         };
-        // Nothing behind the packet either: the shortest message is longer than the shortest frame.
+        // No bytes may follow the packet: the shortest message is longer than the shortest frame, so there is
+        // no padding.
         if self.icmp_code != 0 || MESSAGE + payload_len != frame.len() {
             return false;
         }
@@ -62,10 +63,10 @@ impl Packet {
         }
     }
 
-    /// Whether nothing but the options that the message may have stands between `at` and the end.
+    /// Whether only options that the message may have are between `at` and the end.
     #[inline(always)]
     fn has_plain_options(&self, frame: &impl Frame, at: u32) -> bool {
-        // Reserved; an advertisement has three flags there.
+        // The reserved bytes; in an advertisement the first three bits are flags.
         let Some(reserved) = frame.read::<4>(MESSAGE + 4) else {
             return false;
         };
@@ -118,7 +119,7 @@ pub const fn same_hardware(a: &[u8; 6], b: &[u8; 6]) -> bool {
     differing == 0
 }
 
-/// Whether a message that begins at `at` has no extension header but, perhaps, a router alert.
+/// Whether a message that begins at `at` has no extension header, or only a router alert.
 #[inline(always)]
 fn has_plain_alert(frame: &impl Frame, at: u32) -> bool {
     if at == MESSAGE {
@@ -140,7 +141,7 @@ fn has_plain_alert(frame: &impl Frame, at: u32) -> bool {
     kind == Some([protocol::HOP_BY_HOP]) && differing == 0
 }
 
-/// Whether a report of `MLDv2` at `at` has a bounded number of records, each without auxiliary data.
+/// Whether an `MLDv2` report at `at` has a bounded number of records, each without auxiliary data.
 #[inline(always)]
 fn has_plain_records(frame: &impl Frame, at: u32) -> bool {
     if frame.len() > at + REPORT_MAX {

@@ -1,8 +1,8 @@
-//! The header walk: from an Ethernet frame to who speaks to whom.
+//! The header walk: reads addresses, protocol and ports of an Ethernet frame.
 //!
-//! It is strict. What a receiver might read differently than we do is malformed: truncated headers,
-//! source routes (they hide the final destination), first fragments without a whole transport
-//! header and later fragments that could overwrite one (RFC 3128, RFC 7112).
+//! The walk is strict. A packet that a receiver might read differently is malformed: truncated headers,
+//! source routes (they hide the final destination), first fragments without the whole transport header, and
+//! later fragments that could overwrite it (RFC 3128, RFC 7112).
 
 mod icmp;
 mod ip;
@@ -25,8 +25,8 @@ pub const ETHER_ARP: u16 = 0x0806;
 /// EtherType of IPv6.
 pub const ETHER_IPV6: u16 = 0x86dd;
 
-/// Longest ARP frame that passes: the smallest Ethernet frame and its checksum. An ARP packet for IPv4
-/// is 28 bytes (RFC 826), and what makes the frame longer is zero.
+/// The longest ARP frame that passes: the smallest Ethernet frame and its checksum. An ARP packet for IPv4
+/// has 28 bytes (RFC 826); the bytes after it must be zero.
 pub const ARP_FRAME_MAX: u32 = 64;
 /// The fixed part of an ARP packet for IPv4 over Ethernet: hardware type, protocol type and the
 /// lengths of both addresses (RFC 826).
@@ -47,7 +47,7 @@ pub const TCP_RST: u8 = 0x04;
 /// TCP ACK.
 pub const TCP_ACK: u8 = 0x10;
 
-/// Bytes of a frame, wherever they lie.
+/// The bytes of a frame, in any kind of memory.
 pub trait Frame {
     /// Length of the frame in bytes, its Ethernet header included.
     fn len(&self) -> u32;
@@ -57,14 +57,14 @@ pub trait Frame {
         self.len() == 0
     }
 
-    /// `N` bytes at `offset`, or `None` when the frame ends before.
+    /// `N` bytes at `offset`, or `None` when the frame is too short.
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 
-    /// Whether the frame carries a VLAN tag that is not among its bytes.
+    /// Whether the frame has a VLAN tag outside of its bytes.
     fn is_tagged(&self) -> bool;
 
-    /// Whether the frame stands for several packets that will be cut later; its length fields may
-    /// then be zero.
+    /// Whether the frame is an aggregate of several packets that will be segmented later; its length fields
+    /// may then be zero.
     fn is_aggregate(&self) -> bool;
 }
 
@@ -99,7 +99,7 @@ pub enum Fragment {
     Later,
 }
 
-/// What the headers of an IP packet say.
+/// The header fields of an IP packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Source address.
@@ -118,7 +118,7 @@ pub struct Packet {
     pub fragment: Fragment,
     /// IP protocol number of the transport header.
     pub protocol: u8,
-    /// The bit of [`bits`] for `protocol` (and, for ICMP, the type).
+    /// The bit of [`bits`] for `protocol` and, for ICMP, its type.
     pub bit: u8,
     /// TCP flags, or 0.
     pub tcp_flags: u8,
@@ -132,15 +132,15 @@ pub struct Packet {
     pub version: u8,
 }
 
-/// What a frame turned out to be.
+/// The result of a header walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Walked {
-    /// ARP of ordinary length; the packet's `src` and `dst` are its protocol addresses.
+    /// ARP of ordinary length; `src` and `dst` of the packet are its protocol addresses.
     Arp,
     /// An IP packet.
     Ip,
-    /// An EtherType we do not speak, or a VLAN tag.
+    /// Another EtherType, or a VLAN tag.
     NotIp,
     /// Truncated, or with headers that cannot be trusted.
     Malformed,
@@ -155,9 +155,9 @@ pub fn ether_type(frame: &impl Frame) -> u16 {
     }
 }
 
-/// Walks the headers of an Ethernet frame and fills `packet`, which is whole only when the result
-/// is [`Walked::Ip`]. (The record is the caller's because a BPF program has 512 bytes of stack and
-/// none to spare for copies.)
+/// Walks the headers of an Ethernet frame and fills `packet`, which is complete only when the result is
+/// [`Walked::Ip`]. (The caller provides the record, because a BPF program has a stack of 512 bytes without
+/// room for copies.)
 #[inline(always)]
 pub fn walk(frame: &impl Frame, packet: &mut Packet) -> Walked {
     if frame.is_tagged() {
@@ -186,7 +186,7 @@ fn walk_arp(frame: &impl Frame, packet: &mut Packet) -> Option<()> {
         return None;
     }
     let operation = u16::from_be_bytes(frame.read(ETHERNET_LEN + 6)?);
-    // The sender's hardware address is that of the frame.
+    // The sender's hardware address must be that of the frame.
     let is_sender = link::same_hardware(&frame.read(6)?, &frame.read(ETHERNET_LEN + 8)?);
     if !matches!(operation, ARP_REQUEST | ARP_REPLY) || !is_sender {
         return None;

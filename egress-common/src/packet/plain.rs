@@ -1,4 +1,4 @@
-//! The short walk: what most packets look like.
+//! The short walk, for the form that most packets have.
 
 use super::{
     ETHER_IPV4, ETHER_IPV6, ETHERNET_LEN, Frame, Packet, TCP_SYN, ether_type,
@@ -10,26 +10,26 @@ use crate::{
     records::{FLOW_KEY_FLOW, FlowKey},
 };
 
-/// Where the transport header begins behind an IPv4 header without options.
+/// The offset of the transport header after an IPv4 header without options.
 const BEHIND_IPV4: u32 = ETHERNET_LEN + 20;
-/// Where it begins behind an IPv6 header without extensions.
+/// The same after an IPv6 header without extension headers.
 const BEHIND_IPV6: u32 = ETHERNET_LEN + 40;
 
-/// What a flow wants to know of a packet of an open TCP connection or UDP flow.
+/// The fields of a packet that a flow needs to recognise it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plain {
-    /// Key of its flow, seen from the pod that sent it.
+    /// The key of its flow, as for a packet from the pod.
     pub key: FlowKey,
     /// TCP flags, or 0.
     pub tcp_flags: u8,
     /// The bit of [`bits`] for its protocol.
     pub bit: u8,
-    /// Offset of its checksum field from the start of the frame.
+    /// The offset of its checksum field from the start of the frame.
     pub checksum: u32,
 }
 
 impl Plain {
-    /// Nothing yet.
+    /// An empty record.
     pub const EMPTY: Self = Self {
         key: Packet::EMPTY.flow_from_pod(),
         tcp_flags: 0,
@@ -44,12 +44,11 @@ impl Plain {
     }
 }
 
-/// Walks a frame's headers if they are of the plain kind: whole TCP or UDP packets that open no
-/// connection, without IP options or extension headers. For everything else, malformed packets
-/// included, it returns `false` and [`walk`](super::walk) says what it is. Where both have something
-/// to say they say the same.
+/// Walks the headers of a plain packet: an unfragmented TCP or UDP packet that opens no connection, without
+/// IP options or extension headers. Returns `false` for every other frame, including malformed ones;
+/// [`walk`](super::walk) then classifies it. For plain packets both walks agree.
 ///
-/// All offsets are constants, so that a program may read the packet in place.
+/// All offsets are constants, so that a program can read the packet in place.
 #[inline(always)]
 pub fn walk_plain(frame: &impl Frame, plain: &mut Plain) -> bool {
     if frame.is_tagged() {

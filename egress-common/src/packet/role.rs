@@ -1,4 +1,4 @@
-//! What a packet is to a flow and to its link.
+//! The role of a packet for its flow and on its link.
 
 use super::icmp::{
     ICMP_ECHO, ICMP_PARAMETER_PROBLEM, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE, ICMPV6_ECHO,
@@ -13,24 +13,24 @@ use crate::{
     records::{FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FlowKey},
 };
 
-/// Where TCP has its checksum (RFC 9293, section 3.1).
+/// The offset of TCP's checksum (RFC 9293, section 3.1).
 pub(super) const TCP_CHECKSUM: u32 = 16;
-/// Where UDP has it (RFC 768).
+/// The offset of UDP's checksum (RFC 768).
 pub(super) const UDP_CHECKSUM: u32 = 6;
-/// Where SCTP has it (RFC 9260, section 3.1).
+/// The offset of SCTP's checksum (RFC 9260, section 3.1).
 const SCTP_CHECKSUM: u32 = 8;
 
-/// Longest frame with an ICMP error that a flow lets pass: RFC 1812, section 4.3.2.3, and RFC 4443,
-/// section 2.4, bound the packet.
+/// The longest frame with an ICMP error that passes because of a flow: RFC 1812, section 4.3.2.3, and RFC
+/// 4443, section 2.4, limit the packet.
 const ICMP_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 576;
 /// See [`ICMP_ERROR_FRAME_MAX`].
 pub(super) const ICMPV6_ERROR_FRAME_MAX: u32 = ETHERNET_LEN + 1280;
 
-/// Where a TCP header says how long it is.
+/// The offset of the header length in a TCP header.
 const TCP_DATA_OFFSET: u32 = 12;
 
 impl Packet {
-    /// A packet of which nothing is known yet.
+    /// An empty record.
     pub const EMPTY: Self = Self {
         src: address::UNSPECIFIED,
         dst: address::UNSPECIFIED,
@@ -48,8 +48,8 @@ impl Packet {
         version: 0,
     };
 
-    /// What a port class compares: the destination port in host byte order, or for a protocol without a bit
-    /// of its own ([`bits::OTHER`]) its number.
+    /// The number that a port class compares: the destination port in host byte order, or the protocol number
+    /// for a protocol without a bit of its own ([`bits::OTHER`]).
     #[inline(always)]
     pub const fn class_port(&self) -> u16 {
         if self.bit == bits::OTHER {
@@ -59,10 +59,10 @@ impl Packet {
         }
     }
 
-    /// Offset in the frame of the first byte that a checksum may be written to after the verdict
-    /// without changing what was judged: the transport's own checksum field. `None` when nobody
-    /// leaves the checksum of such a packet to others: the kernel computes that of ICMP at once, and
-    /// that of a packet before it is cut into fragments.
+    /// The offset in the frame of the first byte to which a checksum may be written after the verdict without
+    /// changing what was judged: the transport's own checksum field. `None` when no sender leaves the
+    /// checksum of such a packet to others: the kernel computes that of ICMP at once, and that of a packet
+    /// before it is fragmented.
     #[inline(always)]
     pub const fn earliest_checksum(&self) -> Option<u32> {
         if !matches!(self.fragment, Fragment::None) {
@@ -72,7 +72,7 @@ impl Packet {
             bits::TCP => Some(self.l4_offset + TCP_CHECKSUM),
             bits::UDP => Some(self.l4_offset + UDP_CHECKSUM),
             bits::SCTP => Some(self.l4_offset + SCTP_CHECKSUM),
-            // Of a tunnel, nothing but its protocol was judged. The packet inside may be anything.
+            // Only the protocol of a tunnel packet was judged; the packet inside may be any.
             bits::OTHER => Some(self.l4_offset),
             _ => None,
         }
@@ -84,8 +84,8 @@ impl Packet {
         self.protocol == protocol::TCP && self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
-    /// Whether a flow that this packet belongs to lets it pass; an opening packet and a message
-    /// that belongs to no flow need the rules.
+    /// Whether this packet passes if its flow is known. An opening packet, and a message that belongs to no
+    /// flow, need the rules.
     #[inline(always)]
     pub const fn may_follow_flow(&self) -> bool {
         match self.bit {
@@ -95,11 +95,11 @@ impl Packet {
         }
     }
 
-    /// Whether this packet, seen on its way to the pod, opens a flow that the pod may answer.
+    /// Whether this packet to the pod opens a flow that the pod may answer.
     ///
-    /// A TCP connection begins with a SYN, ICMP echo with a request; UDP and SCTP with any packet
-    /// (SCTP's handshake may be retried after a restart of the path, RFC 9260, section 5.2). A
-    /// neighbour that solicits or advertises may be answered and asked.
+    /// A TCP connection begins with a SYN, ICMP echo with a request, UDP and SCTP with any packet (a
+    /// handshake of SCTP may be repeated after the path restarts, RFC 9260, section 5.2). The pod may answer
+    /// and solicit a neighbour that solicits or advertises.
     #[inline(always)]
     pub const fn opens_inbound(&self) -> bool {
         match self.bit {
@@ -113,9 +113,8 @@ impl Packet {
 
     /// Whether this packet from the pod may answer a flow that the other side opened.
     ///
-    /// Until the other side has completed the handshake of a TCP connection, what answers a
-    /// handshake may leave and nothing else: a SYN can come in the name of a host that did not send
-    /// it. An echo request is no answer.
+    /// Until the other side has completed the handshake of a TCP connection, only answers to the handshake
+    /// may leave: the SYN may have a forged source. An echo request is no answer.
     #[inline(always)]
     pub fn may_answer(&self, frame: &impl Frame, is_established: bool) -> bool {
         match self.bit {
@@ -133,7 +132,7 @@ impl Packet {
             && !self.may_carry_tcp_data(frame)
     }
 
-    /// Whether a TCP packet carries data, as far as can be told.
+    /// Whether a TCP packet may have data; true if that is uncertain.
     #[inline(always)]
     fn may_carry_tcp_data(&self, frame: &impl Frame) -> bool {
         if frame.is_aggregate() || !matches!(self.fragment, Fragment::None) {
@@ -154,7 +153,7 @@ impl Packet {
         end != self.l4_offset + u32::from(header[0] >> 4) * 4
     }
 
-    /// Lower halves of a TCP packet's sequence and acknowledgment numbers.
+    /// The lower halves of a TCP packet's sequence and acknowledgment numbers.
     #[inline(always)]
     pub fn tcp_numbers(&self, frame: &impl Frame) -> Option<(u16, u16)> {
         let numbers = frame.read::<8>(self.l4_offset + 4)?;
@@ -193,7 +192,7 @@ impl Packet {
         self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_SOLICITATION
     }
 
-    /// Whether this is an advertisement: it says whose address its target is.
+    /// Whether this is a neighbour advertisement, which claims its target address.
     #[inline(always)]
     pub const fn is_neighbour_advertisement(&self) -> bool {
         self.is_neighbour_message() && self.icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT
@@ -205,9 +204,9 @@ impl Packet {
         frame.read(self.l4_offset + 8)
     }
 
-    /// Key of the flow that an ICMP error from a pod speaks of: the flow that the packet which it
-    /// quotes came in on. `None` when this is no error, when it is longer than an error may be, or
-    /// when it goes to somebody else than the quoted packet came from.
+    /// The key of the flow that an ICMP error from a pod is about: the flow of the packet that it quotes.
+    /// `None` when this is no error, when it is longer than an error may be, or when it does not go to the
+    /// source of the quoted packet.
     #[inline(always)]
     pub fn quoted_flow(&self, frame: &impl Frame) -> Option<FlowKey> {
         if self.bit != bits::ICMP_OTHER || !matches!(self.fragment, Fragment::None) {
@@ -225,7 +224,7 @@ impl Packet {
             }
             let header = frame.read::<20>(at)?;
             let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
-            // A quoted packet with options is not looked into.
+            // A quoted packet with options is not parsed.
             if header[0] != 0x45 || fragment_offset != 0 {
                 return None;
             }
@@ -251,7 +250,7 @@ impl Packet {
             {
                 return None;
             }
-            // Nor is one with extension headers.
+            // A quoted packet with extension headers is not parsed, either.
             key.protocol = header[6];
             at + 40
         };
@@ -264,10 +263,9 @@ impl Packet {
         Some(key)
     }
 
-    /// Whether this is what a host needs to speak IPv6 on its own link: neighbour and router
-    /// solicitation, neighbour advertisement (RFC 4861) and multicast listener reports (RFC 3810),
-    /// to a link-local or link-scoped multicast address. Router advertisements and redirects are
-    /// not for pods to send.
+    /// Whether this is a message that a host needs for IPv6 on its own link: neighbour and router
+    /// solicitation, neighbour advertisement (RFC 4861) and multicast listener reports (RFC 3810), to a
+    /// link-local or link-scoped multicast address. Pods may not send router advertisements and redirects.
     #[inline(always)]
     pub const fn is_link_housekeeping(&self) -> bool {
         if self.version != 6
@@ -288,7 +286,7 @@ impl Packet {
                 || address::is_v6_link_local_multicast(&self.dst))
     }
 
-    /// Key of the flow this packet belongs to, seen from a pod that sent it.
+    /// The key of this packet's flow, for a packet from a pod.
     #[inline(always)]
     pub const fn flow_from_pod(&self) -> FlowKey {
         FlowKey {
@@ -302,7 +300,7 @@ impl Packet {
         }
     }
 
-    /// Key of the flow this packet belongs to, seen from a pod that it is for.
+    /// The key of this packet's flow, for a packet to a pod.
     #[inline(always)]
     pub const fn flow_to_pod(&self) -> FlowKey {
         FlowKey {
@@ -316,7 +314,7 @@ impl Packet {
         }
     }
 
-    /// Makes the key of this packet's flow the key under which the verdict on its fragments is
+    /// Turns the key of this packet's flow into the key under which the verdict on its fragments is
     /// remembered.
     #[inline(always)]
     pub const fn name_fragments(&self, key: &mut FlowKey) {

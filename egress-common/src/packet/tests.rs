@@ -88,7 +88,7 @@ fn refused(frame: &[u8]) {
     assert_eq!(walked(frame).0, Walked::Malformed);
 }
 
-/// One whole frame of each kind.
+/// An unfragmented frame of each kind.
 fn whole() -> Vec<Vec<u8>> {
     let fragment: &[u8] = &[0, 0, 0, 0, 0, 0, 9];
     let first: &[u8] = &[0, 0, 1, 0, 0, 0, 9];
@@ -179,7 +179,7 @@ fn source_routes_are_refused_wherever_they_stand() {
         }
     }
     read(&v4(0, &[1; 40], protocol::UDP, &UDP));
-    // Options end with the header: what follows is the datagram.
+    // The options end with the header; the datagram follows.
     let mut datagram = UDP;
     datagram[0] = IPV4_LOOSE_SOURCE_ROUTE;
     read(&v4(0, &[1; 4], protocol::UDP, &datagram));
@@ -222,7 +222,7 @@ fn a_fragment_header_stands_alone_and_next_to_the_transport() {
         match kind {
             Fragment::None => assert_eq!(read(&behind).dst_port, 4000),
             Fragment::First => refused(&behind),
-            // Its key is another one than that of any first fragment.
+            // Its key differs from that of any first fragment.
             Fragment::Later => {
                 assert_eq!(read(&behind).protocol, protocol::DESTINATION_OPTIONS);
             }
@@ -270,7 +270,7 @@ fn mapped_addresses_are_refused_on_the_wire() {
 
 #[test]
 fn an_icmp_error_names_the_flow_it_is_about() {
-    /// The packet that came in, as the error quotes it: addresses and ports the other way round.
+    /// The packet that came in, as the error quotes it: with source and destination swapped.
     fn quote(frame: &[u8], at: usize, len: usize) -> Vec<u8> {
         let mut packet = frame[14..].to_vec();
         let at = at - 14;
@@ -292,7 +292,7 @@ fn an_icmp_error_names_the_flow_it_is_about() {
         pad: 0,
     };
     assert_eq!(packet.quoted_flow(&frame.as_slice()), Some(expected));
-    // A quoted packet that went out is nothing to complain about.
+    // The pod may not send an error about a packet that went out.
     let outgoing = &v4(0, &[], protocol::UDP, &UDP)[14..];
     let message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], outgoing].concat();
     let frame = v4(0, &[], protocol::ICMP, &message);
@@ -307,13 +307,13 @@ fn an_icmp_error_names_the_flow_it_is_about() {
         ..expected
     };
     assert_eq!(read(&frame).quoted_flow(&frame.as_slice()), Some(expected));
-    // A padded error is too long: it would carry more than it may quote.
+    // A padded error is too long: it would have more than it may quote.
     let mut long = frame;
     long.resize(ICMPV6_ERROR_FRAME_MAX as usize + 1, 0);
     assert_eq!(read(&long).quoted_flow(&long.as_slice()), None);
 }
 
-/// Where the IP packet in a frame ends, by its own length field.
+/// The end of the IP packet in a frame, by its own length field.
 fn packet_end(frame: &[u8]) -> usize {
     let field = |at: usize| usize::from(u16::from_be_bytes([frame[at], frame[at + 1]]));
     match ether_type(&frame) {
@@ -322,7 +322,7 @@ fn packet_end(frame: &[u8]) -> usize {
     }
 }
 
-/// Asserts what holds for every frame whatever.
+/// Asserts the invariants for any frame.
 fn check(frame: &[u8]) {
     let (result, packet) = walked(frame);
     if result != Walked::Ip {
@@ -335,7 +335,7 @@ fn check(frame: &[u8]) {
     if packet.fragment == Fragment::Later {
         assert_eq!((packet.src_port, packet.dst_port, packet.bit), (0, 0, 0));
     } else if packet.bit & bits::WITH_PORTS != 0 {
-        assert!(at + 8 <= end, "the ports lie in the packet");
+        assert!(at + 8 <= end, "the ports are in the packet");
         let ports = [packet.src_port.to_be_bytes(), packet.dst_port.to_be_bytes()].concat();
         assert_eq!(frame[at..at + 4], ports);
     } else if packet.bit != bits::ICMP_ECHO {
@@ -346,7 +346,7 @@ fn check(frame: &[u8]) {
     agrees(frame, &packet);
 }
 
-/// Asserts that etherparse reads the same, when it reads the frame at all.
+/// Asserts that etherparse reads the same, if it can read the frame.
 fn agrees(frame: &[u8], packet: &Packet) {
     let Ok(other) = SlicedPacket::from_ethernet(frame) else {
         return;
@@ -370,8 +370,8 @@ fn agrees(frame: &[u8], packet: &Packet) {
         _ => panic!("etherparse sees no IP in {frame:02x?}"),
     };
     assert_eq!((packet.src, packet.dst), (src, dst));
-    // It reads on behind an authentication header, which is a protocol of its own here, and into
-    // later fragments.
+    // etherparse parses what follows an authentication header, which is a protocol of its own here, and the
+    // content of later fragments.
     if authenticated || packet.fragment == Fragment::Later {
         return;
     }
@@ -399,7 +399,7 @@ fn agrees(frame: &[u8], packet: &Packet) {
     }
 }
 
-/// A good frame in which a few bytes are wrong, cut or lengthened.
+/// A valid frame with a few wrong bytes, cut or lengthened.
 fn damaged() -> impl Strategy<Value = Vec<u8>> {
     let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..5);
     (
@@ -410,7 +410,7 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
     )
         .prop_map(|(mut frame, changes, cut, added)| {
             for (at, value) in changes {
-                // The EtherType stays: other frames are not walked.
+                // The EtherType stays unchanged: other frames are not walked.
                 let at = at.index(frame.len());
                 if !(12..14).contains(&at) {
                     frame[at] = value;

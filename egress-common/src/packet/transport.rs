@@ -4,8 +4,8 @@ use super::icmp::{ICMP_ECHO, ICMP_ECHO_REPLY, ICMPV6_ECHO, ICMPV6_ECHO_REPLY};
 use super::{Fragment, Frame, Packet, TCP_FIN, TCP_RST, TCP_SYN};
 use crate::protocol::{self, bits};
 
-/// Reads ports, flags and types. `offset` is the fragment offset in units of 8 bytes, `end` the
-/// end of the IP packet in the frame.
+/// Reads ports, flags and types. `offset` is the fragment offset in units of 8 bytes; `end` is the end of the
+/// IP packet in the frame.
 #[inline(always)]
 pub(super) fn walk_transport(
     frame: &impl Frame,
@@ -21,7 +21,7 @@ pub(super) fn walk_transport(
     packet.icmp_type = 0;
     packet.icmp_code = 0;
     if matches!(packet.fragment, Fragment::Later) {
-        // Bytes below 24 could overwrite the TCP header of the first fragment.
+        // A fragment with an offset below 24 bytes could overwrite the TCP header of the first one.
         return if packet.protocol == protocol::TCP && offset < 3 {
             None
         } else {
@@ -75,7 +75,7 @@ pub(super) fn walk_transport(
             if at + 8 > end {
                 return None;
             }
-            // ICMP belongs to IPv4 and ICMPv6 to IPv6; crossed, neither side would answer.
+            // ICMP is for IPv4 and ICMPv6 for IPv6; no host answers the other combination.
             if (packet.protocol == protocol::ICMP) != (packet.version == 4) {
                 return None;
             }

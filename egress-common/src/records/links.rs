@@ -1,8 +1,8 @@
-//! The records about addresses on the link.
+//! The records for addresses on the link.
 
 use crate::address::Address;
 
-/// Key of `link_owners`: a link-local address that somebody on this node's links goes by.
+/// Key of `link_owners`: a link-local address in use on one of this node's links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct LinkAddress {
@@ -14,16 +14,16 @@ pub struct LinkAddress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct LinkOwner {
-    /// The pod's interface that was the first to go by it; [`NODE_OWNS`] for the node itself and the
-    /// gateways it knows.
+    /// The pod's interface that used it first; [`NODE_OWNS`] for the node itself and the gateways that it
+    /// knows.
     pub ifindex: u32,
 }
 
-/// No interface has this index.
+/// The owner of addresses of the node: no interface has this index.
 pub const NODE_OWNS: u32 = 0;
 
-/// Value of `link_hardware`, keyed by ifindex: the one hardware address that a port of a bridge may send
-/// from. Other interfaces have no entry.
+/// Value of `link_hardware`, keyed by ifindex: the only hardware address from which a port of a bridge may
+/// send. Other interfaces have no entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct LinkHardware {
@@ -33,7 +33,7 @@ pub struct LinkHardware {
     pub flags: u16,
 }
 
-/// The address is somebody else's: nothing may be sent from it.
+/// The address belongs to another host: nothing may be sent from it.
 pub const HARDWARE_REFUSED: u16 = 1;
-/// The interface keeps this address, whatever its other end is given later.
+/// The interface keeps this address, even if its other end gets another one later.
 pub const HARDWARE_SETTLED: u16 = 1 << 1;

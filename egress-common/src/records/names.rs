@@ -1,19 +1,19 @@
-//! The records about names that led to addresses.
+//! The records for names that resolved to addresses.
 
 use crate::address::Address;
 
-/// Longest name in a [`NameKey`]: what a name on the wire may have (RFC 1035, section 2.3.4).
+/// The longest name in a [`NameKey`]: the longest one on the wire (RFC 1035, section 2.3.4).
 pub const NAME_BYTES: usize = 255;
 
-/// Key of a pod's map `names`: an address in the allow map, and a name that led to it.
+/// Key of a pod's map `names`: an address in the allow map, and a name that resolved to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct NameKey {
     /// The address.
     pub addr: Address,
-    /// How many bytes of `name` are used.
+    /// The number of used bytes of `name`.
     pub len: u8,
-    /// The name's labels, each behind a byte with its length, in lower case and without the root; then zeros.
+    /// The name's labels, each after its length byte, in lower case and without the root; then zeros.
     pub name: [u8; NAME_BYTES],
 }
 
@@ -35,18 +35,18 @@ impl NameKey {
     }
 }
 
-/// Value of a pod's map `names`. No program looks at it: it tells a restarted agent by which names the
-/// addresses in the allow map are there.
+/// Value of a pod's map `names`. No program reads it: it tells a restarted agent which names resolved to the
+/// addresses in the allow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct NameEntry {
-    /// When the address stops being allowed by this name, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// When this name stops allowing the address, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
     /// Bits of the `NAME_*` constants.
     pub flags: u64,
 }
 
-/// A name on the way to the address was neither the cluster's nor one that may lead to internal addresses.
+/// A name in the chain of aliases was neither the cluster's nor one that may lead to internal addresses.
 pub const NAME_BY_STRANGER: u64 = 1;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The verdict, case by case.
+//! Tests of the verdict.
 
 mod of_names;
 
@@ -242,7 +242,7 @@ fn an_answer_needs_no_rule_and_heeds_a_denial() {
         ..internal
     };
     assert_eq!(answer(&nothing, &named), denied);
-    // A port that is denied is the other side's.
+    // A denied port is a port of the other side.
     let mut mail = policy();
     mail.classes[2] = class(bits::TCP, 25, 25);
     assert_eq!(answer(&mail, &in_prefix(HOLE)), Verdict::Pass);
@@ -300,7 +300,7 @@ fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
         ..NOWHERE
     };
     assert_eq!(reason(&everything, &own, bits::UDP, 443), Reason::Tunnel);
-    // Nor does it pass as an answer.
+    // It does not pass as an answer, either.
     for destination in [internal(NOWHERE), internal(learned(WEB)), own] {
         let verdict = judge_answer(&everything, &destination, bits::UDP, 443);
         assert_eq!(verdict, Verdict::deny(Reason::Tunnel));
@@ -309,7 +309,7 @@ fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
         judge_answer(&everything, &listed, bits::UDP, 443),
         Verdict::Pass
     );
-    // Elsewhere it is a packet like any other.
+    // Outside of the cluster the packet is judged like any other.
     let outside = Destination {
         tunnel: 1,
         ..NOWHERE
@@ -353,7 +353,7 @@ fn an_expired_address_admits_nothing_new_and_says_why() {
         ..NOWHERE
     };
     assert_eq!(reason(&policy(), &expired, bits::TCP, 443), Reason::Expired);
-    // Its port was never allowed there, so its age is not the reason.
+    // Its port was never allowed, so the reason is not that it has expired.
     assert_eq!(
         reason(&policy(), &expired, bits::TCP, 22),
         Reason::AddressNotLearned
@@ -411,4 +411,56 @@ fn a_pod_with_unreadable_annotations_is_told_so() {
         ..NOWHERE
     };
     assert_eq!(judge(&unreadable, &internal, bits::TCP, 443), Verdict::Pass);
+}
+
+/// Destinations with every mixture of what the maps can say, but for expiry.
+fn destinations() -> impl Iterator<Item = Destination> {
+    let classes = [0, WEB, LOW, SSH | LOW];
+    let ranges = [0, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_NODE];
+    classes.into_iter().flat_map(move |learned| {
+        classes.into_iter().flat_map(move |cidr| {
+            ranges.into_iter().flat_map(move |ranges| {
+                [0, 1].map(|tunnel| Destination {
+                    learned,
+                    learned_internal: learned & WEB,
+                    cidr,
+                    ranges,
+                    tunnel,
+                    ..NOWHERE
+                })
+            })
+        })
+    })
+}
+
+#[test]
+fn a_packet_passes_by_an_entry_or_because_it_is_internal_or_the_policy_open() {
+    let flags = [0, POLICY_OPEN, POLICY_ALLOW_INTERNAL];
+    for flags in flags
+        .map(|flags| [flags, flags | POLICY_SPEAKS_OF_NAMES])
+        .concat()
+    {
+        for any in [0, LOW] {
+            let policy = Policy {
+                flags,
+                any,
+                under_any: any,
+                ..policy()
+            };
+            for destination in destinations() {
+                for port in [22, 53, 443, 853, 2000] {
+                    let passes = judge(&policy, &destination, bits::TCP, port) == Verdict::Pass;
+                    let by_entry = passes_by_entry(&policy, &destination, bits::TCP, port);
+                    let without_entry = flags & POLICY_OPEN != 0
+                        || flags & POLICY_ALLOW_INTERNAL != 0
+                            && destination.ranges & RANGE_INTERNAL != 0;
+                    assert!(passes || !by_entry, "{policy:?} {destination:?} {port}");
+                    assert!(
+                        !passes || by_entry || without_entry,
+                        "{policy:?} {destination:?} {port}"
+                    );
+                }
+            }
+        }
+    }
 }

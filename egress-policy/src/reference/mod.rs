@@ -1,5 +1,5 @@
-//! The rules evaluated plainly, entry by entry and without bitmaps, and the check that the compiled
-//! form says the same.
+//! A plain evaluation of the rules, entry by entry and without bitmaps, and the check that the compiled
+//! form gives the same results.
 
 mod plain;
 mod properties;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::{InternalAnswers, Mode, PodAnnotations, Prefix, Settings, Translators};
 use egress_dns::Name;
 
-/// Settings as the agent's defaults are.
+/// The agent's default settings.
 pub(super) fn settings() -> Settings {
     Settings {
         default_mode: Mode::Off,

@@ -1,4 +1,4 @@
-//! What entries say of a packet and of a question, by definition.
+//! The verdicts of entries on packets and queries, by definition.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -12,7 +12,8 @@ use crate::{Annotations, QuestionRule, Settings};
 pub(super) enum Where {
     Anywhere,
     Net(IpAddr, u32),
-    /// Labels, of which `*` as the first stands for one or more and `*` inside one for a part.
+    /// Labels, of which a leading `*` stands for one or more labels and a `*` inside a label for a part of
+    /// it.
     Names(Vec<&'static str>),
 }
 
@@ -40,7 +41,7 @@ impl Line {
         format!("{to}{ports}{protocol}")
     }
 
-    fn speaks_of(&self, packet: &Packet, bare: u8) -> bool {
+    fn matches_packet(&self, packet: &Packet, bare: u8) -> bool {
         let protocols = match (self.protocol, self.ports) {
             (Some("tcp"), _) => bits::TCP,
             (Some("udp"), _) => bits::UDP,
@@ -84,8 +85,8 @@ impl Line {
                 })
     }
 
-    /// Whether it names the host that the address leads to, through NAT64's well-known prefix too.
-    fn holds(&self, address: IpAddr) -> bool {
+    /// Whether it contains the host that the address leads to, also through NAT64's well-known prefix.
+    fn contains(&self, address: IpAddr) -> bool {
         self.names_address(address)
             || through_nat64(address).is_some_and(|v4| self.names_address(v4))
     }
@@ -126,15 +127,15 @@ fn through_nat64(address: IpAddr) -> Option<IpAddr> {
 )]
 pub(super) struct Packet {
     pub(super) to: IpAddr,
-    /// The name whose answer gave the pod this address.
+    /// The name whose response gave the pod this address.
     pub(super) through: Option<Vec<Vec<u8>>>,
     pub(super) expired: bool,
     pub(super) protocol: u8,
-    /// Of another protocol its number.
+    /// The protocol's number if `protocol` is [`bits::OTHER`].
     pub(super) port: u16,
     pub(super) protected: bool,
     pub(super) internal: bool,
-    /// One that somebody may unpack and send on.
+    /// Whether somebody may unpack the packet and forward its contents.
     pub(super) tunnel: bool,
 }
 
@@ -162,8 +163,8 @@ impl Written {
     }
 }
 
-/// Whether the packet passes, and whether a `deny` entry was the reason when it does not.
-pub(super) fn plainly(
+/// Whether the packet passes, and if not, whether a `deny` entry was the reason.
+pub(super) fn plain_verdict(
     pod: &Written,
     namespace: &Written,
     settings: &Settings,
@@ -178,7 +179,7 @@ pub(super) fn plainly(
     };
     let (allow, deny) = (both(|w| &w.allow), both(|w| &w.deny));
     let denied = deny.iter().any(|line| {
-        (line.is_anywhere() || line.holds(packet.to)) && line.speaks_of(packet, bits::ALL)
+        (line.is_anywhere() || line.contains(packet.to)) && line.matches_packet(packet, bits::ALL)
     });
     if denied {
         return (false, true);
@@ -186,13 +187,13 @@ pub(super) fn plainly(
     let name_denied = |name: &[Vec<u8>]| deny.iter().any(|line| line.names(name));
     let dns =
         (packet.port == 53 || packet.port == 853) && packet.protocol & (bits::TCP | bits::UDP) != 0;
-    let nobody_s = [b"nobody-s".to_vec()];
+    let unlisted = [b"unlisted".to_vec()];
     let elsewhere = dns
         && (deny.iter().any(|line| matches!(line.to, Where::Names(_)))
-            || plainly_asked(pod, namespace, settings, &nobody_s) == QuestionRule::NotListed);
+            || plain_question(pod, namespace, settings, &unlisted) == QuestionRule::NotListed);
     let by_address = packet.protected || (packet.tunnel && packet.internal);
     let allowed = allow.iter().any(|line| {
-        let reaches = line.holds(packet.to)
+        let reaches = line.contains(packet.to)
             || (line.is_anywhere() && !by_address && !elsewhere)
             || packet.through.as_ref().is_some_and(|name| {
                 line.names(name)
@@ -202,7 +203,7 @@ pub(super) fn plainly(
                     && !elsewhere
                     && (settings.allow_internal || !packet.internal)
             });
-        reaches && line.speaks_of(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
+        reaches && line.matches_packet(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
     });
     let any_allow = pod.allow.is_some() || namespace.allow.is_some();
     let any_deny = pod.deny.is_some() || namespace.deny.is_some();
@@ -216,8 +217,8 @@ pub(super) fn to_name(labels: &[Vec<u8>]) -> Name {
     Name::from_labels(labels.iter().map(Vec::as_slice)).unwrap()
 }
 
-/// What holds for a question.
-pub(super) fn plainly_asked(
+/// The rule for a query.
+pub(super) fn plain_question(
     pod: &Written,
     namespace: &Written,
     settings: &Settings,

@@ -1,4 +1,4 @@
-//! What holds for every policy.
+//! Properties of every policy.
 
 use egress_common::{
     reason::Reason,
@@ -9,7 +9,7 @@ use egress_common::{
 use proptest::prelude::*;
 
 use super::{
-    plain::{Packet, plainly, plainly_asked, to_name},
+    plain::{Packet, plain_question, plain_verdict, to_name},
     random::{packet, written},
     settings,
 };
@@ -17,7 +17,7 @@ use crate::{
     Annotations, Compiled, Mode, PodAnnotations, QuestionRule, Settings, compile, prefix::to_mapped,
 };
 
-/// What the kernel would find in the maps, and judge.
+/// The verdict of the kernel on what it finds in the maps.
 fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
     let address = to_mapped(packet.to);
     let prefix_classes = |address: [u8; 16]| {
@@ -62,7 +62,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn the_compiled_policy_judges_as_its_entries_say(
+    fn the_compiled_policy_judges_according_to_its_entries(
         pod in written(),
         namespace in written(),
         packets in prop::collection::vec(packet(), 16),
@@ -75,12 +75,12 @@ proptest! {
             if let Some(name) = &packet.through {
                 prop_assert_eq!(
                     compiled.names.question(&to_name(name), false),
-                    plainly_asked(&pod, &namespace, &settings, name),
+                    plain_question(&pod, &namespace, &settings, name),
                     "{:?}",
                     name
                 );
             }
-            let (passes, by_deny) = plainly(&pod, &namespace, &settings, packet);
+            let (passes, by_deny) = plain_verdict(&pod, &namespace, &settings, packet);
             let verdict = compiled_verdict(&compiled, packet);
             prop_assert_eq!(verdict == Verdict::Pass, passes, "{:?}: {:?}", packet, verdict);
             if let Verdict::Deny { reason, class } = verdict {
@@ -135,8 +135,8 @@ proptest! {
             return Ok(());
         }
         for packet in &packets {
-            // What the namespace allows by a prefix may be protected; `protected` here is free, so
-            // only real prefixes of the settings are consistent with it.
+            // A prefix that the namespace allows may be protected. The field `protected` is random here, so
+            // it is consistent only with the settings' real prefixes.
             let packet = Packet { protected: false, ..packet.clone() };
             if compiled_verdict(&with, &packet) == Verdict::Pass {
                 prop_assert_eq!(compiled_verdict(&without, &packet), Verdict::Pass, "{:?}", packet);
@@ -151,7 +151,7 @@ proptest! {
     }
 
     #[test]
-    fn no_text_makes_the_reader_panic(allow in "\\PC*", deny in "[\\[\\]a-f0-9:./*%@\\-, \n#ü。]*") {
+    fn no_text_makes_the_parser_panic(allow in "\\PC*", deny in "[\\[\\]a-f0-9:./*%@\\-, \n#ü。]*") {
         let annotations = Annotations {
             allow: Some(allow),
             deny: Some(deny),

@@ -1,4 +1,4 @@
-//! Random policies and packets from a small world, so that they meet.
+//! Random policies and packets from a small set of values, so that they match often.
 
 use std::net::IpAddr;
 
@@ -129,7 +129,7 @@ pub(super) fn written() -> impl Strategy<Value = Written> {
         })
 }
 
-pub(super) fn asked() -> impl Strategy<Value = Vec<Vec<u8>>> {
+pub(super) fn queried() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let label = prop_oneof![
         Just(b"a".to_vec()),
         Just(b"b".to_vec()),
@@ -166,7 +166,7 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
     ];
     (
         address(),
-        prop::option::of(asked()),
+        prop::option::of(queried()),
         prop::bool::weighted(0.1),
         (0..6_u32).prop_map(|bit| 1_u8 << bit),
         port,
@@ -180,7 +180,7 @@ pub(super) fn packet() -> impl Strategy<Value = Packet> {
                 through,
                 expired,
                 protocol,
-                // Only these carry ports; the walk gives 0 for all others.
+                // Only these have ports; the header walk returns 0 for all others.
                 port: match protocol {
                     bits::OTHER => 46 + port % 5,
                     _ if protocol & bits::WITH_PORTS == 0 => 0,

@@ -22,13 +22,13 @@ fn an_error_names_annotation_line_and_column() {
     assert_eq!(
         message(&[], &[("deny", "a.com:443")]),
         "namespace annotation egress-agent.dev/deny, line 1, column 1: `a.com:443` is a denied \
-         name with a port or protocol: a denied name is refused as a question, so for every port; \
-         deny the address instead, or leave the port out"
+         name with a port or protocol: queries for a denied name are refused, which affects every port; \
+         deny the address instead, or omit the port"
     );
     assert_eq!(
         message(&[("resolve", "a.com 10.0.0.1")], &[]),
         "pod annotation egress-agent.dev/resolve, line 1, column 7: `10.0.0.1` is an address: \
-         expected a name or wildcard that may be asked for"
+         expected a name or wildcard that may be queried"
     );
     assert_eq!(
         message(&[("resolve", "a.com:53")], &[]),
@@ -51,15 +51,15 @@ fn a_mistyped_key_does_not_leave_a_pod_open() {
     );
     assert_eq!(
         message(&[], &[("interface", "veth0")]),
-        "namespace annotation `egress-agent.dev/interface` names the interface of one pod: it \
-         belongs on a pod"
+        "namespace annotation `egress-agent.dev/interface` names the interface of one pod: put \
+         it on the pod"
     );
     let other = BTreeMap::from([("example.com/allow".to_owned(), "]".to_owned())]);
     assert_eq!(Annotations::from_map(&other), Annotations::default());
 }
 
 #[test]
-fn all_errors_are_collected_and_the_line_stays_short() {
+fn all_errors_are_collected_and_the_message_stays_short() {
     let list = vec!["x:0"; 50].join("\n");
     let error = compile(
         &annotations(&[("allow", &list), ("mode", "off")]),
@@ -74,7 +74,7 @@ fn all_errors_are_collected_and_the_line_stays_short() {
 }
 
 #[test]
-fn limits_are_errors_that_name_the_count() {
+fn exceeded_limits_are_errors_that_name_the_count() {
     let ports: Vec<String> = (1..=65).map(|port| format!("a.com:{port}")).collect();
     assert_eq!(
         message(&[("allow", &ports.join(" "))], &[]),
@@ -103,12 +103,12 @@ fn limits_are_errors_that_name_the_count() {
     let globs: Vec<String> = (0..101).map(|n| format!("a*{n}.example.com")).collect();
     assert_eq!(
         message(&[("allow", &globs.join(" "))], &[]),
-        "the policy has 101 names with * in or for a label behind the first; the limit is 100"
+        "the policy has 101 names with * inside a label, or as a label after the first; the limit is 100"
     );
 }
 
 #[test]
-fn what_turns_the_direction_of_writing_is_escaped() {
+fn characters_that_change_the_direction_of_text_are_escaped() {
     let error = message(&[("allow", "a\u{202e}moc.example:x")], &[]);
     assert!(error.contains(r"a\u{202e}moc"), "{error}");
     assert!(!error.contains('\u{202e}'), "{error}");

@@ -1,4 +1,4 @@
-//! What annotations mean, from their text to what is looked at.
+//! Annotations from their text to their compiled form.
 
 mod errors;
 mod rules;

@@ -32,7 +32,7 @@ fn five_hundred_names_on_one_port_are_one_class() {
 }
 
 #[test]
-fn a_denied_name_is_refused_whoever_allows_it() {
+fn queries_for_a_denied_name_are_refused_whoever_allows_it() {
     let policy = compiled(
         &[
             ("allow", "*.example.com db.cluster.local"),
@@ -55,7 +55,7 @@ fn a_denied_name_is_refused_whoever_allows_it() {
 }
 
 #[test]
-fn questions_pass_for_names_an_entry_could_allow_and_for_the_cluster() {
+fn names_that_an_entry_could_allow_and_names_of_the_cluster_may_be_queried() {
     let policy = compiled(
         &[("allow", "github.com:443"), ("resolve", "db.net")],
         &[],
@@ -76,7 +76,7 @@ fn questions_pass_for_names_an_entry_could_allow_and_for_the_cluster() {
 }
 
 #[test]
-fn questions_for_any_name_pass_for_open_pods_and_those_that_may_go_anywhere() {
+fn open_pods_and_those_that_may_go_anywhere_may_query_any_name() {
     for pod in [("allow", "*:443"), ("deny", "192.0.2.1"), ("resolve", "*")] {
         let policy = compiled(&[pod, ("mode", "enforce")], &[], &settings());
         assert_eq!(
@@ -95,7 +95,7 @@ fn questions_for_any_name_pass_for_open_pods_and_those_that_may_go_anywhere() {
 }
 
 #[test]
-fn a_pod_that_is_denied_everything_cannot_carry_data_out_in_questions() {
+fn a_pod_that_is_denied_everything_cannot_carry_data_out_in_queries() {
     let policy = compiled(&[("deny", "*")], &[("allow", "*")], &settings());
     assert_eq!(
         question(&policy, "secret.evil.example"),
@@ -110,7 +110,7 @@ fn a_pod_that_is_denied_everything_cannot_carry_data_out_in_questions() {
 }
 
 #[test]
-fn protocols_follow_the_list_an_entry_stands_in() {
+fn the_default_protocols_of_an_entry_depend_on_its_list() {
     let protocols = |list: &str, entry: &str| {
         let policy = compiled(&[(list, entry)], &[], &settings());
         assert_eq!(policy.record.classes[1], PortClass::NONE);
@@ -157,7 +157,7 @@ fn a_denial_is_explained_by_its_most_specific_entry() {
 }
 
 #[test]
-fn an_unreadable_policy_denies_everything_external_and_says_why() {
+fn an_unreadable_policy_denies_everything_external_with_a_reason_of_its_own() {
     let none = Annotations::default();
     let policy = unreadable(&none, &none, &settings());
     assert_eq!(policy.mode, Mode::Enforce);
@@ -173,7 +173,7 @@ fn an_unreadable_policy_denies_everything_external_and_says_why() {
 }
 
 #[test]
-fn a_label_with_a_dot_inside_never_passes_for_two_labels() {
+fn a_label_with_a_dot_inside_is_not_two_labels() {
     let policy = compiled(
         &[("allow", "github.com *.example.com api-*.test.com")],
         &[],
@@ -194,7 +194,7 @@ fn a_label_with_a_dot_inside_never_passes_for_two_labels() {
 }
 
 #[test]
-fn a_protocol_without_ports_is_told_by_its_number() {
+fn a_protocol_without_ports_is_identified_by_its_number() {
     let class = |entry| {
         compiled(&[("allow", entry)], &[], &settings())
             .record
@@ -220,19 +220,19 @@ fn a_protocol_without_ports_is_told_by_its_number() {
     assert_eq!(
         warnings,
         [
-            "the pod's entry `192.0.2.1/ip-44` matches nothing: 44 is an IPv6 extension header, behind \
-          which the packet's protocol follows"
+            "the pod's entry `192.0.2.1/ip-44` matches nothing: 44 is an IPv6 extension header, and \
+          the packet's protocol follows after it"
         ]
     );
 }
 
 #[test]
-fn a_star_before_a_name_is_no_suffix() {
+fn a_star_before_a_name_is_not_a_suffix() {
     let warnings = |list| compiled(&[("allow", list)], &[], &settings()).warnings;
     assert_eq!(
         warnings("*example.com:443"),
         [
-            "the pod's entry `*example.com:443` is no suffix: it names `example.com` and, with anything \
+            "the pod's entry `*example.com:443` is not a suffix: it matches `example.com` and, with anything \
              before it in the same label, names such as `xexample.com`; for the names below \
              `example.com` write `*.example.com`"
         ]
@@ -248,13 +248,13 @@ fn a_star_before_a_name_is_no_suffix() {
 }
 
 #[test]
-fn what_an_entry_may_not_mean_is_said() {
+fn entries_with_a_surprising_meaning_cause_a_warning() {
     let warning = |list| {
         let warnings = compiled(&[("allow", list)], &[], &settings()).warnings;
         assert!(warnings.len() <= 1, "{warnings:?}");
         warnings.into_iter().next().unwrap_or_default()
     };
-    assert!(warning("-x.com").contains("is no host name: `-x` begins or ends with `-`"));
+    assert!(warning("-x.com").contains("is not a host name: `-x` begins or ends with `-`"));
     assert!(warning("*.com:443").contains("where anybody can register one"));
     assert!(warning("2001:db8::7:443").contains("write `[2001:db8::7]:443`"));
     for list in [

@@ -30,7 +30,7 @@ fn a_pod_with_allow_is_closed_and_one_with_only_deny_is_open() {
 }
 
 #[test]
-fn a_pod_without_annotations_is_in_the_configured_mode() {
+fn a_pod_without_annotations_has_the_default_mode() {
     assert_eq!(compiled(&[], &[], &settings()).mode, Mode::Off);
     let locked = Settings {
         default_mode: Mode::Enforce,
@@ -53,14 +53,14 @@ fn the_pods_mode_wins_over_its_namespaces() {
 }
 
 #[test]
-fn a_restricted_pods_mode_can_only_tighten() {
+fn a_restricted_pods_mode_can_only_be_tighter() {
     let narrow = restricted(PodAnnotations::Narrow);
     let policy = compiled(&[("mode", "off")], &[("allow", "a.com")], &narrow);
     assert_eq!(policy.mode, Mode::Enforce);
     assert_eq!(
         policy.warnings,
         [
-            "the pod's mode off does not count: it is enforce without it, and a pod can only tighten \
+            "the pod's mode off does not count: without it the mode is enforce, and a pod can only tighten \
          that"
         ]
     );
@@ -94,7 +94,7 @@ fn a_restricted_pods_deny_does_not_open_a_closed_cluster() {
 }
 
 #[test]
-fn where_audit_is_the_default_only_a_written_mode_enforces() {
+fn if_audit_is_the_default_only_an_explicit_mode_enforces() {
     let audited = |pod_annotations| Settings {
         default_mode: Mode::Audit,
         ..restricted(pod_annotations)
@@ -118,7 +118,7 @@ fn where_audit_is_the_default_only_a_written_mode_enforces() {
 }
 
 #[test]
-fn where_audit_is_the_default_what_cannot_be_read_is_audited_unless_enforcement_is_written() {
+fn if_audit_is_the_default_an_unreadable_policy_is_audited_unless_enforce_is_explicit() {
     let mode = |power, pod: &[_], namespace: &[_]| {
         let settings = Settings {
             default_mode: Mode::Audit,
@@ -140,7 +140,7 @@ fn where_audit_is_the_default_what_cannot_be_read_is_audited_unless_enforcement_
 }
 
 #[test]
-fn under_narrow_a_pod_reaches_what_both_lists_have() {
+fn under_narrow_a_pod_reaches_the_intersection_of_both_lists() {
     let policy = compiled(
         &[(
             "allow",
@@ -178,7 +178,7 @@ fn under_narrow_a_pod_reaches_what_both_lists_have() {
 }
 
 #[test]
-fn under_narrow_a_namespace_that_denies_everything_lets_no_name_be_asked_for() {
+fn under_narrow_no_name_may_be_queried_if_the_namespace_denies_everything() {
     let narrow = restricted(PodAnnotations::Narrow);
     let policy = compiled(
         &[("allow", "a.com")],
@@ -257,7 +257,7 @@ fn under_ignore_only_the_pods_denials_count() {
 }
 
 #[test]
-fn all_of_a_family_opens_protected_addresses_and_says_so() {
+fn a_whole_family_opens_protected_addresses_and_causes_a_warning() {
     let policy = compiled(&[("allow", "0.0.0.0/0:443")], &[], &settings());
     assert_eq!(
         policy.warnings,
@@ -269,7 +269,7 @@ fn all_of_a_family_opens_protected_addresses_and_says_so() {
 }
 
 #[test]
-fn under_narrow_a_pod_does_not_open_a_protected_address_behind_a_translator() {
+fn under_narrow_a_pod_cannot_open_a_protected_address_behind_a_translator() {
     let narrow = restricted(PodAnnotations::Narrow);
     for entry in ["64:ff9b::a9fe:a9fe", "64:ff9b::/96", "2002:a9fe:a9fe::/48"] {
         let policy = compiled(&[("allow", entry)], &[("allow", "*")], &narrow);

@@ -1,4 +1,4 @@
-//! A client that asks for names nobody has asked for before.
+//! A client that queries only new names.
 
 use std::{
     net::{IpAddr, UdpSocket},
@@ -8,18 +8,18 @@ use std::{
 
 use egress_tests::{Pod, addresses::numbered};
 
-/// Below it are all names that are asked for.
+/// The zone of all queried names.
 pub(crate) const ZONE: &str = "bench.test";
 
-/// An answer that takes longer was lost.
+/// A response that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A client on its way to a resolver.
+/// A client with a socket to a resolver.
 pub(crate) struct Client {
     socket: UdpSocket,
 }
 
-/// The next number that no name has yet.
+/// The next unused number of a name.
 pub(crate) fn fresh() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
@@ -30,14 +30,14 @@ pub(crate) fn address_of(number: u32) -> IpAddr {
     numbered(number % (1 << 17))
 }
 
-/// The number in the first label of a message's question.
+/// The number in the first label of a message's query.
 pub(crate) fn number_of(message: &[u8]) -> Option<u32> {
     let label = message.get(13..13 + usize::from(*message.get(12)?))?;
     let digits = std::str::from_utf8(label.strip_prefix(b"q")?).ok()?;
     digits.parse().ok()
 }
 
-/// A question for an A record. The transaction id is the number's lower half.
+/// A query for an A record. The transaction id is the lower half of the number.
 pub(crate) fn question(number: u32) -> Vec<u8> {
     let mut message = (number as u16).to_be_bytes().to_vec();
     message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
@@ -60,7 +60,7 @@ impl Client {
         Self { socket }
     }
 
-    /// Asks for names one by one, and returns how long each took in microseconds, sorted.
+    /// Queries names one by one; returns the time of each in microseconds, sorted.
     pub(crate) fn latencies(&self, names: u32) -> Vec<f64> {
         let mut taken: Vec<f64> = (0..names)
             .map(|_| {
@@ -75,7 +75,7 @@ impl Client {
         taken
     }
 
-    /// Asks for names with this many questions open, and returns questions per second.
+    /// Queries names with this many queries pending; returns queries per second.
     pub(crate) fn questions_per_second(&self, names: u32, open: u32) -> f64 {
         let messages: Vec<Vec<u8>> = (0..names).map(|_| question(fresh())).collect();
         let start = Instant::now();
@@ -93,13 +93,13 @@ impl Client {
     }
 
     fn send(&self, message: &[u8]) {
-        self.socket.send(message).expect("send a question");
+        self.socket.send(message).expect("send a query");
     }
 
-    /// Receives an answer, which must have an address.
+    /// Receives a response, which must have one address.
     fn receive(&self) {
         let mut answer = [0; 512];
-        let len = self.socket.recv(&mut answer).expect("an answer");
+        let len = self.socket.recv(&mut answer).expect("a response");
         let (response_code, answers) = (answer[3] & 0x0f, answer[7]);
         assert!(
             len > 12 && response_code == 0 && answers == 1,

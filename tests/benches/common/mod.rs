@@ -1,8 +1,9 @@
-//! What the benchmarks share: a bare pod beside an enforced one, rounds that take turns, and tables.
+//! Code that the benchmarks share: an unenforced ("bare") pod beside an enforced one, rounds in alternation,
+//! and tables.
 //!
-//! Machines differ, and one machine differs from minute to minute. So everything is measured in
-//! short rounds that take turns within one run, and each round is compared with the bare one beside
-//! it; the absolute numbers are there for orientation.
+//! Machines differ, and so does one machine from minute to minute. So every variant is measured in short
+//! rounds that alternate within one run, and each round is compared with the bare round next to it; the
+//! absolute numbers are only for orientation.
 #![allow(
     dead_code,
     clippy::allow_attributes,
@@ -19,7 +20,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// The middle of what was measured, and where half of it lies.
+/// The median and the quartiles of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {
     /// The median.
@@ -31,7 +32,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// Of at least one number.
+    /// The spread of at least one number.
     pub(crate) fn of(numbers: impl IntoIterator<Item = f64>) -> Self {
         let mut numbers: Vec<f64> = numbers.into_iter().collect();
         numbers.sort_unstable_by(f64::total_cmp);
@@ -42,7 +43,7 @@ impl Spread {
         }
     }
 
-    /// Of each number divided by the one of the same round.
+    /// The spread of the ratios of each number to the bare one of the same round.
     pub(crate) fn of_ratios(numbers: &[f64], bare: &[f64]) -> Self {
         assert_eq!(numbers.len(), bare.len(), "one number for each round");
         Self::of(numbers.iter().zip(bare).map(|(number, bare)| number / bare))
@@ -94,8 +95,8 @@ macro_rules! row {
     ($($cell:expr),+ $(,)?) => { vec![$($cell.to_string()),+] };
 }
 
-/// CPU time of all threads of a process so far, in nanoseconds. What the kernel does for packets
-/// that a thread sends counts as that thread's.
+/// CPU time of all threads of a process so far, in nanoseconds. The kernel's work for packets that a thread
+/// sends counts as that thread's.
 pub(crate) fn cpu_ns(pid: u32) -> u64 {
     fs::read_dir(format!("/proc/{pid}/task"))
         .expect("a process that runs")
@@ -105,7 +106,7 @@ pub(crate) fn cpu_ns(pid: u32) -> u64 {
         .sum()
 }
 
-/// Keeps a thread, and those that it starts, on these CPUs.
+/// Pins a thread, and the threads that it starts, to these CPUs.
 pub(crate) fn place(thread: Pid, cpus: Range<usize>) {
     let mut set = CpuSet::new();
     for cpu in cpus {
@@ -114,7 +115,7 @@ pub(crate) fn place(thread: Pid, cpus: Range<usize>) {
     sched_setaffinity(thread, &set).expect("the machine has two CPUs");
 }
 
-/// A field of `/proc/<pid>/status` that is in kB.
+/// A field of `/proc/<pid>/status` in kB.
 pub(crate) fn status_kib(pid: u32, field: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
     status

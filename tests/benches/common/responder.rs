@@ -1,4 +1,4 @@
-//! A DNS server that does next to nothing, so that what is measured is the way to it.
+//! A DNS server with almost no work of its own, so that the measurement shows the path to it.
 
 use std::{
     net::{IpAddr, UdpSocket},
@@ -17,12 +17,12 @@ use nix::unistd::{Pid, gettid};
 use super::dns::{address_of, number_of};
 
 const HEADER: usize = 12;
-/// Behind the name: type and class.
+/// The length of type and class, which follow the name.
 const QUESTION_TAIL: usize = 4;
-/// A pointer to the question's name, type A, class IN, a TTL of 300 seconds, 4 bytes of data.
+/// A pointer to the query's name, type A, class IN, a TTL of 300 seconds, 4 bytes of data.
 const RECORD: [u8; 12] = [0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 0x2c, 0, 4];
 
-/// Answers every question for `q<number>.…` with one address. Stops when dropped.
+/// Responds to every query for `q<number>.…` with one address. It stops when dropped.
 pub(crate) struct Responder {
     id: Pid,
     stop: Arc<AtomicBool>,
@@ -30,7 +30,7 @@ pub(crate) struct Responder {
 }
 
 impl Responder {
-    /// Starts it on the laboratory's resolver's address.
+    /// Starts it on the address of the laboratory's resolver.
     pub(crate) fn start(lab: &Lab) -> Self {
         let socket = lab
             .outside()
@@ -55,7 +55,7 @@ impl Responder {
         }
     }
 
-    /// Its thread.
+    /// The id of its thread.
     pub(crate) fn id(&self) -> Pid {
         self.id
     }
@@ -70,7 +70,7 @@ impl Drop for Responder {
     }
 }
 
-/// Answers one question, if one comes.
+/// Responds to one query, if one arrives.
 fn answer(socket: &UdpSocket) {
     let mut message = [0; 512];
     let Ok((len, from)) = socket.recv_from(&mut message) else {
@@ -81,7 +81,7 @@ fn answer(socket: &UdpSocket) {
     }
 }
 
-/// Makes the answer out of a question of this length, and returns the answer's length.
+/// Turns a query of this length into its response; returns the response's length.
 pub(crate) fn reply(message: &mut [u8], len: usize) -> Option<usize> {
     let number = number_of(message.get(..len)?)?;
     let name = message
@@ -92,7 +92,7 @@ pub(crate) fn reply(message: &mut [u8], len: usize) -> Option<usize> {
         return None;
     };
     let end = HEADER + name + 1 + QUESTION_TAIL;
-    // QR, RD, RA; one question, one answer, nothing else (an OPT record is left out).
+    // QR, RD, RA; one question, one answer, nothing else (no OPT record).
     message[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
     message[end..end + RECORD.len()].copy_from_slice(&RECORD);
     let data = end + RECORD.len();

@@ -1,4 +1,4 @@
-//! A DNS client without habits: it asks once, and shows all that comes back.
+//! A minimal DNS client: it sends one query and returns everything that arrives.
 
 use std::{
     io,
@@ -21,7 +21,7 @@ use crate::{
     addresses::{RESOLVER, RESOLVER6},
 };
 
-/// What came back for a question.
+/// The response to a query.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// Response code.
@@ -30,7 +30,7 @@ pub struct Answer {
     pub addresses: Vec<IpAddr>,
     /// The whole message.
     pub message: Message,
-    /// Its length.
+    /// The message's length.
     pub bytes: usize,
 }
 
@@ -39,7 +39,7 @@ impl Answer {
     #[track_caller]
     pub fn read(bytes: &[u8]) -> Self {
         let message = Message::from_vec(bytes)
-            .unwrap_or_else(|e| panic!("a pod received an answer that cannot be read: {e}"));
+            .unwrap_or_else(|e| panic!("a pod received a malformed response: {e}"));
         let addresses = message
             .answers
             .iter()
@@ -70,7 +70,7 @@ impl Answer {
     }
 }
 
-/// A UDP socket in a pod. It is not connected, so that it shows answers from wrong sources too.
+/// A UDP socket in a pod. It is not connected, so it also receives responses from wrong sources.
 #[derive(Debug)]
 pub struct DnsSocket {
     socket: UdpSocket,
@@ -96,13 +96,13 @@ impl DnsSocket {
         self.socket.send_to(bytes, server).expect("send a datagram");
     }
 
-    /// Asks a question; the answer is for [`Self::receive`].
+    /// Sends a query; [`Self::receive`] returns the response.
     #[track_caller]
     pub fn ask(&self, server: IpAddr, id: u16, name: &str, qtype: RecordType) {
         self.send(server, &question(id, name, qtype));
     }
 
-    /// The next datagram, and where it came from.
+    /// The next datagram, and its source.
     pub fn receive(&self, timeout: Duration) -> Option<(Vec<u8>, SocketAddr)> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 65_535];
@@ -118,19 +118,19 @@ impl DnsSocket {
                     buffer.truncate(length);
                     return Some((buffer, from));
                 }
-                // An ICMP error for something sent earlier: the answer may still come.
+                // An ICMP error about an earlier datagram: the response may still arrive.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => (),
                 Err(_) => return None,
             }
         }
     }
 
-    /// The next datagram, which must come and be an answer.
+    /// The next datagram, which must arrive and be a DNS message.
     #[track_caller]
     pub fn expect(&self, what: &str) -> Answer {
         let (bytes, _) = self
             .receive(DEADLINE)
-            .unwrap_or_else(|| panic!("no answer within {DEADLINE:?}: {what}"));
+            .unwrap_or_else(|| panic!("no response within {DEADLINE:?}: {what}"));
         Answer::read(&bytes)
     }
 }
@@ -141,7 +141,7 @@ impl Pod {
         self.dns_socket_from(self.ipv4().into())
     }
 
-    /// The same on its IPv6 address.
+    /// A UDP socket for DNS on its IPv6 address.
     pub fn dns_socket6(&self) -> DnsSocket {
         self.dns_socket_from(self.ipv6().into())
     }
@@ -153,32 +153,32 @@ impl Pod {
         }
     }
 
-    /// Asks the resolver once, and waits for the answer.
+    /// Sends one query to the resolver, and waits for the response.
     #[track_caller]
     pub fn resolve(&self, name: &str, qtype: RecordType) -> Answer {
         self.resolve_at(RESOLVER, name, qtype)
     }
 
-    /// Asks the resolver once for the name's A records; the addresses it gave.
+    /// Queries the resolver once for the name's A records; returns the addresses in the response.
     #[track_caller]
     pub fn lookup(&self, name: &str) -> Vec<IpAddr> {
         self.resolve(name, RecordType::A).addresses
     }
 
-    /// Asks the resolver once over IPv6 transport for the name's AAAA records.
+    /// Queries the resolver once over IPv6 for the name's AAAA records.
     #[track_caller]
     pub fn lookup6(&self, name: &str) -> Vec<IpAddr> {
         self.resolve_at(RESOLVER6, name, RecordType::AAAA).addresses
     }
 
-    /// Asks `server` once, and waits for the answer.
+    /// Sends one query to `server`, and waits for the response.
     #[track_caller]
     pub fn resolve_at(&self, server: IpAddr, name: &str, qtype: RecordType) -> Answer {
         self.try_resolve(server, name, qtype, DEADLINE)
-            .unwrap_or_else(|| panic!("no answer from {server} for {name} within {DEADLINE:?}"))
+            .unwrap_or_else(|| panic!("no response from {server} for {name} within {DEADLINE:?}"))
     }
 
-    /// Asks `server` once; `None` when no answer comes in time.
+    /// Sends one query to `server`; `None` when no response arrives in time.
     #[track_caller]
     pub fn try_resolve(
         &self,
@@ -190,7 +190,7 @@ impl Pod {
         self.try_resolve_at((server, 53).into(), name, qtype, timeout)
     }
 
-    /// Asks `server` on this port once; `None` when no answer comes in time.
+    /// Sends one query to this address and port; `None` when no response arrives in time.
     #[track_caller]
     pub fn try_resolve_at(
         &self,
@@ -207,11 +207,11 @@ impl Pod {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         socket.send_to(server, &question(id, name, qtype));
         let (bytes, from) = socket.receive(timeout)?;
-        assert_eq!(from, server, "the answer for {name} came from elsewhere");
+        assert_eq!(from, server, "the response for {name} came from elsewhere");
         let answer = Answer::read(&bytes);
         assert_eq!(
             answer.message.metadata.id, id,
-            "the answer for {name} has another id"
+            "the response for {name} has another id"
         );
         Some(answer)
     }

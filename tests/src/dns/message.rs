@@ -1,4 +1,4 @@
-//! Making DNS messages.
+//! Builds DNS messages.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -18,11 +18,11 @@ use hickory_proto::{
 
 use super::Question;
 
-/// TTL of records that no test looks at.
+/// The TTL of records in tests where it does not matter.
 const TTL_SECONDS: u32 = 300;
 
-/// A record of an answer. Its owner is where the chain stands: the asked name, or the target of
-/// the CNAME before it, unless [`Record::of`] says otherwise.
+/// A record of a response. Its owner is the queried name, or the target of the CNAME before it, unless
+/// [`Record::of`] sets another one.
 #[derive(Clone, Debug)]
 pub struct Record {
     pub(crate) owner: Option<String>,
@@ -39,14 +39,14 @@ impl Record {
         }
     }
 
-    /// With another TTL.
+    /// Sets another TTL.
     #[must_use]
     pub fn ttl(mut self, seconds: u32) -> Self {
         self.ttl_seconds = seconds;
         self
     }
 
-    /// Of another name than the chain's.
+    /// Sets another owner.
     #[must_use]
     pub fn of(mut self, owner: &str) -> Self {
         self.owner = Some(owner.to_owned());
@@ -67,7 +67,7 @@ pub fn cname(target: &str) -> Record {
     Record::new(RData::CNAME(CNAME(name(target))))
 }
 
-/// A CNAME in the clothes of HTTPS: a record in alias mode (RFC 9460, section 2.4.2).
+/// An HTTPS record in alias mode (RFC 9460, section 2.4.2), which works like a CNAME.
 pub fn https_alias(target: &str) -> Record {
     Record::new(RData::HTTPS(HTTPS(SVCB::new(0, name(target), Vec::new()))))
 }
@@ -85,7 +85,7 @@ pub fn text(content: &str) -> Record {
     Record::new(RData::TXT(TXT::new(vec![content.to_owned()])))
 }
 
-/// An HTTPS record for the asked name itself, with address hints (RFC 9460, section 7.3).
+/// An HTTPS record for the queried name itself, with address hints (RFC 9460, section 7.3).
 pub fn hints(addresses: &[IpAddr]) -> Record {
     let v4 = addresses.iter().filter_map(|a| {
         if let IpAddr::V4(v4) = a {
@@ -112,7 +112,7 @@ pub fn hints(addresses: &[IpAddr]) -> Record {
     Record::new(RData::HTTPS(HTTPS(SVCB::new(1, Name::root(), parameters))))
 }
 
-/// The bytes of a question, with EDNS and room for 4,096 bytes of answer.
+/// The bytes of a query, with EDNS and room for a response of 4,096 bytes.
 #[track_caller]
 pub fn question(id: u16, asked: &str, qtype: RecordType) -> Vec<u8> {
     let mut message = Message::new(id, MessageType::Query, OpCode::Query);
@@ -121,10 +121,10 @@ pub fn question(id: u16, asked: &str, qtype: RecordType) -> Vec<u8> {
     let mut edns = Edns::new();
     edns.set_max_payload(4096);
     message.edns = Some(edns);
-    message.to_vec().expect("a question can be encoded")
+    message.to_vec().expect("a query can be encoded")
 }
 
-/// A name as it is written; letters keep their case.
+/// Parses a name; letters keep their case.
 #[track_caller]
 pub(crate) fn name(text: &str) -> Name {
     let mut name = Name::from_ascii(text).unwrap_or_else(|e| panic!("not a name: {text:?}: {e}"));
@@ -142,7 +142,7 @@ pub struct Send {
 }
 
 impl Send {
-    /// These bytes, whatever they are.
+    /// Arbitrary bytes.
     pub fn raw(bytes: Vec<u8>) -> Self {
         Self {
             bytes,
@@ -152,13 +152,13 @@ impl Send {
         }
     }
 
-    /// The answer to `asked` with these records and no others.
+    /// The response to `asked` with these records and no others.
     #[track_caller]
     pub fn answer(asked: &Question, records: &[Record]) -> Self {
         Self::reply(asked, ResponseCode::NoError, records)
     }
 
-    /// An answer without records and with this code.
+    /// A response without records and with this code.
     #[track_caller]
     pub fn code(asked: &Question, code: ResponseCode) -> Self {
         Self::reply(asked, code, &[])
@@ -183,49 +183,49 @@ impl Send {
                 owner = target.clone();
             }
         }
-        Self::raw(message.to_vec().expect("an answer can be encoded"))
+        Self::raw(message.to_vec().expect("a response can be encoded"))
     }
 
-    /// What is sent.
+    /// The bytes to send.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// From another address or port than the one that was asked.
+    /// Sends it from another address or port than the queried one.
     #[must_use]
     pub fn from(mut self, source: SocketAddr) -> Self {
         self.from = Some(source);
         self
     }
 
-    /// Over TCP, in segments of this many bytes, the length before the message included.
+    /// Over TCP: sends it in segments of this many bytes, including the length prefix.
     #[must_use]
     pub fn in_pieces(mut self, bytes: usize) -> Self {
         self.piece_bytes = Some(bytes);
         self
     }
 
-    /// Truncated: the flag TC, and no records.
+    /// A truncated response: the flag TC, and no records.
     #[track_caller]
     pub fn truncated(asked: &Question) -> Self {
         Self::answer(asked, &[]).edited(|bytes| bytes[2] |= 2)
     }
 
-    /// Not at once.
+    /// Sends it after a delay.
     #[must_use]
     pub fn after(mut self, delay: Duration) -> Self {
         self.after = delay;
         self
     }
 
-    /// With the bytes changed.
+    /// Changes the bytes.
     #[must_use]
     pub fn edited(mut self, edit: impl FnOnce(&mut Vec<u8>)) -> Self {
         edit(&mut self.bytes);
         self
     }
 
-    /// With another transaction id.
+    /// Replaces the transaction id.
     #[must_use]
     pub fn with_id(self, id: u16) -> Self {
         self.edited(|bytes| bytes[..2].copy_from_slice(&id.to_be_bytes()))

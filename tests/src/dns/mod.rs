@@ -1,4 +1,4 @@
-//! Both ends of DNS: a server that says what a test wants, and a client without habits.
+//! Both ends of DNS: a server whose responses a test defines, and a minimal client.
 
 mod client;
 mod message;

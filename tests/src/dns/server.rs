@@ -1,4 +1,4 @@
-//! A DNS server that says what a test wants, to the byte.
+//! A DNS server whose responses a test defines, to the byte.
 
 use std::{
     collections::HashMap,
@@ -25,28 +25,28 @@ use super::{Record, Send, address};
 use crate::{Namespace, addresses};
 
 const PORT: u16 = 53;
-/// A connection that is silent this long is closed.
+/// An idle connection is closed after this time.
 const STREAM_PATIENCE: Duration = Duration::from_secs(15);
-/// As the standard library's listeners have it.
+/// The same as for the standard library's listeners.
 const BACKLOG: i32 = 128;
 const STOP_POLL_MILLISECONDS: u16 = 50;
 
-/// A question as the server saw it.
+/// A query as the server received it.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// The name as asked, without a trailing dot; letters keep their case.
+    /// The queried name, without a trailing dot; letters keep their case.
     pub name: String,
-    /// Type of record.
+    /// The record type.
     pub qtype: RecordType,
     /// Transaction id.
     pub id: u16,
-    /// Who asked.
+    /// The client.
     pub from: SocketAddr,
-    /// Where the question was sent.
+    /// The server address to which the query was sent.
     pub to: SocketAddr,
-    /// Whether it came over TCP.
+    /// True if it came over TCP.
     pub tcp: bool,
-    /// Longest answer over UDP that the asker takes (RFC 6891, section 6.2.3).
+    /// The longest response over UDP that the client accepts (RFC 6891, section 6.2.3).
     pub payload: u16,
 }
 
@@ -54,7 +54,7 @@ type Handler = Arc<dyn Fn(&Question) -> Vec<Send> + std::marker::Send + Sync>;
 
 #[derive(Default)]
 struct Zone {
-    /// By name in lower case; `*.suffix` stands for everything below the suffix.
+    /// By name in lower case; the key `*.suffix` covers every name below the suffix.
     handlers: Mutex<HashMap<String, Handler>>,
     seen: Mutex<Vec<Question>>,
     stop: AtomicBool,
@@ -109,8 +109,8 @@ impl Zone {
     }
 }
 
-/// A DNS server on UDP and TCP ports of some addresses, stopped when dropped. A name it was told
-/// nothing about does not exist.
+/// A DNS server on UDP and TCP ports of some addresses, stopped when dropped. It responds with NXDOMAIN to
+/// names without a handler.
 pub struct DnsServer {
     zone: Arc<Zone>,
     sockets: Arc<Vec<(SocketAddr, UdpSocket)>>,
@@ -144,7 +144,7 @@ impl DnsServer {
             });
             let (sockets, listeners): (Vec<_>, Vec<_>) = bound.unzip();
             let sockets = Arc::new(sockets);
-            // A thread belongs to the namespace of the thread that started it.
+            // A thread inherits the namespace of the thread that started it.
             let udp = {
                 let (zone, sockets) = (Arc::clone(&zone), Arc::clone(&sockets));
                 thread::spawn(move || serve_udp(&zone, &sockets))
@@ -162,8 +162,8 @@ impl DnsServer {
         }
     }
 
-    /// Answers a name (or `*.suffix`, everything below it) with these records: those of the asked
-    /// type, and the CNAMEs on the way to them.
+    /// Responds to queries for a name (or `*.suffix`, every name below it) with those of these records that
+    /// have the queried type, and with the CNAMEs among them.
     pub fn answer(&self, name: &str, records: impl Into<Vec<Record>>) {
         let records = records.into();
         self.on(name, move |asked| {
@@ -178,7 +178,7 @@ impl DnsServer {
         });
     }
 
-    /// Answers a name with these addresses.
+    /// Responds to queries for a name with these addresses.
     pub fn addresses(&self, name: &str, addresses: &[IpAddr]) {
         self.answer(
             name,
@@ -186,7 +186,7 @@ impl DnsServer {
         );
     }
 
-    /// Answers `n<number>.<suffix>` with [`addresses::numbered`].
+    /// Responds to queries for `n<number>.<suffix>` with [`addresses::numbered`].
     pub fn numbered(&self, suffix: &str) {
         self.on(&format!("*.{suffix}"), |asked| {
             let number = asked
@@ -204,8 +204,8 @@ impl DnsServer {
         });
     }
 
-    /// Answers a name (or `*.suffix`) with whatever datagrams `handler` makes. Over TCP, what it
-    /// says of sources and delays does not count.
+    /// Responds to queries for a name (or `*.suffix`) with the messages that `handler` returns. Over TCP
+    /// their sources and delays are ignored.
     pub fn on(
         &self,
         name: &str,
@@ -216,7 +216,7 @@ impl DnsServer {
             .insert(name.to_ascii_lowercase(), Arc::new(handler));
     }
 
-    /// Sends a datagram nobody asked for, from port 53 of one of the server's own addresses.
+    /// Sends an unsolicited datagram from port 53 of one of the server's addresses.
     #[track_caller]
     pub fn send(&self, from: IpAddr, to: SocketAddr, bytes: &[u8]) {
         let (_, socket) = self
@@ -227,12 +227,12 @@ impl DnsServer {
         socket.send_to(bytes, to).expect("send a datagram");
     }
 
-    /// Every question so far.
+    /// All queries so far.
     pub fn questions(&self) -> Vec<Question> {
         self.zone.seen().clone()
     }
 
-    /// How often a name was asked for, in whatever case.
+    /// The number of queries for a name, in any letter case.
     pub fn asked(&self, name: &str) -> usize {
         self.zone
             .seen()
@@ -254,7 +254,7 @@ impl Drop for DnsServer {
     }
 }
 
-/// A listener that speaks multipath TCP where the kernel does, as those of Go programs do by default.
+/// A listener with multipath TCP if the kernel supports it, as Go programs have by default.
 fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))
@@ -303,7 +303,7 @@ fn transmit(sockets: &[(SocketAddr, UdpSocket)], reply: &Send, asked: SocketAddr
         Some((_, socket)) => socket.send_to(&reply.bytes, to),
         None => UdpSocket::bind(source).and_then(|socket| socket.send_to(&reply.bytes, to)),
     };
-    sent.unwrap_or_else(|e| panic!("send an answer from {source} to {to}: {e}"));
+    sent.unwrap_or_else(|e| panic!("send a response from {source} to {to}: {e}"));
 }
 
 fn serve_tcp(zone: &Arc<Zone>, listeners: &[TcpListener]) {

@@ -1,7 +1,7 @@
-//! The admission policy's expressions, evaluated, beside the agent's own parser: what the agent reads
-//! is never rejected, and what people mistype is.
+//! Evaluates the admission policy's expressions and compares them with the agent's own parser: the policy
+//! never rejects a list that the agent reads, and it rejects common mistakes.
 //!
-//! `ADMISSION_PLUGIN` names Kubernetes' own plugin (plugin.go), which must then agree.
+//! `ADMISSION_PLUGIN` names Kubernetes' own plugin (plugin.go). If it is set, the plugin must agree.
 
 mod policy;
 
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use policy::Policy;
 
-/// Makes an object of a kind with these annotations where they count.
+/// Creates an object of a kind with these annotations in the place where they apply.
 type Make = fn(&str, &BTreeMap<String, String>) -> Value;
 
 fn object(kind: &str, annotations: &BTreeMap<String, String>) -> Value {
@@ -37,12 +37,12 @@ fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// Why a pod with these annotations is rejected.
+/// The reason why a pod with these annotations is rejected, if it is.
 fn rejected(policy: &Policy, annotations: &BTreeMap<String, String>) -> Option<String> {
     policy.judge(&object("Pod", annotations), &Value::Null)
 }
 
-/// Whether the agent reads a pod's annotations.
+/// `Ok` if the agent can read these annotations of a pod.
 fn readable(annotations: &BTreeMap<String, String>) -> Result<(), String> {
     let settings = Config::default_config()
         .expect("defaults")
@@ -100,7 +100,7 @@ const READABLE: &[&str] = &[
     "a.example\u{a0}b.example\u{3000}c.example\u{2028}d.example\u{85}e.example\u{b}f.example",
 ];
 
-/// Entries that the agent does not read, as people write them.
+/// Entries that the agent does not read, with common mistakes.
 const UNREADABLE: &[&str] = &[
     "https://github.com",
     "https://github.com:443/x",
@@ -192,7 +192,7 @@ const UNREADABLE: &[&str] = &[
 ];
 
 #[test]
-fn what_the_agent_reads_is_admitted() {
+fn lists_that_the_agent_reads_are_admitted() {
     let policy = Policy::read();
     for list in READABLE {
         for key in ["allow", "deny", "resolve"] {
@@ -207,7 +207,7 @@ fn what_the_agent_reads_is_admitted() {
 }
 
 #[test]
-fn what_people_mistype_is_rejected_and_named() {
+fn mistyped_entries_are_rejected_and_named() {
     let policy = Policy::read();
     for entry in UNREADABLE {
         for list in [
@@ -227,7 +227,7 @@ fn what_people_mistype_is_rejected_and_named() {
 }
 
 #[test]
-fn a_denied_name_and_a_name_to_resolve_stand_alone() {
+fn names_in_deny_and_resolve_have_no_port() {
     let policy = Policy::read();
     for (key, list) in [
         ("deny", "github.com:443"),
@@ -262,7 +262,7 @@ fn a_denied_name_and_a_name_to_resolve_stand_alone() {
 }
 
 #[test]
-fn a_mode_is_one_of_three_words_and_a_key_one_of_five() {
+fn unknown_modes_and_keys_are_rejected() {
     let policy = Policy::read();
     for (key, value, good) in [
         ("mode", "enforce", true),
@@ -336,10 +336,10 @@ fn with_job_template(kind: &str, annotations: &BTreeMap<String, String>) -> Valu
         "spec": {"jobTemplate": {"spec": job["spec"]}}})
 }
 
-/// Scaling a Deployment or removing a pod's finalizer must not fail for what somebody wrote before the
-/// policy was there.
+/// Scaling a Deployment or removing a pod's finalizer must not fail because of annotations that are older
+/// than the policy.
 #[test]
-fn what_was_there_before_is_no_reason_to_reject_an_edit() {
+fn old_mistakes_do_not_reject_an_edit() {
     let policy = Policy::read();
     let bad = annotations(&[("allow", "https://github.com"), ("mode", "enforce")]);
     let make: [(&str, Make); 2] = [("Pod", object), ("Deployment", with_template)];
@@ -360,7 +360,7 @@ fn what_was_there_before_is_no_reason_to_reject_an_edit() {
 }
 
 #[test]
-fn what_is_too_large_to_be_judged_is_left_to_the_agent() {
+fn annotations_too_large_to_evaluate_are_left_to_the_agent() {
     let policy = Policy::read();
     let spaces = " ".repeat(40_000);
     let list = format!("https://a{spaces}");
@@ -374,9 +374,9 @@ fn what_is_too_large_to_be_judged_is_left_to_the_agent() {
     assert!(rejected(&policy, &fewer).is_some());
 }
 
-/// What the expressions cost is known to Kubernetes alone: it is looked at where its plugin is.
+/// Only Kubernetes knows the cost of the expressions, so this checks the budget only with its plugin.
 #[test]
-fn what_is_just_small_enough_to_be_judged_is_within_the_api_servers_budget() {
+fn the_largest_evaluated_annotations_are_within_the_api_servers_budget() {
     let policy = Policy::read();
     let entries = |make: fn(usize) -> String| (0..333).map(make).collect::<Vec<_>>().join(" ");
     let addresses =
@@ -393,7 +393,7 @@ fn what_is_just_small_enough_to_be_judged_is_within_the_api_servers_budget() {
     assert_eq!(rejected(&policy, &annotations), None);
 }
 
-/// Texts made of what entries are made of, in any order, many of them almost right.
+/// Texts made of parts of entries, in any order, many of them almost valid.
 fn almost_entries() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         4 => prop::sample::select(vec![
@@ -411,7 +411,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn nothing_that_the_agent_reads_is_rejected(list in almost_entries(), key in 0..3_usize) {
+    fn no_list_that_the_agent_reads_is_rejected(list in almost_entries(), key in 0..3_usize) {
         let policy = POLICY.with(Rc::clone);
         let annotations = annotations(&[(["allow", "deny", "resolve"][key], &list)]);
         if readable(&annotations).is_ok() {
@@ -421,6 +421,6 @@ proptest! {
 }
 
 thread_local! {
-    /// Compiling takes longer than matching.
+    /// Compilation takes longer than matching.
     static POLICY: Rc<Policy> = Rc::new(Policy::read());
 }

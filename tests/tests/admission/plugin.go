@@ -1,10 +1,10 @@
-// Judges objects as the API server does: with the plugin of Kubernetes that evaluates
-// ValidatingAdmissionPolicies, given the policy's file as its argument.
+// Judges objects as the API server does: with the Kubernetes plugin that evaluates
+// ValidatingAdmissionPolicies. Its argument is the policy's file.
 //
-// Reads one request as JSON from each line of standard input, {"object": …, "oldObject": …}, and
-// answers each with a line, {"rejected": why} or {"failed": why} or {}. `failed` is what
-// `failurePolicy: Ignore` would let pass without a word: an expression that cannot be compiled, that
-// stumbles over its input, or that costs more than the API server spends.
+// Each line of standard input is a request in JSON, {"object": …, "oldObject": …}. Each response is one line:
+// {"rejected": why}, {"failed": why} or {}. `failed` is a failure that `failurePolicy: Ignore` would silently
+// admit: an expression that does not compile, that fails on its input, or that exceeds the API server's cost
+// limit.
 package main
 
 import (
@@ -84,7 +84,7 @@ func run() error {
 	}
 }
 
-// The file's policies, with failures told from verdicts, and their bindings.
+// The file's policies, changed so that failures are distinguishable from verdicts, and their bindings.
 func policy(path string) ([]runtime.Object, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -179,7 +179,7 @@ func judge(plugin *validating.Plugin, line []byte) (answer, error) {
 	if err == nil {
 		return answer{}, nil
 	}
-	// "… denied request: MESSAGE"; what went wrong in an expression is worded so (validator.go,
+	// A rejection is "… denied request: MESSAGE". The texts below mark a failed expression (validator.go,
 	// message.go).
 	_, message, denied := strings.Cut(err.Error(), " denied request: ")
 	for _, sign := range []string{"resulted in error: ", "compilation error: ", "compilation failed: ", "budget"} {

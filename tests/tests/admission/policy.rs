@@ -1,4 +1,4 @@
-//! The admission policy's expressions, evaluated, and Kubernetes' own plugin beside them.
+//! Evaluates the admission policy's expressions, and runs Kubernetes' own plugin beside them.
 
 use std::{
     cell::RefCell,
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use egress_tests::yaml;
 
 thread_local! {
-    /// Compiling takes longer than matching.
+    /// Compilation takes longer than matching.
     static COMPILED: RefCell<HashMap<String, Regex>> = RefCell::default();
 }
 
@@ -31,7 +31,7 @@ pub(crate) struct Policy {
     plugin: Option<RefCell<Plugin>>,
 }
 
-/// Kubernetes' own plugin (plugin.go), which `ADMISSION_PLUGIN` names.
+/// Kubernetes' own plugin (plugin.go), whose path is in `ADMISSION_PLUGIN`.
 struct Plugin {
     process: Child,
     requests: ChildStdin,
@@ -111,8 +111,7 @@ impl Policy {
         }
     }
 
-    /// Why the object is rejected, if it is; Kubernetes' own plugin has to say the same, where there
-    /// is one.
+    /// The reason why the object is rejected, if it is. Kubernetes' own plugin must agree, if there is one.
     pub(crate) fn judge(&self, object: &Value, old: &Value) -> Option<String> {
         let rejected = self.evaluate(object, old);
         if let Some(plugin) = &self.plugin {
@@ -122,8 +121,7 @@ impl Policy {
         rejected
     }
 
-    /// The API server evaluates a variable when an expression asks for it; here all of them are, in
-    /// their order.
+    /// The API server evaluates a variable when an expression uses it; this evaluates all of them in order.
     fn evaluate(&self, object: &Value, old: &Value) -> Option<String> {
         let mut context = Context::default();
         context.add_function("findAll", find_all).expect("findAll");
@@ -137,7 +135,7 @@ impl Policy {
                 Ok(value) => {
                     variables.insert(name.clone(), value);
                 }
-                // Whatever asks for it fails, unless it does not come to ask.
+                // Expressions that use this variable fail.
                 Err(error) => eprintln!("{name}: {error}"),
             }
         }
@@ -165,7 +163,7 @@ impl Policy {
     clippy::needless_pass_by_value,
     reason = "functions of expressions take their arguments by value"
 )]
-/// Kubernetes' own function: every match of a regular expression, from left to right.
+/// Kubernetes' function: every match of a regular expression, from left to right.
 fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     let found = regex(&pattern)
         .find_iter(&text)
@@ -178,7 +176,7 @@ fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     clippy::needless_pass_by_value,
     reason = "functions of expressions take their arguments by value"
 )]
-/// Kubernetes' own function: the first match of a regular expression, or an empty text.
+/// Kubernetes' function: the first match of a regular expression, or an empty string.
 fn find(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     regex(&pattern)
         .find(&text)

@@ -1,5 +1,5 @@
-//! From which addresses a pod of a cluster may send: while nobody knows which pod it is, by what its
-//! interfaces were made with, and by what annotations claim.
+//! The source addresses from which a pod of a cluster may send: while the pod is unknown, with addresses that
+//! its interfaces were created with, and with addresses that annotations claim.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -14,10 +14,10 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
-/// An internal server: what is in quarantine reaches it too.
+/// An internal server: an interface in quarantine reaches it too.
 const INTERNAL: IpAddr = server(20);
 
-/// A cluster in which it is known where pods and internal servers are.
+/// A cluster in which the ranges of pods and of internal servers are configured.
 #[track_caller]
 fn cluster() -> Cluster {
     let internal = json!({ "internal": [PODS, PODS6, format!("{INTERNAL}/32")] });
@@ -33,22 +33,23 @@ fn reaches(pod: &Pod, to: IpAddr) -> bool {
     pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
-/// A datagram from this source, as a program with a packet socket in the pod sends it.
+/// Sends a datagram from this source, as a program with a packet socket in the pod does.
 fn send_from(pod: &Pod, from: IpAddr, to: (IpAddr, u16), payload: &[u8]) {
     let frame = frames::udp(pod, (from, 53), to, payload);
     Tap::open(pod.netns(), "eth0").send(&frame);
 }
 
-/// What is sent in this name ends at the pod's interface. `name` is the pod's, or the interface's.
+/// Waits until a packet from this source was dropped at the pod's interface. `name` is the name of the pod or
+/// of the interface.
 #[track_caller]
-fn is_stopped(agent: &Agent, name: &str, from: IpAddr) {
+fn wait_stopped(agent: &Agent, name: &str, from: IpAddr) {
     agent.wait_denial(&format!("a packet of {name} from {from}"), |denial| {
         denial.pod == name && denial.reason == "spoofed_source" && denial.src_ip == Some(from)
     });
 }
 
-/// Gives a pod without a process a second interface that is made with an address of its own, which is
-/// returned, and with these. Both servers are reached by it.
+/// Gives a pod without a process a second interface. The interface is created with an address of its own,
+/// which is returned, and with the addresses in `more`. Both servers are routed through it.
 fn second_interface(cluster: &Cluster, pod: &Pod, more: &[IpAddr]) -> Ipv4Addr {
     let lab = &cluster.lab;
     let number = pod.ipv4().octets()[2];
@@ -61,7 +62,7 @@ fn second_interface(cluster: &Cluster, pod: &Pod, more: &[IpAddr]) -> Ipv4Addr {
          link set {host} up\n",
         netns = pod.netns().name()
     ));
-    // All at once, as a plugin does.
+    // All addresses at once, as a plugin sets them.
     let more = more
         .iter()
         .map(|address| format!("addr add {address}/32 dev net1\n"));
@@ -89,7 +90,7 @@ fn wait_quarantined(agent: &Agent, end: &str) {
     });
 }
 
-/// Waits until an address is among the own ones that the kernel has for some pod, known or not.
+/// Waits until an address is among the own addresses of some pod in the kernel, known or not.
 #[track_caller]
 fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
     let pin = cluster.lab.pins().join("policies");
@@ -102,7 +103,7 @@ fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
     });
 }
 
-/// A pod that is there without a process.
+/// A pod whose network exists, but which has no process yet.
 fn without_process(
     cluster: &Cluster,
     namespace: &str,
@@ -115,7 +116,7 @@ fn without_process(
 }
 
 #[test]
-fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
+fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     let cluster = cluster();
     let lab = &cluster.lab;
     let web = lab.serve_tcp(443);
@@ -127,7 +128,7 @@ fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
     agent.wait_enforcing(cart.net());
     let socket = cart.net().dns_socket();
     socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
-    eventually("the question is at the resolver", || {
+    eventually("the query is at the resolver", || {
         holds(lab.dns().asked("shop.test") == 1)
     });
 
@@ -138,12 +139,12 @@ fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
         || holds(reaches(&hidden, INTERNAL)),
     );
     let from = IpAddr::V4(hidden.ipv4());
-    eventually("the server has met it", || {
+    eventually("the server has seen the address", || {
         holds(web.peers().iter().any(|peer| peer.ip() == from))
     });
     assert!(!reaches(&hidden, server(10)), "it is open to the outside");
 
-    // The program has guessed everything: port, id, name and type.
+    // The program has guessed port, id, name and type.
     let asked = Question {
         name: "shop.test".to_owned(),
         qtype: RecordType::A,
@@ -169,21 +170,21 @@ fn an_interface_in_quarantine_sends_from_its_own_address_alone() {
         [10, 98, 0, 1].into(),
         later.into(),
     ];
-    // Denials to one destination are told together.
+    // Denials to one destination share a line.
     for (name, port) in names.into_iter().zip(client.1..) {
         send_from(&hidden, name, (client.0, port), &answer(66));
     }
     lab.dns().send(RESOLVER, socket.address(), &answer(10));
-    let heard = socket.expect("the resolver's answer");
+    let heard = socket.expect("the resolver's response");
     assert_eq!(heard.addresses, [server(10)]);
     assert_eq!(lab.allowed(cart.net()).len(), 1);
     for name in names {
-        is_stopped(&agent, hidden.interface(), name);
+        wait_stopped(&agent, hidden.interface(), name);
     }
 }
 
 #[test]
-fn a_pod_sends_from_every_address_that_its_interfaces_were_made_with() {
+fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     let cluster = cluster();
     let lab = &cluster.lab;
     let web = lab.serve_tcp(443);
@@ -194,7 +195,7 @@ fn a_pod_sends_from_every_address_that_its_interfaces_were_made_with() {
     let second = second_interface(&cluster, cart.net(), &[]);
     wait_quarantined(&agent, &second_end(cart.net()));
     wait_own(&cluster, second);
-    // While its pod is not known, the interface's address is.
+    // The address of the interface is known before its pod is.
     eventually(
         "an internal server is reached by the second interface",
         || holds(reaches(cart.net(), INTERNAL)),
@@ -211,38 +212,40 @@ fn a_pod_sends_from_every_address_that_its_interfaces_were_made_with() {
         let from = peers.iter().filter(|peer| peer.ip() == second);
         from.count()
     };
-    eventually("both servers have met it", || holds(from_second() >= 2));
+    eventually("both servers have seen the address", || {
+        holds(from_second() >= 2)
+    });
 
-    // An address that a program gives the interface is not its own.
+    // An address that a program adds to the interface later is not the pod's own.
     let later = Ipv4Addr::new(10, 3, 0, 9);
     cart.net()
         .netns()
         .ip_batch(&format!("addr add {later}/32 dev net1\n"));
     send_from(cart.net(), later.into(), (server(10), 53), b"x");
-    is_stopped(&agent, "cart", later.into());
+    wait_stopped(&agent, "cart", later.into());
 
-    // The next agent knows the one, and takes the other for what it is.
+    // The next agent keeps the first address, and does not accept the second.
     let before = from_second();
     assert!(agent.stop().success());
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     cart.net().talks_tcp((server(10), 443));
-    eventually("the server has met it again", || {
+    eventually("the server has seen the address again", || {
         holds(from_second() > before)
     });
     send_from(cart.net(), later.into(), (server(10), 53), b"x");
-    is_stopped(&agent, "cart", later.into());
+    wait_stopped(&agent, "cart", later.into());
 }
 
 #[test]
-fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
+fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
     let cluster = cluster();
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow(""));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     let mut thief = without_process(&cluster, &shop, "thief", &allow("*"));
-    // Another pod's, one where another node's pod may be, the resolver's, the node's and its gateway's.
+    // The address of another pod, one in another node's range, the resolver's, the node's, and its gateway's.
     let remote = Ipv4Addr::new(10, 1, 200, 7);
     let node = Ipv4Addr::new(10, 98, 0, 1);
     let gateway = Ipv4Addr::new(10, 98, 0, 2);
@@ -270,12 +273,12 @@ fn an_interface_that_is_made_with_somebody_elses_address_does_not_get_it() {
             line.contains(&name.to_string()) && line.contains(&whose) && line.contains("thief")
         });
         send_from(thief.net(), name, (server(10), port), b"x");
-        is_stopped(&agent, "thief", name);
+        wait_stopped(&agent, "thief", name);
     }
 }
 
 #[test]
-fn a_restart_makes_no_address_of_one_that_a_program_may_have_chosen() {
+fn after_a_restart_an_address_that_a_program_may_have_chosen_is_not_accepted() {
     let cluster = cluster();
     let shop = cluster.namespace("shop", &Value::Null);
     let mut cart = without_process(&cluster, &shop, "cart", &allow("*"));
@@ -286,7 +289,7 @@ fn a_restart_makes_no_address_of_one_that_a_program_may_have_chosen() {
     cart.running().start_container();
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
-    // As long as its status has no address, those of its interface are all that is known.
+    // While the pod's status has no address, only the addresses of its interface are known.
     wait_own(&cluster, chosen);
     assert!(agent.stop().success());
     let agent = cluster.start_agent();
@@ -301,12 +304,12 @@ fn a_restart_makes_no_address_of_one_that_a_program_may_have_chosen() {
 }
 
 #[test]
-fn an_annotation_gives_a_pod_no_address_that_its_interfaces_were_not_made_with() {
-    // Where pods are, nobody says.
+fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_with() {
+    // The ranges of pods are not configured.
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    // That of a pod on another node.
+    // The address of a pod on another node.
     let remote = Ipv4Addr::new(10, 244, 2, 5);
     let mut annotations = allow("*");
     annotations["k8s.v1.cni.cncf.io/network-status"] = json!(
@@ -328,9 +331,9 @@ fn an_annotation_gives_a_pod_no_address_that_its_interfaces_were_not_made_with()
         .netns()
         .ip_batch(&format!("addr add {remote}/32 dev eth0\n"));
     send_from(thief.net(), remote.into(), (server(10), 9), b"x");
-    is_stopped(&agent, "thief", remote.into());
+    wait_stopped(&agent, "thief", remote.into());
 
-    // Where nobody says where pods are, neither does an interface.
+    // Without configured ranges an interface's addresses do not count either.
     let mut cart = without_process(&cluster, &shop, "cart", &annotations);
     let second = second_interface(&cluster, cart.net(), &[remote.into()]);
     wait_quarantined(&agent, &second_end(cart.net()));
@@ -345,6 +348,6 @@ fn an_annotation_gives_a_pod_no_address_that_its_interfaces_were_not_made_with()
     });
     for (name, port) in [(IpAddr::V4(remote), 1), (IpAddr::V4(second), 2)] {
         send_from(cart.net(), name, (server(10), port), b"x");
-        is_stopped(&agent, "cart", name);
+        wait_stopped(&agent, "cart", name);
     }
 }

@@ -1,4 +1,4 @@
-//! What is applied to a cluster is what the API server, the agent and each other take it for.
+//! The manifests mean the same to the API server, to the agent and to each other.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,7 +22,7 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-/// Every directory that `kubectl apply -k` takes.
+/// Every directory for `kubectl apply -k`.
 const KUSTOMIZATIONS: [&str; 5] = [
     ".",
     "base",
@@ -31,8 +31,7 @@ const KUSTOMIZATIONS: [&str; 5] = [
     "cleanup",
 ];
 
-/// Reads the object as its type and writes it back: a field that the type does not have is lost on
-/// the way.
+/// Parses the object as its type and serialises it again: a field that the type does not have is lost.
 fn check<T: DeserializeOwned + Serialize>(object: &Value) -> Result<(), String> {
     let typed: T = serde_json::from_value(object.clone()).map_err(|error| error.to_string())?;
     let back = serde_json::to_value(typed).map_err(|error| error.to_string())?;
@@ -135,10 +134,9 @@ fn agent(spec: &PodSpec) -> &Container {
 }
 
 #[test]
-fn every_object_is_one_that_the_api_server_knows_to_the_last_field() {
+fn every_field_of_every_object_is_known_to_the_api_server() {
     for file in yaml::files() {
-        // A kustomization is read by what applies it; examples/pods and the agent's own configuration
-        // by the agent.
+        // kubectl reads the kustomizations; the agent reads examples/pods and its own configuration.
         if file.ends_with("kustomization.yaml") || file == "examples/egress-agent.yaml" {
             continue;
         }
@@ -150,7 +148,7 @@ fn every_object_is_one_that_the_api_server_knows_to_the_last_field() {
 }
 
 #[test]
-fn a_mistyped_field_would_be_noticed() {
+fn a_misspelled_field_is_detected() {
     let mut objects = yaml::objects("base/daemonset.yaml");
     objects[0]["spec"]["template"]["spec"]["hostPid"] = true.into();
     assert!(check_typed(&objects[0]).is_err());
@@ -185,7 +183,7 @@ fn the_flat_file_is_the_base() {
 }
 
 #[test]
-fn the_agent_reads_every_configuration() {
+fn the_agent_accepts_every_configuration() {
     let base = configuration(&yaml::kustomized("base"));
     assert_eq!(base.default_mode, Mode::Off);
     assert_eq!(base.pod_annotations, PodAnnotations::Grant);
@@ -199,7 +197,7 @@ fn the_agent_reads_every_configuration() {
 }
 
 #[test]
-fn the_agent_reads_its_arguments() {
+fn the_agent_accepts_its_arguments() {
     for kustomization in ["base", "cleanup"] {
         let spec = pod_spec(&yaml::kustomized(kustomization));
         let containers = spec
@@ -217,9 +215,9 @@ fn the_agent_reads_its_arguments() {
     }
 }
 
-/// What the components add to a `DaemonSet`'s pods.
+/// The start gate's container, which the components add to the pods of a `DaemonSet`.
 #[test]
-fn the_start_gate_reads_its_arguments_and_has_its_directories() {
+fn the_start_gate_accepts_its_arguments_and_has_its_directories() {
     for component in ["start-gate", "start-gate-cleanup"] {
         let file = format!("components/{component}/kustomization.yaml");
         let [kustomization] = &yaml::objects(&file)[..] else {
@@ -241,7 +239,7 @@ fn the_start_gate_reads_its_arguments_and_has_its_directories() {
         assert!(Cli::try_parse_from(words).is_ok(), "{component}");
         let security = gate.security_context.as_ref().expect("a security context");
         let capabilities = security.capabilities.as_ref().expect("capabilities");
-        assert_eq!(capabilities.add, None, "it needs none");
+        assert_eq!(capabilities.add, None, "the gate needs no capabilities");
         let paths: Vec<&str> = gate
             .volume_mounts
             .iter()
@@ -254,21 +252,22 @@ fn the_start_gate_reads_its_arguments_and_has_its_directories() {
                 let host = volume.host_path.as_ref();
                 host.is_some_and(|host| host.path == path)
             });
-            // The rule names the path on the node.
+            // The rule names the same path on the node.
             assert!(on_node, "{component}: {path}");
         }
     }
 }
 
-/// What a rolling update or an eviction must not undo.
+/// A rolling update or an eviction must not end enforcement.
 #[test]
-fn a_pod_that_is_replaced_leaves_its_node_enforced() {
+fn a_replaced_agent_pod_leaves_its_node_enforced() {
     let spec = pod_spec(&yaml::kustomized("base"));
     let args = agent(&spec).args.clone().expect("arguments");
     assert!(args.contains(&"--keep-enforcing".to_owned()));
 }
 
-/// A port of the host's network is for one pod of a node, and then the new agent would wait for the old one's end.
+/// Only one pod of a node can have a port of the host's network. With such a port the new agent would wait
+/// for the old one's end.
 #[test]
 fn an_update_starts_the_new_agent_before_it_ends_the_old_one() {
     let objects = yaml::kustomized("base");
@@ -293,7 +292,7 @@ fn an_update_starts_the_new_agent_before_it_ends_the_old_one() {
 }
 
 #[test]
-fn probes_ask_where_the_agent_listens() {
+fn probes_use_the_port_on_which_the_agent_listens() {
     for kustomization in KUSTOMIZATIONS.iter().filter(|path| **path != "cleanup") {
         let objects = yaml::kustomized(kustomization);
         let http = configuration(&objects).serve.http.expect("http");
@@ -309,7 +308,7 @@ fn probes_ask_where_the_agent_listens() {
             let port = serde_json::to_value(&get.port).expect("a port");
             assert_eq!(port, http.port(), "{kustomization}");
         }
-        // An agent that stands by has the socket, and not the port.
+        // A standby agent has the socket, but not the port.
         let readiness = agent.readiness_probe.as_ref().expect("a probe");
         let command = readiness
             .exec
@@ -319,7 +318,7 @@ fn probes_ask_where_the_agent_listens() {
     }
 }
 
-/// What the configuration names is there, and what the agent writes outlives what it should.
+/// All paths in the configuration exist, and the agent's files outlive the pod where they must.
 #[test]
 fn every_path_of_the_configuration_is_mounted() {
     for kustomization in KUSTOMIZATIONS.iter().filter(|path| **path != "cleanup") {
@@ -350,13 +349,13 @@ fn every_path_of_the_configuration_is_mounted() {
                 mount.name
             );
         }
-        // Through the first process's root directory, so by way of the host's PIDs.
+        // Through the root directory of process 1, so the pod needs the host's PID namespace.
         assert!(config.cluster.kubelet_config.starts_with("/proc/1/root"));
         assert_eq!(spec.host_pid, Some(true));
     }
 }
 
-/// The agent's rights in one place, whether as a `ClusterRole` or as a `Role`.
+/// One right of the agent, from a `ClusterRole` or a `Role`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Right {
     /// The namespace; empty for the whole cluster.
@@ -368,7 +367,7 @@ struct Right {
 }
 
 #[test]
-fn the_agent_may_do_what_it_does_and_nothing_else() {
+fn the_agents_rights_are_exactly_those_it_uses() {
     let mut granted = BTreeSet::new();
     let objects = yaml::kustomized("base");
     for object in objects.iter().filter(|object| !object["rules"].is_null()) {
@@ -394,7 +393,7 @@ fn the_agent_may_do_what_it_does_and_nothing_else() {
     }
     assert_eq!(granted, used());
 
-    // Each role is bound to the agent and to nobody else.
+    // Each role is bound to the agent alone.
     for role in objects.iter().filter(|object| !object["rules"].is_null()) {
         let kind = role["kind"].as_str().expect("a kind");
         let binding = objects
@@ -421,7 +420,7 @@ fn the_agent_may_do_what_it_does_and_nothing_else() {
     }
 }
 
-/// What the agent asks the API server for.
+/// The rights that the agent's requests need.
 fn used() -> BTreeSet<Right> {
     let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
     ACCESS
@@ -441,7 +440,7 @@ fn used() -> BTreeSet<Right> {
 }
 
 #[test]
-fn the_agent_is_not_privileged_and_its_files_are_not_writable() {
+fn the_agent_is_not_privileged_and_its_root_file_system_is_read_only() {
     for kustomization in KUSTOMIZATIONS {
         let spec = pod_spec(&yaml::kustomized(kustomization));
         for container in spec
@@ -470,7 +469,7 @@ fn the_agent_is_not_privileged_and_its_files_are_not_writable() {
 }
 
 #[test]
-fn the_examples_annotations_can_be_read() {
+fn the_annotations_of_the_examples_are_valid() {
     let settings = Config::default_config()
         .expect("defaults")
         .policy_settings();
@@ -489,11 +488,11 @@ fn the_examples_annotations_can_be_read() {
     assert_eq!(read, 2);
 }
 
-/// What `tests/e2e/run` applies, as seen from the manifests.
+/// The files that `tests/e2e/run` applies, relative to the manifests.
 const END_TO_END: [&str; 3] = ["namespaces.yaml", "pods.yaml", "unreadable.yaml"];
 
 #[test]
-fn the_pods_of_the_end_to_end_checks_are_read_by_the_api_server_and_by_the_agent() {
+fn the_pods_of_the_end_to_end_checks_are_valid_for_the_api_server_and_the_agent() {
     let settings = Config::default_config()
         .expect("defaults")
         .policy_settings();
@@ -519,9 +518,9 @@ fn the_pods_of_the_end_to_end_checks_are_read_by_the_api_server_and_by_the_agent
     assert!(error.contains("`https` is not a port"), "{error}");
 }
 
-/// The script puts other texts in place of these.
+/// The script replaces these texts.
 #[test]
-fn the_end_to_end_script_finds_what_it_replaces() {
+fn the_end_to_end_script_finds_the_texts_that_it_replaces() {
     let script = include_str!("../../e2e/run");
     let pods = include_str!("../../e2e/pods.yaml");
     for text in ["example.com", "*.kernel.org", "1.1.1.1", "busybox:1.37"] {
@@ -550,7 +549,7 @@ fn the_end_to_end_script_finds_what_it_replaces() {
 }
 
 #[test]
-fn alerts_are_made_of_metrics_that_there_are_and_are_documented() {
+fn alerts_use_existing_metrics_and_are_documented() {
     let metrics = include_str!("../../../docs/metrics.md");
     let operations = include_str!("../../../docs/operations.md");
     let [object] = &yaml::objects("components/monitoring/rules.yaml")[..] else {
@@ -569,7 +568,7 @@ fn alerts_are_made_of_metrics_that_there_are_and_are_documented() {
                 row.contains(&name),
                 "{alert}: docs/operations.md without {name}"
             );
-            // Of a histogram, a part.
+            // A histogram's series: `_bucket` belongs to the family.
             let family = name.strip_suffix("_bucket").unwrap_or(&name);
             assert!(
                 metrics.contains(&format!("`{family}`")),

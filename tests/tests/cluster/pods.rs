@@ -1,5 +1,5 @@
-//! Pods of a cluster: a real API server says which there are, and they run in control groups and
-//! network namespaces as a kubelet lays them out.
+//! Pods of a cluster: a real API server lists them, and they run in cgroups and network namespaces as a
+//! kubelet creates them.
 
 use std::{
     net::{IpAddr, TcpListener},
@@ -20,7 +20,7 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// Whether the pod reaches this port of the outside.
+/// True if the pod reaches port 443 of this outside address.
 fn reaches(pod: &Pod, to: IpAddr) -> bool {
     pod.connect_tcp((to, 443), SHORT).is_ok()
 }
@@ -32,7 +32,7 @@ fn cannot_reach(agent: &Agent, pod: &Pod, to: IpAddr, reason: &str) {
     });
 }
 
-/// Waits until an Event speaks of a pod, with this reason and these words in its note.
+/// Waits for an Event on a pod with this reason and these words in its note.
 fn wait_event(cluster: &Cluster, pod: &ClusterPod, reason: &str, words: &[&str]) -> Value {
     let (namespace, name) = (pod.net().namespace(), pod.net().name());
     let like = json!({
@@ -53,7 +53,7 @@ fn wait_event(cluster: &Cluster, pod: &ClusterPod, reason: &str, words: &[&str])
 }
 
 #[test]
-fn an_annotated_pod_reaches_what_it_may_and_nothing_else() {
+fn an_annotated_pod_reaches_its_allowed_name_and_nothing_else() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -78,7 +78,7 @@ fn an_annotated_pod_reaches_what_it_may_and_nothing_else() {
 }
 
 #[test]
-fn annotations_of_a_pod_and_of_its_namespace_are_edited_while_it_runs() {
+fn edits_of_a_pods_and_its_namespaces_annotations_apply_while_it_runs() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -110,7 +110,7 @@ fn annotations_of_a_pod_and_of_its_namespace_are_edited_while_it_runs() {
 }
 
 #[test]
-fn the_cluster_names_its_resolvers() {
+fn resolvers_are_read_from_the_clusters_dns_service() {
     let server_of_its_own = Arc::new(ApiServer::start());
     let builder = Lab::builder().config("dns", json!({}));
     let cluster = Cluster::on(server_of_its_own, builder);
@@ -124,7 +124,7 @@ fn the_cluster_names_its_resolvers() {
     let unanswered = cart
         .net()
         .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT);
-    assert!(unanswered.is_none(), "nobody said that this is a resolver");
+    assert!(unanswered.is_none(), "an unknown resolver was queried");
 
     agent.says_after(
         "which resolvers there are",
@@ -136,7 +136,7 @@ fn the_cluster_names_its_resolvers() {
 }
 
 #[test]
-fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_what_is_allowed() {
+fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_allowed_connections() {
     let server_of_its_own = Arc::new(ApiServer::start());
     let builder = Lab::builder().config("dns", json!({}));
     let cluster = Cluster::on(server_of_its_own, builder);
@@ -167,7 +167,7 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_what_is_allowed() {
         || _ = cluster.server.apply(&scaled),
         |line| line.contains(&STRANGER.to_string()),
     );
-    // By then it has been taken on for all pods.
+    // When this pod is enforced, the new resolver is in use for all pods.
     let another = cluster.run(&shop, "another", &allow("shop.test:443"));
     agent.wait_enforcing(another.net());
     assert_eq!(
@@ -175,25 +175,31 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_what_is_allowed() {
             .resolve_at(STRANGER, "evil.test", RecordType::A)
             .code,
         ResponseCode::NXDomain,
-        "it is not held"
+        "the query was not held"
     );
-    assert!(exchange(&mut open, b"scaled", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"scaled", DEADLINE),
+        "the open connection was cut"
+    );
     let of_cart = format!("pod={shop}/cart");
     let is_applied = |line: &str| line.contains("policy applied") && line.contains(&of_cart);
     assert!(!agent.stderr().lines().any(is_applied));
     agent.says_after(
-        "that the edit is in force",
+        "that the edit is applied",
         || cluster.annotate(&mut cart, &allow("shop.test:443 other.test:443")),
         is_applied,
     );
-    assert!(exchange(&mut open, b"edited", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"edited", DEADLINE),
+        "the open connection was cut"
+    );
     cart.net().talks_tcp((server(10), 443));
     assert_eq!(cluster.lab.dns().asked("shop.test"), 1);
 }
 
 #[test]
-fn connections_from_before_the_first_agent_go_on_where_they_are_trusted() {
-    // Not among temporary files: those may be in memory, where no note survives a reboot.
+fn with_trust_connections_from_before_the_first_agent_go_on() {
+    // Not a temporary directory: it may be in memory, where no file survives a reboot.
     let state = tempfile::tempdir_in(workspace::scratch()).expect("a directory");
     let builder = Lab::builder()
         .config("existingConnections", "trust")
@@ -213,11 +219,14 @@ fn connections_from_before_the_first_agent_go_on_where_they_are_trusted() {
         .outside()
         .run(|| std::net::TcpStream::connect(to))
         .expect("the pod is called");
-    let (mut answering, _) = listener.accept().expect("it accepts");
+    let (mut answering, _) = listener.accept().expect("the pod accepts");
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut out, b"after", DEADLINE),
+        "the outbound connection was cut"
+    );
     assert!(egress_tests::echo_on(&datagrams, b"after", DEADLINE));
     let echo = std::thread::spawn(move || {
         let mut taken = [0; 4];
@@ -231,7 +240,7 @@ fn connections_from_before_the_first_agent_go_on_where_they_are_trusted() {
 }
 
 #[test]
-fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
+fn enforcement_goes_on_without_the_api_server_and_catches_up_later() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -255,7 +264,7 @@ fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
         cluster.delete(gone);
     }
 
-    // An agent that starts meanwhile goes on with what the server said last.
+    // An agent that starts meanwhile uses the cluster's last saved state.
     assert!(agent.stop().success());
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
     agent.wait_said("that the API server is away", |line| {
@@ -268,14 +277,14 @@ fn while_the_api_server_is_away_everything_goes_on_and_then_catches_up() {
 
     cluster.proxy.allow();
     agent.wait_enforcing(cart.net());
-    eventually("the edit is caught up with", || {
+    eventually("the edit is applied", || {
         let later = cart
             .net()
             .try_resolve(RESOLVER, "later.test", RecordType::A, SHORT)?;
         holds(later.code == ResponseCode::NoError)
     });
     cart.net().talks_tcp((server(11), 443));
-    eventually("what is gone is forgotten", || {
+    eventually("the deleted pod's pins are removed", || {
         let pins = cluster.lab.all_pins();
         holds(!pins.iter().any(|pin| pin.ends_with(format!("{shop}_gone"))))
     });
@@ -317,19 +326,22 @@ fn pods_of_other_nodes_are_reached_without_an_entry() {
         },
         |line| line.contains("the cluster's addresses are known"),
     );
-    assert!(reaches(cart.net(), elsewhere), "it is internal");
+    assert!(
+        reaches(cart.net(), elsewhere),
+        "the address is not internal"
+    );
     cluster.server.delete(&json!({
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": { "name": name },
     }));
-    eventually("it is internal no more", || {
+    eventually("the address is not internal any more", || {
         holds(!reaches(cart.net(), elsewhere))
     });
 }
 
 #[test]
-fn an_agent_that_starts_without_the_api_server_goes_on_with_the_last_policy_only() {
+fn an_agent_that_starts_without_the_api_server_uses_only_the_last_policy() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -357,13 +369,16 @@ fn an_agent_that_starts_without_the_api_server_goes_on_with_the_last_policy_only
     assert_eq!(
         later.code,
         ResponseCode::NXDomain,
-        "what was removed is back"
+        "the removed name is allowed again"
     );
-    assert!(reaches(free.net(), server(99)), "a free pod was closed");
+    assert!(
+        reaches(free.net(), server(99)),
+        "an unenforced pod was closed"
+    );
 }
 
 #[test]
-fn an_agent_that_is_replaced_leaves_no_gap_and_open_connections_go_on() {
+fn replacing_the_agent_leaves_no_gap_and_keeps_open_connections() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -374,12 +389,18 @@ fn an_agent_that_is_replaced_leaves_no_gap_and_open_connections_go_on() {
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     let mut open = cart.net().talks_tcp((server(10), 443));
     assert!(agent.stop().success());
-    assert!(!reaches(cart.net(), server(99)), "it is open");
-    assert!(exchange(&mut open, b"meanwhile", DEADLINE), "it was cut");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(
+        exchange(&mut open, b"meanwhile", DEADLINE),
+        "the open connection was cut"
+    );
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert!(exchange(&mut open, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"after", DEADLINE),
+        "the open connection was cut"
+    );
     cart.net().talks_tcp((server(10), 443));
     cannot_reach(&agent, cart.net(), server(99), "address_not_learned");
 }
@@ -404,8 +425,8 @@ fn every_interface_of_a_pod_is_enforced() {
     cart.net().netns().ip_batch(&format!(
         "route replace default via 10.2.{number}.1 dev net1\n"
     ));
-    // From the other interface's address nothing leaves, ARP neither: the cluster does not say that
-    // it is the pod's.
+    // Nothing leaves from the second interface's address, not even ARP: the cluster does not list this
+    // address for the pod.
     assert!(
         !reaches(cart.net(), server(10)),
         "it left by the other interface"
@@ -417,7 +438,7 @@ fn every_interface_of_a_pod_is_enforced() {
 }
 
 #[test]
-fn a_pod_whose_sandbox_is_made_anew_is_enforced_in_it() {
+fn a_pod_is_enforced_in_its_new_sandbox() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -430,7 +451,7 @@ fn a_pod_whose_sandbox_is_made_anew_is_enforced_in_it() {
     let old = cart.running().change_sandbox(anew);
     drop(old);
     agent.says_after(
-        "that it is elsewhere",
+        "that it is enforced on other interfaces",
         || _ = cart.running().start_container(),
         |line| line.contains("enforcing on other interfaces") && line.contains("/cart"),
     );
@@ -440,7 +461,7 @@ fn a_pod_whose_sandbox_is_made_anew_is_enforced_in_it() {
 }
 
 #[test]
-fn what_cannot_be_enforced_is_said_in_the_log_and_to_the_pods_people() {
+fn a_pod_that_cannot_be_enforced_is_reported_in_the_log_and_as_an_event() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let (object, uid) = cluster.create_on_host(&shop, "host", &allow("shop.test"));
@@ -464,11 +485,11 @@ fn what_cannot_be_enforced_is_said_in_the_log_and_to_the_pods_people() {
             "everything external is denied",
         ],
     );
-    assert!(!reaches(unreadable.net(), server(10)), "it is open");
+    assert!(!reaches(unreadable.net(), server(10)), "the pod is open");
 }
 
 #[test]
-fn a_namespace_that_is_edited_changes_a_hundred_pods() {
+fn an_edit_of_a_namespace_applies_to_a_hundred_pods() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &allow(&format!("{}:443", server(10))));
@@ -496,15 +517,17 @@ fn a_namespace_that_is_edited_changes_a_hundred_pods() {
 
 #[test]
 fn pods_that_come_and_go_leave_nothing_behind() {
-    let cluster = Cluster::new();
+    // Nodes and Services of other tests would give its pods new policy versions, which have maps.
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let cluster = Cluster::on(server_of_its_own, Lab::builder());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
-    // Before the agent: otherwise there may be maps of its interface's quarantine, or of a first version
-    // without its addresses, for a moment.
+    // This pod starts before the agent. Otherwise there may briefly be maps of its interface's quarantine, or
+    // of a first policy version without its addresses.
     let stays = cluster.run(&shop, "stays", &allow(&format!("{}:443", server(10))));
     let agent = cluster.start_agent();
     agent.wait_enforcing(stays.net());
-    // It is published after everything that is of no use any more is removed.
+    // The agent publishes the state after it has removed unused maps.
     eventually("the pod's state is published", || {
         let title = format!("{shop}/stays");
         let (_, status) = cluster.lab.ask_json(&["status", &title]);
@@ -540,7 +563,9 @@ fn pods_that_come_and_go_leave_nothing_behind() {
             cluster.delete(pod);
         }
     }
-    eventually("everything of them is gone", || holds(settled() == before));
+    eventually("everything of the deleted pods is removed", || {
+        holds(settled() == before)
+    });
     stays.net().talks_tcp((server(10), 443));
     cannot_reach(&agent, stays.net(), server(99), "no_rule");
 }
@@ -562,7 +587,7 @@ fn a_pod_cannot_choose_an_interface_by_its_annotation() {
     });
     thief.net().talks_tcp((server(10), 443));
     cannot_reach(&agent, victim.net(), server(10), "no_rule");
-    // Another process in the victim's network changes nothing either.
+    // A foreign process in the victim's network does not change anything either.
     let _other = victim.net().start(&mut pause());
-    assert!(!reaches(victim.net(), server(10)), "it is open");
+    assert!(!reaches(victim.net(), server(10)), "the pod is open");
 }

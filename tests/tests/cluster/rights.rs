@@ -1,5 +1,4 @@
-//! What the agent may do in a cluster: with the roles of `manifests/base` it can do all that it has to,
-//! and nothing else.
+//! The agent's rights in a cluster: the roles of `manifests/base` are sufficient, and grant nothing else.
 
 use std::sync::Arc;
 
@@ -8,7 +7,7 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
-/// An API server on which somebody has applied the manifests' namespace, account and roles.
+/// An API server with the manifests' namespace, account and roles.
 fn with_roles() -> Arc<ApiServer> {
     let server = Arc::new(ApiServer::start());
     for file in ["base/namespace.yaml", "base/rbac.yaml"] {
@@ -19,7 +18,7 @@ fn with_roles() -> Arc<ApiServer> {
     server
 }
 
-/// Waits for an Event of the agent's that speaks of this pod.
+/// Waits for an Event of the agent about this pod.
 fn wait_event(cluster: &Cluster, namespace: &str, pod: &str, reason: &str) -> Value {
     let like = json!({
         "apiVersion": "events.k8s.io/v1",
@@ -39,7 +38,7 @@ fn wait_event(cluster: &Cluster, namespace: &str, pod: &str, reason: &str) -> Va
 }
 
 #[test]
-fn the_roles_of_the_manifests_are_enough() {
+fn the_roles_of_the_manifests_are_sufficient() {
     let builder = Lab::builder().config("dns", json!({}));
     let cluster = Cluster::without_rights(with_roles(), builder);
     cluster.announce_resolver();
@@ -54,9 +53,9 @@ fn the_roles_of_the_manifests_are_enough() {
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
     let elsewhere = cart.net().connect_tcp((server(99), 443), SHORT);
-    assert!(elsewhere.is_err(), "it is open");
+    assert!(elsewhere.is_err(), "the pod is open");
     wait_event(&cluster, &shop, "cart", "EgressDenied");
-    // An Event that is there already is patched, which is another right.
+    // An existing Event is patched, which needs another right.
     let denied = json!({
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -64,7 +63,7 @@ fn the_roles_of_the_manifests_are_enough() {
     });
     eventually("an Event counts what is denied again", || {
         let again = cart.net().connect_tcp((server(99), 443), SHORT);
-        assert!(again.is_err(), "it is open");
+        assert!(again.is_err(), "the pod is open");
         let events = cluster.server.list(&denied);
         holds(events.iter().any(|event| event.data["series"].is_object()))
     });
@@ -104,7 +103,7 @@ fn the_roles_of_the_manifests_allow_nothing_else() {
         status == 200
     };
     let nothing = Value::Null;
-    // What is asked for is what the agent may, when it is spelled as it spells it.
+    // The agent's own requests are allowed in exactly the form in which it sends them.
     let dns = "fieldSelector=metadata.name%3Dkube-dns";
     for path in [
         "/api/v1/pods?fieldSelector=spec.nodeName%3Dn",

@@ -1,4 +1,4 @@
-//! What the agent knows of a cluster, from a real API server.
+//! The agent's view of a cluster, from a real API server.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use tokio::{
     sync::watch,
 };
 
-/// What the agent follows, and what it makes of it.
+/// The agent's watch of the cluster, and its snapshots.
 struct Follower {
     runtime: Runtime,
     snapshots: watch::Receiver<Arc<Snapshot>>,
@@ -45,13 +45,13 @@ impl Follower {
         }
     }
 
-    /// The first snapshot from now on of which this holds.
+    /// The first snapshot from now on that meets the condition.
     #[track_caller]
     fn until(&mut self, what: &str, holds: impl FnMut(&Snapshot) -> bool) -> Arc<Snapshot> {
         self.until_always(what, |_| true, holds)
     }
 
-    /// The same, while another thing holds of every snapshot on the way.
+    /// The same, and asserts that `always` is true for every snapshot until then.
     #[track_caller]
     fn until_always(
         &mut self,
@@ -76,7 +76,7 @@ impl Follower {
         self.until("everything", |snapshot| !snapshot.unreadable)
     }
 
-    /// Lets the tasks go on until this holds of them.
+    /// Runs the tasks until the condition is met.
     #[track_caller]
     fn eventually(&self, what: &str, mut probe: impl FnMut(&ClusterWatch) -> bool) {
         eventually(what, || {
@@ -126,14 +126,14 @@ fn allow(snapshot: &Snapshot, namespace: &str, name: &str) -> Option<String> {
     pod.annotations.get("egress-agent.dev/allow").cloned()
 }
 
-fn says(snapshot: &Snapshot, text: &str) -> bool {
+fn has_problem(snapshot: &Snapshot, text: &str) -> bool {
     snapshot
         .problems
         .iter()
         .any(|problem| problem.to_string().contains(text))
 }
 
-/// Whether this address or range counts as internal by itself.
+/// True if this address or range is internal because of the cluster.
 fn is_internal(snapshot: &Snapshot, expected: &str) -> bool {
     let mut prefixes = snapshot.facts.internal.keys().map(ToString::to_string);
     prefixes.any(|prefix| prefix.trim_end_matches("/32") == expected)
@@ -143,7 +143,7 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// What the agent's roles allow: everything in its list, everywhere.
+/// Grants the agent all rights in its list, everywhere.
 fn allow_all(server: &ApiServer) {
     server.allow_agent("agent", &rules(|_| true));
 }
@@ -212,7 +212,7 @@ fn pods_of_the_node_appear_change_and_go() {
 }
 
 #[test]
-fn a_namespace_lends_its_annotations_to_its_pods() {
+fn a_namespaces_annotations_apply_to_its_pods() {
     let server = ApiServer::shared();
     allow_all(&server);
     server.namespace(
@@ -235,7 +235,7 @@ fn a_namespace_lends_its_annotations_to_its_pods() {
 }
 
 #[test]
-fn the_cluster_names_its_resolvers_and_its_own_addresses() {
+fn resolvers_and_internal_addresses_are_read_from_the_cluster() {
     let server = ApiServer::start();
     allow_all(&server);
     server.namespace("kube-system", &json!({}));
@@ -251,12 +251,12 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
     let mut agent = Follower::start(server.kubeconfig(Identity::Agent), "node-1");
     let seen = agent.known();
     assert!(
-        says(&seen, "service kube-system/kube-dns: is not there"),
+        has_problem(&seen, "service kube-system/kube-dns: does not exist"),
         "{:?}",
         seen.problems
     );
 
-    // Another node's words make nothing of the internet internal.
+    // Another node's addresses do not make public addresses internal.
     server.apply(&json!({
         "apiVersion": "v1",
         "kind": "Node",
@@ -270,7 +270,7 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
     ]);
     server.set_status(&other, &json!({ "addresses": addresses }));
     let seen = agent.until("the other node", |seen| {
-        says(seen, "not for private use, such as 203.0.113.7")
+        has_problem(seen, "not for private use, such as 203.0.113.7")
     });
     assert!(!is_internal(&seen, "203.0.113.7"));
 
@@ -306,7 +306,7 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
         }],
     });
     server.apply(&dns);
-    // A server that has EndpointSlices of version v1 gets them from a controller, which is not here.
+    // A server with EndpointSlices of version v1 gets them from a controller, which does not run here.
     server.apply_slice("kube-system", "kube-dns", &["10.1.0.2", "10.1.0.3"]);
     let seen = agent.until("the resolvers", |s| s.facts.resolvers.len() == 3);
     let origins: Vec<_> = seen.facts.resolvers.iter().collect();
@@ -332,7 +332,7 @@ fn the_cluster_names_its_resolvers_and_its_own_addresses() {
 }
 
 #[test]
-fn where_endpoints_are_in_slices_those_count() {
+fn endpoint_slices_take_precedence_over_endpoints() {
     let server = ApiServer::start();
     allow_all(&server);
     server.namespace("kube-system", &json!({}));
@@ -342,7 +342,7 @@ fn where_endpoints_are_in_slices_those_count() {
         "metadata": { "namespace": "kube-system", "name": "kube-dns" },
         "spec": { "clusterIP": "10.96.0.10", "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }] },
     }));
-    // Nobody keeps them up to date where there are slices.
+    // Where there are slices, nobody updates the Endpoints.
     server.apply(&json!({
         "apiVersion": "v1",
         "kind": "Endpoints",
@@ -381,7 +381,7 @@ fn where_endpoints_are_in_slices_those_count() {
 }
 
 #[test]
-fn while_the_server_is_away_everything_stays_and_then_catches_up() {
+fn an_outage_of_the_server_keeps_everything_and_changes_follow_later() {
     let server = ApiServer::start();
     allow_all(&server);
     server.namespace("away", &json!({}));
@@ -395,7 +395,7 @@ fn while_the_server_is_away_everything_stays_and_then_catches_up() {
     let seen = agent.until_always(
         "the outage",
         |s| s.pods.len() == 20 && !s.unreadable,
-        |s| says(s, "cannot be reached"),
+        |s| has_problem(s, "cannot be reached"),
     );
     assert_eq!(
         seen.problems
@@ -411,13 +411,15 @@ fn while_the_server_is_away_everything_stays_and_then_catches_up() {
     server.apply(&with_allow(pod("away", "p1", "away-1"), "example.com"));
     let complete = |s: &Snapshot| s.pods.len() >= 19 && !s.unreadable;
     agent.until_always("the changes", complete, |s| {
-        s.pods.len() == 19 && allow(s, "away", "p1").is_some() && !says(s, "cannot be reached")
+        s.pods.len() == 19
+            && allow(s, "away", "p1").is_some()
+            && !has_problem(s, "cannot be reached")
     });
     assert!(agent.watch().health().is_reachable());
 }
 
 #[test]
-fn what_is_too_old_to_go_on_from_is_listed_anew_and_as_a_whole() {
+fn an_expired_watch_is_replaced_by_a_complete_list() {
     let server = ApiServer::start();
     allow_all(&server);
     server.namespace("gone", &json!({}));
@@ -431,7 +433,7 @@ fn what_is_too_old_to_go_on_from_is_listed_anew_and_as_a_whole() {
     agent.until("all pods", |s| s.pods.len() == 20);
     let before = agent.watch().health().restarts(Watched::Pods);
 
-    // The agent misses changes, and the server forgets them.
+    // The agent misses changes, and the server no longer has them.
     proxy.refuse();
     server.delete(&pod("gone", "p0", "gone-1"));
     server.apply(&with_allow(pod("gone", "p1", "gone-1"), "example.com"));
@@ -446,7 +448,7 @@ fn what_is_too_old_to_go_on_from_is_listed_anew_and_as_a_whole() {
 }
 
 #[test]
-fn a_connection_that_is_dead_without_saying_so_is_noticed() {
+fn a_silently_dead_connection_is_detected() {
     let server = ApiServer::shared();
     allow_all(&server);
     server.namespace("silent", &json!({}));
@@ -466,7 +468,7 @@ fn a_connection_that_is_dead_without_saying_so_is_noticed() {
 }
 
 #[test]
-fn a_token_that_is_replaced_counts_at_once() {
+fn a_replaced_token_is_used_at_once() {
     let server = ApiServer::start();
     allow_all(&server);
     server.namespace("token", &json!({}));
@@ -484,17 +486,17 @@ fn a_token_that_is_replaced_counts_at_once() {
     server.kill();
     server.run();
     agent.until("the refusal", |s| {
-        says(s, "does not accept the agent's credentials")
+        has_problem(s, "does not accept the agent's credentials")
     });
     std::fs::write(&token, "token-2").unwrap();
     server.apply(&pod("token", "cart", "token-1"));
     agent.until("the pod, with the new token", |s| {
-        names(s) == ["cart"] && !says(s, "credentials")
+        names(s) == ["cart"] && !has_problem(s, "credentials")
     });
 }
 
 #[test]
-fn a_right_that_is_missing_is_named_and_the_rest_goes_on() {
+fn a_missing_right_is_named_and_the_rest_goes_on() {
     let server = ApiServer::start();
     server.allow_agent(
         "agent",
@@ -507,24 +509,26 @@ fn a_right_that_is_missing_is_named_and_the_rest_goes_on() {
         "what is missing",
         |s| s.pods.is_empty(),
         |s| {
-            says(s, "cannot list resource \"namespaces\"")
-                && says(s, "cannot list resource \"nodes\"")
+            has_problem(s, "cannot list resource \"namespaces\"")
+                && has_problem(s, "cannot list resource \"nodes\"")
         },
     );
     assert!(
         seen.unreadable,
-        "a namespace that is not known may demand anything"
+        "an unknown namespace may have any annotation"
     );
 
     server.allow_agent("agent", &rules(|resource| resource != "nodes"));
     let seen = agent.until("the pod", |s| names(s) == ["cart"]);
-    assert!(says(&seen, "cannot list resource \"nodes\""));
+    assert!(has_problem(&seen, "cannot list resource \"nodes\""));
     allow_all(&server);
-    agent.until("no problem with a right", |s| !says(s, "cannot list"));
+    agent.until("no problem with a right", |s| {
+        !has_problem(s, "cannot list")
+    });
 }
 
 #[test]
-fn people_are_told_about_a_pod_and_repetitions_are_counted() {
+fn events_are_written_on_a_pod_and_repetitions_are_counted() {
     let server = ApiServer::shared();
     allow_all(&server);
     server.namespace("events", &json!({}));
@@ -578,6 +582,6 @@ fn people_are_told_about_a_pod_and_repetitions_are_counted() {
     agent.eventually("some are written", |_| counters.sent() > 3);
     assert!(
         server.list(&like).len() <= 12,
-        "so many at once of one pod, and no more"
+        "more Events at once than one pod may have"
     );
 }

@@ -1,4 +1,4 @@
-//! What the agent tells about itself in a cluster.
+//! The agent's status, metrics and readiness in a cluster.
 #![expect(
     clippy::float_cmp,
     reason = "metrics are floating-point numbers, and counts among them are exact"
@@ -24,7 +24,7 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// A metric of the pods in this mode.
+/// The metric of pods in this mode.
 fn in_mode(mode: &str) -> String {
     format!("egress_agent_pods{{mode=\"{mode}\"}}")
 }
@@ -33,7 +33,7 @@ const REACHABLE: &str = "egress_agent_api_server_reachable";
 const OK: (u16, &str) = (200, "ok\n");
 
 #[test]
-fn the_agent_is_ready_once_the_api_server_has_said_which_pods_there_are() {
+fn the_agent_is_ready_once_it_has_the_pods_from_the_api_server() {
     let cluster = served();
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
@@ -45,10 +45,10 @@ fn the_agent_is_ready_once_the_api_server_has_said_which_pods_there_are() {
     agent.wait_said("that it serves", |line| line.contains("serving /healthz"));
     let (status, missing) = cluster.lab.http("/readyz");
     assert_eq!(status, 503, "{missing}");
-    // It works; starting it again would not help.
+    // The agent is healthy; a restart would not help.
     let (status, unwell) = cluster.lab.http("/healthz");
     assert_eq!((status, unwell.as_str()), OK);
-    // The log says it before the reconcile ends that publishes it.
+    // The log line comes before the end of the reconciliation that publishes the metric.
     eventually("the metric says that the API server is away", || {
         holds(cluster.lab.metrics().get(REACHABLE) == 0.0)
     });
@@ -74,11 +74,11 @@ fn a_pod_that_cannot_start_leaves_the_agent_ready() {
     let cluster = served();
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
-    // No kubelet ever starts it, as when one of its Secrets is missing.
+    // No kubelet ever starts this pod, as when one of its Secrets is missing.
     let (secretless, _) = cluster.create(&shop, "secretless", &allow("shop.test:443"));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    // Longer than a pod may take to be found.
+    // Longer than the time within which a pod must be found.
     std::thread::sleep(std::time::Duration::from_secs(12));
     let (status, body) = cluster.lab.http("/readyz");
     assert_eq!((status, body.as_str()), OK);
@@ -88,7 +88,7 @@ fn a_pod_that_cannot_start_leaves_the_agent_ready() {
     assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
     assert!(!agent.stderr().contains("secretless"), "a line about it");
 
-    // Started, it is missing until it is found.
+    // Once it is started, it counts as missing until it is found.
     cluster.tell_running(&secretless);
     eventually("the agent is not ready", || {
         let (status, body) = cluster.lab.http("/readyz");
@@ -97,7 +97,7 @@ fn a_pod_that_cannot_start_leaves_the_agent_ready() {
 }
 
 #[test]
-fn status_tells_of_every_pod_of_the_node() {
+fn status_lists_every_pod_of_the_node() {
     let cluster = served();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -157,7 +157,7 @@ fn status_tells_of_every_pod_of_the_node() {
 }
 
 #[test]
-fn explain_says_what_becomes_of_a_connection_of_a_pod_and_it_does() {
+fn explain_agrees_with_the_verdict_on_a_clusters_pod() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace(
@@ -190,7 +190,7 @@ fn explain_says_what_becomes_of_a_connection_of_a_pod_and_it_does() {
 }
 
 #[test]
-fn status_says_where_each_resolver_comes_from() {
+fn status_shows_the_source_of_each_resolver() {
     let of_its_own = Arc::new(ApiServer::start());
     let builder = Lab::builder()
         .config("http", HTTP)
@@ -220,7 +220,7 @@ fn status_says_where_each_resolver_comes_from() {
 }
 
 #[test]
-fn an_interface_whose_pod_is_not_known_is_shown_until_it_is() {
+fn an_interface_is_shown_as_quarantined_until_its_pod_is_known() {
     let cluster = served();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
@@ -240,7 +240,7 @@ fn an_interface_whose_pod_is_not_known_is_shown_until_it_is() {
     let mut cart = cluster.place(object, &uid, net);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    eventually("it is the pod's", || {
+    eventually("the interface belongs to the pod", || {
         let metrics = cluster.lab.metrics();
         holds(
             metrics.get(&in_mode("quarantined")) == 0.0 && metrics.get(&in_mode("enforce")) == 1.0,

@@ -1,6 +1,7 @@
-//! A connection of the pod that its policy has ended, and that the server still has open, does not go on as
-//! one that the server has opened: somebody outside sends a SYN in the server's name, the pod answers with the
-//! numbers of the old connection, and the server acknowledges them (RFC 5961, section 4.2).
+//! The policy ends a connection of the pod, and the server still has it open. Such a connection must not
+//! count as one that the server opened. The attack: somebody outside sends a SYN in the server's name, the
+//! pod answers with the sequence numbers of the old connection, and the server acknowledges them (RFC 5961,
+//! section 4.2).
 
 use std::{
     io::{self, Write as _},
@@ -26,15 +27,15 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 /// The server's port.
 const THERE: u16 = 8888;
-/// How far outside of a window a sequence number is.
+/// A distance that puts a sequence number outside any window.
 const FAR: u32 = 1 << 30;
 
-/// A connection of the pod, and the numbers of its next segment.
+/// A connection that the pod opened, and the numbers of its next segment.
 struct Connection<'a> {
     pod: &'a Pod,
     peer: IpAddr,
     stream: TcpStream,
-    /// Where the pod's frames leave the pod, and the peer's arrive.
+    /// Captures on the pod's interface, and sends frames from it.
     tap: Tap,
     sequence: u32,
     acknowledges: u32,
@@ -42,12 +43,12 @@ struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    /// Opens it, and sends something on it that the server acknowledges.
+    /// Opens a connection, and sends data on it that the server acknowledges.
     fn open(lab: &Lab, pod: &'a Pod, peer: IpAddr) -> Self {
         Self::open_from(lab, pod, peer, 0)
     }
 
-    /// The same, from a port of the pod's.
+    /// Opens a connection from a given port of the pod.
     fn open_from(lab: &Lab, pod: &'a Pod, peer: IpAddr, port: u16) -> Self {
         let listener = lab.outside().run(|| TcpListener::bind((peer, THERE)));
         let listener = listener.expect("listen outside");
@@ -87,7 +88,7 @@ impl<'a> Connection<'a> {
         SocketAddr::new(own.ip().to_canonical(), own.port())
     }
 
-    /// Sends a frame of the connection's, with flags and a number of the pod's choice.
+    /// Sends a segment of the connection with the given sequence number and flags.
     fn send(&self, sequence: u32, flags: u8) {
         let own = self.own();
         let builder = frames::from_pod(self.pod, own.ip(), self.peer)
@@ -103,13 +104,13 @@ impl<'a> Connection<'a> {
         self.tap.send(&frame);
     }
 
-    /// Whether something that the pod sends from now on leaves, after a handshake in the server's name.
+    /// Forges a handshake in the server's name; true if the pod's data then still leaves the node.
     fn is_stolen(&mut self, lab: &Lab) -> bool {
         self.forge_handshake(lab);
         self.leaves(lab)
     }
 
-    /// Somebody sends a SYN in the server's name, and the pod answers with the connection's numbers.
+    /// Somebody outside sends a SYN in the server's name, and the pod answers with the connection's numbers.
     fn forge_handshake(&self, lab: &Lab) {
         let own = self.own();
         Forger::open(lab, self.pod, self.peer, own).send(flag::SYN);
@@ -119,13 +120,13 @@ impl<'a> Connection<'a> {
         });
         assert!(arrived.is_some(), "the SYN does not arrive");
         self.send(self.sequence.wrapping_sub(1), flag::SYN);
-        // The server's acknowledgment, if the segment above has left.
+        // The server acknowledges the segment above if it has left the node.
         let _ = self.tap.receive(SHORT, |frame| {
             frames::is(frame, self.peer, own.ip(), TCP) && frame[at + 13] == flag::ACK
         });
     }
 
-    /// Whether something that the pod sends from now on leaves.
+    /// True if data that the pod sends now leaves the node.
     fn leaves(&mut self, lab: &Lab) -> bool {
         let seen = Tap::open(lab.outside(), "eth0");
         let _ = self.stream.write_all(b"stolen");
@@ -134,11 +135,11 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// Somebody outside who sends segments in the server's name.
+/// A sender outside that forges segments in the server's name.
 struct Forger {
     socket: Socket,
     to: SocketAddr,
-    /// A segment of each kind.
+    /// One segment of each kind.
     syn: Vec<u8>,
     ack: Vec<u8>,
 }
@@ -174,7 +175,7 @@ impl Forger {
     }
 }
 
-/// The pod's address of the family of `peer`.
+/// The pod's address in the family of `peer`.
 fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
     match peer {
         IpAddr::V4(_) => pod.ipv4().into(),
@@ -182,7 +183,7 @@ fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
     }
 }
 
-/// What one of the pod's maps has.
+/// The entries of one of the pod's maps.
 fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
     let pin = lab.allow_pin(pod).with_file_name(map);
     let pin = pin.to_str().expect("a path in UTF-8");
@@ -194,13 +195,13 @@ fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Where the TCP header begins in a frame.
+/// The offset of the TCP header in a frame.
 fn tcp_at(peer: IpAddr) -> usize {
     if peer.is_ipv4() { IPV4 } else { IPV6 }
 }
 
 #[track_caller]
-fn ends_when_the_pod_begins_to_be_enforced(peer: IpAddr) {
+fn assert_a_reopened_connection_is_judged(peer: IpAddr) {
     let lab = Lab::builder().build();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
@@ -213,17 +214,17 @@ fn ends_when_the_pod_begins_to_be_enforced(peer: IpAddr) {
 }
 
 #[test]
-fn a_connection_from_before_the_agent_does_not_go_on_as_the_servers() {
-    ends_when_the_pod_begins_to_be_enforced(server(9));
+fn a_connection_older_than_the_agent_cannot_be_reopened_in_the_servers_name() {
+    assert_a_reopened_connection_is_judged(server(9));
 }
 
 #[test]
-fn over_ipv6_a_connection_from_before_the_agent_does_not_go_on_as_the_servers() {
-    ends_when_the_pod_begins_to_be_enforced(server6(9));
+fn over_ipv6_a_connection_older_than_the_agent_cannot_be_reopened_in_the_servers_name() {
+    assert_a_reopened_connection_is_judged(server6(9));
 }
 
 #[test]
-fn syns_while_the_pod_begins_to_be_enforced_do_not_help() {
+fn syns_during_attachment_do_not_keep_a_denied_connection_open() {
     let lab = Lab::builder().build();
     let peer = server(9);
     let cart = lab.pod("shop", "cart");
@@ -246,14 +247,14 @@ fn syns_while_the_pod_begins_to_be_enforced_do_not_help() {
 }
 
 #[test]
-fn a_connection_that_audit_let_out_does_not_go_on_as_the_servers() {
+fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name() {
     const HERE: u16 = 5555;
     let lab = Lab::builder().build();
     let peer = server(9);
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&cart]);
-    // Before the pod connects, so that the flow seems to be the server's.
+    // The SYN comes before the pod connects, so that the server seems to have opened the flow.
     Forger::open(&lab, &cart, peer, (own(&cart, peer), HERE).into()).send(flag::SYN);
     eventually("the server's SYN is there", || {
         let flows = dump(&lab, &cart, "opening");
@@ -268,7 +269,7 @@ fn a_connection_that_audit_let_out_does_not_go_on_as_the_servers() {
 }
 
 #[test]
-fn a_connection_with_a_resolver_does_not_go_on_as_the_resolvers() {
+fn a_tcp_connection_to_a_resolver_is_noted_as_opened_by_the_pod() {
     let lab = Lab::builder()
         .config(
             "dns.resolvers",
@@ -290,7 +291,7 @@ fn a_connection_with_a_resolver_does_not_go_on_as_the_resolvers() {
 }
 
 #[test]
-fn nobody_outside_keeps_a_client_from_the_pod() {
+fn a_forged_segment_does_not_block_a_client_of_the_pod() {
     let lab = Lab::builder().build();
     let peer = server(9);
     let cart = lab.pod("shop", "cart");
@@ -320,16 +321,17 @@ fn nobody_outside_keeps_a_client_from_the_pod() {
 }
 
 #[test]
-fn a_connection_that_the_pod_has_made_the_agent_forget_does_not_go_on_as_the_servers() {
+fn a_connection_whose_flow_was_evicted_cannot_be_reopened_in_the_servers_name() {
     let peer = server(9);
-    // Four flows of the pod's that are not established.
+    // The pod may have four flows that are not established.
     let lab = Lab::builder().config("limits.flowsPerPod", 64).build();
     let cart = lab.pod("shop", "cart");
     let _web = lab.serve_tcp(443);
     lab.write_pod(&cart, &[("allow", &format!("{peer} {}", server(10)))]);
     let agent = lab.start_agent(&[&cart]);
     let mut connection = Connection::open(&lab, &cart, peer);
-    // The server takes no notice of it, but the flow is closed, and the pod's next ones push it out.
+    // The server ignores this segment, but the agent notes the flow as closed, and the pod's next flows evict
+    // it.
     connection.send(connection.sequence.wrapping_add(FAR), flag::RST);
     for _ in 0..8 {
         drop(cart.reach_tcp((server(10), 443)));
@@ -341,9 +343,9 @@ fn a_connection_that_the_pod_has_made_the_agent_forget_does_not_go_on_as_the_ser
 }
 
 #[test]
-fn a_destination_that_the_pod_still_uses_is_kept_when_others_give_way() {
+fn a_destination_in_use_is_kept_when_others_are_evicted() {
     let peer = server(9);
-    // Sixteen destinations of the pod's.
+    // The pod may have sixteen destinations.
     let lab = Lab::builder()
         .config("limits.flowsPerPod", 64)
         .config("http", HTTP)
@@ -367,7 +369,47 @@ fn a_destination_that_the_pod_still_uses_is_kept_when_others_give_way() {
 }
 
 #[test]
-fn what_a_server_opens_from_another_port_is_answered() {
+fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
+    let peer = server(9);
+    // Sixteen destinations of the pod's.
+    let lab = Lab::builder().config("limits.flowsPerPod", 64).build();
+    let cart = lab.pod("shop", "cart");
+    let _web = lab.serve_tcp(443);
+    lab.write_pod(&cart, &[("allow", &format!("{peer} {}", server(10)))]);
+    let agent = lab.start_agent(&[&cart]);
+    let tap = Tap::open(cart.netns(), "eth0");
+    let flood: Vec<Vec<u8>> = (1000..1200)
+        .map(|port| {
+            let mut frame = Vec::new();
+            let syn = frames::from_pod(&cart, own(&cart, peer), server(10)).tcp(7, port, 1, 1);
+            let written = syn.syn().write(&mut frame, &[]);
+            written.expect("a frame in memory");
+            frame
+        })
+        .collect();
+    for frame in &flood {
+        tap.send(frame);
+    }
+    let mut connection = Connection::open(&lab, &cart, peer);
+    // Its flow is closed, and the pod's next ones push it out.
+    connection.send(connection.sequence.wrapping_add(FAR), flag::RST);
+    for _ in 0..8 {
+        drop(cart.reach_tcp((server(10), 443)));
+    }
+    agent.applies(&cart, || {
+        lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    });
+    assert!(!connection.is_stolen(&lab), "the connection goes on");
+    agent.wait_denial("that there is no room", |denial| {
+        denial.of(&cart) && denial.reason == "destinations_full"
+    });
+    agent.wait_said("what makes room", |line| {
+        line.contains("WARN") && line.contains("raise limits.flowsPerPod")
+    });
+}
+
+#[test]
+fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let peer = server(9);
     let lab = Lab::builder().build();
     let cart = lab.pod("shop", "cart");
@@ -383,6 +425,6 @@ fn what_a_server_opens_from_another_port_is_answered() {
     let (mut server, _) = listener.accept().expect("a connection");
     client.write_all(b"hello").expect("write");
     let mut heard = [0; 5];
-    std::io::Read::read_exact(&mut server, &mut heard).expect("it is heard");
+    std::io::Read::read_exact(&mut server, &mut heard).expect("the data arrives");
     assert_eq!(&heard, b"hello");
 }

@@ -1,5 +1,5 @@
-//! Connections that a pod has open when it begins to be enforced: what others have opened goes on, and
-//! what the pod has opened is judged.
+//! Connections that a pod has open when it begins to be enforced. Connections that others opened go on;
+//! connections that the pod opened are judged.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-/// A connection that somebody outside has opened to a server in the pod.
+/// A connection from outside to a server in the pod.
 struct Inbound {
     caller: TcpStream,
     server: TcpStream,
@@ -38,7 +38,7 @@ impl Inbound {
         }
     }
 
-    /// Whether words go there and back.
+    /// True if data arrives in both directions.
     fn goes_on(&mut self) -> bool {
         fn takes(from: &mut TcpStream, into: &mut TcpStream) -> bool {
             let mut taken = [0; 4];
@@ -50,9 +50,9 @@ impl Inbound {
     }
 }
 
-/// What the pod gets when it goes on with a connection that is denied and answered with a reset.
+/// Asserts that a denied connection is answered with a reset.
 #[track_caller]
-fn is_reset(stream: &mut TcpStream) {
+fn assert_reset(stream: &mut TcpStream) {
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let outcome = stream
         .write_all(b"more")
@@ -65,7 +65,7 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// A node as most are: it tracks connections.
+/// A node that tracks connections, as most nodes do, and an agent that answers denied packets with a reset.
 fn rejecting() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
@@ -87,7 +87,7 @@ fn reboot(lab: &Lab) {
     nft(lab.node(), &["inet", "bridge", "arp"].map(delete).concat());
 }
 
-/// A directory for `stateDir`: on a disk, which a directory for temporary files may not be.
+/// A directory for `stateDir`. It is on a disk; a directory for temporary files may be in memory.
 fn state_dir() -> tempfile::TempDir {
     tempfile::tempdir_in(workspace::scratch()).expect("a directory below the build's")
 }
@@ -99,7 +99,7 @@ fn trusting(state: &Path) -> Builder {
         .config("stateDir", state.to_str().expect("a path in UTF-8"))
 }
 
-/// Bytes that the pod has sent by its interface.
+/// The bytes that the pod has sent on its interface.
 fn sent_by(pod: &Pod) -> u64 {
     let read = || fs::read_to_string("/proc/thread-self/net/dev");
     let table = pod.netns().run(read).expect("the table of interfaces");
@@ -108,11 +108,11 @@ fn sent_by(pod: &Pod) -> u64 {
     sent.expect("bytes sent by eth0")
 }
 
-/// Waits until `status` tells this of connections from before. It tells what a round has done when the round is
-/// over.
+/// Waits until `status` has these values in `existing_connections`. The agent reports what a round of
+/// reconciling did when that round is over.
 #[track_caller]
-fn is_told(lab: &Lab, fields: &[(&str, Value)]) -> Value {
-    eventually("status tells of connections from before", || {
+fn wait_existing(lab: &Lab, fields: &[(&str, Value)]) -> Value {
+    eventually("status reports the existing connections", || {
         let mut command = Command::new(Agent::program());
         command
             .args(["status", "--json", "--socket"])
@@ -126,7 +126,7 @@ fn is_told(lab: &Lab, fields: &[(&str, Value)]) -> Value {
 }
 
 #[test]
-fn with_its_first_annotation_a_pod_keeps_what_others_have_opened_and_not_what_it_has() {
+fn a_pods_first_annotation_keeps_inbound_connections_and_judges_its_own() {
     let cluster = Cluster::on(ApiServer::shared(), rejecting());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -138,20 +138,23 @@ fn with_its_first_annotation_a_pod_keeps_what_others_have_opened_and_not_what_it
 
     cluster.annotate(&mut cart, &allow(&format!("{}:443", server(10))));
     agent.wait_enforcing(cart.net());
-    assert!(inbound.goes_on(), "what others have opened was cut");
-    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
-    is_reset(&mut denied);
+    assert!(inbound.goes_on(), "a connection from outside was cut");
+    assert!(
+        exchange(&mut allowed, b"after", DEADLINE),
+        "the allowed connection was cut"
+    );
+    assert_reset(&mut denied);
     agent.wait_denial("the connection from before", |denial| {
         denial.is(cart.net(), "no_rule", server(20), 443)
     });
 }
 
 #[test]
-fn at_an_agents_first_start_in_a_cluster_pods_keep_what_others_have_opened() {
+fn at_the_agents_first_start_in_a_cluster_pods_keep_inbound_connections() {
     let cluster = Cluster::on(ApiServer::shared(), rejecting());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
-    // What only a name would allow is not known yet.
+    // The agent has not seen a response for the name yet, so the name allows no address.
     cluster.lab.dns().addresses("shop.test", &[server(20)]);
     let entries = format!("shop.test:443 {}:443", server(10));
     let cart = cluster.run(&shop, "cart", &allow(&entries));
@@ -161,17 +164,20 @@ fn at_an_agents_first_start_in_a_cluster_pods_keep_what_others_have_opened() {
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert!(inbound.goes_on(), "what others have opened was cut");
-    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
-    is_reset(&mut named);
-    is_told(
+    assert!(inbound.goes_on(), "a connection from outside was cut");
+    assert!(
+        exchange(&mut allowed, b"after", DEADLINE),
+        "the allowed connection was cut"
+    );
+    assert_reset(&mut named);
+    wait_existing(
         &cluster.lab,
         &[("outbound", json!("judged")), ("inbound_kept", json!(1))],
     );
 }
 
 #[test]
-fn at_an_agents_first_start_with_a_directory_pods_keep_what_others_have_opened() {
+fn at_the_agents_first_start_with_a_directory_pods_keep_inbound_connections() {
     let lab = rejecting().build();
     let (_web, cart) = lab.shop_and_cart(&format!("{}:443", server(10)));
     let mut inbound = Inbound::open(&lab, &cart, 8080);
@@ -179,18 +185,21 @@ fn at_an_agents_first_start_with_a_directory_pods_keep_what_others_have_opened()
     let mut allowed = cart.talks_tcp((server(10), 443));
 
     let _agent = lab.start_agent(&[&cart]);
-    assert!(inbound.goes_on(), "what others have opened was cut");
-    assert!(exchange(&mut allowed, b"after", DEADLINE), "it was cut");
-    is_reset(&mut denied);
+    assert!(inbound.goes_on(), "a connection from outside was cut");
+    assert!(
+        exchange(&mut allowed, b"after", DEADLINE),
+        "the allowed connection was cut"
+    );
+    assert_reset(&mut denied);
 }
 
 #[test]
-fn a_network_without_a_name_is_found_by_a_process_in_it() {
+fn a_network_namespace_without_a_name_is_found_by_a_process_in_it() {
     let lab = rejecting().build();
     let (_web, cart) = lab.shop_and_cart("shop.test");
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let _process = cart.start(&mut egress_tests::node::pause());
-    // Seen from a mount namespace where no network has a name.
+    // The agent runs in a mount namespace without named network namespaces.
     let mut command = Command::new("unshare");
     let agent = lab.agent_command("run");
     command
@@ -208,11 +217,11 @@ fn a_network_without_a_name_is_found_by_a_process_in_it() {
         .env("NO_COLOR", "1");
     let agent = Agent::start(lab.node(), command);
     agent.wait_enforcing(&cart);
-    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
 #[test]
-fn a_pod_that_listens_on_the_port_of_a_connection_it_has_opened_does_not_keep_it() {
+fn an_outbound_connection_is_judged_even_if_the_pod_listens_on_its_port() {
     let cluster = Cluster::on(ApiServer::shared(), rejecting());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -235,15 +244,15 @@ fn a_pod_that_listens_on_the_port_of_a_connection_it_has_opened_does_not_keep_it
     assert!(exchange(&mut opened, b"before", DEADLINE));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut opened);
+    assert_reset(&mut opened);
 }
 
 #[test]
-fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
+fn a_server_that_sends_at_full_speed_keeps_its_client() {
     let lab = rejecting().build();
     let (_web, cart) = lab.shop_and_cart("shop.test");
     let Inbound { mut caller, server } = Inbound::open(&lab, &cart, 8080);
-    // Neither thread waits for ever when the connection is lost.
+    // With the time-outs neither thread blocks for ever when the connection is lost.
     caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     server
         .set_write_timeout(Some(DEADLINE))
@@ -261,7 +270,7 @@ fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
         let reader = scope.spawn(move || io::copy(&mut caller, &mut io::sink()));
         let sends_more = || {
             let from = sent_by(&cart);
-            eventually("the pod sends on, or is done", || {
+            eventually("the pod goes on sending, or has stopped", || {
                 holds(sender.is_finished() || sent_by(&cart) > from + (1 << 24))
             });
         };
@@ -278,7 +287,7 @@ fn a_server_that_is_sending_at_full_speed_keeps_its_client() {
 }
 
 #[test]
-fn datagrams_from_outside_do_not_open_a_conversation_that_the_pod_has_begun() {
+fn a_datagram_from_outside_does_not_reopen_a_udp_flow_that_the_pod_began() {
     let lab = rejecting().build();
     let _echo = lab.serve_udp(4433);
     let cart = lab.pod("shop", "cart");
@@ -293,18 +302,21 @@ fn datagrams_from_outside_do_not_open_a_conversation_that_the_pod_has_begun() {
     let own = denied.local_addr().expect("its address");
     let mut taken = [0; 16];
     denied.send(b"before").expect("send");
-    assert_eq!(peer.recv(&mut taken).expect("it is heard"), 6);
+    assert_eq!(peer.recv(&mut taken).expect("the data arrives"), 6);
 
     let agent = lab.start_agent(&[&cart]);
     peer.send_to(b"go on", own).expect("send to the pod");
-    assert_eq!(denied.recv(&mut taken).expect("it is heard"), 5);
+    assert_eq!(denied.recv(&mut taken).expect("the data arrives"), 5);
     denied.send(b"after").expect("send");
     let heard = peer.recv(&mut taken);
     assert!(heard.is_err(), "the conversation goes on");
     agent.wait_denial("the datagram", |denial| {
         denial.is(&cart, "no_rule", server(20), 4434)
     });
-    assert!(echo_on(&allowed, b"after", DEADLINE), "it was cut");
+    assert!(
+        echo_on(&allowed, b"after", DEADLINE),
+        "the connection was cut"
+    );
 }
 
 #[test]
@@ -331,13 +343,13 @@ fn a_server_with_a_socket_for_each_client_answers_its_clients_next_datagram() {
     let _agent = lab.start_agent(&[&cart]);
     let mut taken = [0; 16];
     client.send_to(b"ask", at).expect("send to the pod");
-    assert_eq!(of_client.recv(&mut taken).expect("it is heard"), 3);
+    assert_eq!(of_client.recv(&mut taken).expect("the data arrives"), 3);
     of_client.send(b"answer").expect("send");
-    assert_eq!(client.recv(&mut taken).expect("it is answered"), 6);
+    assert_eq!(client.recv(&mut taken).expect("the answer arrives"), 6);
 }
 
 #[test]
-fn what_pods_have_opened_between_a_reboot_and_the_agent_is_judged() {
+fn connections_that_pods_open_between_a_reboot_and_the_agents_start_are_judged() {
     let lab = rejecting().build();
     let (_web, cart) = lab.shop_and_cart("shop.test:443");
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
@@ -347,12 +359,12 @@ fn what_pods_have_opened_between_a_reboot_and_the_agent_is_judged() {
     let mut inbound = Inbound::open(&lab, &cart, 8080);
 
     let _agent = lab.start_agent(&[&cart]);
-    is_reset(&mut denied);
-    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert_reset(&mut denied);
+    assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
 #[test]
-fn in_a_cluster_what_pods_have_opened_between_a_reboot_and_the_agent_is_judged() {
+fn in_a_cluster_connections_that_pods_open_between_a_reboot_and_the_agents_start_are_judged() {
     let cluster = Cluster::on(ApiServer::shared(), rejecting());
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -366,12 +378,12 @@ fn in_a_cluster_what_pods_have_opened_between_a_reboot_and_the_agent_is_judged()
 
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut denied);
-    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert_reset(&mut denied);
+    assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
 #[test]
-fn what_pods_have_opened_is_trusted_once_on_a_node() {
+fn outbound_connections_are_trusted_once_on_a_node() {
     let state = state_dir();
     let lab = trusting(&state.path().join("made")).build();
     let echo = lab.serve_udp(4433);
@@ -381,13 +393,19 @@ fn what_pods_have_opened_is_trusted_once_on_a_node() {
     assert!(echo_on(&datagrams, b"before", DEADLINE));
 
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&cart]);
-    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
-    assert!(echo_on(&datagrams, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut out, b"after", DEADLINE),
+        "the connection was cut"
+    );
+    assert!(
+        echo_on(&datagrams, b"after", DEADLINE),
+        "the connection was cut"
+    );
     assert!(
         cart.connect_tcp((server(20), 443), SHORT).is_err(),
-        "a new one is judged"
+        "a new connection was not judged"
     );
-    is_told(
+    wait_existing(
         &lab,
         &[
             ("outbound", json!("trusted")),
@@ -396,15 +414,16 @@ fn what_pods_have_opened_is_trusted_once_on_a_node() {
     );
     assert!(agent.stop().success());
 
-    // Another first start, by what is pinned: the node remembers.
+    // No pins are left, so the agent takes this for a first start; the file in `stateDir` shows that it is
+    // not.
     reboot(&lab);
     let mut later = cart.talks_tcp((server(99), 443));
     let agent = lab.start_agent(&[&cart]);
-    is_reset(&mut later);
+    assert_reset(&mut later);
     agent.wait_said("that it was used", |line| {
         line.contains("used on this node before") && line.contains("judged")
     });
-    let told = is_told(&lab, &[("outbound", json!("judged"))]);
+    let told = wait_existing(&lab, &[("outbound", json!("judged"))]);
     assert!(
         told["because"]
             .as_str()
@@ -414,7 +433,7 @@ fn what_pods_have_opened_is_trusted_once_on_a_node() {
 }
 
 #[test]
-fn in_a_cluster_what_pods_have_opened_is_trusted_once_too() {
+fn in_a_cluster_outbound_connections_are_trusted_once() {
     let state = state_dir();
     let cluster = Cluster::on(ApiServer::shared(), trusting(state.path()));
     let _web = cluster.lab.serve_tcp(443);
@@ -424,23 +443,26 @@ fn in_a_cluster_what_pods_have_opened_is_trusted_once_too() {
     let mut out = cart.net().talks_tcp((server(20), 443));
     let mut agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert!(exchange(&mut out, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut out, b"after", DEADLINE),
+        "the connection was cut"
+    );
 
-    // A pod that is enforced only later is not part of that start.
+    // A pod that is enforced later has no part in the first start.
     let mut of_later = later.net().talks_tcp((server(20), 443));
     cluster.annotate(&mut later, &allow("shop.test:443"));
     agent.wait_enforcing(later.net());
-    is_reset(&mut of_later);
+    assert_reset(&mut of_later);
 
     assert!(agent.stop().success());
     let mut again = cart.net().talks_tcp((server(20), 443));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    is_reset(&mut again);
+    assert_reset(&mut again);
 }
 
 #[test]
-fn without_a_note_on_the_node_nothing_is_trusted() {
+fn without_a_writable_state_directory_nothing_is_trusted() {
     let state = state_dir();
     let file = state.path().join("file");
     fs::write(&file, "").expect("write a file");
@@ -452,8 +474,8 @@ fn without_a_note_on_the_node_nothing_is_trusted() {
         line.contains("ERROR") && line.contains("existingConnections: trust is not used")
     });
     assert!(said.contains(file.to_str().unwrap()), "{said}");
-    is_reset(&mut out);
-    is_told(&lab, &[("outbound", json!("judged"))]);
+    assert_reset(&mut out);
+    wait_existing(&lab, &[("outbound", json!("judged"))]);
 }
 
 #[test]
@@ -461,7 +483,7 @@ fn a_connection_through_a_service_goes_on() {
     let lab = rejecting().build();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
-    // As kube-proxy does for a node port, with the node's address for the caller's.
+    // As kube-proxy does for a node port: the node's address replaces the caller's.
     nft(
         lab.node(),
         &format!(
@@ -487,11 +509,11 @@ fn a_connection_through_a_service_goes_on() {
         server,
     };
     let _agent = lab.start_agent(&[&cart]);
-    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
 #[test]
-fn over_ipv6_what_others_have_opened_goes_on() {
+fn over_ipv6_an_inbound_connection_goes_on() {
     let lab = rejecting().build();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
@@ -504,17 +526,17 @@ fn over_ipv6_what_others_have_opened_goes_on() {
         server,
     };
     let _agent = lab.start_agent(&[&cart]);
-    assert!(inbound.goes_on(), "what others have opened was cut");
+    assert!(inbound.goes_on(), "a connection from outside was cut");
 }
 
 #[test]
-fn where_the_node_tracks_no_connections_those_of_others_are_judged_and_counted() {
+fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
     let lab = Lab::builder().config("onDeny", "reject").build();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", &format!("{}:443", server(10)))]);
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let agent = lab.start_agent(&[&cart]);
-    is_reset(&mut inbound.server);
+    assert_reset(&mut inbound.server);
     let said = agent.wait_said("that it is judged", |line| {
         line.contains("are judged as the")
     });
@@ -522,29 +544,29 @@ fn where_the_node_tracks_no_connections_those_of_others_are_judged_and_counted()
         said.contains("WARN") && said.contains("connections=1"),
         "{said}"
     );
-    is_told(
+    wait_existing(
         &lab,
         &[("inbound_kept", json!(0)), ("inbound_judged", json!(1))],
     );
-    // New ones are opened as ever.
+    // New inbound connections work as before.
     assert!(Inbound::open(&lab, &cart, 8081).goes_on());
 }
 
 #[test]
-fn with_end_no_connection_from_before_goes_on() {
+fn with_existing_connections_end_no_older_connection_goes_on() {
     let lab = rejecting().config("existingConnections", "end").build();
     let (_web, cart) = lab.shop_and_cart("shop.test:443");
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let mut opened = cart.talks_tcp((server(20), 443));
     let _agent = lab.start_agent(&[&cart]);
-    is_reset(&mut inbound.server);
-    is_reset(&mut opened);
+    assert_reset(&mut inbound.server);
+    assert_reset(&mut opened);
     assert!(Inbound::open(&lab, &cart, 8081).goes_on());
-    is_told(&lab, &[("because", json!("existingConnections: end"))]);
+    wait_existing(&lab, &[("because", json!("existingConnections: end"))]);
 }
 
 #[test]
-fn trust_opens_no_tunnel_no_denied_and_no_protected_address() {
+fn trust_does_not_cover_tunnels_denied_or_protected_addresses() {
     let state = state_dir();
     let lab = trusting(state.path())
         .config("ranges.internal", json!(["10.99.0.0/24"]))
@@ -566,19 +588,22 @@ fn trust_opens_no_tunnel_no_denied_and_no_protected_address() {
     let mut other = cart.talks_tcp((server(20), 443));
 
     let agent = lab.start_agent(&[&cart]);
-    assert!(exchange(&mut other, b"after", DEADLINE), "it was cut");
-    is_reset(&mut denied);
-    is_reset(&mut protected);
+    assert!(
+        exchange(&mut other, b"after", DEADLINE),
+        "the connection was cut"
+    );
+    assert_reset(&mut denied);
+    assert_reset(&mut protected);
     assert!(!echo_on(&tunnel, b"after", SHORT), "the tunnel is open");
     assert!(!echo_on(&translated, b"after", SHORT), "the tunnel is open");
     agent.wait_denial("the tunnel", |denial| {
         denial.is(&cart, "tunnel", "10.99.0.7".parse().unwrap(), 4789)
     });
-    is_told(&lab, &[("outbound_trusted", json!(1))]);
+    wait_existing(&lab, &[("outbound_trusted", json!(1))]);
 }
 
 #[test]
-fn a_pod_with_more_sockets_than_are_read_is_told_and_enforced() {
+fn a_pod_with_more_sockets_than_the_agent_reads_is_reported_and_enforced() {
     let lab = rejecting().build();
     let (_web, cart) = lab.shop_and_cart(&format!("{}:443", server(10)));
     let other = lab.pod("shop", "other");
@@ -591,7 +616,10 @@ fn a_pod_with_more_sockets_than_are_read_is_told_and_enforced() {
     agent.wait_said("that not all are read", |line| {
         line.contains("cut_short=true") && line.contains("shop/cart")
     });
-    assert!(inbound.goes_on() && of_other.goes_on(), "it was cut");
+    assert!(
+        inbound.goes_on() && of_other.goes_on(),
+        "the connection was cut"
+    );
     assert!(cart.connect_tcp((server(10), 443), DEADLINE).is_ok());
     drop(sockets);
 }

@@ -1,4 +1,4 @@
-//! How many connections a pod may have (`limits.flowsPerPod`): which give way when there are more.
+//! The limit of connections per pod (`limits.flowsPerPod`), and which connections are evicted above it.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
@@ -15,14 +15,14 @@ use egress_tests::{
 use etherparse::PacketBuilder;
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// Raw packets that the sender has written from the IP header on, raw(7).
+/// The protocol of raw packets whose sender writes the IP header too, raw(7).
 const IPPROTO_RAW: i32 = 255;
 /// The port that the pod serves.
 const PORT: u16 = 8080;
 /// The lowest value of `limits.flowsPerPod`.
 const FEW: usize = 64;
 
-/// A connection that an outside address has opened to the pod: its end, and the pod's.
+/// A connection from an outside address to the pod: the client's end and the pod's end.
 #[track_caller]
 fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
     let to = SocketAddr::from((pod.ipv4(), PORT));
@@ -37,7 +37,7 @@ fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpS
     (outer, inner)
 }
 
-/// Whether what the pod says reaches the other side.
+/// True if data from the pod reaches the other side.
 fn is_heard((outer, inner): &mut (TcpStream, TcpStream), timeout: Duration) -> bool {
     use std::io::{Read as _, Write as _};
     inner.write_all(b"hello").expect("the pod writes");
@@ -68,7 +68,7 @@ fn flood_of_syns(lab: &Lab, pod: &Pod, count: u32) {
 }
 
 #[test]
-fn half_open_connections_from_outside_end_nothing_and_keep_nobody_out() {
+fn half_open_connections_from_outside_neither_end_connections_nor_block_new_ones() {
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
         .config("dns.grace", "0s")
@@ -83,7 +83,7 @@ fn half_open_connections_from_outside_end_nothing_and_keep_nobody_out() {
     pod.lookup("shop.test");
     let mut outbound = pod.talks_tcp((server(10), 443));
 
-    // More than the pod may have, twice: SYNs of some minutes, in a moment.
+    // Twice the pod's limit at once: as many SYNs as would otherwise come in some minutes.
     flood_of_syns(&lab, &pod, 40_000);
     let mut during = accepted(&lab, &listener, server(9), &pod);
     eventually("the name has expired", || {
@@ -95,7 +95,7 @@ fn half_open_connections_from_outside_end_nothing_and_keep_nobody_out() {
 }
 
 #[test]
-fn of_too_many_inbound_connections_those_that_are_silent_longest_give_way() {
+fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
     let lab = Lab::builder()
         .config("limits.flowsPerPod", FEW)
         .config("http", HTTP)
@@ -109,7 +109,7 @@ fn of_too_many_inbound_connections_those_that_are_silent_longest_give_way() {
     let mut connections = Vec::new();
     for n in 0..3 * FEW as u32 {
         connections.push(accepted(&lab, &listener, numbered(n), &pod));
-        // Not more at once than one look of the agent makes room for.
+        // Stays below the rate at which the agent makes room.
         assert!(is_heard(connections.last_mut().expect("one"), DEADLINE));
         std::thread::sleep(Duration::from_millis(30));
     }
@@ -123,18 +123,18 @@ fn of_too_many_inbound_connections_those_that_are_silent_longest_give_way() {
     }
     assert!(
         !is_heard(&mut connections[0], SHORT),
-        "the oldest is one of more than the pod may have"
+        "the oldest connection exceeds the limit"
     );
     assert!(
         exchange(&mut outbound, b"still here", DEADLINE),
-        "what the pod opened has room of its own"
+        "outbound connections have a limit of their own"
     );
     let series = "egress_agent_flows_evicted_total{why=\"over_pod_share\"}";
     assert!(lab.metrics().get(series) > 0.0, "not counted");
 }
 
 #[test]
-fn of_too_many_connections_that_a_pod_opens_the_first_go_on() {
+fn above_the_limit_connections_that_the_pod_opened_go_on() {
     let lab = Lab::builder().config("limits.flowsPerPod", FEW).build();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -148,7 +148,7 @@ fn of_too_many_connections_that_a_pod_opens_the_first_go_on() {
     for connection in &mut connections {
         assert!(
             exchange(connection, b"still here", DEADLINE),
-            "the rules allow those for which there is no place"
+            "the rules allow a connection that has no flow entry"
         );
     }
     agent.wait_said("that there is no place for all", |line| {

@@ -1,5 +1,6 @@
-//! A pod makes a connection of its own look as if others had opened it: frames in a peer's name that the
-//! node sends back to the pod, sockets whose counters lie, handshakes with itself.
+//! Attempts of a pod to make its own connection look as if others had opened it: it sends frames in a peer's
+//! name that the node routes back to the pod, falsifies its sockets' counters, or makes a handshake with
+//! itself.
 
 use std::{
     fs,
@@ -33,7 +34,7 @@ fn tracking() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
 
-/// The pod's address of the family of `peer`.
+/// The pod's address in the family of `peer`.
 fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
     match peer {
         IpAddr::V4(_) => pod.ipv4().into(),
@@ -41,12 +42,12 @@ fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
     }
 }
 
-/// A frame of the pod in the name of `peer`, to the pod itself.
+/// A UDP datagram that the pod sends to itself in the name of `peer`.
 fn datagram(pod: &Pod, peer: IpAddr) -> Vec<u8> {
     frames::udp(pod, (peer, THERE), (own(pod, peer), HERE), b"forged")
 }
 
-/// A TCP segment without data, in the name of `peer`, to the pod itself.
+/// A TCP segment without data that the pod sends to itself in the name of `peer`.
 fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
     let builder = frames::from_pod(pod, peer, own(pod, peer)).tcp(THERE, HERE, sequence, 64_240);
     let builder = if flags & flag::SYN != 0 {
@@ -66,7 +67,7 @@ fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32)
     frame
 }
 
-/// A socket of the pod for the forged conversation.
+/// The pod's socket of the forged flow.
 fn socket(pod: &Pod, peer: IpAddr) -> UdpSocket {
     let socket = pod.netns().run(|| UdpSocket::bind((own(pod, peer), HERE)));
     let socket = socket.expect("bind in the pod");
@@ -74,7 +75,7 @@ fn socket(pod: &Pod, peer: IpAddr) -> UdpSocket {
     socket
 }
 
-/// A socket outside that hears what the pod sends to the peer.
+/// A socket outside at the peer's address; it receives what the pod sends to the peer.
 fn victim(lab: &Lab, peer: IpAddr) -> UdpSocket {
     let socket = lab.outside().run(|| UdpSocket::bind((peer, THERE)));
     let socket = socket.expect("bind outside");
@@ -82,11 +83,11 @@ fn victim(lab: &Lab, peer: IpAddr) -> UdpSocket {
     socket
 }
 
-/// Whether something is heard that was sent from now on.
+/// True if the peer receives a datagram that the pod sends now.
 fn hears(victim: &UdpSocket, own: &UdpSocket, peer: IpAddr) -> bool {
     let mut taken = [0; 64];
     let word = b"from now on";
-    // It may be refused at once.
+    // The node may refuse it at once.
     let _ = own.send_to(word, (peer, THERE));
     loop {
         match victim.recv(&mut taken) {
@@ -97,9 +98,9 @@ fn hears(victim: &UdpSocket, own: &UdpSocket, peer: IpAddr) -> bool {
     }
 }
 
-/// The pod sends itself datagrams in the peer's name all the time while it begins to be enforced.
+/// The pod sends itself datagrams in the peer's name during the whole attachment.
 #[track_caller]
-fn forges_while_it_begins(peer: IpAddr) {
+fn assert_forging_during_attachment_opens_nothing(peer: IpAddr) {
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
@@ -129,25 +130,25 @@ fn forges_while_it_begins(peer: IpAddr) {
 }
 
 #[test]
-fn what_a_pod_sends_itself_while_it_begins_to_be_enforced_opens_nothing() {
-    forges_while_it_begins(server(9));
+fn a_pod_that_forges_datagrams_during_attachment_opens_no_flow() {
+    assert_forging_during_attachment_opens_nothing(server(9));
 }
 
 #[test]
-fn over_ipv6_what_a_pod_sends_itself_while_it_begins_to_be_enforced_opens_nothing() {
-    forges_while_it_begins(server6(9));
+fn over_ipv6_a_pod_that_forges_datagrams_during_attachment_opens_no_flow() {
+    assert_forging_during_attachment_opens_nothing(server6(9));
 }
 
 #[test]
-fn what_the_node_still_keeps_when_a_pod_begins_to_be_enforced_opens_nothing() {
+fn a_forged_packet_that_waits_in_the_nodes_neighbour_queue_opens_no_flow() {
     let peer = server(9);
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
     let tap = Tap::open(cart.netns(), "eth0");
-    // As long as the pod does not say where it is, the node keeps packets for it: three seconds, but here
-    // for as long as the agent takes to start.
+    // While the pod does not answer ARP, the node queues packets for it: three seconds by default, here for
+    // as long as the agent takes to start.
     let (address, interface) = (cart.ipv4(), cart.interface());
     let attempts = format!("/proc/sys/net/ipv4/neigh/{interface}/mcast_solicit");
     lab.node()
@@ -171,9 +172,10 @@ fn what_the_node_still_keeps_when_a_pod_begins_to_be_enforced_opens_nothing() {
     });
 }
 
-/// What a pod in audit mode sends itself in the peer's name, with `send`, opens nothing when it is enforced.
+/// Asserts that a datagram opens no flow if the pod sends it to itself in the peer's name, with `send`, in
+/// audit mode, and is enforced afterwards.
 #[track_caller]
-fn opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
+fn assert_opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
     let allow = ("allow", "shop.test:443");
@@ -191,18 +193,18 @@ fn opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Agent {
 }
 
 #[test]
-fn what_a_pod_in_audit_mode_sends_itself_opens_nothing_when_it_is_enforced() {
+fn a_datagram_forged_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     for peer in [server(9), server6(9)] {
-        opens_nothing_after_audit(peer, |cart| {
+        assert_opens_nothing_after_audit(peer, |cart| {
             Tap::open(cart.netns(), "eth0").send(&datagram(cart, peer));
         });
     }
 }
 
 #[test]
-fn what_skips_the_programs_in_audit_mode_opens_nothing_when_the_pod_is_enforced() {
+fn a_frame_that_skips_the_programs_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     for peer in [server(9), server6(9)] {
-        let agent = opens_nothing_after_audit(peer, |cart| {
+        let agent = assert_opens_nothing_after_audit(peer, |cart| {
             let tap = Tap::open(cart.netns(), "eth0");
             let _ifb = Ifb::redirect(cart);
             tap.send(&datagram(cart, peer));
@@ -214,7 +216,7 @@ fn what_skips_the_programs_in_audit_mode_opens_nothing_when_the_pod_is_enforced(
 }
 
 #[test]
-fn a_handshake_of_a_pod_in_audit_mode_with_itself_opens_nothing_when_it_is_enforced() {
+fn a_handshake_with_itself_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     let peer = server6(9);
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
@@ -225,14 +227,14 @@ fn a_handshake_of_a_pod_in_audit_mode_with_itself_opens_nothing_when_it_is_enfor
     let seen = Tap::open(lab.outside(), "eth0");
     agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
     let _ = stream.write_all(b"stolen");
-    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
         denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
     });
 }
 
 #[test]
-fn what_others_opened_towards_an_honest_pod_in_audit_mode_goes_on_when_it_is_enforced() {
+fn an_inbound_connection_of_audit_mode_goes_on_once_the_pod_is_enforced() {
     let lab = Lab::new();
     let cart = lab.pod("shop", "cart");
     let allow = ("allow", "shop.test:443");
@@ -246,22 +248,22 @@ fn what_others_opened_towards_an_honest_pod_in_audit_mode_goes_on_when_it_is_enf
     agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
     inner.write_all(b"word").expect("the pod writes");
     caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
-    caller.read_exact(&mut [0; 4]).expect("it is heard");
+    caller.read_exact(&mut [0; 4]).expect("the data arrives");
 }
 
-/// Whether a frame holds these bytes.
-fn has(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
+/// A predicate: the frame contains these bytes.
+fn contains(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
     move |frame| frame.windows(bytes.len()).any(|window| window == bytes)
 }
 
-/// The number that acknowledges the pod's SYN-ACK, from a frame that holds it.
-fn acknowledges(frame: &[u8], peer: IpAddr) -> u32 {
+/// The acknowledgment number for the pod's SYN-ACK in `frame`.
+fn ack_number(frame: &[u8], peer: IpAddr) -> u32 {
     let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 4;
     let number = frame[at..at + 4].try_into().expect("four bytes");
     u32::from_be_bytes(number).wrapping_add(1)
 }
 
-/// Whether a frame is the pod's SYN-ACK.
+/// A predicate: the frame is the pod's SYN-ACK.
 fn is_syn_ack(pod: &Pod, peer: IpAddr) -> impl Fn(&[u8]) -> bool {
     let src = own(pod, peer);
     let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 13;
@@ -271,7 +273,7 @@ fn is_syn_ack(pod: &Pod, peer: IpAddr) -> impl Fn(&[u8]) -> bool {
     }
 }
 
-/// Nobody outside denies a connection that they do not know.
+/// Drops RSTs outside: otherwise the peer would reset a connection that it does not know.
 fn without_resets(lab: &Lab) {
     nft(
         lab.outside(),
@@ -279,7 +281,7 @@ fn without_resets(lab: &Lab) {
     );
 }
 
-/// The pod's end of a connection whose other end's frames the pod sends itself, and the node sends back.
+/// Opens a connection whose peer's frames the pod forges and the node routes back. Returns the pod's end.
 #[track_caller]
 fn handshake_through_node(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     without_resets(lab);
@@ -287,14 +289,14 @@ fn handshake_through_node(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     let tap = Tap::open(pod.netns(), "eth0");
     tap.send(&segment(pod, peer, flag::SYN, 1000, 0));
     let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
-    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    let acknowledged = ack_number(&answer.expect("the pod answers"), peer);
     tap.send(&segment(pod, peer, flag::ACK, 1001, acknowledged));
     let (stream, from) = listener.accept().expect("a connection");
     assert_eq!(from.ip().to_canonical(), peer);
     stream
 }
 
-/// The same, with frames that do not leave the pod.
+/// Opens the same connection with forged frames that do not leave the pod.
 #[track_caller]
 fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     without_resets(lab);
@@ -315,13 +317,13 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     };
     send(segment(pod, peer, flag::SYN, 1000, 0));
     let answer = tap.receive(DEADLINE, is_syn_ack(pod, peer));
-    let acknowledged = acknowledges(&answer.expect("the pod answers"), peer);
+    let acknowledged = ack_number(&answer.expect("the pod answers"), peer);
     send(segment(pod, peer, flag::ACK, 1001, acknowledged));
     listener.accept().expect("a connection").0
 }
 
 #[test]
-fn a_handshake_of_a_pod_with_itself_is_no_connection_of_others() {
+fn a_handshake_of_a_pod_with_itself_does_not_count_as_inbound() {
     let peer = server(9);
     let lab = tracking().build();
     let cart = lab.pod("shop", "cart");
@@ -329,17 +331,17 @@ fn a_handshake_of_a_pod_with_itself_is_no_connection_of_others() {
     let mut stream = handshake_within(&lab, &cart, peer);
     let seen = Tap::open(lab.outside(), "eth0");
     stream.write_all(b"before").expect("write");
-    assert!(seen.receive(DEADLINE, has(b"before")).is_some());
+    assert!(seen.receive(DEADLINE, contains(b"before")).is_some());
 
     let agent = lab.start_agent(&[&cart]);
     let _ = stream.write_all(b"stolen");
-    assert_eq!(seen.receive(SHORT, has(b"stolen")), None);
+    assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
         denial.is(&cart, "no_rule", peer, THERE)
     });
 }
 
-/// Sets a socket option to bytes.
+/// Sets a socket option to the given bytes.
 #[track_caller]
 fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: &[u8]) {
     let length = libc::socklen_t::try_from(value.len()).expect("a short option");
@@ -356,9 +358,9 @@ fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: 
     assert_eq!(failed, 0, "{}", io::Error::last_os_error());
 }
 
-/// What the kernel says of a connection: bytes that were acknowledged, that were sent, and sent again.
+/// The kernel's counters of a connection (`TCP_INFO`): bytes acknowledged, sent and retransmitted.
 #[track_caller]
-fn counted(socket: &TcpStream) -> [u64; 3] {
+fn tcp_counters(socket: &TcpStream) -> [u64; 3] {
     let mut info = MaybeUninit::<[u64; 32]>::zeroed();
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).expect("a length");
     // SAFETY: the kernel writes at most `length` bytes, which is as many as `info` has.
@@ -377,24 +379,24 @@ fn counted(socket: &TcpStream) -> [u64; 3] {
     [info[15], info[25], info[26]]
 }
 
-/// Makes the counters of a connection lie by an option with which nothing can be sent.
+/// Falsifies the counters of a connection, by an option with which the kernel can send nothing.
 #[track_caller]
-fn make_lie(stream: &mut TcpStream, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+fn falsify_counters(stream: &mut TcpStream, level: libc::c_int, name: libc::c_int, option: &[u8]) {
     set_option(stream, level, name, option);
-    // It is counted as sent, and cannot be sent.
+    // The kernel counts the data as sent, but cannot send it.
     stream.write_all(b"x").expect("write");
     set_option(stream, level, name, &[]);
-    let says = "the counters say that the peer opened the connection";
+    let says = "the counters claim that the peer opened the connection";
     eventually(says, || {
-        let [acknowledged, sent, again] = counted(stream);
+        let [acknowledged, sent, again] = tcp_counters(stream);
         holds(acknowledged == 2 && sent == 2 && again == 0)
     });
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
 }
 
-/// The connection is judged, and nothing allows it.
+/// Asserts that the connection is judged and denied.
 #[track_caller]
-fn is_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
+fn assert_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
     let agent = lab.start_agent(&[cart]);
     let outcome = stream
         .write_all(b"more")
@@ -406,19 +408,26 @@ fn is_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
     });
 }
 
-/// A connection to the peer whose counters an option has made lie is judged.
+/// Asserts that a connection to the peer is judged although an option falsified its counters.
 #[track_caller]
-fn lies(lab: &Lab, peer: IpAddr, level: libc::c_int, name: libc::c_int, option: &[u8]) {
+fn assert_falsified_is_judged(
+    lab: &Lab,
+    peer: IpAddr,
+    level: libc::c_int,
+    name: libc::c_int,
+    option: &[u8],
+) {
     let _echo = lab.serve_tcp(THERE);
     let cart = lab.pod("shop", "cart");
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     let mut stream = cart.reach_tcp((peer, THERE));
-    make_lie(&mut stream, level, name, option);
+    falsify_counters(&mut stream, level, name, option);
     stream.read_exact(&mut [0]).expect("the peer answers");
-    is_judged(lab, &cart, &mut stream);
+    assert_judged(lab, &cart, &mut stream);
 }
 
-/// A routing header of type 4 (RFC 8754) with 127 segments, which no link here carries.
+/// A routing header of type 4 (RFC 8754) with 127 segments: no link of the laboratory carries a frame of that
+/// size.
 fn long_routing_header(to: Ipv6Addr) -> Vec<u8> {
     let mut header = vec![0, 254, 4, 126, 126, 0, 0, 0];
     header.extend(to.octets().repeat(127));
@@ -426,7 +435,7 @@ fn long_routing_header(to: Ipv6Addr) -> Vec<u8> {
 }
 
 #[test]
-fn a_routing_header_that_is_too_long_makes_no_connection_one_of_others() {
+fn an_oversized_routing_header_does_not_make_a_connection_count_as_inbound() {
     for lab in [
         tracking().build(),
         Lab::builder().config("onDeny", "reject").build(),
@@ -436,12 +445,12 @@ fn a_routing_header_that_is_too_long_makes_no_connection_one_of_others() {
         };
         let header = long_routing_header(to);
         let (level, option) = (libc::IPPROTO_IPV6, libc::IPV6_RTHDR);
-        lies(&lab, to.into(), level, option, &header);
+        assert_falsified_is_judged(&lab, to.into(), level, option, &header);
     }
 }
 
 #[test]
-fn a_connection_that_the_node_has_only_seen_in_its_middle_is_no_connection_of_others() {
+fn a_connection_that_conntrack_picked_up_midstream_does_not_count_as_inbound() {
     let IpAddr::V6(to) = server6(9) else {
         unreachable!("an IPv6 address")
     };
@@ -453,19 +462,19 @@ fn a_connection_that_the_node_has_only_seen_in_its_middle_is_no_connection_of_ot
     let mut stream = cart.reach_tcp((to, THERE));
     let (mut peer, _) = listener.accept().expect("the pod calls");
     let header = long_routing_header(to);
-    make_lie(&mut stream, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &header);
-    // Who is the first to send from now on looks to the node like the one who has opened it.
+    falsify_counters(&mut stream, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &header);
+    // Connection tracking starts only now, so it takes the next sender for the one who opened the connection.
     nft(
         lab.node(),
         "table inet late { chain forward { type filter hook forward priority filter; ct state new counter; }; }",
     );
     peer.write_all(b"word").expect("send to the pod");
-    stream.read_exact(&mut [0; 4]).expect("it is heard");
-    is_judged(&lab, &cart, &mut stream);
+    stream.read_exact(&mut [0; 4]).expect("the data arrives");
+    assert_judged(&lab, &cart, &mut stream);
 }
 
 #[test]
-fn a_source_route_that_leads_nowhere_makes_no_connection_one_of_others() {
+fn a_source_route_to_nowhere_does_not_make_a_connection_count_as_inbound() {
     let lab = tracking().build();
     let mut route = vec![0x89, 7, 4];
     let IpAddr::V4(to) = server(9) else {
@@ -473,5 +482,5 @@ fn a_source_route_that_leads_nowhere_makes_no_connection_one_of_others() {
     };
     route.extend(to.octets());
     route.push(0);
-    lies(&lab, to.into(), libc::IPPROTO_IP, libc::IP_OPTIONS, &route);
+    assert_falsified_is_judged(&lab, to.into(), libc::IPPROTO_IP, libc::IP_OPTIONS, &route);
 }

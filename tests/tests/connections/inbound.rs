@@ -1,5 +1,5 @@
-//! What others open towards a pod: it is answered, unless a `deny` says otherwise, and however many
-//! there are of them.
+//! Connections and datagrams from outside to a pod: the pod may answer them however many there are, unless a
+//! `deny` entry forbids it.
 
 use std::{
     io::{Read as _, Write as _},
@@ -17,7 +17,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 /// The port that the pod serves.
 const PORT: u16 = 8080;
 
-/// A connection to the pod from an address of the outside.
+/// Opens a connection to the pod from an outside address.
 #[track_caller]
 fn call(outside: &Namespace, from: IpAddr, pod: &Pod) -> std::io::Result<TcpStream> {
     let to = SocketAddr::from((pod.ipv4(), PORT));
@@ -29,7 +29,7 @@ fn call(outside: &Namespace, from: IpAddr, pod: &Pod) -> std::io::Result<TcpStre
     })
 }
 
-/// A connection to the pod, and the pod's end of it.
+/// Opens a connection to the pod; returns the client's end and the pod's end.
 #[track_caller]
 fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
     let outer = call(lab.outside(), from, pod).expect("the pod accepts the connection");
@@ -37,7 +37,7 @@ fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpS
     (outer, inner)
 }
 
-/// Whether what the pod says reaches the other side.
+/// True if data from the pod reaches the other side.
 fn is_heard(inner: &mut TcpStream, outer: &mut TcpStream, timeout: std::time::Duration) -> bool {
     inner.write_all(b"hello").expect("the pod writes");
     outer.set_read_timeout(Some(timeout)).expect("a time-out");
@@ -45,7 +45,7 @@ fn is_heard(inner: &mut TcpStream, outer: &mut TcpStream, timeout: std::time::Du
     outer.read_exact(&mut heard).is_ok() && heard == *b"hello"
 }
 
-/// A UDP socket of the outside that has sent something to the pod's, which is `inner`.
+/// Opens a UDP socket outside that has sent a datagram to `inner`, the pod's socket.
 #[track_caller]
 fn asked(lab: &Lab, from: IpAddr, inner: &UdpSocket, pod: &Pod) -> UdpSocket {
     let outer = lab.outside().run(|| UdpSocket::bind((from, 0)));
@@ -59,7 +59,7 @@ fn asked(lab: &Lab, from: IpAddr, inner: &UdpSocket, pod: &Pod) -> UdpSocket {
     outer
 }
 
-/// Whether the pod's answer arrives.
+/// True if the pod's answer arrives.
 fn is_answered(inner: &UdpSocket, outer: &UdpSocket, timeout: std::time::Duration) -> bool {
     let to = outer.local_addr().expect("an address");
     inner.send_to(b"answer", to).expect("the pod answers");
@@ -78,7 +78,7 @@ fn udp_server(pod: &Pod) -> UdpSocket {
 }
 
 #[test]
-fn a_deny_that_is_added_cuts_what_its_host_has_opened() {
+fn a_new_deny_entry_cuts_connections_that_its_host_opened() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);

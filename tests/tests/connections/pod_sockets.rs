@@ -1,4 +1,4 @@
-//! The conversations of a pod that was there before the agent are known by its sockets.
+//! The agent finds the flows of a pod that is older than the agent by the pod's sockets.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 const UID: &str = "e9e55e01-0001-4000-8000";
 
-/// A pod that nothing enforces, and the node beside it.
+/// A pod that nobody enforces, and its node.
 struct Scene {
     pod: NodePod,
     host: Host,
@@ -36,7 +36,7 @@ impl Scene {
         self.pod.pod().netns()
     }
 
-    /// The pod's and the node's address of a family.
+    /// The pod's and the node's addresses in one family.
     fn addresses(&self, v6: bool) -> (IpAddr, IpAddr) {
         let pod = self.pod.pod();
         let (v4, v6) = if v6 {
@@ -71,21 +71,21 @@ impl Scene {
         open.expect("the tables of sockets can be read")
     }
 
-    /// Waits until these are the pod's conversations.
+    /// Waits until the agent finds exactly these sockets.
     #[track_caller]
     fn expect(&mut self, mut expected: Vec<OpenSocket>) {
         expected.sort();
         let mut last = Vec::new();
-        let what = format!("the pod's conversations are {expected:#?}");
+        let what = format!("the pod's open sockets are {expected:#?}");
         eventually(&what, || {
             let OpenSockets {
                 mut sockets,
                 cut_short,
                 unclear,
-                untold,
+                conntrack_error,
             } = self.open();
             assert!(!cut_short);
-            assert_eq!(untold, None);
+            assert_eq!(conntrack_error, None);
             assert_eq!(unclear, 0);
             sockets.sort();
             last = sockets;
@@ -99,7 +99,7 @@ impl Scene {
         listener.expect("listen on the node")
     }
 
-    /// A connection from the pod, and the node's end of it.
+    /// Opens a connection from the pod; returns the pod's end and the node's end.
     #[track_caller]
     fn connect(&self, listener: &TcpListener) -> (TcpStream, TcpStream) {
         let to = listener.local_addr().expect("its address");
@@ -108,9 +108,9 @@ impl Scene {
         (near, far)
     }
 
-    /// Lets nothing from the pod arrive at the node any more: it is sent to a stranger.
+    /// Stops all frames from the pod to the node: they go to an unknown hardware address.
     #[track_caller]
-    fn lose_what_the_pod_sends(&self) {
+    fn drop_frames_from_the_pod(&self) {
         let (_, far) = self.addresses(false);
         self.inside().ip_batch(&format!(
             "neigh replace {far} lladdr 02:00:00:00:00:99 dev eth0\n"
@@ -127,7 +127,7 @@ fn tcp(near: &TcpStream, direction: Direction) -> OpenSocket {
     }
 }
 
-/// The pod's end of a connection, by the node's.
+/// The pod's end of a connection, from the node's end.
 fn other_end(far: &TcpStream, direction: Direction) -> OpenSocket {
     let mut socket = tcp(far, direction);
     std::mem::swap(&mut socket.local, &mut socket.remote);
@@ -139,9 +139,9 @@ fn canonical(address: io::Result<SocketAddr>) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// Begins a connection and waits for nothing.
+/// Starts to connect and does not wait.
 #[track_caller]
-fn begin(within: &Namespace, to: SocketAddr) -> Socket {
+fn start_connecting(within: &Namespace, to: SocketAddr) -> Socket {
     within.run(|| {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
         socket.set_nonblocking(true).expect("it need not block");
@@ -176,7 +176,7 @@ fn connections_of_both_families_and_directions_are_found() {
         assert_eq!(expected.last(), Some(&other_end(&from, Inbound)));
         kept.push((listener, out, from, inside));
     }
-    // Nor what the pod says to itself.
+    // A connection within the pod does not count.
     let own = scene
         .inside()
         .run(|| TcpStream::connect(("127.0.0.1", 8080)));
@@ -186,19 +186,19 @@ fn connections_of_both_families_and_directions_are_found() {
 }
 
 #[test]
-fn connections_count_as_long_as_something_may_be_sent() {
+fn connections_count_as_long_as_either_side_may_send() {
     let mut scene = Scene::new(2);
     let (own, far) = scene.addresses(false);
     let listener = scene.listen(far);
     let server = scene.pod.pod().listen_tcp(8080);
 
-    // FIN-WAIT-2: the pod has nothing more to say, the node has.
+    // FIN-WAIT-2: only the node may still send.
     let half = scene.connect(&listener);
     half.0.shutdown(std::net::Shutdown::Write).unwrap();
-    // CLOSE-WAIT: the other way round.
+    // CLOSE-WAIT: only the pod may still send.
     let waiting = scene.connect(&listener);
     waiting.1.shutdown(std::net::Shutdown::Write).unwrap();
-    // LAST-ACK and FIN-WAIT-1, once nothing arrives any more.
+    // LAST-ACK and FIN-WAIT-1, as soon as frames from the pod are lost.
     let last = scene.connect(&listener);
     last.1.shutdown(std::net::Shutdown::Write).unwrap();
     let first = scene.connect(&listener);
@@ -215,13 +215,13 @@ fn connections_count_as_long_as_something_may_be_sent() {
     let mut end = [0];
     assert_eq!(last.0.peek(&mut end).expect("its end"), 0);
 
-    scene.lose_what_the_pod_sends();
+    scene.drop_frames_from_the_pod();
     drop(last.0);
     drop(first.0);
-    // SYN-RECEIVED: the pod's answer does not arrive, so the node has not seen it either. SYN-SENT: nor does
-    // its question.
-    let opening = begin(scene.lab.node(), (own, 8080).into());
-    let asking = begin(scene.inside(), listener.local_addr().unwrap());
+    // SYN-RECEIVED: the pod's SYN-ACK is lost, so the node has not seen it either. SYN-SENT: the pod's SYN is
+    // lost.
+    let opening = start_connecting(scene.lab.node(), (own, 8080).into());
+    let asking = start_connecting(scene.inside(), listener.local_addr().unwrap());
     let from = opening.local_addr().unwrap().as_socket().unwrap();
     expected.push(OpenSocket {
         protocol: SocketProtocol::Tcp,
@@ -248,7 +248,7 @@ fn connected_datagram_sockets_are_found() {
             direction: Outbound,
         });
         kept.push(socket);
-        // One that hears anybody has no conversation.
+        // An unconnected socket has no flow.
         let open = scene.inside().run(|| UdpSocket::bind((own, 0)));
         kept.push(open.expect("bind in the pod"));
     }

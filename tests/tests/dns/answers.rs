@@ -1,4 +1,4 @@
-//! What is learned from answers that are more than an address.
+//! Responses with records other than plain addresses, and what the agent learns from them.
 
 use egress_tests::{
     Lab,
@@ -14,7 +14,7 @@ const SRV: u16 = 33;
 const EXAMPLE_NET: &[u8] = b"\x07example\x03net\0";
 
 #[test]
-fn aliases_of_https_records_lead_to_the_hints_behind_them() {
+fn aliases_in_https_records_are_followed_to_their_hints() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().on("shop.test", |asked| {
@@ -22,7 +22,7 @@ fn aliases_of_https_records_lead_to_the_hints_behind_them() {
             asked,
             &[
                 https_alias("pool.example"),
-                // Of a name on the way, of its alias, and of nobody that was reached.
+                // Of a name in the chain, of the alias's target, and of a name that the chain does not reach.
                 hints(&[server(8), server6(8)]).of("pool.example"),
                 address(server(9)).of("pool.example"),
                 hints(&[server(66)]).of("bank.example"),
@@ -33,7 +33,7 @@ fn aliases_of_https_records_lead_to_the_hints_behind_them() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
     let answer = pod.resolve("shop.test", RecordType::HTTPS);
-    assert_eq!(answer.message.answers.len(), 4, "it arrives whole");
+    assert_eq!(answer.message.answers.len(), 4, "the response was changed");
     for address in [server(8), server6(8), server(9)] {
         pod.talks_tcp((address, 443));
     }
@@ -41,7 +41,7 @@ fn aliases_of_https_records_lead_to_the_hints_behind_them() {
 }
 
 #[test]
-fn addresses_beside_the_answer_teach_nothing() {
+fn addresses_outside_the_answer_section_are_not_learned() {
     let lab = Lab::new();
     lab.dns().on("_web._tcp.shop.test", |asked| {
         let service = [&[0, 1, 0, 1, 1, 187][..], EXAMPLE_NET].concat();
@@ -51,7 +51,8 @@ fn addresses_beside_the_answer_teach_nothing() {
             address(server(67)),
             address(server(68)).of("example.net"),
         ];
-        // One stays in the answer; the others are one of the authority and two additional ones.
+        // One record stays in the answer section; one moves to the authority section and two to the
+        // additional section.
         vec![Send::answer(asked, &records).edited(|bytes| {
             assert_eq!(bytes[6..12], [0, 4, 0, 0, 0, 0]);
             bytes[6..12].copy_from_slice(&[0, 1, 0, 1, 0, 2]);
@@ -63,13 +64,17 @@ fn addresses_beside_the_answer_teach_nothing() {
     let agent = lab.start_agent(&[&pod]);
     let answer = pod.resolve("_web._tcp.shop.test", RecordType::SRV);
     assert_eq!(answer.message.answers.len(), 1);
-    assert_eq!(answer.message.additionals.len(), 2, "it arrives whole");
+    assert_eq!(
+        answer.message.additionals.len(),
+        2,
+        "the response was changed"
+    );
     assert!(lab.allowed(&pod).is_empty());
     agent.denies_tcp(&pod, (server(68), 443), "address_not_learned");
 }
 
 #[test]
-fn a_renamed_subtree_is_followed_by_the_alias_that_comes_with_it() {
+fn a_dname_is_followed_by_the_cname_that_comes_with_it() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     for (name, backwards) in [("a.old.test", false), ("b.old.test", true)] {
@@ -87,7 +92,7 @@ fn a_renamed_subtree_is_followed_by_the_alias_that_comes_with_it() {
             vec![Send::answer(asked, &records)]
         });
     }
-    // Without the CNAME that RFC 6672 asks for, nobody's client could follow it either.
+    // Without the CNAME that RFC 6672 requires, no client can follow the DNAME either.
     lab.dns().on("c.old.test", |asked| {
         vec![Send::answer(
             asked,
@@ -109,7 +114,7 @@ fn a_renamed_subtree_is_followed_by_the_alias_that_comes_with_it() {
 }
 
 #[test]
-fn answers_that_say_no_are_delivered_and_take_nothing_away() {
+fn negative_responses_are_delivered_and_remove_no_address() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -122,13 +127,13 @@ fn answers_that_say_no_are_delivered_and_take_nothing_away() {
         pod.resolve("gone.test", RecordType::A).code,
         ResponseCode::NXDomain
     );
-    // NODATA: the name is there, the type is not.
+    // NODATA: the name exists, but has no record of this type.
     let answer = pod.resolve("shop.test", RecordType::AAAA);
     assert_eq!(answer.code, ResponseCode::NoError);
     assert!(answer.message.answers.is_empty());
     for code in [ResponseCode::ServFail, ResponseCode::Refused] {
         lab.dns().on("shop.test", move |asked| {
-            // An address beside an error is no answer.
+            // An address in an error response is not learned.
             let error = u8::try_from(u16::from(code)).expect("a small code");
             vec![Send::answer(asked, &[address(server(66))]).edited(|bytes| bytes[3] |= error)]
         });
@@ -140,7 +145,7 @@ fn answers_that_say_no_are_delivered_and_take_nothing_away() {
 }
 
 #[test]
-fn what_was_resolved_before_any_entry_allowed_it_works_once_one_does() {
+fn a_name_resolved_before_an_entry_allowed_it_works_once_one_does() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns()
@@ -164,11 +169,15 @@ fn what_was_resolved_before_any_entry_allowed_it_works_once_one_does() {
     });
     pod.talks_tcp((server(20), 443));
     agent.denies_tcp(&pod, (server(21), 443), "address_not_learned");
-    assert_eq!(lab.dns().asked("later.test"), 1, "nobody asked again");
+    assert_eq!(
+        lab.dns().asked("later.test"),
+        1,
+        "the name was queried again"
+    );
 }
 
 #[test]
-fn records_that_nobody_here_understands_arrive_byte_for_byte() {
+fn unknown_record_types_arrive_byte_for_byte() {
     let lab = Lab::new();
     let odd: Vec<u8> = (0..=255).collect();
     let sent = odd.clone();
@@ -184,7 +193,7 @@ fn records_that_nobody_here_understands_arrive_byte_for_byte() {
         )]
     });
     let pod = lab.pod("shop", "cart");
-    // The same answer to a pod that is not enforced.
+    // The same response to a pod that is not enforced.
     let free = lab.pod("shop", "free");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
@@ -196,7 +205,10 @@ fn records_that_nobody_here_understands_arrive_byte_for_byte() {
             "shop.test",
             RecordType::ANY,
         );
-        socket.receive(egress_tests::DEADLINE).expect("an answer").0
+        socket
+            .receive(egress_tests::DEADLINE)
+            .expect("a response")
+            .0
     };
     let held = bytes(&pod);
     assert!(held.windows(odd.len()).any(|w| w == odd));

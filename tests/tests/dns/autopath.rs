@@ -1,10 +1,10 @@
 //! A resolver that walks the search list itself, as `CoreDNS` does with its plugin `autopath`.
 //!
-//! No `CoreDNS` is at hand. The laboratory's server answers and asks as its source does
-//! (`plugin/autopath/autopath.go`, `cname.go`; `plugin/kubernetes/autopath.go`): for a name below
-//! `<namespace>.svc.<cluster domain>` that the cluster does not have, it goes through the rest of the
-//! search list, and at last asks upstream for what stands before. The first answer that is not NXDOMAIN
-//! is returned behind a CNAME record from the asked name to the name that was found.
+//! `CoreDNS` does not run in the laboratory. The laboratory's server responds and queries upstream as the
+//! source of `CoreDNS` does (`plugin/autopath/autopath.go`, `cname.go`; `plugin/kubernetes/autopath.go`): for
+//! a name below `<namespace>.svc.<cluster domain>` that does not exist in the cluster, it tries the rest of
+//! the search list, and at last queries upstream for the name without its search suffix. It returns the first
+//! response that is not NXDOMAIN, behind a CNAME record from the queried name to the name that it found.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,7 +17,7 @@ use egress_tests::{
 const DOMAIN: &str = "cluster.test";
 const SEARCH: &str = "shop.svc.cluster.test";
 
-/// What a resolver with autopath has asked upstream.
+/// The names that a resolver with autopath has queried upstream.
 #[derive(Clone, Debug, Default)]
 struct Upstream(Arc<Mutex<Vec<String>>>);
 
@@ -27,8 +27,8 @@ impl Upstream {
     }
 }
 
-/// Makes the laboratory's resolver walk the search list for names below [`SEARCH`]. Upstream there are
-/// these names, each with an address.
+/// Makes the laboratory's resolver walk the search list for names below [`SEARCH`]. The upstream server knows
+/// `names`, each with an address.
 fn walk_search_lists(lab: &Lab, names: &'static [(&'static str, u8)]) -> Upstream {
     let upstream = Upstream::default();
     let asked_upstream = upstream.clone();
@@ -36,7 +36,7 @@ fn walk_search_lists(lab: &Lab, names: &'static [(&'static str, u8)]) -> Upstrea
         let base = asked
             .name
             .strip_suffix(&format!(".{SEARCH}"))
-            .expect("it is below");
+            .expect("a name below the search domain");
         let mut asked_upstream = asked_upstream.0.lock().expect("no test has panicked");
         asked_upstream.push(base.to_owned());
         match names
@@ -46,7 +46,7 @@ fn walk_search_lists(lab: &Lab, names: &'static [(&'static str, u8)]) -> Upstrea
             Some((name, host)) if asked.qtype == RecordType::A => {
                 vec![Send::answer(asked, &[cname(name), address(server(*host))])]
             }
-            // An answer without records gets no alias.
+            // A response without records gets no alias.
             Some(_) => vec![Send::answer(asked, &[])],
             None => vec![Send::code(asked, ResponseCode::NXDomain)],
         }
@@ -72,7 +72,7 @@ const NAMES: &[(&str, u8)] = &[
 ];
 
 #[test]
-fn a_listed_name_that_was_asked_for_with_its_search_suffix_is_reached() {
+fn a_listed_name_queried_with_its_search_suffix_is_reached() {
     for autopath in ["auto", "on"] {
         let lab = lab(autopath);
         let _web = lab.serve_tcp(443);
@@ -90,12 +90,12 @@ fn a_listed_name_that_was_asked_for_with_its_search_suffix_is_reached() {
 }
 
 #[test]
-fn an_alias_that_is_not_the_asked_name_without_its_suffix_gives_nothing() {
+fn an_alias_that_is_not_the_queried_name_without_its_suffix_is_not_learned() {
     let lab = lab("auto");
     let _web = lab.serve_tcp(443);
     let dns = lab.dns();
     let to_api = |host| [cname("api.x.test"), address(server(host))];
-    // As a Service of type ExternalName answers.
+    // As `CoreDNS` responds for a Service of type `ExternalName`.
     dns.answer(&format!("external.{SEARCH}"), to_api(20));
     dns.answer(&format!("b.api.x.test.{SEARCH}"), to_api(21));
     dns.answer("api.x.test.elsewhere.test", to_api(22));
@@ -118,7 +118,7 @@ fn an_alias_that_is_not_the_asked_name_without_its_suffix_gives_nothing() {
         assert_eq!(pod.lookup(&name), [server(host)]);
         agent.denies_tcp(&pod, (server(host), 443), "address_not_learned");
     }
-    // None of them shows that the resolver walks search lists.
+    // None of these responses shows that the resolver walks search lists.
     let name = format!("secret.evil.test.{SEARCH}");
     assert_eq!(
         pod.resolve(&name, RecordType::A).code,
@@ -128,7 +128,7 @@ fn an_alias_that_is_not_the_asked_name_without_its_suffix_gives_nothing() {
 }
 
 #[test]
-fn what_the_resolver_would_ask_upstream_is_judged_where_autopath_is_on() {
+fn with_autopath_on_the_name_that_the_resolver_would_query_upstream_is_judged() {
     let lab = lab("on");
     let upstream = walk_search_lists(&lab, NAMES);
     let (guarded, open) = (lab.pod("shop", "guarded"), lab.pod("shop", "open"));
@@ -148,7 +148,7 @@ fn what_the_resolver_would_ask_upstream_is_judged_where_autopath_is_on() {
     let denial = agent.wait_denial("the rule", |d| d.is_question(&open, &denied));
     assert_eq!(denial.rule.as_deref(), Some("*.evil.test"));
 
-    // What a search list makes of names that may be asked for, and of Services, goes on.
+    // Names that a search list makes of allowed names and of Services are forwarded.
     for name in [
         format!("api.x.test.{SEARCH}"),
         format!("db.{SEARCH}"),
@@ -162,9 +162,9 @@ fn what_the_resolver_would_ask_upstream_is_judged_where_autopath_is_on() {
         format!("api.x.test.{DOMAIN}"),
         DOMAIN.to_owned(),
     ] {
-        pod_asks(&lab, &guarded, &name);
+        assert_forwarded(&lab, &guarded, &name);
     }
-    // Not a Service's name, and its public part is not listed.
+    // These are not names of Services, and their public part is not listed.
     for name in [
         format!("secret.evil.test.{DOMAIN}"),
         format!("secret.evil.test.pod.{DOMAIN}"),
@@ -176,13 +176,13 @@ fn what_the_resolver_would_ask_upstream_is_judged_where_autopath_is_on() {
 }
 
 #[track_caller]
-fn pod_asks(lab: &Lab, pod: &egress_tests::Pod, name: &str) {
+fn assert_forwarded(lab: &Lab, pod: &egress_tests::Pod, name: &str) {
     pod.resolve(name, RecordType::A);
     assert_eq!(lab.dns().asked(name), 1, "{name}");
 }
 
 #[test]
-fn autopath_is_noticed_by_the_answer_that_shows_it() {
+fn autopath_is_detected_from_the_first_response_that_shows_it() {
     let lab = lab("auto");
     let _web = lab.serve_tcp(443);
     let upstream = walk_search_lists(&lab, NAMES);
@@ -195,7 +195,7 @@ fn autopath_is_noticed_by_the_answer_that_shows_it() {
         || assert_eq!(cart.lookup(&format!("api.x.test.{SEARCH}")), [server(10)]),
         |line| line.contains("search list"),
     );
-    // From then on for all pods.
+    // From then on it applies to all pods.
     agent.denies_name(&cart, &format!("secret.evil.test.{SEARCH}"));
     agent.denies_name(&other, &format!("evil.test.{SEARCH}"));
     assert_eq!(upstream.asked(), ["api.x.test"]);
@@ -204,7 +204,7 @@ fn autopath_is_noticed_by_the_answer_that_shows_it() {
 }
 
 #[test]
-fn a_denied_name_is_not_delivered_by_the_answer_that_shows_autopath() {
+fn the_first_response_that_shows_autopath_does_not_deliver_a_denied_name() {
     let lab = lab("auto");
     let upstream = walk_search_lists(&lab, NAMES);
     let pod = lab.pod("shop", "cart");
@@ -213,16 +213,16 @@ fn a_denied_name_is_not_delivered_by_the_answer_that_shows_autopath() {
     let name = format!("evil.test.{SEARCH}");
     let answer = pod.try_resolve(RESOLVER, &name, RecordType::A, SHORT);
     assert!(answer.is_none(), "{answer:?}");
-    agent.wait_denial("the answer", |d| {
+    agent.wait_denial("the response", |d| {
         d.is_question(&pod, &name) && d.reason == "dns_name"
     });
-    // The library asks again.
+    // The library repeats the query.
     agent.denies_name(&pod, &name);
     assert_eq!(upstream.asked(), ["evil.test"]);
 }
 
 #[test]
-fn with_autopath_off_names_below_the_cluster_domain_are_the_clusters() {
+fn with_autopath_off_names_below_the_cluster_domain_are_forwarded() {
     let lab = lab("off");
     let _web = lab.serve_tcp(443);
     let upstream = walk_search_lists(&lab, NAMES);

@@ -1,4 +1,4 @@
-//! C libraries as programs use them, with a search list and `ndots:5` as kubelet writes it.
+//! C libraries as programs use them, with a search list and `ndots:5` as kubelet configures them.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use egress_tests::{
     dns::{Answer, RecordType, ResponseCode, Send, address},
 };
 
-/// Looks up each name it is given, as `getent ahosts` does, with whatever C library it is linked to.
+/// Looks up each name in its arguments, as `getent ahosts` does, with the C library that it is linked to.
 const PROGRAM: &str = r#"
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -61,7 +61,7 @@ fn compiled(lab: &Lab, compiler: &str, flags: &[&str]) -> PathBuf {
     program
 }
 
-/// A pod with the search list of a cluster and one of its operator's.
+/// A pod with a cluster's search list and a domain of the operator in it.
 struct Scene {
     agent: Agent,
     pod: Pod,
@@ -84,8 +84,8 @@ impl Scene {
         Self { agent, pod, lab }
     }
 
-    /// What the program prints for these names.
-    fn looks_up(&self, program: &Path, names: &[&str]) -> String {
+    /// Runs the program with these names; returns its output.
+    fn run_lookup(&self, program: &Path, names: &[&str]) -> String {
         let settings = format!(
             "nameserver {RESOLVER}\n\
              search shop.svc.cluster.test svc.cluster.test cluster.test corp.example\n\
@@ -100,26 +100,26 @@ impl Scene {
         )
     }
 
-    /// A name with fewer dots than five goes through the whole list and is found at its end; a
-    /// short one of the cluster is found by the list; one without an entry is not found.
+    /// A name with fewer than five dots goes through the whole list and is found at its end; a short name of
+    /// the cluster is found by the list; a name without an entry is not found.
     #[track_caller]
-    fn search_lists_reach_the_right_name(&self, program: &Path) {
+    fn assert_search_lists_reach_the_right_name(&self, program: &Path) {
         let _servers = [self.lab.serve_tcp(443), self.lab.serve_tcp(5432)];
-        let said = self.looks_up(program, &["web.example"]);
+        let said = self.run_lookup(program, &["web.example"]);
         for address in [server(10), server6(10)] {
             assert!(said.contains(&address.to_string()), "{said}");
             self.pod.talks_tcp((address, 443));
         }
-        let said = self.looks_up(program, &["db"]);
+        let said = self.run_lookup(program, &["db"]);
         assert!(said.contains(&server(30).to_string()), "{said}");
         self.pod.talks_tcp((server(30), 5432));
-        let said = self.looks_up(program, &["evil.example"]);
+        let said = self.run_lookup(program, &["evil.example"]);
         assert!(!said.contains("203.0.113."), "{said}");
         self.agent.wait_denial("the name itself", |d| {
             d.is_question(&self.pod, "evil.example")
         });
 
-        // What belongs to the cluster went to the resolver, what belongs to nobody did not.
+        // Queries for the cluster's names went to the resolver; queries for the other names did not.
         assert!(self.lab.dns().asked("web.example.svc.cluster.test") > 0);
         for asked in self.lab.dns().questions() {
             let name = asked.name.as_str();
@@ -139,18 +139,18 @@ impl Scene {
 fn search_lists_reach_the_right_name_with_glibc() {
     let scene = Scene::new();
     let program = compiled(&scene.lab, "cc", &[]);
-    scene.search_lists_reach_the_right_name(&program);
+    scene.assert_search_lists_reach_the_right_name(&program);
 }
 
 #[test]
 fn search_lists_reach_the_right_name_with_musl() {
     let scene = Scene::new();
     let program = compiled(&scene.lab, "musl-gcc", &["-static"]);
-    scene.search_lists_reach_the_right_name(&program);
+    scene.assert_search_lists_reach_the_right_name(&program);
 }
 
 #[test]
-fn a_refused_question_can_say_refused() {
+fn refusals_can_be_configured_as_refused() {
     let lab = Lab::builder().config("dns.refusal", "refused").build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -162,8 +162,8 @@ fn a_refused_question_can_say_refused() {
 }
 
 #[test]
-fn a_client_that_compares_upper_and_lower_case_gets_every_answer_unchanged() {
-    // As unbound and others ask, so that a forger has more to guess.
+fn responses_keep_their_letter_case_for_clients_that_compare_it() {
+    // As unbound and other resolvers query, to make forgery harder (0x20 encoding).
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().on("shop.test", |asked| {
@@ -181,20 +181,20 @@ fn a_client_that_compares_upper_and_lower_case_gets_every_answer_unchanged() {
     let socket = pod.dns_socket();
     socket.ask(RESOLVER, 1, "sHOp.TeSt", RecordType::A);
     let name = |answer: &Answer| answer.message.queries[0].name().to_string();
-    let other = socket.expect("the answer with other letters");
+    let other = socket.expect("the response with other letters");
     assert_eq!(name(&other), "shop.test.");
-    let exact = socket.expect("the answer with the letters of the question");
+    let exact = socket.expect("the response with the letters of the query");
     assert_eq!(name(&exact), "sHOp.TeSt.");
     assert_eq!(exact.addresses, [server(10)]);
     pod.talks_tcp((server(10), 443));
-    agent.wait_denial("a second answer", |d| {
+    agent.wait_denial("a second response", |d| {
         d.of(&pod) && d.reason == "dns_unsolicited"
     });
     agent.denies_tcp(&pod, (server(67), 443), "address_not_learned");
 }
 
 #[test]
-fn a_resolver_that_answers_in_lower_case_is_understood() {
+fn a_response_in_lower_case_matches_its_query() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().on("shop.test", |asked| {
@@ -213,8 +213,8 @@ fn a_resolver_that_answers_in_lower_case_is_understood() {
 }
 
 #[test]
-fn two_questions_from_one_port_with_one_id_are_both_answered() {
-    // As musl before 1.1.25 asks for A and AAAA.
+fn two_queries_from_one_port_with_one_id_are_both_answered() {
+    // As musl before 1.1.25 queries A and AAAA.
     let lab = Lab::new();
     lab.dns().addresses("shop.test", &[server(10), server6(10)]);
     let pod = lab.pod("shop", "cart");
@@ -223,14 +223,14 @@ fn two_questions_from_one_port_with_one_id_are_both_answered() {
     let socket = pod.dns_socket();
     socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
     socket.ask(RESOLVER, 7, "shop.test", RecordType::AAAA);
-    let mut addresses = socket.expect("one answer").addresses;
-    addresses.extend(socket.expect("the other answer").addresses);
+    let mut addresses = socket.expect("one response").addresses;
+    addresses.extend(socket.expect("the other response").addresses);
     addresses.sort();
     assert_eq!(addresses, [server(10), server6(10)]);
 }
 
 #[test]
-fn a_resolver_that_cannot_read_a_question_may_say_so_without_repeating_it() {
+fn a_format_error_without_a_question_section_is_delivered() {
     let lab = Lab::new();
     lab.dns().on("shop.test", |asked| {
         let format_error = || {
@@ -246,7 +246,7 @@ fn a_resolver_that_cannot_read_a_question_may_say_so_without_repeating_it() {
     let agent = lab.start_agent(&[&pod]);
     let answer = pod.resolve("shop.test", RecordType::A);
     assert_eq!(answer.code, ResponseCode::FormErr);
-    agent.wait_denial("the second, which answers nothing", |d| {
+    agent.wait_denial("the second, which matches no query", |d| {
         d.of(&pod) && d.reason == "dns_unsolicited"
     });
 }

@@ -1,4 +1,4 @@
-//! Signed answers pass as they are: a pod that validates can.
+//! Signed responses are delivered unchanged, so a pod can validate them.
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -21,10 +21,10 @@ old IN DNAME new
 a.new IN A 203.0.113.11
 ";
 
-/// A resolver in front of a signed zone, and who wants to validate it.
+/// A resolver with a signed zone, and a pod that validates it.
 struct Signed {
     pod: Pod,
-    /// Not enforced, to compare with.
+    /// Not enforced, for comparison.
     free: Pod,
     anchor: PathBuf,
     agent: egress_tests::Agent,
@@ -40,7 +40,7 @@ impl Signed {
         let resolver = lab.run_resolver(&mut unbound(&lab, "test.signed"));
         let (pod, free) = (lab.pod("shop", "cart"), lab.pod("shop", "free"));
         let entries = "shop.test:443 www.test:443 *.old.test:443";
-        // Who validates asks for the keys of the zones above, too.
+        // A validator also queries the keys of the zones above.
         lab.write_pod(
             &pod,
             &[
@@ -59,9 +59,9 @@ impl Signed {
         }
     }
 
-    /// What `delv` says in the pod, which trusts the zone's key and nothing else.
+    /// Runs `delv` in the pod, which trusts only the zone's key; returns its output.
     #[track_caller]
-    fn validates(&self, name: &str, qtype: &str) -> String {
+    fn delv(&self, name: &str, qtype: &str) -> String {
         let mut command = Command::new("delv");
         command
             .arg(format!("@{RESOLVER}"))
@@ -128,21 +128,21 @@ fn a_pod_validates_signatures_through_the_gate() {
     for (name, qtype, address) in [
         ("shop.test", "A", Some(server(10))),
         ("www.test", "A", Some(server(10))),
-        // A name of a renamed subtree: the validator asks for what it leads to by itself.
+        // A name below a DNAME: the validator queries the target itself.
         ("a.old.test", "A", Some(server(11))),
-        // That there is none is signed, too.
+        // The absence of a record is signed, too.
         ("none.test", "A", None),
         ("shop.test", "AAAA", None),
     ] {
-        let said = scene.validates(name, qtype);
+        let said = scene.delv(name, qtype);
         assert!(said.contains("fully validated"), "{name} {qtype}: {said}");
         if let Some(address) = address {
             assert!(said.contains(&address.to_string()), "{name}: {said}");
             scene.pod.talks_tcp((address, 443));
         }
     }
-    // A refusal is the node's own, and no signature makes it true.
-    let said = scene.validates("evil.test", "A");
+    // The agent makes the refusal itself, so it has no signature and does not validate.
+    let said = scene.delv("evil.test", "A");
     assert!(!said.contains("fully validated"), "{said}");
     scene
         .agent
@@ -150,7 +150,7 @@ fn a_pod_validates_signatures_through_the_gate() {
 }
 
 #[test]
-fn signed_answers_arrive_byte_for_byte() {
+fn signed_responses_arrive_byte_for_byte() {
     let scene = Signed::new();
     for (name, qtype) in [
         ("shop.test", RecordType::A),
@@ -160,17 +160,17 @@ fn signed_answers_arrive_byte_for_byte() {
         ("test", RecordType::DNSKEY),
     ] {
         let mut bytes = question(0x1234, name, qtype);
-        // DO, in the flags of the OPT record that ends the question.
+        // DO, in the flags of the OPT record that ends the query.
         let flags = bytes.len() - 4;
         bytes[flags] |= 0x80;
         let answer = |pod: &Pod| {
             let socket = pod.dns_socket();
             socket.send(RESOLVER, &bytes);
-            socket.receive(DEADLINE).expect("an answer").0
+            socket.receive(DEADLINE).expect("a response").0
         };
         let (held, free) = (answer(&scene.pod), answer(&scene.free));
         assert_eq!(held, free, "{name} {qtype}");
-        // Algorithm 13 in the data of an RRSIG of this type or of an NSEC record.
+        // A signed response is longer than an unsigned one.
         assert!(held.len() > 120, "{name} {qtype} is not signed");
     }
 }

@@ -1,4 +1,4 @@
-//! What a policy says of names is not got round by asking a server that is no resolver of the pod's.
+//! A pod cannot bypass the entries for names by querying a server that is not its resolver.
 
 use std::net::IpAddr;
 
@@ -10,8 +10,7 @@ use egress_tests::{
 
 const REASON: &str = "dns_elsewhere";
 
-/// A laboratory in which every server knows `evil.test`, and something listens for DNS over TLS and
-/// over QUIC everywhere.
+/// A laboratory in which every server knows `evil.test`, and every server accepts DNS over TLS and over QUIC.
 struct Scene {
     _tls: egress_tests::TcpEcho,
     _quic: egress_tests::UdpEcho,
@@ -33,18 +32,19 @@ impl Scene {
     }
 }
 
-/// The pod gets no word of DNS from there, whichever way it asks, and is told why.
+/// Asserts that the pod gets no DNS response from this server over UDP, TCP, TLS or QUIC, and that each
+/// denial has its reason.
 #[track_caller]
-fn asks_nobody_at(agent: &Agent, pod: &Pod, server: IpAddr) {
+fn assert_cannot_query(agent: &Agent, pod: &Pod, server: IpAddr) {
     let answer = pod.try_resolve(server, "evil.test", RecordType::A, SHORT);
     assert!(answer.is_none(), "{server} answered: {answer:?}");
-    agent.wait_denial("the question", |d| d.is(pod, REASON, server, 53));
+    agent.wait_denial("the query", |d| d.is(pod, REASON, server, 53));
     agent.denies_each_tcp(pod, &[((server, 53), REASON), ((server, 853), REASON)]);
     agent.denies_udp(pod, (server, 853), REASON);
 }
 
 #[test]
-fn a_denied_name_is_not_asked_for_elsewhere() {
+fn a_denied_name_cannot_be_queried_at_another_server() {
     let scene = Scene::new();
     let lab = &scene.lab;
     let _web = lab.serve_tcp(443);
@@ -68,14 +68,14 @@ fn a_denied_name_is_not_asked_for_elsewhere() {
             pod.resolve("evil.test", RecordType::A).code,
             ResponseCode::NXDomain
         );
-        asks_nobody_at(&agent, pod, STRANGER);
+        assert_cannot_query(&agent, pod, STRANGER);
         pod.talks_tcp((STRANGER, 443));
     }
     assert_eq!(lab.dns().asked("evil.test"), 0);
 }
 
 #[test]
-fn an_address_entry_opens_a_dns_server_that_is_no_resolver() {
+fn an_address_entry_allows_a_dns_server_that_is_not_a_resolver() {
     let scene = Scene::new();
     let lab = &scene.lab;
     let pod = lab.pod("shop", "cart");
@@ -86,11 +86,11 @@ fn an_address_entry_opens_a_dns_server_that_is_no_resolver() {
     assert_eq!(answer.addresses, [server(66)]);
     pod.talks_tcp((STRANGER, 853));
     pod.talks_udp((STRANGER, 853));
-    asks_nobody_at(&agent, &pod, server(53 + 1));
+    assert_cannot_query(&agent, &pod, server(53 + 1));
 }
 
 #[test]
-fn a_name_is_no_address_entry_for_a_dns_server() {
+fn an_entry_for_a_name_does_not_allow_dns_to_its_address() {
     let scene = Scene::new();
     let lab = &scene.lab;
     let _web = lab.serve_tcp(443);
@@ -100,11 +100,11 @@ fn a_name_is_no_address_entry_for_a_dns_server() {
     let agent = lab.start_agent(&[&pod]);
     assert_eq!(pod.lookup("ns.shop.test"), [STRANGER]);
     pod.talks_tcp((STRANGER, 443));
-    asks_nobody_at(&agent, &pod, STRANGER);
+    assert_cannot_query(&agent, &pod, STRANGER);
 }
 
 #[test]
-fn an_internal_server_is_asked_over_tls_only_with_an_entry() {
+fn an_internal_server_takes_dns_over_tls_only_with_an_entry() {
     let scene = Scene::on(
         Lab::builder()
             .config("ranges.internal", vec!["198.18.0.0/15"])
@@ -116,11 +116,11 @@ fn an_internal_server_is_asked_over_tls_only_with_an_entry() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
     pod.talks_tcp((numbered(1), 443));
-    asks_nobody_at(&agent, &pod, numbered(1));
+    assert_cannot_query(&agent, &pod, numbered(1));
 }
 
 #[test]
-fn a_policy_that_promises_nothing_about_names_leaves_dns_alone() {
+fn a_policy_without_guarded_names_leaves_dns_to_other_servers_alone() {
     let scene = Scene::on(Lab::builder().config("dns.guard", false).build());
     let lab = &scene.lab;
     let pods = [
@@ -158,7 +158,7 @@ fn a_name_that_is_denied_later_ends_connections_with_dns_servers() {
         lab.write_pod(&pod, &[("allow", "*"), ("deny", "evil.test")]);
     });
     assert!(!egress_tests::exchange(&mut open, b"after", SHORT));
-    asks_nobody_at(&agent, &pod, STRANGER);
-    // A resolver answers on port 53 alone.
+    assert_cannot_query(&agent, &pod, STRANGER);
+    // Only its port 53 makes a server a resolver.
     agent.denies_tcp(&pod, (RESOLVER, 853), REASON);
 }

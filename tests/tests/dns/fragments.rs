@@ -1,4 +1,4 @@
-//! Large answers, and what comes in pieces from a resolver's address.
+//! Large responses, and fragments from a resolver's address.
 
 use std::{
     collections::BTreeSet,
@@ -16,23 +16,23 @@ use egress_tests::{
     holds, raw,
 };
 
-/// So many addresses that an answer with them takes three packets of 1,500 bytes.
+/// A response with this many addresses takes three packets of 1,500 bytes.
 const MANY: u16 = 190;
 const MANY6: u16 = 120;
 
-fn many() -> Vec<IpAddr> {
+fn many_addresses() -> Vec<IpAddr> {
     (0..MANY.into()).map(numbered).collect()
 }
 
-fn many6() -> Vec<IpAddr> {
+fn many_addresses6() -> Vec<IpAddr> {
     (1000..1000 + MANY6).map(server6).collect()
 }
 
-/// An answer with so many addresses.
+/// A response with that many addresses.
 fn answer_with_many(asked: &Question) -> Send {
     let addresses = match asked.qtype {
-        RecordType::AAAA => many6(),
-        _ => many(),
+        RecordType::AAAA => many_addresses6(),
+        _ => many_addresses(),
     };
     let records: Vec<_> = addresses.into_iter().map(address).collect();
     Send::answer(asked, &records)
@@ -42,7 +42,7 @@ fn learned(lab: &Lab, pod: &Pod) -> BTreeSet<IpAddr> {
     lab.allowed(pod).into_keys().collect()
 }
 
-/// Whether a frame is a fragment.
+/// True if the frame is a fragment.
 fn is_fragment(frame: &[u8]) -> bool {
     match frame.get(12..14) {
         Some([8, 0]) => frame[20] & 0x3f != 0 || frame[21] != 0,
@@ -52,7 +52,7 @@ fn is_fragment(frame: &[u8]) -> bool {
 }
 
 #[test]
-fn an_answer_in_fragments_opens_what_it_says() {
+fn a_response_in_fragments_allows_its_addresses() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns()
@@ -62,8 +62,8 @@ fn an_answer_in_fragments_opens_what_it_says() {
     let agent = lab.start_agent(&[&pod]);
     let tap = Tap::open(pod.netns(), "eth0");
     for (resolver, qtype, addresses) in [
-        (RESOLVER, RecordType::A, many()),
-        (RESOLVER6, RecordType::AAAA, many6()),
+        (RESOLVER, RecordType::A, many_addresses()),
+        (RESOLVER6, RecordType::AAAA, many_addresses6()),
     ] {
         let answer = pod.resolve_at(resolver, "shop.test", qtype);
         assert!(answer.bytes > 3000, "{} bytes", answer.bytes);
@@ -75,8 +75,8 @@ fn an_answer_in_fragments_opens_what_it_says() {
     assert!(agent.denials().is_empty(), "{:?}", agent.denials());
 }
 
-/// An answer with the address of one host, behind so many bytes of something else.
-fn answer_behind(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
+/// A response with the address of one host behind this many bytes of another record.
+fn answer_after_padding(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
     let something = vec![0x5a; bytes];
     vec![Send::answer(
         asked,
@@ -85,10 +85,10 @@ fn answer_behind(asked: &Question, bytes: usize, host: u8) -> Vec<Send> {
 }
 
 #[test]
-fn an_answer_as_long_as_a_datagram_can_be_arrives() {
+fn a_response_of_the_maximum_datagram_length_arrives() {
     let lab = Lab::new();
     lab.dns()
-        .on("shop.test", |asked| answer_behind(asked, 65_400, 10));
+        .on("shop.test", |asked| answer_after_padding(asked, 65_400, 10));
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
@@ -100,10 +100,10 @@ fn an_answer_as_long_as_a_datagram_can_be_arrives() {
 }
 
 #[test]
-fn an_answer_of_a_jumbo_frame_arrives() {
+fn a_response_of_a_jumbo_frame_arrives() {
     let lab = Lab::builder().mtu(9000).build();
     lab.dns()
-        .on("shop.test", |asked| answer_behind(asked, 8000, 10));
+        .on("shop.test", |asked| answer_after_padding(asked, 8000, 10));
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
@@ -118,7 +118,7 @@ fn an_answer_of_a_jumbo_frame_arrives() {
 }
 
 #[test]
-fn dig_gets_all_addresses_whatever_length_it_asks_for() {
+fn dig_gets_all_addresses_with_every_buffer_size() {
     let lab = Lab::new();
     lab.dns().on("shop.test", |asked| {
         let whole = answer_with_many(asked);
@@ -131,8 +131,11 @@ fn dig_gets_all_addresses_whatever_length_it_asks_for() {
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
-    for (resolver, qtype, addresses) in [(RESOLVER, "A", many()), (RESOLVER6, "AAAA", many6())] {
-        // The first two get a truncated answer and go on over TCP.
+    for (resolver, qtype, addresses) in [
+        (RESOLVER, "A", many_addresses()),
+        (RESOLVER6, "AAAA", many_addresses6()),
+    ] {
+        // The first two sizes give a truncated response, so dig repeats the query over TCP.
         for size in ["512", "1232", "4096"] {
             let mut command = Command::new("dig");
             command.arg(format!("@{resolver}")).args([
@@ -156,7 +159,7 @@ fn dig_gets_all_addresses_whatever_length_it_asks_for() {
 }
 
 #[test]
-fn other_datagrams_in_fragments_arrive_too() {
+fn fragmented_datagrams_that_are_not_dns_arrive() {
     let lab = Lab::new();
     let _echo = lab.serve_udp(9999);
     let pod = lab.pod("shop", "cart");
@@ -181,7 +184,7 @@ fn other_datagrams_in_fragments_arrive_too() {
 }
 
 #[test]
-fn a_pod_may_answer_what_the_resolvers_host_sends_in_fragments() {
+fn a_pod_may_reply_to_a_fragmented_datagram_from_the_resolvers_host() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -207,7 +210,7 @@ fn a_pod_may_answer_what_the_resolvers_host_sends_in_fragments() {
 }
 
 #[test]
-fn in_audit_mode_fragments_pass_and_teach() {
+fn in_audit_mode_fragments_pass_and_their_addresses_are_learned() {
     let lab = Lab::new();
     lab.dns()
         .on("shop.test", |asked| vec![answer_with_many(asked)]);
@@ -215,8 +218,8 @@ fn in_audit_mode_fragments_pass_and_teach() {
     lab.write_pod(&pod, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&pod]);
     for (resolver, qtype, addresses) in [
-        (RESOLVER, RecordType::A, many()),
-        (RESOLVER6, RecordType::AAAA, many6()),
+        (RESOLVER, RecordType::A, many_addresses()),
+        (RESOLVER6, RecordType::AAAA, many_addresses6()),
     ] {
         let answer = pod.resolve_at(resolver, "shop.test", qtype);
         assert_eq!(answer.addresses, addresses);
@@ -225,7 +228,7 @@ fn in_audit_mode_fragments_pass_and_teach() {
             holds(learned(&lab, &pod).is_superset(&addresses))
         });
     }
-    // What nobody asked for arrives, and is reported once it is whole.
+    // An unsolicited response arrives, and is reported when it is complete.
     let socket = pod.dns_socket();
     let asked = Question {
         name: "shop.test".to_owned(),
@@ -236,21 +239,21 @@ fn in_audit_mode_fragments_pass_and_teach() {
         tcp: false,
         payload: 4096,
     };
-    let records: Vec<_> = many().into_iter().map(address).collect();
+    let records: Vec<_> = many_addresses().into_iter().map(address).collect();
     let unasked = Send::answer(&asked, &records);
     lab.dns().send(RESOLVER, socket.address(), unasked.bytes());
     assert_eq!(socket.expect("the copy passed").code, ResponseCode::NoError);
-    agent.wait_denial("what would be withheld", |d| {
+    agent.wait_denial("the unsolicited response", |d| {
         d.of(&pod) && d.reason == "dns_unsolicited" && d.verdict == "audited"
     });
 }
 
-/// A pod that has asked for `shop.test` and waits: the resolver has the question and says nothing
-/// before it is told to. Whoever forges has guessed everything right.
-struct Waiting {
+/// A pod that has queried `shop.test` and waits. The resolver has the query and sends nothing until the test
+/// makes it. The forger has guessed ports and id.
+struct Pending {
     agent: Agent,
     socket: DnsSocket,
-    /// Sends to the pod, as whoever is on its link could.
+    /// Sends frames to the pod, as a host on its link can.
     link: Tap,
     cart: Pod,
     lab: Lab,
@@ -260,10 +263,10 @@ struct Waiting {
 const LIE: u8 = 66;
 const TRUTH: u8 = 10;
 const ID: u16 = 0x5a5a;
-/// How long the fragments are.
+/// The length of a fragment's data.
 const PIECE: usize = 1400;
 
-impl Waiting {
+impl Pending {
     #[track_caller]
     fn new(ipv6: bool) -> Self {
         let lab = Lab::new();
@@ -279,7 +282,7 @@ impl Waiting {
         };
         let resolver = if ipv6 { RESOLVER6 } else { RESOLVER };
         socket.ask(resolver, ID, "shop.test", RecordType::A);
-        eventually("the question is at the resolver", || {
+        eventually("the query is at the resolver", || {
             holds(lab.dns().asked("shop.test") == 1)
         });
         Self {
@@ -296,7 +299,7 @@ impl Waiting {
         if self.ipv6 { RESOLVER6 } else { RESOLVER }
     }
 
-    /// The message that answers the question with this address, behind 3,000 bytes of something else.
+    /// The response to the query with this address, behind 3,000 bytes of another record.
     fn message(&self, host: u8) -> Vec<u8> {
         let asked = Question {
             name: "shop.test".to_owned(),
@@ -307,8 +310,8 @@ impl Waiting {
             tcp: false,
             payload: 4096,
         };
-        let [answer] = &answer_behind(&asked, 3000, host)[..] else {
-            panic!("one answer");
+        let [answer] = &answer_after_padding(&asked, 3000, host)[..] else {
+            panic!("one response");
         };
         answer.bytes().to_vec()
     }
@@ -328,7 +331,7 @@ impl Waiting {
         fragments
     }
 
-    /// The fragments of the answer.
+    /// The fragments of the response.
     fn answer(&self, id: u16, host: u8) -> Vec<Vec<u8>> {
         self.datagram(id, 53, host)
     }
@@ -339,9 +342,9 @@ impl Waiting {
         }
     }
 
-    /// Fragments have been dropped and reported so often.
+    /// Waits until at least `count` dropped fragments have been reported.
     #[track_caller]
-    fn reports(&self, count: u64) {
+    fn wait_dropped(&self, count: u64) {
         let mut seen = 0;
         self.agent.wait_denial("fragments that were dropped", |d| {
             if d.of(&self.cart) && d.reason == "dns_fragmented" {
@@ -352,19 +355,19 @@ impl Waiting {
         });
     }
 
-    /// The resolver answers at last, in fragments: that is the first thing the pod receives, and all it
-    /// learns.
+    /// The resolver sends its response at last, in fragments. Asserts that the pod receives only this
+    /// response and learns only its address.
     #[track_caller]
-    fn hears_the_truth_alone(&self) {
+    fn delivers_only_the_real_response(&self) {
         let to = self.socket.address();
         let dns = self.lab.dns();
         dns.send(self.resolver(), to, &self.message(TRUTH));
-        self.heard_the_truth_alone();
+        self.assert_only_the_real_response_arrived();
     }
 
     #[track_caller]
-    fn heard_the_truth_alone(&self) {
-        let answer = self.socket.expect("the resolver's answer");
+    fn assert_only_the_real_response_arrived(&self) {
+        let answer = self.socket.expect("the resolver's response");
         assert_eq!(answer.addresses, [server(TRUTH)]);
         let expected = BTreeSet::from([server(TRUTH)]);
         assert_eq!(learned(&self.lab, &self.cart), expected);
@@ -375,21 +378,21 @@ impl Waiting {
 fn fragments_arrive_in_any_order_and_more_than_once() {
     for ipv6 in [false, true] {
         for (id, order) in [(1, [2, 1, 0]), (2, [1, 0, 2]), (3, [2, 0, 1])] {
-            let scene = Waiting::new(ipv6);
+            let scene = Pending::new(ipv6);
             let tap = Tap::open(scene.cart.netns(), "eth0");
             let fragments = scene.answer(id, TRUTH);
             for i in order {
                 scene.offer([&fragments[i], &fragments[i]]);
             }
-            scene.heard_the_truth_alone();
-            // Each reached the pod once, byte for byte, from the first to the last.
+            scene.assert_only_the_real_response_arrived();
+            // The pod received each fragment once, unchanged and in order.
             for fragment in &fragments {
                 let next = tap.receive(DEADLINE, is_fragment);
                 assert_eq!(next.as_ref(), Some(fragment));
             }
             assert!(tap.receive(SHORT, is_fragment).is_none());
             assert!(scene.agent.denials().is_empty());
-            // The repetition of the last to come is too late.
+            // The copy of the fragment that completed the datagram comes too late.
             scene.lab.counts_loss("dns_fragments_late", 1);
         }
     }
@@ -398,65 +401,69 @@ fn fragments_arrive_in_any_order_and_more_than_once() {
 #[test]
 fn fragments_that_overlap_are_all_dropped() {
     for ipv6 in [false, true] {
-        let scene = Waiting::new(ipv6);
+        let scene = Pending::new(ipv6);
         let tap = Tap::open(scene.cart.netns(), "eth0");
-        // The end is said twice, and not the same: whichever a pod took, it would be one of them.
+        // Two last fragments differ. A pod could take either.
         let (truth, lie) = (scene.answer(1, TRUTH), scene.answer(1, LIE));
         scene.offer([&truth[0], &truth[2], &lie[2], &truth[1]]);
-        // A part reaches into the end.
+        // A middle fragment overlaps the last one.
         let truth = scene.answer(2, TRUTH);
         let frame = scene.frame(53, &scene.message(LIE));
         let longer = frames::fragment(&frame, 2, PIECE..2 * PIECE + 8);
         scene.offer([&truth[0], &longer, &truth[2], &truth[1]]);
-        // The beginning is said twice.
+        // Two first fragments differ.
         let (truth, lie) = (scene.answer(3, TRUTH), scene.answer(3, LIE));
         scene.offer([&lie[0], &truth[0], &truth[1], &truth[2]]);
-        scene.reports(3);
-        // Nothing of them reached the pod, and the question is still open.
+        scene.wait_dropped(3);
+        // No fragment reached the pod, and the query is still pending.
         assert!(tap.receive(SHORT, is_fragment).is_none());
-        scene.hears_the_truth_alone();
+        scene.delivers_only_the_real_response();
     }
 }
 
 #[test]
-fn an_answer_does_not_hide_behind_a_first_fragment_from_another_port() {
+fn a_response_cannot_hide_behind_a_first_fragment_from_another_port() {
     for ipv6 in [false, true] {
-        let scene = Waiting::new(ipv6);
+        let scene = Pending::new(ipv6);
         let (lie, other) = (scene.answer(1, LIE), scene.datagram(1, 9999, LIE));
         scene.offer([&other[0], &lie[0], &lie[1], &lie[2]]);
-        scene.reports(1);
-        // The beginning from port 53 comes when the datagram has been put back with the other one.
+        scene.wait_dropped(1);
+        // The first fragment from port 53 comes after the datagram was completed with the other one.
         let (lie, other) = (scene.answer(2, LIE), scene.datagram(2, 9999, LIE));
         scene.offer([&lie[2], &lie[1], &other[0], &lie[0]]);
         let (_, from) = scene.socket.receive(DEADLINE).expect("a datagram");
-        assert_eq!(from.port(), 9999, "no answer, whatever it says");
-        scene.hears_the_truth_alone();
+        assert_eq!(
+            from.port(),
+            9999,
+            "the datagram from the other port is no DNS response"
+        );
+        scene.delivers_only_the_real_response();
     }
 }
 
 #[test]
-fn a_fragment_that_waits_at_the_pod_for_an_answer_never_gets_there() {
-    // What the pod's kernel keeps of a datagram that it cannot put together would take the place of a
-    // part of the next one with the same number.
-    let scene = Waiting::new(false);
+fn a_fragment_planted_for_a_later_response_does_not_reach_the_pod() {
+    // The pod's kernel keeps the fragments of a datagram that it cannot reassemble. They would replace a
+    // fragment of the next datagram with the same identification.
+    let scene = Pending::new(false);
     let tap = Tap::open(scene.cart.netns(), "eth0");
     let truth = scene.answer(1, TRUTH);
     let mut planted = scene.datagram(1, 9999, LIE);
-    // The pod's kernel would take the last two, and not the first, whose checksum is wrong.
+    // The pod's kernel would keep the last two, and drop the first for its wrong checksum.
     planted[0][raw::ETHERNET + 10] ^= 1;
     scene.offer(&planted);
-    scene.reports(1);
+    scene.wait_dropped(1);
     assert!(tap.receive(SHORT, is_fragment).is_none());
-    // So the datagram with this number is lost, and what follows under another one is not.
+    // The datagram with this identification is lost; one with another identification is not.
     scene.offer(&truth);
     assert!(tap.receive(SHORT, is_fragment).is_none());
-    scene.hears_the_truth_alone();
+    scene.delivers_only_the_real_response();
 }
 
 #[test]
 fn over_ipv6_a_fragment_that_names_another_protocol_is_held_too() {
-    // The pod's kernel puts together what has one number, whatever later fragments say they are of.
-    let scene = Waiting::new(true);
+    // The pod's kernel reassembles by identification, whatever protocol later fragments name.
+    let scene = Pending::new(true);
     let tap = Tap::open(scene.cart.netns(), "eth0");
     let (truth, mut lie) = (scene.answer(1, TRUTH), scene.answer(1, LIE));
     for protocol in [raw::protocol::TCP, raw::protocol::DESTINATION, 253] {
@@ -464,37 +471,37 @@ fn over_ipv6_a_fragment_that_names_another_protocol_is_held_too() {
         scene.link.offer(&lie[2]);
     }
     scene.offer(&truth);
-    scene.reports(1);
+    scene.wait_dropped(1);
     assert!(tap.receive(SHORT, is_fragment).is_none());
-    scene.hears_the_truth_alone();
+    scene.delivers_only_the_real_response();
 }
 
 #[test]
-fn a_datagram_of_which_a_fragment_is_missing_is_given_up_and_reported() {
+fn an_incomplete_datagram_is_dropped_and_reported() {
     for ipv6 in [false, true] {
-        let scene = Waiting::new(ipv6);
+        let scene = Pending::new(ipv6);
         let tap = Tap::open(scene.cart.netns(), "eth0");
         for (id, missing) in [(1, 2), (2, 1), (3, 0)] {
             let mut fragments = scene.answer(id, LIE);
             fragments.remove(missing);
             scene.offer(&fragments);
         }
-        scene.reports(3);
+        scene.wait_dropped(3);
         assert!(tap.receive(SHORT, is_fragment).is_none());
-        scene.hears_the_truth_alone();
+        scene.delivers_only_the_real_response();
     }
 }
 
 #[test]
-fn an_answer_in_fragments_is_judged_as_one_that_came_whole() {
+fn a_response_in_fragments_is_judged_like_a_whole_one() {
     for ipv6 in [false, true] {
-        let scene = Waiting::new(ipv6);
+        let scene = Pending::new(ipv6);
         let tap = Tap::open(scene.cart.netns(), "eth0");
-        // To a question that nobody asked.
+        // A response to a query that nobody sent.
         let mut message = scene.message(LIE);
         message[0] ^= 1;
         scene.offer(&frames::fragments(&scene.frame(53, &message), 1, PIECE));
-        // One that cannot be read.
+        // A malformed response.
         let mut message = scene.message(LIE);
         message[7] = 9;
         scene.offer(&frames::fragments(&scene.frame(53, &message), 2, PIECE));
@@ -503,18 +510,18 @@ fn an_answer_in_fragments_is_judged_as_one_that_came_whole() {
                 .agent
                 .wait_denial(reason, |d| d.of(&scene.cart) && d.reason == reason);
         }
-        // One of which a part was swapped for that of another, so that its checksum is wrong.
+        // A fragment of another response replaces one of this, so the checksum is wrong.
         let (truth, lie) = (scene.answer(3, TRUTH), scene.answer(3, LIE));
         scene.offer([&truth[0], &truth[1], &lie[2]]);
-        scene.reports(1);
+        scene.wait_dropped(1);
         assert!(tap.receive(SHORT, is_fragment).is_none());
-        scene.hears_the_truth_alone();
+        scene.delivers_only_the_real_response();
     }
 }
 
 #[test]
-fn a_flood_of_first_fragments_stops_no_answers() {
-    let scene = Waiting::new(false);
+fn responses_arrive_during_a_flood_of_first_fragments() {
+    let scene = Pending::new(false);
     let frame = scene.frame(53, &scene.message(LIE));
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -526,9 +533,9 @@ fn a_flood_of_first_fragments_stops_no_answers() {
                 }
             }
         });
-        // A program asks again when its question or the answer found no room.
+        // A program repeats its query when the query or the response was lost.
         for _ in 0..20 {
-            eventually("an answer during the flood", || {
+            eventually("a response during the flood", || {
                 let resolve = scene
                     .cart
                     .try_resolve(RESOLVER, "other.test", RecordType::A, SHORT);
@@ -537,11 +544,11 @@ fn a_flood_of_first_fragments_stops_no_answers() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    scene.reports(1);
+    scene.wait_dropped(1);
     scene
         .lab
         .dns()
-        .on("other.test", |asked| answer_behind(asked, 3000, 10));
+        .on("other.test", |asked| answer_after_padding(asked, 3000, 10));
     let answer = scene.cart.resolve("other.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);
 }

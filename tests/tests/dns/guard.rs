@@ -1,4 +1,4 @@
-//! What may not be asked never leaves the node, however it is dressed.
+//! A query that the policy does not allow never leaves the node, in whatever form it is sent.
 
 use std::net::SocketAddr;
 
@@ -10,7 +10,7 @@ use egress_tests::{
 };
 use etherparse::ip_number;
 
-/// Types of question with a treatment of their own in docs/dns.md.
+/// The query types that docs/dns.md treats in their own way.
 const TYPES: [RecordType; 9] = [
     RecordType::A,
     RecordType::AAAA,
@@ -24,7 +24,7 @@ const TYPES: [RecordType; 9] = [
 ];
 
 #[test]
-fn a_tunnel_through_dns_gets_nothing_out() {
+fn a_dns_tunnel_sends_nothing_out() {
     let lab = Lab::new();
     for name in ["*.evil.test", "*.shop.test", "shop.test"] {
         lab.dns().on(name, |asked| {
@@ -36,7 +36,7 @@ fn a_tunnel_through_dns_gets_nothing_out() {
     let mut agent = lab.start_agent(&[&pod]);
     let outside = Tap::open(lab.outside(), "eth0");
 
-    // What a tunnelling program sends: data in labels, below a name of its own or of another's.
+    // A tunnelling program sends data in labels, below a name of its own or of an allowed domain.
     let mut asked = 0;
     let mut word = 0x9e37_79b9_u32;
     for qtype in TYPES {
@@ -61,7 +61,7 @@ fn a_tunnel_through_dns_gets_nothing_out() {
             asked += 1;
         }
     }
-    // The gate works in order: the first packet that is outside is one that may be there.
+    // The gate keeps the order of queries, so the first packet outside must be the allowed one.
     assert_eq!(
         pod.resolve("shop.test", RecordType::TXT)
             .message
@@ -74,7 +74,7 @@ fn a_tunnel_through_dns_gets_nothing_out() {
         .receive(DEADLINE, |frame| {
             frames::is(frame, own, RESOLVER, ip_number::UDP)
         })
-        .expect("the allowed question");
+        .expect("the allowed query");
     assert!(
         first.windows(10).any(|w| w == b"\x04shop\x04test"),
         "{first:?}"
@@ -96,11 +96,11 @@ fn a_tunnel_through_dns_gets_nothing_out() {
 }
 
 #[test]
-fn every_type_may_be_asked_for_an_allowed_name_and_for_no_other() {
+fn every_query_type_is_allowed_for_an_allowed_name_and_refused_for_others() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().on("shop.test", |asked| {
-        // Whatever is asked, there is an address in the answer.
+        // Every response has an address, whatever the query type is.
         let mut records = vec![address(server(10))];
         match asked.qtype {
             RecordType::HTTPS => records = vec![hints(&[server(11)])],
@@ -126,16 +126,16 @@ fn every_type_may_be_asked_for_an_allowed_name_and_for_no_other() {
     }
     let asked: Vec<_> = lab.dns().questions().iter().map(|q| q.qtype).collect();
     assert_eq!(asked, TYPES);
-    // The addresses in the answers count, whatever the question was.
+    // The addresses in the responses are learned, whatever the query type was.
     for host in [10, 11] {
         pod.talks_tcp((server(host), 443));
     }
-    // The name of an address is a name like another.
+    // The name for a reverse lookup is judged as any other name.
     agent.denies_name(&pod, "10.113.0.203.in-addr.arpa");
 }
 
 #[test]
-fn messages_that_are_no_plain_question_stay_on_the_node() {
+fn messages_that_are_not_plain_queries_stay_on_the_node() {
     let lab = Lab::new();
     lab.dns().addresses("shop.test", &[server(10)]);
     let pod = lab.pod("shop", "cart");
@@ -150,7 +150,7 @@ fn messages_that_are_no_plain_question_stay_on_the_node() {
         bytes
     };
     let mut odd = vec![
-        // Data out in the name of an answer.
+        // Data that leaves as a response.
         ("a response", with(&|b| b[2] |= 0x80)),
         ("a trailing byte", with(&|b| b.push(0))),
         ("an answer in a question", with(&|b| b[7] = 1)),
@@ -180,7 +180,7 @@ fn messages_that_are_no_plain_question_stay_on_the_node() {
         socket.send(RESOLVER, bytes);
     }
     socket.ask(RESOLVER, 4, "shop.test", RecordType::A);
-    let first = socket.expect("the plain question's answer");
+    let first = socket.expect("the plain query's response");
     assert_eq!(first.message.metadata.id, 4);
     assert_eq!(
         lab.dns().questions().len(),
@@ -199,8 +199,8 @@ fn messages_that_are_no_plain_question_stay_on_the_node() {
 }
 
 #[test]
-fn the_longest_name_is_a_name_like_another() {
-    // 255 bytes with the root's: three labels of 63, one of 52, `long` and `test`.
+fn the_longest_possible_name_is_judged_like_any_other() {
+    // 255 bytes with the root label: three labels of 63, one of 51, `long` and `test`.
     let name = format!(
         "{}.{}.{}.{}.long.test",
         "a".repeat(63),
@@ -223,7 +223,7 @@ fn the_longest_name_is_a_name_like_another() {
 }
 
 #[test]
-fn a_refusal_says_why_only_to_those_who_can_hear_it() {
+fn a_refusal_has_an_extended_error_only_if_the_query_has_edns() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);

@@ -1,4 +1,4 @@
-//! Answers that lie, and questions that are none.
+//! Forged and malformed responses, and malformed queries.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,7 +17,7 @@ const TRUTH: u8 = 10;
 /// A second configured resolver.
 const OTHER_RESOLVER: &str = "10.99.0.54";
 
-/// A pod that may reach `shop.test` and `next.test`, and the socket it asks with.
+/// A pod that may reach `shop.test` and `next.test`, and the socket from which it sends queries.
 struct Scene {
     agent: Agent,
     socket: DnsSocket,
@@ -52,12 +52,12 @@ impl Scene {
         self.socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     }
 
-    /// Asks for `next.test` and asserts that its answer is the next thing the pod receives: what
-    /// was to be delivered before it has been.
+    /// Queries `next.test` and asserts that its response is the next message that the pod receives: no
+    /// earlier message was delivered late.
     #[track_caller]
-    fn nothing_was_delivered(&self) {
+    fn assert_nothing_was_delivered(&self) {
         self.socket.ask(RESOLVER, 2, "next.test", RecordType::A);
-        let answer = self.socket.expect("the answer for next.test");
+        let answer = self.socket.expect("the response for next.test");
         assert_eq!(
             answer.message.metadata.id, 2,
             "something else was delivered: {answer:?}"
@@ -71,29 +71,29 @@ impl Scene {
     }
 
     #[track_caller]
-    fn reported(&self, reason: &str) {
+    fn wait_reported(&self, reason: &str) {
         self.agent
             .wait_denial(reason, |d| d.of(&self.pod) && d.reason == reason);
     }
 
-    /// The answer is withheld, and teaches nothing.
+    /// Asserts that the response is not delivered, and that nothing is learned from it.
     #[track_caller]
-    fn withholds(&self, reason: &str) {
+    fn assert_withheld(&self, reason: &str) {
         self.ask();
-        self.reported(reason);
-        self.nothing_was_delivered();
+        self.wait_reported(reason);
+        self.assert_nothing_was_delivered();
         assert_eq!(self.learned(), [server(20)]);
     }
 
-    /// The truth is the first that the pod receives, and all that is learned.
+    /// Asserts that the pod receives only the real response, and that only its address is learned.
     #[track_caller]
-    fn delivers_the_truth_alone(&self) {
+    fn delivers_only_the_real_response(&self) {
         self.ask();
-        let answer = self.socket.expect("the true answer");
+        let answer = self.socket.expect("the true response");
         assert_eq!(answer.message.metadata.id, 1);
         assert_eq!(answer.addresses, [server(TRUTH)]);
         assert_eq!(self.learned(), [server(TRUTH)]);
-        self.nothing_was_delivered();
+        self.assert_nothing_was_delivered();
         assert_eq!(self.learned(), [server(TRUTH), server(20)]);
     }
 }
@@ -107,7 +107,7 @@ fn lie(asked: &Question) -> Send {
 }
 
 #[test]
-fn an_answer_nobody_asked_for_is_not_delivered() {
+fn a_response_nobody_asked_for_is_not_delivered() {
     let scene = Scene::new(|asked| vec![truth(asked)]);
     let mut forged = question(7, "shop.test", RecordType::A);
     forged[2] |= 0x80; // QR: this is a response
@@ -115,32 +115,32 @@ fn an_answer_nobody_asked_for_is_not_delivered() {
         .lab
         .dns()
         .send(RESOLVER, scene.socket.address(), &forged);
-    scene.reported("dns_unsolicited");
-    scene.delivers_the_truth_alone();
+    scene.wait_reported("dns_unsolicited");
+    scene.delivers_only_the_real_response();
 }
 
 #[test]
-fn an_answer_with_another_id_is_not_delivered() {
+fn a_response_with_another_id_is_not_delivered() {
     let scene = Scene::new(|asked| vec![lie(asked).with_id(asked.id ^ 0x100), truth(asked)]);
-    scene.delivers_the_truth_alone();
-    scene.reported("dns_unsolicited");
+    scene.delivers_only_the_real_response();
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
-fn an_answer_from_a_resolver_that_was_not_asked_is_not_delivered() {
+fn a_response_from_a_resolver_that_was_not_asked_is_not_delivered() {
     let other: IpAddr = OTHER_RESOLVER.parse().expect("an address");
     let scene =
         Scene::new(move |asked| vec![lie(asked).from(SocketAddr::new(other, 53)), truth(asked)]);
-    scene.delivers_the_truth_alone();
-    scene.reported("dns_unsolicited");
+    scene.delivers_only_the_real_response();
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
-fn an_answer_from_a_stranger_teaches_nothing() {
+fn nothing_is_learned_from_a_strangers_response() {
     let scene =
         Scene::new(|asked| vec![lie(asked).from(SocketAddr::new(STRANGER, 53)), truth(asked)]);
     scene.ask();
-    // A stranger's datagram is ordinary traffic towards the pod. What it says counts for nothing.
+    // A stranger's datagram is ordinary traffic to the pod. Nothing is learned from it.
     let answer = std::iter::from_fn(|| scene.socket.receive(DEADLINE))
         .find(|(_, from)| from.ip() == RESOLVER);
     assert!(answer.is_some(), "the resolver's answer arrives");
@@ -148,7 +148,7 @@ fn an_answer_from_a_stranger_teaches_nothing() {
 }
 
 #[test]
-fn an_answer_to_another_question_is_not_delivered() {
+fn a_response_to_another_query_is_not_delivered() {
     let scene = Scene::new(|asked| {
         let mut other_name = asked.clone();
         other_name.name = "next.test".to_owned();
@@ -156,19 +156,19 @@ fn an_answer_to_another_question_is_not_delivered() {
         other_type.qtype = RecordType::AAAA;
         vec![lie(&other_name), lie(&other_type), truth(asked)]
     });
-    scene.delivers_the_truth_alone();
-    scene.reported("dns_unsolicited");
+    scene.delivers_only_the_real_response();
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
-fn a_second_answer_to_one_question_is_not_delivered() {
+fn a_second_response_to_one_query_is_not_delivered() {
     let scene = Scene::new(|asked| vec![truth(asked), lie(asked)]);
-    scene.delivers_the_truth_alone();
-    scene.reported("dns_unsolicited");
+    scene.delivers_only_the_real_response();
+    scene.wait_reported("dns_unsolicited");
 }
 
 #[test]
-fn records_of_other_names_teach_nothing() {
+fn records_of_other_names_are_not_learned() {
     let scene = Scene::new(|asked| {
         vec![Send::answer(
             asked,
@@ -182,9 +182,9 @@ fn records_of_other_names_teach_nothing() {
     });
     scene.ask();
     assert_eq!(
-        scene.socket.expect("the answer").message.answers.len(),
+        scene.socket.expect("the response").message.answers.len(),
         4,
-        "it arrives whole"
+        "the response was changed"
     );
     assert_eq!(scene.learned(), [server(TRUTH)]);
     scene
@@ -196,7 +196,7 @@ fn records_of_other_names_teach_nothing() {
 }
 
 #[test]
-fn a_broken_chain_teaches_nothing() {
+fn nothing_is_learned_from_a_broken_chain() {
     let scene = Scene::new(|asked| {
         vec![Send::answer(
             asked,
@@ -208,12 +208,12 @@ fn a_broken_chain_teaches_nothing() {
         )]
     });
     scene.ask();
-    scene.socket.expect("the answer");
+    scene.socket.expect("the response");
     assert_eq!(scene.learned(), [] as [IpAddr; 0]);
 }
 
 #[test]
-fn a_chain_that_goes_in_circles_ends() {
+fn a_circular_chain_neither_blocks_nor_is_learned() {
     let scene = Scene::new(|asked| {
         vec![Send::answer(
             asked,
@@ -226,7 +226,7 @@ fn a_chain_that_goes_in_circles_ends() {
         )]
     });
     scene.ask();
-    // Delivered or not, it neither teaches anything nor holds up what comes after it.
+    // Delivered or not, nothing is learned from it, and it does not delay the next response.
     scene.socket.ask(RESOLVER, 2, "next.test", RecordType::A);
     let next = std::iter::from_fn(|| scene.socket.receive(DEADLINE))
         .find(|(bytes, _)| bytes.starts_with(&[0, 2]));
@@ -234,7 +234,7 @@ fn a_chain_that_goes_in_circles_ends() {
     assert_eq!(scene.learned(), [server(20)]);
 }
 
-/// Where the question of `shop.test` ends: header, name, type, class.
+/// The offset at which the question section for `shop.test` ends: header, name, type, class.
 const QUESTION_END: usize = 12 + "\u{4}shop\u{4}test\0".len() + 4;
 
 #[test]
@@ -246,41 +246,41 @@ fn a_compression_loop_is_not_delivered() {
             bytes[QUESTION_END..QUESTION_END + 2].copy_from_slice(&here.to_be_bytes());
         })]
     });
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]
-fn an_answer_cut_short_is_not_delivered() {
+fn a_response_cut_short_is_not_delivered() {
     let scene = Scene::new(|asked| vec![truth(asked).edited(|b| b.truncate(QUESTION_END + 9))]);
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]
-fn an_answer_that_repeats_no_question_or_two_is_not_delivered() {
+fn a_response_with_none_or_two_question_entries_is_not_delivered() {
     for count in [0, 2] {
         let scene = Scene::new(move |asked| vec![truth(asked).edited(|bytes| bytes[5] = count)]);
         scene.ask();
         scene
             .agent
-            .wait_denial("an answer with a wrong QDCOUNT", |d| {
+            .wait_denial("a response with a wrong QDCOUNT", |d| {
                 d.of(&scene.pod)
                     && ["dns_malformed", "dns_unsolicited"].contains(&d.reason.as_str())
             });
-        scene.nothing_was_delivered();
+        scene.assert_nothing_was_delivered();
         assert_eq!(scene.learned(), [server(20)], "QDCOUNT {count}");
     }
 }
 
 #[test]
-fn a_record_count_that_promises_too_much_is_not_delivered() {
+fn a_response_with_too_high_a_record_count_is_not_delivered() {
     let scene = Scene::new(|asked| {
         vec![truth(asked).edited(|bytes| bytes[6..8].copy_from_slice(&[0xff, 0xff]))]
     });
-    scene.withholds("dns_malformed");
+    scene.assert_withheld("dns_malformed");
 }
 
 #[test]
-fn a_question_that_cannot_be_read_stays_on_the_node() {
+fn a_malformed_query_stays_on_the_node() {
     let mut scene = Scene::new(|asked| vec![truth(asked)]);
     let whole = question(9, "shop.test", RecordType::A);
     let with = |edit: &dyn Fn(&mut Vec<u8>)| {
@@ -299,14 +299,14 @@ fn a_question_that_cannot_be_read_stays_on_the_node() {
     for (what, bytes) in &unreadable {
         let uplink = Tap::open(scene.lab.outside(), "eth0");
         scene.socket.send(RESOLVER, bytes);
-        // The gate works in order: what passes the uplink first was let through first.
-        scene.nothing_was_delivered();
+        // The gate keeps the order of queries: the first on the uplink was released first.
+        scene.assert_nothing_was_delivered();
         let pod = scene.pod.ipv4().into();
         let first = uplink
             .receive(DEADLINE, |frame| {
                 frames::is(frame, pod, RESOLVER, ip_number::UDP)
             })
-            .expect("the readable question passes");
+            .expect("the readable query passes");
         assert!(
             first.windows(4).any(|w| w == b"next"),
             "{what} left the node: {first:?}"
@@ -326,7 +326,7 @@ fn a_question_that_cannot_be_read_stays_on_the_node() {
 }
 
 #[test]
-fn port_53_elsewhere_is_ordinary_traffic_and_teaches_nothing() {
+fn port_53_of_other_servers_is_ordinary_traffic_and_nothing_is_learned_there() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(LIE)]);
@@ -337,7 +337,7 @@ fn port_53_elsewhere_is_ordinary_traffic_and_teaches_nothing() {
 
     let answer = may.resolve_at(STRANGER, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(LIE)]);
-    // Not even a name of nobody's is judged there, and DNS over TCP is a connection like another.
+    // Names are not judged at this server, and DNS over TCP is an ordinary connection.
     may.resolve_at(STRANGER, "evil.test", RecordType::A);
     drop(may.reach_tcp((STRANGER, 53)));
     assert!(
@@ -376,7 +376,7 @@ fn protected_addresses_are_never_learned() {
     assert!(exchange(&mut stream, b"hello", DEADLINE));
     agent.denies_tcp(&pod, (forbidden[0], 80), "protected");
     agent.denies_tcp(&pod, (server(200), 80), "protected");
-    agent.wait_denial("the name that the address was the answer for", |denial| {
+    agent.wait_denial("the name that the address was the response for", |denial| {
         denial.is(&pod, "protected", server(200), 80) && denial.dst_names == ["rebind.test"]
     });
 }

@@ -1,5 +1,5 @@
-//! Segments that no honest stack sends on a connection with a resolver: what the agent has judged is
-//! what the resolver reads, or nothing is.
+//! Segments that no honest TCP stack sends to a resolver. The resolver reads only bytes that the agent has
+//! judged.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,12 +15,12 @@ use egress_tests::{
 };
 use etherparse::ip_number;
 
-/// Where the TCP header of a plain frame over IPv4 begins.
+/// The offset of the TCP header in a plain frame over IPv4.
 const TCP: usize = 14 + 20;
-/// What must not leave the node.
+/// The name that must not leave the node.
 const SECRET: &[u8] = b"\x04evil\x04test";
 
-/// A connection that a pod's kernel has opened with the resolver, and a packet socket in that pod.
+/// A TCP connection that a pod's kernel has opened to the resolver, and a packet socket in that pod.
 struct Scene {
     agent: Agent,
     stream: TcpStream,
@@ -43,7 +43,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&length.to_be_bytes(), message].concat()
 }
 
-fn asks(name: &str) -> Vec<u8> {
+fn framed_query(name: &str) -> Vec<u8> {
     framed(&question(7, name, RecordType::A))
 }
 
@@ -80,20 +80,20 @@ impl Scene {
         }
     }
 
-    /// The same after a refused question on it: the agent is the other end of both streams.
+    /// The same connection after a refused query: the agent now terminates both directions.
     #[track_caller]
     fn after_a_refusal() -> Self {
         let mut scene = Self::new();
-        let evil = asks("evil.test");
+        let evil = framed_query("evil.test");
         scene.stream.write_all(&evil).expect("write");
-        let refusal = scene.reads();
+        let refusal = scene.read_message();
         let count = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a short message");
         scene.asked = scene.asked.wrapping_add(count(&evil));
         scene.answered = scene.answered.wrapping_add(2 + count(&refusal));
         scene
     }
 
-    /// Sends a segment past the pod's kernel: at this position of its stream, with these flags.
+    /// Sends a segment without the pod's kernel, at this position of its stream and with these flags.
     #[track_caller]
     fn forge(&self, position: u32, flags: u8, payload: &[u8]) {
         let seq = self.asked.wrapping_add(position);
@@ -124,9 +124,9 @@ impl Scene {
         self.tap.send(&frame);
     }
 
-    /// The connection is reset, both ways, and the agent says why.
+    /// Asserts that the connection is reset in both directions, with a reason.
     #[track_caller]
-    fn is_reset(&mut self) {
+    fn assert_reset(&mut self) {
         let read = self.stream.read_exact(&mut [0]);
         let error = read.expect_err("it is reset");
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
@@ -135,32 +135,35 @@ impl Scene {
         });
     }
 
-    /// The connection still works.
+    /// Asserts that the connection still works.
     #[track_caller]
-    fn works(&mut self) {
-        self.stream.write_all(&asks("shop.test")).expect("write");
-        self.answers();
+    fn assert_works(&mut self) {
+        self.stream
+            .write_all(&framed_query("shop.test"))
+            .expect("write");
+        self.assert_answered();
     }
 
     #[track_caller]
-    fn answers(&mut self) {
-        let message = self.reads();
+    fn assert_answered(&mut self) {
+        let message = self.read_message();
         assert_eq!(Answer::read(&message).addresses, [server(10)]);
     }
 
     /// The next message.
     #[track_caller]
-    fn reads(&mut self) -> Vec<u8> {
+    fn read_message(&mut self) -> Vec<u8> {
         let mut length = [0; 2];
-        self.stream.read_exact(&mut length).expect("an answer");
+        self.stream.read_exact(&mut length).expect("a response");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
-        self.stream.read_exact(&mut message).expect("an answer");
+        self.stream.read_exact(&mut message).expect("a response");
         message
     }
 
-    /// Nothing of the name has left the node. (A question on a connection of its own comes last.)
+    /// Asserts that the secret name has not left the node. The SYN of a new connection marks the end of the
+    /// capture.
     #[track_caller]
-    fn nothing_left(&self) {
+    fn assert_secret_stayed(&self) {
         let last = self.pod.reach_tcp((RESOLVER, 53));
         let port = last.local_addr().expect("a connected socket").port();
         let own: IpAddr = self.pod.ipv4().into();
@@ -176,10 +179,10 @@ impl Scene {
 }
 
 #[test]
-fn a_repetition_with_other_bytes_resets_the_connection() {
+fn a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
-    // The first half is held, and then sent again as something else.
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    // The agent holds the first half; then it comes again with other bytes.
     scene.stream.write_all(&allowed[..20]).expect("write");
     let own = scene.pod.ipv4().into();
     let held = scene.tap.receive(DEADLINE, |frame| {
@@ -188,130 +191,131 @@ fn a_repetition_with_other_bytes_resets_the_connection() {
     });
     assert!(held.is_some(), "what is held is acknowledged");
     scene.forge(0, flag::ACK, &evil);
-    scene.is_reset();
-    scene.nothing_left();
+    scene.assert_reset();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn what_comes_out_of_order_is_compared_too() {
+fn a_segment_out_of_order_is_compared_with_its_retransmission() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
-    scene.is_reset();
-    scene.nothing_left();
+    scene.assert_reset();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn a_question_out_of_order_arrives() {
+fn a_query_out_of_order_arrives() {
     let mut scene = Scene::new();
-    let allowed = asks("shop.test");
+    let allowed = framed_query("shop.test");
     scene.forge(10, flag::ACK, &allowed[10..]);
     scene.stream.write_all(&allowed).expect("write");
-    scene.answers();
+    scene.assert_answered();
     assert!(scene.agent.denials().is_empty());
 }
 
 #[test]
-fn what_was_acknowledged_does_not_go_out_again() {
+fn acknowledged_bytes_are_not_forwarded_again() {
     let mut scene = Scene::new();
-    scene.works();
-    scene.forge(0, flag::ACK, &asks("evil.test"));
-    scene.works();
-    scene.nothing_left();
+    scene.assert_works();
+    scene.forge(0, flag::ACK, &framed_query("evil.test"));
+    scene.assert_works();
+    scene.assert_secret_stayed();
 }
 
 #[test]
 fn another_syn_does_not_move_the_stream() {
     let mut scene = Scene::new();
-    scene.works();
-    // To the agent a new connection; the resolver's answer shows that to it, it is none.
-    let evil = asks("evil.test");
-    let allowed = asks("shop.test");
+    scene.assert_works();
+    // The agent takes it for a new connection until the resolver's response to the SYN shows that it is not.
+    let evil = framed_query("evil.test");
+    let allowed = framed_query("shop.test");
     let moved = scene.asked.wrapping_add(allowed.len() as u32 + 7);
     scene.forge_from(scene.port, moved.wrapping_sub(1), flag::SYN, &[]);
     scene.forge_from(scene.port, moved, flag::ACK, &allowed);
     let evil_at = scene.asked.wrapping_add(allowed.len() as u32);
     scene.forge_from(scene.port, evil_at, flag::ACK, &evil);
-    scene.nothing_left();
+    scene.assert_secret_stayed();
     assert_eq!(scene.lab.dns().asked("shop.test"), 1);
 }
 
 #[test]
-fn nothing_goes_out_before_the_handshake() {
+fn no_data_leaves_before_the_handshake() {
     let scene = Scene::new();
-    let evil = asks("evil.test");
+    let evil = framed_query("evil.test");
     scene.forge_from(4000, 100, flag::ACK, &evil);
     scene.forge_from(4001, 100, flag::SYN, &evil);
     scene.forge_from(4001, 101, flag::ACK, &evil);
     scene.forge_from(4002, 100, flag::FIN | flag::ACK, &evil);
     scene.forge_from(4003, 100, flag::RST, &evil);
     scene.forge_from(4004, 100, 0, &evil);
-    scene.nothing_left();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn a_reset_and_an_end_carry_nothing_out() {
+fn a_rst_and_a_fin_carry_no_data_out() {
     let scene = Scene::new();
-    let evil = asks("evil.test");
+    let evil = framed_query("evil.test");
     scene.forge(5000, flag::RST | flag::ACK, &evil);
     scene.forge(0, flag::ACK, &evil);
-    scene.nothing_left();
+    scene.assert_secret_stayed();
     let scene = Scene::new();
     scene.forge(0, flag::FIN | flag::ACK, &evil[..evil.len() - 1]);
-    scene.nothing_left();
+    scene.assert_secret_stayed();
 }
 
 #[test]
 fn urgent_data_resets_the_connection() {
     let mut scene = Scene::new();
-    scene.forge(0, flag::ACK | flag::URG, &asks("shop.test"));
-    scene.is_reset();
+    scene.forge(0, flag::ACK | flag::URG, &framed_query("shop.test"));
+    scene.assert_reset();
     assert!(scene.lab.dns().questions().is_empty());
 }
 
 #[test]
-fn a_segment_with_a_wrong_checksum_counts_for_nothing() {
+fn a_segment_with_a_wrong_checksum_is_ignored() {
     let mut scene = Scene::new();
     let own = scene.pod.ipv4().into();
     let step = frames::from_pod(&scene.pod, own, RESOLVER)
         .tcp(scene.port, 53, scene.asked, 500)
         .ack(scene.answered);
     let mut frame = Vec::new();
-    step.write(&mut frame, &asks("evil.test")).expect("a frame");
+    step.write(&mut frame, &framed_query("evil.test"))
+        .expect("a frame");
     frame[TCP + 16] ^= 0x55;
     scene.tap.send(&frame);
-    scene.works();
+    scene.assert_works();
     assert!(scene.agent.denials().is_empty());
     scene.lab.counts_loss("dns_segments_damaged", 1);
-    scene.nothing_left();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn what_the_resolver_did_not_send_cannot_be_acknowledged() {
+fn an_acknowledgment_of_bytes_that_were_never_sent_is_ignored() {
     let mut scene = Scene::new();
     scene.answered = scene.answered.wrapping_add(5000);
-    scene.forge(0, flag::ACK, &asks("evil.test"));
-    scene.works();
-    scene.nothing_left();
+    scene.forge(0, flag::ACK, &framed_query("evil.test"));
+    scene.assert_works();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn after_a_refusal_a_repetition_with_other_bytes_resets_the_connection() {
+fn after_a_refusal_a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
-    scene.is_reset();
-    scene.nothing_left();
+    scene.assert_reset();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn after_a_refusal_only_what_was_judged_goes_out() {
+fn after_a_refusal_only_judged_bytes_leave() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (asks("shop.test"), asks("evil.test"));
-    // What stands before the stream's place, what nobody can acknowledge, a SYN, and the end of a question
-    // before its beginning.
+    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    // Bytes before the stream's position, an acknowledgment of bytes that were never sent, a SYN, and the end
+    // of a query before its beginning.
     scene.forge(
         0_u32.wrapping_sub(allowed.len() as u32),
         flag::ACK,
@@ -323,18 +327,18 @@ fn after_a_refusal_only_what_was_judged_goes_out() {
     scene.forge(0, flag::ACK, &evil);
     scene.answered = answered;
     scene.forge(10, flag::ACK, &allowed[10..]);
-    scene.works();
+    scene.assert_works();
     scene.forge(0, flag::ACK, &evil);
-    scene.works();
-    scene.nothing_left();
+    scene.assert_works();
+    scene.assert_secret_stayed();
     assert_eq!(scene.lab.dns().asked("shop.test"), 2);
     scene.forge(2 * allowed.len() as u32, flag::ACK | flag::URG, &allowed);
-    scene.is_reset();
-    scene.nothing_left();
+    scene.assert_reset();
+    scene.assert_secret_stayed();
 }
 
 #[test]
-fn a_connection_that_the_resolver_opens_does_not_come_about() {
+fn a_resolver_cannot_open_a_connection_to_the_pod() {
     let lab = Lab::builder().without_dns().build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);

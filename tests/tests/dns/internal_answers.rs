@@ -1,5 +1,4 @@
-//! Which names may lead to internal addresses, where these do not pass by themselves
-//! (`ranges.allowInternal: false`).
+//! The names that may lead to internal addresses where these need an entry (`ranges.allowInternal: false`).
 
 use std::net::IpAddr;
 
@@ -14,23 +13,23 @@ const REASON: &str = "internal_answer";
 /// An address of a node or a pod.
 const INTERNAL: IpAddr = numbered(1);
 
-/// A laboratory whose internal addresses need an entry.
+/// A laboratory in which internal addresses need an entry.
 fn locked() -> Builder {
     Lab::builder()
         .config("ranges.internal", vec!["198.18.0.0/15", "fd99::/64"])
         .config("ranges.allowInternal", false)
 }
 
-/// The pod resolves the name to this address, and may not connect there; returns the denial.
+/// Asserts that the name resolves to this address, and that the pod may not connect to it.
 #[track_caller]
-fn is_left_out(agent: &Agent, pod: &Pod, name: &str, to: IpAddr) {
+fn assert_internal_answer_is_denied(agent: &Agent, pod: &Pod, name: &str, to: IpAddr) {
     assert_eq!(pod.lookup(name), [to], "the answer is delivered");
     let denial = agent.denies_tcp(pod, (to, 443), REASON);
     assert_eq!(denial.dst_names, [name]);
 }
 
 #[test]
-fn a_foreign_zone_does_not_lead_to_internal_addresses() {
+fn a_foreign_zone_cannot_open_internal_addresses() {
     let lab = locked().build();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("a.foreign.test", &[INTERNAL]);
@@ -44,7 +43,7 @@ fn a_foreign_zone_does_not_lead_to_internal_addresses() {
     lab.write_pod(&pod, &[("allow", "*.foreign.test:443 exact.test:443")]);
     let agent = lab.start_agent(&[&pod]);
 
-    is_left_out(&agent, &pod, "a.foreign.test", INTERNAL);
+    assert_internal_answer_is_denied(&agent, &pod, "a.foreign.test", INTERNAL);
     assert_eq!(pod.lookup("b.foreign.test"), [server(10), INTERNAL]);
     pod.talks_tcp((server(10), 443));
     pod.lookup("c.foreign.test");
@@ -53,8 +52,8 @@ fn a_foreign_zone_does_not_lead_to_internal_addresses() {
         &pod,
         &[((INTERNAL, 443), REASON), ((numbered(2), 443), REASON)],
     );
-    is_left_out(&agent, &pod, "exact.test", numbered(3));
-    // For another port the names say nothing anyway.
+    assert_internal_answer_is_denied(&agent, &pod, "exact.test", numbered(3));
+    // The entries do not cover this port.
     agent.denies_tcp(&pod, (INTERNAL, 444), "no_rule");
     for target in ["198.18.0.1:443", "a.foreign.test:443"] {
         let (_, explained) = lab.explain(&pod, target);
@@ -63,7 +62,7 @@ fn a_foreign_zone_does_not_lead_to_internal_addresses() {
 }
 
 #[test]
-fn an_address_entry_opens_what_a_name_may_not_lead_to() {
+fn an_address_entry_allows_an_internal_address_that_a_name_may_not_open() {
     let lab = locked().build();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("a.foreign.test", &[INTERNAL]);
@@ -75,14 +74,14 @@ fn an_address_entry_opens_what_a_name_may_not_lead_to() {
 }
 
 #[test]
-fn a_name_of_the_cluster_leads_to_its_service_but_an_alias_does_not_lead_a_stranger_in() {
+fn a_cluster_name_opens_its_service_unless_its_chain_leaves_the_cluster() {
     let lab = locked().config("dns.clusterDomain", "cluster.test").build();
     let _web = lab.serve_tcp(443);
     let dns = lab.dns();
     dns.addresses("db.shop.svc.cluster.test", &[INTERNAL]);
     let inner = [cname("db.shop.svc.cluster.test"), address(numbered(2))];
     dns.answer("alias.shop.svc.cluster.test", inner);
-    // As a Service of type ExternalName answers.
+    // As `CoreDNS` responds for a Service of type `ExternalName`.
     let outer = [cname("db.foreign.test"), address(numbered(3))];
     dns.answer("external.shop.svc.cluster.test", outer);
     let back = [
@@ -98,12 +97,12 @@ fn a_name_of_the_cluster_leads_to_its_service_but_an_alias_does_not_lead_a_stran
         assert_eq!(pod.lookup(&format!("{name}.shop.svc.cluster.test")), [to]);
         pod.talks_tcp((to, 443));
     }
-    is_left_out(&agent, &pod, "external.shop.svc.cluster.test", numbered(3));
-    is_left_out(&agent, &pod, "and-back.shop.svc.cluster.test", numbered(4));
+    assert_internal_answer_is_denied(&agent, &pod, "external.shop.svc.cluster.test", numbered(3));
+    assert_internal_answer_is_denied(&agent, &pod, "and-back.shop.svc.cluster.test", numbered(4));
 }
 
 #[test]
-fn the_operator_names_zones_whose_names_are_internal() {
+fn names_in_dns_internal_answers_may_lead_to_internal_addresses() {
     let names = json!(["app.corp.test", "*.lan.corp.test"]);
     let listed = locked().config("dns.internalAnswers", names).build();
     let _web = listed.serve_tcp(443);
@@ -124,9 +123,9 @@ fn the_operator_names_zones_whose_names_are_internal() {
         assert_eq!(pod.lookup(name), [to]);
         pod.talks_tcp((to, 443));
     }
-    is_left_out(&agent, &pod, "other.corp.test", numbered(3));
+    assert_internal_answer_is_denied(&agent, &pod, "other.corp.test", numbered(3));
 
-    // An edit holds at once for what was resolved before.
+    // An edit applies at once to names that were resolved before.
     listed.edit_config("dns.internalAnswers", "all");
     agent.applies(&pod, || agent.reload());
     let mut open = pod.talks_tcp((numbered(3), 443));
@@ -143,7 +142,7 @@ fn the_operator_names_zones_whose_names_are_internal() {
 }
 
 #[test]
-fn addresses_that_become_internal_are_no_longer_led_to() {
+fn an_address_that_becomes_internal_is_closed_for_names() {
     let lab = Lab::builder()
         .config("ranges.internal", vec!["198.18.0.0/16"])
         .config("ranges.allowInternal", false)
@@ -167,7 +166,7 @@ fn addresses_that_become_internal_are_no_longer_led_to() {
 }
 
 #[test]
-fn where_internal_addresses_pass_names_lead_to_them_as_before() {
+fn with_internal_addresses_allowed_names_may_lead_to_them() {
     let lab = locked().config("ranges.allowInternal", true).build();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("a.foreign.test", &[INTERNAL]);
@@ -181,7 +180,7 @@ fn where_internal_addresses_pass_names_lead_to_them_as_before() {
 }
 
 #[test]
-fn an_agent_that_is_replaced_leaves_out_the_same_addresses() {
+fn the_next_agent_denies_the_same_internal_answers() {
     let lab = locked()
         .config("dns.internalAnswers", json!(["app.corp.test"]))
         .build();

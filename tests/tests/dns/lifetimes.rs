@@ -1,4 +1,4 @@
-//! How long what was learned stays open.
+//! How long a learned address stays allowed.
 
 use std::{
     net::{IpAddr, TcpStream},
@@ -15,7 +15,7 @@ use egress_tests::{
 use nix::time::{ClockId, clock_gettime};
 use socket2::Socket;
 
-/// A laboratory in which an address lives for as long as its TTL says, to the second.
+/// A laboratory in which an address stays allowed for exactly its TTL.
 fn short_lived() -> Lab {
     Lab::builder()
         .config("dns.minTtl", "1s")
@@ -29,7 +29,7 @@ fn boot_time() -> Duration {
         .into()
 }
 
-/// How long the pod's entry for this address has still to live.
+/// The time until the pod's entry for this address expires.
 #[track_caller]
 fn remaining(lab: &Lab, pod: &Pod, address: IpAddr) -> Duration {
     let entry = lab.allowed(pod).remove(&address);
@@ -41,7 +41,7 @@ fn remaining(lab: &Lab, pod: &Pod, address: IpAddr) -> Duration {
 
 /// Waits until new connections are denied.
 #[track_caller]
-fn expires(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
+fn wait_expired(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
     eventually("new connections are denied", || {
         holds(pod.connect_tcp(to, SHORT).is_err())
     });
@@ -59,13 +59,13 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
 
     pod.lookup("shop.test");
     let mut stream = pod.talks_tcp((server(10), 443));
-    expires(&agent, &pod, (server(10), 443));
+    wait_expired(&agent, &pod, (server(10), 443));
     assert!(
         exchange(&mut stream, b"still here", DEADLINE),
         "the open connection was cut"
     );
 
-    // Asking again opens it again.
+    // A new query allows the address again.
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
 }
@@ -100,7 +100,7 @@ fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
 }
 
 #[test]
-fn the_lowest_ttl_of_a_chain_counts() {
+fn the_lowest_ttl_of_a_chain_applies() {
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
         .config("dns.grace", "0s")
@@ -122,7 +122,7 @@ fn the_lowest_ttl_of_a_chain_counts() {
 }
 
 #[test]
-fn ttls_are_clamped_and_have_their_grace() {
+fn ttls_are_clamped_and_the_grace_is_added() {
     let lab = Lab::builder()
         .config("dns.minTtl", "600s")
         .config("dns.maxTtl", "1200s")
@@ -156,7 +156,7 @@ fn ttls_are_clamped_and_have_their_grace() {
 }
 
 #[test]
-fn an_answer_that_does_not_fit_is_not_delivered() {
+fn a_response_that_does_not_fit_is_not_delivered() {
     let lab = Lab::builder().config("limits.addressesPerPod", 4).build();
     let _web = lab.serve_tcp(443);
     let addresses: Vec<_> = (0..8).map(numbered).collect();
@@ -169,13 +169,13 @@ fn an_answer_that_does_not_fit_is_not_delivered() {
     let socket = pod.dns_socket();
     let resolver = egress_tests::addresses::RESOLVER;
     socket.ask(resolver, 1, "big.test", RecordType::A);
-    agent.wait_denial("an answer that does not fit", |d| {
+    agent.wait_denial("a response that does not fit", |d| {
         d.of(&pod) && d.reason == "allow_map_full"
     });
     assert_eq!(lab.dns().asked("big.test"), 1);
-    // The next answer is the first that the pod receives.
+    // The next response is the first that the pod receives.
     socket.ask(resolver, 2, "small.test", RecordType::A);
-    let answer = socket.expect("the answer for small.test");
+    let answer = socket.expect("the response for small.test");
     assert_eq!(
         (answer.message.metadata.id, answer.addresses),
         (2, vec![server(10)])
@@ -185,7 +185,7 @@ fn an_answer_that_does_not_fit_is_not_delivered() {
 }
 
 #[test]
-fn when_the_map_is_full_the_oldest_names_give_way() {
+fn when_the_map_is_full_the_oldest_names_are_evicted() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
         .config("limits.addressesPerPod", LIMIT)
@@ -208,22 +208,22 @@ fn when_the_map_is_full_the_oldest_names_give_way() {
         pod.connect_tcp((numbered(0), 443), SHORT).is_err(),
         "an evicted address is open"
     );
-    // Asking again brings it back.
+    // A new query brings it back.
     pod.lookup("n0.fresh.test");
     pod.reach_tcp((numbered(0), 443));
 }
 
-/// Ends a connection at once, as both sides' kernels and the agent's programs see it.
+/// Resets a connection: both kernels and the agent's programs see its end at once.
 fn reset(stream: TcpStream) {
     let stream = Socket::from(stream);
     stream
         .set_linger(Some(Duration::ZERO))
-        .expect("a socket that lingers not");
+        .expect("a socket that does not linger");
     drop(stream);
 }
 
 #[test]
-fn an_address_in_use_stays_however_full_the_map_is() {
+fn an_address_in_use_stays_when_the_map_is_full() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
         .config("limits.addressesPerPod", LIMIT)
@@ -248,7 +248,7 @@ fn an_address_in_use_stays_however_full_the_map_is() {
     for n in [0, 1, 19] {
         assert!(allowed.contains_key(&numbered(n)), "{n}: {allowed:?}");
     }
-    // An edit judges what is open again, by these entries.
+    // An edit judges open connections again, by these entries.
     agent.applies(&pod, || {
         lab.write_pod(&pod, &[("allow", "*.fresh.test:443 other.test")]);
     });
@@ -261,7 +261,7 @@ fn an_address_in_use_stays_however_full_the_map_is() {
         "the flow was cut"
     );
 
-    // When all are in use, an answer that needs room is not delivered.
+    // When all addresses are in use, a response that needs room is not delivered.
     let _held: Vec<_> = (20..22)
         .map(|n| {
             assert_eq!(lookup(n), [numbered(n)]);
@@ -273,17 +273,17 @@ fn an_address_in_use_stays_however_full_the_map_is() {
         pod.try_resolve(resolver, "n30.fresh.test", RecordType::A, SHORT)
             .is_none()
     );
-    agent.wait_denial("an answer without room", |d| {
+    agent.wait_denial("a response without room", |d| {
         d.of(&pod) && d.reason == "allow_map_full"
     });
-    // And once one is not, it is.
+    // When one is not in use any more, the response is delivered.
     reset(stream);
     assert_eq!(lookup(30), [numbered(30)]);
     assert!(!lab.allowed(&pod).contains_key(&numbered(0)));
 }
 
 #[test]
-fn a_name_with_another_address_every_time_is_always_reached() {
+fn a_name_with_another_address_in_every_response_is_always_reached() {
     const ADDRESSES: u32 = 300;
     const LIMIT: u32 = 64;
     let lab = Lab::builder()
@@ -321,7 +321,7 @@ fn a_name_with_another_address_every_time_is_always_reached() {
 }
 
 #[test]
-fn a_pod_that_is_gone_leaves_nothing_to_its_successor() {
+fn a_pods_successor_inherits_no_state() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -332,12 +332,12 @@ fn a_pod_that_is_gone_leaves_nothing_to_its_successor() {
     pod.talks_tcp((server(10), 443));
     assert!(lab.allow_pin(&pod).exists());
 
-    // Without its manifest nothing is known of the pod, so nothing is enforced.
+    // Without its manifest the agent does not know the pod, and does not enforce it.
     lab.remove_pod(&pod);
     eventually("the pod's pins are gone", || {
         holds(!lab.allow_pin(&pod).exists())
     });
-    eventually("its interface is free", || {
+    eventually("its interface is not enforced any more", || {
         holds(pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
 

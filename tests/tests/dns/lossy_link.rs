@@ -1,5 +1,5 @@
-//! A link to the resolver that loses, repeats and reorders: every question is answered in the end, and
-//! what an answer says is open when it arrives.
+//! A link to the resolver that loses, repeats and reorders packets: every query gets its response in the end,
+//! and the addresses in a response are allowed when it arrives.
 
 use std::{
     collections::HashMap,
@@ -31,17 +31,17 @@ impl Scene {
         Self { agent, pod, lab }
     }
 
-    /// The answer to the question for a number has arrived.
+    /// Asserts that this is the response for a number, and that its address is allowed.
     #[track_caller]
-    fn arrives(&self, number: u32, answer: &Answer) {
+    fn assert_learned(&self, number: u32, answer: &Answer) {
         assert_eq!(answer.addresses, [numbered(number)]);
         let allowed = self.lab.allowed(&self.pod);
         assert!(allowed.contains_key(&numbered(number)), "{number}");
     }
 
-    /// What comes twice from the resolver is delivered once, and nothing else was in the way.
+    /// Asserts that the agent withheld only repeated responses.
     #[track_caller]
-    fn only_repetitions_are_withheld(&self) {
+    fn assert_only_repetitions_are_withheld(&self) {
         for denial in self.agent.denials() {
             assert_eq!(denial.reason, "dns_unsolicited", "{denial:?}");
         }
@@ -49,7 +49,7 @@ impl Scene {
 }
 
 #[test]
-fn every_question_is_answered_in_the_end() {
+fn every_query_is_answered_in_the_end() {
     const QUESTIONS: u32 = 500;
     let scene = Scene::new();
     let socket = scene.pod.dns_socket();
@@ -57,7 +57,7 @@ fn every_question_is_answered_in_the_end() {
     let mut open: HashMap<u16, u32> = (0..QUESTIONS).map(|n| (n as u16, n)).collect();
     let mut asked = 0;
     while !open.is_empty() {
-        // A part of them at a time, as a resolver's queue would have it.
+        // A batch at a time, as a resolver sends its queue.
         for (&id, &number) in open.iter().take(50) {
             socket.ask(RESOLVER, id, &name(number), RecordType::A);
             asked += 1;
@@ -67,16 +67,16 @@ fn every_question_is_answered_in_the_end() {
             let answer = Answer::read(&bytes);
             let number = open.remove(&answer.message.metadata.id);
             if let Some(number) = number {
-                scene.arrives(number, &answer);
+                scene.assert_learned(number, &answer);
             }
         }
     }
     assert!(asked > QUESTIONS, "the link loses nothing");
-    scene.only_repetitions_are_withheld();
+    scene.assert_only_repetitions_are_withheld();
 }
 
 #[test]
-fn every_question_is_answered_over_tcp() {
+fn every_query_over_tcp_is_answered() {
     const CONNECTIONS: u32 = 20;
     const QUESTIONS: u32 = 10;
     let scene = Scene::new();
@@ -88,13 +88,13 @@ fn every_question_is_answered_over_tcp() {
         let numbers = connection * QUESTIONS..(connection + 1) * QUESTIONS;
         if connection.is_multiple_of(2) {
             for number in numbers {
-                asks(&mut stream, number);
-                scene.arrives(number, &answer(&mut stream));
+                send_query(&mut stream, number);
+                scene.assert_learned(number, &read_response(&mut stream));
             }
         } else {
-            // All of them before the first answer.
-            numbers.clone().for_each(|n| asks(&mut stream, n));
-            numbers.for_each(|n| scene.arrives(n, &answer(&mut stream)));
+            // All of them before the first response.
+            numbers.clone().for_each(|n| send_query(&mut stream, n));
+            numbers.for_each(|n| scene.assert_learned(n, &read_response(&mut stream)));
         }
     };
     thread::scope(|scope| {
@@ -108,15 +108,15 @@ fn every_question_is_answered_over_tcp() {
     assert!(scene.agent.denials().is_empty());
 }
 
-/// Asks for a number, in two segments.
+/// Sends the query for a number, in two segments.
 #[track_caller]
-fn asks(stream: &mut TcpStream, number: u32) {
+fn send_query(stream: &mut TcpStream, number: u32) {
     let question = question(
         number as u16,
         &format!("n{number}.fresh.test"),
         RecordType::A,
     );
-    let length = u16::try_from(question.len()).expect("a short question");
+    let length = u16::try_from(question.len()).expect("a short query");
     let bytes = [&length.to_be_bytes(), question.as_slice()].concat();
     let (first, second) = bytes.split_at(7);
     stream.write_all(first).expect("write");
@@ -124,10 +124,10 @@ fn asks(stream: &mut TcpStream, number: u32) {
 }
 
 #[track_caller]
-fn answer(stream: &mut TcpStream) -> Answer {
+fn read_response(stream: &mut TcpStream) -> Answer {
     let mut length = [0; 2];
-    stream.read_exact(&mut length).expect("an answer");
+    stream.read_exact(&mut length).expect("a response");
     let mut message = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut message).expect("an answer");
+    stream.read_exact(&mut message).expect("a response");
     Answer::read(&message)
 }

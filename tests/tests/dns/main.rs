@@ -1,4 +1,4 @@
-//! DNS: what a pod may ask, and what its answers open.
+//! DNS: which queries a pod may send, and which addresses the responses allow.
 
 mod answers;
 mod autopath;

@@ -1,5 +1,5 @@
-//! Multipath TCP (RFC 8684) puts a stream together by other numbers than those of its segments, and from
-//! several connections. With a resolver there is none: what the agent has judged is what it reads.
+//! Multipath TCP (RFC 8684) orders a stream by numbers of its own, and joins several connections. The agent
+//! disables it on connections to a resolver, so the resolver reads only bytes that the agent has judged.
 
 use std::{
     io::{Read as _, Write as _},
@@ -19,7 +19,7 @@ use egress_tests::{
 use etherparse::ip_number;
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// Where the TCP header of a plain frame over IPv4 begins.
+/// The offset of the TCP header in a plain frame over IPv4.
 const TCP: usize = 14 + 20;
 
 fn number(frame: &[u8], at: usize) -> u32 {
@@ -31,7 +31,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&length.to_be_bytes(), message].concat()
 }
 
-/// A resolver that speaks multipath TCP, and two pods; one of them is not enforced, to compare with.
+/// A resolver that supports multipath TCP, and two pods; one of them is not enforced, for comparison.
 struct Scene {
     _web: TcpEcho,
     agent: Agent,
@@ -59,9 +59,9 @@ impl Scene {
         }
     }
 
-    /// What the resolver's kernel counts.
+    /// A counter of the resolver's kernel.
     #[track_caller]
-    fn counted(&self, name: &str) -> u64 {
+    fn mptcp_counter(&self, name: &str) -> u64 {
         self.lab.outside().counter("MPTcpExt:", name)
     }
 }
@@ -75,9 +75,9 @@ fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {said}");
 }
 
-/// Asks over a socket of multipath TCP, and again when `between` has come about.
+/// Sends a query over a multipath TCP socket, calls `between`, and sends another query.
 #[track_caller]
-fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
+fn query_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
     let address = SocketAddr::new(resolver, 53);
     let mut stream: TcpStream = pod.netns().run(|| {
         let domain = Domain::for_address(address);
@@ -91,14 +91,14 @@ fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let mut asks = || {
         let question = framed(&question(7, "shop.test", RecordType::A));
-        // In two parts, that two paths could share.
+        // In two parts, which two paths could share.
         let (first, second) = question.split_at(20);
         stream.write_all(first).expect("write");
         stream.write_all(second).expect("write");
         let mut length = [0; 2];
-        stream.read_exact(&mut length).expect("an answer");
+        stream.read_exact(&mut length).expect("a response");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut message).expect("an answer");
+        stream.read_exact(&mut message).expect("a response");
         assert_eq!(Answer::read(&message).addresses, [server(10)]);
     };
     asks();
@@ -107,22 +107,22 @@ fn asks_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
 }
 
 #[test]
-fn programs_that_speak_multipath_tcp_get_tcp_and_their_answer() {
+fn multipath_tcp_clients_fall_back_to_tcp_and_get_their_response() {
     let scene = Scene::new();
     for (before, resolver) in [RESOLVER, RESOLVER6].into_iter().enumerate() {
-        asks_twice(&scene.pod, resolver, || ());
-        assert_eq!(scene.counted("MPCapableSYNRX"), before as u64);
-        asks_twice(&scene.free, resolver, || ());
-        assert_eq!(scene.counted("MPCapableACKRX"), before as u64 + 1);
+        query_twice(&scene.pod, resolver, || ());
+        assert_eq!(scene.mptcp_counter("MPCapableSYNRX"), before as u64);
+        query_twice(&scene.free, resolver, || ());
+        assert_eq!(scene.mptcp_counter("MPCapableACKRX"), before as u64 + 1);
     }
     scene.pod.talks_tcp((server(10), 443));
     assert!(scene.agent.denials().is_empty());
 }
 
 #[test]
-fn no_second_path_joins_a_connection_with_a_resolver() {
+fn a_second_path_cannot_join_a_connection_to_a_resolver() {
     let scene = Scene::new();
-    // The resolver invites to another address of its own, to which the pod may connect as it likes.
+    // The resolver announces another address of its own, to which the pod may connect.
     let other = server(20);
     let _other = scene.lab.serve_dns(&[other]);
     let invite = format!("mptcp endpoint add {other} signal");
@@ -135,40 +135,39 @@ fn no_second_path_joins_a_connection_with_a_resolver() {
     ] {
         run_in(namespace, "ip", &line.split(' ').collect::<Vec<_>>());
     }
-    asks_twice(&scene.free, RESOLVER, || {
+    query_twice(&scene.free, RESOLVER, || {
         eventually("a second path, without the agent", || {
-            holds(scene.counted("MPJoinAckRx") == 1)
+            holds(scene.mptcp_counter("MPJoinAckRx") == 1)
         });
     });
-    asks_twice(&scene.pod, RESOLVER, || ());
+    query_twice(&scene.pod, RESOLVER, || ());
     scene.pod.reach_tcp((other, 53));
-    assert_eq!(scene.counted("MPCapableSYNRX"), 1);
-    assert_eq!(scene.counted("MPJoinSynRx"), 1);
+    assert_eq!(scene.mptcp_counter("MPCapableSYNRX"), 1);
+    assert_eq!(scene.mptcp_counter("MPJoinSynRx"), 1);
 }
 
-/// Longest segment that the pod says it takes.
+/// The maximum segment size that the pod announces.
 const LONGEST: u16 = 300;
 
 /// Options of multipath TCP (RFC 8684, sections 3.1 and 3.3).
 mod option {
     /// The pod's key.
     const KEY: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
-    /// The last 64 bits of its SHA-256: where the numbers of the stream begin.
+    /// The last 64 bits of its SHA-256: the initial data sequence number.
     const FIRST: u64 = 0xf5a1_01d3_d29d_6f72;
 
     pub(super) fn capable() -> Vec<u8> {
         vec![30, 4, 1, 1]
     }
 
-    /// In the segment that acknowledges the SYN: both keys. That of the resolver is another for each
-    /// connection.
+    /// For the segment that acknowledges the SYN: both keys. The resolver's key differs per connection.
     pub(super) fn capable_with_keys(port: u16) -> Vec<u8> {
         let theirs = u64::from(port).to_be_bytes();
         [&[30, 20, 1, 1][..], &KEY, &theirs].concat()
     }
 
-    /// The first `length` bytes of the connection belong in the stream from `before` bytes before its
-    /// beginning on.
+    /// Maps the first `length` bytes of the connection to a place in the stream that begins `before` bytes
+    /// before its start.
     pub(super) fn mapping(before: u16, length: u16) -> Vec<u8> {
         let place = FIRST.wrapping_add(1).wrapping_sub(before.into());
         let mut option = vec![30, 18, 0x20, 0x0c];
@@ -180,12 +179,12 @@ mod option {
     }
 }
 
-/// Asks for an allowed name in a question whose padding (RFC 7830) is at its end another question: the
-/// mapping says of the connection's first bytes that the resolver has them already, so that its stream begins
-/// with what is behind. `skipped` bytes are in the first segment that the resolver gets.
+/// Queries an allowed name. The padding of the query (RFC 7830) ends with another query. The mapping claims
+/// that the resolver already has the connection's first bytes, so that its stream begins with the hidden
+/// query. The first segment that the resolver gets has `skipped` bytes.
 #[track_caller]
-fn hides_a_question(pod: &Pod, port: u16, skipped: u16) {
-    // The pod's kernel knows nothing of the connection, and would reset it.
+fn send_hidden_query(pod: &Pod, port: u16, skipped: u16) {
+    // The pod's kernel does not know the connection, and would reset it.
     let ruleset = "add table ip lab; \
         add chain ip lab out { type filter hook output priority 0; }; \
         add rule ip lab out tcp flags rst drop";
@@ -233,25 +232,25 @@ fn hides_a_question(pod: &Pod, port: u16, skipped: u16) {
     let (first, second) = shown.split_at(skipped.into());
     send(101, ack, &mapping, first);
     send(101 + u32::from(skipped), ack, &mapping, second);
-    // An answer to whatever was read.
+    // The resolver responds to whichever query it has read.
     tap.receive(DEADLINE, |frame| {
         frames::is(frame, RESOLVER, own, ip_number::TCP) && frame.len() > TCP + 60
     })
-    .expect("an answer");
+    .expect("a response");
 }
 
 #[test]
-fn a_question_cannot_hide_between_two_orders_of_the_bytes() {
+fn a_query_cannot_hide_behind_multipath_tcp_mappings() {
     let scene = Scene::new();
-    // Then the resolver knows of a connection only what its third segment says.
+    // With SYN cookies the resolver knows of a connection only what the third segment contains.
     scene.lab.outside().run(|| {
         std::fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").expect("SYN cookies");
     });
-    hides_a_question(&scene.free, 4000, LONGEST);
+    send_hidden_query(&scene.free, 4000, LONGEST);
     assert_eq!(scene.lab.dns().asked("evil.test"), 1, "without the agent");
-    // Held segments go on as one, cut to what leaves room for the options.
-    hides_a_question(&scene.pod, 4001, LONGEST - 20);
-    hides_a_question(&scene.pod, 4002, LONGEST);
+    // The agent forwards held segments as one, shortened to leave room for the options.
+    send_hidden_query(&scene.pod, 4001, LONGEST - 20);
+    send_hidden_query(&scene.pod, 4002, LONGEST);
     assert_eq!(scene.lab.dns().asked("evil.test"), 1);
     assert_eq!(scene.lab.dns().asked("shop.test"), 2);
 }

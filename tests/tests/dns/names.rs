@@ -1,4 +1,4 @@
-//! A pod reaches what its own names answered, and nothing else.
+//! A pod reaches the addresses of its own names, and nothing else.
 
 use std::net::SocketAddr;
 
@@ -75,7 +75,7 @@ fn another_port_of_an_allowed_name_is_denied() {
 }
 
 #[test]
-fn a_name_without_an_entry_does_not_exist_and_its_question_stays_on_the_node() {
+fn a_name_without_an_entry_gets_nxdomain_and_its_query_stays_on_the_node() {
     let lab = Lab::new();
     lab.dns().addresses("shop.test", &[server(10)]);
     lab.dns().addresses("evil.test", &[server(66)]);
@@ -96,7 +96,7 @@ fn a_name_without_an_entry_does_not_exist_and_its_question_stays_on_the_node() {
         "the question left the node"
     );
 
-    // The next question, as a search list would ask it, is not held up by that.
+    // The refusal does not delay the next query, as a search list sends it.
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
 }
 
@@ -115,7 +115,7 @@ fn a_literal_address_is_denied() {
 }
 
 #[test]
-fn what_one_pod_resolved_does_not_open_another() {
+fn a_name_that_one_pod_resolved_opens_nothing_for_another() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -135,7 +135,7 @@ fn what_one_pod_resolved_does_not_open_another() {
 }
 
 #[test]
-fn wildcards_match_what_is_below_them_and_no_look_alike() {
+fn wildcards_match_names_below_them_and_no_look_alikes() {
     let lab = Lab::new();
     for top in ["test", "example", "xn--bcher-kva.test", "_tcp.under.test"] {
         for name in [top.to_owned(), format!("*.{top}")] {
@@ -188,7 +188,7 @@ fn wildcards_match_what_is_below_them_and_no_look_alike() {
 }
 
 #[test]
-fn chains_are_followed_from_the_name_that_was_asked() {
+fn chains_are_followed_from_the_queried_name() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns()
@@ -210,7 +210,7 @@ fn chains_are_followed_from_the_name_that_was_asked() {
     pod.talks_tcp((server(1), 443));
     assert_eq!(pod.lookup("three.test"), [server(3)]);
     pod.talks_tcp((server(3), 443));
-    // The names on the way are nobody's to ask for.
+    // The names in a chain may not be queried by themselves.
     agent.denies_name(&pod, "cdn.example");
 }
 
@@ -234,7 +234,7 @@ fn a_chain_in_any_order_is_followed() {
 }
 
 #[test]
-fn all_of_120_addresses_in_one_answer_can_be_reached() {
+fn all_of_120_addresses_in_one_response_can_be_reached() {
     const ADDRESSES: u32 = 120;
     let lab = Lab::builder().mtu(9000).build();
     let _web = lab.serve_tcp(443);
@@ -258,7 +258,7 @@ fn all_of_120_addresses_in_one_answer_can_be_reached() {
 }
 
 #[test]
-fn answers_add_up() {
+fn addresses_of_several_responses_add_up() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let pod = lab.pod("shop", "cart");
@@ -294,7 +294,7 @@ fn address_hints_of_https_records_can_be_reached() {
 }
 
 #[test]
-fn an_answer_keeps_the_letters_of_its_question_and_every_byte() {
+fn a_response_is_delivered_byte_for_byte() {
     let lab = Lab::new();
     lab.dns().on("shop.test", |asked| {
         vec![Send::answer(asked, &[address(server(10))]).edited(|b| b.extend(b"trailing bytes"))]
@@ -310,7 +310,7 @@ fn an_answer_keeps_the_letters_of_its_question_and_every_byte() {
         "sHoP.tEsT",
         RecordType::A,
     );
-    let (bytes, from) = socket.receive(DEADLINE).expect("an answer");
+    let (bytes, from) = socket.receive(DEADLINE).expect("a response");
     assert_eq!(from, SocketAddr::new(egress_tests::addresses::RESOLVER, 53));
     assert!(
         bytes.windows(4).any(|w| w == b"sHoP"),
@@ -321,7 +321,7 @@ fn an_answer_keeps_the_letters_of_its_question_and_every_byte() {
 }
 
 #[test]
-fn names_listed_to_be_resolved_can_be_asked_and_open_nothing() {
+fn names_in_resolve_can_be_queried_and_allow_nothing() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("db.test", &[server(20)]);
@@ -340,11 +340,14 @@ fn names_listed_to_be_resolved_can_be_asked_and_open_nothing() {
     pod.talks_tcp((server(20), 443));
     assert_eq!(pod.lookup("other.test"), [server(99)]);
     agent.denies_tcp(&pod, (server(99), 443), "no_rule");
-    assert!(lab.allowed(&pod).is_empty(), "`resolve` teaches nothing");
+    assert!(
+        lab.allowed(&pod).is_empty(),
+        "an address of a `resolve` entry was learned"
+    );
 }
 
 #[test]
-fn names_of_the_cluster_can_always_be_asked() {
+fn names_of_the_cluster_can_always_be_queried() {
     let lab = Lab::builder()
         .config("dns.clusterDomain", "cluster.test")
         .build();

@@ -1,4 +1,4 @@
-//! DNS over TCP: what UDP gives and refuses, TCP gives and refuses.
+//! DNS over TCP: the agent allows and refuses the same as over UDP.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -29,7 +29,7 @@ impl Scene {
         Self::with(&[])
     }
 
-    /// With further annotations.
+    /// A scene with further annotations.
     #[track_caller]
     fn with(annotations: &[(&str, &str)]) -> Self {
         let lab = Lab::new();
@@ -48,9 +48,9 @@ impl Scene {
         }
     }
 
-    /// What a program in the pod prints, which must succeed.
+    /// Runs a program in the pod, which must succeed; returns its output.
     #[track_caller]
-    fn prints(&self, command: &mut Command) -> String {
+    fn output_of(&self, command: &mut Command) -> String {
         let output = self.pod.netns().run(|| command.output());
         let output = output.unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -65,7 +65,7 @@ impl Scene {
 
     #[track_caller]
     fn dig(&self, arguments: &[&str]) -> String {
-        self.prints(
+        self.output_of(
             Command::new("dig")
                 .arg(format!("@{RESOLVER}"))
                 .args(arguments),
@@ -87,13 +87,13 @@ impl Scene {
 }
 
 #[test]
-fn dig_over_tcp_opens_exactly_what_it_answers() {
+fn dig_over_tcp_allows_exactly_the_addresses_it_prints() {
     let scene = Scene::new();
     let printed = scene.dig(&["+tcp", "+short", "shop.test"]);
     assert_eq!(printed.trim(), server(10).to_string());
     assert_eq!(scene.learned(), [server(10)]);
     scene.pod.talks_tcp((server(10), 443));
-    let printed = scene.prints(Command::new("dig").arg(format!("@{RESOLVER6}")).args([
+    let printed = scene.output_of(Command::new("dig").arg(format!("@{RESOLVER6}")).args([
         "+tcp",
         "+short",
         "shop.test",
@@ -108,7 +108,7 @@ fn dig_over_tcp_opens_exactly_what_it_answers() {
     assert_eq!(scene.asked_over_tcp("shop.test"), 2);
 }
 
-/// A connection to the resolver, for messages written by hand.
+/// A connection to the resolver for hand-made messages.
 struct Stream(TcpStream);
 
 impl Stream {
@@ -138,15 +138,15 @@ impl Stream {
 
     #[track_caller]
     fn expect(&mut self, id: u16) -> Answer {
-        let answer = self.next().unwrap_or_else(|| panic!("no answer {id}"));
+        let answer = self.next().unwrap_or_else(|| panic!("no response {id}"));
         assert_eq!(answer.message.metadata.id, id);
         answer
     }
 
-    /// The connection ends, and nothing comes before that.
+    /// Asserts that the connection ends without another message.
     #[track_caller]
-    fn ends(&mut self) {
-        // (Unlike `read`, it goes on after a signal.)
+    fn assert_ends(&mut self) {
+        // (Unlike `read`, `read_exact` continues after a signal.)
         match self.0.read_exact(&mut [0]) {
             Ok(()) => panic!("something was delivered"),
             Err(e) => assert!(
@@ -157,14 +157,14 @@ impl Stream {
     }
 }
 
-/// A message with its length before it.
+/// A message with its length prefix.
 fn framed(message: &[u8]) -> Vec<u8> {
     let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
     [&length.to_be_bytes(), message].concat()
 }
 
 #[test]
-fn a_question_may_be_split_anywhere() {
+fn a_query_may_be_split_anywhere() {
     let scene = Scene::new();
     let bytes = framed(&question(7, "shop.test", RecordType::A));
     for no_delay in [true, false] {
@@ -186,7 +186,7 @@ fn a_question_may_be_split_anywhere() {
 }
 
 #[test]
-fn an_answer_may_be_split_anywhere() {
+fn a_response_may_be_split_anywhere() {
     let scene = Scene::new();
     scene.lab.dns().on("*.many.test", |asked| {
         let bytes = asked.name[1..]
@@ -205,7 +205,7 @@ fn an_answer_may_be_split_anywhere() {
 }
 
 #[test]
-fn questions_may_be_sent_together() {
+fn queries_may_be_sent_together() {
     let scene = Scene::new();
     scene.lab.dns().numbered("many.test");
     let mut stream = Stream::open(&scene.pod);
@@ -224,7 +224,7 @@ fn questions_may_be_sent_together() {
 }
 
 #[test]
-fn an_answer_of_64_kib_arrives_and_teaches() {
+fn a_response_of_64_kib_arrives_and_its_addresses_are_learned() {
     const ADDRESSES: u32 = 2660;
     let scene = Scene::new();
     scene.lab.dns().on("shop.test", |asked| {
@@ -245,7 +245,7 @@ fn an_answer_of_64_kib_arrives_and_teaches() {
 }
 
 #[test]
-fn a_refused_question_is_answered_on_the_node() {
+fn a_refused_query_over_tcp_is_answered_on_the_node() {
     let scene = Scene::new();
     let printed = scene.dig(&["+tcp", "evil.test"]);
     assert!(
@@ -257,13 +257,13 @@ fn a_refused_question_is_answered_on_the_node() {
     assert!(printed.contains("203.0.113.10"), "{printed}");
     scene
         .agent
-        .wait_denial("the question", |d| d.is_question(&scene.pod, "evil.test"));
+        .wait_denial("the query", |d| d.is_question(&scene.pod, "evil.test"));
     assert_eq!(scene.lab.dns().asked("evil.test"), 0);
     assert_eq!(scene.lab.dns().asked("other.test"), 0);
 }
 
 #[test]
-fn refusals_come_between_the_answers_of_the_resolver() {
+fn refusals_are_interleaved_with_the_resolvers_responses() {
     let scene = Scene::new();
     scene.lab.dns().on("shop.test", |asked| {
         std::thread::sleep(std::time::Duration::from_millis(300));
@@ -287,7 +287,7 @@ fn refusals_come_between_the_answers_of_the_resolver() {
 }
 
 #[test]
-fn an_answer_that_would_not_be_delivered_over_udp_is_not_over_tcp() {
+fn a_response_that_is_withheld_over_udp_is_withheld_over_tcp() {
     for (what, reason) in [
         ("another id", "dns_unsolicited"),
         ("another name", "dns_unsolicited"),
@@ -317,7 +317,7 @@ fn an_answer_that_would_not_be_delivered_over_udp_is_not_over_tcp() {
         if what == "a second answer" {
             stream.expect(1);
         }
-        stream.ends();
+        stream.assert_ends();
         scene
             .agent
             .wait_denial(what, |d| d.of(&scene.pod) && d.reason == reason);
@@ -326,7 +326,7 @@ fn an_answer_that_would_not_be_delivered_over_udp_is_not_over_tcp() {
 }
 
 #[test]
-fn an_answer_that_does_not_fit_the_allow_map_is_not_delivered() {
+fn a_response_that_does_not_fit_the_allow_map_is_not_delivered() {
     let lab = Lab::builder().config("limits.addressesPerPod", 8).build();
     lab.dns().on("shop.test", |asked| {
         let all: Vec<_> = (0..9).map(|n| address(numbered(n))).collect();
@@ -337,12 +337,14 @@ fn an_answer_that_does_not_fit_the_allow_map_is_not_delivered() {
     let agent = lab.start_agent(&[&pod]);
     let mut stream = Stream::open(&pod);
     stream.ask(1, "shop.test");
-    stream.ends();
-    agent.wait_denial("the answer", |d| d.of(&pod) && d.reason == "allow_map_full");
+    stream.assert_ends();
+    agent.wait_denial("the response", |d| {
+        d.of(&pod) && d.reason == "allow_map_full"
+    });
 }
 
 #[test]
-fn an_answer_over_tcp_to_a_question_over_udp_is_not_delivered() {
+fn a_response_over_tcp_to_a_query_over_udp_is_not_delivered() {
     let scene = Scene::new();
     scene.lab.dns().on("shop.test", |asked| {
         if !asked.tcp {
@@ -358,12 +360,12 @@ fn an_answer_over_tcp_to_a_question_over_udp_is_not_delivered() {
         .ask(RESOLVER, 77, "shop.test", RecordType::A);
     let mut stream = Stream::open(&scene.pod);
     stream.ask(1, "shop.test");
-    stream.ends();
+    stream.assert_ends();
     assert!(scene.learned().is_empty());
 }
 
 #[test]
-fn what_is_no_question_stays_on_the_node() {
+fn bytes_that_are_not_a_query_stay_on_the_node() {
     let mut scene = Scene::new();
     let whole = question(9, "shop.test", RecordType::A);
     let mut two = whole.clone();
@@ -377,7 +379,7 @@ fn what_is_no_question_stays_on_the_node() {
         let uplink = Tap::open(scene.lab.outside(), "eth0");
         let mut stream = Stream::open(&scene.pod);
         stream.write(&bytes);
-        stream.ends();
+        stream.assert_ends();
         let pod = scene.pod.ipv4().into();
         let last = uplink.receive(DEADLINE, |frame| {
             let message = &bytes[2..];
@@ -387,7 +389,7 @@ fn what_is_no_question_stays_on_the_node() {
             );
             frames::is(frame, pod, RESOLVER, ip_number::TCP) && frame[14 + 20 + 13] & 4 != 0
         });
-        assert!(last.is_some(), "the resolver is told that it is over");
+        assert!(last.is_some(), "the resolver gets no RST");
     }
     assert!(scene.lab.dns().questions().is_empty());
     assert!(scene.agent.stop().success());
@@ -409,7 +411,7 @@ fn after_a_restart_clients_reconnect_at_once() {
     assert!(scene.agent.stop().success());
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
     stream.ask(2, "shop.test");
-    stream.ends();
+    stream.assert_ends();
     let mut stream = Stream::open(&scene.pod);
     stream.ask(3, "shop.test");
     assert_eq!(stream.expect(3).addresses, [server(10)]);
@@ -417,7 +419,7 @@ fn after_a_restart_clients_reconnect_at_once() {
 }
 
 #[test]
-fn in_audit_mode_connections_pass_and_are_reported() {
+fn in_audit_mode_tcp_connections_pass_and_denied_names_are_reported() {
     let scene = Scene::with(&[("mode", "audit")]);
     let mut stream = Stream::open(&scene.pod);
     stream.ask(1, "shop.test");
@@ -426,9 +428,9 @@ fn in_audit_mode_connections_pass_and_are_reported() {
     assert_eq!(stream.expect(2).addresses, [server(66)]);
     let denial = scene
         .agent
-        .wait_denial("the question", |d| d.is_question(&scene.pod, "evil.test"));
+        .wait_denial("the query", |d| d.is_question(&scene.pod, "evil.test"));
     assert_eq!(denial.verdict, "audited");
-    eventually("the audited answer is learned", || {
+    eventually("the audited response is learned", || {
         scene.learned().contains(&server(10)).then_some(())
     });
 }

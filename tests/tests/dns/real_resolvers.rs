@@ -1,4 +1,4 @@
-//! The main job with resolvers that nobody here wrote.
+//! Name resolution and enforcement with widely used resolvers.
 
 use std::{
     fs,
@@ -26,7 +26,8 @@ deep IN CNAME www
 evil IN A 203.0.113.66
 ";
 
-/// Addresses of `many.test`: more than a datagram takes, and no more than BIND does for one name.
+/// The number of addresses of `many.test`: more than fit into a datagram, and no more than BIND takes for one
+/// name.
 const MANY: u32 = 90;
 
 /// Writes the zone into the laboratory's directory; returns the file's name.
@@ -77,12 +78,12 @@ fn dnsmasq(lab: &Lab) -> Command {
 }
 
 #[track_caller]
-fn the_main_job(resolver: impl FnOnce(&Lab) -> Command) {
-    the_main_job_in(&Lab::builder().without_dns().build(), resolver);
+fn check_resolver(resolver: impl FnOnce(&Lab) -> Command) {
+    check_resolver_in(&Lab::builder().without_dns().build(), resolver);
 }
 
 #[track_caller]
-fn the_main_job_in(lab: &Lab, resolver: impl FnOnce(&Lab) -> Command) {
+fn check_resolver_in(lab: &Lab, resolver: impl FnOnce(&Lab) -> Command) {
     let _web = lab.serve_tcp(443);
     let mut command = resolver(lab);
     let _resolver = lab.run_resolver(&mut command);
@@ -103,14 +104,14 @@ fn the_main_job_in(lab: &Lab, resolver: impl FnOnce(&Lab) -> Command) {
     assert_eq!(answer.message.answers.len(), 3, "two CNAMEs and an address");
     chained.talks_tcp((server(10), 443));
     agent.denies_tcp(&chained, (server(10), 22), "port_not_allowed");
-    more_than_fits(lab, &direct);
-    over_tcp(lab, &direct, &chained);
+    check_truncated_responses(lab, &direct);
+    check_tcp(lab, &direct, &chained);
     assert_eq!(direct.syn_retransmissions(), 0);
 }
 
-/// What does not fit a datagram is cut, and the rest comes over TCP.
+/// A response that does not fit into a datagram is truncated, and the client repeats the query over TCP.
 #[track_caller]
-fn more_than_fits(lab: &Lab, pod: &Pod) {
+fn check_truncated_responses(lab: &Lab, pod: &Pod) {
     let before = lab.allowed(pod).len();
     let mut command = Command::new("dig");
     command.arg(format!("@{RESOLVER}")).arg("many.test");
@@ -125,9 +126,9 @@ fn more_than_fits(lab: &Lab, pod: &Pod) {
     }
 }
 
-/// The same over TCP, one question after the other on one connection, and refused on the node.
+/// The same over TCP: several queries on one connection, some of them refused on the node.
 #[track_caller]
-fn over_tcp(lab: &Lab, direct: &Pod, chained: &Pod) {
+fn check_tcp(lab: &Lab, direct: &Pod, chained: &Pod) {
     let dig = |pod: &Pod, resolver: IpAddr, names: &[&str]| {
         let mut command = Command::new("dig");
         command
@@ -157,26 +158,26 @@ fn over_tcp(lab: &Lab, direct: &Pod, chained: &Pod) {
 }
 
 #[test]
-fn a_pod_behind_unbound_reaches_what_it_may() {
-    the_main_job(unbound);
+fn a_pod_behind_unbound_reaches_exactly_its_allowed_names() {
+    check_resolver(unbound);
 }
 
 #[test]
-fn a_pod_behind_dnsmasq_reaches_what_it_may() {
-    the_main_job(dnsmasq);
+fn a_pod_behind_dnsmasq_reaches_exactly_its_allowed_names() {
+    check_resolver(dnsmasq);
 }
 
 #[test]
-fn a_pod_behind_bind_reaches_what_it_may() {
-    the_main_job(|lab| resolvers::named(lab, &[RESOLVER, RESOLVER6], zone(lab)));
+fn a_pod_behind_bind_reaches_exactly_its_allowed_names() {
+    check_resolver(|lab| resolvers::named(lab, &[RESOLVER, RESOLVER6], zone(lab)));
 }
 
 #[test]
-fn a_pod_behind_knot_resolver_reaches_what_it_may() {
+fn a_pod_behind_knot_resolver_reaches_exactly_its_allowed_names() {
     let lab = Lab::builder().without_dns().build();
-    // It knows nothing itself.
+    // The Knot resolver is not authoritative, so it needs an upstream.
     let upstream = server(53);
     let mut command = resolvers::named(&lab, &[upstream], zone(&lab));
     let _upstream = lab.run_outside(command.stderr(Stdio::null()));
-    the_main_job_in(&lab, |lab| resolvers::kresd(lab, upstream));
+    check_resolver_in(&lab, |lab| resolvers::kresd(lab, upstream));
 }

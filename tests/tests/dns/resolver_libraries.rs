@@ -1,5 +1,5 @@
-//! Programs with the resolvers that programs have: a truncated answer over UDP sends each of them to
-//! TCP, where it gets the rest.
+//! The resolver libraries of common languages: a truncated response over UDP makes each of them repeat the
+//! query over TCP.
 
 use std::{
     env, fs,
@@ -14,7 +14,7 @@ use egress_tests::{
     workspace,
 };
 
-/// A pod that may reach `big.test`, which has more addresses than an answer over UDP has room for.
+/// A pod that may reach `big.test`, which has more addresses than fit into a response over UDP.
 struct Scene {
     _web: TcpEcho,
     agent: Agent,
@@ -54,10 +54,11 @@ impl Scene {
         self.lab.run_in(&self.pod, &settings, command)
     }
 
-    /// The program, given a name, prints its addresses, got over TCP, and may connect to them. It
-    /// finds no address for a name that may not be asked, and nothing of that leaves the node.
+    /// Asserts that the program prints the addresses of `big.test`, received over TCP, and that the pod may
+    /// connect to them. Asserts that the program finds no address for a refused name, and that its query does
+    /// not leave the node.
     #[track_caller]
-    fn resolves(&self, options: &str, command: impl Fn(&str) -> Command) {
+    fn assert_resolves(&self, options: &str, command: impl Fn(&str) -> Command) {
         let found = self.run(options, &command("big.test"));
         let printed = String::from_utf8_lossy(&found.stdout);
         let said = String::from_utf8_lossy(&found.stderr);
@@ -79,14 +80,14 @@ impl Scene {
             !printed.contains("203.0.113.66") && !printed.contains("2001:db8::42"),
             "{printed}"
         );
-        self.agent.wait_denial("the refused question", |denial| {
+        self.agent.wait_denial("the refused query", |denial| {
             denial.is_question(&self.pod, "evil.test")
         });
         assert_eq!(self.lab.dns().asked("evil.test"), 0);
     }
 }
 
-/// A shell for `dig`, which asks for one type at a time.
+/// A command line of `dig`, which queries one type at a time.
 fn dig(options: &str, name: &str) -> Command {
     let mut command = Command::new("dig");
     command.args(["+short", options, name, "A", name, "AAAA"]);
@@ -94,13 +95,13 @@ fn dig(options: &str, name: &str) -> Command {
 }
 
 #[test]
-fn dig_gets_the_rest_over_tcp() {
-    Scene::new().resolves("", |name| dig("+edns", name));
+fn dig_repeats_a_truncated_query_over_tcp() {
+    Scene::new().assert_resolves("", |name| dig("+edns", name));
 }
 
 #[test]
-fn dig_asks_over_tcp_on_one_connection() {
-    Scene::new().resolves("", |name| {
+fn dig_sends_several_queries_on_one_tcp_connection() {
+    Scene::new().assert_resolves("", |name| {
         let mut command = dig("+keepopen", name);
         command.arg("+tcp");
         command
@@ -114,17 +115,17 @@ fn getent(name: &str) -> Command {
 }
 
 #[test]
-fn glibc_gets_the_rest_over_tcp() {
-    Scene::new().resolves("", getent);
+fn glibc_repeats_a_truncated_query_over_tcp() {
+    Scene::new().assert_resolves("", getent);
 }
 
 #[test]
-fn glibc_asks_over_tcp_when_told_to() {
-    Scene::new().resolves("use-vc", getent);
+fn glibc_resolves_over_tcp_with_use_vc() {
+    Scene::new().assert_resolves("use-vc", getent);
 }
 
 #[test]
-fn glibc_learns_at_once_what_is_refused_over_tcp() {
+fn glibc_gets_a_refusal_over_tcp_at_once() {
     let mut scene = Scene::new();
     let refused = scene.run("use-vc attempts:1", &getent("evil.test"));
     assert_eq!(refused.status.code(), Some(2), "the name does not exist");
@@ -137,8 +138,8 @@ fn glibc_learns_at_once_what_is_refused_over_tcp() {
 }
 
 #[test]
-fn python_gets_the_rest_over_tcp() {
-    Scene::new().resolves("", |name| {
+fn python_repeats_a_truncated_query_over_tcp() {
+    Scene::new().assert_resolves("", |name| {
         let mut command = Command::new("/usr/bin/python3");
         let script = "import socket, sys\n\
                       for a in socket.getaddrinfo(sys.argv[1], 443): print(a[4][0])";
@@ -148,7 +149,7 @@ fn python_gets_the_rest_over_tcp() {
 }
 
 #[test]
-fn musl_gets_the_rest_over_tcp() {
+fn musl_repeats_a_truncated_query_over_tcp() {
     let scene = Scene::new();
     let source = scene.lab.directory().join("lookup.rs");
     let program = scene.lab.directory().join("lookup");
@@ -158,14 +159,14 @@ fn musl_gets_the_rest_over_tcp() {
                     for address in found { println!(\"{}\", address.ip()); }\n\
                 }\n";
     fs::write(&source, text).expect("write a program");
-    built(
+    assert_success(
         Command::new("rustc")
             .arg("--target")
             .arg(format!("{}-unknown-linux-musl", env::consts::ARCH))
             .args(["--edition", "2024", "-o"])
             .args([&program, &source]),
     );
-    scene.resolves("", |name| {
+    scene.assert_resolves("", |name| {
         let mut command = Command::new(&program);
         command.arg(name);
         command
@@ -173,7 +174,7 @@ fn musl_gets_the_rest_over_tcp() {
 }
 
 #[test]
-fn go_gets_the_rest_over_tcp() {
+fn go_repeats_a_truncated_query_over_tcp() {
     let scene = Scene::new();
     let source = scene.lab.directory().join("lookup.go");
     let program = scene.lab.directory().join("lookup-go");
@@ -185,27 +186,27 @@ fn go_gets_the_rest_over_tcp() {
                     for _, address := range found { fmt.Println(address) }\n\
                 }\n";
     fs::write(&source, text).expect("write a program");
-    built(
+    assert_success(
         Command::new("go")
             .env("CGO_ENABLED", "0")
             .env("GOCACHE", cache("go"))
             .args(["build", "-o"])
             .args([&program, &source]),
     );
-    scene.resolves("", |name| {
+    scene.assert_resolves("", |name| {
         let mut command = Command::new(&program);
         command.arg(name).env("GODEBUG", "netdns=go");
         command
     });
 }
 
-/// A directory that stays, below cargo's.
+/// A directory that outlives the test, below cargo's target directory.
 fn cache(name: &str) -> PathBuf {
     workspace::scratch().join(name)
 }
 
 #[track_caller]
-fn built(command: &mut Command) {
+fn assert_success(command: &mut Command) {
     let output = command
         .output()
         .unwrap_or_else(|e| panic!("{command:?}: {e}; `cargo xtask setup` installs it"));

@@ -1,4 +1,4 @@
-//! Resolvers that are asked on other ports than 53, as behind a load balancer at the socket.
+//! Resolvers on other ports than 53, as behind a socket-level load balancer.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 
 const PORT: u16 = 5353;
 
-/// The addresses of a server that is asked on [`PORT`].
+/// The addresses of a server on [`PORT`].
 fn other() -> [SocketAddr; 2] {
     ["10.99.0.54:5353", "[fd99::54]:5353"].map(|text| text.parse().expect("an address and a port"))
 }
 
-/// A laboratory with a second resolver, which is asked on [`PORT`].
+/// A laboratory with a second resolver, on [`PORT`].
 fn lab() -> (Lab, DnsServer) {
     let [v4, v6] = other().map(|at| at.to_string());
     let lab = Lab::builder()
@@ -31,15 +31,15 @@ fn lab() -> (Lab, DnsServer) {
 }
 
 #[track_caller]
-fn asks(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer {
+fn query(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer {
     pod.try_resolve_at(server, name, qtype, DEADLINE)
-        .unwrap_or_else(|| panic!("no answer from {server} for {name}"))
+        .unwrap_or_else(|| panic!("no response from {server} for {name}"))
 }
 
-/// Asks over a connection; `None` when it ends without an answer.
-fn asks_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
+/// Sends a query on a connection; `None` when the connection ends without a response.
+fn query_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
     let message = question(9, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short question");
+    let length = u16::try_from(message.len()).expect("a short query");
     stream.write_all(&length.to_be_bytes()).ok()?;
     stream.write_all(&message).ok()?;
     let mut length = [0; 2];
@@ -50,7 +50,7 @@ fn asks_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
 }
 
 #[test]
-fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
+fn a_resolver_on_another_port_is_treated_like_one_on_port_53() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     dns.addresses("shop.test", &[server(10), server6(10)]);
@@ -63,17 +63,17 @@ fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
         (v4, RecordType::A, server(10)),
         (v6, RecordType::AAAA, server6(10)),
     ] {
-        assert_eq!(asks(&pod, at, "shop.test", qtype).addresses, [answers]);
+        assert_eq!(query(&pod, at, "shop.test", qtype).addresses, [answers]);
         pod.talks_tcp((answers, 443));
-        let refused = asks(&pod, at, "evil.test", qtype);
+        let refused = query(&pod, at, "evil.test", qtype);
         assert_eq!(refused.code, ResponseCode::NXDomain);
-        agent.wait_denial("the question", |d| {
+        agent.wait_denial("the query", |d| {
             d.is_question(&pod, "evil.test") && d.reason == "dns_name" && d.dst_ip == Some(at.ip())
         });
     }
     assert_eq!(dns.asked("evil.test"), 0);
     assert_eq!(pod.syn_retransmissions(), 0);
-    // What the resolver sends to a port that has asked nothing is an answer to nothing.
+    // A datagram from the resolver to a port that has sent no query is malformed DNS.
     let socket = pod.udp_socket(v4);
     let own = socket.local_addr().expect("a bound socket");
     dns.send(v4.ip(), own, b"hello");
@@ -83,7 +83,7 @@ fn a_resolver_on_another_port_is_judged_and_learned_from_as_one_on_port_53() {
 }
 
 #[test]
-fn a_resolver_on_another_port_is_asked_over_tcp() {
+fn a_resolver_on_another_port_can_be_queried_over_tcp() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     dns.addresses("shop.test", &[server(10)]);
@@ -94,16 +94,16 @@ fn a_resolver_on_another_port_is_asked_over_tcp() {
     let stream = pod
         .connect_tcp(other()[0], DEADLINE)
         .expect("the resolver accepts");
-    let answer = asks_on(&stream, "shop.test").expect("an answer");
+    let answer = query_on(&stream, "shop.test").expect("a response");
     assert_eq!(answer.addresses, [server(10)]);
     pod.talks_tcp((server(10), 443));
-    let refused = asks_on(&stream, "evil.test").expect("a refusal");
+    let refused = query_on(&stream, "evil.test").expect("a refusal");
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(dns.asked("evil.test"), 0);
 }
 
 #[test]
-fn answers_in_fragments_from_another_port_are_learned_from() {
+fn addresses_in_fragmented_responses_from_another_port_are_learned() {
     let (lab, dns) = lab();
     let _web = lab.serve_tcp(443);
     let many: Vec<IpAddr> = (0..190).map(numbered).collect();
@@ -115,7 +115,7 @@ fn answers_in_fragments_from_another_port_are_learned_from() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
     for at in other() {
-        let answer = asks(&pod, at, "shop.test", RecordType::A);
+        let answer = query(&pod, at, "shop.test", RecordType::A);
         assert!(answer.bytes > 3000, "{} bytes", answer.bytes);
         assert_eq!(answer.addresses, many);
     }
@@ -124,7 +124,7 @@ fn answers_in_fragments_from_another_port_are_learned_from() {
 }
 
 #[test]
-fn a_resolver_is_one_on_its_own_port_only() {
+fn a_resolver_counts_as_one_only_on_its_own_port() {
     let (lab, _dns) = lab();
     let _echo = lab.serve_udp(5454);
     let pod = lab.pod("shop", "cart");
@@ -137,7 +137,7 @@ fn a_resolver_is_one_on_its_own_port_only() {
 }
 
 #[test]
-fn a_port_that_is_configured_later_is_held_at_once() {
+fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
     let lab = Lab::new();
     let at = other()[0];
     let dns = lab.serve_dns_at(&[at]);
@@ -147,25 +147,26 @@ fn a_port_that_is_configured_later_is_held_at_once() {
     lab.write_pod(&pod, &[("allow", &entries)]);
     let agent = lab.start_agent(&[&pod]);
     let stream = pod.connect_tcp(at, DEADLINE).expect("an ordinary server");
-    assert!(asks_on(&stream, "evil.test").is_some());
+    assert!(query_on(&stream, "evil.test").is_some());
     assert_eq!(
-        asks(&pod, at, "evil.test", RecordType::A).addresses,
+        query(&pod, at, "evil.test", RecordType::A).addresses,
         [server(66)]
     );
 
     lab.edit_config("dns.resolvers", vec![RESOLVER.to_string(), at.to_string()]);
     agent.applies(&pod, || agent.reload());
-    let refused = asks(&pod, at, "evil.test", RecordType::A);
+    let refused = query(&pod, at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert!(
-        asks_on(&stream, "evil.test").is_none(),
+        query_on(&stream, "evil.test").is_none(),
         "the open connection goes on"
     );
     assert_eq!(dns.asked("evil.test"), 2);
 }
 
-/// A cluster whose DNS pod has the laboratory's resolver's address, and listens as `OpenShift`'s do.
-fn announce(cluster: &Cluster) {
+/// Makes the cluster's DNS pod have the laboratory's resolver's address, and listen on a port as in
+/// `OpenShift`.
+fn announce_dns_service(cluster: &Cluster) {
     cluster.server.apply(&json!({
         "apiVersion": "v1",
         "kind": "Service",
@@ -195,7 +196,7 @@ fn announce(cluster: &Cluster) {
 }
 
 #[test]
-fn the_ports_of_the_cluster_s_dns_pods_are_taken_from_their_endpoints() {
+fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     let builder = Lab::builder()
         .config("dns", json!({}))
         .config("ranges.internal", vec!["10.99.0.0/24"]);
@@ -209,17 +210,17 @@ fn the_ports_of_the_cluster_s_dns_pods_are_taken_from_their_endpoints() {
     let shop = cluster.namespace("shop", &Value::Null);
     let allow = json!({ "egress-agent.dev/allow": "shop.test:443" });
     let cart = cluster.run(&shop, "cart", &allow);
-    announce(&cluster);
+    announce_dns_service(&cluster);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
 
-    let answer = asks(cart.net(), at, "shop.test", RecordType::A);
+    let answer = query(cart.net(), at, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    let refused = asks(cart.net(), at, "evil.test", RecordType::A);
+    let refused = query(cart.net(), at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(dns.asked("evil.test"), 0);
-    // The pod's other ports are internal like others.
+    // The DNS pod's other ports are ordinary internal ports.
     cart.net().talks_tcp((at.ip(), 9154));
     let unanswered = cart
         .net()

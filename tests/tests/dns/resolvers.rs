@@ -1,4 +1,4 @@
-//! Which servers count as resolvers, and that this can change while the agent runs.
+//! The servers that count as resolvers, and changes of them while the agent runs.
 
 use std::{fs, net::IpAddr};
 
@@ -17,7 +17,7 @@ fn texts(addresses: &[IpAddr]) -> Vec<String> {
 }
 
 #[test]
-fn every_configured_resolver_can_be_asked_over_either_family() {
+fn every_configured_resolver_can_be_queried_over_ipv4_and_ipv6() {
     let second: IpAddr = SECOND.parse().expect("an address");
     let lab = Lab::builder()
         .config("dns.resolvers", texts(&[RESOLVER, RESOLVER6, second]))
@@ -41,21 +41,21 @@ fn every_configured_resolver_can_be_asked_over_either_family() {
 }
 
 #[test]
-fn dns_over_tls_is_a_connection_like_another() {
+fn dns_over_tls_is_an_ordinary_connection() {
     let lab = Lab::new();
     let _tls = lab.serve_tcp(853);
     let (may, may_not) = (lab.pod("shop", "may"), lab.pod("shop", "may-not"));
     lab.write_pod(&may, &[("allow", "shop.test:443 10.99.0.53:853")]);
     lab.write_pod(&may_not, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&may, &may_not]);
-    // Also to a resolver itself: only port 53 is its own.
+    // Also to a resolver itself: only its port 53 is held.
     may.talks_tcp((RESOLVER, 853));
     agent.denies_tcp(&may_not, (RESOLVER, 853), "no_rule");
     agent.denies_tcp(&may_not, (STRANGER, 853), "no_rule");
 }
 
 #[test]
-fn a_resolver_that_changes_is_taken_on_while_the_agent_runs() {
+fn a_change_of_resolvers_applies_while_the_agent_runs() {
     let lab = Lab::builder()
         .config("dns.resolvers", texts(&[RESOLVER]))
         .build();
@@ -71,7 +71,7 @@ fn a_resolver_that_changes_is_taken_on_while_the_agent_runs() {
     lab.edit_config("dns.resolvers", texts(&[STRANGER, RESOLVER6]));
     agent.reload();
 
-    // The new ones are asked, judged and learned from.
+    // Queries to the new resolvers are judged, and their responses learned.
     lab.dns().addresses("shop.test", &[server(2), server6(2)]);
     let answer = pod.resolve_at(STRANGER, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(2)]);
@@ -81,15 +81,15 @@ fn a_resolver_that_changes_is_taken_on_while_the_agent_runs() {
     let refused = pod.resolve_at(STRANGER, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert_eq!(lab.dns().asked("evil.test"), 0);
-    // The old one is an address like another.
+    // The old resolver is an ordinary address.
     agent.denies_udp(&pod, (RESOLVER, 53), "no_rule");
-    // What it taught stays, and so does what is open.
+    // Addresses learned from the old resolver stay, and open connections go on.
     pod.talks_tcp((server(1), 443));
     assert!(exchange(&mut open, b"still here", DEADLINE));
 }
 
 #[test]
-fn an_edit_that_cannot_be_read_is_refused_and_changes_nothing() {
+fn an_invalid_configuration_is_refused_and_changes_nothing() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(1)]);
@@ -125,7 +125,7 @@ fn an_edit_that_cannot_be_read_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn ranges_that_are_edited_hold_at_once_for_open_connections_too() {
+fn an_edit_of_ranges_applies_at_once_also_to_open_connections() {
     let lab = Lab::builder()
         .config("ranges.internal", vec!["198.18.0.0/16"])
         .build();
@@ -142,7 +142,7 @@ fn ranges_that_are_edited_hold_at_once_for_open_connections_too() {
     agent.applies(&pod, || agent.reload());
     assert!(
         !exchange(&mut internal, b"after", SHORT),
-        "a connection to what is internal no more was not cut"
+        "a connection to an address that is no longer internal was not cut"
     );
     agent.denies_tcp(&pod, (numbered(1), 443), "address_not_learned");
     pod.talks_tcp((numbered(1 << 16), 443));
@@ -150,14 +150,17 @@ fn ranges_that_are_edited_hold_at_once_for_open_connections_too() {
 
     lab.edit_config("ranges.protected", texts(&[server(1)]));
     agent.applies(&pod, || agent.reload());
-    assert!(!exchange(&mut named, b"after", SHORT), "it is protected");
+    assert!(
+        !exchange(&mut named, b"after", SHORT),
+        "the protected address was reached"
+    );
     agent.denies_tcp(&pod, (server(1), 443), "protected");
     assert_eq!(pod.lookup("shop.test"), [server(1)]);
     agent.denies_tcp(&pod, (server(1), 443), "protected");
 }
 
 #[test]
-fn the_guard_and_its_refusal_are_edited_while_the_agent_runs() {
+fn the_guard_and_its_refusal_code_can_be_edited_while_the_agent_runs() {
     let lab = Lab::new();
     lab.dns().addresses("evil.test", &[server(66)]);
     let (pod, silent) = (lab.pod("shop", "cart"), lab.pod("shop", "silent"));
@@ -177,7 +180,7 @@ fn the_guard_and_its_refusal_are_edited_while_the_agent_runs() {
     assert_eq!(code(), ResponseCode::NoError);
     assert_eq!(lab.dns().asked("evil.test"), 1);
 
-    // A default for pods that say nothing is a policy like another.
+    // A default mode is a policy for pods without annotations.
     assert!(
         silent
             .try_resolve(STRANGER, "x.test", RecordType::A, DEADLINE)
@@ -196,7 +199,7 @@ fn the_guard_and_its_refusal_are_edited_while_the_agent_runs() {
 }
 
 #[test]
-fn questions_that_nobody_answers_are_noticed() {
+fn unanswered_queries_are_reported() {
     let lab = Lab::builder().without_dns().build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "*.shop.test")]);

@@ -1,4 +1,4 @@
-//! Programs that resolve a name once and are then silent for longer than its lifetime.
+//! Programs that resolve a name once and then send nothing for longer than its TTL.
 
 use std::{net::UdpSocket, thread, time::Duration};
 
@@ -10,10 +10,10 @@ use egress_tests::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-/// Longer than flows and expired addresses are remembered without further ado.
+/// Longer than the default time for which flows and expired addresses are kept.
 const LONG: Duration = Duration::from_secs(400);
 
-/// How long the machine has been up, once that is so long that something can be [`LONG`] ago.
+/// The time since boot. Waits until it is longer than [`LONG`].
 fn boot_time() -> Duration {
     loop {
         let now: Duration = clock_gettime(ClockId::CLOCK_BOOTTIME)
@@ -31,7 +31,7 @@ fn nanoseconds(time: Duration) -> [u8; 8] {
     nanoseconds.to_ne_bytes()
 }
 
-/// A laboratory in which an address lives for as long as its TTL says, and names whose TTL is a second.
+/// A laboratory in which an address stays allowed for exactly its TTL.
 fn short_lived(config: &[(&str, &str)]) -> Lab {
     let builder = Lab::builder()
         .config("dns.minTtl", "1s")
@@ -42,12 +42,12 @@ fn short_lived(config: &[(&str, &str)]) -> Lab {
         .build()
 }
 
-fn brief(host: u8) -> [Record; 1] {
+fn one_second_address(host: u8) -> [Record; 1] {
     [address(server(host)).ttl(1)]
 }
 
-/// A flow over UDP that has been silent for [`LONG`], and whose address has expired.
-struct Silent {
+/// A UDP flow that has been idle for [`LONG`], and whose address has expired.
+struct IdleFlow {
     socket: UdpSocket,
     agent: Agent,
     pod: Pod,
@@ -55,13 +55,13 @@ struct Silent {
     _lab: Lab,
 }
 
-impl Silent {
+impl IdleFlow {
     #[track_caller]
     fn new(config: &[(&str, &str)]) -> Self {
         let now = boot_time();
         let lab = short_lived(config);
         let echo = lab.serve_udp(4000);
-        lab.dns().answer("peer.test", brief(10));
+        lab.dns().answer("peer.test", one_second_address(10));
         let pod = lab.pod("shop", "tunnel");
         lab.write_pod(&pod, &[("allow", "peer.test:4000/udp")]);
         let agent = lab.start_agent(&[&pod]);
@@ -87,8 +87,8 @@ impl Silent {
 }
 
 #[test]
-fn udp_goes_on_after_a_silence_as_long_as_is_configured() {
-    let silent = Silent::new(&[("limits.udpIdle", "1h")]);
+fn a_udp_flow_survives_the_configured_idle_time() {
+    let silent = IdleFlow::new(&[("limits.udpIdle", "1h")]);
     assert!(
         echo_on(&silent.socket, b"still here", DEADLINE),
         "the flow was forgotten"
@@ -96,8 +96,8 @@ fn udp_goes_on_after_a_silence_as_long_as_is_configured() {
 }
 
 #[test]
-fn udp_after_a_longer_silence_is_denied_by_the_name_that_has_expired() {
-    let silent = Silent::new(&[]);
+fn after_a_longer_idle_time_a_udp_flow_is_denied_with_its_expired_name() {
+    let silent = IdleFlow::new(&[]);
     let mark = silent.agent.mark();
     assert!(
         !echo_on(&silent.socket, b"still here", SHORT),
@@ -112,7 +112,7 @@ fn udp_after_a_longer_silence_is_denied_by_the_name_that_has_expired() {
 }
 
 #[test]
-fn long_after_its_lifetime_a_denial_has_the_name_and_says_that_it_expired() {
+fn a_denial_names_an_expired_address_long_after_its_ttl() {
     let now = boot_time();
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
@@ -123,7 +123,7 @@ fn long_after_its_lifetime_a_denial_has_the_name_and_says_that_it_expired() {
     let hosts = [11, 12, 13];
     let names = hosts.map(|host| format!("n{host}.test"));
     for (name, host) in names.iter().zip(hosts) {
-        lab.dns().answer(name, brief(host));
+        lab.dns().answer(name, one_second_address(host));
     }
     lab.dns().addresses("alive.test", &[server(20)]);
     lab.write_pod(&pod, &[("allow", "*.test:443")]);
@@ -133,7 +133,7 @@ fn long_after_its_lifetime_a_denial_has_the_name_and_says_that_it_expired() {
     }
     pod.lookup("alive.test");
     assert!(agent.stop().success());
-    // 13 expired last.
+    // The address of host 13 expired last.
     let expired = |host: u8| {
         let since = LONG + Duration::from_secs(20 - u64::from(host));
         nanoseconds(now.saturating_sub(since))
@@ -150,7 +150,7 @@ fn long_after_its_lifetime_a_denial_has_the_name_and_says_that_it_expired() {
     });
 
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    eventually("a quarter of the map has what expired", || {
+    eventually("expired addresses fill a quarter of the map", || {
         holds(lab.allowed(&pod).len() == 3)
     });
     for host in [12, 13] {

@@ -1,4 +1,4 @@
-//! A pod whose own network makes a delivered frame cost its sender much time, and the pod beside it.
+//! A pod whose network makes each delivered frame expensive for its sender, and the pod next to it.
 #![expect(
     clippy::float_cmp,
     clippy::cast_precision_loss,
@@ -15,13 +15,13 @@ use egress_tests::{
     rewritten::nft,
 };
 
-/// Responses for the slow pod that wait at the same time.
+/// The number of responses for the slow pod that are queued at the same time.
 const QUESTIONS: u16 = 24;
 
-/// From now on each response costs the thread that delivers it a hundred million rules, which is more than
-/// half a second: chains that jump to chains that jump.
+/// From now on each response costs the thread that delivers it a hundred million rules, more than half a
+/// second: chains that jump to chains that jump.
 #[track_caller]
-fn takes_long_for_each_response(pod: &Pod) {
+fn slow_down_responses(pod: &Pod) {
     const FAN: usize = 10;
     const DEPTH: usize = 7;
     let mut commands = String::from("table ip slow {\n");
@@ -40,18 +40,18 @@ fn takes_long_for_each_response(pod: &Pod) {
 }
 
 #[track_caller]
-fn takes_responses_quickly_again(pod: &Pod) {
+fn restore_speed(pod: &Pod) {
     nft(pod.netns(), "delete table ip slow\n");
 }
 
-/// The ids of the responses that have come.
+/// Appends the ids of the responses that have arrived.
 fn arrived(socket: &DnsSocket, within: Duration, ids: &mut Vec<u16>) {
     while let Some((bytes, _)) = socket.receive(within) {
         ids.push(Answer::read(&bytes).message.metadata.id);
     }
 }
 
-/// Two pods that may ask for `shop.test`.
+/// Two pods that may reach `shop.test`.
 #[track_caller]
 fn two_pods(lab: &Lab) -> [Pod; 2] {
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -69,18 +69,18 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let [slow, neighbour] = two_pods(&lab);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
-    takes_long_for_each_response(&slow);
+    slow_down_responses(&slow);
     let socket = slow.dns_socket();
     for id in 0..QUESTIONS {
-        // Refused, so that the agent itself answers.
+        // These queries are refused, so the agent itself responds.
         socket.ask(RESOLVER, id, "evil.test", RecordType::A);
     }
     let mut ids = Vec::new();
     let (first, _) = socket.receive(egress_tests::DEADLINE).expect("a response");
     ids.push(Answer::read(&first).message.metadata.id);
 
-    // While the others are on their way, the neighbour asks more often than the slow pod has, is refused,
-    // gets another policy...
+    // While the other responses are queued, the neighbour sends more queries than the slow pod has, is
+    // refused, and gets another policy...
     let mut beside = |what: &str| {
         arrived(&socket, Duration::from_millis(1), &mut ids);
         let came = ids.len();
@@ -101,7 +101,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     });
     neighbour.talks_tcp((server(10), 444));
     beside("an edit");
-    // ... and the agent answers questions about itself.
+    // ... and the agent responds to requests for its status.
     assert_eq!(lab.status_of(&neighbour)["mode"], "enforce");
     beside("status");
     assert_eq!(lab.metrics().get("egress_agent_slow_pods"), 1.0);
@@ -109,8 +109,8 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
         line.contains("takes frames slowly") && line.contains("pod=shop/slow")
     });
 
-    // What the slow pod gets comes in its order, and it resolves as ever when it takes frames again.
-    takes_responses_quickly_again(&slow);
+    // The slow pod gets its responses in order, and resolves as before when it takes frames quickly again.
+    restore_speed(&slow);
     assert_eq!(slow.lookup("shop.test"), [server(10)]);
     slow.talks_tcp((server(10), 443));
     arrived(&socket, Duration::from_millis(1), &mut ids);
@@ -119,14 +119,14 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
 }
 
 #[test]
-fn frames_beyond_a_slow_pods_queue_are_lost_for_it_alone() {
-    // More than docs/limits.md says that a queue holds.
+fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
+    // More than a queue holds according to docs/limits.md.
     const FLOOD: u16 = 2000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
     let [slow, neighbour] = two_pods(&lab);
     let agent = lab.start_agent(&[&slow, &neighbour]);
-    takes_long_for_each_response(&slow);
+    slow_down_responses(&slow);
     let socket = slow.dns_socket();
     for id in 0..FLOOD {
         socket.ask(RESOLVER, id, "evil.test", RecordType::A);
@@ -138,12 +138,12 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_it_alone() {
     neighbour.talks_tcp((server(10), 443));
     assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
     assert!(!agent.stderr().contains("lost pod=shop/neighbour"));
-    takes_responses_quickly_again(&slow);
+    restore_speed(&slow);
 }
 
 #[test]
-fn several_slow_pods_do_not_occupy_all_threads_that_send() {
-    // More than there are such threads.
+fn several_slow_pods_do_not_occupy_all_sender_threads() {
+    // More than there are sender threads.
     const SLOW: usize = 6;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
@@ -157,12 +157,12 @@ fn several_slow_pods_do_not_occupy_all_threads_that_send() {
         .collect();
     let all: Vec<&Pod> = slow.iter().chain([&once_slow, &neighbour]).collect();
     let _agent = lab.start_agent(&all);
-    // This pod has been slow, so that such a thread sends to it from now on.
-    takes_long_for_each_response(&once_slow);
+    // This pod has been slow, so a sender thread serves it from now on.
+    slow_down_responses(&once_slow);
     assert_eq!(once_slow.lookup("shop.test"), [server(10)]);
-    takes_responses_quickly_again(&once_slow);
+    restore_speed(&once_slow);
     for pod in &slow {
-        takes_long_for_each_response(pod);
+        slow_down_responses(pod);
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
     }
     let sockets: Vec<DnsSocket> = slow.iter().map(Pod::dns_socket).collect();

@@ -1,5 +1,5 @@
-//! A refused question on a connection with a resolver: the connection goes on, and every question on it gets
-//! its answer.
+//! A refused query on a TCP connection to a resolver: the connection goes on, and every query on it gets its
+//! response.
 
 use std::{
     collections::HashMap,
@@ -46,7 +46,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn connects(&self, resolver: IpAddr) -> Stream {
+    fn connect(&self, resolver: IpAddr) -> Stream {
         let stream = self.pod.reach_tcp((resolver, 53));
         stream.set_nodelay(true).expect("TCP_NODELAY");
         Stream(stream)
@@ -56,9 +56,9 @@ impl Scene {
         self.lab.allowed(&self.pod).contains_key(&address)
     }
 
-    /// Nothing of a refused name has left the node, and no connection was reset.
+    /// Asserts that no query for a refused name has left the node, and that no connection was reset.
     #[track_caller]
-    fn refuses_quietly(&self) {
+    fn assert_only_names_were_refused(&self) {
         let questions = self.lab.dns().questions();
         assert!(!questions.iter().any(|q| q.name.contains("evil.test")));
         for denial in self.agent.denials() {
@@ -67,13 +67,13 @@ impl Scene {
     }
 }
 
-/// A connection to the resolver, for messages written by hand.
+/// A connection to the resolver for hand-made messages.
 struct Stream(TcpStream);
 
 impl Stream {
     #[track_caller]
     fn ask(&mut self, id: u16, name: &str) {
-        self.write(&asking(id, name));
+        self.write(&framed_query(id, name));
     }
 
     #[track_caller]
@@ -84,9 +84,9 @@ impl Stream {
     #[track_caller]
     fn next(&mut self) -> Answer {
         let mut length = [0; 2];
-        self.0.read_exact(&mut length).expect("an answer");
+        self.0.read_exact(&mut length).expect("a response");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
-        self.0.read_exact(&mut message).expect("an answer");
+        self.0.read_exact(&mut message).expect("a response");
         Answer::read(&message)
     }
 
@@ -102,7 +102,7 @@ impl Stream {
         assert_eq!(self.expect(id).code, ResponseCode::NXDomain);
     }
 
-    /// So many answers, by their id. Each comes once.
+    /// The next `count` responses, by their id. Each comes once.
     #[track_caller]
     fn answers(&mut self, count: usize) -> HashMap<u16, Answer> {
         let mut answers = HashMap::new();
@@ -115,17 +115,17 @@ impl Stream {
     }
 }
 
-fn asking(id: u16, name: &str) -> Vec<u8> {
+fn framed_query(id: u16, name: &str) -> Vec<u8> {
     let message = question(id, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short question");
+    let length = u16::try_from(message.len()).expect("a short query");
     [&length.to_be_bytes(), message.as_slice()].concat()
 }
 
 #[test]
-fn a_listed_question_after_a_refused_one_is_answered() {
+fn an_allowed_query_after_a_refused_one_is_answered() {
     let scene = Scene::new();
     for resolver in [RESOLVER, RESOLVER6] {
-        let mut stream = scene.connects(resolver);
+        let mut stream = scene.connect(resolver);
         stream.ask(1, "evil.test");
         stream.expect_refusal(1);
         stream.ask(2, "shop.test");
@@ -136,25 +136,25 @@ fn a_listed_question_after_a_refused_one_is_answered() {
         stream.ask(4, "n4.many.test");
         assert_eq!(stream.expect(4).addresses, [numbered(4)]);
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
-fn a_refused_question_does_not_wait_for_the_resolver() {
+fn a_refused_query_does_not_wait_for_the_resolver() {
     let scene = Scene::new();
     scene.lab.dns().on("shop.test", |asked| {
         std::thread::sleep(std::time::Duration::from_millis(300));
         vec![Send::answer(asked, &[address(server(10))])]
     });
-    let mut stream = scene.connects(RESOLVER);
-    let asked = [asking(1, "shop.test"), asking(2, "evil.test")].concat();
+    let mut stream = scene.connect(RESOLVER);
+    let asked = [framed_query(1, "shop.test"), framed_query(2, "evil.test")].concat();
     stream.write(&asked);
     stream.expect_refusal(2);
     assert_eq!(stream.expect(1).addresses, [server(10)]);
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
-/// The zone of a resolver that nobody here wrote.
+/// The zone for unbound and BIND.
 fn zone(lab: &Lab) -> &'static str {
     let head = "$ORIGIN test.\n$TTL 300\n@ IN SOA ns.test. root.test. 1 3600 600 86400 300\n\
                 @ IN NS ns.test.\nns IN A 10.99.0.53\nshop IN A 203.0.113.10\nevil IN A 203.0.113.66\n";
@@ -165,13 +165,13 @@ fn zone(lab: &Lab) -> &'static str {
 }
 
 #[track_caller]
-fn refused_and_listed_together(scene: &Scene, resolver: IpAddr, in_one_write: bool) {
-    let mut stream = scene.connects(resolver);
+fn mix_refused_and_allowed(scene: &Scene, resolver: IpAddr, in_one_write: bool) {
+    let mut stream = scene.connect(resolver);
     let name = |id: u16| match id % 2 {
         0 => format!("n{id}.many.test"),
         _ => format!("n{id}.evil.test"),
     };
-    let asked: Vec<_> = (0..100).map(|id| asking(id, &name(id))).collect();
+    let asked: Vec<_> = (0..100).map(|id| framed_query(id, &name(id))).collect();
     if in_one_write {
         stream.write(&asked.concat());
     } else {
@@ -190,30 +190,30 @@ fn refused_and_listed_together(scene: &Scene, resolver: IpAddr, in_one_write: bo
 }
 
 #[test]
-fn unbound_answers_what_is_asked_between_refused_questions() {
+fn unbound_answers_allowed_queries_between_refused_ones() {
     let lab = Lab::builder().without_dns().build();
     let zone = zone(&lab);
     let mut command = resolvers::unbound(&lab, zone);
     let _resolver = lab.run_resolver(&mut command);
     let scene = Scene::with_resolver(lab);
     for resolver in [RESOLVER, RESOLVER6] {
-        refused_and_listed_together(&scene, resolver, true);
-        refused_and_listed_together(&scene, resolver, false);
+        mix_refused_and_allowed(&scene, resolver, true);
+        mix_refused_and_allowed(&scene, resolver, false);
     }
 }
 
 #[test]
-fn bind_answers_what_is_asked_between_refused_questions() {
+fn bind_answers_allowed_queries_between_refused_ones() {
     let lab = Lab::builder().without_dns().build();
     let zone = zone(&lab);
     let mut command = resolvers::named(&lab, &[RESOLVER, RESOLVER6], zone);
     let _resolver = lab.run_resolver(&mut command);
     let scene = Scene::with_resolver(lab);
-    refused_and_listed_together(&scene, RESOLVER, true);
-    refused_and_listed_together(&scene, RESOLVER6, false);
+    mix_refused_and_allowed(&scene, RESOLVER, true);
+    mix_refused_and_allowed(&scene, RESOLVER6, false);
 }
 
-/// unbound in the pod, which asks the node's resolver over TCP only.
+/// Runs unbound in the pod; it queries the node's resolver over TCP only.
 #[track_caller]
 fn unbound_in(scene: &Scene) -> Running {
     let mut command = resolvers::unbound_over_tcp(&scene.lab, RESOLVER);
@@ -229,7 +229,7 @@ fn unbound_in(scene: &Scene) -> Running {
 }
 
 #[test]
-fn a_resolver_in_the_pod_that_asks_over_tcp_resolves_every_listed_name() {
+fn a_resolver_in_the_pod_that_queries_over_tcp_resolves_every_listed_name() {
     const NAMES: u16 = 20;
     let scene = Scene::new();
     let _unbound = unbound_in(&scene);
@@ -242,7 +242,7 @@ fn a_resolver_in_the_pod_that_asks_over_tcp_resolves_every_listed_name() {
     let mut resolved = Vec::new();
     let mut refused = Vec::new();
     for _ in 0..2 * NAMES {
-        let answer = socket.expect("an answer to each question");
+        let answer = socket.expect("a response to each query");
         match answer.message.metadata.id {
             id @ 1000.. => {
                 assert_eq!(answer.code, ResponseCode::NXDomain, "{id}");
@@ -258,7 +258,7 @@ fn a_resolver_in_the_pod_that_asks_over_tcp_resolves_every_listed_name() {
     refused.sort_unstable();
     let all: Vec<u16> = (0..NAMES).collect();
     assert_eq!((&resolved, &refused), (&all, &all));
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
@@ -280,13 +280,13 @@ fn glibc_walks_its_search_list_on_one_connection() {
     assert_eq!(asked_from.len(), 2, "A and AAAA, over TCP: {questions:?}");
     assert!(questions.iter().all(|q| q.tcp));
     assert_eq!(asked_from[0], asked_from[1], "on one connection");
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
-/// Addresses in the largest answer there is.
+/// The number of addresses in the largest possible response.
 const ADDRESSES: u32 = 2660;
 
-fn answers_at_length(scene: &Scene) {
+fn serve_large_responses(scene: &Scene) {
     scene.lab.dns().on("shop.test", |asked| {
         let all: Vec<_> = (0..ADDRESSES).map(|n| address(numbered(n))).collect();
         vec![Send::answer(asked, &all)]
@@ -294,10 +294,10 @@ fn answers_at_length(scene: &Scene) {
 }
 
 #[test]
-fn an_answer_of_64_kib_arrives_after_a_refusal() {
+fn a_response_of_64_kib_arrives_after_a_refusal() {
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..4 {
         stream.ask(100 + id, "evil.test");
         stream.expect_refusal(100 + id);
@@ -307,32 +307,32 @@ fn an_answer_of_64_kib_arrives_after_a_refusal() {
         assert!(answer.bytes > 64_000, "{} bytes", answer.bytes);
         assert!(scene.has_learned(numbered(ADDRESSES - 1)));
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
-fn a_question_that_is_refused_within_an_answer_is_answered_behind_it() {
+fn a_refusal_during_a_large_response_follows_that_response() {
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..20 {
         stream.ask(id, "shop.test");
-        // Part of the answer has passed before the refusal.
-        stream.0.peek(&mut [0]).expect("the answer begins");
+        // Part of the response has passed before the refusal.
+        stream.0.peek(&mut [0]).expect("the response begins");
         stream.ask(100 + id, "evil.test");
         let answers = stream.answers(2);
         assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
         assert_eq!(answers[&(100 + id)].code, ResponseCode::NXDomain);
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
 fn a_pod_that_reads_late_gets_everything() {
     const ANSWERS: u16 = 30;
     let scene = Scene::new();
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1000, "evil.test");
     for id in 0..ANSWERS {
         stream.ask(id, "shop.test");
@@ -347,45 +347,45 @@ fn a_pod_that_reads_late_gets_everything() {
         assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
         assert_eq!(answers[&(2000 + id)].code, ResponseCode::NXDomain);
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
-fn the_end_of_each_side_reaches_the_other() {
+fn the_fin_of_each_side_reaches_the_other() {
     let scene = Scene::new();
-    let mut stream = scene.connects(RESOLVER);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
     stream.0.shutdown(Shutdown::Write).expect("shutdown(2)");
     let answers = stream.answers(2);
     assert_eq!(answers[&2].addresses, [server(10)]);
-    // The resolver ends the connection when it reads the pod's end.
+    // The resolver ends the connection when it reads the pod's FIN.
     let mut rest = Vec::new();
     stream.0.read_to_end(&mut rest).expect("the end");
     assert!(rest.is_empty());
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
     let connections = || {
         let mut command = Command::new("ss");
         command.args(["--no-header", "--tcp", "--numeric", "sport", "=", ":53"]);
         let output = scene.lab.outside().run(|| command.output());
         String::from_utf8_lossy(&output.expect("ss, of the package iproute2").stdout).into_owned()
     };
-    // A pod that goes away without reading resets its connection.
-    let mut stream = scene.connects(RESOLVER);
+    // A pod that closes its socket without reading resets the connection.
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
     stream.expect_refusal(1);
-    stream.0.peek(&mut [0]).expect("an answer");
+    stream.0.peek(&mut [0]).expect("a response");
     drop(stream);
     eventually("the resolver knows of no connection", || {
         connections().trim().is_empty().then_some(())
     });
 }
 
-/// A connection on which a question was refused and another one answered.
+/// A connection on which one query was refused and another was answered.
 #[track_caller]
-fn refused_and_answered(scene: &Scene) -> Stream {
-    let mut stream = scene.connects(RESOLVER);
+fn connection_after_a_refusal(scene: &Scene) -> Stream {
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.expect_refusal(1);
     stream.ask(2, "shop.test");
@@ -394,7 +394,7 @@ fn refused_and_answered(scene: &Scene) -> Stream {
 }
 
 #[test]
-fn an_agent_that_leaves_a_pod_resets_the_connection() {
+fn the_connection_is_reset_when_the_agent_stops_judging_it() {
     type Leave = fn(&mut Scene);
     let ways: [(&str, Leave); 4] = [
         ("the pod is only audited", |scene| {
@@ -406,7 +406,7 @@ fn an_agent_that_leaves_a_pod_resets_the_connection() {
         ("the pod is not enforced", |scene| {
             scene.lab.remove_pod(&scene.pod);
         }),
-        ("it is no resolver any more", |scene| {
+        ("the server is no resolver any more", |scene| {
             scene
                 .lab
                 .edit_config("dns.resolvers", vec![RESOLVER6.to_string()]);
@@ -418,7 +418,7 @@ fn an_agent_that_leaves_a_pod_resets_the_connection() {
     ];
     for (what, leave) in ways {
         let mut scene = Scene::new();
-        let mut stream = refused_and_answered(&scene);
+        let mut stream = connection_after_a_refusal(&scene);
         leave(&mut scene);
         let error = stream.0.read_exact(&mut [0]).expect_err("nothing comes");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{what}");
@@ -426,10 +426,10 @@ fn an_agent_that_leaves_a_pod_resets_the_connection() {
 }
 
 #[test]
-fn the_connection_goes_on_where_the_node_tracks_connections() {
+fn the_connection_goes_on_on_a_node_that_tracks_connections() {
     let scene = Scene::of(Lab::builder().tracking().build());
-    answers_at_length(&scene);
-    let mut stream = scene.connects(RESOLVER);
+    serve_large_responses(&scene);
+    let mut stream = scene.connect(RESOLVER);
     for id in 0..4 {
         stream.ask(100 + id, "evil.test");
         stream.expect_refusal(100 + id);
@@ -438,18 +438,18 @@ fn the_connection_goes_on_where_the_node_tracks_connections() {
         stream.ask(200 + id, "n1.many.test");
         assert_eq!(stream.expect(200 + id).addresses, [numbered(1)]);
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }
 
 #[test]
-fn an_answer_that_is_not_delivered_does_no_harm_to_the_others() {
+fn a_withheld_response_does_not_affect_the_others() {
     let scene = Scene::new();
     scene.lab.dns().on("shop.test", |asked| {
         let lie = Send::answer(asked, &[address(server(66))]);
         let answer = Send::answer(asked, &[address(server(10))]);
         vec![lie.clone().with_id(asked.id ^ 0x100), answer, lie]
     });
-    let mut stream = scene.connects(RESOLVER);
+    let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.expect_refusal(1);
     for id in 2..10 {
@@ -463,10 +463,10 @@ fn an_answer_that_is_not_delivered_does_no_harm_to_the_others() {
 }
 
 #[test]
-fn every_question_is_answered_over_a_link_that_loses() {
+fn every_query_is_answered_over_a_lossy_link() {
     let scene = Scene::of(Lab::builder().lossy().build());
     for first in 0..10 {
-        let mut stream = scene.connects(RESOLVER);
+        let mut stream = scene.connect(RESOLVER);
         stream
             .0
             .set_read_timeout(Some(DEADLINE))
@@ -484,5 +484,5 @@ fn every_question_is_answered_over_a_link_that_loses() {
             assert_eq!(answers[&(1000 + id)].code, ResponseCode::NXDomain);
         }
     }
-    scene.refuses_quietly();
+    scene.assert_only_names_were_refused();
 }

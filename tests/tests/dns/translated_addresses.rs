@@ -1,7 +1,7 @@
-//! An IPv4 address means the same host when a NAT64 translator reaches it (RFC 6052).
+//! An IPv4 address and its NAT64 translations (RFC 6052) are the same host to a policy.
 //!
-//! No translator runs in the laboratory: `outside` answers on the translated addresses itself, and
-//! the tests ask only what leaves the pod.
+//! No translator runs in the laboratory: `outside` answers on the translated addresses itself, and the tests
+//! check only which packets leave the pod.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,7 +11,7 @@ use egress_tests::{
     dns::RecordType,
 };
 
-/// The prefixes that the tests configure, one of each length of RFC 6052 besides the well-known one.
+/// The prefixes that the tests configure: one of each length of RFC 6052, besides the well-known one.
 const PREFIXES: [(&str, u32); 6] = [
     ("2001:db8::", 32),
     ("2001:db9:4000::", 40),
@@ -23,8 +23,8 @@ const PREFIXES: [(&str, u32); 6] = [
 
 const WELL_KNOWN: (&str, u32) = ("64:ff9b::", 96);
 
-/// What RFC 6052, section 2.2, makes of an IPv4 address, with these bits where it wants zeros: the
-/// octet from bit 64 on, and the suffix.
+/// The translation of an IPv4 address by RFC 6052, section 2.2. `reserved` replaces the zeros: the octet from
+/// bit 64 on, and the suffix.
 fn image((prefix, length): (&str, u32), v4: IpAddr, reserved: u8) -> IpAddr {
     let IpAddr::V4(v4) = v4 else {
         panic!("{v4} is not an IPv4 address");
@@ -45,7 +45,7 @@ fn image((prefix, length): (&str, u32), v4: IpAddr, reserved: u8) -> IpAddr {
     Ipv6Addr::from(octets).into()
 }
 
-/// What RFC 3056 makes of one.
+/// The 6to4 address of an IPv4 address (RFC 3056).
 fn six_to_four(v4: IpAddr) -> IpAddr {
     let IpAddr::V4(v4) = v4 else {
         panic!("{v4} is not an IPv4 address");
@@ -72,7 +72,7 @@ fn all_images(v4: IpAddr) -> Vec<(IpAddr, u16)> {
     for prefix in PREFIXES {
         images.push((image(prefix, v4, 0), 443));
         if prefix.1 < 96 {
-            // Translators pass over what stands there (RFC 6052, section 2.3).
+            // Translators ignore these bits (RFC 6052, section 2.3).
             images.push((image(prefix, v4, 0x5a), 443));
         }
     }
@@ -80,7 +80,7 @@ fn all_images(v4: IpAddr) -> Vec<(IpAddr, u16)> {
 }
 
 #[test]
-fn a_denied_ipv4_address_is_denied_through_nat64_without_any_configuration() {
+fn a_denied_ipv4_address_is_denied_through_the_well_known_nat64_prefix() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let (anywhere, open) = (lab.pod("shop", "anywhere"), lab.pod("shop", "open"));
@@ -132,13 +132,13 @@ fn an_allowed_ipv4_address_is_allowed_through_every_translator() {
     }
     let denied = all_images(server(12)).into_iter().map(|to| (to, "no_rule"));
     let mut denied: Vec<_> = denied.collect();
-    // A 6to4 address is that of another host behind the IPv4 one.
+    // A 6to4 address is that of another host behind the IPv4 address.
     denied.push(((six_to_four(server(9)), 443), "no_rule"));
     agent.denies_each_tcp(&pod, &denied);
 }
 
 #[test]
-fn no_translator_leads_to_a_protected_address() {
+fn a_protected_address_is_protected_through_every_translator() {
     let lab = lab();
     let _web = lab.serve_tcp(443);
     let metadata = IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254));
@@ -162,7 +162,7 @@ fn no_translator_leads_to_a_protected_address() {
 }
 
 #[test]
-fn an_internal_address_is_internal_through_a_translator_too() {
+fn an_internal_address_is_internal_through_a_translator() {
     let lab = lab();
     let _web = lab.serve_tcp(443);
     let pod = lab.pod("shop", "cart");
@@ -180,7 +180,7 @@ fn an_internal_address_is_internal_through_a_translator_too() {
 }
 
 #[test]
-fn a_translator_that_is_configured_later_is_known_at_once() {
+fn a_translator_that_is_configured_later_applies_at_once() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let pod = lab.pod("shop", "cart");
@@ -198,7 +198,7 @@ fn a_translator_that_is_configured_later_is_known_at_once() {
 }
 
 #[test]
-fn a_connection_to_the_translation_of_what_becomes_a_resolver_is_judged_again() {
+fn a_connection_to_the_translation_of_a_new_resolver_is_judged_again() {
     let lab = Lab::builder()
         .config("ranges.internal", vec!["198.18.0.0/16"])
         .config("dns.resolvers", vec!["10.99.0.53", "fd99::53"])

@@ -1,4 +1,4 @@
-//! Interfaces that come, go, are replaced, or cannot be attached to; and both ways of attaching.
+//! Interfaces that appear, disappear, are replaced, or cannot be attached to; both ways of attaching.
 
 use std::{fs, process::Command};
 
@@ -29,7 +29,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn is_enforced(&self) {
+    fn assert_enforced(&self) {
         assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
         self.pod.talks_tcp((server(10), 443));
         assert!(!self.is_open(), "the pod is open");
@@ -43,7 +43,7 @@ impl Scene {
         self.pod.connect_tcp((server(99), 443), SHORT).is_ok()
     }
 
-    /// What `tc filter show` says of the pod's interface, both ways.
+    /// The output of `tc filter show` for the pod's interface, both directions.
     #[track_caller]
     fn filters(&self) -> String {
         let show = |way| {
@@ -55,7 +55,7 @@ impl Scene {
         show("ingress") + &show("egress")
     }
 
-    /// How many policies the kernel has.
+    /// The number of policies in the kernel.
     #[track_caller]
     fn policies(&self) -> usize {
         let pin = self.lab.pins().join("policies");
@@ -63,7 +63,7 @@ impl Scene {
         dump.as_array().map_or(0, Vec::len)
     }
 
-    /// Index of the pod's interface on the node.
+    /// The index of the pod's interface on the node.
     #[track_caller]
     fn ifindex(&self) -> u32 {
         self.ifindex_of(&self.pod)
@@ -92,12 +92,12 @@ impl Scene {
 }
 
 #[test]
-fn filters_on_a_clsact_qdisc_do_the_same_and_are_gone_at_the_end() {
+fn clsact_filters_enforce_and_are_removed_at_the_end() {
     let scene = Scene::new();
     let attach = ["--attach", "clsact"];
     let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
     assert_eq!(scene.filters().matches("direct-action").count(), 2);
-    scene.is_enforced();
+    scene.assert_enforced();
     assert!(agent.stop().success());
     assert_eq!(scene.filters(), "");
     assert!(scene.is_open());
@@ -105,18 +105,18 @@ fn filters_on_a_clsact_qdisc_do_the_same_and_are_gone_at_the_end() {
 }
 
 #[test]
-fn filters_on_a_clsact_qdisc_outlive_a_killed_agent_and_are_replaced_or_cleaned_up() {
+fn clsact_filters_outlive_a_killed_agent_and_are_replaced_or_cleaned_up() {
     let scene = Scene::new();
     let attach = ["--attach", "clsact"];
     let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
-    scene.is_enforced();
+    scene.assert_enforced();
     agent.kill();
     assert!(!scene.is_open());
     scene.pod.talks_tcp((server(10), 443));
 
     let mut agent = scene.lab.start_agent_with(&attach, &[&scene.pod]);
     assert_eq!(scene.filters().matches("direct-action").count(), 2);
-    scene.is_enforced();
+    scene.assert_enforced();
     agent.kill();
     scene.lab.cleanup();
     assert_eq!(scene.filters(), "");
@@ -152,7 +152,7 @@ fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
         assert!(left(ifindex), "the other pod is attached to");
         assert!(!agent.stderr().contains("cannot"), "{}", agent.stderr());
 
-        // The other one's interface is gone by the time it is uninstalled.
+        // The other pod's interface disappears before the uninstallation.
         agent.kill();
         scene.delete_interface_of(&other);
         scene.lab.cleanup();
@@ -161,10 +161,10 @@ fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
 }
 
 #[test]
-fn somebody_elses_filter_stays() {
+fn a_foreign_filter_stays() {
     let scene = Scene::new();
     let interface = scene.pod.interface();
-    // A program in the form of old: "return -1", which is "go on".
+    // A classic BPF program: "return -1", so the packet goes on.
     for arguments in [
         format!("qdisc add dev {interface} clsact"),
         format!("filter add dev {interface} ingress prio 1 handle 1 bpf bytecode"),
@@ -187,28 +187,28 @@ fn somebody_elses_filter_stays() {
 }
 
 #[test]
-fn an_interface_that_is_replaced_by_one_of_the_same_name_is_enforced() {
+fn a_new_interface_with_the_same_name_is_enforced() {
     for attach in ["tcx", "clsact"] {
         let scene = Scene::new();
         let agent = scene
             .lab
             .start_agent_with(&["--attach", attach], &[&scene.pod]);
-        scene.is_enforced();
+        scene.assert_enforced();
         let before = scene.ifindex();
         scene.delete_interface();
         scene.lab.add_interface(&scene.pod);
         assert_ne!(scene.ifindex(), before);
         eventually("the new interface is enforced", || holds(!scene.is_open()));
-        scene.is_enforced();
+        scene.assert_enforced();
         drop(agent);
     }
 }
 
 #[test]
-fn a_pod_whose_interface_is_gone_is_removed_and_a_problem_until_it_is_back() {
+fn a_pod_without_its_interface_is_removed_and_reported_until_it_is_back() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.is_enforced();
+    scene.assert_enforced();
     let pin = scene.lab.allow_pin(&scene.pod);
     agent.says_after(
         "that the interface is missing",
@@ -222,17 +222,17 @@ fn a_pod_whose_interface_is_gone_is_removed_and_a_problem_until_it_is_back() {
         || scene.lab.add_interface(&scene.pod),
         |line| line.contains("enforcing") && line.contains("pod=shop/cart"),
     );
-    scene.is_enforced();
+    scene.assert_enforced();
 }
 
 #[test]
-fn an_interface_that_cannot_be_attached_to_is_tried_again_and_leaves_nothing_behind() {
+fn a_failed_attachment_is_retried_and_leaves_nothing_behind() {
     let scene = Scene::new();
     let other = scene.lab.pod("shop", "other");
     let agent = scene
         .lab
         .start_agent_with(&["--attach", "tcx"], &[&scene.pod]);
-    // In the way of the link's pin.
+    // An obstacle at the path of the link's pin.
     let interface = other.interface();
     let ifindex = scene
         .lab
@@ -247,15 +247,15 @@ fn an_interface_that_cannot_be_attached_to_is_tried_again_and_leaves_nothing_beh
         |line| line.contains("shop/other") && line.contains("cannot attach"),
     );
     let policies = scene.policies();
-    // Every further look is an attempt.
+    // Each reconciliation is an attempt.
     for n in 0..20 {
         scene
             .lab
             .write_file(&format!("note{n}.yaml"), b"# nothing\n");
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
-    assert_eq!(scene.policies(), policies, "attempts leave policies behind");
-    scene.is_enforced();
+    assert_eq!(scene.policies(), policies, "attempts left policies behind");
+    scene.assert_enforced();
 
     fs::remove_dir(&obstacle).expect("the directory is still there");
     agent.wait_enforcing(&other);

@@ -1,4 +1,4 @@
-//! Beside the CNI plugin `bandwidth`, the real one: both work, whichever comes first.
+//! The real CNI plugin `bandwidth` beside the agent: both work, whichever comes first.
 
 use std::{
     io::Write as _,
@@ -11,11 +11,11 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
-/// Where distributions put it.
+/// The path in distributions' packages.
 const PLUGIN: &str = "/usr/lib/cni/bandwidth";
 
-/// Adds the plugin's limits to a pod's interface, as a container runtime does. Returns what it said
-/// when it failed.
+/// Adds the plugin's limits to a pod's interface, as a container runtime does. Returns the plugin's output
+/// when it fails.
 fn limit(cluster: &Cluster, net: &Pod) -> Result<(), String> {
     let limits = json!({
         "cniVersion": "0.4.0",
@@ -60,9 +60,9 @@ fn sandbox(net: &Pod) -> String {
     format!("/run/netns/{}", net.netns().name())
 }
 
-/// How many packets the plugin's ifb device of the pod has limited: what the pod sends passes it.
+/// The number of packets that the plugin's ifb device has sent on: it carries all that the pod sends.
 #[track_caller]
-fn limited(cluster: &Cluster) -> u64 {
+fn limited_packets(cluster: &Cluster) -> u64 {
     let mut command = Command::new("ip");
     command.args(["-json", "-statistics", "link", "show", "type", "ifb"]);
     let output = cluster
@@ -99,9 +99,9 @@ fn run(cluster: &Cluster, shop: &str, net: Pod, annotations: &Value) -> ClusterP
     pod
 }
 
-/// Waits until the agent has looked at everything that is there now.
+/// Waits for two complete reconciliations.
 #[track_caller]
-fn is_looked_at(cluster: &Cluster) {
+fn wait_reconciled_twice(cluster: &Cluster) {
     let looks = || {
         cluster
             .lab
@@ -109,17 +109,17 @@ fn is_looked_at(cluster: &Cluster) {
             .find("egress_agent_reconcile_seconds_count")
     };
     let before = looks();
-    eventually("the agent has looked twice", || {
+    eventually("the agent has reconciled twice", || {
         holds(looks() >= before + 2.0)
     });
 }
 
 #[track_caller]
-fn is_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
+fn assert_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
     let net = pod.net();
     agent.wait_enforcing(net);
     cluster.tell_addresses(pod);
-    eventually("what is allowed is reached", || {
+    eventually("the allowed address is reached", || {
         holds(
             net.connect_tcp((server(10), 443), SHORT).is_ok() || {
                 net.lookup("shop.test");
@@ -127,15 +127,15 @@ fn is_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
             },
         )
     });
-    let before = limited(cluster);
+    let before = limited_packets(cluster);
     net.talks_tcp((server(10), 443));
-    assert!(limited(cluster) > before, "the limit is gone");
+    assert!(limited_packets(cluster) > before, "the limit is gone");
     assert!(net.connect_tcp((server(99), 443), SHORT).is_err());
     agent.wait_denial("the address", |denial| {
         denial.is(net, "address_not_learned", server(99), 443)
     });
     agent.denies_name(net, "evil.test");
-    assert!(limited(cluster) > before);
+    assert!(limited_packets(cluster) > before);
 }
 
 fn allow() -> Value {
@@ -145,44 +145,44 @@ fn allow() -> Value {
 #[test]
 fn a_pod_with_a_limit_starts_and_is_enforced_and_limited() {
     for attach in ["tcx", "clsact"] {
-        starts_enforced_and_limited(attach);
+        check_limited_pod(attach);
     }
 }
 
 #[track_caller]
-fn starts_enforced_and_limited(attach: &str) {
+fn check_limited_pod(attach: &str) {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
     let agent = start_agent(&cluster, attach);
     for (name, annotations) in [("cart", allow()), ("free", Value::Null)] {
         let net = cluster.lab.pod(&shop, name);
-        // The interface is there, and the plugins that come next are not done.
-        is_looked_at(&cluster);
+        // The interface exists, and the remaining plugins of the chain have not run yet.
+        wait_reconciled_twice(&cluster);
         if let Err(said) = limit(&cluster, &net) {
             panic!("the pod does not start: {said}");
         }
         let pod = run(&cluster, &shop, net, &annotations);
         if annotations.is_null() {
-            let before = limited(&cluster);
-            eventually("it is let go", || {
+            let before = limited_packets(&cluster);
+            eventually("the pod is not enforced", || {
                 holds(pod.net().connect_tcp((server(99), 443), SHORT).is_ok())
             });
-            assert!(limited(&cluster) > before, "the limit is gone");
+            assert!(limited_packets(&cluster) > before, "the limit is gone");
         } else {
-            is_enforced_and_limited(&cluster, &agent, &pod);
-            // The kernel forgets it with the interface.
+            assert_enforced_and_limited(&cluster, &agent, &pod);
+            // The kernel removes the limit with the interface.
             cluster.delete(pod);
         }
     }
 }
 
 #[test]
-fn programs_that_plugins_run_in_the_network_do_not_count_as_the_pods() {
+fn programs_that_plugins_run_in_the_namespace_do_not_count_as_the_pods() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
     let agent = start_agent(&cluster, "clsact");
     let net = cluster.lab.pod(&shop, "cart");
-    // At any moment, and so at each of the agent's looks, one is there.
+    // At every moment, so at each reconciliation, one such program runs.
     for _ in 0..60 {
         let mut program = Command::new("sleep");
         program.arg("0.02");
@@ -191,26 +191,26 @@ fn programs_that_plugins_run_in_the_network_do_not_count_as_the_pods() {
     }
     limit(&cluster, &net).expect("the interface was left alone");
     let pod = run(&cluster, &shop, net, &allow());
-    is_enforced_and_limited(&cluster, &agent, &pod);
+    assert_enforced_and_limited(&cluster, &agent, &pod);
 }
 
 #[test]
-fn a_pod_that_had_a_limit_before_the_agent_came_is_enforced_and_limited() {
+fn a_pod_with_a_limit_older_than_the_agent_is_enforced_and_limited() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
     let net = cluster.lab.pod(&shop, "cart");
-    limit(&cluster, &net).expect("nobody is in the way");
+    limit(&cluster, &net).expect("the plugin adds its qdisc");
     let pod = run(&cluster, &shop, net, &allow());
     let mut agent = start_agent(&cluster, "clsact");
-    is_enforced_and_limited(&cluster, &agent, &pod);
-    // And the next agent finds it so.
+    assert_enforced_and_limited(&cluster, &agent, &pod);
+    // The next agent finds the same state.
     agent.kill();
     let agent = start_agent(&cluster, "clsact");
-    is_enforced_and_limited(&cluster, &agent, &pod);
+    assert_enforced_and_limited(&cluster, &agent, &pod);
 }
 
 #[test]
-fn an_interface_whose_pod_is_not_known_is_closed_when_a_program_is_behind_it() {
+fn an_interface_with_a_process_but_no_known_pod_is_closed() {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
     let agent = start_agent(&cluster, "clsact");

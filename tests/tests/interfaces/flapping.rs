@@ -1,12 +1,12 @@
-//! Pods that change their interfaces all the time.
+//! Pods that change their interfaces constantly.
 
 use std::time::{Duration, Instant};
 
 use egress_tests::{Lab, observed::HTTP};
 
-/// What the agent does at most: so many rounds at once, one each tenth of a second, one each second
-/// whatever happens, and a few while this test begins and ends.
-fn most(elapsed: Duration) -> f64 {
+/// The maximum number of reconciliations: a burst at once, one each tenth of a second, one each second in any
+/// case, and a few while the test begins and ends.
+fn max_rounds(elapsed: Duration) -> f64 {
     16.0 + 10.0 * elapsed.as_secs_f64() + elapsed.as_secs_f64() + 4.0
 }
 
@@ -25,14 +25,14 @@ fn pods_that_flap_their_interfaces_do_not_keep_the_agent_busy() {
         }
     });
     let more = rounds() - before;
-    let most = most(start.elapsed());
-    assert!(more >= 1.0, "the agent looks at all");
+    let most = max_rounds(start.elapsed());
+    assert!(more >= 1.0, "the agent does not reconcile");
     assert!(
         more <= most,
-        "{more} rounds in {:?}, and {most} are enough",
+        "{more} rounds in {:?}, at most {most} expected",
         start.elapsed()
     );
-    // What is enforced is so as before.
+    // The pod is still enforced.
     pod.netns().ip_batch("route add default via 10.1.1.1\n");
     assert_eq!(pod.lookup("shop.test").len(), 1);
 }

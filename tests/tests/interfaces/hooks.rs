@@ -1,5 +1,5 @@
-//! Other programs on the hooks of a pod's interface: none of them keeps packets from being judged, and
-//! where one does, this is said.
+//! Other programs on the hooks of a pod's interface. None of them lets packets pass unjudged; where one does,
+//! the agent reports it.
 #![expect(
     clippy::float_cmp,
     reason = "metrics are floating-point numbers, and counts among them are exact"
@@ -52,13 +52,11 @@ impl Scene {
         self.pod.connect_tcp((server(99), 443), SHORT).is_ok()
     }
 
-    /// Waits until nothing else leaves, and then for everything that is allowed.
+    /// Waits until nothing forbidden leaves, and then for everything that is allowed.
     #[track_caller]
-    fn becomes_enforced(&self) {
-        eventually("what is not allowed does not leave", || {
-            holds(!self.is_open())
-        });
-        // Answers pass `to_pod` first, too: what they say is learned.
+    fn wait_enforced(&self) {
+        eventually("denied connections do not leave", || holds(!self.is_open()));
+        // Responses pass `to_pod` first, too, so their addresses are learned.
         eventually("a name is looked up", || {
             self.pod
                 .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)
@@ -72,10 +70,10 @@ impl Scene {
         assert!(!self.is_open(), "the pod is open");
     }
 
-    /// Waits until status, metrics and readiness say whether the pod is enforced.
+    /// Waits until status, metrics and readiness agree on whether the pod is enforced.
     #[track_caller]
-    fn counts_as_enforced(&self, enforced: bool) {
-        eventually("status says whether the pod is enforced", || {
+    fn wait_counted_as_enforced(&self, enforced: bool) {
+        eventually("status shows whether the pod is enforced", || {
             holds(self.lab.status_of(&self.pod)["enforced"] == enforced)
         });
         let metrics = self.lab.metrics();
@@ -89,7 +87,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn has_problem(&self, text: &str) {
+    fn wait_problem(&self, text: &str) {
         eventually(text, || {
             let problem = self.lab.status_of(&self.pod)["problem"].clone();
             holds(
@@ -102,34 +100,34 @@ impl Scene {
 }
 
 #[test]
-fn a_filter_that_is_added_in_front_of_ours_opens_nothing() {
+fn a_filter_added_in_front_of_ours_opens_nothing() {
     let scene = Scene::start("clsact", |_, _| ());
     for (handle, side) in [(7, "ingress"), (8, "egress"), (9, "ingress")] {
         scene.lab.add_rival_filter(&scene.pod, side, handle);
-        scene.becomes_enforced();
+        scene.wait_enforced();
         let interface = scene.pod.interface();
         let filters = scene.lab.tc(&format!("filter show dev {interface} {side}"));
         assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
         assert!(filters.contains("bytecode"), "the rival is gone: {filters}");
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
     assert!(scene.lab.metrics().find("egress_agent_hooks_moved_total") >= 3.0);
 }
 
 #[test]
-fn a_tcx_program_that_is_attached_in_front_of_ours_opens_nothing() {
+fn a_tcx_program_attached_in_front_of_ours_opens_nothing() {
     let scene = Scene::start("tcx", |_, _| ());
     let rival = |place| Rival::attach(scene.lab.node(), scene.pod.interface(), place, Rival::OK);
     let mut rivals = Vec::new();
     for place in [Place::TcxIngress, Place::TcxEgress, Place::TcxIngress] {
         rivals.push(rival(place));
-        scene.becomes_enforced();
+        scene.wait_enforced();
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
-fn a_qdisc_or_filter_that_somebody_removes_is_put_back() {
+fn a_removed_qdisc_or_filter_is_restored() {
     let scene = Scene::start("clsact", |_, _| ());
     let interface = scene.pod.interface();
     for removed in [
@@ -138,23 +136,23 @@ fn a_qdisc_or_filter_that_somebody_removes_is_put_back() {
         format!("filter del dev {interface} egress"),
     ] {
         scene.lab.tc(&removed);
-        scene.becomes_enforced();
+        scene.wait_enforced();
     }
-    scene.counts_as_enforced(true);
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
-fn a_filter_that_nothing_can_be_put_in_front_of_is_said_and_the_pod_counts_as_not_enforced() {
+fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
     let scene = Scene::start("clsact", |lab, pod| {
         let interface = pod.interface();
         lab.tc(&format!("qdisc add dev {interface} clsact"));
-        // Filters of one priority are of one kind.
+        // The kernel allows only one kind of filter per priority.
         lab.tc(&format!(
             "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
         ));
     });
-    scene.has_problem("u32 filter of priority 1");
-    scene.counts_as_enforced(false);
+    scene.wait_problem("u32 filter of priority 1");
+    scene.wait_counted_as_enforced(false);
     let interface = scene.pod.interface();
     scene.agent.says_after(
         "that the problem is gone",
@@ -164,12 +162,12 @@ fn a_filter_that_nothing_can_be_put_in_front_of_is_said_and_the_pod_counts_as_no
         },
         |line| line.contains("the problem is gone") && line.contains("shop/cart"),
     );
-    scene.becomes_enforced();
-    scene.counts_as_enforced(true);
+    scene.wait_enforced();
+    scene.wait_counted_as_enforced(true);
 }
 
 #[test]
-fn a_program_that_insists_on_being_first_is_said_and_does_not_keep_the_agent_busy() {
+fn a_program_that_insists_on_being_first_is_reported_and_does_not_keep_the_agent_busy() {
     let scene = Scene::start("tcx", |_, _| ());
     let mut rivals = Vec::new();
     eventually("the agent gives up and says so", || {
@@ -189,14 +187,14 @@ fn a_program_that_insists_on_being_first_is_said_and_does_not_keep_the_agent_bus
     });
     let moved = scene.lab.metrics().find("egress_agent_hooks_moved_total");
     assert!((1.0..=5.0).contains(&moved), "moved {moved} times");
-    scene.counts_as_enforced(false);
+    scene.wait_counted_as_enforced(false);
     drop(rivals);
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
 }
 
 #[test]
-fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
+fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goes_on() {
     let scene = Scene::start("auto", |_, _| ());
     let interface = scene.pod.interface();
     let quiet = || {
@@ -205,22 +203,22 @@ fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
         });
     };
     quiet();
-    // As tcpdump has one.
+    // A packet socket as tcpdump opens it.
     let capture = Tap::open(scene.lab.node(), interface);
-    scene.has_problem(&format!("a packet socket reads on interface {interface}"));
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_problem(&format!("a packet socket reads on interface {interface}"));
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
     drop(capture);
     quiet();
 
     let program = Rival::attach(scene.lab.node(), interface, Place::Xdp, Rival::XDP_PASS);
-    scene.has_problem("an XDP program");
-    scene.counts_as_enforced(true);
-    scene.becomes_enforced();
+    scene.wait_problem("an XDP program");
+    scene.wait_counted_as_enforced(true);
+    scene.wait_enforced();
     drop(program);
     quiet();
 
-    // One on another interface is no business of this pod.
+    // A packet socket on another interface is no problem of this pod.
     let other = Tap::open(scene.lab.node(), "uplink");
     scene.agent.says_after(
         "what it says of a capture on all interfaces",
@@ -234,7 +232,7 @@ fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
                 )
             });
             let all = all.expect("a packet socket");
-            eventually("it is said of the node", || {
+            eventually("status reports it for the node", || {
                 let (_, status) = scene.lab.ask_json(&["status"]);
                 let problems = status["problems"].as_array()?.clone();
                 holds(
@@ -252,20 +250,20 @@ fn what_reads_packets_before_they_are_judged_is_said_and_enforcing_goes_on() {
 }
 
 #[test]
-fn packets_that_something_takes_before_any_hook_are_noticed() {
+fn packets_taken_before_any_hook_are_noticed_by_probes() {
     for attach in ["tcx", "clsact"] {
         let scene = Scene::start(attach, |_, _| ());
-        scene.counts_as_enforced(true);
+        scene.wait_counted_as_enforced(true);
         let rival = Rival::attach(
             scene.lab.node(),
             scene.pod.interface(),
             Place::Xdp,
             Rival::XDP_DROP,
         );
-        scene.has_problem("probes");
-        scene.counts_as_enforced(false);
+        scene.wait_problem("probes");
+        scene.wait_counted_as_enforced(false);
         drop(rival);
-        scene.counts_as_enforced(true);
-        scene.becomes_enforced();
+        scene.wait_counted_as_enforced(true);
+        scene.wait_enforced();
     }
 }

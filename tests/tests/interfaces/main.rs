@@ -1,4 +1,4 @@
-//! How programs stand at a pod's interfaces, and how the agent finds these interfaces.
+//! How programs are attached to a pod's interfaces, and how the agent finds these interfaces.
 
 mod attachment;
 mod bandwidth;

@@ -1,4 +1,4 @@
-//! A pod is found on its machine by nothing but its UID.
+//! The agent locates a pod on its machine by the pod's UID alone.
 
 use std::{
     collections::HashSet,
@@ -44,7 +44,7 @@ fn locate(host: &mut Host, uid: &str) -> Result<Located, Missing> {
     host.locate(&links, uid)
 }
 
-/// The number of an interface on the node.
+/// The index of an interface on the node.
 #[track_caller]
 fn ifindex(lab: &Lab, name: &str) -> u32 {
     let index = lab.node().run(|| nix::net::if_::if_nametoindex(name));
@@ -65,7 +65,7 @@ fn assert_located(lab: &Lab, host: &mut Host, pod: &NodePod) -> Located {
 }
 
 #[test]
-fn a_pod_is_found_whatever_lays_out_its_groups() {
+fn a_pod_is_found_in_every_cgroup_layout() {
     let lab = Lab::builder().without_dns().build();
     let mut pods = Vec::new();
     for hierarchy in [Hierarchy::V2, Hierarchy::V1] {
@@ -84,7 +84,7 @@ fn a_pod_is_found_whatever_lays_out_its_groups() {
             }
         }
     }
-    // One agent sees all of them: what it learns from one pod does not keep it from the next.
+    // One host locates all of them: a layout that it learns from one pod does not exclude other layouts.
     let mut host = host(&lab);
     for _ in 0..2 {
         for pod in &pods {
@@ -94,7 +94,7 @@ fn a_pod_is_found_whatever_lays_out_its_groups() {
 }
 
 #[test]
-fn a_pod_is_found_below_a_root_that_is_the_kubelets_own() {
+fn a_pod_is_found_below_a_custom_cgroup_root() {
     let lab = Lab::builder().without_dns().build();
     for root in ["kubelet", "testroot"] {
         for driver in [Driver::Systemd, Driver::Cgroupfs] {
@@ -107,7 +107,7 @@ fn a_pod_is_found_below_a_root_that_is_the_kubelets_own() {
             let pod = node.run_pod(&lab, &name, &uid(), Qos::Burstable);
             let mut host = host(&lab);
             assert_located(&lab, &mut host, &pod);
-            // The place was learned from that pod.
+            // The location of the cgroup root was learned from the first pod.
             let next = node.run_pod(&lab, &format!("{name}-next"), &uid(), Qos::Guaranteed);
             assert_located(&lab, &mut host, &next);
         }
@@ -152,7 +152,7 @@ fn every_interface_of_a_pod_is_found() {
 }
 
 #[test]
-fn a_pod_that_begins_is_missed_with_the_reason_until_it_is_there() {
+fn a_starting_pod_is_reported_with_the_missing_prerequisite() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let uid = uid();
@@ -170,7 +170,7 @@ fn a_pod_that_begins_is_missed_with_the_reason_until_it_is_there() {
 }
 
 #[test]
-fn a_pod_whose_sandbox_is_made_anew_is_found_in_its_new_network() {
+fn a_pod_with_a_new_sandbox_is_found_in_its_new_network() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let mut pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
@@ -178,7 +178,7 @@ fn a_pod_whose_sandbox_is_made_anew_is_found_in_its_new_network() {
 
     let old = pod.change_sandbox(lab.pod("shop", "cart"));
     pod.start_container();
-    // Both for as long as both have a process.
+    // Both networks as long as both have a process.
     let both = locate(&mut host, pod.uid()).unwrap();
     assert_eq!(both.interfaces.len(), 2);
     assert_eq!(both.namespaces.len(), 2);
@@ -195,7 +195,7 @@ fn a_pod_whose_sandbox_is_made_anew_is_found_in_its_new_network() {
 }
 
 #[test]
-fn a_pod_that_has_ended_is_missed() {
+fn a_pod_that_has_ended_is_not_found() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let mut pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
@@ -209,7 +209,7 @@ fn a_pod_that_has_ended_is_missed() {
 }
 
 #[test]
-fn interfaces_that_were_listed_before_a_pod_ended_are_not_the_next_pods() {
+fn a_stale_list_of_interfaces_gives_a_new_pod_no_interface() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let node = Node::default();
@@ -228,7 +228,7 @@ fn interfaces_that_were_listed_before_a_pod_ended_are_not_the_next_pods() {
         let gone = !host.links().unwrap().iter().any(|link| link.name == name);
         holds(gone)
     });
-    // The kernel gives the number that has become free to the next namespace, sooner or later.
+    // The kernel reuses the free namespace id for a later namespace.
     let mut pods = Vec::new();
     let next = eventually("a namespace gets the number of the first", || {
         let pod = node.run_pod(&lab, &format!("next{}", pods.len()), &uid(), Qos::Burstable);
@@ -243,7 +243,7 @@ fn interfaces_that_were_listed_before_a_pod_ended_are_not_the_next_pods() {
 }
 
 #[test]
-fn a_pod_in_the_hosts_network_is_said_to_be() {
+fn a_pod_in_the_hosts_network_is_recognised() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "agent");
@@ -252,20 +252,20 @@ fn a_pod_in_the_hosts_network_is_said_to_be() {
     let missed = locate(&mut host, pod.uid());
     assert!(matches!(missed, Err(Missing::HostNetwork)), "{missed:?}");
 
-    // A runtime's own process beside the pod's hides nothing.
+    // A process of the runtime in the host's network does not hide the pod's network.
     pod.start_container();
     lab.add_interface(pod.pod());
     assert_located(&lab, &mut host, &pod);
 }
 
 #[test]
-fn a_pod_without_an_end_on_the_host_is_told_from_one_that_begins() {
+fn a_pod_without_a_host_end_is_distinguished_from_a_starting_pod() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "cart");
     let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
     pod.start_container();
-    // Like a macvlan or a virtual function: an interface whose other end is not on the host.
+    // Like a macvlan or a virtual function: the other end of the interface is not on the host.
     let elsewhere = lab.pod_without_interface("shop", "elsewhere");
     pod.pod().netns().ip_batch(&format!(
         "link add net0 type veth peer name net0 netns {}\n",
@@ -280,7 +280,7 @@ fn a_pod_without_an_end_on_the_host_is_told_from_one_that_begins() {
 }
 
 #[test]
-fn a_namespace_that_a_program_makes_hides_nothing() {
+fn a_namespace_that_a_program_creates_does_not_hide_the_pods_network() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let mut pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
@@ -302,7 +302,7 @@ fn a_namespace_that_a_program_makes_hides_nothing() {
 }
 
 #[test]
-fn programs_that_come_and_go_disturb_no_search() {
+fn short_lived_processes_do_not_disturb_locating() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let node = Node::default();
@@ -330,8 +330,8 @@ fn programs_that_come_and_go_disturb_no_search() {
                     assert_eq!(located.interfaces, [interface]);
                     outcomes.insert("found");
                 }
-                // A process that was just started is in the network of the one that started it
-                // until it is in the pod's group; then it is in the pod's.
+                // A process that was just started is in its parent's network until it is moved into the pod's
+                // cgroup; then it is in the pod's network.
                 Err(Missing::Process | Missing::Group) => _ = outcomes.insert("missed"),
                 Err(other) => panic!("{other}"),
             }
@@ -341,7 +341,7 @@ fn programs_that_come_and_go_disturb_no_search() {
 }
 
 #[test]
-fn a_threaded_group_is_looked_into() {
+fn processes_in_a_threaded_cgroup_are_found() {
     let lab = Lab::builder().without_dns().build();
     let pod = lab.pod("shop", "cart");
     let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
@@ -351,7 +351,7 @@ fn a_threaded_group_is_looked_into() {
     let made = fs::write(threaded.join("cgroup.type"), "threaded")
         .and_then(|()| fs::write(threaded.join("cgroup.threads"), pid.to_string()));
     let located = locate(&mut host(&lab), pod.uid());
-    // The thread back to where its process is, so that the group can go.
+    // Moves the thread back to its process's cgroup, so that the cgroup can be removed.
     let back = fs::write(
         pod.container_group().join("cgroup.threads"),
         pid.to_string(),
@@ -367,7 +367,7 @@ fn a_threaded_group_is_looked_into() {
 }
 
 #[test]
-fn a_pod_cannot_pass_for_another_by_naming_its_groups() {
+fn a_pod_cannot_impersonate_another_by_naming_its_cgroups() {
     let lab = Lab::builder().without_dns().build();
     let node = Node {
         driver: Driver::Cgroupfs,
@@ -375,7 +375,7 @@ fn a_pod_cannot_pass_for_another_by_naming_its_groups() {
     };
     let mut liar = node.run_pod(&lab, "liar", &uid(), Qos::Burstable);
     let victim = uid();
-    // In a group of its own below the container's, named as the victim's would be.
+    // A cgroup below the container's, named as the victim's would be.
     let false_group = liar
         .container_group()
         .join("kubepods")
@@ -396,7 +396,7 @@ fn a_pod_cannot_pass_for_another_by_naming_its_groups() {
 }
 
 #[test]
-fn a_uid_that_is_none_reaches_no_path() {
+fn an_invalid_uid_is_never_used_in_a_path() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     for uid in ["", "../../..", "a/b", "0a\n"] {
@@ -406,10 +406,10 @@ fn a_uid_that_is_none_reaches_no_path() {
 }
 
 #[test]
-fn processes_of_another_pid_namespace_are_said_to_be_out_of_sight() {
+fn processes_of_another_pid_namespace_are_reported_as_foreign() {
     let lab = Lab::builder().without_dns().build();
     let pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
-    // A tree as it is shown to an agent that is not in the host's PID namespace.
+    // A cgroup tree as an agent outside the host's PID namespace sees it.
     let mount = lab.directory().join("cgroup");
     let group = Node::default().group(pod.uid(), Qos::Burstable);
     let inside = group
@@ -433,7 +433,7 @@ fn processes_of_another_pid_namespace_are_said_to_be_out_of_sight() {
 }
 
 #[test]
-fn a_pod_is_found_by_its_processes_where_no_group_can_be_seen() {
+fn a_pod_is_found_by_its_processes_without_cgroups() {
     let lab = Lab::builder().without_dns().build();
     let pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
     let mut host = host_with(
@@ -447,7 +447,7 @@ fn a_pod_is_found_by_its_processes_where_no_group_can_be_seen() {
 }
 
 #[test]
-fn interfaces_that_may_be_pods_are_told_from_others() {
+fn interfaces_that_may_be_pods_are_distinguished_from_others() {
     let lab = Lab::builder().without_dns().build();
     let (cart, pay) = (lab.pod("shop", "cart"), lab.pod("shop", "pay"));
     lab.node().ip_batch(&format!(

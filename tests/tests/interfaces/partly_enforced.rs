@@ -1,7 +1,8 @@
-//! Pods with interfaces that no host end stands for: macvlan and its like.
+//! Pods with interfaces that have no host end: macvlan and the like.
 
-use std::net::TcpStream;
+use std::{io, net::TcpStream, thread};
 
+use egress_agent::host::{ExitFinder, interface_name};
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
@@ -9,16 +10,17 @@ use egress_tests::{
     eventually, exchange, holds,
     observed::HTTP,
 };
+use nix::net::if_::if_nametoindex;
 use serde_json::{Value, json};
 
-/// What the outside is reached by, past the pod's own interface.
+/// The server that the pod reaches past its enforced interface.
 const PAST: u8 = 99;
 
 fn is_open(pod: &Pod, host: u8) -> bool {
     pod.connect_tcp((server(host), 443), SHORT).is_ok()
 }
 
-/// Gives the pod a macvlan of the node's way out, by which it reaches one server and no other.
+/// Gives the pod a macvlan on the node's uplink, through which it reaches one server only.
 fn add_macvlan(lab: &Lab, pod: &Pod, name: &str) {
     lab.node().ip_batch(&format!(
         "link add link uplink name {name} netns {netns} type macvlan mode bridge\n",
@@ -36,7 +38,7 @@ fn add_macvlan(lab: &Lab, pod: &Pod, name: &str) {
     ));
 }
 
-/// Waits until `status` says which interfaces of the pod cannot be enforced.
+/// Waits until `status` reports these unenforced interfaces of the pod.
 #[track_caller]
 fn status_with(lab: &Lab, pod: &Pod, unenforced: &Value) -> Value {
     eventually(&format!("the interfaces {unenforced}"), || {
@@ -50,7 +52,7 @@ fn macvlan(name: &str) -> Value {
 }
 
 #[track_caller]
-fn says_partly(agent: &Agent, pod: &Pod, words: &str) {
+fn wait_partly_enforced(agent: &Agent, pod: &Pod, words: &str) {
     agent.wait_said(
         &format!("that the pod is partly enforced: {words}"),
         |line| {
@@ -62,7 +64,7 @@ fn says_partly(agent: &Agent, pod: &Pod, words: &str) {
 }
 
 #[test]
-fn a_pod_with_a_macvlan_beside_its_interface_is_said_to_be_partly_enforced() {
+fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let cluster = Cluster::on(ApiServer::shared(), Lab::builder().config("http", HTTP));
     let lab = &cluster.lab;
     let _web = lab.serve_tcp(443);
@@ -75,8 +77,11 @@ fn a_pod_with_a_macvlan_beside_its_interface_is_said_to_be_partly_enforced() {
     assert!(!is_open(cart.net(), PAST));
 
     add_macvlan(lab, cart.net(), "net1");
-    assert!(is_open(cart.net(), PAST), "this is what cannot be enforced");
-    says_partly(
+    assert!(
+        is_open(cart.net(), PAST),
+        "the macvlan is expected to bypass enforcement"
+    );
+    wait_partly_enforced(
         &agent,
         cart.net(),
         "net1 (macvlan, to an interface of the host)",
@@ -115,7 +120,7 @@ fn a_pod_with_a_macvlan_beside_its_interface_is_said_to_be_partly_enforced() {
 }
 
 #[test]
-fn a_pod_of_a_manifest_with_interfaces_that_it_does_not_name_is_partly_enforced() {
+fn a_pod_with_interfaces_that_its_manifest_does_not_name_is_partly_enforced() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     add_macvlan(&lab, &pod, "net1");
@@ -124,7 +129,7 @@ fn a_pod_of_a_manifest_with_interfaces_that_it_does_not_name_is_partly_enforced(
         pod.netns().name()
     ));
     let agent = lab.start_agent(&[&pod]);
-    says_partly(&agent, &pod, "net1 (macvlan");
+    wait_partly_enforced(&agent, &pod, "net1 (macvlan");
     let status = lab.status_of(&pod);
     assert_eq!(status["mode"], "partly_enforced", "{status}");
     let veth = json!({ "name": "net2", "kind": "veth", "leads_to": "host" });
@@ -136,7 +141,7 @@ fn a_pod_of_a_manifest_with_interfaces_that_it_does_not_name_is_partly_enforced(
 }
 
 #[test]
-fn with_refuse_nothing_leaves_a_pod_by_the_interfaces_that_are_enforced() {
+fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let lab = Lab::builder()
         .config("unenforcedInterfaces", "refuse")
         .config("ranges", json!({ "internal": ["203.0.113.20/32"] }))
@@ -147,35 +152,38 @@ fn with_refuse_nothing_leaves_a_pod_by_the_interfaces_that_are_enforced() {
     let agent = lab.start_agent(&[&pod, &audited]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     let mut open = pod.talks_tcp((server(10), 443));
-    assert!(is_open(&pod, 20), "it is internal");
+    assert!(is_open(&pod, 20), "the internal address is denied");
 
     agent.applies(&pod, || add_macvlan(&lab, &pod, "net1"));
     let reason = "unenforced_interface";
     agent.denies_tcp(&pod, (server(10), 443), reason);
     agent.denies_tcp(&pod, (server(20), 443), reason);
-    assert!(!exchange(&mut open, b"more", SHORT), "it goes on");
+    assert!(
+        !exchange(&mut open, b"more", SHORT),
+        "the connection goes on"
+    );
     let answer = pod.resolve("shop.test", RecordType::A);
     assert_eq!(answer.code, ResponseCode::NXDomain);
     let (code, explanation) = lab.explain(&pod, &format!("{}:443", server(10)));
     assert_eq!(explanation["reason"], reason, "{explanation}");
     assert_ne!(code, 0, "{explanation}");
-    // It still answers who calls it, such as a probe; and what cannot be closed is open.
+    // The pod still answers inbound connections, such as probes, and the unenforced interface stays open.
     let listener = pod.listen_tcp(8080);
     let to = (pod.ipv4(), 8080);
     let caller = lab.node().run(|| TcpStream::connect(to));
     caller.expect("the pod is called");
-    listener.accept().expect("it accepts");
-    assert!(is_open(&pod, PAST), "this is what cannot be closed");
+    listener.accept().expect("the pod accepts");
+    assert!(is_open(&pod, PAST), "the macvlan is expected to stay open");
 
     // Audit mode denies nothing.
     add_macvlan(&lab, &audited, "net1");
-    says_partly(&agent, &audited, "net1");
+    wait_partly_enforced(&agent, &audited, "net1");
     assert!(is_open(&audited, 10));
 
     agent.applies(&pod, || pod.netns().ip_batch("link del net1\n"));
     assert_eq!(
         pod.try_resolve(RESOLVER, "shop.test", RecordType::A, DEADLINE)
-            .expect("an answer")
+            .expect("a response")
             .addresses,
         [server(10)]
     );
@@ -183,7 +191,7 @@ fn with_refuse_nothing_leaves_a_pod_by_the_interfaces_that_are_enforced() {
 }
 
 #[test]
-fn an_interface_that_a_pod_has_moved_to_the_host_is_a_way_out() {
+fn an_interface_that_a_pod_moved_to_the_host_counts_as_unenforced() {
     let lab = Lab::builder()
         .config("unenforcedInterfaces", "refuse")
         .build();
@@ -192,8 +200,8 @@ fn an_interface_that_a_pod_has_moved_to_the_host_is_a_way_out() {
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     pod.talks_tcp((server(10), 443));
     let node = lab.node().name();
-    // A tunnel whose socket stays in the pod, and a macvlan on an interface of the pod. Each could be
-    // moved by a pod with `CAP_NET_ADMIN` in the host's user namespace.
+    // A tunnel whose socket stays in the pod, and a macvlan on an interface of the pod. A pod with
+    // `CAP_NET_ADMIN` in the host's user namespace could move either to the host.
     for (make, name, kind) in [
         (
             "link add vx9 type vxlan id 9 dstport 4790 local 10.77.0.1\n",
@@ -211,7 +219,7 @@ fn an_interface_that_a_pod_has_moved_to_the_host_is_a_way_out() {
             pod.netns()
                 .ip_batch(&format!("{make}link set {name} netns {node}\n"));
         });
-        says_partly(&agent, &pod, &format!("{name} ({kind}, on the host"));
+        wait_partly_enforced(&agent, &pod, &format!("{name} ({kind}, on the host"));
         let expected = json!([{ "name": name, "kind": kind, "leads_to": "on_host" }]);
         let status = status_with(&lab, &pod, &expected);
         assert_eq!(status["mode"], "partly_enforced", "{status}");
@@ -224,7 +232,7 @@ fn an_interface_that_a_pod_has_moved_to_the_host_is_a_way_out() {
 }
 
 #[test]
-fn an_interface_that_was_there_for_a_moment_only_is_told() {
+fn a_short_lived_interface_is_reported() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
@@ -242,7 +250,7 @@ fn an_interface_that_was_there_for_a_moment_only_is_told() {
 }
 
 #[test]
-fn an_interface_of_the_host_that_belongs_to_no_pod_is_told() {
+fn a_host_interface_of_an_unknown_namespace_is_reported() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let inner = lab.pod_without_interface("shop", "inner");
@@ -262,7 +270,7 @@ fn an_interface_of_the_host_that_belongs_to_no_pod_is_told() {
 }
 
 #[test]
-fn what_a_pod_makes_in_its_own_network_is_no_way_out() {
+fn interfaces_within_the_pods_network_do_not_count_as_unenforced() {
     let lab = Lab::builder()
         .config("unenforcedInterfaces", "refuse")
         .build();
@@ -290,23 +298,53 @@ fn what_a_pod_makes_in_its_own_network_is_no_way_out() {
     assert_eq!(status["mode"], "enforce", "{status}");
     assert_eq!(status["problem"], Value::Null, "{status}");
 
-    // When that namespace has a way out of its own, the interface to it leads out.
+    // When that namespace gets an uplink of its own, the interface to it leads out.
     agent.applies(&pod, || add_macvlan(&lab, &inner, "net1"));
-    says_partly(&agent, &pod, "v0 (veth, to another network namespace)");
+    wait_partly_enforced(&agent, &pod, "v0 (veth, to another network namespace)");
     let expected = json!([{ "name": "v0", "kind": "veth", "leads_to": "namespace" }]);
     status_with(&lab, &pod, &expected);
 }
 
 #[test]
-fn a_pod_with_more_interfaces_than_are_looked_at_hides_nothing_by_them() {
+fn a_pod_with_too_many_interfaces_to_inspect_counts_as_partly_enforced() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let many = (0..260).map(|n| format!("link add a{n} type veth peer name b{n}\n"));
     let many = many.collect::<Vec<_>>().concat();
     pod.netns().ip_batch(&many);
     let agent = lab.start_agent(&[&pod]);
-    says_partly(&agent, &pod, "more interfaces than are looked at");
+    wait_partly_enforced(&agent, &pod, "more interfaces than are looked at");
     assert_eq!(lab.status_of(&pod)["mode"], "partly_enforced");
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
+}
+
+#[test]
+fn pods_that_end_are_looked_at_without_an_error() {
+    let lab = Lab::builder().without_dns().build();
+    let pods: Vec<Pod> = (0..24)
+        .map(|n| lab.pod("shop", &format!("pod{n}")))
+        .collect();
+    let index = |pod: &Pod| if_nametoindex(pod.interface()).expect("the pod's interface");
+    let ends: Vec<u32> = lab.node().run(|| pods.iter().map(index).collect());
+    // All the time while they end, and the kernel takes its time over so many.
+    let looked = thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            lab.node().run(|| -> io::Result<()> {
+                let mut finder = ExitFinder::open()?;
+                let mut left = ends;
+                while !left.is_empty() {
+                    for end in &left {
+                        finder.exits(&[*end], |_| true)?;
+                    }
+                    let is_there = |end: &u32| interface_name(*end).is_some();
+                    left.retain(is_there);
+                }
+                Ok(())
+            })
+        });
+        drop(pods);
+        looking.join().expect("it looks")
+    });
+    looked.expect("no error");
 }

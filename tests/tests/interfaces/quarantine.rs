@@ -1,4 +1,4 @@
-//! Interfaces whose pods nobody knows yet: closed, but what is asked there does not get lost.
+//! Interfaces whose pods are not known yet: the interface is closed, but its DNS queries are kept.
 
 use egress_tests::{
     Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
@@ -14,14 +14,13 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// Whether the pod reaches this address of the outside.
+/// True if the pod reaches this outside address.
 fn reaches(pod: &Pod, to: std::net::IpAddr) -> bool {
     pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
-/// A network that somebody made for a pod, before anybody says whose it is and before its processes
-/// start.
-fn network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
+/// A network made for a pod before the API server knows the pod and before its processes start.
+fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
     let net = cluster.lab.pod(namespace, name);
     agent.wait_said("that the interface is enforced", |line| {
         line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
@@ -29,7 +28,7 @@ fn network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) ->
     net
 }
 
-/// The pod is said to be there, and runs.
+/// Creates the pod object for this network, and starts the pod.
 fn identify(cluster: &Cluster, namespace: &str, net: Pod, annotations: &Value) -> ClusterPod {
     let (object, uid) = cluster.create(namespace, net.name(), annotations);
     let mut pod = cluster.place(object, &uid, net);
@@ -38,7 +37,7 @@ fn identify(cluster: &Cluster, namespace: &str, net: Pod, annotations: &Value) -
 }
 
 #[test]
-fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
+fn an_interface_is_closed_until_its_pod_is_known() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -46,44 +45,46 @@ fn an_interface_whose_pod_is_not_known_is_closed_until_it_is() {
     let agent = cluster.start_agent();
 
     let closed = |net: &Pod| {
-        assert!(!reaches(net, server(10)), "it is open");
+        assert!(!reaches(net, server(10)), "the pod is open");
         let denial = agent.wait_denial("pod_unknown", |denial| {
             denial.reason == "pod_unknown" && denial.pod == net.interface()
         });
         assert_eq!(denial.namespace, "");
     };
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     closed(&net);
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
     cluster.tell_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
     agent.wait_denial("the address", |denial| {
         denial.is(cart.net(), "address_not_learned", server(99), 443)
     });
 
-    // One that is not to be enforced is let go.
-    let net = network(&cluster, &agent, (&shop, "free"));
+    // An interface whose pod is not to be enforced is released.
+    let net = quarantined_network(&cluster, &agent, (&shop, "free"));
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
-    eventually("it is let go", || holds(reaches(free.net(), server(99))));
+    eventually("the pod is released", || {
+        holds(reaches(free.net(), server(99)))
+    });
 }
 
 #[test]
-fn what_others_have_opened_before_the_pod_was_known_goes_on() {
+fn an_inbound_connection_from_before_the_pod_was_known_goes_on() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let listener = net.listen_tcp(8080);
     let to = (net.ipv4(), 8080);
     let outside = cluster.lab.outside();
     let mut caller = outside
         .run(|| std::net::TcpStream::connect(to))
         .expect("the pod is called");
-    let (mut server, _) = listener.accept().expect("it accepts");
+    let (mut server, _) = listener.accept().expect("the pod accepts");
     let mut echo = || {
         let mut taken = [0; 4];
         std::thread::scope(|scope| {
@@ -102,14 +103,14 @@ fn what_others_have_opened_before_the_pod_was_known_goes_on() {
     assert!(echo(), "the call was cut");
 }
 
-/// With `CAP_NET_ADMIN` in its network a program can make an established connection without a packet,
-/// and without the SYN that would show who opened it.
+/// With `CAP_NET_ADMIN` in its network a program can create an established connection without sending a
+/// packet, so without the SYN that shows who opened it.
 #[test]
-fn a_connection_that_a_pod_makes_up_before_it_is_known_opens_nothing() {
+fn a_forged_connection_from_before_the_pod_was_known_opens_nothing() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let own = std::net::SocketAddr::from((net.ipv4(), 8080));
     let to = std::net::SocketAddr::from((server(99), 443));
     let made_up = net.netns().run(|| {
@@ -133,7 +134,7 @@ fn a_connection_that_a_pod_makes_up_before_it_is_known_opens_nothing() {
 }
 
 #[test]
-fn what_was_asked_before_the_pod_was_known_is_answered_when_it_is() {
+fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let dns = cluster.lab.dns();
@@ -143,25 +144,35 @@ fn what_was_asked_before_the_pod_was_known_is_answered_when_it_is() {
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
 
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let (socket, socket6) = (net.dns_socket(), net.dns_socket6());
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     socket6.ask(RESOLVER6, 2, "later.test", RecordType::A);
-    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    assert!(socket.receive(SHORT).is_none(), "the query was not held");
     assert!(dns.questions().is_empty(), "a question left the node");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443 later.test:443"));
-    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
-    assert_eq!(socket6.expect("it is known").addresses, [server(11)]);
+    assert_eq!(
+        socket.expect("a response once the pod is known").addresses,
+        [server(10)]
+    );
+    assert_eq!(
+        socket6.expect("a response once the pod is known").addresses,
+        [server(11)]
+    );
     cart.net().talks_tcp((server(10), 443));
     cart.net().talks_tcp((server(11), 443));
-    assert_eq!(dns.asked("shop.test"), 1, "asked once is asked once");
+    assert_eq!(
+        dns.asked("shop.test"),
+        1,
+        "the query was sent more than once"
+    );
 
-    // What it may not ask does not leave now either.
-    let net = network(&cluster, &agent, (&shop, "strict"));
+    // A query that the policy does not allow does not leave after the quarantine either.
+    let net = quarantined_network(&cluster, &agent, (&shop, "strict"));
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 3, "other.test", RecordType::A);
-    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    assert!(socket.receive(SHORT).is_none(), "the query was not held");
     let strict = identify(&cluster, &shop, net, &allow("shop.test:443"));
     assert_eq!(socket.expect("a refusal").code, ResponseCode::NXDomain);
     agent.wait_denial("the name", |denial| {
@@ -171,7 +182,7 @@ fn what_was_asked_before_the_pod_was_known_is_answered_when_it_is() {
 }
 
 #[test]
-fn what_a_pod_asked_that_is_not_enforced_goes_out_when_it_is_let_go() {
+fn held_queries_of_an_unenforced_pod_are_forwarded_on_release() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let dns = cluster.lab.dns();
@@ -180,26 +191,26 @@ fn what_a_pod_asked_that_is_not_enforced_goes_out_when_it_is_let_go() {
     let agent = cluster.start_agent();
     let audit = json!({"egress-agent.dev/allow": "", "egress-agent.dev/mode": "audit"});
     for (name, annotations) in [("free", Value::Null), ("audited", audit)] {
-        let net = network(&cluster, &agent, (&shop, name));
+        let net = quarantined_network(&cluster, &agent, (&shop, name));
         let before = dns.asked("shop.test");
         let socket = net.dns_socket();
         socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
-        assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+        assert!(socket.receive(SHORT).is_none(), "the query was not held");
         let pod = identify(&cluster, &shop, net, &annotations);
-        assert_eq!(socket.expect("it is let go").addresses, [server(10)]);
+        assert_eq!(socket.expect("the pod is released").addresses, [server(10)]);
         assert_eq!(dns.asked("shop.test"), before + 1);
         pod.net().talks_tcp((server(10), 443));
     }
 }
 
 #[test]
-fn no_question_is_lost_while_a_pod_becomes_known() {
+fn no_query_is_lost_while_a_pod_becomes_known() {
     let cluster = Cluster::new();
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
     for (name, annotations) in [("cart", allow("shop.test:443")), ("free", Value::Null)] {
-        let net = network(&cluster, &agent, (&shop, name));
+        let net = quarantined_network(&cluster, &agent, (&shop, name));
         let socket = net.dns_socket();
         let _pod = std::thread::scope(|scope| {
             // Fewer than may wait at once, spread over the time in which the pod becomes known.
@@ -221,12 +232,12 @@ fn no_question_is_lost_while_a_pod_becomes_known() {
 }
 
 #[test]
-fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
+fn queries_that_time_out_or_exceed_the_queue_are_reported() {
     let cluster = Cluster::new();
     let dns = cluster.lab.dns();
     dns.addresses("shop.test", &[server(10)]);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, ("shop", "nobody"));
+    let net = quarantined_network(&cluster, &agent, ("shop", "nobody"));
     let reported = |name: &str| {
         let denial = agent.wait_denial(name, |denial| {
             denial.reason == "pod_unknown" && denial.dns_name.as_deref() == Some(name)
@@ -238,7 +249,7 @@ fn questions_that_wait_in_vain_or_are_too_many_are_reported() {
     for id in 0..32 {
         socket.ask(RESOLVER, id, "shop.test", RecordType::A);
     }
-    // There is no room for this one; the others wait for some seconds.
+    // The queue has no room for this one; the others time out after some seconds.
     socket.ask(RESOLVER, 99, "more.test", RecordType::A);
     reported("more.test");
     reported("shop.test");
@@ -253,10 +264,10 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = network(&cluster, &agent, (&shop, "cart"));
+    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
-    assert!(socket.receive(SHORT).is_none(), "nobody knows whose it is");
+    assert!(socket.receive(SHORT).is_none(), "the query was not held");
     let was = net.interface().to_owned();
     agent.says_after(
         "that the interface is enforced by its new name",
@@ -266,8 +277,8 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
     );
-    assert!(!reaches(&net, server(10)), "it is open");
-    // Another one that takes the name is closed too.
+    assert!(!reaches(&net, server(10)), "the pod is open");
+    // Another interface that takes the name is closed too.
     let second = cluster.lab.pod(&shop, "next");
     agent.wait_said("that the next interface is enforced", |line| {
         line.contains("enforcing")
@@ -281,20 +292,20 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
     );
-    assert!(!reaches(&second, server(10)), "it is open");
-    assert!(!reaches(&net, server(10)), "it is open");
+    assert!(!reaches(&second, server(10)), "the pod is open");
+    assert!(!reaches(&net, server(10)), "the pod is open");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
     cluster.tell_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "it is open");
+    assert!(!reaches(cart.net(), server(99)), "the pod is open");
 }
 
 #[test]
-fn questions_that_wait_for_other_pods_leave_room_for_those_of_the_next() {
-    // With as many questions each as may wait of one, they fill what all share.
+fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
+    // With the maximum number of queries each, the other pods fill the shared queue.
     const OTHERS: usize = 90;
     let cluster = Cluster::new();
     let dns = cluster.lab.dns();
@@ -320,6 +331,9 @@ fn questions_that_wait_for_other_pods_leave_room_for_those_of_the_next() {
     let socket = next.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     let _next = identify(&cluster, &shop, next, &allow("shop.test:443"));
-    assert_eq!(socket.expect("it is known").addresses, [server(10)]);
+    assert_eq!(
+        socket.expect("a response once the pod is known").addresses,
+        [server(10)]
+    );
     assert_eq!(dns.asked("shop.test"), 1);
 }

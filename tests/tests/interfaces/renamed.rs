@@ -21,12 +21,12 @@ impl Scene {
             pod,
             lab,
         };
-        scene.is_enforced();
+        scene.assert_enforced();
         scene
     }
 
     #[track_caller]
-    fn is_enforced(&self) {
+    fn assert_enforced(&self) {
         assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
         self.pod.talks_tcp((server(10), 443));
         assert!(!is_open(&self.pod), "the pod is open");
@@ -39,7 +39,7 @@ impl Scene {
         self.lab.node().ip_batch(&line);
     }
 
-    /// Renames the pod's interface, and waits until the agent says that it stays enforced.
+    /// Renames the pod's interface, and waits until the agent logs that it stays enforced.
     #[track_caller]
     fn rename_pods(&self, to: &str) {
         self.agent.says_after(
@@ -67,7 +67,7 @@ fn is_open(pod: &Pod) -> bool {
 fn a_pod_stays_enforced_when_its_interface_is_renamed() {
     let scene = Scene::new(&[]);
     scene.rename_pods("moved0");
-    scene.is_enforced();
+    scene.assert_enforced();
     let status = scene.lab.status_of(&scene.pod);
     assert_eq!(status["interfaces"][0]["name"], "moved0", "{status}");
 
@@ -76,7 +76,7 @@ fn a_pod_stays_enforced_when_its_interface_is_renamed() {
         || scene.name_interface("moved0"),
         |line| line.contains("shop/cart") && line.contains("the problem is gone"),
     );
-    scene.is_enforced();
+    scene.assert_enforced();
     scene.lab.node().ip_batch("link del moved0\n");
     scene.agent.wait_said("that the interface is gone", |line| {
         line.contains("shop/cart") && line.contains("there is no interface moved0")
@@ -89,14 +89,14 @@ fn an_interface_that_was_renamed_while_no_agent_ran_stays_enforced() {
     assert!(scene.agent.stop().success());
     scene.rename(scene.pod.interface(), "moved0");
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.is_enforced();
+    scene.assert_enforced();
     let status = scene.lab.status_of(&scene.pod);
     let problem = status["problem"].as_str().unwrap_or_default();
     assert!(problem.contains("moved0"), "{status}");
 }
 
 #[test]
-fn an_interface_that_takes_a_renamed_ones_name_does_not_free_it() {
+fn an_interface_that_takes_a_renamed_ones_name_does_not_release_it() {
     let scene = Scene::new(&[]);
     let other = scene.lab.pod("shop", "other");
     assert!(is_open(&other), "nobody enforces it");
@@ -106,28 +106,28 @@ fn an_interface_that_takes_a_renamed_ones_name_does_not_free_it() {
         || scene.rename(other.interface(), scene.pod.interface()),
         |line| line.contains("enforcing on other interfaces") && line.contains("shop/cart"),
     );
-    scene.is_enforced();
+    scene.assert_enforced();
     assert!(!is_open(&other), "the manifest names this interface");
 }
 
 #[test]
-fn a_pod_leaves_an_interface_when_its_manifest_names_another_that_is_there() {
+fn enforcement_moves_when_the_manifest_names_another_existing_interface() {
     let scene = Scene::new(&[]);
     let other = scene.lab.pod("shop", "other");
-    // One that is not there changes nothing yet.
+    // A manifest with a missing interface changes nothing yet.
     scene.agent.says_after(
         "that there is no such interface",
         || scene.name_interface("nowhere0"),
         |line| line.contains("shop/cart") && line.contains("nowhere0"),
     );
-    scene.is_enforced();
+    scene.assert_enforced();
     scene.agent.says_after(
         "that it is enforced there",
         || scene.name_interface(other.interface()),
         |line| line.contains("enforcing on other interfaces") && line.contains("shop/cart"),
     );
     assert!(!is_open(&other), "the manifest names this interface");
-    eventually("the earlier interface is free", || {
+    eventually("the earlier interface is not enforced any more", || {
         holds(is_open(&scene.pod))
     });
 }

@@ -1,5 +1,5 @@
-//! The laboratory itself: without an agent everything can be reached, so that whatever a later
-//! test finds unreachable was denied by the agent.
+//! Tests of the laboratory itself: without an agent every destination is reachable. So a destination that
+//! another test finds unreachable was denied by the agent.
 
 use std::{fs, net::SocketAddr, path::Path};
 
@@ -73,7 +73,7 @@ fn udp_and_ping_are_answered_from_the_address_that_was_asked() {
 }
 
 #[test]
-fn the_server_says_what_it_is_told() {
+fn the_dns_server_sends_the_configured_responses() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.dns().answer(
@@ -104,7 +104,7 @@ fn the_server_says_what_it_is_told() {
         1
     );
 
-    // From another address, with another id, and then rightly.
+    // From another address, from another port, with another id, and then correctly.
     lab.dns().on("forged.test", |asked| {
         let answer = Send::answer(asked, &[address(server(66))]);
         vec![
@@ -120,7 +120,7 @@ fn the_server_says_what_it_is_told() {
         .map(|n| {
             socket
                 .receive(DEADLINE)
-                .unwrap_or_else(|| panic!("answer {n}"))
+                .unwrap_or_else(|| panic!("response {n}"))
         })
         .collect();
     assert_eq!(got[0].1, SocketAddr::new(STRANGER, 53));
@@ -128,7 +128,7 @@ fn the_server_says_what_it_is_told() {
     assert_eq!(got[2].0[..2], [0, 10]);
     assert_eq!(got[3].0[..2], [0, 9]);
 
-    // Nobody asked for this one.
+    // An unsolicited datagram.
     lab.dns().send(RESOLVER, socket.address(), b"anything");
     assert_eq!(socket.receive(DEADLINE).expect("a datagram").0, b"anything");
 }

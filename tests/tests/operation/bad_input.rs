@@ -1,4 +1,4 @@
-//! What is wrong is said, and harms nobody else.
+//! Bad input gets a clear error, and harms no other pod.
 
 use std::{fs, net::IpAddr, process::Command};
 
@@ -8,7 +8,7 @@ use egress_tests::{
     dns::{RecordType, ResponseCode},
 };
 
-/// A laboratory with a pod that may reach `shop.test`, to see that it stays so.
+/// A laboratory with a pod that may reach `shop.test`; the tests check that it stays so.
 struct Scene {
     pod: Pod,
     _web: TcpEcho,
@@ -31,9 +31,9 @@ impl Scene {
         }
     }
 
-    /// The pod's rules are in force.
+    /// Asserts that the pod's rules are enforced.
     #[track_caller]
-    fn is_unharmed(&self) {
+    fn assert_unharmed(&self) {
         assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
         self.pod.talks_tcp((server(10), 443));
         assert!(
@@ -47,7 +47,7 @@ impl Scene {
     }
 }
 
-/// Runs `egress-agent check` on these files; whether it was content, and what it said.
+/// Runs `egress-agent check` on these files; returns its exit status and its output.
 #[track_caller]
 fn check(lab: &Lab, files: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new(Agent::program());
@@ -78,7 +78,7 @@ fn a_file_that_is_not_yaml_harms_no_pod() {
     agent.wait_said("which file cannot be read", |line| {
         line.contains("binary.yaml")
     });
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn a_pod_whose_file_is_damaged_keeps_its_last_good_policy() {
         || scene.lab.write_file(&file, b"{{{ not YAML"),
         |line| line.contains(&file),
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
     agent.applies(&scene.pod, || {
         scene
             .lab
@@ -100,7 +100,7 @@ fn a_pod_whose_file_is_damaged_keeps_its_last_good_policy() {
     assert_eq!(
         scene.pod.lookup("evil.test"),
         [server(66)],
-        "the repaired file is not in force"
+        "the repaired file is not applied"
     );
 }
 
@@ -115,11 +115,11 @@ fn a_pod_without_an_interface_is_named_and_harms_no_other() {
     agent.wait_said("which pod has no interface", |line| {
         line.contains("shop/homeless") && line.contains("interface")
     });
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
-fn an_interface_that_appears_later_is_enforced_when_it_appears() {
+fn an_interface_that_appears_later_is_enforced() {
     let scene = Scene::new();
     let late = scene.lab.pod_without_interface("shop", "late");
     scene.lab.write_pod(&late, &[("allow", "shop.test:443")]);
@@ -127,7 +127,7 @@ fn an_interface_that_appears_later_is_enforced_when_it_appears() {
     agent.wait_said("which interface is missing", |line| {
         line.contains(late.interface())
     });
-    scene.is_unharmed();
+    scene.assert_unharmed();
 
     scene.lab.add_interface(&late);
     agent.wait_enforcing(&late);
@@ -137,7 +137,7 @@ fn an_interface_that_appears_later_is_enforced_when_it_appears() {
 }
 
 #[test]
-fn a_pod_that_claims_anothers_interface_does_not_get_it() {
+fn a_pod_cannot_claim_another_pods_interface() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
     let thief = scene.lab.pod("shop", "thief");
@@ -151,7 +151,7 @@ fn a_pod_that_claims_anothers_interface_does_not_get_it() {
         },
         |line| line.contains(interface) && line.contains("shop/thief"),
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
@@ -174,9 +174,9 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         broken.resolve("shop.test", RecordType::A).code,
         ResponseCode::NoError
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
 
-    // The repaired one is in force at once.
+    // The repaired policy applies at once.
     agent.applies(&broken, || {
         scene.lab.write_pod(&broken, &[("allow", "shop.test:443")]);
     });
@@ -188,7 +188,7 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
 fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.is_unharmed();
+    scene.assert_unharmed();
     agent.says_after(
         "what cannot be read, and where",
         || {
@@ -198,7 +198,7 @@ fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy(
         },
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/allow"),
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
@@ -215,11 +215,11 @@ fn an_unreadable_mode_is_an_error_too() {
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/mode"),
     );
     assert!(said.contains("offf"), "{said}");
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
-fn a_policy_over_a_limit_is_an_error_and_not_cut() {
+fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
     let scene = Scene::new();
     let large = scene.lab.pod("shop", "large");
     let entries: Vec<_> = (0..65)
@@ -234,11 +234,11 @@ fn a_policy_over_a_limit_is_an_error_and_not_cut() {
     });
     assert!(!said.is_empty());
     agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
-fn a_configuration_that_cannot_be_used_is_refused_with_the_key() {
+fn an_invalid_configuration_is_refused_with_the_key() {
     for (key, value, expected) in [
         ("dns.resolvers", "10.0.0.300", "10.0.0.300"),
         ("dns.minTtl", "soon", "minTtl"),
@@ -275,7 +275,7 @@ fn a_configuration_without_resolvers_is_refused() {
 }
 
 #[test]
-fn a_checked_manifest_says_what_it_means_or_where_it_is_wrong() {
+fn check_explains_a_manifest_or_locates_its_error() {
     let lab = Lab::builder().without_dns().build();
     let (good, bad) = (lab.pod("shop", "good"), lab.pod("shop", "bad"));
     lab.write_pod(&good, &[("allow", "shop.test:443 203.0.113.0/24:22/tcp")]);
@@ -296,6 +296,34 @@ fn a_checked_manifest_says_what_it_means_or_where_it_is_wrong() {
 }
 
 #[test]
+fn each_problem_of_a_checked_manifest_has_its_line_and_carets_under_it() {
+    let lab = Lab::builder().without_dns().build();
+    let bad = lab.pod("shop", "bad");
+    let allow = "shop.test:443\n\tshop.test:none # a comment\nbücher.test:443, 日本.test:0";
+    lab.write_pod(&bad, &[("allow", allow), ("mode", "offf")]);
+    let file = lab.pod_file(&bad);
+    let (code, said) = check(&lab, &[&file]);
+    assert_eq!(code, Some(1), "{said}");
+    let about = format!("{}:1: shop/bad", lab.pods_dir().join(file).display());
+    let expected = format!(
+        "\
+{about}: pod annotation egress-agent.dev/allow, line 2, column 12: `none` is not a port: expected a number \
+from 1 to 65535, or a range such as 8000-8100
+  2 |     shop.test:none # a comment
+    |               ^^^^
+{about}: pod annotation egress-agent.dev/allow, line 3, column 26: `0` is not a port: expected a number from 1 \
+to 65535, or a range such as 8000-8100
+  3 | bücher.test:443, 日本.test:0
+    |                            ^
+{about}: pod annotation egress-agent.dev/mode, line 1, column 1: `offf` is not a mode: expected enforce, audit or off
+  1 | offf
+    | ^^^^
+"
+    );
+    assert_eq!(said, expected);
+}
+
+#[test]
 fn a_pod_with_long_names_and_no_uid_is_enforced() {
     let scene = Scene::new();
     let long = scene.lab.pod("shop", "long");
@@ -309,7 +337,7 @@ fn a_pod_with_long_names_and_no_uid_is_enforced() {
         long.connect_tcp((server(99), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 #[test]
@@ -326,7 +354,7 @@ fn a_new_pod_with_more_addresses_than_are_supported_is_closed() {
         many.connect_tcp((server(10), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.is_unharmed();
+    scene.assert_unharmed();
 }
 
 /// Writes the manifest of a pod without a UID, under another name and with other addresses.

@@ -1,4 +1,4 @@
-//! Standard output and standard error that nobody reads, and those who try to fill them.
+//! Standard output and standard error that nobody reads, and pods that try to fill them.
 
 use std::net::UdpSocket;
 
@@ -22,7 +22,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Both pods are enforced, and nothing that the agent says is read.
+    /// Both pods are enforced, and nobody reads the agent's output.
     #[track_caller]
     fn unread(environment: &[(&str, &str)]) -> Self {
         let (lab, [greedy, neighbour]) = Self::pods();
@@ -54,9 +54,9 @@ impl Scene {
         (lab, pods)
     }
 
-    /// The neighbour's DNS works, and so does an edit of its policy.
+    /// Asserts that the neighbour's DNS and an edit of its policy work.
     #[track_caller]
-    fn the_neighbour_notices_nothing(&self) {
+    fn assert_neighbour_unaffected(&self) {
         let _web = self.lab.serve_tcp(443);
         assert_eq!(self.neighbour.lookup("shop.test"), [server(10)]);
         self.neighbour.talks_tcp((server(10), 443));
@@ -71,7 +71,7 @@ impl Scene {
 
 #[test]
 fn a_log_that_nobody_reads_stops_neither_dns_nor_policy_edits() {
-    // Each unreadable question is a line at this level.
+    // At this level each malformed query is a log line.
     let mut scene = Scene::unread(&[("RUST_LOG", "debug")]);
     let socket = scene.greedy.udp_socket((RESOLVER, 53));
     let lost = "egress_agent_log_lines_lost_total";
@@ -81,10 +81,10 @@ fn a_log_that_nobody_reads_stops_neither_dns_nor_policy_edits() {
             assert_eq!(scene.neighbour.lookup("shop.test"), [server(10)]);
         }
     }
-    scene.the_neighbour_notices_nothing();
+    scene.assert_neighbour_unaffected();
     assert!(scene.lab.metrics().get(lost) > 0.0);
 
-    // When it is read again, it says what is missing.
+    // When the log is read again, it reports the lost lines.
     scene.agent.read();
     let line = scene.agent.wait_said("that lines were lost", |line| {
         line.contains("log lines were lost")
@@ -103,14 +103,14 @@ fn denial_lines_that_nobody_reads_stop_neither_dns_nor_policy_edits() {
         .expect("a UDP socket in a pod");
     let denied =
         "egress_agent_denials_total{event=\"denied\",namespace=\"shop\",reason=\"no_rule\"}";
-    // Each destination has a line of its own, and these are more than a pipe holds.
+    // Each destination has a line of its own; together they exceed a pipe's capacity.
     eventually("a thousand denials are counted", || {
         for port in 1000..1250 {
             socket.send_to(b"denied", (server(99), port)).expect("send");
         }
         holds(scene.lab.metrics().find(denied) >= 1000.0)
     });
-    scene.the_neighbour_notices_nothing();
+    scene.assert_neighbour_unaffected();
     scene.agent.read();
     scene.agent.wait_denial("the first", |denial| {
         denial.of(&scene.greedy) && denial.dst_ip == Some(server(99))
@@ -119,7 +119,7 @@ fn denial_lines_that_nobody_reads_stop_neither_dns_nor_policy_edits() {
 }
 
 #[test]
-fn the_agent_ends_when_nobody_reads_what_it_says() {
+fn the_agent_ends_when_nobody_reads_its_output() {
     let mut scene = Scene::unread(&[("RUST_LOG", "debug")]);
     let socket = scene.greedy.udp_socket((RESOLVER, 53));
     let lost = "egress_agent_log_lines_lost_total";
@@ -133,11 +133,11 @@ fn the_agent_ends_when_nobody_reads_what_it_says() {
 }
 
 #[test]
-fn datagrams_that_the_kernel_is_to_cut_are_denied_before_they_are_held() {
+fn datagrams_with_segmentation_offload_are_denied_before_they_are_held() {
     const LENGTH: usize = 3000;
     let (lab, [greedy, neighbour]) = Scene::pods();
     let agent = lab.start_agent(&[&greedy, &neighbour]);
-    // A question that the pod may ask, with padding (RFC 7830) that makes it too long for the interface.
+    // An allowed query, with padding (RFC 7830) that makes it too long for the interface.
     let mut all = question(1, "shop.test", RecordType::A);
     let padding = LENGTH - all.len() - 4;
     let data = all.len() - 2;
@@ -150,13 +150,13 @@ fn datagrams_that_the_kernel_is_to_cut_are_denied_before_they_are_held() {
     for _ in 0..1000 {
         socket.send(&all).expect("send three datagrams");
     }
-    agent.wait_denial("the questions", |denial| {
+    agent.wait_denial("the queries", |denial| {
         denial.is(&greedy, "dns_malformed", RESOLVER, 53)
     });
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
     assert_eq!(lab.dns().asked("shop.test"), 1, "the neighbour's");
     assert!(lab.metrics().get("egress_agent_frames_unsent_total") < 1.0);
     assert!(!agent.stderr().contains("put back"), "{}", agent.stderr());
-    // One alone passes.
+    // A single query passes.
     greedy.lookup("shop.test");
 }

@@ -1,4 +1,4 @@
-//! Starting, ending, being killed and coming back.
+//! Start, end, kill and restart of an agent.
 
 use std::process::ExitStatus;
 
@@ -10,7 +10,7 @@ use egress_tests::{
     eventually, exchange, holds,
 };
 
-/// A pod that has resolved what it may reach.
+/// A pod that has resolved its allowed name.
 struct Scene {
     agent: Agent,
     _web: TcpEcho,
@@ -34,9 +34,9 @@ impl Scene {
         }
     }
 
-    /// Without the agent's help, what was decided still holds.
+    /// Asserts that the kernel enforces earlier verdicts without the agent.
     #[track_caller]
-    fn is_still_enforced(&self) {
+    fn assert_still_enforced(&self) {
         self.pod.talks_tcp((server(10), 443));
         assert!(
             self.pod.connect_tcp((server(99), 443), SHORT).is_err(),
@@ -48,9 +48,9 @@ impl Scene {
         );
     }
 
-    /// As if no agent had ever been there.
+    /// Asserts that no trace of the agent is left.
     #[track_caller]
-    fn is_free(&self) {
+    fn assert_no_trace(&self) {
         self.pod.talks_tcp((server(99), 443));
         self.pod.resolve("evil.test", RecordType::A);
         assert_eq!(self.lab.dns().asked("evil.test"), 1);
@@ -61,12 +61,12 @@ impl Scene {
 }
 
 #[track_caller]
-fn ended_well(status: ExitStatus) {
+fn assert_success(status: ExitStatus) {
     assert!(status.success(), "the agent ended with {status}");
 }
 
 #[test]
-fn an_agent_that_is_asked_to_end_takes_everything_with_it() {
+fn a_terminated_agent_removes_everything() {
     let mut scene = Scene::new(&[]);
     let objects = scene.agent.kernel_objects();
     assert!(
@@ -74,20 +74,20 @@ fn an_agent_that_is_asked_to_end_takes_everything_with_it() {
         "{objects:?}"
     );
     assert_eq!(objects.still_there(), objects);
-    ended_well(scene.agent.stop());
-    scene.is_free();
-    // The kernel frees what nobody holds a moment later.
+    assert_success(scene.agent.stop());
+    scene.assert_no_trace();
+    // The kernel frees unreferenced objects a moment later.
     eventually("programs and maps are gone", || {
         holds(objects.still_there().is_empty())
     });
 }
 
 #[test]
-fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it() {
+fn with_keep_enforcing_the_kernel_enforces_until_a_restart_adopts_the_state() {
     let mut scene = Scene::new(&["--keep-enforcing"]);
     let mut open = scene.pod.talks_tcp((server(10), 443));
-    ended_well(scene.agent.stop());
-    scene.is_still_enforced();
+    assert_success(scene.agent.stop());
+    scene.assert_still_enforced();
     assert!(
         exchange(&mut open, b"meanwhile", DEADLINE),
         "an open connection was cut"
@@ -98,11 +98,11 @@ fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it
         exchange(&mut open, b"after", DEADLINE),
         "an open connection was cut"
     );
-    scene.is_still_enforced();
+    scene.assert_still_enforced();
     assert_eq!(
         scene.lab.dns().asked("shop.test"),
         1,
-        "what was learned is kept"
+        "learned addresses were lost"
     );
     agent.denies_tcp(&scene.pod, (server(98), 443), "address_not_learned");
     assert_eq!(scene.pod.lookup("later.test"), [server(20)]);
@@ -110,7 +110,7 @@ fn an_agent_that_keeps_enforcing_leaves_it_to_the_kernel_and_a_restart_adopts_it
 }
 
 #[test]
-fn an_agent_that_attaches_another_way_takes_over_from_its_predecessor() {
+fn an_agent_with_another_attach_mode_takes_over_from_its_predecessor() {
     let Scene {
         mut agent,
         _web,
@@ -118,13 +118,13 @@ fn an_agent_that_attaches_another_way_takes_over_from_its_predecessor() {
         lab,
     } = Scene::new(&["--keep-enforcing", "--attach", "tcx"]);
     for way in ["clsact", "tcx"] {
-        ended_well(agent.stop());
+        assert_success(agent.stop());
         agent = lab.start_agent_with(&["--keep-enforcing", "--attach", way], &[&pod]);
         assert_eq!(pod.lookup("later.test"), [server(20)], "{way}");
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(99), 443), SHORT).is_err(), "{way}");
     }
-    ended_well(agent.stop());
+    assert_success(agent.stop());
     lab.cleanup();
     assert!(lab.all_pins().is_empty(), "{:?}", lab.all_pins());
     pod.talks_tcp((server(99), 443));
@@ -137,60 +137,60 @@ fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
     let objects = scene.agent.kernel_objects();
     scene.agent.kill();
 
-    scene.is_still_enforced();
+    scene.assert_still_enforced();
     assert!(
         exchange(&mut open, b"after", DEADLINE),
         "an open connection was cut"
     );
-    // What is undecided stays so: there is nobody to decide it.
+    // Undecided queries stay undecided: no agent runs.
     let answer = scene
         .pod
         .try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
     assert!(
         answer.is_none(),
-        "an answer that nobody decided was delivered: {answer:?}"
+        "an undecided response was delivered: {answer:?}"
     );
 
     scene.lab.cleanup();
-    scene.is_free();
+    scene.assert_no_trace();
     eventually("programs and maps are gone", || {
         holds(objects.still_there().is_empty())
     });
-    // There may be nothing to clean.
+    // A cleanup without anything to clean succeeds.
     scene.lab.cleanup();
 }
 
 #[test]
-fn an_agent_that_comes_back_after_being_killed_goes_on() {
+fn a_restart_after_a_kill_adopts_the_state() {
     let mut scene = Scene::new(&[]);
     scene.agent.kill();
-    // While nobody watches, one pod goes and another comes.
+    // While no agent runs, another pod is added.
     let other = scene.lab.pod("shop", "mail");
     scene.lab.write_pod(&other, &[("allow", "shop.test:443")]);
     let mut agent = scene.lab.start_agent(&[&scene.pod, &other]);
-    scene.is_still_enforced();
+    scene.assert_still_enforced();
     assert_eq!(
         scene.lab.dns().asked("shop.test"),
         1,
-        "what was learned is kept"
+        "learned addresses were lost"
     );
     assert_eq!(scene.pod.lookup("later.test"), [server(20)]);
     agent.denies_tcp(&other, (server(10), 443), "address_not_learned");
-    ended_well(agent.stop());
-    scene.is_free();
+    assert_success(agent.stop());
+    scene.assert_no_trace();
 }
 
 #[test]
-fn a_pod_removed_while_the_agent_was_away_is_forgotten() {
+fn a_pod_removed_while_no_agent_ran_is_cleaned_up() {
     let mut scene = Scene::new(&["--keep-enforcing"]);
     let pin = scene.lab.allow_pin(&scene.pod);
     assert!(pin.exists());
-    ended_well(scene.agent.stop());
+    assert_success(scene.agent.stop());
     assert!(pin.exists());
     scene.lab.remove_pod(&scene.pod);
     let agent = scene.lab.start_agent(&[]);
     eventually("the pod's pins are gone", || holds(!pin.exists()));
-    eventually("its interface is free", || {
+    eventually("its interface is not enforced any more", || {
         holds(scene.pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
     drop(agent);
@@ -207,17 +207,17 @@ fn pods_come_and_go_while_the_agent_runs() {
         .denies_tcp(&late, (server(10), 443), "address_not_learned");
     late.lookup("shop.test");
     late.talks_tcp((server(10), 443));
-    // Its interface goes with its namespace, its manifest a moment later.
+    // The pod's interface disappears with its namespace, and its manifest a moment later.
     let pin = scene.lab.allow_pin(&late);
     assert!(pin.exists());
     scene.lab.remove_pod(&late);
     drop(late);
     eventually("the pod's pins are gone", || holds(!pin.exists()));
-    scene.is_still_enforced();
+    scene.assert_still_enforced();
 }
 
 #[test]
-fn an_operator_sees_named_fields_with_bpftool_alone() {
+fn bpftool_shows_named_fields() {
     let scene = Scene::new(&[]);
     let pin = scene
         .lab

@@ -1,4 +1,4 @@
-//! The machine is not as it should be, or its operator is in a hurry.
+//! Machines that lack something, and agents that are terminated while they are busy.
 
 use std::{
     ffi::OsStr,
@@ -10,7 +10,7 @@ use egress_tests::{Agent, Lab, Pod, SHORT, addresses::server, bpf::bpftool, even
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
-/// Runs the agent without these capabilities, with pods from `source`, until it ends by itself.
+/// Runs the agent without these capabilities, with pods from `source`, until it exits.
 #[track_caller]
 fn run_without(lab: &Lab, capabilities: &str, source: [&OsStr; 2]) -> Output {
     let mut command = Command::new("setpriv");
@@ -31,11 +31,11 @@ fn run_without(lab: &Lab, capabilities: &str, source: [&OsStr; 2]) -> Output {
 }
 
 #[test]
-fn privileges_that_are_missing_are_named() {
+fn missing_privileges_are_named() {
     let lab = Lab::builder().without_dns().build();
     let pods = lab.pods_dir();
     let directory: [&OsStr; 2] = ["--pods-dir".as_ref(), pods.as_os_str()];
-    // Which it does not get to read.
+    // The agent exits before it reads this file.
     let cluster: [&OsStr; 2] = ["--kubeconfig".as_ref(), "none.yaml".as_ref()];
     for (without, source, named) in [
         ("-bpf,-sys_admin", directory, "CAP_BPF"),
@@ -56,7 +56,7 @@ fn privileges_that_are_missing_are_named() {
 }
 
 #[test]
-fn a_bpffs_that_is_not_mounted_is_mounted() {
+fn a_missing_bpffs_is_mounted() {
     let lab = Lab::new();
     umount2(&lab.bpffs(), MntFlags::MNT_DETACH).expect("umount(2) of the laboratory's bpffs");
     let _web = lab.serve_tcp(443);
@@ -97,7 +97,7 @@ fn a_second_agent_on_the_same_pins_is_refused_and_harms_nothing() {
     assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
 }
 
-/// How many pods there are besides the one that is tried.
+/// The number of pods besides the one that the test uses.
 const CROWD: usize = 100;
 
 /// Interfaces and manifests of many pods in the namespace `shop`, in one file.
@@ -134,8 +134,8 @@ fn crowd(lab: &Lab) {
     lab.write_file("crowd.json", list.to_string().as_bytes());
 }
 
-/// How many different pods of the crowd the agent has said this of.
-fn said_of_crowd(agent: &Agent, what: &str, from: usize) -> usize {
+/// The number of pods of the crowd that have a log line with this text.
+fn logged_pods_of_crowd(agent: &Agent, what: &str, from: usize) -> usize {
     let said = agent.stderr();
     let of = |line: &str| {
         let at = line.find("pod=shop/crowd-")?;
@@ -164,21 +164,21 @@ fn scene_with_crowd() -> (Lab, Pod, Agent) {
     lab.write_namespace("shop", &[("allow", "shop.test:443")]);
     lab.write_pod(&pod, &[]);
     let agent = lab.start_agent(&[&pod]);
-    assert_eq!(said_of_crowd(&agent, "enforcing", 0), CROWD);
+    assert_eq!(logged_pods_of_crowd(&agent, "enforcing", 0), CROWD);
     (lab, pod, agent)
 }
 
 #[test]
-fn a_namespace_that_is_edited_changes_every_pod_in_it() {
+fn an_edit_of_a_namespace_applies_to_every_pod_in_it() {
     let (lab, pod, mut agent) = scene_with_crowd();
     let _web = lab.serve_tcp(443);
     pod.lookup("shop.test");
     let from = lines(&agent);
     lab.write_namespace("shop", &[("allow", "later.test:443 203.0.113.99")]);
-    eventually("every pod is under the new policy", || {
-        holds(said_of_crowd(&agent, "policy applied", from) == CROWD)
+    eventually("every pod has the new policy", || {
+        holds(logged_pods_of_crowd(&agent, "policy applied", from) == CROWD)
     });
-    agent.wait_said("that the tried pod is too", |line| {
+    agent.wait_said("that the test's pod has it too", |line| {
         line.contains("policy applied") && line.contains("pod=shop/cart")
     });
     pod.lookup("later.test");
@@ -190,28 +190,28 @@ fn a_namespace_that_is_edited_changes_every_pod_in_it() {
 }
 
 #[test]
-fn an_agent_that_is_asked_to_end_while_it_is_busy_ends_and_leaves_nothing() {
+fn an_agent_terminated_while_it_is_busy_leaves_nothing_behind() {
     let (lab, pod, mut agent) = scene_with_crowd();
     let _web = lab.serve_tcp(443);
     let from = lines(&agent);
-    // Attaching to an interface takes its time, and there is nothing to attach to without a policy.
+    // Attaching takes time, and without a policy there is nothing to attach.
     lab.remove_namespace("shop");
     eventually("every pod is removed", || {
-        holds(said_of_crowd(&agent, "removed", from) == CROWD)
+        holds(logged_pods_of_crowd(&agent, "removed", from) == CROWD)
     });
     let from = lines(&agent);
     lab.write_namespace("shop", &[("allow", "later.test:443")]);
     eventually("the agent is busy", || {
-        holds(said_of_crowd(&agent, "enforcing", from) > 0)
+        holds(logged_pods_of_crowd(&agent, "enforcing", from) > 0)
     });
     assert!(agent.stop().success());
-    let enforced = said_of_crowd(&agent, "enforcing", from);
-    assert!(enforced < CROWD, "it went on to the end");
+    let enforced = logged_pods_of_crowd(&agent, "enforcing", from);
+    assert!(enforced < CROWD, "it attached to all pods before it ended");
     assert!(!lab.pins().exists());
     pod.talks_tcp((server(99), 443));
 }
 
-/// How many entries a map has that all pods share.
+/// The number of entries of a map that all pods share.
 #[track_caller]
 fn entries(lab: &Lab, map: &str) -> usize {
     let pin = lab.pins().join(map);
@@ -221,7 +221,7 @@ fn entries(lab: &Lab, map: &str) -> usize {
 }
 
 #[test]
-fn a_pod_that_cannot_be_enforced_holds_up_no_other_of_its_namespace_and_leaves_nothing_behind() {
+fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behind() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -230,7 +230,7 @@ fn a_pod_that_cannot_be_enforced_holds_up_no_other_of_its_namespace_and_leaves_n
         lab.write_pod(pod, &[]);
     }
     let agent = lab.start_agent(&[]);
-    // Something is in the way where the pod's maps are to be pinned.
+    // An obstacle at the path where the pod's maps are pinned.
     let obstacle = lab.pins().join("pods/shop_bad");
     let [pin, at] = [&lab.pins().join("interfaces"), &obstacle]
         .map(|path| path.to_str().expect("a path in UTF-8").to_owned());
@@ -246,7 +246,7 @@ fn a_pod_that_cannot_be_enforced_holds_up_no_other_of_its_namespace_and_leaves_n
         line.contains("about=shop/bad") && line.contains("cannot remove")
     });
     bad.talks_tcp((server(99), 443));
-    // Every further look is an attempt.
+    // Each reconciliation is an attempt.
     for n in 0..10 {
         lab.write_file(&format!("note{n}.yaml"), b"# nothing\n");
         std::thread::sleep(std::time::Duration::from_millis(100));

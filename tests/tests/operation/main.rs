@@ -1,4 +1,4 @@
-//! Running an agent: start, end, restart, upgrade, and a machine that is not as it should be.
+//! Running an agent: start, end, restart, upgrade, and machines that lack something.
 
 mod bad_input;
 mod blocked_output;

@@ -1,5 +1,5 @@
-//! What an agent has saved in `stateDir` may be older than what is enforced. An agent that starts while the API
-//! server is away takes nothing from there that an edit has replaced.
+//! The state that an agent has saved in `stateDir` may be older than the enforced policies. An agent that
+//! starts while the API server is unreachable uses no saved state that an edit has replaced.
 
 use std::{net::IpAddr, path::Path};
 
@@ -20,7 +20,7 @@ fn reaches(pod: &Pod, to: IpAddr) -> bool {
     pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
-/// A file system for `stateDir` that can become read-only.
+/// A file system for `stateDir` that can be made read-only.
 struct StateDir(tempfile::TempDir);
 
 impl StateDir {
@@ -57,7 +57,7 @@ impl Drop for StateDir {
     }
 }
 
-/// Two pods in a cluster, of which `cart` is about to lose the name `later.test`, and `till` keeps its policy.
+/// Two pods in a cluster: the tests remove `later.test` from the policy of `cart`; `till` keeps its policy.
 struct Scene {
     agent: Agent,
     cart: ClusterPod,
@@ -94,7 +94,7 @@ impl Scene {
         }
     }
 
-    /// The pod `cart` may use `later.test` no more.
+    /// Removes `later.test` from the policy of `cart`.
     #[track_caller]
     fn tighten(&mut self) {
         self.agent.says_after(
@@ -122,13 +122,17 @@ impl Scene {
         });
     }
 
-    /// The edit holds, and only the pod that was edited is without DNS until the API server is back.
+    /// Asserts that the edit is enforced, and that only the edited pod lacks DNS until the API server is
+    /// back.
     #[track_caller]
-    fn only_the_edited_pod_waits(&self) {
+    fn assert_only_the_edited_pod_lacks_dns(&self) {
         let (cart, till) = (self.cart.net(), self.till.net());
         let asked = cart.try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
-        assert!(asked.is_none(), "the old policy judged it: {asked:?}");
-        assert!(!reaches(cart, server(11)), "what was removed is back");
+        assert!(asked.is_none(), "the old policy was used: {asked:?}");
+        assert!(
+            !reaches(cart, server(11)),
+            "the removed name is allowed again"
+        );
         assert_eq!(till.lookup("later.test"), [server(11)]);
         till.talks_tcp((server(11), 443));
         let title = format!("{}/{}", cart.namespace(), cart.name());
@@ -151,16 +155,16 @@ impl Scene {
 }
 
 #[test]
-fn an_edit_that_could_not_be_saved_holds_after_the_agent_was_killed() {
+fn an_unsaved_edit_stays_enforced_after_the_agent_was_killed() {
     let mut scene = Scene::new();
     scene.state.make_read_only();
     scene.tighten();
     scene.restart_alone();
-    scene.only_the_edited_pod_waits();
+    scene.assert_only_the_edited_pod_lacks_dns();
 }
 
 #[test]
-fn an_edit_that_an_agent_with_another_state_dir_applied_holds() {
+fn an_edit_applied_by_an_agent_with_another_state_dir_stays_enforced() {
     let mut scene = Scene::new();
     assert!(scene.agent.stop().success());
     let lab = &scene.cluster.lab;
@@ -172,11 +176,11 @@ fn an_edit_that_an_agent_with_another_state_dir_applied_holds() {
     let state = scene.state.path().to_str().expect("a path in UTF-8");
     scene.cluster.lab.edit_config("stateDir", state);
     scene.restart_alone();
-    scene.only_the_edited_pod_waits();
+    scene.assert_only_the_edited_pod_lacks_dns();
 }
 
 #[test]
-fn addresses_that_the_cluster_has_no_more_stay_external_though_that_could_not_be_saved() {
+fn an_unsaved_removal_of_a_cluster_prefix_stays_in_effect() {
     let mut scene = Scene::new();
     let elsewhere: IpAddr = [10, 78, 0, 5].into();
     let (outside, node) = (scene.cluster.lab.outside(), scene.cluster.lab.node());
@@ -190,10 +194,12 @@ fn addresses_that_the_cluster_has_no_more_stay_external_though_that_could_not_be
     });
     scene.cluster.server.apply(&other);
     let till = scene.till.net();
-    eventually("it is internal", || holds(reaches(till, elsewhere)));
+    eventually("the address is internal", || {
+        holds(reaches(till, elsewhere))
+    });
     scene.state.make_read_only();
     scene.cluster.server.delete(&other);
-    eventually("it is internal no more", || {
+    eventually("the address is not internal any more", || {
         holds(!reaches(till, elsewhere))
     });
 
@@ -201,5 +207,5 @@ fn addresses_that_the_cluster_has_no_more_stay_external_though_that_could_not_be
     let till = scene.till.net();
     assert_eq!(till.lookup("later.test"), [server(11)]);
     till.talks_tcp((server(11), 443));
-    assert!(!reaches(till, elsewhere), "it is internal again");
+    assert!(!reaches(till, elsewhere), "the address is internal again");
 }

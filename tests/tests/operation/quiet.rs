@@ -1,4 +1,4 @@
-//! Where nothing is wrong, the agent says so: no error, and no Event on a pod.
+//! Without a problem the agent logs no error and writes no Event on a pod.
 
 use std::{fs, time::Duration};
 
@@ -13,7 +13,7 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// A cluster in which nothing is wrong: its Service of DNS is there too.
+/// A cluster without any problem: it also has its DNS Service.
 #[track_caller]
 fn healthy() -> Cluster {
     let cluster = Cluster::new();
@@ -39,8 +39,8 @@ fn events(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Waits until the Events are written that the agent has sent so far: until there is one of a pod whose
-/// annotations cannot be read.
+/// Waits until the API server has the Events that the agent has sent so far: adds a pod with unreadable
+/// annotations, and waits for its Event.
 #[track_caller]
 fn events_so_far(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
     let unreadable = cluster.run(namespace, "unreadable", &allow("shop.test:port"));
@@ -59,16 +59,21 @@ fn errors(agent: &Agent) -> Vec<String> {
     errors.map(str::to_owned).collect()
 }
 
-/// Has the agent look at all pods: until it enforces another one.
+/// Makes the agent reconcile all pods: adds another pod and waits until it is enforced.
 #[track_caller]
-fn looks_again(cluster: &Cluster, agent: &Agent, namespace: &str, name: &str) -> ClusterPod {
+fn reconcile_by_adding(
+    cluster: &Cluster,
+    agent: &Agent,
+    namespace: &str,
+    name: &str,
+) -> ClusterPod {
     let other = cluster.run(namespace, name, &allow("shop.test:443"));
     agent.wait_enforcing(other.net());
     other
 }
 
 #[test]
-fn a_pod_that_ends_is_no_problem() {
+fn a_pod_that_ends_is_not_reported_as_a_problem() {
     let cluster = healthy();
     let shop = cluster.namespace("shop", &Value::Null);
     let annotations = allow("shop.test:443");
@@ -81,9 +86,9 @@ fn a_pod_that_ends_is_no_problem() {
         agent.wait_enforcing(pod.net());
     }
 
-    // As a Job's pod ends: its phase is `Running` until its kubelet has seen that it is not.
+    // As when a Job's pod ends: its phase stays `Running` until the kubelet notices.
     processes_first.running().stop_containers();
-    // What a module makes in each namespace (`tunl0`) stays in it.
+    // Interfaces that a kernel module creates in each namespace (`tunl0`) stay.
     other_interface
         .net()
         .netns()
@@ -92,7 +97,7 @@ fn a_pod_that_ends_is_no_problem() {
         let host = pod.net().interface();
         cluster.lab.node().ip_batch(&format!("link del {host}\n"));
     }
-    let _others = ["one", "two"].map(|name| looks_again(&cluster, &agent, &shop, name));
+    let _others = ["one", "two"].map(|name| reconcile_by_adding(&cluster, &agent, &shop, name));
     for pod in [&processes_first, &interface_first, &other_interface] {
         let title = format!("pod={shop}/{}", pod.net().name());
         agent.says_after(
@@ -114,7 +119,28 @@ fn a_pod_that_ends_is_no_problem() {
 }
 
 #[test]
-fn an_ended_pod_stays_no_problem_while_nobody_says_that_it_has_ended() {
+fn many_pods_that_end_at_once_are_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let agent = cluster.start_agent();
+    // Young pods are looked at often.
+    let pods: Vec<ClusterPod> = (0..24)
+        .map(|n| cluster.run(&shop, &format!("job{n}"), &allow("shop.test:443")))
+        .collect();
+    for pod in &pods {
+        agent.wait_enforcing(pod.net());
+    }
+    // Their processes and networks; nobody says that they have ended.
+    drop(pods);
+    for name in ["one", "two", "three"] {
+        let other = reconcile_by_adding(&cluster, &agent, &shop, name);
+        drop(other);
+    }
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
+fn an_ended_pod_is_no_problem_before_its_phase_changes() {
     let cluster = healthy();
     let shop = cluster.namespace("shop", &Value::Null);
     let mut ended = cluster.run(&shop, "ended", &allow("shop.test:443"));
@@ -123,31 +149,31 @@ fn an_ended_pod_stays_no_problem_while_nobody_says_that_it_has_ended() {
     ended.running().stop_containers();
     let host = ended.net().interface();
     cluster.lab.node().ip_batch(&format!("link del {host}\n"));
-    // Longer than a pod may take to be found.
+    // Longer than the time within which a pod must be found.
     std::thread::sleep(Duration::from_secs(12));
-    let _other = looks_again(&cluster, &agent, &shop, "other");
+    let _other = reconcile_by_adding(&cluster, &agent, &shop, "other");
     assert_eq!(errors(&agent), Vec::<String>::new());
 }
 
 #[test]
-fn the_interface_that_an_ended_pod_still_has_is_no_problem() {
+fn the_remaining_interface_of_an_ended_pod_is_no_problem() {
     let cluster = healthy();
     let shop = cluster.namespace("shop", &Value::Null);
     let mut ended = cluster.run(&shop, "ended", &allow("shop.test:443"));
-    // Where a pod is, the agent believes for a minute, unless its interface has no address.
+    // The agent caches a pod's location for a minute, unless its interface has no address.
     ended.net().netns().ip_batch("addr flush dev eth0\n");
     let agent = cluster.start_agent();
     agent.wait_enforcing(ended.net());
     ended.running().stop_containers();
-    let _one = looks_again(&cluster, &agent, &shop, "one");
-    // Longer than an interface may take until its pod is known.
+    let _one = reconcile_by_adding(&cluster, &agent, &shop, "one");
+    // Longer than the time within which an interface's pod must become known.
     std::thread::sleep(Duration::from_secs(12));
-    let _two = looks_again(&cluster, &agent, &shop, "two");
+    let _two = reconcile_by_adding(&cluster, &agent, &shop, "two");
     assert_eq!(errors(&agent), Vec::<String>::new());
 }
 
 #[test]
-fn an_interface_that_a_running_pod_has_lost_is_said_when_it_stays_away() {
+fn a_running_pod_that_lost_its_interface_is_reported() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
@@ -163,7 +189,7 @@ fn an_interface_that_a_running_pod_has_lost_is_said_when_it_stays_away() {
 }
 
 #[test]
-fn a_pod_in_the_hosts_network_is_a_problem_only_where_somebody_asked_for_its_enforcement() {
+fn a_host_network_pod_is_a_problem_only_if_its_enforcement_was_requested() {
     for mode in ["audit", "enforce"] {
         let builder = Lab::builder().config("defaultMode", mode);
         let cluster = Cluster::on(ApiServer::shared(), builder);
@@ -219,7 +245,7 @@ fn a_restart_is_no_problem_and_the_agent_is_ready_when_it_knows_its_pods() {
 }
 
 #[test]
-fn what_an_agent_left_is_told_of_in_one_line_and_has_denial_lines_without_the_api_server() {
+fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
@@ -230,9 +256,9 @@ fn what_an_agent_left_is_told_of_in_one_line_and_has_denial_lines_without_the_ap
         agent.wait_enforcing(pod.net());
     }
     assert!(agent.stop().success());
-    // As an agent leaves it that could not save what the API server said.
+    // As an agent leaves the directory if it could not save the cluster's state.
     let saved = cluster.lab.directory().join("state/cluster.json");
-    fs::remove_file(saved).expect("what the API server said");
+    fs::remove_file(saved).expect("the saved state of the cluster");
 
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
@@ -241,7 +267,7 @@ fn what_an_agent_left_is_told_of_in_one_line_and_has_denial_lines_without_the_ap
     });
     for pod in &pods {
         assert!(pod.net().connect_tcp((server(20), 443), SHORT).is_err());
-        let denial = agent.wait_denial("what the earlier agent's policy denies", |denial| {
+        let denial = agent.wait_denial("the denial by the earlier policy", |denial| {
             denial.is(pod.net(), "no_rule", server(20), 443)
         });
         assert_eq!(denial.node, cluster.node());

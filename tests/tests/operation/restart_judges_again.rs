@@ -1,4 +1,4 @@
-//! An agent that starts with another configuration judges the flows again that an earlier agent let pass.
+//! An agent that starts with another configuration judges again the flows that an earlier agent let pass.
 
 use std::{net::TcpStream, process::ExitStatus};
 
@@ -7,7 +7,7 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
-/// A pod with one connection that its allowed name opened, and one that its allowed address opened.
+/// A pod with one connection to its allowed name, and one to its allowed address.
 struct Scene {
     by_name: TcpStream,
     by_address: TcpStream,
@@ -35,7 +35,7 @@ impl Scene {
         }
     }
 
-    /// Ends the agent in this way, and starts another one with this key of the configuration.
+    /// Ends the agent with `end`, and starts another one with this key of the configuration changed.
     #[track_caller]
     fn restart_with(
         &mut self,
@@ -51,7 +51,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn only_the_name_is_cut(&mut self) {
+    fn assert_only_by_name_is_cut(&mut self) {
         assert!(
             !exchange(&mut self.by_name, b"after", SHORT),
             "the connection goes on"
@@ -64,24 +64,24 @@ impl Scene {
 }
 
 #[test]
-fn a_restart_that_protects_an_address_ends_connections_to_it() {
+fn a_restart_with_a_new_protected_address_ends_connections_to_it() {
     let mut scene = Scene::of(Lab::new());
     scene.restart_with(Agent::stop, "ranges.protected", &["203.0.113.10/32"]);
-    scene.only_the_name_is_cut();
+    scene.assert_only_by_name_is_cut();
     scene
         .agent
         .denies_tcp(&scene.pod, (server(10), 443), "protected");
 }
 
 #[test]
-fn a_restart_after_the_agent_was_killed_ends_connections_to_an_address_that_is_protected_now() {
+fn after_a_kill_a_restart_with_a_new_protected_address_ends_connections_to_it() {
     let mut scene = Scene::of(Lab::new());
     scene.restart_with(Agent::kill, "ranges.protected", &["203.0.113.10/32"]);
-    scene.only_the_name_is_cut();
+    scene.assert_only_by_name_is_cut();
 }
 
 #[test]
-fn an_agent_that_takes_over_ends_connections_to_an_address_that_is_protected_now() {
+fn a_takeover_with_a_new_protected_address_ends_connections_to_it() {
     let mut scene = Scene::of(Lab::new());
     let lab = &scene.lab;
     let socket = lab.directory().join("standby.sock");
@@ -92,11 +92,11 @@ fn an_agent_that_takes_over_ends_connections_to_an_address_that_is_protected_now
     assert!(exchange(&mut scene.by_name, b"before", DEADLINE));
     assert!(scene.agent.stop().success());
     standby.wait_enforcing(&scene.pod);
-    scene.only_the_name_is_cut();
+    scene.assert_only_by_name_is_cut();
 }
 
 #[test]
-fn a_restart_after_which_an_address_is_no_longer_internal_ends_connections_to_it() {
+fn a_restart_that_makes_an_internal_address_external_ends_connections_to_it() {
     let lab = Lab::builder()
         .config("ranges.internal", vec!["203.0.113.99/32"])
         .build();
@@ -116,7 +116,7 @@ fn a_restart_after_which_an_address_is_no_longer_internal_ends_connections_to_it
 }
 
 #[test]
-fn a_pod_whose_manifest_cannot_be_read_has_no_connection_to_an_address_that_is_protected_now() {
+fn with_an_unreadable_manifest_connections_to_a_new_protected_address_end() {
     let mut scene = Scene::of(Lab::new());
     assert!(scene.agent.stop().success());
     scene
@@ -130,7 +130,7 @@ fn a_pod_whose_manifest_cannot_be_read_has_no_connection_to_an_address_that_is_p
         .wait_said("that the pod stays enforced", |line| {
             line.contains("shop/cart") && line.contains("as an earlier agent left it")
         });
-    scene.only_the_name_is_cut();
+    scene.assert_only_by_name_is_cut();
 
     let entries = "shop.test:443 203.0.113.12:443";
     scene.lab.write_pod(&scene.pod, &[("allow", entries)]);
@@ -140,7 +140,7 @@ fn a_pod_whose_manifest_cannot_be_read_has_no_connection_to_an_address_that_is_p
 }
 
 #[test]
-fn while_the_api_server_is_away_a_restart_that_protects_an_address_ends_connections_to_it() {
+fn without_the_api_server_connections_to_a_new_protected_address_end() {
     let cluster = Cluster::new();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
@@ -167,9 +167,12 @@ fn while_the_api_server_is_away_a_restart_that_protects_an_address_ends_connecti
         },
         |line| line.contains("policy applied"),
     );
-    // A flow is under the pod's policy only from its next packet on.
+    // A flow gets the pod's new policy only with its next packet.
     for connection in cut.iter_mut().chain(&mut open) {
-        assert!(exchange(connection, b"edited", DEADLINE), "it was cut");
+        assert!(
+            exchange(connection, b"edited", DEADLINE),
+            "the connection was cut"
+        );
     }
     agent.says_after(
         "that the API server is away",
@@ -189,9 +192,15 @@ fn while_the_api_server_is_away_a_restart_that_protects_an_address_ends_connecti
         line.contains("waiting for the API server")
     });
     for connection in &mut cut {
-        assert!(!exchange(connection, b"after", SHORT), "it goes on");
+        assert!(
+            !exchange(connection, b"after", SHORT),
+            "the connection goes on"
+        );
     }
     for connection in &mut open {
-        assert!(exchange(connection, b"after", DEADLINE), "it was cut");
+        assert!(
+            exchange(connection, b"after", DEADLINE),
+            "the connection was cut"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! A restarted agent knows by which names a pod's addresses are allowed, so a change after the restart, or
-//! while no agent ran, ends only what the new policy does not allow.
+//! A restarted agent knows the names for which a pod's addresses are allowed. So a change after the restart,
+//! or while no agent ran, ends only connections that the new policy does not allow.
 
 use std::net::TcpStream;
 
@@ -12,7 +12,7 @@ use egress_tests::{
     observed::HTTP,
 };
 
-/// A pod that has resolved `shop.test` and has a connection open, under an agent that leaves it enforced.
+/// A pod that has resolved `shop.test` and has a connection open; its agent runs with `--keep-enforcing`.
 struct Scene {
     open: TcpStream,
     agent: Agent,
@@ -43,7 +43,7 @@ impl Scene {
         }
     }
 
-    /// Ends the agent, does what happens meanwhile, and starts another one.
+    /// Ends the agent, calls `meanwhile`, and starts another agent.
     #[track_caller]
     fn restart(&mut self, meanwhile: impl FnOnce(&Lab, &Pod)) {
         assert!(self.agent.stop().success());
@@ -60,9 +60,9 @@ impl Scene {
         });
     }
 
-    /// The open connection goes on, and the pod opens another one without resolving the name again.
+    /// Asserts that the open connection goes on, and that the pod opens another one without a new query.
     #[track_caller]
-    fn goes_on(&mut self) {
+    fn assert_unaffected(&mut self) {
         assert!(
             exchange(&mut self.open, b"still here", DEADLINE),
             "the open connection was cut"
@@ -74,7 +74,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn is_cut(&mut self) {
+    fn assert_cut(&mut self) {
         assert!(
             !exchange(&mut self.open, b"after", SHORT),
             "the open connection goes on"
@@ -83,7 +83,7 @@ impl Scene {
             .denies_tcp(&self.pod, (server(10), 443), "address_not_learned");
     }
 
-    /// The policy that the pod's interface is under.
+    /// The id of the policy of the pod's interface.
     #[track_caller]
     fn policy(&self) -> u64 {
         policy_of(&self.lab, &self.pod)
@@ -109,7 +109,7 @@ fn policy_of(lab: &Lab, pod: &Pod) -> u64 {
     policy.expect("bpftool shows the field `policy`")
 }
 
-/// How many entries the pod's map of names has.
+/// The number of entries in the pod's map of names.
 #[track_caller]
 fn names_kept(lab: &Lab, pod: &Pod) -> usize {
     let map = lab.allow_pin(pod).with_file_name("names");
@@ -123,24 +123,24 @@ fn after_a_restart_an_edit_that_still_allows_the_name_cuts_nothing() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
     scene.edit("shop.test:443 other.test:443");
-    scene.goes_on();
-    // And what was carried over once is known at the next restart, too.
+    scene.assert_unaffected();
+    // State that was carried over once survives the next restart, too.
     scene.restart(|_, _| ());
     scene.edit("*.test shop.test:443");
-    scene.goes_on();
+    scene.assert_unaffected();
 }
 
 #[test]
 fn an_edit_while_no_agent_runs_that_still_allows_the_name_cuts_nothing() {
     let mut scene = Scene::new();
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:80 shop.test:443")]));
-    scene.goes_on();
+    scene.assert_unaffected();
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "*.test:80 shop.test")]));
-    scene.goes_on();
+    scene.assert_unaffected();
 }
 
 #[test]
-fn a_killed_agent_has_kept_its_names() {
+fn the_names_of_a_killed_agent_are_kept() {
     let mut scene = Scene::new();
     scene.agent.kill();
     let wide = [("allow", "shop.test:443 other.test:443")];
@@ -148,11 +148,11 @@ fn a_killed_agent_has_kept_its_names() {
     scene.agent = scene
         .lab
         .start_agent_with(&["--keep-enforcing"], &[&scene.pod]);
-    scene.goes_on();
+    scene.assert_unaffected();
 }
 
 #[test]
-fn after_a_restart_other_resolvers_cut_nothing() {
+fn after_a_restart_a_change_of_resolvers_cuts_nothing() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
     scene.lab.edit_config(
@@ -161,23 +161,23 @@ fn after_a_restart_other_resolvers_cut_nothing() {
     );
     scene.agent.reload();
     scene.edit("shop.test:443 other.test:443");
-    scene.goes_on();
+    scene.assert_unaffected();
 }
 
 #[test]
-fn after_a_restart_an_edit_that_allows_the_name_no_more_cuts_it() {
+fn after_a_restart_an_edit_that_removes_the_name_cuts_its_connections() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
     scene.edit("other.test:443");
-    scene.is_cut();
+    scene.assert_cut();
     assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
 }
 
 #[test]
-fn an_edit_while_no_agent_runs_that_allows_the_name_no_more_cuts_it() {
+fn an_edit_while_no_agent_runs_that_removes_the_name_cuts_its_connections() {
     let mut scene = Scene::new();
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:443")]));
-    scene.is_cut();
+    scene.assert_cut();
     assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
 }
 
@@ -186,14 +186,14 @@ fn a_smaller_or_larger_allow_map_after_a_restart_cuts_nothing() {
     let mut scene = Scene::new();
     for limit in [64, 8192] {
         scene.restart(|lab, _| lab.edit_config("limits.addressesPerPod", limit));
-        scene.goes_on();
+        scene.assert_unaffected();
         scene.edit(&format!("shop.test:443 n{limit}.test"));
-        scene.goes_on();
+        scene.assert_unaffected();
     }
 }
 
 #[test]
-fn udp_that_a_name_allows_goes_on_after_a_restart_and_an_edit() {
+fn a_udp_flow_to_a_name_goes_on_after_a_restart_and_an_edit() {
     let lab = Lab::new();
     let _echo: UdpEcho = lab.serve_udp(4000);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -217,7 +217,7 @@ fn udp_that_a_name_allows_goes_on_after_a_restart_and_an_edit() {
 }
 
 #[test]
-fn a_name_that_has_expired_meanwhile_opens_nothing_and_keeps_what_is_open() {
+fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
         .config("dns.grace", "0s")
@@ -249,7 +249,7 @@ fn a_name_that_has_expired_meanwhile_opens_nothing_and_keeps_what_is_open() {
 }
 
 #[test]
-fn what_only_an_expired_name_allowed_is_closed_after_a_restart_though_another_name_lives() {
+fn after_a_restart_a_port_of_an_expired_name_is_closed_on_a_shared_address() {
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
         .config("dns.grace", "0s")
@@ -264,7 +264,7 @@ fn what_only_an_expired_name_allowed_is_closed_after_a_restart_though_another_na
     pod.lookup("brief.test");
     pod.lookup("long.test");
     pod.talks_tcp((server(10), 444));
-    // The kernel alone knows no names: it would keep the port open for as long as the other name lives.
+    // The kernel knows no names, so it would keep the port open for the lifetime of the other name.
     agent.kill();
 
     let agent = lab.start_agent(&[&pod]);
@@ -276,7 +276,7 @@ fn what_only_an_expired_name_allowed_is_closed_after_a_restart_though_another_na
 }
 
 #[test]
-fn a_restarted_agent_shows_the_names_of_what_an_earlier_one_learned() {
+fn a_restarted_agent_shows_the_names_that_an_earlier_one_learned() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
     let status = scene.lab.status_of(&scene.pod);
@@ -290,7 +290,7 @@ fn a_restarted_agent_shows_the_names_of_what_an_earlier_one_learned() {
 }
 
 #[test]
-fn names_beyond_the_limit_are_lost_at_a_restart_and_nothing_else_is() {
+fn only_names_beyond_the_limit_are_lost_at_a_restart() {
     let lab = Lab::builder()
         .config("limits.addressesPerPod", 4)
         .config("http", HTTP)
@@ -320,42 +320,51 @@ fn names_beyond_the_limit_are_lost_at_a_restart_and_nothing_else_is() {
     });
     assert!(agent.stop().success());
 
-    // What was written by names that are not known goes on as long as names mean the same.
+    // Addresses without known names stay allowed as long as the names in the policy mean the same.
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
     agent.applies(&pod, || {
         let wide = format!("{allow} {}:443", numbered(1));
         lab.write_pod(&pod, &[("allow", &wide)]);
     });
     for open in &mut opens {
-        assert!(exchange(open, b"still here", DEADLINE), "it was cut");
+        assert!(
+            exchange(open, b"still here", DEADLINE),
+            "the connection was cut"
+        );
     }
-    // Otherwise nobody can say whether the address is allowed.
+    // Otherwise the agent cannot tell whether the address is allowed.
     agent.applies(&pod, || {
         let more = format!("{allow} more.test:443");
         lab.write_pod(&pod, &[("allow", &more)]);
     });
     let [first, late] = &mut opens;
-    assert!(exchange(first, b"still here", DEADLINE), "it was cut");
-    assert!(!exchange(late, b"after", SHORT), "its name is not known");
+    assert!(
+        exchange(first, b"still here", DEADLINE),
+        "the connection was cut"
+    );
+    assert!(
+        !exchange(late, b"after", SHORT),
+        "an address without a known name is still allowed"
+    );
     agent.wait_said("that the address was not carried over", |line| {
         line.contains("shop/cart") && line.contains("addresses=1")
     });
 }
 
 #[test]
-fn what_an_agent_left_that_kept_no_names_goes_on_until_names_mean_something_else() {
+fn addresses_without_kept_names_stay_allowed_until_the_names_in_the_policy_change() {
     let mut scene = Scene::new();
     scene.restart(|lab, pod| {
         let names = lab.allow_pin(pod).with_file_name("names");
         std::fs::remove_file(names).expect("remove the pin");
     });
-    scene.goes_on();
+    scene.assert_unaffected();
     let wide = format!("shop.test:443 {}:443", numbered(1));
     scene.edit(&wide);
-    scene.goes_on();
+    scene.assert_unaffected();
     let more = format!("{wide} more.test:443");
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", &more)]));
-    scene.is_cut();
+    scene.assert_cut();
     scene
         .agent
         .wait_said("that the address was not carried over", |line| {
@@ -367,7 +376,7 @@ fn what_an_agent_left_that_kept_no_names_goes_on_until_names_mean_something_else
 }
 
 #[test]
-fn facts_that_concern_no_verdict_of_a_pod_leave_its_policy_as_it_is() {
+fn a_change_that_affects_no_verdict_of_a_pod_keeps_its_policy() {
     let mut scene = Scene::new();
     let policy = scene.policy();
     scene.restart(|_, _| ());
@@ -378,13 +387,13 @@ fn facts_that_concern_no_verdict_of_a_pod_leave_its_policy_as_it_is() {
             .to_vec(),
     );
     scene.agent.reload();
-    // By then the new resolvers have been taken on.
+    // When this pod is enforced, the new resolvers are in use.
     let another = scene.lab.pod("shop", "another");
     scene.lab.write_pod(&another, &[("allow", "shop.test")]);
     scene.agent.wait_enforcing(&another);
     assert_eq!(scene.policy(), policy, "the pod has another policy");
-    scene.goes_on();
-    // The new resolver's messages are held, and judged by their names.
+    scene.assert_unaffected();
+    // Messages to the new resolver are held and judged.
     let asked = scene.pod.resolve_at(STRANGER, "other.test", RecordType::A);
     assert_eq!(asked.code, ResponseCode::NXDomain);
     assert_eq!(scene.lab.dns().asked("other.test"), 0);

@@ -1,4 +1,4 @@
-//! An agent that stands by while another one runs, and takes over when that one ends.
+//! An agent that stands by while another one runs, and takes over when it ends.
 
 use std::process::Command;
 
@@ -13,7 +13,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// A laboratory with a pod that may reach `shop.test` and `slow.test`, its agent, and one that stands by.
+/// A laboratory with a pod that may reach `shop.test` and `slow.test`, its agent, and a standby agent.
 struct Scene {
     standby: Agent,
     agent: Agent,
@@ -25,7 +25,7 @@ impl Scene {
     fn new(arguments: &[&str]) -> Self {
         let lab = Lab::new();
         lab.dns().addresses("shop.test", &[server(10)]);
-        // Whoever asks waits.
+        // Queries for this name get no response.
         lab.dns().on("slow.test", |_| Vec::new());
         let cart = lab.pod("shop", "cart");
         lab.write_pod(&cart, &[("allow", "shop.test:443 slow.test:443")]);
@@ -42,7 +42,7 @@ impl Scene {
         }
     }
 
-    /// Runs `egress-agent ready` for the agent that stands by.
+    /// Runs `egress-agent ready` for the standby agent.
     fn is_ready(&self) -> bool {
         let mut command = Command::new(Agent::program());
         command.args(["ready", "--socket", &standby_socket(&self.lab)]);
@@ -62,47 +62,56 @@ fn standby_socket(lab: &Lab) -> String {
 }
 
 #[test]
-fn what_is_open_goes_on_and_each_question_is_answered() {
+fn a_takeover_keeps_connections_and_answers_every_query() {
     let _web;
     let mut scene = Scene::new(&["--keep-enforcing"]);
     _web = scene.lab.serve_tcp(443);
     assert_eq!(scene.cart.lookup("shop.test"), [server(10)]);
     let mut open = scene.cart.talks_tcp((server(10), 443));
-    eventually("it is ready to take over", || holds(scene.is_ready()));
+    eventually("the standby is ready", || holds(scene.is_ready()));
     let slow = scene.cart.dns_socket();
     slow.ask(RESOLVER, 7, "slow.test", RecordType::A);
-    eventually("the question is out", || {
+    eventually("the query is out", || {
         holds(scene.lab.dns().asked("slow.test") == 1)
     });
 
-    // One question is asked while no agent reads it.
+    // The pod sends one query while no agent reads it.
     scene.send(Signal::SIGSTOP);
     assert!(scene.agent.stop().success());
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     let meanwhile = scene.cart.dns_socket();
     meanwhile.ask(RESOLVER, 8, "shop.test", RecordType::A);
-    assert!(exchange(&mut open, b"meanwhile", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"meanwhile", DEADLINE),
+        "the connection was cut"
+    );
     scene.send(Signal::SIGCONT);
     assert_eq!(meanwhile.expect("shop.test").addresses, [server(10)]);
 
-    // Of another one the answer comes only now.
+    // The response to another query arrives only now.
     let asked = scene.lab.dns().questions();
     let asked = asked.iter().find(|question| question.name == "slow.test");
-    let answer = Send::answer(asked.expect("it was asked"), &[address(server(11))]);
+    let answer = Send::answer(
+        asked.expect("a query for slow.test"),
+        &[address(server(11))],
+    );
     scene
         .lab
         .dns()
         .send(RESOLVER, slow.address(), answer.bytes());
     assert_eq!(slow.expect("slow.test").addresses, [server(11)]);
     scene.cart.talks_tcp((server(11), 443));
-    assert!(exchange(&mut open, b"after", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"after", DEADLINE),
+        "the connection was cut"
+    );
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     scene.standby.wait_ready();
     assert!(scene.is_ready());
 }
 
 #[test]
-fn one_that_stands_by_takes_over_from_one_that_lets_go_of_everything() {
+fn a_standby_takes_over_from_an_agent_that_removes_everything() {
     let mut scene = Scene::new(&[]);
     let _web = scene.lab.serve_tcp(443);
     assert!(scene.agent.stop().success());
@@ -113,7 +122,7 @@ fn one_that_stands_by_takes_over_from_one_that_lets_go_of_everything() {
 }
 
 #[test]
-fn one_that_stands_by_takes_over_from_one_that_is_killed() {
+fn a_standby_takes_over_from_a_killed_agent() {
     let mut scene = Scene::new(&[]);
     let _web = scene.lab.serve_tcp(443);
     scene.agent.kill();
@@ -123,7 +132,7 @@ fn one_that_stands_by_takes_over_from_one_that_is_killed() {
 }
 
 #[test]
-fn one_that_stands_by_and_is_told_to_stop_harms_nothing() {
+fn stopping_the_standby_harms_nothing() {
     let mut scene = Scene::new(&["--keep-enforcing"]);
     let _web = scene.lab.serve_tcp(443);
     assert!(scene.standby.stop().success());

@@ -1,4 +1,4 @@
-//! After a boot no pod gets a network before the agent watches over the node.
+//! After a boot no pod gets a network before the agent is ready.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 use egress_tests::{Agent, Lab, Running, SHORT, addresses::server, eventually, holds};
 use serde_json::Value;
 
-/// A node's directories, as far as they matter here.
+/// The relevant directories of a node.
 struct Node {
     root: tempfile::TempDir,
     lab: Lab,
@@ -43,13 +43,13 @@ impl Node {
         command
     }
 
-    /// Does what systemd does at boot, before it starts any service.
+    /// Creates the files that systemd creates at boot, before it starts any service.
     #[track_caller]
     fn boot(&self) {
         self.apply(&["--boot"]);
     }
 
-    /// Applies the rules.
+    /// Applies the rules of tmpfiles.d.
     #[track_caller]
     fn apply(&self, arguments: &[&str]) {
         for rule in fs::read_dir(self.tmpfiles()).expect("rules").flatten() {
@@ -64,8 +64,8 @@ impl Node {
         }
     }
 
-    /// The plugins of the network that a container runtime would make: those of the first file in the
-    /// alphabet.
+    /// The plugins of the network that a container runtime would use: those of the file that is first in
+    /// alphabetical order.
     #[track_caller]
     fn plugins(&self) -> Vec<String> {
         let entries = fs::read_dir(self.cni()).expect("the directory").flatten();
@@ -84,7 +84,7 @@ impl Node {
         self.plugins() == ["egress-agent-is-not-ready"]
     }
 
-    /// The gate's program, until it is dropped.
+    /// Runs the gate's program until the result is dropped.
     #[track_caller]
     fn gate(&self) -> Running {
         let gate = self.lab.run_on_node(&mut self.gate_command());
@@ -99,21 +99,25 @@ fn has_files(directory: &Path) -> bool {
 }
 
 #[test]
-fn a_node_that_has_booted_makes_no_networks_until_its_agent_knows_its_pods() {
+fn after_a_boot_no_network_is_made_until_the_agent_knows_its_pods() {
     let node = Node::new();
     let (_web, cart) = node.lab.shop_and_cart("shop.test:443");
     let gate = node.gate();
-    assert_eq!(node.plugins(), ["bridge"], "installing it closes nothing");
+    assert_eq!(
+        node.plugins(),
+        ["bridge"],
+        "the installation closed the node"
+    );
 
     drop(gate);
     node.boot();
     assert!(node.is_closed());
     let _gate = node.gate();
-    // The agent is late.
+    // The agent starts late.
     std::thread::sleep(SHORT);
     assert!(node.is_closed(), "it was opened without an agent");
 
-    // What cannot be read might be the manifest of any pod.
+    // An unreadable file could be the manifest of any pod.
     node.lab.write_file("unreadable.yaml", b"{{{ not YAML");
     let agent = node.lab.start_agent(&[&cart]);
     std::thread::sleep(SHORT);
@@ -130,7 +134,7 @@ fn a_node_that_has_booted_makes_no_networks_until_its_agent_knows_its_pods() {
 }
 
 #[test]
-fn rules_that_are_applied_while_the_node_runs_close_nothing() {
+fn applying_the_rules_on_a_running_node_closes_nothing() {
     let node = Node::new();
     let _gate = node.gate();
     node.apply(&[]);
@@ -138,7 +142,7 @@ fn rules_that_are_applied_while_the_node_runs_close_nothing() {
 }
 
 #[test]
-fn a_gate_that_is_removed_is_open_and_stays_so() {
+fn a_removed_gate_is_open_and_stays_open() {
     let node = Node::new();
     drop(node.gate());
     node.boot();
@@ -152,7 +156,7 @@ fn a_gate_that_is_removed_is_open_and_stays_so() {
 }
 
 #[test]
-fn a_rule_that_cannot_be_written_is_an_error_that_names_it() {
+fn a_rule_that_cannot_be_written_is_an_error_with_its_path() {
     let node = Node::new();
     fs::write(node.tmpfiles(), "in the way").expect("write a file");
     let mut command = node.gate_command();

@@ -1,4 +1,4 @@
-//! What a restarted agent takes over from the one before, and what it does not.
+//! State that a restarted agent takes over from the previous one, and state that it does not.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use egress_tests::{
     holds,
 };
 
-/// A pod that has resolved what it may reach, and whose agent has gone and left it enforced.
+/// A pod that has resolved its allowed name; its agent has ended and left it enforced.
 struct Scene {
     _web: TcpEcho,
     pod: Pod,
@@ -58,9 +58,9 @@ impl Scene {
         self.pod.connect_tcp((server(last), 443), SHORT).is_ok()
     }
 
-    /// Only `later.test` is allowed, and nothing is known of what was resolved before.
+    /// Asserts that only `later.test` is allowed, and that no earlier address is.
     #[track_caller]
-    fn begins_afresh(&self, agent: &Agent) {
+    fn assert_starts_afresh(&self, agent: &Agent) {
         agent.wait_said("that it is ready", |line| line.contains("ready"));
         assert!(!self.reaches(99), "the pod is open");
         assert!(!self.reaches(10), "the pod inherited an address");
@@ -70,48 +70,50 @@ impl Scene {
 }
 
 #[test]
-fn a_pod_made_anew_on_its_interface_while_the_agent_was_away_is_enforced_and_inherits_nothing() {
+fn a_pod_recreated_while_no_agent_ran_is_enforced_and_inherits_nothing() {
     let scene = Scene::new(&[]);
     scene.recreate("cart", "another", "later.test:443");
     let agent = scene.lab.start_agent(&[]);
-    scene.begins_afresh(&agent);
+    scene.assert_starts_afresh(&agent);
 }
 
 #[test]
-fn another_pod_on_the_interface_of_one_that_went_while_the_agent_was_away_is_enforced() {
+fn another_pod_on_the_same_interface_is_enforced_and_inherits_nothing() {
     let scene = Scene::new(&[]);
     scene.recreate("heir", "heir", "later.test:443");
     let agent = scene.lab.start_agent(&[]);
-    scene.begins_afresh(&agent);
+    scene.assert_starts_afresh(&agent);
     let pin = scene.lab.allow_pin(&scene.pod);
     assert!(!pin.exists(), "left: {}", pin.display());
 }
 
 #[test]
-fn a_name_that_was_replaced_while_the_agent_was_away_is_closed() {
+fn a_name_removed_while_no_agent_ran_is_closed() {
     let scene = Scene::new(&[]);
-    // The same ports and protocols: only the name differs.
+    // The ports and protocols are the same; only the name differs.
     scene
         .lab
         .write_pod(&scene.pod, &[("allow", "later.test:443")]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.begins_afresh(&agent);
+    scene.assert_starts_afresh(&agent);
 }
 
 #[test]
-fn a_pod_that_was_switched_off_while_the_agent_was_away_is_free() {
+fn a_pod_switched_off_while_no_agent_ran_is_not_enforced() {
     let scene = Scene::new(&[]);
     scene
         .lab
         .write_pod(&scene.pod, &[("allow", "shop.test:443"), ("mode", "off")]);
     let _agent = scene.lab.start_agent(&[]);
-    eventually("the pod is free", || holds(scene.reaches(99)));
+    eventually("the pod is not enforced any more", || {
+        holds(scene.reaches(99))
+    });
     scene.pod.resolve("evil.test", RecordType::A);
     assert_eq!(scene.lab.dns().asked("evil.test"), 1);
 }
 
 #[test]
-fn another_way_of_attaching_takes_over_from_the_one_before() {
+fn another_attach_mode_takes_over_from_the_previous_one() {
     for (before, after) in [("clsact", "tcx"), ("tcx", "clsact")] {
         let scene = Scene::new(&["--attach", before]);
         let mut agent = scene
@@ -126,7 +128,7 @@ fn another_way_of_attaching_takes_over_from_the_one_before() {
         assert_eq!(
             scene.lab.dns().asked("shop.test"),
             2,
-            "{before}, then {after}: each question goes out once"
+            "{before}, then {after}: each query is forwarded once"
         );
         assert!(agent.stop().success());
         assert!(
@@ -137,7 +139,7 @@ fn another_way_of_attaching_takes_over_from_the_one_before() {
 }
 
 #[test]
-fn a_pod_whose_manifest_cannot_be_read_at_the_start_stays_as_it_was_left() {
+fn a_pod_whose_manifest_is_unreadable_at_the_start_stays_enforced_as_before() {
     let scene = Scene::new(&[]);
     let file = scene.lab.pod_file(&scene.pod);
     scene.lab.write_file(&file, b"{{{ not YAML");
@@ -154,13 +156,15 @@ fn a_pod_whose_manifest_cannot_be_read_at_the_start_stays_as_it_was_left() {
     agent.wait_enforcing(&scene.pod);
     assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
     scene.lab.remove_pod(&scene.pod);
-    eventually("the pod is free", || holds(scene.reaches(99)));
+    eventually("the pod is not enforced any more", || {
+        holds(scene.reaches(99))
+    });
 }
 
 #[test]
-fn an_interface_that_no_pod_is_known_to_have_is_free_again() {
+fn an_interface_without_a_known_pod_is_detached() {
     let scene = Scene::new(&[]);
-    // As an agent leaves it that is killed while it begins with a pod, or ends with it.
+    // The state that an agent leaves if it is killed while it starts or stops enforcing a pod.
     let interface = scene.pod.interface();
     let ifindex = scene
         .lab
@@ -176,16 +180,18 @@ fn an_interface_that_no_pod_is_known_to_have_is_free_again() {
     bpftool(&arguments);
     assert!(
         !scene.reaches(99),
-        "what lets nothing out lets something out"
+        "an interface without an entry lets traffic out"
     );
     scene.lab.remove_pod(&scene.pod);
     let _agent = scene.lab.start_agent(&[]);
-    eventually("the interface is free", || holds(scene.reaches(99)));
+    eventually("the interface is not enforced any more", || {
+        holds(scene.reaches(99))
+    });
 }
 
-/// A map of another build has the type information of that build, or none.
+/// A map of another build has that build's type information, or none.
 #[test]
-fn maps_that_another_build_has_pinned_hinder_nothing() {
+fn maps_pinned_by_another_build_do_no_harm() {
     let lab = Lab::new();
     let (_web, cart) = lab.shop_and_cart("shop.test:443");
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[]);

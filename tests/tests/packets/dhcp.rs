@@ -22,7 +22,7 @@ fn serve(lab: &Lab, pod: &Pod) -> Running {
     ]))
 }
 
-/// Whether a DHCP client in the pod gets a lease when it asks this often, once a second.
+/// True if a DHCP client in the pod gets a lease within this many attempts, one a second.
 fn gets_a_lease(pod: &Pod, times: u32) -> bool {
     let mut command = Command::new("busybox");
     command.args(["udhcpc", "-i", "eth0", "-n", "-q", "-f", "-s", "/bin/true"]);
@@ -41,17 +41,17 @@ fn scene(allow: &str) -> (Agent, Running, Pod, Lab) {
 }
 
 #[test]
-fn a_client_without_an_address_gets_one_where_an_entry_says_so() {
+fn a_dhcp_client_gets_an_address_with_an_entry() {
     let (_agent, _server, pod, _lab) = scene("255.255.255.255:67/udp");
     assert!(gets_a_lease(&pod, 30));
 }
 
 #[test]
-fn without_an_entry_it_gets_none() {
+fn without_an_entry_a_dhcp_client_gets_no_address() {
     let (agent, _server, pod, _lab) = scene("shop.test:443");
     assert!(!gets_a_lease(&pod, 2));
     let broadcast = [255, 255, 255, 255].into();
-    agent.wait_denial("the question for an address", |denial| {
+    agent.wait_denial("the DHCP request", |denial| {
         denial.is(&pod, "protected", broadcast, 67)
     });
 }

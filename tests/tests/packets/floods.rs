@@ -1,4 +1,4 @@
-//! A pod that asks for more than anybody needs.
+//! Pods that send far more queries and connections than any program needs.
 
 use std::{
     collections::HashSet,
@@ -12,7 +12,7 @@ use egress_tests::{
     dns::{Answer, DnsSocket, RecordType, ResponseCode, question},
 };
 
-/// Memory of the agent's own, in KiB.
+/// The agent's anonymous memory, in KiB.
 #[track_caller]
 fn memory(agent: &Agent) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid()));
@@ -22,9 +22,9 @@ fn memory(agent: &Agent) -> u64 {
     field.expect("RssAnon").parse().expect("a number")
 }
 
-/// Asks for `names` names below a wildcard, many at a time; each is answered.
+/// Queries these names below a wildcard, 100 at a time, and expects a response to each.
 #[track_caller]
-fn asks(socket: &DnsSocket, names: std::ops::Range<u32>) {
+fn resolve_all(socket: &DnsSocket, names: std::ops::Range<u32>) {
     let mut names = names.peekable();
     while names.peek().is_some() {
         let mut open = HashSet::new();
@@ -35,7 +35,7 @@ fn asks(socket: &DnsSocket, names: std::ops::Range<u32>) {
             open.insert(id);
         }
         while !open.is_empty() {
-            let (bytes, _) = socket.receive(DEADLINE).expect("an answer");
+            let (bytes, _) = socket.receive(DEADLINE).expect("a response");
             let answer = Answer::read(&bytes);
             assert_eq!(answer.code, ResponseCode::NoError);
             assert!(open.remove(&answer.message.metadata.id));
@@ -44,7 +44,7 @@ fn asks(socket: &DnsSocket, names: std::ops::Range<u32>) {
 }
 
 #[test]
-fn a_hundred_thousand_names_leave_memory_bounded() {
+fn memory_stays_bounded_with_a_hundred_thousand_names() {
     const NAMES: u32 = 100_000;
     const LIMIT: u32 = 1024;
     const MIB: u64 = 1024;
@@ -58,21 +58,21 @@ fn a_hundred_thousand_names_leave_memory_bounded() {
     let agent = lab.start_agent(&[&pod]);
     let socket = pod.dns_socket();
     // Until every table is full.
-    asks(&socket, 0..10 * LIMIT);
+    resolve_all(&socket, 0..10 * LIMIT);
     let before = memory(&agent);
-    asks(&socket, 10 * LIMIT..NAMES);
+    resolve_all(&socket, 10 * LIMIT..NAMES);
     let after = memory(&agent);
     assert!(after < before + 4 * MIB, "{before} KiB, then {after} KiB");
     let allowed = lab.allowed(&pod);
     assert!(allowed.len() <= LIMIT as usize, "{} entries", allowed.len());
-    // And what was resolved last is open.
+    // The address that was resolved last is allowed.
     pod.talks_tcp((numbered(NAMES - 1), 443));
     assert!(agent.denials().is_empty());
 }
 
 #[test]
-fn connections_with_a_resolver_are_bounded_and_the_newest_works() {
-    // As many as docs/dns.md says, and one more.
+fn connections_to_a_resolver_are_bounded_and_the_newest_works() {
+    // The limit in docs/dns-tcp.md, and one more.
     const CONNECTIONS: u32 = 257;
     let lab = Lab::new();
     lab.dns().numbered("fresh.test");
@@ -82,9 +82,9 @@ fn connections_with_a_resolver_are_bounded_and_the_newest_works() {
     }
     let agent = lab.start_agent(&[&pod, &neighbour]);
     let before = neighbour.reach_tcp((RESOLVER, 53));
-    // The beginning of a question, which the agent keeps.
+    // The first part of a query, which the agent buffers.
     let question = question(7, "n1.fresh.test", RecordType::A);
-    let length = u16::try_from(question.len()).expect("a short question");
+    let length = u16::try_from(question.len()).expect("a short query");
     let bytes = [&length.to_be_bytes(), question.as_slice()].concat();
     let mut all: Vec<_> = (0..CONNECTIONS)
         .map(|_| {
@@ -94,7 +94,7 @@ fn connections_with_a_resolver_are_bounded_and_the_newest_works() {
             stream
         })
         .collect();
-    agent.wait_denial("the connection used longest ago", |d| {
+    agent.wait_denial("the least recently used connection", |d| {
         d.of(&pod) && d.reason == "dns_over_tcp"
     });
     let error = all[0].read(&mut [0]).expect_err("it is reset");
@@ -107,9 +107,9 @@ fn connections_with_a_resolver_are_bounded_and_the_newest_works() {
         };
         stream.write_all(rest).expect("write");
         let mut length = [0; 2];
-        stream.read_exact(&mut length).expect("an answer");
+        stream.read_exact(&mut length).expect("a response");
         let mut message = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut message).expect("an answer");
+        stream.read_exact(&mut message).expect("a response");
         assert_eq!(Answer::read(&message).addresses, [numbered(1)]);
     }
     assert!(!agent.denials().iter().any(|d| d.of(&neighbour)));

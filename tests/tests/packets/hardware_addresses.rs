@@ -1,4 +1,4 @@
-//! From which hardware addresses a pod may send on a bridge.
+//! The hardware addresses from which a pod may send on a bridge.
 
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 
@@ -62,7 +62,7 @@ impl Scene {
         self.lab.start_agent(&[&self.cart])
     }
 
-    /// A datagram for the neighbour, in the pod's own addresses.
+    /// A datagram to the neighbour, from the pod's own addresses.
     fn datagram(&self, payload: &[u8]) -> Vec<u8> {
         let to = (self.mail.ipv4().into(), PORT);
         let mut frame = frames::udp(&self.cart, (self.cart.ipv4().into(), PORT), to, payload);
@@ -70,23 +70,23 @@ impl Scene {
         frame
     }
 
-    /// Sends a frame and then an ordinary one: only that arrives, and the bridge still knows the
-    /// neighbour behind its own port.
+    /// Asserts that this frame is dropped: sends it and then an honest one, of which only the latter arrives,
+    /// and the bridge still knows the neighbour behind its own port.
     #[track_caller]
-    fn stops(&self, agent: &Agent, frame: &[u8]) {
+    fn assert_dropped(&self, agent: &Agent, frame: &[u8]) {
         let mark = agent.mark();
         self.tap.send(frame);
-        self.denies(agent, mark, frame);
+        self.assert_dropped_since(agent, mark, frame);
     }
 
     #[track_caller]
-    fn denies(&self, agent: &Agent, mark: usize, frame: &[u8]) {
+    fn assert_dropped_since(&self, agent: &Agent, mark: usize, frame: &[u8]) {
         let honest = self.datagram(b"the honest one");
         self.tap.send(&honest);
         let first = self
             .neighbour
             .receive(DEADLINE, |seen| seen == frame || seen == &honest[..])
-            .expect("the ordinary one arrives");
+            .expect("the honest one arrives");
         assert_eq!(first, honest);
         agent.wait_denial_from(mark, SPOOFED, |denial| {
             denial.of(&self.cart) && denial.reason == SPOOFED
@@ -95,7 +95,7 @@ impl Scene {
         assert_ne!(learned.as_deref(), Some(self.cart.interface()));
     }
 
-    /// Behind which port the bridge believes this address to be.
+    /// The port behind which the bridge has learned this address.
     fn learned(&self, hardware: [u8; 6]) -> Option<String> {
         let output = std::process::Command::new("bridge")
             .args(["-n", self.lab.node().name(), "fdb", "show", "br", "br0"])
@@ -104,19 +104,19 @@ impl Scene {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let line = text
             .lines()
-            .find(|line| line.starts_with(&written(hardware)))?;
+            .find(|line| line.starts_with(&formatted(hardware)))?;
         let mut words = line.split(' ').skip_while(|word| *word != "dev");
         words.nth(1).map(str::to_owned)
     }
 }
 
-fn written(hardware: [u8; 6]) -> String {
+fn formatted(hardware: [u8; 6]) -> String {
     hardware.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn set_hardware(pod: &Pod, hardware: [u8; 6]) {
     pod.netns()
-        .ip_batch(&format!("link set eth0 address {}\n", written(hardware)));
+        .ip_batch(&format!("link set eth0 address {}\n", formatted(hardware)));
 }
 
 fn from(mut frame: Vec<u8>, hardware: [u8; 6]) -> Vec<u8> {
@@ -125,32 +125,32 @@ fn from(mut frame: Vec<u8>, hardware: [u8; 6]) -> Vec<u8> {
 }
 
 #[test]
-fn a_pod_on_a_bridge_sends_in_no_neighbours_hardware_address() {
+fn a_pod_on_a_bridge_cannot_send_from_a_neighbours_hardware_address() {
     let scene = Scene::new();
     let agent = scene.start();
     let of_mail = scene.mail.hardware();
-    scene.stops(&agent, &from(scene.datagram(b"as the neighbour"), of_mail));
-    scene.stops(&agent, &from(scene.datagram(b"as nobody"), FREE));
-    scene.stops(&agent, &from(scene.datagram(b"to all"), [0xff; 6]));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"as the neighbour"), of_mail));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"as nobody"), FREE));
+    scene.assert_dropped(&agent, &from(scene.datagram(b"to all"), [0xff; 6]));
 
     let mut arp = raw::arp(scene.cart.ipv4(), scene.mail.ipv4());
     arp[..6].copy_from_slice(&of_mail);
     arp[22..28].copy_from_slice(&of_mail);
-    scene.stops(&agent, &from(arp, of_mail));
+    scene.assert_dropped(&agent, &from(arp, of_mail));
 
-    // The link-local address that is made of the neighbour's hardware address: the neighbour would
-    // take it for a conflict.
+    // The link-local address derived from the neighbour's hardware address: the neighbour would take it for a
+    // duplicate.
     let target: Ipv6Addr = link_local_of(of_mail).into();
     let rest = [&[0x20, 0, 0, 0][..], &target.octets(), &[2, 1], &of_mail].concat();
     let mut frame = Ip::new(target, ALL_NODES)
         .hops(255)
         .icmp(ADVERTISEMENT, 0, &rest);
     finish(&scene.cart, &mut frame);
-    scene.stops(&agent, &from(frame, of_mail));
+    scene.assert_dropped(&agent, &from(frame, of_mail));
 }
 
 #[test]
-fn an_open_flow_carries_no_other_hardware_address() {
+fn a_frame_of_an_open_flow_needs_the_pods_hardware_address() {
     let scene = Scene::new();
     let agent = scene.start();
     let to = SocketAddr::from((scene.mail.ipv4(), PORT));
@@ -175,11 +175,11 @@ fn an_open_flow_carries_no_other_hardware_address() {
         }
     });
     let frame = from(scene.datagram(b"as the neighbour"), scene.mail.hardware());
-    scene.stops(&agent, &frame);
+    scene.assert_dropped(&agent, &frame);
 }
 
 #[test]
-fn a_pod_keeps_the_hardware_address_that_it_was_found_with() {
+fn a_pod_is_bound_to_the_hardware_address_it_was_found_with() {
     let scene = Scene::new();
     let mut agent = scene.start();
     let ours = scene.cart.hardware();
@@ -188,12 +188,12 @@ fn a_pod_keeps_the_hardware_address_that_it_was_found_with() {
         let mark = agent.mark();
         let frame = from(scene.datagram(b"changed"), hardware);
         scene.tap.send(&frame);
-        scene.denies(agent, mark, &frame);
+        scene.assert_dropped_since(agent, mark, &frame);
         set_hardware(&scene.cart, ours);
     };
     changed(&agent, scene.mail.hardware());
     changed(&agent, FREE);
-    // Nor does the next agent believe what was set meanwhile.
+    // The next agent does not accept the changed address either.
     agent.kill();
     set_hardware(&scene.cart, FREE);
     let agent = scene.start();
@@ -201,7 +201,7 @@ fn a_pod_keeps_the_hardware_address_that_it_was_found_with() {
 }
 
 #[test]
-fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
+fn a_pod_cannot_claim_a_hardware_address_of_the_node_or_a_neighbour() {
     let scene = Scene::new();
     let gateway = [2, 0, 0, 0, 55, 1];
     scene.lab.node().ip_batch(&format!(
@@ -209,7 +209,7 @@ fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
          addr add 10.55.0.2/24 dev br0\n\
          neigh add 10.55.0.1 lladdr {} dev br0\n\
          route add 10.56.0.0/16 via 10.55.0.1\n",
-        written(gateway)
+        formatted(gateway)
     ));
     let bridge = [2, 0, 0, 0, 0x77, 1];
     let node = scene.cart.gateway_hardware();
@@ -241,7 +241,7 @@ fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
     set_hardware(&scene.cart, gateway);
     problem("that of a gateway");
     silent(gateway);
-    // An address that is nobody else's is bound.
+    // A unique address is bound.
     set_hardware(&scene.cart, FREE);
     eventually("the pod is bound to its address", || {
         (scene.lab.status_of(&scene.cart)["problem"].is_null()).then_some(())
@@ -254,7 +254,7 @@ fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
             .receive(DEADLINE, |seen| seen == &frame[..])
             .is_some()
     );
-    // Nobody else on the bridge gets it then.
+    // No other pod on the bridge gets the same address.
     set_hardware(&scene.mail, FREE);
     scene.lab.write_pod(&scene.mail, &[("allow", "")]);
     agent.wait_enforcing(&scene.mail);
@@ -270,18 +270,18 @@ fn what_is_the_nodes_or_a_neighbours_is_no_pods_hardware_address() {
 }
 
 #[test]
-fn an_interface_that_the_node_routes_may_have_any_hardware_address() {
+fn a_routed_interface_may_send_from_any_hardware_address() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("203.0.113.10:443");
     let _agent = lab.start_agent(&[&pod]);
     pod.talks_tcp((server(10), 443));
-    // As of a bridge or a virtual machine in the pod.
+    // As a bridge or a virtual machine in the pod does.
     set_hardware(&pod, FREE);
     pod.talks_tcp((server(10), 443));
 }
 
 #[test]
-fn an_interface_that_becomes_a_bridges_port_is_bound_from_then_on() {
+fn an_interface_that_becomes_a_bridge_port_is_bound_from_then_on() {
     let scene = Scene::new();
     let port = scene.cart.interface();
     scene
@@ -301,14 +301,14 @@ fn an_interface_that_becomes_a_bridges_port_is_bound_from_then_on() {
         let mut later = denials[mark.min(denials.len())..].iter();
         later.any(|denial| denial.reason == SPOOFED).then_some(())
     });
-    scene.stops(
+    scene.assert_dropped(
         &agent,
         &from(scene.datagram(b"as the neighbour"), scene.mail.hardware()),
     );
 }
 
 #[test]
-fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network() {
+fn a_network_plugin_may_change_the_hardware_address_during_setup() {
     let cluster = Cluster::on(ApiServer::shared(), Lab::builder());
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
@@ -339,7 +339,7 @@ fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network()
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
     wait_bound(FREE);
-    // From now on it is the pod that changes it.
+    // From here on it is the pod that changes its address.
     let other = [2, 0, 0, 0, 99, 98];
     set_hardware(cart.net(), other);
     let mark = agent.mark();
@@ -353,7 +353,7 @@ fn a_network_plugin_may_change_the_hardware_address_while_it_makes_the_network()
 }
 
 #[test]
-fn no_frame_that_skips_the_programs_draws_a_neighbours_traffic() {
+fn a_frame_that_skips_the_programs_cannot_draw_a_neighbours_traffic() {
     let scene = Scene::new();
     scene.lab.write_pod(&scene.mail, &[("allow", "")]);
     let agent = scene.lab.start_agent(&[&scene.cart, &scene.mail]);
@@ -363,7 +363,7 @@ fn no_frame_that_skips_the_programs_draws_a_neighbours_traffic() {
         frame
     });
     let ifb = Ifb::redirect(&scene.cart);
-    // Link-local destinations, which a bridge handles itself: spanning tree, and what follows it.
+    // Link-local destinations, which a bridge handles itself: spanning tree and others.
     for last in 0..=0x0f {
         let mut frame = raw::ethernet(0x88cc, b"from the neighbour, it says");
         frame[..6].copy_from_slice(&[1, 0x80, 0xc2, 0, 0, last]);

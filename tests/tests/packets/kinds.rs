@@ -1,4 +1,4 @@
-//! Packets of every kind, from programs and from forgers.
+//! Packets of every kind, sent by ordinary programs and by forgers.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -19,8 +19,8 @@ use etherparse::{
 /// The port that [`Wire`] allows.
 const PORT: u16 = 4000;
 
-/// A pod that may send UDP and TCP to port 4000 of `server(1)` and `server6(1)`, its own end of
-/// the wire, and what leaves the node.
+/// A pod that may send UDP and TCP to port 4000 of `server(1)` and `server6(1)`; a tap in the pod, and one on
+/// the frames that leave the node.
 struct Wire {
     agent: Agent,
     tap: Tap,
@@ -47,10 +47,10 @@ impl Wire {
         }
     }
 
-    /// Sends a frame and then a harmless one, and asserts that of the two only the latter leaves
+    /// Asserts that this frame is dropped: sends it and then a harmless one, of which only the latter leaves
     /// the node.
     #[track_caller]
-    fn stops(&self, frame: &[u8], reason: &str) {
+    fn assert_dropped(&self, frame: &[u8], reason: &str) {
         const SENTINEL: &[u8] = b"the harmless one";
         let own = self.pod.ipv4().into();
         let mark = self.agent.mark();
@@ -74,9 +74,9 @@ impl Wire {
             .wait_denial_from(mark, reason, |d| d.of(&self.pod) && d.reason == reason);
     }
 
-    /// Sends a frame that leaves the node.
+    /// Asserts that this frame leaves the node.
     #[track_caller]
-    fn passes(&self, frame: &[u8]) {
+    fn assert_passes(&self, frame: &[u8]) {
         self.tap.send(frame);
         let tail = &frame[frame.len() - 8..];
         assert!(
@@ -101,7 +101,7 @@ fn a_forged_source_address_stays_on_the_node() {
     let stranger = "10.1.200.2".parse().expect("an address");
     let stranger6 = "fd01:c8::2".parse().expect("an address");
     let (v4, v6) = ((server(1), PORT), (server6(1), PORT));
-    wire.stops(
+    wire.assert_dropped(
         &frames::udp(&wire.pod, (stranger, 7), v4, b"forged by v4"),
         "spoofed_source",
     );
@@ -109,7 +109,7 @@ fn a_forged_source_address_stays_on_the_node() {
         .agent
         .wait_denial("the forged one", |d| d.src_ip == Some(stranger));
     assert_eq!((line.dst_ip, line.dst_port), (Some(server(1)), Some(PORT)));
-    wire.passes(&frames::udp(&wire.pod, (wire.own6(), 7), v6, b"not forged"));
+    wire.assert_passes(&frames::udp(&wire.pod, (wire.own6(), 7), v6, b"not forged"));
     wire.tap
         .send(&frames::udp(&wire.pod, (stranger6, 7), v6, b"forged by v6"));
     wire.agent.wait_denial("the forged one", |d| {
@@ -118,7 +118,7 @@ fn a_forged_source_address_stays_on_the_node() {
 }
 
 #[test]
-fn a_neighbours_address_cannot_be_borrowed() {
+fn a_pod_cannot_send_from_a_neighbours_address() {
     let wire = Wire::new();
     let neighbour = wire.lab.pod("shop", "mail");
     wire.lab
@@ -126,7 +126,7 @@ fn a_neighbours_address_cannot_be_borrowed() {
     wire.agent.wait_enforcing(&neighbour);
     let borrowed = neighbour.ipv4().into();
     let frame = frames::udp(&wire.pod, (borrowed, 7), (server(1), PORT), b"borrowed");
-    wire.stops(&frame, "spoofed_source");
+    wire.assert_dropped(&frame, "spoofed_source");
 }
 
 #[test]
@@ -140,23 +140,23 @@ fn tagged_truncated_and_foreign_frames_stay_on_the_node() {
     );
     let mut tagged = good.clone();
     tagged.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
-    wire.stops(&tagged, "malformed");
+    wire.assert_dropped(&tagged, "malformed");
 
     let mut foreign = good.clone();
     foreign[12..14].copy_from_slice(&[0x88, 0xb5]); // IEEE 802, local experimental
     foreign.extend(b"foreign!");
     let wire = Wire::new();
-    wire.stops(&foreign, "malformed");
+    wire.assert_dropped(&foreign, "malformed");
 
     let wire = Wire::new();
     let mut longer_header = good;
     longer_header[14] = 0x4f; // a header of 60 bytes where there are not so many
     longer_header.truncate(14 + 40);
-    wire.stops(&longer_header, "malformed");
+    wire.assert_dropped(&longer_header, "malformed");
 }
 
 #[test]
-fn ip_options_and_extension_headers_hide_nothing() {
+fn ip_options_and_extension_headers_do_not_hide_ports() {
     let wire = Wire::new();
     let with_options = |dst: u8, payload: &[u8]| {
         let (IpAddr::V4(src), IpAddr::V4(dst)) = (wire.own(), server(dst)) else {
@@ -190,9 +190,9 @@ fn ip_options_and_extension_headers_hide_nothing() {
             .expect("a frame can be built");
         frame
     };
-    wire.passes(&with_options(1, b"allowed with options"));
-    wire.passes(&with_extension(1, b"allowed with an extension"));
-    wire.stops(&with_options(9, b"denied with options"), "no_rule");
+    wire.assert_passes(&with_options(1, b"allowed with options"));
+    wire.assert_passes(&with_extension(1, b"allowed with an extension"));
+    wire.assert_dropped(&with_options(9, b"denied with options"), "no_rule");
     wire.tap
         .send(&with_extension(9, b"denied with an extension"));
     let line = wire.agent.wait_denial("the one with an extension", |d| {
@@ -205,7 +205,7 @@ fn ip_options_and_extension_headers_hide_nothing() {
 }
 
 #[test]
-fn fragments_follow_their_first() {
+fn later_fragments_follow_the_verdict_of_the_first() {
     let lab = Lab::new();
     let _echo = lab.serve_udp(PORT);
     let pod = lab.pod("shop", "cart");
@@ -241,7 +241,7 @@ fn a_fragment_without_its_first_stays_on_the_node() {
         .ip(IpHeaders::Ipv4(header, Ipv4Extensions::default()))
         .write(&mut frame, ip_number::UDP, b"the rest of something")
         .expect("a frame can be built");
-    wire.stops(&frame, "fragment_without_first");
+    wire.assert_dropped(&frame, "fragment_without_first");
 }
 
 #[test]
@@ -295,7 +295,7 @@ fn sctp_is_judged_by_its_ports() {
 }
 
 #[test]
-fn a_pod_that_may_reach_nothing_still_answers() {
+fn a_pod_without_allowed_destinations_still_answers_connections() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "")]);
@@ -306,7 +306,7 @@ fn a_pod_that_may_reach_nothing_still_answers() {
             let (mut stream, peer) = tcp.accept().expect("a connection from outside");
             let mut request = [0; 4];
             stream.read_exact(&mut request).expect("a request");
-            stream.write_all(&request).expect("send an answer");
+            stream.write_all(&request).expect("send a response");
             peer
         });
         let to = SocketAddr::new(own, 8080);
@@ -320,13 +320,13 @@ fn a_pod_that_may_reach_nothing_still_answers() {
         );
         let peer = server.join().expect("the pod's server").ip().to_canonical();
 
-        // To answer is not to call back.
+        // Permission to answer is not permission to connect.
         agent.denies_tcp(&pod, (peer, 9999), "no_rule");
     }
 }
 
 #[test]
-fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
+fn a_pod_without_allowed_destinations_still_answers_datagrams() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "")]);
@@ -347,7 +347,7 @@ fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
                 .expect("a datagram from outside");
             socket
                 .send_to(&buffer[..length], peer)
-                .expect("send an answer");
+                .expect("send a response");
         });
         let client = lab.outside().run(|| {
             let unspecified: IpAddr = if own.is_ipv4() {
@@ -367,7 +367,7 @@ fn a_pod_that_may_reach_nothing_still_answers_datagrams() {
 }
 
 #[test]
-fn rejected_programs_fail_at_once() {
+fn with_reject_denied_programs_fail_at_once() {
     let lab = Lab::builder().config("onDeny", "reject").build();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -401,8 +401,8 @@ fn rejected_programs_fail_at_once() {
 }
 
 #[test]
-fn a_checksum_cannot_be_written_over_the_port_that_was_judged() {
-    /// Where the UDP header begins, its destination port and its checksum.
+fn a_late_checksum_cannot_overwrite_the_judged_port() {
+    /// The offset of the UDP header, and the offsets of its destination port and checksum.
     const UDP: u16 = 14 + 20;
     const PORT_FIELD: u16 = 2;
     const CHECKSUM_FIELD: u16 = 6;

@@ -1,4 +1,4 @@
-//! Checksums that are computed after the verdict, and land where the pod wants them.
+//! Checksums that are computed after the verdict, and that the pod directs to fields that were judged.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -16,7 +16,7 @@ use egress_tests::{
 
 /// The port that the pod may reach at `server(1)` and `server6(1)`.
 const PORT: u16 = 4000;
-/// One that it may not reach.
+/// A port that the pod may not reach.
 const OTHER_PORT: u16 = 22;
 
 /// A pod, and an uplink for which the kernel computes checksums.
@@ -56,7 +56,7 @@ impl Scene {
 
     /// Sends an honest datagram to the allowed port, which opens a flow if there is none.
     #[track_caller]
-    fn sends_honestly(&self, to: IpAddr, payload: &[u8]) {
+    fn send_honest(&self, to: IpAddr, payload: &[u8]) {
         let own = if to.is_ipv4() {
             self.pod.ipv4().into()
         } else {
@@ -66,10 +66,9 @@ impl Scene {
         self.tap.send(&frame);
     }
 
-    /// Sends a frame whose sum turns what was judged into something else: nothing of it leaves the
-    /// node.
+    /// Asserts that a frame is dropped if its late checksum changes a judged field.
     #[track_caller]
-    fn stops(&self, mut frame: Vec<u8>, sum: Sum, wanted: u16, send: fn(&Pod, &[u8])) {
+    fn assert_dropped(&self, mut frame: Vec<u8>, sum: Sum, wanted: u16, send: fn(&Pod, &[u8])) {
         const SENTINEL: &[u8] = b"the honest one";
         finish(&self.pod, &mut frame);
         let free = frame.len() - 2;
@@ -78,7 +77,7 @@ impl Scene {
         let tail = &landed[landed.len() - 4..];
         let mark = self.agent.mark();
         send(&self.pod, &frame);
-        self.sends_honestly(server(1), SENTINEL);
+        self.send_honest(server(1), SENTINEL);
         let first = self
             .uplink
             .receive(DEADLINE, |seen| {
@@ -87,7 +86,7 @@ impl Scene {
             .expect("the honest one leaves");
         assert!(
             first.ends_with(SENTINEL),
-            "what left the node is not what was judged: {first:02x?}"
+            "the frame that left the node is not the judged one: {first:02x?}"
         );
         self.agent
             .wait_denial_from(mark, "the rewritten packet", |denial| {
@@ -96,78 +95,78 @@ impl Scene {
     }
 }
 
-/// Options that end the IPv4 header where the sum of a datagram without options would be.
+/// Options that extend the IPv4 header over the place of the checksum of a datagram without options.
 const FOUR_BYTES: &[u8] = &[1, 1, 1, 1];
 
 #[test]
-fn a_sum_that_lands_on_a_port_of_udp_does_not_leave() {
+fn a_late_checksum_over_a_udp_port_is_dropped() {
     let scene = Scene::new();
     let to = scene.to(server(1)).options(FOUR_BYTES);
     let frame = to.udp(7, PORT, b"to another port.");
-    scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, OTHER_PORT, send_by_udp);
 }
 
 #[test]
-fn a_sum_that_lands_on_a_port_of_tcp_does_not_leave() {
+fn a_late_checksum_over_a_tcp_port_is_dropped() {
     let scene = Scene::new();
     let to = scene.to(server(1)).options(FOUR_BYTES);
     for flags in [flag::SYN, flag::ACK] {
         let segment = [tcp(7, PORT, flags), b"to another port.".to_vec()].concat();
         let frame = to.frame(protocol::TCP, &segment);
-        scene.stops(frame, UDP_SUM, OTHER_PORT, send_by_udp);
+        scene.assert_dropped(frame, UDP_SUM, OTHER_PORT, send_by_udp);
     }
 }
 
 #[test]
-fn a_sum_that_lands_on_an_ipv6_address_does_not_leave() {
+fn a_late_checksum_over_an_ipv6_address_is_dropped() {
     let scene = Scene::new();
     let plain = scene.to(server6(1));
     for to in [plain.clone(), plain.clone().padding(protocol::DESTINATION)] {
         let frame = to.udp(7, PORT, b"to another host.");
-        scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+        scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
     }
-    // The same once a flow is open.
-    scene.sends_honestly(server6(1), b"it is open now");
+    // The same with an open flow.
+    scene.send_honest(server6(1), b"it is open now");
     let frame = plain.udp(7, PORT, b"to another host.");
     assert_eq!(
         frame[IPV6 - 16..IPV6],
         Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets()
     );
-    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
     let segment = [tcp(7, PORT, flag::ACK), b"to another host.".to_vec()].concat();
     let frame = plain.frame(protocol::TCP, &segment);
-    scene.stops(frame, UDP_SUM, 0xbad, send_by_udp);
+    scene.assert_dropped(frame, UDP_SUM, 0xbad, send_by_udp);
 }
 
 #[test]
-fn a_sum_that_lands_on_the_port_of_an_open_flow_does_not_leave() {
+fn a_late_checksum_over_the_port_of_an_open_flow_is_dropped() {
     let scene = Scene::new();
-    scene.sends_honestly(server(1), b"it is open now");
+    scene.send_honest(server(1), b"it is open now");
     let frame = scene.to(server(1)).udp(7, PORT, b"a SYN has eighteen");
     assert_eq!(frame[IPV4 + 2..IPV4 + 4], PORT.to_be_bytes());
-    scene.stops(frame, SHIFTED_TCP_SUM, OTHER_PORT, send_by_tun);
+    scene.assert_dropped(frame, SHIFTED_TCP_SUM, OTHER_PORT, send_by_tun);
 }
 
 #[test]
-fn a_sum_cannot_make_a_question_that_nobody_looked_at() {
+fn a_late_checksum_cannot_turn_a_packet_into_an_unjudged_query() {
     let scene = Scene::new();
     let mut message = question(9, "evil.test", RecordType::A);
-    // Two bytes behind the question, for the sum to be right.
+    // Two more bytes after the query, to make the sum fit.
     if message.len() % 2 == 1 {
         message.push(0);
     }
     message.extend([0; 2]);
     let to = scene.to(RESOLVER).options(FOUR_BYTES);
-    // An internal address: all but port 53 passes.
-    scene.stops(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
+    // All ports but 53 of an internal address pass.
+    scene.assert_dropped(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
     assert_eq!(scene.lab.dns().asked("evil.test"), 0);
 }
 
-/// A second resolver: its last number but one can be a sum, which is never zero.
+/// A second resolver: its last group but one can be a checksum, which is never zero.
 const SECOND_RESOLVER: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 1, 0x53);
 
 #[test]
-fn a_sum_cannot_make_a_response_that_was_not_held() {
+fn a_late_checksum_cannot_turn_a_packet_into_an_unheld_response() {
     const PAYLOAD: &[u8] = b"a response of some length";
     const OPTIONS: usize = 8;
     let lab = Lab::builder()
@@ -180,7 +179,7 @@ fn a_sum_cannot_make_a_response_that_was_not_held() {
     compute_checksums(lab.node(), cart.interface());
     lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&cart]);
-    // A neighbour that nothing enforces.
+    // A neighbour that is not enforced.
     let forged = |src: IpAddr| {
         let mut frame = Ip::new(src, cart.ipv6()).udp(53, 4000, PAYLOAD);
         finish(&mail, &mut frame);
@@ -205,7 +204,7 @@ fn a_sum_cannot_make_a_response_that_was_not_held() {
 }
 
 #[test]
-fn a_sum_that_lands_in_arp_does_not_leave() {
+fn a_late_checksum_in_arp_is_dropped() {
     const OPTIONS: usize = 4;
     const TARGET_HARDWARE: usize = 32;
     let lab = Lab::new();
@@ -221,7 +220,7 @@ fn a_sum_that_lands_in_arp_does_not_leave() {
     lab.write_pod(&cart, &[("allow", "")]);
     let agent = lab.start_agent(&[&cart]);
     let neighbour = Tap::open(mail.netns(), "eth0");
-    // As the neighbour itself would be asked for its address, or told it.
+    // Addressed to the neighbour alone, as a unicast ARP request or reply.
     let mut frame = arp(cart.ipv4(), mail.ipv4());
     frame[..6].copy_from_slice(&mail.hardware());
     frame[6..12].copy_from_slice(&cart.hardware());
@@ -242,7 +241,7 @@ fn a_sum_that_lands_in_arp_does_not_leave() {
 }
 
 #[test]
-fn honest_sockets_are_served_whoever_computes_their_sums() {
+fn honest_sockets_work_whoever_computes_their_checksums() {
     let scene = Scene::new();
     let _tcp = scene.lab.serve_tcp(PORT);
     let _udp = scene.lab.serve_udp(PORT);
@@ -252,7 +251,7 @@ fn honest_sockets_are_served_whoever_computes_their_sums() {
         let mut stream = scene.pod.reach_tcp((to, PORT));
         for _ in 0..3 {
             assert!(egress_tests::echo_on(&socket, &long[..1000], DEADLINE));
-            // In fragments, whose sum the pod's kernel computes.
+            // Fragmented, so that the pod's kernel computes the checksum.
             assert!(egress_tests::echo_on(&socket, &long[..5000], DEADLINE));
             assert!(egress_tests::exchange(&mut stream, &long, DEADLINE));
         }

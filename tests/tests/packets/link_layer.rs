@@ -1,4 +1,4 @@
-//! What pods on one bridge can tell each other, and in whose name.
+//! Messages that pods on one bridge may send each other on the link, and from which addresses.
 
 use std::{fs, net::Ipv6Addr};
 
@@ -21,7 +21,7 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 const ALL_ROUTERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2);
 const ALL_MLD2_ROUTERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x16);
 
-/// Two pods on one bridge, on which the node is the gateway; the first is enforced.
+/// Two pods on one bridge on which the node is the gateway; the first pod is enforced.
 struct Scene {
     agent: Agent,
     cart: Pod,
@@ -55,9 +55,10 @@ impl Scene {
         }
     }
 
-    /// Sends a frame to the neighbour and then an ordinary one: only that arrives.
+    /// Asserts that this frame to the neighbour is dropped: sends it and then an honest one, of which only
+    /// the latter arrives.
     #[track_caller]
-    fn stops(&self, frame: &[u8], reason: &str) {
+    fn assert_dropped(&self, frame: &[u8], reason: &str) {
         let mark = self.agent.mark();
         self.tap.send(frame);
         let honest = self.advertisement(own_link_local(&self.cart), &self.cart);
@@ -65,7 +66,7 @@ impl Scene {
         let first = self
             .neighbour
             .receive(DEADLINE, |seen| seen == frame || seen == &honest[..])
-            .expect("the ordinary one arrives");
+            .expect("the honest one arrives");
         assert_eq!(first, honest);
         self.agent.wait_denial_from(mark, reason, |denial| {
             denial.of(&self.cart) && denial.reason == reason
@@ -73,13 +74,13 @@ impl Scene {
     }
 
     #[track_caller]
-    fn passes(&self, frame: &[u8]) {
+    fn assert_passes(&self, frame: &[u8]) {
         self.tap.send(frame);
         let seen = self.neighbour.receive(DEADLINE, |seen| seen == frame);
         assert!(seen.is_some(), "it does not arrive: {frame:02x?}");
     }
 
-    /// An advertisement of this address, in this pod's hardware address.
+    /// A neighbour advertisement of this address, from this pod's hardware address.
     fn advertisement(&self, target: Ipv6Addr, sender: &Pod) -> Vec<u8> {
         let option = [&[2, 1][..], &sender.hardware()].concat();
         let rest = [&[0x20, 0, 0, 0][..], &target.octets(), &option].concat();
@@ -101,34 +102,34 @@ fn own_link_local(pod: &Pod) -> Ipv6Addr {
 }
 
 #[test]
-fn a_pod_does_not_go_by_the_gateways_link_local_address() {
+fn a_pod_cannot_use_the_gateways_link_local_address() {
     let scene = Scene::new();
-    scene.stops(&scene.advertisement(GATEWAY, &scene.cart), "spoofed_source");
-    // Nor by asking as the gateway, which tells as much.
+    scene.assert_dropped(&scene.advertisement(GATEWAY, &scene.cart), "spoofed_source");
+    // A solicitation from the gateway's address has the same effect.
     let option = [&[1, 1][..], &scene.cart.hardware()].concat();
     let target = own_link_local(&scene.mail);
     let rest = [&[0; 4][..], &target.octets(), &option].concat();
     let asks = Ip::new(GATEWAY, target)
         .hops(255)
         .icmp(SOLICITATION, 0, &rest);
-    scene.stops(&scene.to_neighbour(asks, &scene.cart), "spoofed_source");
-    // Nor by looking whether the address is free, which an owner that begins takes for a conflict.
+    scene.assert_dropped(&scene.to_neighbour(asks, &scene.cart), "spoofed_source");
+    // Duplicate address detection makes an owner that starts see a conflict.
     let rest = [&[0; 4][..], &GATEWAY.octets()].concat();
     let looks = Ip::new(Ipv6Addr::UNSPECIFIED, ALL_NODES)
         .hops(255)
         .icmp(SOLICITATION, 0, &rest);
-    scene.stops(&scene.to_neighbour(looks, &scene.cart), "spoofed_source");
+    scene.assert_dropped(&scene.to_neighbour(looks, &scene.cart), "spoofed_source");
 }
 
 #[test]
-fn a_pod_does_not_go_by_a_neighbours_link_local_address() {
+fn a_pod_cannot_use_a_neighbours_link_local_address() {
     const CHOSEN: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x1234, 0x5678, 0x9abc, 0xdef0);
     const ANOTHER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x1234, 0x5678, 0x9abc, 0xdef1);
     let scene = Scene::new();
-    // Made of the neighbour's hardware address.
+    // Derived from the neighbour's hardware address.
     let of_mail = own_link_local(&scene.mail);
-    scene.stops(&scene.advertisement(of_mail, &scene.cart), "spoofed_source");
-    // Chosen by a neighbour that is enforced, too.
+    scene.assert_dropped(&scene.advertisement(of_mail, &scene.cart), "spoofed_source");
+    // Chosen by another enforced pod.
     scene.lab.write_pod(&scene.mail, &[("allow", "")]);
     scene.agent.wait_enforcing(&scene.mail);
     let mut chosen = scene.advertisement(CHOSEN, &scene.mail);
@@ -140,13 +141,13 @@ fn a_pod_does_not_go_by_a_neighbours_link_local_address() {
             .receive(DEADLINE, |seen| seen == &chosen[..])
             .is_some()
     );
-    // Whoever comes second does not get it, and has lost nothing: it may choose another.
-    scene.stops(&scene.advertisement(CHOSEN, &scene.cart), "spoofed_source");
-    scene.passes(&scene.advertisement(ANOTHER, &scene.cart));
+    // The second pod that claims the address does not get it, and may choose another.
+    scene.assert_dropped(&scene.advertisement(CHOSEN, &scene.cart), "spoofed_source");
+    scene.assert_passes(&scene.advertisement(ANOTHER, &scene.cart));
 }
 
 #[test]
-fn messages_on_the_link_carry_no_letters() {
+fn messages_on_the_link_cannot_carry_other_data() {
     let scene = Scene::new();
     let own = own_link_local(&scene.cart);
     let neighbour = own_link_local(&scene.mail);
@@ -159,32 +160,32 @@ fn messages_on_the_link_carry_no_letters() {
     };
     let address = [&[1, 1][..], &scene.cart.hardware()].concat();
     let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
-    scene.passes(&solicitation(&address));
-    scene.passes(&solicitation(&[&address[..], &nonce].concat()));
+    scene.assert_passes(&solicitation(&address));
+    scene.assert_passes(&solicitation(&[&address[..], &nonce].concat()));
     let mut letter = vec![253, 25];
     letter.resize(200, b'x');
-    scene.stops(&solicitation(&letter), "malformed");
+    scene.assert_dropped(&solicitation(&letter), "malformed");
     let mut long_nonce = vec![14, 8];
     long_nonce.resize(64, b'x');
-    scene.stops(&solicitation(&long_nonce), "malformed");
+    scene.assert_dropped(&solicitation(&long_nonce), "malformed");
     let mut trailer = solicitation(&address);
     trailer.extend([b'x'; 200]);
-    scene.stops(&trailer, "malformed");
+    scene.assert_dropped(&trailer, "malformed");
 
     let mut question = raw::arp(scene.cart.ipv4(), scene.mail.ipv4());
     finish(&scene.cart, &mut question);
     question[22..28].copy_from_slice(&scene.cart.hardware());
     let question = scene.to_neighbour(question, &scene.cart);
-    scene.passes(&question);
+    scene.assert_passes(&question);
     let mut padded = question.clone();
     padded.resize(60, 0);
-    scene.passes(&padded);
+    scene.assert_passes(&padded);
     padded[59] = b'x';
-    scene.stops(&padded, "malformed");
+    scene.assert_dropped(&padded, "malformed");
 }
 
 #[test]
-fn a_kernel_that_gets_its_address_is_not_hindered() {
+fn ipv6_address_configuration_by_the_kernel_works() {
     let scene = Scene::new();
     let inside = scene.cart.netns();
     inside.run(|| {
@@ -204,8 +205,8 @@ fn a_kernel_that_gets_its_address_is_not_hindered() {
             && frame.get(at) == Some(&kind)
             && frame[6..12] == scene.cart.hardware()
     };
-    // Duplicate address detection, with its nonce; the report of the groups it joins; and the search
-    // for a router.
+    // Duplicate address detection with its nonce, the report of joined multicast groups, and the router
+    // solicitation.
     let seen = |what: &str, is: &dyn Fn(&[u8]) -> bool| {
         assert!(scene.neighbour.receive(DEADLINE, is).is_some(), "{what}");
     };
@@ -224,7 +225,7 @@ fn a_kernel_that_gets_its_address_is_not_hindered() {
 }
 
 #[test]
-fn reports_have_a_bound() {
+fn multicast_reports_have_a_limited_size() {
     let mut programs = Programs::new();
     let own: Ipv6Addr = link_local_of([2, 0, 0, 0, 0, 2]).into();
     let report = |records: usize, auxiliary: u8, sources: u8| {
@@ -244,7 +245,7 @@ fn reports_have_a_bound() {
     programs.stays(&report(17, 0, 0), Reason::Malformed);
     programs.stays(&report(1, 4, 0), Reason::Malformed);
     programs.stays(&report(1, 0, 40), Reason::Malformed);
-    // Another option than the router alert.
+    // A hop-by-hop option other than the router alert.
     let ip = Ip::new(own, ALL_MLD2_ROUTERS).hops(1);
     let ip = ip.extension(protocol::HOP_BY_HOP, &[0, 0x1e, 4, b'x', b'x', b'x', b'x']);
     programs.stays(&ip.icmp(MLD2_REPORT, 0, &[0; 24]), Reason::Malformed);

@@ -1,4 +1,4 @@
-//! Packets that a pod makes by hand, and what they can do to the node and to other pods.
+//! Hand-made packets of a pod, and their effect on the node and on other pods.
 
 mod dhcp;
 mod floods;
@@ -6,6 +6,7 @@ mod hardware_addresses;
 mod kinds;
 mod late_checksums;
 mod link_layer;
+mod looped_back;
 mod neighbours;
 mod packet_lists;
 mod protocols;

@@ -1,4 +1,4 @@
-//! A pod that does all it can with its own network, and the pod beside it, which notices nothing.
+//! A pod that abuses its own network, and the pod next to it, which must not notice.
 
 use std::{
     fs,
@@ -37,10 +37,10 @@ fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {said}");
 }
 
-/// Has everything that reaches the pod wait in a queue that lets nothing out: an ingress hook sends it to
+/// Redirects everything that reaches the pod to a queue that sends nothing: an ingress hook forwards it to
 /// another device.
 #[track_caller]
-fn parks_what_arrives(pod: &Pod) {
+fn block_delivery(pod: &Pod) {
     let netns = pod.netns();
     netns.ip_batch(
         "link add slow type veth peer name end\n\
@@ -55,7 +55,7 @@ fn parks_what_arrives(pod: &Pod) {
     run_in(netns, "nft", &[ruleset]);
 }
 
-/// Two pods that may ask for `shop.test`, and whatever keeps the laboratory alive.
+/// Two pods that may reach `shop.test`.
 #[track_caller]
 fn two_pods(lab: &Lab) -> [Pod; 2] {
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -67,19 +67,19 @@ fn two_pods(lab: &Lab) -> [Pod; 2] {
 }
 
 #[test]
-fn a_pod_that_keeps_what_is_delivered_to_it_stops_nobody_elses_dns() {
-    // More than any socket's send buffer holds.
+fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
+    // More than the send buffer of any socket holds.
     const QUESTIONS: u16 = 4000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
     let [greedy, neighbour] = two_pods(&lab);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     assert_eq!(greedy.lookup("shop.test"), [server(10)]);
-    parks_what_arrives(&greedy);
+    block_delivery(&greedy);
     let socket = greedy.dns_socket();
     let ask = |from: u16| {
         for id in from..from + QUESTIONS {
-            // Refused, so that the agent answers.
+            // These queries are refused, so the agent itself responds.
             socket.ask(RESOLVER, id, "evil.test", RecordType::A);
         }
     };
@@ -93,7 +93,7 @@ fn a_pod_that_keeps_what_is_delivered_to_it_stops_nobody_elses_dns() {
         line.contains("could not be put back") && line.contains("pod=shop/greedy")
     });
 
-    // However much it goes on, that is one line every few seconds, and never one about the neighbour.
+    // However long it lasts, the agent logs one line every few seconds, and none about the neighbour.
     ask(QUESTIONS);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
     let said = agent.stderr();
@@ -104,7 +104,7 @@ fn a_pod_that_keeps_what_is_delivered_to_it_stops_nobody_elses_dns() {
 
 #[test]
 fn the_agents_sockets_close_with_their_pods() {
-    // One for the probes of all interfaces.
+    // One socket for the probes of all interfaces.
     const PROBES: usize = 1;
     let lab = Lab::new();
     let pods = two_pods(&lab);
@@ -118,23 +118,25 @@ fn the_agents_sockets_close_with_their_pods() {
     for pod in &pods {
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
     }
-    eventually("each pod has one", || {
+    eventually("each pod has one socket", || {
         holds(sockets() == pods.len() + PROBES)
     });
     lab.remove_pod(&pods[0]);
-    eventually("one is left", || holds(sockets() == 1 + PROBES));
+    eventually("one pod's socket is left", || {
+        holds(sockets() == 1 + PROBES)
+    });
     assert_eq!(pods[1].lookup("shop.test"), [server(10)]);
     assert!(agent.stop().success());
     assert_eq!(sockets(), 0);
 }
 
-/// Most addresses of an answer in these tests: as many as a message holds.
+/// The number of addresses in a costly response: as many as a message holds.
 const ADDRESSES: u32 = 4000;
 
-/// The longest answer that a question can have: `question` with the flags of a response, and 16 bytes for
-/// each address, whose owner is a pointer to the asked name. Answers of different numbers have different
+/// The most expensive response to a query: `question` with the flags of a response, and 16 bytes for each
+/// address, whose owner is a pointer to the queried name. Responses with different numbers have different
 /// addresses.
-fn costly_answer(question: &[u8], number: u16) -> Vec<u8> {
+fn costly_response(question: &[u8], number: u16) -> Vec<u8> {
     const HEADER: usize = 12;
     const OPT: usize = 11;
     let mut message = question[..question.len() - OPT].to_vec();
@@ -149,7 +151,7 @@ fn costly_answer(question: &[u8], number: u16) -> Vec<u8> {
     message
 }
 
-/// A socket that keeps all that comes, and when the kernel had it.
+/// A socket that keeps everything it receives, with the kernel's timestamps.
 struct Stamped(UdpSocket);
 
 impl Stamped {
@@ -167,7 +169,7 @@ impl Stamped {
         Self(socket)
     }
 
-    /// When the next datagram reached the pod, and its transaction id.
+    /// The kernel's timestamp and the transaction id of the next datagram.
     #[track_caller]
     fn receive(&self) -> (TimeSpec, u16) {
         let mut bytes = vec![0; 65_535];
@@ -192,9 +194,9 @@ impl Stamped {
     }
 }
 
-/// How many answers the programs have given to the agent.
+/// The number of responses that the programs have passed to the agent.
 #[track_caller]
-fn held_answers(lab: &Lab) -> u64 {
+fn held_responses(lab: &Lab) -> u64 {
     let map = lab.pins().join("counters");
     let dump = bpftool(&["map", "dump", "pinned", &map.to_string_lossy()]);
     let values = &dump[0]["formatted"]["values"];
@@ -204,40 +206,40 @@ fn held_answers(lab: &Lab) -> u64 {
 }
 
 #[test]
-fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
-    // Each has addresses of its own: none costs less because of another.
+fn costly_responses_of_one_pod_do_not_delay_another_pods() {
+    // Each response has addresses of its own, so that none is cheaper because of another.
     const COSTLY: u16 = 20;
     let lab = Lab::builder()
         .config("limits.addressesPerPod", 200_000)
         .build();
     let [greedy, neighbour] = two_pods(&lab);
     lab.write_pod(&greedy, &[("allow", "big.test:443")]);
-    // The test answers itself, when it wants.
+    // The test sends the responses itself, at the right moment.
     for name in ["big.test", "small.test"] {
         lab.dns().on(name, |_| Vec::new());
     }
     lab.write_pod(&neighbour, &[("allow", "small.test:443")]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     let (many, one) = (Stamped::open(&greedy), Stamped::open(&neighbour));
-    let to = |socket: &Stamped| socket.0.local_addr().expect("it is bound");
+    let to = |socket: &Stamped| socket.0.local_addr().expect("a bound socket");
     for id in 0..COSTLY {
         let asked = question(id, "big.test", RecordType::A);
         many.0.send_to(&asked, (RESOLVER, 53)).expect("send");
     }
     let asked = question(COSTLY, "small.test", RecordType::A);
     one.0.send_to(&asked, (RESOLVER, 53)).expect("send");
-    eventually("all questions are with the resolver", || {
+    eventually("all queries are with the resolver", || {
         holds(
             lab.dns().asked("big.test") == usize::from(COSTLY)
                 && lab.dns().asked("small.test") == 1,
         )
     });
 
-    // While the agent stands still, all answers come; the neighbour's is the last.
+    // All responses arrive while the agent is stopped; the neighbour's is the last.
     let pid = Pid::from_raw(agent.pid().cast_signed());
     kill(pid, Signal::SIGSTOP).expect("kill(2)");
     for id in 0..COSTLY {
-        let answer = costly_answer(&question(id, "big.test", RecordType::A), id);
+        let answer = costly_response(&question(id, "big.test", RecordType::A), id);
         lab.dns().send(RESOLVER, to(&many), &answer);
     }
     let [a, b, c, d] = [203, 0, 113, 10];
@@ -246,9 +248,9 @@ fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
     answer[6..12].copy_from_slice(&[0, 1, 0, 0, 0, 0]);
     answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 0x2c, 0, 4, a, b, c, d]);
     lab.dns().send(RESOLVER, to(&one), &answer);
-    // A busy CPU takes packets later than they are sent.
-    eventually("all answers are held", || {
-        holds(held_answers(&lab) > u64::from(COSTLY))
+    // A busy CPU may process packets later than they are sent.
+    eventually("all responses are held", || {
+        holds(held_responses(&lab) > u64::from(COSTLY))
     });
     kill(pid, Signal::SIGCONT).expect("kill(2)");
 
@@ -256,7 +258,7 @@ fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
     assert_eq!(id, COSTLY);
     let costly: Vec<_> = (0..COSTLY).map(|_| many.receive()).collect();
     let ids: Vec<u16> = costly.iter().map(|(_, id)| *id).collect();
-    assert_eq!(ids, (0..COSTLY).collect::<Vec<_>>(), "in their order");
+    assert_eq!(ids, (0..COSTLY).collect::<Vec<_>>(), "in order");
     let before = costly.iter().filter(|(stamp, _)| *stamp < small).count();
     assert!(
         before < usize::from(COSTLY),
@@ -267,12 +269,12 @@ fn costly_answers_of_one_pod_do_not_hold_up_another_pods() {
 }
 
 #[test]
-fn a_pod_that_floods_a_standing_agent_leaves_room_for_another_pods_question() {
-    // Each takes 16 KiB of the ring, and all of them more than its half, which a pod may fill by itself, and
-    // the room of 256 frames.
+fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
+    // Each query takes 16 KiB of the ring. All together take more than half of it, which is one pod's limit,
+    // and more than 256 frames.
     const LENGTH: usize = 8000;
     const LONG: u16 = 300;
-    // These fill what is left between the long ones and the ring's end.
+    // These fill the rest between the long ones and the end of the ring.
     const SHORT: u16 = 100;
     let lab = Lab::builder().mtu(9000).build();
     let [greedy, neighbour] = two_pods(&lab);
@@ -290,22 +292,22 @@ fn a_pod_that_floods_a_standing_agent_leaves_room_for_another_pods_question() {
     let socket = neighbour.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     kill(pid, Signal::SIGCONT).expect("kill(2)");
-    let answer = socket.expect("the neighbour's question was held");
+    let answer = socket.expect("the neighbour's query was held");
     assert_eq!(answer.addresses, [server(10)]);
-    agent.wait_denial("what was over the pod's share", |denial| {
+    agent.wait_denial("the queries above the pod's limit", |denial| {
         denial.is(&greedy, "dns_not_held", RESOLVER, 53)
     });
 }
 
-/// Serves DNS over TCP for one connection: the beginning of a long response to each question for `big.test`,
-/// and a whole one to every other.
+/// Serves DNS over TCP on one connection: the beginning of a long response to each query for `big.test`, and
+/// a complete response to every other query.
 fn serve(mut stream: TcpStream) -> Option<()> {
     loop {
         let mut length = [0; 2];
         stream.read_exact(&mut length).ok()?;
         let mut asked = vec![0; u16::from_be_bytes(length).into()];
         stream.read_exact(&mut asked).ok()?;
-        let answer = costly_answer(&asked, 0);
+        let answer = costly_response(&asked, 0);
         let length = u16::try_from(answer.len()).ok()?;
         let mut bytes = [&length.to_be_bytes(), answer.as_slice()].concat();
         if asked.windows(4).any(|bytes| bytes == b"\x03big") {
@@ -316,9 +318,9 @@ fn serve(mut stream: TcpStream) -> Option<()> {
 }
 
 #[test]
-fn connections_that_fill_their_pods_memory_leave_room_for_another_pods() {
-    // Their responses, and what the pod sends behind its questions, are together the 16 MiB that the agent keeps
-    // for all pods.
+fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
+    // Together, the responses and the data that the pod sends after its queries fill the 16 MiB that the
+    // agent buffers for all pods.
     const LONG: usize = 244;
     const CONNECTIONS: usize = 256;
     let lab = Lab::builder().without_dns().config("http", HTTP).build();
@@ -339,20 +341,22 @@ fn connections_that_fill_their_pods_memory_leave_room_for_another_pods() {
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     let framed = |name: &str| {
         let asked = question(7, name, RecordType::A);
-        let length = u16::try_from(asked.len()).expect("a short question");
+        let length = u16::try_from(asked.len()).expect("a short query");
         [&length.to_be_bytes(), asked.as_slice()].concat()
     };
     let mut held = Vec::new();
-    let response = 2 + costly_answer(&question(7, "big.test", RecordType::A), 0).len();
+    let response = 2 + costly_response(&question(7, "big.test", RecordType::A), 0).len();
     for number in 0..CONNECTIONS {
         let mut stream = greedy.reach_tcp((RESOLVER, 53));
         if number < LONG {
-            stream.write_all(&framed("big.test")).expect("it is open");
+            stream
+                .write_all(&framed("big.test"))
+                .expect("the connection is open");
         }
-        // What is behind the question is kept until it is whole.
+        // The agent buffers the data after the query until the message is complete.
         let mut beginning = [0xff; 4000];
         beginning[..2].copy_from_slice(&4096u16.to_be_bytes());
-        // Or it is reset: it would keep more than it may.
+        // The connection may be reset here, because it exceeds the pod's limit.
         let _ = stream.write_all(&beginning);
         if number < LONG {
             let _ = stream.read_exact(&mut vec![0; response - 1]);
@@ -360,18 +364,20 @@ fn connections_that_fill_their_pods_memory_leave_room_for_another_pods() {
         held.push(stream);
     }
     let mut stream = neighbour.reach_tcp((RESOLVER, 53));
-    stream.write_all(&framed("whole.test")).expect("it is open");
+    stream
+        .write_all(&framed("whole.test"))
+        .expect("the connection is open");
     let mut length = [0; 2];
     stream
         .read_exact(&mut length)
-        .expect("the neighbour's answer");
+        .expect("the neighbour's response");
     let mut message = vec![0; u16::from_be_bytes(length).into()];
     stream
         .read_exact(&mut message)
-        .expect("the neighbour's answer");
+        .expect("the neighbour's response");
     assert_eq!(lab.allowed(&neighbour).len(), ADDRESSES as usize);
     assert!(!agent.denials().iter().any(|denial| denial.of(&neighbour)));
-    agent.wait_denial("a connection over the pod's share", |denial| {
+    agent.wait_denial("a connection above the pod's limit", |denial| {
         denial.of(&greedy) && denial.reason == "dns_over_tcp"
     });
 }

@@ -1,4 +1,4 @@
-//! Lists of packets (`rx-gro-list` of an interface in the pod): each has headers of its own.
+//! Lists of packets (`rx-gro-list` of an interface in the pod): each packet in them has its own headers.
 
 use std::{
     fs, io,
@@ -21,22 +21,22 @@ use nix::sys::socket::{
 
 /// The port that the pod may reach at `server6(1)`.
 const PORT: u16 = 4000;
-/// One that it may not reach.
+/// A port that the pod may not reach.
 const OTHER_PORT: u16 = 22;
 /// The pod's own port.
 const OWN_PORT: u16 = 7777;
-/// Length of each packet's payload.
+/// The length of each packet's payload.
 const PAYLOAD: u8 = 64;
 
-/// What an interface does not have that cuts aggregates into packets.
+/// Features that the interface lacks, so that it splits aggregates into packets.
 const CUTTING: &[(&str, bool)] = &[
     ("tx-scatter-gather", false),
     ("tx-udp-segmentation", false),
     ("tx-gso-list", false),
 ];
 
-/// A socket whose packets to `server6(1)` leave through one end of a pair of interfaces, come back through the other
-/// as a list, and are forwarded.
+/// A socket whose packets to `server6(1)` leave through one end of a veth pair, come back through the other
+/// end as a list, and are forwarded.
 fn socket_that_sends_lists(pod: &Pod) -> UdpSocket {
     let netns = pod.netns();
     let (from, to) = (pod.ipv6(), server6(1));
@@ -46,7 +46,7 @@ fn socket_that_sends_lists(pod: &Pod) -> UdpSocket {
          route add {to}/128 dev out table 77\n\
          neigh add {to} lladdr 02:00:00:00:77:02 dev out nud permanent\n"
     ));
-    // The sender's end cuts what it sends, and the other end makes a list of it.
+    // The sending end splits the aggregate, and the other end makes a list of the packets.
     set_features(netns, "out", CUTTING);
     set_features(netns, "back", &[("rx-gro", true), ("rx-gro-list", true)]);
     let from = SocketAddr::from((from, OWN_PORT));
@@ -65,18 +65,18 @@ fn socket_that_sends_lists(pod: &Pod) -> UdpSocket {
 }
 
 #[test]
-fn no_list_of_packets_leaves_by_the_headers_of_its_first() {
+fn a_list_of_packets_is_not_judged_by_its_first_packet_alone() {
     const SENTINEL: &[u8] = b"the honest one";
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "[2001:db8::1]:4000")]);
     let agent = lab.start_agent(&[&pod]);
-    // The way out cuts lists.
+    // The uplink splits lists.
     set_features(lab.node(), "uplink", CUTTING);
     let outside = Tap::open(lab.outside(), "eth0");
     let socket = socket_that_sends_lists(&pod);
 
-    // The rule changes the first packet's port to the one that is allowed.
+    // The rule changes the first packet's port to the allowed one.
     let rule = format!("udp dport {OTHER_PORT} udp dport set {PORT}");
     let mark = agent.mark();
     with_rule(pod.netns(), "eth0", &rule, || {

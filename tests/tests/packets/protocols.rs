@@ -1,4 +1,4 @@
-//! Protocols that have no ports: ESP, GRE and others, with entries of their own.
+//! Protocols without ports: ESP, GRE and others, with entries of their own.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,7 +15,7 @@ const ESP: u8 = 50;
 const GRE: u8 = 47;
 const OSPF: u8 = 89;
 
-/// A pod with these entries, and who captures what leaves the node.
+/// A pod with these entries, and a tap on the frames that leave the node.
 struct Wire {
     agent: Agent,
     uplink: Tap,
@@ -56,7 +56,7 @@ impl Wire {
             .expect("the pod sends a packet");
     }
 
-    /// Whether a packet of this protocol leaves the node.
+    /// True if a packet of this protocol leaves the node.
     #[track_caller]
     fn reaches(&self, protocol: u8, to: IpAddr, timeout: std::time::Duration) -> bool {
         self.send(protocol, to);
@@ -64,7 +64,7 @@ impl Wire {
             IpAddr::V4(_) => self.pod.ipv4().into(),
             IpAddr::V6(_) => self.pod.ipv6().into(),
         };
-        // Not the ICMP error that quotes it.
+        // Ignores the ICMP error that quotes the packet.
         self.uplink
             .receive(timeout, |seen| {
                 frames::is(seen, own, to, IpNumber(protocol))
@@ -73,7 +73,7 @@ impl Wire {
     }
 
     #[track_caller]
-    fn denies(&self, protocol: u8, to: IpAddr, reason: &str) {
+    fn assert_denied(&self, protocol: u8, to: IpAddr, reason: &str) {
         let mark = self.agent.mark();
         assert!(
             !self.reaches(protocol, to, SHORT),
@@ -89,7 +89,7 @@ impl Wire {
 }
 
 #[test]
-fn a_protocol_reaches_the_address_that_allows_it_and_no_other_does() {
+fn a_protocol_reaches_only_addresses_whose_entries_name_it() {
     let wire = Wire::new(&[(
         "allow",
         "203.0.113.1/esp [2001:db8::1]/gre 203.0.113.2:443 203.0.113.3/ip-89 203.0.113.4/any",
@@ -104,26 +104,26 @@ fn a_protocol_reaches_the_address_that_allows_it_and_no_other_does() {
         assert!(wire.reaches(protocol, to, DEADLINE), "{protocol} to {to}");
     }
     for (protocol, to) in [(GRE, server(1)), (ESP, server(2)), (ESP, server(3))] {
-        wire.denies(protocol, to, "port_not_allowed");
+        wire.assert_denied(protocol, to, "port_not_allowed");
     }
-    wire.denies(ESP, server(5), "no_rule");
+    wire.assert_denied(ESP, server(5), "no_rule");
     assert!(wire.pod.connect_tcp((server(1), 443), SHORT).is_err());
 }
 
 #[test]
-fn a_name_may_be_reached_by_a_protocol_of_its_own() {
+fn a_name_may_be_allowed_for_one_protocol() {
     let wire = Wire::new(&[("allow", "vpn.test/esp")]);
     wire.lab.dns().addresses("vpn.test", &[server(9)]);
-    wire.denies(ESP, server(9), "address_not_learned");
+    wire.assert_denied(ESP, server(9), "address_not_learned");
     wire.pod.resolve("vpn.test", RecordType::A);
     assert!(wire.reaches(ESP, server(9), DEADLINE));
-    wire.denies(GRE, server(9), "port_not_allowed");
+    wire.assert_denied(GRE, server(9), "port_not_allowed");
 }
 
 #[test]
 fn a_denied_protocol_does_not_leave_an_open_pod() {
     let wire = Wire::new(&[("deny", "203.0.113.0/24/gre")]);
-    wire.denies(GRE, server(1), "deny_rule");
+    wire.assert_denied(GRE, server(1), "deny_rule");
     assert!(wire.reaches(ESP, server(1), DEADLINE));
 }
 

@@ -1,4 +1,4 @@
-//! Headers in pages that the pod still writes to: what is judged is what is sent.
+//! Headers in memory pages that the pod can still write to: the bytes that are sent are the judged ones.
 
 use std::{
     net::{Ipv6Addr, SocketAddr, UdpSocket},
@@ -17,15 +17,15 @@ use egress_tests::{
 
 /// The port that the pod may reach at `server6(1)`.
 const PORT: u16 = 4000;
-/// One that it may not reach.
+/// A port that the pod may not reach.
 const OTHER_PORT: u16 = 22;
-/// Where the pod's socket sends before the pod's rule rewrites the packet.
+/// The port to which the pod's socket sends, before the pod's rule rewrites the packet.
 const WRITTEN_PORT: u16 = 6666;
-/// So many datagrams are sent: when headers are judged in the page, one in twenty arrives on the other
-/// port, but none as long as the two threads do not run at the same time.
+/// The number of datagrams. If headers were judged in the page, one in twenty would arrive on the other port,
+/// but none while the two threads do not run at the same time.
 const DATAGRAMS: usize = 8000;
 
-/// A UDP datagram of the pod's to this port.
+/// A UDP datagram of the pod to this port.
 fn datagram(pod: &Pod, port: u16) -> Vec<u8> {
     Ip::new(pod.ipv6(), server6(1)).udp(7777, port, &[b'x'; 56])[IPV6..].to_vec()
 }
@@ -40,13 +40,13 @@ fn listen(lab: &Lab, port: u16) -> UdpSocket {
     socket
 }
 
-/// How many datagrams have arrived.
+/// The number of datagrams that have arrived.
 fn arrived(socket: &UdpSocket) -> usize {
     std::iter::from_fn(|| socket.recv(&mut [0; 128]).ok()).count()
 }
 
 #[test]
-fn a_port_in_a_shared_page_is_sent_as_it_was_judged() {
+fn a_port_in_a_shared_page_cannot_change_after_the_verdict() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "[2001:db8::1]:4000")]);
@@ -59,8 +59,8 @@ fn a_port_in_a_shared_page_is_sent_as_it_was_judged() {
     let page = SharedPage::new(&to_port);
     let stop = AtomicBool::new(false);
     let (mut on_allowed, mut on_denied) = (0, 0);
-    // The header of the socket's datagram becomes a destination option with four bytes of padding, so
-    // that what the page holds is the header of UDP.
+    // The header of the socket's datagram becomes a destination option with four bytes of padding, so that
+    // the page begins with the UDP header.
     let rule =
         format!("udp dport {WRITTEN_PORT} @nh,320,64 set 0x1100010400000000 @nh,48,8 set 60");
     with_rule(pod.netns(), "eth0", &rule, || {
@@ -75,7 +75,7 @@ fn a_port_in_a_shared_page_is_sent_as_it_was_judged() {
             stop.store(true, Ordering::Relaxed);
         });
     });
-    // One more, and all before it have arrived.
+    // After this last datagram, all earlier ones have arrived.
     let last = pod.udp_socket(SocketAddr::from((server6(1), PORT)));
     last.send(b"the last").expect("send a datagram");
     allowed.set_nonblocking(false).expect("a socket");

@@ -1,4 +1,4 @@
-//! Answers that somebody else sends in the resolver's name.
+//! Responses that somebody else sends in the resolver's name.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,18 +15,18 @@ const LIE: u8 = 66;
 const TRUTH: u8 = 10;
 const ID: u16 = 0x5a5a;
 
-/// A pod that has asked for `shop.test` and waits: the resolver has the question and says nothing
-/// before it is told to.
-struct Waiting {
+/// A pod that has queried `shop.test` and waits. The resolver has the query and sends nothing until the test
+/// makes it.
+struct Pending {
     agent: Agent,
     socket: DnsSocket,
     cart: Pod,
-    /// A pod under a policy of its own, that forges.
+    /// A pod under a policy of its own that forges packets.
     mail: Pod,
     lab: Lab,
 }
 
-impl Waiting {
+impl Pending {
     #[track_caller]
     fn new() -> Self {
         let lab = Lab::new();
@@ -38,7 +38,7 @@ impl Waiting {
         let agent = lab.start_agent(&[&cart, &mail]);
         let socket = cart.dns_socket();
         socket.ask(RESOLVER, ID, "shop.test", RecordType::A);
-        eventually("the question is at the resolver", || {
+        eventually("the query is at the resolver", || {
             holds(lab.dns().asked("shop.test") == 1)
         });
         Self {
@@ -55,7 +55,7 @@ impl Waiting {
         (address.ip(), address.port())
     }
 
-    /// An answer with this address that fits the open question in everything.
+    /// A response with this address that matches the pending query in every field.
     fn answer(&self, host: u8) -> Vec<u8> {
         let asked = Question {
             name: "shop.test".to_owned(),
@@ -71,21 +71,22 @@ impl Waiting {
             .to_vec()
     }
 
-    /// The resolver answers at last: that is the first thing the pod receives, and all it learns.
+    /// The resolver responds at last. Asserts that the pod receives only this response and learns only its
+    /// address.
     #[track_caller]
-    fn hears_the_truth_alone(&self) {
+    fn delivers_only_the_real_response(&self) {
         let to = self.socket.address();
         self.lab.dns().send(RESOLVER, to, &self.answer(TRUTH));
-        let answer = self.socket.expect("the resolver's answer");
+        let answer = self.socket.expect("the resolver's response");
         assert_eq!(answer.addresses, [server(TRUTH)]);
         let learned: Vec<IpAddr> = self.lab.allowed(&self.cart).into_keys().collect();
         assert_eq!(learned, [server(TRUTH)]);
         assert!(self.lab.allowed(&self.mail).is_empty());
     }
 
-    /// This pod's forgery ends at its own interface.
+    /// Waits until this pod's forgeries have been dropped at its own interface.
     #[track_caller]
-    fn is_stopped(&self, forger: &Pod, src: IpAddr, count: u64) {
+    fn wait_stopped(&self, forger: &Pod, src: IpAddr, count: u64) {
         let mut seen = 0;
         self.agent.wait_denial("a forged source", |d| {
             if d.of(forger) && d.reason == "spoofed_source" && d.src_ip == Some(src) {
@@ -97,10 +98,10 @@ impl Waiting {
 }
 
 #[test]
-fn another_pod_that_forges_the_resolvers_answer_opens_nothing() {
-    let scene = Waiting::new();
+fn a_response_forged_by_another_pod_opens_nothing() {
+    let scene = Pending::new();
     let tap = Tap::open(scene.mail.netns(), "eth0");
-    // It has guessed everything right: port, id, name and type.
+    // The forger has guessed port, id, name and type.
     let forged = scene.answer(LIE);
     tap.send(&frames::udp(
         &scene.mail,
@@ -108,21 +109,21 @@ fn another_pod_that_forges_the_resolvers_answer_opens_nothing() {
         scene.asker(),
         &forged,
     ));
-    scene.is_stopped(&scene.mail, RESOLVER, 1);
-    // Over IPv6 too, though the question went out over IPv4.
+    scene.wait_stopped(&scene.mail, RESOLVER, 1);
+    // Over IPv6 too, although the query was sent over IPv4.
     tap.send(&frames::udp(
         &scene.mail,
         (RESOLVER6, 53),
         (scene.cart.ipv6().into(), scene.asker().1),
         &forged,
     ));
-    scene.is_stopped(&scene.mail, RESOLVER6, 1);
-    scene.hears_the_truth_alone();
+    scene.wait_stopped(&scene.mail, RESOLVER6, 1);
+    scene.delivers_only_the_real_response();
 }
 
 #[test]
-fn a_pod_that_forges_an_answer_to_itself_opens_nothing() {
-    let scene = Waiting::new();
+fn a_response_that_a_pod_forges_to_itself_opens_nothing() {
+    let scene = Pending::new();
     let forged = frames::udp(
         &scene.cart,
         (RESOLVER, 53),
@@ -130,9 +131,9 @@ fn a_pod_that_forges_an_answer_to_itself_opens_nothing() {
         &scene.answer(LIE),
     );
     Tap::open(scene.cart.netns(), "eth0").send(&forged);
-    scene.is_stopped(&scene.cart, RESOLVER, 1);
-    // What it sends itself within its own namespace, nobody else hears: it can deceive its own
-    // programs, and they find the address closed.
+    scene.wait_stopped(&scene.cart, RESOLVER, 1);
+    // Nobody else receives a packet within the pod's own namespace. The pod can deceive its own programs, but
+    // the address stays denied.
     Tap::open(scene.cart.netns(), "lo").send(&forged);
     scene
         .agent
@@ -141,19 +142,19 @@ fn a_pod_that_forges_an_answer_to_itself_opens_nothing() {
 }
 
 #[test]
-fn a_question_in_a_neighbours_name_does_not_leave() {
-    let scene = Waiting::new();
+fn a_query_in_a_neighbours_name_does_not_leave() {
+    let scene = Pending::new();
     let question = egress_tests::dns::question(9, "shop.test", RecordType::A);
     let forged = frames::udp(&scene.mail, scene.asker(), (RESOLVER, 53), &question);
     Tap::open(scene.mail.netns(), "eth0").send(&forged);
-    scene.is_stopped(&scene.mail, scene.asker().0, 1);
-    scene.hears_the_truth_alone();
+    scene.wait_stopped(&scene.mail, scene.asker().0, 1);
+    scene.delivers_only_the_real_response();
     assert_eq!(scene.lab.dns().asked("shop.test"), 1);
 }
 
 #[test]
-fn a_sender_on_the_node_that_guesses_finds_nothing_open() {
-    let scene = Waiting::new();
+fn responses_with_wrong_guesses_open_nothing() {
+    let scene = Pending::new();
     let tap = Tap::open(scene.lab.node(), scene.cart.interface());
     let (own, port) = scene.asker();
     let right = scene.answer(LIE);
@@ -178,8 +179,8 @@ fn a_sender_on_the_node_that_guesses_finds_nothing_open() {
             bytes,
         ));
     }
-    // From an address that is no resolver's it is no answer at all, and reaches the pod as any
-    // datagram may.
+    // A datagram from an address that is not a resolver's is not a DNS response, and reaches the pod as
+    // ordinary traffic.
     tap.send(&frames::udp_to(
         &scene.cart,
         (second, 53),
@@ -194,5 +195,5 @@ fn a_sender_on_the_node_that_guesses_finds_nothing_open() {
         reported >= guesses.len() as u64
     });
     assert!(scene.lab.allowed(&scene.cart).is_empty());
-    scene.hears_the_truth_alone();
+    scene.delivers_only_the_real_response();
 }

@@ -42,17 +42,17 @@ impl Scene {
         }
     }
 
-    /// What the pod is allowed works, and nothing else leaves.
+    /// Asserts that the pod reaches its allowed name, and nothing else.
     #[track_caller]
-    fn is_enforced(&self) {
+    fn assert_enforced(&self) {
         self.pod.lookup("shop.test");
         self.pod.talks_tcp((server(10), 443));
         assert!(self.pod.connect_tcp((server(99), 443), SHORT).is_err());
     }
 
-    /// Nothing that the pod sends through its ifb device arrives outside.
+    /// Asserts that nothing arrives outside that the pod sends through its ifb device.
     #[track_caller]
-    fn sends_in_vain(&self) {
+    fn assert_nothing_leaves(&self) {
         for to in [server(99), server6(99)] {
             let connected = self.pod.connect_tcp((to, 443), SHORT);
             assert!(connected.is_err(), "connected to {to}");
@@ -62,17 +62,17 @@ impl Scene {
         }
     }
 
-    /// The tables of nf_tables that are the agent's.
+    /// The list of the node's nf_tables tables.
     fn tables(&self) -> String {
         self.nft_list(&["tables"])
     }
 
-    /// One of them, as nft reads it again.
+    /// One of the agent's tables, in nft's syntax.
     fn listed(&self, family: &str) -> String {
         self.nft_list(&["table", family, "egress-agent"])
     }
 
-    /// The same without what changes by itself.
+    /// The same without counters.
     fn table(&self, family: &str) -> String {
         without_counters(&self.listed(family))
     }
@@ -86,7 +86,7 @@ impl Scene {
     }
 }
 
-/// The list of a table without the numbers that its sets' elements have counted.
+/// The listing of a table without the counters of its sets' elements.
 fn without_counters(list: &str) -> String {
     let lines = list.lines().map(|line| {
         let words: Vec<_> = line.split(' ').collect();
@@ -106,30 +106,30 @@ fn without_counters(list: &str) -> String {
 const ALLOW: &[(&str, &str)] = &[("allow", "shop.test:443")];
 
 #[test]
-fn what_an_ifb_device_sends_again_does_not_leave_and_is_reported() {
+fn frames_resent_by_an_ifb_device_do_not_leave_and_are_reported() {
     for attach in ["tcx", "clsact"] {
         let scene = Scene::start(&["--attach", attach], ALLOW);
-        scene.is_enforced();
+        scene.assert_enforced();
         let ifb = Ifb::redirect(&scene.pod);
-        scene.sends_in_vain();
+        scene.assert_nothing_leaves();
         let denial = scene
             .agent
             .wait_denial("frames that nobody judged", |denial| {
                 denial.of(&scene.pod) && denial.reason == REASON
             });
         assert_eq!(denial.event, "denied");
-        assert_eq!(denial.dst_ip, None, "nobody has seen the packet");
+        assert_eq!(denial.dst_ip, None, "the packet was not parsed");
         let series = format!(
             "egress_agent_denials_total{{event=\"denied\",namespace=\"shop\",reason=\"{REASON}\"}}"
         );
         assert!(scene.lab.metrics().find(&series) >= 1.0);
         drop(ifb);
-        scene.is_enforced();
+        scene.assert_enforced();
     }
 }
 
 #[test]
-fn in_audit_mode_what_nobody_has_judged_passes_and_is_reported() {
+fn in_audit_mode_unjudged_frames_pass_and_are_reported() {
     let mode = [ALLOW, &[("mode", "audit")]].concat();
     let scene = Scene::start(&[], &mode);
     let ifb = Ifb::redirect(&scene.pod);
@@ -140,13 +140,13 @@ fn in_audit_mode_what_nobody_has_judged_passes_and_is_reported() {
             denial.of(&scene.pod) && denial.reason == REASON
         });
     assert_eq!(denial.event, "would_deny");
-    // From then on they are dropped.
+    // In enforce mode the frames are dropped.
     scene
         .agent
         .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
     assert!(scene.pod.connect_tcp((server(98), 443), SHORT).is_err());
     drop(ifb);
-    scene.is_enforced();
+    scene.assert_enforced();
     scene
         .agent
         .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
@@ -155,34 +155,34 @@ fn in_audit_mode_what_nobody_has_judged_passes_and_is_reported() {
 }
 
 #[test]
-fn a_pod_that_is_let_go_sends_as_it_likes() {
+fn unjudged_frames_of_a_released_pod_pass() {
     let scene = Scene::start(&[], ALLOW);
-    scene.is_enforced();
+    scene.assert_enforced();
     scene.lab.remove_pod(&scene.pod);
     let _ifb = Ifb::redirect(&scene.pod);
-    eventually("the pod is free", || {
+    eventually("the pod is not enforced any more", || {
         holds(scene.pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
 }
 
 #[test]
-fn what_nobody_has_judged_stays_dropped_without_an_agent_and_under_the_next_one() {
+fn unjudged_frames_stay_dropped_without_an_agent_and_under_the_next_one() {
     let mut scene = Scene::start(&[], ALLOW);
-    scene.is_enforced();
+    scene.assert_enforced();
     let mut open = scene.pod.talks_tcp((server(10), 443));
     scene.agent.kill();
     {
         let _ifb = Ifb::redirect(&scene.pod);
-        scene.sends_in_vain();
+        scene.assert_nothing_leaves();
     }
     assert!(exchange(&mut open, b"no agent", DEADLINE));
     let before = scene.tables();
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
     assert!(exchange(&mut open, b"another agent", DEADLINE));
     assert_eq!(scene.tables(), before);
-    scene.is_enforced();
+    scene.assert_enforced();
     let _ifb = Ifb::redirect(&scene.pod);
-    scene.sends_in_vain();
+    scene.assert_nothing_leaves();
     scene
         .agent
         .wait_denial("frames that nobody judged", |denial| {
@@ -191,11 +191,11 @@ fn what_nobody_has_judged_stays_dropped_without_an_agent_and_under_the_next_one(
 }
 
 #[test]
-fn a_connection_does_not_notice_that_one_agent_takes_over_from_another() {
+fn a_takeover_drops_no_packet_of_a_connection() {
     let mut scene = Scene::start(&[], ALLOW);
-    scene.is_enforced();
+    scene.assert_enforced();
     for _ in 0..3 {
-        // Whatever is dropped for lack of a stamp has to be sent again.
+        // A packet that is dropped for lack of a stamp is retransmitted.
         let before = retransmissions(&scene.pod);
         let mut open = scene.pod.talks_tcp((server(10), 443));
         scene.agent.kill();
@@ -214,9 +214,9 @@ fn a_connection_does_not_notice_that_one_agent_takes_over_from_another() {
 }
 
 #[test]
-fn tables_that_somebody_removes_are_put_back_and_this_is_said() {
+fn removed_tables_are_restored_and_reported() {
     let scene = Scene::start(&[], ALLOW);
-    scene.is_enforced();
+    scene.assert_enforced();
     let before = scene.tables();
     for command in [
         "flush ruleset\n",
@@ -232,29 +232,29 @@ fn tables_that_somebody_removes_are_put_back_and_this_is_said() {
         };
         let count = restored();
         nft(scene.lab.node(), command);
-        eventually("it is put back", || holds(restored() > count));
+        eventually("the table is restored", || holds(restored() > count));
         assert_eq!(sorted(&scene.tables()), sorted(&before), "{command}");
         let ifb = Ifb::redirect(&scene.pod);
-        scene.sends_in_vain();
+        scene.assert_nothing_leaves();
         drop(ifb);
-        scene.is_enforced();
+        scene.assert_enforced();
     }
     scene.agent.wait_said("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
 }
 
-/// What somebody makes of the agent's tables without removing them: the family of the table, and a text of its list that
-/// another one replaces.
+/// Changes of the agent's tables that remove none of them: the family of the table, a text of its listing,
+/// and the text that replaces it.
 const REPLACED: &[(&str, &str, &str)] = &[
-    // They would drop everything.
+    // These would drop everything.
     ("inet", "policy accept", "policy drop"),
     ("arp", "policy accept", "policy drop"),
-    // They would drop nothing, or only a part.
+    // These would drop nothing, or only a part.
     ("inet", "hook prerouting", "hook input"),
     ("bridge", "hook prerouting", "hook input"),
     ("arp", "hook input", "hook output"),
-    // Such a chain sees the first packet of a connection.
+    // A nat chain sees only the first packet of a connection.
     (
         "inet",
         "type filter hook prerouting priority -2147483648",
@@ -271,14 +271,14 @@ const REPLACED: &[(&str, &str, &str)] = &[
         "iif @enforced drop",
         "iif @enforced limit rate 1/day drop",
     ),
-    // Interfaces would leave it by themselves.
+    // Elements would expire.
     ("inet", "\t\tcounter\n", "\t\tflags timeout\n\t\tcounter\n"),
 ];
 
 #[test]
-fn tables_that_somebody_makes_dormant_or_replaces_are_put_back_and_this_is_said() {
+fn dormant_or_replaced_tables_are_restored_and_reported() {
     let scene = Scene::start(&[], ALLOW);
-    scene.is_enforced();
+    scene.assert_enforced();
     let before = ["inet", "bridge", "arp"].map(|family| (family, scene.table(family)));
     let restored = || {
         scene
@@ -286,30 +286,30 @@ fn tables_that_somebody_makes_dormant_or_replaces_are_put_back_and_this_is_said(
             .metrics()
             .find("egress_agent_stamp_tables_restored_total")
     };
-    let is_put_back = |command: &str| {
+    let assert_restored = |command: &str| {
         let count = restored();
         nft(scene.lab.node(), command);
-        eventually("it is put back", || holds(restored() > count));
+        eventually("the table is restored", || holds(restored() > count));
         for (family, before) in &before {
             assert_eq!(scene.table(family), *before, "{command}");
         }
         let ifb = Ifb::redirect(&scene.pod);
-        scene.sends_in_vain();
+        scene.assert_nothing_leaves();
         drop(ifb);
-        scene.is_enforced();
+        scene.assert_enforced();
     };
     for (family, _) in &before {
-        is_put_back(&format!(
+        assert_restored(&format!(
             "add table {family} egress-agent {{ flags dormant; }}\n"
         ));
     }
-    // Without removing anything.
-    is_put_back("add chain inet egress-agent received { policy drop; }\n");
+    // Changes the policy without removing anything.
+    assert_restored("add chain inet egress-agent received { policy drop; }\n");
     for (family, was, becomes) in REPLACED {
         let listed = scene.listed(family);
         assert!(listed.contains(was), "{was} in {listed}");
         let table = listed.replace(was, becomes);
-        is_put_back(&format!("delete table {family} egress-agent\n{table}"));
+        assert_restored(&format!("delete table {family} egress-agent\n{table}"));
     }
     scene.agent.wait_said("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
@@ -317,15 +317,15 @@ fn tables_that_somebody_makes_dormant_or_replaces_are_put_back_and_this_is_said(
 }
 
 #[test]
-fn tables_that_nobody_changes_are_not_made_again() {
+fn unchanged_tables_are_not_restored() {
     let scene = Scene::start(&[], ALLOW);
-    // Those of others, and what is added beside the agent's own chain, are no change.
+    // Other tables, and chains next to the agent's own, are no change.
     nft(
         scene.lab.node(),
         "add table inet other\nadd chain inet egress-agent beside\n",
     );
     let ifb = Ifb::redirect(&scene.pod);
-    scene.sends_in_vain();
+    scene.assert_nothing_leaves();
     drop(ifb);
     scene
         .agent
@@ -340,7 +340,7 @@ fn tables_that_nobody_changes_are_not_made_again() {
 }
 
 #[test]
-fn no_table_is_left_when_the_agent_has_removed_what_is_its_own() {
+fn no_table_is_left_after_stop_or_cleanup() {
     let mut scene = Scene::start(&[], ALLOW);
     assert_eq!(scene.tables().matches("egress-agent").count(), 3);
     scene.agent.stop();
@@ -354,12 +354,12 @@ fn no_table_is_left_when_the_agent_has_removed_what_is_its_own() {
 }
 
 #[test]
-fn what_a_filter_in_front_of_ours_lets_pass_does_not_leave() {
+fn frames_passed_by_a_filter_in_front_of_ours_do_not_leave() {
     let lab = Lab::builder().config("http", HTTP).build();
     let (web, pod) = lab.shop_and_cart("shop.test:443");
     let interface = pod.interface();
     lab.tc(&format!("qdisc add dev {interface} clsact"));
-    // Nothing can be put in front of it: filters of one priority are of one kind.
+    // Filters of one priority are of one kind, so no other filter can be put in front of this one.
     lab.tc(&format!(
         "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
     ));
@@ -371,7 +371,7 @@ fn what_a_filter_in_front_of_ours_lets_pass_does_not_leave() {
     });
 }
 
-/// Two pods on one bridge, of which the first is enforced.
+/// Two pods on one bridge; the first is enforced.
 fn on_a_bridge() -> (Lab, Pod, Pod, Agent) {
     let lab = Lab::new();
     let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
@@ -387,7 +387,7 @@ fn on_a_bridge() -> (Lab, Pod, Pod, Agent) {
 }
 
 #[test]
-fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
+fn frames_resent_by_an_ifb_device_do_not_reach_a_neighbour_on_a_bridge() {
     let (lab, cart, mail, agent) = on_a_bridge();
     let (tap, neighbour) = (
         Tap::open(cart.netns(), "eth0"),
@@ -395,7 +395,7 @@ fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
     );
     let forged = raw::arp(mail.ipv4(), mail.ipv4());
     let mut honest = raw::arp(cart.ipv4(), mail.ipv4());
-    // A port of a bridge sends from its own address alone, in the frame and in what it says.
+    // A bridge port may send only from its own address, in the frame and in the ARP message.
     for sender in [6, 22] {
         honest[sender..sender + 6].copy_from_slice(&cart.hardware());
     }
@@ -437,7 +437,7 @@ fn what_an_ifb_device_sends_again_does_not_reach_a_neighbour_on_a_bridge() {
 }
 
 #[test]
-fn arp_that_an_ifb_device_sends_again_teaches_the_node_nothing() {
+fn the_node_learns_nothing_from_arp_resent_by_an_ifb_device() {
     let scene = Scene::start(&[], ALLOW);
     let claimed = "10.77.0.5";
     let interface = scene.pod.interface();
@@ -456,7 +456,7 @@ fn arp_that_an_ifb_device_sends_again_teaches_the_node_nothing() {
     request[..6].copy_from_slice(&scene.pod.gateway_hardware());
     tap.send(&request);
     drop(ifb);
-    scene.is_enforced();
+    scene.assert_enforced();
     assert_eq!(neighbours(), "");
     scene
         .agent
@@ -471,7 +471,7 @@ fn sorted(lines: &str) -> Vec<&str> {
     lines
 }
 
-/// Segments that the pod's kernel had to send again, ever.
+/// The number of segments that the pod's kernel has retransmitted.
 fn retransmissions(pod: &Pod) -> u64 {
     pod.netns().counter("TcpExt:", "TCPLostRetransmit")
         + pod.netns().counter("TcpExt:", "TCPTimeouts")

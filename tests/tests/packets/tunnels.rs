@@ -1,4 +1,4 @@
-//! What a node would unpack and forward.
+//! Tunnelled packets that a node would unpack and forward.
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
@@ -15,7 +15,7 @@ use egress_tests::{
 const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 98, 0, 1));
 const VXLAN: u16 = 4789;
 const GENEVE: u16 = 6081;
-/// The inner network's number, and the node's hardware address in it.
+/// The id of the inner network, and the node's hardware address in it.
 const NETWORK: u32 = 7;
 const INNER: [u8; 6] = [2, 0, 0, 0, 7, 1];
 
@@ -28,7 +28,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A node with a VXLAN interface that takes packets from everybody and forwards them, and a pod.
+    /// A node with a VXLAN interface that accepts packets from everybody and forwards them, and a pod.
     #[track_caller]
     fn new(annotations: &[(&str, &str)]) -> Self {
         let lab = Lab::builder()
@@ -51,7 +51,7 @@ impl Scene {
         }
     }
 
-    /// A datagram of the pod's to the node, from these ports.
+    /// A datagram of the pod to the node, from and to these ports.
     fn to_node(&self, from: u16, to: u16, payload: &[u8]) -> Vec<u8> {
         let frame = Ip::new(self.pod.ipv4(), NODE).udp(from, to, payload);
         self.finished(frame)
@@ -62,7 +62,7 @@ impl Scene {
         frame
     }
 
-    /// A tunnelled datagram for a server that no policy speaks of.
+    /// A tunnelled datagram to a server that no policy names.
     fn tunnelled(&self, from: u16, payload: &[u8]) -> Vec<u8> {
         self.tunnelled_to(NODE, from, payload)
     }
@@ -82,7 +82,7 @@ impl Scene {
         self.finished(frame)
     }
 
-    /// Whether a frame with this end leaves the node before an honest one that is sent now.
+    /// True if a frame that ends with this payload leaves the node before an honest one that is sent now.
     #[track_caller]
     fn leaves(&self, payload: &[u8]) -> bool {
         const SENTINEL: &[u8] = b"the honest one";
@@ -100,7 +100,7 @@ impl Scene {
     }
 
     #[track_caller]
-    fn is_denied(&self, mark: usize, what: &str) {
+    fn wait_denied(&self, mark: usize, what: &str) {
         self.agent.wait_denial_from(mark, what, |denial| {
             denial.of(&self.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(NODE)
         });
@@ -108,8 +108,8 @@ impl Scene {
 }
 
 #[test]
-fn a_pod_does_not_get_out_through_the_nodes_vxlan() {
-    // One that lists an address, one that may go anywhere, and one that only denies.
+fn a_pod_cannot_leave_through_the_nodes_vxlan() {
+    // A policy that lists an address, one that allows everything, and one that only denies.
     let policies: [&[(&str, &str)]; 3] = [
         &[("allow", "203.0.113.1:4000")],
         &[("allow", "*"), ("deny", "203.0.113.66")],
@@ -120,14 +120,14 @@ fn a_pod_does_not_get_out_through_the_nodes_vxlan() {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.tunnelled(7, b"inside"));
         assert!(!scene.leaves(b"inside"), "it left: {policy:?}");
-        scene.is_denied(mark, "the tunnelled packet");
+        scene.wait_denied(mark, "the tunnelled packet");
     }
 }
 
 #[test]
-fn what_a_pod_in_audit_mode_sends_itself_by_a_tunnel_opens_nothing_when_it_is_enforced() {
+fn a_packet_forged_through_a_tunnel_in_audit_mode_opens_no_flow_once_the_pod_is_enforced() {
     let allow = ("allow", "203.0.113.1:4000");
-    // The verdict on a tunnel that a `deny` names is another one.
+    // A `deny` entry gives the tunnel another verdict.
     for rules in [&[allow][..], &[allow, ("deny", "10.98.0.1")]] {
         let scene = Scene::new(&[rules, &[("mode", "audit")]].concat());
         let own = scene
@@ -149,18 +149,18 @@ fn what_a_pod_in_audit_mode_sends_itself_by_a_tunnel_opens_nothing_when_it_is_en
 }
 
 #[test]
-fn an_entry_with_the_address_opens_a_tunnel() {
+fn an_address_entry_allows_a_tunnel() {
     let scene = Scene::new(&[("allow", "203.0.113.1:4000 10.98.0.1:4789/udp")]);
     scene.tap.send(&scene.tunnelled(7, b"inside"));
     assert!(scene.leaves(b"inside"));
-    // No other, and nothing else there.
+    // The entry opens no other tunnel, and nothing else at that address.
     let mark = scene.agent.mark();
     scene.tap.send(&scene.to_node(7, GENEVE, b"inside"));
-    scene.is_denied(mark, "another tunnel");
+    scene.wait_denied(mark, "another tunnel");
 }
 
 #[test]
-fn protocols_that_carry_others_do_not_reach_the_node() {
+fn encapsulating_protocols_do_not_reach_the_node() {
     let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
     let to = Ip::new(scene.pod.ipv4(), NODE);
     let inner = Ip::new(scene.pod.ipv4(), server(66)).packet(protocol::UDP, &udp(7, 9, b"inside"));
@@ -178,7 +178,7 @@ fn protocols_that_carry_others_do_not_reach_the_node() {
     ] {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.finished(to.frame(kind, &inner)));
-        // In fragments, too.
+        // Fragmented, too.
         let first = to.clone().fragment(9, 0, true).frame(kind, &inner[..32]);
         scene.tap.send(&scene.finished(first));
         let mut count = 0;
@@ -193,7 +193,7 @@ fn protocols_that_carry_others_do_not_reach_the_node() {
         });
     }
     assert!(!scene.leaves(b"inside"));
-    // What is no carrier passes as before.
+    // A protocol that carries no other passes as before.
     assert!(scene.pod.ping(NODE, DEADLINE));
 }
 
@@ -218,12 +218,12 @@ fn a_packet_from_a_tunnels_port_opens_no_tunnel_back() {
     let mark = scene.agent.mark();
     scene.tap.send(&scene.tunnelled(4444, b"inside"));
     assert!(!scene.leaves(b"inside"));
-    scene.is_denied(mark, "the answer");
+    scene.wait_denied(mark, "the answer");
 }
 
 #[test]
 fn a_packet_from_a_tunnels_port_behind_nat64_opens_no_tunnel_back() {
-    // An address outside and an internal one, as a NAT64 translator writes them.
+    // One external and one internal address, as a NAT64 translator writes them.
     let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
     let inside = Tap::open(scene.pod.netns(), "eth0");
     let node = Tap::open(scene.lab.node(), scene.pod.interface());
@@ -234,7 +234,7 @@ fn a_packet_from_a_tunnels_port_behind_nat64_opens_no_tunnel_back() {
         let hello = frames::udp_to(&scene.pod, (peer, VXLAN), (own, 4444), b"hello");
         node.send(&hello);
         let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
-        assert!(arrives.is_some(), "it arrives");
+        assert!(arrives.is_some(), "the datagram does not arrive");
         let mark = scene.agent.mark();
         let payload: &[u8] = if passes { b"outside" } else { b"inside" };
         let answer = frames::udp(&scene.pod, (own, 4444), (peer, VXLAN), payload);
@@ -247,14 +247,16 @@ fn a_packet_from_a_tunnels_port_behind_nat64_opens_no_tunnel_back() {
             continue;
         }
         assert!(!scene.leaves(b"inside"));
-        scene.agent.wait_denial_from(mark, "the answer", |denial| {
-            denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer)
-        });
+        scene
+            .agent
+            .wait_denial_from(mark, "the response", |denial| {
+                denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer)
+            });
     }
 }
 
 #[test]
-fn an_answer_is_judged_again_when_its_port_becomes_a_tunnels() {
+fn a_reply_is_judged_again_when_its_port_becomes_a_tunnel_port() {
     const PORT: u16 = 9000;
     let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
     let inside = Tap::open(scene.pod.netns(), "eth0");
@@ -263,7 +265,7 @@ fn an_answer_is_judged_again_when_its_port_becomes_a_tunnels() {
     let peer = (IpAddr::from([10, 98, 0, 2]), PORT);
     node.send(&frames::udp_to(&scene.pod, peer, (own, 4444), b"hello"));
     let arrives = inside.receive(DEADLINE, |seen| seen.ends_with(b"hello"));
-    assert!(arrives.is_some(), "it arrives");
+    assert!(arrives.is_some(), "the datagram does not arrive");
     let answer = |payload: &[u8]| frames::udp(&scene.pod, (own, 4444), peer, payload);
     scene.tap.send(&answer(b"before"));
     let leaves = scene
@@ -275,16 +277,18 @@ fn an_answer_is_judged_again_when_its_port_becomes_a_tunnels() {
     let mark = scene.agent.mark();
     scene.tap.send(&answer(b"inside"));
     assert!(!scene.leaves(b"inside"));
-    scene.agent.wait_denial_from(mark, "the answer", |denial| {
-        denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer.0)
-    });
+    scene
+        .agent
+        .wait_denial_from(mark, "the response", |denial| {
+            denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(peer.0)
+        });
 }
 
 #[test]
-fn a_tunnel_does_not_end_at_any_other_address_of_the_node() {
+fn a_tunnel_to_any_address_of_the_node_is_denied() {
     let scene = Scene::new(&[("allow", "*")]);
     let docker = IpAddr::from([172, 31, 9, 1]);
-    let is_denied = |dst: IpAddr| {
+    let wait_denied = |dst: IpAddr| {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.tunnelled_to(dst, 7, b"inside"));
         assert!(!scene.leaves(b"inside"), "{dst}");
@@ -292,7 +296,7 @@ fn a_tunnel_does_not_end_at_any_other_address_of_the_node() {
             denial.of(&scene.pod) && denial.reason == "tunnel" && denial.dst_ip == Some(dst)
         });
     };
-    // Before it is the node's, it is an address outside.
+    // Before the node has the address, it is an external address.
     assert_eq!(
         scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp").1["decision"],
         "allowed"
@@ -305,20 +309,20 @@ fn a_tunnel_does_not_end_at_any_other_address_of_the_node() {
         let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
         (said["reason"] == "tunnel").then_some(())
     });
-    is_denied(docker);
-    // A prefix that is delivered to the node.
-    is_denied(IpAddr::from([172, 31, 10, 77]));
-    // What is no tunnel passes as before, to the node and past it.
+    wait_denied(docker);
+    // An address in a prefix that is routed to the node itself.
+    wait_denied(IpAddr::from([172, 31, 10, 77]));
+    // Traffic that is no tunnel passes as before, to the node and past it.
     assert!(scene.pod.ping(docker, DEADLINE));
     scene.lab.node().ip_batch("link del docker0\n");
-    eventually("the address is free", || {
+    eventually("the address is not the node's any more", || {
         let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
         (said["decision"] == "allowed").then_some(())
     });
 }
 
 #[test]
-fn a_flow_is_judged_again_when_its_port_becomes_a_tunnels() {
+fn a_flow_is_judged_again_when_its_port_becomes_a_tunnel_port() {
     const PORT: u16 = 9000;
     let scene = Scene::new(&[("allow", "203.0.113.1:4000")]);
     let neighbour = scene.lab.pod("shop", "mail");
@@ -361,7 +365,7 @@ fn a_flow_is_judged_again_when_its_port_becomes_a_tunnels() {
 }
 
 #[test]
-fn explain_says_what_opens_a_tunnel() {
+fn explain_shows_the_entry_that_allows_a_tunnel() {
     let scene = Scene::new(&[("allow", "*")]);
     let (_, said) = scene.lab.explain(&scene.pod, "10.98.0.1:4789/udp");
     assert_eq!(

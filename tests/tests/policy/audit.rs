@@ -1,5 +1,5 @@
-//! `defaultMode: audit`: everything is judged and reported, and nothing is stopped unless somebody wrote
-//! `mode: enforce`.
+//! `defaultMode: audit`: every packet is judged and reported, and only pods with an explicit `mode: enforce`
+//! are enforced.
 
 use egress_tests::{
     Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, exchange,
@@ -7,7 +7,7 @@ use egress_tests::{
 use serde_json::json;
 
 const POWERS: [&str; 3] = ["grant", "narrow", "ignore"];
-/// What lists in these tests allow.
+/// The entries of the lists in these tests.
 const LISTED: &str = "203.0.113.10:443 203.0.113.12:443";
 
 fn audit(pod_annotations: &str) -> Builder {
@@ -16,9 +16,9 @@ fn audit(pod_annotations: &str) -> Builder {
         .config("podAnnotations", pod_annotations)
 }
 
-/// The pod connects there, and the agent says that it would not have.
+/// Asserts that the pod connects to this server, and that the agent reports that it would deny it.
 #[track_caller]
-fn passes_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
+fn assert_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
     let to = server(last);
     pod.talks_tcp((to, 443));
     let line = agent.wait_denial(&format!("{reason} of {to}"), |denial| {
@@ -30,19 +30,19 @@ fn passes_audited(agent: &Agent, pod: &Pod, last: u8, reason: &str) {
     );
 }
 
-/// The pod connects there, and nothing is said of it.
+/// Asserts that the pod connects to this server, and that the agent reports nothing.
 #[track_caller]
-fn passes(agent: &Agent, pod: &Pod, last: u8) {
+fn assert_allowed(agent: &Agent, pod: &Pod, last: u8) {
     let to = server(last);
     pod.talks_tcp((to, 443));
-    // Once the line for something later is there, one for this would be, too.
-    passes_audited(agent, pod, last + 1, "no_rule");
+    // When a later connection has its line, a line for this one would be there too.
+    assert_audited(agent, pod, last + 1, "no_rule");
     let is_denied = |denial: &Denial| denial.of(pod) && denial.dst_ip == Some(to);
     assert!(!agent.denials().iter().any(is_denied), "{to} is allowed");
 }
 
 #[test]
-fn a_list_stops_nothing_where_audit_is_the_default() {
+fn with_default_mode_audit_a_list_stops_nothing() {
     for power in POWERS {
         let lab = audit(power).build();
         let _web = lab.serve_tcp(443);
@@ -56,19 +56,19 @@ fn a_list_stops_nothing_where_audit_is_the_default() {
         lab.write_pod(&of_namespace, &[]);
         let agent = lab.start_agent(&[&own, &denies, &of_namespace]);
 
-        // Under `narrow` and `ignore` the report is that of a pod which its namespace grants nothing.
+        // Under `narrow` and `ignore` the pod is judged as one to which its namespace grants nothing.
         if power == "grant" {
-            passes(&agent, &own, 10);
+            assert_allowed(&agent, &own, 10);
         } else {
-            passes_audited(&agent, &own, 10, "no_rule");
+            assert_audited(&agent, &own, 10, "no_rule");
         }
-        passes_audited(&agent, &own, 20, "no_rule");
+        assert_audited(&agent, &own, 20, "no_rule");
         assert_eq!(own.lookup("elsewhere.test"), [server(30)], "{power}");
-        agent.wait_denial("the question's name", |denial| {
+        agent.wait_denial("the query's name", |denial| {
             denial.is_question(&own, "elsewhere.test") && denial.event == "would_deny"
         });
-        passes_audited(&agent, &denies, 99, "deny_rule");
-        passes(&agent, &of_namespace, 10);
+        assert_audited(&agent, &denies, 99, "deny_rule");
+        assert_allowed(&agent, &of_namespace, 10);
         for pod in [&own, &denies, &of_namespace] {
             assert_eq!(lab.status_of(pod)["mode"], "audit", "{power}");
         }
@@ -76,19 +76,19 @@ fn a_list_stops_nothing_where_audit_is_the_default() {
 }
 
 #[test]
-fn a_pods_own_deny_hides_nothing_that_a_locked_down_cluster_would_stop() {
+fn a_pods_own_deny_does_not_hide_denials_of_a_locked_down_cluster() {
     for power in ["narrow", "ignore"] {
         let lab = audit(power).build();
         let _web = lab.serve_tcp(443);
         let pod = lab.pod("shop", "denies");
         lab.write_pod(&pod, &[("deny", "203.0.113.99")]);
         let agent = lab.start_agent(&[&pod]);
-        passes_audited(&agent, &pod, 20, "no_rule");
+        assert_audited(&agent, &pod, 20, "no_rule");
     }
 }
 
 #[test]
-fn where_audit_is_the_default_enforcement_is_what_somebody_wrote() {
+fn with_default_mode_audit_only_an_explicit_mode_enforces() {
     for power in POWERS {
         let lab = audit(power).build();
         let _web = lab.serve_tcp(443);
@@ -107,7 +107,7 @@ fn where_audit_is_the_default_enforcement_is_what_somebody_wrote() {
 }
 
 #[test]
-fn annotations_that_cannot_be_read_stop_nothing_where_audit_is_the_default() {
+fn with_default_mode_audit_unreadable_annotations_stop_nothing() {
     let lab = audit("narrow").build();
     let _web = lab.serve_tcp(443);
     let typo = lab.pod("shop", "typo");
@@ -125,9 +125,9 @@ fn annotations_that_cannot_be_read_stop_nothing_where_audit_is_the_default() {
     let agent = lab.start_agent(&[&typo, &unknown, &enforced, &by_namespace]);
 
     for pod in [&typo, &unknown] {
-        passes_audited(&agent, pod, 10, "policy_unreadable");
+        assert_audited(&agent, pod, 10, "policy_unreadable");
         let said = format!("{}/{}", pod.namespace(), pod.name());
-        agent.wait_said("what is wrong, and what follows", |line| {
+        agent.wait_said("the problem and its consequence", |line| {
             line.contains(&said) && line.contains("nothing is stopped (defaultMode: audit)")
         });
     }
@@ -152,12 +152,12 @@ fn an_unreadable_edit_keeps_the_last_policy_and_follows_a_change_of_the_default_
 
     lab.edit_config("defaultMode", "audit");
     agent.applies(&pod, || agent.reload());
-    passes_audited(&agent, &pod, 21, "no_rule");
-    passes(&agent, &pod, 10);
+    assert_audited(&agent, &pod, 21, "no_rule");
+    assert_allowed(&agent, &pod, 10);
 }
 
 #[test]
-fn a_cluster_goes_from_the_base_over_audit_to_locked_down() {
+fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let listed = lab.pod("shop", "listed");
@@ -171,28 +171,34 @@ fn a_cluster_goes_from_the_base_over_audit_to_locked_down() {
     agent.denies_tcp(&listed, (server(20), 443), "no_rule");
     plain.talks_tcp((server(20), 443));
 
-    // The audit overlay: what its pods list counts as far as their namespace's list covers it.
+    // The audit overlay: a pod's entries count as far as its namespace's list covers them.
     lab.edit_config("defaultMode", "audit");
     lab.edit_config("podAnnotations", "narrow");
     agent.applies(&listed, || agent.reload());
     agent.wait_enforcing(&plain);
     for pod in [&listed, &plain] {
-        passes_audited(&agent, pod, 10, "no_rule");
-        passes_audited(&agent, pod, 30, "no_rule");
+        assert_audited(&agent, pod, 10, "no_rule");
+        assert_audited(&agent, pod, 30, "no_rule");
     }
-    assert!(exchange(&mut open, b"audited", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"audited", DEADLINE),
+        "the open connection was cut"
+    );
     agent.denies_tcp(&kept, (server(30), 443), "no_rule");
 
-    // What the report asked for.
+    // Add the reported destinations to the namespace's list.
     agent.applies(&listed, || {
         lab.write_namespace("shop", &[("allow", LISTED)]);
     });
-    passes(&agent, &listed, 12);
+    assert_allowed(&agent, &listed, 12);
     assert_eq!(lab.status_of(&plain)["mode"], "audit");
 
     lab.edit_config("defaultMode", "enforce");
     agent.applies(&listed, || agent.reload());
-    assert!(exchange(&mut open, b"locked down", DEADLINE), "it was cut");
+    assert!(
+        exchange(&mut open, b"locked down", DEADLINE),
+        "the open connection was cut"
+    );
     for pod in [&listed, &kept, &plain] {
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(40), 443), SHORT).is_err());
@@ -200,7 +206,7 @@ fn a_cluster_goes_from_the_base_over_audit_to_locked_down() {
 }
 
 #[test]
-fn a_pod_with_too_many_addresses_is_audited_where_its_mode_says_so() {
+fn a_pod_with_too_many_addresses_is_audited_in_audit_mode() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let pod = lab.pod("shop", "cart");
@@ -229,11 +235,11 @@ fn a_pod_with_too_many_addresses_is_audited_where_its_mode_says_so() {
     });
     lab.write_file(&lab.pod_file(&pod), manifest.to_string().as_bytes());
     let agent = lab.start_agent(&[&pod]);
-    passes_audited(&agent, &pod, 20, "policy_unreadable");
+    assert_audited(&agent, &pod, 20, "policy_unreadable");
 }
 
 #[test]
-fn a_line_says_how_many_connections_its_packets_belong_to() {
+fn a_denial_line_counts_connections() {
     let lab = audit("grant").build();
     let _servers = [lab.serve_tcp(443)];
     let _echo = lab.serve_udp(5000);
@@ -255,7 +261,7 @@ fn a_line_says_how_many_connections_its_packets_belong_to() {
     for _ in 0..2 {
         assert!(pod.ping(server(20), DEADLINE));
     }
-    // What has no line yet has one then.
+    // Pending denials get their lines when the agent stops.
     assert!(agent.stop().success());
     let counted = |protocol: &str| {
         let denials = agent.denials();
@@ -274,13 +280,13 @@ fn a_line_says_how_many_connections_its_packets_belong_to() {
 }
 
 #[test]
-fn a_syn_that_is_sent_again_is_the_same_connection() {
+fn a_retransmitted_syn_counts_as_the_same_connection() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "")]);
     let mut agent = lab.start_agent(&[&pod]);
-    // The first SYN is sent again after a second.
+    // The kernel retransmits the first SYN after a second.
     let patience = std::time::Duration::from_millis(1500);
     assert!(pod.connect_tcp((server(20), 443), patience).is_err());
     assert!(agent.stop().success());

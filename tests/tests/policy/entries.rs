@@ -1,4 +1,4 @@
-//! What the annotations say is what happens, from the moment they say it.
+//! The annotations take effect at once.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,7 @@ use egress_tests::{
 };
 
 #[test]
-fn what_an_edit_adds_works_at_once_for_names_already_resolved() {
+fn an_added_entry_applies_at_once_to_names_already_resolved() {
     let lab = Lab::new();
     let _servers = [lab.serve_tcp(443), lab.serve_tcp(8080)];
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -27,13 +27,13 @@ fn what_an_edit_adds_works_at_once_for_names_already_resolved() {
     pod.talks_tcp((server(10), 8080));
     assert!(
         exchange(&mut open, b"still here", DEADLINE),
-        "the edit cut what it still allows"
+        "the edit cut an allowed connection"
     );
     assert_eq!(lab.dns().asked("shop.test"), 1);
 }
 
 #[test]
-fn what_an_edit_removes_is_cut_at_once() {
+fn a_removed_entry_cuts_its_connections_at_once() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     let _echo = lab.serve_udp(443);
@@ -61,7 +61,7 @@ fn what_an_edit_removes_is_cut_at_once() {
     assert!(pod.connect_tcp((server(10), 443), SHORT).is_err());
     assert!(
         exchange(&mut kept, b"after", DEADLINE),
-        "the edit cut what it still allows"
+        "the edit cut an allowed connection"
     );
     agent.denies_name(&pod, "shop.test");
 }
@@ -111,14 +111,14 @@ fn a_namespace_grants_to_all_its_pods_and_to_no_other() {
     agent.denies_name(&plain, "own.test");
     agent.denies_name(&stranger, "all.test");
 
-    // An edit of the namespace reaches its running pods.
+    // An edit of the namespace applies to its running pods.
     agent.applies(&plain, || {
         lab.write_namespace("shop", &[("allow", "all.test:443 own.test:443")]);
     });
     plain.lookup("own.test");
     plain.talks_tcp((server(2), 443));
 
-    // Deny beats allow, wherever either is written.
+    // Deny beats allow, on the pod and on the namespace.
     agent.applies(&more, || {
         lab.write_namespace("shop", &[("allow", "all.test:443"), ("deny", "own.test")]);
     });
@@ -126,7 +126,7 @@ fn a_namespace_grants_to_all_its_pods_and_to_no_other() {
 }
 
 #[test]
-fn a_narrowing_pod_gets_what_its_namespace_covers_and_no_more() {
+fn with_narrow_a_pod_gets_only_entries_that_its_namespace_covers() {
     let lab = Lab::builder().config("podAnnotations", "narrow").build();
     let _servers = [lab.serve_tcp(443), lab.serve_tcp(22)];
     lab.dns().addresses("*.corp.test", &[server(1)]);
@@ -144,7 +144,7 @@ fn a_narrowing_pod_gets_what_its_namespace_covers_and_no_more() {
 }
 
 #[test]
-fn a_pod_whose_annotations_are_ignored_has_its_namespaces_rules() {
+fn with_ignore_a_pod_has_its_namespaces_rules() {
     let lab = Lab::builder().config("podAnnotations", "ignore").build();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("all.test", &[server(1)]);
@@ -158,7 +158,7 @@ fn a_pod_whose_annotations_are_ignored_has_its_namespaces_rules() {
 }
 
 #[test]
-fn audit_reports_what_it_would_deny_and_stops_nothing() {
+fn audit_mode_reports_denials_and_stops_nothing() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -179,19 +179,19 @@ fn audit_reports_what_it_would_deny_and_stops_nothing() {
             ("would_deny", "audited")
         );
     }
-    let denial = agent.wait_denial("the question", |d| d.is_question(&pod, "evil.test"));
+    let denial = agent.wait_denial("the query", |d| d.is_question(&pod, "evil.test"));
     assert_eq!(
         (denial.event.as_str(), denial.verdict.as_str()),
         ("would_deny", "audited")
     );
 
-    // What is allowed is learned, and not reported.
+    // An allowed name is learned, and not reported.
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
-    eventually("the audited answer is learned", || {
+    eventually("the audited response is learned", || {
         holds(lab.allowed(&pod).contains_key(&server(10)))
     });
     pod.talks_tcp((server(10), 443));
-    // Once the line for something later is there, one for this would be, too.
+    // When a later connection has its line, a line for this one would be there too.
     pod.talks_tcp((server(98), 443));
     agent.wait_denial("the last one", |d| d.dst_ip == Some(server(98)));
     assert!(agent.denials().iter().all(|d| d.dst_ip != Some(server(10))));
@@ -209,13 +209,13 @@ fn a_pod_moves_between_modes_while_it_runs() {
     agent.applies(&pod, || lab.write_pod(&pod, &[rules, ("mode", "enforce")]));
     agent.denies_tcp(&pod, (server(99), 443), "address_not_learned");
     lab.write_pod(&pod, &[rules, ("mode", "off")]);
-    eventually("the pod is left alone", || {
+    eventually("the pod is not enforced", || {
         holds(pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
 }
 
 #[test]
-fn a_pod_that_is_off_or_says_nothing_is_left_alone() {
+fn a_pod_that_is_off_or_without_annotations_is_not_enforced() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("any.test", &[server(5)]);
@@ -233,7 +233,7 @@ fn a_pod_that_is_off_or_says_nothing_is_left_alone() {
 }
 
 #[test]
-fn where_enforcing_is_the_default_a_silent_pod_is_closed() {
+fn with_default_mode_enforce_a_pod_without_annotations_is_closed() {
     let lab = Lab::builder().config("defaultMode", "enforce").build();
     let pod = lab.pod("shop", "silent");
     lab.write_pod(&pod, &[]);
@@ -295,7 +295,7 @@ fn deny_beats_allow() {
 }
 
 #[test]
-fn addresses_prefixes_ports_and_protocols_are_what_they_say() {
+fn addresses_prefixes_ports_and_protocols_match_exactly() {
     let lab = Lab::new();
     let _servers = [22, 443, 8000, 8050, 8100].map(|port| lab.serve_tcp(port));
     let _echoes = [443, 8000, 8050].map(|port| lab.serve_udp(port));
@@ -341,7 +341,7 @@ fn addresses_prefixes_ports_and_protocols_are_what_they_say() {
 }
 
 #[test]
-fn a_star_opens_its_port_everywhere_and_no_other() {
+fn a_star_allows_its_port_everywhere_and_no_other() {
     let lab = Lab::new();
     let _servers = [443, 8101].map(|port| lab.serve_tcp(port));
     let pod = lab.pod("shop", "cart");
@@ -367,7 +367,7 @@ fn internal_addresses_need_no_entry_and_can_still_be_denied() {
 }
 
 #[test]
-fn protected_addresses_open_only_by_their_own_name() {
+fn protected_addresses_are_allowed_only_by_their_exact_address() {
     let lab = Lab::builder()
         .config("ranges.protected", vec!["203.0.113.200/32"])
         .build();
@@ -385,7 +385,7 @@ fn protected_addresses_open_only_by_their_own_name() {
 }
 
 #[test]
-fn every_name_may_be_asked_where_anywhere_is_allowed() {
+fn every_name_may_be_queried_when_every_destination_is_allowed() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("any.test", &[server(5)]);

@@ -1,4 +1,4 @@
-//! `egress-agent explain` agrees with what really happens.
+//! `egress-agent explain` agrees with the verdicts of the kernel.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -12,13 +12,13 @@ use egress_tests::{
 };
 use serde_json::Value;
 
-/// What becomes of a packet, as `explain` says and as it is.
+/// A packet, and its verdict according to `explain` and in reality.
 struct Case {
     target: &'static str,
     to: (IpAddr, u16),
-    /// `None` when it passes.
+    /// `None` if the packet passes.
     reason: Option<&'static str>,
-    /// The entry that decides, where one does.
+    /// The entry that decides, if any.
     entry: Option<&'static str>,
 }
 
@@ -36,9 +36,9 @@ fn case(
     }
 }
 
-/// Explains, then tries, and compares.
+/// Explains each target, connects to it, and compares.
 #[track_caller]
-fn agrees(lab: &Lab, pod: &Pod, cases: &[Case], passes_anyway: bool) {
+fn assert_agrees(lab: &Lab, pod: &Pod, cases: &[Case], passes_anyway: bool) {
     for Case {
         target,
         to,
@@ -77,7 +77,7 @@ fn agrees(lab: &Lab, pod: &Pod, cases: &[Case], passes_anyway: bool) {
             pod.connect_tcp(*to, SHORT).is_ok()
         };
         let passes = reason.is_none() || passes_anyway;
-        assert_eq!(reached, passes, "what really happens to {target}");
+        assert_eq!(reached, passes, "the real verdict on {target}");
         assert_eq!(code, i32::from(!passes), "{target}: {explanation:#}");
     }
 }
@@ -192,14 +192,14 @@ fn table() -> Vec<Case> {
 }
 
 #[test]
-fn explain_agrees_with_what_happens() {
+fn explain_agrees_with_the_real_verdict() {
     let (lab, pod) = explained();
     let _tcp = [80, 81, 443].map(|port| lab.serve_tcp(port));
     let _udp = [91, 92].map(|port| lab.serve_udp(port));
     lab.write_namespace("shop", &[("deny", DENY)]);
     lab.write_pod(&pod, &[("allow", POLICY)]);
     let agent = lab.start_agent(&[&pod]);
-    agrees(
+    assert_agrees(
         &lab,
         &pod,
         &[case(
@@ -219,9 +219,9 @@ fn explain_agrees_with_what_happens() {
     for name in ["shop.test", "a.wild.test", "half.wild.test"] {
         pod.lookup(name);
     }
-    agrees(&lab, &pod, &table(), false);
+    assert_agrees(&lab, &pod, &table(), false);
 
-    // Names that may not be asked for.
+    // Names that may not be queried.
     for (name, entry) in [("gist.test", Some("gist.test")), ("evil.test", None)] {
         let (code, explanation) = lab.explain(&pod, &format!("{name}:443"));
         assert_eq!(
@@ -255,7 +255,7 @@ fn explain_agrees_with_what_happens() {
         (&entry["of"], &entry["line"], &entry["column"]),
         (&"pod".into(), &2.into(), &21.into())
     );
-    // Of two addresses, one is denied by itself.
+    // One of the two addresses is denied by another entry.
     let (_, half) = lab.explain(&pod, "half.wild.test:443");
     let allowed: Vec<_> = half["addresses"]
         .as_array()
@@ -270,17 +270,17 @@ fn explain_agrees_with_what_happens() {
             (server(33).to_string().into(), false.into())
         ]
     );
-    // Without a port, what is open is listed.
+    // Without a port, the allowed ports are listed.
     let (code, open) = lab.explain(&pod, "203.0.113.20");
     assert_eq!(code, 0);
     assert_eq!(
         open["ports"],
         serde_json::json!([{"protocol": "tcp", "first": 80, "last": 80}])
     );
-    // Questions to a resolver are judged by their names.
+    // Queries to a resolver are judged by their names.
     let (code, resolver) = lab.explain(&pod, &format!("{RESOLVER}:53/udp"));
     assert_eq!(code, 0, "{resolver:#}");
-    // What cannot be answered.
+    // Invalid requests.
     for (pod, target) in [
         ("shop/none", "a.test"),
         ("shop/cart", "*.test"),
@@ -333,7 +333,7 @@ fn explaining_leaves_no_trace() {
     ] {
         lab.explain(&pod, target);
     }
-    // The pod's own kernel may say something of itself meanwhile; that passes and makes no flow.
+    // The pod's kernel may send packets of its own meanwhile; they pass and create no flow.
     let after = (numbers(), flows());
     assert_eq!(after.1, before.1);
     assert_eq!(after.0[1..], before.0[1..]);
@@ -351,10 +351,10 @@ fn explain_agrees_in_audit_mode() {
     lab.write_pod(&pod, &[("allow", POLICY), ("mode", "audit")]);
     let _agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
-    eventually("the copy of the answer is read", || {
+    eventually("the agent has read the copy of the response", || {
         holds(lab.status_of(&pod)["addresses"] == 1)
     });
-    agrees(
+    assert_agrees(
         &lab,
         &pod,
         &[
@@ -372,7 +372,7 @@ fn explain_agrees_in_audit_mode() {
 }
 
 #[test]
-fn explain_agrees_about_what_has_expired() {
+fn explain_agrees_about_expired_addresses() {
     let lab = Lab::builder()
         .config("dns.minTtl", "1s")
         .config("dns.grace", "0s")
@@ -383,10 +383,10 @@ fn explain_agrees_about_what_has_expired() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
-    eventually("its lifetime has ended", || {
+    eventually("the address has expired", || {
         holds(lab.explain(&pod, "203.0.113.10:443").1["reason"] == "expired")
     });
-    agrees(
+    assert_agrees(
         &lab,
         &pod,
         &[case(
@@ -397,7 +397,7 @@ fn explain_agrees_about_what_has_expired() {
         )],
         false,
     );
-    // Whoever asks for the name again reaches it.
+    // A new query for the name makes it reachable.
     let (code, explanation) = lab.explain(&pod, "shop.test:443");
     assert_eq!(code, 0, "{explanation:#}");
     pod.lookup("shop.test");
@@ -447,7 +447,7 @@ fn explain_agrees_with_other_policies() {
         ),
         (&off, vec![case("203.0.113.9:443", to(9, 443), None, None)]),
     ] {
-        agrees(&lab, pod, &cases, false);
+        assert_agrees(&lab, pod, &cases, false);
     }
 }
 
@@ -496,14 +496,14 @@ fn explain_names_the_list_that_lacks_the_entry() {
         let said = explanation["hint"].as_str().unwrap_or_default();
         assert!(said.ends_with(&hint), "{target}: {explanation:#}");
     }
-    // A pod without a list has its namespace's.
+    // A pod without a list uses its namespace's.
     let (_, explanation) = lab.explain(&heir, "evil.test:443");
     assert_eq!(
         explanation["hint"],
         format!("add `evil.test:443/tcp` to {allow} of the namespace")
     );
 
-    // Whoever does what the hint says gets through.
+    // With the hint applied, the connection passes.
     agent.denies_name(&pod, "evil.test");
     agent.applies(&pod, || {
         let entries = format!("{namespace} evil.test:443/tcp");
@@ -514,7 +514,7 @@ fn explain_names_the_list_that_lacks_the_entry() {
 }
 
 #[test]
-fn explain_names_the_namespace_where_pods_may_grant_nothing() {
+fn explain_names_the_namespace_when_pod_annotations_are_ignored() {
     let lab = Lab::builder().config("podAnnotations", "ignore").build();
     let pod = lab.pod("shop", "cart");
     lab.write_namespace("shop", &[("allow", "all.test:443")]);

@@ -1,4 +1,4 @@
-//! What a policy means, and what the agent says about it.
+//! The meaning of a policy, and the agent's reports about it.
 
 mod audit;
 mod entries;

@@ -1,4 +1,4 @@
-//! What the agent tells about itself.
+//! The agent's metrics, status, health endpoints and socket.
 #![expect(
     clippy::cast_precision_loss,
     clippy::float_cmp,
@@ -27,18 +27,18 @@ fn served() -> Lab {
     Lab::builder().config("http", HTTP).build()
 }
 
-/// Waits until the metrics are as they should be.
+/// Waits until the metrics meet this condition.
 #[track_caller]
 fn metrics_when(lab: &Lab, what: &str, is: impl Fn(&Metrics) -> bool) -> Metrics {
     eventually(what, || Some(lab.metrics()).filter(|metrics| is(metrics)))
 }
 
-/// What the audited pod of [`metrics_count_what_has_happened`] would not have reached.
+/// The denials of the audited pod of [`metrics_count_verdicts_and_messages`].
 const WOULD_DENY: &str = "egress_agent_denials_total\
     {event=\"would_deny\",namespace=\"other\",reason=\"address_not_learned\"}";
 
 #[test]
-fn metrics_count_what_has_happened() {
+fn metrics_count_verdicts_and_messages() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let audited = lab.pod("other", "cart");
@@ -88,7 +88,7 @@ fn metrics_count_what_has_happened() {
     ] {
         assert_eq!(metrics.get(&series), value, "{series}");
     }
-    // Each message that was put back or answered was held for a time that is counted.
+    // Each delivered or answered message was held, and its time is counted.
     assert_eq!(metrics.get("egress_agent_dns_hold_seconds_count"), 3.0);
     assert!(metrics.get("egress_agent_dns_hold_seconds_sum") > 0.0);
     assert!(metrics.get("egress_agent_reconcile_seconds_count") >= 1.0);
@@ -105,8 +105,8 @@ fn metrics_count_what_has_happened() {
         !metrics.series().any(|series| series.contains("cart")),
         "no pod is named in a label"
     );
-    // What lines say in the end is what was counted all the while. Nothing comes between: whatever
-    // was denied has been waited for, but for a SYN that is sent again.
+    // The denial lines and the counters must agree in the end. No denial comes between, except for a
+    // retransmitted SYN: each was waited for.
     let counted = lab.metrics();
     assert!(agent.stop().success());
     for (reason, at_least) in [
@@ -132,17 +132,17 @@ fn metrics_count_what_has_happened() {
 }
 
 #[test]
-fn dns_over_tcp_is_counted_apart() {
+fn dns_over_tcp_is_counted_separately() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let _agent = lab.start_agent(&[&pod]);
     let message = question(7, "shop.test", RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short question");
+    let length = u16::try_from(message.len()).expect("a short query");
     let mut stream = pod.reach_tcp((RESOLVER, 53));
     stream
         .write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
-        .expect("send a question");
-    stream.read_exact(&mut [0; 14]).expect("an answer");
+        .expect("send a query");
+    stream.read_exact(&mut [0; 14]).expect("a response");
     let of = |direction: &str| {
         format!(
             "egress_agent_dns_messages_total\
@@ -171,7 +171,7 @@ fn every_metric_is_documented() {
 }
 
 #[test]
-fn the_agent_is_ready_when_every_pod_is_attached() {
+fn the_agent_is_ready_when_it_is_attached_to_every_pod() {
     let lab = served();
     let pod = lab.pod_without_interface("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -197,7 +197,7 @@ fn the_agent_is_ready_when_every_pod_is_attached() {
 }
 
 #[test]
-fn status_tells_what_a_pod_has_resolved_and_what_it_was_denied() {
+fn status_shows_resolved_names_and_denials() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
@@ -252,7 +252,7 @@ fn status_tells_what_a_pod_has_resolved_and_what_it_was_denied() {
     assert!(said.contains("no pod shop/none"), "{said}");
 }
 
-/// The index of the interface that the pod's packets come from, on the node.
+/// The index of the pod's interface on the node.
 fn interface_of(lab: &Lab, pod: &Pod) -> Option<u64> {
     let mut command = std::process::Command::new("ip");
     command.args(["-o", "link", "show", "dev", pod.interface()]);
@@ -267,7 +267,7 @@ fn interface_of(lab: &Lab, pod: &Pod) -> Option<u64> {
 }
 
 #[test]
-fn status_follows_an_edit_and_points_at_what_cannot_be_read() {
+fn status_shows_an_edit_and_the_place_of_an_error() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
@@ -296,11 +296,11 @@ fn status_follows_an_edit_and_points_at_what_cannot_be_read() {
 }
 
 #[test]
-fn the_socket_is_roots_alone_and_goes_with_the_agent() {
+fn only_root_may_use_the_socket_and_it_is_removed_with_the_agent() {
     let lab = Lab::new();
     let mut agent = lab.start_agent(&[]);
     let mode = |path: &std::path::Path| {
-        let metadata = fs::metadata(path).expect("it is there");
+        let metadata = fs::metadata(path).expect("the socket exists");
         metadata.permissions().mode() & 0o777
     };
     eventually("the socket", || holds(lab.socket().exists()));
@@ -310,9 +310,9 @@ fn the_socket_is_roots_alone_and_goes_with_the_agent() {
     let output = lab.ask(&["status"]);
     assert_eq!(output.status.code(), Some(1));
 
-    // One that a killed agent left is replaced.
+    // A socket that a killed agent left behind is replaced.
     let mut agent = lab.start_agent(&[]);
-    eventually("it answers", || {
+    eventually("the agent answers", || {
         holds(lab.ask(&["status"]).status.success())
     });
     agent.kill();
@@ -324,7 +324,7 @@ fn the_socket_is_roots_alone_and_goes_with_the_agent() {
 }
 
 #[test]
-fn a_second_agent_on_the_same_socket_says_so_and_goes_on() {
+fn a_second_agent_on_the_same_socket_reports_it_and_goes_on() {
     let first = Lab::new();
     let _first_agent = first.start_agent(&[]);
     eventually("the first answers", || {
@@ -349,7 +349,7 @@ fn a_second_agent_on_the_same_socket_says_so_and_goes_on() {
 }
 
 #[test]
-fn an_http_port_that_is_taken_is_said_and_the_agent_goes_on() {
+fn a_taken_http_port_is_reported_and_the_agent_goes_on() {
     let lab = served();
     let taken = lab
         .node()
@@ -368,12 +368,12 @@ fn an_http_port_that_is_taken_is_said_and_the_agent_goes_on() {
 }
 
 #[test]
-fn slow_and_hostile_clients_hinder_nobody() {
+fn slow_and_hostile_clients_do_not_affect_others() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let mut agent = lab.start_agent(&[&pod]);
     eventually("the socket", || holds(lab.socket().exists()));
-    // A pod that holds more connections than there may be, each with half a request.
+    // A pod that opens more connections than allowed, each with half a request.
     let stranger = lab.pod("evil", "pod");
     let gateway = IpAddr::V4(Ipv4Addr::new(10, 1, stranger.ipv4().octets()[2], 1));
     let half: Vec<TcpStream> = (0..200)
@@ -389,14 +389,14 @@ fn slow_and_hostile_clients_hinder_nobody() {
     assert_eq!(lab.http("/healthz"), (200, "ok\n".to_owned()));
     assert!(lab.ask(&["status"]).status.success());
 
-    // What is too long, and what is no request.
+    // Requests that are too long or invalid.
     for bytes in [
         [b"GET / HTTP/1.1\r\nA: ".as_slice(), &vec![b'a'; 100_000]].concat(),
         vec![0; 100_000],
         b"POST /metrics HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nx".to_vec(),
     ] {
         let mut stream = lab.http_connection();
-        // It may be closed before all is written.
+        // The agent may close the connection before everything is written.
         let _ = stream.write_all(&bytes);
         let mut response = Vec::new();
         let _ = stream.read_to_end(&mut response);
@@ -429,6 +429,6 @@ fn slow_and_hostile_clients_hinder_nobody() {
     drop((half, silent));
     assert!(
         agent.stop().success(),
-        "it ends though clients are connected"
+        "the agent does not end while clients are connected"
     );
 }

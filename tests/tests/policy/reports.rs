@@ -1,4 +1,4 @@
-//! What a person reads afterwards.
+//! Denial lines and other reports for people.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -56,7 +56,7 @@ fn is_time(text: &str) -> bool {
 }
 
 #[test]
-fn a_denial_line_says_who_wanted_what_and_why_not() {
+fn a_denial_line_has_pod_destination_and_reason() {
     let lab = Lab::new();
     lab.dns().addresses("shop.test", &[server(10)]);
     let pod = lab.pod("shop", "cart");
@@ -83,7 +83,7 @@ fn a_denial_line_says_who_wanted_what_and_why_not() {
 }
 
 #[test]
-fn a_denied_question_names_what_was_asked() {
+fn a_denied_query_has_its_name_and_type() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443"), ("deny", "gist.test")]);
@@ -104,7 +104,7 @@ fn a_denied_question_names_what_was_asked() {
 }
 
 #[test]
-fn repeats_are_folded_into_a_count() {
+fn repeated_denials_are_folded_into_a_count() {
     const REPEATS: u64 = 20;
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
@@ -115,14 +115,14 @@ fn repeats_are_folded_into_a_count() {
         socket.send(b"hello").expect("send a datagram");
     }
     let line = agent.wait_denial("the datagrams", |d| d.is(&pod, "no_rule", server(9), 80));
-    assert!(line.count > 1, "one line for each packet");
+    assert!(line.count > 1, "each packet has a line of its own");
     assert!(agent.stop().success());
     let total: u64 = agent.denials().iter().map(|d| d.count).sum();
     assert_eq!(total, REPEATS, "{:?}", agent.denials());
 }
 
 #[test]
-fn a_flood_from_one_pod_hides_nothing_of_anothers_and_is_counted() {
+fn a_flood_from_one_pod_does_not_hide_another_pods_denials() {
     const FLOOD: u32 = 20_000;
     let lab = Lab::new();
     let (loud, quiet) = (lab.pod("shop", "loud"), lab.pod("shop", "quiet"));
@@ -166,7 +166,7 @@ fn a_flood_from_one_pod_hides_nothing_of_anothers_and_is_counted() {
 }
 
 #[test]
-fn a_line_comes_while_the_program_still_tries() {
+fn a_denial_line_appears_while_the_program_still_tries() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
@@ -178,7 +178,7 @@ fn a_line_comes_while_the_program_still_tries() {
             !trying.is_finished(),
             "the line came only after the program had given up"
         );
-        // Retransmissions belong to the same series.
+        // Retransmissions belong to the same line.
         eventually("a SYN is sent again", || {
             holds(pod.syn_retransmissions() > 0)
         });
@@ -195,7 +195,7 @@ fn a_line_comes_while_the_program_still_tries() {
 }
 
 #[test]
-fn the_programs_tell_what_they_do_only_when_asked_to() {
+fn the_datapath_log_is_off_by_default() {
     let lab = Lab::new();
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);

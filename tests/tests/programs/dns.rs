@@ -1,4 +1,5 @@
-//! DNS at the pod's interface: what is taken for the agent, and what the agent puts back.
+//! DNS at the pod's interface: the frames that the programs take for the agent, and the frames that the agent
+//! puts back.
 
 use egress_agent::datapath::{Action, Hook, Marks};
 use egress_common::{
@@ -16,9 +17,9 @@ use egress_tests::{
 
 const DNS: u16 = 53;
 
-/// Asserts that the frame is in the ring byte for byte, waiting to be put back.
+/// Asserts that the frame is in the ring unchanged, and that the program took it from the hook.
 #[track_caller]
-fn is_taken(outcome: &Outcome, kind: u8, frame: &[u8]) {
+fn assert_taken(outcome: &Outcome, kind: u8, frame: &[u8]) {
     let (head, bytes) = outcome.taken();
     assert_eq!(bytes, frame);
     assert_eq!((head.kind, head.taken), (kind, 1));
@@ -26,13 +27,13 @@ fn is_taken(outcome: &Outcome, kind: u8, frame: &[u8]) {
 }
 
 #[test]
-fn a_question_is_taken_byte_for_byte() {
+fn a_query_is_held_byte_for_byte() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         let frame = programs.to(resolver).udp(7, DNS, &raw::question());
-        is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+        assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
     }
-    // However it is wrapped, whatever follows it, and whether or not it is a question.
+    // With any header options and trailing bytes, and whether or not it is a valid query.
     let to = programs.to(RESOLVER);
     let mut padded = to.udp(7, DNS, &raw::question());
     padded.extend([0x5a; 30]);
@@ -51,34 +52,40 @@ fn a_question_is_taken_byte_for_byte() {
         to.udp(7, DNS, &[0x5a; 3000]),
     ];
     for frame in frames {
-        is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+        assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
     }
     assert_eq!(programs.counters().held_questions, 9);
-    assert!(programs.flows().is_empty(), "a flow would carry DNS past");
+    assert!(
+        programs.flows().is_empty(),
+        "a flow would let DNS pass unheld"
+    );
 }
 
 #[test]
-fn an_answer_is_taken_byte_for_byte() {
+fn a_response_is_held_byte_for_byte() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         for port in [7, DNS] {
             let frame = programs.by(resolver).udp(DNS, port, &raw::question());
-            is_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
+            assert_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
         }
     }
     assert_eq!(programs.counters().held_answers, 4);
-    assert!(programs.flows().is_empty(), "it would let questions pass");
+    assert!(
+        programs.flows().is_empty(),
+        "a flow would let DNS pass unheld"
+    );
 }
 
 #[test]
-fn a_rule_does_not_let_a_question_pass_unseen() {
+fn a_query_is_held_even_if_a_rule_allows_the_resolver() {
     let mut programs = Programs::new();
     programs.allow(RESOLVER, ANYTHING, u64::MAX);
     let frame = programs.to(RESOLVER).udp(7, DNS, &raw::question());
-    is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
     let frame = programs.to(RESOLVER).tcp(7, DNS, flag::SYN);
-    is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
-    // Other ports and protocols of the resolver's are ordinary.
+    assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    // Other ports and protocols of the resolver are ordinary.
     let to = programs.to(RESOLVER);
     programs.leaves(&to.udp(7, 5353, &raw::question()));
     programs.leaves(&to.sctp(7, DNS));
@@ -90,7 +97,7 @@ fn a_rule_does_not_let_a_question_pass_unseen() {
 }
 
 #[test]
-fn port_53_elsewhere_is_ordinary_traffic() {
+fn port_53_of_other_servers_is_ordinary_traffic() {
     let mut programs = Programs::new();
     let frame = programs.to(STRANGER).udp(7, DNS, &raw::question());
     programs.stays(&frame, Reason::NoRule);
@@ -100,43 +107,46 @@ fn port_53_elsewhere_is_ordinary_traffic() {
 }
 
 #[test]
-fn a_segment_of_dns_over_tcp_is_taken_in_every_state() {
+fn a_segment_of_dns_over_tcp_is_held_in_every_state() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         for flags in [flag::SYN, flag::SYN | flag::ACK, flag::ACK, flag::RST, 0] {
-            // Even when the resolver itself opens the connection.
+            // Even if the resolver opens the connection.
             let frame = programs.by(resolver).tcp(DNS, 7, flags);
-            is_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
+            assert_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
             let frame = programs.to(resolver).tcp(7, DNS, flags);
-            is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+            assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
         }
     }
-    assert!(programs.flows().is_empty(), "a flow would carry DNS past");
+    assert!(
+        programs.flows().is_empty(),
+        "a flow would let DNS pass unheld"
+    );
 }
 
 #[test]
-fn a_frame_of_any_size_is_taken() {
+fn a_frame_of_any_size_is_held() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
-        // The sizes around those that the ring has records for; test runs take no more than this.
+        // Sizes around the ring's record sizes; a test run takes no longer frame.
         for len in [1, 400, 440, 460, 480, 1960, 1980, 2000, 2040, 3000] {
             let mut segment = raw::tcp(DNS, 7, flag::ACK);
             segment.resize(20 + len, 0x5a);
             let frame = programs.by(resolver).frame(protocol::TCP, &segment);
-            is_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
+            assert_taken(&programs.receives(&frame), HELD_ANSWER, &frame);
         }
     }
 }
 
 #[test]
-fn a_forged_question_is_not_taken() {
+fn a_query_from_a_forged_source_is_not_held() {
     let mut programs = Programs::new();
     let forged = Ip::new(server(9), RESOLVER).udp(7, DNS, &raw::question());
     programs.stays(&forged, Reason::SpoofedSource);
 }
 
 #[test]
-fn a_question_in_pieces_is_denied() {
+fn a_fragmented_query_is_denied() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         let to = programs.to(resolver);
@@ -155,7 +165,7 @@ fn a_question_in_pieces_is_denied() {
 }
 
 #[test]
-fn pieces_from_a_resolver_are_taken_byte_for_byte() {
+fn fragments_from_a_resolver_are_held_byte_for_byte() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         let by = programs.by(resolver);
@@ -165,16 +175,17 @@ fn pieces_from_a_resolver_are_taken_byte_for_byte() {
                 let by = by.clone().fragment(9, start as u16, end < datagram.len());
                 by.frame(protocol::UDP, &datagram[start..end])
             });
-            // In whatever order: which datagram it is of, only the agent finds out.
+            // In any order: only the agent knows to which datagram a fragment belongs.
             for piece in pieces.iter().rev() {
-                is_taken(&programs.receives(piece), HELD_ANSWER, piece);
+                assert_taken(&programs.receives(piece), HELD_ANSWER, piece);
             }
         }
-        // A first piece too small for its header would be put together behind our back.
+        // The pod would reassemble a first fragment that is too small for its header, without the agent's
+        // verdict.
         let tiny = by.clone().fragment(9, 0, true);
         let tiny = tiny.frame(protocol::UDP, &raw::udp(DNS, 7, b"")[..7]);
         programs.receives(&tiny).denied(Reason::Malformed);
-        // A segment is as long as its way takes.
+        // A TCP segment is never fragmented by an honest sender (path MTU discovery).
         let first = by.fragment(9, 0, true).tcp(DNS, 7, flag::ACK);
         programs.receives(&first).denied(Reason::DnsFragmented);
     }
@@ -188,9 +199,10 @@ fn pieces_from_a_resolver_are_taken_byte_for_byte() {
 }
 
 #[test]
-fn pieces_that_a_pod_would_put_together_with_an_answer_are_taken() {
+fn fragments_that_a_pod_could_reassemble_into_a_response_are_held() {
     let mut programs = Programs::new();
-    // IPv6 asks the first piece alone for the protocol, and passes over the headers before it.
+    // For IPv6 only the first fragment's protocol matters, and headers before the fragment header are
+    // skipped.
     let later = programs.by(RESOLVER6).fragment(9, 80, false);
     for protocol in [
         protocol::TCP,
@@ -200,16 +212,16 @@ fn pieces_that_a_pod_would_put_together_with_an_answer_are_taken() {
         253,
     ] {
         let piece = later.frame(protocol, &[0x5a; 24]);
-        is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+        assert_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
     }
     let mut behind = programs.by(RESOLVER6);
     for kind in [protocol::HOP_BY_HOP, protocol::DESTINATION] {
         behind = behind.padding(kind);
         let piece = behind.clone().fragment(9, 80, false);
         let piece = piece.frame(protocol::UDP, &[0x5a; 24]);
-        is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+        assert_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
     }
-    // IPv4 keeps protocols apart.
+    // For IPv4 the protocol is part of a datagram's identity.
     let by = programs.by(RESOLVER);
     for protocol in [protocol::TCP, protocol::ICMP, 253] {
         let piece = by.clone().fragment(9, 80, false);
@@ -217,26 +229,26 @@ fn pieces_that_a_pod_would_put_together_with_an_answer_are_taken() {
     }
     let with_options = by.options(&[1, 1, 1, 0]).fragment(9, 80, false);
     let piece = with_options.frame(protocol::UDP, &[0x5a; 24]);
-    is_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
+    assert_taken(&programs.receives(&piece), HELD_ANSWER, &piece);
     assert!(programs.flows().is_empty());
 }
 
 #[test]
-fn the_pod_may_answer_a_datagram_in_pieces_from_another_port_of_a_resolver() {
+fn the_pod_may_reply_to_a_fragmented_datagram_from_another_port_of_a_resolver() {
     let mut programs = Programs::new();
     for resolver in [RESOLVER, RESOLVER6] {
         let (by, to) = (programs.by(resolver), programs.to(resolver));
         let reply = to.udp(7, 9999, b"a reply");
         programs.stays(&reply, Reason::NoRule);
         let first = by.fragment(9, 0, true).udp(9999, 7, &[0x5a; 56]);
-        is_taken(&programs.receives(&first), HELD_ANSWER, &first);
+        assert_taken(&programs.receives(&first), HELD_ANSWER, &first);
         programs.leaves(&reply);
     }
     assert_eq!(programs.flows().len(), 2);
 }
 
 #[test]
-fn a_piece_that_finds_the_ring_full_is_denied() {
+fn a_fragment_is_denied_when_the_ring_is_full() {
     let mut programs = Programs::new();
     let piece = programs.by(RESOLVER).fragment(9, 1400, true);
     let piece = piece.frame(protocol::UDP, &[0x5a; 2800]);
@@ -247,17 +259,17 @@ fn a_piece_that_finds_the_ring_full_is_denied() {
 }
 
 #[test]
-fn a_question_that_finds_the_ring_full_is_denied() {
+fn a_query_is_denied_when_the_ring_is_full() {
     let mut programs = Programs::new();
-    // A frame of this length takes 16 KiB of the ring, which holds 4 MiB.
+    // A frame of this length takes 16 KiB of the ring, which has 4 MiB.
     let frame = programs.to(RESOLVER).udp(7, DNS, &[0x5a; 3000]);
-    // One pod does not fill it.
+    // One pod cannot fill the ring.
     programs.flood(Hook::FromPod, [frame.clone()].into_iter(), 300);
     let counters = programs.counters();
     assert!(counters.held_limited > 0, "{counters:?}");
     assert_eq!(counters.held_lost, 0, "{counters:?}");
     assert_eq!(counters.held_questions + counters.held_limited, 300);
-    // Ten more do.
+    // Ten more pods fill it.
     for _ in 0..10 {
         programs.becomes_another_pods();
         programs.flood(Hook::FromPod, [frame.clone()].into_iter(), 300);
@@ -270,7 +282,7 @@ fn a_question_that_finds_the_ring_full_is_denied() {
     let (held, denials) = programs.drain();
     assert_eq!(held as u64, counters.held_questions);
     assert_eq!(denials as u64, denied);
-    is_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
+    assert_taken(&programs.sends(&frame), HELD_QUESTION, &frame);
 
     let answer = programs.by(RESOLVER).udp(DNS, 7, &[0x5a; 3000]);
     programs.flood(Hook::ToPod, [answer].into_iter(), 300);
@@ -280,18 +292,18 @@ fn a_question_that_finds_the_ring_full_is_denied() {
     assert_eq!(
         after.held_answers + denied,
         300,
-        "an answer was delivered unseen"
+        "a response was delivered without being held"
     );
 }
 
 #[test]
-fn a_flood_of_questions_leaves_room_for_other_pods() {
+fn a_flood_of_queries_leaves_room_for_other_pods() {
     let mut programs = Programs::new();
     let frame = programs.to(RESOLVER).udp(7, DNS, &raw::question());
     programs.flood(Hook::FromPod, [frame].into_iter(), 8000);
     let counters = programs.counters();
     assert!(counters.held_limited > 0, "{counters:?}");
-    assert_eq!(counters.held_lost, 0, "the ring never filled up");
+    assert_eq!(counters.held_lost, 0, "one pod filled the ring");
     assert_eq!(counters.held_questions + counters.held_limited, 8000);
 }
 
@@ -354,7 +366,7 @@ fn in_audit_mode_every_denial_is_reported_and_nothing_dropped() {
 }
 
 #[test]
-fn what_the_agent_puts_back_is_not_judged_again() {
+fn frames_that_the_agent_puts_back_are_not_judged_again() {
     let mut programs = Programs::new();
     let Marks {
         deliver, bounce, ..
@@ -367,7 +379,7 @@ fn what_the_agent_puts_back_is_not_judged_again() {
         (turned.run.action, turned.run.mark),
         (Action::Redirect, bounce)
     );
-    // The mark ends with its purpose: nothing behind us sees it.
+    // Each mark is cleared when it has served its purpose, so that later programs do not see it.
     for (hook, mark, frame) in [
         (Hook::FromPod, bounce, &question),
         (Hook::ToPod, deliver, &answer),
@@ -379,7 +391,7 @@ fn what_the_agent_puts_back_is_not_judged_again() {
 }
 
 #[test]
-fn other_marks_open_nothing() {
+fn other_marks_have_no_effect() {
     let mut programs = Programs::new();
     let Marks {
         deliver,
@@ -391,16 +403,16 @@ fn other_marks_open_nothing() {
     let answer = programs.by(RESOLVER).udp(DNS, 7, &raw::question());
     for mark in [0, 1, 0xffff_ffff, !bounce, bounce ^ 1, deliver, again] {
         let outcome = programs.run_marked(Hook::FromPod, mark, &question);
-        is_taken(&outcome, HELD_QUESTION, &question);
+        assert_taken(&outcome, HELD_QUESTION, &question);
     }
     for mark in [0, 1, 0xffff_ffff, !deliver, deliver ^ 1] {
         let outcome = programs.run_marked(Hook::ToPod, mark, &answer);
-        is_taken(&outcome, HELD_ANSWER, &answer);
+        assert_taken(&outcome, HELD_ANSWER, &answer);
     }
 }
 
 #[test]
-fn a_probe_is_turned_round_and_counted_and_goes_nowhere() {
+fn a_probe_is_redirected_counted_and_dropped() {
     let mut programs = Programs::new();
     let Marks { probe, .. } = programs.marks();
     let v4 = programs.to(server(9)).udp(9, 9, b"probe");
@@ -418,12 +430,12 @@ fn a_probe_is_turned_round_and_counted_and_goes_nowhere() {
         let Probes { v4, v6 } = programs.probes();
         assert_eq!((v4, v6), counted);
     }
-    // Without the mark it is a packet like any other.
+    // Without the mark it is an ordinary packet.
     programs.stays(&v4, Reason::NoRule);
 }
 
 #[test]
-fn what_the_agent_has_judged_again_comes_back_without_a_mark() {
+fn a_frame_with_the_again_mark_is_redirected_without_a_mark() {
     let mut programs = Programs::new();
     let Marks { again, .. } = programs.marks();
     let frame = programs.to(server(9)).udp(7, PORT, b"hello");
@@ -433,13 +445,13 @@ fn what_the_agent_has_judged_again_comes_back_without_a_mark() {
 }
 
 #[test]
-fn questions_of_a_pod_that_is_not_known_yet_are_taken_and_all_else_is_denied() {
+fn queries_of_an_unknown_pod_are_held_and_everything_else_is_denied() {
     let mut programs = Programs::new();
     programs.change_policy(|policy| policy.flags |= POLICY_UNIDENTIFIED);
     for resolver in [RESOLVER, RESOLVER6] {
         let to = programs.to(resolver);
         let question = to.udp(7, DNS, &raw::question());
-        is_taken(&programs.sends(&question), HELD_QUESTION, &question);
+        assert_taken(&programs.sends(&question), HELD_QUESTION, &question);
         for frame in [
             to.tcp(7, DNS, flag::SYN),
             to.clone()
@@ -454,7 +466,7 @@ fn questions_of_a_pod_that_is_not_known_yet_are_taken_and_all_else_is_denied() {
 }
 
 #[test]
-fn a_released_pod_is_free_though_it_is_attached_to() {
+fn a_released_pod_is_not_judged_although_the_programs_are_attached() {
     let mut programs = Programs::new();
     programs.set_interface(|interface| interface.mode = MODE_RELEASED);
     let sent = [
@@ -478,7 +490,7 @@ fn a_released_pod_is_free_though_it_is_attached_to() {
 }
 
 #[test]
-fn a_pod_that_is_not_known_yet_sends_nothing() {
+fn an_interface_without_an_entry_lets_nothing_out() {
     let mut programs = Programs::new();
     programs.forget_interface();
     let frames = [
@@ -495,7 +507,7 @@ fn a_pod_that_is_not_known_yet_sends_nothing() {
 }
 
 #[test]
-fn rejected_packets_are_given_to_the_agent_for_an_answer() {
+fn packets_to_reject_are_passed_to_the_agent() {
     let mut programs = Programs::new();
     programs.set_interface(|interface| interface.flags = INTERFACE_REJECT);
     let to = programs.to(server(9));
@@ -513,7 +525,7 @@ fn rejected_packets_are_given_to_the_agent_for_an_answer() {
         assert_eq!(head.kind, HELD_REJECT);
         assert_eq!(bytes[..], frame[..frame.len().min(192)]);
     }
-    // Not to whoever did not send it, and never a reset to a reset.
+    // Nothing is sent to a forged source, and no reset in response to a reset.
     let forged = Ip::new(server(9), server(1)).udp(7, PORT, b"hello");
     programs.stays(&forged, Reason::SpoofedSource);
     programs.stays(&to.tcp(7, PORT, flag::RST), Reason::NoRule);

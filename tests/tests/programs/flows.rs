@@ -1,20 +1,23 @@
-//! What is open stays open as long as it may, and nothing longer.
+//! Flows: open connections stay open as long as they may, and no longer.
 
 use std::net::IpAddr;
 
 use egress_agent::datapath::{Action, Hook};
 use egress_common::{
-    limits::FLOW_ENTRIES,
+    limits::{FLOW_ENTRIES, FlowLimits},
     reason::Reason,
-    records::{FLOW_CUT, FLOW_IN, FLOW_OUT, POLICY_OPEN},
+    records::{
+        FLOW_CUT, FLOW_IN, FLOW_OUT, INTERFACE_REJECT, INTERFACE_SOURCES, POLICY_OPEN,
+        VERDICT_DROPPED,
+    },
 };
 use egress_tests::{
-    addresses::{server, server6},
-    programs::{OTHERS, PORT, Programs, TO_PORT},
+    addresses::{RESOLVER, server, server6},
+    programs::{ANYTHING, OTHERS, PORT, Programs, TO_PORT},
     raw::{self, Ip, flag, protocol},
 };
 
-/// Long ago, on any machine that has booted.
+/// Before any machine's current time.
 const PAST_NS: u64 = 1;
 const NEVER_NS: u64 = u64::MAX;
 
@@ -26,7 +29,7 @@ fn states(programs: &Programs) -> Vec<u8> {
 }
 
 #[test]
-fn an_expired_address_admits_nothing_new_and_keeps_what_is_open() {
+fn an_expired_address_admits_no_new_flow_and_keeps_open_ones() {
     let mut programs = Programs::new();
     for host in [server(1), server6(1)] {
         let to = programs.to(host);
@@ -41,7 +44,7 @@ fn an_expired_address_admits_nothing_new_and_keeps_what_is_open() {
         programs.stays(&to.udp(8, PORT, b"hello"), Reason::Expired);
         programs.stays(&to.sctp(8, PORT), Reason::Expired);
         programs.stays(&to.echo(8), Reason::Expired);
-        // The same ports again are a new connection.
+        // A SYN on the same ports opens a new connection.
         programs.stays(&to.tcp(7, PORT, flag::SYN), Reason::Expired);
 
         programs.leaves(&to.tcp(7, PORT, flag::ACK));
@@ -58,7 +61,7 @@ fn a_new_policy_keeps_the_connections_it_allows() {
     let to = programs.to(server(1));
     programs.leaves(&to.tcp(7, PORT, flag::SYN));
     programs.change_policy(|_| {});
-    // Even one whose address has expired in the meantime.
+    // Even a connection whose address has expired in the meantime.
     programs.allow(server(1), TO_PORT, PAST_NS);
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
@@ -70,7 +73,7 @@ fn a_new_policy_keeps_the_connections_it_allows() {
 }
 
 #[test]
-fn a_new_policy_cuts_what_it_forbids() {
+fn a_new_policy_cuts_flows_that_it_forbids() {
     let mut programs = Programs::new();
     let (to, by) = (programs.to(server(1)), programs.by(server(1)));
     programs.leaves(&to.tcp(7, PORT, flag::SYN));
@@ -80,7 +83,7 @@ fn a_new_policy_cuts_what_it_forbids() {
     programs.stays(&to.udp(7, PORT, b"hello"), Reason::NoRule);
     assert_eq!(states(&programs), [FLOW_CUT, FLOW_CUT]);
 
-    // The other side goes on sending; that does not make it the one who opened the flow.
+    // Packets from the other side do not make it the opener of the flow.
     programs.arrives(&by.udp(PORT, 7, b"still there?"));
     programs.arrives(&by.tcp(PORT, 7, flag::ACK));
     programs.arrives(&by.tcp(PORT, 7, flag::SYN));
@@ -88,7 +91,7 @@ fn a_new_policy_cuts_what_it_forbids() {
     programs.stays(&to.tcp(7, PORT, flag::SYN | flag::ACK), Reason::NoRule);
     assert_eq!(states(&programs), [FLOW_CUT, FLOW_CUT]);
 
-    // Allowed again, it goes on.
+    // When it is allowed again, the flow goes on.
     programs.allow(server(1), TO_PORT, NEVER_NS);
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
     programs.leaves(&to.udp(7, PORT, b"yes"));
@@ -96,7 +99,7 @@ fn a_new_policy_cuts_what_it_forbids() {
 }
 
 #[test]
-fn a_silent_flow_that_a_policy_cut_is_not_opened_from_outside() {
+fn a_flow_that_a_policy_cut_is_not_reopened_from_outside() {
     let mut programs = Programs::new();
     let (to, by) = (programs.to(server(1)), programs.by(server(1)));
     programs.leaves(&to.udp(7, PORT, b"hello"));
@@ -106,7 +109,7 @@ fn a_silent_flow_that_a_policy_cut_is_not_opened_from_outside() {
 }
 
 #[test]
-fn whoever_calls_the_pod_gets_an_answer() {
+fn the_pod_may_answer_flows_that_others_open() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
@@ -125,7 +128,8 @@ fn whoever_calls_the_pod_gets_an_answer() {
             programs.leaves(answer);
             programs.leaves(answer);
         }
-        // To answer is not to call back: not on other ports, not to others, not with a SYN.
+        // Permission to answer is not permission to connect: not on other ports, not to others, not with a
+        // SYN.
         programs.stays(&to.tcp(8080, 5000, flag::SYN), Reason::NoRule);
         programs.stays(&to.tcp(8080, 5000, flag::SYN | flag::URG), Reason::NoRule);
         programs.stays(&to.tcp(8081, 5000, flag::ACK), Reason::NoRule);
@@ -135,7 +139,7 @@ fn whoever_calls_the_pod_gets_an_answer() {
         programs.stays(&other.udp(8080, 5000, b"pong"), Reason::NoRule);
     }
     assert_eq!(states(&programs), [FLOW_IN; 8]);
-    // A new policy does not concern what others opened.
+    // A new policy does not affect flows that others opened.
     programs.change_policy(|_| {});
     let to = programs.to(server(9));
     programs.leaves(&to.tcp(8080, 5000, flag::ACK));
@@ -143,7 +147,7 @@ fn whoever_calls_the_pod_gets_an_answer() {
 }
 
 #[test]
-fn only_what_opens_a_connection_opens_a_flow() {
+fn only_packets_that_can_open_a_connection_open_a_flow() {
     let mut programs = Programs::new();
     let (by, to) = (programs.by(server(9)), programs.to(server(9)));
     let nothing = [
@@ -165,7 +169,7 @@ fn only_what_opens_a_connection_opens_a_flow() {
 }
 
 #[test]
-fn a_syn_needs_a_rule_however_well_the_flow_is_known() {
+fn a_syn_needs_a_rule_even_on_a_known_flow() {
     let mut programs = Programs::new();
     let to = programs.to(server(1));
     programs.leaves(&to.tcp(7, PORT, flag::SYN));
@@ -179,7 +183,7 @@ fn a_syn_needs_a_rule_however_well_the_flow_is_known() {
 }
 
 #[test]
-fn what_passed_only_for_being_audited_is_no_open_flow() {
+fn a_packet_that_passed_only_in_audit_mode_opens_no_flow() {
     let mut programs = Programs::new();
     programs.audit();
     let (to, by) = (programs.to(server(9)), programs.by(server(9)));
@@ -194,7 +198,7 @@ fn what_passed_only_for_being_audited_is_no_open_flow() {
     programs.stays(&frame, Reason::NoRule);
 }
 
-/// An ICMP or ICMPv6 "port unreachable" about `quoted`, an Ethernet frame.
+/// An ICMP or ICMPv6 "port unreachable" error about `quoted`, an Ethernet frame.
 fn unreachable(to: &Ip, quoted: &[u8]) -> Vec<u8> {
     let rest = [&[0; 4], &quoted[raw::ETHERNET..]].concat();
     if quoted[raw::ETHERNET] >> 4 == 4 {
@@ -205,7 +209,7 @@ fn unreachable(to: &Ip, quoted: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_pod_may_say_that_nobody_listens() {
+fn a_pod_may_send_port_unreachable_errors() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
@@ -216,7 +220,7 @@ fn a_pod_may_say_that_nobody_listens() {
             programs.leaves(&error);
         }
     }
-    // About what it opened itself, too.
+    // Also about a flow that the pod opened itself.
     let (by, to) = (programs.by(server(1)), programs.to(server(1)));
     programs.leaves(&to.udp(7, PORT, b"hello"));
     let error = unreachable(&to, &by.udp(PORT, 7, b"late"));
@@ -226,7 +230,7 @@ fn a_pod_may_say_that_nobody_listens() {
 }
 
 #[test]
-fn an_icmp_error_is_no_tunnel() {
+fn an_icmp_error_cannot_carry_other_data() {
     let mut programs = Programs::new();
     for (peer, stranger) in [(server(9), server(8)), (server6(9), server6(8))] {
         let (by, to) = (programs.by(peer), programs.to(peer));
@@ -235,13 +239,13 @@ fn an_icmp_error_is_no_tunnel() {
         let error = unreachable(&to, &question);
         programs.leaves(&error);
 
-        // To somebody else than the quoted packet came from, or about somebody else's.
+        // To another destination than the source of the quoted packet, or about a packet of another source.
         let elsewhere = programs.to(stranger);
         programs.stays(&unreachable(&elsewhere, &question), Reason::NoRule);
         let others = programs.by(stranger).udp(5000, 8080, b"ping");
         programs.stays(&unreachable(&to, &others), Reason::NoRule);
         programs.stays(&unreachable(&elsewhere, &others), Reason::NoRule);
-        // About what did not happen.
+        // About a packet that was never received.
         for quoted in [
             by.udp(5001, 8080, b"ping"),
             by.udp(5000, 8081, b"ping"),
@@ -251,7 +255,7 @@ fn an_icmp_error_is_no_tunnel() {
         ] {
             programs.stays(&unreachable(&to, &quoted), Reason::NoRule);
         }
-        // With more than an error may quote, or less than says what it is about.
+        // A quotation that is longer than an error may have, or too short to identify the flow.
         let long = by.udp(5000, 8080, &[0x5a; 1300]);
         programs.stays(&unreachable(&to, &long), Reason::NoRule);
         let header = if peer.is_ipv4() { raw::IPV4 } else { raw::IPV6 };
@@ -260,11 +264,11 @@ fn an_icmp_error_is_no_tunnel() {
             &unreachable(&to, &question[..raw::ETHERNET + 4]),
             Reason::NoRule,
         );
-        // Another message with the same content.
+        // Another ICMP message with the same content.
         let mut other = error.clone();
         other[header] = if peer.is_ipv4() { 13 } else { 100 };
         programs.stays(&other, Reason::NoRule);
-        // A later piece of a packet has no ports.
+        // A later fragment has no ports.
         let piece = by
             .fragment(1, 800, false)
             .frame(protocol::UDP, &question[header..]);
@@ -273,7 +277,7 @@ fn an_icmp_error_is_no_tunnel() {
 }
 
 #[test]
-fn a_full_flow_map_closes_nothing_that_a_rule_allows() {
+fn with_a_full_flow_map_allowed_connections_still_work() {
     let mut programs = Programs::new();
     let IpAddr::V4(own) = IpAddr::from(programs.own()) else {
         unreachable!()
@@ -291,7 +295,7 @@ fn a_full_flow_map_closes_nothing_that_a_rule_allows() {
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
     programs.leaves(&to.tcp(8, PORT, flag::SYN));
     programs.leaves(&to.tcp(8, PORT, flag::ACK));
-    // And opens nothing.
+    // A connection that only a flow would allow is denied.
     programs.stays(
         &programs.to(server(9)).udp(8080, 2, b"hello"),
         Reason::NoRule,
@@ -301,7 +305,44 @@ fn a_full_flow_map_closes_nothing_that_a_rule_allows() {
 }
 
 #[test]
-fn a_pod_without_rules_for_it_reaches_what_it_may() {
+fn no_connection_begins_whose_destination_cannot_be_noted() {
+    let mut programs = Programs::new();
+    let (to, other) = (programs.to(server(1)), programs.to(server(2)));
+    for host in [server(1), server(2)] {
+        programs.allow(host, ANYTHING, NEVER_NS);
+    }
+    let places = FlowLimits::of(FLOW_ENTRIES).called as u16;
+    let syns = (1..=places).map(|port| to.tcp(7, port, flag::SYN));
+    programs.flood(Hook::FromPod, syns.collect::<Vec<_>>().into_iter(), 1);
+    programs.leaves(&to.tcp(8, places, flag::SYN));
+
+    let denial = programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    assert_eq!(denial.verdict, VERDICT_DROPPED);
+    // With `onDeny: reject`, too: it shall come again.
+    programs.set_interface(|interface| interface.flags |= INTERFACE_REJECT);
+    let denial = programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    assert_eq!(denial.verdict, VERDICT_DROPPED);
+    // A connection that is picked up in its middle is one, too, and the denied SYN has opened no flow for it.
+    programs.stays(&other.tcp(7, PORT, flag::ACK), Reason::DestinationsFull);
+    // While the agent is about to judge the pod, and to a resolver.
+    programs.set_interface(|interface| interface.flags = INTERFACE_SOURCES);
+    programs.stays(&other.tcp(7, PORT, flag::SYN), Reason::DestinationsFull);
+    programs.set_interface(|interface| interface.flags = 0);
+    let resolver = programs.to(RESOLVER);
+    programs.stays(&resolver.tcp(7, 53, flag::SYN), Reason::DestinationsFull);
+
+    // Nothing else needs a place there.
+    programs.leaves(&other.udp(7, PORT, b"hello"));
+    programs.leaves(&other.tcp(7, PORT, flag::RST));
+    programs.arrives(&programs.by(server(9)).tcp(5000, 8080, flag::SYN));
+    let answers = programs.to(server(9));
+    programs.leaves(&answers.tcp(8080, 5000, flag::SYN | flag::ACK));
+    programs.audit();
+    programs.leaves(&other.tcp(7, PORT, flag::SYN));
+}
+
+#[test]
+fn an_open_pod_reaches_all_but_protected_addresses() {
     let mut programs = Programs::new();
     let frame = programs.to(server(9)).udp(7, PORT, b"hello");
     programs.stays(&frame, Reason::NoRule);

@@ -1,4 +1,4 @@
-//! Packets in pieces.
+//! Fragmented packets.
 
 use egress_common::reason::Reason;
 use egress_tests::{
@@ -15,7 +15,7 @@ fn datagram() -> Vec<u8> {
     raw::udp(7, PORT, &[0x5a; 56])
 }
 
-fn piece(to: &Ip, id: u16, offset: u16, len: usize) -> Vec<u8> {
+fn fragment(to: &Ip, id: u16, offset: u16, len: usize) -> Vec<u8> {
     let whole = datagram();
     let at = usize::from(offset);
     let more = at + len < whole.len();
@@ -24,62 +24,65 @@ fn piece(to: &Ip, id: u16, offset: u16, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn later_pieces_follow_a_first_that_left() {
+fn later_fragments_follow_a_first_that_passed() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to);
-        programs.leaves(&piece(&to, 9, 0, 24));
-        programs.leaves(&piece(&to, 9, 24, 24));
-        programs.leaves(&piece(&to, 9, 48, 16));
-        // Again, and in another order: links repeat and reorder.
-        programs.leaves(&piece(&to, 9, 48, 16));
-        programs.leaves(&piece(&to, 9, 24, 24));
+        programs.leaves(&fragment(&to, 9, 0, 24));
+        programs.leaves(&fragment(&to, 9, 24, 24));
+        programs.leaves(&fragment(&to, 9, 48, 16));
+        // Repeated and reordered, as on a real link.
+        programs.leaves(&fragment(&to, 9, 48, 16));
+        programs.leaves(&fragment(&to, 9, 24, 24));
     }
 }
 
 #[test]
-fn later_pieces_do_not_outlive_the_policy_that_passed_their_first() {
+fn later_fragments_do_not_outlive_the_policy_that_passed_their_first() {
     let mut programs = Programs::new();
     let to = programs.to(server(1));
-    programs.leaves(&piece(&to, 9, 0, 24));
-    programs.leaves(&piece(&to, 9, 24, 24));
+    programs.leaves(&fragment(&to, 9, 0, 24));
+    programs.leaves(&fragment(&to, 9, 24, 24));
     programs.change_policy(|_| {});
-    programs.stays(&piece(&to, 9, 48, 16), Reason::FragmentWithoutFirst);
+    programs.stays(&fragment(&to, 9, 48, 16), Reason::FragmentWithoutFirst);
 }
 
 #[test]
-fn later_pieces_stay_without_their_first() {
+fn later_fragments_without_their_first_are_denied() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to);
-        programs.stays(&piece(&to, 9, 24, 24), Reason::FragmentWithoutFirst);
-        programs.leaves(&piece(&to, 9, 0, 24));
-        programs.leaves(&piece(&to, 9, 24, 24));
-        // Of another packet, and of another protocol.
-        programs.stays(&piece(&to, 10, 24, 24), Reason::FragmentWithoutFirst);
+        programs.stays(&fragment(&to, 9, 24, 24), Reason::FragmentWithoutFirst);
+        programs.leaves(&fragment(&to, 9, 0, 24));
+        programs.leaves(&fragment(&to, 9, 24, 24));
+        // Fragments of another packet, and of another protocol.
+        programs.stays(&fragment(&to, 10, 24, 24), Reason::FragmentWithoutFirst);
         for other in [TCP, protocol::SCTP, protocol::GRE, protocol::DESTINATION] {
             let frame = to.clone().fragment(9, 24, false).frame(other, &[0x5a; 24]);
             programs.stays(&frame, Reason::FragmentWithoutFirst);
         }
     }
-    // To somebody else.
+    // Fragments to another address.
     let elsewhere = programs.to(server(9));
-    programs.stays(&piece(&elsewhere, 9, 24, 24), Reason::FragmentWithoutFirst);
+    programs.stays(
+        &fragment(&elsewhere, 9, 24, 24),
+        Reason::FragmentWithoutFirst,
+    );
 }
 
 #[test]
-fn a_denied_first_piece_takes_the_others_with_it() {
+fn a_denied_first_fragment_denies_the_others() {
     let mut programs = Programs::new();
     for to in [server(9), server6(9)] {
         let to = programs.to(to);
-        programs.stays(&piece(&to, 9, 0, 24), Reason::NoRule);
-        programs.stays(&piece(&to, 9, 24, 40), Reason::FragmentWithoutFirst);
+        programs.stays(&fragment(&to, 9, 0, 24), Reason::NoRule);
+        programs.stays(&fragment(&to, 9, 24, 40), Reason::FragmentWithoutFirst);
     }
     assert!(programs.flows().is_empty());
 }
 
 #[test]
-fn a_first_piece_without_its_whole_header_stays() {
+fn a_first_fragment_with_a_truncated_header_is_denied() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to).fragment(9, 0, true);
@@ -89,7 +92,7 @@ fn a_first_piece_without_its_whole_header_stays() {
             programs.stays(&to.frame(TCP, &segment[..len]), Reason::Malformed);
         }
         programs.leaves(&to.frame(TCP, &segment));
-        // A header that says it goes on into the next piece.
+        // A header whose length exceeds the first fragment.
         let mut longer = segment;
         longer[12] = 0x60;
         programs.stays(&to.frame(TCP, &longer), Reason::Malformed);
@@ -97,14 +100,14 @@ fn a_first_piece_without_its_whole_header_stays() {
 }
 
 #[test]
-fn a_later_piece_cannot_write_over_a_header() {
+fn a_later_fragment_cannot_overwrite_a_header() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to);
         let first = to.clone().fragment(9, 0, true);
         let segment = [raw::tcp(7, PORT, flag::SYN), vec![0x5a; 4]].concat();
         programs.leaves(&first.frame(TCP, &segment));
-        // RFC 1858 and RFC 3128: flags, or both ports, anew.
+        // Attacks of RFC 1858 and RFC 3128: the later fragment replaces flags or ports.
         for offset in [8, 16] {
             let later = to.clone().fragment(9, offset, false);
             programs.stays(&later.frame(TCP, &[0x5a; 24]), Reason::Malformed);
@@ -115,10 +118,10 @@ fn a_later_piece_cannot_write_over_a_header() {
 }
 
 #[test]
-fn a_later_piece_cannot_write_over_what_lies_behind_extension_headers() {
+fn a_later_fragment_cannot_overwrite_ports_behind_extension_headers() {
     let mut programs = Programs::new();
-    // Destination options behind the fragment header push the ports to where a later piece reaches
-    // them: it would begin at byte 8 and be of the protocol that the first was judged by.
+    // Destination options after the fragment header move the ports into reach of a later fragment, which
+    // would begin at byte 8 with the protocol by which the first was judged.
     let options = [protocol::UDP, 0, 1, 4, 0, 0, 0, 0];
     let first = programs.to(server6(1)).fragment(9, 0, true);
     let content = [&options[..], &datagram()].concat();
@@ -135,18 +138,18 @@ fn a_later_piece_cannot_write_over_what_lies_behind_extension_headers() {
 }
 
 #[test]
-fn extension_headers_before_the_fragment_header_are_walked() {
+fn extension_headers_before_the_fragment_header_are_parsed() {
     let mut programs = Programs::new();
     let to = programs.to(server6(1)).padding(protocol::DESTINATION);
-    programs.leaves(&piece(&to, 9, 0, 24));
-    programs.leaves(&piece(&to, 9, 24, 40));
+    programs.leaves(&fragment(&to, 9, 0, 24));
+    programs.leaves(&fragment(&to, 9, 24, 40));
     let to = programs.to(server6(9)).padding(protocol::DESTINATION);
-    programs.stays(&piece(&to, 9, 0, 24), Reason::NoRule);
+    programs.stays(&fragment(&to, 9, 0, 24), Reason::NoRule);
 }
 
 #[test]
-fn a_whole_packet_in_one_fragment_is_judged_as_it_is() {
-    // RFC 6946: a fragment header that says there is only this one.
+fn an_atomic_fragment_is_judged_like_a_whole_packet() {
+    // An atomic fragment (RFC 6946): the fragment header of an unfragmented packet.
     let mut programs = Programs::new();
     for (host, port, passes) in [(1, PORT, true), (1, PORT + 1, false), (9, PORT, false)] {
         let to = programs.to(server6(host)).fragment(9, 0, false);
@@ -157,9 +160,9 @@ fn a_whole_packet_in_one_fragment_is_judged_as_it_is() {
             assert_eq!(programs.sends(&frame).denials.len(), 1);
         }
     }
-    // It lets nothing follow.
+    // Later fragments do not follow it.
     let to = programs.to(server6(1));
-    programs.stays(&piece(&to, 9, 24, 40), Reason::FragmentWithoutFirst);
+    programs.stays(&fragment(&to, 9, 24, 40), Reason::FragmentWithoutFirst);
 }
 
 #[test]
@@ -176,12 +179,12 @@ fn two_fragment_headers_are_refused() {
 }
 
 #[test]
-fn pieces_of_a_reply_follow_their_first() {
+fn fragments_of_a_reply_follow_their_first() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
         programs.arrives(&by.udp(PORT, 7, b"a question"));
-        programs.leaves(&piece(&to, 9, 0, 24));
-        programs.leaves(&piece(&to, 9, 24, 40));
+        programs.leaves(&fragment(&to, 9, 0, 24));
+        programs.leaves(&fragment(&to, 9, 24, 40));
     }
 }

@@ -1,4 +1,4 @@
-//! What the programs make of headers: honest ones are read, lies and cuts are refused.
+//! How the programs parse headers: correct headers are read, lying and truncated ones are refused.
 
 use egress_agent::datapath::{Action, Hook};
 use egress_common::reason::Reason;
@@ -8,7 +8,7 @@ use egress_tests::{
     raw::{self, ETHERNET, IPV4, IPV6, ether, flag, protocol},
 };
 
-/// An address that no rule speaks of.
+/// The number of a server that no rule names.
 const ELSEWHERE: u8 = 9;
 
 #[test]
@@ -27,7 +27,7 @@ fn every_whole_packet_to_an_allowed_port_leaves() {
 }
 
 #[test]
-fn a_denial_says_who_wanted_to_reach_what() {
+fn a_denial_has_source_destination_and_protocol() {
     let mut programs = Programs::new();
     let denial = programs.stays(
         &programs.to(server(ELSEWHERE)).udp(7, PORT, b"hello"),
@@ -45,7 +45,7 @@ fn a_denial_says_who_wanted_to_reach_what() {
 }
 
 #[test]
-fn no_packet_that_was_cut_short_leaves() {
+fn a_truncated_packet_does_not_leave() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to);
@@ -64,7 +64,7 @@ fn no_packet_that_was_cut_short_leaves() {
     }
 }
 
-/// Where the IP header ends: newer kernels do not run a program on less.
+/// The offset behind the IP header: newer kernels do not run a program on a shorter frame.
 fn ip_header(frame: &[u8]) -> usize {
     if frame[ETHERNET] >> 4 == 4 {
         IPV4
@@ -74,7 +74,7 @@ fn ip_header(frame: &[u8]) -> usize {
 }
 
 #[test]
-fn no_packet_leaves_without_a_whole_transport_header() {
+fn a_packet_with_a_truncated_transport_header_does_not_leave() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
         let to = programs.to(to);
@@ -86,7 +86,7 @@ fn no_packet_leaves_without_a_whole_transport_header() {
         ];
         for (protocol, header, least) in headers {
             for len in 0..least {
-                // The IP header tells the truth: there is no more.
+                // The IP header's length is correct: there are no more bytes.
                 let frame = to.frame(protocol, &header[..len]);
                 programs.stays(&frame, Reason::Malformed);
             }
@@ -100,7 +100,7 @@ fn icmp(to: &raw::Ip) -> u8 {
 }
 
 #[test]
-fn a_cut_question_is_neither_answered_nor_sent() {
+fn a_truncated_query_is_neither_answered_nor_forwarded() {
     let mut programs = Programs::new();
     let frame = programs.to(RESOLVER).udp(7, 53, &raw::question());
     for len in IPV4..frame.len() {
@@ -109,12 +109,12 @@ fn a_cut_question_is_neither_answered_nor_sent() {
 }
 
 #[test]
-fn length_fields_that_lie_are_refused() {
+fn wrong_length_fields_are_refused() {
     let mut programs = Programs::new();
     let v4 = programs.to(server(1));
     let v6 = programs.to(server6(1));
     for length in [0, 19, 20, 27, 36, u16::MAX] {
-        // 36 bytes are there: 20 of IP, 8 of UDP, 7 of payload are 35.
+        // The packet has 35 bytes: 20 of IP, 8 of UDP, 7 of payload.
         let frame = v4.clone().length(length).udp(7, PORT, b"payload");
         programs.stays(&frame, Reason::Malformed);
     }
@@ -141,15 +141,15 @@ fn length_fields_that_lie_are_refused() {
 }
 
 #[test]
-fn what_follows_the_packet_in_its_frame_is_not_read() {
+fn bytes_after_the_packet_in_its_frame_are_not_read() {
     let mut programs = Programs::new();
     for to in [server(1), server6(1)] {
-        // A short packet in a frame of the least length (IEEE 802.3), padded.
+        // A short packet in a frame of the minimum length (IEEE 802.3), padded.
         let mut frame = programs.to(to).udp(7, PORT, b"");
         frame.extend([0xff; 18]);
         programs.leaves(&frame);
     }
-    // Ports that lie behind the end of the packet are none.
+    // Ports after the end of the packet do not count.
     let mut frame = programs.to(server(1)).length(20).udp(7, PORT, b"");
     frame.extend([0xff; 18]);
     programs.stays(&frame, Reason::Malformed);
@@ -160,7 +160,7 @@ const END: u8 = 0;
 const NOP: u8 = 1;
 
 #[test]
-fn ipv4_options_hide_nothing_but_source_routes_are_refused() {
+fn ipv4_options_are_skipped_and_source_routes_are_refused() {
     let mut programs = Programs::new();
     let harmless: [&[u8]; 4] = [
         &[NOP, NOP, NOP, END],
@@ -183,7 +183,7 @@ fn ipv4_options_hide_nothing_but_source_routes_are_refused() {
         // Loose and strict source routes to 203.0.113.9 (RFC 791, section 3.1).
         &[131, 7, 4, 203, 0, 113, 9, END],
         &[137, 7, 4, 203, 0, 113, 9, END],
-        // Behind something else, and as the last byte there is.
+        // After other options, and as the last byte.
         &[NOP, 131, 7, 4, 203, 0, 113, 9],
         &[NOP, NOP, NOP, 137],
         &[&[NOP; 36][..], &[131, 3, 4, END]].concat(),
@@ -204,7 +204,7 @@ fn an_ipv4_header_that_is_too_short_or_too_long_is_refused() {
         frame[ETHERNET] = first;
         match first {
             0x45 => programs.leaves(&frame),
-            // One or two words of the UDP header would be options; what is left is no header.
+            // With a longer header, words of the UDP header would be options, and the rest is no UDP header.
             _ => _ = programs.stays(&frame, Reason::Malformed),
         }
     }
@@ -216,7 +216,7 @@ fn an_ipv4_header_that_is_too_short_or_too_long_is_refused() {
 }
 
 #[test]
-fn extension_headers_hide_nothing() {
+fn extension_headers_do_not_hide_ports() {
     let mut programs = Programs::new();
     let kinds = [
         protocol::HOP_BY_HOP,
@@ -240,7 +240,7 @@ fn extension_headers_hide_nothing() {
             }
         }
     }
-    // One of 16 bytes, and one that says it is longer than the packet.
+    // One of 16 bytes, and one whose length exceeds the packet.
     let long = [&[1, 1, 12][..], &[0; 12]].concat();
     let to = programs.to(server6(1));
     programs.leaves(
@@ -257,7 +257,7 @@ fn extension_headers_hide_nothing() {
 }
 
 #[test]
-fn a_chain_of_extension_headers_is_walked_up_to_its_bound() {
+fn a_chain_of_extension_headers_is_parsed_up_to_its_limit() {
     let mut programs = Programs::new();
     for headers in 0..12 {
         let mut to = programs.to(server6(1));
@@ -282,10 +282,10 @@ fn a_chain_of_extension_headers_is_walked_up_to_its_bound() {
         .padding(protocol::DESTINATION)
         .udp(7, PORT, b"hello");
     programs.leaves(&every);
-    // Behind the last extension header there are 8 bytes of UDP.
+    // The UDP header of 8 bytes follows the last extension header.
     for len in IPV6..every.len() {
         programs.stays(&every[..len], Reason::Malformed);
-        // The same with a length field that knows of the cut.
+        // The same with a length field that matches the truncation.
         let mut frame = every[..len].to_vec();
         let payload = (len - IPV6) as u16;
         frame[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&payload.to_be_bytes());
@@ -294,7 +294,7 @@ fn a_chain_of_extension_headers_is_walked_up_to_its_bound() {
 }
 
 #[test]
-fn a_packet_that_would_go_on_to_somewhere_else_is_refused() {
+fn a_routing_header_with_segments_left_is_refused() {
     let mut programs = Programs::new();
     let then = server6(ELSEWHERE.into());
     let std::net::IpAddr::V6(then) = then else {
@@ -320,7 +320,7 @@ fn a_jumbogram_is_refused() {
 }
 
 #[test]
-fn tagged_and_foreign_frames_stay() {
+fn tagged_and_foreign_frames_do_not_leave() {
     let mut programs = Programs::new();
     let packet = programs
         .to(server(1))
@@ -333,7 +333,7 @@ fn tagged_and_foreign_frames_stay() {
             assert_eq!((denial.walked, denial.ether_type), (0, tag));
         }
     }
-    // PPPoE, MPLS, EAPOL, LLDP, a length of IEEE 802.3, and IP under the other one's EtherType.
+    // PPPoE, MPLS, EAPOL, LLDP, a length of IEEE 802.3, and IP with the EtherType of the other family.
     for ether_type in [0x8864, 0x8847, 0x888e, 0x88cc, 40, ether::IPV6] {
         programs.stays(&raw::ethernet(ether_type, &packet), Reason::Malformed);
     }
@@ -344,7 +344,7 @@ fn tagged_and_foreign_frames_stay() {
 }
 
 #[test]
-fn flags_that_no_stack_sends_open_nothing() {
+fn invalid_tcp_flags_are_refused() {
     let mut programs = Programs::new();
     let to = programs.to(server(1));
     for flags in 0..=0x3f_u8 {
@@ -379,7 +379,7 @@ fn protocols_without_ports_need_more_than_a_port() {
         protocol::MOBILITY,
         protocol::UDP_LITE,
     ];
-    // A packet inside that would be allowed, and bytes that look like its ports.
+    // An inner packet that would be allowed, and bytes that look like its ports.
     let inner = raw::udp(7, PORT, b"hello");
     for to in [server(1), server6(1)] {
         for other in others {
@@ -418,7 +418,7 @@ fn ping_is_not_every_icmp_message() {
 }
 
 #[test]
-fn ipv4_does_not_hide_in_ipv6() {
+fn ipv4_mapped_addresses_are_refused() {
     let mut programs = Programs::new();
     let mapped = |host: u8| -> std::net::Ipv6Addr {
         format!("::ffff:203.0.113.{host}")
@@ -435,7 +435,7 @@ fn ipv4_does_not_hide_in_ipv6() {
 }
 
 #[test]
-fn only_what_cannot_be_read_is_kept_from_the_pod() {
+fn only_malformed_packets_are_kept_from_the_pod() {
     let mut programs = Programs::new();
     for peer in [server(ELSEWHERE), server6(ELSEWHERE.into())] {
         let by = programs.by(peer);
@@ -452,9 +452,9 @@ fn only_what_cannot_be_read_is_kept_from_the_pod() {
 }
 
 #[test]
-fn the_verifier_has_room_left() {
-    // It gives up at 1,000,000 instructions; a kernel that prunes less well looks at more. Whoever
-    // comes near a budget has to make the program simpler, not the budget larger.
+fn the_programs_stay_far_below_the_verifiers_limit() {
+    // The verifier's limit is 1,000,000 instructions, and a kernel that prunes less well visits more. If a
+    // program comes near its budget, simplify the program; do not raise the budget.
     let mut programs = Programs::new();
     for (hook, budget) in [(Hook::FromPod, 100_000), (Hook::ToPod, 50_000)] {
         let verified = programs.verified_instructions(hook);

@@ -1,4 +1,5 @@
-//! Flows that others open: what a pod may answer, and who gives way when there are many.
+//! Flows that others open: which packets a pod may answer with, and which flows are evicted when there are
+//! many.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -14,16 +15,16 @@ use egress_tests::{
     raw::{Ip, flag},
 };
 
-/// Long ago, on any machine that has booted.
+/// Before any machine's current time.
 const PAST_NS: u64 = 1;
 const NEVER_NS: u64 = u64::MAX;
-/// The port that a peer calls from, and the one that it calls.
+/// The port from which a peer connects, and the port to which it connects.
 const CALL: (u16, u16) = (5000, 8080);
 const ANSWER: (u16, u16) = (8080, 5000);
-/// What the peer's and the pod's first segments are numbered.
+/// The initial sequence numbers of the peer and of the pod.
 const PEER: u32 = 0x1000_ffff;
 const OWN: u32 = 0x2000_ffff;
-/// More than any share of what is not established.
+/// More than the limit of flows that are not established.
 const FLOOD: u32 = 17_000;
 
 /// A connection that a peer opens and the pod accepts.
@@ -57,7 +58,7 @@ fn states(programs: &Programs) -> Vec<(u8, bool)> {
 }
 
 #[test]
-fn what_is_for_others_opens_no_flow() {
+fn a_packet_for_another_address_opens_no_flow() {
     let mut programs = Programs::new();
     let mut frames = Vec::new();
     for other in ["10.1.0.77", "fd01::77"] {
@@ -75,14 +76,14 @@ fn what_is_for_others_opens_no_flow() {
         ]);
     }
     for frame in &frames {
-        // A bridge has sent it to every port.
+        // As a bridge floods it to every port.
         programs.arrives(frame);
     }
     assert_eq!(programs.flows(), []);
     let to_own = programs.by(server(1)).udp(7, 8080, b"hello");
     programs.arrives(&to_own);
     assert_eq!(programs.flows().len(), 1);
-    // Before the pod's addresses are known, everything counts.
+    // While the pod's addresses are unknown, all packets count.
     programs.change_policy(|policy| policy.own_len = 0);
     programs.arrives(&frames[1]);
     assert_eq!(programs.flows().len(), 2);
@@ -105,7 +106,7 @@ fn a_syn_lets_no_data_out_before_the_handshake_is_complete() {
         let fin = to.tcp_segment(ANSWER, flag::FIN | flag::ACK, (OWN + 1, PEER + 1), b"");
         programs.stays(&fin, Reason::NoRule);
 
-        // Who did not see the pod's number cannot acknowledge it.
+        // A peer that did not see the pod's sequence number cannot acknowledge it.
         programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 2), b""));
         programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
         programs.stays(&data, Reason::NoRule);
@@ -118,7 +119,7 @@ fn a_syn_lets_no_data_out_before_the_handshake_is_complete() {
 }
 
 #[test]
-fn a_port_that_is_closed_may_say_so() {
+fn a_closed_port_may_answer_with_a_reset() {
     let mut programs = Programs::new();
     let (by, to) = (programs.by(server(9)), programs.to(server(9)));
     programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
@@ -129,7 +130,7 @@ fn a_port_that_is_closed_may_say_so() {
 }
 
 #[test]
-fn who_pings_a_pod_gets_a_reply_and_no_ping() {
+fn a_pod_may_reply_to_a_ping_but_not_ping_back() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
@@ -140,7 +141,7 @@ fn who_pings_a_pod_gets_a_reply_and_no_ping() {
 }
 
 #[test]
-fn only_packets_of_the_other_side_keep_what_it_opened_alive() {
+fn only_the_peers_packets_keep_an_inbound_flow_alive() {
     let mut programs = Programs::new();
     let (by, to) = (programs.by(server(9)), programs.to(server(9)));
     programs.arrives(&by.udp(5000, 8080, b"ping"));
@@ -155,7 +156,7 @@ fn only_packets_of_the_other_side_keep_what_it_opened_alive() {
 }
 
 #[test]
-fn a_deny_that_is_added_cuts_what_others_opened() {
+fn a_new_deny_entry_cuts_inbound_flows() {
     let mut programs = Programs::new();
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
@@ -181,10 +182,10 @@ fn a_deny_that_is_added_cuts_what_others_opened() {
         for answer in &answers {
             programs.stays(answer, Reason::DenyRule);
         }
-        // An ICMP error about it is an answer, too.
+        // An ICMP error about the flow is an answer, too.
         let error = to.icmp_unreachable(&by.udp(5000, 8080, b"ping"));
         programs.stays(&error, Reason::DenyRule);
-        // What is allowed again goes on.
+        // When the address is allowed again, the flow goes on.
         programs.change_policy(|policy| policy.deny = 0);
         for answer in &answers {
             programs.leaves(answer);
@@ -193,7 +194,7 @@ fn a_deny_that_is_added_cuts_what_others_opened() {
 }
 
 #[test]
-fn a_deny_that_exists_keeps_the_answer_from_leaving() {
+fn with_a_deny_entry_the_pod_cannot_answer() {
     let mut programs = Programs::new();
     programs.change_policy(|policy| policy.deny = ANYTHING);
     programs.allow(server(9), ANYTHING, NEVER_NS);
@@ -204,7 +205,7 @@ fn a_deny_that_exists_keeps_the_answer_from_leaving() {
     let syn_ack = flag::SYN | flag::ACK;
     let syn_ack = to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b"");
     programs.stays(&syn_ack, Reason::DenyRule);
-    // Others get theirs.
+    // Other peers get their answers.
     accept(&mut programs, server(8), 5000);
 
     programs.audit();
@@ -212,7 +213,7 @@ fn a_deny_that_exists_keeps_the_answer_from_leaving() {
 }
 
 #[test]
-fn a_flood_from_outside_leaves_connections_and_lets_new_ones_in() {
+fn a_flood_from_outside_neither_ends_connections_nor_blocks_new_ones() {
     let mut programs = Programs::new();
     accept(&mut programs, server(9), 5000);
     connect(&mut programs, server(1), 7);
@@ -220,20 +221,21 @@ fn a_flood_from_outside_leaves_connections_and_lets_new_ones_in() {
     let own = programs.own();
     let udp = |n| Ip::new(numbered(n), own).udp(5000, 9, b"flood");
     programs.flood(Hook::ToPod, (0..FLOOD).map(udp), 1);
-    still_works(&mut programs);
+    assert_still_works(&mut programs);
     let syn = |n| Ip::new(numbered(n), own).tcp(5000, 8080, flag::SYN);
     programs.flood(Hook::ToPod, (0..FLOOD).map(syn), 1);
-    still_works(&mut programs);
+    assert_still_works(&mut programs);
     let counters = programs.counters();
     let room = u64::from(FlowLimits::of(FLOW_ENTRIES).opening());
     assert!(counters.openings_evicted >= 2 * u64::from(FLOOD) - room);
     assert_eq!((counters.flows_evicted, counters.flows_full), (0, 0));
 }
 
-/// What [`a_flood_from_outside_leaves_connections_and_lets_new_ones_in`] has opened goes on, and new
-/// connections are accepted.
+/// Asserts that the connections of
+/// [`a_flood_from_outside_neither_ends_connections_nor_blocks_new_ones`] go on, and that new connections
+/// are accepted.
 #[track_caller]
-fn still_works(programs: &mut Programs) {
+fn assert_still_works(programs: &mut Programs) {
     let to = programs.to(server(9));
     programs.leaves(&to.tcp_segment(ANSWER, flag::ACK, (OWN + 5, PEER + 1), b"data"));
     programs.leaves(&programs.to(server(1)).tcp(7, PORT, flag::ACK));
@@ -241,7 +243,7 @@ fn still_works(programs: &mut Programs) {
 }
 
 #[test]
-fn a_flood_of_the_pods_own_leaves_its_connections_and_lets_new_ones_in() {
+fn a_flood_from_the_pod_neither_ends_connections_nor_blocks_new_ones() {
     let mut programs = Programs::new();
     accept(&mut programs, server(9), 5000);
     connect(&mut programs, server(1), 7);
@@ -249,7 +251,7 @@ fn a_flood_of_the_pods_own_leaves_its_connections_and_lets_new_ones_in() {
     let flood = (0..FLOOD).map(|n| to.tcp(10_000 + n as u16, PORT, flag::SYN));
     programs.flood(Hook::FromPod, flood, 1);
     programs.allow(server(1), TO_PORT, PAST_NS);
-    still_works(&mut programs);
+    assert_still_works(&mut programs);
     assert_eq!(programs.counters().flows_evicted, 0);
 }
 
@@ -280,7 +282,7 @@ fn a_forged_reset_does_not_end_a_connection() {
     programs.arrives(&by.tcp(PORT, 7, flag::RST));
     programs.allow(server(1), TO_PORT, PAST_NS);
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
-    // It is established again: a flood does not push it out.
+    // It is established again, so a flood does not evict it.
     programs.allow(server(1), TO_PORT, NEVER_NS);
     let flood = (0..FLOOD).map(|n| to.tcp(10_000 + n as u16, PORT, flag::SYN));
     programs.flood(Hook::FromPod, flood, 1);
@@ -289,7 +291,7 @@ fn a_forged_reset_does_not_end_a_connection() {
 }
 
 #[test]
-fn what_closes_gives_its_place_back() {
+fn a_closed_connection_frees_its_flow_entry() {
     let mut programs = Programs::new();
     connect(&mut programs, server(1), 7);
     assert_eq!(states(&programs), [(FLOW_OUT, true)]);

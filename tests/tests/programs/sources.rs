@@ -1,4 +1,4 @@
-//! Whose name a pod may speak in, and what its link needs.
+//! The source addresses from which a pod may send, and the link-local messages that IPv6 and ARP need.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -28,13 +28,13 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 const ALL_ROUTERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2);
 const ALL_MLD2_ROUTERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x16);
 
-/// The group that solicitations for an address go to (RFC 4291, section 2.7.1).
+/// The solicited-node multicast group of an address (RFC 4291, section 2.7.1).
 fn solicited(address: Ipv6Addr) -> Ipv6Addr {
     let [.., a, b] = address.segments();
     Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00 | a & 0xff, b)
 }
 
-/// A neighbour message with its target and a link-layer address option.
+/// A neighbour discovery message with its target and a link-layer address option.
 fn neighbour(src: Ipv6Addr, dst: Ipv6Addr, kind: u8, target: Ipv6Addr) -> Vec<u8> {
     let option = [
         if kind == SOLICITATION { 1 } else { 2 },
@@ -51,7 +51,7 @@ fn neighbour(src: Ipv6Addr, dst: Ipv6Addr, kind: u8, target: Ipv6Addr) -> Vec<u8
 }
 
 #[test]
-fn a_packet_in_somebody_elses_name_stays() {
+fn a_packet_from_a_forged_source_does_not_leave() {
     let mut programs = Programs::new();
     let forged = |programs: &mut Programs, src: &str, to: IpAddr| {
         let src: IpAddr = src.parse().expect("an address");
@@ -81,7 +81,7 @@ fn a_packet_in_somebody_elses_name_stays() {
     ] {
         forged(&mut programs, src, server6(1));
     }
-    // Before ports and rules are looked at, and however it is wrapped.
+    // The source is checked before ports and rules, and behind any header options.
     let other: IpAddr = Ipv4Addr::new(10, 1, 1, 3).into();
     let options = Ip::new(other, server(1)).options(&[1, 1, 1, 0]);
     programs.stays(&options.udp(7, PORT, b"forged"), Reason::SpoofedSource);
@@ -103,11 +103,11 @@ fn a_pod_without_addresses_sends_nothing() {
 }
 
 #[test]
-fn arp_speaks_in_the_pods_own_name_only() {
+fn arp_is_allowed_only_from_the_pods_own_address() {
     let mut programs = Programs::new();
     let (own, node) = (programs.own(), Ipv4Addr::new(10, 1, 1, 1));
     programs.leaves(&raw::arp(own, node));
-    // A gratuitous one, and the probe before an address is used (RFC 5227).
+    // A gratuitous ARP, and the probe before an address is used (RFC 5227).
     programs.leaves(&raw::arp(own, own));
     programs.leaves(&raw::arp(Ipv4Addr::UNSPECIFIED, own));
     for other in [
@@ -122,7 +122,7 @@ fn arp_speaks_in_the_pods_own_name_only() {
 }
 
 #[test]
-fn arp_carries_nothing_else() {
+fn arp_cannot_carry_other_data() {
     let mut programs = Programs::new();
     let whole = raw::arp(programs.own(), Ipv4Addr::new(10, 1, 1, 1));
     let mut padded = whole.clone();
@@ -144,7 +144,7 @@ fn arp_carries_nothing_else() {
 }
 
 #[test]
-fn a_pod_can_speak_ipv6_on_its_link() {
+fn neighbour_discovery_works_on_the_link() {
     let mut programs = Programs::new();
     let own = programs.own6();
     // Duplicate address detection, then solicitations from either address (RFC 4862, RFC 4861).
@@ -173,7 +173,7 @@ fn a_pod_can_speak_ipv6_on_its_link() {
 }
 
 #[test]
-fn a_pod_is_no_router() {
+fn a_pod_cannot_act_as_a_router() {
     let mut programs = Programs::new();
     let own = programs.own6();
     for dst in [ALL_NODES, NODE_LINK] {
@@ -187,7 +187,7 @@ fn a_pod_is_no_router() {
 }
 
 #[test]
-fn an_advertisement_in_a_neighbours_name_stays() {
+fn an_advertisement_of_another_address_does_not_leave() {
     let mut programs = Programs::new();
     let own = programs.own6();
     for target in [NODE, NEIGHBOUR, Ipv6Addr::UNSPECIFIED] {
@@ -198,7 +198,7 @@ fn an_advertisement_in_a_neighbours_name_stays() {
             }
         }
     }
-    // Without a target it says nothing.
+    // A message without a target.
     let frame = Ip::new(own, ALL_NODES)
         .hops(255)
         .icmp(ADVERTISEMENT, 0, &[0; 4]);
@@ -228,7 +228,7 @@ fn link_messages_stay_on_the_link() {
         .hops(254)
         .icmp(ROUTER_SOLICITATION, 0, &[0; 4]);
     programs.stays(&frame, Reason::Protected);
-    // A fragment of one (RFC 6980).
+    // A fragmented message (RFC 6980).
     let frame = Ip::new(own, ALL_ROUTERS)
         .hops(255)
         .fragment(1, 0, true)
@@ -237,15 +237,15 @@ fn link_messages_stay_on_the_link() {
 }
 
 #[test]
-fn the_node_finds_the_pod_by_ipv6_whichever_address_it_asks_from() {
+fn the_pod_may_answer_solicitations_from_every_address_of_the_node() {
     let mut programs = Programs::new();
     let own = programs.own6();
     let answer = neighbour(own, NODE, ADVERTISEMENT, own);
     programs.stays(&answer, Reason::NoRule);
     programs.arrives(&neighbour(NODE, solicited(own), SOLICITATION, own));
     programs.leaves(&answer);
-    // From now on the pod may see whether the node is still there (RFC 4861, section 7.3), and
-    // nothing else.
+    // From now on the pod may check that the node is still reachable (RFC 4861, section 7.3), and nothing
+    // else.
     programs.leaves(&neighbour(own, NODE, SOLICITATION, NODE));
     let other = Ip::new(own, NODE).hops(255);
     programs.stays(
@@ -271,7 +271,7 @@ fn an_answered_solicitation_makes_a_neighbour() {
 }
 
 #[test]
-fn nobody_becomes_a_neighbour_from_afar() {
+fn a_forwarded_solicitation_makes_no_neighbour() {
     let mut programs = Programs::new();
     let own = programs.own6();
     let IpAddr::V6(far) = server6(9) else {

@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
-/// Where the program is in the image.
+/// The program's path in the image.
 const PROGRAM: &str = "usr/local/bin/egress-agent";
 
-/// What an image is made of.
+/// The parts of an image.
 pub(super) struct Image<'a> {
     /// The program, static.
     pub(super) program: &'a [u8],
@@ -21,11 +21,11 @@ pub(super) struct Image<'a> {
     pub(super) name: &'a str,
     /// The program's version.
     pub(super) version: &'a str,
-    /// As images name it: `amd64`.
+    /// The name of images for it: `amd64`.
     pub(super) architecture: &'a str,
     /// The commit of the sources.
     pub(super) revision: &'a str,
-    /// The time that everything bears, in seconds since 1970.
+    /// The time of all files, in seconds since 1970.
     pub(super) seconds: u64,
 }
 
@@ -54,7 +54,7 @@ impl Image<'_> {
             serde_json::to_vec(&manifest)?,
         );
         manifest["platform"] = json!({"architecture": self.architecture, "os": "linux"});
-        // Programs that load archives disagree on which of the two names the image.
+        // Programs that load archives read the image's name from different annotations.
         manifest["annotations"] = json!({
             "io.containerd.image.name": self.name,
             "org.opencontainers.image.ref.name": self.name,
@@ -109,8 +109,8 @@ impl Image<'_> {
             "architecture": self.architecture,
             "os": "linux",
             "config": {
-                // No user: pins, the socket and other processes' namespaces belong to root. What the
-                // agent may do is limited by its capabilities (manifests/base/daemonset.yaml).
+                // No user: pins, the socket and other processes' namespaces belong to root. Capabilities
+                // limit the agent (manifests/base/daemonset.yaml).
                 "Env": ["PATH=/usr/local/bin"],
                 "Entrypoint": [format!("/{PROGRAM}")],
                 "Cmd": ["--help"],
@@ -156,7 +156,7 @@ impl Image<'_> {
         self.entry(archive, EntryType::Regular, path, mode, bytes)
     }
 
-    /// Adds an entry that belongs to root.
+    /// Adds an entry owned by root.
     fn entry(
         &self,
         archive: &mut Builder<Vec<u8>>,
@@ -183,7 +183,7 @@ impl Image<'_> {
 struct Blobs(BTreeMap<String, Vec<u8>>);
 
 impl Blobs {
-    /// Adds a blob and describes it.
+    /// Adds a blob and returns its descriptor.
     fn add(&mut self, media_type: &str, bytes: Vec<u8>) -> Value {
         let digest = sha256(&bytes);
         let descriptor = json!({
@@ -197,7 +197,7 @@ impl Blobs {
 }
 
 fn compressed(bytes: &[u8]) -> Result<Vec<u8>> {
-    // Neither a name nor a time in its header.
+    // The header contains neither a name nor a time.
     let mut encoder = GzBuilder::new()
         .mtime(0)
         .write(Vec::new(), Compression::best());
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_where_its_digest_says() {
+    fn every_blob_is_at_the_path_of_its_digest() {
         let entries = entries(&image().archive().unwrap());
         let blob = |descriptor: &Value| {
             let digest = descriptor["digest"].as_str().unwrap();
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_sources_give_the_same_bytes() {
+    fn the_same_sources_result_in_the_same_bytes() {
         assert!(image().archive().unwrap() == image().archive().unwrap());
     }
 }

@@ -8,12 +8,12 @@ use anyhow::{Context as _, Result};
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const LINK: u32 = 0o120_777;
-/// The name that ends an archive.
+/// The name of the last entry of an archive.
 const TRAILER: &str = "TRAILER!!!";
-/// Headers with their names, and contents, begin at multiples of this.
+/// Alignment of headers with their names, and of contents.
 const ALIGNMENT: usize = 4;
 
-/// An archive in the making. Everything in it belongs to root.
+/// An archive under construction. Everything in it belongs to root.
 #[derive(Default)]
 pub(super) struct Archive {
     bytes: Vec<u8>,
@@ -21,21 +21,21 @@ pub(super) struct Archive {
 }
 
 impl Archive {
-    /// Adds a directory, unless it is there.
+    /// Adds a directory, unless it exists.
     ///
     /// # Errors
     ///
-    /// Fails, as the other methods do, when something is too long for the format.
+    /// Fails, like the other methods, when an entry is too long for the format.
     pub(super) fn directory(&mut self, path: &str) -> Result<()> {
         self.add(path, DIRECTORY, &[])
     }
 
-    /// Adds an executable file, unless it is there.
+    /// Adds an executable file, unless it exists.
     pub(super) fn program(&mut self, path: &str, content: &[u8]) -> Result<()> {
         self.add(path, PROGRAM, content)
     }
 
-    /// Adds a symbolic link, unless it is there.
+    /// Adds a symbolic link, unless it exists.
     pub(super) fn link(&mut self, path: &str, target: &str) -> Result<()> {
         self.add(path, LINK, target.as_bytes())
     }
@@ -50,7 +50,7 @@ impl Archive {
         if self.names.contains(path) {
             return Ok(());
         }
-        // The kernel wants a directory named before what is in it.
+        // The kernel needs a directory before its contents.
         if let Some((above, _)) = path.rsplit_once('/') {
             self.directory(above)?;
         }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn directories_come_before_what_is_in_them_and_once() {
+    fn directories_come_before_their_contents_and_only_once() {
         let mut archive = Archive::default();
         archive.program("usr/bin/a", b"12345").expect("added");
         archive.program("usr/bin/b", b"").expect("added");
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_has_the_format_s_fields() {
+    fn a_header_has_the_fields_of_the_format() {
         let mut archive = Archive::default();
         archive.program("a", b"123").expect("added");
         let bytes = archive.finish().expect("an archive");

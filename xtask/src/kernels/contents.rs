@@ -1,4 +1,4 @@
-//! What the virtual machine has: the agent, what drives it, and modules.
+//! The contents of the virtual machine's file system: the agent, the programs that drive it, and modules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,11 +15,11 @@ use crate::{process, workspace};
 /// The first process.
 const INIT: &str = include_str!("init.sh");
 
-/// Programs of this machine that [`INIT`] runs.
+/// Programs of this machine that [`INIT`] uses.
 const PROGRAMS: [&str; 5] = ["ip", "tc", "bpftool", "dnsmasq", "nft"];
 
-/// What the pod's interface, clsact filters and the stamp check need of the kernel, what sends frames again so
-/// that they skip filters, and what the tests need.
+/// The modules for the pod's interface, clsact filters and the stamp check, for a device that sends frames
+/// again so that they skip filters, and for the tests.
 const MODULES: [&str; 10] = [
     "veth",
     "sch_ingress",
@@ -33,10 +33,10 @@ const MODULES: [&str; 10] = [
     "act_mirred",
 ];
 
-/// Directories that [`INIT`] mounts something on, or writes to.
+/// Directories that [`INIT`] mounts file systems on, or writes to.
 const DIRECTORIES: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "etc"];
 
-/// The file system that `kernel` is to start from, with this program of tests.
+/// The file system that `kernel` starts from, with this program of tests.
 ///
 /// # Errors
 ///
@@ -60,7 +60,7 @@ pub(super) fn archive(kernel: &Kernel, tests: &Path) -> Result<Vec<u8>> {
     archive.finish()
 }
 
-/// Adds busybox under the name of everything that it can be.
+/// Adds busybox with a link for each of its programs.
 fn add_busybox(archive: &mut Archive) -> Result<()> {
     let busybox = find("busybox")?;
     add_program(archive, &busybox, "bin/busybox")?;
@@ -75,7 +75,7 @@ fn find(name: &str) -> Result<PathBuf> {
     process::find(name).with_context(|| format!("there is no `{name}`"))
 }
 
-/// Adds a program as `path`, and the libraries it needs where they are on this machine.
+/// Adds a program as `path`, and its libraries under their paths on this machine.
 fn add_program(archive: &mut Archive, file: &Path, path: &str) -> Result<()> {
     let content = read(file)?;
     for library in libraries(file, &content)? {
@@ -100,11 +100,11 @@ fn libraries(file: &Path, content: &[u8]) -> Result<Vec<String>> {
         .with_context(|| format!("libraries of {}", file.display()))
 }
 
-/// Reads what ldd says: `name => path (address)`, `path (address)`, `name (address)` for what the
-/// kernel brings itself, and `name => not found`.
-fn libraries_in(said: &str) -> Result<Vec<String>> {
+/// Parses the output of ldd: `name => path (address)`, `path (address)`, `name (address)` for a library of
+/// the kernel itself, and `name => not found`.
+fn libraries_in(listed: &str) -> Result<Vec<String>> {
     let mut paths = Vec::new();
-    for line in said.lines().map(str::trim) {
+    for line in listed.lines().map(str::trim) {
         let target = line.split_once(" => ").map_or(line, |(_, target)| target);
         if target == "not found" {
             bail!("{line}");
@@ -122,12 +122,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_are_read_from_what_ldd_says() {
-        let said = "\tlinux-vdso.so.1 (0x00007ff317af2000)\n\
+    fn libraries_are_read_from_the_output_of_ldd() {
+        let listed = "\tlinux-vdso.so.1 (0x00007ff317af2000)\n\
             \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f5a33cee000)\n\
             \t/lib64/ld-linux-x86-64.so.2 (0x00007f5a33fb0000)\n";
         assert_eq!(
-            libraries_in(said).expect("all there"),
+            libraries_in(listed).expect("all libraries"),
             [
                 "/lib/x86_64-linux-gnu/libc.so.6",
                 "/lib64/ld-linux-x86-64.so.2"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first process of the virtual machine that `cargo xtask kernels` boots: makes a pod, drives an
+# The first process of the virtual machine that `cargo xtask kernels` boots: creates a pod, drives an
 # agent, prints one line per check and `finished` with their number, and switches the machine off.
 #
 # From the kernel's command line: EXPECT_ATTACH, tcx or clsact.
@@ -35,14 +35,14 @@ check() {
 
 not() { ! "$@"; }
 
-# pass MODULE: the system tests of this module pass, and there are some.
+# pass MODULE: the system tests of this module pass, and there is at least one.
 pass() {
     /tests/packets --test-threads 1 "$1::" > /tmp/tests
     cat /tmp/tests
     grep -q '^test result: ok\. [1-9]' /tmp/tests
 }
 
-# within SECONDS COMMAND...: the command must succeed before the time is over.
+# within SECONDS COMMAND...: the command must succeed within this time.
 within() {
     left=$(($1 * 5))
     shift
@@ -59,19 +59,19 @@ reaches() { pod ping -c 1 -W 2 "$1"; }
 # connects ADDRESS PORT: a web server answers.
 connects() { printf 'GET / HTTP/1.0\r\n\r\n' | pod nc -w 3 "$1" "$2" | grep hello; }
 
-# resolves NAME RESOLVER ADDRESS: the address is in the answer.
+# resolves NAME RESOLVER ADDRESS: the address is in the response.
 resolves() { pod nslookup "$1" "$2" | tee /dev/stderr | grep -qF "Address: $3"; }
 is_nonexistent() { pod nslookup "$1" "$2" 2>&1 | tee /dev/stderr | grep -q NXDOMAIN; }
 
 is_reported() { within 5 grep -F "$1" /tmp/denials; }
 
-# A refused connection fails long before its time-out, which `timeout` would have to end.
+# A refused connection fails long before its time-out, at which `timeout` would end it.
 is_refused() {
     pod timeout 5 nc -w 10 "$1" "$2" < /dev/null
     [ $? -eq 1 ]
 }
 
-# start SETTING: runs the agent, with what it does to denied packets, until it says it is ready.
+# start SETTING: runs the agent with this `onDeny`, and waits until it is ready.
 start() {
     cat > /tmp/config.yaml << CONFIG
 onDeny: $1
@@ -110,7 +110,7 @@ is_attached() {
     esac
 }
 
-# Programs disappear with the last reference, which the kernel drops a little later.
+# Programs disappear with their last reference, which the kernel drops a little later.
 has_programs() { bpftool prog show | grep -e ' name from_pod ' -e ' name to_pod '; }
 has_no_programs() { within 10 not has_programs; }
 
@@ -119,8 +119,8 @@ is_learned() { allow_map | tee /dev/stderr | grep -q '"expires_ns"'; }
 
 has_tables() { [ "$(nft list tables | tee /dev/stderr | grep -c egress-agent)" -eq "$1" ]; }
 
-# Half of what the pod sends goes to an ifb device, and half of what that sends again does not come to it
-# once more: it skips the filters on the node.
+# Half of the pod's frames go to an ifb device, and half of the frames that it sends again do not go through it
+# a second time: they skip the filters on the node.
 send_again() {
     pod ip link add ifb0 type ifb && pod ip link set ifb0 up &&
         pod tc qdisc add dev eth0 clsact &&
@@ -130,7 +130,7 @@ send_again() {
 }
 send_no_more() { pod tc qdisc del dev eth0 clsact && pod ip link del ifb0; }
 
-# reaches_at_last ADDRESS: one of many attempts is answered.
+# reaches_at_last ADDRESS: one of many attempts gets a reply.
 reaches_at_last() {
     for attempt in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
         pod ping -c 1 -W 1 "$1" && return 0
@@ -147,7 +147,7 @@ done
 
 hostname node
 
-# The pod, and the world behind the node: addresses on the node's loopback.
+# The pod, and the destinations beyond the node: addresses on the node's loopback.
 ip link set lo up
 for last in 1 7 8 9 10 53; do
     ip address add 198.51.100.$last/32 dev lo
@@ -208,7 +208,7 @@ check "another IPv6 address is not" not reaches 2001:db8:1::9
 check "the denied IPv4 packet is reported" is_reported '"dst_ip":"198.51.100.9"'
 check "the denied IPv6 packet is reported" is_reported '"dst_ip":"2001:db8:1::9"'
 
-check "an allowed name's address is not reached before it is asked for" not reaches 198.51.100.7
+check "an allowed name's address is not reached before it is queried" not reaches 198.51.100.7
 check "the name resolves" resolves shop.example 198.51.100.53 198.51.100.7
 check "its IPv4 address is reached now" reaches 198.51.100.7
 check "its IPv6 address is reached now" reaches 2001:db8:1::7
@@ -216,33 +216,33 @@ check "a name resolves over IPv6" resolves web.example 2001:db8:1::53 2001:db8:1
 check "its allowed port is reached over IPv4" connects 198.51.100.8 80
 check "its allowed port is reached over IPv6" connects 2001:db8:1::8 80
 check "another of its ports is not" not connects 198.51.100.8 81
-check "another name does not exist" is_nonexistent other.example 198.51.100.53
-check "another name does not exist over IPv6" is_nonexistent other.example 2001:db8:1::53
+check "a query for another name is refused" is_nonexistent other.example 198.51.100.53
+check "a query for another name is refused over IPv6" is_nonexistent other.example 2001:db8:1::53
 check "the denied name is reported" is_reported '"dns_name":"other.example"'
 check "bpftool shows what was learned" is_learned
 
 check "there is a table for each family" has_tables 3
-check "a device that sends frames again is made" send_again
-check "what it sends again does not leave" not reaches_at_last 198.51.100.9
-check "and is reported" is_reported '"reason":"not_judged"'
+check "a device that sends frames again is created" send_again
+check "frames that it sends again do not leave" not reaches_at_last 198.51.100.9
+check "these frames are reported" is_reported '"reason":"not_judged"'
 check "the device is removed" send_no_more
 
 kill -9 "$agent"
 check "a killed agent is gone" within 10 has_ended
 check "without it, a learned address is still reached" reaches 198.51.100.7
-check "without it, what is denied is still denied" not reaches 198.51.100.9
+check "without it, a denied address is still denied" not reaches 198.51.100.9
 
 check "a second agent takes over" start reject
 check "its programs are attached through $EXPECT_ATTACH, once" is_attached
 check "a learned address is still reached" reaches 198.51.100.7
-check "what is denied is still denied" not reaches 198.51.100.9
+check "a denied address is still denied" not reaches 198.51.100.9
 check "a denied connection is refused over IPv4" is_refused 198.51.100.9 80
 check "a denied connection is refused over IPv6" is_refused 2001:db8:1::9 80
 check "a name resolves" resolves late.example 198.51.100.53 198.51.100.10
 check "its address is reached" reaches 198.51.100.10
 
 kill "$agent"
-check "told to stop, it ends" within 30 has_ended
+check "the agent ends when it is stopped" within 30 has_ended
 check "nothing is denied any more" reaches 198.51.100.9
 check "no port is denied any more" connects 198.51.100.8 81
 check "its programs are gone" has_no_programs
@@ -256,7 +256,7 @@ for module in late_checksums packet_lists; do
     check "the tests of packets/$module pass" pass "$module"
 done
 
-check "the kernel has nothing to complain of" not has_complained
+check "the kernel has logged no warning" not has_complained
 
 if [ "$failures" -gt 0 ]; then
     for log in /tmp/agent.log /tmp/denials; do

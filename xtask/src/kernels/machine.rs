@@ -1,4 +1,4 @@
-//! A virtual machine, and what it says on its serial console.
+//! A virtual machine and its serial console.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-/// How long a machine may run, many times what it needs on a computer that is not busy.
+/// The limit of a machine's run time, many times what it needs on an idle computer.
 const TIME_LIMIT: Duration = Duration::from_secs(600);
 
 const MEMORY: &str = "1536M";
 
-/// A running machine; dropped, it is switched off.
+/// A running machine, which is switched off on drop.
 pub(super) struct Machine {
     qemu: Child,
     lines: Receiver<String>,
@@ -24,15 +24,15 @@ pub(super) struct Machine {
 impl Machine {
     /// Boots a kernel. `settings` reach its first process as environment variables.
     ///
-    /// The processor is emulated: that works everywhere, also in a machine that is virtual itself.
+    /// The processor is emulated, which works everywhere, also inside a virtual machine.
     ///
     /// # Errors
     ///
     /// Fails when qemu cannot be started.
     pub(super) fn boot(image: &Path, initramfs: &Path, settings: &str) -> Result<Self> {
-        // A machine that panics restarts at once, and a restart ends it.
+        // A machine that panics restarts at once, and `-no-reboot` turns the restart into its end.
         let kernel = format!("console=ttyS0 quiet panic=-1 {settings}");
-        // However this process ends, qemu ends with it.
+        // qemu must end with this process, however that ends.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         command.args(["-accel", "tcg", "-m", MEMORY, "-nic", "none", "-no-reboot"]);
@@ -64,7 +64,10 @@ impl Machine {
             Ok(line) => Ok(Some(line)),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => {
-                bail!("not finished within {} s", TIME_LIMIT.as_secs())
+                bail!(
+                    "the machine did not finish within {} s",
+                    TIME_LIMIT.as_secs()
+                )
             }
         }
     }
@@ -72,7 +75,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Both fail only when it has ended already.
+        // Both fail only if it has ended already.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }

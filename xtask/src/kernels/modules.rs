@@ -1,4 +1,4 @@
-//! Kernel modules, each after those it needs.
+//! Kernel modules in the order of their dependencies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,16 +15,16 @@ use crate::process;
 struct Modules {
     /// The file of each, by name.
     files: BTreeMap<String, PathBuf>,
-    /// What is part of the kernel itself.
+    /// The modules that are part of the kernel itself.
     built_in: BTreeSet<String>,
 }
 
-/// The content of the wanted modules, and of those they need, in the order to load them; without
-/// those that are part of the kernel.
+/// The contents of the wanted modules and their dependencies, in the order in which to load them, without
+/// those that are built into the kernel.
 ///
 /// # Errors
 ///
-/// Fails when the kernel has one of them neither as a module nor built in.
+/// Fails when one of them is neither a module of the kernel nor built in.
 pub(super) fn load_order(kernel: &Kernel, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
     let modules = Modules::of(kernel)?;
     let mut order = Vec::new();
@@ -80,7 +80,7 @@ fn collect(directory: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()
     Ok(())
 }
 
-/// The module in a file; names have underscores where files may have dashes.
+/// The name of the module in a file; names have underscores where files may have dashes.
 fn module_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let name = file
@@ -89,7 +89,7 @@ fn module_name(path: &Path) -> Option<String> {
     Some(name.replace('-', "_"))
 }
 
-/// The module as the kernel takes it: not every kernel unpacks it itself.
+/// The module in the form that every kernel loads: not every kernel unpacks it itself.
 fn read(path: &Path) -> Result<Vec<u8>> {
     if path.extension().is_some_and(|extension| extension == "xz") {
         return process::bytes(
@@ -101,14 +101,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The modules that a module says it needs.
+/// The dependencies that a module names.
 fn needs(module: &[u8]) -> Result<Vec<String>> {
     let file = object::File::parse(module)?;
     let section = file.section_by_name(".modinfo").context("no .modinfo")?;
     Ok(needs_in(section.data()?))
 }
 
-/// Reads `key=value` strings that each end with a zero byte.
+/// Parses `key=value` strings that each end with a zero byte.
 fn needs_in(modinfo: &[u8]) -> Vec<String> {
     modinfo
         .split(|&byte| byte == 0)
@@ -124,14 +124,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_module_needs_is_in_its_information() {
+    fn dependencies_are_read_from_a_modules_information() {
         let modinfo = b"license=GPL\0depends=nf-tables,crc32c\0name=x\0";
         assert_eq!(needs_in(modinfo), ["nf_tables", "crc32c"]);
         assert!(needs_in(b"license=GPL\0depends=\0").is_empty());
     }
 
     #[test]
-    fn modules_are_known_by_name() {
+    fn modules_are_identified_by_name() {
         let name = |path| module_name(Path::new(path));
         assert_eq!(name("kernel/net/veth.ko").as_deref(), Some("veth"));
         assert_eq!(name("sch-ingress.ko.xz").as_deref(), Some("sch_ingress"));

@@ -1,4 +1,4 @@
-//! Debian's kernels: which there are, and their files.
+//! Debian's kernels: the offered ones, and their files.
 
 use std::fmt;
 use std::fs;
@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use crate::process;
 use crate::setup::apt;
 
-/// What packages of kernels are named before and after the version. The variant for clouds is the
-/// smallest, and its packages exist for every kernel.
+/// The parts of a kernel package's name before and after the version. The variant for clouds is the
+/// smallest, and it exists for every kernel.
 const PREFIX: &str = "linux-image-";
 const SUFFIX: &str = "-cloud-amd64";
 
@@ -46,17 +46,17 @@ impl FromStr for Series {
     }
 }
 
-/// A kernel that is packaged.
+/// A kernel package.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Package {
     name: String,
-    /// Every number of the version, the series' first.
+    /// All numbers of the version, beginning with those of the series.
     version: Vec<u32>,
 }
 
 impl Package {
-    /// Reads a package's name; `None` for what is not one kernel, such as the package that stands
-    /// for the newest of a series.
+    /// Parses a package's name; `None` if it is not one kernel, such as the metapackage
+    /// for the newest kernel of a series.
     fn read(name: &str) -> Option<Self> {
         let release = name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
         let version = release
@@ -79,7 +79,7 @@ impl Package {
 pub(super) struct Kernel {
     pub(super) series: Series,
     directory: PathBuf,
-    /// As `uname -r` says it.
+    /// The output of `uname -r`.
     pub(super) release: String,
 }
 
@@ -100,11 +100,11 @@ impl Kernel {
     }
 }
 
-/// Every series that the distribution has a kernel of.
+/// Every series for which the distribution has a kernel.
 ///
 /// # Errors
 ///
-/// Fails when there is none, and without apt.
+/// Fails when there is none, or apt is missing.
 pub(super) fn offered() -> Result<Vec<Series>> {
     let mut series: Vec<_> = packages()?.iter().map(Package::series).collect();
     series.sort_unstable();
@@ -119,11 +119,11 @@ pub(super) fn offered() -> Result<Vec<Series>> {
 ///
 /// # Errors
 ///
-/// Fails when the distribution has none, or when it cannot be fetched.
+/// Fails when the distribution has none, or it cannot be fetched.
 pub(super) fn newest(series: Series, cache: &Path) -> Result<Kernel> {
     let mut package = choose(series)?;
     if ensure(&package, cache).is_err() {
-        // The lists may name a package that has been replaced since.
+        // The package lists may name a package that has been replaced since.
         apt::update()?;
         package = choose(series)?;
         ensure(&package, cache).with_context(|| format!("cannot fetch {}", package.name))?;
@@ -157,18 +157,18 @@ fn packages() -> Result<Vec<Package>> {
         .collect())
 }
 
-/// Downloads and unpacks a package, unless it is there.
+/// Downloads and unpacks a package, unless that has been done.
 fn ensure(package: &Package, cache: &Path) -> Result<()> {
     let directory = cache.join(&package.name);
     if directory.exists() {
         return Ok(());
     }
-    // Nothing half-done is ever taken for a kernel.
+    // An incomplete directory must never be used as a kernel.
     let partial = cache.join(format!("{}.partial", package.name));
     if partial.exists() {
         fs::remove_dir_all(&partial).context("cannot remove an earlier attempt")?;
     }
-    fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     let archive = apt::download(&package.name, &partial)?;
     let files = partial.join("files");
     process::run(
@@ -177,7 +177,7 @@ fn ensure(package: &Package, cache: &Path) -> Result<()> {
             .arg(&archive)
             .arg(&files),
     )?;
-    fs::rename(&files, directory).context("cannot keep what was unpacked")?;
+    fs::rename(&files, directory).context("cannot move the unpacked files")?;
     fs::remove_dir_all(&partial).context("cannot remove the package")
 }
 
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_kernel_of_a_series_is_taken_by_its_numbers() {
+    fn the_newest_kernel_of_a_series_is_chosen_by_its_numbers() {
         let packages: Vec<_> = [
             "linux-image-6.1.0-9-cloud-amd64",
             "linux-image-6.1.0-56-cloud-amd64",

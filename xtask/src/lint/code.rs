@@ -1,7 +1,7 @@
-//! Rust source without what is not code: comments and the insides of literals.
+//! Removes comments and the contents of literals from Rust source.
 
-/// `text` with its line comments and the insides of its string and character literals left out.
-/// Lines stay where they are. Block comments are kept: nobody here writes them.
+/// `text` without its line comments and the contents of its string and character literals.
+/// Line numbers stay the same. Block comments are kept: the sources have none.
 pub(super) fn only(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
@@ -28,7 +28,7 @@ pub(super) fn only(text: &str) -> String {
     code
 }
 
-/// The length of the string literal that `text` begins with.
+/// The length of the string literal at the beginning of `text`.
 fn string(text: &str) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
@@ -42,7 +42,7 @@ fn string(text: &str) -> usize {
     text.len()
 }
 
-/// The length of the raw string literal that `text` begins with, if it does.
+/// The length of the raw string literal at the beginning of `text`, if there is one.
 fn raw_string(text: &str) -> Option<usize> {
     let hashes = text.strip_prefix('r')?;
     let content = hashes.trim_start_matches('#');
@@ -57,7 +57,7 @@ fn raw_string(text: &str) -> Option<usize> {
     )
 }
 
-/// The length of the character literal that `text` begins with; 0 for a lifetime.
+/// The length of the character literal at the beginning of `text`; 0 for a lifetime.
 fn character(text: &str) -> usize {
     let mut characters = text.char_indices().skip(1);
     let Some((_, first)) = characters.next() else {
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn comments_and_literals_are_left_out() {
+    fn comments_and_literals_are_removed() {
         for (text, code) in [
             ("a // b\nc", "a \nc"),
             ("a(\"b // c\") // d", "a() "),

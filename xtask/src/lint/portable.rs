@@ -1,7 +1,7 @@
-//! The crates that other systems than Linux are to run, compiled for these systems.
+//! Compiles the portable crates for the systems other than Linux that are to run them.
 //!
-//! `cargo check` needs a target's standard library and no linker. Where rustup has installed the library,
-//! it is used. Everywhere else cargo compiles it from its sources, with the compiler that builds the eBPF
+//! `cargo check` needs a target's standard library and no linker. If rustup has installed the library,
+//! it is used. Otherwise cargo compiles it from its sources, with the compiler that builds the eBPF
 //! object.
 
 use std::path::Path;
@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result};
 use crate::toolchain::Compiler;
 use crate::{process, workspace};
 
-/// The crates without anything that is Linux' own.
+/// The crates without code for Linux only.
 const CRATES: [&str; 2] = ["egress-dns", "egress-policy"];
 
-/// The systems on people's laptops.
+/// The operating systems of laptops.
 const TARGETS: [&str; 2] = ["x86_64-pc-windows-gnu", "aarch64-apple-darwin"];
 
 /// Checks that [`CRATES`] compile for [`TARGETS`].

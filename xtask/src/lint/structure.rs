@@ -1,7 +1,7 @@
-//! Rules about the sources that no compiler knows: who may use what, and what a file may hold.
+//! Rules about the sources that no compiler checks: which module may use which, and what a file may contain.
 //!
-//! The rules read names, not syntax: a name is a whole word outside comments and literals. That is
-//! enough for names nobody writes by accident.
+//! The rules match names, not syntax: a name is a whole word outside comments and literals. That is
+//! enough for names that nobody writes by accident.
 
 use std::fmt;
 use std::fs;
@@ -12,16 +12,16 @@ use anyhow::{Context as _, Result, bail};
 use super::code::{self, is_word};
 use crate::workspace;
 
-/// The longest a Rust file may be, in lines.
+/// The maximum length of a Rust file, in lines.
 const LONGEST: usize = 600;
 
-/// The agent's sources, in which the rules about modules hold.
+/// The agent's sources, to which the rules about modules apply.
 const AGENT: &str = "egress-agent/src/";
 
 /// Names that only one module of the agent may use.
 struct Reserved {
     names: &'static [&'static str],
-    /// The one directory in which they may be used.
+    /// The only directory in which they may be used.
     within: &'static str,
     reason: &'static str,
 }
@@ -30,7 +30,7 @@ const RESERVED: [Reserved; 3] = [
     Reserved {
         names: &["aya", "aya_obj", "aya_log"],
         within: "egress-agent/src/datapath/",
-        reason: "only datapath/ speaks to the kernel's BPF, so that everything else runs without it",
+        reason: "only datapath/ uses the kernel's BPF interface, so that everything else works without it",
     },
     Reserved {
         names: &["AF_PACKET", "PF_PACKET", "sockaddr_ll", "LinkAddr"],
@@ -44,35 +44,40 @@ const RESERVED: [Reserved; 3] = [
     },
 ];
 
-/// What a module of the agent may use of its siblings.
+/// The siblings that a module of the agent may use.
 enum Uses {
-    /// These and itself; an entry may name a module within a module.
+    /// Only these and itself; an entry may name a module within a module.
     Only(&'static [&'static str]),
-    /// Everything but these.
+    /// All except these.
     AllBut(&'static [&'static str]),
 }
 
-/// The arrows between the agent's modules. A module not listed may use all but `cli`.
-const ARROWS: [(&str, Uses, &str); 4] = [
+/// The dependencies between the agent's modules. A module that is not listed may use all except `cli`.
+const ARROWS: [(&str, Uses, &str); 5] = [
     ("cli", Uses::AllBut(&[]), ""),
+    (
+        "config",
+        Uses::Only(&[]),
+        "config/ reads what an operator wrote; the other modules use it",
+    ),
     (
         "host",
         Uses::Only(&[]),
-        "host/ says what the machine knows of a pod, not what is done with it",
+        "host/ reads the state of the machine; it does not decide about pods",
     ),
     (
         "pods",
         Uses::Only(&["config::Cluster", "config::Nodes"]),
-        "pods/ says where pods come from, not what is done to them",
+        "pods/ is a source of pods; it does not decide about them",
     ),
     (
         "report",
         Uses::AllBut(&["cli", "gate", "datapath"]),
-        "report/ is handed what happened; it does not ask for it",
+        "report/ receives events; it does not fetch them",
     ),
 ];
 
-/// Where `unsafe` may be written.
+/// The files that may contain `unsafe`.
 const UNSAFE: [&str; 12] = [
     "egress-ebpf/src/",
     "egress-common/src/records.rs",
@@ -108,16 +113,16 @@ const MACHINE_PATHS: [(&str, &str); 4] = [
     ("/work", "/"),
 ];
 
-/// Variables that the compiler puts in as they were when it ran, split like [`REGISTRIES`].
+/// Variables whose value the compiler embeds at build time, split like [`REGISTRIES`].
 const BUILT_IN_PATHS: [(&str, &str); 2] = [
     ("env!(\"CARGO_MANIFEST", "_DIR"),
     ("env!(\"CARGO_TARGET", "_TMPDIR"),
 ];
 
-/// Directories that hold nothing of the repository's own.
-const SKIPPED: [&str; 2] = ["target", ".git"];
+/// Directories without files of the repository.
+pub(super) const SKIPPED: [&str; 2] = ["target", ".git"];
 
-/// Files that a tool writes.
+/// Files that are written by a tool.
 const GENERATED: [&str; 1] = ["Cargo.lock"];
 
 /// A broken rule.
@@ -145,7 +150,7 @@ impl fmt::Display for Violation {
 ///
 /// # Errors
 ///
-/// Fails when a rule is broken, after printing every place.
+/// Fails when a rule is broken, after printing every violation.
 pub(super) fn run() -> Result<()> {
     let mut violations = Vec::new();
     let mut files = 0;
@@ -157,9 +162,12 @@ pub(super) fn run() -> Result<()> {
         eprintln!("{violation}");
     }
     if !violations.is_empty() {
-        bail!("{} places break the structure's rules", violations.len());
+        bail!(
+            "{} violations of the rules about the sources' structure",
+            violations.len()
+        );
     }
-    println!("structure: {files} files, nothing to say");
+    println!("structure: {files} files, no violations");
     Ok(())
 }
 
@@ -176,7 +184,7 @@ fn visit(directory: &Path, prefix: &str, file: &mut impl FnMut(&str, &str)) -> R
         }
         let kind = entry
             .file_type()
-            .with_context(|| format!("cannot look at {path}"))?;
+            .with_context(|| format!("cannot read the type of {path}"))?;
         if kind.is_dir() {
             visit(&entry.path(), &format!("{path}/"), file)?;
         } else if kind.is_file() {
@@ -211,7 +219,7 @@ fn check(path: &str, text: &str) -> Vec<Violation> {
         let lines = text.lines().count();
         if lines > LONGEST {
             let what = format!("{lines} lines, more than {LONGEST}");
-            report(lines, what, "a file has one subject and fits in a head");
+            report(lines, what, "a file has one subject and stays easy to read");
         }
         for (number, line) in (1..).zip(code.lines()) {
             check_names(path, line, |what, reason| report(number, what, reason));
@@ -228,7 +236,7 @@ fn check_text(line: &str, mut report: impl FnMut(String, &'static str)) {
         if line.contains(&name) {
             report(
                 format!("`{name}`"),
-                "which registry packages come from is the user's to say",
+                "the user decides which registry packages come from",
             );
         }
     }
@@ -250,7 +258,7 @@ fn check_text(line: &str, mut report: impl FnMut(String, &'static str)) {
         if line.match_indices(&name).any(is_path) {
             report(
                 format!("`{name}`"),
-                "a path of one machine means nothing on another",
+                "a path of one machine does not exist on others",
             );
         }
     }
@@ -276,12 +284,12 @@ fn check_names(path: &str, code: &str, mut report: impl FnMut(String, &'static s
     if has_word(code, "unsafe") && !UNSAFE.iter().any(|allowed| path.starts_with(allowed)) {
         report(
             "`unsafe` in a file that may not have it".to_owned(),
-            "unsafe code is in few places, each listed, so that it can be reviewed",
+            "only listed files may contain unsafe code, so that it can be reviewed",
         );
     }
 }
 
-/// The rules about which module of the agent uses which.
+/// The rules about dependencies between the agent's modules.
 fn check_arrows(path: &str, code: &str, report: &mut impl FnMut(usize, String, &'static str)) {
     let Some(inside) = path.strip_prefix(AGENT) else {
         return;
@@ -321,7 +329,7 @@ fn check_arrows(path: &str, code: &str, report: &mut impl FnMut(usize, String, &
     }
 }
 
-/// The paths below `crate::` in code, with their lines; groups are taken apart.
+/// The paths below `crate::` in code, with their lines; groups are expanded.
 fn siblings(text: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     for (at, start) in text.match_indices("crate::") {
@@ -336,7 +344,7 @@ fn siblings(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// Reads one path, or a group of paths in braces, and returns what follows it.
+/// Parses one path, or a group of paths in braces, and returns the rest of the text.
 fn expand<'a>(text: &'a str, prefix: &str, paths: &mut Vec<String>) -> &'a str {
     let mut rest = text.trim_start();
     if let Some(group) = rest.strip_prefix('{') {
@@ -346,7 +354,7 @@ fn expand<'a>(text: &'a str, prefix: &str, paths: &mut Vec<String>) -> &'a str {
             rest = expand(rest, prefix, paths).trim_start();
             rest = rest.strip_prefix(',').unwrap_or(rest).trim_start();
             if rest.len() == before {
-                // Not a path (a macro's own syntax): nothing more to be read here.
+                // Not a path but a macro's own syntax: stop here.
                 return rest;
             }
         }
@@ -371,7 +379,7 @@ fn expand<'a>(text: &'a str, prefix: &str, paths: &mut Vec<String>) -> &'a str {
     rest
 }
 
-/// Whether `name` is in `code` as a whole word.
+/// Whether `code` contains `name` as a whole word.
 fn has_word(code: &str, name: &str) -> bool {
     code.match_indices(name).any(|(at, _)| {
         !code[..at].ends_with(is_word) && !code[at + name.len()..].starts_with(is_word)
@@ -382,8 +390,8 @@ fn has_word(code: &str, name: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// What `check` says of a file, without the reasons.
-    fn said(path: &str, text: &str) -> Vec<String> {
+    /// The violations that `check` finds in a file, without the reasons.
+    fn violations_in(path: &str, text: &str) -> Vec<String> {
         check(path, text)
             .into_iter()
             .map(
@@ -398,20 +406,29 @@ mod tests {
     fn only_the_datapath_uses_aya() {
         let text = "// aya is named here\nuse aya::Ebpf;\n";
         assert_eq!(
-            said("egress-agent/src/gate/mod.rs", text),
+            violations_in("egress-agent/src/gate/mod.rs", text),
             ["egress-agent/src/gate/mod.rs:2: `aya` outside egress-agent/src/datapath/"]
         );
-        assert!(said("egress-agent/src/datapath/load.rs", text).is_empty());
-        assert!(said("egress-common/src/records.rs", text).is_empty());
-        assert!(said("egress-agent/src/gate/mod.rs", "let papaya = kubelet;").is_empty());
+        assert!(violations_in("egress-agent/src/datapath/load.rs", text).is_empty());
+        assert!(violations_in("egress-common/src/records.rs", text).is_empty());
+        assert!(violations_in("egress-agent/src/gate/mod.rs", "let papaya = kubelet;").is_empty());
     }
 
     #[test]
     fn only_the_gate_opens_packet_sockets_and_only_pods_knows_kubernetes() {
         let text = "let s = socket(libc::AF_PACKET);\nuse k8s_openapi::api;\n";
-        assert_eq!(said("egress-agent/src/gate/send.rs", text).len(), 1);
-        assert_eq!(said("egress-agent/src/pods/directory.rs", text).len(), 1);
-        assert_eq!(said("egress-agent/src/report/mod.rs", text).len(), 2);
+        assert_eq!(
+            violations_in("egress-agent/src/gate/send.rs", text).len(),
+            1
+        );
+        assert_eq!(
+            violations_in("egress-agent/src/pods/directory.rs", text).len(),
+            1
+        );
+        assert_eq!(
+            violations_in("egress-agent/src/report/mod.rs", text).len(),
+            2
+        );
     }
 
     #[test]
@@ -458,15 +475,15 @@ mod tests {
             ("egress-agent/src/main.rs", "use crate::cli;", 0),
             ("tests/src/lab.rs", "use crate::cli;", 0),
         ] {
-            assert_eq!(said(path, text).len(), count, "{path}: {text}");
+            assert_eq!(violations_in(path, text).len(), count, "{path}: {text}");
         }
     }
 
     #[test]
-    fn an_arrow_is_reported_where_it_is() {
+    fn a_dependency_is_reported_at_its_line() {
         let text = "use crate::{\n    pods,\n};\nfn f() { crate::gate::g() }\n";
         assert_eq!(
-            said("egress-agent/src/host/cgroup.rs", text),
+            violations_in("egress-agent/src/host/cgroup.rs", text),
             [
                 "egress-agent/src/host/cgroup.rs:1: host uses pods",
                 "egress-agent/src/host/cgroup.rs:4: host uses gate::g"
@@ -477,27 +494,35 @@ mod tests {
     #[test]
     fn unsafe_is_in_listed_files_only() {
         let text = "#![deny(unsafe_code)]\nlet a = unsafe { b() };\n";
-        assert_eq!(said("egress-agent/src/report/mod.rs", text).len(), 1);
-        assert!(said("egress-ebpf/src/main.rs", text).is_empty());
+        assert_eq!(
+            violations_in("egress-agent/src/report/mod.rs", text).len(),
+            1
+        );
+        assert!(violations_in("egress-ebpf/src/main.rs", text).is_empty());
     }
 
     #[test]
-    fn no_program_remembers_where_it_was_built() {
+    fn no_program_embeds_the_path_where_it_was_built() {
         for (start, end) in BUILT_IN_PATHS {
             let text = format!("let a = Path::new({start}{end}\"));\n");
             assert_eq!(
-                said("tests/src/a.rs", &text),
+                violations_in("tests/src/a.rs", &text),
                 [format!("tests/src/a.rs:1: `{start}{end}`")]
             );
         }
-        assert!(said("tests/src/a.rs", "let a = env!(\"CARGO_PKG_VERSION\");\n").is_empty());
+        assert!(
+            violations_in("tests/src/a.rs", "let a = env!(\"CARGO_PKG_VERSION\");\n").is_empty()
+        );
     }
 
     #[test]
-    fn a_file_is_not_too_long() {
-        assert!(said("xtask/src/a.rs", &"\n".repeat(LONGEST)).is_empty());
-        assert_eq!(said("xtask/src/a.rs", &"\n".repeat(LONGEST + 1)).len(), 1);
-        assert!(said("README.md", &"\n".repeat(LONGEST + 1)).is_empty());
+    fn a_file_must_not_be_too_long() {
+        assert!(violations_in("xtask/src/a.rs", &"\n".repeat(LONGEST)).is_empty());
+        assert_eq!(
+            violations_in("xtask/src/a.rs", &"\n".repeat(LONGEST + 1)).len(),
+            1
+        );
+        assert!(violations_in("README.md", &"\n".repeat(LONGEST + 1)).is_empty());
     }
 
     #[test]
@@ -509,7 +534,7 @@ mod tests {
             (["target", "/work", "/x"].concat(), 0),
             ("/sys/fs/bpf/egress-agent".to_owned(), 0),
         ] {
-            assert_eq!(said("README.md", &line).len(), count, "{line}");
+            assert_eq!(violations_in("README.md", &line).len(), count, "{line}");
         }
     }
 }

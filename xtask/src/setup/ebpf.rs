@@ -35,10 +35,15 @@ pub(super) fn missing() -> Option<String> {
         return Some(format!("a compiler for {}", toolchain::TARGET));
     };
     let llvm = compiler.version.llvm;
-    if Linker::find(llvm).is_none() {
-        return Some(format!("bpf-linker with LLVM {llvm} or newer"));
-    }
-    (!compiler.has_library_sources()).then(|| LIBRARY_SOURCES.to_owned())
+    Linker::find(llvm)
+        .is_none()
+        .then(|| format!("bpf-linker with LLVM {llvm} or newer"))
+}
+
+/// The sources of the standard library, if they are missing, for a person to read.
+pub(super) fn missing_library_sources() -> Option<String> {
+    let has_sources = Compiler::find().is_some_and(|compiler| compiler.has_library_sources());
+    (!has_sources).then(|| LIBRARY_SOURCES.to_owned())
 }
 
 /// Makes sure of a compiler and of a linker.
@@ -59,11 +64,12 @@ pub(super) fn ensure() -> Result<()> {
         install_linker(llvm)?
     };
     found("linker", &linker.to_string());
-    ensure_library_sources(&compiler)
+    Ok(())
 }
 
 /// Makes sure of the sources of the compiler's standard library. rustup's nightly was installed with them.
-fn ensure_library_sources(compiler: &Compiler) -> Result<()> {
+pub(super) fn ensure_library_sources() -> Result<()> {
+    let compiler = Compiler::find().context("the compiler is gone that was found just now")?;
     if compiler.has_library_sources() {
         return Ok(());
     }

@@ -13,7 +13,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Program, apt, found, missing_programs, programs};
+use super::{Program, Purpose, apt, found, missing_programs, programs};
 use crate::{process, workspace};
 
 /// The version that is built, and the only one that the source package is taken for.
@@ -39,6 +39,7 @@ const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
     purpose: "what an API server in the tests keeps its objects in",
+    needed_for: Purpose::Test,
     services: &["etcd.service"],
 }];
 
@@ -48,18 +49,21 @@ const TO_BUILD: [Program; 3] = [
         name: "make",
         packages: &["make"],
         purpose: "building Kubernetes' programs",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "rsync",
         packages: &["rsync"],
         purpose: "building Kubernetes' programs",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
         name: "jq",
         packages: &["jq"],
         purpose: "building Kubernetes' programs",
+        needed_for: Purpose::Test,
         services: &[],
     },
 ];
@@ -74,6 +78,14 @@ pub(super) fn missing() -> Vec<String> {
         missing.push(format!("{API_SERVER} {VERSION}"));
     }
     missing
+}
+
+/// What of a node's needs is missing, for a person to read.
+pub(super) fn missing_node() -> Vec<String> {
+    NODE.iter()
+        .filter(|name| **name != API_SERVER && !is_right(&directory().join(name)))
+        .map(|name| format!("{name} {VERSION}"))
+        .collect()
 }
 
 /// Makes sure of what the tests need.

@@ -79,7 +79,7 @@ impl Connections {
                          pod's own"
                     );
                 }
-                untold = open.untold.or(untold.take());
+                untold = open.conntrack_error.or(untold.take());
                 let view = datapath.view()?;
                 seeding.write(&view, &open.sockets)
             });

@@ -56,6 +56,7 @@ use crate::{
 use connections::Connections;
 use enforced::Enforced;
 pub(in crate::control) use outcome::Outcome;
+use sweep::Crowded;
 use upkeep::Upkeep;
 
 /// Changes the kernel and asks the gate, and knows what is enforced.
@@ -78,6 +79,8 @@ pub(in crate::control) struct Applier {
     /// Whether the gate reads messages.
     is_reading: bool,
     next_swept: usize,
+    /// Pods that wait for room in their maps.
+    crowded: Crowded,
     published: Arc<Published>,
 }
 
@@ -136,6 +139,7 @@ impl Applier {
             settling: Vec::new(),
             is_reading: false,
             next_swept: 0,
+            crowded: Crowded::new(datapath.counters()?),
             published,
             datapath,
             gate,

@@ -65,7 +65,7 @@ impl Arrivals {
             return;
         }
         let inhabited = host
-            .inhabitants()
+            .processes_by_namespace()
             .map(|processes| self.note_processes(processes, now));
         if let Err(error) = &inhabited {
             tracing::error!(%error, "cannot list processes: new interfaces are quarantined at once");

@@ -239,8 +239,8 @@ impl OnHost {
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Location::Found(found);
             }
-            Err(missing) if missing.is_nobody() => Location::Nobody(missing.to_string()),
-            Err(missing) if missing.may_pass() => Location::NotYet(missing.to_string()),
+            Err(missing) if missing.has_no_process() => Location::Nobody(missing.to_string()),
+            Err(missing) if missing.is_transient() => Location::NotYet(missing.to_string()),
             Err(missing) => Location::Nowhere(format!("not enforced: {missing}")),
         };
         let wait = self.missed.get(uid).map_or(RETRY_MIN, |missed| missed.wait);

@@ -274,8 +274,9 @@ impl Losses {
                 tracing::warn!(
                     pod = %identity.subject(),
                     flows = flows_full,
-                    "flows not remembered: the kernel had no memory for them, or too many came at \
-                     the same time"
+                    "flows or destinations not remembered: the pod connects to more addresses and ports \
+                     than there is room for (raise limits.flowsPerPod), too many came at the same time, \
+                     or the kernel had no memory"
                 );
             }
             let openings = now.openings_evicted.saturating_sub(before.openings_evicted);

@@ -1,7 +1,8 @@
-//! Writing requests to nf_tables, and reading what it tells.
+//! Requests to nf_tables, and their replies.
 //!
-//! Numbers are of `include/uapi/linux/netfilter/nf_tables.h` and `nfnetlink.h`. All of netfilter's own are in
-//! network byte order; what is compared with a packet's fields is in the order that the field has.
+//! The numbers are from `include/uapi/linux/netfilter/nf_tables.h` and `nfnetlink.h`. All of netfilter's own
+//! numbers are in network byte order; a value that is compared with a packet's field has the byte order of
+//! the field.
 
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 
@@ -39,12 +40,12 @@ const ELEMENT_KEY: u16 = 1;
 const ELEMENT_EXPRESSION: u16 = 7;
 const COUNTER_PACKETS: u16 = 2;
 
-/// Userdata by which nft knows that keys are in the machine's byte order: kind (`NFTNL_UDATA_SET_KEYBYTEORDER`
+/// Userdata that tells nft that keys are in the machine's byte order: kind (`NFTNL_UDATA_SET_KEYBYTEORDER`
 /// of libnftnl), length, and `BYTEORDER_HOST_ENDIAN`.
 const KEY_BYTE_ORDER: [u8; 2] = [0, 4];
 const MACHINES: u32 = 1;
 
-/// Whose table it is: netfilter has one for each family of packets.
+/// The family of a table: netfilter has tables for each family of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Family {
     /// IPv4 and IPv6.
@@ -58,7 +59,7 @@ pub(super) enum Family {
 impl Family {
     pub(super) const ALL: [Self; 3] = [Self::Inet, Self::Bridge, Self::Arp];
 
-    /// The word that nft has for it.
+    /// nft's word for the family.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Inet => "inet",
@@ -77,7 +78,7 @@ impl Family {
     }
 }
 
-/// Requests about one table, that are carried out together or not at all.
+/// Requests about one table that the kernel executes together or not at all.
 pub(super) struct Batch<'a> {
     family: Family,
     table: &'a str,
@@ -97,7 +98,7 @@ impl<'a> Batch<'a> {
 
     #[expect(
         clippy::needless_pass_by_value,
-        reason = "a message takes in its parts"
+        reason = "a message consumes its parts"
     )]
     fn push(&mut self, kind: u16, flags: u16, attributes: Attributes) {
         let mut request = request(self.family, kind);
@@ -106,27 +107,27 @@ impl<'a> Batch<'a> {
         self.requests.push((request, flags));
     }
 
-    /// The table; there may be one already.
+    /// Adds the table; it may exist already.
     pub(super) fn add_table(&mut self) {
         self.push(NEWTABLE, NLM_F_CREATE, Attributes::default());
     }
 
-    /// The table with everything in it; there must be one.
+    /// Deletes the table with everything in it; it must exist.
     pub(super) fn delete_table(&mut self) {
         self.push(DELTABLE, 0, Attributes::default());
     }
 
-    /// A chain that the table does not have.
+    /// Adds a chain that the table does not have.
     pub(super) fn add_chain(&mut self, chain: Chain) {
         self.push(NEWCHAIN, NLM_F_CREATE, chain.0);
     }
 
-    /// A rule behind those that its chain has.
+    /// Adds a rule at the end of its chain.
     pub(super) fn add_rule(&mut self, rule: ChainRule) {
         self.push(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.0);
     }
 
-    /// A set that the table does not have.
+    /// Adds a set that the table does not have.
     pub(super) fn add_set(&mut self, set: Set) {
         self.sets += 1;
         let order = [&KEY_BYTE_ORDER[..], &MACHINES.to_ne_bytes()].concat();
@@ -134,12 +135,12 @@ impl<'a> Batch<'a> {
         self.push(NEWSET, NLM_F_CREATE, set.bytes(SET_USERDATA, &order));
     }
 
-    /// Interfaces of a set; those that it has keep their counters.
+    /// Adds interfaces to a set; elements that exist keep their counters.
     pub(super) fn add_elements(&mut self, set: &str, interfaces: &[u32]) {
         self.push_elements(NEWSETELEM, NLM_F_CREATE, set, interfaces);
     }
 
-    /// Interfaces that the set must have.
+    /// Deletes interfaces that the set must have.
     pub(super) fn delete_elements(&mut self, set: &str, interfaces: &[u32]) {
         self.push_elements(DELSETELEM, 0, set, interfaces);
     }
@@ -159,12 +160,12 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Whether nothing is asked for.
+    /// Whether the batch has no requests.
     pub(super) fn is_empty(&self) -> bool {
         self.requests.len() == 1
     }
 
-    /// What is to be sent, and the end of it.
+    /// The requests, and the end of the batch.
     pub(super) fn finish(self) -> (Vec<(Request, u16)>, Request) {
         (self.requests, control(BATCH_END))
     }
@@ -177,7 +178,7 @@ pub(super) fn get_table(family: Family, table: &str) -> Request {
     request
 }
 
-/// Whether a table that is told of has no flags: it is not dormant, and belongs to no process.
+/// Whether the table in this reply has no flags: it is not dormant, and belongs to no process.
 pub(super) fn has_no_flags(body: &[u8]) -> bool {
     find(payload(body), TABLE_FLAGS).is_none_or(|flags| number(flags) == 0)
 }
@@ -214,7 +215,7 @@ pub(super) fn get_elements(family: Family, table: &str, set: &str) -> Request {
     request
 }
 
-/// Interfaces and their packets, of the elements that are told of.
+/// The interfaces and packet counters of the elements in this reply.
 pub(super) fn read_elements(body: &[u8]) -> Vec<(u32, u64)> {
     let list = find(payload(body), ELEMENTS).unwrap_or_default();
     let elements = attributes(list).filter(|(kind, _)| *kind == LIST_ELEMENT);
@@ -231,7 +232,7 @@ pub(super) fn read_elements(body: &[u8]) -> Vec<(u32, u64)> {
 }
 
 fn request(family: Family, kind: u16) -> Request {
-    // nfgenmsg: family, version, and a number that only the ends of a batch have.
+    // nfgenmsg: family, version, and a number that is used only in the ends of a batch.
     Request::new(SUBSYSTEM << 8 | kind, &[family.number(), 0, 0, 0])
 }
 

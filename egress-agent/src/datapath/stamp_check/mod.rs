@@ -1,12 +1,13 @@
-//! Dropping what has not come by `from_pod`.
+//! Drops frames that have bypassed `from_pod`.
 //!
 //! A frame can pass an interface without meeting the programs on it: the kernel skips all of tc for a frame
 //! that an `ifb` device has sent again (`tc_skip_classify`, drivers/net/ifb.c), and a program in front of
-//! ours may end a packet's way. So `from_pod` stamps what it passes (`skb->priority`), and netfilter, which
-//! comes next, drops what comes from an enforced interface without the stamp. The stamp is taken off there.
+//! ours may end the processing of a packet. So `from_pod` stamps each frame that it passes (`skb->priority`).
+//! netfilter, which comes next, removes the stamp, and drops frames from an enforced interface that have
+//! none.
 //!
-//! nf_tables does this, because every supported kernel has it, and it sees bridges' frames and ARP too. There is
-//! a table for each of the three families. The tables stay when the agent ends, as the pins do.
+//! nf_tables does this, because every supported kernel has it, and because it also sees bridged frames and
+//! ARP. Each of the three families has a table. The tables stay when the agent ends, as the pins do.
 
 mod message;
 mod parts;
@@ -29,15 +30,15 @@ use super::{Datapath, stamp::Stamp};
 /// Name of the tables.
 pub const TABLE: &str = "egress-agent";
 
-/// How often a table that the kernel has refused is tried again: a module may have been loaded.
+/// How often a table that the kernel has rejected is tried again: a module may have been loaded.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
-/// What becomes of a frame that has no stamp.
+/// What happens to a frame without a stamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WithoutStamp {
     /// It is dropped.
     Drop,
-    /// It is counted, and goes on: the interface's pod is audited.
+    /// It is counted and passes: the interface's pod is audited.
     Count,
 }
 
@@ -45,27 +46,27 @@ impl WithoutStamp {
     const ALL: [Self; 2] = [Self::Drop, Self::Count];
 }
 
-/// Frames that came from an interface without a stamp.
+/// Frames without a stamp from one interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unstamped {
     /// The interface.
     pub ifindex: u32,
-    /// What became of them.
+    /// What happened to them.
     pub what: WithoutStamp,
-    /// How many there were since the last look.
+    /// How many there were since the last check.
     pub packets: u64,
 }
 
-/// What a look at the tables has shown.
+/// The result of checking the tables.
 #[derive(Debug, Default)]
 pub struct Looked {
     /// Frames without a stamp.
     pub unstamped: Vec<Unstamped>,
-    /// Tables that somebody had removed or changed; they are as they should be again.
+    /// Tables that somebody had removed or changed, and that were restored.
     pub restored: Vec<&'static str>,
-    /// Why the check is not in force as it was before.
+    /// Why the check is not in force, although it was before.
     pub problem: Option<String>,
-    /// Which tables the kernel does not take, and why.
+    /// The tables that the kernel does not support, and why.
     pub unsupported: Option<String>,
 }
 
@@ -79,9 +80,9 @@ pub(super) struct StampCheck {
 /// One family's table.
 #[derive(Default)]
 struct State {
-    /// Set when the kernel has never taken it.
+    /// Set if the kernel has never accepted the table.
     refused: Option<Refused>,
-    /// The elements and counters that it had at the last look.
+    /// Its elements and counters at the last check.
     last: Elements,
 }
 
@@ -100,8 +101,8 @@ impl Refused {
 }
 
 impl StampCheck {
-    /// Takes over an earlier agent's tables, or makes them. Of their interfaces those stay that programs are
-    /// attached to.
+    /// Takes over an earlier agent's tables, or creates them. Interfaces to which no programs are attached
+    /// are removed from them.
     pub(super) fn open(stamp: Stamp, attached: &[u32]) -> Self {
         let mut check = Self {
             tables: Tables::new(stamp),
@@ -116,7 +117,7 @@ impl StampCheck {
                 .iter()
                 .filter(|((ifindex, _), _)| attached.contains(ifindex));
             for (&(ifindex, what), _) in kept {
-                // What any family drops, all do.
+                // If one family drops, all do.
                 let known = check.wanted.entry(ifindex).or_insert(what);
                 *known = what.min(*known);
             }
@@ -127,7 +128,7 @@ impl StampCheck {
         if packets > 0 {
             tracing::warn!(
                 packets,
-                "frames had no stamp before this agent began; an earlier one may have reported some of them"
+                "frames had no stamp before this agent started; an earlier agent may have reported some"
             );
         }
         for family in Family::ALL {
@@ -135,7 +136,7 @@ impl StampCheck {
                 tracing::warn!(
                     family = family.as_str(),
                     %error,
-                    "the kernel takes no table of nf_tables of this family: frames that skip the programs \
+                    "the kernel rejects the nf_tables table of this family: frames that skip the programs \
                      are not dropped there"
                 );
                 check.refuse(family, &error);
@@ -149,38 +150,38 @@ impl StampCheck {
         state.refused = Some(Refused::now(error));
     }
 
-    /// Families whose tables are, or were, in force.
+    /// The families whose tables are, or were, in force.
     fn supported(&self) -> Vec<Family> {
         let states = self.states.iter();
         let supported = states.filter(|(_, state)| state.refused.is_none());
         supported.map(|(&family, _)| family).collect()
     }
 
-    /// From now on this becomes of frames without a stamp from these interfaces. What fails is tried again at
-    /// the next look, which tells of it.
+    /// Sets what happens to frames without a stamp from these interfaces. The next check retries what fails,
+    /// and reports it.
     fn require(&mut self, interfaces: &[u32], what: WithoutStamp) {
         let wanted = interfaces.iter().map(|&ifindex| (ifindex, what));
         self.wanted.extend(wanted);
         for family in self.supported() {
-            // The next look says what is wrong, if it still is.
+            // The next check reports an error if it persists.
             let _ = self.adjust(family);
         }
     }
 
-    /// Lets frames without a stamp pass from an interface.
+    /// Lets frames without a stamp from an interface pass.
     fn release(&mut self, ifindex: u32) -> Result<()> {
         let Some(what) = self.wanted.remove(&ifindex) else {
             return Ok(());
         };
         for family in self.supported() {
-            // The table may have gone meanwhile.
+            // The table may have been removed meanwhile.
             let adjusted = self.adjust(family).map(drop);
             let done = adjusted.or_else(|_| self.look_at(family).map(drop));
             if let Err(error) = done {
                 self.wanted.insert(ifindex, what);
                 return Err(error).with_context(|| {
                     format!(
-                        "cannot take interface {ifindex} out of the {} table of nf_tables",
+                        "cannot remove interface {ifindex} from the {} table of nf_tables",
                         family.as_str()
                     )
                 });
@@ -189,7 +190,7 @@ impl StampCheck {
         Ok(())
     }
 
-    /// Makes the elements those that are wanted, as far as it is known which there are.
+    /// Changes the elements to the wanted ones, based on the last known elements.
     fn adjust(&mut self, family: Family) -> io::Result<bool> {
         let Some(state) = self.states.get_mut(&family) else {
             return Ok(false);
@@ -206,7 +207,8 @@ impl StampCheck {
         Ok(changed)
     }
 
-    /// Looks at one table, and makes it what it should be. Returns what was counted, and whether it was not.
+    /// Checks one table and restores it. Returns the packets that were counted, and whether the table was
+    /// restored.
     fn look_at(&mut self, family: Family) -> io::Result<(Vec<Unstamped>, bool)> {
         if !self.tables.is_whole(family)? {
             let wanted: BTreeSet<_> = self.wanted.iter().map(|(&at, &what)| (at, what)).collect();
@@ -224,7 +226,7 @@ impl StampCheck {
                 std::mem::replace(&mut state.last, now.clone())
             });
         let counted = now.into_iter().filter_map(|((ifindex, what), packets)| {
-            // An element that was made anew begins at zero.
+            // The counter of an element that was created again starts at zero.
             let before = last
                 .get(&(ifindex, what))
                 .filter(|before| **before <= packets);
@@ -241,7 +243,7 @@ impl StampCheck {
         Ok((counted, changed))
     }
 
-    /// Looks at all tables.
+    /// Checks all tables.
     fn look(&mut self) -> Looked {
         let mut looked = Looked::default();
         let mut counted: BTreeMap<(u32, WithoutStamp), u64> = BTreeMap::new();
@@ -293,11 +295,11 @@ impl StampCheck {
     }
 }
 
-/// Removes the tables, of this agent or an earlier one. Returns whether there were any.
+/// Removes the tables, of this agent or an earlier one. Returns whether any existed.
 ///
 /// # Errors
 ///
-/// When one is there and cannot be removed.
+/// When an existing table cannot be removed.
 pub(super) fn remove() -> Result<bool> {
     let mut any = false;
     for family in Family::ALL {
@@ -313,23 +315,22 @@ pub(super) fn remove() -> Result<bool> {
 }
 
 impl Datapath {
-    /// From now on this becomes of frames from these interfaces that have not come by `from_pod`. To be called
-    /// when it is attached to them. What fails is tried again at the next [`Self::look_for_unstamped`].
+    /// Sets what happens to frames from these interfaces that have bypassed `from_pod`. Call this when it is
+    /// attached to them. The next [`Self::look_for_unstamped`] retries what fails.
     pub fn require_stamps(&mut self, interfaces: &[u32], what: WithoutStamp) {
         if let Some(check) = &mut self.stamp_check {
             check.require(interfaces, what);
         }
     }
 
-    /// What came without a stamp since the last look. Tables that somebody has changed are made what they
-    /// should be.
+    /// The frames without a stamp since the last check. Restores tables that somebody has changed.
     pub fn look_for_unstamped(&mut self) -> Looked {
         let check = self.stamp_check.as_mut();
         check.map_or_else(Looked::default, StampCheck::look)
     }
 
-    /// Whether frames without a stamp have passed from one of these interfaces, which are audited, as far as the
-    /// last look has shown.
+    /// Whether frames without a stamp had passed from one of these audited interfaces at the last
+    /// check.
     pub fn has_passed_unstamped(&self, interfaces: &[u32]) -> bool {
         let states = self
             .stamp_check
@@ -342,13 +343,13 @@ impl Datapath {
             })
     }
 
-    /// Whether frames without a stamp may pass from one of these interfaces now.
+    /// Whether frames without a stamp pass from one of these interfaces now.
     pub fn lets_unstamped_pass(&self, interfaces: &[u32]) -> bool {
         let mut wanted = self.stamp_check.iter().flat_map(|check| &check.wanted);
         wanted.any(|(ifindex, what)| *what == WithoutStamp::Count && interfaces.contains(ifindex))
     }
 
-    /// Frames without a stamp pass from this interface. To be called before `from_pod` is detached from it.
+    /// Lets frames without a stamp from this interface pass. Call this before detaching `from_pod` from it.
     pub(super) fn release_stamps(&mut self, ifindex: u32) -> Result<()> {
         match &mut self.stamp_check {
             Some(check) => check.release(ifindex),

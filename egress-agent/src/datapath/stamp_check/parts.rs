@@ -1,13 +1,14 @@
-//! The parts of a table as they are written, and whether the kernel tells the same of them.
+//! The parts of a table in the form in which they are written, and their comparison with the kernel's
+//! replies.
 //!
-//! For the numbers see `message.rs`.
+//! The numbers are from the headers that `message.rs` names.
 
 use super::super::netlink::{NESTED, add, attributes, flagged_attributes, number};
 
-/// Length of `struct nfgenmsg`, which is in front of the attributes.
+/// Length of `struct nfgenmsg`, which precedes the attributes.
 const HEADER: usize = 4;
 
-/// In messages about chains, rules, sets and elements alike: the table that they are in.
+/// The attribute for the table in messages about chains, rules, sets and elements.
 pub(super) const TABLE: u16 = 1;
 pub(super) const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
@@ -54,12 +55,12 @@ const EQUALS: u32 = 0;
 /// `NF_DROP` and `NF_ACCEPT`.
 const DROP: u32 = 0;
 const ACCEPT: u32 = 1;
-/// nft's number for indexes of interfaces, so that it prints their names.
+/// nft's type number for interface indexes, with which it prints their names.
 const INTERFACE_INDEX: u32 = 20;
 /// The kind of userdata that nft prints as a comment.
 const COMMENT: u8 = 0;
 
-/// Attributes that are being written.
+/// Attributes under construction.
 #[derive(Default)]
 pub(super) struct Attributes(pub(super) Vec<u8>);
 
@@ -79,7 +80,7 @@ impl Attributes {
 
     #[expect(
         clippy::needless_pass_by_value,
-        reason = "a message takes in its parts"
+        reason = "a message consumes its parts"
     )]
     pub(super) fn nested(self, kind: u16, value: Self) -> Self {
         self.bytes(kind | NESTED, &value.0)
@@ -98,7 +99,7 @@ fn load(field: u32) -> Attributes {
     expression("meta", data.number(META_INTO, REGISTER))
 }
 
-/// Ends the rule here unless the register has this value.
+/// Ends the evaluation of the rule unless the register has this value.
 fn equals(value: u32) -> Attributes {
     let value = Attributes::default().bytes(DATA_VALUE, &value.to_ne_bytes());
     let data = Attributes::default()
@@ -108,12 +109,12 @@ fn equals(value: u32) -> Attributes {
     expression("cmp", data)
 }
 
-/// Ends the rule here unless the register's value is in the set; counts in its element.
+/// Ends the evaluation of the rule unless the register's value is in the set; counts in its element.
 fn is_in(set: &str) -> Attributes {
     let data = Attributes::default()
         .text(LOOKUP_SET, set)
         .number(LOOKUP_FROM, REGISTER)
-        // Written, so that an inverted lookup is not taken for this one.
+        // Written explicitly, so that an inverted lookup does not compare as equal.
         .number(LOOKUP_FLAGS, 0);
     expression("lookup", data)
 }
@@ -138,14 +139,14 @@ fn set_priority(priority: u32) -> [Attributes; 2] {
     ]
 }
 
-/// What a rule does.
+/// The action of a rule.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Rule<'a> {
-    /// Lets go on what has this priority, with priority 0.
+    /// Accepts frames with this priority, and sets their priority to 0.
     Accept(u32),
-    /// Drops what comes from an interface in the set.
+    /// Drops frames from an interface in the set.
     Drop(&'a str),
-    /// Counts what comes from an interface in the set.
+    /// Counts frames from an interface in the set.
     Count(&'a str),
 }
 
@@ -168,11 +169,11 @@ impl Rule<'_> {
     }
 }
 
-/// A chain as it is written, with which that of the kernel is compared.
+/// A chain in the form in which it is written, for comparison with the kernel's.
 pub(super) struct Chain(pub(super) Attributes);
 
 impl Chain {
-    /// A chain at the family's hook for what is received: prerouting, or of ARP input.
+    /// A chain at the family's hook for received frames: prerouting, or ARP input.
     pub(super) fn new(name: &str, priority: i32) -> Self {
         // `NF_INET_PRE_ROUTING`, `NF_BR_PRE_ROUTING`, `NF_ARP_IN`: all are 0.
         let hook = Attributes::default()
@@ -192,7 +193,7 @@ impl Chain {
     }
 }
 
-/// A rule of a chain as it is written, with which that of the kernel is compared.
+/// A rule of a chain in the form in which it is written, for comparison with the kernel's.
 pub(super) struct ChainRule(pub(super) Attributes);
 
 impl ChainRule {
@@ -210,11 +211,11 @@ impl ChainRule {
     }
 }
 
-/// A set as it is written, with which that of the kernel is compared.
+/// A set in the form in which it is written, for comparison with the kernel's.
 pub(super) struct Set(pub(super) Attributes);
 
 impl Set {
-    /// A set of at most so many interfaces, with a counter for each.
+    /// A set of at most `size` interfaces, with a counter for each.
     pub(super) fn new(name: &str, size: u32) -> Self {
         let description = Attributes::default().number(SET_DESCRIPTION_SIZE, size);
         let set = Attributes::default()
@@ -228,9 +229,9 @@ impl Set {
 
     /// Whether the kernel's reply describes this set.
     pub(super) fn is(&self, body: &[u8]) -> bool {
-        let told = payload(body);
-        // The kernel leaves the flags out when there are none.
-        find(told, SET_FLAGS).is_none_or(|flags| number(flags) == 0) && contains(told, &self.0.0)
+        let reply = payload(body);
+        // The kernel omits the flags if there are none.
+        find(reply, SET_FLAGS).is_none_or(|flags| number(flags) == 0) && contains(reply, &self.0.0)
     }
 }
 
@@ -239,18 +240,18 @@ pub(super) fn payload(body: &[u8]) -> &[u8] {
     body.get(HEADER..).unwrap_or_default()
 }
 
-/// Whether what the kernel tells contains what was written. The kernel may tell attributes of other kinds, such as a
-/// handle. Of a kind that was written it must tell as many, in the same order.
-fn contains(told: &[u8], written: &[u8]) -> bool {
+/// Whether the kernel's reply contains what was written. The reply may contain attributes of other kinds,
+/// such as a handle. Of each written kind, it must contain the same number in the same order.
+fn contains(reply: &[u8], written: &[u8]) -> bool {
     flagged_attributes(written).all(|(kind, _)| {
         let of_kind = flagged_attributes(written).filter(|(other, _)| *other == kind);
-        let mut told = attributes(told).filter(|(other, _)| *other == kind & !NESTED);
-        let mut all = of_kind.map(|(_, written)| match told.next() {
-            Some((_, told)) if kind & NESTED != 0 => contains(told, written),
-            Some((_, told)) => told == written,
+        let mut reply = attributes(reply).filter(|(other, _)| *other == kind & !NESTED);
+        let mut all = of_kind.map(|(_, written)| match reply.next() {
+            Some((_, reply)) if kind & NESTED != 0 => contains(reply, written),
+            Some((_, reply)) => reply == written,
             None => false,
         });
-        all.all(|equal| equal) && told.next().is_none()
+        all.all(|equal| equal) && reply.next().is_none()
     })
 }
 
@@ -272,27 +273,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rule_is_another_when_anything_in_it_differs() {
+    fn a_rule_differs_if_any_part_of_it_differs() {
         let rule = || ChainRule::new("received", Rule::Drop("enforced"), "dropped");
-        let told = |rule: ChainRule| {
+        let reply = |rule: ChainRule| {
             let handle = Attributes::default().text(TABLE, "t").bytes(3, &[0; 8]);
             [&[1, 0, 0, 0][..], &handle.0, &rule.0.0].concat()
         };
-        assert!(rule().is(&told(rule())));
+        assert!(rule().is(&reply(rule())));
         assert!(!rule().is(&[]));
         for other in [
             ChainRule::new("received", Rule::Count("enforced"), "dropped"),
             ChainRule::new("received", Rule::Drop("audited"), "dropped"),
             ChainRule::new("received", Rule::Drop("enforced"), "drops"),
         ] {
-            assert!(!rule().is(&told(other)));
+            assert!(!rule().is(&reply(other)));
         }
-        // Each is a part of the other but for what one of them has more.
+        // The shorter rule is not equal to the longer one that begins like it.
         let count = ChainRule::new("received", Rule::Count("enforced"), "dropped");
-        assert!(!count.is(&told(rule())));
+        assert!(!count.is(&reply(rule())));
         let (one, other) = (Rule::Accept(7), Rule::Accept(8));
         let accept = |rule| ChainRule::new("received", rule, "judged");
-        assert!(accept(one).is(&told(accept(one))));
-        assert!(!accept(one).is(&told(accept(other))));
+        assert!(accept(one).is(&reply(accept(one))));
+        assert!(!accept(one).is(&reply(accept(other))));
     }
 }

@@ -1,4 +1,4 @@
-//! What the tables are, and changing them.
+//! The contents of the tables, and changes to them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,21 +20,21 @@ use crate::datapath::{
 };
 
 const CHAIN: &str = "received";
-/// Before everything else at the hook, conntrack's defragmentation too (`NF_IP_PRI_FIRST`,
+/// Before everything else at the hook, including conntrack's defragmentation (`NF_IP_PRI_FIRST`,
 /// `include/uapi/linux/netfilter_ipv4.h`). Of two chains with one priority the newer comes first
-/// (`nf_hook_entries_grow`, net/netfilter/core.c), so a table that is replaced drops nothing meanwhile.
+/// (`nf_hook_entries_grow`, net/netfilter/core.c), so replacing a table drops nothing in between.
 const PRIORITY: i32 = i32::MIN;
 
-/// How long the kernel may take, which waits for others that change rules.
+/// How long the kernel may take; it waits for others that change rules.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a list is asked for again that changed while it was made.
+/// How often a list is requested again after it changed during the dump.
 const ATTEMPTS: usize = 4;
 
-/// Elements of both sets of a table, and how many packets each has counted.
+/// The elements of both sets of a table, and the packet counter of each.
 pub(super) type Elements = BTreeMap<(u32, WithoutStamp), u64>;
 
 impl WithoutStamp {
-    /// Name of its set of interfaces.
+    /// The name of its set of interfaces.
     const fn set(self) -> &'static str {
         match self {
             Self::Drop => "enforced",
@@ -45,7 +45,7 @@ impl WithoutStamp {
 
 pub(super) struct Tables {
     stamp: Stamp,
-    /// Opened anew after an error: what is left of an exchange that failed is of no use.
+    /// Opened again after an error, because replies of the failed exchange may be left in the old socket.
     netlink: Option<Netlink>,
 }
 
@@ -67,7 +67,7 @@ impl Tables {
         Ok(done)
     }
 
-    /// The rules, in order. A comment names the stamp, for those who read it.
+    /// The rules, in order. A comment contains the stamp, for people who read the rules.
     fn rules(&self) -> [ChainRule; 3] {
         let stamp = self.stamp.0;
         [
@@ -87,8 +87,8 @@ impl Tables {
         .map(|(rule, comment)| ChainRule::new(CHAIN, rule, &comment))
     }
 
-    /// Whether a table is as [`Self::install`] makes it: in force, with the chain at its hook, both sets, and the
-    /// rules and no others. Others may have more chains and sets in it.
+    /// Whether a table is as [`Self::install`] creates it: in force, with the chain at its hook, both sets,
+    /// and exactly these rules. Others may have added chains and sets to it.
     pub(super) fn is_whole(&mut self, family: Family) -> io::Result<bool> {
         match self.compare(family) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
@@ -115,17 +115,17 @@ impl Tables {
         let expected = self.rules();
         same &= rules.len() == expected.len();
         let mut pairs = expected.iter().zip(&rules);
-        Ok(same && pairs.all(|(rule, told)| rule.is(told)))
+        Ok(same && pairs.all(|(rule, reply)| rule.is(reply)))
     }
 
-    /// Whether the kernel's reply about one thing is as it should be.
+    /// Whether the kernel's reply about one object is the expected one.
     fn ask(&mut self, request: Request, is_right: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
         let mut right = false;
         self.with(|netlink| netlink.exchange(request, 0, |body| right = is_right(body)))?;
         Ok(right)
     }
 
-    /// The elements of a table that is there.
+    /// The elements of an existing table.
     pub(super) fn elements(&mut self, family: Family) -> io::Result<Elements> {
         let mut elements = Elements::new();
         for what in WithoutStamp::ALL {
@@ -155,18 +155,18 @@ impl Tables {
         }
         Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
-            "somebody changes rules of nf_tables all the time",
+            "the rules of nf_tables changed during every attempt to list them",
         ))
     }
 
-    /// Makes the table, in place of one of its name.
+    /// Creates the table, and replaces an existing one of its name.
     pub(super) fn install(
         &mut self,
         family: Family,
         elements: &BTreeSet<(u32, WithoutStamp)>,
     ) -> io::Result<()> {
         let mut batch = Batch::new(family, TABLE);
-        // Deleting one that is not there is an error.
+        // Deleting a table that does not exist is an error, so add it first.
         batch.add_table();
         batch.delete_table();
         batch.add_table();
@@ -182,14 +182,14 @@ impl Tables {
         if self.is_whole(family)? {
             return Ok(());
         }
-        // Without this the next look would make it again, and each look after that.
+        // Without this check, each later check would create the table again.
         Err(io::Error::other(
-            "the table differs from what was just written: somebody changes it, or the kernel describes it in \
-             another way",
+            "the table differs from what was just written: another program changes it, or the kernel \
+             describes it differently",
         ))
     }
 
-    /// Makes the elements of a table those that are wanted. Returns whether they were not.
+    /// Changes the elements of a table to the wanted ones. Returns whether any differed.
     pub(super) fn change_elements(
         &mut self,
         family: Family,
@@ -235,7 +235,7 @@ fn interfaces(elements: &BTreeSet<(u32, WithoutStamp)>, of: WithoutStamp) -> Vec
     elements.map(|(ifindex, _)| *ifindex).collect()
 }
 
-/// Removes a table. Returns whether there was one; a kernel that knows no such tables has none.
+/// Removes a table. Returns whether it existed; a kernel without such tables has none.
 pub(super) fn remove(family: Family) -> io::Result<bool> {
     let mut batch = Batch::new(family, TABLE);
     batch.delete_table();

@@ -7,25 +7,25 @@ use super::piece::Piece;
 /// Most fragments of one datagram: the longest one has 54 at the smallest MTU of IPv6.
 const PIECES: usize = 64;
 
-/// A datagram of which not all fragments have come.
+/// An incomplete datagram.
 #[derive(Debug)]
 pub(super) struct Datagram {
     pub(super) since_ns: u64,
-    /// In the order in which they stand in the datagram; none overlaps another.
+    /// In the order of their offsets; none overlaps another.
     pieces: Vec<Piece>,
-    /// Where the datagram ends, once its last fragment has come.
+    /// The length of the datagram, once its last fragment is known.
     end: Option<usize>,
     pub(super) kept: usize,
 }
 
-/// A datagram of which all fragments have come.
+/// A complete datagram.
 #[derive(Debug)]
 pub(in super::super) struct Whole {
-    /// What the headers say of the datagram.
+    /// The headers of the datagram, as if it were not fragmented.
     pub(in super::super) packet: Packet,
-    /// The headers of the first fragment, and all that follows them in the datagram.
+    /// The headers of the first fragment, then the whole content of the datagram.
     pub(in super::super) frame: Vec<u8>,
-    /// In the order in which they stand in the datagram.
+    /// In the order of their offsets.
     pub(in super::super) pieces: Vec<Piece>,
 }
 
@@ -39,17 +39,17 @@ impl Datagram {
         }
     }
 
-    /// A packet that describes it: the one with the ports, if that has come.
+    /// A packet that describes the datagram: the first fragment, which has the ports, if it is there.
     pub(super) fn packet(&self) -> Option<&Packet> {
         self.pieces.first().map(|piece| &piece.packet)
     }
 
-    /// Adds a fragment. One that repeats another to the byte counts for nothing.
+    /// Adds a fragment. An exact repetition is ignored.
     ///
     /// # Errors
     ///
-    /// Why the datagram cannot be put together any more: a receiver could read something else in it
-    /// than is read here (RFC 5722, section 4; RFC 8200, section 4.5).
+    /// The reason why the datagram cannot be reassembled: a receiver could read other content than the gate
+    /// (RFC 5722, section 4; RFC 8200, section 4.5).
     pub(super) fn add(&mut self, piece: Piece) -> Result<(), &'static str> {
         let at = self
             .pieces
@@ -70,7 +70,7 @@ impl Datagram {
             .first()
             .is_some_and(|other| !piece.is_like(other))
         {
-            return Err("fragments do not come the same way");
+            return Err("fragments differ in interface, link header or protocol");
         }
         let end = if piece.is_last {
             Some(piece.end())
@@ -91,18 +91,18 @@ impl Datagram {
         Ok(())
     }
 
-    /// Whether all fragments have come.
+    /// Whether all fragments are here.
     pub(super) fn is_whole(&self) -> bool {
         let come: usize = self
             .pieces
             .iter()
             .map(|piece| piece.end() - piece.start)
             .sum();
-        // Nothing overlaps, and nothing is behind the end.
+        // No fragments overlap, and none is beyond the end.
         self.end == Some(come)
     }
 
-    /// The datagram, when all fragments have come.
+    /// The datagram, if all fragments are here.
     pub(super) fn whole(self) -> Option<Whole> {
         let first = self.pieces.first().filter(|first| first.is_first())?;
         let mut frame = first.headers().to_vec();

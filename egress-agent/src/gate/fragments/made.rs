@@ -1,5 +1,5 @@
-//! Fragments made to measure, and what a receiver makes of those that reach it: for tests and for the
-//! fuzz target `fragments`.
+//! Builds fragments, and simulates the pod's kernel that receives them: for tests and for the fuzz target
+//! `fragments`.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,13 +10,13 @@ use egress_common::{
 
 use super::{Budget, Fragments, Held, Key, LIMITS, Whole, checksum};
 
-/// One fragment that is to be made.
+/// A fragment to build.
 #[derive(Clone, Debug)]
 pub(in super::super) struct Part {
     pub(in super::super) version: u8,
     pub(in super::super) id: u16,
     pub(in super::super) protocol: u8,
-    /// Where its content is, in units of 8 bytes.
+    /// The offset of its content, in units of 8 bytes.
     pub(in super::super) units: u16,
     pub(in super::super) more: bool,
     pub(in super::super) content: Vec<u8>,
@@ -54,7 +54,7 @@ impl Part {
     }
 }
 
-/// The fragments of one pod, and the pod's kernel behind them.
+/// The fragments of one pod, and a simulated kernel of that pod.
 pub(in super::super) struct Scene {
     pub(in super::super) fragments: Fragments,
     pub(in super::super) budget: Budget,
@@ -74,9 +74,9 @@ impl Scene {
         }
     }
 
-    /// A fragment comes. What its datagram is, if it is put back.
-    pub(in super::super) fn comes(&mut self, part: &Part) -> Option<Vec<u8>> {
-        let whole = self.comes_as(&part.frame())?;
+    /// Adds a fragment. Returns the content of its datagram if that is put back.
+    pub(in super::super) fn add(&mut self, part: &Part) -> Option<Vec<u8>> {
+        let whole = self.add_frame(&part.frame())?;
         Some(content(&whole).to_vec())
     }
 
@@ -84,8 +84,8 @@ impl Scene {
     ///
     /// # Panics
     ///
-    /// When the pod's kernel would read something else than was judged.
-    pub(in super::super) fn comes_as(&mut self, frame: &[u8]) -> Option<Whole> {
+    /// When the pod's kernel would read other content than the gate judged.
+    pub(in super::super) fn add_frame(&mut self, frame: &[u8]) -> Option<Whole> {
         let mut packet = Packet::EMPTY;
         if walk(&frame, &mut packet) != Walked::Ip {
             return None;
@@ -114,12 +114,15 @@ impl Scene {
             read.extend(receiver.receive(&packet, piece.start, piece.content(), piece.is_last));
         }
         assert_eq!(read, [content(&whole)], "the pod reads what was judged");
-        assert!(receiver.waiting.is_empty(), "nothing stays behind");
+        assert!(
+            receiver.waiting.is_empty(),
+            "no fragment stays with the receiver"
+        );
         Some(whole)
     }
 
-    /// Time passes.
-    pub(in super::super) fn passes(&mut self, seconds: u64) {
+    /// Advances the clock.
+    pub(in super::super) fn advance(&mut self, seconds: u64) {
         self.now_ns += seconds * 1_000_000_000;
         let Self {
             fragments,
@@ -143,8 +146,8 @@ struct PartialDatagram {
     end: Option<usize>,
 }
 
-/// What a pod's kernel does with fragments (`net/ipv4/inet_fragment.c`): of two for the same place it
-/// keeps the first, and it gives up those that overlap otherwise.
+/// The reassembly of a pod's kernel (`net/ipv4/inet_fragment.c`): it keeps the first of two fragments for the
+/// same place, and drops a datagram whose fragments overlap otherwise.
 #[derive(Default)]
 struct Receiver {
     waiting: HashMap<Key, PartialDatagram>,
@@ -184,28 +187,27 @@ impl Receiver {
     }
 }
 
-/// Most fragments of one recipe: some datagrams of as many as one may have.
+/// Most fragments of one recipe: enough for several datagrams with the most fragments.
 const STEPS: usize = 300;
 
-/// Lets fragments come as a recipe says, five bytes each, and looks whether what is put back is what
-/// the pod reads, and whether nothing that was said about it differs. Returns how many datagrams were
-/// put back.
+/// Adds fragments according to a recipe, five bytes each. Checks that the pod reads what is put back, and
+/// that no fragment contradicts it. Returns how many datagrams were put back.
 ///
 /// # Panics
 ///
-/// When it is not so: that is what fuzzing looks for.
+/// When a check fails: fuzzing looks for that.
 pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
     let mut scene = Scene::new();
     let mut put_back = 0;
-    // What came of each datagram that waits.
-    let mut came: Vec<(Key, Part)> = Vec::new();
+    // The fragments of each incomplete datagram.
+    let mut waiting: Vec<(Key, Part)> = Vec::new();
     for step in recipe.chunks_exact(5).take(STEPS) {
         let &[which, units, len, kind, salt] = step else {
             break;
         };
         if which == u8::MAX {
-            scene.passes(u64::from(units));
-            came.retain(|(key, _)| scene.waits(key));
+            scene.advance(u64::from(units));
+            waiting.retain(|(key, _)| scene.waits(key));
         }
         let len = usize::from(len) * if kind & 0x40 == 0 { 1 } else { 8 };
         let units = u16::from(units) << if kind & 0x80 == 0 { 0 } else { 5 };
@@ -219,7 +221,7 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
             },
             units,
             more: kind & 1 == 0,
-            // Mostly what everybody says is in this place.
+            // Usually the same bytes for the same place.
             content: pattern(
                 usize::from(units) * 8,
                 len,
@@ -229,13 +231,13 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
         let Some(key) = part.key() else {
             continue;
         };
-        came.push((key, part.clone()));
-        if let Some(content) = scene.comes(&part) {
+        waiting.push((key, part.clone()));
+        if let Some(content) = scene.add(&part) {
             put_back += 1;
-            let parts = came.iter().filter(|(other, _)| *other == key);
-            agree(parts.map(|(_, part)| part), &content);
+            let parts = waiting.iter().filter(|(other, _)| *other == key);
+            check_agreement(parts.map(|(_, part)| part), &content);
         }
-        came.retain(|(key, _)| scene.waits(key));
+        waiting.retain(|(key, _)| scene.waits(key));
     }
     scene.fragments.clear(&mut scene.budget);
     assert_eq!(
@@ -245,8 +247,8 @@ pub(in super::super) fn reassemble(recipe: &[u8]) -> usize {
     put_back
 }
 
-/// Every fragment that came says of every byte what was put back.
-fn agree<'a>(parts: impl Iterator<Item = &'a Part>, content: &[u8]) {
+/// Checks that every fragment agrees with every byte of the datagram that was put back.
+fn check_agreement<'a>(parts: impl Iterator<Item = &'a Part>, content: &[u8]) {
     let mut covered = vec![false; content.len()];
     for part in parts {
         let start = usize::from(part.units) * 8;
@@ -280,7 +282,7 @@ impl Part {
     }
 }
 
-/// What the fragments take of the part that all pods share.
+/// The bytes that the fragments take of the common part.
 fn beyond(fragments: &Fragments) -> usize {
     fragments.kept.amount().saturating_sub(LIMITS.own)
 }

@@ -1,23 +1,23 @@
 //! Fragments from a resolver's address, over IPv4 (RFC 791, section 3.2) and IPv6 (RFC 8200, section
 //! 4.5).
 //!
-//! Only the first fragment of a datagram says which port it is from, and it may come last. So every
-//! fragment waits here until its datagram is whole. An answer is then decided as one that came whole
-//! is, and what may pass is put back fragment by fragment, each as it came.
+//! Only the first fragment of a datagram has the ports, and it may come last. So every fragment waits here
+//! until its datagram is complete. The gate then decides a response as it decides an unfragmented one. If it
+//! may pass, each fragment is put back as it came.
 //!
 //! ```text
-//!  fragment ─▶ its datagram ─▶ whole? ─no──▶ waits
+//!  fragment ─▶ its datagram ─▶ complete? ─no──▶ waits
 //!                 │              │ yes
 //!                 │            from a resolver? ─no──▶ all put back
 //!                 │              │ yes
-//!                 ▼              └─▶ decided as an answer ─yes─▶ all put back
-//!              contradiction: none is put back, nor any that follows
+//!                 ▼              └─▶ may the response pass? ─yes─▶ all put back
+//!              contradiction: none is put back, nor any later fragment
 //! ```
 //!
-//! What the gate has judged must be what the pod's kernel reads. It puts together what comes with the
-//! same addresses and number, keeps what it could not use for up to a minute, and takes the first of two
-//! fragments for the same place. So nothing is put back that does not belong to a whole datagram, no
-//! fragment twice, and no second datagram with the same number within a minute.
+//! The pod's kernel must read exactly what the gate has judged. The kernel reassembles fragments with the
+//! same addresses and identification, keeps incomplete datagrams for up to a minute, and takes the first of
+//! two fragments for the same offset. So the gate puts back only fragments of complete datagrams, no fragment
+//! twice, and no second datagram with the same identification within a minute.
 
 mod datagram;
 #[cfg(any(test, fuzzing))]
@@ -36,34 +36,34 @@ use super::budget::{Budget, Kept, Limits};
 #[cfg(any(test, fuzzing))]
 use super::checksum;
 
-/// How long a datagram may take. Its fragments leave the resolver within a millisecond; a stub resolver
-/// asks again after 5 seconds.
-const PATIENCE_NS: u64 = 2_000_000_000;
+/// How long a datagram may take. A resolver sends its fragments within a millisecond; a stub resolver repeats
+/// its query after 5 seconds.
+const REASSEMBLY_TIMEOUT_NS: u64 = 2_000_000_000;
 
-/// How long a number is not used again: a receiver keeps fragments for 30 seconds (Linux,
+/// How long an identification cannot be used again: a receiver keeps fragments for 30 seconds (Linux,
 /// `net.ipv4.ipfrag_time`) or 60 (RFC 8200, section 4.5).
 const ENDED_NS: u64 = 60_000_000_000;
 
-/// Datagrams of one pod that may wait at once; beyond it the one that began first is lost.
+/// Most incomplete datagrams of one pod. Beyond that the oldest is dropped.
 const DATAGRAMS: usize = 256;
 
-/// What the fragments of pods take. A pod's own part is room for one of the longest datagrams.
+/// The bytes of all pods' fragments. A pod's own part has room for one of the longest datagrams.
 pub(super) const LIMITS: Limits = Limits {
     own: 128 << 10,
     pod: 512 << 10,
     common: 8 << 20,
 };
 
-/// Numbers of one pod that are remembered as used; beyond it the one used longest ago is forgotten.
+/// Most used identifications that are remembered for one pod. Beyond that the oldest is forgotten.
 const ENDED: usize = 1024;
 
-/// What a receiver tells datagrams apart by.
+/// The fields by which a receiver distinguishes datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     src: Address,
     dst: Address,
     id: u32,
-    /// Zero over IPv6, where it does not count.
+    /// Zero over IPv6, where the protocol is not part of the key.
     protocol: u8,
 }
 
@@ -84,19 +84,20 @@ impl Key {
 
 /// The fragments of one pod.
 pub(super) struct Fragments {
-    /// In the order in which they began.
+    /// In the order of their first fragments.
     datagrams: LruCache<Key, Datagram>,
-    /// Datagrams that were whole, or can not be put together, and when that was; in that order.
+    /// Datagrams that were complete, or cannot be reassembled, with the time of their end; in the order of
+    /// that time.
     ended: LruCache<Key, u64>,
     kept: Kept,
-    /// Fragments of ended datagrams, since [`Fragments::take_late`].
+    /// The number of fragments of ended datagrams since the last [`Fragments::take_late`].
     late: u64,
 }
 
 impl Fragments {
     pub(super) fn new() -> Self {
         Self {
-            // Unbounded because the bounded one allots all of its memory at once.
+            // Unbounded, because the bounded cache allocates all of its memory at once.
             datagrams: LruCache::unbounded(),
             ended: LruCache::unbounded(),
             kept: Kept::default(),
@@ -104,8 +105,8 @@ impl Fragments {
         }
     }
 
-    /// Adds a fragment; returns its datagram if that is whole now. What is lost is told to `lost`, with a
-    /// packet that describes it, and why.
+    /// Adds a fragment; returns its datagram if that is complete now. For each dropped datagram, `lost` gets
+    /// a packet that describes it, and the reason.
     pub(super) fn add(
         &mut self,
         held: &Held<'_>,
@@ -147,7 +148,7 @@ impl Fragments {
         }
     }
 
-    /// Whether the datagram is whole with this.
+    /// Adds a fragment to its datagram; returns whether the datagram is complete now.
     fn add_piece(
         &mut self,
         key: Key,
@@ -158,7 +159,7 @@ impl Fragments {
         if !self.datagrams.contains(&key) {
             self.datagrams.put(key, Datagram::new(now_ns));
         }
-        // Looked at without a change of the order.
+        // `peek_mut` does not change the order.
         let Some(datagram) = self.datagrams.peek_mut(&key) else {
             return Ok(false);
         };
@@ -169,7 +170,7 @@ impl Fragments {
         Ok(datagram.is_whole())
     }
 
-    /// Makes room for so many bytes more of a datagram; false if the datagram itself is lost for it.
+    /// Makes room for this many bytes of a datagram; false if the datagram itself had to be dropped.
     fn make_room(
         &mut self,
         key: &Key,
@@ -208,7 +209,7 @@ impl Fragments {
         self.ended.put(key, now_ns);
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick(
         &mut self,
         now_ns: u64,
@@ -216,7 +217,7 @@ impl Fragments {
         mut lost: impl FnMut(&Packet, &'static str),
     ) {
         while let Some((&oldest, datagram)) = self.datagrams.peek_lru()
-            && now_ns.saturating_sub(datagram.since_ns) > PATIENCE_NS
+            && now_ns.saturating_sub(datagram.since_ns) > REASSEMBLY_TIMEOUT_NS
         {
             if let Some(packet) = self
                 .forget(&oldest, budget)
@@ -233,13 +234,13 @@ impl Fragments {
         }
     }
 
-    /// Fragments that were dropped since the last call, because their datagram, or an earlier one with
-    /// its number, had ended.
+    /// The number of fragments that were dropped since the last call because their datagram, or an earlier
+    /// one with its identification, had ended.
     pub(super) fn take_late(&mut self) -> u64 {
         std::mem::take(&mut self.late)
     }
 
-    /// Forgets all that waits.
+    /// Drops all incomplete datagrams.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
         let kept = self.kept.amount();
         budget.take_back(&mut self.kept, kept);

@@ -11,29 +11,29 @@ const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const FRAGMENT_HEADER: usize = 8;
 
-/// Longest that what follows the IP header can be: the IPv4 header counts in the length field of 16
-/// bits, that of IPv6 does not.
+/// The longest content behind the IP header: the 16-bit length field includes the IPv4 header, but not the
+/// IPv6 header.
 const LONGEST_IPV4: usize = u16::MAX as usize - IPV4_HEADER;
 const LONGEST_IPV6: usize = u16::MAX as usize;
 
-/// A fragment as it came.
+/// A fragment from the ring.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Held<'a> {
     pub(in super::super) frame: &'a [u8],
     pub(in super::super) packet: &'a Packet,
     pub(in super::super) ifindex: u32,
-    /// Whether it waits to be put back; if not, the pod has it.
+    /// Whether it waits to be put back; if not, the pod has it already (audit mode).
     pub(in super::super) is_taken: bool,
 }
 
-/// A fragment that waits for others.
+/// A fragment of an incomplete datagram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) struct Piece {
     pub(in super::super) frame: Box<[u8]>,
     pub(in super::super) ifindex: u32,
     pub(in super::super) is_taken: bool,
     pub(super) packet: Packet,
-    /// Where its content is in the datagram.
+    /// The offset of its content in the datagram.
     pub(super) start: usize,
     pub(super) is_last: bool,
     content: Range<usize>,
@@ -42,12 +42,12 @@ pub(in super::super) struct Piece {
 impl Piece {
     /// Reads a fragment.
     ///
-    /// A receiver that finds fault with one fragment keeps the others, and may put them together with
-    /// those of another datagram. So whatever a receiver may pass over is refused.
+    /// A receiver that discards one fragment keeps the others, and may reassemble them with those of another
+    /// datagram. So this refuses every fragment that a receiver may discard.
     ///
     /// # Errors
     ///
-    /// Why it cannot be a part of a datagram.
+    /// The reason why it cannot be part of a datagram.
     pub(super) fn read(held: &Held<'_>) -> Result<Self, &'static str> {
         const SHORT: &str = "a fragment is shorter than its headers say";
         const LONGER: &str = "a fragment has options or further extension headers";
@@ -95,10 +95,10 @@ impl Piece {
             return Err("a fragment is empty");
         }
         if more && len % 8 != 0 {
-            return Err("a fragment ends where none can follow");
+            return Err("the length of a fragment is not a multiple of 8");
         }
         if start + len > longest {
-            return Err("the datagram is longer than one can be");
+            return Err("the datagram is longer than the protocol allows");
         }
         Ok(Self {
             frame: frame.into(),
@@ -116,7 +116,7 @@ impl Piece {
         self.frame.get(self.content.clone()).unwrap_or_default()
     }
 
-    /// Where its part ends in the datagram.
+    /// The offset at which its part ends.
     pub(super) fn end(&self) -> usize {
         self.start + self.content.len()
     }
@@ -126,19 +126,19 @@ impl Piece {
         self.frame.get(..self.content.start).unwrap_or_default()
     }
 
-    /// What it costs to keep it.
+    /// The bytes that it counts in the budget.
     pub(super) fn kept(&self) -> usize {
         self.frame.len() + size_of::<Self>()
     }
 
-    /// Whether it took the same way as the other, and names the same protocol.
+    /// Whether it has the same interface, link header and protocol as the other.
     pub(super) fn is_like(&self, other: &Self) -> bool {
         self.ifindex == other.ifindex
             && self.frame.get(..IP) == other.frame.get(..IP)
             && self.packet.protocol == other.packet.protocol
     }
 
-    /// Whether it is the other once more.
+    /// Whether it repeats the other.
     pub(super) fn repeats(&self, other: &Self) -> bool {
         self.start == other.start
             && self.is_last == other.is_last

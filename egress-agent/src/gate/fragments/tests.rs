@@ -8,7 +8,7 @@ use super::{
 const UDP: u8 = egress_common::protocol::UDP;
 const TCP: u8 = egress_common::protocol::TCP;
 
-/// A UDP datagram with these ports and a payload that is like no other.
+/// A UDP datagram with these ports and a distinctive payload.
 fn datagram(from: u16, to: u16, payload: usize) -> Vec<u8> {
     let mut datagram = Vec::new();
     datagram.extend(from.to_be_bytes());
@@ -19,7 +19,7 @@ fn datagram(from: u16, to: u16, payload: usize) -> Vec<u8> {
     datagram
 }
 
-/// The datagram in parts of so many bytes, the last of what is left.
+/// Splits the datagram into parts of `size` bytes; the last one has the rest.
 fn split(version: u8, id: u16, datagram: &[u8], size: usize) -> Vec<Part> {
     let last = datagram.chunks(size).count() - 1;
     let parts = datagram.chunks(size).enumerate();
@@ -35,7 +35,7 @@ fn split(version: u8, id: u16, datagram: &[u8], size: usize) -> Vec<Part> {
         .collect()
 }
 
-/// An answer in three fragments.
+/// A response in three fragments.
 fn three(version: u8, id: u16) -> (Vec<u8>, Vec<Part>) {
     let whole = datagram(53, 7, 3000);
     let parts = split(version, id, &whole, 1400);
@@ -44,7 +44,7 @@ fn three(version: u8, id: u16) -> (Vec<u8>, Vec<Part>) {
 }
 
 #[test]
-fn a_datagram_is_whole_in_whatever_order_its_fragments_come() {
+fn a_datagram_is_reassembled_in_any_order_of_its_fragments() {
     for version in [4, 6] {
         for (id, order) in [
             [0, 1, 2],
@@ -59,26 +59,26 @@ fn a_datagram_is_whole_in_whatever_order_its_fragments_come() {
         {
             let mut scene = Scene::new();
             let (whole, parts) = three(version, id as u16);
-            assert_eq!(scene.comes(&parts[order[0]]), None);
-            assert_eq!(scene.comes(&parts[order[1]]), None);
-            assert_eq!(scene.comes(&parts[order[2]]), Some(whole));
+            assert_eq!(scene.add(&parts[order[0]]), None);
+            assert_eq!(scene.add(&parts[order[1]]), None);
+            assert_eq!(scene.add(&parts[order[2]]), Some(whole));
             assert!(scene.lost.is_empty());
         }
     }
 }
 
 #[test]
-fn a_repeated_fragment_counts_for_nothing_and_is_not_put_back() {
+fn a_repeated_fragment_is_ignored_and_not_put_back() {
     for version in [4, 6] {
         let mut scene = Scene::new();
         let (whole, parts) = three(version, 1);
         for part in [0, 0, 1, 1, 0] {
-            assert_eq!(scene.comes(&parts[part]), None);
+            assert_eq!(scene.add(&parts[part]), None);
         }
-        assert_eq!(scene.comes(&parts[2]), Some(whole));
-        // After the datagram has been put back, it would wait at the pod for another one.
+        assert_eq!(scene.add(&parts[2]), Some(whole));
+        // If it were put back again, it would wait at the pod for another datagram.
         for part in &parts {
-            assert_eq!(scene.comes(part), None);
+            assert_eq!(scene.add(part), None);
         }
         assert!(scene.lost.is_empty());
         assert_eq!(scene.fragments.kept.amount(), 0);
@@ -86,27 +86,27 @@ fn a_repeated_fragment_counts_for_nothing_and_is_not_put_back() {
 }
 
 #[test]
-fn a_number_serves_once_a_minute() {
+fn an_identification_is_used_once_a_minute() {
     let mut scene = Scene::new();
     let (whole, parts) = three(4, 1);
-    let come = |scene: &mut Scene| parts.iter().find_map(|part| scene.comes(part));
+    let come = |scene: &mut Scene| parts.iter().find_map(|part| scene.add(part));
     assert_eq!(come(&mut scene), Some(whole.clone()));
-    scene.passes(59);
+    scene.advance(59);
     assert_eq!(come(&mut scene), None);
-    scene.passes(2);
+    scene.advance(2);
     assert_eq!(come(&mut scene), Some(whole));
 }
 
-/// What makes the second of three fragments contradict the others.
+/// A change that makes the second of three fragments contradict the others.
 type Change = fn(&mut Part);
 
 #[test]
-fn a_contradiction_ends_the_datagram() {
+fn contradictory_fragments_end_the_datagram() {
     let changes: [(&str, Change); 6] = [
         ("fragments overlap", |part| part.units -= 1),
         ("fragments overlap", |part| part.units += 1),
         ("a fragment is empty", |part| part.content.clear()),
-        ("a fragment ends where none can follow", |part| {
+        ("the length of a fragment is not a multiple of 8", |part| {
             part.content.pop();
         }),
         ("fragments disagree about where the datagram ends", |part| {
@@ -121,7 +121,7 @@ fn a_contradiction_ends_the_datagram() {
             let mut second = parts[1].clone();
             change(&mut second);
             for part in [&parts[0], &parts[2], &second, &parts[1], &parts[0]] {
-                assert_eq!(scene.comes(part), None, "{why}");
+                assert_eq!(scene.add(part), None, "{why}");
             }
             assert_eq!(scene.lost, [why]);
             assert_eq!(scene.fragments.kept.amount(), 0);
@@ -137,14 +137,14 @@ fn other_bytes_in_the_same_place_end_the_datagram() {
         let mut other = parts[2].clone();
         other.content[9] ^= 1;
         for part in [&other, &parts[0], &parts[2], &parts[1]] {
-            assert_eq!(scene.comes(part), None);
+            assert_eq!(scene.add(part), None);
         }
         assert_eq!(scene.lost, ["fragments overlap"]);
     }
 }
 
 #[test]
-fn a_fragment_behind_the_end_ends_the_datagram() {
+fn a_fragment_beyond_the_end_ends_the_datagram() {
     for is_known in [true, false] {
         let mut scene = Scene::new();
         let (_, parts) = three(4, 1);
@@ -153,7 +153,7 @@ fn a_fragment_behind_the_end_ends_the_datagram() {
         beyond.more = is_known;
         beyond.content.truncate(8);
         for part in [&parts[0], &beyond, &parts[2], &parts[1]] {
-            assert_eq!(scene.comes(part), None);
+            assert_eq!(scene.add(part), None);
         }
         assert_eq!(
             scene.lost,
@@ -163,24 +163,27 @@ fn a_fragment_behind_the_end_ends_the_datagram() {
 }
 
 #[test]
-fn a_datagram_of_ipv6_is_one_whatever_protocol_its_fragments_name() {
+fn over_ipv6_the_protocol_does_not_separate_datagrams() {
     let mut scene = Scene::new();
     let (_, mut parts) = three(6, 1);
     parts[1].protocol = TCP;
     for part in &parts {
-        assert_eq!(scene.comes(part), None);
+        assert_eq!(scene.add(part), None);
     }
-    assert_eq!(scene.lost, ["fragments do not come the same way"]);
-    // Over IPv4 they belong to different ones.
+    assert_eq!(
+        scene.lost,
+        ["fragments differ in interface, link header or protocol"]
+    );
+    // Over IPv4 the protocol separates datagrams.
     let (whole, parts) = three(4, 1);
     let mut other = parts[1].clone();
     other.protocol = TCP;
-    assert_eq!(scene.comes(&other), None);
-    assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+    assert_eq!(scene.add(&other), None);
+    assert_eq!(parts.iter().find_map(|part| scene.add(part)), Some(whole));
 }
 
 #[test]
-fn a_fragment_that_the_receiver_may_pass_over_ends_the_datagram() {
+fn a_fragment_that_the_receiver_may_discard_ends_the_datagram() {
     let (_, parts) = three(4, 1);
     let first = parts[0].frame();
     let mut damaged = first.clone();
@@ -196,7 +199,10 @@ fn a_fragment_that_the_receiver_may_pass_over_ends_the_datagram() {
     with_options[24..26].copy_from_slice(&sum);
     for (frame, why) in [
         (damaged, "the header checksum of a fragment is wrong"),
-        (elsewhere, "fragments do not come the same way"),
+        (
+            elsewhere,
+            "fragments differ in interface, link header or protocol",
+        ),
         (
             with_options,
             "a fragment has options or further extension headers",
@@ -204,31 +210,34 @@ fn a_fragment_that_the_receiver_may_pass_over_ends_the_datagram() {
     ] {
         let mut scene = Scene::new();
         for part in &parts[1..] {
-            assert_eq!(scene.comes(part), None);
+            assert_eq!(scene.add(part), None);
         }
-        assert!(scene.comes_as(&frame).is_none());
+        assert!(scene.add_frame(&frame).is_none());
         assert_eq!(scene.lost, [why]);
-        assert_eq!(scene.comes(&parts[0]), None, "{why}");
+        assert_eq!(scene.add(&parts[0]), None, "{why}");
     }
 }
 
 #[test]
-fn what_no_packet_can_hold_is_not_put_together() {
+fn a_datagram_longer_than_any_packet_is_not_reassembled() {
     for (version, units) in [(4, 8190), (6, 8191)] {
         let mut scene = Scene::new();
         let (_, mut parts) = three(version, 1);
         parts[2].units = units;
         for part in &parts {
-            assert_eq!(scene.comes(part), None);
+            assert_eq!(scene.add(part), None);
         }
-        assert_eq!(scene.lost, ["the datagram is longer than one can be"]);
+        assert_eq!(
+            scene.lost,
+            ["the datagram is longer than the protocol allows"]
+        );
     }
-    // What one can hold is.
+    // The longest possible datagrams are reassembled.
     for (version, longest) in [(4, 65_515), (6, 65_535)] {
         let whole = datagram(53, 7, longest - 8);
         let parts = split(version, 1, &whole, 1232);
         let mut scene = Scene::new();
-        assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+        assert_eq!(parts.iter().find_map(|part| scene.add(part)), Some(whole));
     }
 }
 
@@ -236,38 +245,38 @@ fn what_no_packet_can_hold_is_not_put_together() {
 fn a_datagram_has_a_bounded_number_of_fragments() {
     let mut scene = Scene::new();
     for part in split(4, 1, &datagram(53, 7, 3000), 8) {
-        assert_eq!(scene.comes(&part), None);
+        assert_eq!(scene.add(&part), None);
     }
     assert_eq!(scene.lost, ["the datagram has too many fragments"]);
     assert_eq!(scene.fragments.kept.amount(), 0);
 }
 
 #[test]
-fn a_missing_fragment_is_not_waited_for() {
+fn a_datagram_with_a_missing_fragment_times_out() {
     let mut scene = Scene::new();
     let (_, parts) = three(4, 1);
-    scene.comes(&parts[0]);
-    scene.passes(1);
-    scene.comes(&parts[1]);
+    scene.add(&parts[0]);
+    scene.advance(1);
+    scene.add(&parts[1]);
     assert!(scene.lost.is_empty());
-    scene.passes(2);
+    scene.advance(2);
     assert_eq!(scene.lost, ["a fragment is missing"]);
     assert_eq!(
         (scene.fragments.kept.amount(), scene.budget.common()),
         (0, 0)
     );
-    assert_eq!(scene.comes(&parts[2]), None);
+    assert_eq!(scene.add(&parts[2]), None);
 }
 
 #[test]
-fn a_flood_of_first_fragments_leaves_a_datagram_that_comes_at_once() {
+fn a_flood_of_first_fragments_does_not_stop_a_datagram_that_arrives_at_once() {
     let mut scene = Scene::new();
     for id in 1000..21_000 {
         let (_, parts) = three(4, id);
-        assert_eq!(scene.comes(&parts[0]), None);
+        assert_eq!(scene.add(&parts[0]), None);
         if id % 1000 == 0 {
             let (whole, parts) = three(4, id / 1000);
-            assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+            assert_eq!(parts.iter().find_map(|part| scene.add(part)), Some(whole));
         }
     }
     assert!(scene.fragments.datagrams.len() <= DATAGRAMS);
@@ -280,23 +289,23 @@ fn a_flood_of_first_fragments_leaves_a_datagram_that_comes_at_once() {
 }
 
 #[test]
-fn what_ended_takes_bounded_memory() {
+fn ended_datagrams_take_bounded_memory() {
     let mut scene = Scene::new();
     for id in 0..5000 {
         let (whole, parts) = three(6, id);
-        assert_eq!(parts.iter().find_map(|part| scene.comes(part)), Some(whole));
+        assert_eq!(parts.iter().find_map(|part| scene.add(part)), Some(whole));
     }
     assert_eq!(scene.fragments.ended.len(), ENDED);
-    scene.passes(61);
+    scene.advance(61);
     assert!(scene.fragments.ended.is_empty());
 }
 
 #[test]
-fn when_all_memory_is_used_a_pod_gives_up_its_own() {
+fn when_memory_is_full_a_pod_drops_its_own_datagrams() {
     let mut scene = Scene::new();
     let (_, parts) = three(4, 1);
-    scene.comes(&parts[0]);
-    // What other pods have, and what this one has already.
+    scene.add(&parts[0]);
+    // The budget is used up by other pods, and by what this pod has already.
     let mut others = Kept::default();
     let mut budget = Budget::new(LIMITS);
     budget.add(&mut others, LIMITS.own + LIMITS.common);
@@ -320,7 +329,7 @@ fn when_all_memory_is_used_a_pod_gives_up_its_own() {
     assert_eq!(fragments.datagrams.len(), 1);
 }
 
-/// Where a datagram is cut, in units of 8 bytes.
+/// The lengths of the parts, in units of 8 bytes.
 fn cuts() -> impl Strategy<Value = Vec<u16>> {
     prop::collection::vec(1u16..400, 1..20)
 }
@@ -357,15 +366,15 @@ proptest! {
             .collect();
         prop_assume!(parts.len() > 1);
         let mut scene = Scene::new();
-        // Any of them, any number of times, and then each.
+        // First any parts, any number of times; then each part.
         let some = order.iter().map(|index| index.get(&parts));
-        let put_back: Vec<Vec<u8>> = some.chain(&parts).filter_map(|part| scene.comes(part)).collect();
+        let put_back: Vec<Vec<u8>> = some.chain(&parts).filter_map(|part| scene.add(part)).collect();
         prop_assert_eq!(put_back, vec![whole]);
         prop_assert!(scene.lost.is_empty());
     }
 
     #[test]
-    fn an_overlap_anywhere_lets_nothing_pass(
+    fn an_overlap_anywhere_drops_the_datagram(
         version in prop::sample::select(vec![4u8, 6]),
         size in (1usize..20).prop_map(|units| units * 64),
         units in 1u16..300,
@@ -378,17 +387,17 @@ proptest! {
         prop_assume!(start + len < whole.len());
         let overlap = Part { units, more: true, content: whole[start..start + len].to_vec(), ..parts[0].clone() };
         prop_assume!(!parts.iter().any(|part| part.units == units && part.content.len() == len));
-        // Before the last one comes: afterwards the datagram is whole without it.
+        // Before the last part: after it the datagram is complete without the overlap.
         parts.insert(order.index(parts.len()), overlap);
         let mut scene = Scene::new();
         for part in &parts {
-            prop_assert_eq!(scene.comes(part), None);
+            prop_assert_eq!(scene.add(part), None);
         }
         prop_assert_eq!(scene.lost.len(), 1);
     }
 
     #[test]
-    fn a_recipe_is_read_as_the_pod_reads_it(recipe in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn the_pod_reads_what_was_judged_for_any_recipe(recipe in prop::collection::vec(any::<u8>(), 0..400)) {
         reassemble(&recipe);
     }
 }

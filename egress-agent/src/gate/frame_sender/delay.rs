@@ -1,12 +1,12 @@
-//! Telling a receiver that is slow from a thread that waited for a CPU.
+//! Distinguishes a slow receiver from a sending thread that waited for a CPU.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
 /// How long the calling thread has been ready to run without running.
 ///
-/// The clock goes on meanwhile, and what was measured with it looks as if the receiver had been slow.
-/// CPU time would not do instead: many kernels leave out what a thread spends in soft interrupts
-/// (`CONFIG_IRQ_TIME_ACCOUNTING`), and that is where a frame is received.
+/// The clock goes on meanwhile, so that the receiver seems slow. CPU time is no alternative: many kernels do
+/// not count what a thread spends in soft interrupts (`CONFIG_IRQ_TIME_ACCOUNTING`), and a frame is received
+/// there.
 #[derive(Debug, Default)]
 pub(super) struct RunDelay {
     file: Option<File>,
@@ -14,7 +14,8 @@ pub(super) struct RunDelay {
 }
 
 impl RunDelay {
-    /// The delay since the last call; 0 where the kernel does not tell. Always called by one thread.
+    /// The delay since the last call; 0 where the kernel does not provide it. All calls must be from one
+    /// thread.
     pub(super) fn since_last(&mut self) -> u64 {
         let Some(now_ns) = self.read() else {
             return 0;
@@ -42,9 +43,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_seen_is_not_told_again() {
+    fn each_delay_is_returned_once() {
         let mut delay = RunDelay::default();
-        assert!(delay.read().is_some(), "this kernel tells");
+        assert!(delay.read().is_some(), "the kernel provides the delay");
         delay.since_last();
         let seen_ns = delay.seen_ns;
         let more_ns = delay.since_last();

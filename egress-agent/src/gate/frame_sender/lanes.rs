@@ -1,10 +1,10 @@
-//! Frames of slow pods, and whose frame is sent next.
+//! The queues of slow pods, and the choice of the next frame.
 //!
-//! A pod decides how long the kernel takes to hand it a frame: its own rules and packet sockets are run by
-//! whoever sends. So a pod that has been slow has a lane, a queue of its own that other threads than the
-//! gate's empty, one frame at a time. Of the pods whose frames are still slow there, one thread at a time
-//! serves one, so that they cannot keep all threads busy; and after each such frame there is a pause, so
-//! that they take at most a quarter of one CPU together.
+//! A pod controls how long the kernel takes to hand it a frame: its own rules and packet sockets run in the
+//! sending thread. So a pod that has been slow has a lane: a queue from which other threads than the gate's
+//! send, one frame at a time. Among the pods whose frames are still slow there, only one at a time is served,
+//! so that they cannot keep all threads busy. After each slow frame there is a pause, so that all slow pods
+//! together take at most a quarter of one CPU.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,35 +13,35 @@ use std::{
 
 use crate::gate::budget::{Budget, Kept, Limits};
 
-/// What waits in all lanes.
+/// The bytes in all lanes.
 const LIMITS: Limits = Limits {
     own: 128 << 10,
     pod: 512 << 10,
     common: 8 << 20,
 };
 
-/// What a frame counts for at least. So one lane has at most 1,024 frames.
+/// The least that a frame counts. One lane thus has at most 1,024 frames.
 const FRAME_MIN: usize = 512;
 
-/// A frame that takes longer is slow. An ordinary one takes some microseconds.
+/// A frame that takes longer is slow. An ordinary one takes a few microseconds.
 pub(super) const SLOW_NS: u64 = 1_000_000;
 
-/// What one frame counts for at most in a lane's average, so that the average comes down again.
+/// The most that one frame counts in a lane's average, so that the average can come down again.
 const COUNTED_NS: u64 = 64 * SLOW_NS;
 
-/// The pause after a slow lane's frame, in parts of what the frame took.
+/// The pause after a frame of a slow lane, as a multiple of the time that the frame took.
 const PAUSE: u64 = 3;
 
-/// And at most.
+/// The longest pause.
 const PAUSE_MAX_NS: u64 = 10_000_000_000;
 
-const NO_ROOM: &str = "the pod takes frames too slowly, and too many wait for it";
-const TOO_LATE: &str = "the pod takes frames too slowly, and they have waited too long";
+const NO_ROOM: &str = "the pod takes frames too slowly, and its queue is full";
+const TOO_LATE: &str = "the pod takes frames too slowly, and they were queued for too long";
 
-/// The lanes of all slow pods; `T` is what it takes to send a frame.
+/// The lanes of all slow pods; `T` is the frame with its socket and mark.
 pub(super) struct Lanes<T> {
     pods: HashMap<u32, Lane<T>>,
-    /// Pods of whom frames wait and whom no thread serves, who has waited longest first.
+    /// Pods that have queued frames and are served by no thread; the one that has waited longest comes first.
     ready: VecDeque<u32>,
     budget: Budget,
     is_slow_served: bool,
@@ -53,9 +53,9 @@ struct Lane<T> {
     frames: VecDeque<Queued<T>>,
     kept: Kept,
     is_served: bool,
-    /// The pod is gone; the lane goes when the thread that serves it is done.
+    /// The pod is gone; the lane is removed when the serving thread is done.
     is_gone: bool,
-    /// What its last frames took, each weighing an eighth.
+    /// The moving average of the times that its frames took; the last one weighs an eighth.
     average_ns: u64,
     last_slow_ns: u64,
     lost: HashMap<u32, Lost>,
@@ -63,22 +63,22 @@ struct Lane<T> {
 
 struct Queued<T> {
     ifindex: u32,
-    /// It is not sent after this.
+    /// It is not sent after this time.
     until_ns: u64,
     len: usize,
     frame: T,
 }
 
-/// Frames that were not sent on one interface.
+/// Frames of one interface that were not sent.
 #[derive(Debug, Default)]
 pub(super) struct Lost {
     pub(super) frames: u64,
-    /// Why the last one was not; `None` when its interface was given up.
+    /// The error of the last one; `None` when its interface was detached.
     pub(super) error: Option<io::Error>,
 }
 
 impl Lost {
-    /// One frame, for this reason.
+    /// One lost frame with its error.
     pub(super) fn one(error: io::Error) -> Self {
         Self {
             frames: 1,
@@ -87,7 +87,7 @@ impl Lost {
     }
 }
 
-/// A frame to send, and for whom. It goes back to [`Lanes::end`].
+/// A frame to send, and its pod. The caller passes the job to [`Lanes::end`] afterwards.
 #[derive(Debug)]
 pub(super) struct Job<T> {
     pub(super) frame: T,
@@ -96,11 +96,11 @@ pub(super) struct Job<T> {
     is_slow: bool,
 }
 
-/// What a thread does next.
+/// The next step of a sending thread.
 #[derive(Debug)]
 pub(super) enum Next<T> {
     Send(Job<T>),
-    /// Nothing before then, unless something is pushed.
+    /// Wait until this time, or until a frame is pushed.
     Wait(Option<u64>),
 }
 
@@ -127,7 +127,7 @@ impl<T> Lanes<T> {
         }
     }
 
-    /// A pod has been slow, and has a lane from now on.
+    /// Opens a lane for a pod that has been slow.
     pub(super) fn open(&mut self, pod: u32, now_ns: u64) {
         let lane = self.pods.entry(pod).or_insert_with(|| Lane {
             frames: VecDeque::new(),
@@ -141,8 +141,8 @@ impl<T> Lanes<T> {
         lane.is_gone = false;
     }
 
-    /// A frame for a pod with a lane. It is lost, and counted, if the lane has no room for it, or if it is
-    /// not sent until then.
+    /// Adds a frame for a pod with a lane. The frame is lost, and counted, if the lane has no room, or if it
+    /// is not sent by `until_ns`.
     pub(super) fn push(&mut self, (pod, ifindex): (u32, u32), len: usize, frame: T, until_ns: u64) {
         let Some(lane) = self.pods.get_mut(&pod) else {
             return;
@@ -164,8 +164,8 @@ impl<T> Lanes<T> {
         });
     }
 
-    /// The next frame: of the quick lane that has waited longest, or else of the least slow of the slow
-    /// lanes, if its time has come. Nobody else serves that lane until [`Self::end`].
+    /// Takes the next frame: from the quick lane that has waited longest; otherwise from the least slow of
+    /// the slow lanes, if the pause is over. No other thread serves that lane until [`Self::end`].
     pub(super) fn next(&mut self, now_ns: u64) -> Next<T> {
         while let Some(at) = self.whose_turn(now_ns) {
             let Some((pod, lane)) = self
@@ -196,25 +196,25 @@ impl<T> Lanes<T> {
         Next::Wait(is_due.then_some(self.slow_from_ns))
     }
 
-    /// Where in `ready` the pod stands that is served next.
+    /// The index in `ready` of the pod that is served next.
     fn whose_turn(&self, now_ns: u64) -> Option<usize> {
         let average = |pod: &u32| self.pods.get(pod).map_or(0, |lane| lane.average_ns);
         let mut ready = self.ready.iter();
         ready.position(|pod| average(pod) < SLOW_NS).or_else(|| {
             let is_open = !self.is_slow_served && now_ns >= self.slow_from_ns;
-            // The first of equals is the minimum.
+            // Of equal elements `min_by_key` returns the first.
             let ready = self.ready.iter().enumerate();
             let (at, _) = ready.min_by_key(|(_, pod)| average(pod))?;
             is_open.then_some(at)
         })
     }
 
-    /// Whether another lane has frames that no thread sends.
+    /// Whether a lane that no thread serves has frames.
     pub(super) fn has_more(&self) -> bool {
         !self.ready.is_empty()
     }
 
-    /// A frame has been sent, or could not be.
+    /// Ends a job: the frame has been sent, or the sending failed.
     pub(super) fn end<U>(
         &mut self,
         job: &Job<U>,
@@ -229,7 +229,8 @@ impl<T> Lanes<T> {
             return;
         };
         lane.is_served = false;
-        // Without the old average's eighth first, so that it comes down to nothing.
+        // An eighth of the old average is subtracted first, so that integer division lets the average reach
+        // zero.
         lane.average_ns = lane.average_ns - lane.average_ns / 8 + took_ns.min(COUNTED_NS) / 8;
         if took_ns > SLOW_NS {
             lane.last_slow_ns = now_ns;
@@ -248,7 +249,7 @@ impl<T> Lanes<T> {
         }
     }
 
-    /// The interface is not this pod's any more; its frames are lost, and counted.
+    /// Drops and counts the frames of an interface that no longer belongs to the pod.
     pub(super) fn detach(&mut self, pod: u32, ifindex: u32) {
         let Some(lane) = self.pods.get_mut(&pod) else {
             return;
@@ -272,7 +273,7 @@ impl<T> Lanes<T> {
         }
     }
 
-    /// The pod is gone, and with it its lane. Its interfaces are detached.
+    /// Removes the lane of a pod that is gone. Its interfaces are detached.
     pub(super) fn forget(&mut self, pod: u32) {
         match self.pods.get_mut(&pod) {
             Some(lane) if lane.is_served => lane.is_gone = true,
@@ -280,14 +281,14 @@ impl<T> Lanes<T> {
         }
     }
 
-    /// Frames of the pod that were lost since this was last asked, by interface.
+    /// The lost frames of the pod since the last call, by interface.
     pub(super) fn take_lost(&mut self, pod: u32) -> HashMap<u32, Lost> {
         let lane = self.pods.get_mut(&pod);
         lane.map(|lane| std::mem::take(&mut lane.lost))
             .unwrap_or_default()
     }
 
-    /// Closes the pod's lane if nothing is in it and nothing was slow for so long; says whether it did.
+    /// Closes the pod's lane if it is empty and no frame was slow for `quiet_ns`; returns whether it did.
     pub(super) fn close_if_quiet(&mut self, pod: u32, quiet_ns: u64, now_ns: u64) -> bool {
         let is_open = self.pods.get(&pod).is_some_and(|lane| {
             lane.is_served
@@ -300,7 +301,7 @@ impl<T> Lanes<T> {
         !is_open
     }
 
-    /// Forgets all frames.
+    /// Drops all frames.
     pub(super) fn clear(&mut self) {
         self.pods.clear();
         self.ready.clear();

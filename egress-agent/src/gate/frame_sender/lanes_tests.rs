@@ -25,7 +25,7 @@ fn next(lanes: &mut Lanes<u32>, now_ns: u64) -> Job<u32> {
     }
 }
 
-/// Lanes in which these pods have been found slow.
+/// Lanes of pods that have been slow.
 fn slow(pods: &[u32], frames: u32) -> (Lanes<u32>, u64) {
     let mut lanes = pushed(pods, frames + 1);
     let jobs: Vec<_> = pods.iter().map(|_| next(&mut lanes, 0)).collect();
@@ -57,7 +57,7 @@ fn slow_pods_keep_one_thread_busy_and_pause() {
     assert!(matches!(lanes.next(from_ns - 1), Next::Wait(Some(at)) if at == from_ns));
     let job = next(&mut lanes, from_ns);
     assert!(matches!(lanes.next(from_ns), Next::Wait(None)));
-    // A quick pod is served by another thread meanwhile.
+    // Another thread serves a quick pod meanwhile.
     lanes.open(9, from_ns);
     lanes.push((9, 9), 100, 0, LATER_NS);
     assert_eq!(next(&mut lanes, from_ns).pod, 9);
@@ -66,7 +66,7 @@ fn slow_pods_keep_one_thread_busy_and_pause() {
         lanes.next(from_ns + SECOND_NS),
         Next::Wait(Some(_))
     ));
-    // The one that was served is slower now, so it is another's turn.
+    // The served pod is slower now, so it is another pod's turn.
     assert_ne!(next(&mut lanes, from_ns + 4 * SECOND_NS).pod, job.pod);
 }
 
@@ -84,7 +84,7 @@ fn a_pod_that_is_quick_again_is_no_longer_slow() {
         frames += 1;
     }
     assert!((10..20).contains(&frames), "{frames}");
-    // One frame that was a little slow does not change that.
+    // One frame that was slightly slow does not change that.
     let mut lanes = pushed(&[1], 3);
     let job = next(&mut lanes, 0);
     lanes.end(&job, 5 * SLOW_NS, None, 0);
@@ -92,7 +92,7 @@ fn a_pod_that_is_quick_again_is_no_longer_slow() {
 }
 
 #[test]
-fn a_lane_is_bounded_and_what_has_no_room_is_counted() {
+fn a_lane_is_bounded_and_counts_what_it_drops() {
     for (len, most) in [(60, LIMITS.pod / FRAME_MIN), (65_536, LIMITS.pod / 65_536)] {
         let mut lanes = Lanes::new();
         lanes.open(1, 0);
@@ -109,7 +109,7 @@ fn a_lane_is_bounded_and_what_has_no_room_is_counted() {
 }
 
 #[test]
-fn a_pod_that_goes_while_it_is_served_takes_its_lane_with_it() {
+fn the_lane_of_a_removed_pod_closes_after_the_frame_in_progress() {
     let (mut lanes, now_ns) = slow(&[1, 2], 1);
     let job = next(&mut lanes, now_ns);
     lanes.detach(job.pod, job.ifindex);
@@ -141,7 +141,7 @@ fn a_frame_that_has_waited_too_long_is_lost() {
     assert_eq!(next(&mut lanes, 15).frame, 2);
     assert_eq!(lanes.take_lost(1)[&7].frames, 1);
     assert_eq!(lanes.budget.common(), 0);
-    // One that waits alone, too.
+    // The same for a frame that waits alone.
     let mut lanes = pushed(&[], 0);
     lanes.open(1, 0);
     lanes.push((1, 7), 100, 1, 10);

@@ -1,15 +1,15 @@
-//! Whether a pod is slow, and for how long it counts as slow.
+//! Whether a pod is slow, and for how long.
 
 use std::time::Duration;
 
-/// For how long a pod's frames must be quick before the gate's thread sends to it again. Each slow frame
-/// that the gate's thread sends stops the DNS of all pods meanwhile, so this is long.
+/// How long a pod's frames must be quick before the gate's thread sends to it again. This is long, because
+/// each slow frame that the gate's thread sends delays the DNS of all pods.
 const QUIET: Duration = Duration::from_secs(600);
 
-/// How often that time is doubled: to some 21 hours.
+/// How often that time is doubled at most: up to about 21 hours.
 const DOUBLINGS: u32 = 7;
 
-/// One pod that is or was slow.
+/// A pod that is or was slow.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     is_slow: bool,
@@ -21,19 +21,19 @@ impl Pace {
         self.is_slow
     }
 
-    /// The gate's thread has sent it a frame that took long.
+    /// The gate's thread has sent it a slow frame.
     pub(super) fn slow_down(&mut self) {
         self.is_slow = true;
         self.times = self.times.saturating_add(1);
     }
 
-    /// It has been quick for its [`Self::quiet_time`].
+    /// The pod has been quick for its [`Self::quiet_time`].
     pub(super) fn speed_up(&mut self) {
         self.is_slow = false;
     }
 
-    /// Twice as long each time the pod gets slow, so that one that is slow now and then, by intent, cannot
-    /// stop the gate often.
+    /// Doubles each time the pod gets slow, so that a pod that is slow now and then, by intent, cannot delay
+    /// the gate often.
     pub(super) fn quiet_time(&self) -> Duration {
         QUIET * (1 << self.times.saturating_sub(1).min(DOUBLINGS))
     }

@@ -1,4 +1,4 @@
-//! One interface that frames are sent on.
+//! An interface on which frames are sent.
 
 use std::{io, sync::Arc};
 
@@ -8,11 +8,11 @@ use crate::{
     report::PodIdentity,
 };
 
-/// One interface.
+/// An interface.
 pub(super) struct Port {
     pub(super) pod: u32,
     pub(super) identity: Arc<PodIdentity>,
-    /// None before the first frame: a pod that asks nothing needs none.
+    /// `None` before the first frame: a pod without DNS needs no socket.
     pub(super) socket: Option<Arc<Socket>>,
     unsent: Tally,
     /// Why the last frame could not be sent.
@@ -39,8 +39,8 @@ impl Port {
             {
                 Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
                 Err(error) => {
-                    // To the pod the message is lost as any datagram may be, and it asks again. A
-                    // full buffer, or a table without room for a socket, stays so for the others.
+                    // To the pod the message is lost as any datagram may be, and it repeats its query. If the
+                    // buffer is full, or no socket can be opened, the remaining frames fail, too.
                     let is_lasting =
                         error.kind() == io::ErrorKind::WouldBlock || self.socket.is_none();
                     let lost = if is_lasting { rest.len() } else { 1 };
@@ -53,7 +53,7 @@ impl Port {
         }
     }
 
-    /// Has another thread send the frame.
+    /// Hands the frame to a sending thread.
     pub(super) fn hand_over(
         &mut self,
         senders: &Senders,
@@ -83,8 +83,8 @@ impl Port {
         }
     }
 
-    /// Once in minutes for each pod.
-    pub(super) fn tell_slow(&self, ifindex: u32, took_ns: u64) {
+    /// Logged once in minutes for each pod.
+    pub(super) fn log_slow(&self, ifindex: u32, took_ns: u64) {
         let PodIdentity {
             namespace, name, ..
         } = &*self.identity;
@@ -92,11 +92,15 @@ impl Port {
             pod = %format_args!("{namespace}/{name}"),
             ifindex,
             took_ms = took_ns / 1_000_000,
-            "the pod takes frames slowly; its DNS frames are sent by a thread of their own"
+            "the pod takes frames slowly; a separate thread sends its DNS frames"
         );
     }
 
-    pub(super) fn tell(&mut self, ifindex: u32, how_many: impl FnOnce(&mut Tally) -> Option<u64>) {
+    pub(super) fn log_unsent(
+        &mut self,
+        ifindex: u32,
+        how_many: impl FnOnce(&mut Tally) -> Option<u64>,
+    ) {
         let Some(frames) = how_many(&mut self.unsent) else {
             return;
         };

@@ -18,17 +18,17 @@ use super::{
 };
 use crate::datapath::boottime_ns;
 
-/// How many there are. One of them at a time serves pods that are slow again and again.
+/// The number of threads. Only one of them at a time serves pods that are slow repeatedly.
 const THREADS: usize = 4;
 
-/// A frame that waits in a lane.
+/// A frame in a lane.
 struct Ready {
     socket: Arc<Socket>,
     mark: u32,
     bytes: Box<[u8]>,
 }
 
-/// The threads, and the lanes that they empty.
+/// The threads, and the lanes whose frames they send.
 pub(super) struct Senders {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -36,7 +36,7 @@ pub(super) struct Senders {
 
 struct Shared {
     state: Mutex<State>,
-    /// There is something to send, or to end for.
+    /// Signals that a lane has a frame, or that the threads must end.
     wake: Condvar,
 }
 
@@ -69,7 +69,7 @@ impl Senders {
         Ok(Self { shared, threads })
     }
 
-    /// Whether one of them has ended: what it served is not sent any more.
+    /// Whether a thread has ended: the pods that it served get no more frames.
     pub(super) fn have_lost_one(&self) -> bool {
         self.threads.iter().any(JoinHandle::is_finished)
     }
@@ -79,7 +79,7 @@ impl Senders {
         self.shared.lock().lanes.open(pod, boottime_ns());
     }
 
-    /// A frame for a slow pod, behind those that wait; for so long.
+    /// Adds a frame for a slow pod at the end of its lane. It may wait for `for_ns`.
     pub(super) fn push(
         &self,
         pod: u32,
@@ -102,7 +102,7 @@ impl Senders {
         self.shared.wake.notify_one();
     }
 
-    /// See [`Lanes::detach`]. Returns what was lost.
+    /// See [`Lanes::detach`]. Returns the lost frames.
     pub(super) fn detach(&self, pod: u32, ifindex: u32) -> HashMap<u32, Lost> {
         let mut state = self.shared.lock();
         state.lanes.detach(pod, ifindex);
@@ -126,7 +126,8 @@ impl Senders {
         state.lanes.close_if_quiet(pod, quiet_ns, boottime_ns())
     }
 
-    /// Ends the threads. Waits for frames that are being sent: the process could not end before either.
+    /// Ends the threads. Waits for the frames that they are sending: the process could not end before that,
+    /// either.
     pub(super) fn stop(&mut self) {
         let mut state = self.shared.lock();
         state.is_ending = true;
@@ -140,7 +141,7 @@ impl Senders {
 }
 
 impl Shared {
-    /// What the lock protects is whole between any two statements, whoever panicked.
+    /// The state is consistent even after a panic in another thread: no statement leaves it half-changed.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -167,7 +168,7 @@ impl Shared {
             let took_ns = took_ns.saturating_sub(delay.since_last());
             state = self.lock();
             state.lanes.end(&job, took_ns, sent.err(), boottime_ns());
-            // Closing the socket, if this was its last frame, is nothing to hold the lock for.
+            // The lock is not held while the socket is closed, if this was its last frame.
             drop(state);
             drop(job);
             state = self.lock();

@@ -1,4 +1,4 @@
-//! The system call.
+//! The system call that sends frames.
 
 use std::{
     io,
@@ -12,22 +12,22 @@ use super::{Frame, socket::Socket};
 const BATCH: usize = 32;
 
 /// A control message that gives one frame its mark (`sock_cmsg_send`, net/core/sock.c), so that one socket
-/// serves every way a frame can go.
+/// serves all marks.
 #[repr(C)]
 struct MarkMessage {
     head: libc::cmsghdr,
     mark: u32,
 }
 
-/// What one message of the call points to.
+/// The buffers to which one message of the call points.
 struct Parts {
     to: libc::sockaddr_ll,
     content: libc::iovec,
     mark: MarkMessage,
 }
 
-/// Sends frames, each on its interface and with its mark, until one fails; returns how many went out,
-/// at least one.
+/// Sends frames, each on its interface and with its mark, until one fails. Returns how many went out: at
+/// least one.
 ///
 /// # Errors
 ///
@@ -75,11 +75,11 @@ fn parts(frame: &Frame, bytes: &[u8]) -> Parts {
     // SAFETY: all bytes zero is a valid `sockaddr_ll`.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
-    // The `EtherType`, in the order in which it stands in the frame.
+    // The `EtherType`, in network byte order.
     to.sll_protocol = content
         .get(12..14)
         .map_or(0, |bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
-    // What does not fit is no interface's, and the kernel says so.
+    // No interface has an index that does not fit; the kernel returns an error for it.
     to.sll_ifindex = frame.ifindex.cast_signed();
     // SAFETY: all bytes zero is a valid `cmsghdr`.
     let mut head: libc::cmsghdr = unsafe { std::mem::zeroed() };

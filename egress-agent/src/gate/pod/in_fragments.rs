@@ -1,4 +1,4 @@
-//! What comes to a pod in fragments from a resolver's address.
+//! Fragments that come to a pod from a resolver's address.
 
 use egress_common::{packet::Packet, protocol::bits};
 
@@ -13,8 +13,8 @@ use super::{
 };
 
 impl Pod {
-    /// A fragment. If its datagram is whole with it and may pass, all fragments are put back, in the
-    /// order in which they stand in the datagram.
+    /// Adds a fragment to its datagram. If the datagram is then complete and may pass, puts back all its
+    /// fragments, in the order of their offsets.
     pub(super) fn fragment(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
         let fragment = fragments::Held {
             frame: held.frame,
@@ -32,7 +32,7 @@ impl Pod {
         let whole = self
             .fragments
             .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
-                judge.lost_fragments(packet, why);
+                judge.report_lost_fragments(packet, why);
             });
         let Some(whole) = whole else {
             return;
@@ -40,7 +40,7 @@ impl Pod {
         let may_pass = match answer(&whole, &shared.context.dns) {
             Answer::No => true,
             Answer::Unreadable(why) => {
-                judge.lost_fragments(&whole.packet, why);
+                judge.report_lost_fragments(&whole.packet, why);
                 false
             }
             Answer::Yes(message) => judge.answer(message, &whole.packet, &mut self.pending),
@@ -52,7 +52,7 @@ impl Pod {
         }
     }
 
-    /// Gives up datagrams whose fragments do not come.
+    /// Gives up datagrams whose fragments do not arrive in time.
     pub(super) fn tick_fragments(&mut self, shared: &mut Shared, now_ns: u64) {
         let Self {
             enforcement,
@@ -62,7 +62,7 @@ impl Pod {
         let judge = Judge::new(enforcement, learned, &shared.context, now_ns);
         self.fragments
             .tick(now_ns, &mut shared.fragments, |packet, why| {
-                judge.lost_fragments(packet, why);
+                judge.report_lost_fragments(packet, why);
             });
         let late = self.fragments.take_late();
         shared.context.stats.fragments_late.add(late);
@@ -70,11 +70,11 @@ impl Pod {
     }
 }
 
-/// Whether a datagram is a DNS answer.
+/// Whether a datagram is a DNS response.
 enum Answer<'a> {
     No,
     Yes(&'a [u8]),
-    /// Why it cannot be read.
+    /// With the reason.
     Unreadable(&'static str),
 }
 
@@ -87,7 +87,7 @@ fn answer<'a>(whole: &'a Whole, dns: &DnsSettings) -> Answer<'a> {
         }
         _ => return Answer::No,
     }
-    // Fragments of one datagram may have come under the number of another (RFC 4963).
+    // Fragments of one datagram may have arrived with the identification of another (RFC 4963).
     if !is_right_udp(&whole.frame, packet) {
         return Answer::Unreadable("the checksum over all fragments is wrong");
     }

@@ -1,4 +1,4 @@
-//! When a pod's messages are decided: at once, or when it is the pod's turn.
+//! When a pod's messages are decided: at once, or from its backlog.
 
 use egress_common::{
     packet::{Packet, Walked, walk},
@@ -13,7 +13,7 @@ use super::{
 };
 
 impl Pod {
-    /// Judges more of the pod, which begins to be enforced.
+    /// Moves the pod to a later stage of [`Judged`].
     pub(in super::super) fn judge_more(
         &mut self,
         judged: Judged,
@@ -24,69 +24,73 @@ impl Pod {
         self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 
-    /// Whether the pod's next message may be decided at once. If not it waits, so that the pod's messages
-    /// stay in their order.
-    pub(in super::super) fn may_go(&self, now_ns: u64) -> bool {
+    /// Whether the pod's next message may be decided at once. Otherwise it goes into the backlog, so that the
+    /// pod's messages stay in their order.
+    pub(in super::super) fn may_decide_now(&self, now_ns: u64) -> bool {
         self.backlog.is_empty() && self.share.is_left(now_ns)
     }
 
-    /// What is left of the pod's share of time.
+    /// The balance of the pod's share of time.
     pub(in super::super) fn balance(&self, now_ns: u64) -> i64 {
         self.share.balance(now_ns)
     }
 
-    /// What has passed since the last look at the clock was spent on this pod.
+    /// Charges the pod for the time since the last reading of the clock.
     pub(in super::super) fn spend(&mut self, turns: &mut Turns) {
         let used_ns = turns.spent_ns();
         self.spend_ns(used_ns, turns.now_ns());
     }
 
-    /// So much time was spent on this pod.
+    /// Charges the pod for this much time.
     pub(in super::super) fn spend_ns(&mut self, used_ns: u64, now_ns: u64) {
         self.share.spend(used_ns, now_ns);
     }
 
-    /// Lets a message wait; false when there is no room for it, which is reported.
-    pub(in super::super) fn let_wait(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) -> bool {
+    /// Puts a message into the backlog. Returns false and reports the message when the backlog has no room.
+    pub(in super::super) fn push_backlog(
+        &mut self,
+        held: &HeldFrame<'_>,
+        shared: &mut Shared,
+    ) -> bool {
         if self.backlog.push(held, &mut shared.backlog) {
             return true;
         }
         shared.context.stats.backlog_full.add(1);
-        // A rejected packet was reported when it was denied, and what is only looked at has gone on.
+        // A rejected packet was reported when it was denied, and a packet in audit mode has gone on.
         if held.head.taken == 0 || held.head.kind == HELD_REJECT {
             return false;
         }
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) == Walked::Ip {
             let (judge, _) = self.judge(shared, boottime_ns());
-            judge.not_held(&packet);
+            judge.report_not_held(&packet);
         }
         false
     }
 
-    /// Decides the message that has waited longest; returns whether it was the last.
-    pub(in super::super) fn go_on(
+    /// Decides the oldest message of the backlog; returns whether the backlog is empty then.
+    pub(in super::super) fn process_oldest(
         &mut self,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
         sent: &mut PutBackTimes,
     ) -> bool {
         if let Some(waiting) = self.backlog.pop(&mut shared.backlog) {
-            self.go(&waiting.held(), interfaces, shared, sent);
+            self.process(&waiting.held(), interfaces, shared, sent);
         }
         self.backlog.is_empty()
     }
 
-    /// Decides a message. What is to be sent waits in the frame sender.
-    pub(in super::super) fn go(
+    /// Decides a message. The frames to be sent wait in the frame sender.
+    pub(in super::super) fn process(
         &mut self,
         held: &HeldFrame<'_>,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
         sent: &mut PutBackTimes,
     ) {
-        // The pod became known between the question and now.
-        if self.has_left(&held.head, interfaces) {
+        // The pod became known between the query and now.
+        if self.has_lost_interface(&held.head, interfaces) {
             shared
                 .frame_sender
                 .again(held.head.ifindex, &as_sent(held.frame));

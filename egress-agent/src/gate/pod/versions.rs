@@ -1,4 +1,5 @@
-//! A pod's way from one version of its policy to the next, also from the one under which an earlier agent left it.
+//! Moves a pod from one version of its policy to the next, also from the version under which an earlier agent
+//! left it.
 
 use std::sync::Arc;
 
@@ -13,8 +14,8 @@ use super::{
 };
 
 impl Pod {
-    /// A pod that is new at the gate. What an earlier agent left in its allow map stays there; what it left
-    /// under another version of the policy is carried over.
+    /// A pod that is new at the gate. The entries that an earlier agent left in its allow map stay. Entries
+    /// under another version of the policy are carried over.
     ///
     /// # Errors
     ///
@@ -36,8 +37,8 @@ impl Pod {
             let learned = before
                 .carry_over(&compiled.names, alike, &mut enforcement, now_ns)
                 .context("cannot fill the allow map of the new policy")?;
-            say_nameless(&enforcement, &before, alike);
-            // An earlier attempt may have written more.
+            log_nameless(&enforcement, &before, alike);
+            // An earlier attempt to add the pod may have written more entries.
             for (address, _) in enforcement.allow.entries()? {
                 if !learned.addresses.contains(&address) {
                     enforcement.allow.remove(address)?;
@@ -58,10 +59,12 @@ impl Pod {
         })
     }
 
-    /// The pod is under its policy now, so what an earlier agent had kept besides is of no use.
+    /// Forgets the names that an earlier agent kept and that this table does not have. Called when the pod is
+    /// under its policy.
     pub(in super::super) fn forget_stale_names(&mut self) {
         let kept = std::mem::take(&mut self.stale_names);
-        self.learned.forget_others(&kept, &mut self.enforcement);
+        self.learned
+            .forget_names_not_in_table(&kept, &mut self.enforcement);
     }
 
     /// Moves the pod to a new version of its policy.
@@ -79,7 +82,7 @@ impl Pod {
             .compiled
             .record
             .names_alike(&self.enforcement.compiled.record);
-        // The same version again is an earlier attempt that failed further on.
+        // If the version is the same, an earlier attempt failed after this step.
         let mut learned = (next.entry.policy != self.enforcement.entry.policy)
             .then(|| {
                 let compiled = Arc::clone(&next.compiled);
@@ -89,13 +92,14 @@ impl Pod {
             .transpose()
             .context("cannot fill the allow map of the new policy")?;
         if let Some(learned) = &mut learned {
-            learned.keep_more_than(&self.learned, &mut next);
+            learned.keep_names_missing_in(&self.learned, &mut next);
         }
         next.write_interfaces(interfaces, frame_sender)?;
         if let Some(mut learned) = learned {
-            say_nameless(&next, &self.learned, alike);
-            self.learned.forget_more_than(&mut learned, &mut next);
-            // What has not been told yet is told of the pod, whichever version it is under.
+            log_nameless(&next, &self.learned, alike);
+            self.learned
+                .forget_names_missing_in(&mut learned, &mut next);
+            // Log lines that are still due are about the pod, whichever version it is under.
             learned.failures = std::mem::take(&mut self.learned.failures);
             learned.names_lost.take_from(&mut self.learned.names_lost);
             self.learned = learned;
@@ -110,25 +114,27 @@ impl Pod {
         Ok(())
     }
 
-    /// Counts names that could not be kept. That is said once of a pod: it lasts until addresses expire.
+    /// Counts names that could not be kept. Logs this once for each pod: the state lasts until addresses
+    /// expire.
     pub(super) fn count_names_lost(&mut self, shared: &Shared) {
         let Some((names, error)) = self.learned.names_lost.take() else {
             return;
         };
         shared.context.stats.names_not_kept.add(names);
-        if !std::mem::replace(&mut self.tallies.said_names_lost, true) {
+        if !std::mem::replace(&mut self.tallies.has_logged_names_lost, true) {
             tracing::warn!(
                 pod = %self.enforcement.name(),
                 %error,
-                "not all names of the pod's addresses are kept for the next agent: if the agent is restarted \
-                 and the pod's policy is edited before these names are resolved again, connections by them end"
+                "cannot keep all names of the pod's addresses for the next agent: if the agent restarts \
+                 and the pod's policy is edited before these names are resolved again, connections to \
+                 their addresses end"
             );
         }
     }
 }
 
-/// Says how many addresses are not carried over because nobody knows by which names they were allowed.
-fn say_nameless(enforcement: &Enforcement, before: &Table, alike: bool) {
+/// Logs how many addresses are not carried over because the names that allowed them are not known.
+fn log_nameless(enforcement: &Enforcement, before: &Table, alike: bool) {
     let addresses = if alike { 0 } else { before.nameless() };
     if addresses > 0 {
         tracing::warn!(

@@ -1,49 +1,50 @@
-//! One direction of a connection: its bytes in order, and the messages among them.
+//! One direction of a connection: the stream's bytes in order, and the messages in them.
 
 use std::collections::BTreeMap;
 
-/// Most pieces that wait for what comes before them. The segments of 64 KiB are fewer.
+/// Most pieces that are kept behind gaps. 64 KiB of data has fewer segments.
 const PIECES: usize = 128;
 
-/// Length of the prefix of a message (RFC 7766, section 8).
+/// The length of a message's prefix (RFC 7766, section 8).
 pub(super) const PREFIX: usize = 2;
 
-/// Why a piece of the stream was not taken.
+/// Why a piece of the stream was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refused {
-    /// It says something else than what was sent in the same place before.
+    /// It has other bytes than an earlier piece had at the same position.
     Differs,
-    /// There is no room for it, or it is far from where the stream stands. The sender repeats it.
+    /// There is no room for it, or it is far from the end of the stream. The sender repeats it.
     Beyond,
 }
 
-/// A direction. Positions are offsets in the stream: 0 is the byte after the SYN. They do not wrap.
+/// One direction of a connection. Positions are offsets in the stream: 0 is the byte after the SYN. They do
+/// not wrap.
 ///
 /// ```text
-///   base ≤ acked ≤ sent ≤ released ≤ next      base ≤ parsed ≤ next
+///   base ≤ acked ≤ sent ≤ allowed ≤ next      base ≤ parsed ≤ next
 /// ```
 #[derive(Debug)]
 pub(super) struct StreamBuffer {
-    /// Sequence number of position 0.
+    /// The sequence number of position 0.
     first: u32,
     /// Most bytes that are kept.
     limit: usize,
-    /// Position of the first byte that is kept.
+    /// The position of the first byte that is kept.
     base: u64,
     /// The bytes from `base` to `next`.
     bytes: Vec<u8>,
-    /// What came ahead of a gap, by position.
+    /// Pieces behind a gap, by position.
     ahead: BTreeMap<u64, Vec<u8>>,
     ahead_bytes: usize,
-    /// Where the message begins that has not been taken out yet.
+    /// The position of the first message that has not been taken.
     parsed: u64,
-    /// Up to where the stream may be put back.
-    pub(super) released: u64,
-    /// Up to where it has been put back.
+    /// The position up to which the stream may be put back.
+    pub(super) allowed: u64,
+    /// The position up to which it has been put back.
     pub(super) sent: u64,
-    /// Up to where its receiver has acknowledged it.
+    /// The position up to which the receiver has acknowledged it.
     pub(super) acked: u64,
-    /// Where the sender ended the stream.
+    /// The position at which the sender ended the stream.
     fin: Option<u64>,
     pub(super) fin_sent: bool,
     pub(super) fin_acked: bool,
@@ -60,7 +61,7 @@ impl StreamBuffer {
             ahead: BTreeMap::new(),
             ahead_bytes: 0,
             parsed: 0,
-            released: 0,
+            allowed: 0,
             sent: 0,
             acked: 0,
             fin: None,
@@ -69,12 +70,12 @@ impl StreamBuffer {
         }
     }
 
-    /// Sequence number of position 0.
+    /// The sequence number of position 0.
     pub(super) fn first(&self) -> u32 {
         self.first
     }
 
-    /// Position up to which all bytes are known.
+    /// The position up to which all bytes are known.
     pub(super) fn next(&self) -> u64 {
         self.base + self.bytes.len() as u64
     }
@@ -84,20 +85,20 @@ impl StreamBuffer {
         self.bytes.len() + self.ahead_bytes
     }
 
-    /// How many bytes there is room for behind `next`.
+    /// The free room behind `next` in bytes.
     pub(super) fn room(&self) -> usize {
         self.limit.saturating_sub(self.bytes.len())
     }
 
-    /// The position that a sequence number means: the one nearest to where the stream stands (RFC
-    /// 9293, section 3.4). Negative before the first byte.
+    /// The position of a sequence number: the one nearest to the end of the stream (RFC 9293, section 3.4).
+    /// Negative before the first byte.
     pub(super) fn position(&self, seq: u32) -> i64 {
         let next = self.next();
         let from_next = seq.wrapping_sub(self.seq(next)).cast_signed();
         next.cast_signed().saturating_add(i64::from(from_next))
     }
 
-    /// Sequence number of a position.
+    /// The sequence number of a position.
     #[expect(
         clippy::cast_possible_truncation,
         reason = "sequence numbers are positions modulo 2^32"
@@ -106,7 +107,7 @@ impl StreamBuffer {
         self.first.wrapping_add(position as u32)
     }
 
-    /// Bytes between two positions that are kept.
+    /// The kept bytes between two positions.
     pub(super) fn slice(&self, from: u64, to: u64) -> &[u8] {
         let at = |position: u64| usize::try_from(position.saturating_sub(self.base)).ok();
         at(from)
@@ -115,12 +116,12 @@ impl StreamBuffer {
             .unwrap_or_default()
     }
 
-    /// Takes a piece of the stream in.
+    /// Adds a piece of the stream.
     pub(super) fn insert(&mut self, position: i64, mut data: &[u8]) -> Result<(), Refused> {
         let base = self.base.cast_signed();
         let mut position = position;
         if position < base {
-            // What its receiver has acknowledged is not kept any more, and not put back either.
+            // Acknowledged bytes are neither kept nor put back again.
             let known = usize::try_from(base.abs_diff(position)).unwrap_or(usize::MAX);
             data = data.get(known..).unwrap_or_default();
             position = base;
@@ -149,7 +150,7 @@ impl StreamBuffer {
         Ok(())
     }
 
-    /// `position` is not behind a gap.
+    /// Adds a piece that is not behind a gap.
     fn append(&mut self, position: u64, data: &[u8]) -> Result<(), Refused> {
         let known = self.slice(position, self.next());
         let common = known.len().min(data.len());
@@ -158,8 +159,8 @@ impl StreamBuffer {
             return Err(Refused::Differs);
         }
         while self.kept() + new.len() > self.limit {
-            // What came ahead gives way to what stands before it: pieces of it may overlap, and fill all
-            // the room there is. The sender repeats it.
+            // Bytes in order displace pieces behind a gap: those may overlap, and fill all the room. The
+            // sender repeats them.
             let (_, piece) = self.ahead.pop_last().ok_or(Refused::Beyond)?;
             self.ahead_bytes -= piece.len();
         }
@@ -191,7 +192,7 @@ impl StreamBuffer {
         Ok(())
     }
 
-    /// Notes where the sender ended the stream; whether that agrees with what is known.
+    /// Records the end of the stream; returns whether it agrees with the known bytes.
     pub(super) fn end_at(&mut self, position: i64) -> bool {
         let Ok(position) = u64::try_from(position) else {
             return false;
@@ -206,17 +207,17 @@ impl StreamBuffer {
         }
     }
 
-    /// Whether the stream has ended, and all of it is here.
+    /// Whether the stream has ended, and all its bytes are here.
     pub(super) fn is_ended(&self) -> bool {
         self.fin == Some(self.next())
     }
 
-    /// Whether it ended in the middle of a message.
+    /// Whether the stream ended in the middle of a message.
     pub(super) fn is_cut(&self) -> bool {
         self.is_ended() && self.parsed < self.next()
     }
 
-    /// Length that the message at hand announces, once its prefix is here.
+    /// The length of the next message, once its prefix is here.
     pub(super) fn announced(&self) -> Option<usize> {
         match self.slice(self.parsed, self.parsed + PREFIX as u64) {
             &[a, b] => Some(usize::from(u16::from_be_bytes([a, b]))),
@@ -224,38 +225,38 @@ impl StreamBuffer {
         }
     }
 
-    /// Whether the message at hand is longer than any question is.
+    /// Whether the next message is longer than the longest query.
     pub(super) fn is_too_long(&self) -> bool {
         self.announced()
             .is_some_and(|len| len > super::QUESTION_MAX)
     }
 
-    /// The message at hand, once all of it is here.
+    /// The next message, once it is complete.
     pub(super) fn message(&self) -> Option<&[u8]> {
         let len = self.announced()? as u64;
         let start = self.parsed + PREFIX as u64;
         (start + len <= self.next()).then(|| self.slice(start, start + len))
     }
 
-    /// What is here of the message at hand.
+    /// The bytes of the next message that are here.
     pub(super) fn beginning(&self) -> &[u8] {
         let start = self.parsed + PREFIX as u64;
         self.slice(start.min(self.next()), self.next())
     }
 
-    /// Goes on to the next message.
+    /// Takes the next message.
     pub(super) fn take_message(&mut self) {
         if let Some(message) = self.message() {
             self.parsed += (PREFIX + message.len()) as u64;
         }
     }
 
-    /// Where the message at hand begins.
+    /// The position of the next message.
     pub(super) fn parsed(&self) -> u64 {
         self.parsed
     }
 
-    /// Notes what the receiver has acknowledged; whether that is something that was put back.
+    /// Records an acknowledgment; returns whether it is only for bytes that were put back.
     pub(super) fn acknowledge(&mut self, ack: u32) -> bool {
         let position = self.position(ack);
         let end = self.sent + u64::from(self.fin_sent);
@@ -273,7 +274,7 @@ impl StreamBuffer {
         true
     }
 
-    /// Forgets what was acknowledged and is no part of the message at hand.
+    /// Drops bytes that are acknowledged and do not belong to the next message.
     pub(super) fn trim(&mut self) {
         let keep = self.acked.min(self.parsed);
         let known = usize::try_from(keep.saturating_sub(self.base)).unwrap_or(0);
@@ -283,29 +284,29 @@ impl StreamBuffer {
         self.bytes.drain(..known.min(self.bytes.len()));
         self.base = keep;
         if self.bytes.is_empty() {
-            // An idle connection keeps nothing.
+            // Frees the memory of an idle connection.
             self.bytes = Vec::new();
         }
     }
 
-    /// All bytes so far have been taken in by the gate itself.
-    pub(super) fn take_in(&mut self) {
+    /// Marks all bytes so far as put back and acknowledged: a split connection forwards them itself.
+    pub(super) fn forward_all(&mut self) {
         let next = self.next();
-        (self.released, self.sent, self.acked) = (next, next, next);
+        (self.allowed, self.sent, self.acked) = (next, next, next);
         self.trim();
     }
 
-    /// What the receiver of all bytes so far would acknowledge.
+    /// The acknowledgment that a receiver of all bytes so far would send.
     pub(super) fn ack(&self) -> u32 {
         self.seq(self.next() + u64::from(self.is_ended()))
     }
 
-    /// The sequence number of what is put back next.
+    /// The sequence number of the next byte to put back.
     pub(super) fn sent_seq(&self) -> u32 {
         self.seq(self.sent + u64::from(self.fin_sent))
     }
 
-    /// Whether both the stream and its end have been acknowledged.
+    /// Whether the end of the stream has been acknowledged, and so all its bytes.
     pub(super) fn is_over(&self) -> bool {
         self.fin_acked
     }

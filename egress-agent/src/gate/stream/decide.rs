@@ -1,44 +1,44 @@
-//! What a connection asks of those around it.
+//! The interface between a connection and the code that decides on its messages.
 
 use egress_common::packet::Packet;
 
 use super::super::pending::Pending;
 use egress_dns::Question;
 
-/// What becomes of a question.
+/// The decision on a query.
 pub(in super::super) enum Asked {
-    /// It may be asked.
+    /// The rules allow the name.
     Allowed(Question),
-    /// It may not; this is the answer.
+    /// The rules do not allow the name; this is the refusal.
     Refused(Vec<u8>),
-    /// It is no question.
+    /// The message is no readable query.
     Unreadable,
 }
 
-/// Who decides on messages, and reports what does not pass.
+/// Decides on messages, and reports those that do not pass.
 pub(in super::super) trait Decide {
-    /// What becomes of a question.
+    /// Decides on a query.
     fn question(&mut self, message: &[u8], packet: &Packet) -> Asked;
-    /// Notes a question that goes out.
+    /// Records a query that goes out.
     fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending);
-    /// Whether an answer may be delivered; what it teaches is in the allow map then.
+    /// Whether a response may be delivered. If so, its allowed addresses are in the allow map.
     fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool;
-    /// Whether an answer that may be delivered may begin with these bytes.
-    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
-    /// Whether a packet goes to a resolver, by the configuration as it is now.
+    /// Whether these bytes may be the beginning of a response that may be delivered.
+    fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
+    /// Whether a packet goes to a resolver of the current configuration.
     fn is_resolver(&self, packet: &Packet) -> bool;
-    /// The connection cannot be followed.
+    /// Reports that the connection cannot be followed and is reset.
     fn lost(&mut self, packet: &Packet, why: &'static str);
 }
 
-/// What a connection needs for a step.
+/// The context of one step of a connection.
 pub(in super::super) struct Step<'a, D, O> {
     pub(in super::super) decide: &'a mut D,
     pub(in super::super) out: &'a mut O,
     pub(in super::super) now_ns: u64,
 }
 
-/// Whether the connection is still to be followed.
+/// Whether the gate continues to follow the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Keep,

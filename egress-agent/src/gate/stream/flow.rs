@@ -1,11 +1,11 @@
 //! One connection between a pod and a resolver.
 //!
 //! ```text
-//!  Opening ── SYN-ACK that fits the SYN ──▶ Open ── a question that may not be asked ──▶ Split
+//!  Opening ── SYN-ACK that fits the SYN ──▶ Open ── a query is refused ──▶ Split
 //! ```
 //!
-//! While it is open, the connection is the pod's with the resolver. From then on each has one with the
-//! agent, see [`super::split`].
+//! In the state Open, the connection is one between the pod and the resolver. In the state Split, each of
+//! them has a connection with the agent; see [`super::split`].
 
 use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
@@ -14,29 +14,29 @@ use super::{
     buffer::{Refused, StreamBuffer},
     decide::{Asked, Decide, Next, Step},
     frames::{Ends, Out, Own, To, put_bare},
-    release::{Put, put_released},
+    put_allowed::{Put, put_allowed},
     segment::{Segment, URG},
     side::{SIZE, Side},
     split::Split,
 };
 
-/// Most bytes of questions kept for one connection. Each is at most [`super::QUESTION_MAX`] long, and what
-/// is over this is taken when the sender repeats it.
+/// Most bytes of queries that are kept for one connection. A query has at most [`super::QUESTION_MAX`] bytes.
+/// The gate drops what exceeds the limit, and the sender repeats it.
 pub(super) const ASKED_LIMIT: usize = 16 << 10;
-/// Most bytes of answers kept for one connection: the longest message, and as much again for what
+/// Most bytes of responses that are kept for one connection: the longest message, and as much again for what
 /// comes out of order behind it.
 pub(super) const ANSWERED_LIMIT: usize = 128 << 10;
 
-/// Questions that may be open on one connection.
+/// Most open queries of one connection.
 const OPEN_QUESTIONS: usize = 512;
-/// What an open question counts for in memory.
+/// The memory that an open query counts.
 const OPEN_QUESTION_BYTES: usize = 384;
 
-/// How long the gate waits before it repeats what it has acknowledged in the resolver's name.
+/// How long the gate waits before it resends bytes that it has acknowledged in the resolver's name.
 const RESEND_NS: u64 = 500_000_000;
-/// How often it does, each time after twice as long.
+/// Most resends; the wait doubles each time.
 const RESENDS: u32 = 6;
-/// A connection that was silent this long is forgotten. If it lives, its next segment resets it.
+/// A connection that was idle for this long is forgotten. If it is still alive, its next segment resets it.
 const IDLE_NS: u64 = 300_000_000_000;
 
 enum State {
@@ -45,28 +45,28 @@ enum State {
     Split(Box<Split>),
 }
 
-/// What became of the questions that are complete.
+/// The outcome for the complete queries.
 enum Judged {
     Allowed,
-    /// One was refused. Those before it are allowed, and those behind it are not decided.
+    /// One was refused. The queries before it are allowed; those after it are not decided.
     Refused(Vec<u8>),
-    /// One cannot be read.
+    /// One is not readable.
     Unreadable,
 }
 
 pub(super) struct Flow {
     pub(super) ends: Ends,
-    /// The pod's interface that it goes through.
+    /// The pod's interface that the connection uses.
     interface: u32,
     state: State,
-    /// What the pod sends.
+    /// The stream from the pod.
     pub(super) asked: StreamBuffer,
-    /// What the resolver sends.
+    /// The stream from the resolver.
     pub(super) answered: StreamBuffer,
     pub(super) pending: Pending,
     pub(super) pod: Side,
     pub(super) resolver: Side,
-    /// Up to where the gate has acknowledged questions itself. The pod will not repeat them.
+    /// The position up to which the gate has acknowledged queries itself. The pod will not repeat them.
     own_ack: u64,
     resends: u32,
     resend_at_ns: u64,
@@ -74,7 +74,7 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    /// A connection that the pod opens with this SYN.
+    /// Starts a connection that the pod opens with this SYN.
     pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
         let mut pod = Side::default();
         pod.note(segment, 0);
@@ -94,17 +94,17 @@ impl Flow {
         })
     }
 
-    /// Whether the agent is the other end for both sides.
+    /// Whether each end has a connection with the agent.
     pub(super) fn is_split(&self) -> bool {
         matches!(self.state, State::Split(_))
     }
 
-    /// Whether this is the SYN that opened it.
+    /// Whether this SYN opened the connection.
     pub(super) fn is_opened_by(&self, segment: &Segment<'_>) -> bool {
         self.asked.first() == segment.seq.wrapping_add(1)
     }
 
-    /// Memory that it holds and that grows with what is sent on it.
+    /// The memory of the connection that grows with its traffic.
     pub(super) fn kept(&self) -> usize {
         let more = match &self.state {
             State::Split(split) => split.kept(),
@@ -113,7 +113,7 @@ impl Flow {
         self.asked.kept() + self.answered.kept() + self.pending.len() * OPEN_QUESTION_BYTES + more
     }
 
-    /// Most payload of a segment that both sides take, with the options of this one.
+    /// The largest payload that both ends accept, in a segment with the options of this one.
     fn size(&self, options: usize) -> usize {
         self.pod
             .mss()
@@ -127,12 +127,12 @@ impl Flow {
         self.size(segment.headers.len().saturating_sub(at))
     }
 
-    /// Most payload of a segment that the gate makes.
+    /// The largest payload of a segment that the gate creates.
     pub(super) fn own_size(&self) -> usize {
         self.size(12)
     }
 
-    /// By how many bits a side's windows are scaled: only if both sides offer to (RFC 7323, section 2.2).
+    /// The window scale of an end; zero unless both ends offer one (RFC 7323, section 2.2).
     fn scale(&self, side: &Side) -> u32 {
         match (self.pod.scale(), self.resolver.scale()) {
             (Some(_), Some(_)) => side.scale().unwrap_or(0),
@@ -140,26 +140,26 @@ impl Flow {
         }
     }
 
-    /// Notes what a segment says that fits the connection.
+    /// Records window, timestamp and options of a segment of the connection.
     pub(super) fn note_resolver(&mut self, segment: &Segment<'_>, now_ns: u64) {
         self.used_ns = now_ns;
         self.resolver.note(segment, self.scale(&self.resolver));
     }
 
-    /// How many bytes the window of a segment from this side is.
+    /// The window of a segment from this end in bytes.
     pub(super) fn window_in(&self, side: &Side, segment: &Segment<'_>) -> usize {
         usize::from(segment.window) << self.scale(side)
     }
 
-    /// How a window of so many bytes stands in a header of this side. A part of a unit is rounded up:
-    /// else a side whose unit is large would see its window closed. What is beyond is dropped, and the sender
-    /// repeats it.
+    /// The window field for a window of this many bytes in the name of this end. A part of a unit is rounded
+    /// up; otherwise an end with a large unit would see a closed window. The gate drops bytes beyond the
+    /// window, and the sender repeats them.
     pub(super) fn window_of(&self, side: &Side, bytes: usize) -> u16 {
         let units = bytes.div_ceil(1 << self.scale(side));
         u16::try_from(units).unwrap_or(u16::MAX)
     }
 
-    /// A segment from the pod.
+    /// Handles a segment from the pod.
     pub(super) fn pod_sent<D: Decide, O: Out>(
         &mut self,
         segment: &Segment<'_>,
@@ -175,14 +175,14 @@ impl Flow {
             return Next::Forget;
         }
         if segment.has(URG) {
-            // What is urgent data, and what is no part of the stream, is read in several ways (RFC
+            // Receivers differ about which bytes are urgent data and whether they belong to the stream (RFC
             // 6093).
             return self.lose(segment.packet, "urgent data", step);
         }
         if segment.has(TCP_SYN) {
-            // Only the resolver has a SYN to acknowledge: the pod opens the connection.
+            // A SYN from the pod opens the connection, so it never acknowledges a SYN.
             if !segment.has(TCP_ACK) && !self.is_split() {
-                // Data in a SYN (RFC 7413) is left out: the pod sends it again.
+                // Data in a SYN (RFC 7413) is cut off: the pod sends it again.
                 put_bare(segment, To::Resolver, step.out);
             }
             return Next::Keep;
@@ -214,10 +214,10 @@ impl Flow {
             Judged::Unreadable => return self.fail(step.out),
         }
         if self.asked.is_cut() {
-            return self.lose(segment.packet, "ended within a question", step);
+            return self.lose(segment.packet, "ended within a query", step);
         }
         let size = self.size_of(segment);
-        let put = put_released(
+        let put = put_allowed(
             &mut self.asked,
             segment,
             position,
@@ -225,13 +225,13 @@ impl Flow {
             To::Resolver,
             step.out,
         );
-        if put != Put::Sent || self.asked.next() > self.asked.released {
+        if put != Put::Sent || self.asked.next() > self.asked.allowed {
             self.acknowledge_questions(step);
         }
-        self.go_on()
+        self.keep_or_forget()
     }
 
-    /// Decides the questions that are complete, up to the first one that is refused.
+    /// Decides the complete queries, up to the first one that is refused.
     fn judge_questions<D: Decide, O: Out>(
         &mut self,
         packet: &Packet,
@@ -239,7 +239,7 @@ impl Flow {
     ) -> Judged {
         loop {
             if self.asked.is_too_long() {
-                step.decide.lost(packet, "a question is too long");
+                step.decide.lost(packet, "a query is too long");
                 return Judged::Unreadable;
             }
             let Some(message) = self.asked.message() else {
@@ -249,7 +249,7 @@ impl Flow {
                 Asked::Allowed(question) => {
                     step.decide.ask(&question, packet, &mut self.pending);
                     self.asked.take_message();
-                    self.asked.released = self.asked.parsed();
+                    self.asked.allowed = self.asked.parsed();
                 }
                 Asked::Refused(refusal) => {
                     self.asked.take_message();
@@ -260,7 +260,7 @@ impl Flow {
         }
     }
 
-    /// A segment from the resolver.
+    /// Handles a segment from the resolver.
     pub(super) fn resolver_sent<D: Decide, O: Out>(
         &mut self,
         segment: &Segment<'_>,
@@ -284,8 +284,8 @@ impl Flow {
             return Next::Keep;
         }
         if matches!(self.state, State::Opening) {
-            // The resolver knows an earlier connection with these ports, and the pod will reset it
-            // (RFC 9293, section 3.5.1).
+            // The resolver knows an earlier connection with these ports. The pod will reset it (RFC 9293,
+            // section 3.5.1).
             put_bare(segment, To::Pod, step.out);
             return Next::Keep;
         }
@@ -312,15 +312,19 @@ impl Flow {
             self.answered.take_message();
         }
         let beginning = self.answered.beginning();
-        if !beginning.is_empty() && !step.decide.begins(beginning, segment.packet, &self.pending) {
+        if !beginning.is_empty()
+            && !step
+                .decide
+                .may_begin(beginning, segment.packet, &self.pending)
+        {
             return self.fail(step.out);
         }
         self.answered.trim();
-        // The beginning of a message is let through: a sender with a small window waits for it to be
-        // acknowledged before it sends the rest.
-        self.answered.released = self.answered.next();
+        // The beginning of a message is put back: a sender with a small window waits for its acknowledgment
+        // before it sends the rest.
+        self.answered.allowed = self.answered.next();
         let size = self.size_of(segment);
-        let put = put_released(
+        let put = put_allowed(
             &mut self.answered,
             segment,
             position,
@@ -338,11 +342,11 @@ impl Flow {
             };
             self.ends.put_own(To::Resolver, &acknowledgment, step.out);
         }
-        self.go_on()
+        self.keep_or_forget()
     }
 
     fn open<D, O: Out>(&mut self, segment: &Segment<'_>, step: &mut Step<'_, D, O>) {
-        // Only then do the resolver and the gate read the pod's stream from the same byte on.
+        // Otherwise the resolver and the gate would disagree about the first byte of the pod's stream.
         if segment.ack != self.asked.first() {
             return;
         }
@@ -361,7 +365,7 @@ impl Flow {
     }
 
     fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {
-        // One that the pod will not believe ends nothing (RFC 9293, section 3.10.7.4).
+        // A reset that the pod would ignore ends nothing (RFC 9293, section 3.10.7.4).
         let believed = if matches!(self.state, State::Opening) {
             segment.has(TCP_ACK) && segment.ack == self.asked.first()
         } else {
@@ -380,17 +384,17 @@ impl Flow {
         Next::Forget
     }
 
-    /// What follows from a step that went well.
-    fn go_on(&self) -> Next {
+    /// Ends a step without an error: forgets the connection if both streams have ended.
+    fn keep_or_forget(&self) -> Next {
         if self.asked.is_over() && self.answered.is_over() {
             return Next::Forget;
         }
         Next::Keep
     }
 
-    /// Acknowledges what is held of the pod's stream in the resolver's name. A sender that gave the
-    /// beginning of a message away alone may wait for that before it sends the rest (Nagle's
-    /// algorithm, RFC 9293, section 3.7.4).
+    /// Acknowledges the held bytes of the pod's stream in the resolver's name. A sender that sent the
+    /// beginning of a message alone may wait for that before it sends the rest (Nagle's algorithm, RFC 9293,
+    /// section 3.7.4).
     fn acknowledge_questions<D, O: Out>(&mut self, step: &mut Step<'_, D, O>) {
         if self.own_ack < self.asked.next() {
             self.own_ack = self.asked.next();
@@ -404,20 +408,20 @@ impl Flow {
         self.ends.put_own(To::Pod, &acknowledgment, step.out);
     }
 
-    /// A segment to the pod, in the resolver's name, at the place where its stream stands.
+    /// A segment to the pod in the resolver's name, at the current position of the resolver's stream.
     pub(super) fn own_to_pod(&self) -> Own<'static> {
         Own {
             seq: self.answered.sent_seq(),
             ack: Some(self.asked.ack()),
             window: self.resolver.window.max(1),
-            // The echo is the pod's last value; the value, the resolver's last, is no older than any
-            // the pod has seen (RFC 7323, section 5.3).
+            // The echo is the pod's last value. The value is the resolver's last one, so it is no older than
+            // any that the pod has seen (RFC 7323, section 5.3).
             timestamps: self.resolver.timestamp.zip(self.pod.timestamp),
             ..Own::default()
         }
     }
 
-    /// Does something with what a split connection has more. `None` if it is not split.
+    /// Runs a step of a split connection. `None` if the connection is not split.
     fn with_split(&mut self, run: impl FnOnce(&mut Split, &mut Self) -> Next) -> Option<Next> {
         if !self.is_split() {
             return None;
@@ -430,10 +434,10 @@ impl Flow {
         Some(next)
     }
 
-    /// From here on the agent is the other end for both sides.
+    /// Splits the connection: from now on each end has a connection with the agent.
     fn split<D: Decide, O: Out>(&mut self, refusal: &[u8], step: &mut Step<'_, D, O>) -> Next {
         if self.answered.fin_sent {
-            // Nothing can be said behind the end of the stream.
+            // No refusal can follow the end of the stream.
             return self.fail(step.out);
         }
         let mut split = Box::new(Split::new(self));
@@ -442,12 +446,12 @@ impl Flow {
         next
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
         if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
             return Next::Forget;
         }
-        step.out.turn_to(self.interface);
+        step.out.select_interface(self.interface);
         self.pending.sweep(step.now_ns);
         if let Some(next) = self.with_split(|split, flow| split.tick(flow, step)) {
             return next;
@@ -478,23 +482,23 @@ impl Flow {
                 seq = seq.wrapping_add(chunk.len() as u32);
             }
         }
-        self.go_on()
+        self.keep_or_forget()
     }
 
-    /// Resets both sides, whatever packet is decided.
+    /// Resets both ends, outside of the decision on a segment.
     pub(super) fn end(&self, out: &mut impl Out) {
-        out.turn_to(self.interface);
+        out.select_interface(self.interface);
         self.fail(out);
     }
 
-    /// Resets both sides.
+    /// Resets both ends.
     pub(super) fn fail(&self, out: &mut impl Out) -> Next {
         self.reset_resolver(out);
         self.reset_pod(out);
         Next::Forget
     }
 
-    /// Resets the resolver's side.
+    /// Resets the connection at the resolver.
     pub(super) fn reset_resolver(&self, out: &mut impl Out) {
         let seq = match &self.state {
             State::Split(split) => split.next_seq(To::Resolver),
@@ -512,7 +516,7 @@ impl Flow {
         self.ends.put_reset(To::Pod, seq, ack, out);
     }
 
-    /// Resets both sides and reports it.
+    /// Resets both ends and reports the reason.
     pub(super) fn lose<D: Decide, O: Out>(
         &self,
         packet: &Packet,

@@ -1,4 +1,4 @@
-//! Segments that the gate makes: those it cuts out of longer ones, and its own.
+//! Segments that the gate creates: parts of longer segments, and its own.
 
 use egress_common::{
     address::Address,
@@ -12,17 +12,17 @@ use super::{
     segment::{OPTION_PADDING, PSH, Segment},
 };
 
-/// Hop limit of frames made here.
+/// The hop limit of these frames.
 const HOP_LIMIT: u8 = 64;
-/// Offset of the flags in a TCP header.
+/// The offset of the flags in a TCP header.
 const FLAGS: usize = 13;
 const IPV6_HEADER: usize = 40;
-/// Length of a TCP header without options.
+/// The length of a TCP header without options.
 const TCP_HEADER: usize = 20;
-/// A timestamps option behind two bytes of padding (RFC 7323, appendix A), without its values.
+/// A timestamps option after two bytes of padding (RFC 7323, appendix A), without its values.
 const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
 
-/// Where a frame goes.
+/// The end of the connection that receives a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum To {
     Pod,
@@ -31,15 +31,15 @@ pub(in super::super) enum To {
 
 /// Sends frames.
 pub(in super::super) trait Out {
-    /// Sends a frame on.
+    /// Sends a frame to one end.
     fn put(&mut self, to: To, frame: &[u8]);
-    /// The interface that frames are sent on.
+    /// The interface on which frames are sent.
     fn interface(&self) -> u32;
-    /// Goes on with another interface.
-    fn turn_to(&mut self, interface: u32);
+    /// Selects another interface.
+    fn select_interface(&mut self, interface: u32);
 }
 
-/// Sends the segment on as it came. A checksum that was left to the hardware is made whole.
+/// Sends the segment on unchanged, except that it completes a checksum that was left to the hardware.
 pub(super) fn put_back(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     if segment.checksum == checksum::Checksum::Whole {
         out.put(to, segment.frame);
@@ -51,7 +51,7 @@ pub(super) fn put_back(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     out.put(to, &frame);
 }
 
-/// Sends the segment on without its payload and without FIN.
+/// Sends the segment on without its payload and without its FIN.
 pub(super) fn put_bare(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     if segment.payload.is_empty() && !segment.has(TCP_FIN) {
         put_back(segment, to, out);
@@ -66,13 +66,12 @@ pub(super) fn put_bare(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     put_cut(segment, &cut, to, out);
 }
 
-/// The segment's frame with those options only that change nothing about what the stream says: longest
-/// segment, window scale, selective acknowledgments, timestamps. `None` when it has no others.
+/// The segment's frame with only those options that do not change the meaning of the stream: maximum segment
+/// size, window scale, selective acknowledgments, timestamps. `None` when the segment has no other options.
 ///
-/// With multipath TCP (RFC 8684) a stream is put together from several connections and by other
-/// numbers than those of the segments. Without its options in the SYN both sides fall back to TCP;
-/// a listener that sends SYN cookies believes those of the later segments too, so all are looked
-/// at.
+/// Multipath TCP (RFC 8684) assembles a stream from several connections, by other numbers than the segments'
+/// sequence numbers. If the SYN lacks its options, both ends fall back to TCP. A listener that sends SYN
+/// cookies also accepts the options of later segments, so all segments are checked.
 pub(super) fn with_known_options(segment: &Segment<'_>) -> Option<Vec<u8>> {
     let at = segment.packet.l4_offset as usize + TCP_HEADER;
     let options = segment.headers.get(at..)?;
@@ -88,11 +87,11 @@ pub(super) fn with_known_options(segment: &Segment<'_>) -> Option<Vec<u8>> {
     Some(frame)
 }
 
-/// Makes padding of all other options, and of everything behind one that cannot be read.
+/// Replaces all other options with padding, and everything after an option that cannot be read.
 fn keep_known_options(mut options: &mut [u8]) {
     while let Some(&kind) = options.first() {
         let len = match kind {
-            // The end of the list is read as padding, or not at all.
+            // An end of list is treated as padding: receivers either do so, or stop reading.
             0 | OPTION_PADDING => 1,
             _ => usize::from(options.get(1).copied().unwrap_or(0)),
         };
@@ -108,18 +107,18 @@ fn keep_known_options(mut options: &mut [u8]) {
     }
 }
 
-/// What of a stream is sent with a segment's headers.
+/// A part of a stream to send with the headers of a segment.
 pub(super) struct Cut<'a> {
     pub(super) seq: u32,
     pub(super) payload: &'a [u8],
-    /// Whether the stream ends behind the payload.
+    /// Whether the stream ends after the payload.
     pub(super) fin: bool,
-    /// Most bytes of payload in one frame.
+    /// The largest payload of one frame.
     pub(super) size: usize,
 }
 
-/// Sends segments with the headers of this one and other content: an aggregate is longer than what
-/// an interface takes, so it is cut as its sender's interface would have done.
+/// Sends segments with the headers of this one and other content. An aggregate of segments is longer than an
+/// interface accepts, so it is cut as its sender's interface would have done.
 pub(super) fn put_cut(segment: &Segment<'_>, cut: &Cut<'_>, to: To, out: &mut impl Out) {
     let mut seq = cut.seq;
     let mut rest = cut.payload;
@@ -152,7 +151,7 @@ pub(super) fn put_cut(segment: &Segment<'_>, cut: &Cut<'_>, to: To, out: &mut im
     }
 }
 
-/// Makes length, identification and header checksum those of a packet of its own.
+/// Sets length, identification and header checksum for this packet.
 fn write_ip(frame: &mut [u8], packet: &Packet, number: u16) {
     let ip = ETHERNET_LEN as usize;
     let length = |header: usize| {
@@ -187,7 +186,7 @@ fn write(frame: &mut [u8], at: usize, bytes: &[u8]) {
     }
 }
 
-/// The two ends of a connection, as frames name them.
+/// The two ends of a connection, with their addresses in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ends {
     pod_mac: [u8; 6],
@@ -199,20 +198,20 @@ pub(super) struct Ends {
     version: u8,
 }
 
-/// A segment that the gate makes in the name of one side.
+/// A segment that the gate creates in the name of one end.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Own<'a> {
     pub(super) seq: u32,
     pub(super) ack: Option<u32>,
     pub(super) window: u16,
     pub(super) flags: u8,
-    /// Value and echo.
+    /// The value and the echo.
     pub(super) timestamps: Option<(u32, u32)>,
     pub(super) payload: &'a [u8],
 }
 
 impl Ends {
-    /// The ends of a frame on its way `to` one of them.
+    /// The ends in a frame on its way to the end `to`.
     pub(super) fn of(frame: &[u8], packet: &Packet, to: To) -> Option<Self> {
         let (destination, rest) = frame.split_first_chunk::<6>()?;
         let (source, _) = rest.split_first_chunk::<6>()?;
@@ -238,7 +237,7 @@ impl Ends {
         })
     }
 
-    /// A packet on its way to one of them, as reports describe it.
+    /// A packet to the end `to`, as reports describe it.
     pub(super) fn packet(&self, to: To) -> Packet {
         let pod = (self.pod_addr, self.pod_port);
         let resolver = (self.resolver, self.resolver_port);
@@ -260,7 +259,7 @@ impl Ends {
 
     /// Sends a segment in the name of the other end.
     pub(super) fn put_own(&self, to: To, own: &Own<'_>, out: &mut impl Out) {
-        // Only what is too long for a packet cannot be made.
+        // Building fails only if the payload is too long for a packet.
         if let Some(frame) = self.frame(to, own) {
             out.put(to, &frame);
         }
@@ -315,8 +314,8 @@ impl Ends {
     }
 }
 
-/// Resets both sides of a connection that the gate knows nothing of, so that each gives it up at
-/// once (RFC 9293, section 3.5.2). A reset is not answered.
+/// Resets both ends of an unknown connection, so that each gives it up at once (RFC 9293, section 3.5.2). A
+/// reset is not answered.
 pub(super) fn reset_unknown(segment: &Segment<'_>, to: To, out: &mut impl Out) {
     if segment.has(TCP_RST) {
         return;

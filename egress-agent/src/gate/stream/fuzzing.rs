@@ -1,5 +1,5 @@
-//! A connection whose two sides send what a recipe says, for the fuzz target `stream`. Held against it is
-//! what each side would read.
+//! Runs a connection whose two ends send according to a recipe, for the fuzz target `stream`, and checks what
+//! each end would read.
 
 use std::collections::VecDeque;
 
@@ -20,32 +20,32 @@ mod frames;
 
 use frames::{Reaction, exchange, frame, framed};
 
-/// Most steps of a recipe: more show nothing new, and take their time.
+/// Most steps of a recipe: more steps cost time and show nothing new.
 const STEPS: usize = 150;
-/// Longest payload that both sides say they take.
+/// The maximum segment size that both ends announce.
 const MSS: u16 = 300;
-/// How often honest sides repeat themselves at the end, at most.
+/// Most repetitions of honest ends at the end of a recipe.
 const ROUNDS: usize = 100;
-/// First sequence numbers: both streams come past the end of the numbers.
+/// The first sequence numbers: both streams wrap around.
 const POD_FIRST: u32 = u32::MAX - 40;
 const RESOLVER_FIRST: u32 = u32::MAX - 10;
 /// The option of multipath TCP (RFC 8684).
 const MULTIPATH: u8 = 30;
-/// More than the gate may keep for one connection, with what it must keep for 512 open questions.
+/// More than the gate may keep for one connection, including its 512 open queries.
 const KEPT: usize = 512 << 10;
 
-/// What the gate has decided, and what so may be read.
+/// The decisions so far, and the messages that the ends may read as their result.
 #[derive(Default)]
 struct Decisions {
     now_ns: u64,
-    /// The message that was looked at last.
+    /// The last message that was decided.
     question: Vec<u8>,
-    /// The questions that may go out, as they stand in a stream.
+    /// The allowed queries, as in a stream.
     asked: Vec<u8>,
-    /// Answers that may be delivered.
+    /// The deliverable responses.
     answers: VecDeque<Vec<u8>>,
     refusals: VecDeque<Vec<u8>>,
-    /// The beginning of an answer that may be delivered.
+    /// The beginning of a deliverable response.
     begun: Vec<u8>,
     lost: usize,
 }
@@ -106,10 +106,10 @@ impl Decide for Decisions {
         delivered
     }
 
-    fn begins(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
+    fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
         assert!(
             self.refusals.is_empty(),
-            "what is not decided passes behind a refusal"
+            "an undecided beginning passes after a refusal"
         );
         let delivered = read_beginning(message).is_ok_and(|answer| {
             answer.is_none_or(|answer| pending.expects(&Self::answered(packet, &answer), &answer))
@@ -127,10 +127,10 @@ impl Decide for Decisions {
     }
 }
 
-/// What one side reads: the bytes that were put back to it, by their place.
+/// The bytes that one end reads, by position.
 #[derive(Default)]
 struct Reader {
-    /// Sequence number of the first byte, once the SYN has been put back.
+    /// The sequence number of the first byte, once the SYN has been put back.
     first: Option<u32>,
     bytes: Vec<u8>,
     has_ended: bool,
@@ -141,12 +141,12 @@ impl Reader {
         if payload.is_empty() && !fin {
             return;
         }
-        let first = self.first.expect("nothing comes before the SYN");
+        let first = self.first.expect("no data before the SYN");
         let at = seq.wrapping_sub(first) as usize;
         assert!(at <= self.bytes.len(), "a gap, or before the first byte");
         let (again, new) = payload.split_at(payload.len().min(self.bytes.len() - at));
         assert_eq!(&self.bytes[at..at + again.len()], again, "read twice");
-        assert!(new.is_empty() || !self.has_ended, "behind the end");
+        assert!(new.is_empty() || !self.has_ended, "data after the end");
         self.bytes.extend_from_slice(new);
         if fin {
             assert_eq!(at + payload.len(), self.bytes.len(), "an early end");
@@ -155,7 +155,7 @@ impl Reader {
     }
 }
 
-/// Both ends of the line.
+/// Both ends of the connection.
 #[derive(Default)]
 struct Line {
     pod: Reader,
@@ -171,7 +171,7 @@ impl Out for Line {
         assert_eq!(segment.checksum, Checksum::Whole);
         assert!(segment.payload.len() <= usize::from(MSS));
         let options = &segment.headers[packet.l4_offset as usize + 20..];
-        assert!(!options.contains(&MULTIPATH), "another order");
+        assert!(!options.contains(&MULTIPATH), "a multipath option");
         let port = match to {
             To::Resolver => packet.dst_port,
             To::Pod => packet.src_port,
@@ -190,7 +190,10 @@ impl Out for Line {
         if segment.has(TCP_SYN) {
             assert!(segment.payload.is_empty());
             let first = segment.seq.wrapping_add(1);
-            assert!(reader.first.is_none_or(|known| known == first), "moved");
+            assert!(
+                reader.first.is_none_or(|known| known == first),
+                "the first byte moved"
+            );
             reader.first = Some(first);
             return;
         }
@@ -201,7 +204,7 @@ impl Out for Line {
         0
     }
 
-    fn turn_to(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: u32) {}
 }
 
 struct Scene {
@@ -209,16 +212,17 @@ struct Scene {
     budget: Budget,
     decisions: Decisions,
     line: Line,
-    /// What each side would send if it followed the protocol.
+    /// The streams of both ends if they follow the protocol.
     questions: Vec<u8>,
     answers: Vec<u8>,
-    /// What the resolver would read of the questions.
+    /// The queries that the resolver would read.
     allowed: Vec<u8>,
-    /// How many bytes of refusals the pod would read.
+    /// The bytes of refusals that the pod would read.
     refused: usize,
-    /// Up to where the answers reach to each question, by where the question ends in what the resolver reads.
+    /// For each query: the position of its end in the resolver's stream, and the position up to which the
+    /// responses answer it.
     answered: Vec<(usize, usize)>,
-    /// Whether both sides have followed it so far.
+    /// Whether both ends have followed the protocol so far.
     is_honest: bool,
 }
 
@@ -227,7 +231,7 @@ impl Scene {
         self.segment_with(&[], to, flags, seq, ack, payload);
     }
 
-    /// A segment with further options.
+    /// Sends a segment with additional options.
     fn segment_with(
         &mut self,
         options: &[u8],
@@ -266,7 +270,7 @@ impl Scene {
         };
         self.streams
             .segment(&frame, &packet, to, &mut step, &mut self.budget);
-        self.holds();
+        self.check_invariants();
     }
 
     fn tick(&mut self, ns: u64) {
@@ -277,11 +281,11 @@ impl Scene {
             out: &mut self.line,
         };
         self.streams.tick(&mut step, &mut self.budget);
-        self.holds();
+        self.check_invariants();
     }
 
-    /// What must be so after every step.
-    fn holds(&self) {
+    /// Checks the invariants after a step.
+    fn check_invariants(&self) {
         let asked = &self.line.resolver.bytes;
         assert!(
             self.decisions.asked.starts_with(asked),
@@ -297,8 +301,8 @@ impl Scene {
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }
 
-    /// Whether what the pod reads are answers that may be delivered and refusals, each of the two in their
-    /// order; else the message that is neither.
+    /// Checks that the pod reads only deliverable responses and refusals, each kind in its order. Returns the
+    /// first other message.
     fn messages_of_pod(&self) -> Result<(), Vec<u8>> {
         let Decisions {
             answers,
@@ -311,7 +315,7 @@ impl Scene {
         while let Some((len, behind)) = rest.split_first_chunk() {
             let len = usize::from(u16::from_be_bytes(*len));
             let Some((message, behind)) = behind.split_at_checked(len) else {
-                // More of a decided message comes with the next segment.
+                // The next segments have more of a decided message.
                 let is_next = |next: Option<&&Vec<u8>>| {
                     next.is_some_and(|next| next.len() == len && next.starts_with(behind))
                 };
@@ -330,7 +334,7 @@ impl Scene {
         Ok(())
     }
 
-    fn opens(&mut self) {
+    fn open(&mut self) {
         let (pod, resolver) = (POD_FIRST, RESOLVER_FIRST);
         let (asked, answered) = (pod.wrapping_add(1), resolver.wrapping_add(1));
         self.segment(To::Resolver, TCP_SYN, pod, 0, b"");
@@ -338,7 +342,7 @@ impl Scene {
         self.segment(To::Resolver, TCP_ACK, asked, answered, b"");
     }
 
-    /// How many bytes of answers there are to the questions that have gone out.
+    /// The length of the responses to the queries that have gone out.
     fn answerable(&self) -> usize {
         let asked = self.line.resolver.bytes.len();
         let known = self.answered.iter().rev();
@@ -348,7 +352,7 @@ impl Scene {
             .map_or(0, |(_, answers)| *answers)
     }
 
-    /// Does what six bytes say.
+    /// Runs a step of six bytes.
     fn follow(&mut self, [what, high, low, len, flags, ack]: [u8; 6]) {
         if what >> 5 == 7 {
             self.is_honest = false;
@@ -406,34 +410,32 @@ impl Scene {
         self.segment_with(options, to, has, seq, acknowledged, &payload);
     }
 
-    /// Sides that follow the protocol get everything across, whatever was lost or came twice.
-    fn ends_well(&mut self) {
+    /// Checks that ends that follow the protocol get everything across, whatever was lost or repeated.
+    fn check_delivery(&mut self) {
         let (questions, answers) = (self.questions.clone(), self.answers.clone());
         let read = answers.len() + self.refused;
         for _ in 0..ROUNDS {
             for (i, chunk) in questions.chunks(500).enumerate() {
-                self.sends(To::Resolver, i * 500, chunk);
+                self.send(To::Resolver, i * 500, chunk);
             }
             let answerable = answers.get(..self.answerable()).unwrap_or_default();
             for (i, chunk) in answerable.chunks(500).enumerate() {
-                self.sends(To::Pod, i * 500, chunk);
+                self.send(To::Pod, i * 500, chunk);
             }
             if self.line.pod.bytes.len() == read {
                 break;
             }
         }
-        assert!(
-            self.line.resolver.bytes == self.allowed,
-            "questions are lost"
-        );
-        assert_eq!(self.line.pod.bytes.len(), read, "answers are lost");
+        assert!(self.line.resolver.bytes == self.allowed, "queries are lost");
+        assert_eq!(self.line.pod.bytes.len(), read, "responses are lost");
         assert_eq!(self.messages_of_pod(), Ok(()));
         assert_eq!((self.decisions.lost, self.line.has_reset), (0, false));
         assert_eq!(self.budget.common(), 0);
     }
 
-    /// A side sends bytes at this place of its stream, and then both acknowledge all that they have read.
-    fn sends(&mut self, to: To, at: usize, bytes: &[u8]) {
+    /// One end sends bytes at this position of its stream; then both acknowledge everything that they have
+    /// read.
+    fn send(&mut self, to: To, at: usize, bytes: &[u8]) {
         let place = |first: u32, at: usize| first.wrapping_add(1).wrapping_add(at as u32);
         let ends = [
             (To::Resolver, self.questions.len()),
@@ -454,12 +456,12 @@ impl Scene {
     }
 }
 
-/// Follows a recipe: a byte that says how many questions there are, a byte for each, and six for each
-/// segment or pause.
+/// Follows a recipe: a byte with the number of queries, a byte for each query, and six bytes for each segment
+/// or pause.
 ///
 /// # Panics
 ///
-/// When a side would read what was not decided, when more is kept than may be, or when two sides that
+/// When an end would read what was not decided, when the gate keeps more than it may, or when two ends that
 /// follow the protocol do not get everything across.
 pub(in super::super) fn follow(recipe: &[u8]) {
     let Some((&count, rest)) = recipe.split_first() else {
@@ -498,7 +500,7 @@ pub(in super::super) fn follow(recipe: &[u8]) {
         scene.answered.push(ends);
     }
     if count & 0x80 == 0 {
-        scene.opens();
+        scene.open();
     } else {
         scene.is_honest = false;
     }
@@ -507,6 +509,6 @@ pub(in super::super) fn follow(recipe: &[u8]) {
         scene.follow(step);
     }
     if scene.is_honest {
-        scene.ends_well();
+        scene.check_delivery();
     }
 }

@@ -1,4 +1,4 @@
-//! The messages and frames that the two sides of a connection send, for the fuzz target `stream`.
+//! The messages and frames that the two ends of a connection send, for the fuzz target `stream`.
 
 use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use etherparse::PacketBuilder;
@@ -6,19 +6,19 @@ use etherparse::PacketBuilder;
 use super::{super::segment::URG, MSS, QUESTION_MAX, To};
 use egress_dns::{Refusal, read_question, refuse};
 
-/// What comes back of a question, as it stands in a stream.
+/// The reaction to a query, as in a stream.
 pub(super) enum Reaction {
     Answer(Vec<u8>),
     Refusal(Vec<u8>),
-    /// It cannot be read.
+    /// The query is not readable.
     Reset,
 }
 
-/// A question as it stands in a stream, and what comes back of it.
+/// A query as in a stream, and the reaction to it.
 pub(super) fn exchange(id: u8, kind: u8) -> (Vec<u8>, Reaction) {
     let mut question = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     let len = kind & 0x3f;
-    // What begins with an n is refused.
+    // A name that begins with an n is refused.
     let letter = if kind >> 6 == 2 { b'n' } else { b'a' };
     question.push(len.max(1));
     question.resize(question.len() + usize::from(len.max(1)), letter);
@@ -29,7 +29,7 @@ pub(super) fn exchange(id: u8, kind: u8) -> (Vec<u8>, Reaction) {
             let refusal = refuse(&read, Refusal::NxDomain);
             return (framed(&question), Reaction::Refusal(framed(&refusal)));
         }
-        // No question; one that is too long; one that is only a prefix.
+        // No query; a query that is too long; only a prefix.
         (3, 0) => return (framed(b"no question"), Reaction::Reset),
         (3, 1) => return (framed(&vec![0; QUESTION_MAX + 1]), Reaction::Reset),
         (3, 2) => return (framed(b""), Reaction::Reset),
@@ -37,7 +37,7 @@ pub(super) fn exchange(id: u8, kind: u8) -> (Vec<u8>, Reaction) {
     }
     let mut answer = question.clone();
     answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
-    // A TXT record as long as the kind says, of the asked name.
+    // A TXT record of the queried name, whose length depends on the kind.
     let data = u16::from(len) << if kind >> 6 == 1 { 8 } else { 4 };
     answer.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60]);
     answer.extend(data.to_be_bytes());

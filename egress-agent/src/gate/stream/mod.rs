@@ -1,22 +1,22 @@
 //! DNS over TCP (RFC 7766): connections between pods and their resolvers.
 //!
-//! Every segment comes through the ring. The bytes of each direction are put in order, the messages
-//! among them are decided as those over UDP are, and a segment goes on when everything it completes
-//! may. The connection is the pod's with the resolver: addresses, ports and sequence numbers stay as
-//! they are, until a question is refused.
+//! Every segment comes through the ring. The gate puts the bytes of each direction in order and decides the
+//! messages in them as those over UDP. A segment is put back when every message that it completes may pass.
+//! The connection remains one between the pod and the resolver: addresses, ports and sequence numbers stay
+//! unchanged until a query is refused.
 //!
 //! ```text
 //!  segment ─▶ its connection ─▶ bytes in order ─▶ whole messages ─▶ decided as over UDP
-//!                 │ none: reset both sides            │                 │ no
+//!                 │ none: reset both ends             │                 │ no
 //!                 │                                   ▼ not yet         ▼
-//!                 │       from the pod: held, acknowledged      question: refused, see [`split`]
-//!                 │       from the resolver: put back           answer: reset both sides
+//!                 │       from the pod: held, acknowledged      query: refused, see [`split`]
+//!                 │       from the resolver: put back           response: reset both ends
 //! ```
 //!
-//! What the gate has judged must be what the receiver reads: so a repeated byte must equal the first
-//! one until the receiver has acknowledged it, and is not put back after that; nothing is put back
-//! before the receiver's SYN-ACK names the same first byte; and neither urgent data is let through, nor an
-//! option that could give a byte another place.
+//! The receiver must read exactly what the gate has judged. So a repeated byte must equal the first one until
+//! the receiver has acknowledged it, and is not put back after that. No data is put back before the
+//! receiver's SYN-ACK has confirmed the same first byte. Urgent data does not pass, nor does an option that
+//! could change the position of a byte.
 
 mod buffer;
 mod decide;
@@ -24,7 +24,7 @@ mod flow;
 mod frames;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
-mod release;
+mod put_allowed;
 mod segment;
 mod sender;
 mod side;
@@ -48,14 +48,15 @@ use super::{
     checksum::Checksum,
 };
 
-/// Longest question that is taken. Of what may stand in one, only the OPT record's options have no
-/// length of their own, and stub resolvers pad to 128 bytes (RFC 8467).
+/// The longest query that is accepted. In a query only the options of the OPT record have no limit of their
+/// own, and stub resolvers pad to 128 bytes (RFC 8467).
 const QUESTION_MAX: usize = 4096;
 
-/// Connections of one pod that are followed at once; beyond it the one used longest ago is reset.
+/// Most connections of one pod that are followed. Beyond that the least recently used one is reset.
 const FLOWS: usize = 256;
 
-/// What the connections of pods hold. A pod's own part is room for two of the longest answers.
+/// The bytes that the connections of all pods hold. A pod's own part has room for two of the longest
+/// responses.
 pub(super) const LIMITS: Limits = Limits {
     own: 128 << 10,
     pod: 4 << 20,
@@ -74,21 +75,21 @@ struct Key {
 pub(super) struct Streams {
     flows: LruCache<Key, Flow>,
     kept: Kept,
-    /// Segments that were dropped, since [`Streams::take_damaged`].
+    /// The number of segments that were dropped since the last [`Streams::take_damaged`].
     damaged: u64,
 }
 
 impl Streams {
     pub(super) fn new() -> Self {
         Self {
-            // Unbounded because the bounded one allots all of its memory at once.
+            // Unbounded, because the bounded cache allocates all of its memory at once.
             flows: LruCache::unbounded(),
             kept: Kept::default(),
             damaged: 0,
         }
     }
 
-    /// Decides a segment on its way `to` one side.
+    /// Decides a segment on its way to the end `to`.
     pub(super) fn segment<D: Decide, O: Out>(
         &mut self,
         frame: &[u8],
@@ -127,7 +128,7 @@ impl Streams {
             self.make_room(&segment, key, step, budget);
         }
         let Some(flow) = self.flows.get_mut(&key) else {
-            unknown(&segment, to, step);
+            reset_unknown_connection(&segment, to, step);
             return;
         };
         let before = flow.kept();
@@ -146,7 +147,7 @@ impl Streams {
         }
     }
 
-    /// Begins a connection with a SYN, unless it is the SYN of one that is known.
+    /// Starts a connection with a SYN, unless the SYN repeats that of a known connection.
     fn make_room<D: Decide, O: Out>(
         &mut self,
         segment: &Segment<'_>,
@@ -158,8 +159,8 @@ impl Streams {
             if flow.is_opened_by(segment) {
                 return;
             }
-            // The pod has given it up. The resolver's SYN-ACK must fit the new SYN before anything
-            // else goes on, whether or not it has heard of the end of the old connection.
+            // The pod has abandoned the known connection. The resolver's SYN-ACK must fit the new SYN before
+            // other segments pass, whether or not the resolver knows of the end of the old connection.
             flow.reset_resolver(step.out);
             self.forget(&key, budget);
         }
@@ -175,8 +176,8 @@ impl Streams {
         }
     }
 
-    /// Segments that were dropped since the last call, because they cannot be read or their checksum
-    /// is wrong.
+    /// The number of segments that were dropped since the last call because they cannot be read or have a
+    /// wrong checksum.
     pub(super) fn take_damaged(&mut self) -> u64 {
         std::mem::take(&mut self.damaged)
     }
@@ -187,7 +188,7 @@ impl Streams {
         }
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick<D: Decide, O: Out>(
         &mut self,
         step: &mut Step<'_, D, O>,
@@ -207,8 +208,8 @@ impl Streams {
         }
     }
 
-    /// Resets the connections on which a question was refused: without the agent in between, their two sides do
-    /// not understand each other.
+    /// Resets the split connections: without the agent in between, their ends disagree about sequence
+    /// numbers.
     pub(super) fn end_split<D, O: Out>(&mut self, step: &mut Step<'_, D, O>, budget: &mut Budget) {
         let split = self.flows.iter().filter(|(_, flow)| flow.is_split());
         let keys: Vec<Key> = split.map(|(&key, _)| key).collect();
@@ -228,8 +229,12 @@ impl Streams {
     }
 }
 
-/// A segment of no connection that is known: of one that an earlier agent followed, or a late one.
-fn unknown<D: Decide, O: Out>(segment: &Segment<'_>, to: To, step: &mut Step<'_, D, O>) {
+/// Handles a segment of an unknown connection: one that an earlier agent followed, or a late segment.
+fn reset_unknown_connection<D: Decide, O: Out>(
+    segment: &Segment<'_>,
+    to: To,
+    step: &mut Step<'_, D, O>,
+) {
     if segment.has(TCP_RST) {
         put_bare(segment, to, step.out);
         return;

@@ -1,4 +1,4 @@
-//! Reading a TCP segment (RFC 9293, section 3.1) out of a frame.
+//! Reads a TCP segment (RFC 9293, section 3.1) from a frame.
 
 use egress_common::packet::{ETHERNET_LEN, Packet};
 
@@ -18,7 +18,7 @@ const OPTION_TIMESTAMPS: u8 = 8;
 const TCP_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 
-/// A segment and the frame it is in.
+/// A segment and its frame.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Segment<'a> {
     pub(super) frame: &'a [u8],
@@ -26,23 +26,22 @@ pub(in super::super) struct Segment<'a> {
     pub(super) seq: u32,
     pub(super) ack: u32,
     pub(super) flags: u8,
-    /// As it stands in the header: not scaled.
+    /// The window field of the header, not scaled.
     pub(super) window: u16,
-    /// What a SYN says of the longest segment its sender takes.
+    /// The maximum segment size that a SYN announces.
     pub(super) mss: Option<u16>,
-    /// What a SYN says of how the windows of later segments are scaled (RFC 7323, section 2).
+    /// The window scale that a SYN announces for later segments (RFC 7323, section 2).
     pub(super) scale: Option<u8>,
     /// Timestamp value (RFC 7323, section 3).
     pub(super) timestamp: Option<u32>,
-    /// Ethernet, IP and TCP headers.
+    /// The Ethernet, IP and TCP headers.
     pub(super) headers: &'a [u8],
     pub(super) payload: &'a [u8],
     pub(super) checksum: Checksum,
 }
 
 impl<'a> Segment<'a> {
-    /// Reads the segment that `packet` describes. `None` when the frame is shorter than its headers
-    /// say.
+    /// Reads the segment that `packet` describes. `None` when the frame is shorter than its headers say.
     pub(in super::super) fn read(frame: &'a [u8], packet: &'a Packet) -> Option<Self> {
         let at = packet.l4_offset as usize;
         let end = end_of_packet(frame, packet)?;
@@ -89,7 +88,7 @@ impl<'a> Segment<'a> {
         Some(read)
     }
 
-    /// Options that cannot be read count as absent, as they do for the receiver.
+    /// Ignores options that cannot be read, as the receiver does.
     fn read_options(&mut self, mut options: &[u8]) {
         while let Some((&kind, rest)) = options.split_first() {
             match kind {
@@ -118,7 +117,7 @@ impl<'a> Segment<'a> {
         }
     }
 
-    /// Where its payload ends in a stream in which it begins at this position.
+    /// The position at which its payload ends if it begins at this position.
     pub(super) fn end(&self, position: i64) -> i64 {
         position.saturating_add_unsigned(self.payload.len() as u64)
     }
@@ -129,7 +128,7 @@ impl<'a> Segment<'a> {
     }
 }
 
-/// Where the IP packet ends in its frame, which may be padded.
+/// The end of the IP packet in its frame, which may have padding.
 fn end_of_packet(frame: &[u8], packet: &Packet) -> Option<usize> {
     let ip = ETHERNET_LEN as usize;
     let length = |at: usize| -> Option<usize> {

@@ -1,65 +1,65 @@
-//! A stream that the gate sends itself. What the receiver has not acknowledged is kept, and sent again after
-//! a time-out.
+//! A stream that the gate sends itself. It keeps the bytes that the receiver has not acknowledged, and
+//! resends them after a timeout.
 
-/// Most bytes that are on their way at once, whatever the receiver's window is.
+/// Most bytes in flight, whatever the receiver's window.
 const BURST: usize = 64 << 10;
-/// Most bytes that are sent again at once after a time-out. It grows as they are acknowledged (RFC 5681,
+/// Most bytes that are resent at once after a timeout. The limit grows with their acknowledgments (RFC 5681,
 /// section 3.1).
 const FIRST_BURST: usize = 4 << 10;
-/// The first time-out. Each further one without an acknowledgment in between is twice as long.
+/// The first timeout. It doubles with each further timeout without an acknowledgment in between.
 const RESEND_NS: u64 = 500_000_000;
-/// Time-outs in a row until the sender gives up.
+/// Consecutive timeouts after which the sender gives up.
 const RESENDS: u32 = 6;
 
-/// A part of the stream that is to be sent now.
+/// A part of the stream to send now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Part<'a> {
     pub(super) seq: u32,
     pub(super) payload: &'a [u8],
-    /// Whether nothing else is left to send.
+    /// Whether nothing remains to be sent after it.
     pub(super) is_last: bool,
-    /// Whether the stream ends behind it.
+    /// Whether the stream ends after it.
     pub(super) fin: bool,
 }
 
-/// What a sender does because time has passed.
+/// The task of a sender at a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Nothing,
-    /// Everything is to be sent again, or the window is to be probed.
-    Again,
-    /// The receiver does not answer any more.
-    GivenUp,
+    /// Resend everything, or probe the window.
+    Resend,
+    /// Give up: the receiver does not answer.
+    GiveUp,
 }
 
-/// Counts below are of sequence numbers from `first` on. The end of the stream takes one behind the bytes.
+/// The counts below are relative to `first`. The end of the stream takes one sequence number after the bytes.
 ///
 /// ```text
 ///   sent ≤ most_sent ≤ owed
 /// ```
 #[derive(Debug, Default)]
 pub(super) struct Sender {
-    /// The first sequence number that the receiver has not acknowledged.
+    /// The first unacknowledged sequence number.
     first: u32,
     bytes: Vec<u8>,
-    /// How many have been sent since the last time-out.
+    /// The number that was sent since the last timeout.
     sent: usize,
-    /// How many have ever been sent. No acknowledgment can reach beyond.
+    /// The number that was ever sent. No valid acknowledgment goes beyond it.
     most_sent: usize,
-    /// Whether the stream ends behind `bytes`.
+    /// Whether the stream ends after `bytes`.
     is_closing: bool,
-    /// Whether its end has been acknowledged.
+    /// Whether the end of the stream has been acknowledged.
     is_over: bool,
-    /// How many the receiver takes.
+    /// The receiver's window.
     window: usize,
     burst: usize,
     resends: u32,
-    /// When the time-out ends. `None` when it has to begin anew.
+    /// The end of the current timeout. `None` if the next part starts a new one.
     resend_at_ns: Option<u64>,
 }
 
 impl Sender {
-    /// A stream that goes on at this sequence number with these bytes, some of which have been sent.
+    /// A stream that continues at this sequence number with these bytes, of which `sent` were sent before.
     pub(super) fn new(first: u32, bytes: Vec<u8>, sent: usize, window: usize) -> Self {
         let sent = sent.min(bytes.len());
         Self {
@@ -73,27 +73,27 @@ impl Sender {
         }
     }
 
-    /// Bytes that are kept.
+    /// The number of bytes that are kept.
     pub(super) fn kept(&self) -> usize {
         self.bytes.len()
     }
 
-    /// The sequence number behind everything that has been sent.
+    /// The sequence number after the last one that was sent.
     pub(super) fn next_seq(&self) -> u32 {
         self.seq(self.most_sent)
     }
 
-    /// Whether something waits for room in the receiver's window.
+    /// Whether bytes or the end of the stream wait for room in the receiver's window.
     pub(super) fn has_unsent(&self) -> bool {
         self.sent < self.owed()
     }
 
-    /// Whether nothing can be added any more.
+    /// Whether the stream accepts no more bytes.
     pub(super) fn is_closing(&self) -> bool {
         self.is_closing
     }
 
-    /// Whether the stream has ended and all of it has been acknowledged.
+    /// Whether the end of the stream has been acknowledged, and so all its bytes.
     pub(super) fn is_over(&self) -> bool {
         self.is_over
     }
@@ -110,20 +110,20 @@ impl Sender {
         self.bytes.len() + usize::from(self.is_closing && !self.is_over)
     }
 
-    /// Adds bytes, unless the stream has ended.
+    /// Adds bytes, unless the stream is closing.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         if !self.is_closing {
             self.bytes.extend_from_slice(bytes);
         }
     }
 
-    /// Ends the stream behind the bytes that are there.
+    /// Ends the stream after the bytes that were added.
     pub(super) fn close(&mut self) {
         self.is_closing = true;
     }
 
-    /// Notes what the receiver acknowledges, and how much it takes beyond that. Returns whether it can have got
-    /// so much.
+    /// Records an acknowledgment and the receiver's window. Returns false if the acknowledgment is for bytes
+    /// that were never sent.
     pub(super) fn acknowledge(&mut self, ack: u32, window: usize) -> bool {
         let distance = ack.wrapping_sub(self.first).cast_signed();
         let Ok(count) = usize::try_from(distance) else {
@@ -135,7 +135,7 @@ impl Sender {
         self.window = window;
         if count == 0 {
             if self.sent == 0 {
-                // It answers, but its window is closed.
+                // The receiver answers, but its window is closed.
                 self.resends = 0;
             }
             return true;
@@ -143,7 +143,7 @@ impl Sender {
         self.is_over |= count > self.bytes.len();
         self.bytes.drain(..count.min(self.bytes.len()));
         if self.bytes.is_empty() {
-            // An idle connection keeps nothing.
+            // Frees the memory of an idle connection.
             self.bytes = Vec::new();
         }
         self.first = ack;
@@ -155,7 +155,7 @@ impl Sender {
         true
     }
 
-    /// The next part that may be sent now, with at most so much payload.
+    /// The next part that may be sent now, with a payload of at most `size`.
     pub(super) fn next(&mut self, size: usize, now_ns: u64) -> Option<Part<'_>> {
         if self.owed() == 0 {
             self.resend_at_ns = None;
@@ -167,7 +167,7 @@ impl Sender {
             .min(self.window.min(self.burst))
             .clamp(from, self.bytes.len().max(from));
         let is_last = until >= self.bytes.len();
-        // The end needs no room in the window.
+        // The end of the stream needs no room in the window.
         let fin = is_last && from < self.owed() && self.owed() > self.bytes.len();
         if until == from && !fin {
             return None;
@@ -182,25 +182,25 @@ impl Sender {
         })
     }
 
-    /// The sequence number of a segment that asks for the receiver's window: it has been acknowledged, so the
-    /// receiver repeats its acknowledgment (RFC 9293, section 3.10.7.4).
+    /// The sequence number of a window probe. It is acknowledged already, so the receiver repeats its
+    /// acknowledgment (RFC 9293, section 3.10.7.4).
     pub(super) fn probe(&self) -> u32 {
         self.first.wrapping_sub(1)
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick(&mut self, now_ns: u64) -> Due {
         if self.owed() == 0 || self.resend_at_ns.is_some_and(|at| now_ns < at) {
             return Due::Nothing;
         }
         if self.resends == RESENDS {
-            return Due::GivenUp;
+            return Due::GiveUp;
         }
         self.resends += 1;
         self.resend_at_ns = Some(now_ns + (RESEND_NS << self.resends));
         self.sent = 0;
         self.burst = FIRST_BURST;
-        Due::Again
+        Due::Resend
     }
 }
 

@@ -5,7 +5,7 @@ use super::*;
 const SIZE: usize = 300;
 const WINDOW: usize = 1000;
 
-/// Everything that may be sent now: where, what, and whether the stream ends there.
+/// Everything that may be sent now: the sequence number, the bytes, and whether the stream ends there.
 fn parts(sender: &mut Sender, now_ns: u64) -> Vec<(u32, Vec<u8>, bool)> {
     let mut parts = Vec::new();
     while let Some(part) = sender.next(SIZE, now_ns) {
@@ -25,7 +25,7 @@ fn no_more_is_sent_than_the_receiver_takes() {
     assert!(sender.acknowledge(400, 500));
     assert_eq!(parts(&mut sender, 0), [(600, vec![7; 300], false)]);
     assert!(!sender.acknowledge(901, 500), "it was not sent");
-    assert!(sender.acknowledge(300, 0), "an old one says nothing");
+    assert!(sender.acknowledge(300, 0), "an old one changes nothing");
     assert!(sender.acknowledge(900, 0));
     assert!(parts(&mut sender, 0).is_empty());
 }
@@ -37,7 +37,7 @@ fn a_closed_window_is_probed_as_long_as_the_receiver_answers() {
     let mut now_ns = 0;
     for _ in 0..100 {
         now_ns += 100 * RESEND_NS;
-        assert_eq!(sender.tick(now_ns), Due::Again);
+        assert_eq!(sender.tick(now_ns), Due::Resend);
         assert!(parts(&mut sender, now_ns).is_empty());
         assert_eq!(sender.probe(), 99);
         assert!(sender.acknowledge(100, 0));
@@ -47,17 +47,17 @@ fn a_closed_window_is_probed_as_long_as_the_receiver_answers() {
 }
 
 #[test]
-fn a_receiver_that_does_not_answer_is_given_up() {
+fn a_sender_gives_up_a_receiver_that_does_not_answer() {
     let mut sender = Sender::new(100, vec![7; 10], 0, WINDOW);
     let mut now_ns = 0;
     assert_eq!(parts(&mut sender, now_ns).len(), 1);
     assert_eq!(sender.tick(RESEND_NS - 1), Due::Nothing);
     for _ in 0..RESENDS {
         now_ns += RESEND_NS << RESENDS;
-        assert_eq!(sender.tick(now_ns), Due::Again);
+        assert_eq!(sender.tick(now_ns), Due::Resend);
         assert_eq!(parts(&mut sender, now_ns).len(), 1);
     }
-    assert_eq!(sender.tick(now_ns + (RESEND_NS << RESENDS)), Due::GivenUp);
+    assert_eq!(sender.tick(now_ns + (RESEND_NS << RESENDS)), Due::GiveUp);
 }
 
 #[test]
@@ -78,10 +78,10 @@ fn the_end_of_a_stream_is_sent_and_acknowledged() {
 
 proptest! {
     #[test]
-    fn a_receiver_gets_everything_over_a_line_that_loses(
+    fn everything_arrives_over_a_lossy_line(
         first in any::<u32>(),
         pushes in prop::collection::vec(0usize..3000, 1..10),
-        // Fewer than make it give up if they come in a row.
+        // Few enough that the sender does not give up even if they are consecutive.
         losses in prop::collection::btree_set(0usize..60, 0..RESENDS as usize),
         windows in prop::collection::vec(0usize..2000, 0..60),
     ) {
@@ -112,7 +112,7 @@ proptest! {
             let ack = first.wrapping_add(got.len() as u32 + u32::from(ended));
             prop_assert!(sender.acknowledge(ack, windows.next().unwrap_or(WINDOW)));
             now_ns += RESEND_NS;
-            prop_assert_ne!(sender.tick(now_ns), Due::GivenUp);
+            prop_assert_ne!(sender.tick(now_ns), Due::GiveUp);
         }
         prop_assert_eq!(got, bytes);
         prop_assert!(ended && sender.is_over());

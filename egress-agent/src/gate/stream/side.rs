@@ -1,26 +1,26 @@
-//! What one side of a connection says of itself: its window, its timestamps, the segments that it takes.
+//! The announcements of one end of a connection: its window, its timestamps, its maximum segment size.
 
 use egress_common::packet::TCP_SYN;
 
 use super::segment::Segment;
 
-/// Least and most payload of the segments that the gate cuts, whatever a SYN says (RFC 9293,
-/// section 3.7.1).
+/// The limits for the payload of the segments that the gate cuts, whatever a SYN announces (RFC 9293, section
+/// 3.7.1).
 pub(super) const SIZE: std::ops::RangeInclusive<usize> = 256..=16_384;
-/// What a SYN without the option context, over IPv4.
+/// The maximum segment size of a SYN without the option, over IPv4.
 const DEFAULT_MSS: u16 = 536;
 
-/// Most bits by which a window is scaled (RFC 7323, section 2.3).
+/// The largest window scale (RFC 7323, section 2.3).
 const MOST_SCALE: u32 = 14;
 
-/// What was last seen of one side.
+/// The last announcements of one end.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Side {
-    /// As its headers have it.
+    /// The window field of its headers.
     pub(super) window: u16,
-    /// How many bytes its window is.
+    /// Its window in bytes.
     pub(super) takes: usize,
-    /// The latest (RFC 7323, section 4.2).
+    /// The latest timestamp value (RFC 7323, section 4.2).
     pub(super) timestamp: Option<u32>,
     mss: Option<u16>,
     /// The window scale that its SYN offers.
@@ -28,7 +28,7 @@ pub(super) struct Side {
 }
 
 impl Side {
-    /// Notes what a segment says. The window is scaled by so many bits.
+    /// Records the announcements of a segment, whose window has this scale.
     pub(super) fn note(&mut self, segment: &Segment<'_>, scale: u32) {
         self.window = segment.window;
         self.takes = usize::from(segment.window) << scale;
@@ -43,12 +43,12 @@ impl Side {
         };
     }
 
-    /// The longest segment that it takes.
+    /// The maximum segment size that it accepts.
     pub(super) fn mss(&self) -> usize {
         usize::from(self.mss.unwrap_or(DEFAULT_MSS))
     }
 
-    /// By how many bits it offers to scale its windows.
+    /// The window scale that it offers.
     pub(super) fn scale(&self) -> Option<u32> {
         self.scale.map(|bits| u32::from(bits).min(MOST_SCALE))
     }

@@ -1,16 +1,16 @@
-//! A connection on which a question was refused. The refusal stands in the pod's stream and not in the
-//! resolver's, and the refused question the other way round. So from the first refusal on the two are
-//! different streams, and the agent is the other end of each.
+//! A connection on which a query was refused. The refusal is only in the stream to the pod, and the refused
+//! query only in the stream from the pod. So after the first refusal the two ends see different streams, and
+//! each has a connection with the agent.
 //!
 //! ```text
-//!          questions          allowed              judged          answers
+//!          queries            allowed              judged          responses
 //!   pod ──────────────▶ asked ────────▶ to_resolver ────▶ resolver ────────▶ answered
-//!    ▲                    │ refused                                              │ may be delivered
+//!    ▲                    │ refused                                              │ deliverable
 //!    └───────── to_pod ◀──┴──────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Only whole messages that have been decided get from one side to the other. Each side's acknowledgments,
-//! windows and retransmissions are between it and the agent.
+//! Only complete messages that have been decided cross from one end to the other. Acknowledgments, windows
+//! and retransmissions are between each end and the agent.
 
 use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_SYN};
 
@@ -23,10 +23,11 @@ use super::{
     sender::{Due, Sender},
 };
 
-/// No question is taken while so much waits for the pod to acknowledge it: a refusal would come on top.
+/// The gate decides no query while this many bytes wait for the pod's acknowledgment: a refusal would add to
+/// them.
 const UNREAD_LIMIT: usize = 64 << 10;
 
-/// Which sides are owed an acknowledgment.
+/// The ends to which the gate owes an acknowledgment.
 #[derive(Clone, Copy, Default)]
 struct Owed {
     pod: bool,
@@ -37,18 +38,18 @@ struct Owed {
 pub(super) struct Split {
     to_pod: Sender,
     to_resolver: Sender,
-    /// How much the pod got of the resolver's message at hand before the connection was split.
+    /// The bytes of the resolver's current message that the pod got before the split.
     begun: usize,
-    /// Refusals that come behind that message.
-    waiting: Vec<u8>,
-    /// The room that each side was told of last.
-    told_pod: usize,
-    told_resolver: usize,
+    /// Refusals that must follow that message.
+    deferred: Vec<u8>,
+    /// The room that the gate last announced to each end.
+    announced_to_pod: usize,
+    announced_to_resolver: usize,
 }
 
 impl Split {
-    /// Takes over what has been sent on and is not acknowledged, in both directions. What is not decided yet
-    /// stays where it is.
+    /// Takes over the bytes of both directions that were allowed and are not acknowledged. Undecided bytes
+    /// stay in the flow's buffers.
     pub(super) fn new(flow: &mut Flow) -> Self {
         let Flow {
             asked, answered, ..
@@ -63,23 +64,23 @@ impl Split {
             ),
             to_resolver: Sender::new(
                 asked.seq(asked.acked),
-                asked.slice(asked.acked, asked.released).to_vec(),
+                asked.slice(asked.acked, asked.allowed).to_vec(),
                 sent(asked.acked, asked.sent),
                 flow.resolver.takes,
             ),
             begun: sent(answered.parsed(), answered.sent),
             ..Self::default()
         };
-        flow.asked.take_in();
-        flow.answered.take_in();
+        flow.asked.forward_all();
+        flow.answered.forward_all();
         split
     }
 
     pub(super) fn kept(&self) -> usize {
-        self.to_pod.kept() + self.to_resolver.kept() + self.waiting.len()
+        self.to_pod.kept() + self.to_resolver.kept() + self.deferred.len()
     }
 
-    /// Where the stream to one side stands.
+    /// The next sequence number of the stream to one end.
     pub(super) fn next_seq(&self, to: To) -> u32 {
         match to {
             To::Pod => self.to_pod.next_seq(),
@@ -87,7 +88,7 @@ impl Split {
         }
     }
 
-    /// Refuses the first question.
+    /// Handles the first refusal.
     pub(super) fn begin<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -99,7 +100,7 @@ impl Split {
             pod: true,
             resolver: false,
         };
-        self.go_on(flow, owed, step)
+        self.proceed(flow, owed, step)
     }
 
     fn refuse(&mut self, refusal: &[u8]) {
@@ -110,12 +111,12 @@ impl Split {
             if self.begun == 0 {
                 self.to_pod.push(bytes);
             } else {
-                self.waiting.extend_from_slice(bytes);
+                self.deferred.extend_from_slice(bytes);
             }
         }
     }
 
-    /// A segment from the pod, other than a reset.
+    /// Handles a segment from the pod that is not a reset.
     pub(super) fn pod_sent<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -130,20 +131,20 @@ impl Split {
             Ok(()) if segment.has(TCP_FIN) => {
                 flow.asked.end_at(segment.end(position));
             }
-            // What there is no room for is repeated.
+            // The pod repeats bytes for which there is no room.
             Ok(()) | Err(Refused::Beyond) => {}
             Err(Refused::Differs) => {
                 return self.lose(flow, To::Resolver, "repeated with other bytes", step);
             }
         }
         let owed = Owed {
-            pod: wants_answer(segment, flow.asked.ack()),
+            pod: needs_acknowledgment(segment, flow.asked.ack()),
             resolver: false,
         };
-        self.go_on(flow, owed, step)
+        self.proceed(flow, owed, step)
     }
 
-    /// A segment from the resolver, other than a reset.
+    /// Handles a segment from the resolver that is not a reset.
     pub(super) fn resolver_sent<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -170,20 +171,20 @@ impl Split {
                     return self.lose(flow, To::Pod, "repeated with other bytes", step);
                 }
             }
-            owed.resolver = wants_answer(segment, flow.answered.ack());
+            owed.resolver = needs_acknowledgment(segment, flow.answered.ack());
         }
-        self.go_on(flow, owed, step)
+        self.proceed(flow, owed, step)
     }
 
-    /// What has to be done from time to time.
+    /// The periodic work.
     pub(super) fn tick<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
         step: &mut Step<'_, D, O>,
     ) -> Next {
         if !step.decide.is_resolver(&flow.ends.packet(To::Resolver)) {
-            // The programs do not hold its segments any more, and the two sides would not understand each
-            // other.
+            // The programs no longer hold the segments, and the two ends would disagree about sequence
+            // numbers.
             return self.fail(flow, step.out);
         }
         for (to, why) in [
@@ -193,8 +194,8 @@ impl Split {
             let sender = self.sender(to);
             match sender.tick(step.now_ns) {
                 Due::Nothing => {}
-                Due::GivenUp => return self.lose(flow, To::Resolver, why, step),
-                Due::Again => {
+                Due::GiveUp => return self.lose(flow, To::Resolver, why, step),
+                Due::Resend => {
                     let probe = sender.probe();
                     if !self.pump(flow, to, step) {
                         let own = Own {
@@ -209,8 +210,8 @@ impl Split {
         Next::Keep
     }
 
-    /// Decides what is complete, and sends what may be sent.
-    fn go_on<D: Decide, O: Out>(
+    /// Decides the complete messages, and sends the bytes that may be sent.
+    fn proceed<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
         mut owed: Owed,
@@ -221,11 +222,15 @@ impl Split {
         {
             return Next::Forget;
         }
-        flow.asked.take_in();
-        flow.answered.take_in();
-        // A window that was nearly closed and is open again is told.
-        owed.pod |= is_reopened(self.told_pod, room(flow, To::Pod), ASKED_LIMIT);
-        owed.resolver |= is_reopened(self.told_resolver, room(flow, To::Resolver), ANSWERED_LIMIT);
+        flow.asked.forward_all();
+        flow.answered.forward_all();
+        // A window that was nearly closed and is open again must be announced.
+        owed.pod |= is_reopened(self.announced_to_pod, room(flow, To::Pod), ASKED_LIMIT);
+        owed.resolver |= is_reopened(
+            self.announced_to_resolver,
+            room(flow, To::Resolver),
+            ANSWERED_LIMIT,
+        );
         for (to, is_owed) in [(To::Resolver, owed.resolver), (To::Pod, owed.pod)] {
             if !self.pump(flow, to, step) && is_owed {
                 let own = self.own(flow, to);
@@ -238,8 +243,8 @@ impl Split {
         Next::Keep
     }
 
-    /// Decides the answers that are complete, as long as the pod takes them. One that had to wait for the pod
-    /// could come when the addresses in it have expired.
+    /// Decides the complete responses while the pod accepts them. A response that waits for the pod could be
+    /// delivered after its addresses have expired.
     fn take_answers<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -260,7 +265,7 @@ impl Split {
                 self.to_pod
                     .push(message.get(self.begun..).unwrap_or_default());
             } else if self.begun > 0 {
-                // The rest of it would have to come next.
+                // The rest of the response would have to come next.
                 return self.fail(flow, step.out);
             }
             flow.answered.take_message();
@@ -270,19 +275,19 @@ impl Split {
             if self.begun > 0 {
                 return self.fail(flow, step.out);
             }
-            // What is left of a message that is cut is not delivered.
+            // An incomplete message at the end is not delivered.
             self.to_pod.close();
         }
         Next::Keep
     }
 
-    /// The message that had begun before the connection was split is over.
+    /// Ends the message that had begun before the split, and sends the refusals that waited for its end.
     fn end_begun(&mut self) {
         self.begun = 0;
-        self.to_pod.push(&std::mem::take(&mut self.waiting));
+        self.to_pod.push(&std::mem::take(&mut self.deferred));
     }
 
-    /// Decides the questions that are complete, as long as there is room for what follows from them.
+    /// Decides the complete queries while there is room for the refusals and for the queries to the resolver.
     fn take_questions<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -291,14 +296,14 @@ impl Split {
         let packet = flow.ends.packet(To::Resolver);
         loop {
             if flow.asked.is_too_long() {
-                return self.lose(flow, To::Resolver, "a question is too long", step);
+                return self.lose(flow, To::Resolver, "a query is too long", step);
             }
             let Some(message) = flow.asked.message() else {
                 break;
             };
             if self.to_resolver.kept() + PREFIX + message.len() > ASKED_LIMIT
                 || self.to_pod.kept() >= UNREAD_LIMIT
-                || self.waiting.len() >= ASKED_LIMIT
+                || self.deferred.len() >= ASKED_LIMIT
             {
                 return Next::Keep;
             }
@@ -310,7 +315,7 @@ impl Split {
                     self.to_resolver.push(flow.asked.slice(from, until));
                 }
                 Asked::Refused(_) if self.to_pod.is_closing() => {
-                    // The resolver has ended the stream, and nothing can be said behind its end.
+                    // The resolver has ended its stream, and no refusal can follow the end.
                     return self.fail(flow, step.out);
                 }
                 Asked::Refused(refusal) => self.refuse(&refusal),
@@ -319,7 +324,7 @@ impl Split {
             flow.asked.take_message();
         }
         if flow.asked.is_cut() {
-            return self.lose(flow, To::Resolver, "ended within a question", step);
+            return self.lose(flow, To::Resolver, "ended within a query", step);
         }
         if flow.asked.is_ended() {
             self.to_resolver.close();
@@ -334,7 +339,7 @@ impl Split {
         }
     }
 
-    /// Sends to one side what it takes; whether that is anything.
+    /// Sends to one end what its window allows; returns whether anything was sent.
     fn pump<D, O: Out>(&mut self, flow: &Flow, to: To, step: &mut Step<'_, D, O>) -> bool {
         let size = flow.own_size();
         let own = self.own(flow, to);
@@ -360,40 +365,40 @@ impl Split {
         has_sent
     }
 
-    /// An acknowledgment of all that one side has sent, and how much more there is room for.
+    /// An acknowledgment of everything that one end has sent, which announces the room for more.
     fn own(&mut self, flow: &Flow, to: To) -> Own<'static> {
         let room = room(flow, to);
-        let (half, from, towards) = match to {
+        let (buffer, from, towards) = match to {
             To::Pod => {
-                self.told_pod = room;
+                self.announced_to_pod = room;
                 (&flow.asked, &flow.resolver, &flow.pod)
             }
             To::Resolver => {
-                self.told_resolver = room;
+                self.announced_to_resolver = room;
                 (&flow.answered, &flow.pod, &flow.resolver)
             }
         };
         Own {
             seq: self.next_seq(to),
-            ack: Some(half.ack()),
+            ack: Some(buffer.ack()),
             window: flow.window_of(from, room),
-            // The values are the last ones of the side in whose name the segment goes. So they never go back
-            // (RFC 7323, section 5.3).
+            // The values are the last ones of the end in whose name the segment is sent. So they never go
+            // back (RFC 7323, section 5.3).
             timestamps: from.timestamp.zip(towards.timestamp),
             ..Own::default()
         }
     }
 
-    /// Resets both sides.
+    /// Resets both ends.
     fn fail(&self, flow: &Flow, out: &mut impl Out) -> Next {
-        for (to, half) in [(To::Resolver, &flow.answered), (To::Pod, &flow.asked)] {
+        for (to, buffer) in [(To::Resolver, &flow.answered), (To::Pod, &flow.asked)] {
             flow.ends
-                .put_reset(to, self.next_seq(to), Some(half.ack()), out);
+                .put_reset(to, self.next_seq(to), Some(buffer.ack()), out);
         }
         Next::Forget
     }
 
-    /// Resets both sides and reports it.
+    /// Resets both ends and reports the reason.
     fn lose<D: Decide, O: Out>(
         &self,
         flow: &Flow,
@@ -406,7 +411,7 @@ impl Split {
     }
 }
 
-/// How much more the gate takes of what one side sends.
+/// The free room in the buffer for the stream from one end.
 fn room(flow: &Flow, from: To) -> usize {
     match from {
         To::Pod => flow.asked.room(),
@@ -414,17 +419,17 @@ fn room(flow: &Flow, from: To) -> usize {
     }
 }
 
-/// Whether a side that waits for room should hear that there is some.
-fn is_reopened(told: usize, room: usize, limit: usize) -> bool {
-    told < limit / 2 && room >= limit / 2
+/// Whether an end that waits for room must be told that there is some.
+fn is_reopened(announced: usize, room: usize, limit: usize) -> bool {
+    announced < limit / 2 && room >= limit / 2
 }
 
-/// Whether a segment is to be acknowledged: one that carries something, or that is not where the stream stands,
-/// as a probe is.
-fn wants_answer(segment: &Segment<'_>, expected: u32) -> bool {
+/// Whether a segment must be acknowledged: it has data or a FIN, or its sequence number is not the expected
+/// one, as in a window probe.
+fn needs_acknowledgment(segment: &Segment<'_>, expected: u32) -> bool {
     !segment.payload.is_empty() || segment.has(TCP_FIN) || segment.seq != expected
 }
 
-// A message of either side fits in what is kept of its stream, so it is complete before there is no room.
+// A message of either end fits into the buffer of its stream, so it is complete before the buffer is full.
 const _: () = assert!(PREFIX + super::QUESTION_MAX < ASKED_LIMIT);
 const _: () = assert!(PREFIX + u16::MAX as usize <= ANSWERED_LIMIT);

@@ -1,14 +1,14 @@
-//! Connections on which a question was refused.
+//! Connections on which a query was refused.
 
 use super::*;
 
 #[test]
-fn a_refused_question_splits_the_connection() {
+fn a_refused_query_splits_the_connection() {
     let mut scene = Scene::new();
     let (refused, allowed) = (asking("no"), asking("ask"));
     let asked = [refused.as_slice(), &allowed, &refused].concat();
     let seen = scene.asks(0, &asked);
-    // The refused questions are left out for the resolver, and answered.
+    // The resolver does not get the refused queries; the pod gets refusals.
     assert_eq!(stream(&seen, To::Resolver, ISN), allowed);
     let refusals = [framed(b"refused"), framed(b"refused")].concat();
     assert_eq!(stream(&seen, To::Pod, ISS), refusals);
@@ -18,11 +18,11 @@ fn a_refused_question_splits_the_connection() {
         place(ISN, asked.len()),
         "all of them are acknowledged"
     );
-    // Not acknowledged, all comes again.
+    // Without an acknowledgment, everything is sent again.
     let seen = scene.ticks(1);
     assert_eq!(stream(&seen, To::Pod, ISS), refusals);
     assert_eq!(stream(&seen, To::Resolver, ISN), allowed);
-    // The answer stands behind the refusals, and only when it is whole.
+    // The response follows the refusals, and only when it is complete.
     let answer = framed(b"an answer");
     let seen = scene.answers(0, &answer[..5], allowed.len());
     let end = place(ISN, allowed.len());
@@ -37,7 +37,7 @@ fn a_refused_question_splits_the_connection() {
     let pod = (To::Pod, place(ISS, refusals.len()), place(ISN, asked.len()));
     assert_eq!(places, [resolver, pod]);
     assert_eq!(seen[1].4, answer);
-    // The pod acknowledges, and both end it.
+    // The pod acknowledges, and both ends close the connection.
     let read = refusals.len() + answer.len();
     let fin = TCP_ACK | TCP_FIN;
     let seen = scene.step(
@@ -60,7 +60,7 @@ fn a_refused_question_splits_the_connection() {
 }
 
 #[test]
-fn a_refusal_within_an_answer_comes_behind_it() {
+fn a_refusal_during_a_response_follows_the_response() {
     let mut scene = Scene::new();
     let (allowed, refused) = (asking("ask"), asking("no"));
     scene.asks(0, &allowed);
@@ -71,7 +71,7 @@ fn a_refusal_within_an_answer_comes_behind_it() {
     let seen = scene.answers(5, &answer[5..], allowed.len());
     let delivered = [&answer[5..], &framed(b"refused")].concat();
     assert_eq!(stream(&seen, To::Pod, ISS.wrapping_add(5)), delivered);
-    // Nothing can be said within an answer whose rest is not delivered.
+    // A refusal cannot follow the beginning of a response whose rest is not delivered.
     let mut scene = Scene::new();
     scene.asks(0, &allowed);
     scene.answers(0, &answer[..1], allowed.len());
@@ -81,7 +81,7 @@ fn a_refusal_within_an_answer_comes_behind_it() {
 }
 
 #[test]
-fn an_answer_that_is_not_delivered_is_left_out_of_a_split_connection() {
+fn an_undelivered_response_is_left_out_of_a_split_connection() {
     let mut scene = Scene::new();
     scene.asks(0, &asking("no"));
     let refusal = framed(b"refused");
@@ -93,7 +93,7 @@ fn an_answer_that_is_not_delivered_is_left_out_of_a_split_connection() {
 }
 
 #[test]
-fn a_refusal_behind_the_end_of_the_resolvers_stream_resets_both() {
+fn a_refusal_after_the_end_of_the_resolvers_stream_resets_both_ends() {
     let mut scene = Scene::new();
     scene.step(
         To::Pod,
@@ -107,7 +107,7 @@ fn a_refusal_behind_the_end_of_the_resolvers_stream_resets_both() {
 }
 
 #[test]
-fn a_reset_passes_a_split_connection_at_the_place_where_its_streams_are() {
+fn a_reset_passes_a_split_connection_with_the_sequence_numbers_of_its_streams() {
     for to in [To::Resolver, To::Pod] {
         let mut scene = Scene::new();
         let (refused, allowed) = (asking("no"), asking("ask"));
@@ -132,7 +132,7 @@ fn a_reset_passes_a_split_connection_at_the_place_where_its_streams_are() {
 }
 
 #[test]
-fn a_refusal_that_nobody_acknowledges_ends() {
+fn the_connection_is_reset_if_nobody_acknowledges_a_refusal() {
     let mut scene = Scene::new();
     scene.asks(0, &asking("no"));
     let mut last = Vec::new();

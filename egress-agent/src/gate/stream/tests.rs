@@ -11,7 +11,8 @@ const ISN: u32 = u32::MAX - 40;
 const ISS: u32 = u32::MAX - 10;
 const MSS: usize = 300;
 
-/// What was put back: where to, the flags, the sequence number, the acknowledgment, the payload.
+/// A frame that was put back: the receiving end, the flags, the sequence number, the acknowledgment, the
+/// payload.
 type Seen = (To, u8, u32, u32, Vec<u8>);
 
 #[derive(Default)]
@@ -32,11 +33,10 @@ impl Out for Line {
         0
     }
 
-    fn turn_to(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: u32) {}
 }
 
-/// Names that begin with an `n` may not be asked for; answers that begin with an `n` are not
-/// delivered.
+/// Refuses names that begin with an `n`, and does not deliver responses that begin with an `n`.
 #[derive(Default)]
 struct Rules {
     lost: usize,
@@ -61,7 +61,7 @@ impl Decide for Rules {
         !message.starts_with(b"n")
     }
 
-    fn begins(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
+    fn may_begin(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
         !message.starts_with(b"n")
     }
 
@@ -110,7 +110,7 @@ fn frame(to: To, flags: u8, seq: u32, ack: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 impl Scene {
-    /// With a connection that is open.
+    /// With an open connection.
     fn new() -> Self {
         let mut scene = Self {
             streams: Streams::new(),
@@ -150,13 +150,14 @@ impl Scene {
         std::mem::take(&mut self.line.0)
     }
 
-    /// The pod sends bytes at this place of its stream.
+    /// The pod sends bytes at this position of its stream.
     fn asks(&mut self, at: usize, bytes: &[u8]) -> Vec<Seen> {
         let ack = ISS.wrapping_add(1);
         self.step(To::Resolver, TCP_ACK, place(ISN, at), ack, bytes)
     }
 
-    /// The resolver sends bytes at this place of its stream, having got the pod's up to another.
+    /// The resolver sends bytes at this position of its stream, and acknowledges the pod's stream up to
+    /// another.
     fn answers(&mut self, at: usize, bytes: &[u8], acknowledged: usize) -> Vec<Seen> {
         let ack = place(ISN, acknowledged);
         self.step(To::Pod, TCP_ACK, place(ISS, at), ack, bytes)
@@ -203,7 +204,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&(message.len() as u16).to_be_bytes(), message].concat()
 }
 
-/// What was sent on to one side, in the order of its sequence numbers.
+/// The bytes that were put back to one end, in the order of their sequence numbers.
 fn stream(seen: &[Seen], towards: To, first: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (_, _, seq, _, payload) in seen.iter().filter(|(to, ..)| *to == towards) {
@@ -223,7 +224,7 @@ fn stream(seen: &[Seen], towards: To, first: u32) -> Vec<u8> {
 }
 
 #[test]
-fn a_whole_question_and_a_whole_answer_pass_as_they_are() {
+fn a_whole_query_and_a_whole_response_pass_unchanged() {
     let mut scene = Scene::new();
     let question = asking("ask");
     let seen = scene.asks(0, &question);
@@ -234,11 +235,11 @@ fn a_whole_question_and_a_whole_answer_pass_as_they_are() {
     assert_eq!(stream(&seen, To::Pod, ISS), answer);
     assert_eq!(scene.rules.answers, [b"an answer"]);
     let kept = scene.streams.kept.amount();
-    assert_eq!(kept, answer.len(), "until the pod has it");
+    assert_eq!(kept, answer.len(), "until the pod acknowledges it");
 }
 
 #[test]
-fn what_is_held_is_acknowledged_and_repeated_until_the_resolver_has_it() {
+fn a_held_segment_is_acknowledged_and_resent_until_the_resolver_acknowledges_it() {
     let mut scene = Scene::new();
     let question = asking("ask");
     let seen = scene.asks(0, &question[..9]);
@@ -264,7 +265,7 @@ fn a_repetition_passes_until_it_is_acknowledged() {
     let seen = scene.asks(0, &question);
     let end = place(ISN, question.len());
     assert_eq!(seen, [(To::Pod, TCP_ACK, place(ISS, 0), end, Vec::new())]);
-    // The other way likewise: then the pod's acknowledgment was lost.
+    // The other direction likewise: the pod's acknowledgment was lost.
     let answer = framed(b"an answer");
     assert_eq!(
         scene.answers(0, &answer, question.len()),
@@ -273,7 +274,7 @@ fn a_repetition_passes_until_it_is_acknowledged() {
 }
 
 #[test]
-fn a_repetition_with_other_bytes_resets_both() {
+fn a_repetition_with_other_bytes_resets_both_ends() {
     let mut scene = Scene::new();
     scene.asks(0, &asking("ask"));
     let seen = scene.asks(0, &asking("nsk"));
@@ -286,14 +287,14 @@ fn a_repetition_with_other_bytes_resets_both() {
 }
 
 #[test]
-fn an_answer_that_may_not_be_delivered_resets_both() {
+fn a_response_that_may_not_be_delivered_resets_both_ends() {
     let mut scene = Scene::new();
     let seen = scene.answers(0, &framed(b"no answer"), 0);
     scene.is_reset(&seen);
 }
 
 #[test]
-fn the_beginning_of_an_answer_passes_if_the_answer_may() {
+fn the_beginning_of_a_response_passes_if_the_response_may() {
     let mut scene = Scene::new();
     let answer = framed(b"an answer");
     assert_eq!(
@@ -339,7 +340,7 @@ fn a_connection_that_needs_more_memory_than_there_is_is_reset() {
 }
 
 #[test]
-fn a_connection_too_many_resets_the_one_used_longest_ago() {
+fn beyond_the_limit_the_least_recently_used_connection_is_reset() {
     let mut scene = Scene::new();
     for port in 0..FLOWS as u16 {
         let mut frame = Vec::new();
@@ -373,7 +374,7 @@ fn a_connection_too_many_resets_the_one_used_longest_ago() {
 }
 
 #[test]
-fn a_segment_keeps_the_options_that_say_nothing_about_the_stream() {
+fn only_options_that_do_not_change_the_stream_are_kept() {
     let known = [2, 4, 1, 44, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
     // Multipath TCP (30) and fast open (34) among them, and one that is cut.
     let mut all = vec![30, 4, 0, 1];
@@ -405,7 +406,7 @@ fn a_segment_keeps_the_options_that_say_nothing_about_the_stream() {
 
 proptest! {
     #[test]
-    fn what_is_put_back_is_what_was_sent(
+    fn the_bytes_put_back_are_the_bytes_sent(
         questions in prop::collection::vec("[a-m]{1,60}", 1..12),
         answers in prop::collection::vec(prop::collection::vec(b'a'..=b'm', 0..2000), 0..6),
         pieces in prop::collection::vec((any::<prop::sample::Index>(), 1usize..1500, any::<bool>()), 0..60),
@@ -447,7 +448,7 @@ proptest! {
         let allowed = asking("ask");
         let mut scene = Scene::new();
         for (from_pod, flags, seq, ack, at, len) in segments {
-            // As the walk has it.
+            // The walk never reports these combinations of flags.
             let flags = if flags & TCP_SYN != 0 { flags & !(TCP_FIN | TCP_RST) } else { flags };
             let source = [allowed.as_slice(), &refused, &framed(b"an answer")].concat();
             let at = at.index(source.len());

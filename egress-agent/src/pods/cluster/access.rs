@@ -1,4 +1,4 @@
-//! What the agent asks the API server for, and so what its roles must allow, and nothing else.
+//! The agent's requests to the API server, and so exactly the rights that its roles must grant.
 
 /// A right that the agent uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -7,21 +7,21 @@ pub struct Access {
     pub group: &'static str,
     /// The resource, in the plural.
     pub resource: &'static str,
-    /// What is done with it.
+    /// The verbs that the agent uses on it.
     pub verbs: &'static [&'static str],
-    /// Where.
+    /// The scope.
     pub within: Within,
-    /// The only objects it is done to; empty for all.
+    /// The only objects that the agent uses; empty for all.
     pub names: &'static [&'static str],
 }
 
-/// Where a right is used.
+/// The scope of a right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Within {
     /// In the whole cluster, as a `ClusterRole`.
     Cluster,
-    /// In the namespace of the DNS Service, `kube-system` unless `cluster.dnsService` says
-    /// otherwise. The names are those of the default, too.
+    /// In the namespace of the DNS Service, which is `kube-system` unless `cluster.dnsService` names another
+    /// one. The names of objects are those of the default, too.
     DnsNamespace,
     /// In the namespace `default`, where the API server's own Service is.
     Default,
@@ -43,7 +43,7 @@ pub const ACCESS: &[Access] = &[
         within: Within::DnsNamespace,
         names: &["kube-dns"],
     },
-    // Found by label: their names are made up.
+    // Selected by label, because their names are generated.
     Access {
         group: "discovery.k8s.io",
         resource: "endpointslices",

@@ -1,11 +1,13 @@
 //! The connection to the API server.
 //!
-//! kube's own way to make a client is not used, for three reasons. It speaks HTTP/1.1, in which each
-//! watch is a connection of its own; this speaks HTTP/2, in which all share one, and whose pings
-//! notice within [`PING_EVERY`] and [`PING_TIMEOUT`] that the other end is gone although nothing
-//! says so. It repeats failed requests by itself for minutes, in which nobody learns that the
-//! server is away. And it is made once: this one is made anew from its files when the server does
-//! not accept it, so that rotated credentials and authorities count.
+//! kube's own client is not used, for three reasons:
+//!
+//! - It uses HTTP/1.1, in which each watch is a connection of its own. This one uses HTTP/2, in which all
+//!   watches share one connection, and whose pings detect a dead peer within [`PING_EVERY`] and
+//!   [`PING_TIMEOUT`].
+//! - It repeats failed requests for minutes without reporting that the server is away.
+//! - It is created once. This one is created again from its files when the server rejects it, so that rotated
+//!   credentials and authorities take effect.
 
 use std::{
     path::{Path, PathBuf},
@@ -32,22 +34,22 @@ use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer};
 
 use super::health::{Health, Watched};
 
-/// How long an answer may take to begin, a new connection included.
+/// How long a response may take to begin, including a new connection.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the other end is asked whether it is there …
+/// Interval of HTTP/2 pings …
 const PING_EVERY: Duration = Duration::from_secs(20);
-/// … and how long it may take to say so.
+/// … and how long the reply may take.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where the credentials are.
+/// The source of the credentials.
 #[derive(Clone, Debug)]
 enum Source {
-    /// Where Kubernetes puts them for a pod.
+    /// The files that Kubernetes mounts into a pod.
     Pod,
     Kubeconfig(PathBuf),
 }
 
-/// Makes clients.
+/// Creates clients.
 #[derive(Debug)]
 pub(super) struct Connection {
     source: Source,
@@ -55,7 +57,7 @@ pub(super) struct Connection {
     current: Mutex<Current>,
 }
 
-/// How long the other end may be silent.
+/// How long the server may be silent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timing {
     pub(super) ping_every: Duration,
@@ -71,7 +73,7 @@ impl Default for Timing {
     }
 }
 
-/// Tells clients that were made together from later ones.
+/// Distinguishes the clients of one set of credentials from later ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Generation(u64);
 
@@ -79,18 +81,18 @@ struct Current {
     generation: Generation,
     client: Client,
     server: String,
-    gate: Arc<Gate>,
+    first_request: Arc<FirstRequest>,
 }
 
-/// Lets one request at a time through until one is answered. Those that come together would each
-/// open a connection, before it is known that the first can be shared.
+/// Lets one request at a time through until one succeeds. Concurrent first requests would each open a
+/// connection, before it is known that they can share one.
 #[derive(Debug, Default)]
-struct Gate {
+struct FirstRequest {
     is_open: AtomicBool,
     first: tokio::sync::Mutex<()>,
 }
 
-impl Gate {
+impl FirstRequest {
     async fn send(&self, client: &Client, request: Request<Body>) -> kube::Result<Response<Body>> {
         if !self.is_open.load(Relaxed) {
             let _first = self.first.lock().await;
@@ -114,7 +116,7 @@ impl std::fmt::Debug for Current {
 }
 
 impl Connection {
-    /// Reads the credentials; nothing is asked of the server yet.
+    /// Reads the credentials, and sends nothing to the server yet.
     pub(super) async fn new(kubeconfig: Option<&Path>, timing: Timing) -> anyhow::Result<Self> {
         let source = kubeconfig.map_or(Source::Pod, |path| Source::Kubeconfig(path.to_owned()));
         let (client, server) = source.client(timing).await?;
@@ -125,51 +127,55 @@ impl Connection {
                 generation: Generation(0),
                 client,
                 server,
-                gate: Arc::default(),
+                first_request: Arc::default(),
             }),
         })
     }
 
-    /// A client for what is not watched.
+    /// A client for requests that are not watches.
     pub(super) fn client(&self) -> (Generation, Client) {
         let current = self.current();
         (current.generation, current.client.clone())
     }
 
-    /// The address of the API server, for messages.
+    /// The URL of the API server, for messages.
     pub(super) fn server(&self) -> String {
         self.current().server.clone()
     }
 
-    /// Says that the connection may be lost.
-    pub(super) fn doubt(&self) {
-        self.current().gate.is_open.store(false, Relaxed);
+    /// Marks the connection as possibly lost.
+    pub(super) fn suspect_lost(&self) {
+        self.current().first_request.is_open.store(false, Relaxed);
     }
 
     fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A client for one watch, which notes when the server answers and when the watch has begun.
+    /// A client for one watch, which records when the server answers and when the watch is established.
     pub(super) fn watching(&self, health: &Arc<Health>, watched: Watched) -> (Generation, Client) {
-        let (generation, client, gate) = {
+        let (generation, client, first_request) = {
             let current = self.current();
-            let gate = Arc::clone(&current.gate);
-            (current.generation, current.client.clone(), gate)
+            let first_request = Arc::clone(&current.first_request);
+            (current.generation, current.client.clone(), first_request)
         };
         let namespace = client.default_namespace().to_owned();
         let health = Arc::clone(health);
         let noting = tower::service_fn(move |request: Request<Body>| {
-            let (client, health, gate) = (client.clone(), Arc::clone(&health), Arc::clone(&gate));
+            let (client, health, first_request) = (
+                client.clone(),
+                Arc::clone(&health),
+                Arc::clone(&first_request),
+            );
             async move {
                 let query = request.uri().query().unwrap_or_default();
                 let is_watch = query.split('&').any(|pair| pair == "watch=true");
-                let response = gate.send(&client, request).await?;
+                let response = first_request.send(&client, request).await?;
                 if !response.status().is_server_error() {
-                    health.answered();
+                    health.record_answer();
                 }
                 if is_watch && response.status().is_success() {
-                    health.established(watched);
+                    health.record_watch(watched);
                 }
                 Ok::<Response<Body>, kube::Error>(response)
             }
@@ -177,8 +183,7 @@ impl Connection {
         (generation, Client::new(noting, namespace))
     }
 
-    /// Makes new clients from the files as they are now, unless that has been done since `failed`
-    /// was made.
+    /// Creates new clients from the current files, unless a later generation than `failed` exists already.
     pub(super) async fn renew(&self, failed: Generation) {
         if self.client().0 != failed {
             return;
@@ -189,12 +194,12 @@ impl Connection {
                     generation: Generation(failed.0 + 1),
                     client,
                     server,
-                    gate: Arc::default(),
+                    first_request: Arc::default(),
                 };
             }
             Err(error) => {
                 tracing::warn!(
-                    "the credentials for the API server cannot be read again: {error:#}"
+                    "cannot read the credentials for the API server again; the old ones stay in use: {error:#}"
                 );
             }
         }
@@ -231,7 +236,9 @@ impl Source {
 
 fn client(config: Config, timing: Timing) -> anyhow::Result<Client> {
     if let Some(proxy) = &config.proxy_url {
-        bail!("it names the proxy {proxy}: the agent speaks with the API server directly");
+        bail!(
+            "it names the proxy {proxy}: the agent connects to the API server directly; remove the proxy"
+        );
     }
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -265,7 +272,7 @@ fn client(config: Config, timing: Timing) -> anyhow::Result<Client> {
     Ok(Client::new(service, config.default_namespace))
 }
 
-/// What an error comes down to.
+/// The innermost cause of an error.
 pub(super) fn root(error: &kube::Error) -> String {
     let mut last: &dyn std::error::Error = error;
     while let Some(source) = last.source() {

@@ -1,7 +1,7 @@
-//! Tells people about pods, by Events.
+//! Reports on pods with Events.
 //!
-//! kube's own recorder is not used: it takes two Events of the same reason for the same, and says
-//! the first one's note again, so that of several denied destinations one would be seen.
+//! kube's own recorder is not used: it treats two Events with the same reason as the same Event and repeats
+//! the first one's note, so only one of several denied destinations would be visible.
 
 use std::{
     collections::HashMap,
@@ -28,35 +28,35 @@ use tokio::sync::mpsc;
 
 use super::{
     connection::{Connection, root},
-    rate::Rate,
+    token_bucket::TokenBucket,
 };
 
-/// Events that wait to be written.
+/// Length of the queue of Events.
 const QUEUE: usize = 256;
-/// Of which one pod's may be this many.
+/// How many of them may be about one pod.
 const QUEUE_PER_POD: usize = 16;
-/// Longest note in bytes, as the API server checks it.
+/// Longest note in bytes, the API server's limit.
 const NOTE_MAX: usize = 1024;
-/// Longest name of a reporting instance in bytes, likewise.
+/// Longest name of a reporting instance in bytes, the API server's limit.
 const INSTANCE_MAX: usize = 128;
-/// Of a pod's name so much is in the name of its Events, which may have 253 bytes.
+/// How many bytes of a pod's name go into the names of its Events, which may have 253 bytes.
 const NAME_MAX: usize = 220;
-/// Events of one pod: so many at once, and then one in so long a time.
+/// Token bucket of one pod's Events: burst, and time for one more.
 const OF_POD: (u32, Duration) = (10, Duration::from_secs(30));
-/// Events of all pods together, likewise.
+/// Token bucket of all pods' Events.
 const OF_ALL: (u32, Duration) = (100, Duration::from_millis(200));
-/// A repeated Event is told again at most this often.
+/// Shortest interval between two updates of a repeated Event.
 const REPEAT_EVERY: Duration = Duration::from_secs(10);
-/// How long the same is a repetition, and then something new.
+/// Deduplication window: an equal Event within it counts as a repetition.
 const REPEATED_FOR: Duration = Duration::from_secs(6 * 60);
-/// Most Events that are remembered for it.
+/// Most Events that are remembered for deduplication.
 const REMEMBERED: usize = 4096;
-/// Who reports.
+/// The reporting controller.
 const CONTROLLER: &str = "egress-agent.dev/agent";
-/// What was done, for every Event.
+/// The action of every Event.
 const ACTION: &str = "Enforce";
 
-/// Something to say about a pod.
+/// An Event about a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PodEvent {
     /// The pod's namespace.
@@ -65,15 +65,15 @@ pub struct PodEvent {
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// Why, in one word such as `PolicyUnreadable`.
+    /// The reason in one word, such as `PolicyUnreadable`.
     pub reason: &'static str,
-    /// The whole story, for a person; what is beyond 1024 bytes is cut.
+    /// The explanation for people, cut after 1024 bytes.
     pub note: String,
-    /// Whether someone has to look at it.
+    /// Whether somebody has to act.
     pub warning: bool,
 }
 
-/// How many Events were told.
+/// Counters of Events.
 #[derive(Debug, Default)]
 pub struct EventCounters {
     sent: AtomicU64,
@@ -82,50 +82,50 @@ pub struct EventCounters {
 }
 
 impl EventCounters {
-    /// Written, repetitions included.
+    /// Events that were written, including repetitions.
     pub fn sent(&self) -> u64 {
         self.sent.load(Relaxed)
     }
 
-    /// Not written because there were too many.
+    /// Events that were dropped because there were too many.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Relaxed)
     }
 
-    /// Not written because the API server did not take them.
+    /// Events that the API server did not accept.
     pub fn failed(&self) -> u64 {
         self.failed.load(Relaxed)
     }
 }
 
-/// Takes Events and never waits.
+/// Accepts Events without blocking.
 #[derive(Clone, Debug)]
 pub struct EventSink {
     queue: mpsc::Sender<PodEvent>,
-    waiting: Arc<QueuedEvents>,
+    queued: Arc<QueuedEvents>,
     counters: Arc<EventCounters>,
 }
 
-/// How many Events of each pod are in the queue, by UID. The lock is held for a look at the table.
+/// How many Events of each pod are queued, by UID. The lock is held only for one table operation.
 #[derive(Debug, Default)]
 struct QueuedEvents(Mutex<HashMap<String, usize>>);
 
 impl QueuedEvents {
-    /// One more, unless the pod has as many as it may.
+    /// Counts one more queued Event, unless the pod has reached its limit.
     fn add(&self, uid: &str) -> bool {
         let mut pods = self.lock();
-        let waiting = pods.entry(uid.to_owned()).or_default();
-        let is_room = *waiting < QUEUE_PER_POD;
-        *waiting += usize::from(is_room);
+        let queued = pods.entry(uid.to_owned()).or_default();
+        let is_room = *queued < QUEUE_PER_POD;
+        *queued += usize::from(is_room);
         is_room
     }
 
-    /// One less.
+    /// Counts one queued Event less.
     fn take(&self, uid: &str) {
         let mut pods = self.lock();
-        if let Some(waiting) = pods.get_mut(uid) {
-            *waiting -= 1;
-            if *waiting == 0 {
+        if let Some(queued) = pods.get_mut(uid) {
+            *queued -= 1;
+            if *queued == 0 {
                 pods.remove(uid);
             }
         }
@@ -137,43 +137,43 @@ impl QueuedEvents {
 }
 
 impl EventSink {
-    /// Has an Event written, soon. Too many are dropped, and counted.
+    /// Queues an Event. If the queue or the pod's share of it is full, the Event is dropped and counted.
     pub fn send(&self, event: PodEvent) {
         let uid = event.uid.clone();
-        if !self.waiting.add(&uid) {
+        if !self.queued.add(&uid) {
             self.counters.dropped.fetch_add(1, Relaxed);
         } else if self.queue.try_send(event).is_err() {
-            self.waiting.take(&uid);
+            self.queued.take(&uid);
             self.counters.dropped.fetch_add(1, Relaxed);
         }
     }
 
-    /// How many Events were told.
+    /// The counters of Events.
     pub fn counters(&self) -> &EventCounters {
         &self.counters
     }
 }
 
-/// A sink, and what writes the Events it takes.
+/// Creates a sink, and the writer of the Events that it accepts.
 pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Writer) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let counters = Arc::<EventCounters>::default();
-    let waiting = Arc::<QueuedEvents>::default();
+    let queued = Arc::<QueuedEvents>::default();
     let now = Instant::now();
     let writer = Writer {
         connection,
         queue,
-        waiting: Arc::clone(&waiting),
+        queued: Arc::clone(&queued),
         counters: Arc::clone(&counters),
         instance: cut(node, INSTANCE_MAX).to_owned(),
-        told: HashMap::new(),
+        recent: HashMap::new(),
         of_pod: HashMap::new(),
-        of_all: Rate::new(OF_ALL.0, OF_ALL.1, now),
+        of_all: TokenBucket::new(OF_ALL.0, OF_ALL.1, now),
         is_failing: false,
     };
     let sink = EventSink {
         queue: sender,
-        waiting,
+        queued,
         counters,
     };
     (sink, writer)
@@ -184,20 +184,20 @@ pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (EventSink, Wr
 pub(super) struct Writer {
     connection: Arc<Connection>,
     queue: mpsc::Receiver<PodEvent>,
-    waiting: Arc<QueuedEvents>,
+    queued: Arc<QueuedEvents>,
     counters: Arc<EventCounters>,
     /// The node's name.
     instance: String,
-    told: HashMap<PodEvent, Told>,
+    recent: HashMap<PodEvent, WrittenEvent>,
     /// By UID.
-    of_pod: HashMap<String, Rate>,
-    of_all: Rate,
+    of_pod: HashMap<String, TokenBucket>,
+    of_all: TokenBucket,
     is_failing: bool,
 }
 
-/// An Event that is there already.
+/// An Event that exists already.
 #[derive(Debug)]
-struct Told {
+struct WrittenEvent {
     name: String,
     count: i32,
     last: Instant,
@@ -206,14 +206,14 @@ struct Told {
 }
 
 impl Writer {
-    /// Writes until the task is ended.
+    /// Writes Events until the queue is closed.
     pub(super) async fn run(mut self) {
         let mut repeat = tokio::time::interval(REPEAT_EVERY);
         loop {
             tokio::select! {
                 event = self.queue.recv() => match event {
                     Some(event) => {
-                        self.waiting.take(&event.uid);
+                        self.queued.take(&event.uid);
                         self.take(event).await;
                     }
                     None => return,
@@ -227,14 +227,14 @@ impl Writer {
         let kept = cut(&event.note, NOTE_MAX).len();
         event.note.truncate(kept);
         let now = Instant::now();
-        if let Some(told) = self.told.get_mut(&event) {
-            told.count = told.count.saturating_add(1);
-            told.last = now;
+        if let Some(entry) = self.recent.get_mut(&event) {
+            entry.count = entry.count.saturating_add(1);
+            entry.last = now;
             return;
         }
         let of_pod = self.of_pod.entry(event.uid.clone());
-        let of_pod = of_pod.or_insert_with(|| Rate::new(OF_POD.0, OF_POD.1, now));
-        let is_full = self.told.len() >= REMEMBERED;
+        let of_pod = of_pod.or_insert_with(|| TokenBucket::new(OF_POD.0, OF_POD.1, now));
+        let is_full = self.recent.len() >= REMEMBERED;
         if is_full || !of_pod.take(now) || !self.of_all.take(now) {
             self.counters.dropped.fetch_add(1, Relaxed);
             return;
@@ -248,52 +248,52 @@ impl Writer {
         let api = self.api(&event.namespace);
         let created = api.create(&PostParams::default(), &object).await;
         if self.note(created.map(drop)).await {
-            let told = Told {
+            let written = WrittenEvent {
                 name,
                 count: 1,
                 last: now,
                 written: 1,
             };
-            self.told.insert(event, told);
+            self.recent.insert(event, written);
         }
     }
 
-    /// Tells how often the same has happened since, and forgets what has not happened for long.
+    /// Updates the counts of repeated Events, and forgets those whose deduplication window has ended.
     async fn repeat(&mut self) {
         let now = Instant::now();
-        let mut told = std::mem::take(&mut self.told);
+        let mut recent = std::mem::take(&mut self.recent);
         let mut gone = Vec::new();
-        for (event, told) in &mut told {
-            if told.count == told.written || !self.of_all.take(now) {
+        for (event, entry) in &mut recent {
+            if entry.count == entry.written || !self.of_all.take(now) {
                 continue;
             }
             let series = EventSeries {
-                count: told.count,
+                count: entry.count,
                 last_observed_time: MicroTime(Timestamp::now()),
             };
             let patch = Patch::Merge(serde_json::json!({ "series": series }));
             let api = self.api(&event.namespace);
             let patched = api
-                .patch(&told.name, &PatchParams::default(), &patch)
+                .patch(&entry.name, &PatchParams::default(), &patch)
                 .await
                 .map(drop);
-            told.written = told.count;
+            entry.written = entry.count;
             let is_gone = matches!(&patched, Err(kube::Error::Api(status)) if status.code == 404);
             if is_gone {
-                // The API server keeps Events for an hour or so.
+                // It has expired: the API server keeps Events for about an hour.
                 gone.push(event.clone());
             } else {
                 self.note(patched).await;
             }
         }
-        told.retain(|event, told| {
-            now.saturating_duration_since(told.last) < REPEATED_FOR && !gone.contains(event)
+        recent.retain(|event, entry| {
+            now.saturating_duration_since(entry.last) < REPEATED_FOR && !gone.contains(event)
         });
-        self.told = told;
-        self.of_pod.retain(|_, rate| !rate.is_whole(now));
+        self.recent = recent;
+        self.of_pod.retain(|_, bucket| !bucket.is_full(now));
     }
 
-    /// Counts how a write went; true when it went well.
+    /// Counts the result of a write; returns true on success.
     async fn note(&mut self, written: Result<(), kube::Error>) -> bool {
         let Err(error) = written else {
             self.counters.sent.fetch_add(1, Relaxed);
@@ -305,9 +305,9 @@ impl Writer {
             kube::Error::Api(status) => status.message.clone(),
             other => root(other),
         };
-        // Said once, until it goes well again.
+        // Logged once, until a write succeeds again.
         if !std::mem::replace(&mut self.is_failing, true) {
-            tracing::warn!("Events cannot be written, and those of now are lost: {message}");
+            tracing::warn!("cannot write Events; they are lost until a write succeeds: {message}");
         }
         if matches!(&error, kube::Error::Api(status) if status.code == 401) {
             let (generation, _) = self.connection.client();
@@ -348,7 +348,7 @@ impl Writer {
     }
 }
 
-/// The beginning of a text that has at most so many bytes.
+/// The longest beginning of a text that has at most `max` bytes.
 fn cut(text: &str, max: usize) -> &str {
     let end = (0..=max.min(text.len())).rfind(|at| text.is_char_boundary(*at));
     &text[..end.unwrap_or(0)]
@@ -370,11 +370,11 @@ mod tests {
     }
 
     #[test]
-    fn one_pods_events_leave_room_for_another_pods() {
+    fn one_pods_events_leave_room_for_those_of_another() {
         let (queue, mut events) = mpsc::channel(QUEUE);
         let sink = EventSink {
             queue,
-            waiting: Arc::default(),
+            queued: Arc::default(),
             counters: Arc::default(),
         };
         for number in 0..QUEUE {
@@ -383,16 +383,16 @@ mod tests {
         sink.send(event("other", 0));
         let mut taken = Vec::new();
         while let Ok(event) = events.try_recv() {
-            sink.waiting.take(&event.uid);
+            sink.queued.take(&event.uid);
             taken.push(event.uid);
         }
         assert_eq!(taken.len(), QUEUE_PER_POD + 1);
         assert_eq!(taken.last().map(String::as_str), Some("other"));
         assert_eq!(sink.counters.dropped() as usize, QUEUE - QUEUE_PER_POD);
-        // What was written makes room.
+        // A written Event makes room for another one.
         sink.send(event("loud", 0));
         assert!(events.try_recv().is_ok());
-        assert_eq!(sink.waiting.lock().len(), 1);
+        assert_eq!(sink.queued.lock().len(), 1);
     }
 
     #[test]

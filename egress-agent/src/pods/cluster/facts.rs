@@ -1,12 +1,13 @@
-//! What Services, endpoints, Nodes and service ranges say of the cluster's addresses.
+//! The cluster's addresses, from Services, endpoints, Nodes and service ranges.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 
-use egress_policy::{DNS_PORT, Prefix};
+use egress_common::protocol::DNS_PORT;
+use egress_policy::Prefix;
 
-/// What is needed of a Node.
+/// The fields of a Node that the agent uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NodeFacts {
     pub(super) uid: String,
@@ -43,8 +44,8 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Names of a Service's ports that are asked on port 53: others, such as that of metrics, are not
-    /// for DNS.
+    /// The names of a Service's ports with number 53. The others, such as the port of metrics, are not for
+    /// DNS.
     pub(super) fn dns_port_names(&self) -> impl Iterator<Item = &str> {
         let ports = self.ports.iter();
         ports
@@ -52,8 +53,8 @@ impl Served {
             .map(|(name, _)| name.as_str())
     }
 
-    /// The ports of endpoints that are for DNS: those with one of the names, or, where the Service
-    /// gives none, with a name that usual Services have. Port 53 where there is none.
+    /// The DNS ports of endpoints: those with one of the names. If the Service gives no names, those with a
+    /// name that is usual for DNS. Port 53 if there is none.
     pub(super) fn dns_ports(&self, names: &BTreeSet<&str>) -> Vec<u16> {
         let is_usual = |name: &str| {
             name.starts_with("dns") && !name.contains("tls") || matches!(name, "udp-53" | "tcp-53")
@@ -83,7 +84,7 @@ pub(super) fn of_service(service: v1::Service) -> Served {
     let all = spec.cluster_ips.unwrap_or_default();
     let ports = spec.ports.unwrap_or_default();
     Served {
-        // "None" of a headless Service is no address.
+        // A headless Service has "None", which is not an address.
         addresses: machine_addresses(all.iter().chain(&spec.cluster_ip).map(String::as_str)),
         ports: ports_of(
             ports
@@ -93,7 +94,7 @@ pub(super) fn of_service(service: v1::Service) -> Served {
     }
 }
 
-/// The ports for TCP and UDP, whose protocol is TCP where it is not said.
+/// The TCP and UDP ports; the default protocol is TCP.
 fn ports_of(
     ports: impl Iterator<Item = (Option<String>, Option<i32>, Option<String>)>,
 ) -> Vec<(String, u16)> {
@@ -106,8 +107,8 @@ fn ports_of(
         .collect()
 }
 
-/// The addresses of an `EndpointSlice`, ready or not: one that is starting may already be asked,
-/// and one that is ending still answers.
+/// The addresses of an `EndpointSlice`, ready or not: an endpoint that is starting may already get queries,
+/// and one that is terminating still answers.
 pub(super) fn of_slice(slice: discovery::EndpointSlice) -> Served {
     if slice.address_type == "FQDN" {
         return Served::default();
@@ -162,8 +163,8 @@ fn machine_addresses<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<IpAddr> {
     found
 }
 
-/// The readable prefixes; not one that holds every address of its family, which would make all of
-/// the internet internal.
+/// The valid prefixes, without one that covers its whole address family: that would make all of the internet
+/// internal.
 fn prefixes<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<Prefix> {
     let mut found: Vec<Prefix> = texts
         .filter_map(|text| Prefix::parse(text).ok())

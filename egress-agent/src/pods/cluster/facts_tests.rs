@@ -56,7 +56,7 @@ fn endpoints_count_whether_ready_or_not() {
 }
 
 #[test]
-fn what_no_machine_has_is_no_endpoint() {
+fn an_address_that_no_machine_has_is_not_an_endpoint() {
     let endpoints = json!({ "subsets": [{ "addresses": [
         { "ip": "0.0.0.0" }, { "ip": "127.0.0.1" }, { "ip": "::1" }, { "ip": "ff02::1" }, { "ip": "x" },
     ] }] });
@@ -86,7 +86,7 @@ fn a_node_has_ranges_of_pods_and_internal_addresses() {
 }
 
 #[test]
-fn no_range_makes_the_internet_internal() {
+fn a_service_range_of_a_whole_family_does_not_count() {
     let range = json!({ "spec": { "cidrs": ["10.96.0.0/12", "0.0.0.0/0", "::/0", "x"] } });
     assert_eq!(
         of_service_range(object(range)),
@@ -95,7 +95,7 @@ fn no_range_makes_the_internet_internal() {
 }
 
 #[test]
-fn the_ports_for_dns_are_those_that_the_service_has_behind_port_53() {
+fn the_dns_ports_of_endpoints_are_those_behind_port_53_of_the_service() {
     let service = of_service(object(json!({ "spec": { "ports": [
         { "name": "dns", "port": 53, "protocol": "UDP", "targetPort": "dns" },
         { "name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": "dns-tcp" },
@@ -114,7 +114,7 @@ fn the_ports_for_dns_are_those_that_the_service_has_behind_port_53() {
     ] }),
     ));
     assert_eq!(slice.dns_ports(&names), [5353]);
-    // Where the Service is not known.
+    // Without the Service.
     assert_eq!(slice.dns_ports(&BTreeSet::new()), [5353]);
     let unnamed = of_endpoints(object(
         json!({ "subsets": [{ "ports": [{ "port": 1053 }] }] }),

@@ -1,4 +1,4 @@
-//! Follows one kind of object, for ever.
+//! Follows one kind of object, without end.
 
 use std::{
     pin::pin,
@@ -23,12 +23,12 @@ use super::{
 
 /// How long a list may take from one object to the next.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often in a row a watch may fail before it begins again with a list and new credentials.
+/// How many consecutive failures a watch may have before it starts again with a list and new credentials.
 const ATTEMPTS: u32 = 3;
-/// Until a kind of object that the server does not have is looked for again.
+/// How long to wait before requesting a kind of object again that the server does not have.
 const NOT_SERVED_PAUSE: Duration = Duration::from_secs(600);
 
-/// What all watches share.
+/// The state that all watches share.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
     pub(super) connection: Arc<Connection>,
@@ -36,7 +36,7 @@ pub(super) struct Shared {
     pub(super) state: Arc<Mutex<State>>,
 }
 
-/// One watch: what to ask for, what is needed of it, and where that goes.
+/// One watch: the request, the reduction of each object, and the table for the result.
 pub(super) struct Plan<K, R> {
     pub(super) watched: Watched,
     pub(super) api: Box<dyn Fn(Client) -> Api<K> + Send + Sync>,
@@ -45,16 +45,16 @@ pub(super) struct Plan<K, R> {
     pub(super) table: fn(&mut State) -> &mut Table<R>,
 }
 
-/// What ends the following.
+/// When to stop following.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Until {
     /// The server does not have this kind of object.
     NotServed,
-    /// Anything is amiss: it may be another server from now on.
-    Disturbed,
+    /// Any failure: later requests may reach another server.
+    AnyFailure,
 }
 
-/// Follows what a plan says. What the server does not have is looked for again from time to time.
+/// Follows a plan. A kind that the server does not have is requested again from time to time.
 pub(super) async fn follow<K, R>(shared: Shared, plan: Plan<K, R>)
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
@@ -63,12 +63,14 @@ where
     let mut backoff = DefaultBackoff::default();
     loop {
         follow_until(&shared, &plan, Until::NotServed, &mut backoff).await;
-        shared.health.failed(plan.watched, Failure::NotServed);
+        shared
+            .health
+            .record_failure(plan.watched, Failure::NotServed);
         sleep(NOT_SERVED_PAUSE).await;
     }
 }
 
-/// Follows what one plan says, or what the other says while the server does not have the first.
+/// Follows `plan`, or `older` while the server does not have the kind of the first.
 pub(super) async fn follow_either<K, L, R>(shared: Shared, plan: Plan<K, R>, older: Plan<L, R>)
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
@@ -78,7 +80,7 @@ where
     let mut backoff = DefaultBackoff::default();
     loop {
         follow_until(&shared, &plan, Until::NotServed, &mut backoff).await;
-        follow_until(&shared, &older, Until::Disturbed, &mut backoff).await;
+        follow_until(&shared, &older, Until::AnyFailure, &mut backoff).await;
     }
 }
 
@@ -100,26 +102,26 @@ async fn follow_until<K, R>(
         let (generation, client) = connection.watching(health, plan.watched);
         let mut events = pin!(watcher((plan.api)(client), plan.selector.clone()));
         let mut listing = true;
-        // One stream of events goes on through failures from where it was …
+        // One stream of events continues after failures where it was …
         loop {
             let next = if listing {
                 timeout(LIST_TIMEOUT, events.next()).await
             } else {
                 Ok(events.next().await)
             };
-            let (failure, is_spoilt) = match next {
+            let (failure, has_lost_event) = match next {
                 Ok(None) => break,
                 Ok(Some(Ok(event))) => {
                     match &event {
                         Event::Init => {
                             listing = true;
-                            health.listing(plan.watched);
+                            health.record_list(plan.watched);
                         }
                         Event::InitDone => {
                             listing = false;
-                            health.told(plan.watched);
+                            health.record_event(plan.watched);
                         }
-                        _ => health.told(plan.watched),
+                        _ => health.record_event(plan.watched),
                     }
                     let changed = {
                         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,11 +135,11 @@ async fn follow_until<K, R>(
                 Ok(Some(Err(error))) => failure(&error, &connection.server()),
                 Err(_) => {
                     let server = connection.server();
-                    let message = format!("{server}: a list was begun and not finished");
+                    let message = format!("{server}: a list was not completed in time");
                     (Failure::Unreachable(message), true)
                 }
             };
-            // Not every server has ranges of Services, nor every role the right to see them.
+            // Old servers have no service ranges, and old roles do not allow them.
             let is_optional = plan.watched == Watched::ServiceRanges;
             let is_missing = match failure {
                 Failure::NotServed => true,
@@ -148,27 +150,27 @@ async fn follow_until<K, R>(
                 return;
             }
             if matches!(failure, Failure::Unreachable(_)) {
-                connection.doubt();
+                connection.suspect_lost();
             }
             let is_refused = matches!(failure, Failure::Credentials(_));
-            let attempts = health.failed(plan.watched, failure);
+            let attempts = health.record_failure(plan.watched, failure);
             sleep(backoff.next().unwrap_or(LIST_TIMEOUT)).await;
-            if until == Until::Disturbed {
+            if until == Until::AnyFailure {
                 return;
             }
-            // … until that does not help, or something was lost.
+            // … until that does not help, or an event was lost.
             if is_refused || attempts >= ATTEMPTS {
                 connection.renew(generation).await;
                 break;
             }
-            if is_spoilt {
+            if has_lost_event {
                 break;
             }
         }
     }
 }
 
-/// What an error means, and whether something that the server said was lost.
+/// Classifies an error, and tells whether an event of the server was lost.
 fn failure(error: &watcher::Error, server: &str) -> (Failure, bool) {
     use watcher::Error;
     let status = match error {
@@ -179,9 +181,9 @@ fn failure(error: &watcher::Error, server: &str) -> (Failure, bool) {
         Error::InitialListFailed(error)
         | Error::WatchStartFailed(error)
         | Error::WatchFailed(error) => {
-            let is_spoilt = matches!(error, kube::Error::SerdeError(_));
+            let has_lost_event = matches!(error, kube::Error::SerdeError(_));
             let message = format!("{server}: {}", root(error));
-            return (Failure::Unreachable(message), is_spoilt);
+            return (Failure::Unreachable(message), has_lost_event);
         }
         Error::NoResourceVersion => {
             let message = format!("{server}: an object without resourceVersion");

@@ -1,4 +1,4 @@
-//! How the watches do: counted for metrics, and what is wrong for people.
+//! The health of the watches: counters for metrics, and problems for people.
 
 use std::{
     fmt,
@@ -13,10 +13,10 @@ use tokio::sync::Notify;
 
 use super::super::Problem;
 
-/// Consecutive failures after which a watch is no longer taken to have been merely interrupted.
+/// Consecutive failures from which on a watch counts as failed, not only as interrupted.
 const INTERRUPTED: u32 = 2;
 
-/// What is watched.
+/// The kinds of objects that are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watched {
     /// The pods of the node.
@@ -38,7 +38,7 @@ pub enum Watched {
 }
 
 impl Watched {
-    /// Everything that is watched.
+    /// All kinds.
     pub const ALL: [Self; 8] = [
         Self::Pods,
         Self::Namespaces,
@@ -50,7 +50,7 @@ impl Watched {
         Self::ServiceRanges,
     ];
 
-    /// A name for it, as in metrics.
+    /// Its name in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pods => "pods",
@@ -80,27 +80,27 @@ impl fmt::Display for Watched {
     }
 }
 
-/// Why a watch does not go on.
+/// Why a watch has failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// The server does not answer, or not as it should; the message says how.
+    /// The server does not answer correctly; the message describes the error.
     Unreachable(String),
     /// The server does not accept the credentials.
     Credentials(String),
-    /// The server refuses; the message is its own, and names the right that is missing.
+    /// The server denies the request; the message is the server's and names the missing right.
     Refused(String),
     /// The server does not have this kind of object.
     NotServed,
-    /// What is known is too old to go on from; the list that follows heals it.
+    /// The last known resource version is too old to continue from. The list that follows repairs it.
     Gone,
 }
 
-/// What a watch has been through.
+/// The counters and failures of one watch.
 #[derive(Debug, Default)]
 pub struct WatchCounters {
     lists: AtomicU64,
     errors: AtomicU64,
-    /// Milliseconds after the start, plus one; zero is never.
+    /// Milliseconds after the start, plus one; zero means never.
     last_event: AtomicU64,
     failing: Mutex<Failing>,
 }
@@ -112,13 +112,13 @@ struct Failing {
     failure: Option<Failure>,
 }
 
-/// How all watches do.
+/// The health of all watches.
 #[derive(Debug)]
 pub struct Health {
     started: Instant,
     watches: [WatchCounters; Watched::ALL.len()],
     unreachable: AtomicBool,
-    /// Told when a problem has come or gone, and when an object has changed.
+    /// Notified when a problem appears or disappears, and when an object has changed.
     pub(super) changed: Notify,
 }
 
@@ -134,7 +134,7 @@ impl Default for Health {
 }
 
 impl Health {
-    /// How often a watch had to begin again with a list, as after `410 Gone`; its first list does
+    /// How often a watch had to start again with a list, as after `410 Gone`; the first list does
     /// not count.
     pub fn restarts(&self, watched: Watched) -> u64 {
         self.of(watched).lists.load(Relaxed).saturating_sub(1)
@@ -145,7 +145,7 @@ impl Health {
         self.of(watched).errors.load(Relaxed)
     }
 
-    /// How long ago the server last told something of it.
+    /// How long ago the server last sent an event of this watch.
     pub fn last_event(&self, watched: Watched) -> Option<Duration> {
         let at = self.of(watched).last_event.load(Relaxed).checked_sub(1)?;
         Some(
@@ -155,12 +155,12 @@ impl Health {
         )
     }
 
-    /// Whether the watch goes on as far as is known.
+    /// Whether the watch is failing.
     pub fn is_failing(&self, watched: Watched) -> bool {
         self.failing(watched).failure.is_some()
     }
 
-    /// Whether the API server answers as far as is known.
+    /// Whether the API server answers, as far as the agent knows.
     pub fn is_reachable(&self) -> bool {
         !self.unreachable.load(Relaxed)
     }
@@ -174,30 +174,30 @@ impl Health {
         failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a list or watch has ever failed: what it would have told need not be waited for.
+    /// Whether a list or watch has ever failed, so that its first list need not be awaited.
     pub(super) fn has_failed(&self, watched: Watched) -> bool {
         self.failing(watched).ever
     }
 
-    pub(super) fn listing(&self, watched: Watched) {
+    pub(super) fn record_list(&self, watched: Watched) {
         self.of(watched).lists.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn told(&self, watched: Watched) {
+    pub(super) fn record_event(&self, watched: Watched) {
         let at = self.started.elapsed().as_millis() as u64 + 1;
         self.of(watched).last_event.store(at, Relaxed);
     }
 
-    /// The server has answered something.
-    pub(super) fn answered(&self) {
+    /// Records that the server has answered a request.
+    pub(super) fn record_answer(&self) {
         if self.unreachable.swap(false, Relaxed) {
             tracing::info!("the API server can be reached again");
             self.changed.notify_one();
         }
     }
 
-    /// The watch has begun, or goes on.
-    pub(super) fn established(&self, watched: Watched) {
+    /// Records that the watch has begun or continues.
+    pub(super) fn record_watch(&self, watched: Watched) {
         let mut failing = self.failing(watched);
         failing.consecutive = 0;
         if let Some(failure) = failing.failure.take() {
@@ -209,10 +209,12 @@ impl Health {
         }
     }
 
-    /// A list or watch has failed; says how often in a row.
-    pub(super) fn failed(&self, watched: Watched, failure: Failure) -> u32 {
+    /// Records that a list or watch has failed; returns how many times in a row.
+    pub(super) fn record_failure(&self, watched: Watched, failure: Failure) -> u32 {
         if failure == Failure::Gone {
-            tracing::debug!("{watched} are listed again: what was known is too old to go on from");
+            tracing::debug!(
+                "{watched} are listed again: the last known resource version is too old"
+            );
             return 0;
         }
         self.of(watched).errors.fetch_add(1, Relaxed);
@@ -232,7 +234,7 @@ impl Health {
                          {message}"
                     );
                 }
-            } else if let Some(message) = said(watched, &failure) {
+            } else if let Some(message) = problem_text(watched, &failure) {
                 tracing::warn!("{message}");
             }
             failing.failure = Some(failure);
@@ -245,7 +247,7 @@ impl Health {
         consecutive
     }
 
-    /// What is wrong, each thing once.
+    /// The current problems, each once.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let mut messages = Vec::new();
         for watched in Watched::ALL {
@@ -253,7 +255,7 @@ impl Health {
             let Some(failure) = &failing.failure else {
                 continue;
             };
-            messages.extend(said(watched, failure));
+            messages.extend(problem_text(watched, failure));
         }
         messages.dedup();
         let problem = |message| Problem {
@@ -264,8 +266,8 @@ impl Health {
     }
 }
 
-/// What is to be said of a failure, if anything.
-fn said(watched: Watched, failure: &Failure) -> Option<String> {
+/// The text of the problem for a failure, if it is one.
+fn problem_text(watched: Watched, failure: &Failure) -> Option<String> {
     Some(match failure {
         Failure::Unreachable(message) => format!(
             "the API server cannot be reached; the last known state stays in force: {message}"
@@ -274,15 +276,17 @@ fn said(watched: Watched, failure: &Failure) -> Option<String> {
             "the API server does not accept the agent's credentials; the last known state stays \
              in force: {message}"
         ),
-        // Old servers have none, and old roles do not allow them: the configuration names them.
+        // Old servers do not have them, and old roles do not allow them; then the configuration names them.
         Failure::Refused(_) | Failure::NotServed if watched == Watched::ServiceRanges => {
             return None;
         }
         Failure::Refused(message) => format!(
-            "{watched} cannot be watched; what was known stays in force: {message}: allow it in \
+            "{watched} cannot be watched; the last known state stays in force: {message}: allow it in \
              the agent's roles"
         ),
-        Failure::NotServed => format!("{watched} cannot be watched: the API server has none"),
+        Failure::NotServed => {
+            format!("{watched} cannot be watched: the API server does not have this kind of object")
+        }
         Failure::Gone => return None,
     })
 }
@@ -300,25 +304,25 @@ mod tests {
     }
 
     #[test]
-    fn an_interruption_is_counted_and_not_called_a_problem() {
+    fn an_interruption_is_counted_but_is_not_a_problem() {
         let health = Health::default();
-        health.failed(Watched::Pods, unreachable());
+        health.record_failure(Watched::Pods, unreachable());
         assert!(health.problems().is_empty());
         assert!(health.is_reachable());
         assert_eq!(health.errors(Watched::Pods), 1);
     }
 
     #[test]
-    fn a_server_that_is_away_is_one_problem_until_it_is_back() {
+    fn an_unreachable_server_is_one_problem_until_it_is_back() {
         let health = Health::default();
         for watched in [Watched::Pods, Watched::Pods, Watched::Node, Watched::Node] {
-            health.failed(watched, unreachable());
+            health.record_failure(watched, unreachable());
         }
         assert!(!health.is_reachable());
         assert_eq!(health.problems().len(), 1);
-        health.answered();
+        health.record_answer();
         for watched in Watched::ALL {
-            health.established(watched);
+            health.record_watch(watched);
         }
         assert!(health.is_reachable());
         assert!(health.problems().is_empty());
@@ -327,32 +331,32 @@ mod tests {
     #[test]
     fn a_missing_right_is_a_problem_at_once() {
         let health = Health::default();
-        health.failed(Watched::Namespaces, refused());
+        health.record_failure(Watched::Namespaces, refused());
         let problems = health.problems();
         assert_eq!(problems.len(), 1);
         assert!(problems[0].message.contains("pods is forbidden"));
-        health.established(Watched::Namespaces);
+        health.record_watch(Watched::Namespaces);
         assert!(health.problems().is_empty());
     }
 
     #[test]
-    fn ranges_of_services_are_not_missed() {
+    fn missing_service_ranges_are_not_a_problem() {
         let health = Health::default();
-        health.failed(Watched::ServiceRanges, refused());
-        health.failed(Watched::ServiceRanges, Failure::NotServed);
+        health.record_failure(Watched::ServiceRanges, refused());
+        health.record_failure(Watched::ServiceRanges, Failure::NotServed);
         assert!(health.problems().is_empty());
         assert!(health.has_failed(Watched::ServiceRanges));
     }
 
     #[test]
-    fn a_list_that_begins_again_is_a_restart() {
+    fn a_second_list_is_a_restart() {
         let health = Health::default();
-        health.listing(Watched::Pods);
+        health.record_list(Watched::Pods);
         assert_eq!(health.restarts(Watched::Pods), 0);
-        health.listing(Watched::Pods);
+        health.record_list(Watched::Pods);
         assert_eq!(health.restarts(Watched::Pods), 1);
         assert_eq!(health.last_event(Watched::Pods), None);
-        health.told(Watched::Pods);
+        health.record_event(Watched::Pods);
         assert!(health.last_event(Watched::Pods).is_some());
     }
 }

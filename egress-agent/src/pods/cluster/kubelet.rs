@@ -15,17 +15,17 @@ use super::{super::Problem, facts::machine_address};
 /// Longest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 
-/// What the file says, as long as it stays as it is.
+/// The resolvers in the file, read again when the file changes.
 #[derive(Debug)]
 pub(super) struct Kubelet {
     path: PathBuf,
-    stamp: Option<Stamp>,
+    version: Option<FileVersion>,
     resolvers: Vec<IpAddr>,
     problem: Option<Problem>,
 }
 
-/// By what a changed file is told from an unchanged one: inode, length, times of change.
-type Stamp = (u64, u64, i64, i64, i64, i64);
+/// The attributes that distinguish a changed file: inode, length, times of change.
+type FileVersion = (u64, u64, i64, i64, i64, i64);
 
 #[derive(Deserialize)]
 struct Configuration {
@@ -37,7 +37,7 @@ impl Kubelet {
     pub(super) fn new(path: &Path) -> Self {
         let mut kubelet = Self {
             path: path.to_owned(),
-            stamp: None,
+            version: None,
             resolvers: Vec::new(),
             problem: None,
         };
@@ -58,8 +58,8 @@ impl Kubelet {
         self.problem.as_ref()
     }
 
-    /// Reads the file if it has changed; true when it has. A file that is not there says nothing;
-    /// of one that cannot be read, what it said before stays.
+    /// Reads the file if it has changed; returns true if the result has changed. A missing file names no
+    /// resolvers. If the file cannot be read, the last resolvers stay.
     pub(super) fn read(&mut self) -> bool {
         let before = (self.resolvers.clone(), self.problem.clone());
         match self.try_read() {
@@ -72,7 +72,7 @@ impl Kubelet {
                 self.problem = Some(Problem {
                     origin: self.path.display().to_string(),
                     message: format!(
-                        "the kubelet's configuration cannot be read for its clusterDNS: {message}"
+                        "cannot read clusterDNS in the kubelet's configuration: {message}"
                     ),
                 });
             }
@@ -80,18 +80,18 @@ impl Kubelet {
         before != (self.resolvers.clone(), self.problem.clone())
     }
 
-    /// The resolvers, unless the file looks as it did.
+    /// The resolvers; `None` if the file looks unchanged.
     fn try_read(&mut self) -> Result<Option<Vec<IpAddr>>, String> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.stamp = None;
+                self.version = None;
                 return Ok(Some(Vec::new()));
             }
             Err(error) => return Err(error.to_string()),
         };
         let metadata = file.metadata().map_err(|error| error.to_string())?;
-        let stamp = (
+        let version = (
             metadata.ino(),
             metadata.len(),
             metadata.mtime(),
@@ -99,7 +99,7 @@ impl Kubelet {
             metadata.ctime(),
             metadata.ctime_nsec(),
         );
-        if self.stamp == Some(stamp) {
+        if self.version == Some(version) {
             return Ok(None);
         }
         let mut text = String::new();
@@ -108,7 +108,7 @@ impl Kubelet {
             .map_err(|error| error.to_string())?;
         let read: Option<Configuration> =
             serde_saphyr::from_str(&text).map_err(|error| error.to_string())?;
-        self.stamp = Some(stamp);
+        self.version = Some(version);
         let texts = read.and_then(|read| read.cluster_dns).unwrap_or_default();
         let mut resolvers = Vec::new();
         for text in texts {
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_read_again_when_it_changes_and_missed_when_it_is_gone() {
+    fn the_file_is_read_again_when_it_changes_or_disappears() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("config.yaml");
         let mut kubelet = Kubelet::new(&path);
@@ -146,7 +146,7 @@ mod tests {
 
         write("clusterDNS: [0.0.0.0, 1.2.3.4]\n");
         assert!(kubelet.read());
-        assert_eq!(kubelet.resolvers().len(), 2, "what it said before stays");
+        assert_eq!(kubelet.resolvers().len(), 2, "the last resolvers stay");
         assert!(kubelet.problem().unwrap().message.contains("0.0.0.0"));
 
         write("kind: KubeletConfiguration\n");

@@ -1,14 +1,15 @@
 //! A Kubernetes API server as a source of pods.
 //!
 //! ```text
-//!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of what is needed
+//!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of reduced objects
 //!  tables and health ─ state ─▶ Snapshot            PodEvent ─ events ─▶ API server
 //! ```
 //!
-//! Nothing is released because it is missing: no snapshot has pods before all of them and all
-//! namespaces are known, a list counts only when it is whole, and while the server cannot be reached
-//! everything stays as it was last.
+//! A pod is never released because data is missing: no snapshot has pods before all pods and all namespaces
+//! are known, a list counts only when it is complete, and while the server cannot be reached the last state
+//! stays.
 
+#[cfg(feature = "test-support")]
 mod access;
 mod connection;
 mod events;
@@ -18,9 +19,9 @@ mod health;
 mod kubelet;
 mod nodes;
 mod pod;
-mod rate;
 mod state;
 mod table;
+mod token_bucket;
 
 use std::{
     path::PathBuf,
@@ -41,31 +42,31 @@ use kubelet::Kubelet;
 use pod::ClusterPod;
 use state::{API_SERVICE, State};
 
+#[cfg(feature = "test-support")]
 pub use access::{ACCESS, Access, Within};
 pub use events::{EventCounters, EventSink, PodEvent};
 pub use health::{Health, WatchCounters, Watched};
 
-/// How often the kubelet's file is looked at.
+/// How often the kubelet's file is checked.
 const KUBELET_EVERY: Duration = Duration::from_secs(10);
 
-/// What to follow.
+/// What to follow, and how.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The file with the address of the API server and the credentials for it; without one, those
-    /// of the pod that the agent runs in.
+    /// The file with the address of the API server and the credentials for it; without one, those of the
+    /// agent's own pod are used.
     pub kubeconfig: Option<PathBuf>,
     /// Name of the agent's node.
     pub node: String,
-    /// Where the cluster's own facts are found.
+    /// The objects that describe the cluster itself.
     pub cluster: Settings,
-    /// After how long without a word from the server a connection is held for dead; see
+    /// After how long without any data from the server a connection counts as dead; see
     /// [`Options::new`].
     pub silence: Duration,
 }
 
 impl Options {
-    /// With the usual patience: the server is asked every 20 seconds whether it is there, and has
-    /// 10 to say so.
+    /// With the default timing: a ping every 20 seconds, which the server has 10 seconds to answer.
     pub fn new(kubeconfig: Option<PathBuf>, node: String, cluster: Settings) -> Self {
         let Timing {
             ping_every,
@@ -87,21 +88,20 @@ impl Options {
     }
 }
 
-/// A cluster that is followed.
+/// A source of pods that follows a cluster.
 #[derive(Debug)]
 pub struct Cluster;
 
 impl Cluster {
-    /// Follows the API server in tasks of the runtime that this is called in.
+    /// Follows the API server in tasks of the current runtime.
     ///
-    /// The receiver at first has an empty snapshot that is marked as unreadable. It gets the first
-    /// with pods when all pods of the node and all namespaces are known, and each of the other
-    /// facts is known or has been found not to be readable.
+    /// The receiver first has an empty snapshot that is marked as unreadable. The first snapshot with pods
+    /// follows when all pods of the node and all namespaces are known, and each of the other facts is known
+    /// or its watch has failed.
     ///
     /// # Errors
     ///
-    /// When the credentials cannot be read. That the server does not answer is no error: it is
-    /// waited for.
+    /// When the credentials cannot be read. An unreachable server is not an error: the agent keeps trying.
     pub async fn watch(
         options: Options,
     ) -> anyhow::Result<(watch::Receiver<Arc<Snapshot>>, ClusterWatch)> {
@@ -144,23 +144,23 @@ pub struct ClusterWatch {
 }
 
 impl ClusterWatch {
-    /// How the watches do.
+    /// The health of the watches.
     pub fn health(&self) -> &Arc<Health> {
         &self.health
     }
 
-    /// Where to tell people something about a pod.
+    /// The sink for Events about pods.
     pub fn events(&self) -> &EventSink {
         &self.events
     }
 
-    /// Ends the tasks, and waits for their end.
+    /// Stops the tasks and waits for their end.
     pub async fn close(mut self) {
         self.tasks.shutdown().await;
     }
 }
 
-/// Makes a snapshot whenever something has changed.
+/// Publishes a snapshot whenever something has changed.
 async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
     let mut kubelet = tokio::time::interval(KUBELET_EVERY);
     loop {
@@ -189,8 +189,8 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
     }
 }
 
-/// A list from the server's cache, as the kubelet itself makes it: asking for the very latest would
-/// have every node's agent read the pods of all nodes from the store behind the server.
+/// A list from the server's cache, as the kubelet itself requests it. A request for the latest version would
+/// make each node's agent read the pods of all nodes from the store behind the server.
 fn cached() -> watcher::Config {
     watcher::Config::default().any_semantic()
 }
@@ -246,8 +246,8 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         by_label,
         tasks,
     );
-    // By its name: the slice of that name is the server's own, and a label anyone's who may make
-    // slices.
+    // By its name: the API server itself owns the slice of that name, but anyone who may create slices can
+    // set the label.
     follow_service(
         shared,
         API_SERVICE,
@@ -260,8 +260,8 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
 
 type Addresses = fn(&mut State) -> &mut table::Table<facts::Served>;
 
-/// Follows a Service and its endpoints: its slices, which `slices` selects, or else the older
-/// object of the Service's name.
+/// Follows a Service and its endpoints: its slices, which `slices` selects, or the older object with the
+/// Service's name.
 fn follow_service(
     shared: &Shared,
     (namespace, name): (&str, &str),

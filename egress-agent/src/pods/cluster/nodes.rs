@@ -1,14 +1,14 @@
 //! Pod ranges and addresses of the cluster's other nodes.
 //!
-//! Whoever has taken over a node can write what its Node object says. So only prefixes for private use count here:
-//! nothing on the internet becomes internal by another node's word.
+//! An attacker who has taken over a node can write its Node object. So only prefixes for private use count
+//! here: another node cannot make an address on the internet internal.
 
 use std::sync::LazyLock;
 
 use super::{super::Problem, facts::NodeFacts};
 use egress_policy::{Prefix, prefix};
 
-/// Most prefixes that count, put together where they adjoin. The kernel's map has room for twice as many.
+/// Most prefixes that count, after adjacent ones are merged. The kernel's map has room for twice as many.
 const PREFIXES: usize = 2048;
 
 /// Prefixes for private use (RFC 1918, RFC 6598, RFC 4193).
@@ -24,18 +24,18 @@ static PRIVATE: LazyLock<Vec<Prefix>> = LazyLock::new(|| {
     read.to_vec()
 });
 
-/// What the other nodes say.
+/// The prefixes of the other nodes.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Others {
-    /// What is internal, and where it was found.
+pub(super) struct OtherNodes {
+    /// The internal prefixes, each with its origin.
     pub(super) prefixes: Vec<(Prefix, &'static str)>,
     /// The first prefix that is not for private use, and how many there are.
     public: Option<(Prefix, usize)>,
-    /// How many were too many.
+    /// How many prefixes exceeded the limit.
     left_out: usize,
 }
 
-impl Others {
+impl OtherNodes {
     pub(super) fn of<'a>(nodes: impl Iterator<Item = &'a NodeFacts>) -> Self {
         let (mut pods, mut hosts) = (Vec::new(), Vec::new());
         for node in nodes {
@@ -64,13 +64,13 @@ impl Others {
         others
     }
 
-    /// What does not count, and what to do.
+    /// The prefixes that do not count, and what to do about them.
     pub(super) fn problem(&self) -> Option<Problem> {
         let mut messages = Vec::new();
         if let Some((first, count)) = self.public {
             messages.push(format!(
-                "{count} pod ranges or addresses of other nodes are not for private use, such as {first}, and do \
-                 not count as internal"
+                "{count} pod ranges or addresses of other nodes are not for private use, such as {first}, and \
+                 do not count as internal"
             ));
         }
         if self.left_out > 0 {
@@ -83,7 +83,7 @@ impl Others {
         (!messages.is_empty()).then(|| Problem {
             origin: "nodes".into(),
             message: format!(
-                "{}: name what is internal in ranges.internal, and set cluster.nodes to own",
+                "{}: list the internal ranges in ranges.internal, and set cluster.nodes to own",
                 messages.join("; ")
             ),
         })
@@ -102,19 +102,19 @@ mod tests {
         }
     }
 
-    fn texts(others: &Others) -> Vec<String> {
+    fn texts(others: &OtherNodes) -> Vec<String> {
         let prefixes = others.prefixes.iter();
         prefixes.map(|(prefix, _)| prefix.to_string()).collect()
     }
 
     #[test]
-    fn ranges_that_adjoin_are_one() {
+    fn adjacent_ranges_are_merged() {
         let nodes = [
             node("10.244.1.0/24", "192.168.7.6"),
             node("10.244.0.0/24", "192.168.7.7"),
             node("fd00:0:0:1::/64", "fd01::1"),
         ];
-        let others = Others::of(nodes.iter());
+        let others = OtherNodes::of(nodes.iter());
         assert_eq!(
             texts(&others),
             [
@@ -128,29 +128,29 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_internet_becomes_internal() {
+    fn an_address_on_the_internet_does_not_become_internal() {
         let nodes = [
             node("0.0.0.0/1", "8.8.8.8"),
             node("2001:db8::/64", "10.0.0.7"),
         ];
-        let others = Others::of(nodes.iter());
+        let others = OtherNodes::of(nodes.iter());
         assert_eq!(texts(&others), ["10.0.0.7"]);
-        let problem = others.problem().expect("it is said").message;
+        let problem = others.problem().expect("a problem").message;
         assert!(problem.starts_with("3 pod ranges"), "{problem}");
         assert!(problem.contains("0.0.0.0/1"), "{problem}");
     }
 
     #[test]
-    fn more_than_the_map_has_room_for_is_said() {
+    fn prefixes_over_the_limit_are_reported() {
         let nodes: Vec<NodeFacts> = (0..=u16::try_from(PREFIXES).expect("few"))
             .map(|n| {
                 let [high, low] = (2 * n).to_be_bytes();
                 node("10.244.0.0/24", &format!("192.168.{high}.{low}"))
             })
             .collect();
-        let others = Others::of(nodes.iter());
+        let others = OtherNodes::of(nodes.iter());
         assert_eq!(others.prefixes.len(), PREFIXES);
-        let problem = others.problem().expect("it is said").message;
+        let problem = others.problem().expect("a problem").message;
         assert!(problem.starts_with("2 pod ranges"), "{problem}");
     }
 }

@@ -14,31 +14,32 @@ use super::{
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 /// Annotation in which Multus lists the networks of a pod.
 const NETWORKS_ANNOTATION: &str = "k8s.v1.cni.cncf.io/network-status";
-/// Most addresses that are taken from that annotation.
+/// Most addresses that are read from that annotation.
 const NETWORK_ADDRESSES_MAX: usize = 16;
-/// Length of the UID that a kubelet makes for a static pod, in hexadecimal digits.
+/// Length of the UID that a kubelet generates for a static pod, in hexadecimal digits.
 const STATIC_UID_DIGITS: usize = 32;
 /// Label of the pods of the node-local DNS cache, and its value.
 const LOCAL_DNS_LABEL: (&str, &str) = ("k8s-app", "node-local-dns");
-/// The cache's argument that lists the addresses it serves at.
+/// The cache's argument that lists the addresses it serves.
 const LOCAL_DNS_ARGUMENT: &str = "localip";
 
 /// A pod that may run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ClusterPod {
-    /// With [`Pod::cgroup_uid`] unless it is a mirror, and without what others must say of it.
+    /// The pod. [`Pod::cgroup_uid`] is set unless it is a mirror; fields that depend on other objects are not
+    /// set yet.
     pub(super) pod: Pod,
-    /// What is wrong with it.
+    /// Its problems.
     pub(super) messages: Vec<String>,
-    /// Whose mirror it says it is.
+    /// The static pod that it claims to mirror.
     pub(super) mirror: Option<Mirror>,
-    /// The addresses of its further networks, as its annotation has them.
+    /// The addresses of its further networks, from its annotation.
     pub(super) further: Vec<IpAddr>,
-    /// Where it serves DNS, if it says that it is the node's DNS cache.
+    /// The addresses at which it serves DNS, if it claims to be the node's DNS cache.
     pub(super) local_dns: Vec<IpAddr>,
 }
 
-/// What a mirror of a static pod says of itself. Anyone who may create pods may say so.
+/// The claim of a pod to mirror a static pod. Anyone who may create pods can write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mirror {
     /// The UID of the static pod.
@@ -48,7 +49,7 @@ pub(super) struct Mirror {
 }
 
 impl ClusterPod {
-    /// What is needed of a pod; nothing of one that has ended, or that has no name.
+    /// Reduces a pod; `None` for one that has ended, or that has no name.
     pub(super) fn read(mut read: v1::Pod) -> Option<Self> {
         let phase = read.status.as_ref().and_then(|s| s.phase.as_deref());
         if matches!(phase, Some("Succeeded" | "Failed")) {
@@ -75,7 +76,7 @@ impl ClusterPod {
             read.metadata.namespace.as_deref().unwrap_or_default(),
             read.metadata.name.as_deref().unwrap_or_default(),
         );
-        // Deserialized and thrown away at once; only what `Common` takes is kept.
+        // Drop them at once: only the fields that `Common` reads are kept.
         read.metadata.managed_fields = None;
         let Common {
             mut pod,
@@ -88,8 +89,8 @@ impl ClusterPod {
         pod.is_pending = is_pending && pod.addresses.is_empty();
         if pod.annotations.remove(INTERFACE_ANNOTATION).is_some() {
             messages.push(format!(
-                "{INTERFACE_ANNOTATION} does not count in a cluster: whose interface is whose is \
-                 found on the node"
+                "{INTERFACE_ANNOTATION} does not count in a cluster: the agent finds the pod's \
+                 interfaces itself"
             ));
         }
         if mirror.is_none() {
@@ -106,22 +107,22 @@ impl ClusterPod {
 }
 
 impl Mirror {
-    /// The UID of the static pod, if this is a mirror that the kubelet of the node made.
+    /// The UID of the static pod, if this is a mirror that the kubelet of this node created.
     ///
-    /// Otherwise it could be anyone's pod that takes over another pod's interface by naming its
-    /// UID: the API server lets every author of pods write the annotation. The kubelet's own
-    /// mirrors are owned by the Node, whose UID tenants do not get to know, and the UID of a static
-    /// pod never looks like one that the API server gives.
+    /// Without this check, any pod could take over another pod's interface by naming its UID, because the API
+    /// server lets every author of pods write the annotation. The Node owns the kubelet's own mirrors, and
+    /// tenants do not learn the Node's UID. The UID of a static pod never looks like one that the API server
+    /// assigns.
     pub(super) fn confirmed(&self, node_uid: Option<&str>) -> Result<&str, String> {
         let Some(node_uid) = node_uid else {
             return Err(
-                "is a static pod's mirror, and the node that must own it is not known".into(),
+                "is the mirror of a static pod, and the Node that must own it is not known".into(),
             );
         };
         if self.node_uid.as_deref() != Some(node_uid) {
             return Err(format!(
-                "has the annotation {MIRROR_ANNOTATION} and is not owned by this node: it is not \
-                 taken for a static pod, and no interface is its own"
+                "has the annotation {MIRROR_ANNOTATION} but is not owned by this node: it does not \
+                 count as a static pod, and gets no interface"
             ));
         }
         let is_hash = self.uid.len() == STATIC_UID_DIGITS
@@ -159,8 +160,8 @@ struct Network {
     ips: Vec<String>,
 }
 
-/// The addresses in Multus's annotation that are not those of the default network, which the
-/// kubelet reports.
+/// The addresses in Multus's annotation, without those of the default network, which the kubelet
+/// reports.
 fn further_addresses(text: &str) -> Result<Vec<IpAddr>, String> {
     let networks: Vec<Network> = serde_json::from_str(text)
         .map_err(|error| format!("{NETWORKS_ANNOTATION} cannot be read: {error}"))?;
@@ -187,8 +188,8 @@ fn further_addresses(text: &str) -> Result<Vec<IpAddr>, String> {
     Ok(addresses)
 }
 
-/// Where the pod serves DNS if it is labelled as the node's DNS cache. Whether that can be believed
-/// depends on its namespace.
+/// The addresses at which the pod serves DNS, if it has the label of the node's DNS cache. Its namespace
+/// decides whether the label can be trusted.
 fn local_dns(pod: &v1::Pod) -> Vec<IpAddr> {
     let (label, value) = LOCAL_DNS_LABEL;
     let labels = pod.metadata.labels.as_ref();

@@ -30,7 +30,7 @@ fn addresses(texts: &[&str]) -> Vec<IpAddr> {
 }
 
 #[test]
-fn what_is_needed_of_a_pod_is_kept_and_nothing_else() {
+fn only_the_fields_that_the_agent_uses_are_kept() {
     let annotations = json!({ "egress-agent.dev/allow": "example.com", "other": "long" });
     let read = read(cart(json!({ "annotations": annotations }), json!({})));
     let pod = &read.pod;
@@ -70,14 +70,14 @@ fn a_pod_counts_until_it_has_ended() {
 }
 
 #[test]
-fn a_pod_that_was_only_just_bound_has_no_address_yet() {
+fn a_pod_that_was_just_bound_has_no_address() {
     let mut pod = cart(json!({}), json!({}));
     pod.as_object_mut().unwrap().remove("status");
     assert!(read(pod).pod.addresses.is_empty());
 }
 
 #[test]
-fn nobody_chooses_an_interface_by_annotation() {
+fn an_annotation_cannot_choose_the_interface() {
     let read = with_annotation("egress-agent.dev/interface", "veth0");
     assert_eq!(read.pod.interface, None);
     assert!(read.pod.annotations.is_empty());
@@ -135,7 +135,7 @@ fn node(uid: &str) -> Value {
 }
 
 #[test]
-fn a_static_pod_has_the_uid_in_its_mirror() {
+fn a_static_pod_gets_the_uid_of_its_mirror() {
     let read = mirror(STATIC_UID, &node("node-uid"));
     assert_eq!(read.pod.cgroup_uid, None);
     let mirror = read.mirror.unwrap();
@@ -144,7 +144,7 @@ fn a_static_pod_has_the_uid_in_its_mirror() {
 }
 
 #[test]
-fn a_pod_is_not_a_mirror_because_its_author_says_so() {
+fn a_pod_cannot_claim_to_be_a_mirror() {
     let owned_by_another = mirror(STATIC_UID, &node("guessed"));
     let owned_by_a_set = mirror(
         STATIC_UID,

@@ -1,4 +1,4 @@
-//! Everything that the API server has said, and the snapshot that comes of it.
+//! The objects of the API server, and the snapshot that is built from them.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use super::{
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
-    nodes::Others,
+    nodes::OtherNodes,
     pod::ClusterPod,
     table::Table,
 };
@@ -16,11 +16,11 @@ use egress_policy::{Prefix, Resolver};
 /// Namespace and name of the API server's own Service.
 pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
 
-/// Everything that the API server has said, and the kubelet's file.
+/// All objects that the API server has sent, and the kubelet's file.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) pods: Table<ClusterPod>,
-    /// Each namespace's annotations that are the agent's.
+    /// The agent's annotations of each namespace.
     pub(super) namespaces: Table<BTreeMap<String, String>>,
     pub(super) node: Table<NodeFacts>,
     pub(super) dns_service: Table<Served>,
@@ -52,8 +52,8 @@ impl State {
         }
     }
 
-    /// What is known, or only what is wrong as long as pods or namespaces are not known whole, or
-    /// something else is still on its way.
+    /// The snapshot. It has problems only, and no pods, until the pods, the namespaces and all other facts
+    /// are known or need not be awaited.
     pub(super) fn snapshot(&self, health: &Health) -> Snapshot {
         let mut problems = health.problems();
         problems.extend(self.kubelet.problem().cloned());
@@ -65,7 +65,7 @@ impl State {
             };
         }
         problems.extend(self.missing());
-        let others = Others::of(self.node.values_but("", &self.node_name));
+        let others = OtherNodes::of(self.node.values_but("", &self.node_name));
         problems.extend(others.problem());
         let facts = self.facts(others);
         let pods = self.resolved_pods(&mut problems);
@@ -77,8 +77,8 @@ impl State {
         }
     }
 
-    /// Whether pods and namespaces are known whole, and the rest is or is not to be waited for:
-    /// with resolvers missing for a moment, answers would pass unheld in that moment.
+    /// Whether pods and namespaces are complete, and each other watch is complete or has failed. Without the
+    /// resolvers, responses would pass unheld for a moment.
     fn is_ready(&self, health: &Health) -> bool {
         let others = [
             (Watched::Node, self.node.is_complete()),
@@ -95,38 +95,40 @@ impl State {
                 .all(|(watched, is_complete)| *is_complete || health.has_failed(*watched))
     }
 
-    /// What is known not to be there.
+    /// Problems for required objects that do not exist.
     fn missing(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let (namespace, name) = &self.dns;
         if self.dns_service.is_complete() && self.dns_service.get(namespace, name).is_none() {
             problems.push(Problem {
                 origin: format!("service {namespace}/{name}"),
-                message: "is not there: the cluster's resolvers are not known by it; name the \
+                message:
+                    "does not exist, so the cluster's resolvers are not known from it; name the \
                           Service of the cluster's DNS in cluster.dnsService, or the resolvers in \
                           dns.resolvers"
-                    .into(),
+                        .into(),
             });
         }
         if self.node.is_complete() && self.node.get("", &self.node_name).is_none() {
             problems.push(Problem {
                 origin: format!("node {}", self.node_name),
-                message: "is not there: no pod is found unless the name of this machine's Node is \
-                          in $NODE_NAME, or in node of the configuration"
-                    .into(),
+                message:
+                    "does not exist, so no pod is found; set the name of this machine's Node in \
+                          $NODE_NAME, or in node of the configuration"
+                        .into(),
             });
         }
         problems
     }
 
-    /// What the cluster says of itself; `others` is what its other nodes say.
-    fn facts(&self, others: Others) -> Facts {
+    /// The facts about the cluster; `others` are those of its other nodes.
+    fn facts(&self, others: OtherNodes) -> Facts {
         let mut facts = Facts::default();
         let (namespace, name) = &self.dns;
         let service = format!("service {namespace}/{name}");
         let endpoints = format!("endpoints of {service}");
         let kubelet = format!("clusterDNS in {}", self.kubelet.path().display());
-        // Where nothing else is said, a resolver is asked on port 53.
+        // The default port of a resolver is 53.
         let served = self.dns_service.values();
         for (addresses, origin) in [
             (
@@ -141,7 +143,7 @@ impl State {
                 note(&mut facts.resolvers, (*address).into(), origin);
             }
         }
-        // Whoever balances at the socket sends to an endpoint and its own port.
+        // A load balancer at the socket layer sends to an endpoint with its own port.
         let names = self
             .dns_service
             .values()
@@ -154,7 +156,7 @@ impl State {
                 }
             }
         }
-        // A label alone would make anyone's pod a resolver.
+        // The label alone would make any pod a resolver.
         for pod in self.pods.values().filter(|pod| {
             pod.pod.namespace == *namespace && pod.pod.host_network && !pod.local_dns.is_empty()
         }) {
@@ -193,7 +195,7 @@ impl State {
         facts
     }
 
-    /// The pods, with what their namespaces, the node and the other pods say of them.
+    /// The pods, completed with data from their namespaces, the node and other pods.
     fn resolved_pods(&self, problems: &mut Vec<Problem>) -> BTreeMap<NamespacedName, Pod> {
         let node = self.node.get("", &self.node_name);
         let node_uid = node.map(|node| node.uid.as_str());
@@ -227,7 +229,7 @@ impl State {
     }
 }
 
-/// Keeps cgroups from having two pods: neither gets the interface then.
+/// Gives a cgroup that two pods claim to neither of them, so neither gets the interface.
 fn one_pod_per_cgroup(pods: &mut BTreeMap<NamespacedName, Pod>, problems: &mut Vec<Problem>) {
     let mut claims = BTreeMap::<String, u32>::new();
     for uid in pods.values().filter_map(|pod| pod.cgroup_uid.clone()) {
@@ -239,7 +241,7 @@ fn one_pod_per_cgroup(pods: &mut BTreeMap<NamespacedName, Pod>, problems: &mut V
             problems.push(Problem {
                 origin: pod.origin.clone(),
                 message: format!(
-                    "more than one pod has the UID {uid} on this node: none of them gets an \
+                    "more than one pod has the UID {uid} on this node, so none of them gets an \
                      interface; remove those that are not the kubelet's"
                 ),
             });

@@ -37,7 +37,7 @@ fn complete<R: PartialEq>(table: &mut Table<R>) {
 }
 
 impl Cluster {
-    /// In which everything is known, and nothing is there but the node and the DNS Service.
+    /// A cluster in which all facts are known, with only the node and the DNS Service.
     fn new() -> Self {
         let mut cluster = Self::silent();
         let state = &mut cluster.state;
@@ -64,7 +64,7 @@ impl Cluster {
         cluster
     }
 
-    /// That has said nothing yet.
+    /// A cluster that has sent nothing yet.
     fn silent() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kubelet = Kubelet::new(&directory.path().join("config.yaml"));
@@ -127,18 +127,21 @@ fn messages(snapshot: &Snapshot) -> Vec<String> {
 }
 
 #[test]
-fn nothing_is_said_of_pods_before_everything_is_known() {
+fn no_pods_are_published_before_all_facts_are_known() {
     let mut cluster = Cluster::silent();
     cluster.pod("shop", "cart", &json!({}));
     complete(&mut cluster.state.pods);
     cluster.pod("shop", "cart", &json!({}));
     assert!(cluster.snapshot().unreadable && cluster.snapshot().pods.is_empty());
     complete(&mut cluster.state.namespaces);
-    assert!(cluster.snapshot().unreadable, "resolvers are on their way");
+    assert!(
+        cluster.snapshot().unreadable,
+        "the resolvers are still missing"
+    );
     for watched in Watched::ALL {
         cluster
             .health
-            .failed(watched, super::super::health::Failure::NotServed);
+            .record_failure(watched, super::super::health::Failure::NotServed);
     }
     let snapshot = cluster.snapshot();
     assert!(!snapshot.unreadable && snapshot.pods.len() == 1);
@@ -146,7 +149,7 @@ fn nothing_is_said_of_pods_before_everything_is_known() {
 }
 
 #[test]
-fn a_pod_whose_namespace_is_not_known_says_so() {
+fn a_pod_is_marked_while_its_namespace_is_not_known() {
     let mut cluster = Cluster::new();
     cluster.pod("shop", "cart", &json!({}));
     assert!(!pod(&cluster.snapshot(), "shop", "cart").namespace_known);
@@ -164,7 +167,7 @@ fn a_pod_whose_namespace_is_not_known_says_so() {
 }
 
 #[test]
-fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
+fn resolvers_come_from_the_clusters_own_objects() {
     let mut cluster = Cluster::new();
     cluster.namespace("kube-system");
     cluster.namespace("shop");
@@ -180,7 +183,7 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
             "spec": { "hostNetwork": host, "containers": [{ "name": "a", "args": ["-localip", "169.254.20.10"] }] },
         })
     };
-    // Anyone's pod may look like the cache.
+    // Any pod may look like the cache.
     cluster.pod("shop", "cache", &cache(true));
     cluster.pod("kube-system", "in-its-own-network", &cache(false));
     let found = cluster.snapshot().facts.resolvers;
@@ -206,12 +209,12 @@ fn resolvers_are_those_that_the_cluster_s_own_objects_name() {
 }
 
 #[test]
-fn a_dns_service_that_is_not_there_is_a_problem() {
+fn a_missing_dns_service_is_a_problem() {
     let mut cluster = Cluster::new();
     complete(&mut cluster.state.dns_service);
     let said = messages(&cluster.snapshot());
     assert_eq!(said.len(), 1);
-    assert!(said[0].starts_with("service kube-system/kube-dns: is not there"));
+    assert!(said[0].starts_with("service kube-system/kube-dns: does not exist"));
 }
 
 #[test]
@@ -246,11 +249,11 @@ fn the_api_server_the_node_and_its_pods_are_internal() {
             .any(|one| one.trim_end_matches("/32") == expected);
         assert!(is_there, "{expected} in {internal:?}");
     }
-    assert_eq!(facts.resolvers.len(), 1, "the API server is no resolver");
+    assert_eq!(facts.resolvers.len(), 1, "the API server is not a resolver");
 }
 
 #[test]
-fn a_mirror_gets_the_cgroups_of_its_static_pod() {
+fn a_mirror_gets_the_cgroup_of_its_static_pod() {
     const UID: &str = "0123456789abcdef0123456789abcdef";
     let mirror = json!({ "metadata": {
         "annotations": { "kubernetes.io/config.mirror": UID },
@@ -266,7 +269,7 @@ fn a_mirror_gets_the_cgroups_of_its_static_pod() {
             .as_deref(),
         Some(UID)
     );
-    // Two that say so: neither can be believed.
+    // Two pods with this claim: neither can be trusted.
     cluster.pod("kube-system", "other", &mirror);
     let snapshot = cluster.snapshot();
     assert!(snapshot.pods.values().all(|pod| pod.cgroup_uid.is_none()));
@@ -301,6 +304,6 @@ fn a_pod_cannot_claim_the_address_of_another() {
     let snapshot = cluster.snapshot();
     let cart = pod(&snapshot, "shop", "cart");
     assert_eq!(cart.addresses, [ip("10.1.0.7")]);
-    // What they are worth is found on the node.
+    // Control decides which of them count.
     assert_eq!(cart.further, claims.map(ip));
 }

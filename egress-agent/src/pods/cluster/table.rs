@@ -1,16 +1,15 @@
-//! The objects of one watch, reduced to what is needed.
+//! The objects of one watch, reduced to the fields that the agent uses.
 
 use std::collections::BTreeMap;
 
 use kube::{Resource, ResourceExt, runtime::watcher::Event};
 
-/// Namespace (empty where there is none) and name.
+/// Namespace (empty if it has none) and name.
 pub(super) type Key = (String, String);
 
-/// Objects by namespace and name, as the API server last told them.
+/// Objects by namespace and name, as the API server last sent them.
 ///
-/// While the server lists anew, what was known before stays; the list takes its place as a whole
-/// when it is complete.
+/// While the server sends a new list, the former objects stay. The complete list replaces them.
 #[derive(Debug)]
 pub(super) struct Table<R> {
     current: BTreeMap<Key, R>,
@@ -29,7 +28,7 @@ impl<R> Default for Table<R> {
 }
 
 impl<R: PartialEq> Table<R> {
-    /// Whether a whole list has been read.
+    /// Whether a complete list has been read.
     pub(super) fn is_complete(&self) -> bool {
         self.complete
     }
@@ -51,8 +50,8 @@ impl<R: PartialEq> Table<R> {
         self.current.values()
     }
 
-    /// Takes in what the server says. An object of which `reduce` makes nothing is as good as
-    /// deleted. True when what is known is different from before.
+    /// Applies an event of the server. An object that `reduce` drops counts as deleted. Returns true if the
+    /// table has changed.
     pub(super) fn apply<K: Resource>(
         &mut self,
         event: Event<K>,
@@ -123,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_counts_when_it_is_complete_and_not_before() {
+    fn a_list_counts_only_when_it_is_complete() {
         let mut table = Table::default();
         assert!(!apply(&mut table, Event::Init));
         assert!(!apply(&mut table, Event::InitApply(object("a"))));
@@ -135,14 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_breaks_off_changes_nothing() {
+    fn an_interrupted_list_changes_nothing() {
         let mut table = Table::default();
         for event in [
             Event::Init,
             Event::InitApply(object("a")),
             Event::InitApply(object("b")),
             Event::InitDone,
-            // The next list breaks off after its first object, and is begun again.
+            // The next list is interrupted after its first object, and starts again.
             Event::Init,
             Event::InitApply(object("a")),
             Event::Init,
@@ -156,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_of_which_nothing_is_needed_is_gone() {
+    fn an_object_that_reduces_to_nothing_counts_as_deleted() {
         let mut table = Table::default();
         assert!(apply(&mut table, Event::Apply(object("a"))));
         assert!(!apply(&mut table, Event::Apply(object("a"))));

@@ -1,4 +1,4 @@
-//! To whose list an entry has to be added before it counts.
+//! The lists to which an entry has to be added before it takes effect.
 
 use egress_common::reason::Reason;
 
@@ -6,19 +6,19 @@ use crate::serve::published::Written;
 use egress_policy::{
     Annotations, PodAnnotations, PolicyError, Settings,
     annotations::PREFIX,
-    explain::{Entries, List, Spoken, Target, To},
+    explain::{Entries, EntryMatch, List, Target, To},
 };
 
-/// The lists of a pod and of its namespace, each by itself.
+/// The lists of a pod and of its namespace, each read alone.
 pub(super) struct Grants {
     power: PodAnnotations,
-    /// The pod's, if it has an `allow`. Without one, its namespace's holds for it.
+    /// The pod's list, if it has an `allow`. Without one, its namespace's list applies.
     pod: Option<Entries>,
     namespace: Entries,
 }
 
 impl Grants {
-    /// Reads each of the two as if the other were not there.
+    /// Reads each of the two as if the other did not exist.
     ///
     /// # Errors
     ///
@@ -38,7 +38,7 @@ impl Grants {
         })
     }
 
-    /// "add `entry` to", the annotations that lack the entry, and why it has to be there.
+    /// The advice "add `entry` to …": the annotations that lack the entry, and why it belongs there.
     pub(super) fn add(&self, entry: &str, target: &Target, reason: Option<Reason>) -> String {
         let allow = format!("{PREFIX}{}", List::Allow.as_str());
         match self.power {
@@ -62,7 +62,7 @@ impl Grants {
                     (false, true) => {
                         format!("add {entry} to {allow} of the pod: the namespace's list covers it")
                     }
-                    // Where both have it, two patterns have nothing in common that can be told.
+                    // If both have it, the entries are two patterns whose intersection cannot be expressed.
                     (false, false) | (true, true) => format!(
                         "add {entry} to {allow} of the namespace and to that of the pod \
                          (podAnnotations: narrow)"
@@ -75,23 +75,23 @@ impl Grants {
 
 /// Whether an allow list opens the target.
 fn lists(entries: &Entries, target: &Target, reason: Option<Reason>) -> bool {
-    // An address entry alone opens these.
+    // Only an entry with an address opens these.
     let by_address = matches!(
         reason,
         Some(Reason::Protected | Reason::Tunnel | Reason::DnsElsewhere)
     );
-    let opens = |spoken: &Spoken| {
-        spoken.list == List::Allow
-            && !(by_address && (spoken.of_all || spoken.of_name))
+    let opens = |entry: &EntryMatch| {
+        entry.list == List::Allow
+            && !(by_address && (entry.is_any || entry.is_name))
             && match (reason, target.protocol) {
-                // Of a question, the name counts alone.
+                // For a query, only the name counts.
                 (Some(Reason::DnsName), _) | (_, None) => true,
-                (_, Some(protocol)) => spoken.holds(protocol, target.port.unwrap_or_default()),
+                (_, Some(protocol)) => entry.covers_port(protocol, target.port.unwrap_or_default()),
             }
     };
-    let spoken = match &target.to {
-        To::Name(name) => entries.of_name(name),
-        To::Address(address) => entries.of_address(address),
+    let matches = match &target.to {
+        To::Name(name) => entries.matching_name(name),
+        To::Address(address) => entries.matching_address(address),
     };
-    spoken.iter().any(opens)
+    matches.iter().any(opens)
 }

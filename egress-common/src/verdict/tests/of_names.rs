@@ -1,4 +1,4 @@
-//! Where a policy speaks of names.
+//! Tests of policies with entries for names.
 
 use super::*;
 
@@ -27,7 +27,7 @@ fn where_names_are_spoken_of_only_an_address_entry_opens_dns_elsewhere() {
     }
     assert_eq!(judge(&names, &NOWHERE, bits::SCTP, 53), Verdict::Pass);
     assert_eq!(judge(&names, &NOWHERE, bits::UDP, 443), Verdict::Pass);
-    // Nothing would open it if it were no DNS.
+    // Without DNS the packet would match no rule, either.
     let closed = Policy {
         flags: POLICY_SPEAKS_OF_NAMES,
         ..policy()
@@ -45,7 +45,7 @@ fn a_name_leads_to_an_internal_address_only_where_it_may() {
         reason(&policy(), &internal, bits::TCP, 443),
         Reason::InternalAnswer
     );
-    // For another port the name says nothing anyway.
+    // The name does not allow another port, whether or not the address is internal.
     assert_eq!(reason(&policy(), &internal, bits::TCP, 444), Reason::NoRule);
     let may = Destination {
         learned_internal: WEB,
