@@ -1,7 +1,7 @@
 //! Step 3: does what was planned. It is the only step that changes the kernel or asks the gate.
 //!
-//! [`Applier::apply`] carries out a plan's actions in their order and returns an [`Outcome`]: which pods are as they
-//! should be now, and which are not and why. A pod whose action failed keeps the state that it had, hinders no other
+//! [`Applier::apply`] carries out a plan's actions in their order and returns an [`Outcome`]: which pods are not
+//! as planned now, and why. A pod whose action failed keeps the state that it had, hinders no other
 //! pod, and is planned again in the next reconcile.
 //!
 //! | file | what it does |

@@ -1,6 +1,6 @@
 //! What came of a plan.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 
@@ -13,9 +13,8 @@ use crate::{
 /// What came of a plan.
 #[derive(Default)]
 pub(in crate::control) struct Outcome {
-    /// The pods whose actions all succeeded.
-    pub(in crate::control) succeeded: HashSet<Subject>,
-    /// The pods that are not as they should be. They are planned again.
+    /// The pods whose actions failed. They keep the state that they had, and are planned again in the next reconcile.
+    /// All others are as planned.
     pub(in crate::control) failed: BTreeMap<Subject, Failure>,
     /// What is wrong with something else, and with pods that are not in the source.
     pub(in crate::control) problems: Problems,
@@ -34,9 +33,9 @@ pub(in crate::control) struct Failure {
 }
 
 impl Outcome {
+    /// Takes note of how an action for a pod has ended.
     pub(super) fn note(&mut self, subject: &Subject, wanted: &Wanted, done: Result<()>) {
         let Err(error) = done else {
-            self.succeeded.insert(subject.clone());
             return;
         };
         let mut interfaces = wanted.interfaces.iter();
@@ -48,13 +47,14 @@ impl Outcome {
         );
     }
 
+    /// Takes note of a pod that is not as planned.
     pub(super) fn fail(&mut self, subject: &Subject, uid: &str, problem: Option<String>) {
-        self.succeeded.remove(subject);
         let uid = uid.to_owned();
         self.failed
             .insert(subject.clone(), Failure { uid, problem });
     }
 
+    /// Whether an action for this pod has failed.
     pub(super) fn has_failed(&self, subject: &Subject, uid: &str) -> bool {
         let failure = self.failed.get(subject);
         failure.is_some_and(|failure| failure.uid == uid)

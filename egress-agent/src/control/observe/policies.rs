@@ -160,3 +160,69 @@ impl Policies {
         self.pods.retain(|subject, _| is_there(subject));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Config, control::plan::scene::pod};
+
+    const ALLOW: &str = "egress-agent.dev/allow";
+
+    fn settings(lines: &str) -> Settings {
+        let text = format!("dns: {{resolvers: [10.0.0.53]}}\nnode: n1\n{lines}");
+        let config = Config::from_yaml(&text).expect("a configuration");
+        config.policy_settings()
+    }
+
+    fn allowing(list: &str) -> Pod {
+        let mut pod = pod("cart");
+        pod.annotations.insert(ALLOW.to_owned(), list.to_owned());
+        pod
+    }
+
+    #[test]
+    fn a_pod_keeps_its_last_good_policy_when_its_annotations_cannot_be_read() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        let good = policies.read(&cart, &allowing("a.test"));
+        assert_eq!(policies.problem(&cart), None);
+        assert_eq!(policies.read(&cart, &allowing("a.test:x")), good);
+        let problem = policies.problem(&cart).expect("a problem");
+        assert!(problem.ends_with("the last good policy stays"), "{problem}");
+        let other = policies.read(&cart, &allowing("b.test"));
+        assert_ne!(other, good);
+        assert_eq!(policies.problem(&cart), None);
+    }
+
+    #[test]
+    fn the_last_good_policy_is_compiled_anew_with_other_settings() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        let good = policies.read(&cart, &allowing("a.test"));
+        policies.read(&cart, &allowing("a.test:x"));
+        let others = settings("ranges: {allowInternal: false}\n");
+        policies.change(others.clone());
+        let again = policies.read(&cart, &allowing("a.test:x"));
+        assert_ne!(again, good);
+        let mut fresh = Policies::new(others);
+        assert_eq!(again, fresh.read(&cart, &allowing("a.test")));
+    }
+
+    #[test]
+    fn a_new_pod_whose_annotations_cannot_be_read_is_closed() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        let closed = policies.read(&cart, &allowing("a.test:x"));
+        assert_eq!(closed.mode, Mode::Enforce);
+        let problem = policies.problem(&cart).expect("a problem");
+        assert!(
+            problem.ends_with("everything external is denied"),
+            "{problem}"
+        );
+        // Another pod of the same name has no last good policy.
+        policies.read(&cart, &allowing("a.test"));
+        let mut anew = allowing("a.test:x");
+        anew.uid = "another".to_owned();
+        assert_eq!(policies.read(&cart, &anew), closed);
+    }
+}

@@ -237,7 +237,7 @@ pub(super) fn subject(name: &str) -> Subject {
     Subject::pod("shop", name)
 }
 
-pub(super) fn pod(name: &str) -> Pod {
+pub(in crate::control) fn pod(name: &str) -> Pod {
     Pod {
         namespace: "shop".to_owned(),
         name: name.to_owned(),
