@@ -25,8 +25,8 @@ const POLICIES: [&str; 2] = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.1
 const STEPS: [(&str, &str); 4] = [
     ("begin", "enforcing"),
     ("change", "policy applied"),
-    ("remove", "let go"),
-    ("detach", "released"),
+    ("remove", "released"),
+    ("detach", "removed"),
 ];
 
 fn main() {
@@ -72,7 +72,7 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
         for (i, annotations) in steps.into_iter().enumerate() {
             let (_, says) = STEPS[i];
             let is_last = i + 1 == steps.len();
-            let (mut said, mut released) = (0, 0);
+            let (mut said, mut removed) = (0, 0);
             let mut applied = None;
             let start = Instant::now();
             agent.says_after(
@@ -85,8 +85,8 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
                     if said == pods {
                         applied.get_or_insert_with(|| start.elapsed());
                     }
-                    released += usize::from(line.contains(STEPS[3].1));
-                    said == pods && (!is_last || released == pods)
+                    removed += usize::from(line.contains(STEPS[3].1));
+                    said == pods && (!is_last || removed == pods)
                 },
             );
             let whole = start.elapsed();

@@ -22,8 +22,8 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     for problem in &problems {
         eprintln!("{problem}");
     }
-    for ((namespace, name), pod) in &pods {
-        let title = format!("{namespace}/{name}");
+    for (name, pod) in &pods {
+        let title = name.to_string();
         let own = Annotations::from_map(&pod.annotations);
         let inherited = Annotations::from_map(&pod.namespace_annotations);
         match describe(&title, &own, &inherited, &settings) {

@@ -1,4 +1,4 @@
-//! Digests that a policy's record in the kernel has, so that the next agent knows what the policy was made of.
+//! Digests in a policy's record in the kernel, by which the next agent knows what the policy was compiled from.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use crate::config::Config;
 
 /// The digest of a pod's annotations and its namespace's. It is never zero, which stands for no annotations that
 /// could be read.
-pub(super) fn of_annotations(
+pub(in crate::control) fn of_annotations(
     own: &BTreeMap<String, String>,
     namespace: &BTreeMap<String, String>,
 ) -> [u8; 32] {
     let mut hasher = Sha256::new();
     for annotations in [own, namespace] {
-        // Lengths, so that the same bytes divided otherwise have another digest.
+        // With the lengths, the same bytes divided otherwise have another digest.
         hasher.update((annotations.len() as u64).to_be_bytes());
         for text in annotations.iter().flat_map(|(key, value)| [key, value]) {
             hasher.update((text.len() as u64).to_be_bytes());
@@ -26,12 +26,12 @@ pub(super) fn of_annotations(
 
 /// The fingerprint of what the kernel's maps `ranges` and `tunnels` say under this configuration. Resolvers are
 /// left out: DNS is held before flows are looked at, so flows need not be judged again because of them.
-pub(super) fn of_ranges(config: &Config) -> u64 {
+pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     let mut tunnels = config.tunnels();
     tunnels.sort_unstable();
     tunnels.dedup();
     let mut hasher = Sha256::new();
-    // Fed with numbers of fixed lengths, so that another version of the agent gets the same fingerprint.
+    // Numbers of fixed lengths, so that another version of the agent gets the same fingerprint.
     for tunnel in tunnels {
         hasher.update([tunnel.protocol]);
         hasher.update(tunnel.port.to_be_bytes());

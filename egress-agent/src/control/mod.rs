@@ -1,81 +1,65 @@
-//! Brings everything together: pods and their annotations on one side, the kernel and the gate on
+//! Keeps what is enforced equal to what should be: pods and their annotations on one side, the kernel and the gate on
 //! the other.
 //!
 //! Whatever happens (a manifest changes, an interface appears, a second passes) leads to the same
-//! step: [`reconcile`] compares what should be enforced with what is, pod by pod. Events are hints;
-//! losing one delays a change until the next look.
+//! [reconcile](reconcile::Reconciler::reconcile). It looks at everything and takes four steps:
+//!
+//! ```text
+//!  source of pods ─┐
+//!  this machine ───┴▶ observe ──Observed──▶ plan ──Plan──▶ apply ──Outcome──▶ publish ─▶ log, Events, status, denials
+//!                        ▲                                  │  ▲
+//!                        └───────── what is enforced ───────┘  └─▶ the kernel, the gate
+//! ```
+//!
+//! | where | what it does |
+//! |---|---|
+//! | [`observe`] | reads the pods, where they are, and what their annotations mean |
+//! | [`plan`] | decides what is to be done; a pure function |
+//! | [`apply`] | does it; only this step changes the kernel and asks the gate |
+//! | [`publish`] | tells people and the other threads |
+//! | [`start`], [`stop`] | what comes before the first reconcile, and after the last |
+//! | [`wake`] | what leads to a reconcile before its second has passed |
+//! | [`settings`], [`reload`] | what the operator and the cluster say, and taking on other settings |
+//! | [`state_dir`] | files that one agent leaves to the next |
+//!
+//! Events are hints: losing one delays a change until the next second.
 
 mod apply;
-mod arrivals;
-mod bypass;
-mod denials;
 mod digest;
-mod enforced;
-mod events;
-mod exits;
-mod facts;
-mod handover;
-mod hardware;
-mod hooks;
-mod leftovers;
-mod links;
-mod named;
-mod neighbours;
-mod own;
-mod pace;
-mod place;
+mod observe;
 mod plan;
-mod preflight;
-mod prepare;
-mod quarantine;
-mod readings;
+mod publish;
+mod readiness;
 mod reconcile;
 mod reload;
-mod saved;
-mod seed;
-mod sights;
-mod source;
-mod stamps;
-mod state_file;
-mod sweep;
-mod takeover;
-mod taps;
-mod tell;
-mod trust;
-mod unjudged;
-mod waiting;
+mod settings;
+mod start;
+mod state_dir;
+mod stop;
+mod wake;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
-};
+use anyhow::Result;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::{
     config::{self, Config},
-    datapath::{self, Attach},
-    gate::{DnsSettings, Gate},
-    pods::Snapshot,
-    report::Reporter,
+    datapath::Attach,
+    gate::DnsSettings,
 };
-use arrivals::Arrivals;
-use denials::DenialReader;
-use links::{FilterEvents, LinkEvents, RulesetEvents};
-use pace::Pace;
-use reconcile::{Reconciler, Settings};
-use saved::Saved;
-use source::Source;
-use waiting::{RETRY_MIN, longer};
+use observe::backoff::{RETRY_MIN, longer};
+use plan::wanted::mapped;
+use readiness::Readiness;
+use start::{Agent, Signals, Told};
+use wake::pace::Pace;
 
 /// How often everything is looked at, whether or not something happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
 
 /// How often, at most, everything is looked at because filters have changed: whoever changes them
 /// all the time must not keep the agent busy.
-const HURRY_EVERY: Duration = Duration::from_millis(50);
+const FILTERS_EVERY: Duration = Duration::from_millis(50);
 
 /// How often, at most, everything is looked at because interfaces have changed: a pod changes its own as
 /// often as it likes. Making a pod's network changes them a few times, and then nothing waits.
@@ -123,272 +107,120 @@ pub enum SourceOptions {
 ///
 /// When the agent cannot start, or one of its threads ends. What is enforced then stays enforced.
 pub async fn run(options: Options) -> Result<()> {
-    preflight::check_privileges(&options.source)?;
-    preflight::raise_file_limit();
-    let Options {
-        config: configured,
-        source,
-        ..
-    } = &options;
-    let source = Source::check(source, configured, options.config_file.as_deref())?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
-    let mut links = LinkEvents::open()?;
-    let mut filters = FilterEvents::open()?;
-
-    let (mut snapshots, source) = source.watch().await?;
-    let only = takeover::only_agent(&options, &snapshots, &mut terminate, &mut interrupt).await?;
-    let Some((mut datapath, only)) = only else {
-        source.close().await;
+    start::check(&options)?;
+    let mut signals = Signals::catch()?;
+    let Some(mut agent) = start::start(&options, &mut signals).await? else {
         return Ok(());
     };
-    datapath.start_stamp_check()?;
-    // After the agent's own changes: they are no reason to look at everything.
-    let mut ruleset = RulesetEvents::open();
-    let _log = options
-        .datapath_log
-        .then(|| datapath.start_log())
-        .transpose()?;
-    let adoptable = datapath.adoptable()?;
-    let cluster = source.cluster();
-    let mut saved = cluster
-        .is_some()
-        .then(|| Saved::open(configured, &adoptable, &datapath));
-    let mut current = |snapshots: &mut watch::Receiver<Arc<Snapshot>>| {
-        let snapshot = snapshots.borrow_and_update().clone();
-        match &mut saved {
-            Some(saved) => saved.current(snapshot),
-            None => snapshot,
-        }
-    };
-    let facts = current(&mut snapshots).facts.clone();
-    let config = &facts::together(configured, &facts);
-    datapath.set_tunnels(&config.tunnels())?;
-    datapath.set_ranges(&config.ranges())?;
-    // Before the gate starts: frames that it puts back carry marks only these programs know.
-    for ifindex in datapath.attached()? {
-        let mut left = adoptable.values().flat_map(|left| &left.interfaces);
-        let taken = if left.any(|&(known, _)| known == ifindex) {
-            datapath.attach(ifindex)
-        } else {
-            // The earlier agent was killed before it put a pod there, or after it took it away.
-            datapath.detach(ifindex)
-        };
-        if let Err(error) = taken {
-            tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
-        }
-    }
+    let failure = reconcile_until_stopped(&mut agent, &options, &mut signals).await?;
+    Box::pin(stop::stop(agent, &options, failure)).await
+}
 
-    let listener = cluster
-        .as_ref()
-        .map(|cluster| events::denials(cluster.events.clone()));
-    let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
-        .context("cannot start the reporter's thread")?;
-    let (gate, gate_thread) = Gate::start(
-        datapath.take_held()?,
-        datapath.interfaces()?,
-        datapath.marks(),
-        dns_settings(config),
-        reporter.clone(),
-        handover::take(configured),
-    )?;
-    let known: Arc<denials::KnownPods> = Arc::default();
-    let mut unread = Some((datapath.take_denials()?, datapath.counters()?));
-    let mut denials: Option<DenialReader> = None;
-    let arrivals = if datapath.needs_qdisc() {
-        Some(Arrivals::new(datapath.attached()?))
-    } else {
-        None
-    };
-    let places = source.places(config, &datapath, &adoptable, arrivals)?;
-    let mut reconciler = Reconciler::new(
-        datapath,
-        gate.clone(),
-        Settings {
-            configured: configured.clone(),
-            together: config.clone(),
-            facts,
-        },
-        places,
-        cluster,
-        Arc::clone(&known),
-        adoptable,
-        reporter.clone(),
-    )?;
-    let board = Arc::clone(&reconciler.board);
-    let serving = reconciler.serve(&reporter)?;
-
-    let mut look = interval(RECONCILE_EVERY);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// Reconciles whenever something happens, and each second. Returns why it cannot go on, or `None` when the agent is
+/// told to stop.
+async fn reconcile_until_stopped(
+    agent: &mut Agent,
+    options: &Options,
+    signals: &mut Signals,
+) -> Result<Option<&'static str>> {
+    let mut tick = interval(RECONCILE_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut soon = RETRY_MIN;
-    let mut hurried = Instant::now();
-    let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, hurried);
+    // How long to wait for what is expected.
+    let mut wait = RETRY_MIN;
+    let mut filters_looked = Instant::now();
+    let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, filters_looked);
     let mut readiness = Readiness::Begun;
-    let failure = 'running: loop {
-        let snapshot = current(&mut snapshots);
-        reconciler.exits.note_seen(links.take_seen());
-        if !reconciler.is_expecting() {
-            soon = RETRY_MIN;
+    loop {
+        let snapshot = agent.snapshots.current();
+        let Agent {
+            reconciler,
+            snapshots,
+            links,
+            filters,
+            ruleset,
+            threads,
+            ..
+        } = agent;
+        reconciler.observer.note_seen(links.take_seen());
+        if !reconciler.observer.is_expecting() {
+            wait = RETRY_MIN;
         }
         tokio::select! {
             biased;
             // When many pods come or go a reconcile takes seconds. What is broken off is in the
             // kernel or is not: everything is removed now, or the next agent looks at it.
-            _ = terminate.recv() => break None,
-            _ = interrupt.recv() => break None,
+            () = signals.stop() => return Ok(None),
             () = reconciler.reconcile(&snapshot) => {}
         }
-        if gate_thread.is_finished() {
-            break Some("the gate's thread has ended");
-        }
-        if denials.as_ref().is_some_and(DenialReader::is_finished) {
-            break Some("the denial reader's thread has ended");
+        if let Some(ended) = threads.ended() {
+            return Ok(Some(ended));
         }
         // Only now: what was denied while no agent ran belongs to pods that have just become known.
-        if let Some((ring, counters)) = unread.take() {
-            let (known, gate, reporter) = (Arc::clone(&known), gate.clone(), reporter.clone());
-            denials = Some(DenialReader::start(
-                ring,
-                counters,
-                known,
-                gate,
-                reporter,
-                Arc::clone(&board),
-            )?);
-            reconciler.drop_orphans();
+        if threads.read_denials()? {
+            reconciler.applier.drop_orphans();
         }
-        readiness = readiness.next(&reconciler, &snapshot);
-        let again = Instant::now() + reconciler.look_again(soon);
+        readiness = readiness.next(reconciler, &snapshot);
+        let again = Instant::now() + reconciler.observer.look_again(wait);
         // When to look because interfaces have changed.
-        let mut due: Option<Instant> = None;
+        let mut links_due: Option<Instant> = None;
         loop {
             tokio::select! {
-                _ = terminate.recv() => break 'running None,
-                _ = interrupt.recv() => break 'running None,
-                changed = snapshots.changed() => {
-                    if changed.is_err() {
-                        break 'running Some("the source of pods has ended");
+                told = signals.next() => {
+                    if let Told::Stop = told {
+                        return Ok(None);
                     }
-                    soon = RETRY_MIN;
-                    break;
-                }
-                _ = hangup.recv() => {
                     match &options.config_file {
                         Some(file) => reconciler.reload(file).await,
                         None => tracing::warn!("SIGHUP: there is no configuration file"),
                     }
                     break;
                 }
+                changed = snapshots.changed() => {
+                    if changed.is_err() {
+                        return Ok(Some("the source of pods has ended"));
+                    }
+                    wait = RETRY_MIN;
+                    break;
+                }
                 () = links.changed() => match link_pace.take(Instant::now()) {
                     Ok(()) => {
-                        soon = RETRY_MIN;
+                        wait = RETRY_MIN;
                         break;
                     }
-                    Err(at) => due = Some(at),
+                    Err(at) => links_due = Some(at),
                 },
-                () = sleep_until(due.unwrap_or(again)), if due.is_some() => {
-                    // That it is still too early only makes it the next turn's.
+                () = sleep_until(links_due.unwrap_or(again)), if links_due.is_some() => {
+                    // If it is still too early, the turn comes later.
                     if let Err(at) = link_pace.take(Instant::now()) {
-                        due = Some(at);
+                        links_due = Some(at);
                         continue;
                     }
-                    soon = RETRY_MIN;
+                    wait = RETRY_MIN;
                     break;
                 }
                 changed = filters.changed() => {
-                    let concerns = reconciler.hooks.hurry(changed.as_deref());
-                    if concerns && hurried.elapsed() >= HURRY_EVERY {
-                        hurried = Instant::now();
+                    let concerns = reconciler.applier.note_changed_filters(changed.as_deref());
+                    if concerns && filters_looked.elapsed() >= FILTERS_EVERY {
+                        filters_looked = Instant::now();
                         break;
                     }
                 }
                 () = ruleset.changed() => {
-                    reconciler.stamps.hurry();
-                    if hurried.elapsed() >= HURRY_EVERY {
-                        hurried = Instant::now();
+                    reconciler.applier.note_changed_tables();
+                    if filters_looked.elapsed() >= FILTERS_EVERY {
+                        filters_looked = Instant::now();
                         break;
                     }
                 }
-                () = sleep_until(again), if reconciler.is_expecting() => {
-                    soon = longer(soon);
+                () = sleep_until(again), if reconciler.observer.is_expecting() => {
+                    wait = longer(wait);
                     break;
                 }
-                _ = look.tick() => break,
-                _ = sweep.tick() => reconciler.sweep(SWEEP_ROUND, SWEEP_EVERY),
+                _ = tick.tick() => break,
+                _ = sweep.tick() => reconciler.applier.sweep(SWEEP_ROUND, SWEEP_EVERY),
             }
-        }
-    };
-
-    serving.stop();
-    source.close().await;
-    let clean = failure.is_none() && !options.keep_enforcing;
-    if clean {
-        reconciler.detach_all();
-    }
-    gate.stop();
-    let gate_ended = gate_thread.join();
-    if let Some(denials) = denials {
-        denials.stop();
-    }
-    reporter_thread.close();
-    let bpffs = reconciler.close();
-    if let Some(failure) = failure {
-        bail!("{failure}; what is enforced stays enforced");
-    }
-    let Ok(open_questions) = gate_ended else {
-        bail!("the gate's thread has panicked; what is enforced stays enforced");
-    };
-    if !clean {
-        handover::leave(configured, open_questions);
-    }
-    if clean {
-        datapath::cleanup(&bpffs, Some(only))?;
-        tracing::info!("stopped; nothing is enforced any more");
-    } else {
-        tracing::info!("stopped; what is enforced stays enforced");
-    }
-    Ok(())
-}
-
-/// How far the agent has got, for the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Readiness {
-    /// It has not looked at anything.
-    Begun,
-    /// It does not know yet which pods there are, and has said so.
-    Waiting,
-    /// It has dealt with the pods that there are, and has said so.
-    Ready,
-}
-
-impl Readiness {
-    /// After a reconcile with this snapshot.
-    fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
-        // What of a directory cannot be read now may stay so for ever.
-        let is_known = reconciler.cluster.is_none() || !snapshot.unreadable;
-        match self {
-            Self::Begun | Self::Waiting if is_known => {
-                tracing::info!(
-                    node = %reconciler.config.node,
-                    pods = reconciler.enforced(),
-                    resolvers = %facts::listed(&reconciler.config.dns.resolvers),
-                    "ready"
-                );
-                Self::Ready
-            }
-            Self::Begun => {
-                tracing::info!(
-                    node = %reconciler.config.node,
-                    left = reconciler.adoptable.len(),
-                    "waiting for the API server to say which pods there are; those that an earlier \
-                     agent left stay enforced"
-                );
-                Self::Waiting
-            }
-            Self::Waiting | Self::Ready => self,
         }
     }
 }
@@ -410,7 +242,7 @@ fn dns_settings(config: &Config) -> DnsSettings {
             .dns
             .resolvers
             .iter()
-            .map(|resolver| (enforced::mapped(resolver.address), resolver.port))
+            .map(|resolver| (mapped(resolver.address), resolver.port))
             .collect(),
     }
 }

@@ -1,22 +1,45 @@
-//! Reading the configuration again while the agent runs.
+//! Taking on other settings while the agent runs: the cluster's, and those of the configuration file.
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
 use super::{
-    facts::{listed, together},
+    apply::ranges::{listed, together},
     reconcile::Reconciler,
 };
 use crate::{config::Config, pods::Facts};
 
 impl Reconciler {
-    /// Reads the configuration file again. What it says holds from the next reconcile on; if it
-    /// cannot be read, or cannot be taken on, everything stays as it was.
+    /// Takes on what the cluster says of itself. What cannot be taken on is logged, and tried again when the
+    /// cluster says something else.
+    pub(super) async fn learn_facts(&mut self, facts: &Facts) {
+        let settings = &mut self.settings;
+        if *facts == settings.facts {
+            return;
+        }
+        let next = together(&settings.configured, facts);
+        // Noted even if that fails, so that the same facts are not tried again.
+        settings.facts.clone_from(facts);
+        match self.applier.take_on(settings, next).await {
+            Ok(()) => tracing::info!(
+                resolvers = %listed(&settings.config.dns.resolvers),
+                internal = settings.config.ranges.internal.len(),
+                "the cluster's addresses are known"
+            ),
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "cannot take on the cluster's addresses; the earlier ones stay"
+            ),
+        }
+    }
+
+    /// Reads the configuration file again, for the next reconcile. If it cannot be read or put in force, everything
+    /// stays as it was.
     pub(super) async fn reload(&mut self, file: &Path) {
         match self.try_reload(file).await {
             Ok(()) => tracing::info!(
-                resolvers = %listed(&self.config.dns.resolvers),
+                resolvers = %listed(&self.settings.config.dns.resolvers),
                 "configuration read again"
             ),
             Err(error) => tracing::error!(
@@ -28,27 +51,28 @@ impl Reconciler {
 
     async fn try_reload(&mut self, file: &Path) -> Result<()> {
         let configured = Config::from_file(file)?;
-        if self.facts == Facts::default() {
+        let settings = &mut self.settings;
+        if settings.facts == Facts::default() {
             configured
                 .check_resolvers()
                 .with_context(|| file.display().to_string())?;
         }
-        if let Some(key) = fixed_key(&self.configured, &configured) {
+        if let Some(key) = fixed_key(&settings.configured, &configured) {
             bail!(
                 "{}: {key} cannot change while the agent runs; start it again",
                 file.display()
             );
         }
-        let next = together(&configured, &self.facts);
-        self.take_ranges(&next).await?;
-        self.readings.change(next.policy_settings());
-        self.configured = configured;
-        self.config = next;
+        let next = together(&configured, &settings.facts);
+        let policies = next.policy_settings();
+        self.applier.take_on(settings, next).await?;
+        self.observer.policies.change(policies);
+        settings.configured = configured;
         Ok(())
     }
 }
 
-/// A key that differs and that only a new start takes on.
+/// A key that differs and that cannot change while the agent runs.
 fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
     [
         ("node", now.node == next.node),

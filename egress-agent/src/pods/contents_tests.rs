@@ -206,7 +206,7 @@ fn the_first_of_two_files_with_the_same_pod_counts() {
     );
     let snapshot = dir.read();
     assert_eq!(allows(&snapshot), [("a", "first.test")]);
-    let pod = &snapshot.pods[&("default".to_owned(), "a".to_owned())];
+    let pod = &snapshot.pods[&crate::pods::NamespacedName::new("default", "a")];
     assert_eq!(
         pod.namespace_annotations["egress-agent.dev/allow"],
         "first.test"

@@ -15,6 +15,7 @@ mod contents;
 pub mod directory;
 mod documents;
 mod manifest;
+mod name;
 mod object;
 mod snapshot;
 mod watching;
@@ -22,6 +23,7 @@ mod yaml_hint;
 
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_files};
+pub use name::NamespacedName;
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
 
 /// Prefix of the agent's annotations; others are not kept.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     contents::Contents,
+    name::NamespacedName,
     object::{Namespace, Object},
 };
 use egress_policy::{Prefix, Resolver};
@@ -53,6 +54,13 @@ pub struct Pod {
     pub origin: String,
 }
 
+impl Pod {
+    /// The pod's namespace and name.
+    pub fn key(&self) -> NamespacedName {
+        NamespacedName::new(&*self.namespace, &*self.name)
+    }
+}
+
 /// A problem in what was read. It affects only the object that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -73,7 +81,7 @@ impl fmt::Display for Problem {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// The pods, by namespace and name.
-    pub pods: BTreeMap<(String, String), Pod>,
+    pub pods: BTreeMap<NamespacedName, Pod>,
     /// The problems.
     pub problems: Vec<Problem>,
     /// Whether a part could not be read at all, so that pods may be missing.
@@ -105,10 +113,7 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
             let earlier = match object {
                 Object::Pod(pod) => {
                     let pod = &pod.pod;
-                    match snapshot
-                        .pods
-                        .entry((pod.namespace.clone(), pod.name.clone()))
-                    {
+                    match snapshot.pods.entry(pod.key()) {
                         Entry::Occupied(earlier) => Some(earlier.get().origin.clone()),
                         Entry::Vacant(vacant) => {
                             vacant.insert(pod.clone());

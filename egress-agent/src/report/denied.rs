@@ -16,7 +16,7 @@ use egress_common::{
     records::{VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED},
 };
 
-use super::DenialCounts;
+use super::{DenialCounts, Subject};
 
 /// The pod of a denial, as lines print it. Two values with the same texts are the same pod.
 #[derive(Debug)]
@@ -42,6 +42,11 @@ pub struct PodIdentity {
 }
 
 impl PodIdentity {
+    /// The pod, or the interface in quarantine, that this is the identity of.
+    pub fn subject(&self) -> Subject {
+        Subject::from_fields(&self.namespace, &self.name)
+    }
+
     /// A pod without denials.
     pub fn new(
         node: impl Into<String>,

@@ -20,6 +20,7 @@ pub mod folder;
 pub mod line;
 pub mod log;
 pub mod reporter;
+pub mod subject;
 mod summary;
 
 pub use count::{Counter, DenialCounts, Gauge, Histogram};
@@ -28,4 +29,5 @@ pub use folder::Folder;
 pub use line::Line;
 pub use line::rfc3339;
 pub use reporter::{Listener, Lost, Reporter, ReporterThread};
+pub use subject::{IfName, Subject};
 pub use summary::Summary;

@@ -19,7 +19,7 @@ use egress_common::{
 
 use self::grants::Grants;
 use super::{
-    Attached, NodeState, PodState, Sources,
+    Attached, PodRecord, Sources, StatusSnapshot,
     protocol::{
         AddressExplained, Decision, EntryStatus, Explanation, PortsStatus, QuestionExplained,
     },
@@ -55,7 +55,7 @@ pub(super) async fn explain(
 ) -> Result<Explanation, String> {
     let read = Target::read(target)?;
     for _ in 0..ATTEMPTS {
-        let node = sources.board.node();
+        let node = sources.published.snapshot();
         let (_, state) = find(&node, pod)?;
         let mut explanation = Explanation {
             pod: pod.to_owned(),
@@ -109,7 +109,7 @@ pub(super) async fn explain(
     Err("the pod's policy changes too fast to be explained; try again".to_owned())
 }
 
-fn not_judged(state: &PodState, explanation: &mut Explanation) {
+fn not_judged(state: &PodRecord, explanation: &mut Explanation) {
     if state.host_network {
         "the pod is in the host's network, where no packet is judged"
             .clone_into(&mut explanation.because);
@@ -122,13 +122,13 @@ fn not_judged(state: &PodState, explanation: &mut Explanation) {
 }
 
 /// The entries in effect; `None` if the annotations cannot be read.
-fn entries(state: &PodState, node: &NodeState) -> Option<Entries> {
+fn entries(state: &PodRecord, node: &StatusSnapshot) -> Option<Entries> {
     let settings = node.settings.as_ref()?;
     Entries::read(&state.written.own, &state.written.namespace, settings).ok()
 }
 
 /// The entries by the list that grants them; `None` if the annotations cannot be read.
-fn grants(state: &PodState, node: &NodeState) -> Option<Grants> {
+fn grants(state: &PodRecord, node: &StatusSnapshot) -> Option<Grants> {
     Grants::read(&state.written, node.settings.as_ref()?).ok()
 }
 

@@ -14,19 +14,19 @@ const NAMED: usize = 20;
 
 /// The agent's failures that a restart may repair.
 pub(super) fn unwell(sources: &Sources) -> Vec<String> {
-    let board = &sources.board;
+    let published = &sources.published;
     let gate_ago =
         Duration::from_nanos(boottime_ns().saturating_sub(sources.gate.stats().ticked_ns.get()));
     [
         (
             "the last reconcile ended",
-            Some(board.reconciled_ago()),
+            Some(published.reconciled_ago()),
             RECONCILE_PATIENCE,
         ),
         ("the gate was last active", Some(gate_ago), THREAD_PATIENCE),
         (
             "denials were last read",
-            board.denials_read_ago(),
+            published.denials_read_ago(),
             THREAD_PATIENCE,
         ),
     ]
@@ -41,12 +41,12 @@ pub(super) fn unwell(sources: &Sources) -> Vec<String> {
 
 /// The reasons why a pod that should be enforced is not.
 pub(super) fn unready(sources: &Sources) -> Vec<String> {
-    let board = &sources.board;
+    let published = &sources.published;
     let mut missing = Vec::new();
-    if board.last_reconciled().is_none() {
+    if published.last_reconciled().is_none() {
         missing.push("no reconcile has ended yet".to_owned());
     }
-    let node = board.node();
+    let node = published.snapshot();
     if node.incomplete {
         missing.push(
             "there may be more pods: the source of pods could not be read completely yet"
@@ -54,7 +54,8 @@ pub(super) fn unready(sources: &Sources) -> Vec<String> {
         );
     }
     let mut pods = node.pods.iter().filter(|(_, pod)| pod.is_missing());
-    for ((namespace, name), pod) in pods.by_ref().take(NAMED) {
+    for (subject, pod) in pods.by_ref().take(NAMED) {
+        let (namespace, name) = subject.fields();
         let why = pod.problem.as_deref().unwrap_or("not attached");
         missing.push(format!("{namespace}/{name}: {why}"));
     }

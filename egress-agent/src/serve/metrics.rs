@@ -60,7 +60,7 @@ impl Collector for Scrape {
         self.denials(&mut page)?;
         self.packets(&mut page)?;
         self.control(&mut page)?;
-        process(&mut page, self.sources.board.began())
+        process(&mut page, self.sources.published.began())
     }
 }
 
@@ -77,7 +77,7 @@ impl Scrape {
     }
 
     fn pods(&self, page: &mut Page<'_>) -> Result<(), Error> {
-        let node = self.sources.board.node();
+        let node = self.sources.published.snapshot();
         let mut modes: BTreeMap<&str, u64> = [
             "audit",
             "enforce",
@@ -138,12 +138,12 @@ impl Scrape {
         page.gauge(
             "egress_agent_flows",
             "Tracked flows of all pods, at the last count of each pod",
-            self.sources.board.flows() as u64,
+            self.sources.published.flows() as u64,
         )
     }
 
     fn denials(&self, page: &mut Page<'_>) -> Result<(), Error> {
-        let namespaces = self.sources.board.namespaces();
+        let namespaces = self.sources.published.namespaces();
         let series = namespaces.iter().flat_map(|(namespace, counts)| {
             let denied = counts.denied().map(|of| ("denied", of));
             let audited = counts.audited().map(|of| ("would_deny", of));
@@ -233,7 +233,7 @@ impl Scrape {
                 (why("ring_full"), denials_lost),
             ],
         )?;
-        let evicted_by_agent = self.sources.board.flows_evicted.get();
+        let evicted_by_agent = self.sources.published.flows_evicted.get();
         page.counters(
             "egress_agent_flows_evicted",
             "Flows that were evicted in favour of others of their pod",
@@ -278,7 +278,7 @@ impl Scrape {
             (
                 "destinations_evicted",
                 "Evicted destinations: addresses and ports to which a pod has connected",
-                self.sources.board.destinations_evicted.get(),
+                self.sources.published.destinations_evicted.get(),
             ),
             (
                 "no_policy_packets",
@@ -292,34 +292,34 @@ impl Scrape {
     }
 
     fn control(&self, page: &mut Page<'_>) -> Result<(), Error> {
-        let board = &self.sources.board;
+        let published = &self.sources.published;
         page.histogram(
             "egress_agent_reconcile",
             "Duration of reconciles",
-            &board.reconciles,
+            &published.reconciles,
         )?;
         page.unit_gauge(
             "egress_agent_last_reconcile_timestamp",
             "When the last reconcile ended",
             Some(&Unit::Seconds),
-            board.last_reconciled().map_or(0.0, unix),
+            published.last_reconciled().map_or(0.0, unix),
         )?;
         page.counter(
             "egress_agent_hooks_moved",
             "Times that a program was moved back in front of another one",
-            board.hooks_moved.get(),
+            published.hooks_moved.get(),
         )?;
         page.counter(
             "egress_agent_stamp_tables_restored",
             "Times that a removed or changed table of nf_tables was restored",
-            board.stamp_tables_restored.get(),
+            published.stamp_tables_restored.get(),
         )?;
         page.counter(
             "egress_agent_probes_missed",
             "Probes that did not reach the programs of their interface",
-            board.probes_missed.get(),
+            published.probes_missed.get(),
         )?;
-        match &board.node().cluster {
+        match &published.snapshot().cluster {
             Some(cluster) => follow(page, cluster),
             None => Ok(()),
         }

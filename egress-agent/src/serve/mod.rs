@@ -1,11 +1,10 @@
 //! The agent's interfaces for operators: `/healthz`, `/readyz` and `/metrics` over HTTP, and
 //! `egress-agent status` and `explain` over a Unix socket.
 //!
-//! They run on one thread of their own. It reads the state that control publishes on the [`Board`], the
+//! They run on one thread of their own. It reads the state that control has [`Published`], the
 //! gate's counters and the kernel's maps. It requests a pod's resolutions from the gate in bounded pieces.
 //! Nothing waits for this thread.
 
-mod board;
 mod connections;
 mod explain;
 mod health;
@@ -14,6 +13,7 @@ mod metrics;
 mod page;
 mod process;
 pub mod protocol;
+mod published;
 mod reach;
 mod socket;
 mod standby;
@@ -30,8 +30,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::oneshot;
 
-pub use board::{
-    Attached, Board, ClusterState, Existing, NodeState, PodState, WatchState, Written,
+pub use published::{
+    Attached, ClusterState, Existing, PodRecord, PodsById, Published, StatusSnapshot, WatchState,
+    Written,
 };
 pub use standby::stand_by;
 
@@ -59,7 +60,7 @@ pub struct Sources {
     /// The maximum number of addresses in one allow map.
     pub addresses_per_pod: u32,
     /// The state that control publishes.
-    pub board: Arc<Board>,
+    pub published: Arc<Published>,
     /// The resolutions of pods.
     pub gate: Gate,
     /// The counters of unreported denials.

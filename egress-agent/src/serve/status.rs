@@ -1,11 +1,11 @@
 //! The state of the agent and of each pod.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use egress_common::reason::Reason;
 
 use super::{
-    NodeState, PodState, Sources, health,
+    PodRecord, Sources, StatusSnapshot, health,
     protocol::{
         AddressStatus, AgentStatus, ExistingStatus, InterfaceStatus, PodStatus, ProblemStatus,
         ResolvedStatus, ResolverStatus, Status, UnenforcedStatus,
@@ -15,7 +15,7 @@ use crate::{
     datapath::boottime_ns,
     gate::{About, Resolutions},
     host::interface_name,
-    report::{DenialCounts, log, rfc3339},
+    report::{DenialCounts, Subject, log, rfc3339},
 };
 use egress_policy::{Mode, prefix::from_mapped};
 
@@ -32,7 +32,7 @@ pub(super) async fn status(
     pod: Option<&str>,
     names: bool,
 ) -> Result<Status, String> {
-    let node = sources.board.node();
+    let node = sources.published.snapshot();
     let one = pod.map(|pod| find(&node, pod)).transpose()?;
     let mut pods = Vec::new();
     let mut room = ADDRESSES;
@@ -87,12 +87,12 @@ pub(super) async fn status(
 
 /// Finds a pod by `namespace/pod`.
 pub(super) fn find<'a>(
-    node: &'a NodeState,
+    node: &'a StatusSnapshot,
     pod: &str,
-) -> Result<(&'a (String, String), &'a PodState), String> {
+) -> Result<(&'a Subject, &'a Arc<PodRecord>), String> {
     let key = pod
         .split_once('/')
-        .map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
+        .map(|(namespace, name)| Subject::from_fields(namespace, name))
         .ok_or_else(|| format!("`{pod}` is not a pod: expected namespace/pod"))?;
     node.pods.get_key_value(&key).ok_or_else(|| {
         format!("there is no pod {pod} on this node, as far as this node's agent knows")
@@ -100,7 +100,7 @@ pub(super) fn find<'a>(
 }
 
 /// A pod's mode or state, as one word.
-pub(super) fn mode_of(pod: &PodState) -> &'static str {
+pub(super) fn mode_of(pod: &PodRecord) -> &'static str {
     if pod.host_network {
         "host_network"
     } else if pod.is_missing() {
@@ -116,20 +116,20 @@ pub(super) fn mode_of(pod: &PodState) -> &'static str {
     }
 }
 
-fn agent(sources: &Sources, node: &NodeState) -> AgentStatus {
+fn agent(sources: &Sources, node: &StatusSnapshot) -> AgentStatus {
     let (unhealthy, not_ready) = (health::unwell(sources), health::unready(sources));
     AgentStatus {
         node: sources.node.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         hook: sources.hook.to_owned(),
-        started: time(sources.board.began()),
-        uptime_seconds: sources.board.uptime().as_secs(),
+        started: time(sources.published.began()),
+        uptime_seconds: sources.published.uptime().as_secs(),
         healthy: unhealthy.is_empty(),
         unhealthy,
         ready: not_ready.is_empty(),
         not_ready,
-        pods_known: sources.board.last_reconciled().is_some() && !node.incomplete,
+        pods_known: sources.published.last_reconciled().is_some() && !node.incomplete,
         existing_connections: ExistingStatus {
             outbound: if node.trusted { "trusted" } else { "judged" }.to_owned(),
             because: node.trust.clone(),
@@ -155,7 +155,7 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("openings_evicted", kernel.openings_evicted),
         (
             "flows_evicted",
-            kernel.flows_evicted + sources.board.flows_evicted.get(),
+            kernel.flows_evicted + sources.published.flows_evicted.get(),
         ),
         ("no_policy", kernel.no_policy),
         ("dns_segments_damaged", stats.segments_damaged.get()),
@@ -176,19 +176,21 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
 }
 
 fn pod_status(
-    (namespace, pod): &(String, String),
-    state: &PodState,
+    subject: &Subject,
+    state: &PodRecord,
     resolutions: Resolutions,
     names: bool,
 ) -> PodStatus {
+    let (namespace, pod) = subject.fields();
     let attached = state.attached.as_ref();
-    let counts = attached.map(|attached| &attached.identity.counts);
-    let last_denial = attached
-        .and_then(|attached| attached.identity.last_line())
+    let identity = attached.and(state.identity.as_ref());
+    let counts = identity.map(|identity| &identity.counts);
+    let last_denial = identity
+        .and_then(|identity| identity.last_line())
         .and_then(|line| serde_json::from_str(&line).ok());
     PodStatus {
-        namespace: namespace.clone(),
-        pod: pod.clone(),
+        namespace: namespace.to_owned(),
+        pod: pod.to_owned(),
         uid: state.uid.clone(),
         mode: match mode_of(state) {
             "missing" | "waiting" if state.quarantined => "quarantined",

@@ -97,14 +97,14 @@ fn edits_of_a_pods_and_its_namespaces_annotations_apply_while_it_runs() {
     });
     cart.net().talks_tcp((server(20), 443));
 
-    let released = format!("released pod={shop}/cart");
+    let removed = format!("removed pod={shop}/cart");
     agent.says_after(
-        &released,
+        &removed,
         || {
             cluster.server.namespace(&shop, &json!({}));
             cluster.annotate(&mut cart, &json!({}));
         },
-        |line| line.contains("released") && line.contains(&format!("{shop}/cart")),
+        |line| line.contains("removed") && line.contains(&format!("{shop}/cart")),
     );
     cart.net().talks_tcp((server(99), 443));
 }

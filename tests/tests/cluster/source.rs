@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc, time::Du
 use egress_agent::{
     config::Config,
     pods::{
-        Pod, Snapshot,
+        NamespacedName, Pod, Snapshot,
         cluster::{Cluster, ClusterWatch, Options, PodEvent, Watched},
     },
 };
@@ -114,15 +114,11 @@ fn with_allow(mut pod: Value, allow: &str) -> Value {
 }
 
 fn names(snapshot: &Snapshot) -> Vec<&str> {
-    snapshot
-        .pods
-        .keys()
-        .map(|(_, name)| name.as_str())
-        .collect()
+    snapshot.pods.keys().map(|pod| pod.name.as_str()).collect()
 }
 
 fn get<'a>(snapshot: &'a Snapshot, namespace: &str, name: &str) -> Option<&'a Pod> {
-    snapshot.pods.get(&(namespace.to_owned(), name.to_owned()))
+    snapshot.pods.get(&NamespacedName::new(namespace, name))
 }
 
 fn allow(snapshot: &Snapshot, namespace: &str, name: &str) -> Option<String> {

@@ -133,14 +133,14 @@ fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
         let mut agent = scene
             .lab
             .start_agent_with(&arguments, &[&scene.pod, &other]);
-        let released = |line: &str| line.contains("released") && line.contains("pod=shop/cart");
+        let removed = |line: &str| line.contains("removed") && line.contains("pod=shop/cart");
         agent.says_after(
-            "that the deleted pod is released",
+            "that the deleted pod is removed",
             || {
                 scene.delete_interface();
                 scene.lab.remove_pod(&scene.pod);
             },
-            released,
+            removed,
         );
         let left = |ifindex: u32| {
             let prefix = format!("{ifindex}_");
@@ -205,7 +205,7 @@ fn a_new_interface_with_the_same_name_is_enforced() {
 }
 
 #[test]
-fn a_pod_without_its_interface_is_released_and_reported_until_it_is_back() {
+fn a_pod_without_its_interface_is_removed_and_reported_until_it_is_back() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
     scene.assert_enforced();

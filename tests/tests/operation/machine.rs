@@ -196,8 +196,8 @@ fn an_agent_terminated_while_it_is_busy_leaves_nothing_behind() {
     let from = lines(&agent);
     // Attaching takes time, and without a policy there is nothing to attach.
     lab.remove_namespace("shop");
-    eventually("every pod is released", || {
-        holds(logged_pods_of_crowd(&agent, "released", from) == CROWD)
+    eventually("every pod is removed", || {
+        holds(logged_pods_of_crowd(&agent, "removed", from) == CROWD)
     });
     let from = lines(&agent);
     lab.write_namespace("shop", &[("allow", "later.test:443")]);

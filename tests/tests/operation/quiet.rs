@@ -101,13 +101,13 @@ fn a_pod_that_ends_is_not_reported_as_a_problem() {
     for pod in [&processes_first, &interface_first, &other_interface] {
         let title = format!("pod={shop}/{}", pod.net().name());
         agent.says_after(
-            &format!("released {title}"),
+            &format!("removed {title}"),
             || {
                 cluster
                     .server
                     .set_status(pod.object(), &json!({ "phase": "Succeeded" }));
             },
-            |line| line.contains("released") && line.contains(&title),
+            |line| line.contains("removed") && line.contains(&title),
         );
     }
     assert_eq!(errors(&agent), Vec::<String>::new());

@@ -81,7 +81,7 @@ const ARROWS: [(&str, Uses, &str); 5] = [
 const UNSAFE: [&str; 12] = [
     "egress-ebpf/src/",
     "egress-common/src/records.rs",
-    "egress-agent/src/control/links.rs",
+    "egress-agent/src/control/wake/links.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
     "egress-agent/src/gate/frame_sender/sending.rs",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    super::{Facts, Pod, Problem, Snapshot},
+    super::{Facts, NamespacedName, Pod, Problem, Snapshot},
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
@@ -196,7 +196,7 @@ impl State {
     }
 
     /// The pods, completed with data from their namespaces, the node and other pods.
-    fn resolved_pods(&self, problems: &mut Vec<Problem>) -> BTreeMap<(String, String), Pod> {
+    fn resolved_pods(&self, problems: &mut Vec<Problem>) -> BTreeMap<NamespacedName, Pod> {
         let node = self.node.get("", &self.node_name);
         let node_uid = node.map(|node| node.uid.as_str());
         let mut pods = BTreeMap::new();
@@ -222,7 +222,7 @@ impl State {
                 origin: origin.clone(),
                 message,
             }));
-            pods.insert((pod.namespace.clone(), pod.name.clone()), pod);
+            pods.insert(pod.key(), pod);
         }
         one_pod_per_cgroup(&mut pods, problems);
         pods
@@ -230,7 +230,7 @@ impl State {
 }
 
 /// Gives a cgroup that two pods claim to neither of them, so neither gets the interface.
-fn one_pod_per_cgroup(pods: &mut BTreeMap<(String, String), Pod>, problems: &mut Vec<Problem>) {
+fn one_pod_per_cgroup(pods: &mut BTreeMap<NamespacedName, Pod>, problems: &mut Vec<Problem>) {
     let mut claims = BTreeMap::<String, u32>::new();
     for uid in pods.values().filter_map(|pod| pod.cgroup_uid.clone()) {
         *claims.entry(uid).or_default() += 1;

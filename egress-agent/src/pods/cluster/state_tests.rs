@@ -119,7 +119,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn pod<'a>(snapshot: &'a Snapshot, namespace: &str, name: &str) -> &'a Pod {
-    &snapshot.pods[&(namespace.to_owned(), name.to_owned())]
+    &snapshot.pods[&NamespacedName::new(namespace, name)]
 }
 
 fn messages(snapshot: &Snapshot) -> Vec<String> {

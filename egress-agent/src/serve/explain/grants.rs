@@ -2,7 +2,7 @@
 
 use egress_common::reason::Reason;
 
-use crate::serve::board::Written;
+use crate::serve::published::Written;
 use egress_policy::{
     Annotations, PodAnnotations, PolicyError, Settings,
     annotations::PREFIX,

@@ -1,0 +1,61 @@
+//! A pod that is enforced, with the handles that it needs.
+
+use std::{sync::Arc, time::SystemTime};
+
+use egress_common::records::Interface;
+
+use crate::{
+    control::plan::wanted::Wanted,
+    datapath::{FlowMap, PodPins},
+    report::{PodIdentity, Subject},
+    serve::{Attached, PodRecord},
+};
+
+/// A pod that is enforced.
+pub(in crate::control) struct Enforced {
+    pub(in crate::control) wanted: Arc<Wanted>,
+    pub(in crate::control) identity: Arc<PodIdentity>,
+    /// Its key in `flows`, `meters` and `identities`.
+    pub(in crate::control) pod: u32,
+    /// Its key in `policies`, `allow` and `cidrs`.
+    pub(in crate::control) policy: u32,
+    /// How many versions of its policy there have been.
+    pub(in crate::control) version: u64,
+    /// Since when this version is in force.
+    pub(in crate::control) since: SystemTime,
+    pub(in crate::control) pins: PodPins,
+    pub(in crate::control) flows: FlowMap,
+}
+
+impl Enforced {
+    /// The pod as others see it until the end of the reconcile, when more of it is known.
+    pub(in crate::control) fn record(&self, subject: &Subject) -> PodRecord {
+        PodRecord {
+            uid: self.wanted.uid.clone(),
+            mode: self.wanted.compiled.mode,
+            host_network: false,
+            quarantined: subject.is_interface(),
+            identity: Some(Arc::clone(&self.identity)),
+            attached: Some(Attached {
+                pod: self.pod,
+                policy: self.policy,
+                version: self.version,
+                since: self.since,
+                interfaces: self.wanted.interfaces.clone(),
+                bypassed: false,
+            }),
+            compiled: Some(Arc::clone(&self.wanted.compiled)),
+            written: Arc::default(),
+            unreadable: false,
+            exits: Arc::default(),
+            problem: None,
+        }
+    }
+
+    /// What its interfaces are under.
+    pub(in crate::control) fn entries(&self) -> Vec<(u32, Interface)> {
+        let entry = self.wanted.entry(self.pod, self.policy);
+        let interfaces = self.wanted.interfaces.iter();
+        interfaces.map(|&ifindex| (ifindex, entry)).collect()
+    }
+}

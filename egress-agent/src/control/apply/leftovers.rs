@@ -1,0 +1,100 @@
+//! What an earlier agent, or an attempt that failed, left in the kernel.
+
+use std::collections::HashSet;
+
+use anyhow::Result;
+use egress_common::records::{Interface, Policy};
+
+use super::{Applier, Outcome};
+use crate::{control::plan::wanted::RangesVersion, datapath::Unused, report::Subject};
+
+impl Applier {
+    /// Removes what an earlier agent, or an attempt that failed, left of a pod.
+    pub(super) async fn remove_left(&mut self, pod: u32, outcome: &mut Outcome) {
+        let Some(left) = self.left.get(&pod).cloned() else {
+            return;
+        };
+        let subject = Subject::from_fields(&left.namespace, &left.name);
+        // The next reconcile tries again to enforce this pod.
+        if outcome.has_failed(&subject, &left.uid) {
+            return;
+        }
+        match self.remove_state(pod, &left).await {
+            Ok(()) => {
+                self.left.remove(&pod);
+                tracing::info!(pod = %subject, "removed what was left of it");
+            }
+            Err(error) => {
+                let what = format!("cannot remove what is left of it: {error:#}");
+                outcome.problems.set(subject, what);
+            }
+        }
+    }
+
+    /// Puts the pods that are kept as an earlier agent left them under copies of their policies if `ranges` have
+    /// changed since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
+    pub(super) fn judge_left_again(&mut self, kept: &[u32], ranges: RangesVersion) -> Result<()> {
+        let fingerprint = ranges.fingerprint();
+        let mut copies: Vec<(u32, u32, Policy)> = Vec::new();
+        for pod in kept {
+            let left = self.left.get(pod);
+            let entries = left.map_or(&[][..], |left| &left.interfaces);
+            let mut policies: Vec<u32> = entries.iter().map(|(_, entry)| entry.policy).collect();
+            policies.sort_unstable();
+            policies.dedup();
+            for policy in policies {
+                let record = self.datapath.policy(policy)?;
+                if let Some(record) = record.filter(|record| record.ranges != fingerprint) {
+                    let copy = self.ids.next_policy();
+                    let ranges = fingerprint;
+                    copies.push((policy, copy, Policy { ranges, ..record }));
+                }
+            }
+        }
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let mut interfaces = self.datapath.interfaces()?;
+        let mut failure = Ok(());
+        let made = self.datapath.copy_policies(&copies);
+        for (&(policy, copy, _), mut done) in copies.iter().zip(made) {
+            let left = self.left.values_mut();
+            let entries = left.flat_map(|left| &mut left.interfaces);
+            for (ifindex, entry) in entries.filter(|(_, entry)| entry.policy == policy) {
+                if done.is_ok() {
+                    let next = Interface {
+                        policy: copy,
+                        ..*entry
+                    };
+                    done = interfaces.set(*ifindex, next).map(|()| *entry = next);
+                }
+            }
+            match done {
+                Ok(()) => self.unused.push(Unused::Policy(policy)),
+                Err(error) => failure = Err(error),
+            }
+        }
+        failure
+    }
+
+    /// Removes policies that no interface is under: their agent was killed while it changed them.
+    pub(in crate::control) fn drop_orphans(&mut self) {
+        let used: HashSet<u32> = self
+            .enforced
+            .values()
+            .map(|enforced| enforced.policy)
+            .chain(self.left.values().flat_map(|left| {
+                let entries = left.interfaces.iter();
+                entries.map(|(_, entry)| entry.policy)
+            }))
+            .collect();
+        let orphans = self.datapath.policy_ids().and_then(|ids| {
+            let orphans = ids.into_iter().filter(|id| !used.contains(id));
+            self.unused.extend(orphans.map(Unused::Policy));
+            self.drop_unused()
+        });
+        if let Err(error) = orphans {
+            tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! Step 3: does what was planned. It is the only step that changes the kernel or asks the gate.
+//!
+//! [`Applier::apply`] carries out a plan's actions in their order and returns an [`Outcome`]: which pods are not
+//! as planned now, and why. A pod whose action failed keeps the state that it had, hinders no other
+//! pod, and is planned again in the next reconcile.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `prepare` | makes maps for new policies |
+//! | `enforce` | begins with pods, changes their policies, moves them to other interfaces |
+//! | `seed`, `connections` | notes connections from before, and judges everything from then on |
+//! | `remove`, `leftovers` | releases, detaches, and removes state |
+//! | `hardware`, `node_addresses` | keeps the node's and the neighbours' addresses from pods |
+//! | `hooks`, `watched_hooks`, `stamps` | makes sure that packets pass the programs |
+//! | `upkeep` | does the last two in each reconcile, whatever is planned |
+//! | `ranges` | puts other ranges and resolvers in force |
+//! | `sweep` | forgets idle flows and expired addresses |
+
+mod connections;
+mod enforce;
+pub(in crate::control) mod enforced;
+mod hardware;
+mod hooks;
+mod leftovers;
+mod node_addresses;
+mod outcome;
+mod prepare;
+pub(in crate::control) mod ranges;
+mod remove;
+mod seed;
+mod stamps;
+mod sweep;
+mod upkeep;
+mod watched_hooks;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result};
+use egress_common::records::INTERFACE_SOURCES;
+
+use super::{
+    observe::{InForce, InKernel, machine::Machine},
+    plan::{Action, Plan},
+    settings::Settings,
+};
+use crate::{
+    datapath::{Adoptable, Datapath, Unused},
+    gate::Gate,
+    report::{Reporter, Subject},
+    serve::Published,
+};
+use connections::Connections;
+use enforced::Enforced;
+pub(in crate::control) use outcome::Outcome;
+use sweep::Crowded;
+use upkeep::Upkeep;
+
+/// Changes the kernel and asks the gate, and knows what is enforced.
+pub(in crate::control) struct Applier {
+    datapath: Datapath,
+    gate: Gate,
+    /// The node's name.
+    node: String,
+    enforced: BTreeMap<Subject, Enforced>,
+    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// an attempt that failed.
+    left: BTreeMap<u32, Adoptable>,
+    ids: Ids,
+    /// Maps in the kernel that nobody uses any more. They are removed at the end of each reconcile.
+    unused: Vec<Unused>,
+    upkeep: Upkeep,
+    connections: Connections,
+    /// Pods that have begun with only the sources judged of what they send.
+    settling: Vec<Subject>,
+    /// Whether the gate reads messages.
+    is_reading: bool,
+    next_swept: usize,
+    /// Pods that wait for room in their maps.
+    crowded: Crowded,
+    published: Arc<Published>,
+}
+
+/// The next ids of pods and policies.
+struct Ids {
+    pod: u32,
+    policy: u32,
+}
+
+impl Ids {
+    fn next_pod(&mut self) -> u32 {
+        self.pod += 1;
+        self.pod - 1
+    }
+
+    fn next_policy(&mut self) -> u32 {
+        self.policy += 1;
+        self.policy - 1
+    }
+}
+
+/// What an applier begins with.
+pub(in crate::control) struct Parts {
+    pub(in crate::control) datapath: Datapath,
+    pub(in crate::control) gate: Gate,
+    /// What an earlier agent left in the kernel, by the pods' ids.
+    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+    pub(in crate::control) published: Arc<Published>,
+    pub(in crate::control) reporter: Reporter,
+}
+
+impl Applier {
+    /// # Errors
+    ///
+    /// When the kernel's maps cannot be opened or read.
+    pub(in crate::control) fn new(parts: Parts, settings: &Settings) -> Result<Self> {
+        let Parts {
+            datapath,
+            gate,
+            left,
+            published,
+            reporter,
+        } = parts;
+        let last_policy = datapath.policy_ids()?.into_iter().max();
+        Ok(Self {
+            node: settings.configured.node.clone(),
+            enforced: BTreeMap::new(),
+            ids: Ids {
+                pod: left.keys().max().map_or(1, |last| last + 1),
+                policy: last_policy.map_or(1, |last| last + 1),
+            },
+            left,
+            unused: Vec::new(),
+            upkeep: Upkeep::open(&datapath, reporter)?,
+            connections: Connections::new(&settings.configured),
+            settling: Vec::new(),
+            is_reading: false,
+            next_swept: 0,
+            crowded: Crowded::new(datapath.counters()?),
+            published,
+            datapath,
+            gate,
+        })
+    }
+
+    /// The interfaces on which an earlier agent left a whole policy in force. Where it judged only sources when it
+    /// ended, the rest is unjudged.
+    pub(in crate::control) fn left_judged(&self) -> HashSet<u32> {
+        let left = self.left.values().flat_map(|left| &left.interfaces);
+        let judged = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
+        judged.map(|&(ifindex, _)| ifindex).collect()
+    }
+
+    /// What is enforced, for the observation.
+    pub(in crate::control) fn in_kernel(&self) -> InKernel {
+        let enforced = self.enforced.iter().map(|(subject, enforced)| {
+            let in_force = InForce {
+                pod: enforced.pod,
+                wanted: Arc::clone(&enforced.wanted),
+            };
+            (subject.clone(), in_force)
+        });
+        InKernel {
+            enforced: enforced.collect(),
+            left: self.left.clone(),
+        }
+    }
+
+    /// Carries out the plan's actions.
+    pub(in crate::control) async fn apply(
+        &mut self,
+        plan: &Plan,
+        machine: &mut Machine,
+    ) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut versions = BTreeMap::new();
+        for action in &plan.actions {
+            // Once the gate has all pods that an earlier agent left enforced.
+            let adopts = matches!(action, Action::Begin { adopts: true, .. });
+            if !(adopts || matches!(action, Action::Release(_) | Action::Prepare)) {
+                self.start_reading();
+            }
+            match action {
+                Action::Release(subjects) => self.release(subjects).await,
+                Action::Prepare => versions = self.prepare(&plan.actions),
+                Action::Change { subject, wanted } => {
+                    let done = self.change(subject, wanted, versions.remove(subject)).await;
+                    outcome.note(subject, wanted, done);
+                }
+                Action::Move {
+                    subject,
+                    wanted,
+                    has_unjudged,
+                } => {
+                    if !outcome.has_failed(subject, &wanted.uid) {
+                        let done = self
+                            .move_to(subject, wanted, *has_unjudged, machine, &mut outcome)
+                            .await;
+                        outcome.note(subject, wanted, done);
+                    }
+                }
+                Action::Begin {
+                    subject,
+                    wanted,
+                    before,
+                    ..
+                } => {
+                    let version = versions.remove(subject);
+                    let done = self
+                        .begin(subject, wanted, version, *before, machine, &mut outcome)
+                        .await;
+                    outcome.note(subject, wanted, done);
+                }
+                Action::Settle => self.settle(machine, &mut outcome).await,
+                Action::Remove {
+                    subject,
+                    taken_over,
+                } => {
+                    if self.are_taken_over(subject, taken_over) {
+                        self.remove(subject).await;
+                    }
+                }
+                Action::RemoveLeft(pod) => self.remove_left(*pod, &mut outcome).await,
+            }
+        }
+        self.start_reading();
+        outcome
+    }
+
+    /// Has the gate read messages.
+    fn start_reading(&mut self) {
+        if !self.is_reading {
+            self.gate.read();
+            self.is_reading = true;
+        }
+    }
+
+    /// How pods are enforced.
+    pub(in crate::control) fn enforced(&self) -> &BTreeMap<Subject, Enforced> {
+        &self.enforced
+    }
+
+    /// What is in the kernel though no pod is enforced with it.
+    pub(in crate::control) fn left(&self) -> &BTreeMap<u32, Adoptable> {
+        &self.left
+    }
+
+    /// The kernel side, for reading.
+    pub(in crate::control) fn datapath(&self) -> &Datapath {
+        &self.datapath
+    }
+
+    /// The gate's handle.
+    pub(in crate::control) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// What became of connections from before.
+    pub(in crate::control) fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// The pods that were there at the start have been dealt with.
+    pub(in crate::control) fn end_start(&mut self) {
+        self.connections.trusting = false;
+    }
+
+    /// Filters of these interfaces have changed (of all without a list): their hooks are looked at next. Returns
+    /// whether pods are enforced on any of them.
+    pub(in crate::control) fn note_changed_filters(&mut self, changed: Option<&[u32]>) -> bool {
+        self.upkeep.hooks.hurry(changed)
+    }
+
+    /// Tables of nf_tables have changed: they are looked at next.
+    pub(in crate::control) fn note_changed_tables(&mut self) {
+        self.upkeep.stamps.hurry();
+    }
+
+    /// Detaches from every interface. Everything else goes with the pins.
+    pub(in crate::control) fn detach_all(&mut self) {
+        if let Err(error) = self.datapath.detach_all() {
+            tracing::error!(error = %format!("{error:#}"), "cannot detach from every interface");
+        }
+    }
+
+    /// Closes the programs; what is pinned stays. Returns the mount point of bpffs.
+    pub(in crate::control) fn close(self) -> PathBuf {
+        self.datapath.bpffs().to_owned()
+    }
+
+    /// A handle on a pod's flows.
+    fn flows_of(&self, pod: u32) -> Result<crate::datapath::FlowMap> {
+        self.datapath
+            .flow_map(pod)?
+            .with_context(|| format!("pod {pod} has no flow map"))
+    }
+}

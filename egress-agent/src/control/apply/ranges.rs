@@ -1,0 +1,140 @@
+//! Putting other ranges and resolvers in force.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use egress_common::{
+    address::{self, Address},
+    records::{RANGE_INTERNAL, RANGE_NODE},
+};
+
+use super::{Applier, enforced::Enforced};
+use crate::{
+    config::Config,
+    control::{dns_settings, plan::wanted::mapped, settings::Settings},
+    datapath::{View, boottime_ns},
+    pods::Facts,
+};
+use egress_policy::Resolver;
+
+impl Applier {
+    /// Puts the ranges of another configuration in force, and what it says of DNS.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be written. The earlier ones are in force again then.
+    pub(in crate::control) async fn take_on(
+        &mut self,
+        settings: &mut Settings,
+        next: Config,
+    ) -> Result<()> {
+        // The kernel begins to hold what comes from a new resolver before the gate is told that the
+        // ranges are complete, and what came from an old one may still be in the ring.
+        let (before, after) = (dns_settings(&settings.config), dns_settings(&next));
+        self.gate
+            .configure(before.clone().with_resolvers_of(&after))
+            .await?;
+        let written = self.write_ranges(settings, &next);
+        let settled = if written.is_ok() { after } else { before };
+        self.gate.configure(settled).await?;
+        written?;
+        settings.config = next;
+        Ok(())
+    }
+
+    fn write_ranges(&mut self, settings: &mut Settings, next: &Config) -> Result<()> {
+        let now = &settings.config;
+        let (tunnels, tunnels_before) = (next.tunnels(), now.tunnels());
+        let (ranges, before) = (next.ranges(), now.ranges());
+        if ranges == before && tunnels == tunnels_before {
+            return Ok(());
+        }
+        // Tunnels are closed before an address becomes internal. A list that is written in part closes too much, never
+        // too little.
+        self.datapath.set_tunnels(&tunnels)?;
+        // New entries are written before old ones are removed, so for a moment the map needs room for both.
+        if let Err(error) = self.datapath.set_ranges(&ranges) {
+            self.datapath
+                .set_ranges(&before)
+                .and_then(|()| self.datapath.set_tunnels(&tunnels_before))
+                .context("the earlier ranges cannot be put back")?;
+            return Err(error);
+        }
+        let is_only_resolvers = tunnels == tunnels_before
+            && next.ranges_without_resolvers() == now.ranges_without_resolvers();
+        if is_only_resolvers {
+            self.note_resolvers(now, next);
+        } else {
+            settings.ranges.change(next);
+        }
+        Ok(())
+    }
+
+    /// Only resolvers have come or gone: the pods whose verdicts that changes get a new version of their policies. DNS
+    /// itself needs no new version, because `from_pod` looks for it before it looks at flows.
+    fn note_resolvers(&mut self, now: &Config, next: &Config) {
+        let (before, after) = (&now.dns.resolvers, &next.dns.resolvers);
+        let came = after.iter().filter(|resolver| !before.contains(resolver));
+        let gone = before.iter().filter(|resolver| !after.contains(resolver));
+        let changed: BTreeSet<Address> = came
+            .chain(gone)
+            .map(|resolver| mapped(resolver.address))
+            .filter(address::is_v4)
+            .collect();
+        let view = self.datapath.view();
+        for enforced in self.enforced.values_mut() {
+            let is_concerned = view.as_ref().map_or(true, |view| {
+                // A pod that cannot be looked at gets a new version too.
+                is_concerned(view, enforced, &changed).unwrap_or(true)
+            });
+            if is_concerned {
+                Arc::make_mut(&mut enforced.wanted).judge_again();
+            }
+        }
+    }
+}
+
+/// Whether a pod's policy judges otherwise because these IPv4 addresses are resolvers' now, or are no more.
+///
+/// An entry or range for an IPv4 address also counts for its translation (NAT64), unless the address is a
+/// resolver's: see [`egress_common::verdict::Destination::add_translated`]. Only a pod with an IPv6 address
+/// sends there.
+fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -> Result<bool> {
+    let record = &enforced.wanted.record;
+    if enforced.wanted.own().iter().all(address::is_v4) {
+        return Ok(false);
+    }
+    for address in changed {
+        let policy = (enforced.policy, record);
+        let (destination, _) = view.destination(policy, address, boottime_ns())?;
+        let is_allowed = destination.cidr & !record.deny != 0;
+        if is_allowed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Resolvers for a log line.
+pub(in crate::control) fn listed(resolvers: &[Resolver]) -> String {
+    let texts: Vec<String> = resolvers.iter().map(Resolver::to_string).collect();
+    format!("[{}]", texts.join(", "))
+}
+
+/// The configuration with the cluster's resolvers and internal prefixes.
+pub(in crate::control) fn together(config: &Config, facts: &Facts) -> Config {
+    let mut config = config.clone();
+    let left_out = config.dns.add_resolvers(facts.resolvers.keys().copied());
+    if !left_out.is_empty() {
+        tracing::error!(
+            left_out = %listed(&left_out),
+            "the cluster's resolvers are asked on too many different ports: DNS to and from these is not \
+             held, and nothing is learned from it"
+        );
+    }
+    let internal = &mut config.ranges.internal;
+    internal.extend(facts.internal.keys());
+    internal.sort_unstable();
+    internal.dedup();
+    config
+}

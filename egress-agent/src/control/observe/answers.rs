@@ -1,0 +1,90 @@
+//! Noticing that DNS responses take another way than through the agent's programs.
+//!
+//! Cilium with BPF host routing hands packets to a pod with `bpf_redirect_peer`, which puts them into the
+//! pod's end of its interface: `to_pod`, on the host's end, never sees them (net/core/filter.c,
+//! `skb_do_redirect`). Then responses arrive without being held, the agent learns nothing from them, and
+//! the pod reaches nothing by name. That is closed, but without this problem nobody would know why.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    datapath,
+    gate::{Direction, Stats},
+};
+
+/// So many queries without any response are no coincidence …
+const QUESTIONS: u64 = 20;
+/// … if they took at least this long: a stub resolver gives up on a query after 5 seconds.
+const AT_LEAST: Duration = Duration::from_secs(10);
+/// The names of Cilium's programs begin with this.
+const CILIUM: &str = "cil_";
+
+/// The responses that were seen, and the queries since the last of them.
+#[derive(Default)]
+pub(in crate::control) struct Answers {
+    seen: u64,
+    questions: u64,
+    since: Option<Instant>,
+    problem: Option<&'static str>,
+}
+
+impl Answers {
+    /// What is wrong, if queries go out and no response is seen.
+    pub(in crate::control) fn problem(&mut self, stats: &Stats) -> Option<&'static str> {
+        let (mut questions, mut seen) = (0, 0);
+        for (_, direction, outcome, count) in stats.messages() {
+            match direction {
+                Direction::Question if outcome.is_delivered() => questions += count,
+                Direction::Question => {}
+                Direction::Answer => seen += count,
+            }
+        }
+        if seen != self.seen || self.since.is_none() {
+            *self = Self {
+                seen,
+                questions,
+                since: Some(Instant::now()),
+                problem: None,
+            };
+        }
+        let waited = self.since.is_some_and(|since| since.elapsed() >= AT_LEAST);
+        if self.problem.is_none() && waited && questions - self.questions >= QUESTIONS {
+            self.problem = Some(if datapath::is_loaded(CILIUM) {
+                "questions go to the resolvers, and no answer comes by the pods' interfaces, so \
+                 nothing is learned from them: Cilium is on this node, and with BPF host routing it \
+                 delivers past these interfaces; set Cilium's bpf.hostLegacyRouting to true"
+            } else {
+                "questions go to the resolvers, and no answer comes by the pods' interfaces: the \
+                 resolvers do not answer, or something delivers past these interfaces"
+            });
+        }
+        self.problem
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gate::{Outcome, Transport};
+
+    #[test]
+    fn questions_without_any_answer_are_noticed_and_an_answer_ends_it() {
+        let stats = Stats::default();
+        let mut answers = Answers::default();
+        let ask = |outcome| {
+            for _ in 0..QUESTIONS {
+                stats.count(Transport::Udp, Direction::Question, outcome);
+            }
+        };
+        assert_eq!(answers.problem(&stats), None);
+        ask(Outcome::Refused);
+        let long_ago = Instant::now().checked_sub(2 * AT_LEAST);
+        answers.since = long_ago;
+        assert_eq!(answers.problem(&stats), None, "refused ones need no answer");
+        ask(Outcome::Delivered);
+        assert!(answers.problem(&stats).is_some());
+        assert!(answers.problem(&stats).is_some(), "the problem stays");
+        stats.count(Transport::Udp, Direction::Answer, Outcome::Delivered);
+        assert_eq!(answers.problem(&stats), None);
+    }
+}

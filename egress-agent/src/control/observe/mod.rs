@@ -1,0 +1,324 @@
+//! Step 1: reads what there is.
+//!
+//! [`Observer::observe`] puts together what the source says of pods, where they are on this machine, what their
+//! annotations mean, and what is enforced. The result, [`Observed`], is plain data: the plan that is made from it
+//! ([`super::plan`]) needs no kernel, no gate and no clock.
+//!
+//! | file | what it reads |
+//! |---|---|
+//! | `locations`, `named`, `on_host` | behind which interfaces pods are: by their manifests, or by their control groups |
+//! | `quarantine`, `arrivals` | interfaces whose pods are not known, and those that are left alone at first |
+//! | `first_addresses`, `owners` | the addresses that interfaces were made with, and whose addresses are known |
+//! | `exits` | interfaces of pods that nobody can enforce |
+//! | `policies` | what annotations mean |
+//! | `unjudged` | interfaces that nobody has judged until now |
+//! | `answers`, `taps` | signs that packets take another way than by the agent's programs |
+//! | `unlocated`, `backoff` | since when pods are looked for, and when to look again |
+
+pub(in crate::control) mod answers;
+pub(in crate::control) mod arrivals;
+pub(in crate::control) mod backoff;
+pub(in crate::control) mod exits;
+pub(in crate::control) mod first_addresses;
+pub(in crate::control) mod locations;
+pub(in crate::control) mod machine;
+pub(in crate::control) mod named;
+pub(in crate::control) mod on_host;
+pub(in crate::control) mod owners;
+pub(in crate::control) mod policies;
+pub(in crate::control) mod quarantine;
+pub(in crate::control) mod taps;
+pub(in crate::control) mod unjudged;
+pub(in crate::control) mod unlocated;
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    plan::{Plan, wanted::Wanted},
+    publish::problems::{About, Problems},
+    settings::Settings,
+};
+use crate::{
+    datapath::Adoptable,
+    gate::Stats,
+    host::{Exits, Link},
+    pods::{Pod, Snapshot},
+    report::Subject,
+};
+use answers::Answers;
+use egress_policy::{Compiled, Mode};
+use exits::PodExits;
+use locations::{Location, PodLocation, PodLocations};
+use machine::Machine;
+use owners::Owners;
+use policies::Policies;
+use taps::Taps;
+use unjudged::Unjudged;
+use unlocated::Unlocated;
+
+/// Everything that a plan is made from.
+pub(in crate::control) struct Observed<'a> {
+    /// The pods of the source, and the interfaces in quarantine.
+    pub(in crate::control) pods: BTreeMap<Subject, ObservedPod<'a>>,
+    /// Whether the source could not be read in full, so that pods may be missing in `pods`.
+    pub(in crate::control) incomplete: bool,
+    /// Whether the source is a cluster's API server.
+    pub(in crate::control) in_cluster: bool,
+    /// What is enforced.
+    pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
+    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// an attempt that failed.
+    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+    /// The interfaces that nobody has judged until now.
+    pub(in crate::control) unjudged: Unjudged,
+    /// Whose addresses are known.
+    pub(in crate::control) owners: Owners,
+    /// The names of the host's interfaces, by their indexes.
+    pub(in crate::control) interface_names: HashMap<u32, String>,
+    /// What the policies were compiled with.
+    pub(in crate::control) policy_settings: egress_policy::Settings,
+    /// When this agent began.
+    pub(in crate::control) began: Instant,
+    /// What is wrong with the source, or with the node.
+    pub(in crate::control) problems: Problems,
+    /// Why DNS responses may take another way than through the agent's programs.
+    pub(in crate::control) unseen_responses: Option<&'static str>,
+}
+
+/// A pod of the source, or what stands for an interface in quarantine.
+pub(in crate::control) struct ObservedPod<'a> {
+    pub(in crate::control) pod: Cow<'a, Pod>,
+    pub(in crate::control) location: Location,
+    /// What its annotations mean; or what they meant when they could be read last; or a closed policy.
+    pub(in crate::control) policy: Arc<Compiled>,
+    /// Its interfaces that nobody can enforce, and why they are not known in full. Not looked at where the pod is
+    /// not to be enforced, or not known.
+    pub(in crate::control) exits: Option<(Arc<Exits>, Option<String>)>,
+}
+
+/// How a pod, or an interface in quarantine, is enforced.
+#[derive(Clone)]
+pub(in crate::control) struct InForce {
+    /// The pod's id in the maps.
+    pub(in crate::control) pod: u32,
+    /// What it is under.
+    pub(in crate::control) wanted: Arc<Wanted>,
+}
+
+/// What is enforced, and what is left in the kernel besides.
+pub(in crate::control) struct InKernel {
+    pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
+    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+}
+
+/// Reads, and remembers what an observation needs of earlier ones.
+pub(in crate::control) struct Observer {
+    in_cluster: bool,
+    began: Instant,
+    locations: PodLocations,
+    pub(in crate::control) exits: PodExits,
+    pub(in crate::control) policies: Policies,
+    pub(in crate::control) taps: Taps,
+    answers: Answers,
+    /// What the gate counts.
+    stats: Arc<Stats>,
+    pub(in crate::control) unjudged: Unjudged,
+    unlocated: Unlocated,
+}
+
+impl Observer {
+    /// `judged` are the interfaces on which an earlier agent left a whole policy in force.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked for interfaces of pods, or for packet sockets.
+    pub(in crate::control) fn new(
+        in_cluster: bool,
+        locations: PodLocations,
+        policy_settings: egress_policy::Settings,
+        judged: HashSet<u32>,
+        stats: Arc<Stats>,
+    ) -> Result<Self> {
+        Ok(Self {
+            in_cluster,
+            began: Instant::now(),
+            unjudged: Unjudged::new(locations.has_quarantine(), judged),
+            locations,
+            exits: PodExits::open().context("cannot look at pods' interfaces")?,
+            policies: Policies::new(policy_settings),
+            taps: Taps::open()?,
+            answers: Answers::default(),
+            stats,
+            unlocated: Unlocated::default(),
+        })
+    }
+
+    /// Takes note of interfaces that were there since the last observation.
+    pub(in crate::control) fn note_seen(&mut self, seen: Vec<Link>) {
+        self.exits.note_seen(seen);
+    }
+
+    /// Reads everything.
+    pub(in crate::control) fn observe<'a>(
+        &mut self,
+        machine: &mut Machine,
+        source: &'a Snapshot,
+        settings: &Settings,
+        InKernel { enforced, left }: InKernel,
+    ) -> Observed<'a> {
+        let (pods, mut locations) = self.locate(machine, source, &enforced);
+        self.unjudged.look(&self.locations.there());
+        self.exits.begin(&locations, &machine.links);
+        self.policies.retain(|subject| pods.contains_key(subject));
+        self.taps.look();
+        let owners = Owners::new(
+            &pods,
+            &locations,
+            machine,
+            &self.policies.settings().protected,
+        );
+        let mut problems = Problems::default();
+        for problem in &source.problems {
+            problems.add(About::node(&*problem.origin), &problem.message);
+        }
+        let unseen_responses = self.answers.problem(&self.stats);
+        if let Some(what) = unseen_responses {
+            problems.set(About::node("DNS"), what);
+        }
+        if let Some(what) = self.exits.strange() {
+            problems.set(About::node("interfaces of other namespaces"), what);
+        }
+        if let Some((about, what)) = self.taps.of_node() {
+            problems.set(About::Node(about), what);
+        }
+        let pods = pods.into_iter().filter_map(|(subject, pod)| {
+            let location = locations.remove(&subject)?;
+            let observed = self.pod(settings, &subject, pod, location);
+            Some((subject, observed))
+        });
+        Observed {
+            pods: pods.collect(),
+            incomplete: source.unreadable,
+            in_cluster: self.in_cluster,
+            enforced,
+            left,
+            unjudged: self.unjudged.clone(),
+            owners,
+            interface_names: machine
+                .links
+                .iter()
+                .map(|link| (link.ifindex, link.name.clone()))
+                .collect(),
+            policy_settings: self.policies.settings().clone(),
+            began: self.began,
+            problems,
+            unseen_responses,
+        }
+    }
+
+    /// The pods of the source and the interfaces in quarantine, and where each is.
+    fn locate<'a>(
+        &mut self,
+        machine: &mut Machine,
+        source: &'a Snapshot,
+        enforced: &BTreeMap<Subject, InForce>,
+    ) -> (BTreeMap<Subject, Cow<'a, Pod>>, BTreeMap<Subject, Location>) {
+        let look = self.locations.look(machine, source);
+        let mut locations = look.locations;
+        let mut unidentified = look
+            .unidentified
+            .unwrap_or_else(|| quarantine::interfaces(enforced));
+        // A pod of which nothing runs any more is still enforced on its interface.
+        let held = held(source, enforced);
+        unidentified.retain(|(_, ifindex)| !held.contains(ifindex));
+        let pods = source.pods.iter();
+        let mut pods: BTreeMap<Subject, Cow<'a, Pod>> = pods
+            .map(|(name, pod)| (name.clone().into(), Cow::Borrowed(pod)))
+            .collect();
+        for (name, ifindex) in unidentified {
+            let (subject, pod) = quarantine::stand_in(&name);
+            let location = Location::Found(PodLocation {
+                interfaces: vec![ifindex],
+                first: self.locations.first_addresses(ifindex),
+                ..PodLocation::default()
+            });
+            locations.insert(subject.clone(), location);
+            pods.insert(subject, Cow::Owned(pod));
+        }
+        (pods, locations)
+    }
+
+    fn pod<'a>(
+        &mut self,
+        settings: &Settings,
+        subject: &Subject,
+        pod: Cow<'a, Pod>,
+        location: Location,
+    ) -> ObservedPod<'a> {
+        let policy = if subject.is_interface() {
+            self.policies.unidentified()
+        } else if !pod.namespace_known {
+            let quarantine = settings.config.quarantine.enabled;
+            self.policies.without_namespace(&pod, quarantine)
+        } else {
+            self.policies.read(subject, &pod)
+        };
+        let is_enforceable = policy.mode != Mode::Off && !pod.host_network;
+        let exits = match &location {
+            Location::Found(location)
+                if is_enforceable && !subject.is_interface() && pod.namespace_known =>
+            {
+                Some(self.exits.of(subject, location, pod.cgroup_uid.is_some()))
+            }
+            _ => None,
+        };
+        ObservedPod {
+            pod,
+            location,
+            policy,
+            exits,
+        }
+    }
+
+    /// Takes note of the pods that the plan leaves alone and of those that it could not find. Adds to the problems
+    /// of the plan which of these have been looked for too long.
+    pub(in crate::control) fn note(&mut self, observed: &Observed<'_>, plan: &mut Plan) {
+        self.unjudged.leave(&plan.left_alone);
+        let unlocated = std::mem::take(&mut plan.unlocated);
+        let unlocated = self.unlocated.note(unlocated, observed, Instant::now());
+        plan.problems.extend(unlocated);
+    }
+
+    /// How long to wait for the next observation, which would otherwise be after this.
+    pub(in crate::control) fn look_again(&self, after: Duration) -> Duration {
+        self.locations.look_again(after)
+    }
+
+    /// Whether something is expected to be found soon.
+    pub(in crate::control) fn is_expecting(&self) -> bool {
+        self.unlocated.any() || self.locations.has_unidentified()
+    }
+}
+
+/// The interfaces on which pods of the source are enforced.
+fn held(source: &Snapshot, enforced: &BTreeMap<Subject, InForce>) -> HashSet<u32> {
+    let is_there = |subject: &Subject, uid: &str| {
+        let Subject::Pod(name) = subject else {
+            return false;
+        };
+        let pod = source.pods.get(name);
+        pod.is_some_and(|pod| pod.uid == uid)
+    };
+    enforced
+        .iter()
+        .filter(|(subject, in_force)| is_there(subject, &in_force.wanted.uid))
+        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
+        .collect()
+}

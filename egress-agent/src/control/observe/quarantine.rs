@@ -1,0 +1,48 @@
+//! Interfaces whose pods are not known.
+//!
+//! Each is enforced like a pod, under a policy that allows nothing external. When its pod is known, the pod takes
+//! the interface over, and no packet passes in between. If that pod is not to be enforced, the interface is
+//! released.
+
+use std::collections::BTreeMap;
+
+use super::InForce;
+use crate::{pods::Pod, report::Subject};
+
+/// The problem of an interface that stays in quarantine.
+pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
+                                 no pod of this node is known to be there. If it is no pod's, name \
+                                 it in quarantine.exclude";
+
+/// The names and indexes of the interfaces that are in quarantine now.
+pub(super) fn interfaces(enforced: &BTreeMap<Subject, InForce>) -> Vec<(String, u32)> {
+    let interfaces = enforced.iter().filter_map(|(subject, in_force)| {
+        let Subject::Interface(name) = subject else {
+            return None;
+        };
+        let ifindex = *in_force.wanted.interfaces.first()?;
+        Some((name.0.clone(), ifindex))
+    });
+    interfaces.collect()
+}
+
+/// What stands for an interface whose pod is not known.
+pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {
+    let pod = Pod {
+        namespace: String::new(),
+        name: interface.to_owned(),
+        uid: "quarantine".to_owned(),
+        interface: Some(interface.to_owned()),
+        cgroup_uid: None,
+        addresses: Vec::new(),
+        further: Vec::new(),
+        annotations: BTreeMap::new(),
+        namespace_annotations: BTreeMap::new(),
+        namespace_known: true,
+        host_network: false,
+        is_pending: false,
+        node_name: None,
+        origin: format!("interface {interface}"),
+    };
+    (Subject::interface(interface), pod)
+}

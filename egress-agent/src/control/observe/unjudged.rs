@@ -1,0 +1,92 @@
+//! The interfaces that no program has judged until now. Their pods may have connections from before.
+
+use std::collections::HashSet;
+
+/// The interfaces that no program has judged until now.
+///
+/// With quarantine, interfaces are judged from the moment they appear. Then only those count that were there
+/// before the agent, and those of pods that were left alone. A new pod has no connections worth keeping, and the
+/// sockets that its program shows could open what its policy denies.
+#[derive(Clone, Debug)]
+pub(in crate::control) struct Unjudged {
+    /// Whether new interfaces are in quarantine.
+    quarantine: bool,
+    /// Interfaces on which an earlier agent left a policy in force.
+    left: HashSet<u32>,
+    /// Interfaces that are not judged, where new ones are in quarantine.
+    free: HashSet<u32>,
+    /// Whether the first observation has been made.
+    looked: bool,
+}
+
+impl Unjudged {
+    /// `left` are the interfaces that an earlier agent judged.
+    pub(in crate::control) fn new(quarantine: bool, left: HashSet<u32>) -> Self {
+        Self {
+            quarantine,
+            left,
+            free: HashSet::new(),
+            looked: false,
+        }
+    }
+
+    /// These interfaces are there now.
+    pub(in crate::control) fn look(&mut self, there: &HashSet<u32>) {
+        if self.looked {
+            self.free.retain(|ifindex| there.contains(ifindex));
+        } else {
+            self.free.clone_from(there);
+        }
+        self.looked = true;
+    }
+
+    /// These interfaces are not judged from now on.
+    pub(in crate::control) fn leave(&mut self, interfaces: &[u32]) {
+        self.free.extend(interfaces);
+    }
+
+    /// These interfaces are judged from now on.
+    pub(in crate::control) fn judge(&mut self, interfaces: &[u32]) {
+        for ifindex in interfaces {
+            self.free.remove(ifindex);
+            self.left.remove(ifindex);
+        }
+    }
+
+    /// Whether no program has judged what went through this interface.
+    pub(in crate::control) fn contains(&self, ifindex: u32) -> bool {
+        !self.left.contains(&ifindex) && (!self.quarantine || self.free.contains(&ifindex))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn with_quarantine_what_was_there_before_and_what_was_left_alone_is_unjudged() {
+        let mut unjudged = Unjudged::new(true, HashSet::from([2]));
+        unjudged.look(&HashSet::from([1, 2]));
+        assert!(unjudged.contains(1));
+        assert!(!unjudged.contains(2), "an earlier agent's");
+        unjudged.look(&HashSet::from([1, 2, 3]));
+        assert!(!unjudged.contains(3), "it was closed from its beginning");
+        unjudged.leave(&[3]);
+        assert!(unjudged.contains(3));
+        unjudged.judge(&[1, 3]);
+        assert!(!unjudged.contains(1) && !unjudged.contains(3));
+        unjudged.leave(&[1]);
+        unjudged.look(&HashSet::from([3]));
+        assert!(!unjudged.contains(1), "the number may be another's by now");
+    }
+
+    #[test]
+    fn without_quarantine_all_is_unjudged_but_what_an_earlier_agent_has_left() {
+        let mut unjudged = Unjudged::new(false, HashSet::from([2]));
+        unjudged.look(&HashSet::from([1, 2]));
+        assert!(unjudged.contains(1) && unjudged.contains(3));
+        assert!(!unjudged.contains(2));
+        unjudged.judge(&[2]);
+        assert!(unjudged.contains(2), "its pod may be made anew on it");
+    }
+}

@@ -1,0 +1,281 @@
+//! Step 2: decides what is to be done.
+//!
+//! [`plan`] compares the pods that there are with what is enforced. It neither reads nor changes anything, so its rules are
+//! tested without a kernel (`rules.rs`, `rules_of_pods.rs`), and checked over random histories of a node (`properties.rs`).
+//!
+//! The actions are in the order in which they are done:
+//!
+//! 1. **Release** the pods that are to be free: one write to a map each, and nothing of them is judged any more.
+//! 2. **Remove** the pods that are gone, so that their names and interfaces are free for others.
+//! 3. **Prepare** the maps of all new policies, for all pods together: the kernel takes as long over one as over
+//!    many.
+//! 4. **Change** the policies of enforced pods, and **move** pods to other interfaces: one write each.
+//! 5. **Adopt** what an earlier agent left: the programs are attached already.
+//! 6. **Begin** with new pods. Attaching takes some 30 ms for each interface.
+//! 7. **Settle** those of them that may have connections from before.
+//! 8. **Remove** the pods that were released, and interfaces in quarantine that their pods have taken over.
+//!    Detaching takes as long as attaching.
+//! 9. **Remove** what is left in the kernel and no pod claims.
+
+mod own_addresses;
+mod pod;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod rules;
+#[cfg(test)]
+mod rules_of_pods;
+#[cfg(test)]
+pub(in crate::control) mod scene;
+mod targets;
+pub(in crate::control) mod wanted;
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use super::{
+    observe::{Observed, unlocated::PATIENCE},
+    publish::problems::{About, Problems},
+    settings::Settings,
+};
+use crate::report::Subject;
+use targets::Targets;
+use wanted::Wanted;
+
+/// What is to be done, and what is wrong.
+#[derive(Default)]
+pub(in crate::control) struct Plan {
+    /// What to do, in this order.
+    pub(in crate::control) actions: Vec<Action>,
+    /// What is wrong with pods.
+    pub(in crate::control) problems: BTreeMap<Subject, String>,
+    /// What is wrong with something else, and with pods that are not in the source.
+    pub(in crate::control) other_problems: Problems,
+    /// The pods that cannot be found now, each with the reason.
+    pub(in crate::control) unlocated: BTreeMap<Subject, String>,
+    /// The interfaces of pods that are left alone, so that nobody judges what they carry.
+    pub(in crate::control) left_alone: Vec<u32>,
+    /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.
+    pub(in crate::control) kept: Vec<u32>,
+}
+
+/// One thing to do.
+#[derive(Clone, Debug)]
+pub(in crate::control) enum Action {
+    /// Stop judging these pods at once.
+    Release(Vec<Subject>),
+    /// Make the maps that the later [`Self::Change`] and [`Self::Begin`] need.
+    Prepare,
+    /// Put an enforced pod under another version of its policy.
+    Change {
+        subject: Subject,
+        wanted: Arc<Wanted>,
+    },
+    /// Enforce an enforced pod on other interfaces.
+    Move {
+        subject: Subject,
+        wanted: Arc<Wanted>,
+        /// Whether the new interfaces may carry connections that nobody has judged.
+        has_unjudged: bool,
+    },
+    /// Enforce a pod that is not enforced.
+    Begin {
+        subject: Subject,
+        wanted: Arc<Wanted>,
+        /// Whether an earlier agent, or an earlier attempt, left this pod in the kernel.
+        adopts: bool,
+        before: Before,
+    },
+    /// Judge everything that these pods send, which have begun with [`Before::Settle`].
+    Settle,
+    /// Detach from a pod's interfaces and remove its state, if other pods have taken over all of these interfaces.
+    Remove {
+        subject: Subject,
+        taken_over: Vec<u32>,
+    },
+    /// The same for a pod that is in the kernel and not enforced.
+    RemoveLeft(u32),
+}
+
+/// What is done about connections that a pod had before it is enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::control) enum Before {
+    /// Nothing: all of them were judged.
+    Judged,
+    /// Only the sources of what the pod sends are judged at first. Its connections are noted, then everything is
+    /// judged ([`Action::Settle`]).
+    Settle,
+    /// Its connections are noted before it is put under its policy: the interface is judged already, for another
+    /// pod.
+    NoteNow,
+}
+
+/// What is to be done with these pods. `now` is the time.
+pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now: Instant) -> Plan {
+    let mut plan = Plan::default();
+    let targets = Targets::decide(observed, settings, &mut plan);
+    plan.release(&targets);
+    plan.remove_gone(&targets);
+    plan.enforce(observed, &targets);
+    plan.remove_freed(&targets);
+    plan.clean_up(observed, &targets, now);
+    plan
+}
+
+impl Plan {
+    /// Pods that are to be free are so at once. What other pods claim is not released.
+    fn release(&mut self, targets: &Targets<'_>) {
+        let free = targets.freed.iter().filter(|subject| {
+            targets.enforced.get(*subject).is_some_and(|in_force| {
+                in_force.wanted.interfaces.iter().all(|&ifindex| {
+                    !targets.claimed.contains(&ifindex)
+                        && !targets.is_anothers(Some(in_force.pod), ifindex)
+                })
+            })
+        });
+        let free: Vec<Subject> = free.map(|&subject| subject.clone()).collect();
+        if !free.is_empty() {
+            self.actions.push(Action::Release(free));
+        }
+    }
+
+    fn remove_gone(&mut self, targets: &Targets<'_>) {
+        let gone = targets.gone.iter().map(|&subject| Action::Remove {
+            subject: subject.clone(),
+            taken_over: Vec::new(),
+        });
+        self.actions.extend(gone);
+    }
+
+    /// Changing a policy is quick, and so is adopting what is attached already. Attaching is not.
+    fn enforce(&mut self, observed: &Observed<'_>, targets: &Targets<'_>) {
+        let (mut changes, mut adoptions, mut beginnings) = (Vec::new(), Vec::new(), Vec::new());
+        for &(subject, ref wanted) in &targets.wanted {
+            let has_unjudged = |interfaces: &[u32]| {
+                let mut interfaces = interfaces.iter();
+                !subject.is_interface()
+                    && interfaces.any(|&ifindex| observed.unjudged.contains(ifindex))
+            };
+            let (subject, wanted) = (subject.clone(), Arc::clone(wanted));
+            if let Some(in_force) = targets.enforced.get(&subject) {
+                let before = &in_force.wanted;
+                if !before.same_policy(&wanted) {
+                    changes.push(Action::Change {
+                        subject: subject.clone(),
+                        wanted: Arc::clone(&wanted),
+                    });
+                }
+                if before.interfaces != wanted.interfaces {
+                    let new = before.on_new(&wanted.interfaces, &wanted.networks);
+                    let has_unjudged = has_unjudged(&new.interfaces);
+                    changes.push(Action::Move {
+                        subject,
+                        wanted,
+                        has_unjudged,
+                    });
+                }
+                continue;
+            }
+            let left_as = targets.left_as(&subject, &wanted.uid);
+            let mut interfaces = wanted.interfaces.iter();
+            let before = if !has_unjudged(&wanted.interfaces) {
+                Before::Judged
+            } else if interfaces.any(|&ifindex| targets.is_anothers(left_as, ifindex)) {
+                Before::NoteNow
+            } else {
+                Before::Settle
+            };
+            let adopts = left_as.is_some();
+            let beginning = Action::Begin {
+                subject,
+                wanted,
+                adopts,
+                before,
+            };
+            if adopts {
+                adoptions.push(beginning);
+            } else {
+                beginnings.push(beginning);
+            }
+        }
+        let actions: Vec<Action> = changes
+            .into_iter()
+            .chain(adoptions)
+            .chain(beginnings)
+            .collect();
+        if actions.is_empty() {
+            return;
+        }
+        let settles = actions.iter().any(|action| {
+            let Action::Begin { before, .. } = action else {
+                return false;
+            };
+            *before == Before::Settle
+        });
+        self.actions.push(Action::Prepare);
+        self.actions.extend(actions);
+        self.actions.extend(settles.then_some(Action::Settle));
+    }
+
+    /// Detaches from pods that are free. An interface in quarantine that a pod claims stays closed until the pod
+    /// is enforced on it.
+    fn remove_freed(&mut self, targets: &Targets<'_>) {
+        for &subject in &targets.freed {
+            let Some(in_force) = targets.enforced.get(subject) else {
+                continue;
+            };
+            let claimed: Vec<u32> = if subject.is_interface() {
+                let interfaces = in_force.wanted.interfaces.iter().copied();
+                interfaces
+                    .filter(|ifindex| targets.claimed.contains(ifindex))
+                    .collect()
+            } else {
+                Vec::new()
+            };
+            let mut interfaces = claimed.iter();
+            if interfaces.all(|&ifindex| targets.is_taken_over(subject, ifindex)) {
+                self.actions.push(Action::Remove {
+                    subject: subject.clone(),
+                    taken_over: claimed,
+                });
+            }
+        }
+    }
+
+    /// Removes what an earlier agent left, or an earlier attempt, and that no pod claims. While the source cannot be
+    /// read in full, its pod may be one of those that are missing.
+    fn clean_up(&mut self, observed: &Observed<'_>, targets: &Targets<'_>, now: Instant) {
+        let mut unclaimed = 0_usize;
+        for (&id, left) in &observed.left {
+            let subject = Subject::from_fields(&left.namespace, &left.name);
+            if !observed.pods.contains_key(&subject) && observed.incomplete {
+                self.kept.push(id);
+                if observed.in_cluster {
+                    unclaimed += 1;
+                } else {
+                    let why = "enforced as an earlier agent left it, without DNS: its manifest may be \
+                               the one that cannot be read";
+                    self.other_problems.set(subject, why);
+                }
+                continue;
+            }
+            let is_wanted = targets.wanted.iter().any(|&(wanted, _)| *wanted == subject)
+                && !targets.enforced.contains_key(&subject);
+            let is_adopted = is_wanted && targets.left_as(&subject, &left.uid) == Some(id) && {
+                let found = observed.pods.get(&subject);
+                found.is_some_and(|found| found.pod.uid == left.uid)
+            };
+            if !is_adopted {
+                self.actions.push(Action::RemoveLeft(id));
+            }
+        }
+        // At every start it takes a moment until the API server has said which pods there are.
+        if unclaimed > 0 && now.duration_since(observed.began) >= PATIENCE {
+            let what = format!(
+                "{unclaimed} pods are enforced as an earlier agent left them, without DNS, until the \
+                 API server says which pods there are"
+            );
+            self.other_problems
+                .set(About::node("pods of an earlier agent"), what);
+        }
+    }
+}

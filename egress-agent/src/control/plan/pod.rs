@@ -1,0 +1,160 @@
+//! What should be done with one pod.
+
+use std::{collections::HashMap, sync::Arc};
+
+use egress_common::limits::OWN_ADDRESSES;
+
+use super::{own_addresses::own_addresses, wanted::Wanted};
+use crate::{
+    config::{OnDeny, UnenforcedInterfaces},
+    control::{
+        observe::{Observed, ObservedPod, exits, locations::Location},
+        settings::Settings,
+    },
+    report::Subject,
+};
+use egress_policy::{Annotations, Compiled, Mode};
+
+/// What should be done with one pod.
+pub(super) enum Decision {
+    /// Put it under this; the text says what is wrong all the same.
+    Enforce(Arc<Wanted>, Option<String>),
+    /// Do not enforce it, for now or for good; the text says why where somebody should know.
+    Free(Option<String>),
+    /// Keep what is in force, because what should be cannot be found out; the text says why where somebody should
+    /// know.
+    Keep(Option<String>),
+    /// Keep what is in force, because the pod cannot be found any more. The text says why. It becomes a problem
+    /// only if that lasts: every pod ends like this.
+    KeepUnlocated(String),
+    /// It cannot be found yet; the text says why.
+    Wait(String),
+}
+
+/// What should be done with the pod `subject`. `taken` are the interfaces that have their pod already; the pod's own
+/// are added if it is to be enforced.
+pub(super) fn decide(
+    observed: &Observed<'_>,
+    settings: &Settings,
+    subject: &Subject,
+    found: &ObservedPod<'_>,
+    taken: &mut HashMap<u32, Subject>,
+) -> Decision {
+    let pod = &*found.pod;
+    let is_enforced = is_enforced(observed, subject, &pod.uid);
+    if found.policy.mode == Mode::Off {
+        return Decision::Free(None);
+    }
+    if pod.host_network {
+        // Without annotations only `defaultMode` asks for it, as for the agent's own pod.
+        let is_asked_for = !(pod.annotations.is_empty() && pod.namespace_annotations.is_empty());
+        return Decision::Free(
+            is_asked_for
+                .then(|| "not enforced: the pod is in the host's network (hostNetwork)".to_owned()),
+        );
+    }
+    if !pod.namespace_known && is_enforced {
+        let why = "its namespace is not known; the last good policy stays";
+        return Decision::Keep(Some(why.to_owned()));
+    }
+    let location = match &found.location {
+        Location::Found(location) => location,
+        // The pod has ended, and the cluster does not say so yet.
+        Location::Nobody(_) if is_enforced => return Decision::Keep(None),
+        // A look for its interfaces may fail for a moment only. While the pod stays enforced on them, nothing
+        // passes that should not.
+        Location::NotYet(why) | Location::Nowhere(why)
+            if pod.cgroup_uid.is_some() && is_enforced =>
+        {
+            return Decision::KeepUnlocated(format!("{why}; enforced on its earlier interfaces"));
+        }
+        Location::NotYet(why) | Location::Nobody(why) => return Decision::Wait(why.clone()),
+        Location::Nowhere(why) => return Decision::Free(Some(why.clone())),
+    };
+    let other = location.interfaces.iter().find_map(|ifindex| {
+        let other = taken.get(ifindex).filter(|other| *other != subject);
+        other.map(|other| (ifindex, other))
+    });
+    if let Some((ifindex, other)) = other {
+        let name = observed.interface_names.get(ifindex);
+        let name = name.map_or_else(|| ifindex.to_string(), String::clone);
+        let why = format!("interface {name} is already that of pod {other}");
+        return if is_enforced {
+            Decision::Keep(Some(format!("{why}; enforced on its earlier interface")))
+        } else {
+            Decision::Free(Some(format!("not enforced: {why}")))
+        };
+    }
+    for &ifindex in &location.interfaces {
+        taken.insert(ifindex, subject.clone());
+    }
+    let mut notes: Vec<String> = location.note.iter().cloned().collect();
+    let mut policy = Arc::clone(&found.policy);
+    if let Some((exits, error)) = &found.exits {
+        notes.extend(error.clone());
+        if !exits.is_empty() {
+            // In audit mode nothing is denied, so nothing is refused either.
+            let and = match policy.mode {
+                Mode::Enforce => settings.config.unenforced_interfaces,
+                Mode::Audit | Mode::Off => UnenforcedInterfaces::Report,
+            };
+            if and == UnenforcedInterfaces::Refuse {
+                policy = Arc::new(egress_policy::refused(&observed.policy_settings));
+            }
+            notes.push(exits::problem(exits, and));
+        }
+    }
+    let owners = &observed.owners;
+    let (own, not_own) = own_addresses(settings, owners, subject, pod, location);
+    notes.extend(not_own);
+    let on_deny = if subject.is_interface() {
+        // The program that runs there is to try again, not to give up.
+        OnDeny::Drop
+    } else {
+        settings.config.on_deny
+    };
+    let wanted = |policy| {
+        Arc::new(Wanted::new(
+            pod,
+            &own,
+            location,
+            policy,
+            on_deny,
+            settings.ranges,
+        ))
+    };
+    let count = own.len();
+    if count <= OWN_ADDRESSES {
+        if own.is_empty() && !subject.is_interface() {
+            notes.push(crate::pods::NO_ADDRESS.to_owned());
+        }
+        let why = (!notes.is_empty()).then(|| notes.join("; "));
+        return Decision::Enforce(wanted(policy), why);
+    }
+    let why = format!(
+        "the pod has {count} addresses in status.podIPs; at most {OWN_ADDRESSES} are supported"
+    );
+    if is_enforced {
+        return Decision::Keep(Some(format!("{why}; the last good policy stays")));
+    }
+    let follows = match policy.mode {
+        Mode::Enforce => "everything external is denied",
+        Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
+    };
+    let closed = closed(policy.mode, &observed.policy_settings);
+    Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
+}
+
+/// Whether this very pod is enforced, and no earlier pod of its name.
+fn is_enforced(observed: &Observed<'_>, subject: &Subject, uid: &str) -> bool {
+    let in_force = observed.enforced.get(subject);
+    in_force.is_some_and(|in_force| in_force.wanted.uid == uid)
+}
+
+/// A policy that allows nothing external, in this mode.
+fn closed(mode: Mode, settings: &egress_policy::Settings) -> Arc<Compiled> {
+    let none = Annotations::default();
+    let mut closed = egress_policy::unreadable(&none, &none, settings);
+    closed.mode = mode;
+    Arc::new(closed)
+}

@@ -1,0 +1,229 @@
+//! The rules for one pod: whether it is enforced, under which policy, and from which addresses it may send.
+
+use std::{net::IpAddr, sync::Arc};
+
+use egress_common::{
+    limits::OWN_ADDRESSES,
+    records::{MODE_AUDIT, MODE_ENFORCE},
+};
+
+use super::{
+    Action,
+    scene::{Scene, subject, told},
+    wanted::{Wanted, mapped},
+};
+use crate::{
+    control::observe::{first_addresses::FirstAddresses, locations::Location},
+    host::{Exit, Exits, LeadsTo},
+};
+
+/// What the pod is to be under.
+fn wanted(scene: &Scene, name: &str) -> Arc<Wanted> {
+    let plan = scene.plan();
+    let mut actions = plan.actions.iter();
+    let wanted = actions.find_map(|action| match action {
+        Action::Begin {
+            subject: of,
+            wanted,
+            ..
+        }
+        | Action::Change {
+            subject: of,
+            wanted,
+        } if *of == subject(name) => Some(Arc::clone(wanted)),
+        _ => None,
+    });
+    wanted.expect("an action for the pod")
+}
+
+#[test]
+fn a_pod_keeps_its_last_good_policy_while_its_namespace_is_not_known() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let cart = scene.get("cart");
+    (cart.pod.namespace_known, cart.policy) = (false, closed);
+    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(
+        scene.problem("cart"),
+        "its namespace is not known; the last good policy stays"
+    );
+}
+
+#[test]
+fn a_new_pod_whose_namespace_is_not_known_is_put_under_the_closed_policy_that_was_read() {
+    let mut scene = Scene::new();
+    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let cart = scene.add("cart", 1);
+    (cart.pod.namespace_known, cart.policy) = (false, Arc::clone(&closed));
+    assert_eq!(wanted(&scene, "cart").compiled, closed);
+}
+
+#[test]
+fn a_pod_that_is_not_found_any_more_stays_enforced_where_it_was() {
+    for location in [
+        Location::NotYet("cannot be read".to_owned()),
+        Location::Nowhere("has no interface".to_owned()),
+    ] {
+        let mut scene = Scene::new();
+        scene.add("cart", 1);
+        scene.reconcile();
+        scene.get("cart").location = location;
+        let plan = scene.plan();
+        assert!(told(&plan).is_empty());
+        let why = &plan.unlocated[&subject("cart")];
+        assert!(why.ends_with("enforced on its earlier interfaces"), "{why}");
+    }
+}
+
+#[test]
+fn a_pod_of_which_nothing_runs_any_more_stays_enforced_and_nobody_waits_for_it() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.get("cart").location = Location::Nobody("no process".to_owned());
+    let plan = scene.plan();
+    assert!(told(&plan).is_empty() && plan.unlocated.is_empty() && plan.problems.is_empty());
+}
+
+#[test]
+fn a_pod_that_is_not_there_yet_is_waited_for() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1).location = Location::Nobody("no process".to_owned());
+    let plan = scene.plan();
+    assert!(told(&plan).is_empty());
+    assert_eq!(
+        plan.unlocated[&subject("cart")],
+        "not enforced yet: no process"
+    );
+}
+
+#[test]
+fn a_manifests_pod_whose_interface_is_gone_is_not_enforced_any_more() {
+    let mut scene = Scene::new();
+    scene.in_cluster = false;
+    scene.add("cart", 1).pod.cgroup_uid = None;
+    scene.reconcile();
+    scene.get("cart").location = Location::Nowhere("there is no interface veth1".to_owned());
+    assert_eq!(told(&scene.plan()), ["release cart", "remove cart"]);
+    assert_eq!(scene.problem("cart"), "there is no interface veth1");
+}
+
+#[test]
+fn a_pod_in_the_hosts_network_is_not_enforced_and_only_who_asked_for_it_is_told() {
+    let mut scene = Scene::new();
+    let cart = scene.add("cart", 1);
+    cart.pod.host_network = true;
+    cart.location = Location::Nowhere("the pod is in the host's network".to_owned());
+    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(
+        scene.problem("cart"),
+        "not enforced: the pod is in the host's network (hostNetwork)"
+    );
+    scene.get("cart").pod.annotations.clear();
+    assert_eq!(scene.problem("cart"), "");
+}
+
+#[test]
+fn an_enforced_pod_with_too_many_addresses_keeps_its_policy_and_a_new_one_is_closed() {
+    let many = (0..=OWN_ADDRESSES).map(|i| IpAddr::from([10, 1, 0, i as u8]));
+    let many: Vec<IpAddr> = many.collect();
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.get("cart").pod.addresses.clone_from(&many);
+    assert!(told(&scene.plan()).is_empty());
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("the last good policy stays")
+    );
+    let mut scene = Scene::new();
+    scene.add("cart", 1).pod.addresses = many;
+    let wanted = wanted(&scene, "cart");
+    assert_eq!(wanted.mode, MODE_ENFORCE);
+    assert!(wanted.compiled.cidrs.is_empty());
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("everything external is denied")
+    );
+}
+
+#[test]
+fn a_pod_without_an_address_is_enforced_and_told() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1).pod.addresses.clear();
+    assert_eq!(told(&scene.plan()), ["prepare", "begin cart"]);
+    assert_eq!(scene.problem("cart"), crate::pods::NO_ADDRESS);
+}
+
+#[test]
+fn addresses_of_an_interface_are_the_pods_own_unless_somebody_else_has_them() {
+    let address = |last| IpAddr::from([10, 1, 0, last]);
+    let mut scene = Scene::new();
+    scene.owners.node.insert(address(3));
+    scene.owners.gateways.insert(address(4));
+    let others = vec![(subject("zoo"), true)];
+    scene.owners.pods.insert(address(5), others);
+    let cart = scene.add("cart", 1);
+    cart.pod.addresses.clear();
+    let Location::Found(location) = &mut cart.location else {
+        panic!("the pod is found");
+    };
+    let resolver = IpAddr::from([10, 0, 0, 53]);
+    let mut seen: Vec<IpAddr> = (2..6).map(address).collect();
+    seen.push(resolver);
+    location.first = FirstAddresses {
+        seen,
+        made: Vec::new(),
+    };
+    assert_eq!(wanted(&scene, "cart").own(), [mapped(address(2))]);
+    let problem = scene.problem("cart");
+    for whose in [
+        "10.1.0.3 of its interface is the node's",
+        "10.1.0.4 of its interface is that of a gateway",
+        "10.1.0.5 of its interface is that of pod shop/zoo",
+        "10.0.0.53 of its interface is a resolver's",
+    ] {
+        assert!(problem.contains(whose), "{whose}: {problem}");
+    }
+}
+
+#[test]
+fn interfaces_that_nobody_can_enforce_are_told_or_close_the_pod() {
+    let exits = Exits {
+        named: vec![Exit {
+            name: "net1".to_owned(),
+            kind: "macvlan".to_owned(),
+            to: LeadsTo::Hardware,
+        }],
+        ..Exits::default()
+    };
+    let exits = Some((Arc::new(exits), None));
+    let mut scene = Scene::configured("unenforcedInterfaces: report\n");
+    scene.add("cart", 1).exits.clone_from(&exits);
+    let reported = wanted(&scene, "cart");
+    assert_eq!(reported.compiled, scene.get("cart").policy);
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("its other interfaces are enforced")
+    );
+
+    let mut scene = Scene::configured("unenforcedInterfaces: refuse\n");
+    scene.add("cart", 1).exits.clone_from(&exits);
+    let refused = egress_policy::refused(&scene.policy_settings);
+    assert_eq!(*wanted(&scene, "cart").compiled, refused);
+    assert!(
+        scene
+            .problem("cart")
+            .contains("nothing else leaves the pod")
+    );
+    // In audit mode nothing is denied, so nothing is refused either.
+    let audit = scene.policy(&[("allow", "a.test"), ("mode", "audit")]);
+    scene.get("cart").policy = Arc::clone(&audit);
+    let audited = wanted(&scene, "cart");
+    assert_eq!((audited.mode, &audited.compiled), (MODE_AUDIT, &audit));
+}

@@ -1,0 +1,318 @@
+//! A node out of plain values, for tests of plans.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use egress_common::records::Interface;
+
+use super::{Action, Before, Plan, plan, wanted::Wanted};
+use crate::{
+    config::Config,
+    control::{
+        observe::{
+            InForce, Observed, ObservedPod,
+            locations::{Location, PodLocation},
+            owners::Owners,
+            quarantine,
+            unjudged::Unjudged,
+        },
+        publish::problems::Problems,
+        settings::Settings,
+    },
+    datapath::Adoptable,
+    host::Exits,
+    pods::{Facts, Pod},
+    report::Subject,
+};
+use egress_policy::{Annotations, Compiled};
+
+/// A pod, and where it is.
+#[derive(Clone)]
+pub(super) struct ScenePod {
+    pub(super) pod: Pod,
+    pub(super) location: Location,
+    pub(super) policy: Arc<Compiled>,
+    pub(super) exits: Option<(Arc<Exits>, Option<String>)>,
+}
+
+/// A node, as an observation finds it.
+pub(super) struct Scene {
+    pub(super) settings: Settings,
+    pub(super) policy_settings: egress_policy::Settings,
+    pub(super) began: Instant,
+    pub(super) pods: BTreeMap<Subject, ScenePod>,
+    pub(super) incomplete: bool,
+    pub(super) in_cluster: bool,
+    pub(super) enforced: BTreeMap<Subject, InForce>,
+    pub(super) left: BTreeMap<u32, Adoptable>,
+    pub(super) unjudged: Unjudged,
+    pub(super) owners: Owners,
+    next_pod: u32,
+}
+
+impl Scene {
+    /// A node of a cluster with quarantine, on which nothing is enforced yet.
+    pub(super) fn new() -> Self {
+        Self::configured("")
+    }
+
+    /// The same with these lines in the configuration.
+    pub(super) fn configured(lines: &str) -> Self {
+        let text = format!("dns: {{resolvers: [10.0.0.53]}}\nnode: n1\n{lines}");
+        let config = Config::from_yaml(&text).expect("a configuration");
+        let policy_settings = config.policy_settings();
+        Self {
+            settings: Settings::new(config, Facts::default()),
+            policy_settings,
+            began: Instant::now(),
+            pods: BTreeMap::new(),
+            incomplete: false,
+            in_cluster: true,
+            enforced: BTreeMap::new(),
+            left: BTreeMap::new(),
+            unjudged: Unjudged::new(true, HashSet::new()),
+            owners: Owners::default(),
+            next_pod: 1,
+        }
+    }
+
+    /// A policy out of annotations without their prefix.
+    pub(super) fn policy(&self, annotations: &[(&str, &str)]) -> Arc<Compiled> {
+        let own = annotations_of(annotations);
+        let own = Annotations::from_map(&own);
+        let none = Annotations::default();
+        let compiled = egress_policy::compile(&own, &none, &self.policy_settings);
+        Arc::new(compiled.expect("a policy"))
+    }
+
+    /// Puts a pod behind an interface, with an `allow` list.
+    pub(super) fn add(&mut self, name: &str, ifindex: u32) -> &mut ScenePod {
+        let policy = self.policy(&[("allow", "a.test")]);
+        let pod = ScenePod {
+            pod: pod(name),
+            location: behind(&[ifindex]),
+            policy,
+            exits: None,
+        };
+        let subject = subject(name);
+        self.pods.insert(subject.clone(), pod);
+        self.pods.get_mut(&subject).expect("just added")
+    }
+
+    /// Puts an interface into the node whose pod is not known.
+    pub(super) fn add_unknown(&mut self, name: &str, ifindex: u32) {
+        let (subject, pod) = quarantine::stand_in(name);
+        let policy = Arc::new(egress_policy::unidentified(&self.policy_settings));
+        let stand_in = ScenePod {
+            pod,
+            location: behind(&[ifindex]),
+            policy,
+            exits: None,
+        };
+        self.pods.insert(subject, stand_in);
+    }
+
+    pub(super) fn get(&mut self, name: &str) -> &mut ScenePod {
+        self.pods.get_mut(&subject(name)).expect("the pod")
+    }
+
+    pub(super) fn observed(&self) -> Observed<'static> {
+        let pods = self.pods.iter().map(|(subject, pod)| {
+            let observed = ObservedPod {
+                pod: Cow::Owned(pod.pod.clone()),
+                location: pod.location.clone(),
+                policy: Arc::clone(&pod.policy),
+                exits: pod.exits.clone(),
+            };
+            (subject.clone(), observed)
+        });
+        Observed {
+            pods: pods.collect(),
+            incomplete: self.incomplete,
+            in_cluster: self.in_cluster,
+            enforced: self.enforced.clone(),
+            left: self.left.clone(),
+            unjudged: self.unjudged.clone(),
+            owners: self.owners.clone(),
+            interface_names: HashMap::from([(1, "veth1".to_owned()), (2, "veth2".to_owned())]),
+            policy_settings: self.policy_settings.clone(),
+            began: self.began,
+            problems: Problems::default(),
+            unseen_responses: None,
+        }
+    }
+
+    pub(super) fn plan(&self) -> Plan {
+        plan(&self.observed(), &self.settings, self.began)
+    }
+
+    /// Plans, and carries out the plan.
+    pub(super) fn reconcile(&mut self) -> Plan {
+        let plan = self.plan();
+        self.unjudged.leave(&plan.left_alone);
+        for action in &plan.actions {
+            self.carry_out(action);
+        }
+        plan
+    }
+
+    /// What a successful action leads to.
+    pub(super) fn carry_out(&mut self, action: &Action) {
+        match action {
+            Action::Release(_) | Action::Prepare | Action::Settle => {}
+            Action::Change { subject, wanted } => {
+                let in_force = self.enforced.get_mut(subject).expect("it is enforced");
+                let wanted = Wanted::clone(wanted).on_interfaces_of(&in_force.wanted);
+                in_force.wanted = Arc::new(wanted);
+            }
+            Action::Move {
+                subject, wanted, ..
+            } => {
+                let in_force = self.enforced.get_mut(subject).expect("it is enforced");
+                let moved = Wanted::clone(&in_force.wanted).on_interfaces_of(wanted);
+                in_force.wanted = Arc::new(moved);
+                self.unjudged.judge(&wanted.interfaces);
+            }
+            Action::Begin {
+                subject, wanted, ..
+            } => {
+                let left = self.left.iter().find(|(_, left)| {
+                    (&*left.namespace, &*left.name) == subject.fields() && left.uid == wanted.uid
+                });
+                let pod = left.map_or(self.next_pod, |(&id, _)| id);
+                self.left.remove(&pod);
+                self.next_pod = self.next_pod.max(pod + 1);
+                let in_force = InForce {
+                    pod,
+                    wanted: Arc::clone(wanted),
+                };
+                assert!(
+                    self.enforced.insert(subject.clone(), in_force).is_none(),
+                    "{subject} is enforced already"
+                );
+                self.unjudged.judge(&wanted.interfaces);
+            }
+            Action::Remove { subject, .. } => {
+                self.enforced.remove(subject).expect("it is enforced");
+            }
+            Action::RemoveLeft(pod) => {
+                self.left.remove(pod).expect("it is left");
+            }
+        }
+    }
+
+    /// Another agent starts, and finds what this one has enforced.
+    pub(super) fn restart(&mut self) {
+        for (subject, in_force) in std::mem::take(&mut self.enforced) {
+            let (namespace, name) = subject.fields();
+            let entry = in_force.wanted.entry(in_force.pod, in_force.pod);
+            let interfaces = in_force.wanted.interfaces.iter();
+            let left = Adoptable {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                uid: in_force.wanted.uid.clone(),
+                interfaces: interfaces.map(|&ifindex| (ifindex, entry)).collect(),
+            };
+            self.left.insert(in_force.pod, left);
+        }
+        let left = self.left.values().flat_map(|left| &left.interfaces);
+        let left = left.map(|&(ifindex, _): &(u32, Interface)| ifindex);
+        self.unjudged = Unjudged::new(true, left.collect());
+    }
+
+    /// What is wrong with a pod.
+    pub(super) fn problem(&self, name: &str) -> String {
+        let problems = self.plan().problems;
+        problems.get(&subject(name)).cloned().unwrap_or_default()
+    }
+}
+
+/// The pod `name` of the namespace `shop`.
+pub(super) fn subject(name: &str) -> Subject {
+    Subject::pod("shop", name)
+}
+
+pub(in crate::control) fn pod(name: &str) -> Pod {
+    Pod {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+        uid: format!("uid-{name}"),
+        interface: None,
+        cgroup_uid: Some(format!("uid-{name}")),
+        addresses: vec![IpAddr::from([10, 1, 0, 1])],
+        further: Vec::new(),
+        annotations: annotations_of(&[("allow", "a.test")]),
+        namespace_annotations: BTreeMap::new(),
+        namespace_known: true,
+        host_network: false,
+        is_pending: false,
+        node_name: None,
+        origin: format!("pod shop/{name}"),
+    }
+}
+
+pub(super) fn behind(interfaces: &[u32]) -> Location {
+    Location::Found(PodLocation {
+        interfaces: interfaces.to_vec(),
+        has_addresses: true,
+        ..PodLocation::default()
+    })
+}
+
+fn annotations_of(annotations: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let annotations = annotations.iter();
+    annotations
+        .map(|(key, value)| (format!("egress-agent.dev/{key}"), (*value).to_owned()))
+        .collect()
+}
+
+/// An action in a few words, for comparisons.
+pub(super) fn told(plan: &Plan) -> Vec<String> {
+    let name = |subject: &Subject| subject.fields().1.to_owned();
+    let actions = plan.actions.iter().map(|action| match action {
+        Action::Release(subjects) => {
+            let names: Vec<String> = subjects.iter().map(name).collect();
+            format!("release {}", names.join(" "))
+        }
+        Action::Prepare => "prepare".to_owned(),
+        Action::Change { subject, .. } => format!("change {}", name(subject)),
+        Action::Move {
+            subject,
+            wanted,
+            has_unjudged,
+        } => {
+            let notes = if *has_unjudged { ", note" } else { "" };
+            format!("move {} to {:?}{notes}", name(subject), wanted.interfaces)
+        }
+        Action::Begin {
+            subject,
+            adopts,
+            before,
+            ..
+        } => {
+            let how = if *adopts { "adopt" } else { "begin" };
+            let before = match before {
+                Before::Judged => "",
+                Before::Settle => ", settle",
+                Before::NoteNow => ", note",
+            };
+            format!("{how} {}{before}", name(subject))
+        }
+        Action::Settle => "settle".to_owned(),
+        Action::Remove {
+            subject,
+            taken_over,
+        } if taken_over.is_empty() => format!("remove {}", name(subject)),
+        Action::Remove {
+            subject,
+            taken_over,
+        } => format!("remove {}, if {taken_over:?} are taken over", name(subject)),
+        Action::RemoveLeft(pod) => format!("remove what is left of {pod}"),
+    });
+    actions.collect()
+}

@@ -1,0 +1,137 @@
+//! What should become of each pod.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+};
+
+use super::{
+    Plan,
+    pod::{Decision, decide},
+    wanted::Wanted,
+};
+use crate::{
+    control::{
+        observe::{InForce, Observed, quarantine},
+        settings::Settings,
+    },
+    datapath::Adoptable,
+    report::Subject,
+};
+
+/// What should become of each pod.
+pub(super) struct Targets<'a> {
+    /// What is enforced, without `gone`.
+    pub(super) enforced: BTreeMap<&'a Subject, &'a InForce>,
+    /// What is enforced, but the pod is gone, or another one has its name now.
+    pub(super) gone: Vec<&'a Subject>,
+    /// The pods that are to be enforced.
+    pub(super) wanted: Vec<(&'a Subject, Arc<Wanted>)>,
+    /// The pods that are to be free, and the interfaces in quarantine whose pods are known now.
+    pub(super) freed: Vec<&'a Subject>,
+    /// Interfaces that a pod is to be enforced on, whether or not it can be now.
+    pub(super) claimed: HashSet<u32>,
+    pub(super) left: &'a BTreeMap<u32, Adoptable>,
+}
+
+impl<'a> Targets<'a> {
+    pub(super) fn decide(observed: &'a Observed<'_>, settings: &Settings, plan: &mut Plan) -> Self {
+        let is_there = |subject: &Subject, in_force: &InForce| {
+            let found = observed.pods.get(subject);
+            found.is_some_and(|found| found.pod.uid == in_force.wanted.uid)
+        };
+        let (mut gone, mut freed) = (Vec::new(), Vec::new());
+        let mut enforced = BTreeMap::new();
+        // Pods that hold an interface keep it; only then do others get theirs.
+        let mut taken: HashMap<u32, Subject> = HashMap::new();
+        for (subject, in_force) in &observed.enforced {
+            if is_there(subject, in_force) {
+                let interfaces = in_force.wanted.interfaces.iter();
+                taken.extend(interfaces.map(|&ifindex| (ifindex, subject.clone())));
+                enforced.insert(subject, in_force);
+            } else if subject.is_interface() {
+                // It leaves quarantine only when its pod has taken it over.
+                enforced.insert(subject, in_force);
+                freed.push(subject);
+            } else {
+                gone.push(subject);
+            }
+        }
+        let mut targets = Self {
+            enforced,
+            gone,
+            wanted: Vec::new(),
+            freed,
+            claimed: HashSet::new(),
+            left: &observed.left,
+        };
+        for (subject, found) in &observed.pods {
+            if subject.is_interface() {
+                let why = quarantine::CLOSED.to_owned();
+                plan.unlocated.insert(subject.clone(), why);
+            }
+            let interfaces = found.location.interfaces();
+            let why = match decide(observed, settings, subject, found, &mut taken) {
+                Decision::Enforce(wanted, why) => {
+                    targets.claimed.extend(&wanted.interfaces);
+                    targets.wanted.push((subject, wanted));
+                    why
+                }
+                Decision::Free(why) => {
+                    targets.freed.push(subject);
+                    if why.is_none() {
+                        plan.left_alone.extend(interfaces);
+                    }
+                    why
+                }
+                Decision::Keep(why) => {
+                    targets.claimed.extend(interfaces);
+                    why
+                }
+                Decision::KeepUnlocated(why) => {
+                    plan.unlocated.insert(subject.clone(), why);
+                    None
+                }
+                Decision::Wait(why) => {
+                    let why = format!("not enforced yet: {why}");
+                    plan.unlocated.insert(subject.clone(), why);
+                    None
+                }
+            };
+            plan.problems.extend(why.map(|why| (subject.clone(), why)));
+        }
+        targets
+    }
+
+    /// Whether an interface is, or is to be, that of another pod than this one.
+    pub(super) fn is_anothers(&self, pod: Option<u32>, ifindex: u32) -> bool {
+        let mut left = self.left.iter();
+        let is_left = left.any(|(&id, left)| {
+            let mut interfaces = left.interfaces.iter();
+            Some(id) != pod && interfaces.any(|&(other, _)| other == ifindex)
+        });
+        let mut enforced = self.enforced.values();
+        is_left
+            || enforced
+                .any(|other| Some(other.pod) != pod && other.wanted.interfaces.contains(&ifindex))
+    }
+
+    /// Whether a pod, other than this subject, is enforced on an interface when the plan has been carried out.
+    pub(super) fn is_taken_over(&self, subject: &Subject, ifindex: u32) -> bool {
+        let wanted = self.wanted.iter();
+        let wanted = wanted.map(|(other, wanted)| (*other, wanted));
+        let enforced = self.enforced.iter();
+        let enforced = enforced.map(|(other, in_force)| (*other, &in_force.wanted));
+        let mut all = wanted.chain(enforced);
+        all.any(|(other, wanted)| other != subject && wanted.interfaces.contains(&ifindex))
+    }
+
+    /// The id under which a pod was left in the kernel.
+    pub(super) fn left_as(&self, subject: &Subject, uid: &str) -> Option<u32> {
+        let mut left = self.left.iter();
+        let left = left.find(|(_, left)| {
+            (&*left.namespace, &*left.name) == subject.fields() && left.uid == uid
+        });
+        left.map(|(&id, _)| id)
+    }
+}

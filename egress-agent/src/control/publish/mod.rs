@@ -1,0 +1,150 @@
+//! Step 4: tells people and the other threads what is so now.
+//!
+//! | file | whom it tells what |
+//! |---|---|
+//! | `problems` | the log: what is wrong since this reconcile, and what no longer is |
+//! | `events` | people in the cluster: the same, and denials, as Events on pods |
+//! | `status` | `serve/`: what `status`, `explain` and the metrics answer with |
+//! | `denials` | people: a line for each packet that was denied |
+
+pub(in crate::control) mod denials;
+pub(in crate::control) mod events;
+pub(in crate::control) mod problems;
+pub(in crate::control) mod status;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    apply::{Applier, Outcome},
+    observe::{Observed, Observer},
+    plan::Plan,
+    settings::Settings,
+    start::source::ClusterSide,
+};
+use crate::{
+    datapath::Adoptable,
+    report::{PodIdentity, Subject},
+    serve::{PodRecord, Published},
+};
+use egress_policy::Mode;
+use problems::Problems;
+
+/// Tells others, and remembers what it has told them.
+pub(in crate::control) struct Publisher {
+    published: Arc<Published>,
+    /// The pods that an earlier agent left, by their ids.
+    left: HashMap<u32, Arc<PodRecord>>,
+    /// The problems of the last reconcile, so that each is logged once.
+    problems: Problems,
+    /// Where Events go, and how following the cluster goes; none without a cluster.
+    cluster: Option<ClusterSide>,
+}
+
+impl Publisher {
+    /// `left` is what an earlier agent left in the kernel, by the pods' ids.
+    pub(in crate::control) fn new(
+        node: &str,
+        published: Arc<Published>,
+        left: &BTreeMap<u32, Adoptable>,
+        cluster: Option<ClusterSide>,
+    ) -> Self {
+        let left = left.iter().map(|(&id, left)| {
+            let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
+            let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
+                .counted_in(published.denials_of(namespace));
+            let record = PodRecord {
+                uid: left.uid.clone(),
+                mode: Mode::Enforce,
+                host_network: false,
+                quarantined: Subject::from_fields(namespace, name).is_interface(),
+                identity: Some(Arc::new(identity)),
+                attached: None,
+                compiled: None,
+                written: Arc::default(),
+                unreadable: false,
+                exits: Arc::default(),
+                problem: None,
+            };
+            (id, Arc::new(record))
+        });
+        Self {
+            left: left.collect(),
+            published,
+            problems: Problems::default(),
+            cluster,
+        }
+    }
+
+    /// Everything that is wrong with pods and with their source.
+    pub(in crate::control) fn problems(
+        observed: &Observed<'_>,
+        plan: &Plan,
+        outcome: &Outcome,
+        applier: &Applier,
+        looks: &Observer,
+    ) -> Problems {
+        let mut problems = observed.problems.clone();
+        for subject in observed.pods.keys() {
+            let enforced = applier.enforced().get(subject);
+            let failed = outcome.failed.get(subject);
+            let failed = failed.and_then(|failure| failure.problem.clone());
+            let planned = || plan.problems.get(subject).cloned();
+            let unseen = observed.unseen_responses.filter(|_| enforced.is_some());
+            let taps = enforced.map_or_else(Vec::new, |enforced| {
+                looks.taps.of(&enforced.wanted.interfaces)
+            });
+            let all: Vec<String> = looks
+                .policies
+                .problem(subject)
+                .into_iter()
+                .chain(failed.or_else(planned))
+                .chain(unseen.map(str::to_owned))
+                .chain(applier.bypassed(subject))
+                .chain(taps)
+                .chain(applier.hardware_problem(subject))
+                .chain(looks.exits.passed(subject))
+                .collect();
+            if !all.is_empty() {
+                problems.set(subject.clone(), all.join("; "));
+            }
+        }
+        problems
+            .and(plan.other_problems.clone())
+            .and(outcome.problems.clone())
+    }
+
+    /// Tells everybody what is enforced and what is wrong.
+    pub(in crate::control) fn publish(
+        &mut self,
+        observed: &Observed<'_>,
+        problems: Problems,
+        applier: &Applier,
+        looks: &Observer,
+        settings: &Settings,
+    ) {
+        if let Some(cluster) = &self.cluster {
+            let events = events::problems(observed, &problems, &self.problems);
+            events.for_each(|event| cluster.events.send(event));
+        }
+        problems.log_changes(&self.problems);
+        self.problems = problems;
+        let left = applier.left().keys();
+        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        let node = self.node(observed, applier, looks, settings);
+        self.published.publish(node, left);
+    }
+
+    /// A reconcile has taken so long.
+    pub(in crate::control) fn reconciled(&self, took: Duration) {
+        self.published.reconciled(took);
+    }
+
+    /// Whether pods come from a cluster.
+    pub(in crate::control) fn has_cluster(&self) -> bool {
+        self.cluster.is_some()
+    }
+}

@@ -1,0 +1,44 @@
+//! Logging when the agent is ready, and what it waits for until then.
+
+use super::{apply::ranges::listed, reconcile::Reconciler};
+use crate::pods::Snapshot;
+
+/// How far the agent has got, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Readiness {
+    /// It has not looked at anything.
+    Begun,
+    /// It does not know yet which pods there are, and has logged that.
+    Waiting,
+    /// It has dealt with the pods that there are, and has logged that.
+    Ready,
+}
+
+impl Readiness {
+    /// After a reconcile with this snapshot.
+    pub(super) fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
+        // A manifest in a directory may stay unreadable for ever.
+        let is_known = !reconciler.publisher.has_cluster() || !snapshot.unreadable;
+        match self {
+            Self::Begun | Self::Waiting if is_known => {
+                tracing::info!(
+                    node = %reconciler.settings.config.node,
+                    pods = reconciler.applier.enforced().len(),
+                    resolvers = %listed(&reconciler.settings.config.dns.resolvers),
+                    "ready"
+                );
+                Self::Ready
+            }
+            Self::Begun => {
+                tracing::info!(
+                    node = %reconciler.settings.config.node,
+                    left = reconciler.applier.left().len(),
+                    "waiting for the API server to say which pods there are; those that an earlier \
+                     agent left stay enforced"
+                );
+                Self::Waiting
+            }
+            Self::Waiting | Self::Ready => self,
+        }
+    }
+}

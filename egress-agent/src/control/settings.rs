@@ -1,0 +1,29 @@
+//! What the operator and the cluster say, and both together.
+
+use super::{apply::ranges, plan::wanted::RangesVersion};
+use crate::{config::Config, pods::Facts};
+
+/// The settings that are in force.
+pub(super) struct Settings {
+    /// What the operator says.
+    pub(super) configured: Config,
+    /// What the cluster said last.
+    pub(super) facts: Facts,
+    /// Both together, as the kernel and the gate have them.
+    pub(super) config: Config,
+    /// The ranges that are in force.
+    pub(super) ranges: RangesVersion,
+}
+
+impl Settings {
+    /// The settings that the agent starts with.
+    pub(super) fn new(configured: Config, facts: Facts) -> Self {
+        let config = ranges::together(&configured, &facts);
+        Self {
+            ranges: RangesVersion::first(&config),
+            configured,
+            facts,
+            config,
+        }
+    }
+}

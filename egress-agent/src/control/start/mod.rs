@@ -1,0 +1,262 @@
+//! Starting: everything that comes before the first reconcile.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `preflight` | checks privileges and limits |
+//! | `source` | watches the source of pods |
+//! | `takeover` | waits until this agent is the only one with its pins |
+//! | `threads` | the threads of the agent, and whether they still run |
+
+pub(in crate::control) mod preflight;
+pub(in crate::control) mod source;
+pub(in crate::control) mod takeover;
+mod threads;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+};
+
+use super::{
+    Options,
+    apply::{Applier, Parts},
+    dns_settings,
+    observe::{Observer, arrivals::Arrivals},
+    publish::{Publisher, events, status},
+    reconcile::Reconciler,
+    settings::Settings,
+    state_dir::{handover, saved::Saved},
+    wake::links::{FilterEvents, LinkEvents, RulesetEvents},
+};
+use crate::{
+    datapath::{Adoptable, Datapath, Lock, TraceLog},
+    gate::Gate,
+    pods::Snapshot,
+    report::Reporter,
+    serve::{Published, Serving},
+};
+use source::{Source, Watched};
+use threads::{DenialThread, Threads};
+
+/// A running agent.
+pub(super) struct Agent {
+    pub(super) reconciler: Reconciler,
+    pub(super) snapshots: Snapshots,
+    pub(super) source: Watched,
+    pub(super) links: LinkEvents,
+    pub(super) filters: FilterEvents,
+    pub(super) ruleset: RulesetEvents,
+    pub(super) threads: Threads,
+    pub(super) serving: Serving,
+    /// The lock on the pins.
+    pub(super) only: Lock,
+    /// Prints what the programs trace, for as long as it is held.
+    _trace: Option<TraceLog>,
+}
+
+/// The signals that the agent handles.
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Handles them from now on.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(super) fn catch() -> Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?,
+            hangup: signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?,
+        })
+    }
+
+    /// Waits until the agent is told to stop.
+    pub(super) async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    /// Waits for any of them.
+    pub(super) async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::Stop,
+            _ = self.interrupt.recv() => Told::Stop,
+            _ = self.hangup.recv() => Told::Reload,
+        }
+    }
+}
+
+/// What a signal tells the agent.
+pub(super) enum Told {
+    /// To stop.
+    Stop,
+    /// To read its configuration again.
+    Reload,
+}
+
+/// The snapshots of the source, or the saved one until the source knows pods.
+pub(super) struct Snapshots {
+    source: watch::Receiver<Arc<Snapshot>>,
+    saved: Option<Saved>,
+}
+
+impl Snapshots {
+    /// What is to be reconciled with now.
+    pub(super) fn current(&mut self) -> Arc<Snapshot> {
+        let snapshot = self.source.borrow_and_update().clone();
+        match &mut self.saved {
+            Some(saved) => saved.current(snapshot),
+            None => snapshot,
+        }
+    }
+
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    ///
+    /// When the source has ended.
+    pub(super) async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.source.changed().await
+    }
+}
+
+/// Checks what can be checked before anything is changed.
+///
+/// # Errors
+///
+/// Names what is missing.
+pub(super) fn check(options: &Options) -> Result<()> {
+    preflight::check_privileges(&options.source)?;
+    preflight::raise_file_limit();
+    Ok(())
+}
+
+/// Starts the agent; `None` when it is told to stop before it is the only one with its pins.
+///
+/// # Errors
+///
+/// When the source cannot be watched, the programs cannot be loaded, or a thread cannot be started.
+pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Option<Agent>> {
+    let configured = &options.config;
+    let source = Source::check(&options.source, configured, options.config_file.as_deref())?;
+    let links = LinkEvents::open()?;
+    let filters = FilterEvents::open()?;
+    let (snapshots, source) = source.watch().await?;
+    let Some((mut datapath, only)) = takeover::only_agent(options, &snapshots, signals).await?
+    else {
+        source.close().await;
+        return Ok(None);
+    };
+    datapath.start_stamp_check()?;
+    // After the agent's own changes: they are no reason to look at everything.
+    let ruleset = RulesetEvents::open();
+    let trace = options
+        .datapath_log
+        .then(|| datapath.start_log())
+        .transpose()?;
+    let left = datapath.adoptable()?;
+    let cluster = source.cluster();
+    let in_cluster = cluster.is_some();
+    let saved = in_cluster.then(|| Saved::open(configured, &left, &datapath));
+    let mut snapshots = Snapshots {
+        source: snapshots,
+        saved,
+    };
+    let facts = snapshots.current().facts.clone();
+    let settings = Settings::new(configured.clone(), facts);
+    datapath.set_tunnels(&settings.config.tunnels())?;
+    datapath.set_ranges(&settings.config.ranges())?;
+    take_over_interfaces(&mut datapath, &left)?;
+
+    let listener = cluster
+        .as_ref()
+        .map(|cluster| events::denials(cluster.events.clone()));
+    let (reporter, reporter_thread) = Reporter::start(std::io::stdout(), listener)
+        .context("cannot start the reporter's thread")?;
+    let (gate, gate_thread) = Gate::start(
+        datapath.take_held()?,
+        datapath.interfaces()?,
+        datapath.marks(),
+        dns_settings(&settings.config),
+        reporter.clone(),
+        handover::take(configured),
+    )?;
+    let published = Arc::<Published>::default();
+    let denials = DenialThread {
+        ring: datapath.take_denials()?,
+        counters: datapath.counters()?,
+        gate: gate.clone(),
+        reporter: reporter.clone(),
+        published: Arc::clone(&published),
+    };
+    let arrivals = if datapath.needs_qdisc() {
+        Some(Arrivals::new(datapath.attached()?))
+    } else {
+        None
+    };
+    let (machine, locations) = source.locations(&settings.config, &datapath, &left, arrivals)?;
+    let stats = Arc::clone(gate.stats());
+    let parts = Parts {
+        datapath,
+        gate,
+        left,
+        published: Arc::clone(&published),
+        reporter: reporter.clone(),
+    };
+    let applier = Applier::new(parts, &settings)?;
+    let observer = Observer::new(
+        in_cluster,
+        locations,
+        settings.config.policy_settings(),
+        applier.left_judged(),
+        stats,
+    )?;
+    let for_serving = Arc::clone(&published);
+    let serving = status::serve(&settings.config, &applier, for_serving, reporter)?;
+    Ok(Some(Agent {
+        reconciler: Reconciler {
+            publisher: Publisher::new(&configured.node, published, applier.left(), cluster),
+            settings,
+            machine,
+            observer,
+            applier,
+        },
+        snapshots,
+        source,
+        links,
+        filters,
+        ruleset,
+        threads: Threads::new(gate_thread, denials, reporter_thread),
+        serving,
+        only,
+        _trace: trace,
+    }))
+}
+
+/// Attaches this agent's programs in place of an earlier agent's. To be called before the gate starts: frames that
+/// it puts back carry marks that only these programs know.
+fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<u32, Adoptable>) -> Result<()> {
+    for ifindex in datapath.attached()? {
+        let mut left = left.values().flat_map(|left| &left.interfaces);
+        let taken = if left.any(|&(known, _)| known == ifindex) {
+            datapath.attach(ifindex)
+        } else {
+            // The earlier agent was killed before it enforced a pod there, or after it stopped to.
+            datapath.detach(ifindex)
+        };
+        if let Err(error) = taken {
+            tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
+        }
+    }
+    Ok(())
+}

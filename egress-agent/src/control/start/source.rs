@@ -1,0 +1,171 @@
+//! Where this agent's pods come from.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::sync::watch;
+
+use crate::control::{
+    SourceOptions,
+    observe::{
+        arrivals::Arrivals, first_addresses::FirstSights, locations::PodLocations,
+        machine::Machine, named::Named, on_host::OnHost,
+    },
+};
+use crate::{
+    config::Config,
+    datapath::{Adoptable, Datapath},
+    host::{Host, HostOptions},
+    pods::{
+        Directory, DirectoryThread, Snapshot,
+        cluster::{self, Cluster, ClusterWatch, EventSink, Health},
+    },
+    serve::{ClusterState, WatchState},
+};
+
+/// A source that has been checked as far as it can be before anything is changed.
+pub(in crate::control) enum Source {
+    Directory(PathBuf),
+    Cluster(cluster::Options),
+}
+
+/// What control has of a cluster besides its snapshots.
+#[derive(Clone)]
+pub(in crate::control) struct ClusterSide {
+    /// Where people are told of a pod, besides the log.
+    pub(in crate::control) events: EventSink,
+    /// How following it goes.
+    pub(in crate::control) health: Arc<Health>,
+}
+
+impl ClusterSide {
+    /// How following it goes, for those who ask.
+    pub(in crate::control) fn state(&self) -> ClusterState {
+        let watches = cluster::Watched::ALL.into_iter().map(|watched| WatchState {
+            of: watched.name(),
+            restarts: self.health.restarts(watched),
+            errors: self.health.errors(watched),
+        });
+        let events = self.events.counters();
+        ClusterState {
+            reachable: self.health.is_reachable(),
+            watches: watches.collect(),
+            events_sent: events.sent(),
+            events_lost: events.dropped() + events.failed(),
+        }
+    }
+}
+
+/// A source that is being watched.
+pub(in crate::control) enum Watched {
+    Directory(DirectoryThread),
+    Cluster(ClusterWatch),
+}
+
+impl Source {
+    /// Checks that the source can be one.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or the configuration lacks what it needs.
+    pub(in crate::control) fn check(
+        options: &SourceOptions,
+        config: &Config,
+        config_file: Option<&Path>,
+    ) -> Result<Self> {
+        match options {
+            SourceOptions::Directory(path) => {
+                std::fs::read_dir(path).with_context(|| {
+                    format!("cannot read the directory of pods {}", path.display())
+                })?;
+                let checked = config.check_resolvers();
+                match config_file {
+                    Some(file) => checked.with_context(|| file.display().to_string())?,
+                    None => checked.context("no configuration was named with --config")?,
+                }
+                Ok(Self::Directory(path.clone()))
+            }
+            SourceOptions::Cluster { kubeconfig } => Ok(Self::Cluster(cluster::Options::new(
+                kubeconfig.clone(),
+                config.node.clone(),
+                config.cluster.clone(),
+            ))),
+        }
+    }
+
+    /// Begins to watch.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be begun; what cannot be read later is in the snapshots.
+    pub(in crate::control) async fn watch(
+        self,
+    ) -> Result<(watch::Receiver<Arc<Snapshot>>, Watched)> {
+        match self {
+            Self::Directory(path) => {
+                let (snapshots, thread) =
+                    Directory::watch(path).context("cannot watch the directory of pods")?;
+                Ok((snapshots, Watched::Directory(thread)))
+            }
+            Self::Cluster(options) => {
+                let (snapshots, watch) = Cluster::watch(options).await?;
+                Ok((snapshots, Watched::Cluster(watch)))
+            }
+        }
+    }
+}
+
+impl Watched {
+    /// How the pods of this source are found on this machine. `left` is what an earlier agent left
+    /// enforced; `arrivals` are interfaces that are to be left alone at first.
+    ///
+    /// # Errors
+    ///
+    /// When this machine cannot be looked at.
+    pub(in crate::control) fn locations(
+        &self,
+        config: &Config,
+        datapath: &Datapath,
+        left: &BTreeMap<u32, Adoptable>,
+        arrivals: Option<Arrivals>,
+    ) -> Result<(Machine, PodLocations)> {
+        let host = Host::open(HostOptions::default());
+        let host = host.context("cannot look at this machine's pods")?;
+        match self {
+            Self::Directory(_) => Ok((
+                Machine::new(host),
+                PodLocations::Named(Named::new(left.values())),
+            )),
+            Self::Cluster(_) => {
+                let sights = FirstSights::inherit(datapath, left.values())?;
+                let quarantine = config.quarantine.clone();
+                let on_host = OnHost::new(quarantine, arrivals, sights);
+                let locations = PodLocations::OnHost(Box::new(on_host));
+                Ok((Machine::new(host), locations))
+            }
+        }
+    }
+
+    /// The ways to the cluster that this source is, if it is one.
+    pub(in crate::control) fn cluster(&self) -> Option<ClusterSide> {
+        match self {
+            Self::Directory(_) => None,
+            Self::Cluster(watch) => Some(ClusterSide {
+                events: watch.events().clone(),
+                health: Arc::clone(watch.health()),
+            }),
+        }
+    }
+
+    /// Ends the watching.
+    pub(in crate::control) async fn close(self) {
+        match self {
+            Self::Directory(thread) => thread.close(),
+            Self::Cluster(watch) => watch.close().await,
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Files in `stateDir` that one agent leaves to the next.
+
+pub(in crate::control) mod file;
+pub(in crate::control) mod handover;
+pub(in crate::control) mod saved;
+pub(in crate::control) mod trust;

@@ -1,0 +1,240 @@
+//! The cluster's pods, namespaces and facts as they were last applied, in a file on the node.
+//!
+//! The kernel has a pod's addresses and prefixes, but not the names that its policy allows. An agent that starts
+//! while the API server does not answer reads them here, so that pods that an earlier agent left enforced
+//! resolve names at once. Pods that are not enforced in the kernel are not taken from the file.
+//!
+//! The file may be older than what is in force: writing and removing it may have failed, or an agent with another
+//! `stateDir` ran meanwhile. So only what the kernel agrees with is taken from it. A pod's policy in the kernel has
+//! the digest of the annotations that it was compiled from, and the map `ranges` has the cluster's addresses.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Result;
+use egress_common::{
+    address::Address,
+    records::{RANGE_INTERNAL, Range},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file};
+use crate::{
+    config::Config,
+    datapath::{Adoptable, Datapath, View},
+    pods::{Facts, Pod, Snapshot},
+};
+
+/// The file in `stateDir`.
+const FILE: &str = "cluster.json";
+/// Raised whenever an older agent would misread the file.
+const VERSION: u32 = 1;
+
+/// What the file says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Document<P> {
+    version: u32,
+    /// The node's name.
+    node: String,
+    pods: P,
+    facts: Facts,
+}
+
+/// The file, and what is taken from it until the source has said which pods there are.
+pub(in crate::control) struct Saved {
+    path: PathBuf,
+    node: String,
+    read: Option<(Vec<Pod>, Facts)>,
+    written: Option<Arc<Snapshot>>,
+    /// Why the last attempt to write failed.
+    problem: Option<String>,
+}
+
+impl Saved {
+    /// Reads the file. `left` is what an earlier agent left enforced. To be called before anything is changed in
+    /// `datapath`.
+    pub(in crate::control) fn open(
+        config: &Config,
+        left: &BTreeMap<u32, Adoptable>,
+        datapath: &Datapath,
+    ) -> Self {
+        let path = config.state_dir.join(FILE);
+        let read = match read_believed(&path, &config.node, left, datapath) {
+            Ok(believed) => believed,
+            Err(error) => {
+                tracing::warn!(
+                    error = %format!("{error:#}"),
+                    "cannot read the saved state of the cluster; pods resolve names again when the API server answers"
+                );
+                None
+            }
+        };
+        Self {
+            path,
+            node: config.node.clone(),
+            read,
+            written: None,
+            problem: None,
+        }
+    }
+
+    /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. A
+    /// snapshot is saved before it is used, so an agent that starts later never uses an older one.
+    pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
+        if !snapshot.unreadable {
+            self.read = None;
+            self.keep(&snapshot);
+            return snapshot;
+        }
+        let Some((pods, facts)) = &self.read else {
+            return snapshot;
+        };
+        let pods = pods.iter().cloned();
+        Arc::new(Snapshot {
+            pods: pods.map(|pod| (pod.key(), pod)).collect(),
+            problems: snapshot.problems.clone(),
+            unreadable: true,
+            facts: facts.clone(),
+        })
+    }
+
+    fn keep(&mut self, snapshot: &Arc<Snapshot>) {
+        let is_written = self.written.as_ref().is_some_and(|written| {
+            Arc::ptr_eq(written, snapshot)
+                || (written.pods == snapshot.pods && written.facts == snapshot.facts)
+        });
+        if is_written {
+            return;
+        }
+        let problem = match self.write(snapshot) {
+            Ok(()) => {
+                self.written = Some(Arc::clone(snapshot));
+                None
+            }
+            Err(error) => {
+                self.written = None;
+                // A later agent must not use the older state.
+                Some(match state_file::remove(&self.path) {
+                    Ok(()) => format!("{error:#}"),
+                    Err(also) => format!("{error:#}; {also:#}"),
+                })
+            }
+        };
+        if let Some(problem) = problem
+            .as_ref()
+            .filter(|now| self.problem.as_ref() != Some(now))
+        {
+            tracing::error!(
+                error = %problem,
+                "cannot save the state of the cluster in stateDir: if an agent starts while the API server does \
+                 not answer, its pods cannot resolve names"
+            );
+        }
+        self.problem = problem;
+    }
+
+    fn write(&self, snapshot: &Snapshot) -> Result<()> {
+        let document = Document {
+            version: VERSION,
+            node: self.node.clone(),
+            pods: snapshot.pods.values().collect::<Vec<_>>(),
+            facts: snapshot.facts.clone(),
+        };
+        state_file::write(&self.path, &document)
+    }
+}
+
+/// The file's content about pods that an earlier agent left enforced, as far as the kernel confirms it.
+fn read_believed(
+    path: &Path,
+    node: &str,
+    left: &BTreeMap<u32, Adoptable>,
+    datapath: &Datapath,
+) -> Result<Option<(Vec<Pod>, Facts)>> {
+    let Some((pods, mut facts)) = read(path, node)? else {
+        return Ok(None);
+    };
+    let view = datapath.view()?;
+    let mut believed = Vec::new();
+    let mut outdated = Vec::new();
+    for pod in pods {
+        let Some(left) = left.values().find(|left| is_of(left, &pod)) else {
+            continue;
+        };
+        if is_under(left, &pod, &view)? {
+            believed.push(pod);
+        } else {
+            outdated.push(format!("{}/{}", pod.namespace, pod.name));
+        }
+    }
+    if !outdated.is_empty() {
+        tracing::warn!(
+            file = %path.display(),
+            pods = %outdated.join(", "),
+            "the saved annotations of pods are not those that they are enforced with: these pods stay enforced as \
+             an earlier agent left them, and resolve names when the API server answers"
+        );
+    }
+    retain_known(&mut facts, &view)?;
+    Ok(Some((believed, facts)))
+}
+
+/// Whether an earlier agent left this pod in the kernel.
+fn is_of(left: &Adoptable, pod: &Pod) -> bool {
+    left.uid == pod.uid && left.namespace == pod.namespace && left.name == pod.name
+}
+
+/// Whether every interface of the pod is under a policy that was compiled from these annotations. A pod without
+/// interfaces in the kernel is open, so any policy is better.
+fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
+    if !pod.namespace_known {
+        return Ok(false);
+    }
+    let digest = digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
+    for (_, entry) in &left.interfaces {
+        let record = view.policy(entry.policy)?;
+        if record.is_none_or(|record| record.annotations != digest) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Keeps the facts that the kernel's map `ranges` confirms. The others are outdated, or were not in force yet.
+fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
+    let mut failure = Ok(());
+    let mut has = |network: &Address, prefix_len, is: &dyn Fn(&Range) -> bool| {
+        let range = view.range_of(network, prefix_len);
+        match range {
+            Ok(range) => is(&range),
+            Err(error) => {
+                failure = Err(error);
+                false
+            }
+        }
+    };
+    facts.resolvers.retain(|resolver, _| {
+        has(&mapped(resolver.address), 128, &|range| {
+            range.is_resolver_at(resolver.port)
+        })
+    });
+    facts.internal.retain(|prefix, _| {
+        has(&prefix.network(), prefix.prefix_len(), &|range| {
+            range.kinds & RANGE_INTERNAL != 0
+        })
+    });
+    facts
+        .pods
+        .retain(|prefix| facts.internal.contains_key(prefix));
+    failure
+}
+
+/// The file's content; `None` without a file, or when it is another node's or another version's.
+fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, Facts)>> {
+    let document: Option<Document<Vec<Pod>>> = state_file::read(path)?;
+    let ours = document.filter(|document| document.version == VERSION && document.node == node);
+    Ok(ours.map(|document| (document.pods, document.facts)))
+}

@@ -1,0 +1,50 @@
+//! Stopping: removes everything, or leaves it enforced for the next agent.
+
+use anyhow::{Result, bail};
+
+use super::{Options, start::Agent, state_dir::handover};
+use crate::datapath;
+
+/// Ends all threads. Without a failure, and unless everything is to stay enforced, detaches from every interface and
+/// removes everything that is pinned.
+///
+/// # Errors
+///
+/// When there was a failure, a thread has panicked, or not everything can be removed.
+pub(super) async fn stop(
+    agent: Agent,
+    options: &Options,
+    failure: Option<&'static str>,
+) -> Result<()> {
+    let Agent {
+        mut reconciler,
+        source,
+        threads,
+        serving,
+        only,
+        ..
+    } = agent;
+    serving.stop();
+    source.close().await;
+    let removes = failure.is_none() && !options.keep_enforcing;
+    if removes {
+        reconciler.applier.detach_all();
+    }
+    reconciler.applier.gate().stop();
+    let open_questions = threads.join();
+    let bpffs = reconciler.applier.close();
+    if let Some(failure) = failure {
+        bail!("{failure}; what is enforced stays enforced");
+    }
+    let Ok(open_questions) = open_questions else {
+        bail!("the gate's thread has panicked; what is enforced stays enforced");
+    };
+    if removes {
+        datapath::cleanup(&bpffs, Some(only))?;
+        tracing::info!("stopped; nothing is enforced any more");
+    } else {
+        handover::leave(&options.config, open_questions);
+        tracing::info!("stopped; what is enforced stays enforced");
+    }
+    Ok(())
+}
