@@ -10,6 +10,7 @@ use super::{
     place::Place,
     quarantine,
     reconcile::{Reconciler, title},
+    waiting::Unfound,
 };
 use crate::{
     config::{OnDeny, UnenforcedInterfaces},
@@ -29,8 +30,8 @@ pub(super) enum Plan {
     /// Keep what is, because it cannot be found any more; the text says why, and is worth saying only if that
     /// lasts: so every pod ends.
     KeepFor(String),
-    /// It cannot be found yet; the text says why.
-    Wait(String),
+    /// It cannot be found yet.
+    Wait(Unfound),
 }
 
 impl Reconciler {
@@ -78,7 +79,11 @@ impl Reconciler {
             {
                 return Plan::KeepFor(format!("{why}; enforced on its earlier interfaces"));
             }
-            Place::NotYet(why) | Place::Nobody(why) => return Plan::Wait(why.clone()),
+            Place::NotYet(why) | Place::Nobody(why) => {
+                let nobody = matches!(place, Place::Nobody(_));
+                let why = format!("not enforced yet: {why}");
+                return Plan::Wait(Unfound { why, nobody });
+            }
             Place::Nowhere(why) => return Plan::Leave(Some(why.clone())),
         };
         let other = found.interfaces.iter().find_map(|ifindex| {

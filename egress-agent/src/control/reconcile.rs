@@ -29,7 +29,7 @@ use super::{
     taps::SeenFirst,
     trust::Trust,
     unjudged::Unjudged,
-    waiting::Waiting,
+    waiting::{Unfound, Waiting},
 };
 use crate::{
     config::Config,
@@ -276,9 +276,6 @@ impl Reconciler {
             let Some(place) = places.get(key) else {
                 continue;
             };
-            if quarantine::is_quarantined(key) {
-                unfound.insert(key.clone(), quarantine::CLOSED.to_owned());
-            }
             let complaint = match self.plan(key, pod, place, &mut taken) {
                 Plan::Enforce(what, why) => {
                     claimed.extend(what.interfaces.iter().copied());
@@ -299,15 +296,22 @@ impl Reconciler {
                     why
                 }
                 Plan::KeepFor(why) => {
-                    unfound.insert(key.clone(), why);
+                    unfound.insert(key.clone(), Unfound { why, nobody: false });
                     None
                 }
                 Plan::Wait(why) => {
-                    unfound.insert(key.clone(), format!("not enforced yet: {why}"));
+                    unfound.insert(key.clone(), why);
                     None
                 }
             };
-            if let Some(complaint) = complaint {
+            if quarantine::is_quarantined(key) {
+                // Worth saying only if it lasts: so every pod begins and ends.
+                let closed = quarantine::CLOSED.to_owned();
+                let why = complaint.map_or(closed, |complaint| {
+                    format!("{}; {complaint}", quarantine::CLOSED)
+                });
+                unfound.insert(key.clone(), Unfound { why, nobody: false });
+            } else if let Some(complaint) = complaint {
                 complaints.insert(key, complaint);
             }
         }

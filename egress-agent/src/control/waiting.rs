@@ -12,6 +12,8 @@ use crate::pods::Pod;
 /// its network comes first; and a pod's network is taken down before the cluster says that the pod has ended.
 /// So long it also may take until the source has said which pods there are.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a pod that is said to run may have no process. A node that boots starts its pods one after the other.
+const PATIENCE_WITH_NOBODY: Duration = Duration::from_secs(60);
 
 /// After the first look in vain for something that is expected, the next one comes this much later …
 pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
@@ -25,34 +27,55 @@ pub(super) fn longer(wait: Duration) -> Duration {
     (wait * 9 / 8).min(RETRY_MAX)
 }
 
-/// Since when each pod has been waited for.
+/// Why a pod cannot be found now.
+pub(super) struct Unfound {
+    pub(super) why: String,
+    /// Whether nothing of it runs, so that nobody is there who could send something.
+    pub(super) nobody: bool,
+}
+
+/// A pod that has been waited for.
+struct Awaited {
+    uid: String,
+    /// Since when there has been somebody, or nobody.
+    since: Instant,
+    nobody: bool,
+}
+
+/// The pods that have been waited for.
 #[derive(Default)]
-pub(super) struct Waiting(BTreeMap<PodKey, (String, Instant)>);
+pub(super) struct Waiting(BTreeMap<PodKey, Awaited>);
 
 impl Waiting {
     /// Takes note of the pods that cannot be found now, each with the reason, and returns what is
     /// worth saying.
     pub(super) fn note<'a>(
         &mut self,
-        unfound: BTreeMap<PodKey, String>,
+        unfound: BTreeMap<PodKey, Unfound>,
         pods: &'a BTreeMap<PodKey, Pod>,
     ) -> Vec<(&'a PodKey, String)> {
         let now = Instant::now();
         let mut saying = Vec::new();
         let mut next = BTreeMap::new();
-        for (key, why) in unfound {
+        for (key, Unfound { why, nobody }) in unfound {
             let Some((key, pod)) = pods.get_key_value(&key) else {
                 continue;
             };
             let since = match self.0.get(key) {
-                Some((uid, since)) if *uid == pod.uid => *since,
+                Some(known) if known.uid == pod.uid && known.nobody == nobody => known.since,
                 _ => now,
             };
-            // Nobody is there who could send something.
-            if !pod.is_pending && now.duration_since(since) >= PATIENCE {
+            let patience = if nobody {
+                PATIENCE_WITH_NOBODY
+            } else {
+                PATIENCE
+            };
+            // A pending pod has no process yet.
+            if !pod.is_pending && now.duration_since(since) >= patience {
                 saying.push((key, why));
             }
-            next.insert(key.clone(), (pod.uid.clone(), since));
+            let uid = pod.uid.clone();
+            next.insert(key.clone(), Awaited { uid, since, nobody });
         }
         self.0 = next;
         saying
