@@ -107,7 +107,7 @@ pub(crate) struct Node {
 /// Fails when something is missing and can be neither installed nor built.
 pub(crate) fn ensure_node() -> Result<Node> {
     programs(&TO_RUN)?;
-    if let Some(named) = env::var_os(OTHER_PROGRAMS) {
+    if let Some(named) = env::var_os(OTHER_PROGRAMS).filter(|named| !named.is_empty()) {
         return other_programs(Path::new(&named));
     }
     ensure_programs(&NODE)?;
@@ -125,9 +125,9 @@ fn other_programs(directory: &Path) -> Result<Node> {
         let program = directory.join(name);
         let said = process::output(Command::new(&program).arg("--version")).with_context(|| {
             format!(
-                "{OTHER_PROGRAMS} has to name a directory with {}: cannot run {}",
-                NODE.join(", "),
-                program.display()
+                "{OTHER_PROGRAMS} names {}, where {} have to be",
+                directory.display(),
+                NODE.join(", ")
             )
         })?;
         let version = said
