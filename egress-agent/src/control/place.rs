@@ -35,8 +35,13 @@ pub(super) enum Place {
     Found(Found),
     /// Nowhere yet; the text says why.
     NotYet(String),
-    /// Nothing of the pod runs: it has not begun, or it has ended. The text says how that is known.
-    Nobody(String),
+    /// Nothing of the pod runs: it has not begun, or it has ended.
+    Nobody {
+        /// How that is known.
+        why: String,
+        /// Whether it has a control group.
+        has_group: bool,
+    },
     /// Nowhere where it could be enforced; the text says why.
     Nowhere(String),
 }
@@ -386,7 +391,10 @@ impl Places {
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Place::Found(found);
             }
-            Err(missing) if missing.is_nobody() => Place::Nobody(missing.to_string()),
+            Err(missing) if missing.is_nobody() => Place::Nobody {
+                why: missing.to_string(),
+                has_group: missing.has_group(),
+            },
             Err(missing) if missing.may_pass() => Place::NotYet(missing.to_string()),
             Err(missing) => Place::Nowhere(format!("not enforced: {missing}")),
         };

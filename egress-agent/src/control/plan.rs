@@ -71,7 +71,7 @@ impl Reconciler {
         let found = match place {
             Place::Found(found) => found,
             // It has ended, and the cluster does not say so yet.
-            Place::Nobody(_) if self.enforced.contains_key(key) => return Plan::Keep(None),
+            Place::Nobody { .. } if self.enforced.contains_key(key) => return Plan::Keep(None),
             // Its interfaces may be looked for in vain for a moment only; while it keeps them,
             // nothing passes that should not.
             Place::NotYet(why) | Place::Nowhere(why)
@@ -79,10 +79,13 @@ impl Reconciler {
             {
                 return Plan::KeepFor(format!("{why}; enforced on its earlier interfaces"));
             }
-            Place::NotYet(why) | Place::Nobody(why) => {
-                let nobody = matches!(place, Place::Nobody(_));
-                let why = format!("not enforced yet: {why}");
-                return Plan::Wait(Unfound { why, nobody });
+            Place::NotYet(why) => {
+                return Plan::Wait(Unfound::new(format!("not enforced yet: {why}")));
+            }
+            Place::Nobody { why, has_group } => {
+                let mut unfound = Unfound::new(format!("not enforced yet: {why}"));
+                unfound.is_empty = *has_group;
+                return Plan::Wait(unfound);
             }
             Place::Nowhere(why) => return Plan::Leave(Some(why.clone())),
         };

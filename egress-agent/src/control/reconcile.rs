@@ -296,7 +296,7 @@ impl Reconciler {
                     why
                 }
                 Plan::KeepFor(why) => {
-                    unfound.insert(key.clone(), Unfound { why, nobody: false });
+                    unfound.insert(key.clone(), Unfound::new(why));
                     None
                 }
                 Plan::Wait(why) => {
@@ -310,7 +310,7 @@ impl Reconciler {
                 let why = complaint.map_or(closed, |complaint| {
                     format!("{}; {complaint}", quarantine::CLOSED)
                 });
-                unfound.insert(key.clone(), Unfound { why, nobody: false });
+                unfound.insert(key.clone(), Unfound::new(why));
             } else if let Some(complaint) = complaint {
                 complaints.insert(key, complaint);
             }

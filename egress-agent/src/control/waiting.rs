@@ -12,8 +12,9 @@ use crate::pods::Pod;
 /// its network comes first; and a pod's network is taken down before the cluster says that the pod has ended.
 /// So long it also may take until the source has said which pods there are.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a pod that is said to run may have no process. A node that boots starts its pods one after the other.
-const PATIENCE_WITH_NOBODY: Duration = Duration::from_secs(60);
+/// How long the control group of a pod that is said to run may be empty. A node that boots starts its pods one after
+/// the other.
+const PATIENCE_IF_EMPTY: Duration = Duration::from_secs(60);
 
 /// After the first look in vain for something that is expected, the next one comes this much later …
 pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
@@ -30,16 +31,25 @@ pub(super) fn longer(wait: Duration) -> Duration {
 /// Why a pod cannot be found now.
 pub(super) struct Unfound {
     pub(super) why: String,
-    /// Whether nothing of it runs, so that nobody is there who could send something.
-    pub(super) nobody: bool,
+    /// Whether it has a control group in which nothing runs, so that nobody is there who could send something.
+    pub(super) is_empty: bool,
+}
+
+impl Unfound {
+    pub(super) fn new(why: String) -> Self {
+        Self {
+            why,
+            is_empty: false,
+        }
+    }
 }
 
 /// A pod that has been waited for.
 struct Awaited {
     uid: String,
-    /// Since when there has been somebody, or nobody.
+    /// Since when its control group has been empty, or has not.
     since: Instant,
-    nobody: bool,
+    is_empty: bool,
 }
 
 /// The pods that have been waited for.
@@ -57,16 +67,16 @@ impl Waiting {
         let now = Instant::now();
         let mut saying = Vec::new();
         let mut next = BTreeMap::new();
-        for (key, Unfound { why, nobody }) in unfound {
+        for (key, Unfound { why, is_empty }) in unfound {
             let Some((key, pod)) = pods.get_key_value(&key) else {
                 continue;
             };
             let since = match self.0.get(key) {
-                Some(known) if known.uid == pod.uid && known.nobody == nobody => known.since,
+                Some(known) if known.uid == pod.uid && known.is_empty == is_empty => known.since,
                 _ => now,
             };
-            let patience = if nobody {
-                PATIENCE_WITH_NOBODY
+            let patience = if is_empty {
+                PATIENCE_IF_EMPTY
             } else {
                 PATIENCE
             };
@@ -75,7 +85,14 @@ impl Waiting {
                 saying.push((key, why));
             }
             let uid = pod.uid.clone();
-            next.insert(key.clone(), Awaited { uid, since, nobody });
+            next.insert(
+                key.clone(),
+                Awaited {
+                    uid,
+                    since,
+                    is_empty,
+                },
+            );
         }
         self.0 = next;
         saying

@@ -72,6 +72,11 @@ impl Missing {
         matches!(self, Self::Group | Self::Process)
     }
 
+    /// Whether it has a control group, so that its kubelet has begun to start it or has stopped it.
+    pub fn has_group(&self) -> bool {
+        !matches!(self, Self::Uid(_) | Self::Group)
+    }
+
     /// Whether this is how every pod begins: it may have gone in a moment.
     pub fn may_pass(&self) -> bool {
         match self {
