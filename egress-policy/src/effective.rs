@@ -299,7 +299,7 @@ fn narrowed(
         if parts.is_empty() {
             warnings.push(format!(
                 "the pod's {key} entry `{}` does not count: its namespace's list does not cover it \
-                 (podAnnotations: narrow)",
+                 (podAnnotations: narrow): add it there, too, or remove it here",
                 rule.text
             ));
         } else if !parts.iter().any(is_whole) {

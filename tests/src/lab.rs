@@ -343,12 +343,23 @@ impl Lab {
     /// Adds the pod's interface, its addresses and its routes.
     #[track_caller]
     pub fn add_interface(&self, pod: &Pod) {
+        self.add_interface_as(pod, "");
+    }
+
+    /// As [`Self::add_interface`], with this index at both ends.
+    #[track_caller]
+    pub fn add_interface_with_index(&self, pod: &Pod, index: u32) {
+        self.add_interface_as(pod, &format!("index {index} "));
+    }
+
+    #[track_caller]
+    fn add_interface_as(&self, pod: &Pod, index: &str) {
         let number = pod.ipv4().octets()[2];
         let (mtu, host) = (self.mtu, pod.interface());
         let (v4, v6) = (pod.ipv4(), pod.ipv6());
         self.node.ip_batch(&format!(
-            "link add {host} mtu {mtu} address {near} \
-             type veth peer name eth0 mtu {mtu} address {far} netns {netns}\n\
+            "link add {host} {index}mtu {mtu} address {near} \
+             type veth peer name eth0 {index}mtu {mtu} address {far} netns {netns}\n\
              addr add 10.1.{number}.1/30 dev {host}\n\
              addr add fd01:{number:x}::1/64 dev {host} nodad\n\
              link set {host} up\n",

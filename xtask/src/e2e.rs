@@ -11,6 +11,9 @@ use crate::leftovers::Inventory;
 use crate::setup::{self, Program, Purpose, kubernetes};
 use crate::{image, process, workspace};
 
+/// The oldest version of Kubernetes that knows all that the manifests say.
+const FOR_ALL_OF_THE_MANIFESTS: (u32, u32) = (1, 30);
+
 /// What this needs besides what everything needs.
 const PROGRAMS: [Program; 7] = [
     Program {
@@ -68,8 +71,8 @@ const PROGRAMS: [Program; 7] = [
 /// Checks the agent in a cluster of one node on this machine, from its image and its manifests on.
 ///
 /// API server, controllers, scheduler and kubelet are built from Debian's sources when they are missing
-/// (some minutes, once), containerd and the network plugins are Debian's. The node lives in namespaces of
-/// its own and is gone at the end. Takes some minutes when everything is built, and needs root. Not part of
+/// (some minutes, once), containerd and the network plugins are Debian's. `KUBERNETES_PROGRAMS` names a
+/// directory with those four of another version. The node lives in namespaces of its own and is gone at the end. Takes some minutes when everything is built, and needs root. Not part of
 /// `cargo xtask test`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -84,24 +87,26 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::ensure(Purpose::Test)?;
     setup::programs(&PROGRAMS)?;
-    let programs = kubernetes::ensure_node()?;
+    let kubernetes = kubernetes::ensure_node()?;
     let archive = workspace::target().join("e2e.oci.tar");
     image::write(&archive)?;
 
     let before = Inventory::take()?;
     let scripts = workspace::root().join("tests/e2e");
     let mut node = process::as_root(&scripts.join("node").to_string_lossy())?;
-    node.arg("--programs").arg(programs);
+    node.arg("--programs").arg(&kubernetes.programs);
     node.arg("--archive").arg(&archive);
     if let Some(logs) = &options.logs {
         std::fs::create_dir_all(logs).with_context(|| format!("cannot make {}", logs.display()))?;
         node.arg("--keep-logs").arg(logs);
     }
     if options.command.is_empty() {
-        // The API server is older than some of what the manifests say, and leaves it out.
-        node.arg(scripts.join("run"));
-        node.args(["--no-validation", "--overlays"]);
+        node.arg(scripts.join("run")).arg("--overlays");
         node.args(["--reboot", "\"$NODE\" --reboot"]);
+        if kubernetes.version < FOR_ALL_OF_THE_MANIFESTS {
+            // The API server leaves out what it does not know.
+            node.arg("--no-validation");
+        }
     } else {
         node.args(&options.command);
     }

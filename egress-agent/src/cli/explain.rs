@@ -63,7 +63,9 @@ fn text(explanation: &Explanation) -> String {
     }
     if let Some(question) = &explanation.question {
         let may = if question.allowed { "may" } else { "may not" };
-        let _ = writeln!(text, "  the name {may} be asked for: {}", question.because);
+        if question.because != explanation.because {
+            let _ = writeln!(text, "  the name {may} be asked for: {}", question.because);
+        }
         if question.entries != explanation.entries {
             entries(&mut text, "    ", &question.entries);
         }

@@ -309,9 +309,10 @@ fn target(link: &RawLink, indexes: &HashSet<u32>, host: Option<i32>) -> Option<T
     if link.loopback {
         return None;
     }
-    let lower = link
-        .lower
-        .filter(|&lower| lower != 0 && lower != link.index);
+    // Without another interface the kernel gives 0 or the interface's own number. In another namespace that number
+    // is another interface's.
+    let is_other = |lower: &u32| *lower != 0 && (*lower != link.index || link.nsid.is_some());
+    let lower = link.lower.filter(is_other);
     match (link.nsid, lower) {
         // The other namespace is being removed.
         (Some(..0), _) => None,
@@ -385,6 +386,9 @@ mod tests {
             (on("veth", 3), None),
             (on("ipoib", 40), Some(Target::Hardware)),
             (into("veth", 40, HOST), host(40, true)),
+            // Numbers are those of a namespace.
+            (into("veth", 2, HOST), host(2, true)),
+            (on("vxlan", 2), None),
             (into("macvlan", 40, HOST), host(40, false)),
             (into("gre", 0, HOST), host(0, false)),
             (into("veth", 40, 3), Some(Target::Namespace(3))),

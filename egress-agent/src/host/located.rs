@@ -72,6 +72,11 @@ impl Missing {
         matches!(self, Self::Group | Self::Process)
     }
 
+    /// Whether the pod has a control group, so that its kubelet has begun to start it or has stopped it.
+    pub fn has_group(&self) -> bool {
+        !matches!(self, Self::Uid(_) | Self::Group)
+    }
+
     /// Whether every pod passes through this state when it starts.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -164,7 +164,7 @@ fn under_narrow_a_pod_reaches_the_intersection_of_both_lists() {
         policy.warnings,
         [
             "the pod's allow entry `other.net` does not count: its namespace's list does not cover it \
-         (podAnnotations: narrow)",
+         (podAnnotations: narrow): add it there, too, or remove it here",
             "the pod's allow entry `10.0.0.0/8` counts only where its namespace's list covers it: \
          10.20.0.0/16 (tcp and udp port 5432)",
         ]

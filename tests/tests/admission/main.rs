@@ -381,9 +381,19 @@ fn the_largest_evaluated_annotations_are_within_the_api_servers_budget() {
     let entries = |make: fn(usize) -> String| (0..333).map(make).collect::<Vec<_>>().join(" ");
     let addresses =
         entries(|n| format!("[2001:0db8:0000:0000:0000:ffff:{n:x}:0/112]:8000-08100/udp"));
-    let names = entries(|n| format!("*.service-{n}.{}.example.com", "abcdefgh-".repeat(3)));
+    // A policy has at most 100 names with `*` in a later label.
+    let names = entries(|n| {
+        let first = if n < 100 { "bucket.*" } else { "*.bucket" };
+        format!("{first}.service-{n}.{}.example.com", "abcdefgh-".repeat(3))
+    });
+    let protocols = entries(|n| {
+        format!(
+            "[2001:0db8:0000:0000:0000:ffff:{n:x}:0/112]/ip-{:03}",
+            100 + n % 50
+        )
+    });
     let annotations = annotations(&[
-        ("allow", &addresses),
+        ("allow", &protocols),
         ("deny", &addresses),
         ("resolve", &names),
     ]);

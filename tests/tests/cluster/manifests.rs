@@ -469,23 +469,26 @@ fn the_agent_is_not_privileged_and_its_root_file_system_is_read_only() {
 }
 
 #[test]
-fn the_annotations_of_the_examples_are_valid() {
+fn the_annotations_of_the_examples_are_valid_and_cause_no_warning() {
     let settings = Config::default_config()
         .expect("defaults")
         .policy_settings();
     let mut read = 0;
-    for object in yaml::objects("examples/cluster/shop.yaml") {
+    let files = ["cluster/shop.yaml", "pods/shop.yaml", "pods/others.yaml"];
+    let objects = files.map(|file| yaml::objects(&format!("examples/{file}")));
+    for object in objects.iter().flatten() {
         for metadata in [&object["metadata"], &object["spec"]["template"]["metadata"]] {
             let Ok(annotations) = serde_json::from_value(metadata["annotations"].clone()) else {
                 continue;
             };
             let own = Annotations::from_map(&annotations);
-            policy::describe("x", &own, &Annotations::default(), &settings)
+            let text = policy::describe("x", &own, &Annotations::default(), &settings)
                 .unwrap_or_else(|error| panic!("{error}"));
+            assert!(!text.contains("warning:"), "{text}");
             read += 1;
         }
     }
-    assert_eq!(read, 2);
+    assert_eq!(read, 7);
 }
 
 /// The files that `tests/e2e/run` applies, relative to the manifests.

@@ -306,6 +306,24 @@ fn interfaces_within_the_pods_network_do_not_count_as_unenforced() {
 }
 
 #[test]
+fn an_interface_that_has_the_number_of_its_host_end_is_enforced() {
+    let lab = Lab::new();
+    let _web = lab.serve_tcp(443);
+    lab.dns().addresses("shop.test", &[server(10)]);
+    let pod = lab.pod_without_interface("shop", "cart");
+    // As on a node in a namespace of its own (kind), where numbers begin with 2 on both sides.
+    lab.add_interface_with_index(&pod, 50);
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    pod.talks_tcp((server(10), 443));
+    // By the time that another interface is told of, all have been looked at.
+    add_macvlan(&lab, &pod, "net1");
+    status_with(&lab, &pod, &macvlan("net1"));
+    pod.talks_tcp((server(10), 443));
+}
+
+#[test]
 fn a_pod_with_too_many_interfaces_to_inspect_counts_as_partly_enforced() {
     let lab = Lab::new();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");

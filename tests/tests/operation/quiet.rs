@@ -1,9 +1,12 @@
 //! Without a problem the agent logs no error and writes no Event on a pod.
 
-use std::{fs, time::Duration};
+use std::{fs, sync::Arc, time::Duration};
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, addresses::server, eventually,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT,
+    addresses::{RESOLVER, server},
+    eventually,
+    node::pause,
 };
 use serde_json::{Value, json};
 
@@ -169,6 +172,69 @@ fn the_remaining_interface_of_an_ended_pod_is_no_problem() {
     // Longer than the time within which an interface's pod must become known.
     std::thread::sleep(Duration::from_secs(12));
     let _two = reconcile_by_adding(&cluster, &agent, &shop, "two");
+    assert_eq!(errors(&agent), Vec::<String>::new());
+}
+
+#[test]
+fn a_pod_that_its_booted_node_has_not_started_yet_is_no_problem() {
+    let cluster = healthy();
+    let shop = cluster.namespace("shop", &Value::Null);
+    // The API server still says what the kubelet said before the boot.
+    let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
+    let net = cluster.lab.pod_without_interface(&shop, "cart");
+    let mut cart = cluster.place(object, &uid, net);
+    cluster.tell_addresses(&cart);
+    let agent = cluster.start_agent();
+    // Longer than a pod with processes may take to be found.
+    std::thread::sleep(Duration::from_secs(12));
+    // The runtime's own process comes first, in the host's network.
+    let runtime = cluster.lab.run_on_node(&mut pause());
+    cart.running().adopt(runtime);
+    let _other = reconcile_by_adding(&cluster, &agent, &shop, "other");
+    cart.running().start_container();
+    cluster.lab.add_interface(cart.net());
+    agent.wait_enforcing(cart.net());
+    assert_eq!(errors(&agent), Vec::<String>::new());
+    let events = events_so_far(&cluster, &shop);
+    assert!(
+        events.iter().all(|(_, pod)| pod == "unreadable"),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn the_interface_of_a_resolver_that_has_been_scaled_down_is_no_problem() {
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let builder = Lab::builder().config("dns", json!({}));
+    let cluster = Cluster::on(server_of_its_own, builder);
+    cluster.announce_resolver();
+    let agent = cluster.start_agent();
+    let shop = cluster.namespace("shop", &Value::Null);
+    let resolver = cluster.run(&shop, "resolver", &allow("shop.test:443"));
+    agent.wait_enforcing(resolver.net());
+    let address = resolver.net().ipv4();
+    let scaled = json!({
+        "apiVersion": "v1",
+        "kind": "Endpoints",
+        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+        "subsets": [{
+            "addresses": [{ "ip": RESOLVER }, { "ip": address }],
+            "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
+        }],
+    });
+    agent.says_after(
+        "that there is another resolver",
+        || _ = cluster.server.apply(&scaled),
+        |line| line.contains(&address.to_string()),
+    );
+    // The cluster forgets the pod before its network is taken down.
+    let title = format!("enforcing pod=interface {}", resolver.net().interface());
+    agent.says_after(
+        "that the interface is in quarantine",
+        || cluster.server.delete(resolver.object()),
+        |line| line.contains(&title),
+    );
+    let _other = reconcile_by_adding(&cluster, &agent, &shop, "other");
     assert_eq!(errors(&agent), Vec::<String>::new());
 }
 

@@ -3,7 +3,8 @@
 //!
 //! No distribution has them built, but Debian has Kubernetes' whole source. It is old, and that is
 //! worth something: what it lacks, the agent must do without. `KUBE_APISERVER` names another API
-//! server for the tests, such as that of a current release, and `ETCD` another etcd.
+//! server for the tests, such as that of a current release, and `ETCD` another etcd. `KUBERNETES_PROGRAMS`
+//! names a directory with another version's programs for `cargo xtask e2e`.
 
 use std::env;
 use std::ffi::OsStr;
@@ -31,6 +32,8 @@ const NODE: [&str; 4] = [
     "kube-scheduler",
     "kubelet",
 ];
+/// Names a directory with these programs of another version.
+const OTHER_PROGRAMS: &str = "KUBERNETES_PROGRAMS";
 /// The compiler it is built with: later ones refuse its modules.
 const GO: &str = "/usr/lib/go-1.19/bin";
 
@@ -101,15 +104,83 @@ pub(super) fn ensure() -> Result<()> {
     )
 }
 
-/// Makes sure of what a cluster of one node is made of, and says in which directory it is.
+/// What a cluster of one node is made of.
+pub(crate) struct Node {
+    /// Where its programs are.
+    pub(crate) programs: PathBuf,
+    /// Their version, as in 1.20.
+    pub(crate) version: (u32, u32),
+}
+
+/// Makes sure of what a cluster of one node is made of.
 ///
 /// # Errors
 ///
 /// Fails when something is missing and can be neither installed nor built.
-pub(crate) fn ensure_node() -> Result<PathBuf> {
+pub(crate) fn ensure_node() -> Result<Node> {
     programs(&TO_RUN)?;
+    if let Some(named) = env::var_os(OTHER_PROGRAMS).filter(|named| !named.is_empty()) {
+        return other_programs(Path::new(&named));
+    }
     ensure_programs(&NODE)?;
-    Ok(directory())
+    let version = minor_version(VERSION).context("a version without a minor one")?;
+    Ok(Node {
+        programs: directory(),
+        version,
+    })
+}
+
+/// The programs that the user names.
+fn other_programs(directory: &Path) -> Result<Node> {
+    let mut versions = Vec::new();
+    for name in NODE {
+        let program = directory.join(name);
+        let said = process::output(Command::new(&program).arg("--version")).with_context(|| {
+            format!(
+                "{OTHER_PROGRAMS} names {}, where {} have to be",
+                directory.display(),
+                NODE.join(", ")
+            )
+        })?;
+        let version = said
+            .trim()
+            .strip_prefix("Kubernetes v")
+            .and_then(minor_version);
+        versions.push(version.with_context(|| {
+            format!(
+                "{} --version says `{}`, and no version of Kubernetes",
+                program.display(),
+                said.trim()
+            )
+        })?);
+    }
+    let (Some(oldest), Some(newest)) = (versions.iter().min(), versions.iter().max()) else {
+        bail!("no programs");
+    };
+    if oldest != newest {
+        bail!(
+            "the programs in {} are of versions {}.{} to {}.{}: {OTHER_PROGRAMS} has to name those of one version",
+            directory.display(),
+            oldest.0,
+            oldest.1,
+            newest.0,
+            newest.1
+        );
+    }
+    found(
+        OTHER_PROGRAMS,
+        &format!("{}, version {}.{}", directory.display(), newest.0, newest.1),
+    );
+    Ok(Node {
+        programs: directory.to_owned(),
+        version: *newest,
+    })
+}
+
+/// Major and minor number of a version such as 1.36.2.
+fn minor_version(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// Makes sure of these programs of Kubernetes.
@@ -315,6 +386,13 @@ mod tests {
             Some("http://mirror.example/debian")
         );
         assert_eq!(mirror_in("Package files:\n"), None);
+    }
+
+    #[test]
+    fn a_version_is_read_as_kubernetes_writes_it() {
+        assert_eq!(minor_version("1.36.2"), Some((1, 36)));
+        assert_eq!(minor_version("1.34.0-alpha.1+dirty"), Some((1, 34)));
+        assert_eq!(minor_version("unknown"), None);
     }
 
     #[test]

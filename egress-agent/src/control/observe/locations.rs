@@ -18,8 +18,13 @@ pub(in crate::control) enum Location {
     Found(PodLocation),
     /// Nowhere yet; the text says why.
     NotYet(String),
-    /// Nothing of the pod runs: it has not begun, or it has ended. The text says how that is known.
-    Nobody(String),
+    /// Nothing of the pod runs: it has not begun, or it has ended.
+    Nobody {
+        /// How that is known.
+        why: String,
+        /// Whether the pod has a control group.
+        has_group: bool,
+    },
     /// Nowhere where it could be enforced; the text says why.
     Nowhere(String),
 }
@@ -29,7 +34,7 @@ impl Location {
     pub(in crate::control) fn interfaces(&self) -> &[u32] {
         match self {
             Self::Found(location) => &location.interfaces,
-            Self::NotYet(_) | Self::Nobody(_) | Self::Nowhere(_) => &[],
+            Self::NotYet(_) | Self::Nobody { .. } | Self::Nowhere(_) => &[],
         }
     }
 }

@@ -239,7 +239,10 @@ impl OnHost {
                 self.found.insert(uid.to_owned(), (found.clone(), now));
                 return Location::Found(found);
             }
-            Err(missing) if missing.has_no_process() => Location::Nobody(missing.to_string()),
+            Err(missing) if missing.has_no_process() => Location::Nobody {
+                why: missing.to_string(),
+                has_group: missing.has_group(),
+            },
             Err(missing) if missing.is_transient() => Location::NotYet(missing.to_string()),
             Err(missing) => Location::Nowhere(format!("not enforced: {missing}")),
         };

@@ -33,7 +33,10 @@ pub(in crate::control) mod wanted;
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use super::{
-    observe::{Observed, unlocated::PATIENCE},
+    observe::{
+        Observed,
+        unlocated::{Absence, PATIENCE},
+    },
     publish::problems::{About, Problems},
     settings::Settings,
 };
@@ -51,7 +54,7 @@ pub(in crate::control) struct Plan {
     /// What is wrong with something else, and with pods that are not in the source.
     pub(in crate::control) other_problems: Problems,
     /// The pods that cannot be found now, each with the reason.
-    pub(in crate::control) unlocated: BTreeMap<Subject, String>,
+    pub(in crate::control) unlocated: BTreeMap<Subject, Absence>,
     /// The interfaces of pods that are left alone, so that nobody judges what they carry.
     pub(in crate::control) left_alone: Vec<u32>,
     /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.

@@ -8,7 +8,7 @@ use super::{own_addresses::own_addresses, wanted::Wanted};
 use crate::{
     config::{OnDeny, UnenforcedInterfaces},
     control::{
-        observe::{Observed, ObservedPod, exits, locations::Location},
+        observe::{Observed, ObservedPod, exits, locations::Location, unlocated::Absence},
         settings::Settings,
     },
     report::Subject,
@@ -27,8 +27,8 @@ pub(super) enum Decision {
     /// Keep what is in force, because the pod cannot be found any more. The text says why. It becomes a problem
     /// only if that lasts: every pod ends like this.
     KeepUnlocated(String),
-    /// It cannot be found yet; the text says why.
-    Wait(String),
+    /// It cannot be found yet.
+    Wait(Absence),
 }
 
 /// What should be done with the pod `subject`. `taken` are the interfaces that have their pod already; the pod's own
@@ -60,7 +60,7 @@ pub(super) fn decide(
     let location = match &found.location {
         Location::Found(location) => location,
         // The pod has ended, and the cluster does not say so yet.
-        Location::Nobody(_) if is_enforced => return Decision::Keep(None),
+        Location::Nobody { .. } if is_enforced => return Decision::Keep(None),
         // A look for its interfaces may fail for a moment only. While the pod stays enforced on them, nothing
         // passes that should not.
         Location::NotYet(why) | Location::Nowhere(why)
@@ -68,7 +68,15 @@ pub(super) fn decide(
         {
             return Decision::KeepUnlocated(format!("{why}; enforced on its earlier interfaces"));
         }
-        Location::NotYet(why) | Location::Nobody(why) => return Decision::Wait(why.clone()),
+        Location::NotYet(why) => {
+            return Decision::Wait(Absence::new(format!("not enforced yet: {why}")));
+        }
+        Location::Nobody { why, has_group } => {
+            return Decision::Wait(Absence {
+                why: format!("not enforced yet: {why}"),
+                is_empty: *has_group,
+            });
+        }
         Location::Nowhere(why) => return Decision::Free(Some(why.clone())),
     };
     let other = location.interfaces.iter().find_map(|ifindex| {

@@ -79,7 +79,10 @@ fn take(scene: &mut Scene, step: &Step) {
             let why = "it is not there".to_owned();
             found.location = match how {
                 0 => Location::NotYet(why),
-                1 => Location::Nobody(why),
+                1 => Location::Nobody {
+                    why,
+                    has_group: true,
+                },
                 _ => Location::Nowhere(why),
             };
         }),

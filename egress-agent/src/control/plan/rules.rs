@@ -325,6 +325,10 @@ fn quarantine_is_a_problem_only_when_it_lasts() {
     scene.add_unknown("veth1", 1);
     let plan = scene.plan();
     assert!(plan.problems.is_empty());
-    assert!(plan.unlocated[&Subject::interface("veth1")].contains("quarantine.exclude"));
+    assert!(
+        plan.unlocated[&Subject::interface("veth1")]
+            .why
+            .contains("quarantine.exclude")
+    );
     assert!(PATIENCE > Duration::ZERO);
 }

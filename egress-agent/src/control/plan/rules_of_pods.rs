@@ -13,7 +13,7 @@ use super::{
     wanted::{Wanted, mapped},
 };
 use crate::{
-    control::observe::{first_addresses::FirstAddresses, locations::Location},
+    control::observe::{first_addresses::FirstAddresses, locations::Location, unlocated::Absence},
     host::{Exit, Exits, LeadsTo},
 };
 
@@ -72,8 +72,16 @@ fn a_pod_that_is_not_found_any_more_stays_enforced_where_it_was() {
         scene.get("cart").location = location;
         let plan = scene.plan();
         assert!(told(&plan).is_empty());
-        let why = &plan.unlocated[&subject("cart")];
+        let why = &plan.unlocated[&subject("cart")].why;
         assert!(why.ends_with("enforced on its earlier interfaces"), "{why}");
+    }
+}
+
+/// The location of a pod whose control group is empty.
+fn nobody() -> Location {
+    Location::Nobody {
+        why: "no process".to_owned(),
+        has_group: true,
     }
 }
 
@@ -82,7 +90,7 @@ fn a_pod_of_which_nothing_runs_any_more_stays_enforced_and_nobody_waits_for_it()
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
-    scene.get("cart").location = Location::Nobody("no process".to_owned());
+    scene.get("cart").location = nobody();
     let plan = scene.plan();
     assert!(told(&plan).is_empty() && plan.unlocated.is_empty() && plan.problems.is_empty());
 }
@@ -90,12 +98,15 @@ fn a_pod_of_which_nothing_runs_any_more_stays_enforced_and_nobody_waits_for_it()
 #[test]
 fn a_pod_that_is_not_there_yet_is_waited_for() {
     let mut scene = Scene::new();
-    scene.add("cart", 1).location = Location::Nobody("no process".to_owned());
+    scene.add("cart", 1).location = nobody();
     let plan = scene.plan();
     assert!(told(&plan).is_empty());
     assert_eq!(
         plan.unlocated[&subject("cart")],
-        "not enforced yet: no process"
+        Absence {
+            why: "not enforced yet: no process".to_owned(),
+            is_empty: true
+        }
     );
 }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     control::{
-        observe::{InForce, Observed, quarantine},
+        observe::{InForce, Observed, quarantine, unlocated::Absence},
         settings::Settings,
     },
     datapath::Adoptable,
@@ -66,10 +66,6 @@ impl<'a> Targets<'a> {
             left: &observed.left,
         };
         for (subject, found) in &observed.pods {
-            if subject.is_interface() {
-                let why = quarantine::CLOSED.to_owned();
-                plan.unlocated.insert(subject.clone(), why);
-            }
             let interfaces = found.location.interfaces();
             let why = match decide(observed, settings, subject, found, &mut taken) {
                 Decision::Enforce(wanted, why) => {
@@ -89,16 +85,22 @@ impl<'a> Targets<'a> {
                     why
                 }
                 Decision::KeepUnlocated(why) => {
-                    plan.unlocated.insert(subject.clone(), why);
+                    plan.unlocated.insert(subject.clone(), Absence::new(why));
                     None
                 }
-                Decision::Wait(why) => {
-                    let why = format!("not enforced yet: {why}");
-                    plan.unlocated.insert(subject.clone(), why);
+                Decision::Wait(absence) => {
+                    plan.unlocated.insert(subject.clone(), absence);
                     None
                 }
             };
-            plan.problems.extend(why.map(|why| (subject.clone(), why)));
+            if subject.is_interface() {
+                // Every pod begins and ends like this: it becomes a problem only if it lasts.
+                let closed = quarantine::CLOSED.to_owned();
+                let why = why.map_or(closed, |why| format!("{}; {why}", quarantine::CLOSED));
+                plan.unlocated.insert(subject.clone(), Absence::new(why));
+            } else {
+                plan.problems.extend(why.map(|why| (subject.clone(), why)));
+            }
         }
         targets
     }
