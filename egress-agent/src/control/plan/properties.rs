@@ -175,6 +175,19 @@ fn protected(scene: &Scene) -> Vec<Subject> {
     enforced.cloned().collect()
 }
 
+/// Whether a pod that should be enforced is behind this interface. A pod that is refused because another one has one
+/// of its interfaces is not enforced on the others either.
+fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: u32) -> bool {
+    let mut pods = scene.pods.iter();
+    pods.any(|(subject, found)| {
+        let problem = plan.problems.get(subject);
+        found.policy.mode == Mode::Enforce
+            && !found.pod.host_network
+            && !problem.is_some_and(|problem| problem.starts_with("not enforced: interface"))
+            && found.location.interfaces().contains(&ifindex)
+    })
+}
+
 fn is_covered(scene: &Scene, ifindex: u32) -> bool {
     let mut enforced = scene.enforced.values();
     enforced.any(|in_force| in_force.wanted.interfaces.contains(&ifindex))
@@ -246,7 +259,9 @@ fn check(scene: &mut Scene, plan: &Plan) {
         .iter()
         .filter(|(subject, _)| subject.is_interface())
         .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
-        .filter(|ifindex| wanted_on.contains_key(ifindex))
+        .filter(|ifindex| {
+            wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, plan, *ifindex)
+        })
         .collect();
     scene.unjudged.leave(&plan.left_alone);
     for action in &plan.actions {
