@@ -308,7 +308,7 @@ fn the_error_for_an_entry_names_the_part_its_place_and_what_was_expected() {
         ),
         (
             "fe80::1%eth0",
-            "0 `fe80::1%eth0` has an IPv6 zone: zones mean nothing outside the pod, leave it out",
+            "0 `fe80::1%eth0` has an IPv6 zone: zones mean nothing outside the pod, omit it",
         ),
         (
             "[2001:db8::7",
