@@ -105,12 +105,13 @@ impl Flow {
     }
 
     /// The memory of the connection that grows with its traffic.
-    pub(super) fn kept(&self) -> usize {
+    pub(super) fn allocated(&self) -> usize {
         let more = match &self.state {
-            State::Split(split) => split.kept(),
+            State::Split(split) => split.allocated(),
             State::Opening | State::Open => 0,
         };
-        self.asked.kept() + self.answered.kept() + self.pending.len() * OPEN_QUESTION_BYTES + more
+        let open_questions = self.pending.len() * OPEN_QUESTION_BYTES;
+        self.asked.allocated() + self.answered.allocated() + open_questions + more
     }
 
     /// The largest payload that both ends accept, in a segment with the options of this one.

@@ -296,7 +296,12 @@ impl Scene {
             Ok(()),
             "the pod reads what was not decided"
         );
-        let kept: usize = self.streams.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        let kept: usize = self
+            .streams
+            .flows
+            .iter()
+            .map(|(_, flow)| flow.allocated())
+            .sum();
         assert_eq!(self.streams.kept.amount(), kept);
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }

@@ -24,6 +24,7 @@ mod flow;
 mod frames;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
+mod memory;
 mod put_allowed;
 mod segment;
 mod sender;
@@ -131,12 +132,12 @@ impl Streams {
             reset_unknown_connection(&segment, to, step);
             return;
         };
-        let before = flow.kept();
+        let before = flow.allocated();
         let mut next = match to {
             To::Resolver => flow.pod_sent(&segment, step),
             To::Pod => flow.resolver_sent(&segment, step),
         };
-        let after = flow.kept();
+        let after = flow.allocated();
         budget.add(&mut self.kept, after);
         budget.take_back(&mut self.kept, before);
         if next == Next::Keep && after > before && budget.is_over(&self.kept) {
@@ -171,7 +172,7 @@ impl Streams {
             self.forget(&oldest, budget);
         }
         if let Some(flow) = Flow::new(segment, step.out.interface(), step.now_ns) {
-            budget.add(&mut self.kept, flow.kept());
+            budget.add(&mut self.kept, flow.allocated());
             self.flows.put(key, flow);
         }
     }
@@ -184,7 +185,7 @@ impl Streams {
 
     fn forget(&mut self, key: &Key, budget: &mut Budget) {
         if let Some(flow) = self.flows.pop(key) {
-            budget.take_back(&mut self.kept, flow.kept());
+            budget.take_back(&mut self.kept, flow.allocated());
         }
     }
 
@@ -196,11 +197,11 @@ impl Streams {
     ) {
         let mut ended = Vec::new();
         for (&key, flow) in &mut self.flows {
-            let before = flow.kept();
+            let before = flow.allocated();
             if flow.tick(step) == Next::Forget {
                 ended.push(key);
             }
-            budget.add(&mut self.kept, flow.kept());
+            budget.add(&mut self.kept, flow.allocated());
             budget.take_back(&mut self.kept, before);
         }
         for key in ended {
@@ -223,7 +224,7 @@ impl Streams {
 
     /// Forgets all connections. The next segment of each resets it.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
-        let kept: usize = self.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        let kept: usize = self.flows.iter().map(|(_, flow)| flow.allocated()).sum();
         budget.take_back(&mut self.kept, kept);
         self.flows.clear();
     }

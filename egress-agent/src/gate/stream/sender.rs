@@ -1,6 +1,8 @@
 //! A stream that the gate sends itself. It keeps the bytes that the receiver has not acknowledged, and
 //! resends them after a timeout.
 
+use super::memory;
+
 /// Most bytes in flight, whatever the receiver's window.
 const BURST: usize = 64 << 10;
 /// Most bytes that are resent at once after a timeout. The limit grows with their acknowledgments (RFC 5681,
@@ -78,6 +80,11 @@ impl Sender {
         self.bytes.len()
     }
 
+    /// The memory that the bytes take.
+    pub(super) fn allocated(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// The sequence number after the last one that was sent.
     pub(super) fn next_seq(&self) -> u32 {
         self.seq(self.most_sent)
@@ -113,7 +120,7 @@ impl Sender {
     /// Adds bytes, unless the stream is closing.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         if !self.is_closing {
-            self.bytes.extend_from_slice(bytes);
+            memory::append(&mut self.bytes, bytes);
         }
     }
 
@@ -141,11 +148,7 @@ impl Sender {
             return true;
         }
         self.is_over |= count > self.bytes.len();
-        self.bytes.drain(..count.min(self.bytes.len()));
-        if self.bytes.is_empty() {
-            // Frees the memory of an idle connection.
-            self.bytes = Vec::new();
-        }
+        memory::remove_front(&mut self.bytes, count);
         self.first = ack;
         self.sent = self.sent.saturating_sub(count);
         self.most_sent -= count;

@@ -19,6 +19,7 @@ use super::{
     decide::{Asked, Decide, Next, Step},
     flow::{ANSWERED_LIMIT, ASKED_LIMIT, Flow},
     frames::{Out, Own, To},
+    memory,
     segment::{PSH, Segment},
     sender::{Due, Sender},
 };
@@ -76,8 +77,9 @@ impl Split {
         split
     }
 
-    pub(super) fn kept(&self) -> usize {
-        self.to_pod.kept() + self.to_resolver.kept() + self.deferred.len()
+    /// The memory that the bytes of both streams take.
+    pub(super) fn allocated(&self) -> usize {
+        self.to_pod.allocated() + self.to_resolver.allocated() + self.deferred.capacity()
     }
 
     /// The next sequence number of the stream to one end.
@@ -111,7 +113,7 @@ impl Split {
             if self.begun == 0 {
                 self.to_pod.push(bytes);
             } else {
-                self.deferred.extend_from_slice(bytes);
+                memory::append(&mut self.deferred, bytes);
             }
         }
     }
