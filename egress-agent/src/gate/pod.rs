@@ -411,6 +411,20 @@ impl Pod {
         });
     }
 
+    /// Whether connections with resolvers must repeat bytes in the pod's turn.
+    pub(super) fn has_repetitions(&self) -> bool {
+        self.streams.has_due()
+    }
+
+    /// Repeats the bytes of one connection with a resolver.
+    fn repeat_next(&mut self, shared: &mut Shared) {
+        if self.streams.has_due() {
+            self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
+                streams.repeat_next(step, budget);
+            });
+        }
+    }
+
     /// Runs the timers of the connections with resolvers.
     fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
         // Each connection sets its own interface.

@@ -280,7 +280,10 @@ impl Scene {
             decide: &mut self.decisions,
             out: &mut self.line,
         };
-        self.streams.tick(&mut step, &mut self.budget);
+        self.streams.tick(&step, &mut self.budget);
+        while self.streams.has_due() {
+            self.streams.repeat_next(&mut step, &mut self.budget);
+        }
         self.check_invariants();
     }
 

@@ -31,14 +31,16 @@ mod sender;
 mod side;
 mod split;
 
+use std::collections::VecDeque;
+
 use egress_common::{
     address::Address,
     packet::{Packet, TCP_ACK, TCP_RST, TCP_SYN},
 };
 use lru::LruCache;
 
-use decide::Next;
 pub(super) use decide::{Asked, Decide, Step};
+use decide::{Next, Timer};
 use flow::Flow;
 pub(super) use frames::{Out, To};
 use frames::{put_bare, reset_unknown, with_known_options};
@@ -75,6 +77,9 @@ struct Key {
 /// The connections of one pod.
 pub(super) struct Streams {
     flows: LruCache<Key, Flow>,
+    /// Connections that must repeat bytes. Repetitions are sent in the pod's turns, so that those of many connections
+    /// do not keep the gate from other pods.
+    due: VecDeque<Key>,
     kept: Kept,
     /// The number of segments that were dropped since the last [`Streams::take_damaged`].
     damaged: u64,
@@ -85,6 +90,7 @@ impl Streams {
         Self {
             // Unbounded, because the bounded cache allocates all of its memory at once.
             flows: LruCache::unbounded(),
+            due: VecDeque::new(),
             kept: Kept::default(),
             damaged: 0,
         }
@@ -189,22 +195,50 @@ impl Streams {
         }
     }
 
-    /// The periodic work.
-    pub(super) fn tick<D: Decide, O: Out>(
-        &mut self,
-        step: &mut Step<'_, D, O>,
-        budget: &mut Budget,
-    ) {
+    /// The periodic work. It finds the connections that must repeat bytes and sends nothing:
+    /// [`Self::repeat_next`] does.
+    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &Step<'_, D, O>, budget: &mut Budget) {
         let mut ended = Vec::new();
+        // Those of an earlier tick come first.
+        let is_behind = !self.due.is_empty();
         for (&key, flow) in &mut self.flows {
             let before = flow.allocated();
-            if flow.tick(step) == Next::Forget {
-                ended.push(key);
+            match flow.tick(step) {
+                Timer::Nothing => {}
+                Timer::Repeat if is_behind => {}
+                Timer::Repeat => self.due.push_back(key),
+                Timer::Forget => ended.push(key),
             }
             budget.add(&mut self.kept, flow.allocated());
             budget.take_back(&mut self.kept, before);
         }
         for key in ended {
+            self.forget(&key, budget);
+        }
+    }
+
+    /// Whether connections must repeat bytes.
+    pub(super) fn has_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// Repeats the bytes of one connection.
+    pub(super) fn repeat_next<D: Decide, O: Out>(
+        &mut self,
+        step: &mut Step<'_, D, O>,
+        budget: &mut Budget,
+    ) {
+        let Some(key) = self.due.pop_front() else {
+            return;
+        };
+        let Some(flow) = self.flows.peek_mut(&key) else {
+            return;
+        };
+        let before = flow.allocated();
+        let next = flow.repeat(step);
+        budget.add(&mut self.kept, flow.allocated());
+        budget.take_back(&mut self.kept, before);
+        if next == Next::Forget {
             self.forget(&key, budget);
         }
     }
@@ -227,6 +261,7 @@ impl Streams {
         let kept: usize = self.flows.iter().map(|(_, flow)| flow.allocated()).sum();
         budget.take_back(&mut self.kept, kept);
         self.flows.clear();
+        self.due.clear();
     }
 }
 

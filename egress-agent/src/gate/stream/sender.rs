@@ -191,9 +191,14 @@ impl Sender {
         self.first.wrapping_sub(1)
     }
 
+    /// Whether [`Self::tick`] has something to do.
+    pub(super) fn is_due(&self, now_ns: u64) -> bool {
+        self.owed() > 0 && self.resend_at_ns.is_none_or(|at| now_ns >= at)
+    }
+
     /// The periodic work.
     pub(super) fn tick(&mut self, now_ns: u64) -> Due {
-        if self.owed() == 0 || self.resend_at_ns.is_some_and(|at| now_ns < at) {
+        if !self.is_due(now_ns) {
             return Due::Nothing;
         }
         if self.resends == RESENDS {

@@ -178,8 +178,13 @@ impl Split {
         self.proceed(flow, owed, step)
     }
 
-    /// The periodic work.
-    pub(super) fn tick<D: Decide, O: Out>(
+    /// Whether one of the streams must be repeated.
+    pub(super) fn is_due(&self, now_ns: u64) -> bool {
+        self.to_pod.is_due(now_ns) || self.to_resolver.is_due(now_ns)
+    }
+
+    /// Repeats what is not acknowledged in time.
+    pub(super) fn repeat<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
         step: &mut Step<'_, D, O>,

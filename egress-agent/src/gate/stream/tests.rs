@@ -170,7 +170,11 @@ impl Scene {
             out: &mut self.line,
             now_ns: self.now_ns,
         };
-        self.streams.tick(&mut step, &mut self.budget);
+        self.streams.tick(&step, &mut self.budget);
+        assert!(step.out.0.is_empty(), "a tick sends nothing itself");
+        while self.streams.has_due() {
+            self.streams.repeat_next(&mut step, &mut self.budget);
+        }
         std::mem::take(&mut self.line.0)
     }
 
