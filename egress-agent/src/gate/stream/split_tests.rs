@@ -85,7 +85,7 @@ fn an_undelivered_response_is_left_out_of_a_split_connection() {
     let mut scene = Scene::new();
     scene.asks(0, &asking("no"));
     let refusal = framed(b"refused");
-    let answers = [framed(b"no answer"), framed(b"an answer")].concat();
+    let answers = [framed(b"no answer at all"), framed(b"an answer")].concat();
     let seen = scene.answers(0, &answers, 0);
     let answer = framed(b"an answer");
     let behind = ISS.wrapping_add(refusal.len() as u32);
@@ -175,4 +175,22 @@ fn a_connection_counts_the_memory_of_what_its_ends_have_acknowledged() {
     let allocated = scene.streams.flows.iter().next().unwrap().1.allocated();
     assert_eq!(kept, allocated);
     assert!(kept < 20_000, "{kept}");
+}
+
+#[test]
+fn messages_that_are_no_responses_end_a_split_connection() {
+    // Shorter than a DNS header.
+    for message in [b"n".as_slice(), b"no", b"no messages"] {
+        let mut scene = Scene::new();
+        scene.asks(0, &asking("no"));
+        let seen = scene.answers(0, &framed(message).repeat(3), 0);
+        scene.is_reset(&seen);
+        assert_eq!(scene.rules.answers.len(), 1, "no further one is decided");
+    }
+    // As long as a header, and very many.
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("no"));
+    let seen = scene.answers(0, &framed(b"no message at all").repeat(60), 0);
+    scene.is_reset(&seen);
+    assert!(scene.rules.answers.len() < 20);
 }
