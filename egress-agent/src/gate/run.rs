@@ -300,11 +300,7 @@ impl Runner {
                 done,
             } => {
                 let result = match self.pods.get_mut(&pod) {
-                    Some(pod) => pod.move_to(
-                        interfaces,
-                        &mut self.interfaces,
-                        &mut self.shared.frame_sender,
-                    ),
+                    Some(pod) => pod.move_to(interfaces, &mut self.interfaces, &mut self.shared),
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
                 if result.is_ok() {
@@ -395,6 +391,7 @@ impl Runner {
                 &mut self.interfaces,
                 &mut self.shared.frame_sender,
             )?;
+            pod.keep_streams(&mut self.shared);
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.frame_sender)?;

@@ -94,6 +94,11 @@ impl Flow {
         })
     }
 
+    /// The pod's interface that the connection uses.
+    pub(super) fn interface(&self) -> u32 {
+        self.interface
+    }
+
     /// Whether each end has a connection with the agent.
     pub(super) fn is_split(&self) -> bool {
         matches!(self.state, State::Split(_))

@@ -256,6 +256,17 @@ impl Streams {
         }
     }
 
+    /// Forgets the connections on other interfaces than these: the pod no longer has them. The next segment of each
+    /// resets it.
+    pub(super) fn keep_on(&mut self, interfaces: &[u32], budget: &mut Budget) {
+        let elsewhere = |flow: &Flow| !interfaces.contains(&flow.interface());
+        let flows = self.flows.iter().filter(|(_, flow)| elsewhere(flow));
+        let keys: Vec<Key> = flows.map(|(&key, _)| key).collect();
+        for key in keys {
+            self.forget(&key, budget);
+        }
+    }
+
     /// Forgets all connections. The next segment of each resets it.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
         let kept: usize = self.flows.iter().map(|(_, flow)| flow.allocated()).sum();

@@ -469,3 +469,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn connections_on_an_interface_that_the_pod_has_lost_are_forgotten() {
+    // The scene's connection is on interface 0.
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("no"));
+    scene.streams.keep_on(&[7, 0], &mut scene.budget);
+    assert_eq!(scene.streams.flows.len(), 1);
+    scene.streams.keep_on(&[7], &mut scene.budget);
+    assert!(scene.streams.flows.is_empty());
+    assert_eq!(scene.streams.kept.amount(), 0);
+    assert!(scene.ticks(60).is_empty(), "nothing is repeated there");
+}
