@@ -21,9 +21,9 @@ use egress_common::{
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
-        FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN,
-        FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow,
-        FlowKey, Interface, UNJUDGED,
+        FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_ACCEPT_IN, FLOW_SEEN_AGAIN,
+        FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
+        FLOW_SEEN_RST_IN, Flow, FlowKey, Interface, UNJUDGED,
     },
 };
 
@@ -86,6 +86,12 @@ impl Known {
     pub const fn is_established(&self) -> bool {
         self.flow.seen & FLOW_SEEN_AGAIN != 0
     }
+}
+
+/// Whether the other side has accepted the connection of a flow of state [`FLOW_IN`], and so did not open it.
+#[inline(always)]
+pub const fn is_accepted(flow: &Flow) -> bool {
+    flow.seen & FLOW_SEEN_ACCEPT_IN != 0
 }
 
 /// One of the pod's maps of flows.
@@ -275,11 +281,19 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
     };
     // FINs and RSTs are added in place: they come from both sides at the same time, and a lost one would keep
     // the flow for hours.
-    let decides = (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN) != 0
-        || before.policy != next.policy
-        || before.state != next.state
-        || before.handshake != next.handshake;
+    let decides =
+        (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN | FLOW_SEEN_ACCEPT_IN) != 0
+            || before.policy != next.policy
+            || before.state != next.state
+            || before.handshake != next.handshake;
     if decides {
+        let mut next = *next;
+        if let Some(current) = flows.get_ptr(key) {
+            // A SYN-ACK may have come meanwhile: the pod must not lose it by sending at the same time.
+            // SAFETY: the memory stays an entry of this map until the program ends.
+            next.seen |= unsafe { (*current).seen } & FLOW_SEEN_ACCEPT_IN;
+        }
+        let next = &next;
         // The flow may have been removed meanwhile.
         let _ = flows.insert(key, next, EXIST);
     } else if let Some(flow) = flows.get_ptr_mut(key) {

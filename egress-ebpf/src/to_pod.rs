@@ -9,8 +9,8 @@ use egress_common::{
     protocol::{self, bits},
     reason::Reason,
     records::{
-        FLOW_IN, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES, Interface, MODE_AUDIT,
-        MODE_RELEASED, NO_CLASS, RANGE_RESOLVER, Range, TO_POD, UNJUDGED,
+        FLOW_IN, FLOW_SEEN_ACCEPT_IN, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES,
+        Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER, Range, TO_POD, UNJUDGED,
     },
 };
 
@@ -137,7 +137,8 @@ const fn may_belong_to_answer(packet: &Packet) -> bool {
     is_fragment(packet) && (packet.version == 6 || packet.protocol == protocol::UDP)
 }
 
-/// Records the flow that a packet belongs to, or opens, so that the pod may answer it.
+/// Records the flow that a packet belongs to, or opens, so that the pod may answer it. A SYN-ACK of an unknown flow
+/// is recorded so that a later SYN does not open the flow.
 #[inline(always)]
 fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     let now_ns = now_ns();
@@ -150,14 +151,23 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
     }
     let known = flows::find(skb, interface.pod, &key, now_ns);
 
-    let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     let state = known.state();
-    let is_reopened = state == FLOW_IN && packet.opens_tcp() && is_closed(&known.flow);
+    let mut seen = flows::seen(packet.bit, packet.tcp_flags, false);
+    // A host that has opened a connection sends no SYN-ACK. Without this, somebody who forges the segments of both
+    // ends could join a handshake with the pod and one with a server to a connection between the two.
+    let accepts = packet.accepts_tcp();
+    if accepts && (state == 0 || state == FLOW_IN) {
+        seen |= FLOW_SEEN_ACCEPT_IN;
+    }
+    let is_reopened = state == FLOW_IN
+        && packet.opens_tcp()
+        && is_closed(&known.flow)
+        && !flows::is_accepted(&known.flow);
     let is_new = state == 0 || is_reopened;
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if packet.opens_inbound()
+    } else if (packet.opens_inbound() || accepts)
         && !flows::is_called(skb, interface.pod, &key)
         && !forged::may_be(skb, interface.pod, now_ns)
     {

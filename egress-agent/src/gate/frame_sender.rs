@@ -70,6 +70,8 @@ pub(super) struct FrameSender {
 #[derive(Clone, Copy)]
 struct Frame {
     ifindex: u32,
+    /// The pod by whose rules the frame was decided; `None` if it was not decided.
+    pod: Option<u32>,
     mark: u32,
     starts_at: usize,
     ends_at: usize,
@@ -164,22 +166,22 @@ impl FrameSender {
         self.senders.have_lost_one()
     }
 
-    /// Queues a frame for the pod. The caller may change the returned bytes, which will be sent.
-    pub(super) fn deliver(&mut self, ifindex: u32, frame: &[u8]) -> &mut [u8] {
+    /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The caller may change the returned bytes, which will be sent.
+    pub(super) fn deliver(&mut self, (ifindex, pod): (u32, u32), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
-        self.add(ifindex, self.marks.deliver, frame)
+        self.add(ifindex, Some(pod), self.marks.deliver, frame)
     }
 
     /// Queues a frame that `to_pod` turns round, so that it goes on as if the pod had just sent it. The
     /// caller may change the returned bytes, which will be sent.
-    pub(super) fn bounce(&mut self, ifindex: u32, frame: &[u8]) -> &mut [u8] {
+    pub(super) fn bounce(&mut self, (ifindex, pod): (u32, u32), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
-        self.add(ifindex, self.marks.bounce, frame)
+        self.add(ifindex, Some(pod), self.marks.bounce, frame)
     }
 
     /// Queues a frame that the pod sent, so that `from_pod` judges it now as if the pod had just sent it.
     pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
-        self.add(ifindex, self.marks.again, frame);
+        self.add(ifindex, None, self.marks.again, frame);
     }
 
     /// Sends a probe frame at once.
@@ -190,6 +192,7 @@ impl FrameSender {
     pub(super) fn probe(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
         let probe = Frame {
             ifindex,
+            pod: None,
             mark: self.marks.probe,
             starts_at: 0,
             ends_at: frame.len(),
@@ -202,11 +205,12 @@ impl FrameSender {
         self.decided
     }
 
-    fn add(&mut self, ifindex: u32, mark: u32, frame: &[u8]) -> &mut [u8] {
+    fn add(&mut self, ifindex: u32, pod: Option<u32>, mark: u32, frame: &[u8]) -> &mut [u8] {
         let starts_at = self.bytes.len();
         self.bytes.extend_from_slice(frame);
         self.frames.push(Frame {
             ifindex,
+            pod,
             mark,
             starts_at,
             ends_at: self.bytes.len(),
@@ -224,6 +228,9 @@ impl FrameSender {
             return;
         }
         let mut frames = std::mem::take(&mut self.frames);
+        let queued = frames.len();
+        frames.retain(|frame| self.is_of_owner(frame));
+        self.stats.unsent.add((queued - frames.len()) as u64);
         frames.sort_by_key(|frame| frame.ifindex);
         let mut began = Instant::now();
         for frames in frames.chunk_by(|a, b| a.ifindex == b.ifindex) {
@@ -241,6 +248,14 @@ impl FrameSender {
         self.frames = frames;
         self.bytes.clear();
         self.decided = 0;
+    }
+
+    /// Whether the frame was decided for the pod that has the interface. The interface may have become another pod's
+    /// since.
+    fn is_of_owner(&self, frame: &Frame) -> bool {
+        let port = self.ports.get(&frame.ifindex);
+        port.zip(frame.pod)
+            .is_none_or(|(port, pod)| port.pod == pod)
     }
 
     /// Sends the frames of one interface; returns its pod.

@@ -171,6 +171,7 @@ impl Pending {
             self.len -= 1;
             if asked.is_empty() {
                 self.asked.pop(&exchange);
+                self.free_if_empty();
             }
         }
         in_time
@@ -189,6 +190,14 @@ impl Pending {
     fn pop_oldest(&mut self) {
         if let Some((_, asked)) = self.asked.pop_lru() {
             self.len -= asked.len();
+            self.free_if_empty();
+        }
+    }
+
+    /// A cache keeps the memory of the most entries that it ever had.
+    fn free_if_empty(&mut self) {
+        if self.len == 0 && self.room < QUESTIONS {
+            self.asked = LruCache::unbounded();
         }
     }
 }

@@ -58,6 +58,7 @@ impl Shared {
 /// segments have gone on already.
 struct Port<'a> {
     frame_sender: Option<&'a mut FrameSender>,
+    pod: u32,
     ifindex: u32,
 }
 
@@ -67,8 +68,8 @@ impl Out for Port<'_> {
             return;
         };
         match to {
-            To::Pod => frame_sender.deliver(self.ifindex, frame),
-            To::Resolver => frame_sender.bounce(self.ifindex, frame),
+            To::Pod => frame_sender.deliver((self.ifindex, self.pod), frame),
+            To::Resolver => frame_sender.bounce((self.ifindex, self.pod), frame),
         };
     }
 
@@ -154,18 +155,27 @@ impl Pod {
         &mut self,
         to: Vec<u32>,
         interfaces: &mut InterfaceMap,
-        frame_sender: &mut FrameSender,
+        shared: &mut Shared,
     ) -> Result<()> {
         let from = std::mem::replace(&mut self.enforcement.interfaces, to);
         self.enforcement
-            .write_interfaces(interfaces, frame_sender)?;
+            .write_interfaces(interfaces, &mut shared.frame_sender)?;
+        self.keep_streams(shared);
         for ifindex in from {
             if !self.enforcement.interfaces.contains(&ifindex) {
-                frame_sender.detach(ifindex, self.enforcement.entry.pod);
+                shared
+                    .frame_sender
+                    .detach(ifindex, self.enforcement.entry.pod);
                 interfaces.remove(ifindex, self.enforcement.entry.pod)?;
             }
         }
         Ok(())
+    }
+
+    /// Ends the connections on interfaces that the pod no longer has: another pod may have them by now.
+    pub(super) fn keep_streams(&mut self, shared: &mut Shared) {
+        let interfaces = &self.enforcement.interfaces;
+        self.streams.keep_on(interfaces, &mut shared.streams);
     }
 
     /// Removes the interfaces' entries. Returns also how many messages were in the pod's backlog.
@@ -330,7 +340,9 @@ impl Pod {
         judge.ask(&question, packet, pending);
         if held.head.taken != 0 {
             complete_udp(
-                shared.frame_sender.bounce(held.head.ifindex, held.frame),
+                shared
+                    .frame_sender
+                    .bounce((held.head.ifindex, held.head.pod), held.frame),
                 packet,
             );
         }
@@ -354,7 +366,9 @@ impl Pod {
         let (mut judge, pending) = self.judge(shared, held.head.time_ns);
         if judge.answer(message, packet, pending) && held.head.taken != 0 {
             complete_udp(
-                shared.frame_sender.deliver(held.head.ifindex, held.frame),
+                shared
+                    .frame_sender
+                    .deliver((held.head.ifindex, held.head.pod), held.frame),
                 packet,
             );
         }
@@ -386,6 +400,7 @@ impl Pod {
         run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
     ) {
         let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
+        let pod = self.enforcement.entry.pod;
         let Self {
             enforcement,
             learned,
@@ -394,6 +409,7 @@ impl Pod {
         let mut judge = Judge::new(enforcement, learned, &shared.context, now_ns);
         let mut port = Port {
             frame_sender: (is_taken && !is_audit).then_some(&mut shared.frame_sender),
+            pod,
             ifindex,
         };
         let mut step = Step {
@@ -409,6 +425,20 @@ impl Pod {
         self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
             streams.end_split(step, budget);
         });
+    }
+
+    /// Whether connections with resolvers must repeat bytes in the pod's turn.
+    pub(super) fn has_repetitions(&self) -> bool {
+        self.streams.has_due()
+    }
+
+    /// Repeats the bytes of one connection with a resolver.
+    fn repeat_next(&mut self, shared: &mut Shared) {
+        if self.streams.has_due() {
+            self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
+                streams.repeat_next(step, budget);
+            });
+        }
     }
 
     /// Runs the timers of the connections with resolvers.
@@ -465,14 +495,18 @@ fn refuse_question(
     let Some(frame) = reply::udp(held.frame, packet, &refuse(question, how)) else {
         return;
     };
-    shared.frame_sender.deliver(held.head.ifindex, &frame);
+    shared
+        .frame_sender
+        .deliver((held.head.ifindex, held.head.pod), &frame);
 }
 
 fn reject(held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
     let Some(frame) = reply::rejection(held.frame, packet) else {
         return;
     };
-    shared.frame_sender.deliver(held.head.ifindex, &frame);
+    shared
+        .frame_sender
+        .deliver((held.head.ifindex, held.head.pod), &frame);
 }
 
 /// The payload of a UDP datagram, by its own length field.

@@ -130,7 +130,7 @@ impl Runner {
                     return;
                 }
             }
-            if decided > 0 {
+            if decided > 0 || !self.turns.is_empty() {
                 awake_until = now + STAY_AWAKE;
             } else if now < awake_until {
                 std::thread::yield_now();
@@ -199,7 +199,9 @@ impl Runner {
     fn work_on_backlogs(&mut self) -> usize {
         let began_ns = self.turns.now_ns();
         let mut decided = 0;
+        // A turn may queue many frames, and sending them takes longer than queueing them.
         while decided < BATCH
+            && self.shared.frame_sender.frames() < BATCH
             && let Some(pod) = self.turns.next(&mut self.pods)
         {
             let is_last = pod.process_oldest(&self.interfaces, &mut self.shared, &mut self.waiting);
@@ -266,9 +268,12 @@ impl Runner {
         }
         self.drop_quarantined(|quarantine| quarantine.overdue(now_ns));
         self.turns.begin();
-        for pod in self.pods.values_mut() {
+        for (&id, pod) in &mut self.pods {
             pod.tick(&mut self.shared, now_ns);
             pod.spend(&mut self.turns);
+            if pod.has_repetitions() {
+                self.turns.add(id);
+            }
         }
         self.shared.frame_sender.tick(now_ns);
         let addresses = self.pods.values().map(Pod::addresses).sum();
@@ -295,11 +300,7 @@ impl Runner {
                 done,
             } => {
                 let result = match self.pods.get_mut(&pod) {
-                    Some(pod) => pod.move_to(
-                        interfaces,
-                        &mut self.interfaces,
-                        &mut self.shared.frame_sender,
-                    ),
+                    Some(pod) => pod.move_to(interfaces, &mut self.interfaces, &mut self.shared),
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
                 if result.is_ok() {
@@ -390,6 +391,7 @@ impl Runner {
                 &mut self.interfaces,
                 &mut self.shared.frame_sender,
             )?;
+            pod.keep_streams(&mut self.shared);
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.frame_sender)?;

@@ -40,7 +40,12 @@ impl Turns {
         self.now_ns.saturating_sub(before)
     }
 
-    /// Adds a pod whose backlog waits now.
+    /// Whether no pod waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pods.is_empty()
+    }
+
+    /// Adds a pod whose backlog, or whose repetitions, wait now.
     pub(super) fn add(&mut self, pod: u32) {
         if !self.pods.contains(&pod) {
             self.pods.push(pod);

@@ -84,6 +84,12 @@ impl Packet {
         self.protocol == protocol::TCP && self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
+    /// Whether this is a TCP packet that accepts a connection: a SYN-ACK.
+    #[inline(always)]
+    pub const fn accepts_tcp(&self) -> bool {
+        self.protocol == protocol::TCP && self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN | TCP_ACK
+    }
+
     /// Whether this packet passes if its flow is known. An opening packet, and a message that belongs to no
     /// flow, need the rules.
     #[inline(always)]

@@ -90,3 +90,6 @@ pub const FLOW_SEEN_IN: u8 = 1 << 4;
 pub const FLOW_SEEN_AGAIN: u8 = 1 << 5;
 /// The TCP RST came from the other side, and no later packet of the pod has contradicted it.
 pub const FLOW_SEEN_RST_IN: u8 = 1 << 6;
+/// In a flow of state [`FLOW_IN`]: the other side sent a TCP SYN-ACK, which only the side sends that is called. So it
+/// did not open the connection, and the rules judge what the pod sends on it.
+pub const FLOW_SEEN_ACCEPT_IN: u8 = 1 << 7;

@@ -5,6 +5,7 @@ mod existing;
 mod flow_limits;
 mod forged_inbound;
 mod inbound;
+mod joined_handshakes;
 mod later_interface;
 mod pod_sockets;
 mod trusted;

@@ -152,7 +152,6 @@ fn only_packets_that_can_open_a_connection_open_a_flow() {
     let (by, to) = (programs.by(server(9)), programs.to(server(9)));
     let nothing = [
         by.tcp(5000, 8080, flag::ACK),
-        by.tcp(5000, 8080, flag::SYN | flag::ACK),
         by.tcp(5000, 8080, flag::RST),
         by.tcp(5000, 8080, 0),
         by.echo_reply(5000),
@@ -166,6 +165,9 @@ fn only_packets_that_can_open_a_connection_open_a_flow() {
     programs.stays(&to.tcp(8080, 5000, flag::ACK), Reason::NoRule);
     programs.stays(&to.echo_reply(5000), Reason::NoRule);
     programs.stays(&to.frame(protocol::GRE, &[0; 32]), Reason::NoRule);
+    // A SYN-ACK is recorded, and opens nothing either.
+    programs.arrives(&by.tcp(5000, 8080, flag::SYN | flag::ACK));
+    programs.stays(&to.tcp(8080, 5000, flag::ACK), Reason::NoRule);
 }
 
 #[test]

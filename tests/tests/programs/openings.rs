@@ -119,6 +119,61 @@ fn a_syn_lets_no_data_out_before_the_handshake_is_complete() {
 }
 
 #[test]
+fn a_peer_that_accepts_a_connection_has_not_opened_it() {
+    let mut programs = Programs::new();
+    let syn_ack = flag::SYN | flag::ACK;
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        let accepts = by.tcp_segment(CALL, syn_ack, (PEER + 7, OWN + 1), b"");
+        let data = to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, PEER + 8), b"secret");
+        accept(&mut programs, peer, CALL.0);
+        programs.leaves(&data);
+        programs.arrives(&accepts);
+        programs.stays(&data, Reason::NoRule);
+        // Neither a close nor another handshake makes the peer the opener.
+        programs.arrives(&by.tcp_segment(CALL, flag::RST, (PEER + 1, 0), b""));
+        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
+        programs.stays(
+            &to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b""),
+            Reason::NoRule,
+        );
+        programs.stays(&data, Reason::NoRule);
+        // Its other connections go on.
+        accept(&mut programs, peer, CALL.0 + 1);
+    }
+}
+
+#[test]
+fn a_peer_that_has_accepted_a_connection_does_not_open_it_later() {
+    let mut programs = Programs::new();
+    let syn_ack = flag::SYN | flag::ACK;
+    for peer in [server(9), server6(9)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        programs.arrives(&by.tcp_segment(CALL, syn_ack, (PEER, OWN + 1), b""));
+        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        let answer = to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b"");
+        programs.stays(&answer, Reason::NoRule);
+        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
+        let data = to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, PEER + 1), b"secret");
+        programs.stays(&data, Reason::NoRule);
+    }
+}
+
+#[test]
+fn a_connection_that_was_accepted_before_its_flow_is_known_becomes_one_of_the_pod() {
+    let mut programs = Programs::new();
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.arrives(&by.tcp(PORT, 7, flag::SYN | flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.arrives(&by.tcp(PORT, 7, flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    assert_eq!(states(&programs), [(FLOW_OUT, true)]);
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+}
+
+#[test]
 fn a_closed_port_may_answer_with_a_reset() {
     let mut programs = Programs::new();
     let (by, to) = (programs.by(server(9)), programs.to(server(9)));

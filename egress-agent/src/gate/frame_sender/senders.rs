@@ -195,6 +195,7 @@ impl Shared {
 fn send_one(ready: &Ready, ifindex: u32) -> std::io::Result<()> {
     let frame = Frame {
         ifindex,
+        pod: None,
         mark: ready.mark,
         starts_at: 0,
         ends_at: ready.bytes.len(),

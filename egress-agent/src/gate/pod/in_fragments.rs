@@ -46,8 +46,11 @@ impl Pod {
             Answer::Yes(message) => judge.answer(message, &whole.packet, &mut self.pending),
         };
         if may_pass {
+            let pod = enforcement.entry.pod;
             for piece in whole.pieces.iter().filter(|piece| piece.is_taken) {
-                shared.frame_sender.deliver(piece.ifindex, &piece.frame);
+                shared
+                    .frame_sender
+                    .deliver((piece.ifindex, pod), &piece.frame);
             }
         }
     }

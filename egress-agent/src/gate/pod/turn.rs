@@ -68,7 +68,8 @@ impl Pod {
         false
     }
 
-    /// Decides the oldest message of the backlog; returns whether the backlog is empty then.
+    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver. Returns
+    /// whether nothing is left to do.
     pub(in super::super) fn process_oldest(
         &mut self,
         interfaces: &InterfaceMap,
@@ -78,7 +79,8 @@ impl Pod {
         if let Some(waiting) = self.backlog.pop(&mut shared.backlog) {
             self.process(&waiting.held(), interfaces, shared, sent);
         }
-        self.backlog.is_empty()
+        self.repeat_next(shared);
+        self.backlog.is_empty() && !self.has_repetitions()
     }
 
     /// Decides a message. The frames to be sent wait in the frame sender.

@@ -2,8 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::memory;
+
 /// Most pieces that are kept behind gaps. 64 KiB of data has fewer segments.
 const PIECES: usize = 128;
+/// The memory that a piece takes besides its bytes.
+const PIECE_BYTES: usize = 64;
 
 /// The length of a message's prefix (RFC 7766, section 8).
 pub(super) const PREFIX: usize = 2;
@@ -85,6 +89,11 @@ impl StreamBuffer {
         self.bytes.len() + self.ahead_bytes
     }
 
+    /// The memory that they take.
+    pub(super) fn allocated(&self) -> usize {
+        self.bytes.capacity() + self.ahead_bytes + self.ahead.len() * PIECE_BYTES
+    }
+
     /// The free room behind `next` in bytes.
     pub(super) fn room(&self) -> usize {
         self.limit.saturating_sub(self.bytes.len())
@@ -164,7 +173,7 @@ impl StreamBuffer {
             let (_, piece) = self.ahead.pop_last().ok_or(Refused::Beyond)?;
             self.ahead_bytes -= piece.len();
         }
-        self.bytes.extend_from_slice(new);
+        memory::append(&mut self.bytes, new);
         Ok(())
     }
 
@@ -281,12 +290,8 @@ impl StreamBuffer {
         if known == 0 {
             return;
         }
-        self.bytes.drain(..known.min(self.bytes.len()));
+        memory::remove_front(&mut self.bytes, known);
         self.base = keep;
-        if self.bytes.is_empty() {
-            // Frees the memory of an idle connection.
-            self.bytes = Vec::new();
-        }
     }
 
     /// Marks all bytes so far as put back and acknowledged: a split connection forwards them itself.

@@ -151,3 +151,19 @@ fn out_of_order_data_is_dropped_for_data_in_order() {
     buffer.insert(0, &[1; 500]).unwrap();
     assert_eq!((buffer.next(), buffer.kept()), (950, 950));
 }
+
+#[test]
+fn an_acknowledged_byte_keeps_no_memory() {
+    let mut buffer = StreamBuffer::new(0, LIMIT);
+    for part in 0..60 {
+        buffer.insert(part * 1000, &[0; 1000]).unwrap();
+    }
+    assert!(buffer.allocated() >= 60_000);
+    while buffer.message().is_some() {
+        buffer.take_message();
+    }
+    (buffer.allowed, buffer.sent) = (buffer.next(), buffer.next());
+    assert!(buffer.acknowledge(59_999));
+    assert_eq!(buffer.kept(), 1);
+    assert!(buffer.bytes.capacity() < 8 << 10);
+}

@@ -44,3 +44,12 @@ pub(super) enum Next {
     Keep,
     Forget,
 }
+
+/// What a connection needs at a tick.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Timer {
+    Nothing,
+    /// It must repeat bytes, or end.
+    Repeat,
+    Forget,
+}

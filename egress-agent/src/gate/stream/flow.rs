@@ -12,7 +12,7 @@ use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use super::{
     super::pending::Pending,
     buffer::{Refused, StreamBuffer},
-    decide::{Asked, Decide, Next, Step},
+    decide::{Asked, Decide, Next, Step, Timer},
     frames::{Ends, Out, Own, To, put_bare},
     put_allowed::{Put, put_allowed},
     segment::{Segment, URG},
@@ -94,6 +94,11 @@ impl Flow {
         })
     }
 
+    /// The pod's interface that the connection uses.
+    pub(super) fn interface(&self) -> u32 {
+        self.interface
+    }
+
     /// Whether each end has a connection with the agent.
     pub(super) fn is_split(&self) -> bool {
         matches!(self.state, State::Split(_))
@@ -105,12 +110,13 @@ impl Flow {
     }
 
     /// The memory of the connection that grows with its traffic.
-    pub(super) fn kept(&self) -> usize {
+    pub(super) fn allocated(&self) -> usize {
         let more = match &self.state {
-            State::Split(split) => split.kept(),
+            State::Split(split) => split.allocated(),
             State::Opening | State::Open => 0,
         };
-        self.asked.kept() + self.answered.kept() + self.pending.len() * OPEN_QUESTION_BYTES + more
+        let open_questions = self.pending.len() * OPEN_QUESTION_BYTES;
+        self.asked.allocated() + self.answered.allocated() + open_questions + more
     }
 
     /// The largest payload that both ends accept, in a segment with the options of this one.
@@ -446,18 +452,41 @@ impl Flow {
         next
     }
 
-    /// The periodic work.
-    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
+    /// The periodic work, without what sends frames.
+    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &Step<'_, D, O>) -> Timer {
         if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
-            return Next::Forget;
+            return Timer::Forget;
         }
-        step.out.select_interface(self.interface);
         self.pending.sweep(step.now_ns);
-        if let Some(next) = self.with_split(|split, flow| split.tick(flow, step)) {
+        let must_repeat = match &self.state {
+            State::Split(split) => {
+                split.is_due(step.now_ns)
+                    || !step.decide.is_resolver(&self.ends.packet(To::Resolver))
+            }
+            State::Opening | State::Open => self.owed(step.now_ns).is_some(),
+        };
+        if must_repeat {
+            Timer::Repeat
+        } else if self.keep_or_forget() == Next::Forget {
+            Timer::Forget
+        } else {
+            Timer::Nothing
+        }
+    }
+
+    /// The position up to which the gate must repeat queries itself now.
+    fn owed(&self, now_ns: u64) -> Option<u64> {
+        let owed = self.own_ack.min(self.asked.sent);
+        (owed > self.asked.acked && now_ns >= self.resend_at_ns).then_some(owed)
+    }
+
+    /// Repeats what is not acknowledged in time: at most 16 KiB.
+    pub(super) fn repeat<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
+        step.out.select_interface(self.interface);
+        if let Some(next) = self.with_split(|split, flow| split.repeat(flow, step)) {
             return next;
         }
-        let owed = self.own_ack.min(self.asked.sent);
-        if owed > self.asked.acked && step.now_ns >= self.resend_at_ns {
+        if let Some(owed) = self.owed(step.now_ns) {
             if self.resends == RESENDS {
                 return self.lose(
                     &self.ends.packet(To::Resolver),

@@ -280,7 +280,10 @@ impl Scene {
             decide: &mut self.decisions,
             out: &mut self.line,
         };
-        self.streams.tick(&mut step, &mut self.budget);
+        self.streams.tick(&step, &mut self.budget);
+        while self.streams.has_due() {
+            self.streams.repeat_next(&mut step, &mut self.budget);
+        }
         self.check_invariants();
     }
 
@@ -296,7 +299,12 @@ impl Scene {
             Ok(()),
             "the pod reads what was not decided"
         );
-        let kept: usize = self.streams.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        let kept: usize = self
+            .streams
+            .flows
+            .iter()
+            .map(|(_, flow)| flow.allocated())
+            .sum();
         assert_eq!(self.streams.kept.amount(), kept);
         assert!(kept <= KEPT && self.streams.flows.len() <= FLOWS);
     }

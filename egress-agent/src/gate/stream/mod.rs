@@ -24,11 +24,14 @@ mod flow;
 mod frames;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
+mod memory;
 mod put_allowed;
 mod segment;
 mod sender;
 mod side;
 mod split;
+
+use std::collections::VecDeque;
 
 use egress_common::{
     address::Address,
@@ -36,8 +39,8 @@ use egress_common::{
 };
 use lru::LruCache;
 
-use decide::Next;
 pub(super) use decide::{Asked, Decide, Step};
+use decide::{Next, Timer};
 use flow::Flow;
 pub(super) use frames::{Out, To};
 use frames::{put_bare, reset_unknown, with_known_options};
@@ -74,6 +77,9 @@ struct Key {
 /// The connections of one pod.
 pub(super) struct Streams {
     flows: LruCache<Key, Flow>,
+    /// Connections that must repeat bytes. Repetitions are sent in the pod's turns, so that those of many connections
+    /// do not keep the gate from other pods.
+    due: VecDeque<Key>,
     kept: Kept,
     /// The number of segments that were dropped since the last [`Streams::take_damaged`].
     damaged: u64,
@@ -84,6 +90,7 @@ impl Streams {
         Self {
             // Unbounded, because the bounded cache allocates all of its memory at once.
             flows: LruCache::unbounded(),
+            due: VecDeque::new(),
             kept: Kept::default(),
             damaged: 0,
         }
@@ -131,12 +138,12 @@ impl Streams {
             reset_unknown_connection(&segment, to, step);
             return;
         };
-        let before = flow.kept();
+        let before = flow.allocated();
         let mut next = match to {
             To::Resolver => flow.pod_sent(&segment, step),
             To::Pod => flow.resolver_sent(&segment, step),
         };
-        let after = flow.kept();
+        let after = flow.allocated();
         budget.add(&mut self.kept, after);
         budget.take_back(&mut self.kept, before);
         if next == Next::Keep && after > before && budget.is_over(&self.kept) {
@@ -171,7 +178,7 @@ impl Streams {
             self.forget(&oldest, budget);
         }
         if let Some(flow) = Flow::new(segment, step.out.interface(), step.now_ns) {
-            budget.add(&mut self.kept, flow.kept());
+            budget.add(&mut self.kept, flow.allocated());
             self.flows.put(key, flow);
         }
     }
@@ -184,26 +191,54 @@ impl Streams {
 
     fn forget(&mut self, key: &Key, budget: &mut Budget) {
         if let Some(flow) = self.flows.pop(key) {
-            budget.take_back(&mut self.kept, flow.kept());
+            budget.take_back(&mut self.kept, flow.allocated());
         }
     }
 
-    /// The periodic work.
-    pub(super) fn tick<D: Decide, O: Out>(
+    /// The periodic work. It finds the connections that must repeat bytes and sends nothing:
+    /// [`Self::repeat_next`] does.
+    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &Step<'_, D, O>, budget: &mut Budget) {
+        let mut ended = Vec::new();
+        // Those of an earlier tick come first.
+        let is_behind = !self.due.is_empty();
+        for (&key, flow) in &mut self.flows {
+            let before = flow.allocated();
+            match flow.tick(step) {
+                Timer::Nothing => {}
+                Timer::Repeat if is_behind => {}
+                Timer::Repeat => self.due.push_back(key),
+                Timer::Forget => ended.push(key),
+            }
+            budget.add(&mut self.kept, flow.allocated());
+            budget.take_back(&mut self.kept, before);
+        }
+        for key in ended {
+            self.forget(&key, budget);
+        }
+    }
+
+    /// Whether connections must repeat bytes.
+    pub(super) fn has_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// Repeats the bytes of one connection.
+    pub(super) fn repeat_next<D: Decide, O: Out>(
         &mut self,
         step: &mut Step<'_, D, O>,
         budget: &mut Budget,
     ) {
-        let mut ended = Vec::new();
-        for (&key, flow) in &mut self.flows {
-            let before = flow.kept();
-            if flow.tick(step) == Next::Forget {
-                ended.push(key);
-            }
-            budget.add(&mut self.kept, flow.kept());
-            budget.take_back(&mut self.kept, before);
-        }
-        for key in ended {
+        let Some(key) = self.due.pop_front() else {
+            return;
+        };
+        let Some(flow) = self.flows.peek_mut(&key) else {
+            return;
+        };
+        let before = flow.allocated();
+        let next = flow.repeat(step);
+        budget.add(&mut self.kept, flow.allocated());
+        budget.take_back(&mut self.kept, before);
+        if next == Next::Forget {
             self.forget(&key, budget);
         }
     }
@@ -221,11 +256,23 @@ impl Streams {
         }
     }
 
+    /// Forgets the connections on other interfaces than these: the pod no longer has them. The next segment of each
+    /// resets it.
+    pub(super) fn keep_on(&mut self, interfaces: &[u32], budget: &mut Budget) {
+        let elsewhere = |flow: &Flow| !interfaces.contains(&flow.interface());
+        let flows = self.flows.iter().filter(|(_, flow)| elsewhere(flow));
+        let keys: Vec<Key> = flows.map(|(&key, _)| key).collect();
+        for key in keys {
+            self.forget(&key, budget);
+        }
+    }
+
     /// Forgets all connections. The next segment of each resets it.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
-        let kept: usize = self.flows.iter().map(|(_, flow)| flow.kept()).sum();
+        let kept: usize = self.flows.iter().map(|(_, flow)| flow.allocated()).sum();
         budget.take_back(&mut self.kept, kept);
         self.flows.clear();
+        self.due.clear();
     }
 }
 

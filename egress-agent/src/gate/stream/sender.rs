@@ -1,6 +1,8 @@
 //! A stream that the gate sends itself. It keeps the bytes that the receiver has not acknowledged, and
 //! resends them after a timeout.
 
+use super::memory;
+
 /// Most bytes in flight, whatever the receiver's window.
 const BURST: usize = 64 << 10;
 /// Most bytes that are resent at once after a timeout. The limit grows with their acknowledgments (RFC 5681,
@@ -78,6 +80,11 @@ impl Sender {
         self.bytes.len()
     }
 
+    /// The memory that the bytes take.
+    pub(super) fn allocated(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// The sequence number after the last one that was sent.
     pub(super) fn next_seq(&self) -> u32 {
         self.seq(self.most_sent)
@@ -113,7 +120,7 @@ impl Sender {
     /// Adds bytes, unless the stream is closing.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         if !self.is_closing {
-            self.bytes.extend_from_slice(bytes);
+            memory::append(&mut self.bytes, bytes);
         }
     }
 
@@ -141,11 +148,7 @@ impl Sender {
             return true;
         }
         self.is_over |= count > self.bytes.len();
-        self.bytes.drain(..count.min(self.bytes.len()));
-        if self.bytes.is_empty() {
-            // Frees the memory of an idle connection.
-            self.bytes = Vec::new();
-        }
+        memory::remove_front(&mut self.bytes, count);
         self.first = ack;
         self.sent = self.sent.saturating_sub(count);
         self.most_sent -= count;
@@ -188,9 +191,14 @@ impl Sender {
         self.first.wrapping_sub(1)
     }
 
+    /// Whether [`Self::tick`] has something to do.
+    pub(super) fn is_due(&self, now_ns: u64) -> bool {
+        self.owed() > 0 && self.resend_at_ns.is_none_or(|at| now_ns >= at)
+    }
+
     /// The periodic work.
     pub(super) fn tick(&mut self, now_ns: u64) -> Due {
-        if self.owed() == 0 || self.resend_at_ns.is_some_and(|at| now_ns < at) {
+        if !self.is_due(now_ns) {
             return Due::Nothing;
         }
         if self.resends == RESENDS {

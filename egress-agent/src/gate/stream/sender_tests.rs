@@ -118,3 +118,11 @@ proptest! {
         prop_assert!(ended && sender.is_over());
     }
 }
+
+#[test]
+fn an_acknowledged_byte_keeps_no_memory() {
+    let mut sender = Sender::new(100, vec![7; 60_000], 60_000, WINDOW);
+    assert!(sender.acknowledge(100 + 59_999, 0));
+    assert_eq!(sender.kept(), 1);
+    assert!(sender.bytes.capacity() < 8 << 10);
+}

@@ -85,7 +85,7 @@ fn an_undelivered_response_is_left_out_of_a_split_connection() {
     let mut scene = Scene::new();
     scene.asks(0, &asking("no"));
     let refusal = framed(b"refused");
-    let answers = [framed(b"no answer"), framed(b"an answer")].concat();
+    let answers = [framed(b"no answer at all"), framed(b"an answer")].concat();
     let seen = scene.answers(0, &answers, 0);
     let answer = framed(b"an answer");
     let behind = ISS.wrapping_add(refusal.len() as u32);
@@ -143,4 +143,54 @@ fn the_connection_is_reset_if_nobody_acknowledges_a_refusal() {
         }
     }
     scene.is_reset(&last);
+}
+
+#[test]
+fn a_connection_counts_the_memory_of_what_its_ends_have_acknowledged() {
+    let mut scene = Scene::new();
+    let (refused, allowed) = (asking("no"), asking("ask"));
+    scene.asks(0, &refused);
+    scene.asks(refused.len(), &allowed);
+    let answer = framed(&vec![b'a'; 60_000]);
+    let mut seen = Vec::new();
+    for (at, part) in answer.chunks(1000).enumerate() {
+        seen.extend(scene.answers(at * 1000, part, allowed.len()));
+    }
+    assert!(scene.streams.kept.amount() > 60_000);
+    // The pod acknowledges what the agent sends, except for the last byte.
+    let asked = refused.len() + allowed.len();
+    let len = framed(b"refused").len() + answer.len();
+    let mut read = 0;
+    while read + 1 < len {
+        let parts = seen.iter().filter(|(to, ..)| *to == To::Pod);
+        let ends = parts.map(|(_, _, seq, _, payload)| {
+            seq.wrapping_sub(place(ISS, 0)) as usize + payload.len()
+        });
+        let end = ends.max().expect("the agent sends on");
+        read = end.min(len - 1);
+        let ack = place(ISS, read);
+        seen = scene.step(To::Resolver, TCP_ACK, place(ISN, asked), ack, b"");
+    }
+    let kept = scene.streams.kept.amount();
+    let allocated = scene.streams.flows.iter().next().unwrap().1.allocated();
+    assert_eq!(kept, allocated);
+    assert!(kept < 20_000, "{kept}");
+}
+
+#[test]
+fn messages_that_are_no_responses_end_a_split_connection() {
+    // Shorter than a DNS header.
+    for message in [b"n".as_slice(), b"no", b"no messages"] {
+        let mut scene = Scene::new();
+        scene.asks(0, &asking("no"));
+        let seen = scene.answers(0, &framed(message).repeat(3), 0);
+        scene.is_reset(&seen);
+        assert_eq!(scene.rules.answers.len(), 1, "no further one is decided");
+    }
+    // As long as a header, and very many.
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("no"));
+    let seen = scene.answers(0, &framed(b"no message at all").repeat(60), 0);
+    scene.is_reset(&seen);
+    assert!(scene.rules.answers.len() < 20);
 }

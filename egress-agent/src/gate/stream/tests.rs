@@ -170,7 +170,11 @@ impl Scene {
             out: &mut self.line,
             now_ns: self.now_ns,
         };
-        self.streams.tick(&mut step, &mut self.budget);
+        self.streams.tick(&step, &mut self.budget);
+        assert!(step.out.0.is_empty(), "a tick sends nothing itself");
+        while self.streams.has_due() {
+            self.streams.repeat_next(&mut step, &mut self.budget);
+        }
         std::mem::take(&mut self.line.0)
     }
 
@@ -464,4 +468,17 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn connections_on_an_interface_that_the_pod_has_lost_are_forgotten() {
+    // The scene's connection is on interface 0.
+    let mut scene = Scene::new();
+    scene.asks(0, &asking("no"));
+    scene.streams.keep_on(&[7, 0], &mut scene.budget);
+    assert_eq!(scene.streams.flows.len(), 1);
+    scene.streams.keep_on(&[7], &mut scene.budget);
+    assert!(scene.streams.flows.is_empty());
+    assert_eq!(scene.streams.kept.amount(), 0);
+    assert!(scene.ticks(60).is_empty(), "nothing is repeated there");
 }
