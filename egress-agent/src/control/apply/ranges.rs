@@ -49,11 +49,8 @@ impl Applier {
         if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
-        // Tunnels are closed before an address becomes internal. A list that is written in part closes too much, never
-        // too little.
-        self.datapath.set_tunnels(&tunnels)?;
         // New entries are written before old ones are removed, so for a moment the map needs room for both.
-        if let Err(error) = self.datapath.set_ranges(&ranges) {
+        if let Err(error) = self.datapath.put_in_force(&tunnels, &ranges) {
             self.datapath
                 .set_ranges(&before)
                 .and_then(|()| self.datapath.set_tunnels(&tunnels_before))

@@ -174,8 +174,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     let facts = snapshots.current().facts.clone();
     let settings = Settings::new(configured.clone(), facts);
-    datapath.set_tunnels(&settings.config.tunnels())?;
-    datapath.set_ranges(&settings.config.ranges())?;
+    datapath.put_in_force(&settings.config.tunnels(), &settings.config.ranges())?;
     take_over_interfaces(&mut datapath, &left)?;
 
     let listener = cluster
