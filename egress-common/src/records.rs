@@ -98,7 +98,7 @@ pub struct Policy {
     pub names: u64,
     /// Fingerprint of the ranges and tunnels under which the policy's flows were judged, without resolvers.
     /// The kernel does not read it. A restarted agent adopts the policy, and with it the flows, only if its
-    /// own ranges have the same fingerprint.
+    /// own ranges have the same fingerprint. Zero, which no ranges have, if some may have been judged under others.
     pub ranges: u64,
     /// SHA-256 of the annotations from which the policy was compiled; zero if there were none. The kernel
     /// does not read it. A restarted agent trusts saved annotations only if they have this digest.

@@ -20,12 +20,14 @@
 //! | [`start`], [`stop`] | what comes before the first reconcile, and after the last |
 //! | [`wake`] | what leads to a reconcile before its second has passed |
 //! | [`settings`], [`reload`] | what the operator and the cluster say, and taking on other settings |
+//! | [`inherited`] | ranges and resolvers that stay in force until the cluster has said everything |
 //! | [`state_dir`] | files that one agent leaves to the next |
 //!
 //! Events are hints: losing one delays a change until the next second.
 
 mod apply;
 mod digest;
+mod inherited;
 mod observe;
 mod plan;
 mod publish;

@@ -25,7 +25,7 @@ impl Reconciler {
     /// and is planned again in the next reconcile.
     pub(super) async fn reconcile(&mut self, source: &Snapshot) {
         let began = Instant::now();
-        self.learn_facts(&source.facts).await;
+        self.learn_facts(source).await;
 
         // Observe.
         let Self {

@@ -6,21 +6,30 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{
     apply::ranges::{listed, together},
+    inherited::Inherited,
     reconcile::Reconciler,
 };
-use crate::{config::Config, pods::Facts};
+use crate::{
+    config::Config,
+    pods::{Facts, Knowledge, Snapshot},
+};
 
 impl Reconciler {
     /// Takes on what the cluster says of itself. What cannot be taken on is logged, and tried again when the
     /// cluster says something else.
-    pub(super) async fn learn_facts(&mut self, facts: &Facts) {
-        let settings = &mut self.settings;
-        if *facts == settings.facts {
+    pub(super) async fn learn_facts(&mut self, source: &Snapshot) {
+        let (settings, facts) = (&mut self.settings, &source.facts);
+        let is_known = source.knowledge != Knowledge::Partial;
+        let ends_inheritance = is_known && !settings.inherited.is_empty();
+        if *facts == settings.facts && !ends_inheritance {
             return;
         }
-        let next = together(&settings.configured, facts);
         // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
+        if is_known {
+            settings.inherited = Inherited::default();
+        }
+        let next = together(&settings.configured, facts, &settings.inherited);
         match self.applier.take_on(settings, next).await {
             Ok(()) => tracing::info!(
                 resolvers = %listed(&settings.config.dns.resolvers),
@@ -63,7 +72,7 @@ impl Reconciler {
                 file.display()
             );
         }
-        let next = together(&configured, &settings.facts);
+        let next = together(&configured, &settings.facts, &settings.inherited);
         let policies = next.policy_settings();
         self.applier.take_on(settings, next).await?;
         self.observer.policies.change(policies);

@@ -1,6 +1,6 @@
-//! What the operator and the cluster say, and both together.
+//! What the operator and the cluster say, and all together.
 
-use super::{apply::ranges, plan::wanted::RangesVersion};
+use super::{apply::ranges, inherited::Inherited, plan::wanted::RangesVersion};
 use crate::{config::Config, pods::Facts};
 
 /// The settings that are in force.
@@ -9,7 +9,9 @@ pub(super) struct Settings {
     pub(super) configured: Config,
     /// What the cluster said last.
     pub(super) facts: Facts,
-    /// Both together, as the kernel and the gate have them.
+    /// What an earlier agent left in force, until the cluster has said everything.
+    pub(super) inherited: Inherited,
+    /// All together, as the kernel and the gate have them.
     pub(super) config: Config,
     /// The ranges that are in force.
     pub(super) ranges: RangesVersion,
@@ -17,12 +19,13 @@ pub(super) struct Settings {
 
 impl Settings {
     /// The settings that the agent starts with.
-    pub(super) fn new(configured: Config, facts: Facts) -> Self {
-        let config = ranges::together(&configured, &facts);
+    pub(super) fn new(configured: Config, facts: Facts, inherited: Inherited) -> Self {
+        let config = ranges::together(&configured, &facts, &inherited);
         Self {
             ranges: RangesVersion::first(&config),
             configured,
             facts,
+            inherited,
             config,
         }
     }

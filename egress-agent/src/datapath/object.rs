@@ -67,9 +67,9 @@ pub struct Datapath {
     pub(super) meters: HashMap<MapData, u32, Meter>,
     pub(super) forged: HashMap<MapData, u32, Forged>,
     pub(super) identities: HashMap<MapData, u32, Identity>,
-    ranges: LpmTrie<MapData, Address, Range>,
+    pub(super) ranges: LpmTrie<MapData, Address, Range>,
     dns_ports: Array<MapData, DnsPorts>,
-    tunnels: HashMap<MapData, TunnelKey, Tunnel>,
+    pub(super) tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
     /// The directory of pins from which the maps were opened.
     pub(super) root: DirectoryId,

@@ -24,7 +24,7 @@ mod yaml_hint;
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_files};
 pub use name::NamespacedName;
-pub use snapshot::{Facts, Pod, Problem, Snapshot};
+pub use snapshot::{Facts, Knowledge, Pod, Problem, Snapshot};
 
 /// Prefix of the agent's annotations; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";

@@ -88,7 +88,24 @@ pub struct Snapshot {
     pub unreadable: bool,
     /// The facts about the cluster.
     pub facts: Facts,
+    /// How much of them is known.
+    pub knowledge: Knowledge,
 }
+
+/// How much of the facts about a cluster is known. What is not in the facts is gone only if it is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Knowledge {
+    /// For some of them no complete list has been read yet.
+    #[default]
+    Partial,
+    /// Everything but the ranges of Services, which the API server does not have, or refuses.
+    NoServiceRanges,
+    /// Everything.
+    Complete,
+}
+
+/// The origin of the ranges of Services among [`Facts::internal`].
+pub(super) const SERVICE_RANGES: &str = "service ranges";
 
 /// Facts about a cluster; empty without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +117,34 @@ pub struct Facts {
     pub internal: BTreeMap<Prefix, String>,
     /// The internal prefixes of this node's pods.
     pub pods: BTreeSet<Prefix>,
+}
+
+impl Facts {
+    /// Removes those that are known by now, so that only those stay that a source may still name.
+    pub fn retain_unknown(&mut self, knowledge: Knowledge) {
+        match knowledge {
+            Knowledge::Partial => {}
+            Knowledge::NoServiceRanges => {
+                self.resolvers.clear();
+                self.pods.clear();
+                self.internal.retain(|_, origin| origin == SERVICE_RANGES);
+            }
+            Knowledge::Complete => *self = Self::default(),
+        }
+    }
+
+    /// Adds those of others that are missing here.
+    pub fn add_missing(&mut self, others: &Self) {
+        for (resolver, origin) in &others.resolvers {
+            let known = self.resolvers.entry(*resolver);
+            known.or_insert_with(|| origin.clone());
+        }
+        for (prefix, origin) in &others.internal {
+            let known = self.internal.entry(*prefix);
+            known.or_insert_with(|| origin.clone());
+        }
+        self.pods.extend(&others.pods);
+    }
 }
 
 /// Merges the contents of files. If two contain the same object, the earlier one counts.

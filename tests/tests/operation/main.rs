@@ -10,4 +10,5 @@ mod restart_judges_again;
 mod restart_keeps_names;
 mod standby;
 mod start_gate;
+mod start_without_facts;
 mod takeover;

@@ -116,6 +116,53 @@ fn a_restart_that_makes_an_internal_address_external_ends_connections_to_it() {
 }
 
 #[test]
+fn connections_from_under_the_ranges_of_a_short_lived_agent_end() {
+    let lab = Lab::builder()
+        .config("ranges.protected", vec!["203.0.113.10/32"])
+        .config("quarantine.enabled", false)
+        .build();
+    let (_web, pod) = lab.shop_and_cart("*");
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    let mut allowed = pod.talks_tcp((server(12), 443));
+    assert!(pod.connect_tcp((server(10), 443), SHORT).is_err());
+    assert!(agent.stop().success());
+
+    // These agents put their ranges in force, and end before they know which pods there are: nothing listens on
+    // this port.
+    let kubeconfig = lab.directory().join("nobody.kubeconfig");
+    let nobody = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "c", "cluster": { "server": "http://127.0.0.1:9" } }],
+        "users": [{ "name": "u", "user": {} }],
+        "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
+        "current-context": "x",
+    });
+    std::fs::write(&kubeconfig, nobody.to_string()).expect("write a kubeconfig");
+    let live_briefly = |prefixes: &[&str]| {
+        lab.edit_config("ranges.protected", prefixes.to_vec());
+        let mut agent = lab.spawn_cluster_agent(&kubeconfig, &["--keep-enforcing"]);
+        agent.wait_said("that it waits", |line| {
+            line.contains("waiting for the API server")
+        });
+        agent.kill();
+    };
+    live_briefly(&[]);
+    let mut protected = pod.talks_tcp((server(10), 443));
+    live_briefly(&["203.0.113.10/32"]);
+
+    let _agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    assert!(
+        !exchange(&mut protected, b"after", SHORT),
+        "the connection goes on"
+    );
+    assert!(
+        exchange(&mut allowed, b"after", DEADLINE),
+        "a connection was cut that is still allowed"
+    );
+}
+
+#[test]
 fn with_an_unreadable_manifest_connections_to_a_new_protected_address_end() {
     let mut scene = Scene::of(Lab::new());
     assert!(scene.agent.stop().success());

@@ -11,7 +11,7 @@ use egress_common::{
 use super::{Applier, enforced::Enforced};
 use crate::{
     config::Config,
-    control::{dns_settings, plan::wanted::mapped, settings::Settings},
+    control::{dns_settings, inherited::Inherited, plan::wanted::mapped, settings::Settings},
     datapath::{View, boottime_ns},
     pods::Facts,
 };
@@ -49,11 +49,8 @@ impl Applier {
         if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
-        // Tunnels are closed before an address becomes internal. A list that is written in part closes too much, never
-        // too little.
-        self.datapath.set_tunnels(&tunnels)?;
         // New entries are written before old ones are removed, so for a moment the map needs room for both.
-        if let Err(error) = self.datapath.set_ranges(&ranges) {
+        if let Err(error) = self.datapath.put_in_force(&tunnels, &ranges) {
             self.datapath
                 .set_ranges(&before)
                 .and_then(|()| self.datapath.set_tunnels(&tunnels_before))
@@ -121,10 +118,20 @@ pub(in crate::control) fn listed(resolvers: &[Resolver]) -> String {
     format!("[{}]", texts.join(", "))
 }
 
-/// The configuration with the cluster's resolvers and internal prefixes.
-pub(in crate::control) fn together(config: &Config, facts: &Facts) -> Config {
+/// The configuration with the cluster's resolvers and internal prefixes, and with those that an earlier agent left in
+/// force.
+pub(in crate::control) fn together(
+    config: &Config,
+    facts: &Facts,
+    inherited: &Inherited,
+) -> Config {
     let mut config = config.clone();
-    let left_out = config.dns.add_resolvers(facts.resolvers.keys().copied());
+    let mut left_out = config.dns.add_resolvers(facts.resolvers.keys().copied());
+    left_out.extend(
+        config
+            .dns
+            .add_resolvers(inherited.resolvers.iter().copied()),
+    );
     if !left_out.is_empty() {
         tracing::error!(
             left_out = %listed(&left_out),
@@ -134,6 +141,7 @@ pub(in crate::control) fn together(config: &Config, facts: &Facts) -> Config {
     }
     let internal = &mut config.ranges.internal;
     internal.extend(facts.internal.keys());
+    internal.extend(&inherited.internal);
     internal.sort_unstable();
     internal.dedup();
     config

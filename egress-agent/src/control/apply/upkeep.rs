@@ -85,7 +85,8 @@ impl Applier {
     ) -> Problems {
         let mut problems = Problems::default();
         // Without the cluster's addresses, flows to them would be denied.
-        let is_known = !in_cluster || settings.facts != Facts::default();
+        let is_known =
+            !in_cluster || settings.facts != Facts::default() || !settings.inherited.is_empty();
         if is_known && let Err(error) = self.judge_left_again(&plan.kept, settings.ranges) {
             let about = About::node("connections of an earlier agent's pods");
             let what = format!("cannot judge all of them by the changed `ranges` yet: {error:#}");

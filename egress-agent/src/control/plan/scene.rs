@@ -14,6 +14,7 @@ use super::{Action, Before, Plan, plan, wanted::Wanted};
 use crate::{
     config::Config,
     control::{
+        inherited::Inherited,
         observe::{
             InForce, Observed, ObservedPod,
             locations::{Location, PodLocation},
@@ -67,7 +68,7 @@ impl Scene {
         let config = Config::from_yaml(&text).expect("a configuration");
         let policy_settings = config.policy_settings();
         Self {
-            settings: Settings::new(config, Facts::default()),
+            settings: Settings::new(config, Facts::default(), Inherited::default()),
             policy_settings,
             began: Instant::now(),
             pods: BTreeMap::new(),

@@ -21,6 +21,7 @@ use egress_policy::Mode;
 
 /// The source of a resolver that the configuration names.
 const CONFIGURED: &str = "configuration (dns.resolvers)";
+const INHERITED: &str = "an earlier agent, until the API server has named all resolvers";
 
 /// Starts answering questions about the agent.
 ///
@@ -73,6 +74,11 @@ impl Publisher {
             .collect();
         for (&resolver, found) in &settings.facts.resolvers {
             resolvers.entry(resolver).or_insert_with(|| found.clone());
+        }
+        for &resolver in &settings.inherited.resolvers {
+            resolvers
+                .entry(resolver)
+                .or_insert_with(|| INHERITED.to_owned());
         }
         let is_pod = |about: &About| match about {
             About::Subject(subject) => !subject.is_interface() && pods.contains_key(subject),

@@ -24,6 +24,7 @@ use super::{
     Options,
     apply::{Applier, Parts},
     dns_settings,
+    inherited::Inherited,
     observe::{Observer, arrivals::Arrivals},
     publish::{Publisher, events, status},
     reconcile::Reconciler,
@@ -172,10 +173,14 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         source: snapshots,
         saved,
     };
-    let facts = snapshots.current().facts.clone();
-    let settings = Settings::new(configured.clone(), facts);
-    datapath.set_tunnels(&settings.config.tunnels())?;
-    datapath.set_ranges(&settings.config.ranges())?;
+    let first = snapshots.current();
+    let inherited = if in_cluster {
+        Inherited::at_start(configured, &first, &datapath.ranges()?)
+    } else {
+        Inherited::default()
+    };
+    let settings = Settings::new(configured.clone(), first.facts.clone(), inherited);
+    datapath.put_in_force(&settings.config.tunnels(), &settings.config.ranges())?;
     take_over_interfaces(&mut datapath, &left)?;
 
     let listener = cluster

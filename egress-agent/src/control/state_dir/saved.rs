@@ -25,7 +25,7 @@ use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Pod, Snapshot},
+    pods::{Facts, Knowledge, Pod, Snapshot},
 };
 
 /// The file in `stateDir`.
@@ -47,7 +47,10 @@ struct Document<P> {
 pub(in crate::control) struct Saved {
     path: PathBuf,
     node: String,
-    read: Option<(Vec<Pod>, Facts)>,
+    /// The file's pods, until the source knows pods.
+    pods: Option<Vec<Pod>>,
+    /// Those of the file's facts that the source may still name.
+    facts: Facts,
     written: Option<Arc<Snapshot>>,
     /// Why the last attempt to write failed.
     problem: Option<String>,
@@ -72,24 +75,29 @@ impl Saved {
                 None
             }
         };
+        let (pods, facts) = read.unzip();
         Self {
             path,
             node: config.node.clone(),
-            read,
+            pods,
+            facts: facts.unwrap_or_default(),
             written: None,
             problem: None,
         }
     }
 
-    /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. A
-    /// snapshot is saved before it is used, so an agent that starts later never uses an older one.
+    /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. The
+    /// file's facts stay until the source knows all of them: a watch that is not complete yet has removed nothing.
+    ///
+    /// A snapshot is saved before it is used, so an agent that starts later never uses an older one.
     pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
         if !snapshot.unreadable {
-            self.read = None;
+            self.pods = None;
+            let snapshot = self.with_unknown_facts(snapshot);
             self.keep(&snapshot);
             return snapshot;
         }
-        let Some((pods, facts)) = &self.read else {
+        let Some(pods) = &self.pods else {
             return snapshot;
         };
         let pods = pods.iter().cloned();
@@ -97,8 +105,19 @@ impl Saved {
             pods: pods.map(|pod| (pod.key(), pod)).collect(),
             problems: snapshot.problems.clone(),
             unreadable: true,
-            facts: facts.clone(),
+            facts: self.facts.clone(),
+            knowledge: Knowledge::Partial,
         })
+    }
+
+    fn with_unknown_facts(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
+        self.facts.retain_unknown(snapshot.knowledge);
+        if self.facts == Facts::default() {
+            return snapshot;
+        }
+        let mut snapshot = Snapshot::clone(&snapshot);
+        snapshot.facts.add_missing(&self.facts);
+        Arc::new(snapshot)
     }
 
     fn keep(&mut self, snapshot: &Arc<Snapshot>) {

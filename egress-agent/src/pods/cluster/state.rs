@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    super::{Facts, NamespacedName, Pod, Problem, Snapshot},
+    super::{Facts, Knowledge, NamespacedName, Pod, Problem, Snapshot, snapshot::SERVICE_RANGES},
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
@@ -74,25 +74,46 @@ impl State {
             problems,
             unreadable: false,
             facts,
+            knowledge: self.knowledge(health),
         }
     }
 
     /// Whether pods and namespaces are complete, and each other watch is complete or has failed. Without the
     /// resolvers, responses would pass unheld for a moment.
     fn is_ready(&self, health: &Health) -> bool {
-        let others = [
+        self.pods.is_complete()
+            && self.namespaces.is_complete()
+            && self
+                .tables_of_facts()
+                .iter()
+                .all(|(watched, is_complete)| *is_complete || health.has_failed(*watched))
+    }
+
+    /// How much is known of the facts: a watch that has failed has told nothing.
+    fn knowledge(&self, health: &Health) -> Knowledge {
+        let mut missing = self.tables_of_facts().into_iter();
+        let is_complete = missing.all(|(watched, is_complete)| {
+            is_complete || watched == Watched::ServiceRanges && health.is_not_offered(watched)
+        });
+        if !is_complete || self.kubelet.problem().is_some() {
+            Knowledge::Partial
+        } else if !self.service_ranges.is_complete() {
+            Knowledge::NoServiceRanges
+        } else {
+            Knowledge::Complete
+        }
+    }
+
+    /// The watches that the facts are from, besides that of the pods, and whether each has been complete once.
+    fn tables_of_facts(&self) -> [(Watched, bool); 6] {
+        [
             (Watched::Node, self.node.is_complete()),
             (Watched::DnsService, self.dns_service.is_complete()),
             (Watched::DnsEndpoints, self.dns_endpoints.is_complete()),
             (Watched::ApiService, self.api_service.is_complete()),
             (Watched::ApiEndpoints, self.api_endpoints.is_complete()),
             (Watched::ServiceRanges, self.service_ranges.is_complete()),
-        ];
-        self.pods.is_complete()
-            && self.namespaces.is_complete()
-            && others
-                .iter()
-                .all(|(watched, is_complete)| *is_complete || health.has_failed(*watched))
+        ]
     }
 
     /// Problems for required objects that do not exist.
@@ -190,7 +211,7 @@ impl State {
             note(&mut facts.internal, prefix, origin);
         }
         for prefix in self.service_ranges.values().flatten() {
-            note(&mut facts.internal, *prefix, "service ranges");
+            note(&mut facts.internal, *prefix, SERVICE_RANGES);
         }
         facts
     }

@@ -149,6 +149,30 @@ fn no_pods_are_published_before_all_facts_are_known() {
 }
 
 #[test]
+fn a_watch_that_has_failed_has_told_nothing() {
+    use super::super::{super::Knowledge, health::Failure};
+    let mut cluster = Cluster::new();
+    assert_eq!(cluster.snapshot().knowledge, Knowledge::Complete);
+    cluster.state.node = Table::default();
+    let refused = || Failure::Refused("nodes is forbidden".into());
+    cluster.health.record_failure(Watched::Node, refused());
+    let snapshot = cluster.snapshot();
+    assert!(!snapshot.unreadable);
+    assert_eq!(snapshot.knowledge, Knowledge::Partial);
+    complete(&mut cluster.state.node);
+    assert_eq!(cluster.snapshot().knowledge, Knowledge::Complete);
+
+    // Old servers have no ranges of Services.
+    cluster.state.service_ranges = Table::default();
+    assert_eq!(cluster.snapshot().knowledge, Knowledge::Partial);
+    let missing = Failure::NotServed;
+    cluster
+        .health
+        .record_failure(Watched::ServiceRanges, missing);
+    assert_eq!(cluster.snapshot().knowledge, Knowledge::NoServiceRanges);
+}
+
+#[test]
 fn a_pod_is_marked_while_its_namespace_is_not_known() {
     let mut cluster = Cluster::new();
     cluster.pod("shop", "cart", &json!({}));

@@ -1,0 +1,133 @@
+//! Ranges and resolvers that an earlier agent left in force in a cluster.
+//!
+//! An agent that starts does not know the cluster's addresses until each of its watches has read a complete list.
+//! Without the cluster's ranges, tunnels and internal addresses would be open; without its resolvers, responses would
+//! pass unheld. So what the kernel's map `ranges` has stays until then. The configuration's own entries are added to it.
+
+use egress_common::records::{RANGE_INTERNAL, RANGE_RESOLVER};
+
+use super::apply::ranges::{listed, together};
+use crate::{
+    config::Config,
+    datapath::{RangeEntry, prefix_of},
+    pods::{Facts, Knowledge, Snapshot},
+};
+use egress_policy::{Prefix, Resolver, prefix::from_mapped};
+
+/// What the kernel has, and neither the configuration nor the known facts name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Inherited {
+    pub(super) internal: Vec<Prefix>,
+    pub(super) resolvers: Vec<Resolver>,
+}
+
+impl Inherited {
+    /// What stays in force at the start, besides what the configuration and `first` say.
+    pub(super) fn at_start(configured: &Config, first: &Snapshot, in_force: &[RangeEntry]) -> Self {
+        if first.knowledge != Knowledge::Partial {
+            return Self::default();
+        }
+        let inherited = Self::of(configured, &first.facts, in_force);
+        if !inherited.is_empty() {
+            tracing::info!(
+                internal = inherited.internal.len(),
+                resolvers = %listed(&inherited.resolvers),
+                "internal ranges and resolvers of an earlier agent stay in force until the API server has named \
+                 all of the cluster's"
+            );
+        }
+        inherited
+    }
+
+    fn of(configured: &Config, facts: &Facts, in_force: &[RangeEntry]) -> Self {
+        let known = together(configured, facts, &Self::default());
+        let mut inherited = Self::default();
+        let mut in_force = in_force.to_vec();
+        // Wider prefixes first: an entry has the kinds of all prefixes that contain it.
+        in_force.sort_unstable_by_key(|&(_, prefix_len, _)| prefix_len);
+        for (network, prefix_len, range) in in_force {
+            let prefix = prefix_of(&network, prefix_len);
+            let prefix = prefix.filter(|_| range.kinds & RANGE_INTERNAL != 0);
+            if let Some(prefix) = prefix {
+                let mut named = known.ranges.internal.iter().chain(&inherited.internal);
+                if !named.any(|wider| wider.covers(&prefix)) {
+                    inherited.internal.push(prefix);
+                }
+            }
+            if range.kinds & RANGE_RESOLVER == 0 || prefix_len != 128 {
+                continue;
+            }
+            let address = from_mapped(&network);
+            let ports = range.resolver_ports.into_iter().filter(|port| *port != 0);
+            let resolvers = ports.map(|port| Resolver { address, port });
+            let unnamed = resolvers.filter(|resolver| !known.dns.resolvers.contains(resolver));
+            inherited.resolvers.extend(unnamed);
+        }
+        inherited
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.internal.is_empty() && self.resolvers.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(ranges: &str) -> Config {
+        Config::from_yaml(&format!("node: a\nranges: {{{ranges}}}\n")).expect("a configuration")
+    }
+
+    fn facts(internal: &[&str], resolvers: &[&str]) -> Facts {
+        let mut facts = Facts::default();
+        for text in internal {
+            let prefix = Prefix::parse(text).expect("a prefix");
+            facts.internal.insert(prefix, "node a".into());
+        }
+        for text in resolvers {
+            let resolver = text.parse().expect("a resolver");
+            facts.resolvers.insert(resolver, "service".into());
+        }
+        facts
+    }
+
+    #[test]
+    fn everything_internal_and_every_resolver_stays() {
+        let earlier = facts(
+            &["10.1.0.0/16", "10.1.2.0/24", "fd00::/64", "192.168.0.5"],
+            &["10.1.0.10", "10.1.0.11:5353", "169.254.20.10"],
+        );
+        let none = Inherited::default();
+        let configured = config("protected: [10.1.9.0/24]");
+        let in_force = together(&configured, &earlier, &none).ranges();
+        let inherited = Inherited::of(&configured, &Facts::default(), &in_force);
+        let together = together(&configured, &Facts::default(), &inherited);
+        for (network, prefix_len, range) in in_force {
+            let found = together.ranges().into_iter().rfind(|&(other, length, _)| {
+                let covers = |prefix: Prefix| {
+                    prefix
+                        .covers(&prefix_of(&network, prefix_len)?)
+                        .then_some(())
+                };
+                prefix_of(&other, length).and_then(covers).is_some()
+            });
+            let (_, _, found) = found.expect("the range is in force");
+            assert_eq!(found.kinds, range.kinds, "{network:?}/{prefix_len}");
+            assert_eq!(found.resolver_ports, range.resolver_ports);
+        }
+    }
+
+    #[test]
+    fn what_configuration_and_facts_name_is_not_inherited() {
+        let configured = config("internal: [10.1.0.0/16], protected: [203.0.113.9/32]");
+        let known = facts(&["192.168.0.5"], &["10.1.0.10"]);
+        let in_force = together(&configured, &known, &Inherited::default()).ranges();
+        assert!(Inherited::of(&configured, &known, &in_force).is_empty());
+        let without = config("internal: [10.1.0.0/16]");
+        assert!(
+            Inherited::of(&without, &known, &in_force).is_empty(),
+            "a protected range is the configuration's alone"
+        );
+    }
+}
