@@ -12,6 +12,7 @@ mod hostile_tcp;
 mod internal_answers;
 mod lifetimes;
 mod lossy_link;
+mod moved_interface;
 mod multipath_tcp;
 mod names;
 mod over_tcp;
