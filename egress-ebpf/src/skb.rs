@@ -19,7 +19,7 @@ use egress_common::{
 
 use crate::maps::COARSE_CLOCK;
 
-/// `PACKET_LOOPBACK` of include/uapi/linux/if_packet.h.
+/// `PACKET_LOOPBACK` of `include/uapi/linux/if_packet.h`.
 const PACKET_LOOPBACK: u32 = 5;
 
 /// The frame for which a program was called.

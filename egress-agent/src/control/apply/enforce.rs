@@ -224,7 +224,7 @@ impl Applier {
                 // The connections in a known network were read when it was new, or have been judged since.
                 None => {
                     self.note_called(subject, &on_new, &mut flows, machine)
-                        .await
+                        .await;
                 }
             }
         }
