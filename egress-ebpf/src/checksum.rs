@@ -1,4 +1,4 @@
-//! Detects checksums that are still to be computed, and that would change what was judged.
+//! Detects checksums that a device will compute later, and that would overwrite judged header fields.
 //!
 //! A sender may leave a packet's checksum to the device that sends it on (`CHECKSUM_PARTIAL`): the packet
 //! then has the offset at which the sum is to be written. That offset may not fit the headers. A program with

@@ -35,7 +35,7 @@ enum Command {
     /// Writes denials to standard output, one JSON object per line, and its log to standard error. The
     /// environment variable `RUST_LOG` sets the log's level, for example `RUST_LOG=debug`.
     Run(RunArgs),
-    /// Print what each pod of the manifests may reach, or what is wrong and where.
+    /// Print the destinations that each pod of the manifests may reach, or each error with its line.
     ///
     /// The lists of a pod and of its namespace are combined if both are among the files. Prints each problem on
     /// a line of its own; below it the line of the annotation, with carets under what is wrong. Exits with 1 if
