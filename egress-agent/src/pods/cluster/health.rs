@@ -155,11 +155,6 @@ impl Health {
         )
     }
 
-    /// Whether the watch is failing.
-    pub fn is_failing(&self, watched: Watched) -> bool {
-        self.failing(watched).failure.is_some()
-    }
-
     /// Whether the API server answers, as far as the agent knows.
     pub fn is_reachable(&self) -> bool {
         !self.unreachable.load(Relaxed)
