@@ -152,10 +152,7 @@ impl Wanted {
             let mut known = self.networks.iter();
             known.any(|known| known.inode == network.inode)
         };
-        let new = |ifindex: &u32| !self.interfaces.contains(ifindex);
-        let mut wanted = self.clone();
-        wanted.interfaces = interfaces.iter().copied().filter(new).collect();
-        wanted.networks = networks.to_vec();
+        let mut wanted = self.on_new(interfaces, networks);
         wanted.networks.retain(|network| !is_known(network));
         (networks.is_empty() || !wanted.networks.is_empty()).then_some(wanted)
     }
