@@ -73,7 +73,9 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let cart = cluster.run(&shop, "cart", &allow);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    assert_eq!(lab.status_of(cart.net())["mode"], "enforce");
+    eventually("the pod's mode in `status`", || {
+        holds(lab.status_of(cart.net())["mode"] == "enforce")
+    });
     assert!(!is_open(cart.net(), PAST));
 
     add_macvlan(lab, cart.net(), "net1");

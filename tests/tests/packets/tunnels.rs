@@ -7,6 +7,7 @@ use egress_tests::{
     addresses::server,
     echo_on, eventually,
     frames::{self, Tap},
+    holds,
     raw::{Ip, protocol, udp},
     rewritten::finish,
 };
@@ -288,6 +289,8 @@ fn a_reply_is_judged_again_when_its_port_becomes_a_tunnel_port() {
 fn a_tunnel_to_any_address_of_the_node_is_denied() {
     let scene = Scene::new(&[("allow", "*")]);
     let docker = IpAddr::from([172, 31, 9, 1]);
+    // An address in a prefix that is routed to the node itself.
+    let routed = IpAddr::from([172, 31, 10, 77]);
     let wait_denied = |dst: IpAddr| {
         let mark = scene.agent.mark();
         scene.tap.send(&scene.tunnelled_to(dst, 7, b"inside"));
@@ -305,13 +308,14 @@ fn a_tunnel_to_any_address_of_the_node_is_denied() {
         "link add docker0 type bridge\naddr add 172.31.9.1/24 dev docker0\nlink set docker0 up\n\
          route add local 172.31.10.0/24 dev lo\n",
     );
-    eventually("the address is known", || {
-        let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
-        (said["reason"] == "tunnel").then_some(())
-    });
-    wait_denied(docker);
-    // An address in a prefix that is routed to the node itself.
-    wait_denied(IpAddr::from([172, 31, 10, 77]));
+    // The kernel has the address before the route. The agent may read its addresses in between.
+    for address in [docker, routed] {
+        eventually(&format!("{address} is known"), || {
+            let target = format!("{address}:4789/udp");
+            holds(scene.lab.explain(&scene.pod, &target).1["reason"] == "tunnel")
+        });
+        wait_denied(address);
+    }
     // Traffic that is no tunnel passes as before, to the node and past it.
     assert!(scene.pod.ping(docker, DEADLINE));
     scene.lab.node().ip_batch("link del docker0\n");
