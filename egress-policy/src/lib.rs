@@ -19,6 +19,7 @@ mod excerpt;
 pub mod explain;
 mod name_text;
 mod names;
+pub mod objects;
 mod parse;
 pub mod pattern;
 pub mod prefix;
@@ -34,6 +35,7 @@ mod tests;
 use std::sync::Arc;
 
 use egress_dns::Name;
+use serde::{Deserialize, Serialize};
 
 pub use annotations::Annotations;
 pub use compile::{
@@ -51,7 +53,8 @@ pub use search_list::Autopath;
 pub use translators::Translators;
 
 /// The effect of verdicts. Ordered from the loosest to the tightest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// No packet is judged.
     Off,

@@ -1,0 +1,23 @@
+//! The policy objects of a cluster, as the API server has them.
+//!
+//! | object | whose word it is |
+//! |---|---|
+//! | [`EgressPolicy`] | a team's, about pods of its namespace |
+//! | [`ClusterEgressPolicy`] | the platform's, before or after what teams say |
+//! | [`EgressSet`] | a list of destinations that entries of all of them may use |
+//! | [`ClusterNetworkPolicy`] | the platform's, in the upstream form (`policy.networking.k8s.io`) |
+//!
+//! The first three are this project's. Their definitions for the API server are generated from these types.
+
+mod cluster_egress_policy;
+mod cluster_network_policy;
+mod egress_policy;
+mod egress_set;
+
+pub use cluster_egress_policy::{Action, ClusterEgressPolicy, ClusterEgressPolicySpec, Rule, Tier};
+pub use cluster_network_policy::{
+    ClusterNetworkPolicy, ClusterNetworkPolicySpec, EgressPeer, EgressRule, NamespacedPod, Port,
+    PortRange, Ports, Protocol, RuleAction, Subject,
+};
+pub use egress_policy::{EgressPolicy, EgressPolicySpec, Mode};
+pub use egress_set::{EgressSet, EgressSetSpec};
