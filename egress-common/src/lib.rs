@@ -11,6 +11,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod address;
+pub mod classes;
 pub mod flow;
 pub mod limits;
 pub mod meter;

@@ -17,6 +17,7 @@ pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 
 use crate::{
     address::Address,
+    classes::{ClassSet, PortTable},
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
@@ -82,17 +83,27 @@ impl PortClass {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Policy {
-    /// The meaning of each bit of a class bitmap.
+    /// The meaning of each class, in the order of their precedence: those of [`Self::admin`], those that annotations
+    /// and namespaced policies deny, those that they allow, and those of [`Self::baseline`]. The kernel reads
+    /// [`Self::ports`] instead.
     pub classes: [PortClass; CLASSES],
-    /// Classes that deny; all others allow.
-    pub deny: u64,
+    /// The same for the kernel: which classes match a protocol and port.
+    pub ports: PortTable,
+    /// Classes that deny.
+    pub deny: ClassSet,
+    /// Classes that leave the decision to the next tier. All others that do not deny allow.
+    pub pass: ClassSet,
+    /// Classes of the first tier.
+    pub admin: ClassSet,
+    /// Classes of the last tier.
+    pub baseline: ClassSet,
     /// Classes that apply to every destination.
-    pub any: u64,
+    pub any: ClassSet,
     /// Classes of address entries that count like an entry for any destination: they allow neither protected
     /// destinations nor tunnels, nor DNS to servers that are no resolvers.
-    pub under_any: u64,
+    pub under_any: ClassSet,
     /// Classes of entries with a name; only used for the reason of a denial.
-    pub named: u64,
+    pub named: ClassSet,
     /// Fingerprint of the entries with a name. The kernel does not read it. A restarted agent compares it to
     /// decide whether the addresses in the allow map are valid under the current rules.
     pub names: u64,
@@ -124,6 +135,10 @@ pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 /// gate does not see the names in it.
 pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 
+/// A list of the pod, of its namespace or of a namespaced policy allows something: every external destination that
+/// none of them allows is denied, whatever comes after them.
+pub const POLICY_SELECTED: u32 = 1 << 7;
+
 /// The pod has an interface that cannot be enforced, and is closed because of it; the reason of denials is
 /// `unenforced_interface`.
 pub const POLICY_REFUSED: u32 = 1 << 5;
@@ -136,10 +151,14 @@ impl Policy {
     /// A policy without classes and addresses: every external destination is denied.
     pub const CLOSED: Self = Self {
         classes: [PortClass::NONE; CLASSES],
-        deny: 0,
-        any: 0,
-        under_any: 0,
-        named: 0,
+        ports: PortTable::EMPTY,
+        deny: ClassSet::EMPTY,
+        pass: ClassSet::EMPTY,
+        admin: ClassSet::EMPTY,
+        baseline: ClassSet::EMPTY,
+        any: ClassSet::EMPTY,
+        under_any: ClassSet::EMPTY,
+        named: ClassSet::EMPTY,
         names: 0,
         ranges: 0,
         annotations: [0; 32],
@@ -148,11 +167,20 @@ impl Policy {
         flags: 0,
     };
 
+    /// Classes that do not allow.
+    #[inline(always)]
+    pub const fn not_allowing(&self) -> ClassSet {
+        self.deny.or(self.pass)
+    }
+
     /// Whether names give addresses the same classes under both policies, and the classes mean the same. An
     /// entry of an allow map is then valid under both.
     pub fn names_alike(&self, other: &Self) -> bool {
         self.classes == other.classes
             && self.deny == other.deny
+            && self.pass == other.pass
+            && self.admin == other.admin
+            && self.baseline == other.baseline
             && self.under_any == other.under_any
             && self.named == other.named
             && self.names == other.names
@@ -187,22 +215,21 @@ pub struct AllowKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct AllowEntry {
-    /// The bitmap of the address's classes.
-    pub classes: u64,
+    /// The address's classes.
+    pub classes: ClassSet,
     /// The subset of these classes that applies if the address is internal and internal addresses do not pass
     /// without a rule.
-    pub internal_classes: u64,
+    pub internal_classes: ClassSet,
     /// The end of the time in which the entry admits new connections, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
 
-/// Value of a policy's CIDR trie: the bitmap of the classes of the prefix and of all prefixes that contain
-/// it.
+/// Value of a policy's CIDR trie: the classes of the prefix and of all prefixes that contain it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CidrEntry {
-    /// Bitmap of classes.
-    pub classes: u64,
+    /// The classes.
+    pub classes: ClassSet,
 }
 
 /// Value of `ranges`: the kind of an address on this node. A prefix has the bits of all prefixes that contain
@@ -526,9 +553,18 @@ const _: () = {
     assert!(size_of::<Interface>() == 16);
     assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 48 + 32 + 16 * OWN_ADDRESSES + 8);
+    assert!(
+        size_of::<Policy>()
+            == 8 * CLASSES
+                + size_of::<PortTable>()
+                + 7 * size_of::<ClassSet>()
+                + 16
+                + 32
+                + 16 * OWN_ADDRESSES
+                + 8
+    );
     assert!(size_of::<AllowKey>() == 16);
-    assert!(size_of::<AllowEntry>() == 24);
+    assert!(size_of::<AllowEntry>() == 40);
     assert!(size_of::<NameKey>() == 16 + 1 + NAME_BYTES);
     assert!(size_of::<NameEntry>() == 16);
     assert!(size_of::<Range>() == 16);

@@ -3,6 +3,7 @@
 use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
+    classes::ClassSet,
     flow::after_packet_from_pod,
     packet::{Fragment, Frame, Packet, TCP_RST, TCP_SYN, Walked},
     protocol::bits,
@@ -565,11 +566,11 @@ fn node_kind(address: &Address) -> u64 {
 
 /// The classes of the address in the policy's CIDR trie.
 #[inline(always)]
-fn prefix_classes(policy: u32, address: &Address) -> u64 {
+fn prefix_classes(policy: u32, address: &Address) -> ClassSet {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
     let entry = unsafe { CIDR.get(&policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
-    entry.map_or(0, |entry| entry.classes)
+    entry.map_or(ClassSet::EMPTY, |entry| entry.classes)
 }
 
 /// The kind of the address on this node.

@@ -339,7 +339,7 @@ fn everything() -> NameRules {
         .policy_settings();
     let own = egress_policy::Annotations::from_map(&own);
     let none = egress_policy::Annotations::from_map(&BTreeMap::new());
-    egress_policy::compile(&own, &none, &settings)
+    egress_policy::compile(Inputs::annotations(&own, &none), &settings)
         .unwrap()
         .names
 }

@@ -124,7 +124,11 @@ fn not_judged(state: &PodRecord, explanation: &mut Explanation) {
 /// The entries in effect; `None` if the annotations cannot be read.
 fn entries(state: &PodRecord, node: &StatusSnapshot) -> Option<Entries> {
     let settings = node.settings.as_ref()?;
-    Entries::read(&state.written.own, &state.written.namespace, settings).ok()
+    Entries::read(
+        Inputs::annotations(&state.written.own, &state.written.namespace),
+        settings,
+    )
+    .ok()
 }
 
 /// The entries by the list that grants them; `None` if the annotations cannot be read.

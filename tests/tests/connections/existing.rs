@@ -80,6 +80,7 @@ pub(super) fn reboot(lab: &Lab) {
             .node()
             .run(|| Command::new("bpftool").args(["net", "show"]).output());
         let shown = shown.expect("bpftool runs");
+        assert!(shown.status.success(), "{shown:?}");
         holds(!String::from_utf8_lossy(&shown.stdout).contains("_pod"))
     });
     let delete = |family| format!("delete table {family} egress-agent\n");

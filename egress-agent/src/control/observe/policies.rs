@@ -52,7 +52,7 @@ impl Policies {
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);
-        let read = egress_policy::compile(&own, &namespace, &self.settings);
+        let read = egress_policy::compile(Inputs::annotations(&own, &namespace), &self.settings);
         let unreadable = read.is_err();
         let (compiled, good, problem, written) = match read {
             Ok(mut compiled) => {
@@ -113,7 +113,10 @@ impl Policies {
         if last.current {
             return Some((Arc::clone(&last.compiled), written));
         }
-        let compiled = egress_policy::compile(&written.own, &written.namespace, &self.settings);
+        let compiled = egress_policy::compile(
+            Inputs::annotations(&written.own, &written.namespace),
+            &self.settings,
+        );
         let mut compiled = compiled.ok()?;
         compiled.record.annotations = last.compiled.record.annotations;
         Some((Arc::new(compiled), written))

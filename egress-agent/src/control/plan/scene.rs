@@ -87,7 +87,8 @@ impl Scene {
         let own = annotations_of(annotations);
         let own = Annotations::from_map(&own);
         let none = Annotations::default();
-        let compiled = egress_policy::compile(&own, &none, &self.policy_settings);
+        let compiled =
+            egress_policy::compile(Inputs::annotations(&own, &none), &self.policy_settings);
         Arc::new(compiled.expect("a policy"))
     }
 
