@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use egress_common::records::UID_BYTES;
+use egress_policy::objects::Objects;
 use k8s_openapi::api::core::v1;
 
 use super::{ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem};
@@ -120,6 +121,7 @@ impl Common {
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,
+            objects: Objects::default(),
             host_network: spec.host_network.unwrap_or(false),
             is_pending: false,
             node_name: spec.node_name,

@@ -13,7 +13,7 @@ use super::{
     name::NamespacedName,
     object::{Namespace, Object},
 };
-use egress_policy::{Prefix, Resolver};
+use egress_policy::{Prefix, Resolver, objects::Objects};
 
 /// The fields of a pod that enforcement needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,9 @@ pub struct Pod {
     /// does not mean that the namespace has no rules. Pods of a directory need no Namespace, so for them this
     /// is always true.
     pub namespace_known: bool,
+    /// The policy objects that select it.
+    #[serde(skip)]
+    pub objects: Objects,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// Whether no program of it runs yet, according to the kubelet: its phase is `Pending`, and it has no
