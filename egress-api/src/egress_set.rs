@@ -3,6 +3,9 @@
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::read::Reader;
 
 /// A named list of destinations, which an entry of any policy uses as `@name`, `@name:443` or `@name:443/tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
@@ -18,4 +21,18 @@ use serde::{Deserialize, Serialize};
 pub struct EgressSetSpec {
     /// Names, wildcards, addresses and prefixes, without ports and protocols.
     pub destinations: Vec<String>,
+}
+
+/// The destinations of an `EgressSet`, or why they cannot be read.
+///
+/// # Errors
+///
+/// What is wrong.
+pub fn read_set(spec: &Value) -> Result<Vec<String>, String> {
+    let mut reader = Reader::new(spec, "spec");
+    let is_known = reader.expect_only(&["destinations"]).is_ok();
+    let destinations = reader.required("destinations");
+    destinations
+        .filter(|_| is_known)
+        .ok_or_else(|| reader.problems.join("; "))
 }

@@ -7,17 +7,28 @@
 //! | [`EgressSet`] | a list of destinations that entries of all of them may use |
 //! | [`ClusterNetworkPolicy`] | the platform's, in the upstream form (`policy.networking.k8s.io`) |
 //!
+//! [`Policy`] is the form of a policy object in which it is evaluated, and [`Selection`] finds the pods of each.
+//!
 //! The first three are this project's. Their definitions for the API server are generated from these types.
 
 mod cluster_egress_policy;
 mod cluster_network_policy;
 mod egress_policy;
 mod egress_set;
+mod policy;
+mod read;
+mod selection;
+mod selector;
+mod tiers;
 
 pub use cluster_egress_policy::{Action, ClusterEgressPolicy, ClusterEgressPolicySpec, Rule, Tier};
 pub use cluster_network_policy::{
-    ClusterNetworkPolicy, ClusterNetworkPolicySpec, EgressPeer, EgressRule, NamespacedPod, Port,
-    PortRange, Ports, Protocol, RuleAction, Subject,
+    ClusterNetworkPolicy, ClusterNetworkPolicySpec, ENTRIES_MAX, EgressPeer, EgressRule, NamedPort,
+    NamespacedPod, NetworkPolicy, PeerPod, Peers, Port, PortRange, Ports, Protocol, RuleAction,
+    Subject,
 };
 pub use egress_policy::{EgressPolicy, EgressPolicySpec, Mode};
-pub use egress_set::{EgressSet, EgressSetSpec};
+pub use egress_set::{EgressSet, EgressSetSpec, read_set};
+pub use policy::{Body, Policy, PolicySubject, SelectedPod};
+pub use selection::{Applied, Rules, Selection};
+pub use selector::{Labels, Selector, SelectorError, namespace_labels};

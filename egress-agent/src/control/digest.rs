@@ -4,7 +4,59 @@ use std::collections::BTreeMap;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::config::Config;
+use crate::{config::Config, pods::Pod};
+use egress_policy::objects::Objects;
+
+/// The digest of what a pod's policy is compiled from: its annotations, its namespace's, the objects that select it,
+/// and the sets that these use. It is never zero, and without objects and sets it is that of the annotations alone.
+pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
+    let Objects {
+        namespace,
+        tiers,
+        sets,
+    } = &pod.objects;
+    let annotations = of_annotations(&pod.annotations, &pod.namespace_annotations);
+    let used = used_sets(pod, sets);
+    if namespace.is_empty() && tiers.is_empty() && used.is_empty() {
+        return annotations;
+    }
+    let mut hasher = Sha256::new();
+    hasher.update(annotations);
+    // These types contain only texts, numbers and lists, and always become JSON.
+    let text = serde_json::to_vec(&(namespace, tiers, used)).unwrap_or_default();
+    hasher.update(text);
+    hasher.finalize().into()
+}
+
+/// The sets whose names are in the pod's entries, perhaps with others whose names begin alike.
+fn used_sets<'a>(
+    pod: &Pod,
+    sets: &'a BTreeMap<String, Vec<String>>,
+) -> Vec<(&'a String, &'a Vec<String>)> {
+    let Objects {
+        namespace, tiers, ..
+    } = &pod.objects;
+    let annotations = pod.annotations.values();
+    let of_policies = namespace.iter().flat_map(|policy| {
+        let lists = [&policy.allow, &policy.deny, &policy.resolve];
+        lists.into_iter().flatten().flatten()
+    });
+    let rules = tiers.iter().flat_map(|policy| &policy.rules);
+    let using: Vec<&String> = annotations
+        .chain(pod.namespace_annotations.values())
+        .chain(of_policies)
+        .chain(rules.flat_map(|rule| &rule.entries))
+        .filter(|text| text.contains('@'))
+        .collect();
+    if using.is_empty() {
+        return Vec::new();
+    }
+    let is_used = |name: &str| {
+        let name = format!("@{name}");
+        using.iter().any(|text| text.contains(&name))
+    };
+    sets.iter().filter(|(name, _)| is_used(name)).collect()
+}
 
 /// The digest of a pod's annotations and its namespace's. It is never zero, which stands for no annotations that
 /// could be read.
@@ -51,7 +103,12 @@ pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use egress_policy::objects::{NamespacePolicy, ObjectKind, ObjectName};
+
     use super::*;
+    use crate::control::plan::scene::pod;
 
     fn annotations(all: &[(&str, &str)]) -> BTreeMap<String, String> {
         let all = all.iter();
@@ -74,6 +131,46 @@ mod tests {
             assert!(!all[..i].contains(digest), "{i}");
         }
         assert_eq!(of_annotations(&one, &none), all[1]);
+    }
+
+    #[test]
+    fn every_object_and_every_set_that_is_used_changes_the_digest() {
+        let plain = pod("cart");
+        let with = |policies: &[&str], sets: &[(&str, &str)]| {
+            let mut pod = plain.clone();
+            let policy = |allow: &&str| {
+                Arc::new(NamespacePolicy {
+                    name: Arc::new(ObjectName {
+                        kind: ObjectKind::EgressPolicy,
+                        namespace: Some("shop".into()),
+                        name: "web".into(),
+                    }),
+                    mode: None,
+                    allow: Some(vec![(*allow).to_owned()]),
+                    deny: None,
+                    resolve: None,
+                })
+            };
+            pod.objects.namespace = policies.iter().map(policy).collect();
+            let sets = sets.iter();
+            let sets = sets.map(|(name, one)| ((*name).to_owned(), vec![(*one).to_owned()]));
+            pod.objects.sets = Arc::new(sets.collect());
+            of_pod(&pod)
+        };
+        let all = [
+            with(&[], &[]),
+            with(&["a.test"], &[]),
+            with(&["@web:443"], &[]),
+            with(&["@web:443"], &[("web", "a.test")]),
+            with(&["@web:443"], &[("web", "b.test")]),
+        ];
+        for (i, digest) in all.iter().enumerate() {
+            assert!(!all[..i].contains(digest), "{i}");
+        }
+        let annotations = of_annotations(&plain.annotations, &plain.namespace_annotations);
+        assert_eq!(all[0], annotations);
+        assert_eq!(all[1], with(&["a.test"], &[("web", "a.test")]));
+        assert_eq!(all[0], with(&[], &[("web", "a.test")]));
     }
 
     #[test]

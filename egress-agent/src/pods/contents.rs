@@ -42,14 +42,11 @@ impl Contents {
             mut unreadable,
         } = read;
         for object in &mut objects {
-            let Object::Pod(pod) = &*object else { continue };
-            if !pod.incomplete {
+            if !object.is_incomplete() {
                 continue;
             }
             let former = self.objects.iter().find(|former| former.is_same(object));
-            if let Some(former @ Object::Pod(former_pod)) = former
-                && !former_pod.incomplete
-            {
+            if let Some(former) = former.filter(|former| !former.is_incomplete()) {
                 problems.push(Problem {
                     origin: object.origin().to_owned(),
                     message: format!("{object} stays as it was read before"),

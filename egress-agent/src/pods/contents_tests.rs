@@ -279,3 +279,125 @@ fn a_half_read_file_is_restored() {
         [("a", "half.test"), ("b", "half.test")]
     );
 }
+
+fn policy(app: &str, allow: &str) -> String {
+    format!(
+        "---\napiVersion: egress-agent.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{name: {app}}}\nspec:\n  \
+         podSelector: {{matchLabels: {{app: {app}}}}}\n  allow: {allow}\n"
+    )
+}
+
+fn labelled(name: &str, app: &str) -> String {
+    pod(name, "a.test").replace("metadata:", &format!("metadata:\n  labels: {{app: {app}}}"))
+}
+
+/// The first `allow` of the policies that select each pod, in the order of the names.
+fn policies(snapshot: &Snapshot) -> Vec<Vec<&str>> {
+    let pods = snapshot.pods.values();
+    pods.map(|pod| {
+        let policies = pod.objects.namespace.iter();
+        policies
+            .map(|policy| &*policy.allow.as_ref().unwrap()[0])
+            .collect()
+    })
+    .collect()
+}
+
+#[test]
+fn a_policy_selects_pods_of_other_files() {
+    let mut dir = Dir::new();
+    dir.write("pods.yaml", labelled("a", "web") + &labelled("b", "db"));
+    dir.write("policies.yaml", policy("web", "[w.test]"));
+    assert_eq!(policies(&dir.read()), [vec!["w.test"], vec![]]);
+    dir.write("pods.yaml", labelled("a", "db") + &labelled("b", "web"));
+    assert_eq!(policies(&dir.read()), [vec![], vec!["w.test"]]);
+    dir.write("policies.yaml", policy("db", "[d.test]"));
+    assert_eq!(policies(&dir.read()), [vec!["d.test"], vec![]]);
+    fs::remove_file(dir.dir.path().join("policies.yaml")).unwrap();
+    let snapshot = dir.read();
+    assert_eq!(policies(&snapshot), [vec![""; 0], vec![]]);
+    assert_eq!(problem_texts(&snapshot), "");
+}
+
+#[test]
+fn a_policy_that_cannot_be_read_any_more_stays() {
+    let mut dir = Dir::new();
+    dir.write("pods.yaml", labelled("a", "web"));
+    dir.write("policies.yaml", policy("web", "[w.test]"));
+    dir.read();
+    dir.write("policies.yaml", policy("web", "w.test"));
+    let snapshot = dir.read();
+    assert_eq!(policies(&snapshot), [["w.test"]]);
+    let problems = problem_texts(&snapshot);
+    assert!(problems.contains("spec.allow cannot be read"), "{problems}");
+    assert!(
+        problems.contains("EgressPolicy default/web stays as it was read before"),
+        "{problems}"
+    );
+}
+
+#[test]
+fn a_new_policy_that_cannot_be_read_allows_nothing() {
+    let mut dir = Dir::new();
+    dir.write("pods.yaml", labelled("a", "web") + &labelled("b", "db"));
+    dir.write("policies.yaml", policy("web", "w.test"));
+    let snapshot = dir.read();
+    let allows = |pod: &crate::pods::Pod| pod.objects.namespace[0].allow.clone();
+    let pods: Vec<_> = snapshot.pods.values().collect();
+    assert_eq!(allows(pods[0]), Some(Vec::new()));
+    assert!(pods[1].objects.namespace.is_empty(), "it harms another pod");
+    let problems = problem_texts(&snapshot);
+    assert!(problems.contains("so it allows nothing"), "{problems}");
+}
+
+#[test]
+fn cluster_policies_select_by_the_labels_of_namespaces() {
+    let mut dir = Dir::new();
+    let of = |rules: &str| {
+        format!(
+            "---\napiVersion: egress-agent.dev/v1alpha1\nkind: ClusterEgressPolicy\nmetadata: {{name: all}}\n\
+             spec:\n  tier: Admin\n  priority: 1\n  namespaceSelector: {{matchLabels: {{team: shop}}}}\n  \
+             rules: {rules}\n"
+        )
+    };
+    let set = "---\napiVersion: egress-agent.dev/v1alpha1\nkind: EgressSet\nmetadata: {name: git}\n\
+               spec: {destinations: [github.com]}\n";
+    let shop = namespace("shop", "a.test").replace("metadata:", "metadata:\n  labels: {team: shop}");
+    let in_shop = pod("a", "a.test").replace("metadata:", "metadata:\n  namespace: shop");
+    dir.write("pods.yaml", in_shop + &pod("b", "a.test") + &shop);
+    dir.write(
+        "policies.yaml",
+        of("[{action: Allow, entries: [\"@git:443\"]}]") + set,
+    );
+    let snapshot = dir.read();
+    assert_eq!(problem_texts(&snapshot), "");
+    for pod in snapshot.pods.values() {
+        let tiers: Vec<_> = pod.objects.tiers.iter().map(|tier| &*tier.name.name).collect();
+        let expected: &[&str] = if pod.namespace == "shop" { &["all"] } else { &[] };
+        assert_eq!(tiers, expected, "{}", pod.name);
+        assert_eq!(pod.objects.sets["git"], ["github.com"]);
+    }
+}
+
+#[test]
+fn a_rule_about_nodes_needs_a_cluster() {
+    let mut dir = Dir::new();
+    dir.write("pods.yaml", pod("a", "a.test"));
+    dir.write(
+        "policies.yaml",
+        "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: up}\n\
+         spec:\n  tier: Admin\n  priority: 1\n  subject: {namespaces: {}}\n  egress:\n  \
+         - {action: Deny, to: [{nodes: {}}]}\n",
+    );
+    let snapshot = dir.read();
+    let problems = problem_texts(&snapshot);
+    assert!(
+        problems.contains(
+            "policies.yaml:1: ClusterNetworkPolicy up: spec.egress[0]: the addresses of nodes are known only in \
+             a cluster: the rule denies everything"
+        ),
+        "{problems}"
+    );
+    let pod = snapshot.pods.values().next().unwrap();
+    assert_eq!(pod.objects.tiers[0].rules[0].entries, ["*"]);
+}

@@ -1,4 +1,4 @@
-//! Reads Pod and Namespace manifests.
+//! Reads manifests of Pods, Namespaces and policy objects.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,8 @@ use serde_saphyr::{Localizer, Location, Spanned, UserMessageFormatter};
 use super::{
     Problem,
     documents::{Document, documents},
-    object::{Namespace, Object, PodObject},
+    object::{Namespace, Object, PodObject, PolicyManifest},
+    policies::PolicyKind,
     yaml_hint::hint,
 };
 
@@ -43,6 +44,9 @@ impl Manifests {
         match type_meta.kind(&origin)? {
             Kind::Pod => self.add_pod(&origin, parse(file, document, "Pod")?),
             Kind::Namespace => self.add_namespace(&origin, parse(file, document, "Namespace")?),
+            Kind::Policy(kind) => {
+                self.add_policy(&origin, kind, parse(file, document, kind.name())?)
+            }
             Kind::List(of) => {
                 let list = parse::<List>(file, document, "List")?;
                 for item in list.items {
@@ -83,6 +87,10 @@ impl Manifests {
                 let namespace = convert(&origin, item)?;
                 self.add_namespace(&origin, namespace)
             }
+            Kind::Policy(kind) => {
+                let policy = convert(&origin, item)?;
+                self.add_policy(&origin, kind, policy)
+            }
             Kind::List(_) => Err(Problem {
                 origin,
                 message: "a List inside a List is not read".into(),
@@ -107,8 +115,22 @@ impl Manifests {
         Ok(())
     }
 
+    fn add_policy(
+        &mut self,
+        origin: &str,
+        kind: PolicyKind,
+        policy: PolicyManifest,
+    ) -> Result<(), Problem> {
+        let (object, problem) = policy.read(origin, kind)?;
+        self.objects.push(object);
+        self.problems.extend(problem);
+        Ok(())
+    }
+
     fn ignore(&mut self, origin: String, kind: &str) {
-        let message = format!("ignored: kind {kind}; only v1 Pod, Namespace and List are read");
+        let policies = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+        let message =
+            format!("ignored: kind {kind}; only v1 Pod, Namespace, List, {policies} are read");
         self.problems.push(Problem { origin, message });
     }
 }
@@ -130,6 +152,7 @@ struct List {
 enum Kind {
     Pod,
     Namespace,
+    Policy(PolicyKind),
     /// The kind of the items is set if the list's own kind defines it.
     List(Option<Box<Kind>>),
     Other(String),
@@ -142,13 +165,18 @@ impl TypeMeta {
             message,
         };
         let kind = self.kind.ok_or_else(|| {
-            wrong("the document has no kind; expected a v1 Pod, Namespace or List".into())
+            wrong(
+                "the document has no kind; expected a v1 Pod, Namespace or List, or a policy"
+                    .into(),
+            )
         })?;
         let api_version = self
             .api_version
             .ok_or_else(|| wrong(format!("the {kind} has no apiVersion; expected \"v1\"")))?;
         if api_version != "v1" {
-            return Ok(Kind::Other(format!("{api_version} {kind}")));
+            let policy = policy_kind(&api_version, &kind).map_err(wrong)?;
+            let other = || Kind::Other(format!("{api_version} {kind}"));
+            return Ok(policy.unwrap_or_else(other));
         }
         Ok(match &*kind {
             "Pod" => Kind::Pod,
@@ -167,6 +195,34 @@ impl TypeMeta {
             }
         })
     }
+}
+
+/// The kind of policy object; `None` if it is none. The message is for one that would be a policy if it were written
+/// correctly: that must not look like a policy that was removed.
+fn policy_kind(api_version: &str, kind: &str) -> Result<Option<Kind>, String> {
+    let (group, version) = api_version.split_once('/').unwrap_or((api_version, ""));
+    let one = kind.strip_suffix("List").unwrap_or(kind);
+    let mut kinds = PolicyKind::ALL.into_iter();
+    let Some(policy) = kinds.find(|of| of.group() == group && of.name().eq_ignore_ascii_case(one))
+    else {
+        return Ok(None);
+    };
+    if policy.name() != one {
+        return Err(format!("kind {kind} must be written {}", policy.name()));
+    }
+    if policy.version() != version {
+        return Err(format!(
+            "the {kind} has the apiVersion {api_version:?}: expected \"{group}/{}\"",
+            policy.version()
+        ));
+    }
+    let is_list = one != kind;
+    let policy = Kind::Policy(policy);
+    Ok(Some(if is_list {
+        Kind::List(Some(Box::new(policy)))
+    } else {
+        policy
+    }))
 }
 
 /// Parses a document as `what`. Limits prevent anchors and aliases from expanding without bound.

@@ -162,7 +162,8 @@ fn other_kinds_are_ignored_and_reported() {
     assert!(!manifests.unreadable);
     assert_eq!(
         problems(&manifests),
-        ["pods.yaml:1: ignored: kind apps/v1 Deployment; only v1 Pod, Namespace and List are read"]
+        ["pods.yaml:1: ignored: kind apps/v1 Deployment; only v1 Pod, Namespace, List, \
+             EgressPolicy, ClusterEgressPolicy, ClusterNetworkPolicy, EgressSet are read"]
     );
 }
 
@@ -272,5 +273,97 @@ fn the_error_for_an_annotation_that_is_not_a_string_says_what_to_do() {
             "{value}: {}",
             problem.message
         );
+    }
+}
+
+const POLICIES: &str = "\
+apiVersion: egress-agent.dev/v1alpha1
+kind: EgressPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  mode: off
+  allow: [\"github.com:443\"]
+---
+apiVersion: v1
+kind: List
+items:
+- apiVersion: egress-agent.dev/v1alpha1
+  kind: ClusterEgressPolicy
+  metadata: {name: guardrails}
+  spec:
+    tier: Admin
+    priority: 1
+    rules: [{action: Deny, entries: [a.test]}]
+- apiVersion: policy.networking.k8s.io/v1alpha2
+  kind: ClusterNetworkPolicy
+  metadata: {name: upstream}
+  spec:
+    tier: Baseline
+    priority: 1
+    subject: {namespaces: {}}
+---
+apiVersion: egress-agent.dev/v1alpha1
+kind: EgressSetList
+items:
+- metadata: {name: github}
+  spec: {destinations: [github.com]}
+";
+
+#[test]
+fn policy_objects_are_read() {
+    let manifests = read(POLICIES);
+    assert_eq!(problems(&manifests), [""; 0]);
+    let titles: Vec<_> = manifests.objects.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        titles,
+        [
+            "EgressPolicy shop/web",
+            "ClusterEgressPolicy guardrails",
+            "ClusterNetworkPolicy upstream",
+            "EgressSet github"
+        ]
+    );
+    assert!(manifests.objects.iter().all(|object| !object.is_incomplete()));
+}
+
+#[test]
+fn a_mistake_in_a_policy_object_has_its_place() {
+    let with = |from: &str, to: &str| {
+        let manifests = read(&POLICIES.replace(from, to));
+        assert!(!manifests.problems.is_empty(), "{to}");
+        problems(&manifests).remove(0)
+    };
+    for (from, to, problem) in [
+        ("name: web", "name: Web", "pods.yaml:1: \"Web\" is not a name"),
+        (
+            "egress-agent.dev/v1alpha1\nkind: EgressPolicy",
+            "egress-agent.dev/v2\nkind: EgressPolicy",
+            "pods.yaml:1: the EgressPolicy has the apiVersion \"egress-agent.dev/v2\": expected \
+             \"egress-agent.dev/v1alpha1\"",
+        ),
+        (
+            "kind: EgressPolicy",
+            "kind: Egresspolicy",
+            "pods.yaml:1: kind Egresspolicy must be written EgressPolicy",
+        ),
+        (
+            "mode: off",
+            "mode: of",
+            "pods.yaml:1: EgressPolicy shop/web: spec.mode cannot be read: unknown variant `of`",
+        ),
+        (
+            "tier: Admin",
+            "tier: Middle",
+            "pods.yaml:11: ClusterEgressPolicy guardrails: spec.tier cannot be read",
+        ),
+        (
+            "destinations:",
+            "destination:",
+            "pods.yaml:28: EgressSet github: spec.destination is not known",
+        ),
+        ("mode: off", "mode: [", "pods.yaml:"),
+    ] {
+        let found = with(from, to);
+        assert!(found.starts_with(problem), "{found}");
     }
 }

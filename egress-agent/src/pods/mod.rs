@@ -17,6 +17,7 @@ mod documents;
 mod manifest;
 mod name;
 mod object;
+mod policies;
 mod snapshot;
 mod watching;
 mod yaml_hint;

@@ -1,11 +1,18 @@
-//! A Pod or Namespace manifest, reduced to what enforcement needs.
+//! A Pod, Namespace or policy object in a manifest, reduced to what enforcement needs.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
+use egress_api::{Labels, Policy, namespace_labels};
 use egress_common::records::UID_BYTES;
-use k8s_openapi::api::core::v1;
+use egress_policy::objects::Objects;
+use k8s_openapi::{api::core::v1, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use serde::Deserialize;
+use serde_json::Value;
 
-use super::{ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem};
+use super::{
+    ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem,
+    policies::{PolicyKind, Set},
+};
 
 /// Longest interface name in bytes (`IFNAMSIZ` less its zero byte).
 const INTERFACE_NAME_MAX: usize = 15;
@@ -16,15 +23,32 @@ const LABEL_MAX: usize = 63;
 const SUBDOMAIN_MAX: usize = 253;
 
 /// An object in a manifest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Object {
     Pod(Box<PodObject>),
     Namespace(Namespace),
+    Policy(PolicyObject),
+    Set(SetObject),
+}
+
+/// A policy.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct PolicyObject {
+    pub(super) policy: Policy,
+    pub(super) origin: String,
+}
+
+/// An `EgressSet`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SetObject {
+    pub(super) set: Set,
+    pub(super) origin: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PodObject {
     pub(super) pod: Pod,
+    pub(super) labels: Arc<Labels>,
     /// Whether a part of it could not be read and was omitted.
     pub(super) incomplete: bool,
 }
@@ -33,6 +57,7 @@ pub(super) struct PodObject {
 pub(super) struct Namespace {
     pub(super) name: String,
     pub(super) annotations: BTreeMap<String, String>,
+    pub(super) labels: Arc<Labels>,
     pub(super) origin: String,
 }
 
@@ -41,6 +66,18 @@ impl Object {
         match self {
             Self::Pod(pod) => &pod.pod.origin,
             Self::Namespace(namespace) => &namespace.origin,
+            Self::Policy(policy) => &policy.origin,
+            Self::Set(set) => &set.origin,
+        }
+    }
+
+    /// Whether a part of it could not be read, so that an earlier form of it is better.
+    pub(super) fn is_incomplete(&self) -> bool {
+        match self {
+            Self::Pod(pod) => pod.incomplete,
+            Self::Namespace(_) => false,
+            Self::Policy(policy) => !policy.policy.is_complete,
+            Self::Set(set) => set.set.destinations.is_err(),
         }
     }
 
@@ -51,6 +88,8 @@ impl Object {
                 a.pod.namespace == b.pod.namespace && a.pod.name == b.pod.name
             }
             (Self::Namespace(a), Self::Namespace(b)) => a.name == b.name,
+            (Self::Policy(a), Self::Policy(b)) => a.policy.name == b.policy.name,
+            (Self::Set(a), Self::Set(b)) => a.set.name == b.set.name,
             _ => false,
         }
     }
@@ -61,6 +100,8 @@ impl fmt::Display for Object {
         match self {
             Self::Pod(pod) => write!(f, "pod {}/{}", pod.pod.namespace, pod.pod.name),
             Self::Namespace(namespace) => write!(f, "namespace {}", namespace.name),
+            Self::Policy(policy) => write!(f, "{}", policy.policy.name),
+            Self::Set(set) => write!(f, "EgressSet {}", set.set.name),
         }
     }
 }
@@ -68,11 +109,58 @@ impl fmt::Display for Object {
 impl Namespace {
     /// Reduces a manifest.
     pub(super) fn read(origin: &str, read: v1::Namespace) -> Result<Self, Problem> {
+        let name = required_name(origin, read.metadata.name, LABEL_MAX)?;
         Ok(Self {
-            name: required_name(origin, read.metadata.name, LABEL_MAX)?,
             annotations: own_annotations(read.metadata.annotations),
+            labels: Arc::new(namespace_labels(&name, read.metadata.labels)),
+            name,
             origin: origin.to_owned(),
         })
+    }
+}
+
+/// A policy object in a manifest.
+#[derive(Debug, Deserialize)]
+pub(super) struct PolicyManifest {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Value,
+}
+
+impl PolicyManifest {
+    /// Reduces a manifest, and returns its problem.
+    pub(super) fn read(
+        self,
+        origin: &str,
+        kind: PolicyKind,
+    ) -> Result<(Object, Option<Problem>), Problem> {
+        let ObjectMeta {
+            name, namespace, ..
+        } = self.metadata;
+        let name = required_name(origin, name, SUBDOMAIN_MAX)?;
+        let namespace = match namespace {
+            None => "default".to_owned(),
+            given => required_name(origin, given, LABEL_MAX)?,
+        };
+        let origin = origin.to_owned();
+        let (object, message) = match kind {
+            PolicyKind::Policy(of) => {
+                let namespace = kind.is_namespaced().then_some(&*namespace);
+                let policy = Policy::read(of, namespace, &name, &self.spec);
+                let problem = policy.problem();
+                (Object::Policy(PolicyObject { policy, origin }), problem)
+            }
+            PolicyKind::Set => {
+                let set = Set::read(&name, &self.spec);
+                let problem = set.destinations.clone().err();
+                (Object::Set(SetObject { set, origin }), problem)
+            }
+        };
+        let problem = message.map(|message| Problem {
+            origin: object.origin().to_owned(),
+            message: format!("{object}: {message}"),
+        });
+        Ok((object, problem))
     }
 }
 
@@ -81,6 +169,7 @@ pub(super) struct Common {
     /// The pod, without interface and cgroup. Its annotations may still contain
     /// [`INTERFACE_ANNOTATION`].
     pub(super) pod: Pod,
+    pub(super) labels: Arc<Labels>,
     /// Its problems.
     pub(super) messages: Vec<String>,
     /// Whether an address could not be read and was omitted.
@@ -95,6 +184,7 @@ impl Common {
             None => "default".to_owned(),
             given => required_name(origin, given, LABEL_MAX)?,
         };
+        let labels = Arc::new(metadata.labels.unwrap_or_default());
         let spec = read.spec.unwrap_or_default();
         let mut messages = Vec::new();
         let uid = match metadata.uid {
@@ -120,6 +210,7 @@ impl Common {
             annotations: own_annotations(metadata.annotations),
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,
+            objects: Objects::default(),
             host_network: spec.host_network.unwrap_or(false),
             is_pending: false,
             node_name: spec.node_name,
@@ -139,6 +230,7 @@ impl Common {
         }
         Ok(Self {
             pod,
+            labels,
             messages,
             incomplete,
         })
@@ -150,6 +242,7 @@ impl PodObject {
     pub(super) fn read(origin: &str, read: v1::Pod) -> Result<(Self, Vec<Problem>), Problem> {
         let Common {
             mut pod,
+            labels,
             mut messages,
             mut incomplete,
         } = Common::read(origin, read)?;
@@ -177,7 +270,11 @@ impl PodObject {
             message,
         };
         Ok((
-            Self { pod, incomplete },
+            Self {
+                pod,
+                labels,
+                incomplete,
+            },
             messages.into_iter().map(problem).collect(),
         ))
     }

@@ -1,19 +1,22 @@
 //! The output of a source of pods.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
+    sync::Arc,
 };
 
+use egress_api::{PeerPod, Peers, Selection, Selector, namespace_labels};
 use serde::{Deserialize, Serialize};
 
 use super::{
     contents::Contents,
     name::NamespacedName,
-    object::{Namespace, Object},
+    object::{Namespace, Object, PodObject},
+    policies::{Sets, applied},
 };
-use egress_policy::{Prefix, Resolver};
+use egress_policy::{Prefix, Resolver, objects::Objects};
 
 /// The fields of a pod that enforcement needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +46,9 @@ pub struct Pod {
     /// does not mean that the namespace has no rules. Pods of a directory need no Namespace, so for them this
     /// is always true.
     pub namespace_known: bool,
+    /// The policy objects that select it.
+    #[serde(skip)]
+    pub objects: Objects,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// Whether no program of it runs yet, according to the kubelet: its phase is `Pending`, and it has no
@@ -150,31 +156,16 @@ impl Facts {
 /// Merges the contents of files. If two contain the same object, the earlier one counts.
 pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapshot {
     let mut snapshot = Snapshot::default();
-    let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
+    let mut origins: BTreeMap<String, &str> = BTreeMap::new();
+    let mut pods: Vec<&PodObject> = Vec::new();
+    let mut namespaces: BTreeMap<&str, &Namespace> = BTreeMap::new();
+    let mut policies = BTreeMap::new();
+    let mut sets = Sets::new();
     for contents in files {
         snapshot.problems.extend(contents.problems.iter().cloned());
         snapshot.unreadable |= contents.unreadable;
         for object in &contents.objects {
-            let earlier = match object {
-                Object::Pod(pod) => {
-                    let pod = &pod.pod;
-                    match snapshot.pods.entry(pod.key()) {
-                        Entry::Occupied(earlier) => Some(earlier.get().origin.clone()),
-                        Entry::Vacant(vacant) => {
-                            vacant.insert(pod.clone());
-                            None
-                        }
-                    }
-                }
-                Object::Namespace(namespace) => match namespaces.entry(namespace.name.clone()) {
-                    Entry::Occupied(earlier) => Some(earlier.get().origin.clone()),
-                    Entry::Vacant(vacant) => {
-                        vacant.insert(namespace.clone());
-                        None
-                    }
-                },
-            };
-            if let Some(earlier) = earlier {
+            if let Some(earlier) = origins.get(&object.to_string()) {
                 snapshot.problems.push(Problem {
                     origin: object.origin().to_owned(),
                     message: format!(
@@ -182,13 +173,67 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
                          remove one of the two"
                     ),
                 });
+                continue;
+            }
+            origins.insert(object.to_string(), object.origin());
+            match object {
+                Object::Pod(pod) => pods.push(pod),
+                Object::Namespace(namespace) => {
+                    namespaces.insert(&namespace.name, namespace);
+                }
+                Object::Policy(object) => {
+                    let (name, applied, problems) = applied(&object.policy, &NoCluster);
+                    let problem = |message| Problem {
+                        origin: object.origin.clone(),
+                        message: format!("{name}: {message}"),
+                    };
+                    snapshot.problems.extend(problems.into_iter().map(problem));
+                    policies.insert(name, applied);
+                }
+                Object::Set(object) => {
+                    // Entries that use one without destinations are then unreadable.
+                    if let Ok(destinations) = &object.set.destinations {
+                        sets.insert(object.set.name.clone(), destinations.clone());
+                    }
+                }
             }
         }
     }
-    for pod in snapshot.pods.values_mut() {
-        if let Some(namespace) = namespaces.get(&pod.namespace) {
+    let mut selection = Selection::default();
+    selection.update(policies, &Arc::new(sets));
+    for PodObject { pod, labels, .. } in pods {
+        let mut pod = pod.clone();
+        let key = pod.key();
+        let namespace = namespaces.get(&*pod.namespace);
+        let namespace_labels = match namespace {
+            Some(namespace) => Arc::clone(&namespace.labels),
+            None => Arc::new(namespace_labels(&pod.namespace, None)),
+        };
+        if let Some(namespace) = namespace {
             pod.namespace_annotations.clone_from(&namespace.annotations);
         }
+        let objects = selection.of(
+            key.clone(),
+            &pod.namespace,
+            labels,
+            &namespace_labels,
+            pod.host_network,
+        );
+        pod.objects.clone_from(objects);
+        snapshot.pods.insert(key, pod);
     }
     snapshot
+}
+
+/// The peers of rules, without a cluster.
+struct NoCluster;
+
+impl Peers for NoCluster {
+    fn nodes(&self, _: &Selector) -> Result<Vec<IpAddr>, String> {
+        Err("the addresses of nodes are known only in a cluster".to_owned())
+    }
+
+    fn pods(&self, _: &Selector, _: &Selector) -> Result<Vec<PeerPod>, String> {
+        Err("the addresses of other pods are known only in a cluster".to_owned())
+    }
 }

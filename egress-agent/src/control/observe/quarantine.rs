@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use super::InForce;
 use crate::{pods::Pod, report::Subject};
+use egress_policy::objects::Objects;
 
 /// The problem of an interface that stays in quarantine.
 pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads into another network namespace, and \
@@ -39,6 +40,7 @@ pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {
         annotations: BTreeMap::new(),
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,
+        objects: Objects::default(),
         host_network: false,
         is_pending: false,
         node_name: None,

@@ -30,7 +30,7 @@ use crate::{
     pods::{Facts, Pod},
     report::Subject,
 };
-use egress_policy::{Annotations, Compiled};
+use egress_policy::{Annotations, Compiled, objects::Objects};
 
 /// A pod, and where it is.
 #[derive(Clone)]
@@ -251,6 +251,7 @@ pub(in crate::control) fn pod(name: &str) -> Pod {
         annotations: annotations_of(&[("allow", "a.test")]),
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,
+        objects: Objects::default(),
         host_network: false,
         is_pending: false,
         node_name: None,

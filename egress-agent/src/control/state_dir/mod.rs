@@ -2,5 +2,6 @@
 
 pub(in crate::control) mod file;
 pub(in crate::control) mod handover;
+mod objects;
 pub(in crate::control) mod saved;
 pub(in crate::control) mod trust;

@@ -6,7 +6,7 @@
 //!
 //! The file may be older than what is in force: writing and removing it may have failed, or an agent with another
 //! `stateDir` ran meanwhile. So only what the kernel agrees with is taken from it. A pod's policy in the kernel has
-//! the digest of the annotations that it was compiled from, and the map `ranges` has the cluster's addresses.
+//! the digest of the annotations and objects that it was compiled from, and the map `ranges` has the cluster's addresses.
 
 use std::{
     collections::BTreeMap,
@@ -14,13 +14,14 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use egress_common::{
     address::Address,
     records::{RANGE_INTERNAL, Range},
 };
 use serde::{Deserialize, Serialize};
 
+use super::objects::SavedObjects;
 use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file};
 use crate::{
     config::Config,
@@ -40,6 +41,10 @@ struct Document<P> {
     /// The node's name.
     node: String,
     pods: P,
+    /// The policy objects of the pods. An agent that does not know this field believes no pod that has objects,
+    /// because the digest in the kernel covers them.
+    #[serde(default)]
+    objects: SavedObjects,
     facts: Facts,
 }
 
@@ -160,6 +165,7 @@ impl Saved {
             version: VERSION,
             node: self.node.clone(),
             pods: snapshot.pods.values().collect::<Vec<_>>(),
+            objects: SavedObjects::of(snapshot.pods.values().map(|pod| &pod.objects)),
             facts: snapshot.facts.clone(),
         };
         state_file::write(&self.path, &document)
@@ -206,13 +212,13 @@ fn is_of(left: &Adoptable, pod: &Pod) -> bool {
     left.uid == pod.uid && left.namespace == pod.namespace && left.name == pod.name
 }
 
-/// Whether every interface of the pod is under a policy that was compiled from these annotations. A pod without
+/// Whether every interface of the pod is under a policy that was compiled from these annotations and objects. A pod without
 /// interfaces in the kernel is open, so any policy is better.
 fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
     if !pod.namespace_known {
         return Ok(false);
     }
-    let digest = digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
+    let digest = digest::of_pod(pod);
     for (_, entry) in &left.interfaces {
         let record = view.policy(entry.policy)?;
         if record.is_none_or(|record| record.annotations != digest) {
@@ -255,5 +261,19 @@ fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
 fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, Facts)>> {
     let document: Option<Document<Vec<Pod>>> = state_file::read(path)?;
     let ours = document.filter(|document| document.version == VERSION && document.node == node);
-    Ok(ours.map(|document| (document.pods, document.facts)))
+    let Some(Document {
+        mut pods,
+        objects,
+        facts,
+        ..
+    }) = ours
+    else {
+        return Ok(None);
+    };
+    for (index, pod) in pods.iter_mut().enumerate() {
+        let of_pod = objects.of_pod(index);
+        pod.objects = of_pod
+            .with_context(|| format!("{}: a pod has an object that is missing", path.display()))?;
+    }
+    Ok(Some((pods, facts)))
 }

@@ -1,7 +1,8 @@
 //! A pod of the cluster, reduced to what enforcement needs.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
+use egress_api::Labels;
 use k8s_openapi::api::core::v1;
 use serde::Deserialize;
 
@@ -29,6 +30,7 @@ pub(super) struct ClusterPod {
     /// The pod. [`Pod::cgroup_uid`] is set unless it is a mirror; fields that depend on other objects are not
     /// set yet.
     pub(super) pod: Pod,
+    pub(super) labels: Arc<Labels>,
     /// Its problems.
     pub(super) messages: Vec<String>,
     /// The static pod that it claims to mirror.
@@ -80,6 +82,7 @@ impl ClusterPod {
         read.metadata.managed_fields = None;
         let Common {
             mut pod,
+            labels,
             messages: common,
             ..
         } = Common::read(&origin, read)
@@ -98,6 +101,7 @@ impl ClusterPod {
         }
         Some(Self {
             pod,
+            labels,
             messages,
             mirror,
             further,

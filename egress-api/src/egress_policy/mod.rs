@@ -1,5 +1,7 @@
 //! `EgressPolicy`: what pods of one namespace may reach.
 
+pub(crate) mod read;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::CustomResource;
 use schemars::JsonSchema;

@@ -3,11 +3,16 @@
 //! This project does not ship its definition. Only what egress needs is read. Fields that are not known here are
 //! ignored, and a peer without a known field is [`EgressPeer::default`].
 
+mod entries;
+pub(crate) mod read;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster_egress_policy::Tier;
+pub use entries::{ENTRIES_MAX, NamedPort, PeerPod, Peers};
+pub use read::NetworkPolicy;
 
 /// The specification.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource)]
@@ -125,7 +130,7 @@ pub struct Protocol {
     pub destination_named_port: Option<String>,
 }
 
-/// The ports of a protocol; all of them if none is set.
+/// The ports of a protocol. If none is set, there is a field that is not known here.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ports {

@@ -1,5 +1,7 @@
 //! `ClusterEgressPolicy`: ordered rules before or after what teams say.
 
+pub(crate) mod read;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::CustomResource;
 use schemars::JsonSchema;

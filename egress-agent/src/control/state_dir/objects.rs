@@ -1,0 +1,120 @@
+//! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use egress_policy::objects::{NamespacePolicy, Objects, TierPolicy};
+use serde::{Deserialize, Serialize};
+
+/// The objects of several pods.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct SavedObjects {
+    namespace: Vec<Arc<NamespacePolicy>>,
+    tiers: Vec<Arc<TierPolicy>>,
+    sets: Arc<BTreeMap<String, Vec<String>>>,
+    /// For each pod, in the order of the file's pods, the indexes of its objects in the lists above.
+    selected: Vec<Selected>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Selected {
+    namespace: Vec<usize>,
+    tiers: Vec<usize>,
+}
+
+impl SavedObjects {
+    /// Collects the objects of pods.
+    pub(super) fn of<'a>(pods: impl Iterator<Item = &'a Objects>) -> Self {
+        let mut saved = Self::default();
+        let (mut namespace, mut tiers) = (BTreeMap::new(), BTreeMap::new());
+        for objects in pods {
+            saved.sets = Arc::clone(&objects.sets);
+            let selected = Selected {
+                namespace: indexes(&objects.namespace, &mut namespace, &mut saved.namespace),
+                tiers: indexes(&objects.tiers, &mut tiers, &mut saved.tiers),
+            };
+            saved.selected.push(selected);
+        }
+        saved
+    }
+
+    /// The objects of the pod with this index, or `None` if the file contradicts itself.
+    pub(super) fn of_pod(&self, index: usize) -> Option<Objects> {
+        let nothing = Selected::default();
+        // An agent that knew no objects wrote none.
+        let selected = self.selected.get(index).unwrap_or(&nothing);
+        Some(Objects {
+            namespace: pick(&self.namespace, &selected.namespace)?,
+            tiers: pick(&self.tiers, &selected.tiers)?,
+            sets: Arc::clone(&self.sets),
+        })
+    }
+}
+
+/// The indexes of objects in `all`, after those that are not there have been added. `known` has the index of each
+/// object by its address: pods share objects.
+fn indexes<T>(
+    of: &[Arc<T>],
+    known: &mut BTreeMap<*const T, usize>,
+    all: &mut Vec<Arc<T>>,
+) -> Vec<usize> {
+    let index = |object: &Arc<T>| {
+        *known.entry(Arc::as_ptr(object)).or_insert_with(|| {
+            all.push(Arc::clone(object));
+            all.len() - 1
+        })
+    };
+    of.iter().map(index).collect()
+}
+
+fn pick<T>(all: &[Arc<T>], indexes: &[usize]) -> Option<Vec<Arc<T>>> {
+    let picked = indexes.iter().map(|index| all.get(*index).cloned());
+    picked.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use egress_policy::objects::{ObjectKind, ObjectName};
+
+    use super::*;
+
+    fn policy(name: &str) -> Arc<NamespacePolicy> {
+        Arc::new(NamespacePolicy {
+            name: Arc::new(ObjectName {
+                kind: ObjectKind::EgressPolicy,
+                namespace: Some("shop".into()),
+                name: name.into(),
+            }),
+            mode: None,
+            allow: Some(vec!["a.test".into()]),
+            deny: None,
+            resolve: None,
+        })
+    }
+
+    #[test]
+    fn each_object_is_saved_once_and_every_pod_gets_its_own_back() {
+        let sets = Arc::new(BTreeMap::from([("web".to_owned(), vec!["b.test".into()])]));
+        let (a, b) = (policy("a"), policy("b"));
+        let of = |namespace: &[&Arc<NamespacePolicy>]| Objects {
+            namespace: namespace.iter().map(|one| Arc::clone(one)).collect(),
+            tiers: Vec::new(),
+            sets: Arc::clone(&sets),
+        };
+        let pods = [of(&[&a]), of(&[]), of(&[&b, &a])];
+        let saved = SavedObjects::of(pods.iter());
+        assert_eq!(saved.namespace.len(), 2);
+        let text = serde_json::to_string(&saved).expect("JSON");
+        let read: SavedObjects = serde_json::from_str(&text).expect("the same");
+        for (index, objects) in pods.iter().enumerate() {
+            assert_eq!(read.of_pod(index).as_ref(), Some(objects), "{index}");
+        }
+    }
+
+    #[test]
+    fn an_index_of_no_object_is_an_error() {
+        let text =
+            r#"{"namespace":[],"tiers":[],"sets":{},"selected":[{"namespace":[0],"tiers":[]}]}"#;
+        let read: SavedObjects = serde_json::from_str(text).expect("an object");
+        assert_eq!(read.of_pod(0), None);
+    }
+}

@@ -1,0 +1,516 @@
+use std::net::IpAddr;
+
+use ::egress_policy::objects::{Tier, TierAction, TierRule};
+use serde_json::json;
+
+use super::*;
+use crate::{NamedPort, PeerPod, Peers};
+
+/// A cluster with two nodes, and with two pods of which one has a named port.
+struct Cluster;
+
+fn address(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+impl Peers for Cluster {
+    fn nodes(&self, nodes: &Selector) -> Result<Vec<IpAddr>, String> {
+        let labels = Labels::from([("zone".into(), "a".into())]);
+        let all = ["192.168.7.6", "192.168.7.7", "fd01::1"].map(address);
+        Ok(all.into_iter().filter(|_| nodes.selects(&labels)).collect())
+    }
+
+    fn pods(&self, namespaces: &Selector, pods: &Selector) -> Result<Vec<PeerPod>, String> {
+        let team = Labels::from([("team".into(), "shop".into())]);
+        let web = Labels::from([("app".into(), "web".into())]);
+        let all = [
+            PeerPod {
+                addresses: vec![address("10.1.0.7"), address("fd00::7")],
+                ports: vec![NamedPort {
+                    name: "http".into(),
+                    protocol: "tcp",
+                    port: 8080,
+                }],
+            },
+            PeerPod {
+                addresses: vec![address("10.1.0.6")],
+                ports: Vec::new(),
+            },
+        ];
+        let is_selected = |_: &PeerPod| namespaces.selects(&team) && pods.selects(&web);
+        Ok(all.into_iter().filter(is_selected).collect())
+    }
+}
+
+/// A cluster of which nothing is known.
+struct Unknown;
+
+impl Peers for Unknown {
+    fn nodes(&self, _: &Selector) -> Result<Vec<IpAddr>, String> {
+        Err("the nodes are not known".into())
+    }
+
+    fn pods(&self, _: &Selector, _: &Selector) -> Result<Vec<PeerPod>, String> {
+        Err("the pods are not known".into())
+    }
+}
+
+fn egress_policy(spec: &Value) -> (Policy, NamespacePolicy) {
+    let policy = Policy::read(ObjectKind::EgressPolicy, Some("shop"), "web", spec);
+    let Body::Namespace(body) = policy.body.clone() else {
+        panic!("not an EgressPolicy");
+    };
+    (policy, NamespacePolicy::clone(&body))
+}
+
+fn tier_policy(kind: ObjectKind, spec: &Value, peers: &dyn Peers) -> (Policy, TierPolicy) {
+    let mut policy = Policy::read(kind, None, "guardrails", spec);
+    let body = match &policy.body {
+        Body::Namespace(_) => panic!("not a tier's"),
+        Body::Tier(body) => TierPolicy::clone(body),
+        Body::Network(network) => {
+            let (body, problems) = network.resolve(peers);
+            policy.problems.extend(problems);
+            body
+        }
+    };
+    (policy, body)
+}
+
+fn selects(policy: &Policy, namespace: &str, labels: &[(&str, &str)], host_network: bool) -> bool {
+    let of = |labels: &[(&str, &str)]| -> Labels {
+        let labels = labels.iter();
+        labels
+            .map(|&(key, value)| (key.into(), value.into()))
+            .collect()
+    };
+    policy.subject.selects(SelectedPod {
+        namespace,
+        labels: &of(labels),
+        namespace_labels: &of(&[("kubernetes.io/metadata.name", namespace)]),
+        host_network,
+    })
+}
+
+fn rule(index: usize, action: TierAction, entries: &[&str]) -> TierRule {
+    TierRule {
+        name: None,
+        index,
+        action,
+        entries: entries.iter().map(|&entry| entry.to_owned()).collect(),
+    }
+}
+
+#[test]
+fn an_egress_policy_selects_pods_of_its_namespace() {
+    let (policy, body) = egress_policy(&json!({
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "mode": "audit",
+        "allow": ["github.com:443"],
+        "deny": ["gist.github.com"],
+    }));
+    assert!(policy.is_complete, "{:?}", policy.problems);
+    assert_eq!(policy.name.to_string(), "EgressPolicy shop/web");
+    assert_eq!(body.mode, Some(::egress_policy::Mode::Audit));
+    assert_eq!(body.allow, Some(vec!["github.com:443".to_owned()]));
+    assert_eq!(body.deny, Some(vec!["gist.github.com".to_owned()]));
+    assert_eq!(body.resolve, None);
+    assert!(selects(&policy, "shop", &[("app", "web")], false));
+    assert!(!selects(&policy, "shop", &[("app", "db")], false));
+    assert!(!selects(&policy, "other", &[("app", "web")], false));
+    let (all, _) = egress_policy(&json!({}));
+    assert!(all.is_complete && selects(&all, "shop", &[], false));
+}
+
+#[test]
+fn an_egress_policy_that_cannot_be_read_allows_nothing() {
+    let like = json!({"matchExpressions": [{"key": "app", "operator": "Like", "values": ["w"]}]});
+    let (policy, body) = egress_policy(&json!({
+        "podSelector": like, "mode": "off", "allow": ["*"], "deny": ["a.test"],
+    }));
+    assert!(!policy.is_complete);
+    assert!(
+        policy.problems[0].starts_with("spec.podSelector"),
+        "{:?}",
+        policy.problems
+    );
+    assert!(selects(&policy, "shop", &[("app", "db")], false));
+    assert!(!selects(&policy, "other", &[], false));
+    assert_eq!((body.mode, body.allow), (None, Some(Vec::new())));
+    assert_eq!(body.deny, Some(vec!["a.test".to_owned()]));
+
+    for spec in [
+        json!({"allow": "github.com"}),
+        json!({"allow": [1]}),
+        json!({"alow": ["github.com"], "allow": ["github.com"]}),
+        json!("nothing"),
+    ] {
+        let (policy, body) = egress_policy(&spec);
+        assert!(!policy.is_complete, "{spec}");
+        assert_eq!(body.allow, Some(Vec::new()), "{spec}");
+    }
+    let (_, body) = egress_policy(&json!({"deny": {}}));
+    assert_eq!(body.deny, Some(vec!["*".to_owned()]));
+}
+
+#[test]
+fn a_cluster_egress_policy_has_its_rules_in_order() {
+    let spec = json!({
+        "tier": "Baseline",
+        "priority": 7,
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}},
+        "rules": [
+            {"action": "Deny", "entries": ["169.254.169.254"]},
+            {"name": "git", "action": "Allow", "entries": ["github.com:443", "@web"]},
+            {"action": "Pass", "entries": ["*"]},
+        ],
+    });
+    let (policy, body) = tier_policy(ObjectKind::ClusterEgressPolicy, &spec, &Unknown);
+    assert!(policy.is_complete, "{:?}", policy.problems);
+    assert_eq!((body.tier, body.priority), (Tier::Baseline, 7));
+    assert_eq!(
+        body.rules[0],
+        rule(0, TierAction::Deny, &["169.254.169.254"])
+    );
+    assert_eq!(body.rules[1].name.as_deref(), Some("git"));
+    assert_eq!(body.rules[2], rule(2, TierAction::Pass, &["*"]));
+    assert!(selects(&policy, "shop", &[], false));
+    assert!(!selects(&policy, "other", &[], false));
+}
+
+#[test]
+fn an_unreadable_part_of_a_cluster_egress_policy_only_takes_away() {
+    let rules = json!([
+        {"action": "Allow", "entries": ["a.test"]},
+        {"action": "Deny", "entries": ["b.test"]},
+        {"action": "Pass", "entries": ["c.test"]},
+    ]);
+    for (field, value) in [
+        ("tier", json!("Middle")),
+        ("priority", json!(1001)),
+        ("priority", json!(-1)),
+        ("podSelector", json!({"matchLabels": {"a b": "c"}})),
+        ("podselector", json!({})),
+    ] {
+        let mut spec = json!({"tier": "Baseline", "priority": 3, "rules": rules});
+        spec[field] = value;
+        let (policy, body) = tier_policy(ObjectKind::ClusterEgressPolicy, &spec, &Unknown);
+        assert!(!policy.is_complete, "{field}");
+        assert!(policy.problems[0].contains(field), "{:?}", policy.problems);
+        assert!(selects(&policy, "any", &[], false), "{field}");
+        assert_eq!(
+            body.rules,
+            [
+                rule(0, TierAction::Allow, &[]),
+                rule(1, TierAction::Deny, &["b.test"]),
+                rule(2, TierAction::Deny, &["c.test"]),
+            ],
+            "{field}"
+        );
+    }
+}
+
+#[test]
+fn an_unreadable_rule_fails_closed_and_leaves_the_others() {
+    let spec = json!({
+        "tier": "Admin",
+        "priority": 0,
+        "rules": [
+            {"action": "Allow", "entries": "a.test"},
+            {"name": "odd", "action": "Log", "entries": ["b.test"]},
+            {"action": "Deny", "entries": ["c.test"], "ports": [443]},
+            {"action": "Allow", "entries": ["d.test"]},
+        ],
+    });
+    let (policy, body) = tier_policy(ObjectKind::ClusterEgressPolicy, &spec, &Unknown);
+    assert!(!policy.is_complete);
+    assert_eq!(policy.problems.len(), 3, "{:?}", policy.problems);
+    assert!(
+        policy.problems[0].starts_with("spec.rules[0] cannot be read")
+            && policy.problems[0].ends_with("the rule matches nothing"),
+        "{:?}",
+        policy.problems
+    );
+    assert!(
+        policy.problems[1].starts_with("spec.rules[1] (odd)")
+            && policy.problems[1].ends_with("the rule denies everything"),
+        "{:?}",
+        policy.problems
+    );
+    assert_eq!(body.rules[0], rule(0, TierAction::Allow, &[]));
+    assert_eq!(body.rules[1].name.as_deref(), Some("odd"));
+    assert_eq!(
+        (body.rules[1].action, &*body.rules[1].entries),
+        (TierAction::Deny, &["*".to_owned()][..])
+    );
+    assert_eq!(body.rules[2], rule(2, TierAction::Deny, &["*"]));
+    assert_eq!(body.rules[3], rule(3, TierAction::Allow, &["d.test"]));
+}
+
+fn network_policy(egress: &Value) -> Value {
+    json!({
+        "tier": "Admin",
+        "priority": 10,
+        "subject": {"namespaces": {}},
+        "egress": egress,
+    })
+}
+
+#[test]
+fn networks_and_names_become_entries() {
+    let spec = network_policy(&json!([
+        {"action": "Accept", "to": [{"networks": ["10.0.0.0/8", "fd00::/8"]}]},
+        {
+            "name": "web",
+            "action": "Accept",
+            "to": [{"networks": ["10.1.2.3/16"]}, {"domainNames": ["*.github.com", "kubernetes.io."]}],
+            "protocols": [
+                {"tcp": {"destinationPort": {"number": 443}}},
+                {"udp": {"destinationPort": {"range": {"start": 8000, "end": 8100}}}},
+            ],
+        },
+        {
+            "action": "Deny",
+            "to": [{"networks": ["2001:db8::/32", "0.0.0.0/0", "192.0.2.1/32"]}],
+            "protocols": [{"sctp": {"destinationPort": {"number": 9}}}],
+        },
+        {"action": "Pass", "to": [{"networks": ["::/0"]}]},
+    ]));
+    let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown);
+    assert!(
+        policy.is_complete && policy.problems.is_empty(),
+        "{:?}",
+        policy.problems
+    );
+    assert!(matches!(policy.body, Body::Tier(_)));
+    assert_eq!(
+        body.rules[0],
+        rule(0, TierAction::Allow, &["10.0.0.0/8/any", "[fd00::/8]/any"])
+    );
+    assert_eq!(body.rules[1].name.as_deref(), Some("web"));
+    assert_eq!(
+        body.rules[1].entries,
+        [
+            "10.1.0.0/16:443/tcp",
+            "10.1.0.0/16:8000-8100/udp",
+            "*.github.com:443/tcp",
+            "*.github.com:8000-8100/udp",
+            "kubernetes.io.:443/tcp",
+            "kubernetes.io.:8000-8100/udp",
+        ]
+    );
+    assert_eq!(
+        body.rules[2],
+        rule(
+            2,
+            TierAction::Deny,
+            &[
+                "[2001:db8::/32]:9/sctp",
+                "0.0.0.0/0:9/sctp",
+                "192.0.2.1:9/sctp"
+            ]
+        )
+    );
+    assert_eq!(body.rules[3], rule(3, TierAction::Pass, &["[::/0]/any"]));
+    for entry in body.rules.iter().flat_map(|rule| &rule.entries) {
+        assert_readable(entry);
+    }
+}
+
+/// Checks that the grammar of entries has this one.
+fn assert_readable(entry: &str) {
+    let settings = ::egress_policy::Settings {
+        default_mode: ::egress_policy::Mode::Off,
+        pod_annotations: ::egress_policy::PodAnnotations::Grant,
+        cluster_domain: ::egress_policy::exact_name("cluster.local").expect("a name"),
+        guard: true,
+        allow_internal: true,
+        internal_answers: Arc::new(::egress_policy::InternalAnswers::Names(Vec::new())),
+        protected: Vec::new(),
+        translators: ::egress_policy::Translators::well_known(),
+    };
+    let annotations = ::egress_policy::Annotations {
+        allow: Some(entry.to_owned()),
+        ..Default::default()
+    };
+    let compiled = ::egress_policy::compile(&annotations, &Default::default(), &settings);
+    compiled.unwrap_or_else(|error| panic!("{entry}: {error}"));
+}
+
+#[test]
+fn nodes_and_pods_become_their_addresses() {
+    let spec = network_policy(&json!([
+        {"action": "Accept", "to": [{"nodes": {"matchLabels": {"zone": "a"}}}]},
+        {"action": "Deny", "to": [{"nodes": {"matchLabels": {"zone": "b"}}}]},
+        {
+            "action": "Pass",
+            "to": [{"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "web"}}}}],
+            "protocols": [{"udp": {"destinationPort": {"number": 53}}}, {"destinationNamedPort": "http"}],
+        },
+        {"action": "Deny", "to": [{"namespaces": {"matchLabels": {"team": "shop"}}}]},
+    ]));
+    let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Cluster);
+    assert!(policy.problems.is_empty(), "{:?}", policy.problems);
+    let Body::Network(network) = &policy.body else {
+        panic!("{:?}", policy.body);
+    };
+    assert!(network.needs_nodes() && network.needs_pods());
+    assert_eq!(
+        body.rules,
+        [
+            rule(
+                0,
+                TierAction::Allow,
+                &["192.168.7.6/31/any", "[fd01::1]/any"]
+            ),
+            rule(1, TierAction::Deny, &[]),
+            rule(
+                2,
+                TierAction::Pass,
+                &[
+                    "10.1.0.6/31:53/udp",
+                    "[fd00::7]:53/udp",
+                    "10.1.0.7:8080/tcp",
+                    "[fd00::7]:8080/tcp",
+                ]
+            ),
+            rule(3, TierAction::Deny, &["10.1.0.6/31/any", "[fd00::7]/any"]),
+        ]
+    );
+    for entry in body.rules.iter().flat_map(|rule| &rule.entries) {
+        assert_readable(entry);
+    }
+    let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown);
+    assert_eq!(policy.problems.len(), 4, "{:?}", policy.problems);
+    assert_eq!(body.rules[0], rule(0, TierAction::Allow, &[]));
+    for (index, of) in body.rules.iter().enumerate().skip(1) {
+        assert_eq!(*of, rule(index, TierAction::Deny, &["*"]));
+    }
+}
+
+#[test]
+fn a_rule_that_cannot_be_said_fails_closed_as_a_whole() {
+    let good = json!({"networks": ["10.0.0.0/8"]});
+    let cases = [
+        json!({"to": []}),
+        json!({"to": [good, {}]}),
+        json!({"to": [good, {"services": {}}]}),
+        json!({"to": [{"networks": ["10.0.0.0/8"], "nodes": {}}]}),
+        json!({"to": [{"networks": ["10.0.0.1"]}]}),
+        json!({"to": [{"networks": ["::ffff:10.0.0.0/104"]}]}),
+        json!({"to": [{"nodes": {"matchLabels": {"a b": "c"}}}]}),
+        json!({"to": [{"domainNames": ["1.2.3.4"]}]}),
+        json!({"to": [{"domainNames": ["api-*.example.com"]}]}),
+        json!({"to": [{"domainNames": ["localhost"]}]}),
+        json!({"to": [{"domainNames": ["a.test:443"]}]}),
+        json!({"to": [good], "protocols": []}),
+        json!({"to": [good], "protocols": [{}]}),
+        json!({"to": [good], "protocols": [{"icmp": {}}]}),
+        json!({"to": [good], "protocols": [{"tcp": {}}]}),
+        json!({"to": [good], "protocols": [{"tcp": {"destinationPort": {}}}]}),
+        json!({"to": [good], "protocols": [{"tcp": {"destinationPort": {"number": 0}}}]}),
+        json!({"to": [good], "protocols": [{"tcp": {"destinationPort": {"number": 70000}}}]}),
+        json!({"to": [good], "protocols": [{"tcp": {"destinationPort": {"range": {"start": 9, "end": 8}}}}]}),
+        json!({"to": [good], "protocols": [{"destinationNamedPort": "http"}]}),
+        json!({"to": "everywhere"}),
+    ];
+    for case in cases {
+        for (action, outcome) in [
+            ("Accept", rule(0, TierAction::Allow, &[])),
+            ("Deny", rule(0, TierAction::Deny, &["*"])),
+            ("Pass", rule(0, TierAction::Deny, &["*"])),
+        ] {
+            let mut written = case.clone();
+            written["action"] = json!(action);
+            let spec = network_policy(&json!([written]));
+            let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Cluster);
+            assert_eq!(body.rules, [outcome], "{action} {case}");
+            assert_eq!(policy.problems.len(), 1, "{action} {case}");
+            let problem = &policy.problems[0];
+            assert!(problem.starts_with("spec.egress[0]"), "{problem}");
+        }
+    }
+    for action in ["Deny", "Pass"] {
+        let written = json!({"action": action, "to": [{"domainNames": ["a.test"]}]});
+        let spec = network_policy(&json!([written]));
+        let (_, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Cluster);
+        assert_eq!(body.rules, [rule(0, TierAction::Deny, &["*"])]);
+    }
+}
+
+#[test]
+fn pods_in_the_hosts_network_are_not_subject_to_a_network_policy() {
+    let spec = network_policy(&json!([]));
+    let (policy, _) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown);
+    assert!(selects(&policy, "shop", &[], false));
+    assert!(!selects(&policy, "shop", &[], true));
+}
+
+#[test]
+fn the_subject_of_a_network_policy_is_namespaces_or_pods() {
+    let with = |subject: Value| {
+        let spec = json!({
+            "tier": "Admin", "priority": 0, "subject": subject,
+            "egress": [{"action": "Accept", "to": [{"networks": ["10.0.0.0/8"]}]}],
+        });
+        tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown)
+    };
+    let shop = json!({"matchLabels": {"kubernetes.io/metadata.name": "shop"}});
+    let web = json!({"matchLabels": {"app": "web"}});
+    let (policy, _) = with(json!({"pods": {"namespaceSelector": shop, "podSelector": web}}));
+    assert!(selects(&policy, "shop", &[("app", "web")], false));
+    assert!(!selects(&policy, "shop", &[], false));
+    assert!(!selects(&policy, "other", &[("app", "web")], false));
+    for subject in [
+        json!({}),
+        json!({"serviceAccounts": {}}),
+        json!({"namespaces": shop, "pods": {}}),
+    ] {
+        let (policy, body) = with(subject.clone());
+        assert!(!policy.is_complete, "{subject}");
+        assert!(selects(&policy, "other", &[], false), "{subject}");
+        assert_eq!(body.rules, [rule(0, TierAction::Allow, &[])], "{subject}");
+    }
+}
+
+#[test]
+fn rules_about_ingress_are_reported() {
+    let mut spec = network_policy(&json!([]));
+    spec["ingress"] = json!([{"action": "Deny", "from": []}, {"action": "Pass", "from": []}]);
+    let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown);
+    assert!(policy.is_complete);
+    assert!(body.rules.is_empty());
+    assert_eq!(policy.problems.len(), 1);
+    assert!(
+        policy.problems[0].starts_with("spec.ingress has 2 rules"),
+        "{:?}",
+        policy.problems
+    );
+}
+
+#[test]
+fn a_rule_with_too_many_destinations_fails_closed() {
+    struct Many;
+    impl Peers for Many {
+        fn nodes(&self, _: &Selector) -> Result<Vec<IpAddr>, String> {
+            // Every other address, so that none are merged.
+            let addresses = (0..=4096u16).map(|n| {
+                let [high, low] = (2 * n).to_be_bytes();
+                IpAddr::from([10, 0, high, low])
+            });
+            Ok(addresses.collect())
+        }
+
+        fn pods(&self, _: &Selector, _: &Selector) -> Result<Vec<PeerPod>, String> {
+            Ok(Vec::new())
+        }
+    }
+    let spec = network_policy(&json!([{"action": "Pass", "to": [{"nodes": {}}]}]));
+    let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Many);
+    assert_eq!(body.rules, [rule(0, TierAction::Deny, &["*"])]);
+    assert!(
+        policy.problems[0].contains("the limit is 4096"),
+        "{:?}",
+        policy.problems
+    );
+}

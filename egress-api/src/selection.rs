@@ -1,0 +1,335 @@
+//! The policy objects of each pod, kept up to date at a cost that fits the change.
+//!
+//! An edit of a pod's labels evaluates the selectors of all policies for that pod. An edit of a policy evaluates its
+//! selectors for all pods. Everything else costs comparisons of pointers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use egress_policy::objects::{NamespacePolicy, ObjectName, Objects, TierPolicy};
+
+use crate::{
+    policy::{PolicySubject, SelectedPod},
+    selector::Labels,
+};
+
+/// A policy in force: the pods that it is about, and its rules.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// The pods.
+    pub subject: Arc<PolicySubject>,
+    /// The rules.
+    pub rules: Rules,
+}
+
+/// The rules of a policy in force.
+#[derive(Clone, Debug)]
+pub enum Rules {
+    /// Of an `EgressPolicy`.
+    Namespace(Arc<NamespacePolicy>),
+    /// Of the other kinds.
+    Tier(Arc<TierPolicy>),
+}
+
+impl Applied {
+    /// Whether both are the same objects in memory.
+    fn is_same(&self, other: &Self) -> bool {
+        let has_same_rules = match (&self.rules, &other.rules) {
+            (Rules::Namespace(a), Rules::Namespace(b)) => Arc::ptr_eq(a, b),
+            (Rules::Tier(a), Rules::Tier(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        has_same_rules && Arc::ptr_eq(&self.subject, &other.subject)
+    }
+}
+
+/// The policies that select each pod. `K` names a pod.
+#[derive(Debug)]
+pub struct Selection<K> {
+    policies: BTreeMap<Arc<ObjectName>, Applied>,
+    sets: Arc<BTreeMap<String, Vec<String>>>,
+    pods: BTreeMap<K, Known>,
+    /// Counts the updates of policies.
+    revision: u64,
+    /// The policies that the last update changed.
+    changed: Vec<Arc<ObjectName>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    namespace: String,
+    labels: Arc<Labels>,
+    namespace_labels: Arc<Labels>,
+    host_network: bool,
+    selected: BTreeSet<Arc<ObjectName>>,
+    objects: Objects,
+    revision: u64,
+}
+
+impl<K> Default for Selection<K> {
+    fn default() -> Self {
+        Self {
+            policies: BTreeMap::new(),
+            sets: Arc::default(),
+            pods: BTreeMap::new(),
+            revision: 0,
+            changed: Vec::new(),
+        }
+    }
+}
+
+impl<K: Ord> Selection<K> {
+    /// Replaces the policies and sets. The next calls of [`Self::of`] must name every pod.
+    pub fn update(
+        &mut self,
+        policies: BTreeMap<Arc<ObjectName>, Applied>,
+        sets: &Arc<BTreeMap<String, Vec<String>>>,
+    ) {
+        let mut changed: Vec<Arc<ObjectName>> = Vec::new();
+        for (name, policy) in &policies {
+            let former = self.policies.get(name);
+            if former.is_none_or(|former| !former.is_same(policy)) {
+                changed.push(Arc::clone(name));
+            }
+        }
+        let gone = self.policies.keys();
+        changed.extend(gone.filter(|name| !policies.contains_key(*name)).cloned());
+        if changed.is_empty() && self.sets == *sets {
+            return;
+        }
+        self.policies = policies;
+        if self.sets != *sets {
+            self.sets = Arc::clone(sets);
+        }
+        self.changed = changed;
+        self.revision += 1;
+    }
+
+    /// The objects of a pod.
+    pub fn of(
+        &mut self,
+        key: K,
+        namespace: &str,
+        labels: &Arc<Labels>,
+        namespace_labels: &Arc<Labels>,
+        host_network: bool,
+    ) -> &Objects {
+        let pod = SelectedPod {
+            namespace,
+            labels,
+            namespace_labels,
+            host_network,
+        };
+        let (policies, sets, revision) = (&self.policies, &self.sets, self.revision);
+        let known = self.pods.entry(key).or_insert_with(|| Known {
+            namespace: namespace.to_owned(),
+            labels: Arc::clone(labels),
+            namespace_labels: Arc::clone(namespace_labels),
+            host_network,
+            selected: BTreeSet::new(),
+            objects: Objects::default(),
+            // No revision has this number, so that every policy is looked at.
+            revision: u64::MAX,
+        });
+        let is_same_pod = known.host_network == host_network
+            && known.namespace == namespace
+            && known.labels == *labels
+            && known.namespace_labels == *namespace_labels;
+        if is_same_pod && known.revision == revision {
+            return &known.objects;
+        }
+        if is_same_pod && known.revision.wrapping_add(1) == revision && known.revision != u64::MAX {
+            for name in &self.changed {
+                let is_selected = policies
+                    .get(name)
+                    .is_some_and(|policy| policy.subject.selects(pod));
+                if is_selected {
+                    known.selected.insert(Arc::clone(name));
+                } else {
+                    known.selected.remove(name);
+                }
+            }
+        } else {
+            let selected = policies.iter();
+            let selected = selected.filter(|(_, policy)| policy.subject.selects(pod));
+            known.selected = selected.map(|(name, _)| Arc::clone(name)).collect();
+        }
+        known.namespace.clear();
+        known.namespace.push_str(namespace);
+        known.labels = Arc::clone(labels);
+        known.namespace_labels = Arc::clone(namespace_labels);
+        known.host_network = host_network;
+        known.revision = revision;
+        known.objects = objects(&known.selected, policies, sets);
+        &known.objects
+    }
+
+    /// Forgets pods that are gone.
+    pub fn retain(&mut self, mut is_there: impl FnMut(&K) -> bool) {
+        self.pods.retain(|key, _| is_there(key));
+    }
+}
+
+fn objects(
+    selected: &BTreeSet<Arc<ObjectName>>,
+    policies: &BTreeMap<Arc<ObjectName>, Applied>,
+    sets: &Arc<BTreeMap<String, Vec<String>>>,
+) -> Objects {
+    let mut objects = Objects {
+        sets: Arc::clone(sets),
+        ..Objects::default()
+    };
+    for policy in selected.iter().filter_map(|name| policies.get(name)) {
+        match &policy.rules {
+            Rules::Namespace(rules) => objects.namespace.push(Arc::clone(rules)),
+            Rules::Tier(rules) => objects.tiers.push(Arc::clone(rules)),
+        }
+    }
+    objects
+}
+
+#[cfg(test)]
+mod tests {
+    use egress_policy::objects::ObjectKind;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{Body, Policy};
+
+    type Policies = BTreeMap<Arc<ObjectName>, Applied>;
+
+    fn add(policies: &mut Policies, name: &str, selector: &Value) {
+        let spec = json!({"podSelector": selector});
+        let policy = Policy::read(ObjectKind::EgressPolicy, Some("shop"), name, &spec);
+        let Body::Namespace(rules) = policy.body else {
+            panic!("not an EgressPolicy");
+        };
+        let applied = Applied {
+            subject: policy.subject,
+            rules: Rules::Namespace(rules),
+        };
+        policies.insert(policy.name, applied);
+    }
+
+    fn labelled(app: &str) -> Arc<Labels> {
+        Arc::new(Labels::from([("app".to_owned(), app.to_owned())]))
+    }
+
+    fn selecting(app: &str) -> Value {
+        json!({"matchLabels": {"app": app}})
+    }
+
+    /// The names of the policies that select each of two pods, `web` and `db`.
+    fn selected(selection: &mut Selection<&'static str>, web: &Arc<Labels>) -> [Vec<String>; 2] {
+        let namespace = Arc::default();
+        [("web", web.clone()), ("db", labelled("db"))].map(|(pod, labels)| {
+            let objects = selection.of(pod, "shop", &labels, &namespace, false);
+            let policies = objects.namespace.iter();
+            policies.map(|policy| policy.name.name.clone()).collect()
+        })
+    }
+
+    #[test]
+    fn pods_follow_edits_of_policies_and_labels() {
+        let sets = Arc::default();
+        let mut selection = Selection::default();
+        let mut policies = Policies::new();
+        let mut web = labelled("web");
+        assert_eq!(
+            selected(&mut selection, &web),
+            [vec![], Vec::<String>::new()]
+        );
+        add(&mut policies, "all", &json!({}));
+        add(&mut policies, "web", &selecting("web"));
+        selection.update(policies.clone(), &sets);
+        assert_eq!(
+            selected(&mut selection, &web),
+            [vec!["all", "web"], vec!["all"]]
+        );
+        web = labelled("db");
+        assert_eq!(selected(&mut selection, &web), [vec!["all"], vec!["all"]]);
+        add(&mut policies, "web", &selecting("db"));
+        selection.update(policies.clone(), &sets);
+        assert_eq!(
+            selected(&mut selection, &web),
+            [vec!["all", "web"], vec!["all", "web"]]
+        );
+        policies.retain(|name, _| name.name == "web");
+        selection.update(policies.clone(), &sets);
+        assert_eq!(selected(&mut selection, &web), [vec!["web"], vec!["web"]]);
+        // A pod that misses updates is selected anew.
+        selection.update(Policies::new(), &sets);
+        selection.update(policies, &sets);
+        assert_eq!(selected(&mut selection, &web), [vec!["web"], vec!["web"]]);
+    }
+
+    #[test]
+    fn a_pod_that_comes_again_is_a_new_pod() {
+        let mut selection = Selection::default();
+        let mut policies = Policies::new();
+        add(&mut policies, "web", &selecting("web"));
+        selection.update(policies, &Arc::default());
+        let web = labelled("web");
+        assert_eq!(selected(&mut selection, &web), [vec!["web"], vec![]]);
+        selection.retain(|_| false);
+        assert!(selection.pods.is_empty());
+        assert_eq!(selected(&mut selection, &web), [vec!["web"], vec![]]);
+    }
+
+    #[test]
+    fn pods_share_sets_and_get_their_changes() {
+        let mut selection = Selection::<&str>::default();
+        let sets = Arc::new(BTreeMap::from([(
+            "web".to_owned(),
+            vec!["a.test".to_owned()],
+        )]));
+        selection.update(Policies::new(), &sets);
+        let (labels, namespace) = (labelled("web"), Arc::default());
+        let first = selection
+            .of("a", "shop", &labels, &namespace, false)
+            .clone();
+        let second = selection
+            .of("b", "shop", &labels, &namespace, false)
+            .clone();
+        assert!(Arc::ptr_eq(&first.sets, &second.sets));
+        assert_eq!(first.sets, sets);
+        selection.update(Policies::new(), &Arc::default());
+        let none = selection.of("a", "shop", &labels, &namespace, false);
+        assert!(none.sets.is_empty());
+    }
+
+    #[test]
+    fn a_label_edit_looks_at_no_other_pod() {
+        let mut selection = Selection::<usize>::default();
+        let mut policies = Policies::new();
+        for number in 0..1000 {
+            add(
+                &mut policies,
+                &format!("p{number}"),
+                &selecting(&format!("a{number}")),
+            );
+        }
+        selection.update(policies, &Arc::default());
+        let namespace = Arc::default();
+        let labels: Vec<_> = (0..250).map(|pod| labelled(&format!("a{pod}"))).collect();
+        for (pod, labels) in labels.iter().enumerate() {
+            let objects = selection.of(pod, "shop", labels, &namespace, false);
+            assert_eq!(objects.namespace.len(), 1);
+        }
+        let before: Vec<_> = labels
+            .iter()
+            .enumerate()
+            .map(|(pod, labels)| {
+                let objects = selection.of(pod, "shop", labels, &namespace, false);
+                objects.namespace.as_ptr()
+            })
+            .collect();
+        selection.of(0, "shop", &labelled("a999"), &namespace, false);
+        for (pod, labels) in labels.iter().enumerate().skip(1) {
+            let objects = selection.of(pod, "shop", labels, &namespace, false);
+            assert_eq!(objects.namespace.as_ptr(), before[pod], "computed again");
+        }
+    }
+}
