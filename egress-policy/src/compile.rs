@@ -73,24 +73,40 @@ pub struct Compiled {
 
 /// An entry that decides about packets to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Deciding {
+struct Deciding {
     /// The destination.
     destination: Destination,
     /// The class of its packets.
     class: u8,
+    source: EntrySource,
+}
+
+/// The text of an entry, and where it is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntrySource {
     /// Its text.
     pub text: Box<str>,
-    /// Where it is written.
+    /// The object in which it is written.
     pub origin: Origin,
     /// Its place there.
     pub at: At,
+}
+
+impl EntrySource {
+    fn of(rule: &Rule) -> Self {
+        Self {
+            text: rule.text.as_str().into(),
+            origin: rule.origin.clone(),
+            at: rule.at,
+        }
+    }
 }
 
 impl Compiled {
     /// The entry that put the address into the class with this number; the first one in a tier, and the most
     /// specific one of annotations and namespaced policies. A name's addresses are not compared: of several entries
     /// with names, it is the first.
-    pub fn deciding_entry(&self, address: &Address, class: u8) -> Option<&Deciding> {
+    pub fn deciding_entry(&self, address: &Address, class: u8) -> Option<&EntrySource> {
         let of = |address: &Address| {
             let mut deciding = self.deciding.iter();
             deciding.find(|entry| entry.class == class && entry.destination.contains(address))
@@ -100,12 +116,12 @@ impl Compiled {
             Some(entry) if entry.destination != Destination::Any => Some(entry),
             any => behind().or(any),
         };
-        by_address.or_else(|| {
+        let named = || {
             let mut deciding = self.deciding.iter();
-            deciding.find(|entry| {
-                entry.class == class && matches!(entry.destination, Destination::Names(_))
-            })
-        })
+            let is_name = |entry: &&Deciding| matches!(entry.destination, Destination::Names(_));
+            deciding.find(|entry| entry.class == class && is_name(entry))
+        };
+        by_address.or_else(named).map(|entry| &entry.source)
     }
 }
 
@@ -144,8 +160,7 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
             Destination::Names(pattern) => {
                 let name = listed.entry(pattern.clone()).or_default();
                 if action.denies() {
-                    let text = || rule.text.as_str().into();
-                    name.denied.get_or_insert_with(text);
+                    name.denied.get_or_insert_with(|| EntrySource::of(rule));
                 } else {
                     record.named |= bit;
                     // Under ordered rules, what a name opens tells whether it may be queried.
@@ -195,6 +210,11 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
     }
     let mut names = NameRules::new(settings, unlisted, openings);
     names.extend(listed);
+    let mut ordered = tiers.rules();
+    let closes = ordered.find(|(action, rule)| {
+        *action == TierAction::Deny && effective::denies_everything(std::slice::from_ref(*rule))
+    });
+    names.closed_by(closes.map(|(_, rule)| EntrySource::of(rule)));
     let deciding = deciding(&classes, &tiers, &allow, &deny);
     Ok(Compiled {
         mode,
@@ -336,9 +356,7 @@ fn deciding(classes: &Classes, tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> 
     let entry = |(action, rule): (Action, &Rule)| Deciding {
         destination: rule.destination.clone(),
         class: classes.bit(action, rule).first(),
-        text: rule.text.as_str().into(),
-        origin: rule.origin.clone(),
-        at: rule.at,
+        source: EntrySource::of(rule),
     };
     let mut lists: Vec<Deciding> = classes
         .with_actions(&Tiers::default(), allow, deny)

@@ -44,7 +44,8 @@ use serde::{Deserialize, Serialize};
 
 pub use annotations::Annotations;
 pub use compile::{
-    Cidr, Compiled, Deciding, NAMES, compile, refused, unidentified, unreadable, without_namespace,
+    Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
+    without_namespace,
 };
 pub use describe::describe;
 pub use entry::number_word;
@@ -78,6 +79,29 @@ impl<'a> Inputs<'a> {
             namespace,
             objects: &NO_OBJECTS,
         }
+    }
+}
+
+impl Inputs<'_> {
+    /// Whether an entry uses a set.
+    pub fn use_sets(self) -> bool {
+        let Objects {
+            namespace, tiers, ..
+        } = self.objects;
+        let annotations = [self.pod, self.namespace].into_iter();
+        let annotations = annotations
+            .flat_map(|of| [&of.allow, &of.deny, &of.resolve])
+            .flatten();
+        let lists = namespace
+            .iter()
+            .flat_map(|policy| [&policy.allow, &policy.deny, &policy.resolve])
+            .flatten()
+            .flatten();
+        let rules = tiers.iter().flat_map(|policy| &policy.rules);
+        let mut texts = annotations
+            .chain(lists)
+            .chain(rules.flat_map(|rule| &rule.entries));
+        texts.any(|text| text.contains(sets::SIGN))
     }
 }
 

@@ -6,7 +6,7 @@ use egress_common::classes::ClassSet;
 use egress_dns::Name;
 
 use super::{
-    Settings,
+    EntrySource, Settings,
     openings::Openings,
     pattern::{LabelGlobs, NamePattern},
     search_list::Form,
@@ -82,8 +82,8 @@ pub(super) struct NameRule {
     /// Whether an `allow` or `resolve` entry has the pattern. Under ordered rules only `resolve` entries count:
     /// for the others see [`Openings`].
     pub(super) queryable: bool,
-    /// The text of the first entry that denies the pattern.
-    pub(super) denied: Option<Box<str>>,
+    /// The first entry that denies the pattern.
+    pub(super) denied: Option<EntrySource>,
 }
 
 /// What entries say about querying a name.
@@ -107,6 +107,8 @@ pub struct NameRules {
     unlisted: QuestionRule,
     /// What names open, if the pod is under ordered rules.
     openings: Option<Openings>,
+    /// The ordered rule that denies every destination, if there is one.
+    closed_by: Option<EntrySource>,
 }
 
 impl NameRules {
@@ -124,7 +126,13 @@ impl NameRules {
             internal_answers: Arc::clone(&settings.internal_answers),
             unlisted,
             openings,
+            closed_by: None,
         }
+    }
+
+    /// Sets the ordered rule that denies every destination.
+    pub(super) fn closed_by(&mut self, source: Option<EntrySource>) {
+        self.closed_by = source;
     }
 
     /// Adds rules, one for each pattern.
@@ -252,14 +260,18 @@ impl NameRules {
         !name.is_within(&self.cluster_domain) && !self.internal_answers.has(name)
     }
 
-    /// The text of the `deny` entry that matches the name, or that matches the name which a resolver that
-    /// walks search lists would query upstream.
-    pub fn explain_denied(&self, name: &Name) -> Option<&str> {
-        let named = self.rules_of(name).find_map(|rule| rule.denied.as_deref());
+    /// The entry that denies the name, or the name which a resolver that walks search lists would query upstream.
+    pub fn explain_denied(&self, name: &Name) -> Option<&EntrySource> {
+        let named = self.rules_of(name).find_map(|rule| rule.denied.as_ref());
         named.or_else(|| {
             let public = Form::of(name, &self.cluster_domain)?.public?;
             self.explain_denied(&public)
         })
+    }
+
+    /// The ordered rule because of which a name that no entry matches may not be queried, if it is one.
+    pub fn explain_unlisted(&self) -> Option<&EntrySource> {
+        self.closed_by.as_ref()
     }
 
     fn rules_of<'a>(&'a self, name: &Name) -> impl Iterator<Item = &'a NameRule> {

@@ -8,13 +8,16 @@ use super::{
     parse::{EntryError, read_entry},
 };
 
+/// The sign with which an entry begins that uses a set.
+pub(super) const SIGN: char = '@';
+
 /// The sets that entries may use.
 pub(super) struct Sets<'a>(pub(super) &'a BTreeMap<String, Vec<String>>);
 
 impl Sets<'_> {
     /// Parses the text of an entry: one entry, or one for each destination of a set.
     pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
-        let Some(used) = text.strip_prefix('@') else {
+        let Some(used) = text.strip_prefix(SIGN) else {
             return read_entry(text).map(|entry| vec![entry]);
         };
         let wrong = |at: usize, found: &str, message: String| EntryError {
@@ -58,11 +61,6 @@ impl Sets<'_> {
         }
         Ok(entries)
     }
-}
-
-/// Whether a text may use a set.
-pub(super) fn uses_sets(text: &str) -> bool {
-    text.contains('@')
 }
 
 #[cfg(test)]

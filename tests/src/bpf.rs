@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{KernelObjects, Lab, Pod};
 
 /// Version directory of the pins.
-const PINS: &str = "egress-agent/v1";
+const PINS: &str = "egress-agent/v2";
 
 /// One address of a pod's allow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
+    classes::ClassSet,
     records::{AllowEntry, AllowKey, CidrEntry, Forged, Policy},
 };
 
@@ -36,7 +37,7 @@ pub struct NewPolicy<'a> {
     /// Its record in the map `policies`.
     pub record: &'a Policy,
     /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
-    pub cidrs: Vec<(Address, u32, u64)>,
+    pub cidrs: Vec<(Address, u32, ClassSet)>,
 }
 
 /// The maps to be created for one pod.
@@ -279,7 +280,7 @@ impl Datapath {
         &self,
         id: u32,
         policy: &Policy,
-        cidrs: impl ExactSizeIterator<Item = (Address, u32, u64)>,
+        cidrs: impl ExactSizeIterator<Item = (Address, u32, ClassSet)>,
     ) -> Result<Option<AllowMap>> {
         match self.policies.get(&id, 0) {
             Ok(found) if found == *policy => {}
@@ -288,7 +289,7 @@ impl Datapath {
         }
         let mut expected: Vec<_> = cidrs.collect();
         expected.sort_unstable();
-        let mut found: Vec<(Address, u32, u64)> = Vec::new();
+        let mut found: Vec<(Address, u32, ClassSet)> = Vec::new();
         if let Some(trie) = self.outer.get(Outer::Cidrs, id)? {
             for item in &trie_of(trie)? {
                 let (key, entry) = item.context("cannot read a policy's CIDR trie")?;

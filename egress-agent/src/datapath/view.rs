@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
+    classes::ClassSet,
     records::{AllowEntry, AllowKey, NodeAddress, Policy, RANGE_NODE, Range, Tunnel, TunnelKey},
     translation::embedded_v4,
     verdict::{Destination, Translated},
@@ -136,13 +137,13 @@ impl View {
             }
         }
         let cidrs = self.outer.get(Outer::Cidrs, id)?.map(trie_of).transpose()?;
-        let classes = |address: Address| -> Result<u64> {
+        let classes = |address: Address| -> Result<ClassSet> {
             let Some(cidrs) = &cidrs else {
-                return Ok(0);
+                return Ok(ClassSet::EMPTY);
             };
             let entry = found(cidrs.get(&Key::new(128, address), 0))
                 .context("cannot read a policy's CIDR trie")?;
-            Ok(entry.map_or(0, |entry| entry.classes))
+            Ok(entry.map_or(ClassSet::EMPTY, |entry| entry.classes))
         };
         destination.cidr = classes(*address)?;
         if let Some(v4) = embedded_v4(address, destination.ranges) {

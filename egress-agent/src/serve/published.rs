@@ -16,7 +16,7 @@ use crate::{
     host::Exits,
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity, Subject},
 };
-use egress_policy::{Annotations, Compiled, Mode, Resolver, Settings};
+use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Resolver, Settings};
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
 const RECONCILE_BOUNDS: [u64; 10] = [
@@ -35,13 +35,26 @@ const RECONCILE_BOUNDS: [u64; 10] = [
 /// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
 
-/// The annotations that a policy was compiled from.
+/// What a policy was compiled from.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The pod's own.
     pub own: Annotations,
     /// Its namespace's.
     pub namespace: Annotations,
+    /// The policy objects that selected the pod.
+    pub objects: Objects,
+}
+
+impl Written {
+    /// All of it.
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            pod: &self.own,
+            namespace: &self.namespace,
+            objects: &self.objects,
+        }
+    }
 }
 
 /// The enforcement of one pod.

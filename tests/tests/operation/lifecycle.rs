@@ -222,7 +222,7 @@ fn bpftool_shows_named_fields() {
     let pin = scene
         .lab
         .bpffs()
-        .join("egress-agent/v1/pods/shop_cart/allow");
+        .join("egress-agent/v2/pods/shop_cart/allow");
     let pin = pin.to_str().expect("a path in UTF-8");
     let dump = bpftool(&["map", "dump", "pinned", pin]);
     let entry = &dump[0]["formatted"];

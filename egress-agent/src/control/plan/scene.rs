@@ -30,7 +30,7 @@ use crate::{
     pods::{Facts, Pod},
     report::Subject,
 };
-use egress_policy::{Annotations, Compiled, objects::Objects};
+use egress_policy::{Annotations, Compiled, Inputs, objects::Objects};
 
 /// A pod, and where it is.
 #[derive(Clone)]

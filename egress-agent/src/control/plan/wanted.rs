@@ -4,6 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use egress_common::{
     address::{self, Address},
+    classes::ClassSet,
     limits::OWN_ADDRESSES,
     records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
 };
@@ -115,7 +116,7 @@ impl Wanted {
     /// The prefixes of the policy, as the datapath takes them.
     pub(in crate::control) fn cidrs(
         &self,
-    ) -> impl ExactSizeIterator<Item = (Address, u32, u64)> + '_ {
+    ) -> impl ExactSizeIterator<Item = (Address, u32, ClassSet)> + '_ {
         self.compiled
             .cidrs
             .iter()

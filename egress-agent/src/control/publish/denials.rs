@@ -210,7 +210,8 @@ fn denied(
     let rule = attached
         .filter(|attached| denial.class != NO_CLASS && denial.policy == attached.policy)
         .and(pod.compiled.as_ref())
-        .and_then(|compiled| compiled.explain_deny(&denial.dst, denial.class));
+        .and_then(|compiled| compiled.deciding_entry(&denial.dst, denial.class))
+        .cloned();
     Denied {
         pod: Arc::clone(identity),
         verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),

@@ -4,7 +4,7 @@ use egress_common::reason::Reason;
 
 use crate::serve::published::Written;
 use egress_policy::{
-    Annotations, PodAnnotations, PolicyError, Settings,
+    Annotations, Inputs, PodAnnotations, PolicyError, Settings,
     annotations::PREFIX,
     explain::{Entries, EntryMatch, List, Target, To},
 };
