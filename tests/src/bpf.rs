@@ -8,6 +8,7 @@ use std::{
     process::Command,
 };
 
+use egress_common::classes::ClassSet;
 use serde_json::Value;
 
 use crate::{KernelObjects, Lab, Pod};
@@ -18,8 +19,8 @@ const PINS: &str = "egress-agent/v2";
 /// One address of a pod's allow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
-    /// Bitmap of classes.
-    pub classes: u64,
+    /// The classes.
+    pub classes: ClassSet,
     /// The end of its lifetime, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
@@ -136,7 +137,10 @@ fn entries(dump: &Value) -> BTreeMap<IpAddr, Allowed> {
                 });
             let bytes: [u8; 16] = bytes.try_into().expect("an address has 16 bytes");
             let allowed = Allowed {
-                classes: number("classes"),
+                classes: ClassSet {
+                    words: serde_json::from_value(fields["value"]["classes"]["words"].clone())
+                        .unwrap_or_else(|e| panic!("bpftool shows no classes of {entry}: {e}")),
+                },
                 expires_ns: number("expires_ns"),
             };
             (Ipv6Addr::from(bytes).to_canonical(), allowed)

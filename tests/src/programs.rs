@@ -8,6 +8,7 @@ use egress_agent::datapath::{
 };
 use egress_common::{
     address::{Address, from_v4},
+    classes::{ClassSet, PortTable},
     protocol::bits,
     reason::Reason,
     records::{
@@ -27,11 +28,11 @@ use crate::{
 /// The port that the policy allows on [`server`]`(1)` and [`server6`]`(1)`.
 pub const PORT: u16 = 4000;
 /// The bit of the class that allows TCP and UDP [`PORT`].
-pub const TO_PORT: u64 = 1;
+pub const TO_PORT: ClassSet = ClassSet::one(0);
 /// The bit of the class that allows SCTP [`PORT`], and ping.
-pub const OTHERS: u64 = 1 << 1;
+pub const OTHERS: ClassSet = ClassSet::one(1);
 /// The bit of the class that allows, or denies, everything.
-pub const ANYTHING: u64 = 1 << 2;
+pub const ANYTHING: ClassSet = ClassSet::one(2);
 
 /// UDP to this port, and every protocol but TCP, UDP, SCTP and ICMP, are tunnels.
 pub const VXLAN: u16 = 8472;
@@ -139,7 +140,7 @@ impl Programs {
         };
         programs.write_interface();
         for allowed in [server(1), server6(1)] {
-            programs.allow(allowed, TO_PORT | OTHERS, NEVER_NS);
+            programs.allow(allowed, TO_PORT.or(OTHERS), NEVER_NS);
         }
         programs
     }
@@ -220,10 +221,10 @@ impl Programs {
 
     /// Inserts an address into the allow map.
     #[track_caller]
-    pub fn allow(&mut self, to: impl Into<IpAddr>, classes: u64, expires_ns: u64) {
+    pub fn allow(&mut self, to: impl Into<IpAddr>, classes: ClassSet, expires_ns: u64) {
         let entry = AllowEntry {
             classes,
-            internal_classes: 0,
+            internal_classes: ClassSet::EMPTY,
             expires_ns,
         };
         self.allow
@@ -432,6 +433,7 @@ fn policy(pod: &Pod) -> Policy {
     policy.classes[0] = class(bits::TCP | bits::UDP, PORT, PORT);
     policy.classes[1] = class(bits::SCTP | bits::ICMP_ECHO, PORT, PORT);
     policy.classes[2] = class(bits::ALL, 0, u16::MAX);
+    policy.ports = PortTable::of(&policy.classes).expect("few intervals");
     policy.own[0] = address(IpAddr::from(pod.ipv4()));
     policy.own[1] = address(IpAddr::from(pod.ipv6()));
     policy.own_len = 2;

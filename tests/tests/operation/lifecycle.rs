@@ -227,7 +227,7 @@ fn bpftool_shows_named_fields() {
     let dump = bpftool(&["map", "dump", "pinned", pin]);
     let entry = &dump[0]["formatted"];
     assert!(entry["key"]["addr"].is_array(), "{dump}");
-    assert!(entry["value"]["classes"].is_u64(), "{dump}");
+    assert!(entry["value"]["classes"]["words"].is_array(), "{dump}");
     assert!(entry["value"]["expires_ns"].is_u64(), "{dump}");
     let map = bpftool(&["map", "show", "pinned", pin]);
     assert_eq!(map["type"], "hash", "{map}");

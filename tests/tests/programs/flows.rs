@@ -37,7 +37,7 @@ fn an_expired_address_admits_no_new_flow_and_keeps_open_ones() {
         programs.leaves(&to.udp(7, PORT, b"hello"));
         programs.leaves(&to.sctp(7, PORT));
         programs.leaves(&to.echo(7));
-        programs.allow(host, TO_PORT | OTHERS, PAST_NS);
+        programs.allow(host, TO_PORT.or(OTHERS), PAST_NS);
 
         programs.stays(&to.tcp(8, PORT, flag::SYN), Reason::Expired);
         programs.stays(&to.tcp(8, PORT, flag::ACK), Reason::Expired);
