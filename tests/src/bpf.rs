@@ -162,7 +162,7 @@ impl KernelObjects {
     /// The objects of these that still exist in the kernel.
     #[track_caller]
     #[must_use]
-    pub fn still_there(&self) -> Self {
+    pub fn existing(&self) -> Self {
         let ids = |kind| -> Vec<u32> {
             let listed = bpftool(&[kind, "show"]);
             let listed = listed.as_array().into_iter().flatten();

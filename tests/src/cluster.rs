@@ -140,22 +140,22 @@ impl Cluster {
     pub fn run(&self, namespace: &str, name: &str, annotations: &Value) -> ClusterPod {
         let (object, uid) = self.create(namespace, name, annotations);
         let pod = self.lab.pod(namespace, name);
-        let mut pod = self.place(object, &uid, pod);
+        let mut pod = self.pod_without_processes(object, &uid, pod);
         pod.running.start_container();
-        self.tell_addresses(&pod);
+        self.set_addresses(&pod);
         pod
     }
 
     /// Creates the cgroup of a pod in which nothing runs yet.
     #[track_caller]
-    pub fn place(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
-        let running = self.node.pod_of(pod, uid, Qos::Burstable);
+    pub fn pod_without_processes(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
+        let running = self.node.pod_without_processes(pod, uid, Qos::Burstable);
         ClusterPod { object, running }
     }
 
     /// Writes the pod's addresses into its status, as its kubelet does once it knows them.
     #[track_caller]
-    pub fn tell_addresses(&self, pod: &ClusterPod) {
+    pub fn set_addresses(&self, pod: &ClusterPod) {
         let (v4, v6) = (pod.net().ipv4(), pod.net().ipv6());
         self.server.set_status(
             &pod.object,
@@ -169,7 +169,7 @@ impl Cluster {
 
     /// Sets a pod's phase to `Running`, as its kubelet does, whether or not the pod runs.
     #[track_caller]
-    pub fn tell_running(&self, object: &Value) {
+    pub fn set_running(&self, object: &Value) {
         self.server
             .set_status(object, &json!({ "phase": "Running" }));
     }

@@ -453,7 +453,7 @@ impl Lab {
     }
 
     /// Starts the agent with these environment variables, without waiting. Its output on standard output and
-    /// standard error stays in their pipes until [`Agent::read`].
+    /// standard error stays in their pipes until [`Agent::read_output`].
     #[track_caller]
     pub fn spawn_agent_unread(&self, environment: &[(&str, &str)]) -> Agent {
         let mut command = self.agent_command("run");

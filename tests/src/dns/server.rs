@@ -233,7 +233,7 @@ impl DnsServer {
     }
 
     /// The number of queries for a name, in any letter case.
-    pub fn asked(&self, name: &str) -> usize {
+    pub fn queries_for(&self, name: &str) -> usize {
         self.zone
             .seen()
             .iter()

@@ -85,7 +85,7 @@ fn second_end(pod: &Pod) -> String {
 /// Waits until an interface of the node is in quarantine.
 #[track_caller]
 fn wait_quarantined(agent: &Agent, end: &str) {
-    agent.wait_said("that the interface is in quarantine", |line| {
+    agent.wait_log("that the interface is in quarantine", |line| {
         line.contains("enforcing") && line.contains(&format!("pod=interface {end} "))
     });
 }
@@ -112,7 +112,7 @@ fn without_process(
 ) -> ClusterPod {
     let (object, uid) = cluster.create(namespace, name, annotations);
     let net = cluster.lab.pod(namespace, name);
-    cluster.place(object, &uid, net)
+    cluster.pod_without_processes(object, &uid, net)
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     let socket = cart.net().dns_socket();
     socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
     eventually("the query is at the resolver", || {
-        holds(lab.dns().asked("shop.test") == 1)
+        holds(lab.dns().queries_for("shop.test") == 1)
     });
 
     let hidden = lab.pod(&shop, "hidden");
@@ -202,7 +202,7 @@ fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     );
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     eventually(
         "an allowed server is reached by the second interface",
         || holds(reaches(cart.net(), server(10))),
@@ -261,7 +261,7 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
     wait_own(&cluster, second);
     thief.running().start_container();
     agent.wait_enforcing(thief.net());
-    cluster.tell_addresses(&thief);
+    cluster.set_addresses(&thief);
     for (name, port, whose) in [
         (names[0], 1, format!("that of pod {shop}/cart")),
         (names[1], 2, "another node's pod".to_owned()),
@@ -269,7 +269,7 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
         (names[3], 4, "the node's".to_owned()),
         (names[4], 5, "that of a gateway of the node".to_owned()),
     ] {
-        agent.wait_said(&format!("whose {name} is"), |line| {
+        agent.wait_log(&format!("whose {name} is"), |line| {
             line.contains(&name.to_string()) && line.contains(&whose) && line.contains("thief")
         });
         send_from(thief.net(), name, (server(10), port), b"x");
@@ -294,7 +294,7 @@ fn after_a_restart_an_address_that_a_program_may_have_chosen_is_not_accepted() {
     assert!(agent.stop().success());
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     eventually("only the address in its status is its own", || {
         send_from(cart.net(), chosen.into(), (server(10), 9), b"x");
         holds(agent.denials().iter().any(|denial| {
@@ -321,7 +321,7 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     );
     let thief = cluster.run(&shop, "thief", &annotations);
     agent.wait_enforcing(thief.net());
-    agent.wait_said("that the address is not the pod's", |line| {
+    agent.wait_log("that the address is not the pod's", |line| {
         line.contains("thief")
             && line.contains(&remote.to_string())
             && line.contains("network status")
@@ -340,8 +340,8 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     wait_own(&cluster, second);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
-    agent.wait_said("why the interface's address is not taken", |line| {
+    cluster.set_addresses(&cart);
+    agent.wait_log("why the interface's address is not taken", |line| {
         line.contains("/cart")
             && line.contains(&second.to_string())
             && line.contains("ranges.internal")

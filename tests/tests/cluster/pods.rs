@@ -91,14 +91,14 @@ fn edits_of_a_pods_and_its_namespaces_annotations_apply_while_it_runs() {
     cart.net().talks_tcp((server(10), 443));
     cannot_reach(&agent, cart.net(), server(20), "no_rule");
 
-    agent.applies(cart.net(), || {
+    agent.applies_policy_after(cart.net(), || {
         let annotations = allow(&format!("{}:443", server(20)));
         cluster.server.namespace(&shop, &annotations);
     });
     cart.net().talks_tcp((server(20), 443));
 
     let removed = format!("removed pod={shop}/cart");
-    agent.says_after(
+    agent.logs_after(
         &removed,
         || {
             cluster.server.namespace(&shop, &json!({}));
@@ -126,7 +126,7 @@ fn resolvers_are_read_from_the_clusters_dns_service() {
         .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT);
     assert!(unanswered.is_none(), "an unknown resolver was queried");
 
-    agent.says_after(
+    agent.logs_after(
         "which resolvers there are",
         || cluster.announce_resolver(),
         |line| line.contains(&RESOLVER.to_string()),
@@ -162,7 +162,7 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_allowed_connections(
             "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
         }],
     });
-    agent.says_after(
+    agent.logs_after(
         "that there is another resolver",
         || _ = cluster.server.apply(&scaled),
         |line| line.contains(&STRANGER.to_string()),
@@ -184,7 +184,7 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_allowed_connections(
     let of_cart = format!("pod={shop}/cart");
     let is_applied = |line: &str| line.contains("policy applied") && line.contains(&of_cart);
     assert!(!agent.stderr().lines().any(is_applied));
-    agent.says_after(
+    agent.logs_after(
         "that the edit is applied",
         || cluster.annotate(&mut cart, &allow("shop.test:443 other.test:443")),
         is_applied,
@@ -194,7 +194,7 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_allowed_connections(
         "the open connection was cut"
     );
     cart.net().talks_tcp((server(10), 443));
-    assert_eq!(cluster.lab.dns().asked("shop.test"), 1);
+    assert_eq!(cluster.lab.dns().queries_for("shop.test"), 1);
 }
 
 #[test]
@@ -251,7 +251,7 @@ fn enforcement_goes_on_without_the_api_server_and_catches_up_later() {
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
 
-    agent.says_after(
+    agent.logs_after(
         "that the API server is away",
         || cluster.proxy.refuse(),
         |line| line.contains("API server"),
@@ -267,7 +267,7 @@ fn enforcement_goes_on_without_the_api_server_and_catches_up_later() {
     // An agent that starts meanwhile uses the cluster's last saved state.
     assert!(agent.stop().success());
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
-    agent.wait_said("that the API server is away", |line| {
+    agent.wait_log("that the API server is away", |line| {
         line.contains("API server")
     });
     agent.wait_enforcing(cart.net());
@@ -314,7 +314,7 @@ fn pods_of_other_nodes_are_reached_without_an_entry() {
     cannot_reach(&agent, cart.net(), elsewhere, "no_rule");
 
     let name = format!("{}-other", cluster.node());
-    agent.says_after(
+    agent.logs_after(
         "that the cluster has more addresses",
         || {
             cluster.server.apply(&json!({
@@ -349,13 +349,13 @@ fn an_agent_that_starts_without_the_api_server_uses_only_the_last_policy() {
     let shop = cluster.namespace("shop", &Value::Null);
     let mut cart = cluster.run(&shop, "cart", &allow("shop.test:443 later.test:443"));
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
-    agent.says_after(
+    agent.logs_after(
         "that the edit is applied",
         || cluster.annotate(&mut cart, &allow("shop.test:443")),
         |line| line.contains("policy applied"),
     );
     let free = cluster.run(&shop, "free", &Value::Null);
-    agent.says_after(
+    agent.logs_after(
         "that the API server is away",
         || cluster.proxy.refuse(),
         |line| line.contains("API server"),
@@ -415,7 +415,7 @@ fn every_interface_of_a_pod_is_enforced() {
     agent.wait_enforcing(cart.net());
     cart.net().talks_tcp((server(10), 443));
 
-    let second = agent.says_after(
+    let second = agent.logs_after(
         "that there is another interface",
         || _ = cart.running().add_interface(&cluster.lab, "net1"),
         |line| line.contains("enforcing on other interfaces"),
@@ -450,12 +450,12 @@ fn a_pod_is_enforced_in_its_new_sandbox() {
     cart.running().stop_containers();
     let old = cart.running().change_sandbox(anew);
     drop(old);
-    agent.says_after(
+    agent.logs_after(
         "that it is enforced on other interfaces",
         || _ = cart.running().start_container(),
         |line| line.contains("enforcing on other interfaces") && line.contains("/cart"),
     );
-    agent.applies(cart.net(), || cluster.tell_addresses(&cart));
+    agent.applies_policy_after(cart.net(), || cluster.set_addresses(&cart));
     cart.net().talks_tcp((server(10), 443));
     cannot_reach(&agent, cart.net(), server(99), "no_rule");
 }
@@ -466,11 +466,11 @@ fn a_pod_that_cannot_be_enforced_is_reported_in_the_log_and_as_an_event() {
     let shop = cluster.namespace("shop", &Value::Null);
     let (object, uid) = cluster.create_on_host(&shop, "host", &allow("shop.test"));
     let net = cluster.lab.pod(&shop, "host");
-    let host = cluster.place(object, &uid, net);
+    let host = cluster.pod_without_processes(object, &uid, net);
     let unreadable = cluster.run(&shop, "unreadable", &allow("shop.test:port"));
     let agent = cluster.start_agent();
 
-    agent.wait_said("that it is not enforced", |line| {
+    agent.wait_log("that it is not enforced", |line| {
         line.contains("hostNetwork") && line.contains(&format!("{shop}/host"))
     });
     wait_event(&cluster, &host, "EgressPolicyProblem", &["hostNetwork"]);
@@ -504,7 +504,7 @@ fn an_edit_of_a_namespace_applies_to_a_hundred_pods() {
         .server
         .namespace(&shop, &allow(&format!("{}:443", server(20))));
     for pod in &pods {
-        agent.wait_said("that the policy is applied", |line| {
+        agent.wait_log("that the policy is applied", |line| {
             line.contains("policy applied")
                 && line.contains(&format!("pod={shop}/{} ", pod.net().name()))
         });
@@ -582,7 +582,7 @@ fn a_pod_cannot_choose_an_interface_by_its_annotation() {
     annotations["egress-agent.dev/interface"] = json!(victim.net().interface());
     let thief = cluster.run(&shop, "thief", &annotations);
     agent.wait_enforcing(thief.net());
-    agent.wait_said("that the annotation does not count", |line| {
+    agent.wait_log("that the annotation does not count", |line| {
         line.contains("egress-agent.dev/interface") && line.contains("thief")
     });
     thief.net().talks_tcp((server(10), 443));

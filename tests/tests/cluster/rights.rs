@@ -68,7 +68,7 @@ fn the_roles_of_the_manifests_are_sufficient() {
         holds(events.iter().any(|event| event.data["series"].is_object()))
     });
 
-    agent.applies(cart.net(), || {
+    agent.applies_policy_after(cart.net(), || {
         let annotations = json!({ "egress-agent.dev/allow": format!("{}:443", server(20)) });
         cluster.server.namespace(&shop, &annotations);
     });

@@ -39,10 +39,10 @@ fn the_agent_is_ready_once_it_has_the_pods_from_the_api_server() {
     let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&[]);
-    agent.wait_said("that the API server is away", |line| {
+    agent.wait_log("that the API server is away", |line| {
         line.contains("API server")
     });
-    agent.wait_said("that it serves", |line| line.contains("serving /healthz"));
+    agent.wait_log("that it serves", |line| line.contains("serving /healthz"));
     let (status, missing) = cluster.lab.http("/readyz");
     assert_eq!(status, 503, "{missing}");
     // The agent is healthy; a restart would not help.
@@ -89,7 +89,7 @@ fn a_pod_that_cannot_start_leaves_the_agent_ready() {
     assert!(!agent.stderr().contains("secretless"), "a line about it");
 
     // Once it is started, it counts as missing until it is found.
-    cluster.tell_running(&secretless);
+    cluster.set_running(&secretless);
     eventually("the agent is not ready", || {
         let (status, body) = cluster.lab.http("/readyz");
         holds(status == 503 && body.contains("secretless"))
@@ -237,7 +237,7 @@ fn an_interface_is_shown_as_quarantined_until_its_pod_is_known() {
     assert_eq!(cluster.lab.metrics().get(&in_mode("quarantined")), 1.0);
 
     let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
-    let mut cart = cluster.place(object, &uid, net);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
     eventually("the interface belongs to the pod", || {

@@ -263,7 +263,7 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
     });
     let mut connection = Connection::open_from(&lab, &cart, peer, HERE);
     connection.forge_handshake(&lab);
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.leaves(&lab), "the connection goes on");
@@ -342,7 +342,7 @@ fn a_forged_segment_does_not_block_a_client_of_the_pod() {
         frames::is(frame, address.ip(), peer, TCP) && frame[at + 13] & flag::RST != 0
     });
     assert!(reset.is_some(), "the pod does not answer");
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     let client = lab.outside().run(|| -> io::Result<Socket> {
@@ -371,7 +371,7 @@ fn a_connection_whose_flow_was_evicted_cannot_be_reopened_in_the_servers_name() 
     for _ in 0..8 {
         drop(cart.reach_tcp((server(10), 443)));
     }
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
@@ -397,7 +397,7 @@ fn a_destination_in_use_is_kept_when_others_are_evicted() {
     }
     let evicted = || lab.metrics().get("egress_agent_destinations_evicted_total");
     eventually("destinations give way", || (evicted() > 0.0).then_some(()));
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
@@ -431,14 +431,14 @@ fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
     for _ in 0..8 {
         drop(cart.reach_tcp((server(10), 443)));
     }
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
     agent.wait_denial("that there is no room", |denial| {
         denial.of(&cart) && denial.reason == "destinations_full"
     });
-    agent.wait_said("what makes room", |line| {
+    agent.wait_log("what makes room", |line| {
         line.contains("WARN") && line.contains("raise limits.flowsPerPod")
     });
 }

@@ -433,7 +433,7 @@ fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let agent = lab.start_agent(&[&cart]);
     assert_reset(&mut inbound.server);
-    let said = agent.wait_said("that it is judged", |line| {
+    let said = agent.wait_log("that it is judged", |line| {
         line.contains("are judged as the")
     });
     assert!(
@@ -472,7 +472,7 @@ fn a_pod_with_more_sockets_than_the_agent_reads_is_reported_and_enforced() {
     let to = SocketAddr::from((server(20), 9));
     let sockets: Vec<UdpSocket> = (0..9_000).map(|_| cart.udp_socket(to)).collect();
     let agent = lab.start_agent(&[&cart, &other]);
-    agent.wait_said("that not all are read", |line| {
+    agent.wait_log("that not all are read", |line| {
         line.contains("cut_short=true") && line.contains("shop/cart")
     });
     assert!(

@@ -114,7 +114,7 @@ fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
         std::thread::sleep(Duration::from_millis(30));
     }
 
-    agent.wait_said("that connections gave way", |line| {
+    agent.wait_log("that connections gave way", |line| {
         line.contains("inbound connections that were silent for longest gave way")
     });
     let newest = connections.len() - 8;
@@ -151,7 +151,7 @@ fn above_the_limit_connections_that_the_pod_opened_go_on() {
             "the rules allow a connection that has no flow entry"
         );
     }
-    agent.wait_said("that there is no place for all", |line| {
+    agent.wait_log("that there is no place for all", |line| {
         line.contains("raise limits.flowsPerPod")
     });
 }

@@ -184,7 +184,7 @@ fn assert_opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Ag
     let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
     send(&cart);
     own.recv(&mut [0; 16]).expect("audit mode stops nothing");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     assert!(!hears(&victim, &own, peer), "{peer} was reached");
     agent.wait_denial("the datagram", |denial| {
         denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
@@ -209,7 +209,7 @@ fn a_frame_that_skips_the_programs_in_audit_mode_opens_no_flow_once_the_pod_is_e
             let _ifb = Ifb::redirect(cart);
             tap.send(&datagram(cart, peer));
         });
-        agent.wait_said("why connections end", |line| {
+        agent.wait_log("why connections end", |line| {
             line.contains("that others have opened end")
         });
     }
@@ -225,7 +225,7 @@ fn a_handshake_with_itself_in_audit_mode_opens_no_flow_once_the_pod_is_enforced(
     let agent = lab.start_agent(&[&cart]);
     let mut stream = handshake_through_node(&lab, &cart, peer);
     let seen = Tap::open(lab.outside(), "eth0");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     let _ = stream.write_all(b"stolen");
     assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
@@ -245,7 +245,7 @@ fn an_inbound_connection_of_audit_mode_goes_on_once_the_pod_is_enforced() {
     let caller = lab.outside().run(|| TcpStream::connect(to));
     let mut caller = caller.expect("the pod is called");
     let (mut inner, _) = listener.accept().expect("a connection");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     inner.write_all(b"word").expect("the pod writes");
     caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     caller.read_exact(&mut [0; 4]).expect("the data arrives");
@@ -403,7 +403,7 @@ fn assert_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
         .and_then(|()| stream.read_exact(&mut [0; 4]));
     let kind = outcome.expect_err("the connection goes on").kind();
     assert_eq!(kind, io::ErrorKind::ConnectionReset);
-    agent.wait_said("that it is judged", |line| {
+    agent.wait_log("that it is judged", |line| {
         line.contains("are judged as the")
     });
 }

@@ -92,7 +92,7 @@ fn a_new_deny_entry_cuts_connections_that_its_host_opened() {
     assert!(is_answered(&datagrams, &asker, DEADLINE));
 
     let edited = [("allow", "shop.test:443"), ("deny", "203.0.113.9")];
-    agent.applies(&pod, || lab.write_pod(&pod, &edited));
+    agent.applies_policy_after(&pod, || lab.write_pod(&pod, &edited));
     assert!(
         !is_answered(&datagrams, &asker, SHORT),
         "the pod answered a denied address"
@@ -161,7 +161,7 @@ fn a_flood_of_datagrams_leaves_the_pod_reachable() {
         "an established connection was lost"
     );
     assert!(exchange(&mut outbound, b"still here", DEADLINE));
-    agent.wait_said("who gave way", |line| {
+    agent.wait_log("who gave way", |line| {
         line.contains("gave way to newer ones")
     });
 }

@@ -76,7 +76,7 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
     agent.wait_enforcing(pod);
     let (mut stream, _accepted) = connect(lab, pod);
     move_to_node(lab);
-    agent.wait_said("that the interface is enforced", |line| {
+    agent.wait_log("that the interface is enforced", |line| {
         line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
     });
 
@@ -123,13 +123,13 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
         inside.name()
     ));
     inside.ip_batch(&format!("link set {INSIDE} up\n"));
-    agent.wait_said("that it is in quarantine", |line| {
+    agent.wait_log("that it is in quarantine", |line| {
         line.contains("enforcing") && line.contains(&format!("pod=interface {END} "))
     });
     let syn = Ip::new(SERVER, cart.net().ipv4()).tcp(CALLER, PORT, flag::SYN);
     Tap::open(lab.node(), END).send(&syn);
     cart.running().start_container();
-    agent.wait_said("whose the interface is", |line| {
+    agent.wait_log("whose the interface is", |line| {
         line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
     });
     eventually("the caller's flow", || {

@@ -164,13 +164,13 @@ fn a_name_resolved_before_an_entry_allowed_it_works_once_one_does() {
     assert_eq!(pod.lookup("never.test"), [server(21)]);
     agent.denies_tcp(&pod, (server(20), 443), "address_not_learned");
 
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443 later.test:443")]);
     });
     pod.talks_tcp((server(20), 443));
     agent.denies_tcp(&pod, (server(21), 443), "address_not_learned");
     assert_eq!(
-        lab.dns().asked("later.test"),
+        lab.dns().queries_for("later.test"),
         1,
         "the name was queried again"
     );

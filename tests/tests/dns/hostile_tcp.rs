@@ -174,7 +174,7 @@ impl Scene {
                 && frame[TCP..TCP + 2] == port.to_be_bytes()
         });
         assert!(seen.is_some());
-        assert_eq!(self.lab.dns().asked("evil.test"), 0);
+        assert_eq!(self.lab.dns().queries_for("evil.test"), 0);
     }
 }
 
@@ -237,7 +237,7 @@ fn another_syn_does_not_move_the_stream() {
     let evil_at = scene.asked.wrapping_add(allowed.len() as u32);
     scene.forge_from(scene.port, evil_at, flag::ACK, &evil);
     scene.assert_secret_stayed();
-    assert_eq!(scene.lab.dns().asked("shop.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 1);
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn a_segment_with_a_wrong_checksum_is_ignored() {
     scene.tap.send(&frame);
     scene.assert_works();
     assert!(scene.agent.denials().is_empty());
-    scene.lab.counts_loss("dns_segments_damaged", 1);
+    scene.lab.wait_loss_counted("dns_segments_damaged", 1);
     scene.assert_secret_stayed();
 }
 
@@ -331,7 +331,7 @@ fn after_a_refusal_only_judged_bytes_leave() {
     scene.forge(0, flag::ACK, &evil);
     scene.assert_works();
     scene.assert_secret_stayed();
-    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 2);
     scene.forge(2 * allowed.len() as u32, flag::ACK | flag::URG, &allowed);
     scene.assert_reset();
     scene.assert_secret_stayed();

@@ -172,7 +172,7 @@ fn a_response_that_does_not_fit_is_not_delivered() {
     agent.wait_denial("a response that does not fit", |d| {
         d.of(&pod) && d.reason == "allow_map_full"
     });
-    assert_eq!(lab.dns().asked("big.test"), 1);
+    assert_eq!(lab.dns().queries_for("big.test"), 1);
     // The next response is the first that the pod receives.
     socket.ask(resolver, 2, "small.test", RecordType::A);
     let answer = socket.expect("the response for small.test");
@@ -249,7 +249,7 @@ fn an_address_in_use_stays_when_the_map_is_full() {
         assert!(allowed.contains_key(&numbered(n)), "{n}: {allowed:?}");
     }
     // An edit judges open connections again, by these entries.
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "*.fresh.test:443 other.test")]);
     });
     assert!(
@@ -341,7 +341,7 @@ fn a_pods_successor_inherits_no_state() {
         holds(pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
 
-    let agent_says = agent.says_after(
+    let agent_says = agent.logs_after(
         "that it enforces the pod again",
         || lab.write_pod(&pod, &[("allow", "shop.test:443")]),
         |line| line.contains("enforcing") && line.contains("pod=shop/cart"),

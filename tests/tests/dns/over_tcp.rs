@@ -258,8 +258,8 @@ fn a_refused_query_over_tcp_is_answered_on_the_node() {
     scene
         .agent
         .wait_denial("the query", |d| d.is_question(&scene.pod, "evil.test"));
-    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
-    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("other.test"), 0);
 }
 
 #[test]
@@ -282,8 +282,8 @@ fn refusals_are_interleaved_with_the_resolvers_responses() {
     assert_eq!(stream.expect(4).code, ResponseCode::NXDomain);
     stream.ask(5, "shop.test");
     assert_eq!(stream.expect(5).addresses, [server(10)]);
-    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 2);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 0);
 }
 
 #[test]

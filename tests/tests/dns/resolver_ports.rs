@@ -71,7 +71,7 @@ fn a_resolver_on_another_port_is_treated_like_one_on_port_53() {
             d.is_question(&pod, "evil.test") && d.reason == "dns_name" && d.dst_ip == Some(at.ip())
         });
     }
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
     assert_eq!(pod.syn_retransmissions(), 0);
     // A datagram from the resolver to a port that has sent no query is malformed DNS.
     let socket = pod.udp_socket(v4);
@@ -99,7 +99,7 @@ fn a_resolver_on_another_port_can_be_queried_over_tcp() {
     pod.talks_tcp((server(10), 443));
     let refused = query_on(&stream, "evil.test").expect("a refusal");
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
 }
 
 #[test]
@@ -154,14 +154,14 @@ fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
     );
 
     lab.edit_config("dns.resolvers", vec![RESOLVER.to_string(), at.to_string()]);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     let refused = query(&pod, at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert!(
         query_on(&stream, "evil.test").is_none(),
         "the open connection goes on"
     );
-    assert_eq!(dns.asked("evil.test"), 2);
+    assert_eq!(dns.queries_for("evil.test"), 2);
 }
 
 /// Makes the cluster's DNS pod have the laboratory's resolver's address, and listen on a port as in
@@ -219,7 +219,7 @@ fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     cart.net().talks_tcp((server(10), 443));
     let refused = query(cart.net(), at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
     // The DNS pod's other ports are ordinary internal ports.
     cart.net().talks_tcp((at.ip(), 9154));
     let unanswered = cart

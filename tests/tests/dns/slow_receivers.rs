@@ -96,7 +96,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let refused = neighbour.resolve("evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     beside("a refusal");
-    agent.applies(&neighbour, || {
+    agent.applies_policy_after(&neighbour, || {
         lab.write_pod(&neighbour, &[("allow", "shop.test:443-444")]);
     });
     neighbour.talks_tcp((server(10), 444));
@@ -105,7 +105,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     assert_eq!(lab.status_of(&neighbour)["mode"], "enforce");
     beside("status");
     assert_eq!(lab.metrics().get("egress_agent_slow_pods"), 1.0);
-    agent.wait_said("which pod is slow", |line| {
+    agent.wait_log("which pod is slow", |line| {
         line.contains("takes frames slowly") && line.contains("pod=shop/slow")
     });
 
@@ -131,7 +131,7 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
     for id in 0..FLOOD {
         socket.ask(RESOLVER, id, "evil.test", RecordType::A);
     }
-    agent.wait_said("whose frames are lost", |line| {
+    agent.wait_log("whose frames are lost", |line| {
         line.contains("could not be put back") && line.contains("pod=shop/slow")
     });
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);

@@ -401,7 +401,7 @@ fn the_connection_is_reset_when_the_agent_stops_judging_it() {
             let audit = [("allow", "shop.test:443"), ("mode", "audit")];
             scene
                 .agent
-                .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
+                .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
         }),
         ("the pod is not enforced", |scene| {
             scene.lab.remove_pod(&scene.pod);

@@ -134,7 +134,7 @@ fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
             .lab
             .start_agent_with(&arguments, &[&scene.pod, &other]);
         let removed = |line: &str| line.contains("removed") && line.contains("pod=shop/cart");
-        agent.says_after(
+        agent.logs_after(
             "that the deleted pod is removed",
             || {
                 scene.delete_interface();
@@ -210,14 +210,14 @@ fn a_pod_without_its_interface_is_removed_and_reported_until_it_is_back() {
     let agent = scene.lab.start_agent(&[&scene.pod]);
     scene.assert_enforced();
     let pin = scene.lab.allow_pin(&scene.pod);
-    agent.says_after(
+    agent.logs_after(
         "that the interface is missing",
         || scene.delete_interface(),
         |line| line.contains("shop/cart") && line.contains("there is no interface"),
     );
     assert!(!pin.exists());
     assert_eq!(scene.policies(), 0);
-    agent.says_after(
+    agent.logs_after(
         "that the pod is enforced again",
         || scene.lab.add_interface(&scene.pod),
         |line| line.contains("enforcing") && line.contains("pod=shop/cart"),
@@ -241,7 +241,7 @@ fn a_failed_attachment_is_retried_and_leaves_nothing_behind() {
         .expect("the other pod's interface");
     let obstacle = scene.lab.pins().join(format!("links/{ifindex}_from_pod"));
     fs::create_dir(&obstacle).expect("a directory in bpffs");
-    agent.says_after(
+    agent.logs_after(
         "which interface cannot be attached to",
         || scene.lab.write_pod(&other, &[("allow", "shop.test:443")]),
         |line| line.contains("shop/other") && line.contains("cannot attach"),

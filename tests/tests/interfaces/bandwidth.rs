@@ -94,7 +94,7 @@ fn start_agent(cluster: &Cluster, attach: &str) -> Agent {
 #[track_caller]
 fn run(cluster: &Cluster, shop: &str, net: Pod, annotations: &Value) -> ClusterPod {
     let (object, uid) = cluster.create(shop, net.name(), annotations);
-    let mut pod = cluster.place(object, &uid, net);
+    let mut pod = cluster.pod_without_processes(object, &uid, net);
     pod.running().start_container();
     pod
 }
@@ -118,7 +118,7 @@ fn wait_reconciled_twice(cluster: &Cluster) {
 fn assert_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
     let net = pod.net();
     agent.wait_enforcing(net);
-    cluster.tell_addresses(pod);
+    cluster.set_addresses(pod);
     eventually("the allowed address is reached", || {
         holds(
             net.connect_tcp((server(10), 443), SHORT).is_ok() || {
@@ -216,7 +216,7 @@ fn an_interface_with_a_process_but_no_known_pod_is_closed() {
     let agent = start_agent(&cluster, "clsact");
     let net = cluster.lab.pod(&shop, "nobody");
     let _program = net.start(&mut egress_tests::node::pause());
-    agent.wait_said("that the interface is enforced", |line| {
+    agent.wait_log("that the interface is enforced", |line| {
         line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
     });
     assert!(net.connect_tcp((server(99), 443), SHORT).is_err());

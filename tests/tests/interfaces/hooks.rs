@@ -154,7 +154,7 @@ fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
     scene.wait_problem("u32 filter of priority 1");
     scene.wait_counted_as_enforced(false);
     let interface = scene.pod.interface();
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that the problem is gone",
         || {
             let rival = format!("filter del dev {interface} ingress prio 1");
@@ -220,7 +220,7 @@ fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goe
 
     // A packet socket on another interface is no problem of this pod.
     let other = Tap::open(scene.lab.node(), "uplink");
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "what it says of a capture on all interfaces",
         || {
             let all = scene.lab.node().run(|| {

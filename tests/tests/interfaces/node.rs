@@ -159,7 +159,7 @@ fn a_starting_pod_is_reported_with_the_missing_prerequisite() {
     assert!(matches!(locate(&mut host, &uid), Err(Missing::Group)));
 
     let pod = lab.pod_without_interface("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid, Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid, Qos::Burstable);
     assert!(matches!(locate(&mut host, &uid), Err(Missing::Process)));
 
     pod.start_container();
@@ -247,7 +247,7 @@ fn a_pod_in_the_hosts_network_is_recognised() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "agent");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     pod.adopt(lab.run_on_node(&mut pause()));
     let missed = locate(&mut host, pod.uid());
     assert!(matches!(missed, Err(Missing::HostNetwork)), "{missed:?}");
@@ -263,7 +263,7 @@ fn a_pod_without_a_host_end_is_distinguished_from_a_starting_pod() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     pod.start_container();
     // Like a macvlan or a virtual function: the other end of the interface is not on the host.
     let elsewhere = lab.pod_without_interface("shop", "elsewhere");
@@ -344,7 +344,7 @@ fn short_lived_processes_do_not_disturb_locating() {
 fn processes_in_a_threaded_cgroup_are_found() {
     let lab = Lab::builder().without_dns().build();
     let pod = lab.pod("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     let pid = pod.start_container();
     let threaded = pod.container_group().join("threads");
     fs::create_dir(&threaded).unwrap();

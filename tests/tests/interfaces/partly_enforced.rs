@@ -53,7 +53,7 @@ fn macvlan(name: &str) -> Value {
 
 #[track_caller]
 fn wait_partly_enforced(agent: &Agent, pod: &Pod, words: &str) {
-    agent.wait_said(
+    agent.wait_log(
         &format!("that the pod is partly enforced: {words}"),
         |line| {
             line.contains("partly enforced")
@@ -116,7 +116,7 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     cart.net().netns().ip_batch("link del net1\n");
     let status = status_with(lab, cart.net(), &json!([]));
     assert_eq!(status["mode"], "enforce", "{status}");
-    agent.wait_said("that it is enforced again", |line| {
+    agent.wait_log("that it is enforced again", |line| {
         line.contains("the problem is gone") && line.contains(&format!("{shop}/cart"))
     });
 }
@@ -156,7 +156,7 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let mut open = pod.talks_tcp((server(10), 443));
     assert!(is_open(&pod, 20), "the internal address is denied");
 
-    agent.applies(&pod, || add_macvlan(&lab, &pod, "net1"));
+    agent.applies_policy_after(&pod, || add_macvlan(&lab, &pod, "net1"));
     let reason = "unenforced_interface";
     agent.denies_tcp(&pod, (server(10), 443), reason);
     agent.denies_tcp(&pod, (server(20), 443), reason);
@@ -182,7 +182,7 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     wait_partly_enforced(&agent, &audited, "net1");
     assert!(is_open(&audited, 10));
 
-    agent.applies(&pod, || pod.netns().ip_batch("link del net1\n"));
+    agent.applies_policy_after(&pod, || pod.netns().ip_batch("link del net1\n"));
     assert_eq!(
         pod.try_resolve(RESOLVER, "shop.test", RecordType::A, DEADLINE)
             .expect("a response")
@@ -217,7 +217,7 @@ fn an_interface_that_a_pod_moved_to_the_host_counts_as_unenforced() {
             "macvlan",
         ),
     ] {
-        agent.applies(&pod, || {
+        agent.applies_policy_after(&pod, || {
             pod.netns()
                 .ip_batch(&format!("{make}link set {name} netns {node}\n"));
         });
@@ -226,7 +226,7 @@ fn an_interface_that_a_pod_moved_to_the_host_counts_as_unenforced() {
         let status = status_with(&lab, &pod, &expected);
         assert_eq!(status["mode"], "partly_enforced", "{status}");
         agent.denies_tcp(&pod, (server(10), 443), "unenforced_interface");
-        agent.applies(&pod, || lab.node().ip_batch(&format!("link del {name}\n")));
+        agent.applies_policy_after(&pod, || lab.node().ip_batch(&format!("link del {name}\n")));
         status_with(&lab, &pod, &json!([]));
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
         pod.talks_tcp((server(10), 443));
@@ -243,7 +243,7 @@ fn a_short_lived_interface_is_reported() {
         pod.netns().name()
     );
     lab.node().ip_batch(&moment.repeat(20));
-    agent.wait_said("that an interface was there", |line| {
+    agent.wait_log("that an interface was there", |line| {
         line.contains("evhost (veth)")
             && line.contains("for a moment")
             && line.contains("shop/cart")
@@ -261,12 +261,12 @@ fn a_host_interface_of_an_unknown_namespace_is_reported() {
         "link add vx9 type vxlan id 9 dstport 4790 local 10.77.0.1\nlink set vx9 netns {}\n",
         lab.node().name()
     ));
-    agent.wait_said("that an interface belongs to another namespace", |line| {
+    agent.wait_log("that an interface belongs to another namespace", |line| {
         line.contains("vx9 (vxlan, on the host") && line.contains("no pod's")
     });
     assert_eq!(lab.status_of(&pod)["mode"], "enforce");
     lab.node().ip_batch("link del vx9\n");
-    agent.wait_said("that it is gone", |line| {
+    agent.wait_log("that it is gone", |line| {
         line.contains("the problem is gone") && line.contains("interfaces of other namespaces")
     });
 }
@@ -301,7 +301,7 @@ fn interfaces_within_the_pods_network_do_not_count_as_unenforced() {
     assert_eq!(status["problem"], Value::Null, "{status}");
 
     // When that namespace gets an uplink of its own, the interface to it leads out.
-    agent.applies(&pod, || add_macvlan(&lab, &inner, "net1"));
+    agent.applies_policy_after(&pod, || add_macvlan(&lab, &inner, "net1"));
     wait_partly_enforced(&agent, &pod, "v0 (veth, to another network namespace)");
     let expected = json!([{ "name": "v0", "kind": "veth", "leads_to": "namespace" }]);
     status_with(&lab, &pod, &expected);

@@ -42,7 +42,7 @@ impl Scene {
     /// Renames the pod's interface, and waits until the agent logs that it stays enforced.
     #[track_caller]
     fn rename_pods(&self, to: &str) {
-        self.agent.says_after(
+        self.agent.logs_after(
             "that the pod stays enforced",
             || self.rename(self.pod.interface(), to),
             |line| {
@@ -71,14 +71,14 @@ fn a_pod_stays_enforced_when_its_interface_is_renamed() {
     let status = scene.lab.status_of(&scene.pod);
     assert_eq!(status["interfaces"][0]["name"], "moved0", "{status}");
 
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that the manifest is right again",
         || scene.name_interface("moved0"),
         |line| line.contains("shop/cart") && line.contains("the problem is gone"),
     );
     scene.assert_enforced();
     scene.lab.node().ip_batch("link del moved0\n");
-    scene.agent.wait_said("that the interface is gone", |line| {
+    scene.agent.wait_log("that the interface is gone", |line| {
         line.contains("shop/cart") && line.contains("there is no interface moved0")
     });
 }
@@ -101,7 +101,7 @@ fn an_interface_that_takes_a_renamed_ones_name_does_not_release_it() {
     let other = scene.lab.pod("shop", "other");
     assert!(is_open(&other), "nobody enforces it");
     scene.rename_pods("moved0");
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that both are enforced",
         || scene.rename(other.interface(), scene.pod.interface()),
         |line| line.contains("enforcing on other interfaces") && line.contains("shop/cart"),
@@ -115,13 +115,13 @@ fn enforcement_moves_when_the_manifest_names_another_existing_interface() {
     let scene = Scene::new(&[]);
     let other = scene.lab.pod("shop", "other");
     // A manifest with a missing interface changes nothing yet.
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that there is no such interface",
         || scene.name_interface("nowhere0"),
         |line| line.contains("shop/cart") && line.contains("nowhere0"),
     );
     scene.assert_enforced();
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that it is enforced there",
         || scene.name_interface(other.interface()),
         |line| line.contains("enforcing on other interfaces") && line.contains("shop/cart"),

@@ -53,7 +53,7 @@ impl Scene {
     fn assert_no_trace(&self) {
         self.pod.talks_tcp((server(99), 443));
         self.pod.resolve("evil.test", RecordType::A);
-        assert_eq!(self.lab.dns().asked("evil.test"), 1);
+        assert_eq!(self.lab.dns().queries_for("evil.test"), 1);
         let pins = self.lab.all_pins();
         assert!(!pins.iter().any(|pin| pin.is_file()), "left: {pins:?}");
         assert!(!self.lab.pins().exists(), "left: {pins:?}");
@@ -73,12 +73,12 @@ fn a_terminated_agent_removes_everything() {
         !objects.programs.is_empty() && !objects.maps.is_empty(),
         "{objects:?}"
     );
-    assert_eq!(objects.still_there(), objects);
+    assert_eq!(objects.existing(), objects);
     assert_success(scene.agent.stop());
     scene.assert_no_trace();
     // The kernel frees unreferenced objects a moment later.
     eventually("programs and maps are gone", || {
-        holds(objects.still_there().is_empty())
+        holds(objects.existing().is_empty())
     });
 }
 
@@ -100,7 +100,7 @@ fn with_keep_enforcing_the_kernel_enforces_until_a_restart_adopts_the_state() {
     );
     scene.assert_still_enforced();
     assert_eq!(
-        scene.lab.dns().asked("shop.test"),
+        scene.lab.dns().queries_for("shop.test"),
         1,
         "learned addresses were lost"
     );
@@ -154,7 +154,7 @@ fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
     scene.lab.cleanup();
     scene.assert_no_trace();
     eventually("programs and maps are gone", || {
-        holds(objects.still_there().is_empty())
+        holds(objects.existing().is_empty())
     });
     // A cleanup without anything to clean succeeds.
     scene.lab.cleanup();
@@ -170,7 +170,7 @@ fn a_restart_after_a_kill_adopts_the_state() {
     let mut agent = scene.lab.start_agent(&[&scene.pod, &other]);
     scene.assert_still_enforced();
     assert_eq!(
-        scene.lab.dns().asked("shop.test"),
+        scene.lab.dns().queries_for("shop.test"),
         1,
         "learned addresses were lost"
     );

@@ -178,7 +178,7 @@ fn an_edit_of_a_namespace_applies_to_every_pod_in_it() {
     eventually("every pod has the new policy", || {
         holds(logged_pods_of_crowd(&agent, "policy applied", from) == CROWD)
     });
-    agent.wait_said("that the test's pod has it too", |line| {
+    agent.wait_log("that the test's pod has it too", |line| {
         line.contains("policy applied") && line.contains("pod=shop/cart")
     });
     pod.lookup("later.test");
@@ -242,7 +242,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
     }
-    agent.wait_said("why the other is not enforced", |line| {
+    agent.wait_log("why the other is not enforced", |line| {
         line.contains("about=shop/bad") && line.contains("cannot remove")
     });
     bad.talks_tcp((server(99), 443));

@@ -109,14 +109,14 @@ impl Scene {
     /// Kills the agent and starts another one without the API server.
     #[track_caller]
     fn restart_alone(&mut self) {
-        self.agent.says_after(
+        self.agent.logs_after(
             "that the API server is away",
             || self.cluster.proxy.refuse(),
             |line| line.contains("API server"),
         );
         self.agent.kill();
         self.agent = self.cluster.spawn_agent(&["--keep-enforcing"]);
-        self.agent.wait_said("that it waits", |line| {
+        self.agent.wait_log("that it waits", |line| {
             line.contains("waiting for the API server")
         });
     }
@@ -137,7 +137,7 @@ impl Scene {
         let title = format!("{}/{}", cart.namespace(), cart.name());
         let said = self
             .agent
-            .wait_said("that the saved policy is not used", |line| {
+            .wait_log("that the saved policy is not used", |line| {
                 line.contains("saved annotations") && line.contains(&title)
             });
         assert!(!said.contains("/till"), "{said}");

@@ -103,7 +103,7 @@ fn a_pod_that_ends_is_not_reported_as_a_problem() {
     let _others = ["one", "two"].map(|name| reconcile_by_adding(&cluster, &agent, &shop, name));
     for pod in [&processes_first, &interface_first, &other_interface] {
         let title = format!("pod={shop}/{}", pod.net().name());
-        agent.says_after(
+        agent.logs_after(
             &format!("removed {title}"),
             || {
                 cluster
@@ -182,8 +182,8 @@ fn a_pod_that_its_booted_node_has_not_started_yet_is_no_problem() {
     // The API server still says what the kubelet said before the boot.
     let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
     let net = cluster.lab.pod_without_interface(&shop, "cart");
-    let mut cart = cluster.place(object, &uid, net);
-    cluster.tell_addresses(&cart);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
+    cluster.set_addresses(&cart);
     let agent = cluster.start_agent();
     // Longer than a pod with processes may take to be found.
     std::thread::sleep(Duration::from_secs(12));
@@ -222,14 +222,14 @@ fn the_interface_of_a_resolver_that_has_been_scaled_down_is_no_problem() {
             "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
         }],
     });
-    agent.says_after(
+    agent.logs_after(
         "that there is another resolver",
         || _ = cluster.server.apply(&scaled),
         |line| line.contains(&address.to_string()),
     );
     // The cluster forgets the pod before its network is taken down.
     let title = format!("enforcing pod=interface {}", resolver.net().interface());
-    agent.says_after(
+    agent.logs_after(
         "that the interface is in quarantine",
         || cluster.server.delete(resolver.object()),
         |line| line.contains(&title),
@@ -247,7 +247,7 @@ fn a_running_pod_that_lost_its_interface_is_reported() {
     agent.wait_enforcing(cart.net());
     let host = cart.net().interface();
     cluster.lab.node().ip_batch(&format!("link del {host}\n"));
-    agent.wait_said("that it has no interface", |line| {
+    agent.wait_log("that it has no interface", |line| {
         line.contains(" ERROR ")
             && line.contains(&format!("{shop}/cart"))
             && line.contains("no interface yet; enforced on its earlier interfaces")
@@ -266,7 +266,7 @@ fn a_host_network_pod_is_a_problem_only_if_its_enforcement_was_requested() {
         cluster.create_on_host(&shop, "listed", &Value::Null);
         let agent = cluster.start_agent();
         for asked in [format!("{agents}/annotated"), format!("{shop}/listed")] {
-            agent.wait_said("that it is not enforced", |line| {
+            agent.wait_log("that it is not enforced", |line| {
                 line.contains("hostNetwork") && line.contains(&asked)
             });
         }
@@ -300,7 +300,7 @@ fn a_restart_is_no_problem_and_the_agent_is_ready_when_it_knows_its_pods() {
     assert!(agent.stop().success());
 
     let agent = cluster.start_agent();
-    let ready = agent.wait_said("that it is ready", |line| line.contains(" ready "));
+    let ready = agent.wait_log("that it is ready", |line| line.contains(" ready "));
     assert!(ready.contains("pods=3"), "{ready}");
     assert_eq!(errors(&agent), Vec::<String>::new());
     let events = events_so_far(&cluster, &shop);
@@ -328,7 +328,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
 
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
-    agent.wait_said("that it waits", |line| {
+    agent.wait_log("that it waits", |line| {
         line.contains("waiting for the API server") && line.contains("left=2")
     });
     for pod in &pods {
@@ -339,7 +339,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
         assert_eq!(denial.node, cluster.node());
         assert!(!denial.uid.is_empty());
     }
-    agent.wait_said("that the pods are as they were left", |line| {
+    agent.wait_log("that the pods are as they were left", |line| {
         line.contains("2 pods are enforced as an earlier agent left them, without DNS")
     });
     let said = agent.stderr();
@@ -352,7 +352,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
     }
 
     cluster.proxy.allow();
-    agent.wait_said("that it is ready", |line| {
+    agent.wait_log("that it is ready", |line| {
         line.contains(" ready ") && line.contains("pods=2")
     });
 }

@@ -88,7 +88,7 @@ fn a_takeover_with_a_new_protected_address_ends_connections_to_it() {
     lab.edit_config("socket", socket.to_str().expect("a path in UTF-8"));
     lab.edit_config("ranges.protected", vec!["203.0.113.10/32"]);
     let standby = lab.spawn_agent(&["--take-over", "--keep-enforcing"]);
-    standby.wait_said("that it stands by", |line| line.contains("standing by"));
+    standby.wait_log("that it stands by", |line| line.contains("standing by"));
     assert!(exchange(&mut scene.by_name, b"before", DEADLINE));
     assert!(scene.agent.stop().success());
     standby.wait_enforcing(&scene.pod);
@@ -142,7 +142,7 @@ fn connections_from_under_the_ranges_of_a_short_lived_agent_end() {
     let live_briefly = |prefixes: &[&str]| {
         lab.edit_config("ranges.protected", prefixes.to_vec());
         let mut agent = lab.spawn_cluster_agent(&kubeconfig, &["--keep-enforcing"]);
-        agent.wait_said("that it waits", |line| {
+        agent.wait_log("that it waits", |line| {
             line.contains("waiting for the API server")
         });
         agent.kill();
@@ -172,11 +172,9 @@ fn with_an_unreadable_manifest_connections_to_a_new_protected_address_end() {
     let file = scene.lab.pod_file(&scene.pod);
     scene.lab.write_file(&file, b"{{{ not YAML");
     scene.agent = scene.lab.start_agent_with(&["--keep-enforcing"], &[]);
-    scene
-        .agent
-        .wait_said("that the pod stays enforced", |line| {
-            line.contains("shop/cart") && line.contains("as an earlier agent left it")
-        });
+    scene.agent.wait_log("that the pod stays enforced", |line| {
+        line.contains("shop/cart") && line.contains("as an earlier agent left it")
+    });
     scene.assert_only_by_name_is_cut();
 
     let entries = "shop.test:443 203.0.113.12:443";
@@ -206,7 +204,7 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
     }
     let state = cluster.lab.directory().join("state/cluster.json");
     let saved = std::fs::read(&state).expect("read what the agent has saved");
-    agent.says_after(
+    agent.logs_after(
         "that the edit is applied",
         || {
             let edited = list("shop.test:443 203.0.113.12:443");
@@ -221,7 +219,7 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
             "the connection was cut"
         );
     }
-    agent.says_after(
+    agent.logs_after(
         "that the API server is away",
         || cluster.proxy.refuse(),
         |line| line.contains("API server"),
@@ -232,10 +230,10 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
         .lab
         .edit_config("ranges.protected", vec!["203.0.113.10/32"]);
     agent = cluster.spawn_agent(&["--keep-enforcing"]);
-    agent.wait_said("that one pod's saved policy is not used", |line| {
+    agent.wait_log("that one pod's saved policy is not used", |line| {
         line.contains("saved annotations") && line.contains("/outdated")
     });
-    agent.wait_said("that it waits", |line| {
+    agent.wait_log("that it waits", |line| {
         line.contains("waiting for the API server")
     });
     for connection in &mut cut {

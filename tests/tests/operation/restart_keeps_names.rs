@@ -55,7 +55,7 @@ impl Scene {
 
     #[track_caller]
     fn edit(&self, allow: &str) {
-        self.agent.applies(&self.pod, || {
+        self.agent.applies_policy_after(&self.pod, || {
             self.lab.write_pod(&self.pod, &[("allow", allow)]);
         });
     }
@@ -68,7 +68,7 @@ impl Scene {
             "the open connection was cut"
         );
         self.pod.talks_tcp((server(10), 443));
-        assert_eq!(self.lab.dns().asked("shop.test"), 1);
+        assert_eq!(self.lab.dns().queries_for("shop.test"), 1);
         let denied = self.agent.denials();
         assert!(denied.is_empty(), "{denied:?}");
     }
@@ -206,7 +206,7 @@ fn a_udp_flow_to_a_name_goes_on_after_a_restart_and_an_edit() {
     assert!(agent.stop().success());
 
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:4000/udp other.test")]);
     });
     assert!(
@@ -238,7 +238,7 @@ fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
     let agent = lab.start_agent(&[&pod]);
     let denied = agent.denies_tcp(&pod, (server(10), 443), "expired");
     assert_eq!(denied.dst_names, ["shop.test"]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     });
     agent.denies_tcp(&pod, (server(10), 443), "expired");
@@ -312,7 +312,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
     // The response is delivered, and its address is allowed.
     assert_eq!(pod.lookup("late.test"), [server(20)]);
     let mut opens = [10, 20].map(|host| pod.talks_tcp((server(host), 443)));
-    agent.wait_said("that a name is not kept", |line| {
+    agent.wait_log("that a name is not kept", |line| {
         line.contains("shop/cart") && line.contains("map of names is full")
     });
     eventually("the name is counted", || {
@@ -322,7 +322,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
 
     // Addresses without known names stay allowed as long as the names in the policy mean the same.
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let wide = format!("{allow} {}:443", numbered(1));
         lab.write_pod(&pod, &[("allow", &wide)]);
     });
@@ -333,7 +333,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         );
     }
     // Otherwise the agent cannot tell whether the address is allowed.
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let more = format!("{allow} more.test:443");
         lab.write_pod(&pod, &[("allow", &more)]);
     });
@@ -346,7 +346,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         !exchange(late, b"after", SHORT),
         "an address without a known name is still allowed"
     );
-    agent.wait_said("that the address was not carried over", |line| {
+    agent.wait_log("that the address was not carried over", |line| {
         line.contains("shop/cart") && line.contains("addresses=1")
     });
 }
@@ -367,7 +367,7 @@ fn addresses_without_kept_names_stay_allowed_until_the_names_in_the_policy_chang
     scene.assert_cut();
     scene
         .agent
-        .wait_said("that the address was not carried over", |line| {
+        .wait_log("that the address was not carried over", |line| {
             line.contains("shop/cart") && line.contains("addresses=1")
         });
     assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
@@ -396,5 +396,5 @@ fn a_change_that_affects_no_verdict_of_a_pod_keeps_its_policy() {
     // Messages to the new resolver are held and judged.
     let asked = scene.pod.resolve_at(STRANGER, "other.test", RecordType::A);
     assert_eq!(asked.code, ResponseCode::NXDomain);
-    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("other.test"), 0);
 }

@@ -91,7 +91,7 @@ impl Scene {
     fn start_alone(&mut self) {
         self.cluster.proxy.refuse();
         self.agent = self.cluster.spawn_agent(&["--keep-enforcing"]);
-        self.agent.wait_said("that it waits", |line| {
+        self.agent.wait_log("that it waits", |line| {
             line.contains("waiting for the API server")
         });
     }
@@ -176,7 +176,7 @@ fn without_the_saved_state_and_the_api_server_responses_are_still_held() {
     let slow = cart.net().dns_socket();
     slow.ask(RESOLVER, 7, "slow.test", RecordType::A);
     eventually("the query is out", || {
-        holds(cluster.lab.dns().asked("slow.test") == 1)
+        holds(cluster.lab.dns().queries_for("slow.test") == 1)
     });
 
     cluster.proxy.refuse();
@@ -184,7 +184,7 @@ fn without_the_saved_state_and_the_api_server_responses_are_still_held() {
     let state = cluster.lab.directory().join("state/cluster.json");
     std::fs::remove_file(state).expect("remove what the agent has saved");
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
-    agent.wait_said("that it waits", |line| {
+    agent.wait_log("that it waits", |line| {
         line.contains("waiting for the API server")
     });
     let asked = cluster.lab.dns().questions();

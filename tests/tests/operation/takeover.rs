@@ -61,7 +61,7 @@ impl Scene {
     /// Asserts that only `later.test` is allowed, and that no earlier address is.
     #[track_caller]
     fn assert_starts_afresh(&self, agent: &Agent) {
-        agent.wait_said("that it is ready", |line| line.contains("ready"));
+        agent.wait_log("that it is ready", |line| line.contains("ready"));
         assert!(!self.reaches(99), "the pod is open");
         assert!(!self.reaches(10), "the pod inherited an address");
         assert_eq!(self.pod.lookup("later.test"), [server(20)]);
@@ -109,7 +109,7 @@ fn a_pod_switched_off_while_no_agent_ran_is_not_enforced() {
         holds(scene.reaches(99))
     });
     scene.pod.resolve("evil.test", RecordType::A);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 1);
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn another_attach_mode_takes_over_from_the_previous_one() {
         assert!(scene.reaches(10), "{before}, then {after}");
         assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
         assert_eq!(
-            scene.lab.dns().asked("shop.test"),
+            scene.lab.dns().queries_for("shop.test"),
             2,
             "{before}, then {after}: each query is forwarded once"
         );
@@ -144,7 +144,7 @@ fn a_pod_whose_manifest_is_unreadable_at_the_start_stays_enforced_as_before() {
     let file = scene.lab.pod_file(&scene.pod);
     scene.lab.write_file(&file, b"{{{ not YAML");
     let agent = scene.lab.start_agent(&[]);
-    agent.wait_said("that the pod stays enforced", |line| {
+    agent.wait_log("that the pod stays enforced", |line| {
         line.contains("shop/cart") && line.contains("as an earlier agent left it")
     });
     assert!(!scene.reaches(99), "the pod is open");

@@ -317,7 +317,7 @@ fn a_network_plugin_may_change_the_hardware_address_during_setup() {
     let agent = cluster.start_agent();
     let (object, uid) = cluster.create(&shop, "cart", &allow);
     let net = lab.pod(&shop, "cart");
-    let mut cart = cluster.place(object, &uid, net);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
     let port = cart.net().interface().to_owned();
     lab.node().ip_batch(&format!(
         "link add br0 type bridge\nlink set br0 up\nlink set {port} master br0\n"
@@ -398,7 +398,7 @@ fn in_audit_mode_a_foreign_hardware_address_passes_and_is_reported() {
         (denial.event.as_str(), denial.verdict.as_str()),
         ("would_deny", "audited")
     );
-    agent.applies(&scene.cart, || {
+    agent.applies_policy_after(&scene.cart, || {
         scene.lab.write_pod(&scene.cart, &[("allow", "")]);
     });
     scene.assert_dropped(&agent, &from(scene.datagram(b"as nobody again"), FREE));

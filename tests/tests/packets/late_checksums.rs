@@ -73,7 +73,7 @@ impl Scene {
         finish(&self.pod, &mut frame);
         let free = frame.len() - 2;
         sum.arrange(&mut frame, free, wanted);
-        let landed = sum.land(&frame);
+        let landed = sum.with_checksum_written(&frame);
         let tail = &landed[landed.len() - 4..];
         let mark = self.agent.mark();
         send(&self.pod, &frame);
@@ -159,7 +159,7 @@ fn a_late_checksum_cannot_turn_a_packet_into_an_unjudged_query() {
     let to = scene.to(RESOLVER).options(FOUR_BYTES);
     // All ports but 53 of an internal address pass.
     scene.assert_dropped(to.udp(7, 54, &message), UDP_SUM, 53, send_by_udp);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 0);
 }
 
 /// A second resolver: its last group but one can be a checksum, which is never zero.
@@ -188,7 +188,10 @@ fn a_late_checksum_cannot_turn_a_packet_into_an_unheld_response() {
     let sum = Sum::of_tun_udp(OPTIONS);
     let mut frame = forged(SECOND_RESOLVER.into());
     sum.arrange_in_place(&mut frame, 1);
-    assert_eq!(sum.land(&frame), forged(SECOND_RESOLVER.into()));
+    assert_eq!(
+        sum.with_checksum_written(&frame),
+        forged(SECOND_RESOLVER.into())
+    );
     let inside = Tap::open(cart.netns(), "eth0");
     let mark = agent.mark();
     send_by_tun_udp(&mail, &frame, OPTIONS);

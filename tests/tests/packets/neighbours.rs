@@ -89,7 +89,7 @@ fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     let refused = neighbour.resolve("evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
-    agent.wait_said("whose frames are lost", |line| {
+    agent.wait_log("whose frames are lost", |line| {
         line.contains("could not be put back") && line.contains("pod=shop/greedy")
     });
 
@@ -230,8 +230,8 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     one.0.send_to(&asked, (RESOLVER, 53)).expect("send");
     eventually("all queries are with the resolver", || {
         holds(
-            lab.dns().asked("big.test") == usize::from(COSTLY)
-                && lab.dns().asked("small.test") == 1,
+            lab.dns().queries_for("big.test") == usize::from(COSTLY)
+                && lab.dns().queries_for("small.test") == 1,
         )
     });
 

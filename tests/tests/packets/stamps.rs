@@ -143,13 +143,13 @@ fn in_audit_mode_unjudged_frames_pass_and_are_reported() {
     // In enforce mode the frames are dropped.
     scene
         .agent
-        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
+        .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
     assert!(scene.pod.connect_tcp((server(98), 443), SHORT).is_err());
     drop(ifb);
     scene.assert_enforced();
     scene
         .agent
-        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
+        .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
     let _ifb = Ifb::redirect(&scene.pod);
     scene.pod.talks_tcp((server(97), 443));
 }
@@ -239,7 +239,7 @@ fn removed_tables_are_restored_and_reported() {
         drop(ifb);
         scene.assert_enforced();
     }
-    scene.agent.wait_said("that tables were put back", |line| {
+    scene.agent.wait_log("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
 }
@@ -311,7 +311,7 @@ fn dormant_or_replaced_tables_are_restored_and_reported() {
         let table = listed.replace(was, becomes);
         assert_restored(&format!("delete table {family} egress-agent\n{table}"));
     }
-    scene.agent.wait_said("that tables were put back", |line| {
+    scene.agent.wait_log("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
 }

@@ -339,7 +339,7 @@ fn explaining_leaves_no_trace() {
     assert_eq!(after.0[1..], before.0[1..]);
     assert!(agent.denials().is_empty(), "{:?}", agent.denials());
     assert_eq!(
-        lab.dns().asked("shop.test") + lab.dns().asked("evil.test"),
+        lab.dns().queries_for("shop.test") + lab.dns().queries_for("evil.test"),
         0
     );
 }
@@ -505,7 +505,7 @@ fn explain_names_the_list_that_lacks_the_entry() {
 
     // With the hint applied, the connection passes.
     agent.denies_name(&pod, "evil.test");
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let entries = format!("{namespace} evil.test:443/tcp");
         lab.write_namespace("shop", &[("allow", &entries)]);
     });

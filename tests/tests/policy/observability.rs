@@ -271,7 +271,7 @@ fn status_shows_an_edit_and_the_place_of_an_error() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443 203.0.113.7")]);
     });
     eventually("the second version", || {
@@ -336,7 +336,7 @@ fn a_second_agent_on_the_same_socket_reports_it_and_goes_on() {
         .build();
     let (_web, pod) = second.shop_and_cart("shop.test:443");
     let mut agent = second.start_agent(&[&pod]);
-    agent.wait_said("that the socket is another's", |line| {
+    agent.wait_log("that the socket is another's", |line| {
         line.contains("ERROR") && line.contains("another agent answers there")
     });
     pod.lookup("shop.test");
@@ -357,13 +357,13 @@ fn a_taken_http_port_is_reported_and_the_agent_goes_on() {
         .expect("the port is free");
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
-    agent.wait_said("that the port is taken", |line| {
+    agent.wait_log("that the port is taken", |line| {
         line.contains("ERROR") && line.contains("cannot serve /healthz")
     });
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
     drop(taken);
-    agent.wait_said("that it serves", |line| line.contains("serving /healthz"));
+    agent.wait_log("that it serves", |line| line.contains("serving /healthz"));
     assert_eq!(lab.http("/healthz").0, 200);
 }
 
