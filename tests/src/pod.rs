@@ -78,6 +78,14 @@ impl Pod {
         self.ipv6
     }
 
+    /// The address of the same family as `peer`.
+    pub fn address_for(&self, peer: IpAddr) -> IpAddr {
+        match peer {
+            IpAddr::V4(_) => self.ipv4.into(),
+            IpAddr::V6(_) => self.ipv6.into(),
+        }
+    }
+
     /// The hardware address of the pod's end of its interface.
     pub fn hardware(&self) -> [u8; 6] {
         [2, 0, 0, 0, self.ipv4.octets()[2], 2]
@@ -121,11 +129,7 @@ impl Pod {
     #[track_caller]
     pub fn udp_socket(&self, to: impl Into<SocketAddr>) -> UdpSocket {
         let to = to.into();
-        let own: IpAddr = if to.is_ipv4() {
-            self.ipv4.into()
-        } else {
-            self.ipv6.into()
-        };
+        let own = self.address_for(to.ip());
         self.netns.run(|| {
             let socket = UdpSocket::bind((own, 0)).expect("bind a UDP socket in a pod");
             socket

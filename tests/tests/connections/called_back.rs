@@ -20,7 +20,7 @@ use egress_tests::{
     frames::{self, Tap},
     holds,
     observed::HTTP,
-    raw::{ETHERNET, IPV4, IPV6, flag},
+    raw::{ETHERNET, flag, transport_at},
 };
 use etherparse::ip_number::TCP;
 use serde_json::Value;
@@ -59,7 +59,7 @@ impl<'a> Connection<'a> {
                 Type::STREAM,
                 None,
             )?;
-            socket.bind(&SocketAddr::new(own(pod, peer), port).into())?;
+            socket.bind(&SocketAddr::new(pod.address_for(peer), port).into())?;
             socket.connect(&SocketAddr::new(peer, THERE).into())?;
             Ok(socket.into())
         });
@@ -67,9 +67,9 @@ impl<'a> Connection<'a> {
         let (server, _) = listener.accept().expect("the pod calls");
         let tap = Tap::open(pod.netns(), "eth0");
         stream.write_all(b"before").expect("write");
-        let at = tcp_at(peer);
+        let at = transport_at(peer);
         let seen = tap.receive(DEADLINE, |frame| {
-            frames::is(frame, peer, own(pod, peer), TCP) && frame[at + 13] == flag::ACK
+            frames::is(frame, peer, pod.address_for(peer), TCP) && frame[at + 13] == flag::ACK
         });
         let seen = seen.expect("the server acknowledges");
         let number = |at: usize| u32::from_be_bytes(seen[at..at + 4].try_into().expect("four"));
@@ -115,7 +115,7 @@ impl<'a> Connection<'a> {
     fn forge_handshake(&self, lab: &Lab) {
         let own = self.own();
         Forger::open(lab, self.pod, self.peer, own).send(flag::SYN);
-        let at = tcp_at(self.peer);
+        let at = transport_at(self.peer);
         let arrived = self.tap.receive(DEADLINE, |frame| {
             frames::is(frame, self.peer, own.ip(), TCP) && frame[at + 13] == flag::SYN
         });
@@ -176,14 +176,6 @@ impl Forger {
     }
 }
 
-/// The pod's address in the family of `peer`.
-fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
-    match peer {
-        IpAddr::V4(_) => pod.ipv4().into(),
-        IpAddr::V6(_) => pod.ipv6().into(),
-    }
-}
-
 /// The entries of one of the pod's maps.
 pub(crate) fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
     let pin = lab.allow_pin(pod).with_file_name(map);
@@ -194,11 +186,6 @@ pub(crate) fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
         .iter()
         .map(|entry| entry["formatted"].clone())
         .collect()
-}
-
-/// The offset of the TCP header in a frame.
-fn tcp_at(peer: IpAddr) -> usize {
-    if peer.is_ipv4() { IPV4 } else { IPV6 }
 }
 
 #[track_caller]
@@ -256,7 +243,7 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
     lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&cart]);
     // The SYN comes before the pod connects, so that the server seems to have opened the flow.
-    Forger::open(&lab, &cart, peer, (own(&cart, peer), HERE).into()).send(flag::SYN);
+    Forger::open(&lab, &cart, peer, (cart.address_for(peer), HERE).into()).send(flag::SYN);
     eventually("the server's SYN is there", || {
         let flows = dump(&lab, &cart, "opening");
         holds(flows.iter().any(|flow| flow["value"]["state"] == 2))
@@ -294,7 +281,7 @@ fn the_next_agent_judges_a_pod_that_an_agent_left_while_it_began_with_it() {
         agent.denies_tcp(&cart, (caller, 443), "address_not_learned");
         // What others open from now on is answered.
         let listener = cart.listen_tcp(80);
-        let to = SocketAddr::new(own(&cart, peer), 80);
+        let to = SocketAddr::new(cart.address_for(peer), 80);
         let client = lab
             .outside()
             .run(|| TcpStream::connect_timeout(&to, DEADLINE));
@@ -333,11 +320,11 @@ fn a_forged_segment_does_not_block_a_client_of_the_pod() {
     lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&cart]);
     let listener = cart.listen_tcp(80);
-    let address = SocketAddr::new(own(&cart, peer), 80);
+    let address = SocketAddr::new(cart.address_for(peer), 80);
     // The pod's kernel answers with a RST.
     let tap = Tap::open(cart.netns(), "eth0");
     Forger::open(&lab, &cart, peer, address).send(flag::ACK);
-    let at = tcp_at(peer);
+    let at = transport_at(peer);
     let reset = tap.receive(DEADLINE, |frame| {
         frames::is(frame, address.ip(), peer, TCP) && frame[at + 13] & flag::RST != 0
     });
@@ -416,7 +403,8 @@ fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
     let flood: Vec<Vec<u8>> = (1000..1200)
         .map(|port| {
             let mut frame = Vec::new();
-            let syn = frames::from_pod(&cart, own(&cart, peer), server(10)).tcp(7, port, 1, 1);
+            let syn =
+                frames::from_pod(&cart, cart.address_for(peer), server(10)).tcp(7, port, 1, 1);
             let written = syn.syn().write(&mut frame, &[]);
             written.expect("a frame in memory");
             frame
@@ -452,7 +440,7 @@ fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let _connection = Connection::open(&lab, &cart, peer);
     let _agent = lab.start_agent(&[&cart]);
     let listener = cart.listen_tcp(80);
-    let to = SocketAddr::new(own(&cart, peer), 80);
+    let to = SocketAddr::new(cart.address_for(peer), 80);
     let client = lab
         .outside()
         .run(|| TcpStream::connect_timeout(&to, DEADLINE));

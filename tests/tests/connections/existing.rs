@@ -18,36 +18,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-/// A connection from outside to a server in the pod.
-struct Inbound {
-    caller: TcpStream,
-    server: TcpStream,
-}
-
-impl Inbound {
-    #[track_caller]
-    fn open(lab: &Lab, pod: &Pod, port: u16) -> Self {
-        let listener = pod.listen_tcp(port);
-        let to = SocketAddr::from((pod.ipv4(), port));
-        let caller = lab.outside().run(|| TcpStream::connect(to));
-        let (server, _) = listener.accept().expect("the pod's server accepts");
-        Self {
-            caller: caller.expect("the pod is called"),
-            server,
-        }
-    }
-
-    /// True if data arrives in both directions.
-    fn goes_on(&mut self) -> bool {
-        fn takes(from: &mut TcpStream, into: &mut TcpStream) -> bool {
-            let mut taken = [0; 4];
-            from.set_read_timeout(Some(DEADLINE)).is_ok()
-                && into.write_all(b"word").is_ok()
-                && from.read_exact(&mut taken).is_ok()
-        }
-        takes(&mut self.server, &mut self.caller) && takes(&mut self.caller, &mut self.server)
-    }
-}
+use crate::callers::Inbound;
 
 /// Asserts that a denied connection is answered with a reset.
 #[track_caller]

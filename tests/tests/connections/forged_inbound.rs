@@ -20,7 +20,7 @@ use egress_tests::{
     frames::{self, Tap},
     holds,
     ifb::Ifb,
-    raw::{ETHERNET, IPV4, IPV6, flag},
+    raw::{ETHERNET, flag, transport_at},
     rewritten::nft,
 };
 use nix::libc;
@@ -34,22 +34,15 @@ fn tracking() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
 
-/// The pod's address in the family of `peer`.
-fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
-    match peer {
-        IpAddr::V4(_) => pod.ipv4().into(),
-        IpAddr::V6(_) => pod.ipv6().into(),
-    }
-}
-
 /// A UDP datagram that the pod sends to itself in the name of `peer`.
 fn datagram(pod: &Pod, peer: IpAddr) -> Vec<u8> {
-    frames::udp(pod, (peer, THERE), (own(pod, peer), HERE), b"forged")
+    frames::udp(pod, (peer, THERE), (pod.address_for(peer), HERE), b"forged")
 }
 
 /// A TCP segment without data that the pod sends to itself in the name of `peer`.
 fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
-    let builder = frames::from_pod(pod, peer, own(pod, peer)).tcp(THERE, HERE, sequence, 64_240);
+    let builder =
+        frames::from_pod(pod, peer, pod.address_for(peer)).tcp(THERE, HERE, sequence, 64_240);
     let builder = if flags & flag::SYN != 0 {
         builder.syn()
     } else {
@@ -69,7 +62,9 @@ fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32)
 
 /// The pod's socket of the forged flow.
 fn socket(pod: &Pod, peer: IpAddr) -> UdpSocket {
-    let socket = pod.netns().run(|| UdpSocket::bind((own(pod, peer), HERE)));
+    let socket = pod
+        .netns()
+        .run(|| UdpSocket::bind((pod.address_for(peer), HERE)));
     let socket = socket.expect("bind in the pod");
     socket.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     socket
@@ -258,15 +253,15 @@ fn contains(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
 
 /// The acknowledgment number for the pod's SYN-ACK in `frame`.
 fn ack_number(frame: &[u8], peer: IpAddr) -> u32 {
-    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 4;
+    let at = transport_at(peer) + 4;
     let number = frame[at..at + 4].try_into().expect("four bytes");
     u32::from_be_bytes(number).wrapping_add(1)
 }
 
 /// A predicate: the frame is the pod's SYN-ACK.
 fn is_syn_ack(pod: &Pod, peer: IpAddr) -> impl Fn(&[u8]) -> bool {
-    let src = own(pod, peer);
-    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 13;
+    let src = pod.address_for(peer);
+    let at = transport_at(peer) + 13;
     move |frame| {
         frames::is(frame, src, peer, etherparse::ip_number::TCP)
             && frame[at] == flag::SYN | flag::ACK
@@ -302,7 +297,7 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     without_resets(lab);
     let listener = pod
         .netns()
-        .run(|| TcpListener::bind((own(pod, peer), HERE)));
+        .run(|| TcpListener::bind((pod.address_for(peer), HERE)));
     let listener = listener.expect("listen in the pod");
     let tap = Tap::open(pod.netns(), "eth0");
     let raw = pod.netns().run(|| {
@@ -310,7 +305,7 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
         Socket::new(Domain::IPV4, Type::RAW, Some(raw))
     });
     let raw = raw.expect("a raw socket");
-    let to = SocketAddr::new(own(pod, peer), 0).into();
+    let to = SocketAddr::new(pod.address_for(peer), 0).into();
     let send = |frame: Vec<u8>| {
         raw.send_to(&frame[ETHERNET..], &to)
             .expect("send within the pod")

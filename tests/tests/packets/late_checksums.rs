@@ -48,20 +48,13 @@ impl Scene {
     }
 
     fn to(&self, dst: IpAddr) -> Ip {
-        match dst {
-            IpAddr::V4(_) => Ip::new(self.pod.ipv4(), dst),
-            IpAddr::V6(_) => Ip::new(self.pod.ipv6(), dst),
-        }
+        Ip::new(self.pod.address_for(dst), dst)
     }
 
     /// Sends an honest datagram to the allowed port, which opens a flow if there is none.
     #[track_caller]
     fn send_honest(&self, to: IpAddr, payload: &[u8]) {
-        let own = if to.is_ipv4() {
-            self.pod.ipv4().into()
-        } else {
-            self.pod.ipv6().into()
-        };
+        let own = self.pod.address_for(to);
         let frame = frames::udp(&self.pod, (own, 7), (to, PORT), payload);
         self.tap.send(&frame);
     }
