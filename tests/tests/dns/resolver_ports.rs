@@ -1,7 +1,7 @@
 //! Resolvers on other ports than 53, as behind a socket-level load balancer.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Write as _,
     net::{IpAddr, SocketAddr, TcpStream},
     sync::Arc,
 };
@@ -9,7 +9,7 @@ use std::{
 use egress_tests::{
     ApiServer, Cluster, DEADLINE, DnsServer, Lab, Pod, SHORT,
     addresses::{RESOLVER, numbered, server, server6},
-    dns::{Answer, RecordType, ResponseCode, Send, address, question},
+    dns::{Answer, RecordType, ResponseCode, Send, address, framed_query, read_message},
 };
 use serde_json::{Value, json};
 
@@ -38,15 +38,9 @@ fn query(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer
 
 /// Sends a query on a connection; `None` when the connection ends without a response.
 fn query_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
-    let message = question(9, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short query");
-    stream.write_all(&length.to_be_bytes()).ok()?;
-    stream.write_all(&message).ok()?;
-    let mut length = [0; 2];
-    stream.read_exact(&mut length).ok()?;
-    let mut answer = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut answer).ok()?;
-    Some(Answer::read(&answer))
+    stream.write_all(&framed_query(9, name)).ok()?;
+    let message = read_message(&mut stream).ok()?;
+    Some(Answer::read(&message))
 }
 
 #[test]

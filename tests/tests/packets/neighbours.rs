@@ -13,7 +13,7 @@ use egress_tests::{
     Lab, Namespace, Pod,
     addresses::{RESOLVER, server},
     bpf::bpftool,
-    dns::{RecordType, ResponseCode, question},
+    dns::{DnsStream, RecordType, ResponseCode, framed, framed_query, question, read_message},
     eventually, holds,
     observed::HTTP,
 };
@@ -303,13 +303,8 @@ fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
 /// a complete response to every other query.
 fn serve(mut stream: TcpStream) -> Option<()> {
     loop {
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).ok()?;
-        let mut asked = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut asked).ok()?;
-        let answer = costly_response(&asked, 0);
-        let length = u16::try_from(answer.len()).ok()?;
-        let mut bytes = [&length.to_be_bytes(), answer.as_slice()].concat();
+        let asked = read_message(&mut stream).ok()?;
+        let mut bytes = framed(&costly_response(&asked, 0));
         if asked.windows(4).any(|bytes| bytes == b"\x03big") {
             bytes.truncate(bytes.len() - 1);
         }
@@ -339,18 +334,13 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
         pod
     });
     let agent = lab.start_agent(&[&greedy, &neighbour]);
-    let framed = |name: &str| {
-        let asked = question(7, name, RecordType::A);
-        let length = u16::try_from(asked.len()).expect("a short query");
-        [&length.to_be_bytes(), asked.as_slice()].concat()
-    };
     let mut held = Vec::new();
     let response = 2 + costly_response(&question(7, "big.test", RecordType::A), 0).len();
     for number in 0..CONNECTIONS {
         let mut stream = greedy.reach_tcp((RESOLVER, 53));
         if number < LONG {
             stream
-                .write_all(&framed("big.test"))
+                .write_all(&framed_query(7, "big.test"))
                 .expect("the connection is open");
         }
         // The agent buffers the data after the query until the message is complete.
@@ -363,18 +353,9 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
         }
         held.push(stream);
     }
-    let mut stream = neighbour.reach_tcp((RESOLVER, 53));
-    stream
-        .write_all(&framed("whole.test"))
-        .expect("the connection is open");
-    let mut length = [0; 2];
-    stream
-        .read_exact(&mut length)
-        .expect("the neighbour's response");
-    let mut message = vec![0; u16::from_be_bytes(length).into()];
-    stream
-        .read_exact(&mut message)
-        .expect("the neighbour's response");
+    let mut stream = DnsStream::open(&neighbour, RESOLVER);
+    stream.write(&framed_query(7, "whole.test"));
+    read_message(&mut stream.tcp).expect("the neighbour's response");
     assert_eq!(lab.allowed(&neighbour).len(), ADDRESSES as usize);
     assert!(!agent.denials().iter().any(|denial| denial.of(&neighbour)));
     agent.wait_denial("a connection above the pod's limit", |denial| {

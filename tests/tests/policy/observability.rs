@@ -16,7 +16,7 @@ use std::{
 use egress_tests::{
     Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
-    dns::{RecordType, question},
+    dns::DnsStream,
     eventually, holds,
     observed::{HTTP, Metrics},
 };
@@ -136,13 +136,9 @@ fn dns_over_tcp_is_counted_separately() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let _agent = lab.start_agent(&[&pod]);
-    let message = question(7, "shop.test", RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short query");
-    let mut stream = pod.reach_tcp((RESOLVER, 53));
-    stream
-        .write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
-        .expect("send a query");
-    stream.read_exact(&mut [0; 14]).expect("a response");
+    let mut stream = DnsStream::open(&pod, RESOLVER);
+    stream.ask(7, "shop.test");
+    stream.expect(7);
     let of = |direction: &str| {
         format!(
             "egress_agent_dns_messages_total\
