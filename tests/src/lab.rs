@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Agent, DnsServer, Pod, Running, TcpEcho, UdpEcho,
-    addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER, server},
+    addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER},
     line::Line,
     namespace::{Namespace, PREFIX, sweep},
     rewritten::nft,
@@ -380,17 +380,6 @@ impl Lab {
     #[track_caller]
     pub fn serve_tcp(&self, port: u16) -> TcpEcho {
         TcpEcho::start(&self.outside, port)
-    }
-
-    /// The set-up of many tests: `shop.test` with one address, a server on port 443, and the pod `shop/cart`
-    /// with this `allow` annotation.
-    #[track_caller]
-    pub fn shop_and_cart(&self, allow: &str) -> (TcpEcho, Pod) {
-        let web = self.serve_tcp(443);
-        self.dns().addresses("shop.test", &[server(10)]);
-        let pod = self.pod("shop", "cart");
-        self.write_pod(&pod, &[("allow", allow)]);
-        (web, pod)
     }
 
     /// A UDP echo server in `outside` on this port of every address.

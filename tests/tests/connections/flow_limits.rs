@@ -112,10 +112,7 @@ fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
 #[test]
 fn above_the_limit_connections_that_the_pod_opened_go_on() {
     let lab = Lab::builder().config("limits.flowsPerPod", FEW).build();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
     let mut connections: Vec<TcpStream> = (0..2 * FEW)

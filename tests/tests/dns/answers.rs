@@ -116,10 +116,7 @@ fn a_dname_is_followed_by_the_cname_that_comes_with_it() {
 #[test]
 fn negative_responses_are_delivered_and_remove_no_address() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443 gone.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443 gone.test:443");
     let _agent = lab.start_agent(&[&pod]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
 

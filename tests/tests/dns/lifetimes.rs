@@ -323,10 +323,7 @@ fn a_name_with_another_address_in_every_response_is_always_reached() {
 #[test]
 fn a_pods_successor_inherits_no_state() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));

@@ -51,22 +51,11 @@ fn arrived(socket: &DnsSocket, within: Duration, ids: &mut Vec<u16>) {
     }
 }
 
-/// Two pods that may reach `shop.test`.
-#[track_caller]
-fn two_pods(lab: &Lab) -> [Pod; 2] {
-    lab.dns().addresses("shop.test", &[server(10)]);
-    ["slow", "neighbour"].map(|name| {
-        let pod = lab.pod("shop", name);
-        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-        pod
-    })
-}
-
 #[test]
 fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let lab = Lab::builder().config("http", HTTP).build();
     let _servers = [lab.serve_tcp(443), lab.serve_tcp(444)];
-    let [slow, neighbour] = two_pods(&lab);
+    let [slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
     slow_down_responses(&slow);
@@ -124,7 +113,7 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
     const FLOOD: u16 = 2000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [slow, neighbour] = two_pods(&lab);
+    let [slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     slow_down_responses(&slow);
     let socket = slow.dns_socket();
@@ -147,7 +136,7 @@ fn several_slow_pods_do_not_occupy_all_sender_threads() {
     const SLOW: usize = 6;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [once_slow, neighbour] = two_pods(&lab);
+    let [once_slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let slow: Vec<Pod> = (0..SLOW)
         .map(|number| {
             let pod = lab.pod("shop", &format!("slow-{number}"));

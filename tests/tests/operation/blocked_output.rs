@@ -44,13 +44,8 @@ impl Scene {
     #[track_caller]
     fn pods() -> (Lab, [Pod; 2]) {
         let lab = Lab::builder().config("http", HTTP).build();
-        lab.dns().addresses("shop.test", &[server(10)]);
         lab.dns().addresses("new.test", &[server(11)]);
-        let pods = ["greedy", "neighbour"].map(|name| {
-            let pod = lab.pod("shop", name);
-            lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-            pod
-        });
+        let pods = lab.pods_of_shop(["greedy", "neighbour"]);
         (lab, pods)
     }
 

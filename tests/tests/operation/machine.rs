@@ -72,10 +72,7 @@ fn a_missing_bpffs_is_mounted() {
 #[test]
 fn a_second_agent_on_the_same_pins_is_refused_and_harms_nothing() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let _agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
 

@@ -37,13 +37,7 @@ impl Scene {
         let lab = Lab::builder()
             .config("ranges.internal", vec!["10.1.0.0/16"])
             .build();
-        let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-        lab.node().ip_batch(&format!(
-            "link add br0 address 02:00:00:00:77:01 type bridge mcast_snooping 0\nlink set br0 up\n\
-             link set {} master br0\nlink set {} master br0\n",
-            cart.interface(),
-            mail.interface()
-        ));
+        let [cart, mail] = lab.two_pods_on_a_bridge();
         for (from, to) in [(&cart, &mail), (&mail, &cart)] {
             from.netns()
                 .ip_batch(&format!("route add {}/32 dev eth0\n", to.ipv4()));

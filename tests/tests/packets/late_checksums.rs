@@ -204,14 +204,7 @@ fn a_late_checksum_in_arp_is_dropped() {
     const OPTIONS: usize = 4;
     const TARGET_HARDWARE: usize = 32;
     let lab = Lab::new();
-    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-    // Both on one bridge.
-    lab.node().ip_batch(&format!(
-        "link add br0 type bridge\nlink set br0 up\n\
-         link set {} master br0\nlink set {} master br0\n",
-        cart.interface(),
-        mail.interface()
-    ));
+    let [cart, mail] = lab.two_pods_on_a_bridge();
     compute_checksums(lab.node(), mail.interface());
     lab.write_pod(&cart, &[("allow", "")]);
     let agent = lab.start_agent(&[&cart]);

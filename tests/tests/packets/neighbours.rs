@@ -55,24 +55,13 @@ fn block_delivery(pod: &Pod) {
     run_in(netns, "nft", &[ruleset]);
 }
 
-/// Two pods that may reach `shop.test`.
-#[track_caller]
-fn two_pods(lab: &Lab) -> [Pod; 2] {
-    lab.dns().addresses("shop.test", &[server(10)]);
-    ["greedy", "neighbour"].map(|name| {
-        let pod = lab.pod("shop", name);
-        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-        pod
-    })
-}
-
 #[test]
 fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     // More than the send buffer of any socket holds.
     const QUESTIONS: u16 = 4000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     assert_eq!(greedy.lookup("shop.test"), [server(10)]);
     block_delivery(&greedy);
@@ -107,7 +96,7 @@ fn the_agents_sockets_close_with_their_pods() {
     // One socket for the probes of all interfaces.
     const PROBES: usize = 1;
     let lab = Lab::new();
-    let pods = two_pods(&lab);
+    let pods = lab.pods_of_shop(["greedy", "neighbour"]);
     let mut agent = lab.start_agent(&[&pods[0], &pods[1]]);
     let sockets = || {
         let table = lab
@@ -212,7 +201,7 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     let lab = Lab::builder()
         .config("limits.addressesPerPod", 200_000)
         .build();
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     lab.write_pod(&greedy, &[("allow", "big.test:443")]);
     // The test sends the responses itself, at the right moment.
     for name in ["big.test", "small.test"] {
@@ -277,7 +266,7 @@ fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
     // These fill the rest between the long ones and the end of the ring.
     const SHORT: u16 = 100;
     let lab = Lab::builder().mtu(9000).build();
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     let pid = Pid::from_raw(agent.pid().cast_signed());
     kill(pid, Signal::SIGSTOP).expect("kill(2)");

@@ -374,13 +374,7 @@ fn frames_passed_by_a_filter_in_front_of_ours_do_not_leave() {
 /// Two pods on one bridge; the first is enforced.
 fn on_a_bridge() -> (Lab, Pod, Pod, Agent) {
     let lab = Lab::new();
-    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-    lab.node().ip_batch(&format!(
-        "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n\
-         link set {} master br0\nlink set {} master br0\n",
-        cart.interface(),
-        mail.interface()
-    ));
+    let [cart, mail] = lab.two_pods_on_a_bridge();
     lab.write_pod(&cart, ALLOW);
     let agent = lab.start_agent(&[&cart]);
     (lab, cart, mail, agent)
