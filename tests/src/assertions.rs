@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     Agent, DEADLINE, Denial, Pod, SHORT,
+    addresses::server,
     dns::{Answer, RecordType, ResponseCode},
     echo_on, exchange,
 };
@@ -96,5 +97,15 @@ impl Pod {
             "{}: no echo from udp {to}",
             self.name()
         );
+    }
+
+    /// Asserts that the pod reaches `shop.test`, and no other name or address.
+    #[track_caller]
+    pub fn reaches_only_shop(&self) {
+        assert_eq!(self.lookup("shop.test"), [server(10)]);
+        self.talks_tcp((server(10), 443));
+        assert!(!self.reaches(server(99)), "{} is open", self.name());
+        let refused = self.resolve("evil.test", RecordType::A);
+        assert_eq!(refused.code, ResponseCode::NXDomain);
     }
 }

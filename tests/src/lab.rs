@@ -282,6 +282,12 @@ impl Lab {
         &self.node
     }
 
+    /// The index of an interface of the node.
+    #[track_caller]
+    pub fn ifindex(&self, interface: &str) -> u32 {
+        self.node.ifindex(interface)
+    }
+
     /// The namespace of all servers that pods may reach.
     pub fn outside(&self) -> &Namespace {
         &self.outside

@@ -9,7 +9,7 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{DEADLINE, Namespace, Running};
+use crate::{DEADLINE, Namespace, Running, SHORT};
 
 /// A pod: a network namespace with one interface.
 #[derive(Debug)]
@@ -108,6 +108,11 @@ impl Pod {
             stream.set_read_timeout(Some(timeout))?;
             Ok(stream)
         })
+    }
+
+    /// True if the pod can connect to port 443 of this address.
+    pub fn reaches(&self, to: IpAddr) -> bool {
+        self.connect_tcp((to, 443), SHORT).is_ok()
     }
 
     /// Connects; panics if that fails.

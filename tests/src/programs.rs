@@ -16,7 +16,6 @@ use egress_common::{
         TunnelKey,
     },
 };
-use nix::net::if_::if_nametoindex;
 
 use crate::{
     Lab, Pod,
@@ -90,10 +89,7 @@ impl Programs {
             trace: false,
         };
         let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
-        let ifindex = lab
-            .node()
-            .run(|| if_nametoindex(pod.interface()))
-            .expect("the pod's interface");
+        let ifindex = lab.ifindex(pod.interface());
         datapath
             .set_ranges(&[
                 (address(RESOLVER), 128, kind(RANGE_RESOLVER)),

@@ -4,9 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod,
     addresses::{PODS, PODS6, RESOLVER, server},
-    bpf::bpftool,
     dns::{Question, RecordType, Send, address},
     eventually,
     frames::{self, Tap},
@@ -27,10 +26,6 @@ fn cluster() -> Cluster {
 
 fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
-}
-
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
 /// Sends a datagram from this source, as a program with a packet socket in the pod does.
@@ -93,12 +88,12 @@ fn wait_quarantined(agent: &Agent, end: &str) {
 /// Waits until an address is among the own addresses of some pod in the kernel, known or not.
 #[track_caller]
 fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
-    let pin = cluster.lab.pins().join("policies");
     eventually(&format!("{address} is a pod's own"), || {
-        let dump = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
         let mapped = json!(address.to_ipv6_mapped().octets());
-        let policies = dump.as_array()?.iter();
-        let mut own = policies.filter_map(|entry| entry["formatted"]["value"]["own"].as_array());
+        let policies = cluster.lab.shared_entries("policies");
+        let mut own = policies
+            .iter()
+            .filter_map(|entry| entry["value"]["own"].as_array());
         holds(own.any(|own| own.contains(&mapped)))
     });
 }
@@ -136,13 +131,13 @@ fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     wait_quarantined(&agent, hidden.interface());
     eventually(
         "an internal server is reached from the pod's address",
-        || holds(reaches(&hidden, INTERNAL)),
+        || holds(hidden.reaches(INTERNAL)),
     );
     let from = IpAddr::V4(hidden.ipv4());
     eventually("the server has seen the address", || {
         holds(web.peers().iter().any(|peer| peer.ip() == from))
     });
-    assert!(!reaches(&hidden, server(10)), "it is open to the outside");
+    assert!(!hidden.reaches(server(10)), "it is open to the outside");
 
     // The program has guessed port, id, name and type.
     let asked = Question {
@@ -198,14 +193,14 @@ fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     // The address of the interface is known before its pod is.
     eventually(
         "an internal server is reached by the second interface",
-        || holds(reaches(cart.net(), INTERNAL)),
+        || holds(cart.net().reaches(INTERNAL)),
     );
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
     cluster.set_addresses(&cart);
     eventually(
         "an allowed server is reached by the second interface",
-        || holds(reaches(cart.net(), server(10))),
+        || holds(cart.net().reaches(server(10))),
     );
     let from_second = || {
         let peers = web.peers();

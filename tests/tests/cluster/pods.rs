@@ -20,13 +20,8 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// True if the pod reaches port 443 of this outside address.
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
-}
-
 fn cannot_reach(agent: &Agent, pod: &Pod, to: IpAddr, reason: &str) {
-    assert!(!reaches(pod, to), "{to} was reached");
+    assert!(!pod.reaches(to), "{to} was reached");
     agent.wait_denial(&format!("{reason} of {to}"), |denial| {
         denial.is(pod, reason, to, 443)
     });
@@ -326,17 +321,14 @@ fn pods_of_other_nodes_are_reached_without_an_entry() {
         },
         |line| line.contains("the cluster's addresses are known"),
     );
-    assert!(
-        reaches(cart.net(), elsewhere),
-        "the address is not internal"
-    );
+    assert!(cart.net().reaches(elsewhere), "the address is not internal");
     cluster.server.delete(&json!({
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": { "name": name },
     }));
     eventually("the address is not internal any more", || {
-        holds(!reaches(cart.net(), elsewhere))
+        holds(!cart.net().reaches(elsewhere))
     });
 }
 
@@ -372,7 +364,7 @@ fn an_agent_that_starts_without_the_api_server_uses_only_the_last_policy() {
         "the removed name is allowed again"
     );
     assert!(
-        reaches(free.net(), server(99)),
+        free.net().reaches(server(99)),
         "an unenforced pod was closed"
     );
 }
@@ -389,7 +381,7 @@ fn replacing_the_agent_leaves_no_gap_and_keeps_open_connections() {
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     let mut open = cart.net().talks_tcp((server(10), 443));
     assert!(agent.stop().success());
-    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(!cart.net().reaches(server(99)), "the pod is open");
     assert!(
         exchange(&mut open, b"meanwhile", DEADLINE),
         "the open connection was cut"
@@ -428,7 +420,7 @@ fn every_interface_of_a_pod_is_enforced() {
     // Nothing leaves from the second interface's address, not even ARP: the cluster does not list this
     // address for the pod.
     assert!(
-        !reaches(cart.net(), server(10)),
+        !cart.net().reaches(server(10)),
         "it left by the other interface"
     );
     agent.wait_denial("spoofed_source", |denial| {
@@ -485,7 +477,7 @@ fn a_pod_that_cannot_be_enforced_is_reported_in_the_log_and_as_an_event() {
             "everything external is denied",
         ],
     );
-    assert!(!reaches(unreadable.net(), server(10)), "the pod is open");
+    assert!(!unreadable.net().reaches(server(10)), "the pod is open");
 }
 
 #[test]
@@ -511,7 +503,7 @@ fn an_edit_of_a_namespace_applies_to_a_hundred_pods() {
     }
     for pod in pods.iter().step_by(9) {
         pod.net().talks_tcp((server(20), 443));
-        assert!(!reaches(pod.net(), server(10)), "{}", pod.net().name());
+        assert!(!pod.net().reaches(server(10)), "{}", pod.net().name());
     }
 }
 
@@ -589,5 +581,5 @@ fn a_pod_cannot_choose_an_interface_by_its_annotation() {
     cannot_reach(&agent, victim.net(), server(10), "no_rule");
     // A foreign process in the victim's network does not change anything either.
     let _other = victim.net().start(&mut pause());
-    assert!(!reaches(victim.net(), server(10)), "the pod is open");
+    assert!(!victim.net().reaches(server(10)), "the pod is open");
 }

@@ -15,7 +15,6 @@ use egress_common::records::{INTERFACE_SETTLING, INTERFACE_SOURCES};
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server, server6},
-    bpf::bpftool,
     eventually,
     frames::{self, Tap},
     holds,
@@ -23,7 +22,6 @@ use egress_tests::{
     raw::{ETHERNET, flag, transport_at},
 };
 use etherparse::ip_number::TCP;
-use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// The server's port.
@@ -176,18 +174,6 @@ impl Forger {
     }
 }
 
-/// The entries of one of the pod's maps.
-pub(crate) fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
-    let pin = lab.allow_pin(pod).with_file_name(map);
-    let pin = pin.to_str().expect("a path in UTF-8");
-    let dumped = bpftool(&["map", "dump", "pinned", pin]);
-    let entries = dumped.as_array().expect("a list of entries");
-    entries
-        .iter()
-        .map(|entry| entry["formatted"].clone())
-        .collect()
-}
-
 #[track_caller]
 fn assert_a_reopened_connection_is_judged(peer: IpAddr) {
     let lab = Lab::builder().build();
@@ -245,7 +231,7 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
     // The SYN comes before the pod connects, so that the server seems to have opened the flow.
     Forger::open(&lab, &cart, peer, (cart.address_for(peer), HERE).into()).send(flag::SYN);
     eventually("the server's SYN is there", || {
-        let flows = dump(&lab, &cart, "opening");
+        let flows = lab.pod_entries(&cart, "opening");
         holds(flows.iter().any(|flow| flow["value"]["state"] == 2))
     });
     let mut connection = Connection::open_from(&lab, &cart, peer, HERE);
@@ -305,7 +291,7 @@ fn a_tcp_connection_to_a_resolver_is_noted_as_opened_by_the_pod() {
     let listener = lab.outside().run(|| TcpListener::bind((peer, 53)));
     let _listener = listener.expect("listen outside");
     let _stream = cart.reach_tcp((peer, 53));
-    let called = dump(&lab, &cart, "called");
+    let called = lab.pod_entries(&cart, "called");
     assert!(
         called.iter().any(|flow| flow["key"]["peer_port"] == 53),
         "{called:?}"

@@ -15,8 +15,6 @@ use egress_tests::{
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-use crate::called_back::dump;
-
 /// The server at the other end of the later interface, and its port.
 const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const PORT: u16 = 8888;
@@ -93,7 +91,7 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
         end.send(&Ip::new(peer, pod.ipv4()).tcp(port, own, flag::SYN));
     }
     let opened = eventually("the other port's flow", || {
-        let flows = dump(lab, pod, "opening");
+        let flows = lab.pod_entries(pod, "opening");
         let opened = |flow: &&Value| flow["value"]["state"] == FLOW_IN;
         let ports: Vec<Value> = flows
             .iter()
@@ -133,7 +131,7 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
         line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
     });
     eventually("the caller's flow", || {
-        let flows = dump(lab, cart.net(), "inbound");
+        let flows = lab.pod_entries(cart.net(), "inbound");
         let mut flows = flows.iter();
         holds(flows.any(|flow| flow["key"]["peer_port"] == CALLER))
     });

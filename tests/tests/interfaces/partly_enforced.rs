@@ -16,10 +16,6 @@ use serde_json::{Value, json};
 /// The server that the pod reaches past its enforced interface.
 const PAST: u8 = 99;
 
-fn is_open(pod: &Pod, host: u8) -> bool {
-    pod.connect_tcp((server(host), 443), SHORT).is_ok()
-}
-
 /// Gives the pod a macvlan on the node's uplink, through which it reaches one server only.
 fn add_macvlan(lab: &Lab, pod: &Pod, name: &str) {
     lab.node().ip_batch(&format!(
@@ -76,11 +72,11 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     eventually("the pod's mode in `status`", || {
         holds(lab.status_of(cart.net())["mode"] == "enforce")
     });
-    assert!(!is_open(cart.net(), PAST));
+    assert!(!cart.net().reaches(server(PAST)));
 
     add_macvlan(lab, cart.net(), "net1");
     assert!(
-        is_open(cart.net(), PAST),
+        cart.net().reaches(server(PAST)),
         "the macvlan is expected to bypass enforcement"
     );
     wait_partly_enforced(
@@ -111,7 +107,7 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     });
     // Its own interface is enforced as before.
     cart.net().talks_tcp((server(10), 443));
-    assert!(!is_open(cart.net(), 98));
+    assert!(!cart.net().reaches(server(98)));
 
     cart.net().netns().ip_batch("link del net1\n");
     let status = status_with(lab, cart.net(), &json!([]));
@@ -154,7 +150,7 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let agent = lab.start_agent(&[&pod, &audited]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     let mut open = pod.talks_tcp((server(10), 443));
-    assert!(is_open(&pod, 20), "the internal address is denied");
+    assert!(pod.reaches(server(20)), "the internal address is denied");
 
     agent.applies_policy_after(&pod, || add_macvlan(&lab, &pod, "net1"));
     let reason = "unenforced_interface";
@@ -175,12 +171,15 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let caller = lab.node().run(|| TcpStream::connect(to));
     caller.expect("the pod is called");
     listener.accept().expect("the pod accepts");
-    assert!(is_open(&pod, PAST), "the macvlan is expected to stay open");
+    assert!(
+        pod.reaches(server(PAST)),
+        "the macvlan is expected to stay open"
+    );
 
     // Audit mode denies nothing.
     add_macvlan(&lab, &audited, "net1");
     wait_partly_enforced(&agent, &audited, "net1");
-    assert!(is_open(&audited, 10));
+    assert!(audited.reaches(server(10)));
 
     agent.applies_policy_after(&pod, || pod.netns().ip_batch("link del net1\n"));
     assert_eq!(

@@ -14,11 +14,6 @@ fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// True if the pod reaches this outside address.
-fn reaches(pod: &Pod, to: std::net::IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
-}
-
 /// A network made for a pod before the API server knows the pod and before its processes start.
 fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
     let net = cluster.lab.pod(namespace, name);
@@ -45,7 +40,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     let agent = cluster.start_agent();
 
     let closed = |net: &Pod| {
-        assert!(!reaches(net, server(10)), "the pod is open");
+        assert!(!net.reaches(server(10)), "the pod is open");
         let denial = agent.wait_denial("pod_unknown", |denial| {
             denial.reason == "pod_unknown" && denial.pod == net.interface()
         });
@@ -58,7 +53,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     cluster.set_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(!cart.net().reaches(server(99)), "the pod is open");
     agent.wait_denial("the address", |denial| {
         denial.is(cart.net(), "address_not_learned", server(99), 443)
     });
@@ -68,7 +63,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("the pod is released", || {
-        holds(reaches(free.net(), server(99)))
+        holds(free.net().reaches(server(99)))
     });
 }
 
@@ -277,7 +272,7 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
     );
-    assert!(!reaches(&net, server(10)), "the pod is open");
+    assert!(!net.reaches(server(10)), "the pod is open");
     // Another interface that takes the name is closed too.
     let second = cluster.lab.pod(&shop, "next");
     agent.wait_log("that the next interface is enforced", |line| {
@@ -292,15 +287,15 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
         },
         |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
     );
-    assert!(!reaches(&second, server(10)), "the pod is open");
-    assert!(!reaches(&net, server(10)), "the pod is open");
+    assert!(!second.reaches(server(10)), "the pod is open");
+    assert!(!net.reaches(server(10)), "the pod is open");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
     cluster.set_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(!cart.net().reaches(server(99)), "the pod is open");
 }
 
 #[test]

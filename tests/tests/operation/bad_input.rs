@@ -30,21 +30,6 @@ impl Scene {
             _web: web,
         }
     }
-
-    /// Asserts that the pod's rules are enforced.
-    #[track_caller]
-    fn assert_unharmed(&self) {
-        assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
-        self.pod.talks_tcp((server(10), 443));
-        assert!(
-            self.pod.connect_tcp((server(99), 443), SHORT).is_err(),
-            "the pod is open"
-        );
-        assert_eq!(
-            self.pod.resolve("evil.test", RecordType::A).code,
-            ResponseCode::NXDomain
-        );
-    }
 }
 
 /// Runs `egress-agent check` on these files; returns its exit status and its output.
@@ -78,7 +63,7 @@ fn a_file_that_is_not_yaml_harms_no_pod() {
     agent.wait_log("which file cannot be read", |line| {
         line.contains("binary.yaml")
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -91,7 +76,7 @@ fn a_pod_whose_file_is_damaged_keeps_its_last_good_policy() {
         || scene.lab.write_file(&file, b"{{{ not YAML"),
         |line| line.contains(&file),
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
     agent.applies_policy_after(&scene.pod, || {
         scene
             .lab
@@ -115,7 +100,7 @@ fn a_pod_without_an_interface_is_named_and_harms_no_other() {
     agent.wait_log("which pod has no interface", |line| {
         line.contains("shop/homeless") && line.contains("interface")
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -127,7 +112,7 @@ fn an_interface_that_appears_later_is_enforced() {
     agent.wait_log("which interface is missing", |line| {
         line.contains(late.interface())
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 
     scene.lab.add_interface(&late);
     agent.wait_enforcing(&late);
@@ -151,7 +136,7 @@ fn a_pod_cannot_claim_another_pods_interface() {
         },
         |line| line.contains(interface) && line.contains("shop/thief"),
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -174,7 +159,7 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         broken.resolve("shop.test", RecordType::A).code,
         ResponseCode::NoError
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 
     // The repaired policy applies at once.
     agent.applies_policy_after(&broken, || {
@@ -188,7 +173,7 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
 fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
     agent.logs_after(
         "what cannot be read, and where",
         || {
@@ -198,7 +183,7 @@ fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy(
         },
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/allow"),
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -215,7 +200,7 @@ fn an_unreadable_mode_is_an_error_too() {
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/mode"),
     );
     assert!(said.contains("offf"), "{said}");
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -234,7 +219,7 @@ fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
     });
     assert!(!said.is_empty());
     agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -337,7 +322,7 @@ fn a_pod_with_long_names_and_no_uid_is_enforced() {
         long.connect_tcp((server(99), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -354,7 +339,7 @@ fn a_new_pod_with_more_addresses_than_are_supported_is_closed() {
         many.connect_tcp((server(10), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 /// Writes the manifest of a pod without a UID, under another name and with other addresses.

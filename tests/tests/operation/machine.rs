@@ -208,15 +208,6 @@ fn an_agent_terminated_while_it_is_busy_leaves_nothing_behind() {
     pod.talks_tcp((server(99), 443));
 }
 
-/// The number of entries of a map that all pods share.
-#[track_caller]
-fn entries(lab: &Lab, map: &str) -> usize {
-    let pin = lab.pins().join(map);
-    let pin = pin.to_str().expect("a path in UTF-8");
-    let dump = bpftool(&["map", "dump", "pinned", pin]);
-    dump.as_array().map_or(0, Vec::len)
-}
-
 #[test]
 fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behind() {
     let lab = Lab::new();
@@ -250,7 +241,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
     }
     for map in ["policies", "allow", "cidrs", "flows"] {
         eventually(&format!("attempts leave nothing in {map}"), || {
-            holds(entries(&lab, map) == 2)
+            holds(lab.shared_entries(map).len() == 2)
         });
     }
 
@@ -261,7 +252,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
     lab.remove_namespace("shop");
     for map in ["policies", "allow", "cidrs", "flows", "identities"] {
         eventually(&format!("nothing is left in {map}"), || {
-            holds(entries(&lab, map) == 0)
+            holds(lab.shared_entries(map).len() == 0)
         });
     }
     bad.talks_tcp((server(99), 443));

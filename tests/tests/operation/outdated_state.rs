@@ -4,7 +4,7 @@
 use std::{net::IpAddr, path::Path};
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
     dns::{RecordType, ResponseCode},
     eventually, holds,
@@ -14,10 +14,6 @@ use serde_json::{Value, json};
 
 fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
-}
-
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
 /// A file system for `stateDir` that can be made read-only.
@@ -129,7 +125,7 @@ impl Scene {
         let asked = cart.try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
         assert!(asked.is_none(), "the old policy was used: {asked:?}");
         assert!(
-            !reaches(cart, server(11)),
+            !cart.reaches(server(11)),
             "the removed name is allowed again"
         );
         assert_eq!(till.lookup("later.test"), [server(11)]);
@@ -193,18 +189,16 @@ fn an_unsaved_removal_of_a_cluster_prefix_stays_in_effect() {
     });
     scene.cluster.server.apply(&other);
     let till = scene.till.net();
-    eventually("the address is internal", || {
-        holds(reaches(till, elsewhere))
-    });
+    eventually("the address is internal", || holds(till.reaches(elsewhere)));
     scene.state.make_read_only();
     scene.cluster.server.delete(&other);
     eventually("the address is not internal any more", || {
-        holds(!reaches(till, elsewhere))
+        holds(!till.reaches(elsewhere))
     });
 
     scene.restart_alone();
     let till = scene.till.net();
     assert_eq!(till.lookup("later.test"), [server(11)]);
     till.talks_tcp((server(11), 443));
-    assert!(!reaches(till, elsewhere), "the address is internal again");
+    assert!(!till.reaches(elsewhere), "the address is internal again");
 }

@@ -2,36 +2,26 @@
 
 use std::{net::TcpStream, process::ExitStatus};
 
-use egress_tests::{
-    Agent, Cluster, DEADLINE, Lab, Pod, SHORT, TcpEcho, addresses::server, exchange,
-};
+use egress_tests::{Agent, Cluster, DEADLINE, Lab, SHORT, Shop, addresses::server, exchange};
 use serde_json::{Value, json};
 
 /// A pod with one connection to its allowed name, and one to its allowed address.
 struct Scene {
     by_name: TcpStream,
     by_address: TcpStream,
-    agent: Agent,
-    _web: TcpEcho,
-    pod: Pod,
-    lab: Lab,
+    shop: Shop,
 }
 
 impl Scene {
     #[track_caller]
     fn of(lab: Lab) -> Self {
-        let (web, pod) = lab.shop_and_cart(&format!("shop.test:443 {}:443", server(12)));
-        let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-        assert_eq!(pod.lookup("shop.test"), [server(10)]);
-        let by_name = pod.talks_tcp((server(10), 443));
-        let by_address = pod.talks_tcp((server(12), 443));
+        let allow = format!("shop.test:443 {}:443", server(12));
+        let shop = Shop::start(lab, &allow, &["--keep-enforcing"]);
+        assert_eq!(shop.pod.lookup("shop.test"), [server(10)]);
         Self {
-            by_name,
-            by_address,
-            agent,
-            _web: web,
-            pod,
-            lab,
+            by_name: shop.pod.talks_tcp((server(10), 443)),
+            by_address: shop.pod.talks_tcp((server(12), 443)),
+            shop,
         }
     }
 
@@ -43,11 +33,12 @@ impl Scene {
         key: &str,
         prefixes: &[&str],
     ) {
-        end(&mut self.agent);
-        self.lab.edit_config(key, prefixes.to_vec());
-        self.agent = self
+        end(&mut self.shop.agent);
+        self.shop.lab.edit_config(key, prefixes.to_vec());
+        self.shop.agent = self
+            .shop
             .lab
-            .start_agent_with(&["--keep-enforcing"], &[&self.pod]);
+            .start_agent_with(&["--keep-enforcing"], &[&self.shop.pod]);
     }
 
     #[track_caller]
@@ -69,8 +60,9 @@ fn a_restart_with_a_new_protected_address_ends_connections_to_it() {
     scene.restart_with(Agent::stop, "ranges.protected", &["203.0.113.10/32"]);
     scene.assert_only_by_name_is_cut();
     scene
+        .shop
         .agent
-        .denies_tcp(&scene.pod, (server(10), 443), "protected");
+        .denies_tcp(&scene.shop.pod, (server(10), 443), "protected");
 }
 
 #[test]
@@ -83,15 +75,15 @@ fn after_a_kill_a_restart_with_a_new_protected_address_ends_connections_to_it() 
 #[test]
 fn a_takeover_with_a_new_protected_address_ends_connections_to_it() {
     let mut scene = Scene::of(Lab::new());
-    let lab = &scene.lab;
+    let lab = &scene.shop.lab;
     let socket = lab.directory().join("standby.sock");
     lab.edit_config("socket", socket.to_str().expect("a path in UTF-8"));
     lab.edit_config("ranges.protected", vec!["203.0.113.10/32"]);
     let standby = lab.spawn_agent(&["--take-over", "--keep-enforcing"]);
     standby.wait_log("that it stands by", |line| line.contains("standing by"));
     assert!(exchange(&mut scene.by_name, b"before", DEADLINE));
-    assert!(scene.agent.stop().success());
-    standby.wait_enforcing(&scene.pod);
+    assert!(scene.shop.agent.stop().success());
+    standby.wait_enforcing(&scene.shop.pod);
     scene.assert_only_by_name_is_cut();
 }
 
@@ -101,7 +93,7 @@ fn a_restart_that_makes_an_internal_address_external_ends_connections_to_it() {
         .config("ranges.internal", vec!["203.0.113.99/32"])
         .build();
     let mut scene = Scene::of(lab);
-    let mut internal = scene.pod.talks_tcp((server(99), 443));
+    let mut internal = scene.shop.pod.talks_tcp((server(99), 443));
     scene.restart_with(Agent::stop, "ranges.internal", &[]);
     assert!(
         !exchange(&mut internal, b"after", SHORT),
@@ -165,23 +157,30 @@ fn connections_from_under_the_ranges_of_a_short_lived_agent_end() {
 #[test]
 fn with_an_unreadable_manifest_connections_to_a_new_protected_address_end() {
     let mut scene = Scene::of(Lab::new());
-    assert!(scene.agent.stop().success());
+    assert!(scene.shop.agent.stop().success());
     scene
+        .shop
         .lab
         .edit_config("ranges.protected", vec!["203.0.113.10/32"]);
-    let file = scene.lab.pod_file(&scene.pod);
-    scene.lab.write_file(&file, b"{{{ not YAML");
-    scene.agent = scene.lab.start_agent_with(&["--keep-enforcing"], &[]);
-    scene.agent.wait_log("that the pod stays enforced", |line| {
-        line.contains("shop/cart") && line.contains("as an earlier agent left it")
-    });
+    let file = scene.shop.lab.pod_file(&scene.shop.pod);
+    scene.shop.lab.write_file(&file, b"{{{ not YAML");
+    scene.shop.agent = scene.shop.lab.start_agent_with(&["--keep-enforcing"], &[]);
+    scene
+        .shop
+        .agent
+        .wait_log("that the pod stays enforced", |line| {
+            line.contains("shop/cart") && line.contains("as an earlier agent left it")
+        });
     scene.assert_only_by_name_is_cut();
 
     let entries = "shop.test:443 203.0.113.12:443";
-    scene.lab.write_pod(&scene.pod, &[("allow", entries)]);
-    scene.agent.wait_enforcing(&scene.pod);
+    scene
+        .shop
+        .lab
+        .write_pod(&scene.shop.pod, &[("allow", entries)]);
+    scene.shop.agent.wait_enforcing(&scene.shop.pod);
     assert!(exchange(&mut scene.by_address, b"read", DEADLINE));
-    scene.pod.talks_tcp((server(12), 443));
+    scene.shop.pod.talks_tcp((server(12), 443));
 }
 
 #[test]

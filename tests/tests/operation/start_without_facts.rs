@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use egress_agent::pods::cluster::ACCESS;
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
     dns::{RecordType, Send, address},
     eventually, holds,
@@ -15,10 +15,6 @@ use serde_json::{Value, json};
 /// An address in the prefix of another node's pods.
 const ELSEWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 78, 0, 5));
 const PREFIX: &str = "10.78.0.0/24";
-
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
-}
 
 /// The agent's rights, with or without nodes.
 fn rights(with_nodes: bool) -> Value {
@@ -99,9 +95,9 @@ impl Scene {
     #[track_caller]
     fn assert_closed(&self, when: &str) {
         let cart = self.cart.net();
-        assert!(!reaches(cart, ELSEWHERE), "the other pod is open {when}");
+        assert!(!cart.reaches(ELSEWHERE), "the other pod is open {when}");
         assert!(
-            reaches(cart, server(10)),
+            cart.reaches(server(10)),
             "an external address is closed {when}"
         );
     }
@@ -112,7 +108,7 @@ impl Scene {
         self.cluster.server.delete(&self.other);
         self.cluster.proxy.allow();
         eventually("the address is not internal any more", || {
-            holds(reaches(self.cart.net(), ELSEWHERE))
+            holds(self.cart.net().reaches(ELSEWHERE))
         });
     }
 }

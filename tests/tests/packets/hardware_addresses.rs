@@ -6,7 +6,6 @@ use egress_common::address::link_local_of;
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::server,
-    bpf::bpftool,
     echo_on, eventually,
     frames::{self, Tap},
     holds,
@@ -316,16 +315,12 @@ fn a_network_plugin_may_change_the_hardware_address_during_setup() {
     lab.node().ip_batch(&format!(
         "link add br0 type bridge\nlink set br0 up\nlink set {port} master br0\n"
     ));
-    let pin = lab.pins().join("link_hardware");
-    let pin = pin.to_str().expect("UTF-8").to_owned();
     let wait_bound = |hardware: [u8; 6]| {
         eventually("the port is bound to its address", || {
-            let dump = bpftool(&["map", "dump", "pinned", &pin]);
-            let mut entries = dump.as_array()?.iter();
             let expected = json!(hardware);
-            entries
-                .any(|entry| entry["formatted"]["value"]["addr"] == expected)
-                .then_some(())
+            let entries = lab.shared_entries("link_hardware");
+            let is_it = |entry: &Value| entry["value"]["addr"] == expected;
+            holds(entries.iter().any(is_it))
         });
     };
     wait_bound(cart.net().hardware());

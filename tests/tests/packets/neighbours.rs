@@ -12,7 +12,6 @@ use std::{
 use egress_tests::{
     Lab, Namespace, Pod,
     addresses::{RESOLVER, server},
-    bpf::bpftool,
     dns::{DnsStream, RecordType, ResponseCode, framed, framed_query, question, read_message},
     eventually, holds,
     observed::HTTP,
@@ -186,9 +185,7 @@ impl Stamped {
 /// The number of responses that the programs have passed to the agent.
 #[track_caller]
 fn held_responses(lab: &Lab) -> u64 {
-    let map = lab.pins().join("counters");
-    let dump = bpftool(&["map", "dump", "pinned", &map.to_string_lossy()]);
-    let values = &dump[0]["formatted"]["values"];
+    let values = &lab.shared_entries("counters")[0]["values"];
     let values = values.as_array().expect("a value for each CPU");
     let of_cpu = |value: &Value| value["value"]["held_answers"].as_u64();
     values.iter().filter_map(of_cpu).sum()

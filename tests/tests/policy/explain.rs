@@ -5,7 +5,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use egress_tests::{
     Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
-    bpf::bpftool,
     dns::address,
     eventually, holds,
     observed::HTTP,
@@ -315,15 +314,7 @@ fn explaining_leaves_no_trace() {
             of.map(|series| metrics.get(series)).sum::<f64>()
         })
     };
-    let flows = || {
-        let pin = lab.pins().join("pods/shop_cart/flows");
-        bpftool(&[
-            "map",
-            "dump",
-            "pinned",
-            pin.to_str().expect("a path in UTF-8"),
-        ])
-    };
+    let flows = || lab.pod_entries(&pod, "flows");
     let before = (numbers(), flows());
     for target in [
         "203.0.113.20:443",
