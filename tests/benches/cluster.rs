@@ -24,8 +24,9 @@ use common::{
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab,
     addresses::{RESOLVER, server},
+    cluster::allow,
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// The number of new pods, and of edits.
 const ROUNDS: usize = 30;
@@ -115,10 +116,6 @@ fn row(from: &str, to: &str, mut taken: Vec<f64>) -> Vec<String> {
 #[track_caller]
 fn cluster() -> Cluster {
     Cluster::on(ApiServer::shared(), Lab::builder().without_dns())
-}
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// Whether a pod's process starts before or after its interface exists.

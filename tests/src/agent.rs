@@ -226,6 +226,21 @@ impl Agent {
         });
     }
 
+    /// Waits until an interface of the node is in quarantine: it is enforced, and its pod is not known.
+    #[track_caller]
+    pub fn wait_quarantined(&self, interface: &str) {
+        self.wait_log(&format!("that {interface} is in quarantine"), |line| {
+            is_quarantine_of(line, interface)
+        });
+    }
+
+    /// Makes a change and waits until an interface of the node is in quarantine.
+    #[track_caller]
+    pub fn quarantines_after(&self, interface: &str, change: impl FnOnce()) {
+        let what = format!("that {interface} is in quarantine");
+        self.logs_after(&what, change, |line| is_quarantine_of(line, interface));
+    }
+
     /// Makes a change and waits until the agent has applied the resulting policy of this pod.
     #[track_caller]
     pub fn applies_policy_after(&self, pod: &Pod, change: impl FnOnce()) {
@@ -450,6 +465,12 @@ pub struct KernelObjects {
 
 fn of(pod: &Pod) -> String {
     format!("pod={}/{}", pod.namespace(), pod.name())
+}
+
+/// True if a line says that this interface is in quarantine.
+fn is_quarantine_of(line: &str, interface: &str) -> bool {
+    let field = format!("pod=interface {interface} ");
+    line.contains(LOG_ENFORCING) && line.contains(&field)
 }
 
 /// True if a line has this pod's field, and not that of a pod whose name merely begins with the same text.

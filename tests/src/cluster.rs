@@ -181,6 +181,18 @@ impl Cluster {
         self.server.apply(&pod.object);
     }
 
+    /// All Events in a namespace.
+    #[track_caller]
+    pub fn events(&self, namespace: &str) -> Vec<Value> {
+        let like = json!({
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": { "namespace": namespace, "name": "any" },
+        });
+        let events = self.server.list(&like).into_iter();
+        events.map(|event| event.data).collect()
+    }
+
     /// Deletes the pod at once, first at the API server and then on the node.
     #[track_caller]
     pub fn delete(&self, pod: ClusterPod) {
@@ -262,6 +274,12 @@ impl ClusterPod {
     pub fn object(&self) -> &Value {
         &self.object
     }
+}
+
+/// Annotations with this list of what a pod may reach.
+#[must_use]
+pub fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// All rights that the agent needs, everywhere.

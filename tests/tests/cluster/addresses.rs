@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, Pod,
     addresses::{PODS, PODS6, RESOLVER, server},
+    cluster::allow,
     dns::{Question, RecordType, Send, address},
     eventually,
     frames::{self, Tap},
@@ -22,10 +23,6 @@ fn cluster() -> Cluster {
     let internal = json!({ "internal": [PODS, PODS6, format!("{INTERNAL}/32")] });
     let lab = Lab::builder().config("ranges", internal);
     Cluster::on(ApiServer::shared(), lab)
-}
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// Sends a datagram from this source, as a program with a packet socket in the pod does.
@@ -77,14 +74,6 @@ fn second_end(pod: &Pod) -> String {
     format!("{}net1", pod.interface())
 }
 
-/// Waits until an interface of the node is in quarantine.
-#[track_caller]
-fn wait_quarantined(agent: &Agent, end: &str) {
-    agent.wait_log("that the interface is in quarantine", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {end} "))
-    });
-}
-
 /// Waits until an address is among the own addresses of some pod in the kernel, known or not.
 #[track_caller]
 fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
@@ -128,7 +117,7 @@ fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     });
 
     let hidden = lab.pod(&shop, "hidden");
-    wait_quarantined(&agent, hidden.interface());
+    agent.wait_quarantined(&hidden.interface());
     eventually(
         "an internal server is reached from the pod's address",
         || holds(hidden.reaches(INTERNAL)),
@@ -188,7 +177,7 @@ fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     let policy = allow(&format!("{0}:443 {0}:53/udp", server(10)));
     let mut cart = without_process(&cluster, &shop, "cart", &policy);
     let second = second_interface(&cluster, cart.net(), &[]);
-    wait_quarantined(&agent, &second_end(cart.net()));
+    agent.wait_quarantined(&second_end(cart.net()));
     wait_own(&cluster, second);
     // The address of the interface is known before its pod is.
     eventually(
@@ -252,7 +241,7 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
         gateway.into(),
     ];
     let second = second_interface(&cluster, thief.net(), &names);
-    wait_quarantined(&agent, &second_end(thief.net()));
+    agent.wait_quarantined(&second_end(thief.net()));
     wait_own(&cluster, second);
     thief.running().start_container();
     agent.wait_enforcing(thief.net());
@@ -331,7 +320,7 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     // Without configured ranges an interface's addresses do not count either.
     let mut cart = without_process(&cluster, &shop, "cart", &annotations);
     let second = second_interface(&cluster, cart.net(), &[remote.into()]);
-    wait_quarantined(&agent, &second_end(cart.net()));
+    agent.wait_quarantined(&second_end(cart.net()));
     wait_own(&cluster, second);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());

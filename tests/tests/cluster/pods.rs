@@ -9,16 +9,13 @@ use std::{
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, STRANGER, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
     node::pause,
     workspace,
 };
 use serde_json::{Value, json};
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
 
 fn cannot_reach(agent: &Agent, pod: &Pod, to: IpAddr, reason: &str) {
     assert!(!pod.reaches(to), "{to} was reached");
@@ -30,20 +27,15 @@ fn cannot_reach(agent: &Agent, pod: &Pod, to: IpAddr, reason: &str) {
 /// Waits for an Event on a pod with this reason and these words in its note.
 fn wait_event(cluster: &Cluster, pod: &ClusterPod, reason: &str, words: &[&str]) -> Value {
     let (namespace, name) = (pod.net().namespace(), pod.net().name());
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": namespace, "name": "any" },
-    });
     eventually(&format!("an Event {reason} on {namespace}/{name}"), || {
-        let events = cluster.server.list(&like);
-        let found = events.into_iter().find(|event| {
-            let note = event.data["note"].as_str().unwrap_or_default();
-            event.data["reason"] == reason
-                && event.data["regarding"]["name"] == name
+        let mut events = cluster.events(namespace).into_iter();
+        let is_it = |event: &Value| {
+            let note = event["note"].as_str().unwrap_or_default();
+            event["reason"] == reason
+                && event["regarding"]["name"] == name
                 && words.iter().all(|word| note.contains(word))
-        })?;
-        Some(found.data)
+        };
+        events.find(is_it)
     })
 }
 

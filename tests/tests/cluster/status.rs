@@ -9,6 +9,7 @@ use std::sync::Arc;
 use egress_tests::{
     ApiServer, Cluster, Lab, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
+    cluster::allow,
     eventually, holds,
     observed::HTTP,
 };
@@ -18,10 +19,6 @@ use serde_json::{Value, json};
 #[track_caller]
 fn served() -> Cluster {
     Cluster::on(ApiServer::shared(), Lab::builder().config("http", HTTP))
-}
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// The metric of pods in this mode.

@@ -11,8 +11,8 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server, echo_on,
-    eventually, exchange, holds, rewritten::nft, workspace,
+    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server,
+    cluster::allow, echo_on, eventually, exchange, holds, rewritten::nft, workspace,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
@@ -29,10 +29,6 @@ pub(super) fn assert_reset(stream: &mut TcpStream) {
         .and_then(|()| stream.read_exact(&mut [0; 4]));
     let kind = outcome.expect_err("the connection goes on").kind();
     assert_eq!(kind, io::ErrorKind::ConnectionReset);
-}
-
-pub(super) fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// A node that tracks connections, as most nodes do, and an agent that answers denied packets with a reset.

@@ -7,7 +7,9 @@ use std::{
 
 use egress_common::records::FLOW_IN;
 use egress_tests::{
-    ApiServer, Cluster, Lab, Pod, eventually,
+    ApiServer, Cluster, Lab, Pod,
+    cluster::allow,
+    eventually,
     frames::Tap,
     holds,
     raw::{Ip, flag},
@@ -66,8 +68,8 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
     let cluster = Cluster::on(ApiServer::shared(), builder);
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("203.0.113.10:443");
+    let cart = cluster.run(&shop, "cart", &listed);
     let pod = cart.net();
     add_interface(lab, pod);
     let agent = cluster.start_agent();
@@ -109,8 +111,8 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
     let cluster = Cluster::new();
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
-    let mut cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("203.0.113.10:443");
+    let mut cart = cluster.run(&shop, "cart", &listed);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     // Without a process nobody can tell whose the interface is.
@@ -121,9 +123,7 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
         inside.name()
     ));
     inside.ip_batch(&format!("link set {INSIDE} up\n"));
-    agent.wait_log("that it is in quarantine", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {END} "))
-    });
+    agent.wait_quarantined(END);
     let syn = Ip::new(SERVER, cart.net().ipv4()).tcp(CALLER, PORT, flag::SYN);
     Tap::open(lab.node(), END).send(&syn);
     cart.running().start_container();

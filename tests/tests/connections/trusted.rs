@@ -3,11 +3,12 @@
 use std::{fs, net::Ipv4Addr, path::Path};
 
 use egress_tests::{
-    ApiServer, Builder, Cluster, DEADLINE, SHORT, addresses::server, echo_on, exchange,
+    ApiServer, Builder, Cluster, DEADLINE, SHORT, addresses::server, cluster::allow, echo_on,
+    exchange,
 };
 use serde_json::{Value, json};
 
-use super::existing::{allow, assert_reset, reboot, rejecting, state_dir, wait_existing};
+use super::existing::{assert_reset, reboot, rejecting, state_dir, wait_existing};
 
 #[track_caller]
 fn trusting(state: &Path) -> Builder {

@@ -9,6 +9,7 @@ use std::{
 use egress_tests::{
     ApiServer, Cluster, DEADLINE, DnsServer, Lab, Pod, SHORT,
     addresses::{RESOLVER, numbered, server, server6},
+    cluster::allow,
     dns::{Answer, RecordType, ResponseCode, Send, address, framed_query, read_message},
 };
 use serde_json::{Value, json};
@@ -202,8 +203,8 @@ fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     dns.addresses("shop.test", &[server(10)]);
     dns.addresses("evil.test", &[server(66)]);
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "shop.test:443" });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("shop.test:443");
+    let cart = cluster.run(&shop, "cart", &listed);
     announce_dns_service(&cluster);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());

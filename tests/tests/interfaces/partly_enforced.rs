@@ -6,6 +6,7 @@ use egress_agent::host::{ExitFinder, interface_name};
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
     observed::HTTP,
@@ -65,8 +66,8 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let lab = &cluster.lab;
     let _web = lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": format!("{}:443", server(10)) });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow(&format!("{}:443", server(10)));
+    let cart = cluster.run(&shop, "cart", &listed);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     eventually("the pod's mode in `status`", || {
@@ -92,18 +93,12 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let metrics = lab.metrics();
     let in_mode = |mode: &str| metrics.get(&format!("egress_agent_pods{{mode=\"{mode}\"}}"));
     assert_eq!((in_mode("partly_enforced"), in_mode("enforce")), (1.0, 0.0));
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": shop, "name": "any" },
-    });
     eventually("an Event on the pod", || {
-        let events = cluster.server.list(&like);
         let tells = |event: &Value| {
             let note = event["note"].as_str().unwrap_or_default();
             event["regarding"]["name"] == "cart" && note.contains("partly enforced")
         };
-        holds(events.iter().any(|event| tells(&event.data)))
+        holds(cluster.events(&shop).iter().any(tells))
     });
     // Its own interface is enforced as before.
     cart.net().talks_tcp((server(10), 443));

@@ -3,6 +3,7 @@
 use egress_tests::{
     Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
 };
@@ -10,16 +11,10 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
-
 /// A network made for a pod before the API server knows the pod and before its processes start.
 fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
     let net = cluster.lab.pod(namespace, name);
-    agent.wait_log("that the interface is enforced", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
-    });
+    agent.wait_quarantined(net.interface());
     net
 }
 
@@ -264,29 +259,18 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");
     let was = net.interface().to_owned();
-    agent.logs_after(
-        "that the interface is enforced by its new name",
-        || {
-            let line = format!("link set {was} name moved0\n");
-            cluster.lab.node().ip_batch(&line);
-        },
-        |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
-    );
+    agent.quarantines_after("moved0", || {
+        let line = format!("link set {was} name moved0\n");
+        cluster.lab.node().ip_batch(&line);
+    });
     assert!(!net.reaches(server(10)), "the pod is open");
     // Another interface that takes the name is closed too.
     let second = cluster.lab.pod(&shop, "next");
-    agent.wait_log("that the next interface is enforced", |line| {
-        line.contains("enforcing")
-            && line.contains(&format!("pod=interface {} ", second.interface()))
+    agent.wait_quarantined(second.interface());
+    agent.quarantines_after(&was, || {
+        let line = format!("link set {} name {was}\n", second.interface());
+        cluster.lab.node().ip_batch(&line);
     });
-    agent.logs_after(
-        "that the next interface is enforced by the first one's name",
-        || {
-            let line = format!("link set {} name {was}\n", second.interface());
-            cluster.lab.node().ip_batch(&line);
-        },
-        |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
-    );
     assert!(!second.reaches(server(10)), "the pod is open");
     assert!(!net.reaches(server(10)), "the pod is open");
 
@@ -312,10 +296,7 @@ fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
         .collect();
     let next = cluster.lab.pod("shop", "next");
     for net in others.iter().chain([&next]) {
-        agent.wait_log("that the interface is enforced", |line| {
-            line.contains("enforcing")
-                && line.contains(&format!("pod=interface {} ", net.interface()))
-        });
+        agent.wait_quarantined(net.interface());
     }
     for other in &others {
         let socket = other.dns_socket();

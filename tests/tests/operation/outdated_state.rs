@@ -6,15 +6,12 @@ use std::{net::IpAddr, path::Path};
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, holds,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
 
 /// A file system for `stateDir` that can be made read-only.
 struct StateDir(tempfile::TempDir);

@@ -5,16 +5,13 @@ use std::{fs, sync::Arc, time::Duration};
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT,
     addresses::{RESOLVER, server},
+    cluster::allow,
     eventually,
     node::pause,
 };
 use serde_json::{Value, json};
 
 const PROBLEM: &str = "EgressPolicyProblem";
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
 
 /// A cluster without any problem: it also has its DNS Service.
 #[track_caller]
@@ -27,16 +24,11 @@ fn healthy() -> Cluster {
 /// The reasons and pods of the Events in a namespace.
 #[track_caller]
 fn events(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": namespace, "name": "any" },
-    });
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let found = cluster.server.list(&like).into_iter();
-    found
+    let events = cluster.events(namespace).into_iter();
+    events
         .map(|event| {
-            let (reason, regarding) = (&event.data["reason"], &event.data["regarding"]["name"]);
+            let (reason, regarding) = (&event["reason"], &event["regarding"]["name"]);
             (text(reason), text(regarding))
         })
         .collect()
@@ -228,12 +220,9 @@ fn the_interface_of_a_resolver_that_has_been_scaled_down_is_no_problem() {
         |line| line.contains(&address.to_string()),
     );
     // The cluster forgets the pod before its network is taken down.
-    let title = format!("enforcing pod=interface {}", resolver.net().interface());
-    agent.logs_after(
-        "that the interface is in quarantine",
-        || cluster.server.delete(resolver.object()),
-        |line| line.contains(&title),
-    );
+    agent.quarantines_after(resolver.net().interface(), || {
+        cluster.server.delete(resolver.object());
+    });
     let _other = reconcile_by_adding(&cluster, &agent, &shop, "other");
     assert_eq!(errors(&agent), Vec::<String>::new());
 }

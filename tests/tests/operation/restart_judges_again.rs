@@ -2,7 +2,9 @@
 
 use std::{net::TcpStream, process::ExitStatus};
 
-use egress_tests::{Agent, Cluster, DEADLINE, Lab, SHORT, Shop, addresses::server, exchange};
+use egress_tests::{
+    Agent, Cluster, DEADLINE, Lab, SHORT, Shop, addresses::server, cluster::allow, exchange,
+};
 use serde_json::{Value, json};
 
 /// A pod with one connection to its allowed name, and one to its allowed address.
@@ -189,9 +191,8 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
     let shop = cluster.namespace("shop", &Value::Null);
-    let list = |entries: &str| json!({ "egress-agent.dev/allow": entries });
-    let known = cluster.run(&shop, "known", &list("shop.test:443 203.0.113.12:443"));
-    let mut outdated = cluster.run(&shop, "outdated", &list("203.0.113.12:443 shop.test:443"));
+    let known = cluster.run(&shop, "known", &allow("shop.test:443 203.0.113.12:443"));
+    let mut outdated = cluster.run(&shop, "outdated", &allow("203.0.113.12:443 shop.test:443"));
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     let mut cut = Vec::new();
     let mut open = Vec::new();
@@ -206,7 +207,7 @@ fn without_the_api_server_connections_to_a_new_protected_address_end() {
     agent.logs_after(
         "that the edit is applied",
         || {
-            let edited = list("shop.test:443 203.0.113.12:443");
+            let edited = allow("shop.test:443 203.0.113.12:443");
             cluster.annotate(&mut outdated, &edited);
         },
         |line| line.contains("policy applied"),

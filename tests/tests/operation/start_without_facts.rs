@@ -7,6 +7,7 @@ use egress_agent::pods::cluster::ACCESS;
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
+    cluster::allow,
     dns::{RecordType, Send, address},
     eventually, holds,
 };
@@ -61,7 +62,7 @@ impl Scene {
         cluster.lab.dns().addresses("shop.test", &[server(10)]);
         cluster.lab.dns().addresses("rebound.test", &[ELSEWHERE]);
         let shop = cluster.namespace("shop", &Value::Null);
-        let entries = json!({ "egress-agent.dev/allow": "shop.test:443 rebound.test:443" });
+        let entries = allow("shop.test:443 rebound.test:443");
         let cart = cluster.run(&shop, "cart", &entries);
         let agent = cluster.start_agent_with(&["--keep-enforcing"]);
         agent.wait_enforcing(cart.net());
@@ -164,7 +165,7 @@ fn without_the_saved_state_and_the_api_server_responses_are_still_held() {
     // Queries for this name get no response.
     cluster.lab.dns().on("slow.test", |_| Vec::new());
     let shop = cluster.namespace("shop", &Value::Null);
-    let entries = json!({ "egress-agent.dev/allow": "shop.test:443 slow.test:443" });
+    let entries = allow("shop.test:443 slow.test:443");
     let cart = cluster.run(&shop, "cart", &entries);
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());

@@ -6,6 +6,7 @@ use egress_common::address::link_local_of;
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::server,
+    cluster::allow,
     echo_on, eventually,
     frames::{self, Tap},
     holds,
@@ -306,9 +307,9 @@ fn a_network_plugin_may_change_the_hardware_address_during_setup() {
     let cluster = Cluster::on(ApiServer::shared(), Lab::builder());
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "" });
+    let listed = allow("");
     let agent = cluster.start_agent();
-    let (object, uid) = cluster.create(&shop, "cart", &allow);
+    let (object, uid) = cluster.create(&shop, "cart", &listed);
     let net = lab.pod(&shop, "cart");
     let mut cart = cluster.pod_without_processes(object, &uid, net);
     let port = cart.net().interface().to_owned();
