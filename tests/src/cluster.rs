@@ -4,6 +4,7 @@
 //! The agent runs on the laboratory's node, which reaches the API server only through a [`TcpProxy`].
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     sync::{
         Arc,
@@ -52,7 +53,7 @@ impl Cluster {
     /// resolvers of its pods.
     #[track_caller]
     pub fn on(server: Arc<ApiServer>, lab: Builder) -> Self {
-        server.allow_agent("agent", &everything());
+        server.allow_agent("agent", &rights(|_| true));
         Self::without_rights(server, lab)
     }
 
@@ -241,12 +242,19 @@ impl Cluster {
             },
         });
         self.server.apply(&service);
+        self.set_resolvers(&[RESOLVER, RESOLVER6]);
+    }
+
+    /// Makes these addresses the endpoints of the cluster's DNS service.
+    #[track_caller]
+    pub fn set_resolvers(&self, addresses: &[IpAddr]) {
+        let addresses = addresses.iter().map(|address| json!({ "ip": address }));
         self.server.apply(&json!({
             "apiVersion": "v1",
             "kind": "Endpoints",
             "metadata": { "namespace": "kube-system", "name": "kube-dns" },
             "subsets": [{
-                "addresses": [{ "ip": RESOLVER }, { "ip": RESOLVER6 }],
+                "addresses": addresses.collect::<Value>(),
                 "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
             }],
         }));
@@ -282,10 +290,11 @@ pub fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })
 }
 
-/// All rights that the agent needs, everywhere.
-fn everything() -> Value {
+/// The agent's rights to the resources of which `includes` is true, everywhere.
+pub fn rights(includes: impl Fn(&str) -> bool) -> Value {
     ACCESS
         .iter()
+        .filter(|access| includes(access.resource))
         .map(|access| {
             json!({
                 "apiGroups": [access.group],

@@ -91,6 +91,12 @@ impl Builder {
         self
     }
 
+    /// Makes an address stay allowed for exactly its TTL.
+    #[must_use]
+    pub fn exact_lifetimes(self) -> Self {
+        self.config("dns.minTtl", "1s").config("dns.grace", "0s")
+    }
+
     /// Sets a key of the agent's configuration, by its dotted path (`dns.minTtl`).
     #[must_use]
     pub fn config(mut self, key: &str, value: impl Into<Value>) -> Self {

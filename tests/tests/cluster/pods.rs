@@ -140,18 +140,9 @@ fn after_a_restart_neither_scaled_resolvers_nor_an_edit_cut_allowed_connections(
 
     let agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
-    let scaled = json!({
-        "apiVersion": "v1",
-        "kind": "Endpoints",
-        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
-        "subsets": [{
-            "addresses": [{ "ip": RESOLVER }, { "ip": STRANGER }],
-            "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
-        }],
-    });
     agent.logs_after(
         "that there is another resolver",
-        || _ = cluster.server.apply(&scaled),
+        || cluster.set_resolvers(&[RESOLVER, STRANGER]),
         |line| line.contains(&STRANGER.to_string()),
     );
     // When this pod is enforced, the new resolver is in use for all pods.

@@ -45,10 +45,7 @@ fn flood_of_syns(lab: &Lab, pod: &Pod, count: u32) {
 
 #[test]
 fn half_open_connections_from_outside_neither_end_connections_nor_block_new_ones() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");

@@ -15,14 +15,6 @@ use egress_tests::{
 use nix::time::{ClockId, clock_gettime};
 use socket2::Socket;
 
-/// A laboratory in which an address stays allowed for exactly its TTL.
-fn short_lived() -> Lab {
-    Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build()
-}
-
 fn boot_time() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME)
         .expect("CLOCK_BOOTTIME")
@@ -50,7 +42,7 @@ fn wait_expired(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
 
 #[test]
 fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
-    let lab = short_lived();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
@@ -72,7 +64,7 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
 
 #[test]
 fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
-    let lab = short_lived();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _echo = lab.serve_udp(4000);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
@@ -101,10 +93,7 @@ fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
 
 #[test]
 fn the_lowest_ttl_of_a_chain_applies() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     lab.dns().answer(
         "shop.test",
         [

@@ -205,18 +205,9 @@ fn the_interface_of_a_resolver_that_has_been_scaled_down_is_no_problem() {
     let resolver = cluster.run(&shop, "resolver", &allow("shop.test:443"));
     agent.wait_enforcing(resolver.net());
     let address = resolver.net().ipv4();
-    let scaled = json!({
-        "apiVersion": "v1",
-        "kind": "Endpoints",
-        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
-        "subsets": [{
-            "addresses": [{ "ip": RESOLVER }, { "ip": address }],
-            "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
-        }],
-    });
     agent.logs_after(
         "that there is another resolver",
-        || _ = cluster.server.apply(&scaled),
+        || cluster.set_resolvers(&[RESOLVER, address.into()]),
         |line| line.contains(&address.to_string()),
     );
     // The cluster forgets the pod before its network is taken down.

@@ -194,10 +194,7 @@ fn a_udp_flow_to_a_name_goes_on_after_a_restart_and_an_edit() {
 
 #[test]
 fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
@@ -226,10 +223,7 @@ fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
 
 #[test]
 fn after_a_restart_a_port_of_an_expired_name_is_closed_on_a_shared_address() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = [443, 444].map(|port| lab.serve_tcp(port));
     lab.dns().answer("brief.test", [address(server(10)).ttl(1)]);
     lab.dns()

@@ -3,11 +3,10 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use egress_agent::pods::cluster::ACCESS;
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
-    cluster::allow,
+    cluster::{allow, rights},
     dns::{RecordType, Send, address},
     eventually, holds,
 };
@@ -16,21 +15,6 @@ use serde_json::{Value, json};
 /// An address in the prefix of another node's pods.
 const ELSEWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 78, 0, 5));
 const PREFIX: &str = "10.78.0.0/24";
-
-/// The agent's rights, with or without nodes.
-fn rights(with_nodes: bool) -> Value {
-    let access = ACCESS.iter();
-    access
-        .filter(|access| with_nodes || access.resource != "nodes")
-        .map(|access| {
-            json!({
-                "apiGroups": [access.group],
-                "resources": [access.resource],
-                "verbs": access.verbs,
-            })
-        })
-        .collect()
-}
 
 /// A pod with two names: that of an external address, and one that leads to a pod of another node, where no name may
 /// lead.
@@ -119,7 +103,7 @@ fn a_list_that_fails_at_the_start_removes_no_range() {
     let mut scene = Scene::new();
     scene.agent.kill();
     let api = Arc::clone(&scene.cluster.server);
-    api.allow_agent("agent", &rights(false));
+    api.allow_agent("agent", &rights(|resource| resource != "nodes"));
     scene.agent = scene.cluster.start_agent_with(&["--keep-enforcing"]);
     scene.assert_closed("because a list failed");
 
@@ -128,7 +112,7 @@ fn a_list_that_fails_at_the_start_removes_no_range() {
     scene.agent.kill();
     scene.start_alone();
     scene.assert_closed("after another restart");
-    api.allow_agent("agent", &rights(true));
+    api.allow_agent("agent", &rights(|_| true));
     scene.assert_the_cluster_may_remove_it();
 }
 
@@ -138,10 +122,10 @@ fn without_the_saved_state_a_list_that_fails_at_the_start_removes_no_range() {
     scene.agent.kill();
     std::fs::remove_file(scene.state()).expect("remove what the agent has saved");
     let api = Arc::clone(&scene.cluster.server);
-    api.allow_agent("agent", &rights(false));
+    api.allow_agent("agent", &rights(|resource| resource != "nodes"));
     scene.agent = scene.cluster.start_agent_with(&["--keep-enforcing"]);
     scene.assert_closed("because a list failed");
-    api.allow_agent("agent", &rights(true));
+    api.allow_agent("agent", &rights(|_| true));
     scene.assert_the_cluster_may_remove_it();
 }
 
