@@ -10,7 +10,7 @@ use crate::{
     Agent, DEADLINE, Denial, Pod, SHORT,
     addresses::server,
     dns::{Answer, RecordType, ResponseCode},
-    echo_on, exchange,
+    echo_on, eventually, exchange,
 };
 
 impl Agent {
@@ -82,6 +82,22 @@ impl Pod {
         assert!(
             exchange(&mut stream, b"hello", DEADLINE),
             "{}: no echo from {to}",
+            self.name()
+        );
+        stream
+    }
+
+    /// Resolves a name and connects to its address, and exchanges data. Both are repeated until the connection is
+    /// made within the TTL of a response.
+    #[track_caller]
+    pub fn talks_tcp_within_ttl(&self, name: &str, to: (IpAddr, u16)) -> TcpStream {
+        let mut stream = eventually(&format!("a connection to {name}"), || {
+            assert_eq!(self.lookup(name), [to.0]);
+            self.connect_tcp(to, SHORT).ok()
+        });
+        assert!(
+            exchange(&mut stream, b"hello", DEADLINE),
+            "{}: no echo from {name}",
             self.name()
         );
         stream

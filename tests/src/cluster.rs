@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::{
     Agent, ApiServer, Identity, Lab, Node, NodePod, Pod, TcpProxy,
     addresses::{RESOLVER, RESOLVER6},
+    eventually, holds,
     lab::Builder,
     node::Qos,
 };
@@ -180,6 +181,16 @@ impl Cluster {
     pub fn annotate(&self, pod: &mut ClusterPod, annotations: &Value) {
         pod.object["metadata"]["annotations"].clone_from(annotations);
         self.server.apply(&pod.object);
+    }
+
+    /// Waits until the agent uses this resolver. It may know the pods before the cluster's DNS service.
+    #[track_caller]
+    pub fn wait_resolver(&self, address: IpAddr) {
+        eventually(&format!("the agent uses the resolver {address}"), || {
+            let (_, status) = self.lab.ask_json(&["status"]);
+            let mut resolvers = status["resolvers"].as_array()?.iter();
+            holds(resolvers.any(|resolver| resolver["address"] == address.to_string()))
+        });
     }
 
     /// All Events in a namespace.

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use egress_tests::{
-    ApiServer, Cluster, Identity, Lab, SHORT, addresses::server, cluster::allow, eventually, holds,
-    yaml,
+    ApiServer, Cluster, Identity, Lab, SHORT,
+    addresses::{RESOLVER, server},
+    cluster::allow,
+    eventually, holds, yaml,
 };
 use serde_json::{Value, json};
 
@@ -45,6 +47,7 @@ fn the_roles_of_the_manifests_are_sufficient() {
     let mut cart = cluster.run(&shop, "cart", &annotations);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
+    cluster.wait_resolver(RESOLVER);
 
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));

@@ -165,9 +165,12 @@ fn explain_agrees_with_the_verdict_on_a_clusters_pod() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
 
-    let (code, explanation) = cluster
-        .lab
-        .explain(cart.net(), &format!("{}:443", server(10)));
+    // The log line comes before the end of the reconcile that publishes the pod.
+    let (code, explanation) = eventually("the pod is known", || {
+        let target = format!("{}:443", server(10));
+        let (code, explanation) = cluster.lab.explain(cart.net(), &target);
+        (explanation["decision"] != "unknown").then_some((code, explanation))
+    });
     assert_eq!((code, &explanation["decision"]), (0, &"allowed".into()));
     assert_eq!(explanation["entries"][0]["of"], "pod");
     assert_eq!(explanation["entries"][0]["entry"], "203.0.113.0/24:443");

@@ -49,8 +49,7 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
 
-    pod.lookup("shop.test");
-    let mut stream = pod.talks_tcp((server(10), 443));
+    let mut stream = pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
     wait_expired(&agent, &pod, (server(10), 443));
     assert!(
         exchange(&mut stream, b"still here", DEADLINE),
@@ -58,8 +57,7 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
     );
 
     // A new query allows the address again.
-    pod.lookup("shop.test");
-    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
 }
 
 #[test]
@@ -71,9 +69,11 @@ fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
     lab.write_pod(&pod, &[("allow", "shop.test:4000/udp")]);
     let agent = lab.start_agent(&[&pod]);
 
-    pod.lookup("shop.test");
     let socket = pod.udp_socket((server(10), 4000));
-    assert!(echo_on(&socket, b"before", DEADLINE));
+    eventually("a flow is open within the TTL", || {
+        pod.lookup("shop.test");
+        holds(echo_on(&socket, b"before", SHORT))
+    });
     eventually("new flows are denied", || {
         // The open flow lives on because it is used.
         assert!(

@@ -208,6 +208,7 @@ fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     announce_dns_service(&cluster);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
+    cluster.wait_resolver(at.ip());
 
     let answer = query(cart.net(), at, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);

@@ -59,11 +59,12 @@ impl IdleFlow {
         let pod = lab.pod("shop", "tunnel");
         lab.write_pod(&pod, &[("allow", "peer.test:4000/udp")]);
         let agent = lab.start_agent(&[&pod]);
-        assert_eq!(pod.lookup("peer.test"), [server(10)]);
         let socket = pod.udp_socket((server(10), 4000));
-        for payload in [b"handshake", b"and again"] {
-            assert!(echo_on(&socket, payload, DEADLINE));
-        }
+        eventually("a flow is open within the TTL", || {
+            assert_eq!(pod.lookup("peer.test"), [server(10)]);
+            holds(echo_on(&socket, b"handshake", SHORT))
+        });
+        assert!(echo_on(&socket, b"and again", DEADLINE));
         eventually("the address has expired", || {
             holds(!pod.echo_udp((server(10), 4000), b"new", SHORT))
         });

@@ -39,8 +39,9 @@ fn a_pod_stays_enforced_when_its_interface_is_renamed() {
     let scene = scene(&[]);
     rename_pods(&scene, "moved0");
     scene.pod.reaches_only_shop();
-    let status = scene.lab.status_of(&scene.pod);
-    assert_eq!(status["interfaces"][0]["name"], "moved0", "{status}");
+    eventually("status has the new name", || {
+        holds(scene.lab.status_of(&scene.pod)["interfaces"][0]["name"] == "moved0")
+    });
 
     scene.agent.logs_after(
         "that the manifest is right again",

@@ -250,10 +250,13 @@ fn a_host_network_pod_is_a_problem_only_if_its_enforcement_was_requested() {
                 line.contains("hostNetwork") && line.contains(&asked)
             });
         }
-        let (_, status) = cluster
-            .lab
-            .ask_json(&["status", &format!("{agents}/agent")]);
-        assert_eq!(status["pods"][0]["mode"], "host_network", "{status}");
+        // The log lines come before the end of the reconcile that publishes the status.
+        let status = eventually("status has the pod", || {
+            let (_, status) = cluster
+                .lab
+                .ask_json(&["status", &format!("{agents}/agent")]);
+            (status["pods"][0]["mode"] == "host_network").then_some(status)
+        });
         assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
         let own = format!("{agents}/agent");
         let said = agent.stderr();

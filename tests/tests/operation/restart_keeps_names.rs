@@ -200,8 +200,7 @@ fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    pod.lookup("shop.test");
-    let mut open = pod.talks_tcp((server(10), 443));
+    let mut open = pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
     assert!(agent.stop().success());
     eventually("the address has expired", || {
         holds(pod.connect_tcp((server(10), 443), SHORT).is_err())

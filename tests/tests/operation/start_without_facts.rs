@@ -153,6 +153,7 @@ fn without_the_saved_state_and_the_api_server_responses_are_still_held() {
     let cart = cluster.run(&shop, "cart", &entries);
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
+    cluster.wait_resolver(RESOLVER);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     let slow = cart.net().dns_socket();
     slow.ask(RESOLVER, 7, "slow.test", RecordType::A);

@@ -76,7 +76,9 @@ fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     neighbour.talks_tcp((server(10), 443));
     let refused = neighbour.resolve("evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
+    eventually("frames are lost", || {
+        holds(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0)
+    });
     agent.wait_log("whose frames are lost", |line| {
         line.contains("could not be put back") && line.contains("pod=shop/greedy")
     });

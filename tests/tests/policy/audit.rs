@@ -2,7 +2,8 @@
 //! are enforced.
 
 use egress_tests::{
-    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, exchange,
+    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, eventually,
+    exchange, holds,
 };
 use serde_json::json;
 
@@ -199,6 +200,10 @@ fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
         exchange(&mut open, b"locked down", DEADLINE),
         "the open connection was cut"
     );
+    eventually("all pods are enforced", || {
+        let mode = |pod: &&Pod| lab.status_of(pod)["mode"] == "enforce";
+        holds([&listed, &kept, &plain].iter().all(mode))
+    });
     for pod in [&listed, &kept, &plain] {
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(40), 443), SHORT).is_err());

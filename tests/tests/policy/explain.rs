@@ -388,8 +388,7 @@ fn explain_agrees_about_expired_addresses() {
     // A new query for the name makes it reachable.
     let (code, explanation) = lab.explain(&pod, "shop.test:443");
     assert_eq!(code, 0, "{explanation:#}");
-    pod.lookup("shop.test");
-    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
 }
 
 #[test]
