@@ -183,7 +183,8 @@ impl Cluster {
         self.server.apply(&pod.object);
     }
 
-    /// Waits until the agent uses this resolver. It may know the pods before the cluster's DNS service.
+    /// Waits until the agent uses this resolver. If its first request for the cluster's DNS service fails, it deals with
+    /// the pods before it knows the service.
     #[track_caller]
     pub fn wait_resolver(&self, address: IpAddr) {
         eventually(&format!("the agent uses the resolver {address}"), || {

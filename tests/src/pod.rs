@@ -110,7 +110,8 @@ impl Pod {
         })
     }
 
-    /// True if the pod can connect to port 443 of this address.
+    /// True if the pod connects to port 443 of this address within a short time, which a busy machine may exceed:
+    /// for connections that are expected to fail, and for [`eventually`](crate::eventually).
     pub fn reaches(&self, to: IpAddr) -> bool {
         self.connect_tcp((to, 443), SHORT).is_ok()
     }

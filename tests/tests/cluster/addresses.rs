@@ -117,7 +117,7 @@ fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     });
 
     let hidden = lab.pod(&shop, "hidden");
-    agent.wait_quarantined(&hidden.interface());
+    agent.wait_quarantined(hidden.interface());
     eventually(
         "an internal server is reached from the pod's address",
         || holds(hidden.reaches(INTERNAL)),

@@ -152,8 +152,7 @@ fn a_name_that_is_denied_later_ends_connections_with_dns_servers() {
     lab.write_pod(&pod, &[("allow", "*")]);
     let agent = lab.start_agent(&[&pod]);
     let mut open = pod.talks_tcp((STRANGER, 853));
-    let to_resolver = pod.connect_tcp((RESOLVER, 853), SHORT);
-    assert!(to_resolver.is_ok(), "{to_resolver:?}");
+    let _to_resolver = pod.reach_tcp((RESOLVER, 853));
     agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "*"), ("deny", "evil.test")]);
     });

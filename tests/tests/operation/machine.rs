@@ -252,7 +252,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
     lab.remove_namespace("shop");
     for map in ["policies", "allow", "cidrs", "flows", "identities"] {
         eventually(&format!("nothing is left in {map}"), || {
-            holds(lab.shared_entries(map).len() == 0)
+            holds(lab.shared_entries(map).is_empty())
         });
     }
     bad.talks_tcp((server(99), 443));

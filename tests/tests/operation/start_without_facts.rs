@@ -81,10 +81,7 @@ impl Scene {
     fn assert_closed(&self, when: &str) {
         let cart = self.cart.net();
         assert!(!cart.reaches(ELSEWHERE), "the other pod is open {when}");
-        assert!(
-            cart.reaches(server(10)),
-            "an external address is closed {when}"
-        );
+        cart.talks_tcp((server(10), 443));
     }
 
     /// Asserts that the prefix is forgotten when the API server no longer names it.

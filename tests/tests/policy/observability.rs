@@ -14,7 +14,7 @@ use std::{
 };
 
 use egress_tests::{
-    Lab, Pod, SHORT,
+    Lab, Pod,
     addresses::{RESOLVER, server},
     dns::DnsStream,
     eventually, holds,
@@ -51,7 +51,7 @@ fn metrics_count_verdicts_and_messages() {
     agent.denies_name(&pod, "evil.test");
     agent.denies_tcp(&pod, (server(10), 80), "port_not_allowed");
     agent.denies_tcp(&pod, (server(9), 80), "no_rule");
-    assert!(audited.connect_tcp((server(9), 443), SHORT).is_ok());
+    audited.talks_tcp((server(9), 443));
     agent.wait_denial("the audited connection", |denial| denial.of(&audited));
 
     let dns = |direction: &str, outcome: &str| {
