@@ -48,6 +48,18 @@ impl Lab {
         ]))
     }
 
+    /// The entries of one of the pod's pinned maps, as bpftool formats them: objects with `key` and `value`.
+    #[track_caller]
+    pub fn pod_entries(&self, pod: &Pod, map: &str) -> Vec<Value> {
+        formatted_entries(&self.allow_pin(pod).with_file_name(map))
+    }
+
+    /// The same of a map that all pods share.
+    #[track_caller]
+    pub fn shared_entries(&self, map: &str) -> Vec<Value> {
+        formatted_entries(&self.pins().join(map))
+    }
+
     /// Changes the values of one of the pod's pinned maps, for example to simulate the passage of time:
     /// `edit` gets the bytes of the key and of the value.
     #[track_caller]
@@ -67,6 +79,13 @@ impl Lab {
         walk(&self.bpffs(), &mut found);
         found
     }
+}
+
+#[track_caller]
+fn formatted_entries(pin: &Path) -> Vec<Value> {
+    let dump = bpftool(&["map", "dump", "pinned", &text(pin)]);
+    let entries = dump.as_array().expect("a list of entries").iter();
+    entries.map(|entry| entry["formatted"].clone()).collect()
 }
 
 /// See [`Lab::rewrite`]; the map is told by its pin.
@@ -166,7 +185,7 @@ impl KernelObjects {
     /// The objects of these that still exist in the kernel.
     #[track_caller]
     #[must_use]
-    pub fn still_there(&self) -> Self {
+    pub fn existing(&self) -> Self {
         let ids = |kind| -> Vec<u32> {
             let listed = bpftool(&[kind, "show"]);
             let listed = listed.as_array().into_iter().flatten();

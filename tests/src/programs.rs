@@ -17,7 +17,6 @@ use egress_common::{
         TunnelKey,
     },
 };
-use nix::net::if_::if_nametoindex;
 
 use crate::{
     Lab, Pod,
@@ -91,10 +90,7 @@ impl Programs {
             trace: false,
         };
         let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
-        let ifindex = lab
-            .node()
-            .run(|| if_nametoindex(pod.interface()))
-            .expect("the pod's interface");
+        let ifindex = lab.ifindex(pod.interface());
         datapath
             .set_ranges(&[
                 (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
@@ -158,21 +154,13 @@ impl Programs {
     /// A packet of the pod, from its address of the same family.
     pub fn to(&self, dst: impl Into<IpAddr>) -> Ip {
         let dst = dst.into();
-        if dst.is_ipv4() {
-            Ip::new(self.own(), dst)
-        } else {
-            Ip::new(self.own6(), dst)
-        }
+        Ip::new(self.pod.address_for(dst), dst)
     }
 
     /// A packet to the pod's address of the same family.
     pub fn by(&self, src: impl Into<IpAddr>) -> Ip {
         let src = src.into();
-        if src.is_ipv4() {
-            Ip::new(src, self.own())
-        } else {
-            Ip::new(src, self.own6())
-        }
+        Ip::new(src, self.pod.address_for(src))
     }
 
     fn write_interface(&mut self) {

@@ -260,7 +260,7 @@ fn an_icmp_error_cannot_carry_other_data() {
         // A quotation that is longer than an error may have, or too short to identify the flow.
         let long = by.udp(5000, 8080, &[0x5a; 1300]);
         programs.stays(&unreachable(&to, &long), Reason::NoRule);
-        let header = if peer.is_ipv4() { raw::IPV4 } else { raw::IPV6 };
+        let header = raw::transport_at(peer);
         programs.stays(&unreachable(&to, &question[..header + 3]), Reason::NoRule);
         programs.stays(
             &unreachable(&to, &question[..raw::ETHERNET + 4]),
