@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use egress_agent::config::Config;
-use egress_policy::{self as policy, Annotations};
+use egress_policy::{self as policy, Annotations, Inputs};
 use egress_tests::yaml::{self, identity};
 
 use super::{objects::check_typed, pod_spec};
@@ -22,8 +22,12 @@ fn the_annotations_of_the_examples_are_valid_and_cause_no_warning() {
                 continue;
             };
             let own = Annotations::from_map(&annotations);
-            let text = policy::describe("x", &own, &Annotations::default(), &settings)
-                .unwrap_or_else(|error| panic!("{error}"));
+            let text = policy::describe(
+                "x",
+                Inputs::annotations(&own, &Annotations::default()),
+                &settings,
+            )
+            .unwrap_or_else(|error| panic!("{error}"));
             assert!(!text.contains("warning:"), "{text}");
             read += 1;
         }
@@ -48,7 +52,11 @@ fn the_pods_of_the_end_to_end_checks_are_valid_for_the_api_server_and_the_agent(
             let annotations: BTreeMap<String, String> =
                 serde_json::from_value(annotations.clone()).unwrap_or_default();
             let own = Annotations::from_map(&annotations);
-            match policy::describe(&name, &own, &Annotations::default(), &settings) {
+            match policy::describe(
+                &name,
+                Inputs::annotations(&own, &Annotations::default()),
+                &settings,
+            ) {
                 Ok(_) => {}
                 Err(error) => unreadable.push((name, error.to_string())),
             }
