@@ -53,7 +53,7 @@ pub struct Peer {
 
 impl Link {
     /// The new or changed interfaces in the kernel's notifications (`RTMGRP_LINK`).
-    pub fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
+    pub(super) fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
         let links = links_in_notices(notices).into_iter();
         links.map(|raw| Self::new(raw, None))
     }

@@ -11,6 +11,8 @@
 //! namespace only to read the sockets in it. A pod can influence the names of groups below its own, its
 //! processes and its interfaces' addresses. With these it can at worst make itself unfindable; it cannot
 //! pass for another pod.
+//!
+//! [`LinkEvents`], [`FilterEvents`] and [`RulesetEvents`] tell when the machine has changed.
 
 mod cgroup;
 mod conntrack;
@@ -21,6 +23,7 @@ mod links;
 mod located;
 mod netlink;
 mod network;
+mod notices;
 mod process;
 mod routes;
 mod sockets;
@@ -46,6 +49,7 @@ pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 pub use network::SocketsOf;
+pub use notices::{FilterEvents, LinkEvents, RulesetEvents};
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol, Unasked};
 pub use taps::{TapWatch, Taps};

@@ -30,11 +30,11 @@ use super::{
     reconcile::Reconciler,
     settings::Settings,
     state_dir::{handover, saved::Saved},
-    wake::links::{FilterEvents, LinkEvents, RulesetEvents},
 };
 use crate::{
-    datapath::{Adoptable, Datapath, Lock, TraceLog},
+    datapath::{Adoptable, Datapath, Lock, STAMP_TABLE, TraceLog},
     gate::Gate,
+    host::{FilterEvents, LinkEvents, RulesetEvents},
     pods::Snapshot,
     report::Reporter,
     serve::{Published, Serving},
@@ -160,7 +160,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     datapath.start_stamp_check()?;
     // After the agent's own changes: they are no reason to look at everything.
-    let ruleset = RulesetEvents::open();
+    let ruleset = RulesetEvents::open(STAMP_TABLE);
     let trace = options
         .datapath_log
         .then(|| datapath.start_log())
