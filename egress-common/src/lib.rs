@@ -12,6 +12,7 @@
 
 pub mod address;
 pub mod flow;
+pub mod ids;
 pub mod limits;
 pub mod meter;
 pub mod packet;

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use anyhow::Result;
 use egress_common::{
     address::Address,
+    ids::{IfIndex, PodId},
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     reason::Reason,
@@ -47,7 +48,7 @@ pub(super) struct Shared {
 
 impl Shared {
     /// Sends the quarantined queries of an interface to be judged again.
-    pub(super) fn judge_again(&mut self, ifindex: u32) {
+    pub(super) fn judge_again(&mut self, ifindex: IfIndex) {
         for waiting in self.quarantine.end(ifindex) {
             self.frame_sender.again(ifindex, &waiting.frame);
         }
@@ -58,8 +59,8 @@ impl Shared {
 /// segments have gone on already.
 struct Port<'a> {
     frame_sender: Option<&'a mut FrameSender>,
-    pod: u32,
-    ifindex: u32,
+    pod: PodId,
+    ifindex: IfIndex,
 }
 
 impl Out for Port<'_> {
@@ -73,11 +74,11 @@ impl Out for Port<'_> {
         };
     }
 
-    fn interface(&self) -> u32 {
+    fn interface(&self) -> IfIndex {
         self.ifindex
     }
 
-    fn select_interface(&mut self, interface: u32) {
+    fn select_interface(&mut self, interface: IfIndex) {
         self.ifindex = interface;
     }
 }
@@ -123,14 +124,14 @@ impl Pod {
     /// The pod's open queries over UDP. `id` is the pod's.
     pub(super) fn open_questions(
         &self,
-        id: u32,
+        id: PodId,
         now_ns: u64,
     ) -> impl Iterator<Item = OpenQuestion> {
         OpenQuestion::of(id, &self.pending, now_ns)
     }
 
     /// Its interfaces' indexes.
-    pub(super) fn interfaces(&self) -> &[u32] {
+    pub(super) fn interfaces(&self) -> &[IfIndex] {
         &self.enforcement.interfaces
     }
 
@@ -153,7 +154,7 @@ impl Pod {
     /// Puts the pod's policy on other interfaces.
     pub(super) fn move_to(
         &mut self,
-        to: Vec<u32>,
+        to: Vec<IfIndex>,
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
     ) -> Result<()> {
@@ -165,8 +166,8 @@ impl Pod {
             if !self.enforcement.interfaces.contains(&ifindex) {
                 shared
                     .frame_sender
-                    .detach(ifindex, self.enforcement.entry.pod);
-                interfaces.remove(ifindex, self.enforcement.entry.pod)?;
+                    .detach(ifindex, self.enforcement.entry.pod());
+                interfaces.remove(ifindex, self.enforcement.entry.pod())?;
             }
         }
         Ok(())
@@ -187,7 +188,7 @@ impl Pod {
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
         let waited = self.backlog.clear(&mut shared.backlog);
-        let id = self.enforcement.entry.pod;
+        let id = self.enforcement.entry.pod();
         for ifindex in &self.enforcement.interfaces {
             shared.frame_sender.detach(*ifindex, id);
         }
@@ -395,12 +396,12 @@ impl Pod {
     fn with_streams(
         &mut self,
         shared: &mut Shared,
-        (ifindex, is_taken): (u32, bool),
+        (ifindex, is_taken): (IfIndex, bool),
         now_ns: u64,
         run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
     ) {
         let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
-        let pod = self.enforcement.entry.pod;
+        let pod = self.enforcement.entry.pod();
         let Self {
             enforcement,
             learned,
@@ -422,9 +423,14 @@ impl Pod {
 
     /// Resets the split connections with resolvers, which need the agent: it is about to stop following them.
     pub(super) fn end_split_streams(&mut self, shared: &mut Shared) {
-        self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
-            streams.end_split(step, budget);
-        });
+        self.with_streams(
+            shared,
+            (IfIndex::NONE, true),
+            boottime_ns(),
+            |streams, step, budget| {
+                streams.end_split(step, budget);
+            },
+        );
     }
 
     /// Whether connections with resolvers must repeat bytes in the pod's turn.
@@ -435,18 +441,28 @@ impl Pod {
     /// Repeats the bytes of one connection with a resolver.
     fn repeat_next(&mut self, shared: &mut Shared) {
         if self.streams.has_due() {
-            self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
-                streams.repeat_next(step, budget);
-            });
+            self.with_streams(
+                shared,
+                (IfIndex::NONE, true),
+                boottime_ns(),
+                |streams, step, budget| {
+                    streams.repeat_next(step, budget);
+                },
+            );
         }
     }
 
     /// Runs the timers of the connections with resolvers.
     fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
         // Each connection sets its own interface.
-        self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
-            streams.tick(step, budget);
-        });
+        self.with_streams(
+            shared,
+            (IfIndex::NONE, true),
+            now_ns,
+            |streams, step, budget| {
+                streams.tick(step, budget);
+            },
+        );
         let damaged = self.streams.take_damaged();
         shared.context.stats.segments_damaged.add(damaged);
         self.tallies.segments_damaged.add(damaged);
@@ -479,7 +495,7 @@ impl Enforcement {
     ) -> Result<()> {
         for &ifindex in &self.interfaces {
             interfaces.set(ifindex, self.entry)?;
-            frame_sender.attach(ifindex, self.entry.pod, &self.identity);
+            frame_sender.attach(ifindex, self.entry.pod(), &self.identity);
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::IfIndex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
@@ -94,7 +95,7 @@ impl FilterEvents {
 
     /// Waits for changes. Returns the interfaces that have some; `None` when any may have, because
     /// there were too many.
-    pub async fn changed(&mut self) -> Option<Vec<u32>> {
+    pub async fn changed(&mut self) -> Option<Vec<IfIndex>> {
         let mut changed = Some(Vec::new());
         receive(&self.0, |received| match received {
             Some(messages) => {
@@ -158,9 +159,9 @@ fn tells_of_gone(messages: &[u8], table: &[u8]) -> bool {
 }
 
 /// The interfaces that messages about qdiscs and filters name.
-fn interfaces(messages: &[u8]) -> Vec<u32> {
+fn interfaces(messages: &[u8]) -> Vec<IfIndex> {
     let named = each(messages).filter_map(|message| number(message, TC_IFINDEX));
-    named.collect()
+    named.map(IfIndex::new).collect()
 }
 
 /// Each of several messages, and what follows it.
@@ -231,8 +232,8 @@ mod tests {
             bytes
         };
         let two = [message(3), message(70)].concat();
-        assert_eq!(interfaces(&two), [3, 70]);
-        assert_eq!(interfaces(&two[..40]), [3]);
+        assert_eq!(interfaces(&two), [3, 70].map(IfIndex::new));
+        assert_eq!(interfaces(&two[..40]), [IfIndex::new(3)]);
         assert!(interfaces(&[]).is_empty());
     }
 

@@ -11,6 +11,7 @@ use std::{
 };
 
 use egress_agent::host::{Host, HostOptions, Located, Missing};
+use egress_common::ids::IfIndex;
 use egress_tests::{
     Lab, Node, NodePod, Pod, eventually, holds,
     node::{Driver, Hierarchy, Qos, Runtime, pause},
@@ -46,9 +47,9 @@ fn locate(host: &mut Host, uid: &str) -> Result<Located, Missing> {
 
 /// The index of an interface on the node.
 #[track_caller]
-fn ifindex(lab: &Lab, name: &str) -> u32 {
+fn ifindex(lab: &Lab, name: &str) -> IfIndex {
     let index = lab.node().run(|| nix::net::if_::if_nametoindex(name));
-    index.unwrap_or_else(|e| panic!("no interface {name}: {e}"))
+    IfIndex::new(index.unwrap_or_else(|e| panic!("no interface {name}: {e}")))
 }
 
 fn addresses(pod: &Pod) -> Vec<IpAddr> {

@@ -15,6 +15,7 @@ mod threads;
 use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::PodId;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
@@ -250,7 +251,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
 
 /// Attaches this agent's programs in place of an earlier agent's. To be called before the gate starts: frames that
 /// it puts back carry marks that only these programs know.
-fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<u32, Adoptable>) -> Result<()> {
+fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<PodId, Adoptable>) -> Result<()> {
     for ifindex in datapath.attached()? {
         let mut left = left.values().flat_map(|left| &left.interfaces);
         let taken = if left.any(|&(known, _)| known == ifindex) {
@@ -260,7 +261,7 @@ fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<u32, Adoptable>
             datapath.detach(ifindex)
         };
         if let Err(error) = taken {
-            tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
+            tracing::warn!(ifindex = ifindex.get(), error = %format!("{error:#}"), "cannot take over an interface");
         }
     }
     Ok(())

@@ -7,7 +7,10 @@
 //! In the state Open, the connection is one between the pod and the resolver. In the state Split, each of
 //! them has a connection with the agent; see [`super::split`].
 
-use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
+use egress_common::{
+    ids::IfIndex,
+    packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+};
 
 use super::{
     super::pending::Pending,
@@ -57,7 +60,7 @@ enum Judged {
 pub(super) struct Flow {
     pub(super) ends: Ends,
     /// The pod's interface that the connection uses.
-    interface: u32,
+    interface: IfIndex,
     state: State,
     /// The stream from the pod.
     pub(super) asked: StreamBuffer,
@@ -75,7 +78,7 @@ pub(super) struct Flow {
 
 impl Flow {
     /// Starts a connection that the pod opens with this SYN.
-    pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
+    pub(super) fn new(segment: &Segment<'_>, interface: IfIndex, now_ns: u64) -> Option<Self> {
         let mut pod = Side::default();
         pod.note(segment, 0);
         Some(Self {
@@ -95,7 +98,7 @@ impl Flow {
     }
 
     /// The pod's interface that the connection uses.
-    pub(super) fn interface(&self) -> u32 {
+    pub(super) fn interface(&self) -> IfIndex {
         self.interface
     }
 
