@@ -1,6 +1,7 @@
 //! One pod at the gate: how its queries and responses are decided.
 
 mod in_fragments;
+mod over_tcp;
 mod turn;
 mod versions;
 
@@ -13,7 +14,7 @@ use egress_common::{
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     reason::Reason,
-    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, MODE_AUDIT, POLICY_UNIDENTIFIED},
+    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, POLICY_UNIDENTIFIED},
 };
 
 use super::{
@@ -30,7 +31,7 @@ use super::{
     quarantine::{Quarantine, as_sent},
     reply,
     share::Share,
-    stream::{Out, Step, Streams, To},
+    stream::{Streams, To},
     tally::Tally,
 };
 use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
@@ -52,34 +53,6 @@ impl Shared {
         for waiting in self.quarantine.end(ifindex) {
             self.frame_sender.again(ifindex, &waiting.frame);
         }
-    }
-}
-
-/// The interface on which the segments of the pod's connections go on. No sender in audit mode: there the
-/// segments have gone on already.
-struct Port<'a> {
-    frame_sender: Option<&'a mut FrameSender>,
-    pod: PodId,
-    ifindex: IfIndex,
-}
-
-impl Out for Port<'_> {
-    fn put(&mut self, to: To, frame: &[u8]) {
-        let Some(frame_sender) = &mut self.frame_sender else {
-            return;
-        };
-        match to {
-            To::Pod => frame_sender.deliver((self.ifindex, self.pod), frame),
-            To::Resolver => frame_sender.bounce((self.ifindex, self.pod), frame),
-        };
-    }
-
-    fn interface(&self) -> IfIndex {
-        self.ifindex
-    }
-
-    fn select_interface(&mut self, interface: IfIndex) {
-        self.ifindex = interface;
     }
 }
 
@@ -171,12 +144,6 @@ impl Pod {
             }
         }
         Ok(())
-    }
-
-    /// Ends the connections on interfaces that the pod no longer has: another pod may have them by now.
-    pub(super) fn keep_streams(&mut self, shared: &mut Shared) {
-        let interfaces = &self.enforcement.interfaces;
-        self.streams.keep_on(interfaces, &mut shared.streams);
     }
 
     /// Removes the interfaces' entries. Returns also how many messages were in the pod's backlog.
@@ -383,89 +350,6 @@ impl Pod {
         } = self;
         let judge = Judge::new(enforcement, learned, &shared.context, time_ns);
         (judge, &mut self.pending)
-    }
-
-    /// A segment of a connection with a resolver.
-    fn segment(&mut self, held: &HeldFrame<'_>, packet: &Packet, to: To, shared: &mut Shared) {
-        let port = (held.head.ifindex, held.head.taken != 0);
-        self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
-            streams.segment(held.frame, packet, to, step, budget);
-        });
-    }
-
-    fn with_streams(
-        &mut self,
-        shared: &mut Shared,
-        (ifindex, is_taken): (IfIndex, bool),
-        now_ns: u64,
-        run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
-    ) {
-        let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
-        let pod = self.enforcement.entry.pod();
-        let Self {
-            enforcement,
-            learned,
-            ..
-        } = self;
-        let mut judge = Judge::new(enforcement, learned, &shared.context, now_ns);
-        let mut port = Port {
-            frame_sender: (is_taken && !is_audit).then_some(&mut shared.frame_sender),
-            pod,
-            ifindex,
-        };
-        let mut step = Step {
-            decide: &mut judge,
-            out: &mut port,
-            now_ns,
-        };
-        run(&mut self.streams, &mut step, &mut shared.streams);
-    }
-
-    /// Resets the split connections with resolvers, which need the agent: it is about to stop following them.
-    pub(super) fn end_split_streams(&mut self, shared: &mut Shared) {
-        self.with_streams(
-            shared,
-            (IfIndex::NONE, true),
-            boottime_ns(),
-            |streams, step, budget| {
-                streams.end_split(step, budget);
-            },
-        );
-    }
-
-    /// Whether connections with resolvers must repeat bytes in the pod's turn.
-    pub(super) fn has_repetitions(&self) -> bool {
-        self.streams.has_due()
-    }
-
-    /// Repeats the bytes of one connection with a resolver.
-    fn repeat_next(&mut self, shared: &mut Shared) {
-        if self.streams.has_due() {
-            self.with_streams(
-                shared,
-                (IfIndex::NONE, true),
-                boottime_ns(),
-                |streams, step, budget| {
-                    streams.repeat_next(step, budget);
-                },
-            );
-        }
-    }
-
-    /// Runs the timers of the connections with resolvers.
-    fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
-        // Each connection sets its own interface.
-        self.with_streams(
-            shared,
-            (IfIndex::NONE, true),
-            now_ns,
-            |streams, step, budget| {
-                streams.tick(step, budget);
-            },
-        );
-        let damaged = self.streams.take_damaged();
-        shared.context.stats.segments_damaged.add(damaged);
-        self.tallies.segments_damaged.add(damaged);
     }
 
     /// Rejects a denied packet that was longer than what the ring keeps of it: only its headers are there,
