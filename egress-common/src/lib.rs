@@ -13,6 +13,7 @@
 pub mod address;
 pub mod classes;
 pub mod flow;
+pub mod ids;
 pub mod limits;
 pub mod meter;
 pub mod packet;

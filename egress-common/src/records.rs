@@ -1,5 +1,5 @@
 //! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel compares
-//! keys byte by byte, and the verifier rejects uninitialised padding.
+//! keys byte by byte, and the verifier rejects uninitialised padding. [`crate::ids`] says how they have ids.
 
 mod flows;
 mod links;
@@ -10,14 +10,13 @@ pub use flows::{
     FLOW_SEEN_ACCEPT_IN, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN,
     FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, UNJUDGED,
 };
-pub use links::{
-    HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner, NODE_OWNS,
-};
+pub use links::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner};
 pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 
 use crate::{
     address::Address,
     classes::{ClassSet, PortTable},
+    ids::{IfIndex, PodId, PolicyId},
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
@@ -28,14 +27,48 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Interface {
-    /// Key of the pod in `flows`, `meters` and `identities`; the same for the pod's whole life.
-    pub pod: u32,
-    /// Key in `policies`, `allow` and `cidrs`; a new one for each version of the pod's policy.
-    pub policy: u32,
+    /// [`PodId`]: the key of the pod in `flows`, `meters` and `identities`.
+    pod: u32,
+    /// [`PolicyId`]: the key in `policies`, `allow` and `cidrs`.
+    policy: u32,
     /// One of the `MODE_*` constants.
     pub mode: u32,
     /// Bits of the `INTERFACE_*` constants.
     pub flags: u32,
+}
+
+impl Interface {
+    /// The interface of a pod, under a policy, in one of the modes, without flags.
+    #[must_use]
+    pub const fn new(pod: PodId, policy: PolicyId, mode: u32) -> Self {
+        Self {
+            pod: pod.get(),
+            policy: policy.get(),
+            mode,
+            flags: 0,
+        }
+    }
+
+    /// The same under another policy version.
+    #[must_use]
+    pub const fn under(mut self, policy: PolicyId) -> Self {
+        self.policy = policy.get();
+        self
+    }
+
+    /// The pod that the interface belongs to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn pod(&self) -> PodId {
+        PodId::new(self.pod)
+    }
+
+    /// The policy version by which its packets are judged.
+    #[must_use]
+    #[inline(always)]
+    pub const fn policy(&self) -> PolicyId {
+        PolicyId::new(self.policy)
+    }
 }
 
 /// Judge, drop and hold.
@@ -338,9 +371,9 @@ pub struct Held {
     /// When the frame was held, in nanoseconds of `CLOCK_BOOTTIME`.
     pub time_ns: u64,
     /// The interface on which it was held.
-    pub ifindex: u32,
-    /// The pod, as in [`Interface::pod`].
-    pub pod: u32,
+    pub ifindex: IfIndex,
+    /// The pod of the interface.
+    pub pod: PodId,
     /// The number of bytes of the frame that follow.
     pub len: u32,
     /// One of the `HELD_*` constants.
@@ -371,12 +404,12 @@ pub struct Denial {
     pub src: Address,
     /// Destination address.
     pub dst: Address,
-    /// The pod, as in [`Interface::pod`].
-    pub pod: u32,
+    /// The pod of the interface.
+    pub pod: PodId,
     /// The policy version that denied it.
-    pub policy: u32,
+    pub policy: PolicyId,
     /// The interface on which it was denied.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// Length of the frame in bytes.
     pub len: u32,
     /// Source port, or 0.
@@ -515,7 +548,7 @@ mod pod {
     macro_rules! pod {
         ($($ty:ty),+ $(,)?) => {
             $(
-                // SAFETY: the type is `repr(C)`, `Copy`, has no padding (checked below) and every
+                // SAFETY: the type is `repr(C)`, or a number; it is `Copy`, has no padding (checked below) and every
                 // bit pattern is a valid value of each field.
                 #[allow(clippy::allow_attributes, reason = "expanded once for each record")]
                 unsafe impl aya::Pod for $ty {}
@@ -523,6 +556,9 @@ mod pod {
         };
     }
     pod!(
+        crate::ids::PodId,
+        crate::ids::PolicyId,
+        crate::ids::IfIndex,
         super::Interface,
         super::Identity,
         super::Policy,

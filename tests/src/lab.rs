@@ -8,6 +8,7 @@ use std::{
     sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 
+use egress_common::ids::IfIndex;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::geteuid,
@@ -290,7 +291,7 @@ impl Lab {
 
     /// The index of an interface of the node.
     #[track_caller]
-    pub fn ifindex(&self, interface: &str) -> u32 {
+    pub fn ifindex(&self, interface: &str) -> IfIndex {
         self.node.ifindex(interface)
     }
 

@@ -10,6 +10,7 @@ use std::{
     thread,
 };
 
+use egress_common::ids::IfIndex;
 use nix::{
     mount::{MntFlags, umount2},
     net::if_::if_nametoindex,
@@ -91,9 +92,9 @@ impl Namespace {
 
     /// The index of an interface in this namespace.
     #[track_caller]
-    pub fn ifindex(&self, interface: &str) -> u32 {
-        self.run(|| if_nametoindex(interface))
-            .unwrap_or_else(|e| panic!("no interface {interface}: {e}"))
+    pub fn ifindex(&self, interface: &str) -> IfIndex {
+        let index = self.run(|| if_nametoindex(interface));
+        IfIndex::new(index.unwrap_or_else(|e| panic!("no interface {interface}: {e}")))
     }
 
     /// A counter of `/proc/net/netstat`, which has a line of names and a line of values with the same prefix.

@@ -9,6 +9,7 @@ use egress_agent::datapath::{
 use egress_common::{
     address::{Address, from_v4},
     classes::{ClassSet, PortTable},
+    ids::{IfIndex, PodId, PolicyId},
     protocol::bits,
     reason::Reason,
     records::{
@@ -42,8 +43,8 @@ pub const INTERNAL: [IpAddr; 2] = [
 ];
 
 /// The pod's id in the maps.
-pub const POD: u32 = 7;
-const FIRST_POLICY: u32 = 100;
+pub const POD: PodId = PodId::new(7);
+const FIRST_POLICY: PolicyId = PolicyId::new(100);
 
 /// A time in the distant future.
 const NEVER_NS: u64 = u64::MAX;
@@ -55,7 +56,7 @@ pub struct Programs {
     allow: AllowMap,
     held: HeldRing,
     denials: DenialRing,
-    ifindex: u32,
+    ifindex: IfIndex,
     interface: Interface,
     policy: Policy,
     pod: Pod,
@@ -109,12 +110,7 @@ impl Programs {
             ])
             .expect("the map of tunnels");
         let policy = policy(&pod);
-        let interface = Interface {
-            pod: POD,
-            policy: FIRST_POLICY,
-            mode: MODE_ENFORCE,
-            flags: 0,
-        };
+        let interface = Interface::new(POD, FIRST_POLICY, MODE_ENFORCE);
         let new_pod = NewPod {
             id: POD,
             namespace: pod.namespace(),
@@ -163,6 +159,10 @@ impl Programs {
         Ip::new(src, self.pod.address_for(src))
     }
 
+    fn next_policy(&self) -> PolicyId {
+        PolicyId::new(self.interface.policy().get() + 1)
+    }
+
     fn write_interface(&mut self) {
         self.interfaces
             .set(self.ifindex, self.interface)
@@ -182,28 +182,26 @@ impl Programs {
 
     /// Assigns the interface to another pod, which has its own limit in the rings.
     pub fn becomes_another_pods(&mut self) {
-        self.interface.pod += 1;
-        self.interface.policy += 1;
-        let name = format!("other-{}", self.interface.pod);
+        let other = PodId::new(self.interface.pod().get() + 1);
+        let policy = self.next_policy();
+        let flags = self.interface.flags;
+        self.interface = Interface::new(other, policy, self.interface.mode);
+        self.interface.flags = flags;
+        let name = format!("other-{other}");
         let new_pod = NewPod {
-            id: self.interface.pod,
+            id: other,
             namespace: self.pod.namespace(),
             name: &name,
             uid: "uid",
         };
-        self.allow = make(
-            &mut self.datapath,
-            Some(new_pod),
-            self.interface.policy,
-            &self.policy,
-        );
+        self.allow = make(&mut self.datapath, Some(new_pod), policy, &self.policy);
         self.write_interface();
     }
 
     /// Removes the interface's entry from the map.
     pub fn forget_interface(&mut self) {
         self.interfaces
-            .remove(self.ifindex, self.interface.pod)
+            .remove(self.ifindex, self.interface.pod())
             .expect("the map of interfaces can be written");
     }
 
@@ -224,13 +222,9 @@ impl Programs {
     #[track_caller]
     pub fn change_policy(&mut self, change: impl FnOnce(&mut Policy)) {
         change(&mut self.policy);
-        self.interface.policy += 1;
-        self.allow = make(
-            &mut self.datapath,
-            None,
-            self.interface.policy,
-            &self.policy,
-        );
+        let next = self.next_policy();
+        self.interface = self.interface.under(next);
+        self.allow = make(&mut self.datapath, None, next, &self.policy);
         self.write_interface();
     }
 
@@ -393,7 +387,7 @@ impl Outcome {
 fn make(
     datapath: &mut Datapath,
     pod: Option<NewPod<'_>>,
-    policy: u32,
+    policy: PolicyId,
     record: &Policy,
 ) -> AllowMap {
     let policy = NewPolicy {

@@ -2,6 +2,7 @@
 
 use std::{fs, process::Command};
 
+use egress_common::ids::IfIndex;
 use egress_tests::{Lab, Pod, SHORT, TcpEcho, addresses::server, eventually, holds};
 
 struct Scene {
@@ -100,7 +101,7 @@ fn a_deleted_pod_leaves_nothing_behind_and_uninstalling_works() {
             },
             removed,
         );
-        let left = |ifindex: u32| {
+        let left = |ifindex: IfIndex| {
             let prefix = format!("{ifindex}_");
             let pins = fs::read_dir(scene.lab.pins().join("links")).expect("the links");
             pins.flatten()
@@ -159,7 +160,7 @@ fn a_new_interface_with_the_same_name_is_enforced() {
         // A connection may also fail because the interface has only just come up.
         let after = scene.lab.ifindex(scene.pod.interface());
         eventually("the new interface is enforced", || {
-            holds(scene.lab.status_of(&scene.pod)["interfaces"][0]["index"] == after)
+            holds(scene.lab.status_of(&scene.pod)["interfaces"][0]["index"] == after.get())
         });
         scene.pod.reaches_only_shop();
         drop(agent);

@@ -3,6 +3,7 @@
 use std::{io, net::TcpStream, thread};
 
 use egress_agent::host::{ExitFinder, interface_name};
+use egress_common::ids::IfIndex;
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
@@ -336,8 +337,9 @@ fn pods_that_end_are_looked_at_without_an_error() {
     let pods: Vec<Pod> = (0..24)
         .map(|n| lab.pod("shop", &format!("pod{n}")))
         .collect();
-    let index = |pod: &Pod| if_nametoindex(pod.interface()).expect("the pod's interface");
-    let ends: Vec<u32> = lab.node().run(|| pods.iter().map(index).collect());
+    let index =
+        |pod: &Pod| IfIndex::new(if_nametoindex(pod.interface()).expect("the pod's interface"));
+    let ends: Vec<IfIndex> = lab.node().run(|| pods.iter().map(index).collect());
     // All the time while they end, and the kernel takes its time over so many.
     let looked = thread::scope(|scope| {
         let looking = scope.spawn(|| {
@@ -348,7 +350,7 @@ fn pods_that_end_are_looked_at_without_an_error() {
                     for end in &left {
                         finder.exits(&[*end], |_| true)?;
                     }
-                    let is_there = |end: &u32| interface_name(*end).is_some();
+                    let is_there = |end: &IfIndex| interface_name(*end).is_some();
                     left.retain(is_there);
                 }
                 Ok(())

@@ -81,7 +81,7 @@ impl Scene {
 fn policy_of(lab: &Lab, pod: &Pod) -> u64 {
     let ifindex = lab.ifindex(pod.interface());
     let entries = lab.shared_entries("interfaces");
-    let entry = entries.iter().find(|entry| entry["key"] == ifindex);
+    let entry = entries.iter().find(|entry| entry["key"] == ifindex.get());
     let entry = entry.expect("the pod's interface has an entry");
     let policy = entry["value"]["policy"].as_u64();
     policy.expect("bpftool shows the field `policy`")

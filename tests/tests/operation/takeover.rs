@@ -151,7 +151,10 @@ fn an_interface_without_a_known_pod_is_detached() {
     let interface = scene.pod.interface();
     let ifindex = scene.lab.ifindex(interface);
     let interfaces = scene.lab.pins().join("interfaces");
-    let key = ifindex.to_ne_bytes().map(|byte| format!("{byte:#04x}"));
+    let key = ifindex
+        .get()
+        .to_ne_bytes()
+        .map(|byte| format!("{byte:#04x}"));
     let mut arguments = vec!["map", "delete", "pinned"];
     arguments.push(interfaces.to_str().expect("a path in UTF-8"));
     arguments.push("key");

@@ -69,7 +69,7 @@ fn a_new_policy_keeps_the_connections_it_allows() {
     let [(_, flow)] = programs.flows()[..] else {
         panic!("one flow");
     };
-    assert_eq!((flow.state, flow.policy), (FLOW_OUT, 101));
+    assert_eq!((flow.state, flow.policy().get()), (FLOW_OUT, 101));
 }
 
 #[test]
