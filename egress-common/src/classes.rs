@@ -19,6 +19,17 @@ pub struct ClassSet {
     pub words: [u64; WORDS],
 }
 
+/// All bits if a number is not zero, and none if it is.
+///
+/// The programs use masks where others would compare: their machine has no conditional move, so a comparison becomes
+/// a branch, and the verifier explores all that follows once for each way. If the compiler knew where the number
+/// comes from, it would recognise the comparison.
+#[inline(always)]
+pub fn mask_of(number: u64) -> u64 {
+    let number = core::hint::black_box(number);
+    ((number | number.wrapping_neg()) as i64 >> 63) as u64
+}
+
 impl ClassSet {
     /// No class.
     pub const EMPTY: Self = Self { words: [0; WORDS] };
@@ -87,18 +98,32 @@ impl ClassSet {
         }
     }
 
-    /// The set of its first class; empty if it has none.
+    /// The set of its first class; empty if it has none. Without a branch.
     #[inline(always)]
-    pub const fn only_first(self) -> Self {
+    pub fn only_first(self) -> Self {
         let [low, high] = self.words;
-        // All bits if the low word has a class.
-        let in_low = ((low | low.wrapping_neg()) as i64 >> 63) as u64;
         Self {
             words: [
                 low & low.wrapping_neg(),
-                high & high.wrapping_neg() & !in_low,
+                high & high.wrapping_neg() & !mask_of(low),
             ],
         }
+    }
+
+    /// Itself under a mask of all bits, and nothing under a mask of none. Without a branch.
+    #[inline(always)]
+    pub const fn masked(self, mask: u64) -> Self {
+        let [low, high] = self.words;
+        Self {
+            words: [low & mask, high & mask],
+        }
+    }
+
+    /// [`mask_of`] whether it has a class.
+    #[inline(always)]
+    pub fn mask(self) -> u64 {
+        let [low, high] = self.words;
+        mask_of(low | high)
     }
 
     /// Its classes in order.
@@ -202,21 +227,13 @@ impl PortTable {
     /// afterwards once for every interval.
     #[inline(always)]
     pub fn matching(&self, protocol: u8, port: u16) -> ClassSet {
-        // Without any protocol this is 8, which is made the number of a bit that no class has.
+        // Without any protocol this is 8, and the mask leaves nothing.
         let by_protocol = self.protocols[(protocol.trailing_zeros() & 7) as usize];
         let by_ports = self.ports[self.interval(port)];
-        let with_ports = protocol & (bits::WITH_PORTS | bits::OTHER) != 0;
-        let any_port = if with_ports {
-            ClassSet::EMPTY
-        } else {
-            ClassSet::ALL
-        };
-        let matching = by_protocol.and(by_ports.or(any_port));
-        if protocol == 0 {
-            ClassSet::EMPTY
-        } else {
-            matching
-        }
+        let has_ports = mask_of(u64::from(protocol & (bits::WITH_PORTS | bits::OTHER)));
+        by_protocol
+            .and(by_ports.or(ClassSet::ALL.masked(!has_ports)))
+            .masked(mask_of(u64::from(protocol)))
     }
 
     /// The number of the last interval that starts at the port or below it.

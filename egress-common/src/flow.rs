@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_other_side_opened_lives_by_its_packets() {
+    fn only_packets_of_the_other_side_keep_alive_a_flow_that_it_opened() {
         let limit = |protocol, seen| {
             idle_limit_ns(&key(protocol, FLOW_KEY_FLOW), &inbound(seen), 7 * UDP_NS)
         };
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_that_the_pod_does_not_heed_was_none() {
+    fn a_connection_stays_open_if_the_pod_goes_on_sending_after_a_reset() {
         let now = 10 * SECOND_NS;
         let established = flow(FLOW_SEEN_OUT | FLOW_SEEN_IN | FLOW_SEEN_AGAIN);
         let bits = FLOW_SEEN_IN | FLOW_SEEN_RST | FLOW_SEEN_RST_IN;

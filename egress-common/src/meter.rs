@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn what_costs_more_gets_less() {
+    fn of_the_same_share_there_are_more_short_messages_than_long_ones() {
         let (mut tokens, mut refill_ns) = (0, 0);
         let mut take = |cost| take_tokens(cost, &mut tokens, &mut refill_ns, 10, 5, 7);
         assert_eq!((0..100).filter(|_| take(4)).count(), 2);

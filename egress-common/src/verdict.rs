@@ -4,7 +4,7 @@
 //! [`judge`]. The agent calls the same function to explain the kernel's decision.
 
 use crate::{
-    classes::ClassSet,
+    classes::{ClassSet, mask_of},
     protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{
@@ -145,22 +145,14 @@ const fn counting_classes(
 }
 
 /// The set of the class that decides, of those that match; empty if none does, or if the next tier is to decide and
-/// there is none. `skips_baseline`: only the tiers before the last one decide.
+/// there is none. Under a mask `skips_baseline` of all bits, only the tiers before the last one decide.
 #[inline(always)]
-pub const fn deciding_class(policy: &Policy, matching: ClassSet, skips_baseline: bool) -> ClassSet {
-    let matching = if skips_baseline {
-        matching.without(policy.baseline)
-    } else {
-        matching
-    };
-    let first = matching.only_first();
+pub fn deciding_class(policy: &Policy, matching: ClassSet, skips_baseline: u64) -> ClassSet {
+    let matching = matching.without(policy.baseline.masked(skips_baseline));
     // Only a class of the first tier can pass a packet on to another tier that has classes.
-    let first = if first.and(policy.admin).meets(policy.pass) {
-        matching.without(policy.admin).only_first()
-    } else {
-        first
-    };
-    first.without(policy.pass)
+    let passes_on = matching.only_first().and(policy.admin).and(policy.pass);
+    let matching = matching.without(policy.admin.masked(passes_on.mask()));
+    matching.only_first().without(policy.pass)
 }
 
 /// Whether the address is internal, and internal addresses pass without a rule.
@@ -172,14 +164,15 @@ const fn passes_as_internal(policy: &Policy, destination: &Destination) -> bool 
 /// The set of the class that decides about a packet. A pod with a list of its own or its namespace's is closed, but
 /// for internal destinations: what comes after the lists is asked only about these.
 #[inline(always)]
-const fn deciding(
+fn deciding(
     policy: &Policy,
     destination: &Destination,
     counting: ClassSet,
     matching: ClassSet,
 ) -> ClassSet {
-    let skips_baseline =
-        policy.flags & POLICY_SELECTED != 0 && !passes_as_internal(policy, destination);
+    let is = |flag: u32| mask_of((policy.flags & flag).into());
+    let internal = mask_of(destination.ranges & RANGE_INTERNAL) & is(POLICY_ALLOW_INTERNAL);
+    let skips_baseline = is(POLICY_SELECTED) & !internal;
     deciding_class(policy, counting.and(matching), skips_baseline)
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use egress_common::{
-    classes::ClassSet,
+    classes::{ClassSet, mask_of},
     protocol::bits,
     records::{POLICY_OPEN, POLICY_SELECTED, Policy},
     verdict::deciding_class,
@@ -43,7 +43,7 @@ impl Openings {
     pub(super) fn opens(&self, classes: ClassSet) -> bool {
         let record = &self.record;
         let known = classes.or(record.any);
-        let skips_baseline = record.flags & POLICY_SELECTED != 0;
+        let skips_baseline = mask_of((record.flags & POLICY_SELECTED).into());
         self.matching.iter().any(|matching| {
             let decides = deciding_class(record, known.and(*matching), skips_baseline);
             if decides.is_empty() {

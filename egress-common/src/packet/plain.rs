@@ -188,7 +188,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_plain_is_what_the_whole_walk_says(
+        fn the_short_walk_reads_the_same_as_the_full_walk(
             frame in frames(),
             changes in prop::collection::vec((0..74usize, any::<u8>()), 1..4),
             cut in prop::option::of(0..90usize),

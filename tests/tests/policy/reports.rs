@@ -12,7 +12,7 @@ use egress_tests::{
 use serde_json::Value;
 
 /// The keys of a denial line, as documented.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "time",
     "event",
     "verdict",
@@ -28,6 +28,7 @@ const KEYS: [&str; 19] = [
     "dst_port",
     "dst_names",
     "rule",
+    "policy",
     "count",
     "connections",
     "first",

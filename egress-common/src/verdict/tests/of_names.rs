@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn where_names_are_spoken_of_only_an_address_entry_opens_dns_elsewhere() {
+fn a_pod_with_name_rules_needs_an_address_entry_for_other_dns_servers() {
     let mut names = policy();
     names.classes[3] = class(bits::TCP | bits::UDP, 0, u16::MAX);
     let all = ClassSet::one(3);
