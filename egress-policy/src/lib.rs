@@ -47,6 +47,7 @@ pub use error::{Origin, PolicyError, Problem, Unreadable};
 pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
+pub use parse::check_entry;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;

@@ -1,0 +1,293 @@
+//! `NetworkPolicy`, `GlobalNetworkPolicy`, `NetworkSet` and `GlobalNetworkSet` of Calico (`projectcalico.org/v3`).
+//!
+//! Tiers by order, in each the policies by `order`, in each the rules: the first that matches decides. What no rule of
+//! a tier matches is denied, if one of the tier's policies selects the pod.
+//!
+//! If no rule denies or passes, permissions add up, and the order does not matter. Then a policy of a namespace becomes
+//! an `EgressPolicy`. Otherwise all policies become `ClusterEgressPolicy` objects in one order.
+
+mod language;
+mod order;
+mod rules;
+mod sets;
+
+use egress_api::{Action, Tier};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+
+use super::{
+    Numbered, add_cluster, close_cluster, closed, document, namespace, needed_namespace, policy,
+    translator,
+};
+use crate::{
+    Options,
+    fields::Fields,
+    manifest::Manifest,
+    object::{Cluster, ClusterRule, Document, Entries, Policy, Subject, both},
+    remark::{Remark, add},
+    rule::{Peer, Rule},
+};
+use language::Expression;
+use order::{Order, Place};
+use rules::Around;
+use sets::Set;
+
+/// The priority of permissions whose order does not matter.
+const ALLOW_PRIORITY: u32 = 500;
+
+/// A policy about egress.
+struct Read {
+    /// Set for a policy of a namespace.
+    namespace: Option<Option<String>>,
+    tier: String,
+    order: f64,
+    subject: Subject,
+    rules: Vec<Rule>,
+}
+
+/// A policy and remarks about it, or no policy if it is not about egress.
+type ReadPolicy = Result<(Option<Read>, Vec<Remark>), String>;
+
+pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usize, Document)> {
+    let (sets, mut documents) = sets::import(manifests, options);
+    let policies: Vec<(usize, &Manifest, ReadPolicy)> = manifests
+        .iter()
+        .filter(|(_, manifest)| {
+            ["NetworkPolicy", "GlobalNetworkPolicy"].contains(&manifest.kind.as_str())
+        })
+        .map(|(i, manifest)| (*i, *manifest, read(manifest, &sets, options)))
+        .collect();
+    let order = Order::of(
+        manifests,
+        policies.iter().filter_map(|(i, manifest, policy)| {
+            let (Some(read), _) = policy.as_ref().ok()? else {
+                return None;
+            };
+            Some(Place {
+                index: *i,
+                tier: read.tier.clone(),
+                order: read.order,
+                name: manifest.name.clone(),
+                decides: read.rules.iter().any(|rule| rule.action != Action::Allow),
+                passes_on: read
+                    .rules
+                    .last()
+                    .is_some_and(|rule| rule.action == Action::Pass && rule.is_everything()),
+            })
+        }),
+    );
+    for (i, manifest, policy) in policies {
+        let document = document(manifest, |document| {
+            let (policy, remarks) = policy?;
+            document.remarks.extend(remarks);
+            let Some(policy) = policy else {
+                return Ok(());
+            };
+            if order.matters() {
+                write_ordered(document, manifest, policy, (i, &order), options)
+            } else {
+                write_allow_only(document, manifest, &policy, options);
+                Ok(())
+            }
+        });
+        documents.push((i, document));
+    }
+    for (i, manifest) in manifests {
+        if manifest.kind == "Tier" {
+            let mut document = super::start(manifest);
+            document.remarks.push(Remark::note(
+                "the tier's place is in the priority of the policies that use it",
+            ));
+            documents.push((*i, document));
+        }
+    }
+    documents
+}
+
+fn read(manifest: &Manifest, sets: &[Set], options: &Options) -> ReadPolicy {
+    let spec = manifest.spec()?;
+    let known = [
+        "tier",
+        "order",
+        "selector",
+        "namespaceSelector",
+        "types",
+        "ingress",
+        "egress",
+        "applyOnForward",
+        "performanceHints",
+    ];
+    let others = spec.others(&known);
+    if !others.is_empty() {
+        return Err(format!(
+            "spec has {}, which no policy here expresses",
+            others.join(", ")
+        ));
+    }
+    let mut remarks = Vec::new();
+    let types = spec.texts("types")?;
+    if spec.has("ingress") || types.iter().any(|kind| kind == "Ingress") {
+        remarks.push(Remark::note(
+            "the part about ingress stays with the original",
+        ));
+    }
+    let is_egress = if types.is_empty() {
+        spec.has("egress")
+    } else {
+        types.iter().any(|kind| kind == "Egress")
+    };
+    if !is_egress {
+        remarks.push(Remark::note(
+            "it does not restrict egress; nothing to import",
+        ));
+        return Ok((None, remarks));
+    }
+    let namespace = (manifest.kind == "NetworkPolicy").then(|| namespace(manifest, options));
+    let subject = read_subject(&spec, namespace.is_some())?;
+    let around = Around {
+        sets,
+        namespace: namespace.as_ref().map(Option::as_deref),
+    };
+    let mut rules = Vec::new();
+    for fields in spec.mappings("egress")? {
+        match rules::read(&fields, around)? {
+            Some(rule) => rules.push(rule),
+            None => add(
+                &mut remarks,
+                Remark::note(
+                    "rules with the action Log are dropped; denials are always logged here",
+                ),
+            ),
+        }
+    }
+    Ok((
+        Some(Read {
+            namespace,
+            tier: spec.text("tier")?.unwrap_or_else(|| "default".to_owned()),
+            order: spec.number("order")?.unwrap_or(f64::INFINITY),
+            subject,
+            rules,
+        }),
+        remarks,
+    ))
+}
+
+fn read_subject(spec: &Fields<'_>, is_namespaced: bool) -> Result<Subject, String> {
+    let Subject { namespaces, pods } =
+        Expression::read(&spec.text("selector")?.unwrap_or_default())?.subject()?;
+    if is_namespaced {
+        if namespaces != LabelSelector::default() || spec.has("namespaceSelector") {
+            return Err("it selects namespaces, in a policy of one namespace".to_owned());
+        }
+        return Ok(Subject { namespaces, pods });
+    }
+    let more =
+        Expression::read(&spec.text("namespaceSelector")?.unwrap_or_default())?.namespaces()?;
+    Ok(Subject {
+        namespaces: both(namespaces, more),
+        pods,
+    })
+}
+
+fn write_allow_only(document: &mut Document, manifest: &Manifest, read: &Read, options: &Options) {
+    if let Some(namespace) = &read.namespace {
+        let mut allow = Entries::default();
+        for rule in &read.rules {
+            allow.extend(translator(options).entries(rule).0);
+        }
+        let spec = Policy {
+            pods: read.subject.pods.clone(),
+            allow: Some(allow),
+            deny: None,
+        };
+        document
+            .objects
+            .push(policy(&manifest.name, namespace.clone(), spec));
+        return;
+    }
+    let mut translator = translator(options);
+    translator.denies_inside = true;
+    let cluster = Cluster {
+        tier: Tier::Admin,
+        priority: ALLOW_PRIORITY,
+        subject: read.subject.clone(),
+        rules: translator.ordered(&read.rules),
+    };
+    add_cluster(document, manifest.name.clone(), cluster);
+    document.objects.push(close_cluster(
+        &format!("{}-close", manifest.name),
+        read.subject.clone(),
+    ));
+}
+
+fn write_ordered(
+    document: &mut Document,
+    manifest: &Manifest,
+    mut read: Read,
+    (index, order): (usize, &Order),
+    options: &Options,
+) -> Result<(), String> {
+    let numbers = order.numbers(index)?;
+    let (subject, name) = match &read.namespace {
+        None => (read.subject.clone(), manifest.name.clone()),
+        Some(_) => {
+            let namespace = needed_namespace(manifest, options)?;
+            (
+                Subject::of_namespace(&namespace, read.subject.pods.clone()),
+                format!("{namespace}-{}", manifest.name),
+            )
+        }
+    };
+    let last = read.rules.last().filter(|rule| rule.is_everything());
+    match last.map(|rule| rule.action) {
+        Some(Action::Pass) if numbers.is_last_of_tier && !numbers.is_last_tier => {
+            read.rules.pop();
+            document.remarks.push(Remark::note(
+                "the last rule passes everything to the next tier, as rules here do that match nothing",
+            ));
+        }
+        Some(Action::Deny) if numbers.is_last_of_tier && read.namespace.is_some() => {
+            read.rules.pop();
+            document.remarks.push(Remark::note(
+                "the last rule denies the rest: the pods are closed",
+            ));
+        }
+        _ => {}
+    }
+    if !numbers.is_last_tier {
+        for rule in &mut read.rules {
+            if rule.action == Action::Pass {
+                rule.peers = vec![Peer::Unsupported(
+                    "Pass leads to the next tier of Calico; here it would skip that".to_owned(),
+                )];
+            }
+        }
+    }
+    let mut translator = translator(options);
+    translator.denies_inside = read.namespace.is_none();
+    let cluster = Cluster {
+        tier: Tier::Admin,
+        priority: numbers.own,
+        subject: subject.clone(),
+        rules: translator.ordered(&read.rules),
+    };
+    add_cluster(document, name.clone(), cluster);
+    if let Some(end) = numbers.end_of_tier {
+        let cluster = Cluster {
+            tier: Tier::Admin,
+            priority: end,
+            subject,
+            rules: vec![ClusterRule {
+                name: None,
+                action: Action::Deny,
+                entries: Entries::everything(),
+            }],
+        };
+        add_cluster(document, format!("{name}-end-of-tier"), cluster);
+    } else if numbers.is_last_tier {
+        document.objects.push(match &read.namespace {
+            None => close_cluster(&format!("{name}-close"), subject),
+            Some(namespace) => closed(&manifest.name, namespace.clone(), read.subject.pods.clone()),
+        });
+    }
+    Ok(())
+}
