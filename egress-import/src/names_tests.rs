@@ -146,7 +146,9 @@ proptest! {
     ) {
         // Products with whole labels do not accept `*` within a label.
         let whole = pattern.split('.').all(|label| label == "*" || !label.contains('*'));
-        prop_assume!(whole || matches!(wildcards, Wildcards::Within | Wildcards::Text));
+        if !whole && !matches!(wildcards, Wildcards::Within | Wildcards::Text) {
+            return Ok(());
+        }
         let theirs = theirs(&pattern, &name, wildcards);
         let allowed = names(&pattern, wildcards, Verb::Allow);
         if ours(&allowed, &name) {

@@ -72,11 +72,31 @@ pub(crate) enum Peer {
     Set(String),
     /// Something in the cluster, such as pods; the text says what.
     Cluster(String),
+    /// DNS in the cluster; the text says where.
+    Dns(String),
     /// Something that no entry expresses; the text says what.
     Unsupported(String),
 }
 
 impl Peer {
+    /// Something in the cluster; DNS, if all ports are port 53.
+    pub(crate) fn in_cluster(what: String, ports: &[Ports]) -> Self {
+        let is_dns = |ports: &Ports| {
+            matches!(
+                ports,
+                Ports::Of {
+                    range: Some((53, 53)),
+                    ..
+                }
+            )
+        };
+        if !ports.is_empty() && ports.iter().all(is_dns) {
+            Self::Dns(what)
+        } else {
+            Self::Cluster(what)
+        }
+    }
+
     /// A CIDR without its exceptions.
     pub(crate) fn cidr(cidr: &str, exceptions: &[String]) -> Self {
         let read = || {
@@ -279,7 +299,7 @@ pub(crate) fn hold_back(entries: &mut Entries, barrier: Barrier) {
         }
     }
     let remark = Remark::left_out(
-        "an earlier rule of this policy was refused and may limit the next entries; write it first",
+        "an earlier rule of this policy was refused and may limit the next lines; write it first",
     );
     entries.0.insert(first, Line::Remark(remark));
 }
@@ -313,7 +333,7 @@ impl Work {
             Verb::Allow => {
                 self.offered = true;
                 self.remark(Remark::left_out(format!(
-                    "{what}: no counterpart, so the next entries would allow more"
+                    "{what}: no counterpart, so the next lines would allow more"
                 )));
             }
             Verb::Deny => self.remark(Remark::note(format!(
@@ -373,6 +393,10 @@ impl Work {
             Peer::Name { text, wildcards } => self.name(text, *wildcards, ports),
             Peer::Set(name) => self.destination(&format!("@{name}"), None, ports),
             Peer::Cluster(what) => self.cluster(what),
+            Peer::Dns(what) if self.verb == Verb::Allow => self.remark(Remark::note(format!(
+                "DNS at {what}: queries to the cluster's resolvers need no entry"
+            ))),
+            Peer::Dns(what) => self.cluster(&format!("DNS at {what}")),
             Peer::Unsupported(what) => match self.verb {
                 Verb::Allow => self.remark(Remark::left_out(what.clone())),
                 Verb::Deny | Verb::Pass => self.refuse(what.clone(), Barrier::All),

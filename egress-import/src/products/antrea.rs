@@ -9,7 +9,7 @@ use egress_api::{Action, Tier};
 
 use super::{
     LAST_PRIORITY, Numbered, add_cluster, document, needed_namespace,
-    network_policy::{read_block, read_port, with_dns},
+    network_policy::{read_block, read_port},
     ranks, translator,
 };
 use crate::{
@@ -336,10 +336,7 @@ fn read_peer(fields: &Fields<'_>, ports: &[Ports]) -> Result<Peer, String> {
         .collect();
     if !given.is_empty() && fields.others(&in_cluster).is_empty() {
         let words = selector::words(&selector::read(&fields.mapping("podSelector")?)?);
-        return Ok(Peer::Cluster(with_dns(
-            format!("pods ({words}) by {}", given.join(" and ")),
-            ports,
-        )));
+        return Ok(Peer::in_cluster(format!("pods ({words}) by {}", given.join(" and ")), ports));
     }
     Ok(Peer::Unsupported(format!(
         "{} selects by {}",

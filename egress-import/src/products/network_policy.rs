@@ -138,7 +138,7 @@ fn read_peer(
     } else {
         format!("pods ({pods}) of the namespace")
     };
-    Ok(vec![Peer::Cluster(with_dns(what, ports))])
+    Ok(vec![Peer::in_cluster(what, ports)])
 }
 
 /// An `ipBlock` with its `except`.
@@ -155,22 +155,4 @@ pub(super) fn read_block(fields: &Fields<'_>) -> Result<Peer, String> {
         &fields.needed("cidr")?,
         &fields.texts("except")?,
     ))
-}
-
-/// Says of a destination in the cluster that the rule is about DNS, if all of its ports are port 53.
-pub(super) fn with_dns(what: String, ports: &[Ports]) -> String {
-    let is_dns = |ports: &Ports| {
-        matches!(
-            ports,
-            Ports::Of {
-                range: Some((53, 53)),
-                ..
-            }
-        )
-    };
-    if !ports.is_empty() && ports.iter().all(is_dns) {
-        format!("DNS at {what}")
-    } else {
-        what
-    }
 }

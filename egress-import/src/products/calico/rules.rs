@@ -10,7 +10,6 @@ use crate::{
     cidr,
     fields::{Fields, text},
     names::Wildcards,
-    products::network_policy::with_dns,
     remark::Remark,
     rule::{Peer, Ports, Protocol, Rule},
 };
@@ -306,7 +305,6 @@ fn read_selectors(
             "the network sets whose labels match now; a set that is added later is not in the entry",
         ));
     }
-    let what = with_dns(what, &rule.ports);
-    rule.peers.push(Peer::Cluster(what));
+    rule.peers.push(Peer::in_cluster(what, &rule.ports));
     Ok(())
 }

@@ -9,7 +9,7 @@ use crate::{
     fields::Fields,
     names::Wildcards,
     object::Document,
-    products::{Numbered, network_policy::with_dns, start},
+    products::{Numbered, start},
     remark::Remark,
     rule::{Peer, Ports, Protocol, Rule},
 };
@@ -84,19 +84,25 @@ fn read_rule(fields: &Fields<'_>, action: Action, groups: &Groups) -> Result<Vec
     for other in fields.others(&known) {
         conditions.push(format!("`{other}`"));
     }
-    if fields.has("icmps") {
-        conditions.push("`icmps`, which selects types of ICMP".to_owned());
-    }
     let given: Vec<&str> = PEERS.into_iter().filter(|key| fields.has(key)).collect();
     let is_cidr = |key: &&str| key.starts_with("toCIDR");
     if given.len() > 1 && !given.iter().all(is_cidr) {
         conditions.push(format!("{} together", given.join(" and ")));
     }
     let mut rules = Vec::new();
+    if fields.has("icmps") && fields.has("toPorts") {
+        conditions.push("`icmps` and `toPorts` together".to_owned());
+    }
     let port_rules = fields.mappings("toPorts")?;
     if port_rules.is_empty() {
         let mut rule = Rule::new(action);
         rule.conditions = conditions;
+        if fields.has("icmps") {
+            rule.ports.push(Ports::Unsupported {
+                what: "`icmps`: no entry selects types of ICMP".to_owned(),
+                widest: Protocol::Icmp { v4: true, v6: true },
+            });
+        }
         fill_peers(&mut rule, fields, groups, given.is_empty())?;
         rules.push(rule);
         return Ok(rules);
@@ -174,7 +180,7 @@ fn fill_peers(
     }
     for endpoint in fields.mappings("toEndpoints")? {
         let words = endpoint_words(&endpoint)?;
-        rule.peers.push(Peer::Cluster(with_dns(words, &rule.ports)));
+        rule.peers.push(Peer::in_cluster(words, &rule.ports));
     }
     for (key, what) in [
         ("toServices", "a Service without a selector"),
