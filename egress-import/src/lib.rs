@@ -2,7 +2,7 @@
 //!
 //! 1. `manifest`: the documents of the files;
 //! 2. `products/`: the kinds of each product, as rules in one form (`rule`);
-//! 3. `rule`, `names`, `cidr`: a rule as entries. What has no counterpart is left out of what is allowed, or refused;
+//! 3. `translate`, `names`, `cidr`: a rule as entries. What has no counterpart is left out of what is allowed, or refused;
 //! 4. `object`, `output`: objects as YAML, with a comment for each difference in meaning.
 //!
 //! All functions are pure. Nothing here knows an operating system.
@@ -18,6 +18,7 @@ mod products;
 mod remark;
 mod rule;
 mod selector;
+mod translate;
 
 pub use remark::Severity;
 

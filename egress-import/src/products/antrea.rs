@@ -336,7 +336,10 @@ fn read_peer(fields: &Fields<'_>, ports: &[Ports]) -> Result<Peer, String> {
         .collect();
     if !given.is_empty() && fields.others(&in_cluster).is_empty() {
         let words = selector::words(&selector::read(&fields.mapping("podSelector")?)?);
-        return Ok(Peer::in_cluster(format!("pods ({words}) by {}", given.join(" and ")), ports));
+        return Ok(Peer::in_cluster(
+            format!("pods ({words}) by {}", given.join(" and ")),
+            ports,
+        ));
     }
     Ok(Peer::Unsupported(format!(
         "{} selects by {}",

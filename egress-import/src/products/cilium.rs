@@ -15,7 +15,8 @@ use crate::{
     manifest::Manifest,
     object::{Cluster, Document, Entries, Policy, Subject},
     remark::{Remark, add},
-    rule::{Barrier, Rule, hold_back},
+    rule::Rule,
+    translate::{Barrier, hold_back},
 };
 use rules::Groups;
 

@@ -18,8 +18,9 @@ use crate::{
     names::Wildcards,
     object::{Cluster, Document, Entries, Policy, Subject},
     remark::{Remark, add},
-    rule::{Barrier, Peer, Protocol, Rule, hold_back},
+    rule::{Peer, Protocol, Rule},
     selector,
+    translate::{Barrier, hold_back},
 };
 
 /// In the middle of the tier, so that there is room before and behind it.

@@ -20,7 +20,7 @@ use crate::{
     manifest::Manifest,
     object::{Cluster, ClusterRule, Document, Entries, Object, Policy, Spec, Subject},
     remark::{Remark, add},
-    rule::Translator,
+    translate::Translator,
 };
 
 /// The highest priority number.
