@@ -77,7 +77,7 @@ impl Subject {
 }
 
 /// A rule of a `ClusterEgressPolicy`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct ClusterRule {
     pub(crate) name: Option<String>,
     pub(crate) action: Action,
@@ -85,7 +85,7 @@ pub(crate) struct ClusterRule {
 }
 
 /// A list of entries with remarks in between.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Entries(pub(crate) Vec<Line>);
 
 /// A line of such a list.

@@ -1,5 +1,7 @@
 //! The translation of rules to entries.
 
+use std::collections::BTreeMap;
+
 use egress_api::Action;
 use egress_policy::{Prefix, check_entry, prefix::to_mapped};
 
@@ -60,9 +62,15 @@ impl Translator {
     }
 
     /// The rules of an ordered list. A rule without entries leaves its remarks to the next one.
-    pub(crate) fn ordered(mut self, rules: &[Rule]) -> Vec<ClusterRule> {
+    ///
+    /// `before` is what earlier rules could not express. Returns this with what these rules could not express.
+    pub(crate) fn ordered(
+        mut self,
+        rules: &[Rule],
+        before: Barrier,
+    ) -> (Vec<ClusterRule>, Barrier) {
         self.denies_inside |= rules.iter().any(Rule::denies_addresses);
-        let mut barrier = Barrier::None;
+        let mut barrier = before;
         let mut written = Vec::new();
         for rule in rules {
             let (mut entries, missing) = self.entries(rule);
@@ -76,7 +84,34 @@ impl Translator {
                 entries,
             });
         }
-        written
+        (written, barrier)
+    }
+}
+
+/// What policies could not express. Policies of different namespaces do not concern each other.
+#[derive(Debug, Default)]
+pub(crate) struct Barriers {
+    cluster: Barrier,
+    namespaces: BTreeMap<String, Barrier>,
+}
+
+impl Barriers {
+    /// What concerns a policy of a namespace, or of the cluster.
+    pub(crate) fn of(&self, namespace: Option<&str>) -> Barrier {
+        let others = match namespace {
+            Some(namespace) => self.namespaces.get(namespace).copied(),
+            None => self.namespaces.values().max().copied(),
+        };
+        self.cluster.max(others.unwrap_or_default())
+    }
+
+    /// Notes what a policy of a namespace, or of the cluster, could not express.
+    pub(crate) fn add(&mut self, namespace: Option<&str>, barrier: Barrier) {
+        let noted = match namespace {
+            Some(namespace) => self.namespaces.entry(namespace.to_owned()).or_default(),
+            None => &mut self.cluster,
+        };
+        *noted = barrier.max(*noted);
     }
 }
 
@@ -101,7 +136,7 @@ pub(crate) fn hold_back(entries: &mut Entries, barrier: Barrier) {
         }
     }
     let remark = Remark::left_out(
-        "a rule before was refused and may limit the commented entries; write that one first",
+        "a rule that was refused may limit the commented entries; write that one first",
     );
     entries.0.insert(first, Line::Remark(remark));
 }
@@ -320,11 +355,20 @@ impl Work {
             Protocol::Udp => "udp".to_owned(),
             Protocol::Sctp => "sctp".to_owned(),
             Protocol::Number(number) => {
-                return if range.is_none() {
-                    vec![format!("/ip-{number}")]
-                } else {
-                    Vec::new()
-                };
+                if range.is_none() {
+                    return vec![format!("/ip-{number}")];
+                }
+                let what =
+                    format!("ports of protocol {number}: an entry with this protocol has none");
+                match self.verb {
+                    Verb::Allow => self.remark(Remark::left_out(what)),
+                    Verb::Deny => {
+                        self.remark(Remark::note(format!("{what}; the deny is for all of it")));
+                        return vec![format!("/ip-{number}")];
+                    }
+                    Verb::Pass => self.refuse(what, Barrier::All),
+                }
+                return Vec::new();
             }
             Protocol::Icmp {
                 v4: in_v4,

@@ -6,11 +6,18 @@ mod written;
 
 use std::{fmt::Write as _, net::Ipv4Addr};
 
-use egress_import::{Imported, Input, Options, import};
+use egress_import::{Finding, Imported, Input, Options, import};
 use proptest::prelude::*;
 use written::{Packet, Written};
 
+/// The objects of a policy of which nothing is left out.
 fn imported(text: &str) -> Written {
+    let (written, findings) = imported_in_part(text);
+    assert!(findings.is_empty(), "{findings:?}\n{text}");
+    written
+}
+
+fn imported_in_part(text: &str) -> (Written, Vec<Finding>) {
     let input = Input {
         name: "random.yaml".to_owned(),
         text: text.to_owned(),
@@ -22,8 +29,7 @@ fn imported(text: &str) -> Written {
         ..
     } = import(&[input], &Options::default());
     assert!(problems.is_empty(), "{problems:?}\n{text}");
-    assert!(findings.is_empty(), "{findings:?}\n{text}");
-    Written::read(&yaml)
+    (Written::read(&yaml), findings)
 }
 
 /// A prefix within 198.51.0.0/16, so that random ones overlap.
@@ -256,6 +262,61 @@ proptest! {
                 }
             }
             prop_assert_eq!(written.allows(&Packet::to(address, port)), theirs, "{} {}\n{}", address, port, text);
+        }
+    }
+
+    #[test]
+    fn tiers_of_calico(
+        policies in prop::collection::vec(
+            (any::<bool>(), any::<bool>(), prop::collection::vec(ordered(ALL_ACTIONS), 0..3), any::<bool>()),
+            1..5,
+        ),
+        addresses in addresses(),
+        port in 1_u16..8,
+    ) {
+        const TIERS: [&str; 2] = ["security", "default"];
+        let mut text = "apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: security}\nspec: {order: 10}\n".to_owned();
+        for (i, (is_default, is_global, rules, passes)) in policies.iter().enumerate() {
+            let (kind, namespace) = if *is_global {
+                ("GlobalNetworkPolicy", "")
+            } else {
+                ("NetworkPolicy", ", namespace: n")
+            };
+            let _ = writeln!(
+                text,
+                "---\napiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: a{i}{namespace}}}\nspec:\n  tier: \
+                 {}\n  order: {i}\n  types: [Egress]\n  egress:",
+                TIERS[usize::from(*is_default)],
+            );
+            for rule in rules {
+                let _ = writeln!(text, "  - action: {:?}\n    destination:\n      nets: [{}]", rule.action, rule.block.text());
+            }
+            if *passes {
+                text.push_str("  - action: Pass\n");
+            }
+        }
+        let (written, _) = imported_in_part(&text);
+        for address in addresses {
+            // What every tier passes on is allowed by the profile of the namespace.
+            let mut theirs = true;
+            for tier in 0..2 {
+                let of_tier = || policies.iter().filter(|(is_default, ..)| usize::from(*is_default) == tier);
+                let decision = of_tier().find_map(|(_, _, rules, passes)| {
+                    let decides = rules.iter().find(|rule| rule.block.contains(address));
+                    decides.map(|rule| rule.action).or(passes.then_some(Action::Pass))
+                });
+                match decision {
+                    Some(Action::Pass) => {}
+                    None if of_tier().next().is_none() => {}
+                    decision => {
+                        theirs = decision == Some(Action::Allow);
+                        break;
+                    }
+                }
+            }
+            if written.allows(&Packet::to(address, port)) {
+                prop_assert!(theirs, "{} {}\n{}", address, port, text);
+            }
         }
     }
 

@@ -17,10 +17,11 @@ use crate::{
     fields::Fields,
     manifest::Manifest,
     names::Wildcards,
-    object::{Cluster, Document, Subject},
+    object::{Cluster, ClusterRule, Document, Subject},
     remark::{Remark, add},
     rule::{Peer, Ports, Protocol, Rule},
     selector,
+    translate::Barriers,
 };
 
 /// The tiers that Antrea has from the beginning.
@@ -45,6 +46,9 @@ struct Unit {
     subjects: Vec<Subject>,
     rules: Vec<Rule>,
     order: (f64, f64, usize),
+    namespace: Option<String>,
+    /// The rules as entries.
+    written: Vec<ClusterRule>,
 }
 
 pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usize, Document)> {
@@ -52,7 +56,7 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
     let policies = manifests.iter().filter(|(_, manifest)| {
         ["ClusterNetworkPolicy", "NetworkPolicy"].contains(&manifest.kind.as_str())
     });
-    let read: Vec<_> = policies
+    let mut read: Vec<_> = policies
         .map(|(i, manifest)| (*i, *manifest, read(manifest, &tiers, options)))
         .collect();
     let mut orders: Vec<(f64, f64, usize)> = read
@@ -62,6 +66,13 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
         .collect();
     orders.sort_by(compare);
     let numbers = ranks(&orders, FIRST, LAST_PRIORITY);
+    translate(
+        read.iter_mut()
+            .filter_map(|(_, _, policy)| policy.as_mut().ok())
+            .flat_map(|(units, _)| units)
+            .collect(),
+        options,
+    );
     let mut documents: Vec<(usize, Document)> = read
         .into_iter()
         .map(|(i, manifest, policy)| {
@@ -74,7 +85,7 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
                         .iter()
                         .position(|order| *order == unit.order)
                         .and_then(|at| numbers.get(at));
-                    write(document, unit, *number.unwrap_or(&LAST_PRIORITY), options);
+                    write(document, unit, *number.unwrap_or(&LAST_PRIORITY));
                 }
                 Ok(())
             });
@@ -91,6 +102,19 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
         }
     }
     documents
+}
+
+/// Translates rules in the order of evaluation, since a rule that cannot be written concerns those behind it.
+fn translate(mut units: Vec<&mut Unit>, options: &Options) {
+    units.sort_by(|a, b| compare(&a.order, &b.order));
+    let mut barriers = Barriers::default();
+    for unit in units {
+        let namespace = unit.namespace.as_deref();
+        let before = barriers.of(namespace);
+        let (rules, barrier) = translator(options).ordered(&unit.rules, before);
+        barriers.add(namespace, barrier);
+        unit.written = rules;
+    }
 }
 
 fn compare(a: &(f64, f64, usize), b: &(f64, f64, usize)) -> Ordering {
@@ -168,6 +192,8 @@ fn read(
                 subjects,
                 rules: vec![rule],
                 order: (place, priority, units.len()),
+                namespace: namespace.clone(),
+                written: Vec::new(),
             }),
         }
     }
@@ -179,7 +205,7 @@ fn read(
     Ok((units, remarks))
 }
 
-fn write(document: &mut Document, unit: Unit, priority: u32, options: &Options) {
+fn write(document: &mut Document, unit: Unit, priority: u32) {
     if unit.subjects.is_empty() {
         add(
             &mut document.remarks,
@@ -202,7 +228,7 @@ fn write(document: &mut Document, unit: Unit, priority: u32, options: &Options) 
             tier,
             priority,
             subject,
-            rules: translator(options).ordered(&unit.rules),
+            rules: unit.written.clone(),
         };
         add_cluster(document, name, cluster);
     }

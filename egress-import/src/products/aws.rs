@@ -12,64 +12,89 @@ use crate::{
     remark::Remark,
     rule::{Peer, Ports, Protocol, Rule},
     selector,
+    translate::Barrier,
 };
 
 pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usize, Document)> {
-    manifests
-        .iter()
-        .filter_map(|(i, manifest)| {
-            let document = match manifest.kind.as_str() {
-                "ApplicationNetworkPolicy" => {
-                    network_policy::import_one(manifest, Wildcards::Labels, options)
-                }
-                "ClusterNetworkPolicy" => import_cluster(manifest, options),
-                _ => return None,
-            };
-            Some((*i, document))
-        })
-        .collect()
-}
-
-fn import_cluster(manifest: &Manifest, options: &Options) -> Document {
-    document(manifest, |document| {
-        let spec = manifest.spec()?;
-        let others = spec.others(&["tier", "priority", "subject", "ingress", "egress"]);
-        if !others.is_empty() {
-            return Err(format!("spec has unknown fields: {}", others.join(", ")));
+    let mut documents = Vec::new();
+    let mut clusters = Vec::new();
+    for (i, manifest) in manifests {
+        match manifest.kind.as_str() {
+            "ApplicationNetworkPolicy" => documents.push((
+                *i,
+                network_policy::import_one(manifest, Wildcards::Labels, options),
+            )),
+            "ClusterNetworkPolicy" => clusters.push((*i, *manifest, read_cluster(manifest))),
+            _ => {}
         }
-        if spec.has("ingress") {
-            document.remarks.push(Remark::note(
-                "the part about ingress stays with the original",
-            ));
-        }
-        let tier = match spec.needed("tier")?.as_str() {
-            "Admin" => Tier::Admin,
-            "Baseline" => Tier::Baseline,
-            other => {
-                return Err(format!(
-                    "spec.tier is `{other}`: expected Admin or Baseline"
+    }
+    // In the order of evaluation, since a rule that cannot be written concerns those behind it.
+    clusters.sort_by_key(|(.., read)| {
+        let place = read.as_ref().ok();
+        place.map(|read| (read.tier == Tier::Baseline, read.priority))
+    });
+    let mut barrier = Barrier::None;
+    for (i, manifest, read) in clusters {
+        let document = document(manifest, |document| {
+            let read = read?;
+            if read.has_ingress {
+                document.remarks.push(Remark::note(
+                    "the part about ingress stays with the original",
                 ));
             }
-        };
-        let priority: u32 = spec
-            .needed("priority")?
-            .parse()
-            .ok()
-            .filter(|priority| *priority <= super::LAST_PRIORITY)
-            .ok_or("spec.priority is not a number from 0 to 1000")?;
-        let rules = spec
-            .mappings("egress")?
-            .iter()
-            .map(read_rule)
-            .collect::<Result<Vec<_>, _>>()?;
-        let cluster = Cluster {
-            tier,
-            priority,
-            subject: read_subject(&spec.mapping("subject")?)?,
-            rules: translator(options).ordered(&rules),
-        };
-        add_cluster(document, manifest.name.clone(), cluster);
-        Ok(())
+            let (rules, missing) = translator(options).ordered(&read.rules, barrier);
+            barrier = missing;
+            let cluster = Cluster {
+                tier: read.tier,
+                priority: read.priority,
+                subject: read.subject,
+                rules,
+            };
+            add_cluster(document, manifest.name.clone(), cluster);
+            Ok(())
+        });
+        documents.push((i, document));
+    }
+    documents
+}
+
+/// A `ClusterNetworkPolicy`.
+struct ReadCluster {
+    tier: Tier,
+    priority: u32,
+    subject: Subject,
+    rules: Vec<Rule>,
+    has_ingress: bool,
+}
+
+fn read_cluster(manifest: &Manifest) -> Result<ReadCluster, String> {
+    let spec = manifest.spec()?;
+    let others = spec.others(&["tier", "priority", "subject", "ingress", "egress"]);
+    if !others.is_empty() {
+        return Err(format!("spec has unknown fields: {}", others.join(", ")));
+    }
+    let tier = match spec.needed("tier")?.as_str() {
+        "Admin" => Tier::Admin,
+        "Baseline" => Tier::Baseline,
+        other => {
+            return Err(format!(
+                "spec.tier is `{other}`: expected Admin or Baseline"
+            ));
+        }
+    };
+    let priority: u32 = spec
+        .needed("priority")?
+        .parse()
+        .ok()
+        .filter(|priority| *priority <= super::LAST_PRIORITY)
+        .ok_or("spec.priority is not a number from 0 to 1000")?;
+    let rules = spec.mappings("egress")?;
+    Ok(ReadCluster {
+        tier,
+        priority,
+        subject: read_subject(&spec.mapping("subject")?)?,
+        rules: rules.iter().map(read_rule).collect::<Result<_, _>>()?,
+        has_ingress: spec.has("ingress"),
     })
 }
 

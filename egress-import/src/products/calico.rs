@@ -25,9 +25,10 @@ use crate::{
     object::{Cluster, ClusterRule, Document, Entries, Policy, Subject, both},
     remark::{Remark, add},
     rule::{Peer, Rule},
+    translate::{Barrier, Barriers},
 };
 use language::Expression;
-use order::{Order, Place};
+use order::{Numbers, Order, Place};
 use rules::Around;
 use sets::Set;
 
@@ -49,7 +50,7 @@ type ReadPolicy = Result<(Option<Read>, Vec<Remark>), String>;
 
 pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usize, Document)> {
     let (sets, mut documents) = sets::import(manifests, options);
-    let policies: Vec<(usize, &Manifest, ReadPolicy)> = manifests
+    let mut policies: Vec<(usize, &Manifest, ReadPolicy)> = manifests
         .iter()
         .filter(|(_, manifest)| {
             ["NetworkPolicy", "GlobalNetworkPolicy"].contains(&manifest.kind.as_str())
@@ -75,6 +76,9 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
             })
         }),
     );
+    // In the order of evaluation, since a rule that cannot be written concerns those behind it.
+    policies.sort_by_key(|(i, ..)| order.numbers(*i).ok().map(|numbers| numbers.own));
+    let mut barriers = Barriers::default();
     for (i, manifest, policy) in policies {
         let document = document(manifest, |document| {
             let (policy, remarks) = policy?;
@@ -83,7 +87,8 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
                 return Ok(());
             };
             if order.matters() {
-                write_ordered(document, manifest, policy, (i, &order), options)
+                let place = (order.numbers(i)?, &mut barriers);
+                write_ordered(document, manifest, policy, place, options)
             } else {
                 write_allow_only(document, manifest, &policy, options);
                 Ok(())
@@ -210,7 +215,8 @@ fn write_allow_only(document: &mut Document, manifest: &Manifest, read: &Read, o
         tier: Tier::Admin,
         priority: ALLOW_PRIORITY,
         subject: read.subject.clone(),
-        rules: translator.ordered(&read.rules),
+        // No rule denies, so none is refused.
+        rules: translator.ordered(&read.rules, Barrier::None).0,
     };
     add_cluster(document, manifest.name.clone(), cluster);
     document.objects.push(close_cluster(
@@ -223,10 +229,9 @@ fn write_ordered(
     document: &mut Document,
     manifest: &Manifest,
     mut read: Read,
-    (index, order): (usize, &Order),
+    (numbers, barriers): (Numbers, &mut Barriers),
     options: &Options,
 ) -> Result<(), String> {
-    let numbers = order.numbers(index)?;
     let (subject, name) = match &read.namespace {
         None => (read.subject.clone(), manifest.name.clone()),
         Some(_) => {
@@ -264,11 +269,14 @@ fn write_ordered(
     }
     let mut translator = translator(options);
     translator.denies_inside = read.namespace.is_none();
+    let namespace = read.namespace.as_ref().and_then(Option::as_deref);
+    let (rules, barrier) = translator.ordered(&read.rules, barriers.of(namespace));
+    barriers.add(namespace, barrier);
     let cluster = Cluster {
         tier: Tier::Admin,
         priority: numbers.own,
         subject: subject.clone(),
-        rules: translator.ordered(&read.rules),
+        rules,
     };
     add_cluster(document, name.clone(), cluster);
     if let Some(end) = numbers.end_of_tier {

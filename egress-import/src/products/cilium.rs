@@ -16,7 +16,7 @@ use crate::{
     object::{Cluster, Document, Entries, Policy, Subject},
     remark::{Remark, add},
     rule::Rule,
-    translate::{Barrier, hold_back},
+    translate::{Barrier, Barriers, hold_back},
 };
 use rules::Groups;
 
@@ -66,6 +66,14 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
                 .any(|part| !part.allow.is_empty() && (*scope == Scope::Cluster || !part.closes))
         })
     });
+    // A denial beats every permission, so one that cannot be written concerns all policies for the same pods.
+    let mut barriers = Barriers::default();
+    for (_, manifest, scope, parts) in &parts {
+        for part in parts.iter().flat_map(|(parts, _)| parts) {
+            let concerned = key(manifest, *scope, options);
+            barriers.add(concerned.as_deref(), list(&part.deny, options).1);
+        }
+    }
     let mut documents: Vec<(usize, Document)> = parts
         .into_iter()
         .map(|(i, manifest, scope, parts)| {
@@ -74,12 +82,17 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
                 for remark in remarks {
                     add(&mut document.remarks, remark);
                 }
+                let barrier = barriers.of(key(manifest, scope, options).as_deref());
                 for part in parts {
                     match scope {
-                        Scope::Namespace => {
-                            write_namespaced(document, manifest, &part, has_admin_allow, options)?;
-                        }
-                        Scope::Cluster => write_cluster(document, &part, options),
+                        Scope::Namespace => write_namespaced(
+                            document,
+                            manifest,
+                            &part,
+                            (barrier, has_admin_allow),
+                            options,
+                        )?,
+                        Scope::Cluster => write_cluster(document, &part, barrier, options),
                     }
                 }
                 Ok(())
@@ -89,6 +102,14 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
         .collect();
     documents.extend(groups.documents(manifests));
     documents
+}
+
+/// Whose permissions the denials of a policy concern.
+fn key(manifest: &Manifest, scope: Scope, options: &Options) -> Option<String> {
+    match scope {
+        Scope::Namespace => super::namespace(manifest, options),
+        Scope::Cluster => None,
+    }
 }
 
 /// The specifications of a policy, and remarks about all of it.
@@ -191,13 +212,13 @@ fn write_namespaced(
     document: &mut Document,
     manifest: &Manifest,
     part: &Part,
-    has_admin_allow: bool,
+    (barrier, has_admin_allow): (Barrier, bool),
     options: &Options,
 ) -> Result<(), String> {
     let namespace = super::namespace(manifest, options);
     let pods = part.subject.pods.clone();
     let (mut allow, _, _) = list(&part.allow, options);
-    let (deny, barrier, any_deny) = list(&part.deny, options);
+    let (deny, _, any_deny) = list(&part.deny, options);
     hold_back(&mut allow, barrier);
     if has_admin_allow && deny.has_entries() {
         let namespace = needed_namespace(manifest, options)?;
@@ -205,7 +226,7 @@ fn write_namespaced(
             tier: Tier::Admin,
             priority: DENY_PRIORITY,
             subject: Subject::of_namespace(&namespace, pods.clone()),
-            rules: translator(options).ordered(&part.deny),
+            rules: translator(options).ordered(&part.deny, Barrier::None).0,
         };
         add_cluster(document, format!("{namespace}-{}-deny", part.name), cluster);
     }
@@ -253,15 +274,13 @@ fn write_namespaced(
     Ok(())
 }
 
-fn write_cluster(document: &mut Document, part: &Part, options: &Options) {
-    let mut barrier = Barrier::None;
+fn write_cluster(document: &mut Document, part: &Part, barrier: Barrier, options: &Options) {
     if !part.deny.is_empty() {
-        barrier = list(&part.deny, options).1;
         let cluster = Cluster {
             tier: Tier::Admin,
             priority: DENY_PRIORITY,
             subject: part.subject.clone(),
-            rules: translator(options).ordered(&part.deny),
+            rules: translator(options).ordered(&part.deny, Barrier::None).0,
         };
         add_cluster(document, format!("{}-deny", part.name), cluster);
     }
@@ -297,10 +316,7 @@ fn add_allow(
 ) {
     let mut translator = translator(options);
     translator.denies_inside = part.closes;
-    let mut rules = translator.ordered(&part.allow);
-    for rule in &mut rules {
-        hold_back(&mut rule.entries, barrier);
-    }
+    let (rules, _) = translator.ordered(&part.allow, barrier);
     let before = document.objects.len();
     let cluster = Cluster {
         tier: Tier::Admin,

@@ -88,7 +88,7 @@ fn write(
             tier: Tier::Admin,
             priority: PRIORITY,
             subject: Subject::of_namespace(&namespace, LabelSelector::default()),
-            rules: translator(options).ordered(rules),
+            rules: translator(options).ordered(rules, Barrier::None).0,
         };
         document.remarks.push(Remark::note(
             "the order of the rules counts, so they are a ClusterEgressPolicy of this namespace",

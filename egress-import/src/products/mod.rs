@@ -18,7 +18,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use crate::{
     Options,
     manifest::Manifest,
-    object::{Cluster, ClusterRule, Document, Entries, Object, Policy, Spec, Subject},
+    object::{Cluster, ClusterRule, Document, Entries, Line, Object, Policy, Spec, Subject},
     remark::{Remark, add},
     translate::Translator,
 };
@@ -194,9 +194,16 @@ fn add_cluster(document: &mut Document, name: String, cluster: Cluster) {
             spec: Spec::Cluster(cluster),
         });
     } else {
-        for rule in &cluster.rules {
-            for remark in rule.entries.remarks() {
-                add(&mut document.remarks, remark.clone());
+        for line in cluster.rules.into_iter().flat_map(|rule| rule.entries.0) {
+            match line {
+                Line::Remark(remark) => add(&mut document.remarks, remark),
+                Line::Offered(text) => {
+                    add(
+                        &mut document.remarks,
+                        Remark::note(format!("not written: {text}")),
+                    );
+                }
+                Line::Entry { .. } => {}
             }
         }
     }

@@ -147,6 +147,10 @@ fn other_ports(
         }
         free = free.max(max + 1);
     }
+    if ports.is_empty() {
+        // No ports at all would mean every port.
+        return unsupported("`notPorts` with every port");
+    }
     ports
 }
 
@@ -170,7 +174,14 @@ fn read_destination(
     for other in fields.others(&known) {
         rule.conditions.push(format!("`destination.{other}`"));
     }
-    let by_selector = fields.has("selector") || fields.has("namespaceSelector");
+    let is_given = |key: &str| {
+        Ok::<_, String>(
+            fields
+                .text(key)?
+                .is_some_and(|text| !text.trim().is_empty()),
+        )
+    };
+    let by_selector = is_given("selector")? || is_given("namespaceSelector")?;
     let kinds = [
         fields.has("nets") || fields.has("notNets"),
         fields.has("domains"),
