@@ -23,11 +23,8 @@ spec: {podSelector: {}, policyTypes: [Egress]}
 
 #[test]
 fn lists_are_read() {
-    let item = POLICY
-        .lines()
-        .enumerate()
-        .map(|(i, line)| format!("{} {line}\n", if i == 0 { "-" } else { " " }))
-        .collect::<String>();
+    let lines: Vec<&str> = POLICY.lines().collect();
+    let item = format!("- {}\n", lines.join("\n  "));
     let list = format!("apiVersion: v1\nkind: List\nitems:\n{item}{item}");
     let Imported {
         yaml,

@@ -1,7 +1,7 @@
 //! `ClusterNetworkPolicy` and `NetworkPolicy` of Antrea (`crd.antrea.io`).
 //!
 //! Tiers, then policies by priority, then rules in order: the first that matches decides. What none matches goes on to
-//! the NetworkPolicies of Kubernetes, and then to the tier `baseline`. That is the order of `ClusterEgressPolicy`, too.
+//! the `NetworkPolicy` objects of Kubernetes, and then to the tier `baseline`. `ClusterEgressPolicy` has the same order.
 
 use std::{cmp::Ordering, collections::BTreeMap};
 
@@ -34,7 +34,7 @@ const TIERS: [(&str, f64); 6] = [
     ("baseline", 253.0),
 ];
 
-/// The tier behind the NetworkPolicies of Kubernetes.
+/// The tier behind the `NetworkPolicy` objects of Kubernetes.
 const BASELINE: f64 = 253.0;
 
 /// The first priority number that is used, so that there is room in front.

@@ -15,8 +15,8 @@ use egress_api::{Action, Tier};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
 use super::{
-    Numbered, add_cluster, close_cluster, closed, document, namespace, needed_namespace, policy,
-    translator,
+    Numbered, Reach, add_cluster, close_cluster, closed, document, namespace, needed_namespace,
+    policy, translator,
 };
 use crate::{
     Options,
@@ -37,8 +37,7 @@ const ALLOW_PRIORITY: u32 = 500;
 
 /// A policy about egress.
 struct Read {
-    /// Set for a policy of a namespace.
-    namespace: Option<Option<String>>,
+    reach: Reach,
     tier: String,
     order: f64,
     subject: Subject,
@@ -146,11 +145,15 @@ fn read(manifest: &Manifest, sets: &[Set], options: &Options) -> ReadPolicy {
         ));
         return Ok((None, remarks));
     }
-    let namespace = (manifest.kind == "NetworkPolicy").then(|| namespace(manifest, options));
-    let subject = read_subject(&spec, namespace.is_some())?;
+    let reach = if manifest.kind == "NetworkPolicy" {
+        Reach::Namespace(namespace(manifest, options))
+    } else {
+        Reach::Cluster
+    };
+    let subject = read_subject(&spec, &reach)?;
     let around = Around {
         sets,
-        namespace: namespace.as_ref().map(Option::as_deref),
+        reach: &reach,
     };
     let mut rules = Vec::new();
     for fields in spec.mappings("egress")? {
@@ -166,7 +169,7 @@ fn read(manifest: &Manifest, sets: &[Set], options: &Options) -> ReadPolicy {
     }
     Ok((
         Some(Read {
-            namespace,
+            reach,
             tier: spec.text("tier")?.unwrap_or_else(|| "default".to_owned()),
             order: spec.number("order")?.unwrap_or(f64::INFINITY),
             subject,
@@ -176,10 +179,10 @@ fn read(manifest: &Manifest, sets: &[Set], options: &Options) -> ReadPolicy {
     ))
 }
 
-fn read_subject(spec: &Fields<'_>, is_namespaced: bool) -> Result<Subject, String> {
+fn read_subject(spec: &Fields<'_>, reach: &Reach) -> Result<Subject, String> {
     let Subject { namespaces, pods } =
         Expression::read(&spec.text("selector")?.unwrap_or_default())?.subject()?;
-    if is_namespaced {
+    if *reach != Reach::Cluster {
         if namespaces != LabelSelector::default() || spec.has("namespaceSelector") {
             return Err("it selects namespaces, in a policy of one namespace".to_owned());
         }
@@ -194,7 +197,7 @@ fn read_subject(spec: &Fields<'_>, is_namespaced: bool) -> Result<Subject, Strin
 }
 
 fn write_allow_only(document: &mut Document, manifest: &Manifest, read: &Read, options: &Options) {
-    if let Some(namespace) = &read.namespace {
+    if let Reach::Namespace(namespace) = &read.reach {
         let mut allow = Entries::default();
         for rule in &read.rules {
             allow.extend(translator(options).entries(rule).0);
@@ -232,9 +235,9 @@ fn write_ordered(
     (numbers, barriers): (Numbers, &mut Barriers),
     options: &Options,
 ) -> Result<(), String> {
-    let (subject, name) = match &read.namespace {
-        None => (read.subject.clone(), manifest.name.clone()),
-        Some(_) => {
+    let (subject, name) = match &read.reach {
+        Reach::Cluster => (read.subject.clone(), manifest.name.clone()),
+        Reach::Namespace(_) => {
             let namespace = needed_namespace(manifest, options)?;
             (
                 Subject::of_namespace(&namespace, read.subject.pods.clone()),
@@ -250,7 +253,7 @@ fn write_ordered(
                 "the last rule passes everything to the next tier, as rules here do that match nothing",
             ));
         }
-        Some(Action::Deny) if numbers.is_last_of_tier && read.namespace.is_some() => {
+        Some(Action::Deny) if numbers.is_last_of_tier && read.reach != Reach::Cluster => {
             read.rules.pop();
             document.remarks.push(Remark::note(
                 "the last rule denies the rest: the pods are closed",
@@ -268,8 +271,8 @@ fn write_ordered(
         }
     }
     let mut translator = translator(options);
-    translator.denies_inside = read.namespace.is_none();
-    let namespace = read.namespace.as_ref().and_then(Option::as_deref);
+    translator.denies_inside = read.reach == Reach::Cluster;
+    let namespace = read.reach.namespace();
     let (rules, barrier) = translator.ordered(&read.rules, barriers.of(namespace));
     barriers.add(namespace, barrier);
     let cluster = Cluster {
@@ -292,9 +295,11 @@ fn write_ordered(
         };
         add_cluster(document, format!("{name}-end-of-tier"), cluster);
     } else if numbers.is_last_tier {
-        document.objects.push(match &read.namespace {
-            None => close_cluster(&format!("{name}-close"), subject),
-            Some(namespace) => closed(&manifest.name, namespace.clone(), read.subject.pods.clone()),
+        document.objects.push(match &read.reach {
+            Reach::Cluster => close_cluster(&format!("{name}-close"), subject),
+            Reach::Namespace(namespace) => {
+                closed(&manifest.name, namespace.clone(), read.subject.pods.clone())
+            }
         });
     }
     Ok(())

@@ -8,7 +8,9 @@ mod selectors;
 
 use egress_api::{Action, Tier};
 
-use super::{Numbered, add_cluster, close_cluster, document, needed_namespace, policy, translator};
+use super::{
+    Numbered, Reach, add_cluster, close_cluster, document, needed_namespace, policy, translator,
+};
 use crate::{
     Options,
     fields::Fields,
@@ -195,13 +197,13 @@ fn read_spec(
     if !spec.has("endpointSelector") {
         return Err(format!("{} has no endpointSelector", spec.place()));
     }
-    let own = match scope {
-        Scope::Namespace => Some(manifest.namespace.as_deref()),
-        Scope::Cluster => None,
+    let reach = match scope {
+        Scope::Namespace => Reach::Namespace(manifest.namespace.clone()),
+        Scope::Cluster => Reach::Cluster,
     };
     Ok(Some(Part {
         name,
-        subject: selectors::read(&spec.mapping("endpointSelector")?, own)?,
+        subject: selectors::read(&spec.mapping("endpointSelector")?, &reach)?,
         closes,
         allow: rules::read(spec, "egress", Action::Allow, groups)?,
         deny: rules::read(spec, "egressDeny", Action::Deny, groups)?,

@@ -29,15 +29,14 @@ const LAST_PRIORITY: u32 = 1000;
 /// The objects of each manifest, in the order of the manifests.
 pub(crate) fn import(manifests: &[Manifest], options: &Options) -> Vec<Document> {
     let mut documents: Vec<(usize, Document)> = Vec::new();
-    let mut take =
-        |groups: &[&str], import: fn(&[Numbered<'_>], &Options) -> Vec<(usize, Document)>| {
-            let of_product: Vec<Numbered<'_>> = manifests
-                .iter()
-                .enumerate()
-                .filter(|(_, manifest)| groups.contains(&manifest.group.as_str()))
-                .collect();
-            documents.extend(import(&of_product, options));
-        };
+    let mut take = |groups: &[&str], import: Import| {
+        let of_product: Vec<Numbered<'_>> = manifests
+            .iter()
+            .enumerate()
+            .filter(|(_, manifest)| groups.contains(&manifest.group.as_str()))
+            .collect();
+        documents.extend(import(&of_product, options));
+    };
     take(&["networking.k8s.io"], network_policy::import);
     take(&["cilium.io"], cilium::import);
     take(
@@ -63,6 +62,28 @@ pub(crate) fn import(manifests: &[Manifest], options: &Options) -> Vec<Document>
 
 /// A manifest and its place among all of them.
 type Numbered<'a> = (usize, &'a Manifest);
+
+/// Imports the manifests of one product, each to a document with its place.
+type Import = fn(&[Numbered<'_>], &Options) -> Vec<(usize, Document)>;
+
+/// Whose pods a policy is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Reach {
+    /// Those of a namespace. Its name is not always known.
+    Namespace(Option<String>),
+    /// Those of all namespaces.
+    Cluster,
+}
+
+impl Reach {
+    /// The name of the namespace, if it is known.
+    fn namespace(&self) -> Option<&str> {
+        match self {
+            Self::Namespace(name) => name.as_deref(),
+            Self::Cluster => None,
+        }
+    }
+}
 
 /// An object of a kind that is not imported.
 fn unread(manifest: &Manifest) -> Document {

@@ -5,7 +5,7 @@
 //! `443.rule` is any destination on that port, and `github.com.rule` is any TCP port. A file below `egress/` and not
 //! below `egress/external/` is about something in the cluster.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use egress_api::Action;
 
@@ -23,7 +23,9 @@ const LABEL: &str = "app";
 
 /// Whether a file's name says that it is a rule.
 pub(crate) fn is_rule_file(path: &str) -> bool {
-    path.ends_with(".rule")
+    Path::new(path)
+        .extension()
+        .is_some_and(|extension| extension == "rule")
 }
 
 /// One object for each program.

@@ -87,7 +87,7 @@ impl Expression {
     /// As a selector of namespaces.
     pub(super) fn namespaces(&self) -> Result<LabelSelector, String> {
         let mut subject = Subject::default();
-        self.add_to(&mut subject, &namespace_label)?;
+        self.add_to(&mut subject, &|key| Ok(namespace_label(key)))?;
         Ok(subject.namespaces)
     }
 
@@ -169,6 +169,7 @@ enum Place {
     Orchestrator,
 }
 
+/// Says whose label a key of a selector is.
 type Places = dyn Fn(&str) -> Result<Place, String>;
 
 fn pod_label(key: &str) -> Result<Place, String> {
@@ -185,11 +186,11 @@ fn pod_label(key: &str) -> Result<Place, String> {
     }
 }
 
-fn namespace_label(key: &str) -> Result<Place, String> {
-    Ok(Place::Namespace(match key {
+fn namespace_label(key: &str) -> Place {
+    Place::Namespace(match key {
         "projectcalico.org/name" => NAMESPACE_NAME.to_owned(),
         _ => key.to_owned(),
-    }))
+    })
 }
 
 fn add(

@@ -10,6 +10,7 @@ use crate::{
     cidr,
     fields::{Fields, text},
     names::Wildcards,
+    products::Reach,
     remark::Remark,
     rule::{Peer, Ports, Protocol, Rule},
 };
@@ -18,8 +19,8 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct Around<'a> {
     pub(super) sets: &'a [Set],
-    /// The namespace of the policy, if it is in one.
-    pub(super) namespace: Option<Option<&'a str>>,
+    /// Whose policy it is.
+    pub(super) reach: &'a Reach,
 }
 
 /// Reads a rule; none for `Log`, which decides nothing.
@@ -271,9 +272,9 @@ fn read_selectors(
     let of_namespaces = Expression::read(&namespaces)?;
     let among = match &of_namespaces {
         Expression::Global => Among::Global,
-        _ if namespaces.trim().is_empty() => match around.namespace {
-            Some(namespace) => Among::Namespace(namespace),
-            None => Among::All,
+        _ if namespaces.trim().is_empty() => match around.reach {
+            Reach::Namespace(namespace) => Among::Namespace(namespace.as_deref()),
+            Reach::Cluster => Among::All,
         },
         Expression::All => Among::Namespaces,
         Expression::In(key, values) if key == "projectcalico.org/name" && values.len() == 1 => {

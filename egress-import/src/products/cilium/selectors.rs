@@ -3,6 +3,7 @@
 use crate::{
     fields::Fields,
     object::{NAMESPACE_NAME, Subject},
+    products::Reach,
     selector,
 };
 
@@ -12,15 +13,15 @@ const NAMESPACE: &str = "io.kubernetes.pod.namespace";
 /// The prefix of labels that a pod's namespace has.
 const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
 
-/// Reads a selector. `own` is the namespace of a policy in one; the selector may repeat it.
-pub(super) fn read(fields: &Fields<'_>, own: Option<Option<&str>>) -> Result<Subject, String> {
+/// Reads a selector. That of a policy in a namespace may repeat the namespace.
+pub(super) fn read(fields: &Fields<'_>, reach: &Reach) -> Result<Subject, String> {
     let pods = selector::read_renamed(fields, |key| Ok(pod_key(key)?.map(str::to_owned)))?;
     let namespaces = selector::read_renamed(fields, |key| Ok(namespace_key(without_source(key))))?;
-    if let Some(own) = own {
+    if let Reach::Namespace(own) = reach {
         let names = namespaces.match_labels.iter().flatten();
         let repeats = names
             .clone()
-            .all(|(key, value)| key == NAMESPACE_NAME && Some(value.as_str()) == own);
+            .all(|(key, value)| key == NAMESPACE_NAME && Some(value) == own.as_ref());
         if !repeats || namespaces.match_expressions.is_some() {
             return Err(format!(
                 "{} is about namespaces, in a policy of one namespace",
@@ -69,8 +70,8 @@ mod tests {
 
     use super::*;
 
-    fn subject(selector: &serde_json::Value, own: Option<Option<&str>>) -> Result<Subject, String> {
-        read(&Fields::new(selector, "endpointSelector").unwrap(), own)
+    fn subject(selector: &serde_json::Value, reach: &Reach) -> Result<Subject, String> {
+        read(&Fields::new(selector, "endpointSelector").unwrap(), reach)
     }
 
     #[test]
@@ -83,7 +84,7 @@ mod tests {
             },
             "matchExpressions": [{"key": "any:tier", "operator": "Exists"}],
         });
-        let Subject { namespaces, pods } = subject(&selector, None).unwrap();
+        let Subject { namespaces, pods } = subject(&selector, &Reach::Cluster).unwrap();
         assert_eq!(
             selector::words(&namespaces),
             "kubernetes.io/metadata.name=shop, team=a"
@@ -94,8 +95,8 @@ mod tests {
     #[test]
     fn a_policy_of_a_namespace_selects_pods_of_that_namespace() {
         let other = json!({"matchLabels": {"io.kubernetes.pod.namespace": "other"}});
-        assert!(subject(&other, Some(Some("shop"))).is_err());
-        assert!(subject(&other, Some(Some("other"))).is_ok());
+        assert!(subject(&other, &Reach::Namespace(Some("shop".to_owned()))).is_err());
+        assert!(subject(&other, &Reach::Namespace(Some("other".to_owned()))).is_ok());
     }
 
     #[test]
@@ -106,7 +107,7 @@ mod tests {
             "io.kubernetes.pod.name",
         ] {
             assert!(
-                subject(&json!({"matchLabels": {key: "x"}}), None).is_err(),
+                subject(&json!({"matchLabels": {key: "x"}}), &Reach::Cluster).is_err(),
                 "{key}"
             );
         }
