@@ -15,6 +15,7 @@ pub(crate) struct Manifest {
     /// The API group, without its version; empty for the core group.
     pub(crate) group: String,
     pub(crate) kind: String,
+    /// Empty if it has none.
     pub(crate) name: String,
     pub(crate) namespace: Option<String>,
     pub(crate) labels: BTreeMap<String, String>,
@@ -25,6 +26,7 @@ impl Manifest {
     /// Kind, namespace and name, for messages.
     pub(crate) fn source(&self) -> String {
         match &self.namespace {
+            _ if self.name.is_empty() => format!("{} without a name", self.kind),
             Some(namespace) => format!("{} {namespace}/{}", self.kind, self.name),
             None => format!("{} {}", self.kind, self.name),
         }
@@ -108,7 +110,8 @@ fn manifest(origin: &str, value: Value) -> Result<Manifest, String> {
         (
             fields.needed("apiVersion")?,
             fields.needed("kind")?,
-            metadata.needed("name")?,
+            // Files of tools, such as a Kustomization, have none.
+            metadata.text("name")?.unwrap_or_default(),
             metadata.text("namespace")?,
             metadata.text_map("labels")?,
         )

@@ -97,7 +97,6 @@ fn what_is_no_object_is_a_problem_with_its_place() {
         ("a: [", "a.yaml:"),
         ("kind: NetworkPolicy\n", "a.yaml:1"),
         ("- a\n- b\n", "a.yaml:1"),
-        ("apiVersion: v1\nkind: Pod\n", "a.yaml:1"),
     ] {
         let problems = imported(text).problems;
         assert_eq!(problems.len(), 1, "{text}");
@@ -108,6 +107,11 @@ fn what_is_no_object_is_a_problem_with_its_place() {
         );
     }
     assert!(imported("").problems.is_empty());
+    // Such as a Kustomization.
+    let tool = imported("apiVersion: v1\nkind: Pod\n");
+    assert!(tool.problems.is_empty() && tool.findings.is_empty());
+    let unnamed = imported(&POLICY.replace("{name: web}", "{}"));
+    assert_eq!((unnamed.objects, unnamed.findings.len()), (0, 1));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Read as _, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -20,17 +20,19 @@ const EXTENSIONS: [&str; 4] = ["yaml", "yml", "json", "rule"];
 
 pub(super) fn import(args: &ImportArgs) -> Result<ExitCode> {
     let mut inputs = Vec::new();
-    let mut unread = 0;
+    let mut errors = Vec::new();
     for path in &args.files {
-        let read = if path.as_os_str() == STANDARD_INPUT {
-            read_standard_input(&mut inputs)
+        if path.as_os_str() == STANDARD_INPUT {
+            match read_standard_input() {
+                Ok(input) => inputs.push(input),
+                Err(error) => errors.push(error),
+            }
         } else {
-            read_path(path, &mut inputs)
-        };
-        if let Err(error) = read {
-            eprintln!("{error:#}");
-            unread += 1;
+            read_path(path, &mut inputs, &mut errors);
         }
+    }
+    for error in &errors {
+        eprintln!("{error:#}");
     }
     let options = Options {
         deep_wildcards: args.deep_wildcards,
@@ -58,7 +60,7 @@ pub(super) fn import(args: &ImportArgs) -> Result<ExitCode> {
         eprintln!("nothing to import in these files");
     }
     let is_strict_failure = args.strict && !findings.is_empty();
-    let is_read = unread == 0 && problems.is_empty() && objects > 0;
+    let is_read = errors.is_empty() && problems.is_empty() && objects > 0;
     Ok(if is_read && !is_strict_failure {
         ExitCode::SUCCESS
     } else {
@@ -66,46 +68,57 @@ pub(super) fn import(args: &ImportArgs) -> Result<ExitCode> {
     })
 }
 
-fn read_standard_input(inputs: &mut Vec<Input>) -> Result<()> {
+fn read_standard_input() -> Result<Input> {
     let mut text = String::new();
     io::stdin()
         .read_to_string(&mut text)
         .context("standard input cannot be read")?;
-    inputs.push(Input {
+    Ok(Input {
         name: "standard input".to_owned(),
         text,
-    });
-    Ok(())
+    })
 }
 
 /// Reads a file, or the files in and below a directory in the order of their names.
-fn read_path(path: &Path, inputs: &mut Vec<Input>) -> Result<()> {
-    let shown = path.display();
-    if !path.is_dir() {
-        let text = fs::read_to_string(path).with_context(|| format!("{shown}: cannot be read"))?;
-        inputs.push(Input {
-            name: shown.to_string(),
-            text,
-        });
-        return Ok(());
+fn read_path(path: &Path, inputs: &mut Vec<Input>, errors: &mut Vec<anyhow::Error>) {
+    if path.is_dir() {
+        match files(path) {
+            Ok(files) => {
+                for file in files {
+                    read_path(&file, inputs, errors);
+                }
+            }
+            Err(error) => errors.push(error),
+        }
+        return;
     }
-    let mut entries = fs::read_dir(path)
+    let shown = path.display().to_string();
+    match fs::read_to_string(path).with_context(|| format!("{shown}: cannot be read")) {
+        Ok(text) => inputs.push(Input { name: shown, text }),
+        Err(error) => errors.push(error),
+    }
+}
+
+/// The subdirectories of a directory and its files with policies, but for hidden ones.
+fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut entries = fs::read_dir(directory)
         .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-        .with_context(|| format!("{shown}: the directory cannot be listed"))?;
+        .with_context(|| format!("{}: the directory cannot be listed", directory.display()))?;
     entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        let is_hidden = entry.file_name().to_string_lossy().starts_with('.');
-        let is_known = path
+    let is_wanted = |entry: &fs::DirEntry| {
+        let is_known = entry
+            .path()
             .extension()
             .is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known));
         // A link to a directory is not followed, as it may lead to one above.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if !is_hidden && (is_directory || is_known) {
-            read_path(&path, inputs)?;
-        }
-    }
-    Ok(())
+        !entry.file_name().to_string_lossy().starts_with('.') && (is_directory || is_known)
+    };
+    Ok(entries
+        .iter()
+        .filter(|entry| is_wanted(entry))
+        .map(fs::DirEntry::path)
+        .collect())
 }
 
 #[cfg(test)]

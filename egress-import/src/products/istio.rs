@@ -27,6 +27,8 @@ struct Service {
     addresses: Vec<String>,
     ports: Vec<Ports>,
     is_external: bool,
+    /// Fields that may restrict it, and that no entry expresses.
+    conditions: Vec<String>,
     /// The namespaces that see it; `*` for all, `.` for its own.
     export_to: Vec<String>,
 }
@@ -75,6 +77,21 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
 
 fn read_service(index: usize, manifest: &Manifest, options: &Options) -> Result<Service, String> {
     let spec = manifest.spec()?;
+    let known = [
+        "hosts",
+        "addresses",
+        "ports",
+        "location",
+        "resolution",
+        "endpoints",
+        "workloadSelector",
+        "exportTo",
+        "subjectAltNames",
+    ];
+    let conditions = spec.others(&known).into_iter();
+    let conditions = conditions
+        .map(|other| format!("`{other}` of ServiceEntry {}", manifest.name))
+        .collect();
     let mut ports = Vec::new();
     for port in spec.mappings("ports")? {
         let protocol = port
@@ -98,6 +115,7 @@ fn read_service(index: usize, manifest: &Manifest, options: &Options) -> Result<
         ports,
         // Without a location it is outside of the mesh.
         is_external: spec.text("location")?.as_deref() != Some("MESH_INTERNAL"),
+        conditions,
         export_to: spec.texts("exportTo")?,
     })
 }
@@ -124,6 +142,7 @@ impl Service {
         }
         let mut rule = Rule::new(Action::Allow);
         rule.ports.clone_from(&self.ports);
+        rule.conditions.clone_from(&self.conditions);
         if self.ports.is_empty() {
             rule.conditions
                 .push(format!("ServiceEntry {} has no ports", self.name));
@@ -198,6 +217,11 @@ fn sidecar(
         ));
     }
     let mut allow = Entries::default();
+    if !spec.has("egress") {
+        allow.remark(Remark::left_out(
+            "it lists no hosts, so the hosts of the mesh's own Sidecar count there; here nothing is allowed",
+        ));
+    }
     for listener in spec.mappings("egress")? {
         add_listener(
             &mut allow,

@@ -125,7 +125,12 @@ fn document(
     fill: impl FnOnce(&mut Document) -> Result<(), String>,
 ) -> Document {
     let mut document = start(manifest);
-    if let Err(error) = fill(&mut document) {
+    let filled = if manifest.name.is_empty() {
+        Err("metadata.name is missing".to_owned())
+    } else {
+        fill(&mut document)
+    };
+    if let Err(error) = filled {
         document.objects.clear();
         document.remarks.push(Remark::refused(format!(
             "{error}; nothing is written for this object"
