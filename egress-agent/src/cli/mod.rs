@@ -44,10 +44,10 @@ enum Command {
     Check(CheckArgs),
     /// Read network policies of other products, and print policy objects for this agent.
     ///
-    /// Reads those of Kubernetes, Cilium, Calico, Antrea, GKE, Amazon EKS, OVN-Kubernetes (OpenShift) and Istio, and
-    /// rule files. Writes YAML to standard output, with a comment for each difference in meaning. What has no
-    /// counterpart is left out or refused, with a line on standard error. Exits with 1 if a file cannot be read.
-    /// docs/import.md has what becomes of each kind.
+    /// Reads those of Kubernetes, Cilium, Calico, Antrea, GKE, Amazon EKS, OVN-Kubernetes and Istio, and rule files.
+    /// Writes YAML to standard output, with a comment for each difference in meaning. What has no counterpart is
+    /// left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if there is
+    /// nothing to import. docs/import.md has what becomes of each kind.
     Import(ImportArgs),
     /// Print the state of the running agent and its pods, or of one pod and the names that it has resolved.
     Status(StatusArgs),

@@ -1,4 +1,4 @@
-//! `EgressFirewall` of OVN-Kubernetes and `OpenShift` (`k8s.ovn.org/v1`).
+//! `EgressFirewall` of OVN-Kubernetes (`k8s.ovn.org/v1`).
 //!
 //! The first rule that matches decides, and what no rule matches is allowed. Only traffic that leaves the cluster is
 //! compared with rules.
