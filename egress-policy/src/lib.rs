@@ -54,6 +54,7 @@ pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use objects::Objects;
+pub use parse::check_entry;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;

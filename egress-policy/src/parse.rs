@@ -53,6 +53,20 @@ pub(super) struct EntryError {
     pub(super) message: String,
 }
 
+/// Checks that a text is one entry: `destination[:ports][/protocol]`.
+///
+/// # Errors
+///
+/// The message has the invalid part, what is wrong with it, and what was expected.
+pub fn check_entry(text: &str) -> Result<(), String> {
+    read_entry(text)
+        .map(drop)
+        .map_err(|EntryError { found, message, .. }| {
+            let found = if found.is_empty() { text } else { &found };
+            format!("`{found}` {message}")
+        })
+}
+
 /// Parses one entry, a text without separators and comments.
 pub(super) fn read_entry(text: &str) -> Result<Entry, EntryError> {
     let whole = Part { text, at: 0 };

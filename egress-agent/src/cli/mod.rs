@@ -4,6 +4,7 @@ mod ask;
 mod check;
 mod cleanup;
 mod explain;
+mod import;
 mod ready;
 mod run;
 mod start_gate;
@@ -41,6 +42,13 @@ enum Command {
     /// a line of its own; below it the line of the annotation, with carets under what is wrong. Exits with 1 if
     /// there is a problem. Loads nothing, and needs no privileges.
     Check(CheckArgs),
+    /// Read network policies of other products, and print policy objects for this agent.
+    ///
+    /// Reads those of Kubernetes, Cilium, Calico, Antrea, GKE, Amazon EKS, OVN-Kubernetes and Istio, and rule files.
+    /// Writes YAML to standard output, with a comment for each difference in meaning. What has no counterpart is
+    /// left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if there is
+    /// nothing to import. docs/import.md has what becomes of each kind.
+    Import(ImportArgs),
     /// Print the state of the running agent and its pods, or of one pod and the names that it has resolved.
     Status(StatusArgs),
     /// Print whether a pod may reach a destination, and which entry of which annotation decides.
@@ -115,6 +123,24 @@ struct CheckArgs {
     /// Configuration file. Without it, every key has its default.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct ImportArgs {
+    /// Files of policies: YAML, JSON, or rule files. `-` is standard input. Directories are read with their
+    /// subdirectories. Give all policies of a product in one run, since their order and their sets belong together.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The namespace of objects that do not name one.
+    #[arg(short, long, value_name = "NAMESPACE")]
+    namespace: Option<String>,
+    /// Write wildcards that stand for exactly one label in the original as `*.`, which is one or more labels here.
+    /// Without this option they are left out, as a comment.
+    #[arg(long)]
+    deep_wildcards: bool,
+    /// Exit with 1 if something was left out or refused.
+    #[arg(long)]
+    strict: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -207,6 +233,7 @@ impl Cli {
         let result = match self.command {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::check(&args),
+            Command::Import(args) => import::import(&args),
             Command::Status(args) => status::status(&args),
             Command::Explain(args) => Ok(explain::explain(&args)),
             Command::Ready(args) => ready::ready(&args),

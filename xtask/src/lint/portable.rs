@@ -13,7 +13,7 @@ use crate::toolchain::Compiler;
 use crate::{process, workspace};
 
 /// The crates without code for Linux only.
-const CRATES: [&str; 2] = ["egress-dns", "egress-policy"];
+const CRATES: [&str; 4] = ["egress-dns", "egress-policy", "egress-api", "egress-import"];
 
 /// The operating systems of laptops.
 const TARGETS: [&str; 2] = ["x86_64-pc-windows-gnu", "aarch64-apple-darwin"];
