@@ -19,6 +19,7 @@ use k8s_openapi::api::{
     core::v1::{ConfigMap, Container, Namespace, Pod, PodSpec, ResourceQuota, ServiceAccount},
     rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
 };
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -65,6 +66,9 @@ fn check_typed(object: &Value) -> Result<(), String> {
         }
         ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
             check::<ValidatingAdmissionPolicyBinding>(object)
+        }
+        ("apiextensions.k8s.io/v1", "CustomResourceDefinition") => {
+            check::<CustomResourceDefinition>(object)
         }
         ("monitoring.coreos.com/v1", "PodMonitor") => {
             check_keys(&object["spec"], &["selector", "podMetricsEndpoints"])
