@@ -362,7 +362,8 @@ fn cluster_policies_select_by_the_labels_of_namespaces() {
     };
     let set = "---\napiVersion: egress-agent.dev/v1alpha1\nkind: EgressSet\nmetadata: {name: git}\n\
                spec: {destinations: [github.com]}\n";
-    let shop = namespace("shop", "a.test").replace("metadata:", "metadata:\n  labels: {team: shop}");
+    let shop =
+        namespace("shop", "a.test").replace("metadata:", "metadata:\n  labels: {team: shop}");
     let in_shop = pod("a", "a.test").replace("metadata:", "metadata:\n  namespace: shop");
     dir.write("pods.yaml", in_shop + &pod("b", "a.test") + &shop);
     dir.write(
@@ -372,8 +373,17 @@ fn cluster_policies_select_by_the_labels_of_namespaces() {
     let snapshot = dir.read();
     assert_eq!(problem_texts(&snapshot), "");
     for pod in snapshot.pods.values() {
-        let tiers: Vec<_> = pod.objects.tiers.iter().map(|tier| &*tier.name.name).collect();
-        let expected: &[&str] = if pod.namespace == "shop" { &["all"] } else { &[] };
+        let tiers: Vec<_> = pod
+            .objects
+            .tiers
+            .iter()
+            .map(|tier| &*tier.name.name)
+            .collect();
+        let expected: &[&str] = if pod.namespace == "shop" {
+            &["all"]
+        } else {
+            &[]
+        };
         assert_eq!(tiers, expected, "{}", pod.name);
         assert_eq!(pod.objects.sets["git"], ["github.com"]);
     }

@@ -162,8 +162,10 @@ fn other_kinds_are_ignored_and_reported() {
     assert!(!manifests.unreadable);
     assert_eq!(
         problems(&manifests),
-        ["pods.yaml:1: ignored: kind apps/v1 Deployment; only v1 Pod, Namespace, List, \
-             EgressPolicy, ClusterEgressPolicy, ClusterNetworkPolicy, EgressSet are read"]
+        [
+            "pods.yaml:1: ignored: kind apps/v1 Deployment; only v1 Pod, Namespace, List, \
+             EgressPolicy, ClusterEgressPolicy, ClusterNetworkPolicy, EgressSet are read"
+        ]
     );
 }
 
@@ -323,7 +325,12 @@ fn policy_objects_are_read() {
             "EgressSet github"
         ]
     );
-    assert!(manifests.objects.iter().all(|object| !object.is_incomplete()));
+    assert!(
+        manifests
+            .objects
+            .iter()
+            .all(|object| !object.is_incomplete())
+    );
 }
 
 #[test]
@@ -334,7 +341,11 @@ fn a_mistake_in_a_policy_object_has_its_place() {
         problems(&manifests).remove(0)
     };
     for (from, to, problem) in [
-        ("name: web", "name: Web", "pods.yaml:1: \"Web\" is not a name"),
+        (
+            "name: web",
+            "name: Web",
+            "pods.yaml:1: \"Web\" is not a name",
+        ),
         (
             "egress-agent.dev/v1alpha1\nkind: EgressPolicy",
             "egress-agent.dev/v2\nkind: EgressPolicy",
@@ -359,7 +370,7 @@ fn a_mistake_in_a_policy_object_has_its_place() {
         (
             "destinations:",
             "destination:",
-            "pods.yaml:28: EgressSet github: spec.destination is not known",
+            "pods.yaml:29: EgressSet github: spec.destination is not known",
         ),
         ("mode: off", "mode: [", "pods.yaml:"),
     ] {
