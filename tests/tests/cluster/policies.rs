@@ -72,8 +72,7 @@ fn install_upstream(server: &ApiServer) {
     );
 }
 
-/// Creates a policy object, or edits it to this state. The API server of the tests ends a connection on which somebody
-/// applies such an object.
+/// Creates a policy object, or edits it to this state.
 fn put(server: &ApiServer, object: &Value) {
     let collection = match (&object["kind"], &object["metadata"]["namespace"]) {
         (kind, Value::String(namespace)) if kind == "EgressPolicy" => {
