@@ -140,6 +140,7 @@ pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::records::UNJUDGED;
 
     const fn key(protocol: u8, kind: u8) -> FlowKey {
         FlowKey {
@@ -154,13 +155,13 @@ mod tests {
     }
 
     const fn flow(seen: u8) -> Flow {
-        Flow {
-            last_seen_ns: 10 * SECOND_NS,
-            policy: 0,
-            state: FLOW_OUT,
-            seen,
-            handshake: 0,
-        }
+        flow_of(FLOW_OUT, seen)
+    }
+
+    const fn flow_of(state: u8, seen: u8) -> Flow {
+        let mut flow = Flow::new(UNJUDGED, state, 10 * SECOND_NS);
+        flow.seen = seen;
+        flow
     }
 
     fn tcp_limit(seen: u8) -> u64 {
@@ -196,10 +197,7 @@ mod tests {
     #[test]
     fn a_flow_is_open_until_it_is_closed_or_idle_and_only_if_the_pod_opened_it() {
         let open = |protocol, kind, state, seen, now_ns| {
-            let flow = Flow {
-                state,
-                ..flow(seen)
-            };
+            let flow = flow_of(state, seen);
             is_open(&key(protocol, kind), &flow, now_ns, UDP_NS)
         };
         let now = 11 * SECOND_NS;
@@ -226,10 +224,7 @@ mod tests {
     }
 
     fn inbound(seen: u8) -> Flow {
-        Flow {
-            state: FLOW_IN,
-            ..flow(seen)
-        }
+        flow_of(FLOW_IN, seen)
     }
 
     #[test]

@@ -11,7 +11,9 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod address;
+pub mod classes;
 pub mod flow;
+pub mod ids;
 pub mod limits;
 pub mod meter;
 pub mod packet;

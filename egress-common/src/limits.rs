@@ -3,8 +3,12 @@
 //! The agent checks each limit before it writes a map. Exceeding a limit is an error for the user; nothing is
 //! cut silently.
 
-/// Most classes (different combinations of action, protocols and port range) in one pod's policy.
-pub const CLASSES: usize = 64;
+/// Most classes (different combinations of precedence, action, protocols and port range) in one pod's policy.
+pub const CLASSES: usize = 128;
+
+/// Most intervals into which the borders of the classes' port ranges divide all ports. Different single ports that
+/// are no neighbours need two for each and one more.
+pub const PORT_INTERVALS: usize = 256;
 
 /// Most own addresses of one pod (`status.podIPs`).
 pub const OWN_ADDRESSES: usize = 8;

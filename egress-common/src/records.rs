@@ -1,5 +1,5 @@
 //! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel compares
-//! keys byte by byte, and the verifier rejects uninitialised padding.
+//! keys byte by byte, and the verifier rejects uninitialised padding. [`crate::ids`] says how they have ids.
 
 mod flows;
 mod links;
@@ -10,13 +10,13 @@ pub use flows::{
     FLOW_SEEN_ACCEPT_IN, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN,
     FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, UNJUDGED,
 };
-pub use links::{
-    HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner, NODE_OWNS,
-};
+pub use links::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner};
 pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 
 use crate::{
     address::Address,
+    classes::{ClassSet, PortTable},
+    ids::{IfIndex, PodId, PolicyId},
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
@@ -27,14 +27,48 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Interface {
-    /// Key of the pod in `flows`, `meters` and `identities`; the same for the pod's whole life.
-    pub pod: u32,
-    /// Key in `policies`, `allow` and `cidrs`; a new one for each version of the pod's policy.
-    pub policy: u32,
+    /// [`PodId`]: the key of the pod in `flows`, `meters` and `identities`.
+    pod: u32,
+    /// [`PolicyId`]: the key in `policies`, `allow` and `cidrs`.
+    policy: u32,
     /// One of the `MODE_*` constants.
     pub mode: u32,
     /// Bits of the `INTERFACE_*` constants.
     pub flags: u32,
+}
+
+impl Interface {
+    /// The interface of a pod, under a policy, in one of the modes, without flags.
+    #[must_use]
+    pub const fn new(pod: PodId, policy: PolicyId, mode: u32) -> Self {
+        Self {
+            pod: pod.get(),
+            policy: policy.get(),
+            mode,
+            flags: 0,
+        }
+    }
+
+    /// The same under another policy version.
+    #[must_use]
+    pub const fn under(mut self, policy: PolicyId) -> Self {
+        self.policy = policy.get();
+        self
+    }
+
+    /// The pod that the interface belongs to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn pod(&self) -> PodId {
+        PodId::new(self.pod)
+    }
+
+    /// The policy version by which its packets are judged.
+    #[must_use]
+    #[inline(always)]
+    pub const fn policy(&self) -> PolicyId {
+        PolicyId::new(self.policy)
+    }
 }
 
 /// Judge, drop and hold.
@@ -82,17 +116,27 @@ impl PortClass {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Policy {
-    /// The meaning of each bit of a class bitmap.
+    /// The meaning of each class, in the order of their precedence: those of [`Self::admin`], those that annotations
+    /// and namespaced policies deny, those that they allow, and those of [`Self::baseline`]. The kernel reads
+    /// [`Self::ports`] instead.
     pub classes: [PortClass; CLASSES],
-    /// Classes that deny; all others allow.
-    pub deny: u64,
+    /// The same for the kernel: which classes match a protocol and port.
+    pub ports: PortTable,
+    /// Classes that deny.
+    pub deny: ClassSet,
+    /// Classes that leave the decision to the next tier. All others that do not deny allow.
+    pub pass: ClassSet,
+    /// Classes of the first tier.
+    pub admin: ClassSet,
+    /// Classes of the last tier.
+    pub baseline: ClassSet,
     /// Classes that apply to every destination.
-    pub any: u64,
+    pub any: ClassSet,
     /// Classes of address entries that count like an entry for any destination: they allow neither protected
     /// destinations nor tunnels, nor DNS to servers that are no resolvers.
-    pub under_any: u64,
+    pub under_any: ClassSet,
     /// Classes of entries with a name; only used for the reason of a denial.
-    pub named: u64,
+    pub named: ClassSet,
     /// Fingerprint of the entries with a name. The kernel does not read it. A restarted agent compares it to
     /// decide whether the addresses in the allow map are valid under the current rules.
     pub names: u64,
@@ -124,6 +168,10 @@ pub const POLICY_UNIDENTIFIED: u32 = 1 << 3;
 /// gate does not see the names in it.
 pub const POLICY_SPEAKS_OF_NAMES: u32 = 1 << 4;
 
+/// A list of the pod, of its namespace or of a namespaced policy allows something: every external destination that
+/// none of them allows is denied, whatever comes after them.
+pub const POLICY_SELECTED: u32 = 1 << 7;
+
 /// The pod has an interface that cannot be enforced, and is closed because of it; the reason of denials is
 /// `unenforced_interface`.
 pub const POLICY_REFUSED: u32 = 1 << 5;
@@ -136,10 +184,14 @@ impl Policy {
     /// A policy without classes and addresses: every external destination is denied.
     pub const CLOSED: Self = Self {
         classes: [PortClass::NONE; CLASSES],
-        deny: 0,
-        any: 0,
-        under_any: 0,
-        named: 0,
+        ports: PortTable::EMPTY,
+        deny: ClassSet::EMPTY,
+        pass: ClassSet::EMPTY,
+        admin: ClassSet::EMPTY,
+        baseline: ClassSet::EMPTY,
+        any: ClassSet::EMPTY,
+        under_any: ClassSet::EMPTY,
+        named: ClassSet::EMPTY,
         names: 0,
         ranges: 0,
         annotations: [0; 32],
@@ -148,11 +200,20 @@ impl Policy {
         flags: 0,
     };
 
+    /// Classes that do not allow.
+    #[inline(always)]
+    pub const fn not_allowing(&self) -> ClassSet {
+        self.deny.or(self.pass)
+    }
+
     /// Whether names give addresses the same classes under both policies, and the classes mean the same. An
     /// entry of an allow map is then valid under both.
     pub fn names_alike(&self, other: &Self) -> bool {
         self.classes == other.classes
             && self.deny == other.deny
+            && self.pass == other.pass
+            && self.admin == other.admin
+            && self.baseline == other.baseline
             && self.under_any == other.under_any
             && self.named == other.named
             && self.names == other.names
@@ -187,22 +248,21 @@ pub struct AllowKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct AllowEntry {
-    /// The bitmap of the address's classes.
-    pub classes: u64,
+    /// The address's classes.
+    pub classes: ClassSet,
     /// The subset of these classes that applies if the address is internal and internal addresses do not pass
     /// without a rule.
-    pub internal_classes: u64,
+    pub internal_classes: ClassSet,
     /// The end of the time in which the entry admits new connections, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
 
-/// Value of a policy's CIDR trie: the bitmap of the classes of the prefix and of all prefixes that contain
-/// it.
+/// Value of a policy's CIDR trie: the classes of the prefix and of all prefixes that contain it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CidrEntry {
-    /// Bitmap of classes.
-    pub classes: u64,
+    /// The classes.
+    pub classes: ClassSet,
 }
 
 /// Value of `ranges`: the kind of an address on this node. A prefix has the bits of all prefixes that contain
@@ -311,9 +371,9 @@ pub struct Held {
     /// When the frame was held, in nanoseconds of `CLOCK_BOOTTIME`.
     pub time_ns: u64,
     /// The interface on which it was held.
-    pub ifindex: u32,
-    /// The pod, as in [`Interface::pod`].
-    pub pod: u32,
+    pub ifindex: IfIndex,
+    /// The pod of the interface.
+    pub pod: PodId,
     /// The number of bytes of the frame that follow.
     pub len: u32,
     /// One of the `HELD_*` constants.
@@ -344,12 +404,12 @@ pub struct Denial {
     pub src: Address,
     /// Destination address.
     pub dst: Address,
-    /// The pod, as in [`Interface::pod`].
-    pub pod: u32,
+    /// The pod of the interface.
+    pub pod: PodId,
     /// The policy version that denied it.
-    pub policy: u32,
+    pub policy: PolicyId,
     /// The interface on which it was denied.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// Length of the frame in bytes.
     pub len: u32,
     /// Source port, or 0.
@@ -488,7 +548,7 @@ mod pod {
     macro_rules! pod {
         ($($ty:ty),+ $(,)?) => {
             $(
-                // SAFETY: the type is `repr(C)`, `Copy`, has no padding (checked below) and every
+                // SAFETY: the type is `repr(C)`, or a number; it is `Copy`, has no padding (checked below) and every
                 // bit pattern is a valid value of each field.
                 #[allow(clippy::allow_attributes, reason = "expanded once for each record")]
                 unsafe impl aya::Pod for $ty {}
@@ -496,6 +556,9 @@ mod pod {
         };
     }
     pod!(
+        crate::ids::PodId,
+        crate::ids::PolicyId,
+        crate::ids::IfIndex,
         super::Interface,
         super::Identity,
         super::Policy,
@@ -526,9 +589,18 @@ const _: () = {
     assert!(size_of::<Interface>() == 16);
     assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
-    assert!(size_of::<Policy>() == 8 * CLASSES + 48 + 32 + 16 * OWN_ADDRESSES + 8);
+    assert!(
+        size_of::<Policy>()
+            == 8 * CLASSES
+                + size_of::<PortTable>()
+                + 7 * size_of::<ClassSet>()
+                + 16
+                + 32
+                + 16 * OWN_ADDRESSES
+                + 8
+    );
     assert!(size_of::<AllowKey>() == 16);
-    assert!(size_of::<AllowEntry>() == 24);
+    assert!(size_of::<AllowEntry>() == 40);
     assert!(size_of::<NameKey>() == 16 + 1 + NAME_BYTES);
     assert!(size_of::<NameEntry>() == 16);
     assert!(size_of::<Range>() == 16);

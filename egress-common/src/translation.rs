@@ -3,6 +3,7 @@
 
 use crate::{
     address::{self, Address},
+    classes::ClassSet,
     records::{
         Policy, RANGE_INTERNAL, RANGE_NODE, RANGE_PROTECTED, RANGE_RESOLVER, RANGE_TRANSLATED,
         RANGE_TRANSLATED_SHIFT,
@@ -76,7 +77,7 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Translated {
     /// Classes of the IPv4 address in the policy's CIDR trie.
-    pub cidr: u64,
+    pub cidr: ClassSet,
     /// Kinds of the IPv4 address in `ranges`, and [`RANGE_NODE`].
     pub ranges: u64,
 }
@@ -95,7 +96,7 @@ impl Destination {
             self.cidr |= cidr;
             self.ranges |= ranges & (RANGE_PROTECTED | RANGE_INTERNAL | RANGE_NODE);
         } else {
-            self.cidr |= cidr & policy.deny;
+            self.cidr |= cidr.and(policy.deny);
             self.ranges |= ranges & RANGE_PROTECTED;
         }
     }

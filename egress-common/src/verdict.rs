@@ -4,13 +4,13 @@
 //! [`judge`]. The agent calls the same function to explain the kernel's decision.
 
 use crate::{
-    limits::CLASSES,
+    classes::ClassSet,
     protocol::{DNS_PORT, ENCRYPTED_DNS_PORT, bits},
     reason::Reason,
     records::{
-        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
-        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL, RANGE_NODE,
-        RANGE_PROTECTED,
+        NO_CLASS, POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SELECTED,
+        POLICY_SPEAKS_OF_NAMES, POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, RANGE_INTERNAL,
+        RANGE_NODE, RANGE_PROTECTED,
     },
 };
 
@@ -19,14 +19,14 @@ pub use crate::translation::Translated;
 /// What the maps have about one destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Destination {
-    /// The classes of the address in the pod's allow map; 0 when the map does not have it.
-    pub learned: u64,
+    /// The classes of the address in the pod's allow map; none when the map does not have it.
+    pub learned: ClassSet,
     /// The subset of these classes that applies even if the address is internal.
-    pub learned_internal: u64,
+    pub learned_internal: ClassSet,
     /// 1 when the allow map's entry has expired.
     pub expired: u64,
     /// The classes of the address in the policy's CIDR trie.
-    pub cidr: u64,
+    pub cidr: ClassSet,
     /// The kinds of the address in `ranges`, and [`RANGE_NODE`].
     pub ranges: u64,
     /// 1 when `tunnels` has the packet's protocol and port: a host at an internal address, or the node, may
@@ -57,9 +57,9 @@ impl Destination {
 
     /// The learned classes that apply.
     #[inline(always)]
-    pub const fn learned_classes(&self, policy: &Policy) -> u64 {
+    pub const fn learned_classes(&self, policy: &Policy) -> ClassSet {
         if self.needs_address_entry() || self.expired != 0 {
-            0
+            ClassSet::EMPTY
         } else if self.is_guarded(policy) {
             self.learned_internal
         } else {
@@ -92,38 +92,6 @@ impl Verdict {
     }
 }
 
-/// The bitmap of the classes that match the protocol and the port.
-///
-/// `protocol` is one bit of [`bits`]; `port` is [`crate::packet::Packet::class_port`], and is used only for
-/// protocols with ports and for [`bits::OTHER`].
-///
-/// The loop deliberately has no branches: the verifier follows each branch, and two paths in each of 64
-/// iterations are more than it explores. It is written so that the compiler finds no comparison to turn into
-/// a branch: each iteration yields sign bits, which are combined after the loop.
-#[inline(always)]
-pub fn matching_classes(policy: &Policy, protocol: u8, port: u16) -> u64 {
-    const SIGN: u64 = 1 << 63;
-    // If the compiler knew how small a port is, it would recognise the subtractions as comparisons.
-    let port = core::hint::black_box(u64::from(port));
-    // Without any protocol this is 8, and shifts out all eight bits of a class.
-    let shift = protocol.trailing_zeros();
-    let mut other_ports = 0;
-    let mut same_protocol = 0;
-    let mut i = 0;
-    while i < CLASSES {
-        let class = &policy.classes[i];
-        let below = port.wrapping_sub(u64::from(class.port_min));
-        let above = u64::from(class.port_max).wrapping_sub(port);
-        other_ports = (other_ports >> 1) | ((below | above) & SIGN);
-        same_protocol = (same_protocol >> 1) | ((u64::from(class.protocols) >> shift) << 63);
-        i += 1;
-    }
-    if protocol & (bits::WITH_PORTS | bits::OTHER) == 0 {
-        other_ports = 0;
-    }
-    same_protocol & !other_ports
-}
-
 /// Whether this is DNS by its port. It needs a rule even to an internal address: a server there that is not a
 /// configured resolver would resolve any name, and the gate would not see the queries.
 #[inline(always)]
@@ -131,24 +99,25 @@ pub const fn is_dns(protocol: u8, port: u16) -> bool {
     protocol & (bits::UDP | bits::TCP) != 0 && (port == DNS_PORT || port == ENCRYPTED_DNS_PORT)
 }
 
-/// Classes of the entries that apply to a destination.
+/// Classes of the entries that apply to a destination. Where only an entry with the address allows a packet, classes
+/// for any destination still deny it, or leave it to the next tier.
 #[inline(always)]
-const fn known_classes(policy: &Policy, destination: &Destination) -> u64 {
+const fn known_classes(policy: &Policy, destination: &Destination) -> ClassSet {
     let (any, cidr) = if destination.needs_address_entry() {
         (
-            policy.any & policy.deny,
+            policy.any.and(policy.not_allowing()),
             address_entries(policy, destination),
         )
     } else {
         (policy.any, destination.cidr)
     };
-    destination.learned_classes(policy) | cidr | any
+    destination.learned_classes(policy).or(cidr).or(any)
 }
 
 /// Classes of the entries that name the address, or a CIDR with it.
 #[inline(always)]
-const fn address_entries(policy: &Policy, destination: &Destination) -> u64 {
-    destination.cidr & !policy.under_any
+const fn address_entries(policy: &Policy, destination: &Destination) -> ClassSet {
+    destination.cidr.without(policy.under_any)
 }
 
 /// Whether a packet is DNS to a server that is no resolver, from a pod whose policy has names.
@@ -157,19 +126,61 @@ const fn is_dns_elsewhere(policy: &Policy, dns: bool) -> bool {
     dns && policy.flags & POLICY_SPEAKS_OF_NAMES != 0
 }
 
-/// Of the known classes, those whose entries can let a packet pass.
+/// Of the known classes, those whose entries can decide. DNS to a server that is no resolver is allowed only by
+/// entries with its address.
 #[inline(always)]
 const fn counting_classes(
     policy: &Policy,
     destination: &Destination,
-    known: u64,
+    known: ClassSet,
     elsewhere: bool,
-) -> u64 {
+) -> ClassSet {
     if elsewhere {
-        address_entries(policy, destination)
+        known
+            .and(policy.not_allowing())
+            .or(address_entries(policy, destination))
     } else {
         known
     }
+}
+
+/// The set of the class that decides, of those that match; empty if none does, or if the next tier is to decide and
+/// there is none. `skips_baseline`: only the tiers before the last one decide.
+#[inline(always)]
+pub const fn deciding_class(policy: &Policy, matching: ClassSet, skips_baseline: bool) -> ClassSet {
+    let matching = if skips_baseline {
+        matching.without(policy.baseline)
+    } else {
+        matching
+    };
+    let first = matching.only_first();
+    // Only a class of the first tier can pass a packet on to another tier that has classes.
+    let first = if first.and(policy.admin).meets(policy.pass) {
+        matching.without(policy.admin).only_first()
+    } else {
+        first
+    };
+    first.without(policy.pass)
+}
+
+/// Whether the address is internal, and internal addresses pass without a rule.
+#[inline(always)]
+const fn passes_as_internal(policy: &Policy, destination: &Destination) -> bool {
+    destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0
+}
+
+/// The set of the class that decides about a packet. A pod with a list of its own or its namespace's is closed, but
+/// for internal destinations: what comes after the lists is asked only about these.
+#[inline(always)]
+const fn deciding(
+    policy: &Policy,
+    destination: &Destination,
+    counting: ClassSet,
+    matching: ClassSet,
+) -> ClassSet {
+    let skips_baseline =
+        policy.flags & POLICY_SELECTED != 0 && !passes_as_internal(policy, destination);
+    deciding_class(policy, counting.and(matching), skips_baseline)
 }
 
 /// Whether an entry lets a packet pass. A packet that [`judge`] lets pass without one is internal, or the policy is
@@ -180,10 +191,23 @@ pub fn passes_by_entry(
     protocol: u8,
     port: u16,
 ) -> bool {
+    deciding_entry(policy, destination, protocol, port)
+        .is_some_and(|class| !policy.deny.meets(ClassSet::one(class)))
+}
+
+/// The class whose entries decide about a packet, if one does.
+pub fn deciding_entry(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+) -> Option<u8> {
     let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
     let known = known_classes(policy, destination);
     let counting = counting_classes(policy, destination, known, elsewhere);
-    counting & !policy.deny & matching_classes(policy, protocol, port) != 0
+    let matching = policy.ports.matching(protocol, port);
+    let class = deciding(policy, destination, counting, matching).first();
+    (class != NO_CLASS).then_some(class)
 }
 
 /// Judges a packet to `destination` that belongs to no known flow: steps 19 to 23 of `docs/verdict.md`.
@@ -191,7 +215,7 @@ pub fn passes_by_entry(
 /// `protocol` is one bit of [`bits`]; `port` is [`crate::packet::Packet::class_port`].
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
-    let matching = matching_classes(policy, protocol, port);
+    let matching = policy.ports.matching(protocol, port);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let by_address = destination.needs_address_entry();
     let known = known_classes(policy, destination);
@@ -199,15 +223,16 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     let elsewhere = is_dns_elsewhere(policy, dns);
     let counting = counting_classes(policy, destination, known, elsewhere);
 
-    let denying = known & policy.deny & matching;
-    if denying != 0 {
-        return Verdict::Deny {
-            reason: Reason::DenyRule,
-            class: denying.trailing_zeros() as u8,
+    let decides = deciding(policy, destination, counting, matching);
+    if !decides.is_empty() {
+        return if decides.meets(policy.deny) {
+            Verdict::Deny {
+                reason: Reason::DenyRule,
+                class: decides.first(),
+            }
+        } else {
+            Verdict::Pass
         };
-    }
-    if counting & !policy.deny & matching != 0 {
-        return Verdict::Pass;
     }
     if protected {
         return Verdict::deny(Reason::Protected);
@@ -215,8 +240,7 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if by_address {
         return Verdict::deny(Reason::Tunnel);
     }
-    let internal =
-        destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0;
+    let internal = passes_as_internal(policy, destination);
     let open = policy.flags & POLICY_OPEN != 0;
     if (internal && !dns) || (open && !elsewhere) {
         return Verdict::Pass;
@@ -230,26 +254,30 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if policy.flags & POLICY_REFUSED != 0 {
         return Verdict::deny(Reason::UnenforcedInterface);
     }
-    if dns && (internal || open || known & !policy.deny & matching != 0) {
+    let allowing = known.without(policy.not_allowing());
+    if dns && (internal || open || allowing.meets(matching)) {
         return Verdict::deny(Reason::DnsElsewhere);
     }
-    let left_out = destination.learned & !destination.learned_internal;
-    if destination.is_guarded(policy) && left_out & matching != 0 {
+    let named = destination
+        .learned
+        .and(matching)
+        .without(policy.not_allowing());
+    if destination.is_guarded(policy) && !named.without(destination.learned_internal).is_empty() {
         return Verdict::deny(Reason::InternalAnswer);
     }
-    if destination.expired != 0 && destination.learned & matching != 0 {
+    if destination.expired != 0 && !named.is_empty() {
         return Verdict::deny(Reason::Expired);
     }
-    if known & !policy.deny != 0 {
+    if !allowing.is_empty() {
         return Verdict::deny(Reason::PortNotAllowed);
     }
-    if policy.named & matching != 0 {
+    if policy.named.meets(matching) {
         return Verdict::deny(Reason::AddressNotLearned);
     }
     Verdict::deny(Reason::NoRule)
 }
 
-/// Judges a packet that answers a flow of the other side. It passes unless a denying class matches, or it is
+/// Judges a packet that answers a flow of the other side. It passes unless a denying class decides, or it is
 /// a tunnel that no address entry allows. It needs no allowing rule, and the address may be protected.
 ///
 /// A `deny` of every destination means that the pod opens nothing. Internal addresses still get answers, or
@@ -262,21 +290,22 @@ pub fn judge_answer(
     port: u16,
 ) -> Verdict {
     let any = if destination.ranges & RANGE_INTERNAL != 0 {
-        0
+        policy.any.without(policy.deny)
     } else {
         policy.any
     };
-    let known = destination.learned | destination.cidr | any;
-    let matching = matching_classes(policy, protocol, port);
-    let denying = known & policy.deny & matching;
-    if denying != 0 {
+    let known = destination.learned.or(destination.cidr).or(any);
+    let matching = policy.ports.matching(protocol, port);
+    let decides = deciding(policy, destination, known, matching);
+    if decides.meets(policy.deny) {
         return Verdict::Deny {
             reason: Reason::DenyRule,
-            class: denying.trailing_zeros() as u8,
+            class: decides.first(),
         };
     }
     // Otherwise a sender that forges an address and uses a tunnel's port would open a tunnel to that address.
-    if destination.is_tunnel() && destination.cidr & !policy.deny & matching == 0 {
+    let by_address = destination.cidr.without(policy.not_allowing());
+    if destination.is_tunnel() && !by_address.meets(matching) {
         return Verdict::deny(Reason::Tunnel);
     }
     Verdict::Pass

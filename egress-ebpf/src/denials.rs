@@ -67,7 +67,7 @@ pub fn deny(ctx: &TcContext, denied: &Denied<'_>) -> i32 {
     });
     record(&skb, denied, verdict);
     if audit && denied.direction == FROM_POD && is_of_unknown_source(denied.reason) {
-        forged::note(denied.interface.pod);
+        forged::note(denied.interface.pod());
     }
     if verdict == VERDICT_REJECTED {
         held::take(&skb, denied.interface, HELD_REJECT, true);
@@ -120,7 +120,7 @@ fn is_rejectable(denied: &Denied<'_>) -> bool {
 #[inline(always)]
 fn record(skb: &Skb<'_>, denied: &Denied<'_>, verdict: u8) {
     let now_ns = now_ns();
-    let Some(meter) = METER.get_ptr_mut(denied.interface.pod) else {
+    let Some(meter) = METER.get_ptr_mut(denied.interface.pod().get()) else {
         return;
     };
     // SAFETY: the entry lives while the program runs; racing writers only blur the share.
@@ -151,8 +151,8 @@ fn record(skb: &Skb<'_>, denied: &Denied<'_>, verdict: u8) {
         time_ns: now_ns,
         src: [0; 16],
         dst: [0; 16],
-        pod: denied.interface.pod,
-        policy: denied.interface.policy,
+        pod: denied.interface.pod(),
+        policy: denied.interface.policy(),
         ifindex: skb.ifindex(),
         len: skb.len(),
         src_port: 0,

@@ -18,6 +18,7 @@ use core::hint::black_box;
 use egress_common::{
     address::is_v6_link_local,
     flow::{self, REFRESH_NS, is_closed, is_established},
+    ids::{PodId, PolicyId},
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
@@ -60,13 +61,7 @@ pub struct Known {
 impl Known {
     /// An unknown flow.
     pub const NONE: Self = Self {
-        flow: Flow {
-            last_seen_ns: 0,
-            policy: UNJUDGED,
-            state: 0,
-            seen: 0,
-            handshake: 0,
-        },
+        flow: Flow::new(UNJUDGED, 0, 0),
         place: NOWHERE,
     };
 
@@ -96,23 +91,24 @@ pub const fn is_accepted(flow: &Flow) -> bool {
 
 /// One of the pod's maps of flows.
 #[inline(always)]
-pub fn map_of(pod: u32, place: u32) -> Option<&'static Flows> {
+pub fn map_of(pod: PodId, place: u32) -> Option<&'static Flows> {
+    let key = &pod.get();
     // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
     // program ends.
     unsafe {
         match place {
-            IN_FLOWS => FLOW.get(&pod),
-            IN_INBOUND => INBOUND.get(&pod),
-            _ => OPENING.get(&pod),
+            IN_FLOWS => FLOW.get(key),
+            IN_INBOUND => INBOUND.get(key),
+            _ => OPENING.get(key),
         }
     }
 }
 
 /// Looks up the flow with this key. A flow that was idle for too long counts as unknown.
 #[inline(always)]
-pub fn find(skb: &Skb<'_>, pod: u32, key: &FlowKey, now_ns: u64) -> Known {
+pub fn find(skb: &Skb<'_>, pod: PodId, key: &FlowKey, now_ns: u64) -> Known {
     let mut known = Known::NONE;
-    known.place = look_up_flow(pod, key, now_ns, &raw mut known.flow);
+    known.place = look_up_flow(pod.get(), key, now_ns, &raw mut known.flow);
     skb.forget_flow(&mut known.flow);
     known.place = skb.forget_number(known.place);
     known
@@ -130,6 +126,7 @@ extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *m
     };
     // Kernels such as 6.1 do not accept a caller's pointer as a map's key.
     let key = &black_box(*key);
+    let pod = PodId::new(pod);
     if is_in(IN_FLOWS, pod, key, now_ns, found) {
         IN_FLOWS
     } else if is_in(IN_INBOUND, pod, key, now_ns, found) {
@@ -142,7 +139,7 @@ extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *m
 }
 
 #[inline(always)]
-fn is_in(place: u32, pod: u32, key: &FlowKey, now_ns: u64, found: &mut Flow) -> bool {
+fn is_in(place: u32, pod: PodId, key: &FlowKey, now_ns: u64, found: &mut Flow) -> bool {
     let Some(flow) = map_of(pod, place).and_then(|flows| flows.get_ptr(key)) else {
         return false;
     };
@@ -199,7 +196,7 @@ pub fn keep(
     if !is_new
         && before.last_seen_ns == next.last_seen_ns
         && before.seen == next.seen
-        && before.policy == next.policy
+        && before.policy() == next.policy()
         && before.state == next.state
         && before.handshake == next.handshake
         && !is_promoted(key, next, known.place)
@@ -221,7 +218,7 @@ fn is_promoted(key: &FlowKey, flow: &Flow, place: u32) -> bool {
 /// The policy in the upper half and the pod in the lower half: a global function has at most five parameters.
 #[inline(always)]
 fn whose(interface: &Interface) -> u64 {
-    u64::from(interface.policy) << 32 | u64::from(interface.pod)
+    u64::from(interface.policy().get()) << 32 | u64::from(interface.pod().get())
 }
 
 /// Added to the place of a flow: the written flow is another one than the known flow at that place.
@@ -247,7 +244,8 @@ extern "C" fn change_flow(
     };
     // Kernels such as 6.1 do not accept a caller's pointer as a map's key or value.
     let (key, next) = (&black_box(*key), &black_box(*next));
-    let (policy, pod) = ((whose >> 32) as u32, whose as u32);
+    let policy = PolicyId::new((whose >> 32) as u32);
+    let pod = PodId::new(whose as u32);
     let is_new = how & IS_NEW != 0;
     if !(is_new && next.state == FLOW_IN) || may_answer(policy, key) {
         change(pod, key, before, next, how & !IS_NEW, is_new);
@@ -256,7 +254,7 @@ extern "C" fn change_flow(
 }
 
 #[inline(always)]
-fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
+fn change(pod: PodId, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
     let is_established = place == IN_FLOWS || place == IN_INBOUND;
     let closes = is_established
         && next.state != FLOW_CUT
@@ -283,7 +281,7 @@ fn change(pod: u32, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_ne
     // the flow for hours.
     let decides =
         (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN | FLOW_SEEN_ACCEPT_IN) != 0
-            || before.policy != next.policy
+            || before.policy() != next.policy()
             || before.state != next.state
             || before.handshake != next.handshake;
     if decides {
@@ -330,15 +328,9 @@ pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
         unsafe { (*known).last_seen_ns = now_ns };
         return 1;
     }
-    let called_at = Flow {
-        last_seen_ns: now_ns,
-        policy: UNJUDGED,
-        state: FLOW_OUT,
-        seen: 0,
-        handshake: 0,
-    };
+    let called_at = Flow::new(UNJUDGED, FLOW_OUT, now_ns);
     if called.insert(peer, black_box(&called_at), ANY).is_err() {
-        count_full(pod);
+        count_full(PodId::new(pod));
         return 0;
     }
     1
@@ -363,17 +355,17 @@ extern "C" fn has_called(pod: u32, key: *const FlowKey) -> u32 {
 
 /// Whether the other side cannot have opened a TCP connection with this key.
 #[inline(always)]
-pub fn is_called(skb: &Skb<'_>, pod: u32, key: &FlowKey) -> bool {
-    key.protocol == protocol::TCP && skb.forget_number(has_called(pod, key)) != 0
+pub fn is_called(skb: &Skb<'_>, pod: PodId, key: &FlowKey) -> bool {
+    key.protocol == protocol::TCP && skb.forget_number(has_called(pod.get(), key)) != 0
 }
 
 /// Whether the pod may answer flows that others open to this address. A bridge sends a frame to all its ports
 /// if it does not know the receiver's port: other hosts could fill the pod's map with flows that are not the
 /// pod's.
 #[inline(always)]
-fn may_answer(policy: u32, key: &FlowKey) -> bool {
+fn may_answer(policy: PolicyId, key: &FlowKey) -> bool {
     // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
-    let Some(policy) = (unsafe { POLICY.get(policy) }) else {
+    let Some(policy) = (unsafe { POLICY.get(policy.get()) }) else {
         return false;
     };
     // Neighbours reach the pod by its link-local addresses. While the pod has no own addresses in the policy,
@@ -392,7 +384,7 @@ fn note(flow: &mut Flow, seen: u8) {
 
 /// Removes a flow from its map.
 #[inline(always)]
-fn forget(pod: u32, key: &FlowKey, place: u32) {
+fn forget(pod: PodId, key: &FlowKey, place: u32) {
     if let Some(flows) = map_of(pod, place) {
         let _ = flows.remove(key);
     }
@@ -401,7 +393,7 @@ fn forget(pod: u32, key: &FlowKey, place: u32) {
 /// Whether the pod opened this flow, it is established, and `policy` admitted it. Most flows were seen within
 /// the last second; for those the time of the last tick suffices.
 #[inline(always)]
-pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
+pub fn is_open(pod: PodId, key: &FlowKey, policy: PolicyId) -> bool {
     let Some(flows) = map_of(pod, IN_FLOWS) else {
         return false;
     };
@@ -410,7 +402,7 @@ pub fn is_open(pod: u32, key: &FlowKey, policy: u32) -> bool {
     };
     // SAFETY: the memory stays an entry of this map until the program ends.
     let flow = unsafe { &mut *flow };
-    if flow.state != FLOW_OUT || flow.policy != policy {
+    if flow.state != FLOW_OUT || flow.policy() != policy {
         return false;
     }
     // If the tick is before the flow's last packet, the machine has been suspended; the difference then wraps
@@ -435,22 +427,16 @@ pub fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
 /// Records that the first fragment of a packet from the pod has passed.
 #[inline(always)]
 pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
-    let flow = Flow {
-        last_seen_ns: now_ns,
-        policy: interface.policy,
-        state: FLOW_OUT,
-        seen: 0,
-        handshake: 0,
-    };
+    let flow = Flow::new(interface.policy(), FLOW_OUT, now_ns);
     let flow = &raw const flow;
     change_flow(whose(interface), key, flow, flow, NOWHERE | IS_NEW);
 }
 
 /// Counts a flow, or a destination, that could not be remembered.
 #[inline(always)]
-pub fn count_full(pod: u32) {
+pub fn count_full(pod: PodId) {
     count(|c| c.flows_full += 1);
-    if let Some(meter) = METER.get_ptr_mut(pod) {
+    if let Some(meter) = METER.get_ptr_mut(pod.get()) {
         // SAFETY: the entry lives while the program runs; racing writers only blur the count.
         unsafe { (*meter).flows_full += 1 };
     }

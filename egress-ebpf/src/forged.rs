@@ -4,7 +4,7 @@
 //! answer to that host. In enforce mode no such frame leaves. In audit mode it does. When a pod begins to be
 //! enforced, frames from before may still be on their way.
 
-use egress_common::{flow::FORGED_NS, records::Forged};
+use egress_common::{flow::FORGED_NS, ids::PodId, records::Forged};
 
 use crate::{
     flows::ANY,
@@ -17,9 +17,9 @@ const SLACK_NS: u64 = 1_000_000_000;
 
 /// Records that a frame passes whose source is not known to be the pod's own.
 #[inline(always)]
-pub fn note(pod: u32) {
+pub fn note(pod: PodId) {
     let sent_ns = now_ns();
-    if let Some(forged) = FORGED.get_ptr_mut(pod) {
+    if let Some(forged) = FORGED.get_ptr_mut(pod.get()) {
         // SAFETY: the map is not preallocated, so the entry lives until the program ends; racing writers
         // write almost the same time.
         unsafe { (*forged).sent_ns = sent_ns };
@@ -30,15 +30,15 @@ pub fn note(pod: u32) {
         unjudged_ns: 0,
     };
     // Another CPU has inserted the entry meanwhile, or the map has room: it is as large as `interfaces`.
-    let _ = FORGED.insert(pod, forged, ANY);
+    let _ = FORGED.insert(pod.get(), forged, ANY);
 }
 
 /// Whether a frame to the pod may be one that the pod sent itself with another's source.
 ///
 /// The function has no branches, so that the verifier follows one path.
 #[inline(always)]
-pub fn may_be(skb: &Skb<'_>, pod: u32, now_ns: u64) -> bool {
-    let Some(forged) = FORGED.get_ptr(pod) else {
+pub fn may_be(skb: &Skb<'_>, pod: PodId, now_ns: u64) -> bool {
+    let Some(forged) = FORGED.get_ptr(pod.get()) else {
         return false;
     };
     // SAFETY: as above.

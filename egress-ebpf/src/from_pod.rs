@@ -3,7 +3,9 @@
 use aya_ebpf::programs::TcContext;
 use egress_common::{
     address::{self, Address},
+    classes::ClassSet,
     flow::after_packet_from_pod,
+    ids::PolicyId,
     packet::{Fragment, Frame, Packet, TCP_RST, TCP_SYN, Walked},
     protocol::bits,
     reason::Reason,
@@ -56,7 +58,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     }
     // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program ends; the
     // agent never writes to an entry in place.
-    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
+    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex().get()) }) else {
         count(|c| c.no_policy += 1);
         return DROP;
     };
@@ -88,7 +90,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         return PASS;
     }
     // SAFETY: as above.
-    let Some(policy) = (unsafe { POLICY.get(interface.policy) }) else {
+    let Some(policy) = (unsafe { POLICY.get(interface.policy().get()) }) else {
         count(|c| c.no_policy += 1);
         return DROP;
     };
@@ -115,7 +117,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         aya_log_ebpf::info!(
             ctx,
             "from_pod: interface {}, protocol {}, to {:i} port {}",
-            skb.ifindex(),
+            skb.ifindex().get(),
             packet.protocol,
             packet.dst,
             packet.dst_port
@@ -176,7 +178,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     if is_question || interface.flags & INTERFACE_SOURCES != 0 || interface.mode == MODE_AUDIT {
         let opens = packet.opens_tcp() && !matches!(packet.fragment, Fragment::Later);
         if opens
-            && flows::note_call(interface.pod, &packet.flow_from_pod(), now_ns()) == 0
+            && flows::note_call(interface.pod().get(), &packet.flow_from_pod(), now_ns()) == 0
             && interface.mode != MODE_AUDIT
         {
             return deny(
@@ -188,7 +190,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
     // Only the sources are judged yet; the other steps follow soon.
     if interface.flags & INTERFACE_SOURCES != 0 {
         let rules = Rules::All as u32;
-        let judged = judge_by_rules(policy, interface.policy, packet, rules, now_ns());
+        let judged = judge_by_rules(policy, interface.policy().get(), packet, rules, now_ns());
         // A host on the node would unpack the packet and forward its content, with any source.
         if judged & IS_TUNNEL != 0 {
             return deny(ctx, &Denied::from_pod(interface, packet, Reason::Tunnel));
@@ -199,7 +201,7 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, policy: &Policy, packet:
         return hold_question(ctx, interface, policy, packet);
     }
     let now_ns = now_ns();
-    if flows::map_of(interface.pod, flows::IN_OPENING).is_none() {
+    if flows::map_of(interface.pod(), flows::IN_OPENING).is_none() {
         return deny(ctx, &Denied::from_pod(interface, packet, Reason::NoPolicy));
     }
     judge_by_flow(ctx, interface, policy, packet, now_ns)
@@ -222,9 +224,9 @@ fn judge_by_flow(
     }
     // An ICMP error belongs to the flow that it is about.
     let is_error = packet.bit == bits::ICMP_OTHER && quotes_flow(ctx, packet, &mut key) != 0;
-    let known = flows::find(&skb, interface.pod, &key, now_ns);
+    let known = flows::find(&skb, interface.pod(), &key, now_ns);
     if is_later {
-        if known.place != flows::NOWHERE && known.flow.policy == interface.policy {
+        if known.place != flows::NOWHERE && known.flow.policy() == interface.policy() {
             return pass(&skb);
         }
         let denied = Denied::from_pod(interface, packet, Reason::FragmentWithoutFirst);
@@ -232,7 +234,7 @@ fn judge_by_flow(
     }
 
     let follows = is_error || packet.may_follow_flow();
-    let is_current = known.flow.policy == interface.policy;
+    let is_current = known.flow.policy() == interface.policy();
     let opened_by_pod = follows && known.state() == FLOW_OUT;
     let answers = follows
         && known.state() == FLOW_IN
@@ -241,7 +243,7 @@ fn judge_by_flow(
         // Otherwise the other side's SYN was forged before the pod's connection was recorded.
         && (known.is_established()
             || packet.bit != bits::TCP
-            || !flows::is_called(&skb, interface.pod, &key));
+            || !flows::is_called(&skb, interface.pod(), &key));
     let passes_by_flow = (opened_by_pod && is_current)
         // Neighbour discovery is answered, too: without it a denied neighbour would not even get the rejection.
         || (answers && (is_current || packet.is_neighbour_message()));
@@ -256,7 +258,13 @@ fn judge_by_flow(
         } else {
             Rules::All
         };
-        judge_by_rules(policy, interface.policy, packet, rules as u32, now_ns)
+        judge_by_rules(
+            policy,
+            interface.policy().get(),
+            packet,
+            rules as u32,
+            now_ns,
+        )
     };
     if passes_by_flow {
         count(|c| c.passed_by_flow += 1);
@@ -279,7 +287,7 @@ fn judge_by_flow(
     }
     if judged & IS_TUNNEL != 0 && interface.mode == MODE_AUDIT {
         // The tunnel's content leaves the node with any source that the pod chooses.
-        forged::note(interface.pod);
+        forged::note(interface.pod());
     }
     let denied = Denied {
         interface,
@@ -326,7 +334,7 @@ extern "C" fn judge_by_rules(
     let (Some(policy), Some(packet)) = (unsafe { (policy.as_ref(), packet.as_ref()) }) else {
         return denied(Reason::NoPolicy, NO_CLASS);
     };
-    let mut destination = look_up(policy, policy_id, packet, now_ns);
+    let mut destination = look_up(policy, PolicyId::new(policy_id), packet, now_ns);
     let verdict = if rules == Rules::Answer as u32 {
         verdict::judge_answer(policy, &destination, packet.bit, packet.class_port())
     } else {
@@ -374,7 +382,7 @@ fn note(
     let mut next = known.flow;
     if passes && answers {
         next = after_packet_from_pod(&known.flow, seen, now_ns);
-        next.policy = interface.policy;
+        next.set_policy(interface.policy());
         if packet.bit == bits::TCP && !known.is_established() {
             if packet.tcp_flags & TCP_SYN != 0 {
                 next.handshake = expected_acknowledgment(ctx, packet) as u16;
@@ -386,7 +394,7 @@ fn note(
         }
     } else if passes && follows && (state == FLOW_OUT || state == FLOW_CUT) {
         next = after_packet_from_pod(&known.flow, seen, now_ns);
-        next.policy = interface.policy;
+        next.set_policy(interface.policy());
         next.state = FLOW_OUT;
     } else if !passes && follows && state == FLOW_OUT {
         next.state = FLOW_CUT;
@@ -409,18 +417,14 @@ fn note(
         // A RST answers what anybody has sent. (In audit mode a SYN has been noted before.)
         let audits = interface.mode == MODE_AUDIT;
         let is_call = packet.tcp_flags & TCP_RST == 0 && !(audits && packet.opens_tcp());
-        let is_noted = !is_call || flows::note_call(interface.pod, key, now_ns) != 0;
+        let is_noted = !is_call || flows::note_call(interface.pod().get(), key, now_ns) != 0;
         if !is_noted && !audits {
             return false;
         }
         is_new = true;
-        next = Flow {
-            last_seen_ns: now_ns,
-            policy: interface.policy,
-            state: if passes { FLOW_OUT } else { FLOW_CUT },
-            seen,
-            handshake: 0,
-        };
+        let state = if passes { FLOW_OUT } else { FLOW_CUT };
+        next = Flow::new(interface.policy(), state, now_ns);
+        next.seen = seen;
     }
     flows::keep(&Skb(ctx), interface, key, known, next, is_new);
     true
@@ -513,7 +517,7 @@ fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
 
 /// Looks up what the maps have about a destination.
 #[inline(always)]
-fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Destination {
+fn look_up(policy: &Policy, policy_id: PolicyId, packet: &Packet, now_ns: u64) -> Destination {
     let address = &packet.dst;
     let mut destination = Destination {
         ranges: range_of(address).kinds,
@@ -523,7 +527,7 @@ fn look_up(policy: &Policy, policy_id: u32, packet: &Packet, now_ns: u64) -> Des
     // program ends.
     unsafe {
         if let Some(entry) = ALLOW
-            .get(&policy_id)
+            .get(&policy_id.get())
             .and_then(|allow| allow.get(AllowKey { addr: *address }))
         {
             destination.learned = entry.classes;
@@ -565,11 +569,11 @@ fn node_kind(address: &Address) -> u64 {
 
 /// The classes of the address in the policy's CIDR trie.
 #[inline(always)]
-fn prefix_classes(policy: u32, address: &Address) -> u64 {
+fn prefix_classes(policy: PolicyId, address: &Address) -> ClassSet {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
-    let entry = unsafe { CIDR.get(&policy) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
-    entry.map_or(0, |entry| entry.classes)
+    let entry = unsafe { CIDR.get(&policy.get()) }.and_then(|cidrs| cidrs.get(&lpm_key(address)));
+    entry.map_or(ClassSet::EMPTY, |entry| entry.classes)
 }
 
 /// The kind of the address on this node.

@@ -20,7 +20,7 @@ use crate::{
 #[inline(always)]
 pub fn is_own(skb: &Skb<'_>) -> bool {
     // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
-    let Some(bound) = (unsafe { LINK_HARDWARE.get(skb.ifindex()) }) else {
+    let Some(bound) = (unsafe { LINK_HARDWARE.get(skb.ifindex().get()) }) else {
         return true;
     };
     let Some(source) = Linear(skb).read::<6>(6) else {

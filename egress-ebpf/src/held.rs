@@ -8,6 +8,7 @@ use aya_ebpf::{
     maps::ring_buf::RingBufEntry,
 };
 use egress_common::{
+    ids::PodId,
     limits::{HELD_BURST, HELD_FRAME_BYTES, HELD_PER_SECOND, HELD_RING_BYTES, HELD_UNIT},
     meter::take_tokens,
     packet::{ETHERNET_LEN, Frame as _},
@@ -51,20 +52,20 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
     }
     if len as usize > LARGEST {
         count(|c| c.held_too_long += 1);
-        unreported(interface.pod);
+        unreported(interface.pod());
         return false;
     }
     let head = Held {
         time_ns: now_ns(),
         ifindex: skb.ifindex(),
-        pod: interface.pod,
+        pod: interface.pod(),
         len,
         kind,
         taken: u8::from(taken),
         l3_offset: ETHERNET_LEN as u8,
         pad: 0,
     };
-    if is_crowded() && !has_share(interface.pod, room(len), head.time_ns) {
+    if is_crowded() && !has_share(interface.pod(), room(len), head.time_ns) {
         count(|c| {
             if kind == HELD_REJECT {
                 c.rejects_lost += 1;
@@ -72,7 +73,7 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
                 c.held_limited += 1;
             }
         });
-        unreported(interface.pod);
+        unreported(interface.pod());
         return false;
     }
     let copied = if len as usize <= SMALL {
@@ -98,7 +99,7 @@ pub fn take(skb: &Skb<'_>, interface: &Interface, kind: u8, taken: bool) -> bool
                 c.held_lost += 1;
             }
         });
-        unreported(interface.pod);
+        unreported(interface.pod());
     }
     copied
 }
@@ -185,8 +186,8 @@ fn is_crowded() -> bool {
 
 /// Whether the pod may still add to a crowded ring, so that one pod's flood does not stop the DNS of others.
 #[inline(always)]
-fn has_share(pod: u32, cost: u64, now_ns: u64) -> bool {
-    let Some(meter) = METER.get_ptr_mut(pod) else {
+fn has_share(pod: PodId, cost: u64, now_ns: u64) -> bool {
+    let Some(meter) = METER.get_ptr_mut(pod.get()) else {
         return false;
     };
     // SAFETY: the entry lives while the program runs; racing writers only blur the share.
@@ -206,8 +207,8 @@ fn has_share(pod: u32, cost: u64, now_ns: u64) -> bool {
 }
 
 #[inline(always)]
-fn unreported(pod: u32) {
-    if let Some(meter) = METER.get_ptr_mut(pod) {
+fn unreported(pod: PodId) {
+    if let Some(meter) = METER.get_ptr_mut(pod.get()) {
         // SAFETY: as above.
         unsafe { (*meter).held_unreported += 1 };
     }

@@ -27,7 +27,7 @@ pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     // SAFETY: the maps are not preallocated, so an entry that is replaced lives until the program
     // ends.
     if let Some(owner) = unsafe { LINK_OWNER.get(key) } {
-        return owner.ifindex == ifindex;
+        return owner.ifindex() == ifindex;
     }
     let Some(hardware) = skb.read::<6>(6) else {
         return false;
@@ -40,6 +40,8 @@ pub fn is_own(skb: &Skb<'_>, address: &Address) -> bool {
     }
     // It becomes the interface's only one unless another interface has it; the interface that comes second
     // gets none.
-    LINK_LOCAL.insert(ifindex, key, NEW).is_ok()
-        && LINK_OWNER.insert(key, LinkOwner { ifindex }, NEW).is_ok()
+    LINK_LOCAL.insert(ifindex.get(), key, NEW).is_ok()
+        && LINK_OWNER
+            .insert(key, LinkOwner::interface(ifindex), NEW)
+            .is_ok()
 }

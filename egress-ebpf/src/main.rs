@@ -12,7 +12,8 @@
 //! verified once and on its own, for any arguments (`do_check_subprogs`, kernel/bpf/verifier.c). So each part
 //! with many paths is such a function. The rules for it:
 //!
-//! - Parameters are numbers, the context, or pointers to memory of a fixed size. The pointers may be null.
+//! - Parameters are numbers, the context, or pointers to memory of a fixed size. The pointers may be null. An id
+//!   is passed as its number: the kernel takes no structure as a parameter.
 //! - The caller's memory must be writable and fully written: a constant, or padding, is refused.
 //! - The return value is a number.
 //! - Up to kernel 6.1, a map accepts no such pointer as a key or a value: the data is copied first.

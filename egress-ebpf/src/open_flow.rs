@@ -29,7 +29,7 @@ pub fn passes(skb: &Skb<'_>, interface: &Interface) -> bool {
     if plain.tcp_flags & (TCP_FIN | TCP_RST) != 0 {
         return false;
     }
-    if !flows::is_open(interface.pod, &plain.key, interface.policy)
+    if !flows::is_open(interface.pod(), &plain.key, interface.policy())
         || checksum::is_misplaced(skb, plain.earliest_checksum())
     {
         return false;

@@ -14,6 +14,7 @@ use core::{mem::MaybeUninit, ptr};
 use aya_ebpf::helpers::bpf_map_pop_elem;
 use egress_common::{
     flow::{is_closed, is_established},
+    ids::PodId,
     protocol,
     records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey},
 };
@@ -32,7 +33,7 @@ const ATTEMPTS: u32 = 4;
 /// Inserts a flow, or a fragmented packet, into `opening`. If there is no room, evicts the oldest of the same
 /// side.
 #[inline(always)]
-pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
+pub fn admit(pod: PodId, key: &FlowKey, flow: &Flow) {
     let Some(opening) = map_of(pod, IN_OPENING) else {
         return;
     };
@@ -43,10 +44,11 @@ pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
     // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
     // program ends.
     let order = unsafe {
+        let key = &pod.get();
         if flow.state == FLOW_IN {
-            ORDER_TO_POD.get(&pod)
+            ORDER_TO_POD.get(key)
         } else {
-            ORDER_FROM_POD.get(&pod)
+            ORDER_FROM_POD.get(key)
         }
     };
     let Some(order) = order else {
@@ -59,7 +61,7 @@ pub fn admit(pod: u32, key: &FlowKey, flow: &Flow) {
 
 /// Appends the key to the queue, and makes room if necessary.
 #[inline(always)]
-fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
+fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         if order.push(key, ANY).is_ok() {
@@ -84,7 +86,7 @@ fn has_place(pod: u32, order: &Order, opening: &Flows, key: &FlowKey) -> bool {
 
 /// Evicts the oldest flow from `opening`, or spares it.
 #[inline(never)]
-fn give_way(pod: u32, order: &Order, opening: &Flows, oldest: &FlowKey, must: bool) {
+fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &FlowKey, must: bool) {
     let Some(flow) = opening.get_ptr(oldest) else {
         // The flow was established or forgotten meanwhile.
         return;
@@ -128,7 +130,7 @@ fn give_way(pod: u32, order: &Order, opening: &Flows, oldest: &FlowKey, must: bo
 }
 
 #[inline(always)]
-fn count_evicted(pod: u32, was_established: bool) {
+fn count_evicted(pod: PodId, was_established: bool) {
     count(|c| {
         if was_established {
             c.flows_evicted += 1;
@@ -136,7 +138,7 @@ fn count_evicted(pod: u32, was_established: bool) {
             c.openings_evicted += 1;
         }
     });
-    if let Some(meter) = METER.get_ptr_mut(pod) {
+    if let Some(meter) = METER.get_ptr_mut(pod.get()) {
         // SAFETY: the entry lives while the program runs; racing writers only blur the count.
         unsafe {
             if was_established {

@@ -8,7 +8,7 @@ const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 /// Counts a probe of this interface. The agent inserts the entry; without an entry the probe is not counted.
 #[inline(always)]
 pub fn count(skb: &Skb<'_>) {
-    if let Some(probes) = PROBES.get_ptr_mut(skb.ifindex()) {
+    if let Some(probes) = PROBES.get_ptr_mut(skb.ifindex().get()) {
         // SAFETY: the map is not preallocated, so the entry lives until the program ends. The agent
         // sends the next probe of an interface long after this one has come or is lost.
         unsafe {

@@ -11,6 +11,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use egress_common::{
+    ids::{IfIndex, PolicyId},
     limits::{COPIED_HEADER_BYTES, HEADER_BYTES},
     packet::{ETHER_IPV4, ETHER_IPV6, ETHERNET_LEN, Frame, Packet, ether_type},
     protocol,
@@ -55,16 +56,16 @@ impl Skb<'_> {
 
     /// The index of the interface whose hook called the program.
     #[inline(always)]
-    pub fn ifindex(&self) -> u32 {
+    pub fn ifindex(&self) -> IfIndex {
         // SAFETY: as above.
-        unsafe { (*self.0.skb.skb).ifindex }
+        IfIndex::new(unsafe { (*self.0.skb.skb).ifindex })
     }
 
     /// The index of the interface on which the node received the frame; 0 if the node created it.
     #[inline(always)]
-    pub fn ingress_ifindex(&self) -> u32 {
+    pub fn ingress_ifindex(&self) -> IfIndex {
         // SAFETY: as above.
-        unsafe { (*self.0.skb.skb).ingress_ifindex }
+        IfIndex::new(unsafe { (*self.0.skb.skb).ingress_ifindex })
     }
 
     /// The frame's EtherType, in network byte order.
@@ -98,7 +99,7 @@ impl Skb<'_> {
     pub fn forget_flow(&self, flow: &mut Flow) {
         let zero = self.zero();
         let (byte, half) = ((zero * 0xff) as u8, (zero * 0xffff) as u16);
-        flow.policy ^= zero;
+        flow.set_policy(PolicyId::new(flow.policy().get() ^ zero));
         flow.handshake ^= half;
         flow.state ^= byte;
         flow.seen ^= byte;

@@ -38,7 +38,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
         // as if the pod had just sent it; without its mark `from_pod` also judges it. A probe reaches
         // `from_pod` like everything that the pod sends.
         // SAFETY: the helper takes plain numbers.
-        return unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) } as i32;
+        return unsafe { bpf_redirect(skb.ifindex().get(), u64::from(BPF_F_INGRESS)) } as i32;
     }
     if mark == DELIVER_MARK.load() {
         ctx.set_mark(0);
@@ -46,7 +46,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     }
     // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program
     // ends; the agent never writes to an entry in place.
-    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex()) }) else {
+    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex().get()) }) else {
         return PASS;
     };
     if interface.mode == MODE_RELEASED || interface.flags & INTERFACE_SETTLING != 0 {
@@ -149,7 +149,7 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
             key.pod_addr = target;
         }
     }
-    let known = flows::find(skb, interface.pod, &key, now_ns);
+    let known = flows::find(skb, interface.pod(), &key, now_ns);
 
     let state = known.state();
     let mut seen = flows::seen(packet.bit, packet.tcp_flags, false);
@@ -168,17 +168,13 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
     } else if (packet.opens_inbound() || accepts)
-        && !flows::is_called(skb, interface.pod, &key)
-        && !forged::may_be(skb, interface.pod, now_ns)
+        && !flows::is_called(skb, interface.pod(), &key)
+        && !forged::may_be(skb, interface.pod(), now_ns)
     {
-        Flow {
-            last_seen_ns: now_ns,
-            // The policy judges it when the pod answers.
-            policy: UNJUDGED,
-            state: FLOW_IN,
-            seen,
-            handshake: 0,
-        }
+        // The policy judges it when the pod answers.
+        let mut flow = Flow::new(UNJUDGED, FLOW_IN, now_ns);
+        flow.seen = seen;
+        flow
     } else {
         return;
     };

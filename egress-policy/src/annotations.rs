@@ -1,12 +1,14 @@
-//! The annotations and their lists.
+//! The annotations and their lists, and the lists of policy objects.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Mode,
     entry::{Destination, Entry},
     error::{Origin, Problem, Unreadable, visible},
-    parse::{EntryError, read_entry},
+    objects::{NamespacePolicy, TierAction, TierRule},
+    parse::EntryError,
+    sets::Sets,
 };
 
 /// The prefix of every key.
@@ -80,18 +82,19 @@ pub(super) struct Written {
     pub(super) entry: Entry,
     pub(super) text: String,
     pub(super) at: At,
+    pub(super) origin: Origin,
 }
 
-/// The place of an entry in its annotation.
+/// The place of an entry in its list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct At {
-    /// Line of the annotation's value, from 1.
+    /// Line of the annotation's value, or number of the entry in an object's list, from 1.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
 }
 
-/// The parsed annotations of one object.
+/// The parsed lists of one object, or of several.
 #[derive(Debug, Default)]
 pub(super) struct Lists {
     pub(super) allow: Option<Vec<Written>>,
@@ -105,12 +108,33 @@ impl Lists {
     pub(super) fn has_rules(&self) -> bool {
         self.allow.is_some() || self.deny.is_some()
     }
+
+    /// Adds the lists of another object. Of two modes, the tighter one counts.
+    pub(super) fn add(&mut self, other: Self) {
+        let Self {
+            allow,
+            deny,
+            resolve,
+            mode,
+        } = other;
+        for (list, more) in [
+            (&mut self.allow, allow),
+            (&mut self.deny, deny),
+            (&mut self.resolve, resolve),
+        ] {
+            if let Some(more) = more {
+                list.get_or_insert_default().extend(more);
+            }
+        }
+        self.mode = self.mode.max(mode);
+    }
 }
 
 /// Parses the annotations of one object, and adds every error to `problems`.
 pub(super) fn read(
     annotations: &Annotations,
-    origin: Origin,
+    origin: &Origin,
+    sets: &Sets<'_>,
     problems: &mut Vec<Problem>,
 ) -> Lists {
     let Annotations {
@@ -123,7 +147,7 @@ pub(super) fn read(
     } = annotations;
     for key in unknown {
         problems.push(Problem::Key {
-            origin,
+            origin: origin.clone(),
             key: key.clone(),
             message: format!(
                 "is not known: expected one of {ALLOW}, {DENY}, {RESOLVE}, {MODE}, {INTERFACE} \
@@ -131,17 +155,23 @@ pub(super) fn read(
             ),
         });
     }
-    if origin == Origin::Namespace && interface.is_some() {
+    if *origin == Origin::Namespace && interface.is_some() {
         problems.push(Problem::Key {
-            origin,
+            origin: origin.clone(),
             key: format!("{PREFIX}{INTERFACE}"),
             message: "names the interface of one pod: put it on the pod".to_owned(),
         });
     }
     let mut list = |value: &Option<String>, key: &str, check: Check| {
-        value
-            .as_ref()
-            .map(|value| read_list(value, key, origin, check, problems))
+        value.as_ref().map(|value| {
+            let list = List {
+                key: &format!("{PREFIX}{key}"),
+                origin,
+                sets,
+                check,
+            };
+            list.read(tokens(value), problems)
+        })
     };
     let allow = list(allow, ALLOW, |_| Ok(()));
     let deny = list(deny, DENY, check_denied);
@@ -150,7 +180,7 @@ pub(super) fn read(
         let mode = Mode::from_text(value);
         if mode.is_none() {
             problems.push(Problem::Value {
-                origin,
+                origin: origin.clone(),
                 key: format!("{PREFIX}{MODE}"),
                 what: Unreadable {
                     line: 1,
@@ -194,54 +224,134 @@ fn check_resolved(entry: &Entry) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn read_list(
-    value: &str,
-    key: &str,
-    origin: Origin,
-    check: Check,
+/// Parses the lists of an `EgressPolicy`. Without any list and mode it closes the pod, like a `NetworkPolicy` that
+/// has no rule.
+pub(super) fn read_policy(
+    policy: &NamespacePolicy,
+    sets: &Sets<'_>,
+    problems: &mut Vec<Problem>,
+) -> Lists {
+    let origin = &Origin::Policy(Arc::clone(&policy.name));
+    let mut list = |items: &Option<Vec<String>>, key: &str, check: Check| {
+        items.as_ref().map(|items| {
+            let list = List {
+                key: &format!("spec.{key}"),
+                origin,
+                sets,
+                check,
+            };
+            list.read_items(items, problems)
+        })
+    };
+    let allow = list(&policy.allow, ALLOW, |_| Ok(()));
+    let deny = list(&policy.deny, DENY, check_denied);
+    let resolve = list(&policy.resolve, RESOLVE, check_resolved);
+    let closes = deny.is_none() && policy.mode.is_none();
+    Lists {
+        allow: allow.or_else(|| closes.then(Vec::new)),
+        deny,
+        resolve,
+        mode: policy.mode,
+    }
+}
+
+/// Parses the entries of a rule of a tier.
+pub(super) fn read_rule(
+    rule: &TierRule,
+    origin: &Origin,
+    sets: &Sets<'_>,
     problems: &mut Vec<Problem>,
 ) -> Vec<Written> {
-    let mut list = Vec::new();
-    for token in tokens(value) {
-        let read = read_entry(token.text).and_then(|entry| match check(&entry) {
-            Ok(()) => Ok(entry),
-            Err(message) => Err(EntryError {
-                at: 0,
-                found: token.text.to_owned(),
-                message: message.to_owned(),
-            }),
+    let list = List {
+        key: &format!("spec.rules[{}].entries", rule.index),
+        origin,
+        sets,
+        check: match rule.action {
+            TierAction::Deny => check_denied,
+            TierAction::Allow | TierAction::Pass => |_| Ok(()),
+        },
+    };
+    list.read_items(&rule.entries, problems)
+}
+
+/// A list that is read.
+struct List<'a> {
+    /// The annotation's full key, or the path of the object's list.
+    key: &'a str,
+    origin: &'a Origin,
+    sets: &'a Sets<'a>,
+    check: Check,
+}
+
+impl List<'_> {
+    /// Reads the items of an object's list, one entry each.
+    fn read_items(&self, items: &[String], problems: &mut Vec<Problem>) -> Vec<Written> {
+        let tokens = items.iter().zip(1..).map(|(text, number)| Token {
+            text,
+            line: number,
+            column: 1,
         });
-        match read {
-            Ok(entry) => list.push(Written {
-                entry,
-                text: visible(token.text.chars()),
-                at: At {
-                    line: token.line,
-                    column: token.column,
-                },
-            }),
-            Err(EntryError { at, found, message }) => {
-                // An empty part has nothing to show, so show the whole entry.
-                let found = if found.is_empty() {
-                    token.text.to_owned()
-                } else {
-                    found
-                };
-                let column = token.column + token.text[..at].chars().count();
-                problems.push(Problem::Value {
-                    origin,
-                    key: format!("{PREFIX}{key}"),
-                    what: Unreadable {
+        self.read(tokens, problems)
+    }
+
+    fn read<'t>(
+        &self,
+        tokens: impl Iterator<Item = Token<'t>>,
+        problems: &mut Vec<Problem>,
+    ) -> Vec<Written> {
+        let mut list = Vec::new();
+        for token in tokens {
+            match self.read_token(&token) {
+                Ok(entries) => list.extend(entries.into_iter().map(|entry| Written {
+                    entry,
+                    text: visible(token.text.chars()),
+                    at: At {
                         line: token.line,
-                        column,
-                        found,
-                        message,
+                        column: token.column,
                     },
-                });
+                    origin: self.origin.clone(),
+                })),
+                Err(EntryError { at, found, message }) => {
+                    // An empty part has nothing to show, so show the whole entry.
+                    let found = if found.is_empty() {
+                        token.text.to_owned()
+                    } else {
+                        found
+                    };
+                    let column = token.column + token.text[..at].chars().count();
+                    problems.push(Problem::Value {
+                        origin: self.origin.clone(),
+                        key: self.key.to_owned(),
+                        what: Unreadable {
+                            line: token.line,
+                            column,
+                            found,
+                            message,
+                        },
+                    });
+                }
             }
         }
+        list
     }
-    list
+
+    fn read_token(&self, token: &Token<'_>) -> Result<Vec<Entry>, EntryError> {
+        let wrong = |message: &str| EntryError {
+            at: 0,
+            found: token.text.to_owned(),
+            message: message.to_owned(),
+        };
+        if token.text.contains(|c| is_separator(c) || c == '#') {
+            return Err(wrong(
+                "is not one entry: expected one entry in each item of the list, without spaces, commas and comments",
+            ));
+        }
+        let entries = self.sets.read(token.text)?;
+        for entry in &entries {
+            (self.check)(entry).map_err(wrong)?;
+        }
+        Ok(entries)
+    }
 }
 
 /// The text of one entry and its place, line and column counted from 1, the column in characters.

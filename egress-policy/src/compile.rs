@@ -8,23 +8,28 @@ use std::{
 
 use egress_common::{
     address::Address,
-    limits::{CIDR_ENTRIES, CLASSES},
+    classes::ClassSet,
+    limits::CIDR_ENTRIES,
     records::{
-        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SPEAKS_OF_NAMES,
-        POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, PortClass,
+        POLICY_ALLOW_INTERNAL, POLICY_OPEN, POLICY_REFUSED, POLICY_SELECTED,
+        POLICY_SPEAKS_OF_NAMES, POLICY_UNIDENTIFIED, POLICY_UNREADABLE, Policy, PortClass,
     },
     verdict::is_dns,
 };
 
 use super::{
-    Annotations, Mode, Settings,
-    annotations::{Lists, Written},
+    Annotations, Inputs, Mode, Settings,
+    annotations::{At, Lists, Written},
+    classes::{Action, Classes},
     effective::{self, Effective, Rule},
     entry::Destination,
-    error::{PolicyError, Problem},
+    error::{Origin, PolicyError, Problem},
     names::{NameRule, NameRules, QuestionRule},
+    objects::TierAction,
+    openings::Openings,
     pattern::NamePattern,
     prefix::{Prefix, inherit},
+    tiers::Tiers,
     translators::Translators,
 };
 
@@ -43,8 +48,8 @@ pub struct Cidr {
     pub network: Address,
     /// Length in bits of the 128-bit form: 96 more for IPv4.
     pub prefix_len: u32,
-    /// Bitmap of its own classes and of those of all prefixes that contain it.
-    pub classes: u64,
+    /// Its own classes and those of all prefixes that contain it.
+    pub classes: ClassSet,
 }
 
 /// A policy, ready for the kernel and the gate. The same set of rules results in the same bytes,
@@ -61,84 +66,107 @@ pub struct Compiled {
     pub cidrs: Vec<Cidr>,
     /// Warnings for the author of a readable policy.
     pub warnings: Vec<String>,
-    /// The `deny` entries with an address, the most specific first.
-    denials: Vec<Denial>,
+    /// The entries that decide about addresses, in the order in which they explain a decision.
+    deciding: Vec<Deciding>,
     translators: Translators,
 }
 
-/// A `deny` entry with an address.
+/// An entry that decides about packets to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Denial {
+struct Deciding {
+    /// The destination.
     destination: Destination,
+    /// The class of its packets.
     class: u8,
-    text: Box<str>,
+    source: EntrySource,
 }
 
-impl Compiled {
-    /// The text of the `deny` entry that put the address into the denying class with this bit
-    /// number; the most specific entry if there are several.
-    pub fn explain_deny(&self, address: &Address, class: u8) -> Option<String> {
-        let of = |address: &Address| {
-            let mut denials = self.denials.iter();
-            denials.find(|denial| denial.class == class && denial.destination.contains(address))
-        };
-        let behind = || of(&self.translators.v4_behind(address)?);
-        let denial = match of(address) {
-            Some(denial) if denial.destination != Destination::Any => Some(denial),
-            any => behind().or(any),
-        };
-        denial.map(|denial| denial.text.to_string())
+/// The text of an entry, and where it is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntrySource {
+    /// Its text.
+    pub text: Box<str>,
+    /// The object in which it is written.
+    pub origin: Origin,
+    /// Its place there.
+    pub at: At,
+}
+
+impl EntrySource {
+    fn of(rule: &Rule) -> Self {
+        Self {
+            text: rule.text.as_str().into(),
+            origin: rule.origin.clone(),
+            at: rule.at,
+        }
     }
 }
 
-/// Compiles the annotations of a pod and its namespace.
+impl Compiled {
+    /// The entry that put the address into the class with this number; the first one in a tier, and the most
+    /// specific one of annotations and namespaced policies. A name's addresses are not compared: of several entries
+    /// with names, it is the first.
+    pub fn deciding_entry(&self, address: &Address, class: u8) -> Option<&EntrySource> {
+        let of = |address: &Address| {
+            let mut deciding = self.deciding.iter();
+            deciding.find(|entry| entry.class == class && entry.destination.contains(address))
+        };
+        let behind = || of(&self.translators.v4_behind(address)?);
+        let by_address = match of(address) {
+            Some(entry) if entry.destination != Destination::Any => Some(entry),
+            any => behind().or(any),
+        };
+        let named = || {
+            let mut deciding = self.deciding.iter();
+            let is_name = |entry: &&Deciding| matches!(entry.destination, Destination::Names(_));
+            deciding.find(|entry| entry.class == class && is_name(entry))
+        };
+        by_address.or_else(named).map(|entry| &entry.source)
+    }
+}
+
+/// Compiles all that concerns a pod.
 ///
 /// # Errors
 ///
-/// When any part of them cannot be parsed or exceeds a limit: half a policy is not a policy. The
+/// When any part of it cannot be parsed or exceeds a limit: half a policy is not a policy. The
 /// lists are parsed in every mode, including `off`.
-pub fn compile(
-    pod: &Annotations,
-    namespace: &Annotations,
-    settings: &Settings,
-) -> Result<Compiled, PolicyError> {
+pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
     let Effective {
         mode,
         open,
+        selected,
+        tiers,
         allow,
         deny,
         resolve,
         mut warnings,
-    } = effective::resolve(pod, namespace, settings)?;
+    } = effective::resolve(inputs, settings)?;
 
-    let classes = Classes::new(&allow, &deny)?;
-    let mut record = classes.record();
-    record.flags = flags(settings) | if open { POLICY_OPEN } else { 0 };
+    let ordered = !tiers.is_empty();
+    let classes = Classes::new(&tiers, &allow, &deny)?;
+    let mut record = classes.record()?;
+    record.flags = flags(settings)
+        | if open { POLICY_OPEN } else { 0 }
+        | if selected { POLICY_SELECTED } else { 0 };
 
     let mut prefixes = Vec::new();
     let mut listed: BTreeMap<NamePattern, NameRule> = BTreeMap::new();
-    for rule in &allow {
-        let bit = classes.bit(Action::of_allow(rule), rule);
+    for (action, rule) in classes.with_actions(&tiers, &allow, &deny) {
+        let bit = classes.bit(action, rule);
         match &rule.destination {
             Destination::Any => record.any |= bit,
             Destination::Addresses(prefix) => prefixes.push((*prefix, bit)),
             Destination::Names(pattern) => {
-                record.named |= bit;
                 let name = listed.entry(pattern.clone()).or_default();
+                if action.denies() {
+                    name.denied.get_or_insert_with(|| EntrySource::of(rule));
+                } else {
+                    record.named |= bit;
+                    // Under ordered rules, what a name opens tells whether it may be queried.
+                    name.queryable |= !ordered;
+                }
                 name.classes |= bit;
-                name.queryable = true;
-            }
-        }
-    }
-    for rule in &deny {
-        match &rule.destination {
-            Destination::Any => record.any |= classes.bit(Action::Deny, rule),
-            Destination::Addresses(prefix) => {
-                prefixes.push((*prefix, classes.bit(Action::Deny, rule)));
-            }
-            Destination::Names(pattern) => {
-                let name = listed.entry(pattern.clone()).or_default();
-                name.denied = Some(rule.text.as_str().into());
             }
         }
     }
@@ -158,24 +186,43 @@ pub fn compile(
     check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
 
     record.names = fingerprint(&listed, settings);
-    let unlisted = unlisted(&allow, &deny, &resolve, open, settings);
-    let denies_names = deny
-        .iter()
-        .any(|rule| matches!(rule.destination, Destination::Names(_)));
+    let openings = ordered.then(|| Openings::new(&record));
+    let unlisted = match &openings {
+        Some(openings) => {
+            let asks_any = resolve
+                .iter()
+                .any(|rule| rule.destination == Destination::Any);
+            if !settings.guard || asks_any || openings.opens(ClassSet::EMPTY) {
+                QuestionRule::Allowed
+            } else {
+                QuestionRule::NotListed
+            }
+        }
+        None => unlisted(&allow, &deny, &resolve, open, settings),
+    };
+    let denies_names = listed.values().any(|rule| rule.denied.is_some());
     if denies_names || unlisted == QuestionRule::NotListed {
         record.flags |= POLICY_SPEAKS_OF_NAMES;
-        warn_of_dns(&allow, &mut warnings);
+        let of_tiers = tiers
+            .rules()
+            .filter(|(action, _)| *action == TierAction::Allow);
+        warn_of_dns(of_tiers.map(|(_, rule)| rule).chain(&allow), &mut warnings);
     }
-    let mut names = NameRules::new(settings, unlisted);
+    let mut names = NameRules::new(settings, unlisted, openings);
     names.extend(listed);
-    let denials = denials(&deny, &classes);
+    let mut ordered = tiers.rules();
+    let closes = ordered.find(|(action, rule)| {
+        *action == TierAction::Deny && effective::denies_everything(std::slice::from_ref(*rule))
+    });
+    names.closed_by(closes.map(|(_, rule)| EntrySource::of(rule)));
+    let deciding = deciding(&classes, &tiers, &allow, &deny);
     Ok(Compiled {
         mode,
         record,
         names,
         cidrs,
         warnings,
-        denials,
+        deciding,
         translators: settings.translators.clone(),
     })
 }
@@ -233,16 +280,16 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
             flags: flags(settings) | why | names,
             ..Policy::CLOSED
         },
-        names: NameRules::new(settings, unlisted),
+        names: NameRules::new(settings, unlisted, None),
         cidrs: Vec::new(),
         warnings: Vec::new(),
-        denials: Vec::new(),
+        deciding: Vec::new(),
         translators: settings.translators.clone(),
     }
 }
 
 /// Warns of entries for DNS ports that open nothing under a policy with rules about names.
-fn warn_of_dns(allow: &[Rule], warnings: &mut Vec<String>) {
+fn warn_of_dns<'a>(allow: impl Iterator<Item = &'a Rule>, warnings: &mut Vec<String>) {
     for rule in allow {
         let PortClass {
             port_min: first,
@@ -271,7 +318,8 @@ fn fingerprint(listed: &BTreeMap<NamePattern, NameRule>, settings: &Settings) ->
     hasher.write(format!("{domain} {internal}\n").as_bytes());
     for (pattern, rule) in listed {
         let denied = u8::from(rule.denied.is_some());
-        hasher.write(format!("{pattern} {:x} {denied}\n", rule.classes).as_bytes());
+        let [low, high] = rule.classes.words;
+        hasher.write(format!("{pattern} {low:x} {high:x} {denied}\n").as_bytes());
     }
     hasher.finish()
 }
@@ -303,106 +351,54 @@ fn unlisted(
     }
 }
 
-fn denials(deny: &[Rule], classes: &Classes) -> Vec<Denial> {
-    let mut denials: Vec<Denial> = deny
-        .iter()
-        .filter(|rule| !matches!(rule.destination, Destination::Names(_)))
-        .map(|rule| Denial {
-            destination: rule.destination.clone(),
-            class: classes.bit(Action::Deny, rule).trailing_zeros() as u8,
-            text: rule.text.as_str().into(),
-        })
+/// The entries that decide about packets. In a tier the first one explains a decision, of lists the most specific one.
+fn deciding(classes: &Classes, tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> Vec<Deciding> {
+    let entry = |(action, rule): (Action, &Rule)| Deciding {
+        destination: rule.destination.clone(),
+        class: classes.bit(action, rule).first(),
+        source: EntrySource::of(rule),
+    };
+    let mut lists: Vec<Deciding> = classes
+        .with_actions(&Tiers::default(), allow, deny)
+        .filter(|(action, rule)| !classes.bit(*action, rule).is_empty())
+        .map(entry)
         .collect();
-    denials.sort_by_key(|denial| match denial.destination {
+    lists.sort_by_key(|entry| match entry.destination {
         Destination::Addresses(prefix) => Reverse(Some(prefix.prefix_len())),
         Destination::Any | Destination::Names(_) => Reverse(None),
     });
-    denials
+    let ordered = classes.with_actions(tiers, &[], &[]).map(entry);
+    ordered.chain(lists).collect()
 }
 
-/// The action of a class on its packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Action {
-    Allow,
-    /// [`Rule::under_any`].
-    AllowUnderAny,
-    Deny,
-}
-
-impl Action {
-    fn of_allow(rule: &Rule) -> Self {
-        if rule.under_any {
-            Self::AllowUnderAny
-        } else {
-            Self::Allow
-        }
-    }
-}
-
-/// The distinct (action, protocols, ports) of a policy, in a fixed order.
-struct Classes(Vec<(Action, PortClass)>);
-
-impl Classes {
-    fn new(allow: &[Rule], deny: &[Rule]) -> Result<Self, PolicyError> {
-        let denies_packets = |rule: &&Rule| !matches!(rule.destination, Destination::Names(_));
-        let denied = deny.iter().filter(denies_packets);
-        let distinct: BTreeSet<(Action, PortClass)> = allow
-            .iter()
-            .map(|rule| (Action::of_allow(rule), rule.class))
-            .chain(denied.map(|rule| (Action::Deny, rule.class)))
-            .collect();
-        check_limit(
-            "classes (distinct action, protocol and port range)",
-            distinct.len(),
-            CLASSES,
-        )?;
-        Ok(Self(distinct.into_iter().collect()))
-    }
-
-    /// The bit of the rule's class.
-    fn bit(&self, action: Action, rule: &Rule) -> u64 {
-        self.0
-            .binary_search(&(action, rule.class))
-            .map_or(0, |index| 1 << index)
-    }
-
-    fn record(&self) -> Policy {
-        let mut record = Policy::CLOSED;
-        for (index, (action, class)) in self.0.iter().enumerate() {
-            record.classes[index] = *class;
-            match action {
-                Action::Allow => {}
-                Action::AllowUnderAny => record.under_any |= 1 << index,
-                Action::Deny => record.deny |= 1 << index,
-            }
-        }
-        record
-    }
-}
-
-fn check_limit(what: &'static str, count: usize, limit: usize) -> Result<(), PolicyError> {
+pub(super) fn check_limit(
+    what: &'static str,
+    count: usize,
+    limit: usize,
+) -> Result<(), PolicyError> {
     let problem = (count > limit).then_some(Problem::Limit { what, count, limit });
     PolicyError::from_problems(problem.into_iter().collect()).map_or(Ok(()), Err)
 }
 
 /// Counts the entries before they are compiled, so that the work is bounded.
-pub(super) fn check_written(pod: &Lists, namespace: &Lists, problems: &mut Vec<Problem>) {
+pub(super) fn check_written(written: &[&Lists], tiers: &Tiers, problems: &mut Vec<Problem>) {
     let mut names = BTreeSet::new();
     let mut prefixes = BTreeSet::<Prefix>::new();
-    for lists in [pod, namespace] {
-        for Written { entry, .. } in [&lists.allow, &lists.deny, &lists.resolve]
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            match &entry.destination {
-                Destination::Any => {}
-                Destination::Addresses(prefix) => {
-                    prefixes.insert(*prefix);
-                }
-                Destination::Names(pattern) => {
-                    names.insert(pattern);
-                }
+    let lists = written
+        .iter()
+        .flat_map(|lists| [&lists.allow, &lists.deny, &lists.resolve])
+        .flatten()
+        .flatten()
+        .map(|Written { entry, .. }| &entry.destination);
+    let ordered = tiers.rules().map(|(_, rule)| &rule.destination);
+    for destination in lists.chain(ordered) {
+        match destination {
+            Destination::Any => {}
+            Destination::Addresses(prefix) => {
+                prefixes.insert(*prefix);
+            }
+            Destination::Names(pattern) => {
+                names.insert(pattern);
             }
         }
     }

@@ -3,9 +3,11 @@
 use egress_common::records::POLICY_SPEAKS_OF_NAMES;
 
 use super::{
-    Annotations, Compiled, Mode, PolicyError, Settings, compile,
+    Compiled, Inputs, Mode, PolicyError, Settings, compile,
     effective::{self, Effective, Rule},
     entry::{Destination, class_words},
+    objects::TierAction,
+    tiers::Run,
 };
 
 /// The destinations that a pod may reach, each with the origin of its annotation. Every line ends with a
@@ -18,13 +20,12 @@ use super::{
 /// As [`compile()`].
 pub fn describe(
     title: &str,
-    pod: &Annotations,
-    namespace: &Annotations,
+    inputs: Inputs<'_>,
     settings: &Settings,
 ) -> Result<String, PolicyError> {
     // Exceeding a limit of the compiled form is an error here too.
-    let compiled = compile(pod, namespace, settings)?;
-    let mut effective = effective::resolve(pod, namespace, settings)?;
+    let compiled = compile(inputs, settings)?;
+    let mut effective = effective::resolve(inputs, settings)?;
     effective.warnings.clone_from(&compiled.warnings);
     Ok(Lines::of(title, &effective, settings, &compiled))
 }
@@ -37,14 +38,17 @@ impl Lines {
         let Effective {
             mode,
             open,
+            tiers,
             allow,
             deny,
             resolve,
             warnings,
+            ..
         } = effective;
         let mut lines = Self(String::new());
         lines.push(0, title);
-        let says_nothing = allow.is_empty() && deny.is_empty() && resolve.is_empty();
+        let says_nothing =
+            allow.is_empty() && deny.is_empty() && resolve.is_empty() && tiers.is_empty();
         if *mode == Mode::Off && says_nothing {
             lines.push(
                 1,
@@ -63,6 +67,7 @@ impl Lines {
                 }
             },
         );
+        lines.ordered("first, in this order:", &tiers.admin);
         lines.push(
             1,
             if *open {
@@ -96,6 +101,14 @@ impl Lines {
             Destination::Any | Destination::Addresses(_) => class_words(&rule.class),
         });
         lines.rules("may also query:", resolve, |_| String::new());
+        lines.ordered(
+            if effective.selected {
+                "then, for internal destinations, in this order:"
+            } else {
+                "then, in this order:"
+            },
+            &tiers.baseline,
+        );
         if compiled.names.allows_unlisted() {
             lines.push(1, "every name may be queried, unless denied");
         } else {
@@ -131,6 +144,26 @@ impl Lines {
         self.0.push('\n');
     }
 
+    /// The rules of a tier under a heading, in the order of evaluation.
+    fn ordered(&mut self, heading: &str, runs: &[Run]) {
+        if runs.is_empty() {
+            return;
+        }
+        self.push(1, heading);
+        for run in runs {
+            let action = match run.action {
+                TierAction::Allow => "allow",
+                TierAction::Deny => "deny ",
+                TierAction::Pass => "pass ",
+            };
+            for rule in &run.rules {
+                let destination = destination_words(&rule.destination);
+                let (packets, origin) = (class_words(&rule.class), &rule.origin);
+                self.push(2, &format!("{action} {destination}  {packets}  ({origin})"));
+            }
+        }
+    }
+
     /// The rules under a heading in columns, each with the text from `words` and its origin.
     fn rules(&mut self, heading: &str, rules: &[Rule], words: fn(&Rule) -> String) {
         if rules.is_empty() {
@@ -138,7 +171,13 @@ impl Lines {
         }
         self.push(1, heading);
         let mut rules: Vec<&Rule> = rules.iter().collect();
-        rules.sort_by_key(|rule| (&rule.destination, rule.class, rule.origin));
+        rules.sort_by(|rule, other| {
+            (&rule.destination, rule.class, &rule.origin).cmp(&(
+                &other.destination,
+                other.class,
+                &other.origin,
+            ))
+        });
         let rows: Vec<[String; 2]> = rules
             .iter()
             .map(|rule| [destination_words(&rule.destination), words(rule)])
@@ -151,7 +190,7 @@ impl Lines {
         });
         for ([destination, packets], rule) in rows.iter().zip(rules) {
             let gap = if second > 0 { "  " } else { "" };
-            let origin = rule.origin;
+            let origin = &rule.origin;
             self.push(
                 2,
                 &format!("{destination:first$}{gap}{packets:second$}  ({origin})"),
@@ -170,7 +209,7 @@ fn destination_words(destination: &Destination) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reference::settings;
+    use crate::{Annotations, reference::settings};
 
     #[test]
     fn the_description_lists_destinations_with_their_origin() {
@@ -184,7 +223,12 @@ mod tests {
             resolve: Some("db.example.net".to_owned()),
             ..Annotations::default()
         };
-        let text = describe("shop/cart", &pod, &namespace, &settings()).unwrap();
+        let text = describe(
+            "shop/cart",
+            Inputs::annotations(&pod, &namespace),
+            &settings(),
+        )
+        .unwrap();
         assert_eq!(
             text,
             "\
@@ -214,8 +258,14 @@ shop/cart
             allow: Some(allow.to_owned()),
             ..Annotations::default()
         };
-        let text =
-            |allow| describe("a/b", &pod(allow), &Annotations::default(), &settings()).unwrap();
+        let text = |allow| {
+            describe(
+                "a/b",
+                Inputs::annotations(&pod(allow), &Annotations::default()),
+                &settings(),
+            )
+            .unwrap()
+        };
         let note = "  protected addresses only with an entry that names the address\n";
         assert!(text("*:443").contains(note));
         assert!(!text("a.com:443").contains(note));
@@ -230,7 +280,12 @@ shop/cart
                 deny: deny.map(str::to_owned),
                 ..Annotations::default()
             };
-            describe("a/b", &pod, &Annotations::default(), &settings()).unwrap()
+            describe(
+                "a/b",
+                Inputs::annotations(&pod, &Annotations::default()),
+                &settings(),
+            )
+            .unwrap()
         };
         let every = "  every name may be queried, unless denied\n";
         assert!(text(Some("*:443"), None).contains(every));
@@ -243,7 +298,7 @@ shop/cart
     fn a_pod_without_a_policy_may_reach_everything() {
         let nothing = Annotations::default();
         assert_eq!(
-            describe("a/b", &nothing, &nothing, &settings()).unwrap(),
+            describe("a/b", Inputs::annotations(&nothing, &nothing), &settings()).unwrap(),
             "a/b\n  mode: off (no packet is judged: everything may be reached)\n"
         );
     }
@@ -254,7 +309,12 @@ shop/cart
             mode: Some("enforce".to_owned()),
             ..Annotations::default()
         };
-        let text = describe("a/b", &pod, &Annotations::default(), &settings()).unwrap();
+        let text = describe(
+            "a/b",
+            Inputs::annotations(&pod, &Annotations::default()),
+            &settings(),
+        )
+        .unwrap();
         assert!(
             text.contains("  may reach: no external destination\n"),
             "{text}"

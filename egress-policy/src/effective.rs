@@ -1,15 +1,18 @@
-//! Combines the annotations of pod and namespace with the settings: the rules in effect for a pod.
+//! Combines annotations, policy objects and the settings: the rules in effect for a pod.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use egress_common::records::PortClass;
 
 use super::{
-    Annotations, Mode, PodAnnotations, Settings,
+    Annotations, Inputs, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
     entry::{Destination, class_intersection, class_words, is_everything},
     entry_warnings,
     error::{Origin, PolicyError},
+    objects::TierAction,
+    sets::Sets,
+    tiers::{self, Tiers},
 };
 
 /// How many warnings are printed; the rest are only counted.
@@ -37,35 +40,115 @@ pub(super) struct Effective {
     pub(super) mode: Mode,
     /// Whether packets that no rule matches pass.
     pub(super) open: bool,
+    /// Whether the lists below close the pod, so that the last tier is asked only about internal destinations.
+    pub(super) selected: bool,
+    /// What precedes and follows the lists below.
+    pub(super) tiers: Tiers,
     pub(super) allow: Vec<Rule>,
     pub(super) deny: Vec<Rule>,
     pub(super) resolve: Vec<Rule>,
     pub(super) warnings: Vec<String>,
 }
 
-/// Parses the annotations and determines which rules take effect.
-pub(super) fn resolve(
-    pod: &Annotations,
-    namespace: &Annotations,
-    settings: &Settings,
-) -> Result<Effective, PolicyError> {
+/// Parses everything that concerns the pod, and determines which rules take effect.
+pub(super) fn resolve(inputs: Inputs<'_>, settings: &Settings) -> Result<Effective, PolicyError> {
     let mut problems = Vec::new();
-    let pod = annotations::read(pod, Origin::Pod, &mut problems);
-    let namespace = annotations::read(namespace, Origin::Namespace, &mut problems);
+    let mut warnings = Vec::new();
+    let sets = Sets(&inputs.objects.sets);
+    let pod = annotations::read(inputs.pod, &Origin::Pod, &sets, &mut problems);
+    let mut namespace =
+        annotations::read(inputs.namespace, &Origin::Namespace, &sets, &mut problems);
+    for policy in &inputs.objects.namespace {
+        namespace.add(annotations::read_policy(policy, &sets, &mut problems));
+    }
+    let tiers = tiers::read(inputs.objects, &sets, &mut problems, &mut warnings);
     if problems.is_empty() {
-        super::compile::check_written(&pod, &namespace, &mut problems);
+        super::compile::check_written(&[&pod, &namespace], &tiers, &mut problems);
     }
     if let Some(error) = PolicyError::from_problems(problems) {
         return Err(error);
     }
-    let mut warnings = Vec::new();
-    let (mode, open) = mode_and_open(&pod, &namespace, settings, &mut warnings);
+    if tiers.is_empty() {
+        return Ok(of_teams(&pod, &namespace, settings, warnings));
+    }
+    Ok(under_tiers(tiers, &pod, &namespace, settings, warnings))
+}
 
-    let mut deny = deny_rules(namespace.deny.as_deref(), Origin::Namespace);
-    let pod_allow = allow_rules(pod.allow.as_deref(), Origin::Pod);
-    let mut allow = allow_rules(namespace.allow.as_deref(), Origin::Namespace);
-    let pod_resolve = resolve_rules(pod.resolve.as_deref(), Origin::Pod);
-    let mut resolve = resolve_rules(namespace.resolve.as_deref(), Origin::Namespace);
+/// The rules of a pod that is under ordered rules. A team cannot loosen these: if its own mode is looser, its lists
+/// do not count.
+fn under_tiers(
+    tiers: Tiers,
+    pod: &Lists,
+    namespace: &Lists,
+    settings: &Settings,
+    mut warnings: Vec<String>,
+) -> Effective {
+    // Without lists and modes the agent's default decides what no rule matches.
+    let unspoken = Effective {
+        mode: implied_mode(settings),
+        open: settings.default_mode == Mode::Off,
+        selected: false,
+        tiers: Tiers::default(),
+        allow: Vec::new(),
+        deny: Vec::new(),
+        resolve: Vec::new(),
+        warnings: Vec::new(),
+    };
+    let is_spoken_of = |lists: &Lists| lists.has_rules() || lists.mode.is_some();
+    let mut effective = if is_spoken_of(pod) || is_spoken_of(namespace) {
+        let of_teams = of_teams(pod, namespace, settings, Vec::new());
+        if of_teams.mode < unspoken.mode {
+            warnings.push(format!(
+                "the lists of the pod and its namespace do not count: their mode is {}, and objects with ordered                  rules, which select the pod, have the mode {}",
+                of_teams.mode.as_str(),
+                unspoken.mode.as_str()
+            ));
+            Effective {
+                open: true,
+                ..unspoken
+            }
+        } else {
+            Effective {
+                selected: !of_teams.open,
+                ..of_teams
+            }
+        }
+    } else {
+        let Effective { resolve, .. } = of_teams(pod, namespace, settings, Vec::new());
+        Effective {
+            resolve,
+            ..unspoken
+        }
+    };
+    for (action, rule) in tiers.rules() {
+        if action == TierAction::Allow {
+            warnings.extend(entry_warnings::of_allowed(rule));
+            warnings.extend(entry_warnings::of_tunnel(rule));
+        }
+        warnings.extend(entry_warnings::of_entry(rule));
+    }
+    warnings.append(&mut effective.warnings);
+    Effective {
+        tiers,
+        warnings: capped(warnings),
+        ..effective
+    }
+}
+
+/// The rules of annotations and namespaced policies alone.
+fn of_teams(
+    pod: &Lists,
+    namespace: &Lists,
+    settings: &Settings,
+    mut warnings: Vec<String>,
+) -> Effective {
+    let (mode, open) = mode_and_open(pod, namespace, settings, &mut warnings);
+
+    let mut deny = deny_rules(namespace.deny.as_deref());
+    let pod_allow = allow_rules(pod.allow.as_deref());
+    let mut allow = allow_rules(namespace.allow.as_deref());
+    let pod_resolve = resolve_rules(pod.resolve.as_deref());
+    let mut resolve = resolve_rules(namespace.resolve.as_deref());
     match settings.pod_annotations {
         PodAnnotations::Grant => {
             allow.extend(pod_allow);
@@ -107,7 +190,7 @@ pub(super) fn resolve(
             }
         }
     }
-    deny.extend(deny_rules(pod.deny.as_deref(), Origin::Pod));
+    deny.extend(deny_rules(pod.deny.as_deref()));
     for rule in &allow {
         warnings.extend(entry_warnings::of_allowed(rule));
         warnings.extend(entry_warnings::of_tunnel(rule));
@@ -115,14 +198,25 @@ pub(super) fn resolve(
     for rule in allow.iter().chain(&deny).chain(&resolve) {
         warnings.extend(entry_warnings::of_entry(rule));
     }
-    Ok(Effective {
+    Effective {
         mode,
         open,
+        selected: false,
+        tiers: Tiers::default(),
         allow,
         deny,
         resolve,
         warnings: capped(warnings),
-    })
+    }
+}
+
+/// The mode of a pod that has rules, and no mode of its own or of its namespace.
+fn implied_mode(settings: &Settings) -> Mode {
+    match settings.default_mode {
+        // Then only an explicit `mode: enforce` enforces.
+        Mode::Audit => Mode::Audit,
+        Mode::Off | Mode::Enforce => Mode::Enforce,
+    }
 }
 
 /// The mode, and whether packets that no rule matches pass.
@@ -135,13 +229,7 @@ fn mode_and_open(
     let only_denies = pod.allow.is_none()
         && namespace.allow.is_none()
         && (pod.deny.is_some() || namespace.deny.is_some());
-    let implied = |has_rules: bool| {
-        has_rules.then_some(match settings.default_mode {
-            // Then only an explicit `mode: enforce` enforces.
-            Mode::Audit => Mode::Audit,
-            Mode::Off | Mode::Enforce => Mode::Enforce,
-        })
-    };
+    let implied = |has_rules: bool| has_rules.then(|| implied_mode(settings));
     if settings.pod_annotations == PodAnnotations::Grant {
         let mode = pod
             .mode
@@ -197,11 +285,7 @@ pub(super) fn mode_of_unreadable(
     mode.unwrap_or(Mode::Audit).max(Mode::Audit)
 }
 
-fn rules(
-    list: Option<&[Written]>,
-    origin: Origin,
-    class: impl Fn(&Written) -> PortClass,
-) -> Vec<Rule> {
+fn rules(list: Option<&[Written]>, class: impl Fn(&Written) -> PortClass) -> Vec<Rule> {
     // Entries that differ only in spelling are the same rule.
     let mut seen = BTreeSet::new();
     let rule = |written: &Written| Rule {
@@ -210,7 +294,7 @@ fn rules(
         under_any: false,
         text: written.text.clone(),
         at: written.at,
-        origin,
+        origin: written.origin.clone(),
     };
     let rules = list.unwrap_or_default().iter().map(rule);
     rules
@@ -218,16 +302,16 @@ fn rules(
         .collect()
 }
 
-fn allow_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
-    rules(list, origin, |written| written.entry.allowed_class())
+pub(super) fn allow_rules(list: Option<&[Written]>) -> Vec<Rule> {
+    rules(list, |written| written.entry.allowed_class())
 }
 
-fn deny_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
-    rules(list, origin, |written| written.entry.denied_class())
+pub(super) fn deny_rules(list: Option<&[Written]>) -> Vec<Rule> {
+    rules(list, |written| written.entry.denied_class())
 }
 
-fn resolve_rules(list: Option<&[Written]>, origin: Origin) -> Vec<Rule> {
-    rules(list, origin, |_| ANY_CLASS)
+fn resolve_rules(list: Option<&[Written]>) -> Vec<Rule> {
+    rules(list, |_| ANY_CLASS)
 }
 
 /// Class of rules that are only about names.

@@ -13,7 +13,7 @@ use egress_dns::Name;
 
 /// The warning about an entry under `allow`.
 pub(super) fn of_allowed(rule: &Rule) -> Option<String> {
-    let (origin, text) = (rule.origin, &rule.text);
+    let (origin, text) = (&rule.origin, &rule.text);
     match &rule.destination {
         Destination::Addresses(prefix) if prefix.is_whole_family() => Some(format!(
             "the {origin}'s allow entry `{text}` opens protected addresses too, such as the metadata \
@@ -33,7 +33,7 @@ const CARRIERS: [u16; 8] = [4, 41, 47, 50, 51, 97, 115, 137];
 /// The warning about an entry under `allow` that opens tunnels: other packets can leave inside those that it
 /// allows.
 pub(super) fn of_tunnel(rule: &Rule) -> Option<String> {
-    let (origin, text, class) = (rule.origin, &rule.text, rule.class);
+    let (origin, text, class) = (&rule.origin, &rule.text, rule.class);
     let ports = class.port_min..=class.port_max;
     let carries =
         class.protocols & bits::OTHER != 0 && CARRIERS.iter().any(|one| ports.contains(one));
@@ -57,7 +57,7 @@ pub(super) fn of_tunnel(rule: &Rule) -> Option<String> {
 
 /// The warning about an entry of any list.
 pub(super) fn of_entry(rule: &Rule) -> Option<String> {
-    let (origin, text) = (rule.origin, &rule.text);
+    let (origin, text) = (&rule.origin, &rule.text);
     if let Some(number) = protocol_number(rule.class)
         && is_extension_header(number)
     {

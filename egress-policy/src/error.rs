@@ -1,6 +1,8 @@
 //! Errors in a policy, with their places.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
+
+use super::objects::ObjectName;
 
 /// How many problems [`PolicyError`] prints; the rest are only counted.
 const PRINTED: usize = 8;
@@ -8,28 +10,63 @@ const PRINTED: usize = 8;
 /// How many characters of the invalid text are printed.
 const QUOTED: usize = 80;
 
-/// The object with an annotation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// The object in which an entry is written.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
-    /// The pod.
+    /// The pod's annotations.
     Pod,
-    /// Its namespace.
+    /// Its namespace's annotations.
     Namespace,
+    /// The lists of a policy object.
+    Policy(Arc<ObjectName>),
+    /// A rule of a policy object with ordered rules.
+    Rule(Arc<RuleName>),
 }
 
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Pod => "pod",
-            Self::Namespace => "namespace",
-        })
+/// A rule of a policy object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleName {
+    /// The object.
+    pub object: Arc<ObjectName>,
+    /// The rule's place in the object's list of rules, from 0.
+    pub index: usize,
+    /// The rule's name, if it has one.
+    pub name: Option<String>,
+}
+
+impl Origin {
+    /// The policy object, if it is one.
+    pub fn object(&self) -> Option<&ObjectName> {
+        match self {
+            Self::Pod | Self::Namespace => None,
+            Self::Policy(object) => Some(object),
+            Self::Rule(rule) => Some(&rule.object),
+        }
     }
 }
 
-/// A text in an annotation that cannot be parsed.
+/// `pod`, `namespace`, `EgressPolicy shop/web`, ``ClusterEgressPolicy guard, rule 2 `mail` ``
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod => f.write_str("pod"),
+            Self::Namespace => f.write_str("namespace"),
+            Self::Policy(object) => write!(f, "{object}"),
+            Self::Rule(rule) => {
+                write!(f, "{}, rule {}", rule.object, rule.index + 1)?;
+                match &rule.name {
+                    Some(name) => write!(f, " {}", quote(name)),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// A text in a list that cannot be parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
-    /// Line of the annotation's value, from 1.
+    /// Line of the annotation's value, or number of the entry in an object's list, from 1.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
@@ -42,11 +79,11 @@ pub struct Unreadable {
 /// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
-    /// The value of an annotation cannot be parsed.
+    /// An annotation or an entry of an object cannot be parsed.
     Value {
-        /// The object with the annotation.
+        /// The object.
         origin: Origin,
-        /// The annotation's full key.
+        /// The annotation's full key, or the path of the object's list (`spec.allow`).
         key: String,
         /// The place and the text.
         what: Unreadable,
@@ -60,7 +97,7 @@ pub enum Problem {
         /// What was expected.
         message: String,
     },
-    /// Pod and namespace together exceed a limit.
+    /// All that concerns the pod exceeds a limit.
     Limit {
         /// What is counted.
         what: &'static str,
@@ -82,10 +119,17 @@ impl fmt::Display for Problem {
                     message,
                 } = what;
                 let found = quote(found);
-                write!(
-                    f,
-                    "{origin} annotation {key}, line {line}, column {column}: {found} {message}"
-                )
+                match origin.object() {
+                    None => write!(
+                        f,
+                        "{origin} annotation {key}, line {line}, column {column}: {found} {message}"
+                    ),
+                    Some(object) => write!(
+                        f,
+                        "{object}, {key}[{}], column {column}: {found} {message}",
+                        line - 1
+                    ),
+                }
             }
             Self::Key {
                 origin,
@@ -101,7 +145,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// The problems of annotations that cannot be compiled, in the order in which they were found.
+/// The problems of a policy that cannot be compiled, in the order in which they were found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct PolicyError {
     problems: Vec<Problem>,
@@ -114,6 +158,12 @@ impl PolicyError {
             None
         } else {
             Some(Self { problems })
+        }
+    }
+
+    pub(super) fn from_problem(problem: Problem) -> Self {
+        Self {
+            problems: vec![problem],
         }
     }
 

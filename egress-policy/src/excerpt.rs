@@ -37,6 +37,7 @@ impl Problem {
         let annotations = match origin {
             Origin::Pod => pod,
             Origin::Namespace => namespace,
+            Origin::Policy(_) | Origin::Rule(_) => return None,
         };
         let value = annotations.value(key)?;
         let line = value.split('\n').nth(what.line.checked_sub(1)?)?;
@@ -113,6 +114,7 @@ fn last_columns(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Inputs;
     use crate::{compile, reference::settings};
 
     /// The excerpts of what is wrong with an `allow`, with their carets.
@@ -122,7 +124,7 @@ mod tests {
             ..Annotations::default()
         };
         let namespace = Annotations::default();
-        let error = compile(&pod, &namespace, &settings()).unwrap_err();
+        let error = compile(Inputs::annotations(&pod, &namespace), &settings()).unwrap_err();
         let problems = error.problems().iter();
         let excerpts = problems.map(|problem| problem.excerpt(&pod, &namespace).unwrap());
         excerpts

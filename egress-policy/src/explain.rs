@@ -7,14 +7,16 @@ use std::{net::IpAddr, ops::RangeInclusive};
 use egress_common::{address::Address, protocol::bits, records::PortClass};
 
 use super::{
-    Annotations, PolicyError, Settings,
+    Inputs, PolicyError, Settings,
     annotations::At,
     effective::{self, Rule},
     entry::{Destination, Entry, Ports, Protocol, number_word},
     error::Origin,
+    objects::TierAction,
     parse::read_entry,
     pattern::NamePattern,
     prefix::from_mapped,
+    tiers::Run,
     translators::Translators,
 };
 use egress_dns::Name;
@@ -114,7 +116,7 @@ impl Target {
     }
 }
 
-/// The list of an entry.
+/// The list of an entry, or the action of its rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
     /// `allow`
@@ -123,15 +125,18 @@ pub enum List {
     Deny,
     /// `resolve`
     Resolve,
+    /// The next tier decides.
+    Pass,
 }
 
 impl List {
-    /// The annotation's key without its prefix.
+    /// The annotation's key without its prefix, or the action in lower case.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Allow => "allow",
             Self::Deny => "deny",
             Self::Resolve => "resolve",
+            Self::Pass => "pass",
         }
     }
 }
@@ -155,7 +160,7 @@ pub struct EntryMatch {
     pub is_any: bool,
 }
 
-/// The entries in effect for a pod, with their texts.
+/// The entries in effect for a pod, with their texts, in the order of evaluation.
 #[derive(Debug)]
 pub struct Entries {
     rules: Vec<(List, Rule)>,
@@ -163,22 +168,30 @@ pub struct Entries {
 }
 
 impl Entries {
-    /// Parses the annotations.
+    /// Parses all that concerns the pod.
     ///
     /// # Errors
     ///
     /// As [`super::compile()`].
-    pub fn read(
-        pod: &Annotations,
-        namespace: &Annotations,
-        settings: &Settings,
-    ) -> Result<Self, PolicyError> {
-        let effective = effective::resolve(pod, namespace, settings)?;
+    pub fn read(inputs: Inputs<'_>, settings: &Settings) -> Result<Self, PolicyError> {
+        let effective = effective::resolve(inputs, settings)?;
         let listed = |list, rules: Vec<Rule>| rules.into_iter().map(move |rule| (list, rule));
+        let ordered = |runs: Vec<Run>| {
+            runs.into_iter().flat_map(move |run| {
+                let list = match run.action {
+                    TierAction::Allow => List::Allow,
+                    TierAction::Deny => List::Deny,
+                    TierAction::Pass => List::Pass,
+                };
+                listed(list, run.rules)
+            })
+        };
         Ok(Self {
-            rules: listed(List::Deny, effective.deny)
+            rules: ordered(effective.tiers.admin)
+                .chain(listed(List::Deny, effective.deny))
                 .chain(listed(List::Allow, effective.allow))
                 .chain(listed(List::Resolve, effective.resolve))
+                .chain(ordered(effective.tiers.baseline))
                 .collect(),
             translators: settings.translators.clone(),
         })
@@ -207,7 +220,7 @@ impl Entries {
             .filter(|(_, rule)| of(&rule.destination))
             .map(|(list, rule)| EntryMatch {
                 list: *list,
-                origin: rule.origin,
+                origin: rule.origin.clone(),
                 text: rule.text.clone(),
                 at: rule.at,
                 class: rule.class,
@@ -238,7 +251,7 @@ impl EntryMatch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{exact_name, reference::settings};
+    use crate::{Annotations, exact_name, reference::settings};
 
     fn target(text: &str) -> Result<(Option<u8>, Option<u16>, String), String> {
         Target::read(text).map(|target| (target.protocol, target.port, target.entry()))
@@ -284,11 +297,18 @@ mod tests {
             deny: Some("x.b.test".to_owned()),
             ..Annotations::default()
         };
-        let entries = Entries::read(&pod, &namespace, &settings()).unwrap();
+        let entries = Entries::read(Inputs::annotations(&pod, &namespace), &settings()).unwrap();
         let matches = entries.matching_name(&exact_name("x.b.test").unwrap());
         let places: Vec<_> = matches
             .iter()
-            .map(|entry| (entry.list, entry.origin, entry.text.as_str(), entry.at))
+            .map(|entry| {
+                (
+                    entry.list,
+                    entry.origin.clone(),
+                    entry.text.as_str(),
+                    entry.at,
+                )
+            })
             .collect();
         let at = |line, column| At { line, column };
         assert_eq!(

@@ -1,14 +1,16 @@
-//! Policies: from annotations to the form for the kernel and the gate.
+//! Policies: from annotations and policy objects to the form for the kernel and the gate.
 //!
-//! 1. [`annotations`]: the keys under `egress-agent.dev/`, and the entries of their lists
-//!    (`parse`, `name_text`: the grammar of one entry);
-//! 2. `effective`: the rules in effect, from pod, namespace and the agent's settings;
+//! 1. [`annotations`]: the keys under `egress-agent.dev/`, and the entries of their lists and of [`objects`]
+//!    (`parse`, `name_text`, `sets`: the grammar of one entry);
+//! 2. `effective`: the rules in effect, from pod, namespace, policy objects (`tiers`: those with ordered rules) and
+//!    the agent's settings;
 //! 3. [`compile()`]: those rules as classes, prefixes and name rules;
 //! 4. [`describe()`]: the same rules in words.
 //!
 //! All functions are pure.
 
 pub mod annotations;
+mod classes;
 mod compile;
 mod describe;
 mod effective;
@@ -20,11 +22,14 @@ pub mod explain;
 mod name_text;
 mod names;
 pub mod objects;
+mod openings;
 mod parse;
 pub mod pattern;
 pub mod prefix;
 mod resolver;
 mod search_list;
+mod sets;
+mod tiers;
 mod translators;
 
 #[cfg(test)]
@@ -32,25 +37,73 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use egress_dns::Name;
 use serde::{Deserialize, Serialize};
 
 pub use annotations::Annotations;
 pub use compile::{
-    Cidr, Compiled, NAMES, compile, refused, unidentified, unreadable, without_namespace,
+    Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
+    without_namespace,
 };
 pub use describe::describe;
 pub use entry::number_word;
-pub use error::{Origin, PolicyError, Problem, Unreadable};
+pub use error::{Origin, PolicyError, Problem, RuleName, Unreadable};
 pub use excerpt::Excerpt;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
+pub use objects::Objects;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;
 pub use translators::Translators;
+
+/// All that concerns one pod, not parsed yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// The pod's annotations.
+    pub pod: &'a Annotations,
+    /// Its namespace's annotations.
+    pub namespace: &'a Annotations,
+    /// The policy objects that select it.
+    pub objects: &'a Objects,
+}
+
+impl<'a> Inputs<'a> {
+    /// Without policy objects.
+    pub fn annotations(pod: &'a Annotations, namespace: &'a Annotations) -> Self {
+        static NO_OBJECTS: LazyLock<Objects> = LazyLock::new(Objects::default);
+        Self {
+            pod,
+            namespace,
+            objects: &NO_OBJECTS,
+        }
+    }
+}
+
+impl Inputs<'_> {
+    /// Whether an entry uses a set.
+    pub fn use_sets(self) -> bool {
+        let Objects {
+            namespace, tiers, ..
+        } = self.objects;
+        let annotations = [self.pod, self.namespace].into_iter();
+        let annotations = annotations
+            .flat_map(|of| [&of.allow, &of.deny, &of.resolve])
+            .flatten();
+        let lists = namespace
+            .iter()
+            .flat_map(|policy| [&policy.allow, &policy.deny, &policy.resolve])
+            .flatten()
+            .flatten();
+        let rules = tiers.iter().flat_map(|policy| &policy.rules);
+        let mut texts = annotations
+            .chain(lists)
+            .chain(rules.flat_map(|rule| &rule.entries));
+        texts.any(|text| text.contains(sets::SIGN))
+    }
+}
 
 /// The effect of verdicts. Ordered from the loosest to the tightest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

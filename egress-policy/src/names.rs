@@ -2,12 +2,15 @@
 
 use std::{collections::HashMap, fmt, sync::Arc};
 
+use egress_common::classes::ClassSet;
+use egress_dns::Name;
+
 use super::{
-    Settings,
+    EntrySource, Settings,
+    openings::Openings,
     pattern::{LabelGlobs, NamePattern},
     search_list::Form,
 };
-use egress_dns::Name;
 
 /// Whether a query may be sent to the resolver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +57,8 @@ impl fmt::Display for InternalAnswers {
 /// The permissions that a name gives to its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Bitmap of their classes.
-    pub classes: u64,
+    /// Their classes.
+    pub classes: ClassSet,
     /// Whether internal addresses get the classes too.
     pub internal: MayBeInternal,
 }
@@ -74,12 +77,20 @@ pub enum MayBeInternal {
 /// The entries for one name pattern.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NameRule {
-    /// Classes of the `allow` entries.
-    pub(super) classes: u64,
-    /// Whether an `allow` or `resolve` entry has the pattern.
+    /// Classes of the entries.
+    pub(super) classes: ClassSet,
+    /// Whether an `allow` or `resolve` entry has the pattern. Under ordered rules only `resolve` entries count:
+    /// for the others see [`Openings`].
     pub(super) queryable: bool,
-    /// The text of the `deny` entry with the pattern.
-    pub(super) denied: Option<Box<str>>,
+    /// The first entry that denies the pattern.
+    pub(super) denied: Option<EntrySource>,
+}
+
+/// What entries say about querying a name.
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    queryable: bool,
+    denied: bool,
 }
 
 /// The rules about names. A lookup takes time proportional to the number of a name's labels, not to
@@ -94,11 +105,19 @@ pub struct NameRules {
     internal_answers: Arc<InternalAnswers>,
     /// The rule for a name that no entry matches.
     unlisted: QuestionRule,
+    /// What names open, if the pod is under ordered rules.
+    openings: Option<Openings>,
+    /// The ordered rule that denies every destination, if there is one.
+    closed_by: Option<EntrySource>,
 }
 
 impl NameRules {
     /// Rules without entries.
-    pub(super) fn new(settings: &Settings, unlisted: QuestionRule) -> Self {
+    pub(super) fn new(
+        settings: &Settings,
+        unlisted: QuestionRule,
+        openings: Option<Openings>,
+    ) -> Self {
         Self {
             exactly: HashMap::new(),
             below: HashMap::new(),
@@ -106,7 +125,14 @@ impl NameRules {
             cluster_domain: settings.cluster_domain.clone(),
             internal_answers: Arc::clone(&settings.internal_answers),
             unlisted,
+            openings,
+            closed_by: None,
         }
+    }
+
+    /// Sets the ordered rule that denies every destination.
+    pub(super) fn closed_by(&mut self, source: Option<EntrySource>) {
+        self.closed_by = source;
     }
 
     /// Adds rules, one for each pattern.
@@ -130,12 +156,9 @@ impl NameRules {
     /// If the resolver walks search lists (`walks`), a name below the cluster domain is also judged by the
     /// name that the resolver may query upstream. Only an entry with the whole name admits such a name then.
     pub fn question(&self, name: &Name, walks: bool) -> QuestionRule {
-        let mut queryable = false;
-        for rule in self.rules_of(name) {
-            if rule.denied.is_some() {
-                return QuestionRule::Denied;
-            }
-            queryable |= rule.queryable;
+        let Asked { queryable, denied } = self.asked(name);
+        if denied {
+            return QuestionRule::Denied;
         }
         let form = Form::of(name, &self.cluster_domain);
         let Some(form) = form.filter(|_| walks) else {
@@ -155,13 +178,39 @@ impl NameRules {
         }
     }
 
+    /// What the entries that match a name say about querying it.
+    fn asked(&self, name: &Name) -> Asked {
+        let mut asked = Asked::default();
+        let mut classes = ClassSet::EMPTY;
+        for rule in self.rules_of(name) {
+            asked.denied |= rule.denied.is_some();
+            asked.queryable |= rule.queryable;
+            classes |= rule.classes;
+        }
+        if let Some(openings) = &self.openings
+            && !classes.is_empty()
+            && openings.opens(classes)
+        {
+            // Somebody's denial comes after what allows it.
+            return Asked {
+                queryable: true,
+                denied: false,
+            };
+        }
+        asked
+    }
+
     /// Whether the name is at or below the cluster domain.
     pub fn is_of_cluster(&self, name: &Name) -> bool {
         name.is_within(&self.cluster_domain)
     }
 
     fn is_listed_whole(&self, name: &Name) -> bool {
-        self.exactly.get(name).is_some_and(|rule| rule.queryable)
+        let whole = self.exactly.get(name);
+        whole.is_some_and(|rule| {
+            let opens = |openings: &Openings| openings.opens(rule.classes);
+            rule.queryable || self.openings.as_ref().is_some_and(opens)
+        })
     }
 
     /// The alias, if it is the queried name without its search suffix: a resolver that walks search lists
@@ -176,14 +225,14 @@ impl NameRules {
         self.unlisted == QuestionRule::Allowed
     }
 
-    /// Bitmap of the classes for addresses in responses to a query for this name;
-    /// 0 for a denied name and for one that may only be queried.
-    pub fn classes(&self, name: &Name) -> u64 {
-        let mut classes = 0;
+    /// The classes for addresses in responses to a query for this name;
+    /// none for a denied name and for one that may only be queried.
+    pub fn classes(&self, name: &Name) -> ClassSet {
+        if self.asked(name).denied {
+            return ClassSet::EMPTY;
+        }
+        let mut classes = ClassSet::EMPTY;
         for rule in self.rules_of(name) {
-            if rule.denied.is_some() {
-                return 0;
-            }
             classes |= rule.classes;
         }
         classes
@@ -211,14 +260,18 @@ impl NameRules {
         !name.is_within(&self.cluster_domain) && !self.internal_answers.has(name)
     }
 
-    /// The text of the `deny` entry that matches the name, or that matches the name which a resolver that
-    /// walks search lists would query upstream.
-    pub fn explain_denied(&self, name: &Name) -> Option<&str> {
-        let named = self.rules_of(name).find_map(|rule| rule.denied.as_deref());
+    /// The entry that denies the name, or the name which a resolver that walks search lists would query upstream.
+    pub fn explain_denied(&self, name: &Name) -> Option<&EntrySource> {
+        let named = self.rules_of(name).find_map(|rule| rule.denied.as_ref());
         named.or_else(|| {
             let public = Form::of(name, &self.cluster_domain)?.public?;
             self.explain_denied(&public)
         })
+    }
+
+    /// The ordered rule because of which a name that no entry matches may not be queried, if it is one.
+    pub fn explain_unlisted(&self) -> Option<&EntrySource> {
+        self.closed_by.as_ref()
     }
 
     fn rules_of<'a>(&'a self, name: &Name) -> impl Iterator<Item = &'a NameRule> {

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::BitOrAssign,
 };
 
 use egress_common::address::{self, Address, V4_MAPPED_PREFIX_LEN};
@@ -224,8 +225,11 @@ pub fn merge(prefixes: &[Prefix]) -> Vec<Prefix> {
 ///
 /// IPv4 gets no bits from an IPv6 prefix: if one numerically contains the mapped addresses, `::ffff:0:0/96`
 /// is added to exclude them.
-pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64)> {
-    let mut merged: BTreeMap<Prefix, u64> = BTreeMap::new();
+pub fn inherit<B>(own: impl IntoIterator<Item = (Prefix, B)>) -> Vec<(Prefix, B)>
+where
+    B: Copy + Default + BitOrAssign,
+{
+    let mut merged: BTreeMap<Prefix, B> = BTreeMap::new();
     for (prefix, bits) in own {
         *merged.entry(prefix).or_default() |= bits;
     }
@@ -233,7 +237,7 @@ pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64
         merged.entry(MAPPED).or_default();
     }
     // In this order each prefix comes after all that contain it, so those form a stack.
-    let mut above: Vec<(Prefix, u64)> = Vec::new();
+    let mut above: Vec<(Prefix, B)> = Vec::new();
     merged
         .into_iter()
         .map(|(prefix, mut bits)| {
@@ -244,7 +248,9 @@ pub fn inherit(own: impl IntoIterator<Item = (Prefix, u64)>) -> Vec<(Prefix, u64
                 above.pop();
             }
             if prefix != MAPPED {
-                bits |= above.last().map_or(0, |(_, inherited)| *inherited);
+                bits |= above
+                    .last()
+                    .map_or_else(B::default, |(_, inherited)| *inherited);
             }
             above.push((prefix, bits));
             (prefix, bits)

@@ -75,7 +75,7 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
             let (mut said, mut removed) = (0, 0);
             let mut applied = None;
             let start = Instant::now();
-            agent.says_after(
+            agent.logs_after(
                 &format!("{says}, of {pods} pods"),
                 || lab.write_namespace(namespace, annotations),
                 |line| {

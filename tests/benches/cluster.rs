@@ -24,8 +24,9 @@ use common::{
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab,
     addresses::{RESOLVER, server},
+    cluster::allow,
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// The number of new pods, and of edits.
 const ROUNDS: usize = 30;
@@ -117,10 +118,6 @@ fn cluster() -> Cluster {
     Cluster::on(ApiServer::shared(), Lab::builder().without_dns())
 }
 
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
-
 /// Whether a pod's process starts before or after its interface exists.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Process {
@@ -149,7 +146,7 @@ fn new_pods(
         sleep(SETTLED);
         let mut pod;
         let start = if process == Process::BeforeInterface {
-            pod = cluster.place(object, &uid, net);
+            pod = cluster.pod_without_processes(object, &uid, net);
             pod.running().start_container();
             let start = Instant::now();
             cluster.lab.add_interface(pod.net());
@@ -157,12 +154,12 @@ fn new_pods(
         } else {
             let start = Instant::now();
             cluster.lab.add_interface(&net);
-            agent.wait_said("that the interface is enforced", |line| {
+            agent.wait_log("that the interface is enforced", |line| {
                 line.contains("enforcing") && line.contains(&format!("pod=interface {interface} "))
             });
             taken[0].push(since(start));
             sleep(RUNTIME);
-            pod = cluster.place(object, &uid, net);
+            pod = cluster.pod_without_processes(object, &uid, net);
             pod.running().start_container();
             Instant::now()
         };
@@ -186,7 +183,7 @@ fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
         sleep(SETTLED);
         let start = Instant::now();
         let mut answered = start;
-        agent.says_after(
+        agent.logs_after(
             "that the policy is applied",
             || {
                 cluster.annotate(&mut pod, &policies[(n + 1) % 2]);

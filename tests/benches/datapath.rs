@@ -13,6 +13,7 @@ use std::net::IpAddr;
 
 use common::{Spread, print_table};
 use egress_agent::datapath::{Action, Attach, Datapath, Hook, Options};
+use egress_common::ids::IfIndex;
 use egress_tests::{Lab, Pod, addresses::server};
 use etherparse::PacketBuilder;
 
@@ -83,6 +84,7 @@ fn main() {
         .expect("the agent's maps");
         let ifindex =
             nix::net::if_::if_nametoindex(pod.interface()).expect("the pod's interface is there");
+        let ifindex = IfIndex::new(ifindex);
         let case = |what, frame, action| Case {
             what,
             hook: Hook::FromPod,

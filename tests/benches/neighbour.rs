@@ -10,8 +10,8 @@
 mod common;
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    io::Write as _,
+    net::TcpListener,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -29,7 +29,7 @@ use common::{
 use egress_tests::{
     Lab, Pod,
     addresses::RESOLVER,
-    dns::{RecordType, question},
+    dns::{RecordType, framed, question, read_message},
 };
 
 /// The number of the attacker's simultaneous connections.
@@ -66,20 +66,6 @@ fn costly(question: &[u8]) -> Vec<u8> {
     message
 }
 
-fn read_message(stream: &mut TcpStream) -> Option<Vec<u8>> {
-    let mut length = [0; 2];
-    stream.read_exact(&mut length).ok()?;
-    let mut message = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut message).ok()?;
-    Some(message)
-}
-
-fn write_message(stream: &mut TcpStream, message: &[u8]) -> Option<()> {
-    let length = u16::try_from(message.len()).ok()?;
-    let bytes = [&length.to_be_bytes(), message].concat();
-    stream.write_all(&bytes).ok()
-}
-
 /// Serves expensive responses on TCP port 53 of the resolver, until the process ends.
 fn serve(lab: &Lab) {
     let listener = lab
@@ -91,9 +77,9 @@ fn serve(lab: &Lab) {
         for mut stream in listener.incoming().flatten() {
             let mut answer = ready.clone();
             thread::spawn(move || {
-                while let Some(asked) = read_message(&mut stream) {
+                while let Ok(asked) = read_message(&mut stream) {
                     answer[..2].copy_from_slice(&asked[..2]);
-                    if write_message(&mut stream, &answer).is_none() {
+                    if stream.write_all(&framed(&answer)).is_err() {
                         return;
                     }
                 }
@@ -128,8 +114,8 @@ impl Attack {
                         continue;
                     }
                     // The agent closes a connection for which it has no room.
-                    if write_message(&mut stream, &asked).is_none()
-                        || read_message(&mut stream).is_none()
+                    if stream.write_all(&framed(&asked)).is_err()
+                        || read_message(&mut stream).is_err()
                     {
                         return;
                     }

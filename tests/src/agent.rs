@@ -177,11 +177,11 @@ impl Agent {
     #[track_caller]
     pub fn start(node: &Namespace, command: Command) -> Self {
         let mut agent = Self::start_unread(node, command);
-        agent.read();
+        agent.read_output();
         agent
     }
 
-    /// Starts the agent, and reads none of its output before [`Self::read`].
+    /// Starts the agent, and reads none of its output before [`Self::read_output`].
     #[track_caller]
     pub(crate) fn start_unread(node: &Namespace, mut command: Command) -> Self {
         command
@@ -206,7 +206,7 @@ impl Agent {
     }
 
     /// Reads the agent's output from now on, including the output so far.
-    pub fn read(&mut self) {
+    pub fn read_output(&mut self) {
         if let Some((stdout, stderr)) = self.unread.take() {
             self.readers = vec![self.stdout.follow(stdout), self.stderr.follow(stderr)];
         }
@@ -215,30 +215,45 @@ impl Agent {
     /// Waits until the agent watches the manifests.
     #[track_caller]
     pub fn wait_ready(&self) {
-        self.wait_said_from(0, "that it is ready", |line| line.contains(LOG_READY));
+        self.wait_log_from(0, "that it is ready", |line| line.contains(LOG_READY));
     }
 
     /// Waits until the agent judges this pod's packets.
     #[track_caller]
     pub fn wait_enforcing(&self, pod: &Pod) {
-        self.wait_said_from(0, &format!("{LOG_ENFORCING} {}", of(pod)), |line| {
+        self.wait_log_from(0, &format!("{LOG_ENFORCING} {}", of(pod)), |line| {
             line.contains(LOG_ENFORCING) && is_about(line, pod)
         });
     }
 
+    /// Waits until an interface of the node is in quarantine: it is enforced, and its pod is not known.
+    #[track_caller]
+    pub fn wait_quarantined(&self, interface: &str) {
+        self.wait_log(&format!("that {interface} is in quarantine"), |line| {
+            is_quarantine_of(line, interface)
+        });
+    }
+
+    /// Makes a change and waits until an interface of the node is in quarantine.
+    #[track_caller]
+    pub fn quarantines_after(&self, interface: &str, change: impl FnOnce()) {
+        let what = format!("that {interface} is in quarantine");
+        self.logs_after(&what, change, |line| is_quarantine_of(line, interface));
+    }
+
     /// Makes a change and waits until the agent has applied the resulting policy of this pod.
     #[track_caller]
-    pub fn applies(&self, pod: &Pod, change: impl FnOnce()) {
+    pub fn applies_policy_after(&self, pod: &Pod, change: impl FnOnce()) {
         let from = self.stderr.lock().len();
         change();
-        self.wait_said_from(from, &format!("{LOG_APPLIED} {}", of(pod)), |line| {
+        self.wait_log_from(from, &format!("{LOG_APPLIED} {}", of(pod)), |line| {
             line.contains(LOG_APPLIED) && is_about(line, pod)
         });
     }
 
     /// Makes a change and waits for a line on standard error about it.
     #[track_caller]
-    pub fn says_after(
+    pub fn logs_after(
         &self,
         what: &str,
         change: impl FnOnce(),
@@ -246,17 +261,17 @@ impl Agent {
     ) -> String {
         let from = self.stderr.lock().len();
         change();
-        self.wait_said_from(from, what, is)
+        self.wait_log_from(from, what, is)
     }
 
     /// Waits for a line on standard error.
     #[track_caller]
-    pub fn wait_said(&self, what: &str, is: impl FnMut(&str) -> bool) -> String {
-        self.wait_said_from(0, what, is)
+    pub fn wait_log(&self, what: &str, is: impl FnMut(&str) -> bool) -> String {
+        self.wait_log_from(0, what, is)
     }
 
     #[track_caller]
-    fn wait_said_from(&self, from: usize, what: &str, mut is: impl FnMut(&str) -> bool) -> String {
+    fn wait_log_from(&self, from: usize, what: &str, mut is: impl FnMut(&str) -> bool) -> String {
         self.stderr
             .wait(from, |line| is(line).then(|| line.to_owned()))
             .unwrap_or_else(|| panic!("the agent did not log within {DEADLINE:?}: {what}"))
@@ -372,7 +387,7 @@ impl Agent {
 
     #[track_caller]
     fn send_sighup(&self, says: &str) -> String {
-        self.says_after(
+        self.logs_after(
             says,
             || {
                 kill(Pid::from_raw(self.pid().cast_signed()), Signal::SIGHUP)
@@ -422,7 +437,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if !self.ended {
-            self.read();
+            self.read_output();
             let _ = self.child.kill();
             let _ = self.child.wait();
             for reader in self.readers.drain(..) {
@@ -450,6 +465,12 @@ pub struct KernelObjects {
 
 fn of(pod: &Pod) -> String {
     format!("pod={}/{}", pod.namespace(), pod.name())
+}
+
+/// True if a line says that this interface is in quarantine.
+fn is_quarantine_of(line: &str, interface: &str) -> bool {
+    let field = format!("pod=interface {interface} ");
+    line.contains(LOG_ENFORCING) && line.contains(&field)
 }
 
 /// True if a line has this pod's field, and not that of a pod whose name merely begins with the same text.

@@ -8,8 +8,9 @@ use std::{
 
 use crate::{
     Agent, DEADLINE, Denial, Pod, SHORT,
+    addresses::server,
     dns::{Answer, RecordType, ResponseCode},
-    echo_on, exchange,
+    echo_on, eventually, exchange,
 };
 
 impl Agent {
@@ -86,6 +87,22 @@ impl Pod {
         stream
     }
 
+    /// Resolves a name and connects to its address, and exchanges data. Both are repeated until the connection is
+    /// made within the TTL of a response.
+    #[track_caller]
+    pub fn talks_tcp_within_ttl(&self, name: &str, to: (IpAddr, u16)) -> TcpStream {
+        let mut stream = eventually(&format!("a connection to {name}"), || {
+            assert_eq!(self.lookup(name), [to.0]);
+            self.connect_tcp(to, SHORT).ok()
+        });
+        assert!(
+            exchange(&mut stream, b"hello", DEADLINE),
+            "{}: no echo from {name}",
+            self.name()
+        );
+        stream
+    }
+
     /// Exchanges a datagram with an echo server.
     #[track_caller]
     pub fn talks_udp(&self, to: impl Into<SocketAddr>) {
@@ -96,5 +113,15 @@ impl Pod {
             "{}: no echo from udp {to}",
             self.name()
         );
+    }
+
+    /// Asserts that the pod reaches `shop.test`, and no other name or address.
+    #[track_caller]
+    pub fn reaches_only_shop(&self) {
+        assert_eq!(self.lookup("shop.test"), [server(10)]);
+        self.talks_tcp((server(10), 443));
+        assert!(!self.reaches(server(99)), "{} is open", self.name());
+        let refused = self.resolve("evil.test", RecordType::A);
+        assert_eq!(refused.code, ResponseCode::NXDomain);
     }
 }

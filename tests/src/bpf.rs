@@ -8,18 +8,19 @@ use std::{
     process::Command,
 };
 
+use egress_common::classes::ClassSet;
 use serde_json::Value;
 
 use crate::{KernelObjects, Lab, Pod};
 
 /// Version directory of the pins.
-const PINS: &str = "egress-agent/v1";
+const PINS: &str = "egress-agent/v2";
 
 /// One address of a pod's allow map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
-    /// Bitmap of classes.
-    pub classes: u64,
+    /// The classes.
+    pub classes: ClassSet,
     /// The end of its lifetime, in nanoseconds of `CLOCK_BOOTTIME`.
     pub expires_ns: u64,
 }
@@ -47,6 +48,18 @@ impl Lab {
         ]))
     }
 
+    /// The entries of one of the pod's pinned maps, as bpftool formats them: objects with `key` and `value`.
+    #[track_caller]
+    pub fn pod_entries(&self, pod: &Pod, map: &str) -> Vec<Value> {
+        formatted_entries(&self.allow_pin(pod).with_file_name(map))
+    }
+
+    /// The same of a map that all pods share.
+    #[track_caller]
+    pub fn shared_entries(&self, map: &str) -> Vec<Value> {
+        formatted_entries(&self.pins().join(map))
+    }
+
     /// Changes the values of one of the pod's pinned maps, for example to simulate the passage of time:
     /// `edit` gets the bytes of the key and of the value.
     #[track_caller]
@@ -66,6 +79,13 @@ impl Lab {
         walk(&self.bpffs(), &mut found);
         found
     }
+}
+
+#[track_caller]
+fn formatted_entries(pin: &Path) -> Vec<Value> {
+    let dump = bpftool(&["map", "dump", "pinned", &text(pin)]);
+    let entries = dump.as_array().expect("a list of entries").iter();
+    entries.map(|entry| entry["formatted"].clone()).collect()
 }
 
 /// See [`Lab::rewrite`]; the map is told by its pin.
@@ -136,7 +156,10 @@ fn entries(dump: &Value) -> BTreeMap<IpAddr, Allowed> {
                 });
             let bytes: [u8; 16] = bytes.try_into().expect("an address has 16 bytes");
             let allowed = Allowed {
-                classes: number("classes"),
+                classes: ClassSet {
+                    words: serde_json::from_value(fields["value"]["classes"]["words"].clone())
+                        .unwrap_or_else(|e| panic!("bpftool shows no classes of {entry}: {e}")),
+                },
                 expires_ns: number("expires_ns"),
             };
             (Ipv6Addr::from(bytes).to_canonical(), allowed)
@@ -162,7 +185,7 @@ impl KernelObjects {
     /// The objects of these that still exist in the kernel.
     #[track_caller]
     #[must_use]
-    pub fn still_there(&self) -> Self {
+    pub fn existing(&self) -> Self {
         let ids = |kind| -> Vec<u32> {
             let listed = bpftool(&[kind, "show"]);
             let listed = listed.as_array().into_iter().flatten();

@@ -4,6 +4,7 @@
 //! The agent runs on the laboratory's node, which reaches the API server only through a [`TcpProxy`].
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     sync::{
         Arc,
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 use crate::{
     Agent, ApiServer, Identity, Lab, Node, NodePod, Pod, TcpProxy,
     addresses::{RESOLVER, RESOLVER6},
+    eventually, holds,
     lab::Builder,
     node::Qos,
 };
@@ -52,7 +54,7 @@ impl Cluster {
     /// resolvers of its pods.
     #[track_caller]
     pub fn on(server: Arc<ApiServer>, lab: Builder) -> Self {
-        server.allow_agent("agent", &everything());
+        server.allow_agent("agent", &rights(|_| true));
         Self::without_rights(server, lab)
     }
 
@@ -140,22 +142,22 @@ impl Cluster {
     pub fn run(&self, namespace: &str, name: &str, annotations: &Value) -> ClusterPod {
         let (object, uid) = self.create(namespace, name, annotations);
         let pod = self.lab.pod(namespace, name);
-        let mut pod = self.place(object, &uid, pod);
+        let mut pod = self.pod_without_processes(object, &uid, pod);
         pod.running.start_container();
-        self.tell_addresses(&pod);
+        self.set_addresses(&pod);
         pod
     }
 
     /// Creates the cgroup of a pod in which nothing runs yet.
     #[track_caller]
-    pub fn place(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
-        let running = self.node.pod_of(pod, uid, Qos::Burstable);
+    pub fn pod_without_processes(&self, object: Value, uid: &str, pod: Pod) -> ClusterPod {
+        let running = self.node.pod_without_processes(pod, uid, Qos::Burstable);
         ClusterPod { object, running }
     }
 
     /// Writes the pod's addresses into its status, as its kubelet does once it knows them.
     #[track_caller]
-    pub fn tell_addresses(&self, pod: &ClusterPod) {
+    pub fn set_addresses(&self, pod: &ClusterPod) {
         let (v4, v6) = (pod.net().ipv4(), pod.net().ipv6());
         self.server.set_status(
             &pod.object,
@@ -169,7 +171,7 @@ impl Cluster {
 
     /// Sets a pod's phase to `Running`, as its kubelet does, whether or not the pod runs.
     #[track_caller]
-    pub fn tell_running(&self, object: &Value) {
+    pub fn set_running(&self, object: &Value) {
         self.server
             .set_status(object, &json!({ "phase": "Running" }));
     }
@@ -179,6 +181,29 @@ impl Cluster {
     pub fn annotate(&self, pod: &mut ClusterPod, annotations: &Value) {
         pod.object["metadata"]["annotations"].clone_from(annotations);
         self.server.apply(&pod.object);
+    }
+
+    /// Waits until the agent uses this resolver. If its first request for the cluster's DNS service fails, it deals with
+    /// the pods before it knows the service.
+    #[track_caller]
+    pub fn wait_resolver(&self, address: IpAddr) {
+        eventually(&format!("the agent uses the resolver {address}"), || {
+            let (_, status) = self.lab.ask_json(&["status"]);
+            let mut resolvers = status["resolvers"].as_array()?.iter();
+            holds(resolvers.any(|resolver| resolver["address"] == address.to_string()))
+        });
+    }
+
+    /// All Events in a namespace.
+    #[track_caller]
+    pub fn events(&self, namespace: &str) -> Vec<Value> {
+        let like = json!({
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": { "namespace": namespace, "name": "any" },
+        });
+        let events = self.server.list(&like).into_iter();
+        events.map(|event| event.data).collect()
     }
 
     /// Deletes the pod at once, first at the API server and then on the node.
@@ -229,12 +254,19 @@ impl Cluster {
             },
         });
         self.server.apply(&service);
+        self.set_resolvers(&[RESOLVER, RESOLVER6]);
+    }
+
+    /// Makes these addresses the endpoints of the cluster's DNS service.
+    #[track_caller]
+    pub fn set_resolvers(&self, addresses: &[IpAddr]) {
+        let addresses = addresses.iter().map(|address| json!({ "ip": address }));
         self.server.apply(&json!({
             "apiVersion": "v1",
             "kind": "Endpoints",
             "metadata": { "namespace": "kube-system", "name": "kube-dns" },
             "subsets": [{
-                "addresses": [{ "ip": RESOLVER }, { "ip": RESOLVER6 }],
+                "addresses": addresses.collect::<Value>(),
                 "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
             }],
         }));
@@ -264,10 +296,17 @@ impl ClusterPod {
     }
 }
 
-/// All rights that the agent needs, everywhere.
-fn everything() -> Value {
+/// Annotations with this list of what a pod may reach.
+#[must_use]
+pub fn allow(entries: &str) -> Value {
+    json!({ "egress-agent.dev/allow": entries })
+}
+
+/// The agent's rights to the resources of which `includes` is true, everywhere.
+pub fn rights(includes: impl Fn(&str) -> bool) -> Value {
     ACCESS
         .iter()
+        .filter(|access| includes(access.resource))
         .map(|access| {
             json!({
                 "apiGroups": [access.group],

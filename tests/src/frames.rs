@@ -298,11 +298,6 @@ pub fn fragments(frame: &[u8], id: u16, bytes: usize) -> Vec<Vec<u8>> {
 /// An SCTP INIT chunk from the pod (RFC 9260, section 3.3.2), with a zero checksum.
 #[track_caller]
 pub fn sctp_init(pod: &Pod, dst: (IpAddr, u16), src_port: u16) -> Vec<u8> {
-    let own = if dst.0.is_ipv4() {
-        pod.ipv4().into()
-    } else {
-        pod.ipv6().into()
-    };
     let mut chunk = Vec::new();
     chunk.extend(src_port.to_be_bytes());
     chunk.extend(dst.1.to_be_bytes());
@@ -310,7 +305,7 @@ pub fn sctp_init(pod: &Pod, dst: (IpAddr, u16), src_port: u16) -> Vec<u8> {
     chunk.extend([1, 0, 0, 20]); // INIT, no flags, length
     chunk.extend([0, 0, 0, 1, 0, 0, 0xff, 0xff, 0, 1, 0, 1, 0, 0, 0, 1]);
     let mut frame = Vec::new();
-    from_pod(pod, own, dst.0)
+    from_pod(pod, pod.address_for(dst.0), dst.0)
         .write(&mut frame, ip_number::SCTP, &chunk)
         .expect("a frame can be built");
     frame

@@ -8,6 +8,7 @@ use std::{
     sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 
+use egress_common::ids::IfIndex;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::geteuid,
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Agent, DnsServer, Pod, Running, TcpEcho, UdpEcho,
-    addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER, server},
+    addresses::{LOCAL_RANGES, PODS, PODS6, RESOLVER, RESOLVER6, STRANGER},
     line::Line,
     namespace::{Namespace, PREFIX, sweep},
     rewritten::nft,
@@ -89,6 +90,12 @@ impl Builder {
     pub fn tracking(mut self) -> Self {
         self.tracking = true;
         self
+    }
+
+    /// Makes an address stay allowed for exactly its TTL.
+    #[must_use]
+    pub fn exact_lifetimes(self) -> Self {
+        self.config("dns.minTtl", "1s").config("dns.grace", "0s")
     }
 
     /// Sets a key of the agent's configuration, by its dotted path (`dns.minTtl`).
@@ -282,6 +289,12 @@ impl Lab {
         &self.node
     }
 
+    /// The index of an interface of the node.
+    #[track_caller]
+    pub fn ifindex(&self, interface: &str) -> IfIndex {
+        self.node.ifindex(interface)
+    }
+
     /// The namespace of all servers that pods may reach.
     pub fn outside(&self) -> &Namespace {
         &self.outside
@@ -382,17 +395,6 @@ impl Lab {
         TcpEcho::start(&self.outside, port)
     }
 
-    /// The set-up of many tests: `shop.test` with one address, a server on port 443, and the pod `shop/cart`
-    /// with this `allow` annotation.
-    #[track_caller]
-    pub fn shop_and_cart(&self, allow: &str) -> (TcpEcho, Pod) {
-        let web = self.serve_tcp(443);
-        self.dns().addresses("shop.test", &[server(10)]);
-        let pod = self.pod("shop", "cart");
-        self.write_pod(&pod, &[("allow", allow)]);
-        (web, pod)
-    }
-
     /// A UDP echo server in `outside` on this port of every address.
     #[track_caller]
     pub fn serve_udp(&self, port: u16) -> UdpEcho {
@@ -453,7 +455,7 @@ impl Lab {
     }
 
     /// Starts the agent with these environment variables, without waiting. Its output on standard output and
-    /// standard error stays in their pipes until [`Agent::read`].
+    /// standard error stays in their pipes until [`Agent::read_output`].
     #[track_caller]
     pub fn spawn_agent_unread(&self, environment: &[(&str, &str)]) -> Agent {
         let mut command = self.agent_command("run");

@@ -10,8 +10,10 @@ use std::{
     thread,
 };
 
+use egress_common::ids::IfIndex;
 use nix::{
     mount::{MntFlags, umount2},
+    net::if_::if_nametoindex,
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -86,6 +88,13 @@ impl Namespace {
                 .join()
                 .unwrap_or_else(|payload| panic::resume_unwind(payload))
         })
+    }
+
+    /// The index of an interface in this namespace.
+    #[track_caller]
+    pub fn ifindex(&self, interface: &str) -> IfIndex {
+        let index = self.run(|| if_nametoindex(interface));
+        IfIndex::new(index.unwrap_or_else(|e| panic!("no interface {interface}: {e}")))
     }
 
     /// A counter of `/proc/net/netstat`, which has a line of names and a line of values with the same prefix.

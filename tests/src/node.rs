@@ -136,14 +136,14 @@ impl Node {
     #[track_caller]
     pub fn run_pod(&self, lab: &Lab, name: &str, uid: &str, qos: Qos) -> NodePod {
         let pod = lab.pod("shop", name);
-        let mut running = self.pod_of(pod, uid, qos);
+        let mut running = self.pod_without_processes(pod, uid, qos);
         running.start_container();
         running
     }
 
     /// Creates the cgroup of a pod in which nothing runs yet.
     #[track_caller]
-    pub fn pod_of(&self, pod: Pod, uid: &str, qos: Qos) -> NodePod {
+    pub fn pod_without_processes(&self, pod: Pod, uid: &str, qos: Qos) -> NodePod {
         sweep();
         let group = Group::create(self.mount(), self.group(uid, qos));
         NodePod {

@@ -91,7 +91,7 @@ impl Lab {
 
     /// Waits until `status` has this count of a loss.
     #[track_caller]
-    pub fn counts_loss(&self, kind: &str, count: u64) {
+    pub fn wait_loss_counted(&self, kind: &str, count: u64) {
         eventually("the loss is counted", || {
             let (_, status) = self.ask_json(&["status"]);
             holds(status["losses"][kind] == count)

@@ -9,7 +9,7 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{DEADLINE, Namespace, Running};
+use crate::{DEADLINE, Namespace, Running, SHORT};
 
 /// A pod: a network namespace with one interface.
 #[derive(Debug)]
@@ -78,6 +78,14 @@ impl Pod {
         self.ipv6
     }
 
+    /// The address of the same family as `peer`.
+    pub fn address_for(&self, peer: IpAddr) -> IpAddr {
+        match peer {
+            IpAddr::V4(_) => self.ipv4.into(),
+            IpAddr::V6(_) => self.ipv6.into(),
+        }
+    }
+
     /// The hardware address of the pod's end of its interface.
     pub fn hardware(&self) -> [u8; 6] {
         [2, 0, 0, 0, self.ipv4.octets()[2], 2]
@@ -102,6 +110,12 @@ impl Pod {
         })
     }
 
+    /// True if the pod connects to port 443 of this address within a short time, which a busy machine may exceed:
+    /// for connections that are expected to fail, and for [`eventually`](crate::eventually).
+    pub fn reaches(&self, to: IpAddr) -> bool {
+        self.connect_tcp((to, 443), SHORT).is_ok()
+    }
+
     /// Connects; panics if that fails.
     #[track_caller]
     pub fn reach_tcp(&self, to: impl Into<SocketAddr>) -> TcpStream {
@@ -121,11 +135,7 @@ impl Pod {
     #[track_caller]
     pub fn udp_socket(&self, to: impl Into<SocketAddr>) -> UdpSocket {
         let to = to.into();
-        let own: IpAddr = if to.is_ipv4() {
-            self.ipv4.into()
-        } else {
-            self.ipv6.into()
-        };
+        let own = self.address_for(to.ip());
         self.netns.run(|| {
             let socket = UdpSocket::bind((own, 0)).expect("bind a UDP socket in a pod");
             socket

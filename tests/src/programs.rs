@@ -8,6 +8,8 @@ use egress_agent::datapath::{
 };
 use egress_common::{
     address::{Address, from_v4},
+    classes::{ClassSet, PortTable},
+    ids::{IfIndex, PodId, PolicyId},
     protocol::bits,
     reason::Reason,
     records::{
@@ -16,7 +18,6 @@ use egress_common::{
         TunnelKey,
     },
 };
-use nix::net::if_::if_nametoindex;
 
 use crate::{
     Lab, Pod,
@@ -27,11 +28,11 @@ use crate::{
 /// The port that the policy allows on [`server`]`(1)` and [`server6`]`(1)`.
 pub const PORT: u16 = 4000;
 /// The bit of the class that allows TCP and UDP [`PORT`].
-pub const TO_PORT: u64 = 1;
+pub const TO_PORT: ClassSet = ClassSet::one(0);
 /// The bit of the class that allows SCTP [`PORT`], and ping.
-pub const OTHERS: u64 = 1 << 1;
+pub const OTHERS: ClassSet = ClassSet::one(1);
 /// The bit of the class that allows, or denies, everything.
-pub const ANYTHING: u64 = 1 << 2;
+pub const ANYTHING: ClassSet = ClassSet::one(2);
 
 /// UDP to this port, and every protocol but TCP, UDP, SCTP and ICMP, are tunnels.
 pub const VXLAN: u16 = 8472;
@@ -42,8 +43,8 @@ pub const INTERNAL: [IpAddr; 2] = [
 ];
 
 /// The pod's id in the maps.
-pub const POD: u32 = 7;
-const FIRST_POLICY: u32 = 100;
+pub const POD: PodId = PodId::new(7);
+const FIRST_POLICY: PolicyId = PolicyId::new(100);
 
 /// A time in the distant future.
 const NEVER_NS: u64 = u64::MAX;
@@ -55,7 +56,7 @@ pub struct Programs {
     allow: AllowMap,
     held: HeldRing,
     denials: DenialRing,
-    ifindex: u32,
+    ifindex: IfIndex,
     interface: Interface,
     policy: Policy,
     pod: Pod,
@@ -90,10 +91,7 @@ impl Programs {
             trace: false,
         };
         let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
-        let ifindex = lab
-            .node()
-            .run(|| if_nametoindex(pod.interface()))
-            .expect("the pod's interface");
+        let ifindex = lab.ifindex(pod.interface());
         datapath
             .set_ranges(&[
                 (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
@@ -112,12 +110,7 @@ impl Programs {
             ])
             .expect("the map of tunnels");
         let policy = policy(&pod);
-        let interface = Interface {
-            pod: POD,
-            policy: FIRST_POLICY,
-            mode: MODE_ENFORCE,
-            flags: 0,
-        };
+        let interface = Interface::new(POD, FIRST_POLICY, MODE_ENFORCE);
         let new_pod = NewPod {
             id: POD,
             namespace: pod.namespace(),
@@ -139,7 +132,7 @@ impl Programs {
         };
         programs.write_interface();
         for allowed in [server(1), server6(1)] {
-            programs.allow(allowed, TO_PORT | OTHERS, NEVER_NS);
+            programs.allow(allowed, TO_PORT.or(OTHERS), NEVER_NS);
         }
         programs
     }
@@ -157,21 +150,17 @@ impl Programs {
     /// A packet of the pod, from its address of the same family.
     pub fn to(&self, dst: impl Into<IpAddr>) -> Ip {
         let dst = dst.into();
-        if dst.is_ipv4() {
-            Ip::new(self.own(), dst)
-        } else {
-            Ip::new(self.own6(), dst)
-        }
+        Ip::new(self.pod.address_for(dst), dst)
     }
 
     /// A packet to the pod's address of the same family.
     pub fn by(&self, src: impl Into<IpAddr>) -> Ip {
         let src = src.into();
-        if src.is_ipv4() {
-            Ip::new(src, self.own())
-        } else {
-            Ip::new(src, self.own6())
-        }
+        Ip::new(src, self.pod.address_for(src))
+    }
+
+    fn next_policy(&self) -> PolicyId {
+        PolicyId::new(self.interface.policy().get() + 1)
     }
 
     fn write_interface(&mut self) {
@@ -193,37 +182,35 @@ impl Programs {
 
     /// Assigns the interface to another pod, which has its own limit in the rings.
     pub fn becomes_another_pods(&mut self) {
-        self.interface.pod += 1;
-        self.interface.policy += 1;
-        let name = format!("other-{}", self.interface.pod);
+        let other = PodId::new(self.interface.pod().get() + 1);
+        let policy = self.next_policy();
+        let flags = self.interface.flags;
+        self.interface = Interface::new(other, policy, self.interface.mode);
+        self.interface.flags = flags;
+        let name = format!("other-{other}");
         let new_pod = NewPod {
-            id: self.interface.pod,
+            id: other,
             namespace: self.pod.namespace(),
             name: &name,
             uid: "uid",
         };
-        self.allow = make(
-            &mut self.datapath,
-            Some(new_pod),
-            self.interface.policy,
-            &self.policy,
-        );
+        self.allow = make(&mut self.datapath, Some(new_pod), policy, &self.policy);
         self.write_interface();
     }
 
     /// Removes the interface's entry from the map.
     pub fn forget_interface(&mut self) {
         self.interfaces
-            .remove(self.ifindex, self.interface.pod)
+            .remove(self.ifindex, self.interface.pod())
             .expect("the map of interfaces can be written");
     }
 
     /// Inserts an address into the allow map.
     #[track_caller]
-    pub fn allow(&mut self, to: impl Into<IpAddr>, classes: u64, expires_ns: u64) {
+    pub fn allow(&mut self, to: impl Into<IpAddr>, classes: ClassSet, expires_ns: u64) {
         let entry = AllowEntry {
             classes,
-            internal_classes: 0,
+            internal_classes: ClassSet::EMPTY,
             expires_ns,
         };
         self.allow
@@ -235,13 +222,9 @@ impl Programs {
     #[track_caller]
     pub fn change_policy(&mut self, change: impl FnOnce(&mut Policy)) {
         change(&mut self.policy);
-        self.interface.policy += 1;
-        self.allow = make(
-            &mut self.datapath,
-            None,
-            self.interface.policy,
-            &self.policy,
-        );
+        let next = self.next_policy();
+        self.interface = self.interface.under(next);
+        self.allow = make(&mut self.datapath, None, next, &self.policy);
         self.write_interface();
     }
 
@@ -404,7 +387,7 @@ impl Outcome {
 fn make(
     datapath: &mut Datapath,
     pod: Option<NewPod<'_>>,
-    policy: u32,
+    policy: PolicyId,
     record: &Policy,
 ) -> AllowMap {
     let policy = NewPolicy {
@@ -432,6 +415,7 @@ fn policy(pod: &Pod) -> Policy {
     policy.classes[0] = class(bits::TCP | bits::UDP, PORT, PORT);
     policy.classes[1] = class(bits::SCTP | bits::ICMP_ECHO, PORT, PORT);
     policy.classes[2] = class(bits::ALL, 0, u16::MAX);
+    policy.ports = PortTable::of(&policy.classes).expect("few intervals");
     policy.own[0] = address(IpAddr::from(pod.ipv4()));
     policy.own[1] = address(IpAddr::from(pod.ipv6()));
     policy.own_len = 2;

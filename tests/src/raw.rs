@@ -40,6 +40,14 @@ pub const IPV4: usize = ETHERNET + 20;
 /// The offset of the transport header in a plain IPv6 packet.
 pub const IPV6: usize = ETHERNET + 40;
 
+/// The offset of the transport header in a plain packet to or from this address.
+pub const fn transport_at(address: IpAddr) -> usize {
+    match address {
+        IpAddr::V4(_) => IPV4,
+        IpAddr::V6(_) => IPV6,
+    }
+}
+
 /// An Ethernet frame.
 pub fn ethernet(ether_type: u16, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2];

@@ -62,7 +62,7 @@ impl Sum {
     }
 
     /// The frame after its checksum was written.
-    pub fn land(self, frame: &[u8]) -> Vec<u8> {
+    pub fn with_checksum_written(self, frame: &[u8]) -> Vec<u8> {
         let sum = !ones_sum(&frame[self.from..]);
         let mut landed = frame.to_vec();
         landed[self.at..self.at + 2].copy_from_slice(&sum.to_be_bytes());

@@ -31,20 +31,23 @@ struct Shared {
     stop: AtomicBool,
     streams: Mutex<Vec<TcpStream>>,
     /// Peer and own address of each connection, or of each datagram.
-    met: Mutex<Vec<(SocketAddr, SocketAddr)>>,
+    contacts: Mutex<Vec<(SocketAddr, SocketAddr)>>,
 }
 
 impl Shared {
-    fn met(&self) -> MutexGuard<'_, Vec<(SocketAddr, SocketAddr)>> {
-        self.met.lock().unwrap_or_else(PoisonError::into_inner)
+    fn contacts(&self) -> MutexGuard<'_, Vec<(SocketAddr, SocketAddr)>> {
+        self.contacts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn meet(&self, peer: SocketAddr, own: SocketAddr) {
-        self.met().push((plain(peer), plain(own)));
+    fn note_contact(&self, peer: SocketAddr, own: SocketAddr) {
+        self.contacts().push((plain(peer), plain(own)));
     }
 
     fn count(&self, own: SocketAddr) -> usize {
-        self.met().iter().filter(|(_, met)| *met == own).count()
+        self.contacts()
+            .iter()
+            .filter(|(_, reached)| *reached == own)
+            .count()
     }
 }
 
@@ -62,7 +65,7 @@ pub struct TcpEcho {
 impl fmt::Debug for TcpEcho {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TcpEcho")
-            .field("met", &self.shared.met)
+            .field("contacts", &self.shared.contacts)
             .finish_non_exhaustive()
     }
 }
@@ -93,7 +96,11 @@ impl TcpEcho {
 
     /// The clients' addresses, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
-        self.shared.met().iter().map(|(peer, _)| *peer).collect()
+        self.shared
+            .contacts()
+            .iter()
+            .map(|(peer, _)| *peer)
+            .collect()
     }
 }
 
@@ -109,7 +116,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             let Ok(own) = stream.local_addr() else {
                 continue;
             };
-            shared.meet(peer, own);
+            shared.note_contact(peer, own);
             let copy = stream.try_clone().expect("duplicate a socket");
             shared
                 .streams
@@ -157,7 +164,7 @@ pub struct UdpEcho {
 impl fmt::Debug for UdpEcho {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("UdpEcho")
-            .field("met", &self.shared.met)
+            .field("contacts", &self.shared.contacts)
             .finish_non_exhaustive()
     }
 }
@@ -186,7 +193,11 @@ impl UdpEcho {
 
     /// The senders' addresses, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
-        self.shared.met().iter().map(|(peer, _)| *peer).collect()
+        self.shared
+            .contacts()
+            .iter()
+            .map(|(peer, _)| *peer)
+            .collect()
     }
 }
 
@@ -218,7 +229,7 @@ fn echo_datagrams(shared: &Shared, socket: &UdpSocket, port: u16) {
         let (Some(peer), Some(own)) = (peer, own) else {
             continue;
         };
-        shared.meet(
+        shared.note_contact(
             SocketAddr::new(IpAddr::V6(peer.ip()), peer.port()),
             SocketAddr::new(IpAddr::V6(Ipv6Addr::from(own.s6_addr)), port),
         );

@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     pods::{self, NO_ADDRESS, Snapshot},
 };
-use egress_policy::{Annotations, Excerpt, PolicyError, describe};
+use egress_policy::{Annotations, Excerpt, Inputs, PolicyError, describe};
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
@@ -26,7 +26,12 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         let title = name.to_string();
         let own = Annotations::from_map(&pod.annotations);
         let inherited = Annotations::from_map(&pod.namespace_annotations);
-        match describe(&title, &own, &inherited, &settings) {
+        let inputs = Inputs {
+            pod: &own,
+            namespace: &inherited,
+            objects: &pod.objects,
+        };
+        match describe(&title, inputs, &settings) {
             Ok(text) => {
                 print!("{text}");
                 if pod.addresses.is_empty() && pod.interface.is_some() {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use egress_common::{
     address,
+    classes::ClassSet,
     records::{Policy, RANGE_TRANSLATED},
     translation::embedded_v4,
     verdict::{Destination, Translated},
@@ -44,7 +45,7 @@ fn kinds(config: &Config, ip: IpAddr) -> u64 {
     };
     if let Some(v4) = embedded_v4(&address, destination.ranges) {
         let translated = Translated {
-            cidr: 0,
+            cidr: ClassSet::EMPTY,
             ranges: found(v4),
         };
         destination.add_translated(&Policy::CLOSED, translated);

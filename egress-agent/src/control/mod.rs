@@ -18,7 +18,7 @@
 //! | [`apply`] | does it; only this step changes the kernel and asks the gate |
 //! | [`publish`] | tells people and the other threads |
 //! | [`start`], [`stop`] | what comes before the first reconcile, and after the last |
-//! | [`wake`] | what leads to a reconcile before its second has passed |
+//! | [`wake`] | how often events may lead to a reconcile before its second has passed |
 //! | [`settings`], [`reload`] | what the operator and the cluster say, and taking on other settings |
 //! | [`inherited`] | ranges and resolvers that stay in force until the cluster has said everything |
 //! | [`state_dir`] | files that one agent leaves to the next |

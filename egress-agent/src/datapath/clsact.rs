@@ -7,6 +7,7 @@
 use std::{fs, io, os::fd::AsFd as _, os::fd::AsRawFd as _, path::Path};
 
 use anyhow::{Context as _, Result, bail};
+use egress_common::ids::IfIndex;
 
 use super::{
     Datapath, ingress,
@@ -45,7 +46,7 @@ impl Hook {
 
 impl Datapath {
     /// Attaches one program, and replaces the filter of an earlier agent or an existing one.
-    pub(super) fn attach_clsact(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub(super) fn attach_clsact(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         if !tc
             .add_clsact(ifindex)
@@ -76,7 +77,7 @@ impl Datapath {
     }
 
     /// The position of the program among the filters of its side.
-    pub(super) fn clsact_standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
+    pub(super) fn clsact_standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         let program = self.program(hook)?.info()?.id();
         let filters = tc.filters(ifindex, hook.side())?;
@@ -93,7 +94,7 @@ impl Datapath {
     /// Moves the program in front of all filters of its side. The new filter is added before the old
     /// one is removed, so that no packet passes unjudged. In between, a frame may meet the program twice: the
     /// same rules judge it twice, and a DNS message may be lost, as any datagram may be.
-    pub(super) fn clsact_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub(super) fn clsact_first(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         let filters = tc.filters(ifindex, hook.side())?;
         let priority = lowest_priority(&filters)?;
@@ -127,7 +128,7 @@ impl Datapath {
     fn put(
         &mut self,
         tc: &mut TrafficControl,
-        ifindex: u32,
+        ifindex: IfIndex,
         hook: Hook,
         priority: u16,
         handle: u32,
@@ -145,7 +146,7 @@ impl Datapath {
 }
 
 /// Removes our filters from an interface, and then the marker. If the interface is gone, so are its filters.
-pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
+pub(super) fn detach(links: &Path, ifindex: IfIndex) -> Result<()> {
     let marker = links.join(format!("{ifindex}_clsact"));
     if !marker.exists() {
         return Ok(());

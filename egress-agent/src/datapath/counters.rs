@@ -2,14 +2,17 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, PerCpuArray};
-use egress_common::records::{Counters, Meter};
+use egress_common::{
+    ids::PodId,
+    records::{Counters, Meter},
+};
 
 use super::policies::ignore_missing;
 
 /// Handle for reading counters and meters.
 pub struct CounterMap {
     counters: PerCpuArray<MapData, Counters>,
-    meters: HashMap<MapData, u32, Meter>,
+    meters: HashMap<MapData, PodId, Meter>,
 }
 
 macro_rules! add_fields {
@@ -23,7 +26,7 @@ macro_rules! add_fields {
 impl CounterMap {
     pub(super) fn new(
         counters: PerCpuArray<MapData, Counters>,
-        meters: HashMap<MapData, u32, Meter>,
+        meters: HashMap<MapData, PodId, Meter>,
     ) -> Self {
         Self { counters, meters }
     }
@@ -57,12 +60,12 @@ impl CounterMap {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn forget(&mut self, pod: u32) -> Result<()> {
+    pub fn forget(&mut self, pod: PodId) -> Result<()> {
         ignore_missing(self.meters.remove(&pod)).context("cannot write the map `meters`")
     }
 
     /// The meter of one pod; empty when it has none.
-    pub fn meter(&self, pod: u32) -> Meter {
+    pub fn meter(&self, pod: PodId) -> Meter {
         self.meters.get(&pod, 0).unwrap_or_default()
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use aya::{TestRun as _, TestRunOptions};
+use egress_common::ids::IfIndex;
 
 use super::{Datapath, Hook};
 
@@ -64,14 +65,14 @@ impl Datapath {
     pub fn dry_run(
         &mut self,
         hook: Hook,
-        ifindex: u32,
+        ifindex: IfIndex,
         mark: u32,
         frame: &[u8],
         repeat: u32,
     ) -> Result<DryRun> {
         let mut context_in = [0; SK_BUFF];
         context_in[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
-        context_in[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        context_in[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.get().to_ne_bytes());
         let mut context_out = [0; SK_BUFF];
         let result = self
             .program(hook)?

@@ -7,6 +7,7 @@ use aya::maps::{HashMap, Map, MapData, MapError};
 use egress_common::{
     address::Address,
     flow::{UDP_NS, idle_limit_ns, is_alive, is_open},
+    ids::PolicyId,
     protocol,
     records::{
         FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow,
@@ -83,7 +84,7 @@ pub enum SeedState {
     /// The peer opened it, so the pod may reply.
     Inbound,
     /// The pod opened it, and it counts as admitted by this policy.
-    Admitted(u32),
+    Admitted(PolicyId),
     /// The pod opened it, and the next packet that it sends is judged. Until then, no packet of the
     /// peer can make the flow look inbound.
     Unjudged,
@@ -108,13 +109,9 @@ impl Seed {
             SeedState::Admitted(policy) => (FLOW_OUT, policy),
             SeedState::Unjudged => (FLOW_OUT, UNJUDGED),
         };
-        Flow {
-            last_seen_ns: now_ns,
-            policy,
-            state,
-            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
-            handshake: 0,
-        }
+        let mut flow = Flow::new(policy, state, now_ns);
+        flow.seen = FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN;
+        flow
     }
 }
 
@@ -389,13 +386,8 @@ mod tests {
             kind: FLOW_KEY_FLOW,
             pad: 0,
         };
-        let flow = Flow {
-            last_seen_ns,
-            policy: 0,
-            state: FLOW_IN,
-            seen: FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN,
-            handshake: 0,
-        };
+        let mut flow = Flow::new(UNJUDGED, FLOW_IN, last_seen_ns);
+        flow.seen = FLOW_SEEN_IN | FLOW_SEEN_OUT | FLOW_SEEN_AGAIN;
         (key, flow)
     }
 

@@ -9,6 +9,7 @@
 //! With tcx this is not needed, because tcx programs run before every qdisc.
 
 use anyhow::{Context as _, Result, bail};
+use egress_common::ids::IfIndex;
 
 use super::{
     netlink::{NESTED, add, attributes},
@@ -42,7 +43,7 @@ const WITHIN: u32 = 0x000f_ffff;
 /// # Errors
 ///
 /// When a filter cannot be moved; then nothing has changed. Or when the kernel rejects a change.
-pub(super) fn replace(tc: &mut TrafficControl, ifindex: u32) -> Result<()> {
+pub(super) fn replace(tc: &mut TrafficControl, ifindex: IfIndex) -> Result<()> {
     let filters = tc
         .filters(ifindex, Side::Ingress)
         .context("cannot list the filters of an ingress qdisc")?;
@@ -60,7 +61,7 @@ pub(super) fn replace(tc: &mut TrafficControl, ifindex: u32) -> Result<()> {
         })?;
     }
     tracing::info!(
-        ifindex,
+        ifindex = ifindex.get(),
         filters = moved.len(),
         "replaced the interface's ingress qdisc by a clsact qdisc, and kept its filters"
     );

@@ -2,10 +2,13 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
-use egress_common::records::{Identity, Interface, MODE_RELEASED};
+use egress_common::{
+    ids::{IfIndex, PodId},
+    records::{Identity, Interface, MODE_RELEASED},
+};
 
 /// Handle on the `interfaces` map.
-pub struct InterfaceMap(HashMap<MapData, u32, Interface>);
+pub struct InterfaceMap(HashMap<MapData, IfIndex, Interface>);
 
 /// A pod that an earlier agent enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,11 +20,11 @@ pub struct Adoptable {
     /// The pod's UID.
     pub uid: String,
     /// Its interfaces: ifindex and map entry.
-    pub interfaces: Vec<(u32, Interface)>,
+    pub interfaces: Vec<(IfIndex, Interface)>,
 }
 
 impl InterfaceMap {
-    pub(super) fn new(map: HashMap<MapData, u32, Interface>) -> Self {
+    pub(super) fn new(map: HashMap<MapData, IfIndex, Interface>) -> Self {
         Self(map)
     }
 
@@ -30,7 +33,7 @@ impl InterfaceMap {
     /// # Errors
     ///
     /// When the map is full or cannot be written.
-    pub fn set(&mut self, ifindex: u32, entry: Interface) -> Result<()> {
+    pub fn set(&mut self, ifindex: IfIndex, entry: Interface) -> Result<()> {
         self.0
             .insert(ifindex, entry, 0)
             .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
@@ -41,12 +44,12 @@ impl InterfaceMap {
     /// # Errors
     ///
     /// When the map cannot be read or written.
-    pub fn release(&mut self, ifindex: u32, pod: u32) -> Result<()> {
-        let Some(entry) = self.entry_of(ifindex, pod)? else {
+    pub fn release(&mut self, ifindex: IfIndex, pod: PodId) -> Result<()> {
+        let Some(mut entry) = self.entry_of(ifindex, pod)? else {
             return Ok(());
         };
-        let mode = MODE_RELEASED;
-        self.set(ifindex, Interface { mode, ..entry })
+        entry.mode = MODE_RELEASED;
+        self.set(ifindex, entry)
     }
 
     /// Whether an interface belongs to this pod and has not been released.
@@ -54,15 +57,15 @@ impl InterfaceMap {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn is_of(&self, ifindex: u32, pod: u32) -> Result<bool> {
+    pub fn is_of(&self, ifindex: IfIndex, pod: PodId) -> Result<bool> {
         let entry = self.entry_of(ifindex, pod)?;
         Ok(entry.is_some_and(|entry| entry.mode != MODE_RELEASED))
     }
 
     /// The interface's entry, if it belongs to this pod.
-    fn entry_of(&self, ifindex: u32, pod: u32) -> Result<Option<Interface>> {
+    fn entry_of(&self, ifindex: IfIndex, pod: PodId) -> Result<Option<Interface>> {
         match self.0.get(&ifindex, 0) {
-            Ok(entry) => Ok((entry.pod == pod).then_some(entry)),
+            Ok(entry) => Ok((entry.pod() == pod).then_some(entry)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot read {ifindex} in `interfaces`"))
@@ -76,7 +79,7 @@ impl InterfaceMap {
     /// # Errors
     ///
     /// When the map cannot be read or written.
-    pub fn remove(&mut self, ifindex: u32, pod: u32) -> Result<()> {
+    pub fn remove(&mut self, ifindex: IfIndex, pod: PodId) -> Result<()> {
         if self.entry_of(ifindex, pod)?.is_none() {
             return Ok(());
         }
@@ -98,7 +101,7 @@ impl InterfaceMap {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn entries(&self) -> Result<Vec<(u32, Interface)>> {
+    pub fn entries(&self) -> Result<Vec<(IfIndex, Interface)>> {
         self.0
             .iter()
             .collect::<Result<_, _>>()

@@ -2,12 +2,12 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
-use egress_common::records::LinkHardware;
+use egress_common::{ids::IfIndex, records::LinkHardware};
 
 use super::{Datapath, object::open, policies::ignore_missing};
 
 /// Handle on the map `link_hardware`.
-pub struct LinkHardwareMap(HashMap<MapData, u32, LinkHardware>);
+pub struct LinkHardwareMap(HashMap<MapData, IfIndex, LinkHardware>);
 
 impl Datapath {
     /// A handle on the map of hardware addresses.
@@ -27,7 +27,7 @@ impl LinkHardwareMap {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn entries(&self) -> Result<Vec<(u32, LinkHardware)>> {
+    pub fn entries(&self) -> Result<Vec<(IfIndex, LinkHardware)>> {
         let entries: Result<_, _> = self.0.iter().collect();
         entries.context("cannot read the map `link_hardware`")
     }
@@ -37,7 +37,7 @@ impl LinkHardwareMap {
     /// # Errors
     ///
     /// When the map is full or cannot be written.
-    pub fn bind(&mut self, ifindex: u32, hardware: LinkHardware) -> Result<()> {
+    pub fn bind(&mut self, ifindex: IfIndex, hardware: LinkHardware) -> Result<()> {
         self.0
             .insert(ifindex, hardware, 0)
             .context("cannot write the map `link_hardware`")
@@ -48,7 +48,7 @@ impl LinkHardwareMap {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn release(&mut self, ifindex: u32) -> Result<()> {
+    pub fn release(&mut self, ifindex: IfIndex) -> Result<()> {
         ignore_missing(self.0.remove(&ifindex)).context("cannot write the map `link_hardware`")
     }
 }

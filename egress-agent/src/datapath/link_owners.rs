@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
 use egress_common::{
     address::Address,
-    records::{LinkAddress, LinkOwner, NODE_OWNS},
+    ids::IfIndex,
+    records::{LinkAddress, LinkOwner},
 };
 
 use super::{Datapath, object::open, policies::ignore_missing};
@@ -15,7 +16,7 @@ use super::{Datapath, object::open, policies::ignore_missing};
 /// interface has chosen.
 pub struct LinkOwners {
     owners: HashMap<MapData, LinkAddress, LinkOwner>,
-    chosen: HashMap<MapData, u32, LinkAddress>,
+    chosen: HashMap<MapData, IfIndex, LinkAddress>,
 }
 
 impl Datapath {
@@ -39,29 +40,28 @@ impl LinkOwners {
     /// # Errors
     ///
     /// When a map is full, or cannot be read or written.
-    pub fn settle(&mut self, node: &BTreeSet<Address>, enforced: &HashSet<u32>) -> Result<()> {
+    pub fn settle(&mut self, node: &BTreeSet<Address>, enforced: &HashSet<IfIndex>) -> Result<()> {
         let known: Vec<(LinkAddress, LinkOwner)> = self
             .owners
             .iter()
             .collect::<Result<_, _>>()
             .context("cannot read the map `link_owners`")?;
-        let of_node = LinkOwner { ifindex: NODE_OWNS };
         for addr in node {
             let key = LinkAddress { addr: *addr };
-            if !known.contains(&(key, of_node)) {
+            if !known.contains(&(key, LinkOwner::NODE)) {
                 self.owners
-                    .insert(key, of_node, 0)
+                    .insert(key, LinkOwner::NODE, 0)
                     .context("cannot write the map `link_owners`")?;
             }
         }
         for (key, owner) in known {
-            let stays = node.contains(&key.addr) || enforced.contains(&owner.ifindex);
+            let stays = node.contains(&key.addr) || enforced.contains(&owner.ifindex());
             if !stays {
                 ignore_missing(self.owners.remove(&key))
                     .context("cannot write the map `link_owners`")?;
             }
         }
-        let chosen: Vec<u32> = self
+        let chosen: Vec<IfIndex> = self
             .chosen
             .keys()
             .collect::<Result<_, _>>()

@@ -7,6 +7,7 @@ use aya::{
     programs::{SchedClassifier, TcAttachType},
     util::KernelVersion,
 };
+use egress_common::ids::IfIndex;
 
 use super::{Datapath, clsact, stamp_check, tcx};
 
@@ -79,7 +80,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the interface does not exist or the kernel rejects it.
-    pub fn attach(&mut self, ifindex: u32) -> Result<()> {
+    pub fn attach(&mut self, ifindex: IfIndex) -> Result<()> {
         for hook in Hook::BOTH {
             self.attach_one(ifindex, hook)?;
         }
@@ -93,7 +94,7 @@ impl Datapath {
     }
 
     /// Attaches one program, and replaces that of an earlier agent or an existing one.
-    pub(super) fn attach_one(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub(super) fn attach_one(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         match self.attach {
             Attach::Clsact => self.attach_clsact(ifindex, hook),
             Attach::Auto | Attach::Tcx => self.attach_tcx(ifindex, hook),
@@ -107,7 +108,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When a pin, a filter, or its element in the stamp check cannot be removed.
-    pub fn detach(&mut self, ifindex: u32) -> Result<()> {
+    pub fn detach(&mut self, ifindex: IfIndex) -> Result<()> {
         self.release_stamps(ifindex)?;
         let links = self.layout.links();
         // After its pin is removed, the kernel detaches a link with a delay; after its last descriptor is
@@ -134,7 +135,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the directory of links cannot be read.
-    pub fn attached(&self) -> Result<Vec<u32>> {
+    pub fn attached(&self) -> Result<Vec<IfIndex>> {
         attached(&self.layout.links())
     }
 
@@ -151,7 +152,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the interface does not exist or the kernel does not answer.
-    pub fn standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
+    pub fn standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
         if self.attach != Attach::Clsact {
             return self.tcx_standing(ifindex, hook);
         }
@@ -169,7 +170,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When nothing can be put in front of another program, or the kernel rejects it.
-    pub fn come_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub fn come_first(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         match self.attach {
             Attach::Clsact => self.clsact_first(ifindex, hook),
             Attach::Auto | Attach::Tcx => self.tcx_first(ifindex, hook),
@@ -186,12 +187,12 @@ pub(super) fn detach_all(links: &Path) -> Result<usize> {
     Ok(interfaces.len())
 }
 
-fn detach(links: &Path, ifindex: u32) -> Result<()> {
+fn detach(links: &Path, ifindex: IfIndex) -> Result<()> {
     tcx::detach(links, ifindex)?;
     clsact::detach(links, ifindex)
 }
 
-fn attached(links: &Path) -> Result<Vec<u32>> {
+fn attached(links: &Path) -> Result<Vec<IfIndex>> {
     let mut interfaces = Vec::new();
     let entries = match fs::read_dir(links) {
         Ok(entries) => entries,
@@ -204,10 +205,10 @@ fn attached(links: &Path) -> Result<Vec<u32>> {
         let name = entry
             .context("cannot read the directory of links")?
             .file_name();
-        let ifindex: Option<u32> = name
+        let ifindex = name
             .to_str()
             .and_then(|name| name.split('_').next()?.parse().ok());
-        interfaces.extend(ifindex);
+        interfaces.extend(ifindex.map(IfIndex::new));
     }
     interfaces.sort_unstable();
     interfaces.dedup();

@@ -1,6 +1,6 @@
 //! Loads the compiled programs with their constants.
 
-use std::{borrow::Cow, io};
+use std::{borrow::Cow, io, thread, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
@@ -55,8 +55,11 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 /// (`btf_prepare_func_args`, kernel/bpf/btf.c).
 pub(super) const GLOBAL_FUNCTIONS: KernelVersion = KernelVersion::new(5, 12, 0);
 
-/// How often loading a program is attempted if signals interrupt it; libbpf has the same limit.
-const LOAD_ATTEMPTS: u32 = 5;
+/// How often loading a program is attempted if signals interrupt it. libbpf tries five times, which is too few on a busy
+/// machine: there, verifying takes longer than the time between two signals.
+const LOAD_ATTEMPTS: u32 = 50;
+/// The pause between two attempts.
+const LOAD_PAUSE: Duration = Duration::from_millis(20);
 
 /// Marks of the frames that the gate sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +179,10 @@ fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
     for _ in 1..LOAD_ATTEMPTS {
         match program.load() {
             Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+                if io_error.kind() == io::ErrorKind::WouldBlock =>
+            {
+                thread::sleep(LOAD_PAUSE);
+            }
             other => return other,
         }
     }

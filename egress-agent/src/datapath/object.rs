@@ -12,6 +12,7 @@ use aya::{
 };
 use egress_common::{
     address::Address,
+    ids::{IfIndex, PodId, PolicyId},
     limits::{DNS_PORTS, FlowLimits},
     records::{DnsPorts, Forged, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
@@ -62,11 +63,11 @@ pub struct Datapath {
     pub(super) allow_entries: u32,
     pub(super) flow_limits: FlowLimits,
     pub(super) attach: Attach,
-    pub(super) policies: HashMap<MapData, u32, Policy>,
+    pub(super) policies: HashMap<MapData, PolicyId, Policy>,
     pub(super) outer: Arc<OuterMaps>,
-    pub(super) meters: HashMap<MapData, u32, Meter>,
-    pub(super) forged: HashMap<MapData, u32, Forged>,
-    pub(super) identities: HashMap<MapData, u32, Identity>,
+    pub(super) meters: HashMap<MapData, PodId, Meter>,
+    pub(super) forged: HashMap<MapData, PodId, Forged>,
+    pub(super) identities: HashMap<MapData, PodId, Identity>,
     pub(super) ranges: LpmTrie<MapData, Address, Range>,
     dns_ports: Array<MapData, DnsPorts>,
     pub(super) tunnels: HashMap<MapData, TunnelKey, Tunnel>,
@@ -230,7 +231,7 @@ impl Datapath {
     /// When the pin cannot be opened.
     pub fn interfaces(&self) -> Result<InterfaceMap> {
         let map = open(&self.layout, "interfaces")?;
-        let map: HashMap<MapData, u32, Interface> = HashMap::try_from(Map::HashMap(map))?;
+        let map: HashMap<MapData, IfIndex, Interface> = HashMap::try_from(Map::HashMap(map))?;
         Ok(InterfaceMap::new(map))
     }
 
@@ -242,7 +243,7 @@ impl Datapath {
     pub fn counters(&self) -> Result<CounterMap> {
         let counters = Map::PerCpuArray(open(&self.layout, "counters")?).try_into()?;
         let meters = open(&self.layout, "meters")?;
-        let meters: HashMap<MapData, u32, Meter> = Map::HashMap(meters).try_into()?;
+        let meters: HashMap<MapData, PodId, Meter> = Map::HashMap(meters).try_into()?;
         Ok(CounterMap::new(counters, meters))
     }
 
@@ -329,7 +330,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When a map cannot be read.
-    pub fn adoptable(&self) -> Result<std::collections::BTreeMap<u32, Adoptable>> {
+    pub fn adoptable(&self) -> Result<std::collections::BTreeMap<PodId, Adoptable>> {
         let mut pods = std::collections::BTreeMap::new();
         for item in &self.identities {
             let (pod, identity) = item.context("cannot read the map `identities`")?;
@@ -342,7 +343,7 @@ impl Datapath {
             pods.insert(pod, adoptable);
         }
         for (ifindex, entry) in self.interfaces()?.entries()? {
-            if let Some(pod) = pods.get_mut(&entry.pod) {
+            if let Some(pod) = pods.get_mut(&entry.pod()) {
                 pod.interfaces.push((ifindex, entry));
             }
         }
@@ -354,7 +355,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn policy_ids(&self) -> Result<Vec<u32>> {
+    pub fn policy_ids(&self) -> Result<Vec<PolicyId>> {
         self.policies
             .keys()
             .collect::<Result<_, _>>()

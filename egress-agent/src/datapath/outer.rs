@@ -14,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{HashOfMaps, Map, MapData, MapError};
+use egress_common::ids::{PodId, PolicyId};
 
 use super::policies::ignore_missing;
 
@@ -23,50 +24,65 @@ const THREADS: usize = 128;
 /// Stack of such a thread: enough for a system call and an error.
 const STACK: usize = 128 * 1024;
 
-/// One of the maps of maps.
+/// The place of an inner map: one of the maps of maps, and the key there.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Outer {
-    Allow,
-    Cidrs,
-    Flows,
-    Inbound,
-    Opening,
-    Called,
-    OrderFromPod,
-    OrderToPod,
+    Allow(PolicyId),
+    Cidrs(PolicyId),
+    Flows(PodId),
+    Inbound(PodId),
+    Opening(PodId),
+    Called(PodId),
+    OrderFromPod(PodId),
+    OrderToPod(PodId),
 }
 
 impl Outer {
-    /// The maps that each pod has of its own.
-    pub(super) const OF_POD: [Self; 6] = [
-        Self::Flows,
-        Self::Inbound,
-        Self::Opening,
-        Self::Called,
-        Self::OrderFromPod,
-        Self::OrderToPod,
-    ];
+    /// The places of the maps that a pod has of its own.
+    pub(super) fn of_pod(pod: PodId) -> [Self; 6] {
+        [
+            Self::Flows(pod),
+            Self::Inbound(pod),
+            Self::Opening(pod),
+            Self::Called(pod),
+            Self::OrderFromPod(pod),
+            Self::OrderToPod(pod),
+        ]
+    }
 
+    /// The name of the map of maps.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Allow => "allow",
-            Self::Cidrs => "cidrs",
-            Self::Flows => "flows",
-            Self::Inbound => "inbound",
-            Self::Opening => "opening",
-            Self::Called => "called",
-            Self::OrderFromPod => "order_from_pod",
-            Self::OrderToPod => "order_to_pod",
+            Self::Allow(_) => "allow",
+            Self::Cidrs(_) => "cidrs",
+            Self::Flows(_) => "flows",
+            Self::Inbound(_) => "inbound",
+            Self::Opening(_) => "opening",
+            Self::Called(_) => "called",
+            Self::OrderFromPod(_) => "order_from_pod",
+            Self::OrderToPod(_) => "order_to_pod",
+        }
+    }
+
+    fn key(self) -> u32 {
+        match self {
+            Self::Allow(policy) | Self::Cidrs(policy) => policy.get(),
+            Self::Flows(pod)
+            | Self::Inbound(pod)
+            | Self::Opening(pod)
+            | Self::Called(pod)
+            | Self::OrderFromPod(pod)
+            | Self::OrderToPod(pod) => pod.get(),
         }
     }
 }
 
 /// A change of one entry.
 pub(super) enum Change {
-    /// Puts an inner map under a key.
-    Insert(Outer, u32, MapData),
-    /// Removes the entry under a key; a missing entry is not an error.
-    Remove(Outer, u32),
+    /// Puts an inner map at its place.
+    Insert(Outer, MapData),
+    /// Removes the inner map from its place; a missing entry is not an error.
+    Remove(Outer),
 }
 
 /// The maps of maps.
@@ -84,22 +100,21 @@ pub(super) struct OuterMaps {
 impl OuterMaps {
     /// Opens the maps; `open` opens the map of a name.
     pub(super) fn open(open: impl Fn(&str) -> Result<MapData>) -> Result<Self> {
-        let open = |outer: Outer| open(outer.name());
         Ok(Self {
-            allow: open(Outer::Allow)?,
-            cidrs: open(Outer::Cidrs)?,
-            flows: open(Outer::Flows)?,
-            inbound: open(Outer::Inbound)?,
-            opening: open(Outer::Opening)?,
-            called: open(Outer::Called)?,
-            order_from_pod: open(Outer::OrderFromPod)?,
-            order_to_pod: open(Outer::OrderToPod)?,
+            allow: open("allow")?,
+            cidrs: open("cidrs")?,
+            flows: open("flows")?,
+            inbound: open("inbound")?,
+            opening: open("opening")?,
+            called: open("called")?,
+            order_from_pod: open("order_from_pod")?,
+            order_to_pod: open("order_to_pod")?,
         })
     }
 
-    /// The inner map under a key.
-    pub(super) fn get(&self, outer: Outer, key: u32) -> Result<Option<MapData>> {
-        match self.handle(outer)?.get(&key, 0) {
+    /// The inner map at this place.
+    pub(super) fn get(&self, outer: Outer) -> Result<Option<MapData>> {
+        match self.handle(outer)?.get(&outer.key(), 0) {
             Ok(inner) => Ok(Some(inner)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => {
@@ -141,10 +156,13 @@ impl OuterMaps {
 
     fn make(&self, change: Change) -> Result<()> {
         let (outer, result) = match change {
-            Change::Insert(outer, key, inner) => {
-                (outer, self.handle(outer)?.insert(key, &inner, 0))
+            Change::Insert(outer, inner) => {
+                (outer, self.handle(outer)?.insert(outer.key(), &inner, 0))
             }
-            Change::Remove(outer, key) => (outer, ignore_missing(self.handle(outer)?.remove(&key))),
+            Change::Remove(outer) => (
+                outer,
+                ignore_missing(self.handle(outer)?.remove(&outer.key())),
+            ),
         };
         result.with_context(|| format!("cannot write the map `{}`", outer.name()))
     }
@@ -152,14 +170,14 @@ impl OuterMaps {
     /// A new handle for the caller, because two threads cannot write through one of aya's.
     fn handle(&self, outer: Outer) -> Result<HashOfMaps<MapData, u32, MapData>> {
         let map = match outer {
-            Outer::Allow => &self.allow,
-            Outer::Cidrs => &self.cidrs,
-            Outer::Flows => &self.flows,
-            Outer::Inbound => &self.inbound,
-            Outer::Opening => &self.opening,
-            Outer::Called => &self.called,
-            Outer::OrderFromPod => &self.order_from_pod,
-            Outer::OrderToPod => &self.order_to_pod,
+            Outer::Allow(_) => &self.allow,
+            Outer::Cidrs(_) => &self.cidrs,
+            Outer::Flows(_) => &self.flows,
+            Outer::Inbound(_) => &self.inbound,
+            Outer::Opening(_) => &self.opening,
+            Outer::Called(_) => &self.called,
+            Outer::OrderFromPod(_) => &self.order_from_pod,
+            Outer::OrderToPod(_) => &self.order_to_pod,
         };
         Ok(HashOfMaps::try_from(Map::HashOfMaps(another(map)?))?)
     }

@@ -1,9 +1,9 @@
 //! The pins, by which enforcement outlives the agent.
 //!
 //! ```text
-//! <bpffs>/egress-agent/v1/            maps that all pods share, by name
-//! <bpffs>/egress-agent/v1/links/      <ifindex>_from_pod, <ifindex>_to_pod
-//! <bpffs>/egress-agent/v1/pods/       <namespace>_<pod>/allow, names, flows, inbound, opening
+//! <bpffs>/egress-agent/v2/            maps that all pods share, by name
+//! <bpffs>/egress-agent/v2/links/      <ifindex>_from_pod, <ifindex>_to_pod
+//! <bpffs>/egress-agent/v2/pods/       <namespace>_<pod>/allow, names, flows, inbound, opening
 //! ```
 
 use std::{
@@ -22,7 +22,7 @@ use nix::{
 use super::{Datapath, links, stamp_check};
 
 /// Incremented when a pinned map changes its shape; an agent never touches another version's pins.
-const VERSION: &str = "v1";
+const VERSION: &str = "v2";
 
 /// The directories of the pins.
 #[derive(Clone, Debug)]
@@ -294,7 +294,7 @@ mod tests {
         let pins = layout.pod("shop", "cart.v2-0");
         assert_eq!(
             pins.dir(),
-            Path::new("/sys/fs/bpf/egress-agent/v1/pods/shop_cart~2ev2-0")
+            Path::new("/sys/fs/bpf/egress-agent/v2/pods/shop_cart~2ev2-0")
         );
         assert_ne!(layout.pod("a", "b_c").dir(), layout.pod("a_b", "c").dir());
     }

@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
+    classes::ClassSet,
+    ids::{IfIndex, PodId, PolicyId},
     records::{AllowEntry, AllowKey, CidrEntry, Forged, Policy},
 };
 
@@ -18,7 +20,7 @@ use super::{
 #[derive(Clone, Copy, Debug)]
 pub struct NewPod<'a> {
     /// Its id in the maps.
-    pub id: u32,
+    pub id: PodId,
     /// Its namespace.
     pub namespace: &'a str,
     /// Its name.
@@ -32,11 +34,11 @@ pub struct NewPod<'a> {
 #[derive(Clone, Debug)]
 pub struct NewPolicy<'a> {
     /// Its id in the maps, which must be new.
-    pub id: u32,
+    pub id: PolicyId,
     /// Its record in the map `policies`.
     pub record: &'a Policy,
     /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
-    pub cidrs: Vec<(Address, u32, u64)>,
+    pub cidrs: Vec<(Address, u32, ClassSet)>,
 }
 
 /// The maps to be created for one pod.
@@ -52,9 +54,9 @@ pub struct NewMaps<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unused {
     /// The maps of a version of a policy.
-    Policy(u32),
+    Policy(PolicyId),
     /// A pod's own maps, except its meter (see [`super::CounterMap::forget`]).
-    Pod(u32),
+    Pod(PodId),
 }
 
 impl Datapath {
@@ -70,7 +72,7 @@ impl Datapath {
     pub fn make(
         &mut self,
         wanted: &[NewMaps<'_>],
-        attach: &[u32],
+        attach: &[IfIndex],
     ) -> Vec<Result<Option<AllowMap>>> {
         let mut inner = Vec::new();
         let mut owners = Vec::new();
@@ -123,11 +125,11 @@ impl Datapath {
                     .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
                     .context("cannot write a policy's CIDR trie")?;
             }
-            inner.push(Change::Insert(Outer::Cidrs, policy.id, trie));
+            inner.push(Change::Insert(Outer::Cidrs(policy.id), trie));
         }
         let allow = self.templates.allow(self.allow_entries)?;
         let handle = another(&allow)?;
-        inner.push(Change::Insert(Outer::Allow, policy.id, allow));
+        inner.push(Change::Insert(Outer::Allow(policy.id), allow));
         self.allow_map(handle).map(Some)
     }
 
@@ -143,26 +145,27 @@ impl Datapath {
             .context("cannot write the map `meters`")?;
         let pins = self.layout.pod(pod.namespace, pod.name);
         let limits = self.flow_limits;
-        let mut maps = Vec::with_capacity(Outer::OF_POD.len());
-        for outer in Outer::OF_POD {
+        let places = Outer::of_pod(pod.id);
+        let mut maps = Vec::with_capacity(places.len());
+        for outer in places {
             let name = outer.name();
             maps.push(match outer {
-                Outer::OrderFromPod => self.templates.order(limits.opening_from_pod)?,
-                Outer::OrderToPod => self.templates.order(limits.opening_to_pod)?,
-                Outer::Opening => self.templates.flows(name, limits.opening())?,
-                Outer::Called => self.templates.flows(name, limits.called)?,
+                Outer::OrderFromPod(_) => self.templates.order(limits.opening_from_pod)?,
+                Outer::OrderToPod(_) => self.templates.order(limits.opening_to_pod)?,
+                Outer::Opening(_) => self.templates.flows(name, limits.opening())?,
+                Outer::Called(_) => self.templates.flows(name, limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
             });
         }
         // Remove the old pins only now that their replacements exist.
         pins.remove()?;
-        for (outer, map) in Outer::OF_POD.into_iter().zip(maps) {
+        for (outer, map) in places.into_iter().zip(maps) {
             let name = outer.name();
             // A queue is not pinned, because it cannot be read without emptying it.
-            if !matches!(outer, Outer::OrderFromPod | Outer::OrderToPod) {
+            if !matches!(outer, Outer::OrderFromPod(_) | Outer::OrderToPod(_)) {
                 pins.replace(name, &map)?;
             }
-            inner.push(Change::Insert(outer, pod.id, map));
+            inner.push(Change::Insert(outer, map));
         }
         Ok(())
     }
@@ -172,7 +175,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn note_unjudged(&mut self, pod: u32) -> Result<()> {
+    pub fn note_unjudged(&mut self, pod: PodId) -> Result<()> {
         let known = self.forged.get(&pod, 0);
         let forged = Forged {
             sent_ns: known.map_or(0, |known| known.sent_ns),
@@ -188,7 +191,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn note_forged(&mut self, pod: u32) -> Result<()> {
+    pub fn note_forged(&mut self, pod: PodId) -> Result<()> {
         let now_ns = boottime_ns();
         let forged = Forged {
             sent_ns: now_ns,
@@ -207,11 +210,11 @@ impl Datapath {
         for (i, &unused) in unused.iter().enumerate() {
             match unused {
                 Unused::Policy(id) => changes.extend([
-                    Change::Remove(Outer::Allow, id),
-                    Change::Remove(Outer::Cidrs, id),
+                    Change::Remove(Outer::Allow(id)),
+                    Change::Remove(Outer::Cidrs(id)),
                 ]),
                 Unused::Pod(id) => {
-                    changes.extend(Outer::OF_POD.map(|outer| Change::Remove(outer, id)));
+                    changes.extend(Outer::of_pod(id).map(Change::Remove));
                 }
             }
             owners.resize(changes.len(), i);
@@ -249,10 +252,10 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map is unknown or cannot be pinned.
-    pub fn pin_allow(&self, id: u32, pins: &PodPins) -> Result<()> {
+    pub fn pin_allow(&self, id: PolicyId, pins: &PodPins) -> Result<()> {
         let allow = self
             .outer
-            .get(Outer::Allow, id)?
+            .get(Outer::Allow(id))?
             .with_context(|| format!("policy {id} has no allow map"))?;
         pins.replace("allow", &allow)
     }
@@ -262,7 +265,7 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn policy(&self, id: u32) -> Result<Option<Policy>> {
+    pub fn policy(&self, id: PolicyId) -> Result<Option<Policy>> {
         match self.policies.get(&id, 0) {
             Ok(policy) => Ok(Some(policy)),
             Err(MapError::KeyNotFound) => Ok(None),
@@ -277,9 +280,9 @@ impl Datapath {
     /// When the maps cannot be read.
     pub fn adopt_policy(
         &self,
-        id: u32,
+        id: PolicyId,
         policy: &Policy,
-        cidrs: impl ExactSizeIterator<Item = (Address, u32, u64)>,
+        cidrs: impl ExactSizeIterator<Item = (Address, u32, ClassSet)>,
     ) -> Result<Option<AllowMap>> {
         match self.policies.get(&id, 0) {
             Ok(found) if found == *policy => {}
@@ -288,8 +291,8 @@ impl Datapath {
         }
         let mut expected: Vec<_> = cidrs.collect();
         expected.sort_unstable();
-        let mut found: Vec<(Address, u32, u64)> = Vec::new();
-        if let Some(trie) = self.outer.get(Outer::Cidrs, id)? {
+        let mut found: Vec<(Address, u32, ClassSet)> = Vec::new();
+        if let Some(trie) = self.outer.get(Outer::Cidrs(id))? {
             for item in &trie_of(trie)? {
                 let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
                 found.push((key.data(), key.prefix_len(), entry.classes));
@@ -299,7 +302,7 @@ impl Datapath {
         if found != expected {
             return Ok(None);
         }
-        let Some(allow) = self.outer.get(Outer::Allow, id)? else {
+        let Some(allow) = self.outer.get(Outer::Allow(id))? else {
             return Ok(None);
         };
         if allow
@@ -315,7 +318,7 @@ impl Datapath {
 
     /// Creates policies with the allow maps and prefixes of others, all together. Each copy names the id of
     /// the other policy, the new id and the new record. Returns the result for each.
-    pub fn copy_policies(&mut self, copies: &[(u32, u32, Policy)]) -> Vec<Result<()>> {
+    pub fn copy_policies(&mut self, copies: &[(PolicyId, PolicyId, Policy)]) -> Vec<Result<()>> {
         let mut changes = Vec::new();
         let mut owners = Vec::new();
         let mut made: Vec<Result<()>> = Vec::with_capacity(copies.len());
@@ -334,8 +337,8 @@ impl Datapath {
     /// Creates everything except the entries in the maps of maps, which are added to `inner`.
     fn copy_policy(
         &mut self,
-        from: u32,
-        to: u32,
+        from: PolicyId,
+        to: PolicyId,
         record: &Policy,
         inner: &mut Vec<Change>,
     ) -> Result<()> {
@@ -344,8 +347,8 @@ impl Datapath {
             .insert(to, record, 0)
             .context("cannot write the map `policies`")?;
         for outer in [Outer::Allow, Outer::Cidrs] {
-            let map = self.outer.get(outer, from)?;
-            inner.extend(map.map(|map| Change::Insert(outer, to, map)));
+            let map = self.outer.get(outer(from))?;
+            inner.extend(map.map(|map| Change::Insert(outer(to), map)));
         }
         Ok(())
     }
@@ -355,8 +358,8 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn allow_of(&self, policy: u32) -> Result<Option<AllowMap>> {
-        let allow = self.outer.get(Outer::Allow, policy)?;
+    pub fn allow_of(&self, policy: PolicyId) -> Result<Option<AllowMap>> {
+        let allow = self.outer.get(Outer::Allow(policy))?;
         allow.map(|allow| self.allow_map(allow)).transpose()
     }
 
@@ -365,8 +368,8 @@ impl Datapath {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn flow_map(&self, pod: u32) -> Result<Option<FlowMap>> {
-        let maps = Outer::OF_POD.map(|outer| self.outer.get(outer, pod));
+    pub fn flow_map(&self, pod: PodId) -> Result<Option<FlowMap>> {
+        let maps = Outer::of_pod(pod).map(|outer| self.outer.get(outer));
         let [flows, inbound, opening, called, from_pod, to_pod] = maps;
         // The agent may have been killed while it created them.
         match (flows?, inbound?, opening?, called?, from_pod?, to_pod?) {

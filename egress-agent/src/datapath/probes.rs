@@ -2,15 +2,15 @@
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
-use egress_common::records::Probes;
+use egress_common::{ids::IfIndex, records::Probes};
 
 use super::policies::ignore_missing;
 
 /// Handle on the `probes` map.
-pub struct ProbeMap(HashMap<MapData, u32, Probes>);
+pub struct ProbeMap(HashMap<MapData, IfIndex, Probes>);
 
 impl ProbeMap {
-    pub(super) fn new(map: HashMap<MapData, u32, Probes>) -> Self {
+    pub(super) fn new(map: HashMap<MapData, IfIndex, Probes>) -> Self {
         Self(map)
     }
 
@@ -19,7 +19,7 @@ impl ProbeMap {
     /// # Errors
     ///
     /// When the map cannot be read or written.
-    pub fn count(&mut self, ifindex: u32) -> Result<Probes> {
+    pub fn count(&mut self, ifindex: IfIndex) -> Result<Probes> {
         match self.0.get(&ifindex, 0) {
             Ok(count) => Ok(count),
             Err(MapError::KeyNotFound) => {
@@ -38,8 +38,8 @@ impl ProbeMap {
     /// # Errors
     ///
     /// When the map cannot be read or written.
-    pub fn retain(&mut self, is_kept: impl Fn(u32) -> bool) -> Result<()> {
-        let known: Vec<u32> = self
+    pub fn retain(&mut self, is_kept: impl Fn(IfIndex) -> bool) -> Result<()> {
+        let known: Vec<IfIndex> = self
             .0
             .keys()
             .collect::<Result<_, _>>()

@@ -11,6 +11,7 @@ use aya::{
     },
     sys::SyscallError,
 };
+use egress_common::ids::IfIndex;
 
 use super::{
     Datapath,
@@ -21,7 +22,7 @@ use crate::host::interface_name;
 
 impl Datapath {
     /// Attaches one program, and replaces that of an earlier agent or an existing one.
-    pub(super) fn attach_tcx(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub(super) fn attach_tcx(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         let (pin, next) = pins(&self.layout.links(), ifindex, hook);
         let program = self.program(hook)?;
         let mut attached = false;
@@ -47,7 +48,7 @@ impl Datapath {
     }
 
     /// The position of the program on its hook.
-    pub(super) fn tcx_standing(&mut self, ifindex: u32, hook: Hook) -> Result<Standing> {
+    pub(super) fn tcx_standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
         let program = self.program(hook)?.info()?.id();
         let attached = programs(ifindex, hook)?;
         let mut attached = attached.iter();
@@ -66,7 +67,7 @@ impl Datapath {
     /// a copy of the program, the program is attached in front, and then the link is removed: nothing passes
     /// unjudged. In between (the kernel waits for two grace periods) a frame may meet both: the same rules
     /// judge it twice, and a DNS message may be lost, as any datagram may be.
-    pub(super) fn tcx_first(&mut self, ifindex: u32, hook: Hook) -> Result<()> {
+    pub(super) fn tcx_first(&mut self, ifindex: IfIndex, hook: Hook) -> Result<()> {
         let (pin, next) = pins(&self.layout.links(), ifindex, hook);
         let behind = pinned(&pin)?.context("the program's link is gone")?;
         let name = hook.program();
@@ -89,7 +90,7 @@ impl Datapath {
 }
 
 /// Removes the pins of both programs, and the links with them.
-pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
+pub(super) fn detach(links: &Path, ifindex: IfIndex) -> Result<()> {
     for hook in Hook::BOTH {
         let (pin, next) = pins(links, ifindex, hook);
         remove_if_there(&pin)?;
@@ -99,7 +100,7 @@ pub(super) fn detach(links: &Path, ifindex: u32) -> Result<()> {
 }
 
 /// The pinned links of both programs.
-pub(super) fn links(links: &Path, ifindex: u32) -> Result<Vec<FdLink>> {
+pub(super) fn links(links: &Path, ifindex: IfIndex) -> Result<Vec<FdLink>> {
     let mut found = Vec::new();
     for hook in Hook::BOTH.iter().rev() {
         let (pin, next) = pins(links, ifindex, *hook);
@@ -110,7 +111,7 @@ pub(super) fn links(links: &Path, ifindex: u32) -> Result<Vec<FdLink>> {
 }
 
 /// Ids and names of the programs on a hook, in the order in which packets meet them.
-pub(super) fn programs(ifindex: u32, hook: Hook) -> Result<Vec<(u32, String)>> {
+pub(super) fn programs(ifindex: IfIndex, hook: Hook) -> Result<Vec<(u32, String)>> {
     let name = name_of(ifindex)?;
     let (_, programs) = SchedClassifier::query_tcx(&name, hook.attach_type())?;
     Ok(programs
@@ -123,12 +124,12 @@ pub(super) fn programs(ifindex: u32, hook: Hook) -> Result<Vec<(u32, String)>> {
 }
 
 /// The pin of a program's link, and the pin of a link that is to replace it.
-fn pins(links: &Path, ifindex: u32, hook: Hook) -> (std::path::PathBuf, std::path::PathBuf) {
+fn pins(links: &Path, ifindex: IfIndex, hook: Hook) -> (std::path::PathBuf, std::path::PathBuf) {
     let name = format!("{ifindex}_{}", hook.program());
     (links.join(&name), links.join(format!("{name}_new")))
 }
 
-fn attach_first(program: &mut SchedClassifier, ifindex: u32, hook: Hook) -> Result<FdLink> {
+fn attach_first(program: &mut SchedClassifier, ifindex: IfIndex, hook: Hook) -> Result<FdLink> {
     let name = name_of(ifindex)?;
     let id = program.attach_with_options(
         &name,
@@ -138,7 +139,7 @@ fn attach_first(program: &mut SchedClassifier, ifindex: u32, hook: Hook) -> Resu
     Ok(program.take_link(id)?.try_into()?)
 }
 
-fn name_of(ifindex: u32) -> Result<String> {
+fn name_of(ifindex: IfIndex) -> Result<String> {
     interface_name(ifindex).with_context(|| format!("there is no interface with index {ifindex}"))
 }
 

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use egress_common::ids::IfIndex;
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL},
     sys::protocols::NETLINK_ROUTE,
@@ -119,7 +120,7 @@ impl TrafficControl {
 
     /// Adds a clsact qdisc. Returns whether the interface has one now: false if it has a qdisc of another
     /// kind in its place.
-    pub(super) fn add_clsact(&mut self, ifindex: u32) -> io::Result<bool> {
+    pub(super) fn add_clsact(&mut self, ifindex: IfIndex) -> io::Result<bool> {
         let mut request = request(RTM_NEWQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         request.add(TCA_KIND, b"clsact\0");
         match self.exchange(request, NLM_F_CREATE | NLM_F_EXCL, |_| ()) {
@@ -134,14 +135,14 @@ impl TrafficControl {
     /// The kind of the qdisc to which an interface's filters are attached: `clsact` or `ingress`. This lists
     /// all qdiscs, because the kernel sends the reply to a request about one of them to everybody who listens
     /// for changes (`tc_get_qdisc`, `net/sched/sch_api.c`), which includes the agent.
-    fn hook_qdisc(&mut self, ifindex: u32) -> io::Result<Option<String>> {
+    fn hook_qdisc(&mut self, ifindex: IfIndex) -> io::Result<Option<String>> {
         let mut found = None;
-        let request = request(RTM_GETQDISC, 0, 0, 0, 0);
+        let request = request(RTM_GETQDISC, IfIndex::NONE, 0, 0, 0);
         self.exchange(request, NLM_F_DUMP, |body| {
             let Some(header) = body.get(..TC_HEADER) else {
                 return;
             };
-            if number(&header[4..8]) == ifindex && number(&header[12..16]) == CLSACT {
+            if number(&header[4..8]) == ifindex.get() && number(&header[12..16]) == CLSACT {
                 found = attributes(&body[TC_HEADER..])
                     .find(|(kind, _)| *kind == TCA_KIND)
                     .map(|(_, value)| text(value));
@@ -151,14 +152,14 @@ impl TrafficControl {
     }
 
     /// Removes the qdisc to which an interface's filters are attached, with all of them.
-    pub(super) fn remove_hook_qdisc(&mut self, ifindex: u32) -> io::Result<()> {
+    pub(super) fn remove_hook_qdisc(&mut self, ifindex: IfIndex) -> io::Result<()> {
         let request = request(RTM_DELQDISC, ifindex, CLSACT_HANDLE, CLSACT, 0);
         self.exchange(request, 0, |_| ())
     }
 
     /// The filters of one side, in the order in which packets meet them. An interface that does not exist has
     /// none.
-    pub(super) fn filters(&mut self, ifindex: u32, side: Side) -> io::Result<Vec<Filter>> {
+    pub(super) fn filters(&mut self, ifindex: IfIndex, side: Side) -> io::Result<Vec<Filter>> {
         let mut filters = Vec::new();
         let request = request(RTM_GETTFILTER, ifindex, 0, side.parent(), 0);
         let listed = self.exchange(request, NLM_F_DUMP, |body| filters.extend(read(body)));
@@ -181,7 +182,7 @@ impl TrafficControl {
     /// its place.
     pub(super) fn put(
         &mut self,
-        ifindex: u32,
+        ifindex: IfIndex,
         side: Side,
         filter: &BpfFilter<'_>,
     ) -> io::Result<()> {
@@ -203,7 +204,7 @@ impl TrafficControl {
     }
 
     /// Adds a filter like this one.
-    pub(super) fn add(&mut self, ifindex: u32, side: Side, filter: &Filter) -> io::Result<()> {
+    pub(super) fn add(&mut self, ifindex: IfIndex, side: Side, filter: &Filter) -> io::Result<()> {
         let info = info(filter.priority, filter.protocol);
         let mut request = request(RTM_NEWTFILTER, ifindex, 0, side.parent(), info);
         request.add(TCA_KIND, format!("{}\0", filter.kind).as_bytes());
@@ -215,7 +216,12 @@ impl TrafficControl {
     }
 
     /// Removes a filter; a missing filter is not an error.
-    pub(super) fn remove(&mut self, ifindex: u32, side: Side, filter: &Filter) -> io::Result<()> {
+    pub(super) fn remove(
+        &mut self,
+        ifindex: IfIndex,
+        side: Side,
+        filter: &Filter,
+    ) -> io::Result<()> {
         let info = info(filter.priority, filter.protocol);
         let parent = side.parent();
         let mut request = request(RTM_DELTFILTER, ifindex, filter.handle, parent, info);
@@ -244,10 +250,10 @@ impl TrafficControl {
 }
 
 /// A request about an interface's qdisc or filter.
-fn request(kind: u16, ifindex: u32, handle: u32, parent: u32, info: u32) -> Request {
+fn request(kind: u16, ifindex: IfIndex, handle: u32, parent: u32, info: u32) -> Request {
     // tcm_family and padding.
     let mut header = vec![0; 4];
-    for field in [ifindex, handle, parent, info] {
+    for field in [ifindex.get(), handle, parent, info] {
         header.extend(field.to_ne_bytes());
     }
     Request::new(kind, &header)

@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use egress_common::{
     address::Address,
+    classes::ClassSet,
+    ids::PolicyId,
     records::{AllowEntry, AllowKey, NodeAddress, Policy, RANGE_NODE, Range, Tunnel, TunnelKey},
     translation::embedded_v4,
     verdict::{Destination, Translated},
@@ -21,7 +23,7 @@ use super::{
 
 /// A handle for reading the inputs of a verdict.
 pub struct View {
-    policies: HashMap<MapData, u32, Policy>,
+    policies: HashMap<MapData, PolicyId, Policy>,
     ranges: LpmTrie<MapData, Address, Range>,
     tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     node_addresses: LpmTrie<MapData, Address, NodeAddress>,
@@ -64,7 +66,7 @@ impl View {
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn policy(&self, policy: u32) -> Result<Option<Policy>> {
+    pub fn policy(&self, policy: PolicyId) -> Result<Option<Policy>> {
         found(self.policies.get(&policy, 0)).context("cannot read the map `policies`")
     }
 
@@ -115,7 +117,7 @@ impl View {
     /// When a map cannot be read.
     pub fn destination(
         &self,
-        (id, policy): (u32, &Policy),
+        (id, policy): (PolicyId, &Policy),
         address: &Address,
         now_ns: u64,
     ) -> Result<(Destination, Option<u64>)> {
@@ -124,7 +126,7 @@ impl View {
             ..Destination::default()
         };
         let mut expires_ns = None;
-        if let Some(allow) = self.outer.get(Outer::Allow, id)? {
+        if let Some(allow) = self.outer.get(Outer::Allow(id))? {
             let allow: HashMap<MapData, AllowKey, AllowEntry> = Map::HashMap(allow).try_into()?;
             let entry = found(allow.get(&AllowKey { addr: *address }, 0))
                 .context("cannot read an allow map")?;
@@ -135,14 +137,14 @@ impl View {
                 expires_ns = Some(entry.expires_ns);
             }
         }
-        let cidrs = self.outer.get(Outer::Cidrs, id)?.map(trie_of).transpose()?;
-        let classes = |address: Address| -> Result<u64> {
+        let cidrs = self.outer.get(Outer::Cidrs(id))?.map(trie_of).transpose()?;
+        let classes = |address: Address| -> Result<ClassSet> {
             let Some(cidrs) = &cidrs else {
-                return Ok(0);
+                return Ok(ClassSet::EMPTY);
             };
             let entry = found(cidrs.get(&Key::new(128, address), 0))
                 .context("cannot read a policy's CIDR trie")?;
-            Ok(entry.map_or(0, |entry| entry.classes))
+            Ok(entry.map_or(ClassSet::EMPTY, |entry| entry.classes))
         };
         destination.cidr = classes(*address)?;
         if let Some(v4) = embedded_v4(address, destination.ranges) {

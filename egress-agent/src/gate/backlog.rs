@@ -90,7 +90,10 @@ impl Backlog {
 
 #[cfg(test)]
 mod tests {
-    use egress_common::records::HELD_QUESTION;
+    use egress_common::{
+        ids::{IfIndex, PodId},
+        records::HELD_QUESTION,
+    };
 
     use super::*;
 
@@ -98,8 +101,8 @@ mod tests {
         HeldFrame {
             head: Held {
                 time_ns: 1,
-                ifindex: 2,
-                pod: 3,
+                ifindex: IfIndex::new(2),
+                pod: PodId::new(3),
                 len: frame.len() as u32,
                 kind: HELD_QUESTION,
                 taken: 1,
@@ -119,7 +122,7 @@ mod tests {
         }
         let mut frames = Vec::new();
         while let Some(waiting) = backlog.pop(&mut budget) {
-            assert_eq!(waiting.held().head.pod, 3);
+            assert_eq!(waiting.held().head.pod, PodId::new(3));
             frames.push(waiting.held().frame.to_vec());
         }
         assert_eq!(frames, [vec![1, 2], vec![3], vec![4, 5, 6]]);

@@ -27,6 +27,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::{IfIndex, PodId};
 
 use super::{Stats, tally::Tally};
 use crate::{datapath::Marks, report::PodIdentity};
@@ -48,9 +49,9 @@ const WAIT_MAX: Duration = Duration::from_secs(5);
 /// gate's place before the next message is decided.
 pub(super) struct FrameSender {
     marks: Marks,
-    ports: HashMap<u32, Port>,
+    ports: HashMap<IfIndex, Port>,
     /// Pods that are or were slow.
-    paces: HashMap<u32, Pace>,
+    paces: HashMap<PodId, Pace>,
     senders: Senders,
     /// How long a frame may wait to be sent to a slow pod.
     wait_ns: u64,
@@ -69,9 +70,9 @@ pub(super) struct FrameSender {
 /// A queued frame.
 #[derive(Clone, Copy)]
 struct Frame {
-    ifindex: u32,
+    ifindex: IfIndex,
     /// The pod by whose rules the frame was decided; `None` if it was not decided.
-    pod: Option<u32>,
+    pod: Option<PodId>,
     mark: u32,
     starts_at: usize,
     ends_at: usize,
@@ -79,7 +80,7 @@ struct Frame {
 
 /// The time that sending took for one pod.
 pub(super) struct Spent {
-    pub(super) pod: u32,
+    pub(super) pod: PodId,
     pub(super) ns: u64,
 }
 
@@ -117,7 +118,7 @@ impl FrameSender {
     }
 
     /// Assigns the interface to a pod.
-    pub(super) fn attach(&mut self, ifindex: u32, pod: u32, identity: &Arc<PodIdentity>) {
+    pub(super) fn attach(&mut self, ifindex: IfIndex, pod: PodId, identity: &Arc<PodIdentity>) {
         // The frames that wait for the earlier pod were decided by its rules.
         let before = self.ports.get(&ifindex).map(|port| port.pod);
         if let Some(before) = before.filter(|before| *before != pod && self.is_slow(*before)) {
@@ -133,7 +134,7 @@ impl FrameSender {
     }
 
     /// Removes the interface from the pod. Does nothing if it belongs to another pod by now.
-    pub(super) fn detach(&mut self, ifindex: u32, pod: u32) {
+    pub(super) fn detach(&mut self, ifindex: IfIndex, pod: PodId) {
         if self.ports.get(&ifindex).is_none_or(|port| port.pod != pod) {
             return;
         }
@@ -154,7 +155,7 @@ impl FrameSender {
     }
 
     /// Forgets a pod that has gone; its interfaces are detached.
-    pub(super) fn forget(&mut self, pod: u32) {
+    pub(super) fn forget(&mut self, pod: PodId) {
         if self.paces.remove(&pod).is_some_and(|pace| pace.is_slow()) {
             self.senders.forget(pod);
             self.count_slow();
@@ -167,20 +168,20 @@ impl FrameSender {
     }
 
     /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The caller may change the returned bytes, which will be sent.
-    pub(super) fn deliver(&mut self, (ifindex, pod): (u32, u32), frame: &[u8]) -> &mut [u8] {
+    pub(super) fn deliver(&mut self, (ifindex, pod): (IfIndex, PodId), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, Some(pod), self.marks.deliver, frame)
     }
 
     /// Queues a frame that `to_pod` turns round, so that it goes on as if the pod had just sent it. The
     /// caller may change the returned bytes, which will be sent.
-    pub(super) fn bounce(&mut self, (ifindex, pod): (u32, u32), frame: &[u8]) -> &mut [u8] {
+    pub(super) fn bounce(&mut self, (ifindex, pod): (IfIndex, PodId), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, Some(pod), self.marks.bounce, frame)
     }
 
     /// Queues a frame that the pod sent, so that `from_pod` judges it now as if the pod had just sent it.
-    pub(super) fn again(&mut self, ifindex: u32, frame: &[u8]) {
+    pub(super) fn again(&mut self, ifindex: IfIndex, frame: &[u8]) {
         self.add(ifindex, None, self.marks.again, frame);
     }
 
@@ -189,7 +190,7 @@ impl FrameSender {
     /// # Errors
     ///
     /// When it cannot be sent: the interface is gone, or is down.
-    pub(super) fn probe(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
+    pub(super) fn probe(&self, ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
         let probe = Frame {
             ifindex,
             pod: None,
@@ -205,7 +206,7 @@ impl FrameSender {
         self.decided
     }
 
-    fn add(&mut self, ifindex: u32, pod: Option<u32>, mark: u32, frame: &[u8]) -> &mut [u8] {
+    fn add(&mut self, ifindex: IfIndex, pod: Option<PodId>, mark: u32, frame: &[u8]) -> &mut [u8] {
         let starts_at = self.bytes.len();
         self.bytes.extend_from_slice(frame);
         self.frames.push(Frame {
@@ -259,7 +260,7 @@ impl FrameSender {
     }
 
     /// Sends the frames of one interface; returns its pod.
-    fn send_on(&mut self, frames: &[Frame], mut began: Instant) -> Option<u32> {
+    fn send_on(&mut self, frames: &[Frame], mut began: Instant) -> Option<PodId> {
         let port = frames
             .first()
             .and_then(|frame| self.ports.get_mut(&frame.ifindex));
@@ -305,7 +306,7 @@ impl FrameSender {
         Some(pod)
     }
 
-    fn is_slow(&self, pod: u32) -> bool {
+    fn is_slow(&self, pod: PodId) -> bool {
         self.paces.get(&pod).is_some_and(Pace::is_slow)
     }
 
@@ -344,7 +345,7 @@ impl Drop for FrameSender {
 }
 
 /// Adds lost frames to the counts of their interfaces.
-fn note_lost(ports: &mut HashMap<u32, Port>, lost: HashMap<u32, Lost>, stats: &Stats) {
+fn note_lost(ports: &mut HashMap<IfIndex, Port>, lost: HashMap<IfIndex, Lost>, stats: &Stats) {
     for (ifindex, lost) in lost {
         match ports.get_mut(&ifindex) {
             Some(port) => port.note_lost(Some(lost), stats),

@@ -109,10 +109,13 @@ impl<'a> Judge<'a> {
     fn report_name(&self, rule: QuestionRule, packet: &Packet, (name, qtype): (&Name, u16)) {
         let asked = Some((name.to_string(), qtype));
         let mut denied = self.denied(packet, Reason::DnsName, asked);
-        if rule == QuestionRule::Denied {
-            let rules = &self.enforcement.compiled.names;
-            denied.rule = rules.explain_denied(name).map(Into::into);
-        }
+        let rules = &self.enforcement.compiled.names;
+        let entry = match rule {
+            QuestionRule::Denied => rules.explain_denied(name),
+            QuestionRule::NotListed => rules.explain_unlisted(),
+            QuestionRule::Allowed => None,
+        };
+        denied.rule = entry.cloned();
         self.context.reporter.report(denied);
     }
 
@@ -311,7 +314,7 @@ impl<'a> Judge<'a> {
                 .learn(self.enforcement, found, grant, &answered, now_ns)?;
         }
         let grant = names.grant(&answer.name);
-        if found.is_some() && grant.classes == 0 {
+        if found.is_some() && grant.classes.is_empty() {
             return Ok(());
         }
         self.learned

@@ -197,7 +197,7 @@ impl Table {
         if answered.is_empty() {
             return Ok(());
         }
-        if grant.classes == 0 {
+        if grant.classes.is_empty() {
             self.remember_unlisted(name, answered);
             return Ok(());
         }
@@ -297,7 +297,7 @@ impl Table {
             let live: Vec<AnswerAddress> = answered
                 .iter()
                 .filter(|answered| answered.expires_ns > now_ns)
-                .filter(|answered| grant.classes == 0 || fits(&answered.address))
+                .filter(|answered| grant.classes.is_empty() || fits(&answered.address))
                 .copied()
                 .collect();
             next.learn(allow, name, grant, &live, now_ns)?;
@@ -306,7 +306,7 @@ impl Table {
         for (&address, learned) in self.addresses.iter().rev() {
             for source in &learned.sources {
                 let grant = rules.grant(&source.name);
-                if grant.classes != 0 && !fits(&address) {
+                if !grant.classes.is_empty() && !fits(&address) {
                     continue;
                 }
                 let answered = AnswerAddress {
@@ -342,7 +342,7 @@ impl Table {
     ) -> Result<Option<HashSet<Address>>, AllowError> {
         let known = self.addresses.iter().filter(|(_, learned)| {
             let mut sources = learned.sources.iter();
-            sources.any(|source| rules.classes(&source.name) != 0)
+            sources.any(|source| !rules.classes(&source.name).is_empty())
                 || (alike && learned.adopted.is_some())
         });
         let has_expired = |address: &Address| {
@@ -352,7 +352,7 @@ impl Table {
         let unlisted = self
             .unlisted
             .iter()
-            .filter(|(name, _)| rules.classes(name) != 0)
+            .filter(|(name, _)| !rules.classes(name).is_empty())
             .flat_map(|(_, answered)| answered)
             .filter(|answered| answered.expires_ns > now_ns);
         let mut seen = HashSet::new();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use egress_common::{address::Address, records::AllowEntry};
+use egress_common::{address::Address, classes::ClassSet, records::AllowEntry};
 
 use super::learned::{AnswerAddress, Entries};
 use crate::datapath::AllowError;
@@ -26,8 +26,8 @@ pub(super) struct Source {
 /// The classes of an address, and the subset of them that applies even if the address is internal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Classes {
-    all: u64,
-    internal: u64,
+    all: ClassSet,
+    internal: ClassSet,
 }
 
 impl Classes {
@@ -40,7 +40,7 @@ impl Classes {
         };
         Self {
             all: grant.classes,
-            internal: if may { grant.classes } else { 0 },
+            internal: if may { grant.classes } else { ClassSet::EMPTY },
         }
     }
 
@@ -54,23 +54,23 @@ impl Classes {
     /// The intersection with other classes.
     const fn within(self, other: Self) -> Self {
         Self {
-            all: self.all & other.all,
-            internal: self.internal & other.internal,
+            all: self.all.and(other.all),
+            internal: self.internal.and(other.internal),
         }
     }
 
     /// The classes that are not among the others.
     const fn without(self, other: Self) -> Self {
         Self {
-            all: self.all & !other.all,
-            internal: self.internal & !other.internal,
+            all: self.all.without(other.all),
+            internal: self.internal.without(other.internal),
         }
     }
 
     const fn and(self, other: Self) -> Self {
         Self {
-            all: self.all | other.all,
-            internal: self.internal | other.internal,
+            all: self.all.or(other.all),
+            internal: self.internal.or(other.internal),
         }
     }
 }
@@ -184,7 +184,7 @@ impl Learned {
             .parts()
             .filter(|&(_, expires_ns)| expires_ns > now_ns)
             .fold(Classes::default(), any);
-        let classes = if alive.all == 0 {
+        let classes = if alive.all.is_empty() {
             self.parts().fold(Classes::default(), any)
         } else {
             alive

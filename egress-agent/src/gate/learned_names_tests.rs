@@ -64,10 +64,10 @@ fn an_address_is_inserted_even_if_its_name_cannot_be_kept() {
 #[test]
 fn a_taken_over_name_gives_no_more_than_its_entry() {
     let grant = everything().classes(&name("a.test"));
-    assert_eq!(grant, 1);
-    let entry = |classes| AllowEntry {
-        classes,
-        internal_classes: 0,
+    assert_eq!(grant, set(1));
+    let entry = |bits| AllowEntry {
+        classes: set(bits),
+        internal_classes: ClassSet::EMPTY,
         expires_ns: 60 * SECOND,
     };
     let kept = |text, last, expires_s| Kept {

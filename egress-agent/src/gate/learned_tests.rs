@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use egress_common::address::from_v4;
+use egress_common::{address::from_v4, classes::ClassSet};
 
 use super::{super::learned_address::NAMES_PER_ADDRESS, fake::Fake, *};
 use egress_policy::MayBeInternal;
@@ -33,8 +33,14 @@ fn answered(last: u8, expires_s: u64) -> AnswerAddress {
     }
 }
 
+/// The classes of these bits.
+fn set(bits: u64) -> ClassSet {
+    ClassSet { words: [bits, 0] }
+}
+
 /// These classes, for addresses that are not internal.
-fn grant(classes: u64) -> Grant {
+fn grant(bits: u64) -> Grant {
+    let classes = set(bits);
     Grant {
         classes,
         internal: MayBeInternal::No,
@@ -42,7 +48,9 @@ fn grant(classes: u64) -> Grant {
 }
 
 fn classes(allow: &Fake, last: u8) -> u64 {
-    allow.entries[&address(last)].classes
+    let [low, high] = allow.entries[&address(last)].classes.words;
+    assert_eq!(high, 0);
+    low
 }
 
 #[test]
@@ -76,8 +84,8 @@ fn classes_of_a_name_expire_with_it_while_another_name_lives_on() {
 fn classes_from_an_earlier_agent_expire_while_a_name_lives_on() {
     let mut allow = fake(8);
     let left = AllowEntry {
-        classes: 0b10,
-        internal_classes: 0,
+        classes: set(0b10),
+        internal_classes: ClassSet::EMPTY,
         expires_ns: 10 * SECOND,
     };
     allow.entries.insert(address(1), left);
@@ -339,7 +347,7 @@ fn everything() -> NameRules {
         .policy_settings();
     let own = egress_policy::Annotations::from_map(&own);
     let none = egress_policy::Annotations::from_map(&BTreeMap::new());
-    egress_policy::compile(&own, &none, &settings)
+    egress_policy::compile(egress_policy::Inputs::annotations(&own, &none), &settings)
         .unwrap()
         .names
 }

@@ -52,6 +52,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use egress_common::{
     address::Address,
+    ids::{IfIndex, PodId},
     packet::Packet,
     records::{INTERFACE_SETTLING, INTERFACE_SOURCES, Interface},
 };
@@ -141,7 +142,7 @@ pub struct Enforcement {
     /// The entry that each of its interfaces gets in the map of interfaces.
     pub entry: Interface,
     /// The indexes of its interfaces.
-    pub interfaces: Vec<u32>,
+    pub interfaces: Vec<IfIndex>,
     /// The allow map of this version.
     pub allow: AllowMap,
     /// The names by which the pod's addresses are allowed. The next agent reads this map.
@@ -177,16 +178,14 @@ pub enum Judged {
 impl Judged {
     /// The interface entry for this stage.
     #[must_use]
-    pub fn in_entry(self, entry: Interface) -> Interface {
+    pub fn in_entry(self, mut entry: Interface) -> Interface {
         let flags = match self {
             Self::Sources => INTERFACE_SOURCES | INTERFACE_SETTLING,
             Self::SourcesAndInbound => INTERFACE_SOURCES,
             Self::Everything => 0,
         };
-        Interface {
-            flags: entry.flags & !(INTERFACE_SOURCES | INTERFACE_SETTLING) | flags,
-            ..entry
-        }
+        entry.flags = entry.flags & !(INTERFACE_SOURCES | INTERFACE_SETTLING) | flags;
+        entry
     }
 }
 
@@ -199,36 +198,36 @@ enum Command {
     },
     /// Put a pod's policy on other interfaces.
     Move {
-        pod: u32,
-        interfaces: Vec<u32>,
+        pod: PodId,
+        interfaces: Vec<IfIndex>,
         done: oneshot::Sender<Result<()>>,
     },
     /// Forget a pod and remove its interfaces' entries.
     Remove {
-        pod: u32,
+        pod: PodId,
         done: oneshot::Sender<Result<()>>,
     },
     /// Move a pod to a later stage of [`Judged`].
     Judge {
-        pod: u32,
+        pod: PodId,
         judged: Judged,
         done: oneshot::Sender<Result<()>>,
     },
     /// Stop judging on these pods' interfaces at once; the programs are detached afterwards.
     Release {
-        pods: Vec<u32>,
+        pods: Vec<PodId>,
         done: oneshot::Sender<Result<()>>,
     },
     /// Forget addresses whose lifetime has ended and that have no open flow.
-    Sweep { pod: u32, open: HashSet<Address> },
+    Sweep { pod: PodId, open: HashSet<Address> },
     /// Which names of these pods resolved to these addresses?
     Names {
-        asked: Vec<(u32, Address)>,
+        asked: Vec<(PodId, Address)>,
         answer: mpsc::SyncSender<Vec<Vec<String>>>,
     },
     /// Which names and addresses has this pod resolved?
     Resolutions {
-        pod: u32,
+        pod: PodId,
         about: About,
         answer: oneshot::Sender<Option<Resolutions>>,
     },
@@ -317,7 +316,7 @@ impl Gate {
     /// # Errors
     ///
     /// When the gate's thread has ended.
-    pub async fn resolutions(&self, pod: u32, about: About) -> Result<Option<Resolutions>> {
+    pub async fn resolutions(&self, pod: PodId, about: About) -> Result<Option<Resolutions>> {
         let (answer, resolutions) = oneshot::channel();
         self.send(Command::Resolutions { pod, about, answer })?;
         resolutions
@@ -342,7 +341,7 @@ impl Gate {
     /// # Errors
     ///
     /// When the map of interfaces cannot be written.
-    pub async fn move_to(&self, pod: u32, interfaces: Vec<u32>) -> Result<()> {
+    pub async fn move_to(&self, pod: PodId, interfaces: Vec<IfIndex>) -> Result<()> {
         self.ask(|done| Command::Move {
             pod,
             interfaces,
@@ -356,7 +355,7 @@ impl Gate {
     /// # Errors
     ///
     /// When the map of interfaces cannot be written.
-    pub async fn judge(&self, pod: u32, judged: Judged) -> Result<()> {
+    pub async fn judge(&self, pod: PodId, judged: Judged) -> Result<()> {
         self.ask(|done| Command::Judge { pod, judged, done }).await
     }
 
@@ -366,7 +365,7 @@ impl Gate {
     /// # Errors
     ///
     /// When the map of interfaces cannot be written.
-    pub async fn release(&self, pods: Vec<u32>) -> Result<()> {
+    pub async fn release(&self, pods: Vec<PodId>) -> Result<()> {
         self.ask(|done| Command::Release { pods, done }).await
     }
 
@@ -375,7 +374,7 @@ impl Gate {
     /// # Errors
     ///
     /// When the map of interfaces cannot be written.
-    pub async fn remove(&self, pod: u32) -> Result<()> {
+    pub async fn remove(&self, pod: PodId) -> Result<()> {
         self.ask(|done| Command::Remove { pod, done }).await
     }
 
@@ -402,14 +401,14 @@ impl Gate {
     }
 
     /// Forgets a pod's addresses whose lifetime has ended, except those in `open`.
-    pub fn sweep(&self, pod: u32, open: HashSet<Address>) {
+    pub fn sweep(&self, pod: PodId, open: HashSet<Address>) {
         // The caller that waits for the gate's thread notices its end.
         let _ = self.send(Command::Sweep { pod, open });
     }
 
     /// The names that resolved to these addresses, in the order of `asked`. Empty when the gate's thread has
     /// ended.
-    pub fn names(&self, asked: Vec<(u32, Address)>) -> Vec<Vec<String>> {
+    pub fn names(&self, asked: Vec<(PodId, Address)>) -> Vec<Vec<String>> {
         let (answer, names) = mpsc::sync_channel(1);
         if self.send(Command::Names { asked, answer }).is_err() {
             return Vec::new();

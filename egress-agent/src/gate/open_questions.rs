@@ -1,6 +1,6 @@
 //! Queries that are open when an agent ends, and that the next agent takes over.
 
-use egress_common::address::Address;
+use egress_common::{address::Address, ids::PodId};
 use serde::{Deserialize, Serialize};
 
 use super::pending::{Exchange, Pending};
@@ -12,8 +12,8 @@ const QUESTIONS: usize = 256;
 /// A query over UDP that has gone out and has no response yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenQuestion {
-    /// The pod's number, as in [`egress_common::records::Interface::pod`].
-    pub(super) pod: u32,
+    /// The number of its [`PodId`].
+    pod: u32,
     pod_addr: Address,
     resolver: Address,
     resolver_port: u16,
@@ -26,10 +26,10 @@ pub struct OpenQuestion {
 
 impl OpenQuestion {
     /// The newest open queries of a pod.
-    pub(super) fn of(pod: u32, pending: &Pending, now_ns: u64) -> impl Iterator<Item = Self> {
+    pub(super) fn of(pod: PodId, pending: &Pending, now_ns: u64) -> impl Iterator<Item = Self> {
         let open = pending.open(now_ns).take(QUESTIONS);
         open.map(move |(exchange, asked)| Self {
-            pod,
+            pod: pod.get(),
             pod_addr: exchange.pod_addr,
             resolver: exchange.resolver,
             resolver_port: exchange.resolver_port,
@@ -45,6 +45,11 @@ impl OpenQuestion {
             .concat(),
             time_ns: asked.time_ns,
         })
+    }
+
+    /// The pod that asked it.
+    pub(super) fn pod(&self) -> PodId {
+        PodId::new(self.pod)
     }
 
     /// Records it as open. A query that cannot be read is left out: its response is not delivered.

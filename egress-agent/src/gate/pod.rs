@@ -1,6 +1,7 @@
 //! One pod at the gate: how its queries and responses are decided.
 
 mod in_fragments;
+mod over_tcp;
 mod turn;
 mod versions;
 
@@ -9,10 +10,11 @@ use std::collections::HashSet;
 use anyhow::Result;
 use egress_common::{
     address::Address,
+    ids::{IfIndex, PodId},
     packet::{Fragment, Packet, Walked, walk},
     protocol::bits,
     reason::Reason,
-    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, MODE_AUDIT, POLICY_UNIDENTIFIED},
+    records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, POLICY_UNIDENTIFIED},
 };
 
 use super::{
@@ -29,7 +31,7 @@ use super::{
     quarantine::{Quarantine, as_sent},
     reply,
     share::Share,
-    stream::{Out, Step, Streams, To},
+    stream::{Streams, To},
     tally::Tally,
 };
 use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
@@ -47,38 +49,10 @@ pub(super) struct Shared {
 
 impl Shared {
     /// Sends the quarantined queries of an interface to be judged again.
-    pub(super) fn judge_again(&mut self, ifindex: u32) {
+    pub(super) fn judge_again(&mut self, ifindex: IfIndex) {
         for waiting in self.quarantine.end(ifindex) {
             self.frame_sender.again(ifindex, &waiting.frame);
         }
-    }
-}
-
-/// The interface on which the segments of the pod's connections go on. No sender in audit mode: there the
-/// segments have gone on already.
-struct Port<'a> {
-    frame_sender: Option<&'a mut FrameSender>,
-    pod: u32,
-    ifindex: u32,
-}
-
-impl Out for Port<'_> {
-    fn put(&mut self, to: To, frame: &[u8]) {
-        let Some(frame_sender) = &mut self.frame_sender else {
-            return;
-        };
-        match to {
-            To::Pod => frame_sender.deliver((self.ifindex, self.pod), frame),
-            To::Resolver => frame_sender.bounce((self.ifindex, self.pod), frame),
-        };
-    }
-
-    fn interface(&self) -> u32 {
-        self.ifindex
-    }
-
-    fn select_interface(&mut self, interface: u32) {
-        self.ifindex = interface;
     }
 }
 
@@ -123,14 +97,14 @@ impl Pod {
     /// The pod's open queries over UDP. `id` is the pod's.
     pub(super) fn open_questions(
         &self,
-        id: u32,
+        id: PodId,
         now_ns: u64,
     ) -> impl Iterator<Item = OpenQuestion> {
         OpenQuestion::of(id, &self.pending, now_ns)
     }
 
     /// Its interfaces' indexes.
-    pub(super) fn interfaces(&self) -> &[u32] {
+    pub(super) fn interfaces(&self) -> &[IfIndex] {
         &self.enforcement.interfaces
     }
 
@@ -153,7 +127,7 @@ impl Pod {
     /// Puts the pod's policy on other interfaces.
     pub(super) fn move_to(
         &mut self,
-        to: Vec<u32>,
+        to: Vec<IfIndex>,
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
     ) -> Result<()> {
@@ -165,17 +139,11 @@ impl Pod {
             if !self.enforcement.interfaces.contains(&ifindex) {
                 shared
                     .frame_sender
-                    .detach(ifindex, self.enforcement.entry.pod);
-                interfaces.remove(ifindex, self.enforcement.entry.pod)?;
+                    .detach(ifindex, self.enforcement.entry.pod());
+                interfaces.remove(ifindex, self.enforcement.entry.pod())?;
             }
         }
         Ok(())
-    }
-
-    /// Ends the connections on interfaces that the pod no longer has: another pod may have them by now.
-    pub(super) fn keep_streams(&mut self, shared: &mut Shared) {
-        let interfaces = &self.enforcement.interfaces;
-        self.streams.keep_on(interfaces, &mut shared.streams);
     }
 
     /// Removes the interfaces' entries. Returns also how many messages were in the pod's backlog.
@@ -187,7 +155,7 @@ impl Pod {
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
         let waited = self.backlog.clear(&mut shared.backlog);
-        let id = self.enforcement.entry.pod;
+        let id = self.enforcement.entry.pod();
         for ifindex in &self.enforcement.interfaces {
             shared.frame_sender.detach(*ifindex, id);
         }
@@ -384,74 +352,6 @@ impl Pod {
         (judge, &mut self.pending)
     }
 
-    /// A segment of a connection with a resolver.
-    fn segment(&mut self, held: &HeldFrame<'_>, packet: &Packet, to: To, shared: &mut Shared) {
-        let port = (held.head.ifindex, held.head.taken != 0);
-        self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
-            streams.segment(held.frame, packet, to, step, budget);
-        });
-    }
-
-    fn with_streams(
-        &mut self,
-        shared: &mut Shared,
-        (ifindex, is_taken): (u32, bool),
-        now_ns: u64,
-        run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
-    ) {
-        let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
-        let pod = self.enforcement.entry.pod;
-        let Self {
-            enforcement,
-            learned,
-            ..
-        } = self;
-        let mut judge = Judge::new(enforcement, learned, &shared.context, now_ns);
-        let mut port = Port {
-            frame_sender: (is_taken && !is_audit).then_some(&mut shared.frame_sender),
-            pod,
-            ifindex,
-        };
-        let mut step = Step {
-            decide: &mut judge,
-            out: &mut port,
-            now_ns,
-        };
-        run(&mut self.streams, &mut step, &mut shared.streams);
-    }
-
-    /// Resets the split connections with resolvers, which need the agent: it is about to stop following them.
-    pub(super) fn end_split_streams(&mut self, shared: &mut Shared) {
-        self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
-            streams.end_split(step, budget);
-        });
-    }
-
-    /// Whether connections with resolvers must repeat bytes in the pod's turn.
-    pub(super) fn has_repetitions(&self) -> bool {
-        self.streams.has_due()
-    }
-
-    /// Repeats the bytes of one connection with a resolver.
-    fn repeat_next(&mut self, shared: &mut Shared) {
-        if self.streams.has_due() {
-            self.with_streams(shared, (0, true), boottime_ns(), |streams, step, budget| {
-                streams.repeat_next(step, budget);
-            });
-        }
-    }
-
-    /// Runs the timers of the connections with resolvers.
-    fn tick_streams(&mut self, shared: &mut Shared, now_ns: u64) {
-        // Each connection sets its own interface.
-        self.with_streams(shared, (0, true), now_ns, |streams, step, budget| {
-            streams.tick(step, budget);
-        });
-        let damaged = self.streams.take_damaged();
-        shared.context.stats.segments_damaged.add(damaged);
-        self.tallies.segments_damaged.add(damaged);
-    }
-
     /// Rejects a denied packet that was longer than what the ring keeps of it: only its headers are there,
     /// and its length fields point beyond them.
     fn reject_cut(&self, held: &HeldFrame<'_>, shared: &mut Shared) {
@@ -479,7 +379,7 @@ impl Enforcement {
     ) -> Result<()> {
         for &ifindex in &self.interfaces {
             interfaces.set(ifindex, self.entry)?;
-            frame_sender.attach(ifindex, self.entry.pod, &self.identity);
+            frame_sender.attach(ifindex, self.entry.pod(), &self.identity);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use egress_common::ids::IfIndex;
 use etherparse::PacketBuilder;
 
 use super::frame_sender::FrameSender;
@@ -31,7 +32,7 @@ const PAYLOAD: &[u8] = b"egress-agent: does this pass its programs?";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// The interface's index.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// The pod's IPv4 address.
     pub v4: Option<Ipv4Addr>,
     /// The pod's IPv6 address.
@@ -69,7 +70,7 @@ mod tests {
     #[test]
     fn a_probe_has_a_frame_of_each_family_that_the_pod_has() {
         let probe = Probe {
-            ifindex: 7,
+            ifindex: IfIndex::new(7),
             v4: Some(Ipv4Addr::new(10, 1, 1, 2)),
             v6: Some(Ipv6Addr::new(0xfd01, 1, 0, 0, 0, 0, 0, 2)),
         };

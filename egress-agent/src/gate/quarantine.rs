@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use egress_common::{
+    ids::{IfIndex, PodId},
     packet::{Packet, Walked, walk},
     records::Held,
 };
@@ -36,14 +37,14 @@ pub(super) struct Quarantine {
     waiting: VecDeque<QuarantinedQuery>,
     budget: Budget,
     /// The number that waits on each interface.
-    kept: HashMap<u32, Kept>,
+    kept: HashMap<IfIndex, Kept>,
 }
 
 /// A waiting query.
 pub(super) struct QuarantinedQuery {
     /// The pod at the gate to which it belongs at present.
-    pub(super) pod: u32,
-    ifindex: u32,
+    pub(super) pod: PodId,
+    ifindex: IfIndex,
     taken_ns: u64,
     /// As the pod sent it, with a complete checksum.
     pub(super) frame: Vec<u8>,
@@ -88,7 +89,7 @@ impl Quarantine {
     }
 
     /// Assigns the interface's queries to another pod that is not known either.
-    pub(super) fn reassign(&mut self, ifindex: u32, pod: u32) {
+    pub(super) fn reassign(&mut self, ifindex: IfIndex, pod: PodId) {
         for waiting in &mut self.waiting {
             if waiting.ifindex == ifindex {
                 waiting.pod = pod;
@@ -97,12 +98,12 @@ impl Quarantine {
     }
 
     /// Takes the queries of an interface, in the order in which they were sent.
-    pub(super) fn end(&mut self, ifindex: u32) -> Vec<QuarantinedQuery> {
+    pub(super) fn end(&mut self, ifindex: IfIndex) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.ifindex == ifindex)
     }
 
     /// Takes the queries of a pod that is gone.
-    pub(super) fn of_pod(&mut self, pod: u32) -> Vec<QuarantinedQuery> {
+    pub(super) fn of_pod(&mut self, pod: PodId) -> Vec<QuarantinedQuery> {
         self.take(|waiting| waiting.pod == pod)
     }
 
@@ -136,8 +137,8 @@ mod tests {
     fn asked(ifindex: u32, time_ns: u64) -> Held {
         Held {
             time_ns,
-            ifindex,
-            pod: ifindex + 100,
+            ifindex: IfIndex::new(ifindex),
+            pod: PodId::new(ifindex + 100),
             len: 1,
             kind: egress_common::records::HELD_QUESTION,
             taken: 1,
@@ -156,11 +157,11 @@ mod tests {
         for (ifindex, frame) in [(1, 10), (2, 20), (1, 11)] {
             assert!(quarantine.keep(&asked(ifindex, 0), vec![frame]));
         }
-        assert_eq!(frames(&quarantine.end(1)), [10, 11]);
-        assert!(quarantine.end(1).is_empty());
-        quarantine.reassign(2, 7);
-        assert!(quarantine.of_pod(102).is_empty());
-        assert_eq!(frames(&quarantine.of_pod(7)), [20]);
+        assert_eq!(frames(&quarantine.end(IfIndex::new(1))), [10, 11]);
+        assert!(quarantine.end(IfIndex::new(1)).is_empty());
+        quarantine.reassign(IfIndex::new(2), PodId::new(7));
+        assert!(quarantine.of_pod(PodId::new(102)).is_empty());
+        assert_eq!(frames(&quarantine.of_pod(PodId::new(7))), [20]);
     }
 
     #[test]
@@ -170,7 +171,7 @@ mod tests {
         assert!(quarantine.keep(&asked(1, 20), vec![2]));
         assert!(quarantine.overdue(9 + QUERY_TIMEOUT_NS).is_empty());
         assert_eq!(frames(&quarantine.overdue(10 + QUERY_TIMEOUT_NS)), [1]);
-        assert_eq!(frames(&quarantine.end(1)), [2]);
+        assert_eq!(frames(&quarantine.end(IfIndex::new(1))), [2]);
     }
 
     #[test]

@@ -8,7 +8,10 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
-use egress_common::records::{Held, MODE_AUDIT};
+use egress_common::{
+    ids::PodId,
+    records::{Held, MODE_AUDIT},
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
@@ -47,7 +50,7 @@ pub(super) struct Runner {
     wake: Arc<EventFd>,
     interfaces: InterfaceMap,
     shared: Shared,
-    pods: HashMap<u32, Pod>,
+    pods: HashMap<PodId, Pod>,
     turns: Turns,
     /// Messages of pods that are not at the gate.
     unclaimed: Tally,
@@ -381,7 +384,7 @@ impl Runner {
     }
 
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
-        let id = enforcement.entry.pod;
+        let id = enforcement.entry.pod();
         if let Some(pod) = self.pods.get_mut(&id) {
             if enforcement.entry.mode == MODE_AUDIT {
                 pod.end_split_streams(&mut self.shared);
@@ -396,7 +399,7 @@ impl Runner {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
             pod.write_interfaces(&mut self.interfaces, &mut self.shared.frame_sender)?;
             pod.forget_stale_names();
-            for open in self.taken_over.extract_if(.., |open| open.pod == id) {
+            for open in self.taken_over.extract_if(.., |open| open.pod() == id) {
                 pod.take_over(&open);
             }
             self.pods.insert(id, pod);
@@ -407,7 +410,7 @@ impl Runner {
 
     /// Sends the quarantined queries of a pod's interfaces to be judged again if the pod is known; otherwise
     /// assigns them to this pod.
-    fn end_quarantine(&mut self, id: u32) {
+    fn end_quarantine(&mut self, id: PodId) {
         let Some(pod) = self.pods.get(&id) else {
             return;
         };
@@ -420,7 +423,7 @@ impl Runner {
         }
     }
 
-    fn release(&mut self, pods: &[u32]) -> Result<()> {
+    fn release(&mut self, pods: &[PodId]) -> Result<()> {
         let mut result = Ok(());
         for id in pods {
             let Some(pod) = self.pods.get(id) else {

@@ -2,6 +2,8 @@
 
 use std::{cmp::Reverse, collections::HashMap, time::Instant};
 
+use egress_common::ids::PodId;
+
 use super::pod::Pod;
 
 /// The pods whose backlogs wait, and the clock by which time is accounted.
@@ -11,7 +13,7 @@ pub(super) struct Turns {
     began: Instant,
     now_ns: u64,
     /// The pod that was served longest ago comes first.
-    pods: Vec<u32>,
+    pods: Vec<PodId>,
 }
 
 impl Turns {
@@ -46,7 +48,7 @@ impl Turns {
     }
 
     /// Adds a pod whose backlog, or whose repetitions, wait now.
-    pub(super) fn add(&mut self, pod: u32) {
+    pub(super) fn add(&mut self, pod: PodId) {
         if !self.pods.contains(&pod) {
             self.pods.push(pod);
         }
@@ -54,9 +56,9 @@ impl Turns {
 
     /// The pod whose turn it is: the one with the highest balance; among equals the one that was served
     /// longest ago. [`Self::end`] ends its turn.
-    pub(super) fn next<'a>(&mut self, pods: &'a mut HashMap<u32, Pod>) -> Option<&'a mut Pod> {
+    pub(super) fn next<'a>(&mut self, pods: &'a mut HashMap<PodId, Pod>) -> Option<&'a mut Pod> {
         let now_ns = self.now_ns;
-        let balance = |id: &u32| pods.get(id).map(|pod| pod.balance(now_ns));
+        let balance = |id: &PodId| pods.get(id).map(|pod| pod.balance(now_ns));
         // Of equal elements `min_by_key` returns the first.
         let (at, _) = self
             .pods
@@ -76,7 +78,7 @@ impl Turns {
     }
 
     /// Removes a pod.
-    pub(super) fn forget(&mut self, pod: u32) {
+    pub(super) fn forget(&mut self, pod: PodId) {
         self.pods.retain(|id| *id != pod);
     }
 }

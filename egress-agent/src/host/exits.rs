@@ -26,6 +26,8 @@ use std::{
     io,
 };
 
+use egress_common::ids::IfIndex;
+
 use super::{
     Link,
     netlink::{Netlink, RawLink},
@@ -139,7 +141,7 @@ pub struct ExitFinder {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
     /// An interface of the host.
-    Host { index: u32, has_host_end: bool },
+    Host { index: IfIndex, has_host_end: bool },
     /// The namespace with this number on the host.
     Namespace(i32),
     /// A device, or a target without a number.
@@ -165,7 +167,11 @@ impl ExitFinder {
     /// # Errors
     ///
     /// When the kernel does not answer, or the interfaces change during the walk.
-    pub fn exits(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
+    pub fn exits(
+        &mut self,
+        ends: &[IfIndex],
+        is_enforced: impl Fn(IfIndex) -> bool,
+    ) -> io::Result<Exits> {
         for _ in 1..ATTEMPTS {
             let exits = self.exits_now(ends, &is_enforced);
             // The end of a pod changes them once. Only a pod that changes them on purpose does so all the time.
@@ -177,7 +183,11 @@ impl ExitFinder {
         self.exits_now(ends, &is_enforced)
     }
 
-    fn exits_now(&mut self, ends: &[u32], is_enforced: impl Fn(u32) -> bool) -> io::Result<Exits> {
+    fn exits_now(
+        &mut self,
+        ends: &[IfIndex],
+        is_enforced: impl Fn(IfIndex) -> bool,
+    ) -> io::Result<Exits> {
         let own = self.namespaces_behind(ends)?;
         let mut walk = Walk {
             host: self.netlink.nsid(&self.host)?,
@@ -231,7 +241,7 @@ impl ExitFinder {
     }
 
     /// The host's numbers for the namespaces that these interfaces lead to.
-    fn namespaces_behind(&mut self, ends: &[u32]) -> io::Result<BTreeSet<i32>> {
+    fn namespaces_behind(&mut self, ends: &[IfIndex]) -> io::Result<BTreeSet<i32>> {
         let mut numbers = BTreeSet::new();
         for &end in ends {
             let link = self.netlink.link(end)?;
@@ -274,7 +284,7 @@ impl Walk<'_> {
 
     /// Whether a namespace, or one connected with it, has an exit. A namespace that cannot be followed to its
     /// end counts as having one.
-    fn has_exit(&mut self, from: i32, ends: &[u32]) -> io::Result<bool> {
+    fn has_exit(&mut self, from: i32, ends: &[IfIndex]) -> io::Result<bool> {
         let mut seen = HashSet::from([from]);
         let mut next = vec![from];
         while let Some(nsid) = next.pop() {
@@ -317,7 +327,7 @@ fn target(link: &RawLink, indexes: &HashSet<u32>, host: Option<i32>) -> Option<T
         // The other namespace is being removed.
         (Some(..0), _) => None,
         (Some(nsid), lower) if host == Some(nsid) => Some(Target::Host {
-            index: lower.unwrap_or_default(),
+            index: lower.map_or(IfIndex::NONE, IfIndex::new),
             has_host_end: link.has_host_end(),
         }),
         (Some(nsid), _) => Some(Target::Namespace(nsid)),
@@ -370,7 +380,7 @@ mod tests {
         };
         let host = |index, has_host_end| {
             Some(Target::Host {
-                index,
+                index: IfIndex::new(index),
                 has_host_end,
             })
         };

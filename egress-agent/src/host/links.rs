@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use egress_common::ids::IfIndex;
+
 use super::{
     HardwareAddress,
     netlink::{RawLink, links_in_notices},
@@ -14,8 +16,8 @@ const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
 ///
 /// Call this instead of nix: `if_indextoname` of nix 0.31 returns an empty name when the C function fails.
 #[expect(clippy::disallowed_methods, reason = "checked here for everybody")]
-pub fn interface_name(ifindex: u32) -> Option<String> {
-    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+pub fn interface_name(ifindex: IfIndex) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex.get()).ok()?;
     let name = name.to_string_lossy().into_owned();
     (!name.is_empty()).then_some(name)
 }
@@ -24,7 +26,7 @@ pub fn interface_name(ifindex: u32) -> Option<String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     /// Its index.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// Its name.
     pub name: String,
     /// The kernel's name for its kind (`veth`, `bridge`); empty for hardware.
@@ -32,7 +34,7 @@ pub struct Link {
     /// Name of the bridge, bond or VRF it is in.
     pub master: Option<String>,
     /// Index of the master, if it is a bridge.
-    pub bridge: Option<u32>,
+    pub bridge: Option<IfIndex>,
     /// Its own hardware address.
     pub hardware: Option<HardwareAddress>,
     /// Its other end, if that end is in another network namespace.
@@ -53,7 +55,7 @@ pub struct Peer {
 
 impl Link {
     /// The new or changed interfaces in the kernel's notifications (`RTMGRP_LINK`).
-    pub fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
+    pub(super) fn in_notices(notices: &[u8]) -> impl Iterator<Item = Self> {
         let links = links_in_notices(notices).into_iter();
         links.map(|raw| Self::new(raw, None))
     }
@@ -79,7 +81,7 @@ impl Link {
             .zip(lower)
             .map(|(nsid, ifindex)| Peer { nsid, ifindex });
         Self {
-            ifindex: index,
+            ifindex: IfIndex::new(index),
             name,
             kind,
             master,
@@ -115,7 +117,7 @@ impl Links {
                 let master = index.and_then(|index| masters.get(&index));
                 let is_bridge = master.is_some_and(|(_, is_bridge)| *is_bridge);
                 Link {
-                    bridge: index.filter(|_| is_bridge),
+                    bridge: index.filter(|_| is_bridge).map(IfIndex::new),
                     ..Link::new(raw, master.map(|(name, _)| name.clone()))
                 }
             })
@@ -143,7 +145,7 @@ impl Links {
     }
 
     /// The interface with this index.
-    pub fn get(&self, ifindex: u32) -> Option<&Link> {
+    pub fn get(&self, ifindex: IfIndex) -> Option<&Link> {
         self.all.iter().find(|link| link.ifindex == ifindex)
     }
 
@@ -191,8 +193,8 @@ mod tests {
 
     #[test]
     fn an_index_without_an_interface_has_no_name() {
-        assert_eq!(interface_name(1).as_deref(), Some("lo"));
-        assert_eq!(interface_name(i32::MAX as u32), None);
+        assert_eq!(interface_name(IfIndex::new(1)).as_deref(), Some("lo"));
+        assert_eq!(interface_name(IfIndex::new(i32::MAX as u32)), None);
     }
 
     #[test]
@@ -261,15 +263,21 @@ mod tests {
             .collect();
         assert_eq!(found, ["veth4", "nk8"]);
         assert_eq!(links.pod_like(&[]).count(), 4);
-        assert_eq!(links.get(5).unwrap().master.as_deref(), Some("docker0"));
-        assert_eq!(links.get(5).unwrap().bridge, Some(3));
-        assert_eq!(links.get(4).unwrap().bridge, None);
-        let found: Vec<u32> = links.leading_to(0).map(|link| link.ifindex).collect();
-        assert_eq!(found, [4]);
+        assert_eq!(
+            links.get(IfIndex::new(5)).unwrap().master.as_deref(),
+            Some("docker0")
+        );
+        assert_eq!(
+            links.get(IfIndex::new(5)).unwrap().bridge,
+            Some(IfIndex::new(3))
+        );
+        assert_eq!(links.get(IfIndex::new(4)).unwrap().bridge, None);
+        let found: Vec<IfIndex> = links.leading_to(0).map(|link| link.ifindex).collect();
+        assert_eq!(found, [IfIndex::new(4)]);
         let found: Vec<_> = links
             .carriers()
             .map(|(nsid, link)| (nsid, link.ifindex))
             .collect();
-        assert_eq!(found, [(0, 10)]);
+        assert_eq!(found, [(0, IfIndex::new(10))]);
     }
 }

@@ -2,11 +2,13 @@
 
 use std::{io, net::IpAddr};
 
+use egress_common::ids::IfIndex;
+
 /// The location of a pod on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {
     /// The indexes of its host ends, in ascending order; at least one.
-    pub interfaces: Vec<u32>,
+    pub interfaces: Vec<IfIndex>,
     /// The current addresses of global scope on the other ends. A pod that may configure its own network
     /// chooses them, so they prove only that its network is set up.
     pub addresses: Vec<IpAddr>,

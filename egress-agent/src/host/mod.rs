@@ -11,6 +11,8 @@
 //! namespace only to read the sockets in it. A pod can influence the names of groups below its own, its
 //! processes and its interfaces' addresses. With these it can at worst make itself unfindable; it cannot
 //! pass for another pod.
+//!
+//! [`LinkEvents`], [`FilterEvents`] and [`RulesetEvents`] tell when the machine has changed.
 
 mod cgroup;
 mod conntrack;
@@ -21,6 +23,7 @@ mod links;
 mod located;
 mod netlink;
 mod network;
+mod notices;
 mod process;
 mod routes;
 mod sockets;
@@ -39,6 +42,7 @@ use std::{
 };
 
 use cgroup::{Cgroups, Members};
+use egress_common::ids::IfIndex;
 pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
 pub use hardware::{HardwareAddress, gateways};
 pub use link_local::taken_link_locals;
@@ -46,6 +50,7 @@ pub use links::{Link, Links, Peer, interface_name};
 pub use located::{Located, Missing, Network};
 use netlink::Netlink;
 pub use network::SocketsOf;
+pub use notices::{FilterEvents, LinkEvents, RulesetEvents};
 use process::Process;
 pub use sockets::{Direction, OpenSocket, OpenSockets, SocketProtocol, Unasked};
 pub use taps::{TapWatch, Taps};
@@ -234,7 +239,7 @@ impl Host {
     ///
     /// When there is no such namespace, as behind a virtual machine's interface; when it has neither a name
     /// nor a visible process through which it can be entered.
-    pub fn sockets_behind(&mut self, ifindex: u32) -> io::Result<SocketsOf> {
+    pub fn sockets_behind(&mut self, ifindex: IfIndex) -> io::Result<SocketsOf> {
         let link = self.netlink.link(ifindex)?;
         if !link.is_some_and(|raw| Link::new(raw, None).is_host_end()) {
             return Err(io::Error::new(
@@ -322,7 +327,11 @@ impl Host {
     /// # Errors
     ///
     /// When the kernel does not answer.
-    pub fn addresses_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<Vec<IpAddr>>> {
+    pub fn addresses_of(
+        &mut self,
+        ifindex: IfIndex,
+        peer: Peer,
+    ) -> io::Result<Option<Vec<IpAddr>>> {
         let addresses = self.addresses(peer)?;
         // The kernel reuses a namespace's number only after the namespace, and this interface with it, is gone.
         let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
@@ -336,7 +345,11 @@ impl Host {
     /// # Errors
     ///
     /// When the kernel does not answer.
-    pub fn hardware_of(&mut self, ifindex: u32, peer: Peer) -> io::Result<Option<HardwareAddress>> {
+    pub fn hardware_of(
+        &mut self,
+        ifindex: IfIndex,
+        peer: Peer,
+    ) -> io::Result<Option<HardwareAddress>> {
         let link = self.netlink.link_in(peer.nsid, peer.ifindex)?;
         // As in `addresses_of`.
         let now = self.netlink.link(ifindex)?.map(|raw| Link::new(raw, None));
@@ -354,7 +367,7 @@ impl Host {
     /// # Errors
     ///
     /// When the kernel rejects it (kernels before 5.0 do not have the option).
-    pub fn protect_bridge(&mut self, bridge: u32, port: u32) -> io::Result<()> {
+    pub fn protect_bridge(&mut self, bridge: IfIndex, port: IfIndex) -> io::Result<()> {
         let kind = self.netlink.link(bridge)?.map(|link| link.kind);
         if kind.is_some_and(|kind| kind == "bridge") {
             self.netlink.learn_nothing_link_local(bridge)?;

@@ -10,6 +10,7 @@ use std::{
     os::fd::{AsFd, AsRawFd as _},
 };
 
+use egress_common::ids::IfIndex;
 use rtnetlink::{
     packet_core::{DefaultNla, NLM_F_ACK, NLM_F_DUMP, NetlinkBuffer, NetlinkSerializable as _},
     packet_route::{
@@ -136,9 +137,9 @@ impl Netlink {
     }
 
     /// One interface of this namespace, if it exists.
-    pub(super) fn link(&mut self, index: u32) -> io::Result<Option<RawLink>> {
+    pub(super) fn link(&mut self, ifindex: IfIndex) -> io::Result<Option<RawLink>> {
         let mut link = None;
-        let answer = self.exchange(&get_link(index), 0, |body| {
+        let answer = self.exchange(&get_link(ifindex.get()), 0, |body| {
             link = Some(read_link(body)?);
             Ok(())
         });
@@ -316,7 +317,7 @@ impl Netlink {
     }
 
     /// Stops a bridge from learning from frames to link-local addresses.
-    pub(super) fn learn_nothing_link_local(&mut self, bridge: u32) -> io::Result<()> {
+    pub(super) fn learn_nothing_link_local(&mut self, bridge: IfIndex) -> io::Result<()> {
         let option = [
             NO_LINK_LOCAL_LEARN.to_ne_bytes(),
             NO_LINK_LOCAL_LEARN.to_ne_bytes(),
@@ -328,17 +329,17 @@ impl Netlink {
             nested(IFLA_INFO_DATA | NESTED, &data),
         ];
         let mut request = LinkMessage::default();
-        request.header.index = bridge;
+        request.header.index = bridge.get();
         let info = DefaultNla::new(IFLA_LINKINFO | NESTED, info.concat());
         request.attributes.push(LinkAttribute::Other(info));
         self.change(&RouteNetlinkMessage::NewLink(request))
     }
 
     /// Has a bridge disable this port when a spanning tree message arrives on it.
-    pub(super) fn guard_port(&mut self, port: u32) -> io::Result<()> {
+    pub(super) fn guard_port(&mut self, port: IfIndex) -> io::Result<()> {
         let mut request = LinkMessage::default();
         request.header.interface_family = AddressFamily::Bridge;
-        request.header.index = port;
+        request.header.index = port.get();
         let guard = DefaultNla::new(IFLA_PROTINFO | NESTED, nested(IFLA_BRPORT_GUARD, &[1]));
         request.attributes.push(LinkAttribute::Other(guard));
         self.change(&RouteNetlinkMessage::SetLink(request))

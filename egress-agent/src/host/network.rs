@@ -12,6 +12,7 @@ use std::{
     thread,
 };
 
+use egress_common::ids::IfIndex;
 use nix::sched::{CloneFlags, setns};
 
 use super::{
@@ -110,7 +111,7 @@ pub(super) fn find_behind(
     netlink: &mut Netlink,
     proc: &Path,
     own: u64,
-    ifindex: u32,
+    ifindex: IfIndex,
 ) -> io::Result<Option<OwnedFd>> {
     let mut seen = HashSet::from([own]);
     let named = fs::read_dir(NAMED).into_iter().flatten().flatten();
@@ -148,7 +149,7 @@ pub(super) fn find_behind(
 
 /// Whether the other end of an interface is in this namespace. While the descriptor is open, the kernel does
 /// not reuse the namespace's number.
-fn leads_to(netlink: &mut Netlink, ifindex: u32, namespace: impl AsFd) -> io::Result<bool> {
+fn leads_to(netlink: &mut Netlink, ifindex: IfIndex, namespace: impl AsFd) -> io::Result<bool> {
     let nsid = match netlink.nsid(namespace) {
         Ok(Some(nsid)) => nsid,
         Ok(None) => return Ok(false),

@@ -10,6 +10,8 @@ use std::{
     path::PathBuf,
 };
 
+use egress_common::ids::IfIndex;
+
 use super::netlink::Netlink;
 
 /// Protocols, as EtherTypes, of sockets that read IP: every one (`ETH_P_ALL`), IPv4, IPv6. A socket of
@@ -20,21 +22,21 @@ const READ_IP: [u16; 3] = [0x0003, 0x0800, 0x86dd];
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Taps {
     /// Indexes of the interfaces that packet sockets are bound to.
-    sockets: BTreeSet<u32>,
+    sockets: BTreeSet<IfIndex>,
     /// How many packet sockets are bound to no interface, so that they read on all.
     pub on_all: usize,
     /// Ids of XDP programs, by interface.
-    xdp: BTreeMap<u32, u32>,
+    xdp: BTreeMap<IfIndex, u32>,
 }
 
 impl Taps {
     /// Whether a packet socket is bound to this interface.
-    pub fn has_socket(&self, ifindex: u32) -> bool {
+    pub fn has_socket(&self, ifindex: IfIndex) -> bool {
         self.sockets.contains(&ifindex)
     }
 
     /// The id of the XDP program on this interface.
-    pub fn xdp(&self, ifindex: u32) -> Option<u32> {
+    pub fn xdp(&self, ifindex: IfIndex) -> Option<u32> {
         self.xdp.get(&ifindex).copied()
     }
 
@@ -49,7 +51,7 @@ impl Taps {
                 u16::from_str_radix(protocol, 16).is_ok_and(|protocol| READ_IP.contains(&protocol));
             match ifindex.parse() {
                 Ok(0) if reads_ip => self.on_all += 1,
-                Ok(ifindex) if reads_ip => _ = self.sockets.insert(ifindex),
+                Ok(ifindex) if reads_ip => _ = self.sockets.insert(IfIndex::new(ifindex)),
                 _ => {}
             }
         }
@@ -85,7 +87,7 @@ impl TapWatch {
         taps.read_sockets(&fs::read_to_string(&self.sockets)?);
         for link in self.netlink.links()? {
             if let Some(program) = link.xdp {
-                taps.xdp.insert(link.index, program);
+                taps.xdp.insert(IfIndex::new(link.index), program);
             }
         }
         Ok(taps)
@@ -106,8 +108,11 @@ mod tests {
                      0000000000000000 3      3    0003   0     1 0      0      104   \n";
         let mut taps = Taps::default();
         taps.read_sockets(table);
-        let bound: Vec<u32> = taps.sockets.iter().copied().collect();
-        assert_eq!((bound, taps.on_all), (vec![7, 10], 1));
-        assert!(taps.has_socket(7) && !taps.has_socket(8));
+        let bound: Vec<IfIndex> = taps.sockets.iter().copied().collect();
+        assert_eq!(
+            (bound, taps.on_all),
+            (vec![IfIndex::new(7), IfIndex::new(10)], 1)
+        );
+        assert!(taps.has_socket(IfIndex::new(7)) && !taps.has_socket(IfIndex::new(8)));
     }
 }

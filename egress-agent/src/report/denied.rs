@@ -17,6 +17,7 @@ use egress_common::{
 };
 
 use super::{DenialCounts, Subject};
+use egress_policy::EntrySource;
 
 /// The pod of a denial, as lines print it. Two values with the same texts are the same pod.
 #[derive(Debug)]
@@ -177,7 +178,7 @@ pub struct Denied {
     /// Names that this pod resolved to the destination.
     pub dst_names: Vec<String>,
     /// The entry that denied it.
-    pub rule: Option<String>,
+    pub rule: Option<EntrySource>,
     /// When it happened.
     pub time: SystemTime,
     /// How many packets this stands for.

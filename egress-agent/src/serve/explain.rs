@@ -32,7 +32,7 @@ use crate::{
 };
 use egress_dns::Name;
 use egress_policy::{
-    Compiled, Mode, QuestionRule,
+    Compiled, EntrySource, Mode, Origin, QuestionRule,
     annotations::PREFIX,
     explain::{Entries, EntryMatch, List, Target, To},
     prefix::from_mapped,
@@ -124,7 +124,7 @@ fn not_judged(state: &PodRecord, explanation: &mut Explanation) {
 /// The entries in effect; `None` if the annotations cannot be read.
 fn entries(state: &PodRecord, node: &StatusSnapshot) -> Option<Entries> {
     let settings = node.settings.as_ref()?;
-    Entries::read(&state.written.own, &state.written.namespace, settings).ok()
+    Entries::read(state.written.inputs(), settings).ok()
 }
 
 /// The entries by the list that grants them; `None` if the annotations cannot be read.
@@ -301,10 +301,8 @@ impl Inquiry<'_> {
         if let Some((reason, class, ports)) = reach.denied {
             explained.allowed = false;
             explained.reason = Some(reason.as_str().to_owned());
-            explained.because = match self.compiled.explain_deny(address, class) {
-                Some(text) if reason == Reason::DenyRule => {
-                    format!("the deny entry `{text}` matches it")
-                }
+            explained.because = match self.compiled.deciding_entry(address, class) {
+                Some(entry) if reason == Reason::DenyRule => denied_by(entry),
                 _ => because_denied(reason).to_owned(),
             };
             explained.entries = denying(&matches, reason, ports);
@@ -335,7 +333,7 @@ impl Inquiry<'_> {
             QuestionRule::Denied => QuestionExplained {
                 allowed: false,
                 because: match names.explain_denied(name) {
-                    Some(entry) => format!("the deny entry `{entry}` matches it"),
+                    Some(entry) => denied_by(entry),
                     None => "a deny entry matches it".to_owned(),
                 },
                 entries: statuses(
@@ -520,6 +518,14 @@ fn because_denied(reason: Reason) -> &'static str {
     }
 }
 
+fn denied_by(entry: &EntrySource) -> String {
+    let EntrySource { text, origin, .. } = entry;
+    match origin.object() {
+        Some(_) => format!("{origin} denies it with the entry `{text}`"),
+        None => format!("the deny entry `{text}` matches it"),
+    }
+}
+
 /// The entries that allow the open ports.
 fn allowing(
     destination: &Destination,
@@ -563,7 +569,11 @@ fn statuses<'a>(matches: impl Iterator<Item = &'a EntryMatch>) -> Vec<EntryStatu
     for entry in matches {
         let status = EntryStatus {
             of: entry.origin.to_string(),
-            annotation: format!("{PREFIX}{}", entry.list.as_str()),
+            annotation: match &entry.origin {
+                Origin::Pod | Origin::Namespace => format!("{PREFIX}{}", entry.list.as_str()),
+                Origin::Policy(_) => format!("spec.{}", entry.list.as_str()),
+                Origin::Rule(rule) => format!("spec.rules[{}].{}", rule.index, entry.list.as_str()),
+            },
             entry: entry.text.clone(),
             line: entry.at.line,
             column: entry.at.column,

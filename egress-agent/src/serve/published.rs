@@ -10,13 +10,14 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, Guard};
+use egress_common::ids::{IfIndex, PodId, PolicyId};
 
 use crate::{
     datapath::boottime_ns,
     host::Exits,
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity, Subject},
 };
-use egress_policy::{Annotations, Compiled, Mode, Resolver, Settings};
+use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Resolver, Settings};
 
 /// Bounds of the buckets of the time a reconcile takes, in nanoseconds: 1 ms to 30 s.
 const RECONCILE_BOUNDS: [u64; 10] = [
@@ -35,28 +36,41 @@ const RECONCILE_BOUNDS: [u64; 10] = [
 /// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
 
-/// The annotations that a policy was compiled from.
+/// What a policy was compiled from.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The pod's own.
     pub own: Annotations,
     /// Its namespace's.
     pub namespace: Annotations,
+    /// The policy objects that selected the pod.
+    pub objects: Objects,
+}
+
+impl Written {
+    /// All of it.
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            pod: &self.own,
+            namespace: &self.namespace,
+            objects: &self.objects,
+        }
+    }
 }
 
 /// The enforcement of one pod.
 #[derive(Clone, Debug)]
 pub struct Attached {
     /// Its id in the maps.
-    pub pod: u32,
+    pub pod: PodId,
     /// The id of its policy in the maps.
-    pub policy: u32,
+    pub policy: PolicyId,
     /// How many versions of its policy this agent has applied.
     pub version: u64,
     /// When this version was applied.
     pub since: SystemTime,
     /// Its interfaces.
-    pub interfaces: Vec<u32>,
+    pub interfaces: Vec<IfIndex>,
     /// Whether its packets may pass unjudged although the programs are attached.
     pub bypassed: bool,
 }
@@ -173,7 +187,7 @@ pub struct StatusSnapshot {
 }
 
 /// The pods in the kernel, by their ids in the maps.
-pub type PodsById = HashMap<u32, Arc<PodRecord>>;
+pub type PodsById = HashMap<PodId, Arc<PodRecord>>;
 
 /// The published state of the agent, with counters of control.
 #[derive(Debug)]
@@ -196,7 +210,7 @@ pub struct Published {
     read_ns: Gauge,
     began_ns: u64,
     began: SystemTime,
-    flows: Mutex<HashMap<u32, usize>>,
+    flows: Mutex<HashMap<PodId, usize>>,
     namespaces: Mutex<BTreeMap<String, Arc<DenialCounts>>>,
 }
 
@@ -223,9 +237,13 @@ impl Default for Published {
 
 impl Published {
     /// Publishes the node as it is after a reconcile. `left` are the pods that an earlier agent left in the kernel.
-    pub fn publish(&self, node: StatusSnapshot, left: impl Iterator<Item = (u32, Arc<PodRecord>)>) {
+    pub fn publish(
+        &self,
+        node: StatusSnapshot,
+        left: impl Iterator<Item = (PodId, Arc<PodRecord>)>,
+    ) {
         let enforced = |pod: &Arc<PodRecord>| pod.attached.as_ref().map(|attached| attached.pod);
-        let pods: HashSet<u32> = node.pods.values().filter_map(enforced).collect();
+        let pods: HashSet<PodId> = node.pods.values().filter_map(enforced).collect();
         lock(&self.flows).retain(|pod, _| pods.contains(pod));
         let enforced = node.pods.values().filter_map(|pod| {
             let attached = pod.attached.as_ref()?;
@@ -248,7 +266,7 @@ impl Published {
     }
 
     /// Publishes a pod between two reconciles, so that it is known before its first packet can be denied.
-    pub fn add(&self, id: u32, pod: &Arc<PodRecord>) {
+    pub fn add(&self, id: PodId, pod: &Arc<PodRecord>) {
         self.pods.rcu(|before| {
             let mut after = PodsById::clone(before);
             after.insert(id, Arc::clone(pod));
@@ -296,7 +314,7 @@ impl Published {
     }
 
     /// Sets how many flows of a pod are tracked.
-    pub fn set_flows(&self, pod: u32, flows: usize) {
+    pub fn set_flows(&self, pod: PodId, flows: usize) {
         lock(&self.flows).insert(pod, flows);
     }
 

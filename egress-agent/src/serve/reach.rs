@@ -186,13 +186,16 @@ impl From<&Ports> for PortsStatus {
 
 #[cfg(test)]
 mod tests {
-    use egress_common::records::{POLICY_ALLOW_INTERNAL, PortClass, RANGE_INTERNAL};
+    use egress_common::{
+        classes::{ClassSet, PortTable},
+        records::{POLICY_ALLOW_INTERNAL, PortClass, RANGE_INTERNAL},
+    };
 
     use super::*;
 
     fn policy() -> Policy {
         let mut policy = Policy {
-            deny: 2,
+            deny: ClassSet::one(0),
             ..Policy::CLOSED
         };
         let class = |protocols, port_min, port_max| PortClass {
@@ -201,9 +204,10 @@ mod tests {
             protocols,
             pad: [0; 3],
         };
-        policy.classes[0] = class(bits::TCP, 80, 90);
-        policy.classes[1] = class(bits::ALL, 85, 85);
+        policy.classes[0] = class(bits::ALL, 85, 85);
+        policy.classes[1] = class(bits::TCP, 80, 90);
         policy.classes[2] = class(bits::TCP, 91, 100);
+        policy.ports = PortTable::of(&policy.classes[..3]).unwrap();
         policy
     }
 
@@ -212,7 +216,7 @@ mod tests {
         let policy = policy();
         for cidr in 0..8 {
             let destination = Destination {
-                cidr,
+                cidr: ClassSet { words: [cidr, 0] },
                 ..Destination::default()
             };
             let reach = Reach::of(&policy, &destination, &[], Some(bits::TCP), None);
@@ -253,7 +257,7 @@ mod tests {
     #[test]
     fn adjacent_ranges_are_merged() {
         let destination = Destination {
-            cidr: 7,
+            cidr: ClassSet { words: [7, 0] },
             ..Destination::default()
         };
         let open = Reach::of(&policy(), &destination, &[], None, None).open;

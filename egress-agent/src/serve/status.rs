@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
-use egress_common::reason::Reason;
+use egress_common::{ids::IfIndex, reason::Reason};
 
 use super::{
     PodRecord, Sources, StatusSnapshot, health,
@@ -238,10 +238,10 @@ fn pod_status(
     }
 }
 
-fn interface(index: u32) -> InterfaceStatus {
+fn interface(ifindex: IfIndex) -> InterfaceStatus {
     InterfaceStatus {
-        index,
-        name: interface_name(index),
+        index: ifindex.get(),
+        name: interface_name(ifindex),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The records of the flow maps.
 
-use crate::address::Address;
+use crate::{address::Address, ids::PolicyId};
 
 /// Key of a pod's flow maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,9 +53,9 @@ pub struct Flow {
     /// When a packet of the flow was last seen, in nanoseconds of `CLOCK_BOOTTIME`, with the precision of
     /// [`crate::flow::REFRESH_NS`]. For a flow that the other side opened, only its packets count.
     pub last_seen_ns: u64,
-    /// The policy version that admitted the flow, or that found nothing to deny in it; [`UNJUDGED`] when none
-    /// has judged it. A flow of an older version is judged again.
-    pub policy: u32,
+    /// [`PolicyId`] of the version that admitted the flow, or that found nothing to deny in it; [`UNJUDGED`] when
+    /// none has judged it. A flow of an older version is judged again.
+    policy: u32,
     /// One of the `FLOW_*` state constants.
     pub state: u8,
     /// Bits of the `FLOW_SEEN_*` constants.
@@ -65,8 +65,37 @@ pub struct Flow {
     pub handshake: u16,
 }
 
+impl Flow {
+    /// A flow in one of the states, of which no packet was seen, under this policy.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(policy: PolicyId, state: u8, last_seen_ns: u64) -> Self {
+        Self {
+            last_seen_ns,
+            policy: policy.get(),
+            state,
+            seen: 0,
+            handshake: 0,
+        }
+    }
+
+    /// The policy version that admitted the flow, or that found nothing to deny in it; [`UNJUDGED`] when none has
+    /// judged it. A flow of an older version is judged again.
+    #[must_use]
+    #[inline(always)]
+    pub const fn policy(&self) -> PolicyId {
+        PolicyId::new(self.policy)
+    }
+
+    /// Notes that this policy version has judged the flow.
+    #[inline(always)]
+    pub const fn set_policy(&mut self, policy: PolicyId) {
+        self.policy = policy.get();
+    }
+}
+
 /// No policy has this number. In a flow it means that no policy has judged it yet.
-pub const UNJUDGED: u32 = 0;
+pub const UNJUDGED: PolicyId = PolicyId::new(0);
 
 /// The pod opened it, and the policy admitted it.
 pub const FLOW_OUT: u8 = 1;

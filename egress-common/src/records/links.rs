@@ -1,6 +1,6 @@
 //! The records for addresses on the link.
 
-use crate::address::Address;
+use crate::{address::Address, ids::IfIndex};
 
 /// Key of `link_owners`: a link-local address in use on one of this node's links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,13 +14,31 @@ pub struct LinkAddress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct LinkOwner {
-    /// The pod's interface that used it first; [`NODE_OWNS`] for the node itself and the gateways that it
-    /// knows.
-    pub ifindex: u32,
+    /// [`IfIndex`] of the pod's interface that used it first; [`IfIndex::NONE`] for the node itself and the gateways
+    /// that it knows.
+    ifindex: u32,
 }
 
-/// The owner of addresses of the node: no interface has this index.
-pub const NODE_OWNS: u32 = 0;
+impl LinkOwner {
+    /// The node itself, or a gateway that it knows.
+    pub const NODE: Self = Self::interface(IfIndex::NONE);
+
+    /// The interface of a pod.
+    #[must_use]
+    #[inline(always)]
+    pub const fn interface(ifindex: IfIndex) -> Self {
+        Self {
+            ifindex: ifindex.get(),
+        }
+    }
+
+    /// The interface of a pod that owns the address; [`IfIndex::NONE`] if the owner is the node or a gateway.
+    #[must_use]
+    #[inline(always)]
+    pub const fn ifindex(&self) -> IfIndex {
+        IfIndex::new(self.ifindex)
+    }
+}
 
 /// Value of `link_hardware`, keyed by ifindex: the only hardware address from which a port of a bridge may
 /// send. Other interfaces have no entry.

@@ -3,7 +3,7 @@
 mod of_names;
 
 use super::*;
-use crate::records::PortClass;
+use crate::{classes::PortTable, limits::CLASSES, records::PortClass};
 
 const fn class(protocols: u8, port_min: u16, port_max: u16) -> PortClass {
     PortClass {
@@ -14,43 +14,49 @@ const fn class(protocols: u8, port_min: u16, port_max: u16) -> PortClass {
     }
 }
 
-/// Bit 0 allows TCP and UDP 443; bit 1 allows TCP 1-1023 and ICMP echo; bit 2 denies every
-/// protocol; bit 63 allows TCP 22.
+/// Class 0 denies every protocol; class 1 allows TCP and UDP 443; class 2 allows TCP 1-1023 and ICMP echo; class 127
+/// allows TCP 22.
 fn policy() -> Policy {
     let mut policy = Policy {
         deny: HOLE,
-        named: WEB | SSH,
+        named: WEB.or(SSH),
         ..Policy::CLOSED
     };
-    policy.classes[0] = class(bits::TCP | bits::UDP, 443, 443);
-    policy.classes[1] = class(bits::TCP | bits::ICMP_ECHO, 1, 1023);
-    policy.classes[2] = class(bits::ALL, 0, u16::MAX);
-    policy.classes[63] = class(bits::TCP, 22, 22);
-    policy
+    policy.classes[0] = class(bits::ALL, 0, u16::MAX);
+    policy.classes[1] = class(bits::TCP | bits::UDP, 443, 443);
+    policy.classes[2] = class(bits::TCP | bits::ICMP_ECHO, 1, 1023);
+    policy.classes[127] = class(bits::TCP, 22, 22);
+    with_ports(policy)
 }
 
-const WEB: u64 = 1;
-const LOW: u64 = 1 << 1;
-const HOLE: u64 = 1 << 2;
-const SSH: u64 = 1 << 63;
+/// The policy with the table of its classes.
+fn with_ports(policy: Policy) -> Policy {
+    let ports = PortTable::of(&policy.classes).unwrap();
+    Policy { ports, ..policy }
+}
+
+const HOLE: ClassSet = ClassSet::one(0);
+const WEB: ClassSet = ClassSet::one(1);
+const LOW: ClassSet = ClassSet::one(2);
+const SSH: ClassSet = ClassSet::one(127);
 
 const NOWHERE: Destination = Destination {
-    learned: 0,
-    learned_internal: 0,
+    learned: ClassSet::EMPTY,
+    learned_internal: ClassSet::EMPTY,
     expired: 0,
-    cidr: 0,
+    cidr: ClassSet::EMPTY,
     ranges: 0,
     tunnel: 0,
 };
 
-fn learned(classes: u64) -> Destination {
+fn learned(classes: ClassSet) -> Destination {
     Destination {
         learned: classes,
         ..NOWHERE
     }
 }
 
-fn in_prefix(classes: u64) -> Destination {
+fn in_prefix(classes: ClassSet) -> Destination {
     Destination {
         cidr: classes,
         ..NOWHERE
@@ -113,21 +119,144 @@ fn ping_passes_whatever_its_identifier() {
 }
 
 #[test]
-fn the_last_of_64_classes_counts() {
+fn the_last_of_128_classes_counts() {
     assert_eq!(
         judge(&policy(), &learned(SSH), bits::TCP, 22),
         Verdict::Pass
     );
     let mut full = policy();
     full.classes = [class(bits::TCP, 1, 1); CLASSES];
-    full.deny = 0;
-    full.classes[63] = class(bits::TCP, 22, 22);
+    full.deny = ClassSet::EMPTY;
+    full.classes[127] = class(bits::TCP, 22, 22);
+    let full = with_ports(full);
     assert_eq!(
-        judge(&full, &learned(u64::MAX), bits::TCP, 22),
+        judge(&full, &learned(ClassSet::ALL), bits::TCP, 22),
         Verdict::Pass
     );
-    assert_eq!(matching_classes(&full, bits::TCP, 22), 1 << 63);
-    assert_eq!(matching_classes(&full, bits::TCP, 2), 0);
+    assert_eq!(full.ports.matching(bits::TCP, 22), SSH);
+    assert_eq!(full.ports.matching(bits::TCP, 2), ClassSet::EMPTY);
+}
+
+/// The tiers of [`tiers`]: an exception, a denial and a hand-over of the first tier; then what a team denies and
+/// allows; then a denial and an exception of the last tier.
+const ADMIN_ALLOW: ClassSet = ClassSet::one(0);
+const ADMIN_DENY: ClassSet = ClassSet::one(1);
+const ADMIN_PASS: ClassSet = ClassSet::one(2);
+const ADMIN_LAST: ClassSet = ClassSet::one(3);
+const TEAM_DENY: ClassSet = ClassSet::one(4);
+const TEAM_ALLOW: ClassSet = ClassSet::one(5);
+const BASE_ALLOW: ClassSet = ClassSet::one(126);
+const BASE_PASS: ClassSet = ClassSet::one(6);
+const BASE_DENY: ClassSet = ClassSet::one(127);
+
+/// Every class matches every packet.
+fn tiers() -> Policy {
+    let mut policy = Policy {
+        deny: ADMIN_DENY.or(ADMIN_LAST).or(TEAM_DENY).or(BASE_DENY),
+        pass: ADMIN_PASS.or(BASE_PASS),
+        admin: ADMIN_ALLOW.or(ADMIN_DENY).or(ADMIN_PASS).or(ADMIN_LAST),
+        baseline: BASE_PASS.or(BASE_ALLOW).or(BASE_DENY),
+        ..Policy::CLOSED
+    };
+    policy.classes = [class(bits::ALL, 0, u16::MAX); CLASSES];
+    with_ports(policy)
+}
+
+/// Whether a TCP packet passes to a destination in prefixes of these classes, and otherwise the class that denies it.
+fn decided(policy: &Policy, classes: &[ClassSet], ranges: u64) -> Result<(), Option<ClassSet>> {
+    let mut cidr = ClassSet::EMPTY;
+    for class in classes {
+        cidr |= *class;
+    }
+    let destination = Destination {
+        cidr,
+        ranges,
+        ..NOWHERE
+    };
+    match judge(policy, &destination, bits::TCP, 443) {
+        Verdict::Pass => Ok(()),
+        Verdict::Deny { class, .. } => Err((class != NO_CLASS).then(|| ClassSet::one(class))),
+    }
+}
+
+#[test]
+fn the_first_matching_rule_of_the_first_tier_decides() {
+    let policy = tiers();
+    let team = [TEAM_DENY, BASE_DENY];
+    let with = |first: &[ClassSet]| decided(&policy, &[first, &team].concat(), 0);
+    assert_eq!(with(&[ADMIN_ALLOW, ADMIN_DENY]), Ok(()));
+    assert_eq!(with(&[ADMIN_DENY, ADMIN_PASS]), Err(Some(ADMIN_DENY)));
+    assert_eq!(with(&[ADMIN_PASS, ADMIN_LAST]), Err(Some(TEAM_DENY)));
+    assert_eq!(with(&[ADMIN_LAST]), Err(Some(ADMIN_LAST)));
+    assert_eq!(with(&[]), Err(Some(TEAM_DENY)));
+}
+
+#[test]
+fn the_last_tier_decides_where_no_team_has_a_list() {
+    fn decided(flags: u32, classes: &[ClassSet], ranges: u64) -> Result<(), Option<ClassSet>> {
+        let mut policy = tiers();
+        policy.flags = flags;
+        super::tests::decided(&policy, classes, ranges)
+    }
+    let base = [ADMIN_PASS, BASE_ALLOW, BASE_DENY];
+    assert_eq!(decided(0, &base, 0), Ok(()));
+    assert_eq!(decided(POLICY_OPEN, &[BASE_DENY], 0), Err(Some(BASE_DENY)));
+    assert_eq!(decided(POLICY_OPEN, &[BASE_PASS, BASE_DENY], 0), Ok(()));
+    assert_eq!(decided(0, &[BASE_PASS, BASE_ALLOW], 0), Err(None));
+    assert_eq!(decided(0, &[TEAM_ALLOW, BASE_DENY], 0), Ok(()));
+    // A team's list closes the pod. Internal addresses need no entry, so the last tier still decides about them.
+    let selected = POLICY_SELECTED | POLICY_ALLOW_INTERNAL;
+    assert_eq!(decided(selected, &base, 0), Err(None));
+    assert_eq!(decided(selected, &base, RANGE_INTERNAL), Ok(()));
+    let denied = decided(selected, &[BASE_DENY], RANGE_INTERNAL);
+    assert_eq!(denied, Err(Some(BASE_DENY)));
+    assert_eq!(decided(selected, &[BASE_PASS], RANGE_INTERNAL), Ok(()));
+    let guarded = decided(POLICY_SELECTED, &base, RANGE_INTERNAL);
+    assert_eq!(guarded, Err(None));
+}
+
+#[test]
+fn handing_over_opens_neither_protected_addresses_nor_dns_elsewhere() {
+    let everywhere = Policy {
+        any: ADMIN_PASS.or(ADMIN_LAST),
+        flags: POLICY_OPEN | POLICY_SPEAKS_OF_NAMES,
+        ..tiers()
+    };
+    assert_eq!(decided(&everywhere, &[], 0), Ok(()));
+    assert_eq!(decided(&everywhere, &[], RANGE_PROTECTED), Err(None));
+    assert_eq!(
+        reason(&everywhere, &NOWHERE, bits::UDP, 53),
+        Reason::DnsElsewhere
+    );
+    let listed = in_prefix(ADMIN_ALLOW);
+    assert_eq!(judge(&everywhere, &listed, bits::UDP, 53), Verdict::Pass);
+    let denying = Policy {
+        any: ADMIN_LAST,
+        ..everywhere
+    };
+    let denied = Verdict::Deny {
+        reason: Reason::DenyRule,
+        class: 3,
+    };
+    assert_eq!(judge(&denying, &NOWHERE, bits::UDP, 53), denied);
+    // An exception for any destination is none for these.
+    let excepting = Policy {
+        any: ADMIN_ALLOW.or(ADMIN_LAST),
+        ..everywhere
+    };
+    assert_eq!(judge(&excepting, &NOWHERE, bits::UDP, 53), denied);
+    assert_eq!(judge(&excepting, &NOWHERE, bits::UDP, 443), Verdict::Pass);
+}
+
+#[test]
+fn an_answer_passes_where_an_exception_precedes_the_denial() {
+    let policy = tiers();
+    let answer = |classes: ClassSet| judge_answer(&policy, &in_prefix(classes), bits::TCP, 50_000);
+    assert_eq!(answer(ADMIN_ALLOW.or(ADMIN_DENY)), Verdict::Pass);
+    assert_eq!(answer(ADMIN_PASS.or(ADMIN_LAST)), Verdict::Pass);
+    for denying in [ADMIN_LAST, TEAM_DENY, BASE_DENY, ADMIN_PASS.or(TEAM_DENY)] {
+        assert_ne!(answer(denying), Verdict::Pass);
+    }
 }
 
 #[test]
@@ -139,7 +268,7 @@ fn a_denied_address_stays_denied_whoever_allows_it() {
     };
     let denied = Verdict::Deny {
         reason: Reason::DenyRule,
-        class: 2,
+        class: 0,
     };
     assert_eq!(judge(&policy(), &both, bits::TCP, 443), denied);
     let everywhere = Policy {
@@ -211,7 +340,7 @@ fn an_answer_needs_no_rule_and_heeds_a_denial() {
     }
     let denied = Verdict::Deny {
         reason: Reason::DenyRule,
-        class: 2,
+        class: 0,
     };
     let protected = Destination {
         ranges: RANGE_PROTECTED,
@@ -244,7 +373,8 @@ fn an_answer_needs_no_rule_and_heeds_a_denial() {
     assert_eq!(answer(&nothing, &named), denied);
     // A denied port is a port of the other side.
     let mut mail = policy();
-    mail.classes[2] = class(bits::TCP, 25, 25);
+    mail.classes[0] = class(bits::TCP, 25, 25);
+    let mail = with_ports(mail);
     assert_eq!(answer(&mail, &in_prefix(HOLE)), Verdict::Pass);
     assert_eq!(judge_answer(&mail, &in_prefix(HOLE), bits::TCP, 25), denied);
 }
@@ -289,7 +419,7 @@ fn a_tunnel_to_an_internal_address_needs_that_address_in_an_entry() {
     }
     let listed = internal(in_prefix(WEB));
     assert_eq!(judge(&everything, &listed, bits::UDP, 443), Verdict::Pass);
-    let denied = internal(in_prefix(WEB | HOLE));
+    let denied = internal(in_prefix(WEB.or(HOLE)));
     assert_eq!(
         reason(&everything, &denied, bits::UDP, 443),
         Reason::DenyRule
@@ -415,14 +545,14 @@ fn a_pod_with_unreadable_annotations_is_told_so() {
 
 /// Destinations with every mixture of what the maps can say, but for expiry.
 fn destinations() -> impl Iterator<Item = Destination> {
-    let classes = [0, WEB, LOW, SSH | LOW];
+    let classes = [ClassSet::EMPTY, WEB, LOW, SSH.or(LOW)];
     let ranges = [0, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_NODE];
     classes.into_iter().flat_map(move |learned| {
         classes.into_iter().flat_map(move |cidr| {
             ranges.into_iter().flat_map(move |ranges| {
                 [0, 1].map(|tunnel| Destination {
                     learned,
-                    learned_internal: learned & WEB,
+                    learned_internal: learned.and(WEB),
                     cidr,
                     ranges,
                     tunnel,
@@ -440,7 +570,7 @@ fn a_packet_passes_by_an_entry_or_because_it_is_internal_or_the_policy_open() {
         .map(|flags| [flags, flags | POLICY_SPEAKS_OF_NAMES])
         .concat()
     {
-        for any in [0, LOW] {
+        for any in [ClassSet::EMPTY, LOW] {
             let policy = Policy {
                 flags,
                 any,

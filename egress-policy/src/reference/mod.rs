@@ -1,6 +1,7 @@
 //! A plain evaluation of the rules, entry by entry and without bitmaps, and the check that the compiled
 //! form gives the same results.
 
+mod ordered;
 mod plain;
 mod properties;
 mod random;

@@ -25,7 +25,7 @@ pub(super) struct Line {
 }
 
 impl Line {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let ports = match self.ports {
             None => String::new(),
             Some((min, max)) if min == max => format!(":{min}"),
@@ -41,7 +41,7 @@ impl Line {
         format!("{to}{ports}{protocol}")
     }
 
-    fn matches_packet(&self, packet: &Packet, bare: u8) -> bool {
+    pub(super) fn matches_packet(&self, packet: &Packet, bare: u8) -> bool {
         let protocols = match (self.protocol, self.ports) {
             (Some("tcp"), _) => bits::TCP,
             (Some("udp"), _) => bits::UDP,
@@ -59,7 +59,7 @@ impl Line {
                 .is_none_or(|(min, max)| (min..=max).contains(&packet.port))
     }
 
-    fn names(&self, name: &[Vec<u8>]) -> bool {
+    pub(super) fn names(&self, name: &[Vec<u8>]) -> bool {
         let Where::Names(labels) = &self.to else {
             return false;
         };
@@ -86,7 +86,7 @@ impl Line {
     }
 
     /// Whether it contains the host that the address leads to, also through NAT64's well-known prefix.
-    fn contains(&self, address: IpAddr) -> bool {
+    pub(super) fn contains(&self, address: IpAddr) -> bool {
         self.names_address(address)
             || through_nat64(address).is_some_and(|v4| self.names_address(v4))
     }
@@ -103,7 +103,7 @@ impl Line {
         }
     }
 
-    fn is_anywhere(&self) -> bool {
+    pub(super) fn is_anywhere(&self) -> bool {
         matches!(self.to, Where::Anywhere)
     }
 }

@@ -1,6 +1,7 @@
 //! Properties of every policy.
 
 use egress_common::{
+    classes::ClassSet,
     reason::Reason,
     records::{RANGE_INTERNAL, RANGE_PROTECTED},
     translation::{embedded_v4, range_kind},
@@ -14,11 +15,12 @@ use super::{
     settings,
 };
 use crate::{
-    Annotations, Compiled, Mode, PodAnnotations, QuestionRule, Settings, compile, prefix::to_mapped,
+    Annotations, Compiled, Inputs, Mode, PodAnnotations, QuestionRule, Settings, compile,
+    prefix::to_mapped,
 };
 
 /// The verdict of the kernel on what it finds in the maps.
-fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
+pub(super) fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
     let address = to_mapped(packet.to);
     let prefix_classes = |address: [u8; 16]| {
         let in_prefix = |network: [u8; 16], prefix_len: u32| {
@@ -31,14 +33,13 @@ fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
             .filter(|cidr| in_prefix(cidr.network, cidr.prefix_len));
         holding
             .max_by_key(|cidr| cidr.prefix_len)
-            .map_or(0, |cidr| cidr.classes)
+            .map_or(ClassSet::EMPTY, |cidr| cidr.classes)
     };
     let mut looked = Destination {
-        learned: packet
-            .through
-            .as_ref()
-            .map_or(0, |name| compiled.names.classes(&to_name(name))),
-        learned_internal: 0,
+        learned: packet.through.as_ref().map_or(ClassSet::EMPTY, |name| {
+            compiled.names.classes(&to_name(name))
+        }),
+        learned_internal: ClassSet::EMPTY,
         expired: u64::from(packet.expired),
         cidr: prefix_classes(address),
         ranges: if packet.protected { RANGE_PROTECTED } else { 0 }
@@ -70,7 +71,7 @@ proptest! {
         guard in prop::bool::weighted(0.8),
     ) {
         let settings = Settings { allow_internal, guard, default_mode: Mode::Enforce, ..settings() };
-        let compiled = compile(&pod.annotations(), &namespace.annotations(), &settings).unwrap();
+        let compiled = compile(Inputs::annotations(&pod.annotations(), &namespace.annotations()), &settings).unwrap();
         for packet in &packets {
             if let Some(name) = &packet.through {
                 prop_assert_eq!(
@@ -85,8 +86,8 @@ proptest! {
             prop_assert_eq!(verdict == Verdict::Pass, passes, "{:?}: {:?}", packet, verdict);
             if let Verdict::Deny { reason, class } = verdict {
                 prop_assert_eq!(reason == Reason::DenyRule, by_deny);
-                let text = compiled.explain_deny(&to_mapped(packet.to), class);
-                prop_assert_eq!(text.is_some(), by_deny);
+                let entry = compiled.deciding_entry(&to_mapped(packet.to), class);
+                prop_assert_eq!(entry.is_some(), by_deny);
                 prop_assert_eq!(
                     reason == Reason::Protected,
                     packet.protected && !by_deny,
@@ -108,8 +109,8 @@ proptest! {
             list.reverse();
         }
         let settings = settings();
-        let one = compile(&pod.annotations(), &namespace.annotations(), &settings).unwrap();
-        let other = compile(&turned.annotations(), &namespace.annotations(), &settings).unwrap();
+        let one = compile(Inputs::annotations(&pod.annotations(), &namespace.annotations()), &settings).unwrap();
+        let other = compile(Inputs::annotations(&turned.annotations(), &namespace.annotations()), &settings).unwrap();
         prop_assert_eq!(one.record, other.record);
         prop_assert_eq!(one.cidrs, other.cidrs);
     }
@@ -128,8 +129,8 @@ proptest! {
             ..settings()
         };
         let namespace = namespace.annotations();
-        let without = compile(&Annotations::default(), &namespace, &settings).unwrap();
-        let with = compile(&pod.annotations(), &namespace, &settings).unwrap();
+        let without = compile(Inputs::annotations(&Annotations::default(), &namespace), &settings).unwrap();
+        let with = compile(Inputs::annotations(&pod.annotations(), &namespace), &settings).unwrap();
         prop_assert!(with.mode >= without.mode);
         if without.mode == Mode::Off {
             return Ok(());
@@ -157,7 +158,7 @@ proptest! {
             deny: Some(deny),
             ..Annotations::default()
         };
-        if let Err(error) = compile(&annotations, &Annotations::default(), &settings()) {
+        if let Err(error) = compile(Inputs::annotations(&annotations, &Annotations::default()), &settings()) {
             prop_assert!(!error.problems().is_empty());
         }
     }

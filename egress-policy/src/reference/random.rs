@@ -70,7 +70,7 @@ fn names() -> impl Strategy<Value = Where> {
     })
 }
 
-fn line() -> impl Strategy<Value = Line> {
+pub(super) fn line() -> impl Strategy<Value = Line> {
     let to = prop_oneof![1 => Just(Where::Anywhere), 3 => net(), 4 => names()];
     let protocol = prop::option::of(prop_oneof![
         Just("tcp"),
@@ -92,7 +92,7 @@ fn line() -> impl Strategy<Value = Line> {
     })
 }
 
-fn denied_line() -> impl Strategy<Value = Line> {
+pub(super) fn denied_line() -> impl Strategy<Value = Line> {
     line().prop_map(|line| match line.to {
         Where::Names(_) => Line {
             ports: None,

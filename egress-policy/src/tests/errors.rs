@@ -1,12 +1,16 @@
+use crate::Inputs;
 use std::collections::BTreeMap;
 
 use super::annotations;
 use crate::{Annotations, NAMES, compile, reference::settings};
 
 fn message(pod: &[(&str, &str)], namespace: &[(&str, &str)]) -> String {
-    compile(&annotations(pod), &annotations(namespace), &settings())
-        .unwrap_err()
-        .to_string()
+    compile(
+        Inputs::annotations(&annotations(pod), &annotations(namespace)),
+        &settings(),
+    )
+    .unwrap_err()
+    .to_string()
 }
 
 #[test]
@@ -62,8 +66,10 @@ fn a_mistyped_key_does_not_leave_a_pod_open() {
 fn all_errors_are_collected_and_the_message_stays_short() {
     let list = vec!["x:0"; 50].join("\n");
     let error = compile(
-        &annotations(&[("allow", &list), ("mode", "off")]),
-        &annotations(&[]),
+        Inputs::annotations(
+            &annotations(&[("allow", &list), ("mode", "off")]),
+            &annotations(&[]),
+        ),
         &settings(),
     )
     .unwrap_err();
@@ -75,15 +81,17 @@ fn all_errors_are_collected_and_the_message_stays_short() {
 
 #[test]
 fn exceeded_limits_are_errors_that_name_the_count() {
-    let ports: Vec<String> = (1..=65).map(|port| format!("a.com:{port}")).collect();
+    let ports: Vec<String> = (1..=129).map(|port| format!("a.com:{port}")).collect();
     assert_eq!(
         message(&[("allow", &ports.join(" "))], &[]),
-        "the policy has 65 classes (distinct action, protocol and port range); the limit is 64"
+        "the policy has 129 classes (distinct rule, action, protocol and port range); the limit is 128"
     );
     assert!(
         compile(
-            &annotations(&[("allow", &ports[..64].join(" "))]),
-            &annotations(&[]),
+            Inputs::annotations(
+                &annotations(&[("allow", &ports[..128].join(" "))]),
+                &annotations(&[])
+            ),
             &settings()
         )
         .is_ok()

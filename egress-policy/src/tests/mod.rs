@@ -4,6 +4,7 @@ mod errors;
 mod rules;
 mod who_may_grant;
 
+use crate::Inputs;
 use std::collections::BTreeMap;
 
 use egress_common::records::POLICY_OPEN;
@@ -20,7 +21,11 @@ fn annotations(pairs: &[(&str, &str)]) -> Annotations {
 }
 
 fn compiled(pod: &[(&str, &str)], namespace: &[(&str, &str)], settings: &Settings) -> Compiled {
-    compile(&annotations(pod), &annotations(namespace), settings).unwrap()
+    compile(
+        Inputs::annotations(&annotations(pod), &annotations(namespace)),
+        settings,
+    )
+    .unwrap()
 }
 
 fn name(text: &str) -> Name {

@@ -1,4 +1,5 @@
 use egress_common::{
+    classes::ClassSet,
     protocol::bits,
     records::{POLICY_ALLOW_INTERNAL, POLICY_SPEAKS_OF_NAMES, POLICY_UNREADABLE, PortClass},
 };
@@ -26,9 +27,15 @@ fn five_hundred_names_on_one_port_are_one_class() {
         }
     );
     assert_eq!(policy.record.classes[1], PortClass::NONE);
-    assert_eq!(policy.record.named, 1);
-    assert_eq!(policy.names.classes(&name("host499.example.com")), 1);
-    assert_eq!(policy.names.classes(&name("host500.example.com")), 0);
+    assert_eq!(policy.record.named, ClassSet::one(0));
+    assert_eq!(
+        policy.names.classes(&name("host499.example.com")),
+        ClassSet::one(0)
+    );
+    assert_eq!(
+        policy.names.classes(&name("host500.example.com")),
+        ClassSet::EMPTY
+    );
 }
 
 #[test]
@@ -43,15 +50,25 @@ fn queries_for_a_denied_name_are_refused_whoever_allows_it() {
     );
     for denied in ["x.example.com", "a.b.bad.example.com", "db.cluster.local"] {
         assert_eq!(question(&policy, denied), QuestionRule::Denied, "{denied}");
-        assert_eq!(policy.names.classes(&name(denied)), 0, "{denied}");
+        assert_eq!(
+            policy.names.classes(&name(denied)),
+            ClassSet::EMPTY,
+            "{denied}"
+        );
     }
     assert_eq!(
-        policy.names.explain_denied(&name("a.bad.example.com")),
+        policy
+            .names
+            .explain_denied(&name("a.bad.example.com"))
+            .map(|entry| &*entry.text),
         Some("*.bad.example.com")
     );
     assert_eq!(policy.names.explain_denied(&name("bad.example.com")), None);
-    assert_ne!(policy.names.classes(&name("bad.example.com")), 0);
-    assert_eq!(policy.record.deny, 0);
+    assert_ne!(
+        policy.names.classes(&name("bad.example.com")),
+        ClassSet::EMPTY
+    );
+    assert_eq!(policy.record.deny, ClassSet::EMPTY);
 }
 
 #[test]
@@ -63,7 +80,7 @@ fn names_that_an_entry_could_allow_and_names_of_the_cluster_may_be_queried() {
     );
     assert_eq!(question(&policy, "GitHub.com"), QuestionRule::Allowed);
     assert_eq!(question(&policy, "db.net"), QuestionRule::Allowed);
-    assert_eq!(policy.names.classes(&name("db.net")), 0);
+    assert_eq!(policy.names.classes(&name("db.net")), ClassSet::EMPTY);
     assert_eq!(
         question(&policy, "kubernetes.default.svc.cluster.local"),
         QuestionRule::Allowed
@@ -102,7 +119,7 @@ fn a_pod_that_is_denied_everything_cannot_carry_data_out_in_queries() {
         QuestionRule::NotListed
     );
     assert_eq!(
-        policy.record.classes[policy.record.deny.trailing_zeros() as usize].protocols,
+        policy.record.classes[policy.record.deny.first() as usize].protocols,
         bits::ALL
     );
     let ports = compiled(&[("deny", "*:25")], &[], &settings());
@@ -137,8 +154,11 @@ fn a_denial_is_explained_by_its_most_specific_entry() {
         &[],
         &settings(),
     );
-    let explain = |address: [u8; 4], class| policy.explain_deny(&to_mapped(address.into()), class);
-    let everything = policy.record.any.trailing_zeros() as u8;
+    let explain = |address: [u8; 4], class| {
+        let entry = policy.deciding_entry(&to_mapped(address.into()), class)?;
+        Some(entry.text.to_string())
+    };
+    let everything = policy.record.any.first();
     assert_eq!(
         explain([192, 0, 2, 7], everything).as_deref(),
         Some("192.0.2.7")
@@ -148,7 +168,7 @@ fn a_denial_is_explained_by_its_most_specific_entry() {
         Some("192.0.2.0/24")
     );
     assert_eq!(explain([203, 0, 113, 1], everything).as_deref(), Some("*"));
-    let mail = (policy.record.deny & !policy.record.any).trailing_zeros() as u8;
+    let mail = policy.record.deny.without(policy.record.any).first();
     assert_eq!(
         explain([198, 51, 100, 1], mail).as_deref(),
         Some("198.51.100.0/24:25")

@@ -105,7 +105,7 @@ fn other_name(scene: &Scene, agent: &Agent) -> Step {
         outcome.is_unknown_name(),
         "cart is told that there is no such name",
     )?;
-    let asked = scene.lab.dns().asked(MIRROR);
+    let asked = scene.lab.dns().queries_for(MIRROR);
     check(
         asked == 0,
         "the question never left the node: the resolver was not asked",
@@ -195,12 +195,12 @@ fn edited_live(scene: &Scene, agent: &Agent) -> Step {
     title("An annotation is edited while the pod runs");
     let both = format!("{} {MIRROR}:{PORT}", cart_allows());
     say(&format!("cart: egress-agent.dev/allow: {both}"));
-    agent.applies(&scene.cart, || scene.allow(&scene.cart, &both));
+    agent.applies_policy_after(&scene.cart, || scene.allow(&scene.cart, &both));
     let outcome = curl(&scene.cart, &format!("http://{MIRROR}/"));
     check(outcome.is_answer_of(MIRROR), "what was added works at once")?;
 
     say(&format!("cart: egress-agent.dev/allow: {}", cart_allows()));
-    agent.applies(&scene.cart, || scene.allow(&scene.cart, &cart_allows()));
+    agent.applies_policy_after(&scene.cart, || scene.allow(&scene.cart, &cart_allows()));
     let outcome = curl(&scene.cart, &format!("http://{}/", mirror()));
     check(outcome.is_timeout(), "what was removed is cut at once")
 }

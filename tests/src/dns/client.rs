@@ -200,10 +200,7 @@ impl Pod {
         timeout: Duration,
     ) -> Option<Answer> {
         static NEXT_ID: AtomicU16 = AtomicU16::new(1);
-        let socket = self.dns_socket_from(match server {
-            SocketAddr::V4(_) => self.ipv4().into(),
-            SocketAddr::V6(_) => self.ipv6().into(),
-        });
+        let socket = self.dns_socket_from(self.address_for(server.ip()));
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         socket.send_to(server, &question(id, name, qtype));
         let (bytes, from) = socket.receive(timeout)?;

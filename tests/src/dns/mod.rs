@@ -3,6 +3,7 @@
 mod client;
 mod message;
 mod server;
+mod stream;
 
 pub use client::{Answer, DnsSocket};
 pub use hickory_proto::{
@@ -11,3 +12,4 @@ pub use hickory_proto::{
 };
 pub use message::{Record, Send, address, cname, hints, https_alias, question, raw_record, text};
 pub use server::{DnsServer, Question};
+pub use stream::{DnsStream, framed, framed_query, read_message};

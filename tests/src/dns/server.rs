@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    io::{self, Read as _, Write as _},
+    io::{self, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd as _,
     sync::{
@@ -21,7 +21,7 @@ use hickory_proto::{
 use nix::poll::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Record, Send, address};
+use super::{Record, Send, address, framed, read_message};
 use crate::{Namespace, addresses};
 
 const PORT: u16 = 53;
@@ -233,7 +233,7 @@ impl DnsServer {
     }
 
     /// The number of queries for a name, in any letter case.
-    pub fn asked(&self, name: &str) -> usize {
+    pub fn queries_for(&self, name: &str) -> usize {
         self.zone
             .seen()
             .iter()
@@ -328,13 +328,9 @@ fn serve_stream(zone: &Zone, mut stream: TcpStream, from: SocketAddr) -> Option<
     stream.set_nodelay(true).ok()?;
     stream.set_read_timeout(Some(STREAM_PATIENCE)).ok()?;
     let to = stream.local_addr().ok()?;
-    let mut length = [0; 2];
-    while stream.read_exact(&mut length).is_ok() {
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut message).ok()?;
+    while let Ok(message) = read_message(&mut stream) {
         for reply in zone.replies(&message, from, to, true) {
-            let length = u16::try_from(reply.bytes.len()).ok()?;
-            let bytes = [&length.to_be_bytes(), reply.bytes.as_slice()].concat();
+            let bytes = framed(&reply.bytes);
             for piece in bytes.chunks(reply.piece_bytes.unwrap_or(bytes.len())) {
                 stream.write_all(piece).ok()?;
             }

@@ -11,7 +11,7 @@ mod policy;
 use std::{collections::BTreeMap, rc::Rc};
 
 use egress_agent::config::Config;
-use egress_policy::{Annotations, describe};
+use egress_policy::{Annotations, Inputs, describe};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -52,8 +52,7 @@ pub(crate) fn readable(annotations: &BTreeMap<String, String>) -> Result<(), Str
         .policy_settings();
     describe(
         "x/x",
-        &Annotations::from_map(annotations),
-        &Annotations::default(),
+        Inputs::annotations(&Annotations::from_map(annotations), &Annotations::default()),
         &settings,
     )
     .map(drop)

@@ -4,9 +4,9 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod,
     addresses::{PODS, PODS6, RESOLVER, server},
-    bpf::bpftool,
+    cluster::allow,
     dns::{Question, RecordType, Send, address},
     eventually,
     frames::{self, Tap},
@@ -23,14 +23,6 @@ fn cluster() -> Cluster {
     let internal = json!({ "internal": [PODS, PODS6, format!("{INTERNAL}/32")] });
     let lab = Lab::builder().config("ranges", internal);
     Cluster::on(ApiServer::shared(), lab)
-}
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
-
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
 }
 
 /// Sends a datagram from this source, as a program with a packet socket in the pod does.
@@ -82,23 +74,15 @@ fn second_end(pod: &Pod) -> String {
     format!("{}net1", pod.interface())
 }
 
-/// Waits until an interface of the node is in quarantine.
-#[track_caller]
-fn wait_quarantined(agent: &Agent, end: &str) {
-    agent.wait_said("that the interface is in quarantine", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {end} "))
-    });
-}
-
 /// Waits until an address is among the own addresses of some pod in the kernel, known or not.
 #[track_caller]
 fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
-    let pin = cluster.lab.pins().join("policies");
     eventually(&format!("{address} is a pod's own"), || {
-        let dump = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
         let mapped = json!(address.to_ipv6_mapped().octets());
-        let policies = dump.as_array()?.iter();
-        let mut own = policies.filter_map(|entry| entry["formatted"]["value"]["own"].as_array());
+        let policies = cluster.lab.shared_entries("policies");
+        let mut own = policies
+            .iter()
+            .filter_map(|entry| entry["value"]["own"].as_array());
         holds(own.any(|own| own.contains(&mapped)))
     });
 }
@@ -112,7 +96,7 @@ fn without_process(
 ) -> ClusterPod {
     let (object, uid) = cluster.create(namespace, name, annotations);
     let net = cluster.lab.pod(namespace, name);
-    cluster.place(object, &uid, net)
+    cluster.pod_without_processes(object, &uid, net)
 }
 
 #[test]
@@ -129,20 +113,20 @@ fn an_interface_in_quarantine_sends_only_from_its_own_address() {
     let socket = cart.net().dns_socket();
     socket.ask(RESOLVER, 7, "shop.test", RecordType::A);
     eventually("the query is at the resolver", || {
-        holds(lab.dns().asked("shop.test") == 1)
+        holds(lab.dns().queries_for("shop.test") == 1)
     });
 
     let hidden = lab.pod(&shop, "hidden");
-    wait_quarantined(&agent, hidden.interface());
+    agent.wait_quarantined(hidden.interface());
     eventually(
         "an internal server is reached from the pod's address",
-        || holds(reaches(&hidden, INTERNAL)),
+        || holds(hidden.reaches(INTERNAL)),
     );
     let from = IpAddr::V4(hidden.ipv4());
     eventually("the server has seen the address", || {
         holds(web.peers().iter().any(|peer| peer.ip() == from))
     });
-    assert!(!reaches(&hidden, server(10)), "it is open to the outside");
+    assert!(!hidden.reaches(server(10)), "it is open to the outside");
 
     // The program has guessed port, id, name and type.
     let asked = Question {
@@ -193,19 +177,19 @@ fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     let policy = allow(&format!("{0}:443 {0}:53/udp", server(10)));
     let mut cart = without_process(&cluster, &shop, "cart", &policy);
     let second = second_interface(&cluster, cart.net(), &[]);
-    wait_quarantined(&agent, &second_end(cart.net()));
+    agent.wait_quarantined(&second_end(cart.net()));
     wait_own(&cluster, second);
     // The address of the interface is known before its pod is.
     eventually(
         "an internal server is reached by the second interface",
-        || holds(reaches(cart.net(), INTERNAL)),
+        || holds(cart.net().reaches(INTERNAL)),
     );
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     eventually(
         "an allowed server is reached by the second interface",
-        || holds(reaches(cart.net(), server(10))),
+        || holds(cart.net().reaches(server(10))),
     );
     let from_second = || {
         let peers = web.peers();
@@ -257,11 +241,11 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
         gateway.into(),
     ];
     let second = second_interface(&cluster, thief.net(), &names);
-    wait_quarantined(&agent, &second_end(thief.net()));
+    agent.wait_quarantined(&second_end(thief.net()));
     wait_own(&cluster, second);
     thief.running().start_container();
     agent.wait_enforcing(thief.net());
-    cluster.tell_addresses(&thief);
+    cluster.set_addresses(&thief);
     for (name, port, whose) in [
         (names[0], 1, format!("that of pod {shop}/cart")),
         (names[1], 2, "another node's pod".to_owned()),
@@ -269,7 +253,7 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
         (names[3], 4, "the node's".to_owned()),
         (names[4], 5, "that of a gateway of the node".to_owned()),
     ] {
-        agent.wait_said(&format!("whose {name} is"), |line| {
+        agent.wait_log(&format!("whose {name} is"), |line| {
             line.contains(&name.to_string()) && line.contains(&whose) && line.contains("thief")
         });
         send_from(thief.net(), name, (server(10), port), b"x");
@@ -294,7 +278,7 @@ fn after_a_restart_an_address_that_a_program_may_have_chosen_is_not_accepted() {
     assert!(agent.stop().success());
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     eventually("only the address in its status is its own", || {
         send_from(cart.net(), chosen.into(), (server(10), 9), b"x");
         holds(agent.denials().iter().any(|denial| {
@@ -321,7 +305,7 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     );
     let thief = cluster.run(&shop, "thief", &annotations);
     agent.wait_enforcing(thief.net());
-    agent.wait_said("that the address is not the pod's", |line| {
+    agent.wait_log("that the address is not the pod's", |line| {
         line.contains("thief")
             && line.contains(&remote.to_string())
             && line.contains("network status")
@@ -336,12 +320,12 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     // Without configured ranges an interface's addresses do not count either.
     let mut cart = without_process(&cluster, &shop, "cart", &annotations);
     let second = second_interface(&cluster, cart.net(), &[remote.into()]);
-    wait_quarantined(&agent, &second_end(cart.net()));
+    agent.wait_quarantined(&second_end(cart.net()));
     wait_own(&cluster, second);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
-    agent.wait_said("why the interface's address is not taken", |line| {
+    cluster.set_addresses(&cart);
+    agent.wait_log("why the interface's address is not taken", |line| {
         line.contains("/cart")
             && line.contains(&second.to_string())
             && line.contains("ranges.internal")

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use egress_tests::{
-    ApiServer, Cluster, Identity, Lab, SHORT, addresses::server, eventually, holds, yaml,
+    ApiServer, Cluster, Identity, Lab, SHORT,
+    addresses::{RESOLVER, server},
+    cluster::allow,
+    eventually, holds, yaml,
 };
 use serde_json::{Value, json};
 
@@ -20,14 +23,9 @@ fn with_roles() -> Arc<ApiServer> {
 
 /// Waits for an Event of the agent about this pod.
 fn wait_event(cluster: &Cluster, namespace: &str, pod: &str, reason: &str) -> Value {
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": namespace, "name": "any" },
-    });
     eventually(&format!("an Event {reason} on {namespace}/{pod}"), || {
-        let events = cluster.server.list(&like).into_iter();
-        events.map(|event| event.data).find(|event| {
+        let mut events = cluster.events(namespace).into_iter();
+        events.find(|event| {
             event["reason"] == reason
                 && event["regarding"]["name"] == pod
                 && event["reportingController"]
@@ -44,11 +42,12 @@ fn the_roles_of_the_manifests_are_sufficient() {
     cluster.announce_resolver();
     let _web = cluster.lab.serve_tcp(443);
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
-    let annotations = json!({ "egress-agent.dev/allow": "shop.test:443" });
+    let annotations = allow("shop.test:443");
     let shop = cluster.namespace("shop", &Value::Null);
     let mut cart = cluster.run(&shop, "cart", &annotations);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
+    cluster.wait_resolver(RESOLVER);
 
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
@@ -56,24 +55,19 @@ fn the_roles_of_the_manifests_are_sufficient() {
     assert!(elsewhere.is_err(), "the pod is open");
     wait_event(&cluster, &shop, "cart", "EgressDenied");
     // An existing Event is patched, which needs another right.
-    let denied = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": shop, "name": "any" },
-    });
     eventually("an Event counts what is denied again", || {
         let again = cart.net().connect_tcp((server(99), 443), SHORT);
         assert!(again.is_err(), "the pod is open");
-        let events = cluster.server.list(&denied);
-        holds(events.iter().any(|event| event.data["series"].is_object()))
+        let events = cluster.events(&shop);
+        holds(events.iter().any(|event| event["series"].is_object()))
     });
 
-    agent.applies(cart.net(), || {
-        let annotations = json!({ "egress-agent.dev/allow": format!("{}:443", server(20)) });
+    agent.applies_policy_after(cart.net(), || {
+        let annotations = allow(&format!("{}:443", server(20)));
         cluster.server.namespace(&shop, &annotations);
     });
     cart.net().talks_tcp((server(20), 443));
-    cluster.annotate(&mut cart, &json!({ "egress-agent.dev/allow": "x.test:y" }));
+    cluster.annotate(&mut cart, &allow("x.test:y"));
     wait_event(&cluster, &shop, "cart", "EgressPolicyProblem");
 
     let log = agent.stderr().to_lowercase();

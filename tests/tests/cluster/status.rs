@@ -9,6 +9,7 @@ use std::sync::Arc;
 use egress_tests::{
     ApiServer, Cluster, Lab, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
+    cluster::allow,
     eventually, holds,
     observed::HTTP,
 };
@@ -18,10 +19,6 @@ use serde_json::{Value, json};
 #[track_caller]
 fn served() -> Cluster {
     Cluster::on(ApiServer::shared(), Lab::builder().config("http", HTTP))
-}
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// The metric of pods in this mode.
@@ -39,10 +36,10 @@ fn the_agent_is_ready_once_it_has_the_pods_from_the_api_server() {
     let cart = cluster.run(&shop, "cart", &allow("shop.test:443"));
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&[]);
-    agent.wait_said("that the API server is away", |line| {
+    agent.wait_log("that the API server is away", |line| {
         line.contains("API server")
     });
-    agent.wait_said("that it serves", |line| line.contains("serving /healthz"));
+    agent.wait_log("that it serves", |line| line.contains("serving /healthz"));
     let (status, missing) = cluster.lab.http("/readyz");
     assert_eq!(status, 503, "{missing}");
     // The agent is healthy; a restart would not help.
@@ -89,7 +86,7 @@ fn a_pod_that_cannot_start_leaves_the_agent_ready() {
     assert!(!agent.stderr().contains("secretless"), "a line about it");
 
     // Once it is started, it counts as missing until it is found.
-    cluster.tell_running(&secretless);
+    cluster.set_running(&secretless);
     eventually("the agent is not ready", || {
         let (status, body) = cluster.lab.http("/readyz");
         holds(status == 503 && body.contains("secretless"))
@@ -168,9 +165,12 @@ fn explain_agrees_with_the_verdict_on_a_clusters_pod() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
 
-    let (code, explanation) = cluster
-        .lab
-        .explain(cart.net(), &format!("{}:443", server(10)));
+    // The log line comes before the end of the reconcile that publishes the pod.
+    let (code, explanation) = eventually("the pod is known", || {
+        let target = format!("{}:443", server(10));
+        let (code, explanation) = cluster.lab.explain(cart.net(), &target);
+        (explanation["decision"] != "unknown").then_some((code, explanation))
+    });
     assert_eq!((code, &explanation["decision"]), (0, &"allowed".into()));
     assert_eq!(explanation["entries"][0]["of"], "pod");
     assert_eq!(explanation["entries"][0]["entry"], "203.0.113.0/24:443");
@@ -237,7 +237,7 @@ fn an_interface_is_shown_as_quarantined_until_its_pod_is_known() {
     assert_eq!(cluster.lab.metrics().get(&in_mode("quarantined")), 1.0);
 
     let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
-    let mut cart = cluster.place(object, &uid, net);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
     eventually("the interface belongs to the pod", || {

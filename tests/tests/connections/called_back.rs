@@ -15,15 +15,13 @@ use egress_common::records::{INTERFACE_SETTLING, INTERFACE_SOURCES};
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server, server6},
-    bpf::bpftool,
     eventually,
     frames::{self, Tap},
     holds,
     observed::HTTP,
-    raw::{ETHERNET, IPV4, IPV6, flag},
+    raw::{ETHERNET, flag, transport_at},
 };
 use etherparse::ip_number::TCP;
-use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// The server's port.
@@ -59,7 +57,7 @@ impl<'a> Connection<'a> {
                 Type::STREAM,
                 None,
             )?;
-            socket.bind(&SocketAddr::new(own(pod, peer), port).into())?;
+            socket.bind(&SocketAddr::new(pod.address_for(peer), port).into())?;
             socket.connect(&SocketAddr::new(peer, THERE).into())?;
             Ok(socket.into())
         });
@@ -67,9 +65,9 @@ impl<'a> Connection<'a> {
         let (server, _) = listener.accept().expect("the pod calls");
         let tap = Tap::open(pod.netns(), "eth0");
         stream.write_all(b"before").expect("write");
-        let at = tcp_at(peer);
+        let at = transport_at(peer);
         let seen = tap.receive(DEADLINE, |frame| {
-            frames::is(frame, peer, own(pod, peer), TCP) && frame[at + 13] == flag::ACK
+            frames::is(frame, peer, pod.address_for(peer), TCP) && frame[at + 13] == flag::ACK
         });
         let seen = seen.expect("the server acknowledges");
         let number = |at: usize| u32::from_be_bytes(seen[at..at + 4].try_into().expect("four"));
@@ -115,7 +113,7 @@ impl<'a> Connection<'a> {
     fn forge_handshake(&self, lab: &Lab) {
         let own = self.own();
         Forger::open(lab, self.pod, self.peer, own).send(flag::SYN);
-        let at = tcp_at(self.peer);
+        let at = transport_at(self.peer);
         let arrived = self.tap.receive(DEADLINE, |frame| {
             frames::is(frame, self.peer, own.ip(), TCP) && frame[at + 13] == flag::SYN
         });
@@ -176,31 +174,6 @@ impl Forger {
     }
 }
 
-/// The pod's address in the family of `peer`.
-fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
-    match peer {
-        IpAddr::V4(_) => pod.ipv4().into(),
-        IpAddr::V6(_) => pod.ipv6().into(),
-    }
-}
-
-/// The entries of one of the pod's maps.
-pub(crate) fn dump(lab: &Lab, pod: &Pod, map: &str) -> Vec<Value> {
-    let pin = lab.allow_pin(pod).with_file_name(map);
-    let pin = pin.to_str().expect("a path in UTF-8");
-    let dumped = bpftool(&["map", "dump", "pinned", pin]);
-    let entries = dumped.as_array().expect("a list of entries");
-    entries
-        .iter()
-        .map(|entry| entry["formatted"].clone())
-        .collect()
-}
-
-/// The offset of the TCP header in a frame.
-fn tcp_at(peer: IpAddr) -> usize {
-    if peer.is_ipv4() { IPV4 } else { IPV6 }
-}
-
 #[track_caller]
 fn assert_a_reopened_connection_is_judged(peer: IpAddr) {
     let lab = Lab::builder().build();
@@ -256,14 +229,14 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
     lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&cart]);
     // The SYN comes before the pod connects, so that the server seems to have opened the flow.
-    Forger::open(&lab, &cart, peer, (own(&cart, peer), HERE).into()).send(flag::SYN);
+    Forger::open(&lab, &cart, peer, (cart.address_for(peer), HERE).into()).send(flag::SYN);
     eventually("the server's SYN is there", || {
-        let flows = dump(&lab, &cart, "opening");
+        let flows = lab.pod_entries(&cart, "opening");
         holds(flows.iter().any(|flow| flow["value"]["state"] == 2))
     });
     let mut connection = Connection::open_from(&lab, &cart, peer, HERE);
     connection.forge_handshake(&lab);
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.leaves(&lab), "the connection goes on");
@@ -294,7 +267,7 @@ fn the_next_agent_judges_a_pod_that_an_agent_left_while_it_began_with_it() {
         agent.denies_tcp(&cart, (caller, 443), "address_not_learned");
         // What others open from now on is answered.
         let listener = cart.listen_tcp(80);
-        let to = SocketAddr::new(own(&cart, peer), 80);
+        let to = SocketAddr::new(cart.address_for(peer), 80);
         let client = lab
             .outside()
             .run(|| TcpStream::connect_timeout(&to, DEADLINE));
@@ -318,7 +291,7 @@ fn a_tcp_connection_to_a_resolver_is_noted_as_opened_by_the_pod() {
     let listener = lab.outside().run(|| TcpListener::bind((peer, 53)));
     let _listener = listener.expect("listen outside");
     let _stream = cart.reach_tcp((peer, 53));
-    let called = dump(&lab, &cart, "called");
+    let called = lab.pod_entries(&cart, "called");
     assert!(
         called.iter().any(|flow| flow["key"]["peer_port"] == 53),
         "{called:?}"
@@ -333,16 +306,16 @@ fn a_forged_segment_does_not_block_a_client_of_the_pod() {
     lab.write_pod(&cart, &[("allow", "shop.test:443"), ("mode", "audit")]);
     let agent = lab.start_agent(&[&cart]);
     let listener = cart.listen_tcp(80);
-    let address = SocketAddr::new(own(&cart, peer), 80);
+    let address = SocketAddr::new(cart.address_for(peer), 80);
     // The pod's kernel answers with a RST.
     let tap = Tap::open(cart.netns(), "eth0");
     Forger::open(&lab, &cart, peer, address).send(flag::ACK);
-    let at = tcp_at(peer);
+    let at = transport_at(peer);
     let reset = tap.receive(DEADLINE, |frame| {
         frames::is(frame, address.ip(), peer, TCP) && frame[at + 13] & flag::RST != 0
     });
     assert!(reset.is_some(), "the pod does not answer");
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     let client = lab.outside().run(|| -> io::Result<Socket> {
@@ -371,7 +344,7 @@ fn a_connection_whose_flow_was_evicted_cannot_be_reopened_in_the_servers_name() 
     for _ in 0..8 {
         drop(cart.reach_tcp((server(10), 443)));
     }
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
@@ -397,7 +370,7 @@ fn a_destination_in_use_is_kept_when_others_are_evicted() {
     }
     let evicted = || lab.metrics().get("egress_agent_destinations_evicted_total");
     eventually("destinations give way", || (evicted() > 0.0).then_some(()));
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
@@ -416,7 +389,8 @@ fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
     let flood: Vec<Vec<u8>> = (1000..1200)
         .map(|port| {
             let mut frame = Vec::new();
-            let syn = frames::from_pod(&cart, own(&cart, peer), server(10)).tcp(7, port, 1, 1);
+            let syn =
+                frames::from_pod(&cart, cart.address_for(peer), server(10)).tcp(7, port, 1, 1);
             let written = syn.syn().write(&mut frame, &[]);
             written.expect("a frame in memory");
             frame
@@ -431,14 +405,14 @@ fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
     for _ in 0..8 {
         drop(cart.reach_tcp((server(10), 443)));
     }
-    agent.applies(&cart, || {
+    agent.applies_policy_after(&cart, || {
         lab.write_pod(&cart, &[("allow", "shop.test:443")]);
     });
     assert!(!connection.is_stolen(&lab), "the connection goes on");
     agent.wait_denial("that there is no room", |denial| {
         denial.of(&cart) && denial.reason == "destinations_full"
     });
-    agent.wait_said("what makes room", |line| {
+    agent.wait_log("what makes room", |line| {
         line.contains("WARN") && line.contains("raise limits.flowsPerPod")
     });
 }
@@ -452,7 +426,7 @@ fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let _connection = Connection::open(&lab, &cart, peer);
     let _agent = lab.start_agent(&[&cart]);
     let listener = cart.listen_tcp(80);
-    let to = SocketAddr::new(own(&cart, peer), 80);
+    let to = SocketAddr::new(cart.address_for(peer), 80);
     let client = lab
         .outside()
         .run(|| TcpStream::connect_timeout(&to, DEADLINE));

@@ -11,43 +11,14 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server, echo_on,
-    eventually, exchange, holds, rewritten::nft, workspace,
+    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server,
+    cluster::allow, echo_on, eventually, exchange, holds, rewritten::nft, workspace,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-/// A connection from outside to a server in the pod.
-struct Inbound {
-    caller: TcpStream,
-    server: TcpStream,
-}
-
-impl Inbound {
-    #[track_caller]
-    fn open(lab: &Lab, pod: &Pod, port: u16) -> Self {
-        let listener = pod.listen_tcp(port);
-        let to = SocketAddr::from((pod.ipv4(), port));
-        let caller = lab.outside().run(|| TcpStream::connect(to));
-        let (server, _) = listener.accept().expect("the pod's server accepts");
-        Self {
-            caller: caller.expect("the pod is called"),
-            server,
-        }
-    }
-
-    /// True if data arrives in both directions.
-    fn goes_on(&mut self) -> bool {
-        fn takes(from: &mut TcpStream, into: &mut TcpStream) -> bool {
-            let mut taken = [0; 4];
-            from.set_read_timeout(Some(DEADLINE)).is_ok()
-                && into.write_all(b"word").is_ok()
-                && from.read_exact(&mut taken).is_ok()
-        }
-        takes(&mut self.server, &mut self.caller) && takes(&mut self.caller, &mut self.server)
-    }
-}
+use crate::callers::Inbound;
 
 /// Asserts that a denied connection is answered with a reset.
 #[track_caller]
@@ -58,10 +29,6 @@ pub(super) fn assert_reset(stream: &mut TcpStream) {
         .and_then(|()| stream.read_exact(&mut [0; 4]));
     let kind = outcome.expect_err("the connection goes on").kind();
     assert_eq!(kind, io::ErrorKind::ConnectionReset);
-}
-
-pub(super) fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
 }
 
 /// A node that tracks connections, as most nodes do, and an agent that answers denied packets with a reset.
@@ -80,6 +47,7 @@ pub(super) fn reboot(lab: &Lab) {
             .node()
             .run(|| Command::new("bpftool").args(["net", "show"]).output());
         let shown = shown.expect("bpftool runs");
+        assert!(shown.status.success(), "{shown:?}");
         holds(!String::from_utf8_lossy(&shown.stdout).contains("_pod"))
     });
     let delete = |family| format!("delete table {family} egress-agent\n");
@@ -433,7 +401,7 @@ fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let agent = lab.start_agent(&[&cart]);
     assert_reset(&mut inbound.server);
-    let said = agent.wait_said("that it is judged", |line| {
+    let said = agent.wait_log("that it is judged", |line| {
         line.contains("are judged as the")
     });
     assert!(
@@ -472,7 +440,7 @@ fn a_pod_with_more_sockets_than_the_agent_reads_is_reported_and_enforced() {
     let to = SocketAddr::from((server(20), 9));
     let sockets: Vec<UdpSocket> = (0..9_000).map(|_| cart.udp_socket(to)).collect();
     let agent = lab.start_agent(&[&cart, &other]);
-    agent.wait_said("that not all are read", |line| {
+    agent.wait_log("that not all are read", |line| {
         line.contains("cut_short=true") && line.contains("shop/cart")
     });
     assert!(

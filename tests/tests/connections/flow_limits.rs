@@ -1,7 +1,7 @@
 //! The limit of connections per pod (`limits.flowsPerPod`), and which connections are evicted above it.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -15,36 +15,12 @@ use egress_tests::{
 use etherparse::PacketBuilder;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::callers::{Inbound, PORT};
+
 /// The protocol of raw packets whose sender writes the IP header too, raw(7).
 const IPPROTO_RAW: i32 = 255;
-/// The port that the pod serves.
-const PORT: u16 = 8080;
 /// The lowest value of `limits.flowsPerPod`.
 const FEW: usize = 64;
-
-/// A connection from an outside address to the pod: the client's end and the pod's end.
-#[track_caller]
-fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
-    let to = SocketAddr::from((pod.ipv4(), PORT));
-    let outer = lab.outside().run(|| -> std::io::Result<TcpStream> {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.bind(&SocketAddr::from((from, 0)).into())?;
-        socket.connect_timeout(&to.into(), DEADLINE)?;
-        Ok(socket.into())
-    });
-    let outer = outer.expect("the pod accepts the connection");
-    let (inner, _) = listener.accept().expect("a connection");
-    (outer, inner)
-}
-
-/// True if data from the pod reaches the other side.
-fn is_heard((outer, inner): &mut (TcpStream, TcpStream), timeout: Duration) -> bool {
-    use std::io::{Read as _, Write as _};
-    inner.write_all(b"hello").expect("the pod writes");
-    outer.set_read_timeout(Some(timeout)).expect("a time-out");
-    let mut heard = [0; 5];
-    outer.read_exact(&mut heard).is_ok() && heard == *b"hello"
-}
 
 /// Sends `count` SYNs to the pod, each from an address that never answers.
 #[track_caller]
@@ -69,28 +45,24 @@ fn flood_of_syns(lab: &Lab, pod: &Pod, count: u32) {
 
 #[test]
 fn half_open_connections_from_outside_neither_end_connections_nor_block_new_ones() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let _agent = lab.start_agent(&[&pod]);
     let listener = pod.listen_tcp(PORT);
-    let mut before = accepted(&lab, &listener, server(9), &pod);
-    pod.lookup("shop.test");
-    let mut outbound = pod.talks_tcp((server(10), 443));
+    let mut before = Inbound::open_from(&lab, server(9), &pod, &listener);
+    let mut outbound = pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
 
     // Twice the pod's limit at once: as many SYNs as would otherwise come in some minutes.
     flood_of_syns(&lab, &pod, 40_000);
-    let mut during = accepted(&lab, &listener, server(9), &pod);
+    let mut during = Inbound::open_from(&lab, server(9), &pod, &listener);
     eventually("the name has expired", || {
         holds(pod.connect_tcp((server(10), 443), SHORT).is_err())
     });
-    assert!(is_heard(&mut during, DEADLINE), "a new connection");
-    assert!(is_heard(&mut before, DEADLINE), "a connection from before");
+    assert!(during.is_answered(DEADLINE), "a new connection");
+    assert!(before.is_answered(DEADLINE), "a connection from before");
     assert!(exchange(&mut outbound, b"still here", DEADLINE));
 }
 
@@ -108,21 +80,21 @@ fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
     let mut outbound = pod.talks_tcp((server(10), 443));
     let mut connections = Vec::new();
     for n in 0..3 * FEW as u32 {
-        connections.push(accepted(&lab, &listener, numbered(n), &pod));
+        connections.push(Inbound::open_from(&lab, numbered(n), &pod, &listener));
         // Stays below the rate at which the agent makes room.
-        assert!(is_heard(connections.last_mut().expect("one"), DEADLINE));
+        assert!(connections.last_mut().expect("one").is_answered(DEADLINE));
         std::thread::sleep(Duration::from_millis(30));
     }
 
-    agent.wait_said("that connections gave way", |line| {
+    agent.wait_log("that connections gave way", |line| {
         line.contains("inbound connections that were silent for longest gave way")
     });
     let newest = connections.len() - 8;
     for connection in &mut connections[newest..] {
-        assert!(is_heard(connection, DEADLINE), "a new connection");
+        assert!(connection.is_answered(DEADLINE), "a new connection");
     }
     assert!(
-        !is_heard(&mut connections[0], SHORT),
+        !connections[0].is_answered(SHORT),
         "the oldest connection exceeds the limit"
     );
     assert!(
@@ -130,16 +102,15 @@ fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
         "outbound connections have a limit of their own"
     );
     let series = "egress_agent_flows_evicted_total{why=\"over_pod_share\"}";
-    assert!(lab.metrics().get(series) > 0.0, "not counted");
+    eventually("they are counted", || {
+        holds(lab.metrics().get(series) > 0.0)
+    });
 }
 
 #[test]
 fn above_the_limit_connections_that_the_pod_opened_go_on() {
     let lab = Lab::builder().config("limits.flowsPerPod", FEW).build();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
     let mut connections: Vec<TcpStream> = (0..2 * FEW)
@@ -151,7 +122,7 @@ fn above_the_limit_connections_that_the_pod_opened_go_on() {
             "the rules allow a connection that has no flow entry"
         );
     }
-    agent.wait_said("that there is no place for all", |line| {
+    agent.wait_log("that there is no place for all", |line| {
         line.contains("raise limits.flowsPerPod")
     });
 }

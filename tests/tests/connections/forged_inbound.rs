@@ -20,7 +20,7 @@ use egress_tests::{
     frames::{self, Tap},
     holds,
     ifb::Ifb,
-    raw::{ETHERNET, IPV4, IPV6, flag},
+    raw::{ETHERNET, flag, transport_at},
     rewritten::nft,
 };
 use nix::libc;
@@ -34,22 +34,15 @@ fn tracking() -> Builder {
     Lab::builder().tracking().config("onDeny", "reject")
 }
 
-/// The pod's address in the family of `peer`.
-fn own(pod: &Pod, peer: IpAddr) -> IpAddr {
-    match peer {
-        IpAddr::V4(_) => pod.ipv4().into(),
-        IpAddr::V6(_) => pod.ipv6().into(),
-    }
-}
-
 /// A UDP datagram that the pod sends to itself in the name of `peer`.
 fn datagram(pod: &Pod, peer: IpAddr) -> Vec<u8> {
-    frames::udp(pod, (peer, THERE), (own(pod, peer), HERE), b"forged")
+    frames::udp(pod, (peer, THERE), (pod.address_for(peer), HERE), b"forged")
 }
 
 /// A TCP segment without data that the pod sends to itself in the name of `peer`.
 fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
-    let builder = frames::from_pod(pod, peer, own(pod, peer)).tcp(THERE, HERE, sequence, 64_240);
+    let builder =
+        frames::from_pod(pod, peer, pod.address_for(peer)).tcp(THERE, HERE, sequence, 64_240);
     let builder = if flags & flag::SYN != 0 {
         builder.syn()
     } else {
@@ -69,7 +62,9 @@ fn segment(pod: &Pod, peer: IpAddr, flags: u8, sequence: u32, acknowledged: u32)
 
 /// The pod's socket of the forged flow.
 fn socket(pod: &Pod, peer: IpAddr) -> UdpSocket {
-    let socket = pod.netns().run(|| UdpSocket::bind((own(pod, peer), HERE)));
+    let socket = pod
+        .netns()
+        .run(|| UdpSocket::bind((pod.address_for(peer), HERE)));
     let socket = socket.expect("bind in the pod");
     socket.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     socket
@@ -184,7 +179,7 @@ fn assert_opens_nothing_after_audit(peer: IpAddr, send: impl FnOnce(&Pod)) -> Ag
     let (own, victim) = (socket(&cart, peer), victim(&lab, peer));
     send(&cart);
     own.recv(&mut [0; 16]).expect("audit mode stops nothing");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     assert!(!hears(&victim, &own, peer), "{peer} was reached");
     agent.wait_denial("the datagram", |denial| {
         denial.verdict == "dropped" && denial.is(&cart, "no_rule", peer, THERE)
@@ -209,7 +204,7 @@ fn a_frame_that_skips_the_programs_in_audit_mode_opens_no_flow_once_the_pod_is_e
             let _ifb = Ifb::redirect(cart);
             tap.send(&datagram(cart, peer));
         });
-        agent.wait_said("why connections end", |line| {
+        agent.wait_log("why connections end", |line| {
             line.contains("that others have opened end")
         });
     }
@@ -225,7 +220,7 @@ fn a_handshake_with_itself_in_audit_mode_opens_no_flow_once_the_pod_is_enforced(
     let agent = lab.start_agent(&[&cart]);
     let mut stream = handshake_through_node(&lab, &cart, peer);
     let seen = Tap::open(lab.outside(), "eth0");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     let _ = stream.write_all(b"stolen");
     assert_eq!(seen.receive(SHORT, contains(b"stolen")), None);
     agent.wait_denial("the segment", |denial| {
@@ -245,7 +240,7 @@ fn an_inbound_connection_of_audit_mode_goes_on_once_the_pod_is_enforced() {
     let caller = lab.outside().run(|| TcpStream::connect(to));
     let mut caller = caller.expect("the pod is called");
     let (mut inner, _) = listener.accept().expect("a connection");
-    agent.applies(&cart, || lab.write_pod(&cart, &[allow]));
+    agent.applies_policy_after(&cart, || lab.write_pod(&cart, &[allow]));
     inner.write_all(b"word").expect("the pod writes");
     caller.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     caller.read_exact(&mut [0; 4]).expect("the data arrives");
@@ -258,15 +253,15 @@ fn contains(bytes: &[u8]) -> impl Fn(&[u8]) -> bool {
 
 /// The acknowledgment number for the pod's SYN-ACK in `frame`.
 fn ack_number(frame: &[u8], peer: IpAddr) -> u32 {
-    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 4;
+    let at = transport_at(peer) + 4;
     let number = frame[at..at + 4].try_into().expect("four bytes");
     u32::from_be_bytes(number).wrapping_add(1)
 }
 
 /// A predicate: the frame is the pod's SYN-ACK.
 fn is_syn_ack(pod: &Pod, peer: IpAddr) -> impl Fn(&[u8]) -> bool {
-    let src = own(pod, peer);
-    let at = if peer.is_ipv4() { IPV4 } else { IPV6 } + 13;
+    let src = pod.address_for(peer);
+    let at = transport_at(peer) + 13;
     move |frame| {
         frames::is(frame, src, peer, etherparse::ip_number::TCP)
             && frame[at] == flag::SYN | flag::ACK
@@ -302,7 +297,7 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
     without_resets(lab);
     let listener = pod
         .netns()
-        .run(|| TcpListener::bind((own(pod, peer), HERE)));
+        .run(|| TcpListener::bind((pod.address_for(peer), HERE)));
     let listener = listener.expect("listen in the pod");
     let tap = Tap::open(pod.netns(), "eth0");
     let raw = pod.netns().run(|| {
@@ -310,7 +305,7 @@ fn handshake_within(lab: &Lab, pod: &Pod, peer: IpAddr) -> TcpStream {
         Socket::new(Domain::IPV4, Type::RAW, Some(raw))
     });
     let raw = raw.expect("a raw socket");
-    let to = SocketAddr::new(own(pod, peer), 0).into();
+    let to = SocketAddr::new(pod.address_for(peer), 0).into();
     let send = |frame: Vec<u8>| {
         raw.send_to(&frame[ETHERNET..], &to)
             .expect("send within the pod")
@@ -403,7 +398,7 @@ fn assert_judged(lab: &Lab, cart: &Pod, stream: &mut TcpStream) {
         .and_then(|()| stream.read_exact(&mut [0; 4]));
     let kind = outcome.expect_err("the connection goes on").kind();
     assert_eq!(kind, io::ErrorKind::ConnectionReset);
-    agent.wait_said("that it is judged", |line| {
+    agent.wait_log("that it is judged", |line| {
         line.contains("are judged as the")
     });
 }

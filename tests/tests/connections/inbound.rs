@@ -3,47 +3,18 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, UdpSocket},
     thread,
 };
 
 use egress_tests::{
-    DEADLINE, Lab, Namespace, Pod, SHORT,
+    DEADLINE, Lab, Pod, SHORT,
     addresses::{numbered, server},
     exchange,
 };
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::SockRef;
 
-/// The port that the pod serves.
-const PORT: u16 = 8080;
-
-/// Opens a connection to the pod from an outside address.
-#[track_caller]
-fn call(outside: &Namespace, from: IpAddr, pod: &Pod) -> std::io::Result<TcpStream> {
-    let to = SocketAddr::from((pod.ipv4(), PORT));
-    outside.run(|| {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.bind(&SocketAddr::from((from, 0)).into())?;
-        socket.connect_timeout(&to.into(), DEADLINE)?;
-        Ok(socket.into())
-    })
-}
-
-/// Opens a connection to the pod; returns the client's end and the pod's end.
-#[track_caller]
-fn accepted(lab: &Lab, listener: &TcpListener, from: IpAddr, pod: &Pod) -> (TcpStream, TcpStream) {
-    let outer = call(lab.outside(), from, pod).expect("the pod accepts the connection");
-    let (inner, _) = listener.accept().expect("a connection");
-    (outer, inner)
-}
-
-/// True if data from the pod reaches the other side.
-fn is_heard(inner: &mut TcpStream, outer: &mut TcpStream, timeout: std::time::Duration) -> bool {
-    inner.write_all(b"hello").expect("the pod writes");
-    outer.set_read_timeout(Some(timeout)).expect("a time-out");
-    let mut heard = [0; 5];
-    outer.read_exact(&mut heard).is_ok() && heard == *b"hello"
-}
+use crate::callers::{Inbound, PORT, call};
 
 /// Opens a UDP socket outside that has sent a datagram to `inner`, the pod's socket.
 #[track_caller]
@@ -85,20 +56,20 @@ fn a_new_deny_entry_cuts_connections_that_its_host_opened() {
     let agent = lab.start_agent(&[&pod]);
     let (denied, other) = (server(9), server(20));
     let (listener, datagrams) = (pod.listen_tcp(PORT), udp_server(&pod));
-    let (mut outer, mut inner) = accepted(&lab, &listener, denied, &pod);
-    let (mut other_outer, mut other_inner) = accepted(&lab, &listener, other, &pod);
+    let mut inbound = Inbound::open_from(&lab, denied, &pod, &listener);
+    let mut of_other = Inbound::open_from(&lab, other, &pod, &listener);
     let asker = asked(&lab, denied, &datagrams, &pod);
-    assert!(is_heard(&mut inner, &mut outer, DEADLINE));
+    assert!(inbound.is_answered(DEADLINE));
     assert!(is_answered(&datagrams, &asker, DEADLINE));
 
     let edited = [("allow", "shop.test:443"), ("deny", "203.0.113.9")];
-    agent.applies(&pod, || lab.write_pod(&pod, &edited));
+    agent.applies_policy_after(&pod, || lab.write_pod(&pod, &edited));
     assert!(
         !is_answered(&datagrams, &asker, SHORT),
         "the pod answered a denied address"
     );
     assert!(
-        !is_heard(&mut inner, &mut outer, SHORT),
+        !inbound.is_answered(SHORT),
         "the pod went on talking to a denied address"
     );
     agent.wait_denial("an answer", |d| {
@@ -106,11 +77,11 @@ fn a_new_deny_entry_cuts_connections_that_its_host_opened() {
             &pod,
             "deny_rule",
             denied,
-            outer.local_addr().map_or(0, |own| own.port()),
+            inbound.caller.local_addr().map_or(0, |own| own.port()),
         )
     });
     assert!(
-        is_heard(&mut other_inner, &mut other_outer, DEADLINE),
+        of_other.is_answered(DEADLINE),
         "the edit cut what it does not name"
     );
 }
@@ -139,7 +110,7 @@ fn a_flood_of_datagrams_leaves_the_pod_reachable() {
     lab.write_pod(&pod, &[("allow", "203.0.113.10:443")]);
     let agent = lab.start_agent(&[&pod]);
     let listener = pod.listen_tcp(PORT);
-    let (mut outer, mut inner) = accepted(&lab, &listener, server(9), &pod);
+    let mut inbound = Inbound::open_from(&lab, server(9), &pod, &listener);
     let mut outbound = pod.talks_tcp((server(10), 443));
 
     lab.outside().run(|| {
@@ -151,17 +122,14 @@ fn a_flood_of_datagrams_leaves_the_pod_reachable() {
         }
     });
 
-    let (mut new_outer, mut new_inner) = accepted(&lab, &listener, server(9), &pod);
+    let mut new = Inbound::open_from(&lab, server(9), &pod, &listener);
+    assert!(new.is_answered(DEADLINE), "a new connection does not work");
     assert!(
-        is_heard(&mut new_inner, &mut new_outer, DEADLINE),
-        "a new connection does not work"
-    );
-    assert!(
-        is_heard(&mut inner, &mut outer, DEADLINE),
+        inbound.is_answered(DEADLINE),
         "an established connection was lost"
     );
     assert!(exchange(&mut outbound, b"still here", DEADLINE));
-    agent.wait_said("who gave way", |line| {
+    agent.wait_log("who gave way", |line| {
         line.contains("gave way to newer ones")
     });
 }
@@ -178,7 +146,7 @@ fn a_busy_server_answers_every_short_connection() {
     socket
         .set_read_timeout(Some(2 * DEADLINE))
         .expect("a time-out that is not zero");
-    let (mut outer, mut inner) = accepted(&lab, &listener, server(9), &pod);
+    let mut inbound = Inbound::open_from(&lab, server(9), &pod, &listener);
     thread::scope(|scope| {
         scope.spawn(|| {
             for _ in 0..CONNECTIONS {
@@ -187,7 +155,7 @@ fn a_busy_server_answers_every_short_connection() {
             }
         });
         for n in 0..CONNECTIONS {
-            let mut stream = call(lab.outside(), numbered(n % 1000), &pod)
+            let mut stream = call(&lab, numbered(n % 1000), &pod)
                 .unwrap_or_else(|error| panic!("connection {n}: {error}"));
             stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
             let mut heard = Vec::new();
@@ -198,7 +166,7 @@ fn a_busy_server_answers_every_short_connection() {
         }
     });
     assert!(
-        is_heard(&mut inner, &mut outer, DEADLINE),
+        inbound.is_answered(DEADLINE),
         "a connection that was open before was lost"
     );
 }

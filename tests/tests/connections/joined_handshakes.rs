@@ -8,7 +8,7 @@ use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
     addresses::{server, server6},
     frames::{self, Tap},
-    raw::{ETHERNET, IPV4, IPV6, flag},
+    raw::{ETHERNET, flag, transport_at},
     rewritten::nft,
 };
 use etherparse::ip_number::TCP;
@@ -40,10 +40,6 @@ struct Joined<'a> {
 
 impl<'a> Joined<'a> {
     fn new(lab: &'a Lab, pod: &'a Pod, server: IpAddr) -> Self {
-        let own = match server {
-            IpAddr::V4(_) => pod.ipv4().into(),
-            IpAddr::V6(_) => pod.ipv6().into(),
-        };
         // The pod's own kernel knows nothing of the connection.
         nft(
             pod.netns(),
@@ -53,7 +49,7 @@ impl<'a> Joined<'a> {
             lab,
             pod,
             server: SocketAddr::new(server, THERE),
-            own: SocketAddr::new(own, HERE),
+            own: SocketAddr::new(pod.address_for(server), HERE),
             tap: Tap::open(pod.netns(), "eth0"),
         }
     }
@@ -99,7 +95,7 @@ impl<'a> Joined<'a> {
     /// Waits for a segment with these flags from the server's address; returns its sequence number.
     #[track_caller]
     fn arrives(&self, flags: u8) -> u32 {
-        let at = if self.server.is_ipv4() { IPV4 } else { IPV6 };
+        let at = transport_at(self.server.ip());
         let seen = self.tap.receive(DEADLINE, |frame| {
             frames::is(frame, self.server.ip(), self.own.ip(), TCP) && frame[at + 13] == flags
         });

@@ -7,15 +7,15 @@ use std::{
 
 use egress_common::records::FLOW_IN;
 use egress_tests::{
-    ApiServer, Cluster, Lab, Pod, eventually,
+    ApiServer, Cluster, Lab, Pod,
+    cluster::allow,
+    eventually,
     frames::Tap,
     holds,
     raw::{Ip, flag},
 };
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
-
-use crate::called_back::dump;
 
 /// The server at the other end of the later interface, and its port.
 const SERVER: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
@@ -68,15 +68,15 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
     let cluster = Cluster::on(ApiServer::shared(), builder);
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("203.0.113.10:443");
+    let cart = cluster.run(&shop, "cart", &listed);
     let pod = cart.net();
     add_interface(lab, pod);
     let agent = cluster.start_agent();
     agent.wait_enforcing(pod);
     let (mut stream, _accepted) = connect(lab, pod);
     move_to_node(lab);
-    agent.wait_said("that the interface is enforced", |line| {
+    agent.wait_log("that the interface is enforced", |line| {
         line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
     });
 
@@ -93,7 +93,7 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
         end.send(&Ip::new(peer, pod.ipv4()).tcp(port, own, flag::SYN));
     }
     let opened = eventually("the other port's flow", || {
-        let flows = dump(lab, pod, "opening");
+        let flows = lab.pod_entries(pod, "opening");
         let opened = |flow: &&Value| flow["value"]["state"] == FLOW_IN;
         let ports: Vec<Value> = flows
             .iter()
@@ -111,8 +111,8 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
     let cluster = Cluster::new();
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "203.0.113.10:443" });
-    let mut cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("203.0.113.10:443");
+    let mut cart = cluster.run(&shop, "cart", &listed);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     // Without a process nobody can tell whose the interface is.
@@ -123,17 +123,15 @@ fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
         inside.name()
     ));
     inside.ip_batch(&format!("link set {INSIDE} up\n"));
-    agent.wait_said("that it is in quarantine", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {END} "))
-    });
+    agent.wait_quarantined(END);
     let syn = Ip::new(SERVER, cart.net().ipv4()).tcp(CALLER, PORT, flag::SYN);
     Tap::open(lab.node(), END).send(&syn);
     cart.running().start_container();
-    agent.wait_said("whose the interface is", |line| {
+    agent.wait_log("whose the interface is", |line| {
         line.contains("enforcing on other interfaces") && line.contains(&format!("{shop}/cart"))
     });
     eventually("the caller's flow", || {
-        let flows = dump(lab, cart.net(), "inbound");
+        let flows = lab.pod_entries(cart.net(), "inbound");
         let mut flows = flows.iter();
         holds(flows.any(|flow| flow["key"]["peer_port"] == CALLER))
     });

@@ -1,6 +1,7 @@
 //! Connections: who opened them, and how long they go on.
 
 mod called_back;
+mod callers;
 mod existing;
 mod flow_limits;
 mod forged_inbound;

@@ -3,11 +3,12 @@
 use std::{fs, net::Ipv4Addr, path::Path};
 
 use egress_tests::{
-    ApiServer, Builder, Cluster, DEADLINE, SHORT, addresses::server, echo_on, exchange,
+    ApiServer, Builder, Cluster, DEADLINE, SHORT, addresses::server, cluster::allow, echo_on,
+    exchange,
 };
 use serde_json::{Value, json};
 
-use super::existing::{allow, assert_reset, reboot, rejecting, state_dir, wait_existing};
+use super::existing::{assert_reset, reboot, rejecting, state_dir, wait_existing};
 
 #[track_caller]
 fn trusting(state: &Path) -> Builder {
@@ -54,7 +55,7 @@ fn outbound_connections_are_trusted_once_on_a_node() {
     let mut later = cart.talks_tcp((server(99), 443));
     let agent = lab.start_agent(&[&cart]);
     assert_reset(&mut later);
-    agent.wait_said("that it was used", |line| {
+    agent.wait_log("that it was used", |line| {
         line.contains("used on this node before") && line.contains("judged")
     });
     let told = wait_existing(&lab, &[("outbound", json!("judged"))]);
@@ -104,7 +105,7 @@ fn without_a_writable_state_directory_nothing_is_trusted() {
     let (_web, cart) = lab.shop_and_cart("shop.test:443");
     let mut out = cart.talks_tcp((server(20), 443));
     let agent = lab.start_agent(&[&cart]);
-    let said = agent.wait_said("that it is not trusted", |line| {
+    let said = agent.wait_log("that it is not trusted", |line| {
         line.contains("ERROR") && line.contains("existingConnections: trust is not used")
     });
     assert!(said.contains(file.to_str().unwrap()), "{said}");

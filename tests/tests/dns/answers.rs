@@ -116,10 +116,7 @@ fn a_dname_is_followed_by_the_cname_that_comes_with_it() {
 #[test]
 fn negative_responses_are_delivered_and_remove_no_address() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443 gone.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443 gone.test:443");
     let _agent = lab.start_agent(&[&pod]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
 
@@ -164,13 +161,13 @@ fn a_name_resolved_before_an_entry_allowed_it_works_once_one_does() {
     assert_eq!(pod.lookup("never.test"), [server(21)]);
     agent.denies_tcp(&pod, (server(20), 443), "address_not_learned");
 
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443 later.test:443")]);
     });
     pod.talks_tcp((server(20), 443));
     agent.denies_tcp(&pod, (server(21), 443), "address_not_learned");
     assert_eq!(
-        lab.dns().asked("later.test"),
+        lab.dns().queries_for("later.test"),
         1,
         "the name was queried again"
     );

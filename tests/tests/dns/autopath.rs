@@ -124,7 +124,7 @@ fn an_alias_that_is_not_the_queried_name_without_its_suffix_is_not_learned() {
         pod.resolve(&name, RecordType::A).code,
         ResponseCode::NXDomain
     );
-    assert_eq!(dns.asked(&name), 1);
+    assert_eq!(dns.queries_for(&name), 1);
 }
 
 #[test]
@@ -171,14 +171,14 @@ fn with_autopath_on_the_name_that_the_resolver_would_query_upstream_is_judged() 
         format!("secret.evil.test.{SEARCH}.{SEARCH}"),
     ] {
         agent.denies_name(&guarded, &name);
-        assert_eq!(lab.dns().asked(&name), 0, "{name}");
+        assert_eq!(lab.dns().queries_for(&name), 0, "{name}");
     }
 }
 
 #[track_caller]
 fn assert_forwarded(lab: &Lab, pod: &egress_tests::Pod, name: &str) {
     pod.resolve(name, RecordType::A);
-    assert_eq!(lab.dns().asked(name), 1, "{name}");
+    assert_eq!(lab.dns().queries_for(name), 1, "{name}");
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn autopath_is_detected_from_the_first_response_that_shows_it() {
     lab.write_pod(&cart, &[("allow", "api.x.test:443")]);
     lab.write_pod(&other, &[("deny", "evil.test")]);
     let agent = lab.start_agent(&[&cart, &other]);
-    agent.says_after(
+    agent.logs_after(
         "that the resolver walks search lists",
         || assert_eq!(cart.lookup(&format!("api.x.test.{SEARCH}")), [server(10)]),
         |line| line.contains("search list"),

@@ -120,7 +120,7 @@ impl Scene {
         });
 
         // Queries for the cluster's names went to the resolver; queries for the other names did not.
-        assert!(self.lab.dns().asked("web.example.svc.cluster.test") > 0);
+        assert!(self.lab.dns().queries_for("web.example.svc.cluster.test") > 0);
         for asked in self.lab.dns().questions() {
             let name = asked.name.as_str();
             assert!(
@@ -158,7 +158,7 @@ fn refusals_can_be_configured_as_refused() {
     let answer = pod.resolve("evil.test", RecordType::A);
     assert_eq!(answer.code, ResponseCode::Refused);
     assert_eq!(answer.extended_error(), Some(18), "Prohibited");
-    assert_eq!(lab.dns().asked("evil.test"), 0);
+    assert_eq!(lab.dns().queries_for("evil.test"), 0);
 }
 
 #[test]

@@ -283,7 +283,7 @@ impl Pending {
         let resolver = if ipv6 { RESOLVER6 } else { RESOLVER };
         socket.ask(resolver, ID, "shop.test", RecordType::A);
         eventually("the query is at the resolver", || {
-            holds(lab.dns().asked("shop.test") == 1)
+            holds(lab.dns().queries_for("shop.test") == 1)
         });
         Self {
             agent,
@@ -393,7 +393,7 @@ fn fragments_arrive_in_any_order_and_more_than_once() {
             assert!(tap.receive(SHORT, is_fragment).is_none());
             assert!(scene.agent.denials().is_empty());
             // The copy of the fragment that completed the datagram comes too late.
-            scene.lab.counts_loss("dns_fragments_late", 1);
+            scene.lab.wait_loss_counted("dns_fragments_late", 1);
         }
     }
 }

@@ -219,7 +219,7 @@ fn the_longest_possible_name_is_judged_like_any_other() {
     assert_eq!(may.lookup(&name), [server(10)]);
     may.talks_tcp((server(10), 443));
     agent.denies_name(&may_not, &name);
-    assert_eq!(lab.dns().asked(&name), 1);
+    assert_eq!(lab.dns().queries_for(&name), 1);
 }
 
 #[test]
@@ -243,5 +243,5 @@ fn a_refusal_has_an_extended_error_only_if_the_query_has_edns() {
     let answer = egress_tests::dns::Answer::read(&bytes);
     assert_eq!(answer.code, ResponseCode::NXDomain);
     assert!(answer.message.edns.is_none());
-    assert_eq!(lab.dns().asked("evil.test"), 0);
+    assert_eq!(lab.dns().queries_for("evil.test"), 0);
 }

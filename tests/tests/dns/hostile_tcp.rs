@@ -9,7 +9,7 @@ use std::{
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod,
     addresses::{RESOLVER, server},
-    dns::{Answer, RecordType, question},
+    dns::{Answer, framed_query, read_message},
     frames::{self, Tap},
     raw::flag,
 };
@@ -36,15 +36,6 @@ struct Scene {
 
 fn number(frame: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
-}
-
-fn framed(message: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
-    [&length.to_be_bytes(), message].concat()
-}
-
-fn framed_query(name: &str) -> Vec<u8> {
-    framed(&question(7, name, RecordType::A))
 }
 
 impl Scene {
@@ -84,7 +75,7 @@ impl Scene {
     #[track_caller]
     fn after_a_refusal() -> Self {
         let mut scene = Self::new();
-        let evil = framed_query("evil.test");
+        let evil = framed_query(7, "evil.test");
         scene.stream.write_all(&evil).expect("write");
         let refusal = scene.read_message();
         let count = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a short message");
@@ -139,7 +130,7 @@ impl Scene {
     #[track_caller]
     fn assert_works(&mut self) {
         self.stream
-            .write_all(&framed_query("shop.test"))
+            .write_all(&framed_query(7, "shop.test"))
             .expect("write");
         self.assert_answered();
     }
@@ -153,11 +144,7 @@ impl Scene {
     /// The next message.
     #[track_caller]
     fn read_message(&mut self) -> Vec<u8> {
-        let mut length = [0; 2];
-        self.stream.read_exact(&mut length).expect("a response");
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
-        self.stream.read_exact(&mut message).expect("a response");
-        message
+        read_message(&mut self.stream).expect("a response")
     }
 
     /// Asserts that the secret name has not left the node. The SYN of a new connection marks the end of the
@@ -174,14 +161,14 @@ impl Scene {
                 && frame[TCP..TCP + 2] == port.to_be_bytes()
         });
         assert!(seen.is_some());
-        assert_eq!(self.lab.dns().asked("evil.test"), 0);
+        assert_eq!(self.lab.dns().queries_for("evil.test"), 0);
     }
 }
 
 #[test]
 fn a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    let (allowed, evil) = (framed_query(7, "shop.test"), framed_query(7, "evil.test"));
     // The agent holds the first half; then it comes again with other bytes.
     scene.stream.write_all(&allowed[..20]).expect("write");
     let own = scene.pod.ipv4().into();
@@ -198,7 +185,7 @@ fn a_retransmission_with_other_bytes_resets_the_connection() {
 #[test]
 fn a_segment_out_of_order_is_compared_with_its_retransmission() {
     let mut scene = Scene::new();
-    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    let (allowed, evil) = (framed_query(7, "shop.test"), framed_query(7, "evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
     scene.assert_reset();
@@ -208,7 +195,7 @@ fn a_segment_out_of_order_is_compared_with_its_retransmission() {
 #[test]
 fn a_query_out_of_order_arrives() {
     let mut scene = Scene::new();
-    let allowed = framed_query("shop.test");
+    let allowed = framed_query(7, "shop.test");
     scene.forge(10, flag::ACK, &allowed[10..]);
     scene.stream.write_all(&allowed).expect("write");
     scene.assert_answered();
@@ -219,7 +206,7 @@ fn a_query_out_of_order_arrives() {
 fn acknowledged_bytes_are_not_forwarded_again() {
     let mut scene = Scene::new();
     scene.assert_works();
-    scene.forge(0, flag::ACK, &framed_query("evil.test"));
+    scene.forge(0, flag::ACK, &framed_query(7, "evil.test"));
     scene.assert_works();
     scene.assert_secret_stayed();
 }
@@ -229,21 +216,21 @@ fn another_syn_does_not_move_the_stream() {
     let mut scene = Scene::new();
     scene.assert_works();
     // The agent takes it for a new connection until the resolver's response to the SYN shows that it is not.
-    let evil = framed_query("evil.test");
-    let allowed = framed_query("shop.test");
+    let evil = framed_query(7, "evil.test");
+    let allowed = framed_query(7, "shop.test");
     let moved = scene.asked.wrapping_add(allowed.len() as u32 + 7);
     scene.forge_from(scene.port, moved.wrapping_sub(1), flag::SYN, &[]);
     scene.forge_from(scene.port, moved, flag::ACK, &allowed);
     let evil_at = scene.asked.wrapping_add(allowed.len() as u32);
     scene.forge_from(scene.port, evil_at, flag::ACK, &evil);
     scene.assert_secret_stayed();
-    assert_eq!(scene.lab.dns().asked("shop.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 1);
 }
 
 #[test]
 fn no_data_leaves_before_the_handshake() {
     let scene = Scene::new();
-    let evil = framed_query("evil.test");
+    let evil = framed_query(7, "evil.test");
     scene.forge_from(4000, 100, flag::ACK, &evil);
     scene.forge_from(4001, 100, flag::SYN, &evil);
     scene.forge_from(4001, 101, flag::ACK, &evil);
@@ -256,7 +243,7 @@ fn no_data_leaves_before_the_handshake() {
 #[test]
 fn a_rst_and_a_fin_carry_no_data_out() {
     let scene = Scene::new();
-    let evil = framed_query("evil.test");
+    let evil = framed_query(7, "evil.test");
     scene.forge(5000, flag::RST | flag::ACK, &evil);
     scene.forge(0, flag::ACK, &evil);
     scene.assert_secret_stayed();
@@ -268,7 +255,7 @@ fn a_rst_and_a_fin_carry_no_data_out() {
 #[test]
 fn urgent_data_resets_the_connection() {
     let mut scene = Scene::new();
-    scene.forge(0, flag::ACK | flag::URG, &framed_query("shop.test"));
+    scene.forge(0, flag::ACK | flag::URG, &framed_query(7, "shop.test"));
     scene.assert_reset();
     assert!(scene.lab.dns().questions().is_empty());
 }
@@ -281,13 +268,13 @@ fn a_segment_with_a_wrong_checksum_is_ignored() {
         .tcp(scene.port, 53, scene.asked, 500)
         .ack(scene.answered);
     let mut frame = Vec::new();
-    step.write(&mut frame, &framed_query("evil.test"))
+    step.write(&mut frame, &framed_query(7, "evil.test"))
         .expect("a frame");
     frame[TCP + 16] ^= 0x55;
     scene.tap.send(&frame);
     scene.assert_works();
     assert!(scene.agent.denials().is_empty());
-    scene.lab.counts_loss("dns_segments_damaged", 1);
+    scene.lab.wait_loss_counted("dns_segments_damaged", 1);
     scene.assert_secret_stayed();
 }
 
@@ -295,7 +282,7 @@ fn a_segment_with_a_wrong_checksum_is_ignored() {
 fn an_acknowledgment_of_bytes_that_were_never_sent_is_ignored() {
     let mut scene = Scene::new();
     scene.answered = scene.answered.wrapping_add(5000);
-    scene.forge(0, flag::ACK, &framed_query("evil.test"));
+    scene.forge(0, flag::ACK, &framed_query(7, "evil.test"));
     scene.assert_works();
     scene.assert_secret_stayed();
 }
@@ -303,7 +290,7 @@ fn an_acknowledgment_of_bytes_that_were_never_sent_is_ignored() {
 #[test]
 fn after_a_refusal_a_retransmission_with_other_bytes_resets_the_connection() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    let (allowed, evil) = (framed_query(7, "shop.test"), framed_query(7, "evil.test"));
     scene.forge(10, flag::ACK, &evil[10..]);
     scene.stream.write_all(&allowed).expect("write");
     scene.assert_reset();
@@ -313,7 +300,7 @@ fn after_a_refusal_a_retransmission_with_other_bytes_resets_the_connection() {
 #[test]
 fn after_a_refusal_only_judged_bytes_leave() {
     let mut scene = Scene::after_a_refusal();
-    let (allowed, evil) = (framed_query("shop.test"), framed_query("evil.test"));
+    let (allowed, evil) = (framed_query(7, "shop.test"), framed_query(7, "evil.test"));
     // Bytes before the stream's position, an acknowledgment of bytes that were never sent, a SYN, and the end
     // of a query before its beginning.
     scene.forge(
@@ -331,7 +318,7 @@ fn after_a_refusal_only_judged_bytes_leave() {
     scene.forge(0, flag::ACK, &evil);
     scene.assert_works();
     scene.assert_secret_stayed();
-    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 2);
     scene.forge(2 * allowed.len() as u32, flag::ACK | flag::URG, &allowed);
     scene.assert_reset();
     scene.assert_secret_stayed();

@@ -127,10 +127,10 @@ fn names_in_dns_internal_answers_may_lead_to_internal_addresses() {
 
     // An edit applies at once to names that were resolved before.
     listed.edit_config("dns.internalAnswers", "all");
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     let mut open = pod.talks_tcp((numbered(3), 443));
     listed.edit_config("dns.internalAnswers", json!([]));
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert!(!egress_tests::exchange(
         &mut open,
         b"after",
@@ -156,7 +156,7 @@ fn an_address_that_becomes_internal_is_closed_for_names() {
     assert_eq!(pod.lookup("a.foreign.test"), [to]);
     let mut open = pod.talks_tcp((to, 443));
     lab.edit_config("ranges.internal", vec!["198.18.0.0/15"]);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert!(!egress_tests::exchange(
         &mut open,
         b"after",

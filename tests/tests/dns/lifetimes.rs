@@ -15,14 +15,6 @@ use egress_tests::{
 use nix::time::{ClockId, clock_gettime};
 use socket2::Socket;
 
-/// A laboratory in which an address stays allowed for exactly its TTL.
-fn short_lived() -> Lab {
-    Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build()
-}
-
 fn boot_time() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME)
         .expect("CLOCK_BOOTTIME")
@@ -50,15 +42,14 @@ fn wait_expired(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
 
 #[test]
 fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
-    let lab = short_lived();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
 
-    pod.lookup("shop.test");
-    let mut stream = pod.talks_tcp((server(10), 443));
+    let mut stream = pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
     wait_expired(&agent, &pod, (server(10), 443));
     assert!(
         exchange(&mut stream, b"still here", DEADLINE),
@@ -66,22 +57,23 @@ fn an_expired_address_takes_no_new_connection_and_keeps_the_open_one() {
     );
 
     // A new query allows the address again.
-    pod.lookup("shop.test");
-    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
 }
 
 #[test]
 fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
-    let lab = short_lived();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _echo = lab.serve_udp(4000);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:4000/udp")]);
     let agent = lab.start_agent(&[&pod]);
 
-    pod.lookup("shop.test");
     let socket = pod.udp_socket((server(10), 4000));
-    assert!(echo_on(&socket, b"before", DEADLINE));
+    eventually("a flow is open within the TTL", || {
+        pod.lookup("shop.test");
+        holds(echo_on(&socket, b"before", SHORT))
+    });
     eventually("new flows are denied", || {
         // The open flow lives on because it is used.
         assert!(
@@ -101,10 +93,7 @@ fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
 
 #[test]
 fn the_lowest_ttl_of_a_chain_applies() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     lab.dns().answer(
         "shop.test",
         [
@@ -172,7 +161,7 @@ fn a_response_that_does_not_fit_is_not_delivered() {
     agent.wait_denial("a response that does not fit", |d| {
         d.of(&pod) && d.reason == "allow_map_full"
     });
-    assert_eq!(lab.dns().asked("big.test"), 1);
+    assert_eq!(lab.dns().queries_for("big.test"), 1);
     // The next response is the first that the pod receives.
     socket.ask(resolver, 2, "small.test", RecordType::A);
     let answer = socket.expect("the response for small.test");
@@ -249,7 +238,7 @@ fn an_address_in_use_stays_when_the_map_is_full() {
         assert!(allowed.contains_key(&numbered(n)), "{n}: {allowed:?}");
     }
     // An edit judges open connections again, by these entries.
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "*.fresh.test:443 other.test")]);
     });
     assert!(
@@ -323,10 +312,7 @@ fn a_name_with_another_address_in_every_response_is_always_reached() {
 #[test]
 fn a_pods_successor_inherits_no_state() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
@@ -341,7 +327,7 @@ fn a_pods_successor_inherits_no_state() {
         holds(pod.connect_tcp((server(99), 443), SHORT).is_ok())
     });
 
-    let agent_says = agent.says_after(
+    let agent_says = agent.logs_after(
         "that it enforces the pod again",
         || lab.write_pod(&pod, &[("allow", "shop.test:443")]),
         |line| line.contains("enforcing") && line.contains("pod=shop/cart"),

@@ -1,17 +1,12 @@
 //! A link to the resolver that loses, repeats and reorders packets: every query gets its response in the end,
 //! and the addresses in a response are allowed when it arrives.
 
-use std::{
-    collections::HashMap,
-    io::{Read as _, Write as _},
-    net::TcpStream,
-    thread,
-};
+use std::{collections::HashMap, thread};
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, SHORT,
+    Agent, Lab, Pod, SHORT,
     addresses::{RESOLVER, numbered},
-    dns::{Answer, RecordType, question},
+    dns::{Answer, DnsStream, RecordType, framed_query},
 };
 
 struct Scene {
@@ -82,9 +77,7 @@ fn every_query_over_tcp_is_answered() {
     let scene = Scene::new();
     let scene = &scene;
     let connects = |connection: u32| {
-        let mut stream = scene.pod.reach_tcp((RESOLVER, 53));
-        stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
-        stream.set_nodelay(true).expect("TCP_NODELAY");
+        let mut stream = DnsStream::open_without_delay(&scene.pod, RESOLVER);
         let numbers = connection * QUESTIONS..(connection + 1) * QUESTIONS;
         if connection.is_multiple_of(2) {
             for number in numbers {
@@ -110,24 +103,14 @@ fn every_query_over_tcp_is_answered() {
 
 /// Sends the query for a number, in two segments.
 #[track_caller]
-fn send_query(stream: &mut TcpStream, number: u32) {
-    let question = question(
-        number as u16,
-        &format!("n{number}.fresh.test"),
-        RecordType::A,
-    );
-    let length = u16::try_from(question.len()).expect("a short query");
-    let bytes = [&length.to_be_bytes(), question.as_slice()].concat();
-    let (first, second) = bytes.split_at(7);
-    stream.write_all(first).expect("write");
-    stream.write_all(second).expect("write");
+fn send_query(stream: &mut DnsStream, number: u32) {
+    let query = framed_query(number as u16, &format!("n{number}.fresh.test"));
+    let (first, second) = query.split_at(7);
+    stream.write(first);
+    stream.write(second);
 }
 
 #[track_caller]
-fn read_response(stream: &mut TcpStream) -> Answer {
-    let mut length = [0; 2];
-    stream.read_exact(&mut length).expect("a response");
-    let mut message = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut message).expect("a response");
-    Answer::read(&message)
+fn read_response(stream: &mut DnsStream) -> Answer {
+    stream.receive().expect("a response")
 }

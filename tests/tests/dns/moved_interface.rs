@@ -1,11 +1,11 @@
 //! DNS over TCP of a pod whose manifest names another interface: the old one may be another pod's.
 
-use std::{io::Write as _, net::IpAddr};
+use std::net::IpAddr;
 
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
-    dns::{RecordType, question},
+    dns::DnsStream,
     frames::{self, Tap},
     rewritten::nft,
 };
@@ -29,17 +29,14 @@ fn a_pod_gets_no_repeated_response_of_the_pod_that_had_its_interface() {
     let allow = &[("allow", "shop.test:443")];
     lab.write_pod(&cart, allow);
     let agent = lab.start_agent(&[&cart]);
-    let mut stream = cart.reach_tcp((RESOLVER, 53));
+    let mut stream = DnsStream::open(&cart, RESOLVER);
     // The pod acknowledges nothing of what follows, so the agent repeats the refusal.
     nft(
         cart.netns(),
         "table inet deaf { chain in { type filter hook input priority filter; tcp sport 53 drop; }; }",
     );
     let tap = Tap::open(cart.netns(), "eth0");
-    let query = question(1, "evil.test", RecordType::A);
-    let length = u16::try_from(query.len()).expect("a short query");
-    let framed = [&length.to_be_bytes(), query.as_slice()].concat();
-    stream.write_all(&framed).expect("write a query");
+    stream.ask(1, "evil.test");
     assert!(is_repeated(&tap, &cart, DEADLINE), "the refusal");
     assert!(is_repeated(&tap, &cart, DEADLINE), "its repetition");
 

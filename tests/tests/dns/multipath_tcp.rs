@@ -10,7 +10,7 @@ use std::{
 use egress_tests::{
     Agent, DEADLINE, Lab, Namespace, Pod, TcpEcho,
     addresses::{RESOLVER, RESOLVER6, server},
-    dns::{Answer, RecordType, question},
+    dns::{Answer, RecordType, framed, framed_query, question},
     eventually,
     frames::{self, Tap},
     holds,
@@ -24,11 +24,6 @@ const TCP: usize = 14 + 20;
 
 fn number(frame: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
-}
-
-fn framed(message: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
-    [&length.to_be_bytes(), message].concat()
 }
 
 /// A resolver that supports multipath TCP, and two pods; one of them is not enforced, for comparison.
@@ -90,7 +85,7 @@ fn query_twice(pod: &Pod, resolver: IpAddr, between: impl FnOnce()) {
     });
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let mut asks = || {
-        let question = framed(&question(7, "shop.test", RecordType::A));
+        let question = framed_query(7, "shop.test");
         // In two parts, which two paths could share.
         let (first, second) = question.split_at(20);
         stream.write_all(first).expect("write");
@@ -189,7 +184,7 @@ fn send_hidden_query(pod: &Pod, port: u16, skipped: u16) {
         add chain ip lab out { type filter hook output priority 0; }; \
         add rule ip lab out tcp flags rst drop";
     run_in(pod.netns(), "nft", &[ruleset]);
-    let hidden = framed(&question(9, "evil.test", RecordType::A));
+    let hidden = framed_query(9, "evil.test");
     let mut shown = question(7, "shop.test", RecordType::A);
     let before = 2 + shown.len() + 4;
     let padding = [vec![0; usize::from(skipped) - before], hidden].concat();
@@ -247,10 +242,14 @@ fn a_query_cannot_hide_behind_multipath_tcp_mappings() {
         std::fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").expect("SYN cookies");
     });
     send_hidden_query(&scene.free, 4000, LONGEST);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 1, "without the agent");
+    assert_eq!(
+        scene.lab.dns().queries_for("evil.test"),
+        1,
+        "without the agent"
+    );
     // The agent forwards held segments as one, shortened to leave room for the options.
     send_hidden_query(&scene.pod, 4001, LONGEST - 20);
     send_hidden_query(&scene.pod, 4002, LONGEST);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 1);
-    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 2);
 }

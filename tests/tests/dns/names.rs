@@ -91,7 +91,7 @@ fn a_name_without_an_entry_gets_nxdomain_and_its_query_stays_on_the_node() {
         ResponseCode::NXDomain
     );
     assert_eq!(
-        lab.dns().asked("evil.test"),
+        lab.dns().queries_for("evil.test"),
         0,
         "the question left the node"
     );
@@ -183,7 +183,7 @@ fn wildcards_match_names_below_them_and_no_look_alikes() {
         };
         assert_eq!(answer.code, expected, "{name}");
         assert_eq!(answer.addresses.len(), usize::from(allowed), "{name}");
-        assert_eq!(lab.dns().asked(name) > 0, allowed, "{name}");
+        assert_eq!(lab.dns().queries_for(name) > 0, allowed, "{name}");
     }
 }
 

@@ -1,15 +1,13 @@
 //! DNS over TCP: the agent allows and refuses the same as over UDP.
 
-use std::{
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, TcpStream},
-    process::Command,
-};
+use std::{net::IpAddr, process::Command};
 
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod,
     addresses::{RESOLVER, RESOLVER6, numbered, server, server6},
-    dns::{Answer, RecordType, ResponseCode, Send, address, question, text},
+    dns::{
+        DnsStream, RecordType, ResponseCode, Send, address, framed, framed_query, question, text,
+    },
     eventually,
     frames::{self, Tap},
 };
@@ -108,76 +106,21 @@ fn dig_over_tcp_allows_exactly_the_addresses_it_prints() {
     assert_eq!(scene.asked_over_tcp("shop.test"), 2);
 }
 
-/// A connection to the resolver for hand-made messages.
-struct Stream(TcpStream);
-
-impl Stream {
-    #[track_caller]
-    fn open(pod: &Pod) -> Self {
-        Self(pod.reach_tcp((RESOLVER, 53)))
-    }
-
-    #[track_caller]
-    fn ask(&mut self, id: u16, name: &str) {
-        self.write(&framed(&question(id, name, RecordType::A)));
-    }
-
-    #[track_caller]
-    fn write(&mut self, bytes: &[u8]) {
-        self.0.write_all(bytes).expect("write to a connection");
-    }
-
-    /// The next message; `None` when the connection has ended.
-    fn next(&mut self) -> Option<Answer> {
-        let mut length = [0; 2];
-        self.0.read_exact(&mut length).ok()?;
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
-        self.0.read_exact(&mut message).ok()?;
-        Some(Answer::read(&message))
-    }
-
-    #[track_caller]
-    fn expect(&mut self, id: u16) -> Answer {
-        let answer = self.next().unwrap_or_else(|| panic!("no response {id}"));
-        assert_eq!(answer.message.metadata.id, id);
-        answer
-    }
-
-    /// Asserts that the connection ends without another message.
-    #[track_caller]
-    fn assert_ends(&mut self) {
-        // (Unlike `read`, `read_exact` continues after a signal.)
-        match self.0.read_exact(&mut [0]) {
-            Ok(()) => panic!("something was delivered"),
-            Err(e) => assert!(
-                [ErrorKind::UnexpectedEof, ErrorKind::ConnectionReset].contains(&e.kind()),
-                "{e}"
-            ),
-        }
-    }
-}
-
-/// A message with its length prefix.
-fn framed(message: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(message.len()).expect("a message has at most 65,535 bytes");
-    [&length.to_be_bytes(), message].concat()
-}
-
 #[test]
 fn a_query_may_be_split_anywhere() {
     let scene = Scene::new();
-    let bytes = framed(&question(7, "shop.test", RecordType::A));
+    let bytes = framed_query(7, "shop.test");
     for no_delay in [true, false] {
         for at in 1..bytes.len() {
-            let mut stream = Stream::open(&scene.pod);
-            stream.0.set_nodelay(no_delay).expect("TCP_NODELAY");
+            let mut stream = DnsStream::open(&scene.pod, RESOLVER);
+            stream.tcp.set_nodelay(no_delay).expect("TCP_NODELAY");
             let (first, second) = bytes.split_at(at);
             stream.write(first);
             stream.write(second);
             assert_eq!(stream.expect(7).addresses, [server(10)], "split at {at}");
         }
     }
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     for byte in bytes {
         stream.write(&[byte]);
     }
@@ -196,7 +139,7 @@ fn a_response_may_be_split_anywhere() {
         let pieces = bytes.expect("a number in the name");
         vec![Send::answer(asked, &[address(server(10)), text("and more")]).in_pieces(pieces)]
     });
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     for pieces in 1..40 {
         stream.ask(pieces, &format!("p{pieces}.many.test"));
         assert_eq!(stream.expect(pieces).addresses, [server(10)]);
@@ -208,11 +151,11 @@ fn a_response_may_be_split_anywhere() {
 fn queries_may_be_sent_together() {
     let scene = Scene::new();
     scene.lab.dns().numbered("many.test");
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     let names: Vec<String> = (0..100).map(|n| format!("n{n}.many.test")).collect();
     let mut bytes = Vec::new();
     for (id, name) in (0..).zip(&names) {
-        bytes.extend(framed(&question(id, name, RecordType::A)));
+        bytes.extend(framed_query(id, name));
     }
     stream.write(&bytes);
     for id in 0..100 {
@@ -235,7 +178,7 @@ fn a_response_of_64_kib_arrives_and_its_addresses_are_learned() {
         vec![Send::answer(asked, &all)]
     });
     for _ in 0..3 {
-        let mut stream = Stream::open(&scene.pod);
+        let mut stream = DnsStream::open(&scene.pod, RESOLVER);
         stream.ask(1, "shop.test");
         let answer = stream.expect(1);
         assert_eq!(answer.addresses.len(), ADDRESSES as usize);
@@ -258,8 +201,8 @@ fn a_refused_query_over_tcp_is_answered_on_the_node() {
     scene
         .agent
         .wait_denial("the query", |d| d.is_question(&scene.pod, "evil.test"));
-    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
-    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("other.test"), 0);
 }
 
 #[test]
@@ -269,10 +212,10 @@ fn refusals_are_interleaved_with_the_resolvers_responses() {
         std::thread::sleep(std::time::Duration::from_millis(300));
         vec![Send::answer(asked, &[address(server(10))])]
     });
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     let mut bytes = Vec::new();
     for (id, name) in [(1, "shop.test"), (2, "evil.test"), (3, "worse.test")] {
-        bytes.extend(framed(&question(id, name, RecordType::A)));
+        bytes.extend(framed_query(id, name));
     }
     stream.write(&bytes);
     assert_eq!(stream.expect(2).code, ResponseCode::NXDomain);
@@ -282,8 +225,8 @@ fn refusals_are_interleaved_with_the_resolvers_responses() {
     assert_eq!(stream.expect(4).code, ResponseCode::NXDomain);
     stream.ask(5, "shop.test");
     assert_eq!(stream.expect(5).addresses, [server(10)]);
-    assert_eq!(scene.lab.dns().asked("shop.test"), 2);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 0);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 2);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 0);
 }
 
 #[test]
@@ -312,7 +255,7 @@ fn a_response_that_is_withheld_over_udp_is_withheld_over_tcp() {
                 _ => vec![lie.edited(|bytes| bytes[2] &= 0x7f)],
             }
         });
-        let mut stream = Stream::open(&scene.pod);
+        let mut stream = DnsStream::open(&scene.pod, RESOLVER);
         stream.ask(1, "shop.test");
         if what == "a second answer" {
             stream.expect(1);
@@ -335,7 +278,7 @@ fn a_response_that_does_not_fit_the_allow_map_is_not_delivered() {
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let agent = lab.start_agent(&[&pod]);
-    let mut stream = Stream::open(&pod);
+    let mut stream = DnsStream::open(&pod, RESOLVER);
     stream.ask(1, "shop.test");
     stream.assert_ends();
     agent.wait_denial("the response", |d| {
@@ -358,7 +301,7 @@ fn a_response_over_tcp_to_a_query_over_udp_is_not_delivered() {
         .pod
         .dns_socket()
         .ask(RESOLVER, 77, "shop.test", RecordType::A);
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     stream.ask(1, "shop.test");
     stream.assert_ends();
     assert!(scene.learned().is_empty());
@@ -377,7 +320,7 @@ fn bytes_that_are_not_a_query_stay_on_the_node() {
         ("a long message", [&[0x20, 0], &[0x5a; 64][..]].concat()),
     ] {
         let uplink = Tap::open(scene.lab.outside(), "eth0");
-        let mut stream = Stream::open(&scene.pod);
+        let mut stream = DnsStream::open(&scene.pod, RESOLVER);
         stream.write(&bytes);
         stream.assert_ends();
         let pod = scene.pod.ipv4().into();
@@ -405,14 +348,14 @@ fn bytes_that_are_not_a_query_stay_on_the_node() {
 #[test]
 fn after_a_restart_clients_reconnect_at_once() {
     let mut scene = Scene::new();
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     stream.ask(1, "shop.test");
     stream.expect(1);
     assert!(scene.agent.stop().success());
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
     stream.ask(2, "shop.test");
     stream.assert_ends();
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     stream.ask(3, "shop.test");
     assert_eq!(stream.expect(3).addresses, [server(10)]);
     assert_eq!(scene.asked_over_tcp("shop.test"), 2);
@@ -421,7 +364,7 @@ fn after_a_restart_clients_reconnect_at_once() {
 #[test]
 fn in_audit_mode_tcp_connections_pass_and_denied_names_are_reported() {
     let scene = Scene::with(&[("mode", "audit")]);
-    let mut stream = Stream::open(&scene.pod);
+    let mut stream = DnsStream::open(&scene.pod, RESOLVER);
     stream.ask(1, "shop.test");
     assert_eq!(stream.expect(1).addresses, [server(10)]);
     stream.ask(2, "evil.test");

@@ -83,7 +83,7 @@ impl Scene {
         self.agent.wait_denial("the refused query", |denial| {
             denial.is_question(&self.pod, "evil.test")
         });
-        assert_eq!(self.lab.dns().asked("evil.test"), 0);
+        assert_eq!(self.lab.dns().queries_for("evil.test"), 0);
     }
 }
 

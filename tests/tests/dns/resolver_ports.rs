@@ -1,7 +1,7 @@
 //! Resolvers on other ports than 53, as behind a socket-level load balancer.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Write as _,
     net::{IpAddr, SocketAddr, TcpStream},
     sync::Arc,
 };
@@ -9,7 +9,8 @@ use std::{
 use egress_tests::{
     ApiServer, Cluster, DEADLINE, DnsServer, Lab, Pod, SHORT,
     addresses::{RESOLVER, numbered, server, server6},
-    dns::{Answer, RecordType, ResponseCode, Send, address, question},
+    cluster::allow,
+    dns::{Answer, RecordType, ResponseCode, Send, address, framed_query, read_message},
 };
 use serde_json::{Value, json};
 
@@ -38,15 +39,9 @@ fn query(pod: &Pod, server: SocketAddr, name: &str, qtype: RecordType) -> Answer
 
 /// Sends a query on a connection; `None` when the connection ends without a response.
 fn query_on(mut stream: &TcpStream, name: &str) -> Option<Answer> {
-    let message = question(9, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short query");
-    stream.write_all(&length.to_be_bytes()).ok()?;
-    stream.write_all(&message).ok()?;
-    let mut length = [0; 2];
-    stream.read_exact(&mut length).ok()?;
-    let mut answer = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut answer).ok()?;
-    Some(Answer::read(&answer))
+    stream.write_all(&framed_query(9, name)).ok()?;
+    let message = read_message(&mut stream).ok()?;
+    Some(Answer::read(&message))
 }
 
 #[test]
@@ -71,7 +66,7 @@ fn a_resolver_on_another_port_is_treated_like_one_on_port_53() {
             d.is_question(&pod, "evil.test") && d.reason == "dns_name" && d.dst_ip == Some(at.ip())
         });
     }
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
     assert_eq!(pod.syn_retransmissions(), 0);
     // A datagram from the resolver to a port that has sent no query is malformed DNS.
     let socket = pod.udp_socket(v4);
@@ -99,7 +94,7 @@ fn a_resolver_on_another_port_can_be_queried_over_tcp() {
     pod.talks_tcp((server(10), 443));
     let refused = query_on(&stream, "evil.test").expect("a refusal");
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
 }
 
 #[test]
@@ -154,14 +149,14 @@ fn queries_to_a_port_that_is_configured_later_are_held_at_once() {
     );
 
     lab.edit_config("dns.resolvers", vec![RESOLVER.to_string(), at.to_string()]);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     let refused = query(&pod, at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     assert!(
         query_on(&stream, "evil.test").is_none(),
         "the open connection goes on"
     );
-    assert_eq!(dns.asked("evil.test"), 2);
+    assert_eq!(dns.queries_for("evil.test"), 2);
 }
 
 /// Makes the cluster's DNS pod have the laboratory's resolver's address, and listen on a port as in
@@ -208,18 +203,19 @@ fn the_ports_of_the_clusters_dns_pods_are_read_from_their_endpoints() {
     dns.addresses("shop.test", &[server(10)]);
     dns.addresses("evil.test", &[server(66)]);
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "shop.test:443" });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow("shop.test:443");
+    let cart = cluster.run(&shop, "cart", &listed);
     announce_dns_service(&cluster);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
+    cluster.wait_resolver(at.ip());
 
     let answer = query(cart.net(), at, "shop.test", RecordType::A);
     assert_eq!(answer.addresses, [server(10)]);
     cart.net().talks_tcp((server(10), 443));
     let refused = query(cart.net(), at, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert_eq!(dns.asked("evil.test"), 0);
+    assert_eq!(dns.queries_for("evil.test"), 0);
     // The DNS pod's other ports are ordinary internal ports.
     cart.net().talks_tcp((at.ip(), 9154));
     let unanswered = cart

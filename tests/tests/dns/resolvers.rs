@@ -80,7 +80,7 @@ fn a_change_of_resolvers_applies_while_the_agent_runs() {
     pod.talks_tcp((server6(2), 443));
     let refused = pod.resolve_at(STRANGER, "evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert_eq!(lab.dns().asked("evil.test"), 0);
+    assert_eq!(lab.dns().queries_for("evil.test"), 0);
     // The old resolver is an ordinary address.
     agent.denies_udp(&pod, (RESOLVER, 53), "no_rule");
     // Addresses learned from the old resolver stay, and open connections go on.
@@ -139,7 +139,7 @@ fn an_edit_of_ranges_applies_at_once_also_to_open_connections() {
     let mut named = pod.talks_tcp((server(1), 443));
 
     lab.edit_config("ranges.internal", vec!["198.19.0.0/16"]);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert!(
         !exchange(&mut internal, b"after", SHORT),
         "a connection to an address that is no longer internal was not cut"
@@ -149,7 +149,7 @@ fn an_edit_of_ranges_applies_at_once_also_to_open_connections() {
     assert!(exchange(&mut named, b"still here", DEADLINE));
 
     lab.edit_config("ranges.protected", texts(&[server(1)]));
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert!(
         !exchange(&mut named, b"after", SHORT),
         "the protected address was reached"
@@ -173,12 +173,12 @@ fn the_guard_and_its_refusal_code_can_be_edited_while_the_agent_runs() {
     lab.edit_config("dns.refusal", "refused");
     agent.reload();
     assert_eq!(code(), ResponseCode::Refused);
-    assert_eq!(lab.dns().asked("evil.test"), 0);
+    assert_eq!(lab.dns().queries_for("evil.test"), 0);
 
     lab.edit_config("dns.guard", false);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert_eq!(code(), ResponseCode::NoError);
-    assert_eq!(lab.dns().asked("evil.test"), 1);
+    assert_eq!(lab.dns().queries_for("evil.test"), 1);
 
     // A default mode is a policy for pods without annotations.
     assert!(
@@ -208,7 +208,7 @@ fn unanswered_queries_are_reported() {
     for id in 0..20 {
         socket.ask(RESOLVER, id, "a.shop.test", RecordType::A);
     }
-    agent.wait_said("that no answer comes by", |line| {
+    agent.wait_log("that no answer comes by", |line| {
         line.contains("no answer comes by") && line.contains("shop/cart")
     });
 }

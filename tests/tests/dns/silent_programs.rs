@@ -31,17 +31,6 @@ fn nanoseconds(time: Duration) -> [u8; 8] {
     nanoseconds.to_ne_bytes()
 }
 
-/// A laboratory in which an address stays allowed for exactly its TTL.
-fn short_lived(config: &[(&str, &str)]) -> Lab {
-    let builder = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s");
-    config
-        .iter()
-        .fold(builder, |builder, &(key, value)| builder.config(key, value))
-        .build()
-}
-
 fn one_second_address(host: u8) -> [Record; 1] {
     [address(server(host)).ttl(1)]
 }
@@ -59,17 +48,23 @@ impl IdleFlow {
     #[track_caller]
     fn new(config: &[(&str, &str)]) -> Self {
         let now = boot_time();
-        let lab = short_lived(config);
+        let builder = config
+            .iter()
+            .fold(Lab::builder(), |builder, &(key, value)| {
+                builder.config(key, value)
+            });
+        let lab = builder.exact_lifetimes().build();
         let echo = lab.serve_udp(4000);
         lab.dns().answer("peer.test", one_second_address(10));
         let pod = lab.pod("shop", "tunnel");
         lab.write_pod(&pod, &[("allow", "peer.test:4000/udp")]);
         let agent = lab.start_agent(&[&pod]);
-        assert_eq!(pod.lookup("peer.test"), [server(10)]);
         let socket = pod.udp_socket((server(10), 4000));
-        for payload in [b"handshake", b"and again"] {
-            assert!(echo_on(&socket, payload, DEADLINE));
-        }
+        eventually("a flow is open within the TTL", || {
+            assert_eq!(pod.lookup("peer.test"), [server(10)]);
+            holds(echo_on(&socket, b"handshake", SHORT))
+        });
+        assert!(echo_on(&socket, b"and again", DEADLINE));
         eventually("the address has expired", || {
             holds(!pod.echo_udp((server(10), 4000), b"new", SHORT))
         });
@@ -115,8 +110,7 @@ fn after_a_longer_idle_time_a_udp_flow_is_denied_with_its_expired_name() {
 fn a_denial_names_an_expired_address_long_after_its_ttl() {
     let now = boot_time();
     let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
+        .exact_lifetimes()
         .config("limits.addressesPerPod", 8)
         .build();
     let pod = lab.pod("shop", "cart");

@@ -51,22 +51,11 @@ fn arrived(socket: &DnsSocket, within: Duration, ids: &mut Vec<u16>) {
     }
 }
 
-/// Two pods that may reach `shop.test`.
-#[track_caller]
-fn two_pods(lab: &Lab) -> [Pod; 2] {
-    lab.dns().addresses("shop.test", &[server(10)]);
-    ["slow", "neighbour"].map(|name| {
-        let pod = lab.pod("shop", name);
-        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-        pod
-    })
-}
-
 #[test]
 fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let lab = Lab::builder().config("http", HTTP).build();
     let _servers = [lab.serve_tcp(443), lab.serve_tcp(444)];
-    let [slow, neighbour] = two_pods(&lab);
+    let [slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
     slow_down_responses(&slow);
@@ -96,7 +85,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     let refused = neighbour.resolve("evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
     beside("a refusal");
-    agent.applies(&neighbour, || {
+    agent.applies_policy_after(&neighbour, || {
         lab.write_pod(&neighbour, &[("allow", "shop.test:443-444")]);
     });
     neighbour.talks_tcp((server(10), 444));
@@ -105,7 +94,7 @@ fn a_pod_that_takes_frames_slowly_delays_only_itself() {
     assert_eq!(lab.status_of(&neighbour)["mode"], "enforce");
     beside("status");
     assert_eq!(lab.metrics().get("egress_agent_slow_pods"), 1.0);
-    agent.wait_said("which pod is slow", |line| {
+    agent.wait_log("which pod is slow", |line| {
         line.contains("takes frames slowly") && line.contains("pod=shop/slow")
     });
 
@@ -124,14 +113,14 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
     const FLOOD: u16 = 2000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [slow, neighbour] = two_pods(&lab);
+    let [slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let agent = lab.start_agent(&[&slow, &neighbour]);
     slow_down_responses(&slow);
     let socket = slow.dns_socket();
     for id in 0..FLOOD {
         socket.ask(RESOLVER, id, "evil.test", RecordType::A);
     }
-    agent.wait_said("whose frames are lost", |line| {
+    agent.wait_log("whose frames are lost", |line| {
         line.contains("could not be put back") && line.contains("pod=shop/slow")
     });
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
@@ -147,7 +136,7 @@ fn several_slow_pods_do_not_occupy_all_sender_threads() {
     const SLOW: usize = 6;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [once_slow, neighbour] = two_pods(&lab);
+    let [once_slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let slow: Vec<Pod> = (0..SLOW)
         .map(|number| {
             let pod = lab.pod("shop", &format!("slow-{number}"));

@@ -2,17 +2,16 @@
 //! response.
 
 use std::{
-    collections::HashMap,
     fs,
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Shutdown, TcpStream},
+    io::{ErrorKind, Read as _},
+    net::{IpAddr, Ipv4Addr, Shutdown},
     process::Command,
 };
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, Running, SHORT,
+    Agent, Lab, Pod, Running, SHORT,
     addresses::{RESOLVER, RESOLVER6, numbered, server, server6},
-    dns::{Answer, RecordType, ResponseCode, Send, address, question},
+    dns::{DnsStream, RecordType, ResponseCode, Send, address, framed_query},
     eventually, resolvers,
 };
 
@@ -46,10 +45,8 @@ impl Scene {
     }
 
     #[track_caller]
-    fn connect(&self, resolver: IpAddr) -> Stream {
-        let stream = self.pod.reach_tcp((resolver, 53));
-        stream.set_nodelay(true).expect("TCP_NODELAY");
-        Stream(stream)
+    fn connect(&self, resolver: IpAddr) -> DnsStream {
+        DnsStream::open_without_delay(&self.pod, resolver)
     }
 
     fn has_learned(&self, address: IpAddr) -> bool {
@@ -65,60 +62,6 @@ impl Scene {
             assert_eq!(denial.reason, "dns_name", "{denial:?}");
         }
     }
-}
-
-/// A connection to the resolver for hand-made messages.
-struct Stream(TcpStream);
-
-impl Stream {
-    #[track_caller]
-    fn ask(&mut self, id: u16, name: &str) {
-        self.write(&framed_query(id, name));
-    }
-
-    #[track_caller]
-    fn write(&mut self, bytes: &[u8]) {
-        self.0.write_all(bytes).expect("write to a connection");
-    }
-
-    #[track_caller]
-    fn next(&mut self) -> Answer {
-        let mut length = [0; 2];
-        self.0.read_exact(&mut length).expect("a response");
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
-        self.0.read_exact(&mut message).expect("a response");
-        Answer::read(&message)
-    }
-
-    #[track_caller]
-    fn expect(&mut self, id: u16) -> Answer {
-        let answer = self.next();
-        assert_eq!(answer.message.metadata.id, id);
-        answer
-    }
-
-    #[track_caller]
-    fn expect_refusal(&mut self, id: u16) {
-        assert_eq!(self.expect(id).code, ResponseCode::NXDomain);
-    }
-
-    /// The next `count` responses, by their id. Each comes once.
-    #[track_caller]
-    fn answers(&mut self, count: usize) -> HashMap<u16, Answer> {
-        let mut answers = HashMap::new();
-        for _ in 0..count {
-            let answer = self.next();
-            let known = answers.insert(answer.message.metadata.id, answer);
-            assert!(known.is_none(), "answered twice");
-        }
-        answers
-    }
-}
-
-fn framed_query(id: u16, name: &str) -> Vec<u8> {
-    let message = question(id, name, RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short query");
-    [&length.to_be_bytes(), message.as_slice()].concat()
 }
 
 #[test]
@@ -179,7 +122,7 @@ fn mix_refused_and_allowed(scene: &Scene, resolver: IpAddr, in_one_write: bool) 
             stream.write(question);
         }
     }
-    for (id, answer) in stream.answers(asked.len()) {
+    for (id, answer) in stream.expect_all(asked.len()) {
         if id.is_multiple_of(2) {
             assert_eq!(answer.addresses, [numbered(id.into())]);
             assert!(scene.has_learned(numbered(id.into())));
@@ -318,9 +261,9 @@ fn a_refusal_during_a_large_response_follows_that_response() {
     for id in 0..20 {
         stream.ask(id, "shop.test");
         // Part of the response has passed before the refusal.
-        stream.0.peek(&mut [0]).expect("the response begins");
+        stream.tcp.peek(&mut [0]).expect("the response begins");
         stream.ask(100 + id, "evil.test");
-        let answers = stream.answers(2);
+        let answers = stream.expect_all(2);
         assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
         assert_eq!(answers[&(100 + id)].code, ResponseCode::NXDomain);
     }
@@ -342,7 +285,7 @@ fn a_pod_that_reads_late_gets_everything() {
         let closed = scene.pod.netns().counter("TcpExt:", "TCPToZeroWindowAdv");
         (closed > 0).then_some(())
     });
-    let answers = stream.answers(1 + 2 * usize::from(ANSWERS));
+    let answers = stream.expect_all(1 + 2 * usize::from(ANSWERS));
     for id in 0..ANSWERS {
         assert_eq!(answers[&id].addresses.len(), ADDRESSES as usize);
         assert_eq!(answers[&(2000 + id)].code, ResponseCode::NXDomain);
@@ -356,12 +299,12 @@ fn the_fin_of_each_side_reaches_the_other() {
     let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
-    stream.0.shutdown(Shutdown::Write).expect("shutdown(2)");
-    let answers = stream.answers(2);
+    stream.tcp.shutdown(Shutdown::Write).expect("shutdown(2)");
+    let answers = stream.expect_all(2);
     assert_eq!(answers[&2].addresses, [server(10)]);
     // The resolver ends the connection when it reads the pod's FIN.
     let mut rest = Vec::new();
-    stream.0.read_to_end(&mut rest).expect("the end");
+    stream.tcp.read_to_end(&mut rest).expect("the end");
     assert!(rest.is_empty());
     scene.assert_only_names_were_refused();
     let connections = || {
@@ -375,7 +318,7 @@ fn the_fin_of_each_side_reaches_the_other() {
     stream.ask(1, "evil.test");
     stream.ask(2, "shop.test");
     stream.expect_refusal(1);
-    stream.0.peek(&mut [0]).expect("a response");
+    stream.tcp.peek(&mut [0]).expect("a response");
     drop(stream);
     eventually("the resolver knows of no connection", || {
         connections().trim().is_empty().then_some(())
@@ -384,7 +327,7 @@ fn the_fin_of_each_side_reaches_the_other() {
 
 /// A connection on which one query was refused and another was answered.
 #[track_caller]
-fn connection_after_a_refusal(scene: &Scene) -> Stream {
+fn connection_after_a_refusal(scene: &Scene) -> DnsStream {
     let mut stream = scene.connect(RESOLVER);
     stream.ask(1, "evil.test");
     stream.expect_refusal(1);
@@ -401,7 +344,7 @@ fn the_connection_is_reset_when_the_agent_stops_judging_it() {
             let audit = [("allow", "shop.test:443"), ("mode", "audit")];
             scene
                 .agent
-                .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
+                .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, &audit));
         }),
         ("the pod is not enforced", |scene| {
             scene.lab.remove_pod(&scene.pod);
@@ -420,7 +363,7 @@ fn the_connection_is_reset_when_the_agent_stops_judging_it() {
         let mut scene = Scene::new();
         let mut stream = connection_after_a_refusal(&scene);
         leave(&mut scene);
-        let error = stream.0.read_exact(&mut [0]).expect_err("nothing comes");
+        let error = stream.tcp.read_exact(&mut [0]).expect_err("nothing comes");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{what}");
     }
 }
@@ -467,16 +410,12 @@ fn every_query_is_answered_over_a_lossy_link() {
     let scene = Scene::of(Lab::builder().lossy().build());
     for first in 0..10 {
         let mut stream = scene.connect(RESOLVER);
-        stream
-            .0
-            .set_read_timeout(Some(DEADLINE))
-            .expect("a time-out");
         for id in 0..20 {
             let number = first * 20 + id;
             stream.ask(1000 + id, "evil.test");
             stream.ask(id, &format!("n{number}.many.test"));
         }
-        let answers = stream.answers(40);
+        let answers = stream.expect_all(40);
         for id in 0..20 {
             let number = u32::from(first * 20 + id);
             assert_eq!(answers[&id].addresses, [numbered(number)]);

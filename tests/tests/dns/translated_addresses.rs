@@ -174,7 +174,7 @@ fn an_internal_address_is_internal_through_a_translator() {
     );
     agent.denies_tcp(&pod, (passes, 443), "no_rule");
     lab.edit_config("ranges.allowInternal", true);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     pod.talks_tcp((passes, 443));
     agent.denies_tcp(&pod, (denied, 443), "deny_rule");
 }
@@ -189,7 +189,7 @@ fn a_translator_that_is_configured_later_applies_at_once() {
     let to = (image(PREFIXES[0], server(9), 0), 443);
     let mut open = pod.talks_tcp(to);
     lab.edit_config("ranges.nat64", vec!["2001:db8::/32"]);
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert!(
         !egress_tests::exchange(&mut open, b"after", egress_tests::SHORT),
         "the open connection was not cut"
@@ -214,7 +214,7 @@ fn a_connection_to_the_translation_of_a_new_resolver_is_judged_again() {
         let mut open = pod.talks_tcp(to);
         let resolvers = vec!["10.99.0.53".to_owned(), resolver.to_string()];
         lab.edit_config("dns.resolvers", resolvers);
-        agent.applies(pod, || agent.reload());
+        agent.applies_policy_after(pod, || agent.reload());
         assert!(
             !egress_tests::exchange(&mut open, b"after", egress_tests::SHORT),
             "{resolver}: the open connection was not cut"

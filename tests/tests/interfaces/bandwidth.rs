@@ -7,7 +7,8 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, Cluster, ClusterPod, Pod, SHORT, addresses::server, eventually, holds, observed::HTTP,
+    Agent, Cluster, ClusterPod, Pod, SHORT, addresses::server, cluster::allow, eventually, holds,
+    observed::HTTP,
 };
 use serde_json::{Value, json};
 
@@ -94,7 +95,7 @@ fn start_agent(cluster: &Cluster, attach: &str) -> Agent {
 #[track_caller]
 fn run(cluster: &Cluster, shop: &str, net: Pod, annotations: &Value) -> ClusterPod {
     let (object, uid) = cluster.create(shop, net.name(), annotations);
-    let mut pod = cluster.place(object, &uid, net);
+    let mut pod = cluster.pod_without_processes(object, &uid, net);
     pod.running().start_container();
     pod
 }
@@ -118,7 +119,7 @@ fn wait_reconciled_twice(cluster: &Cluster) {
 fn assert_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPod) {
     let net = pod.net();
     agent.wait_enforcing(net);
-    cluster.tell_addresses(pod);
+    cluster.set_addresses(pod);
     eventually("the allowed address is reached", || {
         holds(
             net.connect_tcp((server(10), 443), SHORT).is_ok() || {
@@ -138,10 +139,6 @@ fn assert_enforced_and_limited(cluster: &Cluster, agent: &Agent, pod: &ClusterPo
     assert!(limited_packets(cluster) > before);
 }
 
-fn allow() -> Value {
-    json!({ "egress-agent.dev/allow": "shop.test:443" })
-}
-
 #[test]
 fn a_pod_with_a_limit_starts_and_is_enforced_and_limited() {
     for attach in ["tcx", "clsact"] {
@@ -154,7 +151,7 @@ fn check_limited_pod(attach: &str) {
     let (cluster, shop) = cluster();
     let _web = cluster.lab.serve_tcp(443);
     let agent = start_agent(&cluster, attach);
-    for (name, annotations) in [("cart", allow()), ("free", Value::Null)] {
+    for (name, annotations) in [("cart", allow("shop.test:443")), ("free", Value::Null)] {
         let net = cluster.lab.pod(&shop, name);
         // The interface exists, and the remaining plugins of the chain have not run yet.
         wait_reconciled_twice(&cluster);
@@ -190,7 +187,7 @@ fn programs_that_plugins_run_in_the_namespace_do_not_count_as_the_pods() {
         assert!(status.expect("sleep runs").success());
     }
     limit(&cluster, &net).expect("the interface was left alone");
-    let pod = run(&cluster, &shop, net, &allow());
+    let pod = run(&cluster, &shop, net, &allow("shop.test:443"));
     assert_enforced_and_limited(&cluster, &agent, &pod);
 }
 
@@ -200,7 +197,7 @@ fn a_pod_with_a_limit_older_than_the_agent_is_enforced_and_limited() {
     let _web = cluster.lab.serve_tcp(443);
     let net = cluster.lab.pod(&shop, "cart");
     limit(&cluster, &net).expect("the plugin adds its qdisc");
-    let pod = run(&cluster, &shop, net, &allow());
+    let pod = run(&cluster, &shop, net, &allow("shop.test:443"));
     let mut agent = start_agent(&cluster, "clsact");
     assert_enforced_and_limited(&cluster, &agent, &pod);
     // The next agent finds the same state.
@@ -216,9 +213,7 @@ fn an_interface_with_a_process_but_no_known_pod_is_closed() {
     let agent = start_agent(&cluster, "clsact");
     let net = cluster.lab.pod(&shop, "nobody");
     let _program = net.start(&mut egress_tests::node::pause());
-    agent.wait_said("that the interface is enforced", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
-    });
+    agent.wait_quarantined(net.interface());
     assert!(net.connect_tcp((server(99), 443), SHORT).is_err());
     agent.wait_denial("pod_unknown", |denial| {
         denial.reason == "pod_unknown" && denial.pod == net.interface()

@@ -8,7 +8,7 @@
 use std::{thread, time::Duration};
 
 use egress_tests::{
-    Agent, Lab, Pod, SHORT, TcpEcho,
+    Lab, Pod, SHORT, Shop,
     addresses::{RESOLVER, server},
     dns::{RecordType, ResponseCode},
     eventually,
@@ -18,117 +18,108 @@ use egress_tests::{
     rival::{Place, Rival},
 };
 
-struct Scene {
-    agent: Agent,
-    _web: TcpEcho,
-    pod: Pod,
-    lab: Lab,
+/// Runs `before` on the laboratory and the pod, and then starts the agent.
+#[track_caller]
+fn start(attach: &str, before: impl FnOnce(&Lab, &Pod)) -> Shop {
+    let lab = Lab::builder().config("http", HTTP).build();
+    let (web, pod) = lab.shop_and_cart("shop.test:443");
+    before(&lab, &pod);
+    let agent = lab.start_agent_with(&["--attach", attach], &[&pod]);
+    eventually("status knows the pod", || {
+        let (_, status) = lab.ask_json(&["status"]);
+        holds(
+            status["pods"]
+                .as_array()
+                .is_some_and(|pods| !pods.is_empty()),
+        )
+    });
+    Shop {
+        agent,
+        web,
+        pod,
+        lab,
+    }
 }
 
-impl Scene {
-    #[track_caller]
-    fn start(attach: &str, before: impl FnOnce(&Lab, &Pod)) -> Self {
-        let lab = Lab::builder().config("http", HTTP).build();
-        let (web, pod) = lab.shop_and_cart("shop.test:443");
-        before(&lab, &pod);
-        let agent = lab.start_agent_with(&["--attach", attach], &[&pod]);
-        eventually("status knows the pod", || {
-            let (_, status) = lab.ask_json(&["status"]);
-            holds(
-                status["pods"]
-                    .as_array()
-                    .is_some_and(|pods| !pods.is_empty()),
-            )
-        });
-        Self {
-            agent,
-            _web: web,
-            pod,
-            lab,
-        }
-    }
+/// Waits until nothing forbidden leaves, and then for everything that is allowed.
+#[track_caller]
+fn wait_enforced(scene: &Shop) {
+    eventually("denied connections do not leave", || {
+        holds(!scene.pod.reaches(server(99)))
+    });
+    // Responses pass `to_pod` first, too, so their addresses are learned.
+    eventually("a name is looked up", || {
+        scene
+            .pod
+            .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)
+            .filter(|answer| answer.addresses == [server(10)])
+    });
+    scene.pod.talks_tcp((server(10), 443));
+    assert_eq!(
+        scene.pod.resolve("evil.test", RecordType::A).code,
+        ResponseCode::NXDomain
+    );
+    assert!(!scene.pod.reaches(server(99)), "the pod is open");
+}
 
-    fn is_open(&self) -> bool {
-        self.pod.connect_tcp((server(99), 443), SHORT).is_ok()
-    }
+/// Waits until status, metrics and readiness agree on whether the pod is enforced.
+#[track_caller]
+fn wait_counted_as_enforced(scene: &Shop, enforced: bool) {
+    eventually("status shows whether the pod is enforced", || {
+        holds(scene.lab.status_of(&scene.pod)["enforced"] == enforced)
+    });
+    let metrics = scene.lab.metrics();
+    let count = |series: &str| metrics.find(series) == 1.0;
+    assert_eq!(count("egress_agent_pods{mode=\"enforce\"}"), enforced);
+    assert_eq!(count("egress_agent_pods{mode=\"missing\"}"), !enforced);
+    assert_eq!(count("egress_agent_pods_bypassed"), !enforced);
+    let (ready, why) = scene.lab.http("/readyz");
+    assert_eq!(ready, if enforced { 200 } else { 503 });
+    assert_eq!(why.contains(&title(&scene.pod)), !enforced, "{why}");
+}
 
-    /// Waits until nothing forbidden leaves, and then for everything that is allowed.
-    #[track_caller]
-    fn wait_enforced(&self) {
-        eventually("denied connections do not leave", || holds(!self.is_open()));
-        // Responses pass `to_pod` first, too, so their addresses are learned.
-        eventually("a name is looked up", || {
-            self.pod
-                .try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)
-                .filter(|answer| answer.addresses == [server(10)])
-        });
-        self.pod.talks_tcp((server(10), 443));
-        assert_eq!(
-            self.pod.resolve("evil.test", RecordType::A).code,
-            ResponseCode::NXDomain
-        );
-        assert!(!self.is_open(), "the pod is open");
-    }
-
-    /// Waits until status, metrics and readiness agree on whether the pod is enforced.
-    #[track_caller]
-    fn wait_counted_as_enforced(&self, enforced: bool) {
-        eventually("status shows whether the pod is enforced", || {
-            holds(self.lab.status_of(&self.pod)["enforced"] == enforced)
-        });
-        let metrics = self.lab.metrics();
-        let count = |series: &str| metrics.find(series) == 1.0;
-        assert_eq!(count("egress_agent_pods{mode=\"enforce\"}"), enforced);
-        assert_eq!(count("egress_agent_pods{mode=\"missing\"}"), !enforced);
-        assert_eq!(count("egress_agent_pods_bypassed"), !enforced);
-        let (ready, why) = self.lab.http("/readyz");
-        assert_eq!(ready, if enforced { 200 } else { 503 });
-        assert_eq!(why.contains(&title(&self.pod)), !enforced, "{why}");
-    }
-
-    #[track_caller]
-    fn wait_problem(&self, text: &str) {
-        eventually(text, || {
-            let problem = self.lab.status_of(&self.pod)["problem"].clone();
-            holds(
-                problem
-                    .as_str()
-                    .is_some_and(|problem| problem.contains(text)),
-            )
-        });
-    }
+#[track_caller]
+fn wait_problem(scene: &Shop, text: &str) {
+    eventually(text, || {
+        let problem = scene.lab.status_of(&scene.pod)["problem"].clone();
+        holds(
+            problem
+                .as_str()
+                .is_some_and(|problem| problem.contains(text)),
+        )
+    });
 }
 
 #[test]
 fn a_filter_added_in_front_of_ours_opens_nothing() {
-    let scene = Scene::start("clsact", |_, _| ());
+    let scene = start("clsact", |_, _| ());
     for (handle, side) in [(7, "ingress"), (8, "egress"), (9, "ingress")] {
         scene.lab.add_rival_filter(&scene.pod, side, handle);
-        scene.wait_enforced();
+        wait_enforced(&scene);
         let interface = scene.pod.interface();
         let filters = scene.lab.tc(&format!("filter show dev {interface} {side}"));
         assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
         assert!(filters.contains("bytecode"), "the rival is gone: {filters}");
     }
-    scene.wait_counted_as_enforced(true);
+    wait_counted_as_enforced(&scene, true);
     assert!(scene.lab.metrics().find("egress_agent_hooks_moved_total") >= 3.0);
 }
 
 #[test]
 fn a_tcx_program_attached_in_front_of_ours_opens_nothing() {
-    let scene = Scene::start("tcx", |_, _| ());
+    let scene = start("tcx", |_, _| ());
     let rival = |place| Rival::attach(scene.lab.node(), scene.pod.interface(), place, Rival::OK);
     let mut rivals = Vec::new();
     for place in [Place::TcxIngress, Place::TcxEgress, Place::TcxIngress] {
         rivals.push(rival(place));
-        scene.wait_enforced();
+        wait_enforced(&scene);
     }
-    scene.wait_counted_as_enforced(true);
+    wait_counted_as_enforced(&scene, true);
 }
 
 #[test]
 fn a_removed_qdisc_or_filter_is_restored() {
-    let scene = Scene::start("clsact", |_, _| ());
+    let scene = start("clsact", |_, _| ());
     let interface = scene.pod.interface();
     for removed in [
         format!("qdisc del dev {interface} clsact"),
@@ -136,14 +127,14 @@ fn a_removed_qdisc_or_filter_is_restored() {
         format!("filter del dev {interface} egress"),
     ] {
         scene.lab.tc(&removed);
-        scene.wait_enforced();
+        wait_enforced(&scene);
     }
-    scene.wait_counted_as_enforced(true);
+    wait_counted_as_enforced(&scene, true);
 }
 
 #[test]
 fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
-    let scene = Scene::start("clsact", |lab, pod| {
+    let scene = start("clsact", |lab, pod| {
         let interface = pod.interface();
         lab.tc(&format!("qdisc add dev {interface} clsact"));
         // The kernel allows only one kind of filter per priority.
@@ -151,10 +142,10 @@ fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
             "filter add dev {interface} ingress prio 1 protocol ip u32 match u32 0 0 flowid 1:1"
         ));
     });
-    scene.wait_problem("u32 filter of priority 1");
-    scene.wait_counted_as_enforced(false);
+    wait_problem(&scene, "u32 filter of priority 1");
+    wait_counted_as_enforced(&scene, false);
     let interface = scene.pod.interface();
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "that the problem is gone",
         || {
             let rival = format!("filter del dev {interface} ingress prio 1");
@@ -162,13 +153,13 @@ fn with_an_immovable_filter_in_front_the_pod_counts_as_not_enforced() {
         },
         |line| line.contains("the problem is gone") && line.contains("shop/cart"),
     );
-    scene.wait_enforced();
-    scene.wait_counted_as_enforced(true);
+    wait_enforced(&scene);
+    wait_counted_as_enforced(&scene, true);
 }
 
 #[test]
 fn a_program_that_insists_on_being_first_is_reported_and_does_not_keep_the_agent_busy() {
-    let scene = Scene::start("tcx", |_, _| ());
+    let scene = start("tcx", |_, _| ());
     let mut rivals = Vec::new();
     eventually("the agent gives up and says so", || {
         rivals.push(Rival::attach(
@@ -187,15 +178,15 @@ fn a_program_that_insists_on_being_first_is_reported_and_does_not_keep_the_agent
     });
     let moved = scene.lab.metrics().find("egress_agent_hooks_moved_total");
     assert!((1.0..=5.0).contains(&moved), "moved {moved} times");
-    scene.wait_counted_as_enforced(false);
+    wait_counted_as_enforced(&scene, false);
     drop(rivals);
-    scene.wait_counted_as_enforced(true);
-    scene.wait_enforced();
+    wait_counted_as_enforced(&scene, true);
+    wait_enforced(&scene);
 }
 
 #[test]
 fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goes_on() {
-    let scene = Scene::start("auto", |_, _| ());
+    let scene = start("auto", |_, _| ());
     let interface = scene.pod.interface();
     let quiet = || {
         eventually("nothing is wrong", || {
@@ -205,22 +196,25 @@ fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goe
     quiet();
     // A packet socket as tcpdump opens it.
     let capture = Tap::open(scene.lab.node(), interface);
-    scene.wait_problem(&format!("a packet socket reads on interface {interface}"));
-    scene.wait_counted_as_enforced(true);
-    scene.wait_enforced();
+    wait_problem(
+        &scene,
+        &format!("a packet socket reads on interface {interface}"),
+    );
+    wait_counted_as_enforced(&scene, true);
+    wait_enforced(&scene);
     drop(capture);
     quiet();
 
     let program = Rival::attach(scene.lab.node(), interface, Place::Xdp, Rival::XDP_PASS);
-    scene.wait_problem("an XDP program");
-    scene.wait_counted_as_enforced(true);
-    scene.wait_enforced();
+    wait_problem(&scene, "an XDP program");
+    wait_counted_as_enforced(&scene, true);
+    wait_enforced(&scene);
     drop(program);
     quiet();
 
     // A packet socket on another interface is no problem of this pod.
     let other = Tap::open(scene.lab.node(), "uplink");
-    scene.agent.says_after(
+    scene.agent.logs_after(
         "what it says of a capture on all interfaces",
         || {
             let all = scene.lab.node().run(|| {
@@ -252,18 +246,18 @@ fn programs_that_see_packets_before_the_verdict_are_reported_and_enforcement_goe
 #[test]
 fn packets_taken_before_any_hook_are_noticed_by_probes() {
     for attach in ["tcx", "clsact"] {
-        let scene = Scene::start(attach, |_, _| ());
-        scene.wait_counted_as_enforced(true);
+        let scene = start(attach, |_, _| ());
+        wait_counted_as_enforced(&scene, true);
         let rival = Rival::attach(
             scene.lab.node(),
             scene.pod.interface(),
             Place::Xdp,
             Rival::XDP_DROP,
         );
-        scene.wait_problem("probes");
-        scene.wait_counted_as_enforced(false);
+        wait_problem(&scene, "probes");
+        wait_counted_as_enforced(&scene, false);
         drop(rival);
-        scene.wait_counted_as_enforced(true);
-        scene.wait_enforced();
+        wait_counted_as_enforced(&scene, true);
+        wait_enforced(&scene);
     }
 }

@@ -44,13 +44,6 @@ fn locate(host: &mut Host, uid: &str) -> Result<Located, Missing> {
     host.locate(&links, uid)
 }
 
-/// The index of an interface on the node.
-#[track_caller]
-fn ifindex(lab: &Lab, name: &str) -> u32 {
-    let index = lab.node().run(|| nix::net::if_::if_nametoindex(name));
-    index.unwrap_or_else(|e| panic!("no interface {name}: {e}"))
-}
-
 fn addresses(pod: &Pod) -> Vec<IpAddr> {
     vec![pod.ipv4().into(), pod.ipv6().into()]
 }
@@ -58,7 +51,7 @@ fn addresses(pod: &Pod) -> Vec<IpAddr> {
 #[track_caller]
 fn assert_located(lab: &Lab, host: &mut Host, pod: &NodePod) -> Located {
     let located = locate(host, pod.uid()).expect("the pod is located");
-    assert_eq!(located.interfaces, [ifindex(lab, pod.pod().interface())]);
+    assert_eq!(located.interfaces, [lab.ifindex(pod.pod().interface())]);
     assert_eq!(located.addresses, addresses(pod.pod()));
     assert_eq!(located.namespaces.len(), 1);
     located
@@ -140,7 +133,7 @@ fn every_interface_of_a_pod_is_found() {
     let pod = Node::default().run_pod(&lab, "cart", &uid(), Qos::Burstable);
     let second = pod.add_interface(&lab, "net1");
     let located = locate(&mut host(&lab), pod.uid()).unwrap();
-    let mut expected = [pod.pod().interface(), &second].map(|name| ifindex(&lab, name));
+    let mut expected = [pod.pod().interface(), &second].map(|name| lab.ifindex(name));
     expected.sort_unstable();
     assert_eq!(located.interfaces, expected);
     let number = pod.pod().ipv4().octets()[2];
@@ -159,7 +152,7 @@ fn a_starting_pod_is_reported_with_the_missing_prerequisite() {
     assert!(matches!(locate(&mut host, &uid), Err(Missing::Group)));
 
     let pod = lab.pod_without_interface("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid, Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid, Qos::Burstable);
     assert!(matches!(locate(&mut host, &uid), Err(Missing::Process)));
 
     pod.start_container();
@@ -247,7 +240,7 @@ fn a_pod_in_the_hosts_network_is_recognised() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "agent");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     pod.adopt(lab.run_on_node(&mut pause()));
     let missed = locate(&mut host, pod.uid());
     assert!(matches!(missed, Err(Missing::HostNetwork)), "{missed:?}");
@@ -263,7 +256,7 @@ fn a_pod_without_a_host_end_is_distinguished_from_a_starting_pod() {
     let lab = Lab::builder().without_dns().build();
     let mut host = host(&lab);
     let pod = lab.pod_without_interface("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     pod.start_container();
     // Like a macvlan or a virtual function: the other end of the interface is not on the host.
     let elsewhere = lab.pod_without_interface("shop", "elsewhere");
@@ -310,7 +303,7 @@ fn short_lived_processes_do_not_disturb_locating() {
     let restless = node.run_pod(&lab, "restless", &uid(), Qos::Burstable);
     let (uid, interface) = (
         restless.uid().to_owned(),
-        ifindex(&lab, restless.pod().interface()),
+        lab.ifindex(restless.pod().interface()),
     );
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -344,7 +337,7 @@ fn short_lived_processes_do_not_disturb_locating() {
 fn processes_in_a_threaded_cgroup_are_found() {
     let lab = Lab::builder().without_dns().build();
     let pod = lab.pod("shop", "cart");
-    let mut pod = Node::default().pod_of(pod, &uid(), Qos::Burstable);
+    let mut pod = Node::default().pod_without_processes(pod, &uid(), Qos::Burstable);
     let pid = pod.start_container();
     let threaded = pod.container_group().join("threads");
     fs::create_dir(&threaded).unwrap();
@@ -362,7 +355,7 @@ fn processes_in_a_threaded_cgroup_are_found() {
     removed.unwrap();
     assert_eq!(
         located.unwrap().interfaces,
-        [ifindex(&lab, pod.pod().interface())]
+        [lab.ifindex(pod.pod().interface())]
     );
 }
 
@@ -391,7 +384,7 @@ fn a_pod_cannot_impersonate_another_by_naming_its_cgroups() {
     assert!(matches!(missed, Err(Missing::Group)), "{missed:?}");
     assert_eq!(
         located.unwrap().interfaces,
-        [ifindex(&lab, liar.pod().interface())]
+        [lab.ifindex(liar.pod().interface())]
     );
 }
 
@@ -466,7 +459,7 @@ fn interfaces_that_may_be_pods_are_distinguished_from_others() {
     };
     let all = [cart.interface(), pay.interface(), "uplink"].map(str::to_owned);
     assert_eq!(names(&[]), HashSet::from(all));
-    let pay = links.get(ifindex(&lab, pay.interface())).unwrap();
+    let pay = links.get(lab.ifindex(pay.interface())).unwrap();
     assert_eq!(
         (pay.kind.as_str(), pay.master.as_deref(), pay.up),
         ("veth", Some("docker0"), true)

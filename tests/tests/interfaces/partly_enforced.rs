@@ -3,9 +3,11 @@
 use std::{io, net::TcpStream, thread};
 
 use egress_agent::host::{ExitFinder, interface_name};
+use egress_common::ids::IfIndex;
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
     observed::HTTP,
@@ -15,10 +17,6 @@ use serde_json::{Value, json};
 
 /// The server that the pod reaches past its enforced interface.
 const PAST: u8 = 99;
-
-fn is_open(pod: &Pod, host: u8) -> bool {
-    pod.connect_tcp((server(host), 443), SHORT).is_ok()
-}
 
 /// Gives the pod a macvlan on the node's uplink, through which it reaches one server only.
 fn add_macvlan(lab: &Lab, pod: &Pod, name: &str) {
@@ -47,13 +45,21 @@ fn status_with(lab: &Lab, pod: &Pod, unenforced: &Value) -> Value {
     })
 }
 
+/// Waits until `status` reports this mode of the pod. A line about the pod comes before its status.
+#[track_caller]
+fn wait_mode(lab: &Lab, pod: &Pod, mode: &str) {
+    eventually(&format!("the mode {mode} in `status`"), || {
+        holds(lab.status_of(pod)["mode"] == mode)
+    });
+}
+
 fn macvlan(name: &str) -> Value {
     json!([{ "name": name, "kind": "macvlan", "leads_to": "host" }])
 }
 
 #[track_caller]
 fn wait_partly_enforced(agent: &Agent, pod: &Pod, words: &str) {
-    agent.wait_said(
+    agent.wait_log(
         &format!("that the pod is partly enforced: {words}"),
         |line| {
             line.contains("partly enforced")
@@ -69,20 +75,16 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let lab = &cluster.lab;
     let _web = lab.serve_tcp(443);
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": format!("{}:443", server(10)) });
-    let cart = cluster.run(&shop, "cart", &allow);
+    let listed = allow(&format!("{}:443", server(10)));
+    let cart = cluster.run(&shop, "cart", &listed);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    eventually("the pod's mode in `status`", || {
-        holds(lab.status_of(cart.net())["mode"] == "enforce")
-    });
-    assert!(!is_open(cart.net(), PAST));
+    wait_mode(lab, cart.net(), "enforce");
+    assert!(!cart.net().reaches(server(PAST)));
 
     add_macvlan(lab, cart.net(), "net1");
-    assert!(
-        is_open(cart.net(), PAST),
-        "the macvlan is expected to bypass enforcement"
-    );
+    // The macvlan bypasses enforcement.
+    cart.net().talks_tcp((server(PAST), 443));
     wait_partly_enforced(
         &agent,
         cart.net(),
@@ -96,27 +98,21 @@ fn a_pod_with_an_additional_macvlan_is_reported_as_partly_enforced() {
     let metrics = lab.metrics();
     let in_mode = |mode: &str| metrics.get(&format!("egress_agent_pods{{mode=\"{mode}\"}}"));
     assert_eq!((in_mode("partly_enforced"), in_mode("enforce")), (1.0, 0.0));
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": shop, "name": "any" },
-    });
     eventually("an Event on the pod", || {
-        let events = cluster.server.list(&like);
         let tells = |event: &Value| {
             let note = event["note"].as_str().unwrap_or_default();
             event["regarding"]["name"] == "cart" && note.contains("partly enforced")
         };
-        holds(events.iter().any(|event| tells(&event.data)))
+        holds(cluster.events(&shop).iter().any(tells))
     });
     // Its own interface is enforced as before.
     cart.net().talks_tcp((server(10), 443));
-    assert!(!is_open(cart.net(), 98));
+    assert!(!cart.net().reaches(server(98)));
 
     cart.net().netns().ip_batch("link del net1\n");
     let status = status_with(lab, cart.net(), &json!([]));
     assert_eq!(status["mode"], "enforce", "{status}");
-    agent.wait_said("that it is enforced again", |line| {
+    agent.wait_log("that it is enforced again", |line| {
         line.contains("the problem is gone") && line.contains(&format!("{shop}/cart"))
     });
 }
@@ -132,14 +128,9 @@ fn a_pod_with_interfaces_that_its_manifest_does_not_name_is_partly_enforced() {
     ));
     let agent = lab.start_agent(&[&pod]);
     wait_partly_enforced(&agent, &pod, "net1 (macvlan");
-    let status = lab.status_of(&pod);
-    assert_eq!(status["mode"], "partly_enforced", "{status}");
     let veth = json!({ "name": "net2", "kind": "veth", "leads_to": "host" });
-    assert_eq!(
-        status["unenforced_interfaces"],
-        json!([macvlan("net1")[0], veth]),
-        "{status}"
-    );
+    let status = status_with(&lab, &pod, &json!([macvlan("net1")[0], veth]));
+    assert_eq!(status["mode"], "partly_enforced", "{status}");
 }
 
 #[test]
@@ -154,9 +145,10 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let agent = lab.start_agent(&[&pod, &audited]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     let mut open = pod.talks_tcp((server(10), 443));
-    assert!(is_open(&pod, 20), "the internal address is denied");
+    // The address is internal.
+    pod.talks_tcp((server(20), 443));
 
-    agent.applies(&pod, || add_macvlan(&lab, &pod, "net1"));
+    agent.applies_policy_after(&pod, || add_macvlan(&lab, &pod, "net1"));
     let reason = "unenforced_interface";
     agent.denies_tcp(&pod, (server(10), 443), reason);
     agent.denies_tcp(&pod, (server(20), 443), reason);
@@ -175,14 +167,14 @@ fn with_refuse_nothing_leaves_on_the_enforced_interfaces() {
     let caller = lab.node().run(|| TcpStream::connect(to));
     caller.expect("the pod is called");
     listener.accept().expect("the pod accepts");
-    assert!(is_open(&pod, PAST), "the macvlan is expected to stay open");
+    pod.talks_tcp((server(PAST), 443));
 
     // Audit mode denies nothing.
     add_macvlan(&lab, &audited, "net1");
     wait_partly_enforced(&agent, &audited, "net1");
-    assert!(is_open(&audited, 10));
+    audited.talks_tcp((server(10), 443));
 
-    agent.applies(&pod, || pod.netns().ip_batch("link del net1\n"));
+    agent.applies_policy_after(&pod, || pod.netns().ip_batch("link del net1\n"));
     assert_eq!(
         pod.try_resolve(RESOLVER, "shop.test", RecordType::A, DEADLINE)
             .expect("a response")
@@ -217,7 +209,7 @@ fn an_interface_that_a_pod_moved_to_the_host_counts_as_unenforced() {
             "macvlan",
         ),
     ] {
-        agent.applies(&pod, || {
+        agent.applies_policy_after(&pod, || {
             pod.netns()
                 .ip_batch(&format!("{make}link set {name} netns {node}\n"));
         });
@@ -226,7 +218,7 @@ fn an_interface_that_a_pod_moved_to_the_host_counts_as_unenforced() {
         let status = status_with(&lab, &pod, &expected);
         assert_eq!(status["mode"], "partly_enforced", "{status}");
         agent.denies_tcp(&pod, (server(10), 443), "unenforced_interface");
-        agent.applies(&pod, || lab.node().ip_batch(&format!("link del {name}\n")));
+        agent.applies_policy_after(&pod, || lab.node().ip_batch(&format!("link del {name}\n")));
         status_with(&lab, &pod, &json!([]));
         assert_eq!(pod.lookup("shop.test"), [server(10)]);
         pod.talks_tcp((server(10), 443));
@@ -243,12 +235,12 @@ fn a_short_lived_interface_is_reported() {
         pod.netns().name()
     );
     lab.node().ip_batch(&moment.repeat(20));
-    agent.wait_said("that an interface was there", |line| {
+    agent.wait_log("that an interface was there", |line| {
         line.contains("evhost (veth)")
             && line.contains("for a moment")
             && line.contains("shop/cart")
     });
-    assert_eq!(lab.status_of(&pod)["mode"], "enforce");
+    wait_mode(&lab, &pod, "enforce");
 }
 
 #[test]
@@ -261,12 +253,12 @@ fn a_host_interface_of_an_unknown_namespace_is_reported() {
         "link add vx9 type vxlan id 9 dstport 4790 local 10.77.0.1\nlink set vx9 netns {}\n",
         lab.node().name()
     ));
-    agent.wait_said("that an interface belongs to another namespace", |line| {
+    agent.wait_log("that an interface belongs to another namespace", |line| {
         line.contains("vx9 (vxlan, on the host") && line.contains("no pod's")
     });
     assert_eq!(lab.status_of(&pod)["mode"], "enforce");
     lab.node().ip_batch("link del vx9\n");
-    agent.wait_said("that it is gone", |line| {
+    agent.wait_log("that it is gone", |line| {
         line.contains("the problem is gone") && line.contains("interfaces of other namespaces")
     });
 }
@@ -301,7 +293,7 @@ fn interfaces_within_the_pods_network_do_not_count_as_unenforced() {
     assert_eq!(status["problem"], Value::Null, "{status}");
 
     // When that namespace gets an uplink of its own, the interface to it leads out.
-    agent.applies(&pod, || add_macvlan(&lab, &inner, "net1"));
+    agent.applies_policy_after(&pod, || add_macvlan(&lab, &inner, "net1"));
     wait_partly_enforced(&agent, &pod, "v0 (veth, to another network namespace)");
     let expected = json!([{ "name": "v0", "kind": "veth", "leads_to": "namespace" }]);
     status_with(&lab, &pod, &expected);
@@ -334,7 +326,7 @@ fn a_pod_with_too_many_interfaces_to_inspect_counts_as_partly_enforced() {
     pod.netns().ip_batch(&many);
     let agent = lab.start_agent(&[&pod]);
     wait_partly_enforced(&agent, &pod, "more interfaces than are looked at");
-    assert_eq!(lab.status_of(&pod)["mode"], "partly_enforced");
+    wait_mode(&lab, &pod, "partly_enforced");
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
 }
@@ -345,8 +337,9 @@ fn pods_that_end_are_looked_at_without_an_error() {
     let pods: Vec<Pod> = (0..24)
         .map(|n| lab.pod("shop", &format!("pod{n}")))
         .collect();
-    let index = |pod: &Pod| if_nametoindex(pod.interface()).expect("the pod's interface");
-    let ends: Vec<u32> = lab.node().run(|| pods.iter().map(index).collect());
+    let index =
+        |pod: &Pod| IfIndex::new(if_nametoindex(pod.interface()).expect("the pod's interface"));
+    let ends: Vec<IfIndex> = lab.node().run(|| pods.iter().map(index).collect());
     // All the time while they end, and the kernel takes its time over so many.
     let looked = thread::scope(|scope| {
         let looking = scope.spawn(|| {
@@ -357,7 +350,7 @@ fn pods_that_end_are_looked_at_without_an_error() {
                     for end in &left {
                         finder.exits(&[*end], |_| true)?;
                     }
-                    let is_there = |end: &u32| interface_name(*end).is_some();
+                    let is_there = |end: &IfIndex| interface_name(*end).is_some();
                     left.retain(is_there);
                 }
                 Ok(())

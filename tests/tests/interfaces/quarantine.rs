@@ -3,6 +3,7 @@
 use egress_tests::{
     Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, exchange, holds,
 };
@@ -10,28 +11,17 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
-
-/// True if the pod reaches this outside address.
-fn reaches(pod: &Pod, to: std::net::IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
-}
-
 /// A network made for a pod before the API server knows the pod and before its processes start.
 fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
     let net = cluster.lab.pod(namespace, name);
-    agent.wait_said("that the interface is enforced", |line| {
-        line.contains("enforcing") && line.contains(&format!("pod=interface {} ", net.interface()))
-    });
+    agent.wait_quarantined(net.interface());
     net
 }
 
 /// Creates the pod object for this network, and starts the pod.
 fn identify(cluster: &Cluster, namespace: &str, net: Pod, annotations: &Value) -> ClusterPod {
     let (object, uid) = cluster.create(namespace, net.name(), annotations);
-    let mut pod = cluster.place(object, &uid, net);
+    let mut pod = cluster.pod_without_processes(object, &uid, net);
     pod.running().start_container();
     pod
 }
@@ -45,7 +35,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     let agent = cluster.start_agent();
 
     let closed = |net: &Pod| {
-        assert!(!reaches(net, server(10)), "the pod is open");
+        assert!(!net.reaches(server(10)), "the pod is open");
         let denial = agent.wait_denial("pod_unknown", |denial| {
             denial.reason == "pod_unknown" && denial.pod == net.interface()
         });
@@ -55,10 +45,10 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     closed(&net);
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(!cart.net().reaches(server(99)), "the pod is open");
     agent.wait_denial("the address", |denial| {
         denial.is(cart.net(), "address_not_learned", server(99), 443)
     });
@@ -68,7 +58,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("the pod is released", || {
-        holds(reaches(free.net(), server(99)))
+        holds(free.net().reaches(server(99)))
     });
 }
 
@@ -163,7 +153,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     cart.net().talks_tcp((server(10), 443));
     cart.net().talks_tcp((server(11), 443));
     assert_eq!(
-        dns.asked("shop.test"),
+        dns.queries_for("shop.test"),
         1,
         "the query was sent more than once"
     );
@@ -178,7 +168,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     agent.wait_denial("the name", |denial| {
         denial.reason == "dns_name" && denial.pod == strict.net().name()
     });
-    assert_eq!(dns.asked("other.test"), 0);
+    assert_eq!(dns.queries_for("other.test"), 0);
 }
 
 #[test]
@@ -192,13 +182,13 @@ fn held_queries_of_an_unenforced_pod_are_forwarded_on_release() {
     let audit = json!({"egress-agent.dev/allow": "", "egress-agent.dev/mode": "audit"});
     for (name, annotations) in [("free", Value::Null), ("audited", audit)] {
         let net = quarantined_network(&cluster, &agent, (&shop, name));
-        let before = dns.asked("shop.test");
+        let before = dns.queries_for("shop.test");
         let socket = net.dns_socket();
         socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
         assert!(socket.receive(SHORT).is_none(), "the query was not held");
         let pod = identify(&cluster, &shop, net, &annotations);
         assert_eq!(socket.expect("the pod is released").addresses, [server(10)]);
-        assert_eq!(dns.asked("shop.test"), before + 1);
+        assert_eq!(dns.queries_for("shop.test"), before + 1);
         pod.net().talks_tcp((server(10), 443));
     }
 }
@@ -269,38 +259,27 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");
     let was = net.interface().to_owned();
-    agent.says_after(
-        "that the interface is enforced by its new name",
-        || {
-            let line = format!("link set {was} name moved0\n");
-            cluster.lab.node().ip_batch(&line);
-        },
-        |line| line.contains("enforcing") && line.contains("pod=interface moved0 "),
-    );
-    assert!(!reaches(&net, server(10)), "the pod is open");
+    agent.quarantines_after("moved0", || {
+        let line = format!("link set {was} name moved0\n");
+        cluster.lab.node().ip_batch(&line);
+    });
+    assert!(!net.reaches(server(10)), "the pod is open");
     // Another interface that takes the name is closed too.
     let second = cluster.lab.pod(&shop, "next");
-    agent.wait_said("that the next interface is enforced", |line| {
-        line.contains("enforcing")
-            && line.contains(&format!("pod=interface {} ", second.interface()))
+    agent.wait_quarantined(second.interface());
+    agent.quarantines_after(&was, || {
+        let line = format!("link set {} name {was}\n", second.interface());
+        cluster.lab.node().ip_batch(&line);
     });
-    agent.says_after(
-        "that the next interface is enforced by the first one's name",
-        || {
-            let line = format!("link set {} name {was}\n", second.interface());
-            cluster.lab.node().ip_batch(&line);
-        },
-        |line| line.contains("enforcing") && line.contains(&format!("pod=interface {was} ")),
-    );
-    assert!(!reaches(&second, server(10)), "the pod is open");
-    assert!(!reaches(&net, server(10)), "the pod is open");
+    assert!(!second.reaches(server(10)), "the pod is open");
+    assert!(!net.reaches(server(10)), "the pod is open");
 
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
-    cluster.tell_addresses(&cart);
+    cluster.set_addresses(&cart);
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     cart.net().talks_tcp((server(10), 443));
-    assert!(!reaches(cart.net(), server(99)), "the pod is open");
+    assert!(!cart.net().reaches(server(99)), "the pod is open");
 }
 
 #[test]
@@ -317,10 +296,7 @@ fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
         .collect();
     let next = cluster.lab.pod("shop", "next");
     for net in others.iter().chain([&next]) {
-        agent.wait_said("that the interface is enforced", |line| {
-            line.contains("enforcing")
-                && line.contains(&format!("pod=interface {} ", net.interface()))
-        });
+        agent.wait_quarantined(net.interface());
     }
     for other in &others {
         let socket = other.dns_socket();
@@ -335,5 +311,5 @@ fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
         socket.expect("a response once the pod is known").addresses,
         [server(10)]
     );
-    assert_eq!(dns.asked("shop.test"), 1);
+    assert_eq!(dns.queries_for("shop.test"), 1);
 }

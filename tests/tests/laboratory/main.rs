@@ -33,7 +33,7 @@ fn without_an_agent_a_pod_resolves_and_connects() {
     }
     assert_eq!(web.peers()[0].ip(), pod.ipv4());
     assert_eq!(pod.syn_retransmissions(), 0);
-    assert_eq!(lab.dns().asked("shop.test"), 2);
+    assert_eq!(lab.dns().queries_for("shop.test"), 2);
     assert_eq!(
         pod.resolve("other.test", RecordType::A).code,
         ResponseCode::NXDomain

@@ -30,21 +30,6 @@ impl Scene {
             _web: web,
         }
     }
-
-    /// Asserts that the pod's rules are enforced.
-    #[track_caller]
-    fn assert_unharmed(&self) {
-        assert_eq!(self.pod.lookup("shop.test"), [server(10)]);
-        self.pod.talks_tcp((server(10), 443));
-        assert!(
-            self.pod.connect_tcp((server(99), 443), SHORT).is_err(),
-            "the pod is open"
-        );
-        assert_eq!(
-            self.pod.resolve("evil.test", RecordType::A).code,
-            ResponseCode::NXDomain
-        );
-    }
 }
 
 /// Runs `egress-agent check` on these files; returns its exit status and its output.
@@ -72,13 +57,13 @@ fn a_file_that_is_not_yaml_harms_no_pod() {
         .lab
         .write_file("binary.yaml", &[0xff, 0xfe, 0x00, 0x80]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    agent.wait_said("which file cannot be read", |line| {
+    agent.wait_log("which file cannot be read", |line| {
         line.contains("broken.yaml")
     });
-    agent.wait_said("which file cannot be read", |line| {
+    agent.wait_log("which file cannot be read", |line| {
         line.contains("binary.yaml")
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -86,13 +71,13 @@ fn a_pod_whose_file_is_damaged_keeps_its_last_good_policy() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
     let file = scene.lab.pod_file(&scene.pod);
-    agent.says_after(
+    agent.logs_after(
         "which file cannot be read",
         || scene.lab.write_file(&file, b"{{{ not YAML"),
         |line| line.contains(&file),
     );
-    scene.assert_unharmed();
-    agent.applies(&scene.pod, || {
+    scene.pod.reaches_only_shop();
+    agent.applies_policy_after(&scene.pod, || {
         scene
             .lab
             .write_pod(&scene.pod, &[("allow", "shop.test:443 evil.test:443")]);
@@ -112,10 +97,10 @@ fn a_pod_without_an_interface_is_named_and_harms_no_other() {
         .lab
         .write_pod_on(&homeless, None, &[("allow", "shop.test:443")]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    agent.wait_said("which pod has no interface", |line| {
+    agent.wait_log("which pod has no interface", |line| {
         line.contains("shop/homeless") && line.contains("interface")
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -124,10 +109,10 @@ fn an_interface_that_appears_later_is_enforced() {
     let late = scene.lab.pod_without_interface("shop", "late");
     scene.lab.write_pod(&late, &[("allow", "shop.test:443")]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    agent.wait_said("which interface is missing", |line| {
+    agent.wait_log("which interface is missing", |line| {
         line.contains(late.interface())
     });
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 
     scene.lab.add_interface(&late);
     agent.wait_enforcing(&late);
@@ -142,7 +127,7 @@ fn a_pod_cannot_claim_another_pods_interface() {
     let agent = scene.lab.start_agent(&[&scene.pod]);
     let thief = scene.lab.pod("shop", "thief");
     let interface = scene.pod.interface();
-    agent.says_after(
+    agent.logs_after(
         "which pods name one interface",
         || {
             scene
@@ -151,7 +136,7 @@ fn a_pod_cannot_claim_another_pods_interface() {
         },
         |line| line.contains(interface) && line.contains("shop/thief"),
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -162,7 +147,7 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         .lab
         .write_pod(&broken, &[("allow", "shop.test:443\nshop.test:99999")]);
     let agent = scene.lab.start_agent(&[&scene.pod, &broken]);
-    let said = agent.wait_said("what cannot be read, and where", |line| {
+    let said = agent.wait_log("what cannot be read, and where", |line| {
         line.contains("shop/broken") && line.contains("egress-agent.dev/allow")
     });
     assert!(
@@ -174,10 +159,10 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         broken.resolve("shop.test", RecordType::A).code,
         ResponseCode::NoError
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 
     // The repaired policy applies at once.
-    agent.applies(&broken, || {
+    agent.applies_policy_after(&broken, || {
         scene.lab.write_pod(&broken, &[("allow", "shop.test:443")]);
     });
     assert_eq!(broken.lookup("shop.test"), [server(10)]);
@@ -188,8 +173,8 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
 fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.assert_unharmed();
-    agent.says_after(
+    scene.pod.reaches_only_shop();
+    agent.logs_after(
         "what cannot be read, and where",
         || {
             scene
@@ -198,14 +183,14 @@ fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy(
         },
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/allow"),
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
 fn an_unreadable_mode_is_an_error_too() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    let said = agent.says_after(
+    let said = agent.logs_after(
         "what cannot be read",
         || {
             scene
@@ -215,7 +200,7 @@ fn an_unreadable_mode_is_an_error_too() {
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/mode"),
     );
     assert!(said.contains("offf"), "{said}");
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -229,12 +214,12 @@ fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
         .lab
         .write_pod(&large, &[("allow", &entries.join("\n"))]);
     let agent = scene.lab.start_agent(&[&scene.pod, &large]);
-    let said = agent.wait_said("which limit", |line| {
+    let said = agent.wait_log("which limit", |line| {
         line.contains("shop/large") && line.contains("64")
     });
     assert!(!said.is_empty());
     agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -330,14 +315,14 @@ fn a_pod_with_long_names_and_no_uid_is_enforced() {
     let name = "a".repeat(60) + "." + &"b".repeat(60);
     write_manifest(&scene.lab, &long, &name, &[long.ipv4().into()]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    agent.wait_said("that the pod is enforced", |line| {
+    agent.wait_log("that the pod is enforced", |line| {
         line.contains("enforcing") && line.contains(&name)
     });
     assert!(
         long.connect_tcp((server(99), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 #[test]
@@ -347,14 +332,14 @@ fn a_new_pod_with_more_addresses_than_are_supported_is_closed() {
     let addresses: Vec<IpAddr> = (1..=9).map(|n| IpAddr::from([10, 3, 0, n])).collect();
     write_manifest(&scene.lab, &many, "many", &addresses);
     let agent = scene.lab.start_agent(&[&scene.pod, &many]);
-    agent.wait_said("how many there may be", |line| {
+    agent.wait_log("how many there may be", |line| {
         line.contains("shop/many") && line.contains("at most 8")
     });
     assert!(
         many.connect_tcp((server(10), 443), SHORT).is_err(),
         "the pod is open"
     );
-    scene.assert_unharmed();
+    scene.pod.reaches_only_shop();
 }
 
 /// Writes the manifest of a pod without a UID, under another name and with other addresses.

@@ -44,13 +44,8 @@ impl Scene {
     #[track_caller]
     fn pods() -> (Lab, [Pod; 2]) {
         let lab = Lab::builder().config("http", HTTP).build();
-        lab.dns().addresses("shop.test", &[server(10)]);
         lab.dns().addresses("new.test", &[server(11)]);
-        let pods = ["greedy", "neighbour"].map(|name| {
-            let pod = lab.pod("shop", name);
-            lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-            pod
-        });
+        let pods = lab.pods_of_shop(["greedy", "neighbour"]);
         (lab, pods)
     }
 
@@ -85,8 +80,8 @@ fn a_log_that_nobody_reads_stops_neither_dns_nor_policy_edits() {
     assert!(scene.lab.metrics().get(lost) > 0.0);
 
     // When the log is read again, it reports the lost lines.
-    scene.agent.read();
-    let line = scene.agent.wait_said("that lines were lost", |line| {
+    scene.agent.read_output();
+    let line = scene.agent.wait_log("that lines were lost", |line| {
         line.contains("log lines were lost")
     });
     assert!(line.contains("lines="), "{line}");
@@ -111,7 +106,7 @@ fn denial_lines_that_nobody_reads_stop_neither_dns_nor_policy_edits() {
         holds(scene.lab.metrics().find(denied) >= 1000.0)
     });
     scene.assert_neighbour_unaffected();
-    scene.agent.read();
+    scene.agent.read_output();
     scene.agent.wait_denial("the first", |denial| {
         denial.of(&scene.greedy) && denial.dst_ip == Some(server(99))
     });
@@ -154,7 +149,7 @@ fn datagrams_with_segmentation_offload_are_denied_before_they_are_held() {
         denial.is(&greedy, "dns_malformed", RESOLVER, 53)
     });
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
-    assert_eq!(lab.dns().asked("shop.test"), 1, "the neighbour's");
+    assert_eq!(lab.dns().queries_for("shop.test"), 1, "the neighbour's");
     assert!(lab.metrics().get("egress_agent_frames_unsent_total") < 1.0);
     assert!(!agent.stderr().contains("put back"), "{}", agent.stderr());
     // A single query passes.

@@ -3,7 +3,7 @@
 use std::process::ExitStatus;
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, SHORT, TcpEcho,
+    DEADLINE, Lab, SHORT, Shop,
     addresses::{RESOLVER, server},
     bpf::bpftool,
     dns::RecordType,
@@ -11,53 +11,38 @@ use egress_tests::{
 };
 
 /// A pod that has resolved its allowed name.
-struct Scene {
-    agent: Agent,
-    _web: TcpEcho,
-    pod: Pod,
-    lab: Lab,
+#[track_caller]
+fn scene(arguments: &[&str]) -> Shop {
+    let lab = Lab::new();
+    lab.dns().addresses("later.test", &[server(20)]);
+    let shop = Shop::start(lab, "shop.test:443 later.test:443", arguments);
+    assert_eq!(shop.pod.lookup("shop.test"), [server(10)]);
+    shop
 }
 
-impl Scene {
-    #[track_caller]
-    fn new(arguments: &[&str]) -> Self {
-        let lab = Lab::new();
-        lab.dns().addresses("later.test", &[server(20)]);
-        let (web, pod) = lab.shop_and_cart("shop.test:443 later.test:443");
-        let agent = lab.start_agent_with(arguments, &[&pod]);
-        assert_eq!(pod.lookup("shop.test"), [server(10)]);
-        Self {
-            agent,
-            _web: web,
-            pod,
-            lab,
-        }
-    }
+/// Asserts that the kernel enforces earlier verdicts without the agent.
+#[track_caller]
+fn assert_still_enforced(scene: &Shop) {
+    scene.pod.talks_tcp((server(10), 443));
+    assert!(
+        scene.pod.connect_tcp((server(99), 443), SHORT).is_err(),
+        "the pod is open"
+    );
+    assert!(
+        scene.pod.connect_tcp((server(10), 22), SHORT).is_err(),
+        "the pod is open"
+    );
+}
 
-    /// Asserts that the kernel enforces earlier verdicts without the agent.
-    #[track_caller]
-    fn assert_still_enforced(&self) {
-        self.pod.talks_tcp((server(10), 443));
-        assert!(
-            self.pod.connect_tcp((server(99), 443), SHORT).is_err(),
-            "the pod is open"
-        );
-        assert!(
-            self.pod.connect_tcp((server(10), 22), SHORT).is_err(),
-            "the pod is open"
-        );
-    }
-
-    /// Asserts that no trace of the agent is left.
-    #[track_caller]
-    fn assert_no_trace(&self) {
-        self.pod.talks_tcp((server(99), 443));
-        self.pod.resolve("evil.test", RecordType::A);
-        assert_eq!(self.lab.dns().asked("evil.test"), 1);
-        let pins = self.lab.all_pins();
-        assert!(!pins.iter().any(|pin| pin.is_file()), "left: {pins:?}");
-        assert!(!self.lab.pins().exists(), "left: {pins:?}");
-    }
+/// Asserts that no trace of the agent is left.
+#[track_caller]
+fn assert_no_trace(scene: &Shop) {
+    scene.pod.talks_tcp((server(99), 443));
+    scene.pod.resolve("evil.test", RecordType::A);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 1);
+    let pins = scene.lab.all_pins();
+    assert!(!pins.iter().any(|pin| pin.is_file()), "left: {pins:?}");
+    assert!(!scene.lab.pins().exists(), "left: {pins:?}");
 }
 
 #[track_caller]
@@ -67,27 +52,27 @@ fn assert_success(status: ExitStatus) {
 
 #[test]
 fn a_terminated_agent_removes_everything() {
-    let mut scene = Scene::new(&[]);
+    let mut scene = scene(&[]);
     let objects = scene.agent.kernel_objects();
     assert!(
         !objects.programs.is_empty() && !objects.maps.is_empty(),
         "{objects:?}"
     );
-    assert_eq!(objects.still_there(), objects);
+    assert_eq!(objects.existing(), objects);
     assert_success(scene.agent.stop());
-    scene.assert_no_trace();
+    assert_no_trace(&scene);
     // The kernel frees unreferenced objects a moment later.
     eventually("programs and maps are gone", || {
-        holds(objects.still_there().is_empty())
+        holds(objects.existing().is_empty())
     });
 }
 
 #[test]
 fn with_keep_enforcing_the_kernel_enforces_until_a_restart_adopts_the_state() {
-    let mut scene = Scene::new(&["--keep-enforcing"]);
+    let mut scene = scene(&["--keep-enforcing"]);
     let mut open = scene.pod.talks_tcp((server(10), 443));
     assert_success(scene.agent.stop());
-    scene.assert_still_enforced();
+    assert_still_enforced(&scene);
     assert!(
         exchange(&mut open, b"meanwhile", DEADLINE),
         "an open connection was cut"
@@ -98,9 +83,9 @@ fn with_keep_enforcing_the_kernel_enforces_until_a_restart_adopts_the_state() {
         exchange(&mut open, b"after", DEADLINE),
         "an open connection was cut"
     );
-    scene.assert_still_enforced();
+    assert_still_enforced(&scene);
     assert_eq!(
-        scene.lab.dns().asked("shop.test"),
+        scene.lab.dns().queries_for("shop.test"),
         1,
         "learned addresses were lost"
     );
@@ -111,12 +96,12 @@ fn with_keep_enforcing_the_kernel_enforces_until_a_restart_adopts_the_state() {
 
 #[test]
 fn an_agent_with_another_attach_mode_takes_over_from_its_predecessor() {
-    let Scene {
+    let Shop {
         mut agent,
-        _web,
+        web: _web,
         pod,
         lab,
-    } = Scene::new(&["--keep-enforcing", "--attach", "tcx"]);
+    } = scene(&["--keep-enforcing", "--attach", "tcx"]);
     for way in ["clsact", "tcx"] {
         assert_success(agent.stop());
         agent = lab.start_agent_with(&["--keep-enforcing", "--attach", way], &[&pod]);
@@ -132,12 +117,12 @@ fn an_agent_with_another_attach_mode_takes_over_from_its_predecessor() {
 
 #[test]
 fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
-    let mut scene = Scene::new(&[]);
+    let mut scene = scene(&[]);
     let mut open = scene.pod.talks_tcp((server(10), 443));
     let objects = scene.agent.kernel_objects();
     scene.agent.kill();
 
-    scene.assert_still_enforced();
+    assert_still_enforced(&scene);
     assert!(
         exchange(&mut open, b"after", DEADLINE),
         "an open connection was cut"
@@ -152,9 +137,9 @@ fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
     );
 
     scene.lab.cleanup();
-    scene.assert_no_trace();
+    assert_no_trace(&scene);
     eventually("programs and maps are gone", || {
-        holds(objects.still_there().is_empty())
+        holds(objects.existing().is_empty())
     });
     // A cleanup without anything to clean succeeds.
     scene.lab.cleanup();
@@ -162,27 +147,27 @@ fn a_killed_agent_leaves_its_pods_enforced_until_cleanup() {
 
 #[test]
 fn a_restart_after_a_kill_adopts_the_state() {
-    let mut scene = Scene::new(&[]);
+    let mut scene = scene(&[]);
     scene.agent.kill();
     // While no agent runs, another pod is added.
     let other = scene.lab.pod("shop", "mail");
     scene.lab.write_pod(&other, &[("allow", "shop.test:443")]);
     let mut agent = scene.lab.start_agent(&[&scene.pod, &other]);
-    scene.assert_still_enforced();
+    assert_still_enforced(&scene);
     assert_eq!(
-        scene.lab.dns().asked("shop.test"),
+        scene.lab.dns().queries_for("shop.test"),
         1,
         "learned addresses were lost"
     );
     assert_eq!(scene.pod.lookup("later.test"), [server(20)]);
     agent.denies_tcp(&other, (server(10), 443), "address_not_learned");
     assert_success(agent.stop());
-    scene.assert_no_trace();
+    assert_no_trace(&scene);
 }
 
 #[test]
 fn a_pod_removed_while_no_agent_ran_is_cleaned_up() {
-    let mut scene = Scene::new(&["--keep-enforcing"]);
+    let mut scene = scene(&["--keep-enforcing"]);
     let pin = scene.lab.allow_pin(&scene.pod);
     assert!(pin.exists());
     assert_success(scene.agent.stop());
@@ -198,7 +183,7 @@ fn a_pod_removed_while_no_agent_ran_is_cleaned_up() {
 
 #[test]
 fn pods_come_and_go_while_the_agent_runs() {
-    let scene = Scene::new(&[]);
+    let scene = scene(&[]);
     let late = scene.lab.pod("shop", "late");
     scene.lab.write_pod(&late, &[("allow", "shop.test:443")]);
     scene.agent.wait_enforcing(&late);
@@ -213,21 +198,21 @@ fn pods_come_and_go_while_the_agent_runs() {
     scene.lab.remove_pod(&late);
     drop(late);
     eventually("the pod's pins are gone", || holds(!pin.exists()));
-    scene.assert_still_enforced();
+    assert_still_enforced(&scene);
 }
 
 #[test]
 fn bpftool_shows_named_fields() {
-    let scene = Scene::new(&[]);
+    let scene = scene(&[]);
     let pin = scene
         .lab
         .bpffs()
-        .join("egress-agent/v1/pods/shop_cart/allow");
+        .join("egress-agent/v2/pods/shop_cart/allow");
     let pin = pin.to_str().expect("a path in UTF-8");
     let dump = bpftool(&["map", "dump", "pinned", pin]);
     let entry = &dump[0]["formatted"];
     assert!(entry["key"]["addr"].is_array(), "{dump}");
-    assert!(entry["value"]["classes"].is_u64(), "{dump}");
+    assert!(entry["value"]["classes"]["words"].is_array(), "{dump}");
     assert!(entry["value"]["expires_ns"].is_u64(), "{dump}");
     let map = bpftool(&["map", "show", "pinned", pin]);
     assert_eq!(map["type"], "hash", "{map}");

@@ -72,10 +72,7 @@ fn a_missing_bpffs_is_mounted() {
 #[test]
 fn a_second_agent_on_the_same_pins_is_refused_and_harms_nothing() {
     let lab = Lab::new();
-    let _web = lab.serve_tcp(443);
-    lab.dns().addresses("shop.test", &[server(10)]);
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let _agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
 
@@ -178,7 +175,7 @@ fn an_edit_of_a_namespace_applies_to_every_pod_in_it() {
     eventually("every pod has the new policy", || {
         holds(logged_pods_of_crowd(&agent, "policy applied", from) == CROWD)
     });
-    agent.wait_said("that the test's pod has it too", |line| {
+    agent.wait_log("that the test's pod has it too", |line| {
         line.contains("policy applied") && line.contains("pod=shop/cart")
     });
     pod.lookup("later.test");
@@ -211,15 +208,6 @@ fn an_agent_terminated_while_it_is_busy_leaves_nothing_behind() {
     pod.talks_tcp((server(99), 443));
 }
 
-/// The number of entries of a map that all pods share.
-#[track_caller]
-fn entries(lab: &Lab, map: &str) -> usize {
-    let pin = lab.pins().join(map);
-    let pin = pin.to_str().expect("a path in UTF-8");
-    let dump = bpftool(&["map", "dump", "pinned", pin]);
-    dump.as_array().map_or(0, Vec::len)
-}
-
 #[test]
 fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behind() {
     let lab = Lab::new();
@@ -242,7 +230,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(99), 443), SHORT).is_err());
     }
-    agent.wait_said("why the other is not enforced", |line| {
+    agent.wait_log("why the other is not enforced", |line| {
         line.contains("about=shop/bad") && line.contains("cannot remove")
     });
     bad.talks_tcp((server(99), 443));
@@ -253,7 +241,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
     }
     for map in ["policies", "allow", "cidrs", "flows"] {
         eventually(&format!("attempts leave nothing in {map}"), || {
-            holds(entries(&lab, map) == 2)
+            holds(lab.shared_entries(map).len() == 2)
         });
     }
 
@@ -264,7 +252,7 @@ fn a_pod_that_cannot_be_enforced_neither_delays_others_nor_leaves_anything_behin
     lab.remove_namespace("shop");
     for map in ["policies", "allow", "cidrs", "flows", "identities"] {
         eventually(&format!("nothing is left in {map}"), || {
-            holds(entries(&lab, map) == 0)
+            holds(lab.shared_entries(map).is_empty())
         });
     }
     bad.talks_tcp((server(99), 443));

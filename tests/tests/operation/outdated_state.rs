@@ -4,21 +4,14 @@
 use std::{net::IpAddr, path::Path};
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho,
+    Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
     addresses::{RESOLVER, server},
+    cluster::allow,
     dns::{RecordType, ResponseCode},
     eventually, holds,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
-
-fn reaches(pod: &Pod, to: IpAddr) -> bool {
-    pod.connect_tcp((to, 443), SHORT).is_ok()
-}
 
 /// A file system for `stateDir` that can be made read-only.
 struct StateDir(tempfile::TempDir);
@@ -109,14 +102,14 @@ impl Scene {
     /// Kills the agent and starts another one without the API server.
     #[track_caller]
     fn restart_alone(&mut self) {
-        self.agent.says_after(
+        self.agent.logs_after(
             "that the API server is away",
             || self.cluster.proxy.refuse(),
             |line| line.contains("API server"),
         );
         self.agent.kill();
         self.agent = self.cluster.spawn_agent(&["--keep-enforcing"]);
-        self.agent.wait_said("that it waits", |line| {
+        self.agent.wait_log("that it waits", |line| {
             line.contains("waiting for the API server")
         });
     }
@@ -129,7 +122,7 @@ impl Scene {
         let asked = cart.try_resolve(RESOLVER, "later.test", RecordType::A, SHORT);
         assert!(asked.is_none(), "the old policy was used: {asked:?}");
         assert!(
-            !reaches(cart, server(11)),
+            !cart.reaches(server(11)),
             "the removed name is allowed again"
         );
         assert_eq!(till.lookup("later.test"), [server(11)]);
@@ -137,7 +130,7 @@ impl Scene {
         let title = format!("{}/{}", cart.namespace(), cart.name());
         let said = self
             .agent
-            .wait_said("that the saved policy is not used", |line| {
+            .wait_log("that the saved policy is not used", |line| {
                 line.contains("saved annotations") && line.contains(&title)
             });
         assert!(!said.contains("/till"), "{said}");
@@ -193,18 +186,16 @@ fn an_unsaved_removal_of_a_cluster_prefix_stays_in_effect() {
     });
     scene.cluster.server.apply(&other);
     let till = scene.till.net();
-    eventually("the address is internal", || {
-        holds(reaches(till, elsewhere))
-    });
+    eventually("the address is internal", || holds(till.reaches(elsewhere)));
     scene.state.make_read_only();
     scene.cluster.server.delete(&other);
     eventually("the address is not internal any more", || {
-        holds(!reaches(till, elsewhere))
+        holds(!till.reaches(elsewhere))
     });
 
     scene.restart_alone();
     let till = scene.till.net();
     assert_eq!(till.lookup("later.test"), [server(11)]);
     till.talks_tcp((server(11), 443));
-    assert!(!reaches(till, elsewhere), "the address is internal again");
+    assert!(!till.reaches(elsewhere), "the address is internal again");
 }

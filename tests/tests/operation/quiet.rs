@@ -5,16 +5,13 @@ use std::{fs, sync::Arc, time::Duration};
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT,
     addresses::{RESOLVER, server},
+    cluster::allow,
     eventually,
     node::pause,
 };
 use serde_json::{Value, json};
 
 const PROBLEM: &str = "EgressPolicyProblem";
-
-fn allow(entries: &str) -> Value {
-    json!({ "egress-agent.dev/allow": entries })
-}
 
 /// A cluster without any problem: it also has its DNS Service.
 #[track_caller]
@@ -27,16 +24,11 @@ fn healthy() -> Cluster {
 /// The reasons and pods of the Events in a namespace.
 #[track_caller]
 fn events(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
-    let like = json!({
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": { "namespace": namespace, "name": "any" },
-    });
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let found = cluster.server.list(&like).into_iter();
-    found
+    let events = cluster.events(namespace).into_iter();
+    events
         .map(|event| {
-            let (reason, regarding) = (&event.data["reason"], &event.data["regarding"]["name"]);
+            let (reason, regarding) = (&event["reason"], &event["regarding"]["name"]);
             (text(reason), text(regarding))
         })
         .collect()
@@ -103,7 +95,7 @@ fn a_pod_that_ends_is_not_reported_as_a_problem() {
     let _others = ["one", "two"].map(|name| reconcile_by_adding(&cluster, &agent, &shop, name));
     for pod in [&processes_first, &interface_first, &other_interface] {
         let title = format!("pod={shop}/{}", pod.net().name());
-        agent.says_after(
+        agent.logs_after(
             &format!("removed {title}"),
             || {
                 cluster
@@ -182,8 +174,8 @@ fn a_pod_that_its_booted_node_has_not_started_yet_is_no_problem() {
     // The API server still says what the kubelet said before the boot.
     let (object, uid) = cluster.create(&shop, "cart", &allow("shop.test:443"));
     let net = cluster.lab.pod_without_interface(&shop, "cart");
-    let mut cart = cluster.place(object, &uid, net);
-    cluster.tell_addresses(&cart);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
+    cluster.set_addresses(&cart);
     let agent = cluster.start_agent();
     // Longer than a pod with processes may take to be found.
     std::thread::sleep(Duration::from_secs(12));
@@ -213,27 +205,15 @@ fn the_interface_of_a_resolver_that_has_been_scaled_down_is_no_problem() {
     let resolver = cluster.run(&shop, "resolver", &allow("shop.test:443"));
     agent.wait_enforcing(resolver.net());
     let address = resolver.net().ipv4();
-    let scaled = json!({
-        "apiVersion": "v1",
-        "kind": "Endpoints",
-        "metadata": { "namespace": "kube-system", "name": "kube-dns" },
-        "subsets": [{
-            "addresses": [{ "ip": RESOLVER }, { "ip": address }],
-            "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
-        }],
-    });
-    agent.says_after(
+    agent.logs_after(
         "that there is another resolver",
-        || _ = cluster.server.apply(&scaled),
+        || cluster.set_resolvers(&[RESOLVER, address.into()]),
         |line| line.contains(&address.to_string()),
     );
     // The cluster forgets the pod before its network is taken down.
-    let title = format!("enforcing pod=interface {}", resolver.net().interface());
-    agent.says_after(
-        "that the interface is in quarantine",
-        || cluster.server.delete(resolver.object()),
-        |line| line.contains(&title),
-    );
+    agent.quarantines_after(resolver.net().interface(), || {
+        cluster.server.delete(resolver.object());
+    });
     let _other = reconcile_by_adding(&cluster, &agent, &shop, "other");
     assert_eq!(errors(&agent), Vec::<String>::new());
 }
@@ -247,7 +227,7 @@ fn a_running_pod_that_lost_its_interface_is_reported() {
     agent.wait_enforcing(cart.net());
     let host = cart.net().interface();
     cluster.lab.node().ip_batch(&format!("link del {host}\n"));
-    agent.wait_said("that it has no interface", |line| {
+    agent.wait_log("that it has no interface", |line| {
         line.contains(" ERROR ")
             && line.contains(&format!("{shop}/cart"))
             && line.contains("no interface yet; enforced on its earlier interfaces")
@@ -266,14 +246,17 @@ fn a_host_network_pod_is_a_problem_only_if_its_enforcement_was_requested() {
         cluster.create_on_host(&shop, "listed", &Value::Null);
         let agent = cluster.start_agent();
         for asked in [format!("{agents}/annotated"), format!("{shop}/listed")] {
-            agent.wait_said("that it is not enforced", |line| {
+            agent.wait_log("that it is not enforced", |line| {
                 line.contains("hostNetwork") && line.contains(&asked)
             });
         }
-        let (_, status) = cluster
-            .lab
-            .ask_json(&["status", &format!("{agents}/agent")]);
-        assert_eq!(status["pods"][0]["mode"], "host_network", "{status}");
+        // The log lines come before the end of the reconcile that publishes the status.
+        let status = eventually("status has the pod", || {
+            let (_, status) = cluster
+                .lab
+                .ask_json(&["status", &format!("{agents}/agent")]);
+            (status["pods"][0]["mode"] == "host_network").then_some(status)
+        });
         assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
         let own = format!("{agents}/agent");
         let said = agent.stderr();
@@ -300,7 +283,7 @@ fn a_restart_is_no_problem_and_the_agent_is_ready_when_it_knows_its_pods() {
     assert!(agent.stop().success());
 
     let agent = cluster.start_agent();
-    let ready = agent.wait_said("that it is ready", |line| line.contains(" ready "));
+    let ready = agent.wait_log("that it is ready", |line| line.contains(" ready "));
     assert!(ready.contains("pods=3"), "{ready}");
     assert_eq!(errors(&agent), Vec::<String>::new());
     let events = events_so_far(&cluster, &shop);
@@ -328,7 +311,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
 
     cluster.proxy.refuse();
     let agent = cluster.spawn_agent(&["--keep-enforcing"]);
-    agent.wait_said("that it waits", |line| {
+    agent.wait_log("that it waits", |line| {
         line.contains("waiting for the API server") && line.contains("left=2")
     });
     for pod in &pods {
@@ -339,7 +322,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
         assert_eq!(denial.node, cluster.node());
         assert!(!denial.uid.is_empty());
     }
-    agent.wait_said("that the pods are as they were left", |line| {
+    agent.wait_log("that the pods are as they were left", |line| {
         line.contains("2 pods are enforced as an earlier agent left them, without DNS")
     });
     let said = agent.stderr();
@@ -352,7 +335,7 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
     }
 
     cluster.proxy.allow();
-    agent.wait_said("that it is ready", |line| {
+    agent.wait_log("that it is ready", |line| {
         line.contains(" ready ") && line.contains("pods=2")
     });
 }

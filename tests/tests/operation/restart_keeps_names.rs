@@ -4,9 +4,8 @@
 use std::net::TcpStream;
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, SHORT, TcpEcho, UdpEcho,
+    DEADLINE, Lab, Pod, SHORT, Shop, UdpEcho,
     addresses::{RESOLVER, RESOLVER6, STRANGER, numbered, server},
-    bpf::bpftool,
     dns::{RecordType, ResponseCode, address},
     echo_on, eventually, exchange, holds,
     observed::HTTP,
@@ -15,48 +14,35 @@ use egress_tests::{
 /// A pod that has resolved `shop.test` and has a connection open; its agent runs with `--keep-enforcing`.
 struct Scene {
     open: TcpStream,
-    agent: Agent,
-    _web: TcpEcho,
-    pod: Pod,
-    lab: Lab,
+    shop: Shop,
 }
 
 impl Scene {
     #[track_caller]
     fn new() -> Self {
-        Self::of(Lab::new())
-    }
-
-    #[track_caller]
-    fn of(lab: Lab) -> Self {
+        let lab = Lab::new();
         lab.dns().addresses("other.test", &[server(20)]);
-        let (web, pod) = lab.shop_and_cart("shop.test:443");
-        let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-        assert_eq!(pod.lookup("shop.test"), [server(10)]);
-        let open = pod.talks_tcp((server(10), 443));
-        Self {
-            open,
-            agent,
-            _web: web,
-            pod,
-            lab,
-        }
+        let shop = Shop::start(lab, "shop.test:443", &["--keep-enforcing"]);
+        assert_eq!(shop.pod.lookup("shop.test"), [server(10)]);
+        let open = shop.pod.talks_tcp((server(10), 443));
+        Self { open, shop }
     }
 
     /// Ends the agent, calls `meanwhile`, and starts another agent.
     #[track_caller]
     fn restart(&mut self, meanwhile: impl FnOnce(&Lab, &Pod)) {
-        assert!(self.agent.stop().success());
-        meanwhile(&self.lab, &self.pod);
-        self.agent = self
+        assert!(self.shop.agent.stop().success());
+        meanwhile(&self.shop.lab, &self.shop.pod);
+        self.shop.agent = self
+            .shop
             .lab
-            .start_agent_with(&["--keep-enforcing"], &[&self.pod]);
+            .start_agent_with(&["--keep-enforcing"], &[&self.shop.pod]);
     }
 
     #[track_caller]
     fn edit(&self, allow: &str) {
-        self.agent.applies(&self.pod, || {
-            self.lab.write_pod(&self.pod, &[("allow", allow)]);
+        self.shop.agent.applies_policy_after(&self.shop.pod, || {
+            self.shop.lab.write_pod(&self.shop.pod, &[("allow", allow)]);
         });
     }
 
@@ -67,9 +53,9 @@ impl Scene {
             exchange(&mut self.open, b"still here", DEADLINE),
             "the open connection was cut"
         );
-        self.pod.talks_tcp((server(10), 443));
-        assert_eq!(self.lab.dns().asked("shop.test"), 1);
-        let denied = self.agent.denials();
+        self.shop.pod.talks_tcp((server(10), 443));
+        assert_eq!(self.shop.lab.dns().queries_for("shop.test"), 1);
+        let denied = self.shop.agent.denials();
         assert!(denied.is_empty(), "{denied:?}");
     }
 
@@ -79,43 +65,32 @@ impl Scene {
             !exchange(&mut self.open, b"after", SHORT),
             "the open connection goes on"
         );
-        self.agent
-            .denies_tcp(&self.pod, (server(10), 443), "address_not_learned");
+        self.shop
+            .agent
+            .denies_tcp(&self.shop.pod, (server(10), 443), "address_not_learned");
     }
 
     /// The id of the policy of the pod's interface.
     #[track_caller]
     fn policy(&self) -> u64 {
-        policy_of(&self.lab, &self.pod)
+        policy_of(&self.shop.lab, &self.shop.pod)
     }
 }
 
 #[track_caller]
 fn policy_of(lab: &Lab, pod: &Pod) -> u64 {
-    let interface = pod.interface();
-    let ifindex = lab.node().run(|| nix::net::if_::if_nametoindex(interface));
-    let ifindex = ifindex.expect("the pod's interface");
-    let map = lab.pins().join("interfaces");
-    let entries = bpftool(&[
-        "map",
-        "dump",
-        "pinned",
-        map.to_str().expect("a path in UTF-8"),
-    ]);
-    let mut entries = entries.as_array().expect("a list of entries").iter();
-    let entry = entries.find(|entry| entry["formatted"]["key"] == ifindex);
+    let ifindex = lab.ifindex(pod.interface());
+    let entries = lab.shared_entries("interfaces");
+    let entry = entries.iter().find(|entry| entry["key"] == ifindex.get());
     let entry = entry.expect("the pod's interface has an entry");
-    let policy = entry["formatted"]["value"]["policy"].as_u64();
+    let policy = entry["value"]["policy"].as_u64();
     policy.expect("bpftool shows the field `policy`")
 }
 
 /// The number of entries in the pod's map of names.
 #[track_caller]
 fn names_kept(lab: &Lab, pod: &Pod) -> usize {
-    let map = lab.allow_pin(pod).with_file_name("names");
-    let path = map.to_str().expect("a path in UTF-8");
-    let names = bpftool(&["map", "dump", "pinned", path]);
-    names.as_array().expect("a list of entries").len()
+    lab.pod_entries(pod, "names").len()
 }
 
 #[test]
@@ -142,12 +117,13 @@ fn an_edit_while_no_agent_runs_that_still_allows_the_name_cuts_nothing() {
 #[test]
 fn the_names_of_a_killed_agent_are_kept() {
     let mut scene = Scene::new();
-    scene.agent.kill();
+    scene.shop.agent.kill();
     let wide = [("allow", "shop.test:443 other.test:443")];
-    scene.lab.write_pod(&scene.pod, &wide);
-    scene.agent = scene
+    scene.shop.lab.write_pod(&scene.shop.pod, &wide);
+    scene.shop.agent = scene
+        .shop
         .lab
-        .start_agent_with(&["--keep-enforcing"], &[&scene.pod]);
+        .start_agent_with(&["--keep-enforcing"], &[&scene.shop.pod]);
     scene.assert_unaffected();
 }
 
@@ -155,11 +131,11 @@ fn the_names_of_a_killed_agent_are_kept() {
 fn after_a_restart_a_change_of_resolvers_cuts_nothing() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
-    scene.lab.edit_config(
+    scene.shop.lab.edit_config(
         "dns.resolvers",
         [STRANGER, RESOLVER6].map(|ip| ip.to_string()).to_vec(),
     );
-    scene.agent.reload();
+    scene.shop.agent.reload();
     scene.edit("shop.test:443 other.test:443");
     scene.assert_unaffected();
 }
@@ -170,7 +146,7 @@ fn after_a_restart_an_edit_that_removes_the_name_cuts_its_connections() {
     scene.restart(|_, _| ());
     scene.edit("other.test:443");
     scene.assert_cut();
-    assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
+    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 0);
 }
 
 #[test]
@@ -178,7 +154,7 @@ fn an_edit_while_no_agent_runs_that_removes_the_name_cuts_its_connections() {
     let mut scene = Scene::new();
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:443")]));
     scene.assert_cut();
-    assert_eq!(names_kept(&scene.lab, &scene.pod), 0);
+    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 0);
 }
 
 #[test]
@@ -206,7 +182,7 @@ fn a_udp_flow_to_a_name_goes_on_after_a_restart_and_an_edit() {
     assert!(agent.stop().success());
 
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:4000/udp other.test")]);
     });
     assert!(
@@ -218,17 +194,13 @@ fn a_udp_flow_to_a_name_goes_on_after_a_restart_and_an_edit() {
 
 #[test]
 fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    pod.lookup("shop.test");
-    let mut open = pod.talks_tcp((server(10), 443));
+    let mut open = pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
     assert!(agent.stop().success());
     eventually("the address has expired", || {
         holds(pod.connect_tcp((server(10), 443), SHORT).is_err())
@@ -238,7 +210,7 @@ fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
     let agent = lab.start_agent(&[&pod]);
     let denied = agent.denies_tcp(&pod, (server(10), 443), "expired");
     assert_eq!(denied.dst_names, ["shop.test"]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443")]);
     });
     agent.denies_tcp(&pod, (server(10), 443), "expired");
@@ -250,10 +222,7 @@ fn a_name_that_expired_meanwhile_opens_nothing_and_keeps_open_connections() {
 
 #[test]
 fn after_a_restart_a_port_of_an_expired_name_is_closed_on_a_shared_address() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = [443, 444].map(|port| lab.serve_tcp(port));
     lab.dns().answer("brief.test", [address(server(10)).ttl(1)]);
     lab.dns()
@@ -279,12 +248,12 @@ fn after_a_restart_a_port_of_an_expired_name_is_closed_on_a_shared_address() {
 fn a_restarted_agent_shows_the_names_that_an_earlier_one_learned() {
     let mut scene = Scene::new();
     scene.restart(|_, _| ());
-    let status = scene.lab.status_of(&scene.pod);
+    let status = scene.shop.lab.status_of(&scene.shop.pod);
     assert_eq!(status["resolved"][0]["name"], "shop.test", "{status}");
-    let (code, explained) = scene.lab.explain(&scene.pod, "203.0.113.10:443");
+    let (code, explained) = scene.shop.lab.explain(&scene.shop.pod, "203.0.113.10:443");
     assert_eq!(code, 0, "{explained}");
     assert_eq!(explained["addresses"][0]["names"][0], "shop.test");
-    let (code, explained) = scene.lab.explain(&scene.pod, "shop.test:443");
+    let (code, explained) = scene.shop.lab.explain(&scene.shop.pod, "shop.test:443");
     assert_eq!(code, 0, "{explained}");
     assert_eq!(explained["addresses"][0]["address"], "203.0.113.10");
 }
@@ -312,7 +281,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
     // The response is delivered, and its address is allowed.
     assert_eq!(pod.lookup("late.test"), [server(20)]);
     let mut opens = [10, 20].map(|host| pod.talks_tcp((server(host), 443)));
-    agent.wait_said("that a name is not kept", |line| {
+    agent.wait_log("that a name is not kept", |line| {
         line.contains("shop/cart") && line.contains("map of names is full")
     });
     eventually("the name is counted", || {
@@ -322,7 +291,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
 
     // Addresses without known names stay allowed as long as the names in the policy mean the same.
     let agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let wide = format!("{allow} {}:443", numbered(1));
         lab.write_pod(&pod, &[("allow", &wide)]);
     });
@@ -333,7 +302,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         );
     }
     // Otherwise the agent cannot tell whether the address is allowed.
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let more = format!("{allow} more.test:443");
         lab.write_pod(&pod, &[("allow", &more)]);
     });
@@ -346,7 +315,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
         !exchange(late, b"after", SHORT),
         "an address without a known name is still allowed"
     );
-    agent.wait_said("that the address was not carried over", |line| {
+    agent.wait_log("that the address was not carried over", |line| {
         line.contains("shop/cart") && line.contains("addresses=1")
     });
 }
@@ -366,13 +335,14 @@ fn addresses_without_kept_names_stay_allowed_until_the_names_in_the_policy_chang
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", &more)]));
     scene.assert_cut();
     scene
+        .shop
         .agent
-        .wait_said("that the address was not carried over", |line| {
+        .wait_log("that the address was not carried over", |line| {
             line.contains("shop/cart") && line.contains("addresses=1")
         });
-    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
-    scene.pod.talks_tcp((server(10), 443));
-    assert_eq!(names_kept(&scene.lab, &scene.pod), 1);
+    assert_eq!(scene.shop.pod.lookup("shop.test"), [server(10)]);
+    scene.shop.pod.talks_tcp((server(10), 443));
+    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 1);
 }
 
 #[test]
@@ -380,21 +350,27 @@ fn a_change_that_affects_no_verdict_of_a_pod_keeps_its_policy() {
     let mut scene = Scene::new();
     let policy = scene.policy();
     scene.restart(|_, _| ());
-    scene.lab.edit_config(
+    scene.shop.lab.edit_config(
         "dns.resolvers",
         [RESOLVER, RESOLVER6, STRANGER]
             .map(|ip| ip.to_string())
             .to_vec(),
     );
-    scene.agent.reload();
+    scene.shop.agent.reload();
     // When this pod is enforced, the new resolvers are in use.
-    let another = scene.lab.pod("shop", "another");
-    scene.lab.write_pod(&another, &[("allow", "shop.test")]);
-    scene.agent.wait_enforcing(&another);
+    let another = scene.shop.lab.pod("shop", "another");
+    scene
+        .shop
+        .lab
+        .write_pod(&another, &[("allow", "shop.test")]);
+    scene.shop.agent.wait_enforcing(&another);
     assert_eq!(scene.policy(), policy, "the pod has another policy");
     scene.assert_unaffected();
     // Messages to the new resolver are held and judged.
-    let asked = scene.pod.resolve_at(STRANGER, "other.test", RecordType::A);
+    let asked = scene
+        .shop
+        .pod
+        .resolve_at(STRANGER, "other.test", RecordType::A);
     assert_eq!(asked.code, ResponseCode::NXDomain);
-    assert_eq!(scene.lab.dns().asked("other.test"), 0);
+    assert_eq!(scene.shop.lab.dns().queries_for("other.test"), 0);
 }

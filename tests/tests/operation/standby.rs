@@ -33,7 +33,7 @@ impl Scene {
         // As in a cluster, where each agent's pod has its own directory for the socket.
         lab.edit_config("socket", standby_socket(&lab));
         let standby = lab.spawn_agent(&["--take-over", "--keep-enforcing"]);
-        standby.wait_said("that it stands by", |line| line.contains("standing by"));
+        standby.wait_log("that it stands by", |line| line.contains("standing by"));
         Self {
             standby,
             agent,
@@ -72,7 +72,7 @@ fn a_takeover_keeps_connections_and_answers_every_query() {
     let slow = scene.cart.dns_socket();
     slow.ask(RESOLVER, 7, "slow.test", RecordType::A);
     eventually("the query is out", || {
-        holds(scene.lab.dns().asked("slow.test") == 1)
+        holds(scene.lab.dns().queries_for("slow.test") == 1)
     });
 
     // The pod sends one query while no agent reads it.
@@ -107,7 +107,9 @@ fn a_takeover_keeps_connections_and_answers_every_query() {
     );
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     scene.standby.wait_ready();
-    assert!(scene.is_ready());
+    eventually("the standby has taken over the socket", || {
+        holds(scene.is_ready())
+    });
 }
 
 #[test]

@@ -3,152 +3,135 @@
 use std::fs;
 
 use egress_tests::{
-    Agent, Lab, Pod, SHORT, TcpEcho, addresses::server, bpf::bpftool, dns::RecordType, eventually,
-    holds,
+    Agent, Lab, SHORT, Shop, addresses::server, bpf::bpftool, dns::RecordType, eventually, holds,
 };
 
 /// A pod that has resolved its allowed name; its agent has ended and left it enforced.
-struct Scene {
-    _web: TcpEcho,
-    pod: Pod,
-    lab: Lab,
+#[track_caller]
+fn without_agent(arguments: &[&str]) -> Shop {
+    let lab = Lab::new();
+    lab.dns().addresses("later.test", &[server(20)]);
+    let arguments = [arguments, &["--keep-enforcing"]].concat();
+    let mut shop = Shop::start(lab, "shop.test:443", &arguments);
+    assert_eq!(shop.pod.lookup("shop.test"), [server(10)]);
+    shop.pod.talks_tcp((server(10), 443));
+    assert!(shop.agent.stop().success());
+    shop
 }
 
-impl Scene {
-    #[track_caller]
-    fn new(arguments: &[&str]) -> Self {
-        let lab = Lab::new();
-        lab.dns().addresses("later.test", &[server(20)]);
-        let (web, pod) = lab.shop_and_cart("shop.test:443");
-        let mut agent = lab.start_agent_with(&[arguments, &["--keep-enforcing"]].concat(), &[&pod]);
-        assert_eq!(pod.lookup("shop.test"), [server(10)]);
-        pod.talks_tcp((server(10), 443));
-        assert!(agent.stop().success());
-        Self {
-            _web: web,
-            pod,
-            lab,
-        }
-    }
-
-    /// Replaces the pod's manifest by that of a pod with this name and UID on the same interface.
-    #[track_caller]
-    fn recreate(&self, name: &str, uid: &str, allow: &str) {
-        self.lab.remove_pod(&self.pod);
-        let manifest = serde_json::json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {
-                "namespace": "shop",
-                "name": name,
-                "uid": uid,
-                "annotations": {
-                    "egress-agent.dev/interface": self.pod.interface(),
-                    "egress-agent.dev/allow": allow,
-                },
+/// Replaces the pod's manifest by that of a pod with this name and UID on the same interface.
+#[track_caller]
+fn recreate(scene: &Shop, name: &str, uid: &str, allow: &str) {
+    scene.lab.remove_pod(&scene.pod);
+    let manifest = serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": "shop",
+            "name": name,
+            "uid": uid,
+            "annotations": {
+                "egress-agent.dev/interface": scene.pod.interface(),
+                "egress-agent.dev/allow": allow,
             },
-            "status": { "podIPs": [{ "ip": self.pod.ipv4() }, { "ip": self.pod.ipv6() }] },
-        });
-        self.lab
-            .write_file("recreated.json", manifest.to_string().as_bytes());
-    }
+        },
+        "status": { "podIPs": [{ "ip": scene.pod.ipv4() }, { "ip": scene.pod.ipv6() }] },
+    });
+    scene
+        .lab
+        .write_file("recreated.json", manifest.to_string().as_bytes());
+}
 
-    #[track_caller]
-    fn reaches(&self, last: u8) -> bool {
-        self.pod.connect_tcp((server(last), 443), SHORT).is_ok()
-    }
-
-    /// Asserts that only `later.test` is allowed, and that no earlier address is.
-    #[track_caller]
-    fn assert_starts_afresh(&self, agent: &Agent) {
-        agent.wait_said("that it is ready", |line| line.contains("ready"));
-        assert!(!self.reaches(99), "the pod is open");
-        assert!(!self.reaches(10), "the pod inherited an address");
-        assert_eq!(self.pod.lookup("later.test"), [server(20)]);
-        self.pod.talks_tcp((server(20), 443));
-    }
+/// Asserts that only `later.test` is allowed, and that no earlier address is.
+#[track_caller]
+fn assert_starts_afresh(scene: &Shop, agent: &Agent) {
+    agent.wait_log("that it is ready", |line| line.contains("ready"));
+    assert!(!scene.pod.reaches(server(99)), "the pod is open");
+    assert!(
+        !scene.pod.reaches(server(10)),
+        "the pod inherited an address"
+    );
+    assert_eq!(scene.pod.lookup("later.test"), [server(20)]);
+    scene.pod.talks_tcp((server(20), 443));
 }
 
 #[test]
 fn a_pod_recreated_while_no_agent_ran_is_enforced_and_inherits_nothing() {
-    let scene = Scene::new(&[]);
-    scene.recreate("cart", "another", "later.test:443");
+    let scene = without_agent(&[]);
+    recreate(&scene, "cart", "another", "later.test:443");
     let agent = scene.lab.start_agent(&[]);
-    scene.assert_starts_afresh(&agent);
+    assert_starts_afresh(&scene, &agent);
 }
 
 #[test]
 fn another_pod_on_the_same_interface_is_enforced_and_inherits_nothing() {
-    let scene = Scene::new(&[]);
-    scene.recreate("heir", "heir", "later.test:443");
+    let scene = without_agent(&[]);
+    recreate(&scene, "heir", "heir", "later.test:443");
     let agent = scene.lab.start_agent(&[]);
-    scene.assert_starts_afresh(&agent);
+    assert_starts_afresh(&scene, &agent);
     let pin = scene.lab.allow_pin(&scene.pod);
     assert!(!pin.exists(), "left: {}", pin.display());
 }
 
 #[test]
 fn a_name_removed_while_no_agent_ran_is_closed() {
-    let scene = Scene::new(&[]);
+    let scene = without_agent(&[]);
     // The ports and protocols are the same; only the name differs.
     scene
         .lab
         .write_pod(&scene.pod, &[("allow", "later.test:443")]);
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    scene.assert_starts_afresh(&agent);
+    assert_starts_afresh(&scene, &agent);
 }
 
 #[test]
 fn a_pod_switched_off_while_no_agent_ran_is_not_enforced() {
-    let scene = Scene::new(&[]);
+    let scene = without_agent(&[]);
     scene
         .lab
         .write_pod(&scene.pod, &[("allow", "shop.test:443"), ("mode", "off")]);
     let _agent = scene.lab.start_agent(&[]);
     eventually("the pod is not enforced any more", || {
-        holds(scene.reaches(99))
+        holds(scene.pod.reaches(server(99)))
     });
     scene.pod.resolve("evil.test", RecordType::A);
-    assert_eq!(scene.lab.dns().asked("evil.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("evil.test"), 1);
 }
 
 #[test]
 fn another_attach_mode_takes_over_from_the_previous_one() {
     for (before, after) in [("clsact", "tcx"), ("tcx", "clsact")] {
-        let scene = Scene::new(&["--attach", before]);
+        let scene = without_agent(&["--attach", before]);
         let mut agent = scene
             .lab
             .start_agent_with(&["--attach", after], &[&scene.pod]);
         assert!(
-            !scene.reaches(99),
+            !scene.pod.reaches(server(99)),
             "{before}, then {after}: the pod is open"
         );
-        assert!(scene.reaches(10), "{before}, then {after}");
+        scene.pod.talks_tcp((server(10), 443));
         assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
         assert_eq!(
-            scene.lab.dns().asked("shop.test"),
+            scene.lab.dns().queries_for("shop.test"),
             2,
             "{before}, then {after}: each query is forwarded once"
         );
         assert!(agent.stop().success());
-        assert!(
-            scene.reaches(99),
-            "{before}, then {after}: something is left"
-        );
+        scene.pod.talks_tcp((server(99), 443));
     }
 }
 
 #[test]
 fn a_pod_whose_manifest_is_unreadable_at_the_start_stays_enforced_as_before() {
-    let scene = Scene::new(&[]);
+    let scene = without_agent(&[]);
     let file = scene.lab.pod_file(&scene.pod);
     scene.lab.write_file(&file, b"{{{ not YAML");
     let agent = scene.lab.start_agent(&[]);
-    agent.wait_said("that the pod stays enforced", |line| {
+    agent.wait_log("that the pod stays enforced", |line| {
         line.contains("shop/cart") && line.contains("as an earlier agent left it")
     });
-    assert!(!scene.reaches(99), "the pod is open");
-    assert!(scene.reaches(10));
+    assert!(!scene.pod.reaches(server(99)), "the pod is open");
+    scene.pod.talks_tcp((server(10), 443));
 
     scene
         .lab
@@ -157,35 +140,34 @@ fn a_pod_whose_manifest_is_unreadable_at_the_start_stays_enforced_as_before() {
     assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
     scene.lab.remove_pod(&scene.pod);
     eventually("the pod is not enforced any more", || {
-        holds(scene.reaches(99))
+        holds(scene.pod.reaches(server(99)))
     });
 }
 
 #[test]
 fn an_interface_without_a_known_pod_is_detached() {
-    let scene = Scene::new(&[]);
+    let scene = without_agent(&[]);
     // The state that an agent leaves if it is killed while it starts or stops enforcing a pod.
     let interface = scene.pod.interface();
-    let ifindex = scene
-        .lab
-        .node()
-        .run(|| nix::net::if_::if_nametoindex(interface))
-        .expect("the pod's interface");
+    let ifindex = scene.lab.ifindex(interface);
     let interfaces = scene.lab.pins().join("interfaces");
-    let key = ifindex.to_ne_bytes().map(|byte| format!("{byte:#04x}"));
+    let key = ifindex
+        .get()
+        .to_ne_bytes()
+        .map(|byte| format!("{byte:#04x}"));
     let mut arguments = vec!["map", "delete", "pinned"];
     arguments.push(interfaces.to_str().expect("a path in UTF-8"));
     arguments.push("key");
     arguments.extend(key.iter().map(String::as_str));
     bpftool(&arguments);
     assert!(
-        !scene.reaches(99),
+        !scene.pod.reaches(server(99)),
         "an interface without an entry lets traffic out"
     );
     scene.lab.remove_pod(&scene.pod);
     let _agent = scene.lab.start_agent(&[]);
     eventually("the interface is not enforced any more", || {
-        holds(scene.reaches(99))
+        holds(scene.pod.reaches(server(99)))
     });
 }
 

@@ -9,7 +9,7 @@ use std::{
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod,
     addresses::{RESOLVER, numbered},
-    dns::{Answer, DnsSocket, RecordType, ResponseCode, question},
+    dns::{Answer, DnsSocket, RecordType, ResponseCode, framed_query, read_message},
 };
 
 /// The agent's anonymous memory, in KiB.
@@ -83,9 +83,7 @@ fn connections_to_a_resolver_are_bounded_and_the_newest_works() {
     let agent = lab.start_agent(&[&pod, &neighbour]);
     let before = neighbour.reach_tcp((RESOLVER, 53));
     // The first part of a query, which the agent buffers.
-    let question = question(7, "n1.fresh.test", RecordType::A);
-    let length = u16::try_from(question.len()).expect("a short query");
-    let bytes = [&length.to_be_bytes(), question.as_slice()].concat();
+    let bytes = framed_query(7, "n1.fresh.test");
     let mut all: Vec<_> = (0..CONNECTIONS)
         .map(|_| {
             let mut stream = pod.reach_tcp((RESOLVER, 53));
@@ -106,10 +104,7 @@ fn connections_to_a_resolver_are_bounded_and_the_newest_works() {
             &bytes[..]
         };
         stream.write_all(rest).expect("write");
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).expect("a response");
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut message).expect("a response");
+        let message = read_message(&mut stream).expect("a response");
         assert_eq!(Answer::read(&message).addresses, [numbered(1)]);
     }
     assert!(!agent.denials().iter().any(|d| d.of(&neighbour)));

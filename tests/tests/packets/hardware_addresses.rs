@@ -6,7 +6,7 @@ use egress_common::address::link_local_of;
 use egress_tests::{
     Agent, ApiServer, Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::server,
-    bpf::bpftool,
+    cluster::allow,
     echo_on, eventually,
     frames::{self, Tap},
     holds,
@@ -37,13 +37,7 @@ impl Scene {
         let lab = Lab::builder()
             .config("ranges.internal", vec!["10.1.0.0/16"])
             .build();
-        let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-        lab.node().ip_batch(&format!(
-            "link add br0 address 02:00:00:00:77:01 type bridge mcast_snooping 0\nlink set br0 up\n\
-             link set {} master br0\nlink set {} master br0\n",
-            cart.interface(),
-            mail.interface()
-        ));
+        let [cart, mail] = lab.two_pods_on_a_bridge();
         for (from, to) in [(&cart, &mail), (&mail, &cart)] {
             from.netns()
                 .ip_batch(&format!("route add {}/32 dev eth0\n", to.ipv4()));
@@ -313,25 +307,21 @@ fn a_network_plugin_may_change_the_hardware_address_during_setup() {
     let cluster = Cluster::on(ApiServer::shared(), Lab::builder());
     let lab = &cluster.lab;
     let shop = cluster.namespace("shop", &Value::Null);
-    let allow = json!({ "egress-agent.dev/allow": "" });
+    let listed = allow("");
     let agent = cluster.start_agent();
-    let (object, uid) = cluster.create(&shop, "cart", &allow);
+    let (object, uid) = cluster.create(&shop, "cart", &listed);
     let net = lab.pod(&shop, "cart");
-    let mut cart = cluster.place(object, &uid, net);
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
     let port = cart.net().interface().to_owned();
     lab.node().ip_batch(&format!(
         "link add br0 type bridge\nlink set br0 up\nlink set {port} master br0\n"
     ));
-    let pin = lab.pins().join("link_hardware");
-    let pin = pin.to_str().expect("UTF-8").to_owned();
     let wait_bound = |hardware: [u8; 6]| {
         eventually("the port is bound to its address", || {
-            let dump = bpftool(&["map", "dump", "pinned", &pin]);
-            let mut entries = dump.as_array()?.iter();
             let expected = json!(hardware);
-            entries
-                .any(|entry| entry["formatted"]["value"]["addr"] == expected)
-                .then_some(())
+            let entries = lab.shared_entries("link_hardware");
+            let is_it = |entry: &Value| entry["value"]["addr"] == expected;
+            holds(entries.iter().any(is_it))
         });
     };
     wait_bound(cart.net().hardware());
@@ -398,7 +388,7 @@ fn in_audit_mode_a_foreign_hardware_address_passes_and_is_reported() {
         (denial.event.as_str(), denial.verdict.as_str()),
         ("would_deny", "audited")
     );
-    agent.applies(&scene.cart, || {
+    agent.applies_policy_after(&scene.cart, || {
         scene.lab.write_pod(&scene.cart, &[("allow", "")]);
     });
     scene.assert_dropped(&agent, &from(scene.datagram(b"as nobody again"), FREE));

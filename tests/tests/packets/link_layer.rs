@@ -35,14 +35,9 @@ impl Scene {
     #[track_caller]
     fn new() -> Self {
         let lab = Lab::new();
-        let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-        lab.node().ip_batch(&format!(
-            "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n\
-             addr add {GATEWAY}/64 dev br0 nodad\n\
-             link set {} master br0\nlink set {} master br0\n",
-            cart.interface(),
-            mail.interface()
-        ));
+        let [cart, mail] = lab.two_pods_on_a_bridge();
+        lab.node()
+            .ip_batch(&format!("addr add {GATEWAY}/64 dev br0 nodad\n"));
         lab.write_pod(&cart, &[("allow", "")]);
         let agent = lab.start_agent(&[&cart]);
         Self {

@@ -12,8 +12,7 @@ use std::{
 use egress_tests::{
     Lab, Namespace, Pod,
     addresses::{RESOLVER, server},
-    bpf::bpftool,
-    dns::{RecordType, ResponseCode, question},
+    dns::{DnsStream, RecordType, ResponseCode, framed, framed_query, question, read_message},
     eventually, holds,
     observed::HTTP,
 };
@@ -55,24 +54,13 @@ fn block_delivery(pod: &Pod) {
     run_in(netns, "nft", &[ruleset]);
 }
 
-/// Two pods that may reach `shop.test`.
-#[track_caller]
-fn two_pods(lab: &Lab) -> [Pod; 2] {
-    lab.dns().addresses("shop.test", &[server(10)]);
-    ["greedy", "neighbour"].map(|name| {
-        let pod = lab.pod("shop", name);
-        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-        pod
-    })
-}
-
 #[test]
 fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     // More than the send buffer of any socket holds.
     const QUESTIONS: u16 = 4000;
     let lab = Lab::builder().config("http", HTTP).build();
     let _web = lab.serve_tcp(443);
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     assert_eq!(greedy.lookup("shop.test"), [server(10)]);
     block_delivery(&greedy);
@@ -88,8 +76,10 @@ fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     neighbour.talks_tcp((server(10), 443));
     let refused = neighbour.resolve("evil.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
-    assert!(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0);
-    agent.wait_said("whose frames are lost", |line| {
+    eventually("frames are lost", || {
+        holds(lab.metrics().get("egress_agent_frames_unsent_total") > 0.0)
+    });
+    agent.wait_log("whose frames are lost", |line| {
         line.contains("could not be put back") && line.contains("pod=shop/greedy")
     });
 
@@ -107,7 +97,7 @@ fn the_agents_sockets_close_with_their_pods() {
     // One socket for the probes of all interfaces.
     const PROBES: usize = 1;
     let lab = Lab::new();
-    let pods = two_pods(&lab);
+    let pods = lab.pods_of_shop(["greedy", "neighbour"]);
     let mut agent = lab.start_agent(&[&pods[0], &pods[1]]);
     let sockets = || {
         let table = lab
@@ -197,9 +187,7 @@ impl Stamped {
 /// The number of responses that the programs have passed to the agent.
 #[track_caller]
 fn held_responses(lab: &Lab) -> u64 {
-    let map = lab.pins().join("counters");
-    let dump = bpftool(&["map", "dump", "pinned", &map.to_string_lossy()]);
-    let values = &dump[0]["formatted"]["values"];
+    let values = &lab.shared_entries("counters")[0]["values"];
     let values = values.as_array().expect("a value for each CPU");
     let of_cpu = |value: &Value| value["value"]["held_answers"].as_u64();
     values.iter().filter_map(of_cpu).sum()
@@ -212,7 +200,7 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     let lab = Lab::builder()
         .config("limits.addressesPerPod", 200_000)
         .build();
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     lab.write_pod(&greedy, &[("allow", "big.test:443")]);
     // The test sends the responses itself, at the right moment.
     for name in ["big.test", "small.test"] {
@@ -230,8 +218,8 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     one.0.send_to(&asked, (RESOLVER, 53)).expect("send");
     eventually("all queries are with the resolver", || {
         holds(
-            lab.dns().asked("big.test") == usize::from(COSTLY)
-                && lab.dns().asked("small.test") == 1,
+            lab.dns().queries_for("big.test") == usize::from(COSTLY)
+                && lab.dns().queries_for("small.test") == 1,
         )
     });
 
@@ -277,7 +265,7 @@ fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
     // These fill the rest between the long ones and the end of the ring.
     const SHORT: u16 = 100;
     let lab = Lab::builder().mtu(9000).build();
-    let [greedy, neighbour] = two_pods(&lab);
+    let [greedy, neighbour] = lab.pods_of_shop(["greedy", "neighbour"]);
     let agent = lab.start_agent(&[&greedy, &neighbour]);
     let pid = Pid::from_raw(agent.pid().cast_signed());
     kill(pid, Signal::SIGSTOP).expect("kill(2)");
@@ -303,13 +291,8 @@ fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
 /// a complete response to every other query.
 fn serve(mut stream: TcpStream) -> Option<()> {
     loop {
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).ok()?;
-        let mut asked = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut asked).ok()?;
-        let answer = costly_response(&asked, 0);
-        let length = u16::try_from(answer.len()).ok()?;
-        let mut bytes = [&length.to_be_bytes(), answer.as_slice()].concat();
+        let asked = read_message(&mut stream).ok()?;
+        let mut bytes = framed(&costly_response(&asked, 0));
         if asked.windows(4).any(|bytes| bytes == b"\x03big") {
             bytes.truncate(bytes.len() - 1);
         }
@@ -339,18 +322,13 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
         pod
     });
     let agent = lab.start_agent(&[&greedy, &neighbour]);
-    let framed = |name: &str| {
-        let asked = question(7, name, RecordType::A);
-        let length = u16::try_from(asked.len()).expect("a short query");
-        [&length.to_be_bytes(), asked.as_slice()].concat()
-    };
     let mut held = Vec::new();
     let response = 2 + costly_response(&question(7, "big.test", RecordType::A), 0).len();
     for number in 0..CONNECTIONS {
         let mut stream = greedy.reach_tcp((RESOLVER, 53));
         if number < LONG {
             stream
-                .write_all(&framed("big.test"))
+                .write_all(&framed_query(7, "big.test"))
                 .expect("the connection is open");
         }
         // The agent buffers the data after the query until the message is complete.
@@ -363,18 +341,9 @@ fn connections_that_use_up_their_pods_memory_leave_room_for_another_pods() {
         }
         held.push(stream);
     }
-    let mut stream = neighbour.reach_tcp((RESOLVER, 53));
-    stream
-        .write_all(&framed("whole.test"))
-        .expect("the connection is open");
-    let mut length = [0; 2];
-    stream
-        .read_exact(&mut length)
-        .expect("the neighbour's response");
-    let mut message = vec![0; u16::from_be_bytes(length).into()];
-    stream
-        .read_exact(&mut message)
-        .expect("the neighbour's response");
+    let mut stream = DnsStream::open(&neighbour, RESOLVER);
+    stream.write(&framed_query(7, "whole.test"));
+    read_message(&mut stream.tcp).expect("the neighbour's response");
     assert_eq!(lab.allowed(&neighbour).len(), ADDRESSES as usize);
     assert!(!agent.denials().iter().any(|denial| denial.of(&neighbour)));
     agent.wait_denial("a connection above the pod's limit", |denial| {

@@ -60,10 +60,7 @@ impl Wire {
     #[track_caller]
     fn reaches(&self, protocol: u8, to: IpAddr, timeout: std::time::Duration) -> bool {
         self.send(protocol, to);
-        let own = match to {
-            IpAddr::V4(_) => self.pod.ipv4().into(),
-            IpAddr::V6(_) => self.pod.ipv6().into(),
-        };
+        let own = self.pod.address_for(to);
         // Ignores the ICMP error that quotes the packet.
         self.uplink
             .receive(timeout, |seen| {

@@ -39,7 +39,7 @@ impl Pending {
         let socket = cart.dns_socket();
         socket.ask(RESOLVER, ID, "shop.test", RecordType::A);
         eventually("the query is at the resolver", || {
-            holds(lab.dns().asked("shop.test") == 1)
+            holds(lab.dns().queries_for("shop.test") == 1)
         });
         Self {
             agent,
@@ -149,7 +149,7 @@ fn a_query_in_a_neighbours_name_does_not_leave() {
     Tap::open(scene.mail.netns(), "eth0").send(&forged);
     scene.wait_stopped(&scene.mail, scene.asker().0, 1);
     scene.delivers_only_the_real_response();
-    assert_eq!(scene.lab.dns().asked("shop.test"), 1);
+    assert_eq!(scene.lab.dns().queries_for("shop.test"), 1);
 }
 
 #[test]

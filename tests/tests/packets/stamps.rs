@@ -122,7 +122,9 @@ fn frames_resent_by_an_ifb_device_do_not_leave_and_are_reported() {
         let series = format!(
             "egress_agent_denials_total{{event=\"denied\",namespace=\"shop\",reason=\"{REASON}\"}}"
         );
-        assert!(scene.lab.metrics().find(&series) >= 1.0);
+        eventually("it is counted", || {
+            holds(scene.lab.metrics().find(&series) >= 1.0)
+        });
         drop(ifb);
         scene.assert_enforced();
     }
@@ -143,13 +145,13 @@ fn in_audit_mode_unjudged_frames_pass_and_are_reported() {
     // In enforce mode the frames are dropped.
     scene
         .agent
-        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
+        .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, ALLOW));
     assert!(scene.pod.connect_tcp((server(98), 443), SHORT).is_err());
     drop(ifb);
     scene.assert_enforced();
     scene
         .agent
-        .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
+        .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, &mode));
     let _ifb = Ifb::redirect(&scene.pod);
     scene.pod.talks_tcp((server(97), 443));
 }
@@ -239,7 +241,7 @@ fn removed_tables_are_restored_and_reported() {
         drop(ifb);
         scene.assert_enforced();
     }
-    scene.agent.wait_said("that tables were put back", |line| {
+    scene.agent.wait_log("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
 }
@@ -311,7 +313,7 @@ fn dormant_or_replaced_tables_are_restored_and_reported() {
         let table = listed.replace(was, becomes);
         assert_restored(&format!("delete table {family} egress-agent\n{table}"));
     }
-    scene.agent.wait_said("that tables were put back", |line| {
+    scene.agent.wait_log("that tables were put back", |line| {
         line.contains("WARN") && line.contains("tables of nf_tables")
     });
 }
@@ -374,13 +376,7 @@ fn frames_passed_by_a_filter_in_front_of_ours_do_not_leave() {
 /// Two pods on one bridge; the first is enforced.
 fn on_a_bridge() -> (Lab, Pod, Pod, Agent) {
     let lab = Lab::new();
-    let (cart, mail) = (lab.pod("shop", "cart"), lab.pod("shop", "mail"));
-    lab.node().ip_batch(&format!(
-        "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n\
-         link set {} master br0\nlink set {} master br0\n",
-        cart.interface(),
-        mail.interface()
-    ));
+    let [cart, mail] = lab.two_pods_on_a_bridge();
     lab.write_pod(&cart, ALLOW);
     let agent = lab.start_agent(&[&cart]);
     (lab, cart, mail, agent)

@@ -142,7 +142,7 @@ fn a_packet_forged_through_a_tunnel_in_audit_mode_opens_no_flow_once_the_pod_is_
         own.recv(&mut [0; 16]).expect("audit mode stops nothing");
         scene
             .agent
-            .applies(&scene.pod, || scene.lab.write_pod(&scene.pod, rules));
+            .applies_policy_after(&scene.pod, || scene.lab.write_pod(&scene.pod, rules));
         own.send_to(b"stolen", (server(66), 7))
             .expect("the pod answers");
         assert!(!scene.leaves(b"stolen"), "it left: {rules:?}");
@@ -274,7 +274,9 @@ fn a_reply_is_judged_again_when_its_port_becomes_a_tunnel_port() {
         .receive(DEADLINE, |seen| seen.ends_with(b"before"));
     assert!(leaves.is_some(), "an answer");
     scene.lab.edit_config("ranges.tunnels", vec!["9000/udp"]);
-    scene.agent.applies(&scene.pod, || scene.agent.reload());
+    scene
+        .agent
+        .applies_policy_after(&scene.pod, || scene.agent.reload());
     let mark = scene.agent.mark();
     scene.tap.send(&answer(b"inside"));
     assert!(!scene.leaves(b"inside"));

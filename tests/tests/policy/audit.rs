@@ -2,7 +2,8 @@
 //! are enforced.
 
 use egress_tests::{
-    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, exchange,
+    Agent, Builder, DEADLINE, Denial, Lab, Pod, SHORT, addresses::server, echo_on, eventually,
+    exchange, holds,
 };
 use serde_json::json;
 
@@ -127,7 +128,7 @@ fn with_default_mode_audit_unreadable_annotations_stop_nothing() {
     for pod in [&typo, &unknown] {
         assert_audited(&agent, pod, 10, "policy_unreadable");
         let said = format!("{}/{}", pod.namespace(), pod.name());
-        agent.wait_said("the problem and its consequence", |line| {
+        agent.wait_log("the problem and its consequence", |line| {
             line.contains(&said) && line.contains("nothing is stopped (defaultMode: audit)")
         });
     }
@@ -143,7 +144,7 @@ fn an_unreadable_edit_keeps_the_last_policy_and_follows_a_change_of_the_default_
     let pod = lab.pod("shop", "cart");
     lab.write_pod(&pod, &[("allow", LISTED)]);
     let agent = lab.start_agent(&[&pod]);
-    agent.says_after(
+    agent.logs_after(
         "that the edit cannot be read",
         || lab.write_pod(&pod, &[("allow", "shop.test:https")]),
         |line| line.contains("the last good policy stays"),
@@ -151,7 +152,7 @@ fn an_unreadable_edit_keeps_the_last_policy_and_follows_a_change_of_the_default_
     agent.denies_tcp(&pod, (server(20), 443), "no_rule");
 
     lab.edit_config("defaultMode", "audit");
-    agent.applies(&pod, || agent.reload());
+    agent.applies_policy_after(&pod, || agent.reload());
     assert_audited(&agent, &pod, 21, "no_rule");
     assert_allowed(&agent, &pod, 10);
 }
@@ -174,7 +175,7 @@ fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
     // The audit overlay: a pod's entries count as far as its namespace's list covers them.
     lab.edit_config("defaultMode", "audit");
     lab.edit_config("podAnnotations", "narrow");
-    agent.applies(&listed, || agent.reload());
+    agent.applies_policy_after(&listed, || agent.reload());
     agent.wait_enforcing(&plain);
     for pod in [&listed, &plain] {
         assert_audited(&agent, pod, 10, "no_rule");
@@ -187,18 +188,22 @@ fn a_cluster_moves_from_the_base_through_audit_to_lockdown() {
     agent.denies_tcp(&kept, (server(30), 443), "no_rule");
 
     // Add the reported destinations to the namespace's list.
-    agent.applies(&listed, || {
+    agent.applies_policy_after(&listed, || {
         lab.write_namespace("shop", &[("allow", LISTED)]);
     });
     assert_allowed(&agent, &listed, 12);
     assert_eq!(lab.status_of(&plain)["mode"], "audit");
 
     lab.edit_config("defaultMode", "enforce");
-    agent.applies(&listed, || agent.reload());
+    agent.applies_policy_after(&listed, || agent.reload());
     assert!(
         exchange(&mut open, b"locked down", DEADLINE),
         "the open connection was cut"
     );
+    eventually("all pods are enforced", || {
+        let mode = |pod: &&Pod| lab.status_of(pod)["mode"] == "enforce";
+        holds([&listed, &kept, &plain].iter().all(mode))
+    });
     for pod in [&listed, &kept, &plain] {
         pod.talks_tcp((server(10), 443));
         assert!(pod.connect_tcp((server(40), 443), SHORT).is_err());

@@ -21,7 +21,7 @@ fn an_added_entry_applies_at_once_to_names_already_resolved() {
     let mut open = pod.talks_tcp((server(10), 443));
     agent.denies_tcp(&pod, (server(10), 8080), "port_not_allowed");
 
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443 shop.test:8080")]);
     });
     pod.talks_tcp((server(10), 8080));
@@ -29,7 +29,7 @@ fn an_added_entry_applies_at_once_to_names_already_resolved() {
         exchange(&mut open, b"still here", DEADLINE),
         "the edit cut an allowed connection"
     );
-    assert_eq!(lab.dns().asked("shop.test"), 1);
+    assert_eq!(lab.dns().queries_for("shop.test"), 1);
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn a_removed_entry_cuts_its_connections_at_once() {
     let cut_flow = pod.udp_socket((server(10), 443));
     assert!(echo_on(&cut_flow, b"before", DEADLINE));
 
-    agent.applies(&pod, || lab.write_pod(&pod, &[("allow", "kept.test:443")]));
+    agent.applies_policy_after(&pod, || lab.write_pod(&pod, &[("allow", "kept.test:443")]));
     assert!(
         !exchange(&mut cut, b"after", SHORT),
         "an open connection was not cut"
@@ -74,7 +74,7 @@ fn a_deny_entry_added_to_a_running_pod_cuts_its_connections() {
     lab.write_pod(&pod, &[("allow", "203.0.113.0/24:443")]);
     let agent = lab.start_agent(&[&pod]);
     let mut stream = pod.talks_tcp((server(10), 443));
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(
             &pod,
             &[("allow", "203.0.113.0/24:443"), ("deny", "203.0.113.10")],
@@ -112,14 +112,14 @@ fn a_namespace_grants_to_all_its_pods_and_to_no_other() {
     agent.denies_name(&stranger, "all.test");
 
     // An edit of the namespace applies to its running pods.
-    agent.applies(&plain, || {
+    agent.applies_policy_after(&plain, || {
         lab.write_namespace("shop", &[("allow", "all.test:443 own.test:443")]);
     });
     plain.lookup("own.test");
     plain.talks_tcp((server(2), 443));
 
     // Deny beats allow, on the pod and on the namespace.
-    agent.applies(&more, || {
+    agent.applies_policy_after(&more, || {
         lab.write_namespace("shop", &[("allow", "all.test:443"), ("deny", "own.test")]);
     });
     agent.denies_name(&more, "own.test");
@@ -206,7 +206,7 @@ fn a_pod_moves_between_modes_while_it_runs() {
     lab.write_pod(&pod, &[rules, ("mode", "audit")]);
     let agent = lab.start_agent(&[&pod]);
     pod.talks_tcp((server(99), 443));
-    agent.applies(&pod, || lab.write_pod(&pod, &[rules, ("mode", "enforce")]));
+    agent.applies_policy_after(&pod, || lab.write_pod(&pod, &[rules, ("mode", "enforce")]));
     agent.denies_tcp(&pod, (server(99), 443), "address_not_learned");
     lab.write_pod(&pod, &[rules, ("mode", "off")]);
     eventually("the pod is not enforced", || {
@@ -261,7 +261,7 @@ fn an_empty_allow_closes_a_pod_and_a_deny_alone_leaves_it_open() {
     open.talks_tcp((server(3), 443));
     agent.denies_name(&open, "bad.test");
     agent.denies_tcp(&open, (server(100), 443), "deny_rule");
-    assert_eq!(lab.dns().asked("bad.test"), 0);
+    assert_eq!(lab.dns().queries_for("bad.test"), 0);
 }
 
 #[test]

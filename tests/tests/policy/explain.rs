@@ -3,9 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use egress_tests::{
-    Lab, Pod, SHORT,
+    DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
-    bpf::bpftool,
     dns::address,
     eventually, holds,
     observed::HTTP,
@@ -71,12 +70,13 @@ fn assert_agrees(lab: &Lab, pod: &Pod, cases: &[Case], passes_anyway: bool) {
             reason.is_some(),
             "{explanation:#}"
         );
-        let reached = if target.ends_with("/udp") {
-            pod.echo_udp(*to, b"hello", SHORT)
-        } else {
-            pod.connect_tcp(*to, SHORT).is_ok()
-        };
         let passes = reason.is_none() || passes_anyway;
+        let timeout = if passes { DEADLINE } else { SHORT };
+        let reached = if target.ends_with("/udp") {
+            pod.echo_udp(*to, b"hello", timeout)
+        } else {
+            pod.connect_tcp(*to, timeout).is_ok()
+        };
         assert_eq!(reached, passes, "the real verdict on {target}");
         assert_eq!(code, i32::from(!passes), "{target}: {explanation:#}");
     }
@@ -315,15 +315,7 @@ fn explaining_leaves_no_trace() {
             of.map(|series| metrics.get(series)).sum::<f64>()
         })
     };
-    let flows = || {
-        let pin = lab.pins().join("pods/shop_cart/flows");
-        bpftool(&[
-            "map",
-            "dump",
-            "pinned",
-            pin.to_str().expect("a path in UTF-8"),
-        ])
-    };
+    let flows = || lab.pod_entries(&pod, "flows");
     let before = (numbers(), flows());
     for target in [
         "203.0.113.20:443",
@@ -339,7 +331,7 @@ fn explaining_leaves_no_trace() {
     assert_eq!(after.0[1..], before.0[1..]);
     assert!(agent.denials().is_empty(), "{:?}", agent.denials());
     assert_eq!(
-        lab.dns().asked("shop.test") + lab.dns().asked("evil.test"),
+        lab.dns().queries_for("shop.test") + lab.dns().queries_for("evil.test"),
         0
     );
 }
@@ -373,10 +365,7 @@ fn explain_agrees_in_audit_mode() {
 
 #[test]
 fn explain_agrees_about_expired_addresses() {
-    let lab = Lab::builder()
-        .config("dns.minTtl", "1s")
-        .config("dns.grace", "0s")
-        .build();
+    let lab = Lab::builder().exact_lifetimes().build();
     let _web = lab.serve_tcp(443);
     lab.dns().answer("shop.test", [address(server(10)).ttl(1)]);
     let pod = lab.pod("shop", "cart");
@@ -400,8 +389,7 @@ fn explain_agrees_about_expired_addresses() {
     // A new query for the name makes it reachable.
     let (code, explanation) = lab.explain(&pod, "shop.test:443");
     assert_eq!(code, 0, "{explanation:#}");
-    pod.lookup("shop.test");
-    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp_within_ttl("shop.test", (server(10), 443));
 }
 
 #[test]
@@ -505,7 +493,7 @@ fn explain_names_the_list_that_lacks_the_entry() {
 
     // With the hint applied, the connection passes.
     agent.denies_name(&pod, "evil.test");
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         let entries = format!("{namespace} evil.test:443/tcp");
         lab.write_namespace("shop", &[("allow", &entries)]);
     });

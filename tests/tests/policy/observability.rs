@@ -14,9 +14,9 @@ use std::{
 };
 
 use egress_tests::{
-    Lab, Pod, SHORT,
+    Lab, Pod,
     addresses::{RESOLVER, server},
-    dns::{RecordType, question},
+    dns::DnsStream,
     eventually, holds,
     observed::{HTTP, Metrics},
 };
@@ -51,7 +51,7 @@ fn metrics_count_verdicts_and_messages() {
     agent.denies_name(&pod, "evil.test");
     agent.denies_tcp(&pod, (server(10), 80), "port_not_allowed");
     agent.denies_tcp(&pod, (server(9), 80), "no_rule");
-    assert!(audited.connect_tcp((server(9), 443), SHORT).is_ok());
+    audited.talks_tcp((server(9), 443));
     agent.wait_denial("the audited connection", |denial| denial.of(&audited));
 
     let dns = |direction: &str, outcome: &str| {
@@ -136,13 +136,9 @@ fn dns_over_tcp_is_counted_separately() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let _agent = lab.start_agent(&[&pod]);
-    let message = question(7, "shop.test", RecordType::A);
-    let length = u16::try_from(message.len()).expect("a short query");
-    let mut stream = pod.reach_tcp((RESOLVER, 53));
-    stream
-        .write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
-        .expect("send a query");
-    stream.read_exact(&mut [0; 14]).expect("a response");
+    let mut stream = DnsStream::open(&pod, RESOLVER);
+    stream.ask(7, "shop.test");
+    stream.expect(7);
     let of = |direction: &str| {
         format!(
             "egress_agent_dns_messages_total\
@@ -203,8 +199,10 @@ fn status_shows_resolved_names_and_denials() {
     let agent = lab.start_agent(&[&pod]);
     pod.lookup("shop.test");
     agent.denies_tcp(&pod, (server(9), 80), "no_rule");
-    let status = eventually("the denial's line", || {
-        Some(lab.status_of(&pod)).filter(|status| status["last_denial"].is_object())
+    let status = eventually("the denial's line and its count", || {
+        Some(lab.status_of(&pod)).filter(|status| {
+            status["last_denial"].is_object() && status["denied"]["no_rule"].as_u64() >= Some(1)
+        })
     });
     assert_eq!(status["mode"], "enforce");
     assert_eq!(status["enforced"], true);
@@ -217,7 +215,6 @@ fn status_shows_resolved_names_and_denials() {
         (&status["names"], &status["addresses"]),
         (&1.into(), &1.into())
     );
-    assert!(status["denied"]["no_rule"].as_u64() >= Some(1), "{status}");
     assert_eq!(status["last_denial"]["reason"], "no_rule");
     assert_eq!(status["problem"], Value::Null);
     let resolved = &status["resolved"][0];
@@ -271,7 +268,7 @@ fn status_shows_an_edit_and_the_place_of_an_error() {
     let lab = served();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
-    agent.applies(&pod, || {
+    agent.applies_policy_after(&pod, || {
         lab.write_pod(&pod, &[("allow", "shop.test:443 203.0.113.7")]);
     });
     eventually("the second version", || {
@@ -336,7 +333,7 @@ fn a_second_agent_on_the_same_socket_reports_it_and_goes_on() {
         .build();
     let (_web, pod) = second.shop_and_cart("shop.test:443");
     let mut agent = second.start_agent(&[&pod]);
-    agent.wait_said("that the socket is another's", |line| {
+    agent.wait_log("that the socket is another's", |line| {
         line.contains("ERROR") && line.contains("another agent answers there")
     });
     pod.lookup("shop.test");
@@ -357,13 +354,13 @@ fn a_taken_http_port_is_reported_and_the_agent_goes_on() {
         .expect("the port is free");
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let agent = lab.start_agent(&[&pod]);
-    agent.wait_said("that the port is taken", |line| {
+    agent.wait_log("that the port is taken", |line| {
         line.contains("ERROR") && line.contains("cannot serve /healthz")
     });
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
     drop(taken);
-    agent.wait_said("that it serves", |line| line.contains("serving /healthz"));
+    agent.wait_log("that it serves", |line| line.contains("serving /healthz"));
     assert_eq!(lab.http("/healthz").0, 200);
 }
 

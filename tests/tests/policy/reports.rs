@@ -206,7 +206,7 @@ fn the_datapath_log_is_off_by_default() {
 
     let agent = lab.start_agent_with(&["--datapath-log"], &[&pod]);
     agent.denies_tcp(&pod, (server(9), 80), "no_rule");
-    agent.wait_said("the packet's way", |line| {
+    agent.wait_log("the packet's way", |line| {
         line.contains("from_pod:") && line.contains("203.0.113.9 port 80")
     });
 }

@@ -37,7 +37,7 @@ fn an_expired_address_admits_no_new_flow_and_keeps_open_ones() {
         programs.leaves(&to.udp(7, PORT, b"hello"));
         programs.leaves(&to.sctp(7, PORT));
         programs.leaves(&to.echo(7));
-        programs.allow(host, TO_PORT | OTHERS, PAST_NS);
+        programs.allow(host, TO_PORT.or(OTHERS), PAST_NS);
 
         programs.stays(&to.tcp(8, PORT, flag::SYN), Reason::Expired);
         programs.stays(&to.tcp(8, PORT, flag::ACK), Reason::Expired);
@@ -69,7 +69,7 @@ fn a_new_policy_keeps_the_connections_it_allows() {
     let [(_, flow)] = programs.flows()[..] else {
         panic!("one flow");
     };
-    assert_eq!((flow.state, flow.policy), (FLOW_OUT, 101));
+    assert_eq!((flow.state, flow.policy().get()), (FLOW_OUT, 101));
 }
 
 #[test]
@@ -260,7 +260,7 @@ fn an_icmp_error_cannot_carry_other_data() {
         // A quotation that is longer than an error may have, or too short to identify the flow.
         let long = by.udp(5000, 8080, &[0x5a; 1300]);
         programs.stays(&unreachable(&to, &long), Reason::NoRule);
-        let header = if peer.is_ipv4() { raw::IPV4 } else { raw::IPV6 };
+        let header = raw::transport_at(peer);
         programs.stays(&unreachable(&to, &question[..header + 3]), Reason::NoRule);
         programs.stays(
             &unreachable(&to, &question[..raw::ETHERNET + 4]),

@@ -5,6 +5,7 @@ use std::{net::IpAddr, time::Duration};
 
 use egress_agent::datapath::Hook;
 use egress_common::{
+    classes::ClassSet,
     limits::{FLOW_ENTRIES, FlowLimits},
     reason::Reason,
     records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN},
@@ -241,7 +242,7 @@ fn a_new_deny_entry_cuts_inbound_flows() {
         let error = to.icmp_unreachable(&by.udp(5000, 8080, b"ping"));
         programs.stays(&error, Reason::DenyRule);
         // When the address is allowed again, the flow goes on.
-        programs.change_policy(|policy| policy.deny = 0);
+        programs.change_policy(|policy| policy.deny = ClassSet::EMPTY);
         for answer in &answers {
             programs.leaves(answer);
         }

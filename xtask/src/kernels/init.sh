@@ -95,7 +95,7 @@ filters() {
     tc filter show dev veth1 egress
 }
 
-pins=/sys/fs/bpf/egress-agent/v1
+pins=/sys/fs/bpf/egress-agent/v2
 
 is_attached() {
     filters

@@ -81,10 +81,10 @@ const ARROWS: [(&str, Uses, &str); 5] = [
 const UNSAFE: [&str; 12] = [
     "egress-ebpf/src/",
     "egress-common/src/records.rs",
-    "egress-agent/src/control/wake/links.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
     "egress-agent/src/gate/frame_sender/sending.rs",
+    "egress-agent/src/host/notices.rs",
     "tests/src/features.rs",
     "tests/src/frames.rs",
     "tests/src/rewritten.rs",

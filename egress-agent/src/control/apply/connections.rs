@@ -7,6 +7,7 @@ use std::io;
 
 use anyhow::Result;
 use egress_common::{
+    ids::PolicyId,
     protocol::{self, bits},
     records::{Policy, RANGE_INTERNAL, TunnelKey},
     verdict::{Verdict, judge, judge_answer},
@@ -54,7 +55,7 @@ impl Connections {
         subject: &Subject,
         record: &Policy,
         flows: &mut FlowMap,
-        policy: u32,
+        policy: PolicyId,
         sockets: Vec<io::Result<OpenSockets>>,
     ) {
         let trusted = self.trusting && self.trust.is_given();
@@ -151,7 +152,7 @@ fn seed_of(socket: &OpenSocket, state: SeedState) -> Seed {
 struct Seeding<'a> {
     flows: &'a mut FlowMap,
     record: &'a Policy,
-    policy: u32,
+    policy: PolicyId,
     keeps_inbound: bool,
     /// The state of connections that the pod has opened.
     outbound: SeedState,

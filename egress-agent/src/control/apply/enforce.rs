@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result, bail};
+use egress_common::ids::{IfIndex, PodId, PolicyId};
 
 use super::{Applier, Outcome, enforced::Enforced, prepare::Version};
 use crate::{
@@ -42,7 +43,7 @@ impl Applier {
         let left = self.left_under(pod, policy, wanted)?;
         let mut flows = self.flows_of(pod)?;
         self.take_from_quarantine(wanted, &mut flows)?;
-        let is_judged = |ifindex: &u32| self.is_anothers(pod, *ifindex);
+        let is_judged = |ifindex: &IfIndex| self.is_anothers(pod, *ifindex);
         let settles = before == Before::Settle && !wanted.interfaces.iter().any(is_judged);
         let entry = if settles {
             self.datapath.note_unjudged(pod)?;
@@ -96,8 +97,8 @@ impl Applier {
         self.enforced.insert(subject.clone(), enforced);
         for (ifindex, entry) in left.map_or_else(Vec::new, |left| left.interfaces) {
             self.detach(pod, ifindex)?;
-            if entry.policy != policy {
-                self.unused.push(Unused::Policy(entry.policy));
+            if entry.policy() != policy {
+                self.unused.push(Unused::Policy(entry.policy()));
             }
         }
         Ok(())
@@ -166,14 +167,14 @@ impl Applier {
     }
 
     /// The other policies that an earlier agent left this pod's interfaces under.
-    fn left_under(&self, pod: u32, policy: u32, wanted: &Wanted) -> Result<Vec<Left>> {
-        let mut policies: Vec<u32> = self
+    fn left_under(&self, pod: PodId, policy: PolicyId, wanted: &Wanted) -> Result<Vec<Left>> {
+        let mut policies: Vec<PolicyId> = self
             .datapath
             .interfaces()?
             .entries()?
             .into_iter()
-            .filter(|(_, entry)| entry.pod == pod && entry.policy != policy)
-            .map(|(_, entry)| entry.policy)
+            .filter(|(_, entry)| entry.pod() == pod && entry.policy() != policy)
+            .map(|(_, entry)| entry.policy())
             .collect();
         policies.sort_unstable();
         policies.dedup();

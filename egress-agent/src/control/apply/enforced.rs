@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use egress_common::records::Interface;
+use egress_common::{
+    ids::{IfIndex, PodId, PolicyId},
+    records::Interface,
+};
 
 use crate::{
     control::plan::wanted::Wanted,
@@ -16,9 +19,9 @@ pub(in crate::control) struct Enforced {
     pub(in crate::control) wanted: Arc<Wanted>,
     pub(in crate::control) identity: Arc<PodIdentity>,
     /// Its key in `flows`, `meters` and `identities`.
-    pub(in crate::control) pod: u32,
+    pub(in crate::control) pod: PodId,
     /// Its key in `policies`, `allow` and `cidrs`.
-    pub(in crate::control) policy: u32,
+    pub(in crate::control) policy: PolicyId,
     /// How many versions of its policy there have been.
     pub(in crate::control) version: u64,
     /// Since when this version is in force.
@@ -53,7 +56,7 @@ impl Enforced {
     }
 
     /// What its interfaces are under.
-    pub(in crate::control) fn entries(&self) -> Vec<(u32, Interface)> {
+    pub(in crate::control) fn entries(&self) -> Vec<(IfIndex, Interface)> {
         let entry = self.wanted.entry(self.pod, self.policy);
         let interfaces = self.wanted.interfaces.iter();
         interfaces.map(|&ifindex| (ifindex, entry)).collect()

@@ -11,7 +11,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use egress_common::records::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkHardware};
+use egress_common::{
+    ids::IfIndex,
+    records::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkHardware},
+};
 
 use crate::{
     control::observe::{Observed, machine::Machine},
@@ -27,10 +30,10 @@ const GATEWAYS_FOR: Duration = Duration::from_secs(10);
 pub(in crate::control) struct Hardware {
     map: LinkHardwareMap,
     /// By the index of the host end.
-    ports: BTreeMap<u32, Bound>,
+    ports: BTreeMap<IfIndex, Bound>,
     gateways: Option<(BTreeSet<HardwareAddress>, Instant)>,
     /// The ports from which their bridge learns nothing by frames to link-local addresses, and that bridge.
-    protected: BTreeMap<u32, u32>,
+    protected: BTreeMap<IfIndex, IfIndex>,
 }
 
 /// The address that a port is bound to.
@@ -89,7 +92,7 @@ impl Hardware {
     }
 
     /// Why nothing may be sent on one of these interfaces.
-    pub(super) fn problem(&self, interfaces: &[u32]) -> Option<String> {
+    pub(super) fn problem(&self, interfaces: &[IfIndex]) -> Option<String> {
         let mut ports = interfaces.iter().filter_map(|at| self.ports.get(at));
         ports.find_map(|bound| {
             let whose = bound.refused.as_ref()?;
@@ -102,10 +105,10 @@ impl Hardware {
 
     /// Binds the ports of bridges among these interfaces. `running` are those behind which a pod's
     /// process was found.
-    pub(super) fn bind(&mut self, machine: &mut Machine, running: &HashSet<u32>) -> Result<()> {
+    pub(super) fn bind(&mut self, machine: &mut Machine, running: &HashSet<IfIndex>) -> Result<()> {
         let Machine { host, links, .. } = machine;
         let links = &*links;
-        let ports: BTreeMap<u32, (&Link, u32)> = links
+        let ports: BTreeMap<IfIndex, (&Link, IfIndex)> = links
             .iter()
             .filter(|link| link.is_host_end())
             .filter_map(|link| Some((link.ifindex, (link, link.bridge?))))
@@ -117,7 +120,7 @@ impl Hardware {
             .clone();
         // A gateway's address may have become known only after a port was bound to it.
         let is_decided = |bound: &Bound| bound.settled && !gateways.contains(&bound.address);
-        let mut undecided: VecDeque<u32> = ports
+        let mut undecided: VecDeque<IfIndex> = ports
             .keys()
             .copied()
             .filter(|ifindex| !self.ports.get(ifindex).is_some_and(is_decided))
@@ -172,7 +175,11 @@ impl Hardware {
     }
 
     /// Keeps bridges from learning addresses by frames that no netfilter hook sees.
-    fn protect(&mut self, host: &mut Host, ports: &BTreeMap<u32, (&Link, u32)>) -> Result<()> {
+    fn protect(
+        &mut self,
+        host: &mut Host,
+        ports: &BTreeMap<IfIndex, (&Link, IfIndex)>,
+    ) -> Result<()> {
         self.protected.retain(|port, _| ports.contains_key(port));
         for (&port, &(link, bridge)) in ports {
             if self.protected.get(&port) == Some(&bridge) {
@@ -200,7 +207,7 @@ impl Hardware {
     }
 
     fn write(&mut self) -> Result<()> {
-        let written: BTreeMap<u32, LinkHardware> = self.map.entries()?.into_iter().collect();
+        let written: BTreeMap<IfIndex, LinkHardware> = self.map.entries()?.into_iter().collect();
         for ifindex in written.keys() {
             if !self.ports.contains_key(ifindex) {
                 self.map.release(*ifindex)?;
@@ -221,7 +228,7 @@ impl Hardware {
 fn whose(
     address: HardwareAddress,
     links: &Links,
-    mut others: impl Iterator<Item = (u32, HardwareAddress)>,
+    mut others: impl Iterator<Item = (IfIndex, HardwareAddress)>,
 ) -> Option<String> {
     if !address.is_unicast() {
         return Some("that of no interface".to_owned());
@@ -236,7 +243,7 @@ fn whose(
 }
 
 /// The interfaces behind which pods' processes were found.
-pub(super) fn running(observed: &Observed<'_>) -> HashSet<u32> {
+pub(super) fn running(observed: &Observed<'_>) -> HashSet<IfIndex> {
     let identified = observed
         .pods
         .iter()

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::Result;
+use egress_common::ids::IfIndex;
 
 use super::{
     Applier,
@@ -39,7 +40,7 @@ const ANY6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 /// What is known of the hooks of enforced interfaces.
 pub(in crate::control) struct Hooks {
     probes: ProbeMap,
-    interfaces: BTreeMap<u32, Watched>,
+    interfaces: BTreeMap<IfIndex, Watched>,
     /// Whether there may be counts of interfaces that are not enforced any more.
     stale: bool,
 }
@@ -54,14 +55,14 @@ impl Hooks {
     }
 
     /// Why packets of these interfaces may not be judged.
-    pub(in crate::control) fn problem(&self, interfaces: &[u32]) -> Option<&str> {
+    pub(in crate::control) fn problem(&self, interfaces: &[IfIndex]) -> Option<&str> {
         let mut watched = interfaces.iter().filter_map(|at| self.interfaces.get(at));
         watched.find_map(|watched| watched.problem.as_deref())
     }
 
     /// Filters of these interfaces have changed (of all without a list): they are looked at next. Returns whether
     /// any of them is enforced.
-    pub(in crate::control) fn hurry(&mut self, changed: Option<&[u32]>) -> bool {
+    pub(in crate::control) fn hurry(&mut self, changed: Option<&[IfIndex]>) -> bool {
         let mut any = false;
         for (ifindex, watched) in &mut self.interfaces {
             if changed.is_none_or(|changed| changed.contains(ifindex)) {
@@ -84,7 +85,7 @@ impl Hooks {
     }
 
     /// Takes note that an interface could not be looked at. One that has gone is no problem.
-    fn fail(&mut self, ifindex: u32, error: &anyhow::Error) {
+    fn fail(&mut self, ifindex: IfIndex, error: &anyhow::Error) {
         if let (Some(watched), Some(name)) =
             (self.interfaces.get_mut(&ifindex), interface_name(ifindex))
         {
@@ -96,7 +97,7 @@ impl Hooks {
     }
 
     /// The interfaces that are due to be looked at.
-    fn due(&self) -> Vec<u32> {
+    fn due(&self) -> Vec<IfIndex> {
         let mut due: Vec<_> = self
             .interfaces
             .iter()
@@ -112,7 +113,7 @@ impl Hooks {
 impl Applier {
     /// Looks at the hooks of the enforced interfaces that are due.
     pub(in crate::control) async fn check_hooks(&mut self) {
-        let sources: BTreeMap<u32, Probe> = self
+        let sources: BTreeMap<IfIndex, Probe> = self
             .enforced
             .values()
             .flat_map(|enforced| {
@@ -161,7 +162,7 @@ impl Applier {
     }
 
     /// Looks at one interface. Returns whether it is to be probed now.
-    fn check_hook(&mut self, ifindex: u32, moved: &mut Vec<String>) -> Result<bool> {
+    fn check_hook(&mut self, ifindex: IfIndex, moved: &mut Vec<String>) -> Result<bool> {
         let now = Instant::now();
         let Self {
             datapath,

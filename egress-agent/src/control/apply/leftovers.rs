@@ -3,14 +3,17 @@
 use std::collections::HashSet;
 
 use anyhow::Result;
-use egress_common::records::{Interface, Policy};
+use egress_common::{
+    ids::{PodId, PolicyId},
+    records::Policy,
+};
 
 use super::{Applier, Outcome};
 use crate::{control::plan::wanted::RangesVersion, datapath::Unused, report::Subject};
 
 impl Applier {
     /// Removes what an earlier agent, or an attempt that failed, left of a pod.
-    pub(super) async fn remove_left(&mut self, pod: u32, outcome: &mut Outcome) {
+    pub(super) async fn remove_left(&mut self, pod: PodId, outcome: &mut Outcome) {
         let Some(left) = self.left.get(&pod).cloned() else {
             return;
         };
@@ -33,13 +36,14 @@ impl Applier {
 
     /// Puts the pods that are kept as an earlier agent left them under copies of their policies if `ranges` have
     /// changed since. A copy has its own number, so flows that passed under the earlier ranges are judged again.
-    pub(super) fn judge_left_again(&mut self, kept: &[u32], ranges: RangesVersion) -> Result<()> {
+    pub(super) fn judge_left_again(&mut self, kept: &[PodId], ranges: RangesVersion) -> Result<()> {
         let fingerprint = ranges.fingerprint();
-        let mut copies: Vec<(u32, u32, Policy)> = Vec::new();
+        let mut copies: Vec<(PolicyId, PolicyId, Policy)> = Vec::new();
         for pod in kept {
             let left = self.left.get(pod);
             let entries = left.map_or(&[][..], |left| &left.interfaces);
-            let mut policies: Vec<u32> = entries.iter().map(|(_, entry)| entry.policy).collect();
+            let mut policies: Vec<PolicyId> =
+                entries.iter().map(|(_, entry)| entry.policy()).collect();
             policies.sort_unstable();
             policies.dedup();
             for policy in policies {
@@ -60,12 +64,9 @@ impl Applier {
         for (&(policy, copy, _), mut done) in copies.iter().zip(made) {
             let left = self.left.values_mut();
             let entries = left.flat_map(|left| &mut left.interfaces);
-            for (ifindex, entry) in entries.filter(|(_, entry)| entry.policy == policy) {
+            for (ifindex, entry) in entries.filter(|(_, entry)| entry.policy() == policy) {
                 if done.is_ok() {
-                    let next = Interface {
-                        policy: copy,
-                        ..*entry
-                    };
+                    let next = entry.under(copy);
                     done = interfaces.set(*ifindex, next).map(|()| *entry = next);
                 }
             }
@@ -79,13 +80,13 @@ impl Applier {
 
     /// Removes policies that no interface is under: their agent was killed while it changed them.
     pub(in crate::control) fn drop_orphans(&mut self) {
-        let used: HashSet<u32> = self
+        let used: HashSet<PolicyId> = self
             .enforced
             .values()
             .map(|enforced| enforced.policy)
             .chain(self.left.values().flat_map(|left| {
                 let entries = left.interfaces.iter();
-                entries.map(|(_, entry)| entry.policy)
+                entries.map(|(_, entry)| entry.policy())
             }))
             .collect();
         let orphans = self.datapath.policy_ids().and_then(|ids| {

@@ -40,7 +40,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use egress_common::records::INTERFACE_SOURCES;
+use egress_common::{
+    ids::{IfIndex, PodId, PolicyId},
+    records::INTERFACE_SOURCES,
+};
 
 use super::{
     observe::{InForce, InKernel, machine::Machine},
@@ -68,7 +71,7 @@ pub(in crate::control) struct Applier {
     enforced: BTreeMap<Subject, Enforced>,
     /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
-    left: BTreeMap<u32, Adoptable>,
+    left: BTreeMap<PodId, Adoptable>,
     ids: Ids,
     /// Maps in the kernel that nobody uses any more. They are removed at the end of each reconcile.
     unused: Vec<Unused>,
@@ -86,19 +89,21 @@ pub(in crate::control) struct Applier {
 
 /// The next ids of pods and policies.
 struct Ids {
-    pod: u32,
-    policy: u32,
+    pod: PodId,
+    policy: PolicyId,
 }
 
 impl Ids {
-    fn next_pod(&mut self) -> u32 {
-        self.pod += 1;
-        self.pod - 1
+    fn next_pod(&mut self) -> PodId {
+        let id = self.pod;
+        self.pod = PodId::new(id.get() + 1);
+        id
     }
 
-    fn next_policy(&mut self) -> u32 {
-        self.policy += 1;
-        self.policy - 1
+    fn next_policy(&mut self) -> PolicyId {
+        let id = self.policy;
+        self.policy = PolicyId::new(id.get() + 1);
+        id
     }
 }
 
@@ -107,7 +112,7 @@ pub(in crate::control) struct Parts {
     pub(in crate::control) datapath: Datapath,
     pub(in crate::control) gate: Gate,
     /// What an earlier agent left in the kernel, by the pods' ids.
-    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+    pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
     pub(in crate::control) published: Arc<Published>,
     pub(in crate::control) reporter: Reporter,
 }
@@ -129,8 +134,8 @@ impl Applier {
             node: settings.configured.node.clone(),
             enforced: BTreeMap::new(),
             ids: Ids {
-                pod: left.keys().max().map_or(1, |last| last + 1),
-                policy: last_policy.map_or(1, |last| last + 1),
+                pod: PodId::new(left.keys().max().map_or(1, |last| last.get() + 1)),
+                policy: PolicyId::new(last_policy.map_or(1, |last| last.get() + 1)),
             },
             left,
             unused: Vec::new(),
@@ -148,7 +153,7 @@ impl Applier {
 
     /// The interfaces on which an earlier agent left a whole policy in force. Where it judged only sources when it
     /// ended, the rest is unjudged.
-    pub(in crate::control) fn left_judged(&self) -> HashSet<u32> {
+    pub(in crate::control) fn left_judged(&self) -> HashSet<IfIndex> {
         let left = self.left.values().flat_map(|left| &left.interfaces);
         let judged = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
         judged.map(|&(ifindex, _)| ifindex).collect()
@@ -244,7 +249,7 @@ impl Applier {
     }
 
     /// What is in the kernel though no pod is enforced with it.
-    pub(in crate::control) fn left(&self) -> &BTreeMap<u32, Adoptable> {
+    pub(in crate::control) fn left(&self) -> &BTreeMap<PodId, Adoptable> {
         &self.left
     }
 
@@ -270,7 +275,7 @@ impl Applier {
 
     /// Filters of these interfaces have changed (of all without a list): their hooks are looked at next. Returns
     /// whether pods are enforced on any of them.
-    pub(in crate::control) fn note_changed_filters(&mut self, changed: Option<&[u32]>) -> bool {
+    pub(in crate::control) fn note_changed_filters(&mut self, changed: Option<&[IfIndex]>) -> bool {
         self.upkeep.hooks.hurry(changed)
     }
 
@@ -292,7 +297,7 @@ impl Applier {
     }
 
     /// A handle on a pod's flows.
-    fn flows_of(&self, pod: u32) -> Result<crate::datapath::FlowMap> {
+    fn flows_of(&self, pod: PodId) -> Result<crate::datapath::FlowMap> {
         self.datapath
             .flow_map(pod)?
             .with_context(|| format!("pod {pod} has no flow map"))

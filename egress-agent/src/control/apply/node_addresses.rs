@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use anyhow::{Context as _, Result};
-use egress_common::address::V4_MAPPED_PREFIX_LEN;
+use egress_common::{address::V4_MAPPED_PREFIX_LEN, ids::IfIndex};
 
 use crate::{
     control::observe::machine::Machine,
@@ -46,6 +46,6 @@ pub(super) fn protect_link_locals(datapath: &Datapath) -> Result<()> {
         .map(|address| to_mapped(address.into()))
         .collect();
     let entries = datapath.interfaces()?.entries()?;
-    let enforced: HashSet<u32> = entries.into_iter().map(|(ifindex, _)| ifindex).collect();
+    let enforced: HashSet<IfIndex> = entries.into_iter().map(|(ifindex, _)| ifindex).collect();
     datapath.link_owners()?.settle(&node, &enforced)
 }

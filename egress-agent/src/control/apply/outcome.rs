@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use egress_common::ids::IfIndex;
 
 use crate::{
     control::{plan::wanted::Wanted, publish::problems::Problems},
@@ -19,9 +20,9 @@ pub(in crate::control) struct Outcome {
     /// What is wrong with something else, and with pods that are not in the source.
     pub(in crate::control) problems: Problems,
     /// The interfaces on which everything is judged from now on.
-    pub(in crate::control) judged: Vec<u32>,
+    pub(in crate::control) judged: Vec<IfIndex>,
     /// The interfaces of pods that began to be enforced and were detached from again.
-    pub(in crate::control) unjudged: Vec<u32>,
+    pub(in crate::control) unjudged: Vec<IfIndex>,
 }
 
 /// A pod whose action failed.

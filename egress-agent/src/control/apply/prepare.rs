@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::{IfIndex, PodId, PolicyId};
 
 use super::Applier;
 use crate::{
@@ -14,18 +15,18 @@ use crate::{
 /// A version of a pod's policy that is complete in the kernel. No interface is under it yet, unless it was adopted.
 pub(super) struct Version {
     /// The pod's id.
-    pub(super) pod: u32,
+    pub(super) pod: PodId,
     /// The policy's id.
-    pub(super) policy: u32,
+    pub(super) policy: PolicyId,
     pub(super) allow: AllowMap,
 }
 
 /// A version that is to be made, or was found.
 struct Draft {
-    pod: u32,
+    pod: PodId,
     /// Whether the pod's own maps have to be made too.
     new_pod: bool,
-    policy: u32,
+    policy: PolicyId,
     /// The allow map of a policy that an earlier agent, or an earlier attempt, has made.
     adopted: Option<AllowMap>,
 }
@@ -61,7 +62,7 @@ impl Applier {
         let new = all
             .iter()
             .filter(|(subject, _)| !self.enforced.contains_key(subject));
-        let interfaces: Vec<u32> = new
+        let interfaces: Vec<IfIndex> = new
             .flat_map(|(_, wanted)| wanted.interfaces.iter().copied())
             .collect();
         let made = self.datapath.make(&needed, &interfaces);
@@ -108,7 +109,7 @@ impl Applier {
 
     /// The id of a pod that is not enforced yet. Until it is, it is recorded as left in the kernel. The next attempt
     /// continues from there; if there is none, the pod is removed like everything else that is left.
-    fn find_or_add(&mut self, subject: &Subject, uid: &str) -> u32 {
+    fn find_or_add(&mut self, subject: &Subject, uid: &str) -> PodId {
         let (namespace, name) = subject.fields();
         let left = self.left.iter().find(|(_, left)| {
             (&*left.namespace, &*left.name, &*left.uid) == (namespace, name, uid)
@@ -128,14 +129,14 @@ impl Applier {
     }
 
     /// The policy that the pod was left under, if it is the wanted one.
-    fn adopt(&self, pod: u32, wanted: &Wanted) -> Result<Option<(u32, AllowMap)>> {
+    fn adopt(&self, pod: PodId, wanted: &Wanted) -> Result<Option<(PolicyId, AllowMap)>> {
         let left = self.left.get(&pod);
         for (_, entry) in left.map_or(&[][..], |left| &left.interfaces) {
             let adopted =
                 self.datapath
-                    .adopt_policy(entry.policy, &wanted.record, wanted.cidrs())?;
+                    .adopt_policy(entry.policy(), &wanted.record, wanted.cidrs())?;
             if let Some(allow) = adopted {
-                return Ok(Some((entry.policy, allow)));
+                return Ok(Some((entry.policy(), allow)));
             }
         }
         Ok(None)
@@ -164,15 +165,15 @@ impl Applier {
 
     /// Removes a policy that could not be made from the record of what is left. The last entry of an interface stays,
     /// so that the interface is detached from. Many failures record no more than one.
-    fn remove_record_of(&mut self, pod: u32, policy: u32) {
+    fn remove_record_of(&mut self, pod: PodId, policy: PolicyId) {
         if let Some(left) = self.left.get_mut(&pod) {
             let interfaces = left.interfaces.clone();
-            let stays = |ifindex: u32| {
+            let stays = |ifindex: IfIndex| {
                 let mut entries = interfaces.iter();
-                entries.any(|&(other, entry)| other == ifindex && entry.policy != policy)
+                entries.any(|&(other, entry)| other == ifindex && entry.policy() != policy)
             };
             left.interfaces
-                .retain(|&(ifindex, entry)| entry.policy != policy || !stays(ifindex));
+                .retain(|&(ifindex, entry)| entry.policy() != policy || !stays(ifindex));
         }
     }
 

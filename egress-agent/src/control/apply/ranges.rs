@@ -104,8 +104,8 @@ fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -
     for address in changed {
         let policy = (enforced.policy, record);
         let (destination, _) = view.destination(policy, address, boottime_ns())?;
-        let is_allowed = destination.cidr & !record.deny != 0;
-        if is_allowed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
+        let is_listed = !destination.cidr.without(record.deny).is_empty();
+        if is_listed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
             return Ok(true);
         }
     }

@@ -1,6 +1,7 @@
 //! Releasing pods, detaching from their interfaces, and removing their state.
 
 use anyhow::Result;
+use egress_common::ids::{IfIndex, PodId};
 
 use super::{Applier, enforced::Enforced};
 use crate::{
@@ -14,7 +15,7 @@ impl Applier {
         let enforced = subjects
             .iter()
             .filter_map(|subject| self.enforced.get(subject));
-        let free: Vec<u32> = enforced.map(|enforced| enforced.pod).collect();
+        let free: Vec<PodId> = enforced.map(|enforced| enforced.pod).collect();
         let pods = free.len();
         match self.gate.release(free).await {
             Ok(()) => tracing::info!(pods, "released"),
@@ -52,7 +53,7 @@ impl Applier {
 
     /// Detaches from the interfaces of a pod that is not enforced, and removes its state. Its maps are removed
     /// together with all others that nobody uses any more.
-    pub(super) async fn remove_state(&mut self, pod: u32, left: &Adoptable) -> Result<()> {
+    pub(super) async fn remove_state(&mut self, pod: PodId, left: &Adoptable) -> Result<()> {
         for &(ifindex, _) in &left.interfaces {
             self.detach(pod, ifindex)?;
         }
@@ -68,14 +69,14 @@ impl Applier {
                 .pins_of(&left.namespace, &left.name)
                 .remove()?;
         }
-        let policies = left.interfaces.iter().map(|(_, entry)| entry.policy);
+        let policies = left.interfaces.iter().map(|(_, entry)| entry.policy());
         self.unused.extend(policies.map(Unused::Policy));
         self.unused.push(Unused::Pod(pod));
         Ok(())
     }
 
     /// Detaches from an interface that a pod has left, unless another pod has it now.
-    pub(super) fn detach(&mut self, pod: u32, ifindex: u32) -> Result<()> {
+    pub(super) fn detach(&mut self, pod: PodId, ifindex: IfIndex) -> Result<()> {
         let is_on = |enforced: &Enforced| {
             enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)
         };
@@ -87,7 +88,7 @@ impl Applier {
     }
 
     /// Whether other pods than this one are enforced on all of these interfaces.
-    pub(super) fn are_taken_over(&self, subject: &Subject, interfaces: &[u32]) -> bool {
+    pub(super) fn are_taken_over(&self, subject: &Subject, interfaces: &[IfIndex]) -> bool {
         let Some(enforced) = self.enforced.get(subject) else {
             return true;
         };
@@ -96,7 +97,7 @@ impl Applier {
     }
 
     /// Whether an interface is, or is to be, that of another pod than this one.
-    pub(super) fn is_anothers(&self, pod: u32, ifindex: u32) -> bool {
+    pub(super) fn is_anothers(&self, pod: PodId, ifindex: IfIndex) -> bool {
         let is_left = self.left.iter().any(|(&id, left)| {
             id != pod && left.interfaces.iter().any(|&(other, _)| other == ifindex)
         });
@@ -104,7 +105,7 @@ impl Applier {
     }
 
     /// Whether another pod than this one is enforced on an interface.
-    fn is_taken_over(&self, pod: u32, ifindex: u32) -> bool {
+    fn is_taken_over(&self, pod: PodId, ifindex: IfIndex) -> bool {
         self.enforced
             .values()
             .any(|other| other.pod != pod && other.wanted.interfaces.contains(&ifindex))

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::PolicyId;
 use tokio::task::JoinSet;
 
 use super::{Applier, Outcome, connections, enforce::log_enforcing};
@@ -123,7 +124,7 @@ impl Applier {
         subject: &Subject,
         wanted: &Wanted,
         flows: &mut FlowMap,
-        policy: u32,
+        policy: PolicyId,
         machine: &mut Machine,
     ) {
         let namespaces = machine.sockets(&wanted.networks, &wanted.interfaces);

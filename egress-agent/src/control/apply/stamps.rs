@@ -5,7 +5,10 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use egress_common::reason::Reason;
+use egress_common::{
+    ids::{IfIndex, PodId},
+    reason::Reason,
+};
 
 use anyhow::Result;
 
@@ -92,7 +95,7 @@ impl Applier {
     /// Returns whether frames have left that no program has judged.
     pub(in crate::control) fn require_stamps(
         &mut self,
-        interfaces: &[u32],
+        interfaces: &[IfIndex],
         mode: egress_policy::Mode,
     ) -> bool {
         let what = match mode {
@@ -115,7 +118,7 @@ impl Applier {
     pub(in crate::control) fn distrust_inbound(
         &mut self,
         subject: &Subject,
-        pod: u32,
+        pod: PodId,
     ) -> Result<()> {
         self.datapath.note_forged(pod)?;
         let forgotten = self.flows_of(pod)?.forget_inbound()?;
@@ -152,7 +155,7 @@ impl Applier {
             let is_there = |pod: &&Enforced| pod.wanted.interfaces.contains(&frames.ifindex);
             let Some(pod) = self.enforced.values().find(is_there) else {
                 tracing::warn!(
-                    ifindex = frames.ifindex,
+                    ifindex = frames.ifindex.get(),
                     frames = frames.packets,
                     "frames without a stamp were received on an interface whose pod is not known yet"
                 );

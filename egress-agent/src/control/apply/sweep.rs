@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::Result;
+use egress_common::ids::PodId;
 
 use super::Applier;
 use crate::datapath::{CounterMap, boottime_ns};
@@ -22,7 +23,7 @@ pub(in crate::control) struct Crowded {
     counters: CounterMap,
     /// How often there was no room, of all pods.
     total: u64,
-    pods: HashMap<u32, Wants>,
+    pods: HashMap<PodId, Wants>,
 }
 
 /// What is known of one pod.
@@ -45,13 +46,13 @@ impl Crowded {
 
     /// The pod to be swept out of turn, if any: of those that have wanted room since they were, the one that has
     /// waited longest.
-    fn next(&mut self, pods: impl Iterator<Item = u32>) -> Result<Option<u32>> {
+    fn next(&mut self, pods: impl Iterator<Item = PodId>) -> Result<Option<PodId>> {
         let total = self.counters.counters()?.flows_full;
         if total == self.total {
             return Ok(None);
         }
         let mut known = HashMap::new();
-        let mut next: Option<(u32, Wants)> = None;
+        let mut next: Option<(PodId, Wants)> = None;
         for pod in pods {
             let before = self.pods.get(&pod).copied().unwrap_or_default();
             known.insert(pod, before);

@@ -83,12 +83,14 @@ impl Watched {
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
 
+    use egress_common::ids::IfIndex;
+
     use super::*;
 
     fn sent(ago: Duration) -> Watched {
         let at = Instant::now().checked_sub(ago).unwrap();
         let probe = Probe {
-            ifindex: 7,
+            ifindex: IfIndex::new(7),
             v4: Some(Ipv4Addr::LOCALHOST),
             v6: Some(Ipv6Addr::LOCALHOST),
         };

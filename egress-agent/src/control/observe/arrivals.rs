@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use egress_common::ids::IfIndex;
+
 use crate::host::{Host, Links};
 
 /// How long making a network may take.
@@ -27,19 +29,19 @@ pub(in crate::control) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Interfaces whose pods are not known.
 pub(in crate::control) struct Arrivals {
     /// Since when each interface is there whose network may be incomplete.
-    since: HashMap<u32, Instant>,
+    since: HashMap<IfIndex, Instant>,
     /// The processes in other networks (the host's number of the network, the id of the process), and
     /// when each was seen first.
     processes: HashMap<(i32, u32), Instant>,
     /// The interfaces whose network is complete.
-    made: HashSet<u32>,
+    made: HashSet<IfIndex>,
     /// Whether any interface is left alone now.
     pub(in crate::control) waiting: bool,
 }
 
 impl Arrivals {
     /// `attached` are the interfaces that an earlier agent has attached to.
-    pub(in crate::control) fn new(attached: impl IntoIterator<Item = u32>) -> Self {
+    pub(in crate::control) fn new(attached: impl IntoIterator<Item = IfIndex>) -> Self {
         Self {
             since: HashMap::new(),
             processes: HashMap::new(),
@@ -51,15 +53,15 @@ impl Arrivals {
     /// Removes the interfaces (name and index) whose network may be incomplete.
     pub(in crate::control) fn leave_out(
         &mut self,
-        unidentified: &mut Vec<(String, u32)>,
+        unidentified: &mut Vec<(String, IfIndex)>,
         links: &Links,
         host: &mut Host,
         now: Instant,
     ) {
-        let is_there = |ifindex: &u32| links.get(*ifindex).is_some();
+        let is_there = |ifindex: &IfIndex| links.get(*ifindex).is_some();
         self.since.retain(|ifindex, _| is_there(ifindex));
         self.made.retain(is_there);
-        let unknown = |(_, ifindex): &(String, u32)| !self.made.contains(ifindex);
+        let unknown = |(_, ifindex): &(String, IfIndex)| !self.made.contains(ifindex);
         self.waiting = unidentified.iter().any(unknown);
         if !self.waiting {
             return;

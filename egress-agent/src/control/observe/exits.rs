@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use egress_common::ids::IfIndex;
+
 use super::locations::{Location, PodLocation};
 use crate::{
     config::UnenforcedInterfaces,
@@ -32,9 +34,9 @@ pub(in crate::control) struct PodExits {
     finder: ExitFinder,
     pods: BTreeMap<Subject, Known>,
     /// Host ends that are some pod's.
-    ends: HashSet<u32>,
+    ends: HashSet<IfIndex>,
     /// The number of the namespace behind each host end.
-    behind: HashMap<u32, i32>,
+    behind: HashMap<IfIndex, i32>,
     /// The host's interfaces that belong to each other namespace.
     on_host: BTreeMap<i32, Vec<Exit>>,
     /// The host's interfaces that belong to a namespace which is no pod's.
@@ -46,7 +48,7 @@ pub(in crate::control) struct PodExits {
 }
 
 struct Known {
-    ends: Vec<u32>,
+    ends: Vec<IfIndex>,
     first: Instant,
     looked: Option<Instant>,
     /// The exits in the pod's own namespaces.
@@ -58,7 +60,7 @@ struct Known {
 }
 
 impl Known {
-    fn new(ends: Vec<u32>, now: Instant) -> Self {
+    fn new(ends: Vec<IfIndex>, now: Instant) -> Self {
         Self {
             ends,
             first: now,
@@ -183,7 +185,7 @@ impl PodExits {
     }
 
     /// The host's interfaces that belong to the namespaces behind these host ends.
-    fn on_host_of(&self, ends: &[u32]) -> Vec<Exit> {
+    fn on_host_of(&self, ends: &[IfIndex]) -> Vec<Exit> {
         let behind: BTreeSet<&i32> = ends.iter().filter_map(|end| self.behind.get(end)).collect();
         let exits = behind.into_iter().filter_map(|nsid| self.on_host.get(nsid));
         exits.flatten().cloned().collect()

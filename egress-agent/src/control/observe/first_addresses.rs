@@ -12,6 +12,7 @@ use std::{
 
 use egress_common::{
     address,
+    ids::IfIndex,
     limits::OWN_ADDRESSES,
     records::{POLICY_OWN_UNSURE, POLICY_UNIDENTIFIED},
 };
@@ -53,7 +54,7 @@ struct Sight {
 /// What was seen of each interface, by the index of its host end.
 #[derive(Debug, Default)]
 pub(in crate::control) struct FirstSights {
-    interfaces: HashMap<u32, Sight>,
+    interfaces: HashMap<IfIndex, Sight>,
     last_look: Option<Instant>,
 }
 
@@ -69,7 +70,7 @@ impl FirstSights {
     ) -> anyhow::Result<Self> {
         let mut sights = Self::default();
         for &(ifindex, entry) in left.flat_map(|left| &left.interfaces) {
-            let Some(policy) = datapath.policy(entry.policy)? else {
+            let Some(policy) = datapath.policy(entry.policy())? else {
                 continue;
             };
             if policy.own_len == 0 {
@@ -128,7 +129,7 @@ impl FirstSights {
     }
 
     /// A process of a pod was found behind this interface.
-    pub(in crate::control) fn is_running(&mut self, ifindex: u32, now: Instant) {
+    pub(in crate::control) fn is_running(&mut self, ifindex: IfIndex, now: Instant) {
         if let Some(sight) = self.interfaces.get_mut(&ifindex) {
             // A program may have chosen addresses that appear for the first time now, or later.
             sight.made &= sight.settled || sight.with.is_some_and(|with| with < now);
@@ -137,7 +138,7 @@ impl FirstSights {
 
     /// The addresses that these interfaces had at first sight, and of those the ones that no program
     /// can have chosen.
-    pub(in crate::control) fn of(&self, interfaces: &[u32]) -> FirstAddresses {
+    pub(in crate::control) fn of(&self, interfaces: &[IfIndex]) -> FirstAddresses {
         let mut first = FirstAddresses::default();
         for sight in interfaces
             .iter()
@@ -201,6 +202,7 @@ fn to_ip(mapped: &address::Address) -> IpAddr {
 mod tests {
     use super::*;
 
+    const VETH: IfIndex = IfIndex::new(7);
     const FIRST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
     const SECOND: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
@@ -214,14 +216,14 @@ mod tests {
             settled: false,
         };
         FirstSights {
-            interfaces: HashMap::from([(7, sight)]),
+            interfaces: HashMap::from([(VETH, sight)]),
             last_look,
         }
     }
 
     impl FirstSights {
         fn note(&mut self, addresses: &[IpAddr], now: Instant) {
-            let sight = self.interfaces.get_mut(&7).expect("the interface");
+            let sight = self.interfaces.get_mut(&VETH).expect("the interface");
             if !sight.settled {
                 sight.note(addresses, now);
             }
@@ -229,7 +231,7 @@ mod tests {
 
         /// How many addresses were seen, and how many no program can have chosen.
         fn counts(&self) -> (usize, usize) {
-            let first = self.of(&[7]);
+            let first = self.of(&[VETH]);
             (first.seen.len(), first.made.len())
         }
     }
@@ -242,12 +244,12 @@ mod tests {
         sights.note(&[], at(10));
         sights.note(&[FIRST], at(30));
         sights.note(&[FIRST, SECOND], at(60));
-        sights.is_running(7, at(70));
+        sights.is_running(VETH, at(70));
         sights.note(&[IpAddr::from([10, 0, 0, 3])], at(200));
         sights.note(&[IpAddr::from([10, 0, 0, 4])], at(210));
         assert_eq!(sights.counts(), (2, 2));
-        assert_eq!(sights.of(&[7]).made, [FIRST, SECOND]);
-        assert_eq!(sights.of(&[8]).seen.len(), 0);
+        assert_eq!(sights.of(&[VETH]).made, [FIRST, SECOND]);
+        assert_eq!(sights.of(&[IfIndex::new(8)]).seen.len(), 0);
     }
 
     #[test]
@@ -255,13 +257,13 @@ mod tests {
         let start = Instant::now();
         // A program runs before there are addresses.
         let mut running = sights(Some(start));
-        running.is_running(7, start);
+        running.is_running(VETH, start);
         running.note(&[FIRST], start);
         assert_eq!(running.counts(), (1, 0));
         // Both are found by the same look.
         let mut together = sights(Some(start));
         together.note(&[FIRST], start);
-        together.is_running(7, start);
+        together.is_running(VETH, start);
         assert_eq!(together.counts(), (1, 0));
         // There was no look for a long time.
         let mut late = sights(Some(start));

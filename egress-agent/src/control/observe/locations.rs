@@ -5,6 +5,8 @@ use std::{
     time::Duration,
 };
 
+use egress_common::ids::IfIndex;
+
 use super::{
     arrivals::LOOK_AGAIN, first_addresses::FirstAddresses, machine::Machine, named::Named,
     on_host::OnHost,
@@ -31,7 +33,7 @@ pub(in crate::control) enum Location {
 
 impl Location {
     /// The interfaces that the pod is behind; none if it was not found.
-    pub(in crate::control) fn interfaces(&self) -> &[u32] {
+    pub(in crate::control) fn interfaces(&self) -> &[IfIndex] {
         match self {
             Self::Found(location) => &location.interfaces,
             Self::NotYet(_) | Self::Nobody { .. } | Self::Nowhere(_) => &[],
@@ -43,7 +45,7 @@ impl Location {
 #[derive(Clone, Debug, Default)]
 pub(in crate::control) struct PodLocation {
     /// Their indexes, in order; never empty.
-    pub(in crate::control) interfaces: Vec<u32>,
+    pub(in crate::control) interfaces: Vec<IfIndex>,
     /// Whether the pod's end has addresses. Without them its network may be incomplete.
     pub(in crate::control) has_addresses: bool,
     /// The addresses that its interfaces had when they were made.
@@ -67,7 +69,7 @@ pub(super) struct Look {
     pub(super) locations: BTreeMap<Subject, Location>,
     /// The names and indexes of interfaces whose pods are not known; `None` when that cannot be
     /// found out now.
-    pub(super) unidentified: Option<Vec<(String, u32)>>,
+    pub(super) unidentified: Option<Vec<(String, IfIndex)>>,
 }
 
 impl PodLocations {
@@ -105,7 +107,7 @@ impl PodLocations {
     }
 
     /// The interfaces of the host at the last look; none where manifests name them.
-    pub(super) fn there(&self) -> HashSet<u32> {
+    pub(super) fn there(&self) -> HashSet<IfIndex> {
         match self {
             Self::Named(_) => HashSet::new(),
             Self::OnHost(on_host) => on_host.there().clone(),
@@ -123,7 +125,7 @@ impl PodLocations {
     }
 
     /// The addresses that an interface had at first sight.
-    pub(super) fn first_addresses(&self, ifindex: u32) -> FirstAddresses {
+    pub(super) fn first_addresses(&self, ifindex: IfIndex) -> FirstAddresses {
         match self {
             Self::Named(_) => FirstAddresses::default(),
             Self::OnHost(on_host) => on_host.first_addresses(ifindex),

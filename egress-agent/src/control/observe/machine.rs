@@ -2,6 +2,8 @@
 
 use std::{collections::HashSet, io, net::IpAddr};
 
+use egress_common::ids::IfIndex;
+
 use crate::host::{self, Host, Links, Network, SocketsOf};
 
 /// This machine as it was last seen.
@@ -42,7 +44,7 @@ impl Machine {
     pub(in crate::control) fn sockets(
         &mut self,
         networks: &[Network],
-        interfaces: &[u32],
+        interfaces: &[IfIndex],
     ) -> Vec<io::Result<SocketsOf>> {
         if networks.is_empty() {
             let interfaces = interfaces.iter();

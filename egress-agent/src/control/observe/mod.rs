@@ -39,6 +39,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::{IfIndex, PodId};
 
 use super::{
     plan::{Plan, wanted::Wanted},
@@ -75,13 +76,13 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
     /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
-    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+    pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
     /// The interfaces that nobody has judged until now.
     pub(in crate::control) unjudged: Unjudged,
     /// Whose addresses are known.
     pub(in crate::control) owners: Owners,
     /// The names of the host's interfaces, by their indexes.
-    pub(in crate::control) interface_names: HashMap<u32, String>,
+    pub(in crate::control) interface_names: HashMap<IfIndex, String>,
     /// What the policies were compiled with.
     pub(in crate::control) policy_settings: egress_policy::Settings,
     /// When this agent began.
@@ -107,7 +108,7 @@ pub(in crate::control) struct ObservedPod<'a> {
 #[derive(Clone)]
 pub(in crate::control) struct InForce {
     /// The pod's id in the maps.
-    pub(in crate::control) pod: u32,
+    pub(in crate::control) pod: PodId,
     /// What it is under.
     pub(in crate::control) wanted: Arc<Wanted>,
 }
@@ -115,7 +116,7 @@ pub(in crate::control) struct InForce {
 /// What is enforced, and what is left in the kernel besides.
 pub(in crate::control) struct InKernel {
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
-    pub(in crate::control) left: BTreeMap<u32, Adoptable>,
+    pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
 }
 
 /// Reads, and remembers what an observation needs of earlier ones.
@@ -143,7 +144,7 @@ impl Observer {
         in_cluster: bool,
         locations: PodLocations,
         policy_settings: egress_policy::Settings,
-        judged: HashSet<u32>,
+        judged: HashSet<IfIndex>,
         stats: Arc<Stats>,
     ) -> Result<Self> {
         Ok(Self {
@@ -308,7 +309,7 @@ impl Observer {
 }
 
 /// The interfaces on which pods of the source are enforced.
-fn held(source: &Snapshot, enforced: &BTreeMap<Subject, InForce>) -> HashSet<u32> {
+fn held(source: &Snapshot, enforced: &BTreeMap<Subject, InForce>) -> HashSet<IfIndex> {
     let is_there = |subject: &Subject, uid: &str| {
         let Subject::Pod(name) = subject else {
             return false;

@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use egress_common::ids::IfIndex;
+
 use super::locations::{Location, PodLocation};
 use crate::{
     datapath::Adoptable,
@@ -25,14 +27,14 @@ struct Known {
     /// The name in the manifest at that time; `None` when an earlier agent found the interfaces.
     name: Option<String>,
     /// In ascending order.
-    interfaces: Vec<u32>,
+    interfaces: Vec<IfIndex>,
 }
 
 impl Named {
     /// Starts with the interfaces that an earlier agent left enforced.
     pub(in crate::control) fn new<'a>(left: impl Iterator<Item = &'a Adoptable>) -> Self {
         let known = left.map(|left| {
-            let mut interfaces: Vec<u32> =
+            let mut interfaces: Vec<IfIndex> =
                 left.interfaces.iter().map(|(index, _)| *index).collect();
             interfaces.sort_unstable();
             interfaces.dedup();
@@ -75,8 +77,10 @@ impl Named {
             ));
         };
         let known = self.known.remove(key).filter(|known| known.uid == pod.uid);
-        let at = nix::net::if_::if_nametoindex(name.as_str()).ok();
-        let mut interfaces: Vec<(u32, String)> = Vec::new();
+        let at = nix::net::if_::if_nametoindex(name.as_str())
+            .ok()
+            .map(IfIndex::new);
+        let mut interfaces: Vec<(IfIndex, String)> = Vec::new();
         let mut found_as = None;
         if let Some(known) = known {
             // The manifest names another interface, and that is there: the pod moves.
@@ -120,7 +124,7 @@ impl Named {
                  found by that name: name the right one in {INTERFACE_ANNOTATION}"
             )
         });
-        let interfaces: Vec<u32> = interfaces.into_iter().map(|(index, _)| index).collect();
+        let interfaces: Vec<IfIndex> = interfaces.into_iter().map(|(index, _)| index).collect();
         let known = Known {
             uid: pod.uid.clone(),
             name: found_as,

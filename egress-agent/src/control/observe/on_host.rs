@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use egress_common::ids::IfIndex;
+
 use super::{
     arrivals::Arrivals,
     backoff::{RETRY_MIN, longer},
@@ -33,13 +35,13 @@ pub(in crate::control) struct OnHost {
     missed: HashMap<String, Missed>,
     /// The interfaces that were there before the source of pods first said which pods there are. They are not
     /// quarantined before it has.
-    before: Option<HashSet<u32>>,
+    before: Option<HashSet<IfIndex>>,
     /// Interfaces that were there at the last look.
-    known: HashSet<u32>,
+    known: HashSet<IfIndex>,
     /// The addresses that each interface had at first sight.
     sights: FirstSights,
     /// The interfaces behind which pods were found at the last look.
-    identified: HashSet<u32>,
+    identified: HashSet<IfIndex>,
     /// The interfaces that the machine's default routes lead through, and when they were last read.
     uplinks: Option<(HashSet<String>, Instant)>,
     /// Whether some interface has no pod yet.
@@ -77,7 +79,7 @@ impl OnHost {
     }
 
     /// The interfaces of the host at the last look.
-    pub(super) fn there(&self) -> &HashSet<u32> {
+    pub(super) fn there(&self) -> &HashSet<IfIndex> {
         &self.known
     }
 
@@ -98,7 +100,7 @@ impl OnHost {
     }
 
     /// The addresses that an interface had at first sight.
-    pub(super) fn first_addresses(&self, ifindex: u32) -> FirstAddresses {
+    pub(super) fn first_addresses(&self, ifindex: IfIndex) -> FirstAddresses {
         self.sights.of(&[ifindex])
     }
 
@@ -111,7 +113,7 @@ impl OnHost {
             .collect();
         self.sights
             .look(host, links, |nsid| running.contains(&nsid), now);
-        let there: HashSet<u32> = links.iter().map(|link| link.ifindex).collect();
+        let there: HashSet<IfIndex> = links.iter().map(|link| link.ifindex).collect();
         let fresh: HashSet<i32> = links
             .iter()
             .filter(|link| !self.known.contains(&link.ifindex))
@@ -176,7 +178,7 @@ impl OnHost {
     fn leave_out_uplinks(
         &mut self,
         host: &Host,
-        unidentified: &mut Vec<(String, u32)>,
+        unidentified: &mut Vec<(String, IfIndex)>,
         now: Instant,
     ) -> bool {
         let known = self.uplinks.take().filter(|(uplinks, read)| {
@@ -259,9 +261,9 @@ impl OnHost {
     fn unidentified(
         &mut self,
         links: &Links,
-        identified: &HashSet<u32>,
+        identified: &HashSet<IfIndex>,
         complete: bool,
-    ) -> Vec<(String, u32)> {
+    ) -> Vec<(String, IfIndex)> {
         if !self.quarantine.enabled {
             return Vec::new();
         }

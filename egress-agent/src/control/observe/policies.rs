@@ -1,4 +1,4 @@
-//! Reading pods' annotations, and remembering the last policy that could be read.
+//! Reading pods' annotations and policy objects, and remembering the last policy that could be read.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -6,23 +6,38 @@ use std::{
 };
 
 use crate::{control::digest, pods::Pod, report::Subject, serve::Written};
-use egress_policy::{Annotations, Compiled, Mode, Settings};
+use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Settings};
 
-/// The policy of one pod, and the annotations that it was read from.
+/// The policy of one pod, and what it was read from.
 struct Reading {
     uid: String,
     own: BTreeMap<String, String>,
     namespace: BTreeMap<String, String>,
+    objects: Objects,
+    /// Whether an entry uses a set, so that a change of the sets may change the policy.
+    uses_sets: bool,
     compiled: Arc<Compiled>,
-    /// Whether `compiled` was read from annotations of this pod, now or earlier.
+    /// Whether `compiled` was read from annotations and objects of this pod, now or earlier.
     good: bool,
     problem: Option<String>,
-    /// The annotations that `compiled` was read from.
+    /// What `compiled` was read from.
     written: Arc<Written>,
-    /// Whether the pod's annotations cannot be read now.
+    /// Whether the pod's annotations or objects cannot be read now.
     unreadable: bool,
     /// Whether `compiled` was compiled with the present settings.
     current: bool,
+}
+
+impl Reading {
+    /// Whether it was read from what the pod has now.
+    fn is_of(&self, pod: &Pod) -> bool {
+        self.current
+            && self.own == pod.annotations
+            && self.namespace == pod.namespace_annotations
+            && self.objects.namespace == pod.objects.namespace
+            && self.objects.tiers == pod.objects.tiers
+            && (!self.uses_sets || self.objects.sets == pod.objects.sets)
+    }
 }
 
 /// The policies of all pods.
@@ -39,27 +54,34 @@ impl Policies {
         }
     }
 
-    /// The pod's policy, as its annotations say; if they cannot be read, the last one that could be read; without
+    /// The pod's policy, as its annotations and objects say; if they cannot be read, the last one that could be read; without
     /// one, a closed policy.
     pub(in crate::control) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
-            && reading.current
-            && reading.own == pod.annotations
-            && reading.namespace == pod.namespace_annotations
+            && reading.is_of(pod)
         {
             return Arc::clone(&reading.compiled);
         }
         let own = Annotations::from_map(&pod.annotations);
         let namespace = Annotations::from_map(&pod.namespace_annotations);
-        let read = egress_policy::compile(&own, &namespace, &self.settings);
+        let inputs = Inputs {
+            pod: &own,
+            namespace: &namespace,
+            objects: &pod.objects,
+        };
+        let uses_sets = inputs.use_sets();
+        let read = egress_policy::compile(inputs, &self.settings);
         let unreadable = read.is_err();
         let (compiled, good, problem, written) = match read {
             Ok(mut compiled) => {
-                compiled.record.annotations =
-                    digest::of_annotations(&pod.annotations, &pod.namespace_annotations);
+                compiled.record.annotations = digest::of_pod(pod);
                 let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
-                let written = Arc::new(Written { own, namespace });
+                let written = Arc::new(Written {
+                    own,
+                    namespace,
+                    objects: pod.objects.clone(),
+                });
                 (Arc::new(compiled), true, problem, written)
             }
             Err(error) => {
@@ -85,6 +107,8 @@ impl Policies {
             uid: pod.uid.clone(),
             own: pod.annotations.clone(),
             namespace: pod.namespace_annotations.clone(),
+            objects: pod.objects.clone(),
+            uses_sets,
             compiled: Arc::clone(&compiled),
             good,
             problem,
@@ -113,7 +137,7 @@ impl Policies {
         if last.current {
             return Some((Arc::clone(&last.compiled), written));
         }
-        let compiled = egress_policy::compile(&written.own, &written.namespace, &self.settings);
+        let compiled = egress_policy::compile(written.inputs(), &self.settings);
         let mut compiled = compiled.ok()?;
         compiled.record.annotations = last.compiled.record.annotations;
         Some((Arc::new(compiled), written))
@@ -150,7 +174,7 @@ impl Policies {
         Arc::new(closed)
     }
 
-    /// What is wrong with the pod's annotations, or what their author should know.
+    /// What is wrong with the pod's annotations and objects, or what their author should know.
     pub(in crate::control) fn problem(&self, key: &Subject) -> Option<String> {
         self.pods.get(key)?.problem.clone()
     }

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use egress_common::ids::IfIndex;
+
 use super::InForce;
 use crate::{pods::Pod, report::Subject};
 use egress_policy::objects::Objects;
@@ -16,7 +18,7 @@ pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads int
                                  it in quarantine.exclude";
 
 /// The names and indexes of the interfaces that are in quarantine now.
-pub(super) fn interfaces(enforced: &BTreeMap<Subject, InForce>) -> Vec<(String, u32)> {
+pub(super) fn interfaces(enforced: &BTreeMap<Subject, InForce>) -> Vec<(String, IfIndex)> {
     let interfaces = enforced.iter().filter_map(|(subject, in_force)| {
         let Subject::Interface(name) = subject else {
             return None;

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::IfIndex;
 
 use crate::host::{self, TapWatch, interface_name};
 
@@ -57,7 +58,7 @@ impl Taps {
     }
 
     /// The problems of these interfaces.
-    pub(in crate::control) fn of(&self, interfaces: &[u32]) -> Vec<String> {
+    pub(in crate::control) fn of(&self, interfaces: &[IfIndex]) -> Vec<String> {
         let mut problems = Vec::new();
         for &ifindex in interfaces {
             let name = || interface_name(ifindex).unwrap_or_else(|| ifindex.to_string());

@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use egress_common::ids::IfIndex;
+
 /// The interfaces that no program has judged until now.
 ///
 /// With quarantine, interfaces are judged from the moment they appear. Then only those count that were there
@@ -12,16 +14,16 @@ pub(in crate::control) struct Unjudged {
     /// Whether new interfaces are in quarantine.
     quarantine: bool,
     /// Interfaces on which an earlier agent left a policy in force.
-    left: HashSet<u32>,
+    left: HashSet<IfIndex>,
     /// Interfaces that are not judged, where new ones are in quarantine.
-    free: HashSet<u32>,
+    free: HashSet<IfIndex>,
     /// Whether the first observation has been made.
     looked: bool,
 }
 
 impl Unjudged {
     /// `left` are the interfaces that an earlier agent judged.
-    pub(in crate::control) fn new(quarantine: bool, left: HashSet<u32>) -> Self {
+    pub(in crate::control) fn new(quarantine: bool, left: HashSet<IfIndex>) -> Self {
         Self {
             quarantine,
             left,
@@ -31,7 +33,7 @@ impl Unjudged {
     }
 
     /// These interfaces are there now.
-    pub(in crate::control) fn look(&mut self, there: &HashSet<u32>) {
+    pub(in crate::control) fn look(&mut self, there: &HashSet<IfIndex>) {
         if self.looked {
             self.free.retain(|ifindex| there.contains(ifindex));
         } else {
@@ -41,12 +43,12 @@ impl Unjudged {
     }
 
     /// These interfaces are not judged from now on.
-    pub(in crate::control) fn leave(&mut self, interfaces: &[u32]) {
+    pub(in crate::control) fn leave(&mut self, interfaces: &[IfIndex]) {
         self.free.extend(interfaces);
     }
 
     /// These interfaces are judged from now on.
-    pub(in crate::control) fn judge(&mut self, interfaces: &[u32]) {
+    pub(in crate::control) fn judge(&mut self, interfaces: &[IfIndex]) {
         for ifindex in interfaces {
             self.free.remove(ifindex);
             self.left.remove(ifindex);
@@ -54,7 +56,7 @@ impl Unjudged {
     }
 
     /// Whether no program has judged what went through this interface.
-    pub(in crate::control) fn contains(&self, ifindex: u32) -> bool {
+    pub(in crate::control) fn contains(&self, ifindex: IfIndex) -> bool {
         !self.left.contains(&ifindex) && (!self.quarantine || self.free.contains(&ifindex))
     }
 }
@@ -63,30 +65,40 @@ impl Unjudged {
 mod tests {
     use super::*;
 
+    const ONE: IfIndex = IfIndex::new(1);
+    const TWO: IfIndex = IfIndex::new(2);
+    const THREE: IfIndex = IfIndex::new(3);
+
     #[test]
     fn with_quarantine_what_was_there_before_and_what_was_left_alone_is_unjudged() {
-        let mut unjudged = Unjudged::new(true, HashSet::from([2]));
-        unjudged.look(&HashSet::from([1, 2]));
-        assert!(unjudged.contains(1));
-        assert!(!unjudged.contains(2), "an earlier agent's");
-        unjudged.look(&HashSet::from([1, 2, 3]));
-        assert!(!unjudged.contains(3), "it was closed from its beginning");
-        unjudged.leave(&[3]);
-        assert!(unjudged.contains(3));
-        unjudged.judge(&[1, 3]);
-        assert!(!unjudged.contains(1) && !unjudged.contains(3));
-        unjudged.leave(&[1]);
-        unjudged.look(&HashSet::from([3]));
-        assert!(!unjudged.contains(1), "the number may be another's by now");
+        let mut unjudged = Unjudged::new(true, HashSet::from([TWO]));
+        unjudged.look(&HashSet::from([ONE, TWO]));
+        assert!(unjudged.contains(ONE));
+        assert!(!unjudged.contains(TWO), "an earlier agent's");
+        unjudged.look(&HashSet::from([ONE, TWO, THREE]));
+        assert!(
+            !unjudged.contains(THREE),
+            "it was closed from its beginning"
+        );
+        unjudged.leave(&[THREE]);
+        assert!(unjudged.contains(THREE));
+        unjudged.judge(&[ONE, THREE]);
+        assert!(!unjudged.contains(ONE) && !unjudged.contains(THREE));
+        unjudged.leave(&[ONE]);
+        unjudged.look(&HashSet::from([THREE]));
+        assert!(
+            !unjudged.contains(ONE),
+            "the number may be another's by now"
+        );
     }
 
     #[test]
     fn without_quarantine_all_is_unjudged_but_what_an_earlier_agent_has_left() {
-        let mut unjudged = Unjudged::new(false, HashSet::from([2]));
-        unjudged.look(&HashSet::from([1, 2]));
-        assert!(unjudged.contains(1) && unjudged.contains(3));
-        assert!(!unjudged.contains(2));
-        unjudged.judge(&[2]);
-        assert!(unjudged.contains(2), "its pod may be made anew on it");
+        let mut unjudged = Unjudged::new(false, HashSet::from([TWO]));
+        unjudged.look(&HashSet::from([ONE, TWO]));
+        assert!(unjudged.contains(ONE) && unjudged.contains(THREE));
+        assert!(!unjudged.contains(TWO));
+        unjudged.judge(&[TWO]);
+        assert!(unjudged.contains(TWO), "its pod may be made anew on it");
     }
 }

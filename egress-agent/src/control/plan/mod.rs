@@ -41,6 +41,7 @@ use super::{
     settings::Settings,
 };
 use crate::report::Subject;
+use egress_common::ids::{IfIndex, PodId};
 use targets::Targets;
 use wanted::Wanted;
 
@@ -56,9 +57,9 @@ pub(in crate::control) struct Plan {
     /// The pods that cannot be found now, each with the reason.
     pub(in crate::control) unlocated: BTreeMap<Subject, Absence>,
     /// The interfaces of pods that are left alone, so that nobody judges what they carry.
-    pub(in crate::control) left_alone: Vec<u32>,
+    pub(in crate::control) left_alone: Vec<IfIndex>,
     /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.
-    pub(in crate::control) kept: Vec<u32>,
+    pub(in crate::control) kept: Vec<PodId>,
 }
 
 /// One thing to do.
@@ -93,10 +94,10 @@ pub(in crate::control) enum Action {
     /// Detach from a pod's interfaces and remove its state, if other pods have taken over all of these interfaces.
     Remove {
         subject: Subject,
-        taken_over: Vec<u32>,
+        taken_over: Vec<IfIndex>,
     },
     /// The same for a pod that is in the kernel and not enforced.
-    RemoveLeft(u32),
+    RemoveLeft(PodId),
 }
 
 /// What is done about connections that a pod had before it is enforced.
@@ -153,7 +154,7 @@ impl Plan {
     fn enforce(&mut self, observed: &Observed<'_>, targets: &Targets<'_>) {
         let (mut changes, mut adoptions, mut beginnings) = (Vec::new(), Vec::new(), Vec::new());
         for &(subject, ref wanted) in &targets.wanted {
-            let has_unjudged = |interfaces: &[u32]| {
+            let has_unjudged = |interfaces: &[IfIndex]| {
                 let mut interfaces = interfaces.iter();
                 !subject.is_interface()
                     && interfaces.any(|&ifindex| observed.unjudged.contains(ifindex))
@@ -226,7 +227,7 @@ impl Plan {
             let Some(in_force) = targets.enforced.get(subject) else {
                 continue;
             };
-            let claimed: Vec<u32> = if subject.is_interface() {
+            let claimed: Vec<IfIndex> = if subject.is_interface() {
                 let interfaces = in_force.wanted.interfaces.iter().copied();
                 interfaces
                     .filter(|ifindex| targets.claimed.contains(ifindex))

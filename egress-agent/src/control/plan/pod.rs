@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use egress_common::limits::OWN_ADDRESSES;
+use egress_common::{ids::IfIndex, limits::OWN_ADDRESSES};
 
 use super::{own_addresses::own_addresses, wanted::Wanted};
 use crate::{
@@ -38,7 +38,7 @@ pub(super) fn decide(
     settings: &Settings,
     subject: &Subject,
     found: &ObservedPod<'_>,
-    taken: &mut HashMap<u32, Subject>,
+    taken: &mut HashMap<IfIndex, Subject>,
 ) -> Decision {
     let pod = &*found.pod;
     let is_enforced = is_enforced(observed, subject, &pod.uid);

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use egress_common::ids::IfIndex;
 use proptest::{collection::vec, prelude::*};
 
 use super::{
@@ -114,13 +115,13 @@ fn change(
 
 /// An observation never finds an interface both behind a pod and without one.
 fn identify(scene: &mut Scene) {
-    let identified: HashSet<u32> = scene
+    let identified: HashSet<IfIndex> = scene
         .pods
         .iter()
         .filter(|(subject, _)| !subject.is_interface())
         .flat_map(|(_, found)| found.location.interfaces().iter().copied())
         .collect();
-    let held: HashSet<u32> = scene
+    let held: HashSet<IfIndex> = scene
         .enforced
         .iter()
         .filter(|(subject, in_force)| {
@@ -177,7 +178,7 @@ fn protected(scene: &Scene) -> Vec<Subject> {
 
 /// Whether a pod that should be enforced is behind this interface. A pod that is refused because another one has one
 /// of its interfaces is not enforced on the others either.
-fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: u32) -> bool {
+fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: IfIndex) -> bool {
     let mut pods = scene.pods.iter();
     pods.any(|(subject, found)| {
         let problem = plan.problems.get(subject);
@@ -188,7 +189,7 @@ fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: u32) -> bool {
     })
 }
 
-fn is_covered(scene: &Scene, ifindex: u32) -> bool {
+fn is_covered(scene: &Scene, ifindex: IfIndex) -> bool {
     let mut enforced = scene.enforced.values();
     enforced.any(|in_force| in_force.wanted.interfaces.contains(&ifindex))
 }
@@ -211,7 +212,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
         })
         .flatten()
         .collect();
-    let wanted_on: HashMap<u32, &Subject> = plan
+    let wanted_on: HashMap<IfIndex, &Subject> = plan
         .actions
         .iter()
         .filter_map(|action| match action {
@@ -236,8 +237,8 @@ fn check(scene: &mut Scene, plan: &Plan) {
         // What is to be free is released first, if nobody else is to have its interface.
         let interfaces = scene.enforced[subject].wanted.interfaces.clone();
         let left = scene.left.values().flat_map(|left| &left.interfaces);
-        let left: HashSet<u32> = left.map(|&(ifindex, _)| ifindex).collect();
-        let is_claimed = |ifindex: &u32| {
+        let left: HashSet<IfIndex> = left.map(|&(ifindex, _)| ifindex).collect();
+        let is_claimed = |ifindex: &IfIndex| {
             wanted_on.contains_key(ifindex)
                 || left.contains(ifindex)
                 || scene.pods.iter().any(|(other, found)| {
@@ -254,7 +255,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
     }
 
     let protected = protected(scene);
-    let handed_over: Vec<u32> = scene
+    let handed_over: Vec<IfIndex> = scene
         .enforced
         .iter()
         .filter(|(subject, _)| subject.is_interface())
@@ -278,7 +279,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
         }
     }
 
-    let mut pods: BTreeMap<u32, &Subject> = BTreeMap::new();
+    let mut pods: BTreeMap<IfIndex, &Subject> = BTreeMap::new();
     for (subject, in_force) in &scene.enforced {
         for &ifindex in &in_force.wanted.interfaces {
             if let Some(other) = pods.insert(ifindex, subject) {

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use egress_common::records::INTERFACE_REJECT;
+use egress_common::{
+    ids::{IfIndex, PodId},
+    records::INTERFACE_REJECT,
+};
 
 use super::{
     Action, plan,
@@ -145,7 +148,7 @@ fn a_pod_that_is_to_be_free_is_released_before_anything_is_detached() {
         told(&scene.plan()),
         ["release cart", "remove gone", "remove cart"]
     );
-    assert_eq!(scene.plan().left_alone, [1]);
+    assert_eq!(scene.plan().left_alone, [IfIndex::new(1)]);
 }
 
 #[test]
@@ -222,7 +225,7 @@ fn what_an_earlier_agent_left_is_kept_while_the_source_cannot_be_read_in_full() 
     scene.incomplete = true;
     let early = scene.plan();
     assert!(told(&early).is_empty());
-    assert_eq!(early.kept, [1]);
+    assert_eq!(early.kept, [PodId::new(1)]);
     assert_eq!(early.other_problems.iter().count(), 0);
     let late = plan(&scene.observed(), &scene.settings, scene.began + PATIENCE);
     let (about, what) = late.other_problems.iter().next().expect("a problem");
@@ -242,7 +245,7 @@ fn what_an_earlier_agent_left_is_kept_while_the_source_cannot_be_read_in_full() 
 #[test]
 fn a_pod_that_ran_before_begins_with_its_sources_and_settles_last() {
     let mut scene = Scene::new();
-    scene.unjudged.look(&[1].into());
+    scene.unjudged.look(&[IfIndex::new(1)].into());
     scene.add("zoo", 1);
     scene.add("cart", 2);
     assert_eq!(
@@ -254,12 +257,12 @@ fn a_pod_that_ran_before_begins_with_its_sources_and_settles_last() {
 #[test]
 fn connections_are_noted_at_once_on_an_interface_that_is_judged_for_another_pod() {
     let mut scene = Scene::new();
-    scene.unjudged.look(&[1].into());
+    scene.unjudged.look(&[IfIndex::new(1)].into());
     scene.add_unknown("veth1", 1);
     scene.reconcile();
     scene.pods.clear();
     scene.add("cart", 1);
-    scene.unjudged.leave(&[1]);
+    scene.unjudged.leave(&[IfIndex::new(1)]);
     assert_eq!(told(&scene.plan())[1], "begin cart, note");
 }
 
@@ -294,10 +297,10 @@ fn connections_are_noted_on_the_new_interfaces_of_a_pod_alone() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
-    scene.unjudged.leave(&[1]);
+    scene.unjudged.leave(&[IfIndex::new(1)]);
     scene.get("cart").location = behind(&[1, 2]);
     assert_eq!(told(&scene.plan()), ["prepare", "move cart to [1, 2]"]);
-    scene.unjudged.leave(&[2]);
+    scene.unjudged.leave(&[IfIndex::new(2)]);
     assert_eq!(
         told(&scene.plan()),
         ["prepare", "move cart to [1, 2], note"]

@@ -8,7 +8,10 @@ use std::{
     time::Instant,
 };
 
-use egress_common::records::Interface;
+use egress_common::{
+    ids::{IfIndex, PodId, PolicyId},
+    records::Interface,
+};
 
 use super::{Action, Before, Plan, plan, wanted::Wanted};
 use crate::{
@@ -30,7 +33,7 @@ use crate::{
     pods::{Facts, Pod},
     report::Subject,
 };
-use egress_policy::{Annotations, Compiled, objects::Objects};
+use egress_policy::{Annotations, Compiled, Inputs, objects::Objects};
 
 /// A pod, and where it is.
 #[derive(Clone)]
@@ -50,10 +53,10 @@ pub(super) struct Scene {
     pub(super) incomplete: bool,
     pub(super) in_cluster: bool,
     pub(super) enforced: BTreeMap<Subject, InForce>,
-    pub(super) left: BTreeMap<u32, Adoptable>,
+    pub(super) left: BTreeMap<PodId, Adoptable>,
     pub(super) unjudged: Unjudged,
     pub(super) owners: Owners,
-    next_pod: u32,
+    next_pod: PodId,
 }
 
 impl Scene {
@@ -78,7 +81,7 @@ impl Scene {
             left: BTreeMap::new(),
             unjudged: Unjudged::new(true, HashSet::new()),
             owners: Owners::default(),
-            next_pod: 1,
+            next_pod: PodId::new(1),
         }
     }
 
@@ -87,7 +90,8 @@ impl Scene {
         let own = annotations_of(annotations);
         let own = Annotations::from_map(&own);
         let none = Annotations::default();
-        let compiled = egress_policy::compile(&own, &none, &self.policy_settings);
+        let compiled =
+            egress_policy::compile(Inputs::annotations(&own, &none), &self.policy_settings);
         Arc::new(compiled.expect("a policy"))
     }
 
@@ -140,7 +144,10 @@ impl Scene {
             left: self.left.clone(),
             unjudged: self.unjudged.clone(),
             owners: self.owners.clone(),
-            interface_names: HashMap::from([(1, "veth1".to_owned()), (2, "veth2".to_owned())]),
+            interface_names: HashMap::from([
+                (IfIndex::new(1), "veth1".to_owned()),
+                (IfIndex::new(2), "veth2".to_owned()),
+            ]),
             policy_settings: self.policy_settings.clone(),
             began: self.began,
             problems: Problems::default(),
@@ -187,7 +194,7 @@ impl Scene {
                 });
                 let pod = left.map_or(self.next_pod, |(&id, _)| id);
                 self.left.remove(&pod);
-                self.next_pod = self.next_pod.max(pod + 1);
+                self.next_pod = self.next_pod.max(PodId::new(pod.get() + 1));
                 let in_force = InForce {
                     pod,
                     wanted: Arc::clone(wanted),
@@ -211,7 +218,8 @@ impl Scene {
     pub(super) fn restart(&mut self) {
         for (subject, in_force) in std::mem::take(&mut self.enforced) {
             let (namespace, name) = subject.fields();
-            let entry = in_force.wanted.entry(in_force.pod, in_force.pod);
+            let policy = PolicyId::new(in_force.pod.get());
+            let entry = in_force.wanted.entry(in_force.pod, policy);
             let interfaces = in_force.wanted.interfaces.iter();
             let left = Adoptable {
                 namespace: namespace.to_owned(),
@@ -222,7 +230,7 @@ impl Scene {
             self.left.insert(in_force.pod, left);
         }
         let left = self.left.values().flat_map(|left| &left.interfaces);
-        let left = left.map(|&(ifindex, _): &(u32, Interface)| ifindex);
+        let left = left.map(|&(ifindex, _): &(IfIndex, Interface)| ifindex);
         self.unjudged = Unjudged::new(true, left.collect());
     }
 
@@ -260,7 +268,7 @@ pub(in crate::control) fn pod(name: &str) -> Pod {
 
 pub(super) fn behind(interfaces: &[u32]) -> Location {
     Location::Found(PodLocation {
-        interfaces: interfaces.to_vec(),
+        interfaces: interfaces.iter().copied().map(IfIndex::new).collect(),
         has_addresses: true,
         ..PodLocation::default()
     })

@@ -5,6 +5,8 @@ use std::{
     sync::Arc,
 };
 
+use egress_common::ids::{IfIndex, PodId};
+
 use super::{
     Plan,
     pod::{Decision, decide},
@@ -30,8 +32,8 @@ pub(super) struct Targets<'a> {
     /// The pods that are to be free, and the interfaces in quarantine whose pods are known now.
     pub(super) freed: Vec<&'a Subject>,
     /// Interfaces that a pod is to be enforced on, whether or not it can be now.
-    pub(super) claimed: HashSet<u32>,
-    pub(super) left: &'a BTreeMap<u32, Adoptable>,
+    pub(super) claimed: HashSet<IfIndex>,
+    pub(super) left: &'a BTreeMap<PodId, Adoptable>,
 }
 
 impl<'a> Targets<'a> {
@@ -43,7 +45,7 @@ impl<'a> Targets<'a> {
         let (mut gone, mut freed) = (Vec::new(), Vec::new());
         let mut enforced = BTreeMap::new();
         // Pods that hold an interface keep it; only then do others get theirs.
-        let mut taken: HashMap<u32, Subject> = HashMap::new();
+        let mut taken: HashMap<IfIndex, Subject> = HashMap::new();
         for (subject, in_force) in &observed.enforced {
             if is_there(subject, in_force) {
                 let interfaces = in_force.wanted.interfaces.iter();
@@ -106,7 +108,7 @@ impl<'a> Targets<'a> {
     }
 
     /// Whether an interface is, or is to be, that of another pod than this one.
-    pub(super) fn is_anothers(&self, pod: Option<u32>, ifindex: u32) -> bool {
+    pub(super) fn is_anothers(&self, pod: Option<PodId>, ifindex: IfIndex) -> bool {
         let mut left = self.left.iter();
         let is_left = left.any(|(&id, left)| {
             let mut interfaces = left.interfaces.iter();
@@ -119,7 +121,7 @@ impl<'a> Targets<'a> {
     }
 
     /// Whether a pod, other than this subject, is enforced on an interface when the plan has been carried out.
-    pub(super) fn is_taken_over(&self, subject: &Subject, ifindex: u32) -> bool {
+    pub(super) fn is_taken_over(&self, subject: &Subject, ifindex: IfIndex) -> bool {
         let wanted = self.wanted.iter();
         let wanted = wanted.map(|(other, wanted)| (*other, wanted));
         let enforced = self.enforced.iter();
@@ -129,7 +131,7 @@ impl<'a> Targets<'a> {
     }
 
     /// The id under which a pod was left in the kernel.
-    pub(super) fn left_as(&self, subject: &Subject, uid: &str) -> Option<u32> {
+    pub(super) fn left_as(&self, subject: &Subject, uid: &str) -> Option<PodId> {
         let mut left = self.left.iter();
         let left = left.find(|(_, left)| {
             (&*left.namespace, &*left.name) == subject.fields() && left.uid == uid

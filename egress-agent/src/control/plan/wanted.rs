@@ -4,6 +4,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use egress_common::{
     address::{self, Address},
+    classes::ClassSet,
+    ids::{IfIndex, PodId, PolicyId},
     limits::OWN_ADDRESSES,
     records::{INTERFACE_REJECT, Interface, MODE_AUDIT, MODE_ENFORCE, POLICY_OWN_UNSURE, Policy},
 };
@@ -21,7 +23,7 @@ use egress_policy::{Compiled, Mode};
 pub(in crate::control) struct Wanted {
     pub(in crate::control) uid: String,
     /// Its interfaces' indexes, in order; never empty.
-    pub(in crate::control) interfaces: Vec<u32>,
+    pub(in crate::control) interfaces: Vec<IfIndex>,
     /// The network namespaces on the other ends, where they are known.
     pub(in crate::control) networks: Vec<Network>,
     pub(in crate::control) compiled: Arc<Compiled>,
@@ -115,7 +117,7 @@ impl Wanted {
     /// The prefixes of the policy, as the datapath takes them.
     pub(in crate::control) fn cidrs(
         &self,
-    ) -> impl ExactSizeIterator<Item = (Address, u32, u64)> + '_ {
+    ) -> impl ExactSizeIterator<Item = (Address, u32, ClassSet)> + '_ {
         self.compiled
             .cidrs
             .iter()
@@ -123,13 +125,10 @@ impl Wanted {
     }
 
     /// The entry of the pod's interfaces under this version.
-    pub(in crate::control) fn entry(&self, pod: u32, policy: u32) -> Interface {
-        Interface {
-            pod,
-            policy,
-            mode: self.mode,
-            flags: self.flags,
-        }
+    pub(in crate::control) fn entry(&self, pod: PodId, policy: PolicyId) -> Interface {
+        let mut entry = Interface::new(pod, policy, self.mode);
+        entry.flags = self.flags;
+        entry
     }
 
     /// The same policy where the other one is in force.
@@ -145,7 +144,7 @@ impl Wanted {
     /// networks are known and none is new.
     pub(in crate::control) fn only_new(
         &self,
-        interfaces: &[u32],
+        interfaces: &[IfIndex],
         networks: &[Network],
     ) -> Option<Self> {
         let is_known = |network: &Network| {
@@ -158,8 +157,8 @@ impl Wanted {
     }
 
     /// The same policy on those of these interfaces that are new, in these networks.
-    pub(in crate::control) fn on_new(&self, interfaces: &[u32], networks: &[Network]) -> Self {
-        let new = |ifindex: &u32| !self.interfaces.contains(ifindex);
+    pub(in crate::control) fn on_new(&self, interfaces: &[IfIndex], networks: &[Network]) -> Self {
+        let new = |ifindex: &IfIndex| !self.interfaces.contains(ifindex);
         Self {
             interfaces: interfaces.iter().copied().filter(new).collect(),
             networks: networks.to_vec(),

@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::{
     address::Address,
+    ids::PodId,
     protocol,
     reason::Reason,
     records::{Counters, Denial, FROM_POD, Meter, NO_CLASS},
@@ -159,7 +160,7 @@ impl Reader {
             return;
         }
         // Only packets that pods send have destinations that were resolved.
-        let asked: Vec<(u32, Address)> = batch
+        let asked: Vec<(PodId, Address)> = batch
             .iter()
             .filter(|denial| denial.direction == FROM_POD)
             .map(|denial| (denial.pod, denial.dst))
@@ -210,7 +211,8 @@ fn denied(
     let rule = attached
         .filter(|attached| denial.class != NO_CLASS && denial.policy == attached.policy)
         .and(pod.compiled.as_ref())
-        .and_then(|compiled| compiled.explain_deny(&denial.dst, denial.class));
+        .and_then(|compiled| compiled.deciding_entry(&denial.dst, denial.class))
+        .cloned();
     Denied {
         pod: Arc::clone(identity),
         verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),
@@ -232,7 +234,7 @@ struct Losses {
     map: CounterMap,
     /// The pods, and their meters when they were last read. A pod that is gone stays until its
     /// meter was read once more.
-    pods: HashMap<u32, (Arc<PodRecord>, Meter)>,
+    pods: HashMap<PodId, (Arc<PodRecord>, Meter)>,
     counters: Counters,
 }
 
@@ -297,7 +299,7 @@ impl Losses {
                 );
             }
         }
-        let gone: Vec<u32> = self
+        let gone: Vec<PodId> = self
             .pods
             .keys()
             .filter(|id| !known.contains_key(id))
@@ -306,7 +308,7 @@ impl Losses {
         for id in gone {
             self.pods.remove(&id);
             if let Err(error) = self.map.forget(id) {
-                tracing::warn!(pod = id, error = %format!("{error:#}"), "cannot remove a meter");
+                tracing::warn!(pod = id.get(), error = %format!("{error:#}"), "cannot remove a meter");
             }
         }
         let Ok(now) = self.map.counters() else {

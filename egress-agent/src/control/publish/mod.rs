@@ -30,6 +30,7 @@ use crate::{
     report::{PodIdentity, Subject},
     serve::{PodRecord, Published},
 };
+use egress_common::ids::PodId;
 use egress_policy::Mode;
 use problems::Problems;
 
@@ -37,7 +38,7 @@ use problems::Problems;
 pub(in crate::control) struct Publisher {
     published: Arc<Published>,
     /// The pods that an earlier agent left, by their ids.
-    left: HashMap<u32, Arc<PodRecord>>,
+    left: HashMap<PodId, Arc<PodRecord>>,
     /// The problems of the last reconcile, so that each is logged once.
     problems: Problems,
     /// Where Events go, and how following the cluster goes; none without a cluster.
@@ -49,7 +50,7 @@ impl Publisher {
     pub(in crate::control) fn new(
         node: &str,
         published: Arc<Published>,
-        left: &BTreeMap<u32, Adoptable>,
+        left: &BTreeMap<PodId, Adoptable>,
         cluster: Option<ClusterSide>,
     ) -> Self {
         let left = left.iter().map(|(&id, left)| {

@@ -15,6 +15,7 @@ mod threads;
 use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::PodId;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
@@ -30,11 +31,11 @@ use super::{
     reconcile::Reconciler,
     settings::Settings,
     state_dir::{handover, saved::Saved},
-    wake::links::{FilterEvents, LinkEvents, RulesetEvents},
 };
 use crate::{
-    datapath::{Adoptable, Datapath, Lock, TraceLog},
+    datapath::{Adoptable, Datapath, Lock, STAMP_TABLE, TraceLog},
     gate::Gate,
+    host::{FilterEvents, LinkEvents, RulesetEvents},
     pods::Snapshot,
     report::Reporter,
     serve::{Published, Serving},
@@ -160,7 +161,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     datapath.start_stamp_check()?;
     // After the agent's own changes: they are no reason to look at everything.
-    let ruleset = RulesetEvents::open();
+    let ruleset = RulesetEvents::open(STAMP_TABLE);
     let trace = options
         .datapath_log
         .then(|| datapath.start_log())
@@ -250,7 +251,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
 
 /// Attaches this agent's programs in place of an earlier agent's. To be called before the gate starts: frames that
 /// it puts back carry marks that only these programs know.
-fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<u32, Adoptable>) -> Result<()> {
+fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<PodId, Adoptable>) -> Result<()> {
     for ifindex in datapath.attached()? {
         let mut left = left.values().flat_map(|left| &left.interfaces);
         let taken = if left.any(|&(known, _)| known == ifindex) {
@@ -260,7 +261,7 @@ fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<u32, Adoptable>
             datapath.detach(ifindex)
         };
         if let Err(error) = taken {
-            tracing::warn!(ifindex, error = %format!("{error:#}"), "cannot take over an interface");
+            tracing::warn!(ifindex = ifindex.get(), error = %format!("{error:#}"), "cannot take over an interface");
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::PodId;
 use tokio::sync::watch;
 
 use crate::control::{
@@ -130,7 +131,7 @@ impl Watched {
         &self,
         config: &Config,
         datapath: &Datapath,
-        left: &BTreeMap<u32, Adoptable>,
+        left: &BTreeMap<PodId, Adoptable>,
         arrivals: Option<Arrivals>,
     ) -> Result<(Machine, PodLocations)> {
         let host = Host::open(HostOptions::default());

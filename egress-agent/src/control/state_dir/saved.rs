@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::{
     address::Address,
+    ids::PodId,
     records::{RANGE_INTERNAL, Range},
 };
 use serde::{Deserialize, Serialize};
@@ -66,7 +67,7 @@ impl Saved {
     /// `datapath`.
     pub(in crate::control) fn open(
         config: &Config,
-        left: &BTreeMap<u32, Adoptable>,
+        left: &BTreeMap<PodId, Adoptable>,
         datapath: &Datapath,
     ) -> Self {
         let path = config.state_dir.join(FILE);
@@ -176,7 +177,7 @@ impl Saved {
 fn read_believed(
     path: &Path,
     node: &str,
-    left: &BTreeMap<u32, Adoptable>,
+    left: &BTreeMap<PodId, Adoptable>,
     datapath: &Datapath,
 ) -> Result<Option<(Vec<Pod>, Facts)>> {
     let Some((pods, mut facts)) = read(path, node)? else {
@@ -220,7 +221,7 @@ fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
     }
     let digest = digest::of_pod(pod);
     for (_, entry) in &left.interfaces {
-        let record = view.policy(entry.policy)?;
+        let record = view.policy(entry.policy())?;
         if record.is_none_or(|record| record.annotations != digest) {
             return Ok(false);
         }

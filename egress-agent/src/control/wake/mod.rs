@@ -1,4 +1,3 @@
-//! What wakes the loop before its next turn.
+//! When events may start a reconcile before its second has passed.
 
-pub(in crate::control) mod links;
 pub(in crate::control) mod pace;

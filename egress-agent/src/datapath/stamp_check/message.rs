@@ -4,6 +4,7 @@
 //! numbers are in network byte order; a value that is compared with a packet's field has the byte order of
 //! the field.
 
+use egress_common::ids::IfIndex;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 
 use super::{
@@ -136,20 +137,20 @@ impl<'a> Batch<'a> {
     }
 
     /// Adds interfaces to a set; elements that exist keep their counters.
-    pub(super) fn add_elements(&mut self, set: &str, interfaces: &[u32]) {
+    pub(super) fn add_elements(&mut self, set: &str, interfaces: &[IfIndex]) {
         self.push_elements(NEWSETELEM, NLM_F_CREATE, set, interfaces);
     }
 
     /// Deletes interfaces that the set must have.
-    pub(super) fn delete_elements(&mut self, set: &str, interfaces: &[u32]) {
+    pub(super) fn delete_elements(&mut self, set: &str, interfaces: &[IfIndex]) {
         self.push_elements(DELSETELEM, 0, set, interfaces);
     }
 
-    fn push_elements(&mut self, kind: u16, flags: u16, set: &str, interfaces: &[u32]) {
+    fn push_elements(&mut self, kind: u16, flags: u16, set: &str, interfaces: &[IfIndex]) {
         // The length of an attribute has 16 bits.
         for some in interfaces.chunks(1024) {
             let list = some.iter().fold(Attributes::default(), |list, ifindex| {
-                let key = Attributes::default().bytes(DATA_VALUE, &ifindex.to_ne_bytes());
+                let key = Attributes::default().bytes(DATA_VALUE, &ifindex.get().to_ne_bytes());
                 let element = Attributes::default().nested(ELEMENT_KEY, key);
                 list.nested(LIST_ELEMENT, element)
             });
@@ -216,12 +217,12 @@ pub(super) fn get_elements(family: Family, table: &str, set: &str) -> Request {
 }
 
 /// The interfaces and packet counters of the elements in this reply.
-pub(super) fn read_elements(body: &[u8]) -> Vec<(u32, u64)> {
+pub(super) fn read_elements(body: &[u8]) -> Vec<(IfIndex, u64)> {
     let list = find(payload(body), ELEMENTS).unwrap_or_default();
     let elements = attributes(list).filter(|(kind, _)| *kind == LIST_ELEMENT);
     elements
         .filter_map(|(_, element)| {
-            let ifindex = number(find(find(element, ELEMENT_KEY)?, DATA_VALUE)?);
+            let ifindex = IfIndex::new(number(find(find(element, ELEMENT_KEY)?, DATA_VALUE)?));
             let counter = find(element, ELEMENT_EXPRESSION)
                 .and_then(|expression| find(expression, EXPRESSION_DATA))
                 .and_then(|data| find(data, COUNTER_PACKETS))
@@ -261,7 +262,10 @@ mod tests {
             .text(TABLE, "t")
             .nested(ELEMENTS, list);
         let body = [&[1, 0, 0, 0][..], &body.0].concat();
-        assert_eq!(read_elements(&body), [(7, 9), (8, 0)]);
+        assert_eq!(
+            read_elements(&body),
+            [(IfIndex::new(7), 9), (IfIndex::new(8), 0)]
+        );
         assert!(read_elements(&[]).is_empty());
     }
 }

@@ -20,6 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::IfIndex;
 
 use self::{
     message::Family,
@@ -50,7 +51,7 @@ impl WithoutStamp {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unstamped {
     /// The interface.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// What happened to them.
     pub what: WithoutStamp,
     /// How many there were since the last check.
@@ -73,7 +74,7 @@ pub struct Looked {
 /// See the module.
 pub(super) struct StampCheck {
     tables: Tables,
-    wanted: BTreeMap<u32, WithoutStamp>,
+    wanted: BTreeMap<IfIndex, WithoutStamp>,
     states: BTreeMap<Family, State>,
 }
 
@@ -103,7 +104,7 @@ impl Refused {
 impl StampCheck {
     /// Takes over an earlier agent's tables, or creates them. Interfaces to which no programs are attached
     /// are removed from them.
-    pub(super) fn open(stamp: Stamp, attached: &[u32]) -> Self {
+    pub(super) fn open(stamp: Stamp, attached: &[IfIndex]) -> Self {
         let mut check = Self {
             tables: Tables::new(stamp),
             wanted: BTreeMap::new(),
@@ -159,7 +160,7 @@ impl StampCheck {
 
     /// Sets what happens to frames without a stamp from these interfaces. The next check retries what fails,
     /// and reports it.
-    fn require(&mut self, interfaces: &[u32], what: WithoutStamp) {
+    fn require(&mut self, interfaces: &[IfIndex], what: WithoutStamp) {
         let wanted = interfaces.iter().map(|&ifindex| (ifindex, what));
         self.wanted.extend(wanted);
         for family in self.supported() {
@@ -169,7 +170,7 @@ impl StampCheck {
     }
 
     /// Lets frames without a stamp from an interface pass.
-    fn release(&mut self, ifindex: u32) -> Result<()> {
+    fn release(&mut self, ifindex: IfIndex) -> Result<()> {
         let Some(what) = self.wanted.remove(&ifindex) else {
             return Ok(());
         };
@@ -246,7 +247,7 @@ impl StampCheck {
     /// Checks all tables.
     fn look(&mut self) -> Looked {
         let mut looked = Looked::default();
-        let mut counted: BTreeMap<(u32, WithoutStamp), u64> = BTreeMap::new();
+        let mut counted: BTreeMap<(IfIndex, WithoutStamp), u64> = BTreeMap::new();
         let (mut lost, mut refused) = (Vec::new(), Vec::new());
         for family in Family::ALL {
             let refusal = self
@@ -317,7 +318,7 @@ pub(super) fn remove() -> Result<bool> {
 impl Datapath {
     /// Sets what happens to frames from these interfaces that have bypassed `from_pod`. Call this when it is
     /// attached to them. The next [`Self::look_for_unstamped`] retries what fails.
-    pub fn require_stamps(&mut self, interfaces: &[u32], what: WithoutStamp) {
+    pub fn require_stamps(&mut self, interfaces: &[IfIndex], what: WithoutStamp) {
         if let Some(check) = &mut self.stamp_check {
             check.require(interfaces, what);
         }
@@ -331,7 +332,7 @@ impl Datapath {
 
     /// Whether frames without a stamp had passed from one of these audited interfaces at the last
     /// check.
-    pub fn has_passed_unstamped(&self, interfaces: &[u32]) -> bool {
+    pub fn has_passed_unstamped(&self, interfaces: &[IfIndex]) -> bool {
         let states = self
             .stamp_check
             .iter()
@@ -344,13 +345,13 @@ impl Datapath {
     }
 
     /// Whether frames without a stamp pass from one of these interfaces now.
-    pub fn lets_unstamped_pass(&self, interfaces: &[u32]) -> bool {
+    pub fn lets_unstamped_pass(&self, interfaces: &[IfIndex]) -> bool {
         let mut wanted = self.stamp_check.iter().flat_map(|check| &check.wanted);
         wanted.any(|(ifindex, what)| *what == WithoutStamp::Count && interfaces.contains(ifindex))
     }
 
     /// Lets frames without a stamp from this interface pass. Call this before detaching `from_pod` from it.
-    pub(super) fn release_stamps(&mut self, ifindex: u32) -> Result<()> {
+    pub(super) fn release_stamps(&mut self, ifindex: IfIndex) -> Result<()> {
         match &mut self.stamp_check {
             Some(check) => check.release(ifindex),
             None => Ok(()),

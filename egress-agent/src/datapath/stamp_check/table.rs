@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use egress_common::limits::INTERFACES;
+use egress_common::{ids::IfIndex, limits::INTERFACES};
 use rtnetlink::{packet_core::NLM_F_DUMP, sys::protocols::NETLINK_NETFILTER};
 
 use super::{
@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const ATTEMPTS: usize = 4;
 
 /// The elements of both sets of a table, and the packet counter of each.
-pub(super) type Elements = BTreeMap<(u32, WithoutStamp), u64>;
+pub(super) type Elements = BTreeMap<(IfIndex, WithoutStamp), u64>;
 
 impl WithoutStamp {
     /// The name of its set of interfaces.
@@ -163,7 +163,7 @@ impl Tables {
     pub(super) fn install(
         &mut self,
         family: Family,
-        elements: &BTreeSet<(u32, WithoutStamp)>,
+        elements: &BTreeSet<(IfIndex, WithoutStamp)>,
     ) -> io::Result<()> {
         let mut batch = Batch::new(family, TABLE);
         // Deleting a table that does not exist is an error, so add it first.
@@ -193,8 +193,8 @@ impl Tables {
     pub(super) fn change_elements(
         &mut self,
         family: Family,
-        is: &BTreeSet<(u32, WithoutStamp)>,
-        wanted: &BTreeSet<(u32, WithoutStamp)>,
+        is: &BTreeSet<(IfIndex, WithoutStamp)>,
+        wanted: &BTreeSet<(IfIndex, WithoutStamp)>,
     ) -> io::Result<bool> {
         let mut batch = Batch::new(family, TABLE);
         let new = wanted.difference(is).copied().collect();
@@ -230,7 +230,7 @@ fn open() -> io::Result<Netlink> {
     Ok(netlink)
 }
 
-fn interfaces(elements: &BTreeSet<(u32, WithoutStamp)>, of: WithoutStamp) -> Vec<u32> {
+fn interfaces(elements: &BTreeSet<(IfIndex, WithoutStamp)>, of: WithoutStamp) -> Vec<IfIndex> {
     let elements = elements.iter().filter(|(_, what)| *what == of);
     elements.map(|(ifindex, _)| *ifindex).collect()
 }

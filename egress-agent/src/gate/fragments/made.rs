@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use egress_common::{
+    ids::IfIndex,
     packet::{Packet, Walked, walk},
     protocol,
 };
@@ -93,7 +94,7 @@ impl Scene {
         let held = Held {
             frame,
             packet: &packet,
-            ifindex: 7,
+            ifindex: IfIndex::new(7),
             is_taken: true,
         };
         let Self {

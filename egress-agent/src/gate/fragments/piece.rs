@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use egress_common::packet::{ETHERNET_LEN, Fragment, Packet};
+use egress_common::{
+    ids::IfIndex,
+    packet::{ETHERNET_LEN, Fragment, Packet},
+};
 
 use super::super::checksum;
 
@@ -21,7 +24,7 @@ const LONGEST_IPV6: usize = u16::MAX as usize;
 pub(in super::super) struct Held<'a> {
     pub(in super::super) frame: &'a [u8],
     pub(in super::super) packet: &'a Packet,
-    pub(in super::super) ifindex: u32,
+    pub(in super::super) ifindex: IfIndex,
     /// Whether it waits to be put back; if not, the pod has it already (audit mode).
     pub(in super::super) is_taken: bool,
 }
@@ -30,7 +33,7 @@ pub(in super::super) struct Held<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) struct Piece {
     pub(in super::super) frame: Box<[u8]>,
-    pub(in super::super) ifindex: u32,
+    pub(in super::super) ifindex: IfIndex,
     pub(in super::super) is_taken: bool,
     pub(super) packet: Packet,
     /// The offset of its content in the datagram.

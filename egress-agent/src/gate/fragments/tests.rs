@@ -1,5 +1,7 @@
 use proptest::prelude::*;
 
+use egress_common::ids::IfIndex;
+
 use super::{
     made::{Part, Scene, reassemble},
     *,
@@ -318,7 +320,7 @@ fn when_memory_is_full_a_pod_drops_its_own_datagrams() {
     let held = Held {
         frame: &frame,
         packet: &packet,
-        ifindex: 7,
+        ifindex: IfIndex::new(7),
         is_taken: true,
     };
     let fragments = &mut scene.fragments;

@@ -11,6 +11,8 @@ use std::{
     io,
 };
 
+use egress_common::ids::{IfIndex, PodId};
+
 use crate::gate::budget::{Budget, Kept, Limits};
 
 /// The bytes in all lanes.
@@ -40,9 +42,9 @@ const TOO_LATE: &str = "the pod takes frames too slowly, and they were queued fo
 
 /// The lanes of all slow pods; `T` is the frame with its socket and mark.
 pub(super) struct Lanes<T> {
-    pods: HashMap<u32, Lane<T>>,
+    pods: HashMap<PodId, Lane<T>>,
     /// Pods that have queued frames and are served by no thread; the one that has waited longest comes first.
-    ready: VecDeque<u32>,
+    ready: VecDeque<PodId>,
     budget: Budget,
     is_slow_served: bool,
     /// When the next frame of a slow lane may be sent.
@@ -58,11 +60,11 @@ struct Lane<T> {
     /// The moving average of the times that its frames took; the last one weighs an eighth.
     average_ns: u64,
     last_slow_ns: u64,
-    lost: HashMap<u32, Lost>,
+    lost: HashMap<IfIndex, Lost>,
 }
 
 struct Queued<T> {
-    ifindex: u32,
+    ifindex: IfIndex,
     /// It is not sent after this time.
     until_ns: u64,
     len: usize,
@@ -91,8 +93,8 @@ impl Lost {
 #[derive(Debug)]
 pub(super) struct Job<T> {
     pub(super) frame: T,
-    pub(super) ifindex: u32,
-    pod: u32,
+    pub(super) ifindex: IfIndex,
+    pod: PodId,
     is_slow: bool,
 }
 
@@ -109,7 +111,7 @@ impl<T> Lane<T> {
         self.average_ns >= SLOW_NS
     }
 
-    fn lose(&mut self, ifindex: u32, error: io::Error) {
+    fn lose(&mut self, ifindex: IfIndex, error: io::Error) {
         let lost = self.lost.entry(ifindex).or_default();
         lost.frames += 1;
         lost.error = Some(error);
@@ -128,7 +130,7 @@ impl<T> Lanes<T> {
     }
 
     /// Opens a lane for a pod that has been slow.
-    pub(super) fn open(&mut self, pod: u32, now_ns: u64) {
+    pub(super) fn open(&mut self, pod: PodId, now_ns: u64) {
         let lane = self.pods.entry(pod).or_insert_with(|| Lane {
             frames: VecDeque::new(),
             kept: Kept::default(),
@@ -143,7 +145,13 @@ impl<T> Lanes<T> {
 
     /// Adds a frame for a pod with a lane. The frame is lost, and counted, if the lane has no room, or if it
     /// is not sent by `until_ns`.
-    pub(super) fn push(&mut self, (pod, ifindex): (u32, u32), len: usize, frame: T, until_ns: u64) {
+    pub(super) fn push(
+        &mut self,
+        (pod, ifindex): (PodId, IfIndex),
+        len: usize,
+        frame: T,
+        until_ns: u64,
+    ) {
         let Some(lane) = self.pods.get_mut(&pod) else {
             return;
         };
@@ -198,7 +206,7 @@ impl<T> Lanes<T> {
 
     /// The index in `ready` of the pod that is served next.
     fn whose_turn(&self, now_ns: u64) -> Option<usize> {
-        let average = |pod: &u32| self.pods.get(pod).map_or(0, |lane| lane.average_ns);
+        let average = |pod: &PodId| self.pods.get(pod).map_or(0, |lane| lane.average_ns);
         let mut ready = self.ready.iter();
         ready.position(|pod| average(pod) < SLOW_NS).or_else(|| {
             let is_open = !self.is_slow_served && now_ns >= self.slow_from_ns;
@@ -250,7 +258,7 @@ impl<T> Lanes<T> {
     }
 
     /// Drops and counts the frames of an interface that no longer belongs to the pod.
-    pub(super) fn detach(&mut self, pod: u32, ifindex: u32) {
+    pub(super) fn detach(&mut self, pod: PodId, ifindex: IfIndex) {
         let Some(lane) = self.pods.get_mut(&pod) else {
             return;
         };
@@ -274,7 +282,7 @@ impl<T> Lanes<T> {
     }
 
     /// Removes the lane of a pod that is gone. Its interfaces are detached.
-    pub(super) fn forget(&mut self, pod: u32) {
+    pub(super) fn forget(&mut self, pod: PodId) {
         match self.pods.get_mut(&pod) {
             Some(lane) if lane.is_served => lane.is_gone = true,
             _ => drop(self.pods.remove(&pod)),
@@ -282,14 +290,14 @@ impl<T> Lanes<T> {
     }
 
     /// The lost frames of the pod since the last call, by interface.
-    pub(super) fn take_lost(&mut self, pod: u32) -> HashMap<u32, Lost> {
+    pub(super) fn take_lost(&mut self, pod: PodId) -> HashMap<IfIndex, Lost> {
         let lane = self.pods.get_mut(&pod);
         lane.map(|lane| std::mem::take(&mut lane.lost))
             .unwrap_or_default()
     }
 
     /// Closes the pod's lane if it is empty and no frame was slow for `quiet_ns`; returns whether it did.
-    pub(super) fn close_if_quiet(&mut self, pod: u32, quiet_ns: u64, now_ns: u64) -> bool {
+    pub(super) fn close_if_quiet(&mut self, pod: PodId, quiet_ns: u64, now_ns: u64) -> bool {
         let is_open = self.pods.get(&pod).is_some_and(|lane| {
             lane.is_served
                 || !lane.frames.is_empty()

@@ -2,6 +2,8 @@
 
 use std::{io, sync::Arc};
 
+use egress_common::ids::{IfIndex, PodId};
+
 use super::{Frame, lanes::Lost, senders::Senders, sending::send_some, socket::Socket};
 use crate::{
     gate::{Stats, tally::Tally},
@@ -10,7 +12,7 @@ use crate::{
 
 /// An interface.
 pub(super) struct Port {
-    pub(super) pod: u32,
+    pub(super) pod: PodId,
     pub(super) identity: Arc<PodIdentity>,
     /// `None` before the first frame: a pod without DNS needs no socket.
     pub(super) socket: Option<Arc<Socket>>,
@@ -20,7 +22,7 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn new(pod: u32, identity: &Arc<PodIdentity>) -> Self {
+    pub(super) fn new(pod: PodId, identity: &Arc<PodIdentity>) -> Self {
         Self {
             pod,
             identity: Arc::clone(identity),
@@ -84,13 +86,13 @@ impl Port {
     }
 
     /// Logged once in minutes for each pod.
-    pub(super) fn log_slow(&self, ifindex: u32, took_ns: u64) {
+    pub(super) fn log_slow(&self, ifindex: IfIndex, took_ns: u64) {
         let PodIdentity {
             namespace, name, ..
         } = &*self.identity;
         tracing::warn!(
             pod = %format_args!("{namespace}/{name}"),
-            ifindex,
+            ifindex = ifindex.get(),
             took_ms = took_ns / 1_000_000,
             "the pod takes frames slowly; a separate thread sends its DNS frames"
         );
@@ -98,7 +100,7 @@ impl Port {
 
     pub(super) fn log_unsent(
         &mut self,
-        ifindex: u32,
+        ifindex: IfIndex,
         how_many: impl FnOnce(&mut Tally) -> Option<u64>,
     ) {
         let Some(frames) = how_many(&mut self.unsent) else {
@@ -109,7 +111,7 @@ impl Port {
         } = &*self.identity;
         tracing::warn!(
             pod = %format_args!("{namespace}/{name}"),
-            ifindex,
+            ifindex = ifindex.get(),
             frames,
             error = self.error.take().map(tracing::field::display),
             "DNS frames could not be put back and are lost"

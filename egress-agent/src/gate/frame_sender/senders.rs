@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::{IfIndex, PodId};
 
 use super::{
     Frame,
@@ -75,14 +76,14 @@ impl Senders {
     }
 
     /// See [`Lanes::open`].
-    pub(super) fn open(&self, pod: u32) {
+    pub(super) fn open(&self, pod: PodId) {
         self.shared.lock().lanes.open(pod, boottime_ns());
     }
 
     /// Adds a frame for a slow pod at the end of its lane. It may wait for `for_ns`.
     pub(super) fn push(
         &self,
-        pod: u32,
+        pod: PodId,
         socket: &Arc<Socket>,
         (frame, bytes): (&Frame, &[u8]),
         for_ns: u64,
@@ -103,24 +104,24 @@ impl Senders {
     }
 
     /// See [`Lanes::detach`]. Returns the lost frames.
-    pub(super) fn detach(&self, pod: u32, ifindex: u32) -> HashMap<u32, Lost> {
+    pub(super) fn detach(&self, pod: PodId, ifindex: IfIndex) -> HashMap<IfIndex, Lost> {
         let mut state = self.shared.lock();
         state.lanes.detach(pod, ifindex);
         state.lanes.take_lost(pod)
     }
 
     /// See [`Lanes::forget`].
-    pub(super) fn forget(&self, pod: u32) {
+    pub(super) fn forget(&self, pod: PodId) {
         self.shared.lock().lanes.forget(pod);
     }
 
     /// See [`Lanes::take_lost`].
-    pub(super) fn take_lost(&self, pod: u32) -> HashMap<u32, Lost> {
+    pub(super) fn take_lost(&self, pod: PodId) -> HashMap<IfIndex, Lost> {
         self.shared.lock().lanes.take_lost(pod)
     }
 
     /// See [`Lanes::close_if_quiet`].
-    pub(super) fn close_if_quiet(&self, pod: u32, quiet: Duration) -> bool {
+    pub(super) fn close_if_quiet(&self, pod: PodId, quiet: Duration) -> bool {
         let quiet_ns = quiet.as_nanos() as u64;
         let mut state = self.shared.lock();
         state.lanes.close_if_quiet(pod, quiet_ns, boottime_ns())
@@ -192,7 +193,7 @@ impl Shared {
     }
 }
 
-fn send_one(ready: &Ready, ifindex: u32) -> std::io::Result<()> {
+fn send_one(ready: &Ready, ifindex: IfIndex) -> std::io::Result<()> {
     let frame = Frame {
         ifindex,
         pod: None,

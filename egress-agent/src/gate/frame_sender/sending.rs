@@ -80,7 +80,7 @@ fn parts(frame: &Frame, bytes: &[u8]) -> Parts {
         .get(12..14)
         .map_or(0, |bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
     // No interface has an index that does not fit; the kernel returns an error for it.
-    to.sll_ifindex = frame.ifindex.cast_signed();
+    to.sll_ifindex = frame.ifindex.get().cast_signed();
     // SAFETY: all bytes zero is a valid `cmsghdr`.
     let mut head: libc::cmsghdr = unsafe { std::mem::zeroed() };
     head.cmsg_level = libc::SOL_SOCKET;

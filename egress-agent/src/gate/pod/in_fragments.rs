@@ -46,7 +46,7 @@ impl Pod {
             Answer::Yes(message) => judge.answer(message, &whole.packet, &mut self.pending),
         };
         if may_pass {
-            let pod = enforcement.entry.pod;
+            let pod = enforcement.entry.pod();
             for piece in whole.pieces.iter().filter(|piece| piece.is_taken) {
                 shared
                     .frame_sender

@@ -83,7 +83,7 @@ impl Pod {
             .record
             .names_alike(&self.enforcement.compiled.record);
         // If the version is the same, an earlier attempt failed after this step.
-        let mut learned = (next.entry.policy != self.enforcement.entry.policy)
+        let mut learned = (next.entry.policy() != self.enforcement.entry.policy())
             .then(|| {
                 let compiled = Arc::clone(&next.compiled);
                 self.learned
@@ -106,8 +106,8 @@ impl Pod {
         }
         for ifindex in &self.enforcement.interfaces {
             if !next.interfaces.contains(ifindex) {
-                frame_sender.detach(*ifindex, next.entry.pod);
-                interfaces.remove(*ifindex, next.entry.pod)?;
+                frame_sender.detach(*ifindex, next.entry.pod());
+                interfaces.remove(*ifindex, next.entry.pod())?;
             }
         }
         self.enforcement = next;

@@ -7,16 +7,23 @@
 //! In the state Open, the connection is one between the pod and the resolver. In the state Split, each of
 //! them has a connection with the agent; see [`super::split`].
 
-use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
+mod resets;
+mod timers;
+mod windows;
+
+use egress_common::{
+    ids::IfIndex,
+    packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+};
 
 use super::{
     super::pending::Pending,
     buffer::{Refused, StreamBuffer},
-    decide::{Asked, Decide, Next, Step, Timer},
+    decide::{Asked, Decide, Next, Step},
     frames::{Ends, Out, Own, To, put_bare},
     put_allowed::{Put, put_allowed},
     segment::{Segment, URG},
-    side::{SIZE, Side},
+    side::Side,
     split::Split,
 };
 
@@ -31,13 +38,6 @@ pub(super) const ANSWERED_LIMIT: usize = 128 << 10;
 const OPEN_QUESTIONS: usize = 512;
 /// The memory that an open query counts.
 const OPEN_QUESTION_BYTES: usize = 384;
-
-/// How long the gate waits before it resends bytes that it has acknowledged in the resolver's name.
-const RESEND_NS: u64 = 500_000_000;
-/// Most resends; the wait doubles each time.
-const RESENDS: u32 = 6;
-/// A connection that was idle for this long is forgotten. If it is still alive, its next segment resets it.
-const IDLE_NS: u64 = 300_000_000_000;
 
 enum State {
     Opening,
@@ -57,7 +57,7 @@ enum Judged {
 pub(super) struct Flow {
     pub(super) ends: Ends,
     /// The pod's interface that the connection uses.
-    interface: u32,
+    interface: IfIndex,
     state: State,
     /// The stream from the pod.
     pub(super) asked: StreamBuffer,
@@ -75,7 +75,7 @@ pub(super) struct Flow {
 
 impl Flow {
     /// Starts a connection that the pod opens with this SYN.
-    pub(super) fn new(segment: &Segment<'_>, interface: u32, now_ns: u64) -> Option<Self> {
+    pub(super) fn new(segment: &Segment<'_>, interface: IfIndex, now_ns: u64) -> Option<Self> {
         let mut pod = Side::default();
         pod.note(segment, 0);
         Some(Self {
@@ -95,7 +95,7 @@ impl Flow {
     }
 
     /// The pod's interface that the connection uses.
-    pub(super) fn interface(&self) -> u32 {
+    pub(super) fn interface(&self) -> IfIndex {
         self.interface
     }
 
@@ -117,52 +117,6 @@ impl Flow {
         };
         let open_questions = self.pending.len() * OPEN_QUESTION_BYTES;
         self.asked.allocated() + self.answered.allocated() + open_questions + more
-    }
-
-    /// The largest payload that both ends accept, in a segment with the options of this one.
-    fn size(&self, options: usize) -> usize {
-        self.pod
-            .mss()
-            .min(self.resolver.mss())
-            .saturating_sub(options)
-            .clamp(*SIZE.start(), *SIZE.end())
-    }
-
-    fn size_of(&self, segment: &Segment<'_>) -> usize {
-        let at = segment.packet.l4_offset as usize + 20;
-        self.size(segment.headers.len().saturating_sub(at))
-    }
-
-    /// The largest payload of a segment that the gate creates.
-    pub(super) fn own_size(&self) -> usize {
-        self.size(12)
-    }
-
-    /// The window scale of an end; zero unless both ends offer one (RFC 7323, section 2.2).
-    fn scale(&self, side: &Side) -> u32 {
-        match (self.pod.scale(), self.resolver.scale()) {
-            (Some(_), Some(_)) => side.scale().unwrap_or(0),
-            _ => 0,
-        }
-    }
-
-    /// Records window, timestamp and options of a segment of the connection.
-    pub(super) fn note_resolver(&mut self, segment: &Segment<'_>, now_ns: u64) {
-        self.used_ns = now_ns;
-        self.resolver.note(segment, self.scale(&self.resolver));
-    }
-
-    /// The window of a segment from this end in bytes.
-    pub(super) fn window_in(&self, side: &Side, segment: &Segment<'_>) -> usize {
-        usize::from(segment.window) << self.scale(side)
-    }
-
-    /// The window field for a window of this many bytes in the name of this end. A part of a unit is rounded
-    /// up; otherwise an end with a large unit would see a closed window. The gate drops bytes beyond the
-    /// window, and the sender repeats them.
-    pub(super) fn window_of(&self, side: &Side, bytes: usize) -> u16 {
-        let units = bytes.div_ceil(1 << self.scale(side));
-        u16::try_from(units).unwrap_or(u16::MAX)
     }
 
     /// Handles a segment from the pod.
@@ -370,48 +324,12 @@ impl Flow {
         put_bare(segment, To::Pod, step.out);
     }
 
-    fn reset_by_resolver(&self, segment: &Segment<'_>, out: &mut impl Out) -> Next {
-        // A reset that the pod would ignore ends nothing (RFC 9293, section 3.10.7.4).
-        let believed = if matches!(self.state, State::Opening) {
-            segment.has(TCP_ACK) && segment.ack == self.asked.first()
-        } else {
-            let position = self.answered.position(segment.seq);
-            let from = self.answered.acked.cast_signed();
-            (from..from.saturating_add_unsigned(ANSWERED_LIMIT as u64)).contains(&position)
-        };
-        if !believed {
-            return Next::Keep;
-        }
-        if self.is_split() {
-            self.reset_pod(out);
-        } else {
-            put_bare(segment, To::Pod, out);
-        }
-        Next::Forget
-    }
-
     /// Ends a step without an error: forgets the connection if both streams have ended.
     fn keep_or_forget(&self) -> Next {
         if self.asked.is_over() && self.answered.is_over() {
             return Next::Forget;
         }
         Next::Keep
-    }
-
-    /// Acknowledges the held bytes of the pod's stream in the resolver's name. A sender that sent the
-    /// beginning of a message alone may wait for that before it sends the rest (Nagle's algorithm, RFC 9293,
-    /// section 3.7.4).
-    fn acknowledge_questions<D, O: Out>(&mut self, step: &mut Step<'_, D, O>) {
-        if self.own_ack < self.asked.next() {
-            self.own_ack = self.asked.next();
-            self.resends = 0;
-            self.resend_at_ns = step.now_ns + RESEND_NS;
-        }
-        let acknowledgment = Own {
-            ack: Some(self.asked.seq(self.asked.next())),
-            ..self.own_to_pod()
-        };
-        self.ends.put_own(To::Pod, &acknowledgment, step.out);
     }
 
     /// A segment to the pod in the resolver's name, at the current position of the resolver's stream.
@@ -450,109 +368,5 @@ impl Flow {
         let next = split.begin(self, refusal, step);
         self.state = State::Split(split);
         next
-    }
-
-    /// The periodic work, without what sends frames.
-    pub(super) fn tick<D: Decide, O: Out>(&mut self, step: &Step<'_, D, O>) -> Timer {
-        if step.now_ns.saturating_sub(self.used_ns) > IDLE_NS {
-            return Timer::Forget;
-        }
-        self.pending.sweep(step.now_ns);
-        let must_repeat = match &self.state {
-            State::Split(split) => {
-                split.is_due(step.now_ns)
-                    || !step.decide.is_resolver(&self.ends.packet(To::Resolver))
-            }
-            State::Opening | State::Open => self.owed(step.now_ns).is_some(),
-        };
-        if must_repeat {
-            Timer::Repeat
-        } else if self.keep_or_forget() == Next::Forget {
-            Timer::Forget
-        } else {
-            Timer::Nothing
-        }
-    }
-
-    /// The position up to which the gate must repeat queries itself now.
-    fn owed(&self, now_ns: u64) -> Option<u64> {
-        let owed = self.own_ack.min(self.asked.sent);
-        (owed > self.asked.acked && now_ns >= self.resend_at_ns).then_some(owed)
-    }
-
-    /// Repeats what is not acknowledged in time: at most 16 KiB.
-    pub(super) fn repeat<D: Decide, O: Out>(&mut self, step: &mut Step<'_, D, O>) -> Next {
-        step.out.select_interface(self.interface);
-        if let Some(next) = self.with_split(|split, flow| split.repeat(flow, step)) {
-            return next;
-        }
-        if let Some(owed) = self.owed(step.now_ns) {
-            if self.resends == RESENDS {
-                return self.lose(
-                    &self.ends.packet(To::Resolver),
-                    "the resolver does not acknowledge",
-                    step,
-                );
-            }
-            self.resends += 1;
-            self.resend_at_ns = step.now_ns + (RESEND_NS << self.resends);
-            let payload = self.asked.slice(self.asked.acked, owed);
-            let mut seq = self.asked.seq(self.asked.acked);
-            for chunk in payload.chunks(self.own_size()) {
-                let own = Own {
-                    seq,
-                    ack: Some(self.answered.seq(self.answered.acked)),
-                    window: self.pod.window,
-                    flags: 0,
-                    timestamps: self.pod.timestamp.zip(self.resolver.timestamp),
-                    payload: chunk,
-                };
-                self.ends.put_own(To::Resolver, &own, step.out);
-                seq = seq.wrapping_add(chunk.len() as u32);
-            }
-        }
-        self.keep_or_forget()
-    }
-
-    /// Resets both ends, outside of the decision on a segment.
-    pub(super) fn end(&self, out: &mut impl Out) {
-        out.select_interface(self.interface);
-        self.fail(out);
-    }
-
-    /// Resets both ends.
-    pub(super) fn fail(&self, out: &mut impl Out) -> Next {
-        self.reset_resolver(out);
-        self.reset_pod(out);
-        Next::Forget
-    }
-
-    /// Resets the connection at the resolver.
-    pub(super) fn reset_resolver(&self, out: &mut impl Out) {
-        let seq = match &self.state {
-            State::Split(split) => split.next_seq(To::Resolver),
-            _ => self.asked.sent_seq(),
-        };
-        self.ends.put_reset(To::Resolver, seq, None, out);
-    }
-
-    fn reset_pod(&self, out: &mut impl Out) {
-        let seq = match &self.state {
-            State::Split(split) => split.next_seq(To::Pod),
-            _ => self.answered.sent_seq(),
-        };
-        let ack = Some(self.asked.ack());
-        self.ends.put_reset(To::Pod, seq, ack, out);
-    }
-
-    /// Resets both ends and reports the reason.
-    pub(super) fn lose<D: Decide, O: Out>(
-        &self,
-        packet: &Packet,
-        why: &'static str,
-        step: &mut Step<'_, D, O>,
-    ) -> Next {
-        step.decide.lost(packet, why);
-        self.fail(step.out)
     }
 }

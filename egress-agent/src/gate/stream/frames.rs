@@ -2,6 +2,7 @@
 
 use egress_common::{
     address::Address,
+    ids::IfIndex,
     packet::{ETHERNET_LEN, Packet, TCP_ACK, TCP_FIN, TCP_RST},
     protocol::{self, bits},
 };
@@ -34,9 +35,9 @@ pub(in super::super) trait Out {
     /// Sends a frame to one end.
     fn put(&mut self, to: To, frame: &[u8]);
     /// The interface on which frames are sent.
-    fn interface(&self) -> u32;
+    fn interface(&self) -> IfIndex;
     /// Selects another interface.
-    fn select_interface(&mut self, interface: u32);
+    fn select_interface(&mut self, interface: IfIndex);
 }
 
 /// Sends the segment on unchanged, except that it completes a checksum that was left to the hardware.

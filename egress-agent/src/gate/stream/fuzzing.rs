@@ -3,7 +3,10 @@
 
 use std::collections::VecDeque;
 
-use egress_common::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
+use egress_common::{
+    ids::IfIndex,
+    packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk},
+};
 
 use super::{
     super::{
@@ -200,11 +203,11 @@ impl Out for Line {
         reader.take(segment.seq, segment.payload, segment.has(TCP_FIN));
     }
 
-    fn interface(&self) -> u32 {
-        0
+    fn interface(&self) -> IfIndex {
+        IfIndex::NONE
     }
 
-    fn select_interface(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: IfIndex) {}
 }
 
 struct Scene {

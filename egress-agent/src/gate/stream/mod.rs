@@ -35,6 +35,7 @@ use std::collections::VecDeque;
 
 use egress_common::{
     address::Address,
+    ids::IfIndex,
     packet::{Packet, TCP_ACK, TCP_RST, TCP_SYN},
 };
 use lru::LruCache;
@@ -258,7 +259,7 @@ impl Streams {
 
     /// Forgets the connections on other interfaces than these: the pod no longer has them. The next segment of each
     /// resets it.
-    pub(super) fn keep_on(&mut self, interfaces: &[u32], budget: &mut Budget) {
+    pub(super) fn keep_on(&mut self, interfaces: &[IfIndex], budget: &mut Budget) {
         let elsewhere = |flow: &Flow| !interfaces.contains(&flow.interface());
         let flows = self.flows.iter().filter(|(_, flow)| elsewhere(flow));
         let keys: Vec<Key> = flows.map(|(&key, _)| key).collect();

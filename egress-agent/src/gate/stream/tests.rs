@@ -1,4 +1,7 @@
-use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk};
+use egress_common::{
+    ids::IfIndex,
+    packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Walked, walk},
+};
 use proptest::prelude::*;
 
 use super::{super::pending::Pending, *};
@@ -29,11 +32,11 @@ impl Out for Line {
             .push((to, segment.flags, segment.seq, segment.ack, payload));
     }
 
-    fn interface(&self) -> u32 {
-        0
+    fn interface(&self) -> IfIndex {
+        IfIndex::NONE
     }
 
-    fn select_interface(&mut self, _: u32) {}
+    fn select_interface(&mut self, _: IfIndex) {}
 }
 
 /// Refuses names that begin with an `n`, and does not deliver responses that begin with an `n`.
@@ -475,9 +478,11 @@ fn connections_on_an_interface_that_the_pod_has_lost_are_forgotten() {
     // The scene's connection is on interface 0.
     let mut scene = Scene::new();
     scene.asks(0, &asking("no"));
-    scene.streams.keep_on(&[7, 0], &mut scene.budget);
+    scene
+        .streams
+        .keep_on(&[IfIndex::new(7), IfIndex::NONE], &mut scene.budget);
     assert_eq!(scene.streams.flows.len(), 1);
-    scene.streams.keep_on(&[7], &mut scene.budget);
+    scene.streams.keep_on(&[IfIndex::new(7)], &mut scene.budget);
     assert!(scene.streams.flows.is_empty());
     assert_eq!(scene.streams.kept.amount(), 0);
     assert!(scene.ticks(60).is_empty(), "nothing is repeated there");

@@ -4,7 +4,7 @@ use egress_common::reason::Reason;
 
 use crate::serve::published::Written;
 use egress_policy::{
-    Annotations, PodAnnotations, PolicyError, Settings,
+    Annotations, Inputs, PodAnnotations, PolicyError, Settings,
     annotations::PREFIX,
     explain::{Entries, EntryMatch, List, Target, To},
 };
@@ -30,11 +30,11 @@ impl Grants {
         };
         let none = Annotations::default();
         let pod = written.own.allow.is_some();
-        let pod = pod.then(|| Entries::read(&written.own, &none, &alone));
+        let pod = pod.then(|| Entries::read(Inputs::annotations(&written.own, &none), &alone));
         Ok(Self {
             power: settings.pod_annotations,
             pod: pod.transpose()?,
-            namespace: Entries::read(&none, &written.namespace, &alone)?,
+            namespace: Entries::read(Inputs::annotations(&none, &written.namespace), &alone)?,
         })
     }
 

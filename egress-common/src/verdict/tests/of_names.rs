@@ -6,9 +6,10 @@ use super::*;
 fn where_names_are_spoken_of_only_an_address_entry_opens_dns_elsewhere() {
     let mut names = policy();
     names.classes[3] = class(bits::TCP | bits::UDP, 0, u16::MAX);
-    names.any = 1 << 3;
+    let all = ClassSet::one(3);
+    names.any = all;
     names.flags = POLICY_OPEN | POLICY_ALLOW_INTERNAL;
-    let all = 1 << 3;
+    let mut names = with_ports(names);
     for destination in [NOWHERE, learned(all)] {
         assert_eq!(judge(&names, &destination, bits::UDP, 53), Verdict::Pass);
     }

@@ -1,14 +1,16 @@
-//! Noticing interfaces that come and go, and changes of their filters.
+//! The kernel's notices (netlink multicast): interfaces and addresses that change, their filters, and tables of
+//! nf_tables.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context as _, Result};
+use egress_common::ids::IfIndex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use tokio::io::unix::AsyncFd;
 
-use crate::{datapath::STAMP_TABLE, host::Link};
+use super::Link;
 
 /// `RTMGRP_LINK`, `include/uapi/linux/rtnetlink.h`.
 const LINK_GROUP: u32 = 1;
@@ -34,7 +36,7 @@ const KIND: usize = if cfg!(target_endian = "little") { 4 } else { 5 };
 /// Notices that an interface of this network namespace, or an address, has changed. A message is only a hint to look,
 /// and so is a lost one (the socket's buffer was full). Interfaces that lead to other namespaces are noted, in case
 /// they are gone at the next look.
-pub(in crate::control) struct LinkEvents {
+pub struct LinkEvents {
     socket: AsyncFd<OwnedFd>,
     seen: Vec<Link>,
 }
@@ -43,7 +45,12 @@ pub(in crate::control) struct LinkEvents {
 const SEEN: usize = 256;
 
 impl LinkEvents {
-    pub(in crate::control) fn open() -> Result<Self> {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    ///
+    /// When netlink is not available.
+    pub fn open() -> Result<Self> {
         let socket = listen(LINK_GROUP | ADDRESS_GROUPS);
         Ok(Self {
             socket: socket.context("cannot listen for interfaces")?,
@@ -52,7 +59,7 @@ impl LinkEvents {
     }
 
     /// Waits until an interface has changed.
-    pub(in crate::control) async fn changed(&mut self) {
+    pub async fn changed(&mut self) {
         let Self { socket, seen } = self;
         receive(socket, |received| {
             for link in Link::in_notices(received.unwrap_or_default()) {
@@ -66,16 +73,21 @@ impl LinkEvents {
     }
 
     /// The interfaces that led to other namespaces since this was asked last.
-    pub(in crate::control) fn take_seen(&mut self) -> Vec<Link> {
+    pub fn take_seen(&mut self) -> Vec<Link> {
         std::mem::take(&mut self.seen)
     }
 }
 
 /// Notices that qdiscs or filters of interfaces have changed. The kernel does not announce changes of tcx programs.
-pub(in crate::control) struct FilterEvents(AsyncFd<OwnedFd>);
+pub struct FilterEvents(AsyncFd<OwnedFd>);
 
 impl FilterEvents {
-    pub(in crate::control) fn open() -> Result<Self> {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    ///
+    /// When netlink is not available.
+    pub fn open() -> Result<Self> {
         listen(TC_GROUP)
             .context("cannot listen for changes of filters")
             .map(Self)
@@ -83,7 +95,7 @@ impl FilterEvents {
 
     /// Waits for changes. Returns the interfaces that have some; `None` when any may have, because
     /// there were too many.
-    pub(in crate::control) async fn changed(&mut self) -> Option<Vec<u32>> {
+    pub async fn changed(&mut self) -> Option<Vec<IfIndex>> {
         let mut changed = Some(Vec::new());
         receive(&self.0, |received| match received {
             Some(messages) => {
@@ -98,46 +110,58 @@ impl FilterEvents {
     }
 }
 
-/// Notices that parts of the agent's tables of nf_tables are gone. Without nf_tables it waits for ever.
-pub(in crate::control) struct RulesetEvents(Option<AsyncFd<OwnedFd>>);
+/// Notices that a table of nf_tables, or a part of it, is gone. Without nf_tables it waits for ever.
+pub struct RulesetEvents {
+    socket: Option<AsyncFd<OwnedFd>>,
+    /// The table's name, as the kernel's messages have it: with a zero byte at its end.
+    table: Vec<u8>,
+}
 
 impl RulesetEvents {
-    pub(in crate::control) fn open() -> Self {
-        Self(listen_on(SockProtocol::NetlinkNetFilter, RULESET_GROUP).ok())
+    /// Opens the socket, for the tables of this name in all families.
+    pub fn open(table: &str) -> Self {
+        Self {
+            socket: listen_on(SockProtocol::NetlinkNetFilter, RULESET_GROUP).ok(),
+            table: terminated(table),
+        }
     }
 
     /// Waits until a part is gone.
-    pub(in crate::control) async fn changed(&mut self) {
-        let Some(socket) = &self.0 else {
+    pub async fn changed(&mut self) {
+        let Self { socket, table } = self;
+        let Some(socket) = socket else {
             return std::future::pending().await;
         };
         let mut gone = false;
         while !gone {
             receive(socket, |received| {
                 // An overrun may have lost such a message.
-                gone |= received.is_none_or(tells_of_gone);
+                gone |= received.is_none_or(|messages| tells_of_gone(messages, table));
             })
             .await;
         }
     }
 }
 
-/// Whether one of these messages says that a part of the agent's tables is gone. A message's kind has two bytes: its
+fn terminated(table: &str) -> Vec<u8> {
+    format!("{table}\0").into_bytes()
+}
+
+/// Whether one of these messages says that a part of the table is gone. A message's kind has two bytes: its
 /// subsystem and its number there.
-fn tells_of_gone(messages: &[u8]) -> bool {
-    let table = format!("{STAMP_TABLE}\0");
+fn tells_of_gone(messages: &[u8], table: &[u8]) -> bool {
     let mut messages = each(messages);
     messages.any(|message| {
         let is_gone = message.get(KIND).is_some_and(|kind| GONE.contains(kind));
         let of = message.get(TABLE_NAME..).unwrap_or_default();
-        is_gone && of.starts_with(table.as_bytes())
+        is_gone && of.starts_with(table)
     })
 }
 
 /// The interfaces that messages about qdiscs and filters name.
-fn interfaces(messages: &[u8]) -> Vec<u32> {
+fn interfaces(messages: &[u8]) -> Vec<IfIndex> {
     let named = each(messages).filter_map(|message| number(message, TC_IFINDEX));
-    named.collect()
+    named.map(IfIndex::new).collect()
 }
 
 /// Each of several messages, and what follows it.
@@ -208,13 +232,14 @@ mod tests {
             bytes
         };
         let two = [message(3), message(70)].concat();
-        assert_eq!(interfaces(&two), [3, 70]);
-        assert_eq!(interfaces(&two[..40]), [3]);
+        assert_eq!(interfaces(&two), [3, 70].map(IfIndex::new));
+        assert_eq!(interfaces(&two[..40]), [IfIndex::new(3)]);
         assert!(interfaces(&[]).is_empty());
     }
 
     #[test]
     fn a_table_that_is_gone_is_noticed_among_other_messages() {
+        const TABLE: &str = "egress-agent";
         let message = |kind: u16, table: &str| {
             let mut bytes = vec![0; TABLE_NAME];
             bytes.extend(table.as_bytes());
@@ -223,8 +248,9 @@ mod tests {
             bytes[4..6].copy_from_slice(&(10 << 8 | kind).to_ne_bytes());
             bytes
         };
-        let others = [message(6, STAMP_TABLE), message(2, "kube-proxy")].concat();
-        assert!(!tells_of_gone(&others));
-        assert!(tells_of_gone(&[others, message(2, STAMP_TABLE)].concat()));
+        let others = [message(6, TABLE), message(2, "kube-proxy")].concat();
+        assert!(!tells_of_gone(&others, &terminated(TABLE)));
+        let with_ours = [others, message(2, TABLE)].concat();
+        assert!(tells_of_gone(&with_ours, &terminated(TABLE)));
     }
 }

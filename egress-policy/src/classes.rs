@@ -1,0 +1,145 @@
+//! The classes of a policy: what the bits of a [`ClassSet`] mean, in the order of precedence.
+
+use std::collections::BTreeSet;
+
+use egress_common::{
+    classes::{ClassSet, PortTable, TooManyIntervals},
+    limits::{CLASSES, PORT_INTERVALS},
+    records::{Policy, PortClass},
+};
+
+use super::{
+    compile::check_limit,
+    effective::Rule,
+    entry::Destination,
+    error::{PolicyError, Problem},
+    objects::TierAction,
+    tiers::{Run, Tiers},
+};
+
+/// What a class does with its packets, and its precedence: the derived order. A number is the place of the run of
+/// rules in its tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Action {
+    Admin(usize, TierAction),
+    /// A list denies.
+    Deny,
+    /// A list allows.
+    Allow,
+    /// [`Rule::under_any`].
+    AllowUnderAny,
+    Baseline(usize, TierAction),
+}
+
+impl Action {
+    pub(super) fn denies(self) -> bool {
+        matches!(
+            self,
+            Self::Deny | Self::Admin(_, TierAction::Deny) | Self::Baseline(_, TierAction::Deny)
+        )
+    }
+}
+
+/// The distinct (action, protocols, ports) of a policy, in order.
+pub(super) struct Classes {
+    distinct: Vec<(Action, PortClass)>,
+    /// Whether there are ordered rules. Names that lists deny have a class only then: otherwise nobody resolves them.
+    ordered: bool,
+}
+
+impl Classes {
+    pub(super) fn new(tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> Result<Self, PolicyError> {
+        let mut classes = Self {
+            distinct: Vec::new(),
+            ordered: !tiers.is_empty(),
+        };
+        let distinct: BTreeSet<(Action, PortClass)> = classes
+            .with_actions(tiers, allow, deny)
+            .filter(|(action, rule)| classes.has_class(*action, rule))
+            .map(|(action, rule)| (action, rule.class))
+            .collect();
+        check_limit(
+            "classes (distinct rule, action, protocol and port range)",
+            distinct.len(),
+            CLASSES,
+        )?;
+        classes.distinct = distinct.into_iter().collect();
+        Ok(classes)
+    }
+
+    fn has_class(&self, action: Action, rule: &Rule) -> bool {
+        self.ordered || !action.denies() || !matches!(rule.destination, Destination::Names(_))
+    }
+
+    /// All rules that decide about packets, each with its action.
+    pub(super) fn with_actions<'a>(
+        &self,
+        tiers: &'a Tiers,
+        allow: &'a [Rule],
+        deny: &'a [Rule],
+    ) -> impl Iterator<Item = (Action, &'a Rule)> + use<'a> {
+        fn of_runs<'a>(
+            runs: &'a [Run],
+            action: fn(usize, TierAction) -> Action,
+        ) -> impl Iterator<Item = (Action, &'a Rule)> {
+            runs.iter().enumerate().flat_map(move |(place, run)| {
+                let action = action(place, run.action);
+                run.rules.iter().map(move |rule| (action, rule))
+            })
+        }
+        let allowed = allow.iter().map(|rule| {
+            let action = if rule.under_any {
+                Action::AllowUnderAny
+            } else {
+                Action::Allow
+            };
+            (action, rule)
+        });
+        of_runs(&tiers.admin, Action::Admin)
+            .chain(deny.iter().map(|rule| (Action::Deny, rule)))
+            .chain(allowed)
+            .chain(of_runs(&tiers.baseline, Action::Baseline))
+    }
+
+    /// The set of the rule's class; empty if it has none.
+    pub(super) fn bit(&self, action: Action, rule: &Rule) -> ClassSet {
+        if !self.has_class(action, rule) {
+            return ClassSet::EMPTY;
+        }
+        self.distinct
+            .binary_search(&(action, rule.class))
+            .map_or(ClassSet::EMPTY, |index| ClassSet::one(index as u8))
+    }
+
+    /// The kernel's record, as far as it follows from the classes.
+    pub(super) fn record(&self) -> Result<Policy, PolicyError> {
+        let mut record = Policy::CLOSED;
+        for (index, (action, class)) in self.distinct.iter().enumerate() {
+            record.classes[index] = *class;
+            let bit = ClassSet::one(index as u8);
+            if action.denies() {
+                record.deny |= bit;
+            }
+            match action {
+                Action::Admin(..) => record.admin |= bit,
+                Action::Baseline(..) => record.baseline |= bit,
+                Action::AllowUnderAny => record.under_any |= bit,
+                Action::Allow | Action::Deny => {}
+            }
+            if let Action::Admin(_, TierAction::Pass) | Action::Baseline(_, TierAction::Pass) =
+                action
+            {
+                record.pass |= bit;
+            }
+        }
+        let classes = &record.classes[..self.distinct.len()];
+        record.ports = PortTable::of(classes).map_err(|TooManyIntervals { needed }| {
+            PolicyError::from_problem(Problem::Limit {
+                what: "intervals of ports between the borders of its port ranges",
+                count: needed,
+                limit: PORT_INTERVALS,
+            })
+        })?;
+        Ok(record)
+    }
+}

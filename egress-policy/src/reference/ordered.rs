@@ -1,0 +1,326 @@
+//! Ordered rules, by definition, and the check that the compiled form gives the same results.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use egress_common::{protocol::bits, reason::Reason, verdict::Verdict};
+use proptest::prelude::*;
+
+use super::{
+    plain::{Line, Packet, Where, Written, to_name},
+    properties::compiled_verdict,
+    random::{denied_line, line, packet, written},
+    settings,
+};
+use crate::{
+    Inputs, Mode, Objects, QuestionRule, Settings, compile,
+    objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
+    prefix::to_mapped,
+};
+
+/// The rules of one object.
+#[derive(Clone, Debug)]
+struct Ordered {
+    tier: Tier,
+    priority: u32,
+    rules: Vec<(TierAction, Vec<Line>)>,
+}
+
+fn objects(policies: &[Ordered]) -> Objects {
+    let policy = |(index, policy): (usize, &Ordered)| {
+        let rule = |(index, (action, lines)): (usize, &(TierAction, Vec<Line>))| TierRule {
+            name: None,
+            index,
+            action: *action,
+            entries: lines.iter().map(Line::text).collect(),
+        };
+        Arc::new(TierPolicy {
+            name: Arc::new(ObjectName {
+                kind: ObjectKind::ClusterEgressPolicy,
+                namespace: None,
+                name: format!("p{index}"),
+            }),
+            tier: policy.tier,
+            priority: policy.priority,
+            rules: policy.rules.iter().enumerate().map(rule).collect(),
+        })
+    };
+    Objects {
+        namespace: Vec::new(),
+        tiers: policies.iter().enumerate().map(policy).collect(),
+        sets: Arc::new(BTreeMap::new()),
+    }
+}
+
+/// All that concerns a pod.
+struct World<'a> {
+    policies: &'a [Ordered],
+    teams: Vec<&'a Written>,
+    /// Whether packets that no rule matches pass.
+    open: bool,
+    /// Whether the teams' lists close the pod.
+    selected: bool,
+    /// Whether the teams' lists count.
+    counts: bool,
+    settings: &'a Settings,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Passes,
+    DeniedByRule,
+    Denied,
+}
+
+impl<'a> World<'a> {
+    fn new(
+        pod: &'a Written,
+        namespace: &'a Written,
+        policies: &'a [Ordered],
+        settings: &'a Settings,
+    ) -> Self {
+        let mode = pod.mode.or(namespace.mode);
+        let allows = pod.allow.is_some() || namespace.allow.is_some();
+        let denies = pod.deny.is_some() || namespace.deny.is_some();
+        let counts = mode != Some("audit");
+        let spoken = allows || denies || mode.is_some();
+        let deny_only = denies && !allows;
+        Self {
+            policies,
+            teams: vec![pod, namespace],
+            open: !counts
+                || (spoken && deny_only)
+                || (!spoken && settings.default_mode == Mode::Off),
+            selected: counts && spoken && !deny_only,
+            counts,
+            settings,
+        }
+    }
+
+    fn list(&self, list: fn(&Written) -> &Option<Vec<Line>>) -> impl Iterator<Item = &'a Line> {
+        let teams = self.teams.iter().filter(|_| self.counts);
+        let lists: Vec<_> = teams.filter_map(|team| list(team).as_ref()).collect();
+        lists.into_iter().flatten()
+    }
+
+    /// The rules of a tier, in order.
+    fn tier(&self, tier: Tier) -> Vec<&'a (TierAction, Vec<Line>)> {
+        let mut policies: Vec<&Ordered> = self.policies.iter().filter(|p| p.tier == tier).collect();
+        policies.sort_by_key(|policy| policy.priority);
+        policies
+            .into_iter()
+            .flat_map(|policy| &policy.rules)
+            .collect()
+    }
+
+    /// Whether an entry matches. `address`: whether the packet goes to its address, and not to one of which only the
+    /// name is known.
+    fn matches(&self, line: &Line, packet: &Packet, allows: bool, address: bool) -> bool {
+        let by_address = packet.protected || (packet.tunnel && packet.internal);
+        let dns = (packet.port == 53 || packet.port == 853)
+            && packet.protocol & (bits::TCP | bits::UDP) != 0;
+        let elsewhere = allows && dns && self.speaks_of_names();
+        let reaches = (address && line.contains(packet.to))
+            || (line.is_anywhere() && !(allows && by_address) && !elsewhere)
+            || packet.through.as_ref().is_some_and(|name| {
+                line.names(name)
+                    && !packet.expired
+                    && !by_address
+                    && !elsewhere
+                    && (self.settings.allow_internal || !packet.internal)
+            });
+        let bare = if allows {
+            bits::TCP | bits::UDP | bits::ICMP_ECHO
+        } else {
+            bits::ALL
+        };
+        reaches && line.matches_packet(packet, bare)
+    }
+
+    /// What the rules say; `None` if none decides.
+    fn decided(&self, packet: &Packet, address: bool) -> Option<bool> {
+        let matches = |line: &Line, allows| self.matches(line, packet, allows, address);
+        let first = |tier| {
+            self.tier(tier).into_iter().find_map(|(action, lines)| {
+                let allows = *action == TierAction::Allow;
+                let hit = lines.iter().any(|line| matches(line, allows));
+                hit.then_some(*action)
+            })
+        };
+        match first(Tier::Admin) {
+            Some(TierAction::Allow) => return Some(true),
+            Some(TierAction::Deny) => return Some(false),
+            Some(TierAction::Pass) | None => {}
+        }
+        if self
+            .list(|team| &team.deny)
+            .any(|line| matches(line, false))
+        {
+            return Some(false);
+        }
+        if self
+            .list(|team| &team.allow)
+            .any(|line| matches(line, true))
+        {
+            return Some(true);
+        }
+        if self.selected && !(packet.internal && self.settings.allow_internal) {
+            return None;
+        }
+        match first(Tier::Baseline) {
+            Some(TierAction::Allow) => Some(true),
+            Some(TierAction::Deny) => Some(false),
+            Some(TierAction::Pass) | None => None,
+        }
+    }
+
+    fn fate(&self, packet: &Packet) -> Fate {
+        let refused = |name: &Vec<Vec<u8>>| self.question(name) == QuestionRule::Denied;
+        let packet = &Packet {
+            through: packet.through.clone().filter(|name| !refused(name)),
+            ..packet.clone()
+        };
+        match self.decided(packet, true) {
+            Some(true) => return Fate::Passes,
+            Some(false) => return Fate::DeniedByRule,
+            None => {}
+        }
+        let by_address = packet.protected || (packet.tunnel && packet.internal);
+        let dns = (packet.port == 53 || packet.port == 853)
+            && packet.protocol & (bits::TCP | bits::UDP) != 0;
+        let internal = packet.internal && self.settings.allow_internal && !dns;
+        let open = self.open && !(dns && self.speaks_of_names());
+        if !by_address && (internal || open) {
+            Fate::Passes
+        } else {
+            Fate::Denied
+        }
+    }
+
+    fn speaks_of_names(&self) -> bool {
+        let mut ordered = self.policies.iter().flat_map(|policy| &policy.rules);
+        let denies = ordered.any(|(action, lines)| {
+            *action == TierAction::Deny
+                && lines.iter().any(|line| matches!(line.to, Where::Names(_)))
+        });
+        let teams_deny = self
+            .list(|team| &team.deny)
+            .any(|line| matches!(line.to, Where::Names(_)));
+        denies || teams_deny || self.unlisted() == QuestionRule::NotListed
+    }
+
+    /// Whether some packet to an external address passes that the pod has by this name, or by none.
+    fn opens(&self, name: Option<&Vec<Vec<u8>>>) -> bool {
+        let mut ports = vec![0, 1, 79, 80, 81, 442, 443, 444, 46, 47, 48, 49, 50, 51];
+        ports.extend([7999, 8000, 8001, 8079, 8080, 8081, 65534, 65535]);
+        let packet = |protocol, port| Packet {
+            to: std::net::Ipv4Addr::UNSPECIFIED.into(),
+            through: name.cloned(),
+            expired: false,
+            protocol,
+            port,
+            protected: false,
+            internal: false,
+            tunnel: false,
+        };
+        (0..6).any(|bit| {
+            ports.iter().any(|port| {
+                self.decided(&packet(1 << bit, *port), false)
+                    .unwrap_or(self.open)
+            })
+        })
+    }
+
+    fn unlisted(&self) -> QuestionRule {
+        let asks_any = self.list(|team| &team.resolve).any(Line::is_anywhere);
+        if !self.settings.guard || asks_any || self.opens(None) {
+            QuestionRule::Allowed
+        } else {
+            QuestionRule::NotListed
+        }
+    }
+
+    fn question(&self, name: &Vec<Vec<u8>>) -> QuestionRule {
+        let mut ordered = self.policies.iter().flat_map(|policy| &policy.rules);
+        let named = |lines: &[Line]| lines.iter().any(|line| line.names(name));
+        let is_named = ordered.clone().any(|(_, lines)| named(lines))
+            || self.list(|team| &team.allow).any(|line| line.names(name))
+            || self.list(|team| &team.deny).any(|line| line.names(name));
+        let denied = ordered.any(|(action, lines)| *action == TierAction::Deny && named(lines))
+            || self.list(|team| &team.deny).any(|line| line.names(name));
+        let in_cluster = name.ends_with(&[b"cluster".to_vec(), b"local".to_vec()]);
+        if is_named && self.opens(Some(name)) {
+            QuestionRule::Allowed
+        } else if denied {
+            QuestionRule::Denied
+        } else if in_cluster || self.list(|team| &team.resolve).any(|line| line.names(name)) {
+            QuestionRule::Allowed
+        } else {
+            self.unlisted()
+        }
+    }
+}
+
+fn ordered() -> impl Strategy<Value = Vec<Ordered>> {
+    let rule = prop_oneof![
+        (Just(TierAction::Allow), prop::collection::vec(line(), 0..3)),
+        (
+            Just(TierAction::Deny),
+            prop::collection::vec(denied_line(), 0..3)
+        ),
+        (Just(TierAction::Pass), prop::collection::vec(line(), 0..3)),
+    ];
+    let policy = (any::<bool>(), prop::collection::vec(rule, 1..4));
+    let policies = prop::collection::vec(policy, 1..4);
+    (policies, any::<bool>()).prop_map(|(policies, reversed)| {
+        let ordered = policies.into_iter().zip(0..);
+        ordered
+            .map(|((is_admin, rules), number)| Ordered {
+                tier: if is_admin {
+                    Tier::Admin
+                } else {
+                    Tier::Baseline
+                },
+                priority: if reversed { 10 - number } else { number },
+                rules,
+            })
+            .collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn the_compiled_policy_judges_according_to_the_order_of_tiers(
+        pod in written(),
+        namespace in written(),
+        policies in ordered(),
+        packets in prop::collection::vec(packet(), 16),
+        allow_internal: bool,
+        guard in prop::bool::weighted(0.8),
+        default_mode in prop_oneof![Just(Mode::Off), Just(Mode::Enforce)],
+    ) {
+        let settings = Settings { allow_internal, guard, default_mode, ..settings() };
+        let objects = objects(&policies);
+        let (of_pod, of_namespace) = (pod.annotations(), namespace.annotations());
+        let inputs = Inputs { pod: &of_pod, namespace: &of_namespace, objects: &objects };
+        let compiled = compile(inputs, &settings).unwrap();
+        let world = World::new(&pod, &namespace, &policies, &settings);
+        for packet in &packets {
+            if let Some(name) = &packet.through {
+                let question = compiled.names.question(&to_name(name), false);
+                prop_assert_eq!(question, world.question(name), "{:?}", name);
+            }
+            let fate = match compiled_verdict(&compiled, packet) {
+                Verdict::Pass => Fate::Passes,
+                Verdict::Deny { reason: Reason::DenyRule, class } => {
+                    prop_assert!(compiled.deciding_entry(&to_mapped(packet.to), class).is_some());
+                    Fate::DeniedByRule
+                }
+                Verdict::Deny { .. } => Fate::Denied,
+            };
+            prop_assert_eq!(fate, world.fate(packet), "{:?}", packet);
+        }
+    }
+}

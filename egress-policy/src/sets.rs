@@ -1,0 +1,111 @@
+//! Entries that use a set: `@name[:ports][/protocol]` stands for every destination of the `EgressSet` of that name,
+//! each with these ports and this protocol.
+
+use std::collections::BTreeMap;
+
+use super::{
+    entry::Entry,
+    parse::{EntryError, read_entry},
+};
+
+/// The sign with which an entry begins that uses a set.
+pub(super) const SIGN: char = '@';
+
+/// The sets that entries may use.
+pub(super) struct Sets<'a>(pub(super) &'a BTreeMap<String, Vec<String>>);
+
+impl Sets<'_> {
+    /// Parses the text of an entry: one entry, or one for each destination of a set.
+    pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
+        let Some(used) = text.strip_prefix(SIGN) else {
+            return read_entry(text).map(|entry| vec![entry]);
+        };
+        let wrong = |at: usize, found: &str, message: String| EntryError {
+            at,
+            found: found.to_owned(),
+            message,
+        };
+        let end = used.find([':', '/']).unwrap_or(used.len());
+        let (name, limits) = used.split_at(end);
+        let Some(members) = self.0.get(name) else {
+            return Err(wrong(
+                0,
+                text,
+                format!("uses a set that does not exist: there is no EgressSet named `{name}`"),
+            ));
+        };
+        // A name that only carries the ports and the protocol.
+        let limits_at = 1 + end;
+        let limited = read_entry(&format!("x{limits}")).map_err(|error| EntryError {
+            at: (limits_at + error.at).saturating_sub(1).min(text.len()),
+            ..error
+        })?;
+        let mut entries = Vec::with_capacity(members.len());
+        for member in members {
+            let entry = read_entry(member).map_err(|error| {
+                let EntryError { found, message, .. } = error;
+                let of_set = format!("uses the EgressSet `{name}`, in which `{found}` {message}");
+                wrong(0, text, of_set)
+            })?;
+            if entry.ports.is_some() || entry.protocol.is_some() {
+                let of_set = format!(
+                    "uses the EgressSet `{name}`, in which `{member}` has a port or protocol: expected a \
+                     destination alone"
+                );
+                return Err(wrong(0, text, of_set));
+            }
+            entries.push(Entry {
+                destination: entry.destination,
+                ..limited.clone()
+            });
+        }
+        Ok(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Vec<Entry>, EntryError> {
+        let members = ["github.com", "*.github.com", "192.0.2.0/24", "2001:db8::7"];
+        let sets = BTreeMap::from([
+            ("github".to_owned(), members.map(str::to_owned).into()),
+            ("empty".to_owned(), Vec::new()),
+            ("bad".to_owned(), vec!["a.test:443".to_owned()]),
+        ]);
+        Sets(&sets).read(text)
+    }
+
+    #[test]
+    fn an_entry_with_a_set_stands_for_its_destinations() {
+        let single = |texts: &[&str]| -> Vec<Entry> {
+            let read = texts.iter().map(|text| read_entry(text).unwrap());
+            read.collect()
+        };
+        assert_eq!(
+            read("@github:443/tcp").unwrap(),
+            single(&[
+                "github.com:443/tcp",
+                "*.github.com:443/tcp",
+                "192.0.2.0/24:443/tcp",
+                "[2001:db8::7]:443/tcp"
+            ])
+        );
+        assert_eq!(
+            read("@github").unwrap()[0],
+            read_entry("github.com").unwrap()
+        );
+        assert_eq!(read("@empty:22").unwrap(), []);
+        assert_eq!(read("a.test").unwrap(), single(&["a.test"]));
+    }
+
+    #[test]
+    fn an_entry_with_a_set_that_cannot_be_used_is_an_error() {
+        let message = |text: &str| read(text).unwrap_err().message;
+        assert!(message("@gitlab").contains("no EgressSet named `gitlab`"));
+        assert!(message("@bad:443").contains("`a.test:443` has a port"));
+        let error = read("@github:x").unwrap_err();
+        assert_eq!((error.at, error.found.as_str()), (8, "x"));
+    }
+}
