@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::read::Reader;
+use crate::{read::Reader, schema};
 
 /// A named list of destinations, which an entry of any policy uses as `@name`, `@name:443` or `@name:443/tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
@@ -15,11 +15,14 @@ use crate::read::Reader;
     kind = "EgressSet",
     plural = "egresssets",
     shortname = "egs",
-    category = "egress"
+    category = "egress",
+    doc = "A named list of destinations.",
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct EgressSetSpec {
     /// Names, wildcards, addresses and prefixes, without ports and protocols.
+    #[schemars(schema_with = "schema::destinations")]
     pub destinations: Vec<String>,
 }
 

@@ -13,10 +13,12 @@
 
 mod cluster_egress_policy;
 mod cluster_network_policy;
+mod definitions;
 mod egress_policy;
 mod egress_set;
 mod policy;
 mod read;
+mod schema;
 mod selection;
 mod selector;
 mod tiers;
@@ -27,6 +29,7 @@ pub use cluster_network_policy::{
     NamespacedPod, NetworkPolicy, PeerPod, Peers, Port, PortRange, Ports, Protocol, RuleAction,
     Subject,
 };
+pub use definitions::definitions;
 pub use egress_policy::{EgressPolicy, EgressPolicySpec, Mode};
 pub use egress_set::{EgressSet, EgressSetSpec, read_set};
 pub use policy::{Body, Policy, PolicySubject, SelectedPod};

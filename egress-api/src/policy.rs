@@ -30,7 +30,7 @@ pub(crate) const ONLY_TAKES_AWAY: &str =
     "so what it allows does not count, and what it denies counts for every pod that it may select";
 
 /// A policy object.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// Its name.
     pub name: Arc<ObjectName>,
@@ -45,7 +45,7 @@ pub struct Policy {
 }
 
 /// What a policy says.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// Lists that count as the namespace's word.
     Namespace(Arc<NamespacePolicy>),

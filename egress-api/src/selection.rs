@@ -34,6 +34,16 @@ pub enum Rules {
 }
 
 impl Applied {
+    /// Whether both have the same rules for the same pods, perhaps in different objects in memory.
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        let has_same_rules = match (&self.rules, &other.rules) {
+            (Rules::Namespace(a), Rules::Namespace(b)) => a == b,
+            (Rules::Tier(a), Rules::Tier(b)) => a == b,
+            _ => false,
+        };
+        has_same_rules && self.subject == other.subject
+    }
+
     /// Whether both are the same objects in memory.
     fn is_same(&self, other: &Self) -> bool {
         let has_same_rules = match (&self.rules, &other.rules) {

@@ -29,7 +29,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::workspace;
 
 /// The API server that `cargo xtask setup` builds, below the workspace's top directory.
-const BUILT: &str = "target/kubernetes/1.20.2/kube-apiserver";
+const BUILT: &str = "target/kubernetes/1.20.2-2/kube-apiserver";
 /// The time within which a server must answer.
 const START: Duration = Duration::from_secs(90);
 /// The interval between two attempts to reach it.

@@ -3,6 +3,7 @@
 
 mod bench;
 mod build;
+mod crds;
 mod demo;
 mod e2e;
 mod fuzz;
@@ -41,6 +42,7 @@ enum Command {
     Bench(bench::Options),
     Image(image::Options),
     Manifests(manifests::Options),
+    Crds(crds::Options),
     Lint(lint::Options),
 }
 
@@ -66,6 +68,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(&options),
         Command::Image(options) => image::run(&options),
         Command::Manifests(options) => manifests::run(&options),
+        Command::Crds(options) => crds::run(&options),
         Command::Lint(options) => lint::run(&options),
     }
 }

@@ -44,6 +44,15 @@ pub(crate) fn check() -> Result<()> {
     run(&Options { check: true })
 }
 
+/// Writes the file.
+///
+/// # Errors
+///
+/// Fails when a file of manifests/base cannot be read, or this one not written.
+pub(crate) fn write() -> Result<()> {
+    run(&Options { check: false })
+}
+
 fn directory() -> PathBuf {
     workspace::root().join("manifests")
 }

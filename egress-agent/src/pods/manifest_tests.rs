@@ -370,7 +370,7 @@ fn a_mistake_in_a_policy_object_has_its_place() {
         (
             "destinations:",
             "destination:",
-            "pods.yaml:28: EgressSet github: spec.destination is not known",
+            "pods.yaml:29: EgressSet github: spec.destination is not known",
         ),
         ("mode: off", "mode: [", "pods.yaml:"),
     ] {

@@ -52,7 +52,7 @@ pub struct NamedPort {
 }
 
 /// The destinations of a rule.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Destinations {
     peers: Vec<Peer>,
     /// The ends of entries, such as `:443/tcp`.
@@ -60,7 +60,7 @@ pub(super) struct Destinations {
     named_ports: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Peer {
     /// Prefixes and names, as they are before the port.
     Written(Vec<String>),

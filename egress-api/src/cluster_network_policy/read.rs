@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// A policy with peers whose addresses change with the cluster.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkPolicy {
     name: Arc<ObjectName>,
     tier: Tier,
@@ -27,7 +27,7 @@ pub struct NetworkPolicy {
     only_takes_away: bool,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum NetworkRule {
     /// The entries do not change.
     Fixed(TierRule),

@@ -7,6 +7,8 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::schema;
+
 /// What the selected pods of the namespace may reach. It adds to what the namespace's annotations say.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
 #[kube(
@@ -16,12 +18,16 @@ use serde::{Deserialize, Serialize};
     plural = "egresspolicies",
     namespaced,
     shortname = "egp",
-    category = "egress"
+    category = "egress",
+    doc = "What pods of a namespace may reach.",
+    printcolumn = r#"{"name": "Mode", "type": "string", "jsonPath": ".spec.mode"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct EgressPolicySpec {
     /// The pods that the policy is about. An empty selector selects all pods of the namespace.
     #[serde(default)]
+    #[schemars(schema_with = "schema::selector")]
     pub pod_selector: LabelSelector,
     /// What becomes of packets that are not allowed. Without it, as with annotations, they are dropped unless
     /// the agent's configuration says `defaultMode: audit`.
@@ -29,12 +35,15 @@ pub struct EgressPolicySpec {
     pub mode: Option<Mode>,
     /// Destinations that the pods may reach: `destination[:port[-port]][/protocol]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::allow")]
     pub allow: Option<Vec<String>>,
     /// Destinations that the pods may not reach, whoever allows them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::deny")]
     pub deny: Option<Vec<String>>,
     /// Names that the pods may look up although no entry allows them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::resolve")]
     pub resolve: Option<Vec<String>>,
 }
 

@@ -1,8 +1,11 @@
 //! Evaluates the admission policy's expressions and compares them with the agent's own parser: the policy
 //! never rejects a list that the agent reads, and it rejects common mistakes.
 //!
+//! The expressions in the definitions of policy objects are compared in the same way.
+//!
 //! `ADMISSION_PLUGIN` names Kubernetes' own plugin (plugin.go). If it is set, the plugin must agree.
 
+mod definitions;
 mod policy;
 
 use std::{collections::BTreeMap, rc::Rc};
@@ -30,7 +33,7 @@ fn version(kind: &str) -> &'static str {
     }
 }
 
-fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+pub(crate) fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs
         .iter()
         .map(|(key, value)| (format!("egress-agent.dev/{key}"), (*value).to_owned()))
@@ -43,7 +46,7 @@ fn rejected(policy: &Policy, annotations: &BTreeMap<String, String>) -> Option<S
 }
 
 /// `Ok` if the agent can read these annotations of a pod.
-fn readable(annotations: &BTreeMap<String, String>) -> Result<(), String> {
+pub(crate) fn readable(annotations: &BTreeMap<String, String>) -> Result<(), String> {
     let settings = Config::default_config()
         .expect("defaults")
         .policy_settings();
@@ -57,7 +60,7 @@ fn readable(annotations: &BTreeMap<String, String>) -> Result<(), String> {
 }
 
 /// Lists that the agent reads.
-const READABLE: &[&str] = &[
+pub(crate) const READABLE: &[&str] = &[
     "",
     " \t\n,,\r\n",
     "# a comment alone",
@@ -100,7 +103,7 @@ const READABLE: &[&str] = &[
 ];
 
 /// Entries that the agent does not read, with common mistakes.
-const UNREADABLE: &[&str] = &[
+pub(crate) const UNREADABLE: &[&str] = &[
     "https://github.com",
     "https://github.com:443/x",
     "github.com/path",
@@ -403,7 +406,7 @@ fn the_largest_evaluated_annotations_are_within_the_api_servers_budget() {
 }
 
 /// Texts made of parts of entries, in any order, many of them almost valid.
-fn almost_entries() -> impl Strategy<Value = String> {
+pub(crate) fn almost_entries() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         4 => prop::sample::select(vec![
             "example", "com", "a", "x-1", "_b", "*", "*.", "api-*", "bü", "。", "0x1f", "xn--a", "10", "0", "255",

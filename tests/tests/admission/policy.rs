@@ -164,7 +164,7 @@ impl Policy {
     reason = "functions of expressions take their arguments by value"
 )]
 /// Kubernetes' function: every match of a regular expression, from left to right.
-fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
+pub(crate) fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     let found = regex(&pattern)
         .find_iter(&text)
         .map(|found| found.as_str().to_owned().into())
@@ -177,7 +177,7 @@ fn find_all(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     reason = "functions of expressions take their arguments by value"
 )]
 /// Kubernetes' function: the first match of a regular expression, or an empty string.
-fn find(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
+pub(crate) fn find(This(text): This<Arc<String>>, pattern: Arc<String>) -> Cel {
     regex(&pattern)
         .find(&text)
         .map_or("", |found| found.as_str())

@@ -3,6 +3,7 @@
 mod addresses;
 mod manifests;
 mod pods;
+mod policies;
 mod rights;
 mod source;
 mod status;

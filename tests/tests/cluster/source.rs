@@ -19,14 +19,14 @@ use tokio::{
 };
 
 /// The agent's watch of the cluster, and its snapshots.
-struct Follower {
+pub(crate) struct Follower {
     runtime: Runtime,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     watch: Option<ClusterWatch>,
 }
 
 impl Follower {
-    fn start(kubeconfig: PathBuf, node: &str) -> Self {
+    pub(crate) fn start(kubeconfig: PathBuf, node: &str) -> Self {
         Self::start_with(kubeconfig, node, |_| {})
     }
 
@@ -47,13 +47,17 @@ impl Follower {
 
     /// The first snapshot from now on that meets the condition.
     #[track_caller]
-    fn until(&mut self, what: &str, holds: impl FnMut(&Snapshot) -> bool) -> Arc<Snapshot> {
+    pub(crate) fn until(
+        &mut self,
+        what: &str,
+        holds: impl FnMut(&Snapshot) -> bool,
+    ) -> Arc<Snapshot> {
         self.until_always(what, |_| true, holds)
     }
 
     /// The same, and asserts that `always` is true for every snapshot until then.
     #[track_caller]
-    fn until_always(
+    pub(crate) fn until_always(
         &mut self,
         what: &str,
         always: impl Fn(&Snapshot) -> bool,
@@ -72,7 +76,7 @@ impl Follower {
     }
 
     #[track_caller]
-    fn known(&mut self) -> Arc<Snapshot> {
+    pub(crate) fn known(&mut self) -> Arc<Snapshot> {
         self.until("everything", |snapshot| !snapshot.unreadable)
     }
 
@@ -99,7 +103,7 @@ impl Drop for Follower {
     }
 }
 
-fn pod(namespace: &str, name: &str, node: &str) -> Value {
+pub(crate) fn pod(namespace: &str, name: &str, node: &str) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -113,11 +117,11 @@ fn with_allow(mut pod: Value, allow: &str) -> Value {
     pod
 }
 
-fn names(snapshot: &Snapshot) -> Vec<&str> {
+pub(crate) fn names(snapshot: &Snapshot) -> Vec<&str> {
     snapshot.pods.keys().map(|pod| pod.name.as_str()).collect()
 }
 
-fn get<'a>(snapshot: &'a Snapshot, namespace: &str, name: &str) -> Option<&'a Pod> {
+pub(crate) fn get<'a>(snapshot: &'a Snapshot, namespace: &str, name: &str) -> Option<&'a Pod> {
     snapshot.pods.get(&NamespacedName::new(namespace, name))
 }
 
@@ -126,7 +130,7 @@ fn allow(snapshot: &Snapshot, namespace: &str, name: &str) -> Option<String> {
     pod.annotations.get("egress-agent.dev/allow").cloned()
 }
 
-fn has_problem(snapshot: &Snapshot, text: &str) -> bool {
+pub(crate) fn has_problem(snapshot: &Snapshot, text: &str) -> bool {
     snapshot
         .problems
         .iter()
@@ -148,7 +152,7 @@ fn allow_all(server: &ApiServer) {
     server.allow_agent("agent", &rules(|_| true));
 }
 
-fn rules(wanted: impl Fn(&str) -> bool) -> Value {
+pub(crate) fn rules(wanted: impl Fn(&str) -> bool) -> Value {
     let rules = egress_agent::pods::cluster::ACCESS.iter();
     rules
         .filter(|access| wanted(access.resource))

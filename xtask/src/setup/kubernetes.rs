@@ -19,6 +19,8 @@ use crate::{process, workspace};
 
 /// The version that is built, and the only one that the source package is taken for.
 const VERSION: &str = "1.20.2";
+/// The version and the number of the way it is built, for the names of directories.
+const BUILD: &str = "1.20.2-2";
 /// The version of Debian whose sources have it.
 const RELEASE: &str = "bookworm";
 /// The source package.
@@ -185,7 +187,7 @@ fn minor_version(version: &str) -> Option<(u32, u32)> {
 
 /// Makes sure of these programs of Kubernetes.
 fn ensure_programs(names: &[&'static str]) -> Result<()> {
-    let kept = cache().join(VERSION);
+    let kept = cache().join(BUILD);
     let lacking = |directory: &Path| -> Vec<&str> {
         let names = names.iter().copied();
         names
@@ -211,7 +213,7 @@ fn ensure_programs(names: &[&'static str]) -> Result<()> {
 
 /// Where the tests look for them.
 fn directory() -> PathBuf {
-    workspace::kubernetes(VERSION)
+    workspace::kubernetes(BUILD)
 }
 
 /// Whether the user says with this variable which program to take.
@@ -273,6 +275,7 @@ fn build(names: &[&str], target: &Path) -> Result<()> {
     let mut unpack = Command::new("tar");
     unpack.args(["--extract", "--gzip", "--strip-components=1", "--file"]);
     process::run(unpack.arg(&archive).arg("--directory").arg(&sources))?;
+    patch(&sources)?;
 
     let mut path = std::ffi::OsString::from(GO);
     path.push(":");
@@ -301,6 +304,47 @@ fn build(names: &[&str], target: &Path) -> Result<()> {
     // Go makes its module directories read-only, which root does not notice.
     if let Err(error) = fs::remove_dir_all(&directory) {
         println!("{} may be removed: {error}", directory.display());
+    }
+    Ok(())
+}
+
+/// Changes that the sources need with this compiler, each as file, text and what replaces it.
+///
+/// The library reflect2 calls a function of Go's runtime that has had its third argument since Go 1.18. Without it the
+/// API server ends at the first custom resource. The rest of the structure is that of Go 1.19's runtime (`hiter` in
+/// runtime/map.go).
+const PATCHES: [(&str, &str, &str); 3] = [
+    (
+        "unsafe_link.go",
+        "func mapiterinit(rtype unsafe.Pointer, m unsafe.Pointer) *hiter",
+        "func mapiterinit(rtype unsafe.Pointer, m unsafe.Pointer, it *hiter)",
+    ),
+    (
+        "unsafe_link.go",
+        "\t// rest fields are ignored\n",
+        "\tt, h, buckets, bptr, overflow, oldoverflow unsafe.Pointer\n\tstartBucket uintptr\n\
+         \toffset, wrapped, b, i uint8\n\tbucket, checkBucket uintptr\n",
+    ),
+    (
+        "unsafe_map.go",
+        "\treturn &UnsafeMapIterator{\n\t\thiter:      mapiterinit(type2.rtype, *(*unsafe.Pointer)(obj)),\n",
+        "\tit := &hiter{}\n\tmapiterinit(type2.rtype, *(*unsafe.Pointer)(obj), it)\n\
+         \treturn &UnsafeMapIterator{\n\t\thiter:      it,\n",
+    ),
+];
+
+/// Applies [`PATCHES`].
+fn patch(sources: &Path) -> Result<()> {
+    let directory = sources.join("vendor/github.com/modern-go/reflect2");
+    for (file, text, replacement) in PATCHES {
+        let path = directory.join(file);
+        let before =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        if !before.contains(text) {
+            bail!("{} is not what it was patched for", path.display());
+        }
+        fs::write(&path, before.replace(text, replacement))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }

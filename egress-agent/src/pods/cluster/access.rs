@@ -36,6 +36,12 @@ pub const ACCESS: &[Access] = &[
     all("", "namespaces"),
     all("", "nodes"),
     all("networking.k8s.io", "servicecidrs"),
+    all("egress-agent.dev", "egresspolicies"),
+    all("egress-agent.dev", "clusteregresspolicies"),
+    all("egress-agent.dev", "egresssets"),
+    all("policy.networking.k8s.io", "clusternetworkpolicies"),
+    // Metadata only. A watch cannot name several objects.
+    all("apiextensions.k8s.io", "customresourcedefinitions"),
     Access {
         group: "",
         resource: "services",

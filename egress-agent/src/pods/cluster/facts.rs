@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 
+use super::peers::CompactLabels;
 use egress_common::protocol::DNS_PORT;
 use egress_policy::Prefix;
 
@@ -15,6 +16,9 @@ pub(super) struct NodeFacts {
     pub(super) pod_prefixes: Vec<Prefix>,
     /// `status.addresses` of type `InternalIP`.
     pub(super) addresses: Vec<IpAddr>,
+    /// All IP addresses in `status.addresses`.
+    pub(super) all_addresses: Vec<IpAddr>,
+    pub(super) labels: CompactLabels,
 }
 
 impl NodeFacts {
@@ -31,6 +35,8 @@ impl NodeFacts {
             uid: node.metadata.uid.unwrap_or_default(),
             pod_prefixes: prefixes(ranges),
             addresses: machine_addresses(internal.map(|address| &*address.address)),
+            all_addresses: machine_addresses(addresses.iter().map(|address| &*address.address)),
+            labels: CompactLabels::of(node.metadata.labels),
         }
     }
 }

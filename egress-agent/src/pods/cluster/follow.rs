@@ -12,11 +12,17 @@ use kube::{
     runtime::watcher::{self, DefaultBackoff, Event, watcher},
 };
 use serde::de::DeserializeOwned;
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
+    super::policies::PolicyKind,
     connection::{Connection, root},
+    definitions::Signals,
     health::{Failure, Health, Watched},
+    peers::PeerFacts,
     state::State,
     table::Table,
 };
@@ -27,6 +33,12 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 3;
 /// How long to wait before requesting a kind of object again that the server does not have.
 const NOT_SERVED_PAUSE: Duration = Duration::from_secs(600);
+/// The longest pause before a kind of policy object is requested again that may be defined …
+const UNDEFINED_PAUSE: Duration = Duration::from_secs(20);
+/// … and the first one: a kind is served a moment after its definition has changed.
+const DEFINED_PAUSE: Duration = Duration::from_millis(200);
+/// How long to wait before the pods of the cluster are requested again.
+const PEERS_PAUSE: Duration = Duration::from_secs(20);
 
 /// The state that all watches share.
 #[derive(Clone, Debug)]
@@ -34,6 +46,10 @@ pub(super) struct Shared {
     pub(super) connection: Arc<Connection>,
     pub(super) health: Arc<Health>,
     pub(super) state: Arc<Mutex<State>>,
+    /// What the definitions of policy kinds say.
+    pub(super) definitions: watch::Sender<Signals>,
+    /// Whether rules need the pods of the cluster.
+    pub(super) peers_needed: watch::Sender<bool>,
 }
 
 /// One watch: the request, the reduction of each object, and the table for the result.
@@ -41,7 +57,7 @@ pub(super) struct Plan<K, R> {
     pub(super) watched: Watched,
     pub(super) api: Box<dyn Fn(Client) -> Api<K> + Send + Sync>,
     pub(super) selector: watcher::Config,
-    pub(super) reduce: fn(K) -> Option<R>,
+    pub(super) reduce: fn(K, Option<&R>) -> Option<R>,
     pub(super) table: fn(&mut State) -> &mut Table<R>,
 }
 
@@ -67,6 +83,71 @@ where
             .health
             .record_failure(plan.watched, Failure::NotServed);
         sleep(NOT_SERVED_PAUSE).await;
+    }
+}
+
+/// Follows a kind of policy object, whose definition may come and go.
+pub(super) async fn follow_policies<K, R>(shared: Shared, plan: Plan<K, R>, kind: PolicyKind)
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    R: PartialEq,
+{
+    let index = PolicyKind::ALL.iter().position(|one| *one == kind);
+    let index = index.unwrap_or_default();
+    let mut signals = shared.definitions.subscribe();
+    let mut backoff = DefaultBackoff::default();
+    let mut pause = DEFINED_PAUSE;
+    loop {
+        let lists = signals.borrow_and_update().lists[index];
+        let must_be_listed = |signals: &Signals| signals.lists[index] != lists;
+        let mut watching = signals.clone();
+        tokio::select! {
+            () = follow_until(&shared, &plan, Until::NotServed, &mut backoff) => {}
+            _ = watching.wait_for(must_be_listed) => continue,
+        }
+        let failure = Failure::NotServed;
+        shared.health.record_failure(plan.watched, failure);
+        let is_undefined = signals.borrow().is_undefined[index]
+            && !shared.health.is_not_offered(Watched::Definitions);
+        let wait = if is_undefined {
+            NOT_SERVED_PAUSE
+        } else {
+            pause
+        };
+        pause = UNDEFINED_PAUSE.min(pause * 2);
+        tokio::select! {
+            _ = signals.changed() => {
+                pause = DEFINED_PAUSE;
+                sleep(pause).await;
+            }
+            () = sleep(wait) => {}
+        }
+    }
+}
+
+/// Follows the pods of the cluster while rules need them.
+pub(super) async fn follow_peers<K>(shared: Shared, plan: Plan<K, PeerFacts>)
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    let mut needed = shared.peers_needed.subscribe();
+    let mut backoff = DefaultBackoff::default();
+    loop {
+        if needed.wait_for(|needed| *needed).await.is_err() {
+            return;
+        }
+        let is_served = tokio::select! {
+            () = follow_until(&shared, &plan, Until::NotServed, &mut backoff) => false,
+            _ = needed.wait_for(|needed| !*needed) => true,
+        };
+        if !is_served {
+            let failure = Failure::NotServed;
+            shared.health.record_failure(plan.watched, failure);
+            sleep(PEERS_PAUSE).await;
+            continue;
+        }
+        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.policies.peer_pods.clear();
     }
 }
 
@@ -97,6 +178,8 @@ async fn follow_until<K, R>(
         connection,
         health,
         state,
+        definitions,
+        ..
     } = shared;
     loop {
         let (generation, client) = connection.watching(health, plan.watched);
@@ -112,22 +195,36 @@ async fn follow_until<K, R>(
             let (failure, has_lost_event) = match next {
                 Ok(None) => break,
                 Ok(Some(Ok(event))) => {
+                    let listed = matches!(event, Event::InitDone);
                     match &event {
                         Event::Init => {
                             listing = true;
-                            health.record_list(plan.watched);
+                            if !plan.watched.is_policy() {
+                                health.record_list(plan.watched);
+                            }
                         }
                         Event::InitDone => {
                             listing = false;
+                            if plan.watched.is_policy() {
+                                // An attempt to list a kind that is not installed is no list.
+                                health.record_list(plan.watched);
+                            }
                             health.record_event(plan.watched);
                         }
                         _ => health.record_event(plan.watched),
                     }
                     let changed = {
                         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-                        (plan.table)(&mut state).apply(event, plan.reduce)
+                        let changed = (plan.table)(&mut state).apply(event, plan.reduce);
+                        if changed && plan.watched == Watched::Definitions {
+                            let policies = &mut state.policies;
+                            definitions.send_modify(|signals| policies.note_definitions(signals));
+                        }
+                        changed
                     };
-                    if changed {
+                    if changed && plan.watched == Watched::PeerPods && !listed {
+                        health.peers_changed.notify_one();
+                    } else if changed {
                         health.changed.notify_one();
                     }
                     continue;

@@ -35,11 +35,23 @@ pub enum Watched {
     ApiEndpoints,
     /// The ranges of Services.
     ServiceRanges,
+    /// All `EgressPolicy` objects.
+    EgressPolicies,
+    /// All `ClusterEgressPolicy` objects.
+    ClusterEgressPolicies,
+    /// All `ClusterNetworkPolicy` objects.
+    ClusterNetworkPolicies,
+    /// All `EgressSet` objects.
+    EgressSets,
+    /// The definitions of these kinds.
+    Definitions,
+    /// The pods of the cluster, while a rule of a `ClusterNetworkPolicy` names pods.
+    PeerPods,
 }
 
 impl Watched {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 14] = [
         Self::Pods,
         Self::Namespaces,
         Self::Node,
@@ -48,7 +60,24 @@ impl Watched {
         Self::ApiService,
         Self::ApiEndpoints,
         Self::ServiceRanges,
+        Self::EgressPolicies,
+        Self::ClusterEgressPolicies,
+        Self::ClusterNetworkPolicies,
+        Self::EgressSets,
+        Self::Definitions,
+        Self::PeerPods,
     ];
+
+    /// Whether it is a kind of policy objects, which need not be installed.
+    pub(super) fn is_policy(self) -> bool {
+        matches!(
+            self,
+            Self::EgressPolicies
+                | Self::ClusterEgressPolicies
+                | Self::ClusterNetworkPolicies
+                | Self::EgressSets
+        )
+    }
 
     /// Its name in metrics.
     pub fn name(self) -> &'static str {
@@ -61,6 +90,12 @@ impl Watched {
             Self::ApiService => "api_service",
             Self::ApiEndpoints => "api_endpoints",
             Self::ServiceRanges => "service_ranges",
+            Self::EgressPolicies => "egress_policies",
+            Self::ClusterEgressPolicies => "cluster_egress_policies",
+            Self::ClusterNetworkPolicies => "cluster_network_policies",
+            Self::EgressSets => "egress_sets",
+            Self::Definitions => "definitions",
+            Self::PeerPods => "peer_pods",
         }
     }
 }
@@ -76,6 +111,12 @@ impl fmt::Display for Watched {
             Self::ApiService => "the Service default/kubernetes",
             Self::ApiEndpoints => "the endpoints of the Service default/kubernetes",
             Self::ServiceRanges => "the ranges of Services",
+            Self::EgressPolicies => "the EgressPolicy objects",
+            Self::ClusterEgressPolicies => "the ClusterEgressPolicy objects",
+            Self::ClusterNetworkPolicies => "the ClusterNetworkPolicy objects",
+            Self::EgressSets => "the EgressSet objects",
+            Self::Definitions => "the definitions of policy objects",
+            Self::PeerPods => "the cluster's pods",
         })
     }
 }
@@ -120,6 +161,8 @@ pub struct Health {
     unreachable: AtomicBool,
     /// Notified when a problem appears or disappears, and when an object has changed.
     pub(super) changed: Notify,
+    /// Notified when a pod of the cluster has changed that rules may name. That can be often.
+    pub(super) peers_changed: Notify,
 }
 
 impl Default for Health {
@@ -129,6 +172,7 @@ impl Default for Health {
             watches: Default::default(),
             unreachable: AtomicBool::new(false),
             changed: Notify::new(),
+            peers_changed: Notify::new(),
         }
     }
 }
@@ -221,7 +265,9 @@ impl Health {
             );
             return 0;
         }
-        self.of(watched).errors.fetch_add(1, Relaxed);
+        if !(watched.is_policy() && failure == Failure::NotServed) {
+            self.of(watched).errors.fetch_add(1, Relaxed);
+        }
         let mut failing = self.failing(watched);
         let first = !failing.ever;
         failing.ever = true;
@@ -284,6 +330,8 @@ fn problem_text(watched: Watched, failure: &Failure) -> Option<String> {
         Failure::Refused(_) | Failure::NotServed if watched == Watched::ServiceRanges => {
             return None;
         }
+        // Where they are not installed, nobody misses them.
+        Failure::NotServed if watched.is_policy() => return None,
         Failure::Refused(message) => format!(
             "{watched} cannot be watched; the last known state stays in force: {message}: allow it in \
              the agent's roles"
@@ -350,6 +398,18 @@ mod tests {
         health.record_failure(Watched::ServiceRanges, Failure::NotServed);
         assert!(health.problems().is_empty());
         assert!(health.has_failed(Watched::ServiceRanges));
+    }
+
+    #[test]
+    fn a_kind_of_policies_that_is_not_installed_is_neither_an_error_nor_a_problem() {
+        let health = Health::default();
+        let watched = Watched::ClusterNetworkPolicies;
+        health.record_failure(watched, Failure::NotServed);
+        assert!(health.problems().is_empty());
+        assert_eq!(health.errors(watched), 0);
+        assert!(health.is_not_offered(watched));
+        health.record_failure(watched, refused());
+        assert_eq!((health.problems().len(), health.errors(watched)), (1, 1));
     }
 
     #[test]

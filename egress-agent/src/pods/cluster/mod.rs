@@ -12,13 +12,17 @@
 #[cfg(feature = "test-support")]
 mod access;
 mod connection;
+mod definitions;
 mod events;
 mod facts;
 mod follow;
 mod health;
 mod kubelet;
+mod namespace;
 mod nodes;
+mod peers;
 mod pod;
+mod policies;
 mod state;
 mod table;
 mod token_bucket;
@@ -30,16 +34,26 @@ use std::{
 };
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
-use kube::{Api, Resource, core::PartialObjectMeta, runtime::watcher};
-use tokio::{sync::watch, task::JoinSet};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::{
+    Api, Resource,
+    core::{ApiResource, DynamicObject, PartialObjectMeta},
+    runtime::watcher,
+};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 
-use super::{Snapshot, object::own_annotations};
+use super::{Snapshot, policies::PolicyKind};
 use crate::config::{Cluster as Settings, Nodes};
 use connection::{Connection, Timing};
+use definitions::{Definition, Signals};
+use egress_policy::objects::ObjectKind;
 use facts::NodeFacts;
-use follow::{Plan, Shared, follow, follow_either};
+use follow::{Plan, Shared, follow, follow_either, follow_peers, follow_policies};
 use kubelet::Kubelet;
+use namespace::Namespace;
+use peers::{PeerFacts, SlimPod};
 use pod::ClusterPod;
+use policies::{KeptPolicy, KeptSet};
 use state::{API_SERVICE, State};
 
 #[cfg(feature = "test-support")]
@@ -49,6 +63,9 @@ pub use health::{Health, WatchCounters, Watched};
 
 /// How often the kubelet's file is checked.
 const KUBELET_EVERY: Duration = Duration::from_secs(10);
+
+/// How often rules about pods of the cluster get the addresses of those that came or went.
+const PEERS_EVERY: Duration = Duration::from_secs(1);
 
 /// What to follow, and how.
 #[derive(Clone, Debug)]
@@ -110,11 +127,13 @@ impl Cluster {
         let health = Arc::<Health>::default();
         let kubelet = Kubelet::new(&options.cluster.kubelet_config);
         let dns = options.cluster.dns_service.clone();
-        let state = Arc::new(Mutex::new(State::new(&options.node, dns, kubelet)));
+        let state = State::new(&options.node, options.cluster.nodes, dns, kubelet);
         let shared = Shared {
             connection: Arc::clone(&connection),
             health: Arc::clone(&health),
-            state,
+            state: Arc::new(Mutex::new(state)),
+            definitions: watch::Sender::new(Signals::default()),
+            peers_needed: watch::Sender::new(false),
         };
         let mut tasks = JoinSet::new();
         follow_all(&shared, &options, &mut tasks);
@@ -163,9 +182,16 @@ impl ClusterWatch {
 /// Publishes a snapshot whenever something has changed.
 async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
     let mut kubelet = tokio::time::interval(KUBELET_EVERY);
+    let mut peers_renewed = Instant::now();
     loop {
         let is_changed = tokio::select! {
             () = shared.health.changed.notified() => true,
+            () = changed_peers(&shared, peers_renewed) => {
+                peers_renewed = Instant::now();
+                let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.policies.renew_peers();
+                true
+            }
             _ = kubelet.tick() => {
                 let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.kubelet.read()
@@ -175,10 +201,24 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
         if !is_changed {
             continue;
         }
-        let snapshot = {
-            let state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.snapshot(&shared.health)
+        let (snapshot, needs_pods, is_waiting) = {
+            let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let snapshot = state.snapshot(&shared.health);
+            let policies = &state.policies;
+            (
+                snapshot,
+                policies.needs_pods(),
+                policies.is_waiting_for_pods(),
+            )
         };
+        shared.peers_needed.send_if_modified(|needed| {
+            let was = std::mem::replace(needed, needs_pods);
+            was != needs_pods
+        });
+        if is_waiting {
+            // Rules about pods fail closed when the list does not arrive.
+            shared.health.peers_changed.notify_one();
+        }
         sender.send_if_modified(|current| {
             let is_modified = **current != snapshot;
             if is_modified {
@@ -187,6 +227,12 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
             is_modified
         });
     }
+}
+
+/// Waits until a pod of the cluster has changed that rules may name, and at least [`PEERS_EVERY`] after the last time.
+async fn changed_peers(shared: &Shared, last: Instant) {
+    tokio::time::sleep_until(last + PEERS_EVERY).await;
+    shared.health.peers_changed.notified().await;
 }
 
 /// A list from the server's cache, as the kubelet itself requests it. A request for the latest version would
@@ -204,7 +250,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         watched: Watched::Pods,
         api: Box::new(Api::<v1::Pod>::all),
         selector: cached().fields(&format!("spec.nodeName={}", options.node)),
-        reduce: ClusterPod::read,
+        reduce: |read, _| ClusterPod::read(read),
         table: |state| &mut state.pods,
     };
     tasks.spawn(follow(shared.clone(), pods));
@@ -212,7 +258,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         watched: Watched::Namespaces,
         api: Box::new(Api::<PartialObjectMeta<v1::Namespace>>::all),
         selector: cached(),
-        reduce: |read| Some(own_annotations(read.metadata.annotations)),
+        reduce: |read, _| Namespace::read(read),
         table: |state| &mut state.namespaces,
     };
     tasks.spawn(follow(shared.clone(), namespaces));
@@ -223,7 +269,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
             Nodes::All => cached(),
             Nodes::Own => named(&options.node),
         },
-        reduce: |read| Some(NodeFacts::read(read)),
+        reduce: |read, _| Some(NodeFacts::read(read)),
         table: |state| &mut state.node,
     };
     tasks.spawn(follow(shared.clone(), node));
@@ -231,10 +277,11 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         watched: Watched::ServiceRanges,
         api: Box::new(Api::<networking::ServiceCIDR>::all),
         selector: cached(),
-        reduce: |read| Some(facts::of_service_range(read)),
+        reduce: |read, _| Some(facts::of_service_range(read)),
         table: |state| &mut state.service_ranges,
     };
     tasks.spawn(follow(shared.clone(), ranges));
+    follow_all_policies(shared, tasks);
 
     let (namespace, name) = &options.cluster.dns_service;
     let by_label = cached().labels(&format!("kubernetes.io/service-name={name}"));
@@ -258,6 +305,68 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
     );
 }
 
+/// Follows the policy objects, their definitions, and the pods that rules name.
+fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
+    let kind = PolicyKind::Policy(ObjectKind::EgressPolicy);
+    let policies = Plan {
+        watched: Watched::EgressPolicies,
+        api: objects(kind),
+        selector: cached(),
+        reduce: KeptPolicy::egress_policy,
+        table: |state| &mut state.policies.egress_policies,
+    };
+    tasks.spawn(follow_policies(shared.clone(), policies, kind));
+    let kind = PolicyKind::Policy(ObjectKind::ClusterEgressPolicy);
+    let policies = Plan {
+        watched: Watched::ClusterEgressPolicies,
+        api: objects(kind),
+        selector: cached(),
+        reduce: KeptPolicy::cluster_egress_policy,
+        table: |state| &mut state.policies.cluster_egress_policies,
+    };
+    tasks.spawn(follow_policies(shared.clone(), policies, kind));
+    let kind = PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy);
+    let policies = Plan {
+        watched: Watched::ClusterNetworkPolicies,
+        api: objects(kind),
+        selector: cached(),
+        reduce: KeptPolicy::cluster_network_policy,
+        table: |state| &mut state.policies.cluster_network_policies,
+    };
+    tasks.spawn(follow_policies(shared.clone(), policies, kind));
+    let sets = Plan {
+        watched: Watched::EgressSets,
+        api: objects(PolicyKind::Set),
+        selector: cached(),
+        reduce: KeptSet::read,
+        table: |state| &mut state.policies.sets,
+    };
+    tasks.spawn(follow_policies(shared.clone(), sets, PolicyKind::Set));
+    let definitions = Plan {
+        watched: Watched::Definitions,
+        api: Box::new(Api::<PartialObjectMeta<CustomResourceDefinition>>::all),
+        selector: cached(),
+        reduce: |read, _| Definition::read(read),
+        table: |state| &mut state.policies.definitions,
+    };
+    tasks.spawn(follow(shared.clone(), definitions));
+    let peers = Plan::<SlimPod, PeerFacts> {
+        watched: Watched::PeerPods,
+        api: Box::new(|client| Api::all_with(client, &ApiResource::erase::<v1::Pod>(&()))),
+        selector: cached(),
+        reduce: |read, _| PeerFacts::read(read),
+        table: |state| &mut state.policies.peer_pods,
+    };
+    tasks.spawn(follow_peers(shared.clone(), peers));
+}
+
+/// The policy objects of a kind in all namespaces. They are read field by field, so that one object that is not of
+/// the form that is known here does not hide the others.
+fn objects(kind: PolicyKind) -> Box<dyn Fn(kube::Client) -> Api<DynamicObject> + Send + Sync> {
+    let resource = policies::resource(kind);
+    Box::new(move |client| Api::all_with(client, &resource))
+}
+
 type Addresses = fn(&mut State) -> &mut table::Table<facts::Served>;
 
 /// Follows a Service and its endpoints: its slices, which `slices` selects, or the older object with the
@@ -275,7 +384,7 @@ fn follow_service(
         watched,
         api: namespaced::<v1::Service>(namespace),
         selector: named(name),
-        reduce: |read| Some(facts::of_service(read)),
+        reduce: |read, _| Some(facts::of_service(read)),
         table,
     };
     tasks.spawn(follow(shared.clone(), plan));
@@ -284,14 +393,14 @@ fn follow_service(
         watched,
         api: namespaced::<discovery::EndpointSlice>(namespace),
         selector: slices,
-        reduce: |read| Some(facts::of_slice(read)),
+        reduce: |read, _| Some(facts::of_slice(read)),
         table,
     };
     let older = Plan {
         watched,
         api: namespaced::<v1::Endpoints>(namespace),
         selector: named(name),
-        reduce: |read| Some(facts::of_endpoints(read)),
+        reduce: |read, _| Some(facts::of_endpoints(read)),
         table,
     };
     tasks.spawn(follow_either(shared.clone(), plan, older));

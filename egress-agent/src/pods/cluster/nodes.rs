@@ -99,6 +99,7 @@ mod tests {
             uid: String::new(),
             pod_prefixes: vec![Prefix::parse(pods).expect("a prefix")],
             addresses: vec![address.parse().expect("an address")],
+            ..NodeFacts::default()
         }
     }
 

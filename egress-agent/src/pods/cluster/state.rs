@@ -1,16 +1,21 @@
 //! The objects of the API server, and the snapshot that is built from them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
+
+use egress_api::namespace_labels;
 
 use super::{
     super::{Facts, Knowledge, NamespacedName, Pod, Problem, Snapshot, snapshot::SERVICE_RANGES},
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
+    namespace::Namespace,
     nodes::OtherNodes,
     pod::ClusterPod,
+    policies::{PeerRevisions, PeersOf, Policies},
     table::Table,
 };
+use crate::config::Nodes;
 use egress_policy::{Prefix, Resolver};
 
 /// Namespace and name of the API server's own Service.
@@ -20,8 +25,7 @@ pub(super) const API_SERVICE: (&str, &str) = ("default", "kubernetes");
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) pods: Table<ClusterPod>,
-    /// The agent's annotations of each namespace.
-    pub(super) namespaces: Table<BTreeMap<String, String>>,
+    pub(super) namespaces: Table<Namespace>,
     pub(super) node: Table<NodeFacts>,
     pub(super) dns_service: Table<Served>,
     pub(super) dns_endpoints: Table<Served>,
@@ -29,14 +33,24 @@ pub(super) struct State {
     pub(super) api_endpoints: Table<Served>,
     pub(super) service_ranges: Table<Vec<Prefix>>,
     pub(super) kubelet: Kubelet,
+    pub(super) policies: Policies,
     /// Name of the node.
     node_name: String,
+    /// Which nodes are followed.
+    which_nodes: Nodes,
+    /// Whether everything was known once that a snapshot needs.
+    was_ready: bool,
     /// Namespace and name of the Service of the cluster's DNS.
     dns: (String, String),
 }
 
 impl State {
-    pub(super) fn new(node: &str, dns: (String, String), kubelet: Kubelet) -> Self {
+    pub(super) fn new(
+        node: &str,
+        which_nodes: Nodes,
+        dns: (String, String),
+        kubelet: Kubelet,
+    ) -> Self {
         Self {
             pods: Table::default(),
             namespaces: Table::default(),
@@ -47,17 +61,22 @@ impl State {
             api_endpoints: Table::default(),
             service_ranges: Table::default(),
             kubelet,
+            policies: Policies::default(),
             node_name: node.to_owned(),
+            which_nodes,
+            was_ready: false,
             dns,
         }
     }
 
     /// The snapshot. It has problems only, and no pods, until the pods, the namespaces and all other facts
     /// are known or need not be awaited.
-    pub(super) fn snapshot(&self, health: &Health) -> Snapshot {
+    pub(super) fn snapshot(&mut self, health: &Health) -> Snapshot {
         let mut problems = health.problems();
         problems.extend(self.kubelet.problem().cloned());
-        if !self.is_ready(health) {
+        // Later a kind of policies may come, or be out of reach: what is known stays.
+        self.was_ready = self.was_ready || self.is_ready(health);
+        if !self.was_ready {
             return Snapshot {
                 problems,
                 unreadable: true,
@@ -68,6 +87,8 @@ impl State {
         let others = OtherNodes::of(self.node.values_but("", &self.node_name));
         problems.extend(others.problem());
         let facts = self.facts(others);
+        self.update_policies();
+        problems.extend(self.policies.problems());
         let pods = self.resolved_pods(&mut problems);
         Snapshot {
             pods,
@@ -78,11 +99,12 @@ impl State {
         }
     }
 
-    /// Whether pods and namespaces are complete, and each other watch is complete or has failed. Without the
-    /// resolvers, responses would pass unheld for a moment.
+    /// Whether pods, namespaces and the policy objects that there are are complete, and each other watch is complete
+    /// or has failed. Without the resolvers, responses would pass unheld for a moment.
     fn is_ready(&self, health: &Health) -> bool {
         self.pods.is_complete()
             && self.namespaces.is_complete()
+            && self.policies.is_ready(health)
             && self
                 .tables_of_facts()
                 .iter()
@@ -216,19 +238,38 @@ impl State {
         facts
     }
 
+    /// Brings the selection of policies up to date.
+    fn update_policies(&mut self) {
+        let revisions = PeerRevisions {
+            nodes: self.node.revision(),
+            namespaces: self.namespaces.revision(),
+            ..PeerRevisions::default()
+        };
+        let peers = PeersOf {
+            nodes: &self.node,
+            which_nodes: self.which_nodes,
+            namespaces: &self.namespaces,
+        };
+        self.policies.update(peers, revisions);
+    }
+
     /// The pods, completed with data from their namespaces, the node and other pods.
-    fn resolved_pods(&self, problems: &mut Vec<Problem>) -> BTreeMap<NamespacedName, Pod> {
+    fn resolved_pods(&mut self, problems: &mut Vec<Problem>) -> BTreeMap<NamespacedName, Pod> {
         let node = self.node.get("", &self.node_name);
         let node_uid = node.map(|node| node.uid.as_str());
         let mut pods = BTreeMap::new();
         for known in self.pods.values() {
             let mut pod = known.pod.clone();
             let mut messages = known.messages.clone();
-            if let Some(annotations) = self.namespaces.get("", &pod.namespace) {
-                pod.namespace_annotations.clone_from(annotations);
+            let namespace = self.namespaces.get("", &pod.namespace);
+            let namespace_labels = if let Some(namespace) = namespace {
+                pod.namespace_annotations.clone_from(&namespace.annotations);
+                Arc::clone(&namespace.labels)
             } else {
                 pod.namespace_known = false;
-            }
+                Arc::new(namespace_labels(&pod.namespace, None))
+            };
+            pod.objects = self.policies.of(&pod, &known.labels, &namespace_labels);
             match known.mirror.as_ref().map(|m| m.confirmed(node_uid)) {
                 Some(Ok(uid)) => pod.cgroup_uid = Some(uid.to_owned()),
                 Some(Err(message)) => messages.push(message),
@@ -245,6 +286,7 @@ impl State {
             }));
             pods.insert(pod.key(), pod);
         }
+        self.policies.retain(&pods);
         one_pod_per_cgroup(&mut pods, problems);
         pods
     }

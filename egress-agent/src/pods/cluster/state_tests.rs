@@ -28,12 +28,12 @@ fn object(namespace: &str, name: &str) -> ConfigMap {
 }
 
 fn put<R: PartialEq>(table: &mut Table<R>, namespace: &str, name: &str, reduced: R) {
-    table.apply(Event::Apply(object(namespace, name)), |_| Some(reduced));
+    table.apply(Event::Apply(object(namespace, name)), |_, _| Some(reduced));
 }
 
 fn complete<R: PartialEq>(table: &mut Table<R>) {
-    table.apply::<ConfigMap>(Event::Init, |_| None);
-    table.apply::<ConfigMap>(Event::InitDone, |_| None);
+    table.apply::<ConfigMap>(Event::Init, |_, _| None);
+    table.apply::<ConfigMap>(Event::InitDone, |_, _| None);
 }
 
 impl Cluster {
@@ -49,10 +49,15 @@ impl Cluster {
         complete(&mut state.api_service);
         complete(&mut state.api_endpoints);
         complete(&mut state.service_ranges);
+        complete(&mut state.policies.egress_policies);
+        complete(&mut state.policies.cluster_egress_policies);
+        complete(&mut state.policies.cluster_network_policies);
+        complete(&mut state.policies.sets);
         let node = NodeFacts {
             uid: NODE_UID.into(),
             pod_prefixes: vec![Prefix::parse("10.1.0.0/24").unwrap()],
             addresses: vec![ip("192.168.0.5")],
+            ..NodeFacts::default()
         };
         put(&mut state.node, "", "node-1", node);
         put(
@@ -70,14 +75,14 @@ impl Cluster {
         let kubelet = Kubelet::new(&directory.path().join("config.yaml"));
         let dns = ("kube-system".to_owned(), "kube-dns".to_owned());
         Self {
-            state: State::new("node-1", dns, kubelet),
+            state: State::new("node-1", Nodes::All, dns, kubelet),
             health: Health::default(),
             _directory: directory,
         }
     }
 
     fn namespace(&mut self, name: &str) {
-        put(&mut self.state.namespaces, "", name, BTreeMap::new());
+        put(&mut self.state.namespaces, "", name, Namespace::default());
     }
 
     fn pod(&mut self, namespace: &str, name: &str, more: &Value) {
@@ -92,10 +97,12 @@ impl Cluster {
             }
         }
         let read: ApiPod = serde_json::from_value(pod).unwrap();
-        self.state.pods.apply(Event::Apply(read), ClusterPod::read);
+        self.state
+            .pods
+            .apply(Event::Apply(read), |read, _| ClusterPod::read(read));
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         self.state.snapshot(&self.health)
     }
 }
@@ -182,7 +189,10 @@ fn a_pod_is_marked_while_its_namespace_is_not_known() {
         &mut cluster.state.namespaces,
         "",
         "shop",
-        annotations.clone(),
+        Namespace {
+            annotations: annotations.clone(),
+            ..Namespace::default()
+        },
     );
     let snapshot = cluster.snapshot();
     let cart = pod(&snapshot, "shop", "cart");

@@ -1,8 +1,14 @@
 //! The objects of one watch, reduced to the fields that the agent uses.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use kube::{Resource, ResourceExt, runtime::watcher::Event};
+
+/// How long a table that remembers keeps deleted objects.
+const REMEMBERED: Duration = Duration::from_secs(5);
 
 /// Namespace (empty if it has none) and name.
 pub(super) type Key = (String, String);
@@ -15,6 +21,17 @@ pub(super) struct Table<R> {
     current: BTreeMap<Key, R>,
     listed: BTreeMap<Key, R>,
     complete: bool,
+    /// Counts changes.
+    revision: u64,
+    /// Whether nothing changes the table now.
+    frozen: bool,
+    /// Objects that were deleted lately, if the table remembers them.
+    deleted: Option<Vec<(Instant, Key, R)>>,
+    /// Most objects.
+    limit: usize,
+    /// Whether objects were left out, and whether they are in the list that is being read.
+    exceeded: bool,
+    listed_exceeded: bool,
 }
 
 impl<R> Default for Table<R> {
@@ -23,11 +40,85 @@ impl<R> Default for Table<R> {
             current: BTreeMap::new(),
             listed: BTreeMap::new(),
             complete: false,
+            revision: 0,
+            frozen: false,
+            deleted: None,
+            limit: usize::MAX,
+            exceeded: false,
+            listed_exceeded: false,
+        }
+    }
+}
+
+impl<R> Table<R> {
+    /// A table that can be frozen: it remembers what was deleted just before.
+    pub(super) fn remembering() -> Self {
+        Self {
+            deleted: Some(Vec::new()),
+            ..Self::default()
+        }
+    }
+
+    /// A table of at most so many objects.
+    pub(super) fn limited(limit: usize) -> Self {
+        Self {
+            limit,
+            ..Self::default()
         }
     }
 }
 
 impl<R: PartialEq> Table<R> {
+    /// Changes with every change of the table.
+    pub(super) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.current.len()
+    }
+
+    /// The limit, if objects were left out because of it.
+    pub(super) fn exceeded(&self) -> Option<usize> {
+        self.exceeded.then_some(self.limit)
+    }
+
+    /// Begins or ends to ignore the server's events. What was deleted just before is restored. Returns true if
+    /// events were ignored until now, so that a new list is necessary.
+    pub(super) fn freeze(&mut self, frozen: bool) -> bool {
+        // A kind that was never listed has nothing to keep.
+        let frozen = frozen && self.complete;
+        if frozen && !self.frozen {
+            self.listed.clear();
+            for (at, key, object) in self.deleted.iter_mut().flat_map(std::mem::take) {
+                if at.elapsed() < REMEMBERED && !self.current.contains_key(&key) {
+                    self.current.insert(key, object);
+                    self.revision += 1;
+                }
+            }
+        }
+        std::mem::replace(&mut self.frozen, frozen) && !frozen
+    }
+
+    pub(super) fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
+    /// Removes everything, as if the server had sent nothing.
+    pub(super) fn clear(&mut self) {
+        self.current.clear();
+        self.listed.clear();
+        self.complete = false;
+        self.exceeded = false;
+        self.revision += 1;
+    }
+
+    /// The objects with their names.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &R)> {
+        let entries = self.current.iter();
+        entries.map(|((_, name), value)| (name.as_str(), value))
+    }
+
     /// Whether a complete list has been read.
     pub(super) fn is_complete(&self) -> bool {
         self.complete
@@ -50,44 +141,69 @@ impl<R: PartialEq> Table<R> {
         self.current.values()
     }
 
-    /// Applies an event of the server. An object that `reduce` drops counts as deleted. Returns true if the
-    /// table has changed.
+    /// Applies an event of the server. `reduce` gets the object in force with the same name, too. An object that it
+    /// drops counts as deleted. Returns true if the table has changed.
     pub(super) fn apply<K: Resource>(
         &mut self,
         event: Event<K>,
-        reduce: impl FnOnce(K) -> Option<R>,
+        reduce: impl FnOnce(K, Option<&R>) -> Option<R>,
     ) -> bool {
-        match event {
+        if self.frozen {
+            return false;
+        }
+        let changed = match event {
             Event::Init => {
                 self.listed.clear();
+                self.listed_exceeded = false;
                 false
             }
             Event::InitApply(object) => {
                 let key = key(&object);
-                self.listed
-                    .extend(reduce(object).map(|reduced| (key, reduced)));
+                let reduced = reduce(object, self.current.get(&key));
+                if self.listed.len() < self.limit {
+                    self.listed.extend(reduced.map(|reduced| (key, reduced)));
+                } else {
+                    self.listed_exceeded |= reduced.is_some();
+                }
                 false
             }
             Event::InitDone => {
                 let listed = std::mem::take(&mut self.listed);
                 let changed = !self.complete || listed != self.current;
                 self.complete = true;
+                self.exceeded = self.listed_exceeded;
                 self.current = listed;
                 changed
             }
             Event::Apply(object) => {
                 let key = key(&object);
-                match reduce(object) {
+                match reduce(object, self.current.get(&key)) {
                     None => self.current.remove(&key).is_some(),
                     Some(reduced) if self.current.get(&key) == Some(&reduced) => false,
+                    Some(_)
+                        if self.current.len() >= self.limit && !self.current.contains_key(&key) =>
+                    {
+                        !std::mem::replace(&mut self.exceeded, true)
+                    }
                     Some(reduced) => {
                         self.current.insert(key, reduced);
                         true
                     }
                 }
             }
-            Event::Delete(object) => self.current.remove(&key(&object)).is_some(),
-        }
+            Event::Delete(object) => {
+                let key = key(&object);
+                let removed = self.current.remove(&key);
+                let is_removed = removed.is_some();
+                if let (Some(deleted), Some(removed)) = (&mut self.deleted, removed) {
+                    deleted.retain(|(at, ..)| at.elapsed() < REMEMBERED);
+                    deleted.push((Instant::now(), key, removed));
+                }
+                is_removed
+            }
+        };
+        self.revision += u64::from(changed);
+        changed
     }
 }
 
@@ -116,7 +232,7 @@ mod tests {
     }
 
     fn apply(table: &mut Table<String>, event: Event<ConfigMap>) -> bool {
-        table.apply(event, |object| {
+        table.apply(event, |object, _| {
             Some(object.name_any()).filter(|name| name != "nothing")
         })
     }
@@ -163,5 +279,57 @@ mod tests {
         assert!(apply(&mut table, Event::Delete(object("a"))));
         assert!(!apply(&mut table, Event::Delete(object("a"))));
         assert!(names(&table).is_empty());
+    }
+
+    #[test]
+    fn a_frozen_table_stays_and_has_what_was_deleted_just_before() {
+        let mut table = Table::<String>::remembering();
+        for event in [
+            Event::Init,
+            Event::InitApply(object("a")),
+            Event::InitApply(object("b")),
+            Event::InitDone,
+            Event::Delete(object("a")),
+        ] {
+            apply(&mut table, event);
+        }
+        let before = table.revision();
+        table.freeze(true);
+        assert_ne!(table.revision(), before);
+        for event in [Event::Delete(object("b")), Event::Init, Event::InitDone] {
+            assert!(!apply(&mut table, event));
+        }
+        assert_eq!(names(&table), ["a", "b"]);
+        assert!(table.freeze(false));
+        assert!(apply(&mut table, Event::Init) || apply(&mut table, Event::InitDone));
+        assert!(names(&table).is_empty());
+    }
+
+    #[test]
+    fn a_table_that_was_never_listed_is_not_frozen() {
+        let mut table = Table::<String>::remembering();
+        table.freeze(true);
+        assert!(!table.is_frozen());
+    }
+
+    #[test]
+    fn objects_over_the_limit_are_left_out_until_there_are_fewer() {
+        let mut table = Table::limited(1);
+        let list = |names: &[&str]| {
+            let mut events = vec![Event::Init];
+            events.extend(names.iter().map(|name| Event::InitApply(object(name))));
+            events.push(Event::InitDone);
+            events
+        };
+        for event in list(&["a", "b"]) {
+            apply(&mut table, event);
+        }
+        assert_eq!((names(&table).len(), table.exceeded()), (1, Some(1)));
+        for event in list(&["b"]) {
+            apply(&mut table, event);
+        }
+        assert_eq!((names(&table), table.exceeded()), (vec!["b"], None));
+        assert!(apply(&mut table, Event::Apply(object("c"))));
+        assert_eq!((names(&table), table.exceeded()), (vec!["b"], Some(1)));
     }
 }

@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 
 use egress_tests::yaml::{self, identity};
-use k8s_openapi::api::{
-    admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
-    apps::v1::{DaemonSet, Deployment},
-    core::v1::{ConfigMap, Namespace, Pod, ResourceQuota, ServiceAccount},
-    rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
+use k8s_openapi::{
+    api::{
+        admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
+        apps::v1::{DaemonSet, Deployment},
+        core::v1::{ConfigMap, Namespace, Pod, ResourceQuota, ServiceAccount},
+        rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -49,6 +52,9 @@ pub(super) fn check_typed(object: &Value) -> Result<(), String> {
         }
         ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
             check::<ValidatingAdmissionPolicyBinding>(object)
+        }
+        ("apiextensions.k8s.io/v1", "CustomResourceDefinition") => {
+            check::<CustomResourceDefinition>(object)
         }
         ("monitoring.coreos.com/v1", "PodMonitor") => {
             check_keys(&object["spec"], &["selector", "podMetricsEndpoints"])

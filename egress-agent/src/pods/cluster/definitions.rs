@@ -1,0 +1,72 @@
+//! The definitions of the policy kinds (`CustomResourceDefinition`), of which only the metadata is read.
+//!
+//! They tell at once when a kind begins to be served. And they tell the removal of a kind from the removal of its
+//! objects, which look alike otherwise: the API server first deletes every object, and then the definition.
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::core::PartialObjectMeta;
+
+use super::{super::policies::PolicyKind, policies::resource, table::Table};
+
+/// The definition of a policy kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Definition {
+    is_being_deleted: bool,
+    /// It changes with the definition's status, too, and so when the kind begins to be served.
+    version: Option<String>,
+}
+
+impl Definition {
+    /// Reduces a definition; `None` for those of other kinds.
+    pub(super) fn read(read: PartialObjectMeta<CustomResourceDefinition>) -> Option<Self> {
+        let metadata = read.metadata;
+        let name = metadata.name?;
+        let is_ours = PolicyKind::ALL
+            .into_iter()
+            .any(|kind| name_of(kind) == name);
+        is_ours.then_some(Self {
+            is_being_deleted: metadata.deletion_timestamp.is_some(),
+            version: metadata.resource_version,
+        })
+    }
+
+    /// Whether there is a definition of a kind that is not being deleted.
+    pub(super) fn is_there(definitions: &Table<Self>, kind: PolicyKind) -> bool {
+        let definition = definitions.get("", &name_of(kind));
+        definition.is_some_and(|definition| !definition.is_being_deleted)
+    }
+}
+
+/// What the tasks that follow kinds learn about definitions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Signals {
+    /// Changes with every change of a definition.
+    pub(super) changes: u64,
+    /// For each kind, in the order of [`PolicyKind::ALL`], changes when its objects must be listed anew.
+    pub(super) lists: [u64; PolicyKind::ALL.len()],
+    /// Which of them are known to have no definition.
+    pub(super) is_undefined: [bool; PolicyKind::ALL.len()],
+}
+
+/// The name of the definition of a kind.
+pub(super) fn name_of(kind: PolicyKind) -> String {
+    format!("{}.{}", resource(kind).plural, kind.group())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn definitions_have_the_names_of_the_manifests() {
+        assert_eq!(
+            PolicyKind::ALL.map(name_of),
+            [
+                "egresspolicies.egress-agent.dev",
+                "clusteregresspolicies.egress-agent.dev",
+                "clusternetworkpolicies.policy.networking.k8s.io",
+                "egresssets.egress-agent.dev",
+            ]
+        );
+    }
+}

@@ -1,0 +1,465 @@
+//! Policy objects of the cluster: what the API server sent last, and whom they select.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use egress_api::{Applied, Body, Labels, Policy, Selection};
+use egress_policy::objects::{ObjectKind, ObjectName, Objects};
+use kube::{
+    ResourceExt as _,
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
+
+use super::{
+    super::{
+        NamespacedName, Pod, Problem,
+        policies::{PolicyKind, Set, Sets, applied},
+    },
+    definitions::{Definition, Signals},
+    health::{Health, Watched},
+    peers::{ClusterPeers, PeerFacts},
+    table::Table,
+};
+
+/// Most problems of policies that are listed; the rest are counted.
+const PROBLEMS_MAX: usize = 100;
+/// Most pods of the cluster that can be peers of rules.
+const PEER_PODS_MAX: usize = 50_000;
+/// How long a new rule about pods waits for the list of pods before it fails closed.
+const PEERS_WAIT: Duration = Duration::from_secs(10);
+
+/// A policy in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeptPolicy {
+    uid: Option<String>,
+    policy: Arc<Policy>,
+    /// What is wrong with the present object. If it cannot be read, `policy` is its last readable form.
+    problem: Option<String>,
+}
+
+/// An `EgressSet` in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeptSet {
+    uid: Option<String>,
+    /// `None` if it has never been readable.
+    destinations: Option<Vec<String>>,
+    problem: Option<String>,
+}
+
+const KEPT: &str = "its last readable form stays in force";
+
+impl KeptPolicy {
+    /// Reads an object, of which `former` is the form in force.
+    fn read(kind: ObjectKind, object: &DynamicObject, former: Option<&Self>) -> Self {
+        let spec = &object.data["spec"];
+        let namespace = object.metadata.namespace.as_deref();
+        let policy = Policy::read(kind, namespace, &object.name_any(), spec);
+        let uid = object.metadata.uid.clone();
+        let problem = policy.problem();
+        let former = former.filter(|former| former.uid == uid);
+        if let Some(former) = former {
+            if !policy.is_complete && former.policy.is_complete {
+                return Self {
+                    uid,
+                    policy: Arc::clone(&former.policy),
+                    problem: problem.map(|what| format!("{what}: {KEPT}")),
+                };
+            }
+            if *former.policy == policy {
+                // The same object in memory selects nothing anew.
+                return Self {
+                    uid,
+                    policy: Arc::clone(&former.policy),
+                    problem,
+                };
+            }
+        }
+        Self {
+            uid,
+            policy: Arc::new(policy),
+            problem,
+        }
+    }
+
+    pub(super) fn egress_policy(object: DynamicObject, former: Option<&Self>) -> Option<Self> {
+        Some(Self::read(ObjectKind::EgressPolicy, &object, former))
+    }
+
+    pub(super) fn cluster_egress_policy(
+        object: DynamicObject,
+        former: Option<&Self>,
+    ) -> Option<Self> {
+        Some(Self::read(ObjectKind::ClusterEgressPolicy, &object, former))
+    }
+
+    pub(super) fn cluster_network_policy(
+        object: DynamicObject,
+        former: Option<&Self>,
+    ) -> Option<Self> {
+        Some(Self::read(
+            ObjectKind::ClusterNetworkPolicy,
+            &object,
+            former,
+        ))
+    }
+}
+
+impl KeptSet {
+    pub(super) fn read(object: DynamicObject, former: Option<&Self>) -> Option<Self> {
+        let set = Set::read(&object.name_any(), &object.data["spec"]);
+        let uid = object.metadata.uid;
+        let former = former.filter(|former| former.uid == uid);
+        let former = former.and_then(|former| former.destinations.clone());
+        Some(match set.destinations {
+            Ok(destinations) => Self {
+                uid,
+                destinations: Some(destinations),
+                problem: None,
+            },
+            Err(what) => Self {
+                uid,
+                problem: Some(match former {
+                    Some(_) => format!("{what}: {KEPT}"),
+                    None => format!("{what}: it is as if it did not exist"),
+                }),
+                destinations: former,
+            },
+        })
+    }
+}
+
+/// How the API server names a kind.
+pub(super) fn resource(kind: PolicyKind) -> ApiResource {
+    let gvk = GroupVersionKind::gvk(kind.group(), kind.version(), kind.name());
+    ApiResource::from_gvk(&gvk)
+}
+
+/// All policy objects, and the pods that they select.
+#[derive(Debug)]
+pub(super) struct Policies {
+    pub(super) egress_policies: Table<KeptPolicy>,
+    pub(super) cluster_egress_policies: Table<KeptPolicy>,
+    pub(super) cluster_network_policies: Table<KeptPolicy>,
+    pub(super) sets: Table<KeptSet>,
+    pub(super) definitions: Table<Definition>,
+    /// Which kinds have had a definition, in the order of [`PolicyKind::ALL`].
+    defined: [bool; PolicyKind::ALL.len()],
+    pub(super) peer_pods: Table<PeerFacts>,
+    selection: Selection<NamespacedName>,
+    /// The policies and sets that were given to `selection` last, and what they were made from.
+    built: Option<Revisions>,
+    resolved: BTreeMap<Arc<ObjectName>, Resolved>,
+    problems: Vec<Problem>,
+    /// The revision of `peer_pods` that rules are resolved with: pods come and go often.
+    peers_revision: u64,
+    /// Since when rules need the pods of the cluster.
+    pods_needed: Option<Instant>,
+}
+
+pub(super) use super::peers::PeersOf;
+
+/// The revisions of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Revisions {
+    policies: [u64; 4],
+    peers: PeerRevisions,
+}
+
+/// The revisions of the tables that peers are from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PeerRevisions {
+    pub(super) nodes: u64,
+    pub(super) namespaces: u64,
+    pub(super) pods: u64,
+    /// Whether the pods can be had.
+    pub(super) has_pods: bool,
+}
+
+/// A policy in the form for the selection.
+#[derive(Debug)]
+struct Resolved {
+    policy: Arc<Policy>,
+    peers: PeerRevisions,
+    applied: Applied,
+    problems: Vec<String>,
+}
+
+impl Default for Policies {
+    fn default() -> Self {
+        Self {
+            egress_policies: Table::remembering(),
+            cluster_egress_policies: Table::remembering(),
+            cluster_network_policies: Table::remembering(),
+            sets: Table::remembering(),
+            definitions: Table::default(),
+            defined: [false; PolicyKind::ALL.len()],
+            peer_pods: Table::limited(PEER_PODS_MAX),
+            selection: Selection::default(),
+            built: None,
+            resolved: BTreeMap::new(),
+            problems: Vec::new(),
+            peers_revision: 0,
+            pods_needed: None,
+        }
+    }
+}
+
+impl Policies {
+    /// Whether each kind has been listed, or need not be awaited: the server does not have it, or refuses it.
+    /// Without the policies of a kind that the server has, pods would be open, or closed, that are not to be.
+    pub(super) fn is_ready(&self, health: &Health) -> bool {
+        let is_ready = |(watched, is_complete)| is_complete || health.is_not_offered(watched);
+        let peers = (Watched::PeerPods, self.peer_pods.is_complete());
+        self.kinds().into_iter().all(is_ready) && (!self.needs_pods() || is_ready(peers))
+    }
+
+    fn kinds(&self) -> [(Watched, bool); 4] {
+        let policies = [
+            &self.egress_policies,
+            &self.cluster_egress_policies,
+            &self.cluster_network_policies,
+        ]
+        .map(Table::is_complete);
+        let [egress, cluster_egress, network] = policies;
+        [
+            (Watched::EgressPolicies, egress),
+            (Watched::ClusterEgressPolicies, cluster_egress),
+            (Watched::ClusterNetworkPolicies, network),
+            (Watched::EgressSets, self.sets.is_complete()),
+        ]
+    }
+
+    /// Whether a rule names pods or namespaces, so that the pods of the cluster must be known.
+    pub(super) fn needs_pods(&self) -> bool {
+        self.cluster_network_policies
+            .values()
+            .any(|kept| match &kept.policy.body {
+                Body::Network(network) => network.needs_pods(),
+                Body::Namespace(_) | Body::Tier(_) => false,
+            })
+    }
+
+    /// Lets rules have the pods that are known now.
+    pub(super) fn renew_peers(&mut self) {
+        self.peers_revision = self.peer_pods.revision();
+    }
+
+    /// Notes which definitions there are, and tells in `signals` what the tasks that follow kinds must do. While a
+    /// definition is being deleted, and after that, the kind's objects stay as they are: the API server deletes every
+    /// object of a kind before it deletes the definition.
+    pub(super) fn note_definitions(&mut self, signals: &mut Signals) {
+        signals.changes += 1;
+        if !self.definitions.is_complete() {
+            return;
+        }
+        for (index, kind) in PolicyKind::ALL.into_iter().enumerate() {
+            let is_there = Definition::is_there(&self.definitions, kind);
+            self.defined[index] |= is_there;
+            signals.is_undefined[index] = !is_there;
+            // A kind that never had a definition here may be served without one.
+            let is_removed = self.defined[index] && !is_there;
+            let must_be_listed = match kind {
+                PolicyKind::Policy(ObjectKind::EgressPolicy) => {
+                    self.egress_policies.freeze(is_removed)
+                }
+                PolicyKind::Policy(ObjectKind::ClusterEgressPolicy) => {
+                    self.cluster_egress_policies.freeze(is_removed)
+                }
+                PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy) => {
+                    self.cluster_network_policies.freeze(is_removed)
+                }
+                PolicyKind::Set => self.sets.freeze(is_removed),
+            };
+            signals.lists[index] += u64::from(must_be_listed);
+        }
+    }
+
+    /// Brings the selection up to date with the tables.
+    pub(super) fn update(&mut self, peers: PeersOf<'_>, mut peer_revisions: PeerRevisions) {
+        self.note_need_of_pods();
+        peer_revisions.pods = self.peers_revision;
+        peer_revisions.has_pods = self.peer_pods.is_complete();
+        let revisions = Revisions {
+            policies: [
+                self.egress_policies.revision(),
+                self.cluster_egress_policies.revision(),
+                self.cluster_network_policies.revision(),
+                self.sets.revision(),
+            ],
+            peers: peer_revisions,
+        };
+        if self.built == Some(revisions) {
+            return;
+        }
+        let is_waiting = self.is_waiting_for_pods();
+        // The end of the wait is a change, too.
+        self.built = (!is_waiting).then_some(revisions);
+        let mut former = std::mem::take(&mut self.resolved);
+        let mut policies = BTreeMap::new();
+        let mut problems = Vec::new();
+        let tables = [
+            &self.egress_policies,
+            &self.cluster_egress_policies,
+            &self.cluster_network_policies,
+        ];
+        for kept in tables.into_iter().flat_map(Table::values) {
+            let name = &kept.policy.name;
+            let resolved = match former.remove(name) {
+                Some(former) if former.is_up_to_date(&kept.policy, peer_revisions) => former,
+                former if is_waiting && needs_pods(&kept.policy) => match former {
+                    Some(former) => former,
+                    None => continue,
+                },
+                former => {
+                    let cluster = ClusterPeers {
+                        of: peers,
+                        pods: &self.peer_pods,
+                    };
+                    Resolved::new(&kept.policy, &cluster, peer_revisions, former)
+                }
+            };
+            problems.extend(kept.problem.iter().map(|what| problem(name, what)));
+            problems.extend(resolved.problems.iter().map(|what| problem(name, what)));
+            policies.insert(Arc::clone(name), resolved.applied.clone());
+            self.resolved.insert(Arc::clone(name), resolved);
+        }
+        let mut sets = Sets::new();
+        for (name, kept) in self.sets.entries() {
+            problems.extend(kept.problem.iter().map(|what| Problem {
+                origin: format!("EgressSet {name}"),
+                message: what.clone(),
+            }));
+            sets.extend(kept.destinations.clone().map(|all| (name.to_owned(), all)));
+        }
+        self.selection.update(policies, &Arc::new(sets));
+        self.problems = limited(problems);
+    }
+
+    fn note_need_of_pods(&mut self) {
+        if self.needs_pods() {
+            self.pods_needed.get_or_insert_with(Instant::now);
+        } else {
+            self.pods_needed = None;
+        }
+    }
+
+    /// Whether the list of the cluster's pods has been asked for and is not there yet.
+    pub(super) fn is_waiting_for_pods(&self) -> bool {
+        !self.peer_pods.is_complete()
+            && self
+                .pods_needed
+                .is_some_and(|since| since.elapsed() < PEERS_WAIT)
+    }
+
+    /// The objects of a pod.
+    pub(super) fn of(
+        &mut self,
+        pod: &Pod,
+        labels: &Arc<Labels>,
+        namespace_labels: &Arc<Labels>,
+    ) -> Objects {
+        let objects = self.selection.of(
+            pod.key(),
+            &pod.namespace,
+            labels,
+            namespace_labels,
+            pod.host_network,
+        );
+        objects.clone()
+    }
+
+    /// Forgets pods that are gone.
+    pub(super) fn retain(&mut self, pods: &BTreeMap<NamespacedName, Pod>) {
+        self.selection.retain(|key| pods.contains_key(key));
+    }
+
+    /// What is wrong with policies.
+    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
+        let frozen = [
+            (
+                "EgressPolicy",
+                self.egress_policies.is_frozen(),
+                self.egress_policies.len(),
+            ),
+            (
+                "ClusterEgressPolicy",
+                self.cluster_egress_policies.is_frozen(),
+                self.cluster_egress_policies.len(),
+            ),
+            (
+                "ClusterNetworkPolicy",
+                self.cluster_network_policies.is_frozen(),
+                self.cluster_network_policies.len(),
+            ),
+            ("EgressSet", self.sets.is_frozen(), self.sets.len()),
+        ];
+        let frozen = frozen
+            .into_iter()
+            .filter(|(_, is, count)| *is && *count > 0);
+        let frozen = frozen.map(|(kind, _, count)| Problem {
+            origin: "cluster".to_owned(),
+            message: format!(
+                "the definition of {kind} has been removed: its {count} objects stay in force as they were until it \
+                 is there again, or the agent starts anew. Remove objects before their definition"
+            ),
+        });
+        frozen.chain(self.problems.iter().cloned())
+    }
+}
+
+impl Resolved {
+    fn new(
+        policy: &Arc<Policy>,
+        cluster: &ClusterPeers<'_>,
+        peers: PeerRevisions,
+        former: Option<Self>,
+    ) -> Self {
+        let (_, mut new, problems) = applied(policy, cluster);
+        if let Some(former) = former.filter(|former| former.applied.says_the_same(&new)) {
+            // The same object in memory changes nothing in any pod.
+            new = former.applied;
+        }
+        Self {
+            policy: Arc::clone(policy),
+            peers,
+            applied: new,
+            problems,
+        }
+    }
+
+    fn is_up_to_date(&self, policy: &Arc<Policy>, peers: PeerRevisions) -> bool {
+        let depends = matches!(policy.body, Body::Network(_));
+        Arc::ptr_eq(&self.policy, policy) && (!depends || self.peers == peers)
+    }
+}
+
+fn needs_pods(policy: &Policy) -> bool {
+    matches!(&policy.body, Body::Network(network) if network.needs_pods())
+}
+
+fn problem(name: &ObjectName, what: &str) -> Problem {
+    Problem {
+        origin: name.to_string(),
+        message: what.to_owned(),
+    }
+}
+
+/// The first problems, and one about the rest.
+fn limited(mut problems: Vec<Problem>) -> Vec<Problem> {
+    let more = problems.len().saturating_sub(PROBLEMS_MAX);
+    if more > 0 {
+        problems.truncate(PROBLEMS_MAX);
+        problems.push(Problem {
+            origin: "policies".to_owned(),
+            message: format!("{more} more policy objects have problems, which are not listed"),
+        });
+    }
+    problems
+}
+
+#[cfg(test)]
+#[path = "policies_tests.rs"]
+mod tests;
