@@ -145,10 +145,9 @@ const fn counting_classes(
 }
 
 /// The set of the class that decides, of those that match; empty if none does, or if the next tier is to decide and
-/// there is none. Under a mask `skips_baseline` of all bits, only the tiers before the last one decide.
+/// there is none.
 #[inline(always)]
-pub fn deciding_class(policy: &Policy, matching: ClassSet, skips_baseline: u64) -> ClassSet {
-    let matching = matching.without(policy.baseline.masked(skips_baseline));
+pub fn deciding_class(policy: &Policy, matching: ClassSet) -> ClassSet {
     // Only a class of the first tier can pass a packet on to another tier that has classes.
     let passes_on = matching.only_first().and(policy.admin).and(policy.pass);
     let matching = matching.without(policy.admin.masked(passes_on.mask()));
@@ -161,19 +160,13 @@ const fn passes_as_internal(policy: &Policy, destination: &Destination) -> bool 
     destination.ranges & RANGE_INTERNAL != 0 && policy.flags & POLICY_ALLOW_INTERNAL != 0
 }
 
-/// The set of the class that decides about a packet. A pod with a list of its own or its namespace's is closed, but
+/// The classes of the last tier where it is not asked. A pod with a list of its own or its namespace's is closed, but
 /// for internal destinations: what comes after the lists is asked only about these.
 #[inline(always)]
-fn deciding(
-    policy: &Policy,
-    destination: &Destination,
-    counting: ClassSet,
-    matching: ClassSet,
-) -> ClassSet {
+fn skipped_classes(policy: &Policy, destination: &Destination) -> ClassSet {
     let is = |flag: u32| mask_of((policy.flags & flag).into());
     let internal = mask_of(destination.ranges & RANGE_INTERNAL) & is(POLICY_ALLOW_INTERNAL);
-    let skips_baseline = is(POLICY_SELECTED) & !internal;
-    deciding_class(policy, counting.and(matching), skips_baseline)
+    policy.baseline.masked(is(POLICY_SELECTED) & !internal)
 }
 
 /// Whether an entry lets a packet pass. A packet that [`judge`] lets pass without one is internal, or the policy is
@@ -199,7 +192,8 @@ pub fn deciding_entry(
     let known = known_classes(policy, destination);
     let counting = counting_classes(policy, destination, known, elsewhere);
     let matching = policy.ports.matching(protocol, port);
-    let class = deciding(policy, destination, counting, matching).first();
+    let matching = matching.without(skipped_classes(policy, destination));
+    let class = deciding_class(policy, counting.and(matching)).first();
     (class != NO_CLASS).then_some(class)
 }
 
@@ -208,7 +202,8 @@ pub fn deciding_entry(
 /// `protocol` is one bit of [`bits`]; `port` is [`crate::packet::Packet::class_port`].
 #[inline(always)]
 pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
-    let matching = policy.ports.matching(protocol, port);
+    let skipped = skipped_classes(policy, destination);
+    let matching = policy.ports.matching(protocol, port).without(skipped);
     let protected = destination.ranges & RANGE_PROTECTED != 0;
     let by_address = destination.needs_address_entry();
     let known = known_classes(policy, destination);
@@ -216,7 +211,7 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     let elsewhere = is_dns_elsewhere(policy, dns);
     let counting = counting_classes(policy, destination, known, elsewhere);
 
-    let decides = deciding(policy, destination, counting, matching);
+    let decides = deciding_class(policy, counting.and(matching));
     if !decides.is_empty() {
         return if decides.meets(policy.deny) {
             Verdict::Deny {
@@ -247,7 +242,7 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
     if policy.flags & POLICY_REFUSED != 0 {
         return Verdict::deny(Reason::UnenforcedInterface);
     }
-    let allowing = known.without(policy.not_allowing());
+    let allowing = known.without(policy.not_allowing()).without(skipped);
     if dns && (internal || open || allowing.meets(matching)) {
         return Verdict::deny(Reason::DnsElsewhere);
     }
@@ -289,7 +284,8 @@ pub fn judge_answer(
     };
     let known = destination.learned.or(destination.cidr).or(any);
     let matching = policy.ports.matching(protocol, port);
-    let decides = deciding(policy, destination, known, matching);
+    let matching = matching.without(skipped_classes(policy, destination));
+    let decides = deciding_class(policy, known.and(matching));
     if decides.meets(policy.deny) {
         return Verdict::Deny {
             reason: Reason::DenyRule,

@@ -22,7 +22,7 @@ use super::{
     annotations::{At, Lists, Written},
     classes::{Action, Classes},
     effective::{self, Effective, Rule},
-    entry::Destination,
+    entry::{Destination, is_everything},
     error::{Origin, PolicyError, Problem},
     names::{NameRule, NameRules, QuestionRule},
     objects::TierAction,
@@ -186,7 +186,7 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
     check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
 
     record.names = fingerprint(&listed, settings);
-    let openings = ordered.then(|| Openings::new(&record));
+    let openings = ordered.then(|| Openings::new(&record, &cidrs));
     let unlisted = match &openings {
         Some(openings) => {
             let asks_any = resolve
@@ -212,7 +212,12 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
     names.extend(listed);
     let mut ordered = tiers.rules();
     let closes = ordered.find(|(action, rule)| {
-        *action == TierAction::Deny && effective::denies_everything(std::slice::from_ref(*rule))
+        let to_all = match &rule.destination {
+            Destination::Any => true,
+            Destination::Addresses(prefix) => prefix.is_whole_family(),
+            Destination::Names(_) => false,
+        };
+        *action == TierAction::Deny && to_all && is_everything(&rule.class)
     });
     names.closed_by(closes.map(|(_, rule)| EntrySource::of(rule)));
     let deciding = deciding(&classes, &tiers, &allow, &deny);

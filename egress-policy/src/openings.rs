@@ -1,13 +1,18 @@
 //! What resolving a name could open, under ordered rules.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use egress_common::{
-    classes::{ClassSet, mask_of},
+    classes::ClassSet,
     protocol::bits,
     records::{POLICY_OPEN, POLICY_SELECTED, Policy},
     verdict::deciding_class,
 };
+
+use super::{Cidr, Prefix};
 
 /// Tells whether an address with certain classes could be reached by any packet. A name may be queried only if its
 /// addresses could: otherwise the response would be useless, and the query could only carry data out.
@@ -16,11 +21,26 @@ pub(super) struct Openings {
     record: Box<Policy>,
     /// The different sets of classes that match some packet.
     matching: Vec<ClassSet>,
+    /// The classes that every IPv4 address has, and those that every IPv6 address has.
+    families: [ClassSet; 2],
 }
 
 impl Openings {
-    /// For the policy of this record.
-    pub(super) fn new(record: &Policy) -> Self {
+    /// For the policy of this record and its prefixes.
+    pub(super) fn new(record: &Policy, cidrs: &[Cidr]) -> Self {
+        let of_all = |family: IpAddr| {
+            let all = Prefix::containing(family, 0);
+            let mut whole = cidrs.iter();
+            let whole = whole
+                .find(|cidr| (cidr.network, cidr.prefix_len) == (all.network(), all.prefix_len()));
+            whole
+                .map_or(ClassSet::EMPTY, |cidr| cidr.classes)
+                .or(record.any)
+        };
+        let families = [
+            of_all(Ipv4Addr::UNSPECIFIED.into()),
+            of_all(Ipv6Addr::UNSPECIFIED.into()),
+        ];
         let classes = record.classes.iter();
         let used = classes.filter(|class| class.protocols != 0);
         let ports = used.flat_map(|class| [class.port_min, class.port_max.saturating_add(1)]);
@@ -36,16 +56,26 @@ impl Openings {
         Self {
             record: Box::new(*record),
             matching: matching.into_iter().collect(),
+            families,
         }
     }
 
     /// Whether some packet to an external address with these classes passes.
     pub(super) fn opens(&self, classes: ClassSet) -> bool {
+        let of_family = |family: &ClassSet| self.opens_to(classes.or(*family));
+        self.families.iter().any(of_family)
+    }
+
+    /// Whether some packet passes to an external address of which these are all classes.
+    fn opens_to(&self, known: ClassSet) -> bool {
         let record = &self.record;
-        let known = classes.or(record.any);
-        let skips_baseline = mask_of((record.flags & POLICY_SELECTED).into());
+        let skipped = if record.flags & POLICY_SELECTED == 0 {
+            ClassSet::EMPTY
+        } else {
+            record.baseline
+        };
         self.matching.iter().any(|matching| {
-            let decides = deciding_class(record, known.and(*matching), skips_baseline);
+            let decides = deciding_class(record, known.without(skipped).and(*matching));
             if decides.is_empty() {
                 record.flags & POLICY_OPEN != 0
             } else {

@@ -27,6 +27,35 @@ impl Lab {
         self.write_object(&pod_file(pod), &pod_manifest(pod, interface, annotations));
     }
 
+    /// Writes the manifest of a pod with labels.
+    #[track_caller]
+    pub fn write_labelled_pod(
+        &self,
+        pod: &Pod,
+        labels: &[(&str, &str)],
+        annotations: Annotations<'_>,
+    ) {
+        let mut manifest = pod_manifest(pod, Some(pod.interface()), annotations);
+        let labels = labels.iter();
+        let labels: Map<String, Value> = labels
+            .map(|(key, value)| ((*key).to_owned(), json!(value)))
+            .collect();
+        manifest["metadata"]["labels"] = labels.into();
+        self.write_object(&pod_file(pod), &manifest);
+    }
+
+    /// Writes or replaces the manifest of a policy object.
+    #[track_caller]
+    pub fn write_policy(&self, object: &Value) {
+        self.write_object(&policy_file(object), object);
+    }
+
+    /// Removes the manifest of a policy object.
+    #[track_caller]
+    pub fn remove_policy(&self, object: &Value) {
+        self.remove_file(&policy_file(object));
+    }
+
     /// Removes the manifest of a pod.
     #[track_caller]
     pub fn remove_pod(&self, pod: &Pod) {
@@ -78,6 +107,12 @@ impl Lab {
 
 fn pod_file(pod: &Pod) -> String {
     format!("pod-{}-{}.yaml", pod.namespace(), pod.name())
+}
+
+fn policy_file(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let (kind, name) = (text(&object["kind"]), text(&object["metadata"]["name"]));
+    format!("{kind}-{name}.yaml")
 }
 
 fn pod_manifest(pod: &Pod, interface: Option<&str>, annotations: Annotations<'_>) -> Value {

@@ -1,6 +1,6 @@
 //! Ordered rules, by definition, and the check that the compiled form gives the same results.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use egress_common::{protocol::bits, reason::Reason, verdict::Verdict};
 use proptest::prelude::*;
@@ -114,13 +114,18 @@ impl<'a> World<'a> {
     }
 
     /// Whether an entry matches. `address`: whether the packet goes to its address, and not to one of which only the
-    /// name is known.
+    /// family and the name are known.
     fn matches(&self, line: &Line, packet: &Packet, allows: bool, address: bool) -> bool {
+        let in_net = if address {
+            line.contains(packet.to)
+        } else {
+            matches!(line.to, Where::Net(net, 0) if net.is_ipv4() == packet.to.is_ipv4())
+        };
         let by_address = packet.protected || (packet.tunnel && packet.internal);
         let dns = (packet.port == 53 || packet.port == 853)
             && packet.protocol & (bits::TCP | bits::UDP) != 0;
         let elsewhere = allows && dns && self.speaks_of_names();
-        let reaches = (address && line.contains(packet.to))
+        let reaches = in_net
             || (line.is_anywhere() && !(allows && by_address) && !elsewhere)
             || packet.through.as_ref().is_some_and(|name| {
                 line.names(name)
@@ -213,8 +218,8 @@ impl<'a> World<'a> {
     fn opens(&self, name: Option<&Vec<Vec<u8>>>) -> bool {
         let mut ports = vec![0, 1, 79, 80, 81, 442, 443, 444, 46, 47, 48, 49, 50, 51];
         ports.extend([7999, 8000, 8001, 8079, 8080, 8081, 65534, 65535]);
-        let packet = |protocol, port| Packet {
-            to: std::net::Ipv4Addr::UNSPECIFIED.into(),
+        let packet = |to, protocol, port| Packet {
+            to,
             through: name.cloned(),
             expired: false,
             protocol,
@@ -223,9 +228,13 @@ impl<'a> World<'a> {
             internal: false,
             tunnel: false,
         };
-        (0..6).any(|bit| {
+        let families = [[0; 4].into(), [0; 16].into()];
+        let kinds = families
+            .into_iter()
+            .flat_map(|to: IpAddr| (0..6).map(move |bit| (to, bit)));
+        kinds.into_iter().any(|(to, bit)| {
             ports.iter().any(|port| {
-                self.decided(&packet(1 << bit, *port), false)
+                self.decided(&packet(to, 1 << bit, *port), false)
                     .unwrap_or(self.open)
             })
         })

@@ -3,5 +3,6 @@
 mod audit;
 mod entries;
 mod explain;
+mod objects;
 mod observability;
 mod reports;
