@@ -2,16 +2,11 @@
 
 use std::net::IpAddr;
 
-use egress_policy::{
-    Prefix,
-    prefix::{from_mapped, parse_decimal},
-};
+pub(crate) use egress_policy::except::TooMany;
+use egress_policy::{Prefix, except, prefix::parse_decimal};
 
 /// How many prefixes replace one that has exceptions.
 pub(crate) const MOST_PIECES: usize = 64;
-
-/// Bits before an IPv4 address in the 128-bit form.
-const V4_OFFSET: u32 = 96;
 
 /// Reads an address or a CIDR. Bits outside the prefix are dropped, as network plugins do.
 pub(crate) fn read(text: &str) -> Result<Prefix, String> {
@@ -42,48 +37,7 @@ pub(crate) fn read(text: &str) -> Result<Prefix, String> {
 ///
 /// When more prefixes are needed.
 pub(crate) fn without(whole: Prefix, exceptions: &[Prefix]) -> Result<Vec<Prefix>, TooMany> {
-    let mut pieces = Vec::new();
-    collect(whole, exceptions, &mut pieces)?;
-    Ok(pieces)
-}
-
-/// More than [`MOST_PIECES`] prefixes would be needed.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct TooMany;
-
-fn collect(whole: Prefix, exceptions: &[Prefix], pieces: &mut Vec<Prefix>) -> Result<(), TooMany> {
-    if exceptions.iter().any(|except| except.covers(&whole)) {
-        return Ok(());
-    }
-    let inside: Vec<Prefix> = exceptions
-        .iter()
-        .copied()
-        .filter(|except| whole.covers(except))
-        .collect();
-    if inside.is_empty() {
-        if pieces.len() == MOST_PIECES {
-            return Err(TooMany);
-        }
-        pieces.push(whole);
-        return Ok(());
-    }
-    for half in halves(whole) {
-        collect(half, &inside, pieces)?;
-    }
-    Ok(())
-}
-
-/// Both halves of a prefix that is not a single address.
-fn halves(whole: Prefix) -> [Prefix; 2] {
-    let bits = u128::from_be_bytes(whole.network());
-    let longer = whole.prefix_len() + 1;
-    let upper = bits | (1 << (128 - longer));
-    let length = if whole.is_v4() {
-        longer - V4_OFFSET
-    } else {
-        longer
-    };
-    [bits, upper].map(|bits| Prefix::containing(from_mapped(&bits.to_be_bytes()), length))
+    except::without(whole, exceptions, MOST_PIECES)
 }
 
 /// The addresses that are in both lists of prefixes.

@@ -17,6 +17,7 @@ mod effective;
 pub mod entry;
 mod entry_warnings;
 mod error;
+pub mod except;
 mod excerpt;
 pub mod explain;
 mod name_text;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::{
     entry::Entry,
+    except,
     parse::{EntryError, read_entry},
 };
 
@@ -18,7 +19,7 @@ impl Sets<'_> {
     /// Parses the text of an entry: one entry, or one for each destination of a set.
     pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
         let Some(used) = text.strip_prefix(SIGN) else {
-            return read_entry(text).map(|entry| vec![entry]);
+            return read_one(text);
         };
         let wrong = |at: usize, found: &str, message: String| EntryError {
             at,
@@ -42,24 +43,36 @@ impl Sets<'_> {
         })?;
         let mut entries = Vec::with_capacity(members.len());
         for member in members {
-            let entry = read_entry(member).map_err(|error| {
+            let read = read_one(member).map_err(|error| {
                 let EntryError { found, message, .. } = error;
                 let of_set = format!("uses the EgressSet `{name}`, in which `{found}` {message}");
                 wrong(0, text, of_set)
             })?;
-            if entry.ports.is_some() || entry.protocol.is_some() {
+            if read
+                .iter()
+                .any(|one| one.ports.is_some() || one.protocol.is_some())
+            {
                 let of_set = format!(
                     "uses the EgressSet `{name}`, in which `{member}` has a port or protocol: expected a \
                      destination alone"
                 );
                 return Err(wrong(0, text, of_set));
             }
-            entries.push(Entry {
-                destination: entry.destination,
+            entries.extend(read.into_iter().map(|one| Entry {
+                destination: one.destination,
                 ..limited.clone()
-            });
+            }));
         }
         Ok(entries)
+    }
+}
+
+/// Parses an entry without a set.
+fn read_one(text: &str) -> Result<Vec<Entry>, EntryError> {
+    if text.contains(except::SIGN) {
+        except::read(text)
+    } else {
+        read_entry(text).map(|entry| vec![entry])
     }
 }
 
