@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use ::egress_policy::objects::{Tier, TierAction, TierRule};
+use ::egress_policy::objects::{Objects, Tier, TierAction, TierRule};
 use serde_json::json;
 
 use super::*;
@@ -312,13 +312,11 @@ fn networks_and_names_become_entries() {
         )
     );
     assert_eq!(body.rules[3], rule(3, TierAction::Pass, &["[::/0]/any"]));
-    for entry in body.rules.iter().flat_map(|rule| &rule.entries) {
-        assert_readable(entry);
-    }
+    assert_readable(&body);
 }
 
-/// Checks that the grammar of entries has this one.
-fn assert_readable(entry: &str) {
+/// Checks that a pod with this policy alone gets one that can be read.
+fn assert_readable(policy: &TierPolicy) {
     let settings = ::egress_policy::Settings {
         default_mode: ::egress_policy::Mode::Off,
         pod_annotations: ::egress_policy::PodAnnotations::Grant,
@@ -329,12 +327,18 @@ fn assert_readable(entry: &str) {
         protected: Vec::new(),
         translators: ::egress_policy::Translators::well_known(),
     };
-    let annotations = ::egress_policy::Annotations {
-        allow: Some(entry.to_owned()),
-        ..Default::default()
+    let objects = Objects {
+        tiers: vec![Arc::new(policy.clone())],
+        ..Objects::default()
     };
-    let compiled = ::egress_policy::compile(&annotations, &Default::default(), &settings);
-    compiled.unwrap_or_else(|error| panic!("{entry}: {error}"));
+    let none = ::egress_policy::Annotations::default();
+    let inputs = ::egress_policy::Inputs {
+        pod: &none,
+        namespace: &none,
+        objects: &objects,
+    };
+    let compiled = ::egress_policy::compile(inputs, &settings);
+    compiled.unwrap_or_else(|error| panic!("{policy:?}: {error}"));
 }
 
 #[test]
@@ -377,9 +381,7 @@ fn nodes_and_pods_become_their_addresses() {
             rule(3, TierAction::Deny, &["10.1.0.6/31/any", "[fd00::7]/any"]),
         ]
     );
-    for entry in body.rules.iter().flat_map(|rule| &rule.entries) {
-        assert_readable(entry);
-    }
+    assert_readable(&body);
     let (policy, body) = tier_policy(ObjectKind::ClusterNetworkPolicy, &spec, &Unknown);
     assert_eq!(policy.problems.len(), 4, "{:?}", policy.problems);
     assert_eq!(body.rules[0], rule(0, TierAction::Allow, &[]));
