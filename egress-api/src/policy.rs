@@ -136,5 +136,5 @@ pub(crate) fn selector(reader: &mut Reader<'_>, field: &str, is_good: &mut bool)
 }
 
 #[cfg(test)]
-#[path = "policy_tests.rs"]
+#[path = "policy_tests/mod.rs"]
 mod tests;

@@ -39,46 +39,44 @@ const LABEL: &str =
 
 /// `spec.allow` of an `EgressPolicy`.
 pub(crate) fn allow(_: &mut SchemaGenerator) -> Schema {
-    entries(LIST_MAX, entry_rules())
+    entries(LIST_MAX, &entry_rules())
 }
 
 /// `spec.deny`.
 pub(crate) fn deny(_: &mut SchemaGenerator) -> Schema {
     let mut rules = entry_rules();
     rules.push(rule(
-        format!(
-            r"!self.matches(r'[:/]') || self.matches(r'^(?:@|\[|[^/]*:[^/]*:|[*][:/]|[0-9]+[.][0-9]+[.][0-9]+[.][0-9]+[:/])')"
-        ),
+        r"!self.matches(r'[:/]')
+|| self.matches(r'^(?:@|\[|[^/]*:[^/]*:|[*][:/]|[0-9]+[.][0-9]+[.][0-9]+[.][0-9]+[:/])')",
         "a denied name takes no port or protocol: leave it out, or deny the address",
     ));
-    entries(LIST_MAX, rules)
+    entries(LIST_MAX, &rules)
 }
 
 /// `spec.resolve`.
 pub(crate) fn resolve(_: &mut SchemaGenerator) -> Schema {
     let mut rules = entry_rules();
     rules.push(rule(
-        r"!self.matches(r'[:/]') && !self.matches(r'^[0-9]+[.][0-9]+[.][0-9]+[.][0-9]+$')".into(),
+        r"!self.matches(r'[:/]') && !self.matches(r'^[0-9]+[.][0-9]+[.][0-9]+[.][0-9]+$')",
         "expected a name alone, without port or protocol, and no address",
     ));
-    entries(LIST_MAX, rules)
+    entries(LIST_MAX, &rules)
 }
 
 /// `entries` of a rule.
 pub(crate) fn rule_entries(_: &mut SchemaGenerator) -> Schema {
-    entries(RULE_ENTRIES_MAX, entry_rules())
+    entries(RULE_ENTRIES_MAX, &entry_rules())
 }
 
 /// `spec.destinations` of an `EgressSet`.
 pub(crate) fn destinations(_: &mut SchemaGenerator) -> Schema {
     let mut rules = entry_rules();
     rules.push(rule(
-        format!(
-            r"self.matches(r'^[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:/[0-9]+)?$') || self.matches(r'^[^:/@]*$') || self.matches(r'^[0-9.]+/[0-9]+$')"
-        ),
+        r"self.matches(r'^[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:/[0-9]+)?$')
+|| self.matches(r'^[^:/@]*$') || self.matches(r'^[0-9.]+/[0-9]+$')",
         "expected a name, an address or a CIDR, without port, protocol and brackets",
     ));
-    entries(LIST_MAX, rules)
+    entries(LIST_MAX, &rules)
 }
 
 /// `spec.priority`.
@@ -93,12 +91,11 @@ pub(crate) fn selector(_: &mut SchemaGenerator) -> Schema {
     let key = r"(?:[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?";
     let values = rule(
         "self.operator in ['In', 'NotIn'] ? has(self.values) && size(self.values) > 0 \
-         : !has(self.values) || size(self.values) == 0"
-            .into(),
+         : !has(self.values) || size(self.values) == 0",
         "In and NotIn need values, Exists and DoesNotExist take none",
     );
     let keys = rule(
-        format!("self.all(key, size(key) <= 317 && key.matches(r'^{key}$'))"),
+        &format!("self.all(key, size(key) <= 317 && key.matches(r'^{key}$'))"),
         "expected keys of labels, such as app or example.com/tier",
     );
     json_schema!({
@@ -144,7 +141,7 @@ pub(crate) fn selector(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-fn entries(max: usize, rules: Vec<Value>) -> Schema {
+fn entries(max: usize, rules: &[Value]) -> Schema {
     json_schema!({
         "type": "array",
         "maxItems": max,
@@ -157,12 +154,12 @@ fn entries(max: usize, rules: Vec<Value>) -> Schema {
     })
 }
 
-fn rule(rule: String, message: &str) -> Value {
+fn rule(rule: &str, message: &str) -> Value {
     json!({"rule": rule, "message": message})
 }
 
 /// A rule whose message repeats the entry: the API server shows only its place.
-fn rule_about(rule: String, what: &str, expected: &str) -> Value {
+fn rule_about(rule: &str, what: &str, expected: &str) -> Value {
     let message = format!("{what}: expected {expected}");
     let expression = format!("'`' + self + '` {what}: expected {expected}'");
     json!({"rule": rule, "message": message, "messageExpression": expression})
@@ -180,15 +177,15 @@ fn entry_rules() -> Vec<Value> {
         name_is_no_number(),
         name_outside_ascii(),
     ]
-    .map(|form| rule_about(form, "cannot be read", FORM))
+    .map(|form| rule_about(&form, "cannot be read", FORM))
     .into();
     rules.push(rule_about(
-        ports_form(),
+        &ports_form(),
         "has a wrong port",
         "a number from 1 to 65535, or a range such as 8000-8100",
     ));
     rules.push(rule_about(
-        host_bits(),
+        &host_bits(),
         "has bits set outside its prefix",
         "the network, such as 10.20.0.0/16",
     ));

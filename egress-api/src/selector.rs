@@ -229,7 +229,10 @@ mod tests {
 
     #[test]
     fn each_operator_does_what_it_says() {
-        let of = |operator: &str, values: &[&str]| json!({"matchExpressions": [{"key": "app", "operator": operator, "values": values}]});
+        let of = |operator: &str, values: &[&str]| {
+            let one = json!({"key": "app", "operator": operator, "values": values});
+            json!({"matchExpressions": [one]})
+        };
         for (operator, values, web, db, none) in [
             ("In", &["web", "api"][..], true, false, false),
             ("NotIn", &["web", "api"], false, true, true),

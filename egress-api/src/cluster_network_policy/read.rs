@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use egress_policy::objects::{ObjectName, Tier, TierAction, TierPolicy, TierRule};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
 use super::{
@@ -165,7 +166,7 @@ fn subject(reader: &mut Reader<'_>, is_good: &mut bool) -> PolicySubject {
         return subject;
     };
     let selectors = match (read.namespaces, read.pods) {
-        (Some(namespaces), None) => (namespaces, Default::default()),
+        (Some(namespaces), None) => (namespaces, LabelSelector::default()),
         (None, Some(pods)) => (pods.namespace_selector, pods.pod_selector),
         _ => {
             reader.problem("subject", "has neither namespaces nor pods, or both");

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use egress_agent::pods::Snapshot;
-use egress_tests::{ApiServer, Identity, eventually, holds, yaml};
+use egress_tests::{
+    ApiServer, Cluster, Identity, Lab, SHORT, addresses::server as address, eventually, holds, yaml,
+};
 use serde_json::{Value, json};
 
 use crate::source::{Follower, get, has_problem, pod, rules};
@@ -53,7 +55,7 @@ fn install_upstream(server: &ApiServer) {
             "kind": "CustomResourceDefinition",
             "metadata": {
                 "name": format!("clusternetworkpolicies.{group}"),
-                "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/network-policy-api/pull/300"},
+                "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
             },
             "spec": {
                 "group": group,
@@ -136,6 +138,34 @@ fn selecting(snapshot: &Snapshot, namespace: &str, name: &str) -> Vec<String> {
 fn entries(snapshot: &Snapshot, namespace: &str, name: &str) -> Option<Vec<String>> {
     let tier = get(snapshot, namespace, name)?.objects.tiers.first()?;
     Some(tier.rules.first()?.entries.clone())
+}
+
+#[test]
+fn policy_objects_decide_what_a_pod_reaches() {
+    let server = server();
+    install(&server);
+    install_upstream(&server);
+    let cluster = Cluster::on(Arc::clone(&server), Lab::builder());
+    let _web = cluster.lab.serve_tcp(443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &Value::Null);
+    let web = json!({"allow": [format!("{}:443", address(10)), format!("{}:443", address(20))]});
+    put(&server, &egress_policy(&shop, "web", &web));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    cart.net().talks_tcp((address(10), 443));
+    let elsewhere = cart.net().connect_tcp((address(99), 443), SHORT);
+    assert!(elsewhere.is_err(), "the pod is open");
+
+    // The platform's word comes before the team's.
+    let rule = json!([{"action": "Deny", "to": [{"networks": [format!("{}/32", address(10))]}]}]);
+    let guardrail = network_policy("guardrail", &rule);
+    agent.applies_policy_after(cart.net(), || put(&server, &guardrail));
+    let denied = cart.net().connect_tcp((address(10), 443), SHORT);
+    assert!(denied.is_err(), "a denied address is reached");
+    cart.net().talks_tcp((address(20), 443));
+    agent.applies_policy_after(cart.net(), || server.delete(&guardrail));
+    cart.net().talks_tcp((address(10), 443));
 }
 
 #[test]

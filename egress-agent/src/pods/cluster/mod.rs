@@ -312,8 +312,8 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         watched: Watched::EgressPolicies,
         api: objects(kind),
         selector: cached(),
-        reduce: KeptPolicy::egress_policy,
-        table: |state| &mut state.policies.egress_policies,
+        reduce: |read, former| Some(KeptPolicy::read(ObjectKind::EgressPolicy, &read, former)),
+        table: |state| &mut state.policies.egress,
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
     let kind = PolicyKind::Policy(ObjectKind::ClusterEgressPolicy);
@@ -321,8 +321,14 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         watched: Watched::ClusterEgressPolicies,
         api: objects(kind),
         selector: cached(),
-        reduce: KeptPolicy::cluster_egress_policy,
-        table: |state| &mut state.policies.cluster_egress_policies,
+        reduce: |read, former| {
+            Some(KeptPolicy::read(
+                ObjectKind::ClusterEgressPolicy,
+                &read,
+                former,
+            ))
+        },
+        table: |state| &mut state.policies.cluster_egress,
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
     let kind = PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy);
@@ -330,15 +336,21 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         watched: Watched::ClusterNetworkPolicies,
         api: objects(kind),
         selector: cached(),
-        reduce: KeptPolicy::cluster_network_policy,
-        table: |state| &mut state.policies.cluster_network_policies,
+        reduce: |read, former| {
+            Some(KeptPolicy::read(
+                ObjectKind::ClusterNetworkPolicy,
+                &read,
+                former,
+            ))
+        },
+        table: |state| &mut state.policies.network,
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
     let sets = Plan {
         watched: Watched::EgressSets,
         api: objects(PolicyKind::Set),
         selector: cached(),
-        reduce: KeptSet::read,
+        reduce: |read, former| Some(KeptSet::read(&read, former)),
         table: |state| &mut state.policies.sets,
     };
     tasks.spawn(follow_policies(shared.clone(), sets, PolicyKind::Set));

@@ -197,7 +197,7 @@ mod tests {
 
     use super::*;
 
-    fn read(spec: serde_json::Value, status: serde_json::Value) -> Option<PeerFacts> {
+    fn read(spec: &serde_json::Value, status: &serde_json::Value) -> Option<PeerFacts> {
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"namespace": "shop", "name": "cart", "labels": {"app": "cart", "x": ""}},
@@ -212,8 +212,12 @@ mod tests {
             {"name": "a", "ports": [{"name": "http", "containerPort": 8080}, {"containerPort": 1}]},
             {"name": "b", "ports": [{"name": "dns", "containerPort": 53, "protocol": "UDP"}]},
         ]);
-        let status = json!({"phase": "Running", "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}]});
-        let peer = read(json!({"containers": containers}), status).expect("a peer");
+        let status = json!({
+            "phase": "Running",
+            "podIP": "10.1.0.2",
+            "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}],
+        });
+        let peer = read(&json!({"containers": containers}), &status).expect("a peer");
         assert_eq!(peer.pod.addresses.len(), 2);
         let ports: Vec<_> = peer
             .pod
@@ -229,10 +233,10 @@ mod tests {
     #[test]
     fn a_pod_without_an_address_of_its_own_is_no_peer() {
         let address = json!({"podIP": "10.1.0.2"});
-        assert!(read(json!({}), address.clone()).is_some());
-        assert!(read(json!({"hostNetwork": true}), address).is_none());
-        assert!(read(json!({}), json!({})).is_none());
+        assert!(read(&json!({}), &address).is_some());
+        assert!(read(&json!({"hostNetwork": true}), &address).is_none());
+        assert!(read(&json!({}), &json!({})).is_none());
         let ended = json!({"phase": "Succeeded", "podIP": "10.1.0.2"});
-        assert!(read(json!({}), ended).is_none());
+        assert!(read(&json!({}), &ended).is_none());
     }
 }

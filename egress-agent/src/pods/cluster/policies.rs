@@ -49,11 +49,12 @@ pub(super) struct KeptSet {
     problem: Option<String>,
 }
 
+/// What follows for an object that cannot be read any more.
 const KEPT: &str = "its last readable form stays in force";
 
 impl KeptPolicy {
     /// Reads an object, of which `former` is the form in force.
-    fn read(kind: ObjectKind, object: &DynamicObject, former: Option<&Self>) -> Self {
+    pub(super) fn read(kind: ObjectKind, object: &DynamicObject, former: Option<&Self>) -> Self {
         let spec = &object.data["spec"];
         let namespace = object.metadata.namespace.as_deref();
         let policy = Policy::read(kind, namespace, &object.name_any(), spec);
@@ -83,37 +84,15 @@ impl KeptPolicy {
             problem,
         }
     }
-
-    pub(super) fn egress_policy(object: DynamicObject, former: Option<&Self>) -> Option<Self> {
-        Some(Self::read(ObjectKind::EgressPolicy, &object, former))
-    }
-
-    pub(super) fn cluster_egress_policy(
-        object: DynamicObject,
-        former: Option<&Self>,
-    ) -> Option<Self> {
-        Some(Self::read(ObjectKind::ClusterEgressPolicy, &object, former))
-    }
-
-    pub(super) fn cluster_network_policy(
-        object: DynamicObject,
-        former: Option<&Self>,
-    ) -> Option<Self> {
-        Some(Self::read(
-            ObjectKind::ClusterNetworkPolicy,
-            &object,
-            former,
-        ))
-    }
 }
 
 impl KeptSet {
-    pub(super) fn read(object: DynamicObject, former: Option<&Self>) -> Option<Self> {
+    pub(super) fn read(object: &DynamicObject, former: Option<&Self>) -> Self {
         let set = Set::read(&object.name_any(), &object.data["spec"]);
-        let uid = object.metadata.uid;
+        let uid = object.metadata.uid.clone();
         let former = former.filter(|former| former.uid == uid);
         let former = former.and_then(|former| former.destinations.clone());
-        Some(match set.destinations {
+        match set.destinations {
             Ok(destinations) => Self {
                 uid,
                 destinations: Some(destinations),
@@ -127,7 +106,7 @@ impl KeptSet {
                 }),
                 destinations: former,
             },
-        })
+        }
     }
 }
 
@@ -140,9 +119,9 @@ pub(super) fn resource(kind: PolicyKind) -> ApiResource {
 /// All policy objects, and the pods that they select.
 #[derive(Debug)]
 pub(super) struct Policies {
-    pub(super) egress_policies: Table<KeptPolicy>,
-    pub(super) cluster_egress_policies: Table<KeptPolicy>,
-    pub(super) cluster_network_policies: Table<KeptPolicy>,
+    pub(super) egress: Table<KeptPolicy>,
+    pub(super) cluster_egress: Table<KeptPolicy>,
+    pub(super) network: Table<KeptPolicy>,
     pub(super) sets: Table<KeptSet>,
     pub(super) definitions: Table<Definition>,
     /// Which kinds have had a definition, in the order of [`PolicyKind::ALL`].
@@ -190,9 +169,9 @@ struct Resolved {
 impl Default for Policies {
     fn default() -> Self {
         Self {
-            egress_policies: Table::remembering(),
-            cluster_egress_policies: Table::remembering(),
-            cluster_network_policies: Table::remembering(),
+            egress: Table::remembering(),
+            cluster_egress: Table::remembering(),
+            network: Table::remembering(),
             sets: Table::remembering(),
             definitions: Table::default(),
             defined: [false; PolicyKind::ALL.len()],
@@ -217,12 +196,7 @@ impl Policies {
     }
 
     fn kinds(&self) -> [(Watched, bool); 4] {
-        let policies = [
-            &self.egress_policies,
-            &self.cluster_egress_policies,
-            &self.cluster_network_policies,
-        ]
-        .map(Table::is_complete);
+        let policies = [&self.egress, &self.cluster_egress, &self.network].map(Table::is_complete);
         let [egress, cluster_egress, network] = policies;
         [
             (Watched::EgressPolicies, egress),
@@ -234,12 +208,10 @@ impl Policies {
 
     /// Whether a rule names pods or namespaces, so that the pods of the cluster must be known.
     pub(super) fn needs_pods(&self) -> bool {
-        self.cluster_network_policies
-            .values()
-            .any(|kept| match &kept.policy.body {
-                Body::Network(network) => network.needs_pods(),
-                Body::Namespace(_) | Body::Tier(_) => false,
-            })
+        self.network.values().any(|kept| match &kept.policy.body {
+            Body::Network(network) => network.needs_pods(),
+            Body::Namespace(_) | Body::Tier(_) => false,
+        })
     }
 
     /// Lets rules have the pods that are known now.
@@ -262,14 +234,12 @@ impl Policies {
             // A kind that never had a definition here may be served without one.
             let is_removed = self.defined[index] && !is_there;
             let must_be_listed = match kind {
-                PolicyKind::Policy(ObjectKind::EgressPolicy) => {
-                    self.egress_policies.freeze(is_removed)
-                }
+                PolicyKind::Policy(ObjectKind::EgressPolicy) => self.egress.freeze(is_removed),
                 PolicyKind::Policy(ObjectKind::ClusterEgressPolicy) => {
-                    self.cluster_egress_policies.freeze(is_removed)
+                    self.cluster_egress.freeze(is_removed)
                 }
                 PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy) => {
-                    self.cluster_network_policies.freeze(is_removed)
+                    self.network.freeze(is_removed)
                 }
                 PolicyKind::Set => self.sets.freeze(is_removed),
             };
@@ -284,9 +254,9 @@ impl Policies {
         peer_revisions.has_pods = self.peer_pods.is_complete();
         let revisions = Revisions {
             policies: [
-                self.egress_policies.revision(),
-                self.cluster_egress_policies.revision(),
-                self.cluster_network_policies.revision(),
+                self.egress.revision(),
+                self.cluster_egress.revision(),
+                self.network.revision(),
                 self.sets.revision(),
             ],
             peers: peer_revisions,
@@ -300,11 +270,7 @@ impl Policies {
         let mut former = std::mem::take(&mut self.resolved);
         let mut policies = BTreeMap::new();
         let mut problems = Vec::new();
-        let tables = [
-            &self.egress_policies,
-            &self.cluster_egress_policies,
-            &self.cluster_network_policies,
-        ];
+        let tables = [&self.egress, &self.cluster_egress, &self.network];
         for kept in tables.into_iter().flat_map(Table::values) {
             let name = &kept.policy.name;
             let resolved = match former.remove(name) {
@@ -379,20 +345,16 @@ impl Policies {
     /// What is wrong with policies.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
         let frozen = [
-            (
-                "EgressPolicy",
-                self.egress_policies.is_frozen(),
-                self.egress_policies.len(),
-            ),
+            ("EgressPolicy", self.egress.is_frozen(), self.egress.len()),
             (
                 "ClusterEgressPolicy",
-                self.cluster_egress_policies.is_frozen(),
-                self.cluster_egress_policies.len(),
+                self.cluster_egress.is_frozen(),
+                self.cluster_egress.len(),
             ),
             (
                 "ClusterNetworkPolicy",
-                self.cluster_network_policies.is_frozen(),
-                self.cluster_network_policies.len(),
+                self.network.is_frozen(),
+                self.network.len(),
             ),
             ("EgressSet", self.sets.is_frozen(), self.sets.len()),
         ];

@@ -22,14 +22,26 @@ struct Cluster {
 type Reduce = fn(DynamicObject, Option<&KeptPolicy>) -> Option<KeptPolicy>;
 type TableOf = fn(&mut Policies) -> &mut Table<KeptPolicy>;
 
-const EGRESS: (TableOf, Reduce) = (
-    |policies| &mut policies.egress_policies,
-    KeptPolicy::egress_policy,
-);
+const EGRESS: (TableOf, Reduce) = (|policies| &mut policies.egress, egress_kind);
 const NETWORK: (TableOf, Reduce) = (
-    |policies| &mut policies.cluster_network_policies,
-    KeptPolicy::cluster_network_policy,
+    |policies| &mut policies.network,
+    |read, former| {
+        Some(KeptPolicy::read(
+            ObjectKind::ClusterNetworkPolicy,
+            &read,
+            former,
+        ))
+    },
 );
+
+#[expect(
+    clippy::unnecessary_wraps,
+    clippy::needless_pass_by_value,
+    reason = "the form that tables need"
+)]
+fn egress_kind(read: DynamicObject, former: Option<&KeptPolicy>) -> Option<KeptPolicy> {
+    Some(KeptPolicy::read(ObjectKind::EgressPolicy, &read, former))
+}
 
 fn object(value: Value) -> DynamicObject {
     serde_json::from_value(value).expect("an object")
@@ -114,9 +126,9 @@ impl Cluster {
         let mut cluster = Self::silent();
         let policies = &mut cluster.state.policies;
         for table in [
-            &mut policies.egress_policies,
-            &mut policies.cluster_egress_policies,
-            &mut policies.cluster_network_policies,
+            &mut policies.egress,
+            &mut policies.cluster_egress,
+            &mut policies.network,
         ] {
             list::<DynamicObject, _>(table, Vec::new(), |_, _| None);
         }
@@ -195,10 +207,8 @@ fn pods_wait_for_each_kind_that_the_server_has() {
     let mut cluster = Cluster::silent();
     assert!(cluster.snapshot().unreadable);
     let policies = &mut cluster.state.policies;
-    list::<DynamicObject, _>(&mut policies.egress_policies, Vec::new(), |_, _| None);
-    list::<DynamicObject, _>(&mut policies.cluster_egress_policies, Vec::new(), |_, _| {
-        None
-    });
+    list::<DynamicObject, _>(&mut policies.egress, Vec::new(), |_, _| None);
+    list::<DynamicObject, _>(&mut policies.cluster_egress, Vec::new(), |_, _| None);
     let not_served = Failure::NotServed;
     cluster
         .health
@@ -247,9 +257,9 @@ fn pods_follow_labels_and_policies() {
     assert_eq!(cluster.selecting("db"), ["of-web"]);
     cluster.apply(EGRESS, egress_policy("of-web", &selecting("db")));
     assert!(cluster.selecting("web").is_empty());
-    let table = &mut cluster.state.policies.egress_policies;
+    let table = &mut cluster.state.policies.egress;
     let gone = egress_policy("of-web", &json!({}));
-    table.apply(Event::Delete(gone), KeptPolicy::egress_policy);
+    table.apply(Event::Delete(gone), egress_kind);
     assert!(cluster.selecting("db").is_empty());
 }
 
@@ -285,9 +295,9 @@ fn a_list_of_the_same_objects_changes_nothing() {
     let policy = || egress_policy("of-web", &selecting("web"));
     cluster.apply(EGRESS, policy());
     let before = cluster.snapshot();
-    let table = &mut cluster.state.policies.egress_policies;
+    let table = &mut cluster.state.policies.egress;
     let revision = table.revision();
-    list(table, vec![policy()], KeptPolicy::egress_policy);
+    list(table, vec![policy()], egress_kind);
     assert_eq!(table.revision(), revision);
     let after = cluster.snapshot();
     let of = |snapshot: &Snapshot| {
@@ -306,7 +316,9 @@ fn sets_are_shared_and_keep_their_last_readable_form() {
             "metadata": {"name": "git", "uid": "x"}, "spec": spec,
         }));
         let sets = &mut cluster.state.policies.sets;
-        sets.apply(Event::Apply(set), KeptSet::read);
+        sets.apply(Event::Apply(set), |read, former| {
+            Some(KeptSet::read(&read, former))
+        });
         let snapshot = cluster.snapshot();
         let sets: Vec<_> = snapshot
             .pods
@@ -339,12 +351,12 @@ fn policies_stay_when_their_definition_is_removed() {
     cluster.apply(EGRESS, egress_policy("more", &selecting("web")));
     // The objects are deleted first.
     let gone = || egress_policy("more", &json!({}));
-    let table = &mut cluster.state.policies.egress_policies;
-    table.apply(Event::Delete(gone()), KeptPolicy::egress_policy);
+    let table = &mut cluster.state.policies.egress;
+    table.apply(Event::Delete(gone()), egress_kind);
     cluster.define(kind, false);
-    let table = &mut cluster.state.policies.egress_policies;
+    let table = &mut cluster.state.policies.egress;
     let gone = egress_policy("of-web", &json!({}));
-    table.apply(Event::Delete(gone), KeptPolicy::egress_policy);
+    table.apply(Event::Delete(gone), egress_kind);
     assert_eq!(cluster.selecting("web"), ["more", "of-web"]);
     let problems = cluster.problems();
     assert!(
@@ -354,8 +366,8 @@ fn policies_stay_when_their_definition_is_removed() {
     // When it is there again, the server's list counts.
     let signals = cluster.define(kind, true);
     assert_eq!(signals.lists, [1, 0, 0, 0]);
-    let table = &mut cluster.state.policies.egress_policies;
-    list(table, Vec::new(), KeptPolicy::egress_policy);
+    let table = &mut cluster.state.policies.egress;
+    list(table, Vec::new(), egress_kind);
     assert!(cluster.selecting("web").is_empty());
     assert_eq!(cluster.problems(), "");
 }
@@ -441,8 +453,8 @@ fn ten_thousand_broken_policies_are_a_hundred_problems() {
     let mut cluster = Cluster::new();
     let broken =
         (0..10_000).map(|number| egress_policy(&format!("p{number}"), &json!({"allow": 1})));
-    let table = &mut cluster.state.policies.egress_policies;
-    list(table, broken.collect(), KeptPolicy::egress_policy);
+    let table = &mut cluster.state.policies.egress;
+    list(table, broken.collect(), egress_kind);
     let snapshot = cluster.snapshot();
     let origins: BTreeSet<_> = snapshot.problems.iter().map(|one| &one.origin).collect();
     assert_eq!(origins.len(), PROBLEMS_MAX + 1);

@@ -49,9 +49,9 @@ impl Cluster {
         complete(&mut state.api_service);
         complete(&mut state.api_endpoints);
         complete(&mut state.service_ranges);
-        complete(&mut state.policies.egress_policies);
-        complete(&mut state.policies.cluster_egress_policies);
-        complete(&mut state.policies.cluster_network_policies);
+        complete(&mut state.policies.egress);
+        complete(&mut state.policies.cluster_egress);
+        complete(&mut state.policies.network);
         complete(&mut state.policies.sets);
         let node = NodeFacts {
             uid: NODE_UID.into(),

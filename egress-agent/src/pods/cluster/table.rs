@@ -27,11 +27,29 @@ pub(super) struct Table<R> {
     frozen: bool,
     /// Objects that were deleted lately, if the table remembers them.
     deleted: Option<Vec<(Instant, Key, R)>>,
-    /// Most objects.
-    limit: usize,
-    /// Whether objects were left out, and whether they are in the list that is being read.
-    exceeded: bool,
-    listed_exceeded: bool,
+    limit: Limit,
+}
+
+/// Most objects of a table.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    objects: usize,
+    /// Whether objects were left out.
+    is_exceeded: bool,
+    /// Whether objects of the list that is being read were left out.
+    is_list_over: bool,
+}
+
+impl Limit {
+    const NONE: Self = Self::of(usize::MAX);
+
+    const fn of(objects: usize) -> Self {
+        Self {
+            objects,
+            is_exceeded: false,
+            is_list_over: false,
+        }
+    }
 }
 
 impl<R> Default for Table<R> {
@@ -43,9 +61,7 @@ impl<R> Default for Table<R> {
             revision: 0,
             frozen: false,
             deleted: None,
-            limit: usize::MAX,
-            exceeded: false,
-            listed_exceeded: false,
+            limit: Limit::NONE,
         }
     }
 }
@@ -62,7 +78,7 @@ impl<R> Table<R> {
     /// A table of at most so many objects.
     pub(super) fn limited(limit: usize) -> Self {
         Self {
-            limit,
+            limit: Limit::of(limit),
             ..Self::default()
         }
     }
@@ -80,7 +96,7 @@ impl<R: PartialEq> Table<R> {
 
     /// The limit, if objects were left out because of it.
     pub(super) fn exceeded(&self) -> Option<usize> {
-        self.exceeded.then_some(self.limit)
+        self.limit.is_exceeded.then_some(self.limit.objects)
     }
 
     /// Begins or ends to ignore the server's events. What was deleted just before is restored. Returns true if
@@ -109,7 +125,7 @@ impl<R: PartialEq> Table<R> {
         self.current.clear();
         self.listed.clear();
         self.complete = false;
-        self.exceeded = false;
+        self.limit.is_exceeded = false;
         self.revision += 1;
     }
 
@@ -154,16 +170,16 @@ impl<R: PartialEq> Table<R> {
         let changed = match event {
             Event::Init => {
                 self.listed.clear();
-                self.listed_exceeded = false;
+                self.limit.is_list_over = false;
                 false
             }
             Event::InitApply(object) => {
                 let key = key(&object);
                 let reduced = reduce(object, self.current.get(&key));
-                if self.listed.len() < self.limit {
+                if self.listed.len() < self.limit.objects {
                     self.listed.extend(reduced.map(|reduced| (key, reduced)));
                 } else {
-                    self.listed_exceeded |= reduced.is_some();
+                    self.limit.is_list_over |= reduced.is_some();
                 }
                 false
             }
@@ -171,7 +187,7 @@ impl<R: PartialEq> Table<R> {
                 let listed = std::mem::take(&mut self.listed);
                 let changed = !self.complete || listed != self.current;
                 self.complete = true;
-                self.exceeded = self.listed_exceeded;
+                self.limit.is_exceeded = self.limit.is_list_over;
                 self.current = listed;
                 changed
             }
@@ -181,9 +197,10 @@ impl<R: PartialEq> Table<R> {
                     None => self.current.remove(&key).is_some(),
                     Some(reduced) if self.current.get(&key) == Some(&reduced) => false,
                     Some(_)
-                        if self.current.len() >= self.limit && !self.current.contains_key(&key) =>
+                        if self.current.len() >= self.limit.objects
+                            && !self.current.contains_key(&key) =>
                     {
-                        !std::mem::replace(&mut self.exceeded, true)
+                        !std::mem::replace(&mut self.limit.is_exceeded, true)
                     }
                     Some(reduced) => {
                         self.current.insert(key, reduced);
