@@ -73,7 +73,7 @@ pub(crate) fn destinations(_: &mut SchemaGenerator) -> Schema {
     let mut rules = entry_rules();
     rules.push(rule(
         r"self.matches(r'^[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:/[0-9]+)?$')
-|| self.matches(r'^[^:/@]*$') || self.matches(r'^[0-9.]+/[0-9]+$')",
+|| self.matches(r'^[^:/@]*$') || self.matches(r'^[0-9./!]+/[0-9]+$') || self.matches(r'^\[[^\]]*!')",
         "expected a name, an address or a CIDR, without port, protocol and brackets",
     ));
     entries(LIST_MAX, &rules)
@@ -177,19 +177,36 @@ fn entry_rules() -> Vec<Value> {
         name_is_no_number(),
         name_outside_ascii(),
     ]
-    .map(|form| rule_about(&form, "cannot be read", FORM))
+    .map(|form| rule_about(&or_has_exceptions(&form), "cannot be read", FORM))
     .into();
+    rules.push(rule_about(
+        &exceptions_form(),
+        "cannot be read",
+        "CIDRs, such as 10.0.0.0/8!10.1.0.0/16:443 or [2001:db8::/32!2001:db8:1::/48]",
+    ));
     rules.push(rule_about(
         &ports_form(),
         "has a wrong port",
         "a number from 1 to 65535, or a range such as 8000-8100",
     ));
     rules.push(rule_about(
-        &host_bits(),
+        &or_has_exceptions(&host_bits()),
         "has bits set outside its prefix",
         "the network, such as 10.20.0.0/16",
     ));
     rules
+}
+
+/// A rule that only entries without exceptions need to satisfy.
+fn or_has_exceptions(form: &str) -> String {
+    format!("self.contains('!') || ({form})")
+}
+
+/// A CIDR with exceptions. Whether each is a CIDR within the first is left to the agent.
+fn exceptions_form() -> String {
+    let (v4, v6) = ("[0-9./]+", "[0-9A-Fa-f:./]+");
+    let tail = tail();
+    format!(r"!self.contains('!') || self.matches(r'^(?:{v4}(?:!{v4})+|\[{v6}(?:!{v6})+\]){tail}')")
 }
 
 /// What may follow a destination.

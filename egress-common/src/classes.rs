@@ -27,7 +27,7 @@ pub struct ClassSet {
 #[inline(always)]
 pub fn mask_of(number: u64) -> u64 {
     let number = core::hint::black_box(number);
-    ((number | number.wrapping_neg()) as i64 >> 63) as u64
+    ((number | number.wrapping_neg()).cast_signed() >> 63).cast_unsigned()
 }
 
 impl ClassSet {
@@ -60,6 +60,7 @@ impl ClassSet {
 
     /// The classes that are in both.
     #[inline(always)]
+    #[must_use]
     pub const fn and(self, other: Self) -> Self {
         let ([a, b], [c, d]) = (self.words, other.words);
         Self {
@@ -69,6 +70,7 @@ impl ClassSet {
 
     /// The classes that are in either.
     #[inline(always)]
+    #[must_use]
     pub const fn or(self, other: Self) -> Self {
         let ([a, b], [c, d]) = (self.words, other.words);
         Self {
@@ -78,6 +80,7 @@ impl ClassSet {
 
     /// Its classes that are not in the other.
     #[inline(always)]
+    #[must_use]
     pub const fn without(self, other: Self) -> Self {
         let ([a, b], [c, d]) = (self.words, other.words);
         Self {
@@ -100,6 +103,7 @@ impl ClassSet {
 
     /// The set of its first class; empty if it has none. Without a branch.
     #[inline(always)]
+    #[must_use]
     pub fn only_first(self) -> Self {
         let [low, high] = self.words;
         Self {
@@ -112,6 +116,7 @@ impl ClassSet {
 
     /// Itself under a mask of all bits, and nothing under a mask of none. Without a branch.
     #[inline(always)]
+    #[must_use]
     pub const fn masked(self, mask: u64) -> Self {
         let [low, high] = self.words;
         Self {
@@ -178,11 +183,10 @@ impl PortTable {
         let mut borders = [0_u16; 2 * CLASSES + 1];
         let mut len = 1;
         for (class, _) in used() {
-            for border in [Some(class.port_min), class.port_max.checked_add(1)] {
-                if let Some(border) = border {
-                    borders[len] = border;
-                    len += 1;
-                }
+            let after = class.port_max.checked_add(1);
+            for border in [Some(class.port_min), after].into_iter().flatten() {
+                borders[len] = border;
+                len += 1;
             }
         }
         borders[..len].sort_unstable();

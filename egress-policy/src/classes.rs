@@ -40,6 +40,36 @@ impl Action {
     }
 }
 
+/// All rules that decide about packets, each with its action.
+pub(super) fn with_actions<'a>(
+    tiers: &'a Tiers,
+    allow: &'a [Rule],
+    deny: &'a [Rule],
+) -> impl Iterator<Item = (Action, &'a Rule)> {
+    let allowed = allow.iter().map(|rule| {
+        let action = if rule.under_any {
+            Action::AllowUnderAny
+        } else {
+            Action::Allow
+        };
+        (action, rule)
+    });
+    of_runs(&tiers.admin, Action::Admin)
+        .chain(deny.iter().map(|rule| (Action::Deny, rule)))
+        .chain(allowed)
+        .chain(of_runs(&tiers.baseline, Action::Baseline))
+}
+
+fn of_runs(
+    runs: &[Run],
+    action: fn(usize, TierAction) -> Action,
+) -> impl Iterator<Item = (Action, &Rule)> {
+    runs.iter().enumerate().flat_map(move |(place, run)| {
+        let action = action(place, run.action);
+        run.rules.iter().map(move |rule| (action, rule))
+    })
+}
+
 /// The distinct (action, protocols, ports) of a policy, in order.
 pub(super) struct Classes {
     distinct: Vec<(Action, PortClass)>,
@@ -53,8 +83,7 @@ impl Classes {
             distinct: Vec::new(),
             ordered: !tiers.is_empty(),
         };
-        let distinct: BTreeSet<(Action, PortClass)> = classes
-            .with_actions(tiers, allow, deny)
+        let distinct: BTreeSet<(Action, PortClass)> = with_actions(tiers, allow, deny)
             .filter(|(action, rule)| classes.has_class(*action, rule))
             .map(|(action, rule)| (action, rule.class))
             .collect();
@@ -69,36 +98,6 @@ impl Classes {
 
     fn has_class(&self, action: Action, rule: &Rule) -> bool {
         self.ordered || !action.denies() || !matches!(rule.destination, Destination::Names(_))
-    }
-
-    /// All rules that decide about packets, each with its action.
-    pub(super) fn with_actions<'a>(
-        &self,
-        tiers: &'a Tiers,
-        allow: &'a [Rule],
-        deny: &'a [Rule],
-    ) -> impl Iterator<Item = (Action, &'a Rule)> + use<'a> {
-        fn of_runs<'a>(
-            runs: &'a [Run],
-            action: fn(usize, TierAction) -> Action,
-        ) -> impl Iterator<Item = (Action, &'a Rule)> {
-            runs.iter().enumerate().flat_map(move |(place, run)| {
-                let action = action(place, run.action);
-                run.rules.iter().map(move |rule| (action, rule))
-            })
-        }
-        let allowed = allow.iter().map(|rule| {
-            let action = if rule.under_any {
-                Action::AllowUnderAny
-            } else {
-                Action::Allow
-            };
-            (action, rule)
-        });
-        of_runs(&tiers.admin, Action::Admin)
-            .chain(deny.iter().map(|rule| (Action::Deny, rule)))
-            .chain(allowed)
-            .chain(of_runs(&tiers.baseline, Action::Baseline))
     }
 
     /// The set of the rule's class; empty if it has none.

@@ -20,7 +20,7 @@ use egress_common::{
 use super::{
     Annotations, Inputs, Mode, Settings,
     annotations::{At, Lists, Written},
-    classes::{Action, Classes},
+    classes::{Action, Classes, with_actions},
     effective::{self, Effective, Rule},
     entry::{Destination, is_everything},
     error::{Origin, PolicyError, Problem},
@@ -152,7 +152,7 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
 
     let mut prefixes = Vec::new();
     let mut listed: BTreeMap<NamePattern, NameRule> = BTreeMap::new();
-    for (action, rule) in classes.with_actions(&tiers, &allow, &deny) {
+    for (action, rule) in with_actions(&tiers, &allow, &deny) {
         let bit = classes.bit(action, rule);
         match &rule.destination {
             Destination::Any => record.any |= bit,
@@ -363,8 +363,8 @@ fn deciding(classes: &Classes, tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> 
         class: classes.bit(action, rule).first(),
         source: EntrySource::of(rule),
     };
-    let mut lists: Vec<Deciding> = classes
-        .with_actions(&Tiers::default(), allow, deny)
+    let no_tiers = Tiers::default();
+    let mut lists: Vec<Deciding> = with_actions(&no_tiers, allow, deny)
         .filter(|(action, rule)| !classes.bit(*action, rule).is_empty())
         .map(entry)
         .collect();
@@ -372,7 +372,7 @@ fn deciding(classes: &Classes, tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> 
         Destination::Addresses(prefix) => Reverse(Some(prefix.prefix_len())),
         Destination::Any | Destination::Names(_) => Reverse(None),
     });
-    let ordered = classes.with_actions(tiers, &[], &[]).map(entry);
+    let ordered = with_actions(tiers, &[], &[]).map(entry);
     ordered.chain(lists).collect()
 }
 

@@ -26,13 +26,13 @@ fn policy() -> Policy {
     policy.classes[1] = class(bits::TCP | bits::UDP, 443, 443);
     policy.classes[2] = class(bits::TCP | bits::ICMP_ECHO, 1, 1023);
     policy.classes[127] = class(bits::TCP, 22, 22);
-    with_ports(policy)
+    with_ports(&policy)
 }
 
 /// The policy with the table of its classes.
-fn with_ports(policy: Policy) -> Policy {
+fn with_ports(policy: &Policy) -> Policy {
     let ports = PortTable::of(&policy.classes).unwrap();
-    Policy { ports, ..policy }
+    Policy { ports, ..*policy }
 }
 
 const HOLE: ClassSet = ClassSet::one(0);
@@ -128,7 +128,7 @@ fn the_last_of_128_classes_counts() {
     full.classes = [class(bits::TCP, 1, 1); CLASSES];
     full.deny = ClassSet::EMPTY;
     full.classes[127] = class(bits::TCP, 22, 22);
-    let full = with_ports(full);
+    let full = with_ports(&full);
     assert_eq!(
         judge(&full, &learned(ClassSet::ALL), bits::TCP, 22),
         Verdict::Pass
@@ -159,7 +159,7 @@ fn tiers() -> Policy {
         ..Policy::CLOSED
     };
     policy.classes = [class(bits::ALL, 0, u16::MAX); CLASSES];
-    with_ports(policy)
+    with_ports(&policy)
 }
 
 /// Whether a TCP packet passes to a destination in prefixes of these classes, and otherwise the class that denies it.
@@ -374,7 +374,7 @@ fn an_answer_needs_no_rule_and_heeds_a_denial() {
     // A denied port is a port of the other side.
     let mut mail = policy();
     mail.classes[0] = class(bits::TCP, 25, 25);
-    let mail = with_ports(mail);
+    let mail = with_ports(&mail);
     assert_eq!(answer(&mail, &in_prefix(HOLE)), Verdict::Pass);
     assert_eq!(judge_answer(&mail, &in_prefix(HOLE), bits::TCP, 25), denied);
 }

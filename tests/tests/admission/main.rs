@@ -66,6 +66,7 @@ pub(crate) const READABLE: &[&str] = &[
     "# a comment alone",
     "github.com # https://example.com/ 10.1.2.3/8 :90-80\nexample.com#another",
     "github.com",
+    "10.0.0.0/8!10.1.0.0/16!10.2.0.0/16:443/tcp [2001:db8::/32!2001:db8:1::/48]:443 192.0.2.0/24!192.0.2.7",
     "github.com:443",
     "github.com:22/tcp",
     "github.com/UDP",

@@ -9,7 +9,7 @@ fn a_pod_with_name_rules_needs_an_address_entry_for_other_dns_servers() {
     let all = ClassSet::one(3);
     names.any = all;
     names.flags = POLICY_OPEN | POLICY_ALLOW_INTERNAL;
-    let mut names = with_ports(names);
+    let mut names = with_ports(&names);
     for destination in [NOWHERE, learned(all)] {
         assert_eq!(judge(&names, &destination, bits::UDP, 53), Verdict::Pass);
     }
