@@ -99,7 +99,8 @@ fn under_tiers(
         let of_teams = of_teams(pod, namespace, settings, Vec::new());
         if of_teams.mode < unspoken.mode {
             warnings.push(format!(
-                "the lists of the pod and its namespace do not count: their mode is {}, and objects with ordered                  rules, which select the pod, have the mode {}",
+                "the lists of the pod and its namespace do not count: their mode is {}, and objects with ordered \
+                 rules, which select the pod, have the mode {}",
                 of_teams.mode.as_str(),
                 unspoken.mode.as_str()
             ));

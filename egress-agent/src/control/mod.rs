@@ -114,7 +114,7 @@ pub async fn run(options: Options) -> Result<()> {
     let Some(mut agent) = start::start(&options, &mut signals).await? else {
         return Ok(());
     };
-    let failure = reconcile_until_stopped(&mut agent, &options, &mut signals).await?;
+    let failure = Box::pin(reconcile_until_stopped(&mut agent, &options, &mut signals)).await?;
     Box::pin(stop::stop(agent, &options, failure)).await
 }
 

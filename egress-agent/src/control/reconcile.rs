@@ -43,7 +43,7 @@ impl Reconciler {
 
         // Apply.
         let neighbours = applier.protect_neighbours(machine, &observed);
-        let outcome = applier.apply(&plan, machine).await;
+        let outcome = Box::pin(applier.apply(&plan, machine)).await;
         let leftovers = applier.clean_up(&plan, settings, observed.in_cluster).await;
         observer.unjudged.judge(&outcome.judged);
         observer.unjudged.leave(&outcome.unjudged);

@@ -301,8 +301,19 @@ impl Inquiry<'_> {
         if let Some((reason, class, ports)) = reach.denied {
             explained.allowed = false;
             explained.reason = Some(reason.as_str().to_owned());
-            explained.because = match self.compiled.deciding_entry(address, class) {
-                Some(entry) if reason == Reason::DenyRule => denied_by(entry),
+            let decides = self.compiled.deciding_entry(address, class);
+            let decides = decides.filter(|_| reason == Reason::DenyRule);
+            // Of ordered rules one decides. Of lists every entry has to be known.
+            let mut matches = matches;
+            if let Some(EntrySource {
+                origin: rule @ Origin::Rule(_),
+                ..
+            }) = decides
+            {
+                matches.retain(|entry| entry.origin == *rule);
+            }
+            explained.because = match decides {
+                Some(entry) => denied_by(entry),
                 _ => because_denied(reason).to_owned(),
             };
             explained.entries = denying(&matches, reason, ports);
@@ -430,6 +441,16 @@ impl Inquiry<'_> {
         if let Some(denying) = entries.iter().find(|entry| entry.annotation == deny_key()) {
             return format!(
                 "remove `{}` from {} of the {}, or narrow it",
+                denying.entry, denying.annotation, denying.of
+            );
+        }
+        let is_denial = matches!(reason, Some(Reason::DenyRule | Reason::DnsName));
+        let mut of_objects = entries.iter();
+        if let Some(denying) =
+            of_objects.find(|entry| is_denial && entry.annotation.starts_with("spec."))
+        {
+            return format!(
+                "remove `{}` from {} of {}, narrow it, or allow the destination in an earlier rule",
                 denying.entry, denying.annotation, denying.of
             );
         }
@@ -572,7 +593,7 @@ fn statuses<'a>(matches: impl Iterator<Item = &'a EntryMatch>) -> Vec<EntryStatu
             annotation: match &entry.origin {
                 Origin::Pod | Origin::Namespace => format!("{PREFIX}{}", entry.list.as_str()),
                 Origin::Policy(_) => format!("spec.{}", entry.list.as_str()),
-                Origin::Rule(rule) => format!("spec.rules[{}].{}", rule.index, entry.list.as_str()),
+                Origin::Rule(rule) => format!("spec.rules[{}].entries", rule.index),
             },
             entry: entry.text.clone(),
             line: entry.at.line,

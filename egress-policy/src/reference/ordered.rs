@@ -310,7 +310,7 @@ proptest! {
         guard in prop::bool::weighted(0.8),
         default_mode in prop_oneof![Just(Mode::Off), Just(Mode::Enforce)],
     ) {
-        let settings = Settings { allow_internal, guard, default_mode, ..settings() };
+        let settings = Settings { default_mode, guard, allow_internal, ..settings() };
         let objects = objects(&policies);
         let (of_pod, of_namespace) = (pod.annotations(), namespace.annotations());
         let inputs = Inputs { pod: &of_pod, namespace: &of_namespace, objects: &objects };

@@ -170,7 +170,7 @@ fn a_team_cannot_switch_off_the_admin_tier() {
     for mode in ["off", "audit"] {
         let scene = Scene::new(
             &[("mode", mode), ("allow", "203.0.113.1")],
-            &[guard.clone()],
+            std::slice::from_ref(&guard),
         );
         scene.denied_by((server(99), 443), "ClusterEgressPolicy", "guard");
         // The list of a mode that enforces nothing does not close the pod.

@@ -201,9 +201,9 @@ impl Applier {
                     has_unjudged,
                 } => {
                     if !outcome.has_failed(subject, &wanted.uid) {
-                        let done = self
-                            .move_to(subject, wanted, *has_unjudged, machine, &mut outcome)
-                            .await;
+                        let moved =
+                            self.move_to(subject, wanted, *has_unjudged, machine, &mut outcome);
+                        let done = Box::pin(moved).await;
                         outcome.note(subject, wanted, done);
                     }
                 }

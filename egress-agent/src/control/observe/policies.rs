@@ -14,8 +14,8 @@ struct Reading {
     own: BTreeMap<String, String>,
     namespace: BTreeMap<String, String>,
     objects: Objects,
-    /// Whether an entry uses a set, so that a change of the sets may change the policy.
-    uses_sets: bool,
+    /// The sets, if an entry uses one: then a change of the sets may change the policy.
+    sets: Option<Arc<BTreeMap<String, Vec<String>>>>,
     compiled: Arc<Compiled>,
     /// Whether `compiled` was read from annotations and objects of this pod, now or earlier.
     good: bool,
@@ -36,7 +36,10 @@ impl Reading {
             && self.namespace == pod.namespace_annotations
             && self.objects.namespace == pod.objects.namespace
             && self.objects.tiers == pod.objects.tiers
-            && (!self.uses_sets || self.objects.sets == pod.objects.sets)
+            && self
+                .sets
+                .as_ref()
+                .is_none_or(|sets| *sets == pod.objects.sets)
     }
 }
 
@@ -70,7 +73,7 @@ impl Policies {
             namespace: &namespace,
             objects: &pod.objects,
         };
-        let uses_sets = inputs.use_sets();
+        let sets = inputs.use_sets().then(|| Arc::clone(&pod.objects.sets));
         let read = egress_policy::compile(inputs, &self.settings);
         let unreadable = read.is_err();
         let (compiled, good, problem, written) = match read {
@@ -108,7 +111,7 @@ impl Policies {
             own: pod.annotations.clone(),
             namespace: pod.namespace_annotations.clone(),
             objects: pod.objects.clone(),
-            uses_sets,
+            sets,
             compiled: Arc::clone(&compiled),
             good,
             problem,
