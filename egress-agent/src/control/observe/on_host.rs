@@ -97,6 +97,13 @@ impl OnHost {
         arrivals.is_some_and(|arrivals| arrivals.waiting)
     }
 
+    /// The agent is attached to these interfaces.
+    pub(super) fn note_attached(&mut self, interfaces: impl IntoIterator<Item = u32>) {
+        if let Some(arrivals) = &mut self.arrivals {
+            arrivals.note_attached(interfaces);
+        }
+    }
+
     /// The addresses that an interface had at first sight.
     pub(super) fn first_addresses(&self, ifindex: u32) -> FirstAddresses {
         self.sights.of(&[ifindex])

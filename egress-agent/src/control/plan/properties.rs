@@ -141,6 +141,7 @@ fn identify(scene: &mut Scene) {
 fn place(scene: &Scene, action: &Action) -> u8 {
     match action {
         Action::Release(_) => 0,
+        Action::Retire(_) => 1,
         Action::Remove { subject, .. } if is_gone(scene, subject) => 1,
         Action::Prepare => 2,
         Action::Change { .. } | Action::Move { .. } => 3,
@@ -148,7 +149,7 @@ fn place(scene: &Scene, action: &Action) -> u8 {
         Action::Begin { .. } => 5,
         Action::Settle => 6,
         Action::Remove { .. } => 7,
-        Action::RemoveLeft(_) => 8,
+        Action::RemoveLeft { .. } => 8,
     }
 }
 
@@ -188,9 +189,19 @@ fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: u32) -> bool {
     })
 }
 
-fn is_covered(scene: &Scene, ifindex: u32) -> bool {
-    let mut enforced = scene.enforced.values();
-    enforced.any(|in_force| in_force.wanted.interfaces.contains(&ifindex))
+/// The interfaces in quarantine, and those of pods that are gone, on which somebody is to be enforced: each stays judged
+/// until then.
+fn handed_over(scene: &Scene, plan: &Plan, wanted_on: &HashMap<u32, &Subject>) -> Vec<u32> {
+    let enforced = scene.enforced.iter();
+    let leaving = enforced
+        .filter(|(subject, _)| subject.is_interface() || is_gone(scene, subject))
+        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied());
+    let left = scene.left.values().flat_map(|left| &left.interfaces);
+    let all = leaving.chain(left.map(|&(ifindex, _)| ifindex));
+    all.filter(|ifindex| {
+        wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, plan, *ifindex)
+    })
+    .collect()
 }
 
 /// Carries out the plan, and checks what holds after each of its actions, and of the whole.
@@ -254,18 +265,10 @@ fn check(scene: &mut Scene, plan: &Plan) {
     }
 
     let protected = protected(scene);
-    let handed_over: Vec<u32> = scene
-        .enforced
-        .iter()
-        .filter(|(subject, _)| subject.is_interface())
-        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
-        .filter(|ifindex| {
-            wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, plan, *ifindex)
-        })
-        .collect();
+    let handed_over = handed_over(scene, plan, &wanted_on);
     scene.unjudged.leave(&plan.left_alone);
     for action in &plan.actions {
-        scene.carry_out(action);
+        scene.carry_out(action, plan);
         for subject in &protected {
             assert!(
                 scene.enforced.contains_key(subject) && !released.contains(subject),
@@ -274,7 +277,11 @@ fn check(scene: &mut Scene, plan: &Plan) {
             );
         }
         for &ifindex in &handed_over {
-            assert!(is_covered(scene, ifindex), "{ifindex}: {:?}", told(plan));
+            assert!(
+                scene.attached.contains(&ifindex),
+                "{ifindex} is free: {:?}",
+                told(plan)
+            );
         }
     }
 

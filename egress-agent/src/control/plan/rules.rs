@@ -187,15 +187,75 @@ fn everything_at_once_is_done_in_the_order_that_frees_and_protects_soonest() {
 }
 
 #[test]
-fn a_pod_that_is_made_anew_under_its_name_is_removed_and_begun() {
+fn a_pod_that_is_made_anew_takes_its_interface_over_from_the_one_that_is_gone() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
     scene.get("cart").pod.uid = "another".to_owned();
     assert_eq!(
-        told(&scene.plan()),
-        ["remove cart", "prepare", "begin cart"]
+        told(&scene.reconcile()),
+        [
+            "retire cart",
+            "prepare",
+            "begin cart",
+            "remove what is left of 1, if [1] are taken over"
+        ]
     );
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn quarantine_takes_over_the_interface_of_a_pod_that_is_gone() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.pods.clear();
+    scene.add_unknown("veth1", 1);
+    assert_eq!(
+        told(&scene.reconcile()),
+        [
+            "retire cart",
+            "prepare",
+            "begin veth1",
+            "remove what is left of 1, if [1] are taken over"
+        ]
+    );
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn an_interface_of_a_pod_that_is_gone_stays_judged_while_nobody_can_take_it_over() {
+    let mut scene = Scene::new();
+    scene.add("gone", 1);
+    scene.add("cart", 2);
+    scene.reconcile();
+    // The other pod is found there, and keeps its last good policy where it is.
+    scene.pods.remove(&subject("gone"));
+    scene.get("cart").location = behind(&[1, 2]);
+    scene.get("cart").pod.namespace_known = false;
+    assert_eq!(told(&scene.reconcile()), ["retire gone"]);
+    let later = scene.plan();
+    assert!(told(&later).is_empty());
+    assert_eq!(later.kept, [2]);
+    scene.get("cart").pod.namespace_known = true;
+    assert_eq!(
+        told(&scene.plan()),
+        [
+            "prepare",
+            "move cart to [1, 2]",
+            "remove what is left of 2, if [1] are taken over"
+        ]
+    );
+}
+
+#[test]
+fn connections_are_noted_at_once_where_a_pod_follows_one_that_is_gone() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.get("cart").pod.uid = "another".to_owned();
+    scene.unjudged.leave(&[1]);
+    assert_eq!(told(&scene.plan())[2], "begin cart, note");
 }
 
 #[test]
