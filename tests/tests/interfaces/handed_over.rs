@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use egress_tests::{Agent, Cluster, Lab, Pod, UdpEcho, addresses::server, eventually, holds};
+use egress_tests::{
+    Agent, Cluster, Lab, Pod, SHORT, UdpEcho, addresses::server, eventually, holds,
+};
 use serde_json::{Value, json};
 
 const PORT: u16 = 7000;
@@ -219,4 +221,55 @@ fn a_pod_that_is_said_to_have_failed_while_its_programs_run_goes_into_quarantine
         let failed = json!({ "phase": "Failed" });
         scene.cluster.server.set_status(cart.object(), &failed);
     });
+}
+
+#[test]
+fn an_interface_that_another_pod_has_does_not_free_the_rest_of_a_pod() {
+    let scene = Scene::new(&[]);
+    let (cluster, agent) = (&scene.cluster, &scene.agent);
+    let zoo = cluster.run(&scene.shop, "zoo", &allow_one());
+    agent.wait_enforcing(zoo.net());
+    let net = cluster.lab.pod(&scene.shop, "cart");
+    let quarantined = format!("pod=interface {} ", net.interface());
+    agent.wait_said("that the interface is in quarantine", |line| {
+        line.contains("enforcing") && line.contains(&quarantined)
+    });
+    let sender = Sender::start(&net);
+    // Somebody moves the other pod's interface into this pod's network.
+    zoo.net().netns().ip_batch(&format!(
+        "link set eth0 netns {} name eth9\n",
+        net.netns().name()
+    ));
+    net.netns().ip_batch("link set eth9 up\n");
+    let (object, uid) = cluster.create(&scene.shop, "cart", &allow_one());
+    let mut cart = cluster.place(object, &uid, net);
+    let own = format!("pod={}/cart", scene.shop);
+    nothing_arrives(
+        agent,
+        (&sender, &scene.sink),
+        "that the pod is enforced",
+        || {
+            cart.running().start_container();
+        },
+        |line| line.contains("enforcing") && line.contains(&own),
+    );
+    let others = format!(
+        "interface {} is already that of pod {}/zoo; enforced on its other interfaces",
+        zoo.net().interface(),
+        scene.shop
+    );
+    agent.wait_said("whose the other interface is", |line| {
+        line.contains(&others)
+    });
+    let mark = agent.mark();
+    agent.wait_denial_from(mark, "the datagrams", |denial| {
+        denial.is(cart.net(), "no_rule", server(99), PORT)
+    });
+    cluster.tell_addresses(&cart);
+    let _web = cluster.lab.serve_tcp(443);
+    cart.net().talks_tcp((server(10), 443));
+    assert!(
+        cart.net().connect_tcp((server(20), 443), SHORT).is_err(),
+        "the pod is open"
+    );
 }

@@ -176,32 +176,27 @@ fn protected(scene: &Scene) -> Vec<Subject> {
     enforced.cloned().collect()
 }
 
-/// Whether a pod that should be enforced is behind this interface. A pod that is refused because another one has one
-/// of its interfaces is not enforced on the others either.
-fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: u32) -> bool {
-    let mut pods = scene.pods.iter();
-    pods.any(|(subject, found)| {
-        let problem = plan.problems.get(subject);
+/// Whether a pod that should be enforced is behind this interface.
+fn is_to_be_enforced(scene: &Scene, ifindex: u32) -> bool {
+    let mut pods = scene.pods.values();
+    pods.any(|found| {
         found.policy.mode == Mode::Enforce
             && !found.pod.host_network
-            && !problem.is_some_and(|problem| problem.starts_with("not enforced: interface"))
             && found.location.interfaces().contains(&ifindex)
     })
 }
 
 /// The interfaces in quarantine, and those of pods that are gone, on which somebody is to be enforced: each stays judged
 /// until then.
-fn handed_over(scene: &Scene, plan: &Plan, wanted_on: &HashMap<u32, &Subject>) -> Vec<u32> {
+fn handed_over(scene: &Scene, wanted_on: &HashMap<u32, &Subject>) -> Vec<u32> {
     let enforced = scene.enforced.iter();
     let leaving = enforced
         .filter(|(subject, _)| subject.is_interface() || is_gone(scene, subject))
         .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied());
     let left = scene.left.values().flat_map(|left| &left.interfaces);
     let all = leaving.chain(left.map(|&(ifindex, _)| ifindex));
-    all.filter(|ifindex| {
-        wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, plan, *ifindex)
-    })
-    .collect()
+    all.filter(|ifindex| wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, *ifindex))
+        .collect()
 }
 
 /// Carries out the plan, and checks what holds after each of its actions, and of the whole.
@@ -265,7 +260,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
     }
 
     let protected = protected(scene);
-    let handed_over = handed_over(scene, plan, &wanted_on);
+    let handed_over = handed_over(scene, &wanted_on);
     scene.unjudged.leave(&plan.left_alone);
     for action in &plan.actions {
         scene.carry_out(action, plan);

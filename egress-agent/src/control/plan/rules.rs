@@ -259,6 +259,65 @@ fn connections_are_noted_at_once_where_a_pod_follows_one_that_is_gone() {
 }
 
 #[test]
+fn a_pod_is_enforced_on_those_of_its_interfaces_that_no_other_pod_has() {
+    let mut scene = Scene::new();
+    scene.add("zoo", 2);
+    scene.add_unknown("veth1", 1);
+    scene.reconcile();
+    scene.pods.remove(&Subject::interface("veth1"));
+    scene.add("cart", 1).location = behind(&[1, 2]);
+    assert_eq!(
+        told(&scene.reconcile()),
+        [
+            "prepare",
+            "begin cart",
+            "remove veth1, if [1] are taken over"
+        ]
+    );
+    assert_eq!(
+        scene.problem("cart"),
+        "interface veth2 is already that of pod shop/zoo; enforced on its other interfaces"
+    );
+    assert_eq!(scene.problem("zoo"), "");
+    // It gets the other interface when its pod is gone.
+    scene.pods.remove(&subject("zoo"));
+    assert_eq!(
+        told(&scene.plan()),
+        [
+            "retire zoo",
+            "prepare",
+            "move cart to [1, 2]",
+            "remove what is left of 2, if [2] are taken over"
+        ]
+    );
+}
+
+#[test]
+fn an_enforced_pod_moves_to_those_of_its_interfaces_that_no_other_pod_has() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.add("zoo", 2);
+    scene.reconcile();
+    scene.get("cart").location = behind(&[1, 2, 3]);
+    assert_eq!(told(&scene.reconcile()), ["prepare", "move cart to [1, 3]"]);
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn an_interface_stays_in_quarantine_if_the_pod_behind_it_is_refused() {
+    let mut scene = Scene::new();
+    scene.add_unknown("veth1", 1);
+    scene.reconcile();
+    // It cannot be told at the moment whose interface it is.
+    scene.add("cart", 1);
+    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(
+        scene.problem("cart"),
+        "not enforced: interface veth1 is in quarantine"
+    );
+}
+
+#[test]
 fn what_an_earlier_agent_left_is_adopted_before_new_pods_begin() {
     let mut scene = Scene::new();
     scene.add("zoo", 1);

@@ -84,6 +84,10 @@ impl<'a> Targets<'a> {
                     targets.claimed.extend(interfaces);
                     why
                 }
+                Decision::Refuse(why) => {
+                    targets.claimed.extend(interfaces);
+                    Some(why)
+                }
                 Decision::KeepUnlocated(why) => {
                     plan.unlocated.insert(subject.clone(), Absence::new(why));
                     None
