@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result};
 use egress_common::{
     address::Address,
-    records::{Policy, RANGE_RESOLVER, Range, TunnelKey},
+    records::{Policy, RANGE_RESOLVER, RANGE_SERVICES, Range, TunnelKey},
 };
 use egress_policy::{Prefix, prefix::from_mapped};
 
@@ -82,7 +82,10 @@ impl Datapath {
 fn kinds(ranges: &[RangeEntry]) -> BTreeMap<(Address, u32), u64> {
     let mut sorted: Vec<(Address, u32, u64)> = ranges
         .iter()
-        .map(|&(network, prefix_len, range)| (network, prefix_len, range.kinds & !RANGE_RESOLVER))
+        .map(|&(network, prefix_len, range)| {
+            let kinds = range.kinds & !(RANGE_RESOLVER | RANGE_SERVICES);
+            (network, prefix_len, kinds)
+        })
         .collect();
     // In this order each entry comes after all that contain it, so those form a stack.
     sorted.sort_unstable();

@@ -139,10 +139,15 @@ pub(in crate::control) fn together(
              held, and nothing is learned from it"
         );
     }
-    let internal = &mut config.ranges.internal;
-    internal.extend(facts.internal.keys());
-    internal.extend(&inherited.internal);
-    internal.sort_unstable();
-    internal.dedup();
+    let ranges = &mut config.ranges;
+    ranges.internal.extend(facts.internal.keys());
+    ranges.internal.extend(&inherited.internal);
+    ranges.internal.extend(&inherited.services);
+    ranges.services.extend(&facts.services);
+    ranges.services.extend(&inherited.services);
+    for prefixes in [&mut ranges.internal, &mut ranges.services] {
+        prefixes.sort_unstable();
+        prefixes.dedup();
+    }
     config
 }

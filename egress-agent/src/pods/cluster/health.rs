@@ -174,15 +174,6 @@ impl Health {
         self.failing(watched).ever
     }
 
-    /// Whether the server does not have this kind of object, or refuses it.
-    pub(super) fn is_not_offered(&self, watched: Watched) -> bool {
-        let failing = self.failing(watched);
-        matches!(
-            failing.failure,
-            Some(Failure::NotServed | Failure::Refused(_))
-        )
-    }
-
     pub(super) fn record_list(&self, watched: Watched) {
         self.of(watched).lists.fetch_add(1, Relaxed);
     }
