@@ -4,6 +4,7 @@ mod bad_input;
 mod blocked_output;
 mod lifecycle;
 mod machine;
+mod many_ranges;
 mod outdated_state;
 mod quiet;
 mod restart_judges_again;
