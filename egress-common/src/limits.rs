@@ -25,8 +25,11 @@ pub const ALLOW_ENTRIES: u32 = 4096;
 /// Most CIDR prefixes in one pod's policy.
 pub const CIDR_ENTRIES: u32 = 4096;
 
-/// Most prefixes in the node's `ranges` map.
+/// Most prefixes of the node's ranges.
 pub const RANGE_ENTRIES: u32 = 4096;
+
+/// The size of the map `ranges`. While ranges change it has those of before and those of after.
+pub const RANGE_MAP_ENTRIES: u32 = 2 * RANGE_ENTRIES;
 
 /// Most ports of one resolver.
 pub const RESOLVER_PORTS: usize = 4;
@@ -43,6 +46,9 @@ pub const NODE_ADDRESSES: u32 = 32_768;
 
 /// Most kinds of tunnels in the node's `tunnels` map.
 pub const TUNNELS: u32 = 64;
+
+/// The size of the map `tunnels`, for those of before and those of after a change.
+pub const TUNNEL_MAP_ENTRIES: u32 = 2 * TUNNELS;
 
 /// Default for the number of established flows that are remembered for one pod: this many that it opened, and
 /// as many that others opened. (The kernel allocates the buckets, 16 bytes each, at once.)

@@ -230,6 +230,8 @@ pub const RANGE_PROTECTED: u64 = 1 << 2;
 /// The node itself receives packets to the address. No entry of `ranges` has this bit: the map
 /// `node_addresses` has these addresses.
 pub const RANGE_NODE: u64 = 1 << 3;
+/// The address is in a range of Services. Verdicts ignore this; the next agent reads it.
+pub const RANGE_SERVICES: u64 = 1 << 4;
 /// The length in bits of the translator's prefix that contains the address; see [`crate::translation`].
 pub const RANGE_TRANSLATED: u64 = 0xff << RANGE_TRANSLATED_SHIFT;
 /// The shift of [`RANGE_TRANSLATED`].

@@ -10,7 +10,7 @@ use egress_common::{
     address::Address,
     limits::{
         ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, FlowLimits, HELD_RING_BYTES,
-        INTERFACES, LINK_OWNERS, NODE_ADDRESSES, POLICIES, RANGE_ENTRIES, TUNNELS,
+        INTERFACES, LINK_OWNERS, NODE_ADDRESSES, POLICIES, RANGE_MAP_ENTRIES, TUNNEL_MAP_ENTRIES,
     },
     records::{
         AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Forged, Held,
@@ -79,7 +79,7 @@ pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREA
 pub static NAME: HashMap<NameKey, NameEntry, 1, NO_PREALLOC> = HashMap::new();
 
 #[btf_map(name = "ranges")]
-pub static RANGE: LpmTrie<Address, Range, { RANGE_ENTRIES as usize }> = LpmTrie::new();
+pub static RANGE: LpmTrie<Address, Range, { RANGE_MAP_ENTRIES as usize }> = LpmTrie::new();
 
 #[btf_map(name = "dns_ports")]
 pub static DNS_PORT: Array<DnsPorts, 1> = Array::new();
@@ -123,7 +123,8 @@ pub static NODE_ADDRESS: LpmTrie<Address, NodeAddress, { NODE_ADDRESSES as usize
     LpmTrie::new();
 
 #[btf_map(name = "tunnels")]
-pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNELS as usize }, NO_PREALLOC> = HashMap::new();
+pub static TUNNEL: HashMap<TunnelKey, Tunnel, { TUNNEL_MAP_ENTRIES as usize }, NO_PREALLOC> =
+    HashMap::new();
 
 /// Whether the gate polls the ring [`HELD`] (1), or sleeps and must be woken (0).
 #[btf_map(name = "gate_awake")]

@@ -73,6 +73,26 @@ impl Lab {
         rewrite(&text(&self.pins().join(map)), edit);
     }
 
+    /// Fills the map `ranges` with prefixes that mean nothing. So many entries stay free.
+    #[track_caller]
+    pub fn fill_ranges(&self, free: usize) {
+        let pin = text(&self.pins().join("ranges"));
+        let size = bpftool(&["map", "show", "pinned", &pin])["max_entries"]
+            .as_u64()
+            .expect("the size of the map");
+        let dump = bpftool(&["map", "dump", "pinned", &pin]);
+        let known = dump.as_array().expect("a list of entries");
+        let value = vec!["0"; bytes(&known[0]["value"]).len()].join(" ");
+        let lines = (0..size as usize - known.len() - free).map(|number| {
+            let [high, low] = (number as u16).to_be_bytes();
+            let host = format!("32 1 13 184 255 255 0 0 0 0 0 0 0 0 {high} {low}");
+            format!("map update pinned {pin} key 128 0 0 0 {host} value {value}\n")
+        });
+        let batch = self.directory().join("ranges.batch");
+        fs::write(&batch, lines.collect::<String>()).expect("write a batch");
+        bpftool(&["batch", "file", &text(&batch)]);
+    }
+
     /// Every path below the laboratory's BPF file system.
     pub fn all_pins(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();

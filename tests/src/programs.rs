@@ -92,23 +92,22 @@ impl Programs {
         };
         let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
         let ifindex = lab.ifindex(pod.interface());
+        let tunnels = [
+            TunnelKey::new(bits::OTHER, 0),
+            TunnelKey::new(bits::UDP, VXLAN),
+        ];
+        let ranges = [
+            (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
+            (address(RESOLVER6), 128, kind(RANGE_RESOLVER)),
+            (from_v4([10, 1, 0, 0]), 112, kind(RANGE_INTERNAL)),
+            (address("fd01:ff::"), 32, kind(RANGE_INTERNAL)),
+            (from_v4([169, 254, 0, 0]), 112, kind(RANGE_PROTECTED)),
+            (address("fe80::"), 10, kind(RANGE_PROTECTED)),
+            (address("ff00::"), 8, kind(RANGE_PROTECTED)),
+        ];
         datapath
-            .set_ranges(&[
-                (address(RESOLVER), 128, kind(RANGE_RESOLVER)),
-                (address(RESOLVER6), 128, kind(RANGE_RESOLVER)),
-                (from_v4([10, 1, 0, 0]), 112, kind(RANGE_INTERNAL)),
-                (address("fd01:ff::"), 32, kind(RANGE_INTERNAL)),
-                (from_v4([169, 254, 0, 0]), 112, kind(RANGE_PROTECTED)),
-                (address("fe80::"), 10, kind(RANGE_PROTECTED)),
-                (address("ff00::"), 8, kind(RANGE_PROTECTED)),
-            ])
-            .expect("the map of ranges");
-        datapath
-            .set_tunnels(&[
-                TunnelKey::new(bits::OTHER, 0),
-                TunnelKey::new(bits::UDP, VXLAN),
-            ])
-            .expect("the map of tunnels");
+            .put_in_force(&tunnels, &ranges)
+            .expect("the maps of ranges and tunnels");
         let policy = policy(&pod);
         let interface = Interface::new(POD, FIRST_POLICY, MODE_ENFORCE);
         let new_pod = NewPod {

@@ -70,7 +70,7 @@ use anyhow::Context as _;
 use egress_common::{
     address::Address,
     limits::{RANGE_ENTRIES, RESOLVER_PORTS},
-    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, Range, TunnelKey},
+    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_RESOLVER, RANGE_SERVICES, Range, TunnelKey},
     translation::range_kind,
 };
 
@@ -244,6 +244,12 @@ impl Config {
                     .internal
                     .iter()
                     .map(|prefix| (*prefix, RANGE_INTERNAL)),
+            )
+            .chain(
+                self.ranges
+                    .services
+                    .iter()
+                    .map(|prefix| (*prefix, RANGE_INTERNAL | RANGE_SERVICES)),
             )
             .chain(
                 self.dns

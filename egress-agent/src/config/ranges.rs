@@ -16,6 +16,9 @@ pub struct Ranges {
     /// Pod, service and node addresses.
     #[serde(deserialize_with = "read::prefixes")]
     pub internal: Vec<Prefix>,
+    /// Those of them that are ranges of Services. The cluster names them, and no configuration.
+    #[serde(skip)]
+    pub services: Vec<Prefix>,
     /// Whether they pass unless denied.
     #[serde(deserialize_with = "read::truth")]
     pub allow_internal: bool,
@@ -34,6 +37,7 @@ impl Default for Ranges {
     fn default() -> Self {
         Self {
             internal: Vec::new(),
+            services: Vec::new(),
             allow_internal: true,
             tunnels: TUNNELS.iter().map(|(tunnel, _)| *tunnel).collect(),
             protected: Vec::new(),

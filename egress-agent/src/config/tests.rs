@@ -128,6 +128,7 @@ fn the_documented_example_says_every_key_and_parses() {
             pod_annotations: PodAnnotations::Grant,
             ranges: Ranges {
                 internal: vec![prefix("10.0.0.0/8")],
+                services: Vec::new(),
                 allow_internal: true,
                 tunnels: vec![Tunnel::Other, Tunnel::Udp(4789)],
                 protected: vec![prefix("192.0.2.0/24")],

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use egress_common::records::RANGE_SERVICES;
 use sha2::{Digest as _, Sha256};
 
 use crate::{config::Config, pods::Pod};
@@ -94,7 +95,7 @@ pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     for (network, prefix_len, range) in ranges {
         hasher.update(network);
         hasher.update(prefix_len.to_be_bytes());
-        hasher.update(range.kinds.to_be_bytes());
+        hasher.update((range.kinds & !RANGE_SERVICES).to_be_bytes());
     }
     let digest: [u8; 32] = hasher.finalize().into();
     let first = digest.first_chunk().copied();

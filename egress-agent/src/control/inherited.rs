@@ -2,15 +2,17 @@
 //!
 //! An agent that starts does not know the cluster's addresses until each of its watches has read a complete list.
 //! Without the cluster's ranges, tunnels and internal addresses would be open; without its resolvers, responses would
-//! pass unheld. So what the kernel's map `ranges` has stays until then. The configuration's own entries are added to it.
+//! pass unheld. So what the kernel's map `ranges` has stays until then: its resolvers until everything that resolvers
+//! come from is known, its internal ranges until everything that they come from is. The configuration's own entries are
+//! added to it.
 
-use egress_common::records::{RANGE_INTERNAL, RANGE_RESOLVER};
+use egress_common::records::{RANGE_INTERNAL, RANGE_RESOLVER, RANGE_SERVICES};
 
 use super::apply::ranges::{listed, together};
 use crate::{
     config::Config,
     datapath::{RangeEntry, prefix_of},
-    pods::{Facts, Knowledge, Snapshot},
+    pods::{FactSource, Facts, Knowledge, Snapshot},
 };
 use egress_policy::{Prefix, Resolver, prefix::from_mapped};
 
@@ -18,22 +20,23 @@ use egress_policy::{Prefix, Resolver, prefix::from_mapped};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Inherited {
     pub(super) internal: Vec<Prefix>,
+    /// Those of them that are ranges of Services. They stay as long as the API server does not name its ranges: it may
+    /// refuse to, or not have them.
+    pub(super) services: Vec<Prefix>,
     pub(super) resolvers: Vec<Resolver>,
 }
 
 impl Inherited {
     /// What stays in force at the start, besides what the configuration and `first` say.
     pub(super) fn at_start(configured: &Config, first: &Snapshot, in_force: &[RangeEntry]) -> Self {
-        if first.knowledge != Knowledge::Partial {
-            return Self::default();
-        }
-        let inherited = Self::of(configured, &first.facts, in_force);
+        let mut inherited = Self::of(configured, &first.facts, in_force);
+        inherited.retain_unknown(&first.knowledge);
         if !inherited.is_empty() {
             tracing::info!(
                 internal = inherited.internal.len(),
                 resolvers = %listed(&inherited.resolvers),
-                "internal ranges and resolvers of an earlier agent stay in force until the API server has named \
-                 all of the cluster's"
+                "internal ranges and resolvers of an earlier agent stay in force until the API server has answered \
+                 each list that they may come from"
             );
         }
         inherited
@@ -53,6 +56,10 @@ impl Inherited {
                 if !named.any(|wider| wider.covers(&prefix)) {
                     inherited.internal.push(prefix);
                 }
+                let mut named = known.ranges.services.iter().chain(&inherited.services);
+                if range.kinds & RANGE_SERVICES != 0 && !named.any(|wider| wider.covers(&prefix)) {
+                    inherited.services.push(prefix);
+                }
             }
             if range.kinds & RANGE_RESOLVER == 0 || prefix_len != 128 {
                 continue;
@@ -66,8 +73,21 @@ impl Inherited {
         inherited
     }
 
+    /// Removes what the cluster would have named by now.
+    pub(super) fn retain_unknown(&mut self, knowledge: &Knowledge) {
+        if knowledge.has_resolvers() {
+            self.resolvers.clear();
+        }
+        if knowledge.has_addresses() {
+            self.internal.clear();
+        }
+        if knowledge.has(FactSource::ServiceRanges) {
+            self.services.clear();
+        }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
-        self.internal.is_empty() && self.resolvers.is_empty()
+        self.internal.is_empty() && self.services.is_empty() && self.resolvers.is_empty()
     }
 }
 
@@ -129,5 +149,45 @@ mod tests {
             Inherited::of(&without, &known, &in_force).is_empty(),
             "a protected range is the configuration's alone"
         );
+    }
+
+    #[test]
+    fn what_is_inherited_stays_until_its_own_sources_are_known() {
+        use FactSource as Of;
+        let prefix = |text: &str| Prefix::parse(text).expect("a prefix");
+        let all = Inherited {
+            internal: vec![prefix("10.96.0.0/12"), prefix("192.168.0.5")],
+            services: vec![prefix("10.96.0.0/12")],
+            resolvers: vec!["10.1.0.10".parse().expect("a resolver")],
+        };
+        let left = |known: &[FactSource]| {
+            let mut left = all.clone();
+            left.retain_unknown(&known.iter().copied().collect());
+            [
+                left.internal.len(),
+                left.services.len(),
+                left.resolvers.len(),
+            ]
+        };
+        let resolvers = [Of::DnsService, Of::DnsEndpoints, Of::Kubelet, Of::Pods];
+        assert_eq!(left(&resolvers[..3]), [2, 1, 1]);
+        assert_eq!(left(&resolvers), [2, 1, 0]);
+        let addresses = [Of::Node, Of::DnsService, Of::ApiService, Of::ApiEndpoints];
+        assert_eq!(left(&addresses[1..]), [2, 1, 1]);
+        assert_eq!(left(&addresses), [0, 1, 1]);
+        assert_eq!(left(&[Of::ServiceRanges]), [2, 0, 1]);
+    }
+
+    #[test]
+    fn ranges_of_services_are_told_from_other_internal_ranges() {
+        let mut earlier = facts(&["10.96.0.0/12", "10.1.0.0/16"], &["10.96.0.10"]);
+        let services = Prefix::parse("10.96.0.0/12").expect("a prefix");
+        earlier.services.insert(services);
+        let configured = config("");
+        let in_force = together(&configured, &earlier, &Inherited::default()).ranges();
+        let inherited = Inherited::of(&configured, &Facts::default(), &in_force);
+        assert_eq!(inherited.services, [services]);
+        assert_eq!(inherited.internal.len(), 2);
+        assert!(Inherited::of(&configured, &earlier, &in_force).is_empty());
     }
 }

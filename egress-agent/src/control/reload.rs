@@ -6,12 +6,11 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{
     apply::ranges::{listed, together},
-    inherited::Inherited,
     reconcile::Reconciler,
 };
 use crate::{
     config::Config,
-    pods::{Facts, Knowledge, Snapshot},
+    pods::{Facts, Snapshot},
 };
 
 impl Reconciler {
@@ -19,16 +18,14 @@ impl Reconciler {
     /// cluster says something else.
     pub(super) async fn learn_facts(&mut self, source: &Snapshot) {
         let (settings, facts) = (&mut self.settings, &source.facts);
-        let is_known = source.knowledge != Knowledge::Partial;
-        let ends_inheritance = is_known && !settings.inherited.is_empty();
-        if *facts == settings.facts && !ends_inheritance {
+        let mut inherited = settings.inherited.clone();
+        inherited.retain_unknown(&source.knowledge);
+        if *facts == settings.facts && inherited == settings.inherited {
             return;
         }
         // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
-        if is_known {
-            settings.inherited = Inherited::default();
-        }
+        settings.inherited = inherited;
         let next = together(&settings.configured, facts, &settings.inherited);
         match self.applier.take_on(settings, next).await {
             Ok(()) => tracing::info!(

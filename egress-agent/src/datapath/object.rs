@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData},
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
     util::KernelVersion,
@@ -13,7 +13,7 @@ use aya::{
 use egress_common::{
     address::Address,
     ids::{IfIndex, PodId, PolicyId},
-    limits::{DNS_PORTS, FlowLimits},
+    limits::FlowLimits,
     records::{DnsPorts, Forged, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
@@ -27,7 +27,6 @@ use super::{
     },
     outer::OuterMaps,
     pins::{DirectoryId, Layout},
-    policies::ignore_missing,
     stamp::Stamp,
     stamp_check::StampCheck,
 };
@@ -69,7 +68,7 @@ pub struct Datapath {
     pub(super) forged: HashMap<MapData, PodId, Forged>,
     pub(super) identities: HashMap<MapData, PodId, Identity>,
     pub(super) ranges: LpmTrie<MapData, Address, Range>,
-    dns_ports: Array<MapData, DnsPorts>,
+    pub(super) dns_ports: Array<MapData, DnsPorts>,
     pub(super) tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     bpffs: PathBuf,
     /// The directory of pins from which the maps were opened.
@@ -245,84 +244,6 @@ impl Datapath {
         let meters = open(&self.layout, "meters")?;
         let meters: HashMap<MapData, PodId, Meter> = Map::HashMap(meters).try_into()?;
         Ok(CounterMap::new(counters, meters))
-    }
-
-    /// Replaces the kinds of addresses: network, prefix length in bits of the 128-bit form, and map
-    /// value. Resolvers can have at most [`DNS_PORTS`] different ports.
-    ///
-    /// New prefixes are written before old ones are removed, so that no address is unprotected in between.
-    ///
-    /// # Errors
-    ///
-    /// When a map cannot be written.
-    pub fn set_ranges(&mut self, ranges: &[(Address, u32, Range)]) -> Result<()> {
-        let mut ports = ranges.iter().flat_map(|(_, _, range)| range.resolver_ports);
-        let mut next = [0; DNS_PORTS];
-        for port in ports.by_ref().filter(|port| *port != 0) {
-            if !next.contains(&port) {
-                let free = next.iter_mut().find(|slot| **slot == 0);
-                *free.context("the resolvers have too many different ports")? = port;
-            }
-        }
-        // The map's value is not replaced atomically, so only one half of it changes at a time.
-        let before = self.dns_ports.get(&0, 0).unwrap_or_default().ports[0];
-        self.set_dns_ports([before, next])?;
-        self.set_prefixes(ranges)?;
-        self.set_dns_ports([next, next])?;
-        self.set_dns_ports([next, [0; DNS_PORTS]])
-    }
-
-    /// Replaces the tunnels, whose internal addresses need an address entry. New ones are written before old
-    /// ones are removed, so that none is open in between.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be written.
-    pub fn set_tunnels(&mut self, tunnels: &[TunnelKey]) -> Result<()> {
-        for key in tunnels {
-            self.tunnels
-                .insert(key, Tunnel { closed: 1 }, 0)
-                .context("cannot write the map `tunnels`")?;
-        }
-        let known: Vec<TunnelKey> = self
-            .tunnels
-            .keys()
-            .collect::<Result<_, _>>()
-            .context("cannot read the map `tunnels`")?;
-        for key in known.iter().filter(|key| !tunnels.contains(key)) {
-            ignore_missing(self.tunnels.remove(key)).context("cannot write the map `tunnels`")?;
-        }
-        Ok(())
-    }
-
-    fn set_dns_ports(&mut self, ports: [[u16; DNS_PORTS]; 2]) -> Result<()> {
-        self.dns_ports
-            .set(0, DnsPorts { ports }, 0)
-            .context("cannot write the map `dns_ports`")
-    }
-
-    fn set_prefixes(&mut self, ranges: &[(Address, u32, Range)]) -> Result<()> {
-        for &(network, prefix_len, range) in ranges {
-            self.ranges
-                .insert(&Key::new(prefix_len, network), range, 0)
-                .context("cannot write the map `ranges`")?;
-        }
-        let stale: Vec<Key<Address>> = self
-            .ranges
-            .keys()
-            .filter(|key| {
-                key.as_ref().map_or(true, |key| {
-                    !ranges.iter().any(|&(network, prefix_len, _)| {
-                        network == key.data() && prefix_len == key.prefix_len()
-                    })
-                })
-            })
-            .collect::<Result<_, _>>()
-            .context("cannot read the map `ranges`")?;
-        for key in stale {
-            ignore_missing(self.ranges.remove(&key)).context("cannot write the map `ranges`")?;
-        }
-        Ok(())
     }
 
     /// Pods that an earlier agent enforced, by their id.

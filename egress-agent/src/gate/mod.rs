@@ -202,6 +202,11 @@ enum Command {
         interfaces: Vec<IfIndex>,
         done: oneshot::Sender<Result<()>>,
     },
+    /// Forget these pods. Their interfaces' entries stay.
+    Forget {
+        pods: Vec<PodId>,
+        done: oneshot::Sender<Result<()>>,
+    },
     /// Forget a pod and remove its interfaces' entries.
     Remove {
         pod: PodId,
@@ -367,6 +372,20 @@ impl Gate {
     /// When the map of interfaces cannot be written.
     pub async fn release(&self, pods: Vec<PodId>) -> Result<()> {
         self.ask(|done| Command::Release { pods, done }).await
+    }
+
+    /// Forgets pods that are gone, before others are put on their interfaces. What a pod resolved must not be delivered
+    /// to its successor, whose allow map does not have it. The interfaces stay under the policies of these pods, and
+    /// their DNS messages are dropped. Pods in quarantine stay: their queries are judged again for their successors.
+    ///
+    /// # Errors
+    ///
+    /// When the gate's thread has ended.
+    pub async fn forget(&self, pods: Vec<PodId>) -> Result<()> {
+        if pods.is_empty() {
+            return Ok(());
+        }
+        self.ask(|done| Command::Forget { pods, done }).await
     }
 
     /// Forgets a pod. The programs must be detached from its interfaces already.

@@ -146,12 +146,8 @@ impl Pod {
         Ok(())
     }
 
-    /// Removes the interfaces' entries. Returns also how many messages were in the pod's backlog.
-    pub(super) fn remove(
-        mut self,
-        interfaces: &mut InterfaceMap,
-        shared: &mut Shared,
-    ) -> (u64, Result<()>) {
+    /// Drops everything that waits for the pod. Returns how many messages were in its backlog, and its interfaces.
+    pub(super) fn leave(mut self, shared: &mut Shared) -> (u64, Vec<IfIndex>) {
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
         let waited = self.backlog.clear(&mut shared.backlog);
@@ -160,12 +156,7 @@ impl Pod {
             shared.frame_sender.detach(*ifindex, id);
         }
         shared.frame_sender.forget(id);
-        let removed = self
-            .enforcement
-            .interfaces
-            .iter()
-            .try_for_each(|ifindex| interfaces.remove(*ifindex, id));
-        (waited, removed)
+        (waited, self.enforcement.interfaces)
     }
 
     /// The periodic work.

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use egress_common::{
-    ids::PodId,
+    ids::{IfIndex, PodId},
     records::{Held, MODE_AUDIT},
 };
 use nix::{
@@ -323,19 +323,19 @@ impl Runner {
             Command::Release { pods, done } => {
                 let _ = done.send(self.release(&pods));
             }
+            Command::Forget { pods, done } => {
+                for pod in pods {
+                    if self.pods.get(&pod).is_some_and(Pod::is_known) {
+                        self.forget(pod);
+                    }
+                }
+                let _ = done.send(Ok(()));
+            }
             Command::Remove { pod, done } => {
                 self.drop_quarantined(|quarantine| quarantine.of_pod(pod));
-                self.turns.forget(pod);
-                let result = match self.pods.remove(&pod) {
-                    Some(mut pod) => {
-                        pod.end_split_streams(&mut self.shared);
-                        self.send();
-                        let (waited, result) = pod.remove(&mut self.interfaces, &mut self.shared);
-                        self.note_unclaimed(waited);
-                        result
-                    }
-                    None => Ok(()),
-                };
+                let interfaces = self.forget(pod);
+                let mut interfaces = interfaces.into_iter();
+                let result = interfaces.try_for_each(|at| self.interfaces.remove(at, pod));
                 let _ = done.send(result);
             }
             Command::Sweep { pod, open } => {
@@ -381,6 +381,19 @@ impl Runner {
             // The loop handles it.
             Command::Stop => {}
         }
+    }
+
+    /// Forgets a pod. Returns its interfaces, whose entries stay.
+    fn forget(&mut self, id: PodId) -> Vec<IfIndex> {
+        self.turns.forget(id);
+        let Some(mut pod) = self.pods.remove(&id) else {
+            return Vec::new();
+        };
+        pod.end_split_streams(&mut self.shared);
+        self.send();
+        let (waited, interfaces) = pod.leave(&mut self.shared);
+        self.note_unclaimed(waited);
+        interfaces
     }
 
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {

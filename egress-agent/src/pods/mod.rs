@@ -14,6 +14,7 @@ pub mod cluster;
 mod contents;
 pub mod directory;
 mod documents;
+mod knowledge;
 mod manifest;
 mod name;
 mod object;
@@ -24,8 +25,9 @@ mod yaml_hint;
 
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_files};
+pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
-pub use snapshot::{Facts, Knowledge, Pod, Problem, Snapshot};
+pub use snapshot::{Facts, Pod, Problem, Snapshot};
 
 /// Prefix of the agent's annotations; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     contents::Contents,
+    knowledge::{Knowledge, SourcedFacts},
     name::NamespacedName,
     object::{Namespace, Object, PodObject},
     policies::{Sets, applied},
@@ -94,24 +95,11 @@ pub struct Snapshot {
     pub unreadable: bool,
     /// The facts about the cluster.
     pub facts: Facts,
-    /// How much of them is known.
+    /// The same by their sources.
+    pub sources: SourcedFacts,
+    /// Which of these sources are known.
     pub knowledge: Knowledge,
 }
-
-/// How much of the facts about a cluster is known. What is not in the facts is gone only if it is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Knowledge {
-    /// For some of them no complete list has been read yet.
-    #[default]
-    Partial,
-    /// Everything but the ranges of Services, which the API server does not have, or refuses.
-    NoServiceRanges,
-    /// Everything.
-    Complete,
-}
-
-/// The origin of the ranges of Services among [`Facts::internal`].
-pub(super) const SERVICE_RANGES: &str = "service ranges";
 
 /// Facts about a cluster; empty without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,22 +111,11 @@ pub struct Facts {
     pub internal: BTreeMap<Prefix, String>,
     /// The internal prefixes of this node's pods.
     pub pods: BTreeSet<Prefix>,
+    /// The internal prefixes that are ranges of Services.
+    pub services: BTreeSet<Prefix>,
 }
 
 impl Facts {
-    /// Removes those that are known by now, so that only those stay that a source may still name.
-    pub fn retain_unknown(&mut self, knowledge: Knowledge) {
-        match knowledge {
-            Knowledge::Partial => {}
-            Knowledge::NoServiceRanges => {
-                self.resolvers.clear();
-                self.pods.clear();
-                self.internal.retain(|_, origin| origin == SERVICE_RANGES);
-            }
-            Knowledge::Complete => *self = Self::default(),
-        }
-    }
-
     /// Adds those of others that are missing here.
     pub fn add_missing(&mut self, others: &Self) {
         for (resolver, origin) in &others.resolvers {
@@ -150,6 +127,7 @@ impl Facts {
             known.or_insert_with(|| origin.clone());
         }
         self.pods.extend(&others.pods);
+        self.services.extend(&others.services);
     }
 }
 

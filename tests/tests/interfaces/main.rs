@@ -3,6 +3,7 @@
 mod attachment;
 mod bandwidth;
 mod flapping;
+mod handed_over;
 mod hooks;
 mod node;
 mod partly_enforced;

@@ -5,6 +5,7 @@ mod blocked_output;
 mod importing;
 mod lifecycle;
 mod machine;
+mod many_ranges;
 mod outdated_state;
 mod quiet;
 mod restart_judges_again;

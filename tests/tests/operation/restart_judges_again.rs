@@ -1,6 +1,9 @@
 //! An agent that starts with another configuration judges again the flows that an earlier agent let pass.
 
-use std::{net::TcpStream, process::ExitStatus};
+use std::{
+    net::{Ipv6Addr, TcpStream},
+    process::ExitStatus,
+};
 
 use egress_tests::{
     Agent, Cluster, DEADLINE, Lab, SHORT, Shop, addresses::server, cluster::allow, eventually,
@@ -149,6 +152,44 @@ fn connections_from_under_the_ranges_of_a_short_lived_agent_end() {
     let _agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
     assert!(
         !exchange(&mut protected, b"after", SHORT),
+        "the connection goes on"
+    );
+    assert!(
+        exchange(&mut allowed, b"after", DEADLINE),
+        "a connection was cut that is still allowed"
+    );
+}
+
+#[test]
+fn connections_from_under_the_resolvers_of_a_short_lived_agent_end() {
+    // The translation of a resolver's address is open to nobody.
+    let resolvers = ["10.99.0.53", "203.0.113.10"];
+    let lab = Lab::builder()
+        .config("dns.resolvers", resolvers.to_vec())
+        .build();
+    let _web = lab.serve_tcp(443);
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "203.0.113.0/24:443")]);
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    let translated = |last: u16| Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0xcb00, 0x7100 + last);
+    let mut allowed = pod.talks_tcp((translated(12), 443));
+    assert!(pod.connect_tcp((translated(10), 443), SHORT).is_err());
+    assert!(agent.stop().success());
+    // This agent puts its resolvers in force, and ends before it knows the pod.
+    lab.write_file(&lab.pod_file(&pod), b"{{{ not YAML");
+    lab.edit_config("dns.resolvers", resolvers[..1].to_vec());
+    let mut agent = lab.start_agent_with(&["--keep-enforcing"], &[]);
+    agent.wait_log("that the pod stays enforced", |line| {
+        line.contains("shop/cart") && line.contains("as an earlier agent left it")
+    });
+    let mut to_resolver = pod.talks_tcp((translated(10), 443));
+    agent.kill();
+
+    lab.write_pod(&pod, &[("allow", "203.0.113.0/24:443")]);
+    lab.edit_config("dns.resolvers", resolvers.to_vec());
+    let _agent = lab.start_agent_with(&["--keep-enforcing"], &[&pod]);
+    assert!(
+        !exchange(&mut to_resolver, b"after", SHORT),
         "the connection goes on"
     );
     assert!(

@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, SHORT, TcpEcho,
-    addresses::{RESOLVER, server},
+    addresses::{RESOLVER, RESOLVER6, server},
     cluster::{allow, rights},
     dns::{RecordType, Send, address},
     eventually, holds,
@@ -181,4 +181,81 @@ fn without_the_saved_state_and_the_api_server_responses_are_still_held() {
         let net = cart.net();
         net.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)
     });
+}
+
+#[test]
+fn without_the_saved_state_ranges_of_services_stay_while_the_api_server_does_not_name_them() {
+    let mut scene = Scene::new();
+    scene.agent.kill();
+    // As an agent leaves it to which the API server has named the prefix as a range of Services.
+    let mut marked = 0;
+    scene.cluster.lab.rewrite_shared("ranges", |key, value| {
+        if key.ends_with(&[10, 78, 0, 0]) {
+            value[0] |= 16;
+            marked += 1;
+        }
+    });
+    assert_eq!(marked, 1, "the prefix is in force");
+    let api = Arc::clone(&scene.cluster.server);
+    api.delete(&scene.other);
+    // First the API server does not have the ranges, then it refuses them.
+    for rights in [rights_but(""), rights_but("servicecidrs")] {
+        api.allow_agent("agent", &rights);
+        std::fs::remove_file(scene.state()).expect("remove what the agent has saved");
+        scene.agent = scene.cluster.start_agent_with(&["--keep-enforcing"]);
+        scene.agent.wait_log("which addresses it knows", |line| {
+            line.contains("the cluster's addresses are known")
+        });
+        scene.assert_closed("because the API server does not name it");
+        scene.agent.kill();
+    }
+}
+
+#[test]
+fn resolvers_that_are_gone_are_forgotten_while_a_list_fails_that_they_do_not_come_from() {
+    let server_of_its_own = Arc::new(ApiServer::start());
+    let builder = Lab::builder().config("dns", json!({}));
+    let cluster = Cluster::on(server_of_its_own, builder);
+    cluster.announce_resolver();
+    cluster.lab.dns().addresses("shop.test", &[server(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let entries = json!({ "egress-agent.dev/allow": "shop.test:443" });
+    let cart = cluster.run(&shop, "cart", &entries);
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
+    let api = Arc::clone(&cluster.server);
+    api.allow_agent("agent", &rights(false));
+    let endpoints = |addresses: Value| {
+        json!({
+            "apiVersion": "v1",
+            "kind": "Endpoints",
+            "metadata": { "namespace": "kube-system", "name": "kube-dns" },
+            "subsets": [{
+                "addresses": addresses,
+                "ports": [{ "name": "dns", "port": 53, "protocol": "UDP" }],
+            }],
+        })
+    };
+    let other = json!([{ "ip": "10.99.0.77" }]);
+    let state = cluster.lab.directory().join("state/cluster.json");
+    for (left, gone, is_saved) in [
+        (json!([{ "ip": RESOLVER6 }]), RESOLVER, true),
+        (other, RESOLVER6, false),
+    ] {
+        agent.kill();
+        if !is_saved {
+            std::fs::remove_file(&state).expect("remove what the agent has saved");
+        }
+        api.apply(&endpoints(left));
+        agent = cluster.start_agent_with(&["--keep-enforcing"]);
+        agent.wait_enforcing(cart.net());
+        let net = cart.net();
+        assert!(
+            net.try_resolve(gone, "shop.test", RecordType::A, SHORT)
+                .is_none(),
+            "{gone} is still a resolver"
+        );
+        agent.wait_denial("the query", |denial| denial.is(net, "no_rule", gone, 53));
+    }
 }

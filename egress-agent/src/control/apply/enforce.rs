@@ -57,6 +57,9 @@ impl Applier {
                 .await;
         }
         self.gate
+            .forget(self.left_on(pod, &wanted.interfaces))
+            .await?;
+        self.gate
             .apply(Enforcement {
                 identity: Arc::clone(&identity),
                 compiled: Arc::clone(&wanted.compiled),
@@ -229,6 +232,7 @@ impl Applier {
                 }
             }
         }
+        self.gate.forget(self.left_on(pod, &interfaces)).await?;
         self.gate.move_to(pod, interfaces.clone()).await?;
         let _ = self.require_stamps(&interfaces, mode);
         outcome.judged.extend(&interfaces);

@@ -2,14 +2,11 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use egress_common::{
-    ids::{IfIndex, PodId, PolicyId},
-    records::Interface,
-};
+use egress_common::ids::{PodId, PolicyId};
 
 use crate::{
     control::plan::wanted::Wanted,
-    datapath::{FlowMap, PodPins},
+    datapath::{Adoptable, FlowMap, PodPins},
     report::{PodIdentity, Subject},
     serve::{Attached, PodRecord},
 };
@@ -55,10 +52,16 @@ impl Enforced {
         }
     }
 
-    /// What its interfaces are under.
-    pub(in crate::control) fn entries(&self) -> Vec<(IfIndex, Interface)> {
+    /// The pod as one that is in the kernel and not enforced.
+    pub(in crate::control) fn as_left(&self, subject: &Subject) -> Adoptable {
+        let (namespace, name) = subject.fields();
         let entry = self.wanted.entry(self.pod, self.policy);
         let interfaces = self.wanted.interfaces.iter();
-        interfaces.map(|&ifindex| (ifindex, entry)).collect()
+        Adoptable {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: self.wanted.uid.clone(),
+            interfaces: interfaces.map(|&ifindex| (ifindex, entry)).collect(),
+        }
     }
 }

@@ -185,11 +185,16 @@ impl Applier {
         for action in &plan.actions {
             // Once the gate has all pods that an earlier agent left enforced.
             let adopts = matches!(action, Action::Begin { adopts: true, .. });
-            if !(adopts || matches!(action, Action::Release(_) | Action::Prepare)) {
+            let changes_nothing = matches!(
+                action,
+                Action::Release(_) | Action::Retire(_) | Action::Prepare
+            );
+            if !(adopts || changes_nothing) {
                 self.start_reading();
             }
             match action {
                 Action::Release(subjects) => self.release(subjects).await,
+                Action::Retire(subject) => self.retire(subject),
                 Action::Prepare => versions = self.prepare(&plan.actions),
                 Action::Change { subject, wanted } => {
                     let done = self.change(subject, wanted, versions.remove(subject)).await;
@@ -224,11 +229,16 @@ impl Applier {
                     subject,
                     taken_over,
                 } => {
-                    if self.are_taken_over(subject, taken_over) {
+                    let enforced = self.enforced.get(subject);
+                    if enforced.is_some_and(|pod| self.are_taken_over(pod.pod, taken_over)) {
                         self.remove(subject).await;
                     }
                 }
-                Action::RemoveLeft(pod) => self.remove_left(*pod, &mut outcome).await,
+                Action::RemoveLeft { pod, taken_over } => {
+                    if self.are_taken_over(*pod, taken_over) {
+                        self.remove_left(*pod, &mut outcome).await;
+                    }
+                }
             }
         }
         self.start_reading();

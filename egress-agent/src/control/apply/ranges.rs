@@ -3,16 +3,12 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::{Context as _, Result};
-use egress_common::{
-    address::{self, Address},
-    records::{RANGE_INTERNAL, RANGE_NODE},
-};
+use egress_common::address::{self, Address};
 
-use super::{Applier, enforced::Enforced};
+use super::Applier;
 use crate::{
     config::Config,
     control::{dns_settings, inherited::Inherited, plan::wanted::mapped, settings::Settings},
-    datapath::{View, boottime_ns},
     pods::Facts,
 };
 use egress_policy::Resolver;
@@ -49,11 +45,13 @@ impl Applier {
         if ranges == before && tunnels == tunnels_before {
             return Ok(());
         }
-        // New entries are written before old ones are removed, so for a moment the map needs room for both.
+        // New entries are written before old ones are removed, so for a moment the maps need room for both.
+        self.datapath.check_room(&tunnels, &ranges)?;
         if let Err(error) = self.datapath.put_in_force(&tunnels, &ranges) {
+            // What a part of the new ranges let pass is judged again under the earlier ones.
+            settings.ranges.change(now);
             self.datapath
-                .set_ranges(&before)
-                .and_then(|()| self.datapath.set_tunnels(&tunnels_before))
+                .put_in_force(&tunnels_before, &before)
                 .context("the earlier ranges cannot be put back")?;
             return Err(error);
         }
@@ -81,35 +79,15 @@ impl Applier {
         let view = self.datapath.view();
         for enforced in self.enforced.values_mut() {
             let is_concerned = view.as_ref().map_or(true, |view| {
+                let policy = (enforced.policy, &enforced.wanted.record);
                 // A pod that cannot be looked at gets a new version too.
-                is_concerned(view, enforced, &changed).unwrap_or(true)
+                view.is_concerned(policy, &changed).unwrap_or(true)
             });
             if is_concerned {
                 Arc::make_mut(&mut enforced.wanted).judge_again();
             }
         }
     }
-}
-
-/// Whether a pod's policy judges otherwise because these IPv4 addresses are resolvers' now, or are no more.
-///
-/// An entry or range for an IPv4 address also counts for its translation (NAT64), unless the address is a
-/// resolver's: see [`egress_common::verdict::Destination::add_translated`]. Only a pod with an IPv6 address
-/// sends there.
-fn is_concerned(view: &View, enforced: &Enforced, changed: &BTreeSet<Address>) -> Result<bool> {
-    let record = &enforced.wanted.record;
-    if enforced.wanted.own().iter().all(address::is_v4) {
-        return Ok(false);
-    }
-    for address in changed {
-        let policy = (enforced.policy, record);
-        let (destination, _) = view.destination(policy, address, boottime_ns())?;
-        let is_listed = !destination.cidr.without(record.deny).is_empty();
-        if is_listed || destination.ranges & (RANGE_INTERNAL | RANGE_NODE) != 0 {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// Resolvers for a log line.
@@ -139,10 +117,15 @@ pub(in crate::control) fn together(
              held, and nothing is learned from it"
         );
     }
-    let internal = &mut config.ranges.internal;
-    internal.extend(facts.internal.keys());
-    internal.extend(&inherited.internal);
-    internal.sort_unstable();
-    internal.dedup();
+    let ranges = &mut config.ranges;
+    ranges.internal.extend(facts.internal.keys());
+    ranges.internal.extend(&inherited.internal);
+    ranges.internal.extend(&inherited.services);
+    ranges.services.extend(&facts.services);
+    ranges.services.extend(&inherited.services);
+    for prefixes in [&mut ranges.internal, &mut ranges.services] {
+        prefixes.sort_unstable();
+        prefixes.dedup();
+    }
     config
 }

@@ -26,18 +26,20 @@ impl Applier {
         }
     }
 
+    /// Frees the name of a pod that is gone. Its interfaces stay as they are until they are taken over.
+    pub(super) fn retire(&mut self, subject: &Subject) {
+        if let Some(enforced) = self.enforced.remove(subject) {
+            self.left.insert(enforced.pod, enforced.as_left(subject));
+        }
+    }
+
     /// Detaches from a pod's interfaces and removes its state. What cannot be removed now is left in the kernel, and
     /// removed by a later reconcile.
     pub(super) async fn remove(&mut self, subject: &Subject) {
         let Some(enforced) = self.enforced.remove(subject) else {
             return;
         };
-        let left = Adoptable {
-            namespace: subject.fields().0.to_owned(),
-            name: subject.fields().1.to_owned(),
-            uid: enforced.wanted.uid.clone(),
-            interfaces: enforced.entries(),
-        };
+        let left = enforced.as_left(subject);
         match self.remove_state(enforced.pod, &left).await {
             Ok(()) => tracing::info!(pod = %subject, "removed"),
             Err(error) => {
@@ -88,12 +90,21 @@ impl Applier {
     }
 
     /// Whether other pods than this one are enforced on all of these interfaces.
-    pub(super) fn are_taken_over(&self, subject: &Subject, interfaces: &[IfIndex]) -> bool {
-        let Some(enforced) = self.enforced.get(subject) else {
-            return true;
-        };
+    pub(super) fn are_taken_over(&self, pod: PodId, interfaces: &[IfIndex]) -> bool {
         let mut interfaces = interfaces.iter();
-        interfaces.all(|&ifindex| self.is_taken_over(enforced.pod, ifindex))
+        interfaces.all(|&ifindex| self.is_taken_over(pod, ifindex))
+    }
+
+    /// The pods that are left in the kernel, other than this one, on any of these interfaces.
+    pub(super) fn left_on(&self, pod: PodId, interfaces: &[IfIndex]) -> Vec<PodId> {
+        let is_on = |left: &Adoptable| {
+            let mut own = left.interfaces.iter();
+            own.any(|(ifindex, _)| interfaces.contains(ifindex))
+        };
+        let left = self.left.iter();
+        left.filter(|&(&id, left)| id != pod && is_on(left))
+            .map(|(&id, _)| id)
+            .collect()
     }
 
     /// Whether an interface is, or is to be, that of another pod than this one.

@@ -50,6 +50,14 @@ impl Arrivals {
         }
     }
 
+    /// The agent is attached to these interfaces: there is nothing to wait for when their pods are gone.
+    pub(in crate::control) fn note_attached(
+        &mut self,
+        interfaces: impl IntoIterator<Item = IfIndex>,
+    ) {
+        self.made.extend(interfaces);
+    }
+
     /// Removes the interfaces (name and index) whose network may be incomplete.
     pub(in crate::control) fn leave_out(
         &mut self,
@@ -108,6 +116,13 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interface_that_the_agent_is_attached_to_is_complete() {
+        let mut arrivals = Arrivals::new([]);
+        arrivals.note_attached([IfIndex::new(7)]);
+        assert!(arrivals.made.contains(&IfIndex::new(7)));
+    }
 
     #[test]
     fn a_network_is_inhabited_when_one_process_stays_in_it() {

@@ -119,6 +119,13 @@ impl PodLocations {
         matches!(self, Self::OnHost(on_host) if on_host.has_quarantine())
     }
 
+    /// The agent is attached to these interfaces.
+    pub(super) fn note_attached(&mut self, interfaces: impl IntoIterator<Item = IfIndex>) {
+        if let Self::OnHost(on_host) = self {
+            on_host.note_attached(interfaces);
+        }
+    }
+
     /// Whether some interface has no pod yet.
     pub(super) fn has_unidentified(&self) -> bool {
         matches!(self, Self::OnHost(on_host) if on_host.has_unidentified())

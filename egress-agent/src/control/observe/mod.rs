@@ -231,13 +231,17 @@ impl Observer {
         source: &'a Snapshot,
         enforced: &BTreeMap<Subject, InForce>,
     ) -> (BTreeMap<Subject, Cow<'a, Pod>>, BTreeMap<Subject, Location>) {
+        let in_force = enforced.values().map(|in_force| &in_force.wanted);
+        let attached = in_force.flat_map(|wanted| wanted.interfaces.iter().copied());
+        self.locations.note_attached(attached);
         let look = self.locations.look(machine, source);
         let mut locations = look.locations;
-        let mut unidentified = look
-            .unidentified
-            .unwrap_or_else(|| quarantine::interfaces(enforced));
         // A pod of which nothing runs any more is still enforced on its interface.
         let held = held(source, enforced);
+        let mut unidentified = look.unidentified.unwrap_or_else(|| {
+            let gone = self.locations.has_quarantine();
+            quarantine::as_before(enforced, gone.then_some(&machine.links))
+        });
         unidentified.retain(|(_, ifindex)| !held.contains(ifindex));
         let pods = source.pods.iter();
         let mut pods: BTreeMap<Subject, Cow<'a, Pod>> = pods

@@ -99,6 +99,13 @@ impl OnHost {
         arrivals.is_some_and(|arrivals| arrivals.waiting)
     }
 
+    /// The agent is attached to these interfaces.
+    pub(super) fn note_attached(&mut self, interfaces: impl IntoIterator<Item = IfIndex>) {
+        if let Some(arrivals) = &mut self.arrivals {
+            arrivals.note_attached(interfaces);
+        }
+    }
+
     /// The addresses that an interface had at first sight.
     pub(super) fn first_addresses(&self, ifindex: IfIndex) -> FirstAddresses {
         self.sights.of(&[ifindex])

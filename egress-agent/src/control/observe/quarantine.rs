@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use egress_common::ids::IfIndex;
 
 use super::InForce;
-use crate::{pods::Pod, report::Subject};
+use crate::{host::Links, pods::Pod, report::Subject};
 use egress_policy::objects::Objects;
 
 /// The problem of an interface that stays in quarantine.
@@ -17,14 +17,22 @@ pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads int
                                  no pod of this node is known to be there. If it is no pod's, name \
                                  it in quarantine.exclude";
 
-/// The names and indexes of the interfaces that are in quarantine now.
-pub(super) fn interfaces(enforced: &BTreeMap<Subject, InForce>) -> Vec<(String, IfIndex)> {
-    let interfaces = enforced.iter().filter_map(|(subject, in_force)| {
-        let Subject::Interface(name) = subject else {
-            return None;
+/// The names and indexes of the interfaces in quarantine, where it cannot be found out which have no pod: those that
+/// are in quarantine now, and with `links` all others that are enforced. Those of pods that are gone are among them.
+pub(super) fn as_before(
+    enforced: &BTreeMap<Subject, InForce>,
+    links: Option<&Links>,
+) -> Vec<(String, IfIndex)> {
+    let interfaces = enforced.iter().flat_map(|(subject, in_force)| {
+        let name = match subject {
+            Subject::Interface(name) => Some(&name.0),
+            Subject::Pod(_) => None,
         };
-        let ifindex = *in_force.wanted.interfaces.first()?;
-        Some((name.0.clone(), ifindex))
+        let interfaces = in_force.wanted.interfaces.iter();
+        interfaces.filter_map(move |&ifindex| {
+            let link = || links.and_then(|links| Some(links.get(ifindex)?.name.clone()));
+            Some((name.cloned().or_else(link)?, ifindex))
+        })
     });
     interfaces.collect()
 }

@@ -6,7 +6,8 @@
 //! The actions are in the order in which they are done:
 //!
 //! 1. **Release** the pods that are to be free: one write to a map each, and nothing of them is judged any more.
-//! 2. **Remove** the pods that are gone, so that their names and interfaces are free for others.
+//! 2. **Remove** the pods that are gone, or **retire** them: their names are free for others, and their interfaces stay
+//!    judged until those who are to be enforced there are.
 //! 3. **Prepare** the maps of all new policies, for all pods together: the kernel takes as long over one as over
 //!    many.
 //! 4. **Change** the policies of enforced pods, and **move** pods to other interfaces: one write each.
@@ -15,7 +16,7 @@
 //! 7. **Settle** those of them that may have connections from before.
 //! 8. **Remove** the pods that were released, and interfaces in quarantine that their pods have taken over.
 //!    Detaching takes as long as attaching.
-//! 9. **Remove** what is left in the kernel and no pod claims.
+//! 9. **Remove** what is left in the kernel and no pod claims, and the pods that were retired.
 
 mod own_addresses;
 mod pod;
@@ -67,6 +68,9 @@ pub(in crate::control) struct Plan {
 pub(in crate::control) enum Action {
     /// Stop judging these pods at once.
     Release(Vec<Subject>),
+    /// Free the name of a pod that is gone. Its programs, its policy and its maps stay in force, as if an earlier agent
+    /// had left them, until [`Self::RemoveLeft`].
+    Retire(Subject),
     /// Make the maps that the later [`Self::Change`] and [`Self::Begin`] need.
     Prepare,
     /// Put an enforced pod under another version of its policy.
@@ -97,7 +101,10 @@ pub(in crate::control) enum Action {
         taken_over: Vec<IfIndex>,
     },
     /// The same for a pod that is in the kernel and not enforced.
-    RemoveLeft(PodId),
+    RemoveLeft {
+        pod: PodId,
+        taken_over: Vec<IfIndex>,
+    },
 }
 
 /// What is done about connections that a pod had before it is enforced.
@@ -142,10 +149,20 @@ impl Plan {
         }
     }
 
+    /// Frees the names of pods that are gone. Their processes may still run: an interface on which somebody else is to
+    /// be enforced is not detached from before that.
     fn remove_gone(&mut self, targets: &Targets<'_>) {
-        let gone = targets.gone.iter().map(|&subject| Action::Remove {
-            subject: subject.clone(),
-            taken_over: Vec::new(),
+        let gone = targets.gone.iter().map(|&(subject, in_force)| {
+            let subject = subject.clone();
+            if targets.claimed_of(&in_force.wanted.interfaces).is_empty() {
+                let taken_over = Vec::new();
+                Action::Remove {
+                    subject,
+                    taken_over,
+                }
+            } else {
+                Action::Retire(subject)
+            }
         });
         self.actions.extend(gone);
     }
@@ -227,11 +244,8 @@ impl Plan {
             let Some(in_force) = targets.enforced.get(subject) else {
                 continue;
             };
-            let claimed: Vec<IfIndex> = if subject.is_interface() {
-                let interfaces = in_force.wanted.interfaces.iter().copied();
-                interfaces
-                    .filter(|ifindex| targets.claimed.contains(ifindex))
-                    .collect()
+            let claimed = if subject.is_interface() {
+                targets.claimed_of(&in_force.wanted.interfaces)
             } else {
                 Vec::new()
             };
@@ -269,7 +283,13 @@ impl Plan {
                 found.is_some_and(|found| found.pod.uid == left.uid)
             };
             if !is_adopted {
-                self.actions.push(Action::RemoveLeft(id));
+                let interfaces: Vec<IfIndex> = left.interfaces.iter().map(|&(at, _)| at).collect();
+                self.remove_left(id, &interfaces, targets);
+            }
+        }
+        for &(_, in_force) in &targets.gone {
+            if !targets.claimed_of(&in_force.wanted.interfaces).is_empty() {
+                self.remove_left(in_force.pod, &in_force.wanted.interfaces, targets);
             }
         }
         // At every start it takes a moment until the API server has said which pods there are.
@@ -280,6 +300,18 @@ impl Plan {
             );
             self.other_problems
                 .set(About::node("pods of an earlier agent"), what);
+        }
+    }
+
+    /// Removes what is left of a pod, once others are enforced on those of its interfaces that they claim. What nobody
+    /// can be enforced on now stays as it is.
+    fn remove_left(&mut self, pod: PodId, interfaces: &[IfIndex], targets: &Targets<'_>) {
+        let taken_over = targets.claimed_of(interfaces);
+        let mut claimed = taken_over.iter();
+        if claimed.all(|&ifindex| targets.will_be_judged(ifindex)) {
+            self.actions.push(Action::RemoveLeft { pod, taken_over });
+        } else {
+            self.kept.push(pod);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What should be done with one pod.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 use egress_common::{ids::IfIndex, limits::OWN_ADDRESSES};
 
@@ -8,7 +8,11 @@ use super::{own_addresses::own_addresses, wanted::Wanted};
 use crate::{
     config::{OnDeny, UnenforcedInterfaces},
     control::{
-        observe::{Observed, ObservedPod, exits, locations::Location, unlocated::Absence},
+        observe::{
+            Observed, ObservedPod, exits,
+            locations::{Location, PodLocation},
+            unlocated::Absence,
+        },
         settings::Settings,
     },
     report::Subject,
@@ -24,6 +28,8 @@ pub(super) enum Decision {
     /// Keep what is in force, because what should be cannot be found out; the text says why where somebody should
     /// know.
     Keep(Option<String>),
+    /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
+    Refuse(String),
     /// Keep what is in force, because the pod cannot be found any more. The text says why. It becomes a problem
     /// only if that lasts: every pod ends like this.
     KeepUnlocated(String),
@@ -79,24 +85,31 @@ pub(super) fn decide(
         }
         Location::Nowhere(why) => return Decision::Free(Some(why.clone())),
     };
-    let other = location.interfaces.iter().find_map(|ifindex| {
-        let other = taken.get(ifindex).filter(|other| *other != subject);
-        other.map(|other| (ifindex, other))
-    });
-    if let Some((ifindex, other)) = other {
-        let name = observed.interface_names.get(ifindex);
-        let name = name.map_or_else(|| ifindex.to_string(), String::clone);
-        let why = format!("interface {name} is already that of pod {other}");
-        return if is_enforced {
-            Decision::Keep(Some(format!("{why}; enforced on its earlier interface")))
-        } else {
-            Decision::Free(Some(format!("not enforced: {why}")))
-        };
-    }
+    let mut notes: Vec<String> = location.note.iter().cloned().collect();
+    let is_anothers = |ifindex: &IfIndex| taken.get(ifindex).is_some_and(|other| other != subject);
+    let (others, free): (Vec<IfIndex>, Vec<IfIndex>) =
+        location.interfaces.iter().partition(|at| is_anothers(at));
+    let why = others
+        .first()
+        .map(|&first| already_anothers(observed, first, taken));
+    let location = match why {
+        None => Cow::Borrowed(location),
+        Some(why) if !free.is_empty() => {
+            notes.push(format!("{why}; enforced on its other interfaces"));
+            Cow::Owned(PodLocation {
+                interfaces: free,
+                ..location.clone()
+            })
+        }
+        Some(why) if is_enforced => {
+            return Decision::Keep(Some(format!("{why}; enforced on its earlier interface")));
+        }
+        Some(why) => return Decision::Refuse(format!("not enforced: {why}")),
+    };
+    let location = &*location;
     for &ifindex in &location.interfaces {
         taken.insert(ifindex, subject.clone());
     }
-    let mut notes: Vec<String> = location.note.iter().cloned().collect();
     let mut policy = Arc::clone(&found.policy);
     if let Some((exits, error)) = &found.exits {
         notes.extend(error.clone());
@@ -157,6 +170,20 @@ pub(super) fn decide(
 fn is_enforced(observed: &Observed<'_>, subject: &Subject, uid: &str) -> bool {
     let in_force = observed.enforced.get(subject);
     in_force.is_some_and(|in_force| in_force.wanted.uid == uid)
+}
+
+/// Who has an interface already.
+fn already_anothers(
+    observed: &Observed<'_>,
+    ifindex: IfIndex,
+    taken: &HashMap<IfIndex, Subject>,
+) -> String {
+    let name = observed.interface_names.get(&ifindex);
+    let name = name.map_or_else(|| ifindex.to_string(), String::clone);
+    match taken.get(&ifindex) {
+        Some(pod @ Subject::Pod(_)) => format!("interface {name} is already that of pod {pod}"),
+        _ => format!("interface {name} is in quarantine"),
+    }
 }
 
 /// A policy that allows nothing external, in this mode.

@@ -142,6 +142,7 @@ fn identify(scene: &mut Scene) {
 fn place(scene: &Scene, action: &Action) -> u8 {
     match action {
         Action::Release(_) => 0,
+        Action::Retire(_) => 1,
         Action::Remove { subject, .. } if is_gone(scene, subject) => 1,
         Action::Prepare => 2,
         Action::Change { .. } | Action::Move { .. } => 3,
@@ -149,7 +150,7 @@ fn place(scene: &Scene, action: &Action) -> u8 {
         Action::Begin { .. } => 5,
         Action::Settle => 6,
         Action::Remove { .. } => 7,
-        Action::RemoveLeft(_) => 8,
+        Action::RemoveLeft { .. } => 8,
     }
 }
 
@@ -176,22 +177,27 @@ fn protected(scene: &Scene) -> Vec<Subject> {
     enforced.cloned().collect()
 }
 
-/// Whether a pod that should be enforced is behind this interface. A pod that is refused because another one has one
-/// of its interfaces is not enforced on the others either.
-fn is_to_be_enforced(scene: &Scene, plan: &Plan, ifindex: IfIndex) -> bool {
-    let mut pods = scene.pods.iter();
-    pods.any(|(subject, found)| {
-        let problem = plan.problems.get(subject);
+/// Whether a pod that should be enforced is behind this interface.
+fn is_to_be_enforced(scene: &Scene, ifindex: IfIndex) -> bool {
+    let mut pods = scene.pods.values();
+    pods.any(|found| {
         found.policy.mode == Mode::Enforce
             && !found.pod.host_network
-            && !problem.is_some_and(|problem| problem.starts_with("not enforced: interface"))
             && found.location.interfaces().contains(&ifindex)
     })
 }
 
-fn is_covered(scene: &Scene, ifindex: IfIndex) -> bool {
-    let mut enforced = scene.enforced.values();
-    enforced.any(|in_force| in_force.wanted.interfaces.contains(&ifindex))
+/// The interfaces in quarantine, and those of pods that are gone, on which somebody is to be enforced: each stays judged
+/// until then.
+fn handed_over(scene: &Scene, wanted_on: &HashMap<IfIndex, &Subject>) -> Vec<IfIndex> {
+    let enforced = scene.enforced.iter();
+    let leaving = enforced
+        .filter(|(subject, _)| subject.is_interface() || is_gone(scene, subject))
+        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied());
+    let left = scene.left.values().flat_map(|left| &left.interfaces);
+    let all = leaving.chain(left.map(|&(ifindex, _)| ifindex));
+    all.filter(|ifindex| wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, *ifindex))
+        .collect()
 }
 
 /// Carries out the plan, and checks what holds after each of its actions, and of the whole.
@@ -255,18 +261,10 @@ fn check(scene: &mut Scene, plan: &Plan) {
     }
 
     let protected = protected(scene);
-    let handed_over: Vec<IfIndex> = scene
-        .enforced
-        .iter()
-        .filter(|(subject, _)| subject.is_interface())
-        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
-        .filter(|ifindex| {
-            wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, plan, *ifindex)
-        })
-        .collect();
+    let handed_over = handed_over(scene, &wanted_on);
     scene.unjudged.leave(&plan.left_alone);
     for action in &plan.actions {
-        scene.carry_out(action);
+        scene.carry_out(action, plan);
         for subject in &protected {
             assert!(
                 scene.enforced.contains_key(subject) && !released.contains(subject),
@@ -275,7 +273,11 @@ fn check(scene: &mut Scene, plan: &Plan) {
             );
         }
         for &ifindex in &handed_over {
-            assert!(is_covered(scene, ifindex), "{ifindex}: {:?}", told(plan));
+            assert!(
+                scene.attached.contains(&ifindex),
+                "{ifindex} is free: {:?}",
+                told(plan)
+            );
         }
     }
 

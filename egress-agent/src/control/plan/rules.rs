@@ -190,14 +190,133 @@ fn everything_at_once_is_done_in_the_order_that_frees_and_protects_soonest() {
 }
 
 #[test]
-fn a_pod_that_is_made_anew_under_its_name_is_removed_and_begun() {
+fn a_pod_that_is_made_anew_takes_its_interface_over_from_the_one_that_is_gone() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
     scene.get("cart").pod.uid = "another".to_owned();
     assert_eq!(
+        told(&scene.reconcile()),
+        [
+            "retire cart",
+            "prepare",
+            "begin cart",
+            "remove what is left of 1, if [1] are taken over"
+        ]
+    );
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn quarantine_takes_over_the_interface_of_a_pod_that_is_gone() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.pods.clear();
+    scene.add_unknown("veth1", 1);
+    assert_eq!(
+        told(&scene.reconcile()),
+        [
+            "retire cart",
+            "prepare",
+            "begin veth1",
+            "remove what is left of 1, if [1] are taken over"
+        ]
+    );
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn an_interface_of_a_pod_that_is_gone_stays_judged_while_nobody_can_take_it_over() {
+    let mut scene = Scene::new();
+    scene.add("gone", 1);
+    scene.add("cart", 2);
+    scene.reconcile();
+    // The other pod is found there, and keeps its last good policy where it is.
+    scene.pods.remove(&subject("gone"));
+    scene.get("cart").location = behind(&[1, 2]);
+    scene.get("cart").pod.namespace_known = false;
+    assert_eq!(told(&scene.reconcile()), ["retire gone"]);
+    let later = scene.plan();
+    assert!(told(&later).is_empty());
+    assert_eq!(later.kept, [PodId::new(2)]);
+    scene.get("cart").pod.namespace_known = true;
+    assert_eq!(
         told(&scene.plan()),
-        ["remove cart", "prepare", "begin cart"]
+        [
+            "prepare",
+            "move cart to [1, 2]",
+            "remove what is left of 2, if [1] are taken over"
+        ]
+    );
+}
+
+#[test]
+fn connections_are_noted_at_once_where_a_pod_follows_one_that_is_gone() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.get("cart").pod.uid = "another".to_owned();
+    scene.unjudged.leave(&[IfIndex::new(1)]);
+    assert_eq!(told(&scene.plan())[2], "begin cart, note");
+}
+
+#[test]
+fn a_pod_is_enforced_on_those_of_its_interfaces_that_no_other_pod_has() {
+    let mut scene = Scene::new();
+    scene.add("zoo", 2);
+    scene.add_unknown("veth1", 1);
+    scene.reconcile();
+    scene.pods.remove(&Subject::interface("veth1"));
+    scene.add("cart", 1).location = behind(&[1, 2]);
+    assert_eq!(
+        told(&scene.reconcile()),
+        [
+            "prepare",
+            "begin cart",
+            "remove veth1, if [1] are taken over"
+        ]
+    );
+    assert_eq!(
+        scene.problem("cart"),
+        "interface veth2 is already that of pod shop/zoo; enforced on its other interfaces"
+    );
+    assert_eq!(scene.problem("zoo"), "");
+    // It gets the other interface when its pod is gone.
+    scene.pods.remove(&subject("zoo"));
+    assert_eq!(
+        told(&scene.plan()),
+        [
+            "retire zoo",
+            "prepare",
+            "move cart to [1, 2]",
+            "remove what is left of 2, if [2] are taken over"
+        ]
+    );
+}
+
+#[test]
+fn an_enforced_pod_moves_to_those_of_its_interfaces_that_no_other_pod_has() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.add("zoo", 2);
+    scene.reconcile();
+    scene.get("cart").location = behind(&[1, 2, 3]);
+    assert_eq!(told(&scene.reconcile()), ["prepare", "move cart to [1, 3]"]);
+    assert!(told(&scene.plan()).is_empty());
+}
+
+#[test]
+fn an_interface_stays_in_quarantine_if_the_pod_behind_it_is_refused() {
+    let mut scene = Scene::new();
+    scene.add_unknown("veth1", 1);
+    scene.reconcile();
+    // It cannot be told at the moment whose interface it is.
+    scene.add("cart", 1);
+    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(
+        scene.problem("cart"),
+        "not enforced: interface veth1 is in quarantine"
     );
 }
 

@@ -54,6 +54,8 @@ pub(super) struct Scene {
     pub(super) in_cluster: bool,
     pub(super) enforced: BTreeMap<Subject, InForce>,
     pub(super) left: BTreeMap<PodId, Adoptable>,
+    /// The interfaces that the programs are on.
+    pub(super) attached: HashSet<IfIndex>,
     pub(super) unjudged: Unjudged,
     pub(super) owners: Owners,
     next_pod: PodId,
@@ -79,6 +81,7 @@ impl Scene {
             in_cluster: true,
             enforced: BTreeMap::new(),
             left: BTreeMap::new(),
+            attached: HashSet::new(),
             unjudged: Unjudged::new(true, HashSet::new()),
             owners: Owners::default(),
             next_pod: PodId::new(1),
@@ -164,15 +167,29 @@ impl Scene {
         let plan = self.plan();
         self.unjudged.leave(&plan.left_alone);
         for action in &plan.actions {
-            self.carry_out(action);
+            self.carry_out(action, &plan);
         }
         plan
     }
 
-    /// What a successful action leads to.
-    pub(super) fn carry_out(&mut self, action: &Action) {
+    /// What a successful action of this plan leads to.
+    pub(super) fn carry_out(&mut self, action: &Action, plan: &Plan) {
         match action {
-            Action::Release(_) | Action::Prepare | Action::Settle => {}
+            Action::Release(_) | Action::Settle => {}
+            Action::Retire(subject) => {
+                let in_force = self.enforced.remove(subject).expect("it is enforced");
+                self.leave(subject, &in_force);
+            }
+            Action::Prepare => {
+                for action in &plan.actions {
+                    if let Action::Begin {
+                        subject, wanted, ..
+                    } = action
+                    {
+                        self.prepare(subject, wanted);
+                    }
+                }
+            }
             Action::Change { subject, wanted } => {
                 let in_force = self.enforced.get_mut(subject).expect("it is enforced");
                 let wanted = Wanted::clone(wanted).on_interfaces_of(&in_force.wanted);
@@ -182,19 +199,18 @@ impl Scene {
                 subject, wanted, ..
             } => {
                 let in_force = self.enforced.get_mut(subject).expect("it is enforced");
-                let moved = Wanted::clone(&in_force.wanted).on_interfaces_of(wanted);
+                let before = Arc::clone(&in_force.wanted);
+                let moved = Wanted::clone(&before).on_interfaces_of(wanted);
                 in_force.wanted = Arc::new(moved);
+                self.attached.extend(&wanted.interfaces);
+                self.detach(before.interfaces.iter().copied());
                 self.unjudged.judge(&wanted.interfaces);
             }
             Action::Begin {
                 subject, wanted, ..
             } => {
-                let left = self.left.iter().find(|(_, left)| {
-                    (&*left.namespace, &*left.name) == subject.fields() && left.uid == wanted.uid
-                });
-                let pod = left.map_or(self.next_pod, |(&id, _)| id);
-                self.left.remove(&pod);
-                self.next_pod = self.next_pod.max(PodId::new(pod.get() + 1));
+                let pod = self.left_as(subject, wanted).expect("it is prepared");
+                let left = self.left.remove(&pod).expect("just found");
                 let in_force = InForce {
                     pod,
                     wanted: Arc::clone(wanted),
@@ -203,13 +219,54 @@ impl Scene {
                     self.enforced.insert(subject.clone(), in_force).is_none(),
                     "{subject} is enforced already"
                 );
+                self.attached.extend(&wanted.interfaces);
+                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex));
                 self.unjudged.judge(&wanted.interfaces);
             }
             Action::Remove { subject, .. } => {
-                self.enforced.remove(subject).expect("it is enforced");
+                let in_force = self.enforced.remove(subject).expect("it is enforced");
+                self.detach(in_force.wanted.interfaces.iter().copied());
             }
-            Action::RemoveLeft(pod) => {
-                self.left.remove(pod).expect("it is left");
+            Action::RemoveLeft { pod, .. } => {
+                let left = self.left.remove(pod).expect("it is left");
+                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex));
+            }
+        }
+    }
+
+    /// Notes a pod that is about to begin as left in the kernel, on the interfaces that it is to have.
+    fn prepare(&mut self, subject: &Subject, wanted: &Wanted) {
+        let pod = self.left_as(subject, wanted).unwrap_or(self.next_pod);
+        self.next_pod = self.next_pod.max(PodId::new(pod.get() + 1));
+        let (namespace, name) = subject.fields();
+        let left = self.left.entry(pod).or_insert_with(|| Adoptable {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: wanted.uid.clone(),
+            interfaces: Vec::new(),
+        });
+        let entry = wanted.entry(pod, PolicyId::new(pod.get()));
+        let interfaces = wanted.interfaces.iter();
+        left.interfaces.extend(interfaces.map(|&at| (at, entry)));
+    }
+
+    fn left_as(&self, subject: &Subject, wanted: &Wanted) -> Option<PodId> {
+        let mut left = self.left.iter();
+        let left = left.find(|(_, left)| {
+            (&*left.namespace, &*left.name) == subject.fields() && left.uid == wanted.uid
+        });
+        left.map(|(&pod, _)| pod)
+    }
+
+    /// Takes the programs off the interfaces that a pod has left, except those that this pod or another one has.
+    fn detach(&mut self, interfaces: impl Iterator<Item = IfIndex>) {
+        for ifindex in interfaces {
+            let mut enforced = self.enforced.values();
+            let mut left = self.left.values().flat_map(|left| &left.interfaces);
+            let is_somebodys = enforced.any(|pod| pod.wanted.interfaces.contains(&ifindex))
+                || left.any(|&(other, _)| other == ifindex);
+            if !is_somebodys {
+                self.attached.remove(&ifindex);
             }
         }
     }
@@ -217,21 +274,27 @@ impl Scene {
     /// Another agent starts, and finds what this one has enforced.
     pub(super) fn restart(&mut self) {
         for (subject, in_force) in std::mem::take(&mut self.enforced) {
-            let (namespace, name) = subject.fields();
-            let policy = PolicyId::new(in_force.pod.get());
-            let entry = in_force.wanted.entry(in_force.pod, policy);
-            let interfaces = in_force.wanted.interfaces.iter();
-            let left = Adoptable {
-                namespace: namespace.to_owned(),
-                name: name.to_owned(),
-                uid: in_force.wanted.uid.clone(),
-                interfaces: interfaces.map(|&ifindex| (ifindex, entry)).collect(),
-            };
-            self.left.insert(in_force.pod, left);
+            self.leave(&subject, &in_force);
         }
         let left = self.left.values().flat_map(|left| &left.interfaces);
         let left = left.map(|&(ifindex, _): &(IfIndex, Interface)| ifindex);
         self.unjudged = Unjudged::new(true, left.collect());
+    }
+
+    /// What is in force stays so, and nobody is enforced with it any more.
+    fn leave(&mut self, subject: &Subject, in_force: &InForce) {
+        let (namespace, name) = subject.fields();
+        let entry = in_force
+            .wanted
+            .entry(in_force.pod, PolicyId::new(in_force.pod.get()));
+        let interfaces = in_force.wanted.interfaces.iter();
+        let left = Adoptable {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            uid: in_force.wanted.uid.clone(),
+            interfaces: interfaces.map(|&ifindex| (ifindex, entry)).collect(),
+        };
+        self.left.insert(in_force.pod, left);
     }
 
     /// What is wrong with a pod.
@@ -289,6 +352,7 @@ pub(super) fn told(plan: &Plan) -> Vec<String> {
             let names: Vec<String> = subjects.iter().map(name).collect();
             format!("release {}", names.join(" "))
         }
+        Action::Retire(subject) => format!("retire {}", name(subject)),
         Action::Prepare => "prepare".to_owned(),
         Action::Change { subject, .. } => format!("change {}", name(subject)),
         Action::Move {
@@ -322,7 +386,12 @@ pub(super) fn told(plan: &Plan) -> Vec<String> {
             subject,
             taken_over,
         } => format!("remove {}, if {taken_over:?} are taken over", name(subject)),
-        Action::RemoveLeft(pod) => format!("remove what is left of {pod}"),
+        Action::RemoveLeft { pod, taken_over } if taken_over.is_empty() => {
+            format!("remove what is left of {pod}")
+        }
+        Action::RemoveLeft { pod, taken_over } => {
+            format!("remove what is left of {pod}, if {taken_over:?} are taken over")
+        }
     });
     actions.collect()
 }

@@ -26,7 +26,7 @@ pub(super) struct Targets<'a> {
     /// What is enforced, without `gone`.
     pub(super) enforced: BTreeMap<&'a Subject, &'a InForce>,
     /// What is enforced, but the pod is gone, or another one has its name now.
-    pub(super) gone: Vec<&'a Subject>,
+    pub(super) gone: Vec<(&'a Subject, &'a InForce)>,
     /// The pods that are to be enforced.
     pub(super) wanted: Vec<(&'a Subject, Arc<Wanted>)>,
     /// The pods that are to be free, and the interfaces in quarantine whose pods are known now.
@@ -56,7 +56,7 @@ impl<'a> Targets<'a> {
                 enforced.insert(subject, in_force);
                 freed.push(subject);
             } else {
-                gone.push(subject);
+                gone.push((subject, in_force));
             }
         }
         let mut targets = Self {
@@ -86,6 +86,10 @@ impl<'a> Targets<'a> {
                     targets.claimed.extend(interfaces);
                     why
                 }
+                Decision::Refuse(why) => {
+                    targets.claimed.extend(interfaces);
+                    Some(why)
+                }
                 Decision::KeepUnlocated(why) => {
                     plan.unlocated.insert(subject.clone(), Absence::new(why));
                     None
@@ -114,10 +118,27 @@ impl<'a> Targets<'a> {
             let mut interfaces = left.interfaces.iter();
             Some(id) != pod && interfaces.any(|&(other, _)| other == ifindex)
         });
-        let mut enforced = self.enforced.values();
+        let gone = self.gone.iter().map(|&(_, gone)| gone);
+        let mut enforced = self.enforced.values().copied().chain(gone);
         is_left
             || enforced
                 .any(|other| Some(other.pod) != pod && other.wanted.interfaces.contains(&ifindex))
+    }
+
+    /// Those of these interfaces that a pod is to be enforced on.
+    pub(super) fn claimed_of(&self, interfaces: &[IfIndex]) -> Vec<IfIndex> {
+        let interfaces = interfaces.iter().copied();
+        interfaces
+            .filter(|ifindex| self.claimed.contains(ifindex))
+            .collect()
+    }
+
+    /// Whether some pod is enforced on an interface when the plan has been carried out.
+    pub(super) fn will_be_judged(&self, ifindex: IfIndex) -> bool {
+        let wanted = self.wanted.iter().map(|(_, wanted)| wanted);
+        let enforced = self.enforced.values().map(|in_force| &in_force.wanted);
+        let mut all = wanted.chain(enforced);
+        all.any(|wanted| wanted.interfaces.contains(&ifindex))
     }
 
     /// Whether a pod, other than this subject, is enforced on an interface when the plan has been carried out.

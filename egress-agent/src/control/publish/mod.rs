@@ -36,8 +36,10 @@ use problems::Problems;
 
 /// Tells others, and remembers what it has told them.
 pub(in crate::control) struct Publisher {
+    /// The node's name.
+    node: String,
     published: Arc<Published>,
-    /// The pods that an earlier agent left, by their ids.
+    /// The pods that are in the kernel and not enforced, by their ids.
     left: HashMap<PodId, Arc<PodRecord>>,
     /// The problems of the last reconcile, so that each is logged once.
     problems: Problems,
@@ -53,30 +55,25 @@ impl Publisher {
         left: &BTreeMap<PodId, Adoptable>,
         cluster: Option<ClusterSide>,
     ) -> Self {
-        let left = left.iter().map(|(&id, left)| {
-            let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
-            let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
-                .counted_in(published.denials_of(namespace));
-            let record = PodRecord {
-                uid: left.uid.clone(),
-                mode: Mode::Enforce,
-                host_network: false,
-                quarantined: Subject::from_fields(namespace, name).is_interface(),
-                identity: Some(Arc::new(identity)),
-                attached: None,
-                compiled: None,
-                written: Arc::default(),
-                unreadable: false,
-                exits: Arc::default(),
-                problem: None,
-            };
-            (id, Arc::new(record))
-        });
-        Self {
-            left: left.collect(),
+        let mut new = Self {
+            node: node.to_owned(),
+            left: HashMap::new(),
             published,
             problems: Problems::default(),
             cluster,
+        };
+        new.note_left(left);
+        new
+    }
+
+    /// Makes a record of each pod that is in the kernel and not enforced: the denials of such a pod name it.
+    fn note_left(&mut self, left: &BTreeMap<PodId, Adoptable>) {
+        self.left.retain(|id, _| left.contains_key(id));
+        for (&id, left) in left {
+            let (node, published) = (self.node.as_str(), &self.published);
+            self.left
+                .entry(id)
+                .or_insert_with(|| Arc::new(record_of(left, node, published)));
         }
     }
 
@@ -133,8 +130,9 @@ impl Publisher {
         }
         problems.log_changes(&self.problems);
         self.problems = problems;
-        let left = applier.left().keys();
-        let left = left.filter_map(|id| Some((*id, Arc::clone(self.left.get(id)?))));
+        self.note_left(applier.left());
+        let left = self.left.iter();
+        let left = left.map(|(id, record)| (*id, Arc::clone(record)));
         let node = self.node(observed, applier, looks, settings);
         self.published.publish(node, left);
     }
@@ -147,5 +145,25 @@ impl Publisher {
     /// Whether pods come from a cluster.
     pub(in crate::control) fn has_cluster(&self) -> bool {
         self.cluster.is_some()
+    }
+}
+
+/// The record of a pod that is in the kernel and not enforced.
+fn record_of(left: &Adoptable, node: &str, published: &Published) -> PodRecord {
+    let (namespace, name) = (left.namespace.as_str(), left.name.as_str());
+    let identity = PodIdentity::new(node, namespace, name, left.uid.as_str())
+        .counted_in(published.denials_of(namespace));
+    PodRecord {
+        uid: left.uid.clone(),
+        mode: Mode::Enforce,
+        host_network: false,
+        quarantined: Subject::from_fields(namespace, name).is_interface(),
+        identity: Some(Arc::new(identity)),
+        attached: None,
+        compiled: None,
+        written: Arc::default(),
+        unreadable: false,
+        exits: Arc::default(),
+        problem: None,
     }
 }

@@ -27,13 +27,13 @@ use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Knowledge, Pod, Snapshot},
+    pods::{Facts, Knowledge, Pod, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
 const FILE: &str = "cluster.json";
 /// Raised whenever an older agent would misread the file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What the file says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -46,7 +46,7 @@ struct Document<P> {
     /// because the digest in the kernel covers them.
     #[serde(default)]
     objects: SavedObjects,
-    facts: Facts,
+    facts: SourcedFacts,
 }
 
 /// The file, and what is taken from it until the source has said which pods there are.
@@ -56,7 +56,7 @@ pub(in crate::control) struct Saved {
     /// The file's pods, until the source knows pods.
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
-    facts: Facts,
+    facts: SourcedFacts,
     written: Option<Arc<Snapshot>>,
     /// Why the last attempt to write failed.
     problem: Option<String>,
@@ -93,7 +93,7 @@ impl Saved {
     }
 
     /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. The
-    /// file's facts stay until the source knows all of them: a watch that is not complete yet has removed nothing.
+    /// file's facts stay until what they come from is known: a watch that is not complete yet has removed nothing.
     ///
     /// A snapshot is saved before it is used, so an agent that starts later never uses an older one.
     pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
@@ -111,25 +111,27 @@ impl Saved {
             pods: pods.map(|pod| (pod.key(), pod)).collect(),
             problems: snapshot.problems.clone(),
             unreadable: true,
-            facts: self.facts.clone(),
-            knowledge: Knowledge::Partial,
+            facts: self.facts.together(),
+            sources: self.facts.clone(),
+            knowledge: Knowledge::default(),
         })
     }
 
     fn with_unknown_facts(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
-        self.facts.retain_unknown(snapshot.knowledge);
-        if self.facts == Facts::default() {
+        self.facts.retain_unknown(&snapshot.knowledge);
+        if self.facts == SourcedFacts::default() {
             return snapshot;
         }
         let mut snapshot = Snapshot::clone(&snapshot);
-        snapshot.facts.add_missing(&self.facts);
+        snapshot.sources.add_missing(&self.facts);
+        snapshot.facts = snapshot.sources.together();
         Arc::new(snapshot)
     }
 
     fn keep(&mut self, snapshot: &Arc<Snapshot>) {
         let is_written = self.written.as_ref().is_some_and(|written| {
             Arc::ptr_eq(written, snapshot)
-                || (written.pods == snapshot.pods && written.facts == snapshot.facts)
+                || (written.pods == snapshot.pods && written.sources == snapshot.sources)
         });
         if is_written {
             return;
@@ -167,7 +169,7 @@ impl Saved {
             node: self.node.clone(),
             pods: snapshot.pods.values().collect::<Vec<_>>(),
             objects: SavedObjects::of(snapshot.pods.values().map(|pod| &pod.objects)),
-            facts: snapshot.facts.clone(),
+            facts: snapshot.sources.clone(),
         };
         state_file::write(&self.path, &document)
     }
@@ -179,7 +181,7 @@ fn read_believed(
     node: &str,
     left: &BTreeMap<PodId, Adoptable>,
     datapath: &Datapath,
-) -> Result<Option<(Vec<Pod>, Facts)>> {
+) -> Result<Option<(Vec<Pod>, SourcedFacts)>> {
     let Some((pods, mut facts)) = read(path, node)? else {
         return Ok(None);
     };
@@ -204,7 +206,9 @@ fn read_believed(
              an earlier agent left them, and resolve names when the API server answers"
         );
     }
-    retain_known(&mut facts, &view)?;
+    for facts in facts.each() {
+        retain_known(facts, &view)?;
+    }
     Ok(Some((believed, facts)))
 }
 
@@ -252,14 +256,16 @@ fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
             range.kinds & RANGE_INTERNAL != 0
         })
     });
+    let internal = &facts.internal;
+    facts.pods.retain(|prefix| internal.contains_key(prefix));
     facts
-        .pods
-        .retain(|prefix| facts.internal.contains_key(prefix));
+        .services
+        .retain(|prefix| internal.contains_key(prefix));
     failure
 }
 
 /// The file's content; `None` without a file, or when it is another node's or another version's.
-fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, Facts)>> {
+fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, SourcedFacts)>> {
     let document: Option<Document<Vec<Pod>>> = state_file::read(path)?;
     let ours = document.filter(|document| document.version == VERSION && document.node == node);
     let Some(Document {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use egress_api::namespace_labels;
 
 use super::{
-    super::{Facts, Knowledge, NamespacedName, Pod, Problem, Snapshot, snapshot::SERVICE_RANGES},
+    super::{FactSource, Knowledge, NamespacedName, Pod, Problem, Snapshot, SourcedFacts},
     facts::{NodeFacts, Served},
     health::{Health, Watched},
     kubelet::Kubelet,
@@ -86,7 +86,7 @@ impl State {
         problems.extend(self.missing());
         let others = OtherNodes::of(self.node.values_but("", &self.node_name));
         problems.extend(others.problem());
-        let facts = self.facts(others);
+        let sources = self.facts(others);
         self.update_policies();
         problems.extend(self.policies.problems());
         let pods = self.resolved_pods(&mut problems);
@@ -94,8 +94,9 @@ impl State {
             pods,
             problems,
             unreadable: false,
-            facts,
-            knowledge: self.knowledge(health),
+            facts: sources.together(),
+            sources,
+            knowledge: self.knowledge(),
         }
     }
 
@@ -108,33 +109,51 @@ impl State {
             && self
                 .tables_of_facts()
                 .iter()
-                .all(|(watched, is_complete)| *is_complete || health.has_failed(*watched))
+                .all(|(watched, _, is_complete)| *is_complete || health.has_failed(*watched))
     }
 
-    /// How much is known of the facts: a watch that has failed has told nothing.
-    fn knowledge(&self, health: &Health) -> Knowledge {
-        let mut missing = self.tables_of_facts().into_iter();
-        let is_complete = missing.all(|(watched, is_complete)| {
-            is_complete || watched == Watched::ServiceRanges && health.is_not_offered(watched)
-        });
-        if !is_complete || self.kubelet.problem().is_some() {
-            Knowledge::Partial
-        } else if !self.service_ranges.is_complete() {
-            Knowledge::NoServiceRanges
-        } else {
-            Knowledge::Complete
-        }
+    /// The sources of facts that are known: a watch that has failed has told nothing.
+    fn knowledge(&self) -> Knowledge {
+        let tables = self.tables_of_facts().into_iter();
+        let known = tables.filter_map(|(_, source, is_complete)| is_complete.then_some(source));
+        let kubelet = self.kubelet.problem().is_none();
+        known
+            .chain(self.pods.is_complete().then_some(FactSource::Pods))
+            .chain(kubelet.then_some(FactSource::Kubelet))
+            .collect()
     }
 
-    /// The watches that the facts are from, besides that of the pods, and whether each has been complete once.
-    fn tables_of_facts(&self) -> [(Watched, bool); 6] {
+    /// The watches that the facts are from, besides that of the pods, with their sources, and whether each has been
+    /// complete once.
+    fn tables_of_facts(&self) -> [(Watched, FactSource, bool); 6] {
+        use FactSource as Of;
         [
-            (Watched::Node, self.node.is_complete()),
-            (Watched::DnsService, self.dns_service.is_complete()),
-            (Watched::DnsEndpoints, self.dns_endpoints.is_complete()),
-            (Watched::ApiService, self.api_service.is_complete()),
-            (Watched::ApiEndpoints, self.api_endpoints.is_complete()),
-            (Watched::ServiceRanges, self.service_ranges.is_complete()),
+            (Watched::Node, Of::Node, self.node.is_complete()),
+            (
+                Watched::DnsService,
+                Of::DnsService,
+                self.dns_service.is_complete(),
+            ),
+            (
+                Watched::DnsEndpoints,
+                Of::DnsEndpoints,
+                self.dns_endpoints.is_complete(),
+            ),
+            (
+                Watched::ApiService,
+                Of::ApiService,
+                self.api_service.is_complete(),
+            ),
+            (
+                Watched::ApiEndpoints,
+                Of::ApiEndpoints,
+                self.api_endpoints.is_complete(),
+            ),
+            (
+                Watched::ServiceRanges,
+                Of::ServiceRanges,
+                self.service_ranges.is_complete(),
+            ),
         ]
     }
 
@@ -165,26 +184,21 @@ impl State {
     }
 
     /// The facts about the cluster; `others` are those of its other nodes.
-    fn facts(&self, others: OtherNodes) -> Facts {
-        let mut facts = Facts::default();
+    fn facts(&self, others: OtherNodes) -> SourcedFacts {
+        let mut facts = SourcedFacts::default();
         let (namespace, name) = &self.dns;
         let service = format!("service {namespace}/{name}");
         let endpoints = format!("endpoints of {service}");
         let kubelet = format!("clusterDNS in {}", self.kubelet.path().display());
         // The default port of a resolver is 53.
         let served = self.dns_service.values();
-        for (addresses, origin) in [
-            (
-                served
-                    .flat_map(|served| &served.addresses)
-                    .collect::<Vec<_>>(),
-                &service,
-            ),
-            (self.kubelet.resolvers().iter().collect(), &kubelet),
-        ] {
-            for address in addresses {
-                note(&mut facts.resolvers, (*address).into(), origin);
-            }
+        for address in served.flat_map(|served| &served.addresses) {
+            let found = &mut facts.of(FactSource::DnsService).resolvers;
+            note(found, (*address).into(), &service);
+        }
+        for address in self.kubelet.resolvers() {
+            let found = &mut facts.of(FactSource::Kubelet).resolvers;
+            note(found, (*address).into(), &kubelet);
         }
         // A load balancer at the socket layer sends to an endpoint with its own port.
         let names = self
@@ -195,7 +209,8 @@ impl State {
         for served in self.dns_endpoints.values() {
             for port in served.dns_ports(&names) {
                 for &address in &served.addresses {
-                    note(&mut facts.resolvers, Resolver { address, port }, &endpoints);
+                    let found = &mut facts.of(FactSource::DnsEndpoints).resolvers;
+                    note(found, Resolver { address, port }, &endpoints);
                 }
             }
         }
@@ -205,35 +220,48 @@ impl State {
         }) {
             let origin = format!("{}, the node's DNS cache", pod.pod.origin);
             for address in &pod.local_dns {
-                note(&mut facts.resolvers, (*address).into(), &origin);
+                let found = &mut facts.of(FactSource::Pods).resolvers;
+                note(found, (*address).into(), &origin);
             }
         }
 
+        let of_nodes = facts.of(FactSource::Node);
         let node = format!("node {}", self.node_name);
         if let Some(own) = self.node.get("", &self.node_name) {
             for prefix in &own.pod_prefixes {
-                note(&mut facts.internal, *prefix, &format!("podCIDRs of {node}"));
-                facts.pods.insert(*prefix);
+                note(
+                    &mut of_nodes.internal,
+                    *prefix,
+                    &format!("podCIDRs of {node}"),
+                );
+                of_nodes.pods.insert(*prefix);
             }
             for address in &own.addresses {
-                note(&mut facts.internal, Prefix::host(*address), &node);
-            }
-        }
-        let api = format!("service {}/{}", API_SERVICE.0, API_SERVICE.1);
-        for (table, origin) in [
-            (&self.dns_service, &service),
-            (&self.api_service, &api),
-            (&self.api_endpoints, &format!("endpoints of {api}")),
-        ] {
-            for address in table.values().flat_map(|served| &served.addresses) {
-                note(&mut facts.internal, Prefix::host(*address), origin);
+                note(&mut of_nodes.internal, Prefix::host(*address), &node);
             }
         }
         for (prefix, origin) in others.prefixes {
-            note(&mut facts.internal, prefix, origin);
+            note(&mut of_nodes.internal, prefix, origin);
+        }
+        let api = format!("service {}/{}", API_SERVICE.0, API_SERVICE.1);
+        for (source, table, origin) in [
+            (FactSource::DnsService, &self.dns_service, &service),
+            (FactSource::ApiService, &self.api_service, &api),
+            (
+                FactSource::ApiEndpoints,
+                &self.api_endpoints,
+                &format!("endpoints of {api}"),
+            ),
+        ] {
+            for address in table.values().flat_map(|served| &served.addresses) {
+                let found = &mut facts.of(source).internal;
+                note(found, Prefix::host(*address), origin);
+            }
         }
         for prefix in self.service_ranges.values().flatten() {
-            note(&mut facts.internal, *prefix, SERVICE_RANGES);
+            let of_services = facts.of(FactSource::ServiceRanges);
+            note(&mut of_services.internal, *prefix, "service ranges");
+            of_services.services.insert(*prefix);
         }
         facts
     }

@@ -157,26 +157,34 @@ fn no_pods_are_published_before_all_facts_are_known() {
 
 #[test]
 fn a_watch_that_has_failed_has_told_nothing() {
-    use super::super::{super::Knowledge, health::Failure};
+    use super::super::{super::FactSource, health::Failure};
     let mut cluster = Cluster::new();
-    assert_eq!(cluster.snapshot().knowledge, Knowledge::Complete);
+    let known = cluster.snapshot().knowledge;
+    assert!(known.has_resolvers() && known.has_addresses());
+    assert!(known.has(FactSource::ServiceRanges));
     cluster.state.node = Table::default();
     let refused = || Failure::Refused("nodes is forbidden".into());
     cluster.health.record_failure(Watched::Node, refused());
     let snapshot = cluster.snapshot();
     assert!(!snapshot.unreadable);
-    assert_eq!(snapshot.knowledge, Knowledge::Partial);
+    let known = snapshot.knowledge;
+    assert!(known.has_resolvers() && !known.has_addresses());
     complete(&mut cluster.state.node);
-    assert_eq!(cluster.snapshot().knowledge, Knowledge::Complete);
+    assert!(cluster.snapshot().knowledge.has_addresses());
 
     // Old servers have no ranges of Services.
     cluster.state.service_ranges = Table::default();
-    assert_eq!(cluster.snapshot().knowledge, Knowledge::Partial);
     let missing = Failure::NotServed;
     cluster
         .health
         .record_failure(Watched::ServiceRanges, missing);
-    assert_eq!(cluster.snapshot().knowledge, Knowledge::NoServiceRanges);
+    let known = cluster.snapshot().knowledge;
+    assert!(known.has_addresses() && !known.has(FactSource::ServiceRanges));
+    cluster.state.dns_endpoints = Table::default();
+    cluster
+        .health
+        .record_failure(Watched::DnsEndpoints, refused());
+    assert!(!cluster.snapshot().knowledge.has_resolvers());
 }
 
 #[test]
