@@ -222,7 +222,7 @@ fn judge_by_flow(
     }
     // An ICMP error belongs to the flow that it is about.
     let is_error = packet.bit == bits::ICMP_OTHER && quotes_flow(ctx, packet, &mut key) != 0;
-    let known = flows::find(&skb, interface.pod, &key, now_ns);
+    let known = flows::find(&skb, interface.pod, &key, now_ns, false);
     if is_later {
         if known.place != flows::NOWHERE && known.flow.policy == interface.policy {
             return pass(&skb);
@@ -236,7 +236,6 @@ fn judge_by_flow(
     let opened_by_pod = follows && known.state() == FLOW_OUT;
     let answers = follows
         && known.state() == FLOW_IN
-        && !flows::is_accepted(&known.flow)
         && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0)
         // Otherwise the other side's SYN was forged before the pod's connection was recorded.
         && (known.is_established()
@@ -395,12 +394,11 @@ fn note(
         // the other side. In audit mode a denied packet leaves, too, and its answer must not look like a flow
         // that the other side opened.
         let begins = if passes {
-            !(follows && state == FLOW_IN && !flows::is_accepted(&known.flow))
+            !(follows && state == FLOW_IN)
         } else {
             // (No host answers a RST, and the pod answers any forged segment with one.)
             interface.mode == MODE_AUDIT
-                && (known.place == flows::NOWHERE
-                    || (state == FLOW_IN && flows::is_accepted(&known.flow)))
+                && (known.place == flows::NOWHERE || known.is_accepted())
                 && packet.tcp_flags & TCP_RST == 0
         };
         if !begins || !flows::is_tracked(packet) {

@@ -149,7 +149,7 @@ impl Datapath {
             maps.push(match outer {
                 Outer::OrderFromPod => self.templates.order(limits.opening_from_pod)?,
                 Outer::OrderToPod => self.templates.order(limits.opening_to_pod)?,
-                Outer::Opening => self.templates.flows(name, limits.opening())?,
+                Outer::Opening => self.templates.flows(name, limits.opening_entries())?,
                 Outer::Called => self.templates.flows(name, limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
             });
