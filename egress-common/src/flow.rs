@@ -1,11 +1,13 @@
 //! How packets change a flow, and how long a flow is remembered.
 
 use crate::{
+    address::Address,
+    limits::ACCEPTED_GROUPS,
     protocol,
     records::{
-        FLOW_IN, FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN,
-        FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow,
-        FlowKey,
+        FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_ACCEPTED_GROUP, FLOW_KEY_FLOW, FLOW_KEY_FRAGMENT,
+        FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN,
+        FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey,
     },
 };
 
@@ -35,6 +37,10 @@ pub const INBOUND_NS: u64 = 60 * SECOND_NS;
 pub const OTHER_NS: u64 = 120 * SECOND_NS;
 /// How long later fragments may follow their first: the reassembly timeout of Linux (`net.ipv4.ipfrag_time`).
 pub const FRAGMENT_NS: u64 = 30 * SECOND_NS;
+/// How long it is remembered that the other side of a TCP connection has accepted it, after its last SYN-ACK. It must
+/// be longer than the other side may complete the connection. Linux takes a SYN cookie for up to 120 seconds
+/// (`MAX_SYNCOOKIE_AGE`, include/net/tcp.h), and waits at most as long before it repeats a SYN-ACK (`TCP_RTO_MAX`).
+pub const ACCEPTED_NS: u64 = 180 * SECOND_NS;
 /// How long a frame that a pod sent with another's source may take until it comes back to the pod. A node
 /// keeps a packet for three seconds while it resolves the receiver's hardware address
 /// (`net.ipv4.neigh.*.mcast_solicit` attempts, one each second).
@@ -45,8 +51,10 @@ pub const FORGED_NS: u64 = 10 * SECOND_NS;
 #[inline(always)]
 pub const fn idle_limit_ns(key: &FlowKey, flow: &Flow, udp_ns: u64) -> u64 {
     const BOTH_SIDES: u8 = FLOW_SEEN_IN | FLOW_SEEN_OUT;
-    if key.kind == FLOW_KEY_FRAGMENT {
-        return FRAGMENT_NS;
+    match key.kind {
+        FLOW_KEY_FRAGMENT => return FRAGMENT_NS,
+        FLOW_KEY_ACCEPTED | FLOW_KEY_ACCEPTED_GROUP => return ACCEPTED_NS,
+        _ => {}
     }
     let is_inbound = flow.state == FLOW_IN;
     match key.protocol {
@@ -131,10 +139,54 @@ pub const fn is_open(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> bo
         && !(key.protocol == protocol::TCP && is_closed(flow))
 }
 
+/// Whether a record that the other side has accepted a connection still counts at `now_ns`. The same as [`is_alive`]
+/// says of its key; without branches, for the kernel's verifier.
+#[inline(always)]
+pub const fn is_accepted_lately(record: &Flow, now_ns: u64) -> bool {
+    // Another CPU may have written a later time than this one has read.
+    let age_ns = now_ns.wrapping_sub(record.last_seen_ns);
+    age_ns.wrapping_add(SECOND_NS) <= ACCEPTED_NS + SECOND_NS
+}
+
 /// Whether the flow is still remembered at `now_ns` (nanoseconds of `CLOCK_BOOTTIME`); see [`idle_limit_ns`].
 #[inline(always)]
 pub const fn is_alive(key: &FlowKey, flow: &Flow, now_ns: u64, udp_ns: u64) -> bool {
     now_ns.saturating_sub(flow.last_seen_ns) <= idle_limit_ns(key, flow, udp_ns)
+}
+
+/// The group of an address, out of [`ACCEPTED_GROUPS`]. The IPv6 addresses of a network of 64 bits, which one host may
+/// choose from, are in one group.
+#[must_use]
+#[inline(always)]
+pub const fn peer_group(address: &Address, secret: u32) -> u16 {
+    let (high, low) = (word(address, 0), word(address, 4));
+    // Only IPv4 addresses, in their mapped form, and addresses that no host has begin with 64 zeros. (All ones then, and
+    // else zero. A branch would be one more path for the kernel's verifier.)
+    let begins = high | low;
+    let mask = ((begins | begins.wrapping_neg()) >> 31).wrapping_sub(1);
+    let hash = mixed(mixed(secret ^ high) ^ low ^ word(address, 12) & mask);
+    (hash & (ACCEPTED_GROUPS - 1)) as u16
+}
+
+#[inline(always)]
+const fn word(address: &Address, at: usize) -> u32 {
+    u32::from_ne_bytes([
+        address[at],
+        address[at + 1],
+        address[at + 2],
+        address[at + 3],
+    ])
+}
+
+/// The finalizer of `MurmurHash3`: each bit of the result depends on each bit of the word.
+#[inline(always)]
+const fn mixed(word: u32) -> u32 {
+    let mut hash = word;
+    hash ^= hash >> 16;
+    hash = hash.wrapping_mul(0x85eb_ca6b);
+    hash ^= hash >> 13;
+    hash = hash.wrapping_mul(0xc2b2_ae35);
+    hash ^ hash >> 16
 }
 
 #[cfg(test)]
@@ -289,6 +341,56 @@ mod tests {
         // After a RST from the pod itself, its later packets do not reopen the flow.
         let own = after_packet_from_pod(&established, own, now);
         assert!(is_closed(&after_packet_from_pod(&own, FLOW_SEEN_OUT, now)));
+    }
+
+    #[test]
+    fn a_record_of_a_syn_ack_outlives_a_syn_cookie() {
+        let record = inbound(0);
+        let last = record.last_seen_ns;
+        for kind in [FLOW_KEY_ACCEPTED, FLOW_KEY_ACCEPTED_GROUP] {
+            let key = key(protocol::TCP, kind);
+            assert_eq!(idle_limit_ns(&key, &record, UDP_NS), ACCEPTED_NS);
+        }
+        for (now, counts) in [
+            (last - 1, true),
+            (last + 120 * SECOND_NS, true),
+            (last + ACCEPTED_NS, true),
+            (last + ACCEPTED_NS + 1, false),
+            (last + 3600 * SECOND_NS, false),
+        ] {
+            assert_eq!(is_accepted_lately(&record, now), counts, "{now}");
+            let key = key(protocol::TCP, FLOW_KEY_ACCEPTED);
+            assert_eq!(is_alive(&key, &record, now, UDP_NS), counts, "{now}");
+        }
+    }
+
+    #[test]
+    fn peers_are_spread_over_the_groups_by_host() {
+        use crate::address::from_v4;
+        let secret = 0x1234_5678;
+        let v4 = |n: u16| from_v4([10, 0, n.to_be_bytes()[0], n.to_be_bytes()[1]]);
+        let v6 = |n: u16, host: u8| {
+            let mut address = [0x20; 16];
+            address[6..8].copy_from_slice(&n.to_be_bytes());
+            address[15] = host;
+            address
+        };
+        for spread in [
+            (0..4096).map(|n| peer_group(&v4(n), secret)).collect(),
+            (0..4096)
+                .map(|n| peer_group(&v6(n, 1), secret))
+                .collect::<std::collections::HashSet<_>>(),
+        ] {
+            assert!(
+                spread
+                    .iter()
+                    .all(|group| u32::from(*group) < ACCEPTED_GROUPS)
+            );
+            // By chance, 63 of 100 groups are taken.
+            assert!(spread.len() > 2400, "{}", spread.len());
+        }
+        assert_eq!(peer_group(&v6(7, 1), secret), peer_group(&v6(7, 2), secret));
+        assert_ne!(peer_group(&v4(7), secret), peer_group(&v4(7), secret + 1));
     }
 
     #[test]

@@ -87,7 +87,17 @@ impl FlowLimits {
     pub const fn opening(self) -> u32 {
         self.opening_from_pod + self.opening_to_pod
     }
+
+    /// The capacity of the map `opening`: these flows, and the groups of peers that have accepted connections.
+    #[must_use]
+    pub const fn opening_entries(self) -> u32 {
+        self.opening() + ACCEPTED_GROUPS
+    }
 }
+
+/// The number of groups into which the peers of a pod are divided
+/// ([`FlowKey::accepted_group`](crate::records::FlowKey::accepted_group)); a power of two.
+pub const ACCEPTED_GROUPS: u32 = 4096;
 
 /// Bytes in the ring buffer of held DNS messages; a power of two and a multiple of the page size.
 pub const HELD_RING_BYTES: u32 = 4 << 20;

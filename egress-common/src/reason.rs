@@ -88,6 +88,8 @@ reasons! {
     NotJudged = 25, "not_judged";
     /// A connection to one address and port more than the pod's map of destinations has room for.
     DestinationsFull = 26, "destinations_full";
+    /// A TCP segment to the pod of a connection that the other side has accepted and the pod has not opened.
+    TcpUnsolicited = 27, "tcp_unsolicited";
 }
 
 #[cfg(test)]

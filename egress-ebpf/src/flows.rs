@@ -22,13 +22,14 @@ use egress_common::{
     packet::{Packet, TCP_FIN, TCP_RST},
     protocol::{self, bits},
     records::{
-        FLOW_CUT, FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_ACCEPT_IN, FLOW_SEEN_AGAIN,
+        FLOW_CUT, FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN,
         FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
         FLOW_SEEN_RST_IN, Flow, FlowKey, Interface, UNJUDGED,
     },
 };
 
 use crate::{
+    accepted,
     counters::count,
     maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY, UDP_IDLE_NS},
     opening,
@@ -49,6 +50,10 @@ pub const IN_FLOWS: u32 = 1;
 pub const IN_INBOUND: u32 = 2;
 /// The flow is in `opening`.
 pub const IN_OPENING: u32 = 3;
+
+/// The state that a lookup finds instead of [`FLOW_IN`] if the other side has accepted the connection
+/// ([`crate::accepted`]). No map has it.
+const ACCEPTED: u8 = 4;
 
 /// A flow at the time of the lookup.
 pub struct Known {
@@ -75,18 +80,27 @@ impl Known {
         }
     }
 
+    /// Whether the other side has accepted the connection, and the pod has not opened it. Such a flow is not of state
+    /// [`FLOW_IN`]. ([`find`] tells of an unknown flow only if it is asked for.)
+    #[inline(always)]
+    pub const fn is_accepted(&self) -> bool {
+        self.flow.state == ACCEPTED
+    }
+
+    /// Gives the flow its state in the map again.
+    #[inline(always)]
+    pub const fn ignore_accepted(&mut self) {
+        if self.is_accepted() {
+            self.flow.state = FLOW_IN;
+        }
+    }
+
     /// Whether the other side has completed the handshake. (A close of the flow since then does not change
     /// this.)
     #[inline(always)]
     pub const fn is_established(&self) -> bool {
         self.flow.seen & FLOW_SEEN_AGAIN != 0
     }
-}
-
-/// Whether the other side has accepted the connection of a flow of state [`FLOW_IN`], and so did not open it.
-#[inline(always)]
-pub const fn is_accepted(flow: &Flow) -> bool {
-    flow.seen & FLOW_SEEN_ACCEPT_IN != 0
 }
 
 /// One of the pod's maps of flows.
@@ -104,11 +118,13 @@ pub fn map_of(pod: PodId, place: u32) -> Option<&'static Flows> {
     }
 }
 
-/// Looks up the flow with this key. A flow that was idle for too long counts as unknown.
+/// Looks up the flow with this key. A flow that was idle for too long counts as unknown. `to_pod` is whether the packet
+/// goes to the pod: then an unknown connection may be one that the other side has accepted ([`Known::is_accepted`]).
 #[inline(always)]
-pub fn find(skb: &Skb<'_>, pod: PodId, key: &FlowKey, now_ns: u64) -> Known {
+pub fn find(skb: &Skb<'_>, pod: PodId, key: &FlowKey, now_ns: u64, to_pod: bool) -> Known {
     let mut known = Known::NONE;
-    known.place = look_up_flow(pod.get(), key, now_ns, &raw mut known.flow);
+    let found = &raw mut known.flow;
+    known.place = look_up_flow(pod.get(), key, now_ns, found, u32::from(to_pod));
     skb.forget_flow(&mut known.flow);
     known.place = skb.forget_number(known.place);
     known
@@ -119,15 +135,22 @@ pub fn find(skb: &Skb<'_>, pod: PodId, key: &FlowKey, now_ns: u64) -> Known {
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *mut Flow) -> u32 {
+extern "C" fn look_up_flow(
+    pod: u32,
+    key: *const FlowKey,
+    now_ns: u64,
+    found: *mut Flow,
+    to_pod: u32,
+) -> u32 {
     // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
     let (Some(key), Some(found)) = (unsafe { (key.as_ref(), found.as_mut()) }) else {
         return NOWHERE;
     };
     // Kernels such as 6.1 do not accept a caller's pointer as a map's key.
-    let key = &black_box(*key);
+    let mut key = *key;
+    let key = black_box(&mut key);
     let pod = PodId::new(pod);
-    if is_in(IN_FLOWS, pod, key, now_ns, found) {
+    let place = if is_in(IN_FLOWS, pod, key, now_ns, found) {
         IN_FLOWS
     } else if is_in(IN_INBOUND, pod, key, now_ns, found) {
         IN_INBOUND
@@ -135,7 +158,19 @@ extern "C" fn look_up_flow(pod: u32, key: *const FlowKey, now_ns: u64, found: *m
         IN_OPENING
     } else {
         NOWHERE
+    };
+    let is_asked = if place == NOWHERE {
+        to_pod != 0
+    } else {
+        found.state == FLOW_IN
+    };
+    if is_asked && key.protocol == protocol::TCP && is_flow(key) {
+        let is_established = place != NOWHERE && found.seen & FLOW_SEEN_AGAIN != 0;
+        if accepted::is_noted(pod, key, now_ns, is_established) {
+            found.state = ACCEPTED;
+        }
     }
+    place
 }
 
 #[inline(always)]
@@ -221,11 +256,16 @@ fn whose(interface: &Interface) -> u64 {
     u64::from(interface.policy().get()) << 32 | u64::from(interface.pod().get())
 }
 
+/// The part of `how` that is a place.
+const PLACE: u32 = 0xff;
 /// Added to the place of a flow: the written flow is another one than the known flow at that place.
 const IS_NEW: u32 = 1 << 8;
+/// Added to [`IS_NEW`]: what is written is the record that the flow's other side has accepted the connection. (Its key is
+/// made here, because the caller has no room for it on the stack.)
+const IS_ACCEPTED: u32 = 1 << 9;
 
 /// Writes a flow of [`whose`] and moves it to the map in which it belongs. `how` is the earlier place of the
-/// flow, plus [`IS_NEW`] for a new flow. Always returns 0.
+/// flow, plus [`IS_NEW`] for a new flow. Returns 0 if the pod may not answer the flow, which then is not written.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
@@ -243,18 +283,21 @@ extern "C" fn change_flow(
         return 0;
     };
     // Kernels such as 6.1 do not accept a caller's pointer as a map's key or value.
-    let (key, next) = (&black_box(*key), &black_box(*next));
+    let (mut key, mut next) = (*key, *next);
+    key.kind |= FLOW_KEY_ACCEPTED * (how >> IS_ACCEPTED.trailing_zeros() & 1) as u8;
+    let (key, next) = (black_box(&mut key), &*black_box(&mut next));
     let policy = PolicyId::new((whose >> 32) as u32);
     let pod = PodId::new(whose as u32);
     let is_new = how & IS_NEW != 0;
-    if !(is_new && next.state == FLOW_IN) || may_answer(policy, key) {
-        change(pod, key, before, next, how & !IS_NEW, is_new);
+    if is_new && next.state == FLOW_IN && !may_answer(policy, key) {
+        return 0;
     }
-    0
+    change(pod, key, before, next, how & PLACE, is_new);
+    1
 }
 
 #[inline(always)]
-fn change(pod: PodId, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
+fn change(pod: PodId, key: &mut FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
     let is_established = place == IN_FLOWS || place == IN_INBOUND;
     let closes = is_established
         && next.state != FLOW_CUT
@@ -267,6 +310,7 @@ fn change(pod: PodId, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_
         opening::admit(pod, key, next);
         return;
     }
+    let key = &*key;
     if is_promoted(key, next, place)
         && let Some(flows) = map_of(pod, IN_FLOWS)
         && flows.insert(key, next, ANY).is_ok()
@@ -279,19 +323,11 @@ fn change(pod: PodId, key: &FlowKey, before: &Flow, next: &Flow, place: u32, is_
     };
     // FINs and RSTs are added in place: they come from both sides at the same time, and a lost one would keep
     // the flow for hours.
-    let decides =
-        (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN | FLOW_SEEN_ACCEPT_IN) != 0
-            || before.policy() != next.policy()
-            || before.state != next.state
-            || before.handshake != next.handshake;
+    let decides = (before.seen ^ next.seen) & (FLOW_SEEN_AGAIN | FLOW_SEEN_RST_IN) != 0
+        || before.policy() != next.policy()
+        || before.state != next.state
+        || before.handshake != next.handshake;
     if decides {
-        let mut next = *next;
-        if let Some(current) = flows.get_ptr(key) {
-            // A SYN-ACK may have come meanwhile: the pod must not lose it by sending at the same time.
-            // SAFETY: the memory stays an entry of this map until the program ends.
-            next.seen |= unsafe { (*current).seen } & FLOW_SEEN_ACCEPT_IN;
-        }
-        let next = &next;
         // The flow may have been removed meanwhile.
         let _ = flows.insert(key, next, EXIST);
     } else if let Some(flow) = flows.get_ptr_mut(key) {
@@ -384,7 +420,7 @@ fn note(flow: &mut Flow, seen: u8) {
 
 /// Removes a flow from its map.
 #[inline(always)]
-fn forget(pod: PodId, key: &FlowKey, place: u32) {
+pub fn forget(pod: PodId, key: &FlowKey, place: u32) {
     if let Some(flows) = map_of(pod, place) {
         let _ = flows.remove(key);
     }
@@ -430,6 +466,14 @@ pub fn remember_fragments(interface: &Interface, key: &FlowKey, now_ns: u64) {
     let flow = Flow::new(interface.policy(), FLOW_OUT, now_ns);
     let flow = &raw const flow;
     change_flow(whose(interface), key, flow, flow, NOWHERE | IS_NEW);
+}
+
+/// Writes the record that the flow's other side has accepted the connection ([`crate::accepted`]). Returns 0 if the pod
+/// could not have answered.
+#[inline(always)]
+pub fn note_accepted(interface: &Interface, key: &FlowKey, record: &Flow) -> u32 {
+    let how = NOWHERE | IS_NEW | IS_ACCEPTED;
+    change_flow(whose(interface), key, record, record, how)
 }
 
 /// Counts a flow, or a destination, that could not be remembered.

@@ -224,7 +224,7 @@ fn judge_by_flow(
     }
     // An ICMP error belongs to the flow that it is about.
     let is_error = packet.bit == bits::ICMP_OTHER && quotes_flow(ctx, packet, &mut key) != 0;
-    let known = flows::find(&skb, interface.pod(), &key, now_ns);
+    let known = flows::find(&skb, interface.pod(), &key, now_ns, false);
     if is_later {
         if known.place != flows::NOWHERE && known.flow.policy() == interface.policy() {
             return pass(&skb);
@@ -238,7 +238,6 @@ fn judge_by_flow(
     let opened_by_pod = follows && known.state() == FLOW_OUT;
     let answers = follows
         && known.state() == FLOW_IN
-        && !flows::is_accepted(&known.flow)
         && (is_error || may_answer(ctx, packet, u32::from(known.is_established())) != 0)
         // Otherwise the other side's SYN was forged before the pod's connection was recorded.
         && (known.is_established()
@@ -334,18 +333,39 @@ extern "C" fn judge_by_rules(
     let (Some(policy), Some(packet)) = (unsafe { (policy.as_ref(), packet.as_ref()) }) else {
         return denied(Reason::NoPolicy, NO_CLASS);
     };
-    let mut destination = look_up(policy, PolicyId::new(policy_id), packet, now_ns);
+    let mut destination = Destination::default();
+    look_up(policy, policy_id, packet, now_ns, &raw mut destination);
     // A flow that an earlier policy admitted continues if the current policy allows its destination, even
     // if the address has expired.
     if rules == Rules::OpenFlow as u32 {
         destination.expired = 0;
     }
-    forget_what_was_found(&mut destination, now_ns);
-    let (protocol, port) = (packet.bit, packet.class_port());
+    let (protocol, port) = (packet.bit.into(), packet.class_port().into());
+    decide(policy, &raw const destination, protocol, port, rules)
+}
+
+/// The verdict on a packet to a destination, as [`judge_by_rules`] returns it. `protocol` is one bit of `bits`.
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn decide(
+    policy: *const Policy,
+    destination: *const Destination,
+    protocol: u32,
+    port: u32,
+    rules: u32,
+) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let (Some(policy), Some(destination)) = (unsafe { (policy.as_ref(), destination.as_ref()) })
+    else {
+        return denied(Reason::NoPolicy, NO_CLASS);
+    };
+    let (protocol, port) = (protocol as u8, port as u16);
     let verdict = if rules == Rules::Answer as u32 {
-        verdict::judge_answer(policy, &destination, protocol, port)
+        verdict::judge_answer(policy, destination, protocol, port)
     } else {
-        verdict::judge(policy, &destination, protocol, port)
+        verdict::judge(policy, destination, protocol, port)
     };
     match verdict {
         Verdict::Pass => PASSES,
@@ -354,25 +374,6 @@ extern "C" fn judge_by_rules(
         }
         Verdict::Deny { reason, class } => denied(reason, class),
     }
-}
-
-/// Changes nothing but what the verifier knows. It explores the verdict once for every set of values that it could tell
-/// apart: an address in no map has the classes 0. After this it knows no value.
-#[inline(always)]
-fn forget_what_was_found(destination: &mut Destination, now_ns: u64) {
-    // 0 until the machine has run for 292 years; the verifier does not know.
-    let zero = now_ns >> 63;
-    for set in [
-        &mut destination.learned,
-        &mut destination.learned_internal,
-        &mut destination.cidr,
-    ] {
-        set.words[0] |= zero;
-        set.words[1] |= zero;
-    }
-    destination.expired |= zero;
-    destination.ranges |= zero;
-    destination.tunnel |= zero;
 }
 
 /// The return value of [`judge_by_rules`] for a denial.
@@ -424,12 +425,11 @@ fn note(
         // the other side. In audit mode a denied packet leaves, too, and its answer must not look like a flow
         // that the other side opened.
         let begins = if passes {
-            !(follows && state == FLOW_IN && !flows::is_accepted(&known.flow))
+            !(follows && state == FLOW_IN)
         } else {
             // (No host answers a RST, and the pod answers any forged segment with one.)
             interface.mode == MODE_AUDIT
-                && (known.place == flows::NOWHERE
-                    || (state == FLOW_IN && flows::is_accepted(&known.flow)))
+                && (known.place == flows::NOWHERE || known.is_accepted())
                 && packet.tcp_flags & TCP_RST == 0
         };
         if !begins || !flows::is_tracked(packet) {
@@ -537,13 +537,25 @@ fn quotes_flow(ctx: &TcContext, packet: &Packet, key: &mut FlowKey) -> u32 {
 }
 
 /// Looks up what the maps have about a destination.
-#[inline(always)]
-fn look_up(policy: &Policy, policy_id: PolicyId, packet: &Packet, now_ns: u64) -> Destination {
-    let address = &packet.dst;
-    let mut destination = Destination {
-        ranges: range_of(address).kinds,
-        ..Destination::default()
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn look_up(
+    policy: *const Policy,
+    policy_id: u32,
+    packet: *const Packet,
+    now_ns: u64,
+    destination: *mut Destination,
+) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let pointers = unsafe { (policy.as_ref(), packet.as_ref(), destination.as_mut()) };
+    let (Some(policy), Some(packet), Some(destination)) = pointers else {
+        return 0;
     };
+    let policy_id = PolicyId::new(policy_id);
+    let address = &packet.dst;
+    destination.ranges = range_of(address).kinds;
     // SAFETY: none of the maps is preallocated, so an entry that is replaced lives until the
     // program ends.
     unsafe {
@@ -575,7 +587,7 @@ fn look_up(policy: &Policy, policy_id: PolicyId, packet: &Packet, now_ns: u64) -
         };
         destination.add_translated(policy, translated);
     }
-    destination
+    1
 }
 
 /// [`RANGE_NODE`] if the node itself receives packets to the address. This matters only for tunnels.

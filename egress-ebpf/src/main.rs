@@ -37,6 +37,7 @@
     reason = "what `#[classifier]` makes of a program has no room for docs"
 )]
 
+mod accepted;
 mod checksum;
 mod counters;
 mod denials;

@@ -20,6 +20,7 @@ use egress_common::{
 };
 
 use crate::{
+    accepted,
     counters::count,
     flows::{ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_alive, is_flow, map_of},
     maps::{Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
@@ -33,12 +34,13 @@ const ATTEMPTS: u32 = 4;
 /// Inserts a flow, or a fragmented packet, into `opening`. If there is no room, evicts the oldest of the same
 /// side.
 #[inline(always)]
-pub fn admit(pod: PodId, key: &FlowKey, flow: &Flow) {
+pub fn admit(pod: PodId, key: &mut FlowKey, flow: &Flow) {
     let Some(opening) = map_of(pod, IN_OPENING) else {
         return;
     };
+    let known = &*key;
     // The flow is there already, and has its place in the queue.
-    if opening.insert(key, flow, EXIST).is_ok() {
+    if opening.insert(known, flow, EXIST).is_ok() {
         return;
     }
     // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
@@ -54,8 +56,11 @@ pub fn admit(pod: PodId, key: &FlowKey, flow: &Flow) {
     let Some(order) = order else {
         return;
     };
-    if !has_place(pod, order, opening, key) || opening.insert(key, flow, ANY).is_err() {
+    if !has_place(pod, order, opening, known) || opening.insert(known, flow, ANY).is_err() {
         count_full(pod);
+        if accepted::is_record(known) {
+            accepted::give_way(pod, opening, key, true);
+        }
     }
 }
 
@@ -76,9 +81,13 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
                 attempt += 1;
                 continue;
             }
-            oldest.assume_init_ref()
+            oldest.assume_init_mut()
         };
-        give_way(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
+        if accepted::is_record(oldest) {
+            accepted::give_way(pod, opening, oldest, false);
+        } else {
+            give_way(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
+        }
         attempt += 1;
     }
     order.push(key, ANY).is_ok()
@@ -86,25 +95,25 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
 
 /// Evicts the oldest flow from `opening`, or spares it.
 #[inline(never)]
-fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &FlowKey, must: bool) {
-    let Some(flow) = opening.get_ptr(oldest) else {
+fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowKey, must: bool) {
+    let key = &*oldest;
+    let Some(flow) = opening.get_ptr(key) else {
         // The flow was established or forgotten meanwhile.
         return;
     };
     // SAFETY: the memory stays an entry of this map until the program ends.
     let mut flow = unsafe { *flow };
-    let is_tcp = oldest.protocol == protocol::TCP;
-    let is_wanted =
-        is_flow(oldest) && !(is_tcp && is_closed(&flow)) && is_alive(oldest, &flow, now_ns());
+    let is_tcp = key.protocol == protocol::TCP;
+    let is_wanted = is_flow(key) && !(is_tcp && is_closed(&flow)) && is_alive(key, &flow, now_ns());
     let mut was_established = false;
-    if is_wanted && is_established(oldest, &flow) {
+    if is_wanted && is_established(key, &flow) {
         // A UDP packet of the other side reopens a flow that was forgotten, and its source may be forged. So
         // such a flow gets no place in `inbound`, only another round in the queue.
         if flow.state == FLOW_IN && !is_tcp {
             if !must {
                 flow.seen &= !(FLOW_SEEN_AGAIN | FLOW_SEEN_OUT);
-                if order.push(oldest, ANY).is_ok() {
-                    let _ = opening.insert(oldest, flow, EXIST);
+                if order.push(key, ANY).is_ok() {
+                    let _ = opening.insert(key, flow, EXIST);
                     return;
                 }
             }
@@ -114,10 +123,15 @@ fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &FlowKey, must: 
             } else {
                 IN_INBOUND
             };
-            if let Some(flows) = map_of(pod, place)
-                && flows.insert(oldest, flow, ANY).is_ok()
+            // In this order: the flow goes before the record that bars it ([`accepted::give_way`]).
+            let is_barred = place == IN_INBOUND && accepted::bars(opening, oldest);
+            let key = &*oldest;
+            if !is_barred
+                && (place == IN_FLOWS || opening.get_ptr(key).is_some())
+                && let Some(flows) = map_of(pod, place)
+                && flows.insert(key, flow, ANY).is_ok()
             {
-                let _ = opening.remove(oldest);
+                let _ = opening.remove(key);
                 return;
             }
             was_established = true;

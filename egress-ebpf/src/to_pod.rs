@@ -1,5 +1,6 @@
 //! Judges the frames on their way to a pod. It stops only malformed frames, DNS responses, and fragments that
-//! may belong to a response. It records flows that others open, so that the pod's answers pass.
+//! may belong to a response, and what belongs to a TCP connection that the pod has not opened and the other side has
+//! accepted. It records flows that others open, so that the pod's answers pass.
 
 use aya_ebpf::{bindings::BPF_F_INGRESS, helpers::bpf_redirect, programs::TcContext};
 use egress_common::{
@@ -9,13 +10,13 @@ use egress_common::{
     protocol::{self, bits},
     reason::Reason,
     records::{
-        FLOW_IN, FLOW_SEEN_ACCEPT_IN, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES,
+        FLOW_CUT, FLOW_IN, FLOW_OUT, Flow, HELD_ANSWER, INTERFACE_SETTLING, INTERFACE_SOURCES,
         Interface, MODE_AUDIT, MODE_RELEASED, NO_CLASS, RANGE_RESOLVER, Range, TO_POD, UNJUDGED,
     },
 };
 
 use crate::{
-    DROP, PASS, checksum,
+    DROP, PASS, accepted, checksum,
     denials::{Denied, deny},
     flows, forged,
     from_pod::{is_several_datagrams, may_be_dns_port, range_of},
@@ -87,22 +88,23 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     };
     let is_answer = may_be_dns && range.is_resolver_at(packet.src_port);
     let is_held = is_answer || (may_belong && range.kinds & RANGE_RESOLVER != 0);
-    // TCP discovers the maximum segment size, so its fragments are not reassembled.
-    if is_answer && packet.bit == bits::TCP && is_fragment(packet) {
-        return Some(deny(
-            ctx,
-            &denied(interface, Some(packet), Reason::DnsFragmented),
-        ));
-    }
-    if is_answer && is_several_datagrams(&skb, packet) {
-        return Some(deny(
-            ctx,
-            &denied(interface, Some(packet), Reason::DnsMalformed),
-        ));
-    }
     let has_ports = !matches!(packet.fragment, Fragment::Later);
-    if has_ports && !is_answer {
-        note_flow(&skb, interface, packet);
+    let refused = if is_answer {
+        if packet.bit == bits::TCP && is_fragment(packet) {
+            // TCP discovers the maximum segment size, so its fragments are not reassembled.
+            Some(Reason::DnsFragmented)
+        } else if is_several_datagrams(&skb, packet) {
+            Some(Reason::DnsMalformed)
+        } else {
+            None
+        }
+    } else if has_ports && !note_flow(&skb, interface, packet) {
+        Some(Reason::TcpUnsolicited)
+    } else {
+        None
+    };
+    if let Some(reason) = refused {
+        return Some(deny(ctx, &denied(interface, Some(packet), reason)));
     }
     if !is_held {
         return None;
@@ -137,10 +139,14 @@ const fn may_belong_to_answer(packet: &Packet) -> bool {
     is_fragment(packet) && (packet.version == 6 || packet.protocol == protocol::UDP)
 }
 
-/// Records the flow that a packet belongs to, or opens, so that the pod may answer it. A SYN-ACK of an unknown flow
-/// is recorded so that a later SYN does not open the flow.
+/// Records the flow that a packet belongs to, or opens, so that the pod may answer it. Returns `false` for a segment that
+/// the pod should not receive: it belongs to a connection that the other side has accepted, and the pod has not opened.
+///
+/// A host that has opened a connection sends no SYN-ACK. Without this, somebody who forges the segments of both ends
+/// could join a handshake with the pod and one with a server to a connection between the two. The pod must not even
+/// see the server's number: somebody to whom it tells the number could complete the connection in the pod's name.
 #[inline(always)]
-fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
+fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) -> bool {
     let now_ns = now_ns();
     let mut key = packet.flow_to_pod();
     if packet.is_neighbour_message() && address::is_v6_multicast(&packet.dst) {
@@ -149,25 +155,34 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
             key.pod_addr = target;
         }
     }
-    let known = flows::find(skb, interface.pod(), &key, now_ns);
-
-    let state = known.state();
-    let mut seen = flows::seen(packet.bit, packet.tcp_flags, false);
-    // A host that has opened a connection sends no SYN-ACK. Without this, somebody who forges the segments of both
-    // ends could join a handshake with the pod and one with a server to a connection between the two.
+    let mut known = flows::find(skb, interface.pod(), &key, now_ns, true);
+    let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     let accepts = packet.accepts_tcp();
-    if accepts && (state == 0 || state == FLOW_IN) {
-        seen |= FLOW_SEEN_ACCEPT_IN;
+    // Otherwise the pod has opened the connection; its flow may have been evicted.
+    let is_unsolicited = !matches!(known.state(), FLOW_OUT | FLOW_CUT)
+        && (accepts || known.is_accepted())
+        && !flows::is_called(skb, interface.pod(), &key);
+    // While only the sources are judged, the pod's own connections are not all noted yet.
+    let is_reported = is_unsolicited && interface.flags & INTERFACE_SOURCES == 0;
+    if is_unsolicited && accepts {
+        known.flow = accepted::record(now_ns);
+        let noted = flows::note_accepted(interface, &key, &known.flow);
+        // A bridge sends frames for others to all its ports.
+        return !is_reported || skb.forget_number(noted) == 0;
     }
-    let is_reopened = state == FLOW_IN
-        && packet.opens_tcp()
-        && is_closed(&known.flow)
-        && !flows::is_accepted(&known.flow);
+    if is_reported && interface.mode != MODE_AUDIT {
+        return false;
+    }
+    known.ignore_accepted();
+    let state = known.state();
+    let is_reopened =
+        state == FLOW_IN && packet.opens_tcp() && is_closed(&known.flow) && !is_unsolicited;
     let is_new = state == 0 || is_reopened;
     let next = if !is_new {
         let completes = packet.bit != bits::TCP || completes_handshake(skb, packet, &known.flow);
         after_packet_to_pod(&known.flow, seen, completes, now_ns)
-    } else if (packet.opens_inbound() || accepts)
+    } else if packet.opens_inbound()
+        && !is_unsolicited
         && !flows::is_called(skb, interface.pod(), &key)
         && !forged::may_be(skb, interface.pod(), now_ns)
     {
@@ -176,9 +191,10 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) {
         flow.seen = seen;
         flow
     } else {
-        return;
+        return !is_reported;
     };
     flows::keep(skb, interface, &key, &known, next, is_new);
+    !is_reported
 }
 
 /// Whether a TCP packet acknowledges the pod's SYN-ACK. A sender that forges its address does not see the

@@ -227,14 +227,31 @@ impl Programs {
         self.write_interface();
     }
 
-    /// The pod's flows, without its fragments.
+    /// The pod's flows, its fragmented packets, and the connections that others have accepted.
     #[track_caller]
     pub fn flows(&self) -> Vec<(FlowKey, Flow)> {
         self.flow_map().entries().expect("the pod's flows")
     }
 
+    /// Changes the entries of one of the pod's maps ([`Lab::rewrite`]).
+    #[track_caller]
+    pub fn rewrite(&self, map: &str, edit: impl FnMut(&[u8], &mut [u8])) {
+        self.lab.rewrite(&self.pod, map, edit);
+    }
+
+    /// Copies what was noted of the first pod's connections to the other pod that the interface has become.
+    #[track_caller]
+    pub fn takes_noted(&mut self) {
+        let mut flows = self.flow_map_of(self.interface.pod());
+        flows.take_noted(&self.flow_map()).expect("the pod's flows");
+    }
+
     fn flow_map(&self) -> FlowMap {
-        let flows = self.datapath.flow_map(POD).expect("the map of flows");
+        self.flow_map_of(POD)
+    }
+
+    fn flow_map_of(&self, pod: PodId) -> FlowMap {
+        let flows = self.datapath.flow_map(pod).expect("the map of flows");
         flows.expect("the pod's flows")
     }
 

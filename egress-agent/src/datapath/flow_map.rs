@@ -10,8 +10,8 @@ use egress_common::{
     ids::PolicyId,
     protocol,
     records::{
-        FLOW_IN, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow,
-        FlowKey, UNJUDGED,
+        FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_ACCEPTED_GROUP, FLOW_KEY_FLOW, FLOW_OUT,
+        FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey, UNJUDGED,
     },
 };
 
@@ -28,7 +28,7 @@ pub struct FlowMap {
     flows: Flows,
     /// Established flows that peers opened.
     inbound: Flows,
-    /// Flows that are not established, or closed.
+    /// Flows that are not established, or closed, and the connections that peers have accepted.
     opening: Flows,
     /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
     called: Flows,
@@ -138,7 +138,7 @@ impl FlowMap {
         })
     }
 
-    /// Every tracked flow and every tracked fragmented packet.
+    /// Every tracked flow, every tracked fragmented packet, and every connection that a peer has accepted.
     ///
     /// # Errors
     ///
@@ -213,17 +213,14 @@ impl FlowMap {
         add(map, &seed.key(), seed.flow(now_ns))
     }
 
-    /// Copies from another pod's maps the flows that peers have opened towards the pod, and the addresses
-    /// and ports to which the pod has connected. Returns the number of flows.
+    /// Copies from another pod's maps the flows that peers have opened towards the pod, and what [`Self::take_noted`]
+    /// copies. Returns the number of flows.
     ///
     /// # Errors
     ///
     /// When the map is full, or a map cannot be read or written.
     pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
-        for item in &other.called {
-            let (key, flow) = item.context("cannot read the destinations of a pod")?;
-            add(&mut self.called, &key, flow)?;
-        }
+        self.take_noted(other)?;
         let mut taken = 0;
         for (key, flow) in other.entries()? {
             if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
@@ -231,6 +228,26 @@ impl FlowMap {
             }
         }
         Ok(taken)
+    }
+
+    /// Copies from another pod's maps what shows that a peer has not opened a connection: the addresses and ports to
+    /// which the pod has connected, and the connections that peers have accepted.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full, or a map cannot be read or written.
+    pub fn take_noted(&mut self, other: &Self) -> Result<()> {
+        for item in &other.called {
+            let (key, flow) = item.context("cannot read the destinations of a pod")?;
+            add(&mut self.called, &key, flow)?;
+        }
+        for item in &other.opening {
+            let (key, flow) = item.context("cannot read a pod's flows")?;
+            if matches!(key.kind, FLOW_KEY_ACCEPTED | FLOW_KEY_ACCEPTED_GROUP) {
+                add(&mut self.opening, &key, flow)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the flows that peers have opened towards the pod. Returns how many there were.
@@ -241,7 +258,7 @@ impl FlowMap {
     pub fn forget_inbound(&mut self) -> Result<usize> {
         let mut forgotten = 0;
         for (key, flow) in self.entries()? {
-            if flow.state == FLOW_IN {
+            if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
                 for map in [&mut self.inbound, &mut self.opening] {
                     ignore_missing(map.remove(&key)).context("cannot forget a flow")?;
                 }

@@ -152,7 +152,7 @@ impl Datapath {
             maps.push(match outer {
                 Outer::OrderFromPod(_) => self.templates.order(limits.opening_from_pod)?,
                 Outer::OrderToPod(_) => self.templates.order(limits.opening_to_pod)?,
-                Outer::Opening(_) => self.templates.flows(name, limits.opening())?,
+                Outer::Opening(_) => self.templates.flows(name, limits.opening_entries())?,
                 Outer::Called(_) => self.templates.flows(name, limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
             });

@@ -1,6 +1,6 @@
 //! The records of the flow maps.
 
-use crate::{address::Address, ids::PolicyId};
+use crate::{address::Address, flow::peer_group, ids::PolicyId};
 
 /// Key of a pod's flow maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +28,11 @@ pub const FLOW_KEY_FLOW: u8 = 0;
 pub const FLOW_KEY_FRAGMENT: u8 = 1;
 /// The key is an address and port to which the pod has connected ([`FlowKey::called`]).
 pub const FLOW_KEY_CALLED: u8 = 2;
+/// The key is that of a TCP connection that the other side has accepted, and so did not open
+/// ([`FlowKey::accepted`]).
+pub const FLOW_KEY_ACCEPTED: u8 = 3;
+/// The key is a group of peers ([`FlowKey::accepted_group`]).
+pub const FLOW_KEY_ACCEPTED_GROUP: u8 = 4;
 
 impl FlowKey {
     /// The key with only the flow's peer: the pod's address and port are zero.
@@ -42,6 +47,46 @@ impl FlowKey {
             protocol: self.protocol,
             kind: FLOW_KEY_CALLED,
             pad: 0,
+        }
+    }
+
+    /// The key of the record that the flow's other side has accepted the connection.
+    #[must_use]
+    #[inline(always)]
+    pub const fn accepted(&self) -> Self {
+        Self {
+            kind: FLOW_KEY_ACCEPTED,
+            ..*self
+        }
+    }
+
+    /// The key of the record that some peer of the same group has accepted a connection whose own record had to give
+    /// way. `secret` keeps others from choosing addresses of the same group.
+    #[must_use]
+    #[inline(always)]
+    pub const fn accepted_group(&self, secret: u32) -> Self {
+        let group = peer_group(&self.peer_addr, secret).to_be_bytes();
+        let mut peer_addr = [0; 16];
+        peer_addr[14] = group[0];
+        peer_addr[15] = group[1];
+        Self {
+            pod_addr: [0; 16],
+            peer_addr,
+            pod_port: 0,
+            peer_port: 0,
+            protocol: self.protocol,
+            kind: FLOW_KEY_ACCEPTED_GROUP,
+            pad: 0,
+        }
+    }
+
+    /// The key of the flow that a record of [`Self::accepted`] is about.
+    #[must_use]
+    #[inline(always)]
+    pub const fn flow(&self) -> Self {
+        Self {
+            kind: FLOW_KEY_FLOW,
+            ..*self
         }
     }
 }
@@ -119,6 +164,3 @@ pub const FLOW_SEEN_IN: u8 = 1 << 4;
 pub const FLOW_SEEN_AGAIN: u8 = 1 << 5;
 /// The TCP RST came from the other side, and no later packet of the pod has contradicted it.
 pub const FLOW_SEEN_RST_IN: u8 = 1 << 6;
-/// In a flow of state [`FLOW_IN`]: the other side sent a TCP SYN-ACK, which only the side sends that is called. So it
-/// did not open the connection, and the rules judge what the pod sends on it.
-pub const FLOW_SEEN_ACCEPT_IN: u8 = 1 << 7;

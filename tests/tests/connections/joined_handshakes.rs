@@ -36,6 +36,8 @@ struct Joined<'a> {
     own: SocketAddr,
     /// On the pod's interface.
     tap: Tap,
+    /// Where the server sends.
+    outside: Tap,
 }
 
 impl<'a> Joined<'a> {
@@ -51,6 +53,7 @@ impl<'a> Joined<'a> {
             server: SocketAddr::new(server, THERE),
             own: SocketAddr::new(pod.address_for(server), HERE),
             tap: Tap::open(pod.netns(), "eth0"),
+            outside: Tap::open(lab.outside(), "eth0"),
         }
     }
 
@@ -92,15 +95,28 @@ impl<'a> Joined<'a> {
         sent.expect("send in another's name");
     }
 
-    /// Waits for a segment with these flags from the server's address; returns its sequence number.
+    /// Where the TCP header is.
+    fn at(&self) -> usize {
+        transport_at(self.server.ip())
+    }
+
+    /// Whether this is a segment with these flags from the server's address to the pod's.
+    fn is(&self, frame: &[u8], flags: u8) -> bool {
+        frames::is(frame, self.server.ip(), self.own.ip(), TCP) && frame[self.at() + 13] == flags
+    }
+
+    /// Waits until the pod gets such a segment.
     #[track_caller]
-    fn arrives(&self, flags: u8) -> u32 {
-        let at = transport_at(self.server.ip());
-        let seen = self.tap.receive(DEADLINE, |frame| {
-            frames::is(frame, self.server.ip(), self.own.ip(), TCP) && frame[at + 13] == flags
-        });
-        let seen = seen.expect("a segment for the pod");
-        u32::from_be_bytes(seen[at + 4..at + 8].try_into().expect("four bytes"))
+    fn arrives(&self, flags: u8) {
+        let seen = self.tap.receive(DEADLINE, |frame| self.is(frame, flags));
+        seen.expect("a segment for the pod");
+    }
+
+    /// The same, whatever reaches the pod.
+    fn handshake_with_pod(&self) {
+        self.forge(self.server, self.own, flag::SYN, (FORGED, 0));
+        self.pod_sends(flag::SYN | flag::ACK, (OWN, FORGED + 1), b"");
+        self.forge(self.server, self.own, flag::ACK, (FORGED + 1, OWN + 1));
     }
 
     fn shake_hands_with_pod(&self) {
@@ -111,10 +127,16 @@ impl<'a> Joined<'a> {
         self.arrives(flag::ACK);
     }
 
-    /// Returns the server's number.
+    /// Returns the server's number, which somebody may have told the pod.
+    #[track_caller]
     fn call_server(&self) -> u32 {
         self.forge(self.own, self.server, flag::SYN, (OWN, 0));
-        self.arrives(flag::SYN | flag::ACK)
+        let syn_ack = flag::SYN | flag::ACK;
+        let seen = self
+            .outside
+            .receive(DEADLINE, |frame| self.is(frame, syn_ack));
+        let (seen, at) = (seen.expect("the server accepts"), self.at() + 4);
+        u32::from_be_bytes(seen[at..at + 4].try_into().expect("four bytes"))
     }
 }
 
@@ -134,7 +156,10 @@ fn assert_not_joined(peer: IpAddr, first: First) {
         }
         First::WithTheServer => {
             let number = joined.call_server();
-            joined.shake_hands_with_pod();
+            agent.wait_denial("the SYN-ACK", |denial| {
+                denial.of(&cart) && denial.reason == "tcp_unsolicited"
+            });
+            joined.handshake_with_pod();
             number
         }
     };
@@ -158,5 +183,39 @@ fn a_handshake_with_the_pod_and_one_with_a_server_are_not_joined() {
 fn a_handshake_with_a_server_and_one_with_the_pod_are_not_joined() {
     for peer in [server(9), server6(9)] {
         assert_not_joined(peer, First::WithTheServer);
+    }
+}
+
+#[track_caller]
+fn assert_number_is_not_seen(peer: IpAddr) {
+    let lab = Lab::new();
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let agent = lab.start_agent(&[&cart]);
+    let listener = lab.outside().run(|| TcpListener::bind((peer, THERE)));
+    let _listener = listener.expect("listen outside");
+    let joined = Joined::new(&lab, &cart, peer);
+    let number = joined.call_server();
+    agent.wait_denial("the SYN-ACK", |denial| {
+        denial.of(&cart) && denial.reason == "tcp_unsolicited"
+    });
+    // A segment with a wrong number, which the server answers with its own.
+    let wrong = (OWN.wrapping_sub(1 << 20), number.wrapping_add(1));
+    joined.forge(joined.own, joined.server, flag::ACK, wrong);
+    let told = joined
+        .outside
+        .receive(DEADLINE, |frame| joined.is(frame, flag::ACK));
+    told.expect("the server answers");
+    let from_server = |frame: &[u8]| frames::is(frame, peer, joined.own.ip(), TCP);
+    let seen = joined.tap.receive(SHORT, from_server);
+    assert_eq!(seen, None, "the pod sees the server's number");
+}
+
+/// The pod could tell the number to the helper, which completes the connection in the pod's name. When the SYN-ACK is
+/// forgotten, the pod could go on with it.
+#[test]
+fn the_pod_does_not_see_the_number_of_a_server_that_is_called_in_its_name() {
+    for peer in [server(9), server6(9)] {
+        assert_number_is_not_seen(peer);
     }
 }

@@ -199,7 +199,10 @@ fn without_the_saved_state_ranges_of_services_stay_while_the_api_server_does_not
     let api = Arc::clone(&scene.cluster.server);
     api.delete(&scene.other);
     // First the API server does not have the ranges, then it refuses them.
-    for rights in [rights_but(""), rights_but("servicecidrs")] {
+    for rights in [
+        rights(|_| true),
+        rights(|resource| resource != "servicecidrs"),
+    ] {
         api.allow_agent("agent", &rights);
         std::fs::remove_file(scene.state()).expect("remove what the agent has saved");
         scene.agent = scene.cluster.start_agent_with(&["--keep-enforcing"]);
@@ -225,7 +228,7 @@ fn resolvers_that_are_gone_are_forgotten_while_a_list_fails_that_they_do_not_com
     agent.wait_enforcing(cart.net());
     assert_eq!(cart.net().lookup("shop.test"), [server(10)]);
     let api = Arc::clone(&cluster.server);
-    api.allow_agent("agent", &rights(false));
+    api.allow_agent("agent", &rights(|resource| resource != "nodes"));
     let endpoints = |addresses: Value| {
         json!({
             "apiVersion": "v1",

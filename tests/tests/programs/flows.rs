@@ -166,7 +166,8 @@ fn only_packets_that_can_open_a_connection_open_a_flow() {
     programs.stays(&to.echo_reply(5000), Reason::NoRule);
     programs.stays(&to.frame(protocol::GRE, &[0; 32]), Reason::NoRule);
     // A SYN-ACK is recorded, and opens nothing either.
-    programs.arrives(&by.tcp(5000, 8080, flag::SYN | flag::ACK));
+    let accepts = by.tcp(5000, 8080, flag::SYN | flag::ACK);
+    programs.receives(&accepts).denied(Reason::TcpUnsolicited);
     programs.stays(&to.tcp(8080, 5000, flag::ACK), Reason::NoRule);
 }
 

@@ -17,20 +17,20 @@ use egress_tests::{
 };
 
 /// Before any machine's current time.
-const PAST_NS: u64 = 1;
+pub(crate) const PAST_NS: u64 = 1;
 const NEVER_NS: u64 = u64::MAX;
 /// The port from which a peer connects, and the port to which it connects.
-const CALL: (u16, u16) = (5000, 8080);
-const ANSWER: (u16, u16) = (8080, 5000);
+pub(crate) const CALL: (u16, u16) = (5000, 8080);
+pub(crate) const ANSWER: (u16, u16) = (8080, 5000);
 /// The initial sequence numbers of the peer and of the pod.
-const PEER: u32 = 0x1000_ffff;
-const OWN: u32 = 0x2000_ffff;
+pub(crate) const PEER: u32 = 0x1000_ffff;
+pub(crate) const OWN: u32 = 0x2000_ffff;
 /// More than the limit of flows that are not established.
-const FLOOD: u32 = 17_000;
+pub(crate) const FLOOD: u32 = 17_000;
 
 /// A connection that a peer opens and the pod accepts.
 #[track_caller]
-fn accept(programs: &mut Programs, peer: IpAddr, port: u16) {
+pub(crate) fn accept(programs: &mut Programs, peer: IpAddr, port: u16) {
     let (by, to) = (programs.by(peer), programs.to(peer));
     let (call, answer) = ((port, CALL.1), (CALL.1, port));
     programs.arrives(&by.tcp_segment(call, flag::SYN, (PEER, 0), b""));
@@ -49,7 +49,7 @@ fn connect(programs: &mut Programs, host: IpAddr, port: u16) {
     programs.leaves(&to.tcp(port, PORT, flag::ACK));
 }
 
-fn states(programs: &Programs) -> Vec<(u8, bool)> {
+pub(crate) fn states(programs: &Programs) -> Vec<(u8, bool)> {
     let flows = programs.flows();
     let state =
         |flow: &egress_common::records::Flow| (flow.state, flow.seen & FLOW_SEEN_AGAIN != 0);
@@ -129,12 +129,12 @@ fn a_peer_that_accepts_a_connection_has_not_opened_it() {
         let data = to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, PEER + 8), b"secret");
         accept(&mut programs, peer, CALL.0);
         programs.leaves(&data);
-        programs.arrives(&accepts);
+        programs.receives(&accepts).denied(Reason::TcpUnsolicited);
         programs.stays(&data, Reason::NoRule);
         // Neither a close nor another handshake makes the peer the opener.
-        programs.arrives(&by.tcp_segment(CALL, flag::RST, (PEER + 1, 0), b""));
-        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
-        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
+        programs.receives(&by.tcp_segment(CALL, flag::RST, (PEER + 1, 0), b""));
+        programs.receives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        programs.receives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
         programs.stays(
             &to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b""),
             Reason::NoRule,
@@ -151,27 +151,15 @@ fn a_peer_that_has_accepted_a_connection_does_not_open_it_later() {
     let syn_ack = flag::SYN | flag::ACK;
     for peer in [server(9), server6(9)] {
         let (by, to) = (programs.by(peer), programs.to(peer));
-        programs.arrives(&by.tcp_segment(CALL, syn_ack, (PEER, OWN + 1), b""));
-        programs.arrives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
+        let accepts = by.tcp_segment(CALL, syn_ack, (PEER, OWN + 1), b"");
+        programs.receives(&accepts).denied(Reason::TcpUnsolicited);
+        programs.receives(&by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""));
         let answer = to.tcp_segment(ANSWER, syn_ack, (OWN, PEER + 1), b"");
         programs.stays(&answer, Reason::NoRule);
-        programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
+        programs.receives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""));
         let data = to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, PEER + 1), b"secret");
         programs.stays(&data, Reason::NoRule);
     }
-}
-
-#[test]
-fn a_connection_that_was_accepted_before_its_flow_is_known_becomes_one_of_the_pod() {
-    let mut programs = Programs::new();
-    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
-    programs.arrives(&by.tcp(PORT, 7, flag::SYN | flag::ACK));
-    programs.leaves(&to.tcp(7, PORT, flag::ACK));
-    programs.arrives(&by.tcp(PORT, 7, flag::ACK));
-    programs.leaves(&to.tcp(7, PORT, flag::ACK));
-    assert_eq!(states(&programs), [(FLOW_OUT, true)]);
-    programs.allow(server(1), TO_PORT, PAST_NS);
-    programs.leaves(&to.tcp(7, PORT, flag::ACK));
 }
 
 #[test]

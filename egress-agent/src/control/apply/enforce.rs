@@ -72,6 +72,7 @@ impl Applier {
                 flows: self.flows_of(pod)?,
             })
             .await?;
+        self.note_from_quarantine(wanted, &mut flows)?;
         // The denial reader must know the pod before its first packet can be denied.
         let enforced = Enforced {
             wanted: Arc::clone(wanted),
@@ -234,6 +235,7 @@ impl Applier {
         }
         self.gate.forget(self.left_on(pod, &interfaces)).await?;
         self.gate.move_to(pod, interfaces.clone()).await?;
+        self.note_from_quarantine(&on_new, &mut flows)?;
         let _ = self.require_stamps(&interfaces, mode);
         outcome.judged.extend(&interfaces);
         tracing::info!(pod = %subject, ?interfaces, "enforcing on other interfaces");

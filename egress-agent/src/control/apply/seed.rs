@@ -165,15 +165,31 @@ impl Applier {
 
     /// Keeps the flows that others have opened towards these interfaces while they were in quarantine.
     pub(super) fn take_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
-        for (subject, enforced) in &self.enforced {
-            let mut interfaces = enforced.wanted.interfaces.iter();
-            if subject.is_interface()
-                && interfaces.any(|ifindex| wanted.interfaces.contains(ifindex))
-            {
-                flows.take_inbound(&enforced.flows)?;
-            }
+        for quarantined in self.quarantined_flows(wanted) {
+            flows.take_inbound(quarantined)?;
         }
         Ok(())
+    }
+
+    /// Keeps what these interfaces' flows have shown since [`Self::take_from_quarantine`], until the interfaces left
+    /// the quarantine.
+    pub(super) fn note_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
+        for quarantined in self.quarantined_flows(wanted) {
+            flows.take_noted(quarantined)?;
+        }
+        Ok(())
+    }
+
+    /// The flow maps of these interfaces from their quarantine.
+    fn quarantined_flows(&self, wanted: &Wanted) -> impl Iterator<Item = &FlowMap> {
+        self.enforced
+            .iter()
+            .filter(|(subject, enforced)| {
+                let mut interfaces = enforced.wanted.interfaces.iter();
+                subject.is_interface()
+                    && interfaces.any(|ifindex| wanted.interfaces.contains(ifindex))
+            })
+            .map(|(_, enforced)| &enforced.flows)
     }
 }
 

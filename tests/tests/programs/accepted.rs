@@ -1,0 +1,302 @@
+//! Connections that the other side has accepted: it did not open them, so the pod may not answer it.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use egress_agent::datapath::{Action, Hook};
+use egress_common::{
+    reason::Reason,
+    records::{FLOW_OUT, INTERFACE_SOURCES, MODE_ENFORCE},
+};
+use egress_tests::{
+    addresses::{numbered, server, server6},
+    programs::{PORT, Programs, TO_PORT},
+    raw::{Ip, flag},
+};
+
+use crate::openings::{ANSWER, CALL, FLOOD, OWN, PAST_NS, PEER, accept, states};
+
+const SYN_ACK: u8 = flag::SYN | flag::ACK;
+const SECOND_NS: u64 = 1_000_000_000;
+/// The pod's maps that have flows which others open.
+const INBOUND: [&str; 2] = ["opening", "inbound"];
+/// The number of the peer's own SYN-ACK.
+const THERE: u32 = 0x3000_ffff;
+
+/// The segments of a peer and the pod, between which somebody outside joins two handshakes.
+struct Joined {
+    syn: Vec<u8>,
+    /// The pod's SYN-ACK for the forged SYN.
+    answer: Vec<u8>,
+    /// The forged acknowledgment of it.
+    ack: Vec<u8>,
+    /// The peer's SYN-ACK for a SYN in the pod's name.
+    accepts: Vec<u8>,
+    /// What the pod sends to the peer then.
+    data: Vec<u8>,
+}
+
+impl Joined {
+    fn with(programs: &Programs, peer: IpAddr) -> Self {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        Self {
+            syn: by.tcp_segment(CALL, flag::SYN, (PEER, 0), b""),
+            answer: to.tcp_segment(ANSWER, SYN_ACK, (OWN, PEER + 1), b""),
+            ack: by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 1), b""),
+            accepts: by.tcp_segment(CALL, SYN_ACK, (THERE, OWN + 1), b""),
+            data: to.tcp_segment(ANSWER, flag::ACK, (OWN + 1, THERE + 1), b"secret"),
+        }
+    }
+
+    /// The peer's SYN-ACK does not reach the pod.
+    #[track_caller]
+    fn accepts(&self, programs: &mut Programs) {
+        let run = programs.receives(&self.accepts);
+        run.denied(Reason::TcpUnsolicited);
+    }
+
+    /// Asserts that no SYN in the peer's name opens the connection, and that the pod's data stays.
+    #[track_caller]
+    fn stays_closed(&self, programs: &mut Programs) {
+        for _ in 0..2 {
+            programs.receives(&self.syn);
+            assert_eq!(programs.sends(&self.answer).run.action, Action::Drop);
+            programs.receives(&self.ack);
+            assert_eq!(programs.sends(&self.data).run.action, Action::Drop);
+        }
+    }
+}
+
+/// The values of the pod's flows that others open, as another CPU may have read them.
+fn read(programs: &Programs) -> HashMap<(&'static str, Vec<u8>), Vec<u8>> {
+    let mut found = HashMap::new();
+    for map in INBOUND {
+        programs.rewrite(map, |key, value| {
+            found.insert((map, key.to_vec()), value.to_vec());
+        });
+    }
+    found
+}
+
+/// Writes the values back.
+fn write(programs: &Programs, read: &HashMap<(&'static str, Vec<u8>), Vec<u8>>) {
+    for map in INBOUND {
+        programs.rewrite(map, |key, value| {
+            if let Some(before) = read.get(&(map, key.to_vec())) {
+                value.copy_from_slice(before);
+            }
+        });
+    }
+}
+
+/// Lets this time pass for what others have opened.
+fn pass(programs: &Programs, seconds: u64) {
+    for map in INBOUND {
+        programs.rewrite(map, |_, value| {
+            let (last_seen, _) = value.split_at_mut(8);
+            let seen_ns = u64::from_ne_bytes(last_seen.try_into().expect("eight bytes"));
+            let earlier = seen_ns.saturating_sub(seconds * SECOND_NS);
+            last_seen.copy_from_slice(&earlier.to_ne_bytes());
+        });
+    }
+}
+
+#[test]
+fn a_cpu_that_writes_the_flow_back_does_not_undo_a_syn_ack() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let joined = Joined::with(&programs, peer);
+        // Before the handshake with the pod is complete, and after.
+        programs.arrives(&joined.syn);
+        let opened = read(&programs);
+        joined.accepts(&mut programs);
+        write(&programs, &opened);
+        joined.stays_closed(&mut programs);
+    }
+    for peer in [server(8), server6(8)] {
+        let joined = Joined::with(&programs, peer);
+        accept(&mut programs, peer, CALL.0);
+        let established = read(&programs);
+        joined.accepts(&mut programs);
+        write(&programs, &established);
+        programs.stays(&joined.data, Reason::NoRule);
+        joined.stays_closed(&mut programs);
+        write(&programs, &established);
+        joined.stays_closed(&mut programs);
+    }
+}
+
+#[test]
+fn a_flow_that_closes_and_opens_again_stays_accepted() {
+    let mut programs = Programs::new();
+    let joined = Joined::with(&programs, server(9));
+    let reset = programs
+        .by(server(9))
+        .tcp_segment(CALL, flag::RST, (PEER + 1, 0), b"");
+    programs.arrives(&joined.syn);
+    programs.arrives(&reset);
+    let closed = read(&programs);
+    joined.accepts(&mut programs);
+    write(&programs, &closed);
+    for _ in 0..2 {
+        programs.receives(&reset);
+        joined.stays_closed(&mut programs);
+    }
+}
+
+#[test]
+fn a_syn_ack_is_remembered_for_longer_than_a_syn_cookie_is_valid() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let joined = Joined::with(&programs, peer);
+        joined.accepts(&mut programs);
+        pass(&programs, 121);
+        joined.stays_closed(&mut programs);
+    }
+}
+
+#[test]
+fn the_pod_does_not_see_the_number_of_a_server_that_accepts() {
+    let mut programs = Programs::new();
+    for peer in [server(9), server6(9)] {
+        let joined = Joined::with(&programs, peer);
+        let by = programs.by(peer);
+        // A server that waits for the end of a handshake answers a wrong number with its own (RFC 9293, section
+        // 3.10.7.4), and a RST may have it, too.
+        let others = [
+            by.tcp_segment(CALL, flag::ACK, (THERE + 1, OWN + 1), b""),
+            by.tcp_segment(CALL, flag::RST | flag::ACK, (THERE + 1, OWN + 1), b""),
+            by.tcp_segment(CALL, flag::ACK, (THERE + 1, OWN + 1), b"greeting"),
+        ];
+        joined.accepts(&mut programs);
+        for frame in &others {
+            programs.receives(frame).denied(Reason::TcpUnsolicited);
+        }
+        // Its other connections are not concerned.
+        accept(&mut programs, peer, CALL.0 + 1);
+    }
+    for peer in [server(8), server6(8)] {
+        let joined = Joined::with(&programs, peer);
+        accept(&mut programs, peer, CALL.0);
+        joined.accepts(&mut programs);
+        let number = programs.by(peer);
+        let number = number.tcp_segment(CALL, flag::ACK, (THERE + 1, OWN + 1), b"");
+        programs.receives(&number).denied(Reason::TcpUnsolicited);
+    }
+}
+
+#[test]
+fn a_flood_does_not_make_the_pod_forget_who_has_accepted() {
+    let mut programs = Programs::new();
+    let (unknown, opened) = (
+        Joined::with(&programs, server(9)),
+        Joined::with(&programs, server(8)),
+    );
+    accept(&mut programs, server(8), CALL.0);
+    unknown.accepts(&mut programs);
+    opened.accepts(&mut programs);
+    let established = read(&programs);
+    let own = programs.own();
+    let syn = |n| Ip::new(numbered(n), own).tcp(5000, 8080, flag::SYN);
+    programs.flood(Hook::ToPod, (0..FLOOD).map(syn), 1);
+    write(&programs, &established);
+    unknown.stays_closed(&mut programs);
+    opened.stays_closed(&mut programs);
+    // SYN-ACKs in one host's name, from every port.
+    let by = programs.by(server(7));
+    let accepts = |n: u32| by.tcp(1024 + n as u16, 8080, SYN_ACK);
+    programs.flood(Hook::ToPod, (0..FLOOD).map(accepts), 1);
+    programs.drain();
+    unknown.stays_closed(&mut programs);
+    // Others open their connections meanwhile. (Some may be of one group with those that have accepted.)
+    let mut gets_through = |host: u8| {
+        let peer = Joined::with(&programs, server(host));
+        programs.receives(&peer.syn);
+        programs.sends(&peer.answer).run.action == Action::Pass
+    };
+    let through = (20..40).filter(|host| gets_through(*host)).count();
+    assert!(through >= 17, "{through} of 20 peers get through");
+}
+
+#[test]
+fn a_flood_of_forged_syn_acks_does_not_end_connections() {
+    let mut programs = Programs::new();
+    accept(&mut programs, server(8), CALL.0);
+    let own = programs.own();
+    let accepts = |n| Ip::new(numbered(n), own).tcp(5000, 8080, SYN_ACK);
+    programs.flood(Hook::ToPod, (0..FLOOD).map(accepts), 1);
+    programs.drain();
+    let to = programs.to(server(8));
+    programs.leaves(&to.tcp_segment(ANSWER, flag::ACK, (OWN + 5, PEER + 1), b"data"));
+    let by = programs.by(server(8));
+    programs.arrives(&by.tcp_segment(CALL, flag::ACK, (PEER + 1, OWN + 9), b"data"));
+}
+
+#[test]
+fn a_connection_of_the_pod_whose_flow_was_evicted_is_still_accepted() {
+    let mut programs = Programs::new();
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    let flood = (0..2000_u16).map(|n| to.tcp(10_000 + n, PORT, flag::SYN));
+    programs.flood(Hook::FromPod, flood, 1);
+    let flows = programs.flows();
+    assert!(flows.iter().all(|(key, _)| key.pod_port != 7), "evicted");
+    programs.arrives(&by.tcp(PORT, 7, SYN_ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.arrives(&by.tcp(PORT, 7, flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    assert!(states(&programs).contains(&(FLOW_OUT, true)));
+    programs.allow(server(1), TO_PORT, PAST_NS);
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+}
+
+#[test]
+fn a_connection_that_the_rules_allow_works_after_a_syn_ack_that_came_first() {
+    let mut programs = Programs::new();
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    let first = programs.receives(&by.tcp(PORT, 7, SYN_ACK));
+    first.denied(Reason::TcpUnsolicited);
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    programs.arrives(&by.tcp(PORT, 7, SYN_ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    programs.arrives(&by.tcp(PORT, 7, flag::ACK));
+    programs.leaves(&to.tcp(7, PORT, flag::ACK));
+    assert!(states(&programs).contains(&(FLOW_OUT, true)));
+}
+
+#[test]
+fn audit_mode_and_the_first_moments_of_a_pod_only_note_a_syn_ack() {
+    let mut programs = Programs::new();
+    let (noted, reported) = (
+        Joined::with(&programs, server(9)),
+        Joined::with(&programs, server(8)),
+    );
+    programs.set_interface(|interface| interface.flags = INTERFACE_SOURCES);
+    programs.arrives(&noted.accepts);
+    programs.set_interface(|interface| interface.flags = 0);
+    noted.stays_closed(&mut programs);
+
+    programs.audit();
+    let run = programs.receives(&reported.accepts);
+    run.reported(Reason::TcpUnsolicited);
+    assert_eq!(run.run.action, Action::Pass);
+    programs.set_interface(|interface| interface.mode = MODE_ENFORCE);
+    reported.stays_closed(&mut programs);
+}
+
+#[test]
+fn a_syn_ack_for_another_address_is_no_concern_of_the_pod() {
+    let mut programs = Programs::new();
+    let other: IpAddr = [10, 1, 0, 77].into();
+    programs.arrives(&Ip::new(server(9), other).tcp(CALL.0, CALL.1, SYN_ACK));
+    assert_eq!(programs.flows(), []);
+}
+
+#[test]
+fn what_was_noted_in_quarantine_counts_for_the_pod() {
+    let mut programs = Programs::new();
+    let joined = Joined::with(&programs, server(9));
+    joined.accepts(&mut programs);
+    programs.becomes_another_pods();
+    programs.takes_noted();
+    joined.stays_closed(&mut programs);
+}
