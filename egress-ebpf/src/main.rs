@@ -54,6 +54,7 @@ mod maps;
 mod open_flow;
 mod opening;
 mod probe;
+mod rules;
 mod skb;
 mod sources;
 mod to_pod;

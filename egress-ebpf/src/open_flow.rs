@@ -13,7 +13,7 @@ use crate::{
     checksum,
     counters::count,
     flows,
-    from_pod::may_be_dns_port,
+    rules::may_be_dns_port,
     skb::{Linear, Skb},
 };
 

@@ -19,9 +19,10 @@ use crate::{
     DROP, PASS, accepted, checksum,
     denials::{Denied, deny},
     flows, forged,
-    from_pod::{is_several_datagrams, may_be_dns_port, range_of},
+    from_pod::is_several_datagrams,
     headers, held,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
+    rules::{may_be_dns_port, range_of},
     skb::{Skb, now_ns},
 };
 
