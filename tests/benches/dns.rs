@@ -241,13 +241,7 @@ fn report(variants: &[Variant; 3]) {
         "{ROUNDS} rounds of {SINGLE_NAMES} fresh names one by one and {PIPELINED_NAMES} with {OPEN} open (pipelined).\n"
     );
     println!("Ratio to bare, the median and the middle half of the rounds:\n");
-    let mut ratios = vec![row![
-        "",
-        "p50",
-        "p99",
-        "questions/s, one by one",
-        "pipelined"
-    ]];
+    let mut ratios = vec![row!["", "p50", "p99", "queries/s, one by one", "pipelined"]];
     for variant in &variants[1..] {
         ratios.push(row![
             variant.what,
@@ -263,7 +257,7 @@ fn report(variants: &[Variant; 3]) {
         "",
         "p50",
         "p99",
-        "questions/s, pipelined",
+        "queries/s, pipelined",
         "CPU, one by one",
         "CPU, pipelined"
     ]];

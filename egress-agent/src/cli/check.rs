@@ -4,12 +4,18 @@ use std::{fmt::Write as _, io::IsTerminal as _, process::ExitCode};
 
 use anyhow::Result;
 
-use super::CheckArgs;
+use super::{CheckArgs, texts};
 use crate::{
     config::Config,
     pods::{self, NO_ADDRESS, Snapshot},
 };
 use egress_policy::{Annotations, Excerpt, Inputs, PolicyError, describe};
+
+/// The ends of names of files that are read from directories.
+const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
+
+/// How a line with a warning begins.
+const WARNING: &str = "  warning: ";
 
 pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let settings = match &args.config {
@@ -17,8 +23,14 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         None => Config::default_config()?.policy_settings(),
     };
     let style = Style::of_standard_error();
-    let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
-    let mut wrong = problems.len();
+    let (texts, errors) = texts::read(&args.files, &EXTENSIONS);
+    for error in &errors {
+        eprintln!("{error:#}");
+    }
+    let texts = texts.iter().map(|of| (&*of.name, &*of.text));
+    let Snapshot { pods, problems, .. } = pods::read_for_check(texts);
+    let mut wrong = problems.len() + errors.len();
+    let mut warnings = 0;
     for problem in &problems {
         eprintln!("{problem}");
     }
@@ -34,6 +46,10 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         match describe(&title, inputs, &settings) {
             Ok(text) => {
                 print!("{text}");
+                warnings += text
+                    .lines()
+                    .filter(|line| line.starts_with(WARNING))
+                    .count();
                 if pod.addresses.is_empty() && pod.interface.is_some() {
                     println!("  warning: {NO_ADDRESS}");
                 }
@@ -46,7 +62,11 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         }
     }
     if pods.is_empty() && wrong == 0 {
-        eprintln!("no Pod in these files");
+        eprintln!("no Pod and no workload in these files");
+        wrong += 1;
+    }
+    if args.strict && warnings > 0 {
+        eprintln!("{warnings} warnings (--strict)");
         wrong += 1;
     }
     Ok(if wrong == 0 {
@@ -126,6 +146,7 @@ mod tests {
         let examples = Path::new("../manifests/examples");
         let args = CheckArgs {
             files: vec![examples.join("pods")],
+            strict: false,
             config: Some(examples.join("egress-agent.yaml")),
         };
         assert_eq!(check(&args).unwrap(), ExitCode::SUCCESS);

@@ -1,39 +1,30 @@
 //! `egress-agent import`
 
 use std::{
-    fs,
-    io::{self, Read as _, Write as _},
-    path::{Path, PathBuf},
+    io::{self, Write as _},
     process::ExitCode,
 };
 
 use anyhow::{Context as _, Result};
 use egress_import::{Imported, Input, Options, import as import_inputs};
 
-use super::ImportArgs;
-
-/// The name of standard input among the arguments.
-const STANDARD_INPUT: &str = "-";
+use super::{
+    ImportArgs,
+    texts::{self, Text},
+};
 
 /// The ends of names of files that are read from directories.
 const EXTENSIONS: [&str; 4] = ["yaml", "yml", "json", "rule"];
 
 pub(super) fn import(args: &ImportArgs) -> Result<ExitCode> {
-    let mut inputs = Vec::new();
-    let mut errors = Vec::new();
-    for path in &args.files {
-        if path.as_os_str() == STANDARD_INPUT {
-            match read_standard_input() {
-                Ok(input) => inputs.push(input),
-                Err(error) => errors.push(error),
-            }
-        } else {
-            read_path(path, &mut inputs, &mut errors);
-        }
-    }
+    let (texts, errors) = texts::read(&args.files, &EXTENSIONS);
     for error in &errors {
         eprintln!("{error:#}");
     }
+    let inputs: Vec<Input> = texts
+        .into_iter()
+        .map(|Text { name, text }| Input { name, text })
+        .collect();
     let options = Options {
         deep_wildcards: args.deep_wildcards,
         namespace: args.namespace.clone(),
@@ -68,61 +59,10 @@ pub(super) fn import(args: &ImportArgs) -> Result<ExitCode> {
     })
 }
 
-fn read_standard_input() -> Result<Input> {
-    let mut text = String::new();
-    io::stdin()
-        .read_to_string(&mut text)
-        .context("standard input cannot be read")?;
-    Ok(Input {
-        name: "standard input".to_owned(),
-        text,
-    })
-}
-
-/// Reads a file, or the files in and below a directory in the order of their names.
-fn read_path(path: &Path, inputs: &mut Vec<Input>, errors: &mut Vec<anyhow::Error>) {
-    if path.is_dir() {
-        match files(path) {
-            Ok(files) => {
-                for file in files {
-                    read_path(&file, inputs, errors);
-                }
-            }
-            Err(error) => errors.push(error),
-        }
-        return;
-    }
-    let shown = path.display().to_string();
-    match fs::read_to_string(path).with_context(|| format!("{shown}: cannot be read")) {
-        Ok(text) => inputs.push(Input { name: shown, text }),
-        Err(error) => errors.push(error),
-    }
-}
-
-/// The subdirectories of a directory and its files with policies, but for hidden ones.
-fn files(directory: &Path) -> Result<Vec<PathBuf>> {
-    let mut entries = fs::read_dir(directory)
-        .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-        .with_context(|| format!("{}: the directory cannot be listed", directory.display()))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    let is_wanted = |entry: &fs::DirEntry| {
-        let is_known = entry
-            .path()
-            .extension()
-            .is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known));
-        // A link to a directory is not followed, as it may lead to one above.
-        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        !entry.file_name().to_string_lossy().starts_with('.') && (is_directory || is_known)
-    };
-    Ok(entries
-        .iter()
-        .filter(|entry| is_wanted(entry))
-        .map(fs::DirEntry::path)
-        .collect())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::{fs, path::Path};
+
     use super::*;
 
     const POLICY: &str = "\

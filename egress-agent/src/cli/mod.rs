@@ -9,6 +9,7 @@ mod ready;
 mod run;
 mod start_gate;
 mod status;
+mod texts;
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
@@ -38,9 +39,10 @@ enum Command {
     Run(RunArgs),
     /// Print the destinations that each pod of the manifests may reach, or each error with its line.
     ///
-    /// The lists of a pod and of its namespace are combined if both are among the files. Prints each problem on
-    /// a line of its own; below it the line of the annotation, with carets under what is wrong. Exits with 1 if
-    /// there is a problem. Loads nothing, and needs no privileges.
+    /// Reads Pods, workloads (Deployments and the like, by the template of their pods), Namespaces and policy objects,
+    /// and combines all that are among the files. Prints each problem on a line of its own; below it the line of the
+    /// annotation, with carets under what is wrong. Exits with 1 if there is a problem. Loads nothing, and needs no
+    /// privileges.
     Check(CheckArgs),
     /// Read network policies of other products, and print policy objects for this agent.
     ///
@@ -117,9 +119,13 @@ enum AttachArg {
 
 #[derive(Debug, clap::Args)]
 struct CheckArgs {
-    /// Manifests. Of a directory, `check` reads the files that `run --pods-dir` would read.
+    /// Manifests, in YAML or JSON. `-` is standard input, as in `kustomize build | egress-agent check -`. Directories
+    /// are read with their subdirectories.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Exit with 1 for warnings, too.
+    #[arg(long)]
+    strict: bool,
     /// Configuration file. Without it, every key has its default.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,

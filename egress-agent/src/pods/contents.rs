@@ -30,6 +30,11 @@ pub(super) struct Contents {
 }
 
 impl Contents {
+    /// The contents of a file that was never read before.
+    pub(super) fn of(read: Manifests) -> Self {
+        Self::default().after(read)
+    }
+
     /// The contents in force after `self` was in force and the file was read again.
     ///
     /// Every readable object takes effect at once. If a part is unreadable, nobody can tell which of the
@@ -40,6 +45,7 @@ impl Contents {
             mut objects,
             mut problems,
             mut unreadable,
+            with_workloads: _,
         } = read;
         for object in &mut objects {
             if !object.is_incomplete() {

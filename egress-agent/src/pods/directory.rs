@@ -14,7 +14,9 @@ use tokio::sync::watch;
 
 use super::{
     Problem, Snapshot,
-    contents::Files,
+    contents::{Contents, Files},
+    manifest::Manifests,
+    snapshot::assemble,
     watching::{Changes, Watching, Woken},
 };
 
@@ -49,6 +51,16 @@ pub fn read_files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Snapsho
     let mut snapshot = files.snapshot();
     snapshot.problems.splice(0..0, unlisted_problems);
     snapshot
+}
+
+/// Reads manifests for people who write policies: the names of files with their texts. Unlike in [`read_files`], a
+/// workload stands for the pods of its template, under the name `<kind>/<name>`.
+pub fn read_for_check<'a>(texts: impl IntoIterator<Item = (&'a str, &'a str)>) -> Snapshot {
+    let contents: Vec<Contents> = texts
+        .into_iter()
+        .map(|(name, text)| Contents::of(Manifests::read_with_workloads(name, text)))
+        .collect();
+    assemble(contents.iter())
 }
 
 fn unlisted(directory: &Path, error: &io::Error) -> Problem {

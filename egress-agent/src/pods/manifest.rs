@@ -11,6 +11,7 @@ use super::{
     documents::{Document, documents},
     object::{Namespace, Object, PodObject, PolicyManifest},
     policies::PolicyKind,
+    workload::{Workload, WorkloadManifest},
     yaml_hint::hint,
 };
 
@@ -21,19 +22,34 @@ pub(super) struct Manifests {
     pub(super) problems: Vec<Problem>,
     /// Whether a part could not be read, so that objects may be missing.
     pub(super) unreadable: bool,
+    /// Whether workloads are read.
+    pub(super) with_workloads: bool,
 }
 
 impl Manifests {
     /// Reads the text of a file; `file` is its name, for messages.
     pub(super) fn read(file: &str, text: &str) -> Self {
-        let mut manifests = Self::default();
+        Self::default().of(file, text)
+    }
+
+    /// The same, and a workload is read as a pod of its template.
+    pub(super) fn read_with_workloads(file: &str, text: &str) -> Self {
+        let manifests = Self {
+            with_workloads: true,
+            ..Self::default()
+        };
+        manifests.of(file, text)
+    }
+
+    fn of(mut self, file: &str, text: &str) -> Self {
+        let manifests = &mut self;
         for document in documents(text) {
             if let Err(problem) = manifests.read_document(file, document) {
                 manifests.unreadable = true;
                 manifests.problems.push(problem);
             }
         }
-        manifests
+        self
     }
 
     fn read_document(&mut self, file: &str, document: Document<'_>) -> Result<(), Problem> {
@@ -59,11 +75,32 @@ impl Manifests {
                 }
                 Ok(())
             }
-            Kind::Other(kind) => {
-                self.ignore(origin, &kind);
-                Ok(())
-            }
+            Kind::Other(kind) => match self.workload(&kind) {
+                Some(workload) => {
+                    self.add_workload(&origin, workload, parse(file, document, &kind)?)
+                }
+                None => {
+                    self.ignore(origin, &kind);
+                    Ok(())
+                }
+            },
         }
+    }
+
+    /// The workload of this apiVersion and kind, if workloads are read.
+    fn workload(&self, kind: &str) -> Option<Workload> {
+        Workload::of(kind).filter(|_| self.with_workloads)
+    }
+
+    fn add_workload(
+        &mut self,
+        origin: &str,
+        workload: Workload,
+        manifest: WorkloadManifest,
+    ) -> Result<(), Problem> {
+        let pod = PodObject::of_template(origin, workload.word(), manifest.pod(origin)?)?;
+        self.objects.push(Object::Pod(Box::new(pod)));
+        Ok(())
     }
 
     fn read_item(
@@ -95,10 +132,16 @@ impl Manifests {
                 origin,
                 message: "a List inside a List is not read".into(),
             }),
-            Kind::Other(kind) => {
-                self.ignore(origin, &kind);
-                Ok(())
-            }
+            Kind::Other(kind) => match self.workload(&kind) {
+                Some(workload) => {
+                    let manifest = convert(&origin, item)?;
+                    self.add_workload(&origin, workload, manifest)
+                }
+                None => {
+                    self.ignore(origin, &kind);
+                    Ok(())
+                }
+            },
         }
     }
 

@@ -21,10 +21,11 @@ mod object;
 mod policies;
 mod snapshot;
 mod watching;
+mod workload;
 mod yaml_hint;
 
 pub use cluster::Cluster;
-pub use directory::{Directory, DirectoryThread, read_files};
+pub use directory::{Directory, DirectoryThread, read_files, read_for_check};
 pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
 pub use snapshot::{Facts, Pod, Problem, Snapshot};

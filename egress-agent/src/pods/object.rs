@@ -280,6 +280,22 @@ impl PodObject {
     }
 }
 
+impl PodObject {
+    /// Reduces the template of a workload's pods to one pod, whose name is `<kind>/<name>`.
+    pub(super) fn of_template(origin: &str, kind: &str, read: v1::Pod) -> Result<Self, Problem> {
+        let Common {
+            mut pod, labels, ..
+        } = Common::read(origin, read)?;
+        pod.annotations.remove(INTERFACE_ANNOTATION);
+        pod.name = format!("{kind}/{}", pod.name);
+        Ok(Self {
+            pod,
+            labels,
+            incomplete: false,
+        })
+    }
+}
+
 /// The agent's annotations.
 pub(super) fn own_annotations(all: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
     all.unwrap_or_default()
