@@ -134,7 +134,7 @@ fn a_denial_names_an_expired_address_long_after_its_ttl() {
     };
     lab.rewrite(&pod, "allow", |key, entry| {
         if hosts.contains(&key[15]) {
-            entry[16..24].copy_from_slice(&expired(key[15]));
+            entry[32..40].copy_from_slice(&expired(key[15]));
         }
     });
     lab.rewrite(&pod, "names", |key, entry| {
