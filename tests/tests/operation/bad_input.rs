@@ -207,7 +207,7 @@ fn an_unreadable_mode_is_an_error_too() {
 fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
     let scene = Scene::new();
     let large = scene.lab.pod("shop", "large");
-    let entries: Vec<_> = (0..65)
+    let entries: Vec<_> = (0..129)
         .map(|n| format!("shop.test:{}", 400 + n * 2))
         .collect();
     scene
@@ -215,7 +215,7 @@ fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
         .write_pod(&large, &[("allow", &entries.join("\n"))]);
     let agent = scene.lab.start_agent(&[&scene.pod, &large]);
     let said = agent.wait_log("which limit", |line| {
-        line.contains("shop/large") && line.contains("64")
+        line.contains("shop/large") && line.contains("the limit is 128")
     });
     assert!(!said.is_empty());
     agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
