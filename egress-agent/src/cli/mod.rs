@@ -41,14 +41,14 @@ enum Command {
     ///
     /// Reads Pods, workloads (Deployments and the like, by the template of their pods), Namespaces and policy objects,
     /// and combines all that are among the files. Prints each problem on a line of its own; below it the line of the
-    /// annotation, with carets under what is wrong. Exits with 1 if there is a problem. Loads nothing, and needs no
-    /// privileges.
+    /// annotation, with carets under the invalid text. Exits with 1 if there is a problem. Loads no program, and needs
+    /// no privileges.
     Check(CheckArgs),
     /// Read network policies of other products, and print policy objects for this agent.
     ///
     /// Reads those of Kubernetes, Cilium, Calico, Antrea, GKE, Amazon EKS, OVN-Kubernetes and Istio, and rule files.
-    /// Writes YAML to standard output, with a comment for each difference in meaning. What has no counterpart is
-    /// left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if there is
+    /// Writes YAML to standard output, with a comment for each difference in meaning. A rule without a
+    /// counterpart is left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if there is
     /// nothing to import. docs/import.md has what becomes of each kind.
     Import(ImportArgs),
     /// Print the state of the running agent and its pods, or of one pod and the names that it has resolved.

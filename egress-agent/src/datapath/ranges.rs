@@ -80,7 +80,7 @@ impl Datapath {
     /// their fingerprint first. So an agent that starts after this one was killed does not adopt flows that were judged
     /// under other ranges.
     ///
-    /// What is new is written before anything is removed, and tunnels that are opened come last.
+    /// Writes new ranges before it removes old ones, and opens tunnels last.
     ///
     /// # Errors
     ///

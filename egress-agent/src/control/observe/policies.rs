@@ -177,7 +177,7 @@ impl Policies {
         Arc::new(closed)
     }
 
-    /// What is wrong with the pod's annotations and objects, or what their author should know.
+    /// The errors or the warnings about the pod's annotations and objects.
     pub(in crate::control) fn problem(&self, key: &Subject) -> Option<String> {
         self.pods.get(key)?.problem.clone()
     }

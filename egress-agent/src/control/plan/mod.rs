@@ -16,7 +16,7 @@
 //! 7. **Settle** those of them that may have connections from before.
 //! 8. **Remove** the pods that were released, and interfaces in quarantine that their pods have taken over.
 //!    Detaching takes as long as attaching.
-//! 9. **Remove** what is left in the kernel and no pod claims, and the pods that were retired.
+//! 9. **Remove** retired pods, and state in the kernel that no pod claims.
 
 mod own_addresses;
 mod pod;
@@ -303,8 +303,8 @@ impl Plan {
         }
     }
 
-    /// Removes what is left of a pod, once others are enforced on those of its interfaces that they claim. What nobody
-    /// can be enforced on now stays as it is.
+    /// Removes the state of a pod that is not enforced any more, once other pods are enforced on the interfaces that
+    /// they claim. The state stays while no other pod can be enforced on a claimed interface.
     fn remove_left(&mut self, pod: PodId, interfaces: &[IfIndex], targets: &Targets<'_>) {
         let taken_over = targets.claimed_of(interfaces);
         let mut claimed = taken_over.iter();
