@@ -177,24 +177,13 @@ pub fn passes_by_entry(
     protocol: u8,
     port: u16,
 ) -> bool {
-    deciding_entry(policy, destination, protocol, port)
-        .is_some_and(|class| !policy.deny.meets(ClassSet::one(class)))
-}
-
-/// The class whose entries decide about a packet, if one does.
-pub fn deciding_entry(
-    policy: &Policy,
-    destination: &Destination,
-    protocol: u8,
-    port: u16,
-) -> Option<u8> {
     let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
     let known = known_classes(policy, destination);
     let counting = counting_classes(policy, destination, known, elsewhere);
     let matching = policy.ports.matching(protocol, port);
     let matching = matching.without(skipped_classes(policy, destination));
-    let class = deciding_class(policy, counting.and(matching)).first();
-    (class != NO_CLASS).then_some(class)
+    let decides = deciding_class(policy, counting.and(matching));
+    !decides.without(policy.deny).is_empty()
 }
 
 /// Judges a packet to `destination` that belongs to no known flow: steps 19 to 23 of `docs/verdict.md`.
