@@ -1,6 +1,6 @@
 //! `egress-agent check`
 
-use std::{fmt::Write as _, io::IsTerminal as _, process::ExitCode};
+use std::{fmt::Write as _, io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 
@@ -23,12 +23,10 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         None => Config::default_config()?.policy_settings(),
     };
     let style = Style::of_standard_error();
-    let (texts, errors) = texts::read(&args.files, &EXTENSIONS);
+    let (Snapshot { pods, problems, .. }, errors) = read(&args.files);
     for error in &errors {
         eprintln!("{error:#}");
     }
-    let texts = texts.iter().map(|of| (&*of.name, &*of.text));
-    let Snapshot { pods, problems, .. } = pods::read_for_check(texts);
     let mut wrong = problems.len() + errors.len();
     let mut warnings = 0;
     for problem in &problems {
@@ -74,6 +72,13 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Reads files and directories. Returns also what could not be read.
+fn read(paths: &[PathBuf]) -> (Snapshot, Vec<anyhow::Error>) {
+    let (texts, errors) = texts::read(paths, &EXTENSIONS);
+    let texts = texts.iter().map(|of| (&*of.name, &*of.text));
+    (pods::read_for_check(texts), errors)
 }
 
 /// Whether carets have a colour.
@@ -150,13 +155,41 @@ mod tests {
             config: Some(examples.join("egress-agent.yaml")),
         };
         assert_eq!(check(&args).unwrap(), ExitCode::SUCCESS);
-        let Snapshot { pods, problems, .. } = pods::read_files(&args.files);
+        let (Snapshot { pods, problems, .. }, errors) = read(&args.files);
+        assert!(errors.is_empty(), "{errors:?}");
         assert!(problems.is_empty(), "{problems:?}");
         assert_eq!(pods.len(), 4);
         for (key, pod) in &pods {
             assert!(pod.interface.is_some(), "{key:?} has no interface");
             assert!(!pod.addresses.is_empty(), "{key:?} has no address");
         }
+    }
+
+    #[test]
+    fn check_reads_files_and_directories() {
+        let pod = |name: &str, allow: &str| {
+            format!(
+                "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  annotations: \
+                 {{egress-agent.dev/interface: {name}, egress-agent.dev/allow: {allow}}}\n"
+            )
+        };
+        let dir = tempfile::TempDir::new().unwrap();
+        let (below, named) = (dir.path().join("below"), dir.path().join("manifest"));
+        std::fs::create_dir(&below).unwrap();
+        std::fs::write(dir.path().join("a.yaml"), pod("a", "x")).unwrap();
+        std::fs::write(&named, pod("b", "y")).unwrap();
+        std::fs::write(below.join("c.json.yaml"), pod("c", "z")).unwrap();
+        let missing = dir.path().join("missing.yaml");
+        let (snapshot, errors) = read(&[dir.path().to_owned(), named, missing]);
+        let allows = snapshot.pods.values();
+        let allows: Vec<_> = allows
+            .map(|pod| (&*pod.name, &*pod.annotations["egress-agent.dev/allow"]))
+            .collect();
+        assert_eq!(allows, [("a", "x"), ("b", "y"), ("c", "z")]);
+        assert_eq!(snapshot.problems, []);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        let error = format!("{:#}", errors[0]);
+        assert!(error.contains("missing.yaml: cannot be read: "), "{error}");
     }
 
     #[test]

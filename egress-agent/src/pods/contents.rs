@@ -226,11 +226,6 @@ impl Files {
         }
     }
 
-    /// Adds the files of `other`.
-    pub(super) fn extend(&mut self, other: Self) {
-        self.0.extend(other.0);
-    }
-
     /// The snapshot of all files together.
     pub(super) fn snapshot(&self) -> Snapshot {
         assemble(self.0.values().map(|known| &*known.contents))

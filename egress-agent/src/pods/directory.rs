@@ -1,7 +1,6 @@
 //! A directory of manifests as a source of pods.
 
 use std::{
-    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -30,31 +29,8 @@ const RESCAN_EVERY: Duration = Duration::from_secs(5);
 /// The same, while a file is unfinished or the directory cannot be read.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
-/// Reads manifest files; of a directory, the files that the agent would read.
-///
-/// There is no former version: a file that cannot be read is only a problem.
-pub fn read_files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Snapshot {
-    let mut unlisted_problems = Vec::new();
-    let mut files = Files::default();
-    for path in paths {
-        let path = path.as_ref();
-        if path.is_dir() {
-            let mut of_directory = Files::default();
-            if let Err(error) = of_directory.read_directory(path, &BTreeSet::new()) {
-                unlisted_problems.push(unlisted(path, &error));
-            }
-            files.extend(of_directory);
-        } else {
-            files.read(path);
-        }
-    }
-    let mut snapshot = files.snapshot();
-    snapshot.problems.splice(0..0, unlisted_problems);
-    snapshot
-}
-
-/// Reads manifests for people who write policies: the names of files with their texts. Unlike in [`read_files`], a
-/// workload stands for the pods of its template, under the name `<kind>/<name>`.
+/// Reads manifests for people who write policies: the names of files with their texts. Unlike in a
+/// [`Directory`], a workload stands for the pods of its template, under the name `<kind>/<name>`.
 pub fn read_for_check<'a>(texts: impl IntoIterator<Item = (&'a str, &'a str)>) -> Snapshot {
     let contents: Vec<Contents> = texts
         .into_iter()

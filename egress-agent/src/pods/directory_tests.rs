@@ -184,19 +184,3 @@ fn a_missing_directory_is_a_problem_until_it_appears() {
     watched.wait(|snapshot| snapshot.problems.is_empty());
     watched.thread.close();
 }
-
-#[test]
-fn check_reads_files_and_directories() {
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("a.yaml"), pod("a", "x")).unwrap();
-    fs::write(dir.path().join("manifest"), pod("b", "y")).unwrap();
-    let missing = dir.path().join("missing.yaml");
-    let snapshot = read_files([dir.path(), &dir.path().join("manifest"), &missing]);
-    assert_eq!(allows(&snapshot), [("a", "x"), ("b", "y")]);
-    assert_eq!(snapshot.problems.len(), 1, "{:?}", snapshot.problems);
-    assert!(
-        snapshot.problems[0]
-            .to_string()
-            .contains("missing.yaml: cannot be opened: ")
-    );
-}

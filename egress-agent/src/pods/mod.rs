@@ -25,7 +25,7 @@ mod workload;
 mod yaml_hint;
 
 pub use cluster::Cluster;
-pub use directory::{Directory, DirectoryThread, read_files, read_for_check};
+pub use directory::{Directory, DirectoryThread, read_for_check};
 pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
