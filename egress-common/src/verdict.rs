@@ -258,7 +258,8 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
 /// a tunnel that no address entry allows. It needs no allowing rule, and the address may be protected.
 ///
 /// A `deny` of every destination means that the pod opens nothing. Internal addresses still get answers, or
-/// probes would fail. A denied address, prefix or name gets none.
+/// probes would fail. A denied address, prefix or name gets none: a name's denial counts even where the name opens
+/// nothing, such as after its time. An entry that precedes a denial counts only where it lets the pod open a flow.
 #[inline(always)]
 pub fn judge_answer(
     policy: &Policy,
@@ -267,11 +268,15 @@ pub fn judge_answer(
     port: u16,
 ) -> Verdict {
     let any = if destination.ranges & RANGE_INTERNAL != 0 {
-        policy.any.without(policy.deny)
+        ClassSet::EMPTY
     } else {
         policy.any
     };
-    let known = destination.learned.or(destination.cidr).or(any);
+    let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
+    let opening = known_classes(policy, destination);
+    let opening = counting_classes(policy, destination, opening, elsewhere);
+    let denying = destination.learned.or(destination.cidr).or(any);
+    let known = opening.without(policy.deny).or(denying.and(policy.deny));
     let matching = policy.ports.matching(protocol, port);
     let matching = matching.without(skipped_classes(policy, destination));
     let decides = deciding_class(policy, known.and(matching));
