@@ -3,7 +3,11 @@
 //! A rule whose destinations cannot all be said fails closed as a whole, as the API's comment on peers asks for. So
 //! every function here returns why.
 
-use std::net::IpAddr;
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use egress_policy::{Prefix, name_pattern, prefix, prefix::PrefixError};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -13,6 +17,9 @@ use crate::selector::Selector;
 
 /// Most entries of one rule. Adjacent addresses of nodes and pods are one entry.
 pub const ENTRIES_MAX: usize = 4096;
+
+/// Most numbers that the named ports of one rule stand for.
+pub(super) const NUMBERS_MAX: usize = 8;
 
 /// What the cluster knows about the peers of rules.
 pub trait Peers {
@@ -121,8 +128,12 @@ impl Destinations {
         self.peers.iter().any(is)
     }
 
-    /// The entries.
-    pub(super) fn entries(&self, peers: &dyn Peers) -> Result<Vec<String>, String> {
+    /// The entries of a rule with this action.
+    pub(super) fn entries(
+        &self,
+        action: RuleAction,
+        peers: &dyn Peers,
+    ) -> Result<Vec<String>, String> {
         let mut entries = Vec::new();
         for peer in &self.peers {
             match peer {
@@ -135,7 +146,7 @@ impl Destinations {
                     let found = peers.pods(namespaces, pods)?;
                     let addresses = found.iter().flat_map(|pod| pod.addresses.iter().copied());
                     self.add(&mut entries, &merged(addresses));
-                    self.add_named_ports(&mut entries, &found);
+                    self.add_named_ports(&mut entries, action, &found)?;
                 }
             }
             if entries.len() > ENTRIES_MAX {
@@ -154,16 +165,54 @@ impl Destinations {
         }
     }
 
-    fn add_named_ports(&self, entries: &mut Vec<String>, pods: &[PeerPod]) {
+    /// Adds the ports of pods that have one of the names.
+    ///
+    /// Whoever may create a peer chooses what its names mean. So that this does not decide how many classes the policy
+    /// has, only the [`NUMBERS_MAX`] numbers count that most pods have. Of a pod with another one, a rule that accepts
+    /// leaves out that port, and a rule that denies takes every port.
+    ///
+    /// # Errors
+    ///
+    /// When a rule that passes on needs more numbers: neither more nor less of it would be closed.
+    fn add_named_ports(
+        &self,
+        entries: &mut Vec<String>,
+        action: RuleAction,
+        pods: &[PeerPod],
+    ) -> Result<(), String> {
+        let mut found: BTreeMap<(u16, &str), BTreeSet<IpAddr>> = BTreeMap::new();
         for pod in pods {
+            let mut seen = BTreeSet::new();
             let ports = pod.ports.iter();
             for port in ports.filter(|port| self.named_ports.contains(&port.name)) {
-                for address in &pod.addresses {
-                    let destination = destination(&Prefix::host(*address));
-                    entries.push(format!("{destination}:{}/{}", port.port, port.protocol));
+                // A name is unique in a pod (Kubernetes API, ContainerPort.name).
+                if seen.insert((&port.name, port.protocol)) {
+                    let addresses = found.entry((port.port, port.protocol)).or_default();
+                    addresses.extend(&pod.addresses);
                 }
             }
         }
+        let mut found: Vec<_> = found.into_iter().collect();
+        found.sort_by_key(|(_, addresses)| Reverse(addresses.len()));
+        let rest = found.split_off(found.len().min(NUMBERS_MAX));
+        for ((port, protocol), addresses) in found {
+            let destinations = merged(addresses.into_iter()).into_iter();
+            entries.extend(destinations.map(|to| format!("{to}:{port}/{protocol}")));
+        }
+        match action {
+            RuleAction::Pass if !rest.is_empty() => {
+                return Err(format!(
+                    "its named ports have more than {NUMBERS_MAX} different numbers"
+                ));
+            }
+            RuleAction::Accept | RuleAction::Pass => {}
+            RuleAction::Deny => {
+                let addresses = rest.into_iter().flat_map(|(_, addresses)| addresses);
+                let destinations = merged(addresses).into_iter();
+                entries.extend(destinations.map(|to| format!("{to}/any")));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -76,7 +76,7 @@ impl NetworkPolicy {
                     *index,
                     name.clone(),
                     *action,
-                    to.entries(peers),
+                    to.entries(*action, peers),
                     &mut problems,
                 ),
             })
@@ -212,7 +212,7 @@ fn rule(index: usize, written: &Value, problems: &mut Vec<String>) -> NetworkRul
             to,
         },
         read => {
-            let entries = read.and_then(|to| to.entries(&Nowhere));
+            let entries = read.and_then(|to| to.entries(action, &Nowhere));
             NetworkRule::Fixed(with_entries(index, name, action, entries, problems))
         }
     }

@@ -273,3 +273,73 @@ fn a_rule_with_too_many_destinations_fails_closed() {
         policy.problems
     );
 }
+
+/// A cluster of these pods.
+struct Pods(Vec<PeerPod>);
+
+impl Peers for Pods {
+    fn nodes(&self, _: &Selector) -> Result<Vec<IpAddr>, String> {
+        Ok(Vec::new())
+    }
+
+    fn pods(&self, _: &Selector, _: &Selector) -> Result<Vec<PeerPod>, String> {
+        Ok(self.0.clone())
+    }
+}
+
+#[test]
+fn a_peer_decides_neither_how_many_classes_nor_how_many_entries_named_ports_need() {
+    let named = |last: u8, ports: &[u16]| PeerPod {
+        addresses: vec![address(&format!("10.1.0.{last}"))],
+        ports: ports
+            .iter()
+            .map(|port| NamedPort {
+                name: "web".into(),
+                protocol: "tcp",
+                port: *port,
+            })
+            .collect(),
+    };
+    let of = |action: &str, pods: Vec<PeerPod>| {
+        let rule = json!([{
+            "action": action,
+            "to": [{"namespaces": {}}],
+            "protocols": [{"destinationNamedPort": "web"}],
+        }]);
+        tier_policy(
+            ObjectKind::ClusterNetworkPolicy,
+            &network_policy(&rule),
+            &Pods(pods),
+        )
+    };
+    // Many ports with one name in one pod: the first one counts.
+    let ports: Vec<u16> = (1..=2000).collect();
+    for action in ["Accept", "Deny", "Pass"] {
+        let (policy, tier) = of(action, vec![named(2, &ports), named(3, &[1])]);
+        assert_eq!(policy.problems, [""; 0]);
+        assert_readable(&tier);
+        assert_eq!(tier.rules[0].entries, ["10.1.0.2/31:1/tcp"]);
+    }
+    // Many pods with a number each: the numbers that most pods have count.
+    let pods = || {
+        let others = (1..=9).map(|last| named(last, &[7000 + u16::from(last)]));
+        let same = [named(20, &[8080]), named(21, &[8080])];
+        others.chain(same).collect()
+    };
+    let (policy, accept) = of("Accept", pods());
+    assert_eq!(policy.problems, [""; 0]);
+    assert_readable(&accept);
+    assert_eq!(accept.rules[0].entries.len(), 8);
+    assert_eq!(accept.rules[0].entries[0], "10.1.0.20/31:8080/tcp");
+    let (policy, deny) = of("Deny", pods());
+    assert_eq!(policy.problems, [""; 0]);
+    assert_readable(&deny);
+    assert_eq!(
+        deny.rules[0].entries[8..],
+        ["10.1.0.8/31/any"],
+        "every port of the pods with other numbers"
+    );
+    let (policy, pass) = of("Pass", pods());
+    assert!(policy.problems[0].contains("more than 8 different numbers"));
+    assert_eq!(pass.rules[0].action, TierAction::Deny);
+}

@@ -40,12 +40,21 @@ pub(super) type SlimPod = Object<SlimSpec, SlimStatus>;
 pub(super) struct SlimSpec {
     host_network: bool,
     containers: Vec<SlimContainer>,
+    init_containers: Vec<SlimContainer>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 struct SlimContainer {
     ports: Vec<SlimPort>,
+    restart_policy: Option<String>,
+}
+
+impl SlimContainer {
+    /// Whether this init container goes on beside the containers (Kubernetes' sidecar containers).
+    fn stays(&self) -> bool {
+        self.restart_policy.as_deref() == Some("Always")
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -99,7 +108,10 @@ impl PeerFacts {
         if addresses.is_empty() {
             return None;
         }
-        let ports = read.spec.containers.into_iter().flat_map(|one| one.ports);
+        let sidecars = read.spec.init_containers.into_iter();
+        let sidecars = sidecars.filter(SlimContainer::stays);
+        let containers = read.spec.containers.into_iter().chain(sidecars);
+        let ports = containers.flat_map(|one| one.ports);
         let ObjectMeta {
             namespace, labels, ..
         } = read.metadata;
@@ -217,7 +229,12 @@ mod tests {
             "podIP": "10.1.0.2",
             "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}],
         });
-        let peer = read(&json!({"containers": containers}), &status).expect("a peer");
+        let before = json!([
+            {"name": "c", "ports": [{"name": "setup", "containerPort": 1}]},
+            {"name": "d", "restartPolicy": "Always", "ports": [{"name": "mesh", "containerPort": 2}]},
+        ]);
+        let spec = json!({"containers": containers, "initContainers": before});
+        let peer = read(&spec, &status).expect("a peer");
         assert_eq!(peer.pod.addresses.len(), 2);
         let ports: Vec<_> = peer
             .pod
@@ -225,7 +242,14 @@ mod tests {
             .iter()
             .map(|port| (&*port.name, port.protocol, port.port))
             .collect();
-        assert_eq!(ports, [("http", "tcp", 8080), ("dns", "udp", 53)]);
+        assert_eq!(
+            ports,
+            [
+                ("http", "tcp", 8080),
+                ("dns", "udp", 53),
+                ("mesh", "tcp", 2)
+            ]
+        );
         let labels = Labels::from([("app".into(), "cart".into()), ("x".into(), String::new())]);
         assert_eq!(peer.labels.labels(), labels);
     }
