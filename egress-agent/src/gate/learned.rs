@@ -5,6 +5,7 @@
 //! added later works at once for names that the pod has resolved before.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     sync::Arc,
 };
@@ -83,6 +84,31 @@ pub(super) struct AnswerAddress {
     /// Whether a stranger's name is in the chain of aliases; see [`NameRules::is_strangers`].
     pub(super) by_stranger: bool,
     pub(super) expires_ns: u64,
+}
+
+/// What the rules of a policy give to names, each name looked up once: many addresses may have the same names.
+struct Grants<'a> {
+    rules: &'a NameRules,
+    known: RefCell<HashMap<Arc<Name>, Grant>>,
+}
+
+impl<'a> Grants<'a> {
+    fn of(rules: &'a NameRules) -> Self {
+        Self {
+            rules,
+            known: RefCell::default(),
+        }
+    }
+
+    fn grant(&self, name: &Arc<Name>) -> Grant {
+        let mut known = self.known.borrow_mut();
+        if let Some(grant) = known.get(name) {
+            return *grant;
+        }
+        let grant = self.rules.grant(name);
+        known.insert(Arc::clone(name), grant);
+        grant
+    }
 }
 
 /// The resolutions of one pod.
@@ -287,13 +313,14 @@ impl Table {
     ) -> Result<Self, AllowError> {
         let allow = &mut NamesStay(allow);
         let mut next = Self::new();
+        let grants = &Grants::of(rules);
         for (&address, name) in self.protected.iter().rev() {
             next.remember_protected(address, name);
         }
-        let fitting = self.fitting(rules, alike, allow, now_ns)?;
+        let fitting = self.fitting(grants, alike, allow, now_ns)?;
         let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
         for (name, answered) in self.unlisted.iter().rev() {
-            let grant = rules.grant(name);
+            let grant = grants.grant(name);
             let live: Vec<AnswerAddress> = answered
                 .iter()
                 .filter(|answered| answered.expires_ns > now_ns)
@@ -305,7 +332,7 @@ impl Table {
         // Begins with the least recently used address, so that the order of use stays.
         for (&address, learned) in self.addresses.iter().rev() {
             for source in &learned.sources {
-                let grant = rules.grant(&source.name);
+                let grant = grants.grant(&source.name);
                 if !grant.classes.is_empty() && !fits(&address) {
                     continue;
                 }
@@ -335,15 +362,15 @@ impl Table {
     /// that of an earlier agent.
     fn fitting(
         &self,
-        rules: &NameRules,
+        grants: &Grants<'_>,
         alike: bool,
         allow: &impl Entries,
         now_ns: u64,
     ) -> Result<Option<HashSet<Address>>, AllowError> {
+        let opens = |name: &Arc<Name>| !grants.grant(name).classes.is_empty();
         let known = self.addresses.iter().filter(|(_, learned)| {
             let mut sources = learned.sources.iter();
-            sources.any(|source| !rules.classes(&source.name).is_empty())
-                || (alike && learned.adopted.is_some())
+            sources.any(|source| opens(&source.name)) || (alike && learned.adopted.is_some())
         });
         let has_expired = |address: &Address| {
             let learned = self.addresses.peek(address);
@@ -352,7 +379,7 @@ impl Table {
         let unlisted = self
             .unlisted
             .iter()
-            .filter(|(name, _)| !rules.classes(name).is_empty())
+            .filter(|(name, _)| opens(name))
             .flat_map(|(_, answered)| answered)
             .filter(|answered| answered.expires_ns > now_ns);
         let mut seen = HashSet::new();
