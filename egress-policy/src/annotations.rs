@@ -274,6 +274,9 @@ pub(super) fn read_rule(
     list.read_items(&rule.entries, problems)
 }
 
+/// After this many problems no more entries are read.
+const PROBLEMS: usize = 1000;
+
 /// A list that is read.
 struct List<'a> {
     /// The annotation's full key, or the path of the object's list.
@@ -301,6 +304,9 @@ impl List<'_> {
     ) -> Vec<Written> {
         let mut list = Vec::new();
         for token in tokens {
+            if self.sets.are_exceeded() || problems.len() >= PROBLEMS {
+                break;
+            }
             match self.read_token(&token) {
                 Ok(entries) => list.extend(entries.into_iter().map(|entry| Written {
                     entry,
@@ -318,7 +324,11 @@ impl List<'_> {
                     } else {
                         found
                     };
-                    let column = token.column + token.text[..at].chars().count();
+                    let column = token.column
+                        + token
+                            .text
+                            .get(..at)
+                            .map_or(0, |before| before.chars().count());
                     problems.push(Problem::Value {
                         origin: self.origin.clone(),
                         key: self.key.to_owned(),

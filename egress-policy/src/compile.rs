@@ -23,9 +23,9 @@ use super::{
     classes::{Action, Classes, with_actions},
     effective::{self, Effective, Rule},
     entry::{Destination, is_everything},
-    error::{Origin, PolicyError, Problem},
+    error::{Origin, PREFIXES, PolicyError, Problem},
     names::{NameRule, NameRules, QuestionRule},
-    objects::TierAction,
+    objects::{Objects, TierAction},
     openings::Openings,
     pattern::NamePattern,
     prefix::{Prefix, inherit},
@@ -131,7 +131,14 @@ impl Compiled {
 ///
 /// When any part of it cannot be parsed or exceeds a limit: half a policy is not a policy. The
 /// lists are parsed in every mode, including `off`.
+///
+/// A panic is an error, too: otherwise one pod's policy could end the agent, which all pods need.
 pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
+    std::panic::catch_unwind(|| compile_or_panic(inputs, settings))
+        .unwrap_or_else(|_| Err(PolicyError::from_problem(Problem::Internal)))
+}
+
+fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
     let Effective {
         mode,
         open,
@@ -183,7 +190,7 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
             classes,
         })
         .collect();
-    check_limit("address prefixes", cidrs.len(), CIDR_ENTRIES as usize)?;
+    check_limit(PREFIXES, cidrs.len(), CIDR_ENTRIES as usize)?;
 
     record.names = fingerprint(&listed, settings);
     let openings = ordered.then(|| Openings::new(&record, &cidrs));
@@ -192,7 +199,8 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
             let asks_any = resolve
                 .iter()
                 .any(|rule| rule.destination == Destination::Any);
-            if !settings.guard || asks_any || openings.opens(ClassSet::EMPTY) {
+            let may_ask = asks_any && openings.may_open(ClassSet::EMPTY);
+            if !settings.guard || may_ask || openings.opens(ClassSet::EMPTY) {
                 QuestionRule::Allowed
             } else {
                 QuestionRule::NotListed
@@ -232,13 +240,52 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
     })
 }
 
-/// The policy of a pod whose annotations could never be parsed: everything external is denied, with a reason
-/// of its own. If `defaultMode` is `audit`, denials are only reported, unless a readable `mode: enforce` is
-/// among the annotations.
-pub fn unreadable(pod: &Annotations, namespace: &Annotations, settings: &Settings) -> Compiled {
+/// The policy of a pod whose annotations, or policies of its namespace, could never be parsed. Its lists count as empty:
+/// everything external is denied that ordered rules do not allow, with a reason of its own. If `defaultMode` is `audit`,
+/// denials are only reported, unless a readable `mode: enforce` is among the annotations.
+///
+/// Of the objects, those with ordered rules count.
+pub fn unreadable(
+    pod: &Annotations,
+    namespace: &Annotations,
+    objects: &Objects,
+    settings: &Settings,
+) -> Compiled {
+    let mode = effective::mode_of_unreadable(pod, namespace, settings);
+    if objects.tiers.is_empty() {
+        return Compiled {
+            mode,
+            ..closed(settings, POLICY_UNREADABLE)
+        };
+    }
+    let closing = Annotations {
+        allow: Some(String::new()),
+        mode: (mode == Mode::Enforce).then(|| Mode::Enforce.as_str().to_owned()),
+        ..Annotations::default()
+    };
+    let objects = Objects {
+        namespace: Vec::new(),
+        ..objects.clone()
+    };
+    let inputs = Inputs {
+        pod: &Annotations::default(),
+        namespace: &closing,
+        objects: &objects,
+    };
+    let Ok(mut compiled) = compile(inputs, settings) else {
+        return unreadable_tiers(settings);
+    };
+    compiled.record.flags |= POLICY_UNREADABLE;
+    compiled
+}
+
+/// The policy of a pod whose ordered rules could never be parsed. They could deny anything, so everything is denied,
+/// internal addresses too. If `defaultMode` is `audit`, denials are only reported.
+pub fn unreadable_tiers(settings: &Settings) -> Compiled {
+    let none = Annotations::default();
     Compiled {
-        mode: effective::mode_of_unreadable(pod, namespace, settings),
-        ..closed(settings, POLICY_UNREADABLE)
+        mode: effective::mode_of_unreadable(&none, &none, settings),
+        ..closed_to_all(settings, POLICY_UNREADABLE)
     }
 }
 
@@ -265,12 +312,17 @@ pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Setting
 /// The policy of a pod that is closed because it has an interface that cannot be enforced. Internal
 /// addresses are denied too, so that no data from them leaves through that interface.
 pub fn refused(settings: &Settings) -> Compiled {
+    closed_to_all(settings, POLICY_REFUSED)
+}
+
+/// A policy under which even internal addresses are denied.
+fn closed_to_all(settings: &Settings, why: u32) -> Compiled {
     let settings = Settings {
         allow_internal: false,
         guard: true,
         ..settings.clone()
     };
-    closed(&settings, POLICY_REFUSED)
+    closed(&settings, why)
 }
 
 fn closed(settings: &Settings, why: u32) -> Compiled {
@@ -418,7 +470,7 @@ pub(super) fn check_written(written: &[&Lists], tiers: &Tiers, problems: &mut Ve
             globs,
             GLOBS,
         ),
-        ("address prefixes", prefixes.len(), CIDR_ENTRIES as usize),
+        (PREFIXES, prefixes.len(), CIDR_ENTRIES as usize),
     ] {
         if count > limit {
             problems.push(Problem::Limit { what, count, limit });

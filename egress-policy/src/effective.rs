@@ -7,13 +7,17 @@ use egress_common::records::PortClass;
 use super::{
     Annotations, Inputs, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
+    compile::check_limit,
     entry::{Destination, class_intersection, class_words, is_everything},
     entry_warnings,
-    error::{Origin, PolicyError},
+    error::{Origin, PolicyError, Problem},
     objects::TierAction,
-    sets::Sets,
+    sets::{ENTRIES, Sets},
     tiers::{self, Tiers},
 };
+
+/// Most pairs of destinations that are compared for `podAnnotations: narrow`. Each takes some nanoseconds.
+const PAIRS: usize = 4_000_000;
 
 /// How many warnings are printed; the rest are only counted.
 const WARNINGS: usize = 20;
@@ -54,7 +58,7 @@ pub(super) struct Effective {
 pub(super) fn resolve(inputs: Inputs<'_>, settings: &Settings) -> Result<Effective, PolicyError> {
     let mut problems = Vec::new();
     let mut warnings = Vec::new();
-    let sets = Sets(&inputs.objects.sets);
+    let sets = Sets::new(&inputs.objects.sets);
     let pod = annotations::read(inputs.pod, &Origin::Pod, &sets, &mut problems);
     let mut namespace =
         annotations::read(inputs.namespace, &Origin::Namespace, &sets, &mut problems);
@@ -62,6 +66,12 @@ pub(super) fn resolve(inputs: Inputs<'_>, settings: &Settings) -> Result<Effecti
         namespace.add(annotations::read_policy(policy, &sets, &mut problems));
     }
     let tiers = tiers::read(inputs.objects, &sets, &mut problems, &mut warnings);
+    if sets.are_exceeded() {
+        problems.push(Problem::AtLeast {
+            what: "entries, with all that sets and CIDRs with exceptions stand for",
+            limit: ENTRIES,
+        });
+    }
     if problems.is_empty() {
         super::compile::check_written(&[&pod, &namespace], &tiers, &mut problems);
     }
@@ -69,9 +79,9 @@ pub(super) fn resolve(inputs: Inputs<'_>, settings: &Settings) -> Result<Effecti
         return Err(error);
     }
     if tiers.is_empty() {
-        return Ok(of_teams(&pod, &namespace, settings, warnings));
+        return of_teams(&pod, &namespace, settings, warnings);
     }
-    Ok(under_tiers(tiers, &pod, &namespace, settings, warnings))
+    under_tiers(tiers, &pod, &namespace, settings, warnings)
 }
 
 /// The rules of a pod that is under ordered rules. A team cannot loosen these: if its own mode is looser, its lists
@@ -82,7 +92,7 @@ fn under_tiers(
     namespace: &Lists,
     settings: &Settings,
     mut warnings: Vec<String>,
-) -> Effective {
+) -> Result<Effective, PolicyError> {
     // Without lists and modes the agent's default decides what no rule matches.
     let unspoken = Effective {
         mode: implied_mode(settings),
@@ -96,7 +106,7 @@ fn under_tiers(
     };
     let is_spoken_of = |lists: &Lists| lists.has_rules() || lists.mode.is_some();
     let mut effective = if is_spoken_of(pod) || is_spoken_of(namespace) {
-        let of_teams = of_teams(pod, namespace, settings, Vec::new());
+        let of_teams = of_teams(pod, namespace, settings, Vec::new())?;
         if of_teams.mode < unspoken.mode {
             warnings.push(format!(
                 "the lists of the pod and its namespace do not count: their mode is {}, and objects with ordered \
@@ -115,7 +125,7 @@ fn under_tiers(
             }
         }
     } else {
-        let Effective { resolve, .. } = of_teams(pod, namespace, settings, Vec::new());
+        let Effective { resolve, .. } = of_teams(pod, namespace, settings, Vec::new())?;
         Effective {
             resolve,
             ..unspoken
@@ -129,11 +139,11 @@ fn under_tiers(
         warnings.extend(entry_warnings::of_entry(rule));
     }
     warnings.append(&mut effective.warnings);
-    Effective {
+    Ok(Effective {
         tiers,
         warnings: capped(warnings),
         ..effective
-    }
+    })
 }
 
 /// The rules of annotations and namespaced policies alone.
@@ -142,7 +152,7 @@ fn of_teams(
     namespace: &Lists,
     settings: &Settings,
     mut warnings: Vec<String>,
-) -> Effective {
+) -> Result<Effective, PolicyError> {
     let (mode, open) = mode_and_open(pod, namespace, settings, &mut warnings);
 
     let mut deny = deny_rules(namespace.deny.as_deref());
@@ -175,9 +185,9 @@ fn of_teams(
                 "resolve",
                 settings,
                 &mut warnings,
-            ));
+            )?);
             if pod.allow.is_some() {
-                allow = narrowed(pod_allow, &allow, "allow", settings, &mut warnings);
+                allow = narrowed(pod_allow, &allow, "allow", settings, &mut warnings)?;
             }
         }
         PodAnnotations::Ignore => {
@@ -199,7 +209,7 @@ fn of_teams(
     for rule in allow.iter().chain(&deny).chain(&resolve) {
         warnings.extend(entry_warnings::of_entry(rule));
     }
-    Effective {
+    Ok(Effective {
         mode,
         open,
         selected: false,
@@ -208,7 +218,7 @@ fn of_teams(
         deny,
         resolve,
         warnings: capped(warnings),
-    }
+    })
 }
 
 /// The mode of a pod that has rules, and no mode of its own or of its namespace.
@@ -346,7 +356,7 @@ fn narrowed(
     key: &str,
     settings: &Settings,
     warnings: &mut Vec<String>,
-) -> Vec<Rule> {
+) -> Result<Vec<Rule>, PolicyError> {
     // Compare the patterns once for each pair of destinations, however many ports they have.
     let mut given: BTreeMap<&Destination, BTreeSet<PortClass>> = BTreeMap::new();
     for rule in namespace {
@@ -355,6 +365,12 @@ fn narrowed(
             .or_default()
             .insert(rule.class);
     }
+    let destinations: BTreeSet<&Destination> = pod.iter().map(|rule| &rule.destination).collect();
+    check_limit(
+        "pairs of a destination of the pod and one of its namespace (podAnnotations: narrow)",
+        destinations.len() * given.len(),
+        PAIRS,
+    )?;
     let mut common: HashMap<Destination, Vec<Common<'_>>> = HashMap::new();
     let mut narrowed = Vec::new();
     for rule in pod {
@@ -411,8 +427,14 @@ fn narrowed(
                     origin: Origin::Pod,
                 }),
         );
+        if narrowed.len() > ENTRIES {
+            return Err(PolicyError::from_problem(Problem::AtLeast {
+                what: "entries of the pod that its namespace's list covers, each counted for every entry there",
+                limit: ENTRIES,
+            }));
+        }
     }
-    narrowed
+    Ok(narrowed)
 }
 
 /// The intersection of two destinations; `None` if it is empty, or if it cannot be determined

@@ -4,6 +4,9 @@ use std::{fmt, sync::Arc};
 
 use super::objects::ObjectName;
 
+/// What [`Problem::Limit`] counts when there are too many prefixes.
+pub(super) const PREFIXES: &str = "address prefixes";
+
 /// How many problems [`PolicyError`] prints; the rest are only counted.
 const PRINTED: usize = 8;
 
@@ -106,6 +109,15 @@ pub enum Problem {
         /// The limit.
         limit: usize,
     },
+    /// All that concerns the pod exceeds a limit, and was not read to its end.
+    AtLeast {
+        /// What is counted.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
+    /// The compiler of policies has failed.
+    Internal,
 }
 
 impl fmt::Display for Problem {
@@ -141,6 +153,14 @@ impl fmt::Display for Problem {
             Self::Limit { what, count, limit } => {
                 write!(f, "the policy has {count} {what}; the limit is {limit}")
             }
+            Self::AtLeast { what, limit } => write!(
+                f,
+                "the policy has more than {limit} {what}; that is the limit"
+            ),
+            Self::Internal => f.write_str(
+                "the policy cannot be compiled because of a mistake in egress-agent: please report it with the \
+                 lists of the pod, its namespace and its policy objects",
+            ),
         }
     }
 }
@@ -165,6 +185,13 @@ impl PolicyError {
         Self {
             problems: vec![problem],
         }
+    }
+
+    /// Whether there are more prefixes than a policy may have.
+    pub fn is_over_prefixes(&self) -> bool {
+        let is =
+            |problem: &Problem| matches!(problem, Problem::Limit { what, .. } if *what == PREFIXES);
+        self.problems.iter().any(is)
     }
 
     /// All problems; never empty.

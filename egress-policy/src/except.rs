@@ -5,7 +5,7 @@
 use super::{
     entry::{Destination, Entry},
     parse::{EntryError, read_entry},
-    prefix::{Prefix, from_mapped},
+    prefix::Prefix,
 };
 
 /// The sign before each exception.
@@ -13,9 +13,6 @@ pub(super) const SIGN: char = '!';
 
 /// Most prefixes that remain of one entry.
 const MOST: usize = 256;
-
-/// Bits before an IPv4 address in the 128-bit form.
-const V4_OFFSET: u32 = 96;
 
 /// More prefixes would remain than there may be.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,23 +50,10 @@ fn collect(
         pieces.push(whole);
         return Ok(());
     }
-    for half in halves(whole) {
+    for half in whole.halves() {
         collect(half, &inside, most, pieces)?;
     }
     Ok(())
-}
-
-/// Both halves of a prefix that is not a single address.
-fn halves(whole: Prefix) -> [Prefix; 2] {
-    let bits = u128::from_be_bytes(whole.network());
-    let longer = whole.prefix_len() + 1;
-    let upper = bits | (1 << (128 - longer));
-    let length = if whole.is_v4() {
-        longer - V4_OFFSET
-    } else {
-        longer
-    };
-    [bits, upper].map(|bits| Prefix::containing(from_mapped(&bits.to_be_bytes()), length))
 }
 
 /// Parses an entry with exceptions: the entries for what remains.
@@ -89,7 +73,15 @@ pub(super) fn read(text: &str) -> Result<Vec<Entry>, EntryError> {
     let (addresses, tail) = text.split_at(addresses_end);
     let mut parts = addresses.split(SIGN);
     let first = parts.next().unwrap_or_default();
-    let entry = read_entry(&format!("{first}{tail}"))?;
+    let entry = read_entry(&format!("{first}{tail}")).map_err(|error| EntryError {
+        // The exceptions stand between both parts.
+        at: if error.at > first.len() {
+            error.at + (addresses.len() - first.len())
+        } else {
+            error.at
+        },
+        ..error
+    })?;
     let Destination::Addresses(whole) = entry.destination else {
         let message =
             "has an exception: expected a CIDR before `!`, such as `10.0.0.0/8!10.1.0.0/16`";
@@ -172,14 +164,25 @@ mod tests {
             ("a.test!10.0.0.0/8", 0, "a.test!10.0.0.0/8"),
             ("*!10.0.0.0/8", 0, "*!10.0.0.0/8"),
             ("10.0.0.0/8!10.0.0.0/8", 0, "10.0.0.0/8!10.0.0.0/8"),
-            ("10.0.0.0/8!10.0.0.0/9:x", 0, "x"),
+            ("10.0.0.0/8!10.0.0.0/9:x", 22, "x"),
+            ("10.0.0.0/8!€€:1/bad", 20, "bad"),
         ] {
             let error = read(text).unwrap_err();
-            assert_eq!(error.found, found, "{text}");
-            if found != "x" || at != 0 {
-                assert_eq!(error.at, at, "{text}");
-            }
+            assert_eq!((error.at, error.found.as_str()), (at, found), "{text}");
         }
+    }
+
+    #[test]
+    fn mapped_ipv4_addresses_remain_of_no_ipv6_prefix() {
+        for text in ["[::/0!::fffe:0:0/96]", "[::fffe:0:0/95!::fffe:0:0/97]"] {
+            let entries = read(text).unwrap();
+            assert!(entries.iter().all(|entry| {
+                matches!(entry.destination, Destination::Addresses(piece) if !piece.is_v4())
+            }));
+        }
+        assert_eq!(texts("[::fffe:0:0/95!::fffe:0:0/97]"), ["::fffe:8000:0/97"]);
+        let error = read("[::fffe:0:0/95!::fffe:0:0/96]").unwrap_err();
+        assert_eq!(error.message, "leaves no address");
     }
 
     proptest! {

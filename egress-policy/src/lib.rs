@@ -46,7 +46,7 @@ use serde::{Deserialize, Serialize};
 pub use annotations::Annotations;
 pub use compile::{
     Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
-    without_namespace,
+    unreadable_tiers, without_namespace,
 };
 pub use describe::describe;
 pub use entry::number_word;
@@ -59,6 +59,7 @@ pub use parse::check_entry;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;
+pub use sets::set_of_entry;
 pub use translators::Translators;
 
 /// All that concerns one pod, not parsed yet.

@@ -187,15 +187,15 @@ impl NameRules {
             asked.queryable |= rule.queryable;
             classes |= rule.classes;
         }
-        if let Some(openings) = &self.openings
-            && !classes.is_empty()
-            && openings.opens(classes)
-        {
-            // Somebody's denial comes after what allows it.
-            return Asked {
-                queryable: true,
-                denied: false,
-            };
+        if let Some(openings) = &self.openings {
+            if !classes.is_empty() && openings.opens(classes) {
+                // Somebody's denial comes after what allows it.
+                return Asked {
+                    queryable: true,
+                    denied: false,
+                };
+            }
+            asked.queryable &= openings.may_open(classes);
         }
         asked
     }
@@ -207,9 +207,11 @@ impl NameRules {
 
     fn is_listed_whole(&self, name: &Name) -> bool {
         let whole = self.exactly.get(name);
-        whole.is_some_and(|rule| {
-            let opens = |openings: &Openings| openings.opens(rule.classes);
-            rule.queryable || self.openings.as_ref().is_some_and(opens)
+        whole.is_some_and(|rule| match &self.openings {
+            Some(openings) => {
+                openings.opens(rule.classes) || (rule.queryable && openings.may_open(rule.classes))
+            }
+            None => rule.queryable,
         })
     }
 

@@ -66,6 +66,20 @@ impl Openings {
         self.families.iter().any(of_family)
     }
 
+    /// Whether some packet to an external address with these classes would pass if annotations and namespaced policies
+    /// allowed everything. If not, they cannot permit the query either.
+    pub(super) fn may_open(&self, classes: ClassSet) -> bool {
+        let record = &self.record;
+        self.families.iter().any(|family| {
+            let first_tier = classes.or(*family).and(record.admin);
+            let mut matching = self.matching.iter();
+            matching.any(|matching| {
+                let decides = first_tier.and(*matching).only_first();
+                !decides.meets(record.deny)
+            })
+        })
+    }
+
     /// Whether some packet passes to an external address of which these are all classes.
     fn opens_to(&self, known: ClassSet) -> bool {
         let record = &self.record;

@@ -161,6 +161,22 @@ impl Prefix {
             && mask(other.network, self.prefix_len) == self.network
     }
 
+    /// Both halves of a prefix that is longer than an address. An IPv6 prefix has no IPv4 addresses, so the half that
+    /// would consist of their mapped forms is missing.
+    pub(super) fn halves(&self) -> impl Iterator<Item = Self> {
+        let is_v4 = self.is_v4();
+        let prefix_len = self.prefix_len + 1;
+        let lower = u128::from_be_bytes(self.network);
+        let upper = lower | 1_u128.checked_shl(ADDRESS_BITS - prefix_len).unwrap_or(0);
+        let half = move |bits: u128| Self {
+            network: bits.to_be_bytes(),
+            prefix_len,
+        };
+        [half(lower), half(upper)]
+            .into_iter()
+            .filter(move |half| half.is_v4() == is_v4)
+    }
+
     /// The addresses in both prefixes, which are either nested or disjoint.
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         if self.covers(other) {

@@ -1,7 +1,7 @@
 //! Entries that use a set: `@name[:ports][/protocol]` stands for every destination of the `EgressSet` of that name,
 //! each with these ports and this protocol.
 
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 use super::{
     entry::Entry,
@@ -12,23 +12,60 @@ use super::{
 /// The sign with which an entry begins that uses a set.
 pub(super) const SIGN: char = '@';
 
-/// The sets that entries may use.
-pub(super) struct Sets<'a>(pub(super) &'a BTreeMap<String, Vec<String>>);
+/// The name of the set that an entry uses, if it uses one.
+pub fn set_of_entry(text: &str) -> Option<&str> {
+    let used = text.strip_prefix(SIGN)?;
+    let end = used.find([':', '/']).unwrap_or(used.len());
+    Some(&used[..end])
+}
 
-impl Sets<'_> {
+/// Most entries of all that concerns a pod, counted with everything that a set and a CIDR with exceptions stand for, and
+/// with repetitions. It bounds the memory and the time that a policy takes before its other limits are checked.
+pub(super) const ENTRIES: usize = 30_000;
+
+/// The sets that entries may use, and how many entries may still be read.
+pub(super) struct Sets<'a> {
+    all: &'a BTreeMap<String, Vec<String>>,
+    /// `None` when there were more.
+    left: Cell<Option<usize>>,
+}
+
+impl<'a> Sets<'a> {
+    /// For all that concerns one pod.
+    pub(super) fn new(all: &'a BTreeMap<String, Vec<String>>) -> Self {
+        Self {
+            all,
+            left: Cell::new(Some(ENTRIES)),
+        }
+    }
+
+    /// Whether there were more entries than may be read. Then nothing more should be read.
+    pub(super) fn are_exceeded(&self) -> bool {
+        self.left.get().is_none()
+    }
+
+    /// Counts entries that were read.
+    fn count(&self, entries: usize) {
+        let left = self.left.get();
+        self.left
+            .set(left.and_then(|left| left.checked_sub(entries)));
+    }
+
     /// Parses the text of an entry: one entry, or one for each destination of a set.
     pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
-        let Some(used) = text.strip_prefix(SIGN) else {
-            return read_one(text);
+        let Some(name) = set_of_entry(text) else {
+            let entries = read_one(text)?;
+            self.count(entries.len());
+            return Ok(entries);
         };
         let wrong = |at: usize, found: &str, message: String| EntryError {
             at,
             found: found.to_owned(),
             message,
         };
-        let end = used.find([':', '/']).unwrap_or(used.len());
-        let (name, limits) = used.split_at(end);
-        let Some(members) = self.0.get(name) else {
+        let limits_at = SIGN.len_utf8() + name.len();
+        let limits = &text[limits_at..];
+        let Some(members) = self.all.get(name) else {
             return Err(wrong(
                 0,
                 text,
@@ -36,13 +73,15 @@ impl Sets<'_> {
             ));
         };
         // A name that only carries the ports and the protocol.
-        let limits_at = 1 + end;
         let limited = read_entry(&format!("x{limits}")).map_err(|error| EntryError {
             at: (limits_at + error.at).saturating_sub(1).min(text.len()),
             ..error
         })?;
-        let mut entries = Vec::with_capacity(members.len());
+        let mut entries = Vec::new();
         for member in members {
+            if self.are_exceeded() {
+                break;
+            }
             let read = read_one(member).map_err(|error| {
                 let EntryError { found, message, .. } = error;
                 let of_set = format!("uses the EgressSet `{name}`, in which `{found}` {message}");
@@ -58,6 +97,7 @@ impl Sets<'_> {
                 );
                 return Err(wrong(0, text, of_set));
             }
+            self.count(read.len());
             entries.extend(read.into_iter().map(|one| Entry {
                 destination: one.destination,
                 ..limited.clone()
@@ -87,7 +127,7 @@ mod tests {
             ("empty".to_owned(), Vec::new()),
             ("bad".to_owned(), vec!["a.test:443".to_owned()]),
         ]);
-        Sets(&sets).read(text)
+        Sets::new(&sets).read(text)
     }
 
     #[test]
@@ -111,6 +151,17 @@ mod tests {
         );
         assert_eq!(read("@empty:22").unwrap(), []);
         assert_eq!(read("a.test").unwrap(), single(&["a.test"]));
+    }
+
+    #[test]
+    fn no_more_is_read_than_a_policy_may_have() {
+        let many = vec!["[::/0!::1]".to_owned(); ENTRIES / 128 + 1];
+        let all = BTreeMap::from([("many".to_owned(), many)]);
+        let sets = Sets::new(&all);
+        let first = sets.read("@many:1").unwrap().len();
+        assert!(sets.are_exceeded());
+        assert!((ENTRIES..ENTRIES + 129).contains(&first), "{first}");
+        assert_eq!(sets.read("@many:2").unwrap(), []);
     }
 
     #[test]

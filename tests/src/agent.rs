@@ -277,6 +277,19 @@ impl Agent {
             .unwrap_or_else(|| panic!("the agent did not log within {DEADLINE:?}: {what}"))
     }
 
+    /// A field of its `/proc/<pid>/status` about memory, in KiB.
+    #[track_caller]
+    pub fn memory_kib(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("the agent runs");
+        let mut fields = status.lines().filter_map(|line| line.split_once(':'));
+        let value = fields
+            .find(|(name, _)| *name == field)
+            .map(|(_, value)| value);
+        let number = value.and_then(|value| value.split_whitespace().next());
+        number.expect("a field").parse().expect("a number")
+    }
+
     /// All lines on standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.lock().join("\n")

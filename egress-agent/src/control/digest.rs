@@ -8,16 +8,23 @@ use sha2::{Digest as _, Sha256};
 use crate::{config::Config, pods::Pod};
 use egress_policy::objects::Objects;
 
-/// The digest of what a pod's policy is compiled from: its annotations, its namespace's, the objects that select it,
-/// and the sets that these use. It is never zero, and without objects and sets it is that of the annotations alone.
+/// The digest of what a pod's policy is compiled from, as [`of_parts`] makes it.
 pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
+    of_parts(&pod.annotations, &pod.namespace_annotations, &pod.objects)
+}
+
+/// The digest of a pod's annotations, its namespace's, the objects that select it, and the sets that these use. It is
+/// never zero, and without objects and sets it is that of the annotations alone.
+pub(in crate::control) fn of_parts(
+    own: &BTreeMap<String, String>,
+    of_namespace: &BTreeMap<String, String>,
+    objects: &Objects,
+) -> [u8; 32] {
     let Objects {
-        namespace,
-        tiers,
-        sets,
-    } = &pod.objects;
-    let annotations = of_annotations(&pod.annotations, &pod.namespace_annotations);
-    let used = used_sets(pod, sets);
+        namespace, tiers, ..
+    } = objects;
+    let annotations = of_annotations(own, of_namespace);
+    let used = used_sets(own.values().chain(of_namespace.values()), objects);
     if namespace.is_empty() && tiers.is_empty() && used.is_empty() {
         return annotations;
     }
@@ -29,22 +36,22 @@ pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
     hasher.finalize().into()
 }
 
-/// The sets whose names are in the pod's entries, perhaps with others whose names begin alike.
+/// The sets whose names are in the entries, perhaps with others whose names begin alike.
 fn used_sets<'a>(
-    pod: &Pod,
-    sets: &'a BTreeMap<String, Vec<String>>,
+    annotations: impl Iterator<Item = &'a String>,
+    objects: &'a Objects,
 ) -> Vec<(&'a String, &'a Vec<String>)> {
     let Objects {
-        namespace, tiers, ..
-    } = &pod.objects;
-    let annotations = pod.annotations.values();
+        namespace,
+        tiers,
+        sets,
+    } = objects;
     let of_policies = namespace.iter().flat_map(|policy| {
         let lists = [&policy.allow, &policy.deny, &policy.resolve];
         lists.into_iter().flatten().flatten()
     });
     let rules = tiers.iter().flat_map(|policy| &policy.rules);
     let using: Vec<&String> = annotations
-        .chain(pod.namespace_annotations.values())
         .chain(of_policies)
         .chain(rules.flat_map(|rule| &rule.entries))
         .filter(|text| text.contains('@'))

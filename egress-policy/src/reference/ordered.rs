@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::{
     plain::{Line, Packet, Where, Written, to_name},
-    properties::compiled_verdict,
+    properties::{compiled_answer, compiled_verdict},
     random::{denied_line, line, packet, written},
     settings,
 };
@@ -142,13 +142,71 @@ impl<'a> World<'a> {
         reaches && line.matches_packet(packet, bare)
     }
 
+    /// Whether an entry that denies matches a packet that answers. The denial of a name counts wherever the name
+    /// leads, and after its time; internal addresses are not meant by a denial of every destination.
+    fn denies_answer(line: &Line, packet: &Packet) -> bool {
+        let named = packet.through.as_ref().is_some_and(|name| line.names(name));
+        let reaches = line.contains(packet.to) || named || (line.is_anywhere() && !packet.internal);
+        reaches && line.matches_packet(packet, bits::ALL)
+    }
+
     /// What the rules say; `None` if none decides.
     fn decided(&self, packet: &Packet, address: bool) -> Option<bool> {
-        let matches = |line: &Line, allows| self.matches(line, packet, allows, address);
+        self.decided_by(packet, |line, action| {
+            self.matches(line, packet, action == TierAction::Allow, address)
+        })
+    }
+
+    /// Whether the packet passes as the answer to a flow that the other side opened.
+    fn answers(&self, packet: &Packet) -> bool {
+        let packet = &self.learned(packet);
+        let decided = self.decided_by(packet, |line, action| match action {
+            TierAction::Deny => Self::denies_answer(line, packet),
+            TierAction::Allow => self.matches(line, packet, true, true),
+            TierAction::Pass => self.matches(line, packet, false, true),
+        });
+        if decided == Some(false) {
+            return false;
+        }
+        if !(packet.tunnel && packet.internal) {
+            return true;
+        }
+        let mut ordered = self.tier(Tier::Admin);
+        if self.asks_last_tier(packet) {
+            ordered.extend(self.tier(Tier::Baseline));
+        }
+        let ordered = ordered
+            .into_iter()
+            .filter(|(action, _)| *action == TierAction::Allow)
+            .flat_map(|(_, lines)| lines);
+        let mut allowing = ordered.chain(self.list(|team| &team.allow));
+        allowing.any(|line| {
+            line.contains(packet.to)
+                && line.matches_packet(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
+        })
+    }
+
+    /// The packet as the kernel sees it: no name is learned that may not be queried.
+    fn learned(&self, packet: &Packet) -> Packet {
+        let refused = |name: &Vec<Vec<u8>>| self.question(name) == QuestionRule::Denied;
+        Packet {
+            through: packet.through.clone().filter(|name| !refused(name)),
+            ..packet.clone()
+        }
+    }
+
+    fn asks_last_tier(&self, packet: &Packet) -> bool {
+        !self.selected || (packet.internal && self.settings.allow_internal)
+    }
+
+    fn decided_by(
+        &self,
+        packet: &Packet,
+        matches: impl Fn(&Line, TierAction) -> bool,
+    ) -> Option<bool> {
         let first = |tier| {
             self.tier(tier).into_iter().find_map(|(action, lines)| {
-                let allows = *action == TierAction::Allow;
-                let hit = lines.iter().any(|line| matches(line, allows));
+                let hit = lines.iter().any(|line| matches(line, *action));
                 hit.then_some(*action)
             })
         };
@@ -159,17 +217,17 @@ impl<'a> World<'a> {
         }
         if self
             .list(|team| &team.deny)
-            .any(|line| matches(line, false))
+            .any(|line| matches(line, TierAction::Deny))
         {
             return Some(false);
         }
         if self
             .list(|team| &team.allow)
-            .any(|line| matches(line, true))
+            .any(|line| matches(line, TierAction::Allow))
         {
             return Some(true);
         }
-        if self.selected && !(packet.internal && self.settings.allow_internal) {
+        if !self.asks_last_tier(packet) {
             return None;
         }
         match first(Tier::Baseline) {
@@ -180,11 +238,7 @@ impl<'a> World<'a> {
     }
 
     fn fate(&self, packet: &Packet) -> Fate {
-        let refused = |name: &Vec<Vec<u8>>| self.question(name) == QuestionRule::Denied;
-        let packet = &Packet {
-            through: packet.through.clone().filter(|name| !refused(name)),
-            ..packet.clone()
-        };
+        let packet = &self.learned(packet);
         match self.decided(packet, true) {
             Some(true) => return Fate::Passes,
             Some(false) => return Fate::DeniedByRule,
@@ -214,35 +268,51 @@ impl<'a> World<'a> {
         denies || teams_deny || self.unlisted() == QuestionRule::NotListed
     }
 
-    /// Whether some packet to an external address passes that the pod has by this name, or by none.
-    fn opens(&self, name: Option<&Vec<Vec<u8>>>) -> bool {
-        let mut ports = vec![0, 1, 79, 80, 81, 442, 443, 444, 46, 47, 48, 49, 50, 51];
-        ports.extend([7999, 8000, 8001, 8079, 8080, 8081, 65534, 65535]);
-        let packet = |to, protocol, port| Packet {
+    /// Packets of every kind to external addresses that the pod has by this name, or by none.
+    fn kinds(name: Option<&Vec<Vec<u8>>>) -> impl Iterator<Item = Packet> {
+        let ports = [
+            0, 1, 79, 80, 81, 442, 443, 444, 46, 47, 48, 49, 50, 51, 7999, 8000, 8001, 8079, 8080,
+            8081, 65534, 65535,
+        ];
+        let families: [IpAddr; 2] = [[0; 4].into(), [0; 16].into()];
+        let name = name.cloned();
+        let kinds = families
+            .into_iter()
+            .flat_map(move |to| (0..6).flat_map(move |bit| ports.map(|port| (to, bit, port))));
+        kinds.map(move |(to, bit, port)| Packet {
             to,
-            through: name.cloned(),
+            through: name.clone(),
             expired: false,
-            protocol,
+            protocol: 1 << bit,
             port,
             protected: false,
             internal: false,
             tunnel: false,
-        };
-        let families = [[0; 4].into(), [0; 16].into()];
-        let kinds = families
-            .into_iter()
-            .flat_map(|to: IpAddr| (0..6).map(move |bit| (to, bit)));
-        kinds.into_iter().any(|(to, bit)| {
-            ports.iter().any(|port| {
-                self.decided(&packet(to, 1 << bit, *port), false)
-                    .unwrap_or(self.open)
-            })
+        })
+    }
+
+    /// Whether some packet to an external address passes that the pod has by this name, or by none.
+    fn opens(&self, name: Option<&Vec<Vec<u8>>>) -> bool {
+        Self::kinds(name).any(|packet| self.decided(&packet, false).unwrap_or(self.open))
+    }
+
+    /// Whether the first tier denies every such packet.
+    fn is_closed(&self, name: Option<&Vec<Vec<u8>>>) -> bool {
+        Self::kinds(name).all(|packet| {
+            let mut rules = self.tier(Tier::Admin).into_iter();
+            let first = rules.find(|(action, lines)| {
+                let allows = *action == TierAction::Allow;
+                let mut lines = lines.iter();
+                lines.any(|line| self.matches(line, &packet, allows, false))
+            });
+            first.is_some_and(|(action, _)| *action == TierAction::Deny)
         })
     }
 
     fn unlisted(&self) -> QuestionRule {
         let asks_any = self.list(|team| &team.resolve).any(Line::is_anywhere);
-        if !self.settings.guard || asks_any || self.opens(None) {
+        let may_ask = asks_any && !self.is_closed(None);
+        if !self.settings.guard || may_ask || self.opens(None) {
             QuestionRule::Allowed
         } else {
             QuestionRule::NotListed
@@ -258,11 +328,12 @@ impl<'a> World<'a> {
         let denied = ordered.any(|(action, lines)| *action == TierAction::Deny && named(lines))
             || self.list(|team| &team.deny).any(|line| line.names(name));
         let in_cluster = name.ends_with(&[b"cluster".to_vec(), b"local".to_vec()]);
+        let is_resolved = self.list(|team| &team.resolve).any(|line| line.names(name));
         if is_named && self.opens(Some(name)) {
             QuestionRule::Allowed
         } else if denied {
             QuestionRule::Denied
-        } else if in_cluster || self.list(|team| &team.resolve).any(|line| line.names(name)) {
+        } else if in_cluster || (is_resolved && !self.is_closed(Some(name))) {
             QuestionRule::Allowed
         } else {
             self.unlisted()
@@ -330,6 +401,8 @@ proptest! {
                 Verdict::Deny { .. } => Fate::Denied,
             };
             prop_assert_eq!(fate, world.fate(packet), "{:?}", packet);
+            let answers = compiled_answer(&compiled, packet) == Verdict::Pass;
+            prop_assert_eq!(answers, world.answers(packet), "{:?}", packet);
         }
     }
 }

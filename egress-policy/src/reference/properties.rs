@@ -5,7 +5,7 @@ use egress_common::{
     reason::Reason,
     records::{RANGE_INTERNAL, RANGE_PROTECTED},
     translation::{embedded_v4, range_kind},
-    verdict::{Destination, Translated, Verdict, judge},
+    verdict::{Destination, Translated, Verdict, judge, judge_answer},
 };
 use proptest::prelude::*;
 
@@ -21,6 +21,18 @@ use crate::{
 
 /// The verdict of the kernel on what it finds in the maps.
 pub(super) fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict {
+    let looked = looked_up(compiled, packet);
+    judge(&compiled.record, &looked, packet.protocol, packet.port)
+}
+
+/// The verdict of the kernel on the same packet, if it answers a flow that the other side opened.
+pub(super) fn compiled_answer(compiled: &Compiled, packet: &Packet) -> Verdict {
+    let looked = looked_up(compiled, packet);
+    judge_answer(&compiled.record, &looked, packet.protocol, packet.port)
+}
+
+/// What the maps have about the packet's destination.
+fn looked_up(compiled: &Compiled, packet: &Packet) -> Destination {
     let address = to_mapped(packet.to);
     let prefix_classes = |address: [u8; 16]| {
         let in_prefix = |network: [u8; 16], prefix_len: u32| {
@@ -56,7 +68,7 @@ pub(super) fn compiled_verdict(compiled: &Compiled, packet: &Packet) -> Verdict 
         };
         looked.add_translated(&compiled.record, translated);
     }
-    judge(&compiled.record, &looked, packet.protocol, packet.port)
+    looked
 }
 
 proptest! {

@@ -2,7 +2,7 @@ use crate::Inputs;
 use std::collections::BTreeMap;
 
 use super::annotations;
-use crate::{Annotations, NAMES, compile, reference::settings};
+use crate::{Annotations, NAMES, PodAnnotations, Settings, compile, reference::settings};
 
 fn message(pod: &[(&str, &str)], namespace: &[(&str, &str)]) -> String {
     compile(
@@ -112,6 +112,50 @@ fn exceeded_limits_are_errors_that_name_the_count() {
     assert_eq!(
         message(&[("allow", &globs.join(" "))], &[]),
         "the policy has 101 names with * inside a label, or as a label after the first; the limit is 100"
+    );
+}
+
+#[test]
+fn short_texts_that_stand_for_many_entries_are_not_read_to_their_end() {
+    let holes: Vec<String> = (1..=10_000)
+        .map(|port| format!("[::/0!::1]:{port}"))
+        .collect();
+    let limit = "the policy has more than 30000 entries, with all that sets and CIDRs with exceptions stand for; \
+                 that is the limit";
+    assert_eq!(message(&[("allow", &holes.join(" "))], &[]), limit);
+    // In every mode, because a policy that is off is read, too.
+    let off = [("deny", &*holes.join(" ")), ("mode", "off")];
+    assert_eq!(message(&off, &[]), limit);
+}
+
+#[test]
+fn narrowing_is_bounded() {
+    let settings = Settings {
+        pod_annotations: PodAnnotations::Narrow,
+        ..settings()
+    };
+    let message = |pod: &[String], namespace: &[String]| {
+        let (pod, namespace) = (pod.join(" "), namespace.join(" "));
+        let (pod, namespace) = (
+            annotations(&[("allow", &pod)]),
+            annotations(&[("allow", &namespace)]),
+        );
+        let compiled = compile(Inputs::annotations(&pod, &namespace), &settings);
+        compiled.map_err(|error| error.to_string())
+    };
+    let names =
+        |count: usize| -> Vec<String> { (0..count).map(|n| format!("n{n}.test")).collect() };
+    let ports = |count: usize| -> Vec<String> { (1..=count).map(|n| format!("*:{n}")).collect() };
+    assert!(message(&names(400), &names(400)).is_ok());
+    let error = message(&names(2001), &names(2000)).unwrap_err();
+    assert!(
+        error.starts_with("the policy has 4002000 pairs of a destination"),
+        "{error}"
+    );
+    let error = message(&ports(100), &names(500)).unwrap_err();
+    assert!(
+        error.starts_with("the policy has more than 30000 entries of the pod"),
+        "{error}"
     );
 }
 

@@ -8,7 +8,8 @@ use super::{compiled, name, question};
 use egress_dns::Name;
 
 use crate::{
-    Annotations, Mode, QuestionRule, Settings, prefix::to_mapped, reference::settings, unreadable,
+    Annotations, Mode, Objects, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+    unreadable,
 };
 
 #[test]
@@ -179,7 +180,7 @@ fn a_denial_is_explained_by_its_most_specific_entry() {
 #[test]
 fn an_unreadable_policy_denies_everything_external_with_a_reason_of_its_own() {
     let none = Annotations::default();
-    let policy = unreadable(&none, &none, &settings());
+    let policy = unreadable(&none, &none, &Objects::default(), &settings());
     assert_eq!(policy.mode, Mode::Enforce);
     assert_eq!(
         policy.record.flags,

@@ -7,7 +7,7 @@ use egress_common::{
 
 use super::{annotations, compiled, is_open, name, question};
 use crate::{
-    Mode, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+    Mode, Objects, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
     unreadable,
 };
 
@@ -125,7 +125,13 @@ fn if_audit_is_the_default_an_unreadable_policy_is_audited_unless_enforce_is_exp
             default_mode: Mode::Audit,
             ..restricted(power)
         };
-        unreadable(&annotations(pod), &annotations(namespace), &settings).mode
+        unreadable(
+            &annotations(pod),
+            &annotations(namespace),
+            &Objects::default(),
+            &settings,
+        )
+        .mode
     };
     let [grant, narrow] = [PodAnnotations::Grant, PodAnnotations::Narrow];
     let (enforce, audit) = ([("mode", "enforce")], [("mode", "audit")]);

@@ -363,3 +363,54 @@ fn write_manifest(lab: &Lab, pod: &Pod, name: &str, addresses: &[IpAddr]) {
     });
     lab.write_file("other.json", manifest.to_string().as_bytes());
 }
+
+#[test]
+fn no_text_of_a_policy_ends_the_agent() {
+    let scene = Scene::new();
+    let texts = ["[::/0!::fffe:0:0/96]", "10.0.0.0/8!€€:1/bad"];
+    let pods: Vec<Pod> = texts
+        .iter()
+        .zip(["mapped", "cut"])
+        .map(|(text, name)| {
+            let pod = scene.lab.pod("shop", name);
+            scene.lab.write_pod(&pod, &[("allow", text)]);
+            pod
+        })
+        .collect();
+    let agent = scene.lab.start_agent(&[&scene.pod, &pods[0], &pods[1]]);
+    agent.denies_tcp(&pods[0], (server(10), 443), "no_rule");
+    agent.denies_tcp(&pods[1], (server(10), 443), "policy_unreadable");
+    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+}
+
+#[test]
+fn short_texts_that_stand_for_many_entries_take_no_memory() {
+    let scene = Scene::new();
+    let names: Vec<String> = (0..400).map(|n| format!("n{n}.test")).collect();
+    scene.lab.write_policy(&serde_json::json!({
+        "apiVersion": "egress-agent.dev/v1alpha1",
+        "kind": "EgressSet",
+        "metadata": { "name": "s" },
+        "spec": { "destinations": names },
+    }));
+    let list = |entry: &str| {
+        let entries = (1..=20_000).map(|port| format!("{entry}:{port}"));
+        entries.collect::<Vec<_>>().join(",")
+    };
+    let (sets, holes) = (list("@s"), list("[::/0!::1]"));
+    let pods = [("sets", &sets), ("holes", &holes)].map(|(name, text)| {
+        let pod = scene.lab.pod("shop", name);
+        scene.lab.write_pod(&pod, &[("allow", text)]);
+        pod
+    });
+    let agent = scene.lab.start_agent(&[&scene.pod, &pods[0], &pods[1]]);
+    for (pod, name) in pods.iter().zip(["shop/sets", "shop/holes"]) {
+        agent.wait_log("the limit", |line| {
+            line.contains("more than 30000 entries") && line.contains(name)
+        });
+        agent.denies_tcp(pod, (server(10), 443), "policy_unreadable");
+    }
+    let highest = agent.memory_kib("VmHWM");
+    assert!(highest < 300 * 1024, "the agent took {highest} KiB");
+    assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+}

@@ -12,16 +12,6 @@ use egress_tests::{
     dns::{Answer, DnsSocket, RecordType, ResponseCode, framed_query, read_message},
 };
 
-/// The agent's anonymous memory, in KiB.
-#[track_caller]
-fn memory(agent: &Agent) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", agent.pid()));
-    let status = status.expect("the agent runs");
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-    let field = line.and_then(|l| l.split_whitespace().next());
-    field.expect("RssAnon").parse().expect("a number")
-}
-
 /// Queries these names below a wildcard, 100 at a time, and expects a response to each.
 #[track_caller]
 fn resolve_all(socket: &DnsSocket, names: std::ops::Range<u32>) {
@@ -59,9 +49,9 @@ fn memory_stays_bounded_with_a_hundred_thousand_names() {
     let socket = pod.dns_socket();
     // Until every table is full.
     resolve_all(&socket, 0..10 * LIMIT);
-    let before = memory(&agent);
+    let before = agent.memory_kib("RssAnon");
     resolve_all(&socket, 10 * LIMIT..NAMES);
-    let after = memory(&agent);
+    let after = agent.memory_kib("RssAnon");
     assert!(after < before + 4 * MIB, "{before} KiB, then {after} KiB");
     let allowed = lab.allowed(&pod);
     assert!(allowed.len() <= LIMIT as usize, "{} entries", allowed.len());

@@ -19,6 +19,7 @@ pub(in crate::control) mod answers;
 pub(in crate::control) mod arrivals;
 pub(in crate::control) mod backoff;
 pub(in crate::control) mod exits;
+mod fallback;
 pub(in crate::control) mod first_addresses;
 pub(in crate::control) mod locations;
 pub(in crate::control) mod machine;

@@ -1,24 +1,20 @@
 //! Reading pods' annotations and policy objects, and remembering the last policy that could be read.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
-use crate::{control::digest, pods::Pod, report::Subject, serve::Written};
-use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Settings};
+use super::fallback::{self, Good, Parts};
+use crate::{pods::Pod, report::Subject, serve::Written};
+use egress_policy::{Annotations, Compiled, Settings};
 
 /// The policy of one pod, and what it was read from.
 struct Reading {
     uid: String,
-    own: BTreeMap<String, String>,
-    namespace: BTreeMap<String, String>,
-    objects: Objects,
-    /// The sets, if an entry uses one: then a change of the sets may change the policy.
-    sets: Option<Arc<BTreeMap<String, Vec<String>>>>,
+    parts: Parts,
+    /// Whether an entry uses a set: then a change of the sets may change the policy.
+    uses_sets: bool,
     compiled: Arc<Compiled>,
-    /// Whether `compiled` was read from annotations and objects of this pod, now or earlier.
-    good: bool,
+    /// The parts that could be read, now or earlier.
+    good: Good,
     problem: Option<String>,
     /// What `compiled` was read from.
     written: Arc<Written>,
@@ -31,15 +27,7 @@ struct Reading {
 impl Reading {
     /// Whether it was read from what the pod has now.
     fn is_of(&self, pod: &Pod) -> bool {
-        self.current
-            && self.own == pod.annotations
-            && self.namespace == pod.namespace_annotations
-            && self.objects.namespace == pod.objects.namespace
-            && self.objects.tiers == pod.objects.tiers
-            && self
-                .sets
-                .as_ref()
-                .is_none_or(|sets| *sets == pod.objects.sets)
+        self.current && self.parts.are_of(pod, self.uses_sets)
     }
 }
 
@@ -57,8 +45,8 @@ impl Policies {
         }
     }
 
-    /// The pod's policy, as its annotations and objects say; if they cannot be read, the last one that could be read; without
-    /// one, a closed policy.
+    /// The pod's policy, as its annotations and objects say. Of what cannot be read, the last that could be read counts
+    /// ([`fallback`](super::fallback)).
     pub(in crate::control) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
@@ -66,57 +54,19 @@ impl Policies {
         {
             return Arc::clone(&reading.compiled);
         }
-        let own = Annotations::from_map(&pod.annotations);
-        let namespace = Annotations::from_map(&pod.namespace_annotations);
-        let inputs = Inputs {
-            pod: &own,
-            namespace: &namespace,
-            objects: &pod.objects,
-        };
-        let sets = inputs.use_sets().then(|| Arc::clone(&pod.objects.sets));
-        let read = egress_policy::compile(inputs, &self.settings);
-        let unreadable = read.is_err();
-        let (compiled, good, problem, written) = match read {
-            Ok(mut compiled) => {
-                compiled.record.annotations = digest::of_pod(pod);
-                let problem = (!compiled.warnings.is_empty()).then(|| compiled.warnings.join("; "));
-                let written = Arc::new(Written {
-                    own,
-                    namespace,
-                    objects: pod.objects.clone(),
-                });
-                (Arc::new(compiled), true, problem, written)
-            }
-            Err(error) => {
-                let last = before.filter(|reading| reading.good);
-                if let Some((compiled, written)) = last.and_then(|last| self.again(last)) {
-                    let problem = format!("{error}; the last good policy stays");
-                    (compiled, true, Some(problem), written)
-                } else {
-                    let closed = egress_policy::unreadable(&own, &namespace, &self.settings);
-                    let follows = match closed.mode {
-                        Mode::Enforce => "everything external is denied",
-                        Mode::Audit | Mode::Off => {
-                            "everything external would be denied; nothing is stopped \
-                             (defaultMode: audit)"
-                        }
-                    };
-                    let problem = format!("{error}; {follows}");
-                    (Arc::new(closed), false, Some(problem), Arc::default())
-                }
-            }
-        };
+        let good = before.map(|reading| reading.good.clone());
+        let parts = Parts::of(pod);
+        let read = fallback::read(&parts, good.unwrap_or_default(), &self.settings);
+        let compiled = Arc::new(read.compiled);
         let reading = Reading {
             uid: pod.uid.clone(),
-            own: pod.annotations.clone(),
-            namespace: pod.namespace_annotations.clone(),
-            objects: pod.objects.clone(),
-            sets,
+            uses_sets: parts.use_sets(),
+            parts,
             compiled: Arc::clone(&compiled),
-            good,
-            problem,
-            written,
-            unreadable,
+            good: read.good,
+            problem: read.problem,
+            written: read.written,
+            unreadable: read.unreadable,
             current: true,
         };
         self.pods.insert(key.clone(), reading);
@@ -131,19 +81,6 @@ impl Policies {
                 reading.current = false;
             }
         }
-    }
-
-    /// The last policy that could be read, compiled with the present settings; `None` if it does not compile with
-    /// these.
-    fn again(&self, last: &Reading) -> Option<(Arc<Compiled>, Arc<Written>)> {
-        let written = Arc::clone(&last.written);
-        if last.current {
-            return Some((Arc::clone(&last.compiled), written));
-        }
-        let compiled = egress_policy::compile(written.inputs(), &self.settings);
-        let mut compiled = compiled.ok()?;
-        compiled.record.annotations = last.compiled.record.annotations;
-        Some((Arc::new(compiled), written))
     }
 
     /// The last reading of a pod: its policy, the annotations that it comes from, and whether the present ones
@@ -192,6 +129,14 @@ impl Policies {
 mod tests {
     use super::*;
     use crate::{config::Config, control::plan::scene::pod};
+    use egress_common::{
+        classes::ClassSet,
+        records::{POLICY_ALLOW_INTERNAL, POLICY_UNREADABLE},
+    };
+    use egress_policy::{
+        Mode,
+        objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
+    };
 
     const ALLOW: &str = "egress-agent.dev/allow";
 
@@ -251,5 +196,112 @@ mod tests {
         let mut anew = allowing("a.test:x");
         anew.uid = "another".to_owned();
         assert_eq!(policies.read(&cart, &anew), closed);
+    }
+
+    /// An object with one ordered rule, which denies this.
+    fn denying(priority: u32, entry: &str) -> Arc<TierPolicy> {
+        Arc::new(TierPolicy {
+            name: Arc::new(ObjectName {
+                kind: ObjectKind::ClusterEgressPolicy,
+                namespace: None,
+                name: format!("p{priority}"),
+            }),
+            tier: Tier::Admin,
+            priority,
+            rules: vec![TierRule {
+                name: None,
+                index: 0,
+                action: TierAction::Deny,
+                entries: vec![entry.to_owned()],
+            }],
+        })
+    }
+
+    fn under(rules: &[Arc<TierPolicy>], list: &str) -> Pod {
+        let mut pod = allowing(list);
+        pod.objects.tiers = rules.to_vec();
+        pod
+    }
+
+    fn denies(compiled: &Compiled, address: [u8; 4]) -> bool {
+        let address = egress_common::address::from_v4(address);
+        let classes = compiled
+            .cidrs
+            .iter()
+            .filter(|cidr| cidr.prefix_len == 128 && cidr.network == address)
+            .fold(ClassSet::EMPTY, |all, cidr| all.or(cidr.classes));
+        classes.meets(compiled.record.deny)
+    }
+
+    #[test]
+    fn lists_that_cannot_be_read_keep_no_ordered_rule_from_their_pod() {
+        let cart = Subject::pod("shop", "cart");
+        for settings in [settings(""), settings("podAnnotations: ignore\n")] {
+            let rules = [denying(1, "10.1.2.2")];
+            let mut policies = Policies::new(settings);
+            // A new pod has no last good lists.
+            let closed = policies.read(&cart, &under(&rules, "!"));
+            assert!(denies(&closed, [10, 1, 2, 2]));
+            assert_eq!(closed.mode, Mode::Enforce);
+            assert_ne!(closed.record.flags & POLICY_UNREADABLE, 0);
+            let problem = policies.problem(&cart).expect("a problem");
+            assert!(
+                problem.ends_with("that ordered rules do not allow"),
+                "{problem}"
+            );
+            // A known pod is under the rules as they are now.
+            let good = policies.read(&cart, &under(&[], "10.9.9.9"));
+            assert!(!denies(&good, [10, 1, 2, 2]));
+            let now = policies.read(&cart, &under(&rules, "10.9.9.9:x"));
+            assert!(denies(&now, [10, 1, 2, 2]));
+            let problem = policies.problem(&cart).expect("a problem");
+            assert!(
+                problem.ends_with("lists of the pod and its namespace stay"),
+                "{problem}"
+            );
+            // So it is if both parts are readable, but too large together.
+            let ports: Vec<String> = (1..=128).map(|port| format!("10.9.9.9:{port}")).collect();
+            policies.read(&cart, &under(&[], &ports.join(" ")));
+            let now = policies.read(&cart, &under(&rules, &ports.join(" ")));
+            assert!(denies(&now, [10, 1, 2, 2]));
+        }
+    }
+
+    #[test]
+    fn ordered_rules_that_cannot_be_read_stay_as_they_last_were() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        let bad = [denying(1, "@missing")];
+        let closed = policies.read(&cart, &under(&bad, "10.9.9.9"));
+        assert_eq!(closed.record.flags & POLICY_ALLOW_INTERNAL, 0);
+        let problem = policies.problem(&cart).expect("a problem");
+        assert!(problem.ends_with("internal addresses too"), "{problem}");
+        policies.read(&cart, &under(&[denying(1, "10.1.2.2")], "10.9.9.9"));
+        let now = policies.read(&cart, &under(&bad, "10.8.8.8"));
+        assert!(denies(&now, [10, 1, 2, 2]));
+        let mut fresh = Policies::new(settings(""));
+        let expected = fresh.read(&cart, &under(&[denying(1, "10.1.2.2")], "10.8.8.8"));
+        assert_eq!(now, expected, "the lists are those of now");
+    }
+
+    #[test]
+    fn peers_that_are_too_many_close_the_pod_instead_of_getting_old() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        let of_peers = |count: usize| {
+            let mut policy = TierPolicy::clone(&denying(1, "10.1.2.2"));
+            policy.name = Arc::new(ObjectName {
+                kind: ObjectKind::ClusterNetworkPolicy,
+                ..ObjectName::clone(&policy.name)
+            });
+            let peers = (0..count).map(|n| format!("10.2.{}.{}", n / 128, n % 128 * 2));
+            policy.rules[0].entries.extend(peers);
+            Arc::new(policy)
+        };
+        let good = policies.read(&cart, &under(&[of_peers(4095)], "a.test"));
+        assert!(denies(&good, [10, 1, 2, 2]));
+        let closed = policies.read(&cart, &under(&[of_peers(4096)], "a.test"));
+        assert_eq!(closed.record.flags & POLICY_ALLOW_INTERNAL, 0);
+        assert_ne!(closed.record.flags & POLICY_UNREADABLE, 0);
     }
 }

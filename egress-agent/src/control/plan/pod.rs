@@ -15,6 +15,7 @@ use crate::{
         },
         settings::Settings,
     },
+    pods::Pod,
     report::Subject,
 };
 use egress_policy::{Annotations, Compiled, Mode};
@@ -162,7 +163,7 @@ pub(super) fn decide(
         Mode::Enforce => "everything external is denied",
         Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
     };
-    let closed = closed(policy.mode, &observed.policy_settings);
+    let closed = closed(policy.mode, pod, &observed.policy_settings);
     Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
 }
 
@@ -186,10 +187,10 @@ fn already_anothers(
     }
 }
 
-/// A policy that allows nothing external, in this mode.
-fn closed(mode: Mode, settings: &egress_policy::Settings) -> Arc<Compiled> {
+/// A policy that allows nothing external but what ordered rules allow, in this mode.
+fn closed(mode: Mode, pod: &Pod, settings: &egress_policy::Settings) -> Arc<Compiled> {
     let none = Annotations::default();
-    let mut closed = egress_policy::unreadable(&none, &none, settings);
+    let mut closed = egress_policy::unreadable(&none, &none, &pod.objects, settings);
     closed.mode = mode;
     Arc::new(closed)
 }
