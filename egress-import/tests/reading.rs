@@ -178,3 +178,25 @@ fn every_port_but_every_port_is_none() {
     );
     assert!(denied.findings.is_empty(), "{:?}", denied.findings);
 }
+
+#[test]
+fn policies_of_two_products_for_one_namespace_are_refused_because_they_add_up() {
+    let policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: np, namespace: n}\n\
+                  spec: {podSelector: {}, policyTypes: [Egress], egress: [{to: [{ipBlock: {cidr: 2.0.0.0/8}}]}]}\n";
+    let firewall = |namespace: &str| {
+        format!(
+            "---\napiVersion: k8s.ovn.org/v1\nkind: EgressFirewall\nmetadata: {{name: default, namespace: {namespace}}}\n\
+             spec: {{egress: [{{type: Allow, to: {{dnsName: github.com}}}}, {{type: Deny, to: {{cidrSelector: 0.0.0.0/0}}}}]}}\n"
+        )
+    };
+    let of_two = |namespace: &str| {
+        let imported = imported(&format!("{policy}{}", firewall(namespace)));
+        let refused = imported.findings.into_iter();
+        refused
+            .filter(|finding| finding.text.contains("may restrict the same pods"))
+            .map(|finding| finding.severity)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of_two("n"), [Severity::Refused; 2]);
+    assert_eq!(of_two("other"), []);
+}

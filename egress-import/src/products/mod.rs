@@ -26,38 +26,91 @@ use crate::{
 /// The highest priority number.
 const LAST_PRIORITY: u32 = 1000;
 
+/// The products, by the groups of their kinds.
+const PRODUCTS: [(&str, &[&str], Import); 8] = [
+    (
+        "NetworkPolicy",
+        &["networking.k8s.io"],
+        network_policy::import,
+    ),
+    ("Cilium", &["cilium.io"], cilium::import),
+    (
+        "Calico",
+        &["projectcalico.org", "crd.projectcalico.org"],
+        calico::import,
+    ),
+    ("Antrea", &["crd.antrea.io"], antrea::import),
+    ("GKE", &["networking.gke.io"], gke::import),
+    ("Amazon EKS", &["networking.k8s.aws"], aws::import),
+    ("EgressFirewall", &["k8s.ovn.org"], egress_firewall::import),
+    ("Istio", &["networking.istio.io"], istio::import),
+];
+
 /// The objects of each manifest, in the order of the manifests.
 pub(crate) fn import(manifests: &[Manifest], options: &Options) -> Vec<Document> {
     let mut documents: Vec<(usize, Document)> = Vec::new();
-    let mut take = |groups: &[&str], import: Import| {
+    for (_, groups, import) in PRODUCTS {
         let of_product: Vec<Numbered<'_>> = manifests
             .iter()
             .enumerate()
             .filter(|(_, manifest)| groups.contains(&manifest.group.as_str()))
             .collect();
         documents.extend(import(&of_product, options));
-    };
-    take(&["networking.k8s.io"], network_policy::import);
-    take(&["cilium.io"], cilium::import);
-    take(
-        &["projectcalico.org", "crd.projectcalico.org"],
-        calico::import,
-    );
-    take(&["crd.antrea.io"], antrea::import);
-    take(&["networking.gke.io"], gke::import);
-    take(&["networking.k8s.aws"], aws::import);
-    take(&["k8s.ovn.org"], egress_firewall::import);
-    take(&["networking.istio.io"], istio::import);
+    }
     for (i, manifest) in manifests.iter().enumerate() {
         if !documents.iter().any(|(of, _)| *of == i) {
             documents.push((i, unread(manifest)));
         }
     }
     documents.sort_by_key(|(i, _)| *i);
+    remark_on_others(manifests, options, &mut documents);
     documents
         .into_iter()
         .map(|(_, document)| document)
         .collect()
+}
+
+/// The products whose policies restrict what those of other products allow. All others count `NetworkPolicy` among
+/// their own policies.
+const APART: [&str; 2] = ["EgressFirewall", "Istio"];
+
+/// Refuses, where such a product and another one restrict the pods of one namespace, that a packet must pass both: the
+/// written objects add up.
+fn remark_on_others(
+    manifests: &[Manifest],
+    options: &Options,
+    documents: &mut [(usize, Document)],
+) {
+    let scope = |i: usize| {
+        let manifest = &manifests[i];
+        let product = PRODUCTS
+            .iter()
+            .find(|(_, groups, _)| groups.contains(&manifest.group.as_str()))
+            .map(|(product, ..)| *product);
+        (product, namespace(manifest, options))
+    };
+    let restricting: Vec<_> = documents
+        .iter()
+        .filter(|(_, document)| !document.objects.is_empty())
+        .map(|(i, _)| scope(*i))
+        .collect();
+    for (i, document) in documents {
+        let (product, namespace) = scope(*i);
+        if document.objects.is_empty() {
+            continue;
+        }
+        let other = restricting.iter().find(|(other, of)| {
+            let meet = namespace.is_none() || of.is_none() || *of == namespace;
+            let is_apart = |product: &Option<&str>| product.is_some_and(|one| APART.contains(&one));
+            *other != product && meet && (is_apart(other) || is_apart(&product))
+        });
+        if let Some((Some(other), _)) = other {
+            document.remarks.push(Remark::refused(format!(
+                "policies of {other} may restrict the same pods. A packet has to pass the policies of both products, \
+                 and the written objects add up: import one product at a time, and write what both allow"
+            )));
+        }
+    }
 }
 
 /// A manifest and its place among all of them.
