@@ -24,6 +24,9 @@ pub(crate) enum Barrier {
     All,
 }
 
+/// Most pairs of a destination and a port of one rule.
+const ENTRIES: usize = 10_000;
+
 /// How rules are translated.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Translator {
@@ -53,7 +56,16 @@ impl Translator {
         }
         work.conditions(&rule.conditions);
         let ports = work.ports(&rule.ports);
-        if verb != Verb::Pass || work.barrier == Barrier::None {
+        if rule.peers.len() * ports.len() > ENTRIES {
+            let text = format!(
+                "it has more than {ENTRIES} pairs of a destination and a port; not written"
+            );
+            if verb == Verb::Allow {
+                work.remark(Remark::left_out(text));
+            } else {
+                work.refuse(text, Barrier::All);
+            }
+        } else if verb != Verb::Pass || work.barrier == Barrier::None {
             for peer in &rule.peers {
                 work.peer(peer, &ports);
             }

@@ -200,3 +200,24 @@ fn policies_of_two_products_for_one_namespace_are_refused_because_they_add_up() 
     assert_eq!(of_two("n"), [Severity::Refused; 2]);
     assert_eq!(of_two("other"), []);
 }
+
+#[test]
+fn a_rule_with_too_many_pairs_of_destination_and_port_is_left_out() {
+    let rule = |count: usize| {
+        let blocks =
+            (0..count).map(|n| format!("{{ipBlock: {{cidr: 2.{}.{}.0/24}}}}", n / 256, n % 256));
+        let ports = (1..=count).map(|port| format!("{{port: {port}}}"));
+        let join = |all: Vec<String>| all.join(", ");
+        imported(&format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: np, namespace: n}}\n\
+             spec: {{podSelector: {{}}, policyTypes: [Egress], egress: [{{to: [{}], ports: [{}]}}]}}\n",
+            join(blocks.collect()),
+            join(ports.collect())
+        ))
+    };
+    let many = rule(1500);
+    assert_eq!(many.findings.len(), 1);
+    assert_eq!(many.findings[0].severity, Severity::LeftOut);
+    assert!(many.yaml.contains("  allow: []\n"), "{}", many.yaml);
+    assert_eq!(rule(10).yaml.matches("- 2.").count(), 100);
+}
