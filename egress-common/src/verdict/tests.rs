@@ -1,5 +1,6 @@
 //! Tests of the verdict.
 
+mod of_answers;
 mod of_names;
 
 use super::*;
@@ -249,17 +250,6 @@ fn handing_over_opens_neither_protected_addresses_nor_dns_elsewhere() {
 }
 
 #[test]
-fn an_answer_passes_where_an_exception_precedes_the_denial() {
-    let policy = tiers();
-    let answer = |classes: ClassSet| judge_answer(&policy, &in_prefix(classes), bits::TCP, 50_000);
-    assert_eq!(answer(ADMIN_ALLOW.or(ADMIN_DENY)), Verdict::Pass);
-    assert_eq!(answer(ADMIN_PASS.or(ADMIN_LAST)), Verdict::Pass);
-    for denying in [ADMIN_LAST, TEAM_DENY, BASE_DENY, ADMIN_PASS.or(TEAM_DENY)] {
-        assert_ne!(answer(denying), Verdict::Pass);
-    }
-}
-
-#[test]
 fn a_denied_address_stays_denied_whoever_allows_it() {
     let both = Destination {
         learned: WEB,
@@ -331,52 +321,6 @@ fn the_metadata_service_opens_for_an_address_entry_and_nothing_else() {
         reason(&hole, &protected(NOWHERE), bits::TCP, 80),
         Reason::DenyRule
     );
-}
-
-#[test]
-fn an_answer_needs_no_rule_and_heeds_a_denial() {
-    fn answer(policy: &Policy, destination: &Destination) -> Verdict {
-        judge_answer(policy, destination, bits::TCP, 50_000)
-    }
-    let denied = Verdict::Deny {
-        reason: Reason::DenyRule,
-        class: 0,
-    };
-    let protected = Destination {
-        ranges: RANGE_PROTECTED,
-        ..NOWHERE
-    };
-    for destination in [NOWHERE, protected, learned(WEB), in_prefix(LOW)] {
-        assert_eq!(answer(&policy(), &destination), Verdict::Pass);
-    }
-    let expired = Destination {
-        expired: 1,
-        ..learned(HOLE)
-    };
-    for destination in [in_prefix(HOLE), learned(HOLE), expired] {
-        assert_eq!(answer(&policy(), &destination), denied);
-    }
-    let nothing = Policy {
-        any: HOLE,
-        ..policy()
-    };
-    let internal = Destination {
-        ranges: RANGE_INTERNAL,
-        ..NOWHERE
-    };
-    assert_eq!(answer(&nothing, &NOWHERE), denied);
-    assert_eq!(answer(&nothing, &internal), Verdict::Pass);
-    let named = Destination {
-        cidr: HOLE,
-        ..internal
-    };
-    assert_eq!(answer(&nothing, &named), denied);
-    // A denied port is a port of the other side.
-    let mut mail = policy();
-    mail.classes[0] = class(bits::TCP, 25, 25);
-    let mail = with_ports(&mail);
-    assert_eq!(answer(&mail, &in_prefix(HOLE)), Verdict::Pass);
-    assert_eq!(judge_answer(&mail, &in_prefix(HOLE), bits::TCP, 25), denied);
 }
 
 #[test]
