@@ -466,7 +466,7 @@ const _: () = {
         size_of::<Policy>()
             == 8 * CLASSES
                 + size_of::<PortTable>()
-                + 7 * size_of::<ClassSet>()
+                + 8 * size_of::<ClassSet>()
                 + 16
                 + 32
                 + 16 * OWN_ADDRESSES

@@ -258,14 +258,34 @@ pub fn judge(policy: &Policy, destination: &Destination, protocol: u8, port: u16
 /// a tunnel that no address entry allows. It needs no allowing rule, and the address may be protected.
 ///
 /// A `deny` of every destination means that the pod opens nothing. Internal addresses still get answers, or
-/// probes would fail. A denied address, prefix or name gets none: a name's denial counts even where the name opens
-/// nothing, such as after its time. An entry that precedes a denial counts only where it lets the pod open a flow.
+/// probes would fail. A denied address, prefix or name gets none, unless the denying class spares answers
+/// ([`Policy::spares_answers`]). A name's denial counts even where the name opens nothing, such as after its time. An
+/// entry that precedes a denial counts only where it lets the pod open a flow.
 #[inline(always)]
 pub fn judge_answer(
     policy: &Policy,
     destination: &Destination,
     protocol: u8,
     port: u16,
+) -> Verdict {
+    let spared = policy.spares_answers;
+    judge_denials(policy, destination, protocol, port, spared)
+}
+
+/// Judges a connection that the pod opened before it was enforced, and that is to go on unless it is denied. It passes
+/// as an answer does, but no denial spares it.
+pub fn judge_kept(policy: &Policy, destination: &Destination, protocol: u8, port: u16) -> Verdict {
+    judge_denials(policy, destination, protocol, port, ClassSet::EMPTY)
+}
+
+/// Whether a denying class decides about the packet, of those that are not spared, or it is a tunnel.
+#[inline(always)]
+fn judge_denials(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+    spared: ClassSet,
 ) -> Verdict {
     let any = if destination.ranges & RANGE_INTERNAL != 0 {
         ClassSet::EMPTY
@@ -278,7 +298,7 @@ pub fn judge_answer(
     let denying = destination.learned.or(destination.cidr).or(any);
     let known = opening.without(policy.deny).or(denying.and(policy.deny));
     let matching = policy.ports.matching(protocol, port);
-    let matching = matching.without(skipped_classes(policy, destination));
+    let matching = matching.without(skipped_classes(policy, destination).or(spared));
     let decides = deciding_class(policy, known.and(matching));
     if decides.meets(policy.deny) {
         return Verdict::Deny {

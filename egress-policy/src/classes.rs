@@ -14,29 +14,39 @@ use super::{
     entry::Destination,
     error::{PolicyError, Problem},
     objects::TierAction,
-    tiers::{Run, Tiers},
+    tiers::{Effect, Run, Tiers},
 };
 
 /// What a class does with its packets, and its precedence: the derived order. A number is the place of the run of
 /// rules in its tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Action {
-    Admin(usize, TierAction),
+    Admin(usize, Effect),
     /// A list denies.
     Deny,
     /// A list allows.
     Allow,
     /// [`Rule::under_any`].
     AllowUnderAny,
-    Baseline(usize, TierAction),
+    Baseline(usize, Effect),
 }
 
 impl Action {
     pub(super) fn denies(self) -> bool {
-        matches!(
-            self,
-            Self::Deny | Self::Admin(_, TierAction::Deny) | Self::Baseline(_, TierAction::Deny)
-        )
+        self == Self::Deny || self.is_ordered(TierAction::Deny)
+    }
+
+    /// Whether this is an ordered rule with this action.
+    fn is_ordered(self, action: TierAction) -> bool {
+        self.effect().is_some_and(|effect| effect.action == action)
+    }
+
+    /// What an ordered rule does.
+    fn effect(self) -> Option<Effect> {
+        match self {
+            Self::Admin(_, effect) | Self::Baseline(_, effect) => Some(effect),
+            Self::Deny | Self::Allow | Self::AllowUnderAny => None,
+        }
     }
 }
 
@@ -62,10 +72,10 @@ pub(super) fn with_actions<'a>(
 
 fn of_runs(
     runs: &[Run],
-    action: fn(usize, TierAction) -> Action,
+    action: fn(usize, Effect) -> Action,
 ) -> impl Iterator<Item = (Action, &Rule)> {
     runs.iter().enumerate().flat_map(move |(place, run)| {
-        let action = action(place, run.action);
+        let action = action(place, run.effect);
         run.rules.iter().map(move |rule| (action, rule))
     })
 }
@@ -125,10 +135,11 @@ impl Classes {
                 Action::AllowUnderAny => record.under_any |= bit,
                 Action::Allow | Action::Deny => {}
             }
-            if let Action::Admin(_, TierAction::Pass) | Action::Baseline(_, TierAction::Pass) =
-                action
-            {
+            if action.is_ordered(TierAction::Pass) {
                 record.pass |= bit;
+            }
+            if action.effect().is_some_and(|effect| effect.spares_answers) {
+                record.spares_answers |= bit;
             }
         }
         let classes = &record.classes[..self.distinct.len()];

@@ -151,7 +151,7 @@ impl Lines {
         }
         self.push(1, heading);
         for run in runs {
-            let action = match run.action {
+            let action = match run.effect.action {
                 TierAction::Allow => "allow",
                 TierAction::Deny => "deny ",
                 TierAction::Pass => "pass ",

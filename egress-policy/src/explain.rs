@@ -178,7 +178,7 @@ impl Entries {
         let listed = |list, rules: Vec<Rule>| rules.into_iter().map(move |rule| (list, rule));
         let ordered = |runs: Vec<Run>| {
             runs.into_iter().flat_map(move |run| {
-                let list = match run.action {
+                let list = match run.effect.action {
                     TierAction::Allow => List::Allow,
                     TierAction::Deny => List::Deny,
                     TierAction::Pass => List::Pass,

@@ -9,14 +9,33 @@ use super::{
     annotations::{self, Written},
     effective::{self, Rule},
     error::{Origin, Problem, RuleName},
-    objects::{Objects, Tier, TierAction, TierPolicy, TierRule},
+    objects::{ObjectKind, Objects, Tier, TierAction, TierPolicy, TierRule},
     sets::Sets,
 };
 
-/// Rules of one action that follow each other. Their order among themselves means nothing.
+/// What becomes of packets that match an ordered rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Effect {
+    pub(super) action: TierAction,
+    /// Whether a denial is only one of what the pod opens. Rules of a `ClusterNetworkPolicy` are about connections,
+    /// and egress rules about those that the pod opens.
+    pub(super) spares_answers: bool,
+}
+
+impl Effect {
+    fn of(policy: &TierPolicy, action: TierAction) -> Self {
+        let is_about_connections = policy.name.kind == ObjectKind::ClusterNetworkPolicy;
+        Self {
+            action,
+            spares_answers: is_about_connections && action == TierAction::Deny,
+        }
+    }
+}
+
+/// Rules of one effect that follow each other. Their order among themselves means nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Run {
-    pub(super) action: TierAction,
+    pub(super) effect: Effect,
     pub(super) rules: Vec<Rule>,
 }
 
@@ -36,7 +55,7 @@ impl Tiers {
     /// All rules with their actions, in order.
     pub(super) fn rules(&self) -> impl Iterator<Item = (TierAction, &Rule)> {
         let runs = self.admin.iter().chain(&self.baseline);
-        runs.flat_map(|run| run.rules.iter().map(|rule| (run.action, rule)))
+        runs.flat_map(|run| run.rules.iter().map(|rule| (run.effect.action, rule)))
     }
 }
 
@@ -71,13 +90,11 @@ pub(super) fn read(
                     name: rule.name.clone(),
                 }));
                 let written = annotations::read_rule(rule, &origin, sets, problems);
+                let effect = Effect::of(policy, rule.action);
                 let rules = rules(rule.action, &written);
                 match runs.last_mut() {
-                    Some(last) if last.action == rule.action => last.rules.extend(rules),
-                    _ => runs.push(Run {
-                        action: rule.action,
-                        rules,
-                    }),
+                    Some(last) if last.effect == effect => last.rules.extend(rules),
+                    _ => runs.push(Run { effect, rules }),
                 }
             }
         }

@@ -141,8 +141,42 @@ impl Cluster {
     #[track_caller]
     pub fn run(&self, namespace: &str, name: &str, annotations: &Value) -> ClusterPod {
         let (object, uid) = self.create(namespace, name, annotations);
-        let pod = self.lab.pod(namespace, name);
-        let mut pod = self.pod_without_processes(object, &uid, pod);
+        self.start(object, &uid)
+    }
+
+    /// As [`Self::run`], with these labels and these ports of its container, as `(name, number, protocol)`.
+    #[track_caller]
+    pub fn run_with(
+        &self,
+        namespace: &str,
+        name: &str,
+        labels: &Value,
+        ports: &[(&str, u16, &str)],
+    ) -> ClusterPod {
+        let ports = ports.iter().map(
+            |(name, number, protocol)| json!({ "name": name, "containerPort": number, "protocol": protocol }),
+        );
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "namespace": namespace, "name": name, "labels": labels },
+            "spec": {
+                "nodeName": self.name,
+                "containers": [{ "name": "main", "image": "none", "ports": ports.collect::<Value>() }],
+            },
+        });
+        let created = self.server.apply(&object);
+        let uid = created.metadata.uid.expect("the API server gives a UID");
+        self.start(object, &uid)
+    }
+
+    /// Runs the pod of this object.
+    #[track_caller]
+    fn start(&self, object: Value, uid: &str) -> ClusterPod {
+        let metadata = &object["metadata"];
+        let text = |field: &str| metadata[field].as_str().expect("a text");
+        let pod = self.lab.pod(text("namespace"), text("name"));
+        let mut pod = self.pod_without_processes(object, uid, pod);
         pod.running.start_container();
         self.set_addresses(&pod);
         pod

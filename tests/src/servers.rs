@@ -71,8 +71,9 @@ impl fmt::Debug for TcpEcho {
 }
 
 impl TcpEcho {
+    /// Starts the server.
     #[track_caller]
-    pub(crate) fn start(namespace: &Namespace, port: u16) -> Self {
+    pub fn start(namespace: &Namespace, port: u16) -> Self {
         let shared = Arc::<Shared>::default();
         let thread = namespace.run(|| {
             let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
@@ -170,8 +171,9 @@ impl fmt::Debug for UdpEcho {
 }
 
 impl UdpEcho {
+    /// Starts the server.
     #[track_caller]
-    pub(crate) fn start(namespace: &Namespace, port: u16) -> Self {
+    pub fn start(namespace: &Namespace, port: u16) -> Self {
         let shared = Arc::<Shared>::default();
         let thread = namespace.run(|| {
             let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))

@@ -44,6 +44,8 @@ pub struct Policy {
     pub ports: PortTable,
     /// Classes that deny.
     pub deny: ClassSet,
+    /// The subset of these that denies only what the pod opens: answers on connections that others open pass.
+    pub spares_answers: ClassSet,
     /// Classes that leave the decision to the next tier. All others that do not deny allow.
     pub pass: ClassSet,
     /// Classes of the first tier.
@@ -106,6 +108,7 @@ impl Policy {
         classes: [PortClass::NONE; CLASSES],
         ports: PortTable::EMPTY,
         deny: ClassSet::EMPTY,
+        spares_answers: ClassSet::EMPTY,
         pass: ClassSet::EMPTY,
         admin: ClassSet::EMPTY,
         baseline: ClassSet::EMPTY,
@@ -131,6 +134,7 @@ impl Policy {
     pub fn names_alike(&self, other: &Self) -> bool {
         self.classes == other.classes
             && self.deny == other.deny
+            && self.spares_answers == other.spares_answers
             && self.pass == other.pass
             && self.admin == other.admin
             && self.baseline == other.baseline

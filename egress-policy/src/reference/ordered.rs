@@ -20,13 +20,15 @@ use crate::{
 /// The rules of one object.
 #[derive(Clone, Debug)]
 struct Ordered {
+    kind: ObjectKind,
+    name: String,
     tier: Tier,
     priority: u32,
     rules: Vec<(TierAction, Vec<Line>)>,
 }
 
 fn objects(policies: &[Ordered]) -> Objects {
-    let policy = |(index, policy): (usize, &Ordered)| {
+    let policy = |policy: &Ordered| {
         let rule = |(index, (action, lines)): (usize, &(TierAction, Vec<Line>))| TierRule {
             name: None,
             index,
@@ -35,9 +37,9 @@ fn objects(policies: &[Ordered]) -> Objects {
         };
         Arc::new(TierPolicy {
             name: Arc::new(ObjectName {
-                kind: ObjectKind::ClusterEgressPolicy,
+                kind: policy.kind,
                 namespace: None,
-                name: format!("p{index}"),
+                name: policy.name.clone(),
             }),
             tier: policy.tier,
             priority: policy.priority,
@@ -46,7 +48,7 @@ fn objects(policies: &[Ordered]) -> Objects {
     };
     Objects {
         namespace: Vec::new(),
-        tiers: policies.iter().enumerate().map(policy).collect(),
+        tiers: policies.iter().map(policy).collect(),
         sets: Arc::new(BTreeMap::new()),
     }
 }
@@ -103,14 +105,20 @@ impl<'a> World<'a> {
         lists.into_iter().flatten()
     }
 
-    /// The rules of a tier, in order.
+    /// The rules of a tier, in order: by priority; of one priority first the denials with which a policy begins; then
+    /// by kind, name and place.
     fn tier(&self, tier: Tier) -> Vec<&'a (TierAction, Vec<Line>)> {
-        let mut policies: Vec<&Ordered> = self.policies.iter().filter(|p| p.tier == tier).collect();
-        policies.sort_by_key(|policy| policy.priority);
-        policies
-            .into_iter()
-            .flat_map(|policy| &policy.rules)
-            .collect()
+        let mut rules = Vec::new();
+        for policy in self.policies.iter().filter(|policy| policy.tier == tier) {
+            let mut is_later = false;
+            for (place, rule) in policy.rules.iter().enumerate() {
+                is_later |= rule.0 != TierAction::Deny;
+                let order = (policy.priority, is_later, policy.kind, &policy.name, place);
+                rules.push((order, rule));
+            }
+        }
+        rules.sort_by_key(|(order, _)| *order);
+        rules.into_iter().map(|(_, rule)| rule).collect()
     }
 
     /// Whether an entry matches. `address`: whether the packet goes to its address, and not to one of which only the
@@ -161,7 +169,7 @@ impl<'a> World<'a> {
     fn answers(&self, packet: &Packet) -> bool {
         let packet = &self.learned(packet);
         let decided = self.decided_by(packet, |line, action| match action {
-            TierAction::Deny => Self::denies_answer(line, packet),
+            TierAction::Deny => !self.spares_answers(line) && Self::denies_answer(line, packet),
             TierAction::Allow => self.matches(line, packet, true, true),
             TierAction::Pass => self.matches(line, packet, false, true),
         });
@@ -184,6 +192,16 @@ impl<'a> World<'a> {
             line.contains(packet.to)
                 && line.matches_packet(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
         })
+    }
+
+    /// Whether this line is of a policy whose denials are about what pods open.
+    fn spares_answers(&self, line: &Line) -> bool {
+        let kind = ObjectKind::ClusterNetworkPolicy;
+        let policies = self.policies.iter().filter(|policy| policy.kind == kind);
+        let mut lines = policies
+            .flat_map(|policy| &policy.rules)
+            .flat_map(|(_, lines)| lines);
+        lines.any(|other| std::ptr::eq(other, line))
     }
 
     /// The packet as the kernel sees it: no name is learned that may not be queried.
@@ -350,18 +368,21 @@ fn ordered() -> impl Strategy<Value = Vec<Ordered>> {
         ),
         (Just(TierAction::Pass), prop::collection::vec(line(), 0..3)),
     ];
-    let policy = (any::<bool>(), prop::collection::vec(rule, 1..4));
-    let policies = prop::collection::vec(policy, 1..4);
-    (policies, any::<bool>()).prop_map(|(policies, reversed)| {
-        let ordered = policies.into_iter().zip(0..);
-        ordered
-            .map(|((is_admin, rules), number)| Ordered {
-                tier: if is_admin {
-                    Tier::Admin
-                } else {
-                    Tier::Baseline
-                },
-                priority: if reversed { 10 - number } else { number },
+    let kind = prop_oneof![
+        Just(ObjectKind::ClusterEgressPolicy),
+        Just(ObjectKind::ClusterNetworkPolicy),
+    ];
+    let tier = prop_oneof![Just(Tier::Admin), Just(Tier::Baseline)];
+    // Often two policies have one priority.
+    let policy = (kind, tier, 0..3_u32, prop::collection::vec(rule, 1..4));
+    prop::collection::vec(policy, 1..4).prop_map(|policies| {
+        let numbered = policies.into_iter().enumerate();
+        numbered
+            .map(|(number, (kind, tier, priority, rules))| Ordered {
+                kind,
+                name: format!("p{}", 9 - number),
+                tier,
+                priority,
                 rules,
             })
             .collect()

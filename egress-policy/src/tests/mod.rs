@@ -2,6 +2,7 @@
 
 mod errors;
 mod rules;
+mod tiers;
 mod who_may_grant;
 
 use crate::Inputs;

@@ -1,6 +1,7 @@
 //! Pods of a cluster, with a real API server.
 
 mod addresses;
+mod conformance;
 mod manifests;
 mod pods;
 mod policies;

@@ -35,7 +35,7 @@ fn wait_served(server: &ApiServer, path: &str) {
 }
 
 /// Installs the definitions of the manifests.
-fn install(server: &ApiServer) {
+pub(crate) fn install(server: &ApiServer) {
     for definition in yaml::objects("base/crds.yaml") {
         post(server, &definition);
         let plural = definition["spec"]["names"]["plural"].as_str();
@@ -45,7 +45,7 @@ fn install(server: &ApiServer) {
 }
 
 /// A definition of the upstream kind that accepts every object.
-fn install_upstream(server: &ApiServer) {
+pub(crate) fn install_upstream(server: &ApiServer) {
     let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
     let group = "policy.networking.k8s.io";
     post(
@@ -75,7 +75,7 @@ fn install_upstream(server: &ApiServer) {
 }
 
 /// Creates a policy object, or edits it to this state.
-fn put(server: &ApiServer, object: &Value) {
+pub(crate) fn put(server: &ApiServer, object: &Value) {
     let collection = match (&object["kind"], &object["metadata"]["namespace"]) {
         (kind, Value::String(namespace)) if kind == "EgressPolicy" => {
             format!("/apis/egress-agent.dev/v1alpha1/namespaces/{namespace}/egresspolicies")

@@ -10,7 +10,7 @@ use egress_common::{
     ids::PolicyId,
     protocol::{self, bits},
     records::{Policy, RANGE_INTERNAL, TunnelKey},
-    verdict::{Verdict, judge, judge_answer},
+    verdict::{Verdict, judge, judge_answer, judge_kept},
 };
 
 use crate::{
@@ -229,11 +229,11 @@ impl Seeding<'_> {
         {
             return Ok(true);
         }
-        Ok(is_denied(judge_answer(
-            self.record,
-            &destination,
-            bit,
-            *port,
-        )))
+        let judge_open = if seed.state == SeedState::Inbound {
+            judge_answer
+        } else {
+            judge_kept
+        };
+        Ok(is_denied(judge_open(self.record, &destination, bit, *port)))
     }
 }

@@ -1,4 +1,4 @@
-//! Answers to flows that the other side opened.
+//! Answers on connections that the other side opened.
 
 use super::*;
 
@@ -10,6 +10,27 @@ fn an_answer_passes_where_an_exception_precedes_the_denial() {
     assert_eq!(answer(ADMIN_PASS.or(ADMIN_LAST)), Verdict::Pass);
     for denying in [ADMIN_LAST, TEAM_DENY, BASE_DENY, ADMIN_PASS.or(TEAM_DENY)] {
         assert_ne!(answer(denying), Verdict::Pass);
+    }
+}
+
+#[test]
+fn a_denial_of_connections_spares_answers_and_no_other_denial_does() {
+    let policy = Policy {
+        spares_answers: ADMIN_DENY.or(BASE_DENY),
+        ..tiers()
+    };
+    let verdict = |judge: fn(&Policy, &Destination, u8, u16) -> Verdict, classes: ClassSet| {
+        judge(&policy, &in_prefix(classes), bits::TCP, 50_000)
+    };
+    for denying in [ADMIN_DENY, BASE_DENY, ADMIN_DENY.or(BASE_DENY)] {
+        assert_eq!(verdict(judge_answer, denying), Verdict::Pass);
+        // What the pod opens, or has opened before it was enforced, is denied.
+        assert_ne!(verdict(judge, denying), Verdict::Pass);
+        assert_ne!(verdict(judge_kept, denying), Verdict::Pass);
+    }
+    for denying in [ADMIN_LAST, TEAM_DENY] {
+        assert_ne!(verdict(judge_answer, denying), Verdict::Pass);
+        assert_ne!(verdict(judge_answer, ADMIN_DENY.or(denying)), Verdict::Pass);
     }
 }
 

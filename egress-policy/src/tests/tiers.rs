@@ -1,0 +1,89 @@
+//! Ordered rules of policy objects.
+
+use std::sync::Arc;
+
+use egress_common::classes::ClassSet;
+
+use super::*;
+use crate::objects::{ObjectKind, ObjectName, Objects, Tier, TierAction, TierPolicy, TierRule};
+
+fn policy(kind: ObjectKind, name: &str, rules: &[(TierAction, &str)]) -> Arc<TierPolicy> {
+    let rules = rules.iter().enumerate();
+    Arc::new(TierPolicy {
+        name: Arc::new(ObjectName {
+            kind,
+            namespace: None,
+            name: name.to_owned(),
+        }),
+        tier: Tier::Admin,
+        priority: 7,
+        rules: rules
+            .map(|(index, (action, entry))| TierRule {
+                name: None,
+                index,
+                action: *action,
+                entries: vec![(*entry).to_owned()],
+            })
+            .collect(),
+    })
+}
+
+fn compiled(tiers: Vec<Arc<TierPolicy>>) -> Compiled {
+    let none = Annotations::default();
+    let objects = Objects {
+        tiers,
+        ..Objects::default()
+    };
+    let inputs = Inputs {
+        pod: &none,
+        namespace: &none,
+        objects: &objects,
+    };
+    compile(inputs, &crate::reference::settings()).unwrap()
+}
+
+const OURS: ObjectKind = ObjectKind::ClusterEgressPolicy;
+const UPSTREAM: ObjectKind = ObjectKind::ClusterNetworkPolicy;
+
+#[test]
+fn of_two_policies_with_one_priority_the_first_denials_come_first() {
+    let compiled = compiled(vec![
+        policy(UPSTREAM, "b", &[(TierAction::Deny, "10.0.0.1:2")]),
+        policy(
+            OURS,
+            "a",
+            &[
+                (TierAction::Allow, "10.0.0.1:3"),
+                (TierAction::Deny, "10.0.0.1:4"),
+            ],
+        ),
+        policy(OURS, "c", &[(TierAction::Deny, "10.0.0.1:1")]),
+    ]);
+    let classes = compiled.record.classes.iter();
+    let ports: Vec<u16> = classes.map(|class| class.port_min).take(4).collect();
+    assert_eq!(ports, [1, 2, 3, 4]);
+    let warning = &compiled.warnings[0];
+    assert!(
+        warning.contains("ClusterEgressPolicy a and ClusterEgressPolicy c")
+            && warning.contains("the same tier and priority (7)"),
+        "{warning}"
+    );
+}
+
+#[test]
+fn a_denial_of_a_cluster_network_policy_is_one_of_what_the_pod_opens() {
+    let compiled = compiled(vec![
+        policy(OURS, "a", &[(TierAction::Deny, "10.0.0.1")]),
+        policy(
+            UPSTREAM,
+            "b",
+            &[
+                (TierAction::Deny, "10.0.0.2"),
+                (TierAction::Pass, "10.0.0.3"),
+            ],
+        ),
+    ]);
+    let [ours, upstreams] = [0, 1].map(ClassSet::one);
+    assert_eq!(compiled.record.deny, ours.or(upstreams));
+    assert_eq!(compiled.record.spares_answers, upstreams);
+}
