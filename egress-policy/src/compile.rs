@@ -132,6 +132,10 @@ impl Compiled {
 /// When any part of it cannot be parsed or exceeds a limit: half a policy is not a policy. The
 /// lists are parsed in every mode, including `off`.
 pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
+    compile_all(inputs, settings).map_err(|error| error.naming(inputs.objects))
+}
+
+fn compile_all(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
     let Effective {
         mode,
         open,
@@ -381,8 +385,12 @@ pub(super) fn check_limit(
     count: usize,
     limit: usize,
 ) -> Result<(), PolicyError> {
-    let problem = (count > limit).then_some(Problem::Limit { what, count, limit });
-    PolicyError::from_problems(problem.into_iter().collect()).map_or(Ok(()), Err)
+    if count > limit {
+        return Err(PolicyError::from_problem(Problem::limit(
+            what, count, limit,
+        )));
+    }
+    Ok(())
 }
 
 /// Counts the entries before they are compiled, so that the work is bounded.
@@ -421,7 +429,7 @@ pub(super) fn check_written(written: &[&Lists], tiers: &Tiers, problems: &mut Ve
         ("address prefixes", prefixes.len(), CIDR_ENTRIES as usize),
     ] {
         if count > limit {
-            problems.push(Problem::Limit { what, count, limit });
+            problems.push(Problem::limit(what, count, limit));
         }
     }
 }

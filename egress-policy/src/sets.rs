@@ -16,6 +16,15 @@ pub(super) const SIGN: char = '@';
 pub(super) struct Sets<'a>(pub(super) &'a BTreeMap<String, Vec<String>>);
 
 impl Sets<'_> {
+    /// For how many entries the text of one stands.
+    pub(super) fn count(&self, text: &str) -> usize {
+        let Some(used) = text.strip_prefix(SIGN) else {
+            return 1;
+        };
+        let end = used.find([':', '/']).unwrap_or(used.len());
+        self.0.get(&used[..end]).map_or(1, Vec::len)
+    }
+
     /// Parses the text of an entry: one entry, or one for each destination of a set.
     pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
         let Some(used) = text.strip_prefix(SIGN) else {
