@@ -8,6 +8,9 @@ use sha2::{Digest as _, Sha256};
 use crate::{config::Config, pods::Pod};
 use egress_policy::objects::Objects;
 
+/// Longest name of an `EgressSet` (an RFC 1123 subdomain).
+const SET_NAME_MAX: usize = 253;
+
 /// The digest of what a pod's policy is compiled from: its annotations, its namespace's, the objects that select it,
 /// and the sets that these use. It is never zero, and without objects and sets it is that of the annotations alone.
 pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
@@ -24,16 +27,17 @@ pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
     let mut hasher = Sha256::new();
     hasher.update(annotations);
     // These types contain only texts, numbers and lists, and always become JSON.
+    let used: Vec<_> = used.into_iter().collect();
     let text = serde_json::to_vec(&(namespace, tiers, used)).unwrap_or_default();
     hasher.update(text);
     hasher.finalize().into()
 }
 
-/// The sets whose names are in the pod's entries, perhaps with others whose names begin alike.
-fn used_sets<'a>(
+/// The sets whose names are in the pod's entries, perhaps with others whose names these begin with.
+pub(in crate::control) fn used_sets<'a>(
     pod: &Pod,
     sets: &'a BTreeMap<String, Vec<String>>,
-) -> Vec<(&'a String, &'a Vec<String>)> {
+) -> BTreeMap<&'a String, &'a Vec<String>> {
     let Objects {
         namespace, tiers, ..
     } = &pod.objects;
@@ -43,20 +47,17 @@ fn used_sets<'a>(
         lists.into_iter().flatten().flatten()
     });
     let rules = tiers.iter().flat_map(|policy| &policy.rules);
-    let using: Vec<&String> = annotations
+    let texts = annotations
         .chain(pod.namespace_annotations.values())
         .chain(of_policies)
-        .chain(rules.flat_map(|rule| &rule.entries))
-        .filter(|text| text.contains('@'))
-        .collect();
-    if using.is_empty() {
-        return Vec::new();
-    }
-    let is_used = |name: &str| {
-        let name = format!("@{name}");
-        using.iter().any(|text| text.contains(&name))
-    };
-    sets.iter().filter(|(name, _)| is_used(name)).collect()
+        .chain(rules.flat_map(|rule| &rule.entries));
+    // A look at each set would take longer with each of them.
+    let after_signs = texts.flat_map(|text| text.match_indices('@').map(|(at, _)| &text[at + 1..]));
+    let names = after_signs.flat_map(|rest| {
+        let lengths = 1..=rest.len().min(SET_NAME_MAX);
+        lengths.filter_map(|length| rest.get(..length))
+    });
+    names.filter_map(|name| sets.get_key_value(name)).collect()
 }
 
 /// The digest of a pod's annotations and its namespace's. It is never zero, which stands for no annotations that
@@ -164,6 +165,8 @@ mod tests {
             with(&["@web:443"], &[]),
             with(&["@web:443"], &[("web", "a.test")]),
             with(&["@web:443"], &[("web", "b.test")]),
+            with(&["a.test", "b.test @web"], &[("web", "a.test")]),
+            with(&["@web2"], &[("web2", "a.test")]),
         ];
         for (i, digest) in all.iter().enumerate() {
             assert!(!all[..i].contains(digest), "{i}");
@@ -172,6 +175,9 @@ mod tests {
         assert_eq!(all[0], annotations);
         assert_eq!(all[1], with(&["a.test"], &[("web", "a.test")]));
         assert_eq!(all[0], with(&[], &[("web", "a.test")]));
+        let others = [("we", "a.test"), ("we2", "a.test"), ("web2", "a.test")];
+        let used = with(&["@web2"], &[others[0], others[2]]);
+        assert_eq!(used, with(&["@web2"], &others));
     }
 
     #[test]

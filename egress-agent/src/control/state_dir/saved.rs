@@ -187,7 +187,7 @@ impl Saved {
             version: VERSION,
             node: self.node.clone(),
             pods: snapshot.pods.values().collect::<Vec<_>>(),
-            objects: SavedObjects::of(snapshot.pods.values().map(|pod| &pod.objects)),
+            objects: SavedObjects::of(snapshot.pods.values()),
             facts: snapshot.sources.clone(),
         };
         state_file::write(&self.path, &document)
