@@ -1,7 +1,10 @@
 //! The policy objects of each pod, kept up to date at a cost that fits the change.
 //!
-//! An edit of a pod's labels evaluates the selectors of all policies for that pod. An edit of a policy evaluates its
-//! selectors for all pods. Everything else costs comparisons of pointers.
+//! An edit of a pod's labels evaluates, for that pod, the selectors of the policies that require one of its labels, its
+//! namespace or no label at all ([`index`]). An edit of a policy evaluates its selectors for all pods. Everything else
+//! costs comparisons of pointers.
+
+mod index;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,6 +17,7 @@ use crate::{
     policy::{PolicySubject, SelectedPod},
     selector::Labels,
 };
+use index::Index;
 
 /// A policy in force: the pods that it is about, and its rules.
 #[derive(Clone, Debug)]
@@ -59,6 +63,7 @@ impl Applied {
 #[derive(Debug)]
 pub struct Selection<K> {
     policies: BTreeMap<Arc<ObjectName>, Applied>,
+    index: Index,
     sets: Arc<BTreeMap<String, Vec<String>>>,
     pods: BTreeMap<K, Known>,
     /// Counts the updates of policies.
@@ -82,6 +87,7 @@ impl<K> Default for Selection<K> {
     fn default() -> Self {
         Self {
             policies: BTreeMap::new(),
+            index: Index::default(),
             sets: Arc::default(),
             pods: BTreeMap::new(),
             revision: 0,
@@ -108,6 +114,14 @@ impl<K: Ord> Selection<K> {
         changed.extend(gone.filter(|name| !policies.contains_key(*name)).cloned());
         if changed.is_empty() && self.sets == *sets {
             return;
+        }
+        for name in &changed {
+            if let Some(former) = self.policies.get(name) {
+                self.index.remove(name, &former.subject);
+            }
+            if let Some(policy) = policies.get(name) {
+                self.index.add(name, &policy.subject);
+            }
         }
         self.policies = policies;
         if self.sets != *sets {
@@ -162,9 +176,12 @@ impl<K: Ord> Selection<K> {
                 }
             }
         } else {
-            let selected = policies.iter();
-            let selected = selected.filter(|(_, policy)| policy.subject.selects(pod));
-            known.selected = selected.map(|(name, _)| Arc::clone(name)).collect();
+            let is_selected = |name: &&Arc<ObjectName>| {
+                let policy = policies.get(*name);
+                policy.is_some_and(|policy| policy.subject.selects(pod))
+            };
+            let selected = self.index.candidates(pod).filter(is_selected);
+            known.selected = selected.cloned().collect();
         }
         known.namespace.clear();
         known.namespace.push_str(namespace);
@@ -199,6 +216,9 @@ fn objects(
     }
     objects
 }
+
+#[cfg(test)]
+mod properties;
 
 #[cfg(test)]
 mod tests {
@@ -308,6 +328,27 @@ mod tests {
         selection.update(Policies::new(), &Arc::default());
         let none = selection.of("a", "shop", &labels, &namespace, false);
         assert!(none.sets.is_empty());
+    }
+
+    #[test]
+    fn a_label_edit_looks_at_no_policy_that_requires_another_label() {
+        let mut selection = Selection::<&str>::default();
+        let mut policies = Policies::new();
+        add(&mut policies, "all", &json!({}));
+        for number in 0..1000 {
+            let app = format!("a{number}");
+            add(&mut policies, &format!("p{number}"), &selecting(&app));
+        }
+        selection.update(policies, &Arc::default());
+        let pod = SelectedPod {
+            namespace: "shop",
+            labels: &labelled("a7"),
+            namespace_labels: &Labels::new(),
+            host_network: false,
+        };
+        let names = selection.index.candidates(pod);
+        let names: Vec<&str> = names.map(|name| name.name.as_str()).collect();
+        assert_eq!(names, ["p7", "all"]);
     }
 
     #[test]

@@ -93,6 +93,19 @@ impl Selector {
         Ok(Self(requirements))
     }
 
+    /// The key of a label without which no object is selected, and the values of which it must have one. Of several it
+    /// is the label with the fewest values.
+    pub(crate) fn required(&self) -> Option<(&str, &BTreeSet<String>)> {
+        let required = self
+            .0
+            .iter()
+            .filter_map(|requirement| match &requirement.is {
+                Is::In(values) => Some((requirement.key.as_str(), values)),
+                Is::NotIn(_) | Is::Present | Is::Absent => None,
+            });
+        required.min_by_key(|(_, values)| values.len())
+    }
+
     /// Whether an object with these labels is selected.
     pub fn selects(&self, labels: &Labels) -> bool {
         self.0.iter().all(|requirement| {

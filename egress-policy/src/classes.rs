@@ -144,11 +144,8 @@ impl Classes {
         }
         let classes = &record.classes[..self.distinct.len()];
         record.ports = PortTable::of(classes).map_err(|TooManyIntervals { needed }| {
-            PolicyError::from_problem(Problem::Limit {
-                what: "intervals of ports between the borders of its port ranges",
-                count: needed,
-                limit: PORT_INTERVALS,
-            })
+            let what = "intervals of ports between the borders of its port ranges";
+            PolicyError::from_problem(Problem::limit(what, needed, PORT_INTERVALS))
         })?;
         Ok(record)
     }

@@ -136,6 +136,7 @@ impl Compiled {
 pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
     std::panic::catch_unwind(|| compile_or_panic(inputs, settings))
         .unwrap_or_else(|_| Err(PolicyError::from_problem(Problem::Internal)))
+        .map_err(|error| error.naming(inputs.objects))
 }
 
 fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
@@ -433,8 +434,12 @@ pub(super) fn check_limit(
     count: usize,
     limit: usize,
 ) -> Result<(), PolicyError> {
-    let problem = (count > limit).then_some(Problem::Limit { what, count, limit });
-    PolicyError::from_problems(problem.into_iter().collect()).map_or(Ok(()), Err)
+    if count > limit {
+        return Err(PolicyError::from_problem(Problem::limit(
+            what, count, limit,
+        )));
+    }
+    Ok(())
 }
 
 /// Counts the entries before they are compiled, so that the work is bounded.
@@ -473,7 +478,7 @@ pub(super) fn check_written(written: &[&Lists], tiers: &Tiers, problems: &mut Ve
         (PREFIXES, prefixes.len(), CIDR_ENTRIES as usize),
     ] {
         if count > limit {
-            problems.push(Problem::Limit { what, count, limit });
+            problems.push(Problem::limit(what, count, limit));
         }
     }
 }

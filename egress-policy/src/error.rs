@@ -1,14 +1,20 @@
 //! Errors in a policy, with their places.
 
-use std::{fmt, sync::Arc};
+use std::{cmp::Reverse, fmt, sync::Arc};
 
-use super::objects::ObjectName;
+use super::{
+    objects::{ObjectName, Objects},
+    sets::Sets,
+};
 
 /// What [`Problem::Limit`] counts when there are too many prefixes.
 pub(super) const PREFIXES: &str = "address prefixes";
 
 /// How many problems [`PolicyError`] prints; the rest are only counted.
 const PRINTED: usize = 8;
+
+/// How many policy objects are named when a limit is exceeded.
+const LARGEST: usize = 3;
 
 /// How many characters of the invalid text are printed.
 const QUOTED: usize = 80;
@@ -108,6 +114,8 @@ pub enum Problem {
         count: usize,
         /// The limit.
         limit: usize,
+        /// The policy objects with the most entries, and how many they have.
+        largest: Vec<(Arc<ObjectName>, usize)>,
     },
     /// All that concerns the pod exceeds a limit, and was not read to its end.
     AtLeast {
@@ -118,6 +126,18 @@ pub enum Problem {
     },
     /// The compiler of policies has failed.
     Internal,
+}
+
+impl Problem {
+    /// An exceeded limit.
+    pub(super) const fn limit(what: &'static str, count: usize, limit: usize) -> Self {
+        Self::Limit {
+            what,
+            count,
+            limit,
+            largest: Vec::new(),
+        }
+    }
 }
 
 impl fmt::Display for Problem {
@@ -150,8 +170,19 @@ impl fmt::Display for Problem {
             } => {
                 write!(f, "{origin} annotation {} {message}", quote(key))
             }
-            Self::Limit { what, count, limit } => {
-                write!(f, "the policy has {count} {what}; the limit is {limit}")
+            Self::Limit {
+                what,
+                count,
+                limit,
+                largest,
+            } => {
+                write!(f, "the policy has {count} {what}; the limit is {limit}")?;
+                let mut before = ", with most entries from ";
+                for (object, entries) in largest {
+                    write!(f, "{before}{object} ({entries})")?;
+                    before = ", ";
+                }
+                Ok(())
             }
             Self::AtLeast { what, limit } => write!(
                 f,
@@ -194,10 +225,42 @@ impl PolicyError {
         self.problems.iter().any(is)
     }
 
+    /// The same, in which each exceeded limit names the largest of these objects.
+    pub(super) fn naming(mut self, objects: &Objects) -> Self {
+        for problem in &mut self.problems {
+            if let Problem::Limit { largest, .. } = problem {
+                *largest = largest_of(objects);
+            }
+        }
+        self
+    }
+
     /// All problems; never empty.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
+}
+
+/// The objects with the most entries, and how many they have. An entry that uses a set counts as the destinations of
+/// the set.
+fn largest_of(objects: &Objects) -> Vec<(Arc<ObjectName>, usize)> {
+    let sets = Sets::new(&objects.sets);
+    let count =
+        |entries: &Vec<String>| -> usize { entries.iter().map(|text| sets.entries_of(text)).sum() };
+    let of_lists = objects.namespace.iter().map(|policy| {
+        let lists = [&policy.allow, &policy.deny, &policy.resolve];
+        (&policy.name, lists.into_iter().flatten().map(count).sum())
+    });
+    let of_rules = objects.tiers.iter().map(|policy| {
+        let rules = policy.rules.iter().map(|rule| count(&rule.entries));
+        (&policy.name, rules.sum())
+    });
+    let mut all: Vec<(&Arc<ObjectName>, usize)> = of_lists.chain(of_rules).collect();
+    all.sort_by_key(|(name, count)| (Reverse(*count), *name));
+    let largest = all.into_iter().take(LARGEST);
+    largest
+        .map(|(name, count)| (Arc::clone(name), count))
+        .collect()
 }
 
 /// One line: the first few problems, and how many more there are.

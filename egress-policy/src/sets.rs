@@ -51,6 +51,12 @@ impl<'a> Sets<'a> {
             .set(left.and_then(|left| left.checked_sub(entries)));
     }
 
+    /// For how many entries the text of one stands.
+    pub(super) fn entries_of(&self, text: &str) -> usize {
+        let set = set_of_entry(text).and_then(|name| self.all.get(name));
+        set.map_or(1, Vec::len)
+    }
+
     /// Parses the text of an entry: one entry, or one for each destination of a set.
     pub(super) fn read(&self, text: &str) -> Result<Vec<Entry>, EntryError> {
         let Some(name) = set_of_entry(text) else {

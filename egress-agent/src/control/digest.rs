@@ -8,6 +8,9 @@ use sha2::{Digest as _, Sha256};
 use crate::{config::Config, pods::Pod};
 use egress_policy::objects::Objects;
 
+/// Longest name of an `EgressSet` (an RFC 1123 subdomain).
+const SET_NAME_MAX: usize = 253;
+
 /// The digest of what a pod's policy is compiled from, as [`of_parts`] makes it.
 pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
     of_parts(&pod.annotations, &pod.namespace_annotations, &pod.objects)
@@ -31,16 +34,25 @@ pub(in crate::control) fn of_parts(
     let mut hasher = Sha256::new();
     hasher.update(annotations);
     // These types contain only texts, numbers and lists, and always become JSON.
+    let used: Vec<_> = used.into_iter().collect();
     let text = serde_json::to_vec(&(namespace, tiers, used)).unwrap_or_default();
     hasher.update(text);
     hasher.finalize().into()
 }
 
-/// The sets whose names are in the entries, perhaps with others whose names begin alike.
+/// The sets whose names are in the pod's entries, perhaps with others whose names these begin with.
+pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<String>> {
+    let annotations = pod.annotations.values();
+    used_sets(
+        annotations.chain(pod.namespace_annotations.values()),
+        &pod.objects,
+    )
+}
+
 fn used_sets<'a>(
     annotations: impl Iterator<Item = &'a String>,
     objects: &'a Objects,
-) -> Vec<(&'a String, &'a Vec<String>)> {
+) -> BTreeMap<&'a String, &'a Vec<String>> {
     let Objects {
         namespace,
         tiers,
@@ -51,19 +63,18 @@ fn used_sets<'a>(
         lists.into_iter().flatten().flatten()
     });
     let rules = tiers.iter().flat_map(|policy| &policy.rules);
-    let using: Vec<&String> = annotations
+    let texts = annotations
         .chain(of_policies)
-        .chain(rules.flat_map(|rule| &rule.entries))
-        .filter(|text| text.contains('@'))
-        .collect();
-    if using.is_empty() {
-        return Vec::new();
-    }
-    let is_used = |name: &str| {
-        let name = format!("@{name}");
-        using.iter().any(|text| text.contains(&name))
-    };
-    sets.iter().filter(|(name, _)| is_used(name)).collect()
+        .chain(rules.flat_map(|rule| &rule.entries));
+    // A look at each set would take longer with each of them.
+    let after_signs = texts.flat_map(|text| text.match_indices('@').map(|(at, _)| &text[at + 1..]));
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    let names = after_signs.flat_map(|rest| {
+        let end = rest.find(|c| !is_of_name(c)).unwrap_or(rest.len());
+        let lengths = 1..=end.min(SET_NAME_MAX);
+        lengths.filter_map(|length| rest.get(..length))
+    });
+    names.filter_map(|name| sets.get_key_value(name)).collect()
 }
 
 /// The digest of a pod's annotations and its namespace's. It is never zero, which stands for no annotations that
@@ -171,6 +182,8 @@ mod tests {
             with(&["@web:443"], &[]),
             with(&["@web:443"], &[("web", "a.test")]),
             with(&["@web:443"], &[("web", "b.test")]),
+            with(&["a.test", "b.test @web"], &[("web", "a.test")]),
+            with(&["@web2"], &[("web2", "a.test")]),
         ];
         for (i, digest) in all.iter().enumerate() {
             assert!(!all[..i].contains(digest), "{i}");
@@ -179,6 +192,9 @@ mod tests {
         assert_eq!(all[0], annotations);
         assert_eq!(all[1], with(&["a.test"], &[("web", "a.test")]));
         assert_eq!(all[0], with(&[], &[("web", "a.test")]));
+        let others = [("we", "a.test"), ("we2", "a.test"), ("web2", "a.test")];
+        let used = with(&["@web2"], &[others[0], others[2]]);
+        assert_eq!(used, with(&["@web2"], &others));
     }
 
     #[test]

@@ -26,7 +26,7 @@ mod yaml_hint;
 
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_for_check};
-pub use knowledge::{FactSource, Knowledge, SourcedFacts};
+pub use knowledge::{FactSource, Knowledge, RefusedKinds, SourcedFacts};
 pub use name::NamespacedName;
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     contents::Contents,
-    knowledge::{Knowledge, SourcedFacts},
+    knowledge::{Knowledge, RefusedKinds, SourcedFacts},
     name::NamespacedName,
     object::{Namespace, Object, PodObject},
     policies::{Sets, applied},
@@ -99,6 +99,8 @@ pub struct Snapshot {
     pub sources: SourcedFacts,
     /// Which of these sources are known.
     pub knowledge: Knowledge,
+    /// The kinds of policy objects that are not known.
+    pub refused: RefusedKinds,
 }
 
 /// Facts about a cluster; empty without one.

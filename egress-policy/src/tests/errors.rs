@@ -1,8 +1,12 @@
 use crate::Inputs;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::annotations;
-use crate::{Annotations, NAMES, PodAnnotations, Settings, compile, reference::settings};
+use crate::{
+    Annotations, NAMES, PodAnnotations, Settings, compile,
+    objects::{NamespacePolicy, ObjectKind, ObjectName, Objects},
+    reference::settings,
+};
 
 fn message(pod: &[(&str, &str)], namespace: &[(&str, &str)]) -> String {
     compile(
@@ -164,4 +168,47 @@ fn characters_that_change_the_direction_of_text_are_escaped() {
     let error = message(&[("allow", "a\u{202e}moc.example:x")], &[]);
     assert!(error.contains(r"a\u{202e}moc"), "{error}");
     assert!(!error.contains('\u{202e}'), "{error}");
+}
+
+#[test]
+fn an_exceeded_limit_names_the_largest_objects() {
+    let name = |name: &str| {
+        Arc::new(ObjectName {
+            kind: ObjectKind::EgressPolicy,
+            namespace: Some("shop".to_owned()),
+            name: name.to_owned(),
+        })
+    };
+    let policy = |of: &str, entries: Vec<String>| {
+        Arc::new(NamespacePolicy {
+            name: name(of),
+            mode: None,
+            allow: Some(entries),
+            deny: None,
+            resolve: None,
+        })
+    };
+    let ports =
+        |from: usize, count: usize| (from..from + count).map(|port| format!("a.com:{port}"));
+    let addresses = (0..90).map(|n| format!("10.0.0.{n}")).collect();
+    let objects = Objects {
+        namespace: vec![
+            policy("one", vec!["b.com".to_owned()]),
+            policy("ports", ports(1, 70).collect()),
+            policy("set", vec!["@wide".to_owned()]),
+            policy("more", ports(100, 60).collect()),
+        ],
+        sets: Arc::new(BTreeMap::from([("wide".to_owned(), addresses)])),
+        ..Objects::default()
+    };
+    let none = annotations(&[]);
+    let inputs = Inputs {
+        pod: &none,
+        namespace: &none,
+        objects: &objects,
+    };
+    let error = compile(inputs, &settings()).unwrap_err().to_string();
+    let expected = "the limit is 128, with most entries from EgressPolicy shop/set (90), \
+                    EgressPolicy shop/ports (70), EgressPolicy shop/more (60)";
+    assert!(error.ends_with(expected), "{error}");
 }

@@ -46,6 +46,11 @@ pub(crate) fn install(server: &ApiServer) {
 
 /// A definition of the upstream kind that accepts every object.
 pub(crate) fn install_upstream(server: &ApiServer) {
+    install_upstream_version(server, "v1alpha2");
+}
+
+/// The same in another version.
+fn install_upstream_version(server: &ApiServer, version: &str) {
     let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
     let group = "policy.networking.k8s.io";
     post(
@@ -62,7 +67,7 @@ pub(crate) fn install_upstream(server: &ApiServer) {
                 "scope": "Cluster",
                 "names": {"kind": "ClusterNetworkPolicy", "plural": "clusternetworkpolicies"},
                 "versions": [{
-                    "name": "v1alpha2", "served": true, "storage": true,
+                    "name": version, "served": true, "storage": true,
                     "schema": {"openAPIV3Schema": open},
                 }],
             },
@@ -70,7 +75,7 @@ pub(crate) fn install_upstream(server: &ApiServer) {
     );
     wait_served(
         server,
-        &format!("/apis/{group}/v1alpha2/clusternetworkpolicies"),
+        &format!("/apis/{group}/{version}/clusternetworkpolicies"),
     );
 }
 
@@ -304,6 +309,39 @@ fn policies_stay_in_force_when_their_definition_is_removed() {
         selected(s) == ["EgressPolicy shop/again"]
     });
     assert!(!has_problem(&seen, removed));
+}
+
+#[test]
+fn a_kind_that_is_installed_in_another_version_is_reported() {
+    let server = server();
+    install(&server);
+    install_upstream_version(&server, "v1beta7");
+    server.namespace("shop", &json!({}));
+    server.apply(&labelled("shop", "cart", "n1", "cart"));
+    put(&server, &egress_policy("shop", "of-cart", &for_app("cart")));
+    let mut agent = Follower::start(server.kubeconfig(Identity::Agent), "n1");
+    let wrong = "the ClusterNetworkPolicy objects do not count: the definition of ClusterNetworkPolicy does not serve \
+                 the version policy.networking.k8s.io/v1alpha2";
+    let seen = agent.until("a problem", |s| has_problem(s, wrong));
+    // Other kinds are not affected.
+    assert_eq!(
+        selecting(&seen, "shop", "cart"),
+        ["EgressPolicy shop/of-cart"]
+    );
+
+    let name = "clusternetworkpolicies.policy.networking.k8s.io";
+    let path = format!("{DEFINITIONS}/{name}");
+    let deleted = server.asked_by(Identity::Admin, "DELETE", &path, &Value::Null);
+    assert_eq!(deleted, 200);
+    agent.until("no problem", |s| !has_problem(s, wrong));
+    eventually("the definition is gone", || {
+        holds(server.asked_by(Identity::Admin, "GET", &path, &Value::Null) == 404)
+    });
+    install_upstream(&server);
+    put(&server, &network_policy("upstream", &json!([])));
+    agent.until("the policy", |s| {
+        selecting(s, "shop", "cart").len() == 2 && !has_problem(s, wrong)
+    });
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The meaning of a policy, and the agent's reports about it.
 
 mod audit;
+mod bad_objects;
 mod entries;
 mod explain;
 mod objects;

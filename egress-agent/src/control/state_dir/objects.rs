@@ -1,9 +1,12 @@
-//! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects.
+//! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects, and of the sets
+//! those that entries use.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use egress_policy::objects::{NamespacePolicy, Objects, TierPolicy};
 use serde::{Deserialize, Serialize};
+
+use crate::{control::digest, pods::Pod};
 
 /// The objects of several pods.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -23,17 +26,22 @@ struct Selected {
 
 impl SavedObjects {
     /// Collects the objects of pods.
-    pub(super) fn of<'a>(pods: impl Iterator<Item = &'a Objects>) -> Self {
+    pub(super) fn of<'a>(pods: impl Iterator<Item = &'a Pod>) -> Self {
         let mut saved = Self::default();
-        let (mut namespace, mut tiers) = (BTreeMap::new(), BTreeMap::new());
-        for objects in pods {
-            saved.sets = Arc::clone(&objects.sets);
+        let (mut namespace, mut tiers, mut sets) =
+            <(BTreeMap<_, _>, BTreeMap<_, _>, BTreeMap<_, _>)>::default();
+        for pod in pods {
+            let objects = &pod.objects;
+            sets.extend(digest::used_sets_of(pod));
             let selected = Selected {
                 namespace: indexes(&objects.namespace, &mut namespace, &mut saved.namespace),
                 tiers: indexes(&objects.tiers, &mut tiers, &mut saved.tiers),
             };
             saved.selected.push(selected);
         }
+        let sets = sets.into_iter();
+        let sets = sets.map(|(name, destinations)| (name.clone(), destinations.clone()));
+        saved.sets = Arc::new(sets.collect());
         saved
     }
 
@@ -76,6 +84,7 @@ mod tests {
     use egress_policy::objects::{ObjectKind, ObjectName};
 
     use super::*;
+    use crate::control::plan::scene::pod;
 
     fn policy(name: &str) -> Arc<NamespacePolicy> {
         Arc::new(NamespacePolicy {
@@ -93,20 +102,30 @@ mod tests {
 
     #[test]
     fn each_object_is_saved_once_and_every_pod_gets_its_own_back() {
-        let sets = Arc::new(BTreeMap::from([("web".to_owned(), vec!["b.test".into()])]));
+        let set = |name: &str| (name.to_owned(), vec!["b.test".to_owned()]);
+        let used = Arc::new(BTreeMap::from([set("web")]));
+        let sets = Arc::new(BTreeMap::from([set("web"), set("unused")]));
         let (a, b) = (policy("a"), policy("b"));
         let of = |namespace: &[&Arc<NamespacePolicy>]| Objects {
             namespace: namespace.iter().map(|one| Arc::clone(one)).collect(),
             tiers: Vec::new(),
             sets: Arc::clone(&sets),
         };
-        let pods = [of(&[&a]), of(&[]), of(&[&b, &a])];
+        let all = [of(&[&a]), of(&[]), of(&[&b, &a])];
+        let mut pods = all.clone().map(|objects| {
+            let mut pod = pod("cart");
+            pod.objects = objects;
+            pod
+        });
+        let allow = "egress-agent.dev/allow".to_owned();
+        pods[1].annotations.insert(allow, "a.test @web:443".into());
         let saved = SavedObjects::of(pods.iter());
         assert_eq!(saved.namespace.len(), 2);
         let text = serde_json::to_string(&saved).expect("JSON");
         let read: SavedObjects = serde_json::from_str(&text).expect("the same");
-        for (index, objects) in pods.iter().enumerate() {
-            assert_eq!(read.of_pod(index).as_ref(), Some(objects), "{index}");
+        for (index, mut objects) in all.into_iter().enumerate() {
+            objects.sets = Arc::clone(&used);
+            assert_eq!(read.of_pod(index), Some(objects), "{index}");
         }
     }
 

@@ -27,7 +27,7 @@ use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Knowledge, Pod, Snapshot, SourcedFacts},
+    pods::{Facts, Knowledge, Pod, RefusedKinds, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
@@ -53,7 +53,7 @@ struct Document<P> {
 pub(in crate::control) struct Saved {
     path: PathBuf,
     node: String,
-    /// The file's pods, until the source knows pods.
+    /// The file's pods, until the source knows pods and every kind of policy object.
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
     facts: SourcedFacts,
@@ -93,12 +93,13 @@ impl Saved {
     }
 
     /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. The
-    /// file's facts stay until what they come from is known: a watch that is not complete yet has removed nothing.
+    /// file's facts stay until what they come from is known: a watch that is not complete yet has removed nothing. So do
+    /// the file's policy objects of kinds that the API server refuses to list.
     ///
     /// A snapshot is saved before it is used, so an agent that starts later never uses an older one.
     pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
         if !snapshot.unreadable {
-            self.pods = None;
+            let snapshot = self.with_refused_kinds(snapshot);
             let snapshot = self.with_unknown_facts(snapshot);
             self.keep(&snapshot);
             return snapshot;
@@ -114,7 +115,25 @@ impl Saved {
             facts: self.facts.together(),
             sources: self.facts.clone(),
             knowledge: Knowledge::default(),
+            refused: RefusedKinds::default(),
         })
+    }
+
+    fn with_refused_kinds(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
+        if snapshot.refused.is_empty() {
+            self.pods = None;
+        }
+        let Some(earlier) = &self.pods else {
+            return snapshot;
+        };
+        let mut snapshot = Snapshot::clone(&snapshot);
+        for earlier in earlier {
+            let pod = snapshot.pods.get_mut(&earlier.key());
+            if let Some(pod) = pod.filter(|pod| pod.uid == earlier.uid) {
+                snapshot.refused.restore(&mut pod.objects, &earlier.objects);
+            }
+        }
+        Arc::new(snapshot)
     }
 
     fn with_unknown_facts(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
@@ -168,7 +187,7 @@ impl Saved {
             version: VERSION,
             node: self.node.clone(),
             pods: snapshot.pods.values().collect::<Vec<_>>(),
-            objects: SavedObjects::of(snapshot.pods.values().map(|pod| &pod.objects)),
+            objects: SavedObjects::of(snapshot.pods.values()),
             facts: snapshot.sources.clone(),
         };
         state_file::write(&self.path, &document)

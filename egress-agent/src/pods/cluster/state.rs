@@ -97,6 +97,7 @@ impl State {
             facts: sources.together(),
             sources,
             knowledge: self.knowledge(),
+            refused: self.policies.refused(health),
         }
     }
 
