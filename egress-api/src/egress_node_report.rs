@@ -33,8 +33,13 @@ const KIND: &str = "EgressNodeReport";
 const PLURAL: &str = "egressnodereports";
 
 /// What a node's agent has in force. Its name is that of the node, and the agent writes it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct EgressNodeReport {
+    #[schemars(skip)]
+    api_version: String,
+    #[schemars(skip)]
+    kind: String,
     /// The name of the node, and the Node as owner.
     #[schemars(skip)]
     pub metadata: ObjectMeta,
@@ -169,6 +174,16 @@ impl Resource for EgressNodeReport {
 }
 
 impl EgressNodeReport {
+    /// A report.
+    pub fn new(metadata: ObjectMeta, status: EgressNodeReportStatus) -> Self {
+        Self {
+            api_version: format!("{GROUP}/{VERSION}"),
+            kind: KIND.to_owned(),
+            metadata,
+            status,
+        }
+    }
+
     /// The definition for the API server. kube's derive is not used: it demands a `spec`.
     pub(crate) fn crd() -> CustomResourceDefinition {
         let settings = SchemaSettings::openapi3().with(|settings| {

@@ -4,6 +4,7 @@ mod addresses;
 mod manifests;
 mod pods;
 mod policies;
+mod reports;
 mod rights;
 mod source;
 mod status;

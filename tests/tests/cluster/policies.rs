@@ -13,10 +13,10 @@ use crate::source::{Follower, get, has_problem, pod, rules};
 /// The collection of a kind at the API server.
 const EGRESS_POLICIES: &str = "/apis/egress-agent.dev/v1alpha1/egresspolicies";
 const NETWORK_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
-const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 /// An API server on which the agent has all its rights.
-fn server() -> Arc<ApiServer> {
+pub(crate) fn server() -> Arc<ApiServer> {
     let server = Arc::new(ApiServer::start());
     server.allow_agent("agent", &rules(|_| true));
     server
@@ -28,14 +28,14 @@ fn post(server: &ApiServer, definition: &Value) {
 }
 
 /// Waits until the server serves a kind.
-fn wait_served(server: &ApiServer, path: &str) {
+pub(crate) fn wait_served(server: &ApiServer, path: &str) {
     eventually(&format!("{path} is served"), || {
         holds(server.asked_by(Identity::Admin, "GET", path, &Value::Null) == 200)
     });
 }
 
 /// Installs the definitions of the manifests.
-fn install(server: &ApiServer) {
+pub(crate) fn install(server: &ApiServer) {
     for definition in yaml::objects("base/crds.yaml") {
         post(server, &definition);
         let plural = definition["spec"]["names"]["plural"].as_str();
@@ -45,7 +45,7 @@ fn install(server: &ApiServer) {
 }
 
 /// A definition of the upstream kind that accepts every object.
-fn install_upstream(server: &ApiServer) {
+pub(crate) fn install_upstream(server: &ApiServer) {
     let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
     let group = "policy.networking.k8s.io";
     post(
@@ -75,7 +75,7 @@ fn install_upstream(server: &ApiServer) {
 }
 
 /// Creates a policy object, or edits it to this state.
-fn put(server: &ApiServer, object: &Value) {
+pub(crate) fn put(server: &ApiServer, object: &Value) {
     let collection = match (&object["kind"], &object["metadata"]["namespace"]) {
         (kind, Value::String(namespace)) if kind == "EgressPolicy" => {
             format!("/apis/egress-agent.dev/v1alpha1/namespaces/{namespace}/egresspolicies")
@@ -95,7 +95,7 @@ fn put(server: &ApiServer, object: &Value) {
     }
 }
 
-fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
+pub(crate) fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "egress-agent.dev/v1alpha1",
         "kind": "EgressPolicy",
@@ -104,7 +104,7 @@ fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
     })
 }
 
-fn network_policy(name: &str, egress: &Value) -> Value {
+pub(crate) fn network_policy(name: &str, egress: &Value) -> Value {
     json!({
         "apiVersion": "policy.networking.k8s.io/v1alpha2",
         "kind": "ClusterNetworkPolicy",

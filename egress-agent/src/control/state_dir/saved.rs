@@ -27,7 +27,7 @@ use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Knowledge, Pod, Snapshot, SourcedFacts},
+    pods::{Facts, Pod, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
@@ -113,7 +113,7 @@ impl Saved {
             unreadable: true,
             facts: self.facts.together(),
             sources: self.facts.clone(),
-            knowledge: Knowledge::default(),
+            ..Snapshot::default()
         })
     }
 
