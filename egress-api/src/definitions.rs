@@ -3,12 +3,13 @@
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
 
-use crate::{ClusterEgressPolicy, EgressPolicy, EgressSet};
+use crate::{ClusterEgressPolicy, EgressNodeReport, EgressPolicy, EgressSet};
 
 /// The definitions, in the order of their names.
 pub fn definitions() -> Vec<CustomResourceDefinition> {
     let mut all = vec![
         ClusterEgressPolicy::crd(),
+        EgressNodeReport::crd(),
         EgressPolicy::crd(),
         EgressSet::crd(),
     ];

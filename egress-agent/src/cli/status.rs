@@ -8,7 +8,7 @@ use super::{
     StatusArgs,
     ask::{ask, columns, span},
 };
-use crate::serve::protocol::{PodStatus, Request, Response, Status};
+use crate::serve::protocol::{PodStatus, PolicyStatus, Request, Response, Status};
 use egress_policy::Resolver;
 
 pub(super) fn status(args: &StatusArgs) -> Result<ExitCode> {
@@ -77,6 +77,7 @@ fn all(status: &Status) -> String {
         let _ = writeln!(text, "problem: {}: {}", problem.about, problem.message);
     }
     text.push('\n');
+    policies(&mut text, &status.policies);
     if status.pods.is_empty() {
         text.push_str("no pods\n");
         return text;
@@ -96,6 +97,51 @@ fn all(status: &Status) -> String {
     rows.extend(status.pods.iter().map(row));
     text.push_str(&columns("", &rows));
     text
+}
+
+/// The policy objects that select pods of the node, or have problems.
+fn policies(text: &mut String, policies: &[PolicyStatus]) {
+    let concerns = |policy: &&PolicyStatus| {
+        policy.selected > 0 || policy.applied_generation.is_some() || policy.problem.is_some()
+    };
+    let shown: Vec<&PolicyStatus> = policies.iter().filter(concerns).collect();
+    if policies.is_empty() {
+        return;
+    }
+    let others = policies.len() - shown.len();
+    if !shown.is_empty() {
+        let heads = [
+            "POLICY",
+            "GENERATION",
+            "APPLIED",
+            "PODS",
+            "ENFORCED",
+            "NOTE",
+        ];
+        let mut rows = vec![heads.map(str::to_owned).to_vec()];
+        rows.extend(shown.into_iter().map(policy_row));
+        text.push_str(&columns("", &rows));
+    }
+    if others > 0 {
+        let _ = writeln!(text, "{others} policies select no pod of this node");
+    }
+    text.push('\n');
+}
+
+fn policy_row(policy: &PolicyStatus) -> Vec<String> {
+    let generation = |number: Option<i64>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
+    let name = match &policy.namespace {
+        Some(namespace) => format!("{} {namespace}/{}", policy.kind, policy.name),
+        None => format!("{} {}", policy.kind, policy.name),
+    };
+    vec![
+        name,
+        generation(policy.generation),
+        generation(policy.applied_generation),
+        policy.selected.to_string(),
+        policy.enforced.to_string(),
+        policy.problem.clone().unwrap_or_default(),
+    ]
 }
 
 fn row(pod: &PodStatus) -> Vec<String> {

@@ -25,8 +25,8 @@ pub(super) async fn stop(
         ..
     } = agent;
     serving.stop();
-    source.close().await;
     let removes = failure.is_none() && !options.keep_enforcing;
+    source.close(!removes).await;
     if removes {
         reconciler.applier.detach_all();
     }

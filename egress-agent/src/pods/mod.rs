@@ -28,6 +28,7 @@ pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_for_check};
 pub use knowledge::{FactSource, Knowledge, RefusedKinds, SourcedFacts};
 pub use name::NamespacedName;
+pub use policies::{ObjectVersion, PodCounts, PolicyFacts, PolicyObjects, PolicyState};
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
 
 /// Prefix of the agent's annotations; others are not kept.

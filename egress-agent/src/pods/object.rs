@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem,
-    policies::{PolicyKind, Set},
+    policies::{ObjectVersion, PolicyKind, Set},
 };
 
 /// Longest interface name in bytes (`IFNAMSIZ` less its zero byte).
@@ -35,6 +35,7 @@ pub(super) enum Object {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct PolicyObject {
     pub(super) policy: Policy,
+    pub(super) version: Arc<ObjectVersion>,
     pub(super) origin: String,
 }
 
@@ -135,7 +136,11 @@ impl PolicyManifest {
         kind: PolicyKind,
     ) -> Result<(Object, Option<Problem>), Problem> {
         let ObjectMeta {
-            name, namespace, ..
+            name,
+            namespace,
+            uid,
+            generation,
+            ..
         } = self.metadata;
         let name = required_name(origin, name, SUBDOMAIN_MAX)?;
         let namespace = match namespace {
@@ -148,7 +153,13 @@ impl PolicyManifest {
                 let namespace = kind.is_namespaced().then_some(&*namespace);
                 let policy = Policy::read(of, namespace, &name, &self.spec);
                 let problem = policy.problem();
-                (Object::Policy(PolicyObject { policy, origin }), problem)
+                let version = Arc::new(ObjectVersion { uid, generation });
+                let object = PolicyObject {
+                    policy,
+                    version,
+                    origin,
+                };
+                (Object::Policy(object), problem)
             }
             PolicyKind::Set => {
                 let set = Set::read(&name, &self.spec);

@@ -9,6 +9,63 @@ use serde_json::Value;
 /// The destinations of every `EgressSet`, by its name.
 pub(super) type Sets = BTreeMap<String, Vec<String>>;
 
+/// A version of an object.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObjectVersion {
+    /// `metadata.uid`: a new object of the same name begins with the first generation again.
+    pub uid: Option<String>,
+    /// `metadata.generation`. A manifest need not have one.
+    pub generation: Option<i64>,
+}
+
+/// What is known of a policy object besides what it says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PolicyFacts {
+    /// The version that was read last.
+    pub read: Arc<ObjectVersion>,
+    /// The version that [`Pod::objects`](super::Pod::objects) are from. It is an earlier one while the last cannot
+    /// be read.
+    pub used: Arc<ObjectVersion>,
+}
+
+/// All policy objects of a source, whether or not they select a pod.
+pub type PolicyObjects = BTreeMap<Arc<ObjectName>, PolicyFacts>;
+
+/// A policy object, and how far it is in force on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyState {
+    /// The object.
+    pub name: Arc<ObjectName>,
+    /// The generation that was read last; `None` for a manifest without one.
+    pub generation: Option<i64>,
+    /// The oldest generation that is in the kernel's maps for a pod.
+    pub applied: Option<i64>,
+    /// The pods that it selects and that are to be enforced or audited.
+    pub selected: u32,
+    /// Those of them for which the generation that was read last is in force.
+    pub enforced: u32,
+    /// What is wrong with the object.
+    pub problem: Option<String>,
+}
+
+impl PolicyState {
+    /// Whether the generation that was read last is in force for every pod.
+    pub fn is_applied(&self) -> bool {
+        self.selected == self.enforced && self.applied == self.generation
+    }
+}
+
+/// The pods of this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodCounts {
+    /// Pods that are to be enforced or audited.
+    pub selected: u32,
+    /// Those of them whose packets are judged, all of them.
+    pub enforced: u32,
+    /// Those of `enforced` in mode audit.
+    pub audited: u32,
+}
+
 /// An `EgressSet`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Set {

@@ -15,7 +15,7 @@ use super::{
     knowledge::{Knowledge, RefusedKinds, SourcedFacts},
     name::NamespacedName,
     object::{Namespace, Object, PodObject},
-    policies::{Sets, applied},
+    policies::{PolicyFacts, PolicyObjects, Sets, applied},
 };
 use egress_policy::{Prefix, Resolver, objects::Objects};
 
@@ -89,6 +89,8 @@ impl fmt::Display for Problem {
 pub struct Snapshot {
     /// The pods, by namespace and name.
     pub pods: BTreeMap<NamespacedName, Pod>,
+    /// All policy objects. [`Pod::objects`] has those that select the pod.
+    pub policies: Arc<PolicyObjects>,
     /// The problems.
     pub problems: Vec<Problem>,
     /// Whether a part could not be read at all, so that pods may be missing.
@@ -101,6 +103,8 @@ pub struct Snapshot {
     pub knowledge: Knowledge,
     /// The kinds of policy objects that are not known.
     pub refused: RefusedKinds,
+    /// The UID of the node's object in the cluster.
+    pub node_uid: Option<String>,
 }
 
 /// Facts about a cluster; empty without one.
@@ -140,6 +144,7 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
     let mut pods: Vec<&PodObject> = Vec::new();
     let mut namespaces: BTreeMap<&str, &Namespace> = BTreeMap::new();
     let mut policies = BTreeMap::new();
+    let mut facts = PolicyObjects::new();
     let mut sets = Sets::new();
     for contents in files {
         snapshot.problems.extend(contents.problems.iter().cloned());
@@ -168,6 +173,11 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
                         message: format!("{name}: {message}"),
                     };
                     snapshot.problems.extend(problems.into_iter().map(problem));
+                    let of_policy = PolicyFacts {
+                        read: Arc::clone(&object.version),
+                        used: Arc::clone(&object.version),
+                    };
+                    facts.insert(Arc::clone(&name), of_policy);
                     policies.insert(name, applied);
                 }
                 Object::Set(object) => {
@@ -179,6 +189,7 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
             }
         }
     }
+    snapshot.policies = Arc::new(facts);
     let mut selection = Selection::default();
     selection.update(policies, &Arc::new(sets));
     for PodObject { pod, labels, .. } in pods {

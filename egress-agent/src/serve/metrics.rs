@@ -355,6 +355,16 @@ fn follow(page: &mut Page<'_>, cluster: &ClusterState) -> Result<(), Error> {
         "egress_agent_events_lost",
         "Events that exceeded the limit or were rejected by the API server",
         cluster.events_lost,
+    )?;
+    page.counter(
+        "egress_agent_node_reports",
+        "Times that the node's report was written",
+        cluster.reports_written,
+    )?;
+    page.counter(
+        "egress_agent_node_report_errors",
+        "Times that the node's report could not be written",
+        cluster.reports_failed,
     )
 }
 

@@ -56,6 +56,7 @@ pub struct Status {
     pub resolvers: Vec<ResolverStatus>,
     pub problems: Vec<ProblemStatus>,
     pub losses: BTreeMap<String, u64>,
+    pub policies: Vec<PolicyStatus>,
     pub pods: Vec<PodStatus>,
     /// How many pods lack their names, because there are too many names in all.
     pub names_left_out_of: usize,
@@ -105,6 +106,21 @@ pub struct ResolverStatus {
 pub struct ProblemStatus {
     pub about: String,
     pub message: String,
+}
+
+/// A policy object.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/status.md describes each field")]
+pub struct PolicyStatus {
+    pub kind: String,
+    pub namespace: Option<String>,
+    pub name: String,
+    pub generation: Option<i64>,
+    pub applied_generation: Option<i64>,
+    pub selected: u32,
+    pub enforced: u32,
+    pub applied: bool,
+    pub problem: Option<String>,
 }
 
 /// A pod.

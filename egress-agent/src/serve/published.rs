@@ -15,6 +15,7 @@ use egress_common::ids::{IfIndex, PodId, PolicyId};
 use crate::{
     datapath::boottime_ns,
     host::Exits,
+    pods::{PodCounts, PolicyState},
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity, Subject},
 };
 use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Resolver, Settings};
@@ -150,6 +151,10 @@ pub struct ClusterState {
     pub events_sent: u64,
     /// How many events exceeded the limit or were rejected by the API server.
     pub events_lost: u64,
+    /// How often the node's report was written.
+    pub reports_written: u64,
+    /// How often it could not be written.
+    pub reports_failed: u64,
 }
 
 /// The state of one watch.
@@ -168,6 +173,10 @@ pub struct WatchState {
 pub struct StatusSnapshot {
     /// Its pods and its interfaces in quarantine.
     pub pods: BTreeMap<Subject, Arc<PodRecord>>,
+    /// The policy objects, and how far they are in force.
+    pub policies: Vec<PolicyState>,
+    /// How many pods are enforced.
+    pub counts: PodCounts,
     /// Its resolvers, each with the source that named it.
     pub resolvers: BTreeMap<Resolver, String>,
     /// Problems that belong to no single pod: subject and text.

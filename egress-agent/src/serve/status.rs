@@ -7,14 +7,15 @@ use egress_common::{ids::IfIndex, reason::Reason};
 use super::{
     PodRecord, Sources, StatusSnapshot, health,
     protocol::{
-        AddressStatus, AgentStatus, ExistingStatus, InterfaceStatus, PodStatus, ProblemStatus,
-        ResolvedStatus, ResolverStatus, Status, UnenforcedStatus,
+        AddressStatus, AgentStatus, ExistingStatus, InterfaceStatus, PodStatus, PolicyStatus,
+        ProblemStatus, ResolvedStatus, ResolverStatus, Status, UnenforcedStatus,
     },
 };
 use crate::{
     datapath::boottime_ns,
     gate::{About, Resolutions},
     host::interface_name,
+    pods::PolicyState,
     report::{DenialCounts, Subject, log, rfc3339},
 };
 use egress_policy::{Mode, prefix::from_mapped};
@@ -80,6 +81,7 @@ pub(super) async fn status(
             })
             .collect(),
         losses: losses(sources).map_err(|error| format!("{error:#}"))?,
+        policies: node.policies.iter().map(policy_status).collect(),
         pods,
         names_left_out_of,
     })
@@ -235,6 +237,20 @@ fn pod_status(
         problem: state.problem.clone(),
         resolved_left_out: resolutions.left_out,
         resolved: names.then(|| resolved(resolutions)),
+    }
+}
+
+fn policy_status(state: &PolicyState) -> PolicyStatus {
+    PolicyStatus {
+        kind: state.name.kind.as_str().to_owned(),
+        namespace: state.name.namespace.clone(),
+        name: state.name.name.clone(),
+        generation: state.generation,
+        applied_generation: state.applied,
+        selected: state.selected,
+        enforced: state.enforced,
+        applied: state.is_applied(),
+        problem: state.problem.clone(),
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod definitions;
 mod policy;
+mod reports;
 
 use std::{collections::BTreeMap, rc::Rc};
 

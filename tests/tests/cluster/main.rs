@@ -5,6 +5,7 @@ mod conformance;
 mod manifests;
 mod pods;
 mod policies;
+mod reports;
 mod rights;
 mod source;
 mod status;

@@ -13,10 +13,10 @@ use crate::source::{Follower, get, has_problem, pod, rules};
 /// The collection of a kind at the API server.
 const EGRESS_POLICIES: &str = "/apis/egress-agent.dev/v1alpha1/egresspolicies";
 const NETWORK_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
-const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+pub(crate) const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
 /// An API server on which the agent has all its rights.
-fn server() -> Arc<ApiServer> {
+pub(crate) fn server() -> Arc<ApiServer> {
     let server = Arc::new(ApiServer::start());
     server.allow_agent("agent", &rules(|_| true));
     server
@@ -28,7 +28,7 @@ fn post(server: &ApiServer, definition: &Value) {
 }
 
 /// Waits until the server serves a kind.
-fn wait_served(server: &ApiServer, path: &str) {
+pub(crate) fn wait_served(server: &ApiServer, path: &str) {
     eventually(&format!("{path} is served"), || {
         holds(server.asked_by(Identity::Admin, "GET", path, &Value::Null) == 200)
     });
@@ -100,7 +100,7 @@ pub(crate) fn put(server: &ApiServer, object: &Value) {
     }
 }
 
-fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
+pub(crate) fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "egress-agent.dev/v1alpha1",
         "kind": "EgressPolicy",
@@ -109,7 +109,7 @@ fn egress_policy(namespace: &str, name: &str, spec: &Value) -> Value {
     })
 }
 
-fn network_policy(name: &str, egress: &Value) -> Value {
+pub(crate) fn network_policy(name: &str, egress: &Value) -> Value {
     json!({
         "apiVersion": "policy.networking.k8s.io/v1alpha2",
         "kind": "ClusterNetworkPolicy",

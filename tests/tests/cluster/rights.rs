@@ -10,9 +10,12 @@ use egress_tests::{
 };
 use serde_json::{Value, json};
 
+use crate::policies::install;
+
 /// An API server with the manifests' namespace, account and roles.
 fn with_roles() -> Arc<ApiServer> {
     let server = Arc::new(ApiServer::start());
+    install(&server);
     for file in ["base/namespace.yaml", "base/rbac.yaml"] {
         for object in yaml::objects(file) {
             server.apply(&object);
@@ -70,6 +73,17 @@ fn the_roles_of_the_manifests_are_sufficient() {
     cluster.annotate(&mut cart, &allow("x.test:y"));
     wait_event(&cluster, &shop, "cart", "EgressPolicyProblem");
 
+    eventually("the node's report is written", || {
+        let report = json!({
+            "apiVersion": "egress-agent.dev/v1alpha1",
+            "kind": "EgressNodeReport",
+            "metadata": {"name": cluster.node()},
+        });
+        let reports = cluster.server.list(&report);
+        let mut names = reports.iter().map(|report| &report.metadata.name);
+        holds(names.any(|name| name.as_deref() == Some(cluster.node())))
+    });
+
     let log = agent.stderr().to_lowercase();
     for refused in ["forbidden", "403", "unauthorized"] {
         assert!(!log.contains(refused), "{refused}:\n{log}");
@@ -124,6 +138,8 @@ fn the_roles_of_the_manifests_allow_nothing_else() {
         }],
     });
     let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let reports = "/apis/egress-agent.dev/v1alpha1/egressnodereports".to_owned();
+    let policies = "/apis/egress-agent.dev/v1alpha1/namespaces/shop/egresspolicies";
     for (method, path, body) in [
         ("POST", "/api/v1/namespaces/shop/pods", &another),
         ("PATCH", "/api/v1/namespaces/shop/pods/cart", &annotation),
@@ -155,6 +171,11 @@ fn the_roles_of_the_manifests_allow_nothing_else() {
         ("PATCH", "/api/v1/nodes/n", &annotation),
         ("GET", "/apis/apps/v1/daemonsets", &nothing),
         ("GET", "/apis/events.k8s.io/v1/events", &nothing),
+        ("GET", &reports, &nothing),
+        ("GET", &format!("{reports}/n"), &nothing),
+        ("DELETE", &format!("{reports}/n"), &nothing),
+        ("DELETE", &reports, &nothing),
+        ("PATCH", &format!("{policies}/x"), &annotation),
         ("GET", &format!("{rbac}/clusterroles"), &nothing),
         ("POST", &format!("{rbac}/clusterrolebindings"), &root),
     ] {

@@ -98,7 +98,7 @@ impl Follower {
 impl Drop for Follower {
     fn drop(&mut self) {
         if let Some(watch) = self.watch.take() {
-            self.runtime.block_on(watch.close());
+            self.runtime.block_on(watch.close(true));
         }
     }
 }

@@ -303,3 +303,42 @@ fn entries_use_sets_and_follow_their_changes() {
     let refused = pod.resolve("shop.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
 }
+
+#[test]
+fn status_tells_of_each_policy_whether_it_is_in_force() {
+    let web = egress_policy("web", &json!({ "allow": ["shop.test:443"] }));
+    let selector = json!({ "matchLabels": { "app": "other" } });
+    let other = egress_policy("other", &json!({ "podSelector": selector, "allow": [] }));
+    let scene = Scene::new(&[], &[web, other]);
+    let (_, status) = scene.lab.ask_json(&["status"]);
+    let in_force = |name: &str, count: u32| {
+        json!({
+            "kind": "EgressPolicy",
+            "namespace": "shop",
+            "name": name,
+            // Manifests have none.
+            "generation": null,
+            "applied_generation": null,
+            "selected": count,
+            "enforced": count,
+            "applied": true,
+            "problem": null,
+        })
+    };
+    let expected = json!([in_force("other", 0), in_force("web", 1)]);
+    assert_eq!(status["policies"], expected);
+    let text = String::from_utf8(scene.lab.ask(&["status"]).stdout).expect("UTF-8");
+    let mut lines = text.lines().skip_while(|line| !line.starts_with("POLICY"));
+    let _head = lines.next();
+    let row: Vec<&str> = lines
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    assert_eq!(
+        row,
+        ["EgressPolicy", "shop/web", "-", "-", "1", "1"],
+        "{text}"
+    );
+    assert_eq!(lines.next(), Some("1 policies select no pod of this node"));
+}

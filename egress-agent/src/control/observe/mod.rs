@@ -51,7 +51,7 @@ use crate::{
     datapath::Adoptable,
     gate::Stats,
     host::{Exits, Link},
-    pods::{Pod, Snapshot},
+    pods::{Pod, PolicyObjects, Snapshot},
     report::Subject,
 };
 use answers::Answers;
@@ -73,6 +73,10 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) incomplete: bool,
     /// Whether the source is a cluster's API server.
     pub(in crate::control) in_cluster: bool,
+    /// All policy objects of the source.
+    pub(in crate::control) policies: Arc<PolicyObjects>,
+    /// The UID of the node's object in the cluster.
+    pub(in crate::control) node_uid: Option<&'a str>,
     /// What is enforced.
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
     /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
@@ -209,6 +213,8 @@ impl Observer {
             pods: pods.collect(),
             incomplete: source.unreadable,
             in_cluster: self.in_cluster,
+            policies: Arc::clone(&source.policies),
+            node_uid: source.node_uid.as_deref(),
             enforced,
             left,
             unjudged: self.unjudged.clone(),

@@ -143,6 +143,8 @@ impl Scene {
             pods: pods.collect(),
             incomplete: self.incomplete,
             in_cluster: self.in_cluster,
+            policies: Arc::default(),
+            node_uid: None,
             enforced: self.enforced.clone(),
             left: self.left.clone(),
             unjudged: self.unjudged.clone(),

@@ -6,10 +6,13 @@
 //! | `events` | people in the cluster: the same, and denials, as Events on pods |
 //! | `status` | `serve/`: what `status`, `explain` and the metrics answer with |
 //! | `denials` | people: a line for each packet that was denied |
+//! | `applied`, `report` | people in the cluster: which policies are in force, in one object for the node |
 
+mod applied;
 pub(in crate::control) mod denials;
 pub(in crate::control) mod events;
 pub(in crate::control) mod problems;
+mod report;
 pub(in crate::control) mod status;
 
 use std::{
@@ -30,6 +33,7 @@ use crate::{
     report::{PodIdentity, Subject},
     serve::{PodRecord, Published},
 };
+use applied::AppliedPolicies;
 use egress_common::ids::PodId;
 use egress_policy::Mode;
 use problems::Problems;
@@ -43,6 +47,7 @@ pub(in crate::control) struct Publisher {
     left: HashMap<PodId, Arc<PodRecord>>,
     /// The problems of the last reconcile, so that each is logged once.
     problems: Problems,
+    applied: AppliedPolicies,
     /// Where Events go, and how following the cluster goes; none without a cluster.
     cluster: Option<ClusterSide>,
 }
@@ -60,6 +65,7 @@ impl Publisher {
             left: HashMap::new(),
             published,
             problems: Problems::default(),
+            applied: AppliedPolicies::default(),
             cluster,
         };
         new.note_left(left);
@@ -130,10 +136,12 @@ impl Publisher {
         }
         problems.log_changes(&self.problems);
         self.problems = problems;
+        self.note_applied(observed, applier, looks);
         self.note_left(applier.left());
         let left = self.left.iter();
         let left = left.map(|(id, record)| (*id, Arc::clone(record)));
         let node = self.node(observed, applier, looks, settings);
+        self.report(observed, &node);
         self.published.publish(node, left);
     }
 

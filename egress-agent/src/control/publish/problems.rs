@@ -62,7 +62,12 @@ impl Problems {
 
     /// What is wrong with a pod or an interface in quarantine.
     pub(in crate::control) fn of(&self, subject: &Subject) -> Option<&String> {
-        self.0.get(&About::Subject(subject.clone()))
+        self.about(&About::Subject(subject.clone()))
+    }
+
+    /// What is wrong with anything.
+    pub(in crate::control) fn about(&self, about: &About) -> Option<&String> {
+        self.0.get(about)
     }
 
     /// All of them.

@@ -13,7 +13,7 @@ use crate::{
         settings::Settings,
         start::source::ClusterSide,
     },
-    pods::Pod,
+    pods::{Pod, PolicyState},
     report::{Reporter, Subject},
     serve::{PodRecord, Published, Serving, Sources, StatusSnapshot},
 };
@@ -85,8 +85,17 @@ impl Publisher {
             About::Node(_) => false,
         };
         let problems = self.problems.iter().filter(|(about, _)| !is_pod(about));
+        let policies = self.applied.states().iter().map(|state| {
+            let about = About::node(state.name.to_string());
+            PolicyState {
+                problem: self.problems.about(&about).cloned(),
+                ..state.clone()
+            }
+        });
         let connections = applier.connections();
         StatusSnapshot {
+            policies: policies.collect(),
+            counts: self.applied.pods(),
             resolvers,
             problems: problems
                 .map(|(about, what)| (about.to_string(), what.clone()))

@@ -156,7 +156,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     let (snapshots, source) = source.watch().await?;
     let Some((mut datapath, only)) = takeover::only_agent(options, &snapshots, signals).await?
     else {
-        source.close().await;
+        source.close(true).await;
         return Ok(None);
     };
     datapath.start_stamp_check()?;

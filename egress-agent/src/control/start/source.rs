@@ -23,7 +23,7 @@ use crate::{
     host::{Host, HostOptions},
     pods::{
         Directory, DirectoryThread, Snapshot,
-        cluster::{self, Cluster, ClusterWatch, EventSink, Health},
+        cluster::{self, Cluster, ClusterWatch, EventSink, Health, ReportSink},
     },
     serve::{ClusterState, WatchState},
 };
@@ -39,6 +39,8 @@ pub(in crate::control) enum Source {
 pub(in crate::control) struct ClusterSide {
     /// Where people are told of a pod, besides the log.
     pub(in crate::control) events: EventSink,
+    /// Where the node's report goes.
+    pub(in crate::control) reports: ReportSink,
     /// How following it goes.
     pub(in crate::control) health: Arc<Health>,
 }
@@ -57,6 +59,8 @@ impl ClusterSide {
             watches: watches.collect(),
             events_sent: events.sent(),
             events_lost: events.dropped() + events.failed(),
+            reports_written: self.reports.counters().written(),
+            reports_failed: self.reports.counters().failed(),
         }
     }
 }
@@ -157,16 +161,17 @@ impl Watched {
             Self::Directory(_) => None,
             Self::Cluster(watch) => Some(ClusterSide {
                 events: watch.events().clone(),
+                reports: watch.reports().clone(),
                 health: Arc::clone(watch.health()),
             }),
         }
     }
 
-    /// Ends the watching.
-    pub(in crate::control) async fn close(self) {
+    /// Ends the watching. If nothing is to be enforced any more, the cluster is told.
+    pub(in crate::control) async fn close(self, keeps_enforcing: bool) {
         match self {
             Self::Directory(thread) => thread.close(),
-            Self::Cluster(watch) => watch.close().await,
+            Self::Cluster(watch) => watch.close(keeps_enforcing).await,
         }
     }
 }

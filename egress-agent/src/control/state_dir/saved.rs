@@ -27,7 +27,7 @@ use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Knowledge, Pod, RefusedKinds, Snapshot, SourcedFacts},
+    pods::{Facts, Pod, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
@@ -114,8 +114,7 @@ impl Saved {
             unreadable: true,
             facts: self.facts.together(),
             sources: self.facts.clone(),
-            knowledge: Knowledge::default(),
-            refused: RefusedKinds::default(),
+            ..Snapshot::default()
         })
     }
 

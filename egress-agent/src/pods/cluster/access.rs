@@ -75,6 +75,14 @@ pub const ACCESS: &[Access] = &[
         within: Within::Cluster,
         names: &[],
     },
+    // The node's own object only, which RBAC cannot express: the names are those of the nodes.
+    Access {
+        group: "egress-agent.dev",
+        resource: "egressnodereports",
+        verbs: &["create", "patch"],
+        within: Within::Cluster,
+        names: &[],
+    },
 ];
 
 const fn all(group: &'static str, resource: &'static str) -> Access {

@@ -349,7 +349,7 @@ impl Writer {
 }
 
 /// The longest beginning of a text that has at most `max` bytes.
-fn cut(text: &str, max: usize) -> &str {
+pub(super) fn cut(text: &str, max: usize) -> &str {
     let end = (0..=max.min(text.len())).rfind(|at| text.is_char_boundary(*at));
     &text[..end.unwrap_or(0)]
 }

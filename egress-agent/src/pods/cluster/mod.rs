@@ -3,6 +3,7 @@
 //! ```text
 //!  API server ─ connection ─▶ follow (one for each kind of object) ─▶ tables of reduced objects
 //!  tables and health ─ state ─▶ Snapshot            PodEvent ─ events ─▶ API server
+//!                                                NodeReport ─ reports ─▶ API server
 //! ```
 //!
 //! A pod is never released because data is missing: no snapshot has pods before all pods and all namespaces
@@ -19,10 +20,12 @@ mod follow;
 mod health;
 mod kubelet;
 mod namespace;
+mod node_report;
 mod nodes;
 mod peers;
 mod pod;
 mod policies;
+mod reports;
 mod state;
 mod table;
 mod token_bucket;
@@ -54,12 +57,15 @@ use namespace::Namespace;
 use peers::{PeerFacts, SlimPod};
 use pod::ClusterPod;
 use policies::{KeptPolicy, KeptSet};
+use reports::Writer;
 use state::{API_SERVICE, State};
 
 #[cfg(feature = "test-support")]
 pub use access::{ACCESS, Access, Within};
 pub use events::{EventCounters, EventSink, PodEvent};
 pub use health::{Health, WatchCounters, Watched};
+pub use node_report::NodeReport;
+pub use reports::{ReportCounters, ReportSink};
 
 /// How often the kubelet's file is checked.
 const KUBELET_EVERY: Duration = Duration::from_secs(10);
@@ -137,8 +143,10 @@ impl Cluster {
         };
         let mut tasks = JoinSet::new();
         follow_all(&shared, &options, &mut tasks);
-        let (events, writer) = events::channel(connection, &options.node);
+        let (events, writer) = events::channel(Arc::clone(&connection), &options.node);
         tasks.spawn(writer.run());
+        let (reports, writer) = reports::channel(connection, &options.node);
+        tasks.spawn(writer.clone().run());
         let nothing = Snapshot {
             unreadable: true,
             ..Snapshot::default()
@@ -149,6 +157,8 @@ impl Cluster {
             tasks,
             health,
             events,
+            reports,
+            last_report: writer,
         };
         Ok((receiver, watching))
     }
@@ -160,6 +170,8 @@ pub struct ClusterWatch {
     tasks: JoinSet<()>,
     health: Arc<Health>,
     events: EventSink,
+    reports: ReportSink,
+    last_report: Writer,
 }
 
 impl ClusterWatch {
@@ -173,9 +185,17 @@ impl ClusterWatch {
         &self.events
     }
 
-    /// Stops the tasks and waits for their end.
-    pub async fn close(mut self) {
+    /// The sink for the node's report.
+    pub fn reports(&self) -> &ReportSink {
+        &self.reports
+    }
+
+    /// Stops the tasks and waits for their end. If nothing is to be enforced any more, the node's report says so.
+    pub async fn close(mut self, keeps_enforcing: bool) {
         self.tasks.shutdown().await;
+        if !keeps_enforcing {
+            self.last_report.stopped().await;
+        }
     }
 }
 

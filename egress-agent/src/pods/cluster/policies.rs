@@ -16,7 +16,7 @@ use kube::{
 use super::{
     super::{
         NamespacedName, Pod, Problem, RefusedKinds,
-        policies::{PolicyKind, Set, Sets, applied},
+        policies::{ObjectVersion, PolicyFacts, PolicyKind, PolicyObjects, Set, Sets, applied},
     },
     definitions::{Definition, Signals},
     health::{Health, Watched},
@@ -36,6 +36,8 @@ const PEERS_WAIT: Duration = Duration::from_secs(10);
 pub(super) struct KeptPolicy {
     uid: Option<String>,
     policy: Arc<Policy>,
+    /// The versions of the present object and of `policy`.
+    facts: PolicyFacts,
     /// What is wrong with the present object. If it cannot be read, `policy` is its last readable form.
     problem: Option<String>,
 }
@@ -59,6 +61,14 @@ impl KeptPolicy {
         let namespace = object.metadata.namespace.as_deref();
         let policy = Policy::read(kind, namespace, &object.name_any(), spec);
         let uid = object.metadata.uid.clone();
+        let read = Arc::new(ObjectVersion {
+            uid: uid.clone(),
+            generation: object.metadata.generation,
+        });
+        let facts = PolicyFacts {
+            used: Arc::clone(&read),
+            read,
+        };
         let problem = policy.problem();
         let former = former.filter(|former| former.uid == uid);
         if let Some(former) = former {
@@ -66,6 +76,10 @@ impl KeptPolicy {
                 return Self {
                     uid,
                     policy: Arc::clone(&former.policy),
+                    facts: PolicyFacts {
+                        used: Arc::clone(&former.facts.used),
+                        ..facts
+                    },
                     problem: problem.map(|what| format!("{what}: {KEPT}")),
                 };
             }
@@ -74,6 +88,7 @@ impl KeptPolicy {
                 return Self {
                     uid,
                     policy: Arc::clone(&former.policy),
+                    facts,
                     problem,
                 };
             }
@@ -81,6 +96,7 @@ impl KeptPolicy {
         Self {
             uid,
             policy: Arc::new(policy),
+            facts,
             problem,
         }
     }
@@ -131,6 +147,7 @@ pub(super) struct Policies {
     /// The policies and sets that were given to `selection` last, and what they were made from.
     built: Option<Revisions>,
     resolved: BTreeMap<Arc<ObjectName>, Resolved>,
+    objects: Arc<PolicyObjects>,
     problems: Vec<Problem>,
     /// The revision of `peer_pods` that rules are resolved with: pods come and go often.
     peers_revision: u64,
@@ -161,6 +178,8 @@ pub(super) struct PeerRevisions {
 #[derive(Debug)]
 struct Resolved {
     policy: Arc<Policy>,
+    /// The version of `policy`.
+    version: Arc<ObjectVersion>,
     peers: PeerRevisions,
     applied: Applied,
     problems: Vec<String>,
@@ -179,6 +198,7 @@ impl Default for Policies {
             selection: Selection::default(),
             built: None,
             resolved: BTreeMap::new(),
+            objects: Arc::default(),
             problems: Vec::new(),
             peers_revision: 0,
             pods_needed: None,
@@ -287,10 +307,11 @@ impl Policies {
         let mut former = std::mem::take(&mut self.resolved);
         let mut policies = BTreeMap::new();
         let mut problems = Vec::new();
+        let mut objects = PolicyObjects::new();
         let tables = [&self.egress, &self.cluster_egress, &self.network];
         for kept in tables.into_iter().flat_map(Table::values) {
             let name = &kept.policy.name;
-            let resolved = match former.remove(name) {
+            let mut resolved = match former.remove(name) {
                 Some(former) if former.is_up_to_date(&kept.policy, peer_revisions) => former,
                 former if is_waiting && needs_pods(&kept.policy) => match former {
                     Some(former) => former,
@@ -301,9 +322,18 @@ impl Policies {
                         of: peers,
                         pods: &self.peer_pods,
                     };
-                    Resolved::new(&kept.policy, &cluster, peer_revisions, former)
+                    Resolved::new(kept, &cluster, peer_revisions, former)
                 }
             };
+            if Arc::ptr_eq(&resolved.policy, &kept.policy) {
+                // An edit that changes nothing in the policy has a generation, too.
+                resolved.version = Arc::clone(&kept.facts.used);
+            }
+            let facts = PolicyFacts {
+                read: Arc::clone(&kept.facts.read),
+                used: Arc::clone(&resolved.version),
+            };
+            objects.insert(Arc::clone(name), facts);
             problems.extend(kept.problem.iter().map(|what| problem(name, what)));
             problems.extend(resolved.problems.iter().map(|what| problem(name, what)));
             policies.insert(Arc::clone(name), resolved.applied.clone());
@@ -319,6 +349,9 @@ impl Policies {
         }
         self.selection.update(policies, &Arc::new(sets));
         self.problems = limited(problems);
+        if *self.objects != objects {
+            self.objects = Arc::new(objects);
+        }
     }
 
     fn note_need_of_pods(&mut self) {
@@ -352,6 +385,11 @@ impl Policies {
             pod.host_network,
         );
         objects.clone()
+    }
+
+    /// All policy objects that are in force.
+    pub(super) fn objects(&self) -> Arc<PolicyObjects> {
+        Arc::clone(&self.objects)
     }
 
     /// Forgets pods that are gone.
@@ -391,18 +429,19 @@ impl Policies {
 
 impl Resolved {
     fn new(
-        policy: &Arc<Policy>,
+        kept: &KeptPolicy,
         cluster: &ClusterPeers<'_>,
         peers: PeerRevisions,
         former: Option<Self>,
     ) -> Self {
-        let (_, mut new, problems) = applied(policy, cluster);
+        let (_, mut new, problems) = applied(&kept.policy, cluster);
         if let Some(former) = former.filter(|former| former.applied.says_the_same(&new)) {
             // The same object in memory changes nothing in any pod.
             new = former.applied;
         }
         Self {
-            policy: Arc::clone(policy),
+            policy: Arc::clone(&kept.policy),
+            version: Arc::clone(&kept.facts.used),
             peers,
             applied: new,
             problems,

@@ -92,12 +92,17 @@ impl State {
         let pods = self.resolved_pods(&mut problems);
         Snapshot {
             pods,
+            policies: self.policies.objects(),
             problems,
             unreadable: false,
             facts: sources.together(),
             sources,
             knowledge: self.knowledge(),
             refused: self.policies.refused(health),
+            node_uid: self
+                .node
+                .get("", &self.node_name)
+                .map(|node| node.uid.clone()),
         }
     }
 
