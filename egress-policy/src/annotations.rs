@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Mode,
+    closed::Spoken,
     entry::{Destination, Entry},
     error::{Origin, Problem, Unreadable, visible},
     objects::{NamespacePolicy, TierAction, TierRule},
@@ -101,6 +102,8 @@ pub(super) struct Lists {
     pub(super) deny: Option<Vec<Written>>,
     pub(super) resolve: Option<Vec<Written>>,
     pub(super) mode: Option<Mode>,
+    /// The objects with a list of rules or a mode.
+    pub(super) spoken: Vec<Spoken>,
 }
 
 impl Lists {
@@ -116,7 +119,9 @@ impl Lists {
             deny,
             resolve,
             mode,
+            spoken,
         } = other;
+        self.spoken.extend(spoken);
         for (list, more) in [
             (&mut self.allow, allow),
             (&mut self.deny, deny),
@@ -192,11 +197,18 @@ pub(super) fn read(
         }
         mode
     });
+    let speaks = allow.is_some() || deny.is_some() || mode.is_some();
+    let spoken = speaks.then(|| Spoken {
+        origin: origin.clone(),
+        allows: allow.is_some(),
+        mode,
+    });
     Lists {
         allow,
         deny,
         resolve,
         mode,
+        spoken: spoken.into_iter().collect(),
     }
 }
 
@@ -247,11 +259,18 @@ pub(super) fn read_policy(
     let deny = list(&policy.deny, DENY, check_denied);
     let resolve = list(&policy.resolve, RESOLVE, check_resolved);
     let closes = deny.is_none() && policy.mode.is_none();
+    let allow = allow.or_else(|| closes.then(Vec::new));
+    let spoken = Spoken {
+        origin: origin.clone(),
+        allows: allow.is_some(),
+        mode: policy.mode,
+    };
     Lists {
-        allow: allow.or_else(|| closes.then(Vec::new)),
+        allow,
         deny,
         resolve,
         mode: policy.mode,
+        spoken: vec![spoken],
     }
 }
 

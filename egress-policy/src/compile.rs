@@ -4,6 +4,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hasher as _},
+    sync::Arc,
 };
 
 use egress_common::{
@@ -21,6 +22,7 @@ use super::{
     Annotations, Inputs, Mode, Settings,
     annotations::{At, Lists, Written},
     classes::{Action, Classes, with_actions},
+    closed::{CLOSERS, Closer},
     effective::{self, Effective, Rule},
     entry::{Destination, is_everything},
     error::{Origin, PREFIXES, PolicyError, Problem},
@@ -66,6 +68,9 @@ pub struct Compiled {
     pub cidrs: Vec<Cidr>,
     /// Warnings for the author of a readable policy.
     pub warnings: Vec<String>,
+    /// The first objects that close the pod, at most [`CLOSERS`]. For an open pod with denied names, what closes it to
+    /// DNS servers that are no resolvers. Nothing if it is open otherwise, or closed for another reason than a policy.
+    pub closed_by: Arc<[Closer]>,
     /// The entries that decide about addresses, in the order in which they explain a decision.
     deciding: Vec<Deciding>,
     translators: Translators,
@@ -142,7 +147,9 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
 fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
     let Effective {
         mode,
+        mode_by: _,
         open,
+        mut closed_by,
         selected,
         tiers,
         allow,
@@ -209,7 +216,14 @@ fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled,
         }
         None => unlisted(&allow, &deny, &resolve, open, settings),
     };
-    let denies_names = listed.values().any(|rule| rule.denied.is_some());
+    let denied_name = listed.values().find_map(|rule| rule.denied.as_ref());
+    let denies_names = denied_name.is_some();
+    if closed_by.is_empty()
+        && let Some(entry) = denied_name
+    {
+        // An open pod is closed to DNS servers that are no resolvers.
+        closed_by.push(Closer::Written(entry.origin.clone()));
+    }
     if denies_names || unlisted == QuestionRule::NotListed {
         record.flags |= POLICY_SPEAKS_OF_NAMES;
         let of_tiers = tiers
@@ -236,6 +250,7 @@ fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled,
         names,
         cidrs,
         warnings,
+        closed_by: closed_by.into_iter().take(CLOSERS).collect(),
         deciding,
         translators: settings.translators.clone(),
     })
@@ -341,6 +356,7 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
         names: NameRules::new(settings, unlisted, None),
         cidrs: Vec::new(),
         warnings: Vec::new(),
+        closed_by: Arc::default(),
         deciding: Vec::new(),
         translators: settings.translators.clone(),
     }

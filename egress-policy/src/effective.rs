@@ -7,6 +7,7 @@ use egress_common::records::PortClass;
 use super::{
     Annotations, Inputs, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
+    closed::{Closer, ModeSource, closers},
     compile::check_limit,
     entry::{Destination, class_intersection, class_words, is_everything},
     entry_warnings,
@@ -42,8 +43,11 @@ pub(super) struct Rule {
 #[derive(Debug)]
 pub(super) struct Effective {
     pub(super) mode: Mode,
+    pub(super) mode_by: ModeSource,
     /// Whether packets that no rule matches pass.
     pub(super) open: bool,
+    /// What closes the pod; nothing if it is open.
+    pub(super) closed_by: Vec<Closer>,
     /// Whether the lists below close the pod, so that the last tier is asked only about internal destinations.
     pub(super) selected: bool,
     /// What precedes and follows the lists below.
@@ -96,7 +100,12 @@ fn under_tiers(
     // Without lists and modes the agent's default decides what no rule matches.
     let unspoken = Effective {
         mode: implied_mode(settings),
+        mode_by: ModeSource::OrderedRules,
         open: settings.default_mode == Mode::Off,
+        closed_by: match settings.default_mode {
+            Mode::Off => Vec::new(),
+            Mode::Audit | Mode::Enforce => vec![Closer::DefaultMode],
+        },
         selected: false,
         tiers: Tiers::default(),
         allow: Vec::new(),
@@ -116,6 +125,7 @@ fn under_tiers(
             ));
             Effective {
                 open: true,
+                closed_by: Vec::new(),
                 ..unspoken
             }
         } else {
@@ -154,6 +164,7 @@ fn of_teams(
     mut warnings: Vec<String>,
 ) -> Result<Effective, PolicyError> {
     let (mode, open) = mode_and_open(pod, namespace, settings, &mut warnings);
+    let has_lists = pod.has_rules() || namespace.has_rules();
 
     let mut deny = deny_rules(namespace.deny.as_deref());
     let pod_allow = allow_rules(pod.allow.as_deref());
@@ -211,7 +222,13 @@ fn of_teams(
     }
     Ok(Effective {
         mode,
+        mode_by: ModeSource::of(mode, pod, namespace),
         open,
+        closed_by: if open || mode == Mode::Off && !has_lists {
+            Vec::new()
+        } else {
+            closers(pod, namespace)
+        },
         selected: false,
         tiers: Tiers::default(),
         allow,

@@ -11,6 +11,7 @@
 
 pub mod annotations;
 mod classes;
+mod closed;
 mod compile;
 mod describe;
 mod effective;
@@ -44,6 +45,7 @@ use egress_dns::Name;
 use serde::{Deserialize, Serialize};
 
 pub use annotations::Annotations;
+pub use closed::{CLOSERS, Closer, ModeSource};
 pub use compile::{
     Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
     unreadable_tiers, without_namespace,

@@ -58,6 +58,9 @@ fn text(explanation: &Explanation) -> String {
     }
     text.push('\n');
     entries(&mut text, "    ", &explanation.entries);
+    if !explanation.closed_by.is_empty() {
+        let _ = writeln!(text, "  closed by: {}", explanation.closed_by.join(", "));
+    }
     if !explanation.ports.is_empty() {
         let _ = writeln!(text, "  open: {}", ports(&explanation.ports));
     }

@@ -364,6 +364,7 @@ impl<'a> Judge<'a> {
             dns: asked.map(|(name, qtype)| (name, type_name(qtype).into_owned())),
             dst_names: Vec::new(),
             rule: None,
+            closed_by: Arc::clone(&self.enforcement.compiled.closed_by),
             time: SystemTime::now(),
             count: 1,
         }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use egress_common::reason::Reason;
 
-use super::Verdict;
+use super::{PolicyCounts, Verdict};
 
 /// A counter.
 #[derive(Debug, Default)]
@@ -87,6 +87,8 @@ pub struct DenialCounts {
     denied: [Counter; REASONS],
     audited: [Counter; REASONS],
     unreported: Counter,
+    /// The same packets by the policies that decided. Kept for namespaces only.
+    pub policies: PolicyCounts,
 }
 
 impl Default for DenialCounts {
@@ -95,6 +97,7 @@ impl Default for DenialCounts {
             denied: std::array::from_fn(|_| Counter::default()),
             audited: std::array::from_fn(|_| Counter::default()),
             unreported: Counter::default(),
+            policies: PolicyCounts::default(),
         }
     }
 }

@@ -16,8 +16,8 @@ use egress_common::{
     records::{VERDICT_AUDITED, VERDICT_DROPPED, VERDICT_REJECTED},
 };
 
-use super::{DenialCounts, Subject};
-use egress_policy::EntrySource;
+use super::{DecidedBy, DenialCounts, Subject};
+use egress_policy::{Closer, EntrySource};
 
 /// The pod of a denial, as lines print it. Two values with the same texts are the same pod.
 #[derive(Debug)]
@@ -77,9 +77,18 @@ impl PodIdentity {
         }
     }
 
-    pub(super) fn count(&self, verdict: Verdict, reason: Reason, count: u64) {
+    pub(super) fn count(&self, denied: &Denied) {
+        let Denied {
+            verdict,
+            reason,
+            count,
+            ..
+        } = *denied;
         self.counts.add(verdict, reason, count);
         self.of_namespace.add(verdict, reason, count);
+        if let Some(policy) = DecidedBy::of(denied) {
+            self.of_namespace.policies.add(&policy, verdict, count);
+        }
     }
 
     pub(super) fn count_unreported(&self, count: u64) {
@@ -179,6 +188,8 @@ pub struct Denied {
     pub dst_names: Vec<String>,
     /// The entry that denied it.
     pub rule: Option<EntrySource>,
+    /// What closes the pod, at most [`egress_policy::CLOSERS`] objects.
+    pub closed_by: Arc<[Closer]>,
     /// When it happened.
     pub time: SystemTime,
     /// How many packets this stands for.

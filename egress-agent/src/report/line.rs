@@ -14,8 +14,7 @@ use serde::{
     ser::{Error, SerializeMap},
 };
 
-use super::{Denied, PodIdentity, Verdict};
-use egress_policy::{EntrySource, Origin};
+use super::{DecidedBy, Denied, PodIdentity, Verdict};
 
 /// A line on standard output, serialised as a JSON object.
 #[derive(Clone, Debug)]
@@ -128,52 +127,13 @@ fn serialize_denied<S: Serializer>(
     map.serialize_entry("dst_names", &denied.dst_names)?;
     let rule = denied.rule.as_ref();
     map.serialize_entry("rule", &rule.map(|rule| &rule.text))?;
-    map.serialize_entry("policy", &rule.map(|rule| DecidedBy::of(rule, &denied.pod)))?;
+    map.serialize_entry("policy", &DecidedBy::of(denied))?;
+    map.serialize_entry("closed_by", &DecidedBy::closers(denied))?;
     map.serialize_entry("count", &count)?;
     map.serialize_entry("connections", &connections)?;
     map.serialize_entry("first", &first)?;
     map.serialize_entry("last", &last)?;
     map.end()
-}
-
-/// The policy that denied a packet.
-#[derive(Serialize)]
-struct DecidedBy<'a> {
-    kind: &'static str,
-    namespace: Option<&'a str>,
-    name: &'a str,
-    /// The rule's name, or its number from 1; none for an object without ordered rules.
-    rule: Option<Cow<'a, str>>,
-    entry: &'a str,
-}
-
-impl<'a> DecidedBy<'a> {
-    fn of(source: &'a EntrySource, pod: &'a PodIdentity) -> Self {
-        let entry = &*source.text;
-        let rule = match &source.origin {
-            Origin::Rule(rule) => Some(match &rule.name {
-                Some(name) => Cow::Borrowed(name.as_str()),
-                None => Cow::Owned((rule.index + 1).to_string()),
-            }),
-            _ => None,
-        };
-        let (kind, namespace, name) = match source.origin.object() {
-            Some(object) => (
-                object.kind.as_str(),
-                object.namespace.as_deref(),
-                object.name.as_str(),
-            ),
-            None if source.origin == Origin::Pod => ("Pod", Some(&*pod.namespace), &*pod.name),
-            None => ("Namespace", None, &*pod.namespace),
-        };
-        Self {
-            kind,
-            namespace,
-            name,
-            rule,
-            entry,
-        }
-    }
 }
 
 fn serialize_pod<M: SerializeMap>(map: &mut M, pod: Option<&PodIdentity>) -> Result<(), M::Error> {
@@ -220,7 +180,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::report::Endpoint;
-    use egress_policy::annotations::At;
+    use egress_policy::{Closer, EntrySource, Origin, annotations::At};
 
     /// 2026-11-20T10:11:12.345Z
     pub(in crate::report) fn wall(millis: u64) -> SystemTime {
@@ -245,6 +205,7 @@ pub(super) mod tests {
             dns: None,
             dst_names: vec!["github.com".into()],
             rule: None,
+            closed_by: Arc::default(),
             time: wall(0),
             count: 1,
         }
@@ -269,7 +230,7 @@ pub(super) mod tests {
                 r#""reason":"no_rule","node":"n1","namespace":"shop","pod":"cart-7d9f","#,
                 r#""uid":"u-1","protocol":"tcp","src_ip":"10.1.2.3","src_port":41234,"#,
                 r#""dst_ip":"140.82.121.3","dst_port":443,"dst_names":["github.com"],"#,
-                r#""rule":null,"policy":null,"count":3,"connections":2,"first":"2026-11-20T10:11:12.345Z","#,
+                r#""rule":null,"policy":null,"closed_by":[],"count":3,"connections":2,"first":"2026-11-20T10:11:12.345Z","#,
                 r#""last":"2026-11-20T10:11:14.000Z"}"#
             )
         );
@@ -298,10 +259,38 @@ pub(super) mod tests {
             line.contains(concat!(
                 r#""dst_ip":"10.0.0.53","dns_name":"a\"b.example","dns_type":"TYPE65280","#,
                 r#""dst_names":[],"rule":"gist.github.com","policy":{"kind":"Namespace","namespace":null,"#,
-                r#""name":"shop","rule":null,"entry":"gist.github.com"},"count":3"#
+                r#""name":"shop","rule":null,"entry":"gist.github.com"},"closed_by":[],"count":3"#
             )),
             "{line}"
         );
+    }
+
+    #[test]
+    fn a_packet_that_no_entry_allows_is_printed_with_what_closes_the_pod() {
+        let closed = Denied {
+            closed_by: [Closer::Written(Origin::Namespace), Closer::DefaultMode].into(),
+            ..denied()
+        };
+        let line = json(closed);
+        assert!(
+            line.contains(concat!(
+                r#""rule":null,"policy":{"kind":"Namespace","namespace":null,"name":"shop","rule":null,"entry":null},"#,
+                r#""closed_by":[{"kind":"Namespace","namespace":null,"name":"shop","rule":null,"entry":null},"#,
+                r#"{"kind":"Configuration","namespace":null,"name":"defaultMode","rule":null,"entry":null}],"count":3"#
+            )),
+            "{line}"
+        );
+        let protected = Denied {
+            reason: Reason::Protected,
+            closed_by: [Closer::DefaultMode].into(),
+            ..denied()
+        };
+        let line = json(protected);
+        assert!(
+            line.contains(r#""kind":"Configuration","namespace":null,"name":"ranges.protected""#),
+            "{line}"
+        );
+        assert!(line.contains(r#""closed_by":[]"#), "{line}");
     }
 
     #[test]

@@ -14,20 +14,24 @@
 //! (`denials_lost`).
 
 pub mod count;
+mod decided;
 pub mod denied;
 mod flows;
 pub mod folder;
 pub mod line;
 pub mod log;
+mod policies;
 pub mod reporter;
 pub mod subject;
 mod summary;
 
 pub use count::{Counter, DenialCounts, Gauge, Histogram};
+pub use decided::{DecidedBy, is_for_want_of_an_entry};
 pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
 pub use folder::Folder;
 pub use line::Line;
 pub use line::rfc3339;
+pub use policies::PolicyCounts;
 pub use reporter::{Listener, Lost, Reporter, ReporterThread};
 pub use subject::{IfName, Subject};
 pub use summary::Summary;

@@ -136,7 +136,7 @@ impl Reporter {
     pub fn report(&self, denied: Denied) {
         let count = denied.count;
         let pod = Arc::clone(&denied.pod);
-        pod.count(denied.verdict, denied.reason, count);
+        pod.count(&denied);
         self.send(&pod, count, Message::Denied(denied));
     }
 

@@ -33,10 +33,11 @@ use super::{
 use crate::{
     datapath::boottime_ns,
     gate::{About, Resolutions},
+    report::is_for_want_of_an_entry,
 };
 use egress_dns::Name;
 use egress_policy::{
-    Compiled, EntrySource, Mode, Origin, QuestionRule,
+    Closer, Compiled, EntrySource, Mode, Origin, QuestionRule,
     annotations::PREFIX,
     explain::{Entries, EntryMatch, List, Target, To},
     prefix::from_mapped,
@@ -68,6 +69,7 @@ pub(super) async fn explain(
             decision: Decision::Unknown,
             because: String::new(),
             reason: None,
+            closed_by: Vec::new(),
             entries: Vec::new(),
             ports: Vec::new(),
             question: None,
@@ -105,6 +107,9 @@ pub(super) async fn explain(
             To::Address(address) => inquiry.to_address(address, &mut explanation).await,
         };
         explained.map_err(|error| format!("{error:#}"))?;
+        if explanation.decision == Decision::Denied {
+            explanation.closed_by = closed_by(compiled, explanation.reason.as_deref());
+        }
         if explanation.decision == Decision::Denied && state.mode == Mode::Audit {
             explanation.decision = Decision::WouldDeny;
         }
@@ -438,10 +443,7 @@ impl Inquiry<'_> {
     fn hint(&self, reason: Option<&str>, entries: &[EntryStatus]) -> String {
         let entry = format!("`{}`", self.target.entry());
         let is_address = matches!(self.target.to, To::Address(_));
-        let reason = Reason::ALL
-            .iter()
-            .find(|known| Some(known.as_str()) == reason)
-            .copied();
+        let reason = reason_of(reason);
         if let Some(denying) = entries.iter().find(|entry| entry.annotation == deny_key()) {
             return format!(
                 "remove `{}` from {} of the {}, or narrow it",
@@ -497,6 +499,21 @@ impl Inquiry<'_> {
 }
 
 const BY_ENTRY: &str = "an allow entry matches it";
+
+/// The reason of this name.
+fn reason_of(name: Option<&str>) -> Option<Reason> {
+    let mut all = Reason::ALL.iter();
+    all.find(|known| Some(known.as_str()) == name).copied()
+}
+
+/// What closes the pod, if that is why the target is denied.
+fn closed_by(compiled: &Compiled, reason: Option<&str>) -> Vec<String> {
+    if reason_of(reason).is_some_and(is_for_want_of_an_entry) {
+        compiled.closed_by.iter().map(Closer::to_string).collect()
+    } else {
+        Vec::new()
+    }
+}
 
 fn deny_key() -> String {
     format!("{PREFIX}{}", List::Deny.as_str())

@@ -162,6 +162,30 @@ impl Scrape {
              (would_deny)",
             series,
         )?;
+        let by_policy = namespaces.iter().flat_map(|(namespace, counts)| {
+            counts
+                .policies
+                .each()
+                .flat_map(move |(kind, name, counts)| {
+                    let events = ["denied", "would_deny"].into_iter().zip(counts);
+                    events
+                        .filter(|(_, count)| *count > 0)
+                        .map(move |(event, count)| {
+                            let labels = vec![
+                                ("event", event.to_owned()),
+                                ("kind", kind.to_owned()),
+                                ("namespace", namespace.clone()),
+                                ("policy", name.to_owned()),
+                            ];
+                            (labels, count)
+                        })
+                })
+        });
+        page.counters(
+            "egress_agent_policy_denials",
+            "The same by the policy that decided; `namespace` is the pod's",
+            by_policy,
+        )?;
         let lost = self.sources.reporter.lost().by_why();
         page.counters(
             "egress_agent_denials_unreported",

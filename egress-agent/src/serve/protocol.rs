@@ -206,6 +206,8 @@ pub struct Explanation {
     pub decision: Decision,
     pub because: String,
     pub reason: Option<String>,
+    #[serde(default)]
+    pub closed_by: Vec<String>,
     pub entries: Vec<EntryStatus>,
     pub ports: Vec<PortsStatus>,
     pub question: Option<QuestionExplained>,

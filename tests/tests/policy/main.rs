@@ -8,3 +8,4 @@ mod objects;
 mod observability;
 mod reports;
 mod tiers_hold;
+mod who_decided;

@@ -12,7 +12,7 @@ use egress_tests::{
 use serde_json::Value;
 
 /// The keys of a denial line, as documented.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "time",
     "event",
     "verdict",
@@ -29,6 +29,7 @@ const KEYS: [&str; 20] = [
     "dst_names",
     "rule",
     "policy",
+    "closed_by",
     "count",
     "connections",
     "first",

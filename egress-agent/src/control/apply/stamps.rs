@@ -175,6 +175,7 @@ impl Applier {
                 dns: None,
                 dst_names: Vec::new(),
                 rule: None,
+                closed_by: std::sync::Arc::default(),
                 time: SystemTime::now(),
                 count: frames.packets,
             });

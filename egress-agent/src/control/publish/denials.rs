@@ -208,11 +208,14 @@ fn denied(
     let is_icmp = walked && matches!(denial.protocol, protocol::ICMP | protocol::ICMPV6);
     // A class number belongs to one version of a policy.
     let attached = pod.attached.as_ref();
-    let rule = attached
-        .filter(|attached| denial.class != NO_CLASS && denial.policy == attached.policy)
-        .and(pod.compiled.as_ref())
+    let compiled = attached
+        .filter(|attached| denial.policy == attached.policy)
+        .and(pod.compiled.as_ref());
+    let rule = compiled
+        .filter(|_| denial.class != NO_CLASS)
         .and_then(|compiled| compiled.deciding_entry(&denial.dst, denial.class))
         .cloned();
+    let closed_by = compiled.map(|compiled| Arc::clone(&compiled.closed_by));
     Denied {
         pod: Arc::clone(identity),
         verdict: Verdict::from_u8(denial.verdict).unwrap_or(Verdict::Dropped),
@@ -224,6 +227,7 @@ fn denied(
         dns: None,
         dst_names,
         rule,
+        closed_by: closed_by.unwrap_or_default(),
         time,
         count: 1,
     }

@@ -1,0 +1,120 @@
+//! The policy that denied a packet, as denial lines and metrics name it.
+
+use std::borrow::Cow;
+
+use egress_common::reason::Reason;
+use egress_policy::{Closer, EntrySource, Origin};
+use serde::Serialize;
+
+use super::{Denied, PodIdentity};
+
+/// The kind of what the agent's configuration decides.
+const CONFIGURATION: &str = "Configuration";
+
+/// The policy that denied a packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DecidedBy<'a> {
+    /// The kind of object; `Pod` or `Namespace` for annotations, `Configuration` for the agent's.
+    pub kind: &'static str,
+    /// Its namespace, if the kind has one.
+    pub namespace: Option<&'a str>,
+    /// Its name; a key of the configuration.
+    pub name: &'a str,
+    /// The rule's name, or its number from 1; none for an object without ordered rules.
+    pub rule: Option<Cow<'a, str>>,
+    /// The entry that matched; none if a list lacks one.
+    pub entry: Option<&'a str>,
+}
+
+impl<'a> DecidedBy<'a> {
+    /// The policy that decided; `None` if the packet was not denied by a policy. Of several that close the pod together,
+    /// the first.
+    pub fn of(denied: &'a Denied) -> Option<Self> {
+        if let Some(EntrySource { text, origin, .. }) = &denied.rule {
+            return Some(Self {
+                entry: Some(text),
+                ..Self::of_origin(origin, &denied.pod)
+            });
+        }
+        if is_for_want_of_an_entry(denied.reason) {
+            return denied
+                .closed_by
+                .first()
+                .map(|closer| Self::of_closer(closer, &denied.pod));
+        }
+        match denied.reason {
+            Reason::Protected => Some(Self::of_configuration("ranges.protected")),
+            Reason::Tunnel => Some(Self::of_configuration("ranges.tunnels")),
+            Reason::UnenforcedInterface => Some(Self::of_configuration("unenforcedInterfaces")),
+            _ => None,
+        }
+    }
+
+    /// All that close the pod, if the packet was denied because no entry allows it.
+    pub(super) fn closers(denied: &'a Denied) -> Vec<Self> {
+        if denied.rule.is_some() || !is_for_want_of_an_entry(denied.reason) {
+            return Vec::new();
+        }
+        let closers = denied.closed_by.iter();
+        closers
+            .map(|closer| Self::of_closer(closer, &denied.pod))
+            .collect()
+    }
+
+    fn of_closer(closer: &'a Closer, pod: &'a PodIdentity) -> Self {
+        match closer {
+            Closer::Written(origin) => Self::of_origin(origin, pod),
+            Closer::DefaultMode => Self::of_configuration("defaultMode"),
+        }
+    }
+
+    fn of_configuration(key: &'static str) -> Self {
+        Self {
+            kind: CONFIGURATION,
+            namespace: None,
+            name: key,
+            rule: None,
+            entry: None,
+        }
+    }
+
+    fn of_origin(origin: &'a Origin, pod: &'a PodIdentity) -> Self {
+        let rule = match origin {
+            Origin::Rule(rule) => Some(match &rule.name {
+                Some(name) => Cow::Borrowed(name.as_str()),
+                None => Cow::Owned((rule.index + 1).to_string()),
+            }),
+            _ => None,
+        };
+        let (kind, namespace, name) = match origin.object() {
+            Some(object) => (
+                object.kind.as_str(),
+                object.namespace.as_deref(),
+                object.name.as_str(),
+            ),
+            None if *origin == Origin::Pod => ("Pod", Some(&*pod.namespace), &*pod.name),
+            None => ("Namespace", None, &*pod.namespace),
+        };
+        Self {
+            kind,
+            namespace,
+            name,
+            rule,
+            entry: None,
+        }
+    }
+}
+
+/// Whether a packet is denied for this reason because the pod is closed and no entry allows the packet.
+pub fn is_for_want_of_an_entry(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::NoRule
+            | Reason::PortNotAllowed
+            | Reason::AddressNotLearned
+            | Reason::Expired
+            | Reason::InternalAnswer
+            | Reason::DnsName
+            | Reason::DnsElsewhere
+    )
+}
