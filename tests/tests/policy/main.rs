@@ -6,3 +6,4 @@ mod explain;
 mod objects;
 mod observability;
 mod reports;
+mod upstream;
