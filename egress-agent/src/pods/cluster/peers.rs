@@ -40,12 +40,25 @@ pub(super) type SlimPod = Object<SlimSpec, SlimStatus>;
 pub(super) struct SlimSpec {
     host_network: bool,
     containers: Vec<SlimContainer>,
+    init_containers: Vec<SlimContainer>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 struct SlimContainer {
     ports: Vec<SlimPort>,
+    restart_policy: Option<String>,
+}
+
+impl SlimSpec {
+    /// The ports of the containers that run as long as the pod: also those that are started before the others and go on
+    /// (sidecars).
+    fn ports(self) -> impl Iterator<Item = SlimPort> {
+        let is_sidecar = |one: &SlimContainer| one.restart_policy.as_deref() == Some("Always");
+        let sidecars = self.init_containers.into_iter().filter(is_sidecar);
+        let containers = self.containers.into_iter().chain(sidecars);
+        containers.flat_map(|one| one.ports)
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -99,7 +112,7 @@ impl PeerFacts {
         if addresses.is_empty() {
             return None;
         }
-        let ports = read.spec.containers.into_iter().flat_map(|one| one.ports);
+        let ports = read.spec.ports();
         let ObjectMeta {
             namespace, labels, ..
         } = read.metadata;
@@ -217,7 +230,12 @@ mod tests {
             "podIP": "10.1.0.2",
             "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}],
         });
-        let peer = read(&json!({"containers": containers}), &status).expect("a peer");
+        let init_containers = json!([
+            {"name": "c", "ports": [{"name": "once", "containerPort": 1}]},
+            {"name": "d", "restartPolicy": "Always", "ports": [{"name": "proxy", "containerPort": 15001}]},
+        ]);
+        let spec = json!({"containers": containers, "initContainers": init_containers});
+        let peer = read(&spec, &status).expect("a peer");
         assert_eq!(peer.pod.addresses.len(), 2);
         let ports: Vec<_> = peer
             .pod
@@ -225,7 +243,12 @@ mod tests {
             .iter()
             .map(|port| (&*port.name, port.protocol, port.port))
             .collect();
-        assert_eq!(ports, [("http", "tcp", 8080), ("dns", "udp", 53)]);
+        let expected = [
+            ("http", "tcp", 8080),
+            ("dns", "udp", 53),
+            ("proxy", "tcp", 15001),
+        ];
+        assert_eq!(ports, expected);
         let labels = Labels::from([("app".into(), "cart".into()), ("x".into(), String::new())]);
         assert_eq!(peer.labels.labels(), labels);
     }
