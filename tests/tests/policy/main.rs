@@ -8,4 +8,5 @@ mod objects;
 mod observability;
 mod reports;
 mod tiers_hold;
+mod upstream;
 mod who_decided;

@@ -21,7 +21,7 @@ fn egress_policy(name: &str, spec: &Value) -> Value {
     })
 }
 
-fn cluster_policy(name: &str, tier: &str, priority: u32, rules: &Value) -> Value {
+pub(crate) fn cluster_policy(name: &str, tier: &str, priority: u32, rules: &Value) -> Value {
     json!({
         "apiVersion": GROUP,
         "kind": "ClusterEgressPolicy",
@@ -32,17 +32,17 @@ fn cluster_policy(name: &str, tier: &str, priority: u32, rules: &Value) -> Value
 
 /// A pod `cart`, and servers for TCP port 443 and 25 at every address outside. Names `shop.test` (`server(10)`) and
 /// `evil.test` (`server(66)`).
-struct Scene {
-    agent: Agent,
-    pod: Pod,
+pub(crate) struct Scene {
+    pub(crate) agent: Agent,
+    pub(crate) pod: Pod,
     _servers: [TcpEcho; 2],
-    lab: Lab,
+    pub(crate) lab: Lab,
 }
 
 impl Scene {
     /// The policies are there before the agent starts.
     #[track_caller]
-    fn new(annotations: &[(&str, &str)], policies: &[Value]) -> Self {
+    pub(crate) fn new(annotations: &[(&str, &str)], policies: &[Value]) -> Self {
         let lab = Lab::new();
         let servers = [lab.serve_tcp(443), lab.serve_tcp(25)];
         lab.dns().addresses("shop.test", &[server(10)]);
@@ -63,7 +63,7 @@ impl Scene {
 
     /// Asserts that a connection is denied by this policy. Returns the denial line's field `policy`.
     #[track_caller]
-    fn denied_by(&self, to: (IpAddr, u16), kind: &str, name: &str) -> Value {
+    pub(crate) fn denied_by(&self, to: (IpAddr, u16), kind: &str, name: &str) -> Value {
         let denial = self.agent.denies_tcp(&self.pod, to, "deny_rule");
         let policy = &denial.line["policy"];
         assert_eq!(policy["kind"], kind, "{}", denial.text);

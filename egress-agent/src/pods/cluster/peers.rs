@@ -50,10 +50,14 @@ struct SlimContainer {
     restart_policy: Option<String>,
 }
 
-impl SlimContainer {
-    /// Whether this init container goes on beside the containers (Kubernetes' sidecar containers).
-    fn stays(&self) -> bool {
-        self.restart_policy.as_deref() == Some("Always")
+impl SlimSpec {
+    /// The ports of the containers that run as long as the pod: also those that are started before the others and go on
+    /// (sidecars).
+    fn ports(self) -> impl Iterator<Item = SlimPort> {
+        let is_sidecar = |one: &SlimContainer| one.restart_policy.as_deref() == Some("Always");
+        let sidecars = self.init_containers.into_iter().filter(is_sidecar);
+        let containers = self.containers.into_iter().chain(sidecars);
+        containers.flat_map(|one| one.ports)
     }
 }
 
@@ -108,10 +112,7 @@ impl PeerFacts {
         if addresses.is_empty() {
             return None;
         }
-        let sidecars = read.spec.init_containers.into_iter();
-        let sidecars = sidecars.filter(SlimContainer::stays);
-        let containers = read.spec.containers.into_iter().chain(sidecars);
-        let ports = containers.flat_map(|one| one.ports);
+        let ports = read.spec.ports();
         let ObjectMeta {
             namespace, labels, ..
         } = read.metadata;
@@ -229,11 +230,11 @@ mod tests {
             "podIP": "10.1.0.2",
             "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}],
         });
-        let before = json!([
-            {"name": "c", "ports": [{"name": "setup", "containerPort": 1}]},
-            {"name": "d", "restartPolicy": "Always", "ports": [{"name": "mesh", "containerPort": 2}]},
+        let init_containers = json!([
+            {"name": "c", "ports": [{"name": "once", "containerPort": 1}]},
+            {"name": "d", "restartPolicy": "Always", "ports": [{"name": "proxy", "containerPort": 15001}]},
         ]);
-        let spec = json!({"containers": containers, "initContainers": before});
+        let spec = json!({"containers": containers, "initContainers": init_containers});
         let peer = read(&spec, &status).expect("a peer");
         assert_eq!(peer.pod.addresses.len(), 2);
         let ports: Vec<_> = peer
@@ -242,14 +243,12 @@ mod tests {
             .iter()
             .map(|port| (&*port.name, port.protocol, port.port))
             .collect();
-        assert_eq!(
-            ports,
-            [
-                ("http", "tcp", 8080),
-                ("dns", "udp", 53),
-                ("mesh", "tcp", 2)
-            ]
-        );
+        let expected = [
+            ("http", "tcp", 8080),
+            ("dns", "udp", 53),
+            ("proxy", "tcp", 15001),
+        ];
+        assert_eq!(ports, expected);
         let labels = Labels::from([("app".into(), "cart".into()), ("x".into(), String::new())]);
         assert_eq!(peer.labels.labels(), labels);
     }
