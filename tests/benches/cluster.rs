@@ -15,33 +15,21 @@ use std::{
 };
 
 use common::{
-    cpu_ns,
-    dns::{Client, ZONE},
-    print_table, quantile,
-    responder::Responder,
-    status_kib,
+    dns::ZONE,
+    full_node::{ADDRESSES, FullNode, PODS, SETTLED, cluster},
+    print_table, quantile, resident, share_of_cpu, since,
 };
-use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab,
-    addresses::{RESOLVER, server},
-    cluster::allow,
-};
+use egress_tests::{Agent, Cluster, addresses::server, cluster::allow};
 use serde_json::Value;
 
 /// The number of new pods, and of edits.
 const ROUNDS: usize = 30;
-/// The number of pods on the full node.
-const PODS: usize = 250;
 /// The number of pods that are added to it: a laboratory has no room for more.
 const MORE: usize = 4;
-/// The number of addresses that each pod has resolved.
-const ADDRESSES: u32 = 40;
 /// The duration of the idle phase.
 const IDLE: Duration = Duration::from_secs(60);
 /// The time that a runtime takes, or more, from a pod's interface to its first process.
 const RUNTIME: Duration = Duration::from_millis(200);
-/// The time after which the agent is idle.
-const SETTLED: Duration = Duration::from_millis(500);
 
 fn main() {
     few_pods();
@@ -80,6 +68,7 @@ fn few_pods() {
 fn many_pods() {
     let cluster = cluster();
     let full = FullNode::new(&cluster);
+    let rows = cost_of_many(&full.agent);
     let [closed, process] = new_pods(
         &cluster,
         &full.agent,
@@ -89,7 +78,7 @@ fn many_pods() {
     );
     let [sent, answered] = edits(&cluster, &full.agent);
     println!("A node with {PODS} pods.\n");
-    print_table(&full.rows);
+    print_table(&rows);
     print_table(&[
         row!["from", "to", "median", "p95", "longest"],
         row(
@@ -111,11 +100,6 @@ fn row(from: &str, to: &str, mut taken: Vec<f64>) -> Vec<String> {
     taken.sort_unstable_by(f64::total_cmp);
     let ms = |part| format!("{:.0} ms", quantile(&taken, part));
     row![from, to, ms(0.5), ms(0.95), ms(1.0)]
-}
-
-#[track_caller]
-fn cluster() -> Cluster {
-    Cluster::on(ApiServer::shared(), Lab::builder().without_dns())
 }
 
 /// Whether a pod's process starts before or after its interface exists.
@@ -197,58 +181,17 @@ fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
     taken
 }
 
-/// A node with the maximum number of pods.
-struct FullNode {
-    agent: Agent,
-    rows: Vec<Vec<String>>,
-    _pods: Vec<ClusterPod>,
-    _responder: Responder,
-}
-
-impl FullNode {
-    fn new(cluster: &Cluster) -> Self {
-        let responder = Responder::start(&cluster.lab);
-        let namespace = cluster.namespace("full", &Value::Null);
-        let policy = allow(&format!("*.{ZONE}:443"));
-        let agent = cluster.start_agent();
-        let pods: Vec<ClusterPod> = (0..PODS)
-            .map(|n| cluster.run(&namespace, &format!("p{n}"), &policy))
-            .collect();
-        for pod in &pods {
-            agent.wait_enforcing(pod.net());
-            Client::new(pod.net(), RESOLVER).latencies(ADDRESSES);
-        }
-        let resident = || {
-            format!(
-                "{:.1} MiB",
-                status_kib(agent.pid(), "VmRSS") as f64 / 1024.0
-            )
-        };
-        let mut rows = vec![row!["", "resident", "CPU, of one core"]];
-        rows.push(row![
-            format!("{PODS} pods of {ADDRESSES} addresses"),
-            resident(),
-            "-"
-        ]);
-        sleep(2 * SETTLED);
-        let (before, start) = (cpu_ns(agent.pid()), Instant::now());
-        sleep(IDLE);
-        let used = (cpu_ns(agent.pid()) - before) as f64 / start.elapsed().as_nanos() as f64;
-        rows.push(row![
-            format!("after {} idle seconds", IDLE.as_secs()),
-            resident(),
-            format!("{:.2} %", 100.0 * used)
-        ]);
-        Self {
-            agent,
-            rows,
-            _pods: pods,
-            _responder: responder,
-        }
-    }
-}
-
-/// Milliseconds since `start`.
-fn since(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64() * 1e3
+/// The memory that the agent of a full node has, and its CPU time while nothing happens.
+fn cost_of_many(agent: &Agent) -> Vec<Vec<String>> {
+    let mut rows = vec![row!["", "resident", "CPU, of one core"]];
+    let pods = format!("{PODS} pods of {ADDRESSES} addresses");
+    rows.push(row![pods, resident(agent.pid()), "-"]);
+    sleep(2 * SETTLED);
+    let used = share_of_cpu(agent.pid(), || sleep(IDLE));
+    rows.push(row![
+        format!("after {} idle seconds", IDLE.as_secs()),
+        resident(agent.pid()),
+        used
+    ]);
+    rows
 }

@@ -96,6 +96,22 @@ impl InterfaceMap {
         }
     }
 
+    /// The entry of an interface, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    #[cfg(feature = "test-support")]
+    pub fn entry(&self, ifindex: IfIndex) -> Result<Option<Interface>> {
+        match self.0.get(&ifindex, 0) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot read {ifindex} in `interfaces`"))
+            }
+        }
+    }
+
     /// Every entry.
     ///
     /// # Errors

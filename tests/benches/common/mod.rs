@@ -11,9 +11,11 @@
 )]
 
 pub(crate) mod dns;
+pub(crate) mod full_node;
+pub(crate) mod objects;
 pub(crate) mod responder;
 
-use std::{fs, ops::Range};
+use std::{fs, ops::Range, time::Instant};
 
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -104,6 +106,29 @@ pub(crate) fn cpu_ns(pid: u32) -> u64 {
         .filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok())
         .filter_map(|text| text.split(' ').next()?.parse::<u64>().ok())
         .sum()
+}
+
+/// The CPU time that a process takes during `action`, as a share of one core.
+pub(crate) fn share_of_cpu(pid: u32, action: impl FnOnce()) -> String {
+    let (before, start) = (cpu_ns(pid), Instant::now());
+    action();
+    let used = (cpu_ns(pid) - before) as f64 / start.elapsed().as_nanos() as f64;
+    format!("{:.2} %", 100.0 * used)
+}
+
+/// Milliseconds since `start`.
+pub(crate) fn since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
+}
+
+/// The resident memory of a process.
+pub(crate) fn resident(pid: u32) -> String {
+    mib(status_kib(pid, "VmRSS"))
+}
+
+/// Kilobytes as text.
+pub(crate) fn mib(kib: u64) -> String {
+    format!("{:.1} MiB", kib as f64 / 1024.0)
 }
 
 /// Pins a thread, and the threads that it starts, to these CPUs.
