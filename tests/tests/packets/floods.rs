@@ -2,12 +2,11 @@
 
 use std::{
     collections::HashSet,
-    fs,
     io::{Read as _, Write as _},
 };
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod,
+    DEADLINE, Lab, Pod,
     addresses::{RESOLVER, numbered},
     dns::{Answer, DnsSocket, RecordType, ResponseCode, framed_query, read_message},
 };
