@@ -173,7 +173,7 @@ fn a_policy_over_a_limit_is_named_and_the_last_good_one_stays() {
             "shop/cart",
             "the limit is 128",
             "ClusterEgressPolicy guard (132)",
-            "the last good policy stays",
+            "the last good ordered rules stay",
         ],
     );
     scene.cart.talks_tcp((server(10), 443));
