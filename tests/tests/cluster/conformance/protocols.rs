@@ -65,7 +65,7 @@ impl Facts {
         ]
     }
 
-    /// The tier Baseline has no `Pass`.
+    /// Upstream has no `Pass` among the rules of this tier.
     fn baseline(&self, names: &Names) -> Vec<Value> {
         let mut rules = self.admin(names);
         rules.retain(|rule| rule["action"] != "Pass");
