@@ -5,6 +5,7 @@
 //! [`crate::toolchain`] knows.
 
 pub(crate) mod apt;
+mod definitions;
 mod ebpf;
 pub(crate) mod kubernetes;
 
@@ -36,7 +37,7 @@ pub(crate) enum Purpose {
     Build,
     /// `cargo xtask demo`: also programs that show what passes
     Demo,
-    /// `cargo xtask test` and `lint`: also resolvers, clients and a Kubernetes API server
+    /// `cargo xtask test` and `lint`: also resolvers, clients and Kubernetes API servers
     Test,
     /// `cargo xtask e2e`: also the other programs of a Kubernetes node
     E2e,
@@ -221,6 +222,7 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
         musl()?;
         ebpf::ensure_library_sources()?;
         kubernetes::ensure()?;
+        definitions::ensure()?;
         deny()?;
     }
     if purpose == Purpose::E2e {
@@ -283,6 +285,7 @@ fn missing(purpose: Purpose) -> Vec<String> {
         }
         missing.extend(ebpf::missing_library_sources());
         missing.extend(kubernetes::missing());
+        missing.extend(definitions::missing());
         if !has_deny() {
             missing.push("cargo deny".to_owned());
         }

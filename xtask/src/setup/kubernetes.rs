@@ -217,7 +217,7 @@ fn directory() -> PathBuf {
 }
 
 /// Whether the user says with this variable which program to take.
-fn names_program(variable: &str) -> bool {
+pub(super) fn names_program(variable: &str) -> bool {
     let Some(path) = env::var_os(variable) else {
         return false;
     };
@@ -233,7 +233,7 @@ fn is_right(path: &Path) -> bool {
 }
 
 /// What is kept for the next checkout on this machine.
-fn cache() -> PathBuf {
+pub(super) fn cache() -> PathBuf {
     let named = |variable| env::var_os(variable).filter(|path| !path.is_empty());
     let caches = named("XDG_CACHE_HOME")
         .map(PathBuf::from)
@@ -244,7 +244,7 @@ fn cache() -> PathBuf {
 }
 
 /// Puts the program where the tests look for it: the same file where that is possible.
-fn place(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
     let directory = to.parent().context("a path without a directory")?;
     fs::create_dir_all(directory)
         .with_context(|| format!("cannot create {}", directory.display()))?;
@@ -353,12 +353,8 @@ fn patch(sources: &Path) -> Result<()> {
 /// settings of the system stay as they are.
 fn download(directory: &Path) -> Result<PathBuf> {
     let sources = directory.join("debian.sources");
-    let text = format!(
-        "Types: deb-src\nURIs: {}\nSuites: {RELEASE}\nComponents: main\n\
-         Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n",
-        mirror()?
-    );
-    fs::write(&sources, text).with_context(|| format!("cannot write {}", sources.display()))?;
+    fs::write(&sources, self::sources("deb-src", RELEASE)?)
+        .with_context(|| format!("cannot write {}", sources.display()))?;
     for part in ["lists/partial", "cache/archives/partial"] {
         let part = directory.join(part);
         fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
@@ -388,6 +384,15 @@ fn download(directory: &Path) -> Result<PathBuf> {
         .filter_map(|file| Some(file.ok()?.path()))
         .find(|file| is_archive(file.file_name().unwrap_or_default()))
         .with_context(|| format!("{RELEASE} has no source of Kubernetes {VERSION}"))
+}
+
+/// A list of sources with packages of this type, of a release of Debian, from where this machine has its packages from.
+pub(super) fn sources(types: &str, release: &str) -> Result<String> {
+    Ok(format!(
+        "Types: {types}\nURIs: {}\nSuites: {release}\nComponents: main\n\
+         Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n",
+        mirror()?
+    ))
 }
 
 fn is_archive(name: &OsStr) -> bool {
