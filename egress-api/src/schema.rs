@@ -7,7 +7,8 @@
 //! The API server estimates the cost of every expression from these bounds, and refuses a definition that may be too
 //! expensive (k8s.io/apiextensions-apiserver: 10,000,000 for one expression, 100,000,000 for all). A regular expression
 //! counts a quarter of its length for every ten bytes of the text, and a text four times its longest length. So lists
-//! and entries have limits, and an entry has several short expressions.
+//! and entries have limits, and an entry has several short expressions. docs/kubernetes.md has how much of the budgets
+//! is used; the tests in tests/tests/admission/served.rs fail when a definition exceeds them.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::{Value, json};

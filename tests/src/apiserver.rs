@@ -31,9 +31,9 @@ use crate::workspace;
 /// The API server that `cargo xtask setup` builds, below the workspace's top directory.
 const BUILT: &str = "target/kubernetes/1.20.2-2/kube-apiserver";
 /// The time within which a server must answer.
-const START: Duration = Duration::from_secs(90);
+pub(crate) const START: Duration = Duration::from_secs(90);
 /// The interval between two attempts to reach it.
-const POLL: Duration = Duration::from_millis(100);
+pub(crate) const POLL: Duration = Duration::from_millis(100);
 /// The number of ports to try: another process may take a free port before the server uses it.
 const ATTEMPTS: usize = 5;
 /// The address that the server advertises; nothing listens there.
@@ -84,10 +84,11 @@ pub struct ApiServer {
 
 /// A program that is killed when this is dropped.
 #[derive(Debug)]
-struct Process(Child);
+pub(crate) struct Process(Child);
 
 impl Process {
-    fn start(command: &mut Command, log: &Path) -> Self {
+    #[track_caller]
+    pub(crate) fn start(command: &mut Command, log: &Path) -> Self {
         let log = File::options()
             .create(true)
             .append(true)
@@ -101,7 +102,7 @@ impl Process {
         Self(spawned.unwrap_or_else(|e| panic!("start {}: {e}", command.get_program().display())))
     }
 
-    fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         self.0.try_wait().expect("wait(2) for a child").is_some()
     }
 }
@@ -474,7 +475,7 @@ fn apiserver() -> PathBuf {
     built
 }
 
-fn start_etcd(directory: &Path) -> (Process, u16) {
+pub(crate) fn start_etcd(directory: &Path) -> (Process, u16) {
     let program = env::var_os("ETCD").unwrap_or_else(|| "etcd".into());
     let log = directory.join("etcd.log");
     for attempt in 0..ATTEMPTS {

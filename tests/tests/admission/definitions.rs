@@ -16,14 +16,14 @@ use crate::{
 };
 
 /// The schema of the entries of a list.
-struct Entries {
+pub(crate) struct Entries {
     longest: usize,
     rules: Vec<(Program, Program, String)>,
 }
 
 impl Entries {
     /// The schema of `spec.<list>` of a kind; of a list in rules, `rules.entries`.
-    fn of(kind: &str, list: &str) -> Self {
+    pub(crate) fn of(kind: &str, list: &str) -> Self {
         let definitions = yaml::objects("base/crds.yaml");
         let mut definitions = definitions.iter();
         let definition = definitions.find(|one| one["spec"]["names"]["kind"] == kind);
@@ -60,7 +60,7 @@ impl Entries {
     }
 
     /// The reason why the entry is refused, if it is.
-    fn refused(&self, entry: &str) -> Option<String> {
+    pub(crate) fn refused(&self, entry: &str) -> Option<String> {
         if entry.is_empty() || entry.chars().count() > self.longest {
             return Some("its length".to_owned());
         }
@@ -83,12 +83,12 @@ impl Entries {
     }
 }
 
-fn is_readable(list: &str, entry: &str) -> bool {
+pub(crate) fn is_readable(list: &str, entry: &str) -> bool {
     readable(&annotations(&[(list, entry)])).is_ok()
 }
 
 /// The entries of a list of annotations.
-fn entries_of(list: &str) -> Vec<&str> {
+pub(crate) fn entries_of(list: &str) -> Vec<&str> {
     let lines = list.lines().map(|line| line.split('#').next());
     let entries = lines
         .flatten()
@@ -192,7 +192,7 @@ proptest! {
     }
 }
 
-const LISTS: [&str; 3] = ["allow", "deny", "resolve"];
+pub(crate) const LISTS: [&str; 3] = ["allow", "deny", "resolve"];
 
 thread_local! {
     /// Compilation takes longer than matching.

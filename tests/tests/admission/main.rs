@@ -8,6 +8,7 @@
 mod definitions;
 mod policy;
 mod reports;
+mod served;
 
 use std::{collections::BTreeMap, rc::Rc};
 
