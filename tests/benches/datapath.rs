@@ -19,10 +19,13 @@ use etherparse::PacketBuilder;
 
 const ROUNDS: usize = 30;
 const REPEAT: u32 = 100_000;
+/// The ports of the entries of the pod with many classes.
+const PORTS: std::ops::Range<u16> = 400..460;
 
 struct Case {
     what: &'static str,
     hook: Hook,
+    ifindex: IfIndex,
     mark: u32,
     frame: Vec<u8>,
     action: Action,
@@ -68,7 +71,12 @@ fn main() {
     let pod = lab.pod("b", "pod");
     lab.dns().addresses("shop.test", &[server(10)]);
     lab.write_pod(&pod, &[("allow", "shop.test:443 198.51.100.0/24:443")]);
-    let _agent = lab.start_agent(&[&pod]);
+    let wide = lab.pod("b", "wide");
+    let entries: Vec<String> = PORTS
+        .map(|port| format!("198.51.100.0/24:{port}"))
+        .collect();
+    lab.write_pod(&wide, &[("allow", &entries.join(" "))]);
+    let _agent = lab.start_agent(&[&pod, &wide]);
     pod.lookup("shop.test");
 
     lab.node().run(|| {
@@ -82,12 +90,15 @@ fn main() {
             trace: false,
         })
         .expect("the agent's maps");
-        let ifindex =
-            nix::net::if_::if_nametoindex(pod.interface()).expect("the pod's interface is there");
-        let ifindex = IfIndex::new(ifindex);
+        let ifindex = |pod: &Pod| {
+            let index = nix::net::if_::if_nametoindex(pod.interface());
+            IfIndex::new(index.expect("the pod's interface is there"))
+        };
+        let (of_pod, of_wide) = (ifindex(&pod), ifindex(&wide));
         let case = |what, frame, action| Case {
             what,
             hook: Hook::FromPod,
+            ifindex: of_pod,
             mark: 0,
             frame,
             action,
@@ -95,6 +106,8 @@ fn main() {
         };
         let known = tcp(&pod, server(10), CONNECTED, false);
         let opens = tcp(&pod, server(10), OPENING, true);
+        let opens_wide = tcp(&wide, IpAddr::from([198, 51, 100, 7]), OPENING, true);
+        let denied_wide = tcp(&wide, server(66), OPENING, true);
         // The server has answered on the first connection, but not on the second.
         for (hook, frame) in [
             (Hook::FromPod, tcp(&pod, server(10), CONNECTED, true)),
@@ -102,7 +115,7 @@ fn main() {
             (Hook::FromPod, known.clone()),
         ] {
             let run = datapath
-                .dry_run(hook, ifindex, 0, &frame, 1)
+                .dry_run(hook, of_pod, 0, &frame, 1)
                 .expect("the kernel runs the program");
             assert_eq!(run.action, Action::Pass);
         }
@@ -110,6 +123,14 @@ fn main() {
             case("established flow", known.clone(), Action::Pass),
             case("opening flow", opens, Action::Pass),
             case("denied", tcp(&pod, server(66), OPENING, true), Action::Drop),
+            Case {
+                ifindex: of_wide,
+                ..case("opening flow, 60 classes", opens_wide, Action::Pass)
+            },
+            Case {
+                ifindex: of_wide,
+                ..case("denied, 60 classes", denied_wide, Action::Drop)
+            },
             Case {
                 what: "mark looked at, redirected (floor)",
                 hook: Hook::ToPod,
@@ -120,7 +141,7 @@ fn main() {
         for _ in 0..ROUNDS {
             for case in &mut cases {
                 let run = datapath
-                    .dry_run(case.hook, ifindex, case.mark, &case.frame, REPEAT)
+                    .dry_run(case.hook, case.ifindex, case.mark, &case.frame, REPEAT)
                     .expect("the kernel runs the program");
                 assert_eq!(run.action, case.action, "{}", case.what);
                 case.taken.push(run.duration.as_nanos() as f64);
