@@ -160,6 +160,12 @@ impl ApiServer {
         self.port
     }
 
+    /// The processes of the server and of its etcd.
+    pub fn processes(&self) -> [u32; 2] {
+        let server = self.server().as_ref().map(|server| server.0.id());
+        [server.expect("the server runs"), self.etcd.0.id()]
+    }
+
     /// Kills the server; etcd keeps running.
     pub fn kill(&self) {
         *self.server() = None;

@@ -65,7 +65,8 @@ impl AppliedPolicies {
         policies: &Arc<PolicyObjects>,
         pods: &BTreeMap<&'a Subject, PodInForce<'a>>,
     ) {
-        let is_same = Arc::ptr_eq(&self.policies, policies)
+        let are_same_policies = Arc::ptr_eq(&self.policies, policies);
+        let is_same = are_same_policies
             && self.pods.len() == pods.len()
             && pods
                 .iter()
@@ -75,8 +76,11 @@ impl AppliedPolicies {
         }
         let mut former = std::mem::take(&mut self.pods);
         let known = pods.iter().map(|(subject, pod)| {
-            let former = former.remove(*subject);
-            ((*subject).clone(), Known::new(pod, former, policies))
+            let known = match former.remove(*subject) {
+                Some(former) if are_same_policies && former.is(pod) => former,
+                former => Known::new(pod, former, policies),
+            };
+            ((*subject).clone(), known)
         });
         self.pods = known.collect();
         self.policies = Arc::clone(policies);

@@ -152,7 +152,7 @@ impl Cluster {
             ..Snapshot::default()
         };
         let (sender, receiver) = watch::channel(Arc::new(nothing));
-        tasks.spawn(publish(shared, sender));
+        tasks.spawn(publish(shared, sender, reports.clone()));
         let watching = ClusterWatch {
             tasks,
             health,
@@ -200,7 +200,7 @@ impl ClusterWatch {
 }
 
 /// Publishes a snapshot whenever something has changed.
-async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
+async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>, reports: ReportSink) {
     let mut kubelet = tokio::time::interval(KUBELET_EVERY);
     let mut peers_renewed = Instant::now();
     loop {
@@ -224,6 +224,7 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>) {
         let (snapshot, needs_pods, is_waiting) = {
             let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
             let snapshot = state.snapshot(&shared.health);
+            reports.note_nodes(state.node.len());
             let policies = &state.policies;
             (
                 snapshot,

@@ -1,6 +1,7 @@
 //! Writes the node's report: its own object, and nobody else's.
 //!
-//! A report is written when its content has changed, at most once in [`EVERY`]. The same report is sent again after
+//! A report is written when its content has changed, at most once in [`EVERY`]. In a cluster of many nodes it is less
+//! often, so that all nodes together write at most [`WRITES_A_SECOND`]. The same report is sent again after
 //! [`RESYNC`], in case somebody has deleted or edited the object. The API server stores nothing if it is unchanged.
 
 use std::{
@@ -8,7 +9,7 @@ use std::{
     ops::Range,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -29,13 +30,14 @@ use super::{
     node_report::NodeReport,
 };
 
-/// Shortest time between two writes.
+/// Shortest time between two writes of a node.
 const EVERY: Duration = Duration::from_secs(5);
-/// How long a report waits for further changes. Each node has its own time from this range, so that a policy of the
-/// whole cluster does not make all nodes write at once.
-const SPREAD: Range<Duration> = Duration::from_millis(500)..EVERY;
-/// When a written report is sent again, also at a time of each node's own.
-const RESYNC: Range<Duration> = Duration::from_mins(30)..Duration::from_hours(1);
+/// Most writes of all nodes in a second, when the reports of all nodes change.
+const WRITES_A_SECOND: u32 = 100;
+/// How long a report waits for further changes at least.
+const WAIT_MIN: Duration = Duration::from_millis(500);
+/// When a written report is sent again. Each node has its own time from this range.
+const RESYNC: Range<Duration> = Duration::from_secs(30 * 60)..Duration::from_secs(60 * 60);
 /// The longest pause after failures. The first one is [`EVERY`], and each is twice the one before.
 const PAUSE_MAX: Duration = Duration::from_secs(5 * 60);
 /// How long the last report of an agent may take.
@@ -65,6 +67,7 @@ impl ReportCounters {
 pub struct ReportSink {
     latest: watch::Sender<Option<Arc<NodeReport>>>,
     counters: Arc<ReportCounters>,
+    nodes: Arc<AtomicU32>,
 }
 
 impl ReportSink {
@@ -77,6 +80,12 @@ impl ReportSink {
             }
             is_new
         });
+    }
+
+    /// Takes note of how many nodes the cluster has.
+    pub(super) fn note_nodes(&self, count: usize) {
+        self.nodes
+            .store(u32::try_from(count).unwrap_or(u32::MAX), Relaxed);
     }
 
     /// The counters of reports.
@@ -110,14 +119,21 @@ impl ReportSink {
 pub(super) fn channel(connection: Arc<Connection>, node: &str) -> (ReportSink, Writer) {
     let (latest, reports) = watch::channel(None);
     let counters = Arc::<ReportCounters>::default();
+    let nodes = Arc::<AtomicU32>::default();
     let writer = Writer {
         connection,
         node: node.to_owned(),
         reports,
         counters: Arc::clone(&counters),
+        nodes: Arc::clone(&nodes),
         is_failing: false,
     };
-    (ReportSink { latest, counters }, writer)
+    let sink = ReportSink {
+        latest,
+        counters,
+        nodes,
+    };
+    (sink, writer)
 }
 
 /// Writes reports.
@@ -127,13 +143,13 @@ pub(super) struct Writer {
     node: String,
     reports: watch::Receiver<Option<Arc<NodeReport>>>,
     counters: Arc<ReportCounters>,
+    nodes: Arc<AtomicU32>,
     is_failing: bool,
 }
 
 impl Writer {
     /// Writes reports until the sink is gone.
     pub(super) async fn run(mut self) {
-        let spread = self.within(SPREAD);
         let resync = self.within(RESYNC);
         // When the API server may be asked again, and when a written report is sent again.
         let mut may_write = Instant::now();
@@ -151,7 +167,9 @@ impl Writer {
             if !has_changed {
                 return;
             }
-            sleep_until(may_write.max(Instant::now() + spread)).await;
+            // An edit that concerns every node does not make all of them write at once.
+            let wait = self.within(WAIT_MIN..self.interval());
+            sleep_until(may_write.max(Instant::now() + wait)).await;
             loop {
                 let latest = self.reports.borrow_and_update().clone();
                 let Some(latest) = latest.filter(|latest| written.as_ref() != Some(latest)) else {
@@ -160,10 +178,12 @@ impl Writer {
                 if self.write(&latest).await {
                     written = Some(latest);
                     pause = EVERY;
-                    may_write = Instant::now() + EVERY;
+                    may_write = Instant::now() + self.interval();
                     sent_again = Some(Instant::now() + resync);
                     break;
                 }
+                // A write without a response may have been carried out.
+                written = None;
                 sleep_until(Instant::now() + pause).await;
                 pause = PAUSE_MAX.min(pause * 2);
             }
@@ -178,13 +198,18 @@ impl Writer {
         }
     }
 
+    /// Shortest time between two writes, by the size of the cluster.
+    fn interval(&self) -> Duration {
+        interval(self.nodes.load(Relaxed))
+    }
+
     /// This node's time within a range.
     fn within(&self, range: Range<Duration>) -> Duration {
         const STEPS: u32 = 1024;
         let mut hasher = DefaultHasher::new();
         self.node.hash(&mut hasher);
         let step = hasher.finish() % u64::from(STEPS);
-        range.start + (range.end - range.start) / STEPS * step as u32
+        range.start + range.end.saturating_sub(range.start) / STEPS * step as u32
     }
 
     /// Writes the report, and creates the object if there is none. Returns true on success.
@@ -248,5 +273,23 @@ impl Writer {
             ..ObjectMeta::default()
         };
         EgressNodeReport::new(metadata, report.status.clone())
+    }
+}
+
+fn interval(nodes: u32) -> Duration {
+    let all = (Duration::from_secs(1) / WRITES_A_SECOND).saturating_mul(nodes);
+    all.clamp(EVERY, PAUSE_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_nodes_together_write_at_a_bounded_rate() {
+        assert_eq!(interval(0), EVERY);
+        assert_eq!(interval(500), EVERY);
+        assert_eq!(interval(5000), Duration::from_secs(50));
+        assert_eq!(interval(u32::MAX), PAUSE_MAX);
     }
 }
