@@ -50,7 +50,7 @@ pub use compile::{
     Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
     without_namespace,
 };
-pub use describe::describe;
+pub use describe::{DescribedRule, Description, describe};
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, RuleName, Unreadable};
 pub use excerpt::Excerpt;
@@ -61,6 +61,7 @@ pub use parse::check_entry;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;
+pub use sets::check_destinations;
 pub use translators::Translators;
 
 /// All that concerns one pod, not parsed yet.
