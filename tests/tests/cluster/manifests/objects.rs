@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use egress_api::{ClusterEgressPolicy, ClusterNetworkPolicy, EgressPolicy, EgressSet};
 use egress_tests::yaml::{self, identity};
 use k8s_openapi::{
     api::{
@@ -55,6 +56,14 @@ pub(super) fn check_typed(object: &Value) -> Result<(), String> {
         }
         ("apiextensions.k8s.io/v1", "CustomResourceDefinition") => {
             check::<CustomResourceDefinition>(object)
+        }
+        ("egress-agent.dev/v1alpha1", "EgressPolicy") => check::<EgressPolicy>(object),
+        ("egress-agent.dev/v1alpha1", "ClusterEgressPolicy") => {
+            check::<ClusterEgressPolicy>(object)
+        }
+        ("egress-agent.dev/v1alpha1", "EgressSet") => check::<EgressSet>(object),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => {
+            check::<ClusterNetworkPolicy>(object)
         }
         ("monitoring.coreos.com/v1", "PodMonitor") => {
             check_keys(&object["spec"], &["selector", "podMetricsEndpoints"])
