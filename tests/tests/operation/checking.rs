@@ -174,26 +174,28 @@ fn every_rule_of_a_workload_is_printed_in_the_order_of_evaluation_with_its_sourc
 #[test]
 fn every_kind_of_workload_is_read() {
     let template = "{metadata: {labels: {app: web}}, spec: {containers: []}}";
-    let mut input = POLICIES.to_owned();
-    for (version, kind) in [
+    let of_template = |version: &str, kind: &str| {
+        format!(
+            "---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: a, namespace: shop}}\n\
+             spec: {{template: {template}}}\n"
+        )
+    };
+    let workloads = [
         ("apps/v1", "Deployment"),
         ("apps/v1", "StatefulSet"),
         ("apps/v1", "DaemonSet"),
         ("apps/v1", "ReplicaSet"),
         ("v1", "ReplicationController"),
         ("batch/v1", "Job"),
-    ] {
-        input.push_str(&format!(
-            "---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: a, namespace: shop}}\n\
-             spec: {{template: {template}}}\n"
-        ));
-    }
-    input.push_str(&format!(
+    ];
+    let workloads = workloads.map(|(version, kind)| of_template(version, kind));
+    let others = format!(
         "---\napiVersion: batch/v1\nkind: CronJob\nmetadata: {{name: a, namespace: shop}}\n\
          spec: {{jobTemplate: {{spec: {{template: {template}}}}}}}\n\
          ---\napiVersion: v1\nkind: Pod\nmetadata: {{name: a, namespace: shop, labels: {{app: web}}}}\n\
          spec: {{hostNetwork: true}}\n"
-    ));
+    );
+    let input = [POLICIES, &workloads.concat(), &others].concat();
     let said = check(&["--summary", "-"], &input);
     assert_eq!(said.code, Some(0), "{}", said.errors);
     assert_eq!(said.output.lines().count(), 8, "{}", said.output);

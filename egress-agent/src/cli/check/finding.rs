@@ -1,5 +1,7 @@
 //! What `check` finds: problems and warnings with their places.
 
+use std::fmt::Write as _;
+
 use egress_policy::Excerpt;
 
 use crate::pods::Place;
@@ -114,7 +116,9 @@ impl Finding {
         match self.further {
             0 => {}
             1 => message.push_str(" (and 1 more workload)"),
-            further => message.push_str(&format!(" (and {further} more workloads)")),
+            further => {
+                let _ = write!(message, " (and {further} more workloads)");
+            }
         }
         message
     }

@@ -110,6 +110,21 @@ fn every_field_of_every_object_is_known_to_the_api_server() {
 }
 
 #[test]
+fn every_version_of_a_definition_is_served_and_converted_without_a_webhook() {
+    for definition in yaml::objects("base/crds.yaml") {
+        let spec = &definition["spec"];
+        let versions = list(&spec["versions"]);
+        assert!(versions.iter().all(|version| version["served"] == true));
+        let stored = versions.iter().filter(|version| version["storage"] == true);
+        assert_eq!(stored.count(), 1, "{definition}");
+        assert!(matches!(
+            spec["conversion"]["strategy"].as_str(),
+            None | Some("None")
+        ));
+    }
+}
+
+#[test]
 fn a_misspelled_field_is_detected() {
     let mut objects = yaml::objects("base/daemonset.yaml");
     objects[0]["spec"]["template"]["spec"]["hostPid"] = true.into();
