@@ -50,7 +50,7 @@ pub use compile::{
     Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
     unreadable_tiers, without_namespace,
 };
-pub use describe::describe;
+pub use describe::{DescribedRule, Description, describe};
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, RuleName, Unreadable};
 pub use excerpt::Excerpt;
@@ -61,7 +61,7 @@ pub use parse::check_entry;
 pub use prefix::Prefix;
 pub use resolver::Resolver;
 pub use search_list::Autopath;
-pub use sets::set_of_entry;
+pub use sets::{check_destinations, set_of_entry};
 pub use translators::Translators;
 
 /// All that concerns one pod, not parsed yet.

@@ -76,6 +76,16 @@ pub enum Tier {
     Baseline,
 }
 
+impl Tier {
+    /// The tier as manifests write it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "Admin",
+            Self::Baseline => "Baseline",
+        }
+    }
+}
+
 /// What becomes of packets that match a rule of a tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum TierAction {

@@ -88,21 +88,10 @@ impl<'a> Sets<'a> {
             if self.are_exceeded() {
                 break;
             }
-            let read = read_one(member).map_err(|error| {
-                let EntryError { found, message, .. } = error;
+            let read = read_member(member).map_err(|EntryError { found, message, .. }| {
                 let of_set = format!("uses the EgressSet `{name}`, in which `{found}` {message}");
                 wrong(0, text, of_set)
             })?;
-            if read
-                .iter()
-                .any(|one| one.ports.is_some() || one.protocol.is_some())
-            {
-                let of_set = format!(
-                    "uses the EgressSet `{name}`, in which `{member}` has a port or protocol: expected a \
-                     destination alone"
-                );
-                return Err(wrong(0, text, of_set));
-            }
             self.count(read.len());
             entries.extend(read.into_iter().map(|one| Entry {
                 destination: one.destination,
@@ -111,6 +100,33 @@ impl<'a> Sets<'a> {
         }
         Ok(entries)
     }
+}
+
+/// Parses a destination of a set.
+fn read_member(member: &str) -> Result<Vec<Entry>, EntryError> {
+    let read = read_one(member)?;
+    let has_more = |one: &Entry| one.ports.is_some() || one.protocol.is_some();
+    if read.iter().any(has_more) {
+        return Err(EntryError {
+            at: 0,
+            found: member.to_owned(),
+            message: "has a port or protocol: expected a destination alone".to_owned(),
+        });
+    }
+    Ok(read)
+}
+
+/// What is wrong with the destinations of a set: the number of each that cannot be read, from 1, the column, and the
+/// message.
+pub fn check_destinations(destinations: &[String]) -> Vec<(usize, usize, String)> {
+    let numbered = (1..).zip(destinations);
+    let wrong = numbered.filter_map(|(number, member)| {
+        let EntryError { at, found, message } = read_member(member).err()?;
+        let found = if found.is_empty() { member } else { &found };
+        let column = member[..at].chars().count() + 1;
+        Some((number, column, format!("`{found}` {message}")))
+    });
+    wrong.collect()
 }
 
 /// Parses an entry without a set.
@@ -175,6 +191,13 @@ mod tests {
         let message = |text: &str| read(text).unwrap_err().message;
         assert!(message("@gitlab").contains("no EgressSet named `gitlab`"));
         assert!(message("@bad:443").contains("`a.test:443` has a port"));
+        let destinations = ["a.test", "b.test:443", "192.0.2.0/33"].map(str::to_owned);
+        let found = check_destinations(&destinations);
+        let places: Vec<_> = found
+            .iter()
+            .map(|(number, column, _)| (*number, *column))
+            .collect();
+        assert_eq!(places, [(2, 1), (3, 1)], "{found:?}");
         let error = read("@github:x").unwrap_err();
         assert_eq!((error.at, error.found.as_str()), (8, "x"));
     }

@@ -37,12 +37,12 @@ enum Command {
     /// Writes denials to standard output, one JSON object per line, and its log to standard error. The
     /// environment variable `RUST_LOG` sets the log's level, for example `RUST_LOG=debug`.
     Run(RunArgs),
-    /// Print the destinations that each pod of the manifests may reach, or each error with its line.
+    /// Print what the pods of each workload may reach and why, or each error with its line.
     ///
     /// Reads Pods, workloads (Deployments and the like, by the template of their pods), Namespaces and policy objects,
-    /// and combines all that are among the files. Prints each problem on a line of its own; below it the line of the
-    /// annotation, with carets under the invalid text. Exits with 1 if there is a problem. Loads no program, and needs
-    /// no privileges.
+    /// and combines all that are among the files. Prints rules in the order of evaluation, each with the object that
+    /// it comes from. Prints each problem on a line of its own; below it the line of the annotation, with carets under
+    /// the invalid text. Exits with 1 if there is a problem. Loads no program, and needs no privileges.
     Check(CheckArgs),
     /// Read network policies of other products, and print policy objects for this agent.
     ///
@@ -126,9 +126,27 @@ struct CheckArgs {
     /// Exit with 1 for warnings, too.
     #[arg(long)]
     strict: bool,
+    /// The format of the report. docs/check.md describes each.
+    #[arg(short, long, value_enum, default_value_t = CheckOutput::Text)]
+    output: CheckOutput,
+    /// In text, print a line for each workload in place of its rules.
+    #[arg(long)]
+    summary: bool,
     /// Configuration file. Without it, every key has its default.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CheckOutput {
+    /// For people.
+    Text,
+    /// Workloads, rules and findings.
+    Json,
+    /// SARIF 2.1.0, for code scanning.
+    Sarif,
+    /// Workflow commands of GitHub Actions.
+    Github,
 }
 
 #[derive(Debug, clap::Args)]

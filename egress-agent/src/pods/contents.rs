@@ -45,7 +45,8 @@ impl Contents {
             mut objects,
             mut problems,
             mut unreadable,
-            with_workloads: _,
+            for_check: _,
+            ignored: _,
         } = read;
         for object in &mut objects {
             if !object.is_incomplete() {

@@ -13,9 +13,7 @@ use tokio::sync::watch;
 
 use super::{
     Problem, Snapshot,
-    contents::{Contents, Files},
-    manifest::Manifests,
-    snapshot::assemble,
+    contents::Files,
     watching::{Changes, Watching, Woken},
 };
 
@@ -28,16 +26,6 @@ const SETTLED_MAX: Duration = Duration::from_millis(100);
 const RESCAN_EVERY: Duration = Duration::from_secs(5);
 /// The same, while a file is unfinished or the directory cannot be read.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
-
-/// Reads manifests for people who write policies: the names of files with their texts. Unlike in a
-/// [`Directory`], a workload stands for the pods of its template, under the name `<kind>/<name>`.
-pub fn read_for_check<'a>(texts: impl IntoIterator<Item = (&'a str, &'a str)>) -> Snapshot {
-    let contents: Vec<Contents> = texts
-        .into_iter()
-        .map(|(name, text)| Contents::of(Manifests::read_with_workloads(name, text)))
-        .collect();
-    assemble(contents.iter())
-}
 
 fn unlisted(directory: &Path, error: &io::Error) -> Problem {
     Problem {

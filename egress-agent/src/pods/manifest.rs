@@ -22,8 +22,10 @@ pub(super) struct Manifests {
     pub(super) problems: Vec<Problem>,
     /// Whether a part could not be read, so that objects may be missing.
     pub(super) unreadable: bool,
-    /// Whether workloads are read.
-    pub(super) with_workloads: bool,
+    /// Whether they are read for people who write policies: see [`Self::read_for_check`].
+    pub(super) for_check: bool,
+    /// For these people, the kinds of documents that are not read.
+    pub(super) ignored: Vec<String>,
 }
 
 impl Manifests {
@@ -32,10 +34,11 @@ impl Manifests {
         Self::default().of(file, text)
     }
 
-    /// The same, and a workload is read as a pod of its template.
-    pub(super) fn read_with_workloads(file: &str, text: &str) -> Self {
+    /// The same, for people who write policies. A workload is read as a pod of its template. A document of another kind
+    /// and a pod without an interface are no problems.
+    pub(super) fn read_for_check(file: &str, text: &str) -> Self {
         let manifests = Self {
-            with_workloads: true,
+            for_check: true,
             ..Self::default()
         };
         manifests.of(file, text)
@@ -89,7 +92,7 @@ impl Manifests {
 
     /// The workload of this apiVersion and kind, if workloads are read.
     fn workload(&self, kind: &str) -> Option<Workload> {
-        Workload::of(kind).filter(|_| self.with_workloads)
+        Workload::of(kind).filter(|_| self.for_check)
     }
 
     fn add_workload(
@@ -146,7 +149,11 @@ impl Manifests {
     }
 
     fn add_pod(&mut self, origin: &str, pod: v1::Pod) -> Result<(), Problem> {
-        let (pod, problems) = PodObject::read(origin, pod)?;
+        let (pod, mut problems) = PodObject::read(origin, pod)?;
+        if self.for_check && pod.pod.interface.is_none() && !pod.incomplete {
+            // That there is nothing to enforce on is a matter of the node.
+            problems.pop();
+        }
         self.objects.push(Object::Pod(Box::new(pod)));
         self.problems.extend(problems);
         Ok(())
@@ -171,6 +178,10 @@ impl Manifests {
     }
 
     fn ignore(&mut self, origin: String, kind: &str) {
+        if self.for_check {
+            self.ignored.push(kind.to_owned());
+            return;
+        }
         let policies = PolicyKind::ALL.map(PolicyKind::name).join(", ");
         let message =
             format!("ignored: kind {kind}; only v1 Pod, Namespace, List, {policies} are read");

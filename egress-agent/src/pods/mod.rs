@@ -10,6 +10,7 @@
 //!  objects of the API server ─ cluster/follow ─▶ tables of reduced objects ─ cluster/state ─▶ Snapshot
 //! ```
 
+mod checked;
 pub mod cluster;
 mod contents;
 pub mod directory;
@@ -18,18 +19,22 @@ mod knowledge;
 mod manifest;
 mod name;
 mod object;
+mod places;
 mod policies;
 mod snapshot;
 mod watching;
 mod workload;
 mod yaml_hint;
 
+pub use checked::{Checked, read_for_check};
 pub use cluster::Cluster;
-pub use directory::{Directory, DirectoryThread, read_for_check};
+pub use directory::{Directory, DirectoryThread};
 pub use knowledge::{FactSource, Knowledge, RefusedKinds, SourcedFacts};
 pub use name::NamespacedName;
+pub use places::{Place, Places};
 pub use policies::{ObjectVersion, PodCounts, PolicyFacts, PolicyObjects, PolicyState};
 pub use snapshot::{Facts, Pod, Problem, Snapshot};
+pub use workload::kind_and_name;
 
 /// Prefix of the agent's annotations; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";

@@ -217,7 +217,7 @@ pub(super) fn assemble<'a>(files: impl Iterator<Item = &'a Contents>) -> Snapsho
 }
 
 /// The peers of rules, without a cluster.
-struct NoCluster;
+pub(super) struct NoCluster;
 
 impl Peers for NoCluster {
     fn nodes(&self, _: &Selector) -> Result<Vec<IpAddr>, String> {

@@ -34,10 +34,24 @@ impl Workload {
         ALL.into_iter().find(|known| known.kind == kind)
     }
 
+    /// Its kind, as manifests write it.
+    fn kind(self) -> &'static str {
+        self.kind.rsplit(' ').next().unwrap_or(self.kind)
+    }
+
     /// Its kind as one word in lower case.
     pub(super) const fn word(self) -> &'static str {
         self.word
     }
+}
+
+/// The kind and the name of a pod that was read for `check`: those of the workload whose pods it stands for.
+pub fn kind_and_name(pod: &str) -> (&'static str, &str) {
+    let Some((word, name)) = pod.split_once('/') else {
+        return ("Pod", pod);
+    };
+    let workload = ALL.into_iter().find(|known| known.word == word);
+    (workload.map_or("Pod", Workload::kind), name)
 }
 
 /// The manifest of a workload.
@@ -127,7 +141,7 @@ spec: {podSelector: {matchLabels: {app: cart}}, allow: [web.test:443]}
             ("c.yaml", cron_job),
             ("p.yaml", policy),
         ];
-        let snapshot = read_for_check(all);
+        let snapshot = read_for_check(all).snapshot;
         assert_eq!(snapshot.problems, []);
         let pods: Vec<_> = snapshot.pods.values().collect();
         let [report, cart] = pods[..] else {
@@ -146,7 +160,7 @@ spec: {podSelector: {matchLabels: {app: cart}}, allow: [web.test:443]}
     #[test]
     fn a_workload_without_a_template_is_a_problem_with_its_place() {
         let text = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: cart}\nspec: {}\n";
-        let snapshot = read_for_check([("d.yaml", text)]);
+        let snapshot = read_for_check([("d.yaml", text)]).snapshot;
         let problem = snapshot.problems[0].to_string();
         assert!(
             problem.starts_with("d.yaml:1: the workload has no template"),

@@ -53,7 +53,6 @@ pub(crate) fn readable(annotations: &BTreeMap<String, String>) -> Result<(), Str
         .expect("defaults")
         .policy_settings();
     describe(
-        "x/x",
         Inputs::annotations(&Annotations::from_map(annotations), &Annotations::default()),
         &settings,
     )

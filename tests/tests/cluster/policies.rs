@@ -345,6 +345,46 @@ fn a_kind_that_is_installed_in_another_version_is_reported() {
 }
 
 #[test]
+fn the_api_server_accepts_the_examples_and_the_agent_reads_them() {
+    let server = Arc::new(ApiServer::start());
+    install(&server);
+    install_upstream(&server);
+    server.allow_agent("agent", &rules(|_| true));
+    server.namespace("shop", &json!({}));
+    let files = yaml::files();
+    let is_example = |file: &&String| {
+        file.starts_with("examples/sets/") || file.starts_with("examples/policies/")
+    };
+    let mut policies = 0;
+    for file in files.iter().filter(is_example) {
+        for object in yaml::objects(file) {
+            put(&server, &object);
+            policies += 1;
+        }
+    }
+    assert!(policies > 15, "{policies}");
+    server.apply(&labelled("shop", "cart", "n1", "cart"));
+    let mut agent = Follower::start(server.kubeconfig(Identity::Agent), "n1");
+    let seen = agent.until("the policies select the pod", |s| {
+        let selecting = selecting(s, "shop", "cart");
+        selecting
+            .iter()
+            .any(|name| name == "EgressPolicy shop/cart")
+            && selecting
+                .iter()
+                .any(|name| name == "EgressPolicy shop/closed")
+            && get(s, "shop", "cart").is_some_and(|pod| pod.objects.sets.len() > 10)
+    });
+    let problems: Vec<String> = seen.problems.iter().map(ToString::to_string).collect();
+    assert!(
+        !problems
+            .iter()
+            .any(|problem| problem.contains("Policy") || problem.contains("Set")),
+        "{problems:?}"
+    );
+}
+
+#[test]
 fn without_the_right_to_list_policies_annotations_go_on() {
     let server = Arc::new(ApiServer::start());
     install(&server);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod blocked_output;
+mod checking;
 mod importing;
 mod lifecycle;
 mod machine;

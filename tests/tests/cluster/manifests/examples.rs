@@ -22,17 +22,56 @@ fn the_annotations_of_the_examples_are_valid_and_cause_no_warning() {
                 continue;
             };
             let own = Annotations::from_map(&annotations);
-            let text = policy::describe(
-                "x",
+            let described = policy::describe(
                 Inputs::annotations(&own, &Annotations::default()),
                 &settings,
             )
             .unwrap_or_else(|error| panic!("{error}"));
-            assert!(!text.contains("warning:"), "{text}");
+            assert_eq!(described.warnings, Vec::<String>::new());
             read += 1;
         }
     }
     assert_eq!(read, 7);
+}
+
+/// The files of the examples in this directory.
+fn examples(directory: &str) -> Vec<String> {
+    let prefix = format!("examples/{directory}/");
+    let files = yaml::files().into_iter();
+    files.filter(|file| file.starts_with(&prefix)).collect()
+}
+
+#[test]
+fn every_example_of_a_set_names_its_source_and_the_date() {
+    let files = examples("sets");
+    assert!(files.len() >= 10, "{files:?}");
+    for file in files {
+        let text = std::fs::read_to_string(yaml::directory().join(&file)).expect("read a set");
+        let comments: Vec<&str> = text
+            .lines()
+            .take_while(|line| line.starts_with('#'))
+            .collect();
+        let has = |beginning: &str| comments.iter().any(|line| line.starts_with(beginning));
+        assert!(has("# Source: ") && has("# Read on 20"), "{file}");
+        let [set] = &yaml::objects(&file)[..] else {
+            panic!("{file}: not one object");
+        };
+        let (_, _, name) = identity(set);
+        assert_eq!(file, format!("examples/sets/{name}.yaml"));
+    }
+}
+
+#[test]
+fn the_examples_of_sets_and_policies_mean_something_and_cause_no_warning() {
+    let mut command = std::process::Command::new(egress_tests::Agent::program());
+    command.args(["check", "--strict"]);
+    for directory in ["sets", "policies"] {
+        command.arg(yaml::directory().join("examples").join(directory));
+    }
+    let output = command.output().expect("the agent's program runs");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success() && said.is_empty(), "{said}");
 }
 
 /// The files that `tests/e2e/run` applies, relative to the manifests.
@@ -53,7 +92,6 @@ fn the_pods_of_the_end_to_end_checks_are_valid_for_the_api_server_and_the_agent(
                 serde_json::from_value(annotations.clone()).unwrap_or_default();
             let own = Annotations::from_map(&annotations);
             match policy::describe(
-                &name,
                 Inputs::annotations(&own, &Annotations::default()),
                 &settings,
             ) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use egress_api::{ClusterEgressPolicy, ClusterNetworkPolicy, EgressPolicy, EgressSet};
 use egress_tests::yaml::{self, identity};
 use k8s_openapi::{
     api::{
@@ -56,6 +57,14 @@ pub(super) fn check_typed(object: &Value) -> Result<(), String> {
         ("apiextensions.k8s.io/v1", "CustomResourceDefinition") => {
             check::<CustomResourceDefinition>(object)
         }
+        ("egress-agent.dev/v1alpha1", "EgressPolicy") => check::<EgressPolicy>(object),
+        ("egress-agent.dev/v1alpha1", "ClusterEgressPolicy") => {
+            check::<ClusterEgressPolicy>(object)
+        }
+        ("egress-agent.dev/v1alpha1", "EgressSet") => check::<EgressSet>(object),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => {
+            check::<ClusterNetworkPolicy>(object)
+        }
         ("monitoring.coreos.com/v1", "PodMonitor") => {
             check_keys(&object["spec"], &["selector", "podMetricsEndpoints"])
         }
@@ -97,6 +106,21 @@ fn every_field_of_every_object_is_known_to_the_api_server() {
             check_typed(&object)
                 .unwrap_or_else(|error| panic!("{file}: {:?} {error}", identity(&object)));
         }
+    }
+}
+
+#[test]
+fn every_version_of_a_definition_is_served_and_converted_without_a_webhook() {
+    for definition in yaml::objects("base/crds.yaml") {
+        let spec = &definition["spec"];
+        let versions = list(&spec["versions"]);
+        assert!(versions.iter().all(|version| version["served"] == true));
+        let stored = versions.iter().filter(|version| version["storage"] == true);
+        assert_eq!(stored.count(), 1, "{definition}");
+        assert!(matches!(
+            spec["conversion"]["strategy"].as_str(),
+            None | Some("None")
+        ));
     }
 }
 
