@@ -1,11 +1,7 @@
-//! What the facts about a cluster come from, and which of these sources and which kinds of policy objects are known.
+//! What the facts about a cluster come from, and which of these sources are known.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use egress_policy::objects::{ObjectKind, Objects};
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::Facts;
@@ -73,37 +69,6 @@ impl Knowledge {
 impl FromIterator<FactSource> for Knowledge {
     fn from_iter<I: IntoIterator<Item = FactSource>>(known: I) -> Self {
         Self(known.into_iter().collect())
-    }
-}
-
-/// The kinds of policy objects that the API server has never listed, because it refuses to. Nobody knows which objects
-/// of them there are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RefusedKinds {
-    /// The kinds of policies.
-    pub policies: Vec<ObjectKind>,
-    /// Whether `EgressSet` is one of them.
-    pub sets: bool,
-}
-
-impl RefusedKinds {
-    /// Whether every kind is known.
-    pub fn is_empty(&self) -> bool {
-        self.policies.is_empty() && !self.sets
-    }
-
-    /// Gives a pod the objects of these kinds that selected it earlier.
-    pub fn restore(&self, objects: &mut Objects, earlier: &Objects) {
-        let is_refused = |kind| self.policies.contains(&kind);
-        let namespace = earlier.namespace.iter();
-        let namespace = namespace.filter(|policy| is_refused(policy.name.kind));
-        objects.namespace.extend(namespace.cloned());
-        let tiers = earlier.tiers.iter();
-        let tiers = tiers.filter(|policy| is_refused(policy.name.kind));
-        objects.tiers.extend(tiers.cloned());
-        if self.sets {
-            objects.sets = Arc::clone(&earlier.sets);
-        }
     }
 }
 

@@ -29,7 +29,7 @@ mod yaml_hint;
 pub use checked::{Checked, read_for_check};
 pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread};
-pub use knowledge::{FactSource, Knowledge, RefusedKinds, SourcedFacts};
+pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
 pub use places::{Place, Places};
 pub use policies::{ObjectVersion, PodCounts, PolicyFacts, PolicyObjects, PolicyState};

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     contents::Contents,
-    knowledge::{Knowledge, RefusedKinds, SourcedFacts},
+    knowledge::{Knowledge, SourcedFacts},
     name::NamespacedName,
     object::{Namespace, Object, PodObject},
     policies::{PolicyFacts, PolicyObjects, Sets, applied},
@@ -101,8 +101,6 @@ pub struct Snapshot {
     pub sources: SourcedFacts,
     /// Which of these sources are known.
     pub knowledge: Knowledge,
-    /// The kinds of policy objects that are not known.
-    pub refused: RefusedKinds,
     /// The UID of the node's object in the cluster.
     pub node_uid: Option<String>,
 }

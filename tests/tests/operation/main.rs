@@ -14,5 +14,4 @@ mod restart_keeps_names;
 mod standby;
 mod start_gate;
 mod start_without_facts;
-mod start_without_objects;
 mod takeover;

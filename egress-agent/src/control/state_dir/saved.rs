@@ -53,7 +53,7 @@ struct Document<P> {
 pub(in crate::control) struct Saved {
     path: PathBuf,
     node: String,
-    /// The file's pods, until the source knows pods and every kind of policy object.
+    /// The file's pods, until the source knows pods.
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
     facts: SourcedFacts,
@@ -93,13 +93,12 @@ impl Saved {
     }
 
     /// The snapshot to reconcile with: the source's, or the file's content as long as the source knows no pods. The
-    /// file's facts stay until what they come from is known: a watch that is not complete yet has removed nothing. So do
-    /// the file's policy objects of kinds that the API server refuses to list.
+    /// file's facts stay until what they come from is known: a watch that is not complete yet has removed nothing.
     ///
     /// A snapshot is saved before it is used, so an agent that starts later never uses an older one.
     pub(in crate::control) fn current(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
         if !snapshot.unreadable {
-            let snapshot = self.with_refused_kinds(snapshot);
+            self.pods = None;
             let snapshot = self.with_unknown_facts(snapshot);
             self.keep(&snapshot);
             return snapshot;
@@ -116,23 +115,6 @@ impl Saved {
             sources: self.facts.clone(),
             ..Snapshot::default()
         })
-    }
-
-    fn with_refused_kinds(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
-        if snapshot.refused.is_empty() {
-            self.pods = None;
-        }
-        let Some(earlier) = &self.pods else {
-            return snapshot;
-        };
-        let mut snapshot = Snapshot::clone(&snapshot);
-        for earlier in earlier {
-            let pod = snapshot.pods.get_mut(&earlier.key());
-            if let Some(pod) = pod.filter(|pod| pod.uid == earlier.uid) {
-                snapshot.refused.restore(&mut pod.objects, &earlier.objects);
-            }
-        }
-        Arc::new(snapshot)
     }
 
     fn with_unknown_facts(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {

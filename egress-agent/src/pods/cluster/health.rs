@@ -229,11 +229,6 @@ impl Health {
         )
     }
 
-    /// Whether the server refuses to list this kind of object.
-    pub(super) fn is_refused(&self, watched: Watched) -> bool {
-        matches!(self.failing(watched).failure, Some(Failure::Refused(_)))
-    }
-
     pub(super) fn record_list(&self, watched: Watched) {
         self.of(watched).lists.fetch_add(1, Relaxed);
     }

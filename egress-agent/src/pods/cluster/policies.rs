@@ -15,7 +15,7 @@ use kube::{
 
 use super::{
     super::{
-        NamespacedName, Pod, Problem, RefusedKinds,
+        NamespacedName, Pod, Problem,
         policies::{ObjectVersion, PolicyFacts, PolicyKind, PolicyObjects, Set, Sets, applied},
     },
     definitions::{Definition, Signals},
@@ -215,22 +215,6 @@ impl Policies {
         self.kinds().into_iter().all(is_ready) && (!self.needs_pods() || is_ready(peers))
     }
 
-    /// The kinds that have never been listed, because the server refuses to.
-    pub(super) fn refused(&self, health: &Health) -> RefusedKinds {
-        let is_refused =
-            |(watched, is_complete): (Watched, bool)| !is_complete && health.is_refused(watched);
-        let mut refused = RefusedKinds::default();
-        for (kind, followed) in PolicyKind::ALL.into_iter().zip(self.kinds()) {
-            match kind {
-                PolicyKind::Policy(kind) if is_refused(followed) => refused.policies.push(kind),
-                PolicyKind::Policy(_) => {}
-                PolicyKind::Set => refused.sets = is_refused(followed),
-            }
-        }
-        refused
-    }
-
-    /// How each kind is followed, in the order of [`PolicyKind::ALL`], and whether it has been listed.
     fn kinds(&self) -> [(Watched, bool); 4] {
         let policies = [&self.egress, &self.cluster_egress, &self.network].map(Table::is_complete);
         let [egress, cluster_egress, network] = policies;

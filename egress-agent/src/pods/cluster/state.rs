@@ -98,7 +98,6 @@ impl State {
             facts: sources.together(),
             sources,
             knowledge: self.knowledge(),
-            refused: self.policies.refused(health),
             node_uid: self
                 .node
                 .get("", &self.node_name)
