@@ -44,8 +44,6 @@ pub(super) struct Signals {
     pub(super) changes: u64,
     /// For each kind, in the order of [`PolicyKind::ALL`], changes when its objects must be listed anew.
     pub(super) lists: [u64; PolicyKind::ALL.len()],
-    /// Which of them are known to have a definition.
-    pub(super) has_definition: [bool; PolicyKind::ALL.len()],
     /// Which of them are known to have no definition.
     pub(super) is_undefined: [bool; PolicyKind::ALL.len()],
 }

@@ -37,9 +37,6 @@ const NOT_SERVED_PAUSE: Duration = Duration::from_secs(600);
 const UNDEFINED_PAUSE: Duration = Duration::from_secs(20);
 /// … and the first one: a kind is served a moment after its definition has changed.
 const DEFINED_PAUSE: Duration = Duration::from_millis(200);
-/// After how many requests in a row a kind that has a definition and is not served counts as one of another version. A
-/// kind whose definition is new is served before.
-const OTHER_VERSION_AFTER: u32 = 5;
 /// How long to wait before the pods of the cluster are requested again.
 const PEERS_PAUSE: Duration = Duration::from_secs(20);
 
@@ -100,7 +97,6 @@ where
     let mut signals = shared.definitions.subscribe();
     let mut backoff = DefaultBackoff::default();
     let mut pause = DEFINED_PAUSE;
-    let mut not_served: u32 = 0;
     loop {
         let lists = signals.borrow_and_update().lists[index];
         let must_be_listed = |signals: &Signals| signals.lists[index] != lists;
@@ -109,16 +105,7 @@ where
             () = follow_until(&shared, &plan, Until::NotServed, &mut backoff) => {}
             _ = watching.wait_for(must_be_listed) => continue,
         }
-        not_served = if signals.borrow().has_definition[index] {
-            not_served + 1
-        } else {
-            0
-        };
-        let failure = if not_served >= OTHER_VERSION_AFTER {
-            Failure::OtherVersion(kind)
-        } else {
-            Failure::NotServed
-        };
+        let failure = Failure::NotServed;
         shared.health.record_failure(plan.watched, failure);
         let is_undefined = signals.borrow().is_undefined[index]
             && !shared.health.is_not_offered(Watched::Definitions);

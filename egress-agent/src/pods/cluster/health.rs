@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::super::{Problem, policies::PolicyKind};
+use super::super::Problem;
 
 /// Consecutive failures from which on a watch counts as failed, not only as interrupted.
 const INTERRUPTED: u32 = 2;
@@ -132,8 +132,6 @@ pub(super) enum Failure {
     Refused(String),
     /// The server does not have this kind of object.
     NotServed,
-    /// The server has this kind of policy object, but not in the version that is read.
-    OtherVersion(PolicyKind),
     /// The last known resource version is too old to continue from. The list that follows repairs it.
     Gone,
 }
@@ -225,7 +223,7 @@ impl Health {
         let failing = self.failing(watched);
         matches!(
             failing.failure,
-            Some(Failure::NotServed | Failure::OtherVersion(_) | Failure::Refused(_))
+            Some(Failure::NotServed | Failure::Refused(_))
         )
     }
 
@@ -341,12 +339,6 @@ fn problem_text(watched: Watched, failure: &Failure) -> Option<String> {
         Failure::NotServed => {
             format!("{watched} cannot be watched: the API server does not have this kind of object")
         }
-        Failure::OtherVersion(kind) => format!(
-            "{watched} do not count: the definition of {} does not serve the version {}/{}: install one that does",
-            kind.name(),
-            kind.group(),
-            kind.version()
-        ),
         Failure::Gone => return None,
     })
 }

@@ -250,7 +250,6 @@ impl Policies {
         for (index, kind) in PolicyKind::ALL.into_iter().enumerate() {
             let is_there = Definition::is_there(&self.definitions, kind);
             self.defined[index] |= is_there;
-            signals.has_definition[index] = is_there;
             signals.is_undefined[index] = !is_there;
             // A kind that never had a definition here may be served without one.
             let is_removed = self.defined[index] && !is_there;
