@@ -28,7 +28,8 @@ pub use cluster::Cluster;
 pub use directory::{Directory, DirectoryThread, read_for_check};
 pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
-pub use snapshot::{Facts, Pod, Problem, Snapshot};
+pub use policies::{PolicyKind, PolicyKinds};
+pub use snapshot::{Facts, ObjectsOf, Pod, Problem, Snapshot};
 
 /// Prefix of the agent's annotations; others are not kept.
 pub const ANNOTATION_PREFIX: &str = "egress-agent.dev/";

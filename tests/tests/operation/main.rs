@@ -13,4 +13,5 @@ mod restart_keeps_names;
 mod standby;
 mod start_gate;
 mod start_without_facts;
+mod start_without_objects;
 mod takeover;

@@ -1,9 +1,14 @@
 //! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use egress_policy::objects::{NamespacePolicy, Objects, TierPolicy};
 use serde::{Deserialize, Serialize};
+
+use crate::pods::PolicyKind;
 
 /// The objects of several pods.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -27,7 +32,10 @@ impl SavedObjects {
         let mut saved = Self::default();
         let (mut namespace, mut tiers) = (BTreeMap::new(), BTreeMap::new());
         for objects in pods {
-            saved.sets = Arc::clone(&objects.sets);
+            // A pod whose objects are not known has none.
+            if !objects.sets.is_empty() {
+                saved.sets = Arc::clone(&objects.sets);
+            }
             let selected = Selected {
                 namespace: indexes(&objects.namespace, &mut namespace, &mut saved.namespace),
                 tiers: indexes(&objects.tiers, &mut tiers, &mut saved.tiers),
@@ -35,6 +43,15 @@ impl SavedObjects {
             saved.selected.push(selected);
         }
         saved
+    }
+
+    /// The kinds of these objects.
+    pub(super) fn kinds(&self) -> BTreeSet<PolicyKind> {
+        let namespace = self.namespace.iter().map(|policy| policy.name.kind);
+        let tiers = self.tiers.iter().map(|policy| policy.name.kind);
+        let sets = (!self.sets.is_empty()).then_some(PolicyKind::Set);
+        let policies = namespace.chain(tiers).map(PolicyKind::Policy);
+        policies.chain(sets).collect()
     }
 
     /// The objects of the pod with this index, or `None` if the file contradicts itself.
@@ -108,6 +125,22 @@ mod tests {
         for (index, objects) in pods.iter().enumerate() {
             assert_eq!(read.of_pod(index).as_ref(), Some(objects), "{index}");
         }
+        let kinds = [
+            PolicyKind::Policy(ObjectKind::EgressPolicy),
+            PolicyKind::Set,
+        ];
+        assert_eq!(read.kinds(), kinds.into());
+    }
+
+    #[test]
+    fn a_pod_whose_objects_are_not_known_does_not_hide_the_sets_of_others() {
+        let sets = Arc::new(BTreeMap::from([("web".to_owned(), vec!["b.test".into()])]));
+        let known = Objects {
+            sets: Arc::clone(&sets),
+            ..Objects::default()
+        };
+        let saved = SavedObjects::of([known, Objects::default()].iter());
+        assert_eq!(saved.of_pod(0).expect("the first pod").sets, sets);
     }
 
     #[test]

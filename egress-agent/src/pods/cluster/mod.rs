@@ -23,6 +23,7 @@ mod nodes;
 mod peers;
 mod pod;
 mod policies;
+mod standing;
 mod state;
 mod table;
 mod token_bucket;

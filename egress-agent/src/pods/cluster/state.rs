@@ -97,6 +97,7 @@ impl State {
             facts: sources.together(),
             sources,
             knowledge: self.knowledge(),
+            kinds: self.policies.kinds(health),
         }
     }
 
