@@ -300,6 +300,17 @@ impl ApiServer {
         }
     }
 
+    /// Changes the object at this path by a JSON patch, as administrator.
+    #[track_caller]
+    pub fn patch_json(&self, path: &str, changes: &Value) {
+        let request = Request::patch(path)
+            .header("content-type", "application/json-patch+json")
+            .body(changes.to_string().into_bytes())
+            .expect("a request");
+        let patched = self.with(async |client| client.request_text(request).await);
+        patched.unwrap_or_else(|e| panic!("patch {path}: {e}"));
+    }
+
     /// Creates an `EndpointSlice` of a Service, if the server supports version v1 of them.
     #[track_caller]
     pub fn apply_slice(&self, namespace: &str, service: &str, addresses: &[&str]) {

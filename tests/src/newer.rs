@@ -5,7 +5,7 @@
 
 use std::{
     io::{Error, Result},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use futures_util::{AsyncBufReadExt as _, StreamExt as _};
@@ -25,13 +25,19 @@ const PATHS: (&str, &str) = (
     "/apis/discovery.k8s.io/v1/",
     "/apis/discovery.k8s.io/v1beta1/",
 );
+/// The response about a resource that a server does not have.
+const NOT_FOUND: &str = r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"the server could not find the requested resource","reason":"NotFound","code":404}"#;
 /// The version in objects, likewise.
 const VERSIONS: (&str, &str) = ("\"discovery.k8s.io/v1\"", "\"discovery.k8s.io/v1beta1\"");
+
+/// The resources that the API does not have now.
+type Hidden = Arc<Mutex<Vec<&'static str>>>;
 
 /// Serves the newer API on a port of 127.0.0.1, without TLS, until it is dropped.
 #[derive(Debug)]
 pub struct NewerApi {
     port: u16,
+    hidden: Hidden,
     _runtime: Runtime,
 }
 
@@ -48,17 +54,36 @@ impl NewerApi {
         let listener = listener.expect("a free port");
         let port = listener.local_addr().expect("its address").port();
         let behind: Arc<Config> = Arc::new(runtime.block_on(server.config(Identity::Agent)));
+        let hidden = Hidden::default();
+        let hides = Arc::clone(&hidden);
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let client = Client::try_from((*behind).clone()).expect("a client");
+                let hidden = Arc::clone(&hides);
                 // A client that closes the connection ends only this task.
-                tokio::spawn(async move { serve(stream, &client).await.ok() });
+                tokio::spawn(async move { serve(stream, &client, &hidden).await.ok() });
             }
         });
         Self {
             port,
+            hidden,
             _runtime: runtime,
         }
+    }
+
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Answers new requests for this resource as a server does that does not have it.
+    pub fn hide(&self, resource: &'static str) {
+        lock(&self.hidden).push(resource);
+    }
+
+    /// Answers requests for every resource again.
+    pub fn show_all(&self) {
+        lock(&self.hidden).clear();
     }
 
     /// A kubeconfig for this proxy. All requests have the agent's rights.
@@ -85,9 +110,17 @@ impl NewerApi {
 }
 
 /// Answers the requests of one connection, one after the other.
-async fn serve(stream: TcpStream, client: &Client) -> Result<()> {
+async fn serve(stream: TcpStream, client: &Client, hidden: &Hidden) -> Result<()> {
     let mut stream = BufReader::new(stream);
     while let Some(request) = read(&mut stream).await? {
+        let path = request.uri().path();
+        let resource = path.rsplit('/').next().unwrap_or_default();
+        if lock(hidden).contains(&resource) {
+            head(&mut stream, 404).await?;
+            chunk(&mut stream, NOT_FOUND).await?;
+            stream.write_all(b"0\r\n\r\n").await?;
+            continue;
+        }
         let answered = client.request_stream(request).await;
         let lines = match answered {
             Ok(lines) => lines,
@@ -110,6 +143,10 @@ async fn serve(stream: TcpStream, client: &Client) -> Result<()> {
         stream.write_all(b"0\r\n\r\n").await?;
     }
     Ok(())
+}
+
+fn lock(hidden: &Hidden) -> MutexGuard<'_, Vec<&'static str>> {
+    hidden.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The next request, in the old server's terms; `None` at the end of the stream.

@@ -32,8 +32,10 @@ pub use directory::{Directory, DirectoryThread};
 pub use knowledge::{FactSource, Knowledge, SourcedFacts};
 pub use name::NamespacedName;
 pub use places::{Place, Places};
-pub use policies::{ObjectVersion, PodCounts, PolicyFacts, PolicyObjects, PolicyState};
-pub use snapshot::{Facts, Pod, Problem, Snapshot};
+pub use policies::{
+    ObjectVersion, PodCounts, PolicyFacts, PolicyKind, PolicyKinds, PolicyObjects, PolicyState,
+};
+pub use snapshot::{Facts, ObjectsOf, Pod, Problem, Snapshot};
 pub use workload::kind_and_name;
 
 /// Prefix of the agent's annotations; others are not kept.

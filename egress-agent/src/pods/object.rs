@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    ANNOTATION_PREFIX, INTERFACE_ANNOTATION, Pod, Problem,
+    ANNOTATION_PREFIX, INTERFACE_ANNOTATION, ObjectsOf, Pod, Problem,
     policies::{ObjectVersion, PolicyKind, Set},
 };
 
@@ -222,6 +222,7 @@ impl Common {
             namespace_annotations: BTreeMap::new(),
             namespace_known: true,
             objects: Objects::default(),
+            objects_of: ObjectsOf::Known,
             host_network: spec.host_network.unwrap_or(false),
             is_pending: false,
             node_name: spec.node_name,

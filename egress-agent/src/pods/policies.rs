@@ -1,9 +1,14 @@
 //! Policy objects, as both sources of pods have them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+};
 
 use egress_api::{Applied, Body, Peers, Policy, Rules, read_set};
 use egress_policy::objects::{ObjectKind, ObjectName};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The destinations of every `EgressSet`, by its name.
@@ -84,14 +89,34 @@ impl Set {
 }
 
 /// A kind of policy object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PolicyKind {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PolicyKind {
+    /// Objects that select pods.
     Policy(ObjectKind),
+    /// `EgressSet`.
     Set,
 }
 
+impl fmt::Display for PolicyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What is known of the kinds of policy objects of a cluster. A kind in none of these sets does not exist there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PolicyKinds {
+    /// Those whose objects have been listed.
+    pub listed: BTreeSet<PolicyKind>,
+    /// Those that the API server has not listed and that it may have: it refuses them, for example.
+    pub unlisted: BTreeSet<PolicyKind>,
+    /// Those of `unlisted` of which an earlier agent knew objects.
+    pub withheld: BTreeSet<PolicyKind>,
+}
+
 impl PolicyKind {
-    pub(super) const ALL: [Self; 4] = [
+    /// All kinds.
+    pub const ALL: [Self; 4] = [
         Self::Policy(ObjectKind::EgressPolicy),
         Self::Policy(ObjectKind::ClusterEgressPolicy),
         Self::Policy(ObjectKind::ClusterNetworkPolicy),

@@ -15,7 +15,7 @@ use super::{
     knowledge::{Knowledge, SourcedFacts},
     name::NamespacedName,
     object::{Namespace, Object, PodObject},
-    policies::{PolicyFacts, PolicyObjects, Sets, applied},
+    policies::{PolicyFacts, PolicyKinds, PolicyObjects, Sets, applied},
 };
 use egress_policy::{Prefix, Resolver, objects::Objects};
 
@@ -50,6 +50,9 @@ pub struct Pod {
     /// The policy objects that select it.
     #[serde(skip)]
     pub objects: Objects,
+    /// Whether these are all. If not, the pod must be closed until they are known.
+    #[serde(default)]
+    pub objects_of: ObjectsOf,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// Whether no program of it runs yet, according to the kubelet: its phase is `Pending`, and it has no
@@ -61,7 +64,24 @@ pub struct Pod {
     pub origin: String,
 }
 
+/// How much is known of the policy objects that select a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ObjectsOf {
+    /// All of them are known.
+    #[default]
+    Known,
+    /// The API server does not list a kind of objects that there may be.
+    Unknown,
+    /// The same, and an earlier agent left the pod under a whole policy.
+    UnknownButEnforced,
+}
+
 impl Pod {
+    /// Whether its namespace and all policy objects that select it are known.
+    pub fn is_known(&self) -> bool {
+        self.namespace_known && self.objects_of == ObjectsOf::Known
+    }
+
     /// The pod's namespace and name.
     pub fn key(&self) -> NamespacedName {
         NamespacedName::new(&*self.namespace, &*self.name)
@@ -103,6 +123,8 @@ pub struct Snapshot {
     pub knowledge: Knowledge,
     /// The UID of the node's object in the cluster.
     pub node_uid: Option<String>,
+    /// Which kinds of policy objects are known.
+    pub kinds: PolicyKinds,
 }
 
 /// Facts about a cluster; empty without one.

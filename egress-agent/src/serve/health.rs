@@ -53,6 +53,8 @@ pub(super) fn unready(sources: &Sources) -> Vec<String> {
                 .to_owned(),
         );
     }
+    let withheld = node.withheld.iter();
+    missing.extend(withheld.map(|kind| format!("the {kind} objects could not be listed yet")));
     let mut pods = node.pods.iter().filter(|(_, pod)| pod.is_missing());
     for (subject, pod) in pods.by_ref().take(NAMED) {
         let (namespace, name) = subject.fields();

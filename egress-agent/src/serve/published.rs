@@ -15,7 +15,7 @@ use egress_common::ids::{IfIndex, PodId, PolicyId};
 use crate::{
     datapath::boottime_ns,
     host::Exits,
-    pods::{PodCounts, PolicyState},
+    pods::{PodCounts, PolicyKind, PolicyState},
     report::{Counter, DenialCounts, Gauge, Histogram, PodIdentity, Subject},
 };
 use egress_policy::{Annotations, Compiled, Inputs, Mode, Objects, Resolver, Settings};
@@ -183,6 +183,8 @@ pub struct StatusSnapshot {
     pub problems: BTreeMap<String, String>,
     /// Whether there may be more pods, because the source could not be read completely.
     pub incomplete: bool,
+    /// The kinds of policy objects that an earlier agent knew and that the API server does not list.
+    pub withheld: Vec<PolicyKind>,
     /// The connection to the API server; `None` without a cluster.
     pub cluster: Option<ClusterState>,
     /// How many connections from before the enforcement were kept.

@@ -14,4 +14,5 @@ mod restart_keeps_names;
 mod standby;
 mod start_gate;
 mod start_without_facts;
+mod start_without_objects;
 mod takeover;

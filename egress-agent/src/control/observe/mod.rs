@@ -51,7 +51,7 @@ use crate::{
     datapath::Adoptable,
     gate::Stats,
     host::{Exits, Link},
-    pods::{Pod, PolicyObjects, Snapshot},
+    pods::{NamespacedName, ObjectsOf, Pod, PolicyKind, PolicyObjects, Snapshot},
     report::Subject,
 };
 use answers::Answers;
@@ -71,6 +71,8 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) pods: BTreeMap<Subject, ObservedPod<'a>>,
     /// Whether the source could not be read in full, so that pods may be missing in `pods`.
     pub(in crate::control) incomplete: bool,
+    /// The kinds of policy objects that an earlier agent knew and that the source does not list.
+    pub(in crate::control) withheld: Vec<PolicyKind>,
     /// Whether the source is a cluster's API server.
     pub(in crate::control) in_cluster: bool,
     /// All policy objects of the source.
@@ -179,7 +181,7 @@ impl Observer {
         settings: &Settings,
         InKernel { enforced, left }: InKernel,
     ) -> Observed<'a> {
-        let (pods, mut locations) = self.locate(machine, source, &enforced);
+        let (pods, mut locations) = self.locate(machine, source, &enforced, &left);
         self.unjudged.look(&self.locations.there());
         self.exits.begin(&locations, &machine.links);
         self.policies.retain(|subject| pods.contains_key(subject));
@@ -212,6 +214,7 @@ impl Observer {
         Observed {
             pods: pods.collect(),
             incomplete: source.unreadable,
+            withheld: source.kinds.withheld.iter().copied().collect(),
             in_cluster: self.in_cluster,
             policies: Arc::clone(&source.policies),
             node_uid: source.node_uid.as_deref(),
@@ -237,6 +240,7 @@ impl Observer {
         machine: &mut Machine,
         source: &'a Snapshot,
         enforced: &BTreeMap<Subject, InForce>,
+        left: &BTreeMap<PodId, Adoptable>,
     ) -> (BTreeMap<Subject, Cow<'a, Pod>>, BTreeMap<Subject, Location>) {
         let in_force = enforced.values().map(|in_force| &in_force.wanted);
         let attached = in_force.flat_map(|wanted| wanted.interfaces.iter().copied());
@@ -244,7 +248,8 @@ impl Observer {
         let look = self.locations.look(machine, source);
         let mut locations = look.locations;
         // A pod of which nothing runs any more is still enforced on its interface.
-        let held = held(source, enforced);
+        let mut held = held(source, enforced);
+        held.extend(kept_left(source, left));
         let mut unidentified = look.unidentified.unwrap_or_else(|| {
             let gone = self.locations.has_quarantine();
             quarantine::as_before(enforced, gone.then_some(&machine.links))
@@ -276,7 +281,7 @@ impl Observer {
     ) -> ObservedPod<'a> {
         let policy = if subject.is_interface() {
             self.policies.unidentified()
-        } else if !pod.namespace_known {
+        } else if !pod.is_known() {
             let quarantine = settings.config.quarantine.enabled;
             self.policies.without_namespace(&pod, quarantine)
         } else {
@@ -285,7 +290,7 @@ impl Observer {
         let is_enforceable = policy.mode != Mode::Off && !pod.host_network;
         let exits = match &location {
             Location::Found(location)
-                if is_enforceable && !subject.is_interface() && pod.namespace_known =>
+                if is_enforceable && !subject.is_interface() && pod.is_known() =>
             {
                 Some(self.exits.of(subject, location, pod.cgroup_uid.is_some()))
             }
@@ -317,6 +322,22 @@ impl Observer {
     pub(in crate::control) fn is_expecting(&self) -> bool {
         self.unlocated.any() || self.locations.has_unidentified()
     }
+}
+
+/// The interfaces on which an earlier agent left pods of the source whose objects are not known.
+fn kept_left(
+    source: &Snapshot,
+    left: &BTreeMap<PodId, Adoptable>,
+) -> impl Iterator<Item = IfIndex> {
+    let left = left.values().filter(|left| {
+        let pod = source
+            .pods
+            .get(&NamespacedName::new(&*left.namespace, &*left.name));
+        pod.is_some_and(|pod| {
+            pod.uid == left.uid && pod.objects_of == ObjectsOf::UnknownButEnforced
+        })
+    });
+    left.flat_map(|left| left.interfaces.iter().map(|&(ifindex, _)| ifindex))
 }
 
 /// The interfaces on which pods of the source are enforced.

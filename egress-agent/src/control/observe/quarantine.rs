@@ -9,7 +9,11 @@ use std::collections::BTreeMap;
 use egress_common::ids::IfIndex;
 
 use super::InForce;
-use crate::{host::Links, pods::Pod, report::Subject};
+use crate::{
+    host::Links,
+    pods::{ObjectsOf, Pod},
+    report::Subject,
+};
 use egress_policy::objects::Objects;
 
 /// The problem of an interface that stays in quarantine.
@@ -51,6 +55,7 @@ pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,
         objects: Objects::default(),
+        objects_of: ObjectsOf::Known,
         host_network: false,
         is_pending: false,
         node_name: None,

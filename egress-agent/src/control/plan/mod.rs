@@ -276,12 +276,16 @@ impl Plan {
                 }
                 continue;
             }
+            let found = observed.pods.get(&subject);
+            let is_same = found.is_some_and(|found| found.pod.uid == left.uid);
+            if is_same && targets.kept_left.contains(&subject) {
+                self.kept.push(id);
+                continue;
+            }
             let is_wanted = targets.wanted.iter().any(|&(wanted, _)| *wanted == subject)
                 && !targets.enforced.contains_key(&subject);
-            let is_adopted = is_wanted && targets.left_as(&subject, &left.uid) == Some(id) && {
-                let found = observed.pods.get(&subject);
-                found.is_some_and(|found| found.pod.uid == left.uid)
-            };
+            let is_adopted =
+                is_wanted && targets.left_as(&subject, &left.uid) == Some(id) && is_same;
             if !is_adopted {
                 let interfaces: Vec<IfIndex> = left.interfaces.iter().map(|&(at, _)| at).collect();
                 self.remove_left(id, &interfaces, targets);

@@ -15,10 +15,13 @@ use crate::{
         },
         settings::Settings,
     },
-    pods::Pod,
+    pods::{ObjectsOf, Pod},
     report::Subject,
 };
 use egress_policy::{Annotations, Compiled, Mode};
+
+/// Why a pod is not under a policy of its own.
+const UNKNOWN_OBJECTS: &str = "which policy objects select it is not known, because the API server does not list a kind of them";
 
 /// What should be done with one pod.
 pub(super) enum Decision {
@@ -29,6 +32,8 @@ pub(super) enum Decision {
     /// Keep what is in force, because what should be cannot be found out; the text says why where somebody should
     /// know.
     Keep(Option<String>),
+    /// Keep what an earlier agent left in force, because what should be cannot be found out; the text says why.
+    KeepLeft(String),
     /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
     Refuse(String),
     /// Keep what is in force, because the pod cannot be found any more. The text says why. It becomes a problem
@@ -64,6 +69,24 @@ pub(super) fn decide(
         let why = "its namespace is not known; the last good policy stays";
         return Decision::Keep(Some(why.to_owned()));
     }
+    let mut notes = Vec::new();
+    match pod.objects_of {
+        ObjectsOf::Known => {}
+        ObjectsOf::UnknownButEnforced if is_left_on_all(observed, subject, found) => {
+            let why = "enforced as an earlier agent left it, without DNS";
+            return Decision::KeepLeft(format!("{UNKNOWN_OBJECTS}; {why}"));
+        }
+        ObjectsOf::Unknown | ObjectsOf::UnknownButEnforced => {
+            let in_force = observed.enforced.get(subject);
+            if is_enforced
+                && in_force.is_some_and(|in_force| in_force.wanted.compiled != found.policy)
+            {
+                let why = format!("{UNKNOWN_OBJECTS}; the last good policy stays");
+                return Decision::Keep(Some(why));
+            }
+            notes.push(format!("{UNKNOWN_OBJECTS}; {}", follows(found.policy.mode)));
+        }
+    }
     let location = match &found.location {
         Location::Found(location) => location,
         // The pod has ended, and the cluster does not say so yet.
@@ -86,7 +109,7 @@ pub(super) fn decide(
         }
         Location::Nowhere(why) => return Decision::Free(Some(why.clone())),
     };
-    let mut notes: Vec<String> = location.note.iter().cloned().collect();
+    notes.extend(location.note.clone());
     let is_anothers = |ifindex: &IfIndex| taken.get(ifindex).is_some_and(|other| other != subject);
     let (others, free): (Vec<IfIndex>, Vec<IfIndex>) =
         location.interfaces.iter().partition(|at| is_anothers(at));
@@ -159,10 +182,7 @@ pub(super) fn decide(
     if is_enforced {
         return Decision::Keep(Some(format!("{why}; the last good policy stays")));
     }
-    let follows = match policy.mode {
-        Mode::Enforce => "everything external is denied",
-        Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
-    };
+    let follows = follows(policy.mode);
     let closed = closed(policy.mode, pod, &observed.policy_settings);
     Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
 }
@@ -171,6 +191,19 @@ pub(super) fn decide(
 fn is_enforced(observed: &Observed<'_>, subject: &Subject, uid: &str) -> bool {
     let in_force = observed.enforced.get(subject);
     in_force.is_some_and(|in_force| in_force.wanted.uid == uid)
+}
+
+/// Whether an earlier agent left this very pod enforced on all of its interfaces.
+fn is_left_on_all(observed: &Observed<'_>, subject: &Subject, found: &ObservedPod<'_>) -> bool {
+    let mut left = observed.left.values();
+    let left = left.find(|left| {
+        (&*left.namespace, &*left.name) == subject.fields() && left.uid == found.pod.uid
+    });
+    left.is_some_and(|left| {
+        let is_left = |ifindex: &IfIndex| left.interfaces.iter().any(|(at, _)| at == ifindex);
+        let mut interfaces = found.location.interfaces().iter();
+        interfaces.all(is_left)
+    })
 }
 
 /// Who has an interface already.
@@ -184,6 +217,14 @@ fn already_anothers(
     match taken.get(&ifindex) {
         Some(pod @ Subject::Pod(_)) => format!("interface {name} is already that of pod {pod}"),
         _ => format!("interface {name} is in quarantine"),
+    }
+}
+
+/// What becomes of a pod's traffic under a closed policy in this mode.
+fn follows(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Enforce => "everything external is denied",
+        Mode::Audit | Mode::Off => "everything external would be denied; nothing is stopped",
     }
 }
 

@@ -9,12 +9,13 @@ use egress_common::{
 
 use super::{
     Action,
-    scene::{Scene, subject, told},
+    scene::{Scene, behind, subject, told},
     wanted::{Wanted, mapped},
 };
 use crate::{
     control::observe::{first_addresses::FirstAddresses, locations::Location, unlocated::Absence},
     host::{Exit, Exits, LeadsTo},
+    pods::ObjectsOf,
 };
 
 /// What the pod is to be under.
@@ -48,6 +49,65 @@ fn a_pod_keeps_its_last_good_policy_while_its_namespace_is_not_known() {
     assert_eq!(
         scene.problem("cart"),
         "its namespace is not known; the last good policy stays"
+    );
+}
+
+#[test]
+fn a_pod_whose_objects_are_not_known_stays_as_an_earlier_agent_left_it() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    scene.restart();
+    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let cart = scene.get("cart");
+    cart.pod.objects_of = ObjectsOf::UnknownButEnforced;
+    cart.policy = Arc::clone(&closed);
+    let plan = scene.plan();
+    assert!(told(&plan).is_empty());
+    assert_eq!(plan.kept.len(), 1);
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("enforced as an earlier agent left it, without DNS")
+    );
+    // On another interface it would be open.
+    scene.get("cart").location = behind(&[1, 2]);
+    assert_eq!(wanted(&scene, "cart").compiled, closed);
+    // Its location may not be known for a moment.
+    scene.get("cart").location = Location::NotYet("later".into());
+    let plan = scene.plan();
+    assert!(told(&plan).is_empty());
+    assert_eq!(plan.kept.len(), 1);
+}
+
+#[test]
+fn a_new_pod_whose_objects_are_not_known_is_closed_and_follows_its_addresses() {
+    let mut scene = Scene::new();
+    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let cart = scene.add("cart", 1);
+    cart.pod.objects_of = ObjectsOf::Unknown;
+    cart.policy = Arc::clone(&closed);
+    assert_eq!(wanted(&scene, "cart").compiled, closed);
+    scene.reconcile();
+    assert!(told(&scene.plan()).is_empty());
+    let address = IpAddr::from([10, 0, 0, 9]);
+    scene.get("cart").pod.addresses = vec![address];
+    assert_eq!(told(&scene.plan()), ["prepare", "change cart"]);
+}
+
+#[test]
+fn a_pod_keeps_its_last_good_policy_while_its_objects_are_not_known() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.reconcile();
+    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let cart = scene.get("cart");
+    (cart.pod.objects_of, cart.policy) = (ObjectsOf::Unknown, closed);
+    assert!(told(&scene.plan()).is_empty());
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("the last good policy stays")
     );
 }
 

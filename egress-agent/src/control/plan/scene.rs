@@ -30,7 +30,7 @@ use crate::{
     },
     datapath::Adoptable,
     host::Exits,
-    pods::{Facts, Pod},
+    pods::{Facts, ObjectsOf, Pod},
     report::Subject,
 };
 use egress_policy::{Annotations, Compiled, Inputs, objects::Objects};
@@ -142,6 +142,7 @@ impl Scene {
         Observed {
             pods: pods.collect(),
             incomplete: self.incomplete,
+            withheld: Vec::new(),
             in_cluster: self.in_cluster,
             policies: Arc::default(),
             node_uid: None,
@@ -324,6 +325,7 @@ pub(in crate::control) fn pod(name: &str) -> Pod {
         namespace_annotations: BTreeMap::new(),
         namespace_known: true,
         objects: Objects::default(),
+        objects_of: ObjectsOf::Known,
         host_network: false,
         is_pending: false,
         node_name: None,

@@ -34,6 +34,8 @@ pub(super) struct Targets<'a> {
     /// Interfaces that a pod is to be enforced on, whether or not it can be now.
     pub(super) claimed: HashSet<IfIndex>,
     pub(super) left: &'a BTreeMap<PodId, Adoptable>,
+    /// The pods of the source that stay as an earlier agent left them.
+    pub(super) kept_left: HashSet<&'a Subject>,
 }
 
 impl<'a> Targets<'a> {
@@ -66,6 +68,7 @@ impl<'a> Targets<'a> {
             freed,
             claimed: HashSet::new(),
             left: &observed.left,
+            kept_left: HashSet::new(),
         };
         for (subject, found) in &observed.pods {
             let interfaces = found.location.interfaces();
@@ -85,6 +88,10 @@ impl<'a> Targets<'a> {
                 Decision::Keep(why) => {
                     targets.claimed.extend(interfaces);
                     why
+                }
+                Decision::KeepLeft(why) => {
+                    targets.kept_left.insert(subject);
+                    Some(why)
                 }
                 Decision::Refuse(why) => {
                     targets.claimed.extend(interfaces);

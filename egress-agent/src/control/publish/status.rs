@@ -105,6 +105,7 @@ impl Publisher {
             trusted: connections.trust.is_given(),
             trust: connections.trust.to_string(),
             incomplete: observed.incomplete,
+            withheld: observed.withheld.clone(),
             cluster: self.cluster.as_ref().map(ClusterSide::state),
             pods,
         }
@@ -135,8 +136,8 @@ impl Publisher {
             uid: pod.uid.clone(),
             mode: match &compiled {
                 Some(compiled) => compiled.mode,
-                // What its namespace demands is not known yet.
-                None if !pod.namespace_known => Mode::Enforce,
+                // What its namespace, or a policy object, demands is not known yet.
+                None if !pod.is_known() => Mode::Enforce,
                 None => Mode::Off,
             },
             host_network: pod.host_network,

@@ -7,7 +7,7 @@ use egress_common::limits::FlowLimits;
 use tokio::{sync::watch, time::sleep};
 
 use super::Signals;
-use crate::control::Options;
+use crate::control::{Options, state_dir::saved};
 use crate::{
     datapath::{self, Datapath, Lock, TryLock},
     pods::Snapshot,
@@ -47,9 +47,13 @@ pub(in crate::control) async fn only_agent(
     }
     tracing::info!("standing by: another agent runs, and this one takes over when it ends");
     let missing = || {
-        let knows_pods = !snapshots.borrow().unreadable;
-        let missing = "which pods there are is not known yet".to_owned();
-        (!knows_pods).then_some(missing).into_iter().collect()
+        let snapshot = Arc::clone(&snapshots.borrow());
+        if snapshot.unreadable {
+            return vec!["which pods there are is not known yet".to_owned()];
+        }
+        let unlisted = saved::unlisted(config, &snapshot).into_iter();
+        let missing = unlisted.map(|kind| format!("the {kind} objects could not be listed yet"));
+        missing.collect()
     };
     let standing_by = stand_by(&config.serve.socket, missing);
     tokio::pin!(standing_by);

@@ -5,3 +5,4 @@ pub(in crate::control) mod handover;
 mod objects;
 pub(in crate::control) mod saved;
 pub(in crate::control) mod trust;
+mod withheld;

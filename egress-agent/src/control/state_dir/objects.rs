@@ -1,12 +1,18 @@
 //! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects, and of the sets
 //! those that entries use.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use egress_policy::objects::{NamespacePolicy, Objects, TierPolicy};
 use serde::{Deserialize, Serialize};
 
-use crate::{control::digest, pods::Pod};
+use crate::{
+    control::digest,
+    pods::{Pod, PolicyKind},
+};
 
 /// The objects of several pods.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -43,6 +49,15 @@ impl SavedObjects {
         let sets = sets.map(|(name, destinations)| (name.clone(), destinations.clone()));
         saved.sets = Arc::new(sets.collect());
         saved
+    }
+
+    /// The kinds of these objects.
+    pub(super) fn kinds(&self) -> BTreeSet<PolicyKind> {
+        let namespace = self.namespace.iter().map(|policy| policy.name.kind);
+        let tiers = self.tiers.iter().map(|policy| policy.name.kind);
+        let sets = (!self.sets.is_empty()).then_some(PolicyKind::Set);
+        let policies = namespace.chain(tiers).map(PolicyKind::Policy);
+        policies.chain(sets).collect()
     }
 
     /// The objects of the pod with this index, or `None` if the file contradicts itself.
@@ -127,6 +142,22 @@ mod tests {
             objects.sets = Arc::clone(&used);
             assert_eq!(read.of_pod(index), Some(objects), "{index}");
         }
+        let kinds = [
+            PolicyKind::Policy(ObjectKind::EgressPolicy),
+            PolicyKind::Set,
+        ];
+        assert_eq!(read.kinds(), kinds.into());
+    }
+
+    #[test]
+    fn a_pod_whose_objects_are_not_known_does_not_hide_the_sets_of_others() {
+        let sets = Arc::new(BTreeMap::from([("web".to_owned(), vec!["b.test".into()])]));
+        let known = Objects {
+            sets: Arc::clone(&sets),
+            ..Objects::default()
+        };
+        let saved = SavedObjects::of([known, Objects::default()].iter());
+        assert_eq!(saved.of_pod(0).expect("the first pod").sets, sets);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! the digest of the annotations and objects that it was compiled from, and the map `ranges` has the cluster's addresses.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -22,12 +22,15 @@ use egress_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::objects::SavedObjects;
-use crate::control::{digest, plan::wanted::mapped, state_dir::file as state_file};
+use super::{
+    objects::SavedObjects,
+    withheld::{LeftPod, Withheld},
+};
+use crate::control::{plan::wanted::mapped, state_dir::file as state_file};
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Pod, Snapshot, SourcedFacts},
+    pods::{Facts, Pod, PolicyKind, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
@@ -46,7 +49,21 @@ struct Document<P> {
     /// because the digest in the kernel covers them.
     #[serde(default)]
     objects: SavedObjects,
+    /// The kinds of policy objects that were listed. Earlier agents did not write it.
+    #[serde(default)]
+    kinds: Option<BTreeSet<PolicyKind>>,
     facts: SourcedFacts,
+}
+
+/// What is taken from the file.
+#[derive(Default)]
+struct Believed {
+    /// The pods that are enforced as the file says.
+    pods: Vec<Pod>,
+    /// The pods that are not enforced.
+    others: Vec<Pod>,
+    facts: SourcedFacts,
+    kinds: BTreeSet<PolicyKind>,
 }
 
 /// The file, and what is taken from it until the source has said which pods there are.
@@ -57,6 +74,8 @@ pub(in crate::control) struct Saved {
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
     facts: SourcedFacts,
+    /// The file's objects of kinds that the source may still list.
+    withheld: Withheld,
     written: Option<Arc<Snapshot>>,
     /// Why the last attempt to write failed.
     problem: Option<String>,
@@ -71,22 +90,28 @@ impl Saved {
         datapath: &Datapath,
     ) -> Self {
         let path = config.state_dir.join(FILE);
-        let read = match read_believed(&path, &config.node, left, datapath) {
-            Ok(believed) => believed,
+        let (read, left) = match read_believed(&path, &config.node, left, datapath) {
+            Ok(read) => read,
             Err(error) => {
-                tracing::warn!(
-                    error = %format!("{error:#}"),
-                    "cannot read the saved state of the cluster; pods resolve names again when the API server answers"
-                );
-                None
+                warn_unreadable(&error);
+                (None, Vec::new())
             }
         };
-        let (pods, facts) = read.unzip();
+        let is_read = read.is_some();
+        let Believed {
+            pods,
+            others,
+            facts,
+            kinds,
+        } = read.unwrap_or_default();
+        let known = pods.iter().chain(&others);
+        let withheld = Withheld::new(is_read.then_some(kinds), left, known);
         Self {
             path,
             node: config.node.clone(),
-            pods,
-            facts: facts.unwrap_or_default(),
+            pods: is_read.then_some(pods),
+            facts,
+            withheld,
             written: None,
             problem: None,
         }
@@ -100,6 +125,7 @@ impl Saved {
         if !snapshot.unreadable {
             self.pods = None;
             let snapshot = self.with_unknown_facts(snapshot);
+            let snapshot = self.withheld.complete(snapshot);
             self.keep(&snapshot);
             return snapshot;
         }
@@ -131,7 +157,9 @@ impl Saved {
     fn keep(&mut self, snapshot: &Arc<Snapshot>) {
         let is_written = self.written.as_ref().is_some_and(|written| {
             Arc::ptr_eq(written, snapshot)
-                || (written.pods == snapshot.pods && written.sources == snapshot.sources)
+                || (written.pods == snapshot.pods
+                    && written.sources == snapshot.sources
+                    && written.kinds == snapshot.kinds)
         });
         if is_written {
             return;
@@ -164,38 +192,60 @@ impl Saved {
     }
 
     fn write(&self, snapshot: &Snapshot) -> Result<()> {
+        let PolicyKinds {
+            listed, withheld, ..
+        } = &snapshot.kinds;
         let document = Document {
             version: VERSION,
             node: self.node.clone(),
             pods: snapshot.pods.values().collect::<Vec<_>>(),
             objects: SavedObjects::of(snapshot.pods.values()),
+            kinds: Some(listed | withheld),
             facts: snapshot.sources.clone(),
         };
         state_file::write(&self.path, &document)
     }
 }
 
-/// The file's content about pods that an earlier agent left enforced, as far as the kernel confirms it.
+/// The kinds of policy objects that an earlier agent had listed, according to its file, and that the source does not
+/// list.
+pub(in crate::control) fn unlisted(config: &Config, snapshot: &Snapshot) -> BTreeSet<PolicyKind> {
+    let unlisted = &snapshot.kinds.unlisted;
+    if unlisted.is_empty() {
+        return BTreeSet::new();
+    }
+    // An agent that takes over reports a file that cannot be read.
+    let read = read(&config.state_dir.join(FILE), &config.node);
+    let earlier = read.ok().flatten().unwrap_or_default().kinds;
+    earlier.intersection(unlisted).copied().collect()
+}
+
+/// The file's content about pods that an earlier agent left enforced, as far as the kernel confirms it, and these pods.
 fn read_believed(
     path: &Path,
     node: &str,
     left: &BTreeMap<PodId, Adoptable>,
     datapath: &Datapath,
-) -> Result<Option<(Vec<Pod>, SourcedFacts)>> {
-    let Some((pods, mut facts)) = read(path, node)? else {
-        return Ok(None);
-    };
+) -> Result<(Option<Believed>, Vec<LeftPod>)> {
     let view = datapath.view()?;
-    let mut believed = Vec::new();
+    let left = LeftPod::read(left.iter(), &view)?;
+    let read = match read(path, node) {
+        Ok(read) => read,
+        Err(error) => {
+            warn_unreadable(&error);
+            None
+        }
+    };
+    let Some(mut read) = read else {
+        return Ok((None, left));
+    };
     let mut outdated = Vec::new();
-    for pod in pods {
-        let Some(left) = left.values().find(|left| is_of(left, &pod)) else {
-            continue;
-        };
-        if is_under(left, &pod, &view)? {
-            believed.push(pod);
-        } else {
-            outdated.push(format!("{}/{}", pod.namespace, pod.name));
+    for pod in std::mem::take(&mut read.pods) {
+        match left.iter().find(|left| left.is(&pod)) {
+            Some(left) if left.is_under(&pod) => read.pods.push(pod),
+            Some(_) => outdated.push(format!("{}/{}", pod.namespace, pod.name)),
+            None if pod.is_known() => read.others.push(pod),
+            None => {}
         }
     }
     if !outdated.is_empty() {
@@ -206,31 +256,17 @@ fn read_believed(
              an earlier agent left them, and resolve names when the API server answers"
         );
     }
-    for facts in facts.each() {
+    for facts in read.facts.each() {
         retain_known(facts, &view)?;
     }
-    Ok(Some((believed, facts)))
+    Ok((Some(read), left))
 }
 
-/// Whether an earlier agent left this pod in the kernel.
-fn is_of(left: &Adoptable, pod: &Pod) -> bool {
-    left.uid == pod.uid && left.namespace == pod.namespace && left.name == pod.name
-}
-
-/// Whether every interface of the pod is under a policy that was compiled from these annotations and objects. A pod without
-/// interfaces in the kernel is open, so any policy is better.
-fn is_under(left: &Adoptable, pod: &Pod, view: &View) -> Result<bool> {
-    if !pod.namespace_known {
-        return Ok(false);
-    }
-    let digest = digest::of_pod(pod);
-    for (_, entry) in &left.interfaces {
-        let record = view.policy(entry.policy())?;
-        if record.is_none_or(|record| record.annotations != digest) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+fn warn_unreadable(error: &anyhow::Error) {
+    tracing::warn!(
+        error = %format!("{error:#}"),
+        "cannot read the saved state of the cluster; pods resolve names again when the API server answers"
+    );
 }
 
 /// Keeps the facts that the kernel's map `ranges` confirms. The others are outdated, or were not in force yet.
@@ -265,12 +301,13 @@ fn retain_known(facts: &mut Facts, view: &View) -> Result<()> {
 }
 
 /// The file's content; `None` without a file, or when it is another node's or another version's.
-fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, SourcedFacts)>> {
+fn read(path: &Path, node: &str) -> Result<Option<Believed>> {
     let document: Option<Document<Vec<Pod>>> = state_file::read(path)?;
     let ours = document.filter(|document| document.version == VERSION && document.node == node);
     let Some(Document {
         mut pods,
         objects,
+        kinds,
         facts,
         ..
     }) = ours
@@ -282,5 +319,10 @@ fn read(path: &Path, node: &str) -> Result<Option<(Vec<Pod>, SourcedFacts)>> {
         pod.objects = of_pod
             .with_context(|| format!("{}: a pod has an object that is missing", path.display()))?;
     }
-    Ok(Some((pods, facts)))
+    Ok(Some(Believed {
+        pods,
+        others: Vec::new(),
+        facts,
+        kinds: kinds.unwrap_or_else(|| objects.kinds()),
+    }))
 }

@@ -4,9 +4,9 @@
 //! objects, which look alike otherwise: the API server first deletes every object, and then the definition.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::core::PartialObjectMeta;
+use kube::{Api, Client, api::ListParams, core::PartialObjectMeta};
 
-use super::{super::policies::PolicyKind, policies::resource, table::Table};
+use super::{super::policies::PolicyKind, health::Failure, policies::resource, table::Table};
 
 /// The definition of a policy kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,24 @@ pub(super) struct Signals {
     pub(super) lists: [u64; PolicyKind::ALL.len()],
     /// Which of them are known to have no definition.
     pub(super) is_undefined: [bool; PolicyKind::ALL.len()],
+}
+
+/// Why the server does not have a kind whose definition is there: it does not serve the version that the agent reads, or
+/// not yet. Only then is a whole definition read.
+pub(super) async fn why_not_served(client: Client, kind: PolicyKind) -> Failure {
+    let api = Api::<CustomResourceDefinition>::all(client);
+    let named = ListParams::default().fields(&format!("metadata.name={}", name_of(kind)));
+    // Without the definition, nothing says that the kind will not be served.
+    let Ok(list) = api.list(&named).await else {
+        return Failure::NotServedYet;
+    };
+    let versions = list.items.iter().flat_map(|one| &one.spec.versions);
+    let mut served = versions.filter(|version| version.served);
+    if list.items.is_empty() || served.any(|version| version.name == kind.version()) {
+        Failure::NotServedYet
+    } else {
+        Failure::OtherVersion
+    }
 }
 
 /// The name of the definition of a kind.

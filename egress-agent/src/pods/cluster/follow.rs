@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     super::policies::PolicyKind,
     connection::{Connection, root},
-    definitions::Signals,
+    definitions::{Definition, Signals, why_not_served},
     health::{Failure, Health, Watched},
     peers::PeerFacts,
     state::State,
@@ -50,6 +50,22 @@ pub(super) struct Shared {
     pub(super) definitions: watch::Sender<Signals>,
     /// Whether rules need the pods of the cluster.
     pub(super) peers_needed: watch::Sender<bool>,
+}
+
+impl Shared {
+    /// Why the server has answered that it does not have a kind of policy objects.
+    async fn why_not_served(&self, kind: PolicyKind) -> Failure {
+        let is_defined = {
+            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            Definition::is_there(&state.policies.definitions, kind)
+        };
+        if !is_defined {
+            return Failure::NotServed;
+        }
+        let (_, client) = self.connection.client();
+        let asked = timeout(LIST_TIMEOUT, why_not_served(client, kind));
+        asked.await.unwrap_or(Failure::NotServedYet)
+    }
 }
 
 /// One watch: the request, the reduction of each object, and the table for the result.
@@ -105,11 +121,12 @@ where
             () = follow_until(&shared, &plan, Until::NotServed, &mut backoff) => {}
             _ = watching.wait_for(must_be_listed) => continue,
         }
-        let failure = Failure::NotServed;
+        let failure = shared.why_not_served(kind).await;
+        let is_settled = failure == Failure::OtherVersion;
         shared.health.record_failure(plan.watched, failure);
         let is_undefined = signals.borrow().is_undefined[index]
             && !shared.health.is_not_offered(Watched::Definitions);
-        let wait = if is_undefined {
+        let wait = if is_undefined || is_settled {
             NOT_SERVED_PAUSE
         } else {
             pause

@@ -15,6 +15,9 @@ use super::super::Problem;
 
 /// Consecutive failures from which on a watch counts as failed, not only as interrupted.
 const INTERRUPTED: u32 = 2;
+/// The same where the server does not serve a kind yet whose definition is there: some seconds, because every kind that
+/// is installed begins like this.
+const UNSERVED: u32 = 6;
 
 /// The kinds of objects that are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +135,10 @@ pub(super) enum Failure {
     Refused(String),
     /// The server does not have this kind of object.
     NotServed,
+    /// The server does not have this kind of object, though its definition says that it is to serve it.
+    NotServedYet,
+    /// The server has this kind of object, but not in the version that the agent reads.
+    OtherVersion,
     /// The last known resource version is too old to continue from. The list that follows repairs it.
     Gone,
 }
@@ -149,6 +156,8 @@ pub struct WatchCounters {
 #[derive(Debug, Default)]
 struct Failing {
     consecutive: u32,
+    /// How many of them in a row were [`Failure::NotServedYet`].
+    not_served_yet: u32,
     ever: bool,
     failure: Option<Failure>,
 }
@@ -220,11 +229,22 @@ impl Health {
 
     /// Whether the server does not have this kind of object, or refuses it.
     pub(super) fn is_not_offered(&self, watched: Watched) -> bool {
-        let failing = self.failing(watched);
-        matches!(
-            failing.failure,
-            Some(Failure::NotServed | Failure::Refused(_))
-        )
+        self.is_not_served(watched) || self.is_refused(watched)
+    }
+
+    /// Whether the server does not have this kind of object.
+    pub(super) fn is_not_served(&self, watched: Watched) -> bool {
+        self.failing(watched).failure == Some(Failure::NotServed)
+    }
+
+    /// Whether the server refuses this kind of object.
+    pub(super) fn is_refused(&self, watched: Watched) -> bool {
+        matches!(self.failing(watched).failure, Some(Failure::Refused(_)))
+    }
+
+    /// Whether the server has this kind of object in other versions only.
+    pub(super) fn is_in_other_version(&self, watched: Watched) -> bool {
+        self.failing(watched).failure == Some(Failure::OtherVersion)
     }
 
     pub(super) fn record_list(&self, watched: Watched) {
@@ -248,6 +268,7 @@ impl Health {
     pub(super) fn record_watch(&self, watched: Watched) {
         let mut failing = self.failing(watched);
         failing.consecutive = 0;
+        failing.not_served_yet = 0;
         if let Some(failure) = failing.failure.take() {
             if !matches!(failure, Failure::Unreachable(_)) {
                 tracing::info!("{watched} can be watched again");
@@ -265,7 +286,11 @@ impl Health {
             );
             return 0;
         }
-        if !(watched.is_policy() && failure == Failure::NotServed) {
+        let is_absent = matches!(
+            failure,
+            Failure::NotServed | Failure::NotServedYet | Failure::OtherVersion
+        );
+        if !(watched.is_policy() && is_absent) {
             self.of(watched).errors.fetch_add(1, Relaxed);
         }
         let mut failing = self.failing(watched);
@@ -273,8 +298,16 @@ impl Health {
         failing.ever = true;
         failing.consecutive += 1;
         let consecutive = failing.consecutive;
-        let unreachable = matches!(failure, Failure::Unreachable(_));
-        if unreachable && consecutive < INTERRUPTED {
+        failing.not_served_yet = match failure {
+            Failure::NotServedYet => failing.not_served_yet + 1,
+            _ => 0,
+        };
+        let is_interruption = match failure {
+            Failure::Unreachable(_) => consecutive < INTERRUPTED,
+            Failure::NotServedYet => failing.not_served_yet < UNSERVED,
+            _ => false,
+        };
+        if is_interruption {
             tracing::debug!("the watch of {watched} is interrupted: {failure:?}");
         } else if failing.failure.as_ref() != Some(&failure) {
             if let Failure::Unreachable(message) = &failure {
@@ -330,6 +363,12 @@ fn problem_text(watched: Watched, failure: &Failure) -> Option<String> {
         Failure::Refused(_) | Failure::NotServed if watched == Watched::ServiceRanges => {
             return None;
         }
+        Failure::NotServedYet => format!(
+            "{watched} cannot be listed: their definition is there, and the API server does not serve them yet"
+        ),
+        Failure::OtherVersion => format!(
+            "{watched} are not read: the API server has them in other versions than the agent reads"
+        ),
         // Where they are not installed, nobody misses them.
         Failure::NotServed if watched.is_policy() => return None,
         Failure::Refused(message) => format!(
@@ -410,6 +449,22 @@ mod tests {
         assert!(health.is_not_offered(watched));
         health.record_failure(watched, refused());
         assert_eq!((health.problems().len(), health.errors(watched)), (1, 1));
+    }
+
+    #[test]
+    fn a_kind_that_is_served_soon_is_a_problem_only_if_that_lasts() {
+        let health = Health::default();
+        let watched = Watched::EgressPolicies;
+        health.record_failure(watched, Failure::NotServed);
+        for _ in 1..UNSERVED {
+            health.record_failure(watched, Failure::NotServedYet);
+            assert!(health.problems().is_empty());
+        }
+        health.record_failure(watched, Failure::NotServedYet);
+        assert_eq!((health.problems().len(), health.errors(watched)), (1, 0));
+        health.record_watch(watched);
+        health.record_failure(watched, Failure::NotServedYet);
+        assert!(health.problems().is_empty());
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod peers;
 mod pod;
 mod policies;
 mod reports;
+mod standing;
 mod state;
 mod table;
 mod token_bucket;

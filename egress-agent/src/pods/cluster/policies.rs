@@ -16,11 +16,14 @@ use kube::{
 use super::{
     super::{
         NamespacedName, Pod, Problem,
-        policies::{ObjectVersion, PolicyFacts, PolicyKind, PolicyObjects, Set, Sets, applied},
+        policies::{
+            ObjectVersion, PolicyFacts, PolicyKind, PolicyKinds, PolicyObjects, Set, Sets, applied,
+        },
     },
     definitions::{Definition, Signals},
     health::{Health, Watched},
     peers::{ClusterPeers, PeerFacts},
+    standing::{self, Standing},
     table::Table,
 };
 
@@ -207,23 +210,34 @@ impl Default for Policies {
 }
 
 impl Policies {
-    /// Whether each kind has been listed, or need not be awaited: the server does not have it, or refuses it.
-    /// Without the policies of a kind that the server has, pods would be open, or closed, that are not to be.
+    /// Whether no kind has to be awaited. Without the policies of a kind that the server has, pods would be open, or
+    /// closed, that are not to be.
     pub(super) fn is_ready(&self, health: &Health) -> bool {
-        let is_ready = |(watched, is_complete)| is_complete || health.is_not_offered(watched);
-        let peers = (Watched::PeerPods, self.peer_pods.is_complete());
-        self.kinds().into_iter().all(is_ready) && (!self.needs_pods() || is_ready(peers))
+        let has_pods = self.peer_pods.is_complete() || health.is_not_offered(Watched::PeerPods);
+        self.standings(health)
+            .all(|(_, standing)| standing != Standing::Awaited)
+            && (has_pods || !self.needs_pods())
     }
 
-    fn kinds(&self) -> [(Watched, bool); 4] {
-        let policies = [&self.egress, &self.cluster_egress, &self.network].map(Table::is_complete);
-        let [egress, cluster_egress, network] = policies;
-        [
-            (Watched::EgressPolicies, egress),
-            (Watched::ClusterEgressPolicies, cluster_egress),
-            (Watched::ClusterNetworkPolicies, network),
-            (Watched::EgressSets, self.sets.is_complete()),
-        ]
+    /// Which kinds have been listed, and which may exist and have not.
+    pub(super) fn kinds(&self, health: &Health) -> PolicyKinds {
+        standing::kinds(self.standings(health))
+    }
+
+    /// What is known of each kind.
+    fn standings(&self, health: &Health) -> impl Iterator<Item = (PolicyKind, Standing)> {
+        PolicyKind::ALL.into_iter().map(|kind| {
+            let is_listed = match kind {
+                PolicyKind::Policy(ObjectKind::EgressPolicy) => self.egress.is_complete(),
+                PolicyKind::Policy(ObjectKind::ClusterEgressPolicy) => {
+                    self.cluster_egress.is_complete()
+                }
+                PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy) => self.network.is_complete(),
+                PolicyKind::Set => self.sets.is_complete(),
+            };
+            let standing = Standing::of(kind, is_listed, &self.definitions, health);
+            (kind, standing)
+        })
     }
 
     /// Whether a rule names pods or namespaces, so that the pods of the cluster must be known.

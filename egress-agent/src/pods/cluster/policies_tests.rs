@@ -213,6 +213,8 @@ fn pods_wait_for_each_kind_that_the_server_has() {
     cluster
         .health
         .record_failure(Watched::ClusterNetworkPolicies, not_served);
+    // No definition: the kind does not exist.
+    cluster.define(PolicyKind::Set, true);
     // An error is no reason not to wait.
     let failure = Failure::Unreachable("x".into());
     cluster.health.record_failure(Watched::EgressSets, failure);
@@ -236,11 +238,14 @@ fn pods_stay_while_a_kind_of_policies_is_out_of_reach() {
         "the pods that the rule names are not known yet"
     );
     let mut cluster = Cluster::silent();
-    for (watched, _) in cluster.state.policies.kinds() {
+    cluster.define(PolicyKind::Set, false);
+    for kind in PolicyKind::ALL {
+        let watched = standing::watched(kind);
         cluster.health.record_failure(watched, Failure::NotServed);
     }
     assert_eq!(cluster.snapshot().pods.len(), 2);
-    for (watched, _) in cluster.state.policies.kinds() {
+    for kind in PolicyKind::ALL {
+        let watched = standing::watched(kind);
         let failure = Failure::Unreachable("x".into());
         cluster.health.record_failure(watched, failure);
     }

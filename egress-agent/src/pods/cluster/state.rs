@@ -102,6 +102,7 @@ impl State {
                 .node
                 .get("", &self.node_name)
                 .map(|node| node.uid.clone()),
+            kinds: self.policies.kinds(health),
         }
     }
 
