@@ -237,7 +237,9 @@ impl Building<'_> {
                 PolicyProblem::Key { origin, key, .. } => {
                     (self.place(pod, origin, key, None), false)
                 }
-                PolicyProblem::Limit { .. } => (Place::of_origin(&pod.origin), false),
+                PolicyProblem::Limit { .. }
+                | PolicyProblem::AtLeast { .. }
+                | PolicyProblem::Internal => (Place::of_origin(&pod.origin), false),
             };
             self.of_workload(
                 Finding {
@@ -358,7 +360,10 @@ fn message_of(problem: &PolicyProblem) -> String {
 fn in_object(problem: &PolicyProblem) -> Message {
     let at = match problem {
         PolicyProblem::Value { key, what, .. } => Some((key.clone(), (what.line, what.column))),
-        PolicyProblem::Key { .. } | PolicyProblem::Limit { .. } => None,
+        PolicyProblem::Key { .. }
+        | PolicyProblem::Limit { .. }
+        | PolicyProblem::AtLeast { .. }
+        | PolicyProblem::Internal => None,
     };
     (message_of(problem), at)
 }

@@ -152,11 +152,11 @@ mod tests {
     #[test]
     fn a_pod_whose_objects_are_not_known_does_not_hide_the_sets_of_others() {
         let sets = Arc::new(BTreeMap::from([("web".to_owned(), vec!["b.test".into()])]));
-        let known = Objects {
-            sets: Arc::clone(&sets),
-            ..Objects::default()
-        };
-        let saved = SavedObjects::of([known, Objects::default()].iter());
+        let mut known = pod("cart");
+        known.objects.sets = Arc::clone(&sets);
+        let allow = "egress-agent.dev/allow".to_owned();
+        known.annotations.insert(allow, "@web:443".into());
+        let saved = SavedObjects::of([known, pod("till")].iter());
         assert_eq!(saved.of_pod(0).expect("the first pod").sets, sets);
     }
 

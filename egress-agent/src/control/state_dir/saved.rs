@@ -30,7 +30,7 @@ use crate::control::{plan::wanted::mapped, state_dir::file as state_file};
 use crate::{
     config::Config,
     datapath::{Adoptable, Datapath, View},
-    pods::{Facts, Pod, PolicyKind, Snapshot, SourcedFacts},
+    pods::{Facts, Pod, PolicyKind, PolicyKinds, Snapshot, SourcedFacts},
 };
 
 /// The file in `stateDir`.
