@@ -3,6 +3,7 @@
 use std::{cmp::Reverse, fmt, sync::Arc};
 
 use super::{
+    closed::{CLOSERS, Closer},
     objects::{ObjectName, Objects},
     sets::Sets,
 };
@@ -233,6 +234,22 @@ impl PolicyError {
             }
         }
         self
+    }
+
+    /// The objects that cannot be read, the first [`CLOSERS`] of them: they close a pod that never had a readable policy.
+    pub fn closers(&self) -> Vec<Closer> {
+        let mut closers = Vec::new();
+        for problem in &self.problems {
+            let origin = match problem {
+                Problem::Value { origin, .. } | Problem::Key { origin, .. } => origin,
+                Problem::Limit { .. } | Problem::AtLeast { .. } | Problem::Internal => continue,
+            };
+            let closer = Closer::Written(origin.clone());
+            if closers.len() < CLOSERS && !closers.contains(&closer) {
+                closers.push(closer);
+            }
+        }
+        closers
     }
 
     /// All problems; never empty.

@@ -105,7 +105,7 @@ impl<'a> DecidedBy<'a> {
     }
 }
 
-/// Whether a packet is denied for this reason because the pod is closed and no entry allows the packet.
+/// Whether a packet is denied for this reason because the pod is closed and no entry that can be read allows the packet.
 pub fn is_for_want_of_an_entry(reason: Reason) -> bool {
     matches!(
         reason,
@@ -116,5 +116,6 @@ pub fn is_for_want_of_an_entry(reason: Reason) -> bool {
             | Reason::InternalAnswer
             | Reason::DnsName
             | Reason::DnsElsewhere
+            | Reason::PolicyUnreadable
     )
 }

@@ -154,7 +154,14 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         said.contains("99999"),
         "it does not say what was found: {said}"
     );
-    agent.denies_tcp(&broken, (server(10), 443), "policy_unreadable");
+    let denial = agent.denies_tcp(&broken, (server(10), 443), "policy_unreadable");
+    let policy = &denial.line["policy"];
+    assert_eq!(
+        (&policy["kind"], &policy["name"]),
+        (&"Pod".into(), &"broken".into()),
+        "{}",
+        denial.text
+    );
     assert_ne!(
         broken.resolve("shop.test", RecordType::A).code,
         ResponseCode::NoError

@@ -178,7 +178,8 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
         Err(_) => before.tiers.clone().filter(|tiers| alone(tiers).is_ok()),
     };
     let Some(tiers) = tiers else {
-        let compiled = egress_policy::unreadable_tiers(settings);
+        let mut compiled = egress_policy::unreadable_tiers(settings);
+        compiled.closed_by = error.closers().into();
         let problem = match compiled.mode {
             Mode::Enforce => "everything is denied, internal addresses too",
             Mode::Audit | Mode::Off => {
@@ -230,7 +231,8 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
         tiers: Arc::clone(&tiers),
     };
     let written = parts.written();
-    let compiled = egress_policy::unreadable(&own, &namespace, &written.objects, settings);
+    let mut compiled = egress_policy::unreadable(&own, &namespace, &written.objects, settings);
+    compiled.closed_by = error.closers().into();
     let problem = match (compiled.mode, tiers.policies.is_empty()) {
         (Mode::Enforce, true) => "everything external is denied",
         (Mode::Enforce, false) => "everything external is denied that ordered rules do not allow",
