@@ -101,8 +101,8 @@ fn remark_on_others(
         }
         let other = restricting.iter().find(|(other, of)| {
             let meet = namespace.is_none() || of.is_none() || *of == namespace;
-            let is_apart = |product: &Option<&str>| product.is_some_and(|one| APART.contains(&one));
-            *other != product && meet && (is_apart(other) || is_apart(&product))
+            let is_apart = |product: Option<&str>| product.is_some_and(|one| APART.contains(&one));
+            *other != product && meet && (is_apart(*other) || is_apart(product))
         });
         if let Some((Some(other), _)) = other {
             document.remarks.push(Remark::refused(format!(
