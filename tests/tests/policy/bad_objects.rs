@@ -64,14 +64,14 @@ impl Scene {
         self.till.talks_tcp((server(10), 443));
         assert!(!self.till.reaches(server(99)), "another pod is open");
     }
+}
 
-    /// Waits for a line of the log about the change that has all of these texts.
-    #[track_caller]
-    fn logs_after(&self, agent: &Agent, change: impl FnOnce(), texts: &[&str]) {
-        agent.logs_after("the problem", change, |line| {
-            texts.iter().all(|text| line.contains(text))
-        });
-    }
+/// Waits for a line of the log about the change that has all of these texts.
+#[track_caller]
+fn logs_after(agent: &Agent, change: impl FnOnce(), texts: &[&str]) {
+    agent.logs_after("the problem", change, |line| {
+        texts.iter().all(|text| line.contains(text))
+    });
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn a_policy_whose_selector_cannot_be_read_stays_as_it_was() {
     let agent = scene.start();
     let mut open = scene.cart.talks_tcp((server(10), 443));
     let broken = || scene.lab.write_policy(&web("Like", server(20)));
-    scene.logs_after(
+    logs_after(
         &agent,
         broken,
         &[
@@ -104,7 +104,7 @@ fn a_policy_whose_selector_cannot_be_read_stays_as_it_was() {
     scene.assert_till_as_before();
 
     agent.applies_policy_after(&scene.cart, || {
-        scene.lab.write_policy(&web("In", server(20)))
+        scene.lab.write_policy(&web("In", server(20)));
     });
     scene.cart.talks_tcp((server(20), 443));
     assert!(!scene.cart.reaches(server(10)));
@@ -166,7 +166,7 @@ fn a_policy_over_a_limit_is_named_and_the_last_good_one_stays() {
     let agent = scene.start();
     scene.cart.talks_tcp((server(10), 443));
     let over = || scene.lab.write_policy(&guard(130, server(20)));
-    scene.logs_after(
+    logs_after(
         &agent,
         over,
         &[
@@ -223,7 +223,7 @@ fn a_policy_of_an_unknown_version_is_reported_and_the_known_one_stays() {
     let agent = scene.start();
     scene.cart.talks_tcp((server(10), 443));
     let later = || scene.lab.write_policy(&web("v9", server(20)));
-    scene.logs_after(
+    logs_after(
         &agent,
         later,
         &[
