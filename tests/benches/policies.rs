@@ -34,13 +34,13 @@ use tokio::{runtime::Runtime, task::JoinSet, time};
 /// The numbers of policies that select none of the pods.
 const POLICIES: [usize; 4] = [10, 100, 1_000, 10_000];
 /// The number of measurements with each number of policies.
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 /// The number of edits of a measurement: one of each pod.
 const EDITS: usize = PODS;
 /// The time from one edit to the next.
 const EDIT_EVERY: Duration = Duration::from_millis(20);
 /// The number of edits of policies.
-const POLICY_EDITS: usize = 20;
+const POLICY_EDITS: usize = 10;
 /// How often the measurement looks whether an edit is in force.
 const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// The time within which an edit must be in force.
