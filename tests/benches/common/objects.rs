@@ -6,7 +6,9 @@ use egress_tests::{ApiServer, Identity, yaml};
 use futures_util::{StreamExt as _, stream};
 use kube::{
     Api, Client, Config,
-    api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
+    api::{
+        ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams,
+    },
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
@@ -40,7 +42,7 @@ impl Admin {
             let kind = definition["spec"]["names"]["kind"].as_str();
             let any = json!({ "apiVersion": GROUP, "kind": kind, "metadata": { "name": "" } });
             let start = Instant::now();
-            while self.api(&any).list(&Default::default()).await.is_err() {
+            while self.api(&any).list(&ListParams::default()).await.is_err() {
                 assert!(start.elapsed() < SERVED, "{kind:?} is not served");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
