@@ -238,3 +238,60 @@ fn a_policy_of_an_unknown_version_is_reported_and_the_known_one_stays() {
     assert!(scene.cart.connect_tcp((server(99), 443), SHORT).is_err());
     scene.assert_till_as_before();
 }
+
+#[test]
+fn ten_thousand_policies_leave_those_that_select_a_pod_in_force() {
+    let scene = Scene::new();
+    let file = |part: u32| {
+        let items: Vec<Value> = (0..2_500)
+            .map(|n| {
+                let name = format!("none-{part}-{n}");
+                let selector = json!({ "matchLabels": { "app": name } });
+                if n % 4 == 0 {
+                    let rules = json!([{ "action": "Deny", "entries": ["*"] }]);
+                    let spec = json!({
+                        "tier": "Admin",
+                        "priority": n % 1000,
+                        "podSelector": selector,
+                        "rules": rules,
+                    });
+                    cluster_policy(&name, &spec)
+                } else {
+                    let allow = json!([format!("host{n}.test:443")]);
+                    egress_policy(&name, &json!({ "podSelector": selector, "allow": allow }))
+                }
+            })
+            .collect();
+        json!({ "apiVersion": "v1", "kind": "List", "items": items })
+    };
+    for part in 0..4 {
+        let name = format!("many-{part}.json");
+        scene
+            .lab
+            .write_file(&name, file(part).to_string().as_bytes());
+    }
+    let web = |address| {
+        let selector = json!({ "matchLabels": { "app": "cart" } });
+        egress_policy(
+            "web",
+            &json!({ "podSelector": selector, "allow": [to(address)] }),
+        )
+    };
+    scene.lab.write_policy(&web(server(10)));
+    let agent = scene.start();
+    scene.cart.talks_tcp((server(10), 443));
+    assert!(!scene.cart.reaches(server(20)));
+    agent.applies_policy_after(&scene.cart, || scene.lab.write_policy(&web(server(20))));
+    scene.cart.talks_tcp((server(20), 443));
+    assert!(!scene.cart.reaches(server(10)));
+    scene.assert_till_as_before();
+    let (_, status) = scene.lab.ask_json(&["status"]);
+    assert_eq!(status["problems"], json!([]), "{status}");
+    // One of them selects the pod from now on, and denies it everything.
+    agent.applies_policy_after(&scene.cart, || {
+        let labels = [("app", "none-3-0")];
+        scene.lab.write_labelled_pod(&scene.cart, &labels, &[]);
+    });
+    let denial = agent.denies_tcp(&scene.cart, (server(20), 443), "deny_rule");
+    assert_eq!(denial.line["policy"]["name"], "none-3-0", "{}", denial.text);
+}
