@@ -152,6 +152,8 @@ impl fmt::Display for Problem {
                     message,
                 } = what;
                 let found = quote(found);
+                // It may quote the text, too.
+                let message = visible(message.chars());
                 match origin.object() {
                     None => write!(
                         f,

@@ -5,6 +5,7 @@ use std::{cell::Cell, collections::BTreeMap};
 
 use super::{
     entry::Entry,
+    error::visible,
     except,
     parse::{EntryError, read_entry},
 };
@@ -124,7 +125,8 @@ pub fn check_destinations(destinations: &[String]) -> Vec<(usize, usize, String)
         let EntryError { at, found, message } = read_member(member).err()?;
         let found = if found.is_empty() { member } else { &found };
         let column = member[..at].chars().count() + 1;
-        Some((number, column, format!("`{found}` {message}")))
+        let message = visible(format!("`{found}` {message}").chars());
+        Some((number, column, message))
     });
     wrong.collect()
 }

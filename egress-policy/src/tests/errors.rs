@@ -168,6 +168,25 @@ fn characters_that_change_the_direction_of_text_are_escaped() {
     let error = message(&[("allow", "a\u{202e}moc.example:x")], &[]);
     assert!(error.contains(r"a\u{202e}moc"), "{error}");
     assert!(!error.contains('\u{202e}'), "{error}");
+    // Also where the message quotes a set.
+    let sets = Arc::new(BTreeMap::from([(
+        "s".to_owned(),
+        vec!["a\nb:x".to_owned()],
+    )]));
+    let objects = Objects {
+        sets,
+        ..Objects::default()
+    };
+    let inputs = Inputs {
+        pod: &annotations(&[("allow", "@s")]),
+        namespace: &Annotations::default(),
+        objects: &objects,
+    };
+    let error = compile(inputs, &settings()).unwrap_err().to_string();
+    assert!(
+        !error.contains('\n') && error.contains(r"`a\nb`"),
+        "{error}"
+    );
 }
 
 #[test]
