@@ -32,6 +32,7 @@ fn collection(kind: &str) -> String {
         "EgressPolicy" => format!("{GROUP}/namespaces/shop/egresspolicies"),
         "EgressSet" => format!("{GROUP}/egresssets"),
         "ClusterEgressPolicy" => format!("{GROUP}/clusteregresspolicies"),
+        "EgressNodeReport" => format!("{GROUP}/egressnodereports"),
         _ => panic!("{kind}"),
     }
 }
@@ -355,6 +356,7 @@ fn the_kinds_are_listed_with_short_names_and_columns() {
         short_names,
         [
             (Some("ClusterEgressPolicy"), Some("cegp")),
+            (Some("EgressNodeReport"), Some("enr")),
             (Some("EgressPolicy"), Some("egp")),
             (Some("EgressSet"), Some("egs")),
         ]
@@ -382,9 +384,26 @@ fn the_kinds_are_listed_with_short_names_and_columns() {
             vec!["Name", "Age"],
             vec!["listed"],
         ),
+        (
+            "EgressNodeReport",
+            json!({
+                "pods": { "selected": 41, "enforced": 40, "audited": 0 },
+                "policyCounts": { "selecting": 3, "applied": 2, "notSelecting": 0, "leftOut": 0 },
+                "problemCount": 1,
+            }),
+            vec![
+                "Name", "Policies", "Applied", "Pods", "Enforced", "Problems", "Age",
+            ],
+            vec!["listed", "3", "2", "41", "40", "1"],
+        ),
     ] {
         let collection = collection(kind);
-        let object = object(kind, "listed", &spec);
+        let mut object = object(kind, "listed", &spec);
+        if kind == "EgressNodeReport" {
+            // It has a status and no spec.
+            object["status"] = object["spec"].take();
+            object.as_object_mut().expect("an object").remove("spec");
+        }
         server.ask("POST", &collection, Types::JSON, &object).ok();
         let path = format!("{collection}/listed");
         let table = server.ask("GET", &path, Types::TABLE, &Value::Null).ok();
