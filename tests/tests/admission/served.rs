@@ -387,6 +387,7 @@ fn the_kinds_are_listed_with_short_names_and_columns() {
         (
             "EgressNodeReport",
             json!({
+                "agentVersion": "0.1.0", "policies": [], "problems": [],
                 "pods": { "selected": 41, "enforced": 40, "audited": 0 },
                 "policyCounts": { "selecting": 3, "applied": 2, "notSelecting": 0, "leftOut": 0 },
                 "problemCount": 1,
