@@ -1,4 +1,4 @@
-//! The line of an annotation in which something is wrong, with carets under what is wrong: for `egress-agent
+//! The line of an annotation in which something is wrong, with carets under the mistake: for `egress-agent
 //! check`.
 
 use unicode_width::UnicodeWidthStr as _;

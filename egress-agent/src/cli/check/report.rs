@@ -36,7 +36,7 @@ pub(super) struct Workload {
     pub(super) host_network: bool,
     /// What its pods may reach; `None` if that cannot be read.
     pub(super) description: Option<Description>,
-    /// What is not in the files, and might change this.
+    /// Objects that the files lack and that might change the answer.
     pub(super) missing: Vec<String>,
 }
 
