@@ -192,14 +192,7 @@ impl DefinitionServer {
     #[track_caller]
     pub fn install(&self, definition: &Value) {
         self.ask("POST", DEFINITIONS, Types::JSON, definition).ok();
-        let text = |value: &Value| value.as_str().expect("a text").to_owned();
-        let spec = &definition["spec"];
-        let path = format!(
-            "/apis/{}/{}/{}",
-            text(&spec["group"]),
-            text(&spec["versions"][0]["name"]),
-            text(&spec["names"]["plural"])
-        );
+        let path = path_of_objects(definition);
         eventually(&format!("{path} is served"), || {
             holds(self.get(&path).status == 200)
         });
@@ -255,4 +248,41 @@ fn program() -> PathBuf {
         built.display()
     );
     built
+}
+
+/// The path of the objects of a definition's first version, in all namespaces.
+#[must_use]
+pub fn path_of_objects(definition: &Value) -> String {
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let spec = &definition["spec"];
+    format!(
+        "/apis/{}/{}/{}",
+        text(&spec["group"]),
+        text(&spec["versions"][0]["name"]),
+        text(&spec["names"]["plural"])
+    )
+}
+
+/// A definition of the upstream kind `ClusterNetworkPolicy` in this version, which accepts every object.
+#[must_use]
+pub fn upstream_definition(version: &str) -> Value {
+    let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+    let group = "policy.networking.k8s.io";
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": format!("clusternetworkpolicies.{group}"),
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
+        },
+        "spec": {
+            "group": group,
+            "scope": "Cluster",
+            "names": {"kind": "ClusterNetworkPolicy", "plural": "clusternetworkpolicies"},
+            "versions": [{
+                "name": version, "served": true, "storage": true,
+                "schema": {"openAPIV3Schema": open},
+            }],
+        },
+    })
 }

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use egress_agent::pods::Snapshot;
 use egress_tests::{
-    ApiServer, Cluster, Identity, Lab, SHORT, addresses::server as address, eventually, holds, yaml,
+    ApiServer, Cluster, Identity, Lab, SHORT,
+    addresses::server as address,
+    definitions::{path_of_objects, upstream_definition},
+    eventually, holds, yaml,
 };
 use serde_json::{Value, json};
 
@@ -51,32 +54,9 @@ pub(crate) fn install_upstream(server: &ApiServer) {
 
 /// The same in another version.
 fn install_upstream_version(server: &ApiServer, version: &str) {
-    let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
-    let group = "policy.networking.k8s.io";
-    post(
-        server,
-        &json!({
-            "apiVersion": "apiextensions.k8s.io/v1",
-            "kind": "CustomResourceDefinition",
-            "metadata": {
-                "name": format!("clusternetworkpolicies.{group}"),
-                "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
-            },
-            "spec": {
-                "group": group,
-                "scope": "Cluster",
-                "names": {"kind": "ClusterNetworkPolicy", "plural": "clusternetworkpolicies"},
-                "versions": [{
-                    "name": version, "served": true, "storage": true,
-                    "schema": {"openAPIV3Schema": open},
-                }],
-            },
-        }),
-    );
-    wait_served(
-        server,
-        &format!("/apis/{group}/{version}/clusternetworkpolicies"),
-    );
+    let definition = upstream_definition(version);
+    post(server, &definition);
+    wait_served(server, &path_of_objects(&definition));
 }
 
 /// Creates a policy object, or edits it to this state.

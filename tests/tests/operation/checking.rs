@@ -2,14 +2,15 @@
 
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use boon::{Compiler, Schemas};
-use egress_tests::{Agent, workspace};
+use egress_tests::workspace;
 use serde_json::{Value, json};
+
+use crate::said::Said;
 
 /// A workload of each kind in namespace `shop`, whose pods have the label `app: web`. `ANNOTATIONS` is replaced.
 const DEPLOYMENT: &str = "\
@@ -66,54 +67,9 @@ spec:
   - {name: no nodes, action: Deny, to: [{nodes: {}}]}
 ";
 
-/// What the program said: its exit status, standard output and standard error.
-struct Said {
-    code: Option<i32>,
-    output: String,
-    errors: String,
-}
-
-impl Said {
-    #[track_caller]
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.output)
-            .unwrap_or_else(|error| panic!("{error}: {} {}", self.output, self.errors))
-    }
-
-    #[track_caller]
-    fn has(&self, text: &str) {
-        assert!(
-            self.output.contains(text),
-            "{text:?} is missing:\n{}\n{}",
-            self.output,
-            self.errors
-        );
-    }
-}
-
-/// Runs `egress-agent check` in this directory with this standard input.
 #[track_caller]
 fn check_in(directory: &Path, arguments: &[&str], input: &str) -> Said {
-    let mut child = Command::new(Agent::program())
-        .arg("check")
-        .args(arguments)
-        .current_dir(directory)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the agent's program runs");
-    let mut stdin = child.stdin.take().expect("it is a pipe");
-    // A program that fails early does not read all of it.
-    _ = stdin.write_all(input.as_bytes());
-    drop(stdin);
-    let output = child.wait_with_output().expect("the program ends");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the output is UTF-8");
-    Said {
-        code: output.status.code(),
-        output: text(output.stdout),
-        errors: text(output.stderr),
-    }
+    Said::of("check", directory, arguments, input)
 }
 
 #[track_caller]

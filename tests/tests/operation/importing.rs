@@ -1,11 +1,8 @@
 //! `egress-agent import` as a pipeline uses it.
 
-use std::{
-    io::Write as _,
-    process::{Command, Stdio},
-};
+use std::path::Path;
 
-use egress_tests::Agent;
+use crate::said::Said;
 
 const CILIUM: &str = "\
 apiVersion: cilium.io/v2
@@ -18,36 +15,9 @@ spec:
     toPorts: [{ports: [{port: '443', protocol: TCP}]}]
 ";
 
-/// What the program said: its exit status, standard output and standard error.
-struct Said {
-    code: Option<i32>,
-    output: String,
-    errors: String,
-}
-
-/// Runs `egress-agent import` with this standard input.
 #[track_caller]
 fn import(arguments: &[&str], input: &str) -> Said {
-    let mut child = Command::new(Agent::program())
-        .arg("import")
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the agent's program runs");
-    let mut stdin = child.stdin.take().expect("it is a pipe");
-    stdin
-        .write_all(input.as_bytes())
-        .expect("the program reads its input");
-    drop(stdin);
-    let output = child.wait_with_output().expect("the program ends");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the output is UTF-8");
-    Said {
-        code: output.status.code(),
-        output: text(output.stdout),
-        errors: text(output.stderr),
-    }
+    Said::of("import", Path::new("/"), arguments, input)
 }
 
 #[test]

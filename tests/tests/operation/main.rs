@@ -11,6 +11,7 @@ mod outdated_state;
 mod quiet;
 mod restart_judges_again;
 mod restart_keeps_names;
+mod said;
 mod standby;
 mod start_gate;
 mod start_without_facts;

@@ -17,6 +17,7 @@ use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Identity, Lab, Pod, TcpProxy,
     addresses::server,
     cluster::{allow, rights},
+    definitions::{path_of_objects, upstream_definition},
     eventually, holds,
     newer::NewerApi,
     yaml,
@@ -242,38 +243,12 @@ fn annotations(to: Ipv4Addr) -> Value {
 }
 
 fn install(api: &ApiServer) {
-    let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
-    let group = "policy.networking.k8s.io";
-    let upstream = json!({
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": format!("clusternetworkpolicies.{group}"),
-            "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
-        },
-        "spec": {
-            "group": group,
-            "scope": "Cluster",
-            "names": {"kind": "ClusterNetworkPolicy", "plural": "clusternetworkpolicies"},
-            "versions": [{
-                "name": "v1alpha2", "served": true, "storage": true,
-                "schema": {"openAPIV3Schema": open},
-            }],
-        },
-    });
     let mut definitions = yaml::objects("base/crds.yaml");
-    definitions.push(upstream);
+    definitions.push(upstream_definition("v1alpha2"));
     for definition in definitions {
         let status = api.asked_by(Identity::Admin, "POST", DEFINITIONS, &definition);
         assert_eq!(status, 200, "{definition}");
-        let text = |value: &Value| value.as_str().expect("a text").to_owned();
-        let spec = &definition["spec"];
-        let path = format!(
-            "/apis/{}/{}/{}",
-            text(&spec["group"]),
-            text(&spec["versions"][0]["name"]),
-            text(&spec["names"]["plural"])
-        );
+        let path = path_of_objects(&definition);
         eventually(&format!("{path} is served"), || {
             holds(api.asked_by(Identity::Admin, "GET", &path, &Value::Null) == 200)
         });
