@@ -26,6 +26,24 @@ fn candidate_in(policy: &str) -> Option<String> {
     (line != "(none)").then(|| line.to_owned())
 }
 
+/// Whether the distribution has each of `packages` in a version that `fits`. If the lists on this system
+/// say no, they may be old: they are fetched anew, and asked again.
+///
+/// # Errors
+///
+/// Fails when the lists cannot be fetched.
+pub(super) fn offers(packages: &[&str], fits: impl Fn(&str) -> bool) -> Result<bool> {
+    let offers = || {
+        let mut candidates = packages.iter().map(|package| candidate(package));
+        candidates.all(|version| version.is_some_and(|version| fits(&version)))
+    };
+    if offers() {
+        return Ok(true);
+    }
+    update()?;
+    Ok(offers())
+}
+
 /// The first of `packages` that the distribution has.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{apt, found};
 use crate::process;
-use crate::toolchain::{self, Compiler, Linker};
+use crate::toolchain::{self, Compiler, Kind, Linker};
 use crate::workspace;
 
 /// Debian's compiler, and the `core` that belongs to it.
@@ -48,11 +48,15 @@ pub(super) fn missing_library_sources() -> Option<String> {
 
 /// Makes sure of a compiler and of a linker.
 pub(super) fn ensure() -> Result<()> {
-    let compiler = if let Some(compiler) = Compiler::find() {
-        compiler
-    } else {
-        println!("missing: a compiler for {}", toolchain::TARGET);
-        install_compiler()?
+    let compiler = match Compiler::find() {
+        Some(compiler) if !needs_download(&compiler) => compiler,
+        // The distribution builds its compiler's linker too, so nothing has to come from elsewhere.
+        Some(_) if packaged_compiler_fits()? => install_packaged_compiler()?,
+        Some(compiler) => compiler,
+        None => {
+            println!("missing: a compiler for {}", toolchain::TARGET);
+            install_compiler()?
+        }
     };
     found("compiler", &compiler.to_string());
 
@@ -83,29 +87,40 @@ pub(super) fn ensure_library_sources() -> Result<()> {
     Ok(())
 }
 
+/// Whether `compiler` is rustup's and its linker has yet to be installed.
+fn needs_download(compiler: &Compiler) -> bool {
+    matches!(compiler.kind, Kind::Nightly(_)) && Linker::find(compiler.version.llvm).is_none()
+}
+
 fn install_compiler() -> Result<Compiler> {
-    if apt::is_here() {
-        apt::refresh()?;
+    if packaged_compiler_fits()? {
+        return install_packaged_compiler();
     }
-    if packaged_compiler_fits() {
-        println!("taking the distribution's compiler with its prebuilt core");
-        apt::install(&COMPILER_PACKAGES)?;
-    } else if let Some(rustup) = process::find("rustup") {
-        println!("taking rustup's nightly with the sources of core");
-        process::run(Command::new(rustup).args([
-            "toolchain",
-            "install",
-            "nightly",
-            "--profile=minimal",
-            "--component=rust-src",
-        ]))
-        .context("install a nightly with rust-src, which needs the network, and run this again")?;
-    } else {
+    let Some(rustup) = process::find("rustup") else {
         bail!(
             "no compiler for {}: install rustup (https://rustup.rs) and run this again",
             toolchain::TARGET
         );
-    }
+    };
+    println!("taking rustup's nightly with the sources of core");
+    process::run(Command::new(rustup).args([
+        "toolchain",
+        "install",
+        "nightly",
+        "--profile=minimal",
+        "--component=rust-src",
+    ]))
+    .context("install a nightly with rust-src, which needs the network, and run this again")?;
+    installed_compiler()
+}
+
+fn install_packaged_compiler() -> Result<Compiler> {
+    println!("taking the distribution's compiler with its prebuilt core");
+    apt::install(&COMPILER_PACKAGES)?;
+    installed_compiler()
+}
+
+fn installed_compiler() -> Result<Compiler> {
     Compiler::find().with_context(|| {
         format!(
             "the compiler was installed but has no core for {}",
@@ -115,15 +130,14 @@ fn install_compiler() -> Result<Compiler> {
 }
 
 /// Whether the distribution has a compiler that is new enough and removes nothing of the user's.
-fn packaged_compiler_fits() -> bool {
-    apt::is_here()
-        && (process::is_root() || process::find("sudo").is_some())
-        && !CONFLICTING_PACKAGES
-            .iter()
-            .any(|package| apt::is_installed(package))
-        && COMPILER_PACKAGES.iter().all(|package| {
-            apt::candidate(package).is_some_and(|version| toolchain::is_new_enough(&version))
-        })
+fn packaged_compiler_fits() -> Result<bool> {
+    let may_install =
+        apt::is_here() && (process::is_root() || process::find("sudo").is_some());
+    let mut conflicting = CONFLICTING_PACKAGES.iter();
+    if !may_install || conflicting.any(|package| apt::is_installed(package)) {
+        return Ok(false);
+    }
+    apt::offers(&COMPILER_PACKAGES, toolchain::is_new_enough)
 }
 
 /// Installs a linker that reads what LLVM `llvm` writes: built from source where the distribution
@@ -168,11 +182,7 @@ fn llvm_packages(llvm: u32) -> Result<bool> {
     if !apt::is_here() {
         return Ok(false);
     }
-    apt::refresh()?;
-    if missing
-        .iter()
-        .any(|package| apt::candidate(package).is_none())
-    {
+    if !apt::offers(&missing, |_| true)? {
         return Ok(false);
     }
     apt::install(&missing)?;
