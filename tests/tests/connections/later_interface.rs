@@ -23,12 +23,17 @@ const PORT: u16 = 8888;
 /// Names of the interface's end in the pod, and of its other end.
 const INSIDE: &str = "net2";
 const END: &str = "later2";
+/// The hardware address of the interface's other end.
+const END_ADDRESS: &str = "02:00:00:00:00:02";
 
 /// Gives the pod an interface that leads past the node.
+///
+/// The server's hardware address is permanent: while the other end moves, the interface has no carrier, and the
+/// kernel then forgets the addresses that it has asked for.
 fn add_interface(lab: &Lab, pod: &Pod) {
     let (inside, outside) = (pod.netns(), lab.outside());
     outside.ip_batch(&format!(
-        "link add {END} type veth peer name {INSIDE} netns {}\n\
+        "link add {END} address {END_ADDRESS} type veth peer name {INSIDE} netns {}\n\
          addr add {SERVER}/32 dev {END}\n\
          link set {END} up\n\
          route add {}/32 dev {END}\n",
@@ -36,7 +41,9 @@ fn add_interface(lab: &Lab, pod: &Pod) {
         pod.ipv4()
     ));
     inside.ip_batch(&format!(
-        "link set {INSIDE} up\nroute add {SERVER}/32 dev {INSIDE}\n"
+        "link set {INSIDE} up\n\
+         route add {SERVER}/32 dev {INSIDE}\n\
+         neigh add {SERVER} lladdr {END_ADDRESS} dev {INSIDE} nud permanent\n"
     ));
 }
 
