@@ -12,6 +12,7 @@
 
 pub mod address;
 pub mod classes;
+pub mod dns;
 pub mod flow;
 pub mod ids;
 pub mod limits;

@@ -139,3 +139,19 @@ pub const HELD_PER_SECOND: u32 = 4096;
 
 /// Most bytes of the kernel's `struct sk_buff` that the programs read for one frame.
 pub const FRAME_RECORD_BYTES: usize = 160;
+
+/// Most names of one pod that the programs know as decided. Each takes some 350 bytes.
+pub const DECISIONS: u32 = 1024;
+
+/// Most queries of one pod that the programs have let pass and that wait for a response.
+pub const PENDING_QUERIES: u32 = 512;
+
+/// Most addresses of one pod that the programs have learned.
+pub const LEARNED_ENTRIES: u32 = 1024;
+
+/// Bytes in the ring buffer of the addresses that the programs have learned.
+pub const LEARNED_RING_BYTES: u32 = 512 << 10;
+
+/// How long a response may take, in nanoseconds. Stub resolvers give up after 5 seconds (resolv.conf(5), `timeout`), or
+/// after 30 at most.
+pub const RESPONSE_TIMEOUT_NS: u64 = 30_000_000_000;

@@ -1,11 +1,16 @@
 //! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel compares
 //! keys byte by byte, and the verifier rejects uninitialised padding. [`crate::ids`] says how they have ids.
 
+mod dns;
 mod flows;
 mod links;
 mod names;
 mod policy;
 
+pub use dns::{
+    DECISION_ALIASES, Decision, DecisionKey, DnsTimes, LearnedEntry, LearnedNote, NAME_WORDS,
+    PendingKey, PendingQuery, QUESTION_WORDS,
+};
 pub use flows::{
     FLOW_CUT, FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_ACCEPTED_GROUP, FLOW_KEY_CALLED, FLOW_KEY_FLOW,
     FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
@@ -90,6 +95,8 @@ pub const INTERFACE_SOURCES: u32 = 1 << 1;
 /// The pod begins to be enforced, and frames that it sent before its sources were judged may still be on
 /// their way back to it. Everything to the pod passes, and no flows are recorded.
 pub const INTERFACE_SETTLING: u32 = 1 << 2;
+/// The programs pass plain queries for decided names, and learn from plain responses to them.
+pub const INTERFACE_LEARNS: u32 = 1 << 3;
 
 /// The longest UID in bytes: room for a namespace, a slash and a name.
 pub const UID_BYTES: usize = 320;
@@ -366,6 +373,10 @@ pub struct Counters {
     pub flows_evicted: u64,
     /// Packets on an interface without an entry in `interfaces` or `policies`.
     pub no_policy: u64,
+    /// DNS queries for decided names that the programs let pass.
+    pub passed_questions: u64,
+    /// DNS responses that the programs let pass after they had learned the addresses.
+    pub passed_answers: u64,
 }
 
 /// Value of `meters`, keyed by pod: the pod's token buckets for the ring buffers, and the number of packets
@@ -454,6 +465,12 @@ mod pod {
         super::LinkHardware,
         super::NodeAddress,
         super::Tunnel,
+        super::DecisionKey,
+        super::Decision,
+        super::PendingKey,
+        super::PendingQuery,
+        super::LearnedEntry,
+        super::DnsTimes,
     );
 }
 
@@ -482,7 +499,14 @@ const _: () = {
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<Held>() == 24);
     assert!(size_of::<Denial>() == 72);
-    assert!(size_of::<Counters>() == 18 * 8);
+    assert!(size_of::<Counters>() == 20 * 8);
+    assert!(size_of::<DecisionKey>() == 256);
+    assert!(size_of::<Decision>() == 48);
+    assert!(size_of::<PendingKey>() == 40);
+    assert!(size_of::<PendingQuery>() == 264 + 48 + 16);
+    assert!(size_of::<LearnedEntry>() == 48);
+    assert!(size_of::<LearnedNote>() == 256 + 16 + 16);
+    assert!(size_of::<DnsTimes>() == 32);
     assert!(size_of::<Meter>() == 9 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<Forged>() == 2 * 8);

@@ -35,6 +35,20 @@ pub struct Destination {
 }
 
 impl Destination {
+    /// Adds an entry of the allow map, or of the map `learned`; `has_expired` is 1 if it has. An expired entry does not
+    /// count beside one that has not.
+    #[inline(always)]
+    pub fn add_learned(&mut self, classes: ClassSet, internal: ClassSet, has_expired: u64) {
+        let known = classes.mask();
+        let live = known & !mask_of(has_expired);
+        let was_live = self.learned.mask() & !mask_of(self.expired);
+        let keep = !(live & mask_of(self.expired));
+        let take = live | !was_live;
+        self.learned = self.learned.masked(keep).or(classes.masked(take));
+        self.learned_internal = self.learned_internal.masked(keep).or(internal.masked(take));
+        let expired = mask_of(self.expired) | (known & mask_of(has_expired));
+        self.expired = expired & !live & !was_live & 1;
+    }
     /// Whether only an entry with the address allows this packet to the destination: neither a resolved name
     /// nor an entry for any destination does.
     #[inline(always)]

@@ -12,6 +12,8 @@ pub mod refusal;
 mod wire;
 
 #[cfg(any(test, feature = "packets"))]
+pub mod in_kernel;
+#[cfg(any(test, feature = "packets"))]
 pub mod packets;
 
 pub use answer::{Answer, AnswerError, Learned, read_answer, read_beginning, read_rejection};

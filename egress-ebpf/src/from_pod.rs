@@ -17,6 +17,7 @@ use egress_common::{
 use crate::{
     DROP, PASS, checksum,
     counters::count,
+    decided,
     denials::{Denied, deny},
     flows::{self, Known},
     forged,
@@ -387,6 +388,10 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
     }
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_QUESTION, false);
+        return pass(&skb);
+    }
+    if decided::passes(ctx, interface, packet) {
+        count(|c| c.passed_questions += 1);
         return pass(&skb);
     }
     if !held::take(&skb, interface, HELD_QUESTION, true) {

@@ -29,6 +29,10 @@
     reason = "`#[classifier]` hands the context over"
 )]
 #![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key or value that is not borrowed would be copied to the stack, which is small"
+)]
+#![expect(
     unreachable_pub,
     reason = "nothing outside a program reaches into it; `pub` here means: for the other modules"
 )]
@@ -40,6 +44,7 @@
 mod accepted;
 mod checksum;
 mod counters;
+mod decided;
 mod denials;
 mod flows;
 mod forged;
@@ -49,8 +54,10 @@ mod hardware;
 mod headers;
 mod held;
 mod housekeeping;
+mod learn;
 mod link_local;
 mod maps;
+mod message;
 mod open_flow;
 mod opening;
 mod probe;

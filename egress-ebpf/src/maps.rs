@@ -8,14 +8,17 @@ use aya_ebpf::{
 };
 use egress_common::{
     address::Address,
+    dns::Message,
     limits::{
-        ALLOW_ENTRIES, CIDR_ENTRIES, DENIALS_RING_BYTES, FLOW_ENTRIES, FlowLimits, HELD_RING_BYTES,
-        INTERFACES, LINK_OWNERS, NODE_ADDRESSES, POLICIES, RANGE_MAP_ENTRIES, TUNNEL_MAP_ENTRIES,
+        ALLOW_ENTRIES, CIDR_ENTRIES, DECISIONS, DENIALS_RING_BYTES, FLOW_ENTRIES, FlowLimits,
+        HELD_RING_BYTES, INTERFACES, LEARNED_ENTRIES, LEARNED_RING_BYTES, LINK_OWNERS,
+        NODE_ADDRESSES, PENDING_QUERIES, POLICIES, RANGE_MAP_ENTRIES, TUNNEL_MAP_ENTRIES,
     },
     records::{
-        AllowEntry, AllowKey, CidrEntry, Counters, Denial, DnsPorts, Flow, FlowKey, Forged, Held,
-        Identity, Interface, LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey,
-        NodeAddress, Policy, Probes, Range, Tunnel, TunnelKey,
+        AllowEntry, AllowKey, CidrEntry, Counters, Decision, DecisionKey, Denial, DnsPorts,
+        DnsTimes, Flow, FlowKey, Forged, Held, Identity, Interface, LearnedEntry, LearnedNote,
+        LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey, NodeAddress, PendingKey,
+        PendingQuery, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -77,6 +80,35 @@ pub static ORDER_TO_POD: HashOfMaps<u32, Order, { INTERFACES as usize }, NO_PREA
 /// The template of a pod's map of names: no program uses it, and this map stays empty.
 #[btf_map(name = "names")]
 pub static NAME: HashMap<NameKey, NameEntry, 1, NO_PREALLOC> = HashMap::new();
+
+/// A policy's decided names.
+pub type Decisions = HashMap<DecisionKey, Decision, { DECISIONS as usize }, NO_PREALLOC>;
+/// The queries of a pod that the programs have let pass.
+pub type Pending = HashMap<PendingKey, PendingQuery, { PENDING_QUERIES as usize }, NO_PREALLOC>;
+/// The addresses that the programs have learned under a policy.
+pub type Learned = HashMap<AllowKey, LearnedEntry, { LEARNED_ENTRIES as usize }, NO_PREALLOC>;
+
+#[btf_map(name = "decisions")]
+pub static DECISION: HashOfMaps<u32, Decisions, { POLICIES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+#[btf_map(name = "pending")]
+pub static PENDING: HashOfMaps<u32, Pending, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+#[btf_map(name = "learned")]
+pub static LEARNED: HashOfMaps<u32, Learned, { POLICIES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
+
+#[btf_map(name = "learned_notes")]
+pub static LEARNED_NOTES: RingBuf<LearnedNote, { LEARNED_RING_BYTES as usize }> = RingBuf::new();
+
+#[btf_map(name = "dns_times")]
+pub static DNS_TIMES: Array<DnsTimes, 1> = Array::new();
+
+/// Where a program reads a DNS message.
+#[btf_map(name = "message")]
+pub static MESSAGE: PerCpuArray<Message, 1> = PerCpuArray::new();
 
 #[btf_map(name = "ranges")]
 pub static RANGE: LpmTrie<Address, Range, { RANGE_MAP_ENTRIES as usize }> = LpmTrie::new();
@@ -167,6 +199,11 @@ pub static TRACE: Global<u8> = Global::new(0);
 /// How long a UDP flow that the pod opened may be idle, in nanoseconds (`limits.udpIdle`).
 #[unsafe(no_mangle)]
 pub static UDP_IDLE_NS: Global<u64> = Global::new(0);
+
+/// Whether the programs pass decided DNS on without the agent (`dns.learn`). The kernel removes that part when this is
+/// zero.
+#[unsafe(no_mangle)]
+pub static LEARNS: Global<u8> = Global::new(0);
 
 /// Whether the kernel has `bpf_ktime_get_coarse_ns`. The agent tests this before it loads the programs.
 #[unsafe(no_mangle)]

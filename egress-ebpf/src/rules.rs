@@ -11,7 +11,7 @@ use egress_common::{
     verdict::{self, Destination, Translated, Verdict},
 };
 
-use crate::maps::{ALLOW, CIDR, DNS_PORT, NODE_ADDRESS, RANGE, TUNNEL};
+use crate::maps::{ALLOW, CIDR, DNS_PORT, LEARNED, LEARNS, NODE_ADDRESS, RANGE, TUNNEL};
 
 /// The rules that apply to a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -49,12 +49,14 @@ pub extern "C" fn judge_by_rules(
         return denied(Reason::NoPolicy, NO_CLASS);
     };
     let mut destination = Destination::default();
-    look_up(policy, policy_id, packet, now_ns, &raw mut destination);
     // A flow that an earlier policy admitted continues if the current policy allows its destination, even
     // if the address has expired.
-    if rules == Rules::OpenFlow as u32 {
-        destination.expired = 0;
-    }
+    let at_ns = if rules == Rules::OpenFlow as u32 {
+        0
+    } else {
+        now_ns
+    };
+    look_up(policy, policy_id, packet, at_ns, &raw mut destination);
     let (protocol, port) = (packet.bit.into(), packet.class_port().into());
     decide(policy, &raw const destination, protocol, port, rules)
 }
@@ -120,13 +122,24 @@ extern "C" fn look_up(
     // SAFETY: none of the maps is preallocated, so an entry that is replaced lives until the
     // program ends.
     unsafe {
-        if let Some(entry) = ALLOW
-            .get(&policy_id.get())
-            .and_then(|allow| allow.get(AllowKey { addr: *address }))
+        let key = AllowKey { addr: *address };
+        if let Some(entry) = ALLOW.get(&policy_id.get()).and_then(|allow| allow.get(key)) {
+            destination.add_learned(
+                entry.classes,
+                entry.internal_classes,
+                u64::from(entry.expires_ns <= now_ns),
+            );
+        }
+        if LEARNS.load() != 0
+            && let Some(entry) = LEARNED
+                .get(&policy_id.get())
+                .and_then(|learned| learned.get(key))
         {
-            destination.learned = entry.classes;
-            destination.learned_internal = entry.internal_classes;
-            destination.expired = u64::from(entry.expires_ns <= now_ns);
+            destination.add_learned(
+                entry.classes,
+                entry.internal_classes,
+                u64::from(entry.expires_ns <= now_ns),
+            );
         }
     }
     destination.cidr = prefix_classes(policy_id, address);

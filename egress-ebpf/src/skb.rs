@@ -142,6 +142,13 @@ impl Skb<'_> {
         self.0.pull_data(copied).is_ok()
     }
 
+    /// Makes sure that the whole frame is in its linear part. The frame is no aggregate.
+    #[inline(always)]
+    pub fn own_frame(&self) -> bool {
+        let len = Frame::len(self);
+        self.linear_len() >= len || self.0.pull_data(len).is_ok()
+    }
+
     /// The length of the linear part.
     #[inline(always)]
     fn linear_len(&self) -> u32 {

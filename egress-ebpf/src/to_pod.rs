@@ -17,10 +17,11 @@ use egress_common::{
 
 use crate::{
     DROP, PASS, accepted, checksum,
+    counters::count,
     denials::{Denied, deny},
     flows, forged,
     from_pod::is_several_datagrams,
-    headers, held,
+    headers, held, learn,
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     rules::{may_be_dns_port, range_of},
     skb::{Skb, now_ns},
@@ -117,6 +118,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     if interface.mode == MODE_AUDIT {
         held::take(&skb, interface, HELD_ANSWER, false);
         return Some(PASS);
+    }
+    if is_answer && !is_fragment(packet) && learn::delivers(ctx, interface, packet) {
+        count(|c| c.passed_answers += 1);
+        return None;
     }
     if !held::take(&skb, interface, HELD_ANSWER, true) {
         return Some(deny(

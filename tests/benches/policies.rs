@@ -335,6 +335,7 @@ fn interfaces(cluster: &Cluster) -> InterfaceMap {
         udp_idle: Duration::from_nanos(UDP_NS),
         attach: Attach::Auto,
         trace: false,
+        learns: false,
     });
     let datapath = datapath.expect("the agent's maps");
     datapath.interfaces().expect("the agent's map")

@@ -37,15 +37,21 @@ impl Lab {
             .join(format!("pods/{}_{}/allow", pod.namespace(), pod.name()))
     }
 
-    /// The pod's allow map, read through its pin and by its field names.
+    /// The pod's allow map, read through its pin and by its field names, with what the programs have learned.
     #[track_caller]
     pub fn allowed(&self, pod: &Pod) -> BTreeMap<IpAddr, Allowed> {
-        entries(&bpftool(&[
-            "map",
-            "dump",
-            "pinned",
-            &text(&self.allow_pin(pod)),
-        ]))
+        let dump = |pin: &Path| entries(&bpftool(&["map", "dump", "pinned", &text(pin)]));
+        let mut allowed = dump(&self.allow_pin(pod));
+        let learned = self.allow_pin(pod).with_file_name("learned");
+        if learned.exists() {
+            let given = |entry: &Allowed| !entry.classes.is_empty();
+            for (address, entry) in dump(&learned).into_iter().filter(|(_, entry)| given(entry)) {
+                let known = allowed.entry(address).or_insert(entry);
+                known.classes |= entry.classes;
+                known.expires_ns = known.expires_ns.max(entry.expires_ns);
+            }
+        }
+        allowed
     }
 
     /// The entries of one of the pod's pinned maps, as bpftool formats them: objects with `key` and `value`.

@@ -57,7 +57,7 @@ impl Default for Builder {
             tracking: false,
             config: json!({
                 "node": "n1",
-                "dns": { "resolvers": [RESOLVER, RESOLVER6] },
+                "dns": { "resolvers": [RESOLVER, RESOLVER6], "learn": learn() },
             }),
         }
     }
@@ -513,6 +513,13 @@ impl Lab {
 
 /// The value of `--attach` for agents whose test does not set it.
 const ATTACH: &str = "EGRESS_TEST_ATTACH";
+
+/// The variable with the value of `dns.learn` for tests that do not choose it themselves.
+const LEARN: &str = "EGRESS_TEST_LEARN";
+
+fn learn() -> String {
+    std::env::var(LEARN).unwrap_or_else(|_| "agent".to_owned())
+}
 
 /// The arguments that `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.
 fn attach_arguments(arguments: &[&str]) -> Vec<String> {

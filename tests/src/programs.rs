@@ -89,6 +89,7 @@ impl Programs {
             udp_idle: std::time::Duration::from_nanos(egress_common::flow::UDP_NS),
             attach: Attach::Auto,
             trace: false,
+            learns: true,
         };
         let mut datapath = Datapath::open(&options).expect("the kernel takes the programs");
         let ifindex = lab.ifindex(pod.interface());

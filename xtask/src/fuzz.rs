@@ -13,12 +13,13 @@ use anyhow::{Context as _, Result, bail};
 use crate::{build, process, setup, workspace};
 
 /// The targets, each a file of `fuzz/fuzz_targets/` and a directory of `fuzz/seeds/`.
-const TARGETS: [&str; 7] = [
+const TARGETS: [&str; 8] = [
     "frame",
     "question",
     "answer",
     "chain",
     "fragments",
+    "in_kernel",
     "policy",
     "stream",
 ];
@@ -42,8 +43,8 @@ const LIMITS: [&str; 2] = ["-max_len=4096", "-timeout=10"];
 /// fail are written to target/fuzz/failures.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// frame, question, answer, chain, fragments, policy or stream; without it, all of them one after the
-    /// other
+    /// frame, question, answer, chain, fragments, `in_kernel`, policy or stream; without it, all of them one
+    /// after the other
     target: Option<String>,
     /// How long each target runs
     #[arg(long, value_name = "N", default_value_t = 60)]

@@ -32,9 +32,34 @@ const UNDER_CLSACT: [(&str, &[&str]); 5] = [
 /// (`tests/src/lab.rs`).
 const ATTACH: (&str, &str) = ("EGRESS_TEST_ATTACH", "clsact");
 
+/// The system tests that run a second time with `dns.learn: kernel`, in the form of [`UNDER_CLSACT`].
+const LEARNING_IN_KERNEL: [(&str, &[&str]); 2] = [
+    (
+        "dns",
+        &[
+            "answers::",
+            "autopath::",
+            "clients::",
+            "guard::",
+            "hostile_answers::",
+            "internal_answers::",
+            "lifetimes::",
+            "names::",
+            "real_resolvers::",
+            "resolver_libraries::",
+            "resolvers::",
+        ],
+    ),
+    ("operation", &["restart_keeps_names::"]),
+];
+
+/// Makes the laboratory start every agent with `dns.learn: kernel`, except in tests that choose themselves.
+const LEARN: (&str, &str) = ("EGRESS_TEST_LEARN", "kernel");
+
 /// Sets up, builds, lints, and runs every test; with a flag, only the tests that it names.
 ///
-/// The system tests that depend on how programs are attached are run with tcx and with clsact. The
+/// The system tests that depend on how programs are attached are run with tcx and with clsact, and those of DNS
+/// also with `dns.learn: kernel`. The
 /// kernel and system tests load programs into the kernel and create network namespaces: they
 /// run as root, through sudo if necessary.
 #[derive(clap::Args)]
@@ -98,12 +123,17 @@ fn system_tests(filter: Option<&str>) -> Result<()> {
     if let Err(error) = process::run(&mut laboratory(&[], filter)?) {
         failed.push(format!("{error:#}"));
     }
-    for (folder, modules) in UNDER_CLSACT {
-        let tests = if filter.is_empty() { modules } else { filter };
-        let (name, value) = ATTACH;
-        let mut under_clsact = laboratory(&["--test", folder], tests)?;
-        if let Err(error) = process::run(under_clsact.env(name, value)) {
-            failed.push(format!("under clsact: {error:#}"));
+    let again = [
+        ("under clsact", ATTACH, &UNDER_CLSACT[..]),
+        ("learning in the kernel", LEARN, &LEARNING_IN_KERNEL[..]),
+    ];
+    for (how, (name, value), selected) in again {
+        for (folder, modules) in selected {
+            let tests = if filter.is_empty() { modules } else { filter };
+            let mut tests = laboratory(&["--test", folder], tests)?;
+            if let Err(error) = process::run(tests.env(name, value)) {
+                failed.push(format!("{how}: {error:#}"));
+            }
         }
     }
     before.compare()?;
@@ -132,9 +162,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_module_that_runs_under_clsact_exists() {
-        for (folder, modules) in UNDER_CLSACT {
-            for module in modules {
+    fn each_module_that_runs_a_second_time_exists() {
+        for (folder, modules) in UNDER_CLSACT.iter().chain(&LEARNING_IN_KERNEL) {
+            for module in *modules {
                 let file = module.replace("::", ".rs");
                 let path = workspace::root()
                     .join("tests/tests")

@@ -39,6 +39,22 @@ pub struct Dns {
     pub autopath: Autopath,
     /// The response to a refused query.
     pub refusal: Refusal,
+    /// Who reads the responses to names that are decided.
+    pub learn: Learn,
+}
+
+/// Who reads the responses to names that the agent has decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Learn {
+    /// The agent, all of them.
+    Agent,
+    /// The programs in the kernel, those that are plain.
+    Kernel,
+}
+
+impl Word for Learn {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("agent", Self::Agent), ("kernel", Self::Kernel)];
 }
 
 /// The response to a refused query.
@@ -104,6 +120,8 @@ pub(super) struct Section {
     autopath: Autopath,
     #[serde(deserialize_with = "read::word")]
     refusal: Refusal,
+    #[serde(deserialize_with = "read::word")]
+    learn: Learn,
 }
 
 struct Ttl {
@@ -124,6 +142,7 @@ impl Default for Section {
             guard: true,
             autopath: Autopath::Auto,
             refusal: Refusal::NxDomain,
+            learn: Learn::Agent,
         }
     }
 }
@@ -162,6 +181,7 @@ impl TryFrom<Section> for Dns {
             guard: section.guard,
             autopath: section.autopath,
             refusal: section.refusal,
+            learn: section.learn,
         })
     }
 }

@@ -26,6 +26,7 @@
 //!   internalAnswers: []         # names that may lead to internal addresses, or all
 //!   guard: true                 # refuse questions for names that no entry could allow
 //!   autopath: auto              # auto | on | off: whether resolvers walk search lists
+//!   learn: agent                # agent | kernel: who reads responses to names that are decided
 //!   refusal: nxdomain           # nxdomain | refused
 //! limits:
 //!   addressesPerPod: 4096
@@ -74,7 +75,7 @@ use egress_common::{
     translation::range_kind,
 };
 
-pub use dns::{Dns, Refusal};
+pub use dns::{Dns, Learn, Refusal};
 pub use error::{ConfigError, Place};
 use file::File;
 pub use limits::Limits;

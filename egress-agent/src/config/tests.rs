@@ -10,7 +10,7 @@ use egress_common::{
     verdict::{Destination, Translated},
 };
 
-use super::*;
+use super::{dns::Learn, *};
 use egress_policy::{Autopath, InternalAnswers, Resolver, Translators, exact_name};
 use std::time::Duration;
 
@@ -86,6 +86,7 @@ fn the_reference_has_the_documented_example_and_every_key() {
         "dns.internalAnswers",
         "dns.guard",
         "dns.autopath",
+        "dns.learn",
         "dns.refusal",
         "limits.addressesPerPod",
         "limits.flowsPerPod",
@@ -147,6 +148,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 internal_answers: Arc::new(InternalAnswers::Names(Vec::new())),
                 guard: true,
                 autopath: Autopath::Auto,
+                learn: Learn::Agent,
                 refusal: Refusal::NxDomain,
             },
             on_deny: OnDeny::Drop,

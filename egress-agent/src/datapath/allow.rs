@@ -1,5 +1,6 @@
 //! A pod's allow map: the addresses that its names have resolved to.
 
+use super::LearningMaps;
 use aya::maps::{HashMap, MapData, MapError};
 use egress_common::{
     address::Address,
@@ -11,6 +12,7 @@ use egress_common::{
 pub struct AllowMap {
     map: HashMap<MapData, AllowKey, AllowEntry>,
     capacity: usize,
+    learning: Option<LearningMaps>,
 }
 
 /// Why an address could not be inserted.
@@ -25,8 +27,21 @@ pub enum AllowError {
 }
 
 impl AllowMap {
-    pub(super) fn new(map: HashMap<MapData, AllowKey, AllowEntry>, capacity: usize) -> Self {
-        Self { map, capacity }
+    pub(super) fn new(
+        map: HashMap<MapData, AllowKey, AllowEntry>,
+        capacity: usize,
+        learning: Option<LearningMaps>,
+    ) -> Self {
+        Self {
+            map,
+            capacity,
+            learning,
+        }
+    }
+
+    /// The maps by which the programs learn under the same policy; `None` if they do not.
+    pub fn learning(&mut self) -> Option<&mut LearningMaps> {
+        self.learning.as_mut()
     }
 
     /// How many addresses fit into the map.

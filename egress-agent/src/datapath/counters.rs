@@ -48,7 +48,7 @@ impl CounterMap {
                 passed_packets, passed_bytes, passed_by_flow, denied_packets, denied_bytes,
                 audited_packets, held_questions, held_answers, held_lost, held_limited,
                 held_too_long, rejects_lost, denials_limited, denials_lost, flows_full,
-                openings_evicted, flows_evicted, no_policy,
+                openings_evicted, flows_evicted, no_policy, passed_questions, passed_answers,
             );
         }
         Ok(sum)

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{MapData, MapInfo};
 use aya_obj::Object;
+use egress_common::limits::{DECISIONS, LEARNED_ENTRIES, PENDING_QUERIES};
 
 /// The definitions of the inner maps, and their type information.
 pub(super) struct Templates {
@@ -17,6 +18,9 @@ pub(super) struct Templates {
     flows: aya_obj::Map,
     order: aya_obj::Map,
     names: aya_obj::Map,
+    decisions: aya_obj::Map,
+    learned: aya_obj::Map,
+    pending: aya_obj::Map,
     btf: OwnedFd,
 }
 
@@ -37,6 +41,9 @@ impl Templates {
             cidrs: inner("cidrs")?,
             flows: inner("flows")?,
             order: inner("order_to_pod")?,
+            decisions: inner("decisions")?,
+            learned: inner("learned")?,
+            pending: inner("pending")?,
             names: object
                 .maps
                 .get("names")
@@ -62,6 +69,21 @@ impl Templates {
     /// A queue of flow keys. The kernel accepts no type information for queues.
     pub(super) fn order(&self, entries: u32) -> Result<MapData> {
         create(&self.order, "order", entries, None)
+    }
+
+    /// The decided names of a policy.
+    pub(super) fn decisions(&self) -> Result<MapData> {
+        self.create(&self.decisions, "decisions", DECISIONS)
+    }
+
+    /// The addresses that the programs have learned under a policy whose allow map has room for `allowed`.
+    pub(super) fn learned(&self, allowed: u32) -> Result<MapData> {
+        self.create(&self.learned, "learned", LEARNED_ENTRIES.min(allowed))
+    }
+
+    /// The queries of a pod that the programs have let pass.
+    pub(super) fn pending(&self) -> Result<MapData> {
+        self.create(&self.pending, "pending", PENDING_QUERIES)
     }
 
     /// The names of a pod's addresses.

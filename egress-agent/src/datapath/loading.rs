@@ -28,6 +28,11 @@ const SHARED_MAPS: &[&str] = &[
     "inbound",
     "opening",
     "called",
+    "decisions",
+    "pending",
+    "learned",
+    "learned_notes",
+    "dns_times",
     "order_from_pod",
     "order_to_pod",
     "ranges",
@@ -75,6 +80,10 @@ pub struct Marks {
 }
 
 /// The constants of the programs.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a constant of the programs"
+)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Constants {
     pub(super) marks: Marks,
@@ -84,6 +93,7 @@ pub(super) struct Constants {
     pub(super) coarse_clock: bool,
     pub(super) frame_record: FrameRecord,
     pub(super) global_functions: bool,
+    pub(super) learns: bool,
 }
 
 pub(super) fn check_kernel(kernel: KernelVersion) -> Result<()> {
@@ -106,8 +116,10 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
         coarse_clock,
         frame_record,
         global_functions,
+        learns,
     } = constants;
     let (trace, coarse_clock) = (u8::from(*trace), u8::from(*coarse_clock));
+    let learns = u8::from(*learns);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("DELIVER_MARK", &marks.deliver, true)
@@ -118,6 +130,7 @@ pub(super) fn load_object(layout: &Layout, constants: &Constants) -> Result<Ebpf
         .override_global("TRACE", &trace, true)
         .override_global("UDP_IDLE_NS", udp_idle_ns, true)
         .override_global("COARSE_CLOCK", &coarse_clock, true)
+        .override_global("LEARNS", &learns, true)
         .override_global("RECORD_START", &frame_record.start, true)
         .override_global("RECORD_LEN", &frame_record.len, true)
         .override_global("SUMMED_AT", &frame_record.summed, true)

@@ -52,6 +52,8 @@ pub struct Options {
     pub attach: Attach,
     /// Whether the programs trace what they do.
     pub trace: bool,
+    /// Whether the programs pass decided DNS on without the agent, on kernels that allow it.
+    pub learns: bool,
 }
 
 /// The loaded programs and the maps that all pods share.
@@ -124,6 +126,7 @@ impl Datapath {
             coarse_clock,
             frame_record: FrameRecord::of_this_kernel()?,
             global_functions: kernel >= GLOBAL_FUNCTIONS,
+            learns: options.learns && kernel >= GLOBAL_FUNCTIONS,
         };
         let mut ebpf = load_object(&layout, &constants)?;
         constants.stamp.keep(take(&mut ebpf, "stamp")?)?;

@@ -35,6 +35,9 @@ pub(super) enum Outer {
     Called(PodId),
     OrderFromPod(PodId),
     OrderToPod(PodId),
+    Decisions(PolicyId),
+    Learned(PolicyId),
+    Pending(PodId),
 }
 
 impl Outer {
@@ -61,18 +64,25 @@ impl Outer {
             Self::Called(_) => "called",
             Self::OrderFromPod(_) => "order_from_pod",
             Self::OrderToPod(_) => "order_to_pod",
+            Self::Decisions(_) => "decisions",
+            Self::Learned(_) => "learned",
+            Self::Pending(_) => "pending",
         }
     }
 
     fn key(self) -> u32 {
         match self {
-            Self::Allow(policy) | Self::Cidrs(policy) => policy.get(),
+            Self::Allow(policy)
+            | Self::Cidrs(policy)
+            | Self::Decisions(policy)
+            | Self::Learned(policy) => policy.get(),
             Self::Flows(pod)
             | Self::Inbound(pod)
             | Self::Opening(pod)
             | Self::Called(pod)
             | Self::OrderFromPod(pod)
-            | Self::OrderToPod(pod) => pod.get(),
+            | Self::OrderToPod(pod)
+            | Self::Pending(pod) => pod.get(),
         }
     }
 }
@@ -95,6 +105,9 @@ pub(super) struct OuterMaps {
     called: MapData,
     order_from_pod: MapData,
     order_to_pod: MapData,
+    decisions: MapData,
+    learned: MapData,
+    pending: MapData,
 }
 
 impl OuterMaps {
@@ -109,6 +122,9 @@ impl OuterMaps {
             called: open("called")?,
             order_from_pod: open("order_from_pod")?,
             order_to_pod: open("order_to_pod")?,
+            decisions: open("decisions")?,
+            learned: open("learned")?,
+            pending: open("pending")?,
         })
     }
 
@@ -178,6 +194,9 @@ impl OuterMaps {
             Outer::Called(_) => &self.called,
             Outer::OrderFromPod(_) => &self.order_from_pod,
             Outer::OrderToPod(_) => &self.order_to_pod,
+            Outer::Decisions(_) => &self.decisions,
+            Outer::Learned(_) => &self.learned,
+            Outer::Pending(_) => &self.pending,
         };
         Ok(HashOfMaps::try_from(Map::HashOfMaps(another(map)?))?)
     }

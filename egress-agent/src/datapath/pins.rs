@@ -217,6 +217,11 @@ impl PodPins {
         fs::rename(&new, &path).with_context(|| format!("cannot move {}", path.display()))
     }
 
+    /// Removes a pin, if there is one.
+    pub(super) fn remove_one(&self, name: &str) -> Result<()> {
+        remove_if_there(&self.path(name))
+    }
+
     /// Removes all of the pod's pins.
     pub fn remove(&self) -> Result<()> {
         match fs::remove_dir_all(&self.dir) {

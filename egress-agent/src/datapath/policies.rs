@@ -12,7 +12,7 @@ use egress_common::{
 };
 
 use super::{
-    AllowMap, Datapath, FlowMap, Hook, PodPins, boottime_ns, interfaces,
+    AllowMap, Datapath, FlowMap, Hook, LearningMaps, PendingMap, PodPins, boottime_ns, interfaces,
     outer::{Change, Outer, another},
 };
 
@@ -130,7 +130,15 @@ impl Datapath {
         let allow = self.templates.allow(self.allow_entries)?;
         let handle = another(&allow)?;
         inner.push(Change::Insert(Outer::Allow(policy.id), allow));
-        self.allow_map(handle).map(Some)
+        let mut learning = None;
+        if self.constants.learns {
+            let decisions = self.templates.decisions()?;
+            let learned = self.templates.learned(self.allow_entries)?;
+            learning = Some(LearningMaps::new(another(&decisions)?, another(&learned)?)?);
+            inner.push(Change::Insert(Outer::Decisions(policy.id), decisions));
+            inner.push(Change::Insert(Outer::Learned(policy.id), learned));
+        }
+        self.allow_map(handle, learning).map(Some)
     }
 
     /// Creates a pod's flow maps, whose entries in the maps of maps are added to `inner`.
@@ -166,6 +174,10 @@ impl Datapath {
                 pins.replace(name, &map)?;
             }
             inner.push(Change::Insert(outer, map));
+        }
+        if self.constants.learns {
+            let pending = self.templates.pending()?;
+            inner.push(Change::Insert(Outer::Pending(pod.id), pending));
         }
         Ok(())
     }
@@ -212,9 +224,12 @@ impl Datapath {
                 Unused::Policy(id) => changes.extend([
                     Change::Remove(Outer::Allow(id)),
                     Change::Remove(Outer::Cidrs(id)),
+                    Change::Remove(Outer::Decisions(id)),
+                    Change::Remove(Outer::Learned(id)),
                 ]),
                 Unused::Pod(id) => {
                     changes.extend(Outer::of_pod(id).map(Change::Remove));
+                    changes.push(Change::Remove(Outer::Pending(id)));
                 }
             }
             owners.resize(changes.len(), i);
@@ -247,7 +262,7 @@ impl Datapath {
         self.layout.pod(namespace, name)
     }
 
-    /// Pins a policy's allow map as the pod's.
+    /// Pins a policy's allow map as the pod's, and what its programs have learned.
     ///
     /// # Errors
     ///
@@ -257,7 +272,14 @@ impl Datapath {
             .outer
             .get(Outer::Allow(id))?
             .with_context(|| format!("policy {id} has no allow map"))?;
-        pins.replace("allow", &allow)
+        pins.replace("allow", &allow)?;
+        for outer in [Outer::Learned(id), Outer::Decisions(id)] {
+            match self.outer.get(outer)? {
+                Some(map) => pins.replace(outer.name(), &map)?,
+                None => pins.remove_one(outer.name())?,
+            }
+        }
+        Ok(())
     }
 
     /// A policy's record; `None` if it does not exist.
@@ -313,7 +335,42 @@ impl Datapath {
         {
             return Ok(None);
         }
-        self.allow_map(allow).map(Some)
+        let learning = self.learning_of(id)?;
+        if self.constants.learns && learning.is_none() {
+            return Ok(None);
+        }
+        self.allow_map(allow, learning).map(Some)
+    }
+
+    /// The maps by which the programs learn under a policy; `None` if it has none.
+    fn learning_of(&self, id: PolicyId) -> Result<Option<LearningMaps>> {
+        let decisions = self.outer.get(Outer::Decisions(id))?;
+        let learned = self.outer.get(Outer::Learned(id))?;
+        match (decisions, learned) {
+            (Some(decisions), Some(learned)) => LearningMaps::new(decisions, learned).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The open queries of a pod; `None` if the programs keep none. Creates the map if an earlier agent has not.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or created.
+    pub fn pending_map(&self, pod: PodId) -> Result<Option<PendingMap>> {
+        if !self.constants.learns {
+            return Ok(None);
+        }
+        if let Some(map) = self.outer.get(Outer::Pending(pod))? {
+            return PendingMap::new(map).map(Some);
+        }
+        let map = self.templates.pending()?;
+        let handle = PendingMap::new(another(&map)?)?;
+        let made = self
+            .outer
+            .change(vec![Change::Insert(Outer::Pending(pod), map)]);
+        made.into_iter().collect::<Result<()>>()?;
+        Ok(Some(handle))
     }
 
     /// Creates policies with the allow maps and prefixes of others, all together. Each copy names the id of
@@ -346,7 +403,7 @@ impl Datapath {
         self.policies
             .insert(to, record, 0)
             .context("cannot write the map `policies`")?;
-        for outer in [Outer::Allow, Outer::Cidrs] {
+        for outer in [Outer::Allow, Outer::Cidrs, Outer::Decisions, Outer::Learned] {
             let map = self.outer.get(outer(from))?;
             inner.extend(map.map(|map| Change::Insert(outer(to), map)));
         }
@@ -360,7 +417,10 @@ impl Datapath {
     /// When the map cannot be read.
     pub fn allow_of(&self, policy: PolicyId) -> Result<Option<AllowMap>> {
         let allow = self.outer.get(Outer::Allow(policy))?;
-        allow.map(|allow| self.allow_map(allow)).transpose()
+        let Some(allow) = allow else {
+            return Ok(None);
+        };
+        self.allow_map(allow, self.learning_of(policy)?).map(Some)
     }
 
     /// The flows of a pod; `None` if its maps were not all created.
@@ -381,9 +441,9 @@ impl Datapath {
         }
     }
 
-    fn allow_map(&self, allow: MapData) -> Result<AllowMap> {
+    fn allow_map(&self, allow: MapData, learning: Option<LearningMaps>) -> Result<AllowMap> {
         let map: HashMap<MapData, AllowKey, AllowEntry> = HashMap::try_from(Map::HashMap(allow))?;
-        Ok(AllowMap::new(map, self.allow_entries as usize))
+        Ok(AllowMap::new(map, self.allow_entries as usize, learning))
     }
 }
 

@@ -109,7 +109,7 @@ impl AsFd for DenialRing {
 ///
 /// Every bit pattern must be a valid value of the type.
 #[expect(unsafe_code, reason = "the kernel writes records as bytes")]
-unsafe trait Plain: Copy {}
+pub(super) unsafe trait Plain: Copy {}
 
 #[expect(unsafe_code, reason = "see `Plain`")]
 // SAFETY: all fields are integers or arrays of integers.
@@ -120,7 +120,7 @@ unsafe impl Plain for Denial {}
 
 /// Splits a record off the front of `bytes`.
 #[expect(unsafe_code, reason = "the kernel writes records as bytes")]
-fn read<T: Plain>(bytes: &[u8]) -> Option<(T, &[u8])> {
+pub(super) fn read<T: Plain>(bytes: &[u8]) -> Option<(T, &[u8])> {
     let (head, rest) = bytes.split_at_checked(size_of::<T>())?;
     // SAFETY: `head` is as long as `T`, the read needs no alignment, and every bit pattern is a
     // valid `T`.

@@ -185,6 +185,17 @@ impl FrameSender {
         self.add(ifindex, None, self.marks.again, frame);
     }
 
+    /// Queues a query of the pod whose name is decided now: `from_pod` judges it again and lets it pass. Returns the frame
+    /// in the queue.
+    pub(super) fn ask_again(
+        &mut self,
+        (ifindex, pod): (IfIndex, PodId),
+        frame: &[u8],
+    ) -> &mut [u8] {
+        self.decided += 1;
+        self.add(ifindex, Some(pod), self.marks.again, frame)
+    }
+
     /// Sends a probe frame at once.
     ///
     /// # Errors

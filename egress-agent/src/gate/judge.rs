@@ -25,6 +25,8 @@ pub(super) struct DecisionContext {
     pub(super) dns: DnsSettings,
     pub(super) reporter: Reporter,
     pub(super) stats: Arc<Stats>,
+    /// Changes with everything on which it depends whether a name may be queried, besides the pod's policy.
+    pub(super) generation: u32,
 }
 
 impl DecisionContext {
@@ -33,6 +35,7 @@ impl DecisionContext {
             dns: dns.clone(),
             reporter,
             stats,
+            generation: 0,
         };
         context.configure(dns);
         context
@@ -48,7 +51,7 @@ impl DecisionContext {
         self.dns = dns;
     }
 
-    fn walks_search_lists(&self) -> bool {
+    pub(super) fn walks_search_lists(&self) -> bool {
         self.stats.walks_search_lists.get() != 0
     }
 }
@@ -157,7 +160,9 @@ impl<'a> Judge<'a> {
 
     fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
         if let Some(id) = read_rejection(message) {
-            let is_delivered = pending.reject(answered(id, packet), self.time_ns);
+            let is_delivered = pending.reject(answered(id, packet), self.time_ns)
+                || (self.take_query(id, packet, pending)
+                    && pending.reject(answered(id, packet), self.time_ns));
             if !is_delivered {
                 self.context
                     .reporter
@@ -176,7 +181,11 @@ impl<'a> Judge<'a> {
             }
         };
         let asked = || Some((answer.name.to_string(), answer.qtype));
-        if !pending.answer(answered(answer.id, packet), &answer, self.time_ns) {
+        let exchange = answered(answer.id, packet);
+        let is_expected = pending.answer(exchange, &answer, self.time_ns)
+            || (self.take_query(answer.id, packet, pending)
+                && pending.answer(exchange, &answer, self.time_ns));
+        if !is_expected {
             self.context
                 .reporter
                 .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
@@ -201,6 +210,17 @@ impl<'a> Judge<'a> {
                 .report(self.denied(packet, Reason::AllowMapFull, asked()));
             return false;
         }
+        true
+    }
+
+    /// Takes over a query that the programs have let pass: the agent has to read its response. Returns whether there
+    /// was one.
+    fn take_query(&mut self, id: u16, packet: &Packet, pending: &mut Pending) -> bool {
+        let exchange = answered(id, packet);
+        let Some((question, time_ns)) = self.enforcement.take_query(&exchange, packet) else {
+            return false;
+        };
+        pending.ask(exchange, &question, time_ns);
         true
     }
 

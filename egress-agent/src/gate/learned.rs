@@ -44,6 +44,8 @@ pub(super) trait Entries {
     fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError>;
     /// See [`crate::datapath::NameMap::forget`].
     fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError>;
+    /// See [`Enforcement::learned_until`].
+    fn learned_until(&mut self, address: Address) -> Option<(u64, u64)>;
 }
 
 impl Entries for Enforcement {
@@ -74,6 +76,10 @@ impl Entries for Enforcement {
 
     fn forget_name(&mut self, address: Address, name: &Name) -> Result<(), NamesError> {
         self.names.forget(address, name)
+    }
+
+    fn learned_until(&mut self, address: Address) -> Option<(u64, u64)> {
+        Self::learned_until(self, address)
     }
 }
 
@@ -119,6 +125,8 @@ pub(super) struct Table {
     protected: LruCache<Address, Name>,
     /// No entry changes before this time unless a response comes.
     next_change_ns: u64,
+    /// When the lifetimes were last compared with the clock.
+    expired_ns: u64,
     eviction: Eviction,
     /// How many addresses the last sweep kept although they had expired more than five minutes before.
     pub(super) expired_kept: usize,
@@ -155,6 +163,7 @@ impl Table {
             unlisted: LruCache::unbounded(),
             protected: LruCache::unbounded(),
             next_change_ns: u64::MAX,
+            expired_ns: 0,
             eviction: Eviction::default(),
             expired_kept: 0,
             failures: Failures::default(),
@@ -410,9 +419,15 @@ impl Table {
         if now_ns < self.next_change_ns {
             return Ok(());
         }
+        let expired_ns = std::mem::replace(&mut self.expired_ns, now_ns);
         let mut next_change_ns = u64::MAX;
         let mut result = Ok(());
         for (&address, learned) in &mut self.addresses {
+            if learned.ended_between(expired_ns, now_ns)
+                && let Some(until) = allow.learned_until(address)
+            {
+                learned.extend(until);
+            }
             // A failed write does not delay the expiry of the other entries. It is retried at the next call.
             if let Err(error) = learned.write(address, allow, now_ns) {
                 next_change_ns = now_ns;
@@ -422,6 +437,15 @@ impl Table {
         }
         self.next_change_ns = next_change_ns;
         result
+    }
+
+    /// Extends lifetimes to what the programs have learned.
+    pub(super) fn refresh(&mut self, allow: &mut impl Entries) {
+        for (&address, learned) in &mut self.addresses {
+            if let Some(until) = allow.learned_until(address) {
+                learned.extend(until);
+            }
+        }
     }
 
     /// The names that resolved to the address.

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use egress_common::{address::Address, classes::ClassSet, records::AllowEntry};
 
-use super::learned::{AnswerAddress, Entries};
+use super::{
+    learned::{AnswerAddress, Entries},
+    pod::learning::id_of,
+};
 use crate::datapath::AllowError;
 use egress_dns::Name;
 use egress_policy::{Grant, MayBeInternal, NameRules};
@@ -28,6 +31,12 @@ pub(super) struct Source {
 pub(super) struct Classes {
     all: ClassSet,
     internal: ClassSet,
+}
+
+/// What a name gives to an address: the classes, and the subset of them that applies if it is internal.
+pub(super) fn given(grant: Grant, by_stranger: bool) -> (ClassSet, ClassSet) {
+    let Classes { all, internal } = Classes::given(grant, by_stranger);
+    (all, internal)
 }
 
 impl Classes {
@@ -154,6 +163,15 @@ impl Learned {
         None
     }
 
+    /// Extends the lifetime of the name with this id to what the programs have learned.
+    pub(super) fn extend(&mut self, (expires_ns, id): (u64, u64)) {
+        for source in &mut self.sources {
+            if source.expires_ns < expires_ns && id_of(&source.name) == id {
+                source.expires_ns = expires_ns;
+            }
+        }
+    }
+
     /// The entry of the name, if it resolved to the address.
     pub(super) fn source(&self, name: &Name) -> Option<&Source> {
         self.sources.iter().find(|source| *source.name == *name)
@@ -166,6 +184,12 @@ impl Learned {
             .iter()
             .map(|source| (source.gives, source.expires_ns))
             .chain(adopted.map(|entry| (Classes::of(entry), entry.expires_ns)))
+    }
+
+    /// Whether the lifetime of a name ended after one time and not after another.
+    pub(super) fn ended_between(&self, after_ns: u64, until_ns: u64) -> bool {
+        let mut sources = self.sources.iter();
+        sources.any(|source| (after_ns + 1..=until_ns).contains(&source.expires_ns))
     }
 
     /// The end of the last lifetime.

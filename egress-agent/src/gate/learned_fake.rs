@@ -61,4 +61,8 @@ impl Entries for Fake {
         self.names.remove(&(address, name.clone()));
         Ok(())
     }
+
+    fn learned_until(&mut self, _: Address) -> Option<(u64, u64)> {
+        None
+    }
 }

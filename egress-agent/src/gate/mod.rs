@@ -60,7 +60,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::oneshot;
 
 use crate::{
-    datapath::{AllowMap, FlowMap, HeldRing, InterfaceMap, Marks, NameMap},
+    datapath::{
+        AllowMap, DnsTimesMap, FlowMap, HeldRing, InterfaceMap, Marks, NameMap, NoteRing,
+        PendingMap,
+    },
     report::{PodIdentity, Reporter},
 };
 use egress_dns::Refusal;
@@ -145,6 +148,8 @@ pub struct Enforcement {
     pub interfaces: Vec<IfIndex>,
     /// The allow map of this version.
     pub allow: AllowMap,
+    /// The pod's open queries that the programs have let pass; `None` if they let none pass.
+    pub pending: Option<PendingMap>,
     /// The names by which the pod's addresses are allowed. The next agent reads this map.
     pub names: NameMap,
     /// Other versions of its policy under which an earlier agent left the pod. The gate reads this only when
@@ -275,6 +280,7 @@ impl Gate {
         dns: DnsSettings,
         reporter: Reporter,
         open: Vec<OpenQuestion>,
+        (notes, times): (NoteRing, DnsTimesMap),
     ) -> Result<(Self, JoinHandle<Vec<OpenQuestion>>)> {
         let (commands, receiver) = mpsc::channel();
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
@@ -283,14 +289,17 @@ impl Gate {
         let stats = Arc::<Stats>::default();
         let mut frame_sender = frame_sender::FrameSender::open(marks, Arc::clone(&stats))?;
         frame_sender.set_shortest_life(dns.shortest_life());
+        let mut context = judge::DecisionContext::new(dns, reporter, Arc::clone(&stats));
+        let notes = run::Notes::open(notes, times, &mut context)?;
         let runner = run::Runner::new(
             ring,
             receiver,
             Arc::clone(&wake),
             interfaces,
+            notes,
             pod::Shared {
                 frame_sender,
-                context: judge::DecisionContext::new(dns, reporter, Arc::clone(&stats)),
+                context,
                 streams: Budget::new(stream::LIMITS),
                 fragments: Budget::new(fragments::LIMITS),
                 backlog: Budget::new(backlog::LIMITS),

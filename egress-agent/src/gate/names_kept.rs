@@ -59,6 +59,10 @@ impl<E: Entries> Entries for NamesStay<'_, E> {
         Ok(())
     }
 
+    fn learned_until(&mut self, address: Address) -> Option<(u64, u64)> {
+        self.0.learned_until(address)
+    }
+
     fn forget_name(&mut self, _: Address, _: &Name) -> Result<(), NamesError> {
         Ok(())
     }

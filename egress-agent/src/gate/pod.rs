@@ -1,6 +1,7 @@
 //! One pod at the gate: how its queries and responses are decided.
 
 mod in_fragments;
+pub(super) mod learning;
 mod over_tcp;
 mod turn;
 mod versions;
@@ -16,6 +17,8 @@ use egress_common::{
     reason::Reason,
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, POLICY_UNIDENTIFIED},
 };
+
+use learning::DecidedNames;
 
 use super::{
     About, Enforcement, Resolutions,
@@ -69,6 +72,10 @@ pub(super) struct Pod {
     share: Share,
     backlog: Backlog,
     tallies: Tallies,
+    /// The names that the programs know as decided.
+    decided: DecidedNames,
+    /// When expired addresses were last removed from what the programs have learned.
+    cleaned_ns: u64,
 }
 
 /// The events of a pod that are logged at a limited rate.
@@ -80,15 +87,6 @@ struct Tallies {
 }
 
 impl Pod {
-    /// Puts the pod's interfaces under its policy from the next packet on.
-    pub(super) fn write_interfaces(
-        &self,
-        interfaces: &mut InterfaceMap,
-        frame_sender: &mut FrameSender,
-    ) -> Result<()> {
-        self.enforcement.write_interfaces(interfaces, frame_sender)
-    }
-
     /// Takes over a query that an earlier agent put back.
     pub(super) fn take_over(&mut self, open: &OpenQuestion) {
         open.ask(&mut self.pending);
@@ -288,7 +286,7 @@ impl Pod {
             }
             return;
         }
-        let (judge, pending) = self.judge(shared, held.head.time_ns);
+        let (judge, _) = self.judge(shared, held.head.time_ns);
         let Some((question, is_allowed)) = judge.question(message, packet) else {
             return;
         };
@@ -296,14 +294,16 @@ impl Pod {
             refuse_question(held, packet, &question, shared);
             return;
         }
+        let from = (held.head.ifindex, held.head.pod);
+        if held.head.taken != 0 && self.decide_name(&question.name, shared) {
+            let frame = shared.frame_sender.ask_again(from, held.frame);
+            complete_udp(frame, packet);
+            return;
+        }
+        let (judge, pending) = self.judge(shared, held.head.time_ns);
         judge.ask(&question, packet, pending);
         if held.head.taken != 0 {
-            complete_udp(
-                shared
-                    .frame_sender
-                    .bounce((held.head.ifindex, held.head.pod), held.frame),
-                packet,
-            );
+            complete_udp(shared.frame_sender.bounce(from, held.frame), packet);
         }
     }
 

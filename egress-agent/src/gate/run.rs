@@ -1,5 +1,7 @@
 //! The event loop of the gate's thread.
 
+mod notes;
+
 use std::{
     collections::HashMap,
     os::fd::AsFd as _,
@@ -16,6 +18,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
 };
+
+pub(super) use notes::Notes;
 
 use super::{
     Command, Enforcement, OpenQuestion, RESOLUTIONS_MAX,
@@ -49,6 +53,7 @@ pub(super) struct Runner {
     commands: mpsc::Receiver<Command>,
     wake: Arc<EventFd>,
     interfaces: InterfaceMap,
+    notes: Notes,
     shared: Shared,
     pods: HashMap<PodId, Pod>,
     turns: Turns,
@@ -71,6 +76,7 @@ impl Runner {
         commands: mpsc::Receiver<Command>,
         wake: Arc<EventFd>,
         interfaces: InterfaceMap,
+        notes: Notes,
         shared: Shared,
         taken_over: Vec<OpenQuestion>,
     ) -> Self {
@@ -79,6 +85,7 @@ impl Runner {
             commands,
             wake,
             interfaces,
+            notes,
             shared,
             pods: HashMap::new(),
             turns: Turns::new(),
@@ -113,6 +120,7 @@ impl Runner {
                 }
             }
             self.turns.begin();
+            self.take_notes(BATCH);
             let mut decided = 0;
             while decided < BATCH && self.take_next() {
                 decided += 1;
@@ -278,6 +286,7 @@ impl Runner {
                 self.turns.add(id);
             }
         }
+        self.clean_learned(now_ns);
         self.shared.frame_sender.tick(now_ns);
         let addresses = self.pods.values().map(Pod::addresses).sum();
         let in_use = self.pods.values().map(Pod::addresses_in_use);
@@ -344,6 +353,7 @@ impl Runner {
                 }
             }
             Command::Names { asked, answer } => {
+                self.take_notes(usize::MAX);
                 let names = asked
                     .iter()
                     .map(|(pod, address)| {
@@ -356,6 +366,7 @@ impl Runner {
                 let _ = answer.send(names);
             }
             Command::Resolutions { pod, about, answer } => {
+                self.take_notes(usize::MAX);
                 let pod = self.pods.get(&pod);
                 let _ = answer.send(pod.map(|pod| pod.resolutions(&about, RESOLUTIONS_MAX)));
             }
@@ -364,7 +375,7 @@ impl Runner {
                     .frame_sender
                     .set_shortest_life(dns.shortest_life());
                 self.shared.context.configure(dns);
-                let _ = done.send(Ok(()));
+                let _ = done.send(self.notes.configure(&mut self.shared.context));
             }
             Command::Probe { probes, sent } => {
                 let frame_sender = &self.shared.frame_sender;
@@ -398,19 +409,24 @@ impl Runner {
 
     fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
         let id = enforcement.entry.pod();
+        self.stop_learning(id)?;
         if let Some(pod) = self.pods.get_mut(&id) {
             if enforcement.entry.mode == MODE_AUDIT {
                 pod.end_split_streams(&mut self.shared);
             }
-            pod.apply(
+            let applied = pod.apply(
                 enforcement,
                 &mut self.interfaces,
                 &mut self.shared.frame_sender,
-            )?;
+            );
+            if let Err(error) = applied {
+                pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
+                return Err(error);
+            }
             pod.keep_streams(&mut self.shared);
         } else {
             let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
-            pod.write_interfaces(&mut self.interfaces, &mut self.shared.frame_sender)?;
+            pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
             pod.forget_stale_names();
             for open in self.taken_over.extract_if(.., |open| open.pod() == id) {
                 pod.take_over(&open);

@@ -225,6 +225,8 @@ impl Scrape {
             openings_evicted,
             flows_evicted,
             no_policy,
+            passed_questions,
+            passed_answers,
         } = self.kernel;
         let direction = |direction: &str| vec![("direction", direction.to_owned())];
         page.counters(
@@ -233,6 +235,14 @@ impl Scrape {
             [
                 (direction("question"), held_questions),
                 (direction("answer"), held_answers),
+            ],
+        )?;
+        page.counters(
+            "egress_agent_dns_passed",
+            "DNS messages over UDP that the kernel passed without the agent (`dns.learn: kernel`)",
+            [
+                (direction("question"), passed_questions),
+                (direction("answer"), passed_answers),
             ],
         )?;
         let why = |why: &str| vec![("why", why.to_owned())];

@@ -538,3 +538,54 @@ fn a_packet_passes_by_an_entry_or_because_it_is_internal_or_the_policy_open() {
         }
     }
 }
+
+/// The map `learned` beside the allow map.
+mod of_two_entries {
+    use super::*;
+
+    fn both(allow: Option<(u8, u64)>, learned: Option<(u8, u64)>) -> (ClassSet, u64) {
+        let mut destination = Destination::default();
+        for (class, expired) in [allow, learned].into_iter().flatten() {
+            destination.add_learned(ClassSet::one(class), ClassSet::EMPTY, expired);
+        }
+        (destination.learned, destination.expired)
+    }
+
+    #[test]
+    fn entries_that_live_count_together() {
+        let together = ClassSet::one(1).or(ClassSet::one(2));
+        assert_eq!(both(Some((1, 0)), Some((2, 0))), (together, 0));
+    }
+
+    #[test]
+    fn an_expired_entry_does_not_count_beside_one_that_lives() {
+        assert_eq!(both(Some((1, 1)), Some((2, 0))), (ClassSet::one(2), 0));
+        assert_eq!(both(Some((1, 0)), Some((2, 1))), (ClassSet::one(1), 0));
+    }
+
+    #[test]
+    fn two_expired_entries_are_expired() {
+        let together = ClassSet::one(1).or(ClassSet::one(2));
+        assert_eq!(both(Some((1, 1)), Some((2, 1))), (together, 1));
+    }
+
+    #[test]
+    fn one_entry_counts_alone() {
+        for expired in [0, 1] {
+            assert_eq!(both(Some((1, expired)), None), (ClassSet::one(1), expired));
+            assert_eq!(both(None, Some((1, expired))), (ClassSet::one(1), expired));
+        }
+        assert_eq!(both(None, None), (ClassSet::EMPTY, 0));
+    }
+
+    #[test]
+    fn an_entry_without_classes_changes_nothing() {
+        let mut destination = Destination::default();
+        destination.add_learned(ClassSet::one(1), ClassSet::EMPTY, 1);
+        destination.add_learned(ClassSet::EMPTY, ClassSet::EMPTY, 0);
+        assert_eq!(
+            (destination.learned, destination.expired),
+            (ClassSet::one(1), 1)
+        );
+    }
+}

@@ -177,6 +177,10 @@ fn a_response_that_does_not_fit_is_not_delivered() {
 fn when_the_map_is_full_the_oldest_names_are_evicted() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
+        // What the programs learn comes on top.
+        .config("dns.learn", "agent")
+        // What the programs learn comes on top.
+        .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();
     let _web = lab.serve_tcp(443);
@@ -215,6 +219,8 @@ fn reset(stream: TcpStream) {
 fn an_address_in_use_stays_when_the_map_is_full() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
+        // What the programs learn comes on top.
+        .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();
     let _servers = (lab.serve_tcp(443), lab.serve_udp(443));
@@ -276,6 +282,8 @@ fn a_name_with_another_address_in_every_response_is_always_reached() {
     const ADDRESSES: u32 = 300;
     const LIMIT: u32 = 64;
     let lab = Lab::builder()
+        // What the programs learn comes on top.
+        .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();
     let _web = lab.serve_tcp(443);

@@ -10,6 +10,7 @@ mod guard;
 mod hostile_answers;
 mod hostile_tcp;
 mod internal_answers;
+mod learned_in_kernel;
 mod lifetimes;
 mod lossy_link;
 mod moved_interface;

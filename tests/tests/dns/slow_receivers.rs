@@ -134,7 +134,10 @@ fn frames_beyond_a_slow_pods_queue_are_lost_for_that_pod_only() {
 fn several_slow_pods_do_not_occupy_all_sender_threads() {
     // More than there are sender threads.
     const SLOW: usize = 6;
-    let lab = Lab::builder().config("http", HTTP).build();
+    let lab = Lab::builder()
+        .config("http", HTTP)
+        .config("dns.learn", "agent")
+        .build();
     let _web = lab.serve_tcp(443);
     let [once_slow, neighbour] = lab.pods_of_shop(["slow", "neighbour"]);
     let slow: Vec<Pod> = (0..SLOW)

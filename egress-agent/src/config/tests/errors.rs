@@ -31,7 +31,7 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
             "line 3, column 3: dns.ttl: is not a known key: expected one of resolvers, \
-             clusterDomain, minTtl, maxTtl, grace, internalAnswers, guard, autopath, refusal",
+             clusterDomain, minTtl, maxTtl, grace, internalAnswers, guard, autopath, refusal, learn",
         ),
         (
             "dns:\n  resolvers:\n  - 10.0.0.1\n  - dns.example\n",

@@ -70,6 +70,7 @@ impl Applier {
                 names: self.datapath.names(&pins)?,
                 left,
                 flows: self.flows_of(pod)?,
+                pending: self.datapath.pending_map(pod)?,
             })
             .await?;
         self.note_from_quarantine(wanted, &mut flows)?;
@@ -128,6 +129,7 @@ impl Applier {
         // It is moved to other interfaces afterwards.
         let wanted = wanted.clone().on_interfaces_of(&enforced.wanted);
         let names = self.datapath.names(&enforced.pins)?;
+        let pending = self.datapath.pending_map(pod)?;
         let applied = self
             .gate
             .apply(Enforcement {
@@ -140,6 +142,7 @@ impl Applier {
                 names,
                 left: Vec::new(),
                 flows,
+                pending,
             })
             .await;
         if let Err(error) = applied {

@@ -48,7 +48,7 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    datapath::Adoptable,
+    datapath::{Adoptable, CounterMap},
     gate::Stats,
     host::{Exits, Link},
     pods::{NamespacedName, ObjectsOf, Pod, PolicyKind, PolicyObjects, Snapshot},
@@ -137,6 +137,8 @@ pub(in crate::control) struct Observer {
     answers: Answers,
     /// What the gate counts.
     stats: Arc<Stats>,
+    /// What the programs count.
+    counters: CounterMap,
     pub(in crate::control) unjudged: Unjudged,
     unlocated: Unlocated,
 }
@@ -153,6 +155,7 @@ impl Observer {
         policy_settings: egress_policy::Settings,
         judged: HashSet<IfIndex>,
         stats: Arc<Stats>,
+        counters: CounterMap,
     ) -> Result<Self> {
         Ok(Self {
             in_cluster,
@@ -164,6 +167,7 @@ impl Observer {
             taps: Taps::open()?,
             answers: Answers::default(),
             stats,
+            counters,
             unlocated: Unlocated::default(),
         })
     }
@@ -196,7 +200,9 @@ impl Observer {
         for problem in &source.problems {
             problems.add(About::node(&*problem.origin), &problem.message);
         }
-        let unseen_responses = self.answers.problem(&self.stats);
+        let counters = self.counters.counters().unwrap_or_default();
+        let passed = (counters.passed_questions, counters.passed_answers);
+        let unseen_responses = self.answers.problem(&self.stats, passed);
         if let Some(what) = unseen_responses {
             problems.set(About::node("DNS"), what);
         }

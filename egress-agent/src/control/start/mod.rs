@@ -196,6 +196,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         dns_settings(&settings.config),
         reporter.clone(),
         handover::take(configured),
+        (datapath.take_notes()?, datapath.dns_times()?),
     )?;
     let published = Arc::<Published>::default();
     let denials = DenialThread {
@@ -212,6 +213,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     };
     let (machine, locations) = source.locations(&settings.config, &datapath, &left, arrivals)?;
     let stats = Arc::clone(gate.stats());
+    let kernel_counters = datapath.counters()?;
     let parts = Parts {
         datapath,
         gate,
@@ -226,6 +228,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         settings.config.policy_settings(),
         applier.left_judged(),
         stats,
+        kernel_counters,
     )?;
     let for_serving = Arc::clone(&published);
     let serving = status::serve(&settings.config, &applier, for_serving, reporter)?;

@@ -9,6 +9,7 @@ use tokio::{sync::watch, time::sleep};
 use super::Signals;
 use crate::control::{Options, state_dir::saved};
 use crate::{
+    config::Learn,
     datapath::{self, Datapath, Lock, TryLock},
     pods::Snapshot,
     serve::stand_by,
@@ -36,6 +37,7 @@ pub(in crate::control) async fn only_agent(
         udp_idle: config.limits.udp_idle,
         attach: options.attach,
         trace: options.datapath_log,
+        learns: config.dns.learn == Learn::Kernel,
     };
     let mut datapath = Datapath::open(&datapath_options)?;
     if !options.take_over {

@@ -21,6 +21,7 @@ impl Pod {
         frame_sender: &mut FrameSender,
     ) -> anyhow::Result<()> {
         self.enforcement.entry = judged.in_entry(self.enforcement.entry);
+        self.enforcement.start_learning();
         self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 

@@ -10,7 +10,7 @@ use super::{
         Enforcement, backlog::Backlog, fragments::Fragments, frame_sender::FrameSender,
         learned::Table, pending::Pending, share::Share, stream::Streams,
     },
-    InterfaceMap, Pod, Shared, Tallies, boottime_ns,
+    DecidedNames, InterfaceMap, Pod, Shared, Tallies, boottime_ns,
 };
 
 impl Pod {
@@ -56,6 +56,8 @@ impl Pod {
             share: Share::new(now_ns),
             backlog: Backlog::default(),
             tallies: Tallies::default(),
+            decided: DecidedNames::default(),
+            cleaned_ns: now_ns,
         })
     }
 
@@ -82,6 +84,7 @@ impl Pod {
             .compiled
             .record
             .names_alike(&self.enforcement.compiled.record);
+        self.learned.refresh(&mut self.enforcement);
         // If the version is the same, an earlier attempt failed after this step.
         let mut learned = (next.entry.policy() != self.enforcement.entry.policy())
             .then(|| {
@@ -94,7 +97,9 @@ impl Pod {
         if let Some(learned) = &mut learned {
             learned.keep_names_missing_in(&self.learned, &mut next);
         }
+        next.start_learning();
         next.write_interfaces(interfaces, frame_sender)?;
+        self.decided = DecidedNames::default();
         if let Some(mut learned) = learned {
             log_nameless(&next, &self.learned, alike);
             self.learned

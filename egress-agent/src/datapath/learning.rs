@@ -1,0 +1,235 @@
+//! What the programs need to pass DNS on without the agent: decided names, learned addresses and open queries.
+
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, RingBuf};
+use egress_common::{
+    address::Address,
+    records::{
+        AllowKey, Decision, DecisionKey, DnsTimes, LearnedEntry, LearnedNote, PendingKey,
+        PendingQuery,
+    },
+};
+
+use super::{
+    Datapath,
+    object::open,
+    policies::ignore_missing,
+    rings::{Plain, read},
+};
+use egress_dns::Name;
+
+/// Handle on the decided names and the learned addresses of one policy. The gate thread alone writes decisions; the
+/// programs alone write addresses.
+pub struct LearningMaps {
+    decisions: HashMap<MapData, DecisionKey, Decision>,
+    learned: HashMap<MapData, AllowKey, LearnedEntry>,
+}
+
+/// Whether a decision could be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decided {
+    /// Yes.
+    Written,
+    /// The map is full, or the kernel has no memory.
+    Full,
+}
+
+impl LearningMaps {
+    pub(super) fn new(decisions: MapData, learned: MapData) -> Result<Self> {
+        Ok(Self {
+            decisions: HashMap::try_from(Map::HashMap(decisions))?,
+            learned: HashMap::try_from(Map::HashMap(learned))?,
+        })
+    }
+
+    /// Tells the programs that the pod may query a name.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written for another reason than a lack of room.
+    pub fn decide(&mut self, name: &Name, decision: Decision) -> Result<Decided> {
+        let Some(key) = DecisionKey::of_wire(name.as_wire()) else {
+            return Ok(Decided::Full);
+        };
+        match self.decisions.insert(key, decision, 0) {
+            Ok(()) => Ok(Decided::Written),
+            Err(MapError::SyscallError(error))
+                if matches!(
+                    error.io_error.raw_os_error(),
+                    Some(libc::E2BIG | libc::ENOMEM)
+                ) =>
+            {
+                Ok(Decided::Full)
+            }
+            Err(error) => Err(error).context("cannot write a map `decisions`"),
+        }
+    }
+
+    /// Removes all decisions. No interface may learn meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn forget_decisions(&mut self) -> Result<()> {
+        let keys: Vec<DecisionKey> = self
+            .decisions
+            .keys()
+            .collect::<Result<_, _>>()
+            .context("cannot read a map `decisions`")?;
+        for key in keys {
+            ignore_missing(self.decisions.remove(&key))
+                .context("cannot write a map `decisions`")?;
+        }
+        Ok(())
+    }
+
+    /// What the programs have learned about an address.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn learned(&self, addr: Address) -> Result<Option<LearnedEntry>> {
+        match self.learned.get(&AllowKey { addr }, 0) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("cannot read a map `learned`"),
+        }
+    }
+
+    /// Removes the addresses that expired before this time, in nanoseconds of `CLOCK_BOOTTIME`. No interface may learn
+    /// meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn forget_expired(&mut self, now_ns: u64) -> Result<()> {
+        let mut expired = Vec::new();
+        for item in &self.learned {
+            let (key, entry) = item.context("cannot read a map `learned`")?;
+            if entry.expires_ns <= now_ns {
+                expired.push(key);
+            }
+        }
+        for key in expired {
+            ignore_missing(self.learned.remove(&key)).context("cannot write a map `learned`")?;
+        }
+        Ok(())
+    }
+}
+
+/// Handle on the queries of one pod that the programs have let pass.
+pub struct PendingMap(HashMap<MapData, PendingKey, PendingQuery>);
+
+impl PendingMap {
+    pub(super) fn new(map: MapData) -> Result<Self> {
+        Ok(Self(HashMap::try_from(Map::HashMap(map))?))
+    }
+
+    /// Takes a query out, unless a program has taken it at the same time.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn take(&mut self, key: &PendingKey) -> Result<Option<PendingQuery>> {
+        let query = match self.0.get(key, 0) {
+            Ok(query) => query,
+            Err(MapError::KeyNotFound) => return Ok(None),
+            Err(error) => return Err(error).context("cannot read a map `pending`"),
+        };
+        match self.0.remove(key) {
+            Ok(()) => Ok(Some(query)),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error).context("cannot write a map `pending`"),
+        }
+    }
+
+    /// Removes the queries that were sent before this time, in nanoseconds of `CLOCK_BOOTTIME`.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn forget_before(&mut self, time_ns: u64) -> Result<()> {
+        let mut old = Vec::new();
+        for item in &self.0 {
+            let (key, query) = item.context("cannot read a map `pending`")?;
+            if query.time_ns < time_ns {
+                old.push(key);
+            }
+        }
+        for key in old {
+            ignore_missing(self.0.remove(&key)).context("cannot write a map `pending`")?;
+        }
+        Ok(())
+    }
+}
+
+#[expect(unsafe_code, reason = "see `Plain`")]
+// SAFETY: all fields are integers or arrays of integers.
+unsafe impl Plain for LearnedNote {}
+
+/// The ring of addresses that the programs have learned and that the agent does not know yet.
+pub struct NoteRing(RingBuf<MapData>);
+
+impl NoteRing {
+    /// The next note.
+    pub fn take(&mut self) -> Option<LearnedNote> {
+        let item = self.0.next()?;
+        read::<LearnedNote>(&item).map(|(note, _)| note)
+    }
+}
+
+/// The settings by which the programs learn.
+pub struct DnsTimesMap(Array<MapData, DnsTimes>);
+
+impl DnsTimesMap {
+    /// Replaces them.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set(&mut self, times: DnsTimes) -> Result<()> {
+        self.0
+            .set(0, times, 0)
+            .context("cannot write the map `dns_times`")
+    }
+
+    /// The settings in force.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn get(&self) -> Result<DnsTimes> {
+        self.0.get(&0, 0).context("cannot read the map `dns_times`")
+    }
+}
+
+impl Datapath {
+    /// Whether the programs pass decided DNS on without the agent.
+    pub fn learns(&self) -> bool {
+        self.constants.learns
+    }
+
+    /// The ring of learned addresses. It can have only one reader.
+    ///
+    /// # Errors
+    ///
+    /// When it was taken before or cannot be mapped.
+    pub fn take_notes(&mut self) -> Result<NoteRing> {
+        let ring = super::loading::take(&mut self.ebpf, "learned_notes")?;
+        Ok(NoteRing(RingBuf::try_from(ring)?))
+    }
+
+    /// A handle on the settings by which the programs learn.
+    ///
+    /// # Errors
+    ///
+    /// When the pin cannot be opened.
+    pub fn dns_times(&self) -> Result<DnsTimesMap> {
+        let map = open(&self.layout, "dns_times")?;
+        Ok(DnsTimesMap(Array::try_from(Map::Array(map))?))
+    }
+}

@@ -1,0 +1,123 @@
+//! The gate's side of what the programs learn: their notes, and the settings by which they learn.
+
+use anyhow::Result;
+use egress_common::{ids::PodId, records::DnsTimes};
+
+use super::{super::judge::DecisionContext, Runner};
+use crate::datapath::{DnsTimesMap, NoteRing};
+
+/// The programs' notes and settings.
+pub(in super::super) struct Notes {
+    ring: NoteRing,
+    times: DnsTimesMap,
+    /// Whether the resolvers were known to walk search lists when the settings were last written.
+    walks: bool,
+}
+
+impl Notes {
+    /// Opens them. Decisions of an earlier agent do not count any more.
+    ///
+    /// # Errors
+    ///
+    /// When the settings cannot be read or written.
+    pub(in super::super) fn open(
+        ring: NoteRing,
+        times: DnsTimesMap,
+        context: &mut DecisionContext,
+    ) -> Result<Self> {
+        context.generation = times.get()?.generation;
+        let mut notes = Self {
+            ring,
+            times,
+            walks: false,
+        };
+        notes.configure(context)?;
+        Ok(notes)
+    }
+
+    /// Tells the programs the settings. Decisions under other settings do not count any more.
+    ///
+    /// # Errors
+    ///
+    /// When the settings cannot be written.
+    pub(in super::super) fn configure(&mut self, context: &mut DecisionContext) -> Result<()> {
+        self.walks = context.walks_search_lists();
+        context.generation = context.generation.wrapping_add(1);
+        let dns = &context.dns;
+        self.times.set(DnsTimes {
+            min_ttl_ns: dns.min_ttl.as_nanos() as u64,
+            max_ttl_ns: dns.max_ttl.as_nanos() as u64,
+            grace_ns: dns.grace.as_nanos() as u64,
+            generation: context.generation,
+            pad: 0,
+        })
+    }
+
+    /// Whether a response has shown since that the resolvers walk search lists.
+    fn is_outdated(&self, context: &DecisionContext) -> bool {
+        self.walks != context.walks_search_lists()
+    }
+}
+
+impl Runner {
+    /// Learns from at most `most` notes.
+    pub(in super::super) fn take_notes(&mut self, most: usize) {
+        if self.notes.is_outdated(&self.shared.context)
+            && let Err(error) = self.notes.configure(&mut self.shared.context)
+        {
+            tracing::error!(%error, "the programs keep outdated decisions about names");
+        }
+        // Until then, pods are missing of which an earlier agent's programs have left notes.
+        if self.reading_since_ns.is_none() {
+            return;
+        }
+        for _ in 0..most {
+            let Some(note) = self.notes.ring.take() else {
+                return;
+            };
+            if let Some(pod) = self.pods.get_mut(&note.pod) {
+                pod.note_learned(&note, &self.shared.context);
+                pod.spend(&mut self.turns);
+            }
+        }
+    }
+
+    /// Stops the programs from learning for a pod, and learns what they have learned.
+    ///
+    /// # Errors
+    ///
+    /// When the map of interfaces cannot be written.
+    pub(in super::super) fn stop_learning(&mut self, id: PodId) -> Result<()> {
+        let Some(pod) = self.pods.get_mut(&id) else {
+            return Ok(());
+        };
+        pod.stop_learning(&mut self.interfaces)?;
+        self.take_notes(usize::MAX);
+        Ok(())
+    }
+
+    /// Removes what the programs no longer need, for the pods whose time it is.
+    pub(in super::super) fn clean_learned(&mut self, now_ns: u64) {
+        let due: Vec<PodId> = self
+            .pods
+            .iter()
+            .filter(|(_, pod)| pod.needs_cleaning(now_ns))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in due {
+            if let Err(error) = self.clean(id, now_ns) {
+                tracing::error!(pod = %id, %error, "cannot clean what the programs have learned");
+            }
+        }
+    }
+
+    fn clean(&mut self, id: PodId, now_ns: u64) -> Result<()> {
+        self.stop_learning(id)?;
+        let Some(pod) = self.pods.get_mut(&id) else {
+            return Ok(());
+        };
+        let cleaned = pod.clean_learned(now_ns);
+        pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
+        cleaned
+    }
+}
