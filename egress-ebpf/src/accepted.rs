@@ -17,7 +17,7 @@ use egress_common::{
 };
 
 use crate::{
-    flows::{ANY, IN_INBOUND, IN_OPENING, forget, map_of},
+    flows::{ANY, IN_INBOUND, IN_OPENING, NOWHERE, forget, map_of},
     maps::{Flows, STAMP},
     skb::now_ns,
 };
@@ -70,6 +70,23 @@ pub fn bars(opening: &Flows, flow: &mut FlowKey) -> bool {
 #[inline(always)]
 pub const fn is_record(key: &FlowKey) -> bool {
     key.kind == FLOW_KEY_ACCEPTED
+}
+
+/// Forgets the flow at this place if the other side opened it; nothing at [`crate::flows::NOWHERE`].
+///
+/// A global function ([`crate`]).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn forget_opened(pod: u32, key: *const FlowKey, place: u32) -> u32 {
+    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    let Some(key) = (unsafe { key.as_ref() }) else {
+        return 0;
+    };
+    if place != NOWHERE {
+        // Kernels such as 6.1 do not accept a caller's pointer as a map's key.
+        forget_inbound(PodId::new(pod), place, &black_box(*key));
+    }
+    0
 }
 
 /// Evicts a record. Until it would have expired, no peer of the same group opens a connection to the pod. `must` is set

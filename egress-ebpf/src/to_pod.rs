@@ -164,13 +164,20 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) -> bool {
     let mut known = flows::find(skb, interface.pod(), &key, now_ns, true);
     let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     let accepts = packet.accepts_tcp();
-    // Otherwise the pod has opened the connection; its flow may have been evicted.
+    // Otherwise the pod has opened the connection. If its flow was evicted, the pod has called the other side. That does
+    // not excuse a flow that the other side has opened: the pod's SYN would have replaced it.
     let is_unsolicited = !matches!(known.state(), FLOW_OUT | FLOW_CUT)
         && (accepts || known.is_accepted())
-        && !flows::is_called(skb, interface.pod(), &key);
+        && skb
+            .forget_number(u32::from(!flows::is_called(skb, interface.pod(), &key)) | known.place)
+            != 0;
     // While only the sources are judged, the pod's own connections are not all noted yet.
     let is_reported = is_unsolicited && interface.flags & INTERFACE_SOURCES == 0;
     if is_unsolicited && accepts {
+        // A pod that sees the other side's number may go on with the connection later than the record is kept.
+        let is_seen = u32::from(!is_reported) | u32::from(interface.mode == MODE_AUDIT);
+        let forgotten = known.place * skb.forget_number(is_seen);
+        accepted::forget_opened(interface.pod().get(), &key, forgotten);
         known.flow = accepted::record(now_ns);
         let noted = flows::note_accepted(interface, &key, &known.flow);
         // A bridge sends frames for others to all its ports.

@@ -247,6 +247,16 @@ impl Programs {
         flows.take_noted(&self.flow_map()).expect("the pod's flows");
     }
 
+    /// Copies the flows that peers have opened towards the first pod to the other pod that the interface has become.
+    /// Returns their number.
+    #[track_caller]
+    pub fn takes_inbound(&mut self) -> usize {
+        let mut flows = self.flow_map_of(self.interface.pod());
+        flows
+            .take_inbound(&self.flow_map())
+            .expect("the pod's flows")
+    }
+
     fn flow_map(&self) -> FlowMap {
         self.flow_map_of(POD)
     }

@@ -1,6 +1,6 @@
 //! A pod's flows.
 
-use std::collections::HashSet;
+use std::{cmp::Reverse, collections::HashSet};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData, MapError};
@@ -214,18 +214,25 @@ impl FlowMap {
     }
 
     /// Copies from another pod's maps the flows that peers have opened towards the pod, and what [`Self::take_noted`]
-    /// copies. Returns the number of flows.
+    /// copies. Returns the number of flows. If there are more than the map has room for, those that were seen last are
+    /// copied: otherwise a pod with many connections would stay in quarantine.
     ///
     /// # Errors
     ///
-    /// When the map is full, or a map cannot be read or written.
+    /// When there is no room for what [`Self::take_noted`] copies, or a map cannot be read or written.
     pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
         self.take_noted(other)?;
+        let mut flows = other.entries()?;
+        flows.retain(|(key, flow)| key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN);
+        flows.sort_unstable_by_key(|(_, flow)| Reverse(flow.last_seen_ns));
+        let mut room = self.limits.established;
+        for item in self.inbound.keys() {
+            item.context("cannot read a pod's flows")?;
+            room = room.saturating_sub(1);
+        }
         let mut taken = 0;
-        for (key, flow) in other.entries()? {
-            if key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN {
-                taken += usize::from(add(&mut self.inbound, &key, flow)?);
-            }
+        for (key, flow) in flows.into_iter().take(room) {
+            taken += usize::from(add(&mut self.inbound, &key, flow)?);
         }
         Ok(taken)
     }

@@ -273,3 +273,50 @@ fn an_interface_that_another_pod_has_does_not_free_the_rest_of_a_pod() {
         "the pod is open"
     );
 }
+
+/// With `CAP_NET_ADMIN` a pod may give one of its interfaces to a network namespace in which none of its programs run.
+#[test]
+fn an_interface_that_a_pod_gives_away_is_closed_at_once() {
+    let mut scene = Scene::new(&[]);
+    let (lab, agent) = (&scene.cluster.lab, &scene.agent);
+    let cart = scene.cluster.run(&scene.shop, "cart", &allow_one());
+    agent.wait_enforcing(cart.net());
+    let inside = cart.net().netns();
+    let add = |name: &str| {
+        lab.node().ip_batch(&format!(
+            "link add {name} address 02:00:00:00:00:09 type veth peer name {name} netns {}\n\
+             link set {name} up\n",
+            inside.name()
+        ));
+        inside.ip_batch(&format!("link set {name} up\n"));
+    };
+    let own = format!("pod={}/cart", scene.shop);
+    let moves = |line: &str| line.contains("enforcing on other interfaces") && line.contains(&own);
+    agent.logs_after("that both are enforced", || add("given"), moves);
+
+    let away = lab.pod_without_interface(&scene.shop, "away");
+    let gateway = format!("10.1.{}.1", away.ipv4().octets()[2]);
+    lab.node()
+        .ip_batch(&format!("addr add {gateway}/30 dev given\n"));
+    inside.ip_batch(&format!("link set given netns {}\n", away.netns().name()));
+    away.netns().ip_batch(&format!(
+        "addr add {}/30 dev given\n\
+         link set given up\n\
+         neigh add {gateway} lladdr 02:00:00:00:00:09 dev given nud permanent\n\
+         route add default via {gateway}\n",
+        away.ipv4()
+    ));
+    let sender = Sender::start(&away);
+    // A new interface of the pod makes the agent look at all of them.
+    nothing_arrives(
+        agent,
+        (&sender, &scene.sink),
+        "that the interface is in quarantine",
+        || add("kept"),
+        |line| line.contains("enforcing") && line.contains("pod=interface given "),
+    );
+    assert!(scene.agent.stop().success());
+    eventually("datagrams arrive without an agent", || {
+        holds(arrived(&scene.sink) > 0)
+    });
+}

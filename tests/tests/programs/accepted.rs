@@ -16,6 +16,7 @@ use egress_tests::{
 use crate::openings::{ANSWER, CALL, FLOOD, OWN, PAST_NS, PEER, accept, states};
 
 const SYN_ACK: u8 = flag::SYN | flag::ACK;
+const NEVER_NS: u64 = u64::MAX;
 const SECOND_NS: u64 = 1_000_000_000;
 /// The pod's maps that have flows which others open.
 const INBOUND: [&str; 2] = ["opening", "inbound"];
@@ -283,6 +284,32 @@ fn audit_mode_and_the_first_moments_of_a_pod_only_note_a_syn_ack() {
     reported.stays_closed(&mut programs);
 }
 
+/// In audit mode, and in the first moments of a pod, the pod sees the server's number. It could tell it to somebody who
+/// completes the connection in its name, and go on with it when the record is gone.
+#[test]
+fn a_connection_that_was_joined_before_enforcement_does_not_outlive_the_record() {
+    let mut programs = Programs::new();
+    let (audited, sources) = (server(9), server(8));
+    for peer in [audited, sources] {
+        accept(&mut programs, peer, CALL.0);
+    }
+    let forged = Joined::with(&programs, sources);
+    programs.set_interface(|interface| interface.flags = INTERFACE_SOURCES);
+    programs.arrives(&forged.accepts);
+    programs.set_interface(|interface| interface.flags = 0);
+    programs.audit();
+    // The pod's own SYN. The address and port are noted, and the flow stays.
+    let own = programs.to(audited);
+    programs.sends(&own.tcp_segment(ANSWER, flag::SYN, (OWN, 0), b""));
+    let called = Joined::with(&programs, audited);
+    programs.receives(&called.accepts);
+    programs.set_interface(|interface| interface.mode = MODE_ENFORCE);
+    pass(&programs, 181);
+    for joined in [forged, called] {
+        programs.stays(&joined.data, Reason::NoRule);
+    }
+}
+
 #[test]
 fn a_syn_ack_for_another_address_is_no_concern_of_the_pod() {
     let mut programs = Programs::new();
@@ -299,4 +326,25 @@ fn what_was_noted_in_quarantine_counts_for_the_pod() {
     programs.becomes_another_pods();
     programs.takes_noted();
     joined.stays_closed(&mut programs);
+}
+
+/// The flow of the forged handshake is older than the pod's own connections to the server, and their destination is
+/// noted.
+#[test]
+fn a_server_that_the_pod_calls_accepts_only_the_pods_own_connections() {
+    let mut programs = Programs::new();
+    for (peer, port) in [(server(1), 7), (server6(1), 8)] {
+        let (by, to) = (programs.by(peer), programs.to(peer));
+        let (there, here) = ((PORT, CALL.1), (CALL.1, PORT));
+        let accepts = by.tcp_segment(there, SYN_ACK, (THERE, OWN + 1), b"");
+        let data = to.tcp_segment(here, flag::ACK, (OWN + 1, THERE + 1), b"secret");
+        accept(&mut programs, peer, PORT);
+        programs.allow(peer, TO_PORT, NEVER_NS);
+        programs.leaves(&to.tcp(port, PORT, flag::SYN));
+        programs.arrives(&by.tcp(PORT, port, SYN_ACK));
+        programs.leaves(&to.tcp(port, PORT, flag::ACK));
+        programs.change_policy(|_| {});
+        programs.receives(&accepts).denied(Reason::TcpUnsolicited);
+        programs.stays(&data, Reason::NoRule);
+    }
 }

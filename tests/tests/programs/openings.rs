@@ -350,3 +350,31 @@ fn a_closed_connection_frees_its_flow_entry() {
     programs.allow(server(1), TO_PORT, PAST_NS);
     programs.stays(&to.tcp(7, PORT, flag::ACK), Reason::Expired);
 }
+
+/// A pod that cannot take over its connections stays in quarantine, where its own policy does not hold.
+#[test]
+fn a_pod_with_more_connections_than_it_may_have_leaves_quarantine() {
+    let mut programs = Programs::new();
+    let peer = server(9);
+    let (by, to) = (programs.by(peer), programs.to(peer));
+    let call = |n: u32| ((5000 + n % 60_000) as u16, (8080 + n / 60_000) as u16);
+    let all = FLOW_ENTRIES + FlowLimits::of(FLOW_ENTRIES).opening_to_pod;
+    let syns = (0..all).map(|n| by.tcp_segment(call(n), flag::SYN, (PEER, 0), b""));
+    let answers = (0..all).map(|n| {
+        let (there, here) = call(n);
+        to.tcp_segment((here, there), flag::SYN | flag::ACK, (OWN, PEER + 1), b"")
+    });
+    let acks = (0..all).map(|n| by.tcp_segment(call(n), flag::ACK, (PEER + 1, OWN + 1), b""));
+    for ((syn, answer), ack) in syns.zip(answers).zip(acks) {
+        programs.flood(Hook::ToPod, [syn].into_iter(), 1);
+        programs.flood(Hook::FromPod, [answer].into_iter(), 1);
+        programs.flood(Hook::ToPod, [ack].into_iter(), 1);
+    }
+    let inbound = programs.flows().len();
+    assert_eq!(inbound, all as usize);
+    programs.becomes_another_pods();
+    assert_eq!(programs.takes_inbound(), FLOW_ENTRIES as usize);
+    // The latest connection goes on.
+    let (there, here) = call(all - 1);
+    programs.leaves(&to.tcp_segment((here, there), flag::ACK, (OWN + 1, PEER + 1), b"data"));
+}
