@@ -6,10 +6,12 @@ use egress_common::{
     records::{AllowEntry, AllowKey},
 };
 
-/// Handle on one pod's allow map under one version of its policy. The gate thread is its only
+/// Handle on one pod's allow map under one version of its policy, or under several. The gate thread is its only
 /// writer.
 pub struct AllowMap {
     map: HashMap<MapData, AllowKey, AllowEntry>,
+    /// The kernel's number of the map.
+    id: u32,
     capacity: usize,
 }
 
@@ -25,8 +27,17 @@ pub enum AllowError {
 }
 
 impl AllowMap {
-    pub(super) fn new(map: HashMap<MapData, AllowKey, AllowEntry>, capacity: usize) -> Self {
-        Self { map, capacity }
+    pub(super) fn new(
+        map: HashMap<MapData, AllowKey, AllowEntry>,
+        id: u32,
+        capacity: usize,
+    ) -> Self {
+        Self { map, id, capacity }
+    }
+
+    /// Whether both are handles on the same map.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.id == other.id
     }
 
     /// How many addresses fit into the map.

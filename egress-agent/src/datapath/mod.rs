@@ -51,7 +51,7 @@ pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Options};
 
 pub use pins::{Lock, PodPins, TryLock, cleanup};
-pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
+pub use policies::{NewMaps, NewPod, NewPolicy, PolicyPrefix, Unused};
 pub use probes::ProbeMap;
 pub use ranges::{RangeEntry, prefix_of};
 pub use rings::{DenialRing, HeldFrame, HeldRing};

@@ -1,6 +1,6 @@
 //! Policies with their inner maps, and pods with their flows.
 
-use std::{panic::resume_unwind, sync::Arc, thread};
+use std::{collections::BTreeMap, panic::resume_unwind, sync::Arc, thread};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
@@ -37,9 +37,19 @@ pub struct NewPolicy<'a> {
     pub id: PolicyId,
     /// Its record in the map `policies`.
     pub record: &'a Policy,
-    /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
-    pub cidrs: Vec<(Address, u32, ClassSet)>,
+    /// Its prefixes.
+    pub cidrs: Vec<PolicyPrefix>,
+    /// The version whose allow map it takes; an empty one is created if there is none. The gate goes on writing to
+    /// that map, and it stays when the other version is removed.
+    pub allow_of: Option<PolicyId>,
 }
+
+/// A prefix of a policy: network, prefix length in bits of the 128-bit form, classes.
+pub type PolicyPrefix = (Address, u32, ClassSet);
+
+/// The CIDR tries that one call creates, by what is in them: policies with the same prefixes share one, because none
+/// is written to later.
+type Tries = BTreeMap<Vec<PolicyPrefix>, MapData>;
 
 /// The maps to be created for one pod.
 #[derive(Clone, Debug, Default)]
@@ -76,9 +86,10 @@ impl Datapath {
     ) -> Vec<Result<Option<AllowMap>>> {
         let mut inner = Vec::new();
         let mut owners = Vec::new();
+        let mut tries = Tries::new();
         let mut made: Vec<Result<Option<AllowMap>>> = Vec::with_capacity(wanted.len());
         for (i, wanted) in wanted.iter().enumerate() {
-            made.push(self.make_inner(wanted, &mut inner));
+            made.push(self.make_inner(wanted, &mut tries, &mut inner));
             owners.resize(inner.len(), i);
         }
         let outer = Arc::clone(&self.outer);
@@ -105,6 +116,7 @@ impl Datapath {
     fn make_inner(
         &mut self,
         wanted: &NewMaps<'_>,
+        tries: &mut Tries,
         inner: &mut Vec<Change>,
     ) -> Result<Option<AllowMap>> {
         if let Some(pod) = wanted.pod {
@@ -118,19 +130,37 @@ impl Datapath {
             .insert(policy.id, policy.record, 0)
             .context("cannot write the map `policies`")?;
         if !policy.cidrs.is_empty() {
-            let trie = self.templates.cidrs(policy.cidrs.len() as u32)?;
-            let mut entries = trie_of(another(&trie)?)?;
-            for &(network, prefix_len, classes) in &policy.cidrs {
-                entries
-                    .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
-                    .context("cannot write a policy's CIDR trie")?;
-            }
+            let trie = match tries.get(&policy.cidrs) {
+                Some(trie) => another(trie)?,
+                None => {
+                    let trie = self.make_trie(&policy.cidrs)?;
+                    tries.insert(policy.cidrs.clone(), another(&trie)?);
+                    trie
+                }
+            };
             inner.push(Change::Insert(Outer::Cidrs(policy.id), trie));
         }
-        let allow = self.templates.allow(self.allow_entries)?;
+        let allow = match policy.allow_of {
+            Some(other) => self
+                .outer
+                .get(Outer::Allow(other))?
+                .with_context(|| format!("policy {other} has no allow map"))?,
+            None => self.templates.allow(self.allow_entries)?,
+        };
         let handle = another(&allow)?;
         inner.push(Change::Insert(Outer::Allow(policy.id), allow));
         self.allow_map(handle).map(Some)
+    }
+
+    fn make_trie(&self, cidrs: &[PolicyPrefix]) -> Result<MapData> {
+        let trie = self.templates.cidrs(cidrs.len() as u32)?;
+        let mut entries = trie_of(another(&trie)?)?;
+        for &(network, prefix_len, classes) in cidrs {
+            entries
+                .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
+                .context("cannot write a policy's CIDR trie")?;
+        }
+        Ok(trie)
     }
 
     /// Creates a pod's flow maps, whose entries in the maps of maps are added to `inner`.
@@ -282,7 +312,7 @@ impl Datapath {
         &self,
         id: PolicyId,
         policy: &Policy,
-        cidrs: impl ExactSizeIterator<Item = (Address, u32, ClassSet)>,
+        cidrs: impl ExactSizeIterator<Item = PolicyPrefix>,
     ) -> Result<Option<AllowMap>> {
         match self.policies.get(&id, 0) {
             Ok(found) if found == *policy => {}
@@ -291,7 +321,7 @@ impl Datapath {
         }
         let mut expected: Vec<_> = cidrs.collect();
         expected.sort_unstable();
-        let mut found: Vec<(Address, u32, ClassSet)> = Vec::new();
+        let mut found: Vec<PolicyPrefix> = Vec::new();
         if let Some(trie) = self.outer.get(Outer::Cidrs(id))? {
             for item in &trie_of(trie)? {
                 let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
@@ -382,8 +412,12 @@ impl Datapath {
     }
 
     fn allow_map(&self, allow: MapData) -> Result<AllowMap> {
+        let id = allow
+            .info()
+            .context("cannot read the kernel's description of an allow map")?
+            .id();
         let map: HashMap<MapData, AllowKey, AllowEntry> = HashMap::try_from(Map::HashMap(allow))?;
-        Ok(AllowMap::new(map, self.allow_entries as usize))
+        Ok(AllowMap::new(map, id, self.allow_entries as usize))
     }
 }
 

@@ -143,7 +143,7 @@ pub struct Enforcement {
     pub entry: Interface,
     /// The indexes of its interfaces.
     pub interfaces: Vec<IfIndex>,
-    /// The allow map of this version.
+    /// The allow map of this version. It is that of the version before if all entries have the same classes under both.
     pub allow: AllowMap,
     /// The names by which the pod's addresses are allowed. The next agent reads this map.
     pub names: NameMap,

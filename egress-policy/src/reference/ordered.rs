@@ -8,11 +8,11 @@ use proptest::prelude::*;
 use super::{
     plain::{Line, Packet, Where, Written, to_name},
     properties::{compiled_answer, compiled_verdict},
-    random::{denied_line, line, packet, written},
+    random::{denied_line, line, packet, queried, written},
     settings,
 };
 use crate::{
-    Inputs, Mode, Objects, QuestionRule, Settings, compile,
+    Annotations, Inputs, Mode, Objects, QuestionRule, Settings, compile,
     objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
     prefix::to_mapped,
 };
@@ -424,6 +424,44 @@ proptest! {
             prop_assert_eq!(fate, world.fate(packet), "{:?}", packet);
             let answers = compiled_answer(&compiled, packet) == Verdict::Pass;
             prop_assert_eq!(answers, world.answers(packet), "{:?}", packet);
+        }
+    }
+
+    #[test]
+    fn policies_with_alike_names_grant_the_same_to_the_addresses_of_every_name(
+        pod in written(),
+        policies in ordered(),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), line()), 1..4),
+        names in prop::collection::vec(queried(), 16),
+    ) {
+        let settings = settings();
+        let annotations = pod.annotations();
+        let none = Annotations::default();
+        let of = |policies: &[Ordered]| {
+            let objects = objects(policies);
+            let inputs = Inputs { pod: &annotations, namespace: &none, objects: &objects };
+            compile(inputs, &settings)
+        };
+        let mut edited = policies.clone();
+        let mut lines: Vec<&mut Line> = edited
+            .iter_mut()
+            .flat_map(|policy| policy.rules.iter_mut().flat_map(|(_, lines)| lines))
+            .collect();
+        if lines.is_empty() {
+            return Ok(());
+        }
+        for (place, line) in edits {
+            place.get_mut(&mut lines[..]).to = line.to;
+        }
+        let before = of(&policies).unwrap();
+        // A denied name with ports is an error.
+        let Ok(after) = of(&edited) else {
+            return Ok(());
+        };
+        if before.names.grants_alike(&after.names) {
+            for name in names.iter().map(|name| to_name(name)) {
+                prop_assert_eq!(before.names.grant(&name), after.names.grant(&name));
+            }
         }
     }
 }

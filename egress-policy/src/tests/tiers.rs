@@ -87,3 +87,33 @@ fn a_denial_of_a_cluster_network_policy_is_one_of_what_the_pod_opens() {
     assert_eq!(compiled.record.deny, ours.or(upstreams));
     assert_eq!(compiled.record.spares_answers, upstreams);
 }
+
+#[test]
+fn another_peer_changes_nothing_about_names() {
+    let of = |peers: &str| {
+        let peers: Vec<(TierAction, &str)> = peers
+            .split(' ')
+            .map(|peer| (TierAction::Allow, peer))
+            .chain([(TierAction::Deny, "*.evil.test"), (TierAction::Deny, "*")])
+            .collect();
+        compiled(vec![policy(UPSTREAM, "peers", &peers)])
+    };
+    let before = of("10.0.0.1:443 shop.test:443");
+    for peers in [
+        "10.0.0.2:443 shop.test:443",
+        "10.0.0.1:443 10.0.0.2:443 shop.test:443",
+    ] {
+        let after = of(peers);
+        assert_ne!(after.cidrs, before.cidrs);
+        assert!(after.record.names_alike(&before.record));
+        assert!(after.names.grants_alike(&before.names));
+    }
+    for names in [
+        "10.0.0.1:443 shop.test:443 a.test:443",
+        "10.0.0.1:443 shop.test:443 x.evil.test:443",
+        "10.0.0.1:443 *.test:443",
+        "10.0.0.1:443 sh*.test:443",
+    ] {
+        assert!(!of(names).names.grants_alike(&before.names), "{names}");
+    }
+}

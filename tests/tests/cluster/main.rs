@@ -3,6 +3,7 @@
 mod addresses;
 mod conformance;
 mod manifests;
+mod peers;
 mod pods;
 mod policies;
 mod reports;

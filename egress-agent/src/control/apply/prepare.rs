@@ -29,6 +29,8 @@ struct Draft {
     policy: PolicyId,
     /// The allow map of a policy that an earlier agent, or an earlier attempt, has made.
     adopted: Option<AllowMap>,
+    /// The version in force, if the new one takes its allow map.
+    allow_of: Option<PolicyId>,
 }
 
 impl Applier {
@@ -82,6 +84,9 @@ impl Applier {
                 new_pod: false,
                 policy: self.ids.next_policy(),
                 adopted: None,
+                allow_of: wanted
+                    .has_allow_map_of(&enforced.wanted)
+                    .then_some(enforced.policy),
             });
         }
         let pod = self.find_or_add(subject, &wanted.uid);
@@ -104,6 +109,7 @@ impl Applier {
             new_pod,
             policy,
             adopted,
+            allow_of: None,
         })
     }
 
@@ -210,6 +216,7 @@ impl Draft {
                 id: self.policy,
                 record: &wanted.record,
                 cidrs: wanted.cidrs().collect(),
+                allow_of: self.allow_of,
             }),
         }
     }

@@ -82,15 +82,17 @@ impl Pod {
             .compiled
             .record
             .names_alike(&self.enforcement.compiled.record);
-        // If the version is the same, an earlier attempt failed after this step.
-        let mut learned = (next.entry.policy() != self.enforcement.entry.policy())
-            .then(|| {
-                let compiled = Arc::clone(&next.compiled);
-                self.learned
-                    .carry_over(&compiled.names, alike, &mut next, boottime_ns())
-            })
-            .transpose()
-            .context("cannot fill the allow map of the new policy")?;
+        // If the version is the same, an earlier attempt failed after this step. If the map is, it has all of the
+        // version's entries.
+        let mut learned = (next.entry.policy() != self.enforcement.entry.policy()
+            && !next.allow.is_same(&self.enforcement.allow))
+        .then(|| {
+            let compiled = Arc::clone(&next.compiled);
+            self.learned
+                .carry_over(&compiled.names, alike, &mut next, boottime_ns())
+        })
+        .transpose()
+        .context("cannot fill the allow map of the new policy")?;
         if let Some(learned) = &mut learned {
             learned.keep_names_missing_in(&self.learned, &mut next);
         }
