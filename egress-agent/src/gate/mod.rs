@@ -16,6 +16,7 @@
 
 mod backlog;
 mod budget;
+mod carry_over;
 mod checksum;
 mod eviction;
 mod fragments;

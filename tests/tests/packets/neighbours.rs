@@ -12,6 +12,7 @@ use std::{
 use egress_tests::{
     Lab, Namespace, Pod,
     addresses::{RESOLVER, server},
+    bpf::bpftool,
     dns::{DnsStream, RecordType, ResponseCode, framed, framed_query, question, read_message},
     eventually, holds,
     observed::HTTP,
@@ -254,6 +255,94 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     );
     let all = ADDRESSES as usize * usize::from(COSTLY);
     assert_eq!(lab.allowed(&greedy).len(), all);
+}
+
+/// The first entry of the pinned map of maps `allow` whose version is not this one, if it has an address already.
+#[track_caller]
+fn is_filled_beside(lab: &Lab, version: u64) -> bool {
+    let pin = lab.pins().join("allow");
+    let maps = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
+    let number = |bytes: &Value| {
+        let bytes: Vec<String> = serde_json::from_value(bytes.clone()).expect("bytes");
+        let bytes = bytes.iter().rev();
+        let digits: String = bytes.map(|byte| byte.trim_start_matches("0x")).collect();
+        u64::from_str_radix(&digits, 16).expect("a number")
+    };
+    let maps = maps.as_array().expect("a list of entries").iter();
+    let newest = maps.max_by_key(|entry| number(&entry["key"]));
+    newest.is_some_and(|newest| {
+        // The command fails for an empty map.
+        let id = number(&newest["value"]).to_string();
+        let first = Command::new("bpftool")
+            .args(["map", "getnext", "id", &id])
+            .output();
+        number(&newest["key"]) != version && first.expect("bpftool").status.success()
+    })
+}
+
+/// The version of the policy that a pod's interface is under.
+#[track_caller]
+fn version(lab: &Lab, pod: &Pod) -> u64 {
+    let ifindex = u64::from(lab.ifindex(pod.interface()).get());
+    let interfaces = lab.shared_entries("interfaces");
+    let of_pod = interfaces.iter().find(|entry| entry["key"] == ifindex);
+    let version = of_pod.and_then(|entry| entry["value"]["policy"].as_u64());
+    version.expect("the pod is enforced")
+}
+
+#[test]
+fn an_edit_for_a_pod_with_many_addresses_does_not_delay_another_pods_dns() {
+    const RESPONSES: u16 = 30;
+    const ATTEMPTS: u16 = 20;
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", 200_000)
+        .build();
+    let [large, neighbour] = lab.pods_of_shop(["large", "neighbour"]);
+    lab.write_pod(&large, &[("allow", "big.test:443")]);
+    lab.dns().on("big.test", |_| Vec::new());
+    let agent = lab.start_agent(&[&large, &neighbour]);
+    let many = Stamped::open(&large);
+    for id in 0..RESPONSES {
+        let asked = question(id, "big.test", RecordType::A);
+        many.0.send_to(&asked, (RESOLVER, 53)).expect("send");
+        eventually("the query is with the resolver", || {
+            holds(lab.dns().queries_for("big.test") > usize::from(id))
+        });
+        let to = many.0.local_addr().expect("a bound socket");
+        lab.dns().send(RESOLVER, to, &costly_response(&asked, id));
+        assert_eq!(many.receive().1, id);
+    }
+    let all = lab.allowed(&large).len();
+    assert_eq!(all, ADDRESSES as usize * usize::from(RESPONSES));
+
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    let socket = neighbour.dns_socket();
+    let was_served_meanwhile = (0..ATTEMPTS).any(|attempt| {
+        let before = version(&lab, &large);
+        let mut is_under_way = [false; 2];
+        agent.applies_policy_after(&large, || {
+            let names = format!("big.test:443 other{attempt}.test:443");
+            lab.write_pod(&large, &[("allow", &names)]);
+            eventually("the edit has begun", || {
+                holds(is_filled_beside(&lab, before) || version(&lab, &large) != before)
+            });
+            kill(pid, Signal::SIGSTOP).expect("kill(2)");
+            is_under_way[0] = version(&lab, &large) == before;
+            socket.ask(RESOLVER, attempt, "shop.test", RecordType::A);
+            kill(pid, Signal::SIGCONT).expect("kill(2)");
+            let answer = socket.expect("the neighbour's response");
+            kill(pid, Signal::SIGSTOP).expect("kill(2)");
+            assert_eq!(answer.addresses, [server(10)]);
+            is_under_way[1] = version(&lab, &large) == before;
+            kill(pid, Signal::SIGCONT).expect("kill(2)");
+        });
+        is_under_way == [true; 2]
+    });
+    assert!(
+        was_served_meanwhile,
+        "the neighbour's queries waited until all addresses were copied"
+    );
+    assert_eq!(lab.allowed(&large).len(), all);
 }
 
 #[test]
