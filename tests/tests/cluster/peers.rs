@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use egress_tests::{
-    Cluster, DEADLINE, Lab, addresses::server as address, bpf::bpftool, cluster::allow, eventually,
-    exchange, holds,
+    Cluster, DEADLINE, Lab, addresses::server as address, cluster::allow, eventually, exchange,
+    holds,
 };
 use serde_json::{Value, json};
 
@@ -47,11 +47,7 @@ fn peers_come_and_go_and_the_addresses_that_a_pod_has_learned_stay_where_they_ar
     agent.wait_enforcing(cart);
     assert_eq!(cart.lookup("shop.test"), [address(10)]);
     let mut open = cart.talks_tcp((address(10), 443));
-    let allow_map = || {
-        let pin = cluster.lab.allow_pin(cart);
-        let shown = bpftool(&["map", "show", "pinned", pin.to_str().expect("UTF-8")]);
-        shown["id"].as_u64().expect("the number of the map")
-    };
+    let allow_map = || cluster.lab.allow_map(cart);
     let before = allow_map();
     cart.talks_tcp((address(20), 443));
     assert!(!cart.reaches(address(30)), "there is no such peer yet");

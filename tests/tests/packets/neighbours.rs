@@ -12,7 +12,6 @@ use std::{
 use egress_tests::{
     Lab, Namespace, Pod,
     addresses::{RESOLVER, server},
-    bpf::bpftool,
     dns::{DnsStream, RecordType, ResponseCode, framed, framed_query, question, read_message},
     eventually, holds,
     observed::HTTP,
@@ -257,26 +256,17 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     assert_eq!(lab.allowed(&greedy).len(), all);
 }
 
-/// The first entry of the pinned map of maps `allow` whose version is not this one, if it has an address already.
+/// Whether the newest allow map has an address already, and is not that of this version.
 #[track_caller]
 fn is_filled_beside(lab: &Lab, version: u64) -> bool {
-    let pin = lab.pins().join("allow");
-    let maps = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
-    let number = |bytes: &Value| {
-        let bytes: Vec<String> = serde_json::from_value(bytes.clone()).expect("bytes");
-        let bytes = bytes.iter().rev();
-        let digits: String = bytes.map(|byte| byte.trim_start_matches("0x")).collect();
-        u64::from_str_radix(&digits, 16).expect("a number")
-    };
-    let maps = maps.as_array().expect("a list of entries").iter();
-    let newest = maps.max_by_key(|entry| number(&entry["key"]));
-    newest.is_some_and(|newest| {
+    let maps = lab.allow_maps();
+    maps.last_key_value().is_some_and(|(&newest, id)| {
         // The command fails for an empty map.
-        let id = number(&newest["value"]).to_string();
-        let first = Command::new("bpftool")
-            .args(["map", "getnext", "id", &id])
+        let mut first = Command::new("bpftool");
+        let first = first
+            .args(["map", "getnext", "id", &id.to_string()])
             .output();
-        number(&newest["key"]) != version && first.expect("bpftool").status.success()
+        u64::from(newest) != version && first.expect("bpftool").status.success()
     })
 }
 

@@ -1,10 +1,8 @@
 //! What an edit of a policy does with the addresses that the pod has learned.
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, TcpEcho, addresses::server, bpf::bpftool, eventually, exchange,
-    holds,
+    Agent, DEADLINE, Lab, Pod, TcpEcho, addresses::server, eventually, exchange, holds,
 };
-use serde_json::Value;
 
 /// A pod that has resolved `shop.test` (`server(10)`), under a policy with a prefix.
 struct Scene {
@@ -44,34 +42,16 @@ impl Scene {
         });
     }
 
-    /// The kernel's number of the pod's allow map.
     #[track_caller]
     fn allow_map(&self) -> u64 {
-        let pin = self.lab.allow_pin(&self.pod);
-        let pin = pin.to_str().expect("a path in UTF-8");
-        let shown = bpftool(&["map", "show", "pinned", pin]);
-        shown["id"].as_u64().expect("the number of the map")
-    }
-
-    /// The allow maps in the kernel's map of maps.
-    #[track_caller]
-    fn allow_maps(&self) -> Vec<u64> {
-        let pin = self.lab.pins().join("allow");
-        let dump = bpftool(&["map", "dump", "pinned", pin.to_str().expect("UTF-8")]);
-        let entries = dump.as_array().expect("a list of entries");
-        let id = |entry: &Value| {
-            let bytes: Vec<String> = serde_json::from_value(entry["value"].clone()).expect("bytes");
-            let bytes = bytes.iter().rev();
-            let digits: String = bytes.map(|byte| byte.trim_start_matches("0x")).collect();
-            u64::from_str_radix(&digits, 16).expect("the number of a map")
-        };
-        entries.iter().map(id).collect()
+        self.lab.allow_map(&self.pod)
     }
 
     #[track_caller]
     fn wait_one_version(&self) {
         eventually("the earlier version is removed", || {
-            holds(self.allow_maps() == [self.allow_map()])
+            let versions = self.lab.allow_maps();
+            holds(versions.into_values().eq([self.allow_map()]))
         });
     }
 }
