@@ -60,15 +60,6 @@ pub struct NewMaps<'a> {
     pub policy: Option<NewPolicy<'a>>,
 }
 
-/// Maps that are not used any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unused {
-    /// The maps of a version of a policy.
-    Policy(PolicyId),
-    /// A pod's own maps, except its meter (see [`super::CounterMap::forget`]).
-    Pod(PodId),
-}
-
 impl Datapath {
     /// Creates the maps of many pods together, which takes little longer than for one. Returns for each
     /// pod the allow map of its new policy, if it gets one.
@@ -230,46 +221,6 @@ impl Datapath {
         self.forged
             .insert(pod, forged, 0)
             .context("cannot write the map `forged`")
-    }
-
-    /// Removes maps that are not used any more, and returns the result for each. No interface may refer to
-    /// them.
-    pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
-        let mut changes = Vec::new();
-        let mut owners = Vec::new();
-        for (i, &unused) in unused.iter().enumerate() {
-            match unused {
-                Unused::Policy(id) => changes.extend([
-                    Change::Remove(Outer::Allow(id)),
-                    Change::Remove(Outer::Cidrs(id)),
-                ]),
-                Unused::Pod(id) => {
-                    changes.extend(Outer::of_pod(id).map(Change::Remove));
-                }
-            }
-            owners.resize(changes.len(), i);
-        }
-        let mut dropped: Vec<Result<()>> = unused.iter().map(|_| Ok(())).collect();
-        for (owner, result) in owners.into_iter().zip(self.outer.change(changes)) {
-            if result.is_err() {
-                dropped[owner] = result;
-            }
-        }
-        for (&unused, dropped) in unused.iter().zip(&mut dropped) {
-            if dropped.is_ok() {
-                *dropped = match unused {
-                    Unused::Policy(id) => ignore_missing(self.policies.remove(&id))
-                        .context("cannot write the map `policies`"),
-                    Unused::Pod(id) => ignore_missing(self.forged.remove(&id))
-                        .context("cannot write the map `forged`")
-                        .and_then(|()| {
-                            ignore_missing(self.identities.remove(&id))
-                                .context("cannot write the map `identities`")
-                        }),
-                };
-            }
-        }
-        dropped
     }
 
     /// The pins of an adopted pod.

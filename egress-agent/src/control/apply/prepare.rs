@@ -182,24 +182,6 @@ impl Applier {
                 .retain(|&(ifindex, entry)| entry.policy() != policy || !stays(ifindex));
         }
     }
-
-    /// Removes all maps that nobody uses any more together. Those that cannot be removed are tried again in the next
-    /// reconcile.
-    ///
-    /// # Errors
-    ///
-    /// When some cannot be removed.
-    pub(super) fn drop_unused(&mut self) -> Result<()> {
-        let unused = std::mem::take(&mut self.unused);
-        let mut failure = Ok(());
-        for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {
-            if dropped.is_err() {
-                self.unused.push(each);
-                failure = dropped;
-            }
-        }
-        failure
-    }
 }
 
 impl Draft {
