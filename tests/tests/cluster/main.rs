@@ -10,3 +10,4 @@ mod reports;
 mod rights;
 mod source;
 mod status;
+mod unknown_pods;
