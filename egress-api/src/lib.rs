@@ -41,3 +41,4 @@ pub use egress_set::{EgressSet, EgressSetSpec, read_set};
 pub use policy::{Body, Policy, PolicySubject, SelectedPod};
 pub use selection::{Applied, Rules, Selection};
 pub use selector::{Labels, Selector, SelectorError, namespace_labels};
+pub use tiers::only_takes_away;

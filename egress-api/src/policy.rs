@@ -80,6 +80,13 @@ pub struct SelectedPod<'a> {
 }
 
 impl PolicySubject {
+    /// Whether the policy is about every pod that has a network of its own.
+    pub fn selects_every_pod(&self) -> bool {
+        self.namespace.is_none()
+            && self.namespaces == Selector::default()
+            && self.pods == Selector::default()
+    }
+
     /// Whether the policy is about the pod.
     pub fn selects(&self, pod: SelectedPod<'_>) -> bool {
         let is_in_reach = match &self.namespace {

@@ -16,6 +16,7 @@ use egress_policy::objects::{NamespacePolicy, ObjectName, Objects, TierPolicy};
 use crate::{
     policy::{PolicySubject, SelectedPod},
     selector::Labels,
+    tiers::only_takes_away,
 };
 use index::Index;
 
@@ -68,6 +69,8 @@ pub struct Selection<K> {
     pods: BTreeMap<K, Known>,
     /// Counts the updates of policies.
     revision: u64,
+    /// See [`Self::of_unknown`], and the revision of that.
+    of_unknown: (u64, Arc<Objects>),
     /// The policies that the last update changed.
     changed: Vec<Arc<ObjectName>>,
 }
@@ -91,6 +94,7 @@ impl<K> Default for Selection<K> {
             sets: Arc::default(),
             pods: BTreeMap::new(),
             revision: 0,
+            of_unknown: (0, Arc::default()),
             changed: Vec::new(),
         }
     }
@@ -193,6 +197,34 @@ impl<K: Ord> Selection<K> {
         &known.objects
     }
 
+    /// The objects that count for a pod of which nothing is known: with all of their rules those that are about every
+    /// pod, and of all other ordered rules what takes away.
+    pub fn of_unknown(&mut self) -> &Arc<Objects> {
+        let (revision, known) = &mut self.of_unknown;
+        if *revision != self.revision {
+            *revision = self.revision;
+            let tiers = self.policies.values().filter_map(|policy| {
+                let Rules::Tier(rules) = &policy.rules else {
+                    return None;
+                };
+                if policy.subject.selects_every_pod() {
+                    return Some(Arc::clone(rules));
+                }
+                only_takes_away(rules).map(Arc::new)
+            });
+            let objects = Objects {
+                namespace: Vec::new(),
+                tiers: tiers.collect(),
+                sets: Arc::clone(&self.sets),
+            };
+            // The same object in memory, if nothing has changed.
+            if **known != objects {
+                *known = Arc::new(objects);
+            }
+        }
+        known
+    }
+
     /// Forgets pods that are gone.
     pub fn retain(&mut self, mut is_there: impl FnMut(&K) -> bool) {
         self.pods.retain(|key, _| is_there(key));
@@ -222,7 +254,7 @@ mod properties;
 
 #[cfg(test)]
 mod tests {
-    use egress_policy::objects::ObjectKind;
+    use egress_policy::objects::{ObjectKind, TierAction};
     use serde_json::{Value, json};
 
     use super::*;
@@ -349,6 +381,63 @@ mod tests {
         let names = selection.index.candidates(pod);
         let names: Vec<&str> = names.map(|name| name.name.as_str()).collect();
         assert_eq!(names, ["p7", "all"]);
+    }
+
+    #[test]
+    fn of_a_pod_that_is_not_known_only_rules_about_every_pod_allow() {
+        let mut selection = Selection::<&str>::default();
+        assert_eq!(**selection.of_unknown(), Objects::default());
+        let mut policies = Policies::new();
+        add(&mut policies, "team", &json!({}));
+        let rules = json!([
+            {"action": "Allow", "entries": ["10.0.0.1"]},
+            {"action": "Pass", "entries": ["10.0.0.2"]},
+            {"action": "Deny", "entries": ["10.0.0.3"]},
+        ]);
+        let mut add_rules = |name: &str, selector: Option<&str>, rules: &Value| {
+            let mut spec = json!({"tier": "Admin", "priority": 1, "rules": rules});
+            if let Some(selector) = selector {
+                spec[selector] = selecting("web");
+            }
+            let policy = Policy::read(ObjectKind::ClusterEgressPolicy, None, name, &spec);
+            let Body::Tier(tier) = policy.body else {
+                panic!("not a ClusterEgressPolicy");
+            };
+            let applied = Applied {
+                subject: policy.subject,
+                rules: Rules::Tier(tier),
+            };
+            policies.insert(policy.name, applied);
+        };
+        add_rules("every", None, &rules);
+        add_rules("namespaces", Some("namespaceSelector"), &rules);
+        add_rules("open", Some("podSelector"), &json!([rules[0]]));
+        add_rules("pods", Some("podSelector"), &rules);
+        selection.update(policies.clone(), &Arc::default());
+        let actions = |objects: &Objects| -> Vec<(String, Vec<TierAction>)> {
+            assert!(objects.namespace.is_empty());
+            let tiers = objects.tiers.iter();
+            tiers
+                .map(|policy| {
+                    let actions = policy.rules.iter().map(|rule| rule.action);
+                    (policy.name.name.clone(), actions.collect())
+                })
+                .collect()
+        };
+        let first = Arc::clone(selection.of_unknown());
+        let [allow, pass, deny] = [TierAction::Allow, TierAction::Pass, TierAction::Deny];
+        assert_eq!(
+            actions(&first),
+            [
+                ("every".to_owned(), vec![allow, pass, deny]),
+                ("namespaces".to_owned(), vec![deny, deny]),
+                ("pods".to_owned(), vec![deny, deny]),
+            ]
+        );
+        // Other changes leave the same object in memory.
+        add(&mut policies, "another", &json!({}));
+        selection.update(policies, &Arc::default());
+        assert!(Arc::ptr_eq(&first, selection.of_unknown()));
     }
 
     #[test]

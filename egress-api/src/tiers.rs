@@ -1,6 +1,8 @@
 //! What `ClusterEgressPolicy` and `ClusterNetworkPolicy` have in common: a place in a tier, and ordered rules.
 
-use egress_policy::objects::{Tier, TierAction, TierRule};
+use std::sync::Arc;
+
+use egress_policy::objects::{Tier, TierAction, TierPolicy, TierRule};
 use serde_json::Value;
 
 use crate::{cluster_egress_policy as ours, read::Reader};
@@ -56,6 +58,21 @@ pub(crate) fn fail_closed(index: usize, name: Option<String>, is_allow: bool) ->
     } else {
         deny_everything(index, name)
     }
+}
+
+/// Leaves of the rules of a policy only what takes away; `None` if nothing is left.
+pub fn only_takes_away(policy: &TierPolicy) -> Option<TierPolicy> {
+    let takes_away = |rule: &&TierRule| rule.action != TierAction::Allow;
+    let mut rules: Vec<TierRule> = policy.rules.iter().filter(takes_away).cloned().collect();
+    if rules.is_empty() {
+        return None;
+    }
+    rules.iter_mut().for_each(tighten);
+    Some(TierPolicy {
+        name: Arc::clone(&policy.name),
+        rules,
+        ..*policy
+    })
 }
 
 /// Leaves of a rule only what takes away: the rule may be meant for other pods, or for a later place.

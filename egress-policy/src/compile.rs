@@ -27,8 +27,9 @@ use super::{
     entry::{Destination, is_everything},
     error::{Origin, PREFIXES, PolicyError, Problem},
     names::{NameRule, NameRules, QuestionRule},
-    objects::{Objects, TierAction},
+    objects::{Objects, TierAction, TierPolicy, TierRule},
     openings::Openings,
+    parse::read_entry,
     pattern::NamePattern,
     prefix::{Prefix, inherit},
     tiers::Tiers,
@@ -274,25 +275,34 @@ pub fn unreadable(
             ..closed(settings, POLICY_UNREADABLE)
         };
     }
+    let objects = Objects {
+        namespace: Vec::new(),
+        ..objects.clone()
+    };
+    let Ok(mut compiled) = under_ordered_rules(mode, &objects, settings) else {
+        return unreadable_tiers(settings);
+    };
+    compiled.record.flags |= POLICY_UNREADABLE;
+    compiled
+}
+
+/// The policy of a pod whose lists are empty, under the ordered rules of these objects.
+fn under_ordered_rules(
+    mode: Mode,
+    objects: &Objects,
+    settings: &Settings,
+) -> Result<Compiled, PolicyError> {
     let closing = Annotations {
         allow: Some(String::new()),
         mode: (mode == Mode::Enforce).then(|| Mode::Enforce.as_str().to_owned()),
         ..Annotations::default()
     };
-    let objects = Objects {
-        namespace: Vec::new(),
-        ..objects.clone()
-    };
     let inputs = Inputs {
         pod: &Annotations::default(),
         namespace: &closing,
-        objects: &objects,
+        objects,
     };
-    let Ok(mut compiled) = compile(inputs, settings) else {
-        return unreadable_tiers(settings);
-    };
-    compiled.record.flags |= POLICY_UNREADABLE;
-    compiled
+    compile(inputs, settings)
 }
 
 /// The policy of a pod whose ordered rules could never be parsed. They could deny anything, so everything is denied,
@@ -305,15 +315,66 @@ pub fn unreadable_tiers(settings: &Settings) -> Compiled {
     }
 }
 
-/// The policy of an interface whose pod is not known yet: everything external is denied, with a reason of its
-/// own.
-pub fn unidentified(settings: &Settings) -> Compiled {
-    closed(settings, POLICY_UNIDENTIFIED)
+/// The policy of an interface whose pod is not known yet: everything external is denied, with a reason of its own. Of
+/// the objects, those with ordered rules count, without their names: nothing is resolved yet. If these rules cannot be
+/// compiled, internal addresses are denied, too.
+pub fn unidentified(objects: &Objects, settings: &Settings) -> Compiled {
+    let closed = closed(settings, POLICY_UNIDENTIFIED);
+    let objects = without_names(objects);
+    if objects.tiers.is_empty() {
+        return closed;
+    }
+    let Ok(compiled) = under_ordered_rules(Mode::Enforce, &objects, settings) else {
+        return closed_to_all(settings, POLICY_UNIDENTIFIED);
+    };
+    let mut record = compiled.record;
+    record.flags |= closed.record.flags;
+    Compiled {
+        record,
+        cidrs: compiled.cidrs,
+        deciding: compiled.deciding,
+        ..closed
+    }
+}
+
+/// The objects with ordered rules, without entries for names and without rules that then match nothing.
+fn without_names(objects: &Objects) -> Objects {
+    let is_name = |entry: &str| {
+        let read = read_entry(entry);
+        read.is_ok_and(|entry| matches!(entry.destination, Destination::Names(_)))
+    };
+    let rule = |rule: &TierRule| {
+        let entries = rule.entries.iter().filter(|entry| !is_name(entry));
+        let entries: Vec<String> = entries.cloned().collect();
+        let rule = TierRule {
+            entries,
+            ..rule.clone()
+        };
+        (!rule.entries.is_empty()).then_some(rule)
+    };
+    let policy = |policy: &Arc<TierPolicy>| {
+        let rules: Vec<TierRule> = policy.rules.iter().filter_map(rule).collect();
+        let policy = TierPolicy {
+            rules,
+            ..TierPolicy::clone(policy)
+        };
+        (!policy.rules.is_empty()).then(|| Arc::new(policy))
+    };
+    Objects {
+        namespace: Vec::new(),
+        tiers: objects.tiers.iter().filter_map(policy).collect(),
+        sets: Arc::clone(&objects.sets),
+    }
 }
 
 /// The policy of a pod whose namespace is not known yet. If `defaultMode` is `audit` and there is no
 /// quarantine of interfaces, denials are only reported.
-pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Settings) -> Compiled {
+pub fn without_namespace(
+    pod: &Annotations,
+    quarantine: bool,
+    objects: &Objects,
+    settings: &Settings,
+) -> Compiled {
     let mode = if quarantine {
         Mode::Enforce
     } else {
@@ -321,7 +382,7 @@ pub fn without_namespace(pod: &Annotations, quarantine: bool, settings: &Setting
     };
     Compiled {
         mode,
-        ..unidentified(settings)
+        ..unidentified(objects, settings)
     }
 }
 

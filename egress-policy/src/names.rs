@@ -255,6 +255,35 @@ impl NameRules {
         }
     }
 
+    /// Whether both give the same permissions to the addresses of every name. They may differ in which names may be
+    /// queried.
+    pub fn grants_alike(&self, other: &Self) -> bool {
+        fn alike((a, b): (&NameRule, &NameRule)) -> bool {
+            a.classes == b.classes && a.denied.is_some() == b.denied.is_some()
+        }
+        let of_names = |a: &HashMap<Name, NameRule>, b: &HashMap<Name, NameRule>| {
+            let mut rules = a.iter();
+            a.len() == b.len()
+                && rules.all(|(name, rule)| b.get(name).is_some_and(|other| alike((rule, other))))
+        };
+        let of_globs = || {
+            let mut pairs = self.globs.iter().zip(&other.globs);
+            self.globs.len() == other.globs.len()
+                && pairs.all(|((a, rule), (b, other))| a == b && alike((rule, other)))
+        };
+        let named = self.exactly.values().chain(self.below.values());
+        let mut rules = named.chain(self.globs.iter().map(|(_, rule)| rule));
+        // Whether a denial counts depends on what ordered rules open before it.
+        let denials_alike =
+            self.openings == other.openings || rules.all(|rule| rule.denied.is_none());
+        self.cluster_domain == other.cluster_domain
+            && self.internal_answers == other.internal_answers
+            && of_names(&self.exactly, &other.exactly)
+            && of_names(&self.below, &other.below)
+            && of_globs()
+            && denials_alike
+    }
+
     /// Whether a name in the chain from the queried name to an address is a stranger's: neither a name of the
     /// cluster nor one that may resolve to internal addresses. An alias of the cluster (a Service of type
     /// `ExternalName`) may point out of it, and the owner of the target name could answer with any address.

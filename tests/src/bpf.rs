@@ -54,6 +54,26 @@ impl Lab {
         allowed
     }
 
+    /// The kernel's number of the pod's allow map.
+    #[track_caller]
+    pub fn allow_map(&self, pod: &Pod) -> u64 {
+        let shown = bpftool(&["map", "show", "pinned", &text(&self.allow_pin(pod))]);
+        shown["id"].as_u64().expect("the number of the map")
+    }
+
+    /// The kernel's numbers of the allow maps of all versions of policies, by the version.
+    #[track_caller]
+    pub fn allow_maps(&self) -> BTreeMap<u32, u64> {
+        let dump = bpftool(&["map", "dump", "pinned", &text(&self.pins().join("allow"))]);
+        let entries = dump.as_array().expect("a list of entries");
+        let number = |printed: &Value| {
+            let bytes = bytes(printed).try_into().expect("four bytes");
+            u32::from_ne_bytes(bytes)
+        };
+        let entry = |entry: &Value| (number(&entry["key"]), u64::from(number(&entry["value"])));
+        entries.iter().map(entry).collect()
+    }
+
     /// The entries of one of the pod's pinned maps, as bpftool formats them: objects with `key` and `value`.
     #[track_caller]
     pub fn pod_entries(&self, pod: &Pod, map: &str) -> Vec<Value> {

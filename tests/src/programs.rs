@@ -421,6 +421,7 @@ fn make(
         id: policy,
         record,
         cidrs: Vec::new(),
+        allow_of: None,
     };
     let wanted = NewMaps {
         pod,

@@ -7,10 +7,12 @@ use egress_common::{
     records::{AllowEntry, AllowKey},
 };
 
-/// Handle on one pod's allow map under one version of its policy. The gate thread is its only
+/// Handle on one pod's allow map under one version of its policy, or under several. The gate thread is its only
 /// writer.
 pub struct AllowMap {
     map: HashMap<MapData, AllowKey, AllowEntry>,
+    /// The kernel's number of the map.
+    id: u32,
     capacity: usize,
     learning: Option<LearningMaps>,
 }
@@ -29,11 +31,13 @@ pub enum AllowError {
 impl AllowMap {
     pub(super) fn new(
         map: HashMap<MapData, AllowKey, AllowEntry>,
+        id: u32,
         capacity: usize,
         learning: Option<LearningMaps>,
     ) -> Self {
         Self {
             map,
+            id,
             capacity,
             learning,
         }
@@ -42,6 +46,16 @@ impl AllowMap {
     /// The maps by which the programs learn under the same policy; `None` if they do not.
     pub fn learning(&mut self) -> Option<&mut LearningMaps> {
         self.learning.as_mut()
+    }
+
+    /// Whether there are such maps.
+    pub fn has_learning(&self) -> bool {
+        self.learning.is_some()
+    }
+
+    /// Whether both are handles on the same map.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.id == other.id
     }
 
     /// How many addresses fit into the map.

@@ -96,6 +96,21 @@ impl LearningMaps {
         }
     }
 
+    /// When each address expires that the programs have learned, and the id of the name by which.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn lifetimes(&self) -> Result<Vec<(Address, (u64, u64))>> {
+        self.learned
+            .iter()
+            .map(|item| {
+                let (key, entry) = item.context("cannot read a map `learned`")?;
+                Ok((key.addr, (entry.expires_ns, entry.id)))
+            })
+            .collect()
+    }
+
     /// Removes the addresses that expired before this time, in nanoseconds of `CLOCK_BOOTTIME`. No interface may learn
     /// meanwhile.
     ///

@@ -32,6 +32,7 @@ mod stamp_check;
 mod tcx;
 mod trace;
 mod traffic_control;
+mod unused;
 mod view;
 
 use std::time::Duration;
@@ -53,12 +54,13 @@ pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Options};
 
 pub use pins::{Lock, PodPins, TryLock, cleanup};
-pub use policies::{NewMaps, NewPod, NewPolicy, Unused};
+pub use policies::{NewMaps, NewPod, NewPolicy, PolicyPrefix};
 pub use probes::ProbeMap;
 pub use ranges::{RangeEntry, prefix_of};
 pub use rings::{DenialRing, HeldFrame, HeldRing};
 pub use stamp_check::{Looked, TABLE as STAMP_TABLE, Unstamped, WithoutStamp};
 pub use trace::TraceLog;
+pub use unused::{Dropping, Unused};
 pub use view::View;
 
 /// Whether a BPF program with this prefix in its name is loaded on this machine.

@@ -1,6 +1,6 @@
 //! Policies with their inner maps, and pods with their flows.
 
-use std::{panic::resume_unwind, sync::Arc, thread};
+use std::{collections::BTreeMap, panic::resume_unwind, sync::Arc, thread};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key};
@@ -37,9 +37,19 @@ pub struct NewPolicy<'a> {
     pub id: PolicyId,
     /// Its record in the map `policies`.
     pub record: &'a Policy,
-    /// Its prefixes: network, prefix length in bits of the 128-bit form, classes.
-    pub cidrs: Vec<(Address, u32, ClassSet)>,
+    /// Its prefixes.
+    pub cidrs: Vec<PolicyPrefix>,
+    /// The version whose allow map it takes; an empty one is created if there is none. The gate goes on writing to
+    /// that map, and it stays when the other version is removed.
+    pub allow_of: Option<PolicyId>,
 }
+
+/// A prefix of a policy: network, prefix length in bits of the 128-bit form, classes.
+pub type PolicyPrefix = (Address, u32, ClassSet);
+
+/// The CIDR tries that one call creates, by what is in them: policies with the same prefixes share one, because none
+/// is written to later.
+type Tries = BTreeMap<Vec<PolicyPrefix>, MapData>;
 
 /// The maps to be created for one pod.
 #[derive(Clone, Debug, Default)]
@@ -48,15 +58,6 @@ pub struct NewMaps<'a> {
     pub pod: Option<NewPod<'a>>,
     /// A version of its policy.
     pub policy: Option<NewPolicy<'a>>,
-}
-
-/// Maps that are not used any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unused {
-    /// The maps of a version of a policy.
-    Policy(PolicyId),
-    /// A pod's own maps, except its meter (see [`super::CounterMap::forget`]).
-    Pod(PodId),
 }
 
 impl Datapath {
@@ -76,9 +77,10 @@ impl Datapath {
     ) -> Vec<Result<Option<AllowMap>>> {
         let mut inner = Vec::new();
         let mut owners = Vec::new();
+        let mut tries = Tries::new();
         let mut made: Vec<Result<Option<AllowMap>>> = Vec::with_capacity(wanted.len());
         for (i, wanted) in wanted.iter().enumerate() {
-            made.push(self.make_inner(wanted, &mut inner));
+            made.push(self.make_inner(wanted, &mut tries, &mut inner));
             owners.resize(inner.len(), i);
         }
         let outer = Arc::clone(&self.outer);
@@ -105,6 +107,7 @@ impl Datapath {
     fn make_inner(
         &mut self,
         wanted: &NewMaps<'_>,
+        tries: &mut Tries,
         inner: &mut Vec<Change>,
     ) -> Result<Option<AllowMap>> {
         if let Some(pod) = wanted.pod {
@@ -118,27 +121,53 @@ impl Datapath {
             .insert(policy.id, policy.record, 0)
             .context("cannot write the map `policies`")?;
         if !policy.cidrs.is_empty() {
-            let trie = self.templates.cidrs(policy.cidrs.len() as u32)?;
-            let mut entries = trie_of(another(&trie)?)?;
-            for &(network, prefix_len, classes) in &policy.cidrs {
-                entries
-                    .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
-                    .context("cannot write a policy's CIDR trie")?;
-            }
+            let trie = match tries.get(&policy.cidrs) {
+                Some(trie) => another(trie)?,
+                None => {
+                    let trie = self.make_trie(&policy.cidrs)?;
+                    tries.insert(policy.cidrs.clone(), another(&trie)?);
+                    trie
+                }
+            };
             inner.push(Change::Insert(Outer::Cidrs(policy.id), trie));
         }
-        let allow = self.templates.allow(self.allow_entries)?;
+        let allow = match policy.allow_of {
+            Some(other) => self
+                .outer
+                .get(Outer::Allow(other))?
+                .with_context(|| format!("policy {other} has no allow map"))?,
+            None => self.templates.allow(self.allow_entries)?,
+        };
         let handle = another(&allow)?;
         inner.push(Change::Insert(Outer::Allow(policy.id), allow));
         let mut learning = None;
         if self.constants.learns {
             let decisions = self.templates.decisions()?;
-            let learned = self.templates.learned(self.allow_entries)?;
+            // What the programs have learned belongs to the allow map.
+            let shared = match policy.allow_of {
+                Some(other) => self.outer.get(Outer::Learned(other))?,
+                None => None,
+            };
+            let learned = match shared {
+                Some(learned) => learned,
+                None => self.templates.learned(self.allow_entries)?,
+            };
             learning = Some(LearningMaps::new(another(&decisions)?, another(&learned)?)?);
             inner.push(Change::Insert(Outer::Decisions(policy.id), decisions));
             inner.push(Change::Insert(Outer::Learned(policy.id), learned));
         }
         self.allow_map(handle, learning).map(Some)
+    }
+
+    fn make_trie(&self, cidrs: &[PolicyPrefix]) -> Result<MapData> {
+        let trie = self.templates.cidrs(cidrs.len() as u32)?;
+        let mut entries = trie_of(another(&trie)?)?;
+        for &(network, prefix_len, classes) in cidrs {
+            entries
+                .insert(&Key::new(prefix_len, network), CidrEntry { classes }, 0)
+                .context("cannot write a policy's CIDR trie")?;
+        }
+        Ok(trie)
     }
 
     /// Creates a pod's flow maps, whose entries in the maps of maps are added to `inner`.
@@ -214,49 +243,6 @@ impl Datapath {
             .context("cannot write the map `forged`")
     }
 
-    /// Removes maps that are not used any more, and returns the result for each. No interface may refer to
-    /// them.
-    pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
-        let mut changes = Vec::new();
-        let mut owners = Vec::new();
-        for (i, &unused) in unused.iter().enumerate() {
-            match unused {
-                Unused::Policy(id) => changes.extend([
-                    Change::Remove(Outer::Allow(id)),
-                    Change::Remove(Outer::Cidrs(id)),
-                    Change::Remove(Outer::Decisions(id)),
-                    Change::Remove(Outer::Learned(id)),
-                ]),
-                Unused::Pod(id) => {
-                    changes.extend(Outer::of_pod(id).map(Change::Remove));
-                    changes.push(Change::Remove(Outer::Pending(id)));
-                }
-            }
-            owners.resize(changes.len(), i);
-        }
-        let mut dropped: Vec<Result<()>> = unused.iter().map(|_| Ok(())).collect();
-        for (owner, result) in owners.into_iter().zip(self.outer.change(changes)) {
-            if result.is_err() {
-                dropped[owner] = result;
-            }
-        }
-        for (&unused, dropped) in unused.iter().zip(&mut dropped) {
-            if dropped.is_ok() {
-                *dropped = match unused {
-                    Unused::Policy(id) => ignore_missing(self.policies.remove(&id))
-                        .context("cannot write the map `policies`"),
-                    Unused::Pod(id) => ignore_missing(self.forged.remove(&id))
-                        .context("cannot write the map `forged`")
-                        .and_then(|()| {
-                            ignore_missing(self.identities.remove(&id))
-                                .context("cannot write the map `identities`")
-                        }),
-                };
-            }
-        }
-        dropped
-    }
-
     /// The pins of an adopted pod.
     pub fn pins_of(&self, namespace: &str, name: &str) -> PodPins {
         self.layout.pod(namespace, name)
@@ -304,7 +290,7 @@ impl Datapath {
         &self,
         id: PolicyId,
         policy: &Policy,
-        cidrs: impl ExactSizeIterator<Item = (Address, u32, ClassSet)>,
+        cidrs: impl ExactSizeIterator<Item = PolicyPrefix>,
     ) -> Result<Option<AllowMap>> {
         match self.policies.get(&id, 0) {
             Ok(found) if found == *policy => {}
@@ -313,7 +299,7 @@ impl Datapath {
         }
         let mut expected: Vec<_> = cidrs.collect();
         expected.sort_unstable();
-        let mut found: Vec<(Address, u32, ClassSet)> = Vec::new();
+        let mut found: Vec<PolicyPrefix> = Vec::new();
         if let Some(trie) = self.outer.get(Outer::Cidrs(id))? {
             for item in &trie_of(trie)? {
                 let (key, entry) = item.context("cannot read a policy's CIDR trie")?;
@@ -442,8 +428,13 @@ impl Datapath {
     }
 
     fn allow_map(&self, allow: MapData, learning: Option<LearningMaps>) -> Result<AllowMap> {
+        let id = allow
+            .info()
+            .context("cannot read the kernel's description of an allow map")?
+            .id();
         let map: HashMap<MapData, AllowKey, AllowEntry> = HashMap::try_from(Map::HashMap(allow))?;
-        Ok(AllowMap::new(map, self.allow_entries as usize, learning))
+        let capacity = self.allow_entries as usize;
+        Ok(AllowMap::new(map, id, capacity, learning))
     }
 }
 

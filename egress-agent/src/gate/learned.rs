@@ -5,7 +5,6 @@
 //! added later works at once for names that the pod has resolved before.
 
 use std::{
-    cell::RefCell,
     collections::{HashMap, HashSet},
     sync::Arc,
 };
@@ -14,11 +13,7 @@ use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
 use super::{
-    Enforcement,
-    eviction::Eviction,
-    learned_address::Learned,
-    names_kept::{NamesLost, NamesStay},
-    tally::Tally,
+    Enforcement, eviction::Eviction, learned_address::Learned, names_kept::NamesLost, tally::Tally,
 };
 use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
@@ -92,37 +87,12 @@ pub(super) struct AnswerAddress {
     pub(super) expires_ns: u64,
 }
 
-/// What the rules of a policy give to names, each name looked up once: many addresses may have the same names.
-struct Grants<'a> {
-    rules: &'a NameRules,
-    known: RefCell<HashMap<Arc<Name>, Grant>>,
-}
-
-impl<'a> Grants<'a> {
-    fn of(rules: &'a NameRules) -> Self {
-        Self {
-            rules,
-            known: RefCell::default(),
-        }
-    }
-
-    fn grant(&self, name: &Arc<Name>) -> Grant {
-        let mut known = self.known.borrow_mut();
-        if let Some(grant) = known.get(name) {
-            return *grant;
-        }
-        let grant = self.rules.grant(name);
-        known.insert(Arc::clone(name), grant);
-        grant
-    }
-}
-
 /// The resolutions of one pod.
 pub(super) struct Table {
     pub(super) addresses: LruCache<Address, Learned>,
     pub(super) unlisted: LruCache<Arc<Name>, Vec<AnswerAddress>>,
     /// Protected addresses in responses, with the queried name. Only denials use it.
-    protected: LruCache<Address, Name>,
+    pub(super) protected: LruCache<Address, Name>,
     /// No entry changes before this time unless a response comes.
     next_change_ns: u64,
     /// When the lifetimes were last compared with the clock.
@@ -209,7 +179,7 @@ impl Table {
     }
 
     /// Stores an address as the most recently used one.
-    fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
+    pub(super) fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
         self.addresses.put(address, learned);
     }
@@ -303,109 +273,6 @@ impl Table {
         Ok(())
     }
 
-    /// Writes everything that the new rules allow, as far as it fits, into the allow map of a new version of
-    /// the policy. Returns the table of that version, which has only these entries. The map of names is not
-    /// changed.
-    ///
-    /// `alike` means that the rules give the same to each name as the earlier ones. Entries of an earlier
-    /// agent whose names were not kept are then carried over, too.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be written.
-    pub(super) fn carry_over(
-        &self,
-        rules: &NameRules,
-        alike: bool,
-        allow: &mut impl Entries,
-        now_ns: u64,
-    ) -> Result<Self, AllowError> {
-        let allow = &mut NamesStay(allow);
-        let mut next = Self::new();
-        let grants = &Grants::of(rules);
-        for (&address, name) in self.protected.iter().rev() {
-            next.remember_protected(address, name);
-        }
-        let fitting = self.fitting(grants, alike, allow, now_ns)?;
-        let fits = |address: &Address| fitting.as_ref().is_none_or(|all| all.contains(address));
-        for (name, answered) in self.unlisted.iter().rev() {
-            let grant = grants.grant(name);
-            let live: Vec<AnswerAddress> = answered
-                .iter()
-                .filter(|answered| answered.expires_ns > now_ns)
-                .filter(|answered| grant.classes.is_empty() || fits(&answered.address))
-                .copied()
-                .collect();
-            next.learn(allow, name, grant, &live, now_ns)?;
-        }
-        // Begins with the least recently used address, so that the order of use stays.
-        for (&address, learned) in self.addresses.iter().rev() {
-            for source in &learned.sources {
-                let grant = grants.grant(&source.name);
-                if !grant.classes.is_empty() && !fits(&address) {
-                    continue;
-                }
-                let answered = AnswerAddress {
-                    address,
-                    by_stranger: source.by_stranger,
-                    expires_ns: source.expires_ns,
-                };
-                next.learn(allow, &source.name, grant, &[answered], now_ns)?;
-            }
-            if let Some(adopted) = learned.adopted
-                && alike
-                && fits(&address)
-            {
-                let mut learned = next.addresses.get(&address).cloned().unwrap_or_default();
-                learned.adopted = Some(adopted);
-                learned.write(address, allow, now_ns)?;
-                next.keep(address, learned, now_ns);
-            }
-        }
-        Ok(next)
-    }
-
-    /// The addresses that the new rules allow and that fit into the map: first those with open flows, then
-    /// those that have not expired; the most recently used first within each group. `None` when all fit. They
-    /// always do, unless an edit allows names that were resolved without an entry, or the map is smaller than
-    /// that of an earlier agent.
-    fn fitting(
-        &self,
-        grants: &Grants<'_>,
-        alike: bool,
-        allow: &impl Entries,
-        now_ns: u64,
-    ) -> Result<Option<HashSet<Address>>, AllowError> {
-        let opens = |name: &Arc<Name>| !grants.grant(name).classes.is_empty();
-        let known = self.addresses.iter().filter(|(_, learned)| {
-            let mut sources = learned.sources.iter();
-            sources.any(|source| opens(&source.name)) || (alike && learned.adopted.is_some())
-        });
-        let has_expired = |address: &Address| {
-            let learned = self.addresses.peek(address);
-            learned.is_some_and(|learned| learned.expires_ns() <= now_ns)
-        };
-        let unlisted = self
-            .unlisted
-            .iter()
-            .filter(|(name, _)| opens(name))
-            .flat_map(|(_, answered)| answered)
-            .filter(|answered| answered.expires_ns > now_ns);
-        let mut seen = HashSet::new();
-        let mut all: Vec<Address> = known
-            .map(|(&address, _)| address)
-            .chain(unlisted.map(|answered| answered.address))
-            .filter(|address| seen.insert(*address))
-            .collect();
-        if all.len() <= allow.capacity() {
-            return Ok(None);
-        }
-        let open = allow.open(now_ns)?;
-        all.sort_by_key(|address| (!open.to.contains(address), has_expired(address)));
-        all.truncate(allow.capacity());
-        Ok(Some(all.into_iter().collect()))
-    }
-
     /// Updates the entries of the allow map whose lifetimes have ended.
     ///
     /// # Errors
@@ -440,10 +307,10 @@ impl Table {
     }
 
     /// Extends lifetimes to what the programs have learned.
-    pub(super) fn refresh(&mut self, allow: &mut impl Entries) {
-        for (&address, learned) in &mut self.addresses {
-            if let Some(until) = allow.learned_until(address) {
-                learned.extend(until);
+    pub(super) fn refresh(&mut self, learned: impl IntoIterator<Item = (Address, (u64, u64))>) {
+        for (address, until) in learned {
+            if let Some(known) = self.addresses.peek_mut(&address) {
+                known.extend(until);
             }
         }
     }
@@ -507,7 +374,7 @@ impl Table {
         self.protected.put(address, name.clone());
     }
 
-    fn remember_unlisted(&mut self, name: &Name, answered: &[AnswerAddress]) {
+    pub(super) fn remember_unlisted(&mut self, name: &Name, answered: &[AnswerAddress]) {
         if let Some(known) = self.unlisted.get_mut(name) {
             known.retain(|known| {
                 !answered

@@ -132,6 +132,11 @@ impl Learned {
         }
     }
 
+    /// Whether the names that allowed the address are not all known.
+    pub(super) fn is_nameless(&self) -> bool {
+        self.adopted.is_some() || self.sources.is_empty()
+    }
+
     /// Records that a name resolved to the address. Returns a name that is forgotten in exchange.
     pub(super) fn add(
         &mut self,

@@ -2,7 +2,11 @@ use std::collections::BTreeMap;
 
 use egress_common::{address::from_v4, classes::ClassSet};
 
-use super::{super::learned_address::NAMES_PER_ADDRESS, fake::Fake, *};
+use super::{
+    super::{carry_over::CarryOver, learned_address::NAMES_PER_ADDRESS},
+    fake::Fake,
+    *,
+};
 use egress_policy::MayBeInternal;
 
 #[path = "learned_names_tests.rs"]
@@ -386,6 +390,64 @@ fn an_edit_that_allows_more_than_the_map_holds_keeps_addresses_in_use() {
     let left: Vec<u8> = after.entries.keys().map(|address| address[15]).collect();
     assert_eq!(left, [1, 3, 4, 6]);
     assert_eq!(next.addresses.len(), 4);
+}
+
+#[test]
+fn addresses_that_are_carried_over_in_parts_are_those_that_are_carried_over_at_once() {
+    let filled = || {
+        let (mut table, mut allow) = (Table::new(), fake(64));
+        for n in 0..40u8 {
+            for (name, bits) in [(format!("a{}.test", n % 7), 1), (format!("b{n}.test"), 0)] {
+                let answered = [answered(n, 100), answered(n / 2, 50)];
+                table
+                    .learn(&mut allow, &self::name(&name), grant(bits), &answered, 0)
+                    .unwrap();
+            }
+        }
+        (table, allow)
+    };
+    let order = |table: &Table| -> Vec<Address> {
+        table
+            .addresses
+            .iter()
+            .map(|(&address, _)| address)
+            .collect()
+    };
+    let (mut before, mut at_once) = (filled().0, fake(64));
+    let whole = before
+        .carry_over(&everything(), false, &mut at_once, SECOND)
+        .unwrap();
+    for most in [1, 2, 7, 1000] {
+        let (mut before, kept) = filled();
+        let order_before = order(&before);
+        let mut in_parts = fake(64);
+        in_parts.names.clone_from(&kept.names);
+        let mut carry = CarryOver::begin(&before, &everything(), false, &in_parts, SECOND).unwrap();
+        let mut parts = 0;
+        while !carry
+            .go_on(&mut before, &everything(), &mut in_parts, SECOND, most)
+            .unwrap()
+        {
+            parts += 1;
+        }
+        assert!(parts > 0 || most == 1000, "{most}");
+        assert_eq!(in_parts.entries, at_once.entries);
+        let next = carry.into_table();
+        assert_eq!(order(&next), order(&whole));
+        assert_eq!(order(&before), order_before, "the order of use has changed");
+        // The names of all addresses are kept, and none is forgotten yet.
+        for (address, learned) in &next.addresses {
+            for source in &learned.sources {
+                let key = (*address, Name::clone(&source.name));
+                assert!(in_parts.names.contains_key(&key), "{key:?}");
+            }
+        }
+        assert!(
+            kept.names
+                .keys()
+                .all(|key| in_parts.names.contains_key(key))
+        );
+    }
 }
 
 #[test]

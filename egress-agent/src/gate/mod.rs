@@ -16,6 +16,7 @@
 
 mod backlog;
 mod budget;
+mod carry_over;
 mod checksum;
 mod eviction;
 mod fragments;
@@ -146,7 +147,7 @@ pub struct Enforcement {
     pub entry: Interface,
     /// The indexes of its interfaces.
     pub interfaces: Vec<IfIndex>,
-    /// The allow map of this version.
+    /// The allow map of this version. It is that of the version before if all entries have the same classes under both.
     pub allow: AllowMap,
     /// The pod's open queries that the programs have let pass; `None` if they let none pass.
     pub pending: Option<PendingMap>,

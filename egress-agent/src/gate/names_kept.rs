@@ -72,40 +72,45 @@ impl Table {
     /// The number of addresses that an earlier agent left and whose names it had not kept. They are not
     /// carried over at an edit after which names mean something else.
     pub(super) fn nameless(&self) -> usize {
-        let is_nameless =
-            |learned: &Learned| learned.adopted.is_some() || learned.sources.is_empty();
         let all = self.addresses.iter();
-        all.filter(|(_, learned)| is_nameless(learned)).count()
+        all.filter(|(_, learned)| learned.is_nameless()).count()
     }
 
-    /// Keeps the names of this table that the table `before` does not have.
-    pub(super) fn keep_names_missing_in(&mut self, before: &Self, names: &mut impl Entries) {
-        for (&address, learned) in &self.addresses {
-            for source in &learned.sources {
-                if before.has(&address, &source.name) {
-                    continue;
-                }
-                let answered = AnswerAddress {
-                    address,
-                    by_stranger: source.by_stranger,
-                    expires_ns: source.expires_ns,
-                };
-                if let Err(error) = names.keep_name(&source.name, &answered) {
-                    self.names_lost.add(error);
-                }
+    /// Keeps the names of an address of this table that the table `before` does not have.
+    pub(super) fn keep_names_missing_in(
+        &mut self,
+        before: &Self,
+        address: Address,
+        names: &mut impl Entries,
+    ) {
+        let learned = self.addresses.peek(&address);
+        for source in learned.iter().flat_map(|learned| &learned.sources) {
+            if before.has(&address, &source.name) {
+                continue;
+            }
+            let answered = AnswerAddress {
+                address,
+                by_stranger: source.by_stranger,
+                expires_ns: source.expires_ns,
+            };
+            if let Err(error) = names.keep_name(&source.name, &answered) {
+                self.names_lost.add(error);
             }
         }
     }
 
-    /// Removes the kept names of this table that the table `next` does not have.
-    pub(super) fn forget_names_missing_in(&self, next: &mut Self, names: &mut impl Entries) {
-        for (&address, learned) in &self.addresses {
-            for source in &learned.sources {
-                if !next.has(&address, &source.name)
-                    && let Err(error) = names.forget_name(address, &source.name)
-                {
-                    next.names_lost.add(error);
-                }
+    /// Removes the kept names of an address that this table does not have.
+    pub(super) fn forget_names_of(
+        &mut self,
+        address: Address,
+        learned: &Learned,
+        names: &mut impl Entries,
+    ) {
+        for source in &learned.sources {
+            if !self.has(&address, &source.name)
+                && let Err(error) = names.forget_name(address, &source.name)
+            {
+                self.names_lost.add(error);
             }
         }
     }

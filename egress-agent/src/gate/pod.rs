@@ -6,6 +6,8 @@ mod over_tcp;
 mod turn;
 mod versions;
 
+pub(super) use versions::Done;
+
 use std::collections::HashSet;
 
 use anyhow::Result;
@@ -64,6 +66,10 @@ pub(super) struct Pod {
     enforcement: Enforcement,
     pending: Pending,
     learned: Table,
+    /// A new version of its policy that the pod is about to be moved to.
+    change: Option<Box<versions::Change>>,
+    /// Tables of versions that are not in force any more. Their names are still to be forgotten.
+    replaced: Vec<Table>,
     /// Names that an earlier agent kept, until the gate knows which of them are still valid.
     stale_names: Vec<Kept>,
     streams: Streams,
@@ -129,6 +135,7 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
     ) -> Result<()> {
+        self.break_change_off();
         let from = std::mem::replace(&mut self.enforcement.interfaces, to);
         self.enforcement
             .write_interfaces(interfaces, &mut shared.frame_sender)?;
@@ -146,6 +153,7 @@ impl Pod {
 
     /// Drops everything that waits for the pod. Returns how many messages were in its backlog, and its interfaces.
     pub(super) fn leave(mut self, shared: &mut Shared) -> (u64, Vec<IfIndex>) {
+        self.break_change_off();
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
         let waited = self.backlog.clear(&mut shared.backlog);
@@ -160,7 +168,10 @@ impl Pod {
     /// The periodic work.
     pub(super) fn tick(&mut self, shared: &mut Shared, now_ns: u64) {
         self.pending.sweep(now_ns);
-        if let Err(error) = self.learned.expire(&mut self.enforcement, now_ns) {
+        // What is being carried over stays as it is. The programs look at the lifetimes themselves.
+        if !self.is_changing()
+            && let Err(error) = self.learned.expire(&mut self.enforcement, now_ns)
+        {
             self.learned.failures.add(error);
         }
         self.tick_streams(shared, now_ns);
@@ -171,6 +182,10 @@ impl Pod {
 
     /// See [`super::Gate::sweep`].
     pub(super) fn sweep(&mut self, open: &HashSet<Address>) {
+        if self.is_changing() {
+            // The next sweep does it.
+            return;
+        }
         let swept = self
             .learned
             .sweep(&mut self.enforcement, open, boottime_ns());

@@ -3,7 +3,7 @@
 mod notes;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     os::fd::AsFd as _,
     sync::{Arc, mpsc},
     time::{Duration, Instant},
@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Result, anyhow};
 use egress_common::{
     ids::{IfIndex, PodId},
-    records::{Held, MODE_AUDIT},
+    records::Held,
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -23,7 +23,7 @@ pub(super) use notes::Notes;
 
 use super::{
     Command, Enforcement, OpenQuestion, RESOLUTIONS_MAX,
-    pod::{Pod, Shared},
+    pod::{Done, Pod, Shared},
     quarantine::{Quarantine, QuarantinedQuery},
     stats,
     tally::Tally,
@@ -48,6 +48,10 @@ const STILL_WAITED_NS: u64 = 4_000_000_000;
 /// How long the gate works on the backlogs of pods over their shares before it reads the ring again.
 const SLICE_NS: u64 = 100_000;
 
+/// How long the gate works on changes of policies before it reads the ring again: a fifth of the time that a batch of
+/// messages takes.
+const CHANGES_NS: u64 = 500_000;
+
 pub(super) struct Runner {
     ring: HeldRing,
     commands: mpsc::Receiver<Command>,
@@ -57,6 +61,8 @@ pub(super) struct Runner {
     shared: Shared,
     pods: HashMap<PodId, Pod>,
     turns: Turns,
+    /// The pods whose policies are changing.
+    changing: VecDeque<PodId>,
     /// Messages of pods that are not at the gate.
     unclaimed: Tally,
     /// Queries that were open when the earlier agent ended, until their pods are at the gate.
@@ -89,6 +95,7 @@ impl Runner {
             shared,
             pods: HashMap::new(),
             turns: Turns::new(),
+            changing: VecDeque::new(),
             unclaimed: Tally::default(),
             taken_over,
             reading_since_ns: None,
@@ -127,6 +134,7 @@ impl Runner {
             }
             // Before the backlogs: a pod within its share waits for no other pod.
             self.send();
+            decided += self.go_on_with_changes();
             decided += self.work_on_backlogs();
             self.send();
             let now = Instant::now();
@@ -215,7 +223,7 @@ impl Runner {
             && self.shared.frame_sender.frames() < BATCH
             && let Some(pod) = self.turns.next(&mut self.pods)
         {
-            let is_last = pod.process_oldest(&self.interfaces, &mut self.shared, &mut self.waiting);
+            let is_last = pod.take_turn(&self.interfaces, &mut self.shared, &mut self.waiting);
             pod.spend(&mut self.turns);
             self.turns.end(is_last);
             decided += 1;
@@ -282,7 +290,7 @@ impl Runner {
         for (&id, pod) in &mut self.pods {
             pod.tick(&mut self.shared, now_ns);
             pod.spend(&mut self.turns);
-            if pod.has_repetitions() {
+            if pod.needs_turns() {
                 self.turns.add(id);
             }
         }
@@ -302,10 +310,7 @@ impl Runner {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Apply { enforcement, done } => {
-                let result = self.apply(*enforcement);
-                let _ = done.send(result);
-            }
+            Command::Apply { enforcement, done } => self.apply(*enforcement, done),
             Command::Move {
                 pod,
                 interfaces,
@@ -315,8 +320,10 @@ impl Runner {
                     Some(pod) => pod.move_to(interfaces, &mut self.interfaces, &mut self.shared),
                     None => Err(anyhow!("pod {pod} is not at the gate")),
                 };
-                if result.is_ok() {
-                    self.end_quarantine(pod);
+                if result.is_ok()
+                    && let Some(pod) = self.pods.get(&pod)
+                {
+                    pod.end_quarantine(&mut self.shared);
                 }
                 let _ = done.send(result);
             }
@@ -407,57 +414,72 @@ impl Runner {
         interfaces
     }
 
-    fn apply(&mut self, enforcement: Enforcement) -> Result<()> {
+    fn apply(&mut self, enforcement: Enforcement, done: Done) {
         let id = enforcement.entry.pod();
-        self.stop_learning(id)?;
-        if let Some(pod) = self.pods.get_mut(&id) {
-            if enforcement.entry.mode == MODE_AUDIT {
-                pod.end_split_streams(&mut self.shared);
-            }
-            let applied = pod.apply(
-                enforcement,
-                &mut self.interfaces,
-                &mut self.shared.frame_sender,
-            );
-            if let Err(error) = applied {
-                pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
-                return Err(error);
-            }
-            pod.keep_streams(&mut self.shared);
-        } else {
-            let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
-            pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
-            pod.forget_stale_names();
-            for open in self.taken_over.extract_if(.., |open| open.pod() == id) {
-                pod.take_over(&open);
-            }
-            self.pods.insert(id, pod);
+        if let Err(error) = self.stop_learning(id) {
+            let _ = done.send(Err(error));
+            return;
         }
-        self.end_quarantine(id);
-        Ok(())
-    }
-
-    /// Sends the quarantined queries of a pod's interfaces to be judged again if the pod is known; otherwise
-    /// assigns them to this pod.
-    fn end_quarantine(&mut self, id: PodId) {
-        let Some(pod) = self.pods.get(&id) else {
+        let Some(pod) = self.pods.get_mut(&id) else {
+            let _ = done.send(self.add(enforcement));
             return;
         };
-        for &ifindex in pod.interfaces() {
-            if pod.is_known() {
-                self.shared.judge_again(ifindex);
-            } else {
-                self.shared.quarantine.reassign(ifindex, id);
+        self.turns.begin();
+        pod.change(enforcement, done);
+        // Most pods have learned so little that this is all.
+        pod.change_further(&mut self.interfaces, &mut self.shared);
+        pod.spend(&mut self.turns);
+        if pod.is_changing() {
+            self.changing.push_back(id);
+        } else if pod.needs_turns() {
+            self.turns.add(id);
+        }
+    }
+
+    /// Goes on with changes of policies for a short while, in the order in which they began; returns the number of parts.
+    /// They wait for no share of a pod: a pod could delay the change of its own policy otherwise.
+    fn go_on_with_changes(&mut self) -> usize {
+        let began_ns = self.turns.now_ns();
+        let mut parts = 0;
+        while let Some(&id) = self.changing.front() {
+            let Some(pod) = self.pods.get_mut(&id).filter(|pod| pod.is_changing()) else {
+                self.changing.pop_front();
+                continue;
+            };
+            pod.change_further(&mut self.interfaces, &mut self.shared);
+            pod.spend(&mut self.turns);
+            parts += 1;
+            if pod.needs_turns() {
+                self.turns.add(id);
+            }
+            if self.turns.now_ns().saturating_sub(began_ns) > CHANGES_NS {
+                break;
             }
         }
+        parts
+    }
+
+    /// Adds a pod that is new at the gate.
+    fn add(&mut self, enforcement: Enforcement) -> Result<()> {
+        let id = enforcement.entry.pod();
+        let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
+        pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
+        pod.forget_stale_names();
+        for open in self.taken_over.extract_if(.., |open| open.pod() == id) {
+            pod.take_over(&open);
+        }
+        pod.end_quarantine(&mut self.shared);
+        self.pods.insert(id, pod);
+        Ok(())
     }
 
     fn release(&mut self, pods: &[PodId]) -> Result<()> {
         let mut result = Ok(());
         for id in pods {
-            let Some(pod) = self.pods.get(id) else {
+            let Some(pod) = self.pods.get_mut(id) else {
                 continue;
             };
+            pod.break_change_off();
             for &ifindex in pod.interfaces() {
                 match self.interfaces.release(ifindex, *id) {
                     Ok(()) => self.shared.judge_again(ifindex),

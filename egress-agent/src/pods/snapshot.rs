@@ -111,6 +111,9 @@ pub struct Snapshot {
     pub pods: BTreeMap<NamespacedName, Pod>,
     /// All policy objects. [`Pod::objects`] has those that select the pod.
     pub policies: Arc<PolicyObjects>,
+    /// The policy objects for pods of which nothing is known ([`Selection::of_unknown`]). There are such pods only in a
+    /// cluster.
+    pub of_unknown: Arc<Objects>,
     /// The problems.
     pub problems: Vec<Problem>,
     /// Whether a part could not be read at all, so that pods may be missing.

@@ -8,13 +8,14 @@ use proptest::prelude::*;
 use super::{
     plain::{Line, Packet, Where, Written, to_name},
     properties::{compiled_answer, compiled_verdict},
-    random::{denied_line, line, packet, written},
+    random::{denied_line, line, packet, queried, written},
     settings,
 };
 use crate::{
-    Inputs, Mode, Objects, QuestionRule, Settings, compile,
+    Annotations, Inputs, Mode, Objects, QuestionRule, Settings, compile,
     objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
     prefix::to_mapped,
+    unidentified,
 };
 
 /// The rules of one object.
@@ -424,6 +425,86 @@ proptest! {
             prop_assert_eq!(fate, world.fate(packet), "{:?}", packet);
             let answers = compiled_answer(&compiled, packet) == Verdict::Pass;
             prop_assert_eq!(answers, world.answers(packet), "{:?}", packet);
+        }
+    }
+
+    #[test]
+    fn policies_with_alike_names_grant_the_same_to_the_addresses_of_every_name(
+        pod in written(),
+        policies in ordered(),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), line()), 1..4),
+        names in prop::collection::vec(queried(), 16),
+    ) {
+        let settings = settings();
+        let annotations = pod.annotations();
+        let none = Annotations::default();
+        let of = |policies: &[Ordered]| {
+            let objects = objects(policies);
+            let inputs = Inputs { pod: &annotations, namespace: &none, objects: &objects };
+            compile(inputs, &settings)
+        };
+        let mut edited = policies.clone();
+        let mut lines: Vec<&mut Line> = edited
+            .iter_mut()
+            .flat_map(|policy| policy.rules.iter_mut().flat_map(|(_, lines)| lines))
+            .collect();
+        if lines.is_empty() {
+            return Ok(());
+        }
+        for (place, line) in edits {
+            place.get_mut(&mut lines[..]).to = line.to;
+        }
+        let before = of(&policies).unwrap();
+        // A denied name with ports is an error.
+        let Ok(after) = of(&edited) else {
+            return Ok(());
+        };
+        if before.names.grants_alike(&after.names) {
+            for name in names.iter().map(|name| to_name(name)) {
+                prop_assert_eq!(before.names.grant(&name), after.names.grant(&name));
+            }
+        }
+    }
+
+    #[test]
+    fn a_pod_that_is_not_known_reaches_nothing_that_it_does_not_reach_when_it_is(
+        policies in prop::collection::vec((ordered(), any::<bool>(), any::<bool>()), 1..4),
+        packets in prop::collection::vec(packet(), 16),
+        allow_internal: bool,
+    ) {
+        let settings = Settings { allow_internal, default_mode: Mode::Enforce, ..settings() };
+        let numbered = policies.into_iter().enumerate().flat_map(|(n, (policies, every, selects))| {
+            let renamed = policies.into_iter().map(move |policy| Ordered {
+                name: format!("{n}{}", policy.name),
+                ..policy
+            });
+            renamed.map(move |policy| (policy, every, selects))
+        });
+        let (mut unknown, mut known) = (Vec::new(), Vec::new());
+        for (policy, every, selects) in numbered {
+            if every || selects {
+                known.push(policy.clone());
+            }
+            let taking_away = |(action, lines): &(TierAction, Vec<Line>)| {
+                (*action != TierAction::Allow).then(|| (TierAction::Deny, lines.clone()))
+            };
+            unknown.push(if every {
+                policy
+            } else {
+                let rules = policy.rules.iter().filter_map(taking_away).collect();
+                Ordered { rules, ..policy }
+            });
+        }
+        let none = Annotations::default();
+        let closing = Annotations { allow: Some(String::new()), ..Annotations::default() };
+        let known = objects(&known);
+        let inputs = Inputs { pod: &none, namespace: &closing, objects: &known };
+        let known = compile(inputs, &settings).unwrap();
+        let unknown = unidentified(&objects(&unknown), &settings);
+        for packet in packets.iter().map(|packet| Packet { through: None, ..packet.clone() }) {
+            if compiled_verdict(&unknown, &packet) == Verdict::Pass {
+                prop_assert_eq!(compiled_verdict(&known, &packet), Verdict::Pass, "{:?}", packet);
+            }
         }
     }
 }

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use egress_common::classes::ClassSet;
+use egress_common::{
+    classes::ClassSet,
+    records::{POLICY_ALLOW_INTERNAL, POLICY_SELECTED, POLICY_UNIDENTIFIED},
+};
 
 use super::*;
 use crate::objects::{ObjectKind, ObjectName, Objects, Tier, TierAction, TierPolicy, TierRule};
+use crate::unidentified;
 
 fn policy(kind: ObjectKind, name: &str, rules: &[(TierAction, &str)]) -> Arc<TierPolicy> {
     let rules = rules.iter().enumerate();
@@ -86,4 +90,62 @@ fn a_denial_of_a_cluster_network_policy_is_one_of_what_the_pod_opens() {
     let [ours, upstreams] = [0, 1].map(ClassSet::one);
     assert_eq!(compiled.record.deny, ours.or(upstreams));
     assert_eq!(compiled.record.spares_answers, upstreams);
+}
+
+#[test]
+fn another_peer_changes_nothing_about_names() {
+    let of = |peers: &str| {
+        let peers: Vec<(TierAction, &str)> = peers
+            .split(' ')
+            .map(|peer| (TierAction::Allow, peer))
+            .chain([(TierAction::Deny, "*.evil.test"), (TierAction::Deny, "*")])
+            .collect();
+        compiled(vec![policy(UPSTREAM, "peers", &peers)])
+    };
+    let before = of("10.0.0.1:443 shop.test:443");
+    for peers in [
+        "10.0.0.2:443 shop.test:443",
+        "10.0.0.1:443 10.0.0.2:443 shop.test:443",
+    ] {
+        let after = of(peers);
+        assert_ne!(after.cidrs, before.cidrs);
+        assert!(after.record.names_alike(&before.record));
+        assert!(after.names.grants_alike(&before.names));
+    }
+    for names in [
+        "10.0.0.1:443 shop.test:443 a.test:443",
+        "10.0.0.1:443 shop.test:443 x.evil.test:443",
+        "10.0.0.1:443 *.test:443",
+        "10.0.0.1:443 sh*.test:443",
+    ] {
+        assert!(!of(names).names.grants_alike(&before.names), "{names}");
+    }
+}
+
+#[test]
+fn names_and_what_they_take_do_not_close_pods_that_are_not_known() {
+    let settings = crate::reference::settings();
+    let of = |rules: &[(TierAction, &str)]| {
+        let objects = Objects {
+            tiers: vec![policy(OURS, "rules", rules)],
+            ..Objects::default()
+        };
+        unidentified(&objects, &settings)
+    };
+    let plain = unidentified(&Objects::default(), &settings);
+    assert_eq!(of(&[(TierAction::Deny, "*.evil.test")]), plain);
+    let denying = of(&[
+        (TierAction::Deny, "*.evil.test"),
+        (TierAction::Deny, "10.0.0.1"),
+    ]);
+    assert_eq!(denying.names, plain.names);
+    assert_eq!(
+        denying.record.flags & !POLICY_SELECTED,
+        plain.record.flags & !POLICY_SELECTED
+    );
+    assert_eq!(denying.cidrs.len(), 1);
+    // What cannot be read may deny anything.
+    let unreadable = of(&[(TierAction::Deny, "@missing")]);
+    assert_eq!(unreadable.record.flags & POLICY_ALLOW_INTERNAL, 0);
+    assert_ne!(unreadable.record.flags & POLICY_UNIDENTIFIED, 0);
 }

@@ -3,9 +3,11 @@
 mod addresses;
 mod conformance;
 mod manifests;
+mod peers;
 mod pods;
 mod policies;
 mod reports;
 mod rights;
 mod source;
 mod status;
+mod unknown_pods;

@@ -256,6 +256,85 @@ fn costly_responses_of_one_pod_do_not_delay_another_pods() {
     assert_eq!(lab.allowed(&greedy).len(), all);
 }
 
+/// Whether the newest allow map has an address already, and is not that of this version.
+#[track_caller]
+fn is_filled_beside(lab: &Lab, version: u64) -> bool {
+    let maps = lab.allow_maps();
+    maps.last_key_value().is_some_and(|(&newest, id)| {
+        // The command fails for an empty map.
+        let mut first = Command::new("bpftool");
+        let first = first
+            .args(["map", "getnext", "id", &id.to_string()])
+            .output();
+        u64::from(newest) != version && first.expect("bpftool").status.success()
+    })
+}
+
+/// The version of the policy that a pod's interface is under.
+#[track_caller]
+fn version(lab: &Lab, pod: &Pod) -> u64 {
+    let ifindex = u64::from(lab.ifindex(pod.interface()).get());
+    let interfaces = lab.shared_entries("interfaces");
+    let of_pod = interfaces.iter().find(|entry| entry["key"] == ifindex);
+    let version = of_pod.and_then(|entry| entry["value"]["policy"].as_u64());
+    version.expect("the pod is enforced")
+}
+
+#[test]
+fn an_edit_for_a_pod_with_many_addresses_does_not_delay_another_pods_dns() {
+    const RESPONSES: u16 = 30;
+    const ATTEMPTS: u16 = 20;
+    let lab = Lab::builder()
+        .config("limits.addressesPerPod", 200_000)
+        .build();
+    let [large, neighbour] = lab.pods_of_shop(["large", "neighbour"]);
+    lab.write_pod(&large, &[("allow", "big.test:443")]);
+    lab.dns().on("big.test", |_| Vec::new());
+    let agent = lab.start_agent(&[&large, &neighbour]);
+    let many = Stamped::open(&large);
+    for id in 0..RESPONSES {
+        let asked = question(id, "big.test", RecordType::A);
+        many.0.send_to(&asked, (RESOLVER, 53)).expect("send");
+        eventually("the query is with the resolver", || {
+            holds(lab.dns().queries_for("big.test") > usize::from(id))
+        });
+        let to = many.0.local_addr().expect("a bound socket");
+        lab.dns().send(RESOLVER, to, &costly_response(&asked, id));
+        assert_eq!(many.receive().1, id);
+    }
+    let all = lab.allowed(&large).len();
+    assert_eq!(all, ADDRESSES as usize * usize::from(RESPONSES));
+
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    let socket = neighbour.dns_socket();
+    let was_served_meanwhile = (0..ATTEMPTS).any(|attempt| {
+        let before = version(&lab, &large);
+        let mut is_under_way = [false; 2];
+        agent.applies_policy_after(&large, || {
+            let names = format!("big.test:443 other{attempt}.test:443");
+            lab.write_pod(&large, &[("allow", &names)]);
+            eventually("the edit has begun", || {
+                holds(is_filled_beside(&lab, before) || version(&lab, &large) != before)
+            });
+            kill(pid, Signal::SIGSTOP).expect("kill(2)");
+            is_under_way[0] = version(&lab, &large) == before;
+            socket.ask(RESOLVER, attempt, "shop.test", RecordType::A);
+            kill(pid, Signal::SIGCONT).expect("kill(2)");
+            let answer = socket.expect("the neighbour's response");
+            kill(pid, Signal::SIGSTOP).expect("kill(2)");
+            assert_eq!(answer.addresses, [server(10)]);
+            is_under_way[1] = version(&lab, &large) == before;
+            kill(pid, Signal::SIGCONT).expect("kill(2)");
+        });
+        is_under_way == [true; 2]
+    });
+    assert!(
+        was_served_meanwhile,
+        "the neighbour's queries waited until all addresses were copied"
+    );
+    assert_eq!(lab.allowed(&large).len(), all);
+}
+
 #[test]
 fn a_pod_that_floods_a_stopped_agent_leaves_room_for_another_pods_query() {
     // Each query takes 16 KiB of the ring. All together take more than half of it, which is one pod's limit,

@@ -2,6 +2,7 @@
 
 mod audit;
 mod bad_objects;
+mod edits;
 mod entries;
 mod explain;
 mod objects;

@@ -11,7 +11,7 @@ use crate::{
         observe::machine::Machine,
         plan::{Before, wanted::Wanted},
     },
-    datapath::Unused,
+    datapath::{AllowMap, Unused},
     gate::{Enforcement, Judged, Left},
     report::{PodIdentity, Subject},
 };
@@ -40,7 +40,7 @@ impl Applier {
         let entry = wanted.entry(pod, policy);
         let pins = self.datapath.pins_of(namespace, name);
         self.datapath.pin_allow(policy, &pins)?;
-        let left = self.left_under(pod, policy, wanted)?;
+        let left = self.left_under(pod, policy, &allow, wanted)?;
         let mut flows = self.flows_of(pod)?;
         self.take_from_quarantine(wanted, &mut flows)?;
         let is_judged = |ifindex: &IfIndex| self.is_anothers(pod, *ifindex);
@@ -173,8 +173,15 @@ impl Applier {
         pinned
     }
 
-    /// The other policies that an earlier agent left this pod's interfaces under.
-    fn left_under(&self, pod: PodId, policy: PolicyId, wanted: &Wanted) -> Result<Vec<Left>> {
+    /// The other policies that an earlier agent left this pod's interfaces under, without those whose allow map is that
+    /// of this policy.
+    fn left_under(
+        &self,
+        pod: PodId,
+        policy: PolicyId,
+        of_policy: &AllowMap,
+        wanted: &Wanted,
+    ) -> Result<Vec<Left>> {
         let mut policies: Vec<PolicyId> = self
             .datapath
             .interfaces()?
@@ -190,7 +197,8 @@ impl Applier {
             if let (Some(record), Some(allow)) = (
                 self.datapath.policy(policy)?,
                 self.datapath.allow_of(policy)?,
-            ) {
+            ) && !allow.is_same(of_policy)
+            {
                 let alike = record.names_alike(&wanted.record);
                 left.push(Left { allow, alike });
             }

@@ -92,7 +92,7 @@ impl Applier {
         let orphans = self.datapath.policy_ids().and_then(|ids| {
             let orphans = ids.into_iter().filter(|id| !used.contains(id));
             self.unused.extend(orphans.map(Unused::Policy));
-            self.drop_unused()
+            self.drop_now()
         });
         if let Err(error) = orphans {
             tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");

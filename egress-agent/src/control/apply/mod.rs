@@ -14,6 +14,7 @@
 //! | `hooks`, `watched_hooks`, `stamps` | makes sure that packets pass the programs |
 //! | `upkeep` | does the last two in each reconcile, whatever is planned |
 //! | `ranges` | puts other ranges and resolvers in force |
+//! | `unused` | removes maps that nobody uses any more |
 //! | `sweep` | forgets idle flows and expired addresses |
 
 mod connections;
@@ -30,6 +31,7 @@ mod remove;
 mod seed;
 mod stamps;
 mod sweep;
+mod unused;
 mod upkeep;
 mod watched_hooks;
 
@@ -51,7 +53,7 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    datapath::{Adoptable, Datapath, Unused},
+    datapath::{Adoptable, Datapath, Dropping, Unused},
     gate::Gate,
     report::{Reporter, Subject},
     serve::Published,
@@ -75,6 +77,8 @@ pub(in crate::control) struct Applier {
     ids: Ids,
     /// Maps in the kernel that nobody uses any more. They are removed at the end of each reconcile.
     unused: Vec<Unused>,
+    /// Those of them that a thread is removing.
+    dropping: Option<Dropping>,
     upkeep: Upkeep,
     connections: Connections,
     /// Pods that have begun with only the sources judged of what they send.
@@ -143,6 +147,7 @@ impl Applier {
             },
             left,
             unused: Vec::new(),
+            dropping: None,
             upkeep: Upkeep::open(&datapath, reporter)?,
             connections: Connections::new(&settings.configured),
             settling: Vec::new(),

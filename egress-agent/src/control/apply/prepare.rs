@@ -29,6 +29,8 @@ struct Draft {
     policy: PolicyId,
     /// The allow map of a policy that an earlier agent, or an earlier attempt, has made.
     adopted: Option<AllowMap>,
+    /// The version in force, if the new one takes its allow map.
+    allow_of: Option<PolicyId>,
 }
 
 impl Applier {
@@ -82,6 +84,9 @@ impl Applier {
                 new_pod: false,
                 policy: self.ids.next_policy(),
                 adopted: None,
+                allow_of: wanted
+                    .has_allow_map_of(&enforced.wanted)
+                    .then_some(enforced.policy),
             });
         }
         let pod = self.find_or_add(subject, &wanted.uid);
@@ -104,6 +109,7 @@ impl Applier {
             new_pod,
             policy,
             adopted,
+            allow_of: None,
         })
     }
 
@@ -176,24 +182,6 @@ impl Applier {
                 .retain(|&(ifindex, entry)| entry.policy() != policy || !stays(ifindex));
         }
     }
-
-    /// Removes all maps that nobody uses any more together. Those that cannot be removed are tried again in the next
-    /// reconcile.
-    ///
-    /// # Errors
-    ///
-    /// When some cannot be removed.
-    pub(super) fn drop_unused(&mut self) -> Result<()> {
-        let unused = std::mem::take(&mut self.unused);
-        let mut failure = Ok(());
-        for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {
-            if dropped.is_err() {
-                self.unused.push(each);
-                failure = dropped;
-            }
-        }
-        failure
-    }
 }
 
 impl Draft {
@@ -210,6 +198,7 @@ impl Draft {
                 id: self.policy,
                 record: &wanted.record,
                 cidrs: wanted.cidrs().collect(),
+                allow_of: self.allow_of,
             }),
         }
     }

@@ -55,7 +55,7 @@ use crate::{
     report::Subject,
 };
 use answers::Answers;
-use egress_policy::{Compiled, Mode};
+use egress_policy::{Compiled, Mode, Objects};
 use exits::PodExits;
 use locations::{Location, PodLocation, PodLocations};
 use machine::Machine;
@@ -214,7 +214,7 @@ impl Observer {
         }
         let pods = pods.into_iter().filter_map(|(subject, pod)| {
             let location = locations.remove(&subject)?;
-            let observed = self.pod(settings, &subject, pod, location);
+            let observed = self.pod(settings, &source.of_unknown, &subject, pod, location);
             Some((subject, observed))
         });
         Observed {
@@ -281,15 +281,17 @@ impl Observer {
     fn pod<'a>(
         &mut self,
         settings: &Settings,
+        of_unknown: &Arc<Objects>,
         subject: &Subject,
         pod: Cow<'a, Pod>,
         location: Location,
     ) -> ObservedPod<'a> {
         let policy = if subject.is_interface() {
-            self.policies.unidentified()
+            self.policies.unidentified(of_unknown)
         } else if !pod.is_known() {
             let quarantine = settings.config.quarantine.enabled;
-            self.policies.without_namespace(&pod, quarantine)
+            self.policies
+                .without_namespace(&pod, quarantine, of_unknown)
         } else {
             self.policies.read(subject, &pod)
         };

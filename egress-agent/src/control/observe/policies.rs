@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::fallback::{self, Good, Parts};
 use crate::{pods::Pod, report::Subject, serve::Written};
-use egress_policy::{Annotations, Compiled, Settings};
+use egress_policy::{Annotations, Compiled, Objects, Settings};
 
 /// The policy of one pod, and what it was read from.
 struct Reading {
@@ -35,6 +35,8 @@ impl Reading {
 pub(in crate::control) struct Policies {
     settings: Settings,
     pods: HashMap<Subject, Reading>,
+    /// The policy of interfaces in quarantine, with the objects that it comes from.
+    unidentified: Option<(Arc<Objects>, Arc<Compiled>)>,
 }
 
 impl Policies {
@@ -42,6 +44,7 @@ impl Policies {
         Self {
             settings,
             pods: HashMap::new(),
+            unidentified: None,
         }
     }
 
@@ -77,6 +80,7 @@ impl Policies {
     pub(in crate::control) fn change(&mut self, settings: Settings) {
         if settings != self.settings {
             self.settings = settings;
+            self.unidentified = None;
             for reading in self.pods.values_mut() {
                 reading.current = false;
             }
@@ -98,9 +102,16 @@ impl Policies {
         &self.settings
     }
 
-    /// The policy of an interface in quarantine.
-    pub(in crate::control) fn unidentified(&self) -> Arc<Compiled> {
-        Arc::new(egress_policy::unidentified(&self.settings))
+    /// The policy of an interface in quarantine, under these objects.
+    pub(in crate::control) fn unidentified(&mut self, objects: &Arc<Objects>) -> Arc<Compiled> {
+        if let Some((known, compiled)) = &self.unidentified
+            && known == objects
+        {
+            return Arc::clone(compiled);
+        }
+        let compiled = Arc::new(egress_policy::unidentified(objects, &self.settings));
+        self.unidentified = Some((Arc::clone(objects), Arc::clone(&compiled)));
+        compiled
     }
 
     /// The policy of a pod whose namespace is not known yet.
@@ -108,9 +119,10 @@ impl Policies {
         &self,
         pod: &Pod,
         quarantine: bool,
+        objects: &Objects,
     ) -> Arc<Compiled> {
         let own = Annotations::from_map(&pod.annotations);
-        let closed = egress_policy::without_namespace(&own, quarantine, &self.settings);
+        let closed = egress_policy::without_namespace(&own, quarantine, objects, &self.settings);
         Arc::new(closed)
     }
 

@@ -42,7 +42,10 @@ fn a_pod_keeps_its_last_good_policy_while_its_namespace_is_not_known() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
-    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let closed = Arc::new(egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &scene.policy_settings,
+    ));
     let cart = scene.get("cart");
     (cart.pod.namespace_known, cart.policy) = (false, closed);
     assert!(told(&scene.plan()).is_empty());
@@ -58,7 +61,10 @@ fn a_pod_whose_objects_are_not_known_stays_as_an_earlier_agent_left_it() {
     scene.add("cart", 1);
     scene.reconcile();
     scene.restart();
-    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let closed = Arc::new(egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &scene.policy_settings,
+    ));
     let cart = scene.get("cart");
     cart.pod.objects_of = ObjectsOf::UnknownButEnforced;
     cart.policy = Arc::clone(&closed);
@@ -83,7 +89,10 @@ fn a_pod_whose_objects_are_not_known_stays_as_an_earlier_agent_left_it() {
 #[test]
 fn a_new_pod_whose_objects_are_not_known_is_closed_and_follows_its_addresses() {
     let mut scene = Scene::new();
-    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let closed = Arc::new(egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &scene.policy_settings,
+    ));
     let cart = scene.add("cart", 1);
     cart.pod.objects_of = ObjectsOf::Unknown;
     cart.policy = Arc::clone(&closed);
@@ -100,7 +109,10 @@ fn a_pod_keeps_its_last_good_policy_while_its_objects_are_not_known() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.reconcile();
-    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let closed = Arc::new(egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &scene.policy_settings,
+    ));
     let cart = scene.get("cart");
     (cart.pod.objects_of, cart.policy) = (ObjectsOf::Unknown, closed);
     assert!(told(&scene.plan()).is_empty());
@@ -114,7 +126,10 @@ fn a_pod_keeps_its_last_good_policy_while_its_objects_are_not_known() {
 #[test]
 fn a_new_pod_whose_namespace_is_not_known_is_put_under_the_closed_policy_that_was_read() {
     let mut scene = Scene::new();
-    let closed = Arc::new(egress_policy::unidentified(&scene.policy_settings));
+    let closed = Arc::new(egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &scene.policy_settings,
+    ));
     let cart = scene.add("cart", 1);
     (cart.pod.namespace_known, cart.policy) = (false, Arc::clone(&closed));
     assert_eq!(wanted(&scene, "cart").compiled, closed);

@@ -118,7 +118,10 @@ impl Scene {
     /// Puts an interface into the node whose pod is not known.
     pub(super) fn add_unknown(&mut self, name: &str, ifindex: u32) {
         let (subject, pod) = quarantine::stand_in(name);
-        let policy = Arc::new(egress_policy::unidentified(&self.policy_settings));
+        let policy = Arc::new(egress_policy::unidentified(
+            &egress_policy::Objects::default(),
+            &self.policy_settings,
+        ));
         let stand_in = ScenePod {
             pod,
             location: behind(&[ifindex]),

@@ -171,6 +171,13 @@ impl Wanted {
         self.ranges = Self::NO_RANGES;
     }
 
+    /// Whether every entry of the pod's allow map under the other version is right under this one, and none is missing:
+    /// names give addresses the same classes, and the classes mean the same.
+    pub(in crate::control) fn has_allow_map_of(&self, other: &Self) -> bool {
+        self.record.names_alike(&other.record)
+            && self.compiled.names.grants_alike(&other.compiled.names)
+    }
+
     /// Whether this is the same policy, wherever it is attached.
     pub(in crate::control) fn same_policy(&self, other: &Self) -> bool {
         self.compiled == other.compiled

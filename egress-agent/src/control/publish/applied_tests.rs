@@ -54,7 +54,10 @@ fn objects(selecting: &[&str]) -> Objects {
 fn compiled(number: u8) -> Arc<Compiled> {
     let config =
         Config::from_yaml("dns: {resolvers: [10.0.0.53]}\nnode: n1\n").expect("a configuration");
-    let mut compiled = egress_policy::unidentified(&config.policy_settings());
+    let mut compiled = egress_policy::unidentified(
+        &egress_policy::Objects::default(),
+        &config.policy_settings(),
+    );
     compiled.record.annotations = [number; 32];
     Arc::new(compiled)
 }

@@ -15,11 +15,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use egress_api::only_takes_away;
 use egress_common::{
     address::Address,
     ids::PodId,
     records::{RANGE_INTERNAL, Range},
 };
+use egress_policy::Objects;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -132,8 +134,10 @@ impl Saved {
         let Some(pods) = &self.pods else {
             return snapshot;
         };
+        let of_unknown = Arc::new(of_unknown(pods));
         let pods = pods.iter().cloned();
         Arc::new(Snapshot {
+            of_unknown,
             pods: pods.map(|pod| (pod.key(), pod)).collect(),
             problems: snapshot.problems.clone(),
             unreadable: true,
@@ -204,6 +208,24 @@ impl Saved {
             facts: snapshot.sources.clone(),
         };
         state_file::write(&self.path, &document)
+    }
+}
+
+/// The objects for pods of which nothing is known. The file does not say which objects are about every pod.
+fn of_unknown(pods: &[Pod]) -> Objects {
+    let policies = pods.iter().flat_map(|pod| &pod.objects.tiers);
+    let tiers: BTreeMap<_, _> = policies.map(|policy| (&policy.name, policy)).collect();
+    let tiers = tiers.into_values();
+    let sets = pods.iter().map(|pod| &pod.objects.sets);
+    Objects {
+        namespace: Vec::new(),
+        tiers: tiers
+            .filter_map(|policy| only_takes_away(policy).map(Arc::new))
+            .collect(),
+        sets: sets
+            .max_by_key(|sets| sets.len())
+            .cloned()
+            .unwrap_or_default(),
     }
 }
 

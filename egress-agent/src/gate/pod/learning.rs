@@ -51,19 +51,22 @@ pub(super) struct DecidedNames {
 impl Enforcement {
     /// Lets the programs learn on the interfaces from the next write on, if they can for this pod.
     pub(in super::super) fn start_learning(&mut self) {
-        let entry = &mut self.entry;
-        entry.flags &= FLAGS & !INTERFACE_LEARNS;
-        let is_known = self.compiled.record.flags & POLICY_UNIDENTIFIED == 0;
-        let is_judged = entry.flags & (INTERFACE_SOURCES | INTERFACE_SETTLING) == 0;
-        if is_known
-            && is_judged
-            && entry.mode == MODE_ENFORCE
-            && self.pending.is_some()
-            && self.allow.learning().is_some()
-        {
+        self.entry.flags &= FLAGS & !INTERFACE_LEARNS;
+        if self.can_learn() {
             let epoch = (boottime_ns() >> EPOCH_SHIFT) as u32;
-            entry.flags |= INTERFACE_LEARNS | epoch << EPOCH_SHIFT;
+            self.entry.flags |= INTERFACE_LEARNS | epoch << EPOCH_SHIFT;
         }
+    }
+
+    /// Whether the programs can learn for this pod.
+    fn can_learn(&self) -> bool {
+        let is_known = self.compiled.record.flags & POLICY_UNIDENTIFIED == 0;
+        let is_judged = self.entry.flags & (INTERFACE_SOURCES | INTERFACE_SETTLING) == 0;
+        is_known
+            && is_judged
+            && self.entry.mode == MODE_ENFORCE
+            && self.pending.is_some()
+            && self.allow.has_learning()
     }
 
     fn learns(&self) -> bool {
@@ -207,6 +210,10 @@ impl Pod {
 
     /// Learns what the programs have learned.
     pub(in super::super) fn note_learned(&mut self, note: &LearnedNote, context: &DecisionContext) {
+        // A program has found the entry of its interface changed after it wrote this, and left the response to the agent.
+        if self.is_changing() {
+            return;
+        }
         let bytes = note.name.bytes();
         let mut len = 0;
         while let Some(&label) = bytes.get(len)
@@ -241,9 +248,29 @@ impl Pod {
         }
     }
 
+    /// Extends the lifetimes of addresses to what the programs have learned.
+    pub(super) fn refresh_learned(&mut self) {
+        let Some(learning) = self.enforcement.allow.learning() else {
+            return;
+        };
+        match learning.lifetimes() {
+            Ok(learned) => self.learned.refresh(learned),
+            Err(error) => {
+                let pod = self.enforcement.name();
+                tracing::warn!(%pod, %error, "lifetimes of addresses may be shorter than learned");
+            }
+        }
+    }
+
+    /// Whether the programs were stopped from learning for something that did not come about.
+    pub(in super::super) fn has_stopped_learning(&self) -> bool {
+        !self.is_changing() && !self.enforcement.learns() && self.enforcement.can_learn()
+    }
+
     /// Whether it is time to remove what the programs no longer need; see [`Self::clean_learned`].
     pub(in super::super) fn needs_cleaning(&self, now_ns: u64) -> bool {
-        self.enforcement.learns()
+        !self.is_changing()
+            && self.enforcement.learns()
             && (self.decided.is_full
                 || now_ns.saturating_sub(self.cleaned_ns) > RESPONSE_TIMEOUT_NS)
     }

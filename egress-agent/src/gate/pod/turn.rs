@@ -20,6 +20,7 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         frame_sender: &mut FrameSender,
     ) -> anyhow::Result<()> {
+        self.break_change_off();
         self.enforcement.entry = judged.in_entry(self.enforcement.entry);
         self.enforcement.start_learning();
         self.enforcement.write_interfaces(interfaces, frame_sender)
@@ -28,7 +29,7 @@ impl Pod {
     /// Whether the pod's next message may be decided at once. Otherwise it goes into the backlog, so that the
     /// pod's messages stay in their order.
     pub(in super::super) fn may_decide_now(&self, now_ns: u64) -> bool {
-        self.backlog.is_empty() && self.share.is_left(now_ns)
+        self.backlog.is_empty() && !self.is_changing() && self.share.is_left(now_ns)
     }
 
     /// The balance of the pod's share of time.
@@ -69,19 +70,29 @@ impl Pod {
         false
     }
 
-    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver. Returns
-    /// whether nothing is left to do.
-    pub(in super::super) fn process_oldest(
+    /// Whether the pod needs turns. A pod whose policy is changing needs none: its messages wait.
+    pub(in super::super) fn needs_turns(&self) -> bool {
+        let has_work = !self.backlog.is_empty() || self.has_repetitions() || self.has_replaced();
+        has_work && !self.is_changing()
+    }
+
+    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a part
+    /// of what an earlier version of the policy had. Returns whether nothing is left to do.
+    pub(in super::super) fn take_turn(
         &mut self,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
         sent: &mut PutBackTimes,
     ) -> bool {
+        if self.is_changing() {
+            return true;
+        }
         if let Some(waiting) = self.backlog.pop(&mut shared.backlog) {
             self.process(&waiting.held(), interfaces, shared, sent);
         }
+        self.forget_replaced();
         self.repeat_next(shared);
-        self.backlog.is_empty() && !self.has_repetitions()
+        !self.needs_turns()
     }
 
     /// Decides a message. The frames to be sent wait in the frame sender.

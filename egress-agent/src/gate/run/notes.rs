@@ -109,6 +109,16 @@ impl Runner {
                 tracing::error!(pod = %id, %error, "cannot clean what the programs have learned");
             }
         }
+        for pod in self
+            .pods
+            .values_mut()
+            .filter(|pod| pod.has_stopped_learning())
+        {
+            let sender = &mut self.shared.frame_sender;
+            if let Err(error) = pod.start_learning(&mut self.interfaces, sender) {
+                tracing::error!(%error, "the programs do not learn for a pod");
+            }
+        }
     }
 
     fn clean(&mut self, id: PodId, now_ns: u64) -> Result<()> {

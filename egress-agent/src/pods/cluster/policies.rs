@@ -384,6 +384,11 @@ impl Policies {
         objects.clone()
     }
 
+    /// The objects that count for pods of which nothing is known.
+    pub(super) fn of_unknown(&mut self) -> Arc<Objects> {
+        Arc::clone(self.selection.of_unknown())
+    }
+
     /// All policy objects that are in force.
     pub(super) fn objects(&self) -> Arc<PolicyObjects> {
         Arc::clone(&self.objects)

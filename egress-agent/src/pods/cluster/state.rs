@@ -93,6 +93,7 @@ impl State {
         Snapshot {
             pods,
             policies: self.policies.objects(),
+            of_unknown: self.policies.of_unknown(),
             problems,
             unreadable: false,
             facts: sources.together(),

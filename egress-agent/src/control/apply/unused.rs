@@ -1,0 +1,58 @@
+//! Removing the maps that nobody uses any more.
+
+use anyhow::Result;
+
+use super::Applier;
+use crate::datapath::Unused;
+
+/// Most versions of policies that are removed while control goes on. The map `policies` has them until then.
+const LATER: usize = 64;
+
+impl Applier {
+    /// Removes all maps that nobody uses any more together. Those that cannot be removed are tried again in the next
+    /// reconcile.
+    ///
+    /// The kernel takes as long over removing an earlier version as over making one. The next edit does not wait for
+    /// that: a few versions are removed meanwhile, and a later reconcile sees the result.
+    ///
+    /// # Errors
+    ///
+    /// When some cannot be removed.
+    pub(super) fn drop_unused(&mut self) -> Result<()> {
+        let mut failure = Ok(());
+        if let Some(dropping) = self.dropping.take_if(|dropping| dropping.is_finished()) {
+            for (unused, dropped) in self.datapath.end_dropping(dropping) {
+                if dropped.is_err() {
+                    self.unused.push(unused);
+                    failure = dropped;
+                }
+            }
+        }
+        let is_policy = |unused: &Unused| matches!(unused, Unused::Policy(_));
+        if failure.is_ok() && self.unused.len() <= LATER && self.unused.iter().all(is_policy) {
+            if self.dropping.is_none() && !self.unused.is_empty() {
+                self.dropping = Some(self.datapath.begin_dropping(&self.unused)?);
+                self.unused.clear();
+            }
+            return Ok(());
+        }
+        self.drop_now().and(failure)
+    }
+
+    /// The same, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// When some cannot be removed.
+    pub(super) fn drop_now(&mut self) -> Result<()> {
+        let unused = std::mem::take(&mut self.unused);
+        let mut failure = Ok(());
+        for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {
+            if dropped.is_err() {
+                self.unused.push(each);
+                failure = dropped;
+            }
+        }
+        failure
+    }
+}
