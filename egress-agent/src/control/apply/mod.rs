@@ -34,7 +34,7 @@ mod upkeep;
 mod watched_hooks;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
     sync::Arc,
 };
@@ -79,6 +79,10 @@ pub(in crate::control) struct Applier {
     connections: Connections,
     /// Pods that have begun with only the sources judged of what they send.
     settling: Vec<Subject>,
+    /// The interfaces that somebody is to be enforced on, by the plan.
+    claimed: HashSet<IfIndex>,
+    /// Those of them that the pod before has left. The programs are there without an entry, and drop everything.
+    vacated: BTreeSet<IfIndex>,
     /// Whether the gate reads messages.
     is_reading: bool,
     next_swept: usize,
@@ -142,6 +146,8 @@ impl Applier {
             upkeep: Upkeep::open(&datapath, reporter)?,
             connections: Connections::new(&settings.configured),
             settling: Vec::new(),
+            claimed: HashSet::new(),
+            vacated: BTreeSet::new(),
             is_reading: false,
             next_swept: 0,
             crowded: Crowded::new(datapath.counters()?),
@@ -182,6 +188,7 @@ impl Applier {
     ) -> Outcome {
         let mut outcome = Outcome::default();
         let mut versions = BTreeMap::new();
+        self.claimed.clone_from(&plan.claimed);
         for action in &plan.actions {
             // Once the gate has all pods that an earlier agent left enforced.
             let adopts = matches!(action, Action::Begin { adopts: true, .. });
@@ -241,6 +248,7 @@ impl Applier {
                 }
             }
         }
+        self.detach_vacated();
         self.start_reading();
         outcome
     }

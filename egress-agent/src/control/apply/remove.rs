@@ -77,7 +77,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Detaches from an interface that a pod has left, unless another pod has it now.
+    /// Detaches from an interface that a pod has left, unless another pod has it now. If another one is to have it, the
+    /// programs stay, and drop everything until then.
     pub(super) fn detach(&mut self, pod: PodId, ifindex: IfIndex) -> Result<()> {
         let is_on = |enforced: &Enforced| {
             enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)
@@ -85,8 +86,31 @@ impl Applier {
         if self.enforced.values().any(is_on) || self.is_anothers(pod, ifindex) {
             return Ok(());
         }
-        self.datapath.detach(ifindex)?;
+        if self.claimed.contains(&ifindex) {
+            self.vacated.insert(ifindex);
+        } else {
+            self.datapath.detach(ifindex)?;
+        }
         self.datapath.interfaces()?.remove(ifindex, pod)
+    }
+
+    /// Detaches from interfaces that pods have left and that nobody is to be enforced on any more.
+    pub(super) fn detach_vacated(&mut self) {
+        for ifindex in std::mem::take(&mut self.vacated) {
+            if self.is_somebodys(ifindex) {
+                continue;
+            }
+            if self.claimed.contains(&ifindex) {
+                self.vacated.insert(ifindex);
+            } else if let Err(error) = self.datapath.detach(ifindex) {
+                tracing::error!(
+                    %ifindex,
+                    error = %format!("{error:#}"),
+                    "cannot detach from an interface that its pod has left; it stays closed"
+                );
+                self.vacated.insert(ifindex);
+            }
+        }
     }
 
     /// Whether other pods than this one are enforced on all of these interfaces.
@@ -105,6 +129,14 @@ impl Applier {
         left.filter(|&(&id, left)| id != pod && is_on(left))
             .map(|(&id, _)| id)
             .collect()
+    }
+
+    /// Whether an interface is, or is to be, that of some pod.
+    fn is_somebodys(&self, ifindex: IfIndex) -> bool {
+        let mut left = self.left.values().flat_map(|left| &left.interfaces);
+        let mut enforced = self.enforced.values();
+        left.any(|&(other, _)| other == ifindex)
+            || enforced.any(|pod| pod.wanted.interfaces.contains(&ifindex))
     }
 
     /// Whether an interface is, or is to be, that of another pod than this one.

@@ -248,7 +248,7 @@ impl Observer {
         let look = self.locations.look(machine, source);
         let mut locations = look.locations;
         // A pod of which nothing runs any more is still enforced on its interface.
-        let mut held = held(source, enforced);
+        let mut held = held(source, enforced, &locations);
         held.extend(kept_left(source, left));
         let mut unidentified = look.unidentified.unwrap_or_else(|| {
             let gone = self.locations.has_quarantine();
@@ -340,8 +340,12 @@ fn kept_left(
     left.flat_map(|left| left.interfaces.iter().map(|&(ifindex, _)| ifindex))
 }
 
-/// The interfaces on which pods of the source are enforced.
-fn held(source: &Snapshot, enforced: &BTreeMap<Subject, InForce>) -> HashSet<IfIndex> {
+/// The interfaces on which pods of the source are enforced, without those that a pod was found to have left.
+fn held(
+    source: &Snapshot,
+    enforced: &BTreeMap<Subject, InForce>,
+    locations: &BTreeMap<Subject, Location>,
+) -> HashSet<IfIndex> {
     let is_there = |subject: &Subject, uid: &str| {
         let Subject::Pod(name) = subject else {
             return false;
@@ -352,6 +356,13 @@ fn held(source: &Snapshot, enforced: &BTreeMap<Subject, InForce>) -> HashSet<IfI
     enforced
         .iter()
         .filter(|(subject, in_force)| is_there(subject, &in_force.wanted.uid))
-        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
+        .flat_map(|(subject, in_force)| {
+            let found = locations.get(subject);
+            let found = found.filter(|location| matches!(location, Location::Found(_)));
+            let interfaces = in_force.wanted.interfaces.iter().copied();
+            interfaces.filter(move |ifindex| {
+                found.is_none_or(|found| found.interfaces().contains(ifindex))
+            })
+        })
         .collect()
 }

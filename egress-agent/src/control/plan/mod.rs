@@ -31,7 +31,11 @@ pub(in crate::control) mod scene;
 mod targets;
 pub(in crate::control) mod wanted;
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Instant,
+};
 
 use super::{
     observe::{
@@ -61,6 +65,9 @@ pub(in crate::control) struct Plan {
     pub(in crate::control) left_alone: Vec<IfIndex>,
     /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.
     pub(in crate::control) kept: Vec<PodId>,
+    /// The interfaces that somebody is to be enforced on, now or when another pod has left them. Until then nothing
+    /// passes there: they are not detached from.
+    pub(in crate::control) claimed: HashSet<IfIndex>,
 }
 
 /// One thing to do.
@@ -129,6 +136,7 @@ pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now
     plan.enforce(observed, &targets);
     plan.remove_freed(&targets);
     plan.clean_up(observed, &targets, now);
+    plan.claimed = targets.claimed;
     plan
 }
 

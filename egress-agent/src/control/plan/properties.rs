@@ -129,7 +129,13 @@ fn identify(scene: &mut Scene) {
             !subject.is_interface()
                 && found.is_some_and(|found| found.pod.uid == in_force.wanted.uid)
         })
-        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied())
+        .flat_map(|(subject, in_force)| {
+            let location = &scene.pods[subject].location;
+            let interfaces = in_force.wanted.interfaces.iter().copied();
+            interfaces.filter(move |ifindex| {
+                !matches!(location, Location::Found(_)) || location.interfaces().contains(ifindex)
+            })
+        })
         .collect();
     scene.pods.retain(|subject, found| {
         let mut interfaces = found.location.interfaces().iter();
@@ -187,13 +193,11 @@ fn is_to_be_enforced(scene: &Scene, ifindex: IfIndex) -> bool {
     })
 }
 
-/// The interfaces in quarantine, and those of pods that are gone, on which somebody is to be enforced: each stays judged
-/// until then.
+/// The interfaces in quarantine, and those of pods that are gone or have left them, on which somebody is to be enforced:
+/// each stays closed or judged until then.
 fn handed_over(scene: &Scene, wanted_on: &HashMap<IfIndex, &Subject>) -> Vec<IfIndex> {
-    let enforced = scene.enforced.iter();
-    let leaving = enforced
-        .filter(|(subject, _)| subject.is_interface() || is_gone(scene, subject))
-        .flat_map(|(_, in_force)| in_force.wanted.interfaces.iter().copied());
+    let enforced = scene.enforced.values();
+    let leaving = enforced.flat_map(|in_force| in_force.wanted.interfaces.iter().copied());
     let left = scene.left.values().flat_map(|left| &left.interfaces);
     let all = leaving.chain(left.map(|&(ifindex, _)| ifindex));
     all.filter(|ifindex| wanted_on.contains_key(ifindex) || is_to_be_enforced(scene, *ifindex))
@@ -281,6 +285,15 @@ fn check(scene: &mut Scene, plan: &Plan) {
         }
     }
 
+    scene.detach_vacated(plan);
+    for &ifindex in &handed_over {
+        assert!(
+            scene.attached.contains(&ifindex),
+            "{ifindex} is free: {:?}",
+            told(plan)
+        );
+    }
+
     let mut pods: BTreeMap<IfIndex, &Subject> = BTreeMap::new();
     for (subject, in_force) in &scene.enforced {
         for &ifindex in &in_force.wanted.interfaces {
@@ -301,13 +314,14 @@ proptest! {
             take(&mut scene, step);
             let first = scene.plan();
             check(&mut scene, &first);
-            // Who was refused an interface may get it once its pod has left it.
+            // Who was refused an interface may get it once its pod has left it. The same holds for the quarantine.
             let is_refused = |plan: &Plan| {
-                let mut problems = plan.problems.values();
+                let unlocated = plan.unlocated.values().map(|absence| &absence.why);
+                let mut problems = plan.problems.values().chain(unlocated);
                 problems.any(|problem| problem.contains("already that of pod"))
             };
             let mut last = first;
-            for _ in 0..=PODS.len() {
+            for _ in 0..=2 * PODS.len() {
                 let next = scene.plan();
                 prop_assert!(is_refused(&last) || next.actions.is_empty(), "{:?}", told(&next));
                 check(&mut scene, &next);

@@ -307,6 +307,36 @@ fn an_enforced_pod_moves_to_those_of_its_interfaces_that_no_other_pod_has() {
 }
 
 #[test]
+fn an_interface_that_a_pod_leaves_stays_closed_until_another_one_is_enforced_there() {
+    let another_pod = |scene: &mut Scene| {
+        scene.add("zoo", 1);
+    };
+    let unknown_pod = |scene: &mut Scene| scene.add_unknown("veth1", 1);
+    for (next, come) in [
+        ("zoo", another_pod as fn(&mut Scene)),
+        ("veth1", unknown_pod),
+    ] {
+        let mut scene = Scene::new();
+        scene.add("cart", 1);
+        scene.reconcile();
+        scene.get("cart").location = behind(&[2]);
+        come(&mut scene);
+        assert_eq!(told(&scene.reconcile()), ["prepare", "move cart to [2]"]);
+        let at = IfIndex::new(1);
+        assert!(scene.attached.contains(&at), "{next} is open");
+        assert_eq!(
+            told(&scene.reconcile()),
+            ["prepare".to_owned(), format!("begin {next}")]
+        );
+        assert!(scene.attached.contains(&at));
+        // Where nobody comes, the programs go.
+        scene.pods.clear();
+        scene.reconcile();
+        assert!(!scene.attached.contains(&at));
+    }
+}
+
+#[test]
 fn an_interface_stays_in_quarantine_if_the_pod_behind_it_is_refused() {
     let mut scene = Scene::new();
     scene.add_unknown("veth1", 1);

@@ -56,6 +56,8 @@ pub(super) struct Scene {
     pub(super) left: BTreeMap<PodId, Adoptable>,
     /// The interfaces that the programs are on.
     pub(super) attached: HashSet<IfIndex>,
+    /// Those of them that pods have left, and that others are to have.
+    vacated: HashSet<IfIndex>,
     pub(super) unjudged: Unjudged,
     pub(super) owners: Owners,
     next_pod: PodId,
@@ -82,6 +84,7 @@ impl Scene {
             enforced: BTreeMap::new(),
             left: BTreeMap::new(),
             attached: HashSet::new(),
+            vacated: HashSet::new(),
             unjudged: Unjudged::new(true, HashSet::new()),
             owners: Owners::default(),
             next_pod: PodId::new(1),
@@ -172,6 +175,7 @@ impl Scene {
         for action in &plan.actions {
             self.carry_out(action, &plan);
         }
+        self.detach_vacated(&plan);
         plan
     }
 
@@ -206,7 +210,7 @@ impl Scene {
                 let moved = Wanted::clone(&before).on_interfaces_of(wanted);
                 in_force.wanted = Arc::new(moved);
                 self.attached.extend(&wanted.interfaces);
-                self.detach(before.interfaces.iter().copied());
+                self.detach(before.interfaces.iter().copied(), plan);
                 self.unjudged.judge(&wanted.interfaces);
             }
             Action::Begin {
@@ -223,16 +227,16 @@ impl Scene {
                     "{subject} is enforced already"
                 );
                 self.attached.extend(&wanted.interfaces);
-                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex));
+                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex), plan);
                 self.unjudged.judge(&wanted.interfaces);
             }
             Action::Remove { subject, .. } => {
                 let in_force = self.enforced.remove(subject).expect("it is enforced");
-                self.detach(in_force.wanted.interfaces.iter().copied());
+                self.detach(in_force.wanted.interfaces.iter().copied(), plan);
             }
             Action::RemoveLeft { pod, .. } => {
                 let left = self.left.remove(pod).expect("it is left");
-                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex));
+                self.detach(left.interfaces.iter().map(|&(ifindex, _)| ifindex), plan);
             }
         }
     }
@@ -261,17 +265,33 @@ impl Scene {
         left.map(|(&pod, _)| pod)
     }
 
-    /// Takes the programs off the interfaces that a pod has left, except those that this pod or another one has.
-    fn detach(&mut self, interfaces: impl Iterator<Item = IfIndex>) {
+    /// Takes the programs off the interfaces that a pod has left, except those that this pod or another one has, or is to
+    /// have.
+    fn detach(&mut self, interfaces: impl Iterator<Item = IfIndex>, plan: &Plan) {
         for ifindex in interfaces {
-            let mut enforced = self.enforced.values();
-            let mut left = self.left.values().flat_map(|left| &left.interfaces);
-            let is_somebodys = enforced.any(|pod| pod.wanted.interfaces.contains(&ifindex))
-                || left.any(|&(other, _)| other == ifindex);
-            if !is_somebodys {
+            if self.is_somebodys(ifindex) {
+                continue;
+            }
+            if plan.claimed.contains(&ifindex) {
+                self.vacated.insert(ifindex);
+            } else {
                 self.attached.remove(&ifindex);
             }
         }
+    }
+
+    /// What happens at the end of a plan.
+    pub(super) fn detach_vacated(&mut self, plan: &Plan) {
+        let vacated = std::mem::take(&mut self.vacated).into_iter();
+        let vacated: Vec<IfIndex> = vacated.filter(|&at| !self.is_somebodys(at)).collect();
+        self.detach(vacated.into_iter(), plan);
+    }
+
+    fn is_somebodys(&self, ifindex: IfIndex) -> bool {
+        let mut enforced = self.enforced.values();
+        let mut left = self.left.values().flat_map(|left| &left.interfaces);
+        enforced.any(|pod| pod.wanted.interfaces.contains(&ifindex))
+            || left.any(|&(other, _)| other == ifindex)
     }
 
     /// Another agent starts, and finds what this one has enforced.

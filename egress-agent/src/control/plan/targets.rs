@@ -74,7 +74,8 @@ impl<'a> Targets<'a> {
             let interfaces = found.location.interfaces();
             let why = match decide(observed, settings, subject, found, &mut taken) {
                 Decision::Enforce(wanted, why) => {
-                    targets.claimed.extend(&wanted.interfaces);
+                    // Also those that another pod has now: if it leaves them, they stay closed.
+                    targets.claimed.extend(interfaces);
                     targets.wanted.push((subject, wanted));
                     why
                 }
