@@ -7,5 +7,6 @@ mod pods;
 mod policies;
 mod reports;
 mod rights;
+mod services;
 mod source;
 mod status;

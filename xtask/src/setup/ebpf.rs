@@ -131,8 +131,7 @@ fn installed_compiler() -> Result<Compiler> {
 
 /// Whether the distribution has a compiler that is new enough and removes nothing of the user's.
 fn packaged_compiler_fits() -> Result<bool> {
-    let may_install =
-        apt::is_here() && (process::is_root() || process::find("sudo").is_some());
+    let may_install = apt::is_here() && (process::is_root() || process::find("sudo").is_some());
     let mut conflicting = CONFLICTING_PACKAGES.iter();
     if !may_install || conflicting.any(|package| apt::is_installed(package)) {
         return Ok(false);
