@@ -149,11 +149,8 @@ fn policy(cluster: &Cluster, namespace: &str, egress: &Value) -> Value {
 
 /// What `explain` says about a target, in one text.
 fn explained(cluster: &Cluster, pod: &ClusterPod, to: (IpAddr, u16)) -> String {
-    let metadata = &pod.object()["metadata"];
-    let text = |field: &str| metadata[field].as_str().expect("a text").to_owned();
-    let name = format!("{}/{}", text("namespace"), text("name"));
     let target = SocketAddr::from(to).to_string();
-    let (_, explained) = cluster.lab.ask_json(&["explain", &name, &target]);
+    let (_, explained) = cluster.lab.explain(pod.net(), &target);
     explained["because"].as_str().expect("a text").to_owned()
 }
 
@@ -165,8 +162,9 @@ fn a_closed_pod_reaches_no_outside_host_through_a_service_with_endpoints_of_its_
     let ip = service(&cluster.server, &shop, "partner");
     endpoints(&cluster.server, &shop, "partner", &[outside(9)], 8443);
     translate(&cluster, (ip, 80), (outside(9), 8443));
-    let mut cart = cluster.run(&shop, "cart", &allow(""));
-    let open = cluster.run(&shop, "open", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let blog = cluster.namespace("blog", &Value::Null);
+    let open = cluster.run(&blog, "open", &Value::Null);
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     reaches(open.net(), (ip, 80));
@@ -179,12 +177,15 @@ fn a_closed_pod_reaches_no_outside_host_through_a_service_with_endpoints_of_its_
 
     // An entry for the endpoint opens the Service, and so does one for the Service's address.
     for entry in [format!("{}:8443", outside(9)), format!("{ip}:80")] {
-        agent.applies_policy_after(cart.net(), || cluster.annotate(&mut cart, &allow(&entry)));
+        agent.applies_policy_after(cart.net(), || {
+            cluster.server.namespace(&shop, &allow(&entry));
+        });
         reaches(cart.net(), (ip, 80));
     }
     // A wider one was not written for this Service.
     agent.applies_policy_after(cart.net(), || {
-        cluster.annotate(&mut cart, &allow(&format!("{SERVICES} *:80")));
+        let wide = allow(&format!("{SERVICES} *:80"));
+        cluster.server.namespace(&shop, &wide);
     });
     is_denied(&agent, cart.net(), (ip, 80));
 }
@@ -371,5 +372,37 @@ fn without_the_right_to_list_services_their_addresses_are_internal_and_status_sa
     agent.applies_policy_after(cart.net(), || {
         cluster.server.allow_agent("agent", &rights(|_| true));
     });
+    is_denied(&agent, cart.net(), (ip, 80));
+}
+
+#[test]
+fn an_agent_that_starts_without_the_api_server_knows_which_services_lead_outside() {
+    let cluster = cluster();
+    let _echo = serve(cluster.lab.outside(), 8443);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let ip = service(&cluster.server, &shop, "partner");
+    endpoints(&cluster.server, &shop, "partner", &[outside(9)], 8443);
+    translate(&cluster, (ip, 80), (outside(9), 8443));
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
+    agent.wait_enforcing(cart.net());
+    is_denied(&agent, cart.net(), (ip, 80));
+    let saved = cluster.lab.directory().join("state/cluster.json");
+    eventually("the Service is saved", || {
+        let text = std::fs::read_to_string(&saved).ok()?;
+        holds(text.contains("partner"))
+    });
+    agent.logs_after(
+        "that the API server is away",
+        || cluster.proxy.refuse(),
+        |line| line.contains("API server"),
+    );
+    assert!(agent.stop().success());
+
+    let agent = cluster.spawn_agent(&[]);
+    agent.wait_enforcing(cart.net());
+    is_denied(&agent, cart.net(), (ip, 80));
+    cluster.proxy.allow();
+    agent.wait_ready();
     is_denied(&agent, cart.net(), (ip, 80));
 }
