@@ -369,8 +369,11 @@ fn without_the_right_to_list_services_their_addresses_are_internal_and_status_sa
     });
 
     // The right may come later.
-    agent.applies_policy_after(cart.net(), || {
-        cluster.server.allow_agent("agent", &rights(|_| true));
+    cluster.server.allow_agent("agent", &rights(|_| true));
+    eventually("the Service is denied", || {
+        let target = SocketAddr::from((ip, 80)).to_string();
+        let (_, explained) = cluster.lab.explain(cart.net(), &target);
+        holds(explained["decision"] == "denied")
     });
     is_denied(&agent, cart.net(), (ip, 80));
 }
