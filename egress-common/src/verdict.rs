@@ -177,7 +177,7 @@ const fn passes_as_internal(policy: &Policy, destination: &Destination) -> bool 
 /// The classes of the last tier where it is not asked. A pod with a list of its own or its namespace's is closed, but
 /// for internal destinations: what comes after the lists is asked only about these.
 #[inline(always)]
-fn skipped_classes(policy: &Policy, destination: &Destination) -> ClassSet {
+pub fn skipped_classes(policy: &Policy, destination: &Destination) -> ClassSet {
     let is = |flag: u32| mask_of((policy.flags & flag).into());
     let internal = mask_of(destination.ranges & RANGE_INTERNAL) & is(POLICY_ALLOW_INTERNAL);
     policy.baseline.masked(is(POLICY_SELECTED) & !internal)
@@ -191,13 +191,23 @@ pub fn passes_by_entry(
     protocol: u8,
     port: u16,
 ) -> bool {
+    let decides = deciding_entries(policy, destination, protocol, port);
+    !decides.without(policy.deny).is_empty()
+}
+
+/// The set of the class that decides about a packet; empty if no entry does.
+pub fn deciding_entries(
+    policy: &Policy,
+    destination: &Destination,
+    protocol: u8,
+    port: u16,
+) -> ClassSet {
     let elsewhere = is_dns_elsewhere(policy, is_dns(protocol, port));
     let known = known_classes(policy, destination);
     let counting = counting_classes(policy, destination, known, elsewhere);
     let matching = policy.ports.matching(protocol, port);
     let matching = matching.without(skipped_classes(policy, destination));
-    let decides = deciding_class(policy, counting.and(matching));
-    !decides.without(policy.deny).is_empty()
+    deciding_class(policy, counting.and(matching))
 }
 
 /// Judges a packet to `destination` that belongs to no known flow: steps 19 to 23 of `docs/verdict.md`.

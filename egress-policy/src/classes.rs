@@ -88,10 +88,16 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    pub(super) fn new(tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> Result<Self, PolicyError> {
+    /// `ordered` tells whether objects with ordered rules select the pod.
+    pub(super) fn new(
+        ordered: bool,
+        tiers: &Tiers,
+        allow: &[Rule],
+        deny: &[Rule],
+    ) -> Result<Self, PolicyError> {
         let mut classes = Self {
             distinct: Vec::new(),
-            ordered: !tiers.is_empty(),
+            ordered,
         };
         let distinct: BTreeSet<(Action, PortClass)> = with_actions(tiers, allow, deny)
             .filter(|(action, rule)| classes.has_class(*action, rule))
@@ -104,6 +110,12 @@ impl Classes {
         )?;
         classes.distinct = distinct.into_iter().collect();
         Ok(classes)
+    }
+
+    /// What the class with this number does.
+    pub(super) fn action(&self, class: u8) -> Option<Action> {
+        let (action, _) = self.distinct.get(usize::from(class))?;
+        Some(*action)
     }
 
     fn has_class(&self, action: Action, rule: &Rule) -> bool {

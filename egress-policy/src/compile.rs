@@ -32,6 +32,7 @@ use super::{
     parse::read_entry,
     pattern::NamePattern,
     prefix::{Prefix, inherit},
+    services::added::{self, Added},
     tiers::Tiers,
     translators::Translators,
 };
@@ -55,6 +56,16 @@ pub struct Cidr {
     pub classes: ClassSet,
 }
 
+impl Cidr {
+    pub(super) fn of((prefix, classes): (Prefix, ClassSet)) -> Self {
+        Self {
+            network: prefix.network(),
+            prefix_len: prefix.prefix_len(),
+            classes,
+        }
+    }
+}
+
 /// A policy, ready for the kernel and the gate. The same set of rules results in the same bytes,
 /// in whatever order they were written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,18 +83,34 @@ pub struct Compiled {
     /// The first objects that close the pod, at most [`CLOSERS`]. For an open pod with denied names, what closes it to
     /// DNS servers that are no resolvers. Nothing if it is open otherwise, or closed for another reason than a policy.
     pub closed_by: Arc<[Closer]>,
+    /// What stands for the endpoints of Services, see [`Self::with_services`].
+    pub(super) services: Arc<[Added]>,
     /// The entries that decide about addresses, in the order in which they explain a decision.
-    deciding: Vec<Deciding>,
-    translators: Translators,
+    pub(super) deciding: Vec<Deciding>,
+    pub(super) translators: Translators,
+    /// What it was compiled from.
+    pub(super) source: Source,
 }
+
+/// The rules that a policy was compiled from; none for a policy without any. Policies are compared by the result.
+#[derive(Clone, Debug)]
+pub(super) struct Source(pub(super) Option<Arc<Effective>>);
+
+impl PartialEq for Source {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Source {}
 
 /// An entry that decides about packets to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Deciding {
+pub(super) struct Deciding {
     /// The destination.
-    destination: Destination,
+    pub(super) destination: Destination,
     /// The class of its packets.
-    class: u8,
+    pub(super) class: u8,
     source: EntrySource,
 }
 
@@ -99,7 +126,7 @@ pub struct EntrySource {
 }
 
 impl EntrySource {
-    fn of(rule: &Rule) -> Self {
+    pub(super) fn of(rule: &Rule) -> Self {
         Self {
             text: rule.text.as_str().into(),
             origin: rule.origin.clone(),
@@ -146,21 +173,35 @@ pub fn compile(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, Poli
 }
 
 fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled, PolicyError> {
+    let effective = effective::resolve(inputs, settings)?;
+    build(&Arc::new(effective), settings, &[])
+}
+
+/// The form of these rules, and of what stands for the endpoints of Services.
+pub(super) fn build(
+    source: &Arc<Effective>,
+    settings: &Settings,
+    added: &[Added],
+) -> Result<Compiled, PolicyError> {
     let Effective {
         mode,
         mode_by: _,
         open,
         mut closed_by,
         selected,
-        tiers,
-        allow,
-        deny,
+        mut tiers,
+        mut allow,
+        mut deny,
         resolve,
         mut warnings,
-    } = effective::resolve(inputs, settings)?;
+    } = Effective::clone(source);
 
     let ordered = !tiers.is_empty();
-    let classes = Classes::new(&tiers, &allow, &deny)?;
+    let mut classes = Classes::new(ordered, &tiers, &allow, &deny)?;
+    if !added.is_empty() {
+        added::insert(added, &classes, &mut tiers, &mut allow, &mut deny);
+        classes = Classes::new(ordered, &tiers, &allow, &deny)?;
+    }
     let mut record = classes.record()?;
     record.flags = flags(settings)
         | if open { POLICY_OPEN } else { 0 }
@@ -191,14 +232,7 @@ fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled,
             listed.entry(pattern.clone()).or_default().queryable = true;
         }
     }
-    let cidrs: Vec<Cidr> = inherit(prefixes)
-        .into_iter()
-        .map(|(prefix, classes)| Cidr {
-            network: prefix.network(),
-            prefix_len: prefix.prefix_len(),
-            classes,
-        })
-        .collect();
+    let cidrs: Vec<Cidr> = inherit(prefixes).into_iter().map(Cidr::of).collect();
     check_limit(PREFIXES, cidrs.len(), CIDR_ENTRIES as usize)?;
 
     record.names = fingerprint(&listed, settings);
@@ -252,8 +286,10 @@ fn compile_or_panic(inputs: Inputs<'_>, settings: &Settings) -> Result<Compiled,
         cidrs,
         warnings,
         closed_by: closed_by.into_iter().take(CLOSERS).collect(),
+        services: added.into(),
         deciding,
         translators: settings.translators.clone(),
+        source: Source(Some(Arc::clone(source))),
     })
 }
 
@@ -418,8 +454,10 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
         cidrs: Vec::new(),
         warnings: Vec::new(),
         closed_by: Arc::default(),
+        services: Arc::default(),
         deciding: Vec::new(),
         translators: settings.translators.clone(),
+        source: Source(None),
     }
 }
 
@@ -487,7 +525,12 @@ fn unlisted(
 }
 
 /// The entries that decide about packets. In a tier the first one explains a decision, of lists the most specific one.
-fn deciding(classes: &Classes, tiers: &Tiers, allow: &[Rule], deny: &[Rule]) -> Vec<Deciding> {
+pub(super) fn deciding(
+    classes: &Classes,
+    tiers: &Tiers,
+    allow: &[Rule],
+    deny: &[Rule],
+) -> Vec<Deciding> {
     let entry = |(action, rule): (Action, &Rule)| Deciding {
         destination: rule.destination.clone(),
         class: classes.bit(action, rule).first(),

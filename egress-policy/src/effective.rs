@@ -40,7 +40,7 @@ pub(super) struct Rule {
 }
 
 /// All rules in effect for a pod.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Effective {
     pub(super) mode: Mode,
     pub(super) mode_by: ModeSource,

@@ -5,6 +5,7 @@ use std::{cmp::Reverse, fmt, sync::Arc};
 use super::{
     closed::{CLOSERS, Closer},
     objects::{ObjectName, Objects},
+    services::ServiceName,
     sets::Sets,
 };
 
@@ -31,6 +32,8 @@ pub enum Origin {
     Policy(Arc<ObjectName>),
     /// A rule of a policy object with ordered rules.
     Rule(Arc<RuleName>),
+    /// A Service with an endpoint that no entry allows.
+    Service(Arc<ServiceName>),
 }
 
 /// A rule of a policy object.
@@ -48,7 +51,7 @@ impl Origin {
     /// The policy object, if it is one.
     pub fn object(&self) -> Option<&ObjectName> {
         match self {
-            Self::Pod | Self::Namespace => None,
+            Self::Pod | Self::Namespace | Self::Service(_) => None,
             Self::Policy(object) => Some(object),
             Self::Rule(rule) => Some(&rule.object),
         }
@@ -62,6 +65,7 @@ impl fmt::Display for Origin {
             Self::Pod => f.write_str("pod"),
             Self::Namespace => f.write_str("namespace"),
             Self::Policy(object) => write!(f, "{object}"),
+            Self::Service(service) => write!(f, "Service {service}"),
             Self::Rule(rule) => {
                 write!(f, "{}, rule {}", rule.object, rule.index + 1)?;
                 match &rule.name {

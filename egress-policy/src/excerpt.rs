@@ -37,7 +37,7 @@ impl Problem {
         let annotations = match origin {
             Origin::Pod => pod,
             Origin::Namespace => namespace,
-            Origin::Policy(_) | Origin::Rule(_) => return None,
+            Origin::Policy(_) | Origin::Rule(_) | Origin::Service(_) => return None,
         };
         let value = annotations.value(key)?;
         let line = value.split('\n').nth(what.line.checked_sub(1)?)?;

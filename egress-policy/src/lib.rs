@@ -5,7 +5,8 @@
 //! 2. `effective`: the rules in effect, from pod, namespace, policy objects (`tiers`: those with ordered rules) and
 //!    the agent's settings;
 //! 3. [`compile()`]: those rules as classes, prefixes and name rules;
-//! 4. [`describe()`]: the same rules in words.
+//! 4. [`services`]: what these rules mean for the addresses of Services;
+//! 5. [`describe()`]: the same rules in words.
 //!
 //! All functions are pure.
 
@@ -30,6 +31,7 @@ pub mod pattern;
 pub mod prefix;
 mod resolver;
 mod search_list;
+pub mod services;
 mod sets;
 mod tiers;
 mod translators;

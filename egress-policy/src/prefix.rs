@@ -85,6 +85,19 @@ impl Prefix {
         }
     }
 
+    /// A prefix in the form of the maps.
+    pub(super) fn of_map(network: Address, prefix_len: u32) -> Self {
+        Self {
+            network,
+            prefix_len,
+        }
+    }
+
+    /// Whether the first bits of the address are these, whatever its family is.
+    pub(super) fn spans(&self, address: &Address) -> bool {
+        mask(*address, self.prefix_len) == self.network
+    }
+
     /// Parses an address or a CIDR.
     ///
     /// # Errors
@@ -132,6 +145,11 @@ impl Prefix {
     /// Length in bits of the 128-bit form.
     pub fn prefix_len(&self) -> u32 {
         self.prefix_len
+    }
+
+    /// Whether this is one address.
+    pub(super) fn is_host(&self) -> bool {
+        self.prefix_len == ADDRESS_BITS
     }
 
     /// Whether the prefix contains IPv4 addresses.
@@ -304,7 +322,8 @@ fn family_offset(address: IpAddr) -> u32 {
     }
 }
 
-fn mask(address: Address, prefix_len: u32) -> Address {
+/// The first bits of an address.
+pub(super) fn mask(address: Address, prefix_len: u32) -> Address {
     let keep = u128::MAX
         .checked_shl(ADDRESS_BITS - prefix_len)
         .unwrap_or(0);

@@ -84,7 +84,7 @@ pub use protected::PROTECTED;
 pub use ranges::Ranges;
 pub use tunnels::{TUNNELS, Tunnel};
 
-use egress_policy::{Mode, PodAnnotations, Prefix, Settings, prefix::inherit};
+use egress_policy::{Mode, PodAnnotations, Prefix, Settings, prefix::inherit, services::Places};
 
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -300,6 +300,16 @@ impl Config {
     pub fn tunnels(&self) -> Vec<TunnelKey> {
         let tunnels = self.ranges.tunnels.iter();
         tunnels.map(|tunnel| tunnel.key()).collect()
+    }
+
+    /// The kinds of addresses, for what policies say of Services.
+    pub fn places(&self) -> Places {
+        let of_services = &self.ranges.services;
+        let is_of_services =
+            |prefix: &&Prefix| of_services.iter().any(|services| services.covers(prefix));
+        let internal = self.ranges.internal.iter();
+        let others = internal.filter(|prefix| !is_of_services(prefix));
+        Places::new(self.ranges(), self.tunnels(), others.copied().collect())
     }
 
     /// Every protected prefix. NAT64 addresses of the IPv4 ones are protected too.

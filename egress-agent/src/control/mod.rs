@@ -156,6 +156,7 @@ async fn reconcile_until_stopped(
             () = signals.stop() => return Ok(None),
             () = reconciler.reconcile(&snapshot) => {}
         }
+        snapshots.note_services(reconciler.observer.policies.services_in_force());
         if let Some(ended) = threads.ended() {
             return Ok(Some(ended));
         }

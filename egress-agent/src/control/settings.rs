@@ -1,7 +1,10 @@
 //! What the operator and the cluster say, and all together.
 
+use std::sync::Arc;
+
 use super::{apply::ranges, inherited::Inherited, plan::wanted::RangesVersion};
 use crate::{config::Config, pods::Facts};
+use egress_policy::services::Places;
 
 /// The settings that are in force.
 pub(super) struct Settings {
@@ -15,6 +18,8 @@ pub(super) struct Settings {
     pub(super) config: Config,
     /// The ranges that are in force.
     pub(super) ranges: RangesVersion,
+    /// The kinds of addresses that `config` has.
+    pub(super) places: Arc<Places>,
 }
 
 impl Settings {
@@ -23,6 +28,7 @@ impl Settings {
         let config = ranges::together(&configured, &facts, &inherited);
         Self {
             ranges: RangesVersion::first(&config),
+            places: Arc::new(config.places()),
             configured,
             facts,
             inherited,

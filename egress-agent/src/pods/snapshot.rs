@@ -17,7 +17,7 @@ use super::{
     object::{Namespace, Object, PodObject},
     policies::{PolicyFacts, PolicyKinds, PolicyObjects, Sets, applied},
 };
-use egress_policy::{Prefix, Resolver, objects::Objects};
+use egress_policy::{Prefix, Resolver, objects::Objects, services::Services};
 
 /// The fields of a pod that enforcement needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +128,8 @@ pub struct Snapshot {
     pub node_uid: Option<String>,
     /// Which kinds of policy objects are known.
     pub kinds: PolicyKinds,
+    /// The cluster's Services; none if they are not known.
+    pub services: Arc<Services>,
 }
 
 /// Facts about a cluster; empty without one.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use egress_common::reason::Reason;
-use egress_policy::{Closer, EntrySource, Origin};
+use egress_policy::{Closer, EntrySource, Origin, objects::ObjectName};
 use serde::Serialize;
 
 use super::{Denied, PodIdentity};
@@ -14,7 +14,8 @@ const CONFIGURATION: &str = "Configuration";
 /// The policy that denied a packet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DecidedBy<'a> {
-    /// The kind of object; `Pod` or `Namespace` for annotations, `Configuration` for the agent's.
+    /// The kind of object; `Pod` or `Namespace` for annotations, `Configuration` for the agent's, `Service` where no
+    /// entry allows an endpoint of one.
     pub kind: &'static str,
     /// Its namespace, if the kind has one.
     pub namespace: Option<&'a str>,
@@ -86,14 +87,16 @@ impl<'a> DecidedBy<'a> {
             }),
             _ => None,
         };
-        let (kind, namespace, name) = match origin.object() {
-            Some(object) => (
-                object.kind.as_str(),
-                object.namespace.as_deref(),
-                object.name.as_str(),
-            ),
-            None if *origin == Origin::Pod => ("Pod", Some(&*pod.namespace), &*pod.name),
-            None => ("Namespace", None, &*pod.namespace),
+        let of_object = |object: &'a ObjectName| {
+            let namespace = object.namespace.as_deref();
+            (object.kind.as_str(), namespace, object.name.as_str())
+        };
+        let (kind, namespace, name) = match origin {
+            Origin::Policy(object) => of_object(object),
+            Origin::Rule(rule) => of_object(&rule.object),
+            Origin::Service(service) => ("Service", Some(&*service.namespace), &*service.name),
+            Origin::Pod => ("Pod", Some(&*pod.namespace), &*pod.name),
+            Origin::Namespace => ("Namespace", None, &*pod.namespace),
         };
         Self {
             kind,

@@ -52,8 +52,8 @@ impl PolicyCount {
 
 impl PolicyCounts {
     pub(super) fn add(&self, policy: &DecidedBy<'_>, verdict: Verdict, count: u64) {
-        // Pods come and go, so their annotations have one counter together.
-        let name = if policy.kind == "Pod" {
+        // Pods and Services come and go, so each kind has one counter.
+        let name = if matches!(policy.kind, "Pod" | "Service") {
             ""
         } else {
             policy.name

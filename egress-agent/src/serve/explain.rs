@@ -7,6 +7,7 @@
 
 mod entries;
 mod grants;
+mod services;
 
 use std::collections::BTreeSet;
 
@@ -21,6 +22,7 @@ use egress_common::{
 use self::{
     entries::{allowing, denying, statuses},
     grants::Grants,
+    services::denied_behind,
 };
 use super::{
     Attached, PodRecord, Sources, StatusSnapshot,
@@ -40,7 +42,7 @@ use egress_policy::{
     Closer, Compiled, EntrySource, Mode, Origin, QuestionRule,
     annotations::PREFIX,
     explain::{Entries, EntryMatch, List, Target, To},
-    prefix::from_mapped,
+    prefix::{from_mapped, to_mapped},
 };
 
 /// Most addresses of a name that are explained.
@@ -275,11 +277,7 @@ impl Inquiry<'_> {
             view.destination((self.attached.policy, self.policy), address, self.now_ns)?;
         let resolutions = self.resolutions(About::Address(*address)).await?;
         let mut names: Vec<String> = Vec::new();
-        let mut matches = self
-            .entries
-            .as_ref()
-            .map(|entries| entries.matching_address(address))
-            .unwrap_or_default();
+        let mut matches = self.matches_of_address(address);
         for resolved in &resolutions.names {
             if let Some(name) = &resolved.name {
                 names.push(name.to_string());
@@ -312,8 +310,21 @@ impl Inquiry<'_> {
             explained.reason = Some(reason.as_str().to_owned());
             let decides = self.compiled.deciding_entry(address, class);
             let decides = decides.filter(|_| reason == Reason::DenyRule);
+            let at = (ports.protocol, ports.first);
+            let behind = decides.and_then(|entry| self.compiled.denied_service(address, at, entry));
             // Of ordered rules one decides. Of lists every entry has to be known.
             let mut matches = matches;
+            let mut ports = ports;
+            if let Some(behind) = behind {
+                // The entries are those about the endpoint.
+                let (ip, port) = (behind.endpoint.ip(), behind.endpoint.port());
+                matches = self.matches_of_address(&to_mapped(ip));
+                ports = Ports {
+                    first: port,
+                    last: port,
+                    ..ports
+                };
+            }
             if let Some(EntrySource {
                 origin: rule @ Origin::Rule(_),
                 ..
@@ -321,13 +332,24 @@ impl Inquiry<'_> {
             {
                 matches.retain(|entry| entry.origin == *rule);
             }
-            explained.because = match decides {
-                Some(entry) => denied_by(entry),
-                _ => because_denied(reason).to_owned(),
+            explained.because = match (decides, behind) {
+                (Some(entry), Some(behind)) => denied_behind(entry, behind),
+                (Some(entry), None) => denied_by(entry),
+                (None, _) => because_denied(reason).to_owned(),
             };
             explained.entries = denying(&matches, reason, ports);
         } else {
             explained.because = self.because_open(&destination, &reach.open);
+            let behind = reach.open.first().and_then(|ports| {
+                let at = (ports.protocol, ports.first);
+                self.compiled.opened_service(address, at)
+            });
+            if let Some(behind) = behind.filter(|_| explained.because == BY_ENTRY) {
+                explained.because = format!(
+                    "allow entries match all endpoints of Service {}",
+                    behind.service
+                );
+            }
             if explained.because == BY_ENTRY && resolutions.names.iter().any(|of| of.name.is_none())
             {
                 explained.because.push_str(
@@ -395,6 +417,13 @@ impl Inquiry<'_> {
             .resolutions(self.attached.pod, about)
             .await?;
         Ok(resolutions.unwrap_or_default())
+    }
+
+    fn matches_of_address(&self, address: &Address) -> Vec<EntryMatch> {
+        self.entries
+            .as_ref()
+            .map(|entries| entries.matching_address(address))
+            .unwrap_or_default()
     }
 
     fn matches_of_name(&self, name: &Name) -> Vec<EntryMatch> {

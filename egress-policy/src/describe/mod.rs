@@ -67,6 +67,7 @@ impl DescribedRule {
             }
             Origin::Policy(_) => format!("spec.{}", self.list.as_str()),
             Origin::Rule(rule) => format!("spec.rules[{}].entries", rule.index),
+            Origin::Service(_) => "endpoints".to_owned(),
         }
     }
 }

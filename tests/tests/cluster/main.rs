@@ -8,6 +8,7 @@ mod pods;
 mod policies;
 mod reports;
 mod rights;
+mod services;
 mod source;
 mod status;
 mod unknown_pods;

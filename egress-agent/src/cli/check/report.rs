@@ -337,7 +337,7 @@ impl Building<'_> {
                 let namespace = namespace.unwrap_or(&pod.origin);
                 self.places.annotation(namespace, path, at)
             }
-            Origin::Policy(_) | Origin::Rule(_) => {
+            Origin::Policy(_) | Origin::Rule(_) | Origin::Service(_) => {
                 let object = origin.object();
                 let object = object.and_then(|name| self.checked.policies.get(name));
                 self.places.field(object.unwrap_or(&pod.origin), path, at)

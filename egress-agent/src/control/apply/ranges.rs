@@ -34,6 +34,7 @@ impl Applier {
         let settled = if written.is_ok() { after } else { before };
         self.gate.configure(settled).await?;
         written?;
+        settings.places = Arc::new(next.places());
         settings.config = next;
         Ok(())
     }

@@ -189,6 +189,8 @@ impl Observer {
         self.unjudged.look(&self.locations.there());
         self.exits.begin(&locations, &machine.links);
         self.policies.retain(|subject| pods.contains_key(subject));
+        self.policies
+            .take_services(&source.services, &settings.places);
         self.taps.look();
         let owners = Owners::new(
             &pods,

@@ -4,7 +4,13 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::fallback::{self, Good, Parts};
 use crate::{pods::Pod, report::Subject, serve::Written};
-use egress_policy::{Annotations, Compiled, Objects, Settings};
+use egress_policy::{
+    Annotations, Compiled, Objects, Settings,
+    services::{
+        Known, Places, Services,
+        judge::{ByService, needed},
+    },
+};
 
 /// The policy of one pod, and what it was read from.
 struct Reading {
@@ -12,7 +18,13 @@ struct Reading {
     parts: Parts,
     /// Whether an entry uses a set: then a change of the sets may change the policy.
     uses_sets: bool,
+    /// The policy without what it says of Services.
+    alone: Arc<Compiled>,
+    /// The rules that it needs for Services.
+    for_services: ByService,
     compiled: Arc<Compiled>,
+    /// What is wrong with these rules.
+    services_problem: Option<String>,
     /// The parts that could be read, now or earlier.
     good: Good,
     problem: Option<String>,
@@ -29,11 +41,35 @@ impl Reading {
     fn is_of(&self, pod: &Pod) -> bool {
         self.current && self.parts.are_of(pod, self.uses_sets)
     }
+
+    /// Puts the rules for Services into the policy.
+    fn complete(&mut self, settings: &Settings) {
+        let (compiled, problem) = complete(&self.alone, &self.for_services, settings);
+        self.services_problem = problem;
+        if *self.compiled != *compiled {
+            self.compiled = compiled;
+        }
+    }
+}
+
+/// A policy with the rules that it needs for Services, and what is wrong with these.
+fn complete(
+    alone: &Arc<Compiled>,
+    for_services: &ByService,
+    settings: &Settings,
+) -> (Arc<Compiled>, Option<String>) {
+    if for_services.is_empty() {
+        return (Arc::clone(alone), None);
+    }
+    let (compiled, problem) = alone.with_services(settings, &needed(for_services));
+    (Arc::new(compiled), problem)
 }
 
 /// The policies of all pods.
 pub(in crate::control) struct Policies {
     settings: Settings,
+    /// The Services of the cluster.
+    services: Known,
     pods: HashMap<Subject, Reading>,
     /// The policy of interfaces in quarantine, with the objects that it comes from.
     unidentified: Option<(Arc<Objects>, Arc<Compiled>)>,
@@ -43,6 +79,7 @@ impl Policies {
     pub(in crate::control) fn new(settings: Settings) -> Self {
         Self {
             settings,
+            services: Known::default(),
             pods: HashMap::new(),
             unidentified: None,
         }
@@ -60,12 +97,17 @@ impl Policies {
         let good = before.map(|reading| reading.good.clone());
         let parts = Parts::of(pod);
         let read = fallback::read(&parts, good.unwrap_or_default(), &self.settings);
-        let compiled = Arc::new(read.compiled);
+        let alone = Arc::new(read.compiled);
+        let for_services = self.services.judge_all(&alone);
+        let (compiled, services_problem) = complete(&alone, &for_services, &self.settings);
         let reading = Reading {
             uid: pod.uid.clone(),
             uses_sets: parts.use_sets(),
             parts,
+            alone,
+            for_services,
             compiled: Arc::clone(&compiled),
+            services_problem,
             good: read.good,
             problem: read.problem,
             written: read.written,
@@ -74,6 +116,32 @@ impl Policies {
         };
         self.pods.insert(key.clone(), reading);
         compiled
+    }
+
+    /// Takes note of the Services that there are. Only policies change that say something of one that has changed.
+    pub(in crate::control) fn take_services(
+        &mut self,
+        services: &Arc<Services>,
+        places: &Arc<Places>,
+    ) {
+        let Some(again) = self.services.update(services, places) else {
+            return;
+        };
+        for reading in self.pods.values_mut() {
+            let before = &mut reading.for_services;
+            if self.services.judge_again(&reading.alone, before, &again) {
+                reading.complete(&self.settings);
+            }
+        }
+    }
+
+    /// The Services of which a policy says something.
+    pub(in crate::control) fn services_in_force(&self) -> Services {
+        let all = self.pods.values();
+        let names = all
+            .flat_map(|reading| reading.for_services.keys())
+            .collect();
+        self.services.only(&names)
     }
 
     /// Compiles with other settings from now on.
@@ -104,14 +172,12 @@ impl Policies {
 
     /// The policy of an interface in quarantine, under these objects.
     pub(in crate::control) fn unidentified(&mut self, objects: &Arc<Objects>) -> Arc<Compiled> {
-        if let Some((known, compiled)) = &self.unidentified
-            && known == objects
-        {
-            return Arc::clone(compiled);
-        }
-        let compiled = Arc::new(egress_policy::unidentified(objects, &self.settings));
+        let compiled = match &self.unidentified {
+            Some((known, compiled)) if known == objects => Arc::clone(compiled),
+            _ => Arc::new(egress_policy::unidentified(objects, &self.settings)),
+        };
         self.unidentified = Some((Arc::clone(objects), Arc::clone(&compiled)));
-        compiled
+        self.with_services(&compiled)
     }
 
     /// The policy of a pod whose namespace is not known yet.
@@ -123,12 +189,21 @@ impl Policies {
     ) -> Arc<Compiled> {
         let own = Annotations::from_map(&pod.annotations);
         let closed = egress_policy::without_namespace(&own, quarantine, objects, &self.settings);
-        Arc::new(closed)
+        self.with_services(&Arc::new(closed))
+    }
+
+    fn with_services(&self, closed: &Arc<Compiled>) -> Arc<Compiled> {
+        let for_services = self.services.judge_all(closed);
+        let (closed, _) = complete(closed, &for_services, &self.settings);
+        closed
     }
 
     /// The errors or the warnings about the pod's annotations and objects.
     pub(in crate::control) fn problem(&self, key: &Subject) -> Option<String> {
-        self.pods.get(key)?.problem.clone()
+        let reading = self.pods.get(key)?;
+        let problems = [&reading.problem, &reading.services_problem];
+        let problems: Vec<&str> = problems.into_iter().flatten().map(String::as_str).collect();
+        (!problems.is_empty()).then(|| problems.join("; "))
     }
 
     /// Forgets pods that are gone.

@@ -40,6 +40,7 @@ use crate::{
     report::Reporter,
     serve::{Published, Serving},
 };
+use egress_policy::services::Services;
 use source::{Source, Watched};
 use threads::{DenialThread, Threads};
 
@@ -119,6 +120,13 @@ impl Snapshots {
         match &mut self.saved {
             Some(saved) => saved.current(snapshot),
             None => snapshot,
+        }
+    }
+
+    /// Saves the Services of which policies say something.
+    pub(super) fn note_services(&mut self, in_force: Services) {
+        if let Some(saved) = &mut self.saved {
+            saved.note_services(in_force);
         }
     }
 

@@ -34,6 +34,10 @@ use crate::{
     datapath::{Adoptable, Datapath, View},
     pods::{Facts, Pod, PolicyKind, PolicyKinds, Snapshot, SourcedFacts},
 };
+use egress_policy::{
+    Prefix,
+    services::{Service, Services},
+};
 
 /// The file in `stateDir`.
 const FILE: &str = "cluster.json";
@@ -55,6 +59,29 @@ struct Document<P> {
     #[serde(default)]
     kinds: Option<BTreeSet<PolicyKind>>,
     facts: SourcedFacts,
+    /// The Services of which a pod's policy says something. Earlier agents did not write them.
+    #[serde(default)]
+    services: SavedServices,
+}
+
+/// Services of a cluster.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct SavedServices {
+    all: Vec<Arc<Service>>,
+    nodes: Vec<Prefix>,
+}
+
+impl SavedServices {
+    fn of(services: &Services) -> Self {
+        Self {
+            all: services.all().cloned().collect(),
+            nodes: services.nodes().to_vec(),
+        }
+    }
+
+    fn read(self) -> Services {
+        Services::new(self.all, self.nodes)
+    }
 }
 
 /// What is taken from the file.
@@ -66,6 +93,7 @@ struct Believed {
     others: Vec<Pod>,
     facts: SourcedFacts,
     kinds: BTreeSet<PolicyKind>,
+    services: Services,
 }
 
 /// The file, and what is taken from it until the source has said which pods there are.
@@ -76,6 +104,8 @@ pub(in crate::control) struct Saved {
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
     facts: SourcedFacts,
+    /// The Services of which policies say something; until the source knows pods, the file's.
+    services: Arc<Services>,
     /// The file's objects of kinds that the source may still list.
     withheld: Withheld,
     written: Option<Arc<Snapshot>>,
@@ -105,6 +135,7 @@ impl Saved {
             others,
             facts,
             kinds,
+            services,
         } = read.unwrap_or_default();
         let known = pods.iter().chain(&others);
         let withheld = Withheld::new(is_read.then_some(kinds), left, known);
@@ -113,6 +144,7 @@ impl Saved {
             node: config.node.clone(),
             pods: is_read.then_some(pods),
             facts,
+            services: Arc::new(services),
             withheld,
             written: None,
             problem: None,
@@ -143,8 +175,17 @@ impl Saved {
             unreadable: true,
             facts: self.facts.together(),
             sources: self.facts.clone(),
+            services: Arc::clone(&self.services),
             ..Snapshot::default()
         })
+    }
+
+    /// Takes note of the Services of which policies say something. They are saved with the next snapshot.
+    pub(in crate::control) fn note_services(&mut self, in_force: Services) {
+        if self.pods.is_none() && *self.services != in_force {
+            self.services = Arc::new(in_force);
+            self.written = None;
+        }
     }
 
     fn with_unknown_facts(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
@@ -206,6 +247,7 @@ impl Saved {
             objects: SavedObjects::of(snapshot.pods.values()),
             kinds: Some(listed | withheld),
             facts: snapshot.sources.clone(),
+            services: SavedServices::of(&self.services),
         };
         state_file::write(&self.path, &document)
     }
@@ -331,6 +373,7 @@ fn read(path: &Path, node: &str) -> Result<Option<Believed>> {
         objects,
         kinds,
         facts,
+        services,
         ..
     }) = ours
     else {
@@ -346,5 +389,6 @@ fn read(path: &Path, node: &str) -> Result<Option<Believed>> {
         others: Vec::new(),
         facts,
         kinds: kinds.unwrap_or_else(|| objects.kinds()),
+        services: services.read(),
     }))
 }

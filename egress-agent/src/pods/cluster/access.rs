@@ -36,6 +36,11 @@ pub const ACCESS: &[Access] = &[
     all("", "namespaces"),
     all("", "nodes"),
     all("networking.k8s.io", "servicecidrs"),
+    // What is behind the addresses of Services.
+    all("", "services"),
+    all("discovery.k8s.io", "endpointslices"),
+    // Only where the API server has no EndpointSlices of version v1.
+    all("", "endpoints"),
     all("egress-agent.dev", "egresspolicies"),
     all("egress-agent.dev", "clusteregresspolicies"),
     all("egress-agent.dev", "egresssets"),

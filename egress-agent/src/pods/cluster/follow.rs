@@ -239,7 +239,7 @@ async fn follow_until<K, R>(
                         }
                         changed
                     };
-                    if changed && plan.watched == Watched::PeerPods && !listed {
+                    if changed && plan.watched.is_busy() && !listed {
                         health.peers_changed.notify_one();
                     } else if changed {
                         health.changed.notify_one();

@@ -50,11 +50,15 @@ pub enum Watched {
     Definitions,
     /// The pods of the cluster, while a rule of a `ClusterNetworkPolicy` names pods.
     PeerPods,
+    /// All Services.
+    Services,
+    /// The endpoints of all Services.
+    ServiceEndpoints,
 }
 
 impl Watched {
     /// All kinds.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Pods,
         Self::Namespaces,
         Self::Node,
@@ -69,6 +73,8 @@ impl Watched {
         Self::EgressSets,
         Self::Definitions,
         Self::PeerPods,
+        Self::Services,
+        Self::ServiceEndpoints,
     ];
 
     /// Whether it is a kind of policy objects, which need not be installed.
@@ -80,6 +86,16 @@ impl Watched {
                 | Self::ClusterNetworkPolicies
                 | Self::EgressSets
         )
+    }
+
+    /// Whether it is what is behind Services.
+    fn is_of_services(self) -> bool {
+        matches!(self, Self::Services | Self::ServiceEndpoints)
+    }
+
+    /// Whether it changes so often that changes are gathered.
+    pub(super) fn is_busy(self) -> bool {
+        self == Self::PeerPods || self.is_of_services()
     }
 
     /// Its name in metrics.
@@ -99,6 +115,8 @@ impl Watched {
             Self::EgressSets => "egress_sets",
             Self::Definitions => "definitions",
             Self::PeerPods => "peer_pods",
+            Self::Services => "services",
+            Self::ServiceEndpoints => "service_endpoints",
         }
     }
 }
@@ -120,6 +138,8 @@ impl fmt::Display for Watched {
             Self::EgressSets => "the EgressSet objects",
             Self::Definitions => "the definitions of policy objects",
             Self::PeerPods => "the cluster's pods",
+            Self::Services => "the cluster's Services",
+            Self::ServiceEndpoints => "the endpoints of the cluster's Services",
         })
     }
 }
@@ -170,7 +190,8 @@ pub struct Health {
     unreachable: AtomicBool,
     /// Notified when a problem appears or disappears, and when an object has changed.
     pub(super) changed: Notify,
-    /// Notified when a pod of the cluster has changed that rules may name. That can be often.
+    /// Notified when a pod of the cluster has changed that rules may name, or a Service or its endpoints. That can be
+    /// often.
     pub(super) peers_changed: Notify,
 }
 
@@ -371,6 +392,11 @@ fn problem_text(watched: Watched, failure: &Failure) -> Option<String> {
         ),
         // Where they are not installed, nobody misses them.
         Failure::NotServed if watched.is_policy() => return None,
+        Failure::Refused(message) if watched.is_of_services() => format!(
+            "{watched} cannot be watched: {message}: allow it in the agent's roles. Until then the address of a Service \
+             is judged without what is behind it: a Service whose endpoints were not listed leads pods to outside hosts, \
+             and to pods that rules deny"
+        ),
         Failure::Refused(message) => format!(
             "{watched} cannot be watched; the last known state stays in force: {message}: allow it in \
              the agent's roles"

@@ -26,6 +26,7 @@ mod peers;
 mod pod;
 mod policies;
 mod reports;
+mod services;
 mod standing;
 mod state;
 mod table;
@@ -59,6 +60,7 @@ use peers::{PeerFacts, SlimPod};
 use pod::ClusterPod;
 use policies::{KeptPolicy, KeptSet};
 use reports::Writer;
+use services::{EndpointFacts, ServiceFacts};
 use state::{API_SERVICE, State};
 
 #[cfg(feature = "test-support")]
@@ -71,7 +73,7 @@ pub use reports::{ReportCounters, ReportSink};
 /// How often the kubelet's file is checked.
 const KUBELET_EVERY: Duration = Duration::from_secs(10);
 
-/// How often rules about pods of the cluster get the addresses of those that came or went.
+/// How often policies get the pods of the cluster, and the endpoints of Services, that came or went.
 const PEERS_EVERY: Duration = Duration::from_secs(1);
 
 /// What to follow, and how.
@@ -211,6 +213,7 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>, reports: 
                 peers_renewed = Instant::now();
                 let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.policies.renew_peers();
+                state.services.renew();
                 true
             }
             _ = kubelet.tick() => {
@@ -251,7 +254,7 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>, reports: 
     }
 }
 
-/// Waits until a pod of the cluster has changed that rules may name, and at least [`PEERS_EVERY`] after the last time.
+/// Waits until a pod of the cluster has changed that rules may name, or a Service, and at least [`PEERS_EVERY`] after the last time.
 async fn changed_peers(shared: &Shared, last: Instant) {
     tokio::time::sleep_until(last + PEERS_EVERY).await;
     shared.health.peers_changed.notified().await;
@@ -304,6 +307,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
     };
     tasks.spawn(follow(shared.clone(), ranges));
     follow_all_policies(shared, tasks);
+    follow_all_services(shared, tasks);
 
     let (namespace, name) = &options.cluster.dns_service;
     let by_label = cached().labels(&format!("kubernetes.io/service-name={name}"));
@@ -392,6 +396,33 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.policies.peer_pods,
     };
     tasks.spawn(follow_peers(shared.clone(), peers));
+}
+
+/// Follows the Services of the cluster and their endpoints.
+fn follow_all_services(shared: &Shared, tasks: &mut JoinSet<()>) {
+    let services = Plan {
+        watched: Watched::Services,
+        api: Box::new(Api::<v1::Service>::all),
+        selector: cached(),
+        reduce: |read, _| ServiceFacts::read(read),
+        table: |state| &mut state.services.services,
+    };
+    tasks.spawn(follow(shared.clone(), services));
+    let slices = Plan {
+        watched: Watched::ServiceEndpoints,
+        api: Box::new(Api::<discovery::EndpointSlice>::all),
+        selector: cached(),
+        reduce: |read, _| EndpointFacts::of_slice(read),
+        table: |state| &mut state.services.endpoints,
+    };
+    let older = Plan {
+        watched: Watched::ServiceEndpoints,
+        api: Box::new(Api::<v1::Endpoints>::all),
+        selector: cached(),
+        reduce: |read, _| EndpointFacts::of_endpoints(read),
+        table: |state| &mut state.services.endpoints,
+    };
+    tasks.spawn(follow_either(shared.clone(), slices, older));
 }
 
 /// The policy objects of a kind in all namespaces. They are read field by field, so that one object that is not of

@@ -13,6 +13,7 @@ use super::{
     nodes::OtherNodes,
     pod::ClusterPod,
     policies::{PeerRevisions, PeersOf, Policies},
+    services::ServiceTables,
     table::Table,
 };
 use crate::config::Nodes;
@@ -34,6 +35,7 @@ pub(super) struct State {
     pub(super) service_ranges: Table<Vec<Prefix>>,
     pub(super) kubelet: Kubelet,
     pub(super) policies: Policies,
+    pub(super) services: ServiceTables,
     /// Name of the node.
     node_name: String,
     /// Which nodes are followed.
@@ -62,6 +64,7 @@ impl State {
             service_ranges: Table::default(),
             kubelet,
             policies: Policies::default(),
+            services: ServiceTables::default(),
             node_name: node.to_owned(),
             which_nodes,
             was_ready: false,
@@ -104,6 +107,7 @@ impl State {
                 .get("", &self.node_name)
                 .map(|node| node.uid.clone()),
             kinds: self.policies.kinds(health),
+            services: self.services.together(&self.node),
         }
     }
 
@@ -113,6 +117,7 @@ impl State {
         self.pods.is_complete()
             && self.namespaces.is_complete()
             && self.policies.is_ready(health)
+            && self.services.are_ready(health)
             && self
                 .tables_of_facts()
                 .iter()

@@ -57,6 +57,7 @@ pub(super) fn statuses<'a>(matches: impl Iterator<Item = &'a EntryMatch>) -> Vec
                 Origin::Pod | Origin::Namespace => format!("{PREFIX}{}", entry.list.as_str()),
                 Origin::Policy(_) => format!("spec.{}", entry.list.as_str()),
                 Origin::Rule(rule) => format!("spec.rules[{}].entries", rule.index),
+                Origin::Service(_) => "endpoints".to_owned(),
             },
             entry: entry.text.clone(),
             line: entry.at.line,

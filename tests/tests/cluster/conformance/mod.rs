@@ -74,7 +74,7 @@ struct Scene {
 }
 
 /// The API server of these tests. Their policies select only pods of their own cluster.
-fn server() -> Arc<ApiServer> {
+pub(crate) fn server() -> Arc<ApiServer> {
     static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     shared.upgrade().unwrap_or_else(|| {

@@ -1,0 +1,308 @@
+//! The cluster's Services and what is behind them.
+//!
+//! Every endpoint counts, ready or not: which of them a node uses now is the node's affair.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use egress_policy::{
+    Prefix, prefix,
+    services::{Service, ServiceName, ServicePort, Services, Transport},
+};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+
+use super::{
+    facts::NodeFacts,
+    health::{Health, Watched},
+    table::Table,
+};
+
+/// The label of a slice with the name of its Service.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// A Service with an address or a node port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ServiceFacts {
+    name: Arc<ServiceName>,
+    cluster: Vec<IpAddr>,
+    external: Vec<IpAddr>,
+    ports: Vec<PortFacts>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PortFacts {
+    name: Box<str>,
+    transport: Transport,
+    port: u16,
+    node_port: Option<u16>,
+}
+
+/// An `EndpointSlice`, or an Endpoints object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct EndpointFacts {
+    service: ServiceName,
+    groups: Vec<Group>,
+}
+
+/// Addresses with the same ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Group {
+    addresses: Vec<IpAddr>,
+    /// The name of the Service's port, and the number. Without a number it is that of the Service.
+    ports: Vec<(Box<str>, Option<u16>)>,
+}
+
+impl ServiceFacts {
+    /// Reduces a Service; `None` for one that no node translates: without a cluster IP, or for a name elsewhere.
+    pub(super) fn read(service: v1::Service) -> Option<Self> {
+        let spec = service.spec?;
+        if spec.type_.as_deref() == Some("ExternalName") {
+            return None;
+        }
+        let cluster = spec
+            .cluster_ips
+            .into_iter()
+            .flatten()
+            .chain(spec.cluster_ip);
+        let cluster = addresses(cluster);
+        let status = service.status.and_then(|status| status.load_balancer);
+        let ingress = status.and_then(|balancer| balancer.ingress);
+        let ingress = ingress.into_iter().flatten().filter_map(|one| one.ip);
+        let external = spec.external_ips.into_iter().flatten().chain(ingress);
+        let external = addresses(external);
+        let ports: Vec<PortFacts> = spec
+            .ports
+            .into_iter()
+            .flatten()
+            .filter_map(PortFacts::read)
+            .collect();
+        let has_node_port = ports.iter().any(|port| port.node_port.is_some());
+        if cluster.is_empty() && external.is_empty() && !has_node_port {
+            return None;
+        }
+        Some(Self {
+            name: Arc::new(ServiceName {
+                namespace: service.metadata.namespace?.into(),
+                name: service.metadata.name?.into(),
+            }),
+            cluster,
+            external,
+            ports,
+        })
+    }
+
+    /// The Service with the endpoints of its ports.
+    fn with(&self, endpoints: &[&EndpointFacts]) -> Service {
+        let groups = || endpoints.iter().flat_map(|of| &of.groups);
+        let ports = self.ports.iter().map(|port| {
+            let mut found: Vec<SocketAddr> = groups().flat_map(|group| group.at(port)).collect();
+            found.sort_unstable();
+            found.dedup();
+            ServicePort {
+                transport: port.transport,
+                port: port.port,
+                node_port: port.node_port,
+                endpoints: found,
+            }
+        });
+        Service {
+            name: Arc::clone(&self.name),
+            cluster: self.cluster.clone(),
+            external: self.external.clone(),
+            ports: ports.collect(),
+        }
+    }
+}
+
+impl PortFacts {
+    fn read(port: v1::ServicePort) -> Option<Self> {
+        Some(Self {
+            name: port.name.unwrap_or_default().into(),
+            transport: match port.protocol.as_deref().unwrap_or("TCP") {
+                "TCP" => Transport::Tcp,
+                "UDP" => Transport::Udp,
+                "SCTP" => Transport::Sctp,
+                _ => return None,
+            },
+            port: number(port.port)?,
+            node_port: port.node_port.and_then(number),
+        })
+    }
+}
+
+impl EndpointFacts {
+    /// Reduces a slice; `None` for one of no Service.
+    pub(super) fn of_slice(slice: discovery::EndpointSlice) -> Option<Self> {
+        let metadata = slice.metadata;
+        let service = ServiceName {
+            namespace: metadata.namespace?.into(),
+            name: metadata.labels?.remove(SERVICE_NAME)?.into(),
+        };
+        let ports = slice.ports.into_iter().flatten();
+        let group = Group {
+            addresses: addresses(slice.endpoints.into_iter().flat_map(|one| one.addresses)),
+            ports: ports
+                .map(|port| {
+                    (
+                        port.name.unwrap_or_default().into(),
+                        port.port.and_then(number),
+                    )
+                })
+                .collect(),
+        };
+        Some(Self {
+            service,
+            groups: vec![group],
+        })
+    }
+
+    /// Reduces an Endpoints object.
+    pub(super) fn of_endpoints(endpoints: v1::Endpoints) -> Option<Self> {
+        let metadata = endpoints.metadata;
+        let service = ServiceName {
+            namespace: metadata.namespace?.into(),
+            name: metadata.name?.into(),
+        };
+        let groups = endpoints.subsets.into_iter().flatten().map(|subset| {
+            let ready = subset.addresses.into_iter().flatten();
+            let all = ready.chain(subset.not_ready_addresses.into_iter().flatten());
+            let ports = subset.ports.into_iter().flatten();
+            Group {
+                addresses: addresses(all.map(|address| address.ip)),
+                ports: ports
+                    .map(|port| (port.name.unwrap_or_default().into(), number(port.port)))
+                    .collect(),
+            }
+        });
+        Some(Self {
+            service,
+            groups: groups.collect(),
+        })
+    }
+}
+
+impl Group {
+    /// The endpoints of a Service's port.
+    fn at(&self, port: &PortFacts) -> impl Iterator<Item = SocketAddr> {
+        let named = self.ports.iter().filter(|(name, _)| *name == port.name);
+        let numbers = named.map(|(_, number)| number.unwrap_or(port.port));
+        numbers.flat_map(|number| {
+            let addresses = self.addresses.iter();
+            addresses.map(move |address| SocketAddr::new(*address, number))
+        })
+    }
+}
+
+fn number(port: i32) -> Option<u16> {
+    u16::try_from(port).ok().filter(|port| *port != 0)
+}
+
+/// The addresses of these texts, each once. A headless Service has "None", which is not an address.
+fn addresses(texts: impl Iterator<Item = String>) -> Vec<IpAddr> {
+    let mut found: Vec<IpAddr> = texts
+        .filter_map(|text| text.parse::<IpAddr>().ok())
+        .map(|address| address.to_canonical())
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// The Services and endpoints of the API server, put together.
+#[derive(Debug, Default)]
+pub(super) struct ServiceTables {
+    pub(super) services: Table<ServiceFacts>,
+    pub(super) endpoints: Table<EndpointFacts>,
+    /// What is in force.
+    together: Arc<Services>,
+    /// What `together` was made from.
+    made_from: Option<MadeFrom>,
+    /// The revisions of the tables that count: endpoints come and go often.
+    revisions: [u64; 2],
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct MadeFrom {
+    revisions: [u64; 2],
+    are_complete: bool,
+    nodes: u64,
+}
+
+impl ServiceTables {
+    /// Lets the Services and endpoints count that are known now.
+    pub(super) fn renew(&mut self) {
+        self.revisions = [self.services.revision(), self.endpoints.revision()];
+    }
+
+    fn are_complete(&self) -> bool {
+        self.services.is_complete() && self.endpoints.is_complete()
+    }
+
+    /// Whether they need not be awaited: without them a Service would be reached whose endpoints are denied.
+    pub(super) fn are_ready(&self, health: &Health) -> bool {
+        [
+            (self.services.is_complete(), Watched::Services),
+            (self.endpoints.is_complete(), Watched::ServiceEndpoints),
+        ]
+        .into_iter()
+        .all(|(is_complete, watched)| is_complete || health.is_not_offered(watched))
+    }
+
+    /// The Services with their endpoints; none until both lists are known.
+    pub(super) fn together(&mut self, nodes: &Table<NodeFacts>) -> Arc<Services> {
+        let are_complete = self.are_complete();
+        if self
+            .made_from
+            .as_ref()
+            .is_none_or(|from| from.are_complete != are_complete)
+        {
+            self.renew();
+        }
+        let from = MadeFrom {
+            revisions: self.revisions,
+            are_complete,
+            nodes: nodes.revision(),
+        };
+        if self.made_from.as_ref() == Some(&from) {
+            return Arc::clone(&self.together);
+        }
+        self.made_from = Some(from);
+        let made = if are_complete {
+            self.make(nodes)
+        } else {
+            Services::default()
+        };
+        if *self.together != made {
+            self.together = Arc::new(made);
+        }
+        Arc::clone(&self.together)
+    }
+
+    fn make(&self, nodes: &Table<NodeFacts>) -> Services {
+        let mut endpoints: HashMap<&ServiceName, Vec<&EndpointFacts>> = HashMap::new();
+        for facts in self.endpoints.values() {
+            endpoints.entry(&facts.service).or_default().push(facts);
+        }
+        let services = self.services.values().map(|facts| {
+            let endpoints = endpoints.get(&*facts.name).map_or(&[][..], Vec::as_slice);
+            let made = facts.with(endpoints);
+            match self.together.get(&facts.name) {
+                // The same object in memory is compared at once.
+                Some(former) if **former == made => Arc::clone(former),
+                _ => Arc::new(made),
+            }
+        });
+        let hosts: Vec<Prefix> = nodes
+            .values()
+            .flat_map(|node| node.all_addresses.iter().copied().map(Prefix::host))
+            .collect();
+        Services::new(services, prefix::merge(&hosts))
+    }
+}
+
+#[cfg(test)]
+#[path = "services_tests.rs"]
+mod tests;

@@ -1,0 +1,93 @@
+//! Services and endpoints as the API server sends them.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn service(spec: &Value, status: &Value) -> Option<ServiceFacts> {
+    let object = json!({
+        "metadata": { "namespace": "shop", "name": "web" },
+        "spec": spec,
+        "status": status,
+    });
+    ServiceFacts::read(serde_json::from_value(object).expect("a Service"))
+}
+
+fn slice(kind: &str, addresses: &[&str], ports: &Value) -> EndpointFacts {
+    let object = json!({
+        "metadata": { "namespace": "shop", "labels": { "kubernetes.io/service-name": "web" } },
+        "addressType": kind,
+        "endpoints": [{ "addresses": addresses, "conditions": { "ready": false } }],
+        "ports": ports,
+    });
+    let read = serde_json::from_value(object).expect("a slice");
+    EndpointFacts::of_slice(read).expect("a slice of a Service")
+}
+
+fn texts(port: &ServicePort) -> Vec<String> {
+    port.endpoints.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_service_has_the_endpoints_of_its_slices_by_the_names_of_ports() {
+    let spec = json!({
+        "clusterIP": "10.96.0.7",
+        "clusterIPs": ["10.96.0.7", "fd96::7"],
+        "externalIPs": ["198.51.100.7"],
+        "ports": [
+            { "name": "web", "port": 80, "targetPort": "http", "nodePort": 30080 },
+            { "name": "dns", "port": 53, "protocol": "UDP" },
+        ],
+    });
+    let status = json!({ "loadBalancer": { "ingress": [{ "ip": "198.51.100.8" }, { "hostname": "a.test" }] } });
+    let facts = service(&spec, &status).expect("a Service");
+    let ports = json!([{ "name": "web", "port": 8080 }, { "name": "other", "port": 9 }]);
+    let v4 = slice("IPv4", &["10.1.0.3", "10.1.0.2"], &ports);
+    let v6 = slice(
+        "IPv6",
+        &["fd01::2"],
+        &json!([{ "name": "web", "port": 8081 }, { "name": "dns" }]),
+    );
+    let names = slice("FQDN", &["a.test"], &ports);
+    let made = facts.with(&[&v4, &v6, &names]);
+    assert_eq!(made.cluster.len(), 2);
+    assert_eq!(made.external.len(), 2);
+    let web = &made.ports[0];
+    assert_eq!((web.port, web.node_port), (80, Some(30080)));
+    assert_eq!(
+        texts(web),
+        ["10.1.0.2:8080", "10.1.0.3:8080", "[fd01::2]:8081"]
+    );
+    let dns = &made.ports[1];
+    assert_eq!(dns.transport, Transport::Udp);
+    // A port without a number is that of the Service.
+    assert_eq!(texts(dns), ["[fd01::2]:53"]);
+}
+
+#[test]
+fn a_service_that_no_node_translates_is_left_out() {
+    let ports = json!([{ "port": 80 }]);
+    for spec in [
+        json!({ "clusterIP": "None", "clusterIPs": ["None"], "ports": ports }),
+        json!({ "type": "ExternalName", "externalName": "a.test", "ports": ports }),
+    ] {
+        assert_eq!(service(&spec, &Value::Null), None, "{spec}");
+    }
+}
+
+#[test]
+fn endpoints_objects_count_where_there_are_no_slices() {
+    let object = json!({
+        "metadata": { "namespace": "shop", "name": "web" },
+        "subsets": [
+            { "addresses": [{ "ip": "10.1.0.2" }], "ports": [{ "port": 8080 }] },
+            { "notReadyAddresses": [{ "ip": "10.1.0.3" }], "ports": [{ "port": 8081 }] },
+        ],
+    });
+    let read = serde_json::from_value(object).expect("an Endpoints object");
+    let endpoints = EndpointFacts::of_endpoints(read).expect("endpoints of a Service");
+    let spec = json!({ "clusterIP": "10.96.0.7", "ports": [{ "port": 80 }] });
+    let facts = service(&spec, &Value::Null).expect("a Service");
+    let made = facts.with(&[&endpoints]);
+    assert_eq!(texts(&made.ports[0]), ["10.1.0.2:8080", "10.1.0.3:8081"]);
+}

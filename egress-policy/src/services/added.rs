@@ -1,0 +1,308 @@
+//! Rules that stand for the endpoints of Services.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use egress_common::{
+    address::Address,
+    limits::CIDR_ENTRIES,
+    protocol::bits,
+    records::{Policy, PortClass},
+};
+
+use super::{ServiceName, Transport};
+use crate::{
+    PolicyError, Settings,
+    classes::{Action, Classes, with_actions},
+    compile::{
+        Cidr, Compiled, EntrySource, Source, build, check_limit, deciding, unreadable_tiers,
+    },
+    effective::Rule,
+    entry::Destination,
+    error::PREFIXES,
+    objects::TierAction,
+    prefix::{Prefix, inherit},
+    tiers::{Effect, Run, Tiers},
+};
+
+/// Every packet.
+pub(crate) const EVERYTHING: PortClass = PortClass {
+    port_min: 0,
+    port_max: u16::MAX,
+    protocols: bits::ALL,
+    ..PortClass::NONE
+};
+
+/// Most different ports of node ports and external addresses, before all between the lowest and the highest are denied.
+const COARSE_PORTS: usize = 16;
+
+/// The place of an added rule among those of the policy. A class is a number in the policy without added rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Place {
+    /// Before the rules that this class is of.
+    Before(u8),
+    /// Among the rules that this class is of.
+    At(u8),
+    /// After all rules.
+    Last,
+}
+
+/// A rule that is added for the endpoints of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// The addresses of the Service, or those with its node ports; anywhere, if they are too many.
+    pub(crate) to: Option<Vec<Prefix>>,
+    pub(crate) class: PortClass,
+    pub(crate) place: Place,
+    pub(crate) is_denial: bool,
+    /// Whether the addresses are those that the API server gives Services alone.
+    pub(crate) is_of_cluster_ip: bool,
+    /// The entry that decides about the endpoint.
+    pub(crate) source: EntrySource,
+    /// What it stands for.
+    pub(crate) about: Arc<About>,
+}
+
+/// The Service for which a rule is added, and the endpoint that decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// The Service.
+    pub service: Arc<ServiceName>,
+    /// The endpoint.
+    pub endpoint: SocketAddr,
+    /// The protocol.
+    pub transport: Transport,
+}
+
+impl About {
+    /// The endpoint as an entry: `203.0.113.9:25/tcp`.
+    pub fn endpoint_entry(&self) -> String {
+        format!("{}/{}", self.endpoint, self.transport.as_str())
+    }
+}
+
+impl Added {
+    fn rules(&self, under_any: bool) -> impl Iterator<Item = Rule> {
+        let destinations = match &self.to {
+            Some(prefixes) => prefixes
+                .iter()
+                .copied()
+                .map(Destination::Addresses)
+                .collect(),
+            None => vec![Destination::Any],
+        };
+        destinations.into_iter().map(move |destination| Rule {
+            destination,
+            class: self.class,
+            under_any,
+            text: self.source.text.to_string(),
+            at: self.source.at,
+            origin: self.source.origin.clone(),
+        })
+    }
+
+    fn concerns(&self, address: &Address, (protocol, port): (u8, u16)) -> bool {
+        let PortClass {
+            port_min,
+            port_max,
+            protocols,
+            ..
+        } = self.class;
+        let is_there = match &self.to {
+            Some(prefixes) => prefixes.iter().any(|prefix| prefix.contains(address)),
+            None => true,
+        };
+        is_there && protocols & protocol != 0 && (port_min..=port_max).contains(&port)
+    }
+}
+
+/// The denials in a form that takes few classes and prefixes, before all rules: they deny more.
+fn coarse(added: &[Added]) -> Vec<Added> {
+    let denials = added.iter().filter(|one| one.is_denial);
+    let of_ports = denials.clone().filter(|one| !one.is_of_cluster_ip);
+    let ports: BTreeSet<PortClass> = of_ports.map(|one| one.class).collect();
+    let all_ports = ports.iter().copied().reduce(|all, one| PortClass {
+        port_min: all.port_min.min(one.port_min),
+        port_max: all.port_max.max(one.port_max),
+        protocols: all.protocols | one.protocols,
+        ..PortClass::NONE
+    });
+    let all_ports = all_ports.filter(|_| ports.len() > COARSE_PORTS);
+    denials
+        .map(|one| Added {
+            to: one.to.clone().filter(|to| to.len() <= 1),
+            class: if one.is_of_cluster_ip {
+                EVERYTHING
+            } else {
+                all_ports.unwrap_or(one.class)
+            },
+            place: Place::Before(0),
+            ..one.clone()
+        })
+        .collect()
+}
+
+/// Puts the rules at their places. `classes` are those of the policy without them.
+pub(crate) fn insert(
+    added: &[Added],
+    classes: &Classes,
+    tiers: &mut Tiers,
+    allow: &mut Vec<Rule>,
+    deny: &mut Vec<Rule>,
+) {
+    let mut before_admin = Inserted::default();
+    let mut before_baseline = Inserted::default();
+    let mut last: Vec<Rule> = Vec::new();
+    for one in added {
+        let (is_before, class) = match one.place {
+            Place::Before(class) => (true, Some(class)),
+            Place::At(class) => (false, Some(class)),
+            Place::Last => (false, None),
+        };
+        let action = class.and_then(|class| classes.action(class));
+        match action {
+            Some(Action::Admin(run, _)) if is_before => before_admin.add(run, one),
+            Some(Action::Admin(run, _)) => tiers.admin[run].rules.extend(one.rules(false)),
+            Some(Action::Baseline(run, _)) if is_before => before_baseline.add(run, one),
+            Some(Action::Baseline(run, _)) => tiers.baseline[run].rules.extend(one.rules(false)),
+            Some(Action::Allow) if !one.is_denial => allow.extend(one.rules(false)),
+            Some(Action::AllowUnderAny) if !one.is_denial => allow.extend(one.rules(true)),
+            Some(Action::Deny | Action::Allow | Action::AllowUnderAny) => {
+                deny.extend(one.rules(false));
+            }
+            None if is_before => deny.extend(one.rules(false)),
+            None => last.extend(one.rules(false)),
+        }
+    }
+    before_admin.into_runs(&mut tiers.admin);
+    before_baseline.into_runs(&mut tiers.baseline);
+    if !last.is_empty() {
+        tiers.baseline.push(denying(last));
+    }
+}
+
+/// What the pod opens is denied, and no reply.
+fn denying(rules: Vec<Rule>) -> Run {
+    Run {
+        effect: Effect {
+            action: TierAction::Deny,
+            spares_answers: true,
+        },
+        rules,
+    }
+}
+
+/// Rules before the runs of a tier with these numbers.
+#[derive(Default)]
+struct Inserted(BTreeMap<usize, Vec<Rule>>);
+
+impl Inserted {
+    fn add(&mut self, run: usize, added: &Added) {
+        self.0.entry(run).or_default().extend(added.rules(false));
+    }
+
+    fn into_runs(self, runs: &mut Vec<Run>) {
+        for (at, rules) in self.0.into_iter().rev() {
+            runs.insert(at, denying(rules));
+        }
+    }
+}
+
+impl Compiled {
+    /// The policy with these rules. If that exceeds a limit, the Services are closed as a whole, and the text says why.
+    /// If that does too, everything is denied.
+    pub fn with_services(&self, settings: &Settings, added: &[Added]) -> (Self, Option<String>) {
+        if added.is_empty() {
+            return (self.clone(), None);
+        }
+        let error = match self.with(settings, added) {
+            Ok(compiled) => return (compiled, None),
+            Err(error) => error,
+        };
+        if let Ok(compiled) = self.with(settings, &coarse(added)) {
+            let what = "the policy with what it says of Services";
+            let text = format!(
+                "{what}: {error}; Services with an endpoint that is denied are closed, and those that are to be \
+                 open because of their endpoints are not"
+            );
+            return (compiled, Some(text));
+        }
+        let closed = Self {
+            mode: self.mode,
+            ..unreadable_tiers(settings)
+        };
+        let text =
+            format!("the policy with what it says of Services: {error}; everything is denied");
+        (closed, Some(text))
+    }
+
+    fn with(&self, settings: &Settings, added: &[Added]) -> Result<Self, PolicyError> {
+        let built = match &self.source {
+            Source(Some(effective)) => build(effective, settings, added)?,
+            Source(None) => self.closed_with(added)?,
+        };
+        let record = Policy {
+            flags: self.record.flags | built.record.flags,
+            annotations: self.record.annotations,
+            ..built.record
+        };
+        Ok(Self {
+            mode: self.mode,
+            record,
+            warnings: self.warnings.clone(),
+            closed_by: Arc::clone(&self.closed_by),
+            ..built
+        })
+    }
+
+    /// The same for a policy without any rule.
+    fn closed_with(&self, added: &[Added]) -> Result<Self, PolicyError> {
+        let (mut tiers, mut allow, mut deny) = (Tiers::default(), Vec::new(), Vec::new());
+        let none = Classes::new(false, &tiers, &[], &[])?;
+        insert(added, &none, &mut tiers, &mut allow, &mut deny);
+        let classes = Classes::new(false, &tiers, &allow, &deny)?;
+        let mut record = classes.record()?;
+        record.flags = self.record.flags;
+        record.names = self.record.names;
+        let mut prefixes = Vec::new();
+        for (action, rule) in with_actions(&tiers, &allow, &deny) {
+            let bit = classes.bit(action, rule);
+            match &rule.destination {
+                Destination::Addresses(prefix) => prefixes.push((*prefix, bit)),
+                Destination::Any => record.any |= bit,
+                Destination::Names(_) => {}
+            }
+        }
+        let cidrs: Vec<Cidr> = inherit(prefixes).into_iter().map(Cidr::of).collect();
+        check_limit(PREFIXES, cidrs.len(), CIDR_ENTRIES as usize)?;
+        Ok(Self {
+            record,
+            cidrs,
+            services: added.into(),
+            deciding: deciding(&classes, &tiers, &allow, &deny),
+            ..self.clone()
+        })
+    }
+
+    /// The Service because of which this entry denies packets to an address, and the endpoint that decides.
+    pub fn denied_service(
+        &self,
+        address: &Address,
+        at: (u8, u16),
+        entry: &EntrySource,
+    ) -> Option<&About> {
+        let mut denials = self.services.iter().filter(|added| added.is_denial);
+        let found = denials.find(|added| added.concerns(address, at) && added.source == *entry);
+        found.map(|added| &*added.about)
+    }
+
+    /// The Service whose cluster IP this is, if packets to it pass because its endpoints are allowed.
+    pub fn opened_service(&self, address: &Address, at: (u8, u16)) -> Option<&About> {
+        let mut openings = self.services.iter().filter(|added| !added.is_denial);
+        let found = openings.find(|added| added.concerns(address, at));
+        found.map(|added| &*added.about)
+    }
+}

@@ -1,0 +1,543 @@
+//! What a policy says of the endpoints of Services.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use egress_common::{
+    address::Address,
+    classes::ClassSet,
+    reason::Reason,
+    records::{PortClass, RANGE_INTERNAL},
+    verdict::{Destination, Verdict, deciding_entries, judge, skipped_classes},
+};
+
+use super::{
+    Places, Service, ServiceName, ServicePort, Services, Transport,
+    added::{About, Added, EVERYTHING, Place},
+    places::Trie,
+};
+use crate::{
+    annotations::At,
+    compile::{Compiled, EntrySource},
+    entry::Destination as To,
+    error::Origin,
+    prefix::{self, Prefix, to_mapped},
+};
+
+/// Most different ports that a policy opens because of the endpoints behind them. Whoever may create a Service chooses
+/// its ports, and is not to decide how many classes a policy has.
+const OPENED_PORTS: usize = 16;
+
+/// The Services of a cluster, and the kinds of addresses on this node.
+#[derive(Debug, Default)]
+pub struct Known {
+    services: Arc<Services>,
+    places: Arc<Places>,
+    /// The Services with an endpoint that may be denied without a rule.
+    suspects: BTreeSet<Arc<ServiceName>>,
+}
+
+/// The rules for Services that one policy needs, by the Service.
+pub type ByService = BTreeMap<Arc<ServiceName>, Vec<Added>>;
+
+/// Which Services have to be judged again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// All of them.
+    All,
+    /// These.
+    These(BTreeSet<Arc<ServiceName>>),
+}
+
+impl Known {
+    /// Takes note of the present Services and places. Returns which Services have to be judged again; `None` if nothing
+    /// has changed.
+    pub fn update(&mut self, services: &Arc<Services>, places: &Arc<Places>) -> Option<Again> {
+        let is_same_place = Arc::ptr_eq(&self.places, places) || self.places == *places;
+        let is_elsewhere = !is_same_place || self.services.nodes != services.nodes;
+        if !is_elsewhere && Arc::ptr_eq(&self.services, services) {
+            return None;
+        }
+        let again = if is_elsewhere {
+            self.suspects.clear();
+            let all = services.all.iter();
+            let suspects = all.filter(|(_, service)| places.are_suspect(service));
+            self.suspects
+                .extend(suspects.map(|(name, _)| Arc::clone(name)));
+            Again::All
+        } else {
+            let changed = services.changed(&self.services);
+            for name in &changed {
+                let service = services.get(name);
+                if service.is_some_and(|service| places.are_suspect(service)) {
+                    self.suspects.insert(Arc::clone(name));
+                } else {
+                    self.suspects.remove(name);
+                }
+            }
+            Again::These(changed)
+        };
+        self.services = Arc::clone(services);
+        self.places = Arc::clone(places);
+        match again {
+            Again::These(none) if none.is_empty() => None,
+            again => Some(again),
+        }
+    }
+
+    /// These of the Services.
+    pub fn only(&self, names: &BTreeSet<&Arc<ServiceName>>) -> Services {
+        let services = names.iter().filter_map(|name| self.services.get(name));
+        Services::new(services.cloned(), self.services.nodes.clone())
+    }
+
+    /// The rules that a policy needs for all Services.
+    pub fn judge_all(&self, policy: &Compiled) -> ByService {
+        if self.services.is_empty() {
+            return ByService::new();
+        }
+        let suspects = self.suspects.iter();
+        let suspects = suspects.filter_map(|name| self.services.get(name));
+        let candidates = self.services.index().candidates(policy);
+        let services: BTreeMap<_, _> = suspects
+            .chain(candidates)
+            .map(|service| (&service.name, service))
+            .collect();
+        if services.is_empty() {
+            return ByService::new();
+        }
+        let judge = Judge::new(policy, self);
+        services
+            .into_values()
+            .filter_map(|service| judge.needed_for(service))
+            .collect()
+    }
+
+    /// Judges Services again. Returns whether that has changed anything.
+    pub fn judge_again(&self, policy: &Compiled, of_policy: &mut ByService, again: &Again) -> bool {
+        let names = match again {
+            Again::All => {
+                let before = std::mem::replace(of_policy, self.judge_all(policy));
+                return *of_policy != before;
+            }
+            Again::These(names) => names,
+        };
+        let of_addresses = !policy.cidrs.is_empty() || policy.record.any.meets(policy.record.deny);
+        let mut concerned = names
+            .iter()
+            .filter(|name| {
+                let is_suspect = self.suspects.contains(*name);
+                is_suspect || of_addresses || of_policy.contains_key(*name)
+            })
+            .peekable();
+        if concerned.peek().is_none() {
+            return false;
+        }
+        let judge = Judge::new(policy, self);
+        let mut changed: Vec<(&Arc<ServiceName>, Option<Vec<Added>>)> = Vec::new();
+        for name in concerned {
+            let service = self.services.get(name);
+            let needed = service.and_then(|service| judge.needed_for(service));
+            let needed = needed.map(|(_, added)| added);
+            if of_policy.get(name) != needed.as_ref() {
+                changed.push((name, needed));
+            }
+        }
+        let is_changed = !changed.is_empty();
+        for (name, needed) in changed {
+            match needed {
+                Some(added) => of_policy.insert(Arc::clone(name), added),
+                None => of_policy.remove(name),
+            };
+        }
+        is_changed
+    }
+}
+
+/// All rules that a policy needs. Of the ports that it opens only as many count as it may have.
+pub fn needed(by_service: &ByService) -> Vec<Added> {
+    let all = || by_service.values().flatten();
+    let mut uses: HashMap<(Place, PortClass), usize> = HashMap::new();
+    for one in all().filter(|one| !one.is_denial) {
+        *uses.entry((one.place, one.class)).or_default() += 1;
+    }
+    let mut most: Vec<_> = uses.into_iter().collect();
+    most.sort_by_key(|(port, uses)| (std::cmp::Reverse(*uses), *port));
+    most.truncate(OPENED_PORTS);
+    let opened: BTreeSet<(Place, PortClass)> = most.into_iter().map(|(port, _)| port).collect();
+    all()
+        .filter(|one| one.is_denial || opened.contains(&(one.place, one.class)))
+        .cloned()
+        .collect()
+}
+
+/// Judges the endpoints of Services under one policy.
+struct Judge<'a> {
+    policy: &'a Compiled,
+    known: &'a Known,
+    cidrs: Trie<ClassSet>,
+    /// The classes of entries with exactly an address.
+    hosts: HashMap<Address, ClassSet>,
+}
+
+/// What the policy says of packets to a Service's address and port, without its endpoints.
+struct Seen {
+    /// The address, if it is one.
+    address: Option<Address>,
+    /// The classes that they certainly have.
+    classes: ClassSet,
+    /// Those that they may have, without those of entries with exactly the address.
+    wide: ClassSet,
+    /// Those of entries with exactly the address.
+    exact: ClassSet,
+    is_internal: bool,
+    port: u16,
+}
+
+/// A rule that a port needs.
+struct Needed {
+    place: Place,
+    is_denial: bool,
+    /// The entry that decides about the endpoint, if one does.
+    source: Option<EntrySource>,
+    endpoint: SocketAddr,
+}
+
+/// Why an endpoint is denied: the number of a class, or none if no entry allows it.
+type Denial = Option<u8>;
+
+impl<'a> Judge<'a> {
+    fn new(policy: &'a Compiled, known: &'a Known) -> Self {
+        let mut hosts: HashMap<Address, ClassSet> = HashMap::new();
+        for entry in &policy.deciding {
+            if let To::Addresses(prefix) = entry.destination
+                && prefix.is_host()
+            {
+                *hosts.entry(prefix.network()).or_default() |= ClassSet::one(entry.class);
+            }
+        }
+        Self {
+            policy,
+            known,
+            cidrs: Trie::<ClassSet>::of_cidrs(&policy.cidrs),
+            hosts,
+        }
+    }
+
+    /// The rules that the policy needs for a Service; `None` if it needs none.
+    fn needed_for(&self, service: &Service) -> Option<(Arc<ServiceName>, Vec<Added>)> {
+        let mut added = Vec::new();
+        for ip in &service.cluster {
+            self.cluster_ip(service, *ip, &mut added);
+        }
+        for port in &service.ports {
+            for ip in &service.external {
+                let endpoints = of_family(port, ip.is_ipv4());
+                let seen = self.seen_at(*ip, port);
+                if let Some(needed) = self.denial(&seen, port.transport, &endpoints) {
+                    let to = vec![Prefix::host(*ip)];
+                    let class = class_of(port.transport, port.port);
+                    added.push(rule(service, port, needed, (to, class), false));
+                }
+            }
+            if let Some(node_port) = port.node_port {
+                self.node_port(service, (port, node_port), &mut added);
+            }
+        }
+        (!added.is_empty()).then(|| (Arc::clone(&service.name), added))
+    }
+
+    fn cluster_ip(&self, service: &Service, ip: IpAddr, added: &mut Vec<Added>) {
+        let address = to_mapped(ip);
+        let mut needed: Vec<(&ServicePort, Needed)> = Vec::new();
+        let mut ports = 0_usize;
+        for port in &service.ports {
+            let endpoints = of_family(port, ip.is_ipv4());
+            if endpoints.is_empty() {
+                continue;
+            }
+            ports += 1;
+            // The gate decides about queries to resolvers.
+            let places = &self.known.places;
+            if places.is_resolver(&address, port.transport, port.port) {
+                continue;
+            }
+            let seen = self.seen_at(ip, port);
+            let denial = self.denial(&seen, port.transport, &endpoints);
+            let of_port = denial.or_else(|| self.opening(ip, port, &endpoints));
+            needed.extend(of_port.map(|needed| (port, needed)));
+        }
+        let to = || vec![Prefix::host(ip)];
+        // Where every port is denied alike, the policy needs no class for each.
+        let mut denials = needed.iter().filter(|(_, needed)| needed.is_denial);
+        let first = denials.next();
+        let is_whole = first.is_some_and(|(_, first)| {
+            needed.len() == ports
+                && needed
+                    .iter()
+                    .all(|(_, other)| other.is_denial && other.place == first.place)
+        });
+        if is_whole {
+            needed.truncate(1);
+        }
+        for (port, of_port) in needed {
+            let class = if is_whole {
+                EVERYTHING
+            } else {
+                class_of(port.transport, port.port)
+            };
+            added.push(rule(service, port, of_port, (to(), class), true));
+        }
+    }
+
+    fn node_port(
+        &self,
+        service: &Service,
+        (port, node_port): (&ServicePort, u16),
+        added: &mut Vec<Added>,
+    ) {
+        let Known {
+            services, places, ..
+        } = self.known;
+        let all = places.with_node_ports.iter().chain(&services.nodes);
+        for is_v4 in [true, false] {
+            let endpoints = of_family(port, is_v4);
+            let nodes: Vec<Prefix> = all
+                .clone()
+                .copied()
+                .filter(|of| of.is_v4() == is_v4)
+                .collect();
+            if endpoints.is_empty() || nodes.is_empty() {
+                continue;
+            }
+            let seen = self.seen_within(&nodes, (port.transport, node_port));
+            if let Some(needed) = self.denial(&seen, port.transport, &endpoints) {
+                let class = class_of(port.transport, node_port);
+                let to = prefix::merge(&nodes);
+                added.push(rule(service, port, needed, (to, class), false));
+            }
+        }
+    }
+
+    fn destination(&self, address: &Address, at: (Transport, u16)) -> Destination {
+        let record = &self.policy.record;
+        let places = &self.known.places;
+        places.destination(record, &self.cidrs, address, at)
+    }
+
+    /// What the policy says of an address of the Service.
+    fn seen_at(&self, ip: IpAddr, port: &ServicePort) -> Seen {
+        let address = to_mapped(ip);
+        let record = &self.policy.record;
+        let destination = self.destination(&address, (port.transport, port.port));
+        let skipped = skipped_classes(record, &destination);
+        let matching = record.ports.matching(port.transport.bit(), port.port);
+        let matching = matching.without(skipped);
+        let classes = destination.cidr.or(record.any).and(matching);
+        let exact = self.hosts.get(&address).copied().unwrap_or_default();
+        let exact = exact.and(matching);
+        Seen {
+            address: Some(address),
+            classes,
+            wide: classes.without(exact),
+            exact,
+            is_internal: destination.ranges & RANGE_INTERNAL != 0,
+            port: port.port,
+        }
+    }
+
+    /// What the policy says of a port of these nodes.
+    fn seen_within(&self, nodes: &[Prefix], (transport, port): (Transport, u16)) -> Seen {
+        let record = &self.policy.record;
+        let matching = record.ports.matching(transport.bit(), port);
+        let mut wide = record.any;
+        for node in nodes {
+            wide |= self.cidrs.within(&node.network(), node.prefix_len());
+        }
+        for cidr in &self.policy.cidrs {
+            let prefix = Prefix::of_map(cidr.network, cidr.prefix_len);
+            if !prefix.is_host() && nodes.iter().any(|node| node.covers(&prefix)) {
+                wide |= cidr.classes;
+            }
+        }
+        Seen {
+            address: None,
+            classes: record.any.and(matching),
+            wide: wide.and(matching),
+            exact: ClassSet::EMPTY,
+            is_internal: true,
+            port,
+        }
+    }
+
+    /// The rule that denies a port of a Service because of an endpoint.
+    fn denial(
+        &self,
+        seen: &Seen,
+        transport: Transport,
+        endpoints: &[SocketAddr],
+    ) -> Option<Needed> {
+        let denied = endpoints.iter().filter_map(|endpoint| {
+            let denial = self.denial_of(seen, transport, endpoint)?;
+            Some((endpoint, denial))
+        });
+        // The first class decides.
+        let (endpoint, denial) = denied.min_by_key(|(_, denial)| denial.unwrap_or(u8::MAX))?;
+        let record = &self.policy.record;
+        let precedes = |classes: ClassSet| {
+            let first = classes.without(record.deny).first();
+            let is_before = denial.is_none_or(|denial| first < denial);
+            (!classes.without(record.deny).is_empty() && is_before).then_some(first)
+        };
+        if precedes(seen.exact).is_some() {
+            return None;
+        }
+        let place = match (precedes(seen.wide), denial) {
+            (Some(wide), _) => Place::Before(wide),
+            (None, Some(class)) => Place::At(class),
+            (None, None) => Place::Last,
+        };
+        let by_entry = denial.and_then(|class| {
+            let address = to_mapped(endpoint.ip());
+            self.policy.deciding_entry(&address, class)
+        });
+        Some(Needed {
+            place,
+            is_denial: true,
+            source: by_entry.cloned(),
+            endpoint: *endpoint,
+        })
+    }
+
+    /// Whether and why an endpoint is denied, unless the same follows for the Service.
+    fn denial_of(
+        &self,
+        seen: &Seen,
+        transport: Transport,
+        endpoint: &SocketAddr,
+    ) -> Option<Denial> {
+        let record = &self.policy.record;
+        let address = to_mapped(endpoint.ip());
+        let destination = self.destination(&address, (transport, endpoint.port()));
+        let verdict = judge(record, &destination, transport.bit(), endpoint.port());
+        let Verdict::Deny { reason, class } = verdict else {
+            return None;
+        };
+        let places = &self.known.places;
+        let is_same_port = seen.is_internal && seen.port == endpoint.port();
+        let is_plain = places.is_plain(endpoint)
+            && (is_same_port || !places.is_special(transport, endpoint.port()));
+        if reason != Reason::DenyRule {
+            return (!is_plain).then_some(None);
+        }
+        if !seen.classes.meets(ClassSet::one(class)) {
+            return Some(Some(class));
+        }
+        // An entry that denies both counts where it is, for the Service, too. Another may deny the endpoint alone.
+        let matching = record.ports.matching(transport.bit(), endpoint.port());
+        let denying = destination
+            .cidr
+            .or(record.any)
+            .and(matching)
+            .and(record.deny);
+        let mut alone = denying.without(seen.classes);
+        for entry in &self.policy.deciding {
+            if let To::Addresses(prefix) = &entry.destination
+                && prefix.contains(&address)
+                && !seen.address.is_some_and(|of| prefix.contains(&of))
+            {
+                alone |= ClassSet::one(entry.class).and(denying);
+            }
+        }
+        if !alone.is_empty() {
+            return Some(Some(alone.first()));
+        }
+        (!is_plain).then_some(Some(class))
+    }
+
+    /// The rule that allows a port of a cluster IP because entries with their addresses allow all endpoints.
+    fn opening(&self, ip: IpAddr, port: &ServicePort, endpoints: &[SocketAddr]) -> Option<Needed> {
+        let record = &self.policy.record;
+        let transport = port.transport;
+        let at = (transport, port.port);
+        let service = self.destination(&to_mapped(ip), at);
+        let is_passing = |destination: &Destination, port| {
+            judge(record, destination, transport.bit(), port) == Verdict::Pass
+        };
+        if is_passing(&service, port.port) {
+            return None;
+        }
+        let mut last: Option<(u8, &SocketAddr)> = None;
+        for endpoint in endpoints {
+            let address = to_mapped(endpoint.ip());
+            let destination = self.destination(&address, (transport, endpoint.port()));
+            let decides = deciding_entries(record, &destination, transport.bit(), endpoint.port());
+            let by_address = decides.and(destination.cidr);
+            if by_address.is_empty() || !is_passing(&destination, endpoint.port()) {
+                return None;
+            }
+            let class = by_address.first();
+            if last.is_none_or(|(latest, _)| class > latest) {
+                last = Some((class, endpoint));
+            }
+        }
+        let (class, endpoint) = last?;
+        let source = self
+            .policy
+            .deciding_entry(&to_mapped(endpoint.ip()), class)?;
+        Some(Needed {
+            place: Place::At(class),
+            is_denial: false,
+            source: Some(source.clone()),
+            endpoint: *endpoint,
+        })
+    }
+}
+
+/// The endpoints of one family.
+fn of_family(port: &ServicePort, is_v4: bool) -> Vec<SocketAddr> {
+    let endpoints = port.endpoints.iter().copied();
+    endpoints
+        .filter(|endpoint| endpoint.is_ipv4() == is_v4)
+        .collect()
+}
+
+fn class_of(transport: Transport, port: u16) -> PortClass {
+    PortClass {
+        port_min: port,
+        port_max: port,
+        protocols: transport.bit(),
+        ..PortClass::NONE
+    }
+}
+
+fn rule(
+    service: &Service,
+    port: &ServicePort,
+    needed: Needed,
+    (to, class): (Vec<Prefix>, PortClass),
+    is_of_cluster_ip: bool,
+) -> Added {
+    let about = About {
+        service: Arc::clone(&service.name),
+        endpoint: needed.endpoint,
+        transport: port.transport,
+    };
+    let source = needed.source.unwrap_or_else(|| EntrySource {
+        text: about.endpoint_entry().into(),
+        origin: Origin::Service(Arc::clone(&service.name)),
+        at: At::default(),
+    });
+    Added {
+        to: Some(to),
+        class,
+        place: needed.place,
+        is_denial: needed.is_denial,
+        is_of_cluster_ip,
+        source,
+        about: Arc::new(about),
+    }
+}

@@ -1,0 +1,186 @@
+//! What a policy means for the addresses of Services, which nodes translate.
+//!
+//! A node replaces the address of a Service by that of an endpoint behind the pod's interface, so the programs see the
+//! Service's address only. A packet to it counts as one to each endpoint. [`judge`] finds the Services for which that
+//! differs from what the policy says of the address itself, and [`added`] has the rules that make up for it.
+//!
+//! | an endpoint of a Service's port | then the Service's port is |
+//! |---|---|
+//! | is denied by a rule | denied, where that rule is |
+//! | is outside, protected, a tunnel or a DNS server, and no entry allows it | denied after all rules |
+//!
+//! Before such a denial an entry counts that has exactly the Service's address, or a name that led there. A wider entry
+//! does not: it was not written for this Service.
+//!
+//! If entries with their addresses allow all endpoints, the Service's own address is allowed, too: where the last of
+//! these entries is.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `places` | the kinds of addresses on the node |
+//! | `candidates` | which Services a policy may be about |
+//! | [`judge`] | what the policy says of their endpoints |
+//! | [`added`] | the rules that follow |
+
+pub mod added;
+mod candidates;
+pub mod judge;
+mod places;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, OnceLock},
+};
+
+use egress_common::protocol::bits;
+use serde::{Deserialize, Serialize};
+
+use super::prefix::Prefix;
+pub use added::About;
+use candidates::Index;
+pub use judge::Known;
+pub use places::Places;
+
+/// Namespace and name of a Service. Displayed as `shop/web`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServiceName {
+    /// `metadata.namespace`.
+    pub namespace: Box<str>,
+    /// `metadata.name`.
+    pub name: Box<str>,
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// The protocol of a Service's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Transport {
+    /// The one bit of [`bits`] for it.
+    pub const fn bit(self) -> u8 {
+        match self {
+            Self::Tcp => bits::TCP,
+            Self::Udp => bits::UDP,
+            Self::Sctp => bits::SCTP,
+        }
+    }
+
+    /// As entries have it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+/// A port of a Service, and where packets to it go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// The protocol.
+    pub transport: Transport,
+    /// The port at the Service's addresses.
+    pub port: u16,
+    /// The port at the addresses of nodes.
+    pub node_port: Option<u16>,
+    /// The endpoints, of both families, in order, each once.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// A Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its name.
+    pub name: Arc<ServiceName>,
+    /// Its cluster IPs. The API server chooses them, and nothing outside has them.
+    pub cluster: Vec<IpAddr>,
+    /// Addresses of load balancers and external IPs. Who writes the Service may choose them.
+    pub external: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+}
+
+/// All Services of a cluster.
+#[derive(Debug, Default)]
+pub struct Services {
+    all: BTreeMap<Arc<ServiceName>, Arc<Service>>,
+    /// Addresses of nodes, where Services have node ports.
+    nodes: Vec<Prefix>,
+    index: OnceLock<Index>,
+}
+
+impl PartialEq for Services {
+    fn eq(&self, other: &Self) -> bool {
+        self.all == other.all && self.nodes == other.nodes
+    }
+}
+
+impl Eq for Services {}
+
+impl Services {
+    /// These Services, in a cluster whose nodes have these addresses.
+    pub fn new(services: impl IntoIterator<Item = Arc<Service>>, nodes: Vec<Prefix>) -> Self {
+        let services = services.into_iter();
+        Self {
+            all: services
+                .map(|service| (Arc::clone(&service.name), service))
+                .collect(),
+            nodes,
+            index: OnceLock::new(),
+        }
+    }
+
+    /// The Service of this name.
+    pub fn get(&self, name: &ServiceName) -> Option<&Arc<Service>> {
+        self.all.get(name)
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.all.values()
+    }
+
+    /// Addresses of nodes.
+    pub fn nodes(&self) -> &[Prefix] {
+        &self.nodes
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    fn index(&self) -> &Index {
+        self.index.get_or_init(|| Index::new(self.all.values()))
+    }
+
+    /// The names of Services that are not the same in both.
+    fn changed(&self, other: &Self) -> BTreeSet<Arc<ServiceName>> {
+        let differs = |(name, service): &(&Arc<ServiceName>, &Arc<Service>)| {
+            other.all.get(*name) != Some(service)
+        };
+        let here = self.all.iter().filter(differs).map(|(name, _)| name);
+        let gone = other
+            .all
+            .keys()
+            .filter(|name| !self.all.contains_key(*name));
+        here.chain(gone).cloned().collect()
+    }
+}
