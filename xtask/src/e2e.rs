@@ -101,7 +101,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         node.arg("--keep-logs").arg(logs);
     }
     if options.command.is_empty() {
-        node.arg(scripts.join("run")).arg("--overlays");
+        node.arg(scripts.join("run"));
+        node.args(["--overlays", "--network-policy-api"]);
         node.args(["--reboot", "\"$NODE\" --reboot"]);
         if kubernetes.version < FOR_ALL_OF_THE_MANIFESTS {
             // The API server leaves out what it does not know.
