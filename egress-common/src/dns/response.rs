@@ -293,7 +293,7 @@ pub fn same_bytes(message: &mut Message, a: u32, b: u32, len: u32) -> u32 {
 /// The byte, a letter in lower case. Without a branch: the verifier would follow each way from each byte on.
 #[inline(always)]
 fn lower(byte: u32) -> u32 {
-    let from_a = core::hint::black_box(byte.wrapping_sub(b'A' as u32));
+    let from_a = core::hint::black_box(byte.wrapping_sub(u32::from(b'A')));
     let is_letter = (!from_a & from_a.wrapping_sub(26)) >> 31;
     byte | is_letter << 5
 }

@@ -20,7 +20,7 @@ use crate::{
 
 const CLUSTER_IP: &str = "10.96.0.7";
 
-/// Services are in 10.96.0.0/16, pods in 10.1.0.0/16 and fd01::/16, nodes in 10.9.0.0/24.
+/// Services are in 10.96.0.0/16, pods in 10.1.0.0/16 and `fd01::/16`, nodes in 10.9.0.0/24.
 fn places() -> Arc<Places> {
     let prefix = |text: &str| Prefix::parse(text).unwrap();
     let internal = ["10.1.0.0/16", "fd01::/16", "10.9.0.0/24"].map(prefix);
@@ -323,7 +323,7 @@ fn endpoints_of_the_other_family_do_not_count() {
 #[test]
 fn a_policy_without_rules_is_closed_to_services_with_outside_endpoints_too() {
     let settings = settings();
-    let policy = crate::unidentified(&settings);
+    let policy = crate::unidentified(&crate::Objects::default(), &settings);
     let policy = with(&policy, &known(&[web(&["203.0.113.9:25"])]), &settings);
     assert_ne!(
         verdict(&policy, "10.96.0.7:80", Transport::Tcp),
