@@ -160,6 +160,23 @@ fn an_edit_that_cannot_be_applied_leaves_the_applied_generation() {
     let (_, told) = cluster.lab.ask_json(&["status"]);
     assert_eq!(told["policies"][0]["applied"], false, "{told}");
 
+    // Ordered rules are in force meanwhile.
+    let guardrail = json!({
+        "apiVersion": "egress-agent.dev/v1alpha1",
+        "kind": "ClusterEgressPolicy",
+        "metadata": {"name": "guardrail"},
+        "spec": {
+            "tier": "Admin",
+            "priority": 1,
+            "rules": [{"action": "Deny", "entries": [address(30).to_string()]}],
+        },
+    });
+    put(&cluster.server, &guardrail);
+    let status = wait_report(&cluster, "a new object with ordered rules", |status| {
+        policy(status, "guardrail") == [Some(1), Some(1), Some(1), Some(1)]
+    });
+    assert_eq!(policy(&status, "web"), [Some(2), Some(1), Some(1), Some(0)]);
+
     put(&cluster.server, &egress_policy(&shop, "web", &allowing(20)));
     let status = wait_report(&cluster, "a readable generation", |status| {
         policy(status, "web") == [Some(3), Some(3), Some(1), Some(1)]

@@ -48,6 +48,23 @@ pub(super) struct Good {
     tiers: Option<Arc<Tiers>>,
 }
 
+/// Which parts of a pod's policy are those that it has now. The others are what could be read earlier, or nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::control) struct Present {
+    /// What teams write.
+    pub(in crate::control) teams: bool,
+    /// The objects with ordered rules.
+    pub(in crate::control) tiers: bool,
+}
+
+impl Present {
+    /// Both parts.
+    pub(in crate::control) const WHOLE: Self = Self {
+        teams: true,
+        tiers: true,
+    };
+}
+
 /// A policy that was read.
 pub(super) struct Read {
     pub(super) compiled: Compiled,
@@ -56,8 +73,8 @@ pub(super) struct Read {
     pub(super) problem: Option<String>,
     /// What the policy was read from.
     pub(super) written: Arc<Written>,
-    /// Whether a part cannot be read.
-    pub(super) unreadable: bool,
+    /// The parts that can be read.
+    pub(super) present: Present,
 }
 
 impl Tiers {
@@ -157,7 +174,7 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
                 compiled,
                 problem,
                 written: Arc::new(written),
-                unreadable: false,
+                present: Present::WHOLE,
             };
         }
         Err(error) => error,
@@ -191,7 +208,7 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             good: before,
             problem: Some(format!("{error}; {problem}")),
             written: Arc::default(),
-            unreadable: true,
+            present: Present::default(),
         };
     };
     let candidates = [
@@ -213,13 +230,16 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             };
             return Read {
                 compiled,
+                present: Present {
+                    teams: Arc::ptr_eq(&teams, &now.teams),
+                    tiers: are_tiers_readable,
+                },
                 good: Good {
                     teams: Some(teams),
                     tiers: Some(tiers),
                 },
                 problem: Some(format!("{error}; {stays}")),
                 written: Arc::new(written),
-                unreadable: true,
             };
         }
     }
@@ -248,6 +268,9 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
         },
         problem: Some(format!("{error}; {problem}")),
         written: Arc::new(written),
-        unreadable: true,
+        present: Present {
+            teams: false,
+            tiers: are_tiers_readable,
+        },
     }
 }

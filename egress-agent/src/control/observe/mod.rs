@@ -54,6 +54,8 @@ use crate::{
     pods::{NamespacedName, ObjectsOf, Pod, PolicyKind, PolicyObjects, Snapshot},
     report::Subject,
 };
+pub(in crate::control) use fallback::Present;
+
 use answers::Answers;
 use egress_policy::{Compiled, Mode, Objects};
 use exits::PodExits;

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::fallback::{self, Good, Parts};
+use super::fallback::{self, Good, Parts, Present};
 use crate::{pods::Pod, report::Subject, serve::Written};
 use egress_policy::{
     Annotations, Compiled, Objects, Settings,
@@ -30,8 +30,8 @@ struct Reading {
     problem: Option<String>,
     /// What `compiled` was read from.
     written: Arc<Written>,
-    /// Whether the pod's annotations or objects cannot be read now.
-    unreadable: bool,
+    /// Which parts of `compiled` are those that the pod has now.
+    present: Present,
     /// Whether `compiled` was compiled with the present settings.
     current: bool,
 }
@@ -111,7 +111,7 @@ impl Policies {
             good: read.good,
             problem: read.problem,
             written: read.written,
-            unreadable: read.unreadable,
+            present: read.present,
             current: true,
         };
         self.pods.insert(key.clone(), reading);
@@ -155,14 +155,13 @@ impl Policies {
         }
     }
 
-    /// The last reading of a pod: its policy, the annotations that it comes from, and whether the present ones
-    /// cannot be read.
+    /// The last reading of a pod: its policy, what it comes from, and which parts of that are the present ones.
     pub(in crate::control) fn last(
         &self,
         key: &Subject,
-    ) -> Option<(&Arc<Compiled>, &Arc<Written>, bool)> {
+    ) -> Option<(&Arc<Compiled>, &Arc<Written>, Present)> {
         let reading = self.pods.get(key)?;
-        Some((&reading.compiled, &reading.written, reading.unreadable))
+        Some((&reading.compiled, &reading.written, reading.present))
     }
 
     /// The present settings.

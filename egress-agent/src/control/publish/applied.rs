@@ -11,10 +11,11 @@ use std::{
 
 use egress_policy::{
     Compiled, Mode,
-    objects::{ObjectName, Objects},
+    objects::{ObjectKind, ObjectName, Objects},
 };
 
 use crate::{
+    control::observe::Present,
     pods::{ObjectVersion, PodCounts, PolicyObjects, PolicyState},
     report::Subject,
 };
@@ -27,8 +28,8 @@ pub(super) struct PodInForce<'a> {
     pub(super) objects: &'a Objects,
     /// What it should be under.
     pub(super) policy: &'a Arc<Compiled>,
-    /// Whether `policy` is compiled from `objects`, and not from what could be read earlier.
-    pub(super) is_readable: bool,
+    /// Which parts of `policy` are compiled from `objects`, and not from what could be read earlier.
+    pub(super) present: Present,
     /// What the kernel's maps have for it; `None` if it is not enforced.
     pub(super) in_kernel: Option<&'a Arc<Compiled>>,
     /// Whether all of its packets are judged.
@@ -42,7 +43,7 @@ struct Known {
     uid: String,
     policy: Arc<Compiled>,
     in_kernel: Option<Arc<Compiled>>,
-    is_readable: bool,
+    present: Present,
     is_whole: bool,
     is_wanted: bool,
     /// The versions that `in_kernel` is from.
@@ -148,25 +149,29 @@ impl AppliedPolicies {
 
 impl Known {
     fn new(pod: &PodInForce<'_>, former: Option<Self>, policies: &PolicyObjects) -> Self {
-        let former = former.filter(|former| former.uid == pod.uid);
-        let is_as_read =
-            pod.is_readable && pod.in_kernel.is_some_and(|compiled| compiled == pod.policy);
-        let versions = if is_as_read {
-            let used = names(pod.objects).filter_map(|name| {
-                let facts = policies.get(name)?;
-                Some((Arc::clone(name), Arc::clone(&facts.used)))
-            });
-            used.collect()
-        } else if pod.in_kernel.is_some() {
-            former.map(|former| former.versions).unwrap_or_default()
-        } else {
-            BTreeMap::new()
+        let former = former.filter(|former| former.uid == pod.uid && pod.in_kernel.is_some());
+        let is_as_read = pod.in_kernel.is_some_and(|compiled| compiled == pod.policy);
+        // Each part falls back on its own to what could be read earlier.
+        let is_present = |name: &ObjectName| {
+            is_as_read
+                && match name.kind {
+                    ObjectKind::EgressPolicy => pod.present.teams,
+                    _ => pod.present.tiers,
+                }
         };
+        let kept = former.into_iter().flat_map(|former| former.versions);
+        let kept = kept.filter(|(name, _)| !is_present(name));
+        let used = names(pod.objects).filter(|name| is_present(name));
+        let used = used.filter_map(|name| {
+            let facts = policies.get(name)?;
+            Some((Arc::clone(name), Arc::clone(&facts.used)))
+        });
+        let versions = kept.chain(used).collect();
         Self {
             uid: pod.uid.to_owned(),
             policy: Arc::clone(pod.policy),
             in_kernel: pod.in_kernel.map(Arc::clone),
-            is_readable: pod.is_readable,
+            present: pod.present,
             is_whole: pod.is_whole,
             is_wanted: pod.is_wanted,
             versions,
@@ -183,7 +188,7 @@ impl Known {
         is_same_in_kernel
             && Arc::ptr_eq(&self.policy, pod.policy)
             && self.uid == pod.uid
-            && self.is_readable == pod.is_readable
+            && self.present == pod.present
             && self.is_whole == pod.is_whole
             && self.is_wanted == pod.is_wanted
     }

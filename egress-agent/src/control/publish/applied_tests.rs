@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use egress_policy::objects::{NamespacePolicy, ObjectKind};
+use egress_policy::objects::{NamespacePolicy, ObjectKind, Tier, TierPolicy};
 
 use super::*;
 use crate::{config::Config, pods::PolicyFacts};
@@ -66,7 +66,7 @@ struct Pod {
     objects: Objects,
     policy: Arc<Compiled>,
     in_kernel: Option<Arc<Compiled>>,
-    is_readable: bool,
+    present: Present,
     is_whole: bool,
 }
 
@@ -78,7 +78,7 @@ impl Pod {
             objects: objects(selecting),
             in_kernel: Some(Arc::clone(&policy)),
             policy,
-            is_readable: true,
+            present: Present::WHOLE,
             is_whole: true,
         }
     }
@@ -93,7 +93,7 @@ fn note(applied: &mut AppliedPolicies, policies: &Arc<PolicyObjects>, pods: &[(&
         uid: "pod",
         objects: &pod.objects,
         policy: &pod.policy,
-        is_readable: pod.is_readable,
+        present: pod.present,
         in_kernel: pod.in_kernel.as_ref(),
         is_whole: pod.is_whole,
         is_wanted: true,
@@ -158,9 +158,78 @@ fn a_pod_whose_policies_do_not_compile_keeps_the_generations_that_it_had() {
     let mut applied = AppliedPolicies::default();
     let mut pod = Pod::enforced(&["web"], 1);
     note(&mut applied, &policies(&[("web", 1, 1)]), &[("a", &pod)]);
-    pod.is_readable = false;
+    pod.present = Present::default();
     note(&mut applied, &policies(&[("web", 2, 2)]), &[("a", &pod)]);
     assert_eq!(only(&applied), (Some(2), Some(1), 1, 0));
+}
+
+/// An object with ordered rules.
+fn guardrail() -> Arc<TierPolicy> {
+    Arc::new(TierPolicy {
+        name: Arc::new(ObjectName {
+            kind: ObjectKind::ClusterEgressPolicy,
+            namespace: None,
+            name: "guardrail".to_owned(),
+        }),
+        tier: Tier::Admin,
+        priority: 1,
+        rules: Vec::new(),
+    })
+}
+
+#[test]
+fn ordered_rules_count_while_the_lists_of_the_pod_cannot_be_read() {
+    let all = |web: i64, guardrail_generation: Option<i64>| {
+        let mut all = PolicyObjects::clone(&policies(&[("web", web, web)]));
+        if let Some(generation) = guardrail_generation {
+            let facts = PolicyFacts {
+                read: version(generation),
+                used: version(generation),
+            };
+            all.insert(Arc::clone(&guardrail().name), facts);
+        }
+        Arc::new(all)
+    };
+    let states = |applied: &AppliedPolicies| -> Vec<_> {
+        let states = applied.states().iter();
+        states
+            .map(|state| (state.name.name.clone(), state.applied, state.enforced))
+            .collect()
+    };
+    let mut applied = AppliedPolicies::default();
+    let mut pod = Pod::enforced(&["web"], 1);
+    note(&mut applied, &all(1, None), &[("a", &pod)]);
+
+    // The new rules are in the kernel, with the lists that could be read last.
+    pod.present = Present {
+        teams: false,
+        tiers: true,
+    };
+    pod.objects.tiers = vec![guardrail()];
+    pod.policy = compiled(2);
+    pod.in_kernel = Some(compiled(2));
+    note(&mut applied, &all(2, Some(1)), &[("a", &pod)]);
+    let expected = [("web", Some(1), 0), ("guardrail", Some(1), 1)];
+    let mut expected = expected.map(|(name, at, pods)| (name.to_owned(), at, pods));
+    expected.sort();
+    let mut found = states(&applied);
+    found.sort();
+    assert_eq!(found, expected);
+
+    // The rules go: only the lists are left in force.
+    pod.objects.tiers.clear();
+    pod.policy = compiled(1);
+    pod.in_kernel = Some(compiled(1));
+    note(&mut applied, &all(2, Some(1)), &[("a", &pod)]);
+    let mut found = states(&applied);
+    found.sort();
+    assert_eq!(
+        found,
+        [
+            ("guardrail".to_owned(), None, 0),
+            ("web".to_owned(), Some(1), 0)
+        ]
+    );
 }
 
 #[test]

@@ -41,8 +41,10 @@ impl Publisher {
                     uid: &found.pod.uid,
                     objects: &found.pod.objects,
                     policy: &found.policy,
-                    is_readable: found.pod.namespace_known
-                        && read.is_some_and(|(.., is_unreadable)| !is_unreadable),
+                    present: read
+                        .filter(|_| found.pod.namespace_known)
+                        .map(|(.., present)| present)
+                        .unwrap_or_default(),
                     in_kernel: enforced.map(|enforced| &enforced.wanted.compiled),
                     is_whole: !is_partly && applier.bypassed(subject).is_none(),
                     is_wanted: found.policy.mode != Mode::Off && !found.pod.host_network,

@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     control::{
         apply::Applier,
-        observe::{Observed, Observer},
+        observe::{Observed, Observer, Present},
         settings::Settings,
         start::source::ClusterSide,
     },
@@ -114,7 +114,7 @@ impl Publisher {
     fn pod(&self, subject: &Subject, pod: &Pod, applier: &Applier, looks: &Observer) -> PodRecord {
         let read = looks.policies.last(subject);
         let written = read.map(|(_, written, _)| Arc::clone(written));
-        let unreadable = read.is_some_and(|(.., unreadable)| unreadable);
+        let unreadable = read.is_some_and(|(.., present)| present != Present::WHOLE);
         let problem = self.problems.of(subject).cloned();
         if let Some(enforced) = applier.enforced().get(subject) {
             let mut record = enforced.record(subject);
