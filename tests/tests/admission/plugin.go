@@ -1,7 +1,8 @@
 // Judges objects as the API server does: with the Kubernetes plugin that evaluates
 // ValidatingAdmissionPolicies. Its argument is the policy's file.
 //
-// Each line of standard input is a request in JSON, {"object": …, "oldObject": …}. Each response is one line:
+// Each line of standard input is a request in JSON, {"object": …, "oldObject": …, "userInfo": …}, of which the last two
+// may be missing. `userInfo` has a `username` and perhaps `extra`, as in a TokenReview. Each response is one line:
 // {"rejected": why}, {"failed": why} or {}. `failed` is a failure that `failurePolicy: Ignore` would silently
 // admit: an expression that does not compile, that fails on its input, or that exceeds the API server's cost
 // limit.
@@ -22,6 +23,7 @@ import (
 	core "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/apiserver/pkg/admission"
@@ -39,6 +41,12 @@ const namespace = "default"
 type request struct {
 	Object    json.RawMessage `json:"object"`
 	OldObject json.RawMessage `json:"oldObject"`
+	UserInfo  *userInfo       `json:"userInfo"`
+}
+
+type userInfo struct {
+	Username string              `json:"username"`
+	Extra    map[string][]string `json:"extra"`
 }
 
 type answer struct {
@@ -146,35 +154,51 @@ func start(objects []runtime.Object) (*validating.Plugin, error) {
 	return plugin, nil
 }
 
+// An object as the API server has it: of its own type, or without one if a definition defines its kind.
+func decode(text []byte) (runtime.Object, error) {
+	object, _, err := scheme.Codecs.UniversalDeserializer().Decode(text, nil, nil)
+	if runtime.IsNotRegisteredError(err) {
+		object, _, err = unstructured.UnstructuredJSONScheme.Decode(text, nil, nil)
+	}
+	return object, err
+}
+
 func judge(plugin *validating.Plugin, line []byte) (answer, error) {
 	var request request
 	if err := json.Unmarshal(line, &request); err != nil {
 		return answer{}, err
 	}
-	decoder := scheme.Codecs.UniversalDeserializer()
-	object, kind, err := decoder.Decode(request.Object, nil, nil)
+	object, err := decode(request.Object)
 	if err != nil {
 		return answer{}, err
 	}
 	operation, options := admission.Create, runtime.Object(&metav1.CreateOptions{})
 	var old runtime.Object
 	if len(request.OldObject) > 0 && string(request.OldObject) != "null" {
-		if old, _, err = decoder.Decode(request.OldObject, nil, nil); err != nil {
+		if old, err = decode(request.OldObject); err != nil {
 			return answer{}, err
 		}
 		operation, options = admission.Update, &metav1.UpdateOptions{}
 	}
-	resource, _ := meta.UnsafeGuessKindToResource(*kind)
+	kind := object.GetObjectKind().GroupVersionKind()
+	resource, _ := meta.UnsafeGuessKindToResource(kind)
 	access, err := meta.Accessor(object)
 	if err != nil {
 		return answer{}, err
 	}
 	in := namespace
-	if kind.Kind == "Namespace" {
+	switch kind.Kind {
+	case "Namespace":
 		in = access.GetName()
+	case "EgressNodeReport":
+		in = ""
 	}
-	attributes := admission.NewAttributesRecord(object, old, *kind, in, access.GetName(), resource, "",
-		operation, options, false, &user.DefaultInfo{Name: "somebody"})
+	requester := &user.DefaultInfo{Name: "somebody"}
+	if request.UserInfo != nil {
+		requester = &user.DefaultInfo{Name: request.UserInfo.Username, Extra: request.UserInfo.Extra}
+	}
+	attributes := admission.NewAttributesRecord(object, old, kind, in, access.GetName(), resource, "",
+		operation, options, false, requester)
 	err = plugin.Validate(context.Background(), attributes, admission.NewObjectInterfacesFromScheme(scheme.Scheme))
 	if err == nil {
 		return answer{}, nil

@@ -1,4 +1,4 @@
-//! Evaluates the admission policy's expressions, and runs Kubernetes' own plugin beside them.
+//! Evaluates the expressions of admission policies, and runs Kubernetes' own plugin beside them.
 
 use std::{
     cell::RefCell,
@@ -21,11 +21,12 @@ thread_local! {
     static COMPILED: RefCell<HashMap<String, Regex>> = RefCell::default();
 }
 
-/// The policy's file, in `manifests`.
-const FILE: &str = "components/admission/policy.yaml";
+/// The file of the policy about annotations, in `manifests`.
+const ANNOTATIONS: &str = "components/admission/policy.yaml";
 
-/// The policy, compiled.
+/// A policy, compiled.
 pub(crate) struct Policy {
+    conditions: Vec<Program>,
     variables: Vec<(String, Program)>,
     validations: Vec<(Program, Option<Program>, String)>,
     plugin: Option<RefCell<Plugin>>,
@@ -38,10 +39,19 @@ struct Plugin {
     answers: Lines<BufReader<ChildStdout>>,
 }
 
+/// What the API server is asked to store.
+struct Request<'a> {
+    object: &'a Value,
+    /// What is stored; null for an object that is created.
+    old: &'a Value,
+    /// The account, as the API server authenticates it: `username`, and perhaps `extra`.
+    user: &'a Value,
+}
+
 impl Plugin {
-    fn start(program: &OsStr) -> Self {
+    fn start(program: &OsStr, policy: &str) -> Self {
         let mut process = Command::new(program)
-            .arg(yaml::directory().join(FILE))
+            .arg(yaml::directory().join(policy))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -56,8 +66,10 @@ impl Plugin {
         }
     }
 
-    fn ask(&mut self, object: &Value, old: &Value) -> Option<String> {
-        let request = json!({"object": object, "oldObject": old});
+    fn ask(&mut self, request: &Request<'_>) -> Option<String> {
+        let request = json!({
+            "object": request.object, "oldObject": request.old, "userInfo": request.user,
+        });
         writeln!(self.requests, "{request}").expect("the plugin reads");
         let line = self.answers.next().expect("an answer").expect("an answer");
         let answer: Value = serde_json::from_str(&line).expect("an answer");
@@ -74,14 +86,26 @@ impl Drop for Plugin {
 }
 
 impl Policy {
+    /// The policy about annotations.
     pub(crate) fn read() -> Self {
-        let objects = yaml::objects(FILE);
+        Self::of(ANNOTATIONS)
+    }
+
+    /// The policy in a file of `manifests`.
+    pub(crate) fn of(file: &str) -> Self {
+        let objects = yaml::objects(file);
         let spec = &objects[0]["spec"];
         let compile = |text: &Value| {
             let text = text.as_str().expect("an expression");
             Program::compile(text).unwrap_or_else(|error| panic!("{text}\n{error}"))
         };
+        let conditions = spec["matchConditions"].as_array();
         Self {
+            conditions: conditions
+                .into_iter()
+                .flatten()
+                .map(|condition| compile(&condition["expression"]))
+                .collect(),
             variables: spec["variables"]
                 .as_array()
                 .expect("variables")
@@ -107,27 +131,45 @@ impl Policy {
                 })
                 .collect(),
             plugin: env::var_os("ADMISSION_PLUGIN")
-                .map(|program| RefCell::new(Plugin::start(&program))),
+                .map(|program| RefCell::new(Plugin::start(&program, file))),
         }
     }
 
     /// The reason why the object is rejected, if it is. Kubernetes' own plugin must agree, if there is one.
     pub(crate) fn judge(&self, object: &Value, old: &Value) -> Option<String> {
-        let rejected = self.evaluate(object, old);
+        self.judge_from(&json!({"username": "somebody"}), object, old)
+    }
+
+    /// The same for an object that this account sends.
+    pub(crate) fn judge_from(&self, user: &Value, object: &Value, old: &Value) -> Option<String> {
+        let request = Request { object, old, user };
+        let rejected = self.evaluate(&request);
         if let Some(plugin) = &self.plugin {
-            let theirs = plugin.borrow_mut().ask(object, old);
-            assert_eq!(rejected, theirs, "here and in Kubernetes: {object}");
+            let theirs = plugin.borrow_mut().ask(&request);
+            assert_eq!(rejected, theirs, "here and in Kubernetes: {user} {object}");
         }
         rejected
     }
 
     /// The API server evaluates a variable when an expression uses it; this evaluates all of them in order.
-    fn evaluate(&self, object: &Value, old: &Value) -> Option<String> {
+    fn evaluate(&self, request: &Request<'_>) -> Option<String> {
         let mut context = Context::default();
         context.add_function("findAll", find_all).expect("findAll");
         context.add_function("find", find).expect("find");
-        context.add_variable("object", object).expect("object");
-        context.add_variable("oldObject", old).expect("oldObject");
+        for (name, value) in [
+            ("object", request.object),
+            ("oldObject", request.old),
+            ("request", &json!({"userInfo": request.user})),
+        ] {
+            context.add_variable(name, value).expect(name);
+        }
+        for condition in &self.conditions {
+            match condition.execute(&context) {
+                Ok(Cel::Bool(true)) => {}
+                Ok(Cel::Bool(false)) => return None,
+                other => panic!("no condition: {other:?}"),
+            }
+        }
         let mut variables = HashMap::new();
         for (name, program) in &self.variables {
             context.add_variable_from_value("variables", variables.clone());

@@ -1,77 +1,67 @@
 //! The policy that lets an agent write the report of its own node only.
 
-use std::collections::HashMap;
-
-use cel::{Context, Program, Value as Cel};
 use egress_tests::yaml;
 use serde_json::{Value, json};
+
+use crate::policy::Policy;
 
 const FILE: &str = "components/admission/reports.yaml";
 const AGENT: &str = "system:serviceaccount:egress-agent:egress-agent";
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
-fn evaluate(context: &Context<'_, '_>, expression: &Value) -> Cel {
-    let text = expression.as_str().expect("an expression");
-    let program = Program::compile(text).unwrap_or_else(|error| panic!("{text}\n{error}"));
-    let value = program.execute(context);
-    value.unwrap_or_else(|error| panic!("{text}\n{error}"))
+fn report(node: &str) -> Value {
+    json!({
+        "apiVersion": "egress-agent.dev/v1alpha1",
+        "kind": "EgressNodeReport",
+        "metadata": {"name": node},
+        "status": {"agentVersion": "0.1.0"},
+    })
 }
 
-/// Why this account may not write the report of a node, if it may not.
+/// Why this account may not create the report of a node, if it may not. Editing it must be judged alike.
 fn refused(username: &str, extra: Option<&Value>, node: &str) -> Option<String> {
-    let policy = &yaml::objects(FILE)[0]["spec"];
-    let mut request = json!({"userInfo": {"username": username}});
+    let mut user = json!({"username": username});
     if let Some(extra) = extra {
-        request["userInfo"]["extra"] = extra.clone();
+        user["extra"] = extra.clone();
     }
-    let object = json!({"metadata": {"name": node}});
-    let mut context = Context::default();
-    context.add_variable("request", &request).expect("request");
-    context.add_variable("object", &object).expect("object");
-    let list = |field: &str| policy[field].as_array().expect(field).clone();
-    for condition in list("matchConditions") {
-        if evaluate(&context, &condition["expression"]) != Cel::Bool(true) {
-            return None;
-        }
-    }
-    let mut variables = HashMap::new();
-    for variable in list("variables") {
-        let name = variable["name"].as_str().expect("a name").to_owned();
-        variables.insert(name, evaluate(&context, &variable["expression"]));
-    }
-    context.add_variable_from_value("variables", variables);
-    for validation in list("validations") {
-        if evaluate(&context, &validation["expression"]) == Cel::Bool(true) {
-            continue;
-        }
-        let message = validation.get("messageExpression");
-        return Some(match message.map(|message| evaluate(&context, message)) {
-            Some(Cel::String(text)) => text.to_string(),
-            _ => validation["message"]
-                .as_str()
-                .expect("a message")
-                .to_owned(),
-        });
-    }
-    None
+    let policy = Policy::of(FILE);
+    let report = report(node);
+    let created = policy.judge_from(&user, &report, &Value::Null);
+    let edited = policy.judge_from(&user, &report, &report);
+    assert_eq!(created, edited, "{user} {node}");
+    created
+}
+
+/// What the API server adds to the account of a token that belongs to a pod on this node.
+fn on(node: &str) -> Value {
+    json!({
+        "authentication.kubernetes.io/credential-id": ["JTI=8a9f5c7e"],
+        NODE_NAME: [node],
+        "authentication.kubernetes.io/node-uid": ["4f2b"],
+        "authentication.kubernetes.io/pod-name": ["egress-agent-x"],
+    })
 }
 
 #[test]
 fn an_agent_writes_the_report_of_its_own_node_only() {
-    let on =
-        |node: &str| json!({NODE_NAME: [node], "authentication.kubernetes.io/node-uid": ["u"]});
     assert_eq!(refused(AGENT, Some(&on("n1")), "n1"), None);
     let message = refused(AGENT, Some(&on("n1")), "n2").expect("refused");
     assert_eq!(
         message,
         "the agent on node n1 may not write the report of n2"
     );
+    assert_eq!(refused(AGENT, Some(&on("a.example")), "a.example"), None);
+    for (own, other) in [("n1", "n10"), ("n10", "n1"), ("a.example", "a")] {
+        assert!(refused(AGENT, Some(&on(own)), other).is_some(), "{other}");
+    }
 }
 
 #[test]
 fn an_agent_whose_token_names_no_node_writes_no_report() {
     let without = json!({"authentication.kubernetes.io/pod-name": ["agent-x"]});
-    for extra in [None, Some(&without), Some(&json!({NODE_NAME: []}))] {
+    let empty = json!({NODE_NAME: []});
+    let two = json!({NODE_NAME: ["n1", "n2"]});
+    for extra in [None, Some(&without), Some(&empty), Some(&two)] {
         let message = refused(AGENT, extra, "n1").expect("refused");
         assert!(message.contains("does not name a node"), "{message}");
     }
@@ -80,6 +70,16 @@ fn an_agent_whose_token_names_no_node_writes_no_report() {
 #[test]
 fn administrators_write_any_report() {
     assert_eq!(refused("admin", None, "n1"), None);
+}
+
+#[test]
+fn the_policy_concerns_no_other_account() {
+    for account in [
+        "system:serviceaccount:shop:egress-agent",
+        "system:serviceaccount:egress-agent:egress-agent-cleanup",
+    ] {
+        assert_eq!(refused(account, Some(&on("n1")), "n2"), None, "{account}");
+    }
 }
 
 /// The account and the kind are those of the other manifests.
