@@ -177,7 +177,7 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) -> bool {
         // A pod that sees the other side's number may go on with the connection later than the record is kept.
         let is_seen = u32::from(!is_reported) | u32::from(interface.mode == MODE_AUDIT);
         let forgotten = known.place * skb.forget_number(is_seen);
-        accepted::forget_opened(interface.pod().get(), &key, forgotten);
+        accepted::forget_opened(interface.pod().get(), &raw const key, forgotten);
         known.flow = accepted::record(now_ns);
         let noted = flows::note_accepted(interface, &key, &known.flow);
         // A bridge sends frames for others to all its ports.

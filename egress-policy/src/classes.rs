@@ -9,10 +9,10 @@ use egress_common::{
 };
 
 use super::{
-    compile::check_limit,
     effective::Rule,
     entry::Destination,
     error::{PolicyError, Problem},
+    limits::check_limit,
     objects::TierAction,
     tiers::{Effect, Run, Tiers},
 };

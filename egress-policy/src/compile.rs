@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     hash::{DefaultHasher, Hasher as _},
     sync::Arc,
 };
@@ -20,12 +20,13 @@ use egress_common::{
 
 use super::{
     Annotations, Inputs, Mode, Settings,
-    annotations::{At, Lists, Written},
+    annotations::At,
     classes::{Action, Classes, with_actions},
     closed::{CLOSERS, Closer},
     effective::{self, Effective, Rule},
     entry::{Destination, is_everything},
     error::{Origin, PREFIXES, PolicyError, Problem},
+    limits::check_limit,
     names::{NameRule, NameRules, QuestionRule},
     objects::{Objects, TierAction, TierPolicy, TierRule},
     openings::Openings,
@@ -36,14 +37,6 @@ use super::{
     tiers::Tiers,
     translators::Translators,
 };
-
-/// Most names and wildcards in one pod's policy, including those of its namespace. Kubernetes limits the
-/// annotations of one object to 256 KiB, so only very short names reach this limit.
-pub const NAMES: usize = 10_000;
-
-/// Most names with `*` inside a label among them. The thread that serves all pods compares each of them with
-/// every name that the pod queries.
-const GLOBS: usize = 100;
 
 /// One entry for a policy's CIDR trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -547,58 +540,4 @@ pub(super) fn deciding(
     });
     let ordered = with_actions(tiers, &[], &[]).map(entry);
     ordered.chain(lists).collect()
-}
-
-pub(super) fn check_limit(
-    what: &'static str,
-    count: usize,
-    limit: usize,
-) -> Result<(), PolicyError> {
-    if count > limit {
-        return Err(PolicyError::from_problem(Problem::limit(
-            what, count, limit,
-        )));
-    }
-    Ok(())
-}
-
-/// Counts the entries before they are compiled, so that the work is bounded.
-pub(super) fn check_written(written: &[&Lists], tiers: &Tiers, problems: &mut Vec<Problem>) {
-    let mut names = BTreeSet::new();
-    let mut prefixes = BTreeSet::<Prefix>::new();
-    let lists = written
-        .iter()
-        .flat_map(|lists| [&lists.allow, &lists.deny, &lists.resolve])
-        .flatten()
-        .flatten()
-        .map(|Written { entry, .. }| &entry.destination);
-    let ordered = tiers.rules().map(|(_, rule)| &rule.destination);
-    for destination in lists.chain(ordered) {
-        match destination {
-            Destination::Any => {}
-            Destination::Addresses(prefix) => {
-                prefixes.insert(*prefix);
-            }
-            Destination::Names(pattern) => {
-                names.insert(pattern);
-            }
-        }
-    }
-    let globs = names
-        .iter()
-        .filter(|pattern| matches!(pattern, NamePattern::Glob(_)))
-        .count();
-    for (what, count, limit) in [
-        ("names", names.len(), NAMES),
-        (
-            "names with * inside a label, or as a label after the first",
-            globs,
-            GLOBS,
-        ),
-        (PREFIXES, prefixes.len(), CIDR_ENTRIES as usize),
-    ] {
-        if count > limit {
-            problems.push(Problem::limit(what, count, limit));
-        }
-    }
 }

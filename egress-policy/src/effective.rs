@@ -8,10 +8,10 @@ use super::{
     Annotations, Inputs, Mode, PodAnnotations, Settings,
     annotations::{self, At, Lists, Written},
     closed::{Closer, ModeSource, closers},
-    compile::check_limit,
     entry::{Destination, class_intersection, class_words, is_everything},
     entry_warnings,
     error::{Origin, PolicyError, Problem},
+    limits::check_limit,
     objects::TierAction,
     sets::{ENTRIES, Sets},
     tiers::{self, Tiers},
@@ -77,7 +77,7 @@ pub(super) fn resolve(inputs: Inputs<'_>, settings: &Settings) -> Result<Effecti
         });
     }
     if problems.is_empty() {
-        super::compile::check_written(&[&pod, &namespace], &tiers, &mut problems);
+        super::limits::check_written(&[&pod, &namespace], &tiers, &mut problems);
     }
     if let Some(error) = PolicyError::from_problems(problems) {
         return Err(error);

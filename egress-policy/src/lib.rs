@@ -22,6 +22,7 @@ mod error;
 pub mod except;
 mod excerpt;
 pub mod explain;
+mod limits;
 mod name_text;
 mod names;
 pub mod objects;
@@ -49,13 +50,14 @@ use serde::{Deserialize, Serialize};
 pub use annotations::Annotations;
 pub use closed::{CLOSERS, Closer, ModeSource};
 pub use compile::{
-    Cidr, Compiled, EntrySource, NAMES, compile, refused, unidentified, unreadable,
-    unreadable_tiers, without_namespace,
+    Cidr, Compiled, EntrySource, compile, refused, unidentified, unreadable, unreadable_tiers,
+    without_namespace,
 };
 pub use describe::{DescribedRule, Description, describe};
 pub use entry::number_word;
 pub use error::{Origin, PolicyError, Problem, RuleName, Unreadable};
 pub use excerpt::Excerpt;
+pub use limits::NAMES;
 pub use name_text::{exact_name, name_pattern};
 pub use names::{Grant, InternalAnswers, MayBeInternal, NameRules, QuestionRule};
 pub use objects::Objects;

@@ -1,21 +1,13 @@
 //! What the programs need to pass DNS on without the agent: decided names, learned addresses and open queries.
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap, Map, MapData, MapError, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use egress_common::{
     address::Address,
-    records::{
-        AllowKey, Decision, DecisionKey, DnsTimes, LearnedEntry, LearnedNote, PendingKey,
-        PendingQuery,
-    },
+    records::{AllowKey, Decision, DecisionKey, DnsTimes, LearnedEntry, PendingKey, PendingQuery},
 };
 
-use super::{
-    Datapath,
-    object::open,
-    policies::ignore_missing,
-    rings::{Plain, read},
-};
+use super::{Datapath, object::open, policies::ignore_missing};
 use egress_dns::Name;
 
 /// Handle on the decided names and the learned addresses of one policy. The gate thread alone writes decisions; the
@@ -182,21 +174,6 @@ impl PendingMap {
     }
 }
 
-#[expect(unsafe_code, reason = "see `Plain`")]
-// SAFETY: all fields are integers or arrays of integers.
-unsafe impl Plain for LearnedNote {}
-
-/// The ring of addresses that the programs have learned and that the agent does not know yet.
-pub struct NoteRing(RingBuf<MapData>);
-
-impl NoteRing {
-    /// The next note.
-    pub fn take(&mut self) -> Option<LearnedNote> {
-        let item = self.0.next()?;
-        read::<LearnedNote>(&item).map(|(note, _)| note)
-    }
-}
-
 /// The settings by which the programs learn.
 pub struct DnsTimesMap(Array<MapData, DnsTimes>);
 
@@ -226,16 +203,6 @@ impl Datapath {
     /// Whether the programs pass decided DNS on without the agent.
     pub fn learns(&self) -> bool {
         self.constants.learns
-    }
-
-    /// The ring of learned addresses. It can have only one reader.
-    ///
-    /// # Errors
-    ///
-    /// When it was taken before or cannot be mapped.
-    pub fn take_notes(&mut self) -> Result<NoteRing> {
-        let ring = super::loading::take(&mut self.ebpf, "learned_notes")?;
-        Ok(NoteRing(RingBuf::try_from(ring)?))
     }
 
     /// A handle on the settings by which the programs learn.

@@ -18,7 +18,7 @@ use egress_common::{
 };
 
 use super::{
-    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, ProbeMap, bpffs,
+    Adoptable, Attach, CounterMap, DenialRing, HeldRing, InterfaceMap, NoteRing, ProbeMap, bpffs,
     frame_record::FrameRecord,
     inner::Templates,
     interfaces::text,
@@ -224,6 +224,16 @@ impl Datapath {
             &mut self.ebpf,
             "denials",
         )?)?))
+    }
+
+    /// The ring of learned addresses. It can have only one reader.
+    ///
+    /// # Errors
+    ///
+    /// When it was taken before or cannot be mapped.
+    pub fn take_notes(&mut self) -> Result<NoteRing> {
+        let ring = aya::maps::RingBuf::try_from(take(&mut self.ebpf, "learned_notes")?)?;
+        Ok(NoteRing::new(ring))
     }
 
     /// A handle on the `interfaces` map.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData, RingBuf};
-use egress_common::records::{Denial, Held};
+use egress_common::records::{Denial, Held, LearnedNote};
 
 /// The ring of held DNS messages.
 ///
@@ -103,13 +103,28 @@ impl AsFd for DenialRing {
     }
 }
 
+/// The ring of addresses that the programs have learned and that the agent does not know yet.
+pub struct NoteRing(RingBuf<MapData>);
+
+impl NoteRing {
+    pub(super) fn new(ring: RingBuf<MapData>) -> Self {
+        Self(ring)
+    }
+
+    /// The next note.
+    pub fn take(&mut self) -> Option<LearnedNote> {
+        let item = self.0.next()?;
+        read::<LearnedNote>(&item).map(|(note, _)| note)
+    }
+}
+
 /// A record of plain integers.
 ///
 /// # Safety
 ///
 /// Every bit pattern must be a valid value of the type.
 #[expect(unsafe_code, reason = "the kernel writes records as bytes")]
-pub(super) unsafe trait Plain: Copy {}
+unsafe trait Plain: Copy {}
 
 #[expect(unsafe_code, reason = "see `Plain`")]
 // SAFETY: all fields are integers or arrays of integers.
@@ -117,10 +132,13 @@ unsafe impl Plain for Held {}
 #[expect(unsafe_code, reason = "see `Plain`")]
 // SAFETY: all fields are integers or arrays of integers.
 unsafe impl Plain for Denial {}
+#[expect(unsafe_code, reason = "see `Plain`")]
+// SAFETY: all fields are integers or arrays of integers.
+unsafe impl Plain for LearnedNote {}
 
 /// Splits a record off the front of `bytes`.
 #[expect(unsafe_code, reason = "the kernel writes records as bytes")]
-pub(super) fn read<T: Plain>(bytes: &[u8]) -> Option<(T, &[u8])> {
+fn read<T: Plain>(bytes: &[u8]) -> Option<(T, &[u8])> {
     let (head, rest) = bytes.split_at_checked(size_of::<T>())?;
     // SAFETY: `head` is as long as `T`, the read needs no alignment, and every bit pattern is a
     // valid `T`.

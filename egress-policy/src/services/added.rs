@@ -17,12 +17,11 @@ use super::{ServiceName, Transport};
 use crate::{
     PolicyError, Settings,
     classes::{Action, Classes, with_actions},
-    compile::{
-        Cidr, Compiled, EntrySource, Source, build, check_limit, deciding, unreadable_tiers,
-    },
+    compile::{Cidr, Compiled, EntrySource, Source, build, deciding, unreadable_tiers},
     effective::Rule,
     entry::Destination,
     error::PREFIXES,
+    limits::check_limit,
     objects::TierAction,
     prefix::{Prefix, inherit},
     tiers::{Effect, Run, Tiers},
