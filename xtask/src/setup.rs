@@ -56,7 +56,7 @@ pub(crate) struct Program {
     pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 19] = [
+const PROGRAMS: [Program; 20] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
@@ -183,6 +183,13 @@ const PROGRAMS: [Program; 19] = [
         packages: &["gcc", "build-essential"],
         purpose: "linking",
         needed_for: Purpose::Build,
+        services: &[],
+    },
+    Program {
+        name: "x86_64-w64-mingw32-dlltool",
+        packages: &["binutils-mingw-w64-x86-64"],
+        purpose: "compiling the portable crates for Windows",
+        needed_for: Purpose::Test,
         services: &[],
     },
     Program {
