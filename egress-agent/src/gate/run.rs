@@ -480,6 +480,7 @@ impl Runner {
                 continue;
             };
             pod.break_change_off();
+            pod.end_learning();
             for &ifindex in pod.interfaces() {
                 match self.interfaces.release(ifindex, *id) {
                     Ok(()) => self.shared.judge_again(ifindex),

@@ -138,6 +138,12 @@ impl Pod {
         Ok(())
     }
 
+    /// Ends learning for a pod that is about to be released: nothing writes the entries of its interfaces any more.
+    pub(in super::super) fn end_learning(&mut self) {
+        self.enforcement.entry.flags &= FLAGS & !INTERFACE_LEARNS;
+        self.enforcement.pending = None;
+    }
+
     /// Lets the programs learn again on the pod's interfaces.
     ///
     /// # Errors

@@ -106,6 +106,9 @@ impl Cluster {
         list(&mut state.node, vec![node], |read, _| {
             Some(NodeFacts::read(read))
         });
+        let services = &mut state.services;
+        list::<v1::Service, _>(&mut services.services, Vec::new(), |_, _| None);
+        list::<v1::Service, _>(&mut services.endpoints, Vec::new(), |_, _| None);
         for watched in [
             Watched::DnsService,
             Watched::DnsEndpoints,

@@ -49,6 +49,8 @@ impl Cluster {
         complete(&mut state.api_service);
         complete(&mut state.api_endpoints);
         complete(&mut state.service_ranges);
+        complete(&mut state.services.services);
+        complete(&mut state.services.endpoints);
         complete(&mut state.policies.egress);
         complete(&mut state.policies.cluster_egress);
         complete(&mut state.policies.network);
