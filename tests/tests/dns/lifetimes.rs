@@ -146,7 +146,11 @@ fn ttls_are_clamped_and_the_grace_is_added() {
 
 #[test]
 fn a_response_that_does_not_fit_is_not_delivered() {
-    let lab = Lab::builder().config("limits.addressesPerPod", 4).build();
+    let lab = Lab::builder()
+        // What the programs learn comes on top.
+        .config("dns.learn", "agent")
+        .config("limits.addressesPerPod", 4)
+        .build();
     let _web = lab.serve_tcp(443);
     let addresses: Vec<_> = (0..8).map(numbered).collect();
     lab.dns().addresses("big.test", &addresses);
@@ -177,8 +181,6 @@ fn a_response_that_does_not_fit_is_not_delivered() {
 fn when_the_map_is_full_the_oldest_names_are_evicted() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
-        // What the programs learn comes on top.
-        .config("dns.learn", "agent")
         // What the programs learn comes on top.
         .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
