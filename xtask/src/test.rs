@@ -46,7 +46,6 @@ const LEARNING_IN_KERNEL: [(&str, &[&str]); 2] = [
             "lifetimes::",
             "names::",
             "real_resolvers::",
-            "resolver_libraries::",
             "resolvers::",
         ],
     ),
