@@ -9,13 +9,11 @@ use egress_common::{
 };
 
 use crate::{
+    flows::NOEXIST,
     maps::{DECISION, DNS_TIMES, LEARNS, PENDING},
     message,
     skb::{Skb, now_ns},
 };
-
-/// `BPF_NOEXIST`: insert only.
-const NOEXIST: u64 = 1;
 
 /// Whether the agent has decided that the pod may query this name, and a response to the query is now awaited. The
 /// datagram is whole and not an aggregate.

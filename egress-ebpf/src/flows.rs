@@ -39,6 +39,8 @@ use crate::{
 
 /// `BPF_ANY`: insert or replace.
 pub const ANY: u64 = 0;
+/// `BPF_NOEXIST`: insert only.
+pub const NOEXIST: u64 = 1;
 /// `BPF_EXIST`: replace only.
 pub const EXIST: u64 = 2;
 

@@ -14,15 +14,13 @@ use egress_common::{
 };
 
 use crate::{
-    flows::EXIST,
+    flows::{EXIST, NOEXIST},
     maps::{ALLOW, DNS_TIMES, LEARNED, LEARNED_NOTES, LEARNS, Learned, MESSAGE, PENDING, POLICY},
     message,
     rules::range_of,
     skb::{Skb, now_ns},
 };
 
-/// `BPF_NOEXIST`: insert only.
-const NOEXIST: u64 = 1;
 /// An entry is not written anew if its lifetime would grow by less than this.
 const SLACK_NS: u64 = 1_000_000_000;
 /// `BPF_RB_NO_WAKEUP`: the agent reads the ring when it does other work.
