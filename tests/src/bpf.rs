@@ -11,7 +11,7 @@ use std::{
 use egress_common::classes::ClassSet;
 use serde_json::Value;
 
-use crate::{KernelObjects, Lab, Pod};
+use crate::{KernelObjects, Lab, Pod, eventually, holds};
 
 /// Version directory of the pins.
 const PINS: &str = "egress-agent/v2";
@@ -84,6 +84,26 @@ impl Lab {
     #[track_caller]
     pub fn shared_entries(&self, map: &str) -> Vec<Value> {
         formatted_entries(&self.pins().join(map))
+    }
+
+    /// Waits until each of these addresses is among the own addresses of some pod, known or not. Before, the programs deny
+    /// what is sent from it, ARP and neighbour discovery included.
+    #[track_caller]
+    pub fn wait_own(&self, addresses: &[IpAddr]) {
+        let mapped = |address: &IpAddr| match address {
+            IpAddr::V4(v4) => serde_json::json!(v4.to_ipv6_mapped().octets()),
+            IpAddr::V6(v6) => serde_json::json!(v6.octets()),
+        };
+        eventually(&format!("{addresses:?} are pods' own"), || {
+            let policies = self.shared_entries("policies");
+            let own: Vec<&Value> = policies
+                .iter()
+                .filter_map(|entry| entry["value"]["own"].as_array())
+                .flatten()
+                .collect();
+            let mut addresses = addresses.iter();
+            holds(addresses.all(|address| own.contains(&&mapped(address))))
+        });
     }
 
     /// Changes the values of one of the pod's pinned maps, for example to simulate the passage of time:

@@ -189,6 +189,16 @@ impl Cluster {
         ClusterPod { object, running }
     }
 
+    /// A network made for a pod before the API server knows the pod and before its processes start. The agent has put its
+    /// interface into quarantine and knows its addresses.
+    #[track_caller]
+    pub fn quarantined(&self, agent: &Agent, namespace: &str, name: &str) -> Pod {
+        let net = self.lab.pod(namespace, name);
+        agent.wait_quarantined(net.interface());
+        self.lab.wait_own(&[net.ipv4().into(), net.ipv6().into()]);
+        net
+    }
+
     /// Writes the pod's addresses into its status, as its kubelet does once it knows them.
     #[track_caller]
     pub fn set_addresses(&self, pod: &ClusterPod) {

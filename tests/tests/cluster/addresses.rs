@@ -74,19 +74,6 @@ fn second_end(pod: &Pod) -> String {
     format!("{}net1", pod.interface())
 }
 
-/// Waits until an address is among the own addresses of some pod in the kernel, known or not.
-#[track_caller]
-fn wait_own(cluster: &Cluster, address: Ipv4Addr) {
-    eventually(&format!("{address} is a pod's own"), || {
-        let mapped = json!(address.to_ipv6_mapped().octets());
-        let policies = cluster.lab.shared_entries("policies");
-        let mut own = policies
-            .iter()
-            .filter_map(|entry| entry["value"]["own"].as_array());
-        holds(own.any(|own| own.contains(&mapped)))
-    });
-}
-
 /// A pod whose network exists, but which has no process yet.
 fn without_process(
     cluster: &Cluster,
@@ -178,7 +165,7 @@ fn a_pod_may_send_from_every_address_its_interfaces_were_created_with() {
     let mut cart = without_process(&cluster, &shop, "cart", &policy);
     let second = second_interface(&cluster, cart.net(), &[]);
     agent.wait_quarantined(&second_end(cart.net()));
-    wait_own(&cluster, second);
+    cluster.lab.wait_own(&[second.into()]);
     // The address of the interface is known before its pod is.
     eventually(
         "an internal server is reached by the second interface",
@@ -242,7 +229,7 @@ fn an_interface_created_with_a_foreign_address_may_not_send_from_it() {
     ];
     let second = second_interface(&cluster, thief.net(), &names);
     agent.wait_quarantined(&second_end(thief.net()));
-    wait_own(&cluster, second);
+    cluster.lab.wait_own(&[second.into()]);
     thief.running().start_container();
     agent.wait_enforcing(thief.net());
     cluster.set_addresses(&thief);
@@ -274,7 +261,7 @@ fn after_a_restart_an_address_that_a_program_may_have_chosen_is_not_accepted() {
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
     // While the pod's status has no address, only the addresses of its interface are known.
-    wait_own(&cluster, chosen);
+    cluster.lab.wait_own(&[chosen.into()]);
     assert!(agent.stop().success());
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
@@ -321,7 +308,7 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
     let mut cart = without_process(&cluster, &shop, "cart", &annotations);
     let second = second_interface(&cluster, cart.net(), &[remote.into()]);
     agent.wait_quarantined(&second_end(cart.net()));
-    wait_own(&cluster, second);
+    cluster.lab.wait_own(&[second.into()]);
     cart.running().start_container();
     agent.wait_enforcing(cart.net());
     cluster.set_addresses(&cart);

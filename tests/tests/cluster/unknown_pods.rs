@@ -29,13 +29,6 @@ fn cluster_policy(name: &str, priority: u32, selector: &Value, rules: &Value) ->
     })
 }
 
-/// A network made for a pod before the API server knows the pod and before its processes start.
-fn quarantined(cluster: &Cluster, agent: &Agent, namespace: &str, name: &str) -> Pod {
-    let net = cluster.lab.pod(namespace, name);
-    agent.wait_quarantined(net.interface());
-    net
-}
-
 #[track_caller]
 fn assert_denied(agent: &Agent, net: &Pod, to: IpAddr, reason: &str) {
     let from = agent.mark();
@@ -84,7 +77,7 @@ fn ordered_rules_hold_before_a_pod_is_known() {
         ),
     );
     let agent = cluster.start_agent();
-    let net = quarantined(&cluster, &agent, &shop, "cart");
+    let net = cluster.quarantined(&agent, &shop, "cart");
     // What no rule is about is open among internal addresses, and closed outside.
     eventually("the pod sends from its address", || {
         holds(net.connect_tcp((address(10), 443), SHORT).is_ok())
@@ -138,7 +131,7 @@ fn a_rule_that_cannot_be_read_closes_pods_that_are_not_known_to_internal_address
         &cluster_policy("some", 20, &json!({"matchLabels": {"app": "other"}}), &deny),
     );
     let agent = cluster.start_agent();
-    let net = quarantined(&cluster, &agent, &shop, "cart");
+    let net = cluster.quarantined(&agent, &shop, "cart");
     eventually("a connection is denied", || {
         assert!(net.connect_tcp((address(10), 443), SHORT).is_err());
         let denied = agent.denials().into_iter().any(|denial| {

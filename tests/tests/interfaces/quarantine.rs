@@ -1,7 +1,7 @@
 //! Interfaces whose pods are not known yet: the interface is closed, but its DNS queries are kept.
 
 use egress_tests::{
-    Agent, Cluster, ClusterPod, DEADLINE, Pod, SHORT,
+    Cluster, ClusterPod, DEADLINE, Pod, SHORT,
     addresses::{RESOLVER, RESOLVER6, server},
     cluster::allow,
     dns::{RecordType, ResponseCode},
@@ -10,13 +10,6 @@ use egress_tests::{
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
-
-/// A network made for a pod before the API server knows the pod and before its processes start.
-fn quarantined_network(cluster: &Cluster, agent: &Agent, (namespace, name): (&str, &str)) -> Pod {
-    let net = cluster.lab.pod(namespace, name);
-    agent.wait_quarantined(net.interface());
-    net
-}
 
 /// Creates the pod object for this network, and starts the pod.
 fn identify(cluster: &Cluster, namespace: &str, net: Pod, annotations: &Value) -> ClusterPod {
@@ -41,7 +34,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
         });
         assert_eq!(denial.namespace, "");
     };
-    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
+    let net = cluster.quarantined(&agent, &shop, "cart");
     closed(&net);
     let cart = identify(&cluster, &shop, net, &allow("shop.test:443"));
     agent.wait_enforcing(cart.net());
@@ -54,7 +47,7 @@ fn an_interface_is_closed_until_its_pod_is_known() {
     });
 
     // An interface whose pod is not to be enforced is released.
-    let net = quarantined_network(&cluster, &agent, (&shop, "free"));
+    let net = cluster.quarantined(&agent, &shop, "free");
     closed(&net);
     let free = identify(&cluster, &shop, net, &Value::Null);
     eventually("the pod is released", || {
@@ -67,7 +60,7 @@ fn an_inbound_connection_from_before_the_pod_was_known_goes_on() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
+    let net = cluster.quarantined(&agent, &shop, "cart");
     let listener = net.listen_tcp(8080);
     let to = (net.ipv4(), 8080);
     let outside = cluster.lab.outside();
@@ -100,7 +93,7 @@ fn a_forged_connection_from_before_the_pod_was_known_opens_nothing() {
     let cluster = Cluster::new();
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
+    let net = cluster.quarantined(&agent, &shop, "cart");
     let own = std::net::SocketAddr::from((net.ipv4(), 8080));
     let to = std::net::SocketAddr::from((server(99), 443));
     let made_up = net.netns().run(|| {
@@ -134,7 +127,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
 
-    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
+    let net = cluster.quarantined(&agent, &shop, "cart");
     let (socket, socket6) = (net.dns_socket(), net.dns_socket6());
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     socket6.ask(RESOLVER6, 2, "later.test", RecordType::A);
@@ -159,7 +152,7 @@ fn queries_from_before_the_pod_was_known_are_answered_when_it_is() {
     );
 
     // A query that the policy does not allow does not leave after the quarantine either.
-    let net = quarantined_network(&cluster, &agent, (&shop, "strict"));
+    let net = cluster.quarantined(&agent, &shop, "strict");
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 3, "other.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");
@@ -181,7 +174,7 @@ fn held_queries_of_an_unenforced_pod_are_forwarded_on_release() {
     let agent = cluster.start_agent();
     let audit = json!({"egress-agent.dev/allow": "", "egress-agent.dev/mode": "audit"});
     for (name, annotations) in [("free", Value::Null), ("audited", audit)] {
-        let net = quarantined_network(&cluster, &agent, (&shop, name));
+        let net = cluster.quarantined(&agent, &shop, name);
         let before = dns.queries_for("shop.test");
         let socket = net.dns_socket();
         socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
@@ -200,7 +193,7 @@ fn no_query_is_lost_while_a_pod_becomes_known() {
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
     for (name, annotations) in [("cart", allow("shop.test:443")), ("free", Value::Null)] {
-        let net = quarantined_network(&cluster, &agent, (&shop, name));
+        let net = cluster.quarantined(&agent, &shop, name);
         let socket = net.dns_socket();
         let _pod = std::thread::scope(|scope| {
             // Fewer than may wait at once, spread over the time in which the pod becomes known.
@@ -227,7 +220,7 @@ fn queries_that_time_out_or_exceed_the_queue_are_reported() {
     let dns = cluster.lab.dns();
     dns.addresses("shop.test", &[server(10)]);
     let agent = cluster.start_agent();
-    let net = quarantined_network(&cluster, &agent, ("shop", "nobody"));
+    let net = cluster.quarantined(&agent, "shop", "nobody");
     let reported = |name: &str| {
         let denial = agent.wait_denial(name, |denial| {
             denial.reason == "pod_unknown" && denial.dns_name.as_deref() == Some(name)
@@ -254,7 +247,7 @@ fn an_interface_in_quarantine_stays_closed_when_it_is_renamed() {
     cluster.lab.dns().addresses("shop.test", &[server(10)]);
     let shop = cluster.namespace("shop", &Value::Null);
     let agent = cluster.start_agent();
-    let net = quarantined_network(&cluster, &agent, (&shop, "cart"));
+    let net = cluster.quarantined(&agent, &shop, "cart");
     let socket = net.dns_socket();
     socket.ask(RESOLVER, 1, "shop.test", RecordType::A);
     assert!(socket.receive(SHORT).is_none(), "the query was not held");
@@ -298,6 +291,9 @@ fn held_queries_of_other_pods_leave_room_for_the_next_pods() {
     for net in others.iter().chain([&next]) {
         agent.wait_quarantined(net.interface());
     }
+    let all = others.iter().chain([&next]);
+    let addresses: Vec<_> = all.map(|net| net.ipv4().into()).collect();
+    cluster.lab.wait_own(&addresses);
     for other in &others {
         let socket = other.dns_socket();
         for id in 0..32 {

@@ -24,6 +24,7 @@ impl Scene {
         lab.dns().addresses("other.test", &[server(20)]);
         let shop = Shop::start(lab, "shop.test:443", &["--keep-enforcing"]);
         assert_eq!(shop.pod.lookup("shop.test"), [server(10)]);
+        wait_names_kept(&shop.lab, &shop.pod, 1);
         let open = shop.pod.talks_tcp((server(10), 443));
         Self { open, shop }
     }
@@ -91,6 +92,15 @@ fn policy_of(lab: &Lab, pod: &Pod) -> u64 {
 #[track_caller]
 fn names_kept(lab: &Lab, pod: &Pod) -> usize {
     lab.pod_entries(pod, "names").len()
+}
+
+/// Waits for the number of entries in the pod's map of names: the agent writes the names of addresses that the programs
+/// have learned after the pod has the response.
+#[track_caller]
+fn wait_names_kept(lab: &Lab, pod: &Pod, count: usize) {
+    eventually(&format!("{count} names are kept"), || {
+        holds(names_kept(lab, pod) == count)
+    });
 }
 
 #[test]
@@ -277,7 +287,7 @@ fn only_names_beyond_the_limit_are_lost_at_a_restart() {
     for name in &names {
         assert_eq!(pod.lookup(name), [server(10)]);
     }
-    assert_eq!(names_kept(&lab, &pod), 8);
+    wait_names_kept(&lab, &pod, 8);
     // The response is delivered, and its address is allowed.
     assert_eq!(pod.lookup("late.test"), [server(20)]);
     let mut opens = [10, 20].map(|host| pod.talks_tcp((server(host), 443)));
@@ -342,7 +352,7 @@ fn addresses_without_kept_names_stay_allowed_until_the_names_in_the_policy_chang
         });
     assert_eq!(scene.shop.pod.lookup("shop.test"), [server(10)]);
     scene.shop.pod.talks_tcp((server(10), 443));
-    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 1);
+    wait_names_kept(&scene.shop.lab, &scene.shop.pod, 1);
 }
 
 #[test]
